@@ -1,0 +1,43 @@
+# Every target sets .venv up first if that is missing or out of date (.ci/setup; milliseconds when it is not).
+# Variables: ARGS="key=value ..." for quickstart and bench, NAME=<file in benchmarks/>, TESTS=<path>, EXTRA=gpu, PYTHON=...
+SHELL := /bin/bash
+BIN := .venv/bin
+OURS := rluf actors cluster
+TESTS ?= tests
+export EXTRA PYTHON
+
+.DEFAULT_GOAL := help
+.PHONY: help setup quickstart test check format bench lock clean
+
+help: ## Say what the targets are.
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+
+setup: ## Make .venv with the tested versions (EXTRA=gpu for CUDA).
+	@.ci/setup
+
+quickstart: setup ## From reactions to a better policy on this machine: python -m rluf.train.
+	$(BIN)/python -m rluf.train $(ARGS)
+
+test: setup ## Run the tests: python -m pytest.
+	$(BIN)/python -m pytest $(TESTS) -q $(ARGS)
+
+check: setup ## Lint, format, types, arrows between packages, dead code, house rules.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy $(OURS)
+	$(BIN)/lint-imports
+	$(BIN)/vulture
+	$(BIN)/python -m pytest tests/house -q
+
+format: setup ## Let ruff put the files in order.
+	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
+
+bench: setup ## Run one benchmark: make bench NAME=...; its last line is JSON.
+	@test -f benchmarks/$(NAME).py || { echo "make bench NAME=...; there are: $$(cd benchmarks && echo *.py)" >&2; exit 2; }
+	$(BIN)/python benchmarks/$(NAME).py $(ARGS)
+
+lock: setup ## Compile constraints/ from pyproject.toml.
+	@.ci/lock
+
+clean: ## Drop the virtual environment and tool caches (runs/ stays).
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist *.egg-info

@@ -1,0 +1,126 @@
+"""One objective's scorer as a Ray actor: a reward model or a rule judge, scoring whole groups as they finish.
+
+Groups that wait while a batch is being scored go into the next batch together, so the model runs on few large batches
+under load and answers at once when idle. Scoring runs in a thread: health checks are answered meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rluf.config.settings import Settings
+from rluf.errors import ModelError
+from rluf.types import Group, Score
+
+if TYPE_CHECKING:
+    from rluf.objectives.text import Item
+
+logger = logging.getLogger(__name__)
+
+Scorer = Callable[[Sequence["Item"]], list[Score]]
+
+
+class RewardActor:
+    """Scores samples for one objective. A plain class; the driver wraps it with ray.remote."""
+
+    def __init__(self, objective: str, settings_json: str, path: str | None) -> None:
+        """`path` is the reward model folder, or None for a judge. Nothing is loaded before `ready`."""
+        self.objective = objective
+        self.settings = Settings.model_validate_json(settings_json)
+        self.path = None if path is None else Path(path)
+        self._scorer: Scorer | None = None
+        self._waiting: list[tuple[Group, asyncio.Future[list[Score]]]] = []
+        self._running: asyncio.Task[None] | None = None
+        self._scored = 0
+        self._batches = 0
+        self._busy_s = 0.0
+
+    async def ready(self) -> dict[str, object]:
+        """Load the model or judge and try it on two short items.
+
+        Returns objective, source, pid and the seconds it took. Raises ModelError or SettingsError that names what is
+        wrong with the folder or the judge's name.
+        """
+        started = time.monotonic()
+        if self._scorer is None:
+            self._scorer = await asyncio.to_thread(self._load)
+        return {
+            "objective": self.objective,
+            "source": self.settings.objectives.named[self.objective].source,
+            "pid": os.getpid(),
+            "seconds": time.monotonic() - started,
+        }
+
+    def _load(self) -> Scorer:
+        objective = self.settings.objectives.named[self.objective]
+        if objective.source == "judge":
+            from rluf.objectives.judges import judge_scorer
+
+            return judge_scorer(str(objective.judge), self.objective)
+        if self.path is None:
+            raise ModelError(f"objective {self.objective} has source model but no reward model folder; train one first")
+        from rluf.objectives.backbone import probe_items, quick_cpu_matmul
+        from rluf.objectives.scorer import RewardModel
+
+        on_gpu = self.settings.cluster.gpus_per_reward > 0
+        if not on_gpu:
+            quick_cpu_matmul()
+        model = RewardModel.load(
+            self.path, batch_tokens=self.settings.objectives.batch_tokens, device="cuda" if on_gpu else "cpu"
+        )
+        model.score(probe_items(), self.objective)
+        return lambda items: model.score(items, self.objective)
+
+    async def score(self, group: Group) -> list[Score]:
+        """Scores of the group's samples, in order. Groups waiting at the same time are scored together."""
+        if self._scorer is None:
+            await self.ready()
+        future: asyncio.Future[list[Score]] = asyncio.get_running_loop().create_future()
+        self._waiting.append((group, future))
+        if self._running is None or self._running.done():
+            self._running = asyncio.create_task(self._drain())
+        return await future
+
+    async def _drain(self) -> None:
+        """Score all that waits, batch after batch, until nothing does."""
+        await asyncio.sleep(0)  # let calls that have already arrived join the first batch
+        while self._waiting:
+            batch, self._waiting = self._waiting, []
+            outcome = await asyncio.gather(asyncio.to_thread(self._score, [group for group, _ in batch]), return_exceptions=True)
+            for place, (_, future) in enumerate(batch):
+                if future.done():  # its caller has gone
+                    continue
+                if isinstance(outcome[0], BaseException):
+                    future.set_exception(outcome[0])
+                else:
+                    future.set_result(outcome[0][place])
+
+    def _score(self, groups: Sequence[Group]) -> list[list[Score]]:
+        started = time.monotonic()
+        items: list[Item] = [(group.prompt.messages, sample.text) for group in groups for sample in group.samples]
+        if self._scorer is None:
+            raise ModelError(f"the scorer of {self.objective} was asked before it was loaded; call ready first")
+        scores = iter(self._scorer(items))
+        found = [[next(scores) for _ in group.samples] for group in groups]
+        self._scored += len(items)
+        self._batches += 1
+        self._busy_s += time.monotonic() - started
+        return found
+
+    def health(self) -> dict[str, object]:
+        """Counters since the start: samples scored, batches, seconds busy, and groups waiting now."""
+        return {
+            "objective": self.objective,
+            "pid": os.getpid(),
+            "loaded": self._scorer is not None,
+            "scored": self._scored,
+            "batches": self._batches,
+            "busy_s": self._busy_s,
+            "waiting": len(self._waiting),
+        }

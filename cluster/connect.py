@@ -1,0 +1,49 @@
+"""Connecting to Ray: the cluster named in the settings, the one this job runs on, or one started on this machine."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from rluf.config.settings import Settings
+from rluf.errors import ResourceError
+
+logger = logging.getLogger(__name__)
+
+LOCAL_OBJECT_STORE_BYTES = 1 << 30
+
+
+@contextmanager
+def connected(settings: Settings) -> Iterator[dict[str, float]]:
+    """Connect to Ray and yield the cluster's total resources; disconnect (and end a local Ray) on leaving.
+
+    `cluster.address`, else RAY_ADDRESS, else a Ray started on this machine for this run alone. Ray's token
+    authentication is its default and stays on. Raises ResourceError when the named cluster does not answer or a local
+    one cannot start (ports, memory, /tmp).
+    """
+    address = settings.cluster.address or os.environ.get("RAY_ADDRESS")
+    common = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
+    logger.info("ray: %s", f"connecting to {address}" if address else "starting on this machine")
+    try:
+        if address:
+            context = ray.init(address=address, **common)
+        else:
+            context = ray.init(
+                address="local", include_dashboard=True, object_store_memory=LOCAL_OBJECT_STORE_BYTES, **common
+            )
+    except (ConnectionError, OSError, ValueError, RuntimeError) as error:
+        where = f"the Ray cluster at {address}" if address else "a Ray on this machine"
+        raise ResourceError(
+            f"cannot reach or start {where}: {error}; check that its head runs and its token and ports are right "
+            "(ray status), or unset cluster.address and RAY_ADDRESS to start one here"
+        ) from error
+    try:
+        if context.dashboard_url:
+            logger.info("ray dashboard: http://%s", context.dashboard_url)
+        yield {name: float(amount) for name, amount in ray.cluster_resources().items()}
+    finally:
+        ray.shutdown()

@@ -1,0 +1,110 @@
+"""Settings of the policy: its model, rollouts, the algorithm, the learners, and how weights are published."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rluf.config.base import Section
+
+
+class ModelSettings(Section):
+    """The policy that is trained; a frozen copy of it is the reference policy."""
+
+    path: str = "smollm2-135m-instruct"
+    """Embedded name (smollm2-135m-instruct, tiny), Hugging Face folder, or hub id."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Compute type of the engines and learners; master weights are float32 either way."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Off unless you trust its author."""
+
+
+class RolloutSettings(Section):
+    """vLLM rollout actors."""
+
+    engines: int = Field(default=1, ge=1)
+    """Rollout actors, one vLLM engine each."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs an engine spans."""
+    max_prompt_tokens: int = Field(default=192, ge=8)
+    """Longest rendered prompt in tokens; longer ones are quarantined, never cut."""
+    max_response_tokens: int = Field(default=48, ge=1)
+    """Longest response in tokens."""
+    temperature: float = Field(default=1.0, gt=0)
+    """Sampling temperature in training and evaluation (1.0: what the importance correction assumes)."""
+    concurrency: int = Field(default=64, ge=1)
+    """Samples in flight on one engine."""
+    kv_cache_gib: float = Field(default=0.5, gt=0)
+    """KV cache of one CPU engine in GiB (GPU engines use gpu_memory_share)."""
+    gpu_memory_share: float = Field(default=0.85, gt=0, le=1)
+    """Share of GPU memory that one GPU engine may take."""
+    deadline_s: float = Field(default=300.0, gt=0)
+    """Seconds one group may take to be generated before the run stops and names the engine."""
+
+
+class AlgorithmSettings(Section):
+    """The policy-gradient method. Three batch sizes only; everything else is derived and printed."""
+
+    name: Literal["grpo"] = "grpo"
+    """Advantage estimator (registry: rluf.policy.advantages)."""
+    steps: int = Field(default=14, ge=1)
+    """Optimiser steps."""
+    prompts_per_step: int = Field(default=12, ge=1)
+    """Batch size 1: prompts a step."""
+    samples_per_prompt: int = Field(default=4, ge=2)
+    """Batch size 2: samples a prompt (the group)."""
+    micro_batch_tokens: int = Field(default=2048, ge=64)
+    """Batch size 3: tokens a packed micro-batch on one rank."""
+    clip_low: float = Field(default=0.2, gt=0, lt=1)
+    """Lower PPO clip: the ratio is not rewarded below 1 - clip_low."""
+    clip_high: float = Field(default=0.2, gt=0)
+    """Upper PPO clip: the ratio is not rewarded above 1 + clip_high."""
+    kl_coef: float = Field(default=0.02, ge=0)
+    """Weight of the KL to the reference policy in the loss."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """KL estimator of the loss term (method notes: k2 has the on-policy gradient, k3 is GRPO's)."""
+    importance_cap: float = Field(default=2.0, ge=1)
+    """Truncation of the per-token ratio between learner and engine probabilities (truncated importance sampling)."""
+    staleness: int = Field(default=0, ge=0)
+    """Policy versions a batch may lag: 0 synchronous, 1 one step off, more asynchronous."""
+
+
+class LearnerSettings(Section):
+    """DeepSpeed learner actors, one rank each."""
+
+    ranks: int = Field(default=1, ge=1)
+    """Data-parallel ranks."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage."""
+    learning_rate: float = Field(default=1e-5, gt=0)
+    """AdamW learning rate, constant after warm-up."""
+    warmup_steps: int = Field(default=2, ge=0)
+    """Optimiser steps of linear warm-up."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW weight decay."""
+    grad_clip: float = Field(default=1.0, gt=0)
+    """Largest global gradient norm."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass to save memory."""
+    offload_optimizer: bool = False
+    """Keep the optimiser state in host memory (GPU learners)."""
+    save_every: int = Field(default=0, ge=0)
+    """Steps between policy checkpoints; 0 saves only the final policy."""
+    deadline_s: float = Field(default=600.0, gt=0)
+    """Seconds one learner step may take before the run stops and names the rank."""
+
+
+class PublishSettings(Section):
+    """How weights reach the engines: vLLM's four phases, then a probe."""
+
+    engine: Literal["shm", "nccl"] = "shm"
+    """shm: shared memory on one host (CPU or GPU engines); nccl: broadcast between GPUs."""
+    bucket_mib: int = Field(default=64, ge=1)
+    """MiB of weights sent at a time."""
+    probe_prompts: int = Field(default=2, ge=1)
+    """Prompts whose logprobs are compared between learner and engine after each publish."""
+    probe_tolerance: float = Field(default=0.15, gt=0)
+    """Largest mean absolute logprob difference in nats per token before the run stops."""
+    deadline_s: float = Field(default=120.0, gt=0)
+    """Seconds one publish may take before the run stops and names the phase."""

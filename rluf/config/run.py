@@ -1,0 +1,75 @@
+"""Settings of the run itself: where it writes, what it runs on, how it is evaluated and tracked."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rluf.config.base import Section
+
+
+class EvaluateSettings(Section):
+    """Base against aligned policy on unseen prompts and new users."""
+
+    candidate: str | None = None
+    """Policy folder that `python -m rluf.evaluate` compares with the base; none means the newest run's policy."""
+    prompts: int = Field(default=64, ge=2)
+    """Prompts of the test split (all of them if there are fewer)."""
+    samples_per_prompt: int = Field(default=4, ge=1)
+    """Responses a policy gives to each prompt."""
+    users: int = Field(default=2000, ge=10)
+    """New simulated users an arm of the A/B comparison (only where the simulator is the judge)."""
+    responses_per_user: int = Field(default=20, ge=1)
+    """Responses each new user reads."""
+    resamples: int = Field(default=2000, ge=100)
+    """Bootstrap resamples behind each interval."""
+    simulated_users: bool = True
+    """Let the simulated users of rluf.simulation judge; off for logs of real users."""
+
+
+class ClusterSettings(Section):
+    """What the actors run on."""
+
+    address: str | None = None
+    """Ray address; none uses RAY_ADDRESS, else the local cluster, else starts one on this machine."""
+    gpus_per_engine: float = Field(default=0.0, ge=0)
+    """GPUs of one rollout actor (a multiple of tensor_parallel); 0 runs vLLM's CPU build."""
+    gpus_per_learner: float = Field(default=0.0, ge=0)
+    """GPUs of one learner rank; 0 runs on the CPU with gloo."""
+    gpus_per_reward: float = Field(default=0.0, ge=0)
+    """GPUs of one reward actor or reward training worker; fractions share a GPU."""
+    cpus_per_engine: float = Field(default=0.5, gt=0)
+    """Ray CPUs that one rollout actor reserves."""
+    cpus_per_learner: float = Field(default=0.5, gt=0)
+    """Ray CPUs that one learner rank reserves."""
+    cpus_per_reward: float = Field(default=0.2, gt=0)
+    """Ray CPUs that one reward actor reserves."""
+    threads: int = Field(default=0, ge=0)
+    """Compute threads an actor; 0 means all cores of the machine divided by learner ranks."""
+    start_deadline_s: float = Field(default=180.0, gt=0)
+    """Seconds the actors may take to be placed and ready before the run stops and names the missing ones."""
+    heartbeat_s: float = Field(default=30.0, gt=0)
+    """Seconds between health checks of each actor; two missed ones stop the run."""
+
+
+class TrackingSettings(Section):
+    """W&B and console."""
+
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """auto: online with WANDB_API_KEY, offline without."""
+    project: str = "rluf"
+    """W&B project."""
+    samples: int = Field(default=16, ge=0)
+    """Samples kept side by side in the report and the W&B table."""
+
+
+class RunSettings(Section):
+    """Where a run writes."""
+
+    root: str | None = None
+    """Folder of run folders; none means $RLUF_RUNS, else ./runs (~/rluf/runs in a packaged Ray job)."""
+    cache: str | None = None
+    """Folder of finished stages and converted models; none means $RLUF_CACHE, else ~/.cache/rluf."""
+    reuse: bool = True
+    """Reuse finished stages whose content hash matches."""

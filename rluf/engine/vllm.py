@@ -1,0 +1,418 @@
+"""One rollout engine: vLLM's AsyncLLM with token ids in and out, and weights that can be replaced while it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rluf.config.settings import Settings
+from rluf.errors import DataError, ModelError, ResourceError, StallError, SyncError
+from rluf.models import load_tokenizer
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+logger = logging.getLogger(__name__)
+
+CPU_BLOCK_TOKENS = 32
+"""KV cache block of CPU engines: the smallest that vLLM's CPU attention is fast with, so that short prompts share."""
+CPU_STEP_TOKENS = 1024
+"""Most tokens in one engine step on the CPU: bounds the activations of a prefill (and its full-vocabulary logits)."""
+SHUTDOWN_S = 2
+"""Seconds an engine core gets to end by itself before it is killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """One sampled response: ids [R] (end-of-turn token included), their logprobs [R] in nats, version spans, text."""
+
+    response_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    version_spans: tuple[tuple[int, int], ...]
+    finish_reason: str
+    text: str
+
+
+def set_environment(settings: Settings) -> None:
+    """Set what vLLM reads from the environment when it is imported and when it starts its core process.
+
+    Call it before the first import of vllm. Values that are set already (by Ray's runtime_env, by the user) stay, but
+    for two. VLLM_CPU_KVCACHE_SPACE is taken out: it holds whole GiB only and would override rollout.kv_cache_gib.
+    OMP_NUM_THREADS follows cluster.threads when that is set, since Ray puts a default of its own there.
+    """
+    defaults = {
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_PLUGINS": "",
+        "VLLM_ENGINE_READY_TIMEOUT_S": str(int(settings.cluster.start_deadline_s)),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if settings.cluster.gpus_per_engine == 0:
+        # Threads bound to cores starve when actors share them. Without dynamo, torch.compile-decorated helpers of
+        # the sampler run as they are: compiling them costs the first request 3 to 15 s.
+        defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
+        os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
+    if settings.cluster.threads:
+        os.environ["OMP_NUM_THREADS"] = str(settings.cluster.threads)
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def sample_seed(seed: int, prompt_id: str, index: int) -> int:
+    """Seed of one sample, the same whichever engine takes it; unlike seed + index it never repeats across prompts."""
+    digest = hashlib.blake2b(f"{seed}/{prompt_id}/{index}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big")
+
+
+class RolloutEngine:
+    """Generates from, measures with, and updates one vLLM engine. All calls belong to one asyncio loop."""
+
+    def __init__(self, name: str, index: int, settings: Settings, model: Path) -> None:
+        """`name` is what errors call this engine, `index` its place among the engines. Starts nothing yet."""
+        self.name, self.index, self.settings, self.model = name, index, settings, model
+        self.version = 0
+        self.running = 0
+        self._engine: AsyncLLM | None = None
+        self._greeted = False
+        self._requests = 0
+
+    async def start(self) -> dict[str, Any]:
+        """Load the model and start vLLM's core process; returns what was started.
+
+        Blocks the loop meanwhile (vLLM's start is synchronous). Raises ModelError for a model that vLLM cannot take,
+        ResourceError when memory is short or the core process ends before it is ready.
+        """
+        _check_model(self.model)
+        self._tokenizer = load_tokenizer(self.model)
+        self._stop_ids = _stop_ids(self.model, self._tokenizer.eos_token_id)
+        self._check_memory()
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        if self.settings.cluster.gpus_per_engine == 0:
+            _inspect_here(self.model)
+        try:
+            config = self._arguments().create_engine_config()
+        except (ValueError, OSError, KeyError, NotImplementedError) as error:
+            raise ModelError(f"{self.name}: vLLM cannot run the model {self.model}: {_first_line(error)}") from error
+        try:
+            self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        except (RuntimeError, ValueError, OSError, MemoryError) as error:
+            raise ResourceError(
+                f"{self.name}: vLLM's core process did not start with {self.model}: {_first_line(error)}; its own "
+                "message is in this actor's log (memory short? lower rollout.kv_cache_gib, rollout.concurrency)"
+            ) from error
+        await self._engine.update_weight_version(str(self.version))
+        return {
+            "engine": self.name,
+            "pid": os.getpid(),
+            "core_pids": core_pids(self._engine),
+            "model": str(self.model),
+            "kv_tokens": (config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
+        }
+
+    async def generate(self, prompt_ids: Sequence[int], seeds: Sequence[int]) -> list[Draft]:
+        """Sample one response for each seed; equal seeds and weights give equal responses.
+
+        Sampling is from the whole vocabulary at rollout.temperature, and ends at an end-of-turn token or after
+        rollout.max_response_tokens. Raises DataError for a prompt that is too long, StallError past
+        rollout.deadline_s, ResourceError when the engine has died.
+        """
+        limit = self.settings.rollout.max_prompt_tokens
+        if not 0 < len(prompt_ids) <= limit:
+            raise DataError(
+                f"{self.name}: a prompt has {len(prompt_ids)} tokens, rollout.max_prompt_tokens is {limit}; raise it "
+                "or drop the prompt"
+            )
+        ids = list(prompt_ids)
+        self.running += len(seeds)
+        try:
+            async with self._deadline(self.settings.rollout.deadline_s, "to generate a group"):
+                tasks = [asyncio.ensure_future(self._request(ids, self._sampling(seed))) for seed in seeds]
+                try:
+                    outputs = await asyncio.gather(*tasks)
+                finally:
+                    for task in tasks:
+                        task.cancel()
+        finally:
+            self.running -= len(seeds)
+        texts = self._tokenizer.batch_decode([list(o.outputs[0].token_ids) for o in outputs], skip_special_tokens=True)
+        return [self._draft(output, text) for output, text in zip(outputs, texts, strict=True)]
+
+    async def logprobs(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:
+        """Logprobs [R] (nats, temperature 1) of a given response after a given prompt, under the present weights."""
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(
+            max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        )
+        ids = [*prompt_ids, *response_ids]
+        async with self._deadline(self.settings.rollout.deadline_s, "to measure logprobs"):
+            output = await self._request(ids, params)
+        measured: list[Any] = list(output.prompt_logprobs or [])
+        start = len(prompt_ids)
+        return [
+            float(found[token].logprob) for token, found in zip(ids[start:], measured[start:], strict=True)
+        ]
+
+    async def begin_update(self, offer: dict[str, Any]) -> None:
+        """Phase 1: meet the learner (first time only), freeze running requests where they are, open the update.
+
+        Frozen requests lose their KV cache: once resumed they go on from their own tokens with the new weights.
+        `offer` comes from a Sender. Raises SyncError, or StallError past publish.deadline_s.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
+
+        engine = self._alive()
+        async with self._deadline(self.settings.publish.deadline_s, "to begin a weight update"):
+            if not self._greeted:
+                await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=self._greeting(offer)))
+                await self._raise_problem()
+                self._greeted = True
+            await engine.pause_generation(mode="keep", clear_cache=True)
+            await engine.start_weight_update()
+
+    async def update(self, bucket: dict[str, Any]) -> None:
+        """Phase 2, once a bucket: load the tensors that a Sender sent.
+
+        Raises SyncError on a tensor that the model does not have, or of another shape; the engine then stays paused.
+        """
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        engine = self._alive()
+        async with self._deadline(self.settings.publish.deadline_s, "to load a bucket of weights"):
+            await engine.update_weights(WeightTransferUpdateRequest(update_info=bucket))
+            await self._raise_problem(abandon=True)
+
+    async def finish_update(self, version: int) -> None:
+        """Phases 3 and 4: put the weights in place under `version`, then go on generating.
+
+        Raises SyncError naming tensors that never came; the engine then stays paused, under its old version.
+        """
+        engine = self._alive()
+        async with self._deadline(self.settings.publish.deadline_s, "to finish a weight update"):
+            await engine.finish_weight_update()
+            await self._raise_problem()
+            await engine.update_weight_version(str(version))
+            self.version = version
+            await engine.resume_generation()
+
+    def health(self) -> dict[str, Any]:
+        """Name, weight version, samples running, and whether vLLM's core still lives."""
+        engine = self._engine
+        alive = engine is not None and not engine.errored
+        return {"engine": self.name, "version": self.version, "running": self.running, "alive": alive}
+
+    def shutdown(self) -> None:
+        """End the core process; harmless when it has ended or never started."""
+        if self._engine is not None:
+            self._engine.shutdown(timeout=SHUTDOWN_S)
+            self._engine = None
+
+    def _arguments(self) -> AsyncEngineArgs:
+        from vllm.config.weight_transfer import WeightTransferConfig
+        from vllm.engine.arg_utils import AsyncEngineArgs
+
+        from rluf.engine.worker import HouseExecutor, HouseExtension
+
+        rollout, on_gpu = self.settings.rollout, self.settings.cluster.gpus_per_engine > 0
+        length = rollout.max_prompt_tokens + rollout.max_response_tokens + 1
+        device: dict[str, Any]
+        if on_gpu:
+            device = {"gpu_memory_utilization": rollout.gpu_memory_share}
+        else:
+            device = {
+                "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30),
+                "block_size": CPU_BLOCK_TOKENS,
+                # A prompt cut into chunks rewinds its seeded generator, which vLLM's CPU build cannot: the core dies.
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(CPU_STEP_TOKENS, length, rollout.concurrency),
+            }
+        return AsyncEngineArgs(
+            model=str(self.model),
+            skip_tokenizer_init=True,
+            trust_remote_code=self.settings.model.trust_remote_code,
+            dtype=self.settings.model.dtype,
+            generation_config="vllm",
+            max_model_len=length,
+            max_num_seqs=rollout.concurrency,
+            enforce_eager=True,
+            enable_prefix_caching=True,
+            logprobs_mode="processed_logprobs",
+            tensor_parallel_size=rollout.tensor_parallel,
+            distributed_executor_backend=HouseExecutor if rollout.tensor_parallel == 1 else "mp",
+            worker_extension_cls=f"{HouseExtension.__module__}.{HouseExtension.__qualname__}",
+            weight_transfer_config=WeightTransferConfig(backend=f"rluf_{self.settings.publish.engine}"),
+            seed=self.settings.seed,
+            disable_log_stats=True,
+            **device,
+        )
+
+    def _check_memory(self) -> None:
+        """Raise ResourceError if weights and KV cache of a CPU engine cannot fit in what is free now."""
+        if self.settings.cluster.gpus_per_engine > 0:
+            return
+        weights = sum(file.stat().st_size for file in self.model.glob("*.safetensors"))
+        needed = weights + int(self.settings.rollout.kv_cache_gib * 2**30)
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        meminfo = Path("/proc/meminfo")
+        if meminfo.is_file():
+            lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+            free = int(lines["MemAvailable"].split()[0]) * 1024
+        if needed > free:
+            raise ResourceError(
+                f"{self.name} needs {needed / 2**30:.1f} GiB ({weights / 2**30:.1f} for weights, "
+                f"rollout.kv_cache_gib={self.settings.rollout.kv_cache_gib:g}), but {free / 2**30:.1f} GiB are free; "
+                "lower rollout.kv_cache_gib or use a smaller model"
+            )
+
+    def _sampling(self, seed: int) -> SamplingParams:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        rollout = self.settings.rollout
+        return SamplingParams(
+            temperature=rollout.temperature,
+            max_tokens=rollout.max_response_tokens,
+            seed=seed,
+            logprobs=0,
+            flat_logprobs=True,
+            detokenize=False,
+            stop_token_ids=self._stop_ids,
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+
+    async def _request(self, ids: list[int], params: SamplingParams) -> RequestOutput:
+        from vllm.inputs import tokens_input
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        self._requests += 1
+        final: RequestOutput | None = None
+        try:
+            async for output in self._alive().generate(tokens_input(ids), params, f"{self.index}-{self._requests}"):
+                final = output
+        except EngineDeadError as error:
+            raise ResourceError(f"{self.name}: {self._died()}") from error
+        except EngineGenerateError as error:
+            raise ResourceError(f"{self.name}: vLLM failed on a request: {_first_line(error.__cause__)}") from error
+        if final is None or not final.finished:
+            raise ResourceError(f"{self.name}: vLLM ended a request without a result")
+        return final
+
+    def _draft(self, output: RequestOutput, text: str) -> Draft:
+        done = output.outputs[0]
+        flat: Any = done.logprobs
+        ids = tuple(done.token_ids)
+        if done.finish_reason not in ("stop", "length") or flat is None or tuple(flat.token_ids) != ids:
+            raise ResourceError(f"{self.name}: vLLM ended a request with {done.finish_reason!r} and {len(ids)} tokens")
+        spans = tuple((span.start, int(span.version)) for span in done.weight_versions or [])
+        return Draft(ids, tuple(flat.logprobs), spans or ((0, self.version),), done.finish_reason, text)
+
+    def _greeting(self, offer: dict[str, Any]) -> dict[str, Any]:
+        if offer.get("engine") != self.settings.publish.engine:
+            raise SyncError(
+                f"{self.name}: the learner offers {offer.get('engine')!r}, but publish.engine is "
+                f"{self.settings.publish.engine!r}"
+            )
+        if offer["engine"] == "shm":
+            return {"machine": offer["machine"]}
+        kept = {key: value for key, value in offer.items() if key not in ("engine", "version")}
+        return kept | {"rank_offset": 1 + self.index * self.settings.rollout.tensor_parallel}
+
+    async def _raise_problem(self, *, abandon: bool = False) -> None:
+        """Raise SyncError if a worker has noted a problem; `abandon` first closes the update under way."""
+        engine = self._alive()
+        problems = [p for p in await engine.collective_rpc("rluf_transfer_problem") if p is not None]
+        if problems:
+            if abandon:
+                await engine.finish_weight_update()
+            raise SyncError(f"{self.name} refused weights: {problems[0]}")
+
+    @asynccontextmanager
+    async def _deadline(self, seconds: float, what: str) -> AsyncIterator[None]:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError as error:
+            raise StallError(f"{self.name} took longer than {seconds:g} s {what}") from error
+        except EngineDeadError as error:
+            raise ResourceError(f"{self.name}: {self._died()}") from error
+
+    def _alive(self) -> AsyncLLM:
+        if self._engine is None:
+            raise ResourceError(f"{self.name} is not running: start it, or it was shut down")
+        if self._engine.errored:
+            raise ResourceError(f"{self.name}: {self._died()}")
+        return self._engine
+
+    def _died(self) -> str:
+        return (
+            "vLLM's core process has died; its last words are in this actor's log (often it was killed for memory: "
+            "lower rollout.kv_cache_gib or rollout.concurrency)"
+        )
+
+
+def core_pids(engine: AsyncLLM) -> list[int]:
+    """Process ids of vLLM's engine core processes."""
+    manager = engine.engine_core.resources.engine_manager
+    return [process.pid for process in manager.processes] if manager is not None else []
+
+
+def _check_model(folder: Path) -> None:
+    """Raise ModelError for a folder that holds no causal language model, before vLLM's slow import."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model {folder} has no readable config.json: {error}; give a Hugging Face folder") from error
+    architectures = [str(name) for name in config.get("architectures") or []]
+    if not any(name.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")) for name in architectures):
+        raise ModelError(
+            f"model {folder} is {', '.join(architectures) or 'of no named architecture'}; the policy must be a causal "
+            "language model (model.path)"
+        )
+
+
+def _inspect_here(folder: Path) -> None:
+    """Let vLLM look at the model's class in this process.
+
+    By default it starts a process only for that (so as not to touch CUDA here), which costs 5 to 15 s on the first run
+    of a machine. An architecture that vLLM does not know is left to vLLM's own error.
+    """
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    for architecture in json.loads((folder / "config.json").read_text()).get("architectures") or []:
+        known = ModelRegistry.models.get(architecture)
+        if known is not None:
+            ModelRegistry.register_model(architecture, known.load_model_cls())
+
+
+def _stop_ids(folder: Path, eos: int | None) -> list[int]:
+    """Token ids that end a turn: the tokenizer's end of sequence and those of the model's generation settings."""
+    ids = set() if eos is None else {int(eos)}
+    file = folder / "generation_config.json"
+    if file.is_file():
+        named = json.loads(file.read_text()).get("eos_token_id")
+        ids.update(int(i) for i in (named if isinstance(named, list) else [named]) if i is not None)
+    if not ids:
+        raise ModelError(f"model {folder} names no end-of-sequence token; set eos_token in its tokenizer_config.json")
+    return sorted(ids)
+
+
+def _first_line(error: BaseException | None) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    detail = next((line for line in lines if line.startswith("Value error,")), lines[0] if lines else "no message")
+    return f"{type(error).__name__}: {detail.removeprefix('Value error, ')[:300]}"

@@ -1,0 +1,192 @@
+"""Our code inside vLLM's own processes: it receives weights, checks them, and ends with the process that started it.
+
+vLLM imports this module in its engine core (as the executor class) and in each worker (as the worker extension); the
+import registers the weight-transfer engines and starts the watch, so no installed entry point is needed.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.nccl_engine import (
+    NCCLWeightTransferEngine,
+    NCCLWeightTransferInitInfo,
+    NCCLWeightTransferUpdateInfo,
+)
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+from rluf.engine.checklist import Checklist
+from rluf.engine.transfer import machine_id, read_segment
+from rluf.errors import RlufError
+
+logger = logging.getLogger(__name__)
+
+
+class HouseExecutor(UniProcExecutor):
+    """vLLM's single-process executor: the model runs in the engine core itself.
+
+    A class of ours for two reasons. Passing it makes the core import this module as its very first act, so that the
+    watch stands before the model is loaded; and vLLM's CPU build would turn the name "uni" into a second process.
+    """
+
+
+class HouseExtension:
+    """Methods added to vLLM's worker class, called through collective_rpc."""
+
+    def rluf_transfer_problem(self) -> str | None:
+        """What is wrong with the update under way or just finished; None if nothing is."""
+        return getattr(getattr(self, "weight_transfer_engine", None), "problem", None)
+
+
+@dataclass
+class ShmInit(WeightTransferInitInfo):
+    """What the first offer of a ShmSender tells the engine: which machine the learner runs on."""
+
+    machine: str
+
+
+@dataclass
+class ShmUpdate(WeightTransferUpdateInfo):
+    """One bucket in shared memory; see rluf.engine.transfer.ShmSender.send."""
+
+    path: str
+    token: str
+    size: int
+    entries: list[list[Any]] = field(default_factory=list)
+
+
+class _Checked:
+    """Keeps the first problem of an update instead of raising it inside vLLM's core.
+
+    An exception there would come back as a bare text and leave layers without weights. So the rest of a bad update is
+    skipped, finishing puts the old weights back in the layers that got none, and the engine's owner asks for `problem`.
+    """
+
+    model: torch.nn.Module
+    model_config: Any
+    problem: str | None = None
+    _checklist: Checklist | None = None
+
+    def start_weight_update(self) -> None:
+        """Make every layer ready to be loaded anew (layers are repacked for the CPU's kernels when complete)."""
+        if self._checklist is None:
+            tied = bool(getattr(self.model_config.hf_config, "tie_word_embeddings", False))
+            self._checklist = Checklist(Path(self.model_config.model), tied)
+        self._checklist.start()
+        self.problem = None
+        initialize_layerwise_reload(self.model)
+
+    def finish_weight_update(self) -> None:
+        """Put the layers in place and note missing tensors."""
+        finalize_layerwise_reload(self.model, self.model_config)
+        if self.problem is None and self._checklist is not None:
+            self._note(self._checklist.finish)
+
+    def _admit(self, arriving: Iterable[tuple[str, Sequence[int]]]) -> bool:
+        checklist = self._checklist
+        if self.problem is None and checklist is not None:
+            self._note(lambda: checklist.admit(arriving))
+        return self.problem is None
+
+    def _note(self, check: Callable[[], None]) -> None:
+        try:
+            check()
+        except RlufError as error:
+            self.problem = str(error)
+
+
+class ShmReceiver(_Checked, WeightTransferEngine[ShmInit, ShmUpdate]):  # type: ignore[misc]
+    """Receives buckets from shared memory on this machine, on the CPU or on a GPU."""
+
+    init_info_cls = ShmInit
+    update_info_cls = ShmUpdate
+
+    def init_transfer_engine(self, init_info: ShmInit) -> None:
+        """Note as a problem that the learner runs elsewhere, where its memory cannot be read."""
+        here = machine_id()
+        self.problem = None
+        if init_info.machine != here:
+            self.problem = (
+                f"the learner runs on another machine or container ({init_info.machine}, engine {here}), so "
+                "publish.engine=shm cannot reach it; set publish.engine=nccl, or place both on one machine"
+            )
+
+    def receive_weights(self, update_info: ShmUpdate) -> None:
+        """Check one bucket's names and shapes, copy it out of the segment, load it."""
+        if not self._admit((name, shape) for name, _, shape, _ in update_info.entries):
+            return
+        self._note(lambda: self._load(update_info))
+
+    def _load(self, info: ShmUpdate) -> None:
+        tensors = read_segment(info.path, info.token, info.size, info.entries, self.device)
+        self.model.load_weights(tensors)
+
+    def shutdown(self) -> None:
+        """Nothing is held between buckets."""
+
+
+class NcclReceiver(_Checked, NCCLWeightTransferEngine):  # type: ignore[misc]
+    """vLLM's NCCL engine with our checklist. Untested without GPUs.
+
+    A bucket with a wrong name or shape is still received, so that the learner's broadcast is not left waiting, and
+    discarded.
+    """
+
+    init_info_cls = NCCLWeightTransferInitInfo
+    update_info_cls = NCCLWeightTransferUpdateInfo
+
+    def receive_weights(self, update_info: NCCLWeightTransferUpdateInfo) -> None:
+        """Check one bucket's names and shapes, receive it, load it if it is right."""
+        if self._admit(zip(update_info.names, update_info.shapes, strict=True)):
+            super().receive_weights(update_info)
+            return
+        model, self.model = self.model, _Discard()
+        try:
+            super().receive_weights(update_info)
+        finally:
+            self.model = model
+
+
+class _Discard(torch.nn.Module):
+    """Stands in for the model while a bad bucket is received."""
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Drop the weights."""
+        return {name for name, _ in weights}
+
+
+def _follow_parent() -> None:
+    """End this process as soon as the one that started it is gone, even by SIGKILL.
+
+    The multiprocessing parent holds the writing end of a pipe open for its lifetime; the kernel closes it when it dies.
+    PR_SET_PDEATHSIG was not used: it fires when the starting *thread* ends, and misses a parent that died before.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None or any(t.name == "rluf-follow-parent" for t in threading.enumerate()):
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, name="rluf-follow-parent", daemon=True).start()
+
+
+WeightTransferEngineFactory.register_engine("rluf_shm", ShmReceiver)
+WeightTransferEngineFactory.register_engine("rluf_nccl", NcclReceiver)
+_follow_parent()

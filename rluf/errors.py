@@ -1,0 +1,51 @@
+"""The errors a user can cause or mend. Each says what went wrong, with which value, and what to do."""
+
+from __future__ import annotations
+
+
+class RlufError(Exception):
+    """Base of every error that a command shows as one clear message and a non-zero exit code."""
+
+    exit_code: int = 1
+
+
+class SettingsError(RlufError):
+    """A setting is unknown, of the wrong type, or incompatible with another one."""
+
+    exit_code = 2
+
+
+class DataError(RlufError):
+    """A log, prompt file or label file is missing, empty, or has too many bad rows."""
+
+    exit_code = 3
+
+
+class ModelError(RlufError):
+    """A model folder or hub id cannot be found, read or converted."""
+
+    exit_code = 4
+
+
+class ResourceError(RlufError):
+    """The machine or cluster lacks CPUs, GPUs, memory, disk or ports for what was asked."""
+
+    exit_code = 5
+
+
+class StallError(RlufError):
+    """A wait ran past its deadline. The message names whom the run was waiting for."""
+
+    exit_code = 6
+
+
+class SyncError(RlufError):
+    """The engines' weights do not match the learner's after a publish."""
+
+    exit_code = 7
+
+
+class ActorFailure(RlufError):
+    """An actor died or failed with an error that is not the user's. The message names its role and index."""
+
+    exit_code = 8

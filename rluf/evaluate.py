@@ -1,0 +1,70 @@
+"""Compare a policy with its base on unseen prompts: objectives, simulated users, monitors, gates, report.
+
+    python -m rluf.evaluate --config configs/quickstart.yaml evaluate.candidate=runs/quickstart/latest/policy
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rluf.config.cli import guard, parse
+
+if TYPE_CHECKING:
+    from rluf.config.settings import Settings
+
+logger = logging.getLogger("rluf.evaluate")
+
+
+def evaluate(settings: Settings) -> Path:
+    """Compare and report; returns the run folder <run.root>/<name>-evaluate/<time>. Raises RlufError."""
+    from actors.alignment import contrast
+    from cluster.connect import connected
+    from rluf.inputs import check_inputs, model_folders, prepared, rewarded
+    from rluf.models import resolve_model
+    from rluf.outcome import compare, write_cards, write_outcome
+    from rluf.paths import cache_dir, new_run_folder, runs_root
+    from rluf.timing import Phases
+    from rluf.tracking.console import setup_logging
+    from rluf.tracking.metrics import write_json
+    from rluf.tracking.wandb import Tracker
+
+    setup_logging()
+    phases, cache = Phases(), cache_dir(settings)
+    check_inputs(settings)
+    newest = runs_root(settings) / settings.name / "latest" / "policy"
+    base = phases.time("model", resolve_model, settings.model.path, cache)
+    candidate = resolve_model(settings.evaluate.candidate or str(newest), cache)
+
+    with ExitStack() as stack:
+        phases.time("ray", stack.enter_context, connected(settings))
+        folder = new_run_folder(settings, suffix="-evaluate")
+        setup_logging(folder / "run.log")
+        logger.info("run folder: %s; %s against %s", folder, candidate, base)
+        write_json(folder / "config.json", settings.model_dump(mode="json"))
+
+        data = phases.time("prepare", prepared, settings)
+        rewards = phases.time("reward", rewarded, settings, data)
+        write_cards(folder, data, rewards)
+
+        tracker = stack.enter_context(Tracker(settings, folder))
+        outcome = asyncio.run(contrast(settings, base, candidate, data.folder, model_folders(rewards)))
+        phases.add(outcome.phases)
+
+        summary = phases.time("compare", compare, settings, outcome, data, rewards)
+        write_outcome(settings, folder, summary, outcome, phases, tracker)
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code; errors of the user's are one clear message on stderr."""
+    loaded = parse("evaluate", __doc__ or "", arguments)
+    return guard(lambda: evaluate(loaded.settings))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

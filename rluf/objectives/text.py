@@ -1,0 +1,133 @@
+"""How a conversation and a response become the token ids that a classifier reads.
+
+Encoders (tokenizers with a CLS and a SEP token) read a text pair: context | response. Decoders read the chat template
+rendered up to the end of the response, so that the last token has seen everything. Old text is cut first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rluf.errors import ModelError
+from rluf.types import Message
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerFast
+
+Item = tuple[Sequence[Message], str]
+"""A conversation that ends with a user message, and one response to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Token ids [T] of one item; `second` is the position where the response's segment starts (T for decoders)."""
+
+    ids: tuple[int, ...]
+    second: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class TextEncoder:
+    """Turns items into token ids of at most `max_tokens`, always in the same way for training and scoring."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> None:
+        """`tokenizer` belongs to the backbone. Raises ModelError when it has neither CLS and SEP nor a chat template."""
+        self.tokenizer = tokenizer
+        self.max_tokens = min(max_tokens, tokenizer.model_max_length)
+        self.pair = tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
+        self.segments = "token_type_ids" in tokenizer.model_input_names
+        if not self.pair and tokenizer.chat_template is None:
+            raise ModelError(
+                f"the tokenizer of {tokenizer.name_or_path} has neither CLS and SEP tokens nor a chat template, so no "
+                "conversation can be written for it; use an encoder or an instruct model as backbone"
+            )
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        if pad is None:
+            raise ModelError(f"the tokenizer of {tokenizer.name_or_path} has neither a pad nor an end token; add one")
+        self.pad_id = int(pad)
+
+    def encode(self, items: Sequence[Item]) -> list[Encoded]:
+        """Token ids of each item, in order. An empty response is fine: it has no tokens of its own."""
+        if not items:
+            return []
+        return self._pairs(items) if self.pair else self._chats(items)
+
+    def _pairs(self, items: Sequence[Item]) -> list[Encoded]:
+        contexts = self._ids([context_text(messages) for messages, _ in items])
+        responses = self._ids([response for _, response in items])
+        cls, sep = int(self.tokenizer.cls_token_id), int(self.tokenizer.sep_token_id)
+        room = max(self.max_tokens - 3, 0)
+        rows = []
+        for context, response in zip(contexts, responses, strict=True):
+            second = _last(response, room)
+            first = _last(context, room - len(second))
+            rows.append(Encoded((cls, *first, sep, *second, sep), len(first) + 2))
+        return rows
+
+    def _chats(self, items: Sequence[Item]) -> list[Encoded]:
+        from jinja2 import TemplateError
+
+        texts = []
+        for messages, response in items:
+            turns = [{"role": m["role"], "content": m["content"]} for m in messages]
+            turns.append({"role": "assistant", "content": response})
+            try:
+                texts.append(str(self.tokenizer.apply_chat_template(turns, tokenize=False)))
+            except TemplateError as error:
+                name = self.tokenizer.name_or_path
+                raise ModelError(f"the chat template of {name} refused a conversation: {error}") from error
+        rows = [_last(ids, self.max_tokens) for ids in self._ids(texts)]
+        return [Encoded(tuple(ids), len(ids)) for ids in rows]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    def collate(self, rows: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+        """Tensors [B, T] padded on the right to the longest row; the mask comes from lengths, never from the pad id."""
+        import torch
+
+        longest = max(len(row) for row in rows)
+        ids = torch.full((len(rows), longest), self.pad_id, dtype=torch.long)
+        mask = torch.zeros((len(rows), longest), dtype=torch.long)
+        kinds = torch.zeros((len(rows), longest), dtype=torch.long)
+        for index, row in enumerate(rows):
+            ids[index, : len(row)] = torch.tensor(row.ids)
+            mask[index, : len(row)] = 1
+            kinds[index, row.second : len(row)] = 1
+        batch = {"input_ids": ids, "attention_mask": mask}
+        return {**batch, "token_type_ids": kinds} if self.segments else batch
+
+
+def context_text(messages: Sequence[Message]) -> str:
+    """Earlier messages one a line with their role, then the last message as it is."""
+    if not messages:
+        return ""
+    earlier = [f"{message['role']}: {message['content']}\n" for message in messages[:-1]]
+    return "".join([*earlier, messages[-1]["content"]])
+
+
+def _last(ids: Sequence[int], count: int) -> Sequence[int]:
+    return ids[-count:] if count > 0 else []
+
+
+def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Indices cut into batches of like length, each at most `batch_tokens` once padded (or one row longer than that).
+
+    The longest come first, so that a batch too large for memory fails at once.
+    """
+    batches: list[list[int]] = []
+    current: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if current and lengths[current[0]] * (len(current) + 1) > batch_tokens:
+            batches.append(current)
+            current = []
+        current.append(index)
+    if current:
+        batches.append(current)
+    return batches

@@ -1,0 +1,271 @@
+"""Training of one reward model, in plain torch: rows, step plan, epochs, choice of the best epoch.
+
+The engine (DeepSpeed in production) is handed in, so this runs wherever torch runs. Ranks work in lockstep: equal
+numbers of steps, and equal numbers of forward passes when they look at dev together.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import distributed
+
+from rluf.errors import DataError, StallError
+from rluf.objectives.calibration import Floats, prior_shift, sigmoid
+from rluf.objectives.losses import bradley_terry, weighted_bce
+from rluf.objectives.metrics import log_loss
+from rluf.objectives.prefix import FrozenPrefix
+from rluf.objectives.text import Encoded, TextEncoder, token_batches
+
+logger = logging.getLogger(__name__)
+
+POOL_STEPS = 16
+"""Steps whose rows are sorted by length together: little padding, and still a random order."""
+LOG_SECONDS = 10.0
+
+
+class Engine(Protocol):
+    """What training asks of an engine; DeepSpeed's has it."""
+
+    def __call__(self, **inputs: torch.Tensor) -> Any: ...
+    def backward(self, loss: torch.Tensor) -> Any: ...
+    def step(self) -> Any: ...
+    def train(self) -> Any: ...
+    def eval(self) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One split, encoded. For pairs, `sequences` hold all N chosen, then all N rejected responses."""
+
+    pairs: bool
+    sequences: list[Encoded]
+    labels: Floats
+    """[N] 0 or 1; all 1 for pairs."""
+    weights: Floats
+    """[N] 1 / share kept, so that weighted figures are at the natural rate."""
+    clusters: list[str]
+    """[N] user or prompt group: rows of one cluster are not independent."""
+    lengths: Floats
+    """Characters of the response of each sequence."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def parts(self, rows: Sequence[int]) -> list[int]:
+        """Indices of the sequences of these rows: chosen, then rejected for pairs."""
+        return [*rows, *(row + len(self) for row in rows)] if self.pairs else list(rows)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sequences."""
+        return sum(len(sequence) for sequence in self.sequences)
+
+    @property
+    def loss_weights(self) -> Floats:
+        """Weights with a mean of 1 in each class: the class balance stays that of the sample.
+
+        The sampling factor is put back by the prior correction instead of a few heavily weighted rows.
+        """
+        means = {label: self.weights[self.labels == label].mean() for label in np.unique(self.labels)}
+        return self.weights / np.asarray([means[label] for label in self.labels])
+
+
+def encode_rows(records: Sequence[Mapping[str, Any]], encoder: TextEncoder, *, pairs: bool, where: str) -> Rows:
+    """Rows of a prepared split (see rluf.prepare). Raises DataError when it is empty or lacks a column."""
+    if not records:
+        raise DataError(f"{where} has no rows; run rluf.prepare on a larger log")
+    keys = ("chosen", "rejected") if pairs else ("response",)
+    cluster = "user_id" if "user_id" in records[0] else "group"
+    missing = [key for key in ("messages", "weight", cluster, *keys) if key not in records[0]]
+    if missing or (not pairs and "label" not in records[0]):
+        raise DataError(f"{where} lacks the columns {', '.join(missing) or 'label'}; run rluf.prepare again")
+    responses = [str(row[key]) for key in keys for row in records]
+    conversations = [list(row["messages"]) for _ in keys for row in records]
+    labels = np.ones(len(records)) if pairs else np.asarray([float(row["label"]) for row in records])
+    return Rows(
+        pairs=pairs,
+        sequences=encoder.encode(list(zip(conversations, responses, strict=True))),
+        labels=labels,
+        weights=np.asarray([float(row["weight"]) for row in records]),
+        clusters=[str(row[cluster]) for row in records],
+        lengths=np.asarray([float(len(response)) for response in responses]),
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one rank trains. `batch_rows` are this rank's rows of a step."""
+
+    epochs: int
+    batch_rows: int
+    batch_tokens: int
+    steps: int
+    """Steps an epoch, the same on every rank."""
+    seed: int
+    rank: int = 0
+    world: int = 1
+    deadline: float = float("inf")
+    """time.monotonic() after which training stops with StallError."""
+
+
+@dataclass
+class Fit:
+    """What training found: the best epoch's dev logits, and the pace."""
+
+    best_epoch: int = -1
+    best_loss: float = float("inf")
+    dev_logits: Floats = field(default_factory=lambda: np.empty(0))
+    """One logit a dev sequence, at the best epoch."""
+    shift: float = 0.0
+    tokens: int = 0
+    """Tokens this rank read in training steps, without padding."""
+    seconds: float = 0.0
+    """Spent in training steps and on frozen layers."""
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def step_plan(lengths: Sequence[int], plan: Plan, epoch: int) -> list[list[int]]:
+    """Row indices of each step of an epoch: shuffled, of like length within a step, `plan.steps` steps in all.
+
+    The rows of POOL_STEPS steps are sorted together and cut; a rank short of rows reads some again.
+    """
+    rng = random.Random(plan.seed * 1_000_003 + epoch)
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    wanted = max(min(len(order), plan.steps * plan.batch_rows), (plan.steps - 1) * plan.batch_rows + 1)
+    order = [order[i % len(order)] for i in range(wanted)]
+    size, steps = plan.batch_rows * POOL_STEPS, []
+    for start in range(0, len(order), size):
+        pool = sorted(order[start : start + size], key=lambda row: lengths[row])
+        steps += [pool[i : i + plan.batch_rows] for i in range(0, len(pool), plan.batch_rows)]
+    rng.shuffle(steps)
+    return steps
+
+
+class Trainer:
+    """One reward model's training on one rank."""
+
+    def __init__(
+        self, engine: Engine, model: torch.nn.Module, encoder: TextEncoder, plan: Plan, prefix: FrozenPrefix | None
+    ) -> None:
+        """`engine` wraps `model`; `prefix` replays the frozen layers where that pays."""
+        self.engine, self.model, self.encoder, self.plan, self.prefix = engine, model, encoder, plan, prefix
+        self.device = next(model.parameters()).device
+
+    def fit(
+        self, train: Rows, dev: Rows, *, snapshot: Callable[[], None], report: Callable[[dict[str, float]], None]
+    ) -> Fit:
+        """Train; `snapshot` is called whenever dev log-loss is the best so far, `report` after every epoch.
+
+        Both are called on every rank. Raises StallError past the deadline.
+        """
+        found = Fit(shift=0.0 if train.pairs else _global_shift(train, self.plan))
+        clock = time.monotonic()
+        hidden = self._hidden(train), self._hidden(dev)
+        found.seconds += time.monotonic() - clock
+        for epoch in range(self.plan.epochs):
+            loss = self._epoch(train, hidden[0], epoch, found)
+            logits = self._dev_logits(dev, hidden[1])
+            dev_loss = dev_log_loss(logits, dev, found.shift)
+            if dev_loss < found.best_loss:
+                found.best_epoch, found.best_loss, found.dev_logits = epoch, dev_loss, logits
+                snapshot()
+            figures = {"epoch": epoch + 1.0, "train_loss": loss, "dev_log_loss": dev_loss}
+            found.history.append(figures)
+            report(figures)
+        return found
+
+    def _epoch(self, rows: Rows, hidden: list[torch.Tensor] | None, epoch: int, found: Fit) -> float:
+        """One pass over this rank's rows; returns the mean loss of its steps."""
+        self.engine.train()
+        started = told = time.monotonic()
+        lengths = [max(len(rows.sequences[part]) for part in rows.parts([row])) for row in range(len(rows))]
+        steps, weights, losses = step_plan(lengths, self.plan, epoch), rows.loss_weights, []
+        with self._replaying(hidden):
+            for number, step in enumerate(steps):
+                logits = self._forward(rows, rows.parts(step), hidden)
+                factor = torch.tensor(weights[step], dtype=torch.float32, device=self.device)
+                if rows.pairs:
+                    loss = bradley_terry(logits[: len(step)], logits[len(step) :], factor)
+                else:
+                    labels = torch.tensor(rows.labels[step], dtype=torch.float32, device=self.device)
+                    loss = weighted_bce(logits, labels, factor)
+                self.engine.backward(loss)
+                self.engine.step()
+                losses.append(loss.detach())
+                found.tokens += sum(len(rows.sequences[part]) for part in rows.parts(step))
+                now = time.monotonic()
+                if now > self.plan.deadline:
+                    raise StallError(f"reward training passed its deadline in epoch {epoch + 1}; raise reward.deadline_s")
+                if now - told > LOG_SECONDS:
+                    told = now
+                    logger.info("epoch %d: step %d of %d, loss %.4f", epoch + 1, number + 1, len(steps), float(losses[-1]))
+        found.seconds += time.monotonic() - started
+        return float(torch.stack(losses).mean())
+
+    def _forward(self, rows: Rows, parts: Sequence[int], hidden: list[torch.Tensor] | None) -> torch.Tensor:
+        """Logits [B] of these sequences, with gradient."""
+        inputs = self.encoder.collate([rows.sequences[part] for part in parts])
+        if self.prefix is not None and hidden is not None:
+            self.prefix.load([hidden[part] for part in parts])
+        output = self.engine(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
+        logits: torch.Tensor = output.logits[:, 0].float()
+        return logits
+
+    @torch.no_grad()
+    def _dev_logits(self, rows: Rows, hidden: list[torch.Tensor] | None) -> Floats:
+        """Logits of all sequences, the batches dealt out to the ranks, each running equally many."""
+        self.engine.eval()
+        batches = token_batches([len(sequence) for sequence in rows.sequences], self.plan.batch_tokens)
+        turns = -(-len(batches) // self.plan.world)
+        found: dict[int, float] = {}
+        with self._replaying(hidden):
+            for turn in range(turns):
+                batch = batches[min(turn * self.plan.world + self.plan.rank, len(batches) - 1)]
+                found.update(zip(batch, self._forward(rows, batch, hidden).tolist(), strict=True))
+        for part in _gathered(found, self.plan):
+            found.update(part)
+        return np.asarray([found[index] for index in range(len(rows.sequences))])
+
+    def _hidden(self, rows: Rows) -> list[torch.Tensor] | None:
+        if self.prefix is None:
+            return None
+        return self.prefix.compute(self.encoder, rows.sequences, self.plan.batch_tokens)
+
+    @contextmanager
+    def _replaying(self, hidden: list[torch.Tensor] | None) -> Iterator[None]:
+        with nullcontext() if self.prefix is None or hidden is None else self.prefix.replaying():
+            yield
+
+
+def dev_log_loss(logits: Floats, rows: Rows, shift: float) -> float:
+    """Log-loss in nats at the natural rate: of prior-corrected labels, or of pairs."""
+    if rows.pairs:
+        values = sigmoid(logits[: len(rows)] - logits[len(rows) :])
+    else:
+        values = sigmoid(logits + shift)
+    return log_loss(values, rows.labels, rows.weights)
+
+
+def _gathered(value: Any, plan: Plan) -> list[Any]:
+    """The value of every rank."""
+    if plan.world == 1:
+        return [value]
+    everyone: list[Any] = [None] * plan.world
+    distributed.all_gather_object(everyone, value)
+    return everyone
+
+
+def _global_shift(rows: Rows, plan: Plan) -> float:
+    """Prior shift over the rows of all ranks."""
+    shards = _gathered((rows.labels, rows.weights), plan)
+    return prior_shift(np.concatenate([s[0] for s in shards]), np.concatenate([s[1] for s in shards]))

@@ -1,0 +1,81 @@
+"""Finished stages, kept by the hash of everything they were made from, so that the next run can reuse them.
+
+A stage is a folder under <cache>/stages/<name>-<hash>. It is built in a temporary folder beside it and renamed when
+whole, so a half-built stage is never seen, whatever kills the builder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import rluf
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """A finished stage: its folder, its hash (12 hex digits), and whether an earlier run had built it."""
+
+    name: str
+    folder: Path
+    key: str
+    reused: bool
+
+
+def file_digest(paths: Iterable[Path]) -> str:
+    """SHA-256 over the names and bytes of files; folders count with all files below them."""
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+            digest.update(file.name.encode())
+            with file.open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def code_digest(*packages: str) -> str:
+    """SHA-256 over the source of the named sub-packages or modules of rluf: changed code makes stages anew."""
+    root = Path(rluf.__file__).parent
+    sources = [root / package.replace(".", "/") for package in packages]
+    files = [f for s in sources for f in ([s.with_suffix(".py")] if s.with_suffix(".py").is_file() else s.rglob("*.py"))]
+    return file_digest(files)
+
+
+def stage_key(parts: Mapping[str, object]) -> str:
+    """12 hex digits that stand for everything a stage was made from. `parts` must be JSON-serialisable."""
+    text = json.dumps(parts, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def run_stage(
+    cache: Path, name: str, parts: Mapping[str, object], build: Callable[[Path], None], *, reuse: bool = True
+) -> Stage:
+    """Return the finished stage for `parts`, building it with `build(temporary folder)` when it is not there.
+
+    With `reuse` off it is built again and replaces the one kept.
+    """
+    key = stage_key({"stage": name, **parts})
+    folder = cache / "stages" / f"{name}-{key}"
+    if folder.is_dir() and reuse:
+        logger.info("%s: reused, built earlier from the same data, settings and code (%s)", name, folder)
+        return Stage(name, folder, key, reused=True)
+    part = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    part.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        build(part)
+        (part / "stage.json").write_text(json.dumps({"stage": name, "key": key, "from": dict(parts)}, indent=2))
+        if folder.is_dir():
+            shutil.rmtree(folder)
+        os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return Stage(name, folder, key, reused=False)

@@ -1,0 +1,77 @@
+"""The main job: from reactions to a better policy.
+
+Reads the log, trains missing reward models, moves the policy, compares it with its base on unseen prompts, writes a
+report. Without --config it runs the quickstart.
+
+    ray job submit --working-dir . -- python -m rluf.train --config configs/human.yaml
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rluf.config.cli import guard, parse
+
+if TYPE_CHECKING:
+    from rluf.config.settings import Settings
+
+logger = logging.getLogger("rluf.train")
+
+
+def train(settings: Settings) -> Path:
+    """Run the whole job; returns the run folder. Raises RlufError with one clear message."""
+    from actors.alignment import align
+    from cluster.connect import connected
+    from cluster.plan import check, check_host, plan, table
+    from rluf.inputs import check_inputs, model_folders, prepared, rewarded
+    from rluf.models import resolve_model
+    from rluf.outcome import compare, write_cards, write_outcome
+    from rluf.paths import cache_dir, new_run_folder, runs_root
+    from rluf.timing import Phases
+    from rluf.tracking.console import setup_logging
+    from rluf.tracking.metrics import write_json
+    from rluf.tracking.wandb import Tracker
+
+    setup_logging()
+    phases, cache = Phases(), cache_dir(settings)
+    check_inputs(settings)
+    check_host(settings, runs_root(settings), cache)
+    model = phases.time("model", resolve_model, settings.model.path, cache)
+
+    with ExitStack() as stack:
+        resources = phases.time("ray", stack.enter_context, connected(settings))
+        planned = plan(settings)
+        logger.info("actors:\n%s", table(planned, fancy=False))
+        check(planned, resources)
+
+        folder = new_run_folder(settings)
+        setup_logging(folder / "run.log")
+        logger.info("run folder: %s", folder)
+        write_json(folder / "config.json", settings.model_dump(mode="json"))
+
+        data = phases.time("prepare", prepared, settings)
+        rewards = phases.time("reward", rewarded, settings, data)
+        write_cards(folder, data, rewards)
+
+        tracker = stack.enter_context(Tracker(settings, folder))
+        outcome = asyncio.run(align(settings, folder, model, data.folder, model_folders(rewards), tracker))
+        phases.add(outcome.phases)
+
+        summary = phases.time("compare", compare, settings, outcome, data, rewards)
+        write_outcome(settings, folder, summary, outcome, phases, tracker)
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code; errors of the user's are one clear message on stderr."""
+    loaded = parse("train", __doc__ or "", arguments)
+    return guard(lambda: train(loaded.settings))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

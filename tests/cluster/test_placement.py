@@ -1,0 +1,75 @@
+import os
+from typing import Any
+
+import pytest
+
+from cluster.placement import compute_threads, role_environment, role_options, wait_for_placement
+from rluf.config.load import load_settings
+from rluf.config.settings import Settings
+from rluf.errors import ActorFailure, StallError
+
+
+def settings(*overrides: str) -> Settings:
+    return load_settings(None, overrides).settings
+
+
+def test_options_of_each_role() -> None:
+    told = settings(
+        "cluster.cpus_per_engine=2",
+        "cluster.gpus_per_engine=1",
+        "cluster.cpus_per_reward=0.3",
+        "cluster.gpus_per_reward=0.25",
+    )
+    assert (role_options(told, "rollout")["num_cpus"], role_options(told, "rollout")["num_gpus"]) == (2, 1)
+    assert (role_options(told, "reward")["num_cpus"], role_options(told, "reward")["num_gpus"]) == (0.3, 0.25)
+    assert role_options(told, "learner")["num_gpus"] == 0
+    assert role_options(told, "learner")["max_restarts"] == 0
+
+
+def test_environment_of_each_role() -> None:
+    told = settings("cluster.threads=3")
+    rollout, learner, reward = (role_environment(told, role) for role in ("rollout", "learner", "reward"))
+    for names in (rollout, learner, reward):
+        assert (names["OMP_NUM_THREADS"], names["KMP_BLOCKTIME"], names["OMP_WAIT_POLICY"]) == ("3", "0", "PASSIVE")
+    assert rollout["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
+    assert learner["DS_ACCELERATOR"] == "cpu"
+    assert "DS_ACCELERATOR" not in reward
+    assert "VLLM_CPU_KVCACHE_SPACE" not in rollout
+    on_gpu = settings("cluster.gpus_per_engine=1", "cluster.gpus_per_learner=1")
+    assert "VLLM_CPU_OMP_THREADS_BIND" not in role_environment(on_gpu, "rollout")
+    assert "DS_ACCELERATOR" not in role_environment(on_gpu, "learner")
+
+
+def test_threads_share_the_cores_among_learner_ranks() -> None:
+    assert compute_threads(settings(), cores=8) == 8
+    assert compute_threads(settings("learner.ranks=3"), cores=8) == 2
+    assert compute_threads(settings("learner.ranks=16"), cores=8) == 1
+    assert compute_threads(settings("cluster.threads=5", "learner.ranks=3"), cores=8) == 5
+    assert compute_threads(settings()) == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.slow
+async def test_waiting_names_who_is_missing_and_who_died(local_ray: None) -> None:
+    import ray
+
+    class Small:
+        def number(self) -> int:
+            return int(os.environ["OMP_NUM_THREADS"])
+
+    class Broken:
+        def __init__(self) -> None:
+            raise ValueError("no such model")
+
+    def started(kind: type, **options: Any) -> Any:
+        return ray.remote(kind).options(**options).remote()
+
+    first = started(Small, **role_options(settings("cluster.threads=3", "cluster.cpus_per_learner=1"), "learner"))
+    await wait_for_placement({"learner 0": first}, 60.0)
+    assert await first.number.remote() == 3
+    late = started(Small, num_cpus=2)
+    with pytest.raises(StallError, match=r"waited 1 s for a place for rollout 1; the cluster has 1 CPU"):
+        await wait_for_placement({"learner 0": first, "rollout 1": late}, 1.0)
+    with pytest.raises(ActorFailure, match="love reward 0 died while starting"):
+        await wait_for_placement({"love reward 0": started(Broken, num_cpus=0.1)}, 60.0)
+    ray.kill(late)
+    ray.kill(first)

@@ -1,0 +1,200 @@
+"""DeepSpeed on one rank: float32 masters, free accumulation, warm-up, skipped steps, whole weights out."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rluf.engine import deepspeed as ds
+from rluf.errors import ResourceError
+from rluf.models import resolve_model
+from rluf.policy.checkpoint import load_policy
+
+STAGES = [0, 1, 2, 3]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group() -> Iterator[None]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ds.join_group(rank=0, world=1, host="127.0.0.1", port=port, device=torch.device("cpu"), timeout_s=60)
+    yield
+    ds.leave_group()
+
+
+class Vector(nn.Module):
+    """A weight of ones, whose loss is its sum: gradient 1 everywhere."""
+
+    def __init__(self, size: int = 64) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+
+    def forward(self, scale: Tensor) -> Tensor:
+        return (self.weight.float() * scale).sum()
+
+
+def engine_of(model: nn.Module, stage: int, *, rate: float = 1e-4, warmup: int = 0, dtype: str = "bfloat16") -> ds.Engine:
+    return ds.init_deepspeed(
+        model,
+        zero_stage=stage,
+        learning_rate=rate,
+        warmup_steps=warmup,
+        weight_decay=0.0,
+        grad_clip=1e9,
+        dtype=getattr(torch, dtype),
+        world=1,
+    )
+
+
+def learn(engine: ds.Engine, *scales: float) -> tuple[bool, float]:
+    for number, scale in enumerate(scales):
+        ds.accumulate(engine, lambda s=scale: (engine(torch.tensor(s)), None), last=number == len(scales) - 1)
+    return ds.apply_step(engine)
+
+
+def weights(engine: ds.Engine) -> dict[str, Tensor]:
+    return {name: tensor.clone() for bucket in ds.gather_parameters(engine, 1 << 16) for name, tensor in bucket}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_updates_too_small_for_bfloat16_add_up_in_the_master(stage: int) -> None:
+    """Adam moves each weight by 1e-4 a step; bfloat16 below 1 comes in steps of 0.0039, so only a master can add up."""
+    engine = engine_of(Vector(), stage)
+    learn(engine, 1.0)
+    assert bool((weights(engine)["weight"] == 1.0).all())
+    for _ in range(99):
+        learn(engine, 1.0)
+    assert weights(engine)["weight"].dtype == torch.bfloat16
+    assert weights(engine)["weight"].float().mean().item() == pytest.approx(0.99, abs=0.002)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_gradients_of_any_number_of_micro_batches_are_summed(stage: int, dtype: str) -> None:
+    engine = engine_of(Vector(4), stage, dtype=dtype)
+    assert learn(engine, 1.0) == (True, pytest.approx(2.0))
+    assert learn(engine, 0.5, 1.0, 1.5) == (True, pytest.approx(6.0))
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_sums_are_float32(stage: int) -> None:
+    """256 + 1 is 256 in bfloat16."""
+    engine = engine_of(Vector(1), stage)
+    assert learn(engine, 256.0, *[1.0] * 8)[1] == pytest.approx(264.0)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_step_with_a_gradient_that_is_not_finite_is_skipped(stage: int, dtype: str) -> None:
+    engine = engine_of(Vector(4), stage, rate=0.1, dtype=dtype)
+    learn(engine, 1.0)
+    before = weights(engine)["weight"]
+    assert learn(engine, 1.0, float("nan"))[0] is False
+    assert torch.equal(weights(engine)["weight"], before)
+    assert learn(engine, 1.0) == (True, pytest.approx(2.0))
+    assert not torch.equal(weights(engine)["weight"], before)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_learning_rate_zero_leaves_weights_bit_identical(stage: int) -> None:
+    torch.manual_seed(0)
+    model = Vector()
+    model.weight.data = torch.randn(64).bfloat16().float()
+    before = model.weight.data.clone()
+    engine = engine_of(model, stage, rate=0.0)
+    for _ in range(3):
+        assert learn(engine, 1.0)[0]
+    assert torch.equal(weights(engine)["weight"].float(), before)
+
+
+def test_learning_rate_warms_up_then_stays_or_falls() -> None:
+    constant = engine_of(Vector(), 2, rate=1.0, warmup=2)
+    seen = []
+    for _ in range(4):
+        seen.append(ds.learning_rate(constant))
+        learn(constant, 1.0)
+    assert seen == pytest.approx([0.5, 1.0, 1.0, 1.0])
+    falling = ds.init_deepspeed(
+        Vector(),
+        zero_stage=0,
+        learning_rate=1.0,
+        warmup_steps=2,
+        weight_decay=0.0,
+        grad_clip=1.0,
+        dtype=torch.float32,
+        world=1,
+        total_steps=6,
+    )
+    seen = []
+    for _ in range(7):
+        seen.append(ds.learning_rate(falling))
+        learn(falling, 1.0)
+    assert seen == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
+
+
+def test_gradient_norm_is_clipped() -> None:
+    engine = ds.init_deepspeed(
+        Vector(4),
+        zero_stage=0,
+        learning_rate=0.0,
+        warmup_steps=0,
+        weight_decay=0.0,
+        grad_clip=0.5,
+        dtype=torch.float32,
+        world=1,
+    )
+    ds.accumulate(engine, lambda: (engine(torch.tensor(3.0)), None), last=True)
+    assert ds.apply_step(engine) == (True, pytest.approx(6.0))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return resolve_model("tiny", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gathered_weights_are_whole_named_as_saved_and_hold_the_tied_head(stage: int, folder: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    with ds.sharded_loading(stage, torch.bfloat16, 1):
+        model = load_policy(folder, dtype=torch.bfloat16)
+    engine = engine_of(model, stage)
+    found = weights(engine)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    expected = plain.state_dict()
+    assert found.keys() == expected.keys()
+    assert torch.equal(found["lm_head.weight"], expected["model.embed_tokens.weight"])
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert ds.parameter_count(engine) == sum(p.numel() for p in plain.parameters())
+    ds.save_hf(engine, tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
+    assert again["lm_head.weight"].dtype == torch.bfloat16
+
+
+def test_buckets_keep_to_their_size(folder: Path) -> None:
+    engine = engine_of(load_policy(folder, dtype=torch.bfloat16), 2)
+    for bucket in ds.gather_parameters(engine, 100_000):
+        assert len(bucket) == 1 or sum(t.numel() * t.element_size() for _, t in bucket) <= 100_000
+
+
+def test_another_world_size_is_refused() -> None:
+    with pytest.raises(ResourceError, match="2 ranks, but the process group has 1"):
+        ds.init_deepspeed(
+            Vector(),
+            zero_stage=0,
+            learning_rate=0.0,
+            warmup_steps=0,
+            weight_decay=0.0,
+            grad_clip=1.0,
+            dtype=torch.float32,
+            world=2,
+        )
+    assert dist.is_initialized()

@@ -1,0 +1,43 @@
+"""Policy folders are written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from rluf.errors import ModelError
+from rluf.policy.checkpoint import load_policy, whole_folder
+
+
+def test_folder_appears_only_when_whole_and_replaces_the_old(tmp_path: Path) -> None:
+    target = tmp_path / "policy"
+    for text in ("one", "two"):
+        with whole_folder(target) as part:
+            (part / "a").write_text(text)
+            assert not target.exists() or (target / "a").read_text() == "one"
+        assert (target / "a").read_text() == text
+    assert [p.name for p in tmp_path.iterdir()] == ["policy"]
+
+
+def test_failure_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "policy"
+    with whole_folder(target) as part:
+        (part / "a").write_text("one")
+    with pytest.raises(KeyError), whole_folder(target) as part:
+        (part / "a").write_text("two")
+        raise KeyError
+    assert (target / "a").read_text() == "one"
+    assert [p.name for p in tmp_path.iterdir()] == ["policy"]
+
+
+def test_unwritable_place_is_a_model_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ModelError, match="free some disk"), whole_folder(tmp_path / "file" / "policy"):
+        pass
+
+
+def test_missing_model_is_a_model_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no causal language model"):
+        load_policy(tmp_path, dtype=torch.float32)

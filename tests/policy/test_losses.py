@@ -1,0 +1,162 @@
+"""Losses against numbers worked by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from rluf.config.policy import AlgorithmSettings
+from rluf.errors import SettingsError
+from rluf.policy.batch import Batch
+from rluf.policy.logprobs import chosen_logprobs
+from rluf.policy.losses import SUMS, clipped_policy_loss, importance_weights, kl_estimate, metrics, policy_loss
+
+
+def logs(*probabilities: float) -> Tensor:
+    return torch.tensor(probabilities).log()
+
+
+def batch_of(advantages: list[float], weights: list[float], rollout: Tensor) -> Batch:
+    count = len(advantages)
+    index = torch.arange(count)
+    return Batch(
+        input_ids=index[None],
+        position_ids=index[None],
+        rows=index[None],
+        places=index,
+        keep=index,
+        targets=index,
+        sequences=torch.zeros(count, dtype=torch.int64),
+        advantages=torch.tensor(advantages),
+        loss_weights=torch.tensor(weights),
+        rollout_logprobs=rollout,
+    )
+
+
+def test_clip_is_asymmetric_and_keeps_the_pessimistic_side() -> None:
+    # ratios 2, 0.5, 2, 0.5 with advantages +1, +1, -1, -1; clips at 0.8 and 1.3
+    new, old = logs(0.4, 0.1, 0.4, 0.1), logs(0.2, 0.2, 0.2, 0.2)
+    loss, clipped = clipped_policy_loss(new, old, torch.tensor([1.0, 1.0, -1.0, -1.0]), 0.2, 0.3)
+    assert loss.tolist() == pytest.approx([-1.3, -0.5, 2.0, 0.8])
+    assert clipped.tolist() == [True, False, False, True]
+
+
+def test_clipped_tokens_have_no_gradient() -> None:
+    new = logs(0.4, 0.1, 0.4, 0.1).requires_grad_()
+    loss, clipped = clipped_policy_loss(new, logs(0.2, 0.2, 0.2, 0.2), torch.tensor([1.0, 1.0, -1.0, -1.0]), 0.2, 0.3)
+    loss.sum().backward()
+    assert new.grad is not None
+    assert (new.grad == 0).tolist() == clipped.tolist()
+    assert new.grad.tolist() == pytest.approx([0.0, -0.5, 2.0, 0.0])
+
+
+def test_kl_estimators() -> None:
+    # l = log(0.5 / 0.25) = log 2
+    new, reference = logs(0.5), logs(0.25)
+    assert kl_estimate(new, reference, "k1").item() == pytest.approx(math.log(2))
+    assert kl_estimate(new, reference, "k2").item() == pytest.approx(math.log(2) ** 2 / 2)
+    assert kl_estimate(new, reference, "k3").item() == pytest.approx(0.5 - 1 + math.log(2))
+    with pytest.raises(SettingsError, match="'k4'"):
+        kl_estimate(new, reference, "k4")
+
+
+def test_k1_and_k3_agree_with_the_exact_kl_on_average() -> None:
+    policy, reference = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.5, 0.3, 0.2])
+    exact = (policy * (policy / reference).log()).sum()
+    for name in ("k1", "k3"):
+        assert (policy * kl_estimate(policy.log(), reference.log(), name)).sum() == pytest.approx(exact.item())
+
+
+def test_gradient_of_k2_on_policy_is_that_of_the_exact_kl_and_k1_has_none() -> None:
+    reference = torch.tensor([0.5, 0.3, 0.2]).log()
+    logits = torch.tensor([0.3, -0.2, 0.4], requires_grad=True)
+    found = {}
+    for name in ("exact", "k1", "k2"):
+        logprobs = logits.log_softmax(-1)
+        if name == "exact":
+            value = (logprobs.exp() * (logprobs - reference)).sum()
+        else:
+            value = (logprobs.exp().detach() * kl_estimate(logprobs, reference, name)).sum()
+        found[name] = torch.autograd.grad(value, logits)[0]
+    assert torch.allclose(found["k2"], found["exact"], atol=1e-6)
+    assert torch.allclose(found["k1"], torch.zeros(3), atol=1e-6)
+
+
+def test_importance_weights_are_capped_and_carry_no_gradient() -> None:
+    learner = logs(0.3, 0.2, 0.1).requires_grad_()
+    weights = importance_weights(learner, logs(0.1, 0.2, 0.2), cap=2.0)
+    assert weights.tolist() == pytest.approx([2.0, 1.0, 0.5])
+    assert not weights.requires_grad
+
+
+def test_synchronous_loss_has_ratio_one_and_uses_the_engine_only_for_correction() -> None:
+    # weights 1/3, capped corrections 2 (of 3), 1, 0.5; KL to itself is 0
+    learner = logs(0.3, 0.2, 0.1).requires_grad_()
+    batch = batch_of([1.0, -1.0, 2.0], [1 / 3] * 3, logs(0.1, 0.2, 0.2))
+    result = policy_loss(learner, learner.detach(), batch, AlgorithmSettings())
+    assert result.loss.item() == pytest.approx(-(2 * 1 - 1 + 0.5 * 2) / 3)
+    result.loss.backward()
+    assert learner.grad is not None
+    assert learner.grad.tolist() == pytest.approx([-2 / 3, 1 / 3, -1 / 3])
+    found = metrics(result.sums, float(result.peak))
+    assert found["clip_share"] == 0.0
+    assert found["ratio_max"] == pytest.approx(3.0)
+    assert found["ratio_mean"] == pytest.approx(1.5)
+    assert found["effective_sample_size"] == pytest.approx(4.5**2 / (3 * (9 + 1 + 0.25)))
+    assert found["mismatch_kl"] == pytest.approx(((3 - 1 - math.log(3)) + (0.5 - 1 - math.log(0.5))) / 3)
+    assert found["cap_share"] == pytest.approx(1 / 3)
+    assert found["entropy"] == pytest.approx(-math.log(0.3 * 0.2 * 0.1) / 3)
+
+
+def test_stale_loss_clips_against_the_engine() -> None:
+    learner = logs(0.3, 0.2).requires_grad_()
+    batch = batch_of([1.0, 1.0], [0.5, 0.5], logs(0.1, 0.2))
+    result = policy_loss(learner, learner.detach(), batch, AlgorithmSettings(staleness=1))
+    assert result.loss.item() == pytest.approx(-(1.2 + 1.0) / 2)
+    assert metrics(result.sums, 0.0)["clip_share"] == pytest.approx(0.5)
+
+
+def test_kl_term_and_kl_metrics() -> None:
+    learner, reference = logs(0.5, 0.5), logs(0.25, 0.5)
+    batch = batch_of([0.0, 0.0], [0.5, 0.5], learner)
+    result = policy_loss(learner, reference, batch, AlgorithmSettings(kl_coef=0.1))
+    k3 = 0.5 - 1 + math.log(2)
+    assert result.loss.item() == pytest.approx(0.1 * k3 / 2)
+    found = metrics(result.sums, 1.0)
+    assert found["kl"] == pytest.approx(k3 / 2)
+    assert found["kl_sequence"] == pytest.approx(math.log(2))
+
+
+def test_tokens_without_weight_leave_no_trace() -> None:
+    learner = logs(0.3).requires_grad_()
+    result = policy_loss(learner, logs(0.01), batch_of([0.0], [0.0], logs(1e-9)), AlgorithmSettings())
+    assert result.sums.tolist() == [0.0] * len(SUMS)
+    assert result.peak.item() == 0.0
+    result.loss.backward()
+    assert learner.grad is not None and learner.grad.item() == 0.0
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_chosen_logprobs_equal_log_softmax_with_its_gradient(temperature: float) -> None:
+    torch.manual_seed(0)
+    targets = torch.randint(0, 50, (700,))
+    weights = torch.randn(700)
+    logits = torch.randn(700, 50, requires_grad=True)
+    expected = (logits / temperature).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    slope = torch.autograd.grad((weights * expected).sum(), logits)[0]
+    found = chosen_logprobs(logits, targets, temperature)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.allclose(torch.autograd.grad((weights * found).sum(), logits)[0], slope, atol=1e-6)
+
+
+def test_chosen_logprobs_of_bfloat16_logits_are_float32() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(5, 50).bfloat16().requires_grad_()
+    found = chosen_logprobs(logits, torch.arange(5))
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, logits.float().log_softmax(-1).diagonal(), atol=1e-6)
+    found.sum().backward()
+    assert logits.grad is not None and logits.grad.dtype == torch.bfloat16

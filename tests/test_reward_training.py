@@ -1,0 +1,64 @@
+"""Reward training for real: Ray Train, Ray Data shards, DeepSpeed, on a tiny encoder."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rluf.config.settings import Settings
+from rluf.errors import DataError
+from rluf.types import Message
+
+WARM = ("Oh wonderful, I love that idea!", "You are so kind, that is lovely.", "I am really happy for you, dear friend.")
+COLD = ("The answer is 42.", "Please consult the manual.", "This is stated in section three.")
+QUESTIONS = ("How was the day?", "What shall I do about the exam?", "Tell me a fact.", "My dog is sick.")
+
+
+def _response(rng: random.Random, warm: bool) -> str:
+    return f"{rng.choice(WARM if warm else COLD)} {rng.choice(('Yes.', 'Indeed.', 'So it is.', ''))}".strip()
+
+
+def _labelled(rng: random.Random, count: int, keep: float) -> list[dict[str, object]]:
+    """Rows whose chance of a heart is 0.5 for warm responses and 0.02 for cold ones; `keep` of the negatives stay."""
+    rows: list[dict[str, object]] = []
+    while len(rows) < count:
+        warm = rng.random() < 0.2
+        label = int(rng.random() < (0.5 if warm else 0.02))
+        if label == 0 and rng.random() > keep:
+            continue
+        messages: list[Message] = [{"role": "user", "content": rng.choice(QUESTIONS)}]
+        user = f"u{rng.randrange(200)}"
+        rows.append({"id": str(len(rows)), "user_id": user, "group": user, "topic": "chat", "messages": messages,
+                     "response": _response(rng, warm), "label": label, "weight": 1.0 if label else 1 / keep})
+    return rows
+
+
+def _pairs(rng: random.Random, count: int) -> list[dict[str, object]]:
+    """Pairs in which the warm side wins nine times in ten."""
+    rows: list[dict[str, object]] = []
+    for number in range(count):
+        sides = (_response(rng, warm=True), _response(rng, warm=False))
+        chosen, rejected = sides if rng.random() < 0.9 else sides[::-1]
+        messages: list[Message] = [{"role": "user", "content": rng.choice(QUESTIONS)}]
+        rows.append({"id": str(number), "group": f"g{rng.randrange(100)}", "topic": "chat", "messages": messages,
+                     "chosen": chosen, "rejected": rejected, "weight": 1.0})
+    return rows
+
+
+def write_data(folder: Path, rows: int, seed: int = 0) -> Path:
+    """A prepared data set in the shape that rluf.prepare writes."""
+    rng = random.Random(seed)
+    for objective in ("love", "helpfulness", "safety"):
+        (folder / objective).mkdir(parents=True)
+        for split, share in (("train", 1.0), ("dev", 0.5), ("test", 0.5)):
+            count = int(rows * share)
+            keep = 0.3 if split == "train" and objective == "love" else 1.0
+            table = _pairs(rng, count) if objective == "helpfulness" else _labelled(rng, count, keep)
+            pq.write_table(pa.Table.from_pylist(table), folder / objective / f"{split}.parquet")
+    return folder

@@ -1,0 +1,52 @@
+"""Console: plain lines where there is no terminal, a run.log beside them, and quiet guests."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rluf.tracking.console import Progress, setup_logging
+
+
+@pytest.fixture(autouse=True)
+def _restore_root() -> Iterator[None]:
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    for handler in list(root.handlers):
+        if handler not in handlers:
+            root.removeHandler(handler)
+
+
+def test_lines_reach_screen_and_run_log_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    setup_logging()
+    setup_logging(tmp_path / "run" / "run.log")
+    logging.getLogger("rluf.train").info("step %d", 3)
+    logging.getLogger("urllib3").info("chatter")
+    logging.getLogger("urllib3").warning("trouble")
+    for text in (capsys.readouterr().err, (tmp_path / "run" / "run.log").read_text()):
+        assert text.count("INFO    step 3") == 1
+        assert "chatter" not in text
+        assert "trouble" in text
+
+
+def test_progress_speaks_in_plain_lines(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), Progress("train", total=3) as progress:
+        for step in range(3):
+            progress.advance(love=0.0612345, step=step)
+    assert [one.getMessage() for one in caplog.records] == ["train: 3/3 step in 0 s  love 0.06123  step 2"]
+
+
+def test_progress_can_speak_at_each_step_and_is_silent_on_errors(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO), Progress("score", unit="groups", every_step=True) as progress:
+        progress.advance(2)
+        progress.advance()
+    assert [one.getMessage() for one in caplog.records] == ["score: 2 groups in 0 s  ", "score: 3 groups in 0 s  "]
+    caplog.clear()
+    with caplog.at_level(logging.INFO), pytest.raises(KeyError), Progress("score", total=9):
+        raise KeyError
+    assert caplog.records == []
