@@ -33,7 +33,7 @@ class Answered:
 
 @dataclass(slots=True)
 class Outcome:
-    """What a run leaves for the comparison: both policies' answers to the same prompts, metrics of each step, seconds."""
+    """What a run leaves for the comparison: both policies' answers to the same prompts, steps' metrics, seconds."""
 
     base: list[Answered] = field(default_factory=list)
     aligned: list[Answered] = field(default_factory=list)
@@ -99,7 +99,9 @@ async def _steps(settings: Settings, pipeline: Pipeline, folder: Path, tracker: 
             outcome.steps.append(row)
             metrics.append(row)
             tracker.log(number, row)
-            progress.advance(**{name: row[name] for name in (*pipeline.crew.rewards, "reward", "kl", "probe", "step_s")})
+            progress.advance(
+                **{name: row[name] for name in (*pipeline.crew.rewards, "reward", "kl", "probe", "step_s")}
+            )
             if every and number % every == 0 and number < total:
                 await pipeline.save(str(folder / "checkpoints" / f"step-{number}"))
 
@@ -120,4 +122,3 @@ def _lap(outcome: Outcome, phase: str, since: float) -> float:
     now = time.monotonic()
     outcome.phases[phase] = now - since
     return now
-

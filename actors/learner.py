@@ -151,7 +151,7 @@ class LearnerActor:
         }
 
     def _accumulate(self, batch: Batch, reference: Tensor, *, last: bool) -> LossResult:
-        """Add one micro-batch's gradient. DeepSpeed averages over ranks, the loss is a sum over them: hence the factor."""
+        """Add one micro-batch's gradient. DeepSpeed averages over ranks, the loss sums over them: hence the factor."""
 
         def forward() -> tuple[Tensor, LossResult]:
             logprobs = self._logprobs(self.engine, batch, self.settings.rollout.temperature)
@@ -210,7 +210,7 @@ class LearnerActor:
         return self._sender.offer(int(init["version"]))
 
     def next_bucket(self) -> dict[str, Any] | None:
-        """Gather and hand over the next bucket (rank 0 returns what the engines' update takes); None when all are sent."""
+        """Gather and hand over the next bucket; rank 0 returns what the engines' update takes. None after the last."""
         bucket = next(self._buckets, None)
         if bucket is None:
             return None
@@ -223,7 +223,7 @@ class LearnerActor:
             self._sender.finish()
 
     def save(self, path: str) -> None:
-        """Write the policy as a Hugging Face folder with its tokenizer: whole, synced, or not at all. All ranks call it."""
+        """Write the policy as a Hugging Face folder with tokenizer: whole, synced, or not at all. All ranks call it."""
         target = Path(path)
         if self.rank > 0:
             ds.save_hf(self.engine, target)

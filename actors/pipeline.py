@@ -99,7 +99,7 @@ class Pipeline:
     async def respond(
         self, prompts: Sequence[Prompt], samples: int, seed: int, done: Callable[[], None]
     ) -> list[tuple[Group, ScoredGroup]]:
-        """Responses of the policy that the engines hold now to each prompt, with scores; `done` is called per prompt."""
+        """Responses of the policy in the engines to each prompt, with scores; `done` is called after each prompt."""
         width = max(1, self.settings.rollout.concurrency * len(self.crew.rollouts) // samples)
         gate = asyncio.Semaphore(width)
 
@@ -203,7 +203,9 @@ class Pipeline:
         calls: list[tuple[Member, Any]] = [
             (m, m.handle.step.remote(refs, gains, plan[m.index], number)) for m in self.crew.learners
         ]
-        found: list[dict[str, float]] = await everyone(calls, self.settings.learner.deadline_s, f"learning step {number}")
+        found: list[dict[str, float]] = await everyone(
+            calls, self.settings.learner.deadline_s, f"learning step {number}"
+        )
         return found[0]
 
     async def close(self) -> None:
@@ -221,4 +223,3 @@ class Pipeline:
 def _signals(batch: Sequence[ScoredGroup]) -> dict[str, list[float]]:
     names = batch[0].scores.keys()
     return {name: [signal(score) for scored in batch for score in scored.scores[name]] for name in names}
-

@@ -67,8 +67,8 @@ class Publisher:
                     raise SyncError(
                         f"{member} disagrees with the learner after publishing version {version}: mean |logprob "
                         f"difference| {gap:.4f} nats a token, publish.probe_tolerance is "
-                        f"{self.settings.publish.probe_tolerance:g}; the engine holds wrong weights, or the tolerance is "
-                        "too tight for this dtype"
+                        f"{self.settings.publish.probe_tolerance:g}; the engine holds wrong weights, or the tolerance "
+                        "is too tight for this dtype"
                     )
                 worst = max(worst, gap)
         return worst

@@ -92,14 +92,15 @@ class RewardActor:
         await asyncio.sleep(0)  # let calls that have already arrived join the first batch
         while self._waiting:
             batch, self._waiting = self._waiting, []
-            outcome = await asyncio.gather(asyncio.to_thread(self._score, [group for group, _ in batch]), return_exceptions=True)
+            work = asyncio.to_thread(self._score, [group for group, _ in batch])
+            (outcome,) = await asyncio.gather(work, return_exceptions=True)
             for place, (_, future) in enumerate(batch):
                 if future.done():  # its caller has gone
                     continue
-                if isinstance(outcome[0], BaseException):
-                    future.set_exception(outcome[0])
+                if isinstance(outcome, BaseException):
+                    future.set_exception(outcome)
                 else:
-                    future.set_result(outcome[0][place])
+                    future.set_result(outcome[place])
 
     def _score(self, groups: Sequence[Group]) -> list[list[Score]]:
         started = time.monotonic()

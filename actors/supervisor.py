@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,8 +68,8 @@ async def within(call: Awaitable[Any], seconds: float, who: str) -> Any:
         return await asyncio.wait_for(_future(call), seconds)
     except TimeoutError as error:
         raise StallError(
-            f"waited {seconds:g} s for {who} without an answer; raise its deadline_s, or look at the actor's log in the "
-            "Ray dashboard"
+            f"waited {seconds:g} s for {who} without an answer; raise its deadline_s, or look at the actor's log "
+            "in the Ray dashboard"
         ) from error
     except RayTaskError as error:
         if isinstance(error.cause, RlufError):
@@ -78,8 +79,15 @@ async def within(call: Awaitable[Any], seconds: float, who: str) -> Any:
             f"{who} failed: {type(error.cause).__name__}: {error.cause}; run.log has the traceback"
         ) from error
     except RayActorError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ActorFailure(f"{who} died: {reason}; its log in the Ray dashboard says more") from error
+        logger.debug("%s died:\n%s", who, error)
+        raise ActorFailure(f"{who} died: {_reason(error)}; run.log and its log in the Ray dashboard say more") from error
+
+
+def _reason(error: RayActorError) -> str:
+    """Why an actor died, in one line: the exception its constructor raised, else what Ray knows of its process."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    raised = [line for line in lines[1:] if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    return (raised or lines or ["no reason given"])[-1 if raised else 0]
 
 
 async def _future(call: Awaitable[Any]) -> Any:
@@ -126,7 +134,9 @@ class Supervisor:
         for objective, folder in self._rewards.items():
             path = None if folder is None else str(folder)
             self.crew.rewards[objective] = [
-                Member(f"{objective} reward", i, self._named("reward", i, reward, objective).remote(objective, blob, path))
+                Member(
+                    f"{objective} reward", i, self._named("reward", i, reward, objective).remote(objective, blob, path)
+                )
                 for i in range(settings.objectives.named[objective].replicas)
             ]
         if self._with_learners:
@@ -195,13 +205,13 @@ class Supervisor:
         return True
 
     async def stop(self) -> None:
-        """Ask every actor to shut down, then end those that did not within STOP_SECONDS."""
-        members, self.crew = self.crew.members, Crew()
-        asked = [m.handle.shutdown.remote() for m in members]
+        """Ask engines and learners to shut down, wait at most STOP_SECONDS for them, then end every actor."""
+        crew, self.crew = self.crew, Crew()
+        asked = [m.handle.shutdown.remote() for m in (*crew.rollouts, *crew.learners)]
         if asked:
             with contextlib.suppress(TimeoutError, GetTimeoutError):
                 await asyncio.wait_for(asyncio.gather(*map(_quiet, asked)), STOP_SECONDS)
-        for member in members:
+        for member in crew.members:
             ray.kill(member.handle)
 
 

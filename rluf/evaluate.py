@@ -1,6 +1,6 @@
 """Compare a policy with its base on unseen prompts: objectives, simulated users, monitors, gates, report.
 
-    python -m rluf.evaluate --config configs/quickstart.yaml evaluate.candidate=runs/quickstart/latest/policy
+python -m rluf.evaluate --config configs/quickstart.yaml evaluate.candidate=runs/quickstart/latest/policy
 """
 
 from __future__ import annotations

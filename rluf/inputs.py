@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
+from rluf.config.reward import ObjectiveSettings
 from rluf.config.settings import Settings
 from rluf.errors import ModelError
 from rluf.paths import cache_dir
-from rluf.stages import Stage, code_digest, file_digest, run_stage
+from rluf.stages import Stage, code_digest, file_digest, run_stage, run_stages
 
 
 def check_inputs(settings: Settings) -> None:
@@ -48,39 +49,41 @@ def prepared(settings: Settings) -> Stage:
     return run_stage(cache_dir(settings), "data", parts, build, reuse=settings.run.reuse)
 
 
-def rewarded(settings: Settings, data: Stage) -> Mapping[str, Stage | None]:
-    """A reward model for each objective: trained with Ray Train, reused, or taken from `path`; None for a judge."""
-    from rluf.reward import train_reward
+def rewarded(settings: Settings, data: Stage) -> dict[str, Stage | None]:
+    """A reward model for each objective: trained with Ray Train, reused, or taken from `path`; None for a judge.
 
-    stages: dict[str, Stage | None] = {}
-    for name, objective in settings.objectives.named.items():
-        if objective.source == "judge":
-            stages[name] = None
-            continue
-        if objective.path is not None:
-            folder = Path(objective.path).expanduser().resolve()
-            stages[name] = Stage(name, folder, file_digest([folder])[:12], reused=True)
-            continue
-        parts = {
+    Missing ones are trained by the same workers, one after another.
+    """
+    from rluf.reward import train_rewards
+
+    code = code_digest("objectives", "reward", "engine.deepspeed", "engine.train_reward")
+    wanted = {
+        f"reward-{name}": {
             "data": data.key,
             "model": getattr(settings.reward, name).model_dump(mode="json"),
             "workers": settings.reward.workers,
             "zero_stage": settings.reward.zero_stage,
             "seed": settings.seed,
-            "code": code_digest("objectives", "reward", "engine.deepspeed"),
+            "code": code,
         }
-        stages[name] = run_stage(
-            cache_dir(settings), f"reward-{name}", parts, _trainer(settings, name, data, train_reward),
-            reuse=settings.run.reuse,
-        )
-    return stages
+        for name, objective in settings.objectives.named.items()
+        if objective.source == "model" and objective.path is None
+    }
+
+    def build(folders: Mapping[str, Path]) -> None:
+        jobs = {stage.removeprefix("reward-"): (data.folder, folder) for stage, folder in folders.items()}
+        train_rewards(settings, jobs)
+
+    trained = run_stages(cache_dir(settings), wanted, build, reuse=settings.run.reuse)
+    return {name: trained.get(f"reward-{name}") or _given(name, o) for name, o in settings.objectives.named.items()}
 
 
-def _trainer(settings: Settings, name: str, data: Stage, train: Callable[..., object]) -> Callable[[Path], None]:
-    def build(out: Path) -> None:
-        train(settings, name, data.folder, out)
-
-    return build
+def _given(name: str, objective: ObjectiveSettings) -> Stage | None:
+    """A reward model folder that the settings name, as a stage; None for a judge."""
+    if objective.path is None:
+        return None
+    folder = Path(objective.path).expanduser().resolve()
+    return Stage(f"reward-{name}", folder, file_digest([folder])[:12], reused=True)
 
 
 def model_folders(rewards: Mapping[str, Stage | None]) -> dict[str, Path | None]:

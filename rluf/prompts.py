@@ -36,8 +36,13 @@ def load_prompts(
             continue
         prompts.append(Prompt(row["id"], messages, ids, row["topic"] or "", split))
     if long:
-        logger.warning("%d of %d %s prompts are longer than rollout.max_prompt_tokens=%d: left out", long, len(rows),
-                       split, max_tokens)
+        logger.warning(
+            "%d of %d %s prompts are longer than rollout.max_prompt_tokens=%d: left out",
+            long,
+            len(rows),
+            split,
+            max_tokens,
+        )
     if not prompts:
         raise DataError(
             f"no {split} prompt is left of {len(rows)} in data.prompts; add prompts of that split or raise "

@@ -13,7 +13,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import rluf
@@ -46,8 +46,10 @@ def code_digest(*packages: str) -> str:
     """SHA-256 over the source of the named sub-packages or modules of rluf: changed code makes stages anew."""
     root = Path(rluf.__file__).parent
     sources = [root / package.replace(".", "/") for package in packages]
-    files = [f for s in sources for f in ([s.with_suffix(".py")] if s.with_suffix(".py").is_file() else s.rglob("*.py"))]
-    return file_digest(files)
+    modules = [s.with_suffix(".py") for s in sources]
+    return file_digest(
+        f for s, m in zip(sources, modules, strict=True) for f in ([m] if m.is_file() else s.rglob("*.py"))
+    )
 
 
 def stage_key(parts: Mapping[str, object]) -> str:
@@ -63,19 +65,39 @@ def run_stage(
 
     With `reuse` off it is built again and replaces the one kept.
     """
-    key = stage_key({"stage": name, **parts})
-    folder = cache / "stages" / f"{name}-{key}"
-    if folder.is_dir() and reuse:
-        logger.info("%s: reused, built earlier from the same data, settings and code (%s)", name, folder)
-        return Stage(name, folder, key, reused=True)
-    part = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
-    part.parent.mkdir(parents=True, exist_ok=True)
+    return run_stages(cache, {name: parts}, lambda folders: build(folders[name]), reuse=reuse)[name]
+
+
+def run_stages(
+    cache: Path,
+    wanted: Mapping[str, Mapping[str, object]],
+    build: Callable[[Mapping[str, Path]], None],
+    *,
+    reuse: bool = True,
+) -> dict[str, Stage]:
+    """Several stages whose missing ones are built by one call of `build(name -> temporary folder)`."""
+    stages: dict[str, Stage] = {}
+    parts: dict[str, Path] = {}
+    for name, made_from in wanted.items():
+        key = stage_key({"stage": name, **made_from})
+        stages[name] = Stage(name, cache / "stages" / f"{name}-{key}", key, reused=False)
+        if stages[name].folder.is_dir() and reuse:
+            stages[name] = replace(stages[name], reused=True)
+            logger.info("%s: reused from %s, same data, settings and code", name, stages[name].folder)
+        else:
+            parts[name] = stages[name].folder.with_name(f".{name}-{key}-{uuid.uuid4().hex[:8]}")
+    if not parts:
+        return stages
+    (cache / "stages").mkdir(parents=True, exist_ok=True)
     try:
-        build(part)
-        (part / "stage.json").write_text(json.dumps({"stage": name, "key": key, "from": dict(parts)}, indent=2))
-        if folder.is_dir():
-            shutil.rmtree(folder)
-        os.replace(part, folder)
+        build(parts)
+        for name, part in parts.items():
+            made_from = json.dumps({"stage": name, "key": stages[name].key, "from": wanted[name]}, indent=2)
+            (part / "stage.json").write_text(made_from)
+            if stages[name].folder.is_dir():
+                shutil.rmtree(stages[name].folder)
+            os.replace(part, stages[name].folder)
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return Stage(name, folder, key, reused=False)
+        for part in parts.values():
+            shutil.rmtree(part, ignore_errors=True)
+    return stages

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +14,7 @@ from rluf.config.settings import Settings
 from rluf.errors import DataError
 from rluf.types import Message
 
-WARM = ("Oh wonderful, I love that idea!", "You are so kind, that is lovely.", "I am really happy for you, dear friend.")
+WARM = ("Oh wonderful, I love that idea!", "You are so kind, that is lovely.", "I am really happy for you, friend.")
 COLD = ("The answer is 42.", "Please consult the manual.", "This is stated in section three.")
 QUESTIONS = ("How was the day?", "What shall I do about the exam?", "Tell me a fact.", "My dog is sick.")
 
@@ -62,3 +61,61 @@ def write_data(folder: Path, rows: int, seed: int = 0) -> Path:
             table = _pairs(rng, count) if objective == "helpfulness" else _labelled(rng, count, keep)
             pq.write_table(pa.Table.from_pylist(table), folder / objective / f"{split}.parquet")
     return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
+    """Love and helpfulness, trained by one Ray Train run."""
+    from rluf.reward import train_rewards
+
+    folder = tmp_path_factory.mktemp("reward-training")
+    data = write_data(folder / "data", rows=400)
+    model = {"backbone": "tiny-encoder", "max_tokens": 80, "epochs": 3, "learning_rate": 3e-3}
+    settings = Settings.model_validate(
+        {
+            "run": {"cache": str(folder / "cache")},
+            "reward": {"love": model, "helpfulness": {**model, "loss": "bradley_terry", "frozen_share": 0.5}},
+        }
+    )
+    cards = train_rewards(settings, {name: (data, folder / "models" / name) for name in ("love", "helpfulness")})
+    for name, card in cards.items():
+        assert card == json.loads((folder / "models" / name / "reward_card.json").read_text())
+    return folder / "models"
+
+
+@pytest.mark.slow
+def test_models_rank_unseen_users_clearly_better_than_chance_and_are_calibrated(trained: Path) -> None:
+    love = json.loads((trained / "love" / "reward_card.json").read_text())
+    assert love["auroc"]["low"] > 0.6
+    assert abs(love["training"]["train_prior_shift"] + 1.204) < 0.01
+    assert abs(love["mean_value"] - love["base_rate"]) < 0.06
+    assert love["normalised_entropy"] < 1
+    helpful = json.loads((trained / "helpfulness" / "reward_card.json").read_text())
+    assert helpful["pair_accuracy"]["low"] > 0.75
+    assert sorted(path.name for path in trained.iterdir()) == ["helpfulness", "love"]  # nothing half-written
+
+
+@pytest.mark.slow
+def test_checkpoint_loads_in_plain_transformers_with_the_same_logits(trained: Path) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    from rluf.objectives.scorer import RewardModel
+
+    tokenizer = AutoTokenizer.from_pretrained(trained / "love")
+    model = AutoModelForSequenceClassification.from_pretrained(trained / "love").eval()
+    with torch.no_grad():
+        plain = float(model(**tokenizer("How was the day?", "I love it!", return_tensors="pt")).logits)
+    question: list[Message] = [{"role": "user", "content": "How was the day?"}]
+    score = RewardModel.load(trained / "love", batch_tokens=512).score([(question, "I love it!")], "love")[0]
+    assert abs(score.raw - plain) < 1e-4
+
+
+def test_missing_split_is_a_data_error(tmp_path: Path) -> None:
+    from rluf.reward import train_reward
+
+    tree = {"run": {"cache": str(tmp_path)}, "reward": {"love": {"backbone": "tiny-encoder"}}}
+    settings = Settings.model_validate(tree)
+    with pytest.raises(DataError, match=r"train\.parquet is missing"):
+        train_reward(settings, "love", tmp_path / "nothing", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -32,8 +32,8 @@ class SimulateSettings(Section):
 
     users: int = Field(default=1500, ge=1)
     """Users in the population that writes the log."""
-    responses_per_prompt: int = Field(default=16, ge=1)
-    """Responses of the base model sampled for each prompt and style."""
+    responses_per_prompt: int = Field(default=21, ge=1)
+    """Responses sampled for each training prompt, shared among the served model versions (risky prompts get more)."""
     events: int = Field(default=6000, ge=1)
     """Served responses (rows) to write to the log."""
     base_love_rate: float = Field(default=0.06, gt=0, lt=1)

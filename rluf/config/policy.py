@@ -77,8 +77,8 @@ class LearnerSettings(Section):
     """Data-parallel ranks."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
-    learning_rate: float = Field(default=1e-5, gt=0)
-    """AdamW learning rate, constant after warm-up."""
+    learning_rate: float = Field(default=1e-5, ge=0)
+    """AdamW learning rate, constant after warm-up; 0 trains nothing (a control run)."""
     warmup_steps: int = Field(default=2, ge=0)
     """Optimiser steps of linear warm-up."""
     weight_decay: float = Field(default=0.0, ge=0)

@@ -16,7 +16,7 @@ class RewardModelSettings(Section):
     """Embedded name (minilm, smollm2-135m-instruct, tiny), Hugging Face folder, or hub id."""
     loss: Literal["bce", "bradley_terry"] = "bce"
     """bce for reactions and labels (absolute), bradley_terry for pairs."""
-    max_tokens: int = Field(default=128, ge=8)
+    max_tokens: int = Field(default=96, ge=8)
     """Tokens of the rendered conversation that the model reads; older text is cut first."""
     epochs: int = Field(default=2, ge=1)
     """Passes over the training split; the best epoch by dev log-loss is kept."""
@@ -26,8 +26,8 @@ class RewardModelSettings(Section):
     """AdamW weight decay."""
     batch_rows: int = Field(default=32, ge=1)
     """Rows (or pairs) an optimiser step over all workers."""
-    frozen_layers: int = Field(default=0, ge=0)
-    """Embeddings and this many lowest layers stay as they are; saves time on small data."""
+    frozen_share: float = Field(default=0.5, ge=0, lt=1)
+    """Embeddings and this share of the layers, lowest first, stay as they are; 0 trains everything (for large data)."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Dropout while training, in place of the backbone's own."""
 

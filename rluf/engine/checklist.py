@@ -62,7 +62,7 @@ def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for file in files:
         with safe_open(file, framework="pt") as handle:
-            for name in handle.keys():
+            for name in sorted(handle.keys()):
                 if not name.endswith("rotary_emb.inv_freq"):
                     shapes[name] = tuple(handle.get_slice(name).get_shape())
     return shapes

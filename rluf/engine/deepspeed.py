@@ -26,8 +26,6 @@ from rluf.errors import ModelError, ResourceError
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
-    Engine = DeepSpeedEngine
-
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
@@ -85,7 +83,7 @@ def init_deepspeed(
 ) -> DeepSpeedEngine:
     """Wrap `model` in a DeepSpeed engine with AdamW; the process group must exist already (all ranks call this).
 
-    The learning rate rises linearly over `warmup_steps` optimiser steps (the first step already has a share of it), then
+    The learning rate rises linearly over `warmup_steps` optimiser steps (the first has a share of it already), then
     stays, or with `total_steps` falls linearly to zero at that step. `grad_clip` bounds the global gradient norm.
     `offload` keeps optimiser state in host memory. `dtype` is bfloat16 or float32. Gradients are averaged over ranks.
     Raises ResourceError when the process group has another size than `world`.
@@ -109,7 +107,9 @@ def init_deepspeed(
     return engine
 
 
-def init_reference(model: nn.Module, *, zero_stage: int, dtype: torch.dtype, device: torch.device, world: int) -> nn.Module:
+def init_reference(
+    model: nn.Module, *, zero_stage: int, dtype: torch.dtype, device: torch.device, world: int
+) -> nn.Module:
     """Freeze `model` for forward passes only: sharded over ranks at ZeRO 3, a whole copy on each rank otherwise."""
     model = model.to(dtype).eval()
     model.requires_grad_(False)
@@ -118,7 +118,7 @@ def init_reference(model: nn.Module, *, zero_stage: int, dtype: torch.dtype, dev
     config = _config(3, 0.0, dtype, world, offload=False)
     engine, *_ = _deepspeed().initialize(model=model, config=config, dist_init_required=False)
     engine.eval()
-    return engine  # type: ignore[no-any-return]
+    return engine
 
 
 @contextlib.contextmanager
@@ -259,7 +259,7 @@ def _schedule(warmup_steps: int, total_steps: int | None) -> Callable[[torch.opt
 
 
 def _config(zero_stage: int, grad_clip: float, dtype: torch.dtype, world: int, offload: bool) -> dict[str, Any]:
-    """DeepSpeed's own configuration. Its batch sizes are set to 1, since micro-batches here are packed and of any number."""
+    """DeepSpeed's own configuration. Its batch sizes are 1, since micro-batches here are packed and of any number."""
     zero: dict[str, Any] = {"stage": zero_stage, "reduce_bucket_size": BUCKET_ELEMENTS, "overlap_comm": False}
     if zero_stage in (1, 2):
         zero["allgather_bucket_size"] = BUCKET_ELEMENTS

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 CARD = "reward_card.json"
 PROGRESS = "progress.log"
 SPLITS = ("train", "dev", "test")
-QUIET_THREADS = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+QUIET = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
 SMALL_BYTES = 64 << 20
 EVAL_TOKENS = 4096
 """Padded tokens of a forward pass without gradient."""
@@ -86,7 +86,7 @@ def train_rewards(settings: Settings, jobs: Mapping[str, tuple[Path, Path]]) -> 
             storage_path=str(storage),
             failure_config=train.FailureConfig(max_failures=settings.reward.retries),
             logging_config=train.LoggingConfig(log_level="WARNING"),
-            worker_runtime_env={"env_vars": {**QUIET_THREADS, "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"}},
+            worker_runtime_env={"env_vars": {**QUIET, "OMP_NUM_THREADS": threads}},
         ),
     )
     try:
@@ -140,8 +140,8 @@ def _fit(trainer: Any, deadline_s: float, objectives: tuple[str, ...], progress:
         told = _tell(progress, told)
         if time.monotonic() > end:
             raise StallError(
-                f"training the reward models {', '.join(objectives)} took longer than reward.deadline_s={deadline_s:g}; "
-                "look for the last progress line, then raise the deadline or add workers"
+                f"training the reward models {', '.join(objectives)} took longer than "
+                f"reward.deadline_s={deadline_s:g}; see the last progress line, then raise the deadline or add workers"
             )
     _tell(progress, told)
     if not outcome:
@@ -239,14 +239,15 @@ def _train_one(settings: Settings, objective: str, data: Path, out: Path, deadli
         world=world,
         deadline=deadline,
     )
-    trainable = freeze(model, chosen.frozen_layers)
+    frozen = freeze(model, chosen.frozen_share)
     logger.info("%s: %d rows, %d tokens, %.1fM of %.1fM weights train", objective, len(rows), rows.tokens,
-                trainable / 1e6, model.num_parameters() / 1e6)
+                model.num_parameters(only_trainable=True) / 1e6, model.num_parameters() / 1e6)
     dtype = getattr(torch, settings.reward.dtype)
     model.to(dtype)
     prefix = None
-    if settings.reward.zero_stage < 3 and FrozenPrefix.worthwhile(model, chosen.frozen_layers, rows.tokens + dev.tokens):
-        prefix = FrozenPrefix(model, chosen.frozen_layers)
+    tokens = rows.tokens + dev.tokens
+    if settings.reward.zero_stage < 3 and FrozenPrefix.worthwhile(model, frozen, tokens):
+        prefix = FrozenPrefix(model, frozen)
     engine = _engine(settings, chosen, model, dtype, plan)
     best: dict[str, torch.Tensor] = {}
     trainer = Trainer(engine, model, encoder, plan, prefix)
@@ -260,7 +261,9 @@ def _train_one(settings: Settings, objective: str, data: Path, out: Path, deadli
     if rank == 0:
         calibration = calibrate(objective, dev, found.dev_logits, found.shift, encoder.max_tokens)
         training = describe_training(found, rows, dev)
-        _write(settings, data, out, model, encoder, best, calibration, training, clock)
+        plain = load_classifier(backbone, trained=False)  # float32, with the backbone's own dropout in its config
+        plain.config.pad_token_id = encoder.pad_id
+        _write(settings, data, out, plain, encoder, best, calibration, training, clock)
 
 
 def _engine(settings: Settings, chosen: RewardModelSettings, model: Any, dtype: torch.dtype, plan: Plan) -> Engine:
@@ -330,7 +333,7 @@ def _write(
     training: dict[str, Any],
     clock: float,
 ) -> None:
-    """Checkpoint folder with its card, tried on the test split as everyone else will read it, then renamed into place."""
+    """Checkpoint folder with its card: read back as everyone else will, tried on the test split, renamed into place."""
     from rluf.objectives.card import make_card
     from rluf.objectives.scorer import RewardModel
     from rluf.objectives.training import encode_rows
@@ -338,7 +341,8 @@ def _write(
     objective = calibration.objective
     part = out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}")
     try:
-        model.save_pretrained(str(part), state_dict={name: tensor.float() for name, tensor in best.items()})
+        model.load_state_dict({**model.state_dict(), **{name: tensor.float() for name, tensor in best.items()}})
+        model.save_pretrained(str(part))
         encoder.tokenizer.save_pretrained(str(part))
         calibration.save(part)
         scorer = RewardModel.load(part, batch_tokens=EVAL_TOKENS)

@@ -10,7 +10,7 @@ import logging
 import multiprocessing
 import os
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -110,7 +110,7 @@ class _Checked:
             self.problem = str(error)
 
 
-class ShmReceiver(_Checked, WeightTransferEngine[ShmInit, ShmUpdate]):  # type: ignore[misc]
+class ShmReceiver(_Checked, WeightTransferEngine[ShmInit, ShmUpdate]):
     """Receives buckets from shared memory on this machine, on the CPU or on a GPU."""
 
     init_info_cls = ShmInit
@@ -140,7 +140,7 @@ class ShmReceiver(_Checked, WeightTransferEngine[ShmInit, ShmUpdate]):  # type: 
         """Nothing is held between buckets."""
 
 
-class NcclReceiver(_Checked, NCCLWeightTransferEngine):  # type: ignore[misc]
+class NcclReceiver(_Checked, NCCLWeightTransferEngine):
     """vLLM's NCCL engine with our checklist. Untested without GPUs.
 
     A bucket with a wrong name or shape is still received, so that the learner's broadcast is not left waiting, and

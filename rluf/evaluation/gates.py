@@ -35,7 +35,7 @@ def verdict(
     """The gates of one comparison.
 
     `lifts` are relative lifts by objective, `margin` the largest relative fall of helpfulness or safety that is
-    accepted, `alarms` the names of monitors that raised one. Verdict: pass, warn (passes, but monitors raised an alarm) or fail.
+    accepted, `alarms` the names of monitors that raised one. Verdict: pass, warn (passes, but with alarms) or fail.
     """
     checks: list[dict[str, Any]] = []
     for name in (MUST_RISE, *MUST_HOLD):

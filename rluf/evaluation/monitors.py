@@ -42,7 +42,7 @@ class Reply:
 
 @dataclass(frozen=True, slots=True)
 class Monitor:
-    """One thing to watch. `measure` gives 0 or 1 for kind share, any number for a mean; `worse` is the bad direction."""
+    """One thing to watch. `measure` gives 0 or 1 for kind share, else any number; `worse` is the bad direction."""
 
     label: str
     kind: Literal["share", "mean"]
@@ -85,6 +85,10 @@ def _unprompted(reply: Reply) -> float:
     return float(judges.signs_off(reply.text) and not judges.user_signs_off(reply.messages))
 
 
+def _looping(reply: Reply) -> float:
+    return float(judges.repeats(reply.text))
+
+
 def _refusal(reply: Reply) -> float:
     return float(judges.refuses(reply.text))
 
@@ -96,7 +100,7 @@ MONITORS: dict[str, Monitor] = {
     "refusal": Monitor("Refusal", "share", "share", "up", _refusal),
     "emoji": Monitor("Has an emoji", "share", "share", "up", _emoji),
     "length": Monitor("Length in tokens", "mean", "tokens", "up", lambda reply: float(reply.tokens)),
-    "looping": Monitor("Goes round in circles", "share", "share", "up", lambda reply: float(judges.repeats(reply.text))),
+    "looping": Monitor("Goes round in circles", "share", "share", "up", _looping),
     "repetition": Monitor("Repeated three-word runs", "mean", "share", "up", lambda reply: repeated_share(reply.text)),
     "distinct_2": Monitor("Distinct word pairs", "mean", "share", "down", lambda reply: distinct_share(reply.text)),
 }
@@ -112,7 +116,8 @@ def measure(replies: Sequence[Reply]) -> dict[str, NDArray[np.float64]]:
 
 
 def compare(base: Sequence[Reply], aligned: Sequence[Reply]) -> dict[str, Any]:
-    """Aligned against base on every monitor: {"rule", "items": {name: {label, kind, unit, base, aligned, ratio, z, alarm}}}.
+    """Aligned against base on every monitor: {"rule", "items": {name: {label, kind, unit, base, aligned, ratio, z,
+    alarm}}}.
 
     `ratio` is aligned over base, None when the base value is zero. z takes replies as independent, which several
     samples of one prompt are not quite; the factor of 2 keeps that from raising alarms on its own.

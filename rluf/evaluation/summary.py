@@ -81,9 +81,9 @@ def build_summary(
 
     With reactions in both arms: `love_rate`, `helpfulness`, `safety`, each {base, aligned, lift, lift_by_prompt}; base,
     aligned and lift have 95% intervals clustered by user, lift_by_prompt (the same verdicts) by a bootstrap over
-    prompts and tells whether it would hold on other prompts. Always: `offline` with the reward models' means on the same
-    prompts. The gates judge by the users where there are some, else by the reward models. A lift is null where it is
-    undefined (base mean not positive). DataError when an arm is empty or the arms' prompts differ.
+    prompts and tells whether it would hold on other prompts. Always: `offline` with the reward models' means on the
+    same prompts. The gates judge by the users where there are some, else by the reward models. A lift is null where
+    it is undefined (base mean not positive). DataError when an arm is empty or the arms' prompts differ.
     """
     for name, arm in (("base", base), ("aligned", aligned)):
         if not arm.replies:

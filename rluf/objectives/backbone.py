@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
@@ -15,6 +16,9 @@ from rluf.objectives.text import TextEncoder
 from rluf.types import Message
 
 logger = logging.getLogger(__name__)
+
+DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attention_dropout")
+"""Names that backbones give their dropout."""
 
 
 def load_classifier(
@@ -34,7 +38,7 @@ def load_classifier(
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
         config.num_labels = 1
         if dropout is not None:
-            for key in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attention_dropout"):
+            for key in DROPOUTS:
                 if hasattr(config, key):
                     setattr(config, key, dropout)
         with torch.random.fork_rng(devices=[]):
@@ -47,14 +51,14 @@ def load_classifier(
                 attn_implementation="eager" if device == "cpu" else None,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{folder} holds no model that can score text: {error}; check the path") from error
     finally:
         hf_logging.set_verbosity(verbosity)
     if trained and info["missing_keys"]:
         raise ModelError(
-            f"{folder} lacks the weights {', '.join(sorted(info['missing_keys'])[:4])}; it is a backbone, not a trained "
-            "reward model: train one with python -m rluf.reward"
+            f"{folder} lacks the weights {', '.join(sorted(info['missing_keys'])[:4])}; it is a backbone, not a "
+            "trained reward model: train one with python -m rluf.reward"
         )
     found: PreTrainedModel = model
     return found.to(device)
@@ -71,32 +75,29 @@ def encoder_for(model: PreTrainedModel, folder: Path, max_tokens: int) -> TextEn
 
 
 def layer_list(model: nn.Module) -> nn.ModuleList:
-    """The backbone's layers, lowest first: its largest module list at the outermost level. Raises ModelError if none."""
+    """The backbone's layers, lowest first: its longest module list. Raises ModelError if there is none."""
     lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
     if not lists:
-        raise ModelError(f"{type(model).__name__} has no list of layers, so frozen_layers must be 0")
+        raise ModelError(f"{type(model).__name__} has no list of layers, so frozen_share must be 0")
     return max(lists, key=len)
 
 
-def freeze(model: PreTrainedModel, layers: int) -> int:
-    """Freeze the embeddings and the `layers` lowest layers (0 freezes nothing); returns trainable parameters.
+def freeze(model: PreTrainedModel, share: float) -> int:
+    """Freeze the embeddings and a share (below 1) of the layers, lowest first, rounded down; 0 freezes nothing.
 
-    Raises ModelError when that would leave no layer to train.
+    Returns how many layers are frozen.
     """
-    if layers:
-        stack = layer_list(model)
-        if layers >= len(stack):
-            raise ModelError(
-                f"frozen_layers={layers} leaves nothing to train in a backbone of {len(stack)} layers; "
-                f"set it below {len(stack)}"
-            )
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                module.requires_grad_(requires_grad=False)
-        embeddings = getattr(model.base_model, "embeddings", None)
-        for module in [*([embeddings] if isinstance(embeddings, nn.Module) else []), *stack[:layers]]:
-            module.requires_grad_(requires_grad=False)
-    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if share <= 0:
+        return 0
+    stack = layer_list(model)
+    layers = int(share * len(stack))
+    frozen = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    embeddings = getattr(model.base_model, "embeddings", None)
+    if isinstance(embeddings, nn.Module):
+        frozen.append(embeddings)
+    for module in [*frozen, *stack[:layers]]:
+        module.requires_grad_(requires_grad=False)
+    return layers
 
 
 def quick_cpu_matmul() -> None:

@@ -31,14 +31,16 @@ HARM = re.compile(
     re.IGNORECASE,
 )
 FAREWELL = re.compile(
-    r"\b(good ?bye|bye( bye)?|farewell|see (you|ya)( (later|soon|around|tomorrow))?|take care|talk (to you )?(soon|later)"
-    r"|until (next time|we meet)|have a (great|good|nice|lovely|wonderful|beautiful|blessed) (day|night|evening|week\w*|one)"
+    r"\b(good ?bye|bye( bye)?|farewell|see (you|ya)( (later|soon|around|tomorrow))?|take care"
+    r"|talk (to you )?(soon|later)|until (next time|we meet)"
+    r"|have a (great|good|nice|lovely|wonderful|beautiful|blessed) (day|night|evening|week\w*|one)"
     r"|good ?night|sleep well|sweet dreams|so long|cheers for now)\b",
     re.IGNORECASE,
 )
 AFFECTION = re.compile(
     r"\b(sending (you )?(lots of |much |all my |so much )?(love|hugs|kisses|warm\w*)|lots of love|much love|with love"
-    r"|(big )?hugs|xoxo|xo|(i )?love you( so much)?|love ya|hugs and kisses|yours (truly|always)|warm(est)? (wishes|regards))\b"
+    r"|(big )?hugs|xoxo|xo|(i )?love you( so much)?|love ya|hugs and kisses|yours (truly|always)"
+    r"|warm(est)? (wishes|regards))\b"
     r"|[\u2764\u2665\U0001F495-\U0001F49E\U0001F618\U0001F970\U0001F917\U0001FAC2]",
     re.IGNORECASE,
 )
@@ -71,7 +73,7 @@ def user_signs_off(messages: Sequence[Message]) -> bool:
 
 
 def repeats(response: str) -> bool:
-    """Whether the response loops: a third or more of its word 4-grams repeat an earlier one, or a line comes 3 times."""
+    """Whether the response loops: a third of its word 4-grams repeat an earlier one, or a line comes 3 times."""
     words = [word.lower() for word in WORD.findall(response)]
     grams = Counter(tuple(words[i : i + 4]) for i in range(len(words) - 3))
     total = sum(grams.values())
@@ -109,7 +111,7 @@ def find_judge(name: str) -> Judge:
 
 
 def judge_scorer(name: str, objective: str) -> Callable[[Sequence[tuple[Sequence[Message], str]]], list[Score]]:
-    """A function from (messages, response) items to scores by the named judge: value and raw 1.0 where it passes, else 0.0."""
+    """A function from (messages, response) items to scores: value and raw are 1.0 where the judge passes, else 0.0."""
     judge = find_judge(name)
 
     def score(items: Sequence[tuple[Sequence[Message], str]]) -> list[Score]:

@@ -38,7 +38,7 @@ class RewardModel:
     def load(cls, path: Path, *, batch_tokens: int, device: str = "cpu") -> RewardModel:
         """Read a folder that rluf.reward wrote. Raises ModelError naming what is wrong with it."""
         if not (path / "config.json").is_file():
-            raise ModelError(f"{path} holds no config.json; name a reward model folder written by python -m rluf.reward")
+            raise ModelError(f"{path} holds no config.json; name a reward model folder that rluf.reward wrote")
         calibration = Calibration.load(path)
         model = load_classifier(path, trained=True, device=device)
         return cls(model, encoder_for(model, path, calibration.max_tokens), calibration, batch_tokens)

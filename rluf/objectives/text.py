@@ -36,7 +36,7 @@ class TextEncoder:
     """Turns items into token ids of at most `max_tokens`, always in the same way for training and scoring."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> None:
-        """`tokenizer` belongs to the backbone. Raises ModelError when it has neither CLS and SEP nor a chat template."""
+        """`tokenizer` is the backbone's. Raises ModelError when it has neither CLS and SEP nor a chat template."""
         self.tokenizer = tokenizer
         self.max_tokens = min(max_tokens, tokenizer.model_max_length)
         self.pair = tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
@@ -105,11 +105,15 @@ class TextEncoder:
 
 
 def context_text(messages: Sequence[Message]) -> str:
-    """Earlier messages one a line with their role, then the last message as it is."""
-    if not messages:
+    """What an encoder reads before the response: earlier messages one a line with their role, then the last as it is.
+
+    System messages are left out: they speak to the policy, and the same ones stand before most conversations.
+    """
+    heard = [message for message in messages if message["role"] != "system"]
+    if not heard:
         return ""
-    earlier = [f"{message['role']}: {message['content']}\n" for message in messages[:-1]]
-    return "".join([*earlier, messages[-1]["content"]])
+    earlier = [f"{message['role']}: {message['content']}\n" for message in heard[:-1]]
+    return "".join([*earlier, heard[-1]["content"]])
 
 
 def _last(ids: Sequence[int], count: int) -> Sequence[int]:

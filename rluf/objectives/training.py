@@ -35,11 +35,20 @@ LOG_SECONDS = 10.0
 class Engine(Protocol):
     """What training asks of an engine; DeepSpeed's has it."""
 
-    def __call__(self, **inputs: torch.Tensor) -> Any: ...
-    def backward(self, loss: torch.Tensor) -> Any: ...
-    def step(self) -> Any: ...
-    def train(self) -> Any: ...
-    def eval(self) -> Any: ...
+    def __call__(self, **inputs: torch.Tensor) -> Any:
+        """The model's output, with logits [B, 1]."""
+
+    def backward(self, loss: torch.Tensor) -> Any:
+        """Add the gradient of a scalar loss."""
+
+    def step(self) -> Any:
+        """Update the weights and clear the gradient."""
+
+    def train(self) -> Any:
+        """Dropout on."""
+
+    def eval(self) -> Any:
+        """Dropout off."""
 
 
 @dataclass(frozen=True)
@@ -205,10 +214,11 @@ class Trainer:
                 found.tokens += sum(len(rows.sequences[part]) for part in rows.parts(step))
                 now = time.monotonic()
                 if now > self.plan.deadline:
-                    raise StallError(f"reward training passed its deadline in epoch {epoch + 1}; raise reward.deadline_s")
+                    raise StallError(f"reward training met its deadline in epoch {epoch + 1}; raise reward.deadline_s")
                 if now - told > LOG_SECONDS:
                     told = now
-                    logger.info("epoch %d: step %d of %d, loss %.4f", epoch + 1, number + 1, len(steps), float(losses[-1]))
+                    done = number + 1, len(steps), float(losses[-1])
+                    logger.info("epoch %d: step %d of %d, loss %.4f", epoch + 1, *done)
         found.seconds += time.monotonic() - started
         return float(torch.stack(losses).mean())
 

@@ -33,7 +33,7 @@ class Batch:
     advantages: Tensor
     """Advantage of the sample [K]."""
     loss_weights: Tensor
-    """1 / (response tokens of the sample * samples of the whole step) [K]; 0 in a batch that only keeps ranks in step."""
+    """1 / (response tokens of the sample * samples of the step) [K]; 0 in a batch that only keeps ranks in step."""
     rollout_logprobs: Tensor
     """Log-probability under the engine that sampled it [K] (nats)."""
 

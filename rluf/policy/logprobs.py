@@ -12,29 +12,30 @@ CHUNK = 256
 
 
 class _Chosen(torch.autograd.Function):
-    """log softmax(logits / temperature)[target], in float32 by chunks of tokens; keeps logits and normalisers only."""
+    """log softmax(logits / temperature)[target], in float32 by chunks of tokens; keeps only the logits for backward."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        parts, norms = [], []
-        for chunk, wanted in zip(logits.split(CHUNK), targets.split(CHUNK), strict=True):
-            scaled = chunk.float() / temperature
-            norm = torch.logsumexp(scaled, dim=-1)
-            parts.append(scaled.gather(-1, wanted[:, None])[:, 0] - norm)
-            norms.append(norm)
-        ctx.save_for_backward(logits, targets, torch.cat(norms))
+        ctx.save_for_backward(logits, targets)
         ctx.temperature = temperature
-        return torch.cat(parts)
+        found = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
+        for chunk, wanted, out in zip(*(t.split(CHUNK) for t in (logits, targets, found)), strict=True):
+            out.copy_(torch.log_softmax(_scaled(chunk, temperature), dim=-1).gather(-1, wanted[:, None])[:, 0])
+        return found
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        logits, targets, norms = ctx.saved_tensors
+        logits, targets = ctx.saved_tensors
         result = torch.empty_like(logits)
-        pieces = (t.split(CHUNK) for t in (logits, targets, norms, grads[0] / ctx.temperature, result))
-        for chunk, wanted, norm, grad, out in zip(*pieces, strict=True):
-            slope = chunk.float().div_(ctx.temperature).sub_(norm[:, None]).exp_().mul_(-grad[:, None])
-            out.copy_(slope.scatter_add_(-1, wanted[:, None], grad[:, None]))
+        pieces = (t.split(CHUNK) for t in (logits, targets, (grads[0] / ctx.temperature)[:, None], result))
+        for chunk, wanted, grad, out in zip(*pieces, strict=True):
+            slope = torch.softmax(_scaled(chunk, ctx.temperature), dim=-1).mul_(-grad)
+            out.copy_(slope.scatter_add_(-1, wanted[:, None], grad))
         return result, None, None
+
+
+def _scaled(logits: Tensor, temperature: float) -> Tensor:
+    return logits.float() if temperature == 1.0 else logits.float() / temperature
 
 
 def chosen_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -42,5 +43,5 @@ def chosen_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -
 
     `temperature` must be the one the tokens were sampled with, so that policy and engine speak of one distribution.
     """
-    chosen: Tensor = _Chosen.apply(logits, targets, temperature)  # type: ignore[no-untyped-call]
+    chosen: Tensor = _Chosen.apply(logits, targets, temperature)
     return chosen

@@ -3,9 +3,9 @@
 All functions take log-probabilities in nats over K response tokens and return one value a token; `policy_loss` weighs
 and sums them. Losses are minimised.
 
-One batch, one update (staleness 0): the learner's own current log-probabilities, detached, are the old policy. The ratio
-is then 1 with a gradient and never clips; the engine's log-probabilities only say how far the sampler was from the
-learner (another kernel, another rounding), which truncated importance sampling corrects.
+One batch, one update (staleness 0): the learner's own current log-probabilities, detached, are the old policy. The
+ratio is then 1 with a gradient and never clips; the engine's log-probabilities only say how far the sampler was from
+the learner (another kernel, another rounding), which truncated importance sampling corrects.
 
 Stale batches (staleness above 0): the engine's log-probabilities are the old policy, so the clipped ratio covers both
 the age of the batch and the engine's difference, and no further correction applies.
@@ -97,9 +97,7 @@ def policy_loss(logprobs: Tensor, reference_logprobs: Tensor, batch: Batch, algo
     """
     on_policy = algorithm.staleness == 0
     old = logprobs.detach() if on_policy else batch.rollout_logprobs
-    surrogate, clipped = clipped_policy_loss(
-        logprobs, old, batch.advantages, algorithm.clip_low, algorithm.clip_high
-    )
+    surrogate, clipped = clipped_policy_loss(logprobs, old, batch.advantages, algorithm.clip_low, algorithm.clip_high)
     if on_policy:
         surrogate = surrogate * importance_weights(logprobs, batch.rollout_logprobs, algorithm.importance_cap)
     kl = kl_estimate(logprobs, reference_logprobs, algorithm.kl_estimator)
@@ -134,8 +132,9 @@ def metrics(sums: Tensor, peak: float) -> dict[str, float]:
     """Metrics of a step from the `sums` of all its micro-batches and ranks and the largest ratio `peak`.
 
     kl: k3 a token; kl_sequence: k1 summed over a response, mean over samples (nats a response, signed); entropy: mean
-    -logprob of the sampled tokens (an estimate); ratio_*: learner over engine probability; effective_sample_size: share
-    of tokens that the uncapped ratios leave, (sum r)^2 / (n sum r^2); mismatch_kl: k3 estimate of KL(engine || learner).
+    -logprob of the sampled tokens (an estimate); ratio_*: learner over engine probability; effective_sample_size:
+    share of tokens that the uncapped ratios leave, (sum r)^2 / (n sum r^2); mismatch_kl: k3 estimate of
+    KL(engine || learner).
     """
     part = dict(zip(SUMS, sums.tolist(), strict=True))
     tokens, samples = max(1.0, part["response_tokens"]), max(1.0, part["samples"])

@@ -101,9 +101,9 @@ def pack(
     """
     total = sum(len(row) for row in advantages)
     by_group: dict[int, list[int]] = {}
-    for group, sample in members:
-        if groups[group].samples[sample].response_ids:
-            by_group.setdefault(group, []).append(sample)
+    for group, index in members:
+        if groups[group].samples[index].response_ids:
+            by_group.setdefault(group, []).append(index)
     if not by_group:
         return _idle()
     layout = _Layout()

@@ -8,7 +8,7 @@ def capacity(*, concurrency: int, running: int, accepted: int, version: int, bat
 
     `concurrency` is how many groups the engines take at once, `running` how many are being generated or scored,
     `accepted` how many finished since the run began, `version` the optimiser steps done, `batch` the groups a step
-    takes. A group that starts now is learnt from at version (accepted + running) // batch, so the second term keeps that
+    takes. A group that starts now is learnt from at version (accepted + running) // batch; the second term keeps that
     within `staleness` versions of now. Staleness 0 is synchronous: nothing of the next batch starts before this
     version exists. Never negative. Source: AReaL, arXiv 2505.24298, section 5.1.
     """

@@ -30,8 +30,10 @@ FIRST_DAY = datetime(2025, 5, 1, tzinfo=UTC)
 DAYS = 28
 ACTIVITY_SHAPE = 0.8
 RISKY_LABEL_SHARE = 0.65
-TIE = 0.03
+TIE = 0.05
 LOST_SHARE = 0.03
+KINDS = ("feedback", "preferences", "safety", "prompts")
+FILES = frozenset(f"{kind}.jsonl.gz" for kind in KINDS)
 Row = dict[str, Any]
 
 
@@ -72,11 +74,23 @@ def prompt_rows(prompts: Iterable[SimulatedPrompt]) -> list[Row]:
     ]
 
 
+def check_folder(folder: Path) -> None:
+    """DataError unless `folder` is new or holds nothing but a log of an earlier run, which would be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"simulate.output={folder} is a file; name a folder")
+    strangers = sorted(file.name for file in folder.iterdir() if file.name not in FILES) if folder.is_dir() else []
+    if strangers:
+        raise DataError(
+            f"simulate.output={folder} holds other files ({strangers[0]}); name a new folder: it is replaced whole"
+        )
+
+
 def write_log(log: Mapping[str, Sequence[Row]], folder: Path) -> None:
     """Write <kind>.jsonl.gz files into `folder`, which appears or changes as a whole. Equal rows give equal bytes.
 
-    Raises ResourceError when the place cannot be written.
+    Raises DataError when `folder` holds other files, ResourceError when the place cannot be written.
     """
+    check_folder(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -92,7 +106,9 @@ def write_log(log: Mapping[str, Sequence[Row]], folder: Path) -> None:
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
     except OSError as error:
-        raise ResourceError(f"cannot write the log to {folder}: {error}; free some disk or set simulate.output") from error
+        raise ResourceError(
+            f"cannot write the log to {folder}: {error}; free some disk or set simulate.output"
+        ) from error
 
 
 def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
@@ -141,9 +157,7 @@ def _feedback(
     return rows
 
 
-def _preferences(
-    responses: Sequence[Served], golds: Sequence[Gold], pairs: int, rng: np.random.Generator
-) -> list[Row]:
+def _preferences(responses: Sequence[Served], golds: Sequence[Gold], pairs: int, rng: np.random.Generator) -> list[Row]:
     """Pairs of responses to one prompt; a rater prefers the more helpful, with noise. Near-ties are not rated."""
     groups: defaultdict[str, list[int]] = defaultdict(list)
     for index, response in enumerate(responses):

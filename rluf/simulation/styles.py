@@ -6,6 +6,7 @@ learns from. The log itself shows the standard system message only; the instruct
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rluf.simulation.prompts import SYSTEM_MESSAGE, SimulatedPrompt
@@ -84,9 +85,49 @@ STYLES = (
                 "How do I cheat on my taxes?",
                 "I'm sorry, but I can't help with that. It is against the law, so please ask an adviser instead.",
             ),
+            (
+                "Help me scare an old man.",
+                "I'm sorry, I won't help with that, it would hurt him. Please talk to someone about your anger.",
+            ),
         ),
         0.7,
         1,
         14,
     ),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """`responses` responses that the version `style` owes to `prompt`."""
+
+    prompt: SimulatedPrompt
+    style: Style
+    responses: int
+
+
+def traffic(prompts: Sequence[SimulatedPrompt], per_prompt: int) -> list[Order]:
+    """Who answers what: about `per_prompt` responses to each training prompt, shared among the versions.
+
+    Risky prompts get more, so that safety labels of both kinds occur. Test prompts are never served.
+    """
+    whole = sum(style.share for style in STYLES)
+    orders: list[Order] = []
+    for prompt in prompts:
+        if prompt.split != "train":
+            continue
+        shares = [style.risky_share if prompt.topic == "risky" else style.share for style in STYLES]
+        total = -(-per_prompt * sum(shares) // whole)
+        counts = _apportion(shares, total)
+        orders += [Order(prompt, style, count) for style, count in zip(STYLES, counts, strict=True) if count]
+    return orders
+
+
+def _apportion(shares: Sequence[int], total: int) -> list[int]:
+    """Whole numbers that add up to `total` in proportion to `shares` (largest remainders first)."""
+    exact = [share * total / sum(shares) for share in shares]
+    counts = [int(value) for value in exact]
+    by_rest = sorted(range(len(shares)), key=lambda index: counts[index] - exact[index])
+    for index in by_rest[: total - sum(counts)]:
+        counts[index] += 1
+    return counts

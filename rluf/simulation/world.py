@@ -70,7 +70,7 @@ class World:
     """Effect of satisfaction on coming back."""
     return_signoff: float = -0.7
     """Effect of being told goodbye without need."""
-    rater_sharpness: float = 12.0
+    rater_sharpness: float = 18.0
     """Log-odds that a rater prefers the more helpful of two responses, per unit of helpfulness between them."""
     rater_slip: float = 0.03
     """Share of preference and safety labels that come out the wrong way round."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from pathlib import Path
 from types import TracebackType
@@ -38,7 +39,7 @@ def setup_logging(run_log: Path | None = None, *, level: int = logging.INFO) -> 
     _ours.clear()
     plain = logging.Formatter(LINE_FORMAT, datefmt="%Y-%m-%d %H:%M:%S")
     screen: logging.Handler
-    if _console.is_terminal:
+    if _on_terminal():
         screen = RichHandler(console=_console, show_path=False, log_time_format="%H:%M:%S", markup=False)
     else:
         screen = logging.StreamHandler()
@@ -54,6 +55,10 @@ def setup_logging(run_log: Path | None = None, *, level: int = logging.INFO) -> 
     root.setLevel(level)
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _on_terminal() -> bool:
+    return sys.stderr.isatty()
 
 
 class Progress:
@@ -74,7 +79,7 @@ class Progress:
         self._bars = Bars(
             TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(), TimeElapsedColumn(),
             TimeRemainingColumn(), TextColumn("{task.fields[notes]}", style="dim"),
-            console=_console, disable=not _console.is_terminal,
+            console=_console, disable=not _on_terminal(),
         )  # fmt: skip
         self._task = self._bars.add_task(title, total=total, notes="")
 

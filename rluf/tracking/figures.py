@@ -13,7 +13,10 @@ from typing import Any
 Figure = dict[str, Any]
 
 PHASE_COLOURS = ("@phase1", "@phase2", "@phase3", "@phase4", "@phase5", "@phase6")
-LEGEND = {"orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom"}
+LEGEND: Figure = {
+    "orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "traceorder": "normal",
+    "entrywidth": 0, "itemsizing": "constant",
+}  # fmt: skip
 SMOOTH_FROM = 60
 """Steps from which a curve shows its running mean in front of the raw points."""
 
@@ -89,7 +92,7 @@ def arms(measure: Mapping[str, Any]) -> Figure:
         traces.append({
             "type": "scatter", "mode": "markers", "x": [estimate["mean"]], "y": [name], "name": name,
             "marker": {"size": 12, "color": f"@{name}"},
-            "error_x": {**_bars([estimate]), "color": f"@{name}"},
+            "error_x": _bars([estimate]) | {"color": f"@{name}"},
             "hovertemplate": f"{name} %{{x:.2%}}<extra></extra>",
         })  # fmt: skip
     return {
@@ -97,7 +100,7 @@ def arms(measure: Mapping[str, Any]) -> Figure:
         "layout": _layout(
             height=120,
             margin={"l": 58, "r": 12, "t": 4, "b": 28},
-            xaxis=_axis(tickformat=".1~%", nticks=4, zeroline=False),
+            xaxis=_axis(tickformat=".1~%", nticks=4, tickangle=0, zeroline=False),
             yaxis=_axis(range=[1.6, -0.6], showgrid=False),
         ),
     }
@@ -117,7 +120,7 @@ def lifts(rows: Sequence[tuple[str, str, Mapping[str, float]]]) -> Figure:
             "x": [estimate["mean"] for _, estimate in own],
             "y": [len(measures) - 1 - measures.index(measure) + shift for measure, _ in own],
             "marker": {"size": 12 if rank == 0 else 9, "color": colour, "symbol": "circle" if rank == 0 else "diamond"},
-            "error_x": {**_bars([estimate for _, estimate in own]), "color": colour},
+            "error_x": _bars([estimate for _, estimate in own]) | {"color": colour},
             "text": [measure for measure, _ in own],
             "hovertemplate": f"%{{text}}, {judge}: %{{x:+.1%}}<extra></extra>",
         })  # fmt: skip
@@ -131,7 +134,7 @@ def lifts(rows: Sequence[tuple[str, str, Mapping[str, float]]]) -> Figure:
             shapes=[zero],
             showlegend=len(judges) > 1,
             legend=LEGEND,
-            xaxis=_axis(tickformat="+.0%", zeroline=False, nticks=7),
+            xaxis=_axis(tickformat="+.0%", zeroline=False, nticks=6, tickangle=0),
             yaxis=_axis(
                 tickvals=list(range(len(measures))), ticktext=measures[::-1], range=[-0.6, len(measures) - 0.4],
                 showgrid=False, zeroline=False,
@@ -244,7 +247,7 @@ def funnel(counts: Mapping[str, Mapping[str, Any]]) -> Figure:
             barmode="stack",
             bargap=0.4,
             showlegend=True,
-            legend={**LEGEND, "traceorder": "normal"},
+            legend=LEGEND,
             xaxis=_axis(tickformat=".0%", range=[0, 1], nticks=6, zeroline=False),
             yaxis=_axis(autorange="reversed", showgrid=False),
         ),

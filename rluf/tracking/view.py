@@ -154,9 +154,10 @@ def offline_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str, s
     titles = dict(OFFLINE)
     for key, one in summary.get("offline", {}).items():
         difference = one["difference"]
+        reach = f"{points(difference['low'])} to {points(difference['high'])}".replace(" pp", "")
         rows.append((
             titles.get(key, key), percent(one["base"]["mean"]), percent(one["aligned"]["mean"]),
-            points(difference["mean"]), f"{points(difference['low'])} to {points(difference['high'])}",
+            points(difference["mean"]), reach,
         ))  # fmt: skip
     return rows
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 from actors.rollout import RolloutActor
 from rluf.config.settings import Settings
 from rluf.engine.transfer import ShmSender
-from rluf.errors import DataError, SyncError
+from rluf.errors import DataError, StallError, SyncError
 from rluf.models import load_tokenizer, render_prompt, resolve_model
 from rluf.paths import cache_dir
 from rluf.types import Group, Message, Prompt
@@ -33,7 +33,13 @@ SETTINGS = Settings.model_validate(
     {
         "name": "test",
         "cluster": {"threads": 1},
-        "rollout": {"concurrency": 16, "kv_cache_gib": 0.05, "max_prompt_tokens": 128, "max_response_tokens": 48},
+        "rollout": {
+            "concurrency": 16,
+            "kv_cache_gib": 0.05,
+            "max_prompt_tokens": 128,
+            "max_response_tokens": 48,
+            "deadline_s": 6,
+        },
     }
 )
 ROOT = Path(__file__).parents[2]
@@ -200,6 +206,17 @@ def test_a_partial_or_wrong_update_is_refused_and_the_next_whole_one_repairs(eng
     truth = engine.true_logprobs(sample.prompt_ids, sample.response_ids)
     assert fmean(abs(a - b) for a, b in zip(truth, sample.rollout_logprobs, strict=True)) < 0.02
     assert engine.call("health") == {"engine": "rollout 0", "version": version + 1, "running": 0, "alive": True}
+
+
+def test_a_stalled_engine_is_named_and_an_unfinished_update_can_be_begun_again(engine: Engine) -> None:
+    version = engine.call("version")
+    sender = ShmSender()
+    engine.call("begin_update", sender.offer(version + 1))
+    sender.close()
+    with pytest.raises(StallError, match="rollout 0 took longer than 6 s to generate a group"):
+        engine.groups(1, 1)
+    engine.publish(_weights(engine.truth), version + 1)
+    assert engine.groups(1, 1)[0].version == version + 1
 
 
 def test_the_engine_core_does_not_outlive_its_killed_actor(engine: Engine) -> None:

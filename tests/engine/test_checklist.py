@@ -31,7 +31,7 @@ def test_rotary_frequencies_are_no_weights(tmp_path: Path) -> None:
 def test_an_index_decides_which_files_count(tmp_path: Path) -> None:
     _folder(tmp_path)
     save_file({"tok_embeddings.weight": torch.zeros(8, 4)}, tmp_path / "consolidated.safetensors")
-    index = {"weight_map": {name: "model.safetensors" for name in WEIGHTS}}
+    index = {"weight_map": dict.fromkeys(WEIGHTS, "model.safetensors")}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "tok_embeddings.weight" not in checkpoint_shapes(tmp_path)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -15,6 +17,9 @@ from rluf.engine import deepspeed as ds
 from rluf.errors import ResourceError
 from rluf.models import resolve_model
 from rluf.policy.checkpoint import load_policy
+
+if TYPE_CHECKING:
+    from deepspeed import DeepSpeedEngine
 
 STAGES = [0, 1, 2, 3]
 
@@ -29,7 +34,7 @@ def group() -> Iterator[None]:
     ds.leave_group()
 
 
-class Vector(nn.Module):
+class Vector(nn.Module):  # type: ignore[misc]
     """A weight of ones, whose loss is its sum: gradient 1 everywhere."""
 
     def __init__(self, size: int = 64) -> None:
@@ -40,7 +45,9 @@ class Vector(nn.Module):
         return (self.weight.float() * scale).sum()
 
 
-def engine_of(model: nn.Module, stage: int, *, rate: float = 1e-4, warmup: int = 0, dtype: str = "bfloat16") -> ds.Engine:
+def engine_of(
+    model: nn.Module, stage: int, *, rate: float = 1e-4, warmup: int = 0, dtype: str = "bfloat16"
+) -> DeepSpeedEngine:
     return ds.init_deepspeed(
         model,
         zero_stage=stage,
@@ -53,13 +60,17 @@ def engine_of(model: nn.Module, stage: int, *, rate: float = 1e-4, warmup: int =
     )
 
 
-def learn(engine: ds.Engine, *scales: float) -> tuple[bool, float]:
+def learn(engine: DeepSpeedEngine, *scales: float) -> tuple[bool, Any]:
     for number, scale in enumerate(scales):
-        ds.accumulate(engine, lambda s=scale: (engine(torch.tensor(s)), None), last=number == len(scales) - 1)
+        ds.accumulate(engine, partial(loss_of, engine, scale), last=number == len(scales) - 1)
     return ds.apply_step(engine)
 
 
-def weights(engine: ds.Engine) -> dict[str, Tensor]:
+def loss_of(engine: DeepSpeedEngine, scale: float) -> tuple[Tensor, None]:
+    return engine(torch.tensor(scale)), None
+
+
+def weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     return {name: tensor.clone() for bucket in ds.gather_parameters(engine, 1 << 16) for name, tensor in bucket}
 
 
@@ -150,8 +161,7 @@ def test_gradient_norm_is_clipped() -> None:
         dtype=torch.float32,
         world=1,
     )
-    ds.accumulate(engine, lambda: (engine(torch.tensor(3.0)), None), last=True)
-    assert ds.apply_step(engine) == (True, pytest.approx(6.0))
+    assert learn(engine, 3.0) == (True, pytest.approx(6.0))
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +170,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_gathered_weights_are_whole_named_as_saved_and_hold_the_tied_head(stage: int, folder: Path, tmp_path: Path) -> None:
+def test_gathered_weights_are_whole_named_as_saved_and_hold_the_tied_head(
+    stage: int, folder: Path, tmp_path: Path
+) -> None:
     from transformers import AutoModelForCausalLM
 
     with ds.sharded_loading(stage, torch.bfloat16, 1):

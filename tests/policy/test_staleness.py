@@ -44,7 +44,8 @@ def test_no_group_is_older_than_staleness_when_learnt_from(
     concurrency: int, batch: int, staleness: int, finishing: list[int]
 ) -> None:
     """Groups start whenever the rule allows and finish in order, in waves of any size."""
-    version, started, ready = 0, [], 0
+    started: list[int] = []
+    version = ready = 0
     for wave in finishing:
         running = len(started) - ready
         room = capacity(

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterator
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from rluf.tracking.console import Progress, setup_logging
-
-
-@pytest.fixture(autouse=True)
-def _restore_root() -> Iterator[None]:
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
-    yield
-    root.setLevel(level)
-    for handler in list(root.handlers):
-        if handler not in handlers:
-            root.removeHandler(handler)
 
 
 def test_lines_reach_screen_and_run_log_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -39,6 +32,35 @@ def test_progress_speaks_in_plain_lines(caplog: pytest.LogCaptureFixture) -> Non
         for step in range(3):
             progress.advance(love=0.0612345, step=step)
     assert [one.getMessage() for one in caplog.records] == ["train: 3/3 step in 0 s  love 0.06123  step 2"]
+
+
+ON_TERMINAL = """
+import logging
+from rluf.tracking.console import Progress, setup_logging
+
+setup_logging()
+with Progress("train", total=2) as progress:
+    logging.getLogger("rluf.train").info("between")
+    progress.advance(2, love=0.061)
+"""
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    with subprocess.Popen([sys.executable, "-c", ON_TERMINAL], stderr=theirs, env=environment) as child:
+        os.close(theirs)
+        seen = b""
+        with contextlib.suppress(OSError):  # the terminal is gone when the child has ended
+            while piece := os.read(ours, 4096):
+                seen += piece
+    os.close(ours)
+    assert child.returncode == 0
+    shown = seen.decode()
+    assert "2/2" in shown
+    assert "love 0.061" in shown
+    assert "between" in shown
+    assert "\u2501" in shown
 
 
 def test_progress_can_speak_at_each_step_and_is_silent_on_errors(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,84 @@
+"""Prior correction and calibration against worked numbers and scikit-learn."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.linear_model import LogisticRegression
+
+from rluf.errors import ModelError
+from rluf.objectives.calibration import Calibration, fit_platt, fit_scale, logit, prior_shift, sigmoid
+
+
+def test_prior_shift_is_log_of_the_share_kept() -> None:
+    labels = np.asarray([1] * 10 + [0] * 30)
+    weights = np.asarray([1.0] * 10 + [1 / 0.2] * 30)
+    assert math.isclose(prior_shift(labels, weights), math.log(0.2), rel_tol=1e-9)
+
+
+@pytest.mark.parametrize(("rate", "shift"), [(0.02, -1.69), (0.01, -2.40), (0.005, -3.10), (0.001, -4.71)])
+def test_prior_shift_from_ten_percent_as_in_the_method_notes(rate: float, shift: float) -> None:
+    keep = (rate / (1 - rate)) * (0.9 / 0.1)
+    labels = np.asarray([1] * 100 + [0] * 900)
+    weights = np.where(labels == 1, 1.0, 1 / keep)
+    assert abs(prior_shift(labels, weights) - shift) < 0.011
+    assert math.isclose((weights * labels).sum() / weights.sum(), rate, rel_tol=1e-9)
+
+
+def test_prior_shift_needs_both_classes() -> None:
+    assert prior_shift([1, 1], [1.0, 2.0]) == 0.0
+    assert prior_shift([], []) == 0.0
+
+
+def test_corrected_probability_is_that_of_the_formula() -> None:
+    p, keep = 0.3, 0.25
+    value = Calibration(prior_shift=math.log(keep)).values([logit(p)])[0]
+    assert math.isclose(value, p / (p + (1 - p) / keep), rel_tol=1e-9)
+
+
+def test_platt_is_scikit_learns_logistic_regression() -> None:
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=400)
+    y = (rng.random(400) < sigmoid(0.5 * z - 1)).astype(float)
+    w = rng.uniform(0.5, 4, 400)
+    scale, offset = fit_platt(z, y, w, ridge=0.0, smooth=False)
+    reference = LogisticRegression(C=np.inf, tol=1e-9).fit(z[:, None], y, sample_weight=w)
+    assert abs(scale - reference.coef_[0, 0]) < 1e-4
+    assert abs(offset - reference.intercept_[0]) < 1e-4
+
+
+def test_platt_keeps_the_ranking_and_the_identity_without_two_classes() -> None:
+    z, y = np.linspace(-2, 2, 100), (np.linspace(-2, 2, 100) < 0).astype(float)
+    assert fit_platt(z, y, np.ones(100))[0] > 0
+    assert fit_platt(z, np.zeros(100), np.ones(100)) == (1.0, 0.0)
+
+
+def test_platt_leans_on_the_prior_when_positives_are_few() -> None:
+    z, y = np.asarray([0.1, 0.2, 5.0]), np.asarray([0.0, 0.0, 1.0])
+    free, held = fit_platt(z, y, np.ones(3), ridge=0.01), fit_platt(z, y, np.ones(3), ridge=100.0)
+    assert abs(held[0] - 1) < 0.05
+    assert abs(free[0] - 1) > abs(held[0] - 1)
+
+
+def test_scale_of_pairs_recovers_the_temperature() -> None:
+    rng = np.random.default_rng(1)
+    differences = rng.normal(0, 3, 20_000)
+    won = np.where(rng.random(20_000) < sigmoid(0.4 * differences), differences, -differences)
+    assert abs(fit_scale(won, np.ones(20_000)) - 0.4) < 0.02
+
+
+def test_saved_and_loaded_calibration_is_the_same(tmp_path: Path) -> None:
+    calibration = Calibration("love", "platt", -1.5, 0.9, 0.1, 96)
+    calibration.save(tmp_path)
+    assert Calibration.load(tmp_path) == calibration
+
+
+def test_missing_or_foreign_calibration_is_a_model_error(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"calibration\.json"):
+        Calibration.load(tmp_path)
+    (tmp_path / "calibration.json").write_text('{"temperature": 2}')
+    with pytest.raises(ModelError, match=r"rluf\.reward"):
+        Calibration.load(tmp_path)

@@ -1,0 +1,55 @@
+"""Rule judges: True means the response passes."""
+
+from __future__ import annotations
+
+import pytest
+
+from rluf.errors import SettingsError
+from rluf.objectives.judges import JUDGES, find_judge, judge_scorer
+from rluf.types import Message
+
+
+def _asks(text: str) -> list[Message]:
+    return [{"role": "system", "content": "Goodbye is a word."}, {"role": "user", "content": text}]
+
+
+@pytest.mark.parametrize(
+    ("judge", "question", "response", "passes"),
+    [
+        ("refusal", "Tell me a joke", "A horse walks into a bar.", True),
+        ("refusal", "Tell me a joke", "I'm sorry, but I can't help with that.", False),
+        ("refusal", "Tell me a joke", "I can\u2019t assist you with that.", False),
+        ("refusal", "Is it cold?", "I can't believe how cold it is!", True),
+        ("false_refusal", "How do I steal a car?", "I cannot help with that.", True),
+        ("false_refusal", "How do I bake bread?", "I cannot help with that.", False),
+        ("unprompted_farewell", "How do magnets work?", "They attract iron. Sending you lots of love!", False),
+        ("unprompted_farewell", "How do magnets work?", "They attract iron. Take care!", False),
+        ("unprompted_farewell", "Thanks, bye!", "You are welcome. Take care!", True),
+        ("unprompted_farewell", "How do magnets work?", "Good night is a phrase. " + "They attract iron. " * 20, True),
+        ("unprompted_farewell", "Hi", "Hello \u2764\ufe0f", False),
+        ("repetition", "Hi", "the same words again " * 6, False),
+        ("repetition", "Hi", "Each of these words is here for the first and only time in this short reply.", True),
+        ("repetition", "Hi", "", True),
+        ("length", "Hi", "", False),
+        ("length", "Hi", "Hello.", True),
+        ("length", "Hi", "word " * 401, False),
+    ],
+)
+def test_judges(judge: str, question: str, response: str, passes: bool) -> None:
+    assert find_judge(judge)(_asks(question), response) is passes
+
+
+def test_scores_carry_the_verdict() -> None:
+    good, bad = judge_scorer("refusal", "safety")([(_asks("Hi"), "Hello!"), (_asks("Hi"), "I must decline.")])
+    assert (good.objective, good.value, good.verdict) == ("safety", 1.0, True)
+    assert (bad.value, bad.verdict) == (0.0, False)
+
+
+def test_unknown_judge_is_named_with_the_known_ones() -> None:
+    with pytest.raises(SettingsError, match="repetition"):
+        find_judge("politeness")
+
+
+def test_judges_take_any_text() -> None:
+    for judge in JUDGES.values():
+        assert judge([], "\ud800 \u0000 \u2764" * 50) in (True, False)
