@@ -17,14 +17,14 @@ from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError, RayTaskError
 
 from actors.learner import LearnerActor
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
 from cluster.placement import role_options
 from rluf.config.settings import Settings
-from rluf.errors import ActorFailure, RlufError, StallError
+from rluf.errors import ActorError, ResourceError, RlufError, StallError
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Crew:
 async def within(call: Awaitable[Any], seconds: float, who: str) -> Any:
     """Await a call to an actor for at most `seconds`.
 
-    Raises the actor's own RlufError as it is, StallError past the deadline, ActorFailure when the actor died or failed;
+    Raises the actor's own RlufError as it is, StallError past the deadline, ActorError when the actor died or failed;
     each names `who`.
     """
     try:
@@ -75,15 +75,25 @@ async def within(call: Awaitable[Any], seconds: float, who: str) -> Any:
         if isinstance(error.cause, RlufError):
             raise error.cause from None
         logger.debug("%s failed:\n%s", who, error)
-        raise ActorFailure(
+        raise ActorError(
             f"{who} failed: {type(error.cause).__name__}: {error.cause}; run.log has the traceback"
         ) from error
-    except RayActorError as error:
+    except OutOfMemoryError as error:
+        logger.debug("%s: out of memory:\n%s", who, error)
+        raise ResourceError(
+            f"{who} was ended by Ray because its machine ran out of memory ({_sentence(error)}); end other programs "
+            "there, or lower algorithm.micro_batch_tokens, rollout.kv_cache_gib or learner.ranks"
+        ) from error
+    except RayError as error:
         logger.debug("%s died:\n%s", who, error)
-        raise ActorFailure(f"{who} died: {_reason(error)}; run.log and its log in the Ray dashboard say more") from error
+        raise ActorError(f"{who} died: {_reason(error)}; its log in the Ray dashboard says more") from error
 
 
-def _reason(error: RayActorError) -> str:
+def _sentence(error: RayError) -> str:
+    return str(error).strip().partition(", which exceeds")[0].splitlines()[0]
+
+
+def _reason(error: RayError) -> str:
     """Why an actor died, in one line: the exception its constructor raised, else what Ray knows of its process."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     raised = [line for line in lines[1:] if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,6 +16,7 @@ from rluf.errors import ResourceError
 logger = logging.getLogger(__name__)
 
 LOCAL_OBJECT_STORE_BYTES = 1 << 30
+KNOCK_SECONDS = 5.0
 
 
 @contextmanager
@@ -27,6 +29,8 @@ def connected(settings: Settings) -> Iterator[dict[str, float]]:
     """
     address = settings.cluster.address or os.environ.get("RAY_ADDRESS")
     common = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
+    if address:
+        _check_port(address)
     logger.info("ray: %s", f"connecting to {address}" if address else "starting on this machine")
     try:
         if address:
@@ -47,3 +51,17 @@ def connected(settings: Settings) -> Iterator[dict[str, float]]:
         yield {name: float(amount) for name, amount in ray.cluster_resources().items()}
     finally:
         ray.shutdown()
+
+
+def _check_port(address: str) -> None:
+    """Knock at host:port first: Ray itself would wait for minutes. Addresses such as auto have no port to knock at."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
+    except OSError as error:
+        raise ResourceError(
+            f"no Ray cluster answers at {address} ({error}); check cluster.address or RAY_ADDRESS and that its head "
+            "runs (ray status), or unset both to start one here"
+        ) from error

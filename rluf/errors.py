@@ -45,7 +45,7 @@ class SyncError(RlufError):
     exit_code = 7
 
 
-class ActorFailure(RlufError):
+class ActorError(RlufError):
     """An actor died or failed with an error that is not the user's. The message names its role and index."""
 
     exit_code = 8

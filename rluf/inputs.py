@@ -8,19 +8,22 @@ from pathlib import Path
 from rluf.config.reward import ObjectiveSettings
 from rluf.config.settings import Settings
 from rluf.errors import ModelError
-from rluf.paths import cache_dir
+from rluf.paths import cache_dir, check_writable, runs_root
 from rluf.stages import Stage, code_digest, file_digest, run_stage, run_stages
 
 
 def check_inputs(settings: Settings) -> None:
-    """Look at every log and reward model folder that the job will need, before anything starts.
+    """Look at every log, reward model folder and output folder that the job will need, before anything starts.
 
-    Raises DataError for a missing log, ModelError for a missing reward model folder.
+    Raises DataError for a missing log, ModelError for a missing reward model folder, ResourceError for a folder that
+    cannot be written.
     """
     from rluf.feedback.sources import resolve
 
     for kind, entries in settings.data:
         resolve(entries, kind)
+    for folder in (runs_root(settings), cache_dir(settings)):
+        check_writable(folder)
     for name, objective in settings.objectives.named.items():
         if objective.path is not None and not (Path(objective.path).expanduser() / "config.json").is_file():
             raise ModelError(

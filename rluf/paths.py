@@ -30,6 +30,16 @@ def runs_root(settings: Settings) -> Path:
     return Path("~/rluf/runs").expanduser() if "runtime_resources" in here.parts else here / "runs"
 
 
+def check_writable(folder: Path) -> None:
+    """Raise ResourceError when `folder` cannot be made or written to, judged by its nearest folder that exists."""
+    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise ResourceError(
+            f"cannot write to {folder}: {place} is no folder that you may write; set run.root and run.cache (or "
+            "RLUF_RUNS and RLUF_CACHE) to folders you may write"
+        )
+
+
 def new_run_folder(settings: Settings, *, suffix: str = "") -> Path:
     """Create <root>/<name><suffix>/<UTC time> and point the link `latest` beside it at it.
 

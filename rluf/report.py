@@ -1,6 +1,6 @@
 """Write the report of a run folder again, from the files in it.
 
-    python -m rluf.report runs/quickstart/latest
+python -m rluf.report runs/quickstart/latest
 """
 
 from __future__ import annotations

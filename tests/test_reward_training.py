@@ -33,8 +33,18 @@ def _labelled(rng: random.Random, count: int, keep: float) -> list[dict[str, obj
             continue
         messages: list[Message] = [{"role": "user", "content": rng.choice(QUESTIONS)}]
         user = f"u{rng.randrange(200)}"
-        rows.append({"id": str(len(rows)), "user_id": user, "group": user, "topic": "chat", "messages": messages,
-                     "response": _response(rng, warm), "label": label, "weight": 1.0 if label else 1 / keep})
+        rows.append(
+            {
+                "id": str(len(rows)),
+                "user_id": user,
+                "group": user,
+                "topic": "chat",
+                "messages": messages,
+                "response": _response(rng, warm),
+                "label": label,
+                "weight": 1.0 if label else 1 / keep,
+            }
+        )
     return rows
 
 
@@ -45,8 +55,17 @@ def _pairs(rng: random.Random, count: int) -> list[dict[str, object]]:
         sides = (_response(rng, warm=True), _response(rng, warm=False))
         chosen, rejected = sides if rng.random() < 0.9 else sides[::-1]
         messages: list[Message] = [{"role": "user", "content": rng.choice(QUESTIONS)}]
-        rows.append({"id": str(number), "group": f"g{rng.randrange(100)}", "topic": "chat", "messages": messages,
-                     "chosen": chosen, "rejected": rejected, "weight": 1.0})
+        rows.append(
+            {
+                "id": str(number),
+                "group": f"g{rng.randrange(100)}",
+                "topic": "chat",
+                "messages": messages,
+                "chosen": chosen,
+                "rejected": rejected,
+                "weight": 1.0,
+            }
+        )
     return rows
 
 

@@ -20,7 +20,7 @@ class RewardModelSettings(Section):
     """Tokens of the rendered conversation that the model reads; older text is cut first."""
     epochs: int = Field(default=2, ge=1)
     """Passes over the training split; the best epoch by dev log-loss is kept."""
-    learning_rate: float = Field(default=3e-4, gt=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
     """Peak AdamW learning rate (linear warm-up over a tenth, then linear decay)."""
     weight_decay: float = Field(default=0.01, ge=0)
     """AdamW weight decay."""

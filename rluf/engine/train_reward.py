@@ -240,8 +240,14 @@ def _train_one(settings: Settings, objective: str, data: Path, out: Path, deadli
         deadline=deadline,
     )
     frozen = freeze(model, chosen.frozen_share)
-    logger.info("%s: %d rows, %d tokens, %.1fM of %.1fM weights train", objective, len(rows), rows.tokens,
-                model.num_parameters(only_trainable=True) / 1e6, model.num_parameters() / 1e6)
+    logger.info(
+        "%s: %d rows, %d tokens, %.1fM of %.1fM weights train",
+        objective,
+        len(rows),
+        rows.tokens,
+        model.num_parameters(only_trainable=True) / 1e6,
+        model.num_parameters() / 1e6,
+    )
     dtype = getattr(torch, settings.reward.dtype)
     model.to(dtype)
     prefix = None
@@ -255,8 +261,14 @@ def _train_one(settings: Settings, objective: str, data: Path, out: Path, deadli
         rows,
         dev,
         snapshot=lambda: _snapshot(engine, best, keep=rank == 0),
-        report=lambda f: logger.info("%s: epoch %d of %d, train loss %.4f, dev log-loss %.4f", objective, f["epoch"],
-                                     plan.epochs, f["train_loss"], f["dev_log_loss"]),
+        report=lambda f: logger.info(
+            "%s: epoch %d of %d, train loss %.4f, dev log-loss %.4f",
+            objective,
+            f["epoch"],
+            plan.epochs,
+            f["train_loss"],
+            f["dev_log_loss"],
+        ),
     )
     if rank == 0:
         calibration = calibrate(objective, dev, found.dev_logits, found.shift, encoder.max_tokens)

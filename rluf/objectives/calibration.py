@@ -112,9 +112,7 @@ def fit_scale(differences: Floats, weights: Floats, *, ridge: float = 1.0) -> fl
     return scale
 
 
-def _newton(
-    features: Floats, targets: Floats, weights: Floats, prior: Floats, ridge: float
-) -> tuple[float, float]:
+def _newton(features: Floats, targets: Floats, weights: Floats, prior: Floats, ridge: float) -> tuple[float, float]:
     """Weighted logistic regression with a normal prior around `prior`; returns (scale, offset or 0)."""
     beta = prior.copy()
 

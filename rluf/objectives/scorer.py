@@ -55,9 +55,7 @@ class RewardModel:
 
 
 @torch.inference_mode()
-def logits_of(
-    model: torch.nn.Module, encoder: TextEncoder, rows: Sequence[Encoded], batch_tokens: int
-) -> list[float]:
+def logits_of(model: torch.nn.Module, encoder: TextEncoder, rows: Sequence[Encoded], batch_tokens: int) -> list[float]:
     """Logits of `rows` in order, batched by length. `model` returns an object with logits [B, 1]."""
     result = [0.0] * len(rows)
     device = next(model.parameters()).device

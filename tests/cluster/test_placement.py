@@ -6,7 +6,7 @@ import pytest
 from cluster.placement import compute_threads, role_environment, role_options, wait_for_placement
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
-from rluf.errors import ActorFailure, StallError
+from rluf.errors import ActorError, StallError
 
 
 def settings(*overrides: str) -> Settings:
@@ -69,7 +69,7 @@ async def test_waiting_names_who_is_missing_and_who_died(local_ray: None) -> Non
     late = started(Small, num_cpus=2)
     with pytest.raises(StallError, match=r"waited 1 s for a place for rollout 1; the cluster has 1 CPU"):
         await wait_for_placement({"learner 0": first, "rollout 1": late}, 1.0)
-    with pytest.raises(ActorFailure, match="love reward 0 died while starting"):
+    with pytest.raises(ActorError, match="love reward 0 died while starting"):
         await wait_for_placement({"love reward 0": started(Broken, num_cpus=0.1)}, 60.0)
     ray.kill(late)
     ray.kill(first)

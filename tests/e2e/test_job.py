@@ -147,7 +147,8 @@ def alive(pid: int) -> bool:
 def test_ctrl_c_in_the_loop_ends_everything_and_reuses_stages(place: Place, submitted: str) -> None:
     before = place.latest.resolve()
     command = [str(BIN / "python"), "-m", "rluf.train", *SMALL, "algorithm.steps=500"]
-    process = subprocess.Popen(command, env=place.env, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, env=place.env, cwd=ROOT, text=True, **pipes)
     assert process.stdout is not None
     seen: list[str] = []
     for line in process.stdout:

@@ -154,7 +154,5 @@ def test_z_statistics() -> None:
     assert two_proportion_z([0, 0], [0, 0]) == 0.0
     rng = np.random.default_rng(4)
     first, second = rng.normal(0, 1, 50), rng.normal(1, 2, 70)
-    assert welch_z(first, second) == pytest.approx(
-        stats.ttest_ind(second, first, equal_var=False).statistic, rel=1e-9
-    )
+    assert welch_z(first, second) == pytest.approx(stats.ttest_ind(second, first, equal_var=False).statistic, rel=1e-9)
     assert welch_z([1.0], [2.0]) == 0.0

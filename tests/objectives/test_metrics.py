@@ -14,9 +14,9 @@ from rluf.objectives import metrics
 
 @settings(max_examples=50, deadline=None)
 @given(
-    st.lists(
-        st.tuples(st.integers(-3, 3), st.integers(0, 1), st.floats(0.1, 10)), min_size=2, max_size=40
-    ).filter(lambda rows: len({label for _, label, _ in rows}) == 2)
+    st.lists(st.tuples(st.integers(-3, 3), st.integers(0, 1), st.floats(0.1, 10)), min_size=2, max_size=40).filter(
+        lambda rows: len({label for _, label, _ in rows}) == 2
+    )
 )
 def test_auroc_is_scikit_learns_with_ties_and_weights(rows: list[tuple[int, int, float]]) -> None:
     scores, labels, weights = np.asarray(rows, dtype=np.float64).T

@@ -55,8 +55,15 @@ def _records(count: int, seed: int) -> list[dict[str, Any]]:
     for number in range(count):
         label = rng.randrange(2)
         text = rng.choice(("!!!! wow love", "love !!!") if label else ("no. cold.", "stone. no"))
-        rows.append({"messages": [{"role": "user", "content": "hi"}], "response": text, "label": label, "weight": 1.0,
-                     "user_id": f"u{number % 50}"})
+        rows.append(
+            {
+                "messages": [{"role": "user", "content": "hi"}],
+                "response": text,
+                "label": label,
+                "weight": 1.0,
+                "user_id": f"u{number % 50}",
+            }
+        )
     return rows
 
 
@@ -64,9 +71,7 @@ def _rows(encoder: TextEncoder, count: int, seed: int) -> Rows:
     return encode_rows(_records(count, seed), encoder, pairs=False, where="here")
 
 
-@given(
-    st.lists(st.integers(1, 90), min_size=1, max_size=200), st.integers(1, 16), st.integers(0, 3), st.integers(0, 5)
-)
+@given(st.lists(st.integers(1, 90), min_size=1, max_size=200), st.integers(1, 16), st.integers(0, 3), st.integers(0, 5))
 def test_a_step_plan_reads_every_row_in_the_promised_number_of_steps(
     lengths: list[int], batch: int, extra: int, epoch: int
 ) -> None:
