@@ -162,8 +162,8 @@ class Pipeline:
         now = clock.lap("score_s", self._generated_at)
         if self.standardiser is None:
             self.standardiser = Standardiser.fit(_signals(batch))
-        weights = {name: objective.weight for name, objective in self.settings.objectives.named.items()}
-        rewards = [combine(_signals([scored]), weights, self.standardiser) for scored in batch]
+        weights = self.settings.objectives.weights
+        rewards = [combine(_signals([scored]), weights(scored.info.topic), self.standardiser) for scored in batch]
         gains = [advantages(self.settings.algorithm.name, reward) for reward in rewards]
         learnt = await self._learn(number, batch, gains)
         now = clock.lap("learn_s", now)

@@ -15,6 +15,9 @@ from rluf.types import Group
 
 logger = logging.getLogger(__name__)
 
+PROBE_SAMPLES = 2
+"""Responses of the first batch whose logprobs are compared between learner and engine after each publish."""
+
 
 class Publisher:
     """Sends weights and checks that they arrived."""
@@ -54,7 +57,7 @@ class Publisher:
     async def _probe(self, version: int, group: ObjectRef[Group]) -> float:
         if not self._probes:
             first: Group = await within(group, 60.0, "the object store")
-            taken = first.samples[: self.settings.publish.probe_prompts]
+            taken = first.samples[:PROBE_SAMPLES]
             self._probes = [(list(s.prompt_ids), list(s.response_ids)) for s in taken]
         seconds, worst = self.settings.publish.deadline_s, 0.0
         for prompt, response in self._probes:

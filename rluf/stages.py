@@ -92,8 +92,8 @@ def run_stages(
     try:
         build(parts)
         for name, part in parts.items():
-            made_from = json.dumps({"stage": name, "key": stages[name].key, "from": wanted[name]}, indent=2)
-            (part / "stage.json").write_text(made_from)
+            origin = {"stage": name, "key": stages[name].key, "from": dict(wanted[name])}
+            (part / "stage.json").write_text(json.dumps(origin, indent=2))
             if stages[name].folder.is_dir():
                 shutil.rmtree(stages[name].folder)
             os.replace(part, stages[name].folder)

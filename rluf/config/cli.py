@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import signal
 import sys
@@ -12,8 +13,9 @@ from types import FrameType
 from typing import NoReturn
 
 from rluf.config.load import DEFAULT, Loaded, fields, load_settings, parse_yaml
-from rluf.errors import RlufError, SettingsError
+from rluf.errors import ResourceError, RlufError, SettingsError
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 INTERRUPTED = 130
 TERMINATED = 143
 
@@ -75,6 +77,15 @@ def guard(function: Callable[[], object]) -> int:
         function()
     except RlufError as error:
         _leave(f"error: {error}", error.exit_code)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        where = error.filename or "the run folder, the cache or /tmp"
+        _leave(
+            f"error: {error.strerror} while writing {where}; free some space, or point run.root, run.cache or TMPDIR at "
+            "a larger disk",
+            ResourceError.exit_code,
+        )
     except KeyboardInterrupt:
         _leave("interrupted: stopped before the end; finished stages are kept and reused by the next run", INTERRUPTED)
     return 0

@@ -77,7 +77,7 @@ class LearnerSettings(Section):
     """Data-parallel ranks."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
-    learning_rate: float = Field(default=1e-5, ge=0)
+    learning_rate: float = Field(default=4e-5, ge=0)
     """AdamW learning rate, constant after warm-up; 0 trains nothing (a control run)."""
     warmup_steps: int = Field(default=2, ge=0)
     """Optimiser steps of linear warm-up."""
@@ -102,8 +102,6 @@ class PublishSettings(Section):
     """shm: shared memory on one host (CPU or GPU engines); nccl: broadcast between GPUs."""
     bucket_mib: int = Field(default=64, ge=1)
     """MiB of weights sent at a time."""
-    probe_prompts: int = Field(default=2, ge=1)
-    """Prompts whose logprobs are compared between learner and engine after each publish."""
     probe_tolerance: float = Field(default=0.15, gt=0)
     """Largest mean absolute logprob difference in nats per token before the run stops."""
     deadline_s: float = Field(default=120.0, gt=0)

@@ -86,8 +86,22 @@ class ObjectivesSettings(Section):
     """Is the response harmless."""
     batch_tokens: int = Field(default=8192, ge=128)
     """Tokens a reward actor scores at once."""
+    alone: tuple[str, ...] = ("risky:safety",)
+    """topic:objective pairs; on prompts of the topic that objective alone counts (CGPO's split of tasks)."""
+
+    @property
+    def owners(self) -> dict[str, str]:
+        """Objective that alone counts on a topic, by topic."""
+        return {topic: objective for topic, _, objective in (pair.rpartition(":") for pair in self.alone)}
 
     @property
     def named(self) -> dict[str, ObjectiveSettings]:
         """Objective settings by objective name, in a fixed order."""
         return {"love": self.love, "helpfulness": self.helpfulness, "safety": self.safety}
+
+    def weights(self, topic: str) -> dict[str, float]:
+        """Weight of each objective on prompts of `topic`: its own, or 1 and 0 where one of them claims the topic."""
+        owner = self.owners.get(topic)
+        if owner is None:
+            return {name: objective.weight for name, objective in self.named.items()}
+        return {name: float(name == owner) for name in self.named}

@@ -28,6 +28,21 @@ def judges(settings: Settings) -> str | None:
     return None
 
 
+def topics(settings: Settings) -> str | None:
+    """Entries of objectives.alone are topic:objective, a topic once."""
+    objectives = settings.objectives
+    for pair in objectives.alone:
+        topic, _, objective = pair.rpartition(":")
+        if not topic or objective not in objectives.named:
+            return (
+                f"objectives.alone has {pair!r}, which is not topic:objective; set it to pairs that end in "
+                f"{', '.join(objectives.named)}"
+            )
+    if len(objectives.owners) < len(objectives.alone):
+        return f"objectives.alone={list(objectives.alone)} names a topic twice; set each topic once"
+    return None
+
+
 def weights(settings: Settings) -> str | None:
     """At least one objective weighs something."""
     if any(objective.weight > 0 for objective in settings.objectives.named.values()):
@@ -144,6 +159,7 @@ def splits(settings: Settings) -> str | None:
 RULES: tuple[Callable[[Settings], str | None], ...] = (
     judges,
     weights,
+    topics,
     losses,
     tensor_parallel,
     gpu_shares,

@@ -89,7 +89,7 @@ class Progress:
         self._bars.start()
         return self
 
-    def advance(self, count: int = 1, **notes: float | int | str) -> None:
+    def advance(self, count: int = 1, /, **notes: float | int | str) -> None:
         """`count` more units are done; `notes` are shown beside the bar, numbers with four digits."""
         self._done += count
         if notes:

@@ -1,3 +1,4 @@
+import errno
 import resource
 import signal
 import subprocess
@@ -127,3 +128,19 @@ def test_flags_answer_within_a_second_of_cpu_time(flag: str) -> None:
     subprocess.run(command, check=True, capture_output=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)  # the clock on the wall would count the neighbours' work too
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
+
+
+def test_a_full_disk_is_one_message_and_other_os_errors_are_not_hidden(capsys: pytest.CaptureFixture[str]) -> None:
+    def full() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/runs/x")
+
+    with pytest.raises(SystemExit) as caught:
+        guard(full)
+    assert caught.value.code == 5
+    assert capsys.readouterr().err.startswith("error: No space left on device while writing /runs/x; free some space")
+
+    def other() -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        guard(other)

@@ -26,6 +26,8 @@ from rluf.errors import SettingsError
             ["algorithm.micro_batch_tokens=2048", "algorithm.micro_batch_tokens=4144"],
         ),
         (["learner.ranks=49"], ["learner.ranks=49", "48 samples"]),
+        (["objectives.alone=[risky:safe]"], ["objectives.alone", "risky:safe", "safety"]),
+        (["objectives.alone=[a:love, a:safety]"], ["objectives.alone", "twice"]),
         (["rollout.concurrency=2"], ["rollout.concurrency=2", "algorithm.samples_per_prompt=4"]),
         (["prepare.dev_share=0.5", "prepare.test_share=0.5"], ["prepare.dev_share=0.5", "prepare.test_share=0.5"]),
     ],
@@ -50,3 +52,11 @@ def test_pairs_that_do_not_go_together_name_both_sides(overrides: list[str], tol
 )
 def test_pairs_that_do_go_together_pass(overrides: list[str]) -> None:
     load_settings(None, overrides)
+
+
+def test_an_objective_alone_on_a_topic_overrules_the_weights() -> None:
+    objectives = load_settings(
+        None, ["objectives.alone=[risky:safety]", "objectives.love.weight=0.3"]
+    ).settings.objectives
+    assert objectives.weights("risky") == {"love": 0.0, "helpfulness": 0.0, "safety": 1.0}
+    assert objectives.weights("casual")["love"] == 0.3

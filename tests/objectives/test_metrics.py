@@ -19,13 +19,14 @@ from rluf.objectives import metrics
     )
 )
 def test_auroc_is_scikit_learns_with_ties_and_weights(rows: list[tuple[int, int, float]]) -> None:
-    scores, labels, weights = np.asarray(rows, dtype=np.float64).T
-    expected = reference.roc_auc_score(labels, scores, sample_weight=weights)
+    table: metrics.Floats = np.asarray(rows, dtype=np.float64)
+    scores, labels, weights = table[:, 0], table[:, 1], table[:, 2]
+    expected = float(reference.roc_auc_score(labels, scores, sample_weight=weights))
     assert math.isclose(metrics.auroc(scores, labels, weights), expected, abs_tol=1e-9)
 
 
 def test_auroc_without_positives_is_nan() -> None:
-    assert math.isnan(metrics.auroc(np.arange(3.0), np.zeros(3)))
+    assert math.isnan(metrics.auroc(np.ones(3), np.zeros(3)))
 
 
 def test_hanley_mcneil_as_in_the_method_notes() -> None:
