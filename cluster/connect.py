@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,6 +34,7 @@ def connected(settings: Settings) -> Iterator[dict[str, float]]:
     if address:
         _check_port(address)
     logger.info("ray: %s", f"connecting to {address}" if address else "starting on this machine")
+    on_terminate = signal.getsignal(signal.SIGTERM)
     try:
         if address:
             context = ray.init(address=address, **common)
@@ -45,6 +48,8 @@ def connected(settings: Settings) -> Iterator[dict[str, float]]:
             f"cannot reach or start {where}: {error}; check that its head runs and its token and ports are right "
             "(ray status), or unset cluster.address and RAY_ADDRESS to start one here"
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_terminate)  # ray.init has put one there that aborts without unwinding
     try:
         if context.dashboard_url:
             logger.info("ray dashboard: http://%s", context.dashboard_url)

@@ -82,8 +82,8 @@ def guard(function: Callable[[], object]) -> int:
             raise
         where = error.filename or "the run folder, the cache or /tmp"
         _leave(
-            f"error: {error.strerror} while writing {where}; free some space, or point run.root, run.cache or TMPDIR at "
-            "a larger disk",
+            f"error: {error.strerror} while writing {where}; free some space, or point run.root, run.cache or TMPDIR "
+            "at a larger disk",
             ResourceError.exit_code,
         )
     except KeyboardInterrupt:
