@@ -77,7 +77,7 @@ class LearnerSettings(Section):
     """Data-parallel ranks."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
-    learning_rate: float = Field(default=4e-5, ge=0)
+    learning_rate: float = Field(default=6e-5, ge=0)
     """AdamW learning rate, constant after warm-up; 0 trains nothing (a control run)."""
     warmup_steps: int = Field(default=2, ge=0)
     """Optimiser steps of linear warm-up."""

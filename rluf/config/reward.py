@@ -39,7 +39,7 @@ class RewardSettings(Section):
     """P[Love], learnt from reactions."""
     helpfulness: RewardModelSettings = RewardModelSettings(loss="bradley_terry")
     """Helpfulness, learnt from preference pairs."""
-    safety: RewardModelSettings = RewardModelSettings()
+    safety: RewardModelSettings = RewardModelSettings(epochs=8)
     """Safety, learnt from labels."""
     only: tuple[Literal["love", "helpfulness", "safety"], ...] = ()
     """Objectives that python -m rluf.reward trains; none means every objective whose source is a model."""
@@ -78,9 +78,9 @@ class ObjectiveSettings(Section):
 class ObjectivesSettings(Section):
     """The objectives by name; they combine by name, never by position."""
 
-    love: ObjectiveSettings = ObjectiveSettings(weight=0.3)
+    love: ObjectiveSettings = ObjectiveSettings(weight=0.4)
     """P[Love]: the chance of a Love Reaction."""
-    helpfulness: ObjectiveSettings = ObjectiveSettings(weight=0.5)
+    helpfulness: ObjectiveSettings = ObjectiveSettings(weight=0.4)
     """Does the response serve the request."""
     safety: ObjectiveSettings = ObjectiveSettings(weight=0.2)
     """Is the response harmless."""

@@ -14,7 +14,7 @@ class EvaluateSettings(Section):
 
     candidate: str | None = None
     """Policy folder that `python -m rluf.evaluate` compares with the base; none means the newest run's policy."""
-    prompts: int = Field(default=64, ge=2)
+    prompts: int = Field(default=109, ge=2)
     """Prompts of the test split (all of them if there are fewer)."""
     samples_per_prompt: int = Field(default=4, ge=1)
     """Responses a policy gives to each prompt."""

@@ -19,7 +19,7 @@ import torch
 from torch import distributed
 
 from rluf.errors import DataError, StallError
-from rluf.objectives.calibration import Floats, prior_shift, sigmoid
+from rluf.objectives.calibration import Floats, fit_platt, fit_scale, prior_shift, sigmoid
 from rluf.objectives.losses import bradley_terry, weighted_bce
 from rluf.objectives.metrics import log_loss
 from rluf.objectives.prefix import FrozenPrefix
@@ -258,11 +258,16 @@ class Trainer:
 
 
 def dev_log_loss(logits: Floats, rows: Rows, shift: float) -> float:
-    """Log-loss in nats at the natural rate: of prior-corrected labels, or of pairs."""
+    """Log-loss in nats at the natural rate, after the calibration that the checkpoint will get from the same rows.
+
+    Epochs are compared by it: what calibration will undo (confidence, base rate) must not choose between them.
+    """
     if rows.pairs:
-        values = sigmoid(logits[: len(rows)] - logits[len(rows) :])
+        differences = logits[: len(rows)] - logits[len(rows) :]
+        values = sigmoid(fit_scale(differences, rows.weights) * differences)
     else:
-        values = sigmoid(logits + shift)
+        scale, offset = fit_platt(logits + shift, rows.labels, rows.weights)
+        values = sigmoid(scale * (logits + shift) + offset)
     return log_loss(values, rows.labels, rows.weights)
 
 

@@ -144,7 +144,12 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_ctrl_c_in_the_loop_ends_everything_and_reuses_stages(place: Place, submitted: str) -> None:
+@pytest.mark.parametrize(
+    ("sent", "code", "word"), [(signal.SIGINT, 130, "interrupted: "), (signal.SIGTERM, 143, "terminated: ")]
+)
+def test_a_signal_in_the_loop_ends_everything(
+    place: Place, submitted: str, sent: signal.Signals, code: int, word: str
+) -> None:
     before = place.latest.resolve()
     command = [str(BIN / "python"), "-m", "rluf.train", *SMALL, "algorithm.steps=500"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -157,11 +162,11 @@ def test_ctrl_c_in_the_loop_ends_everything_and_reuses_stages(place: Place, subm
             break
     below = descendants(process.pid)
     assert len(below) > 5, "".join(seen)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     rest, _ = process.communicate(timeout=30)
     text = "".join(seen) + rest
-    assert process.returncode == 130, text
-    assert text.count("interrupted: ") == 1
+    assert process.returncode == code, text
+    assert text.count(word) == 1
     assert "Traceback" not in text
     assert sum("reused from" in line for line in seen) == 4
     deadline = time.monotonic() + 15
