@@ -54,10 +54,10 @@ class Clock:
         return now
 
 
-def prompt_order(count: int, seed: int) -> Iterator[int]:
-    """Indices of prompts without end: each pass over them is a new shuffle drawn from `seed`."""
+def prompt_order(times: Sequence[int], seed: int) -> Iterator[int]:
+    """Indices of prompts without end: each pass is a new shuffle from `seed` that has prompt i times[i] times."""
     for epoch in itertools.count():
-        order = list(range(count))
+        order = [index for index, count in enumerate(times) for _ in range(count)]
         random.Random(f"{seed}-{epoch}").shuffle(order)
         yield from order
 
@@ -71,7 +71,8 @@ class Pipeline:
         self.version = 0
         self.standardiser: Standardiser | None = None
         self.publisher = Publisher(settings, crew)
-        self._order = prompt_order(len(prompts), settings.seed)
+        times = settings.algorithm.times
+        self._order = prompt_order([times.get(prompt.topic, 1) for prompt in prompts], settings.seed)
         self._load = {str(member): 0 for member in crew.rollouts}
         self._turn = itertools.count()
         self._ready: asyncio.Queue[ScoredGroup] = asyncio.Queue()

@@ -56,6 +56,8 @@ class AlgorithmSettings(Section):
     """Batch size 2: samples a prompt (the group)."""
     micro_batch_tokens: int = Field(default=2048, ge=64)
     """Batch size 3: tokens a packed micro-batch on one rank."""
+    mix: tuple[str, ...] = ("risky:3",)
+    """topic:times pairs; training prompts of the topic come up that many times in each pass over the prompts."""
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     """Lower PPO clip: the ratio is not rewarded below 1 - clip_low."""
     clip_high: float = Field(default=0.2, gt=0)
@@ -68,6 +70,11 @@ class AlgorithmSettings(Section):
     """Truncation of the per-token ratio between learner and engine probabilities (truncated importance sampling)."""
     staleness: int = Field(default=0, ge=0)
     """Policy versions a batch may lag: 0 synchronous, 1 one step off, more asynchronous."""
+
+    @property
+    def times(self) -> dict[str, int]:
+        """How often a topic's prompts come up in a pass, by topic; topics not named come up once."""
+        return {topic: int(times) for topic, _, times in (pair.rpartition(":") for pair in self.mix)}
 
 
 class LearnerSettings(Section):

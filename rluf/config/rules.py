@@ -43,6 +43,15 @@ def topics(settings: Settings) -> str | None:
     return None
 
 
+def mix(settings: Settings) -> str | None:
+    """Entries of algorithm.mix are topic:times."""
+    for pair in settings.algorithm.mix:
+        topic, _, times = pair.rpartition(":")
+        if not topic or not times.isdigit() or int(times) < 1:
+            return f"algorithm.mix has {pair!r}, which is not topic:times; set it to pairs such as risky:3"
+    return None
+
+
 def weights(settings: Settings) -> str | None:
     """At least one objective weighs something."""
     if any(objective.weight > 0 for objective in settings.objectives.named.values()):
@@ -160,6 +169,7 @@ RULES: tuple[Callable[[Settings], str | None], ...] = (
     judges,
     weights,
     topics,
+    mix,
     losses,
     tensor_parallel,
     gpu_shares,

@@ -22,8 +22,6 @@ class EvaluateSettings(Section):
     """New simulated users an arm of the A/B comparison (only where the simulator is the judge)."""
     responses_per_user: int = Field(default=20, ge=1)
     """Responses each new user reads."""
-    resamples: int = Field(default=2000, ge=100)
-    """Bootstrap resamples behind each interval."""
     simulated_users: bool = True
     """Let the simulated users of rluf.simulation judge; off for logs of real users."""
 

@@ -27,6 +27,7 @@ from rluf.errors import SettingsError
         ),
         (["learner.ranks=49"], ["learner.ranks=49", "48 samples"]),
         (["objectives.alone=[risky:safe]"], ["objectives.alone", "risky:safe", "safety"]),
+        (["algorithm.mix=[risky]"], ["algorithm.mix", "'risky'", "topic:times"]),
         (["objectives.alone=[a:love, a:safety]"], ["objectives.alone", "twice"]),
         (["rollout.concurrency=2"], ["rollout.concurrency=2", "algorithm.samples_per_prompt=4"]),
         (["prepare.dev_share=0.5", "prepare.test_share=0.5"], ["prepare.dev_share=0.5", "prepare.test_share=0.5"]),
