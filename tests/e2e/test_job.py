@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -26,6 +27,23 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+def descendants(pid: int) -> set[int]:
+    """Process ids below `pid`."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+    found: set[int] = set()
+    grown = {pid}
+    while grown:
+        grown = {child for child, parent in parents.items() if parent in grown} - found
+        found |= grown
+    return found
 
 
 @dataclass(frozen=True)
@@ -72,7 +90,10 @@ def head(place: Place) -> Iterator[str]:
         assert time.monotonic() < deadline, "ray start did not open its dashboard within 60 s"
         time.sleep(0.5)
     yield f"http://127.0.0.1:{dashboard}"
-    process.terminate()
+    below = descendants(process.pid)
+    for pid in (process.pid, *below):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.wait(30)
 
 
@@ -118,23 +139,6 @@ def test_policy_loads_in_plain_transformers_and_answers(place: Place, submitted:
     with torch.no_grad():
         reply = model.generate(**prompt, max_new_tokens=4, do_sample=False)
     assert reply.shape[1] > prompt["input_ids"].shape[1]
-
-
-def descendants(pid: int) -> set[int]:
-    """Process ids below `pid`."""
-    parents: dict[int, int] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                parents[int(entry.name)] = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-    found: set[int] = set()
-    grown = {pid}
-    while grown:
-        grown = {child for child, parent in parents.items() if parent in grown} - found
-        found |= grown
-    return found
 
 
 def alive(pid: int) -> bool:
