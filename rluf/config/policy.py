@@ -54,7 +54,7 @@ class AlgorithmSettings(Section):
     """Batch size 1: prompts a step."""
     samples_per_prompt: int = Field(default=4, ge=2)
     """Batch size 2: samples a prompt (the group)."""
-    micro_batch_tokens: int = Field(default=2048, ge=64)
+    micro_batch_tokens: int = Field(default=1024, ge=64)
     """Batch size 3: tokens a packed micro-batch on one rank."""
     mix: tuple[str, ...] = ("risky:3",)
     """topic:times pairs; training prompts of the topic come up that many times in each pass over the prompts."""

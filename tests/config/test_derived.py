@@ -17,7 +17,7 @@ def settings(*overrides: str) -> Settings:
 def test_batch_arithmetic() -> None:
     step = batches(settings("algorithm.prompts_per_step=10", "algorithm.samples_per_prompt=4", "learner.ranks=2"))
     assert (step.samples, step.longest, step.tokens) == (40, 240, 9600)
-    assert step.micro_batches == 3  # 20 samples a rank, 8 of 240 tokens fit into 2048
+    assert step.micro_batches == 5  # 20 samples a rank, 4 of 240 tokens fit into 1024
     assert step.total_samples == 40 * 14
     assert batches(settings("rollout.concurrency=16")).rollout_waves == 3
 

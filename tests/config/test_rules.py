@@ -23,7 +23,7 @@ from rluf.errors import SettingsError
         (["learner.offload_optimizer=true"], ["cluster.gpus_per_learner=0", "learner.offload_optimizer=false"]),
         (
             ["rollout.max_prompt_tokens=4096"],
-            ["algorithm.micro_batch_tokens=2048", "algorithm.micro_batch_tokens=4144"],
+            ["algorithm.micro_batch_tokens=1024", "algorithm.micro_batch_tokens=4144"],
         ),
         (["learner.ranks=49"], ["learner.ranks=49", "48 samples"]),
         (["objectives.alone=[risky:safe]"], ["objectives.alone", "risky:safe", "safety"]),
