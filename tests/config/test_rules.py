@@ -52,7 +52,7 @@ def test_pairs_that_do_not_go_together_name_both_sides(overrides: list[str], tol
     ],
 )
 def test_pairs_that_do_go_together_pass(overrides: list[str]) -> None:
-    load_settings(None, overrides)
+    assert "override" in load_settings(None, overrides).sources.values()
 
 
 def test_an_objective_alone_on_a_topic_overrules_the_weights() -> None:
