@@ -1,8 +1,9 @@
 """Reward training: tokens per second of ours (DeepSpeed, length-sorted steps, frozen layers replayed) over bare torch.
 
 The bare loop trains the same MiniLM in the same type on batches of exactly equal length, so it wastes nothing on
-padding; it runs frozen layers in every epoch, as a bare loop does. Both are timed by turns, the medians count. Tokens
-are those of the rows, padding left out. Prints one JSON line last.
+padding; it runs frozen layers in every epoch, as a bare loop does. On pairs, ours stands beside TRL's RewardTrainer
+(the same rows, rate and step size), and scoring of texts beside a transformers pipeline. All are timed by turns, the
+medians count. Tokens are those of the rows, padding left out. Prints one JSON line last.
 
 python benchmarks/reward.py [--rows 256] [--rounds 3] [--threads 2]
 """
@@ -16,7 +17,9 @@ import random
 import socket
 import statistics
 import sys
+import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -26,14 +29,15 @@ from rluf.config.settings import Settings
 from rluf.engine.deepspeed import init_deepspeed, join_group, leave_group
 from rluf.models import resolve_model
 from rluf.objectives.backbone import encoder_for, freeze, load_classifier, quick_cpu_matmul
-from rluf.objectives.losses import weighted_bce
+from rluf.objectives.losses import bradley_terry, weighted_bce
 from rluf.objectives.prefix import FrozenPrefix
 from rluf.objectives.scorer import logits_of
 from rluf.objectives.text import Encoded, TextEncoder
-from rluf.objectives.training import Plan, Rows, Trainer
+from rluf.objectives.training import Fit, Plan, Rows, Trainer
 from rluf.paths import cache_dir
 
 BATCH, RATE, DTYPE = 32, 3e-4, torch.bfloat16
+LENGTHS = [40, 48, 56, 64, 72, 80, 88, 96]
 
 
 def made_rows(count: int, lengths: list[int], seed: int = 0) -> Rows:
@@ -47,21 +51,30 @@ def made_rows(count: int, lengths: list[int], seed: int = 0) -> Rows:
     return Rows(False, sequences, labels, np.ones(count), [str(i) for i in range(count)], np.ones(count))
 
 
+def pair_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Bradley-Terry on logits of the chosen, then the rejected responses."""
+    chosen, rejected = logits.chunk(2)
+    return bradley_terry(chosen, rejected, weights, wins=labels)
+
+
 def ours(folder: Path, rows: Rows, frozen: float, epochs: int) -> float:
     """Tokens per second of the training that rluf.reward does, frozen layers' single pass included."""
+    size = BATCH // 2 if rows.pairs else BATCH  # rows of a step; a pair is two sequences
     model = load_classifier(folder, trained=False, dropout=0.1)
     encoder = encoder_for(model, folder, 128)
     layers = freeze(model, frozen)
     model.to(DTYPE)
-    steps = -(-len(rows) // BATCH)
+    steps = -(-len(rows) // size)
     engine = init_deepspeed(
         model, zero_stage=0, learning_rate=RATE, warmup_steps=1, weight_decay=0.01, grad_clip=1.0, dtype=DTYPE, world=1,
         total_steps=steps * epochs,
     )  # fmt: skip
-    plan = Plan(epochs=epochs, batch_rows=BATCH, batch_tokens=4096, steps=steps, seed=0)
+    loss = pair_loss if rows.pairs else weighted_bce
+    plan = Plan(epochs=epochs, batch_rows=size, batch_tokens=4096, steps=steps, seed=0, loss=loss)
     prefix = FrozenPrefix(model, layers) if layers else None
-    dev = made_rows(2, [8])
-    found = Trainer(engine, model, encoder, plan, prefix).fit(rows, dev, snapshot=lambda: None, report=lambda _: None)
+    dev = made_pairs(2, [8]) if rows.pairs else made_rows(2, [8])
+    trainer = Trainer(model, encoder, plan, prefix)
+    found = trainer.fit(engine, rows, dev, Fit(), snapshot=lambda: None, report=lambda _: None)
     return found.tokens / found.seconds
 
 
@@ -83,6 +96,61 @@ def bare(folder: Path, rows: Rows, frozen: float, epochs: int) -> float:
             optimizer.zero_grad()
             tokens += int(inputs["attention_mask"].sum())
     return tokens / (time.perf_counter() - started)
+
+
+def made_pairs(count: int, lengths: list[int]) -> Rows:
+    """Pairs of random tokens, chosen and rejected each of a length drawn from `lengths`."""
+    sequences = made_rows(2 * count, lengths, seed=1).sequences
+    ones = np.ones(count)
+    return Rows(True, sequences, ones, ones, [str(i) for i in range(count)], np.ones(2 * count))
+
+
+def trl(folder: Path, pairs: Rows, frozen: float, epochs: int) -> float:
+    """Tokens per second of TRL's RewardTrainer on pairs, bfloat16 autocast, batches as large as ours."""
+    from datasets import Dataset
+    from trl import RewardConfig, RewardTrainer
+
+    model = load_classifier(folder, trained=False, dropout=0.1)
+    encoder = encoder_for(model, folder, 128)
+    freeze(model, frozen)
+    count = len(pairs)
+    ids = [list(sequence.ids) for sequence in pairs.sequences]
+    data = Dataset.from_dict({"chosen_ids": ids[:count], "rejected_ids": ids[count:]})
+    with tempfile.TemporaryDirectory() as scratch:
+        config = RewardConfig(
+            output_dir=scratch, per_device_train_batch_size=BATCH // 2, num_train_epochs=epochs, learning_rate=RATE,
+            bf16=True, use_cpu=True, report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True,
+            max_length=None, gradient_checkpointing=False, disable_dropout=False,
+        )  # fmt: skip
+        trainer = RewardTrainer(model=model, args=config, train_dataset=data, processing_class=encoder.tokenizer)
+        started = time.perf_counter()
+        trainer.train()
+        return epochs * pairs.tokens / (time.perf_counter() - started)
+
+
+def made_texts(encoder: TextEncoder, count: int, lengths: list[int]) -> list[tuple[str, str]]:
+    """Questions and responses of whole words of the vocabulary, a token each."""
+    words = sorted(word for word in encoder.tokenizer.get_vocab() if word.isalpha() and word.isascii())
+    rng = random.Random(2)
+    halves = [[max(1, rng.choice(lengths) // 2) for _ in range(2)] for _ in range(count)]
+    return [(" ".join(rng.choices(words, k=a)), " ".join(rng.choices(words, k=b))) for a, b in halves]
+
+
+def pipeline_scoring(folder: Path, texts: list[tuple[str, str]], encoder: TextEncoder) -> tuple[float, float]:
+    """Texts per second of our scorer, tokenizing included, over those of a transformers pipeline on the same texts."""
+    from transformers import pipeline
+
+    model = load_classifier(folder, trained=False).eval()
+    started = time.perf_counter()
+    rows = encoder.encode([([{"role": "user", "content": a}], b) for a, b in texts])
+    logits_of(model, encoder, rows, 8192)
+    ours_s = time.perf_counter() - started
+    told = [{"text": a, "text_pair": b} for a, b in texts]
+    scorer = pipeline("text-classification", model=model, tokenizer=encoder.tokenizer, device="cpu", batch_size=BATCH)
+    started = time.perf_counter()
+    scorer(told, function_to_apply="none")
+    tokens = sum(map(len, rows))
+    return tokens / ours_s, tokens / (time.perf_counter() - started)
 
 
 def equal_length_batches(rows: Rows) -> list[list[int]]:
@@ -116,10 +184,11 @@ def main() -> None:
     join_group(rank=0, world=1, host="127.0.0.1", port=port, device=torch.device("cpu"), timeout_s=60)
     settings = Settings()
     folder = resolve_model("minilm", cache_dir(settings))
-    rows = made_rows(options.rows, [40, 48, 56, 64, 72, 80, 88, 96])
+    rows = made_rows(options.rows, LENGTHS)
     encoder = encoder_for(load_classifier(folder, trained=False), folder, 128)
     frozen, epochs = settings.reward.love.frozen_share, settings.reward.love.epochs
-    made: dict[str, list[float]] = {"ours": [], "bare": [], "ours_unfrozen": [], "bare_unfrozen": [], "scoring": []}
+    pairs, texts = made_pairs(options.rows // 2, LENGTHS), made_texts(encoder, options.rows, LENGTHS)
+    made: dict[str, list[float]] = defaultdict(list)
     ours(folder, made_rows(BATCH, [64]), frozen, 1)  # builds DeepSpeed's op and warms up
     for _ in range(options.rounds):
         made["ours"].append(ours(folder, rows, frozen, epochs))
@@ -127,6 +196,11 @@ def main() -> None:
         made["ours_unfrozen"].append(ours(folder, rows, 0, 1))
         made["bare_unfrozen"].append(bare(folder, rows, 0, 1))
         made["scoring"].append(scoring(folder, rows, encoder))
+        made["pairs"].append(ours(folder, pairs, frozen, epochs))
+        made["trl_pairs"].append(trl(folder, pairs, frozen, epochs))
+        speeds_of_texts = pipeline_scoring(folder, texts, encoder)
+        made["scoring_texts"].append(speeds_of_texts[0])
+        made["pipeline_texts"].append(speeds_of_texts[1])
     leave_group()
     speeds = {name: round(statistics.median(values), 1) for name, values in made.items()}
     line = {
@@ -134,6 +208,8 @@ def main() -> None:
         "tokens_per_second": speeds,
         "ratio": round(speeds["ours"] / speeds["bare"], 3),
         "ratio_unfrozen": round(speeds["ours_unfrozen"] / speeds["bare_unfrozen"], 3),
+        "ratio_to_trl": round(speeds["pairs"] / speeds["trl_pairs"], 3),
+        "ratio_to_pipeline": round(speeds["scoring_texts"] / speeds["pipeline_texts"], 3),
         "frozen_share": frozen,
         "epochs": epochs,
         "rows": options.rows,

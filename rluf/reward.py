@@ -19,22 +19,18 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rluf.reward")
 
 
-def train_reward(settings: Settings, objective: str, data: Path, out: Path) -> dict[str, Any]:
-    """Train one objective's model on the data set folder `data`, write the checkpoint `out`, return its card.
-
-    Ray must be initialised. Raises DataError, ModelError, ResourceError, StallError; nothing half-written stays.
-    """
-    return train_rewards(settings, {objective: (data, out)})[objective]
-
-
-def train_rewards(settings: Settings, jobs: Mapping[str, tuple[Path, Path]]) -> dict[str, dict[str, Any]]:
+def train_rewards(
+    settings: Settings, jobs: Mapping[str, tuple[Path, Path]], *, thorough: bool = False
+) -> dict[str, dict[str, Any]]:
     """Train several objectives, objective -> (data, out), on the same workers; returns their cards.
 
-    Saves a worker start (some 15 s) for each objective after the first. Otherwise as train_reward.
+    Ray must be initialised. Saves a worker start (some 15 s) for each objective after the first. `thorough` adds
+    slices, the robustness table and a page to the cards. Raises DataError, ModelError, ResourceError, StallError;
+    nothing half-written stays.
     """
     from rluf.engine.train_reward import train_rewards as train
 
-    return train(settings, jobs)
+    return train(settings, jobs, thorough=thorough)
 
 
 def chosen_objectives(settings: Settings) -> tuple[str, ...]:
@@ -73,7 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with connected(settings):
             data = prepared(settings)
             names = chosen_objectives(settings)
-            cards = train_rewards(settings, {name: (data.folder, folder / name) for name in names})
+            jobs = {name: (data.folder, folder / name) for name in names}
+            cards = train_rewards(settings, jobs, thorough=True)
         for card in cards.values():
             logger.info("%s", headline(card))
         logger.info("reward models: %s", folder)

@@ -90,13 +90,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
     folder = tmp_path_factory.mktemp("reward-training")
     data = write_data(folder / "data", rows=400)
     model = {"backbone": "tiny-encoder", "max_tokens": 80, "epochs": 3, "learning_rate": 3e-3}
+    probe = {"backbone": "tiny", "layers": [1, 2], "probe": True, "epochs": 0, "frozen_share": 1, "max_tokens": 120}
     settings = Settings.model_validate(
         {
             "run": {"cache": str(folder / "cache")},
-            "reward": {"love": model, "helpfulness": {**model, "loss": "bradley_terry", "frozen_share": 0.5}},
+            "reward": {
+                "love": {**model, "sign_offs": 0.3, "calibration": "temperature"},
+                "helpfulness": {**model, "loss": "bradley_terry", "frozen_share": 0.5, "probe": True, "margin": 0.1},
+                "safety": probe,
+            },
         }
     )
-    cards = train_rewards(settings, {name: (data, folder / "models" / name) for name in ("love", "helpfulness")})
+    jobs = {name: (data, folder / "models" / name) for name in ("love", "helpfulness", "safety")}
+    cards = train_rewards(settings, jobs, thorough=True)
     for name, card in cards.items():
         assert card == json.loads((folder / "models" / name / "reward_card.json").read_text())
     return folder / "models"
@@ -111,7 +117,43 @@ def test_models_rank_unseen_users_clearly_better_than_chance_and_are_calibrated(
     assert love["normalised_entropy"] < 1
     helpful = json.loads((trained / "helpfulness" / "reward_card.json").read_text())
     assert helpful["pair_accuracy"]["low"] > 0.75
-    assert sorted(path.name for path in trained.iterdir()) == ["helpfulness", "love"]  # nothing half-written
+    assert sorted(path.name for path in trained.iterdir()) == ["helpfulness", "love", "safety"]  # nothing half-written
+
+
+@pytest.mark.slow
+def test_an_ensemble_of_probes_on_a_decoder_scores_with_a_spread(trained: Path) -> None:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    from rluf.objectives.scorer import RewardModel
+
+    card = json.loads((trained / "safety" / "reward_card.json").read_text())
+    assert card["auroc"]["mean"] > 0.6
+    assert card["training"]["members"] == 2
+    model = RewardModel.load(trained / "safety", batch_tokens=512)
+    question: list[Message] = [{"role": "user", "content": "How was the day?"}]
+    score = model.score([(question, WARM[0])], "safety")[0]
+    encoded = model.encoder.encode([(question, WARM[0])])
+    inputs = model.encoder.collate(encoded)
+    each = []
+    for place in (trained / "safety", trained / "safety" / "member-1"):
+        plain = AutoModelForSequenceClassification.from_pretrained(place).eval()
+        with torch.no_grad():
+            each.append(float(plain(**inputs).logits))
+    assert score.raw == pytest.approx(sum(each) / 2, abs=1e-4)
+    assert score.spread > 0
+
+
+@pytest.mark.slow
+def test_thorough_cards_tell_slices_and_robustness_and_have_a_page(trained: Path) -> None:
+    card = json.loads((trained / "love" / "reward_card.json").read_text())
+    assert card["calibration"]["method"] == "temperature"
+    assert set(card["slices"]["topic"]) == {"chat"}
+    assert set(card["robustness"]["changes"]) == {"sign_off", "emoji", "padding", "truncation", "capitals"}
+    assert sum(part["mass"] for part in card["reliability"]) == pytest.approx(1.0, abs=1e-4)
+    page = (trained / "love" / "reward_card.html").read_text()
+    assert "Robustness" in page
+    assert "sign_off" in page
 
 
 @pytest.mark.slow
@@ -131,10 +173,10 @@ def test_checkpoint_loads_in_plain_transformers_with_the_same_logits(trained: Pa
 
 
 def test_missing_split_is_a_data_error(tmp_path: Path) -> None:
-    from rluf.reward import train_reward
+    from rluf.reward import train_rewards
 
     tree = {"run": {"cache": str(tmp_path)}, "reward": {"love": {"backbone": "tiny-encoder"}}}
     settings = Settings.model_validate(tree)
     with pytest.raises(DataError, match=r"train\.parquet is missing"):
-        train_reward(settings, "love", tmp_path / "nothing", tmp_path / "out")
+        train_rewards(settings, {"love": (tmp_path / "nothing", tmp_path / "out")})
     assert not (tmp_path / "out").exists()

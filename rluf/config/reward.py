@@ -14,22 +14,42 @@ class RewardModelSettings(Section):
 
     backbone: str = "minilm"
     """Embedded name (minilm, smollm2-135m-instruct, tiny), Hugging Face folder, or hub id."""
-    loss: Literal["bce", "bradley_terry"] = "bce"
-    """bce for reactions and labels (absolute), bradley_terry for pairs."""
+    loss: Literal["bce", "focal", "nnpu", "hinge", "bradley_terry"] = "bce"
+    """For reactions and labels: bce, focal (hard rows count more), nnpu (no reaction is not a no), hinge. For pairs:
+    bradley_terry."""
+    margin: float = Field(default=0.0, ge=0)
+    """Logits by which the chosen side shall win (bradley_terry), or a verdict be right (hinge, where 0 means 1)."""
+    positive_rate: float = Field(default=0.2, gt=0, lt=1)
+    """Share of responses that are truly liked, reacted to or not; for loss nnpu alone."""
+    layers: tuple[int, ...] = ()
+    """Lowest layers of the backbone that are kept. Several numbers make an ensemble, a member each; none keeps all."""
+    probe: bool = False
+    """Start from a head fitted by regularised logistic regression on the untouched backbone; for small data."""
+    next_turn: bool = False
+    """Decoders: end the text with the opening of the user's next message, where the model foresees what it will be."""
     max_tokens: int = Field(default=96, ge=8)
     """Tokens of the rendered conversation that the model reads; older text is cut first."""
-    epochs: int = Field(default=2, ge=1)
-    """Passes over the training split; the best epoch by dev log-loss is kept."""
+    epochs: int = Field(default=2, ge=0)
+    """Passes over the training split; the best epoch by dev log-loss is kept. 0 leaves it at the probe."""
+    patience: int = Field(default=0, ge=0)
+    """Epochs without a better dev log-loss after which training stops early; 0 runs them all."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak AdamW learning rate (linear warm-up over a tenth, then linear decay)."""
     weight_decay: float = Field(default=0.01, ge=0)
     """AdamW weight decay."""
     batch_rows: int = Field(default=32, ge=1)
     """Rows (or pairs) an optimiser step over all workers."""
-    frozen_share: float = Field(default=0.5, ge=0, lt=1)
+    frozen_share: float = Field(default=0.5, ge=0, le=1)
     """Embeddings and this share of the layers, lowest first, stay as they are; 0 trains everything (for large data)."""
+    lora_rank: int = Field(default=0, ge=0)
+    """Rank of low-rank adapters on the layers that train, merged into the checkpoint; 0 trains their whole weights."""
     dropout: float = Field(default=0.1, ge=0, lt=1)
     """Dropout while training, in place of the backbone's own."""
+    calibration: Literal["platt", "temperature", "isotonic", "none"] = "platt"
+    """What makes the dev split's logits probabilities after prior correction; isotonic wants 1000 positives there."""
+    sign_offs: float = Field(default=0.0, ge=0, le=1)
+    """Share of training rows that come a second time with a farewell or an affectionate close at the end, label as
+    before, so that such phrases earn nothing."""
 
 
 class RewardSettings(Section):
@@ -65,10 +85,10 @@ class ObjectiveSettings(Section):
 
     weight: float = Field(default=0.0, ge=0)
     """Weight on the score standardised on the reference policy; 0 measures without optimising."""
-    source: Literal["model", "judge"] = "model"
-    """model: a trained reward model; judge: a rule named by `judge`."""
+    source: Literal["model", "judge", "serve"] = "model"
+    """model: a trained reward model; judge: a rule named by `judge`; serve: a service of rluf.serve at `path`."""
     path: str | None = None
-    """Reward model folder to use as it is; none means: train it from the log, or reuse it by content hash."""
+    """Reward model folder to use as it is (source serve: URL of the service); none means: train it, or reuse it."""
     judge: str | None = None
     """Name of the rule judge when source is judge (see rluf.objectives.judges)."""
     replicas: int = Field(default=1, ge=1)
@@ -88,6 +108,21 @@ class ObjectivesSettings(Section):
     """Tokens a reward actor scores at once."""
     alone: tuple[str, ...] = ("risky:safety",)
     """topic:objective pairs; on prompts of the topic that objective alone counts (CGPO's split of tasks)."""
+
+    combine: Literal["linear", "calibrated", "gdpo", "constrained"] = "linear"
+    """How objectives become one reward: weighted sum of standardised scores, of scores against the base policy's reply
+    (CGPO), of advantages (GDPO), or under floors with PID multipliers."""
+    floors: tuple[str, ...] = ()
+    """objective:floor pairs for combine=constrained; a mean score in reference-policy standard deviations."""
+    pessimism: float = Field(default=0.0, ge=0)
+    """Standard deviations over an ensemble's members taken off its value; 0 takes the members' mean."""
+    judges: tuple[str, ...] = ()
+    """Rule judges (rluf.objectives.judges) as gates: a response that fails one earns the least of its step."""
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """Floor of an objective's mean standardised score, by objective."""
+        return {name: float(floor) for name, _, floor in (pair.rpartition(":") for pair in self.floors)}
 
     @property
     def owners(self) -> dict[str, str]:

@@ -22,9 +22,11 @@ DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_d
 
 
 def load_classifier(
-    folder: Path, *, trained: bool, device: str = "cpu", dropout: float | None = None, seed: int = 0
+    folder: Path, *, trained: bool, device: str = "cpu", dropout: float | None = None, seed: int = 0, layers: int = 0
 ) -> PreTrainedModel:
     """The folder's model as AutoModelForSequenceClassification with one logit, in float32.
+
+    `layers` keeps that many of its lowest layers (0 keeps all): middle layers often tell more than the last ones.
 
     With `trained`, every weight must be in the folder; otherwise the head is drawn from `seed`. `dropout` replaces
     the backbone's own. Raises ModelError for a folder that is not such a model.
@@ -37,6 +39,7 @@ def load_classifier(
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
         config.num_labels = 1
+        _keep_layers(config, layers)
         if dropout is not None:
             for key in DROPOUTS:
                 if hasattr(config, key):
@@ -48,6 +51,7 @@ def load_classifier(
                 config=config,
                 dtype=torch.float32,
                 local_files_only=True,
+                use_safetensors=True,
                 attn_implementation="eager" if device == "cpu" else None,
                 output_loading_info=True,
             )
@@ -64,12 +68,23 @@ def load_classifier(
     return found.to(device)
 
 
-def encoder_for(model: PreTrainedModel, folder: Path, max_tokens: int) -> TextEncoder:
+def _keep_layers(config: Any, layers: int) -> None:
+    """Make the config that of the lowest `layers` layers. Raises ModelError when the model has fewer."""
+    if not layers:
+        return
+    if layers > config.num_hidden_layers:
+        raise ModelError(f"layers={layers} is more than the {config.num_hidden_layers} layers there are; lower it")
+    config.num_hidden_layers = layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:layers]
+
+
+def encoder_for(model: PreTrainedModel, folder: Path, max_tokens: int, *, next_turn: bool = False) -> TextEncoder:
     """The text encoder of a model folder; also tells the model its pad id, which decoders need to find the end."""
     from rluf.models import load_tokenizer
 
     longest = getattr(model.config, "max_position_embeddings", max_tokens)
-    encoder = TextEncoder(load_tokenizer(folder), min(max_tokens, int(longest)))
+    encoder = TextEncoder(load_tokenizer(folder), min(max_tokens, int(longest)), next_turn=next_turn)
     model.config.pad_token_id = encoder.pad_id
     return encoder
 

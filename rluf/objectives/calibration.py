@@ -27,8 +27,9 @@ MIN_SCALE = 0.05
 class Calibration:
     """Calibrated logit = scale * (raw + prior_shift) + offset; the value is its sigmoid.
 
-    `method` says how scale and offset came about: identity, platt (labels), or centred (pairs: offset puts the mean
-    logged response at 0.5). `max_tokens` is the length that the model was trained to read.
+    `method` says how scale and offset came about: identity, platt or temperature (labels), or centred (pairs: offset
+    puts the mean logged response at 0.5). With method isotonic the calibrated logit runs through `knots` instead.
+    `max_tokens` is the length that the model was trained to read.
     """
 
     objective: str = ""
@@ -37,10 +38,17 @@ class Calibration:
     scale: float = 1.0
     offset: float = 0.0
     max_tokens: int = 512
+    members: int = 1
+    """Models in the folder; the raw logit is their mean."""
+    next_turn: bool = False
+    """The text that the model reads ends with the opening of the user's next message."""
+    knots: tuple[tuple[float, float], ...] = ()
+    """Isotonic calibration: pairs (prior-corrected logit, calibrated logit), both rising."""
 
     def logits(self, raw: Sequence[float] | Floats) -> Floats:
         """Calibrated logits [N] of raw logits [N]."""
-        return self.scale * (np.asarray(raw, dtype=np.float64) + self.prior_shift) + self.offset
+        shifted = np.asarray(raw, dtype=np.float64) + self.prior_shift
+        return _through(self.knots, shifted) if self.knots else self.scale * shifted + self.offset
 
     def values(self, raw: Sequence[float] | Floats) -> Floats:
         """Calibrated probabilities [N] of raw logits [N]."""
@@ -55,7 +63,8 @@ class Calibration:
         """Read calibration.json; raises ModelError when it is missing or not ours."""
         path = folder / FILE
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            return cls(**stored | {"knots": tuple((float(x), float(y)) for x, y in stored.get("knots", ()))})
         except (OSError, ValueError, TypeError) as error:
             raise ModelError(
                 f"{path} cannot be read ({error}); a reward model folder is written by python -m rluf.reward, "
@@ -101,6 +110,39 @@ def fit_platt(
     high, low = ((positives + 1) / (positives + 2), 1 / (negatives + 2)) if smooth else (1.0, 0.0)
     targets = labels * high + (1 - labels) * low
     return _newton(np.stack([logits, np.ones_like(logits)], axis=1), targets, weights, np.array([1.0, 0.0]), ridge)
+
+
+def fit_temperature(logits: Floats, labels: Floats, weights: Floats, *, ridge: float = 1.0) -> float:
+    """Scale 1 / T of sigmoid(z / T) by weighted maximum likelihood; above 0. Source: Guo et al. 2017."""
+    return _newton(logits[:, None], labels, weights, np.array([1.0]), ridge)[0]
+
+
+def fit_isotonic(logits: Floats, labels: Floats, weights: Floats) -> tuple[tuple[float, float], ...]:
+    """Knots of the weighted isotonic fit (pool adjacent violators): each block's mean logit and the logit of its rate.
+
+    A block's rate is smoothed by one row of the natural rate, so that no knot is infinite. Empty without both labels.
+    Source: Zadrozny and Elkan 2002.
+    """
+    from sklearn.isotonic import isotonic_regression
+
+    if len(set(labels.tolist())) < 2:
+        return ()
+    order = np.argsort(logits, kind="stable")
+    z, y, w = logits[order], labels[order], weights[order]
+    block = np.unique(np.round(isotonic_regression(y, sample_weight=w), 12), return_inverse=True)[1]
+    mass = np.bincount(block, w)
+    rate, one = float(np.average(y, weights=w)), float(w.mean())
+    values = (np.bincount(block, w * y) + one * rate) / (mass + one)
+    centres = np.bincount(block, w * z) / mass
+    knots = zip(centres.tolist(), np.maximum.accumulate(values).tolist(), strict=True)
+    return tuple((centre, logit(value)) for centre, value in knots)
+
+
+def _through(knots: Sequence[tuple[float, float]], z: Floats) -> Floats:
+    """Straight lines between the knots and a slope of MIN_SCALE beyond them, so that the ranking is kept there."""
+    x, y = (np.asarray(side) for side in zip(*knots, strict=True))
+    beyond = np.minimum(z - x[0], 0) + np.maximum(z - x[-1], 0)
+    return np.asarray(np.interp(z, x, y) + MIN_SCALE * beyond, dtype=np.float64)
 
 
 def fit_scale(differences: Floats, weights: Floats, *, ridge: float = 1.0) -> float:

@@ -18,11 +18,15 @@ from rluf.types import Score
 CLIP = 1e-6
 
 
-def signal(score: Score) -> float:
-    """What is standardised: logit of a model's value (clipped to [1e-6, 1 - 1e-6]), a judge's value as it is."""
+def signal(score: Score, pessimism: float = 0.0) -> float:
+    """What is standardised: logit of a model's value (clipped to [1e-6, 1 - 1e-6]), a judge's value as it is.
+
+    `pessimism` k takes k standard deviations over an ensemble's members off its value first (Coste et al., arXiv
+    2310.02743), so that responses on which the members disagree are not sought.
+    """
     if score.verdict is not None:
         return score.value
-    value = min(max(score.value, CLIP), 1 - CLIP)
+    value = min(max(score.value - pessimism * score.spread, CLIP), 1 - CLIP)
     return math.log(value) - math.log1p(-value)
 
 

@@ -6,6 +6,7 @@ looks for, so `refusal` passes a response that does not refuse. English only.
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -104,10 +105,27 @@ that the user did not start; no looping text; between 1 and MAX_WORDS words."""
 
 
 def find_judge(name: str) -> Judge:
-    """The judge of that name; raises SettingsError listing the names there are."""
-    if name not in JUDGES:
-        raise SettingsError(f"there is no judge {name!r}; choose one of {', '.join(sorted(JUDGES))}")
-    return JUDGES[name]
+    """The judge of that name, or your own as package.module:function; raises SettingsError with the known names."""
+    if name in JUDGES:
+        return JUDGES[name]
+    module, _, function = name.partition(":")
+    known = f"choose one of {', '.join(sorted(JUDGES))}, or name your own as package.module:function"
+    if not function:
+        raise SettingsError(f"there is no judge {name!r}; {known}")
+    try:
+        found = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise SettingsError(f"judge {name!r} cannot be imported: {error}; {known}") from error
+    if not callable(found):
+        raise SettingsError(f"judge {name!r} is not a function (messages, response) -> bool; {known}")
+    judge: Judge = found
+    return judge
+
+
+def passes(names: Sequence[str], items: Sequence[tuple[Sequence[Message], str]]) -> tuple[bool, ...]:
+    """Whether each (messages, response) item passes every judge named."""
+    judges = [find_judge(name) for name in names]
+    return tuple(all(judge(messages, response) for judge in judges) for messages, response in items)
 
 
 def judge_scorer(name: str, objective: str) -> Callable[[Sequence[tuple[Sequence[Message], str]]], list[Score]]:

@@ -33,6 +33,19 @@ def _auroc_ranked(rank: NDArray[np.int64], labels: Floats, weights: Floats) -> f
     return float((positive * (below + negative / 2)).sum() / total)
 
 
+def average_precision(scores: Floats, labels: Floats, weights: Floats) -> float:
+    """Area under the precision-recall curve as average precision: sum_k (recall_k - recall_k-1) * precision_k.
+
+    Rows of equal score are one step. NaN when no row is positive.
+    """
+    _, rank = np.unique(-scores, return_inverse=True)
+    positive, total = np.bincount(rank, weights * labels), np.bincount(rank, weights)
+    if positive.sum() <= 0:
+        return math.nan
+    precision = np.cumsum(positive) / np.cumsum(total)
+    return float((positive * precision).sum() / positive.sum())
+
+
 def hanley_mcneil(area: float, positives: int, negatives: int) -> float:
     """Standard error of an AUROC from counts alone (Hanley and McNeil 1982, formula 1)."""
     if positives < 1 or negatives < 1:
@@ -99,8 +112,8 @@ def brier(probabilities: Floats, labels: Floats, weights: Floats) -> float:
     return float(np.average((probabilities - labels) ** 2, weights=weights))
 
 
-def ece(probabilities: Floats, labels: Floats, weights: Floats, *, bins: int = 10) -> float:
-    """Expected calibration error over bins of equal mass: sum_b mass_b * |mean p - mean y|.
+def reliability(probabilities: Floats, labels: Floats, weights: Floats, *, bins: int = 10) -> list[dict[str, float]]:
+    """Bins of equal mass, lowest first: each one's share of the mass, mean probability and rate of label 1.
 
     Equal-width bins would be empty at low base rates. Rows of equal probability stay in one bin.
     """
@@ -110,8 +123,14 @@ def ece(probabilities: Floats, labels: Floats, weights: Floats, *, bins: int = 1
     middle = np.cumsum(w) - w / 2
     place = np.minimum((bins * middle / w.sum()).astype(np.int64), bins - 1)[first][inverse]
     mass = np.bincount(place, w, minlength=bins)
-    gap = np.abs(np.bincount(place, w * p, minlength=bins) - np.bincount(place, w * y, minlength=bins))
-    return float(gap.sum() / mass.sum())
+    sums = zip(mass, np.bincount(place, w * p, minlength=bins), np.bincount(place, w * y, minlength=bins), strict=True)
+    total = float(mass.sum())
+    return [{"mass": float(m) / total, "mean": float(a / m), "rate": float(b / m)} for m, a, b in sums if m > 0]
+
+
+def ece(probabilities: Floats, labels: Floats, weights: Floats, *, bins: int = 10) -> float:
+    """Expected calibration error over bins of equal mass: sum_b mass_b * |mean p - mean y|."""
+    return sum(b["mass"] * abs(b["mean"] - b["rate"]) for b in reliability(probabilities, labels, weights, bins=bins))
 
 
 def correlation(first: Floats, second: Floats) -> float:

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from rluf.errors import ModelError
 from rluf.objectives.backbone import encoder_for, load_classifier
-from rluf.objectives.calibration import Calibration
+from rluf.objectives.calibration import Calibration, Floats
 from rluf.objectives.text import Encoded, Item, TextEncoder, token_batches
 from rluf.types import Score
 
@@ -22,14 +23,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+def member_folder(folder: Path, number: int) -> Path:
+    """Where member `number` of an ensemble lies: the first in the folder itself, so that it loads by plain means."""
+    return folder if number == 0 else folder / f"member-{number}"
+
+
 class RewardModel:
-    """One objective's reward model: weights, text encoder and calibration."""
+    """One objective's reward model: the weights of its members, text encoder and calibration."""
 
     def __init__(
-        self, model: PreTrainedModel, encoder: TextEncoder, calibration: Calibration, batch_tokens: int
+        self, members: Sequence[PreTrainedModel], encoder: TextEncoder, calibration: Calibration, batch_tokens: int
     ) -> None:
         """`batch_tokens` bounds the padded tokens of one forward pass."""
-        self.model = model.eval()
+        self.members = [member.eval() for member in members]
         self.encoder = encoder
         self.calibration = calibration
         self.batch_tokens = batch_tokens
@@ -40,18 +46,33 @@ class RewardModel:
         if not (path / "config.json").is_file():
             raise ModelError(f"{path} holds no config.json; name a reward model folder that rluf.reward wrote")
         calibration = Calibration.load(path)
-        model = load_classifier(path, trained=True, device=device)
-        return cls(model, encoder_for(model, path, calibration.max_tokens), calibration, batch_tokens)
+        folders = [member_folder(path, number) for number in range(calibration.members)]
+        members = [load_classifier(folder, trained=True, device=device) for folder in folders]
+        encoders = [
+            encoder_for(member, folder, calibration.max_tokens, next_turn=calibration.next_turn)
+            for member, folder in zip(members, folders, strict=True)
+        ]
+        return cls(members, encoders[0], calibration, batch_tokens)
 
     def score(self, items: Sequence[Item], objective: str) -> list[Score]:
-        """Scores of (messages, response) items in order: value the calibrated probability, raw the model's logit."""
-        raw = self.raw(self.encoder.encode(items))
+        """Scores of (messages, response) items in order: value the calibrated probability, raw the model's logit.
+
+        The spread is the standard deviation of the members' own probabilities, 0 for a single model.
+        """
+        each = self.each(self.encoder.encode(items))
+        raw = each.mean(0)
         values = self.calibration.values(raw)
-        return [Score(objective, float(value), logit) for value, logit in zip(values, raw, strict=True)]
+        spread = self.calibration.values(each).std(0)
+        return [Score(objective, float(v), float(r), float(s)) for v, r, s in zip(values, raw, spread, strict=True)]
 
     def raw(self, rows: Sequence[Encoded]) -> list[float]:
-        """Uncalibrated logits of encoded rows, in order."""
-        return logits_of(self.model, self.encoder, rows, self.batch_tokens)
+        """Uncalibrated logits of encoded rows, in order: the members' mean."""
+        logits: list[float] = self.each(rows).mean(0).tolist()
+        return logits
+
+    def each(self, rows: Sequence[Encoded]) -> Floats:
+        """Uncalibrated logits [members, N] of encoded rows."""
+        return np.asarray([logits_of(member, self.encoder, rows, self.batch_tokens) for member in self.members])
 
 
 @torch.inference_mode()

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
 
+NEXT = "\u2063next\u2063"
+"""Stands for the user's next message while a chat template is rendered; the text ends where it would begin."""
+
 Item = tuple[Sequence[Message], str]
 """A conversation that ends with a user message, and one response to it."""
 
@@ -35,8 +38,12 @@ class Encoded:
 class TextEncoder:
     """Turns items into token ids of at most `max_tokens`, always in the same way for training and scoring."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int) -> None:
-        """`tokenizer` is the backbone's. Raises ModelError when it has neither CLS and SEP nor a chat template."""
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int, *, next_turn: bool = False) -> None:
+        """`tokenizer` is the backbone's; `next_turn` ends a decoder's text with the opening of the user's next message.
+
+        Raises ModelError when it has neither CLS and SEP nor a chat template, or has them and next_turn is asked for.
+        """
+        self.next_turn = next_turn
         self.tokenizer = tokenizer
         self.max_tokens = min(max_tokens, tokenizer.model_max_length)
         self.pair = tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
@@ -45,6 +52,11 @@ class TextEncoder:
             raise ModelError(
                 f"the tokenizer of {tokenizer.name_or_path} has neither CLS and SEP tokens nor a chat template, so no "
                 "conversation can be written for it; use an encoder or an instruct model as backbone"
+            )
+        if self.pair and next_turn:
+            raise ModelError(
+                f"the tokenizer of {tokenizer.name_or_path} is an encoder's, which foresees no next message; set "
+                "next_turn=false or take a decoder as backbone"
             )
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         if pad is None:
@@ -76,8 +88,11 @@ class TextEncoder:
         for messages, response in items:
             turns = [{"role": m["role"], "content": m["content"]} for m in messages]
             turns.append({"role": "assistant", "content": response})
+            if self.next_turn:
+                turns.append({"role": "user", "content": NEXT})
             try:
-                texts.append(str(self.tokenizer.apply_chat_template(turns, tokenize=False)))
+                text = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+                texts.append(text[: text.rindex(NEXT)] if self.next_turn else text)
             except TemplateError as error:
                 name = self.tokenizer.name_or_path
                 raise ModelError(f"the chat template of {name} refused a conversation: {error}") from error

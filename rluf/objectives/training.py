@@ -20,13 +20,15 @@ from torch import distributed
 
 from rluf.errors import DataError, StallError
 from rluf.objectives.calibration import Floats, fit_platt, fit_scale, prior_shift, sigmoid
-from rluf.objectives.losses import bradley_terry, weighted_bce
+from rluf.objectives.losses import weighted_bce
 from rluf.objectives.metrics import log_loss
 from rluf.objectives.prefix import FrozenPrefix
+from rluf.objectives.probe import HeadInput
 from rluf.objectives.text import Encoded, TextEncoder, token_batches
 
 logger = logging.getLogger(__name__)
 
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 POOL_STEPS = 16
 """Steps whose rows are sorted by length together: little padding, and still a random order."""
 LOG_SECONDS = 10.0
@@ -58,7 +60,7 @@ class Rows:
     pairs: bool
     sequences: list[Encoded]
     labels: Floats
-    """[N] 0 or 1; all 1 for pairs."""
+    """[N] 0 or 1; for pairs 1 (chosen won) or 0.5 (a tie)."""
     weights: Floats
     """[N] 1 / share kept, so that weighted figures are at the natural rate."""
     clusters: list[str]
@@ -122,6 +124,10 @@ class Plan:
     seed: int
     rank: int = 0
     world: int = 1
+    loss: Loss = weighted_bce
+    """Of logits (pairs: chosen, then rejected), labels and weights."""
+    patience: int = 0
+    """Epochs without a better dev log-loss after which training stops; 0 runs them all."""
     deadline: float = float("inf")
     """time.monotonic() after which training stops with StallError."""
 
@@ -131,6 +137,7 @@ class Fit:
     """What training found: the best epoch's dev logits, and the pace."""
 
     best_epoch: int = -1
+    """-1 is the probe."""
     best_loss: float = float("inf")
     dev_logits: Floats = field(default_factory=lambda: np.empty(0))
     """One logit a dev sequence, at the best epoch."""
@@ -164,26 +171,35 @@ class Trainer:
     """One reward model's training on one rank."""
 
     def __init__(
-        self, engine: Engine, model: torch.nn.Module, encoder: TextEncoder, plan: Plan, prefix: FrozenPrefix | None
+        self, model: torch.nn.Module, encoder: TextEncoder, plan: Plan, prefix: FrozenPrefix | None = None
     ) -> None:
-        """`engine` wraps `model`; `prefix` replays the frozen layers where that pays."""
-        self.engine, self.model, self.encoder, self.plan, self.prefix = engine, model, encoder, plan, prefix
+        """`prefix` replays the frozen layers where that pays."""
+        self.model, self.encoder, self.plan, self.prefix = model, encoder, plan, prefix
         self.device = next(model.parameters()).device
+        self._kept: dict[int, list[torch.Tensor]] = {}
 
     def fit(
-        self, train: Rows, dev: Rows, *, snapshot: Callable[[], None], report: Callable[[dict[str, float]], None]
+        self,
+        engine: Engine,
+        train: Rows,
+        dev: Rows,
+        found: Fit,
+        *,
+        snapshot: Callable[[], None],
+        report: Callable[[dict[str, float]], None],
     ) -> Fit:
-        """Train; `snapshot` is called whenever dev log-loss is the best so far, `report` after every epoch.
+        """Train with `engine`, which wraps the model; `found` is what came before (a probe, or an empty Fit).
 
-        Both are called on every rank. Raises StallError past the deadline.
+        `snapshot` is called whenever dev log-loss is the best so far, `report` after every epoch, both on every rank.
+        Raises StallError past the deadline.
         """
-        found = Fit(shift=0.0 if train.pairs else _global_shift(train, self.plan))
+        found.shift = 0.0 if train.pairs else self.shift(train)
         clock = time.monotonic()
         hidden = self._hidden(train), self._hidden(dev)
         found.seconds += time.monotonic() - clock
         for epoch in range(self.plan.epochs):
-            loss = self._epoch(train, hidden[0], epoch, found)
-            logits = self._dev_logits(dev, hidden[1])
+            loss = self._epoch(engine, train, hidden[0], epoch, found)
+            logits = self._dev_logits(engine, dev, hidden[1])
             dev_loss = dev_log_loss(logits, dev, found.shift)
             if dev_loss < found.best_loss:
                 found.best_epoch, found.best_loss, found.dev_logits = epoch, dev_loss, logits
@@ -191,25 +207,49 @@ class Trainer:
             figures = {"epoch": epoch + 1.0, "train_loss": loss, "dev_log_loss": dev_loss}
             found.history.append(figures)
             report(figures)
+            if self.plan.patience and epoch - found.best_epoch >= self.plan.patience:
+                break
         return found
 
-    def _epoch(self, rows: Rows, hidden: list[torch.Tensor] | None, epoch: int, found: Fit) -> float:
+    @torch.no_grad()
+    def features(self, rows: Rows) -> Floats:
+        """What the model's linear head reads for each of this rank's sequences [N, H], without dropout."""
+        hidden, caught = self._hidden(rows), HeadInput(self.model)
+        was_training = self.model.training
+        self.model.eval()
+        found: dict[int, Floats] = {}
+        try:
+            with self._replaying(hidden):
+                for batch in token_batches([len(sequence) for sequence in rows.sequences], self.plan.batch_tokens):
+                    if time.monotonic() > self.plan.deadline:
+                        raise StallError("reward training met its deadline in the probe; raise reward.deadline_s")
+                    self._forward(self.model, rows, batch, hidden)
+                    taken = caught.take([len(rows.sequences[index]) for index in batch])
+                    found.update(zip(batch, taken, strict=True))
+        finally:
+            caught.close()
+            self.model.train(was_training)
+        return np.stack([found[index] for index in range(len(rows.sequences))])
+
+    def shift(self, rows: Rows) -> float:
+        """Prior shift over the rows of all ranks."""
+        shards = gathered((rows.labels, rows.weights), self.plan.world)
+        return prior_shift(np.concatenate([s[0] for s in shards]), np.concatenate([s[1] for s in shards]))
+
+    def _epoch(self, engine: Engine, rows: Rows, hidden: list[torch.Tensor] | None, epoch: int, found: Fit) -> float:
         """One pass over this rank's rows; returns the mean loss of its steps."""
-        self.engine.train()
+        engine.train()
         started = told = time.monotonic()
         lengths = [max(len(rows.sequences[part]) for part in rows.parts([row])) for row in range(len(rows))]
         steps, weights, losses = step_plan(lengths, self.plan, epoch), rows.loss_weights, []
         with self._replaying(hidden):
             for number, step in enumerate(steps):
-                logits = self._forward(rows, rows.parts(step), hidden)
+                logits = self._forward(engine, rows, rows.parts(step), hidden)
                 factor = torch.tensor(weights[step], dtype=torch.float32, device=self.device)
-                if rows.pairs:
-                    loss = bradley_terry(logits[: len(step)], logits[len(step) :], factor)
-                else:
-                    labels = torch.tensor(rows.labels[step], dtype=torch.float32, device=self.device)
-                    loss = weighted_bce(logits, labels, factor)
-                self.engine.backward(loss)
-                self.engine.step()
+                labels = torch.tensor(rows.labels[step], dtype=torch.float32, device=self.device)
+                loss = self.plan.loss(logits, labels, factor)
+                engine.backward(loss)
+                engine.step()
                 losses.append(loss.detach())
                 found.tokens += sum(len(rows.sequences[part]) for part in rows.parts(step))
                 now = time.monotonic()
@@ -222,34 +262,38 @@ class Trainer:
         found.seconds += time.monotonic() - started
         return float(torch.stack(losses).mean())
 
-    def _forward(self, rows: Rows, parts: Sequence[int], hidden: list[torch.Tensor] | None) -> torch.Tensor:
+    def _forward(
+        self, model: Callable[..., Any], rows: Rows, parts: Sequence[int], hidden: list[torch.Tensor] | None
+    ) -> torch.Tensor:
         """Logits [B] of these sequences, with gradient."""
         inputs = self.encoder.collate([rows.sequences[part] for part in parts])
         if self.prefix is not None and hidden is not None:
             self.prefix.load([hidden[part] for part in parts])
-        output = self.engine(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
+        output = model(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
         logits: torch.Tensor = output.logits[:, 0].float()
         return logits
 
     @torch.no_grad()
-    def _dev_logits(self, rows: Rows, hidden: list[torch.Tensor] | None) -> Floats:
+    def _dev_logits(self, engine: Engine, rows: Rows, hidden: list[torch.Tensor] | None) -> Floats:
         """Logits of all sequences, the batches dealt out to the ranks, each running equally many."""
-        self.engine.eval()
+        engine.eval()
         batches = token_batches([len(sequence) for sequence in rows.sequences], self.plan.batch_tokens)
         turns = -(-len(batches) // self.plan.world)
         found: dict[int, float] = {}
         with self._replaying(hidden):
             for turn in range(turns):
                 batch = batches[min(turn * self.plan.world + self.plan.rank, len(batches) - 1)]
-                found.update(zip(batch, self._forward(rows, batch, hidden).tolist(), strict=True))
-        for part in _gathered(found, self.plan):
+                found.update(zip(batch, self._forward(engine, rows, batch, hidden).tolist(), strict=True))
+        for part in gathered(found, self.plan.world):
             found.update(part)
         return np.asarray([found[index] for index in range(len(rows.sequences))])
 
     def _hidden(self, rows: Rows) -> list[torch.Tensor] | None:
         if self.prefix is None:
             return None
-        return self.prefix.compute(self.encoder, rows.sequences, self.plan.batch_tokens)
+        if id(rows) not in self._kept:
+            self._kept[id(rows)] = self.prefix.compute(self.encoder, rows.sequences, self.plan.batch_tokens)
+        return self._kept[id(rows)]
 
     @contextmanager
     def _replaying(self, hidden: list[torch.Tensor] | None) -> Iterator[None]:
@@ -271,16 +315,10 @@ def dev_log_loss(logits: Floats, rows: Rows, shift: float) -> float:
     return log_loss(values, rows.labels, rows.weights)
 
 
-def _gathered(value: Any, plan: Plan) -> list[Any]:
-    """The value of every rank."""
-    if plan.world == 1:
+def gathered(value: Any, world: int) -> list[Any]:
+    """The value of every one of `world` ranks."""
+    if world == 1:
         return [value]
-    everyone: list[Any] = [None] * plan.world
+    everyone: list[Any] = [None] * world
     distributed.all_gather_object(everyone, value)
     return everyone
-
-
-def _global_shift(rows: Rows, plan: Plan) -> float:
-    """Prior shift over the rows of all ranks."""
-    shards = _gathered((rows.labels, rows.weights), plan)
-    return prior_shift(np.concatenate([s[0] for s in shards]), np.concatenate([s[1] for s in shards]))

@@ -7,10 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
 from rluf.errors import ModelError
-from rluf.objectives.calibration import Calibration, fit_platt, fit_scale, logit, prior_shift, sigmoid
+from rluf.objectives.calibration import (
+    Calibration,
+    fit_isotonic,
+    fit_platt,
+    fit_scale,
+    fit_temperature,
+    logit,
+    prior_shift,
+    sigmoid,
+)
+from rluf.objectives.metrics import ece, log_loss
 
 
 def test_prior_shift_is_log_of_the_share_kept() -> None:
@@ -82,3 +93,57 @@ def test_missing_or_foreign_calibration_is_a_model_error(tmp_path: Path) -> None
     (tmp_path / "calibration.json").write_text('{"temperature": 2}')
     with pytest.raises(ModelError, match=r"rluf\.reward"):
         Calibration.load(tmp_path)
+
+
+def test_temperature_is_the_minimum_of_the_log_loss() -> None:
+    rng = np.random.default_rng(2)
+    z = rng.normal(0, 4, 3000)
+    y = (rng.random(3000) < sigmoid(z / 3)).astype(float)
+    scale = fit_temperature(z, y, np.ones(3000), ridge=0.0)
+    losses = [log_loss(sigmoid(factor * scale * z), y, np.ones(3000)) for factor in (0.98, 1.0, 1.02)]
+    assert min(losses) == losses[1]
+    assert abs(scale - 1 / 3) < 0.03
+
+
+def test_isotonic_blocks_are_scikit_learns_and_keep_the_ranking(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    z = rng.normal(0, 2, 4000)
+    y = (rng.random(4000) < sigmoid(np.where(z > 0, 3 * z, 0.2 * z) - 1)).astype(float)
+    knots = fit_isotonic(z, y, np.ones(4000))
+    reference = IsotonicRegression().fit(z, y)
+    inside = [knot for knot in knots if 0.02 < sigmoid(np.asarray(knot[1])) < 0.98]
+    assert len(inside) > 5
+    for centre, value in inside:
+        assert abs(float(sigmoid(np.asarray(value))) - reference.predict([centre])[0]) < 0.12
+    calibration = Calibration("love", "isotonic", knots=knots)
+    calibration.save(tmp_path)
+    found = Calibration.load(tmp_path).logits(np.linspace(-20, 20, 2001))
+    assert (np.diff(found) >= 0).all()
+    assert found[0] < found[5] and found[-6] < found[-1]
+    values = calibration.values(z)
+    assert ece(values, y, np.ones(4000)) < 0.02
+
+
+def test_one_label_leaves_isotonic_without_knots() -> None:
+    assert fit_isotonic(np.arange(3.0), np.zeros(3), np.ones(3)) == ()
+
+
+def test_corrected_values_are_calibrated_at_a_base_rate_of_one_percent() -> None:
+    """Learn on rows of which 25% are loved, score rows of which 1% are: ECE at most 0.01 after the correction."""
+    rng = np.random.default_rng(4)
+
+    def draw(count: int) -> tuple[np.ndarray, np.ndarray]:
+        truth = rng.normal(-5.6, 1.4, count)
+        return truth, (rng.random(count) < sigmoid(truth)).astype(float)
+
+    truth, loved = draw(200_000)
+    keep = 3 * loved.sum() / (1 - loved).sum()
+    kept = (loved == 1) | (rng.random(len(loved)) < keep)
+    learnt = LogisticRegression().fit(truth[kept, None], loved[kept])
+    weights = np.where(loved[kept] == 1, 1.0, 1 / keep)
+    shift = prior_shift(loved[kept], weights)
+    fresh, hearts = draw(200_000)
+    raw = learnt.decision_function(fresh[:, None])
+    assert 0.005 < hearts.mean() < 0.015
+    assert ece(sigmoid(raw), hearts, np.ones(len(raw))) > 0.1
+    assert ece(Calibration(prior_shift=shift).values(raw), hearts, np.ones(len(raw))) <= 0.01

@@ -19,6 +19,8 @@ numbers = st.floats(-50, 50)
 def test_signal_is_the_logit_of_a_model_and_the_value_of_a_judge() -> None:
     assert math.isclose(signal(Score("love", 0.05, -9.0)), math.log(0.05 / 0.95))
     assert signal(Score("safety", 1.0, 1.0, verdict=True)) == 1.0
+    assert math.isclose(signal(Score("love", 0.5, 0.0, spread=0.2), 1.5), math.log(0.2 / 0.8))
+    assert math.isfinite(signal(Score("love", 0.1, 0.0, spread=0.3), 1.0))
     assert math.isfinite(signal(Score("love", 0.0, -900.0)))
     assert math.isfinite(signal(Score("love", 1.0, 900.0)))
 

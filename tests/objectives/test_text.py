@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rluf.errors import ModelError
 from rluf.models import load_tokenizer, resolve_model
 from rluf.objectives.text import Item, TextEncoder, context_text, token_batches
 from rluf.types import Message
@@ -89,3 +90,14 @@ def test_token_batches_hold_every_row_once_within_the_budget(lengths: list[int],
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= budget
+
+
+def test_the_users_next_turn_opens_where_the_text_ends(cache: Path) -> None:
+    tokenizer = load_tokenizer(resolve_model("tiny", cache))
+    messages: list[Message] = [{"role": "user", "content": "Hi"}]
+    plain = TextEncoder(tokenizer, 200).encode([(messages, "Hello")])[0]
+    ahead = TextEncoder(tokenizer, 200, next_turn=True).encode([(messages, "Hello")])[0]
+    assert ahead.ids[: len(plain)] == plain.ids
+    assert tokenizer.decode(ahead.ids[len(plain) :]) == "<|im_start|>user\n"
+    with pytest.raises(ModelError, match="next_turn=false"):
+        TextEncoder(load_tokenizer(resolve_model("tiny-encoder", cache)), 200, next_turn=True)

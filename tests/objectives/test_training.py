@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from rluf.models import resolve_model
 from rluf.objectives.backbone import encoder_for, freeze, load_classifier
 from rluf.objectives.prefix import FrozenPrefix
 from rluf.objectives.text import TextEncoder
-from rluf.objectives.training import Plan, Rows, Trainer, dev_log_loss, encode_rows, step_plan
+from rluf.objectives.training import Fit, Plan, Rows, Trainer, dev_log_loss, encode_rows, step_plan
 
 
 @pytest.fixture(scope="module")
@@ -104,14 +105,28 @@ def test_training_learns_keeps_the_best_epoch_and_reports(cache: Path) -> None:
     kept: list[int] = []
     told: list[dict[str, float]] = []
     plan = Plan(epochs=3, batch_rows=16, batch_tokens=1024, steps=13, seed=0)
-    found = Trainer(TorchEngine(model, 3e-3), model, encoder, plan, None).fit(
-        train, dev, snapshot=lambda: kept.append(len(told)), report=told.append
+    found = Trainer(model, encoder, plan).fit(
+        TorchEngine(model, 3e-3), train, dev, Fit(), snapshot=lambda: kept.append(len(told)), report=told.append
     )
     assert found.best_loss < 0.2
     assert kept[-1] == found.best_epoch
     assert [row["epoch"] for row in told] == [1.0, 2.0, 3.0]
     assert dev_log_loss(found.dev_logits, dev, found.shift) == found.best_loss
     assert found.tokens == 3 * train.tokens
+
+
+def test_training_stops_when_dev_gets_no_better(cache: Path) -> None:
+    backbone = resolve_model("tiny-encoder", cache)
+    model = load_classifier(backbone, trained=False, dropout=0.0, seed=0)
+    encoder = encoder_for(model, backbone, 64)
+    rows = _rows(encoder, 60, 1)
+    unlike = replace(rows, labels=1 - rows.labels)
+    plan = Plan(epochs=6, batch_rows=16, batch_tokens=1024, steps=4, seed=0, patience=2)
+    found = Trainer(model, encoder, plan).fit(
+        TorchEngine(model, 3e-3), rows, unlike, Fit(), snapshot=lambda: None, report=lambda _: None
+    )
+    assert len(found.history) < 6
+    assert len(found.history) - 1 - found.best_epoch == 2
 
 
 def test_replayed_frozen_layers_give_the_same_logits_and_gradients(cache: Path) -> None:
@@ -156,8 +171,8 @@ def test_a_passed_deadline_stops_training(cache: Path) -> None:
     rows = _rows(encoder, 8, 1)
     plan = Plan(epochs=1, batch_rows=4, batch_tokens=512, steps=2, seed=0, deadline=0.0)
     with pytest.raises(StallError, match="deadline_s"):
-        Trainer(TorchEngine(model, 1e-3), model, encoder, plan, None).fit(
-            rows, rows, snapshot=lambda: None, report=lambda _: None
+        Trainer(model, encoder, plan).fit(
+            TorchEngine(model, 1e-3), rows, rows, Fit(), snapshot=lambda: None, report=lambda _: None
         )
 
 

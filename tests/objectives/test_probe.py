@@ -1,0 +1,116 @@
+"""The probe: worked data, folds by cluster, what the head reads, and the last-token rule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from rluf.errors import ModelError
+from rluf.models import resolve_model
+from rluf.objectives.backbone import encoder_for, load_classifier
+from rluf.objectives.metrics import auroc
+from rluf.objectives.probe import HeadInput, fit_probe, fold_bias, linear_head, set_head
+from rluf.objectives.splits import folds
+from rluf.objectives.text import Encoded
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return resolve_model("tiny", tmp_path_factory.mktemp("cache"))
+
+
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=80), st.integers(2, 5), st.integers(0, 3))
+def test_a_cluster_lies_in_one_fold_and_folds_are_even(members: list[int], count: int, seed: int) -> None:
+    clusters = [f"u{m}" for m in members]
+    found = folds(clusters, count, seed=seed)
+    assert all(len(set(found[np.asarray(clusters) == name].tolist())) == 1 for name in set(clusters))
+    sizes = np.bincount(found, minlength=count)
+    assert sizes.max() - sizes.min() <= max(members.count(m) for m in set(members))
+
+
+def test_a_probe_finds_a_linear_truth_on_the_features_own_scale() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(900, 20)) * np.logspace(-2, 2, 20) + 3
+    truth = (x[:, 0] - 3) / 0.01 - (x[:, 19] - 3) / 100
+    y = (rng.random(900) < 1 / (1 + np.exp(-2 * truth))).astype(float)
+    users = [f"u{i % 60}" for i in range(900)]
+    head, bias, strength = fit_probe(x[:600], y[:600], np.ones(600), users[:600], pairs=False)
+    assert auroc(x[600:] @ head + bias, y[600:]) > 0.85
+    assert abs(float((x @ head + bias).mean())) < 0.5
+    assert strength >= 1e-3
+    shown = np.concatenate([np.where(y[:, None] == 1, x, 2 * x.mean(0) - x), np.where(y[:, None] == 1, 6 - x, x)])
+    pairs, nothing, _ = fit_probe(shown, np.ones(900), np.ones(900), users, pairs=True)
+    assert nothing == 0.0
+    assert ((shown[:900] - shown[900:]) @ pairs > 0).mean() > 0.8
+
+
+def test_a_bias_goes_into_weights_where_a_direction_is_steady_and_stays_out_elsewhere() -> None:
+    rng = np.random.default_rng(1)
+    steady = np.concatenate([rng.normal(size=(500, 8)), 20 + 0.1 * rng.normal(size=(500, 1))], axis=1)
+    head = rng.normal(size=9)
+    folded, left = fold_bias(steady, head, -4.0)
+    assert left == 0.0
+    assert np.allclose(steady @ folded, steady @ head - 4.0, atol=0.2)
+    wild = rng.normal(size=(500, 9))
+    assert fold_bias(wild, head, -4.0)[1] == -4.0
+
+
+def test_the_head_reads_the_same_whatever_the_row_is_batched_with(tiny: Path) -> None:
+    model = load_classifier(tiny, trained=False, seed=1).eval()
+    encoder = encoder_for(model, tiny, 64)
+    rows = encoder.encode([([{"role": "user", "content": "Hi"}], text) for text in ("", "yes", "a longer answer")])
+    caught, weights = HeadInput(model), np.random.default_rng(0).normal(size=model.config.hidden_size)
+    set_head(model, weights, 0.0)
+    with torch.inference_mode():
+        logits = model(**encoder.collate(rows)).logits[:, 0]
+    features = caught.take([len(row) for row in rows])
+    caught.close()
+    assert np.allclose(features @ weights, logits.numpy(), atol=1e-4)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    ids=st.lists(st.integers(0, 250), min_size=1, max_size=24),
+    pad=st.integers(0, 9),
+    left=st.booleans(),
+    ends=st.booleans(),
+)
+def test_the_last_token_rule(tiny: Path, ids: list[int], pad: int, left: bool, ends: bool) -> None:
+    """The logit is that of the last token that is no padding, left or right, with an end token or without.
+
+    In this tokenizer the end token is the pad token, so transformers skips it in every row alike.
+    """
+    model = _MODELS.setdefault(str(tiny), load_classifier(tiny, trained=False, seed=2).eval())
+    encoder = encoder_for(model, tiny, 64)
+    ids = [token for token in ids if token != encoder.pad_id] or [5]
+    row = [*ids, encoder.pad_id] if ends else ids
+    filler, unread = [encoder.pad_id] * pad, [0] * pad
+    padded = torch.tensor([[*filler, *row] if left else [*row, *filler]])
+    mask = torch.tensor([[*unread, *[1] * len(row)] if left else [*[1] * len(row), *unread]])
+    with torch.inference_mode():
+        alone = encoder.collate([Encoded(tuple(row), len(row))])
+        hidden = model.model(**alone).last_hidden_state[0, len(ids) - 1]
+        expected = float(hidden @ model.score.weight[0])
+        assert abs(float(model(**alone).logits[0, 0]) - expected) < 1e-4
+        assert abs(float(model(input_ids=padded, attention_mask=mask).logits[0, 0]) - expected) < 1e-3
+
+
+_MODELS: dict[str, torch.nn.Module] = {}
+
+
+def test_a_model_without_a_linear_head_is_refused() -> None:
+    with pytest.raises(ModelError, match="probe=false"):
+        linear_head(torch.nn.Linear(2, 1))
+
+
+def test_kept_layers_are_the_lowest(tiny: Path) -> None:
+    whole, one = load_classifier(tiny, trained=False), load_classifier(tiny, trained=False, layers=1)
+    assert (whole.config.num_hidden_layers, one.config.num_hidden_layers) == (2, 1)
+    assert torch.equal(whole.model.layers[0].mlp.up_proj.weight, one.model.layers[0].mlp.up_proj.weight)
+    with pytest.raises(ModelError, match="layers=3"):
+        load_classifier(tiny, trained=False, layers=3)
