@@ -46,8 +46,23 @@ class RolloutSettings(Section):
 class AlgorithmSettings(Section):
     """The policy-gradient method. Three batch sizes only; everything else is derived and printed."""
 
-    name: Literal["grpo"] = "grpo"
-    """Advantage estimator (registry: rluf.policy.advantages)."""
+    name: Literal[
+        "grpo",
+        "ppo",
+        "dr_grpo",
+        "rloo",
+        "reinforce_pp",
+        "reinforce_pp_baseline",
+        "dapo",
+        "lite_ppo",
+        "crpg",
+        "crraft",
+        "codpo",
+        "kto",
+    ] = "grpo"
+    """Method: how rewards become advantages and tokens are weighed (docs/algorithms.md has the table)."""
+    loss: Literal["ppo", "gspo", "cispo", "reinforce"] | None = None
+    """Policy loss (registry: rluf.policy.losses); none takes the one of the method's own paper."""
     steps: int = Field(default=14, ge=1)
     """Optimiser steps."""
     prompts_per_step: int = Field(default=12, ge=1)
@@ -58,18 +73,34 @@ class AlgorithmSettings(Section):
     """Batch size 3: tokens a packed micro-batch on one rank."""
     mix: tuple[str, ...] = ("risky:3",)
     """topic:times pairs; training prompts of the topic come up that many times in each pass over the prompts."""
+    demonstrations: int = Field(default=2, ge=0)
+    """Good responses of the log, on topics of objectives.alone, that step 1 imitates; fewer each step, then none."""
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     """Lower PPO clip: the ratio is not rewarded below 1 - clip_low."""
     clip_high: float = Field(default=0.2, gt=0)
     """Upper PPO clip: the ratio is not rewarded above 1 + clip_high."""
+    dual_clip: float | None = Field(default=None, gt=1)
+    """Bound c of the PPO loss at c * |advantage| where the advantage is negative (dual clip); none sets no bound."""
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    """PPO's advantages: how far along a response its critic's errors count (1: the whole rest, 0: one token)."""
     kl_coef: float = Field(default=0.02, ge=0)
-    """Weight of the KL to the reference policy in the loss."""
+    """Weight of the KL to the reference policy; where it counts says kl_in."""
+    kl_in: Literal["loss", "reward"] = "loss"
+    """loss: a term of the loss; reward: taken off the reward before advantages (k1, as in RLOO and REINFORCE++)."""
+    kl_target: float | None = Field(default=None, gt=0)
+    """KL in nats a token that kl_coef is steered towards after each step; none keeps kl_coef fixed."""
+    kl_limit: float = Field(default=10.0, gt=0)
+    """Largest KL of a response in nats (CGPO's crpg and crraft: beyond it a response earns nothing)."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """KL estimator of the loss term (method notes: k2 has the on-policy gradient, k3 is GRPO's)."""
+    importance: Literal["token", "sequence", "mask", "sequence_mask", "off"] = "token"
+    """Correction for what engine and learner disagree on: ratios truncated or masked, by token or response."""
     importance_cap: float = Field(default=2.0, ge=1)
-    """Truncation of the per-token ratio between learner and engine probabilities (truncated importance sampling)."""
+    """Largest ratio of learner to engine probability; mask also drops tokens below its inverse."""
     staleness: int = Field(default=0, ge=0)
     """Policy versions a batch may lag: 0 synchronous, 1 one step off, more asynchronous."""
+    too_old: Literal["keep", "drop"] = "keep"
+    """What becomes of a straggler that lags more versions than staleness: learn from it, or drop and refill."""
 
     @property
     def times(self) -> dict[str, int]:
@@ -94,10 +125,16 @@ class LearnerSettings(Section):
     """Largest global gradient norm."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    critic_rate: float | None = Field(default=None, ge=0)
+    """AdamW learning rate of PPO's critic; none takes ten times learning_rate."""
+    lora_rank: int = Field(default=0, ge=0)
+    """Rank of LoRA adapters beside every linear layer, trained in place of the weights; 0 trains the weights."""
     offload_optimizer: bool = False
     """Keep the optimiser state in host memory (GPU learners)."""
     save_every: int = Field(default=0, ge=0)
-    """Steps between policy checkpoints; 0 saves only the final policy."""
+    """Steps between checkpoints to resume from; 0 keeps one only when the run is terminated, and the final policy."""
+    keep_checkpoints: int = Field(default=2, ge=0)
+    """Newest checkpoints kept, with the one of the highest mean reward beside them; 0 keeps all."""
     deadline_s: float = Field(default=600.0, gt=0)
     """Seconds one learner step may take before the run stops and names the rank."""
 
@@ -105,11 +142,11 @@ class LearnerSettings(Section):
 class PublishSettings(Section):
     """How weights reach the engines: vLLM's four phases, then a probe."""
 
-    engine: Literal["shm", "nccl"] = "shm"
-    """shm: shared memory on one host (CPU or GPU engines); nccl: broadcast between GPUs."""
+    engine: Literal["shm", "nccl", "disk"] = "shm"
+    """shm: shared memory on one host; nccl: broadcast between GPUs; disk: files under run.cache, seen by all hosts."""
     bucket_mib: int = Field(default=64, ge=1)
     """MiB of weights sent at a time."""
     probe_tolerance: float = Field(default=0.15, gt=0)
-    """Largest mean absolute logprob difference in nats per token before the run stops."""
+    """Largest mean absolute logprob difference in nats per token before the run stops (a sudden jump stops it too)."""
     deadline_s: float = Field(default=120.0, gt=0)
     """Seconds one publish may take before the run stops and names the phase."""

@@ -35,7 +35,7 @@ class Batch:
     loss_weights: Tensor
     """1 / (response tokens of the sample * samples of the step) [K]; 0 in a batch that only keeps ranks in step."""
     rollout_logprobs: Tensor
-    """Log-probability under the engine that sampled it [K] (nats)."""
+    """Log-probability under the engine that sampled it [K] (nats); NaN in a demonstration, which none sampled."""
 
     @property
     def tokens(self) -> int:

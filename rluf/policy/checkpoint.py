@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import logging
-import os
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -13,11 +13,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from rluf.errors import ModelError
+from rluf.errors import ModelError, ResourceError, RlufError
+from rluf.paths import sync
 from rluf.policy.attention import ATTENTION, register
+from rluf.policy.lora import add_lora
 
 logger = logging.getLogger(__name__)
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says on a full disk, or a spent quota; safetensors hands the number on in its message."""
 COMPANIONS = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -31,11 +35,17 @@ COMPANIONS = (
 
 
 def load_policy(
-    folder: Path, *, dtype: torch.dtype, trust_remote_code: bool = False, gradient_checkpointing: bool = False
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool = False,
+    gradient_checkpointing: bool = False,
+    lora_rank: int = 0,
 ) -> nn.Module:
     """Causal language model of a Hugging Face folder, reading packed batches, dropout off.
 
-    Dropout is off because the learner must give a token the probability that the engine gave it. Raises ModelError when
+    Dropout is off because the learner must give a token the probability that the engine gave it. With `lora_rank` only
+    adapters are trained. Raises ModelError when
     the folder cannot be read or holds another kind of model.
     """
     from transformers import AutoModelForCausalLM
@@ -48,6 +58,7 @@ def load_policy(
             attn_implementation=ATTENTION,
             trust_remote_code=trust_remote_code,
             local_files_only=True,
+            use_safetensors=True,
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"no causal language model could be read from {folder}: {error}") from error
@@ -56,7 +67,7 @@ def load_policy(
             module.p = 0.0
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model
+    return add_lora(model, lora_rank) if lora_rank else model
 
 
 def copy_companions(source: Path, target: Path) -> None:
@@ -71,14 +82,18 @@ def copy_companions(source: Path, target: Path) -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A temporary folder beside `path` that takes its place, synced to disk, when the block ends without error.
 
-    A folder that was there before is replaced. Raises ModelError when the disk refuses.
+    A folder that was there before is replaced. Files become as readable as the folder (safetensors keeps its files to
+    their owner). Raises ResourceError on a full disk, ModelError when it refuses otherwise.
     """
     part = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}.part")
     try:
         part.mkdir(parents=True)
         yield part
-        for file in [*(p for p in part.rglob("*") if p.is_file()), part]:
-            _sync(file)
+        readable = part.stat().st_mode & 0o666
+        for file in (p for p in part.rglob("*") if p.is_file()):
+            file.chmod(readable)
+            sync(file)
+        sync(part)
         if path.is_dir():
             stale = path.with_name(f"{part.name}.old")
             path.rename(stale)
@@ -86,16 +101,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(stale, ignore_errors=True)
         else:
             part.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
-        raise ModelError(f"the policy could not be written to {path}: {error}; free some disk") from error
+        raise unwritten("the policy", path, error) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def unwritten(what: str, path: Path, error: Exception) -> RlufError:
+    """The error to raise when `what` could not be written to `path`: ResourceError on a full disk, else ModelError."""
+    full = getattr(error, "errno", None) in FULL or any(f"os error {number}" in str(error) for number in FULL)
+    kind = ResourceError if full else ModelError
+    return kind(f"{what} could not be written to {path}: {error}; free some disk, earlier checkpoints are kept")

@@ -6,6 +6,7 @@ micro-batch share the prompt's tokens, so groups stay together where the token b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -89,21 +90,24 @@ def _deal(bins: Sequence[tuple[int, MicroBatch]], ranks: int, rounds: int) -> li
 
 
 def pack(
-    members: Sequence[tuple[int, int]], groups: Mapping[int, Group], advantages: Sequence[Sequence[float]]
+    members: Sequence[tuple[int, int]],
+    groups: Mapping[int, Group],
+    advantages: Sequence[Sequence[float]],
+    weights: Sequence[Sequence[float]] | None = None,
 ) -> Batch:
     """Tensors of one micro-batch of (group, sample) `members`.
 
-    `groups` holds at least the groups named; `advantages` [groups][samples] are those of the whole step, whose number
-    of samples sets the loss weights: summed over all micro-batches of all ranks they give GRPO's mean over each
-    response's tokens, then over samples, however the step was split. Samples without response tokens take no part. No
-    members give a batch of one token and weight 0, with which a rank keeps step. Raises ValueError when a sample has
-    another number of logprobs than response tokens.
+    `groups` holds at least the groups named; `advantages` and `weights` [groups][samples] are those of the whole step.
+    A response's weight is what each of its tokens counts in the loss (rluf.policy.methods.token_weights), so the sum
+    over all micro-batches of all ranks does not depend on how the step was split; without `weights` it is GRPO's mean
+    over each response's tokens, then over samples. A demonstration's rollout logprobs are NaN.
+    Samples without response tokens take no part. No members give a batch of one token and weight 0, with which a rank
+    keeps step. Raises ValueError when a sample has another number of logprobs than response tokens.
     """
     total = sum(len(row) for row in advantages)
     by_group: dict[int, list[int]] = {}
-    for group, index in members:
-        if groups[group].samples[index].response_ids:
-            by_group.setdefault(group, []).append(index)
+    for group, index in packed_order(members, groups):
+        by_group.setdefault(group, []).append(index)
     if not by_group:
         return _idle()
     layout = _Layout()
@@ -112,16 +116,26 @@ def pack(
         for index in chosen:
             sample = groups[group].samples[index]
             length = len(sample.response_ids)
-            if len(sample.rollout_logprobs) != length:
+            sampled = sample.rollout_logprobs or (math.nan,) * length
+            if len(sampled) != length:
                 raise ValueError(
                     f"sample {index} of prompt {sample.prompt_id} has {length} response tokens but "
                     f"{len(sample.rollout_logprobs)} rollout logprobs"
                 )
             layout.add_response(sample.response_ids)
-            layout.logprobs += sample.rollout_logprobs
+            layout.logprobs += sampled
             layout.advantages += [advantages[group][index]] * length
-            layout.weights += [1.0 / (length * total)] * length
+            layout.weights += [1.0 / (length * total) if weights is None else weights[group][index]] * length
     return layout.batch()
+
+
+def packed_order(members: Sequence[tuple[int, int]], groups: Mapping[int, Group]) -> list[tuple[int, int]]:
+    """The members that `pack` packs, in its order: group by group as they first come, without empty responses."""
+    by_group: dict[int, list[tuple[int, int]]] = {}
+    for group, index in members:
+        if groups[group].samples[index].response_ids:
+            by_group.setdefault(group, []).append((group, index))
+    return [member for chosen in by_group.values() for member in chosen]
 
 
 class _Layout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -12,7 +13,17 @@ from rluf.config.policy import AlgorithmSettings
 from rluf.errors import SettingsError
 from rluf.policy.batch import Batch
 from rluf.policy.logprobs import chosen_logprobs
-from rluf.policy.losses import SUMS, clipped_policy_loss, importance_weights, kl_estimate, metrics, policy_loss
+from rluf.policy.losses import (
+    LOSSES,
+    SUMS,
+    adapted,
+    drifts_of,
+    importance_weights,
+    kl_estimate,
+    kl_to_go,
+    metrics,
+    policy_loss,
+)
 
 
 def logs(*probabilities: float) -> Tensor:
@@ -36,17 +47,31 @@ def batch_of(advantages: list[float], weights: list[float], rollout: Tensor) -> 
     )
 
 
+def surrogate(
+    name: str,
+    new: Tensor,
+    old: Tensor,
+    advantages: list[float],
+    *,
+    sequences: list[int] | None = None,
+    dual_clip: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    algorithm = AlgorithmSettings(clip_low=0.2, clip_high=0.3, dual_clip=dual_clip)
+    numbers = torch.tensor(sequences or [0] * len(advantages))
+    return LOSSES[name](new, old, torch.tensor(advantages), numbers, algorithm)
+
+
 def test_clip_is_asymmetric_and_keeps_the_pessimistic_side() -> None:
     # ratios 2, 0.5, 2, 0.5 with advantages +1, +1, -1, -1; clips at 0.8 and 1.3
     new, old = logs(0.4, 0.1, 0.4, 0.1), logs(0.2, 0.2, 0.2, 0.2)
-    loss, clipped = clipped_policy_loss(new, old, torch.tensor([1.0, 1.0, -1.0, -1.0]), 0.2, 0.3)
+    loss, clipped = surrogate("ppo", new, old, [1.0, 1.0, -1.0, -1.0])
     assert loss.tolist() == pytest.approx([-1.3, -0.5, 2.0, 0.8])
     assert clipped.tolist() == [True, False, False, True]
 
 
 def test_clipped_tokens_have_no_gradient() -> None:
     new = logs(0.4, 0.1, 0.4, 0.1).requires_grad_()
-    loss, clipped = clipped_policy_loss(new, logs(0.2, 0.2, 0.2, 0.2), torch.tensor([1.0, 1.0, -1.0, -1.0]), 0.2, 0.3)
+    loss, clipped = surrogate("ppo", new, logs(0.2, 0.2, 0.2, 0.2), [1.0, 1.0, -1.0, -1.0])
     loss.sum().backward()
     assert new.grad is not None
     assert (new.grad == 0).tolist() == clipped.tolist()
@@ -87,9 +112,115 @@ def test_gradient_of_k2_on_policy_is_that_of_the_exact_kl_and_k1_has_none() -> N
 
 def test_importance_weights_are_capped_and_carry_no_gradient() -> None:
     learner = logs(0.3, 0.2, 0.1).requires_grad_()
-    weights = importance_weights(learner, logs(0.1, 0.2, 0.2), cap=2.0)
+    weights = importance_weights(learner, logs(0.1, 0.2, 0.2), torch.tensor([0, 0, 1]), kind="token", cap=2.0)
     assert weights.tolist() == pytest.approx([2.0, 1.0, 0.5])
     assert not weights.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        # ratios 3, 1 in the first response (product 3); 0.4, 1.5 in the second (product 0.6); cap 2
+        ("token", [2.0, 1.0, 0.4, 1.5]),
+        ("mask", [0.0, 1.0, 0.0, 1.5]),
+        ("sequence", [2.0, 2.0, 0.6, 0.6]),
+        ("sequence_mask", [0.0, 0.0, 0.6, 0.6]),
+        ("off", [1.0, 1.0, 1.0, 1.0]),
+    ],
+)
+def test_kinds_of_importance_correction(kind: str, expected: list[float]) -> None:
+    learner, engine = logs(0.3, 0.2, 0.08, 0.3), logs(0.1, 0.2, 0.2, 0.2)
+    found = importance_weights(learner, engine, torch.tensor([0, 0, 1, 1]), kind=kind, cap=2.0)
+    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+
+
+def test_unknown_correction_is_refused() -> None:
+    with pytest.raises(SettingsError, match="'tokens'"):
+        importance_weights(logs(0.1), logs(0.1), torch.tensor([0]), kind="tokens", cap=2.0)
+
+
+def stale() -> tuple[Tensor, Tensor, Tensor, list[int]]:
+    """Logprobs, old ones and advantages of 60 tokens in 7 responses of random length."""
+    draw = torch.Generator().manual_seed(7)
+    old = -5 * torch.rand(60, generator=draw, dtype=torch.float64)
+    new = old + torch.randn(60, generator=draw, dtype=torch.float64) * 0.4
+    numbers = sorted(torch.randint(0, 7, (60,), generator=draw).tolist())
+    gains = torch.randn(7, generator=draw, dtype=torch.float64)[torch.tensor(numbers)]
+    return new.requires_grad_(), old, gains, numbers
+
+
+def padded(values: Tensor, numbers: list[int]) -> tuple[Tensor, Tensor]:
+    """[responses, longest] of flat values, and the mask."""
+    rows = [values[torch.tensor(numbers) == n] for n in range(7)]
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(r)) for r in rows], batch_first=True).bool()
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), mask
+
+
+def test_dual_clip_equals_verl() -> None:
+    new, old, gains, numbers = stale()
+    ratio = (new - old).exp()
+    first = torch.maximum(-gains * ratio, -gains * ratio.clamp(0.8, 1.3))
+    expected = torch.where(gains < 0, torch.minimum(-gains * 1.2, first), first)
+    found, _ = surrogate("ppo", new, old, gains.tolist(), sequences=numbers, dual_clip=1.2)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert (found != surrogate("ppo", new, old, gains.tolist(), sequences=numbers)[0]).any()
+
+
+def test_gspo_equals_trl_and_verl_in_value_and_gradient() -> None:
+    """TRL: importance_sampling_level="sequence" with the mean over sequences, on a padded batch."""
+    new, old, gains, numbers = stale()
+    table, mask = padded(new - old, numbers)
+    ratio = ((table * mask).sum(1) / mask.sum(1)).exp()
+    advantage = padded(gains, numbers)[0][:, 0]
+    expected = -torch.min(ratio * advantage, ratio.clamp(0.8, 1.3) * advantage).mean()
+    slope = torch.autograd.grad(expected, new)[0]
+    found, _ = surrogate("gspo", new, old, gains.tolist(), sequences=numbers)
+    weights = 1 / (7 * mask.sum(1)[torch.tensor(numbers)])
+    assert (found * weights).sum().item() == pytest.approx(expected.item(), abs=1e-6)
+    assert torch.allclose(torch.autograd.grad((found * weights).sum(), new)[0], slope, atol=1e-6)
+
+
+def test_cispo_equals_verl_in_value_and_gradient() -> None:
+    new, old, gains, numbers = stale()
+    ratio = (new - old).exp()
+    expected = -ratio.clamp(0.8, 1.3).detach() * gains * new
+    slope = torch.autograd.grad(expected.sum(), new)[0]
+    found, cut = surrogate("cispo", new, old, gains.tolist(), sequences=numbers)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert torch.allclose(torch.autograd.grad(found.sum(), new)[0], slope, atol=1e-6)
+    assert (slope[cut] != 0).all() and cut.any()
+
+
+@pytest.mark.parametrize("name", sorted(LOSSES))
+def test_on_policy_every_loss_has_the_policy_gradient(name: str) -> None:
+    new, _, gains, numbers = stale()
+    sizes = torch.tensor([numbers.count(n) for n in numbers])
+    found, _ = surrogate(name, new, new.detach(), gains.tolist(), sequences=numbers)
+    gradient = torch.autograd.grad((found / sizes).sum(), new)[0]
+    assert torch.allclose(gradient, -gains / sizes, atol=1e-6)
+
+
+def test_kl_still_to_come_lowers_the_advantage_of_each_token() -> None:
+    # k1 of the engine: 0.1, 0.2, -0.3 in one response, 0.5 in another; still to come: 0.0, -0.1, -0.3 and 0.5
+    rollout, drift = torch.tensor([-1.0, -2.0, -1.5, -0.5]), torch.tensor([0.1, 0.2, -0.3, 0.5])
+    batch = batch_of([1.0, 1.0, 1.0, 2.0], [1.0] * 4, rollout)
+    batch = dataclasses.replace(batch, sequences=torch.tensor([0, 0, 0, 1]))
+    assert kl_to_go(rollout - drift, batch).tolist() == pytest.approx([0.0, -0.1, -0.3, 0.5], abs=1e-6)
+    first, second = drifts_of(rollout - drift, batch)
+    assert (first.kl, first.togo, first.togo_squared) == pytest.approx((0.0, -0.4, 0.1), abs=1e-6)
+    assert (second.kl, second.togo, second.togo_squared) == pytest.approx((0.5, 0.5, 0.25), abs=1e-6)
+    learner = rollout.clone().requires_grad_()
+    policy_loss(learner, rollout - drift, batch, AlgorithmSettings(), kl_coef=0.0, slope=2.0).loss.backward()
+    assert learner.grad is not None
+    assert learner.grad.tolist() == pytest.approx([-1.0, -1.2, -1.6, -1.0], abs=1e-6)
+
+
+def test_adaptive_kl_equals_verl() -> None:
+    # verl's AdaptiveKLController: clip(kl / target - 1, -0.2, 0.2), times n / horizon
+    assert adapted(0.1, 5.0, 0.1, 1000) == pytest.approx(0.1 * (1 + 0.2 * 1000 / 10_000))
+    assert adapted(0.1, 0.0, 0.1, 1000) == pytest.approx(0.1 * (1 - 0.2 * 1000 / 10_000))
+    assert adapted(0.1, 0.11, 0.1, 500) == pytest.approx(0.1 * (1 + 0.1 * 500 / 10_000))
+    assert adapted(0.1, 5.0, None, 1000) == 0.1
 
 
 def test_synchronous_loss_has_ratio_one_and_uses_the_engine_only_for_correction() -> None:
@@ -117,6 +248,22 @@ def test_stale_loss_clips_against_the_engine() -> None:
     result = policy_loss(learner, learner.detach(), batch, AlgorithmSettings(staleness=1))
     assert result.loss.item() == pytest.approx(-(1.2 + 1.0) / 2)
     assert metrics(result.sums, 0.0)["clip_share"] == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+def test_a_demonstration_gets_the_gradient_of_its_mean_log_likelihood(staleness: int) -> None:
+    learner, reference = logs(0.3, 0.2, 0.1).requires_grad_(), logs(0.1, 0.1, 0.1)
+    batch = batch_of([0.0, 1.0, 1.0], [1 / 3] * 3, torch.tensor([math.log(0.3), math.nan, math.nan]))
+    batch = dataclasses.replace(batch, sequences=torch.tensor([0, 1, 1]))
+    result = policy_loss(learner, reference, batch, AlgorithmSettings(staleness=staleness, kl_coef=0.0))
+    result.loss.backward()
+    assert learner.grad is not None
+    assert learner.grad.tolist() == pytest.approx([0.0, -1 / 3, -1 / 3])
+    found = metrics(result.sums, float(result.peak))
+    assert found["demonstration_nll"] == pytest.approx(-math.log(0.2 * 0.1) / 2)
+    assert found["kl_sequence"] == pytest.approx(math.log(3))  # the sample alone: 1 sample of 1 token
+    assert (found["ratio_max"], found["effective_sample_size"]) == (1.0, 1.0)
+    assert result.sums[SUMS.index("response_tokens")] == 1
 
 
 def test_kl_term_and_kl_metrics() -> None:

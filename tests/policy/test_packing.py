@@ -173,6 +173,13 @@ def test_empty_response_takes_no_part() -> None:
     assert pack([(0, 0)], groups, [[1.0]]).tokens == 0
 
 
+def test_a_demonstration_has_no_rollout_logprobs() -> None:
+    sample = Sample("0", (3,), (4, 5), (), (), "stop", "")
+    batch = pack([(0, 0)], {0: Group(Prompt("0", (), (3,), "", ""), (sample,), 0)}, [[1.0]])
+    assert batch.rollout_logprobs.isnan().all() and batch.tokens == 3
+    assert batch.advantages.tolist() == [1.0, 1.0]
+
+
 def test_logprobs_of_another_length_are_refused() -> None:
     sample = Sample("0", (3,), (4, 5), (-1.0,), (), "stop", "")
     groups = {0: Group(Prompt("0", (), (3,), "", ""), (sample,), 0)}

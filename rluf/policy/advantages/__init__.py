@@ -1,25 +1,52 @@
-"""Advantage estimators by name: a group's rewards [G] in, one advantage a sample [G] out; numbers only, no tensors."""
+"""Advantage estimators by name, one signature: the Outcomes of a step in, Gains out.
+
+They are plain float arithmetic on a few numbers a sample, in double precision, so that the driver needs no tensors.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from rluf.errors import SettingsError
+from rluf.policy.advantages.base import Drift, Gains, Outcomes
+from rluf.policy.advantages.batch_std import batch_std
+from rluf.policy.advantages.cgpo import codpo, crpg, crraft
+from rluf.policy.advantages.dr_grpo import dr_grpo
+from rluf.policy.advantages.gae import gae_rewards
+from rluf.policy.advantages.gdpo import gdpo
 from rluf.policy.advantages.grpo import grpo
+from rluf.policy.advantages.kto import kto
+from rluf.policy.advantages.reinforce_pp import reinforce_pp, reinforce_pp_baseline
+from rluf.policy.advantages.rloo import rloo
 
-Estimator = Callable[[Sequence[float]], list[float]]
+Estimator = Callable[[Outcomes], Gains]
 
-ESTIMATORS: Mapping[str, Estimator] = MappingProxyType({"grpo": grpo})
-"""Estimator by the name that `algorithm.name` gives."""
+ESTIMATORS: Mapping[str, Estimator] = MappingProxyType(
+    {
+        "grpo": grpo,
+        "dr_grpo": dr_grpo,
+        "rloo": rloo,
+        "reinforce_pp": reinforce_pp,
+        "reinforce_pp_baseline": reinforce_pp_baseline,
+        "batch_std": batch_std,
+        "gdpo": gdpo,
+        "gae": gae_rewards,
+        "crpg": crpg,
+        "crraft": crraft,
+        "codpo": codpo,
+        "kto": kto,
+    }
+)
+"""Estimator by name; rluf.policy.methods says which one each `algorithm.name` takes."""
 
 
-def advantages(name: str, rewards: Sequence[float]) -> list[float]:
-    """Advantages [G] of one group's `rewards` [G] by estimator `name`. Raises SettingsError for an unknown name."""
+def advantages(name: str, outcomes: Outcomes) -> Gains:
+    """Gains of a step by estimator `name`. Raises SettingsError for an unknown name."""
     estimator = ESTIMATORS.get(name)
     if estimator is None:
-        raise SettingsError(f"algorithm.name={name!r} is not an advantage estimator; choose from {sorted(ESTIMATORS)}")
-    return estimator(rewards)
+        raise SettingsError(f"{name!r} is not an advantage estimator; choose from {sorted(ESTIMATORS)}")
+    return estimator(outcomes)
 
 
-__all__ = ["ESTIMATORS", "Estimator", "advantages"]
+__all__ = ["ESTIMATORS", "Drift", "Estimator", "Gains", "Outcomes", "advantages"]

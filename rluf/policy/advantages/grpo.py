@@ -6,18 +6,24 @@ import math
 from collections.abc import Sequence
 from statistics import fmean
 
+from rluf.policy.advantages.base import Gains, Outcomes
+
 EPSILON = 1e-6
 
 
-def grpo(rewards: Sequence[float]) -> list[float]:
+def grpo(outcomes: Outcomes) -> Gains:
     """(R_i - mean) / (std + 1e-6) over the group, population standard deviation; all zero when rewards are equal.
 
-    Source: DeepSeekMath, arXiv 2402.03300, outcome supervision. Equal rewards are told apart from almost equal ones
-    exactly, so that rounding in the mean cannot become an advantage. Raises ValueError on an empty group or a reward
-    that is not finite.
+    Source: DeepSeekMath, arXiv 2402.03300, outcome supervision.
     """
-    if not rewards or not all(math.isfinite(reward) for reward in rewards):
-        raise ValueError(f"advantages need at least one reward, all finite, but got {list(rewards)}")
+    return Gains([standardised(rewards) for rewards in outcomes.penalised])
+
+
+def standardised(rewards: Sequence[float]) -> list[float]:
+    """One group's advantages.
+
+    Equal rewards are told apart from almost equal ones exactly: rounding in the mean cannot become an advantage.
+    """
     if min(rewards) == max(rewards):
         return [0.0] * len(rewards)
     mean = fmean(rewards)
