@@ -1,0 +1,102 @@
+"""Serve reward models and policies over HTTP on Ray Serve, and take reactions in.
+
+On this machine's own Ray it runs until it is told to stop (Ctrl-C), and takes changed models on SIGHUP; on a named Ray
+cluster it deploys and leaves. Run it again there to change models without a failed request.
+
+    python -m rluf.serve --config configs/serve.yaml
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from rluf.config.cli import guard, parse
+from rluf.errors import RlufError
+
+if TYPE_CHECKING:
+    from rluf.config.settings import Settings
+
+logger = logging.getLogger("rluf.serve")
+
+
+def models_for(settings: Settings) -> dict[str, Path | None]:
+    """Reward model folders of the served objectives: given by path, else reused or trained from the log.
+
+    Ray must be initialised where one has to be trained.
+    """
+    from actors.application import given_folders
+    from rluf.inputs import model_folders, prepared, rewarded
+
+    given = given_folders(settings)
+    if set(given) == set(settings.serve.objectives):
+        return given
+    found = model_folders(rewarded(settings, prepared(settings)))
+    return {name: found[name] for name in settings.serve.objectives}
+
+
+def serve(settings: Settings) -> Any:
+    """Deploy the service on the connected Ray; returns the gateway's handle. Raises RlufError."""
+    from actors.application import deploy, feedback_root
+
+    handle = deploy(settings, models_for(settings))
+    chosen = settings.serve
+    logger.info("serving %s at http://%s:%d (docs at /docs)", ", ".join(chosen.objectives), chosen.host, chosen.port)
+    logger.info("feedback log: %s", feedback_root(settings))
+    return handle
+
+
+def change(arguments: Sequence[str] | None) -> None:
+    """Read the settings again and deploy what they say now; what cannot be deployed leaves the service as it is."""
+    logger.info("SIGHUP: reading the settings again")
+    try:
+        serve(parse("rluf.serve", __doc__ or "", arguments).settings)
+    except (RlufError, SystemExit) as error:
+        logger.error("nothing changed: %s", error)
+
+
+def stop(settings: Settings, handle: Any) -> None:
+    """Refuse new requests, let running ones end, write settled feedback, end the service."""
+    from ray import serve as ray_serve
+
+    from actors.serve import NAME
+
+    left = handle.drain.remote(settings.serve.deadline_s).result()
+    logger.info("drained: %d requests were still running", left)
+    ray_serve.get_deployment_handle("ledger", NAME).rotate.remote().result()
+    ray_serve.shutdown()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. Returns the exit code; errors of the user's are one clear message (see rluf.config.cli.guard)."""
+    loaded = parse("rluf.serve", __doc__ or "", arguments)
+    settings = loaded.settings
+
+    def run() -> None:
+        from actors.application import check_secrets
+        from cluster.connect import connected
+        from rluf.tracking.console import setup_logging
+
+        setup_logging()
+        check_secrets(settings)
+        with connected(settings):
+            handle = serve(settings)
+            if settings.cluster.address or os.environ.get("RAY_ADDRESS"):
+                return  # the cluster keeps it running
+            heard: SimpleQueue[int] = SimpleQueue()
+            for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, lambda number, _: heard.put(number))
+            while heard.get() == signal.SIGHUP:
+                change(arguments)
+            stop(settings, handle)
+
+    return guard(run)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,134 @@
+"""Dynamic batching by tokens: what waits while the models are busy goes into the next batch together.
+
+Nothing waits for a batch to fill: an idle service answers at once, a busy one works in batches of up to `batch_tokens`.
+Past `max_waiting` responses a request is refused with the time after which it is worth trying again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Generic, TypeVar
+
+from rluf.objectives.text import Item
+from rluf.serving.limits import ApiError
+
+Result = TypeVar("Result")
+
+CHARS_PER_TOKEN = 3
+"""For the estimate only; the forward passes themselves are bounded by exact token counts (token_batches)."""
+START_RATE = 50.0
+"""Responses a second that Retry-After assumes before anything was measured."""
+
+
+def estimated_tokens(item: Item, longest: int) -> int:
+    """Tokens that a reward model will read of an item, from its characters, at most `longest`."""
+    messages, response = item
+    chars = len(response) + sum(len(message["content"]) for message in messages)
+    return min(longest, 4 + chars // CHARS_PER_TOKEN)
+
+
+@dataclass(slots=True)
+class _Waiting(Generic[Result]):
+    items: Sequence[Item]
+    tokens: int
+    future: asyncio.Future[list[Result]]
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One batch that was run: responses, estimated tokens, seconds."""
+
+    items: int
+    tokens: int
+    seconds: float
+
+
+class Batcher(Generic[Result]):
+    """Collects items of many requests into batches for `run`, which returns one result an item, in order.
+
+    All calls belong to one asyncio loop. `parallel` batches may run at once.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[Item]], Awaitable[list[Result]]],
+        *,
+        batch_tokens: int,
+        longest: int,
+        max_waiting: int,
+        parallel: int,
+        on_round: Callable[[Round], None] = lambda _: None,
+    ) -> None:
+        """`longest` is the most tokens that any model reads of an item; `on_round` hears of each batch that ended."""
+        self._run, self._on_round = run, on_round
+        self.batch_tokens, self.longest, self.max_waiting, self.parallel = batch_tokens, longest, max_waiting, parallel
+        self._queue: deque[_Waiting[Result]] = deque()
+        self._rounds: set[asyncio.Task[None]] = set()
+        self._rate = START_RATE
+        self.waiting = 0
+
+    async def submit(self, items: Sequence[Item]) -> list[Result]:
+        """Results of the items, in order. Raises ApiError 429 when too much waits already, or what `run` raised."""
+        if self.waiting and self.waiting + len(items) > self.max_waiting:
+            raise ApiError(
+                429,
+                "busy",
+                f"{self.waiting} responses wait to be scored already (serve.max_waiting={self.max_waiting}); "
+                "try again later",
+                self.waiting / self._rate,
+            )
+        tokens = sum(estimated_tokens(item, self.longest) for item in items)
+        entry = _Waiting[Result](items, tokens, asyncio.get_running_loop().create_future())
+        self._queue.append(entry)
+        self.waiting += len(items)
+        self._start()
+        return await entry.future
+
+    def _start(self) -> None:
+        """One more batch, if there is something for it and room."""
+        if len(self._rounds) < self.parallel and self._queue:
+            task = asyncio.create_task(self._round())
+            self._rounds.add(task)
+            task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._rounds.discard(task)
+        self._start()
+
+    def _take(self) -> list[_Waiting[Result]]:
+        """Requests in order of arrival until the budget is spent; at least one. Those whose caller left are dropped."""
+        taken: list[_Waiting[Result]] = []
+        tokens = 0
+        while self._queue and (not taken or tokens + self._queue[0].tokens <= self.batch_tokens):
+            entry = self._queue.popleft()
+            self.waiting -= len(entry.items)
+            if not entry.future.done():
+                taken.append(entry)
+                tokens += entry.tokens
+        return taken
+
+    async def _round(self) -> None:
+        await asyncio.sleep(0)  # let requests that have already arrived join
+        taken = self._take()
+        if not taken:
+            return
+        items = [item for entry in taken for item in entry.items]
+        started = monotonic()
+        (outcome,) = await asyncio.gather(self._run(items), return_exceptions=True)
+        seconds = monotonic() - started
+        at = 0
+        for entry in taken:
+            part, at = slice(at, at + len(entry.items)), at + len(entry.items)
+            if entry.future.done():
+                continue
+            if isinstance(outcome, BaseException):
+                entry.future.set_exception(outcome)
+            else:
+                entry.future.set_result(outcome[part])
+        if not isinstance(outcome, BaseException):
+            self._rate = 0.8 * self._rate + 0.2 * len(items) / max(seconds, 1e-6)
+            self._on_round(Round(len(items), sum(entry.tokens for entry in taken), seconds))

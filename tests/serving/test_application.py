@@ -1,0 +1,98 @@
+"""From settings to what is deployed, and the scorer that changes its models; without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from pathlib import Path
+
+import pytest
+
+from actors.application import candidate_folders, chosen_models, feedback_root, given_folders, log_folder, salt_of
+from actors.serve import Scorer
+from rluf.config.settings import Settings
+from rluf.errors import ModelError
+from tests.serving.conftest import OBJECTIVES, offline, some_items, write_models
+
+
+def settings(folder: Path, root: Path, **serve: object) -> Settings:
+    objectives = {name: {"path": str(folder / name), "weight": 0.3} for name in OBJECTIVES}
+    return Settings.model_validate({"run": {"root": str(root)}, "objectives": objectives, "serve": serve})
+
+
+def test_a_version_names_the_files_and_facts_come_from_the_cards(models: Path, tmp_path: Path) -> None:
+    chosen = settings(models, tmp_path)
+    first = chosen_models(chosen, given_folders(chosen))
+    assert first["facts"]["love"]["mean_value"] == 0.25
+    assert first["facts"]["love"]["max_tokens"] == 96
+    copied = settings(shutil.copytree(models, tmp_path / "copy"), tmp_path)
+    assert chosen_models(copied, given_folders(copied))["version"] == first["version"]
+    (tmp_path / "copy" / "love" / "calibration.json").write_text('{"scale": 2.0}')
+    assert chosen_models(copied, given_folders(copied))["version"] != first["version"]
+    shutil.rmtree(tmp_path / "copy" / "love")
+    with pytest.raises(ModelError, match=r"copy/love holds no config\.json"):
+        chosen_models(copied, given_folders(copied))
+
+
+def test_a_judge_is_served_too_and_a_missing_model_is_named(models: Path, tmp_path: Path) -> None:
+    tree = settings(models, tmp_path).model_dump(mode="json")
+    tree["objectives"]["safety"] = {"source": "judge", "judge": "refusal", "weight": 0.2}
+    judged = Settings.model_validate(tree)
+    chosen = chosen_models(judged, given_folders(judged))
+    assert chosen["models"]["safety"] == {"judge": "refusal"}
+    tree["objectives"]["love"]["path"] = None
+    bare = Settings.model_validate(tree)
+    with pytest.raises(ModelError, match=r"objectives\.love\.path"):
+        chosen_models(bare, given_folders(bare))
+
+
+def test_a_candidate_is_what_its_folder_holds(models: Path, tmp_path: Path) -> None:
+    assert candidate_folders(settings(models, tmp_path)) is None
+    shutil.copytree(models / "love", tmp_path / "new" / "love")
+    assert candidate_folders(settings(models, tmp_path, candidate=str(tmp_path / "new"))) == {
+        "love": tmp_path / "new" / "love"
+    }
+    with pytest.raises(ModelError, match=r"serve\.candidate"):
+        candidate_folders(settings(models, tmp_path, candidate=str(tmp_path / "nothing")))
+
+
+def test_salt_and_log_last(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RLUF_SERVE_SALT", raising=False)
+    chosen = settings(models, tmp_path)
+    assert salt_of(chosen) == salt_of(chosen)
+    assert len(salt_of(chosen)) == 32
+    assert (log_folder(chosen) / "salt").stat().st_mode & 0o077 == 0
+    assert log_folder(chosen) == Path(feedback_root(chosen)) / ".log"
+    far = settings(models, tmp_path, feedback="s3://bucket/log")
+    assert log_folder(far).parent == tmp_path / "quickstart"
+    monkeypatch.setenv("RLUF_SERVE_SALT", "given")
+    assert salt_of(chosen) == "given"
+
+
+async def test_a_scorer_changes_over_between_batches_and_keeps_what_it_has_when_it_cannot(
+    models: Path, tmp_path: Path
+) -> None:
+    items = some_items(6)
+    other = write_models(tmp_path / "other", 5)
+    chosen = {
+        name: chosen_models(s, given_folders(s))
+        for name, s in (("first", settings(models, tmp_path)), ("other", settings(other, tmp_path)))
+    }
+    scorer = Scorer()
+    await scorer.reconfigure(chosen["first"])
+    await scorer.reconfigure({**chosen["first"], "version": "broken", "models": {"love": {"path": str(tmp_path)}}})
+    version, found = await scorer.score(items)
+    assert version == chosen["first"]["version"]
+    assert [value for value, _, _ in found["love"]] == pytest.approx(
+        [one["love"][0] for one in offline(models, items)], abs=1e-4
+    )
+    await scorer.reconfigure(chosen["other"])
+    seen = []
+    async with asyncio.timeout(30):
+        while version != chosen["other"]["version"]:
+            version, found = await scorer.score(items)
+            seen.append(version)
+    assert [value for value, _, _ in found["love"]] == pytest.approx(
+        [one["love"][0] for one in offline(other, items)], abs=1e-4
+    )
+    assert set(seen) <= {chosen["first"]["version"], chosen["other"]["version"]}
