@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from actors.checkpoints import Keeper, listening
 from actors.pipeline import Pipeline, ScoredGroup
+from actors.profiling import Profiler
+from actors.recovery import Budget, LastingPipeline
 from actors.supervisor import Supervisor
 from rluf.config.settings import Settings
+from rluf.errors import LostError, TerminatedError
 from rluf.models import load_tokenizer
-from rluf.prompts import load_prompts
+from rluf.objectives.judges import find_judge
+from rluf.policy.methods import METHODS
+from rluf.policy.resume import Checkpoint, RunState
+from rluf.prompts import load_demonstrations, load_prompts, load_reactions
+from rluf.tracking.catalogue import with_rates
 from rluf.tracking.console import Progress
-from rluf.tracking.metrics import JsonlMetrics
+from rluf.tracking.gauges import Gauges
+from rluf.tracking.metrics import JsonlMetrics, write_jsonl
 from rluf.tracking.wandb import Tracker
 from rluf.types import Group, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
@@ -51,28 +65,82 @@ async def align(
 ) -> Outcome:
     """Move the policy at `model` towards the objectives; writes <folder>/policy and <folder>/metrics.jsonl.
 
+    With run.resume it goes on from the newest checkpoint in `folder`, and so it does when learners are lost.
     `data` is a prepared data set, `rewards` the reward model folder of each objective (None for a judge).
     """
+    for judge in settings.objectives.judges:
+        find_judge(judge)  # a name that does not exist is told before any actor starts
     tokenizer, longest = load_tokenizer(model), settings.rollout.max_prompt_tokens
     prompts = load_prompts(data, "train", tokenizer, max_tokens=longest)
     unseen = load_prompts(data, "test", tokenizer, max_tokens=longest, limit=settings.evaluate.prompts)
-    outcome, started = Outcome(), time.monotonic()
-    async with Supervisor(settings, model, rewards, learners=True) as supervisor:
-        started = _lap(outcome, "start", started)
-        pipeline = Pipeline(settings, supervisor.crew, prompts)
-        outcome.base = await supervisor.run(answer(settings, pipeline, unseen, "base policy"))
-        started = _lap(outcome, "evaluate_base", started)
+    shown = _demonstrations(settings, data, tokenizer)
+    reactions = None
+    if METHODS[settings.algorithm.name].logged:
+        room = settings.rollout.max_response_tokens
+        reactions = load_reactions(data, tokenizer, max_prompt=longest, max_response=room)
+    keeper, budget = Keeper(settings, folder, prompts), Budget(settings.cluster.restarts_per_hour)
+    begin = keeper.newest() if settings.run.resume else None
+    while True:
+        outcome, started = Outcome(), time.monotonic()
         try:
-            await supervisor.run(_steps(settings, pipeline, folder, tracker, outcome))
-        finally:
-            await pipeline.close()
-        started = _lap(outcome, "align", started)
-        outcome.aligned = await supervisor.run(answer(settings, pipeline, unseen, "aligned policy"))
-        started = _lap(outcome, "evaluate_aligned", started)
-        await supervisor.run(pipeline.save(str(folder / "policy")))
-        started = _lap(outcome, "save", started)
-    _lap(outcome, "stop", started)
-    return outcome
+            async with Supervisor(
+                settings, model, rewards, learners=True, checkpoint=None if begin is None else begin[0]
+            ) as supervisor:
+                _lap(outcome, "start", started)
+                pipeline = LastingPipeline(settings, supervisor, prompts, shown, reactions, budget=budget)
+                try:
+                    await supervisor.run(_attempt(settings, pipeline, keeper, begin, unseen, tracker, outcome))
+                finally:
+                    await pipeline.close()
+                started = time.monotonic()
+            _lap(outcome, "stop", started)
+            return outcome
+        except LostError as error:
+            budget.spend(error.who or "the cluster", str(error), time.monotonic())
+            begin = keeper.newest()
+            where = "the beginning" if begin is None else f"the checkpoint of step {begin[0].step}"
+            logger.warning("%s; all actors start again, the run goes on from %s", error, where)
+
+
+async def _attempt(
+    settings: Settings,
+    pipeline: LastingPipeline,
+    keeper: Keeper,
+    begin: tuple[Checkpoint, RunState] | None,
+    unseen: Sequence[Prompt],
+    tracker: Tracker,
+    outcome: Outcome,
+) -> None:
+    """The run from its beginning or a checkpoint to the saved policy; fills `outcome`."""
+    started = time.monotonic()
+    if begin is None:
+        outcome.base = await answer(settings, pipeline, unseen, "base policy")
+        keeper.keep_answers([(one.group, one.values) for one in outcome.base])
+    else:
+        checkpoint, state = begin
+        logger.info("going on after step %d, from %s", checkpoint.step, checkpoint.folder)
+        pipeline.restore(state.pipeline, checkpoint.step)
+        outcome.base = [Answered(group, values) for group, values in keeper.answers()]
+        outcome.steps = [dict(row) for row in state.rows]
+    started = _lap(outcome, "evaluate_base", started)
+    await _steps(settings, pipeline, keeper, tracker, outcome)
+    started = _lap(outcome, "align", started)
+    outcome.aligned = await answer(settings, pipeline, unseen, "aligned policy")
+    started = _lap(outcome, "evaluate_aligned", started)
+    await pipeline.save(str(keeper.folder / "policy"))
+    _lap(outcome, "save", started)
+
+
+def _demonstrations(settings: Settings, data: Path, tokenizer: PreTrainedTokenizerFast) -> list[Group]:
+    """What the learner imitates beside its own samples; says where it comes from."""
+    wanted, owners = settings.algorithm.demonstrations, settings.objectives.owners
+    if not wanted:
+        return []
+    prompt, response = settings.rollout.max_prompt_tokens, settings.rollout.max_response_tokens
+    found = load_demonstrations(data, owners, tokenizer, max_prompt=prompt, max_response=response)
+    where = ", ".join(f"{topic} ({objective})" for topic, objective in owners.items()) or "none"
+    logger.info("demonstrations: %d a step of the %d judged good on the topics: %s", wanted, len(found), where)
+    return found
 
 
 async def contrast(
@@ -84,26 +152,62 @@ async def contrast(
     outcome, started = Outcome(), time.monotonic()
     for phase, model in (("base", base), ("aligned", candidate)):
         async with Supervisor(settings, model, rewards, learners=False) as supervisor:
-            pipeline = Pipeline(settings, supervisor.crew, unseen)
+            pipeline = LastingPipeline(settings, supervisor, unseen)
             found = await supervisor.run(answer(settings, pipeline, unseen, f"{phase} policy"))
+            await pipeline.close()
         setattr(outcome, phase, found)
         started = _lap(outcome, f"evaluate_{phase}", started)
     return outcome
 
 
-async def _steps(settings: Settings, pipeline: Pipeline, folder: Path, tracker: Tracker, outcome: Outcome) -> None:
-    total, every = settings.algorithm.steps, settings.learner.save_every
-    with JsonlMetrics(folder / "metrics.jsonl") as metrics, Progress("align", total, every_step=True) as progress:
-        for number in range(1, total + 1):
-            row = await pipeline.step(number)
-            outcome.steps.append(row)
-            metrics.append(row)
-            tracker.log(number, row)
-            progress.advance(
-                **{name: row[name] for name in (*pipeline.crew.rewards, "reward", "kl", "probe", "step_s")}
-            )
-            if every and number % every == 0 and number < total:
-                await pipeline.save(str(folder / "checkpoints" / f"step-{number}"))
+async def _steps(
+    settings: Settings, pipeline: LastingPipeline, keeper: Keeper, tracker: Tracker, outcome: Outcome
+) -> None:
+    """Optimiser steps up to algorithm.steps. On SIGTERM the last whole step is kept and TerminatedError raised."""
+    total, every, done = settings.algorithm.steps, settings.learner.save_every, len(outcome.steps)
+    write_jsonl(keeper.folder / "metrics.jsonl", outcome.steps)
+    with (
+        JsonlMetrics(keeper.folder / "metrics.jsonl") as metrics,
+        Progress("align", total, every_step=True) as progress,
+        listening() as stop,
+    ):
+        progress.advance(done)
+        profiler, gauges = Profiler(pipeline, keeper.folder), Gauges(settings.name, pipeline.crew.rewards)
+        for number in range(done + 1, total + 1):
+            await profiler.before(number)
+            taken = await _unless(stop, pipeline, number)
+            if taken is not None:
+                row = with_rates(taken)
+                await profiler.after(number)
+                outcome.steps.append(row)
+                metrics.append(row)
+                tracker.log(number, row, pipeline.drawn)
+                gauges.set(row)
+                progress.advance(
+                    **{name: row[name] for name in (*pipeline.crew.rewards, "reward", "kl", "probe", "step_s")}
+                )
+            if stop.is_set() and outcome.steps:
+                await keeper.save(pipeline, len(outcome.steps), outcome.steps)
+            if stop.is_set():
+                raise TerminatedError(
+                    f"stopped after step {len(outcome.steps)} of {total}; add --resume to the same command to go on"
+                )
+            if every and number % every == 0:
+                await keeper.save(pipeline, number, outcome.steps)
+
+
+async def _unless(stop: asyncio.Event, pipeline: LastingPipeline, number: int) -> dict[str, float] | None:
+    """One step; None if `stop` is set before its learning begins, which undoes nothing. Learning is seen through."""
+    step, asked = asyncio.ensure_future(pipeline.step(number)), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait({step, asked}, return_when=asyncio.FIRST_COMPLETED)
+        if not step.done() and not pipeline.learning:
+            return None
+        return await step
+    finally:
+        for task in (step, asked):
+            task.cancel()
+        await asyncio.gather(step, asked, return_exceptions=True)
 
 
 async def answer(settings: Settings, pipeline: Pipeline, prompts: Sequence[Prompt], who: str) -> list[Answered]:

@@ -7,7 +7,7 @@ import os
 import resource
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,15 +17,20 @@ import torch.distributed as dist
 from ray import ObjectRef
 from torch import Tensor
 
+from actors.critic import CriticRank
 from rluf.config.settings import Settings
 from rluf.engine import deepspeed as ds
 from rluf.engine.transfer import Sender, make_sender
 from rluf.errors import RlufError
+from rluf.policy.advantages import Drift
 from rluf.policy.batch import Batch
 from rluf.policy.checkpoint import copy_companions, load_policy, whole_folder
 from rluf.policy.logprobs import chosen_logprobs
-from rluf.policy.losses import SUMS, LossResult, metrics, policy_loss
-from rluf.policy.packing import MicroBatch, pack
+from rluf.policy.losses import SUMS, LossResult, drifts_of, metrics, policy_loss
+from rluf.policy.methods import METHODS, Lesson
+from rluf.policy.packing import MicroBatch, pack, packed_order
+from rluf.policy.resume import POLICY, Checkpoint, rank_file
+from rluf.tracking.profiler import TorchProfiler
 from rluf.types import Group, Prompt, Sample
 
 if TYPE_CHECKING:
@@ -40,16 +45,26 @@ MOST_SKIPPED = 3
 class LearnerActor:
     """A learner rank. `address` of rank 0 first, then `setup` on all ranks; then every call goes to all ranks alike."""
 
-    def __init__(self, rank: int, world: int, settings_json: str, model_path: str) -> None:
-        """Nothing heavy happens before `setup`. `model_path` is a local Hugging Face folder."""
+    def __init__(
+        self, rank: int, world: int, settings_json: str, model_path: str, checkpoint: str | None = None
+    ) -> None:
+        """Nothing heavy happens before `setup`. `model_path` is a local Hugging Face folder: reference and start.
+
+        With `checkpoint`, the folder of a whole one, the policy and the optimiser go on from there.
+        """
         self.rank, self.world = rank, world
         self.settings = Settings.model_validate_json(settings_json)
         self.source = Path(model_path)
+        self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.device = torch.device("cuda", 0) if self.settings.cluster.gpus_per_learner > 0 else torch.device("cpu")
         self._engine: DeepSpeedEngine | None = None
         self._reference: torch.nn.Module | None = None
+        self._critic: CriticRank | None = None
         self._sender: Sender | None = None
+        self._reference_s = 0.0
+        self._profiler = TorchProfiler()
         self._buckets: Iterator[list[tuple[str, Tensor]]] = iter(())
+        self._opinions: dict[int, Tensor] = {}
         self._steps = self._skipped = self._skipped_in_a_row = 0
 
     def address(self) -> tuple[str, int]:
@@ -78,10 +93,11 @@ class LearnerActor:
         with ds.sharded_loading(learner.zero_stage, dtype, self.world):
             policy, reference = (
                 load_policy(
-                    self.source,
+                    self._start if trained else self.source,
                     dtype=dtype,
                     trust_remote_code=model.trust_remote_code,
                     gradient_checkpointing=trained and learner.gradient_checkpointing,
+                    lora_rank=learner.lora_rank if trained else 0,
                 )
                 for trained in (True, False)
             )
@@ -99,6 +115,10 @@ class LearnerActor:
         self._reference = ds.init_reference(
             reference, zero_stage=learner.zero_stage, dtype=dtype, device=self.device, world=self.world
         )
+        if METHODS[self.settings.algorithm.name].critic:
+            self._critic = CriticRank(self.settings, self.source, self.device, self.world)
+        if self.checkpoint is not None:
+            self._restore(self.checkpoint)
         seconds = time.monotonic() - begun
         logger.info("learner rank %d of %d ready on %s after %.1f s", self.rank, self.world, self.device, seconds)
         return {"parameters": float(ds.parameter_count(self.engine)), "seconds": seconds}
@@ -110,26 +130,44 @@ class LearnerActor:
             raise RlufError(f"learner rank {self.rank} was used before setup; call setup on all ranks first")
         return self._engine
 
+    @torch.no_grad()
+    def drifts(
+        self, groups: Sequence[ObjectRef[Group] | Group], plan: list[MicroBatch], *, own: bool = False
+    ) -> list[tuple[int, int, Drift]]:
+        """How far each sample of this rank's micro-batches lies from the reference, as (group, sample, drift).
+
+        All ranks call it alike, before `step` with the same plan, which then reuses the reference's logprobs. With
+        `own` it is the learner's policy that is compared, not the engine's; the plan may then be another.
+        """
+        held, found = _fetch(groups, plan), []
+        blank = [[0.0] * len(held[group].samples) if group in held else [] for group in range(len(groups))]
+        for number, micro_batch in enumerate(plan):
+            batch = pack(micro_batch, held, blank, blank).to(self.device)
+            reference = self._reference_logprobs(batch)
+            mine = self._logprobs(self.engine, batch, self.settings.rollout.temperature) if own else None
+            if not own:
+                self._opinions[number] = reference
+            members = packed_order(micro_batch, held)
+            if members:
+                drifts = drifts_of(reference, batch, mine)
+                found += [(*member, drift) for member, drift in zip(members, drifts, strict=True)]
+        return found
+
     def step(
-        self, groups: list[ObjectRef[Group]], advantages: list[list[float]], plan: list[MicroBatch], step: int
+        self, groups: Sequence[ObjectRef[Group] | Group], lesson: Lesson, plan: list[MicroBatch], step: int
     ) -> dict[str, float]:
         """One optimiser step over this rank's micro-batches; metrics of the whole step, the same on every rank.
 
-        `groups` and `advantages` are those of the step, `plan` this rank's part of `plan_micro_batches`. An update with
+        `groups` and `lesson` are those of the step, `plan` this rank's part of `plan_micro_batches`. An update with
         a gradient that is not finite is skipped and counted; MOST_SKIPPED in a row raise RlufError.
         """
         begun = time.monotonic()
-        wanted = sorted({group for micro_batch in plan for group, _ in micro_batch})
-        held = dict(zip(wanted, ray.get([groups[group] for group in wanted]), strict=True))
+        held = _fetch(groups, plan)
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
         peak = torch.zeros((), dtype=torch.float64, device=self.device)
-        reference_s = 0.0
-        for number, micro_batch in enumerate(plan):
-            batch = pack(micro_batch, held, advantages).to(self.device)
-            since = time.monotonic()
-            reference = self._reference_logprobs(batch)
-            reference_s += time.monotonic() - since
-            result = self._accumulate(batch, reference, last=number == len(plan) - 1)
+        self._reference_s = 0.0
+        for number, (batch, reference) in enumerate(self._batches(held, lesson, plan)):
+            result = self._accumulate(batch, reference, lesson, last=number == len(plan) - 1)
             sums += result.sums
             peak = torch.maximum(peak, result.peak)
         dist.all_reduce(sums)
@@ -138,24 +176,56 @@ class LearnerActor:
         applied, norm = ds.apply_step(self.engine)
         now = time.monotonic()
         self._count(applied, step, float(sums[0]))
+        critic = {} if self._critic is None or not lesson.critic else self._critic.learn()
         return {
             **metrics(sums, float(peak)),
+            **critic,
             "grad_norm": norm,
             "learning_rate": rate,
             "skipped": float(self._skipped),
             "micro_batches": float(len(plan)),
-            "reference_s": reference_s,
-            "backward_s": since - begun - reference_s,
+            "reference_s": self._reference_s,
+            "backward_s": since - begun - self._reference_s,
             "optimizer_s": now - since,
             "learner_tokens_per_s": float(sums[SUMS.index("tokens")]) / (now - begun),
         }
 
-    def _accumulate(self, batch: Batch, reference: Tensor, *, last: bool) -> LossResult:
+    def _batches(
+        self, held: dict[int, Group], lesson: Lesson, plan: list[MicroBatch]
+    ) -> Iterator[tuple[Batch, Tensor]]:
+        """Each micro-batch with the reference's logprobs [K]; with a critic, advantages are its own."""
+
+        def packed() -> Iterator[tuple[Batch, Tensor]]:
+            for number, micro_batch in enumerate(plan):
+                batch = pack(micro_batch, held, lesson.advantages, lesson.weights).to(self.device)
+                since = time.monotonic()
+                reference = self._opinions.pop(number, None)
+                if reference is None:
+                    reference = self._reference_logprobs(batch)
+                self._reference_s += time.monotonic() - since
+                yield batch, reference
+
+        if self._critic is None or not lesson.critic:
+            yield from packed()
+            return
+        pairs = list(packed())
+        judged = self._critic.judge(pairs, lesson.reward_kl)
+        yield from ((batch, reference) for batch, (_, reference) in zip(judged, pairs, strict=True))
+
+    def _accumulate(self, batch: Batch, reference: Tensor, lesson: Lesson, *, last: bool) -> LossResult:
         """Add one micro-batch's gradient. DeepSpeed averages over ranks, the loss sums over them: hence the factor."""
 
         def forward() -> tuple[Tensor, LossResult]:
             logprobs = self._logprobs(self.engine, batch, self.settings.rollout.temperature)
-            result = policy_loss(logprobs, reference, batch, self.settings.algorithm)
+            result = policy_loss(
+                logprobs,
+                reference,
+                batch,
+                self.settings.algorithm,
+                loss=lesson.loss,
+                kl_coef=lesson.kl_coef,
+                slope=lesson.slope,
+            )
             return result.loss * self.world, result
 
         return ds.accumulate(self.engine, forward, last=last)
@@ -193,11 +263,14 @@ class LearnerActor:
             )
 
     @torch.no_grad()
-    def logprobs(self, prompt_ids: list[int], response_ids: list[int]) -> list[float]:
-        """The current policy's logprobs [R] (nats, temperature 1) of a response, for the probe. All ranks call it."""
-        batch = _single(prompt_ids, response_ids).to(self.device)
-        found: list[float] = self._logprobs(self.engine, batch, 1.0).tolist()
-        return found
+    def logprobs(self, prompt_ids: list[int], responses: list[list[int]]) -> list[list[float]]:
+        """The policy's logprobs (nats, temperature 1) of responses to a prompt, for the probe. All ranks call it.
+
+        Responses must not be empty; one row of logprobs comes back for each.
+        """
+        batch = _unscored(prompt_ids, responses).to(self.device)
+        found = self._logprobs(self.engine, batch, 1.0).split([len(response) for response in responses])
+        return [row.tolist() for row in found]
 
     def begin_publish(self, init: dict[str, Any]) -> dict[str, Any]:
         """Start sending weights as version `init["version"]`; rank 0 returns what the engines' begin_update takes."""
@@ -234,6 +307,40 @@ class LearnerActor:
             logger.info("policy saved to %s", target)
         dist.barrier()
 
+    def begin_profile(self) -> None:
+        """Start torch's profiler on this rank."""
+        self._profiler.start()
+
+    def end_profile(self, path: str) -> None:
+        """Stop it and write its trace to `path`, for chrome://tracing or ui.perfetto.dev."""
+        self._profiler.stop(Path(path))
+
+    def save_state(self, folder: str) -> dict[str, Any]:
+        """Write this rank's optimiser state and random state into a checkpoint; returns its learning rate schedule."""
+        file = rank_file(Path(folder), self.rank, self.world)
+        schedule = ds.save_optimizer(self.engine, file, {"random": torch.get_rng_state()})
+        kept = {"learning_rate": schedule, "steps": self._steps, "skipped": self._skipped}
+        if self._critic is not None:
+            critic = rank_file(Path(folder), self.rank, self.world, "critic")
+            kept["critic"] = ds.save_optimizer(self._critic.engine, critic, {})
+        return kept
+
+    @property
+    def _start(self) -> Path:
+        """Where the policy's weights come from; adapters go on the base and get theirs from the optimiser state."""
+        resumed = self.checkpoint is not None and not self.settings.learner.lora_rank
+        return self.checkpoint / POLICY if resumed and self.checkpoint is not None else self.source
+
+    def _restore(self, folder: Path) -> None:
+        """Go on from the optimiser state of a checkpoint."""
+        kept = Checkpoint(folder, 0).state().schedules[self.rank]
+        extra = ds.load_optimizer(self.engine, rank_file(folder, self.rank, self.world), dict(kept["learning_rate"]))
+        torch.set_rng_state(extra["random"])
+        if self._critic is not None:
+            critic = rank_file(folder, self.rank, self.world, "critic")
+            ds.load_optimizer(self._critic.engine, critic, dict(kept["critic"]))
+        self._steps, self._skipped = int(kept["steps"]), int(kept["skipped"])
+
     def health(self) -> dict[str, float]:
         """Rank, process id, steps done, and peak memory in bytes."""
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -259,9 +366,20 @@ def _free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def _single(prompt_ids: list[int], response_ids: list[int]) -> Batch:
-    """A batch of one response."""
-    logprobs = (0.0,) * len(response_ids)
-    sample = Sample("probe", tuple(prompt_ids), tuple(response_ids), logprobs, (), "stop", "")
-    prompt = Prompt("probe", (), tuple(prompt_ids), "", "")
-    return pack([(0, 0)], {0: Group(prompt, (sample,), 0)}, [[0.0]])
+def _fetch(groups: Sequence[ObjectRef[Group] | Group], plan: list[MicroBatch]) -> dict[int, Group]:
+    """The groups of a plan by index, from the object store unless they are here already (a learner without Ray)."""
+    wanted = sorted({group for micro_batch in plan for group, _ in micro_batch})
+    held = {index: entry for index in wanted if isinstance(entry := groups[index], Group)}
+    away = [index for index in wanted if index not in held]
+    if away:
+        held |= dict(zip(away, ray.get([groups[index] for index in away]), strict=True))
+    return held
+
+
+def _unscored(prompt_ids: list[int], responses: list[list[int]]) -> Batch:
+    """A batch of responses to one prompt, without rewards."""
+    samples = tuple(
+        Sample("probe", tuple(prompt_ids), tuple(ids), (0.0,) * len(ids), (), "stop", "") for ids in responses
+    )
+    group = Group(Prompt("probe", (), tuple(prompt_ids), "", ""), samples, 0)
+    return pack([(0, index) for index in range(len(samples))], {0: group}, [[0.0] * len(samples)])

@@ -12,22 +12,37 @@ import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
+import ray
 from ray import ObjectRef
 
+from actors.logged import LoggedBatches, mismatched, outcomes_of
 from actors.publisher import Publisher
 from actors.supervisor import Crew, Member, everyone, within
+from rluf.config.policy import AlgorithmSettings
 from rluf.config.settings import Settings
-from rluf.objectives.combine import Standardiser, combine, signal
-from rluf.policy.advantages import advantages
-from rluf.policy.packing import plan_micro_batches
+from rluf.objectives.combine import signal
+from rluf.objectives.combiner import Combined, Combiner, Opinions
+from rluf.policy.advantages import Drift, Outcomes
+from rluf.policy.losses import adapted
+from rluf.policy.methods import METHODS, Lesson, make_lesson, needs_drifts, varied
+from rluf.policy.packing import MicroBatch, plan_micro_batches
 from rluf.policy.staleness import capacity
+from rluf.prompts import Reactions
+from rluf.tracking.timeline import STEPS, Timeline
 from rluf.types import Group, GroupInfo, Prompt, Score
 
 logger = logging.getLogger(__name__)
+
+REFILLS = 10
+"""Batches' worth of groups that may be dropped in one step before all are taken (verl allows as many)."""
+QUEUE = 1.5
+"""Groups sent to the engines for each one they can hold: the rest wait there, and take the places of samples that end
+before the longest of their group."""
+BASELINE_SEED = 2_000_003
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +52,13 @@ class ScoredGroup:
     ref: ObjectRef[Group]
     info: GroupInfo
     scores: Mapping[str, tuple[Score, ...]]
+    number: int = 0
+    """Its place in the order of admission, which tells groups of one prompt apart."""
+
+    def opinions(self, pessimism: float) -> Opinions:
+        """What the combination of objectives needs of this group; `pessimism` see rluf.objectives.combine.signal."""
+        signals = {name: [signal(score, pessimism) for score in scores] for name, scores in self.scores.items()}
+        return Opinions(self.info.prompt_id, self.info.topic, signals, self.info.passed)
 
 
 @dataclass(slots=True)
@@ -46,11 +68,13 @@ class Clock:
     started: float = field(default_factory=time.monotonic)
     generated: float = 0.0
     phases: dict[str, float] = field(default_factory=dict)
+    timeline: Timeline = field(default_factory=Timeline)
 
-    def lap(self, phase: str, since: float) -> float:
-        """Add the seconds since `since` to a phase; returns now."""
-        now = time.monotonic()
+    def lap(self, phase: str, since: float, now: float | None = None) -> float:
+        """Add the seconds from `since` until now to a phase; returns now."""
+        now = time.monotonic() if now is None else now
         self.phases[phase] = self.phases.get(phase, 0.0) + now - since
+        self.timeline.add(STEPS, phase.removesuffix("_s"), since, now)
         return now
 
 
@@ -62,39 +86,81 @@ def prompt_order(times: Sequence[int], seed: int) -> Iterator[int]:
         yield from order
 
 
+def demonstrations_at(step: int, algorithm: AlgorithmSettings) -> int:
+    """Demonstrations of the step (counted from 1): all at first, falling to none, so that rewards have the last word.
+
+    Source: the decaying weight of demonstrations in DAPG, arXiv 1709.10087, section IV-B.
+    """
+    return round(algorithm.demonstrations * (1 - (step - 1) / algorithm.steps))
+
+
 class Pipeline:
     """Moves prompts through rollout, reward and learner actors."""
 
-    def __init__(self, settings: Settings, crew: Crew, prompts: Sequence[Prompt]) -> None:
-        """Serve `prompts` (training split) to `crew`."""
+    def __init__(
+        self,
+        settings: Settings,
+        crew: Crew,
+        prompts: Sequence[Prompt],
+        demonstrations: Sequence[Group] = (),
+        reactions: Reactions | None = None,
+    ) -> None:
+        """Serve `prompts` (training split) to `crew`; each step learns from a few of `demonstrations` too.
+
+        Reward-free methods learn from `reactions` instead.
+        """
         self.settings, self.crew, self.prompts = settings, crew, prompts
         self.version = 0
-        self.standardiser: Standardiser | None = None
+        self.combiner = Combiner(settings.objectives)
+        self.kl_coef = settings.algorithm.kl_coef
         self.publisher = Publisher(settings, crew)
         times = settings.algorithm.times
         self._order = prompt_order([times.get(prompt.topic, 1) for prompt in prompts], settings.seed)
+        self._shown = [(ray.put(shown), shown.info) for shown in demonstrations]
+        self._next_shown = prompt_order([1] * len(demonstrations), settings.seed)
+        self._reactions = reactions or Reactions((), ())
+        sizes = (len(self._reactions.liked), len(self._reactions.others))
+        self._reaction_order = [prompt_order([1] * size, settings.seed) for size in sizes]
+        self._logged: LoggedBatches | None = None
         self._load = {str(member): 0 for member in crew.rollouts}
         self._turn = itertools.count()
         self._ready: asyncio.Queue[ScoredGroup] = asyncio.Queue()
         self._running: set[asyncio.Task[None]] = set()
-        self._accepted = 0
+        self._accepted = self._started = self._dropped = 0
         self._generated_at = time.monotonic()
+        self.drawn: dict[str, list[float]] = {}
+        """Values of the last step's single samples, for histograms: of each objective, reward, response_length."""
+        self.timeline = Timeline()
 
     async def group(self, prompt: Prompt, samples: int, seed: int) -> ScoredGroup:
         """Roll out one prompt on the least busy engine and score it by all objectives at once."""
+        ref, info = await self.roll_out(prompt, samples, seed)
+        return await self.score(ref, info)
+
+    async def roll_out(self, prompt: Prompt, samples: int, seed: int) -> tuple[ObjectRef[Group], GroupInfo]:
+        """Sample a group on the least busy engine; the samples stay in the object store."""
         member = min(self.crew.rollouts, key=lambda m: (self._load[str(m)], m.index))
         self._load[str(member)] += samples
+        begun = time.monotonic()
         try:
             ref, info_ref = member.handle.generate.options(num_returns=2).remote(prompt, samples, seed)
             deadline = self.settings.rollout.deadline_s
             info: GroupInfo = await within(info_ref, deadline, f"{member} (prompt {prompt.id})")
         finally:
             self._load[str(member)] -= samples
-        self._generated_at = time.monotonic()
+        self._generated_at = drawn = time.monotonic()
+        self.timeline.add(str(member), f"prompt {prompt.id}", begun, drawn)
+        return ref, info
+
+    async def score(self, ref: ObjectRef[Group], info: GroupInfo) -> ScoredGroup:
+        """Let all objectives score a group at once, each on the next actor of its pool."""
+        deadline, begun = self.settings.rollout.deadline_s, time.monotonic()
         turn = next(self._turn)
         scorers = {name: pool[turn % len(pool)] for name, pool in self.crew.rewards.items()}
         calls = [(m, m.handle.score.remote(ref)) for m in scorers.values()]
-        found = await everyone(calls, deadline, f"scoring prompt {prompt.id}")
+        found = await everyone(calls, deadline, f"scoring prompt {info.prompt_id}")
+        for scorer in scorers.values():
+            self.timeline.add(str(scorer), f"prompt {info.prompt_id}", begun, time.monotonic())
         return ScoredGroup(ref, info, {name: tuple(s) for name, s in zip(scorers, found, strict=True)})
 
     async def respond(
@@ -115,10 +181,10 @@ class Pipeline:
     def admit(self, seed: int) -> None:
         """Send prompt groups to engines while the staleness rule leaves room."""
         algorithm = self.settings.algorithm
-        slots = self.settings.rollout.concurrency * len(self.crew.rollouts) // algorithm.samples_per_prompt
+        places = self.settings.rollout.concurrency * len(self.crew.rollouts) // algorithm.samples_per_prompt
         left = algorithm.steps * algorithm.prompts_per_step - self._accepted - len(self._running)
         room = capacity(
-            concurrency=max(1, slots),
+            concurrency=max(1, int(places * QUEUE)),
             running=len(self._running),
             accepted=self._accepted,
             version=self.version,
@@ -127,11 +193,13 @@ class Pipeline:
         )
         for _ in range(min(room, left)):
             prompt = self.prompts[next(self._order)]
-            task = asyncio.create_task(self._admitted(prompt, seed + 1000 * (self._accepted + len(self._running))))
+            task = asyncio.create_task(self._admitted(prompt, seed + 1000 * self._started, self._started))
+            self._started += 1
             self._running.add(task)
 
-    async def _admitted(self, prompt: Prompt, seed: int) -> None:
+    async def _admitted(self, prompt: Prompt, seed: int, number: int) -> None:
         scored = await self.group(prompt, self.settings.algorithm.samples_per_prompt, seed)
+        scored = replace(scored, number=number)
         self._accepted += 1
         task = asyncio.current_task()
         if task is not None:
@@ -148,66 +216,191 @@ class Pipeline:
             done, _ = await asyncio.wait({getter, *self._running}, return_when=asyncio.FIRST_COMPLETED)
             for task in done - {getter}:
                 task.result()
-            if getter in done:
+            if getter not in done:
+                getter.cancel()
+            elif self._usable(getter.result()):
                 batch.append(getter.result())
             else:
-                getter.cancel()
-        return sorted(batch, key=lambda scored: scored.info.prompt_id)
+                self._accepted -= 1
+                self._dropped += 1
+                self.admit(self.settings.seed)
+        return sorted(batch, key=lambda scored: (scored.info.prompt_id, scored.number))
+
+    def _usable(self, scored: ScoredGroup) -> bool:
+        """Whether a group joins the batch: young enough, and for DAPO with scores that differ.
+
+        After REFILLS batches' worth of dropped groups in a step all are taken, so that a step always ends.
+        """
+        algorithm, opinions = self.settings.algorithm, self._opinions(scored)
+        if self._dropped >= REFILLS * algorithm.prompts_per_step:
+            return True
+        if algorithm.too_old == "drop" and self.version - scored.info.version > algorithm.staleness:
+            return False
+        weights = self.settings.objectives.weights(opinions.topic)
+        return not METHODS[algorithm.name].refills or varied(opinions.signals, weights) or mixed(opinions.passed)
+
+    def _opinions(self, scored: ScoredGroup) -> Opinions:
+        return scored.opinions(self.settings.objectives.pessimism)
+
+    async def _baselines(self) -> None:
+        """Let the base policy answer each prompt once, for rewards that are calibrated against its reply."""
+        if self.settings.objectives.combine != "calibrated" or self.version:
+            return
+        base = self.settings.seed + BASELINE_SEED
+        for _, scored in await self.respond(self.prompts, 1, base, lambda: None):
+            self.combiner.remember(scored.info.prompt_id, self._opinions(scored).signals)
 
     async def step(self, number: int) -> dict[str, float]:
         """One optimiser step: a batch, advantages, learners, publish. Returns the metrics of the step."""
-        clock = Clock()
+        clock = Clock(timeline=self.timeline)
+        self._dropped = 0
+        await self._baselines()
         batch = await self._batch()
         self._generated_at = max(self._generated_at, clock.started)
-        clock.phases["generate_s"] = self._generated_at - clock.started
+        clock.lap("generate_s", clock.started, self._generated_at)
         now = clock.lap("score_s", self._generated_at)
-        if self.standardiser is None:
-            self.standardiser = Standardiser.fit(_signals(batch))
-        weights = self.settings.objectives.weights
-        rewards = [combine(_signals([scored]), weights(scored.info.topic), self.standardiser) for scored in batch]
-        gains = [advantages(self.settings.algorithm.name, reward) for reward in rewards]
-        learnt = await self._learn(number, batch, gains)
+        method = METHODS[self.settings.algorithm.name]
+        combined = self.combiner.combine([self._opinions(scored) for scored in batch], gate=not method.drifts)
+        await self.publisher.prepare(batch[0].ref)
+        learnt = await self._learn(number, batch, combined)
         now = clock.lap("learn_s", now)
         self.version += 1
-        probe = await self.publisher.publish(self.version, batch[0].ref)
+        probe = await self.publisher.publish(self.version)
         clock.lap("publish_s", now)
         metrics = {f"{name}": fmean(s.value for g in batch for s in g.scores[name]) for name in self.crew.rewards}
         metrics |= {f"{name}_raw": fmean(s.raw for g in batch for s in g.scores[name]) for name in self.crew.rewards}
         lengths = [n for scored in batch for n in scored.info.response_tokens]
+        self.drawn = {name: [s.value for g in batch for s in g.scores[name]] for name in self.crew.rewards}
+        self.drawn |= {
+            "reward": [r for row in combined.rewards for r in row],
+            "response_length": [*map(float, lengths)],
+        }
         return {
             "step": number,
             "version": self.version,
             **metrics,
-            "reward": fmean(r for reward in rewards for r in reward),
+            **combined.metrics,
+            "reward": fmean(r for reward in combined.rewards for r in reward),
             "response_tokens": sum(lengths),
             "response_length": fmean(lengths),
             "prompt_tokens": sum(g.info.prompt_tokens * len(g.info.response_tokens) for g in batch),
             "samples": len(lengths),
             "staleness": max(self.version - 1 - scored.info.version for scored in batch),
-            "probe": probe,
+            "dropped_groups": self._dropped,
             **learnt,
+            **probe,
             **clock.phases,
             "step_s": time.monotonic() - clock.started,
         }
 
-    async def _learn(
-        self, number: int, batch: Sequence[ScoredGroup], gains: Sequence[Sequence[float]]
-    ) -> dict[str, float]:
-        """Send each rank its micro-batches; the token tensors come from the object store, not through the driver."""
-        plan = plan_micro_batches(
-            [g.info.prompt_tokens for g in batch],
-            [g.info.response_tokens for g in batch],
+    async def _learn(self, number: int, batch: Sequence[ScoredGroup], combined: Combined) -> dict[str, float]:
+        """Send each rank its micro-batches; the token tensors come from the object store, not through the driver.
+
+        Where advantages depend on the KL of each response, the learners first say how far it lies from the reference.
+        A demonstration joins as a group of one sample with advantage 1.
+        """
+        algorithm, held = self.settings.algorithm, [(g.ref, g.info) for g in batch]
+        if METHODS[algorithm.name].logged:
+            return await self._learn_from_log(number)
+        if self._shown:
+            shown = demonstrations_at(number, algorithm)
+            held += [self._shown[next(self._next_shown)] for _ in range(shown)]
+        plan = self._plan([info for _, info in held])
+        refs = [ref for ref, _ in held]
+        outcomes = Outcomes(
+            rewards=combined.rewards,
+            lengths=[scored.info.response_tokens for scored in batch],
+            drifts=(await self._drifts(refs, plan, held))[: len(batch)] if needs_drifts(algorithm) else (),
+            passed=[scored.info.passed for scored in batch] if self.settings.objectives.judges else (),
+            parts=combined.parts,
+            weights=combined.weights,
+            kl_coef=self.kl_coef if algorithm.kl_in == "reward" else 0.0,
+            kl_limit=algorithm.kl_limit,
+        )
+        lesson = make_lesson(
+            algorithm,
+            outcomes,
+            longest=self.settings.rollout.max_response_tokens,
+            kl_coef=self.kl_coef,
+            by_objective=self.settings.objectives.combine == "gdpo",
+            shown=[info.response_tokens[0] for _, info in held[len(batch) :]],
+        )
+        learnt = await self._taught(number, refs, lesson, plan)
+        samples = sum(len(scored.info.response_tokens) for scored in batch)
+        learnt["kl_coef"] = self.kl_coef
+        self.kl_coef = adapted(self.kl_coef, learnt["kl"], algorithm.kl_target, samples)
+        return learnt
+
+    async def _learn_from_log(self, number: int) -> dict[str, float]:
+        """A step of reward-free learning: logged responses in place of the policy's own, which are only watched."""
+        algorithm = self.settings.algorithm
+        if self._logged is None:
+            self._logged = LoggedBatches(self._reactions, *self._reaction_order)
+        groups, labels = self._logged.next(algorithm.prompts_per_step * algorithm.samples_per_prompt)
+        both = [(ray.put(group), group.info) for group in (*groups, *mismatched(groups))]
+        refs = [ref for ref, _ in both]
+        drifts = await self._drifts(refs, self._plan([info for _, info in both]), both, own=True)
+        outcomes = outcomes_of(groups, labels, [row[0] for row in drifts])
+        longest = self.settings.rollout.max_response_tokens
+        lesson = make_lesson(algorithm, outcomes, longest=longest, kl_coef=self.kl_coef)
+        plan = self._plan([group.info for group in groups])
+        learnt = await self._taught(number, refs[: len(groups)], lesson, plan)
+        pairs = list(zip(drifts, labels, strict=False))
+        return learnt | {
+            "liked_drift": fmean(row[0].kl for row, label in pairs if label),
+            "other_drift": fmean(row[0].kl for row, label in pairs if not label),
+        }
+
+    def _plan(self, infos: Sequence[GroupInfo]) -> list[list[MicroBatch]]:
+        return plan_micro_batches(
+            [info.prompt_tokens for info in infos],
+            [info.response_tokens for info in infos],
             ranks=len(self.crew.learners),
             token_budget=self.settings.algorithm.micro_batch_tokens,
         )
-        refs, gains = [g.ref for g in batch], [list(g) for g in gains]
-        calls: list[tuple[Member, Any]] = [
-            (m, m.handle.step.remote(refs, gains, plan[m.index], number)) for m in self.crew.learners
-        ]
-        found: list[dict[str, float]] = await everyone(
-            calls, self.settings.learner.deadline_s, f"learning step {number}"
+
+    async def _taught(
+        self, number: int, refs: Sequence[ObjectRef[Group]], lesson: Lesson, plan: Sequence[list[MicroBatch]]
+    ) -> dict[str, float]:
+        """One optimiser step on all ranks."""
+        begun = time.monotonic()
+        found = await self._learners(
+            f"learning step {number}", lambda m: m.handle.step.remote(list(refs), lesson, plan[m.index], number)
         )
-        return found[0]
+        for member in self.crew.learners:
+            self.timeline.add(str(member), f"step {number}", begun, time.monotonic())
+        learnt: dict[str, float] = found[0]
+        return learnt
+
+    async def _drifts(
+        self,
+        refs: Sequence[ObjectRef[Group]],
+        plan: Sequence[list[MicroBatch]],
+        held: Sequence[tuple[ObjectRef[Group], GroupInfo]],
+        *,
+        own: bool = False,
+    ) -> list[list[Drift]]:
+        """How far each sample held lies from the reference policy; 0 for an empty response."""
+        drifts = [[Drift(0.0) for _ in info.response_tokens] for _, info in held]
+        found = await self._learners(
+            "measuring the KL", lambda m: m.handle.drifts.remote(list(refs), plan[m.index], own=own)
+        )
+        for group, sample, drift in (entry for rank in found for entry in rank):
+            drifts[group][sample] = drift
+        return drifts
+
+    async def _learners(self, doing: str, call: Callable[[Member], Any]) -> list[Any]:
+        calls: list[tuple[Member, Any]] = [(m, call(m)) for m in self.crew.learners]
+        return await everyone(calls, self.settings.learner.deadline_s, doing)
+
+    def algorithm_state(self) -> dict[str, Any]:
+        """What the algorithm has learnt besides weights, as plain JSON, for a checkpoint."""
+        return {"kl_coef": self.kl_coef, "combiner": self.combiner.state()}
+
+    def restore_algorithm(self, state: Mapping[str, Any]) -> None:
+        """Put back what `algorithm_state` gave."""
+        self.kl_coef = float(state["kl_coef"])
+        self.combiner.restore(state["combiner"])
 
     async def close(self) -> None:
         """Cancel what is still running."""
@@ -217,10 +410,9 @@ class Pipeline:
 
     async def save(self, path: str) -> None:
         """Let the learners write the policy as a Hugging Face folder."""
-        calls = [(m, m.handle.save.remote(path)) for m in self.crew.learners]
-        await everyone(calls, self.settings.learner.deadline_s, f"saving to {path}")
+        await self._learners(f"saving to {path}", lambda m: m.handle.save.remote(path))
 
 
-def _signals(batch: Sequence[ScoredGroup]) -> dict[str, list[float]]:
-    names = batch[0].scores.keys()
-    return {name: [signal(score) for scored in batch for score in scored.scores[name]] for name in names}
+def mixed(passed: Sequence[bool]) -> bool:
+    """Whether judges tell a group's samples apart."""
+    return len(set(passed)) > 1

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from statistics import fmean
+import time
+from collections.abc import Mapping
 from typing import Any
 
 from ray import ObjectRef
@@ -11,6 +13,7 @@ from ray import ObjectRef
 from actors.supervisor import Crew, everyone, within
 from rluf.config.settings import Settings
 from rluf.errors import SyncError
+from rluf.policy.probe import Reading, sync_problem
 from rluf.types import Group
 
 logger = logging.getLogger(__name__)
@@ -25,13 +28,17 @@ class Publisher:
     def __init__(self, settings: Settings, crew: Crew) -> None:
         """Publish from `crew.learners` to `crew.rollouts`."""
         self.settings, self.crew = settings, crew
-        self._probes: list[tuple[list[int], list[int]]] = []
+        self._prompt: list[int] = []
+        self._responses: list[list[int]] = []
+        self._readings: dict[str, Reading] = {}
+        self._worst = 0.0
 
-    async def publish(self, version: int, group: ObjectRef[Group]) -> float:
-        """Publish the learners' weights as `version`; returns the probe's mean absolute logprob difference (nats).
+    async def publish(self, version: int) -> dict[str, float]:
+        """Publish the learners' weights as `version`, after `prepare`.
 
-        The first call keeps samples of `group` as the probe. Raises StallError naming the phase past
-        `publish.deadline_s`, SyncError when learner and engine disagree by more than `publish.probe_tolerance`.
+        Returns `probe`, the mean absolute logprob difference in nats a token, and `probe_s`, the seconds it took.
+        Raises StallError naming the phase past `publish.deadline_s`, SyncError naming an engine whose weights are wrong
+        (rluf.policy.probe).
         """
         seconds = self.settings.publish.deadline_s
         init: dict[str, Any] = {"engine": self.settings.publish.engine, "version": version}
@@ -44,7 +51,9 @@ class Publisher:
             await self._engines("update", seconds, buckets[0])
         await self._engines("finish_update", seconds, version)
         await self._learners("end_publish", seconds)
-        return await self._probe(version, group)
+        since = time.monotonic()
+        gap = await self._probe(version)
+        return {"probe": gap, "probe_s": time.monotonic() - since}
 
     async def _learners(self, method: str, seconds: float, *args: object) -> list[Any]:
         calls = [(m, getattr(m.handle, method).remote(*args)) for m in self.crew.learners]
@@ -54,24 +63,47 @@ class Publisher:
         calls = [(m, getattr(m.handle, method).remote(*args)) for m in self.crew.rollouts]
         return await everyone(calls, seconds, f"publish: {method}")
 
-    async def _probe(self, version: int, group: ObjectRef[Group]) -> float:
-        if not self._probes:
-            first: Group = await within(group, 60.0, "the object store")
-            taken = first.samples[:PROBE_SAMPLES]
-            self._probes = [(list(s.prompt_ids), list(s.response_ids)) for s in taken]
-        seconds, worst = self.settings.publish.deadline_s, 0.0
-        for prompt, response in self._probes:
-            truth: list[float] = (await self._learners("logprobs", seconds, prompt, response))[0]
-            for member, found in zip(
-                self.crew.rollouts, await self._engines("logprobs", seconds, prompt, response), strict=True
-            ):
-                gap = fmean(abs(a - b) for a, b in zip(truth, found, strict=True))
-                if not gap <= self.settings.publish.probe_tolerance:
-                    raise SyncError(
-                        f"{member} disagrees with the learner after publishing version {version}: mean |logprob "
-                        f"difference| {gap:.4f} nats a token, publish.probe_tolerance is "
-                        f"{self.settings.publish.probe_tolerance:g}; the engine holds wrong weights, or the tolerance "
-                        "is too tight for this dtype"
-                    )
-                worst = max(worst, gap)
-        return worst
+    async def prepare(self, group: ObjectRef[Group]) -> None:
+        """Before the first update: keep responses of `group` as the probe, and read them while weights are equal."""
+        if self._responses:
+            return
+        first: Group = await within(group, 60.0, "the object store")
+        self._prompt = list(first.prompt.token_ids)
+        self._responses = [list(s.response_ids) for s in first.samples if s.response_ids][:PROBE_SAMPLES]
+        self._readings = await self._read()
+        self._worst = max(reading.gap for reading in self._readings.values())
+
+    def state(self) -> dict[str, Any]:
+        """The probe's responses and the largest gap so far as plain JSON, for a checkpoint."""
+        return {"prompt": self._prompt, "responses": self._responses, "worst": self._worst}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Put back what `state` gave; what engines say of the responses is asked anew."""
+        self._prompt = list(state["prompt"])
+        self._responses = [list(response) for response in state["responses"]]
+        self._worst = float(state["worst"])
+
+    async def _probe(self, version: int) -> float:
+        """The largest gap between the learner and an engine; raises SyncError naming an engine that is wrong."""
+        found = await self._read()
+        for name, reading in found.items():
+            problem = sync_problem(self._readings[name], reading, self._worst, self.settings.publish.probe_tolerance)
+            if problem is not None:
+                raise SyncError(f"{name} disagrees with the learner after publishing version {version}: {problem}")
+        self._readings = found
+        gap = max(reading.gap for reading in found.values())
+        self._worst = max(self._worst, gap)
+        return gap
+
+    async def _read(self) -> dict[str, Reading]:
+        """The learner's and each engine's logprobs of the probe, all asked at once."""
+        seconds = self.settings.publish.deadline_s
+        learners, *engines = await asyncio.gather(
+            self._learners("logprobs", seconds, self._prompt, self._responses),
+            *(self._engines("logprobs", seconds, self._prompt, response) for response in self._responses),
+        )
+        truth = tuple(value for row in learners[0] for value in row)
+        return {
+            str(member): Reading(truth, tuple(value for rows in engines for value in rows[index]))
+            for index, member in enumerate(self.crew.rollouts)
+        }

@@ -1,4 +1,4 @@
-"""One objective's scorer as a Ray actor: a reward model or a rule judge, scoring whole groups as they finish.
+"""One objective's scorer as a Ray actor: a reward model, a rule judge or a service; groups are scored as they finish.
 
 Groups that wait while a batch is being scored go into the next batch together, so the model runs on few large batches
 under load and answers at once when idle. Scoring runs in a thread: health checks are answered meanwhile.
@@ -63,6 +63,8 @@ class RewardActor:
             from rluf.objectives.judges import judge_scorer
 
             return judge_scorer(str(objective.judge), self.objective)
+        if objective.source == "serve":
+            return self._served(str(objective.path))
         if self.path is None:
             raise ModelError(f"objective {self.objective} has source model but no reward model folder; train one first")
         from rluf.objectives.backbone import probe_items, quick_cpu_matmul
@@ -77,6 +79,14 @@ class RewardActor:
         model.score(probe_items(), self.objective)
         return lambda items: model.score(items, self.objective)
 
+    def _served(self, url: str) -> Scorer:
+        """Let a service score: the same scores as its models give here, and no model in this process."""
+        from rluf.serving.client import RewardClient
+
+        client = RewardClient(url)
+        client.scores([([{"role": "user", "content": "How are you?"}], "Well, thank you.")], self.objective)
+        return lambda items: client.scores(items, self.objective)
+
     async def score(self, group: Group) -> list[Score]:
         """Scores of the group's samples, in order. Groups waiting at the same time are scored together."""
         if self._scorer is None:
@@ -90,8 +100,9 @@ class RewardActor:
     async def _drain(self) -> None:
         """Score all that waits, batch after batch, until nothing does."""
         await asyncio.sleep(0)  # let calls that have already arrived join the first batch
+        at_once = 1 if self.settings.run.deterministic else None  # last bits depend on what else is in a batch
         while self._waiting:
-            batch, self._waiting = self._waiting, []
+            batch, self._waiting = self._waiting[:at_once], self._waiting[len(self._waiting[:at_once]) :]
             work = asyncio.to_thread(self._score, [group for group, _ in batch])
             (outcome,) = await asyncio.gather(work, return_exceptions=True)
             for place, (_, future) in enumerate(batch):

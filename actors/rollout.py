@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rluf.config.settings import Settings
 from rluf.engine.vllm import RolloutEngine, sample_seed, set_environment
+from rluf.objectives.judges import passes
 from rluf.types import Group, GroupInfo, Prompt, Sample
 
 
 class RolloutActor:
     """Holds one engine. Many calls may run at once; only the three update phases must come in order."""
 
-    def __init__(self, index: int, settings_json: str, model_path: str) -> None:
-        """Prepare engine `index`; `ready` starts it.
+    def __init__(self, index: int, settings_json: str, model_path: str, version: int = 0) -> None:
+        """Prepare engine `index`; `ready` starts it. `version` is the weight version of the model at `model_path`.
 
         vLLM reads its switches from the environment when it is imported, and its core process inherits them. They are
         set here, where nothing has imported vLLM yet; what the actor's runtime_env has set stays.
         """
-        settings = Settings.model_validate_json(settings_json)
+        self._settings = settings = Settings.model_validate_json(settings_json)
         set_environment(settings)
-        self._engine = RolloutEngine(f"rollout {index}", index, settings, Path(model_path))
+        self._engine = RolloutEngine(f"rollout {index}", index, settings, Path(model_path), version)
 
     async def ready(self) -> dict[str, Any]:
         """Start the engine; returns its name, process ids, model and KV cache size in tokens."""
@@ -47,15 +49,10 @@ class RolloutActor:
             ),
             version=min(version for draft in drafts for _, version in draft.version_spans),
         )
-        info = GroupInfo(
-            prompt_id=prompt.id,
-            topic=prompt.topic,
-            version=group.version,
-            prompt_tokens=len(prompt.token_ids),
-            response_tokens=tuple(len(draft.response_ids) for draft in drafts),
-            finished=tuple(draft.finish_reason == "stop" for draft in drafts),
-        )
-        return group, info
+        names = self._settings.objectives.judges
+        if not names:
+            return group, group.info
+        return group, replace(group.info, passed=passes(names, [(prompt.messages, s.text) for s in group.samples]))
 
     async def logprobs(self, prompt_ids: list[int], response_ids: list[int]) -> list[float]:
         """The engine's logprobs [R] (nats, temperature 1) of a given response, for the probe after a publish."""

@@ -10,38 +10,51 @@ import asyncio
 import contextlib
 import logging
 import re
-from collections.abc import Awaitable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayError, RayTaskError
+from ray.exceptions import (
+    GetTimeoutError,
+    ObjectLostError,
+    ObjectStoreFullError,
+    OutOfDiskError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)  # fmt: skip
 
 from actors.learner import LearnerActor
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
-from cluster.placement import role_options
+from cluster.placement import Places, role_options
 from rluf.config.settings import Settings
-from rluf.errors import ActorError, ResourceError, RlufError, StallError
+from rluf.errors import ActorError, LostError, ResourceError, RlufError, StallError
+from rluf.policy.resume import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 STOP_SECONDS = 10.0
+ROLES: dict[str, type] = {"rollout": RolloutActor, "reward": RewardActor, "learner": LearnerActor}
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One actor: its role and index (for messages) and its handle."""
+    """One actor: its role and index (for messages), its handle, a scorer's objective, how often it was replaced."""
 
     role: str
     index: int
     handle: ActorHandle[Any]
+    objective: str = ""
+    life: int = 0
 
     def __str__(self) -> str:
-        return f"{self.role} {self.index}"
+        return f"{self.role} {self.index}" + (f", start {self.life + 1}" if self.life else "")
 
 
 @dataclass(slots=True)
@@ -57,13 +70,20 @@ class Crew:
         """Every actor of the run."""
         return [*self.rollouts, *(m for pool in self.rewards.values() for m in pool), *self.learners]
 
+    def pool(self, member: Member) -> list[Member]:
+        """The list of its kind that `member` is in or belongs to."""
+        if member.objective:
+            return self.rewards[member.objective]
+        return self.rollouts if member.role == "rollout" else self.learners
+
 
 async def within(call: Awaitable[Any], seconds: float, who: str) -> Any:
     """Await a call to an actor for at most `seconds`.
 
-    Raises the actor's own RlufError as it is, StallError past the deadline, ActorError when the actor died or failed;
-    each names `who`.
+    Raises the actor's own RlufError as it is, StallError past the deadline, LostError when its process has gone,
+    ActorError when it failed otherwise; each names `who`: an actor, and in brackets what it was doing.
     """
+    name = who.partition(" (")[0]
     try:
         return await asyncio.wait_for(_future(call), seconds)
     except TimeoutError as error:
@@ -72,8 +92,17 @@ async def within(call: Awaitable[Any], seconds: float, who: str) -> Any:
             "in the Ray dashboard"
         ) from error
     except RayTaskError as error:
+        if isinstance(error.cause, LostError):
+            raise LostError(str(error.cause), name) from None
         if isinstance(error.cause, RlufError):
             raise error.cause from None
+        if isinstance(error.cause, ObjectStoreFullError | OutOfDiskError):
+            raise ResourceError(
+                f"{who} found Ray's object store full, and no disk to spill to ({_sentence(error.cause)}); free the "
+                "disk that holds Ray's folder, or lower algorithm.prompts_per_step or algorithm.staleness"
+            ) from None
+        if isinstance(error.cause, ObjectLostError):
+            raise LostError(f"{who} missed an object: {_sentence(error)}") from None
         logger.debug("%s failed:\n%s", who, error)
         raise ActorError(
             f"{who} failed: {type(error.cause).__name__}: {error.cause}; run.log has the traceback"
@@ -84,9 +113,15 @@ async def within(call: Awaitable[Any], seconds: float, who: str) -> Any:
             f"{who} was ended by Ray because its machine ran out of memory ({_sentence(error)}); end other programs "
             "there, or lower algorithm.micro_batch_tokens, rollout.kv_cache_gib or learner.ranks"
         ) from error
-    except RayError as error:
+    except RayActorError as error:
         logger.debug("%s died:\n%s", who, error)
-        raise ActorError(f"{who} died: {_reason(error)}; its log in the Ray dashboard says more") from error
+        message = f"{who} died: {_reason(error)}; its log in the Ray dashboard says more"
+        raised = "The actor died because of an error raised in its creation task" in str(error)
+        raise (ActorError(message) if raised else LostError(message, name)) from error
+    except ObjectLostError as error:
+        raise LostError(f"{who} lost an object: {_sentence(error)}") from error
+    except RayError as error:
+        raise ActorError(f"{who} failed: {_reason(error)}; its log in the Ray dashboard says more") from error
 
 
 def _sentence(error: RayError) -> str:
@@ -112,17 +147,33 @@ async def everyone(calls: Sequence[tuple[Member, Awaitable[Any]]], seconds: floa
 class Supervisor:
     """Owns the crew of one run. Use as an async context manager: on leaving, every actor is ended."""
 
-    def __init__(self, settings: Settings, model: Path, rewards: Mapping[str, Path | None], *, learners: bool) -> None:
-        """Plan a crew for `settings`: `rewards` gives the model folder of each objective (None for a judge)."""
+    def __init__(
+        self,
+        settings: Settings,
+        model: Path,
+        rewards: Mapping[str, Path | None],
+        *,
+        learners: bool,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        """Plan a crew for `settings`: `rewards` gives the model folder of each objective (None for a judge).
+
+        With `checkpoint`, engines and learners go on from there; `model` stays the reference policy.
+        """
         self.settings = settings
         self.crew = Crew()
+        self.on_loss: Callable[[LostError], None] | None = None
         self._model = model
         self._rewards = dict(rewards)
         self._with_learners = learners
+        self._checkpoint = checkpoint
+        self._places: Places | None = None
 
     async def __aenter__(self) -> Supervisor:
         """Start all actors and wait until each is ready."""
         try:
+            self._places = Places(self.settings, learners=self._with_learners)
+            await self._places.ready(self.settings.cluster.start_deadline_s)
             self._create()
             await self._wait_ready()
         except BaseException:
@@ -130,35 +181,48 @@ class Supervisor:
             raise
         return self
 
-    async def __aexit__(self, *_: object) -> None:
-        """End all actors."""
-        await self.stop()
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """End all actors; after a lost process without asking them first, as the others may wait for it."""
+        await self.stop(ask=not isinstance(error, LostError))
 
     def _create(self) -> None:
-        blob, settings = self.settings.model_dump_json(), self.settings
-        rollout, reward, learner = (_remote(cls) for cls in (RolloutActor, RewardActor, LearnerActor))
-        self.crew.rollouts = [
-            Member("rollout", i, self._named("rollout", i, rollout).remote(i, blob, str(self._model)))
-            for i in range(settings.rollout.engines)
-        ]
-        for objective, folder in self._rewards.items():
-            path = None if folder is None else str(folder)
-            self.crew.rewards[objective] = [
-                Member(
-                    f"{objective} reward", i, self._named("reward", i, reward, objective).remote(objective, blob, path)
-                )
-                for i in range(settings.objectives.named[objective].replicas)
-            ]
+        settings = self.settings
+        self.crew.rollouts = [self._hired("rollout", index) for index in range(settings.rollout.engines)]
+        for objective in self._rewards:
+            replicas = settings.objectives.named[objective].replicas
+            self.crew.rewards[objective] = [self._hired("reward", index, objective) for index in range(replicas)]
         if self._with_learners:
-            world = settings.learner.ranks
-            self.crew.learners = [
-                Member("learner", i, self._named("learner", i, learner).remote(i, world, blob, str(self._model)))
-                for i in range(world)
-            ]
+            self.crew.learners = [self._hired("learner", index) for index in range(settings.learner.ranks)]
 
-    def _named(self, role: str, index: int, actor: Any, objective: str = "") -> Any:
-        name = "-".join(part for part in ("rluf", objective, role, str(index)) if part)
-        return actor.options(name=name, **role_options(self.settings, role))
+    def _hired(self, role: str, index: int, objective: str = "", life: int = 0) -> Member:
+        """Create one actor; it is not ready yet."""
+        blob, model, begin = self.settings.model_dump_json(), str(self._model), self._checkpoint
+        name = "-".join(part for part in ("rluf", objective, role, str(index), str(life or "")) if part)
+        options = {
+            "name": name,
+            **role_options(self.settings, role),
+            **(self._places.options(role, index) if self._places else {}),
+        }
+        arguments: tuple[object, ...]
+        if role == "rollout":
+            arguments = (index, blob, model) if begin is None else (index, blob, str(begin.policy), begin.step)
+        elif role == "reward":
+            folder = self._rewards[objective]
+            arguments = (objective, blob, None if folder is None else str(folder))
+        else:
+            arguments = (index, self.settings.learner.ranks, blob, model, None if begin is None else str(begin.folder))
+        handle = _remote(ROLES[role]).options(**options).remote(*arguments)
+        return Member(f"{objective} reward" if objective else role, index, handle, objective, life)
+
+    async def replace(self, lost: Member) -> Member:
+        """End a rollout or reward actor for certain, start another in its place, and wait until it is ready.
+
+        It has the weights the run began with, and is not in the crew yet.
+        """
+        ray.kill(lost.handle)
+        fresh = self._hired("reward" if lost.objective else lost.role, lost.index, lost.objective, lost.life + 1)
+        await within(fresh.handle.ready.remote(), self.settings.cluster.start_deadline_s, f"{fresh} (starting)")
+        return fresh
 
     async def _wait_ready(self) -> None:
         seconds = self.settings.cluster.start_deadline_s
@@ -192,18 +256,22 @@ class Supervisor:
             await asyncio.gather(job, watcher, return_exceptions=True)
 
     async def watch(self) -> None:
-        """Check every actor's health each `cluster.heartbeat_s` seconds; raise when one misses two checks in a row."""
+        """Check every actor's health each `cluster.heartbeat_s` seconds.
+
+        One that has gone or misses two checks in a row is reported to `on_loss`, or raised as LostError without one.
+        """
         seconds = self.settings.cluster.heartbeat_s
         missed: dict[str, int] = {}
         while True:
             await asyncio.sleep(seconds)
-            checks = [self._alive(member, seconds) for member in self.crew.members]
-            for member, alive in zip(self.crew.members, await asyncio.gather(*checks), strict=True):
+            members = self.crew.members
+            for member, alive in zip(
+                members, await asyncio.gather(*(self._alive(m, seconds) for m in members)), strict=True
+            ):
                 missed[str(member)] = 0 if alive else missed.get(str(member), 0) + 1
                 if missed[str(member)] >= 2:
-                    raise StallError(
-                        f"{member} answered no health check for {2 * seconds:g} s; look at its log in the Ray dashboard"
-                    )
+                    silent = f"{member} answered no health check for {2 * seconds:g} s"
+                    self._report(LostError(f"{silent}; look at its log in the Ray dashboard", str(member)))
 
     async def _alive(self, member: Member, seconds: float) -> bool:
         try:
@@ -212,17 +280,26 @@ class Supervisor:
         except StallError:
             logger.warning("%s missed a health check of %g s", member, seconds)
             return False
+        except LostError as error:
+            self._report(error)
         return True
 
-    async def stop(self) -> None:
+    def _report(self, error: LostError) -> None:
+        if self.on_loss is None:
+            raise error
+        self.on_loss(error)
+
+    async def stop(self, *, ask: bool = True) -> None:
         """Ask engines and learners to shut down, wait at most STOP_SECONDS for them, then end every actor."""
         crew, self.crew = self.crew, Crew()
-        asked = [m.handle.shutdown.remote() for m in (*crew.rollouts, *crew.learners)]
+        asked = [m.handle.shutdown.remote() for m in (*crew.rollouts, *crew.learners)] if ask else []
         if asked:
             with contextlib.suppress(TimeoutError, GetTimeoutError):
                 await asyncio.wait_for(asyncio.gather(*map(_quiet, asked)), STOP_SECONDS)
         for member in crew.members:
             ray.kill(member.handle)
+        if self._places is not None:
+            self._places.release()
 
 
 def _remote(cls: type) -> Any:

@@ -33,6 +33,8 @@ def connected(settings: Settings) -> Iterator[dict[str, float]]:
     common = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
     if address:
         _check_port(address)
+    if os.environ.get("RAY_AUTH_MODE") == "disabled":
+        logger.warning("RAY_AUTH_MODE=disabled: anybody who reaches this Ray cluster can run programs on it; unset it")
     logger.info("ray: %s", f"connecting to {address}" if address else "starting on this machine")
     on_terminate = signal.getsignal(signal.SIGTERM)
     try:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray.exceptions import RayActorError
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rluf.errors import ActorError, StallError
 
@@ -73,6 +75,67 @@ def compute_threads(settings: Settings, cores: int | None = None) -> int:
     return max(1, (cores or len(os.sched_getaffinity(0))) // settings.learner.ranks)
 
 
+class Places:
+    """The room of one run's actors: learners close together in one group, each engine in a group of its own.
+
+    An engine's GPUs are one bundle, so they are on one node. Reward actors take what is left and have no group. Ray
+    gives a bundle a new node when its own is lost, so an actor that is started again finds its place.
+    """
+
+    def __init__(self, settings: Settings, *, learners: bool) -> None:
+        """Ask Ray for the room; `ready` waits for it."""
+        self._options = {role: role_options(settings, role) for role in ("rollout", "learner")}
+        self.groups: dict[str, PlacementGroup] = {
+            f"engine {i}": placement_group([self._bundle("rollout")], "STRICT_PACK")
+            for i in range(settings.rollout.engines)
+        }
+        if learners:
+            self.groups["learners"] = placement_group([self._bundle("learner")] * settings.learner.ranks, "PACK")
+
+    def _bundle(self, role: str) -> dict[str, float]:
+        told = self._options[role]
+        return {"CPU": told["num_cpus"], **({"GPU": told["num_gpus"]} if told["num_gpus"] else {})}
+
+    async def ready(self, seconds: float) -> None:
+        """Wait for all of it. Raises StallError naming what has no room after `seconds`, and what is free."""
+        waits = {name: asyncio.ensure_future(_reserved(group)) for name, group in self.groups.items()}
+        try:
+            await asyncio.wait(waits.values(), timeout=seconds)
+            missing = [name for name, wait in waits.items() if not wait.done()]
+            if missing:
+                raise StallError(_no_room(missing, seconds))
+        finally:
+            for wait in waits.values():
+                wait.cancel()
+
+    def options(self, role: str, index: int) -> dict[str, Any]:
+        """Ray options that put actor `index` of `role` into its place; none for reward actors."""
+        group = self.groups.get("learners" if role == "learner" else f"engine {index}" if role == "rollout" else "")
+        if group is None:
+            return {}
+        bundle = index if role == "learner" else 0
+        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)}
+
+    def release(self) -> None:
+        """Give the room back."""
+        for group in self.groups.values():
+            remove_placement_group(group)
+        self.groups = {}
+
+
+async def _reserved(group: PlacementGroup) -> None:
+    await group.ready()
+
+
+def _no_room(missing: Sequence[str], seconds: float) -> str:
+    free = ray.available_resources()
+    return (
+        f"waited {seconds:g} s for a place for {', '.join(missing)}; the cluster has {free.get('CPU', 0.0):g} CPU and "
+        f"{free.get('GPU', 0.0):g} GPU free; end other jobs on it, lower the number of actors, or raise "
+        "cluster.start_deadline_s while nodes are still joining"
+    )
+
+
 async def wait_for_placement(actors: Mapping[str, Any], seconds: float) -> None:
     """Wait until Ray has placed and constructed all `actors` (name -> handle).
 
@@ -87,12 +150,7 @@ async def wait_for_placement(actors: Mapping[str, Any], seconds: float) -> None:
                 raise ActorError(f"{name} died while starting: {reason}; its log in the Ray dashboard says more")
         missing = [name for name, wait in waits.items() if not wait.done()]
         if missing:
-            free = ray.available_resources()
-            raise StallError(
-                f"waited {seconds:g} s for a place for {', '.join(missing)}; the cluster has "
-                f"{free.get('CPU', 0.0):g} CPU and {free.get('GPU', 0.0):g} GPU free; end other jobs on it, lower the "
-                "number of actors, or raise cluster.start_deadline_s while nodes are still joining"
-            )
+            raise StallError(_no_room(missing, seconds))
     finally:
         for wait in waits.values():
             wait.cancel()

@@ -12,16 +12,20 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rluf.errors import ModelError, ResourceError
+from rluf.policy.checkpoint import unwritten
+from rluf.policy.lora import Adapter, adapters, plain_name
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -190,20 +194,24 @@ def learning_rate(engine: DeepSpeedEngine) -> float:
 def gather_parameters(engine: DeepSpeedEngine, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
     """Whole weights in `dtype`, as (name, tensor) buckets of about `bucket_bytes` bytes; a larger tensor goes alone.
 
-    Tied weights come under every name they have (so lm_head.weight comes even if it is the embedding). Below ZeRO 3
-    tensors are the weights themselves; at ZeRO 3 they are gathered copies, and all ranks must iterate in lockstep.
+    Tied weights come under every name they have (so lm_head.weight comes even if it is the embedding), weights with a
+    LoRA adapter with its change merged in. Below ZeRO 3 tensors are the weights themselves, or merged copies; at ZeRO 3
+    they are gathered copies, and all ranks must iterate in lockstep.
     """
     bucket: list[tuple[str, nn.Parameter]] = []
-    size = 0
-    for name, parameter in engine.module.named_parameters(remove_duplicate=False):
+    size, changes = 0, adapters(engine.module)
+    for own_name, parameter in engine.module.named_parameters(remove_duplicate=False):
+        name = plain_name(own_name)
+        if name is None:
+            continue
         nbytes = _numel(parameter) * parameter.element_size()
         if bucket and size + nbytes > bucket_bytes:
-            yield _whole(bucket)
+            yield _whole(bucket, changes)
             bucket, size = [], 0
         bucket.append((name, parameter))
         size += nbytes
     if bucket:
-        yield _whole(bucket)
+        yield _whole(bucket, changes)
 
 
 def save_hf(engine: DeepSpeedEngine, folder: Path) -> None:
@@ -212,7 +220,7 @@ def save_hf(engine: DeepSpeedEngine, folder: Path) -> None:
     Raises ModelError when the disk refuses it.
     """
     writes = dist.get_rank() == 0
-    once = {name for name, _ in engine.module.named_parameters()}
+    once = {plain_name(name) for name, _ in engine.module.named_parameters()}
     state: dict[str, Tensor] = {}
     for bucket in gather_parameters(engine, SAVE_BYTES):
         if writes:
@@ -222,12 +230,84 @@ def save_hf(engine: DeepSpeedEngine, folder: Path) -> None:
     state.update({name: buffer.cpu() for name, buffer in _persistent_buffers(engine.module)})
     try:
         engine.module.save_pretrained(str(folder), state_dict=state)
-    except OSError as error:
-        raise ModelError(f"the policy could not be written to {folder}: {error}; free some disk") from error
+    except (OSError, SafetensorError) as error:
+        raise unwritten("the policy", folder, error) from error
+
+
+def save_optimizer(engine: DeepSpeedEngine, file: Path, extra: dict[str, Tensor]) -> dict[str, Any]:
+    """Write this rank's float32 master weights and AdamW state as safetensors; returns the schedule, which is JSON.
+
+    DeepSpeed's own checkpoints are pickles, which run code when read; these are plain tensors. `extra` tensors are kept
+    beside them. Weights in `dtype` are not: they are the policy folder. Raises what `unwritten` says when the disk
+    refuses.
+    """
+    state: dict[str, Tensor] = {f"extra.{name}": tensor for name, tensor in extra.items()}
+    for index, master in enumerate(_masters(engine)):
+        state[f"{index}.master"] = master.detach()
+        for name, tensor in engine.basic_optimizer.state.get(master, {}).items():
+            state[f"{index}.{name}"] = tensor
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, file)
+    except (OSError, SafetensorError) as error:
+        raise unwritten("the optimiser state", file, error) from error
+    schedule: dict[str, Any] = engine.lr_scheduler.state_dict()
+    return schedule
+
+
+def load_optimizer(engine: DeepSpeedEngine, file: Path, schedule: dict[str, Any]) -> dict[str, Tensor]:
+    """Put back what `save_optimizer` wrote, on the same rank of the same number of ranks; returns the extra tensors.
+
+    What is trained takes its weights from there; what is frozen stays as it was loaded. Raises ModelError when the file
+    is of another model or layout.
+    """
+    try:
+        kept = load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"the optimiser state {file} cannot be read: {error}; resume from another one") from error
+    optimizer = engine.basic_optimizer
+    for index, master in enumerate(_masters(engine)):
+        parts = {name.partition(".")[2]: t for name, t in kept.items() if name.partition(".")[0] == str(index)}
+        found = parts.pop("master", None)
+        if found is None or found.shape != master.shape:
+            shape = None if found is None else tuple(found.shape)
+            raise ModelError(
+                f"{file} holds a part of shape {shape} where the optimiser has {tuple(master.shape)}; resume with the "
+                "model, learner.ranks and learner.zero_stage of the run that wrote it"
+            )
+        with torch.no_grad():
+            master.copy_(found)
+        if parts:
+            optimizer.state[master] = {name: tensor.to(master.device) for name, tensor in parts.items()}
+    _refresh(engine)
+    engine.lr_scheduler.load_state_dict(schedule)
+    for group, rate in zip(optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
+        group["lr"] = rate
+    return {name.removeprefix("extra."): tensor for name, tensor in kept.items() if name.startswith("extra.")}
+
+
+def _refresh(engine: DeepSpeedEngine) -> None:
+    """Round the optimiser's float32 weights into the module's, as the end of a step does. All ranks call it."""
+    wrapper = engine.optimizer
+    if engine.zero_optimization_stage() == 3:
+        for index in range(len(wrapper.fp32_partitioned_groups_flat)):
+            wrapper._reassign_or_swap_out_partitioned_parameters(index)
+    elif hasattr(wrapper, "update_lp_params"):
+        wrapper.update_lp_params()
+    elif hasattr(wrapper, "fp32_groups"):
+        for masters, group in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
+            for master, parameter in zip(masters, group, strict=True):
+                parameter.data.copy_(master.data)
+
+
+def _masters(engine: DeepSpeedEngine) -> list[Tensor]:
+    """This rank's float32 weights as the optimiser holds them: flat shards with ZeRO, whole tensors without."""
+    if engine.zero_optimization_stage() == 3:  # ZeRO 3 lends them to the optimiser only during a step
+        return list(engine.optimizer.fp32_partitioned_groups_flat)
+    return [parameter for group in engine.basic_optimizer.param_groups for parameter in group["params"]]
 
 
 def _persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    names = set(module.state_dict())
+    names = {name for name in module.state_dict() if plain_name(name) == name}
     yield from ((name, buffer) for name, buffer in module.named_buffers() if name in names)
 
 
@@ -236,13 +316,20 @@ def _numel(parameter: nn.Parameter) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def _whole(bucket: list[tuple[str, nn.Parameter]]) -> list[tuple[str, Tensor]]:
-    """The parameters of `bucket` as whole tensors."""
-    sharded = {id(parameter): parameter for _, parameter in bucket if hasattr(parameter, "ds_id")}
+def _whole(bucket: list[tuple[str, nn.Parameter]], changes: Mapping[str, Adapter]) -> list[tuple[str, Tensor]]:
+    """The parameters of `bucket` as whole tensors, each with its adapter's change."""
+    here = {name: changes[name] for name, _ in bucket if name in changes}
+    held = [parameter for _, parameter in bucket]
+    held += [parameter for change in here.values() for parameter in (change.down, change.up)]
+    sharded = {id(parameter): parameter for parameter in held if hasattr(parameter, "ds_id")}
     if not sharded:
-        return [(name, parameter.detach()) for name, parameter in bucket]
+        return [(name, _merged(parameter.detach(), here.get(name))) for name, parameter in bucket]
     with _deepspeed().zero.GatheredParameters(list(sharded.values())):
-        return [(name, parameter.detach().clone()) for name, parameter in bucket]
+        return [(name, _merged(parameter.detach(), here.get(name)).clone()) for name, parameter in bucket]
+
+
+def _merged(weight: Tensor, change: Adapter | None) -> Tensor:
+    return weight if change is None else change.merged(weight, change.down.detach(), change.up.detach())
 
 
 def _schedule(warmup_steps: int, total_steps: int | None) -> Callable[[torch.optim.Optimizer], Any]:

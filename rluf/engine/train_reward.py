@@ -14,11 +14,12 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rluf.config.reward import RewardModelSettings
+import numpy as np
+
 from rluf.config.settings import Settings
 from rluf.errors import DataError, ModelError, ResourceError, RlufError, StallError
 from rluf.models import resolve_model
@@ -26,15 +27,16 @@ from rluf.paths import cache_dir
 
 if TYPE_CHECKING:
     import ray.data
-    import torch
-    from transformers import PreTrainedModel
 
-    from rluf.objectives.text import TextEncoder
-    from rluf.objectives.training import Engine, Plan
+    from rluf.engine.train_member import Member
+    from rluf.objectives.calibration import Calibration
+    from rluf.objectives.scorer import RewardModel
+    from rluf.objectives.training import Rows
 
 logger = logging.getLogger(__name__)
 
 CARD = "reward_card.json"
+PAGE = "reward_card.html"
 PROGRESS = "progress.log"
 SPLITS = ("train", "dev", "test")
 QUIET = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
@@ -43,12 +45,15 @@ EVAL_TOKENS = 4096
 """Padded tokens of a forward pass without gradient."""
 
 
-def train_rewards(settings: Settings, jobs: Mapping[str, tuple[Path, Path]]) -> dict[str, dict[str, Any]]:
+def train_rewards(
+    settings: Settings, jobs: Mapping[str, tuple[Path, Path]], *, thorough: bool = False
+) -> dict[str, dict[str, Any]]:
     """Train the reward model of each objective; returns their cards. Ray must be initialised.
 
     `jobs` maps an objective to (data folder written by rluf.prepare, checkpoint folder to write). A checkpoint folder
     appears only when whole; one that is already there is kept, so a worker that is started again goes on with the next
-    objective. Raises DataError, ModelError, ResourceError, or StallError past reward.deadline_s for all jobs together.
+    objective. `thorough` adds slices, the robustness table and a page to each card. Raises DataError, ModelError,
+    ResourceError, or StallError past reward.deadline_s for all jobs together.
     """
     import ray.data
     from ray import train
@@ -71,6 +76,7 @@ def train_rewards(settings: Settings, jobs: Mapping[str, tuple[Path, Path]]) -> 
             "settings": settings.model_dump_json(),
             "jobs": {objective: (str(data), str(out)) for objective, (data, out) in jobs.items()},
             "threads": int(threads),
+            "thorough": thorough,
             "progress": str(storage / PROGRESS),
         },
         scaling_config=train.ScalingConfig(
@@ -192,7 +198,14 @@ def work(config: Mapping[str, Any]) -> None:
         if (Path(out) / CARD).is_file():
             logger.info("%s: already trained, kept", objective)
             continue
-        _train_one(settings, objective, Path(data) / objective, Path(out), started + settings.reward.deadline_s)
+        _train_one(
+            settings,
+            objective,
+            Path(data) / objective,
+            Path(out),
+            started + settings.reward.deadline_s,
+            config["thorough"],
+        )
         train.report({"objective": objective})
 
 
@@ -205,95 +218,49 @@ def _log_to(progress: Path) -> None:
     ours.setLevel(logging.INFO)
 
 
-def _train_one(settings: Settings, objective: str, data: Path, out: Path, deadline: float) -> None:
-    """Train one objective on this rank, in step with the others."""
-    import torch
+def _train_one(settings: Settings, objective: str, data: Path, out: Path, deadline: float, thorough: bool) -> None:
+    """Train one objective on this rank, in step with the others: one model, or an ensemble's members in turn."""
     from ray import train
 
-    from rluf.objectives.backbone import encoder_for, freeze, load_classifier
-    from rluf.objectives.card import calibrate, describe_training
-    from rluf.objectives.prefix import FrozenPrefix
-    from rluf.objectives.training import Plan, Trainer, encode_rows
+    from rluf.engine.train_member import Splits, train_member
 
     clock = time.monotonic()
     chosen = settings.reward.named[objective]
+    records = Splits(_shard(objective), _table(data / "dev.parquet"), data)
     rank, world = train.get_context().get_world_rank(), train.get_context().get_world_size()
-    device = f"cuda:{torch.cuda.current_device()}" if settings.cluster.gpus_per_reward > 0 else "cpu"
-    backbone = resolve_model(chosen.backbone, cache_dir(settings))
-    torch.manual_seed(settings.seed * 1009 + rank)
-    model = load_classifier(backbone, trained=False, device=device, dropout=chosen.dropout, seed=settings.seed)
-    encoder = encoder_for(model, backbone, chosen.max_tokens)
-    pairs = chosen.loss == "bradley_terry"
-    rows = encode_rows(_shard(objective), encoder, pairs=pairs, where=f"{data}/train.parquet")
-    dev = encode_rows(_table(data / "dev.parquet"), encoder, pairs=pairs, where=f"{data}/dev.parquet")
-    if not pairs and len(set(rows.labels.tolist())) < 2:
-        raise DataError(f"{data}/train.parquet holds one label only; a model needs rows of both, use a larger log")
-    per_rank = max(1, chosen.batch_rows // world)
-    plan = Plan(
-        epochs=chosen.epochs,
-        batch_rows=per_rank,
-        batch_tokens=EVAL_TOKENS,
-        steps=-(-_most_rows(len(rows), world) // per_rank),
-        seed=settings.seed,
-        rank=rank,
-        world=world,
-        deadline=deadline,
-    )
-    frozen = freeze(model, chosen.frozen_share)
-    logger.info(
-        "%s: %d rows, %d tokens, %.1fM of %.1fM weights train",
-        objective,
-        len(rows),
-        rows.tokens,
-        model.num_parameters(only_trainable=True) / 1e6,
-        model.num_parameters() / 1e6,
-    )
-    dtype = getattr(torch, settings.reward.dtype)
-    model.to(dtype)
-    prefix = None
-    tokens = rows.tokens + dev.tokens
-    if settings.reward.zero_stage < 3 and FrozenPrefix.worthwhile(model, frozen, tokens):
-        prefix = FrozenPrefix(model, frozen)
-    engine = _engine(settings, chosen, model, dtype, plan)
-    best: dict[str, torch.Tensor] = {}
-    trainer = Trainer(engine, model, encoder, plan, prefix)
-    found = trainer.fit(
-        rows,
-        dev,
-        snapshot=lambda: _snapshot(engine, best, keep=rank == 0),
-        report=lambda f: logger.info(
-            "%s: epoch %d of %d, train loss %.4f, dev log-loss %.4f",
-            objective,
-            f["epoch"],
-            plan.epochs,
-            f["train_loss"],
-            f["dev_log_loss"],
-        ),
-    )
+    members = [
+        train_member(settings, objective, records, number, deadline, rank=rank, world=world)
+        for number in range(max(1, len(chosen.layers)))
+    ]
     if rank == 0:
-        calibration = calibrate(objective, dev, found.dev_logits, found.shift, encoder.max_tokens)
-        training = describe_training(found, rows, dev)
-        plain = load_classifier(backbone, trained=False)  # float32, with the backbone's own dropout in its config
-        plain.config.pad_token_id = encoder.pad_id
-        _write(settings, data, out, plain, encoder, best, calibration, training, clock)
+        finish(settings, objective, data, out, members, clock, thorough)
 
 
-def _engine(settings: Settings, chosen: RewardModelSettings, model: Any, dtype: torch.dtype, plan: Plan) -> Engine:
-    from rluf.engine.deepspeed import init_deepspeed
+def finish(
+    settings: Settings,
+    objective: str,
+    data: Path,
+    out: Path,
+    members: Sequence[Member],
+    clock: float,
+    thorough: bool,
+) -> None:
+    """Calibrate the trained members together and write the checkpoint folder `out`; rank 0 alone does."""
+    from rluf.objectives.calibration import Calibration
+    from rluf.objectives.card import calibrate, describe_training
 
-    steps = plan.steps * plan.epochs
-    engine: Engine = init_deepspeed(
-        model,
-        zero_stage=settings.reward.zero_stage,
-        learning_rate=chosen.learning_rate,
-        warmup_steps=max(1, steps // 10),
-        weight_decay=chosen.weight_decay,
-        grad_clip=1.0,
-        dtype=dtype,
-        world=plan.world,
-        total_steps=steps,
+    first, chosen = members[0], settings.reward.named[objective]
+    logits = np.mean([member.found.dev_logits for member in members], axis=0)
+    base = Calibration(
+        objective,
+        prior_shift=first.found.shift,
+        max_tokens=first.encoder.max_tokens,
+        members=len(members),
+        next_turn=first.encoder.next_turn,
     )
-    return engine
+    calibration = calibrate(first.dev, logits, base, chosen.calibration)
+    training = describe_training([member.found for member in members], first.rows, first.dev)
+    _write(settings, data, out, members, calibration, training, clock, thorough)
 
 
 def _shard(objective: str) -> list[dict[str, Any]]:
@@ -314,57 +281,41 @@ def _table(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _most_rows(rows: int, world: int) -> int:
-    """Rows of the rank that has most."""
-    if world == 1:
-        return rows
-    import torch
-
-    count = torch.tensor(rows)
-    torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
-    return int(count)
-
-
-def _snapshot(engine: Any, best: dict[str, torch.Tensor], *, keep: bool) -> None:
-    """Copy the whole weights to host memory; all ranks call, as ZeRO 3 gathers them."""
-    from rluf.engine.deepspeed import gather_parameters
-
-    for bucket in gather_parameters(engine, 64 << 20):
-        if keep:
-            best.update({name: tensor.to("cpu", copy=True) for name, tensor in bucket})
-
-
 def _write(
     settings: Settings,
     data: Path,
     out: Path,
-    model: PreTrainedModel,
-    encoder: TextEncoder,
-    best: dict[str, torch.Tensor],
-    calibration: Any,
+    members: Sequence[Member],
+    calibration: Calibration,
     training: dict[str, Any],
     clock: float,
+    thorough: bool,
 ) -> None:
     """Checkpoint folder with its card: read back as everyone else will, tried on the test split, renamed into place."""
     from rluf.objectives.card import make_card
-    from rluf.objectives.scorer import RewardModel
+    from rluf.objectives.page import card_page
+    from rluf.objectives.scorer import RewardModel, member_folder
     from rluf.objectives.training import encode_rows
 
     objective = calibration.objective
     part = out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}")
     try:
-        model.load_state_dict({**model.state_dict(), **{name: tensor.float() for name, tensor in best.items()}})
-        model.save_pretrained(str(part))
-        encoder.tokenizer.save_pretrained(str(part))
+        for number, member in enumerate(members):
+            member.save(member_folder(part, number))
         calibration.save(part)
         scorer = RewardModel.load(part, batch_tokens=EVAL_TOKENS)
         pairs = settings.reward.named[objective].loss == "bradley_terry"
-        test = encode_rows(_table(data / "test.parquet"), scorer.encoder, pairs=pairs, where=f"{data}/test.parquet")
+        records = _table(data / "test.parquet")
+        test = encode_rows(records, scorer.encoder, pairs=pairs, where=f"{data}/test.parquet")
         started = time.monotonic()
-        card = make_card(calibration, test, scorer.raw(test.sequences), seed=settings.seed)
+        logits = scorer.raw(test.sequences)
+        card = make_card(calibration, test, logits, seed=settings.seed)
         card["scoring_tokens_per_second"] = round(test.tokens / max(time.monotonic() - started, 1e-9), 1)
         card |= {"training": training, "settings": settings.reward.named[objective].model_dump(mode="json")}
         card |= {"seed": settings.seed, "seconds": round(time.monotonic() - clock, 3)}
+        if thorough:
+            card |= _more(scorer, records, test, logits, settings.seed)
+            (part / PAGE).write_text(card_page(card), encoding="utf-8")
         (part / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
         if out.is_dir():
             shutil.rmtree(out)
@@ -374,3 +325,17 @@ def _write(
     finally:
         shutil.rmtree(part, ignore_errors=True)
     logger.info("%s: written to %s after %.1f s", objective, out, card["seconds"])
+
+
+def _more(
+    scorer: RewardModel, records: Sequence[Mapping[str, Any]], test: Rows, raw: Sequence[float], seed: int
+) -> dict[str, Any]:
+    """The parts of a card that take a while: slices of the test rows, and what changed responses do to the score."""
+    from rluf.objectives.robustness import robustness, slices
+
+    logits, count = scorer.calibration.logits(raw), len(test)
+    of_rows = logits[:count] - logits[count:] if test.pairs else logits
+    return {
+        "slices": slices(records, of_rows, None if test.pairs else test.labels),
+        "robustness": robustness(scorer, records, pairs=test.pairs, seed=seed),
+    }

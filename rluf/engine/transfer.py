@@ -15,6 +15,7 @@ import math
 import mmap
 import os
 import secrets
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeoutError
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from rluf.errors import ResourceError, StallError, SyncError
+from rluf.paths import cache_dir
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
@@ -59,6 +61,8 @@ def make_sender(settings: Settings, host: str, port: int) -> Sender:
     """The sender named by `publish.engine`; `host` and `port` (free) are where NCCL's members meet."""
     if settings.publish.engine == "shm":
         return ShmSender()
+    if settings.publish.engine == "disk":
+        return DiskSender(cache_dir(settings) / "publish")
     members = 1 + settings.rollout.engines * settings.rollout.tensor_parallel
     return NcclSender(host, port, members, settings.publish.bucket_mib << 20, settings.publish.deadline_s)
 
@@ -176,6 +180,69 @@ def _copies(
             continue
         view = torch.frombuffer(memory, dtype=dtype, count=count, offset=offset).reshape(tuple(shape))
         yield name, view.to(device, copy=True)
+
+
+class DiskSender:
+    """Sends through files in a folder that learner and engines share, one file a bucket: slow, and works anywhere."""
+
+    def __init__(self, root: Path) -> None:
+        """Files go to a new folder under `root`. Raises ResourceError when it cannot be made."""
+        self._folder, self._number = root / secrets.token_hex(8), 0
+        self._last: Path | None = None
+        try:
+            self._folder.mkdir(parents=True)
+        except OSError as error:
+            raise ResourceError(f"cannot make {self._folder} for publishing: {error}; set run.cache") from error
+
+    def offer(self, version: int) -> dict[str, Any]:
+        """Where the files will be; engines that do not see the folder refuse it."""
+        return {"engine": "disk", "version": version, "folder": str(self._folder)}
+
+    def send(self, bucket: Bucket) -> dict[str, Any]:
+        """Write `bucket` as a safetensors file under a name of its own; returns its path, names and shapes.
+
+        Raises ResourceError when the disk refuses it.
+        """
+        from safetensors.torch import save_file
+
+        self._drop()
+        self._number += 1
+        path = self._folder / f"{self._number}.safetensors"
+        part = path.with_suffix(".part")
+        try:
+            save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in bucket}, str(part))
+            part.rename(path)
+        except OSError as error:
+            raise ResourceError(f"a bucket could not be written to {path}: {error}; free some disk") from error
+        self._last = path
+        return {"path": str(path), "entries": [[name, list(tensor.shape)] for name, tensor in bucket]}
+
+    def finish(self) -> None:
+        """Delete the last file: every engine has read it."""
+        self._drop()
+
+    def close(self) -> None:
+        """Delete the folder. Closing twice is harmless."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _drop(self) -> None:
+        if self._last is not None:
+            self._last.unlink(missing_ok=True)
+            self._last = None
+
+
+def read_file(path: str, device: torch.device | str = "cpu") -> list[tuple[str, torch.Tensor]]:
+    """The tensors of a bucket that DiskSender wrote. Raises SyncError when the file is not there or not whole."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return list(load_file(path, device=str(device)).items())
+    except (OSError, SafetensorError) as error:
+        raise SyncError(
+            f"cannot read the bucket {path}: {error}; publish.engine=disk needs run.cache in a folder that learner and "
+            "engines share"
+        ) from error
 
 
 class NcclSender:

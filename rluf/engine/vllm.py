@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rluf.config.settings import Settings
-from rluf.errors import DataError, ModelError, ResourceError, StallError, SyncError
+from rluf.errors import DataError, LostError, ModelError, ResourceError, StallError, SyncError
 from rluf.models import load_tokenizer
 
 if TYPE_CHECKING:
@@ -81,10 +81,14 @@ def sample_seed(seed: int, prompt_id: str, index: int) -> int:
 class RolloutEngine:
     """Generates from, measures with, and updates one vLLM engine. All calls belong to one asyncio loop."""
 
-    def __init__(self, name: str, index: int, settings: Settings, model: Path) -> None:
-        """`name` is what errors call this engine, `index` its place among the engines. Starts nothing yet."""
+    def __init__(self, name: str, index: int, settings: Settings, model: Path, version: int = 0) -> None:
+        """`name` is what errors call this engine, `index` its place among the engines. Starts nothing yet.
+
+        `version` is the weight version of the model in folder `model`.
+        """
         self.name, self.index, self.settings, self.model = name, index, settings, model
-        self.version = 0
+        self.version = version
+        self._alone = asyncio.Lock()
         self.running = 0
         self._engine: AsyncLLM | None = None
         self._greeted = False
@@ -251,13 +255,14 @@ class RolloutEngine:
         return AsyncEngineArgs(
             model=str(self.model),
             skip_tokenizer_init=True,
+            load_format="safetensors",
             trust_remote_code=self.settings.model.trust_remote_code,
             dtype=self.settings.model.dtype,
             generation_config="vllm",
             max_model_len=length,
             max_num_seqs=rollout.concurrency,
             enforce_eager=True,
-            enable_prefix_caching=True,
+            enable_prefix_caching=not self.settings.run.deterministic,
             logprobs_mode="processed_logprobs",
             tensor_parallel_size=rollout.tensor_parallel,
             distributed_executor_backend=HouseExecutor if rollout.tensor_parallel == 1 else "mp",
@@ -303,6 +308,12 @@ class RolloutEngine:
         )
 
     async def _request(self, ids: list[int], params: SamplingParams) -> RequestOutput:
+        if self.settings.run.deterministic:  # a sample's last bits depend on what else is in its batch
+            async with self._alone:
+                return await self._answer(ids, params)
+        return await self._answer(ids, params)
+
+    async def _answer(self, ids: list[int], params: SamplingParams) -> RequestOutput:
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
@@ -312,7 +323,7 @@ class RolloutEngine:
             async for output in self._alive().generate(tokens_input(ids), params, f"{self.index}-{self._requests}"):
                 final = output
         except EngineDeadError as error:
-            raise ResourceError(f"{self.name}: {self._died()}") from error
+            raise LostError(f"{self.name}: {self._died()}", self.name) from error
         except EngineGenerateError as error:
             raise ResourceError(f"{self.name}: vLLM failed on a request: {_first_line(error.__cause__)}") from error
         if final is None or not final.finished:
@@ -336,6 +347,8 @@ class RolloutEngine:
             )
         if offer["engine"] == "shm":
             return {"machine": offer["machine"]}
+        if offer["engine"] == "disk":
+            return {"folder": offer["folder"]}
         kept = {key: value for key, value in offer.items() if key not in ("engine", "version")}
         return kept | {"rank_offset": 1 + self.index * self.settings.rollout.tensor_parallel}
 
@@ -359,13 +372,13 @@ class RolloutEngine:
         except TimeoutError as error:
             raise StallError(f"{self.name} took longer than {seconds:g} s {what}") from error
         except EngineDeadError as error:
-            raise ResourceError(f"{self.name}: {self._died()}") from error
+            raise LostError(f"{self.name}: {self._died()}", self.name) from error
 
     def _alive(self) -> AsyncLLM:
         if self._engine is None:
             raise ResourceError(f"{self.name} is not running: start it, or it was shut down")
         if self._engine.errored:
-            raise ResourceError(f"{self.name}: {self._died()}")
+            raise LostError(f"{self.name}: {self._died()}", self.name)
         return self._engine
 
     def _died(self) -> str:

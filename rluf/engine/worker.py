@@ -31,7 +31,7 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from rluf.engine.checklist import Checklist
-from rluf.engine.transfer import machine_id, read_segment
+from rluf.engine.transfer import machine_id, read_file, read_segment
 from rluf.errors import RlufError
 
 logger = logging.getLogger(__name__)
@@ -140,6 +140,48 @@ class ShmReceiver(_Checked, WeightTransferEngine[ShmInit, ShmUpdate]):
         """Nothing is held between buckets."""
 
 
+@dataclass
+class DiskInit(WeightTransferInitInfo):
+    """What the first offer of a DiskSender tells the engine: the folder that both must see."""
+
+    folder: str
+
+
+@dataclass
+class DiskUpdate(WeightTransferUpdateInfo):
+    """One bucket in a file; see rluf.engine.transfer.DiskSender.send."""
+
+    path: str
+    entries: list[list[Any]] = field(default_factory=list)
+
+
+class DiskReceiver(_Checked, WeightTransferEngine[DiskInit, DiskUpdate]):
+    """Receives buckets from files in a shared folder."""
+
+    init_info_cls = DiskInit
+    update_info_cls = DiskUpdate
+
+    def init_transfer_engine(self, init_info: DiskInit) -> None:
+        """Note as a problem that the folder is not seen from here."""
+        self.problem = None
+        if not Path(init_info.folder).is_dir():
+            self.problem = (
+                f"the learner publishes to {init_info.folder}, which this engine does not see; put run.cache into a "
+                "folder that all machines share, or set publish.engine=nccl"
+            )
+
+    def receive_weights(self, update_info: DiskUpdate) -> None:
+        """Check one bucket's names and shapes, read the file, load it."""
+        if self._admit((name, shape) for name, shape in update_info.entries):
+            self._note(lambda: self._load(update_info))
+
+    def _load(self, info: DiskUpdate) -> None:
+        self.model.load_weights(read_file(info.path, self.device))
+
+    def shutdown(self) -> None:
+        """Nothing is held between buckets."""
+
+
 class NcclReceiver(_Checked, NCCLWeightTransferEngine):
     """vLLM's NCCL engine with our checklist. Untested without GPUs.
 
@@ -188,5 +230,6 @@ def _follow_parent() -> None:
 
 
 WeightTransferEngineFactory.register_engine("rluf_shm", ShmReceiver)
+WeightTransferEngineFactory.register_engine("rluf_disk", DiskReceiver)
 WeightTransferEngineFactory.register_engine("rluf_nccl", NcclReceiver)
 _follow_parent()

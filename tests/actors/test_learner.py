@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 import random
@@ -21,7 +22,8 @@ from rluf.config.settings import Settings
 from rluf.engine.transfer import read_segment
 from rluf.errors import ResourceError, RlufError
 from rluf.models import resolve_model
-from rluf.policy.advantages import advantages
+from rluf.policy.advantages import Outcomes
+from rluf.policy.methods import make_lesson
 from rluf.policy.packing import plan_micro_batches
 from rluf.types import Group, Prompt, Sample
 
@@ -110,7 +112,13 @@ def random_groups(seed: int, logprob: float = -5.5) -> list[Group]:
     return groups
 
 
-def learn(ranks: Sequence[Any], groups: Sequence[Group], rewards: Sequence[Sequence[float]]) -> list[dict[str, float]]:
+def learn(
+    ranks: Sequence[Any],
+    groups: Sequence[Group],
+    rewards: Sequence[Sequence[float]],
+    kl_coef: float = 0.0,
+    advantages: list[list[float]] | None = None,
+) -> list[dict[str, float]]:
     plan = plan_micro_batches(
         [len(g.prompt.token_ids) for g in groups],
         [[len(s.response_ids) for s in g.samples] for g in groups],
@@ -118,8 +126,10 @@ def learn(ranks: Sequence[Any], groups: Sequence[Group], rewards: Sequence[Seque
         token_budget=64,
     )
     refs = [ray.put(group) for group in groups]
-    gains = [advantages("grpo", row) for row in rewards]
-    calls = [rank.step.remote(refs, gains, plan[index], 1) for index, rank in enumerate(ranks)]
+    outcomes = Outcomes(rewards, lengths=[[len(s.response_ids) for s in g.samples] for g in groups])
+    lesson = make_lesson(AlgorithmSettings(), outcomes, longest=16, kl_coef=kl_coef)
+    lesson = lesson if advantages is None else dataclasses.replace(lesson, advantages=advantages)
+    calls = [rank.step.remote(refs, lesson, plan[index], 1) for index, rank in enumerate(ranks)]
     found: list[dict[str, float]] = ray.get(calls, timeout=120)
     return found
 
@@ -128,10 +138,10 @@ REWARDS = [[0.1, 0.9, 0.4, 0.2], [1.0, 0.0, 0.5, 0.5], [0.0] * 4, [3.0, 1.0, 2.0
 
 
 def test_two_ranks_learn_alike_and_as_one_rank_does_then_publish_and_save(folder: Path, tmp_path: Path) -> None:
-    groups, probe = random_groups(1), ([5, 6, 7], [8, 9, 10])
+    groups, probe = random_groups(1), ([5, 6, 7], [[8, 9, 10]])
     with learners(settings_of(dtype="float32"), folder) as (alone,):
         lone = learn([alone], groups, REWARDS)[0]
-        expected = ray.get(alone.logprobs.remote(*probe))
+        expected = ray.get(alone.logprobs.remote(*probe))[0]
     with learners(settings_of(ranks=2, dtype="float32"), folder) as ranks:
         before = ray.get([rank.digest.remote() for rank in ranks])
         first, second = learn(ranks, groups, REWARDS)
@@ -143,7 +153,7 @@ def test_two_ranks_learn_alike_and_as_one_rank_does_then_publish_and_save(folder
         }
         for name in ("loss", "grad_norm", "entropy", "ratio_mean", "effective_sample_size"):
             assert first[name] == pytest.approx(lone[name], rel=1e-4), name
-        found = ray.get([rank.logprobs.remote(*probe) for rank in ranks])
+        found = [rows[0] for rows in ray.get([rank.logprobs.remote(*probe) for rank in ranks])]
         assert found[0] == pytest.approx(found[1], abs=1e-6)
         assert found[0] == pytest.approx(expected, abs=1e-3)
         target = tmp_path / "policy"
@@ -152,13 +162,13 @@ def test_two_ranks_learn_alike_and_as_one_rank_does_then_publish_and_save(folder
         check_published(ranks, target)
 
 
-def check_saved(target: Path, base: Path, probe: tuple[list[int], list[int]], expected: list[float]) -> None:
+def check_saved(target: Path, base: Path, probe: tuple[list[int], list[list[int]]], expected: list[float]) -> None:
     """Plain transformers reads the folder, tokenizer and template too, and computes the learner's logprobs."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     assert [p.name for p in target.parent.iterdir()] == [target.name]
     model = AutoModelForCausalLM.from_pretrained(target)
-    prompt, response = probe
+    prompt, (response,) = probe
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
     found = logits.float().log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
@@ -188,11 +198,11 @@ def test_learning_rate_zero_keeps_weights_and_bad_gradients_stop_the_run(folder:
         before = ray.get(actor.digest.remote())
         found = learn([actor], random_groups(2), REWARDS)[0]
         assert found["skipped"] == 0.0 and found["grad_norm"] > 0.0 and found["kl"] == pytest.approx(0.0, abs=1e-6)
-        broken = random_groups(3, logprob=math.nan)
+        broken = [[math.inf] * 4] * 5
         for count in (1.0, 2.0):
-            assert learn([actor], broken, REWARDS)[0]["skipped"] == count
+            assert learn([actor], random_groups(3), REWARDS, advantages=broken)[0]["skipped"] == count
         with pytest.raises(RlufError, match="3 steps in a row"):
-            learn([actor], broken, REWARDS)
+            learn([actor], random_groups(3), REWARDS, advantages=broken)
         assert ray.get(actor.digest.remote()) == before
         assert ray.get(actor.health.remote())["skipped"] == 3.0
 
@@ -224,7 +234,7 @@ def test_policy_learns_to_say_a_token(folder: Path) -> None:
                     for i in range(start, start + 8)
                 )
                 groups.append(Group(Prompt("", (), ids, "", "train"), samples, 0))
-            found = learn([actor], groups, [rewards[i : i + 8] for i in range(0, len(rewards), 8)])[0]
+            found = learn([actor], groups, [rewards[i : i + 8] for i in range(0, len(rewards), 8)], 0.001)[0]
             assert found["ratio_max"] == pytest.approx(1.0, abs=0.2)
             shares.append(fmean(rewards) / 8)
     assert fmean(shares[:2]) < 0.1 and fmean(shares[-3:]) > 0.6, shares

@@ -8,10 +8,12 @@ import os
 
 import pytest
 import ray
+from ray.exceptions import ObjectStoreFullError
 
-from actors.pipeline import prompt_order
+from actors.pipeline import demonstrations_at, prompt_order
 from actors.supervisor import within
-from rluf.errors import ActorError, DataError, RlufError, StallError
+from rluf.config.policy import AlgorithmSettings
+from rluf.errors import ActorError, DataError, LostError, ResourceError, RlufError, StallError
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -31,6 +33,9 @@ class Worker:
 
     def fail(self) -> None:
         raise KeyError("lost")
+
+    def fill(self) -> None:
+        raise ObjectStoreFullError("no room for 1 GiB")
 
     def die(self) -> None:
         os._exit(1)
@@ -59,7 +64,8 @@ def test_an_answer_comes_through() -> None:
     [
         ("refuse", DataError, r"^row 3 is empty; fill it$"),
         ("fail", ActorError, r"^worker 0 \(testing\) failed: KeyError: 'lost'"),
-        ("die", ActorError, r"^worker 0 \(testing\) died: "),
+        ("fill", ResourceError, r"worker 0 \(testing\) found Ray's object store full.*no room for 1 GiB"),
+        ("die", LostError, r"^worker 0 \(testing\) died: "),
     ],
 )
 def test_a_failure_names_the_actor_or_is_the_users_own(method: str, kind: type[RlufError], message: str) -> None:
@@ -84,3 +90,9 @@ def test_prompt_order_covers_every_prompt_once_a_pass_and_follows_the_seed() -> 
     assert first == list(itertools.islice(prompt_order([1] * 5, seed=1), 10))
     assert first != list(itertools.islice(prompt_order([1] * 5, seed=2), 10))
     assert sorted(itertools.islice(prompt_order([1, 3], seed=1), 4)) == [0, 1, 1, 1]
+
+
+def test_demonstrations_fade_from_all_to_none() -> None:
+    algorithm = AlgorithmSettings(demonstrations=4, steps=8)
+    assert [demonstrations_at(step, algorithm) for step in range(1, 9)] == [4, 4, 3, 2, 2, 2, 1, 0]
+    assert demonstrations_at(1, AlgorithmSettings(demonstrations=0)) == 0

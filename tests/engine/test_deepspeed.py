@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rluf.engine import deepspeed as ds
-from rluf.errors import ResourceError
+from rluf.errors import ModelError, ResourceError
 from rluf.models import resolve_model
 from rluf.policy.checkpoint import load_policy
 
@@ -210,3 +210,40 @@ def test_another_world_size_is_refused() -> None:
             world=2,
         )
     assert dist.is_initialized()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_two_steps_and_two_resumed_ones_are_four_steps_bit_for_bit(stage: int, dtype: str, tmp_path: Path) -> None:
+    def advance(engine: DeepSpeedEngine, numbers: range) -> None:
+        for number in numbers:
+            scale = torch.linspace(-1.0, 2.0, 64) * (number + 1)
+            ds.accumulate(engine, lambda scale=scale: (engine(scale), None), last=True)  # type: ignore[misc]
+            assert ds.apply_step(engine)[0]
+
+    straight = engine_of(Vector(), stage, rate=1e-2, warmup=3, dtype=dtype)
+    advance(straight, range(4))
+    first = engine_of(Vector(), stage, rate=1e-2, warmup=3, dtype=dtype)
+    advance(first, range(2))
+    schedule = ds.save_optimizer(first, tmp_path / "state.safetensors", {"random": torch.arange(3)})
+    ((_, kept),) = next(ds.gather_parameters(first, 1 << 20))
+    again = engine_of(Vector(), stage, rate=1e-2, warmup=3, dtype=dtype)
+    assert ds.load_optimizer(again, tmp_path / "state.safetensors", schedule)["random"].tolist() == [0, 1, 2]
+    assert torch.equal(next(ds.gather_parameters(again, 1 << 20))[0][1], kept)
+    assert ds.learning_rate(again) == ds.learning_rate(first)
+    advance(again, range(2, 4))
+    weights = [next(ds.gather_parameters(engine, 1 << 20))[0][1] for engine in (straight, again)]
+    assert torch.equal(*weights)
+    assert not torch.equal(weights[0], kept)
+    ds.save_optimizer(again, tmp_path / "again", {})
+    ds.save_optimizer(straight, tmp_path / "straight", {})
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "straight").read_bytes()
+
+
+def test_optimiser_state_of_another_model_is_refused(tmp_path: Path) -> None:
+    schedule = ds.save_optimizer(engine_of(Vector(), 2), tmp_path / "state", {})
+    with pytest.raises(ModelError, match=r"part of shape \(64,\).*learner\.ranks"):
+        ds.load_optimizer(engine_of(Vector(32), 2), tmp_path / "state", schedule)
+    (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:100])
+    with pytest.raises(ModelError, match="resume from another one"):
+        ds.load_optimizer(engine_of(Vector(), 2), tmp_path / "state", schedule)

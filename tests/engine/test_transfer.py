@@ -7,11 +7,12 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from rluf.engine.transfer import ShmSender, machine_id, read_segment
+from rluf.engine.transfer import DiskSender, ShmSender, machine_id, read_file, read_segment
 from rluf.errors import SyncError
 
 BUCKET = [
@@ -81,3 +82,22 @@ def test_a_killed_sender_leaves_nothing_behind() -> None:
     process.communicate()
     assert not os.path.exists(bucket["path"])
     assert not [name for name in set(os.listdir("/dev/shm")) - before if "rluf" in name]
+
+
+def test_files_carry_a_bucket_bit_for_bit_and_leave_nothing_behind(tmp_path: Path) -> None:
+    sender = DiskSender(tmp_path / "publish")
+    assert Path(sender.offer(1)["folder"]).is_dir()
+    head = torch.randn(4, 3)
+    sent = [*BUCKET, ("head", head), ("tied", head)]
+    bucket = sender.send(sent)
+    received = dict(read_file(bucket["path"]))
+    assert [[name, list(tensor.shape)] for name, tensor in sent] == bucket["entries"]
+    assert all(torch.equal(received[name], tensor) and received[name].dtype == tensor.dtype for name, tensor in sent)
+    again = sender.send([("a", torch.zeros(2))])
+    assert again["path"] != bucket["path"] and not Path(bucket["path"]).exists()
+    sender.finish()
+    with pytest.raises(SyncError, match=r"run\.cache"):
+        read_file(again["path"])
+    sender.close()
+    sender.close()
+    assert list((tmp_path / "publish").iterdir()) == []

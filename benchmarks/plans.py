@@ -1,0 +1,118 @@
+"""Which plans find room on which clusters: predicted by the plan, then tried on Ray with declared GPUs.
+
+Every node is a raylet on this machine that says it has GPUs: placement is real, nothing computes. Prints the table of
+docs/clusters.md; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+
+from cluster.growth import nodes
+from cluster.placement import Places
+from cluster.plan import check, plan
+from rluf.config.load import load_settings
+from rluf.config.settings import Settings
+from rluf.errors import ResourceError, StallError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+ONE_GPU = ("cluster.gpus_per_engine=1",)
+HUGE = ("rollout.engines=48", "learner.ranks=128")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A config with overrides on `count` nodes of `gpus` GPUs and `cpus` CPUs each."""
+
+    label: str
+    config: str
+    overrides: tuple[str, ...]
+    count: int
+    gpus: int
+    cpus: int
+
+    @property
+    def settings(self) -> Settings:
+        """The settings of the case."""
+        return load_settings(CONFIGS / self.config, self.overrides).settings
+
+
+CASES = (
+    Case("quickstart, engine on the GPU", "quickstart.yaml", ONE_GPU, 1, 1, 8),
+    Case(
+        "quickstart, engine and learner on one GPU",
+        "quickstart.yaml",
+        (*ONE_GPU, "cluster.gpus_per_learner=1"),
+        1,
+        1,
+        8,
+    ),
+    Case("8B", "llama3-8b-8gpu.yaml", (), 1, 8, 96),
+    Case("8B with 5 engines", "llama3-8b-8gpu.yaml", ("rollout.engines=5",), 1, 8, 96),
+    Case("70B", "llama3-70b-64gpu.yaml", (), 8, 8, 96),
+    Case(
+        "70B, 2 engines, 16 ranks, small nodes",
+        "llama3-70b-64gpu.yaml",
+        ("rollout.engines=2", "learner.ranks=16"),
+        8,
+        4,
+        96,
+    ),
+    Case("70B, 48 engines, 128 ranks", "llama3-70b-64gpu.yaml", HUGE, 8, 64, 256),
+    Case("70B, 49 engines, 128 ranks", "llama3-70b-64gpu.yaml", ("rollout.engines=49", HUGE[1]), 8, 64, 256),
+)
+
+
+def predicted(case: Case) -> str:
+    """Empty when the plan should find room, else why not."""
+    node = {"CPU": float(case.cpus), "GPU": float(case.gpus)}
+    try:
+        check(plan(case.settings), {key: amount * case.count for key, amount in node.items()}, [node] * case.count)
+    except ResourceError as error:
+        return str(error)
+    return ""
+
+
+async def tried(case: Case, seconds: float) -> bool:
+    """Whether Ray gives the engines and learners their room."""
+    places = Places(case.settings, learners=True)
+    try:
+        await places.ready(seconds)
+    except StallError:
+        return False
+    finally:
+        places.release()
+    return True
+
+
+def main() -> None:
+    """One cluster a shape; print the table, then JSON."""
+    print("| plan | nodes | needs | predicted | Ray |\n|---|---|---|---|---|")
+    agreed = 0
+    shapes = list(dict.fromkeys((case.count, case.gpus, case.cpus) for case in CASES))
+    for count, gpus, cpus in shapes:
+        cluster = Cluster()
+        for _ in range(count):
+            cluster.add_node(num_cpus=cpus, num_gpus=gpus, include_dashboard=False, object_store_memory=80 << 20)
+        ray.init(address=cluster.address, log_to_driver=False)
+        for case in (one for one in CASES if (one.count, one.gpus, one.cpus) == (count, gpus, cpus)):
+            reason, asked = predicted(case), plan(case.settings)
+            room = asyncio.run(tried(case, 30.0 if not reason else 5.0))
+            agreed += room == (not reason)
+            told = "placed" if not reason else f"refused: {reason.partition(';')[0]}"
+            where = f"{len(nodes())} x {gpus} GPU, {cpus} CPU"
+            needs = f"{asked.gpus:g} GPU, {asked.cpus:g} CPU"
+            print(f"| {case.label} | {where} | {needs} | {told} | {'placed' if room else 'no room'} |", flush=True)
+        ray.shutdown()
+        cluster.shutdown()
+    print(json.dumps({"cases": len(CASES), "as_predicted": agreed}))
+
+
+if __name__ == "__main__":
+    main()

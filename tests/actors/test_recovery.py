@@ -1,0 +1,93 @@
+"""A run that is killed, stopped and resumed ends with the weights of one left alone, bit for bit. Real actors."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from subprocess import Popen
+from typing import Any
+
+import pytest
+
+from benchmarks import chaos
+
+pytestmark = [pytest.mark.nightly, pytest.mark.slow, pytest.mark.timeout(420)]
+STEPS = 5
+TOLD = (f"algorithm.steps={STEPS}", "learner.save_every=2")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("recovery")
+    chaos.make_inputs(place)
+    return place
+
+
+@contextlib.contextmanager
+def running(base: Path, name: str, *overrides: str) -> Iterator[tuple[Popen[str], Path]]:
+    folder = base / name
+    process = chaos.start(base, folder, *TOLD, *overrides)
+    try:
+        yield process, folder
+    finally:
+        process.kill()
+        process.wait(30)
+
+
+@pytest.fixture(scope="module")
+def calm(base: Path) -> Path:
+    """A run that nothing happens to."""
+    with running(base, "calm") as (process, folder):
+        assert process.wait(300) == 0, (folder / "output.txt").read_text()[-3000:]
+    return folder
+
+
+def content(folder: Path) -> list[dict[str, Any]]:
+    """The metrics without timings."""
+    return [{name: value for name, value in row.items() if not name.endswith("_s")} for row in chaos.rows(folder)]
+
+
+def test_killed_actors_come_back_and_nothing_is_lost_or_counted_twice(base: Path, calm: Path) -> None:
+    with running(base, "killed") as (process, folder):
+        for step, kind in ((1, "reward"), (2, "rollout"), (3, "learner")):
+            chaos.wait_for_step(process, folder, step)
+            chaos.strike(process, kind)
+        assert process.wait(300) == 0, (folder / "output.txt").read_text()[-3000:]
+    log = (folder / "run.log").read_text()
+    assert "love reward 0, start 2 is back" in log
+    assert "rollout 0, start 2 is back" in log
+    assert "all actors start again, the run goes on from the checkpoint of step 2" in log
+    assert content(folder) == content(calm)
+    assert chaos.digest(folder) == chaos.digest(calm)
+
+
+def test_a_stopped_run_keeps_a_checkpoint_and_its_resumption_ends_the_same(base: Path, calm: Path) -> None:
+    with running(base, "stopped", "learner.save_every=0") as (process, folder):
+        chaos.wait_for_step(process, folder, 2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 143
+    told = (folder / "output.txt").read_text()
+    assert "Traceback" not in told
+    assert "add --resume to the same command to go on" in told.strip().splitlines()[-1]
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert len(kept) == 1 and 2 <= int(kept[0].removeprefix("step-")) < STEPS
+    (folder / "checkpoints" / "step-9").mkdir()
+    with running(base, "stopped", f"run.resume={folder}") as (process, _):
+        assert process.wait(300) == 0, (folder / "output.txt").read_text()[-3000:]
+    log = (folder / "run.log").read_text()
+    assert f"going on after step {kept[0].removeprefix('step-')}" in log
+    assert "step-9 is left out: it has no complete.json" in log
+    assert content(folder) == content(calm)
+    assert chaos.digest(folder) == chaos.digest(calm)
+    assert json.loads((folder / "outcome.json").read_text()) == {"base": 4, "aligned": 4}
+
+
+def test_a_resumption_with_other_settings_is_refused_with_both_values(base: Path, calm: Path) -> None:
+    with running(base, "calm", f"run.resume={calm}", "learner.learning_rate=1e-4") as (process, folder):
+        assert process.wait(120) != 0
+    assert "learner.learning_rate (then 0.001, now 0.0001)" in (folder / "output.txt").read_text()
+    assert os.listdir(folder / "checkpoints")

@@ -1,0 +1,67 @@
+"""Members fitted without an epoch, calibrated and written together: no Ray and no DeepSpeed is needed for these."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from rluf.config.settings import Settings
+from rluf.engine.train_member import Splits, train_member
+from rluf.engine.train_reward import finish
+from rluf.errors import StallError
+from rluf.objectives.scorer import RewardModel
+from rluf.types import Message
+from tests.test_reward_training import COLD, WARM, write_data
+
+
+def _settings(cache: Path, **model: Any) -> Settings:
+    probe = {"backbone": "tiny", "probe": True, "epochs": 0, "frozen_share": 1, "max_tokens": 120, **model}
+    helpful = {**probe, "loss": "bradley_terry"}
+    tree = {"run": {"cache": str(cache)}, "reward": {"safety": probe, "love": probe, "helpfulness": helpful}}
+    return Settings.model_validate(tree)
+
+
+def _splits(data: Path, objective: str) -> Splits:
+    folder = data / objective
+    return Splits(*(pq.read_table(folder / f"{split}.parquet").to_pylist() for split in ("train", "dev")), folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("member") / "data", rows=160)
+
+
+def test_an_ensemble_of_probes_ranks_is_calibrated_and_has_a_card(data: Path, tmp_path: Path) -> None:
+    settings = _settings(tmp_path, layers=[1, 2])
+    members = [train_member(settings, "love", _splits(data, "love"), n, math.inf) for n in range(2)]
+    finish(settings, "love", data / "love", tmp_path / "out", members, time.monotonic(), True)
+    card = json.loads((tmp_path / "out" / "reward_card.json").read_text())
+    assert card["training"]["members"] == 2
+    assert card["training"]["best_epoch"] == 0
+    assert card["robustness"]["rows"] > 20
+    model = RewardModel.load(tmp_path / "out", batch_tokens=2048)
+    question: list[Message] = [{"role": "user", "content": "How was the day?"}]
+    warm, cold = (model.score([(question, text) for text in texts], "love") for texts in (WARM, COLD))
+    assert min(score.value for score in warm) > max(score.value for score in cold)
+    assert all(score.spread > 0 for score in warm)
+
+
+def test_a_probe_on_pairs_prefers_what_was_chosen(data: Path, tmp_path: Path) -> None:
+    settings = _settings(tmp_path, next_turn=True)
+    member = train_member(settings, "helpfulness", _splits(data, "helpfulness"), 0, math.inf)
+    finish(settings, "helpfulness", data / "helpfulness", tmp_path / "out", [member], time.monotonic(), False)
+    card = json.loads((tmp_path / "out" / "reward_card.json").read_text())
+    assert card["pair_accuracy"]["mean"] > 0.75
+    assert card["calibration"]["next_turn"] is True
+    assert RewardModel.load(tmp_path / "out", batch_tokens=512).encoder.next_turn
+
+
+def test_a_passed_deadline_stops_the_probe(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(StallError, match="deadline_s"):
+        train_member(_settings(tmp_path), "safety", _splits(data, "safety"), 0, 0.0)
