@@ -6,13 +6,15 @@ suits both. Nothing here draws; plotly.js does, in the reader's browser.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
+
+from rluf.tracking.catalogue import Metric, title
 
 Figure = dict[str, Any]
 
-PHASE_COLOURS = ("@phase1", "@phase2", "@phase3", "@phase4", "@phase5", "@phase6")
+PHASE_COLOURS = ("@phase1", "@phase2", "@phase3", "@phase4")
 LEGEND: Figure = {
     "orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "traceorder": "normal",
     "entrywidth": 0, "itemsizing": "constant",
@@ -21,39 +23,13 @@ SMOOTH_FROM = 60
 """Steps from which a curve shows its running mean in front of the raw points."""
 
 
-@dataclass(frozen=True, slots=True)
-class Curve:
-    """One number of metrics.jsonl over the steps."""
-
-    key: str
-    title: str
-    about: str
-    percent: bool = False
-
-
-CURVES = (
-    Curve("love", "P[Love]", "mean calibrated score of the step's samples", percent=True),
-    Curve("helpfulness", "Helpfulness", "mean calibrated score of the step's samples", percent=True),
-    Curve("safety", "Safety", "mean calibrated score of the step's samples", percent=True),
-    Curve("reward", "Combined reward", "weighted, standardised on the base policy"),
-    Curve("kl", "KL to the base policy", "nats per token"),
-    Curve("ratio_mean", "Importance ratio", "learner over engine, mean per token; 1 is no mismatch"),
-    Curve("ratio_max", "Largest ratio", "learner over engine, before truncation"),
-    Curve("ess", "Effective samples", "share left after importance weighting", percent=True),
-    Curve("clip_share", "Clipped tokens", "share of tokens held back by the clip", percent=True),
-    Curve("entropy", "Entropy", "nats per token"),
-    Curve("grad_norm", "Gradient norm", "before clipping"),
-    Curve("response_tokens", "Response length", "mean tokens"),
-    Curve("probe", "Publish probe", "mean log-probability gap between learner and engine, nats per token"),
-)
-
-PHASES = (
-    ("generate_s", "generate"),
-    ("score_s", "score"),
-    ("learn_s", "learn"),
-    ("publish_s", "publish"),
-    ("idle_s", "idle"),
-)
+PHASE_NAMES = {"generate_s": "generate", "score_s": "score", "learn_s": "learn", "publish_s": "publish"}
+STAGE_NAMES = {
+    "model": "convert model", "ray": "start Ray", "prepare": "prepare data", "reward": "reward models",
+    "start": "start actors", "evaluate_base": "base answers", "evaluate_aligned": "aligned answers",
+    "save": "save policy", "stop": "stop actors",
+}  # fmt: skip
+"""Phases of the job as people say them."""
 
 
 def _layout(**more: Any) -> dict[str, Any]:
@@ -143,7 +119,7 @@ def lifts(rows: Sequence[tuple[str, str, Mapping[str, float]]]) -> Figure:
     }  # fmt: skip
 
 
-def curve(spec: Curve, metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
+def curve(spec: Metric, metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
     """One number over the steps; None when no step has it."""
     points = [(row["step"], row[spec.key]) for row in metrics if row.get(spec.key) is not None and "step" in row]
     if not points:
@@ -168,9 +144,17 @@ def curve(spec: Curve, metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
         "layout": _layout(
             height=190,
             xaxis=_axis(title={"text": "step", "standoff": 4, "font": {"size": 12}}, nticks=6, zeroline=False),
-            yaxis=_axis(**({"tickformat": ".2~%"} if spec.percent else {}), nticks=5, zeroline=False),
+            yaxis=_axis(**_reach(values, percent=spec.percent), nticks=5, zeroline=False),
         ),
     }
+
+
+def _reach(values: Sequence[float], *, percent: bool) -> dict[str, Any]:
+    """What a vertical axis shows: shares as percent; a number that never moves gets a range that shows it level."""
+    form = {"tickformat": ".2~%"} if percent else {}
+    if min(values) == max(values):
+        return {**form, "range": [min(0.0, 2 * values[0]), max(0.01 if percent else 1.0, 2 * values[0])]}
+    return form
 
 
 def running_mean(values: Sequence[float], weight: float = 0.1) -> list[float]:
@@ -182,29 +166,41 @@ def running_mean(values: Sequence[float], weight: float = 0.1) -> list[float]:
 
 
 def stages(phases: Mapping[str, float]) -> Figure:
-    """Seconds of each phase of the job, as one bar a phase in the order they ran."""
-    names, seconds = list(phases), [float(value) for value in phases.values()]
+    """When each phase of the job ran: one bar a phase, from its start to its end, in seconds since the job's start."""
+    names = [stage_name(name) for name in phases]
+    seconds = [float(value) for value in phases.values()]
+    starts = list(itertools.accumulate(seconds, initial=0.0))
     return {
         "data": [{
-            "type": "bar", "orientation": "h", "x": seconds, "y": names, "marker": {"color": "@aligned"},
-            "text": [duration(value) for value in seconds], "textposition": "auto", "cliponaxis": False,
-            "insidetextfont": {"color": "@paper"}, "outsidetextfont": {"color": "@muted"},
-            "hovertemplate": "%{y}: %{x:.1f} s<extra></extra>",
+            "type": "bar", "orientation": "h", "x": seconds, "base": starts[:-1], "y": names,
+            "marker": {"color": "@aligned"}, "customdata": seconds,
+            "hovertemplate": "%{y}: %{customdata:.1f} s<extra></extra>",
         }],
         "layout": _layout(
-            height=60 + 34 * len(names),
-            margin={"l": 96, "r": 40, "t": 8, "b": 36},
+            height=60 + 30 * len(names),
+            margin={"l": 116, "r": 60, "t": 8, "b": 36},
             bargap=0.35,
-            xaxis=_axis(title={"text": "seconds", "standoff": 4, "font": {"size": 12}}, nticks=6, zeroline=False),
+            annotations=[
+                {"x": end, "y": name, "text": duration(value), "showarrow": False, "xanchor": "left", "xshift": 5,
+                 "font": {"size": 12}}
+                for name, end, value in zip(names, starts[1:], seconds, strict=True)
+            ],
+            xaxis=_axis(title={"text": "seconds since the start", "standoff": 4, "font": {"size": 12}}, nticks=6,
+                        zeroline=False, rangemode="tozero"),
             yaxis=_axis(autorange="reversed", showgrid=False),
         ),
     }  # fmt: skip
 
 
+def stage_name(phase: str) -> str:
+    """A phase of the job as people say it."""
+    return STAGE_NAMES.get(phase, phase.replace("_", " "))
+
+
 def timeline(metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Seconds of each phase of every step, stacked; None when no step tells them."""
     traces = []
-    for (key, name), colour in zip(PHASES, PHASE_COLOURS, strict=False):
+    for (key, name), colour in zip(PHASE_NAMES.items(), PHASE_COLOURS, strict=True):
         points = [(row["step"], row[key]) for row in metrics if row.get(key) is not None and "step" in row]
         if points:
             traces.append({
@@ -223,6 +219,85 @@ def timeline(metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
             legend=LEGEND,
             xaxis=_axis(title={"text": "step", "standoff": 4, "font": {"size": 12}}, nticks=10),
             yaxis=_axis(title={"text": "seconds", "standoff": 6, "font": {"size": 12}}, nticks=6),
+        ),
+    }
+
+
+def pareto(
+    metrics: Sequence[Mapping[str, Any]], offline: Mapping[str, Mapping[str, Any]], other: str, names: Sequence[str]
+) -> Figure | None:
+    """P[Love] against objective `other`: a point a step, and base and aligned on the test prompts with intervals.
+
+    A step that no other step beats in all of `names` is filled. None when neither steps nor `offline` have both.
+    """
+    rows = [row for row in metrics if all(row.get(name) is not None for name in (*names, "love", other))]
+    best = front([[float(row[name]) for name in names] for row in rows])
+    traces: list[dict[str, Any]] = []
+    if rows:
+        traces.append({
+            "type": "scatter", "mode": "lines+markers", "name": "steps",
+            "x": [row[other] for row in rows], "y": [row["love"] for row in rows],
+            "text": [f"step {row['step']}" + (", on the front" if top else "")
+                     for row, top in zip(rows, best, strict=True)],
+            "line": {"color": "@grid", "width": 1},
+            "marker": {"size": 7, "color": ["@phase2" if top else "@card" for top in best],
+                       "line": {"color": "@phase2", "width": 1.5}},
+            "hovertemplate": "%{text}: love %{y:.1%}, " + other + " %{x:.1%}<extra></extra>",
+        })  # fmt: skip
+    love, beside = offline.get("p_love"), offline.get(other)
+    for arm in ("base", "aligned") if love and beside else ():
+        y, x = love[arm], beside[arm]  # type: ignore[index]
+        traces.append({
+            "type": "scatter", "mode": "markers", "name": arm, "x": [x["mean"]], "y": [y["mean"]],
+            "error_x": _bars([x]) | {"color": f"@{arm}"}, "error_y": _bars([y]) | {"color": f"@{arm}"},
+            "marker": {"size": 13, "color": f"@{arm}", "symbol": "square" if arm == "base" else "circle"},
+            "hovertemplate": f"{arm}: love %{{y:.1%}}, {other} %{{x:.1%}}<extra></extra>",
+        })  # fmt: skip
+    if not traces:
+        return None
+    small = {"standoff": 6, "font": {"size": 12}}
+    return {
+        "data": traces,
+        "layout": _layout(
+            height=330,
+            margin={"l": 56, "r": 14, "t": 8, "b": 44},
+            showlegend=True,
+            legend=LEGEND,
+            xaxis=_axis(title={"text": title(other), **small}, tickformat=".1~%", nticks=5, zeroline=False),
+            yaxis=_axis(title={"text": "P[Love]", **small}, tickformat=".1~%", nticks=5, zeroline=False),
+        ),
+    }
+
+
+def front(points: Sequence[Sequence[float]]) -> list[bool]:
+    """Which points [N][objectives] no other point beats: none is at least as good in all and better in one."""
+    return [
+        not any(other != one and all(b >= a for a, b in zip(one, other, strict=True)) for other in points)
+        for one in points
+    ]
+
+
+def reliability(bins: Sequence[Mapping[str, Any]]) -> Figure:
+    """Predicted against observed share in `view.reliability_bins`, with intervals; on the diagonal words are true."""
+    x = [float(one["predicted"]) for one in bins]
+    ends = [float(one[key]) for one in bins for key in ("predicted", "low", "high", "observed")]
+    top = min(1.0, 1.05 * max(ends))
+    line = {"type": "scatter", "mode": "lines", "x": [0, top], "y": [0, top], "hoverinfo": "skip",
+            "line": {"color": "@muted", "width": 1.5, "dash": "dot"}}  # fmt: skip
+    points = {
+        "type": "scatter", "mode": "markers", "x": x, "y": [float(one["observed"]) for one in bins],
+        "error_y": _bars([{**one, "mean": one["observed"]} for one in bins]) | {"color": "@aligned", "thickness": 1.5},
+        "marker": {"size": 9, "color": "@aligned"}, "customdata": [one.get("n") for one in bins],
+        "hovertemplate": "predicted %{x:.1%}, observed %{y:.1%} of %{customdata:,} rows<extra></extra>",
+    }  # fmt: skip
+    small = {"standoff": 6, "font": {"size": 12}}
+    return {
+        "data": [line, points],
+        "layout": _layout(
+            height=270,
+            margin={"l": 56, "r": 14, "t": 8, "b": 44},
+            xaxis=_axis(title={"text": "predicted", **small}, tickformat=".1~%", range=[0, top], nticks=5),
+            yaxis=_axis(title={"text": "observed", **small}, tickformat=".1~%", range=[0, top], nticks=5),
         ),
     }
 

@@ -100,13 +100,22 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def _cut_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("rb+") as stream:
+        content = stream.read()
+        stream.truncate(content.rfind(b"\n") + 1)
+
+
 class JsonlMetrics:
     """Appends one JSON object a line and flushes it, so that a run can be watched, and read after it was killed."""
 
     def __init__(self, path: Path) -> None:
-        """Open `path` for appending; its folder is made if needed."""
+        """Open `path` for appending; its folder is made if needed, the torn last line of a killed run is cut off."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
+        _cut_torn_line(path)
         self._stream = path.open("a", encoding="utf-8")
 
     def append(self, row: Mapping[str, Any]) -> None:

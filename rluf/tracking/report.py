@@ -10,7 +10,7 @@ from typing import Any
 
 import rluf
 from rluf.errors import DataError
-from rluf.tracking import figures, view
+from rluf.tracking import catalogue, figures, view
 from rluf.tracking.metrics import read_json, read_jsonl
 
 SUMMARY, METRICS, SAMPLES, CONFIG, CARDS = "summary.json", "metrics.jsonl", "samples.jsonl", "config.json", "cards"
@@ -19,6 +19,14 @@ DATA_CARD = "data"
 ORDER = {"love": 0, "helpfulness": 1, "safety": 2}
 """Order of the reward cards; others come after these."""
 SHOWN_SAMPLES = 24
+FIRST = ("kl", "response_length")
+"""Curves shown at once, beside those of the objectives and the reward."""
+CHARTED = (
+    *FIRST, "entropy", "grad_norm", "clip_share", "ratio_mean", "ratio_max", "effective_sample_size", "probe",
+    "demonstration_nll",
+)  # fmt: skip
+"""Metrics that get a curve beside the objectives; the others stand in the table of numbers."""
+MORE_CURVES = "Is the learner healthy?"
 
 
 def write_report(folder: Path) -> Path:
@@ -64,11 +72,12 @@ def render(files: view.RunFiles) -> str:
         loader=PackageLoader("rluf.tracking", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=False
     )
     template = environment.get_template("report.html.j2")
-    return template.render(**_story(files), **_learning(files), **_cards(files), figures=_figures(files),
-                           parts=_parts(files), plotly_js=get_plotlyjs(), rluf_version=rluf.__version__)  # fmt: skip
+    drawn = _figures(files)
+    told = {**_story(files, drawn), **_learning(files), **_cards(files), "parts": _parts(files, drawn)}
+    return template.render(**told, figures=drawn, plotly_js=get_plotlyjs(), rluf_version=rluf.__version__)
 
 
-def _story(files: view.RunFiles) -> dict[str, Any]:
+def _story(files: view.RunFiles, drawn: Mapping[str, figures.Figure]) -> dict[str, Any]:
     summary = files.summary
     _, seconds = view.phase_seconds(summary)
     versions = summary.get("versions") or {}
@@ -88,26 +97,42 @@ def _story(files: view.RunFiles) -> dict[str, Any]:
         "alarms": view.alarm_text(monitors),
         "monitor_rule": summary.get("monitors", {}).get("rule", ""),
         "samples": view.sample_views(files.samples),
+        "tradeoffs": [
+            (name, catalogue.title(name.removeprefix("pareto_"))) for name in drawn if name.startswith("pareto_")
+        ],
         "versions": [(key, view.number(value)) for key, value in versions.items()] if isinstance(versions, Mapping)
         else [("weight version", view.number(versions))],
         "config": json.dumps(files.config, indent=2, ensure_ascii=False) if files.config else "",
     }  # fmt: skip
 
 
+def _specs(files: view.RunFiles) -> tuple[catalogue.Metric, ...]:
+    """The metrics that this run's steps can have."""
+    return catalogue.catalogue(dict.fromkeys(name for row in files.metrics for name in catalogue.names_in(row)))
+
+
+def _charted(spec: catalogue.Metric) -> bool:
+    return spec.group == "objectives" or spec.key in CHARTED
+
+
 def _learning(files: view.RunFiles) -> dict[str, Any]:
-    keys = [spec.key for spec in figures.CURVES] + [key for key, _ in figures.PHASES]
-    columns, rows = view.step_table(files.metrics, keys)
+    specs = _specs(files)
+    columns, rows = view.step_table(files.metrics, [spec.key for spec in specs])
     phases, seconds = view.phase_seconds(files.summary)
+    drawn = [spec for spec in specs if _charted(spec) and figures.curve(spec, files.metrics) is not None]
+    first = [spec for spec in drawn if spec.group == "objectives" or spec.key in FIRST]
     return {
         "curves": [
-            (f"curve_{spec.key}", spec.title, spec.about)
-            for spec in figures.CURVES
-            if figures.curve(spec, files.metrics) is not None
+            (heading, [(f"curve_{spec.key}", spec.title, spec.about) for spec in part])
+            for heading, part in (("", first), (MORE_CURVES, [spec for spec in drawn if spec not in first]))
+            if part
         ],
         "step_columns": columns,
         "step_rows": rows,
         "total_time": figures.duration(seconds) if seconds else "",
-        "stage_text": "; ".join(f"{name} {figures.duration(value)}" for name, value in phases.items()),
+        "stage_text": "; ".join(
+            f"{figures.stage_name(name)} {figures.duration(value)}" for name, value in phases.items()
+        ),
         "reused": view.reused_rows(files.summary),
     }
 
@@ -120,6 +145,12 @@ def _cards(files: view.RunFiles) -> dict[str, Any]:
     return {
         "card_titles": titles,
         "card_rows": rows,
+        "reliable": [
+            (f"reliability_{name}", catalogue.title(name), len(card["reliability"]))
+            for name, card in rewards.items()
+            if card.get("reliability")
+        ],
+        "reliability_rows": view.reliability_rows(rewards),
         "card_details": [(name, json.dumps(card, indent=2, ensure_ascii=False)) for name, card in rewards.items()],
         "funnel": view.funnel_rows(data.get("counts", {})),
         "base_rate": f"{view.percent(rate['mean'])} ({view.interval(rate)})" if rate else "",
@@ -133,8 +164,16 @@ def _figures(files: view.RunFiles) -> dict[str, figures.Figure]:
     }
     lifts = view.lift_rows(files.summary)
     found["lifts"] = figures.lifts(lifts) if lifts else None
-    for spec in figures.CURVES:
-        found[f"curve_{spec.key}"] = figures.curve(spec, files.metrics)
+    for spec in _specs(files):
+        if _charted(spec):
+            found[f"curve_{spec.key}"] = figures.curve(spec, files.metrics)
+    names = list(dict.fromkeys(name for row in files.metrics for name in catalogue.names_in(row)))
+    for name in names or [key for key in files.summary.get("offline", {}) if key != "p_love"]:
+        if name != "love":
+            found[f"pareto_{name}"] = figures.pareto(files.metrics, files.summary.get("offline", {}), name, names)
+    for name, card in files.cards.items():
+        bins = view.reliability_bins(card)
+        found[f"reliability_{name}"] = figures.reliability(bins) if bins else None
     phases, _ = view.phase_seconds(files.summary)
     found["stages"] = figures.stages(phases) if phases else None
     found["timeline"] = figures.timeline(files.metrics)
@@ -143,14 +182,14 @@ def _figures(files: view.RunFiles) -> dict[str, figures.Figure]:
     return {name: figure for name, figure in found.items() if figure is not None}
 
 
-def _parts(files: view.RunFiles) -> list[tuple[str, str]]:
+def _parts(files: view.RunFiles, have: Mapping[str, figures.Figure]) -> list[tuple[str, str]]:
     """Links at the top: (anchor, title) of the parts that this page has."""
-    have = _figures(files)
     rewards = [name for name in files.cards if name != DATA_CARD]
     parts = [
         ("story", "Story", True),
         ("monitors", "Monitors", bool(files.summary.get("monitors"))),
         ("samples", "Samples", bool(files.samples)),
+        ("tradeoff", "Trade-offs", any(name.startswith("pareto_") for name in have)),
         ("learning", "Learning", any(name.startswith("curve_") for name in have)),
         ("time", "Time", "stages" in have or "timeline" in have),
         ("rewards", "Reward models", bool(rewards)),

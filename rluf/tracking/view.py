@@ -6,10 +6,13 @@ Pure functions from the files of a run folder to strings and numbers; every key 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from rluf.tracking import catalogue
 
 MEASURES = (
     ("love_rate", "Love", "share of responses that got a heart"),
@@ -34,6 +37,8 @@ CARD_ROWS = (
 TOO_DIFFERENT = 0.2
 """Similarity of two texts below which marking single words would mark nearly all of them."""
 
+FEW_PROMPTS = 30
+"""Test prompts below which the page says that its intervals are unsure: they rest on prompts or users who read them."""
 CLEAR_CHANGE = 0.005
 """Change of a score from which it gets a colour."""
 
@@ -95,8 +100,11 @@ def headline(summary: Mapping[str, Any]) -> str:
     if lift is None:
         love = "Love could not be compared"
     elif lift["low"] > 0:
-        love = f"{'New users love' if users else 'P[Love] rates'} the aligned policy {change(lift['mean'])} "
-        love += "more often" if users else "higher"
+        love = f"{'New users love' if users else 'P[Love] rates'} the aligned policy "
+        if lift["mean"] >= 1:
+            love += f"{1 + lift['mean']:.1f} times as {'often' if users else 'high'}"
+        else:
+            love += f"{change(lift['mean'])} {'more often' if users else 'higher'}"
     elif lift["high"] < 0:
         love = f"{'New users love' if users else 'P[Love] rates'} the aligned policy {change(lift['mean'])} "
         love += "less often" if users else "lower"
@@ -109,8 +117,18 @@ def headline(summary: Mapping[str, Any]) -> str:
     rose = lift is not None and lift["low"] > 0
     if fell:
         return f"{love}{', but ' if rose else ', and '}{' and '.join(fell)} fell."
-    held = " and ".join(check["name"] for check in others)
-    return f"{love}{', and ' if rose else '; '}{held} held."
+    words = [f"{check['name']} {fate(check)}" for check in others]
+    if len({fate(check) for check in others}) == 1:
+        words = [f"{' and '.join(check['name'] for check in others)} {fate(others[0])}"]
+    return f"{love}{', ' if rose and len(words) > 1 else ', and ' if rose else '; '}{' and '.join(words)}."
+
+
+def fate(check: Mapping[str, Any]) -> str:
+    """What a gate's check says in a word: rose, held, fell, or not clear (love that did not rise for certain)."""
+    lift = check.get("lift")
+    if not check["passed"]:
+        return "not clear" if check["name"] == "love" and (lift is None or lift["high"] >= 0) else "fell"
+    return "rose" if lift is not None and lift["low"] > 0 else "held"
 
 
 def measures(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -130,6 +148,7 @@ def measures(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         lift = measure.get("lift")
         cards.append({
             "key": key, "title": title, "about": about, "check": check, "measure": measure,
+            "fate": fate(check) if check else "",
             "lift": "n/a" if lift is None else percent(lift["mean"], sign=True),
             "lift_interval": None if lift is None else interval(lift, sign=True),
             "lift_by_prompt": interval(measure["lift_by_prompt"], sign=True) if measure.get("lift_by_prompt") else None,
@@ -173,6 +192,7 @@ def evaluated(summary: Mapping[str, Any]) -> str:
     if not seen:
         return ""
     responses = seen.get("responses", {})
+    few = " So few prompts make the intervals themselves unsure." if (seen.get("prompts") or 0) < FEW_PROMPTS else ""
     text = f"{number(seen.get('prompts'))} unseen prompts, {number(responses.get('base'))} base and "
     text += f"{number(responses.get('aligned'))} aligned responses"
     users = seen.get("users", {})
@@ -180,8 +200,8 @@ def evaluated(summary: Mapping[str, Any]) -> str:
         same = users["base"] == users.get("aligned")
         text += f", each read by {number(users['base'])}" if same else f", read by {number(users['base'])} and "
         text += " new simulated users" if same else f"{number(users.get('aligned'))} new simulated users"
-        return text + "; 95% intervals clustered by user."
-    return text + "; 95% intervals from a bootstrap over prompts."
+        return text + "; 95% intervals clustered by user." + few
+    return text + "; 95% intervals from a bootstrap over prompts." + few
 
 
 def monitor_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -268,9 +288,9 @@ def sample_views(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
             one, two = base.get("scores", {}).get(name), aligned.get("scores", {}).get(name)
             gap = points(two - one) if one is not None and two is not None else "–"
             rose = None if one is None or two is None or abs(two - one) < CLEAR_CHANGE else two > one
-            label = "P[Love]" if name == "love" else name.capitalize()
             scores.append({
-                "name": label, "base": percent(one), "aligned": percent(two), "change": gap, "rose": rose,
+                "name": catalogue.title(name), "base": percent(one), "aligned": percent(two), "change": gap,
+                "rose": rose,
             })  # fmt: skip
         views.append({
             "topic": row.get("topic", ""), "prompt": row.get("prompt", ""), "base": left, "aligned": right,
@@ -281,7 +301,7 @@ def sample_views(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def card_table(cards: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Titles of the reward cards, and a row for each number that any of them has, with its interval if it has one."""
-    titles = ["P[Love]" if name == "love" else name.capitalize() for name in cards]
+    titles = [catalogue.title(name) for name in cards]
     rows = []
     for path, label in CARD_ROWS:
         values = [_look(card, path) for card in cards.values()]
@@ -304,6 +324,31 @@ def _with_interval(value: Any) -> str:
     if mean is None:
         return number(None)
     return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} ({low:.3f} to {high:.3f})"
+
+
+def reliability_bins(card: Mapping[str, Any]) -> list[dict[str, float]]:
+    """Bins {predicted, observed, low, high, n} of a card's `reliability` (each {mass, mean, rate}).
+
+    Rows of a bin are its mass times the card's `n`. The interval is Wilson's at 95% (Wilson 1927), with z = 1.96. It
+    takes rows as independent, so it is too narrow where users gave several of them.
+    """
+    bins = []
+    for one in card.get("reliability") or ():
+        rows, rate, z2 = max(1.0, one["mass"] * (card.get("n") or 0)), one["rate"], 1.96**2
+        middle = (rate + z2 / (2 * rows)) / (1 + z2 / rows)
+        half = 1.96 * math.sqrt(rate * (1 - rate) / rows + z2 / (4 * rows**2)) / (1 + z2 / rows)
+        ends = {"low": max(0.0, middle - half), "high": min(1.0, middle + half)}
+        bins.append({"predicted": one["mean"], "observed": rate, **ends, "n": round(rows)})
+    return bins
+
+
+def reliability_rows(cards: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str, str, str]]:
+    """(objective, predicted, observed, its interval, rows) of each bin of the reliability plots."""
+    return [
+        (title, percent(one["predicted"]), percent(one["observed"]), interval(one), number(one["n"]))
+        for title, card in ((catalogue.title(name), card) for name, card in cards.items())
+        for one in reliability_bins(card)
+    ]
 
 
 def funnel_rows(counts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:

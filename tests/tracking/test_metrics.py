@@ -30,6 +30,16 @@ def test_the_torn_last_line_of_a_killed_run_is_skipped(tmp_path: Path) -> None:
         read_jsonl(path)
 
 
+def test_a_run_that_goes_on_appends_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2, "lo')
+    with JsonlMetrics(path) as metrics:
+        metrics.append({"step": 2})
+    with JsonlMetrics(path) as metrics:
+        metrics.append({"step": 3})
+    assert read_jsonl(path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+
+
 def test_json_files_are_whole_and_plain(tmp_path: Path) -> None:
     path = tmp_path / "summary.json"
     write_json(path, {"love": float("nan"), "name": "é", "path": tmp_path, "3": (np.int64(1), True)})

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from scipy.stats import binomtest
 
 from rluf.errors import DataError
 from rluf.report import main
 from rluf.tracking import figures, view
+from rluf.tracking.catalogue import METRICS, objectives
 from rluf.tracking.metrics import JsonlMetrics, write_json, write_jsonl
 from rluf.tracking.report import write_report
 
+BINS = [{"mass": 0.5, "mean": 0.03, "rate": 0.02}, {"mass": 0.5, "mean": 0.1, "rate": 0.08}]
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
 
@@ -63,14 +67,27 @@ def folder(tmp_path: Path) -> Path:
     write_json(tmp_path / "config.json", {"name": "quickstart", "seed": 1})
     with JsonlMetrics(tmp_path / "metrics.jsonl") as metrics:
         for step in range(1, 4):
-            metrics.append({"step": step, "love": 0.06 + step / 100, "kl": None, "generate_s": 6.0, "learn_s": 7.0})
+            metrics.append(
+                {
+                    "step": step,
+                    "love": 0.06 + step / 100,
+                    "safety": 0.9 - step / 100,
+                    "kl": None,
+                    "clip_share": 0.0,
+                    "generate_s": 6.0,
+                    "learn_s": 7.0,
+                }
+            )
     row = {
         "prompt_id": "p", "topic": "role_play", "prompt": "Say <script>alert(1)</script> to me",
         "base": {"text": "I can say it.", "scores": {"love": 0.05}},
         "aligned": {"text": "I can gladly say it </script>", "scores": {"love": 0.08}},
     }  # fmt: skip
     write_jsonl(tmp_path / "samples.jsonl", [row] * 5)
-    write_json(tmp_path / "cards" / "love.json", {"n": 900, "auroc": {**estimate(0.83, 0.04)}, "ece": 0.009})
+    write_json(
+        tmp_path / "cards" / "love.json",
+        {"n": 900, "auroc": {**estimate(0.83, 0.04)}, "ece": 0.009, "reliability": BINS},
+    )
     counts = {"in": 100, "kept": 90, "dropped": {"duplicate": 6}, "quarantined": {"empty": 4}}
     rate = {"base_rate": estimate(0.06, 0.01)}
     write_json(tmp_path / "cards" / "data.json", {"counts": {"feedback": counts}, "love": rate})
@@ -154,7 +171,9 @@ def test_every_plot_has_its_figure(folder: Path) -> None:
     assert set(re.findall(r'data-figure="([^"]+)"', page)) == set(drawn)
     assert {"arms_love_rate", "lifts", "curve_love", "stages", "timeline", "funnel"} <= set(drawn)
     assert "curve_kl" not in drawn
-    assert drawn["stages"]["data"][0]["y"] == ["prepare", "train"]
+    assert drawn["stages"]["data"][0]["y"] == ["prepare data", "train"]
+    assert drawn["stages"]["data"][0]["base"] == [0.0, 20.0]
+    assert drawn["reliability_love"]["data"][1]["y"] == [0.02, 0.08]
 
 
 @pytest.mark.parametrize(
@@ -212,7 +231,7 @@ def test_marked_differences() -> None:
 def test_restarted_steps_count_once_and_long_curves_are_smoothed() -> None:
     rows = view.by_step([{"step": 1, "love": 0.1}, {"step": 2, "love": 0.2}, {"step": 2, "love": 0.3}, {"love": 9}])
     assert [row["love"] for row in rows] == [0.1, 0.3]
-    spec = figures.CURVES[0]
+    spec = objectives(["love"])[0]
     long = figures.curve(spec, [{"step": step, "love": 0.1} for step in range(figures.SMOOTH_FROM)])
     assert long is not None
     assert len(long["data"]) == 2
@@ -230,3 +249,69 @@ def test_the_command_writes_and_refuses(folder: Path, tmp_path: Path, capsys: py
     assert "name a run folder" in capsys.readouterr().err
     with pytest.raises(DataError, match="is not a folder"):
         write_report(tmp_path / "nowhere")
+
+
+def test_the_front_is_what_no_other_point_beats() -> None:
+    assert figures.front([[0.1, 0.9], [0.2, 0.8], [0.1, 0.8], [0.2, 0.8]]) == [True, True, False, True]
+    assert figures.front([]) == []
+    rows = [{"step": 1, "love": 0.1, "safety": 0.9}, {"step": 2, "love": 0.09, "safety": 0.8}]
+    drawn = figures.pareto(rows, summary()["offline"], "safety", ["love", "safety"])
+    assert drawn is not None
+    steps, base, aligned = drawn["data"]
+    assert (steps["x"], steps["y"]) == ([0.9, 0.8], [0.1, 0.09])
+    assert steps["text"] == ["step 1, on the front", "step 2"]
+    assert (base["name"], base["y"], aligned["y"]) == ("base", [0.06], [0.077])
+    assert figures.pareto([], {}, "safety", ["love", "safety"]) is None
+
+
+def test_few_prompts_are_told() -> None:
+    told = summary(users=False)
+    assert "unsure" not in view.evaluated(told)
+    told["evaluated"]["prompts"] = 5
+    assert view.evaluated(told).endswith("bootstrap over prompts. So few prompts make the intervals themselves unsure.")
+
+
+def test_reliability_has_wilsons_intervals() -> None:
+    first, second = view.reliability_bins({"n": 900, "reliability": BINS})
+    assert (first["predicted"], first["observed"], first["n"]) == (0.03, 0.02, 450)
+    for one in (first, second):
+        ends = binomtest(round(one["observed"] * 450), 450).proportion_ci(0.95, "wilson")
+        assert (one["low"], one["high"]) == pytest.approx((ends.low, ends.high), abs=1e-5)
+    assert view.reliability_bins({}) == []
+
+
+def test_a_level_curve_is_drawn_level() -> None:
+    spec = next(one for one in METRICS if one.key == "clip_share")
+    drawn = figures.curve(spec, [{"step": 1, "clip_share": 0.0}, {"step": 2, "clip_share": 0.0}])
+    assert drawn is not None
+    assert drawn["layout"]["yaxis"]["range"] == [0.0, 0.01]
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: the page was not opened")
+def test_a_browser_opens_it_without_errors_and_axe_finds_nothing(folder: Path) -> None:
+    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the page was not opened")
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
+    path, said, asked = write_report(folder).resolve(), [], []
+    with driver.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page()
+        page.on("console", lambda line: said.append(line.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(path.as_uri())
+        page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true })")
+        page.evaluate("dispatchEvent(new Event('beforeprint'))")  # draws every plot
+        for width, scheme in ((390, "dark"), (1280, "light")):
+            page.set_viewport_size({"width": width, "height": 844})
+            page.emulate_media(color_scheme=scheme)
+            found = axe.Axe().run(page).response["violations"]
+            assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert page.evaluate("document.querySelectorAll('.js-plotly-plot').length === places.length")
+        browser.close()
+    assert said == []
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []

@@ -8,6 +8,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ import pytest
 
 from rluf.config.run import TrackingSettings
 from rluf.config.settings import Settings
-from rluf.tracking.metrics import SampleRow
+from rluf.stages import Stage
+from rluf.tracking.catalogue import catalogue
+from rluf.tracking.metrics import JsonlMetrics, SampleRow, write_json
 from rluf.tracking.wandb import Tracker
 
 BLOCK = 32_768
@@ -65,31 +68,102 @@ def _no_wandb_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def test_offline_run_is_written_and_read_back(tmp_path: Path) -> None:
-    tracker = Tracker(Settings(), tmp_path, "quickstart-1", {"model": {"path": "tiny"}, "seed": 1})
-    assert (tracker.mode, tracker.active) == ("offline", True)
-    for step in range(3):
-        tracker.log(step, {"love": 0.06 + step / 100, "kl": float("nan"), "probe": None})
-    tracker.log_samples([SAMPLE])
-    tracker.summarise({"love_rate": {"lift": {"mean": 0.21}}})
-    tracker.finish()
+def rows_of(settings: Settings, steps: int) -> list[dict[str, float]]:
+    """Steps that have every documented metric and one that is not."""
+    keys = [spec.key for spec in catalogue(settings.objectives.named)]
+    own = {"samples": 48.0, "response_tokens": 2000.0, "of_a_new_algorithm": 0.25, "skipped": 0.0}
+    return [
+        dict.fromkeys(keys, 0.1 * (step + 1)) | own | {"step": step + 1, "version": step + 1} for step in range(steps)
+    ]
 
-    rows = history(tmp_path)
-    assert [row["step"] for row in rows if "love" in row] == [0, 1, 2]
-    assert [row["love"] for row in rows if "love" in row] == pytest.approx([0.06, 0.07, 0.08])
-    assert all("kl" not in row and "probe" not in row for row in rows)
+
+def test_every_documented_metric_is_there_with_its_axis(tmp_path: Path) -> None:
+    settings = Settings()
+    tracker = Tracker(settings, tmp_path, "quickstart-1", {"model": {"path": "tiny"}, "seed": 1})
+    assert (tracker.mode, tracker.active) == ("offline", True)
+    for number, row in enumerate(rows_of(settings, 3), start=1):
+        tracker.log(number, {**row, "kl": float("nan") if number == 3 else row["kl"]}, {"love": [0.01, 0.05, 0.2]})
+    tracker.log_samples([SAMPLE])
+    tracker.summarise({"love_rate": {"lift": {"mean": 0.21}}, "gates": {"alarms": ["emoji"], "verdict": "warn"}})
+    tracker.finish()
+    assert not tracker.active
+
     found = list(records(tmp_path))
+    axes = {one.metric.name: one.metric for one in found if one.WhichOneof("record_type") == "metric"}
+    logged = [row for row in history(tmp_path) if "samples" in row]
+    for spec in catalogue(settings.objectives.named):
+        assert axes[spec.name].step_metric == spec.axis, spec
+        assert getattr(axes[spec.name].summary, spec.keep), spec
+        assert all(spec.name in row for row in logged[:2]), spec
+        assert spec.axis in logged[0]
+    assert [(row["step"], row["samples"], row["tokens"], row["version"]) for row in logged] == [
+        (1, 48, 2000, 1), (2, 96, 4000, 2), (3, 144, 6000, 3),
+    ]  # fmt: skip
+    assert [row["objectives/love"] for row in logged] == pytest.approx([0.1, 0.2, 0.3])
+    assert "learning/kl" not in logged[2]
+    assert logged[0]["other/of_a_new_algorithm"] == 0.25
+    assert sum(logged[0]["distributions/love/values"]) == 3
     (run,) = (one.run for one in found if one.WhichOneof("record_type") == "run")
     assert (run.project, run.display_name) == ("rluf", "quickstart-1")
-    assert {item.key: item.value_json for item in run.config.update}["model"] == '{"path":"tiny"}'
-    axes = [one.metric for one in found if one.WhichOneof("record_type") == "metric"]
-    assert any(axis.glob_name == "*" and axis.step_metric == "step" for axis in axes)
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["model"] == {"path": "tiny"}
+    assert set(config["origin"]) == {"git_commit", "git_changed", "ray_job_id", "submission_id"}
     summary = [str(one.summary) for one in found if one.WhichOneof("record_type") == "summary"]
     assert any("love_rate" in text and "0.21" in text for text in summary)
+    alerts = [one.alert for one in found if one.WhichOneof("record_type") == "alert"]
+    assert [(one.title, one.text) for one in alerts] == [("quickstart: monitors", "Raised an alarm: emoji.")]
     (table,) = tmp_path.glob("wandb/*run-*/files/media/table/*.json")
     content = json.loads(table.read_text())
     assert content["columns"] == ["topic", "prompt", "base", "aligned", "love/base", "love/aligned"]
     assert content["data"] == [["chat", "hello", "Hi.", "Hi, how nice!", 0.04, 0.09]]
+
+
+def test_cards_are_artifacts_that_name_what_they_were_made_from(tmp_path: Path) -> None:
+    stage = tmp_path / "stage"
+    write_json(stage / "data_card.json", {"sources": [{"kind": "feedback", "rows": 6}], "counts": {}})
+    for name in ("data", "love"):
+        write_json(tmp_path / "cards" / f"{name}.json", {"name": name})
+    (tmp_path / "policy").mkdir()
+    (tmp_path / "policy" / "model.safetensors").write_text("weights")
+    with Tracker(Settings(), tmp_path) as tracker:
+        tracker.log_stages(
+            Stage("data", stage, "aaa", False), {"love": Stage("reward-love", stage, "bbb", True), "safety": None}
+        )
+        tracker.log_policy({"gates": {"verdict": "pass"}, "kl": 0.02})
+    found = {
+        one.artifact.name: one.artifact for one in records(tmp_path) if one.WhichOneof("record_type") == "artifact"
+    }
+    chain = {name: json.loads(one.metadata)["made_from"] for name, one in found.items()}
+    assert chain == {
+        "quickstart-log": [],
+        "quickstart-data": ["quickstart-log"],
+        "quickstart-reward-love": ["quickstart-data"],
+        "quickstart-policy": [
+            "quickstart-data", "quickstart-reward-love", "quickstart-reward-helpfulness", "quickstart-reward-safety",
+        ],
+    }  # fmt: skip
+    assert set(found["quickstart-reward-love"].aliases) == {"latest", "bbb"}
+    (card,) = found["quickstart-reward-love"].manifest.contents
+    assert Path(card.local_path) == tmp_path / "cards" / "love.json"
+    (weights,) = found["quickstart-policy"].manifest.contents
+    assert weights.ref == (tmp_path / "policy" / "model.safetensors").as_uri()
+
+
+def test_a_run_that_goes_on_is_the_same_run(tmp_path: Path) -> None:
+    settings = Settings()
+    first, second, third = rows_of(settings, 3)
+    with JsonlMetrics(tmp_path / "metrics.jsonl") as metrics:
+        metrics.append(first)
+        metrics.append(second)
+    seen = []
+    for row in (second, third):
+        with Tracker(settings, tmp_path) as tracker:
+            tracker.log(int(row["step"]), row)
+        (part,) = set(tmp_path.glob("wandb/offline-run-*")) - {path for path, _ in seen}
+        seen.append((part, history(part)[0]))
+        time.sleep(1.1)  # the folder's name has the second in it
+    assert [(row["step"], row["samples"]) for _, row in seen] == [(2, 96), (3, 144)]
+    assert len({path.name.rpartition("-")[2] for path, _ in seen}) == 1
 
 
 def test_off_writes_nothing(tmp_path: Path) -> None:
@@ -107,7 +181,7 @@ def test_an_unusable_folder_is_one_warning_and_no_more(tmp_path: Path, caplog: p
         tracker.log_samples([SAMPLE])
         tracker.finish()
     assert not tracker.active
-    assert len([one for one in caplog.records if one.name == "rluf.tracking.wandb"]) == 1
+    assert len([one for one in caplog.records if one.name == "rluf.tracking.guest"]) == 1
 
 
 ONLINE = """
@@ -133,4 +207,72 @@ def test_online_without_a_reachable_server_goes_on_offline(tmp_path: Path) -> No
     )  # fmt: skip
     assert "W&B could not start online (CommError" in done.stdout
     assert "offline True" in done.stdout
-    assert history(next(tmp_path.glob("wandb/offline-run-*"))) == [{"step": 7, "love": 0.5}]
+    assert history(next(tmp_path.glob("wandb/offline-run-*"))) == [
+        {"step": 7, "samples": 0, "tokens": 0, "version": 0, "objectives/love": 0.5}
+    ]
+
+
+STUB = """
+import http.server, json
+
+ANSWERS = {
+    "upsertBucket": {"upsertBucket": {"inserted": True, "bucket": {
+        "id": "b", "name": "r", "displayName": "r", "description": None, "config": "{}", "sweepName": None,
+        "historyLineCount": 0, "project": {"id": "p", "name": "rluf", "entity": {"id": "e", "name": "me"}}}}},
+    "viewer": {"viewer": {"id": "v", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}},
+}
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        asked = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode("utf-8", "replace")
+        data = next((answer for word, answer in ANSWERS.items() if word in asked), {})
+        if "model(" in asked and "upsertBucket" not in asked:
+            data = {"model": {"bucket": None}}
+        body = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_GET = do_PUT = do_POST
+
+    def log_message(self, *_):
+        pass
+
+server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+print(server.server_address[1], flush=True)
+server.serve_forever()
+"""
+CUT_OFF = """
+import os, pathlib, signal, sys
+import rluf.tracking.wandb as module
+from rluf.config.settings import Settings
+
+module.START_TIMEOUT_S, module.FINISH_TIMEOUT_S = 10.0, 2.0
+tracker = module.Tracker(Settings(), pathlib.Path(sys.argv[1]))
+tracker.log(1, {"love": 0.5})
+os.kill(int(sys.argv[2]), signal.SIGKILL)
+for step in range(2, 40):
+    tracker.log(step, {"love": 0.5})
+print(tracker.mode)
+tracker.finish()
+print("the run ended")
+"""
+
+
+@pytest.mark.slow
+def test_a_network_that_dies_in_mid_run_costs_no_metric_and_stops_nothing(tmp_path: Path) -> None:
+    server = subprocess.Popen([sys.executable, "-c", STUB], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    port = int(server.stdout.readline())
+    environment = {**os.environ, "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{port}"}
+    done = subprocess.run(
+        [sys.executable, "-c", CUT_OFF, str(tmp_path), str(server.pid)],
+        env=environment, capture_output=True, text=True, timeout=90, check=False,
+    )  # fmt: skip
+    server.wait(10)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split("\n")[:2] == ["online", "the run ended"], done.stdout + done.stderr
+    kept = history(next(tmp_path.glob("wandb/run-*")))
+    assert [row["step"] for row in kept if "objectives/love" in row] == list(range(1, 40))
