@@ -1,0 +1,120 @@
+"""The docs: they build strictly, the reference is that of the code, and every command in them parses."""
+
+from __future__ import annotations
+
+import html
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from rluf.config.cli import parse
+from rluf.config.load import fields
+from rluf.tracking.catalogue import METRICS
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+OWN_FLAGS = "argparse.ArgumentParser("
+PROGRAMS = (
+    "python", "make", "ray", "source", "export", "cp", "wandb", "pip", "kubectl", "curl", "git", "docker", "helm",
+)  # fmt: skip
+"""What a line of a code block starts with when it is a command; other lines are output or data."""
+
+
+def commands(page: Path) -> list[str]:
+    """Commands in the fenced and the indented blocks of a page, with their continued lines."""
+    text = page.read_text("utf-8").replace("\\\n", " ")
+    shell = re.findall(r"^ *```(?:bash|sh|shell|console)?\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    bare = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line for block in shell for line in block.splitlines()]
+    lines += [line for line in bare.splitlines() if line.startswith("    ")]
+    stripped = [re.sub(r"^(\$ |\.venv/bin/)", "", line.strip()) for line in lines]
+    return [line for line in stripped if re.match(rf"(\w+=\S+ )*({'|'.join(PROGRAMS)}) ", line)]
+
+
+SUFFIXES = ("safetensors", "py", "md", "json", "jsonl", "yaml", "html", "log", "parquet", "gz")
+ALL = [(page.relative_to(ROOT).as_posix(), line) for page in PAGES for line in commands(page)]
+
+
+def hooks() -> ModuleType:
+    """docs/hooks.py as a module."""
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: the site was not built")
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_there_are_commands_to_test() -> None:
+    assert len(ALL) > 15
+    assert ("docs/quickstart.md", "python -m rluf.train seed=2 objectives.love.weight=0.1") in ALL
+
+
+@pytest.mark.parametrize(("page", "line"), ALL)
+def test_a_command_parses(
+    page: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("RLUF_DATA", "/data")
+    words = shlex.split(line, comments=True)
+    while words and re.match(r"[A-Z_]+=", words[0]):
+        words.pop(0)
+    if "--" in words and words[0] == "ray":
+        words = words[words.index("--") + 1 :]
+    if words[0] == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        assert words[1] in targets
+    elif words[:2] == ["python", "-m"] and words[2].startswith("rluf."):
+        source = ROOT / f"{words[2].replace('.', '/')}.py"
+        assert source.is_file()
+        if OWN_FLAGS in source.read_text() or (words[3:4] and re.fullmatch(r"[a-z_]+", words[3])):
+            asked = [sys.executable, "-m", words[2], *words[3:], "--help"]
+            subprocess.run(asked, cwd=ROOT, check=True, capture_output=True, timeout=60)
+            return
+        given = [word for word in words[3:] if word != "--dry-run"]
+        with pytest.raises(SystemExit) as left:
+            parse(words[2], "", [*given, "--dry-run"])
+        assert left.value.code == 0, page + capsys.readouterr().err
+    elif words[0] == "python" and words[1].endswith(".py"):
+        assert (ROOT / words[1]).is_file()
+    elif words[:2] == ["python", "-m"]:
+        assert importlib.util.find_spec(words[2].partition(".")[0]) is not None
+
+
+def test_the_reference_has_every_setting_and_every_metric() -> None:
+    made = hooks()
+    settings, metrics = made.settings_page(), made.metrics_page()
+    for key, info in fields():
+        row = next(line for line in settings.splitlines() if line.startswith(f"| `{key}` |"))
+        assert " ".join((info.description or "?").split()) in html.unescape(row)
+    assert all(f"| `{spec.key}` | `{spec.name}` |" in metrics for spec in METRICS)
+    assert "| `algorithm.steps` | `int` | `14` |" in settings
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_settings_named_in_prose_exist(page: Path) -> None:
+    known = {key for key, _ in fields()}
+    sections = {".".join(key.split(".")[:depth]) for key in known for depth in range(1, key.count(".") + 1)}
+    named = re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:=[^`]*)?`", page.read_text("utf-8"))
+    ours = [key for key in named if key.split(".")[0] in sections and key.rpartition(".")[2] not in SUFFIXES]
+    assert [key for key in ours if key not in known | sections] == []
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="mkdocs is not installed: the site was not built")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT, capture_output=True, text=True, timeout=200, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    api = (tmp_path / "site" / "reference" / "python" / "rluf.tracking" / "index.html").read_text("utf-8")
+    assert "rluf.tracking.timeline.gaps" in api
+    assert "algorithm.steps" in (tmp_path / "site" / "reference" / "settings" / "index.html").read_text("utf-8")
