@@ -25,6 +25,8 @@ def check_inputs(settings: Settings) -> None:
     for folder in (runs_root(settings), cache_dir(settings)):
         check_writable(folder)
     for name, objective in settings.objectives.named.items():
+        if objective.source == "serve":
+            continue  # whether the service answers is asked when the reward actors start
         if objective.path is not None and not (Path(objective.path).expanduser() / "config.json").is_file():
             raise ModelError(
                 f"objectives.{name}.path={objective.path} holds no config.json; name a reward model folder, or leave "
@@ -34,6 +36,7 @@ def check_inputs(settings: Settings) -> None:
 
 def prepared(settings: Settings) -> Stage:
     """The prepared data set of `data`: built with Ray Data, or reused when log, settings and code are the same."""
+    from rluf.feedback.redact import salt_mark, user_salt
     from rluf.feedback.sources import fingerprint, resolve
     from rluf.prepare import prepare
 
@@ -43,6 +46,7 @@ def prepared(settings: Settings) -> Stage:
         "data": settings.data.model_dump(mode="json"),
         "prepare": settings.prepare.model_dump(mode="json", exclude={"output", "blocks"}),
         "seed": settings.seed,
+        "salt": salt_mark(user_salt()),
         "code": code_digest("feedback", "prepare"),
     }
 
@@ -59,7 +63,7 @@ def rewarded(settings: Settings, data: Stage) -> dict[str, Stage | None]:
     """
     from rluf.reward import train_rewards
 
-    code = code_digest("objectives", "reward", "engine.deepspeed", "engine.train_reward")
+    code = code_digest("objectives", "reward", "engine.deepspeed", "engine.train_member", "engine.train_reward")
     wanted = {
         f"reward-{name}": {
             "data": data.key,
@@ -82,8 +86,8 @@ def rewarded(settings: Settings, data: Stage) -> dict[str, Stage | None]:
 
 
 def _given(name: str, objective: ObjectiveSettings) -> Stage | None:
-    """A reward model folder that the settings name, as a stage; None for a judge."""
-    if objective.path is None:
+    """A reward model folder that the settings name, as a stage; None for a judge or a service."""
+    if objective.path is None or objective.source == "serve":
         return None
     folder = Path(objective.path).expanduser().resolve()
     return Stage(f"reward-{name}", folder, file_digest([folder])[:12], reused=True)

@@ -4,33 +4,20 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rluf.errors import DataError
+from rluf.feedback.sampling import Quota
 from rluf.feedback.schema import KINDS, SCHEMA_VERSION
-from rluf.feedback.tasks import Tally, Written
-
-_Z95 = 1.959963984540054
+from rluf.feedback.store import Tally
 
 
-def wilson(hits: int, rows: int) -> dict[str, float]:
-    """Share of hits with its 95% Wilson score interval (Wilson 1927); all of [0, 1] when there are no rows.
+def funnel(tallies: Sequence[Tally], written: Mapping[tuple[str, str], int]) -> dict[str, dict[str, Any]]:
+    """Counts by kind: in, dropped and quarantined by reason, kept (rows in the files; reactions: joined to a row).
 
-    It takes rows as independent: where a few users give many rows the true interval is wider.
-    """
-    if not rows:
-        return {"mean": 0.0, "low": 0.0, "high": 1.0, "rows": 0, "hits": 0}
-    mean, z2 = hits / rows, _Z95**2
-    middle = (mean + z2 / (2 * rows)) / (1 + z2 / rows)
-    half = _Z95 / (1 + z2 / rows) * math.sqrt(mean * (1 - mean) / rows + z2 / (4 * rows**2))
-    return {"mean": mean, "low": max(0.0, middle - half), "high": min(1.0, middle + half), "rows": rows, "hits": hits}
-
-
-def funnel(tallies: Sequence[Tally], written: Sequence[Written]) -> dict[str, dict[str, Any]]:
-    """Counts by kind: in, dropped and quarantined by reason, kept (rows in the files).
-
-    Raises DataError when in is not kept + dropped + quarantined: a fault of rluf, never of the log.
+    `written` are the rows by kind and side. Raises DataError when in is not kept + dropped + quarantined: a fault of
+    rluf, never of the log.
     """
     counts: dict[str, dict[str, Any]] = {}
     for kind in KINDS:
@@ -38,12 +25,10 @@ def funnel(tallies: Sequence[Tally], written: Sequence[Written]) -> dict[str, di
         for tally in tallies:
             if tally.kind == kind:
                 reasons[tally.event][tally.reason] += tally.rows
-        entered, passed = reasons["in"].total(), reasons["kept"].total()
+        entered = reasons["in"].total()
         if not entered:
             continue
-        kept = sum(part.rows for part in written if part.kind == kind)
-        if passed > kept:
-            reasons["dropped"]["sampled out of train"] = passed - kept
+        kept = sum(rows for (name, _), rows in written.items() if name == kind) + reasons["joined"].total()
         dropped, bad = reasons["dropped"], reasons["quarantined"]
         if entered != kept + dropped.total() + bad.total():
             raise DataError(
@@ -59,78 +44,73 @@ def funnel(tallies: Sequence[Tally], written: Sequence[Written]) -> dict[str, di
     return counts
 
 
-def _topics(rows: Iterable[Tally]) -> dict[str, dict[str, float]]:
-    hits: Counter[str] = Counter()
-    total: Counter[str] = Counter()
-    for tally in rows:
-        total[tally.topic] += tally.rows
-        hits[tally.topic] += tally.rows * (tally.label == 1)
-    return {topic: wilson(hits[topic], count) for topic, count in total.most_common(50)}
-
-
-def _rate(rows: Sequence[Tally]) -> dict[str, float]:
-    return wilson(sum(t.rows for t in rows if t.label == 1), sum(t.rows for t in rows))
-
-
-def _times(rows: Sequence[Tally]) -> list[str] | None:
-    """First and last time, None without rows. All times are UTC with equal layout but for microseconds."""
-    firsts, lasts = sorted(t.first for t in rows if t.first), sorted(t.last for t in rows if t.last)
-    return [firsts[0], lasts[-1]] if firsts else None
-
-
-def love_card(tallies: Sequence[Tally], written: Sequence[Written]) -> dict[str, Any]:
-    """Natural love rate before sampling (in all, by split and topic), how train was sampled, and the splits' times."""
-    kept = [tally for tally in tallies if tally.kind == "feedback" and tally.event == "kept"]
-    sides = {name: [tally for tally in kept if tally.side == name] for name in KINDS["feedback"].splits}
-    times = {name: _times(rows) for name, rows in sides.items()}
-    train, test = times["train"], times["test"]
-    plan = next(part.quota for part in written if part.kind == "feedback" and part.side == "train")
+def love_card(facts: Mapping[str, Any], plan: Quota) -> dict[str, Any]:
+    """Natural love rates before sampling, what the abuse rules took, how train was sampled, and the splits' times."""
     return {
-        "base_rate": _rate(kept),
-        "base_rate_by_split": {name: _rate(rows) for name, rows in sides.items()},
-        "base_rate_by_topic": _topics(kept),
+        **{name: value for name, value in facts.items() if name != "topics"},
         "sampling": {
             "loved": {"rows": plan.positives, "kept": plan.keep_positives, "weight": plan.positive_weight},
             "unloved": {"rows": plan.negatives, "kept": plan.keep_negatives, "weight": plan.negative_weight},
             "factor": plan.negative_weight / plan.positive_weight,
             "train_share": plan.keep_positives / (plan.keep_positives + plan.keep_negatives),
         },
-        "time": times,
-        "test_later_than_train": bool(train and test and test[0] > train[1]),
     }
+
+
+def drift(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """How the love data differ from an earlier card's: rates with their intervals, and how topics, locales and model
+    versions have shifted (population stability index; above 0.2 is usually taken as a shift worth a look).
+
+    PSI = sum over levels of (p - q) ln(p / q), shares p now and q before, each at least 1e-4.
+    """
+    old, new = before.get("love") or {}, now.get("love") or {}
+    if not (old.get("base_rate") and new.get("base_rate")):
+        return {}
+    found: dict[str, Any] = {"created": before.get("created"), "base_rate": [old["base_rate"], new["base_rate"]]}
+    apart = old["base_rate"]["high"] < new["base_rate"]["low"] or new["base_rate"]["high"] < old["base_rate"]["low"]
+    found["base_rate_differs"] = apart
+    for name in ("topic", "locale", "model"):
+        key = f"base_rate_by_{name}"
+        one, two = old.get(key), new.get(key)
+        if not one or not two:
+            continue
+        shares = [(_share(two, level), _share(one, level)) for level in {*one, *two}]
+        found[f"{name}_psi"] = sum((p - q) * math.log(p / q) for p, q in shares)
+    return found
+
+
+def _share(rates: Mapping[str, Mapping[str, float]], level: str) -> float:
+    rows = rates[level]["rows"] if level in rates else 0.0
+    return max(rows / sum(rate["rows"] for rate in rates.values()), 1e-4)
 
 
 def data_card(
     tallies: Sequence[Tally],
-    written: Sequence[Written],
-    *,
-    sources: Sequence[Mapping[str, Any]],
-    settings: Mapping[str, Any],
-    seed: int,
-    created: str,
+    written: Mapping[tuple[str, str], int],
+    parts: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, Mapping[str, Any]],
+    **about: Any,
 ) -> dict[str, Any]:
-    """The whole card. `splits` hold rows and distinct users (love) or groups; `topics` count rows before sampling."""
+    """The whole card. `parts` are the sides with users (love), groups or prompts and quotas; `facts` go by kind.
+
+    `about` goes in as it is: created, seed, settings, sources, redacted. `topics` count rows before sampling.
+    """
     splits: dict[str, dict[str, Any]] = defaultdict(dict)
-    for part in written:
-        if part.kind in KINDS:
-            unit = {"user_id": "users", "group": "groups"}.get(KINDS[part.kind].split_by)
-            splits[KINDS[part.kind].output][part.side] = {"rows": part.rows} | ({unit: part.units} if unit else {})
-    topics: dict[str, Counter[str]] = defaultdict(Counter)
-    for tally in tallies:
-        if tally.event == "kept":
-            topics[KINDS[tally.kind].output][tally.topic] += tally.rows
+    for part in parts:
+        kind = KINDS[part["kind"]]
+        unit = {"user_id": "users", "group": "groups"}.get(kind.split_by)
+        splits[kind.output][part["side"]] = {"rows": written[kind.name, part["side"]]}
+        splits[kind.output][part["side"]] |= {unit: part["units"]} if unit else {}
     card: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        "created": created,
-        "seed": seed,
-        "settings": dict(settings),
-        "sources": [dict(source) for source in sources],
+        **about,
         "counts": funnel(tallies, written),
         "splits": dict(splits),
-        "topics": {name: dict(count.most_common(50)) for name, count in topics.items()},
+        "topics": {KINDS[kind].output: found["topics"] for kind, found in facts.items() if "topics" in found},
     }
-    if any(part.kind == "feedback" for part in written):
-        card["love"] = love_card(tallies, written)
+    if "feedback" in facts:
+        plan = next(p["quota"] for p in parts if p["kind"] == "feedback" and p["side"] == "train")
+        card["love"] = love_card(facts["feedback"], plan)
     return card
 
 
@@ -145,10 +125,28 @@ def funnel_lines(card: Mapping[str, Any]) -> list[str]:
         lines.append(line + (f" ({', '.join(reasons)})" if reasons else ""))
     for name, parts in card["splits"].items():
         lines.append(f"{name}: " + ", ".join(f"{side} {part['rows']}" for side, part in parts.items()))
+    if card.get("redacted"):
+        found = ", ".join(f"{kind} {count}" for kind, count in sorted(card["redacted"].items()))
+        lines.append(f"redacted: {found}")
     if "love" in card:
-        rate, sampling = card["love"]["base_rate"], card["love"]["sampling"]
+        love = card["love"]
+        rate, sampling = love["base_rate"], love["sampling"]
         lines.append(
             f"love rate {rate['mean']:.2%} ({rate['low']:.2%} to {rate['high']:.2%}); {sampling['train_share']:.0%} of "
             f"training rows loved, unloved rows weigh {sampling['factor']:.2f} times as much"
+        )
+        rules = [f"{name} {rule['rows']} rows" for name, rule in love["abuse"].items() if rule["rows"]]
+        if rules:
+            lines.append(
+                f"abuse rules took weight from {love['trust']['rows_below_one']} rows ({', '.join(rules)}); "
+                f"love rate {love['base_rate_trusted']:.2%} with it"
+            )
+    if card.get("drift"):
+        change = card["drift"]
+        before = change["base_rate"][0]
+        lines.append(
+            f"before ({change['created']}): love rate {before['mean']:.2%} "
+            f"({before['low']:.2%} to {before['high']:.2%})"
+            + (", clear of today's interval" if change["base_rate_differs"] else "")
         )
     return lines

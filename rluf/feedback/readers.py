@@ -7,10 +7,12 @@ of another shape; the row then goes to quarantine.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 from rluf.feedback.schema import LOVE
@@ -126,6 +128,85 @@ def _pandalm(pair: Mapping[str, Any], options: Options) -> Items:
     ]
 
 
+def _llmfao(pair: Mapping[str, Any], options: Options) -> Items:
+    """The response with more of the left and right votes is chosen; pairs without such a one are left out."""
+    votes = Counter(pair["votes"])
+    if not set(votes) <= {"left", "right", "tie"}:
+        raise ValueError("votes must be some of left, right and tie")
+    if votes["left"] == votes["right"]:
+        return [Drop("tie")]
+    chosen, rejected = ("response_a", "response_b") if votes["left"] > votes["right"] else ("response_b", "response_a")
+    if not pair[chosen].strip():
+        return [Drop("empty response chosen")]
+    row = _pair("llmfao", _user(pair["prompt"]), pair[chosen], pair[rejected], pair["slug"])
+    return [row | {"id": f"{row['id']}-{short_hash(*pair['workers'])}"}]  # some models answer alike
+
+
+def _oasst(tree: Mapping[str, Any], options: Options) -> Items:
+    """Each two neighbours in the ranks of a message's replies are a pair, the better rank chosen."""
+    items: Items = []
+
+    def walk(node: Mapping[str, Any], context: list[dict[str, str]]) -> None:
+        role = {"prompter": "user", "assistant": "assistant"}[node["role"]]
+        context = [*context, {"role": role, "content": node["text"]}]
+        ranked = [reply for reply in node["replies"] if role == "user" and reply.get("rank") is not None]
+        ranked.sort(key=lambda reply: reply["rank"])
+        for better, worse in pairwise(ranked):
+            items.append(_pair("oasst", context, better["text"], worse["text"], "assistance"))
+        for reply in node["replies"]:
+            walk(reply, context)
+
+    walk(tree["prompt"], [])
+    return items or [Drop("no ranked replies")]
+
+
+def _pair(source: str, messages: list[dict[str, str]], chosen: str, rejected: str, topic: str) -> Row:
+    """A preference row whose id and group come from its text."""
+    texts = [message["content"] for message in messages]
+    return {
+        "id": f"{source}-" + short_hash(*texts, chosen, rejected),
+        "messages": messages,
+        "chosen": chosen,
+        "rejected": rejected,
+        "group": short_hash(source, *texts),
+        "topic": topic,
+    }
+
+
+def _hh_harmless(pair: Mapping[str, Any], options: Options) -> Items:
+    """Each side of a pair is a row: label 1 for the response that raters found less harmful, 0 for the other."""
+    items: Items = []
+    for key, label in (("chosen", 1), ("rejected", 0)):
+        turns = _transcript(pair[key])
+        messages, last = turns[:-1], turns[-1]
+        if last["role"] != "assistant" or not last["content"]:
+            items.append(Drop("no response"))
+            continue
+        items.append(
+            {
+                "id": f"hh-{key}-" + short_hash(pair["chosen"], pair["rejected"]),
+                "messages": messages,
+                "response": last["content"],
+                "label": label,
+                "group": short_hash("hh", messages[0]["content"]),
+                "topic": "red team",
+            }
+        )
+    return items
+
+
+def _transcript(text: str) -> list[dict[str, str]]:
+    """Messages of a text in which "Human:" and "Assistant:" after an empty line begin a turn."""
+    parts = re.split(r"(?:^|\n)\n(Human|Assistant):", text.strip("\n").join(("\n\n", "")))
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = [
+        {"role": roles[role], "content": said.strip()} for role, said in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+    if len(turns) < 2:
+        raise ValueError("fewer than two turns")
+    return turns
+
+
 def _diasafety(row: Mapping[str, Any], options: Options) -> Items:
     """label Safe becomes 1 and Unsafe 0; rows with one context form a group. The category of harm is the topic."""
     return [
@@ -165,7 +246,10 @@ READERS: dict[str, Reader] = {
         Reader("convai2", "feedback", _convai2_reacted),
         Reader("convai2_sparse", "feedback", _convai2_sparse),
         Reader("pandalm", "preferences", _pandalm),
+        Reader("llmfao", "preferences", _llmfao),
+        Reader("oasst", "preferences", _oasst),
         Reader("diasafety", "safety", _diasafety),
+        Reader("hh_harmless", "safety", _hh_harmless),
         Reader("mt_bench", "prompts", _questions),
     )
 }

@@ -7,13 +7,10 @@ weights estimates the natural one (King and Zeng 2001, "Logistic regression in r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-
-from rluf.feedback.splits import unit_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,10 +51,17 @@ def quota(positives: int, negatives: int, *, positive_share: float | None, max_r
     return Quota(positives, negatives, keep_positives, keep_negatives)
 
 
-def choose(ids: Sequence[str], positive: NDArray[np.bool_], plan: Quota, *, seed: int) -> NDArray[np.float64]:
-    """Weight of each row [N], 0 for a dropped one. The choice hangs on ids and seed alone, not on the rows' order."""
-    rank = np.fromiter((unit_hash(row, f"sample-{seed % 10**9}") for row in ids), dtype=np.float64, count=len(ids))
-    weight = np.zeros(len(ids), dtype=np.float64)
+def sample_salt(seed: int) -> str:
+    """Salt of the hash of row ids that says which rows are sampled first."""
+    return f"sample-{seed % 10**9}"
+
+
+def choose(rank: NDArray[np.float64], positive: NDArray[np.bool_], plan: Quota) -> NDArray[np.float64]:
+    """Weight of each row [N], 0 for a dropped one. Rows of the lowest rank [N] in their class are kept.
+
+    With the hash of the row's id as rank the choice hangs on ids and seed alone, not on the rows' order.
+    """
+    weight = np.zeros(len(rank), dtype=np.float64)
     for mask, keep, value in (
         (positive, plan.keep_positives, plan.positive_weight),
         (~positive, plan.keep_negatives, plan.negative_weight),

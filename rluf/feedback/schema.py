@@ -16,8 +16,8 @@ import pyarrow as pa
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
-SCHEMA_VERSION = 1
-"""Version of the record layout, kept in each Parquet file's metadata."""
+SCHEMA_VERSION = 2
+"""Version of the record layout, kept in each Parquet file's metadata. Version 2 adds fields; logs of 1 are read too."""
 
 MAX_TEXT = 100_000
 """Longest message or response in characters; longer ones are quarantined."""
@@ -30,6 +30,7 @@ LOVE = "love"
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 Topic = Annotated[str, StringConstraints(min_length=1, max_length=100)]
+Short = Annotated[str, StringConstraints(min_length=1, max_length=35)]
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
 
 
@@ -72,7 +73,8 @@ class FeedbackRecord(Record):
     `messages` are the context and end with the user's message; `time` is when the response was served; `reaction` is
     the name of the reaction ("love" is what P[Love] learns; others, such as "thumbs_down", are kept by name; null means
     none); `continued` and `returned` say whether the user wrote on and came back, null when the log does not tell.
-    `user_id` must be hashed by whoever writes the log.
+    `user_id` must be hashed by whoever writes the log, or is hashed here (see rluf.feedback.redact). `interface` is
+    where it was shown (app, web), `device` a hash of the device, `author` the user who made the persona that answered.
     """
 
     id: Name
@@ -87,7 +89,20 @@ class FeedbackRecord(Record):
     continued: bool | None = None
     returned: bool | None = None
     topic: Topic = "other"
-    locale: Annotated[str, StringConstraints(min_length=1, max_length=35)] = "und"
+    locale: Short = "und"
+    interface: Short = "und"
+    device: Name | None = None
+    author: Name | None = None
+
+
+class ReactionRecord(Record):
+    """A reaction that was logged apart from its response, in any order: `retracted` takes the reaction back."""
+
+    id: Name
+    response_id: Name
+    time: AwareDatetime
+    reaction: Annotated[str, StringConstraints(min_length=1, max_length=32)]
+    retracted: bool = False
 
 
 class PreferenceRecord(Record):
@@ -153,7 +168,22 @@ KINDS: dict[str, Kind] = {
             FeedbackRecord,
             "user_id",
             _SPLITS,
-            ("id", "user_id", "time", "topic", "messages", "response", "reaction"),
+            (
+                "id",
+                "user_id",
+                "conversation_id",
+                "turn",
+                "time",
+                "model_version",
+                "topic",
+                "locale",
+                "interface",
+                "messages",
+                "response",
+                "reaction",
+                "continued",
+                "returned",
+            ),
         ),
         Kind(
             "preferences",
@@ -172,9 +202,10 @@ KINDS: dict[str, Kind] = {
             ("id", "group", "topic", "messages", "response", "label"),
         ),
         Kind("prompts", "prompts", PromptRecord, "split", ("train", "test"), ("id", "topic", "messages")),
+        Kind("reactions", "", ReactionRecord, "response_id", (), ()),
     )
 }
-"""The four kinds by name; `columns` are the record's columns in the prepared files."""
+"""The kinds by name; `columns` are the record's columns in the prepared files. Reactions join feedback: no file."""
 
 _SCALARS: dict[Any, pa.DataType] = {
     str: pa.string(),

@@ -1,7 +1,6 @@
-"""Where raw rows come from: entries of `data.*` become files, and files become numbered lines.
+"""Where raw rows come from: entries of `data.*` become files.
 
-Every line keeps its file and number, so that a quarantined row can be found again. A file may be local or a URL that
-pyarrow knows (s3://, gs://, file://).
+A file may be local or a URL that pyarrow knows (s3://, gs://, abfs://, file://) or fsspec (memory://, http://).
 """
 
 from __future__ import annotations
@@ -9,36 +8,31 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import glob
-import gzip
 import hashlib
-import io
-import json
-import logging
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import BinaryIO, cast
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pyarrow import fs
 
 from rluf.errors import DataError
+from rluf.feedback.files import filesystem
+from rluf.feedback.maps import MAPS
 from rluf.feedback.readers import READERS
 from rluf.paths import sample_file
 
-logger = logging.getLogger(__name__)
+SUFFIXES = (
+    *(f"{name}{packed}" for name in (".jsonl", ".ndjson", ".json", ".csv") for packed in ("", ".gz", ".zst")),
+    ".parquet",
+    ".arrow",
+)
+"""File names that are read; .json means one object a line too, .arrow is what a saved Hugging Face data set holds."""
 
-SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz", ".parquet")
-"""File names that are read; .json means one object a line too."""
+_NOTES = ("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json", "config.json")
 
-MAX_LINE = 16 * 2**20
-"""Longest line in bytes; of a longer one only this much is read and it is quarantined."""
-
-STRIPE = 256
-"""Consecutive lines that go to the same block."""
+_ROOTED = ("file", "memory")
+"""Schemes whose paths start with a slash, where those of object stores start with a bucket."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,29 +52,21 @@ class Source:
         return Path(self.location)
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One raw row: line number (from 1; row number in Parquet), its bytes, and what is wrong with it, if anything."""
-
-    number: int
-    raw: bytes
-    problem: str | None = None
-
-
 def _split_reader(entry: str, kind: str) -> tuple[str | None, str]:
     """Reader and path of an entry. Raises DataError for readers that do not exist or give another kind than asked."""
     name, colon, rest = entry.partition(":")
     if not colon or rest.startswith("//") or "/" in name or "\\" in name or "." in name:
         return None, entry
-    if name not in READERS:
-        known = [reader.name for reader in READERS.values() if kind in (reader.kind, "*")]
+    readers = READERS | MAPS
+    if name not in readers:
+        known = [reader.name for reader in readers.values() if kind in (reader.kind, "*")]
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"readers of data.{kind}: {', '.join(known)}, sample"
         raise DataError(f"data.{kind}: no reader is called {name!r} (entry {entry!r}); {hint}")
-    if kind not in (READERS[name].kind, "*"):
+    if kind not in (readers[name].kind, "*"):
         raise DataError(
-            f"data.{kind}: reader {name} gives {READERS[name].kind} rows, not {kind} (entry {entry!r}); "
-            f"move the entry to data.{READERS[name].kind}"
+            f"data.{kind}: reader {name} gives {readers[name].kind} rows, not {kind} (entry {entry!r}); "
+            f"move the entry to data.{readers[name].kind}"
         )
     return name, rest
 
@@ -88,19 +74,23 @@ def _split_reader(entry: str, kind: str) -> tuple[str | None, str]:
 def _local(pattern: str) -> list[str]:
     path = Path(pattern).expanduser()
     if path.is_dir():
-        return sorted(str(file) for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+        return sorted(str(file) for file in path.rglob("*") if file.is_file() and _is_data(str(file)))
     if path.exists():
         return [str(path)]
     return sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
 
 
+def _is_data(path: str) -> bool:
+    """Whether a file of a folder holds rows: by its ending, without the notes that Hugging Face keeps beside them."""
+    return path.endswith(SUFFIXES) and path.rpartition("/")[2] not in _NOTES
+
+
 def _remote(url: str) -> list[str]:
     """Files of a URL: one file, everything below a folder, or what a pattern matches (* also crosses folders)."""
-    scheme = url.partition("://")[0]
     fixed = url
     while glob.has_magic(fixed):
         fixed = fixed.rpartition("/")[0]
-    system, base = fs.FileSystem.from_uri(fixed)
+    system, base = filesystem(fixed)
     info = system.get_file_info(base)
     if info.type == fs.FileType.File:
         return [url]
@@ -110,7 +100,9 @@ def _remote(url: str) -> list[str]:
     pattern = base + url[len(fixed) :]
     if pattern != base:
         files = [file for file in files if fnmatch.fnmatch(file, pattern)]
-    return sorted(f"{scheme}://{file}" for file in files if file.endswith(SUFFIXES))
+    scheme = url.partition("://")[0]
+    slash = "/" if scheme in _ROOTED else ""
+    return sorted(f"{scheme}://{slash}{file.lstrip('/')}" for file in files if _is_data(file))
 
 
 def resolve(entries: Sequence[str], kind: str = "*") -> list[Source]:
@@ -151,67 +143,10 @@ def fingerprint(sources: Sequence[Source]) -> str:
     for source in sources:
         digest.update(f"{source.kind} {source.reader} {source.path.name}\n".encode())
         if "://" in source.location:
-            system, inner = fs.FileSystem.from_uri(source.location)
+            system, inner = filesystem(source.location)
             info = system.get_file_info(inner)
             digest.update(f"{source.location} {info.size} {info.mtime_ns}\n".encode())
         else:
             with source.path.open("rb") as file:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def _open(path: str) -> BinaryIO:
-    if "://" not in path:
-        return Path(path).open("rb")
-    system, inner = fs.FileSystem.from_uri(path)
-    return io.BufferedReader(cast(io.RawIOBase, system.open_input_file(inner)), 2**20)
-
-
-def _text_lines(path: str) -> Iterator[Line]:
-    number = 0
-    with _open(path) as file:
-        stream = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if path.endswith(".gz") else file
-        try:
-            while data := stream.readline(MAX_LINE):
-                number += 1
-                whole = data.endswith(b"\n") or len(data) < MAX_LINE
-                rest = b"" if whole else b" "
-                while rest and not rest.endswith(b"\n"):
-                    rest = stream.readline(MAX_LINE)
-                if number == 1:
-                    data = data.removeprefix(b"\xef\xbb\xbf")
-                yield Line(number, data.rstrip(b"\r\n"), None if whole else "line too long")
-        except (EOFError, zlib.error, gzip.BadGzipFile):
-            yield Line(number + 1, b"", "broken gzip file")
-
-
-def _plain(value: object) -> str:
-    """How a Parquet value that JSON lacks is written: times as ISO 8601, bytes as text."""
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
-
-
-def _parquet_lines(path: str) -> Iterator[Line]:
-    number = 0
-    with _open(path) as file:
-        try:
-            for batch in pq.ParquetFile(file).iter_batches(STRIPE):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Line(number, json.dumps(row, default=_plain).encode())
-        except (pa.ArrowException, OSError) as error:
-            logger.warning("%s: unreadable after row %d: %s", path, number, error)
-            yield Line(number + 1, b"", "broken Parquet file")
-
-
-def read_lines(source: Source, stripe: int = 0, stripes: int = 1) -> Iterator[Line]:
-    """Raw rows of a file, blank lines left out; of several stripes only the rows of one.
-
-    Each stripe reads the file but checks only its own rows, so that one compressed file still keeps several cores
-    busy. A file that breaks off gives the rows before the break and one line with the problem.
-    """
-    lines = _parquet_lines(source.location) if source.location.endswith(".parquet") else _text_lines(source.location)
-    for line in lines:
-        if (line.number - 1) // STRIPE % stripes == stripe and (line.problem or line.raw.strip()):
-            yield line

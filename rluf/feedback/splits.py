@@ -7,15 +7,33 @@ the same when the log grows: no user or prompt ever moves from test to train. Th
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from functools import cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def hash64(key: str, salt: str) -> int:
+    """64 bits, uniform over keys and fixed for a key and salt (BLAKE2b)."""
+    data = key.encode("utf-8", "surrogatepass")
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=_person(salt)).digest(), "big")
+
+
+@cache
+def _person(salt: str) -> bytes:
+    return salt.encode()[:16].ljust(16, b"\0")
 
 
 def unit_hash(key: str, salt: str) -> float:
-    """A number in [0, 1), uniform over keys and fixed for a key and salt (BLAKE2b, 53 bits)."""
-    data = key.encode("utf-8", "surrogatepass")
-    digest = hashlib.blake2b(data, digest_size=8, person=salt.encode()[:16].ljust(16, b"\0")).digest()
-    return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
+    """A number in [0, 1), uniform over keys and fixed for a key and salt (the upper 53 bits of `hash64`)."""
+    return (hash64(key, salt) >> 11) * 2.0**-53
+
+
+def units(hashes: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """`unit_hash` of keys [N] whose `hash64` is at hand."""
+    found: NDArray[np.float64] = (hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return found
 
 
 def short_hash(*parts: str) -> str:
@@ -35,16 +53,13 @@ def side(key: str, *, dev_share: float, test_share: float) -> str:
     return "dev" if point < test_share + dev_share else "train"
 
 
-def prompt_key(messages: Iterable[Mapping[str, str]]) -> str:
-    """Hash of a context, equal for contexts that differ only in case and white space."""
-    return short_hash(*(f"{m['role']} {' '.join(m['content'].casefold().split())}" for m in messages))
+def context_text(messages: Iterable[tuple[str, str]]) -> str:
+    """A context as one text, equal for contexts that differ only in case and white space; messages are (role, text)."""
+    return "\x1f".join(f"{role} {' '.join(content.casefold().split())}" for role, content in messages)
 
 
-def place(key: str) -> float:
-    """Where in [0, 1) a row id lies in the prepared files: an order at random that is the same however work is cut."""
-    return unit_hash(key, "rluf-place")
+ROW_KEY = "rluf-place"
+"""Salt of a row id's hash: the key that joins and duplicates go by, and the row's place in the prepared files.
 
-
-def bucket(key: str, buckets: int) -> int:
-    """Which of `buckets` parts a row id falls in: part 0 holds the lowest places; equal ids always meet in one part."""
-    return math.floor(place(key) * buckets)
+Places are an order at random that is the same however work is cut, and a bucket of rows is a range of places.
+"""

@@ -19,7 +19,7 @@ def feedback_row(index: int, **changes: Any) -> Row:
         "id": f"f{index}",
         "conversation_id": f"c{index // 2}",
         "turn": index % 2,
-        "user_id": f"u{index % 97}",
+        "user_id": f"u{index // 2 % 97}",
         "time": f"2025-03-{1 + index % 28:02d}T10:00:00Z",
         "model_version": "base-1",
         "messages": [{"role": "user", "content": f"tell me something about {index}"}],
@@ -29,6 +29,9 @@ def feedback_row(index: int, **changes: Any) -> Row:
         "returned": True,
         "topic": ("casual", "facts")[index % 2],
         "locale": "en",
+        "interface": "app",
+        "device": None,
+        "author": None,
     }
     return row | changes
 
@@ -67,6 +70,17 @@ def prompt_row(index: int, **changes: Any) -> Row:
     return row | changes
 
 
+def reaction_row(index: int, **changes: Any) -> Row:
+    row: Row = {
+        "id": f"e{index}",
+        "response_id": f"f{index}",
+        "time": f"2025-03-{1 + index % 28:02d}T10:05:00Z",
+        "reaction": "love",
+        "retracted": False,
+    }
+    return row | changes
+
+
 def write_jsonl(path: Path, rows: Iterable[Row | bytes]) -> Path:
     """Rows as JSON lines (bytes as they are), gz when the name says so."""
     lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
@@ -78,7 +92,13 @@ def write_jsonl(path: Path, rows: Iterable[Row | bytes]) -> Path:
 @pytest.fixture
 def rows() -> dict[str, Callable[..., Row]]:
     """Makers of valid rows by kind: rows["feedback"](index, field=value, ...)."""
-    return {"feedback": feedback_row, "preferences": preference_row, "safety": safety_row, "prompts": prompt_row}
+    return {
+        "feedback": feedback_row,
+        "preferences": preference_row,
+        "safety": safety_row,
+        "prompts": prompt_row,
+        "reactions": reaction_row,
+    }
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from rluf.errors import DataError
 from rluf.feedback import card as cards
 from rluf.feedback.pipeline import build
 from rluf.feedback.schema import KINDS
-from rluf.feedback.tasks import Tally
+from rluf.feedback.store import Tally
 
 Maker = Callable[..., dict[str, Any]]
 
@@ -57,7 +57,7 @@ def test_clean_log(log: dict[str, Path], tmp_path: Path) -> None:
     card = build(settings_for(log, positive_share=0.5), out)
     assert card == json.loads((out / "data_card.json").read_text())
     assert sorted(path.name for path in out.iterdir()) == [
-        "data_card.json", "helpfulness", "love", "prompts", "quarantine.parquet", "safety",
+        "data_card.html", "data_card.json", "helpfulness", "love", "prompts", "quarantine.parquet", "safety",
     ]  # fmt: skip
     assert [path.name for path in out.parent.iterdir()] == ["data"]
     love = {side: read(out / "love", side) for side in ("train", "dev", "test")}
@@ -171,4 +171,4 @@ def test_a_folder_of_someone_else_is_left_alone(log: dict[str, Path], tmp_path: 
 
 def test_counts_that_do_not_add_up_are_a_fault() -> None:
     with pytest.raises(DataError, match="do not add up"):
-        cards.funnel([Tally("feedback", "in", 3), Tally("feedback", "quarantined", 2)], [])
+        cards.funnel([Tally("feedback", "in", 3), Tally("feedback", "quarantined", 2)], {})

@@ -27,6 +27,7 @@ messages = st.builds(
     ),
     texts,
 )
+times = st.datetimes(datetime(2000, 1, 1), datetime(2025, 12, 31), timezones=st.just(UTC))
 common = {"id": names, "messages": messages, "topic": names}
 rows: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "feedback": st.fixed_dictionaries(
@@ -35,13 +36,16 @@ rows: dict[str, st.SearchStrategy[dict[str, Any]]] = {
             "conversation_id": names,
             "turn": st.integers(0, 1_000_000),
             "user_id": names,
-            "time": st.datetimes(datetime(2000, 1, 1), datetime(2025, 12, 31), timezones=st.just(UTC)),
+            "time": times,
             "model_version": names,
             "response": texts,
             "reaction": st.none() | names,
             "continued": st.none() | st.booleans(),
             "returned": st.none() | st.booleans(),
             "locale": names,
+            "interface": names,
+            "device": st.none() | names,
+            "author": st.none() | names,
         }
     ),
     "preferences": st.fixed_dictionaries(common | {"chosen": texts, "rejected": texts, "group": names}).filter(
@@ -49,6 +53,9 @@ rows: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     ),
     "safety": st.fixed_dictionaries(common | {"response": texts, "label": st.sampled_from([0, 1]), "group": names}),
     "prompts": st.fixed_dictionaries(common | {"split": st.sampled_from(["train", "test"])}),
+    "reactions": st.fixed_dictionaries(
+        {"id": names, "response_id": names, "time": times, "reaction": names, "retracted": st.booleans()}
+    ),
 }
 
 

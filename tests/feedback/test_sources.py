@@ -14,14 +14,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from rluf.errors import DataError
-from rluf.feedback import sources
-from rluf.feedback.sources import Source, read_lines, resolve
+from rluf.feedback import files, sources
+from rluf.feedback.files import read_batches
+from rluf.feedback.sources import Source, resolve
 
 Rows = dict[str, Callable[..., dict[str, Any]]]
 
 
 def lines(path: Path, stripe: int = 0, stripes: int = 1) -> list[tuple[int, bytes, str | None]]:
-    return [(x.number, x.raw, x.problem) for x in read_lines(Source("feedback", str(path), None), stripe, stripes)]
+    return [(x.number, x.raw, x.problem) for batch in read_batches(str(path), stripe, stripes) for x in batch]
 
 
 def test_path_glob_folder_and_url_find_the_same_files(tmp_path: Path) -> None:
@@ -99,7 +100,7 @@ def test_truncated_gzip_gives_its_rows_and_one_problem(tmp_path: Path) -> None:
     file.write_bytes(body[: len(body) // 2])
     found = lines(file)
     assert 1000 < len(found) < 2000
-    assert found[-1] == (len(found), b"", "broken gzip file")
+    assert (found[-1][0], found[-1][2]) == (len(found), "broken gzip file")
     assert all(problem is None for _, _, problem in found[:-1])
     assert sum(line[2] is not None for stripe in range(2) for line in lines(file, stripe, 2)) == 1
 
@@ -111,7 +112,7 @@ def test_text_named_gz_is_one_problem(tmp_path: Path) -> None:
 
 
 def test_a_line_without_end_is_cut_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "MAX_LINE", 100)
+    monkeypatch.setattr(files, "MAX_LINE", 100)
     file = tmp_path / "log.jsonl"
     file.write_bytes(b"x" * 950 + b"\n{2}\n")
     assert lines(file) == [(1, b"x" * 100, "line too long"), (2, b"{2}", None)]

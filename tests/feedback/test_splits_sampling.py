@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rluf.feedback.card import wilson
-from rluf.feedback.sampling import choose, quota
-from rluf.feedback.splits import bucket, prompt_key, side
+from rluf.feedback.facts import wilson
+from rluf.feedback.sampling import choose, quota, sample_salt
+from rluf.feedback.splits import context_text, hash64, side, unit_hash, units
 
 
 @settings(deadline=None)
@@ -39,15 +39,16 @@ def test_sides_stay_for_ever() -> None:
     assert found == ["test", *["train"] * 8, "dev", "train", "test"]
 
 
-@given(st.text(), st.integers(1, 50))
-def test_buckets_are_in_range(key: str, buckets: int) -> None:
-    assert 0 <= bucket(key, buckets) < buckets
+@given(st.text(), st.text(max_size=10))
+def test_unit_hashes_are_in_range_and_alike_for_arrays(key: str, salt: str) -> None:
+    assert 0 <= unit_hash(key, salt) < 1
+    assert units(np.array([hash64(key, salt)], dtype=np.uint64))[0] == unit_hash(key, salt)
 
 
-def test_prompt_key_sees_text_not_layout() -> None:
-    one = prompt_key([{"role": "user", "content": "Hello  there\n"}])
-    assert one == prompt_key([{"role": "user", "content": "hello there"}])
-    assert one != prompt_key([{"role": "user", "content": "hello"}, {"role": "user", "content": "there"}])
+def test_a_context_is_its_text_not_its_layout() -> None:
+    one = context_text([("user", "Hello  there\n")])
+    assert one == context_text([("user", "hello there")])
+    assert one != context_text([("user", "hello"), ("user", "there")])
 
 
 @settings(deadline=None)
@@ -63,7 +64,7 @@ def test_weights_give_back_the_natural_rate(
 ) -> None:
     plan = quota(positives, negatives, positive_share=share, max_rows=most)
     labels = np.arange(positives + negatives) < positives
-    weight = choose([f"row-{i}" for i in range(len(labels))], labels, plan, seed=seed)
+    weight = choose(np.random.default_rng(seed).random(len(labels)), labels, plan)
     kept = weight > 0
     assert kept.sum() == plan.keep_positives + plan.keep_negatives <= max(most, 0)
     if len(labels):
@@ -79,12 +80,12 @@ def test_negatives_are_cut_to_the_share_and_never_more() -> None:
 
 
 def test_the_choice_hangs_on_seed_not_on_order() -> None:
-    ids = [f"row-{i}" for i in range(500)]
+    ranks = [np.array([unit_hash(f"row-{i}", sample_salt(seed)) for i in range(500)]) for seed in (1, 2)]
     labels = np.arange(500) % 10 == 0
     plan = quota(50, 450, positive_share=0.5, max_rows=4000)
-    first = choose(ids, labels, plan, seed=1)
-    assert np.array_equal(first[::-1], choose(ids[::-1], labels[::-1], plan, seed=1))
-    assert not np.array_equal(first, choose(ids, labels, plan, seed=2))
+    first = choose(ranks[0], labels, plan)
+    assert np.array_equal(first[::-1], choose(ranks[0][::-1], labels[::-1], plan))
+    assert not np.array_equal(first, choose(ranks[1], labels, plan))
 
 
 def test_wilson_matches_a_textbook_value() -> None:
