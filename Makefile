@@ -7,7 +7,7 @@ TESTS ?= tests
 export EXTRA PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test check format bench lock clean
+.PHONY: help setup quickstart test nightly check docs format bench lock clean
 
 help: ## Say what the targets are.
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -18,8 +18,11 @@ setup: ## Make .venv with the tested versions (EXTRA=gpu for CUDA).
 quickstart: setup ## From reactions to a better policy on this machine: python -m rluf.train.
 	$(BIN)/python -m rluf.train $(ARGS)
 
-test: setup ## Run the tests: python -m pytest.
-	$(BIN)/python -m pytest $(TESTS) -q $(ARGS)
+test: setup ## Run the tests, two files at a time: python -m pytest -n 2 --dist loadfile.
+	$(BIN)/python -m pytest $(TESTS) -q -n 2 --dist loadfile $(ARGS)
+
+nightly: setup ## Run the tests that make test leaves out: runs that are killed and resumed (minutes).
+	$(BIN)/python -m pytest tests -q -m nightly $(ARGS)
 
 check: setup ## Lint, format, types, arrows between packages, dead code, house rules.
 	$(BIN)/ruff check .
@@ -28,6 +31,9 @@ check: setup ## Lint, format, types, arrows between packages, dead code, house r
 	$(BIN)/lint-imports
 	$(BIN)/vulture
 	$(BIN)/python -m pytest tests/house -q
+
+docs: setup ## Build the docs site into build/site; warnings are errors.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 format: setup ## Let ruff put the files in order.
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .

@@ -31,6 +31,8 @@ from rluf.config.policy import AlgorithmSettings, ModelSettings
 from rluf.config.settings import Settings
 from rluf.models import resolve_model
 from rluf.paths import cache_dir
+from rluf.policy.advantages import Outcomes
+from rluf.policy.methods import make_lesson
 from rluf.policy.packing import plan_micro_batches
 from rluf.types import Group, Prompt, Sample
 
@@ -40,20 +42,27 @@ GROUPS, SAMPLES, PROMPT, RESPONSE, REPEATS = 12, 4, 45, 35, 3
 TOKENS = GROUPS * SAMPLES * (PROMPT + RESPONSE)
 
 
-def random_groups(vocabulary: int) -> list[Group]:
-    """Groups of random tokens in the lengths of quickstart."""
-    draw = random.Random(0)
+def random_groups(
+    vocabulary: int,
+    count: int = GROUPS,
+    samples: int = SAMPLES,
+    prompt: int = PROMPT,
+    response: int = RESPONSE,
+    seed: int = 0,
+) -> list[Group]:
+    """Groups of random tokens, by default in the lengths of quickstart."""
+    draw = random.Random(seed)
 
     def tokens(count: int) -> tuple[int, ...]:
         return tuple(draw.randrange(3, vocabulary) for _ in range(count))
 
     groups = []
-    for index in range(GROUPS):
-        ids = tokens(PROMPT)
-        samples = tuple(
-            Sample(str(index), ids, tokens(RESPONSE), (-9.0,) * RESPONSE, ((0, 0),), "stop", "") for _ in range(SAMPLES)
+    for index in range(count):
+        ids = tokens(prompt)
+        drawn = tuple(
+            Sample(str(index), ids, tokens(response), (-9.0,) * response, ((0, 0),), "stop", "") for _ in range(samples)
         )
-        groups.append(Group(Prompt(str(index), (), ids, "", "train"), samples, 0))
+        groups.append(Group(Prompt(str(index), (), ids, "", "train"), drawn, 0))
     return groups
 
 
@@ -84,8 +93,9 @@ def learner_step(settings: Settings, folder: Path, groups: list[Group]) -> tuple
         token_budget=settings.algorithm.micro_batch_tokens,
     )
     refs = [ray.put(group) for group in groups]
-    advantages = [[1.0, -1.0, 0.5, -0.5]] * GROUPS
-    seconds, metrics = fastest(lambda: ray.get(actor.step.remote(refs, advantages, plan[0], 0)))
+    outcomes = Outcomes([[1.0, -1.0, 0.5, -0.5]] * GROUPS, [[RESPONSE] * SAMPLES] * GROUPS)
+    lesson = make_lesson(settings.algorithm, outcomes, longest=RESPONSE, kl_coef=settings.algorithm.kl_coef)
+    seconds, metrics = fastest(lambda: ray.get(actor.step.remote(refs, lesson, plan[0], 0)))
     metrics["peak_bytes"] = ray.get(actor.health.remote())["peak_bytes"]
     ray.get(actor.shutdown.remote())
     ray.kill(actor)
@@ -93,7 +103,7 @@ def learner_step(settings: Settings, folder: Path, groups: list[Group]) -> tuple
 
 
 def bare_step(folder: Path, groups: list[Group], dtype: torch.dtype, rows: int) -> float:
-    """Seconds of a step of a bare torch loop over micro-batches of `rows` samples."""
+    """Seconds of a step of a bare torch loop over micro-batches of `rows` samples, all of one length: no padding."""
     from transformers import AutoModelForCausalLM
 
     model, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=dtype) for _ in range(2))
@@ -101,10 +111,11 @@ def bare_step(folder: Path, groups: list[Group], dtype: torch.dtype, rows: int) 
     masters = [weight.detach().float() for weight in weights]
     optimizer = torch.optim.AdamW(masters, lr=1e-5, weight_decay=0.0)
     ids = torch.tensor([[*s.prompt_ids, *s.response_ids] for g in groups for s in g.samples])
+    prompt, response = len(groups[0].prompt.token_ids), len(groups[0].samples[0].response_ids)
 
     def logprobs(network: Any, batch: torch.Tensor) -> torch.Tensor:
-        logits = network(input_ids=batch, logits_to_keep=RESPONSE + 1, use_cache=False).logits[:, :-1]
-        return torch.log_softmax(logits.float(), -1).gather(-1, batch[:, PROMPT:, None])
+        logits = network(input_ids=batch, logits_to_keep=response + 1, use_cache=False).logits[:, :-1]
+        return torch.log_softmax(logits.float(), -1).gather(-1, batch[:, prompt:, None])
 
     def step() -> None:
         for batch in ids.split(rows):

@@ -49,3 +49,25 @@ class ActorError(RlufError):
     """An actor died or failed with an error that is not the user's. The message names its role and index."""
 
     exit_code = 8
+
+
+class LostError(ActorError):
+    """A process of the run has gone (killed, out of memory, node lost) and may be started again.
+
+    `who` names the actor, such as "rollout 0"; it is empty where only an object was lost.
+    """
+
+    def __init__(self, message: str, who: str = "") -> None:
+        """`message` as for every error of the house."""
+        super().__init__(message)
+        self.who = who
+
+    def __reduce__(self) -> tuple[type[LostError], tuple[str, str]]:
+        """Keep `who` on the way from an actor to the driver."""
+        return type(self), (str(self), self.who)
+
+
+class TerminatedError(RlufError):
+    """The run was asked to end (SIGTERM, `ray job stop`). The message says which checkpoint was kept."""
+
+    exit_code = 143

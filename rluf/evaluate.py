@@ -1,14 +1,21 @@
 """Compare a policy with its base on unseen prompts: objectives, simulated users, monitors, gates, report.
 
 python -m rluf.evaluate --config configs/quickstart.yaml evaluate.candidate=runs/quickstart/latest/policy
+
+Sub-commands, each with its own --help:
+python -m rluf.evaluate score --model FOLDER --data FILE.jsonl[.gz]   held-out rows through a reward model
+python -m rluf.evaluate correlate --help
+python -m rluf.evaluate abtest --help
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +25,9 @@ if TYPE_CHECKING:
     from rluf.config.settings import Settings
 
 logger = logging.getLogger("rluf.evaluate")
+
+SUBCOMMANDS = {"score": "rluf.scoring", "correlate": "rluf.correlate", "abtest": "rluf.abtest"}
+"""Sub-command -> module with main(arguments) -> exit code, imported when asked for."""
 
 
 def evaluate(settings: Settings) -> Path:
@@ -62,7 +72,11 @@ def evaluate(settings: Settings) -> Path:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code; errors of the user's are one clear message on stderr."""
-    loaded = parse("evaluate", __doc__ or "", arguments)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if given and given[0] in SUBCOMMANDS:
+        code: int = import_module(SUBCOMMANDS[given[0]]).main(given[1:])
+        return code
+    loaded = parse("evaluate", __doc__ or "", given)
     return guard(lambda: evaluate(loaded.settings))
 
 

@@ -113,6 +113,7 @@ def write_outcome(
     write_report(folder)
     tracker.log_samples(rows)
     tracker.summarise(summary)
+    tracker.log_policy(summary)
     for line in headline(summary):
         logger.info("%s", line)
     logger.info("report: %s", folder / "report.html")

@@ -30,6 +30,15 @@ def runs_root(settings: Settings) -> Path:
     return Path("~/rluf/runs").expanduser() if "runtime_resources" in here.parts else here / "runs"
 
 
+def sync(path: Path) -> None:
+    """Make a file's content, or the renames in a folder, last over a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def check_writable(folder: Path) -> None:
     """Raise ResourceError when `folder` cannot be made or written to, judged by its nearest folder that exists."""
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())

@@ -26,8 +26,10 @@ logger = logging.getLogger("rluf.train")
 def train(settings: Settings) -> Path:
     """Run the whole job; returns the run folder. Raises RlufError with one clear message."""
     from actors.alignment import align
+    from actors.checkpoints import resumed_folder
     from cluster.connect import connected
-    from cluster.plan import check, check_host, plan, table
+    from cluster.growth import await_capacity
+    from cluster.plan import check_host, plan, table
     from rluf.inputs import check_inputs, model_folders, prepared, rewarded
     from rluf.models import resolve_model
     from rluf.outcome import compare, write_cards, write_outcome
@@ -35,6 +37,7 @@ def train(settings: Settings) -> Path:
     from rluf.timing import Phases
     from rluf.tracking.console import setup_logging
     from rluf.tracking.metrics import write_json
+    from rluf.tracking.model_card import write_model_card
     from rluf.tracking.wandb import Tracker
 
     setup_logging()
@@ -44,12 +47,12 @@ def train(settings: Settings) -> Path:
     model = phases.time("model", resolve_model, settings.model.path, cache)
 
     with ExitStack() as stack:
-        resources = phases.time("ray", stack.enter_context, connected(settings))
+        phases.time("ray", stack.enter_context, connected(settings))
         planned = plan(settings)
         logger.info("actors:\n%s", table(planned, fancy=False))
-        check(planned, resources)
+        await_capacity(planned, settings.cluster.grow_deadline_s)
 
-        folder = new_run_folder(settings)
+        folder = resumed_folder(settings, runs_root(settings) / settings.name) or new_run_folder(settings)
         setup_logging(folder / "run.log")
         logger.info("run folder: %s", folder)
         write_json(folder / "config.json", settings.model_dump(mode="json"))
@@ -59,11 +62,13 @@ def train(settings: Settings) -> Path:
         write_cards(folder, data, rewards)
 
         tracker = stack.enter_context(Tracker(settings, folder))
+        tracker.log_stages(data, rewards)
         outcome = asyncio.run(align(settings, folder, model, data.folder, model_folders(rewards), tracker))
         phases.add(outcome.phases)
 
         summary = phases.time("compare", compare, settings, outcome, data, rewards)
         write_outcome(settings, folder, summary, outcome, phases, tracker)
+        write_model_card(folder)
     return folder
 
 

@@ -34,11 +34,12 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One response of the policy to one prompt.
+    """One response of the policy to one prompt, or a demonstration taken from the log.
 
     `response_ids` [R] hold the end-of-turn token when the model emitted it; `rollout_logprobs` [R] (nats) are those of
-    the distribution sampled from. `version_spans` are (first response token, weight version) pairs in order, so that a
-    response which straddles a publish is known as such. `finish_reason` is stop or length.
+    the distribution sampled from; a demonstration, which no engine sampled, has none. `version_spans` are (first
+    response token, weight version) pairs in order, so that a response which straddles a publish is known as such.
+    `finish_reason` is stop or length.
     """
 
     prompt_id: str
@@ -51,12 +52,38 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class GroupInfo:
+    """The small numbers of a group that the driver may hold: lengths in tokens, no text and no ids."""
+
+    prompt_id: str
+    topic: str
+    version: int
+    prompt_tokens: int
+    response_tokens: tuple[int, ...]
+    finished: tuple[bool, ...]
+    passed: tuple[bool, ...] = ()
+    """Whether each sample passed every judge of objectives.judges; empty where there are none."""
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """The samples of one prompt. `version` is the oldest weight version that any of them was sampled with."""
 
     prompt: Prompt
     samples: tuple[Sample, ...]
     version: int
+
+    @property
+    def info(self) -> GroupInfo:
+        """The small numbers of this group."""
+        return GroupInfo(
+            prompt_id=self.prompt.id,
+            topic=self.prompt.topic,
+            version=self.version,
+            prompt_tokens=len(self.prompt.token_ids),
+            response_tokens=tuple(len(sample.response_ids) for sample in self.samples),
+            finished=tuple(sample.finish_reason == "stop" for sample in self.samples),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,15 +99,3 @@ class Score:
     raw: float
     spread: float = 0.0
     verdict: bool | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class GroupInfo:
-    """The small numbers of a group that the driver may hold: lengths in tokens, no text and no ids."""
-
-    prompt_id: str
-    topic: str
-    version: int
-    prompt_tokens: int
-    response_tokens: tuple[int, ...]
-    finished: tuple[bool, ...]

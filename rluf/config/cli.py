@@ -13,7 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from rluf.config.load import DEFAULT, Loaded, fields, load_settings, parse_yaml
-from rluf.errors import ResourceError, RlufError, SettingsError
+from rluf.errors import ResourceError, RlufError, SettingsError, TerminatedError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 INTERRUPTED = 130
@@ -53,13 +53,18 @@ def _parse(command: str, description: str, argv: list[str]) -> Loaded:
     parser.add_argument(
         "--dry-run", action="store_true", help="show all settings and what follows from them, do nothing"
     )
+    if command == "rluf.train":
+        parser.add_argument(
+            "--resume", action="store_true", help="go on from the newest checkpoint; the same as run.resume=latest"
+        )
     parser.add_argument("-h", "--help", action="store_true", help="show this and all settings, do nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change single settings")
     given = parser.parse_intermixed_args(argv)
     if given.help:
         sys.stdout.write(f"{parser.format_help()}\n{settings_help()}")
         raise SystemExit(0)
-    loaded = load_settings(given.config, given.overrides)
+    resume = ["run.resume=latest"] if getattr(given, "resume", False) else []
+    loaded = load_settings(given.config, [*given.overrides, *resume])
     if given.dry_run:
         sys.stdout.write(dry_run_text(loaded))
         raise SystemExit(0)
@@ -75,6 +80,8 @@ def guard(function: Callable[[], object]) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     try:
         function()
+    except TerminatedError as error:
+        _leave(f"terminated: {error}", error.exit_code)
     except RlufError as error:
         _leave(f"error: {error}", error.exit_code)
     except OSError as error:

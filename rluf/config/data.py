@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, field_validator
 
 from rluf.config.base import Section
@@ -9,11 +11,13 @@ from rluf.config.base import Section
 
 class DataSettings(Section):
     """Where the raw data lies. An entry is a file, a folder, a glob or a URL (s3://, gs://); `sample:<kind>` is the log
-    shipped with rluf, `<reader>:<path>` a foreign log (readers: convai2, convai2_sparse, pandalm, diasafety, mt_bench).
-    An empty list leaves that kind out."""
+    shipped with rluf, `<reader>:<path>` a foreign log (readers in rluf/feedback/readers.py and maps.py, among them
+    openai, wildchat, lmsys, langfuse). An empty list leaves that kind out."""
 
     feedback: tuple[str, ...] = ("sample:feedback",)
-    """Reaction logs (JSONL, plain or gz; Parquet), one served response a row."""
+    """Reaction logs (JSONL, plain, gz or zst; Parquet; CSV; Arrow), one served response a row."""
+    reactions: tuple[str, ...] = ()
+    """Reactions logged apart from the responses (id, response_id, time, reaction, retracted), joined to `feedback`."""
     preferences: tuple[str, ...] = ("sample:preferences",)
     """Pairs (messages, chosen, rejected) that the helpfulness model learns from."""
     safety: tuple[str, ...] = ("sample:safety",)
@@ -59,6 +63,37 @@ class PrepareSettings(Section):
     """Share of loved rows in the training split after dropping unloved rows at random; the factor is kept per row."""
     max_rows: int = Field(default=4000, ge=10)
     """Most training rows kept for one objective (rows drop at random past it, and the card says so)."""
+    split: Literal["user", "strict"] = "user"
+    """user: users and conversations on one side. strict: near-duplicate prompts too, and test later than train."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Where a foreign feedback log keeps our fields (field: path.in.its.row, or =constant); empty: our own names."""
+    attribution_hours: float = Field(default=168, gt=0)
+    """Reactions that come later than this after their response do not count (hours)."""
+    return_days: float = Field(default=7, gt=0)
+    """Where the log does not say `returned`: whether the user was seen again 6 hours to this many days later."""
+    redact: tuple[Literal["email", "phone", "card", "iban", "ip", "key"], ...] = (
+        "email",
+        "phone",
+        "card",
+        "iban",
+        "ip",
+        "key",
+    )
+    """Personal data that is replaced by its kind, such as <email>, in all texts."""
+    abuse: tuple[Literal["rate", "burst", "timing", "copies", "self_love", "device", "cap"], ...] = (
+        "rate",
+        "burst",
+        "timing",
+        "copies",
+        "self_love",
+        "device",
+        "cap",
+    )
+    """Rules that take weight from rows of bots, brigades and farms (docs/data.md); the smallest weight counts."""
+    user_cap: int = Field(default=200, ge=1)
+    """Rows of one user that count in full; a user with more has the weight of this many (rule cap)."""
+    previous: str | None = None
+    """Data set that the card compares with; none means the one that is replaced."""
     blocks: int = Field(default=2, ge=1)
     """Ray Data blocks (read and map parallelism)."""
     output: str | None = None

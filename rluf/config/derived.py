@@ -90,6 +90,8 @@ def learner_memory(settings: Settings) -> dict[str, int]:
     }
     if settings.algorithm.kl_coef > 0:
         memory["reference"] = compute * shape.parameters // share(3)
+    if settings.algorithm.name == "ppo":
+        memory["critic"] = memory["weights"] + memory["gradients"] + memory["optimiser"]
     if learner.offload_optimizer:
         memory["optimiser"] = 0
     return memory
@@ -126,7 +128,7 @@ def pools(settings: Settings) -> list[Pool]:
              learner_memory(settings)),
     ]  # fmt: skip
     for name, objective in objectives.named.items():
-        judged = objective.source == "judge"
+        judged = objective.source != "model"
         shape = model_shape(objective.path or backbones[name].backbone)
         scoring = {} if judged else {"weights": 4 * shape.parameters}
         gpus = 0.0 if judged else cluster.gpus_per_reward

@@ -26,6 +26,8 @@ DEFAULT = "default"
 OVERRIDE = "override"
 
 VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
+PASSWORD = re.compile(r"://[^/@\s:]*:[^/@\s]+@")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +145,20 @@ def _expand(value: Any, source: str) -> Any:
         return [_expand(inner, source) for inner in value]
     if not isinstance(value, str):
         return value
+    if PASSWORD.search(value):
+        raise SettingsError(
+            f"a value of {PASSWORD.sub('://...@', source)} has a password before the @ of an address, and settings are "
+            "written to the run folder; leave it out and give it by the storage's own environment variables, such as "
+            "AWS_SECRET_ACCESS_KEY"
+        )
 
     def replace(match: re.Match[str]) -> str:
         name, fallback = match.group(1), match.group(2)
+        if SECRET.search(name):
+            raise SettingsError(
+                f"{source} uses {name}, which looks like a secret, and settings are written to the run folder and the "
+                "log; leave it out: what needs it reads it from the environment"
+            )
         found = os.environ.get(name) or fallback
         if found is None:
             raise SettingsError(

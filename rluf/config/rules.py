@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
 
+CGPO = ("crpg", "crraft", "codpo")
+"""Methods that take calibrated rewards and bound the KL themselves."""
+LIKELIHOOD = ("rloo", *CGPO, "kto")
+"""Methods whose own loss is reinforce (rluf.policy.methods has the table)."""
+
 
 def judges(settings: Settings) -> str | None:
-    """A judge needs a name and no model folder; a model needs no judge."""
+    """A judge needs a name and no model folder; a model needs no judge; a service has a URL."""
     for name, objective in settings.objectives.named.items():
         key = f"objectives.{name}"
         if objective.source == "judge" and objective.judge is None:
@@ -20,10 +26,15 @@ def judges(settings: Settings) -> str | None:
                 f"{key}.source=judge would leave {key}.path={objective.path} unused; "
                 f"set {key}.path=null or {key}.source=model"
             )
-        if objective.source == "model" and objective.judge is not None:
+        if objective.source != "judge" and objective.judge is not None:
             return (
-                f"{key}.source=model would leave {key}.judge={objective.judge} unused; "
+                f"{key}.source={objective.source} would leave {key}.judge={objective.judge} unused; "
                 f"set {key}.judge=null or {key}.source=judge"
+            )
+        if (objective.source == "serve") != (objective.path or "").startswith(("http://", "https://")):
+            return (
+                f"{key}.source={objective.source} does not go with {key}.path={objective.path}: source serve names the "
+                f"URL of a service in path, source model a folder; change one of them"
             )
     return None
 
@@ -59,17 +70,122 @@ def weights(settings: Settings) -> str | None:
     return "objectives.*.weight are all 0, so the policy would have nothing to learn; set at least one weight above 0"
 
 
+def combination(settings: Settings) -> str | None:
+    """Floors belong to the constrained combination and to objectives that are there; GDPO is a form of GRPO."""
+    objectives, name = settings.objectives, settings.algorithm.name
+    for pair in objectives.floors:
+        objective, _, floor = pair.rpartition(":")
+        if objective not in objectives.named or not _is_number(floor):
+            return (
+                f"objectives.floors has {pair!r}, which is not objective:number; set it to pairs that begin with "
+                f"{', '.join(objectives.named)}, such as safety:0"
+            )
+    if len(objectives.bounds) < len(objectives.floors):
+        return f"objectives.floors={list(objectives.floors)} names an objective twice; set each objective once"
+    if (objectives.combine == "constrained") != bool(objectives.floors):
+        return (
+            f"objectives.combine={objectives.combine} and objectives.floors={list(objectives.floors)} do not go "
+            "together; set objectives.combine=constrained with floors such as [safety:0], or neither"
+        )
+    if objectives.combine == "gdpo" and name != "grpo":
+        return (
+            f"objectives.combine=gdpo normalises each objective as GRPO does and leaves algorithm.name={name} unused; "
+            "set algorithm.name=grpo or objectives.combine=linear"
+        )
+    if name in CGPO and objectives.combine != "calibrated":
+        return (
+            f"algorithm.name={name} takes rewards between 0 and 1, which objectives.combine={objectives.combine} does "
+            "not give; set objectives.combine=calibrated"
+        )
+    return None
+
+
+def kl(settings: Settings) -> str | None:
+    """A KL that is steered or taken off the reward needs a weight; CGPO has its own limit in place of one."""
+    algorithm = settings.algorithm
+    if algorithm.kl_coef == 0 and algorithm.kl_target is not None:
+        return (
+            f"algorithm.kl_target={algorithm.kl_target:g} has no KL to steer, as algorithm.kl_coef=0 leaves the "
+            "reference policy out; set algorithm.kl_coef above 0 or algorithm.kl_target=null"
+        )
+    if algorithm.kl_coef == 0 and algorithm.kl_in == "reward":
+        return (
+            "algorithm.kl_in=reward has no KL to take off, as algorithm.kl_coef=0 leaves the reference policy out; set "
+            "algorithm.kl_coef above 0 or algorithm.kl_in=loss"
+        )
+    if algorithm.kl_in == "reward" and algorithm.name in (*CGPO, "kto"):
+        return (
+            f"algorithm.kl_in=reward does not go with algorithm.name={algorithm.name}, which holds the policy near the "
+            "reference in its own way; set algorithm.kl_in=loss"
+        )
+    return None
+
+
+def critic(settings: Settings) -> str | None:
+    """Only PPO has a critic."""
+    name, rate = settings.algorithm.name, settings.learner.critic_rate
+    if rate is None or name == "ppo":
+        return None
+    return (
+        f"learner.critic_rate={rate:g} has no critic to train, as algorithm.name={name} has none; set "
+        "learner.critic_rate=null or algorithm.name=ppo"
+    )
+
+
+def ratios(settings: Settings) -> str | None:
+    """Settings of the ratio reach a loss that has one."""
+    algorithm = settings.algorithm
+    loss = algorithm.loss or ("reinforce" if algorithm.name in LIKELIHOOD else "ppo")
+    if algorithm.dual_clip is not None and loss not in ("ppo", "gspo"):
+        return (
+            f"algorithm.dual_clip={algorithm.dual_clip:g} bounds a clipped ratio, which algorithm.loss={loss} does not "
+            "have; set algorithm.dual_clip=null or algorithm.loss=ppo"
+        )
+    if algorithm.staleness and loss != "reinforce" and algorithm.importance not in ("token", "off"):
+        return (
+            f"algorithm.importance={algorithm.importance} would be unused with algorithm.staleness="
+            f"{algorithm.staleness}, where the clipped ratio of algorithm.loss={loss} is to the engine itself; set "
+            "algorithm.importance=token, or algorithm.staleness=0"
+        )
+    return None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
 def losses(settings: Settings) -> str | None:
-    """Pairs train with bradley_terry, single responses with bce."""
-    reward = settings.reward
-    for name, model, fit in (
-        ("love", reward.love, "bce"),
-        ("helpfulness", reward.helpfulness, "bradley_terry"),
-        ("safety", reward.safety, "bce"),
-    ):
-        if model.loss != fit:
-            rows = "pairs of responses" if fit == "bradley_terry" else "single responses with a label"
+    """Pairs train with bradley_terry, single responses with a loss of labels."""
+    for name, model in settings.reward.named.items():
+        pairs = name == "helpfulness"
+        if (model.loss == "bradley_terry") != pairs:
+            rows, fit = ("pairs of responses", "bradley_terry") if pairs else ("single responses with a label", "bce")
             return f"reward.{name}.loss={model.loss} does not fit its data, {rows}; set reward.{name}.loss={fit}"
+        if pairs and model.calibration == "isotonic":
+            return (
+                f"reward.{name}.loss={model.loss} learns differences, which reward.{name}.calibration=isotonic cannot "
+                f"calibrate; set reward.{name}.calibration=platt"
+            )
+    return None
+
+
+def untrained(settings: Settings) -> str | None:
+    """No epochs and no probe would leave a head of random numbers."""
+    for name, model in settings.reward.named.items():
+        if model.epochs == 0 and not model.probe:
+            return (
+                f"reward.{name}.epochs=0 and reward.{name}.probe=false would train nothing; set "
+                f"reward.{name}.probe=true or reward.{name}.epochs=1"
+            )
+        if model.lora_rank and (model.epochs == 0 or model.frozen_share == 1):
+            return (
+                f"reward.{name}.lora_rank={model.lora_rank} would put adapters where nothing trains "
+                f"(reward.{name}.epochs={model.epochs}, reward.{name}.frozen_share={model.frozen_share:g}); set "
+                f"reward.{name}.lora_rank=0, or epochs above 0 and frozen_share below 1"
+            )
     return None
 
 
@@ -165,12 +281,39 @@ def splits(settings: Settings) -> str | None:
     )
 
 
+def serving(settings: Settings) -> str | None:
+    """The service's replicas, versions and policies go together."""
+    serve = settings.serve
+    if serve.min_replicas > serve.max_replicas:
+        return (
+            f"serve.min_replicas={serve.min_replicas} is more than serve.max_replicas={serve.max_replicas}; "
+            f"set serve.max_replicas={serve.min_replicas} or more"
+        )
+    if serve.canary_share > 0 and serve.candidate is None:
+        return (
+            f"serve.canary_share={serve.canary_share:g} has no candidate to go to (serve.candidate=null); name the "
+            "candidate's folder or set serve.canary_share=0"
+        )
+    for pair in serve.policies:
+        name, _, path = pair.partition(":")
+        if not name.replace("-", "").replace("_", "").isalnum() or not path:
+            return f"serve.policies has {pair!r}, which is not name:path; set it to pairs such as base:tiny"
+    if len(serve.chat) < len(serve.policies):
+        return f"serve.policies={list(serve.policies)} names a policy twice; give each a name of its own"
+    return None
+
+
 RULES: tuple[Callable[[Settings], str | None], ...] = (
     judges,
     weights,
     topics,
     mix,
+    combination,
+    kl,
+    critic,
+    ratios,
     losses,
+    untrained,
     tensor_parallel,
     gpu_shares,
     nccl,
@@ -179,6 +322,7 @@ RULES: tuple[Callable[[Settings], str | None], ...] = (
     ranks,
     concurrency,
     splits,
+    serving,
 )
 
 

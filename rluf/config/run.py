@@ -45,10 +45,14 @@ class ClusterSettings(Section):
     """Ray CPUs that one reward actor reserves."""
     threads: int = Field(default=0, ge=0)
     """Compute threads an actor; 0 means all cores of the machine divided by learner ranks."""
+    grow_deadline_s: float = Field(default=0.0, ge=0)
+    """Seconds to wait for an autoscaling cluster to grow to what the plan needs; 0 refuses at once."""
     start_deadline_s: float = Field(default=180.0, gt=0)
     """Seconds the actors may take to be placed and ready before the run stops and names the missing ones."""
     heartbeat_s: float = Field(default=30.0, gt=0)
-    """Seconds between health checks of each actor; two missed ones stop the run."""
+    """Seconds between health checks of each actor; one that misses two is ended and started again."""
+    restarts_per_hour: int = Field(default=3, ge=0)
+    """Times an hour that each actor (or the learners together) may be started again before the run stops."""
 
 
 class TrackingSettings(Section):
@@ -71,3 +75,9 @@ class RunSettings(Section):
     """Folder of finished stages and converted models; none means $RLUF_CACHE, else ~/.cache/rluf."""
     reuse: bool = True
     """Reuse finished stages whose content hash matches."""
+    profile_steps: int = Field(default=0, ge=0)
+    """Steps, from the second on, to profile into <run folder>/profile: learner traces and a timeline of all actors."""
+    resume: str | None = None
+    """Go on from the newest whole checkpoint of this run folder; latest (or --resume) means the newest run's."""
+    deterministic: bool = False
+    """Sample and score one response at a time: slower, but staleness 0 gives the same bits again on CPUs."""

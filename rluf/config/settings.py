@@ -16,6 +16,7 @@ from rluf.config.policy import (
 from rluf.config.reward import ObjectivesSettings, RewardSettings
 from rluf.config.rules import broken_rule
 from rluf.config.run import ClusterSettings, EvaluateSettings, RunSettings, TrackingSettings
+from rluf.config.serve import ServeSettings
 
 
 class Settings(Section):
@@ -49,6 +50,8 @@ class Settings(Section):
     """Weights from learner to engines."""
     evaluate: EvaluateSettings = EvaluateSettings()
     """Base against aligned."""
+    serve: ServeSettings = ServeSettings()
+    """Reward models and policies over HTTP."""
     cluster: ClusterSettings = ClusterSettings()
     """What the actors run on."""
     tracking: TrackingSettings = TrackingSettings()

@@ -84,7 +84,7 @@ def test_refusals_name_the_key_and_the_way_out(override: str, told: str) -> None
 def test_wrong_values_name_key_value_source_and_rule() -> None:
     message = refused("learner.ranks=0", "publish.engine=mpi")
     assert "learner.ranks=0 (override): must be greater than or equal to 1" in message
-    assert "publish.engine='mpi' (override): must be 'shm' or 'nccl'" in message
+    assert "publish.engine='mpi' (override): must be 'shm', 'nccl' or 'disk'" in message
     assert "2 settings are wrong" in message
     assert "fractional" in refused("learner.ranks=2.5")
     assert "data.feedback" in refused("data.feedback=[{a: 1}]")
@@ -148,3 +148,18 @@ def test_settings_are_frozen_and_survive_json() -> None:
     assert Settings.model_validate_json(settings.model_dump_json()) == settings
     with pytest.raises(ValueError, match="frozen"):
         settings.__setattr__("seed", 3)
+
+
+@pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "DB_PASSWORD"])
+def test_a_secret_is_never_taken_into_the_settings(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "canary")
+    with pytest.raises(SettingsError, match=f"{name}, which looks like a secret") as caught:
+        load_settings(None, [f"model.path=${{{name}}}"])
+    assert "canary" not in str(caught.value)
+
+
+def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:
+    with pytest.raises(SettingsError, match="password before the @") as caught:
+        load_settings(None, ["data.feedback=s3://key:canary@bucket/log.jsonl"])
+    assert "canary" not in str(caught.value)
+    load_settings(None, ["data.feedback=s3://bucket/user@host:1/log.jsonl"])

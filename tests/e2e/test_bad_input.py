@@ -16,7 +16,7 @@ def run(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Compl
     env = {**os.environ, "RLUF_RUNS": str(tmp_path / "runs"), "RLUF_CACHE": str(tmp_path / "cache"), **environment}
     env.pop("RAY_ADDRESS", None)
     command = [sys.executable, "-m", "rluf.train", "--config", "configs/tiny.yaml", *arguments]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=30)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
 
 
 def last_line(done: subprocess.CompletedProcess[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 SMALL = ["--config", "configs/tiny.yaml"]
+SECRETS = {"HF_TOKEN": "hf_canaryone", "WANDB_API_KEY": "canarytwo" * 5, "AWS_SECRET_ACCESS_KEY": "canarythree"}
 
 
 def free_port() -> int:
@@ -67,6 +69,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
         "RLUF_RUNS": str(base / "runs"),
         "RLUF_CACHE": str(base / "cache"),
         "RAY_AUTH_MODE": "token",
+        **SECRETS,
     }
     env.pop("RAY_ADDRESS", None)
     return Place(base / "runs", env)
@@ -78,7 +81,8 @@ def head(place: Place) -> Iterator[str]:
     dashboard = free_port()
     command = [
         str(BIN / "ray"), "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}",
-        "--num-cpus=2", "--object-store-memory=300000000", "--disable-usage-stats",
+        f"--dashboard-agent-listen-port={free_port()}", "--num-cpus=2", "--object-store-memory=300000000",
+        "--disable-usage-stats",
     ]  # fmt: skip
     process = subprocess.Popen(command, env=place.env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
     deadline = time.monotonic() + 60
@@ -101,7 +105,7 @@ def head(place: Place) -> Iterator[str]:
 def submitted(place: Place, head: str) -> str:
     """Output of `ray job submit` of the tiny job, which must succeed."""
     command = [str(BIN / "ray"), "job", "submit", f"--address={head}", "--working-dir=.", "--"]
-    command += ["python", "-m", "rluf.train", *SMALL]
+    command += ["python", "-m", "rluf.train", *SMALL, "run.profile_steps=1"]
     done = subprocess.run(command, env=place.env, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
@@ -125,6 +129,9 @@ def test_submitted_job_leaves_a_whole_run_folder(place: Place, submitted: str) -
     assert [row["version"] for row in rows] == [1, 2]
     assert all(row["staleness"] == 0 for row in rows)
     assert all(0 < row["probe"] < 0.1 for row in rows)
+    assert {file.name for file in (place.latest / "profile").iterdir()} == {"pumps.json.gz", "learner-0.json.gz"}
+    pumps = json.loads(gzip.decompress((place.latest / "profile" / "pumps.json.gz").read_bytes()))["traceEvents"]
+    assert {"generate", "score", "learn", "publish", "step 2", "idle: generate"} <= {event["name"] for event in pumps}
 
 
 def test_policy_loads_in_plain_transformers_and_answers(place: Place, submitted: str) -> None:
@@ -139,6 +146,30 @@ def test_policy_loads_in_plain_transformers_and_answers(place: Place, submitted:
     with torch.no_grad():
         reply = model.generate(**prompt, max_new_tokens=4, do_sample=False)
     assert reply.shape[1] > prompt["input_ids"].shape[1]
+
+
+def test_no_secret_is_in_the_run_folder_or_the_output(place: Place, submitted: str) -> None:
+    token = (Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()).read_text().strip()
+    hidden = [secret.encode() for secret in (*SECRETS.values(), token)]
+    assert all(len(secret) > 8 for secret in hidden)
+    files = [file for file in place.latest.resolve().rglob("*") if file.is_file()]
+    assert len(files) > 10
+    for blob, name in [(submitted.encode(), "output"), *((file.read_bytes(), str(file)) for file in files)]:
+        assert not [name for secret in hidden if secret in blob]
+
+
+def test_a_stranger_without_the_token_is_turned_away(place: Place, head: str) -> None:
+    env = {**place.env, "RAY_AUTH_MODE": "disabled"}
+    command = [str(BIN / "ray"), "job", "list", f"--address={head}"]
+    told = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert told.returncode != 0
+    assert "authentication" in (told.stdout + told.stderr).lower()
+
+
+def test_the_policy_folder_has_its_card(place: Place, submitted: str) -> None:
+    text = (place.latest / "policy" / "README.md").read_text()
+    assert "## Reward models" in text and "love: auroc" in text
+    assert {f.stem for f in (place.latest / "policy" / "rluf").iterdir()} >= {"settings", "data", "love", "safety"}
 
 
 def alive(pid: int) -> bool:

@@ -9,7 +9,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "ray", "vllm", "deepspeed", "transformers", "pandas", "wandb", "plotly")
 COMMANDS = [
-    name for name in ("train", "prepare", "reward", "evaluate", "simulate") if (ROOT / "rluf" / f"{name}.py").is_file()
+    name
+    for name in ("train", "prepare", "reward", "evaluate", "simulate", "serve")
+    if (ROOT / "rluf" / f"{name}.py").is_file()
 ]
 
 
@@ -30,7 +32,17 @@ def test_commands_answer_without_heavy_imports(command: str, flag: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["rluf", "rluf.config.cli", "rluf.config.derived", "rluf.types", "rluf.errors", "cluster.plan"]
+    "module",
+    [
+        "rluf",
+        "rluf.config.cli",
+        "rluf.config.derived",
+        "rluf.types",
+        "rluf.errors",
+        "cluster.plan",
+        "rluf.abtest",
+        "rluf.correlate",
+    ],
 )
 def test_light_modules_stay_light(module: str) -> None:
     program = f"import sys, {module}; sys.exit(','.join(sorted(set({HEAVY!r}) & set(sys.modules))) or 0)"

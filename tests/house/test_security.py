@@ -1,0 +1,76 @@
+"""No pickle from outside is read, no code of others is run unless asked, Ray's token is on."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rluf.config.settings import Settings
+from rluf.errors import ModelError
+from rluf.models import resolve_model
+from rluf.objectives.backbone import load_classifier
+from rluf.policy.checkpoint import load_policy
+
+ROOT = Path(__file__).parents[2]
+
+
+class Payload:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[object, tuple[str, str]]:
+        return Path.write_text, (Path(self.mark), "run")  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-encoder"])
+def test_weights_that_are_pickles_are_refused_and_their_code_does_not_run(name: str, tmp_path: Path) -> None:
+    folder = resolve_model(name, tmp_path)
+    (folder / "model.safetensors").unlink()
+    mark = tmp_path / "mark"
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(mark)))
+    pickle.loads((folder / "pytorch_model.bin").read_bytes())
+    assert mark.read_text() == "run"
+    mark.unlink()
+    with pytest.raises(ModelError):
+        if name == "tiny":
+            load_policy(folder, dtype=torch.float32)
+        else:
+            load_classifier(folder, trained=False)
+    with pytest.raises(ModelError, match="safetensors"):
+        resolve_model(str(folder), tmp_path)
+    assert not mark.exists()
+
+
+def test_our_own_code_unpickles_nothing() -> None:
+    found = []
+    for package in ("rluf", "actors", "cluster"):
+        for file in (ROOT / package).rglob("*.py"):
+            if re.search(
+                r"torch\.load\(|pickle\.load|cloudpickle|joblib|np\.load\(|shelve|yaml\.(load_all|unsafe)",
+                file.read_text(),
+            ):
+                found.append(str(file))
+    assert found == []
+
+
+def test_code_that_comes_with_a_model_is_off() -> None:
+    assert Settings().model.trust_remote_code is False
+
+
+@pytest.mark.parametrize("package", ["cluster", "actors"])
+def test_rays_token_is_on_before_ray_is_imported(package: str) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+    program = f"import {package}, os, sys; print(os.environ['RAY_AUTH_MODE'], 'ray' in sys.modules)"
+    told = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert told.stdout.strip() == "token False"
