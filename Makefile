@@ -19,7 +19,7 @@ quickstart: setup ## From reactions to a better policy on this machine: python -
 	$(BIN)/python -m rluf.train $(ARGS)
 
 test: setup ## Run the tests, two files at a time: python -m pytest -n 2 --dist loadfile.
-	$(BIN)/python -m pytest $(TESTS) -q -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(TESTS) -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 nightly: setup ## Run the tests that make test leaves out: runs that are killed and resumed (minutes).
 	$(BIN)/python -m pytest tests -q -m nightly $(ARGS)
@@ -28,6 +28,7 @@ check: setup ## Lint, format, types, arrows between packages, dead code, house r
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy $(OURS)
+	MYPYPATH=. $(BIN)/mypy benchmarks/*.py
 	$(BIN)/lint-imports
 	$(BIN)/vulture
 	$(BIN)/python -m pytest tests/house -q

@@ -15,8 +15,9 @@ from actors.pipeline import Pipeline, ScoredGroup
 from actors.profiling import Profiler
 from actors.recovery import Budget, LastingPipeline
 from actors.supervisor import Supervisor
+from actors.watch import Watch
 from rluf.config.settings import Settings
-from rluf.errors import LostError, TerminatedError
+from rluf.errors import AlarmError, LostError, TerminatedError
 from rluf.models import load_tokenizer
 from rluf.objectives.judges import find_judge
 from rluf.policy.methods import METHODS
@@ -65,7 +66,8 @@ async def align(
 ) -> Outcome:
     """Move the policy at `model` towards the objectives; writes <folder>/policy and <folder>/metrics.jsonl.
 
-    With run.resume it goes on from the newest checkpoint in `folder`, and so it does when learners are lost.
+    With run.resume it goes on from the newest checkpoint in `folder`, and so it does when learners are lost. An alarm
+    that asks for it takes the run back to the last clean checkpoint, once; the love weight is 0 from there on.
     `data` is a prepared data set, `rewards` the reward model folder of each objective (None for a judge).
     """
     for judge in settings.objectives.judges:
@@ -80,8 +82,9 @@ async def align(
         reactions = load_reactions(data, tokenizer, max_prompt=longest, max_response=room)
     keeper, budget = Keeper(settings, folder, prompts), Budget(settings.cluster.restarts_per_hour)
     begin = keeper.newest() if settings.run.resume else None
+    held = False
     while True:
-        outcome, started = Outcome(), time.monotonic()
+        outcome, started, watch = Outcome(), time.monotonic(), Watch(settings, tracker, held=held)
         try:
             async with Supervisor(
                 settings, model, rewards, learners=True, checkpoint=None if begin is None else begin[0]
@@ -89,7 +92,7 @@ async def align(
                 _lap(outcome, "start", started)
                 pipeline = LastingPipeline(settings, supervisor, prompts, shown, reactions, budget=budget)
                 try:
-                    await supervisor.run(_attempt(settings, pipeline, keeper, begin, unseen, tracker, outcome))
+                    await supervisor.run(_attempt(settings, pipeline, keeper, begin, unseen, tracker, outcome, watch))
                 finally:
                     await pipeline.close()
                 started = time.monotonic()
@@ -100,6 +103,12 @@ async def align(
             begin = keeper.newest()
             where = "the beginning" if begin is None else f"the checkpoint of step {begin[0].step}"
             logger.warning("%s; all actors start again, the run goes on from %s", error, where)
+        except AlarmError as error:
+            if error.back_to is None:
+                raise
+            begin, held = keeper.go_back(error.back_to, str(error)), True
+            step = begin[0].step
+            logger.warning("%s; the run goes back to the checkpoint of step %d, the love weight is 0 now", error, step)
 
 
 async def _attempt(
@@ -110,20 +119,23 @@ async def _attempt(
     unseen: Sequence[Prompt],
     tracker: Tracker,
     outcome: Outcome,
+    watch: Watch,
 ) -> None:
     """The run from its beginning or a checkpoint to the saved policy; fills `outcome`."""
     started = time.monotonic()
     if begin is None:
         outcome.base = await answer(settings, pipeline, unseen, "base policy")
         keeper.keep_answers([(one.group, one.values) for one in outcome.base])
+        await watch.begin(pipeline)
     else:
         checkpoint, state = begin
         logger.info("going on after step %d, from %s", checkpoint.step, checkpoint.folder)
         pipeline.restore(state.pipeline, checkpoint.step)
+        watch.restore(state.watch, pipeline)
         outcome.base = [Answered(group, values) for group, values in keeper.answers()]
         outcome.steps = [dict(row) for row in state.rows]
     started = _lap(outcome, "evaluate_base", started)
-    await _steps(settings, pipeline, keeper, tracker, outcome)
+    await _steps(settings, pipeline, keeper, tracker, outcome, watch)
     started = _lap(outcome, "align", started)
     outcome.aligned = await answer(settings, pipeline, unseen, "aligned policy")
     started = _lap(outcome, "evaluate_aligned", started)
@@ -161,7 +173,7 @@ async def contrast(
 
 
 async def _steps(
-    settings: Settings, pipeline: LastingPipeline, keeper: Keeper, tracker: Tracker, outcome: Outcome
+    settings: Settings, pipeline: LastingPipeline, keeper: Keeper, tracker: Tracker, outcome: Outcome, watch: Watch
 ) -> None:
     """Optimiser steps up to algorithm.steps. On SIGTERM the last whole step is kept and TerminatedError raised."""
     total, every, done = settings.algorithm.steps, settings.learner.save_every, len(outcome.steps)
@@ -183,17 +195,18 @@ async def _steps(
                 metrics.append(row)
                 tracker.log(number, row, pipeline.drawn)
                 gauges.set(row)
+                await watch.look(pipeline, number, row["kl"])
                 progress.advance(
                     **{name: row[name] for name in (*pipeline.crew.rewards, "reward", "kl", "probe", "step_s")}
                 )
             if stop.is_set() and outcome.steps:
-                await keeper.save(pipeline, len(outcome.steps), outcome.steps)
+                await keeper.save(pipeline, len(outcome.steps), outcome.steps, watch.state())
             if stop.is_set():
                 raise TerminatedError(
                     f"stopped after step {len(outcome.steps)} of {total}; add --resume to the same command to go on"
                 )
             if every and number % every == 0:
-                await keeper.save(pipeline, number, outcome.steps)
+                await keeper.save(pipeline, number, outcome.steps, watch.state())
 
 
 async def _unless(stop: asyncio.Event, pipeline: LastingPipeline, number: int) -> dict[str, float] | None:

@@ -12,12 +12,13 @@ from typing import Any
 
 from actors.recovery import LastingPipeline
 from rluf.config.settings import Settings
-from rluf.errors import DataError, ModelError, SettingsError
+from rluf.errors import AlarmError, DataError, ModelError, SettingsError
 from rluf.policy.checkpoint import whole_folder
 from rluf.policy.resume import (
     Checkpoint,
     RunState,
     changed,
+    forget_after,
     group_from_json,
     group_to_json,
     newest_whole,
@@ -43,12 +44,12 @@ class Keeper:
         self._prompts = prompts_digest(prompts)
         self._saved = 0
 
-    def newest(self) -> tuple[Checkpoint, RunState] | None:
-        """The newest whole checkpoint and its state; None when there is none.
+    def newest(self, at_most: float = float("inf")) -> tuple[Checkpoint, RunState] | None:
+        """The newest whole checkpoint of a step up to `at_most`, and its state; None when there is none.
 
         Raises SettingsError when settings that matter to what is learnt, or the training prompts, are others now.
         """
-        found = newest_whole(self.folder / FOLDER)
+        found = newest_whole(self.folder / FOLDER, at_most)
         if found is None:
             return None
         state = found.state()
@@ -63,10 +64,31 @@ class Keeper:
             )
         return found, state
 
-    async def save(self, pipeline: LastingPipeline, step: int, rows: Sequence[Mapping[str, Any]]) -> Path | None:
+    def go_back(self, step: int, why: str) -> tuple[Checkpoint, RunState]:
+        """The newest whole checkpoint of a step up to `step`; younger ones are deleted, they led to `why`.
+
+        Raises AlarmError when there is none.
+        """
+        found = self.newest(step)
+        if found is None:
+            raise AlarmError(
+                f"{why}; there is no checkpoint of step {step} or before to go back to: set learner.save_every, or "
+                "lower objectives.love.weight"
+            )
+        forget_after(self.folder / FOLDER, found[0].step)
+        return found
+
+    async def save(
+        self,
+        pipeline: LastingPipeline,
+        step: int,
+        rows: Sequence[Mapping[str, Any]],
+        watch: Mapping[str, Any] | None = None,
+    ) -> Path | None:
         """Write checkpoint `step` whole or not at all, then delete superfluous ones; None if it is there already.
 
-        `rows` are the metrics of all steps so far. Raises ModelError when the disk refuses.
+        `rows` are the metrics of all steps so far, `watch` is the state of the alarms. Raises ModelError when the disk
+        refuses.
         """
         if step == self._saved:
             return None
@@ -81,6 +103,7 @@ class Keeper:
                 pipeline=pipeline.snapshot,
                 schedules=schedules,
                 rows=[jsonable(row) for row in rows],
+                watch=watch,
             )
             await asyncio.to_thread(write_state, part, state)
         self._saved = step

@@ -130,6 +130,8 @@ class Pipeline:
         self._generated_at = time.monotonic()
         self.drawn: dict[str, list[float]] = {}
         """Values of the last step's single samples, for histograms: of each objective, reward, response_length."""
+        self.learnt: list[ObjectRef[Group]] = []
+        """The groups that the last step learnt from, in the object store."""
         self.timeline = Timeline()
 
     async def group(self, prompt: Prompt, samples: int, seed: int) -> ScoredGroup:
@@ -264,6 +266,7 @@ class Pipeline:
         await self.publisher.prepare(batch[0].ref)
         learnt = await self._learn(number, batch, combined)
         now = clock.lap("learn_s", now)
+        self.learnt = [scored.ref for scored in batch]
         self.version += 1
         probe = await self.publisher.publish(self.version)
         clock.lap("publish_s", now)

@@ -193,9 +193,10 @@ def main() -> None:
     logging.basicConfig(level=logging.ERROR)
     result: dict[str, Any] = {}
     for share in (0.01, 0.05, 0.1):
-        models, rules = [], {}
+        models, rules, count = [], {}, 0
         for seed in range(options.seeds):
             rows, kinds = planted(options.users, share, seed)
+            count = len(rows)
             with tempfile.TemporaryDirectory() as folder:
                 log = Path(folder) / "log.jsonl"
                 log.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -207,7 +208,7 @@ def main() -> None:
                         rules[name] = judged(flagged(prepared(log, Path(folder) / name, [name])), kinds)
         means = {name: round(float(np.mean([model[name] for model in models])), 4) for name in models[0]}
         lowest = round(min(model["won_back"] for model in models), 3)
-        result[f"{share:g}"] = {"rows": len(rows), "auroc": means, "won_back_lowest": lowest, "rules": rules}
+        result[f"{share:g}"] = {"rows": count, "auroc": means, "won_back_lowest": lowest, "rules": rules}
         sys.stdout.write(f"{share:.0%} hostile: {means}\n")
         for name, found in rules.items():
             sys.stdout.write(f"  {name:10} {json.dumps(found)}\n")

@@ -105,7 +105,7 @@ def below(pid: int) -> dict[int, str]:
                 found[int(entry.name)] = (parent, (entry / "cmdline").read_text().replace("\0", " "))
             except (FileNotFoundError, ProcessLookupError):
                 continue
-    wanted, grown = {pid}, True
+    wanted, grown = {pid}, {pid}
     while grown:
         grown = {child for child, (parent, _) in found.items() if parent in wanted} - wanted
         wanted |= grown

@@ -11,6 +11,7 @@ interval clustered by user or prompt, what length alone reaches, and ECE after a
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import sys
@@ -24,8 +25,9 @@ import torch
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.errors import DataError
+from rluf.feedback.files import read_batches
 from rluf.feedback.readers import READERS, Drop, Options
-from rluf.feedback.sources import read_lines, resolve
+from rluf.feedback.sources import resolve
 from rluf.models import resolve_model
 from rluf.objectives.backbone import encoder_for, load_classifier, quick_cpu_matmul
 from rluf.objectives.calibration import Calibration, Floats
@@ -46,7 +48,7 @@ def read(settings: Settings, objective: str) -> list[dict[str, Any]]:
     for source in resolve(getattr(settings.data, kind), kind):
         if source.reader is None:
             raise DataError(f"{source.path} needs a reader; this benchmark reads foreign logs only")
-        for line in read_lines(source, 0, 1):
+        for line in itertools.chain.from_iterable(read_batches(source.location)):
             found = READERS[source.reader].read(json.loads(line.raw), Options(0.0))
             rows += [{**row, "weight": 1.0} for row in found if not isinstance(row, Drop)]
     if kind == "feedback":
@@ -58,7 +60,7 @@ def features(settings: Settings, objective: str, records: list[dict[str, Any]]) 
     """What each member's head reads, [members][N, H], and the encoded rows."""
     chosen = settings.reward.named[objective]
     backbone = resolve_model(chosen.backbone, cache_dir(settings))
-    found = []
+    found, rows = [], None
     for layers in chosen.layers or (0,):
         model = load_classifier(backbone, trained=False, layers=layers)
         encoder = encoder_for(model, backbone, chosen.max_tokens, next_turn=chosen.next_turn)
@@ -66,6 +68,8 @@ def features(settings: Settings, objective: str, records: list[dict[str, Any]]) 
         model.to(getattr(torch, settings.reward.dtype))
         plan = Plan(epochs=0, batch_rows=1, batch_tokens=4096, steps=1, seed=settings.seed)
         found.append(Trainer(model, encoder, plan).features(rows))
+    if rows is None:
+        raise DataError(f"reward.{objective}.layers is empty; name at least one")
     return found, rows
 
 

@@ -131,7 +131,7 @@ def measure(shape: str, host: str, port: int) -> dict[str, Any]:
         actor.end_publish()
 
     published = timed(publish)
-    for module in (actor.engine.module, actor._reference):
+    for module in filter(None, (actor.engine.module, actor._reference)):
         module.set_attn_implementation("sdpa")
     plain = timed(plain_step(actor, groups, rows=8192 // (PROMPT + RESPONSE)))
     tokens = GROUPS * SAMPLES * (PROMPT + RESPONSE)

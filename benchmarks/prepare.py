@@ -40,7 +40,8 @@ def write_log(path: Path, rows: int, seed: int = 1) -> None:
     made = talk = 0
     with path.open("w") as file:
         while made < rows:
-            user, at, context = rng.randrange(rows // 10 + 1), DAY0 + rng.randrange(28 * 86400), []
+            user, at = rng.randrange(rows // 10 + 1), DAY0 + rng.randrange(28 * 86400)
+            context: list[dict[str, str]] = []
             for turn in range(rng.randint(1, 4)):
                 text = f"{rng.choice(pool)} {rng.choice(pool)} {made}"
                 response = f"{rng.choice(pool)} {rng.choice(pool)} {rng.choice(pool)}"
@@ -96,7 +97,7 @@ def _cpu_seconds() -> float:
 
     me = psutil.Process()
     times = [process.cpu_times() for process in (me, *me.children(recursive=True))]
-    return sum(spent.user + spent.system for spent in times)
+    return float(sum(spent.user + spent.system for spent in times))
 
 
 def _warm(out: Path) -> Path:
@@ -192,7 +193,9 @@ def _weighed(frame: Any, bands: Any) -> tuple[Any, Any]:
     when = frame["time"].to_physical().to_numpy()
     late, early, _ = sides.time_apart(talk, side, when, 0.15)
     keep = ~(sides.talk_apart(talk, side, when) | late | early)
-    away = sides.prompts_apart(near.groups(prompt, bands)[keep], prompt[keep], side[keep], np.empty(0), 0.1, 0.15)
+    away = sides.prompts_apart(
+        near.groups(prompt, bands)[keep], prompt[keep], side[keep], np.empty(0, np.int64), 0.1, 0.15
+    )
     left = np.flatnonzero(keep)[~away]
     frame, prompt, side, when = frame[left], prompt[left], side[left], when[left]
     user, loved = np.unique(frame["user"].to_numpy(), return_inverse=True)[1], frame["label"].to_numpy()
@@ -294,7 +297,7 @@ def main() -> None:
         for rows in options.rows:
             log = Path(folder) / f"{rows}.jsonl"
             write_log(log, rows)
-            line = {"ours": child("ours", log, rows, Path(folder) / f"o{rows}")}
+            line: dict[str, Any] = {"ours": child("ours", log, rows, Path(folder) / f"o{rows}")}
             if not options.no_polars:
                 line["polars"] = child("polars", log, rows, Path(folder) / f"p{rows}")
                 for name in ("seconds", "cpu_seconds"):
@@ -310,12 +313,12 @@ def main() -> None:
         (found[str(b)]["ours"]["seconds"] / found[str(a)]["ours"]["seconds"]) / (b / a) for a, b in pairwise(sizes)
     ]
     memory = [found[str(rows)]["ours"]["driver_mib"] for rows in sizes]
-    line = {
+    summary = {
         "benchmark": "prepare", "object_store_mb": STORE // 10**6, "sizes": found,
         "growth_over_linear": [round(value, 2) for value in growth],
         "driver_memory_ratio": round(max(memory) / min(memory), 2),
     }  # fmt: skip
-    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.write(json.dumps(summary) + "\n")
 
 
 if __name__ == "__main__":

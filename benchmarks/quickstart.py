@@ -37,7 +37,7 @@ def run(seed: int, settings: list[str]) -> dict[str, Any]:
     """One job: its verdict, lifts with intervals, seconds and peak memory. Raises CalledProcessError when it fails."""
     name = f"quickstart-seed{seed}"
     command = [sys.executable, "-m", "rluf.train", f"seed={seed}", f"name={name}", *settings]
-    started, peak = time.monotonic(), 0
+    started, peak, said = time.monotonic(), 0, ""
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     watched = psutil.Process(process.pid)
     while process.poll() is None:

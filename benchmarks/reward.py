@@ -108,7 +108,8 @@ def made_pairs(count: int, lengths: list[int]) -> Rows:
 def trl(folder: Path, pairs: Rows, frozen: float, epochs: int) -> float:
     """Tokens per second of TRL's RewardTrainer on pairs, bfloat16 autocast, batches as large as ours."""
     from datasets import Dataset
-    from trl import RewardConfig, RewardTrainer
+    from trl.trainer.reward_config import RewardConfig
+    from trl.trainer.reward_trainer import RewardTrainer
 
     model = load_classifier(folder, trained=False, dropout=0.1)
     encoder = encoder_for(model, folder, 128)

@@ -104,11 +104,12 @@ def trl(model: Path, steps: int) -> dict[str, Any]:
     """Seconds of TRL's steps: GRPOTrainer with bfloat16 autocast on the CPU, its own generation."""
     from datasets import Dataset
     from transformers import TrainerCallback
-    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
     judge, seconds, lengths = find_judge(JUDGE), [], []
 
-    class Clock(TrainerCallback):
+    class Clock(TrainerCallback):  # type: ignore[misc]
         """Times each optimiser step, its generation included."""
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:

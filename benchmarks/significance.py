@@ -109,7 +109,7 @@ def fixed_horizon(runs: int, rng: np.random.Generator) -> dict[str, Any]:
     return {"false_positives": shares(wrong), "coverage": shares(held)}
 
 
-def inside(low: Floats, high: Floats, value: float) -> Floats:
+def inside(low: Floats, high: Floats, value: float) -> NDArray[np.bool_]:
     """Which intervals [...] hold the value."""
     return (low <= value) & (value <= high)
 

@@ -98,7 +98,7 @@ class Clock:
             self.finish_one()
         self.now, self.learner_busy = done + PUBLISH_S, self.learner_busy + step_s
         self.version += 1
-        self.running = [(end + PUBLISH_S, *rest) for end, *rest in self.running]
+        self.running = [(end + PUBLISH_S, group, tokens, at) for end, group, tokens, at in self.running]
         self.places = [end + PUBLISH_S for end in self.places]
 
     def forget(self) -> None:

@@ -67,6 +67,20 @@ class LostError(ActorError):
         return type(self), (str(self), self.who)
 
 
+class AlarmError(RlufError):
+    """Reward hacking, found while training, asks for going back or for an end.
+
+    `back_to` is the last step that was clean, where going back is asked for; None asks for an end.
+    """
+
+    exit_code = 9
+
+    def __init__(self, message: str, back_to: int | None = None) -> None:
+        """`message` as for every error of the house."""
+        super().__init__(message)
+        self.back_to = back_to
+
+
 class TerminatedError(RlufError):
     """The run was asked to end (SIGTERM, `ray job stop`). The message says which checkpoint was kept."""
 

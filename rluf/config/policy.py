@@ -101,6 +101,10 @@ class AlgorithmSettings(Section):
     """Policy versions a batch may lag: 0 synchronous, 1 one step off, more asynchronous."""
     too_old: Literal["keep", "drop"] = "keep"
     """What becomes of a straggler that lags more versions than staleness: learn from it, or drop and refill."""
+    alarms: Literal["off", "warn", "act"] = "warn"
+    """Reward-hacking alarms on each step: warn only tells; act also freezes love, goes back a checkpoint, or stops."""
+    alarm_prompts: int = Field(default=96, ge=16)
+    """Training prompts that the base policy answers once each before the first step, for alarms to compare with."""
 
     @property
     def times(self) -> dict[str, int]:

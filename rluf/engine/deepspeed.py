@@ -370,11 +370,19 @@ def _config(zero_stage: int, grad_clip: float, dtype: torch.dtype, world: int, o
 
 
 def _deepspeed() -> Any:
-    """Import DeepSpeed, told beforehand to use the CPU where there is no GPU."""
+    """Import DeepSpeed, told beforehand to use the CPU where there is no GPU.
+
+    On the CPU it would compile a shared-memory collective for inference at the first start: two minutes of g++ for what
+    training never calls, under a lock that a killed process leaves behind for the next one to wait at. An empty table
+    of compatible operators (only that collective looks it up, version 0.19) leaves it out.
+    """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
+    import deepspeed.ops
 
+    if not torch.cuda.is_available():
+        deepspeed.ops.__compatible_ops__ = {}
     deepspeed.utils.logger.setLevel(logging.WARNING)
     return deepspeed

@@ -45,6 +45,8 @@ class Combiner:
         self.standardiser: Standardiser | None = None
         self.replies: dict[str, dict[str, float]] = {}
         self.multipliers = Multipliers(objectives.bounds)
+        self.frozen: frozenset[str] = frozenset()
+        """Objectives that count for nothing now, whatever their weights: an alarm asked for it."""
 
     def remember(self, prompt_id: str, signals: Mapping[str, Sequence[float]]) -> None:
         """Keep the base policy's reply to a prompt (the mean of its signals) to calibrate against."""
@@ -73,7 +75,10 @@ class Combiner:
             self.standardiser = Standardiser.fit(pooled)
         standardiser = self.standardiser
         parts = {name: [standardiser.apply(name, group.signals[name]) for group in batch] for name in names}
-        weights = [self.objectives.weights(group.topic) for group in batch]
+        weights = [
+            {name: 0.0 if name in self.frozen else weight for name, weight in self.objectives.weights(g.topic).items()}
+            for g in batch
+        ]
         metrics: dict[str, float] = {}
         if self.objectives.combine == "calibrated":
             rewards = [self._calibrated(group, w) for group, w in zip(batch, weights, strict=True)]
@@ -99,7 +104,7 @@ class Combiner:
         """
         counted = {name: weight for name, weight in weights.items() if weight}
         own = {name: fmean(values) for name, values in group.signals.items()}
-        reply, scale = self.replies.get(group.prompt_id, own), sum(counted.values())
+        reply, scale = self.replies.get(group.prompt_id, own), sum(counted.values()) or 1.0
         size = len(next(iter(group.signals.values())))
         return [
             sum(w * sigmoid(group.signals[name][i] - reply[name]) for name, w in sorted(counted.items())) / scale

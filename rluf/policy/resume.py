@@ -32,7 +32,7 @@ class RunState:
 
     `world` is the number of learner ranks, `settings` the tree it ran with, `prompts` a digest of the training prompts
     in order, `pipeline` the cursors, the prompts in flight and the standardiser, `schedules` each rank's learning rate
-    schedule, `rows` the metrics of the steps done.
+    schedule, `rows` the metrics of the steps done, `watch` what the alarms have seen.
     """
 
     step: int
@@ -42,6 +42,7 @@ class RunState:
     pipeline: Mapping[str, Any]
     schedules: Sequence[Mapping[str, Any]]
     rows: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    watch: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +104,9 @@ def step_of(folder: Path) -> int | None:
     return int(number) if folder.name.startswith("step-") and number.isdigit() else None
 
 
-def newest_whole(folder: Path) -> Checkpoint | None:
-    """The newest whole checkpoint below `folder`; broken ones are skipped, each with a message in the log."""
-    steps = {step: path for path in folder.glob("step-*") if (step := step_of(path)) is not None}
+def newest_whole(folder: Path, at_most: float = float("inf")) -> Checkpoint | None:
+    """The newest whole checkpoint below `folder` of a step up to `at_most`; broken ones are skipped with a message."""
+    steps = {step: path for path in folder.glob("step-*") if (step := step_of(path)) is not None and step <= at_most}
     for left in sorted(folder.glob(".step-*.part")):
         logger.warning("checkpoint %s is left out: it was being written when its run ended", left)
     for step, path in sorted(steps.items(), reverse=True):
@@ -132,6 +133,13 @@ def prune(folder: Path, rewards: Mapping[int, float], keep: int) -> None:
         shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
     for left in folder.glob(".step-*"):
         shutil.rmtree(left, ignore_errors=True)
+
+
+def forget_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints below `folder` of steps after `step`."""
+    for path in folder.glob("step-*"):
+        if (step_of(path) or 0) > step:
+            shutil.rmtree(path)
 
 
 def prompts_digest(prompts: Iterable[Prompt]) -> str:

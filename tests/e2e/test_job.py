@@ -180,7 +180,11 @@ def alive(pid: int) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("sent", "code", "word"), [(signal.SIGINT, 130, "interrupted: "), (signal.SIGTERM, 143, "terminated: ")]
+    ("sent", "code", "word"),
+    [
+        (signal.SIGINT, 130, "interrupted: "),
+        pytest.param(signal.SIGTERM, 143, "terminated: ", marks=pytest.mark.nightly),
+    ],
 )
 def test_a_signal_in_the_loop_ends_everything(
     place: Place, submitted: str, sent: signal.Signals, code: int, word: str
