@@ -20,6 +20,7 @@ from torch import Tensor
 from actors.critic import CriticRank
 from rluf.config.settings import Settings
 from rluf.engine import deepspeed as ds
+from rluf.engine import memory
 from rluf.engine.transfer import Sender, make_sender
 from rluf.errors import RlufError
 from rluf.policy.advantages import Drift
@@ -177,6 +178,7 @@ class LearnerActor:
         now = time.monotonic()
         self._count(applied, step, float(sums[0]))
         critic = {} if self._critic is None or not lesson.critic else self._critic.learn()
+        memory.release()
         return {
             **metrics(sums, float(peak)),
             **critic,

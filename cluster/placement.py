@@ -13,6 +13,7 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from rluf.engine.memory import KEEP_FREED
 from rluf.errors import ActorError, StallError
 
 if TYPE_CHECKING:
@@ -59,13 +60,13 @@ def role_environment(settings: Settings, role: str) -> dict[str, str]:
 def _jemalloc() -> dict[str, str]:
     """Variables that give a CPU learner jemalloc, which Ray ships: less CPU time a step.
 
-    It keeps freed activations for five seconds instead of faulting them in again at once. Kept for ever, they made the
-    learner of a run of 14 steps grow to 11.6 GiB. Empty where this build of Ray has no jemalloc.
+    It keeps freed activations for the next micro-batch instead of faulting them in again, which took a fifth of a step;
+    the learner gives them back after each step, or they would add up. Empty where this build of Ray has no jemalloc.
     """
     library = Path(ray.__file__).parent / "core" / "libjemalloc.so"
     if not library.is_file():
         return {}
-    return {"LD_PRELOAD": str(library), "MALLOC_CONF": "dirty_decay_ms:5000,muzzy_decay_ms:5000"}
+    return {"LD_PRELOAD": str(library), "MALLOC_CONF": KEEP_FREED}
 
 
 def compute_threads(settings: Settings, cores: int | None = None) -> int:
