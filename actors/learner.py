@@ -171,6 +171,7 @@ class LearnerActor:
             result = self._accumulate(batch, reference, lesson, last=number == len(plan) - 1)
             sums += result.sums
             peak = torch.maximum(peak, result.peak)
+            memory.release()
         dist.all_reduce(sums)
         dist.all_reduce(peak, dist.ReduceOp.MAX)
         rate, since = ds.learning_rate(self.engine), time.monotonic()
@@ -178,7 +179,6 @@ class LearnerActor:
         now = time.monotonic()
         self._count(applied, step, float(sums[0]))
         critic = {} if self._critic is None or not lesson.critic else self._critic.learn()
-        memory.release()
         return {
             **metrics(sums, float(peak)),
             **critic,

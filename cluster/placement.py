@@ -60,8 +60,8 @@ def role_environment(settings: Settings, role: str) -> dict[str, str]:
 def _jemalloc() -> dict[str, str]:
     """Variables that give a CPU learner jemalloc, which Ray ships: less CPU time a step.
 
-    It keeps freed activations for the next micro-batch instead of faulting them in again, which took a fifth of a step;
-    the learner gives them back after each step, or they would add up. Empty where this build of Ray has no jemalloc.
+    It keeps freed activations within a micro-batch instead of faulting them in again, which took a fifth of a step;
+    the learner gives them back after each micro-batch, or they would add up. Empty where this build of Ray has no jemalloc.
     """
     library = Path(ray.__file__).parent / "core" / "libjemalloc.so"
     if not library.is_file():

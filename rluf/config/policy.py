@@ -73,7 +73,7 @@ class AlgorithmSettings(Section):
     """Batch size 3: tokens a packed micro-batch on one rank."""
     mix: tuple[str, ...] = ("risky:3",)
     """topic:times pairs; training prompts of the topic come up that many times in each pass over the prompts."""
-    demonstrations: int = Field(default=2, ge=0)
+    demonstrations: int = Field(default=3, ge=0)
     """Good responses of the log, on topics of objectives.alone, that step 1 imitates; fewer each step, then none."""
     clip_low: float = Field(default=0.2, gt=0, lt=1)
     """Lower PPO clip: the ratio is not rewarded below 1 - clip_low."""
@@ -103,7 +103,7 @@ class AlgorithmSettings(Section):
     """What becomes of a straggler that lags more versions than staleness: learn from it, or drop and refill."""
     alarms: Literal["off", "warn", "act"] = "warn"
     """Reward-hacking alarms on each step: warn only tells; act also freezes love, goes back a checkpoint, or stops."""
-    alarm_prompts: int = Field(default=96, ge=16)
+    alarm_prompts: int = Field(default=64, ge=16)
     """Training prompts that the base policy answers once each before the first step, for alarms to compare with."""
 
     @property

@@ -59,7 +59,7 @@ class RewardSettings(Section):
     """P[Love], learnt from reactions."""
     helpfulness: RewardModelSettings = RewardModelSettings(loss="bradley_terry")
     """Helpfulness, learnt from preference pairs."""
-    safety: RewardModelSettings = RewardModelSettings(epochs=8)
+    safety: RewardModelSettings = RewardModelSettings(epochs=6)
     """Safety, learnt from labels."""
     only: tuple[Literal["love", "helpfulness", "safety"], ...] = ()
     """Objectives that python -m rluf.reward trains; none means every objective whose source is a model."""

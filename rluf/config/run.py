@@ -16,7 +16,7 @@ class EvaluateSettings(Section):
     """Policy folder that `python -m rluf.evaluate` compares with the base; none means the newest run's policy."""
     prompts: int = Field(default=109, ge=2)
     """Prompts of the test split (all of them if there are fewer)."""
-    samples_per_prompt: int = Field(default=4, ge=1)
+    samples_per_prompt: int = Field(default=3, ge=1)
     """Responses a policy gives to each prompt."""
     users: int = Field(default=2000, ge=10)
     """New simulated users an arm of the A/B comparison (only where the simulator is the judge)."""

@@ -118,7 +118,7 @@ async def test_refusals_are_no_hack_where_one_objective_owns_the_topic(tracker: 
     owned = next(iter(settings("act").objectives.owners))
     policy = Policy(("chat", owned))
     watch = await begun("act", tracker, policy)
-    assert len(policy.asked) == 96
+    assert len(policy.asked) == settings("act").algorithm.alarm_prompts
     assert {one.topic for one in policy.asked} == {"chat"}
     for step in range(1, 10):
         await watch.look(policy.learns(REFUSAL, owned), step, 0.0)
