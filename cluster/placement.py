@@ -61,7 +61,8 @@ def _jemalloc() -> dict[str, str]:
     """Variables that give a CPU learner jemalloc, which Ray ships: less CPU time a step.
 
     It keeps freed activations within a micro-batch instead of faulting them in again, which took a fifth of a step;
-    the learner gives them back after each micro-batch, or they would add up. Empty where this build of Ray has no jemalloc.
+    the learner gives them back after each micro-batch, or they would add up. Empty where this build of Ray has no
+    jemalloc.
     """
     library = Path(ray.__file__).parent / "core" / "libjemalloc.so"
     if not library.is_file():
