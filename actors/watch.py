@@ -124,6 +124,8 @@ class Watch:
     def restore(self, state: Mapping[str, Any] | None, pipeline: Pipeline) -> None:
         """Go on where `state` was taken; a run that was not watched then is not watched now."""
         if state is None:
+            if self._settings.algorithm.alarms != "off":
+                logger.warning("the checkpoint knows of no alarms, so this run goes on without them")
             return
         kept = dict(state["baseline"])
         questions = {name: Question(**one) for name, one in kept.pop("questions").items()}

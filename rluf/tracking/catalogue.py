@@ -77,6 +77,7 @@ METRICS = (
            keep="max"),
     Metric("publish_s", "Publish", "seconds until all engines hold the new weights", "publishing", "version",
            keep="mean"),
+    Metric("probe_s", "Probe", "seconds of the publish that its check took", "publishing", "version", keep="mean"),
     Metric("generate_s", "Generate", "seconds of the step until the last response", "throughput", "tokens",
            keep="mean"),
     Metric("score_s", "Score", "seconds of the step after that until the last score", "throughput", "tokens",
@@ -94,6 +95,8 @@ METRICS = (
            "tokens", keep="mean"),
     Metric("response_tokens", "Response tokens of the step", "sum", "throughput", "tokens", keep="mean"),
     Metric("prompt_tokens", "Prompt tokens of the step", "sum", "throughput", "tokens", keep="mean"),
+    Metric("dropped_groups", "Dropped groups", "of the step: too old, or scores that do not differ (DAPO)",
+           "throughput", "tokens", keep="mean"),
     Metric("micro_batches", "Micro-batches", "of a learner rank in the step", "throughput", "tokens", keep="mean"),
 )  # fmt: skip
 """What every run has; a step may leave more, which W&B and metrics.jsonl keep over the step."""
