@@ -5,7 +5,9 @@ Polars reads, checks, joins, sorts and writes; MinHash, redaction of texts with 
 the same functions for both. Each size runs in a process of its own, so that the driver's peak memory is its own.
 Prints one JSON line last.
 
-python benchmarks/prepare.py [--rows 10000 100000 1000000] [--no-polars] [--profile 100000]
+python benchmarks/prepare.py [--rows 10000 100000 1000000] [--no-polars] [--profile 100000] [--nodes 1 2]
+
+With --nodes ours runs alone, on simulated clusters of that many nodes of one CPU each, for the speed-up with workers.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -73,14 +76,21 @@ def settings_for(log: Path, rows: int) -> Any:
     )
 
 
-def ours(log: Path, rows: int, out: Path) -> dict[str, Any]:
-    """Seconds of a build on a local Ray, and the driver's peak memory in MiB."""
+def ours(log: Path, rows: int, out: Path, nodes: int = 0) -> dict[str, Any]:
+    """Seconds of a build on a local Ray, or on a simulated cluster of `nodes`, and the driver's peak memory in MiB."""
     import ray
+    from ray.cluster_utils import Cluster
 
     from rluf.feedback.pipeline import build
 
     logging.basicConfig(level=logging.ERROR)
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=STORE)
+    if nodes:
+        cluster = Cluster()
+        for _ in range(nodes):
+            cluster.add_node(num_cpus=1, object_store_memory=STORE, include_dashboard=False)
+        ray.init(address=cluster.address, log_to_driver=False)
+    else:
+        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=STORE)
     build(settings_for(_warm(out), 500), out / "warm")  # Ray's workers are up and have imported
     before, busy = peak_mib(), _cpu_seconds()
     started = time.perf_counter()
@@ -275,22 +285,38 @@ def child(mode: str, log: Path, rows: int, out: Path) -> dict[str, Any]:
     return made
 
 
+def speed_up(rows: int, nodes: Sequence[int]) -> dict[str, Any]:
+    """Seconds of one size on simulated clusters of `nodes` nodes each, and the speed-up over the first."""
+    with tempfile.TemporaryDirectory(prefix="rluf-bench-") as folder:
+        log = Path(folder) / "log.jsonl"
+        write_log(log, rows)
+        seconds = [child(f"nodes{count}", log, rows, Path(folder) / f"o{count}")["seconds"] for count in nodes]
+    speed = {str(count): round(seconds[0] / one, 2) for count, one in zip(nodes, seconds, strict=True)}
+    return {"benchmark": "prepare_nodes", "rows": rows, "seconds": [round(s, 1) for s in seconds], "speed_up": speed}
+
+
 def main() -> None:
     """Run all sizes and print the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--no-polars", action="store_true")
     parser.add_argument("--profile", type=int, default=0)
+    parser.add_argument("--nodes", type=int, nargs="+")
     parser.add_argument("--child", nargs=4)
     options = parser.parse_args()
     if options.child:
         mode, log, rows, out = options.child
-        made = (ours if mode == "ours" else polars_build)(Path(log), int(rows), Path(out))
+        count = int(mode.removeprefix("nodes")) if mode.startswith("nodes") else 0
+        build = polars_build if mode == "polars" else partial(ours, nodes=count)
+        made = build(Path(log), int(rows), Path(out))
         sys.stdout.write(json.dumps(made) + "\n")
         return
     if options.profile:
         for name, seconds in profile(options.profile):
             sys.stdout.write(f"{seconds:8.2f} s  {name}\n")
+        return
+    if options.nodes:
+        sys.stdout.write(json.dumps(speed_up(max(options.rows), options.nodes)) + "\n")
         return
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="rluf-bench-") as folder:
