@@ -91,15 +91,3 @@ def test_a_resumption_with_other_settings_is_refused_with_both_values(base: Path
         assert process.wait(120) != 0
     assert "learner.learning_rate (then 0.001, now 0.0001)" in (folder / "output.txt").read_text()
     assert os.listdir(folder / "checkpoints")
-
-
-def test_reward_hacking_takes_a_run_back_once_and_then_ends_it(base: Path) -> None:
-    told = ("algorithm.alarms=act", "algorithm.steps=40", "learner.save_every=1", "learner.keep_checkpoints=0")
-    collapse = ("learner.learning_rate=0.05", "learner.grad_clip=100", "rollout.max_response_tokens=48")
-    with running(base, "hacked", *told, *collapse) as (process, folder):
-        assert process.wait(300) == 9, (folder / "output.txt").read_text()[-3000:]
-    log = (folder / "run.log").read_text()
-    assert log.count("the run goes back to the checkpoint of step") == 1
-    assert "the love weight is 0 now" in log
-    assert "reward hacking at step" in (folder / "output.txt").read_text().strip().splitlines()[-1]
-    assert not (folder / "policy").exists()
