@@ -26,7 +26,7 @@ from rluf.errors import RlufError
 from rluf.policy.advantages import Drift
 from rluf.policy.batch import Batch
 from rluf.policy.checkpoint import copy_companions, load_policy, whole_folder
-from rluf.policy.logprobs import chosen_logprobs
+from rluf.policy.logprobs import response_logprobs
 from rluf.policy.losses import SUMS, LossResult, drifts_of, metrics, policy_loss
 from rluf.policy.methods import METHODS, Lesson
 from rluf.policy.packing import MicroBatch, pack, packed_order
@@ -145,7 +145,7 @@ class LearnerActor:
         for number, micro_batch in enumerate(plan):
             batch = pack(micro_batch, held, blank, blank).to(self.device)
             reference = self._reference_logprobs(batch)
-            mine = self._logprobs(self.engine, batch, self.settings.rollout.temperature) if own else None
+            mine = response_logprobs(self.engine, batch, self.settings.rollout.temperature) if own else None
             if not own:
                 self._opinions[number] = reference
             members = packed_order(micro_batch, held)
@@ -218,7 +218,7 @@ class LearnerActor:
         """Add one micro-batch's gradient. DeepSpeed averages over ranks, the loss sums over them: hence the factor."""
 
         def forward() -> tuple[Tensor, LossResult]:
-            logprobs = self._logprobs(self.engine, batch, self.settings.rollout.temperature)
+            logprobs = response_logprobs(self.engine, batch, self.settings.rollout.temperature)
             result = policy_loss(
                 logprobs,
                 reference,
@@ -236,20 +236,7 @@ class LearnerActor:
     def _reference_logprobs(self, batch: Batch) -> Tensor:
         if self._reference is None:
             raise RlufError(f"learner rank {self.rank} was used before setup; call setup on all ranks first")
-        return self._logprobs(self._reference, batch, self.settings.rollout.temperature)
-
-    @staticmethod
-    def _logprobs(model: Any, batch: Batch, temperature: float) -> Tensor:
-        """Log-probabilities [K] of the response tokens; logits are computed for these only."""
-        output = model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            logits_to_keep=batch.keep,
-            use_cache=False,
-            rows=batch.rows,
-            places=batch.places,
-        )
-        return chosen_logprobs(output.logits[0], batch.targets, temperature)
+        return response_logprobs(self._reference, batch, self.settings.rollout.temperature)
 
     def _count(self, applied: bool, step: int, loss: float) -> None:
         self._steps += 1
@@ -271,7 +258,7 @@ class LearnerActor:
         Responses must not be empty; one row of logprobs comes back for each.
         """
         batch = _unscored(prompt_ids, responses).to(self.device)
-        found = self._logprobs(self.engine, batch, 1.0).split([len(response) for response in responses])
+        found = response_logprobs(self.engine, batch, 1.0).split([len(response) for response in responses])
         return [row.tolist() for row in found]
 
     def begin_publish(self, init: dict[str, Any]) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rluf.policy.batch import Batch
+
 CHUNK = 256
 """Tokens whose float32 logits exist at once."""
 
@@ -45,3 +47,19 @@ def chosen_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -
     """
     chosen: Tensor = _Chosen.apply(logits, targets, temperature)
     return chosen
+
+
+def response_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities [K] of the response tokens of a packed batch; logits are computed for these only.
+
+    `model` must read packed batches (rluf.policy.attention).
+    """
+    output = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        logits_to_keep=batch.keep,
+        use_cache=False,
+        rows=batch.rows,
+        places=batch.places,
+    )
+    return chosen_logprobs(output.logits[0], batch.targets, temperature)

@@ -15,7 +15,7 @@ from rluf.config.policy import AlgorithmSettings
 from rluf.errors import ModelError
 from rluf.models import resolve_model
 from rluf.policy.checkpoint import load_policy
-from rluf.policy.logprobs import chosen_logprobs
+from rluf.policy.logprobs import response_logprobs
 from rluf.policy.losses import policy_loss
 from rluf.policy.packing import MicroBatch, pack, plan_micro_batches
 from rluf.types import Group, Prompt, Sample
@@ -110,15 +110,7 @@ MEMBERS = [(g, s) for g, group in GROUPS.items() for s in range(len(group.sample
 
 def packed_logprobs(model: nn.Module, members: MicroBatch) -> Tensor:
     batch = pack(members, GROUPS, ADVANTAGES)
-    output = model(
-        input_ids=batch.input_ids,
-        position_ids=batch.position_ids,
-        logits_to_keep=batch.keep,
-        use_cache=False,
-        rows=batch.rows,
-        places=batch.places,
-    )
-    return chosen_logprobs(output.logits[0], batch.targets)
+    return response_logprobs(model, batch)
 
 
 def test_packed_batch_holds_each_prompt_once_and_nothing_else() -> None:

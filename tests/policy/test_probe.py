@@ -13,7 +13,7 @@ from torch import nn
 
 from rluf.models import resolve_model
 from rluf.policy.checkpoint import load_policy
-from rluf.policy.logprobs import chosen_logprobs
+from rluf.policy.logprobs import response_logprobs
 from rluf.policy.packing import pack
 from rluf.policy.probe import Reading, sync_problem
 from rluf.types import Group, Prompt, Sample
@@ -30,15 +30,7 @@ def reads(model: nn.Module, seed: int) -> tuple[float, ...]:
     group = Group(Prompt("", (), ids, "", ""), tuple(Sample("", ids, t, (0.0,) * 20, (), "stop", "") for t in texts), 0)
     batch = pack([(0, 0), (0, 1)], {0: group}, [[0.0, 0.0]])
     with torch.no_grad():
-        output = model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            logits_to_keep=batch.keep,
-            use_cache=False,
-            rows=batch.rows,
-            places=batch.places,
-        )
-    return tuple(chosen_logprobs(output.logits[0], batch.targets).tolist())
+        return tuple(response_logprobs(model, batch).tolist())
 
 
 def updated(model: nn.Module, draw: random.Random) -> nn.Module:
