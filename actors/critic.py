@@ -30,7 +30,7 @@ class CriticRank:
 
     def __init__(self, settings: Settings, source: Path, device: torch.device, world: int) -> None:
         """Build the critic from the policy at `source`; the process group must exist."""
-        learner, dtype = settings.learner, getattr(torch, settings.model.dtype)
+        learner, dtype = settings.learner, getattr(torch, settings.policy_dtype)
         with ds.sharded_loading(learner.zero_stage, dtype, world):
             body = load_policy(
                 source,

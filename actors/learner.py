@@ -90,7 +90,7 @@ class LearnerActor:
             device=self.device,
             timeout_s=max(learner.deadline_s, self.settings.cluster.start_deadline_s),
         )
-        dtype = getattr(torch, model.dtype)
+        dtype = getattr(torch, self.settings.policy_dtype)
         with ds.sharded_loading(learner.zero_stage, dtype, self.world):
             policy, reference = (
                 load_policy(

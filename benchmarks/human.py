@@ -65,7 +65,7 @@ def features(settings: Settings, objective: str, records: list[dict[str, Any]]) 
         model = load_classifier(backbone, trained=False, layers=layers)
         encoder = encoder_for(model, backbone, chosen.max_tokens, next_turn=chosen.next_turn)
         rows = encode_rows(records, encoder, pairs=chosen.loss == "bradley_terry", where=objective)
-        model.to(getattr(torch, settings.reward.dtype))
+        model.to(getattr(torch, settings.reward_dtype))
         plan = Plan(epochs=0, batch_rows=1, batch_tokens=4096, steps=1, seed=settings.seed)
         found.append(Trainer(model, encoder, plan).features(rows))
     if rows is None:

@@ -147,7 +147,7 @@ def main() -> None:
     ray.init(address="local", num_cpus=2, include_dashboard=False)
     seconds, metrics = learner_step(settings, folder, groups)
     ray.shutdown()
-    bare = bare_step(folder, groups, getattr(torch, settings.model.dtype), rows=max(1, budget // (PROMPT + RESPONSE)))
+    bare = bare_step(folder, groups, getattr(torch, settings.policy_dtype), rows=max(1, budget // (PROMPT + RESPONSE)))
     result = {
         "benchmark": "learner",
         "model": name,

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from rluf.config.load import DEFAULT, Loaded, fields, load_settings, parse_yaml
+from rluf.config.machine import AUTO
 from rluf.errors import ResourceError, RlufError, SettingsError, TerminatedError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -157,7 +158,7 @@ def dry_run_text(loaded: Loaded) -> str:
         above = sections
         text = f"{'  ' * len(sections)}{name}: {values[key]}"
         lines.append(f"{text:<60}  # {loaded.sources[key]}")
-    changed = sum(source != DEFAULT for source in loaded.sources.values())
+    changed = sum(source != DEFAULT and not source.startswith(AUTO) for source in loaded.sources.values())
     lines.append(
         f"\n# {changed} of {len(values)} settings come from a file or an override, the others from the defaults"
     )

@@ -74,7 +74,7 @@ def learner_memory(settings: Settings) -> dict[str, int]:
     matrix (Korthikanti et al. 2022, arXiv 2205.05198), or 2 with recomputation. Logits count three float32 copies.
     """
     shape, learner = model_shape(settings.model.path), settings.learner
-    compute = 2 if settings.model.dtype == "bfloat16" else 4
+    compute = 2 if settings.policy_dtype == "bfloat16" else 4
     tokens, stage = settings.algorithm.micro_batch_tokens, learner.zero_stage
 
     def share(stage_from: int) -> int:
@@ -100,7 +100,7 @@ def learner_memory(settings: Settings) -> dict[str, int]:
 def engine_memory(settings: Settings) -> dict[str, int]:
     """Bytes of one rollout engine by part, over all the GPUs it spans."""
     shape = model_shape(settings.model.path)
-    compute = 2 if settings.model.dtype == "bfloat16" else 4
+    compute = 2 if settings.policy_dtype == "bfloat16" else 4
     if settings.cluster.gpus_per_engine == 0:
         cache = int(settings.rollout.kv_cache_gib * GIB)
     else:
@@ -111,7 +111,7 @@ def engine_memory(settings: Settings) -> dict[str, int]:
 def kv_cache_need(settings: Settings) -> int:
     """Bytes of KV cache that keep `rollout.concurrency` samples of the longest kind in flight on one engine."""
     shape, rollout = model_shape(settings.model.path), settings.rollout
-    compute = 2 if settings.model.dtype == "bfloat16" else 4
+    compute = 2 if settings.policy_dtype == "bfloat16" else 4
     token = 2 * shape.layers * shape.kv_width * compute
     return token * rollout.concurrency * (rollout.max_prompt_tokens + rollout.max_response_tokens)
 
@@ -156,7 +156,7 @@ def host_bytes(settings: Settings) -> int:
 
 def policy_bytes(settings: Settings) -> int:
     """Bytes of the policy's weights in its compute type: what a publish moves and a checkpoint writes."""
-    return (2 if settings.model.dtype == "bfloat16" else 4) * model_shape(settings.model.path).parameters
+    return (2 if settings.policy_dtype == "bfloat16" else 4) * model_shape(settings.model.path).parameters
 
 
 def show_bytes(count: float) -> str:

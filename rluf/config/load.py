@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
+from rluf.config.machine import why
 from rluf.config.settings import Settings
 from rluf.errors import SettingsError
 
@@ -88,7 +89,21 @@ def load_settings(config: Path | None, overrides: Sequence[str] = ()) -> Loaded:
         settings = Settings.model_validate(draft.tree)
     except ValidationError as error:
         raise SettingsError(_explain(error, sources)) from None
-    return Loaded(settings, sources)
+    return _without_auto(settings, sources)
+
+
+def _without_auto(settings: Settings, sources: dict[str, str]) -> Loaded:
+    """Settings whose dtypes say what auto means here, so that every process of a run takes the same."""
+    sections = {
+        "model": (settings.model, settings.policy_dtype, settings.policy_gpus),
+        "reward": (settings.reward, settings.reward_dtype, settings.cluster.gpus_per_reward),
+    }
+    found: dict[str, BaseModel] = {}
+    for name, (section, dtype, gpus) in sections.items():
+        if section.dtype == "auto":
+            found[name] = section.model_copy(update={"dtype": dtype})
+            sources[f"{name}.dtype"] = why(dtype, gpus=gpus)
+    return Loaded(settings.model_copy(update=found), sources)
 
 
 def fields(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -14,8 +14,9 @@ class ModelSettings(Section):
 
     path: str = "smollm2-135m-instruct"
     """Embedded name (smollm2-135m-instruct, tiny), Hugging Face folder, or hub id."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute type of the engines and learners; master weights are float32 either way."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Compute type of engines and learners; master weights are float32 either way. auto: bfloat16 on GPUs and on CPUs
+    with bfloat16 instructions, float32 on others, where it is several times as fast."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Off unless you trust its author."""
 

@@ -67,8 +67,9 @@ class RewardSettings(Section):
     """Ray Train workers (data-parallel ranks) for each reward model."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage of reward training."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute type of reward training; master weights are float32 either way. Scoring on CPUs is always float32."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Compute type of reward training (auto as in model.dtype); master weights are float32 either way. Scoring on CPUs
+    is always float32."""
     retries: int = Field(default=1, ge=0)
     """Times that failed workers are started again; objectives already trained are kept."""
     deadline_s: float = Field(default=1800.0, gt=0)

@@ -6,6 +6,7 @@ from pydantic import Field, model_validator
 
 from rluf.config.base import Section
 from rluf.config.data import DataSettings, PrepareSettings, SimulateSettings
+from rluf.config.machine import Dtype, cpu_dtype
 from rluf.config.policy import (
     AlgorithmSettings,
     LearnerSettings,
@@ -56,6 +57,25 @@ class Settings(Section):
     """What the actors run on."""
     tracking: TrackingSettings = TrackingSettings()
     """W&B and console."""
+
+    @property
+    def policy_dtype(self) -> Dtype:
+        """Compute type of engines and learners, with what auto means on this machine."""
+        if self.model.dtype != "auto":
+            return self.model.dtype
+        return "bfloat16" if self.policy_gpus > 0 else cpu_dtype()
+
+    @property
+    def policy_gpus(self) -> float:
+        """GPUs of an engine or a learner, whichever has more; 0 when both are on CPUs."""
+        return max(self.cluster.gpus_per_engine, self.cluster.gpus_per_learner)
+
+    @property
+    def reward_dtype(self) -> Dtype:
+        """Compute type of reward training, with what auto means on this machine."""
+        if self.reward.dtype != "auto":
+            return self.reward.dtype
+        return "bfloat16" if self.cluster.gpus_per_reward > 0 else cpu_dtype()
 
     @model_validator(mode="after")
     def _pairs(self) -> Settings:

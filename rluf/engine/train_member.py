@@ -106,7 +106,7 @@ def train_member(
     name = objective if len(chosen.layers) < 2 else f"{objective} {number + 1} of {len(chosen.layers)}"
     trained, every = model.num_parameters(only_trainable=True) / 1e6, model.num_parameters() / 1e6
     logger.info("%s: %d rows, %d tokens, %.1fM of %.1fM weights train", name, len(rows), rows.tokens, trained, every)
-    dtype = getattr(torch, settings.reward.dtype)
+    dtype = getattr(torch, settings.reward_dtype)
     model.to(dtype)
     prefix = None
     tokens = rows.tokens + dev.tokens

@@ -257,7 +257,7 @@ class RolloutEngine:
             skip_tokenizer_init=True,
             load_format="safetensors",
             trust_remote_code=self.settings.model.trust_remote_code,
-            dtype=self.settings.model.dtype,
+            dtype=self.settings.policy_dtype,
             generation_config="vllm",
             max_model_len=length,
             max_num_seqs=rollout.concurrency,

@@ -11,7 +11,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def settings(*overrides: str, config: str | None = None) -> Settings:
-    return load_settings(CONFIGS / config if config else None, overrides).settings
+    return load_settings(CONFIGS / config if config else None, ["model.dtype=bfloat16", *overrides]).settings
 
 
 def test_quickstart_fits_two_cores() -> None:

@@ -6,12 +6,13 @@ import pytest
 
 from rluf.config.derived import batches, describe, engine_memory, kv_cache_need, learner_memory, pools, show_bytes
 from rluf.config.load import load_settings
+from rluf.config.machine import cpu_dtype
 from rluf.config.settings import Settings
 from rluf.config.shape import EMBEDDED, guessed_shape, model_shape
 
 
 def settings(*overrides: str) -> Settings:
-    return load_settings(None, overrides).settings
+    return load_settings(None, ["model.dtype=bfloat16", *overrides]).settings
 
 
 def test_batch_arithmetic() -> None:
@@ -123,3 +124,28 @@ def test_description_says_the_figures() -> None:
 
 def test_bytes_in_words() -> None:
     assert [show_bytes(n) for n in (5, 1 << 20, 1.5 * 2**30, 2e12)] == ["5 B", "1 MiB", "1.5 GiB", "1.82 TiB"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("flags\t\t: fpu sse2 avx2", "float32"),
+        ("flags\t\t: fpu avx512f avx512_bf16", "bfloat16"),
+        ("Features\t: fp asimd bf16", "bfloat16"),
+        ("processor : 0", "float32"),
+    ],
+)
+def test_auto_is_bfloat16_where_the_cpu_multiplies_it(flags: str, expected: str, tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text(f"processor : 0\n{flags}\n")
+    assert cpu_dtype(info) == expected
+    assert cpu_dtype(tmp_path / "none") == "float32"
+
+
+def test_loaded_settings_say_what_auto_means_and_why() -> None:
+    loaded = load_settings(None)
+    assert loaded.settings.model.dtype == loaded.settings.policy_dtype == Settings().policy_dtype == cpu_dtype()
+    assert loaded.sources["model.dtype"].startswith("auto: this ")
+    gpus = load_settings(None, ["cluster.gpus_per_learner=1", "cluster.gpus_per_engine=1", "reward.dtype=float32"])
+    assert (gpus.settings.model.dtype, gpus.sources["model.dtype"]) == ("bfloat16", "auto: on GPUs")
+    assert (gpus.settings.reward.dtype, gpus.sources["reward.dtype"]) == ("float32", "override")
