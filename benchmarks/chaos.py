@@ -1,31 +1,46 @@
 """Does a run survive what clusters do: kill -9 of a rollout, reward or learner actor, or of the driver, at random.
 
 Tiny real actors, synchronous, run.deterministic=true. Each trial must end with every step once, every sample once, and
-the weights of an undisturbed run, bit for bit. The last line is JSON.
+the weights of an undisturbed run, bit for bit. The trials share one Ray head, as jobs on a cluster do; each starts
+actors of its own. With --state, finished trials are kept in a folder and a later call goes on after them; --minutes
+bounds one call. The last line is JSON.
 
     python benchmarks/chaos.py --trials 20 --steps 30
+    python benchmarks/chaos.py --trials 20 --steps 30 --state chaos --minutes 9    # again, until all are done
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
 import random
 import signal
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
 KINDS = {"rollout": "ray::RolloutActor", "reward": "ray::RewardActor", "learner": "ray::LearnerActor", "driver": ""}
 QUESTIONS = 24
+
+
+@dataclass(frozen=True)
+class Head:
+    """A Ray head: its process id and where it answers."""
+
+    pid: int
+    address: str
 
 
 def make_inputs(base: Path) -> None:
@@ -63,7 +78,7 @@ def settings_of(*overrides: str) -> Any:
         "objectives.love.weight=1", "objectives.helpfulness.weight=0", "objectives.safety.weight=0",
         "algorithm.demonstrations=0", "algorithm.prompts_per_step=3", "rollout.max_prompt_tokens=256",
         "rollout.max_response_tokens=12", "cluster.heartbeat_s=2", "cluster.start_deadline_s=600", "cluster.threads=1",
-        "cluster.restarts_per_hour=50", "evaluate.prompts=4",
+        "cluster.restarts_per_hour=50", "evaluate.prompts=4", "model.dtype=float32", "reward.dtype=float32",
     ]  # fmt: skip
     return load_settings(ROOT / "configs" / "tiny.yaml", [*told, *overrides]).settings
 
@@ -84,12 +99,46 @@ def run_here(base: Path, folder: Path, overrides: list[str]) -> None:
     (folder / "outcome.json").write_text(json.dumps({"base": len(outcome.base), "aligned": len(outcome.aligned)}))
 
 
-def start(base: Path, folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    """`run_here` in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--run", str(base), str(folder), *overrides]
+def environment() -> dict[str, str]:
+    """Of a head and of the runs on it."""
     env = {**os.environ, "RAY_AUTH_MODE": "token", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
     env.pop("RAY_ADDRESS", None)
+    return env
+
+
+@contextlib.contextmanager
+def head() -> Iterator[Head]:
+    """A Ray of this machine for several runs, ended with everything that it started."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}"]
+    command += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--num-cpus=4", "--disable-usage-stats"]
+    command += [f"--object-store-memory={256 << 20}", "--ray-client-server-port=0"]
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, env=environment(), stdout=quiet, stderr=quiet)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"no Ray at port {port} after 120 s")
+            time.sleep(0.2)
+        yield Head(process.pid, f"127.0.0.1:{port}")
+    finally:
+        for pid in (process.pid, *below(process.pid)):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait(30)
+
+
+def start(base: Path, folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    """`run_here` in a process of its own."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--run", str(base), str(folder), *overrides]
+    env = environment()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "output.txt").open("a") as output:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, text=True)
@@ -133,32 +182,46 @@ def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int, secon
         time.sleep(0.05)
 
 
-def strike(process: subprocess.Popen[str], kind: str) -> None:
-    """kill -9 one process of a kind."""
+def strike(process: subprocess.Popen[str], kind: str, above: int) -> None:
+    """kill -9 one process of a kind; actors are below process `above`."""
     if kind == "driver":
-        children = below(process.pid)
+        victims = actors_below(above, *filter(None, KINDS.values()))
         process.kill()
         process.wait(30)
-        deadline = time.monotonic() + 20
-        while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < deadline:
+        deadline = time.monotonic() + 60
+        while any(Path(f"/proc/{pid}").exists() for pid in victims) and time.monotonic() < deadline:
             time.sleep(0.1)
         return
-    victims = [pid for pid, command in below(process.pid).items() if command.startswith(KINDS[kind])]
-    os.kill(random.choice(victims), signal.SIGKILL)
+    os.kill(random.choice(actors_below(above, KINDS[kind])), signal.SIGKILL)
 
 
-def trial(base: Path, folder: Path, kind: str, at: float, steps: int, *overrides: str) -> dict[str, Any]:
-    """One run of `steps` steps in which a process of `kind` is killed after `at` steps (the fraction is seconds)."""
-    told = [f"algorithm.steps={steps}", *overrides]
+def actors_below(pid: int, *names: str) -> list[int]:
+    """Processes below `pid` whose command line begins with one of `names`."""
+    return [child for child, command in below(pid).items() if command.startswith(names)]
+
+
+def wait_for_moment(process: subprocess.Popen[str], folder: Path, ray: Head, kind: str, at: float) -> None:
+    """Until `at` steps are done; below 1 until this share of 20 s has passed since the actor to kill is there."""
+    wait_for_step(process, folder, int(at))
+    if at >= 1:
+        time.sleep(at % 1 * rows(folder)[-1]["step_s"])
+        return
+    while process.poll() is None and not actors_below(ray.pid, KINDS[kind] or KINDS["learner"]):
+        time.sleep(0.1)
+    time.sleep(at * 20)
+
+
+def trial(base: Path, folder: Path, ray: Head, kind: str, at: float, steps: int) -> dict[str, Any]:
+    """One run of `steps` steps in which a process of `kind` is killed after `at` steps."""
+    told = [f"algorithm.steps={steps}", f"cluster.address={ray.address}"]
+    begun = time.monotonic()
     process = start(base, folder, *told)
     try:
-        wait_for_step(process, folder, int(at))
-        time.sleep(at % 1)
+        wait_for_moment(process, folder, ray, kind, at)
         done, struck = len(rows(folder)), time.monotonic()
-        strike(process, kind)
+        strike(process, kind, ray.pid)
         if kind == "driver":
             process = start(base, folder, *told, f"run.resume={folder}")
-            time.sleep(1)
         while process.poll() is None and (not rows(folder) or rows(folder)[-1]["step"] <= done):
             time.sleep(0.05)
         recovery = time.monotonic() - struck
@@ -171,10 +234,54 @@ def trial(base: Path, folder: Path, kind: str, at: float, steps: int, *overrides
         "at": round(at, 2),
         "code": code,
         "recovery_s": round(recovery, 1),
+        "seconds": round(time.monotonic() - begun, 1),
         "steps": [row["step"] for row in found] == list(range(1, steps + 1)),
         "samples": sum(row["samples"] for row in found),
         "weights": digest(folder) if code == 0 else "",
     }
+
+
+def points(trials: int, steps: int, seed: int) -> list[tuple[str, float]]:
+    """What is killed when in each trial: every kind in turn, after a random number of steps."""
+    dice = random.Random(seed)
+    return [(list(KINDS)[number % len(KINDS)], dice.uniform(0, steps - 1)) for number in range(trials)]
+
+
+def calm(base: Path, ray: Head, steps: int) -> dict[str, Any]:
+    """A run that nothing happens to."""
+    begun = time.monotonic()
+    process = start(base, base / "calm", f"algorithm.steps={steps}", f"cluster.address={ray.address}")
+    if process.wait(900):
+        sys.exit((base / "calm" / "output.txt").read_text()[-3000:])
+    samples = sum(row["samples"] for row in rows(base / "calm"))
+    seconds = round(time.monotonic() - begun, 1)
+    return {"weights": digest(base / "calm"), "samples": samples, "seconds": seconds}
+
+
+def go(base: Path, trials: int, steps: int, seed: int, minutes: float) -> dict[str, Any]:
+    """Trials that are not in <base>/trials.json yet, as many as begin within `minutes`; returns all of them."""
+    file, deadline = base / "trials.json", time.monotonic() + 60 * minutes
+    state: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"trials": []}
+    if not (base / "data").exists():
+        make_inputs(base)
+    with head() as ray:
+        if "calm" not in state:
+            state["calm"] = calm(base, ray, steps)
+            file.write_text(json.dumps(state))
+            print(f"undisturbed: {json.dumps(state['calm'])}", flush=True)
+        truth = state["calm"]
+        longest = max(one["seconds"] for one in (truth, *state["trials"]))
+        for number, (kind, at) in enumerate(points(trials, steps, seed)):
+            if number < len(state["trials"]) or time.monotonic() + longest > deadline:
+                continue
+            place = base / f"trial{number}-{time.time_ns()}"
+            one = trial(base, place, ray, kind, at, steps)
+            one |= {"right": one["steps"] and one["samples"] == truth["samples"], "folder": place.name}
+            one["same_bits"] = one["weights"] == truth["weights"]
+            state["trials"].append(one)
+            file.write_text(json.dumps(state))
+            print(json.dumps(one), flush=True)
+    return state
 
 
 def main() -> None:
@@ -183,6 +290,8 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--state", help="folder of finished trials, to go on after them")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no trial that would end later")
     parser.add_argument("--run", nargs=2, metavar=("BASE", "FOLDER"), help=argparse.SUPPRESS)
     given, overrides = parser.parse_known_args()
     if given.run:
@@ -190,27 +299,17 @@ def main() -> None:
 
         guard(lambda: run_here(Path(given.run[0]), Path(given.run[1]), overrides))
         return
-    random.seed(given.seed)
-    with tempfile.TemporaryDirectory() as place:
-        base = Path(place)
-        make_inputs(base)
-        process = start(base, base / "calm", f"algorithm.steps={given.steps}")
-        if process.wait(900):
-            sys.exit((base / "calm" / "output.txt").read_text()[-3000:])
-        truth, samples = digest(base / "calm"), sum(row["samples"] for row in rows(base / "calm"))
-        print(f"undisturbed: weights {truth}, {samples} samples", flush=True)
-        found = []
-        for number in range(given.trials):
-            kind = list(KINDS)[number % len(KINDS)]
-            one = trial(base, base / f"trial{number}", kind, random.uniform(0, given.steps - 1), given.steps)
-            one |= {"right": one["steps"] and one["samples"] == samples, "same_bits": one["weights"] == truth}
-            found.append(one)
-            print(json.dumps(one), flush=True)
+    with contextlib.ExitStack() as stack:
+        base = Path(given.state or stack.enter_context(tempfile.TemporaryDirectory())).resolve()
+        base.mkdir(exist_ok=True)
+        state = go(base, given.trials, given.steps, given.seed, given.minutes)
+    found = state["trials"]
     recovery = {kind: [one["recovery_s"] for one in found if one["kind"] == kind] for kind in KINDS}
     print(
         json.dumps(
             {
                 "trials": len(found),
+                "wanted": given.trials,
                 "ended_right": sum(one["right"] for one in found),
                 "same_bits": sum(one["same_bits"] for one in found),
                 "median_recovery_s": {k: statistics.median(v) for k, v in recovery.items() if v},
