@@ -1,9 +1,9 @@
 """Does a run survive what clusters do: kill -9 of a rollout, reward or learner actor, or of the driver, at random.
 
-Tiny real actors, synchronous, run.deterministic=true. Each trial must end with every step once, every sample once, and
-the weights of an undisturbed run, bit for bit. The trials share one Ray head, as jobs on a cluster do; each starts
-actors of its own. With --state, finished trials are kept in a folder and a later call goes on after them; --minutes
-bounds one call. The last line is JSON.
+Tiny real actors, synchronous, run.deterministic=true. A trial is a run in which one process of each kind is killed. It
+must end with every step once, every sample once, and the weights of an undisturbed run, bit for bit. The trials share
+one Ray head, as jobs on a cluster do; each starts actors of its own. With --state, finished trials are kept in a folder
+and a later call goes on after them; --minutes bounds one call. The last line is JSON.
 
     python benchmarks/chaos.py --trials 20 --steps 30
     python benchmarks/chaos.py --trials 20 --steps 30 --state chaos --minutes 9    # again, until all are done
@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -25,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,7 +174,7 @@ def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "policy" / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
-def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int, seconds: float = 300.0) -> None:
+def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int, seconds: float = 600.0) -> None:
     """Until `step` steps are in the metrics. Raises RuntimeError when the run ends before or is too slow."""
     deadline = time.monotonic() + seconds
     while len(rows(folder)) < step:
@@ -211,29 +212,29 @@ def wait_for_moment(process: subprocess.Popen[str], folder: Path, ray: Head, kin
     time.sleep(at * 20)
 
 
-def trial(base: Path, folder: Path, ray: Head, kind: str, at: float, steps: int) -> dict[str, Any]:
-    """One run of `steps` steps in which a process of `kind` is killed after `at` steps."""
+def trial(base: Path, folder: Path, ray: Head, kills: Sequence[tuple[str, float]], steps: int) -> dict[str, Any]:
+    """One run of `steps` steps in which a process of each kind in `kills` is killed after so many steps."""
     told = [f"algorithm.steps={steps}", f"cluster.address={ray.address}"]
-    begun = time.monotonic()
+    begun, recovery = time.monotonic(), []
     process = start(base, folder, *told)
     try:
-        wait_for_moment(process, folder, ray, kind, at)
-        done, struck = len(rows(folder)), time.monotonic()
-        strike(process, kind, ray.pid)
-        if kind == "driver":
-            process = start(base, folder, *told, f"run.resume={folder}")
-        while process.poll() is None and (not rows(folder) or rows(folder)[-1]["step"] <= done):
-            time.sleep(0.05)
-        recovery = time.monotonic() - struck
-        code = process.wait(300)
+        for kind, at in kills:
+            wait_for_moment(process, folder, ray, kind, at)
+            done, struck = len(rows(folder)), time.monotonic()
+            strike(process, kind, ray.pid)
+            if kind == "driver":
+                process = start(base, folder, *told, f"run.resume={folder}")
+            while process.poll() is None and (not rows(folder) or rows(folder)[-1]["step"] <= done):
+                time.sleep(0.05)
+            recovery.append(round(time.monotonic() - struck, 1))
+        code = process.wait(600)
     finally:
         process.kill()
     found = rows(folder)
     return {
-        "kind": kind,
-        "at": round(at, 2),
+        "kills": [[kind, round(at, 2)] for kind, at in kills],
         "code": code,
-        "recovery_s": round(recovery, 1),
+        "recovery_s": recovery,
         "seconds": round(time.monotonic() - begun, 1),
         "steps": [row["step"] for row in found] == list(range(1, steps + 1)),
         "samples": sum(row["samples"] for row in found),
@@ -241,10 +242,17 @@ def trial(base: Path, folder: Path, ray: Head, kind: str, at: float, steps: int)
     }
 
 
-def points(trials: int, steps: int, seed: int) -> list[tuple[str, float]]:
-    """What is killed when in each trial: every kind in turn, after a random number of steps."""
-    dice = random.Random(seed)
-    return [(list(KINDS)[number % len(KINDS)], dice.uniform(0, steps - 1)) for number in range(trials)]
+def points(trials: int, kills: int, steps: int, seed: int) -> list[list[tuple[str, float]]]:
+    """What is killed when in each trial: the kinds in turn, each after another random number of steps."""
+    dice, turn = random.Random(seed), itertools.cycle(KINDS)
+    found = []
+    for _ in range(trials):
+        kinds = [next(turn) for _ in range(kills)]
+        dice.shuffle(kinds)
+        found.append(
+            [(k, n + dice.random()) for k, n in zip(kinds, sorted(dice.sample(range(steps - 2), kills)), strict=True)]
+        )
+    return found
 
 
 def calm(base: Path, ray: Head, steps: int) -> dict[str, Any]:
@@ -258,7 +266,7 @@ def calm(base: Path, ray: Head, steps: int) -> dict[str, Any]:
     return {"weights": digest(base / "calm"), "samples": samples, "seconds": seconds}
 
 
-def go(base: Path, trials: int, steps: int, seed: int, minutes: float) -> dict[str, Any]:
+def go(base: Path, plan: Sequence[Sequence[tuple[str, float]]], steps: int, minutes: float) -> dict[str, Any]:
     """Trials that are not in <base>/trials.json yet, as many as begin within `minutes`; returns all of them."""
     file, deadline = base / "trials.json", time.monotonic() + 60 * minutes
     state: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"trials": []}
@@ -271,11 +279,11 @@ def go(base: Path, trials: int, steps: int, seed: int, minutes: float) -> dict[s
             print(f"undisturbed: {json.dumps(state['calm'])}", flush=True)
         truth = state["calm"]
         longest = max(one["seconds"] for one in (truth, *state["trials"]))
-        for number, (kind, at) in enumerate(points(trials, steps, seed)):
+        for number, kills in enumerate(plan):
             if number < len(state["trials"]) or time.monotonic() + longest > deadline:
                 continue
             place = base / f"trial{number}-{time.time_ns()}"
-            one = trial(base, place, ray, kind, at, steps)
+            one = trial(base, place, ray, kills, steps)
             one |= {"right": one["steps"] and one["samples"] == truth["samples"], "folder": place.name}
             one["same_bits"] = one["weights"] == truth["weights"]
             state["trials"].append(one)
@@ -288,6 +296,7 @@ def main() -> None:
     """Run the trials and print one line each, then JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--kills", type=int, default=4, help="in each trial, the kinds in turn")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--state", help="folder of finished trials, to go on after them")
@@ -299,20 +308,26 @@ def main() -> None:
 
         guard(lambda: run_here(Path(given.run[0]), Path(given.run[1]), overrides))
         return
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the head and the run are ended
     with contextlib.ExitStack() as stack:
         base = Path(given.state or stack.enter_context(tempfile.TemporaryDirectory())).resolve()
         base.mkdir(exist_ok=True)
-        state = go(base, given.trials, given.steps, given.seed, given.minutes)
+        state = go(base, points(given.trials, given.kills, given.steps, given.seed), given.steps, given.minutes)
     found = state["trials"]
-    recovery = {kind: [one["recovery_s"] for one in found if one["kind"] == kind] for kind in KINDS}
+    recovery: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for one in found:
+        for (kind, _), seconds in zip(one["kills"], one["recovery_s"], strict=True):
+            recovery[kind].append(seconds)
     print(
         json.dumps(
             {
                 "trials": len(found),
                 "wanted": given.trials,
+                "kills": sum(map(len, recovery.values())),
                 "ended_right": sum(one["right"] for one in found),
                 "same_bits": sum(one["same_bits"] for one in found),
-                "median_recovery_s": {k: statistics.median(v) for k, v in recovery.items() if v},
+                "median_recovery_s": {kind: statistics.median(found) for kind, found in recovery.items() if found},
+                "longest_recovery_s": {kind: max(found) for kind, found in recovery.items() if found},
             }
         )
     )

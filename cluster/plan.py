@@ -147,8 +147,8 @@ def _check_labelled(pool: Pool, nodes: Sequence[Mapping[str, float]]) -> None:
         if need > have + 1e-9:
             raise ResourceError(
                 f"{pool.name} {pool.count} x {each:g} need {need:g} {kind}s on nodes {_with(pool.labels)}"
-                f"(cluster.labels), which have {have:g}; give the label to more nodes, or ask for fewer actors there, or "
-                "take the entry out of cluster.labels"
+                f"(cluster.labels), which have {have:g}; give the label to more nodes, or ask for fewer actors there, "
+                "or take the entry out of cluster.labels"
             )
 
 
