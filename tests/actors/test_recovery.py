@@ -6,7 +6,8 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
@@ -106,3 +107,75 @@ def test_a_resumption_with_other_settings_is_refused_with_both_values(
         assert process.wait(SLOW) == 2
     assert "learner.learning_rate (then 0.001, now 0.0001)" in (folder / "output.txt").read_text()
     assert os.listdir(folder / "checkpoints")
+
+
+def fill(disk: Path, leave: int) -> Path:
+    """Write a file until `leave` bytes are free; returns it."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as stream:
+        while (free := os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize) > leave:
+            stream.write(bytes(min(1 << 20, free - leave)))
+    return filler
+
+
+def wait_for_line(process: Popen[str], folder: Path, words: str) -> None:
+    """Until run.log says `words`."""
+    deadline = time.monotonic() + SLOW
+    while words not in ((folder / "run.log").read_text() if (folder / "run.log").exists() else ""):
+        assert process.poll() is None and time.monotonic() < deadline, (folder / "output.txt").read_text()[-3000:]
+        time.sleep(0.02)
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_one_message_and_costs_no_checkpoint(
+    base: Path, cluster: chaos.Head, calm: Path, small_disk: Callable[[int], Path]
+) -> None:
+    """First there is room for metrics but not for a checkpoint, then for nothing at all."""
+    disk = small_disk(64)
+    with running(base, cluster, str(disk / "run")) as (process, folder):
+        wait_for_line(process, folder, "checkpoint of step 2")
+        filler = fill(disk, 200 << 10)
+        assert process.wait(SLOW) == 5
+    told = (folder / "output.txt").read_text()
+    assert "No space left" in told.strip().splitlines()[-1]
+    assert "earlier checkpoints are kept" in told.strip().splitlines()[-1]
+    assert told.count("error: ") == 1 and "Traceback" not in told
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step-2"]
+    filler.unlink()
+    (folder / "output.txt").unlink()
+    with running(base, cluster, str(folder), f"run.resume={folder}", "learner.save_every=0") as (process, _):
+        chaos.wait_for_step(process, folder, 3, SLOW)
+        filler = fill(disk, 0)
+        assert process.wait(SLOW) == 5
+    filler.unlink()
+    told = (folder / "output.txt").read_text()
+    assert "No space left" in told and told.count("error: ") <= 1 and "Traceback" not in told
+    with running(base, cluster, str(folder), f"run.resume={folder}") as (process, _):
+        assert process.wait(SLOW) == 0, (folder / "output.txt").read_text()[-3000:]
+    assert content(folder) == content(calm)
+    assert chaos.digest(folder) == chaos.digest(calm)
+
+
+FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1")
+
+
+@pytest.mark.skipif(not FAKETIME.exists(), reason="libfaketime is not installed (apt install libfaketime)")
+def test_a_clock_that_jumps_hours_ahead_and_back_changes_nothing(
+    base: Path, cluster: chaos.Head, calm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver's clock, where deadlines and health checks are counted."""
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    for name, value in {"LD_PRELOAD": FAKETIME, "FAKETIME_TIMESTAMP_FILE": clock, "FAKETIME_NO_CACHE": 1,
+                        "FAKETIME_DONT_FAKE_MONOTONIC": 1, "DONT_FAKE_MONOTONIC": 1}.items():  # fmt: skip
+        monkeypatch.setenv(name, str(value))
+    with running(base, cluster, "jumping") as (process, folder):
+        for step, offset in ((1, "+7200"), (2, "-7200"), (3, "+86400")):
+            chaos.wait_for_step(process, folder, step, SLOW)
+            clock.write_text(offset)
+        assert process.wait(SLOW) == 0, (folder / "output.txt").read_text()[-3000:]
+    log = (folder / "run.log").read_text()
+    stamps = {line[:10] for line in log.splitlines()}
+    assert len(stamps) > 1, "the clock did not jump"
+    assert "missed" not in log and "starting it again" not in log
+    assert content(folder) == content(calm)
+    assert chaos.digest(folder) == chaos.digest(calm)

@@ -82,6 +82,18 @@ def _raises_again(handler: ast.ExceptHandler) -> bool:
     return isinstance(last, ast.Raise) and last.exc is None
 
 
+def test_waits_are_counted_on_a_clock_that_never_jumps() -> None:
+    """The wall clock may be set while a run waits: only time stamps come from it."""
+    found = {
+        name
+        for name, _, tree in sources("actors", "cluster", "rluf")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "time.time"
+    }
+    # The age of a folder, which only its stamp knows; the date that OpenAI's protocol asks for.
+    assert found == {"rluf/feedback/workspace.py", "rluf/serving/compat.py"}
+
+
 def test_no_mocks_in_tests() -> None:
     found = [
         f"{name}:{node.lineno}"
