@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rluf.config.derived import Pool, host_bytes, policy_bytes, pools, show_bytes
+from rluf.config.derived import Pool, checkpoint_bytes, host_bytes, policy_bytes, pools, show_bytes
 from rluf.config.settings import Settings
 from rluf.config.shape import model_shape
 from rluf.errors import ResourceError
@@ -195,10 +195,14 @@ def _cpu_fixes(need: float) -> str:
 
 
 def disk_need(settings: Settings) -> int:
-    """Bytes a run may write to its folder: policy checkpoints, the final one, and small files."""
-    every = settings.learner.save_every
-    kept = 1 + (settings.algorithm.steps // every if every else 0)
-    return kept * policy_bytes(settings) + RUN_FOLDER_BYTES
+    """Bytes a run may write to its folder: the final policy, small files, and the checkpoints there are at once.
+
+    Those are the newest ones that are kept, the best one and the one being written.
+    """
+    learner = settings.learner
+    written = math.ceil(settings.algorithm.steps / learner.save_every) if learner.save_every else 0
+    at_once = min(written, learner.keep_checkpoints + 2) if learner.keep_checkpoints else written
+    return policy_bytes(settings) + at_once * checkpoint_bytes(settings) + RUN_FOLDER_BYTES
 
 
 def cache_need(settings: Settings) -> int:
@@ -214,7 +218,7 @@ def check_space(folder: Path, need: int, free: int, key: str) -> None:
     if free < need:
         raise ResourceError(
             f"{folder} has {show_bytes(free)} free, but the run may need {show_bytes(need)}; free some space there, "
-            f"or change {key}"
+            f"or point {key} at a larger disk, or lower learner.keep_checkpoints or the size of the model"
         )
 
 

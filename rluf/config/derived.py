@@ -164,6 +164,12 @@ def policy_bytes(settings: Settings) -> int:
     return (2 if settings.model.dtype == "bfloat16" else 4) * model_shape(settings.model.path).parameters
 
 
+def checkpoint_bytes(settings: Settings) -> int:
+    """Bytes of a checkpoint to resume from: the policy, float32 weights and AdamW state of it, and of PPO's critic."""
+    trained = (MASTER_BYTES + ADAM_BYTES) * model_shape(settings.model.path).parameters
+    return policy_bytes(settings) + trained * (2 if settings.algorithm.name == "ppo" else 1)
+
+
 def show_bytes(count: float) -> str:
     """Bytes in words: 266 MiB, 1.5 GiB."""
     for unit, size in (("TiB", 1 << 40), ("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):

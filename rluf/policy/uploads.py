@@ -177,15 +177,32 @@ class Uploader:
 
 
 def open_storage(url: str) -> tuple[Any, str]:
-    """The fsspec file system of `url` and the path in it. Raises ResourceError when its driver is not installed."""
+    """The fsspec file system of `url` and the path in it; pyarrow's own for s3, gs and abfs without an fsspec driver.
+
+    Raises ResourceError when neither knows it.
+    """
     import fsspec
 
     try:
         storage, root = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        raise ResourceError(f"no driver for {url}: {error}; install it (s3fs, gcsfs, adlfs) beside rluf") from error
+        storage, root = _arrow(url, error)
     storage.invalidate_cache()
     return storage, str(root).rstrip("/")
+
+
+def _arrow(url: str, reason: Exception) -> tuple[Any, str]:
+    from fsspec.implementations.arrow import ArrowFSWrapper
+    from pyarrow import ArrowException
+    from pyarrow.fs import FileSystem
+
+    try:
+        system, root = FileSystem.from_uri(url)
+    except (OSError, ArrowException) as error:
+        raise ResourceError(
+            f"no driver for {url}: {reason}; use s3://, gs://, abfs:// or file://, or install the driver beside rluf"
+        ) from error
+    return ArrowFSWrapper(system), root
 
 
 @contextmanager

@@ -216,7 +216,7 @@ def untimed(rows: Sequence[dict[str, float]]) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_two_halves_are_the_whole(name: str, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("actors.pipeline.ray.put", Here)
+    monkeypatch.setattr("actors.pipeline.kept", Here)
     monkeypatch.setattr(ds, "join_group", lambda **_: None)
     settings = load_settings(None, [*BASE, f"algorithm.name={name}", *OWN.get(name, [])]).settings
     prompts = questions(model)

@@ -82,8 +82,13 @@ def test_table_is_plain_without_a_terminal() -> None:
 
 def test_space_needs() -> None:
     small = settings()
-    policy = 2 * 134_515_008
-    assert disk_need(settings("learner.save_every=7")) - disk_need(small) == 2 * policy
+    policy, state = 2 * 134_515_008, 12 * 134_515_008
+    small_need = disk_need(small)
+    assert disk_need(settings("learner.save_every=7")) - small_need == 2 * (policy + state)
+    assert disk_need(settings("learner.save_every=1")) - small_need == 4 * (policy + state)
+    assert disk_need(settings("learner.save_every=1", "learner.keep_checkpoints=0")) - small_need == 14 * (
+        policy + state
+    )
     assert cache_need(small) > policy
     check_space(Path("/data"), 10, 10, "run.root")
     with pytest.raises(ResourceError, match=r"/data has 9 B free, but the run may need 10 B.*run\.root"):

@@ -10,7 +10,9 @@ from typing import Any, ClassVar
 
 import fsspec
 import pytest
+from fsspec.implementations.arrow import ArrowFSWrapper
 from fsspec.implementations.memory import MemoryFileSystem
+from pyarrow.fs import LocalFileSystem
 
 from actors.checkpoints import resumed_folder
 from rluf.config.load import load_settings
@@ -41,7 +43,21 @@ class Shaky(MemoryFileSystem):  # type: ignore[misc]
         super().put_file(lpath, rpath, **options)
 
 
+class Arrow(ArrowFSWrapper):  # type: ignore[misc]
+    """What s3:// becomes where no fsspec driver is installed: pyarrow's file system, here of this disk."""
+
+    protocol = "arrow"
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(LocalFileSystem(), **options)
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return path.removeprefix("arrow://")
+
+
 fsspec.register_implementation("shaky", Shaky, clobber=True)
+fsspec.register_implementation("arrow", Arrow, clobber=True)
 
 
 @pytest.fixture(autouse=True)
@@ -74,10 +90,10 @@ def run(tmp_path: Path) -> Path:
 
 
 def url_of(scheme: str, tmp_path: Path) -> str:
-    return f"file://{tmp_path}/store" if scheme == "file" else f"{scheme}://store"
+    return f"{scheme}://store" if scheme == "memory" else f"{scheme}://{tmp_path}/store"
 
 
-@pytest.mark.parametrize("scheme", ["memory", "file"])
+@pytest.mark.parametrize("scheme", ["memory", "file", "arrow"])
 def test_a_checkpoint_is_found_and_whole_on_another_machine(scheme: str, run: Path, tmp_path: Path) -> None:
     base = url_of(scheme, tmp_path)
     settings = load_settings(None, [f"run.upload={base}", "run.resume=latest", "name=tiny"]).settings
@@ -202,3 +218,14 @@ def test_storage_that_cannot_be_written_or_read_is_told_before_anything_starts(r
         Uploader("nowhere://store", run, 5.0).begin()
     with pytest.raises(ResourceError, match=r"cannot read file:///.*run\.resume"):
         download(f"file://{tmp_path}/file/below", tmp_path / "back")
+
+
+@pytest.mark.slow
+def test_storage_out_of_reach_is_told_with_pyarrows_own_driver(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "canary-of-uploads",
+                        "AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_EC2_METADATA_DISABLED": "true",
+                        "AWS_MAX_ATTEMPTS": "1"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ResourceError, match=r"cannot write to s3://nowhere/runs.*credentials") as caught:
+        Uploader("s3://nowhere/runs", run, 5.0).begin()
+    assert "canary" not in str(caught.value)
