@@ -83,32 +83,37 @@ async def align(
     keeper, budget = Keeper(settings, folder, prompts), Budget(settings.cluster.restarts_per_hour)
     begin = keeper.newest() if settings.run.resume else None
     held = False
-    while True:
-        outcome, started, watch = Outcome(), time.monotonic(), Watch(settings, tracker, held=held)
-        try:
-            async with Supervisor(
-                settings, model, rewards, learners=True, checkpoint=None if begin is None else begin[0]
-            ) as supervisor:
-                _lap(outcome, "start", started)
-                pipeline = LastingPipeline(settings, supervisor, prompts, shown, reactions, budget=budget)
-                try:
-                    await supervisor.run(_attempt(settings, pipeline, keeper, begin, unseen, tracker, outcome, watch))
-                finally:
-                    await pipeline.close()
-                started = time.monotonic()
-            _lap(outcome, "stop", started)
-            return outcome
-        except LostError as error:
-            budget.spend(error.who or "the cluster", str(error), time.monotonic())
-            begin = keeper.newest()
-            where = "the beginning" if begin is None else f"the checkpoint of step {begin[0].step}"
-            logger.warning("%s; all actors start again, the run goes on from %s", error, where)
-        except AlarmError as error:
-            if error.back_to is None:
-                raise
-            begin, held = keeper.go_back(error.back_to, str(error)), True
-            step = begin[0].step
-            logger.warning("%s; the run goes back to the checkpoint of step %d, the love weight is 0 now", error, step)
+    with keeper.copied():
+        while True:
+            outcome, started, watch = Outcome(), time.monotonic(), Watch(settings, tracker, held=held)
+            try:
+                async with Supervisor(
+                    settings, model, rewards, learners=True, checkpoint=None if begin is None else begin[0]
+                ) as supervisor:
+                    _lap(outcome, "start", started)
+                    pipeline = LastingPipeline(settings, supervisor, prompts, shown, reactions, budget=budget)
+                    try:
+                        await supervisor.run(
+                            _attempt(settings, pipeline, keeper, begin, unseen, tracker, outcome, watch)
+                        )
+                    finally:
+                        await pipeline.close()
+                    started = time.monotonic()
+                _lap(outcome, "stop", started)
+                return outcome
+            except LostError as error:
+                budget.spend(error.who or "the cluster", str(error), time.monotonic())
+                begin = keeper.newest()
+                where = "the beginning" if begin is None else f"the checkpoint of step {begin[0].step}"
+                logger.warning("%s; all actors start again, the run goes on from %s", error, where)
+            except AlarmError as error:
+                if error.back_to is None:
+                    raise
+                begin, held = keeper.go_back(error.back_to, str(error)), True
+                step = begin[0].step
+                logger.warning(
+                    "%s; the run goes back to the checkpoint of step %d, the love weight is 0 now", error, step
+                )
 
 
 async def _attempt(
@@ -205,7 +210,7 @@ async def _steps(
                 raise TerminatedError(
                     f"stopped after step {len(outcome.steps)} of {total}; add --resume to the same command to go on"
                 )
-            if every and number % every == 0:
+            if every and (number % every == 0 or number == total):
                 await keeper.save(pipeline, number, outcome.steps, watch.state())
 
 

@@ -16,12 +16,11 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
-import ray
 from ray import ObjectRef
 
 from actors.logged import LoggedBatches, mismatched, outcomes_of
 from actors.publisher import Publisher
-from actors.supervisor import Crew, Member, everyone, within
+from actors.supervisor import Crew, Member, everyone, kept, within
 from rluf.config.policy import AlgorithmSettings
 from rluf.config.settings import Settings
 from rluf.objectives.combine import signal
@@ -116,7 +115,7 @@ class Pipeline:
         self.publisher = Publisher(settings, crew)
         times = settings.algorithm.times
         self._order = prompt_order([times.get(prompt.topic, 1) for prompt in prompts], settings.seed)
-        self._shown = [(ray.put(shown), shown.info) for shown in demonstrations]
+        self._shown = [(kept(shown), shown.info) for shown in demonstrations]
         self._next_shown = prompt_order([1] * len(demonstrations), settings.seed)
         self._reactions = reactions or Reactions((), ())
         sizes = (len(self._reactions.liked), len(self._reactions.others))
@@ -340,7 +339,7 @@ class Pipeline:
         if self._logged is None:
             self._logged = LoggedBatches(self._reactions, *self._reaction_order)
         groups, labels = self._logged.next(algorithm.prompts_per_step * algorithm.samples_per_prompt)
-        both = [(ray.put(group), group.info) for group in (*groups, *mismatched(groups))]
+        both = [(kept(group), group.info) for group in (*groups, *mismatched(groups))]
         refs = [ref for ref, _ in both]
         drifts = await self._drifts(refs, self._plan([info for _, info in both]), both, own=True)
         outcomes = outcomes_of(groups, labels, [row[0] for row in drifts])

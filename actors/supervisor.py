@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import (
     GetTimeoutError,
@@ -97,10 +98,7 @@ async def within(call: Awaitable[Any], seconds: float, who: str) -> Any:
         if isinstance(error.cause, RlufError):
             raise error.cause from None
         if isinstance(error.cause, ObjectStoreFullError | OutOfDiskError):
-            raise ResourceError(
-                f"{who} found Ray's object store full, and no disk to spill to ({_sentence(error.cause)}); free the "
-                "disk that holds Ray's folder, or lower algorithm.prompts_per_step or algorithm.staleness"
-            ) from None
+            raise _full(who, error.cause) from None
         if isinstance(error.cause, ObjectLostError):
             raise LostError(f"{who} missed an object: {_sentence(error)}") from None
         logger.debug("%s failed:\n%s", who, error)
@@ -122,6 +120,21 @@ async def within(call: Awaitable[Any], seconds: float, who: str) -> Any:
         raise LostError(f"{who} lost an object: {_sentence(error)}") from error
     except RayError as error:
         raise ActorError(f"{who} failed: {_reason(error)}; its log in the Ray dashboard says more") from error
+
+
+def kept(value: Result) -> ObjectRef[Result]:
+    """`value` in the object store. Raises ResourceError when that is full."""
+    try:
+        return ray.put(value)
+    except (ObjectStoreFullError, OutOfDiskError) as error:
+        raise _full("the driver", error) from None
+
+
+def _full(who: str, error: RayError) -> ResourceError:
+    return ResourceError(
+        f"{who} found Ray's object store full, and no disk to spill to ({_sentence(error)}); free the disk that holds "
+        "Ray's folder, or lower algorithm.prompts_per_step or algorithm.staleness"
+    )
 
 
 def _sentence(error: RayError) -> str:

@@ -32,7 +32,9 @@ def role_options(settings: Settings, role: str) -> dict[str, Any]:
         "learner": (cluster.cpus_per_learner, cluster.gpus_per_learner),
     }
     cpus, gpus = shares[role]
+    wanted = cluster.labels_of(role) if role == "reward" else {}  # the others' are in their placement groups
     return {
+        **({"label_selector": wanted} if wanted else {}),
         "num_cpus": cpus,
         "num_gpus": gpus,
         "max_restarts": 0,
@@ -86,13 +88,19 @@ class Places:
 
     def __init__(self, settings: Settings, *, learners: bool) -> None:
         """Ask Ray for the room; `ready` waits for it."""
+        self._labels = {role: settings.cluster.labels_of(role) for role in ("rollout", "learner")}
         self._options = {role: role_options(settings, role) for role in ("rollout", "learner")}
         self.groups: dict[str, PlacementGroup] = {
-            f"engine {i}": placement_group([self._bundle("rollout")], "STRICT_PACK")
-            for i in range(settings.rollout.engines)
+            f"engine {i}": self._group("rollout", 1, "STRICT_PACK") for i in range(settings.rollout.engines)
         }
         if learners:
-            self.groups["learners"] = placement_group([self._bundle("learner")] * settings.learner.ranks, "PACK")
+            self.groups["learners"] = self._group("learner", settings.learner.ranks, "PACK")
+
+    def _group(self, role: str, count: int, strategy: str) -> PlacementGroup:
+        wanted = self._labels[role]
+        return placement_group(
+            [self._bundle(role)] * count, strategy, bundle_label_selector=[wanted] * count if wanted else None
+        )
 
     def _bundle(self, role: str) -> dict[str, float]:
         told = self._options[role]

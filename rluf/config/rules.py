@@ -270,6 +270,27 @@ def concurrency(settings: Settings) -> str | None:
     )
 
 
+def labels(settings: Settings) -> str | None:
+    """Entries of cluster.labels are role:key=value."""
+    for entry in settings.cluster.labels:
+        role, _, pair = entry.partition(":")
+        key, equals, value = pair.partition("=")
+        if role not in ("rollout", "reward", "learner") or not (key and equals and value):
+            return (
+                f"cluster.labels has {entry!r}, which is not role:key=value; set it to entries such as "
+                "learner:ray.io/accelerator-type=H100 (roles: rollout, reward, learner)"
+            )
+    return None
+
+
+def upload(settings: Settings) -> str | None:
+    """Checkpoints are uploaded to a URL; a folder is what run.root is for."""
+    target = settings.run.upload
+    if target is None or "://" in target:
+        return None
+    return f"run.upload={target} is no URL; set it to one such as s3://bucket/runs, or file:///absolute/folder"
+
+
 def splits(settings: Settings) -> str | None:
     """Something is left to train on."""
     prepare = settings.prepare
@@ -321,6 +342,8 @@ RULES: tuple[Callable[[Settings], str | None], ...] = (
     micro_batch,
     ranks,
     concurrency,
+    labels,
+    upload,
     splits,
     serving,
 )

@@ -63,6 +63,10 @@ def make_sender(settings: Settings, host: str, port: int) -> Sender:
         return ShmSender()
     if settings.publish.engine == "disk":
         return DiskSender(cache_dir(settings) / "publish")
+    if settings.publish.engine == "tcp":
+        from rluf.engine.network import TcpSender
+
+        return TcpSender(host, settings.publish.deadline_s)
     members = 1 + settings.rollout.engines * settings.rollout.tensor_parallel
     return NcclSender(host, port, members, settings.publish.bucket_mib << 20, settings.publish.deadline_s)
 
@@ -156,7 +160,7 @@ def read_segment(
     except OSError as error:
         raise SyncError(
             f"cannot open the learner's shared memory {path}: {error}; publish.engine=shm needs learner and engine "
-            "alive, on one machine, in one container, under one user; else set publish.engine=nccl"
+            "alive, on one machine, in one container, under one user; else set publish.engine=nccl, or tcp on CPUs"
         ) from error
     try:
         if os.fstat(file).st_size < size:

@@ -345,22 +345,26 @@ class RolloutEngine:
                 f"{self.name}: the learner offers {offer.get('engine')!r}, but publish.engine is "
                 f"{self.settings.publish.engine!r}"
             )
-        if offer["engine"] == "shm":
-            return {"machine": offer["machine"]}
-        if offer["engine"] == "disk":
-            return {"folder": offer["folder"]}
         kept = {key: value for key, value in offer.items() if key not in ("engine", "version")}
+        if offer["engine"] != "nccl":
+            return kept
         return kept | {"rank_offset": 1 + self.index * self.settings.rollout.tensor_parallel}
 
     async def _raise_problem(self, *, abandon: bool = False) -> None:
-        """Raise SyncError if a worker has noted a problem; `abandon` first closes the update under way."""
+        """Raise what a worker has noted; `abandon` first closes the update under way.
+
+        SyncError, or LostError where the learner was out of reach: another engine may reach it.
+        """
         engine = self._alive()
         problems = [p for p in await engine.collective_rpc("rluf_transfer_problem") if p is not None]
         if problems:
             if abandon:
                 await engine.finish_weight_update()
                 self._updating = False
-            raise SyncError(f"{self.name} refused weights: {problems[0]}")
+            text, unreachable = problems[0]
+            if unreachable:
+                raise LostError(f"{self.name}: {text}", self.name)
+            raise SyncError(f"{self.name} refused weights: {text}")
 
     @asynccontextmanager
     async def _deadline(self, seconds: float, what: str) -> AsyncIterator[None]:

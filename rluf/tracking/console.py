@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -47,7 +48,7 @@ def setup_logging(run_log: Path | None = None, *, level: int = logging.INFO) -> 
     _ours.append(screen)
     if run_log is not None:
         run_log.parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(run_log, encoding="utf-8")
+        file = _RunLog(run_log, encoding="utf-8")
         file.setFormatter(plain)
         _ours.append(file)
     for handler in _ours:
@@ -55,6 +56,26 @@ def setup_logging(run_log: Path | None = None, *, level: int = logging.INFO) -> 
     root.setLevel(level)
     for name in QUIET:
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class _RunLog(logging.FileHandler):
+    """run.log. A disk that refuses it is told once on the screen, where every line is all the same."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Say that the disk refuses, without a traceback for each line; other errors are logging's own."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            sys.stderr.write(f"warning: {self.baseFilename} lacks lines from here on: {error.strerror or error}\n")
+
+    def close(self) -> None:
+        """Close the file; lines that the disk has refused are let go."""
+        with contextlib.suppress(OSError):
+            super().close()
 
 
 def _on_terminal() -> bool:

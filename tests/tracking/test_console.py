@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -72,3 +73,20 @@ def test_progress_can_speak_at_each_step_and_is_silent_on_errors(caplog: pytest.
     with caplog.at_level(logging.INFO), pytest.raises(KeyError), Progress("score", total=9):
         raise KeyError
     assert caplog.records == []
+
+
+def test_a_full_disk_is_told_once_and_the_screen_still_has_every_line(
+    small_disk: Callable[[int], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    disk = small_disk(1)
+    setup_logging(disk / "run.log")
+    with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))
+    for number in range(40):
+        logging.getLogger("rluf.train").info("line %d %s", number, "x" * 300)
+    setup_logging()
+    told = capsys.readouterr().err
+    assert told.count("lacks lines from here on: No space left on device") == 1
+    assert "Traceback" not in told
+    assert all(f"line {number} " in told for number in range(40))
