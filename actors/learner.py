@@ -22,6 +22,7 @@ from rluf.config.settings import Settings
 from rluf.engine import deepspeed as ds
 from rluf.engine import memory
 from rluf.engine.transfer import Sender, make_sender
+from rluf.engine.turns import WEIGHTS, shares_gpus
 from rluf.errors import RlufError
 from rluf.policy.advantages import Drift
 from rluf.policy.batch import Batch
@@ -263,8 +264,12 @@ class LearnerActor:
 
     def begin_publish(self, init: dict[str, Any]) -> dict[str, Any]:
         """Start sending weights as version `init["version"]`; rank 0 returns what the engines' begin_update takes."""
-        self._buckets = ds.gather_parameters(self.engine, self.settings.publish.bucket_mib << 20)
-        if self.rank > 0:
+        publish = self.settings.publish
+        if publish.engine == "adapter":
+            self._buckets = ds.gather_adapters(self.engine)
+        else:
+            self._buckets = ds.gather_parameters(self.engine, publish.bucket_mib << 20)
+        if self.rank > 0 and not shares_gpus(self.settings):
             return {}
         if self._sender is None:
             host, port = self.address()
@@ -283,6 +288,24 @@ class LearnerActor:
         self._buckets = iter(())
         if self._sender is not None:
             self._sender.finish()
+
+    def offload(self, parts: tuple[str, ...]) -> None:
+        """Move `parts` of this rank's models to host memory, for an engine on the same GPU (rluf.engine.turns)."""
+        for engine in self._engines():
+            ds.offload(engine, parts)
+        if WEIGHTS in parts and self._reference is not None:
+            self._reference.to("cpu")
+            torch.accelerator.empty_cache()
+
+    def reload(self) -> None:
+        """Bring back what `offload` has moved."""
+        for engine in self._engines():
+            ds.reload(engine)
+        if self._reference is not None:
+            self._reference.to(self.device)
+
+    def _engines(self) -> list[DeepSpeedEngine]:
+        return [self.engine, *([] if self._critic is None else [self._critic.engine])]
 
     def save(self, path: str) -> None:
         """Write the policy as a Hugging Face folder with tokenizer: whole, synced, or not at all. All ranks call it."""

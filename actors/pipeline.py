@@ -22,6 +22,7 @@ from ray import ObjectRef
 from actors.logged import LoggedBatches, mismatched, outcomes_of
 from actors.publisher import Publisher
 from actors.supervisor import Crew, Member, everyone, within
+from actors.turns import turn
 from rluf.config.policy import AlgorithmSettings
 from rluf.config.settings import Settings
 from rluf.objectives.combine import signal
@@ -169,6 +170,7 @@ class Pipeline:
         self, prompts: Sequence[Prompt], samples: int, seed: int, done: Callable[[], None]
     ) -> list[tuple[Group, ScoredGroup]]:
         """Responses of the policy in the engines to each prompt, with scores; `done` is called after each prompt."""
+        await turn(self.settings, self.crew, "generate")
         width = max(1, self.settings.rollout.concurrency * len(self.crew.rollouts) // samples)
         gate = asyncio.Semaphore(width)
 
@@ -212,6 +214,7 @@ class Pipeline:
     async def _batch(self) -> list[ScoredGroup]:
         """Wait for one batch of scored groups; a failed rollout or score ends the wait with its error."""
         batch: list[ScoredGroup] = []
+        await turn(self.settings, self.crew, "generate")
         self.admit(self.settings.seed)
         while len(batch) < self.settings.algorithm.prompts_per_step:
             getter = asyncio.create_task(self._ready.get())
@@ -393,6 +396,7 @@ class Pipeline:
         return drifts
 
     async def _learners(self, doing: str, call: Callable[[Member], Any]) -> list[Any]:
+        await turn(self.settings, self.crew, "learn")
         calls: list[tuple[Member, Any]] = [(m, call(m)) for m in self.crew.learners]
         return await everyone(calls, self.settings.learner.deadline_s, doing)
 

@@ -73,7 +73,8 @@ class Reviver:
         self.weights = asyncio.Lock()
         self.seconds: list[float] = []
         self._supervisor, self._budget, self._publish_to = supervisor, budget, publish_to
-        self._fixed = supervisor.settings.publish.engine == "nccl"  # its group of GPUs takes no new members
+        # NCCL's group of GPUs takes no new members; on a shared GPU a learner sits where a new engine would start.
+        self._fixed = supervisor.settings.publish.engine in ("nccl", "ipc")
         self._revivals: dict[str, asyncio.Task[None]] = {}
         supervisor.on_loss = self.lost
 
@@ -226,6 +227,7 @@ class LastingPipeline(Pipeline):
         self.publisher: LastingPublisher = LastingPublisher(settings, supervisor.crew, self.reviver.lost)
         self.learning = False
         self._began = 0
+        self._behind = False
         self._order: Counted = Counted(self._order)
         self._next_shown: Counted = Counted(self._next_shown)
         self._liked, self._others = (Counted(order) for order in self._reaction_order)
@@ -248,7 +250,10 @@ class LastingPipeline(Pipeline):
         }
 
     def restore(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on after optimiser step `step`, whose weights engines and learners have already."""
+        """Go on after optimiser step `step`, whose weights engines and learners have already.
+
+        But engines that are sent adapters begin with the base model, and get the adapter before the next step.
+        """
         self._order.skip(int(state["order"]))
         self._next_shown.skip(int(state["shown"]))
         for order, taken in zip((self._liked, self._others), state["reactions"], strict=True):
@@ -257,7 +262,8 @@ class LastingPipeline(Pipeline):
         self._started = self._order.taken
         self._accepted = step * self.settings.algorithm.prompts_per_step
         self.publisher.restore(state["publisher"])
-        self.version = self._began = step
+        self._behind = self.settings.publish.engine == "adapter"
+        self.version, self._began = step, 0 if self._behind else step
         self.restore_algorithm(state["algorithm"])
         self.snapshot = self.state()
 
@@ -304,6 +310,9 @@ class LastingPipeline(Pipeline):
 
     async def step(self, number: int) -> dict[str, float]:
         """As Pipeline.step; from learning to the end of publishing no engine is brought back."""
+        if self._behind:
+            await self.publisher.send(self.version)
+            self._behind = False
         try:
             row = await super().step(number)
         finally:
