@@ -24,9 +24,12 @@ from rluf.engine import memory
 from rluf.engine.transfer import Sender, make_sender
 from rluf.engine.turns import WEIGHTS, shares_gpus
 from rluf.errors import RlufError
+from rluf.paths import cache_dir
 from rluf.policy.advantages import Drift
 from rluf.policy.batch import Batch
 from rluf.policy.checkpoint import copy_companions, load_policy, whole_folder
+from rluf.policy.dump import POLICY as DUMPED
+from rluf.policy.dump import Dump, write_dump
 from rluf.policy.logprobs import response_logprobs
 from rluf.policy.losses import SUMS, LossResult, drifts_of, metrics, policy_loss
 from rluf.policy.methods import METHODS, Lesson
@@ -178,7 +181,7 @@ class LearnerActor:
         rate, since = ds.learning_rate(self.engine), time.monotonic()
         applied, norm = ds.apply_step(self.engine)
         now = time.monotonic()
-        self._count(applied, step, float(sums[0]))
+        self._count(applied, step, float(sums[0]), held, lesson, plan)
         critic = {} if self._critic is None or not lesson.critic else self._critic.learn()
         return {
             **metrics(sums, float(peak)),
@@ -239,7 +242,10 @@ class LearnerActor:
             raise RlufError(f"learner rank {self.rank} was used before setup; call setup on all ranks first")
         return response_logprobs(self._reference, batch, self.settings.rollout.temperature)
 
-    def _count(self, applied: bool, step: int, loss: float) -> None:
+    def _count(
+        self, applied: bool, step: int, loss: float, held: dict[int, Group], lesson: Lesson, plan: list[MicroBatch]
+    ) -> None:
+        """Count an update that was skipped; after MOST_SKIPPED in a row keep the step as files and raise RlufError."""
         self._steps += 1
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
         if applied:
@@ -247,9 +253,14 @@ class LearnerActor:
         self._skipped += 1
         logger.warning("step %d: gradient not finite (loss %g), update skipped, weights kept", step, loss)
         if self._skipped_in_a_row >= MOST_SKIPPED:
+            kept = cache_dir(self.settings) / "dumps" / f"{self.settings.name}-step-{step}"
+            write_dump(kept, self.rank, Dump(self.settings, self.source, step, held, lesson, plan))
+            ds.save_hf(self.engine, kept / DUMPED)
+            dist.barrier()
             raise RlufError(
-                f"step {step}: the gradient was not finite in {MOST_SKIPPED} steps in a row (loss {loss:g}); lower "
-                f"learner.learning_rate ({self.settings.learner.learning_rate:g}), or look at the rewards and the model"
+                f"step {step}: the gradient was not finite in {MOST_SKIPPED} steps in a row (loss {loss:g}); "
+                f"python -m actors.replay {kept} says which samples it came from; or lower learner.learning_rate "
+                f"({self.settings.learner.learning_rate:g})"
             )
 
     @torch.no_grad()

@@ -32,6 +32,7 @@ from rluf.policy.losses import adapted
 from rluf.policy.methods import METHODS, Lesson, make_lesson, needs_drifts, varied
 from rluf.policy.packing import MicroBatch, plan_micro_batches
 from rluf.policy.staleness import capacity
+from rluf.prompt_store import topics_of
 from rluf.prompts import Reactions
 from rluf.tracking.timeline import STEPS, Timeline
 from rluf.types import Group, GroupInfo, Prompt, Score
@@ -116,7 +117,7 @@ class Pipeline:
         self.kl_coef = settings.algorithm.kl_coef
         self.publisher = Publisher(settings, crew)
         times = settings.algorithm.times
-        self._order = prompt_order([times.get(prompt.topic, 1) for prompt in prompts], settings.seed)
+        self._order = prompt_order([times.get(topic, 1) for topic in topics_of(prompts)], settings.seed)
         self._shown = [(ray.put(shown), shown.info) for shown in demonstrations]
         self._next_shown = prompt_order([1] * len(demonstrations), settings.seed)
         self._reactions = reactions or Reactions((), ())

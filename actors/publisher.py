@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 PROBE_SAMPLES = 2
 """Responses of the first batch whose logprobs are compared between learner and engine after each publish."""
+PROBE_TOKENS = 24
+"""Tokens of each that are compared, from its start: twice as many as benchmarks/probe.py finds every fault with."""
 
 
 class Publisher:
@@ -76,7 +78,8 @@ class Publisher:
             return
         first: Group = await within(group, 60.0, "the object store")
         self._prompt = list(first.prompt.token_ids)
-        self._responses = [list(s.response_ids) for s in first.samples if s.response_ids][:PROBE_SAMPLES]
+        responses = [list(s.response_ids[:PROBE_TOKENS]) for s in first.samples if s.response_ids]
+        self._responses = responses[:PROBE_SAMPLES]
         self._readings = await self._read()
         self._worst = max(reading.gap for reading in self._readings.values())
 

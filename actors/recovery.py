@@ -24,6 +24,7 @@ from rluf.config.settings import Settings
 from rluf.errors import ActorError, LostError
 from rluf.objectives.combiner import Combined
 from rluf.policy.resume import POLICY
+from rluf.prompt_store import ids_of
 from rluf.prompts import Reactions
 from rluf.types import Group, GroupInfo, Prompt
 
@@ -233,7 +234,7 @@ class LastingPipeline(Pipeline):
         self._liked, self._others = (Counted(order) for order in self._reaction_order)
         self._reaction_order = [self._liked, self._others]
         self._load = defaultdict(int, self._load)
-        self._by_id = {prompt.id: prompt for prompt in prompts}
+        self._place = {name: place for place, name in enumerate(ids_of(prompts))}
         self._unlearnt: dict[int, tuple[str, int]] = {}
         self._again: dict[int, tuple[str, int]] = {}
         self.snapshot = self.state()
@@ -295,7 +296,7 @@ class LastingPipeline(Pipeline):
         """As Pipeline.admit, after the prompts that were in flight at the checkpoint."""
         again, self._again = self._again, {}
         for number, (name, own) in again.items():
-            self._running.add(asyncio.create_task(self._admitted(self._by_id[name], own, number)))
+            self._running.add(asyncio.create_task(self._admitted(self.prompts[self._place[name]], own, number)))
         super().admit(seed)
 
     async def _admitted(self, prompt: Prompt, seed: int, number: int) -> None:

@@ -246,10 +246,10 @@ def colocated(settings: Settings) -> str | None:
             f"algorithm.staleness={settings.algorithm.staleness} samples while learners learn, but with "
             "publish.engine=ipc they take turns; set algorithm.staleness=0, or publish.engine=nccl"
         )
-    if settings.learner.zero_stage not in (1, 2) or settings.learner.offload_optimizer:
+    if settings.learner.zero_stage != 2 or settings.learner.offload_optimizer:
         return (
-            "publish.engine=ipc moves the learner's states to host memory and back, which DeepSpeed does for ZeRO 1 "
-            f"and 2 without an offloaded optimiser (now learner.zero_stage={settings.learner.zero_stage}, "
+            "publish.engine=ipc moves the learner's states to host memory and back, which DeepSpeed does with this "
+            f"optimiser for ZeRO 2 alone, while nothing is offloaded (now learner.zero_stage={settings.learner.zero_stage}, "
             f"learner.offload_optimizer={str(settings.learner.offload_optimizer).lower()}); set learner.zero_stage=2 "
             "and learner.offload_optimizer=false"
         )

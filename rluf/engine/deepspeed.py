@@ -227,7 +227,10 @@ def gather_adapters(engine: DeepSpeedEngine) -> Iterator[list[tuple[str, Tensor]
 
 
 def offload(engine: DeepSpeedEngine, parts: Sequence[str]) -> None:
-    """Move `parts` (rluf.engine.turns: weights, states) to host memory; ZeRO 1 or 2. Harmless for what is there."""
+    """Move `parts` (rluf.engine.turns: weights, states) to host memory. Harmless for what is there.
+
+    ZeRO 2 only: DeepSpeed 0.19 has no offload_states for ZeRO 1 in bfloat16, and for ZeRO 3 only with its own Adam.
+    """
     _deepspeed()
     from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as Kind
 
