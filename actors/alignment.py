@@ -22,6 +22,7 @@ from rluf.models import load_tokenizer
 from rluf.objectives.judges import find_judge
 from rluf.policy.methods import METHODS
 from rluf.policy.resume import Checkpoint, RunState
+from rluf.prompt_store import training_prompts
 from rluf.prompts import load_demonstrations, load_prompts, load_reactions
 from rluf.tracking.catalogue import with_rates
 from rluf.tracking.console import Progress
@@ -73,7 +74,7 @@ async def align(
     for judge in settings.objectives.judges:
         find_judge(judge)  # a name that does not exist is told before any actor starts
     tokenizer, longest = load_tokenizer(model), settings.rollout.max_prompt_tokens
-    prompts = load_prompts(data, "train", tokenizer, max_tokens=longest)
+    prompts = training_prompts(data, model, longest)
     unseen = load_prompts(data, "test", tokenizer, max_tokens=longest, limit=settings.evaluate.prompts)
     shown = _demonstrations(settings, data, tokenizer)
     reactions = None

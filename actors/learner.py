@@ -22,10 +22,14 @@ from rluf.config.settings import Settings
 from rluf.engine import deepspeed as ds
 from rluf.engine import memory
 from rluf.engine.transfer import Sender, make_sender
+from rluf.engine.turns import WEIGHTS, shares_gpus
 from rluf.errors import RlufError
+from rluf.paths import cache_dir
 from rluf.policy.advantages import Drift
 from rluf.policy.batch import Batch
 from rluf.policy.checkpoint import copy_companions, load_policy, whole_folder
+from rluf.policy.dump import POLICY as DUMPED
+from rluf.policy.dump import Dump, write_dump
 from rluf.policy.logprobs import response_logprobs
 from rluf.policy.losses import SUMS, LossResult, drifts_of, metrics, policy_loss
 from rluf.policy.methods import METHODS, Lesson
@@ -177,7 +181,7 @@ class LearnerActor:
         rate, since = ds.learning_rate(self.engine), time.monotonic()
         applied, norm = ds.apply_step(self.engine)
         now = time.monotonic()
-        self._count(applied, step, float(sums[0]))
+        self._count(applied, step, float(sums[0]), held, lesson, plan)
         critic = {} if self._critic is None or not lesson.critic else self._critic.learn()
         return {
             **metrics(sums, float(peak)),
@@ -238,7 +242,10 @@ class LearnerActor:
             raise RlufError(f"learner rank {self.rank} was used before setup; call setup on all ranks first")
         return response_logprobs(self._reference, batch, self.settings.rollout.temperature)
 
-    def _count(self, applied: bool, step: int, loss: float) -> None:
+    def _count(
+        self, applied: bool, step: int, loss: float, held: dict[int, Group], lesson: Lesson, plan: list[MicroBatch]
+    ) -> None:
+        """Count an update that was skipped; after MOST_SKIPPED in a row keep the step as files and raise RlufError."""
         self._steps += 1
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
         if applied:
@@ -246,9 +253,14 @@ class LearnerActor:
         self._skipped += 1
         logger.warning("step %d: gradient not finite (loss %g), update skipped, weights kept", step, loss)
         if self._skipped_in_a_row >= MOST_SKIPPED:
+            kept = cache_dir(self.settings) / "dumps" / f"{self.settings.name}-step-{step}"
+            write_dump(kept, self.rank, Dump(self.settings, self.source, step, held, lesson, plan))
+            ds.save_hf(self.engine, kept / DUMPED)
+            dist.barrier()
             raise RlufError(
-                f"step {step}: the gradient was not finite in {MOST_SKIPPED} steps in a row (loss {loss:g}); lower "
-                f"learner.learning_rate ({self.settings.learner.learning_rate:g}), or look at the rewards and the model"
+                f"step {step}: the gradient was not finite in {MOST_SKIPPED} steps in a row (loss {loss:g}); "
+                f"python -m actors.replay {kept} says which samples it came from; or lower learner.learning_rate "
+                f"({self.settings.learner.learning_rate:g})"
             )
 
     @torch.no_grad()
@@ -263,8 +275,12 @@ class LearnerActor:
 
     def begin_publish(self, init: dict[str, Any]) -> dict[str, Any]:
         """Start sending weights as version `init["version"]`; rank 0 returns what the engines' begin_update takes."""
-        self._buckets = ds.gather_parameters(self.engine, self.settings.publish.bucket_mib << 20)
-        if self.rank > 0:
+        publish = self.settings.publish
+        if publish.engine == "adapter":
+            self._buckets = ds.gather_adapters(self.engine)
+        else:
+            self._buckets = ds.gather_parameters(self.engine, publish.bucket_mib << 20)
+        if self.rank > 0 and not shares_gpus(self.settings):
             return {}
         if self._sender is None:
             host, port = self.address()
@@ -283,6 +299,24 @@ class LearnerActor:
         self._buckets = iter(())
         if self._sender is not None:
             self._sender.finish()
+
+    def offload(self, parts: tuple[str, ...]) -> None:
+        """Move `parts` of this rank's models to host memory, for an engine on the same GPU (rluf.engine.turns)."""
+        for engine in self._engines():
+            ds.offload(engine, parts)
+        if WEIGHTS in parts and self._reference is not None:
+            self._reference.to("cpu")
+            torch.accelerator.empty_cache()
+
+    def reload(self) -> None:
+        """Bring back what `offload` has moved."""
+        for engine in self._engines():
+            ds.reload(engine)
+        if self._reference is not None:
+            self._reference.to(self.device)
+
+    def _engines(self) -> list[DeepSpeedEngine]:
+        return [self.engine, *([] if self._critic is None else [self._critic.engine])]
 
     def save(self, path: str) -> None:
         """Write the policy as a Hugging Face folder with tokenizer: whole, synced, or not at all. All ranks call it."""

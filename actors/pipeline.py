@@ -21,6 +21,7 @@ from ray import ObjectRef
 from actors.logged import LoggedBatches, mismatched, outcomes_of
 from actors.publisher import Publisher
 from actors.supervisor import Crew, Member, everyone, kept, within
+from actors.turns import turn
 from rluf.config.policy import AlgorithmSettings
 from rluf.config.settings import Settings
 from rluf.objectives.combine import signal
@@ -30,6 +31,7 @@ from rluf.policy.losses import adapted
 from rluf.policy.methods import METHODS, Lesson, make_lesson, needs_drifts, varied
 from rluf.policy.packing import MicroBatch, plan_micro_batches
 from rluf.policy.staleness import capacity
+from rluf.prompt_store import topics_of
 from rluf.prompts import Reactions
 from rluf.tracking.timeline import STEPS, Timeline
 from rluf.types import Group, GroupInfo, Prompt, Score
@@ -114,7 +116,7 @@ class Pipeline:
         self.kl_coef = settings.algorithm.kl_coef
         self.publisher = Publisher(settings, crew)
         times = settings.algorithm.times
-        self._order = prompt_order([times.get(prompt.topic, 1) for prompt in prompts], settings.seed)
+        self._order = prompt_order([times.get(topic, 1) for topic in topics_of(prompts)], settings.seed)
         self._shown = [(kept(shown), shown.info) for shown in demonstrations]
         self._next_shown = prompt_order([1] * len(demonstrations), settings.seed)
         self._reactions = reactions or Reactions((), ())
@@ -168,6 +170,7 @@ class Pipeline:
         self, prompts: Sequence[Prompt], samples: int, seed: int, done: Callable[[], None]
     ) -> list[tuple[Group, ScoredGroup]]:
         """Responses of the policy in the engines to each prompt, with scores; `done` is called after each prompt."""
+        await turn(self.settings, self.crew, "generate")
         width = max(1, self.settings.rollout.concurrency * len(self.crew.rollouts) // samples)
         gate = asyncio.Semaphore(width)
 
@@ -211,6 +214,7 @@ class Pipeline:
     async def _batch(self) -> list[ScoredGroup]:
         """Wait for one batch of scored groups; a failed rollout or score ends the wait with its error."""
         batch: list[ScoredGroup] = []
+        await turn(self.settings, self.crew, "generate")
         self.admit(self.settings.seed)
         while len(batch) < self.settings.algorithm.prompts_per_step:
             getter = asyncio.create_task(self._ready.get())
@@ -392,6 +396,7 @@ class Pipeline:
         return drifts
 
     async def _learners(self, doing: str, call: Callable[[Member], Any]) -> list[Any]:
+        await turn(self.settings, self.crew, "learn")
         calls: list[tuple[Member, Any]] = [(m, call(m)) for m in self.crew.learners]
         return await everyone(calls, self.settings.learner.deadline_s, doing)
 

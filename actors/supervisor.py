@@ -34,6 +34,7 @@ from actors.reward import RewardActor
 from actors.rollout import RolloutActor
 from cluster.placement import Places, role_options
 from rluf.config.settings import Settings
+from rluf.engine.turns import Phase, shares_gpus
 from rluf.errors import ActorError, LostError, ResourceError, RlufError, StallError
 from rluf.policy.resume import Checkpoint
 
@@ -65,6 +66,10 @@ class Crew:
     rollouts: list[Member] = field(default_factory=list)
     rewards: dict[str, list[Member]] = field(default_factory=dict)
     learners: list[Member] = field(default_factory=list)
+    phase: Phase = "generate"
+    """Whose turn it is on GPUs that engines and learners share (actors/turns.py)."""
+    turning: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while the turn changes."""
 
     @property
     def members(self) -> list[Member]:
@@ -218,7 +223,10 @@ class Supervisor:
         }
         arguments: tuple[object, ...]
         if role == "rollout":
-            arguments = (index, blob, model) if begin is None else (index, blob, str(begin.policy), begin.step)
+            arguments = (index, blob, model)
+            if begin is not None:  # adapters go on the model that they were trained on, and are published later
+                merged = self.settings.publish.engine != "adapter"
+                arguments = (index, blob, str(begin.policy) if merged else model, begin.step)
         elif role == "reward":
             folder = self._rewards[objective]
             arguments = (objective, blob, None if folder is None else str(folder))
@@ -239,12 +247,17 @@ class Supervisor:
 
     async def _wait_ready(self) -> None:
         seconds = self.settings.cluster.start_deadline_s
-        others = [m for m in self.crew.members if m.role != "learner"]
+        crew = self.crew
+        others = [m for m in crew.members if m.role != "learner"]
         logger.info("waiting for %d actors to be placed and ready (deadline %g s)", len(self.crew.members), seconds)
-        await asyncio.gather(
-            everyone([(m, m.handle.ready.remote()) for m in others], seconds, "starting"),
-            self._join_learners(seconds),
-        )
+        started = everyone([(m, m.handle.ready.remote()) for m in others], seconds, "starting")
+        if self._with_learners and shares_gpus(self.settings):  # never both on a GPU at once
+            await started
+            await everyone([(m, m.handle.sleep.remote()) for m in crew.rollouts], seconds, "making room for learners")
+            await self._join_learners(seconds)
+            crew.phase = "learn"
+        else:
+            await asyncio.gather(started, self._join_learners(seconds))
         logger.info("ready: %s", ", ".join(str(m) for m in self.crew.members))
 
     async def _join_learners(self, seconds: float) -> None:

@@ -14,11 +14,14 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rluf.engine.memory import KEEP_FREED
+from rluf.engine.turns import shares_gpus
 from rluf.errors import ActorError, StallError
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
 
+SHARED = "engines and learners"
+"""The placement group of engines and learners that take turns on GPUs."""
 QUIET_THREADS = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 """Idle OpenMP threads sleep at once: actors share cores, and threads that spin starve their neighbours."""
 
@@ -80,7 +83,8 @@ def compute_threads(settings: Settings, cores: int | None = None) -> int:
 
 
 class Places:
-    """The room of one run's actors: learners close together in one group, each engine in a group of its own.
+    """The room of one run's actors: learners close together in one group, each engine in a group of its own, or both
+    on the same GPUs in one group.
 
     An engine's GPUs are one bundle, so they are on one node. Reward actors take what is left and have no group. Ray
     gives a bundle a new node when its own is lost, so an actor that is started again finds its place.
@@ -88,23 +92,12 @@ class Places:
 
     def __init__(self, settings: Settings, *, learners: bool) -> None:
         """Ask Ray for the room; `ready` waits for it."""
-        self._labels = {role: settings.cluster.labels_of(role) for role in ("rollout", "learner")}
-        self._options = {role: role_options(settings, role) for role in ("rollout", "learner")}
-        self.groups: dict[str, PlacementGroup] = {
-            f"engine {i}": self._group("rollout", 1, "STRICT_PACK") for i in range(settings.rollout.engines)
-        }
-        if learners:
-            self.groups["learners"] = self._group("learner", settings.learner.ranks, "PACK")
-
-    def _group(self, role: str, count: int, strategy: str) -> PlacementGroup:
-        wanted = self._labels[role]
-        return placement_group(
-            [self._bundle(role)] * count, strategy, bundle_label_selector=[wanted] * count if wanted else None
-        )
-
-    def _bundle(self, role: str) -> dict[str, float]:
-        told = self._options[role]
-        return {"CPU": told["num_cpus"], **({"GPU": told["num_gpus"]} if told["num_gpus"] else {})}
+        self.groups: dict[str, PlacementGroup] = {}
+        for name, (bundles, strategy) in wanted_room(settings, learners=learners).items():
+            wanted = {} if name == "learners" else settings.cluster.labels_of("rollout")
+            wanted |= settings.cluster.labels_of("learner") if name in ("learners", SHARED) else {}
+            labels = [wanted] * len(bundles) if wanted else None
+            self.groups[name] = placement_group(bundles, strategy, bundle_label_selector=labels)
 
     async def ready(self, seconds: float) -> None:
         """Wait for all of it. Raises StallError naming what has no room after `seconds`, and what is free."""
@@ -120,10 +113,12 @@ class Places:
 
     def options(self, role: str, index: int) -> dict[str, Any]:
         """Ray options that put actor `index` of `role` into its place; none for reward actors."""
-        group = self.groups.get("learners" if role == "learner" else f"engine {index}" if role == "rollout" else "")
+        own = {"learner": "learners", "rollout": f"engine {index}"}.get(role, "")
+        shared = self.groups.get(SHARED) if own else None
+        group = shared or self.groups.get(own)
         if group is None:
             return {}
-        bundle = index if role == "learner" else 0
+        bundle = index if role == "learner" or shared else 0
         return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)}
 
     def release(self) -> None:
@@ -131,6 +126,27 @@ class Places:
         for group in self.groups.values():
             remove_placement_group(group)
         self.groups = {}
+
+
+def wanted_room(settings: Settings, *, learners: bool) -> dict[str, tuple[list[dict[str, float]], str]]:
+    """Bundles and Ray strategy of each placement group by name.
+
+    Where engines and learners take turns on GPUs, rank i and engine i have one bundle: a share of the same GPU each, so
+    that what one publishes the other can map.
+    """
+    options = {role: role_options(settings, role) for role in ("rollout", "learner")}
+
+    def bundle(*roles: str) -> dict[str, float]:
+        cpus, gpus = (sum(options[role][kind] for role in roles) for kind in ("num_cpus", "num_gpus"))
+        return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+
+    engines = settings.rollout.engines
+    if learners and shares_gpus(settings):
+        return {SHARED: ([bundle("rollout", "learner")] * engines, "PACK")}
+    room = {f"engine {i}": ([bundle("rollout")], "STRICT_PACK") for i in range(engines)}
+    if learners:
+        room["learners"] = ([bundle("learner")] * settings.learner.ranks, "PACK")
+    return room
 
 
 async def _reserved(group: PlacementGroup) -> None:

@@ -199,7 +199,7 @@ def tensor_parallel(settings: Settings) -> str | None:
 
 def gpu_shares(settings: Settings) -> str | None:
     """A learner rank is one GPU or none; a reward actor takes a share of one."""
-    if settings.cluster.gpus_per_learner not in (0, 1):
+    if settings.cluster.gpus_per_learner not in (0, 1) and settings.publish.engine != "ipc":
         return (
             f"cluster.gpus_per_learner={settings.cluster.gpus_per_learner:g}: a rank runs on one GPU (1) or on the CPU "
             f"(0); for more GPUs raise learner.ranks={settings.learner.ranks}"
@@ -220,6 +220,49 @@ def nccl(settings: Settings) -> str | None:
     return (
         f"publish.engine=nccl needs whole GPUs on both sides, but cluster.gpus_per_engine={cluster.gpus_per_engine:g} "
         f"and cluster.gpus_per_learner={cluster.gpus_per_learner:g}; set both to 1 or more, or publish.engine=shm"
+    )
+
+
+def colocated(settings: Settings) -> str | None:
+    """Learners and engines that take turns on GPUs: one of each on every GPU, never both at work."""
+    cluster, ranks, engines = settings.cluster, settings.learner.ranks, settings.rollout.engines
+    if settings.publish.engine != "ipc":
+        return None
+    shares = (cluster.gpus_per_engine, cluster.gpus_per_learner)
+    if min(shares) <= 0 or sum(shares) > 1:
+        return (
+            "publish.engine=ipc lets an engine and a learner rank share one GPU, but cluster.gpus_per_engine="
+            f"{shares[0]:g} and cluster.gpus_per_learner={shares[1]:g}; set both to 0.5 on GPUs, or publish.engine=shm "
+            "on CPUs"
+        )
+    if ranks != engines or settings.rollout.tensor_parallel > 1:
+        return (
+            f"publish.engine=ipc puts one learner rank and one engine on each GPU, but learner.ranks={ranks}, "
+            f"rollout.engines={engines} and rollout.tensor_parallel={settings.rollout.tensor_parallel}; set the first "
+            "two alike and the third to 1, or publish.engine=nccl with separate GPUs"
+        )
+    if settings.algorithm.staleness:
+        return (
+            f"algorithm.staleness={settings.algorithm.staleness} samples while learners learn, but with "
+            "publish.engine=ipc they take turns; set algorithm.staleness=0, or publish.engine=nccl"
+        )
+    if settings.learner.zero_stage != 2 or settings.learner.offload_optimizer:
+        return (
+            "publish.engine=ipc moves the learner's states to host memory and back, which DeepSpeed does with this "
+            f"optimiser for ZeRO 2 alone, while nothing is offloaded (now learner.zero_stage={settings.learner.zero_stage}, "
+            f"learner.offload_optimizer={str(settings.learner.offload_optimizer).lower()}); set learner.zero_stage=2 "
+            "and learner.offload_optimizer=false"
+        )
+    return None
+
+
+def adapter(settings: Settings) -> str | None:
+    """Adapters are published where adapters are trained."""
+    if settings.publish.engine != "adapter" or settings.learner.lora_rank:
+        return None
+    return (
+        "publish.engine=adapter has no adapters to publish, as learner.lora_rank=0 trains the weights themselves; set "
+        "learner.lora_rank=16, or publish.engine=shm"
     )
 
 
@@ -338,6 +381,8 @@ RULES: tuple[Callable[[Settings], str | None], ...] = (
     tensor_parallel,
     gpu_shares,
     nccl,
+    colocated,
+    adapter,
     offload,
     micro_batch,
     ranks,

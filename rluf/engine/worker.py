@@ -22,15 +22,18 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferEngine,
     NCCLWeightTransferInitInfo,
     NCCLWeightTransferUpdateInfo,
 )
+from vllm.distributed.weight_transfer.packed_tensor import packed_ipc_consumer
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from rluf.engine.checklist import Checklist
+from rluf.engine.ipc import gpu_name, whole
 from rluf.engine.network import fetch
 from rluf.engine.transfer import machine_id, read_file, read_segment
 from rluf.errors import LostError, RlufError, SyncError
@@ -248,6 +251,57 @@ class NcclReceiver(_Checked, NCCLWeightTransferEngine):
             self.model = model
 
 
+@dataclass
+class IpcInit(IPCWeightTransferInitInfo):
+    """Nothing to agree on: buckets are always packed."""
+
+
+@dataclass
+class IpcUpdate(WeightTransferUpdateInfo):
+    """One bucket in a buffer on each GPU; see rluf.engine.ipc.IpcSender.send."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+    tensor_sizes: list[int]
+    handles: dict[str, list[Any]]
+
+
+class IpcReceiver(_Checked, IPCWeightTransferEngine):
+    """vLLM's CUDA IPC engine with our checklist, and handles as plain values. Untested without GPUs."""
+
+    init_info_cls = IpcInit
+    update_info_cls = IpcUpdate
+
+    def receive_weights(self, update_info: IpcUpdate) -> None:
+        """Check one bucket's names and shapes, copy it out of the learner's buffer on this GPU, load it."""
+        if self._admit(zip(update_info.names, update_info.shapes, strict=True)):
+            self._note(lambda: self._load(update_info))
+
+    def finish_weight_update(self) -> None:
+        """As for every receiver; then let go of the learner's buffer."""
+        super().finish_weight_update()
+        self._packed_importer.close()
+
+    def _load(self, info: IpcUpdate) -> None:
+        here = gpu_name(self.device.index)
+        if here not in info.handles:
+            raise SyncError(
+                f"no learner rank runs on this engine's GPU {here} (they run on {', '.join(sorted(info.handles))}); "
+                "with publish.engine=ipc each engine shares its GPU with one rank"
+            )
+        weights = packed_ipc_consumer(
+            ipc_handle={here: whole(info.handles[here])},
+            names=info.names,
+            shapes=info.shapes,
+            dtype_names=info.dtype_names,
+            tensor_sizes=info.tensor_sizes,
+            device_index=self.device.index,
+            importer=self._packed_importer,
+        )
+        self.model.load_weights(weights)
+
+
 class _Discard(torch.nn.Module):
     """Stands in for the model while a bad bucket is received."""
 
@@ -277,4 +331,5 @@ WeightTransferEngineFactory.register_engine("rluf_shm", ShmReceiver)
 WeightTransferEngineFactory.register_engine("rluf_disk", DiskReceiver)
 WeightTransferEngineFactory.register_engine("rluf_tcp", TcpReceiver)
 WeightTransferEngineFactory.register_engine("rluf_nccl", NcclReceiver)
+WeightTransferEngineFactory.register_engine("rluf_ipc", IpcReceiver)
 _follow_parent()

@@ -3,7 +3,14 @@ from typing import Any
 
 import pytest
 
-from cluster.placement import compute_threads, role_environment, role_options, wait_for_placement
+from cluster.placement import (
+    SHARED,
+    compute_threads,
+    role_environment,
+    role_options,
+    wait_for_placement,
+    wanted_room,
+)
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.errors import ActorError, StallError
@@ -46,6 +53,20 @@ def test_threads_share_the_cores_among_learner_ranks() -> None:
     assert compute_threads(settings("learner.ranks=16"), cores=8) == 1
     assert compute_threads(settings("cluster.threads=5", "learner.ranks=3"), cores=8) == 5
     assert compute_threads(settings()) == len(os.sched_getaffinity(0))
+
+
+def test_engines_and_learners_have_groups_of_their_own_or_share_bundles() -> None:
+    pools = ["rollout.engines=2", "learner.ranks=2", "cluster.cpus_per_engine=3", "cluster.cpus_per_learner=1"]
+    apart = settings(*pools, "cluster.gpus_per_engine=1", "cluster.gpus_per_learner=1")
+    assert wanted_room(apart, learners=True) == {
+        "engine 0": ([{"CPU": 3, "GPU": 1}], "STRICT_PACK"),
+        "engine 1": ([{"CPU": 3, "GPU": 1}], "STRICT_PACK"),
+        "learners": ([{"CPU": 1, "GPU": 1}] * 2, "PACK"),
+    }
+    halves = ("cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5", "publish.engine=ipc")
+    shared = settings(*pools, *halves)
+    assert wanted_room(shared, learners=True) == {SHARED: ([{"CPU": 4, "GPU": 1}] * 2, "PACK")}
+    assert list(wanted_room(shared, learners=False)) == ["engine 0", "engine 1"]
 
 
 @pytest.mark.slow
