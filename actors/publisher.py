@@ -10,7 +10,7 @@ from typing import Any
 
 from ray import ObjectRef
 
-from actors.supervisor import Crew, everyone, within
+from actors.supervisor import Crew, Member, everyone, within
 from rluf.config.settings import Settings
 from rluf.errors import SyncError
 from rluf.policy.probe import Reading, sync_problem
@@ -32,6 +32,7 @@ class Publisher:
         self._responses: list[list[int]] = []
         self._readings: dict[str, Reading] = {}
         self._worst = 0.0
+        self._version = 0
 
     async def publish(self, version: int) -> dict[str, float]:
         """Publish the learners' weights as `version`, after `prepare`.
@@ -40,7 +41,7 @@ class Publisher:
         Raises StallError naming the phase past `publish.deadline_s`, SyncError naming an engine whose weights are wrong
         (rluf.policy.probe).
         """
-        seconds = self.settings.publish.deadline_s
+        seconds, self._version = self.settings.publish.deadline_s, version
         init: dict[str, Any] = {"engine": self.settings.publish.engine, "version": version}
         offers = await self._learners("begin_publish", seconds, init)
         await self._engines("begin_update", seconds, offers[0])
@@ -56,12 +57,18 @@ class Publisher:
         return {"probe": gap, "probe_s": time.monotonic() - since}
 
     async def _learners(self, method: str, seconds: float, *args: object) -> list[Any]:
-        calls = [(m, getattr(m.handle, method).remote(*args)) for m in self.crew.learners]
+        calls = [(m, self._call(m, method, *args)) for m in self.crew.learners]
         return await everyone(calls, seconds, f"publish: {method}")
 
     async def _engines(self, method: str, seconds: float, *args: object) -> list[Any]:
-        calls = [(m, getattr(m.handle, method).remote(*args)) for m in self.crew.rollouts]
+        calls = [(m, self._call(m, method, *args)) for m in self.crew.rollouts]
         return await everyone(calls, seconds, f"publish: {method}")
+
+    def _call(self, member: Member, method: str, *args: object) -> ObjectRef[Any]:
+        """A call that Ray's dashboard and timeline show with its actor and the version that is published."""
+        named = getattr(member.handle, method).options(name=f"{member}: {method} v{self._version}")
+        ref: ObjectRef[Any] = named.remote(*args)
+        return ref
 
     async def prepare(self, group: ObjectRef[Group]) -> None:
         """Before the first update: keep responses of `group` as the probe, and read them while weights are equal."""
