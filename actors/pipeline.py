@@ -20,6 +20,7 @@ import ray
 from ray import ObjectRef
 
 from actors.logged import LoggedBatches, mismatched, outcomes_of
+from actors.profiling import pump
 from actors.publisher import Publisher
 from actors.supervisor import Crew, Member, everyone, within
 from rluf.config.policy import AlgorithmSettings
@@ -261,18 +262,21 @@ class Pipeline:
         clock = Clock(timeline=self.timeline)
         self._dropped = 0
         await self._baselines()
-        batch = await self._batch()
+        with pump(f"generate and score, step {number}"):
+            batch = await self._batch()
         self._generated_at = max(self._generated_at, clock.started)
         clock.lap("generate_s", clock.started, self._generated_at)
         now = clock.lap("score_s", self._generated_at)
         method = METHODS[self.settings.algorithm.name]
         combined = self.combiner.combine([self._opinions(scored) for scored in batch], gate=not method.drifts)
         await self.publisher.prepare(batch[0].ref)
-        learnt = await self._learn(number, batch, combined)
+        with pump(f"learn, step {number}"):
+            learnt = await self._learn(number, batch, combined)
         now = clock.lap("learn_s", now)
         self.learnt = [scored.ref for scored in batch]
         self.version += 1
-        probe = await self.publisher.publish(self.version)
+        with pump(f"publish v{self.version}"):
+            probe = await self.publisher.publish(self.version)
         clock.lap("publish_s", now)
         metrics = {f"{name}": fmean(s.value for g in batch for s in g.scores[name]) for name in self.crew.rewards}
         metrics |= {f"{name}_raw": fmean(s.raw for g in batch for s in g.scores[name]) for name in self.crew.rewards}
@@ -297,7 +301,7 @@ class Pipeline:
         }
 
     def _keep_values(self, batch: Sequence[ScoredGroup], combined: Combined) -> None:
-        self.values = {name: [[s.value for s in group.scores[name]] for group in batch] for name in self.crew.rewards}
+        self.values = {name: [[s.value for s in group.scores[name]] for group in batch] for name in batch[0].scores}
         self.values["reward"] = [list(row) for row in combined.rewards]
         self.values["response_length"] = [[*map(float, group.info.response_tokens)] for group in batch]
         if self._distances:
