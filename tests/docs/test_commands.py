@@ -12,16 +12,17 @@ import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import ray
 
 
 def beside(name: str) -> ModuleType:
@@ -105,6 +106,8 @@ def small(line: str) -> list[str]:
     if words[:2] == ["wandb", "sync"]:
         return words
     words[0] = sys.executable
+    if docs.MINE in words:
+        return [*words, *TINY]
     if words[2] in ("rluf.train", "rluf.reward"):
         kept = [word for word in words[3:] if word != "--config" and not word.endswith(".yaml")]
         trains = words[2] == "rluf.train"
@@ -113,15 +116,17 @@ def small(line: str) -> list[str]:
         )
         only = [] if trains else ['reward.only=["love"]']
         return [*words[:3], "--config", "configs/tiny.yaml", "tracking.wandb=offline", *TINY, *only, *name, *kept]
-    return ["someone" if word == "USER" else word for word in words]
+    return [word.replace("USER", "someone").replace("/data/feedback/", "logs/") for word in words]
 
 
 @pytest.fixture(scope="module")
-def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder like the repository's, with a log; a Ray that all commands share, and the environment for it."""
+def sandbox(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
+    """A folder like the repository's, with a log; a Ray that all commands share."""
     folder = tmp_path_factory.mktemp("docs")
-    for name in ("configs", "rluf", "benchmarks"):
-        (folder / name).symlink_to(ROOT / name)
+    (folder / "rluf").symlink_to(ROOT / "rluf")
+    shutil.copytree(ROOT / "configs", folder / "configs")
+    mine = docs.own_config(folder / "configs", f"{folder}/logs/*.jsonl.gz").replace("quickstart.yaml", "tiny.yaml")
+    (folder / "configs" / "mine.yaml").write_text(mine, "utf-8")
     (folder / "logs").mkdir()
     sample = gzip.decompress((ROOT / "rluf/simulation/sample/feedback.jsonl.gz").read_bytes()).decode().splitlines()
     rows = [json.loads(line) for line in sample[:400]]
@@ -129,14 +134,15 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with gzip.open(folder / "logs" / "part.jsonl.gz", "wt") as log:
         log.writelines(json.dumps({**row, "user_id": "someone" if row["user_id"] == someone else row["user_id"]}) + "\n"
                        for row in rows)  # fmt: skip
-    yield folder
+    return folder
 
 
 def run(words: list[str], folder: Path, **more: str) -> str:
     """Output of a command that must succeed."""
     shell = " ".join(word if "*" in word and "=" not in word else shlex.quote(word) for word in words)
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-                   "RLUF_RUNS": str(folder / "runs"), "RLUF_CACHE": str(folder / "cache"), **more}  # fmt: skip
+                   "RAY_ADDRESS": ray.get_runtime_context().gcs_address, "RLUF_RUNS": str(folder / "runs"),
+                   "RLUF_CACHE": str(folder / "cache"), **more}  # fmt: skip
     done = subprocess.run(
         ["bash", "-c", shell], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
@@ -178,7 +184,7 @@ def synced(words: list[str], folder: Path) -> None:
     with subprocess.Popen([sys.executable, str(program), str(log)], stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         address = f"http://127.0.0.1:{server.stdout.readline().strip()}"
-        run(words, folder, WANDB_BASE_URL=address, WANDB_API_KEY="0" * 40)
+        run(words, folder, WANDB_BASE_URL=address, WANDB_API_KEY="0" * 40, WANDB_MODE="online")
         server.kill()
     asked = log.read_text()
     assert "mutation CreateArtifact " in asked and "mutation UseArtifact " in asked
@@ -198,5 +204,11 @@ def test_commands_run(sandbox: Path) -> None:
             synced(words, sandbox)
         else:
             run(words, sandbox)
-    assert {path.name for path in (sandbox / "runs").iterdir()} >= {"quickstart", "love-low", "love-high", "data"}
+    assert {path.name for path in (sandbox / "runs").iterdir()} >= {
+        "quickstart",
+        "mine",
+        "love-low",
+        "love-high",
+        "data",
+    }
     assert (sandbox / "runs" / "quickstart" / "latest" / "wandb-report.json").is_file()
