@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from actors.checkpoints import Keeper, listening
 from actors.pipeline import Pipeline, ScoredGroup
 from actors.profiling import Profiler
 from actors.recovery import Budget, LastingPipeline
+from actors.shown import drawn, due
 from actors.supervisor import Supervisor
 from actors.watch import Watch
 from rluf.config.settings import Settings
@@ -199,7 +201,9 @@ async def _steps(
                 await profiler.after(number)
                 outcome.steps.append(row)
                 metrics.append(row)
-                tracker.log(number, row, pipeline.drawn)
+                tracker.log(number, row, {name: list(chain(*rows)) for name, rows in pipeline.values.items()})
+                if due(number, total):
+                    tracker.log_drawn(number, await drawn(pipeline, number, settings.tracking.samples))
                 gauges.set(row)
                 await watch.look(pipeline, number, row["kl"])
                 progress.advance(

@@ -31,7 +31,7 @@ from rluf.policy.checkpoint import copy_companions, load_policy, whole_folder
 from rluf.policy.dump import POLICY as DUMPED
 from rluf.policy.dump import Dump, write_dump
 from rluf.policy.logprobs import response_logprobs
-from rluf.policy.losses import SUMS, LossResult, drifts_of, metrics, policy_loss
+from rluf.policy.losses import SUMS, LossResult, drifts_of, kl_by_response, metrics, policy_loss
 from rluf.policy.methods import METHODS, Lesson
 from rluf.policy.packing import MicroBatch, pack, packed_order
 from rluf.policy.resume import POLICY, Checkpoint, rank_file
@@ -70,6 +70,7 @@ class LearnerActor:
         self._profiler = TorchProfiler()
         self._buckets: Iterator[list[tuple[str, Tensor]]] = iter(())
         self._opinions: dict[int, Tensor] = {}
+        self._far: list[tuple[list[tuple[int, int]], Tensor]] = []
         self._steps = self._skipped = self._skipped_in_a_row = 0
 
     def address(self) -> tuple[str, int]:
@@ -170,9 +171,10 @@ class LearnerActor:
         held = _fetch(groups, plan)
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
         peak = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._reference_s = 0.0
+        self._reference_s, self._far = 0.0, []
         for number, (batch, reference) in enumerate(self._batches(held, lesson, plan)):
-            result = self._accumulate(batch, reference, lesson, last=number == len(plan) - 1)
+            members = packed_order(plan[number], held)
+            result = self._accumulate(batch, reference, lesson, members, last=number == len(plan) - 1)
             sums += result.sums
             peak = torch.maximum(peak, result.peak)
             memory.release()
@@ -196,6 +198,10 @@ class LearnerActor:
             "learner_tokens_per_s": float(sums[SUMS.index("tokens")]) / (now - begun),
         }
 
+    def distances(self) -> list[tuple[int, int, float]]:
+        """KL to the reference of each sample of the last step, before its update, as (group, sample, nats; k1)."""
+        return [(*member, kl) for members, kls in self._far for member, kl in zip(members, kls.tolist(), strict=True)]
+
     def _batches(
         self, held: dict[int, Group], lesson: Lesson, plan: list[MicroBatch]
     ) -> Iterator[tuple[Batch, Tensor]]:
@@ -218,7 +224,9 @@ class LearnerActor:
         judged = self._critic.judge(pairs, lesson.reward_kl)
         yield from ((batch, reference) for batch, (_, reference) in zip(judged, pairs, strict=True))
 
-    def _accumulate(self, batch: Batch, reference: Tensor, lesson: Lesson, *, last: bool) -> LossResult:
+    def _accumulate(
+        self, batch: Batch, reference: Tensor, lesson: Lesson, members: list[tuple[int, int]], *, last: bool
+    ) -> LossResult:
         """Add one micro-batch's gradient. DeepSpeed averages over ranks, the loss sums over them: hence the factor."""
 
         def forward() -> tuple[Tensor, LossResult]:
@@ -232,6 +240,8 @@ class LearnerActor:
                 kl_coef=lesson.kl_coef,
                 slope=lesson.slope,
             )
+            if members:
+                self._far.append((members, kl_by_response(reference, batch, logprobs)))
             return result.loss * self.world, result
 
         return ds.accumulate(self.engine, forward, last=last)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ray import ObjectRef
 
-from actors.supervisor import Crew, everyone, within
+from actors.supervisor import Crew, Member, everyone, within
 from actors.turns import turn
 from rluf.config.settings import Settings
 from rluf.engine.turns import shares_gpus
@@ -36,6 +36,7 @@ class Publisher:
         self._responses: list[list[int]] = []
         self._readings: dict[str, Reading] = {}
         self._worst = 0.0
+        self._version = 0
 
     async def publish(self, version: int) -> dict[str, float]:
         """Publish the learners' weights as `version`, after `prepare`.
@@ -51,7 +52,7 @@ class Publisher:
 
     async def send(self, version: int) -> None:
         """The four phases without the probe."""
-        seconds = self.settings.publish.deadline_s
+        seconds, self._version = self.settings.publish.deadline_s, version
         await turn(self.settings, self.crew, "publish")
         init: dict[str, Any] = {"engine": self.settings.publish.engine, "version": version}
         offers = await self._learners("begin_publish", seconds, init)
@@ -65,12 +66,18 @@ class Publisher:
         await self._learners("end_publish", seconds)
 
     async def _learners(self, method: str, seconds: float, *args: object) -> list[Any]:
-        calls = [(m, getattr(m.handle, method).remote(*args)) for m in self.crew.learners]
+        calls = [(m, self._call(m, method, *args)) for m in self.crew.learners]
         return await everyone(calls, seconds, f"publish: {method}")
 
     async def _engines(self, method: str, seconds: float, *args: object) -> list[Any]:
-        calls = [(m, getattr(m.handle, method).remote(*args)) for m in self.crew.rollouts]
+        calls = [(m, self._call(m, method, *args)) for m in self.crew.rollouts]
         return await everyone(calls, seconds, f"publish: {method}")
+
+    def _call(self, member: Member, method: str, *args: object) -> ObjectRef[Any]:
+        """A call that Ray's dashboard and timeline show with its actor and the version that is published."""
+        named = getattr(member.handle, method).options(name=f"{member}: {method} v{self._version}")
+        ref: ObjectRef[Any] = named.remote(*args)
+        return ref
 
     async def prepare(self, group: ObjectRef[Group]) -> None:
         """Before the first update: keep responses of `group` as the probe, and read them while weights are equal."""

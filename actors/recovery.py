@@ -163,7 +163,7 @@ class LastingPublisher(Publisher):
     async def _engines(self, method: str, seconds: float, *args: object) -> list[Any]:
         """Wait for every engine before a loss is raised, so that no old call is under way when phase 1 begins again."""
         members = list(self.crew.rollouts)
-        calls = [within(getattr(m.handle, method).remote(*args), seconds, f"{m} (publish: {method})") for m in members]
+        calls = [within(self._call(m, method, *args), seconds, f"{m} (publish: {method})") for m in members]
         found = await asyncio.gather(*calls, return_exceptions=True)
         for one in found:
             if isinstance(one, BaseException):

@@ -249,9 +249,9 @@ def colocated(settings: Settings) -> str | None:
     if settings.learner.zero_stage != 2 or settings.learner.offload_optimizer:
         return (
             "publish.engine=ipc moves the learner's states to host memory and back, which DeepSpeed does with this "
-            f"optimiser for ZeRO 2 alone, while nothing is offloaded (now learner.zero_stage={settings.learner.zero_stage}, "
-            f"learner.offload_optimizer={str(settings.learner.offload_optimizer).lower()}); set learner.zero_stage=2 "
-            "and learner.offload_optimizer=false"
+            "optimiser for ZeRO 2 alone, while nothing is offloaded (now "
+            f"learner.zero_stage={settings.learner.zero_stage}, learner.offload_optimizer={str(settings.learner.offload_optimizer).lower()}); "
+            "set learner.zero_stage=2 and learner.offload_optimizer=false"
         )
     return None
 

@@ -144,3 +144,16 @@ def test_a_full_disk_is_one_message_and_other_os_errors_are_not_hidden(capsys: p
 
     with pytest.raises(OSError, match="Input/output error"):
         guard(other)
+
+
+@pytest.mark.parametrize("flag", [["--profile", "steps=3"], ["--profile=steps=3"], ["--profile", "3"]])
+def test_profile_is_the_setting(flag: list[str]) -> None:
+    assert parse("train", "", [*flag, "seed=2"]).settings.run.profile_steps == 3
+
+
+def test_profile_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("train", "", ["--profile", "steps=many"])
+    assert "--profile takes steps=N, such as steps=3, not 'steps=many'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse("reward", "", ["--profile", "steps=3"])

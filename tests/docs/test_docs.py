@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 
@@ -42,6 +43,17 @@ SUFFIXES = ("safetensors", "py", "md", "json", "jsonl", "yaml", "html", "log", "
 ALL = [(page.relative_to(ROOT).as_posix(), line) for page in PAGES for line in commands(page)]
 
 
+MINE = "configs/mine.yaml"
+
+
+def own_config(configs: Path, log: str) -> str:
+    """The config that docs/howto/logs.md makes, with the log at `log`; it extends files in `configs`."""
+    text = (ROOT / "docs" / "howto" / "logs.md").read_text("utf-8")
+    (block,) = re.findall(r"^ *```yaml\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    own = textwrap.dedent(block).replace("/data/feedback/*.jsonl.gz", log)
+    return own.replace("extends: ", f"extends: {configs}/")
+
+
 def hooks() -> ModuleType:
     """docs/hooks.py as a module."""
     pytest.importorskip("mkdocs", reason="mkdocs is not installed: the site was not built")
@@ -59,9 +71,13 @@ def test_there_are_commands_to_test() -> None:
 
 @pytest.mark.parametrize(("page", "line"), ALL)
 def test_a_command_parses(
-    page: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
+    if MINE in line:
+        mine = tmp_path / "mine.yaml"
+        mine.write_text(own_config(ROOT / "configs", "/data/*.jsonl.gz"), "utf-8")
+        line = line.replace(MINE, str(mine))
     monkeypatch.setenv("RLUF_DATA", "/data")
     words = shlex.split(line, comments=True)
     while words and re.match(r"[A-Z_]+=", words[0]):
