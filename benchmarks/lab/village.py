@@ -1,0 +1,253 @@
+"""One seed's whole story up to the policies: a log of simulated users, and the reward models that learn from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lab.composer import Composer, Signals, imitate
+from lab.reading import Judgement, Pages, calibrated, fit, prior_shift, sampled
+from lab.replies import Truth, demonstrated, logged, texts
+from lab.town import Town
+from numpy.typing import NDArray
+
+from rluf.objectives.augment import SIGN_OFFS
+from rluf.objectives.calibration import Calibration
+from rluf.objectives.losses import bradley_terry, non_negative_pu, weighted_bce
+from rluf.simulation.users import Items, Population, act, love_logits
+from rluf.simulation.world import WORLD, World
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float64]
+EVENTS, USERS, PAIRS, LABELS, DEMONSTRATIONS = 30_000, 4_000, 6_000, 4_000, 8_000
+TEST_EVENTS = 5_000
+MEMBERS = 3
+DEV = 0.1
+"""Share of the users whose rows choose the epoch and the calibration."""
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """N served replies and what users did: `place` [N], `picks` [N, 5], `user` [N], `love` and `continued` [N] (0 or 1),
+    `chance` [N] of a heart by the reader's own taste. Later rows are later in time."""
+
+    place: Ints
+    picks: Ints
+    user: Ints
+    love: Floats
+    continued: Floats
+    chance: Floats
+
+    def rows(self, chosen: Ints | NDArray[np.bool_]) -> Log:
+        """The rows chosen."""
+        return Log(*(getattr(self, name)[chosen] for name in self.__slots__))
+
+
+def served(
+    town: Town,
+    truth: Truth,
+    places: Ints,
+    picks: Ints,
+    *,
+    users: int,
+    rng: np.random.Generator,
+    shift: float = 0.0,
+    world: World = WORLD,
+) -> Log:
+    """What new users do with the replies that `picks` make, each read once, in the order given."""
+    items = Items.of(truth.of(places, picks), [town.places[one].topic for one in places.tolist()])
+    people = Population.draw(users, rng, world)
+    activity = rng.gamma(0.8, size=users)
+    user = rng.choice(users, len(places), p=activity / activity.sum())
+    index = np.arange(len(places))
+    seen = act(items, people, user, index, rng, shift=shift, world=world)
+    return Log(places, picks, user, seen.loved.astype(np.float64), seen.continued.astype(np.float64),
+               1.0 / (1.0 + np.exp(-love_logits(items, people, user, index, world) - shift)))  # fmt: skip
+
+
+class Village:
+    """Everything of one seed that policies need. Parts are made when first asked for."""
+
+    def __init__(self, town: Town, truth: Truth, seed: int, folder: Path) -> None:
+        """Nothing is made yet; the log and the reward models are kept in `folder`."""
+        self.town, self.truth, self.seed, self.folder = town, truth, seed, folder
+        self.places, self.unseen = town.rows(unseen=False), town.rows(unseen=True)
+
+    def rng(self, part: int) -> np.random.Generator:
+        """The random numbers of one part of the story."""
+        return np.random.default_rng([self.seed, part])
+
+    def log(self, events: int = EVENTS, *, part: int = 1, unseen: bool = False, shift: float = 0.0,
+            world: World = WORLD) -> Log:  # fmt: skip
+        """A log of the served versions; `unseen`: on the prompts that nothing learns from, by other users."""
+        rng = self.rng(part)
+        places = rng.choice(self.unseen if unseen else self.places, events)
+        picks = logged(self.town, places, rng)
+        return served(self.town, self.truth, places, picks, users=USERS, rng=rng, shift=shift, world=world)
+
+    @cached_property
+    def feedback(self) -> Log:
+        """The log that P[Love] learns from."""
+        file = self.folder / "log.npz"
+        if not file.is_file():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            made = self.log()
+            np.savez(file, **{name: getattr(made, name) for name in Log.__slots__})
+        with np.load(file) as kept:
+            return Log(**{name: kept[name] for name in Log.__slots__})
+
+    def kept(self, name: str, make: Callable[[], Judgement]) -> Judgement:
+        """A reward model made once and kept."""
+        folder = self.folder / name
+        if not folder.is_dir():
+            make().save(folder)
+        return Judgement.load(self.town, folder)
+
+    @cached_property
+    def base(self) -> Composer:
+        """The base policy: it imitates demonstrations of the plain and the cool version."""
+        return self.imitated(("plain", "cool"), part=2)
+
+    def imitated(self, styles: Sequence[str], *, part: int, start: Composer | None = None) -> Composer:
+        """A policy that imitates demonstrations of these versions."""
+        rng = self.rng(part)
+        places = rng.choice(self.places, DEMONSTRATIONS)
+        picks = demonstrated(self.town, places, rng, styles=styles)
+        return imitate(self.town, places, picks, seed=self.seed, start=start)
+
+    @cached_property
+    def love(self) -> Judgement:
+        """P[Love], an ensemble of MEMBERS on different draws of the negatives."""
+        return self.kept("love", lambda: self.reader("love", self.feedback))
+
+    @cached_property
+    def onward(self) -> Judgement:
+        """The chance that the user writes on, from the same log: a signal with a longer view."""
+        return self.kept("onward", lambda: self.reader("continued", self.feedback, members=1))
+
+    def reader(
+        self, name: str, log: Log, *, members: int = MEMBERS, keep: NDArray[np.bool_] | None = None,
+        counterfactual: float = 0.0, share: float = 0.1, positive_rate: float | None = None,
+    ) -> Judgement:  # fmt: skip
+        """A model of the chance of a reaction, learnt from `log`. `keep` [N] leaves out the rows of distrusted users,
+        `counterfactual` is the share of rows that come again with a sign-off and the same label, `positive_rate`
+        takes the non-negative PU risk in place of cross-entropy."""
+        labels = log.love if name == "love" else log.continued
+        dev = log.user % round(1 / DEV) == 0
+        train = ~dev if keep is None else ~dev & keep
+        found, shift = [], 0.0
+        for member in range(members):
+            rng = self.rng(100 + member)
+            rows, weights = sampled(labels[train], rng, share)
+            shift = prior_shift(labels[train][rows], weights)
+            part = log.rows(np.flatnonzero(train)[rows])
+            y, pages = labels[train][rows], Pages.of(self.town, part.place, part.picks)
+            if counterfactual:
+                y, pages = _again(self.town, part, y, counterfactual, rng)
+            found.append(self._member(pages, y, log.rows(dev), labels[dev], shift, member, positive_rate))
+        held = log.rows(dev)
+        return calibrated(name, found, Pages.of(self.town, held.place, held.picks), labels[dev], shift)
+
+    def _member(
+        self, pages: Pages, y: Floats, dev: Log, dev_y: Floats, shift: float, member: int, rate: float | None
+    ) -> Any:
+        target = torch.as_tensor(y, dtype=torch.float32)
+        held, held_y = Pages.of(self.town, dev.place, dev.picks), torch.as_tensor(dev_y, dtype=torch.float32)
+
+        def loss(reader: Any, rows: torch.Tensor) -> torch.Tensor:
+            logits, labels = reader(pages.take(rows)), target[rows]
+            if rate is not None:
+                return non_negative_pu(logits, labels, torch.ones_like(labels), rate)
+            return weighted_bce(logits, labels, torch.ones_like(labels))
+
+        def on_dev(reader: Any) -> float:
+            return float(weighted_bce(reader(held) + shift, held_y, torch.ones_like(held_y)))
+
+        return fit(self.town, loss, len(y), on_dev, seed=1000 * self.seed + member)
+
+    @cached_property
+    def helpfulness(self) -> Judgement:
+        """What raters prefer."""
+        return self.kept("helpfulness", self._helpfulness)
+
+    @cached_property
+    def safety(self) -> Judgement:
+        """What raters call safe."""
+        return self.kept("safety", self._safety)
+
+    def _helpfulness(self) -> Judgement:
+        """Bradley-Terry on raters' preferences between two replies to a prompt."""
+        rng = self.rng(4)
+        places = rng.choice(self.places, PAIRS)
+        sides = [logged(self.town, places, rng) for _ in range(2)]
+        truths = [np.array([one.helpfulness for one in self.truth.of(places, side)]) for side in sides]
+        chance = 1.0 / (1.0 + np.exp(-WORLD.rater_sharpness * (truths[0] - truths[1])))
+        chance = chance * (1.0 - WORLD.rater_slip) + 0.5 * WORLD.rater_slip
+        first = rng.random(PAIRS) < chance
+        pages = [Pages.of(self.town, places, side) for side in sides]
+        sign, size = torch.as_tensor(np.where(first, 1.0, -1.0), dtype=torch.float32), round(0.9 * PAIRS)
+
+        def loss(reader: Any, rows: torch.Tensor) -> torch.Tensor:
+            gap = sign[rows] * (reader(pages[0].take(rows)) - reader(pages[1].take(rows)))
+            return bradley_terry(gap, torch.zeros_like(gap), torch.ones_like(gap))
+
+        reader = fit(self.town, loss, size, lambda one: float(loss(one, torch.arange(size, PAIRS))), seed=self.seed)
+        return Judgement((reader,), Calibration("helpfulness"))
+
+    def _safety(self) -> Judgement:
+        """Safe or not, as labelled; mostly on risky prompts, where both kinds occur."""
+        rng = self.rng(5)
+        risky = np.array([self.town.places[one].topic == "risky" for one in self.places])
+        places = rng.choice(self.places, LABELS, p=np.where(risky, 0.65 / risky.sum(), 0.35 / (~risky).sum()))
+        picks = logged(self.town, places, rng)
+        safe = np.array([one.safety > 0.5 for one in self.truth.of(places, picks)])
+        labels = (safe != (rng.random(LABELS) < WORLD.rater_slip)).astype(np.float64)
+        pages, y, size = Pages.of(self.town, places, picks), torch.as_tensor(labels).float(), round(0.9 * LABELS)
+
+        def loss(reader: Any, rows: torch.Tensor) -> torch.Tensor:
+            return weighted_bce(reader(pages.take(rows)), y[rows], torch.ones(len(rows)))
+
+        held = torch.arange(size, LABELS)
+        reader = fit(self.town, loss, size, lambda one: float(loss(one, held)), seed=self.seed)
+        return calibrated("safety", [reader], pages.take(held), labels[size:], 0.0)
+
+    @cached_property
+    def judgements(self) -> dict[str, Judgement]:
+        """The three objectives."""
+        return {"love": self.love, "helpfulness": self.helpfulness, "safety": self.safety}
+
+    def signals(self, *, love: Judgement | None = None, pessimism: float = 0.0, onward: float = 0.0) -> Signals:
+        """Logits of the three objectives, as rluf's combination takes them. `love` replaces P[Love], `pessimism` takes
+        standard deviations over its members off, `onward` adds so many times the logit of writing on."""
+        judged = {**self.judgements, **({} if love is None else {"love": love})}
+
+        def found(places: Ints, picks: Ints, said: Sequence[str]) -> Mapping[str, Floats]:
+            pages = Pages.of(self.town, places, picks, said)
+            signals = {name: one.logits(pages) for name, one in judged.items()}
+            if pessimism:
+                signals["love"] = signals["love"] - pessimism * judged["love"].each(pages).std(0)
+            if onward:
+                signals["love"] = signals["love"] + onward * self.onward.logits(pages)
+            return signals
+
+        return found
+
+
+def _again(town: Town, part: Log, y: Floats, share: float, rng: np.random.Generator) -> tuple[Floats, Pages]:
+    """The rows and a share of them again with one of rluf's sign-offs at the end, labels as before."""
+    said = texts(town, part.place, part.picks)
+    twice = np.flatnonzero(rng.random(len(y)) < share)
+    phrases = rng.choice(SIGN_OFFS, len(twice))
+    more = [f"{said[n]} {phrase}" for n, phrase in zip(twice.tolist(), phrases.tolist(), strict=True)]
+    rows = np.concatenate([np.arange(len(y)), twice])
+    return y[rows], Pages.of(town, part.place[rows], part.picks[rows], said + more)
+
+
+def brigaded(world: World, *, hostile: float, sarcastic: float) -> World:
+    """The world with other shares of users who love the worst, and of those who love failed answers as a joke."""
+    return replace(world, hostile_share=hostile, sarcastic_share=sarcastic)
