@@ -189,6 +189,41 @@ def untrained(settings: Settings) -> str | None:
     return None
 
 
+def debiased(settings: Settings) -> str | None:
+    """What is learnt around needs epochs to learn in, and a pair shows both sides to one user."""
+    for name, model in settings.reward.named.items():
+        fitted = [what for what in model.debias if what in ("length", "users")]
+        if fitted and model.epochs == 0:
+            return (
+                f"reward.{name}.debias={list(model.debias)} takes {fitted[0]} out while training, of which "
+                f"reward.{name}.epochs=0 leaves none; set reward.{name}.epochs=1 or take {fitted[0]} out of debias"
+            )
+        wrong = [what for what in model.debias if what in ("users", "propensity") and name != "love"]
+        if wrong:
+            return (
+                f"reward.{name}.debias={list(model.debias)}: {wrong[0]} is about who reacts, and reward.{name}.loss="
+                f"{model.loss} learns from raters; take {wrong[0]} out"
+            )
+    return None
+
+
+def heads(settings: Settings) -> str | None:
+    """Heads that share a backbone are several, each once; elastic workers cannot share out the optimiser's state."""
+    reward = settings.reward
+    if reward.heads and len(set(reward.heads)) < max(2, len(reward.heads)):
+        return f"reward.heads={list(reward.heads)} must name two heads or more, each once; set it to [] for none"
+    if not isinstance(reward.workers, int):
+        fewest, most = reward.workers
+        if fewest > most:
+            return f"reward.workers={list(reward.workers)} has its fewest above its most; turn them round"
+        if reward.zero_stage:
+            return (
+                f"reward.workers={list(reward.workers)} may change in mid-training, but reward.zero_stage="
+                f"{reward.zero_stage} cuts the optimiser's state by their number; set reward.zero_stage=0 or one number"
+            )
+    return None
+
+
 def tensor_parallel(settings: Settings) -> str | None:
     """An engine that spans n GPUs is given n GPUs."""
     span, given = settings.rollout.tensor_parallel, settings.cluster.gpus_per_engine
@@ -246,11 +281,13 @@ def colocated(settings: Settings) -> str | None:
             f"algorithm.staleness={settings.algorithm.staleness} samples while learners learn, but with "
             "publish.engine=ipc they take turns; set algorithm.staleness=0, or publish.engine=nccl"
         )
-    if settings.learner.zero_stage != 2 or settings.learner.offload_optimizer:
+    learner = settings.learner
+    if learner.zero_stage != 2 or learner.offload_optimizer:
         return (
             "publish.engine=ipc moves the learner's states to host memory and back, which DeepSpeed does with this "
             "optimiser for ZeRO 2 alone, while nothing is offloaded (now "
-            f"learner.zero_stage={settings.learner.zero_stage}, learner.offload_optimizer={str(settings.learner.offload_optimizer).lower()}); "
+            f"learner.zero_stage={learner.zero_stage}, "
+            f"learner.offload_optimizer={str(learner.offload_optimizer).lower()}); "
             "set learner.zero_stage=2 and learner.offload_optimizer=false"
         )
     return None
@@ -378,6 +415,8 @@ RULES: tuple[Callable[[Settings], str | None], ...] = (
     ratios,
     losses,
     untrained,
+    debiased,
+    heads,
     tensor_parallel,
     gpu_shares,
     nccl,

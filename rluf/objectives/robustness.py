@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from rluf.objectives.scorer import RewardModel
 
 ROWS = 200
 """Responses that are changed in each way."""
-SLICES = ("topic", "locale", "turn", "model_version")
+SLICES = ("topic", "locale", "turn", "model_version", "activity")
 SLICE_ROWS = 20
 """A slice with fewer rows is not shown."""
 
@@ -51,6 +52,12 @@ def _logits(model: RewardModel, rows: Sequence[Mapping[str, Any]], responses: Se
     return model.calibration.logits(model.raw(model.encoder.encode(items)))
 
 
+def _octave(count: int) -> str:
+    """1, 2 to 3, 4 to 7 rows and so on, named so that they sort."""
+    low = 1 << (count.bit_length() - 1)
+    return f"{low:04d} to {2 * low - 1:04d} rows"
+
+
 def _same_order(before: Floats, after: Floats) -> float:
     first = np.sign(before[:, None] - before[None])
     second = np.sign(after[:, None] - after[None])
@@ -59,11 +66,15 @@ def _same_order(before: Floats, after: Floats) -> float:
 
 
 def slices(records: Sequence[Mapping[str, Any]], logits: Floats, labels: Floats | None) -> dict[str, Any]:
-    """AUROC and mean value (pairs: accuracy, `logits` being differences) by topic, locale, turn and model version.
+    """AUROC and mean value (pairs: accuracy, `logits` being differences) by topic, locale, turn, version and activity.
 
-    A column that the rows lack and slices of fewer than SLICE_ROWS rows are left out.
+    Activity is how many rows the user has, by powers of two: a model that ranks busy users only shows there. A column
+    that the rows lack and slices of fewer than SLICE_ROWS rows are left out.
     """
     found: dict[str, Any] = {}
+    if "user_id" in records[0]:
+        rows = Counter(str(row["user_id"]) for row in records)
+        records = [{**row, "activity": _octave(rows[str(row["user_id"])])} for row in records]
     for column in SLICES:
         if column not in records[0]:
             continue
