@@ -248,10 +248,10 @@ def colocated(settings: Settings) -> str | None:
         )
     if settings.learner.zero_stage != 2 or settings.learner.offload_optimizer:
         return (
-            "publish.engine=ipc moves the learner's states to host memory and back, which DeepSpeed does with this "
-            f"optimiser for ZeRO 2 alone, while nothing is offloaded (now learner.zero_stage={settings.learner.zero_stage}, "
-            f"learner.offload_optimizer={str(settings.learner.offload_optimizer).lower()}); set learner.zero_stage=2 "
-            "and learner.offload_optimizer=false"
+            "publish.engine=ipc moves the learner's states to host memory and back, which works for ZeRO 2 without "
+            f"offloading (now learner.zero_stage={settings.learner.zero_stage}, learner.offload_optimizer="
+            f"{str(settings.learner.offload_optimizer).lower()}); set learner.zero_stage=2 and "
+            "learner.offload_optimizer=false"
         )
     return None
 

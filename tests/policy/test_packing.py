@@ -153,6 +153,41 @@ def test_gradient_does_not_depend_on_the_split(model: nn.Module, plan: list[Micr
         assert torch.allclose(split[name], expected, atol=1e-6, rtol=1e-4), name
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_gradient_with_shared_prompts_equals_that_of_padded_rows_in_plain_transformers(
+    model: nn.Module, folder: Path, side: str
+) -> None:
+    """One row a sample, each with its own prompt, padded and masked: what trainers without packing compute."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    samples = [GROUPS[group].samples[index] for group, index in MEMBERS]
+    longest = max(len(s.prompt_ids) + len(s.response_ids) for s in samples)
+    ids, mask, starts = [], [], []
+    for sample in samples:
+        row = [*sample.prompt_ids, *sample.response_ids]
+        pad = longest - len(row)
+        before, after = (pad, 0) if side == "left" else (0, pad)
+        ids.append([2] * before + row + [2] * after)
+        mask.append([0] * before + [1] * len(row) + [0] * after)
+        starts.append(before + len(sample.prompt_ids))
+    held = torch.tensor(mask)
+    positions = (held.cumsum(1) - 1).clamp(min=0)
+    logits = plain(input_ids=torch.tensor(ids), attention_mask=held, position_ids=positions).logits.log_softmax(-1)
+    found = [
+        logits[row, start - 1 : start - 1 + len(sample.response_ids)].gather(
+            -1, torch.tensor(sample.response_ids)[:, None]
+        )[:, 0]
+        for row, (sample, start) in enumerate(zip(samples, starts, strict=True))
+    ]
+    logprobs = torch.cat(found)
+    batch = pack(MEMBERS, GROUPS, ADVANTAGES)
+    policy_loss(logprobs, logprobs.detach() - 0.1, batch, AlgorithmSettings()).loss.backward()
+    expected = {name: p.grad for name, p in plain.named_parameters()}
+    for name, gradient in gradients(model, [MEMBERS]).items():
+        assert torch.allclose(gradient, expected[name], atol=1e-6, rtol=1e-4), name
+
+
 def test_idle_batch_has_weight_zero() -> None:
     batch = pack([], GROUPS, ADVANTAGES)
     assert batch.tokens == 0
