@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -186,6 +187,34 @@ def test_gradient_with_shared_prompts_equals_that_of_padded_rows_in_plain_transf
     expected = {name: p.grad for name, p in plain.named_parameters()}
     for name, gradient in gradients(model, [MEMBERS]).items():
         assert torch.allclose(gradient, expected[name], atol=1e-6, rtol=1e-4), name
+
+
+def test_prompts_that_begin_alike_share_that_part_and_no_gradient_changes(model: nn.Module) -> None:
+    """One system message, then prompts of which one is the beginning of another and two are the same."""
+    head = tuple(range(40, 60))
+    tails = {0: (5, 6, 7), 1: (5, 6, 7, 8, 9), 2: (5, 4), 3: (5, 4)}
+    groups = {}
+    for index, tail in tails.items():
+        made = make_group(index, 1, [4, 6])
+        ids = (*head, *tail)
+        samples = tuple(dataclasses.replace(sample, prompt_ids=ids) for sample in made.samples)
+        groups[index] = Group(dataclasses.replace(made.prompt, token_ids=ids), samples, 0)
+    gains = [[1.0, -0.5], [0.7, -0.7], [0.2, 0.9], [-1.0, 0.4]]
+    members = [(group, sample) for group in groups for sample in range(2)]
+    whole = pack(members, groups, gains)
+    assert whole.tokens == 20 + 3 + 2 + 1 + 4 * 10
+    assert [whole.input_ids[0, place].item() for place in whole.rows[2]][:25] == [*head, *tails[1]]
+    assert [whole.position_ids[0, place].item() for place in whole.rows[4]][:26] == list(range(26))
+    found: list[dict[str, Tensor]] = []
+    for plan in ([members], [[member] for member in members]):
+        model.zero_grad()
+        for part in plan:
+            batch = pack(part, groups, gains)
+            logprobs = response_logprobs(model, batch)
+            policy_loss(logprobs, logprobs.detach() - 0.1, batch, AlgorithmSettings()).loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], atol=1e-6, rtol=1e-4), name
 
 
 def test_idle_batch_has_weight_zero() -> None:
