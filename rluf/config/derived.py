@@ -212,6 +212,8 @@ def describe(settings: Settings) -> list[str]:
         ),
         f"a publish moves {show_bytes(policy_bytes(settings))} in buckets of {settings.publish.bucket_mib} MiB",
     ]
+    if settings.publish.engine == "ipc":
+        lines.append("engines and learners take turns on the same GPUs: one of each on every GPU")
     for pool in pools(settings):
         parts = ", ".join(f"{name} {show_bytes(size)}" for name, size in pool.memory.items() if size)
         where = f"{pool.gpus:g} GPU, {pool.cpus:g} CPU" if pool.gpus else f"{pool.cpus:g} CPU"

@@ -18,6 +18,7 @@ import torch
 
 from rluf.config.settings import Settings
 from rluf.engine.adapter import check_adapter, linear_shapes, no_change, room_for, write_adapter
+from rluf.engine.model_folder import check_model, stop_ids
 from rluf.engine.turns import shares_gpus
 from rluf.errors import DataError, LostError, ModelError, ResourceError, StallError, SyncError
 from rluf.models import load_tokenizer
@@ -109,9 +110,9 @@ class RolloutEngine:
         Blocks the loop meanwhile (vLLM's start is synchronous). Raises ModelError for a model that vLLM cannot take,
         ResourceError when memory is short or the core process ends before it is ready.
         """
-        _check_model(self.model)
+        check_model(self.model)
         self._tokenizer = load_tokenizer(self.model)
-        self._stop_ids = _stop_ids(self.model, self._tokenizer.eos_token_id)
+        self._stop_ids = stop_ids(self.model, self._tokenizer.eos_token_id)
         self._check_memory()
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -452,20 +453,6 @@ def core_pids(engine: AsyncLLM) -> list[int]:
     return [process.pid for process in manager.processes] if manager is not None else []
 
 
-def _check_model(folder: Path) -> None:
-    """Raise ModelError for a folder that holds no causal language model, before vLLM's slow import."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model {folder} has no readable config.json: {error}; give a Hugging Face folder") from error
-    architectures = [str(name) for name in config.get("architectures") or []]
-    if not any(name.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")) for name in architectures):
-        raise ModelError(
-            f"model {folder} is {', '.join(architectures) or 'of no named architecture'}; the policy must be a causal "
-            "language model (model.path)"
-        )
-
-
 def _inspect_here(folder: Path) -> None:
     """Let vLLM look at the model's class in this process.
 
@@ -478,18 +465,6 @@ def _inspect_here(folder: Path) -> None:
         known = ModelRegistry.models.get(architecture)
         if known is not None:
             ModelRegistry.register_model(architecture, known.load_model_cls())
-
-
-def _stop_ids(folder: Path, eos: int | None) -> list[int]:
-    """Token ids that end a turn: the tokenizer's end of sequence and those of the model's generation settings."""
-    ids = set() if eos is None else {int(eos)}
-    file = folder / "generation_config.json"
-    if file.is_file():
-        named = json.loads(file.read_text()).get("eos_token_id")
-        ids.update(int(i) for i in (named if isinstance(named, list) else [named]) if i is not None)
-    if not ids:
-        raise ModelError(f"model {folder} names no end-of-sequence token; set eos_token in its tokenizer_config.json")
-    return sorted(ids)
 
 
 def _first_line(error: BaseException | None) -> str:

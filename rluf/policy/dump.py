@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rluf.config.settings import Settings
 from rluf.errors import DataError
-from rluf.policy.checkpoint import load_policy
+from rluf.policy.checkpoint import load_policy, unwritten
 from rluf.policy.logprobs import response_logprobs
 from rluf.policy.losses import policy_loss
 from rluf.policy.methods import Lesson
@@ -52,8 +52,10 @@ class Finding:
 
 
 def write_dump(folder: Path, rank: int, dump: Dump) -> None:
-    """Write one rank's part of a step into `folder`; its weights go into the sub-folder POLICY."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write one rank's part of a step into `folder`; its weights go into the sub-folder POLICY.
+
+    Raises what `unwritten` says when the disk refuses.
+    """
     told = {
         "settings": dump.settings.model_dump(mode="json"),
         "reference": str(dump.reference),
@@ -62,7 +64,11 @@ def write_dump(folder: Path, rank: int, dump: Dump) -> None:
         "lesson": asdict(dump.lesson),
         "plan": dump.plan,
     }
-    (folder / f"rank-{rank}.json").write_text(json.dumps(told))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"rank-{rank}.json").write_text(json.dumps(told))
+    except OSError as error:
+        raise unwritten("a step that stopped the run", folder, error) from error
 
 
 def read_dump(folder: Path) -> Dump:

@@ -4,6 +4,7 @@ move."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from rluf.config.settings import Settings
 from rluf.models import load_tokenizer, render_prompt, resolve_model
 from rluf.types import Group, Message, Prompt
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
+pytestmark = pytest.mark.slow
 
 BASE = (
     "model.path=tiny",
@@ -35,6 +36,21 @@ BASE = (
     "objectives.helpfulness={source: judge, judge: repetition}",
     "objectives.safety={source: judge, judge: refusal}",
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _ray() -> Iterator[None]:
+    """A Ray whose actors find the judge below."""
+    ray.init(
+        address="local",
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=256 << 20,
+        runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[2])}},
+    )
+    yield
+    ray.shutdown()
 
 
 def even(messages: Any, response: str) -> bool:

@@ -31,7 +31,7 @@ def test_the_quickstart_file_is_the_defaults() -> None:
 
 
 def test_gpu_configs_fill_their_machines() -> None:
-    for name, gpus in (("llama3-8b-8gpu", 8), ("llama3-70b-64gpu", 64)):
+    for name, gpus in (("qwen-0.5b-1gpu", 1), ("llama3-8b-8gpu", 8), ("llama3-70b-64gpu", 64)):
         assert f", {gpus} GPU, about" in dry_run_text(load_settings(CONFIGS / f"{name}.yaml"))
 
 
