@@ -11,9 +11,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import ray
-from ray.cluster_utils import Cluster
-
 from cluster.growth import nodes
 from cluster.placement import Places
 from cluster.plan import check, plan
@@ -105,6 +102,9 @@ async def tried(case: Case, seconds: float) -> bool:
 
 def main() -> None:
     """One cluster a shape; print the table, then JSON."""
+    import ray  # after the package cluster, which switches its token on
+    from ray.cluster_utils import Cluster
+
     print("| plan | nodes | needs | predicted | Ray |\n|---|---|---|---|---|")
     agreed = 0
     for shape in dict.fromkeys(case.shape for case in CASES):
