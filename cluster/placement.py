@@ -90,11 +90,14 @@ class Places:
         """Ask Ray for the room; `ready` waits for it."""
         self._labels = {role: settings.cluster.labels_of(role) for role in ("rollout", "learner")}
         self._options = {role: role_options(settings, role) for role in ("rollout", "learner")}
-        self.groups: dict[str, PlacementGroup] = {
-            f"engine {i}": self._group("rollout", 1, "STRICT_PACK") for i in range(settings.rollout.engines)
-        }
-        if learners:
-            self.groups["learners"] = self._group("learner", settings.learner.ranks, "PACK")
+        self.groups: dict[str, PlacementGroup] = {}
+        # Ray places groups in the order they come: whoever may go anywhere must not take the labelled nodes first.
+        for role in sorted(self._labels, key=lambda role: -len(self._labels[role])):
+            if role == "rollout":
+                engines = range(settings.rollout.engines)
+                self.groups |= {f"engine {i}": self._group(role, 1, "STRICT_PACK") for i in engines}
+            elif learners:
+                self.groups["learners"] = self._group(role, settings.learner.ranks, "PACK")
 
     def _group(self, role: str, count: int, strategy: str) -> PlacementGroup:
         wanted = self._labels[role]
