@@ -25,6 +25,7 @@ from actors.supervisor import Crew, Member, everyone, kept, within
 from actors.turns import turn
 from rluf.config.policy import AlgorithmSettings
 from rluf.config.settings import Settings
+from rluf.errors import StallError
 from rluf.objectives.combine import signal
 from rluf.objectives.combiner import Combined, Combiner, Opinions
 from rluf.policy.advantages import Drift, Outcomes
@@ -219,13 +220,25 @@ class Pipeline:
         self.admit(self.settings.seed)
 
     async def _batch(self) -> list[ScoredGroup]:
-        """Wait for one batch of scored groups; a failed rollout or score ends the wait with its error."""
+        """Wait for one batch of scored groups; a failed rollout or score ends the wait with its error.
+
+        Raises StallError when no group comes for as long as drawing, scoring and starting an actor again may take.
+        """
         batch: list[ScoredGroup] = []
         await turn(self.settings, self.crew, "generate")
+        patience = 2 * self.settings.rollout.deadline_s + self.settings.cluster.start_deadline_s
         self.admit(self.settings.seed)
         while len(batch) < self.settings.algorithm.prompts_per_step:
             getter = asyncio.create_task(self._ready.get())
-            done, _ = await asyncio.wait({getter, *self._running}, return_when=asyncio.FIRST_COMPLETED)
+            waits = {getter, *self._running}
+            done, _ = await asyncio.wait(waits, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                getter.cancel()
+                raise StallError(
+                    f"waited {patience:g} s for a group of step {self.version + 1}: {len(batch)} of "
+                    f"{self.settings.algorithm.prompts_per_step} are there, {len(self._running)} in flight; look at "
+                    "the rollout and reward actors' logs in the Ray dashboard, or raise rollout.deadline_s"
+                )
             for task in done - {getter}:
                 task.result()
             if getter not in done:

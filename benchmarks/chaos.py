@@ -108,15 +108,20 @@ def environment() -> dict[str, str]:
     return env
 
 
+def free_port() -> int:
+    """A port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextlib.contextmanager
 def head() -> Iterator[Head]:
     """A Ray of this machine for several runs, ended with everything that it started."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port, client = free_port(), free_port()
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}"]
     command += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--num-cpus=4", "--disable-usage-stats"]
-    command += [f"--object-store-memory={256 << 20}", "--ray-client-server-port=0"]
+    command += [f"--object-store-memory={256 << 20}", f"--ray-client-server-port={client}"]
     quiet = subprocess.DEVNULL
     process = subprocess.Popen(command, env=environment(), stdout=quiet, stderr=quiet)
     try:

@@ -120,7 +120,7 @@ def trl(folder: Path, pairs: Rows, frozen: float, epochs: int) -> float:
     with tempfile.TemporaryDirectory() as scratch:
         config = RewardConfig(
             output_dir=scratch, per_device_train_batch_size=BATCH // 2, num_train_epochs=epochs, learning_rate=RATE,
-            bf16=DTYPE == torch.bfloat16, use_cpu=True, report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True,
+            bf16=torch.bfloat16 == DTYPE, use_cpu=True, report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True,
             max_length=None, gradient_checkpointing=False, disable_dropout=False,
         )  # fmt: skip
         trainer = RewardTrainer(model=model, args=config, train_dataset=data, processing_class=encoder.tokenizer)

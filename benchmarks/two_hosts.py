@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,8 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks import chaos
+import chaos
 
 HEAD, WORKER = "10.231.77.1", "10.231.77.2"
 PORT = 6391
@@ -56,6 +56,14 @@ class Hosts:
         self.inits: dict[str, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Hosts:
+        try:
+            self._lay()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _lay(self) -> None:
         a, b = self.names["a"], self.names["b"]
         for name in (a, b):
             sh("ip", "netns", "add", name)
@@ -67,10 +75,9 @@ class Hosts:
         common = "--disable-usage-stats --object-store-memory=268435456 --num-cpus=2"
         head = f"{RAY} start --head --block --port={PORT} --node-ip-address={HEAD} --include-dashboard=false "
         worker = f"{RAY} start --block --address={HEAD}:{PORT} --node-ip-address={WORKER} {common} --labels host=b"
-        self._boot("a", f"exec {head} {common} --labels host=a --ray-client-server-port=0")
+        self._boot("a", f"exec {head} {common} --labels host=a")
         self._reached()
         self._boot("b", f"while :; do {worker}; sleep 1; done")  # a node that was taken for dead joins as a new one
-        return self
 
     def __exit__(self, *_: object) -> None:
         for process in self.inits.values():
@@ -212,6 +219,7 @@ def main() -> None:
     given = parser.parse_args()
     if told := problem():
         sys.exit(f"two hosts cannot be made here: {told}")
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the hosts are ended
     found: dict[str, Any] = {}
     parts = {"alone": alone, "healed": healed, "lost": lost}
     with shared_folder() as base:

@@ -93,11 +93,13 @@ class Places:
     def __init__(self, settings: Settings, *, learners: bool) -> None:
         """Ask Ray for the room; `ready` waits for it."""
         self.groups: dict[str, PlacementGroup] = {}
-        for name, (bundles, strategy) in wanted_room(settings, learners=learners).items():
-            wanted = {} if name == "learners" else settings.cluster.labels_of("rollout")
-            wanted |= settings.cluster.labels_of("learner") if name in ("learners", SHARED) else {}
-            labels = [wanted] * len(bundles) if wanted else None
-            self.groups[name] = placement_group(bundles, strategy, bundle_label_selector=labels)
+        room = wanted_room(settings, learners=learners)
+        labels = {name: _labels(settings, name) for name in room}
+        # Ray places groups in the order they come: whoever may go anywhere must not take the labelled nodes first.
+        for name in sorted(room, key=lambda name: -len(labels[name])):
+            bundles, strategy = room[name]
+            selector = [labels[name]] * len(bundles) if labels[name] else None
+            self.groups[name] = placement_group(bundles, strategy, bundle_label_selector=selector)
 
     async def ready(self, seconds: float) -> None:
         """Wait for all of it. Raises StallError naming what has no room after `seconds`, and what is free."""
@@ -147,6 +149,12 @@ def wanted_room(settings: Settings, *, learners: bool) -> dict[str, tuple[list[d
     if learners:
         room["learners"] = ([bundle("learner")] * settings.learner.ranks, "PACK")
     return room
+
+
+def _labels(settings: Settings, group: str) -> dict[str, str]:
+    """Node labels that a placement group asks for: those of every role in it."""
+    roles = {"learners": ("learner",), SHARED: ("rollout", "learner")}.get(group, ("rollout",))
+    return {label: value for role in roles for label, value in settings.cluster.labels_of(role).items()}
 
 
 async def _reserved(group: PlacementGroup) -> None:

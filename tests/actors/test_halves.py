@@ -147,6 +147,7 @@ class World:
 
     def __enter__(self) -> World:
         blob, start = self.settings.model_dump_json(), None if self.begin is None else str(self.begin.folder)
+        torch.manual_seed(0 if self.begin is None else 99)  # processes begin alike, a checkpoint overrules it
         self.learner = LearnerActor(0, 1, blob, str(self.model), start)
         self.learner.setup("127.0.0.1", 0)
         return self
