@@ -123,6 +123,16 @@ def test_settings_named_in_prose_exist(page: Path) -> None:
     assert [key for key in ours if key not in known | sections] == []
 
 
+@pytest.mark.parametrize("source", sorted((ROOT / "docs" / "images").glob("*.mmd")), ids=lambda source: source.stem)
+def test_a_picture_is_that_of_its_source(source: Path) -> None:
+    """Rendered once and kept, so that the site needs no network to show it."""
+    text = source.read_text().replace("P[Love]", "")
+    labels = [part for label in re.findall(r'[\[(]"?([^\[\]()"]+?)"?[\])]', text) for part in label.split("<br/>")]
+    shown = re.sub(r"\s+", " ", " ".join(re.findall(r">([^<>]+)<", source.with_suffix(".svg").read_text())))
+    words = {word for label in labels for word in re.findall(r"[\w.]+", label)}
+    assert len(words) > 10 and [word for word in words if word not in shown] == []
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="mkdocs is not installed: the site was not built")
