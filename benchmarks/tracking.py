@@ -62,9 +62,7 @@ def measure(folder: Path) -> dict[str, float]:
     with JsonlMetrics(folder / "metrics.jsonl") as metrics:
         for step in range(1, STEPS + 1):
             row = {spec.key: chance.random() for spec in catalogue(objectives)}
-            drawn = {
-                name: [chance.random() for _ in range(SAMPLES)] for name in (*objectives, "reward", "length", "kl")
-            }
+            drawn = {name: [chance.random() for _ in range(SAMPLES)] for name in (*objectives, *BESIDES)}
             since = time.perf_counter()
             row = with_rates({**row, "step": step, "version": step, "samples": SAMPLES, "response_tokens": 2000})
             metrics.append(row)
