@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
 
 logger = logging.getLogger(__name__)
 
@@ -83,24 +84,28 @@ def _on_terminal() -> bool:
 
 
 class Progress:
-    """Progress of one phase: a bar on a terminal; elsewhere one log line at most every ten seconds, and a last one.
+    """Progress of one phase: a bar on a terminal; elsewhere a log line at most every ten seconds. Both end in a line.
 
     >>> with Progress("train", total=14, unit="step") as progress:
     ...     progress.advance(love=0.07, kl=0.004)
     """
 
     def __init__(self, title: str, total: int | None = None, *, unit: str = "step", every_step: bool = False) -> None:
-        """`total` in units, None when unknown; `every_step` writes a plain line for each advance."""
+        """`total` in units, None when unknown; `every_step` writes a line for each advance, above the bar.
+
+        Lines go to run.log too, which the bar does not.
+        """
         self._title, self._total, self._unit = title, total, unit
-        self._every_s = 0.0 if every_step else PLAIN_LINE_EVERY_S
+        self._each = every_step
         self._done = 0
         self._shown = -1
         self._notes = ""
         self._started = self._spoke = time.monotonic()
+        rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # what the terminal has left beside the bar
         self._bars = Bars(
             TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("{task.fields[notes]}", style="dim"),
-            console=_console, disable=not _on_terminal(),
+            TimeRemainingColumn(), TextColumn("{task.fields[notes]}", style="dim", table_column=rest),
+            console=_console, disable=not _on_terminal(), transient=True, expand=True,
         )  # fmt: skip
         self._task = self._bars.add_task(title, total=total, notes="")
 
@@ -115,16 +120,16 @@ class Progress:
         self._done += count
         if notes:
             self._notes = "  ".join(f"{key} {_short(value)}" for key, value in notes.items())
-        self._bars.update(self._task, advance=count, notes=self._notes)
-        if self._bars.disable and time.monotonic() - self._spoke >= self._every_s:
+        self._bars.update(self._task, advance=count, notes="" if self._each else self._notes)
+        if self._each or (self._bars.disable and time.monotonic() - self._spoke >= PLAIN_LINE_EVERY_S):
             self._line()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop the bar; a plain line tells the end, unless an error speaks for itself."""
+        """Take the bar away; a line tells the end, unless an error speaks for itself."""
         self._bars.stop()
-        if self._bars.disable and kind is None and self._shown != self._done:
+        if kind is None and self._shown != self._done:
             self._line()
 
     def _line(self) -> None:

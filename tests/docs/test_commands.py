@@ -46,6 +46,7 @@ WHERE = (
     (r"make bench\b", "tests/docs/test_docs.py::test_a_command_parses"),
     (r"source \.venv/bin/activate|export ", JOB),
     (r"ray start --head", JOB),
+    (r"ray job submit .*-\d+gpu\.yaml", "not run: needs GPUs"),
     (r"ray job submit .*configs/(tiny|human)\.yaml", f"{JOB}::test_submitted_job_leaves_a_whole_run_folder"),
     (r"ray stop", "not run: ends every Ray of the machine"),
     (r"python -m rluf\.train .*--dry-run", "tests/docs/test_docs.py::test_a_command_parses"),
