@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from rluf.config.derived import batches, describe, engine_memory, kv_cache_need, learner_memory, pools, show_bytes
+from rluf.config.derived import (
+    batches,
+    describe,
+    engine_memory,
+    kv_cache_need,
+    learner_memory,
+    pools,
+    scored_together,
+    show_bytes,
+)
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.config.shape import EMBEDDED, guessed_shape, model_shape
@@ -123,3 +132,17 @@ def test_description_says_the_figures() -> None:
 
 def test_bytes_in_words() -> None:
     assert [show_bytes(n) for n in (5, 1 << 20, 1.5 * 2**30, 2e12)] == ["5 B", "1 MiB", "1.5 GiB", "1.82 TiB"]
+
+
+def test_heads_of_one_backbone_are_one_pool_and_judges_keep_their_own() -> None:
+    assert scored_together(settings()) == (("love",), ("helpfulness",), ("safety",))
+    shared = settings("reward.heads=[love, continued, safety]")
+    assert scored_together(shared) == (("love", "safety"), ("helpfulness",))
+    assert sum(pool.role == "reward" for pool in pools(shared)) == 2
+    judged = settings("reward.heads=[love, helpfulness, safety]", "objectives.safety={source: judge, judge: refusal}")
+    assert scored_together(judged) == (("love", "helpfulness"), ("safety",))
+
+
+def test_elastic_workers_are_reckoned_at_their_most() -> None:
+    (found,) = (p for p in pools(settings("reward.workers=[1, 4]")) if p.role == "reward_training")
+    assert found.count == 4

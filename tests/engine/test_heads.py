@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from rluf.engine.write_reward import finish
 from rluf.errors import DataError
 from rluf.objectives.heads import BACKBONE, data_of, labelled
 from rluf.objectives.scorer import RewardModel, SharedModel, load_scorers
-from rluf.objectives.text import Item
+from rluf.objectives.text import Item, context_text
 from tests.test_reward_training import COLD, WARM, write_data
 
 HEADS = ("love", "continued", "helpfulness", "safety")
@@ -119,3 +121,40 @@ def test_continued_and_thumbs_are_read_off_the_feedback() -> None:
     assert labelled("love", rows, "here") == rows
     with pytest.raises(DataError, match=r"reward\.heads"):
         labelled("thumbs", rows[1:2], "here")
+
+
+POOLING = """
+import json, sys
+from vllm import LLM, PoolingParams
+folder, items = sys.argv[1], json.load(sys.stdin)
+llm = LLM(model=folder, runner="pooling", dtype="float32", enforce_eager=True, max_model_len=120,
+          gpu_memory_utilization=0.05)
+plain = PoolingParams(use_activation=False)
+if "ids" in items[0]:
+    found = llm.encode([{"prompt_token_ids": item["ids"]} for item in items], pooling_task="classify",
+                       pooling_params=plain)
+    logits = [float(one.outputs.data[0]) for one in found]
+else:
+    logits = [float(llm.score(item["first"], item["second"], pooling_params=plain)[0].outputs.score) for item in items]
+print("LOGITS " + json.dumps(logits))
+"""
+
+
+@pytest.mark.slow
+def test_vllms_pooling_runner_gives_the_same_logit(folders: dict[str, Path]) -> None:
+    """Decoders get our token ids; encoders a pair of texts, which vLLM's tokenizing joins as ours does."""
+    model = RewardModel.load(folders["love"], batch_tokens=4096)
+    items = _items()[:-1]  # vLLM takes no empty text
+    rows = model.encoder.encode(items)
+    if model.encoder.pair:
+        told: list[Any] = [{"first": context_text(messages), "second": text} for messages, text in items]
+    else:
+        told = [{"ids": row.ids} for row in rows]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    done = subprocess.run(
+        [sys.executable, "-c", POOLING, str(folders["love"])],
+        input=json.dumps(told), capture_output=True, text=True, timeout=300, env=environment, check=False,
+    )  # fmt: skip
+    lines = [line for line in done.stdout.splitlines() if line.startswith("LOGITS ")]
+    assert lines, done.stderr[-3000:]
+    assert json.loads(lines[-1].removeprefix("LOGITS ")) == pytest.approx(model.raw(rows), abs=1e-3)
