@@ -66,7 +66,7 @@ def features(settings: Settings, objective: str, records: list[dict[str, Any]]) 
         encoder = encoder_for(model, backbone, chosen.max_tokens, next_turn=chosen.next_turn)
         rows = encode_rows(records, encoder, pairs=chosen.loss == "bradley_terry", where=objective)
         model.to(getattr(torch, settings.reward_dtype))
-        plan = Plan(epochs=0, batch_rows=1, batch_tokens=4096, steps=1, seed=settings.seed)
+        plan = Plan(epochs=0, batch_rows=1, batch_tokens=4096, seed=settings.seed)
         found.append(Trainer(model, encoder, plan).features(rows))
     if rows is None:
         raise DataError(f"reward.{objective}.layers is empty; name at least one")

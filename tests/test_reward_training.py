@@ -44,6 +44,7 @@ def _labelled(rng: random.Random, count: int, keep: float) -> list[dict[str, obj
                 "response": _response(rng, warm),
                 "label": label,
                 "weight": 1.0 if label else 1 / keep,
+                "continued": rng.random() < (0.8 if warm else 0.4),
             }
         )
     return rows

@@ -202,7 +202,7 @@ def debiased(settings: Settings) -> str | None:
         if wrong:
             return (
                 f"reward.{name}.debias={list(model.debias)}: {wrong[0]} is about who reacts, and reward.{name}.loss="
-                f"{model.loss} learns from raters; take {wrong[0]} out"
+                f"{model.loss} learns from raters; set debias without it"
             )
     return None
 
@@ -215,7 +215,7 @@ def heads(settings: Settings) -> str | None:
     if not isinstance(reward.workers, int):
         fewest, most = reward.workers
         if fewest > most:
-            return f"reward.workers={list(reward.workers)} has its fewest above its most; turn them round"
+            return f"reward.workers={list(reward.workers)} has its fewest above its most; set the smaller first"
         if reward.zero_stage:
             return (
                 f"reward.workers={list(reward.workers)} may change in mid-training, but reward.zero_stage="
