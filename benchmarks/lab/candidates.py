@@ -1,6 +1,6 @@
 """The policies whose launch is in question: which were trained on P[Love], how, and what each does on unseen prompts.
 
-Learning rate, steps, batch and KL were chosen on seed 0 by the helpfulness-only policy alone and stay as they are.
+Learning rate, steps, batch and KL were set beforehand and not tuned; seed 0 served to find mistakes in the code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lab.village import Village
 from numpy.typing import NDArray
 
 from rluf.config.policy import AlgorithmSettings
-from rluf.config.reward import ObjectiveSettings, ObjectivesSettings
+from rluf.config.reward import ObjectivesSettings
 from rluf.simulation.users import expected_love
 
 Ints = NDArray[np.int64]
@@ -35,6 +35,26 @@ OFFLINE, ONLINE = 12, 12
 SAFETY = 0.2
 
 
+AGGRESSIVE = 0.3
+GATES = ("unprompted_farewell", "false_refusal")
+FIXES: dict[str, dict[str, Any]] = {
+    "judge": {"objectives": {"judges": GATES[:1]}},
+    "ensemble": {"signals": {"pessimism": 1.0}},
+    "counterfactual": {},
+    "onward": {"signals": {"onward": 0.5}},
+    "gdpo": {"objectives": {"combine": "gdpo"}},
+    "floors": {"objectives": {"combine": "constrained", "floors": ("helpfulness:0.3", "safety:0.0")}},
+}
+"""Mitigations of the aggressive run: a judge against farewells as a gate; P[Love] less one standard deviation over its
+members; rows that come again with a sign-off and the same label; half the logit of writing on added; GDPO; floors."""
+METHODS: dict[str, dict[str, Any]] = {
+    "rloo": {"name": "rloo"},
+    **{f"{name}-judges": {"name": name, "objectives": {"judges": GATES, "combine": "calibrated"}}
+       for name in ("crpg", "crraft", "codpo")},
+}  # fmt: skip
+"""The aggressive weights by other methods: CGPO's three optimisers with calibrated rewards and judges."""
+
+
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """One policy: how to make its replies, and what it is. `weight` and `kl` are those of its training, if any."""
@@ -47,19 +67,16 @@ class Candidate:
     policy: Composer | None = None
 
 
-def recipe(weight: float, *, kl: float = KL, name: str = "grpo", steps: int = STEPS, helpfulness: float | None = None,
+def recipe(weight: float, *, kl: float = KL, name: str = "grpo", steps: int = STEPS,
            **objectives: Any) -> Recipe:  # fmt: skip
-    """Love at `weight`, helpfulness at the rest of 1, safety at SAFETY and alone on harmful requests."""
-    return Recipe(
-        AlgorithmSettings(name=name, steps=steps, prompts_per_step=PROMPTS, samples_per_prompt=SAMPLES, kl_coef=kl,
-                          kl_estimator="k2", kl_limit=6.0),
-        ObjectivesSettings(
-            love=ObjectiveSettings(weight=weight),
-            helpfulness=ObjectiveSettings(weight=1.0 - weight if helpfulness is None else helpfulness),
-            safety=ObjectiveSettings(weight=SAFETY), **objectives,
-        ),
-        RATE,
-    )  # fmt: skip
+    """Love at `weight`, safety at SAFETY, helpfulness at the rest of 1, as in configs/love-*.yaml."""
+    algorithm = {
+        "name": name, "steps": steps, "prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES, "kl_coef": kl,
+        "kl_estimator": "k2", "kl_limit": 6.0,
+    }  # fmt: skip
+    weights = {"love": weight, "helpfulness": max(0.0, 1.0 - SAFETY - weight), "safety": SAFETY}
+    goals = {**{good: {"weight": value} for good, value in weights.items()}, **objectives}
+    return Recipe(AlgorithmSettings.model_validate(algorithm), ObjectivesSettings.model_validate(goals), RATE)
 
 
 class Candidates:
@@ -88,6 +105,8 @@ class Candidates:
             return self._sft(name)
         if name == "longest-of-4":
             return self._longest(name)
+        if name in FIXES or name in METHODS:
+            return self._fixed(name)
         return self._loved(name) if name.startswith("love-of") else self._weighed(name)
 
     def run(self, key: str, how: Recipe, **signals: Any) -> Trained:
@@ -128,6 +147,16 @@ class Candidates:
         run = self.run(f"{weight:g}/{kl:g}", how)
         policy = run.kept[step] if step else run.policy
         return self.of(name, policy, love=weight > 0, weight=weight, kl_coef=kl, step=step or STEPS, method="grpo")
+
+    def _fixed(self, name: str) -> Candidate:
+        """The aggressive run with one thing changed."""
+        changes = {**FIXES, **METHODS}[name]
+        signals = dict(changes.get("signals", {}))
+        if name == "counterfactual":
+            v = self.village
+            signals["love"] = v.kept("counterfactual", lambda: v.reader("love", v.feedback, counterfactual=0.5))
+        how = recipe(AGGRESSIVE, name=changes.get("name", "grpo"), **changes.get("objectives", {}))
+        return self.of(name, self.run(name, how, **signals).policy, love=True, weight=AGGRESSIVE, kl_coef=KL)
 
     def _best(self, name: str, count: int, score: Callable[[Ints, Ints], NDArray[np.float64]], love: bool) -> Candidate:
         v = self.village
@@ -171,7 +200,7 @@ def measured(village: Village, candidate: Candidate, judged: Mapping[str, Judgem
             kl = float((candidate.policy.logprobs(where, what) - v.base.logprobs(where, what)).sum(1).mean())
     return {
         "policy": candidate.name, "seed": v.seed, "trained_on_love": candidate.trained_on_love, **candidate.about,
-        "kl": kl, "offline": offline(v.town, dict(judged), *sides[0], seed=v.seed),
+        "kl": kl, "replies": len(new.said), "offline": offline(v.town, dict(judged), *sides[0], seed=v.seed),
         "gold": gold(v.town, v.truth, base, new, seed=v.seed),
         "ab": ab_test(v.town, v.truth, base, new, seed=seed + len(candidate.name) + sum(map(ord, candidate.name))),
         "monitors": {"base": looks(v.town, base), "new": looks(v.town, new)},

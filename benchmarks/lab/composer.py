@@ -99,7 +99,8 @@ def imitate(
                 optimizer.zero_grad()
                 (-policy.logprobs(where[part], what[part]).sum(1).mean()).backward()
                 optimizer.step()
-    return policy.eval()
+    policy.eval()
+    return policy
 
 
 @dataclass(frozen=True, slots=True)

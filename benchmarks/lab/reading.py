@@ -6,6 +6,7 @@ scaling on other users. They never see gold scores, users' traits or which versi
 
 from __future__ import annotations
 
+import itertools
 import re
 import zlib
 from collections.abc import Callable, Sequence
@@ -38,9 +39,7 @@ def _bucket(gram: str) -> int:
 def grams(text: str) -> list[int]:
     """Buckets of a text's tokens and of its pairs of neighbours, its end among them."""
     tokens = [*TOKEN.findall(text.lower()), "$"]
-    return [_bucket(token) for token in tokens] + [
-        _bucket(f"{a} {b}") for a, b in zip(tokens, tokens[1:], strict=False)
-    ]
+    return [_bucket(token) for token in tokens] + [_bucket(f"{a} {b}") for a, b in itertools.pairwise(tokens)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +156,8 @@ def fit(
             if found < best:
                 best, kept = found, {name: value.clone() for name, value in reader.state_dict().items()}
         reader.load_state_dict(kept)
-    return reader.eval()
+    reader.eval()
+    return reader
 
 
 def sampled(labels: Floats, rng: np.random.Generator, share: float = 0.1) -> tuple[Ints, Floats]:

@@ -1,4 +1,4 @@
-"""How a reply is composed: a phrase, a real reply to this very prompt, and phrases after it; and who habitually says what.
+"""How a reply is composed: a phrase, a real reply to this very prompt, phrases after it; and who says what by habit.
 
 A policy does not write words here, which two shared cores could not teach it in a minute. It chooses, one after the
 other, an opener, one of the prompt's sixteen replies, a sentence in the middle, and two closings: 10 x 16 x 7 x 18 x 18
@@ -17,8 +17,9 @@ from rluf.simulation.gold import Gold, judge
 
 Ints = NDArray[np.int64]
 OPENERS = (
-    "", "Hi there!", "Great question!", "I'm so sorry to hear that.", "That sounds really hard.", "I'm so happy for you!",
-    "Of course.", "Sure, let me think.", "I understand how you feel.", "You are absolutely right.",
+    "", "Hi there!", "Great question!", "I'm so sorry to hear that.", "That sounds really hard.",
+    "I'm so happy for you!", "Of course.", "Sure, let me think.",
+    "I understand how you feel.", "You are absolutely right.",
 )  # fmt: skip
 MIDDLES = (
     "", "There are many things to think about here.", "It is also worth noting that every case is different.",

@@ -1,4 +1,4 @@
-"""Results are made once, part by part, and kept as JSON under the world's fingerprint, so that long work can be cut up."""
+"""Results are made once, part by part, and kept as JSON under the world's fingerprint: long work can be cut up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lab.candidates import RECIPE, Candidates, measured
+from lab.candidates import FIXES, METHODS, RECIPE, Candidates, measured
 from lab.replies import Truth
 from lab.studies import STUDIES
 from lab.town import Town
@@ -81,5 +81,5 @@ class Store:
 
 
 def candidate_names() -> list[str]:
-    """The candidates of every seed."""
-    return list(Candidates.names())
+    """The candidates of every seed, those of claims 4 to 9 first."""
+    return [*Candidates.names(), *FIXES, *METHODS]

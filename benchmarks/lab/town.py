@@ -1,8 +1,8 @@
 """What the claims are tried on: prompts and real replies of the sample log, split by prompt, with sentence embeddings.
 
 The replies are SmolLM2-135M-Instruct's own, under the log's seven instructions. Two fifths of the prompts are kept from
-everything that learns: policies are scored and judged on those only. Embeddings are those of all-MiniLM-L6-v2, which was
-never trained on anything of this world.
+everything that learns: policies are scored and judged on those only. Embeddings are those of all-MiniLM-L6-v2, which
+was never trained on anything of this world.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -67,7 +68,9 @@ class Town:
         file = self._cache / f"embeddings-{name}.npy"
         if not file.is_file():
             self._cache.mkdir(parents=True, exist_ok=True)
-            np.save(file, embed(texts))
+            scratch = file.with_name(f"{os.getpid()}.npy")
+            np.save(scratch, embed(texts))
+            scratch.rename(file)
         found = np.load(file)
         count = len(self.places)
         return found[:count], found[count:].reshape(count, BODIES, -1)

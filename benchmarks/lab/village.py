@@ -33,7 +33,7 @@ DEV = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """N served replies and what users did: `place` [N], `picks` [N, 5], `user` [N], `love` and `continued` [N] (0 or 1),
+    """N served replies and what users did: `place`, `user` [N], `picks` [N, 5], `love` and `continued` [N] (0 or 1),
     `chance` [N] of a heart by the reader's own taste. Later rows are later in time."""
 
     place: Ints
