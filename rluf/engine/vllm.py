@@ -269,7 +269,7 @@ class RolloutEngine:
             return
         self._linear = linear_shapes(self.model)
         with tempfile.TemporaryDirectory() as folder:
-            path, dtype = Path(folder) / "adapter", getattr(torch, settings.model.dtype)
+            path, dtype = Path(folder) / "adapter", getattr(torch, settings.policy_dtype)
             write_adapter(path, no_change(self.model, settings.learner.lora_rank, dtype))
             await self._load_adapter(str(path))
 

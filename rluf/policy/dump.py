@@ -90,7 +90,7 @@ def read_dump(folder: Path) -> Dump:
 def replay(folder: Path) -> Iterator[Finding]:
     """Do the step in `folder` again, micro-batch by micro-batch, in the dtype it was done in, on the CPU."""
     dump = read_dump(folder)
-    dtype = getattr(torch, dump.settings.model.dtype)
+    dtype = getattr(torch, dump.settings.policy_dtype)
     policy, reference = (load_policy(path, dtype=dtype) for path in (folder / POLICY, dump.reference))
     for number, members in enumerate(dump.plan):
         policy.zero_grad()
