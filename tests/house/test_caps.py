@@ -12,7 +12,7 @@ from rluf.config.load import fields
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("rluf", "actors", "cluster")
-FILE_LINES, FUNCTION_LINES, COMMAND_LINES, SETTINGS = 500, 80, 150, 161
+FILE_LINES, FUNCTION_LINES, COMMAND_LINES, SETTINGS = 500, 80, 150, 170
 COMMANDS = ("train", "prepare", "reward", "evaluate", "simulate", "serve")
 BROAD = {"Exception", "BaseException"}
 
