@@ -38,6 +38,7 @@ DEAD_AFTER = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms
               "RAY_health_check_failure_threshold": "8", "RAY_health_check_initial_delay_ms": "2000"}  # fmt: skip
 """Ray takes a node for dead after some 8 s here; its own default is about 30."""
 BLINK_S = 3.0
+PATIENCE_S = 150
 RAY = str(Path(sys.executable).parent / "ray")
 
 
@@ -88,11 +89,15 @@ class Hosts:
 
     def cable(self, plugged: bool) -> None:
         """Join host b to host a, or cut it off."""
-        sh("ip", "-n", self.names["b"], "link", "set", "eth0", "up" if plugged else "down")
         sh("ip", "-n", self.names["a"], "link", "set", "eth0", "up")
+        sh("ip", "-n", self.names["b"], "link", "set", "eth0", "up" if plugged else "down")
+        for name in self.names.values() if plugged else ():
+            sh("ip", "-n", name, "route", "replace", "default", "dev", "eth0")
 
     def _boot(self, host: str, command: str) -> None:
         private = "mount -t tmpfs tmpfs /tmp && mount -t tmpfs -o size=600m tmpfs /dev/shm && mkdir -p /tmp/r && "
+        private += f"printf '127.0.0.1 localhost\\n{HEAD} host-a\\n{WORKER} host-b\\n' > /tmp/hosts && "
+        private += "mount --bind /tmp/hosts /etc/hosts && "
         wrap = ["ip", "netns", "exec", self.names[host], "unshare", "--mount", "--pid", "--fork", "--kill-child"]
         wrap += ["--mount-proc", "--uts", "bash", "-c", f"hostname host-{host}; {private}{command}"]
         env = {**chaos.environment(), **DEAD_AFTER, "RAY_TMPDIR": "/tmp/r"}
@@ -179,7 +184,7 @@ def lost(base: Path) -> dict[str, Any]:
     """A cut that nobody heals."""
     folder = base / "lost"
     with Hosts(base) as hosts:
-        process = hosts.start(folder)
+        process = hosts.start(folder, f"cluster.start_deadline_s={PATIENCE_S}")
         try:
             chaos.wait_for_step(process, folder, 2)
             hosts.cable(False)
