@@ -3,9 +3,9 @@
 For each backbone a reward model of random weights (speed does not depend on them) is served on Ray Serve with one
 replica, and asked by 1 to 64 clients, each sending its next request when the last is answered. Beside each number of
 clients, before and after it so that other programs slow all alike, runs the bare loop: the same model on the same texts
-in a process of its own with a scorer's threads and environment, no HTTP, no queue, with as many responses at once as there
-are clients: all that any server can see at once, so one at a time for one client. With --vllm the same clients then ask
-vLLM's pooling server, on the same model in float32 without compilation.
+in a process of its own with a scorer's threads and environment, no HTTP, no queue. It scores as many responses at once
+as there are clients, which is all that any server can see at once: one at a time for one client. With --vllm the same
+clients then ask vLLM's pooling server, on the same model in float32 without compilation.
 
 The clients are one asyncio process on the same cores; what they take of one core is `client_cpu`, and nothing is
 subtracted for it. Requests are encoded before, answers are read and checked, each of them, after the clock has stopped.
