@@ -1,4 +1,4 @@
-"""`serve deploy` of a configuration file on a Ray head with token authentication: our application behind its proxies."""
+"""`serve deploy` of a configuration file on a Ray head with token authentication: our application behind proxies."""
 
 from __future__ import annotations
 
