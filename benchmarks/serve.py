@@ -3,9 +3,9 @@
 For each backbone a reward model of random weights (speed does not depend on them) is served on Ray Serve with one
 replica, and asked by 1 to 64 clients, each sending its next request when the last is answered. Beside each number of
 clients, before and after it so that other programs slow all alike, runs the bare loop: the same model on the same texts
-in a process of its own with a scorer's threads and environment, no HTTP, no queue. It runs twice: with as many
-responses at once as there are clients (all that any server can see at once; one at a time for one client), and with 128
-at once. With --vllm the same clients then ask vLLM's pooling server, on the same model in float32 without compilation.
+in a process of its own with a scorer's threads and environment, no HTTP, no queue. It scores as many responses at once
+as there are clients, which is all that any server can see at once: one at a time for one client. With --vllm the same
+clients then ask vLLM's pooling server, on the same model in float32 without compilation.
 
 The clients are one asyncio process on the same cores; what they take of one core is `client_cpu`, and nothing is
 subtracted for it. Requests are encoded before, answers are read and checked, each of them, after the clock has stopped.
@@ -294,18 +294,14 @@ def figures(seen: Seen) -> dict[str, Any]:
 
 
 def beside(loop: Any, questions: Questions, clients: int, seconds: float) -> tuple[Seen, dict[str, Any]]:
-    """Clients, and the bare loops before and after them."""
+    """Clients, and the bare loop before and after them."""
     import ray
 
-    def bare() -> tuple[float, float]:
-        few, many = (ray.get(loop.rate.remote(n, seconds / 4)) for n in (clients, 128))
-        return few, many
-
-    before = bare()
+    before = ray.get(loop.rate.remote(clients, seconds / 2))
     seen = asyncio.run(asked(questions, clients, seconds))
-    few, many = ((a + b) / 2 for a, b in zip(before, bare(), strict=True))
-    told = figures(seen) | {"bare_per_s": few, "bare_128_per_s": many}
-    return seen, told | {"ratio": told["per_s"] / few, "ratio_128": told["per_s"] / many}
+    bare = (before + ray.get(loop.rate.remote(clients, seconds / 2))) / 2
+    told = figures(seen) | {"bare_per_s": bare}
+    return seen, told | {"ratio": told["per_s"] / bare}
 
 
 def speed(name: str, args: argparse.Namespace, root: Path) -> dict[str, Any]:
