@@ -32,7 +32,7 @@ class Store:
     def village(self, seed: int) -> tuple[Village, Candidates]:
         """The village of a seed and its candidates."""
         if seed not in self._villages:
-            self._town = self._town or Town(self.root.parent)
+            self._town = self._town or Town()
             village = Village(self._town, Truth(self._town), seed, self.root / f"seed{seed}")
             self._villages = {seed: (village, Candidates(village))}  # one at a time: texts and models take memory
         return self._villages[seed]

@@ -163,7 +163,7 @@ def claim_7(store: Store) -> Told:
 
 def claim_8(store: Store) -> Told:
     """Who hacks."""
-    seeds = store.parts("candidate", [*SPINE, "w0.3-kl0", "love-only"])
+    seeds = store.parts("candidate", [*SPINE, "w0.3-kl0.1", "love-only"])
     rows, checks = [], []
     for seed, parts in zip(SEEDS, seeds, strict=True):
         by = {one["policy"]: one for one in parts}
@@ -192,7 +192,7 @@ def claim_8(store: Store) -> Told:
 def _gao(store: Store) -> list[str]:
     """Gao's curve through satisfaction and through P[Love] against KL, policies trained with love, all seeds."""
     every = [one for parts in store.parts("candidate", Candidates.names()) for one in parts
-             if one["trained_on_love"] and one["kl"] > 0 and one.get("method") == "grpo"]  # fmt: skip
+             if one["trained_on_love"] and one["kl"] > 0 and one.get("method") == "rloo"]  # fmt: skip
     kl = [one["kl"] for one in every]
     lines = []
     for label, values in (
@@ -256,7 +256,7 @@ BESIDE = ["seed", "policy", "love", "love points against w0.3", "farewells, time
 
 def claim_10(store: Store) -> Told:
     """What contains hacking."""
-    names = ["w0.1", "w0.2", "w0.3-kl0.2", *FIXES]
+    names = ["w0.1", "w0.2", "w0.3-kl1", *FIXES]
     rows, seeds = _beside(store, names, HEADLINE)
     works = {}
     for n, name in enumerate(names, start=1):
@@ -292,7 +292,7 @@ def claim_13(store: Store) -> Told:
         for name in METHODS if name.endswith("judges")
     }  # fmt: skip
     return Told("a mixture of judges beats plain blending", any(better.values()), BESIDE, rows,
-                [f"Fewer farewells, no less love and helpfulness than GRPO on the linear sum on every seed: "
+                [f"Fewer farewells, no less love and helpfulness than RLOO on the linear sum on every seed: "
                  f"{', '.join(name for name, one in better.items() if one) or 'none'}."])  # fmt: skip
 
 

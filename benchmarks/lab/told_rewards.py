@@ -51,7 +51,7 @@ def claim_2(store: Store) -> Told:
     ])  # fmt: skip
     return Told("more data helps", all(passed),
                 ["seed", *(f"{size:,} rows" for size in SIZES), "ceiling", "within 0.01 of the best from"], rows,
-                ["One model of the ensemble each; unseen prompts and users. 100,000 and 300,000 rows were not tried."],
+                ["One model of the ensemble each; unseen prompts and users. More than 20,000 rows were not tried."],
                 figure)  # fmt: skip
 
 
@@ -89,18 +89,14 @@ def claim_11(store: Store) -> Told:
             back = (part["filtered"] - part["plain"]) / lost if "filtered" in part and lost > 0.005 else None
             if back is not None:
                 won.append(back >= 0.5)
-            others = [
-                f"{key.replace('_', ' ')} {part[key]:.3f}"
-                for key in ("non_negative_pu", "all_negatives")
-                if key in part
-            ]
+            others = [f"{key.replace('_', ' ')} {part[key]:.3f}" for key in ("all_negatives",) if key in part]
             rows.append([str(seed), name, str(part["hearts"]), f"{part['plain']:.3f}", f"{lost:+.3f}",
                          f"{part['filtered']:.3f}" if "filtered" in part else "-",
                          "-" if back is None else f"{back:.0%}",
                          ", ".join(others) or "-"])  # fmt: skip
     return Told("learning survives sparse, noisy and hostile labels", all(won) if won else None,
                 ["seed", "log", "hearts", "AUROC", "lost", "with the filter", "won back", "other ways"], rows,
-                ["15,000 rows each; AUROC against the true chances of honest users on unseen prompts. Bots love what "
+                ["10,000 rows each; AUROC against the true chances of honest users on unseen prompts. Bots love what "
                  "is worst, sarcastic users love failed answers. The filter drops the 8% of users whose hearts a model "
                  "that never saw them finds least likely."])  # fmt: skip
 
@@ -125,7 +121,7 @@ def claim_14(store: Store) -> Told:
                 ["seed", "round", "love", "offline change", "unprompted farewells", "gold satisfaction",
                  "user writes on", "AUROC on own replies (ceiling)", "told and true love rate of own replies",
                  "KL in nats"], rows,
-                ["w = 0.5. After each round 10,000 replies of the new policy with fresh hearts join the log, P[Love] "
+                ["w = 0.5. After each round 5,000 replies of the new policy with fresh hearts join the log, P[Love] "
                  "is learnt again, and the policy is trained from the base again."])  # fmt: skip
 
 

@@ -6,14 +6,14 @@ control, delta method by user, CUPED, sample ratio.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from lab.composer import Composer
-from lab.reading import Judgement, Pages
+from lab.reading import Features, Judgement
 from lab.replies import Truth, texts
 from lab.town import Town
 from numpy.typing import NDArray
@@ -50,13 +50,13 @@ def answers(
 
 
 def offline(
-    town: Town, judgements: dict[str, Judgement], base: Answers, new: Answers, *, seed: int
+    features: Features, judgements: Mapping[str, Judgement], base: Answers, new: Answers, *, seed: int
 ) -> dict[str, dict[str, float]]:
     """Change of each objective's mean calibrated probability from the base, with its interval over prompts."""
-    found = {}
+    found, read = {}, [features.of(given.places, given.said) for given in (base, new)]
     for name, one in judgements.items():
-        values = [_chance(one.logits(Pages.of(town, given.places, given.picks, given.said))) for given in (base, new)]
-        pair = paired_bootstrap(values[0], base.places, values[1], new.places, resamples=1000, seed=seed)
+        values = [_chance(one.logits(part)) for part in read]
+        pair = paired_bootstrap(values[0], base.places, values[1], new.places, resamples=500, seed=seed)
         found[name] = pair.difference.as_dict() | {"base": pair.base.mean, "new": pair.aligned.mean}
     return found
 
@@ -80,7 +80,7 @@ def gold(town: Town, truth: Truth, base: Answers, new: Answers, *, seed: int) ->
     found = {}
     for name in ("helpfulness", "safety", "warmth", "satisfaction", "signoff"):
         values = [[getattr(one, name) for one in side] for side in known]
-        pair = paired_bootstrap(values[0], base.places, values[1], new.places, resamples=1000, seed=seed)
+        pair = paired_bootstrap(values[0], base.places, values[1], new.places, resamples=500, seed=seed)
         lift = None if pair.lift is None else pair.lift.as_dict()
         found[name] = {"base": pair.base.mean, "new": pair.aligned.mean, **({} if lift is None else lift)}
     return found
@@ -93,7 +93,7 @@ def ab_test(
     new: Answers,
     *,
     seed: int,
-    users: int = 16_000,
+    users: int = 12_000,
     reads: float = 8.0,
     world: World = WORLD,
 ) -> dict[str, Any]:
