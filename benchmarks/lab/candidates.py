@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from rluf.config.policy import AlgorithmSettings
 from rluf.config.reward import ObjectivesSettings
-from rluf.simulation.users import expected_love
 
 Ints = NDArray[np.int64]
 RECIPE = "1"
@@ -191,8 +190,6 @@ def measured(village: Village, candidate: Candidate, judged: Mapping[str, Judgem
     sides = [[v.control(n, count), candidate.reply(count, seed + n + 7)] for n, count in enumerate((OFFLINE, ONLINE))]
     base, new = sides[1]
     judged = judged or v.judgements
-    chances = [expected_love(v.truth.of(one.places, one.picks), [v.town.places[p].topic for p in one.places.tolist()],
-                             users=200) for one in (base, new)]  # fmt: skip
     kl = 0.0
     if candidate.policy is not None:
         where, what = torch.as_tensor(new.places), torch.as_tensor(new.picks)
@@ -203,8 +200,7 @@ def measured(village: Village, candidate: Candidate, judged: Mapping[str, Judgem
         "kl": kl, "replies": len(new.said), "offline": offline(v.features, judged, *sides[0], seed=v.seed),
         "gold": gold(v.town, v.truth, base, new, seed=v.seed),
         "ab": ab_test(v.town, v.truth, base, new, seed=seed + len(candidate.name) + sum(map(ord, candidate.name))),
-        "monitors": {"base": looks(v.town, base), "new": looks(v.town, new)},
-        "topics": {"base": by_topic(v.town, v.truth, base, chances[0].tolist()),
-                   "new": by_topic(v.town, v.truth, new, chances[1].tolist())},
+        "monitors": {"base": v.control_looks(base), "new": looks(v.town, new)},
+        "topics": {"base": by_topic(v.town, v.truth, base), "new": by_topic(v.town, v.truth, new)},
         "cpu_seconds": round(time.process_time() - started, 2),
     }  # fmt: skip

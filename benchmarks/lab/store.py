@@ -61,12 +61,16 @@ class Store:
         return self.root / f"seed{seed}" / kind / f"{name}.json"
 
     def missing(self, seeds: Sequence[int]) -> Iterator[tuple[int, str, str]]:
-        """Parts that are not there yet: seed by seed, candidates first."""
-        names = [("candidate", name) for name in candidate_names()] + [("study", name) for name in STUDIES]
-        for seed in seeds:
-            for kind, name in names:
-                if not self._file(seed, kind, name).is_file():
-                    yield seed, kind, name
+        """Parts that are not there yet, those that most claims rest on first."""
+        turns = [
+            [("study", "learnable"), *(("candidate", name) for name in Candidates.names())],
+            [*(("candidate", name) for name in (*FIXES, *METHODS)), *(("study", name) for name in STUDIES)],
+        ]
+        for turn in turns:
+            for seed in seeds:
+                for kind, name in turn:
+                    if not self._file(seed, kind, name).is_file():
+                        yield seed, kind, name
 
     def fill(self, seeds: Sequence[int], seconds: float, say: Callable[[str], None]) -> int:
         """Make missing parts until all are there or `seconds` are over; how many are left."""
@@ -78,8 +82,3 @@ class Store:
             self.part(seed, kind, name)
             say(f"seed {seed} {kind} {name}: {time.monotonic() - started:.1f} s")
         return sum(1 for _ in self.missing(seeds))
-
-
-def candidate_names() -> list[str]:
-    """The candidates of every seed, those of claims 4 to 9 first."""
-    return [*Candidates.names(), *FIXES, *METHODS]

@@ -6,7 +6,7 @@ control, delta method by user, CUPED, sample ratio.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from rluf.evaluation.abtest import Design, analyse
 from rluf.evaluation.events import Events, assigned
 from rluf.evaluation.intervals import paired_bootstrap
 from rluf.evaluation.monitors import MONITORS, Reply, measure, words
-from rluf.simulation.users import Items, Population, act
+from rluf.simulation.users import Items, Population, act, expected_love
 from rluf.simulation.world import WORLD, World
 
 Ints = NDArray[np.int64]
@@ -131,9 +131,8 @@ def _lift(metric: dict[str, Any]) -> dict[str, float]:
             "error": effect["error"]}  # fmt: skip
 
 
-def by_topic(town: Town, truth: Truth, given: Answers, chances: Sequence[float]) -> dict[str, float]:
-    """Mean of `chances` [N] by topic of the replies."""
-    del truth
-    topics = np.array([town.places[place].topic for place in given.places.tolist()])
-    values = np.asarray(chances)
-    return {str(topic): float(values[topics == topic].mean()) for topic in np.unique(topics)}
+def by_topic(town: Town, truth: Truth, given: Answers) -> dict[str, float]:
+    """True chance of a heart, mean over the replies of each topic."""
+    topics = [town.places[place].topic for place in given.places.tolist()]
+    chances = expected_love(truth.of(given.places, given.picks), topics, users=100)
+    return {topic: float(chances[np.array(topics) == topic].mean()) for topic in sorted(set(topics))}

@@ -12,7 +12,7 @@ from lab.composer import Composer, Signals, imitate
 from lab.reading import Features, Judgement, Matrix, calibrated, fit, fit_pairs, sampled
 from lab.replies import Truth, demonstrated, logged, texts
 from lab.town import Town
-from lab.trial import Answers, answers
+from lab.trial import Answers, answers, looks
 from numpy.typing import NDArray
 from scipy import sparse
 
@@ -76,6 +76,7 @@ class Village:
         """Nothing is made yet; the log is kept in `folder`."""
         self.town, self.truth, self.seed, self.folder = town, truth, seed, folder
         self._control: dict[int, Answers] = {}
+        self._looks: dict[str, float] = {}
         self.places, self.unseen = town.rows(unseen=False), town.rows(unseen=True)
 
     def rng(self, part: int) -> np.random.Generator:
@@ -111,6 +112,12 @@ class Village:
         if part not in self._control:
             self._control[part] = answers(self.town, self.base, self.unseen, samples, seed=1_000 * self.seed + part)
         return self._control[part]
+
+    def control_looks(self, base: Answers) -> dict[str, float]:
+        """What the monitors see in the base policy's replies, looked at once."""
+        if not self._looks:
+            self._looks.update(looks(self.town, base))
+        return dict(self._looks)
 
     def imitated(self, styles: Sequence[str], *, part: int, start: Composer | None = None) -> Composer:
         """A policy that imitates demonstrations of these versions."""
