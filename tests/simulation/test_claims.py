@@ -26,6 +26,8 @@ from lab.village import Village
 from rluf.objectives.metrics import auroc
 from rluf.simulation.world import fingerprint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def village(tmp_path_factory: pytest.TempPathFactory) -> Village:
