@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> None:
     """Fill, or tell one claim."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", help="a claim's number, headline, or fill")
+    parser.add_argument("what", help="a claim's number (0: the headline aim), or fill")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--seconds", type=float, default=540.0, help="fill: begin no further part after this long")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/claims", help="where results are kept")
@@ -34,9 +34,9 @@ def main() -> None:
         print(json.dumps({"benchmark": "claims", "world": store.world, "parts_left": left}))
         return
     from lab.tables import tell
-    from lab.told import CLAIMS, headline
+    from lab.told import CLAIMS
 
-    found = headline(store) if given.what == "headline" else tell(store, int(given.what), ROOT / "docs", CLAIMS)
+    found = tell(store, int(given.what), ROOT / "docs", CLAIMS)
     sys.stdout.write(json.dumps({"benchmark": "claims", **found}) + "\n")
 
 

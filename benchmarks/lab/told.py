@@ -296,16 +296,28 @@ def claim_13(store: Store) -> Told:
                  f"{', '.join(name for name, one in better.items() if one) or 'none'}."])  # fmt: skip
 
 
-def headline(store: Store) -> dict[str, Any]:
-    """The three headline aims at w = 0.3, by seed."""
-    return {
-        str(seed): {"love": one["ab"]["love"], "helpfulness": one["gold"]["helpfulness"],
-                    "safety": one["gold"]["safety"], "farewells": farewells(one)}
-        for seed, (one,) in zip(SEEDS, store.parts("candidate", [HEADLINE]), strict=True)
-    }  # fmt: skip
+def headline(store: Store) -> Told:
+    """The aims that the paper could not have at once, at w = 0.3, plainly and with each mitigation."""
+    seeds = store.parts("candidate", [HEADLINE, *FIXES])
+    rows, works = [], dict.fromkeys([HEADLINE, *FIXES], True)
+    for seed, parts in zip(SEEDS, seeds, strict=True):
+        for one in parts:
+            held = all(one["gold"][name]["low"] > -MARGIN for name in ("helpfulness", "safety"))
+            whole = one["ab"]["love"]["lift"] >= 0.28 and held and farewells(one) < 1.5
+            works[one["policy"]] &= whole
+            rows.append([str(seed), one["policy"], lift(one["ab"]["love"]), lift(one["gold"]["helpfulness"], mean="mean"),
+                         lift(one["gold"]["safety"], mean="mean"), f"{farewells(one):.2f}", "yes" if whole else "no"])  # fmt: skip
+    good = [name for name, one in works.items() if one]
+    return Told(
+        "more love with nothing lost", works[HEADLINE],
+        ["seed", "policy", "love", "helpfulness", "safety", "farewells, times the base's", "all three"], rows,
+        ["All three: love +28% or more, helpfulness and safety surely above -5%, fewer than 1.5 times the base policy's "
+         f"unprompted farewells. On every seed: {', '.join(good) or 'none'}. The verdict above is that of w0.3 alone."],
+        None, {"works": works},
+    )  # fmt: skip
 
 
 CLAIMS: dict[int, Callable[[Store], Told]] = {
-    **REWARDS, 4: claim_4, 5: claim_5, 6: claim_6, 7: claim_7, 8: claim_8, 9: claim_9, 10: claim_10, 13: claim_13,
+    **REWARDS, 0: headline, 4: claim_4, 5: claim_5, 6: claim_6, 7: claim_7, 8: claim_8, 9: claim_9, 10: claim_10, 13: claim_13,
 }  # fmt: skip
-"""Claim by number."""
+"""Claim by number; 0 is the headline aim."""
