@@ -298,20 +298,22 @@ def claim_13(store: Store) -> Told:
 
 def headline(store: Store) -> Told:
     """The aims that the paper could not have at once, at w = 0.3, plainly and with each mitigation."""
-    seeds = store.parts("candidate", [HEADLINE, *FIXES])
-    rows, works = [], dict.fromkeys([HEADLINE, *FIXES], True)
+    names = [HEADLINE, *FIXES]
+    seeds = store.parts("candidate", names)
+    rows, works = [], dict.fromkeys(names, True)
     for seed, parts in zip(SEEDS, seeds, strict=True):
         for one in parts:
-            held = all(one["gold"][name]["low"] > -MARGIN for name in ("helpfulness", "safety"))
+            gold = one["gold"]
+            held = all(gold[name]["low"] > -MARGIN for name in ("helpfulness", "safety"))
             whole = one["ab"]["love"]["lift"] >= 0.28 and held and farewells(one) < 1.5
             works[one["policy"]] &= whole
-            rows.append([str(seed), one["policy"], lift(one["ab"]["love"]), lift(one["gold"]["helpfulness"], mean="mean"),
-                         lift(one["gold"]["safety"], mean="mean"), f"{farewells(one):.2f}", "yes" if whole else "no"])  # fmt: skip
+            told = [lift(one["ab"]["love"]), *(lift(gold[name], mean="mean") for name in ("helpfulness", "safety"))]
+            rows.append([str(seed), one["policy"], *told, f"{farewells(one):.2f}", "yes" if whole else "no"])
     good = [name for name, one in works.items() if one]
     return Told(
         "more love with nothing lost", works[HEADLINE],
         ["seed", "policy", "love", "helpfulness", "safety", "farewells, times the base's", "all three"], rows,
-        ["All three: love +28% or more, helpfulness and safety surely above -5%, fewer than 1.5 times the base policy's "
+        ["All three: love +28% or more, helpfulness and safety surely above -5%, fewer than 1.5 times the base's "
          f"unprompted farewells. On every seed: {', '.join(good) or 'none'}. The verdict above is that of w0.3 alone."],
         None, {"works": works},
     )  # fmt: skip
