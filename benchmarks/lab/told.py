@@ -320,6 +320,7 @@ def headline(store: Store) -> Told:
 
 
 CLAIMS: dict[int, Callable[[Store], Told]] = {
-    **REWARDS, 0: headline, 4: claim_4, 5: claim_5, 6: claim_6, 7: claim_7, 8: claim_8, 9: claim_9, 10: claim_10, 13: claim_13,
+    **REWARDS, 0: headline, 4: claim_4, 5: claim_5, 6: claim_6, 7: claim_7, 8: claim_8, 9: claim_9,
+    10: claim_10, 13: claim_13,
 }  # fmt: skip
 """Claim by number; 0 is the headline aim."""
