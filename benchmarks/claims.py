@@ -28,9 +28,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/claims", help="where results are kept")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    store = Store(given.runs)
+    store = Store(given.runs, given.seeds)
     if given.what == "fill":
-        left = store.fill(given.seeds, given.seconds, lambda line: print(line, flush=True))
+        left = store.fill(given.seconds, lambda line: print(line, flush=True))
         print(json.dumps({"benchmark": "claims", "world": store.world, "parts_left": left}))
         return
     from lab.tables import tell
