@@ -35,7 +35,7 @@ class Store:
         if seed not in self._villages:
             self._town = self._town or Town()
             village = Village(self._town, Truth(self._town), seed, self.root / f"seed{seed}")
-            self._villages = {seed: (village, Candidates(village))}  # one at a time: texts and models take memory
+            self._villages[seed] = village, Candidates(village)
         return self._villages[seed]
 
     def part(self, seed: int, kind: str, name: str) -> dict[str, Any]:
