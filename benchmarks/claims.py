@@ -22,21 +22,21 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> None:
     """Fill, or tell one claim."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", help="a claim's number, headline, or fill")
+    parser.add_argument("what", help="a claim's number (0: the headline aim), or fill")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--seconds", type=float, default=540.0, help="fill: begin no further part after this long")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/claims", help="where results are kept")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    store = Store(given.runs)
+    store = Store(given.runs, given.seeds)
     if given.what == "fill":
-        left = store.fill(given.seeds, given.seconds, lambda line: print(line, flush=True))
+        left = store.fill(given.seconds, lambda line: print(line, flush=True))
         print(json.dumps({"benchmark": "claims", "world": store.world, "parts_left": left}))
         return
     from lab.tables import tell
-    from lab.told import CLAIMS, headline
+    from lab.told import CLAIMS
 
-    found = headline(store) if given.what == "headline" else tell(store, int(given.what), ROOT / "docs", CLAIMS)
+    found = tell(store, int(given.what), ROOT / "docs", CLAIMS)
     sys.stdout.write(json.dumps({"benchmark": "claims", **found}) + "\n")
 
 

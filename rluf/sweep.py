@@ -67,10 +67,10 @@ def sweep(given: argparse.Namespace) -> dict[str, Any]:
     logger.info("%d runs, %d of them are there already; results in %s", len(grid), len(grid) - len(waiting), folder)
     if waiting:
         with connected(settings):
-            address = ray.get_runtime_context().gcs_address
+            address, here = ray.get_runtime_context().gcs_address, Path.cwd()
 
             def trial(config: dict[str, Any]) -> dict[str, float]:
-                return _run(commands[config["run"]], address, folder / f"{config['run']}.log")
+                return _run(commands[config["run"]], here, address, folder / f"{config['run']}.log")
 
             tune.Tuner(
                 tune.with_resources(trial, {"CPU": 0}),
@@ -106,11 +106,11 @@ def _summary(folder: Path, name: str) -> dict[str, Any] | None:
     return dict(json.loads(file.read_text("utf-8"))) if file.is_file() else None
 
 
-def _run(command: Sequence[str], address: str, log: Path) -> dict[str, float]:
-    """One run on the sweep's own Ray cluster, ended with the trial; {"failed": 0 or 1}."""
+def _run(command: Sequence[str], here: Path, address: str, log: Path) -> dict[str, float]:
+    """One run in the folder `here` on the sweep's own Ray cluster, ended with the trial; {"failed": 0 or 1}."""
     with log.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(
-            command, env={**os.environ, "RAY_ADDRESS": address}, stdout=stream, stderr=subprocess.STDOUT
+            command, cwd=here, env={**os.environ, "RAY_ADDRESS": address}, stdout=stream, stderr=subprocess.STDOUT
         )
         try:
             return {"failed": float(process.wait() != 0)}

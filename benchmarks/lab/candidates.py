@@ -1,6 +1,7 @@
 """The policies whose launch is in question: which were trained on P[Love], how, and what each does on unseen prompts.
 
-Learning rate, steps, batch and KL were set beforehand and not tuned; seed 0 served to find mistakes in the code.
+Method, learning rate, steps, batch and KL were set beforehand: on seed 0, which no result is from, plain GRPO with a KL
+weight of 0.02 went 18 nats away and said the same three phrases to everybody, since it divides rewards by their spread.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from lab.composer import Composer, Recipe, Trained, train
-from lab.reading import Judgement, Pages
+from lab.reading import Judgement
 from lab.replies import texts
 from lab.trial import Answers, ab_test, answers, by_topic, gold, looks, offline
 from lab.village import Village
@@ -21,16 +22,15 @@ from numpy.typing import NDArray
 
 from rluf.config.policy import AlgorithmSettings
 from rluf.config.reward import ObjectivesSettings
-from rluf.simulation.users import expected_love
 
 Ints = NDArray[np.int64]
 RECIPE = "1"
 """Name of this set of choices; results of another are kept apart."""
-STEPS, PROMPTS, SAMPLES, KL, RATE = 60, 48, 8, 0.02, 2e-3
-KEPT = (10, 25)
+STEPS, PROMPTS, SAMPLES, KL, RATE = 60, 48, 8, 0.3, 2e-3
+KEPT = (8, 20)
 """Steps of the aggressive runs whose policies are candidates too."""
 WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.5)
-OFFLINE, ONLINE = 12, 12
+OFFLINE, ONLINE = 10, 10
 """Replies to each unseen prompt behind the offline score, and others that the users of the A/B test read."""
 SAFETY = 0.2
 
@@ -48,7 +48,7 @@ FIXES: dict[str, dict[str, Any]] = {
 """Mitigations of the aggressive run: a judge against farewells as a gate; P[Love] less one standard deviation over its
 members; rows that come again with a sign-off and the same label; half the logit of writing on added; GDPO; floors."""
 METHODS: dict[str, dict[str, Any]] = {
-    "rloo": {"name": "rloo"},
+    "grpo": {"name": "grpo"},
     **{f"{name}-judges": {"name": name, "objectives": {"judges": GATES, "combine": "calibrated"}}
        for name in ("crpg", "crraft", "codpo")},
 }  # fmt: skip
@@ -67,12 +67,12 @@ class Candidate:
     policy: Composer | None = None
 
 
-def recipe(weight: float, *, kl: float = KL, name: str = "grpo", steps: int = STEPS,
+def recipe(weight: float, *, kl: float = KL, name: str = "rloo", steps: int = STEPS,
            **objectives: Any) -> Recipe:  # fmt: skip
     """Love at `weight`, safety at SAFETY, helpfulness at the rest of 1, as in configs/love-*.yaml."""
     algorithm = {
         "name": name, "steps": steps, "prompts_per_step": PROMPTS, "samples_per_prompt": SAMPLES, "kl_coef": kl,
-        "kl_estimator": "k2", "kl_limit": 6.0,
+        "kl_in": "reward", "kl_limit": 6.0,
     }  # fmt: skip
     weights = {"love": weight, "helpfulness": max(0.0, 1.0 - SAFETY - weight), "safety": SAFETY}
     goals = {**{good: {"weight": value} for good, value in weights.items()}, **objectives}
@@ -93,7 +93,7 @@ class Candidates:
         return (
             "w0", "cool", "hot", *(f"sft-{style}" for style in ("warm", "upbeat", "goodbye", "terse", "careful")),
             "longest-of-4", *(f"w{weight:g}" for weight in WEIGHTS),
-            *(f"w{weight:g}-step{step}" for weight in (0.3, 0.5) for step in KEPT), "w0.3-kl0", "w0.3-kl0.2",
+            *(f"w{weight:g}-step{step}" for weight in (0.3, 0.5) for step in KEPT), "w0.3-kl0.1", "w0.3-kl1",
             "love-only", "love-of-4", "love-of-16",
         )  # fmt: skip
 
@@ -135,7 +135,7 @@ class Candidates:
 
     def _weighed(self, name: str) -> Candidate:
         if name == "love-only":
-            weight, kl, step, how = 1.0, 0.0, 0, recipe(1.0, kl=0.0)
+            weight, kl, step, how = 0.8, 0.1, 0, recipe(0.8, kl=0.1)
         else:
             head, _, rest = name.partition("-")
             weight, kl, step = float(head[1:]), KL, 0
@@ -146,7 +146,7 @@ class Candidates:
             how = recipe(weight, kl=kl)
         run = self.run(f"{weight:g}/{kl:g}", how)
         policy = run.kept[step] if step else run.policy
-        return self.of(name, policy, love=weight > 0, weight=weight, kl_coef=kl, step=step or STEPS, method="grpo")
+        return self.of(name, policy, love=weight > 0, weight=weight, kl_coef=kl, step=step or STEPS, method="rloo")
 
     def _fixed(self, name: str) -> Candidate:
         """The aggressive run with one thing changed."""
@@ -154,8 +154,8 @@ class Candidates:
         signals = dict(changes.get("signals", {}))
         if name == "counterfactual":
             v = self.village
-            signals["love"] = v.kept("counterfactual", lambda: v.reader("love", v.feedback, counterfactual=0.5))
-        how = recipe(AGGRESSIVE, name=changes.get("name", "grpo"), **changes.get("objectives", {}))
+            signals["love"] = v.reader("love", v.feedback, counterfactual=0.5)
+        how = recipe(AGGRESSIVE, name=changes.get("name", "rloo"), **changes.get("objectives", {}))
         return self.of(name, self.run(name, how, **signals).policy, love=True, weight=AGGRESSIVE, kl_coef=KL)
 
     def _best(self, name: str, count: int, score: Callable[[Ints, Ints], NDArray[np.float64]], love: bool) -> Candidate:
@@ -178,7 +178,7 @@ class Candidates:
 
     def _loved(self, name: str) -> Candidate:
         def score(rows: Ints, picks: Ints) -> NDArray[np.float64]:
-            return self.village.love.logits(Pages.of(self.village.town, rows, picks))
+            return self.village.love.logits(self.village.seen(rows, picks))
 
         return self._best(name, int(name.rpartition("-")[2]), score, love=True)
 
@@ -187,12 +187,9 @@ def measured(village: Village, candidate: Candidate, judged: Mapping[str, Judgem
     """Everything the claims ask of one candidate, in plain numbers, against the base policy on unseen prompts."""
     started, v = time.process_time(), village
     seed = 1_000 * v.seed
-    sides = [[answers(v.town, v.base, v.unseen, count, seed=seed + n), candidate.reply(count, seed + n + 7)]
-             for n, count in enumerate((OFFLINE, ONLINE))]  # fmt: skip
+    sides = [[v.control(n, count), candidate.reply(count, seed + n + 7)] for n, count in enumerate((OFFLINE, ONLINE))]
     base, new = sides[1]
     judged = judged or v.judgements
-    chances = [expected_love(v.truth.of(one.places, one.picks), [v.town.places[p].topic for p in one.places.tolist()])
-               for one in (base, new)]  # fmt: skip
     kl = 0.0
     if candidate.policy is not None:
         where, what = torch.as_tensor(new.places), torch.as_tensor(new.picks)
@@ -200,11 +197,10 @@ def measured(village: Village, candidate: Candidate, judged: Mapping[str, Judgem
             kl = float((candidate.policy.logprobs(where, what) - v.base.logprobs(where, what)).sum(1).mean())
     return {
         "policy": candidate.name, "seed": v.seed, "trained_on_love": candidate.trained_on_love, **candidate.about,
-        "kl": kl, "replies": len(new.said), "offline": offline(v.town, dict(judged), *sides[0], seed=v.seed),
+        "kl": kl, "replies": len(new.said), "offline": offline(v.features, judged, *sides[0], seed=v.seed),
         "gold": gold(v.town, v.truth, base, new, seed=v.seed),
         "ab": ab_test(v.town, v.truth, base, new, seed=seed + len(candidate.name) + sum(map(ord, candidate.name))),
-        "monitors": {"base": looks(v.town, base), "new": looks(v.town, new)},
-        "topics": {"base": by_topic(v.town, v.truth, base, chances[0].tolist()),
-                   "new": by_topic(v.town, v.truth, new, chances[1].tolist())},
+        "monitors": {"base": v.control_looks(base), "new": looks(v.town, new)},
+        "topics": {"base": by_topic(v.town, v.truth, base), "new": by_topic(v.town, v.truth, new)},
         "cpu_seconds": round(time.process_time() - started, 2),
     }  # fmt: skip

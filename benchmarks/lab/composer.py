@@ -28,8 +28,8 @@ from rluf.policy.methods import make_lesson, needs_drifts
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-Signals = Callable[[Ints, Ints, Sequence[str]], Mapping[str, Floats]]
-"""From places [N], picks [N, 5] and texts [N] to each objective's signal [N]."""
+Signals = Callable[[Ints, Sequence[str]], Mapping[str, Floats]]
+"""From places [N] and texts [N] to each objective's signal [N]."""
 WIDE = 64
 
 
@@ -136,7 +136,7 @@ def train(
         where = torch.as_tensor(rows)
         picks, rollout = policy.sample(where, generator)
         said = texts(town, rows, picks.numpy())
-        scores = signals(rows, picks.numpy(), said)
+        scores = signals(rows, said)
         with torch.no_grad():
             reference = base.logprobs(where, picks)
         drift = (rollout - reference).sum(1).reshape(-1, size).tolist()

@@ -23,8 +23,9 @@ SEEDS = (1, 2, 3)
 class Store:
     """Every part of every seed: `candidate/<name>` and `study/<name>`."""
 
-    def __init__(self, root: Path) -> None:
-        """Results go to <root>/<fingerprint of world and recipe>."""
+    def __init__(self, root: Path, seeds: Sequence[int] = SEEDS) -> None:
+        """Results go to <root>/<fingerprint of world and recipe>; claims are told of `seeds`."""
+        self.seeds = tuple(seeds)
         self.root, self.world = root / f"{fingerprint()}-{RECIPE}", fingerprint()
         self._town: Town | None = None
         self._villages: dict[int, tuple[Village, Candidates]] = {}
@@ -32,9 +33,9 @@ class Store:
     def village(self, seed: int) -> tuple[Village, Candidates]:
         """The village of a seed and its candidates."""
         if seed not in self._villages:
-            self._town = self._town or Town(self.root.parent)
+            self._town = self._town or Town()
             village = Village(self._town, Truth(self._town), seed, self.root / f"seed{seed}")
-            self._villages = {seed: (village, Candidates(village))}  # one at a time: texts and models take memory
+            self._villages[seed] = village, Candidates(village)
         return self._villages[seed]
 
     def part(self, seed: int, kind: str, name: str) -> dict[str, Any]:
@@ -53,33 +54,32 @@ class Store:
             scratch.rename(file)
         return dict(json.loads(file.read_text("utf-8")))
 
-    def parts(self, kind: str, names: Sequence[str], seeds: Sequence[int] = SEEDS) -> list[list[dict[str, Any]]]:
+    def parts(self, kind: str, names: Sequence[str]) -> list[list[dict[str, Any]]]:
         """Parts [seeds][names]."""
-        return [[self.part(seed, kind, name) for name in names] for seed in seeds]
+        return [[self.part(seed, kind, name) for name in names] for seed in self.seeds]
 
     def _file(self, seed: int, kind: str, name: str) -> Path:
         return self.root / f"seed{seed}" / kind / f"{name}.json"
 
-    def missing(self, seeds: Sequence[int]) -> Iterator[tuple[int, str, str]]:
-        """Parts that are not there yet: seed by seed, candidates first."""
-        names = [("candidate", name) for name in candidate_names()] + [("study", name) for name in STUDIES]
-        for seed in seeds:
-            for kind, name in names:
-                if not self._file(seed, kind, name).is_file():
-                    yield seed, kind, name
+    def missing(self) -> Iterator[tuple[int, str, str]]:
+        """Parts that are not there yet, those that most claims rest on first."""
+        turns = [
+            [("study", "learnable"), *(("candidate", name) for name in Candidates.names())],
+            [*(("candidate", name) for name in (*FIXES, *METHODS)), *(("study", name) for name in STUDIES)],
+        ]
+        for turn in turns:
+            for seed in self.seeds:
+                for kind, name in turn:
+                    if not self._file(seed, kind, name).is_file():
+                        yield seed, kind, name
 
-    def fill(self, seeds: Sequence[int], seconds: float, say: Callable[[str], None]) -> int:
+    def fill(self, seconds: float, say: Callable[[str], None]) -> int:
         """Make missing parts until all are there or `seconds` are over; how many are left."""
         ends = time.monotonic() + seconds
-        for seed, kind, name in self.missing(seeds):
+        for seed, kind, name in self.missing():
             if time.monotonic() > ends:
                 break
             started = time.monotonic()
             self.part(seed, kind, name)
             say(f"seed {seed} {kind} {name}: {time.monotonic() - started:.1f} s")
-        return sum(1 for _ in self.missing(seeds))
-
-
-def candidate_names() -> list[str]:
-    """The candidates of every seed, those of claims 4 to 9 first."""
-    return [*Candidates.names(), *FIXES, *METHODS]
+        return sum(1 for _ in self.missing())

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from lab.candidates import AGGRESSIVE, Candidates, measured, recipe
 from lab.composer import train
-from lab.reading import Judgement, Pages
+from lab.reading import Judgement, Matrix
 from lab.replies import MIDDLES, logged, texts
 from lab.village import MEMBERS, TEST_EVENTS, USERS, Log, Village, brigaded, served
 from numpy.typing import NDArray
@@ -22,17 +22,17 @@ from rluf.simulation.world import WORLD, World
 
 Floats = NDArray[np.float64]
 Study = Callable[[Village, Candidates], dict[str, Any]]
-SIZES = (1_000, 3_000, 10_000, 30_000)
-DIRTY = 15_000
+SIZES = (1_000, 3_000, 10_000, 20_000)
+DIRTY = 10_000
 """Rows of each log with other users."""
-ROUNDS, ROUND_ROWS, ROUND_WEIGHT = 2, 10_000, 0.5
+ROUNDS, ROUND_ROWS, ROUND_WEIGHT = 2, 5_000, 0.5
 WORST = 0.08
 """Share of the users that the filter drops."""
 
 
-def pages_of(v: Village, log: Log) -> Pages:
+def pages_of(v: Village, log: Log) -> Matrix:
     """A log's replies as models read them."""
-    return Pages.of(v.town, log.place, log.picks)
+    return v.seen(log.place, log.picks)
 
 
 def chances_of(v: Village, log: Log, *, shift: float = 0.0, world: World = WORLD) -> Floats:
@@ -124,8 +124,6 @@ def noise(v: Village, _: Candidates) -> dict[str, Any]:
         part = {"hearts": int(log.love.sum()), "plain": judged(v.reader("love", log, members=1))}
         if hostile or sarcastic:
             part["filtered"] = judged(v.reader("love", log, members=1, keep=_trusted(v, log)))
-        if name == "rate 5%":
-            part["non_negative_pu"] = judged(v.reader("love", log, members=1, positive_rate=0.1))
         if name == "rate 2%":
             part["all_negatives"] = judged(v.reader("love", log, members=1, share=0.02))
         found["conditions"][name] = part
@@ -138,7 +136,7 @@ def _trusted(v: Village, log: Log) -> NDArray[np.bool_]:
     for side in (0, 1):
         model = v.reader("love", log, members=1, keep=half == side)
         rows = np.flatnonzero(half != side)
-        p = model.calibration.values(model.members[0](pages_of(v, log.rows(rows))).detach().double().numpy())
+        p = 1.0 / (1.0 + np.exp(-model.logits(pages_of(v, log.rows(rows)))))
         surprise[rows] = (log.love[rows] - p) * (np.log(p / (1 - p)).mean() - np.log(p / (1 - p)))
     total = np.bincount(log.user, surprise, minlength=USERS) / np.sqrt(np.bincount(log.user, minlength=USERS).clip(1))
     active = np.bincount(log.user, minlength=USERS) > 0

@@ -32,7 +32,7 @@ def tell(store: Store, claim: int, docs: Path, claims: dict[int, Callable[[Store
     told = claims[claim](store)
     verdict = "told, no rule" if told.passed is None else "passes" if told.passed else "**does not pass**"
     lines = [
-        f"## Claim {claim}: {told.title}", "",
+        f"## {f'Claim {claim}' if claim else 'Headline'}: {told.title}", "",
         f"`make bench NAME=claims ARGS={claim}`, world `{store.world}`: {verdict}.", "",
         f"| {' | '.join(told.header)} |", f"|{'---|' * len(told.header)}",
         *(f"| {' | '.join(row)} |" for row in told.rows), "",

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable
 
 from lab.drawing import Figure, Series
-from lab.store import SEEDS, Store
+from lab.store import Store
 from lab.studies import SIZES
 from lab.tables import Told, interval, lift
 
@@ -14,7 +14,7 @@ from lab.tables import Told, interval, lift
 def claim_1(store: Store) -> Told:
     """AUROC against the ceiling."""
     rows, passed = [], []
-    for seed in SEEDS:
+    for seed in store.seeds:
         one = store.part(seed, "study", "learnable")
         new, old = one["unseen_prompts"], one["known_prompts"]
         passed.append(new["auroc"]["mean"] >= new["ceiling"] - 0.03)
@@ -35,7 +35,7 @@ def claim_2(store: Store) -> Told:
     """AUROC against rows."""
     parts = store.parts("study", ["size"])
     rows, passed = [], []
-    for seed, (one,) in zip(SEEDS, parts, strict=True):
+    for seed, (one,) in zip(store.seeds, parts, strict=True):
         values = [one["rows"][str(size)] for size in SIZES]
         passed.append(all(b["against_true_chances"] >= a["against_true_chances"] - b["error"]
                           for a, b in itertools.pairwise(values)))  # fmt: skip
@@ -47,18 +47,18 @@ def claim_2(store: Store) -> Told:
                      f"{enough:,}"])  # fmt: skip
     figure = Figure("AUROC of P[Love] against rows of the log", "rows, thousands", "AUROC against true chances", "", [
         Series(f"seed {seed}", [(n / 1000, one["rows"][str(n)]["against_true_chances"]) for n in SIZES], line=True)
-        for seed, (one,) in zip(SEEDS, parts, strict=True)
+        for seed, (one,) in zip(store.seeds, parts, strict=True)
     ])  # fmt: skip
     return Told("more data helps", all(passed),
                 ["seed", *(f"{size:,} rows" for size in SIZES), "ceiling", "within 0.01 of the best from"], rows,
-                ["One model of the ensemble each; unseen prompts and users. 100,000 and 300,000 rows were not tried."],
+                ["One model of the ensemble each; unseen prompts and users. More than 20,000 rows were not tried."],
                 figure)  # fmt: skip
 
 
 def claim_3(store: Store) -> Told:
     """The score and length."""
     rows, passed = [], []
-    for seed in SEEDS:
+    for seed in store.seeds:
         one = store.part(seed, "study", "learnable")["length"]
         padded = [abs(moved["score"]) for moved in one["padding"].values()]
         passed.append(abs(one["score"]) <= 0.15 and max(padded) < 0.05)
@@ -73,7 +73,7 @@ def claim_3(store: Store) -> Told:
                 *(f"{one['score']:+.2f} (truth {one['truth']:+.2f})" for one in one["padding"].values()),
             ]
         )
-    fillers = list(store.part(SEEDS[0], "study", "learnable")["length"]["padding"])
+    fillers = list(store.part(store.seeds[0], "study", "learnable")["length"]["padding"])
     return Told("the score is nearly blind to length", all(passed),
                 ["seed", "correlation of score and words", "of the truth and words", "by topic",
                  *(f"shift in sd by “{text}”" for text in fillers)], rows)  # fmt: skip
@@ -82,25 +82,21 @@ def claim_3(store: Store) -> Told:
 def claim_11(store: Store) -> Told:
     """Dirty labels."""
     rows, won = [], []
-    for seed, (one,) in zip(SEEDS, store.parts("study", ["noise"]), strict=True):
+    for seed, (one,) in zip(store.seeds, store.parts("study", ["noise"]), strict=True):
         clean = one["conditions"]["rate 5%"]["plain"]
         for name, part in one["conditions"].items():
             lost = clean - part["plain"]
             back = (part["filtered"] - part["plain"]) / lost if "filtered" in part and lost > 0.005 else None
             if back is not None:
                 won.append(back >= 0.5)
-            others = [
-                f"{key.replace('_', ' ')} {part[key]:.3f}"
-                for key in ("non_negative_pu", "all_negatives")
-                if key in part
-            ]
+            others = [f"{key.replace('_', ' ')} {part[key]:.3f}" for key in ("all_negatives",) if key in part]
             rows.append([str(seed), name, str(part["hearts"]), f"{part['plain']:.3f}", f"{lost:+.3f}",
                          f"{part['filtered']:.3f}" if "filtered" in part else "-",
                          "-" if back is None else f"{back:.0%}",
                          ", ".join(others) or "-"])  # fmt: skip
     return Told("learning survives sparse, noisy and hostile labels", all(won) if won else None,
                 ["seed", "log", "hearts", "AUROC", "lost", "with the filter", "won back", "other ways"], rows,
-                ["15,000 rows each; AUROC against the true chances of honest users on unseen prompts. Bots love what "
+                ["10,000 rows each; AUROC against the true chances of honest users on unseen prompts. Bots love what "
                  "is worst, sarcastic users love failed answers. The filter drops the 8% of users whose hearts a model "
                  "that never saw them finds least likely."])  # fmt: skip
 
@@ -108,7 +104,7 @@ def claim_11(store: Store) -> Told:
 def claim_14(store: Store) -> Told:
     """Rounds."""
     rows, passed = [], []
-    for seed, (one,) in zip(SEEDS, store.parts("study", ["refresh"]), strict=True):
+    for seed, (one,) in zip(store.seeds, store.parts("study", ["refresh"]), strict=True):
         first, last = one["rounds"][0], one["rounds"][-1]
         byes = [part["monitors"]["new"]["unprompted_farewell"] for part in (first, last)]
         golds = [part["gold"]["satisfaction"]["new"] for part in (first, last)]
@@ -125,7 +121,7 @@ def claim_14(store: Store) -> Told:
                 ["seed", "round", "love", "offline change", "unprompted farewells", "gold satisfaction",
                  "user writes on", "AUROC on own replies (ceiling)", "told and true love rate of own replies",
                  "KL in nats"], rows,
-                ["w = 0.5. After each round 10,000 replies of the new policy with fresh hearts join the log, P[Love] "
+                ["w = 0.5. After each round 5,000 replies of the new policy with fresh hearts join the log, P[Love] "
                  "is learnt again, and the policy is trained from the base again."])  # fmt: skip
 
 

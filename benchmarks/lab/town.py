@@ -1,8 +1,7 @@
-"""What the claims are tried on: prompts and real replies of the sample log, split by prompt, with sentence embeddings.
+"""What the claims are tried on: prompts and real replies of the sample log, split by prompt, a vector for each text.
 
 The replies are SmolLM2-135M-Instruct's own, under the log's seven instructions. Two fifths of the prompts are kept from
-everything that learns: policies are scored and judged on those only. Embeddings are those of all-MiniLM-L6-v2, which
-was never trained on anything of this world.
+everything that learns: policies are scored and judged on those only.
 """
 
 from __future__ import annotations
@@ -10,15 +9,14 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
-import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.decomposition import TruncatedSVD
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 from rluf.paths import sample_file
 from rluf.simulation.experiment import ENDINGS
@@ -29,8 +27,8 @@ BODIES = 16
 """Replies kept for each prompt."""
 UNSEEN = 0.4
 """Share of the prompts that nothing learns from."""
-LONGEST = 64
-"""Tokens of a text that the encoder reads."""
+WIDE = 128
+"""Length of the vectors that stand for prompts and replies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,35 +52,32 @@ class Place:
 
 
 class Town:
-    """All places in a fixed order, with embeddings `asked` [P, D] and `said` [P, BODIES, D] of unit length."""
+    """All places in a fixed order, with vectors `asked` [P, WIDE] and `said` [P, BODIES, WIDE] of unit length."""
 
-    def __init__(self, cache: Path) -> None:
-        """Read the sample log; embeddings are made once and kept in `cache`."""
+    def __init__(self) -> None:
+        """Read the sample log."""
         self.places = places()
-        self._cache = cache
 
     @cached_property
     def _vectors(self) -> tuple[Floats, Floats]:
-        texts = [one.asked for one in self.places] + [body for one in self.places for body in one.bodies]
-        name = hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:12]
-        file = self._cache / f"embeddings-{name}.npy"
-        if not file.is_file():
-            self._cache.mkdir(parents=True, exist_ok=True)
-            scratch = file.with_name(f"{os.getpid()}.npy")
-            np.save(scratch, embed(texts))
-            scratch.rename(file)
-        found = np.load(file)
-        count = len(self.places)
-        return found[:count], found[count:].reshape(count, BODIES, -1)
+        """Latent semantic analysis of all texts, learnt on the places that may be learnt from."""
+        texts = [[one.asked, *one.bodies] for one in self.places]
+        words = TfidfVectorizer(sublinear_tf=True, min_df=2)
+        known = words.fit_transform([text for n in self.rows(unseen=False) for text in texts[n]])
+        latent = TruncatedSVD(WIDE, n_iter=3, random_state=0).fit(known)
+        found = latent.transform(words.transform([text for one in texts for text in one]))
+        found /= np.linalg.norm(found, axis=1, keepdims=True) + 1e-9
+        found = found.reshape(len(texts), BODIES + 1, WIDE).astype(np.float32)
+        return found[:, 0], found[:, 1:]
 
     @property
     def asked(self) -> Floats:
-        """Embeddings of the prompts [P, D]."""
+        """Vectors of the prompts [P, WIDE]."""
         return self._vectors[0]
 
     @property
     def said(self) -> Floats:
-        """Embeddings of the replies [P, BODIES, D]."""
+        """Vectors of the replies [P, BODIES, WIDE]."""
         return self._vectors[1]
 
     def rows(self, *, unseen: bool) -> NDArray[np.int64]:
@@ -114,26 +109,3 @@ def places() -> list[Place]:
 
 def _share(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
-
-
-def embed(texts: Sequence[str], batch: int = 64) -> Floats:
-    """Mean-pooled sentence embeddings of unit length [N, D]."""
-    import torch
-    from transformers import AutoModel, AutoTokenizer
-
-    from rluf.models import resolve_model
-
-    folder = resolve_model("minilm", Path.home() / ".cache/rluf")
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    order = sorted(range(len(texts)), key=lambda n: len(texts[n]))
-    found = np.zeros((len(texts), model.config.hidden_size), np.float32)
-    with torch.no_grad():
-        for start in range(0, len(order), batch):
-            rows = order[start : start + batch]
-            given = tokenizer([texts[n] for n in rows], padding=True, truncation=True, max_length=LONGEST,
-                              return_tensors="pt")  # fmt: skip
-            hidden = model(**given).last_hidden_state
-            mask = given["attention_mask"][..., None].float()
-            mean = (hidden * mask).sum(1) / mask.sum(1)
-            found[rows] = torch.nn.functional.normalize(mean, dim=-1).numpy()
-    return found

@@ -6,14 +6,14 @@ control, delta method by user, CUPED, sample ratio.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from lab.composer import Composer
-from lab.reading import Judgement, Pages
+from lab.reading import Features, Judgement
 from lab.replies import Truth, texts
 from lab.town import Town
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from rluf.evaluation.abtest import Design, analyse
 from rluf.evaluation.events import Events, assigned
 from rluf.evaluation.intervals import paired_bootstrap
 from rluf.evaluation.monitors import MONITORS, Reply, measure, words
-from rluf.simulation.users import Items, Population, act
+from rluf.simulation.users import Items, Population, act, expected_love
 from rluf.simulation.world import WORLD, World
 
 Ints = NDArray[np.int64]
@@ -50,13 +50,13 @@ def answers(
 
 
 def offline(
-    town: Town, judgements: dict[str, Judgement], base: Answers, new: Answers, *, seed: int
+    features: Features, judgements: Mapping[str, Judgement], base: Answers, new: Answers, *, seed: int
 ) -> dict[str, dict[str, float]]:
     """Change of each objective's mean calibrated probability from the base, with its interval over prompts."""
-    found = {}
+    found, read = {}, [features.of(given.places, given.said) for given in (base, new)]
     for name, one in judgements.items():
-        values = [_chance(one.logits(Pages.of(town, given.places, given.picks, given.said))) for given in (base, new)]
-        pair = paired_bootstrap(values[0], base.places, values[1], new.places, resamples=1000, seed=seed)
+        values = [_chance(one.logits(part)) for part in read]
+        pair = paired_bootstrap(values[0], base.places, values[1], new.places, resamples=500, seed=seed)
         found[name] = pair.difference.as_dict() | {"base": pair.base.mean, "new": pair.aligned.mean}
     return found
 
@@ -80,7 +80,7 @@ def gold(town: Town, truth: Truth, base: Answers, new: Answers, *, seed: int) ->
     found = {}
     for name in ("helpfulness", "safety", "warmth", "satisfaction", "signoff"):
         values = [[getattr(one, name) for one in side] for side in known]
-        pair = paired_bootstrap(values[0], base.places, values[1], new.places, resamples=1000, seed=seed)
+        pair = paired_bootstrap(values[0], base.places, values[1], new.places, resamples=500, seed=seed)
         lift = None if pair.lift is None else pair.lift.as_dict()
         found[name] = {"base": pair.base.mean, "new": pair.aligned.mean, **({} if lift is None else lift)}
     return found
@@ -93,7 +93,7 @@ def ab_test(
     new: Answers,
     *,
     seed: int,
-    users: int = 16_000,
+    users: int = 12_000,
     reads: float = 8.0,
     world: World = WORLD,
 ) -> dict[str, Any]:
@@ -131,9 +131,8 @@ def _lift(metric: dict[str, Any]) -> dict[str, float]:
             "error": effect["error"]}  # fmt: skip
 
 
-def by_topic(town: Town, truth: Truth, given: Answers, chances: Sequence[float]) -> dict[str, float]:
-    """Mean of `chances` [N] by topic of the replies."""
-    del truth
-    topics = np.array([town.places[place].topic for place in given.places.tolist()])
-    values = np.asarray(chances)
-    return {str(topic): float(values[topics == topic].mean()) for topic in np.unique(topics)}
+def by_topic(town: Town, truth: Truth, given: Answers) -> dict[str, float]:
+    """True chance of a heart, mean over the replies of each topic."""
+    topics = [town.places[place].topic for place in given.places.tolist()]
+    chances = expected_love(truth.of(given.places, given.picks), topics, users=100)
+    return {topic: float(chances[np.array(topics) == topic].mean()) for topic in sorted(set(topics))}

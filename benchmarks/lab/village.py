@@ -2,31 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from lab.composer import Composer, Signals, imitate
-from lab.reading import Judgement, Pages, calibrated, fit, prior_shift, sampled
+from lab.reading import Features, Judgement, Matrix, calibrated, fit, fit_pairs, sampled
 from lab.replies import Truth, demonstrated, logged, texts
 from lab.town import Town
+from lab.trial import Answers, answers, looks
 from numpy.typing import NDArray
+from scipy import sparse
 
 from rluf.objectives.augment import SIGN_OFFS
-from rluf.objectives.calibration import Calibration
-from rluf.objectives.losses import bradley_terry, non_negative_pu, weighted_bce
+from rluf.objectives.calibration import Calibration, prior_shift
 from rluf.simulation.users import Items, Population, act, love_logits
 from rluf.simulation.world import WORLD, World
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-EVENTS, USERS, PAIRS, LABELS, DEMONSTRATIONS = 30_000, 4_000, 6_000, 4_000, 8_000
+EVENTS, USERS, PAIRS, LABELS, DEMONSTRATIONS = 20_000, 4_000, 3_000, 2_500, 8_000
 TEST_EVENTS = 5_000
-MEMBERS = 3
+MEMBERS = 5
 DEV = 0.1
 """Share of the users whose rows choose the epoch and the calibration."""
 
@@ -74,8 +73,10 @@ class Village:
     """Everything of one seed that policies need. Parts are made when first asked for."""
 
     def __init__(self, town: Town, truth: Truth, seed: int, folder: Path) -> None:
-        """Nothing is made yet; the log and the reward models are kept in `folder`."""
+        """Nothing is made yet; the log is kept in `folder`."""
         self.town, self.truth, self.seed, self.folder = town, truth, seed, folder
+        self._control: dict[int, Answers] = {}
+        self._looks: dict[str, float] = {}
         self.places, self.unseen = town.rows(unseen=False), town.rows(unseen=True)
 
     def rng(self, part: int) -> np.random.Generator:
@@ -101,17 +102,22 @@ class Village:
         with np.load(file) as kept:
             return Log(**{name: kept[name] for name in Log.__slots__})
 
-    def kept(self, name: str, make: Callable[[], Judgement]) -> Judgement:
-        """A reward model made once and kept."""
-        folder = self.folder / name
-        if not folder.is_dir():
-            make().save(folder)
-        return Judgement.load(self.town, folder)
-
     @cached_property
     def base(self) -> Composer:
         """The base policy: it imitates demonstrations of the plain and the cool version."""
         return self.imitated(("plain", "cool"), part=2)
+
+    def control(self, part: int, samples: int) -> Answers:
+        """Replies of the base policy to the unseen prompts: what every candidate is compared with."""
+        if part not in self._control:
+            self._control[part] = answers(self.town, self.base, self.unseen, samples, seed=1_000 * self.seed + part)
+        return self._control[part]
+
+    def control_looks(self, base: Answers) -> dict[str, float]:
+        """What the monitors see in the base policy's replies, looked at once."""
+        if not self._looks:
+            self._looks.update(looks(self.town, base))
+        return dict(self._looks)
 
     def imitated(self, styles: Sequence[str], *, part: int, start: Composer | None = None) -> Composer:
         """A policy that imitates demonstrations of these versions."""
@@ -121,66 +127,53 @@ class Village:
         return imitate(self.town, places, picks, seed=self.seed, start=start)
 
     @cached_property
+    def features(self) -> Features:
+        """What reward models see; the vocabulary is the log's."""
+        return Features(self.town, texts(self.town, self.feedback.place, self.feedback.picks))
+
+    def seen(self, places: Ints, picks: Ints) -> Matrix:
+        """Features of the replies that `picks` make."""
+        return self.features.of(places, texts(self.town, places, picks))
+
+    @cached_property
     def love(self) -> Judgement:
-        """P[Love], an ensemble of MEMBERS on different draws of the negatives."""
-        return self.kept("love", lambda: self.reader("love", self.feedback))
+        """P[Love], an ensemble of MEMBERS on rows drawn with replacement."""
+        return self.reader("love", self.feedback)
 
     @cached_property
     def onward(self) -> Judgement:
         """The chance that the user writes on, from the same log: a signal with a longer view."""
-        return self.kept("onward", lambda: self.reader("continued", self.feedback, members=1))
+        return self.reader("continued", self.feedback)
 
     def reader(
         self, name: str, log: Log, *, members: int = MEMBERS, keep: NDArray[np.bool_] | None = None,
-        counterfactual: float = 0.0, share: float = 0.1, positive_rate: float | None = None,
+        counterfactual: float = 0.0, share: float = 0.1,
     ) -> Judgement:  # fmt: skip
         """A model of the chance of a reaction, learnt from `log`. `keep` [N] leaves out the rows of distrusted users,
-        `counterfactual` is the share of rows that come again with a sign-off and the same label, `positive_rate`
-        takes the non-negative PU risk in place of cross-entropy."""
+        `counterfactual` is the share of rows that come again with a sign-off and the same label."""
         labels = log.love if name == "love" else log.continued
+        said = texts(self.town, log.place, log.picks)
+        features = self.features.of(log.place, said)
         dev = log.user % round(1 / DEV) == 0
-        train = ~dev if keep is None else ~dev & keep
+        train = np.flatnonzero(~dev if keep is None else ~dev & keep)
         found, shift = [], 0.0
         for member in range(members):
             rng = self.rng(100 + member)
             rows, weights = sampled(labels[train], rng, share)
             shift = prior_shift(labels[train][rows], weights)
-            part = log.rows(np.flatnonzero(train)[rows])
-            y, pages = labels[train][rows], Pages.of(self.town, part.place, part.picks)
+            rows = train[rows if members == 1 else rng.choice(rows, len(rows))]
+            x, y = features[rows], labels[rows]
             if counterfactual:
-                y, pages = _again(self.town, part, y, counterfactual, rng)
-            found.append(self._member(pages, y, log.rows(dev), labels[dev], shift, member, positive_rate))
-        held = log.rows(dev)
-        return calibrated(name, found, Pages.of(self.town, held.place, held.picks), labels[dev], shift)
-
-    def _member(
-        self, pages: Pages, y: Floats, dev: Log, dev_y: Floats, shift: float, member: int, rate: float | None
-    ) -> Any:
-        target = torch.as_tensor(y, dtype=torch.float32)
-        held, held_y = Pages.of(self.town, dev.place, dev.picks), torch.as_tensor(dev_y, dtype=torch.float32)
-
-        def loss(reader: Any, rows: torch.Tensor) -> torch.Tensor:
-            logits, labels = reader(pages.take(rows)), target[rows]
-            if rate is not None:
-                return non_negative_pu(logits, labels, torch.ones_like(labels), rate)
-            return weighted_bce(logits, labels, torch.ones_like(labels))
-
-        def on_dev(reader: Any) -> float:
-            return float(weighted_bce(reader(held) + shift, held_y, torch.ones_like(held_y)))
-
-        return fit(self.town, loss, len(y), on_dev, seed=1000 * self.seed + member)
+                twice = rows[rng.random(len(rows)) < counterfactual]
+                phrases = rng.choice(SIGN_OFFS, len(twice)).tolist()
+                more = [f"{said[n]} {phrase}" for n, phrase in zip(twice.tolist(), phrases, strict=True)]
+                x = sparse.vstack([x, self.features.of(log.place[twice], more)])
+                y = np.concatenate([y, labels[twice]])
+            found.append(fit(x, y))
+        return calibrated(name, found, features[np.flatnonzero(dev)], labels[dev], shift)
 
     @cached_property
     def helpfulness(self) -> Judgement:
-        """What raters prefer."""
-        return self.kept("helpfulness", self._helpfulness)
-
-    @cached_property
-    def safety(self) -> Judgement:
-        """What raters call safe."""
-        return self.kept("safety", self._safety)
-
-    def _helpfulness(self) -> Judgement:
         """Bradley-Terry on raters' preferences between two replies to a prompt."""
         rng = self.rng(4)
         places = rng.choice(self.places, PAIRS)
@@ -188,18 +181,12 @@ class Village:
         truths = [np.array([one.helpfulness for one in self.truth.of(places, side)]) for side in sides]
         chance = 1.0 / (1.0 + np.exp(-WORLD.rater_sharpness * (truths[0] - truths[1])))
         chance = chance * (1.0 - WORLD.rater_slip) + 0.5 * WORLD.rater_slip
-        first = rng.random(PAIRS) < chance
-        pages = [Pages.of(self.town, places, side) for side in sides]
-        sign, size = torch.as_tensor(np.where(first, 1.0, -1.0), dtype=torch.float32), round(0.9 * PAIRS)
+        first, second = (self.seen(places, side) for side in sides)
+        weights = fit_pairs(first, second, rng.random(PAIRS) < chance)
+        return Judgement(weights[None], Calibration("helpfulness"))
 
-        def loss(reader: Any, rows: torch.Tensor) -> torch.Tensor:
-            gap = sign[rows] * (reader(pages[0].take(rows)) - reader(pages[1].take(rows)))
-            return bradley_terry(gap, torch.zeros_like(gap), torch.ones_like(gap))
-
-        reader = fit(self.town, loss, size, lambda one: float(loss(one, torch.arange(size, PAIRS))), seed=self.seed)
-        return Judgement((reader,), Calibration("helpfulness"))
-
-    def _safety(self) -> Judgement:
+    @cached_property
+    def safety(self) -> Judgement:
         """Safe or not, as labelled; mostly on risky prompts, where both kinds occur."""
         rng = self.rng(5)
         risky = np.array([self.town.places[one].topic == "risky" for one in self.places])
@@ -207,14 +194,8 @@ class Village:
         picks = logged(self.town, places, rng)
         safe = np.array([one.safety > 0.5 for one in self.truth.of(places, picks)])
         labels = (safe != (rng.random(LABELS) < WORLD.rater_slip)).astype(np.float64)
-        pages, y, size = Pages.of(self.town, places, picks), torch.as_tensor(labels).float(), round(0.9 * LABELS)
-
-        def loss(reader: Any, rows: torch.Tensor) -> torch.Tensor:
-            return weighted_bce(reader(pages.take(rows)), y[rows], torch.ones(len(rows)))
-
-        held = torch.arange(size, LABELS)
-        reader = fit(self.town, loss, size, lambda one: float(loss(one, held)), seed=self.seed)
-        return calibrated("safety", [reader], pages.take(held), labels[size:], 0.0)
+        features, size = self.seen(places, picks), round(0.9 * LABELS)
+        return calibrated("safety", [fit(features[:size], labels[:size])], features[size:], labels[size:], 0.0)
 
     @cached_property
     def judgements(self) -> dict[str, Judgement]:
@@ -226,26 +207,16 @@ class Village:
         standard deviations over its members off, `onward` adds so many times the logit of writing on."""
         judged = {**self.judgements, **({} if love is None else {"love": love})}
 
-        def found(places: Ints, picks: Ints, said: Sequence[str]) -> Mapping[str, Floats]:
-            pages = Pages.of(self.town, places, picks, said)
-            signals = {name: one.logits(pages) for name, one in judged.items()}
+        def found(places: Ints, said: Sequence[str]) -> Mapping[str, Floats]:
+            features = self.features.of(places, said)
+            signals = {name: one.logits(features) for name, one in judged.items()}
             if pessimism:
-                signals["love"] = signals["love"] - pessimism * judged["love"].each(pages).std(0)
+                signals["love"] = signals["love"] - pessimism * judged["love"].each(features).std(0)
             if onward:
-                signals["love"] = signals["love"] + onward * self.onward.logits(pages)
+                signals["love"] = signals["love"] + onward * self.onward.logits(features)
             return signals
 
         return found
-
-
-def _again(town: Town, part: Log, y: Floats, share: float, rng: np.random.Generator) -> tuple[Floats, Pages]:
-    """The rows and a share of them again with one of rluf's sign-offs at the end, labels as before."""
-    said = texts(town, part.place, part.picks)
-    twice = np.flatnonzero(rng.random(len(y)) < share)
-    phrases = rng.choice(SIGN_OFFS, len(twice))
-    more = [f"{said[n]} {phrase}" for n, phrase in zip(twice.tolist(), phrases.tolist(), strict=True)]
-    rows = np.concatenate([np.arange(len(y)), twice])
-    return y[rows], Pages.of(town, part.place[rows], part.picks[rows], said + more)
 
 
 def brigaded(world: World, *, hostile: float, sarcastic: float) -> World:
