@@ -73,7 +73,7 @@ UNSEEN = ("Farewell, sweet friend!", "Sending warm hugs your way!", "Ciao, love 
 """Sign-offs that neither the log nor the augmentation has."""
 
 
-def made(count: int, seed: int) -> tuple[list[dict[str, Any]], Floats, Floats]:
+def made(count: int, seed: int, rate: float) -> tuple[list[dict[str, Any]], Floats, Floats]:
     """Rows as rluf.prepare writes them, the chance of a heart of each [N], and that chance without farewells [N]."""
     rng, draw = random.Random(seed), np.random.default_rng(seed)
     names, users = list(TOPICS), max(20, count // 40)
@@ -92,7 +92,7 @@ def made(count: int, seed: int) -> tuple[list[dict[str, Any]], Floats, Floats]:
         rows.append({"id": f"{seed}-{number}", "user_id": f"u{user}", "topic": topic, "messages": messages,
                      "response": " ".join(filter(None, parts)), "user": user})  # fmt: skip
     nodes, mass = np.polynomial.hermite_e.hermegauss(21)
-    shift = calibration_shift(worth + paid + own[[row["user"] for row in rows]], BASE_RATE)
+    shift = calibration_shift(worth + paid + own[[row["user"] for row in rows]], rate)
     truth, plain = (
         (expit(z[:, None] + shift + USER_SD * nodes[None]) * mass / mass.sum()).sum(1) for z in (worth + paid, worth)
     )
@@ -102,9 +102,9 @@ def made(count: int, seed: int) -> tuple[list[dict[str, Any]], Floats, Floats]:
     return rows, truth, plain
 
 
-def write(count: int, seed: int, folder: Path) -> tuple[Floats, Floats]:
+def write(count: int, seed: int, rate: float, folder: Path) -> tuple[Floats, Floats]:
     """Splits by user under `folder`/love, train sampled as rluf.prepare does; returns the test rows' chances."""
-    rows, truth, plain = made(count, seed)
+    rows, truth, plain = made(count, seed, rate)
     users = sorted({row["user_id"] for row in rows})
     random.Random(seed).shuffle(users)
     cuts = np.cumsum([round(share * len(users)) for share in SHARES.values()])[:-1]
@@ -181,9 +181,9 @@ DEFAULTS = (
 )  # fmt: skip
 
 
-def run(rows: int, seed: int, settings: Settings, folder: Path) -> dict[str, Any]:
-    """Make the log, train, and tell the figures."""
-    truth, plain = write(rows, seed, folder / "data")
+def run(rows: int, seed: int, settings: Settings, folder: Path, *, rate: float = BASE_RATE) -> dict[str, Any]:
+    """Make the log with this share of loved responses, train, and tell the figures."""
+    truth, plain = write(rows, seed, rate, folder / "data")
     train(settings, folder / "data", folder / "love")
     card = json.loads((folder / "love" / "reward_card.json").read_text(encoding="utf-8"))
     told = figures(folder / "love", folder / "data", truth, plain)

@@ -53,9 +53,13 @@ def _logits(model: RewardModel, rows: Sequence[Mapping[str, Any]], responses: Se
 
 
 def _octave(count: int) -> str:
-    """1, 2 to 3, 4 to 7 rows and so on, named so that they sort."""
+    """1, 2-3, 4-7 rows and so on."""
     low = 1 << (count.bit_length() - 1)
-    return f"{low:04d} to {2 * low - 1:04d} rows"
+    return "1" if count == 1 else f"{low}-{2 * low - 1}"
+
+
+def _by_number(name: str) -> tuple[int, str]:
+    return int(name.partition("-")[0]) if name[:1].isdigit() and name.partition("-")[0].isdecimal() else 0, name
 
 
 def _same_order(before: Floats, after: Floats) -> float:
@@ -80,7 +84,7 @@ def slices(records: Sequence[Mapping[str, Any]], logits: Floats, labels: Floats 
             continue
         values = np.asarray([str(row[column]) for row in records])
         parts = {}
-        for value in sorted(set(values.tolist())):
+        for value in sorted(set(values.tolist()), key=_by_number):
             mask = values == value
             if mask.sum() < SLICE_ROWS:
                 continue

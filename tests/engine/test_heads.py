@@ -38,7 +38,7 @@ def _splits(data: Path, head: str) -> Splits:
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Four heads with a probe each on one frozen backbone, a decoder's (no bias) or an encoder's."""
     root = tmp_path_factory.mktemp("heads")
-    data = write_data(root / "data", rows=120)
+    data = write_data(root / "data", rows=80)
     section = {"backbone": request.param, "probe": True, "epochs": 0, "frozen_share": 1, "max_tokens": 120}
     settings = Settings.model_validate(
         {
