@@ -11,8 +11,10 @@ interval clustered by user or prompt, what length alone reaches, and ECE after a
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
+import logging
 import os
 import sys
 import time
@@ -33,10 +35,13 @@ from rluf.objectives.backbone import encoder_for, load_classifier, quick_cpu_mat
 from rluf.objectives.calibration import Calibration, Floats
 from rluf.objectives.card import calibrate
 from rluf.objectives.figures import label_figures, pair_figures, plain
+from rluf.objectives.metrics import accuracy_interval
 from rluf.objectives.probe import fit_probe
 from rluf.objectives.splits import folds
 from rluf.objectives.training import Plan, Rows, Trainer, encode_rows
 from rluf.paths import cache_dir
+
+logger = logging.getLogger("human")
 
 KINDS = {"love": "feedback", "helpfulness": "preferences", "safety": "safety"}
 
@@ -57,20 +62,67 @@ def read(settings: Settings, objective: str) -> list[dict[str, Any]]:
 
 
 def features(settings: Settings, objective: str, records: list[dict[str, Any]]) -> tuple[list[Floats], Rows]:
-    """What each member's head reads, [members][N, H], and the encoded rows."""
+    """What each member's head reads, [members][N, H], and the encoded rows. Kept in the cache for the next call."""
     chosen = settings.reward.named[objective]
-    backbone = resolve_model(chosen.backbone, cache_dir(settings))
+    pairs = chosen.loss == "bradley_terry"
     found, rows = [], None
-    for layers in chosen.layers or (0,):
-        model = load_classifier(backbone, trained=False, layers=layers)
-        encoder = encoder_for(model, backbone, chosen.max_tokens, next_turn=chosen.next_turn)
-        rows = encode_rows(records, encoder, pairs=chosen.loss == "bradley_terry", where=objective)
-        model.to(getattr(torch, settings.reward_dtype))
-        plan = Plan(epochs=0, batch_rows=1, batch_tokens=4096, steps=1, seed=settings.seed)
-        found.append(Trainer(model, encoder, plan).features(rows))
+    for member in chosen.members:
+        folder = resolve_model(member.backbone, cache_dir(settings))
+        model = load_classifier(folder, trained=False, layers=member.layers)
+        encoder = encoder_for(model, folder, chosen.max_tokens, next_turn=chosen.next_turn, own=member.own)
+        mine = encode_rows(records, encoder, pairs=pairs, where=objective)
+        rows = rows or mine
+        digest = hashlib.sha256(repr((member, [(row.ids, row.second) for row in mine.sequences])).encode()).hexdigest()
+        kept = cache_dir(settings) / "features" / f"{digest[:24]}.npy"
+        if not kept.is_file():
+            logger.info("%s: reading %d tokens", member, mine.tokens)
+            model.to(getattr(torch, settings.reward_dtype))
+            plan = Plan(epochs=0, batch_rows=1, batch_tokens=4096, steps=1, seed=settings.seed)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with kept.with_suffix(".part").open("wb") as file:
+                np.save(file, Trainer(model, encoder, plan).features(mine).astype(np.float32))
+            kept.with_suffix(".part").rename(kept)
+        found.append(np.load(kept).astype(np.float64))
     if rows is None:
-        raise DataError(f"reward.{objective}.layers is empty; name at least one")
+        raise DataError(f"reward.{objective} has no member")
     return found, rows
+
+
+def same_prompt(records: list[dict[str, Any]], rows: Rows, logits: Floats) -> dict[str, Any]:
+    """How well responses to the same messages are told apart: best of n, and accuracy of a label 1 against a 0.
+
+    Best of n is the share of label 1 of the response that scores highest, averaged over prompts with two responses or
+    more, beside that of a random one (mean over responses) and of the best.
+    """
+    prompts: dict[str, dict[str, list[int]]] = {}
+    for index, row in enumerate(records):
+        prompts.setdefault(json.dumps(row["messages"]), {}).setdefault(row["response"], []).append(index)
+    best, chance, oracle, margins, clusters, of_prompt = [], [], [], [], [], []
+    for replies in (found for found in prompts.values() if len(found) > 1):
+        rates = np.asarray([rows.labels[indices].mean() for indices in replies.values()])
+        scores = np.asarray([logits[indices[0]] for indices in replies.values()])
+        best.append(float(rates[scores.argmax()]))
+        chance.append(float(rates.mean()))
+        oracle.append(float(rates.max()))
+        of_prompt.append(rows.clusters[next(iter(replies.values()))[0]])
+        for won, lost in itertools.product(range(len(rates)), repeat=2):
+            if rates[won] == 1 and rates[lost] == 0:
+                margins.append(scores[won] - scores[lost])
+                clusters.append(of_prompt[-1])
+    if not best:
+        return {}
+    draws = np.random.default_rng(0).integers(0, len(best), (1000, len(best)))
+    low, high = np.quantile(np.asarray(best)[draws].mean(1), [0.025, 0.975])
+    found: dict[str, Any] = {
+        "prompts": len(best),
+        "best_of_n": {"mean": float(np.mean(best)), "low": float(low), "high": float(high)},
+        "random": float(np.mean(chance)),
+        "oracle": float(np.mean(oracle)),
+    }
+    if margins:
+        found["accuracy"] = accuracy_interval(np.asarray(margins), np.ones(len(margins)), clusters)
+        found["pairs"] = len(margins)
+    return {"same_prompt": found}
 
 
 def out_of_fold(members: list[Floats], rows: Rows, count: int, seed: int) -> tuple[Floats, Floats]:
@@ -85,7 +137,8 @@ def out_of_fold(members: list[Floats], rows: Rows, count: int, seed: int) -> tup
             head, bias, _ = fit_probe(
                 member[both != fold], rows.labels[train], rows.weights[train], clusters, pairs=rows.pairs, seed=seed
             )
-            raw[test] += (member[test] @ head + bias) / len(members)
+            logits = member[test] @ head + bias
+            raw[test] += logits / logits.std() if len(members) > 1 else logits  # equally loud, as in the checkpoint
     calibrated = np.zeros_like(raw)
     for fold in range(count):
         train = np.flatnonzero(place != fold)
@@ -104,13 +157,16 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     torch.set_num_threads(os.cpu_count() or 1)
     quick_cpu_matmul()
     started = time.monotonic()
     settings = load_settings(options.config, options.overrides).settings
     (objective,) = settings.reward.only
     records = read(settings, objective)
+    logger.info("%d rows", len(records))
     members, rows = features(settings, objective, records)
+    logger.info("fitting %d heads on %d folds", len(members), options.folds)
     raw, logits = out_of_fold(members, rows, options.folds, settings.seed)
     count = len(rows)
     if rows.pairs:
@@ -118,6 +174,7 @@ def main() -> None:
         figures = pair_figures(logits[:count] - logits[count:], rows.weights, longer, rows.clusters)
     else:
         figures = label_figures(logits, rows.labels, rows.weights, rows.lengths, rows.clusters)
+        figures |= same_prompt(records, rows, logits)
     del figures["reliability"]
     line = {
         "benchmark": "human",

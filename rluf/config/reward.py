@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rluf.config.base import Section
+
+
+class MemberPlan(NamedTuple):
+    """One model of an ensemble: its backbone, how many of the lowest layers are kept (0: all), and whose it is."""
+
+    backbone: str
+    layers: int
+    own: bool
+    """On the section's own backbone, and so trained as the section says; others only get a fitted head."""
 
 
 class RewardModelSettings(Section):
@@ -21,8 +30,9 @@ class RewardModelSettings(Section):
     """Logits by which the chosen side shall win (bradley_terry), or a verdict be right (hinge, where 0 means 1)."""
     positive_rate: float = Field(default=0.2, gt=0, lt=1)
     """Share of responses that are truly liked, reacted to or not; for loss nnpu alone."""
-    layers: tuple[int, ...] = ()
-    """Lowest layers of the backbone that are kept. Several numbers make an ensemble, a member each; none keeps all."""
+    layers: tuple[int | str, ...] = ()
+    """Lowest layers of the backbone that are kept. Several make an ensemble, a member each; none keeps all. A member on
+    another backbone is `name:layers`; that one stays as it is and gets a fitted head."""
     probe: bool = False
     """Start from a head fitted by regularised logistic regression on the untouched backbone; for small data."""
     next_turn: bool = False
@@ -50,6 +60,25 @@ class RewardModelSettings(Section):
     sign_offs: float = Field(default=0.0, ge=0, le=1)
     """Share of training rows that come a second time with a farewell or an affectionate close at the end, label as
     before, so that such phrases earn nothing."""
+
+    @field_validator("layers")
+    @classmethod
+    def _are_layers(cls, layers: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        for entry in layers:
+            name, _, number = entry.rpartition(":") if isinstance(entry, str) else ("own", ":", str(entry))
+            if not name or not number.isdecimal():
+                raise ValueError(f"{entry!r} is neither a number of layers nor backbone:layers; write minilm:6")
+        return layers
+
+    @property
+    def members(self) -> tuple[MemberPlan, ...]:
+        """The models to train, in order; one where `layers` is empty."""
+        return tuple(
+            MemberPlan(self.backbone, entry, own=True)
+            if isinstance(entry, int)
+            else MemberPlan(entry.rpartition(":")[0], int(entry.rpartition(":")[2]), own=False)
+            for entry in self.layers or (0,)
+        )
 
 
 class RewardSettings(Section):

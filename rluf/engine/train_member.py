@@ -23,7 +23,7 @@ from rluf.objectives.augment import with_sign_offs
 from rluf.objectives.backbone import encoder_for, freeze, load_classifier
 from rluf.objectives.lora import add_lora, merged
 from rluf.objectives.prefix import FrozenPrefix
-from rluf.objectives.probe import fit_probe, fold_bias, linear_head, set_head
+from rluf.objectives.probe import HEADS, fit_probe, fold_bias, linear_head, set_head
 from rluf.objectives.text import TextEncoder
 from rluf.objectives.training import Engine, Fit, Loss, Plan, Rows, Trainer, dev_log_loss, encode_rows, gathered
 from rluf.paths import cache_dir
@@ -65,6 +65,21 @@ class Member:
         self.encoder.tokenizer.save_pretrained(str(folder))
 
 
+def balance(members: Sequence[Member]) -> None:
+    """Scale the members' heads so that their logits vary equally on dev: the mean is then no matter of who is loudest.
+
+    A head fitted with much regularisation and a backbone trained for some epochs differ manifold in spread.
+    """
+    spreads = [float(member.found.dev_logits.std()) for member in members]
+    if len(members) < 2 or min(spreads) <= 0:
+        return
+    for member, spread in zip(members, spreads, strict=True):
+        factor = float(np.mean(spreads)) / spread
+        member.found.dev_logits = member.found.dev_logits * factor
+        for name in [name for name in member.weights if name.rpartition(".")[0] in HEADS]:
+            member.weights[name] = member.weights[name] * factor
+
+
 def train_member(
     settings: Settings, objective: str, splits: Splits, number: int, deadline: float, *, rank: int = 0, world: int = 1
 ) -> Member:
@@ -73,14 +88,21 @@ def train_member(
     The process group must exist where there is an epoch to train. Raises DataError, ModelError, StallError.
     """
     chosen = settings.reward.named[objective]
-    layers = chosen.layers[number] if chosen.layers else 0
+    plan_of = chosen.members[number]
+    if not plan_of.own:
+        chosen = chosen.model_copy(update={"probe": True, "epochs": 0, "frozen_share": 1, "lora_rank": 0})
     device = f"cuda:{torch.cuda.current_device()}" if settings.cluster.gpus_per_reward > 0 else "cpu"
-    backbone = resolve_model(chosen.backbone, cache_dir(settings))
+    backbone = resolve_model(plan_of.backbone, cache_dir(settings))
     torch.manual_seed((settings.seed + number) * 1009 + rank)
     model = load_classifier(
-        backbone, trained=False, device=device, dropout=chosen.dropout, seed=settings.seed + number, layers=layers
+        backbone,
+        trained=False,
+        device=device,
+        dropout=chosen.dropout,
+        seed=settings.seed + number,
+        layers=plan_of.layers,
     )
-    encoder = encoder_for(model, backbone, chosen.max_tokens, next_turn=chosen.next_turn)
+    encoder = encoder_for(model, backbone, chosen.max_tokens, next_turn=chosen.next_turn, own=plan_of.own)
     pairs = chosen.loss == "bradley_terry"
     records = with_sign_offs(splits.train, chosen.sign_offs, pairs=pairs, seed=settings.seed)
     rows = encode_rows(records, encoder, pairs=pairs, where=f"{splits.folder}/train.parquet")
@@ -103,7 +125,7 @@ def train_member(
         deadline=deadline,
     )
     frozen = freeze(model, chosen.frozen_share)
-    name = objective if len(chosen.layers) < 2 else f"{objective} {number + 1} of {len(chosen.layers)}"
+    name = objective if len(chosen.members) < 2 else f"{objective} {number + 1} of {len(chosen.members)}"
     trained, every = model.num_parameters(only_trainable=True) / 1e6, model.num_parameters() / 1e6
     logger.info("%s: %d rows, %d tokens, %.1fM of %.1fM weights train", name, len(rows), rows.tokens, trained, every)
     dtype = getattr(torch, settings.reward_dtype)
@@ -137,7 +159,7 @@ def train_member(
                 f["dev_log_loss"],
             ),
         )
-    return Member(backbone, layers, encoder, rows, dev, found, weights)
+    return Member(backbone, plan_of.layers, encoder, rows, dev, found, weights)
 
 
 def loss_of(chosen: RewardModelSettings) -> Loss:

@@ -60,7 +60,8 @@ def train_rewards(
     from ray.train.torch import TorchConfig, TorchTrainer
 
     for objective, (data, out) in jobs.items():
-        resolve_model(settings.reward.named[objective].backbone, cache_dir(settings))  # once, before any worker starts
+        for member in settings.reward.named[objective].members:
+            resolve_model(member.backbone, cache_dir(settings))  # once, before any worker starts
         _check_data(objective, data)
         out.parent.mkdir(parents=True, exist_ok=True)
     context = ray.data.DataContext.get_current()
@@ -230,7 +231,7 @@ def _train_one(settings: Settings, objective: str, data: Path, out: Path, deadli
     rank, world = train.get_context().get_world_rank(), train.get_context().get_world_size()
     members = [
         train_member(settings, objective, records, number, deadline, rank=rank, world=world)
-        for number in range(max(1, len(chosen.layers)))
+        for number in range(len(chosen.members))
     ]
     if rank == 0:
         finish(settings, objective, data, out, members, clock, thorough)
@@ -246,10 +247,12 @@ def finish(
     thorough: bool,
 ) -> None:
     """Calibrate the trained members together and write the checkpoint folder `out`; rank 0 alone does."""
+    from rluf.engine.train_member import balance
     from rluf.objectives.calibration import Calibration
     from rluf.objectives.card import calibrate, describe_training
 
     first, chosen = members[0], settings.reward.named[objective]
+    balance(members)
     logits = np.mean([member.found.dev_logits for member in members], axis=0)
     base = Calibration(
         objective,

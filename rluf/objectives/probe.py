@@ -24,12 +24,14 @@ from rluf.objectives.splits import folds
 STRENGTHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """Inverse regularisation strengths tried, on standardised features; scikit-learn's C."""
 FOLDS = 4
+HEADS = ("score", "classifier")
+"""Names of the one-logit linear head in models for sequence classification."""
 Matrix = NDArray[np.float64]
 
 
 def linear_head(model: nn.Module) -> nn.Linear:
     """The model's one-logit linear head. Raises ModelError when its head is another kind of module."""
-    for name in ("score", "classifier"):
+    for name in HEADS:
         head = getattr(model, name, None)
         if isinstance(head, nn.Linear) and head.out_features == 1:
             return head
@@ -48,11 +50,11 @@ class HeadInput:
     def _catch(self, _module: nn.Module, args: Any) -> None:
         self.caught.append(args[0].detach())
 
-    def take(self, lengths: Sequence[int]) -> Floats:
-        """Features [B, H] of the last forward pass over right-padded rows of these lengths."""
+    def take(self, places: Sequence[tuple[int, int]]) -> Floats:
+        """Features [N, H] of the last forward pass at (row, position) pairs; an encoder has one a row."""
         hidden = self.caught.pop()
-        if hidden.dim() == 3:
-            hidden = hidden[torch.arange(len(lengths)), torch.tensor(lengths) - 1]
+        rows, positions = (torch.tensor(side) for side in zip(*places, strict=True))
+        hidden = hidden[rows, positions] if hidden.dim() == 3 else hidden[rows]
         return hidden.float().cpu().numpy().astype(np.float64)
 
     def close(self) -> None:

@@ -49,9 +49,11 @@ class RewardModel:
         folders = [member_folder(path, number) for number in range(calibration.members)]
         members = [load_classifier(folder, trained=True, device=device) for folder in folders]
         encoders = [
-            encoder_for(member, folder, calibration.max_tokens, next_turn=calibration.next_turn)
-            for member, folder in zip(members, folders, strict=True)
+            encoder_for(member, folder, calibration.max_tokens, next_turn=calibration.next_turn, own=number == 0)
+            for number, (member, folder) in enumerate(zip(members, folders, strict=True))
         ]
+        if not all(encoder.same_as(encoders[0]) for encoder in encoders):
+            encoders[0].others = tuple(encoders[1:])
         return cls(members, encoders[0], calibration, batch_tokens)
 
     def score(self, items: Sequence[Item], objective: str) -> list[Score]:
@@ -72,7 +74,15 @@ class RewardModel:
 
     def each(self, rows: Sequence[Encoded]) -> Floats:
         """Uncalibrated logits [members, N] of encoded rows."""
-        return np.asarray([logits_of(member, self.encoder, rows, self.batch_tokens) for member in self.members])
+        found = []
+        for number, (member, encoder) in enumerate(zip(self.members, self._encoders(), strict=True)):
+            read = [row.others[number - 1] if number and row.others else row for row in rows]
+            found.append(logits_of(member, encoder, read, self.batch_tokens))
+        return np.asarray(found)
+
+    def _encoders(self) -> Sequence[TextEncoder]:
+        """Each member's encoder."""
+        return (self.encoder, *self.encoder.others) if self.encoder.others else [self.encoder] * len(self.members)
 
 
 @torch.inference_mode()

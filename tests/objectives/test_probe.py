@@ -17,6 +17,7 @@ from rluf.objectives.metrics import auroc
 from rluf.objectives.probe import HeadInput, fit_probe, fold_bias, linear_head, set_head
 from rluf.objectives.splits import folds
 from rluf.objectives.text import Encoded
+from rluf.objectives.training import Plan, Trainer, encode_rows
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_the_head_reads_the_same_whatever_the_row_is_batched_with(tiny: Path) ->
     set_head(model, weights, 0.0)
     with torch.inference_mode():
         logits = model(**encoder.collate(rows)).logits[:, 0]
-    features = caught.take([len(row) for row in rows])
+    features = caught.take([(place, len(row) - 1) for place, row in enumerate(rows)])
     caught.close()
     assert np.allclose(features @ weights, logits.numpy(), atol=1e-4)
 
@@ -106,6 +107,23 @@ _MODELS: dict[str, torch.nn.Module] = {}
 def test_a_model_without_a_linear_head_is_refused() -> None:
     with pytest.raises(ModelError, match="probe=false"):
         linear_head(torch.nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-encoder"])
+def test_features_of_messages_of_one_conversation_are_those_of_each_alone(tmp_path: Path, name: str) -> None:
+    folder = resolve_model(name, tmp_path)
+    model = load_classifier(folder, trained=False, seed=1)
+    encoder = encoder_for(model, folder, 96)
+    talk, records = [{"role": "user", "content": "Hi"}], []
+    for number in range(3):
+        records.append({"messages": list(talk), "response": f"Answer {number}", "label": number % 2, "weight": 1.0})
+        talk += [{"role": "assistant", "content": f"Answer {number}"}, {"role": "user", "content": "And?"}]
+    records = [row | {"group": "g"} for row in [*records, records[1]]]
+    plan = Plan(epochs=0, batch_rows=1, batch_tokens=256, steps=1, seed=0)
+    together = Trainer(model, encoder, plan).features(encode_rows(records, encoder, pairs=False, where="here"))
+    for row, expected in zip(records, together, strict=True):
+        alone = Trainer(model, encoder, plan).features(encode_rows([row], encoder, pairs=False, where="here"))
+        assert np.allclose(alone[0], expected, atol=1e-4)
 
 
 def test_kept_layers_are_the_lowest(tiny: Path) -> None:
