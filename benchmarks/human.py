@@ -67,22 +67,24 @@ def features(settings: Settings, objective: str, records: list[dict[str, Any]]) 
     pairs = chosen.loss == "bradley_terry"
     found, rows = [], None
     for member in chosen.members:
+        depths = chosen.model_copy(update={"probe": True, "epochs": 0}).depths(member)
         folder = resolve_model(member.backbone, cache_dir(settings))
-        model = load_classifier(folder, trained=False, layers=member.layers)
+        model = load_classifier(folder, trained=False, layers=max(depths))
         encoder = encoder_for(model, folder, chosen.max_tokens, next_turn=chosen.next_turn, own=member.own)
         mine = encode_rows(records, encoder, pairs=pairs, where=objective)
         rows = rows or mine
-        digest = hashlib.sha256(repr((member, [(row.ids, row.second) for row in mine.sequences])).encode()).hexdigest()
-        kept = cache_dir(settings) / "features" / f"{digest[:24]}.npy"
+        what = (member.backbone, depths, [(row.ids, row.second) for row in mine.sequences])
+        kept = cache_dir(settings) / "features" / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:24]}.npy"
         if not kept.is_file():
-            logger.info("%s: reading %d tokens", member, mine.tokens)
+            logger.info("%s, depths %s: reading %d tokens or fewer", member.backbone, depths, mine.tokens)
             model.to(getattr(torch, settings.reward_dtype))
             plan = Plan(epochs=0, batch_rows=1, batch_tokens=4096, steps=1, seed=settings.seed)
             kept.parent.mkdir(parents=True, exist_ok=True)
             with kept.with_suffix(".part").open("wb") as file:
-                np.save(file, Trainer(model, encoder, plan).features(mine).astype(np.float32))
+                several = depths if len(depths) > 1 else ()
+                np.save(file, Trainer(model, encoder, plan).features(mine, several).astype(np.float32))
             kept.with_suffix(".part").rename(kept)
-        found.append(np.load(kept).astype(np.float64))
+        found.append(np.load(kept)[depths.index(member.layers)].astype(np.float64))
     if rows is None:
         raise DataError(f"reward.{objective} has no member")
     return found, rows

@@ -39,7 +39,7 @@ KEPT = 10
 """Layers kept of the file's 12: the last two serve retrieval. On real likes the mean of the tenth ranks better."""
 POOLER_SCALE = 0.1
 """The pooler's tanh hardly bends what is a tenth of a layer-normed value; the head makes up for the scale."""
-MEAN_WEIGHT = 100.0
+MEAN_WEIGHT = 1000.0
 """How many times as loud the mean is as the first token's own state beside it in the pooling layer's residual."""
 
 

@@ -80,6 +80,16 @@ class RewardModelSettings(Section):
             for entry in self.layers or (0,)
         )
 
+    def depths(self, member: MemberPlan) -> tuple[int, ...]:
+        """Numbers of layers at which one pass over the member's backbone serves it and others; its own alone if none.
+
+        Members share a pass where the backbone stays as it is: with a fitted head and no epoch.
+        """
+        alike = {other.layers for other in self.members if other.backbone == member.backbone}
+        if self.epochs or not self.probe or 0 in alike:
+            return (member.layers,)
+        return tuple(sorted(alike))
+
 
 class RewardSettings(Section):
     """Reward model training on Ray Train."""

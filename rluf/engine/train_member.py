@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rluf.config.reward import RewardModelSettings
+from rluf.config.reward import MemberPlan, RewardModelSettings
 from rluf.config.settings import Settings
 from rluf.engine.deepspeed import gather_parameters, init_deepspeed
 from rluf.errors import DataError
@@ -21,6 +21,7 @@ from rluf.models import resolve_model
 from rluf.objectives import losses
 from rluf.objectives.augment import with_sign_offs
 from rluf.objectives.backbone import encoder_for, freeze, load_classifier
+from rluf.objectives.calibration import Floats
 from rluf.objectives.lora import add_lora, merged
 from rluf.objectives.prefix import FrozenPrefix
 from rluf.objectives.probe import HEADS, fit_probe, fold_bias, linear_head, set_head
@@ -81,9 +82,19 @@ def balance(members: Sequence[Member]) -> None:
 
 
 def train_member(
-    settings: Settings, objective: str, splits: Splits, number: int, deadline: float, *, rank: int = 0, world: int = 1
+    settings: Settings,
+    objective: str,
+    splits: Splits,
+    number: int,
+    deadline: float,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    shared: dict[str, Floats] | None = None,
 ) -> Member:
     """Train member `number` (0 for a single model) on rank `rank` of `world`, in step with the others.
+
+    `shared`, empty before the first member, lets members that differ in depth alone read the rows in one pass.
 
     The process group must exist where there is an epoch to train. Raises DataError, ModelError, StallError.
     """
@@ -92,6 +103,7 @@ def train_member(
     if not plan_of.own:
         chosen = chosen.model_copy(update={"probe": True, "epochs": 0, "frozen_share": 1, "lora_rank": 0})
     device = f"cuda:{torch.cuda.current_device()}" if settings.cluster.gpus_per_reward > 0 else "cpu"
+    depths = chosen.depths(plan_of)
     backbone = resolve_model(plan_of.backbone, cache_dir(settings))
     torch.manual_seed((settings.seed + number) * 1009 + rank)
     model = load_classifier(
@@ -100,7 +112,7 @@ def train_member(
         device=device,
         dropout=chosen.dropout,
         seed=settings.seed + number,
-        layers=plan_of.layers,
+        layers=max(depths),
     )
     encoder = encoder_for(model, backbone, chosen.max_tokens, next_turn=chosen.next_turn, own=plan_of.own)
     pairs = chosen.loss == "bradley_terry"
@@ -138,7 +150,8 @@ def train_member(
     weights: dict[str, torch.Tensor] = {}
     found = Fit()
     if chosen.probe:
-        found = _probe(trainer, rows, dev, settings.seed, weights)
+        read = _read(trainer, rows, dev, plan_of, depths, {} if shared is None else shared)
+        found = _probe(trainer, rows, dev, read, settings.seed, weights)
         logger.info("%s: probe, dev log-loss %.4f", name, found.best_loss)
     if chosen.lora_rank:
         add_lora(model, chosen.lora_rank, frozen, chosen.dropout)
@@ -180,10 +193,32 @@ def loss_of(chosen: RewardModelSettings) -> Loss:
     return known[chosen.loss]
 
 
-def _probe(trainer: Trainer, rows: Rows, dev: Rows, seed: int, weights: dict[str, torch.Tensor]) -> Fit:
-    """Fit the head on all ranks' rows and put it into the model and into `weights`; the same on every rank."""
+def _read(
+    trainer: Trainer, rows: Rows, dev: Rows, member: MemberPlan, depths: Sequence[int], shared: dict[str, Floats]
+) -> tuple[Floats, Floats]:
+    """What this member's head reads of the rows and of dev, [N, H] each; the siblings' share stays in `shared`."""
+    if len(depths) == 1:
+        return trainer.features(rows)[0], trainer.features(dev)[0]
+    if member.backbone not in shared:
+        shared[member.backbone] = np.concatenate([trainer.features(part, depths) for part in (rows, dev)], axis=1)
+    every = shared[member.backbone][depths.index(member.layers)]
+    return every[: len(rows.sequences)], every[len(rows.sequences) :]
+
+
+def _probe(
+    trainer: Trainer,
+    rows: Rows,
+    dev: Rows,
+    read: tuple[Floats, Floats],
+    seed: int,
+    weights: dict[str, torch.Tensor],
+) -> Fit:
+    """Fit the head on all ranks' rows and put it into the model and into `weights`; the same on every rank.
+
+    `read` is what the head reads of the rows and of dev.
+    """
     clock = time.monotonic()
-    shards = gathered((trainer.features(rows), rows.labels, rows.loss_weights, rows.clusters), trainer.plan.world)
+    shards = gathered((read[0], rows.labels, rows.loss_weights, rows.clusters), trainer.plan.world)
     halves = [np.split(shard[0], 2) if rows.pairs else [shard[0]] for shard in shards]
     features = np.concatenate([half[side] for side in range(1 + rows.pairs) for half in halves])
     head, bias, strength = fit_probe(
@@ -200,7 +235,7 @@ def _probe(trainer: Trainer, rows: Rows, dev: Rows, seed: int, weights: dict[str
         head, bias = fold_bias(features, head, bias)
     weights.update(set_head(trainer.model, head, bias))
     shift = 0.0 if rows.pairs else trainer.shift(rows)
-    logits = trainer.features(dev) @ head + (bias if has_bias else 0.0)
+    logits = read[1] @ head + (bias if has_bias else 0.0)
     loss = dev_log_loss(logits, dev, shift)
     return Fit(-1, loss, logits, shift, rows.tokens, time.monotonic() - clock)
 

@@ -229,8 +229,9 @@ def _train_one(settings: Settings, objective: str, data: Path, out: Path, deadli
     chosen = settings.reward.named[objective]
     records = Splits(_shard(objective), _table(data / "dev.parquet"), data)
     rank, world = train.get_context().get_world_rank(), train.get_context().get_world_size()
+    shared: dict[str, Any] = {}
     members = [
-        train_member(settings, objective, records, number, deadline, rank=rank, world=world)
+        train_member(settings, objective, records, number, deadline, rank=rank, world=world, shared=shared)
         for number in range(len(chosen.members))
     ]
     if rank == 0:

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import distributed
+from transformers import PreTrainedModel
 
 from rluf.errors import DataError, StallError
 from rluf.objectives.calibration import Floats, fit_platt, fit_scale, prior_shift, sigmoid
@@ -171,7 +172,7 @@ class Trainer:
     """One reward model's training on one rank."""
 
     def __init__(
-        self, model: torch.nn.Module, encoder: TextEncoder, plan: Plan, prefix: FrozenPrefix | None = None
+        self, model: PreTrainedModel, encoder: TextEncoder, plan: Plan, prefix: FrozenPrefix | None = None
     ) -> None:
         """`prefix` replays the frozen layers where that pays."""
         self.model, self.encoder, self.plan, self.prefix = model, encoder, plan, prefix
@@ -212,9 +213,12 @@ class Trainer:
         return found
 
     @torch.no_grad()
-    def features(self, rows: Rows) -> Floats:
-        """What the model's linear head reads for each of this rank's sequences [N, H], without dropout."""
-        hidden, caught = self._hidden(rows), HeadInput(self.model)
+    def features(self, rows: Rows, depths: Sequence[int] = ()) -> Floats:
+        """What the model's linear head reads for each of this rank's sequences [depths, N, H], without dropout.
+
+        One depth, that of the model, unless `depths` name numbers of lowest layers.
+        """
+        hidden, caught = self._hidden(rows), HeadInput(self.model, depths)
         was_training = self.model.training
         self.model.eval()
         carried: dict[int, list[int]] = {}
@@ -236,11 +240,11 @@ class Trainer:
                     self._forward(self.model, rows, batch, hidden)
                     takers = [(row, index) for row, carrier in enumerate(batch) for index in carried[carrier]]
                     taken = caught.take([(row, len(rows.sequences[index]) - 1) for row, index in takers])
-                    found.update(zip([index for _, index in takers], taken, strict=True))
+                    found.update(zip([index for _, index in takers], taken.swapaxes(0, 1), strict=True))
         finally:
             caught.close()
             self.model.train(was_training)
-        return np.stack([found[index] for index in range(len(rows.sequences))])
+        return np.stack([found[index] for index in range(len(rows.sequences))], axis=1)
 
     def shift(self, rows: Rows) -> float:
         """Prior shift over the rows of all ranks."""

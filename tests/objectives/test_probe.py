@@ -71,7 +71,7 @@ def test_the_head_reads_the_same_whatever_the_row_is_batched_with(tiny: Path) ->
         logits = model(**encoder.collate(rows)).logits[:, 0]
     features = caught.take([(place, len(row) - 1) for place, row in enumerate(rows)])
     caught.close()
-    assert np.allclose(features @ weights, logits.numpy(), atol=1e-4)
+    assert np.allclose(features[0] @ weights, logits.numpy(), atol=1e-4)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -121,9 +121,14 @@ def test_features_of_messages_of_one_conversation_are_those_of_each_alone(tmp_pa
     records = [row | {"group": "g"} for row in [*records, records[1]]]
     plan = Plan(epochs=0, batch_rows=1, batch_tokens=256, steps=1, seed=0)
     together = Trainer(model, encoder, plan).features(encode_rows(records, encoder, pairs=False, where="here"))
-    for row, expected in zip(records, together, strict=True):
+    for row, expected in zip(records, together[0], strict=True):
         alone = Trainer(model, encoder, plan).features(encode_rows([row], encoder, pairs=False, where="here"))
-        assert np.allclose(alone[0], expected, atol=1e-4)
+        assert np.allclose(alone[:, 0], expected, atol=1e-4)
+    both = Trainer(model, encoder, plan).features(encode_rows(records, encoder, pairs=False, where="here"), (1, 2))
+    assert np.allclose(both[1], together[0], atol=1e-4)
+    low = load_classifier(folder, trained=False, seed=1, layers=1)
+    alone = Trainer(low, encoder, plan).features(encode_rows(records, encoder, pairs=False, where="here"))
+    assert np.allclose(both[0], alone[0], atol=1e-4)
 
 
 def test_kept_layers_are_the_lowest(tiny: Path) -> None:
