@@ -16,6 +16,7 @@ import torch
 from rluf.errors import ModelError
 from rluf.objectives.backbone import encoder_for, load_classifier
 from rluf.objectives.calibration import Calibration, Floats
+from rluf.objectives.passes import pass_logits, passes
 from rluf.objectives.text import Encoded, Item, TextEncoder, token_batches
 from rluf.types import Score
 
@@ -36,6 +37,7 @@ class RewardModel:
     ) -> None:
         """`batch_tokens` bounds the padded tokens of one forward pass."""
         self.members = [member.eval() for member in members]
+        self._passes = passes(self.members)
         self.encoder = encoder
         self.calibration = calibration
         self.batch_tokens = batch_tokens
@@ -74,11 +76,16 @@ class RewardModel:
 
     def each(self, rows: Sequence[Encoded]) -> Floats:
         """Uncalibrated logits [members, N] of encoded rows."""
-        found = []
-        for number, (member, encoder) in enumerate(zip(self.members, self._encoders(), strict=True)):
+        found = np.zeros((len(self.members), len(rows)))
+        for run in self._passes:
+            number = run.members[-1]
             read = [row.others[number - 1] if number and row.others else row for row in rows]
-            found.append(logits_of(member, encoder, read, self.batch_tokens))
-        return np.asarray(found)
+            encoder = self._encoders()[number]
+            if run.heads:
+                found[list(run.members)] = pass_logits(run, encoder, read, self.batch_tokens)
+            else:
+                found[number] = logits_of(run.model, encoder, read, self.batch_tokens)
+        return found
 
     def _encoders(self) -> Sequence[TextEncoder]:
         """Each member's encoder."""

@@ -6,7 +6,7 @@ rendered up to the end of the response, so that the last token has seen everythi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -179,3 +179,16 @@ def carriers(rows: Sequence[Encoded], *, causal: bool) -> list[int]:
         if short.ids == long.ids[: len(short)] and (causal or short == long):
             found[here] = found[after]
     return found
+
+
+def shared_batches(
+    rows: Sequence[Encoded], *, causal: bool, batch_tokens: int
+) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+    """Batches of the rows that need a pass, each with what can be read off it: (place in the batch, row) pairs."""
+    carried: dict[int, list[int]] = {}
+    for index, carrier in enumerate(carriers(rows, causal=causal)):
+        carried.setdefault(carrier, []).append(index)
+    kept = list(carried)
+    for group in token_batches([len(rows[index]) for index in kept], batch_tokens):
+        batch = [kept[place] for place in group]
+        yield batch, [(place, index) for place, carrier in enumerate(batch) for index in carried[carrier]]

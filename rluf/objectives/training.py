@@ -25,7 +25,7 @@ from rluf.objectives.losses import weighted_bce
 from rluf.objectives.metrics import log_loss
 from rluf.objectives.prefix import FrozenPrefix
 from rluf.objectives.probe import HeadInput
-from rluf.objectives.text import Encoded, TextEncoder, carriers, token_batches
+from rluf.objectives.text import Encoded, TextEncoder, shared_batches, token_batches
 
 logger = logging.getLogger(__name__)
 
@@ -221,16 +221,13 @@ class Trainer:
         hidden, caught = self._hidden(rows), HeadInput(self.model, depths)
         was_training = self.model.training
         self.model.eval()
-        carried: dict[int, list[int]] = {}
-        for index, carrier in enumerate(carriers(rows.sequences, causal=not self.encoder.pair)):
-            carried.setdefault(carrier, []).append(index)
         found: dict[int, Floats] = {}
         told = time.monotonic()
         try:
             with self._replaying(hidden):
-                kept = list(carried)
-                for group in token_batches([len(rows.sequences[index]) for index in kept], self.plan.batch_tokens):
-                    batch = [kept[place] for place in group]
+                for batch, takers in shared_batches(
+                    rows.sequences, causal=not self.encoder.pair, batch_tokens=self.plan.batch_tokens
+                ):
                     now = time.monotonic()
                     if now > self.plan.deadline:
                         raise StallError("reward training met its deadline in the probe; raise reward.deadline_s")
@@ -238,8 +235,7 @@ class Trainer:
                         told = now
                         logger.info("probe: features of %d of %d rows", len(found), len(rows.sequences))
                     self._forward(self.model, rows, batch, hidden)
-                    takers = [(row, index) for row, carrier in enumerate(batch) for index in carried[carrier]]
-                    taken = caught.take([(row, len(rows.sequences[index]) - 1) for row, index in takers])
+                    taken = caught.take([(place, len(rows.sequences[index]) - 1) for place, index in takers])
                     found.update(zip([index for _, index in takers], taken.swapaxes(0, 1), strict=True))
         finally:
             caught.close()

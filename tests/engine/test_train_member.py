@@ -48,7 +48,11 @@ def test_an_ensemble_of_probes_ranks_is_calibrated_and_has_a_card(data: Path, tm
     assert card["training"]["best_epoch"] == 0
     assert card["robustness"]["rows"] > 20
     model = RewardModel.load(tmp_path / "out", batch_tokens=2048)
+    assert [run.depths for run in model._passes] == [(1, 2)]
     question: list[Message] = [{"role": "user", "content": "How was the day?"}]
+    rows = model.encoder.encode([(question, text) for text in WARM])
+    alone = [logits_of(member, model.encoder, rows, 512) for member in model.members]
+    assert np.allclose(model.each(rows), alone, atol=1e-4)
     warm, cold = (model.score([(question, text) for text in texts], "love") for texts in (WARM, COLD))
     assert min(score.value for score in warm) > max(score.value for score in cold)
     assert all(score.spread > 0 for score in warm)
