@@ -94,7 +94,9 @@ class PackedE5:
             place += 2 + size + 5
             (offsets[name],) = struct.unpack_from("<Q", data, place)
             place += 16
-        return cls(data, *sizes, epsilon, list(zip(texts, scores, strict=True)), unknown, offsets)
+        hidden, layers, heads, inner, vocabulary, positions, kinds = sizes
+        pieces = list(zip(texts, scores, strict=True))
+        return cls(data, hidden, layers, heads, inner, vocabulary, positions, kinds, epsilon, pieces, unknown, offsets)
 
     def floats(self, name: str, *shape: int) -> torch.Tensor:
         """A float32 tensor."""

@@ -110,7 +110,8 @@ def _xiaomi(row: Mapping[str, Any], options: Options) -> Items:
     The file counts reactions and names no user, so the rows of one query share a user: a split by user then is one by
     query. Its time is the day of the shared task.
     """
-    user, items = short_hash("xiaomi", row["query"]), []
+    user = short_hash("xiaomi", row["query"])
+    items: Items = []
     for place, reply in enumerate(row["replys"]):
         likes, all_of_them = int(reply["like"]), int(reply["like"]) + int(reply["dislike"])
         if min(likes, all_of_them - likes) < 0:
