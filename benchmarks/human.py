@@ -1,6 +1,6 @@
 """How well do reward models rank what real people said, on users or prompts that they never saw?
 
-python benchmarks/human.py --config configs/reward/love-human.yaml [--folds 5] [--data FOLDER]
+python benchmarks/human.py --config configs/reward/love-human.yaml [--folds 5] [key=value ...]
 
 Takes backbone, layers and probe of the config's one objective, fits the head on all folds but one and scores that one:
 five times, split by user (love) or by prompt. The layers stay as they are, so epochs of the config play no part; what
@@ -18,11 +18,13 @@ import logging
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
@@ -38,6 +40,7 @@ from rluf.objectives.figures import label_figures, pair_figures, plain
 from rluf.objectives.metrics import accuracy_interval
 from rluf.objectives.probe import fit_probe
 from rluf.objectives.splits import folds
+from rluf.objectives.text import TextEncoder
 from rluf.objectives.training import Plan, Rows, Trainer, encode_rows
 from rluf.paths import cache_dir
 
@@ -62,7 +65,7 @@ def read(settings: Settings, objective: str) -> list[dict[str, Any]]:
 
 
 def features(settings: Settings, objective: str, records: list[dict[str, Any]]) -> tuple[list[Floats], Rows]:
-    """What each member's head reads, [members][N, H], and the encoded rows. Kept in the cache for the next call."""
+    """What each member's head reads, [members][N, H], and the encoded rows."""
     chosen = settings.reward.named[objective]
     pairs = chosen.loss == "bradley_terry"
     found, rows = [], None
@@ -73,21 +76,39 @@ def features(settings: Settings, objective: str, records: list[dict[str, Any]]) 
         encoder = encoder_for(model, folder, chosen.max_tokens, next_turn=chosen.next_turn, own=member.own)
         mine = encode_rows(records, encoder, pairs=pairs, where=objective)
         rows = rows or mine
-        what = (member.backbone, depths, [(row.ids, row.second) for row in mine.sequences])
-        kept = cache_dir(settings) / "features" / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:24]}.npy"
-        if not kept.is_file():
-            logger.info("%s, depths %s: reading %d tokens or fewer", member.backbone, depths, mine.tokens)
-            model.to(getattr(torch, settings.reward_dtype))
-            plan = Plan(epochs=0, batch_rows=1, batch_tokens=4096, steps=1, seed=settings.seed)
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            with kept.with_suffix(".part").open("wb") as file:
-                several = depths if len(depths) > 1 else ()
-                np.save(file, Trainer(model, encoder, plan).features(mine, several).astype(np.float32))
-            kept.with_suffix(".part").rename(kept)
-        found.append(np.load(kept)[depths.index(member.layers)].astype(np.float64))
+        every = kept_features(settings, f"{member.backbone} {depths}", model, encoder, mine, depths)
+        found.append(every[depths.index(member.layers)])
     if rows is None:
         raise DataError(f"reward.{objective} has no member")
     return found, rows
+
+
+def kept_features(
+    settings: Settings, name: str, model: PreTrainedModel, encoder: TextEncoder, rows: Rows, depths: tuple[int, ...]
+) -> Floats:
+    """What heads on the model read of the rows [depths, N, H]. Kept in the cache by row, so a second call is quick."""
+    keys = [hashlib.sha256(repr((row.ids, row.second)).encode()).hexdigest()[:24] for row in rows.sequences]
+    path = cache_dir(settings) / "features" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.npz"
+    known: dict[str, int] = {}
+    values = np.empty((0, 0, 0))
+    if path.is_file():
+        stored = np.load(path)
+        known, values = {str(key): place for place, key in enumerate(stored["keys"])}, stored["values"]
+    new = {key: row for row, key in enumerate(keys) if key not in known}
+    if new:
+        part = replace(rows, sequences=[rows.sequences[row] for row in new.values()])
+        logger.info("%s: reading %d rows, %d tokens or fewer", name, len(new), part.tokens)
+        model.to(getattr(torch, settings.reward_dtype))
+        plan = Plan(epochs=0, batch_rows=1, batch_tokens=4096, steps=1, seed=settings.seed)
+        fresh = Trainer(model, encoder, plan).features(part, depths if len(depths) > 1 else ()).astype(np.float32)
+        values = np.concatenate([values, fresh], axis=1) if known else fresh
+        known |= {key: len(known) + place for place, key in enumerate(new)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".part").open("wb") as file:
+            np.savez(file, keys=np.asarray(list(known)), values=values)
+        path.with_suffix(".part").rename(path)
+    found: Floats = values[:, [known[key] for key in keys]].astype(np.float64)
+    return found
 
 
 def same_prompt(records: list[dict[str, Any]], rows: Rows, logits: Floats) -> dict[str, Any]:

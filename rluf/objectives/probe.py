@@ -98,6 +98,8 @@ def fit_probe(
 
     Pairs: logistic regression of the difference chosen - rejected, which is Bradley-Terry with a normal prior; no bias.
     """
+    if not pairs:
+        features, labels, weights, clusters = _merged(features, labels, weights, clusters)
     count = len(labels)
     mean, spread = features.mean(0), features.std(0) + 1e-6
     z = (features - mean) / spread
@@ -118,6 +120,22 @@ def fit_probe(
     w, b = _fit(x, y, weights, strength, pairs=pairs)
     head = w / spread
     return head, 0.0 if pairs else float(b - mean @ head), strength
+
+
+def _merged(
+    features: Matrix, labels: Floats, weights: Floats, clusters: Sequence[str]
+) -> tuple[Matrix, Floats, Floats, list[str]]:
+    """Rows that agree in all but weight as one row with the sum: the same solution from fewer rows.
+
+    A response with many reactions comes as many such rows.
+    """
+    first: dict[tuple[bytes, float, str], int] = {}
+    place = [
+        first.setdefault((features[i].tobytes(), float(labels[i]), clusters[i]), len(first)) for i in range(len(labels))
+    ]
+    kept = np.zeros(len(first), dtype=np.int64)
+    kept[place[::-1]] = np.arange(len(labels))[::-1]
+    return features[kept], labels[kept], np.bincount(place, weights), [clusters[i] for i in kept]
 
 
 def _calibrated_loss(logits: Floats, labels: Floats, weights: Floats, *, pairs: bool) -> float:

@@ -14,7 +14,7 @@ from rluf.errors import ModelError
 from rluf.models import resolve_model
 from rluf.objectives.backbone import encoder_for, load_classifier
 from rluf.objectives.metrics import auroc
-from rluf.objectives.probe import HeadInput, fit_probe, fold_bias, linear_head, set_head
+from rluf.objectives.probe import HeadInput, _merged, fit_probe, fold_bias, linear_head, set_head
 from rluf.objectives.splits import folds
 from rluf.objectives.text import Encoded
 from rluf.objectives.training import Plan, Trainer, encode_rows
@@ -48,6 +48,19 @@ def test_a_probe_finds_a_linear_truth_on_the_features_own_scale() -> None:
     pairs, nothing, _ = fit_probe(shown, np.ones(900), np.ones(900), users, pairs=True)
     assert nothing == 0.0
     assert ((shown[:900] - shown[900:]) @ pairs > 0).mean() > 0.8
+
+
+def test_a_row_that_comes_often_weighs_as_one_with_the_sum() -> None:
+    rng = np.random.default_rng(2)
+    x, y = rng.normal(size=(60, 3)), (rng.random(60) < 0.5).astype(float)
+    users = [f"u{i}" for i in range(60)]
+    times = rng.integers(1, 4, 60)
+    often = np.repeat(np.arange(60), times)
+    weighed = fit_probe(x - x.mean(0), y, times.astype(float), users, pairs=False)
+    merged = _merged(x[often], y[often], np.ones(len(often)), [users[i] for i in often])
+    assert np.allclose(merged[0], x) and np.allclose(merged[2], times) and merged[3] == users
+    listed = fit_probe(x[often] - x.mean(0), y[often], np.ones(len(often)), [users[i] for i in often], pairs=False)
+    assert np.allclose(weighed[0], listed[0], atol=1e-6)
 
 
 def test_a_bias_goes_into_weights_where_a_direction_is_steady_and_stays_out_elsewhere() -> None:
