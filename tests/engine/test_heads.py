@@ -66,8 +66,8 @@ def test_one_forward_pass_scores_as_each_head_alone(folders: dict[str, Path]) ->
     assert list(together) == list(HEADS)
     for head, folder in folders.items():
         alone = RewardModel.load(folder, batch_tokens=512).score(_items(), head)
-        assert [s.raw for s in together[head]] == pytest.approx([s.raw for s in alone], abs=1e-5)
-        assert [s.value for s in together[head]] == pytest.approx([s.value for s in alone], abs=1e-5)
+        assert [s.raw for s in together[head]] == pytest.approx([s.raw for s in alone], abs=1e-4)
+        assert [s.value for s in together[head]] == pytest.approx([s.value for s in alone], abs=1e-4)
     shared = SharedModel.load(folders, batch_tokens=4096)
     calls: list[Any] = []
     shared.model.members[0].register_forward_hook(lambda *_: calls.append(1))
@@ -134,7 +134,7 @@ def test_heads_of_other_folders_are_scored_apart(folders: dict[str, Path], tmp_p
     (other / "calibration.json").write_text(json.dumps({**told, "backbone": ""}))
     found = load_scorers({"love": folders["love"], "safety": other}, batch_tokens=512)(_items())
     alone = RewardModel.load(folders["safety"], batch_tokens=512).score(_items(), "safety")
-    assert [s.value for s in found["safety"]] == pytest.approx([s.value for s in alone], abs=1e-5)
+    assert [s.value for s in found["safety"]] == pytest.approx([s.value for s in alone], abs=1e-4)
 
 
 def test_continued_and_thumbs_are_read_off_the_feedback() -> None:
@@ -154,7 +154,7 @@ POOLING = """
 import json, sys
 from vllm import LLM, PoolingParams
 folder, items = sys.argv[1], json.load(sys.stdin)
-llm = LLM(model=folder, runner="pooling", dtype="float32", enforce_eager=True, max_model_len=120,
+llm = LLM(model=folder, runner="pooling", dtype="float32", enforce_eager=True, max_model_len=128,
           gpu_memory_utilization=0.05)
 plain = PoolingParams(use_activation=False)
 if "ids" in items[0]:
