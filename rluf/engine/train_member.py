@@ -115,14 +115,7 @@ def train_member(
         layers=max(depths),
     )
     encoder = encoder_for(model, backbone, chosen.max_tokens, next_turn=chosen.next_turn, own=plan_of.own)
-    pairs = chosen.loss == "bradley_terry"
-    records = with_sign_offs(splits.train, chosen.sign_offs, pairs=pairs, seed=settings.seed)
-    rows = encode_rows(records, encoder, pairs=pairs, where=f"{splits.folder}/train.parquet")
-    dev = encode_rows(splits.dev, encoder, pairs=pairs, where=f"{splits.folder}/dev.parquet")
-    if not pairs and len(set(rows.labels.tolist())) < 2:
-        raise DataError(
-            f"{splits.folder}/train.parquet holds one label only; a model needs rows of both, use a larger log"
-        )
+    rows, dev = _rows(splits, encoder, chosen, settings.seed)
     per_rank = max(1, chosen.batch_rows // world)
     plan = Plan(
         epochs=chosen.epochs,
@@ -173,6 +166,19 @@ def train_member(
             ),
         )
     return Member(backbone, plan_of.layers, encoder, rows, dev, found, weights)
+
+
+def _rows(splits: Splits, encoder: TextEncoder, chosen: RewardModelSettings, seed: int) -> tuple[Rows, Rows]:
+    """This rank's training rows, sign-offs added, and dev. Raises DataError when the rows have one label only."""
+    pairs = chosen.loss == "bradley_terry"
+    records = with_sign_offs(splits.train, chosen.sign_offs, pairs=pairs, seed=seed)
+    rows = encode_rows(records, encoder, pairs=pairs, where=f"{splits.folder}/train.parquet")
+    dev = encode_rows(splits.dev, encoder, pairs=pairs, where=f"{splits.folder}/dev.parquet")
+    if not pairs and len(set(rows.labels.tolist())) < 2:
+        raise DataError(
+            f"{splits.folder}/train.parquet holds one label only; a model needs rows of both, use a larger log"
+        )
+    return rows, dev
 
 
 def loss_of(chosen: RewardModelSettings) -> Loss:
