@@ -184,7 +184,7 @@ async def _steps(
         listening() as stop,
     ):
         progress.advance(done)
-        profiler, gauges = Profiler(pipeline, keeper.folder), Gauges(settings.name, pipeline.crew.rewards)
+        profiler, gauges = Profiler(pipeline, keeper.folder), Gauges(settings.name, pipeline.objectives)
         for number in range(done + 1, total + 1):
             await profiler.before(number)
             taken = await _unless(stop, pipeline, number)
@@ -197,7 +197,7 @@ async def _steps(
                 gauges.set(row)
                 await watch.look(pipeline, number, row["kl"])
                 progress.advance(
-                    **{name: row[name] for name in (*pipeline.crew.rewards, "reward", "kl", "probe", "step_s")}
+                    **{name: row[name] for name in (*pipeline.objectives, "reward", "kl", "probe", "step_s")}
                 )
             if stop.is_set() and outcome.steps:
                 await keeper.save(pipeline, len(outcome.steps), outcome.steps, watch.state())

@@ -110,6 +110,7 @@ class Pipeline:
         Reward-free methods learn from `reactions` instead.
         """
         self.settings, self.crew, self.prompts = settings, crew, prompts
+        self.objectives = tuple(settings.objectives.named)
         self.version = 0
         self.combiner = Combiner(settings.objectives)
         self.kl_coef = settings.algorithm.kl_coef
@@ -155,7 +156,7 @@ class Pipeline:
         return ref, info
 
     async def score(self, ref: ObjectRef[Group], info: GroupInfo) -> ScoredGroup:
-        """Let all objectives score a group at once, each on the next actor of its pool."""
+        """Let all objectives score a group at once, on the next actor of each pool."""
         deadline, begun = self.settings.rollout.deadline_s, time.monotonic()
         turn = next(self._turn)
         scorers = {name: pool[turn % len(pool)] for name, pool in self.crew.rewards.items()}
@@ -163,7 +164,8 @@ class Pipeline:
         found = await everyone(calls, deadline, f"scoring prompt {info.prompt_id}")
         for scorer in scorers.values():
             self.timeline.add(str(scorer), f"prompt {info.prompt_id}", begun, time.monotonic())
-        return ScoredGroup(ref, info, {name: tuple(s) for name, s in zip(scorers, found, strict=True)})
+        scores = {name: tuple(scores) for part in found for name, scores in part.items()}
+        return ScoredGroup(ref, info, {name: scores[name] for name in self.objectives if name in scores})
 
     async def respond(
         self, prompts: Sequence[Prompt], samples: int, seed: int, done: Callable[[], None]
@@ -270,10 +272,10 @@ class Pipeline:
         self.version += 1
         probe = await self.publisher.publish(self.version)
         clock.lap("publish_s", now)
-        metrics = {f"{name}": fmean(s.value for g in batch for s in g.scores[name]) for name in self.crew.rewards}
-        metrics |= {f"{name}_raw": fmean(s.raw for g in batch for s in g.scores[name]) for name in self.crew.rewards}
+        metrics = {f"{name}": fmean(s.value for g in batch for s in g.scores[name]) for name in self.objectives}
+        metrics |= {f"{name}_raw": fmean(s.raw for g in batch for s in g.scores[name]) for name in self.objectives}
         lengths = [n for scored in batch for n in scored.info.response_tokens]
-        self.drawn = {name: [s.value for g in batch for s in g.scores[name]] for name in self.crew.rewards}
+        self.drawn = {name: [s.value for g in batch for s in g.scores[name]] for name in self.objectives}
         self.drawn |= {
             "reward": [r for row in combined.rewards for r in row],
             "response_length": [*map(float, lengths)],

@@ -13,7 +13,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,25 +66,23 @@ class Models:
         """Load what `chosen` names: version, batch_tokens, device, and path or judge by objective."""
         from rluf.objectives.backbone import probe_items, quick_cpu_matmul
         from rluf.objectives.judges import judge_scorer
-        from rluf.objectives.scorer import RewardModel
+        from rluf.objectives.scorer import load_scorers
 
         self.version = str(chosen["version"])
         self.facts: dict[str, dict[str, Any]] = chosen["facts"]
-        self._scorers: dict[str, Callable[[Sequence[Item]], list[Score]]] = {}
         if chosen["device"] == "cpu":
             quick_cpu_matmul()
-        for name, source in chosen["models"].items():
-            if "judge" in source:
-                self._scorers[name] = judge_scorer(source["judge"], name)
-                continue
-            model = RewardModel.load(Path(source["path"]), batch_tokens=chosen["batch_tokens"], device=chosen["device"])
-            model.score(probe_items(), name)
-            self._scorers[name] = lambda items, model=model, name=name: model.score(items, name)  # type: ignore[misc]
+        named: dict[str, dict[str, str]] = chosen["models"]
+        self._judges = {n: judge_scorer(source["judge"], n) for n, source in named.items() if "judge" in source}
+        folders = {name: Path(source["path"]) for name, source in named.items() if "judge" not in source}
+        self._models = load_scorers(folders, batch_tokens=chosen["batch_tokens"], device=chosen["device"])
+        self._models(probe_items())
+        self._names = tuple(named)
 
     def score(self, items: Sequence[Item]) -> Replies:
         """Scores of items by every objective."""
-        found = {name: scorer(items) for name, scorer in self._scorers.items()}
-        return self.version, {name: [(s.value, s.raw, s.spread) for s in scores] for name, scores in found.items()}
+        found = self._models(items) | {name: judge(items) for name, judge in self._judges.items()}
+        return self.version, {name: [(s.value, s.raw, s.spread) for s in found[name]] for name in self._names}
 
 
 class Scorer:

@@ -32,6 +32,7 @@ from actors.learner import LearnerActor
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
 from cluster.placement import Places, role_options
+from rluf.config.derived import scored_together
 from rluf.config.settings import Settings
 from rluf.errors import ActorError, LostError, ResourceError, RlufError, StallError
 from rluf.policy.resume import Checkpoint
@@ -59,7 +60,7 @@ class Member:
 
 @dataclass(slots=True)
 class Crew:
-    """All actors of a run by role. `rewards` has one pool an objective."""
+    """All actors of a run by role. `rewards` has one pool an objective, or for heads of one backbone by the first."""
 
     rollouts: list[Member] = field(default_factory=list)
     rewards: dict[str, list[Member]] = field(default_factory=dict)
@@ -165,6 +166,7 @@ class Supervisor:
         self.on_loss: Callable[[LostError], None] | None = None
         self._model = model
         self._rewards = dict(rewards)
+        self._pools = {group[0]: group for group in scored_together(settings) if group[0] in rewards}
         self._with_learners = learners
         self._checkpoint = checkpoint
         self._places: Places | None = None
@@ -188,7 +190,7 @@ class Supervisor:
     def _create(self) -> None:
         settings = self.settings
         self.crew.rollouts = [self._hired("rollout", index) for index in range(settings.rollout.engines)]
-        for objective in self._rewards:
+        for objective in self._pools:
             replicas = settings.objectives.named[objective].replicas
             self.crew.rewards[objective] = [self._hired("reward", index, objective) for index in range(replicas)]
         if self._with_learners:
@@ -207,8 +209,8 @@ class Supervisor:
         if role == "rollout":
             arguments = (index, blob, model) if begin is None else (index, blob, str(begin.policy), begin.step)
         elif role == "reward":
-            folder = self._rewards[objective]
-            arguments = (objective, blob, None if folder is None else str(folder))
+            folders = {name: self._rewards[name] for name in self._pools[objective]}
+            arguments = (blob, {name: None if folder is None else str(folder) for name, folder in folders.items()})
         else:
             arguments = (index, self.settings.learner.ranks, blob, model, None if begin is None else str(begin.folder))
         handle = _remote(ROLES[role]).options(**options).remote(*arguments)

@@ -99,7 +99,7 @@ def kept_features(
         part = replace(rows, sequences=[rows.sequences[row] for row in new.values()])
         logger.info("%s: reading %d rows, %d tokens or fewer", name, len(new), part.tokens)
         model.to(getattr(torch, settings.reward_dtype))
-        plan = Plan(epochs=0, batch_rows=1, batch_tokens=4096, steps=1, seed=settings.seed)
+        plan = Plan(epochs=0, batch_rows=1, batch_tokens=4096, seed=settings.seed)
         fresh = Trainer(model, encoder, plan).features(part, depths if len(depths) > 1 else ()).astype(np.float32)
         values = np.concatenate([values, fresh], axis=1) if known else fresh
         known |= {key: len(known) + place for place, key in enumerate(new)}

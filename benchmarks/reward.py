@@ -2,10 +2,12 @@
 
 The bare loop trains the same MiniLM in the same type on batches of exactly equal length, so it wastes nothing on
 padding; it runs frozen layers in every epoch, as a bare loop does. On pairs, ours stands beside TRL's RewardTrainer
-(the same rows, rate and step size), and scoring of texts beside a transformers pipeline. All are timed by turns, the
-medians count. Tokens are those of the rows, padding left out. Prints one JSON line last.
+(the same rows, rate and step size, outside any process group, as its users run it), and scoring of texts, tokenizing
+included, beside a transformers pipeline; the bare loop of scoring has batches of equal length. All are timed by turns,
+the medians count; each is warmed up by a small run first. Tokens are those of the rows, padding left out. float32.
+Prints one JSON line last.
 
-python benchmarks/reward.py [--rows 256] [--rounds 3] [--threads 2]
+python benchmarks/reward.py [--rows 256] [--rounds 3] [--threads 2] [--only unfrozen]
 """
 
 from __future__ import annotations
@@ -33,10 +35,10 @@ from rluf.objectives.losses import bradley_terry, weighted_bce
 from rluf.objectives.prefix import FrozenPrefix
 from rluf.objectives.scorer import logits_of
 from rluf.objectives.text import Encoded, TextEncoder
-from rluf.objectives.training import Fit, Plan, Rows, Trainer
+from rluf.objectives.training import Fit, Plan, Position, Rows, Task, Trainer
 from rluf.paths import cache_dir
 
-BATCH, RATE, DTYPE = 32, 3e-4, torch.bfloat16
+BATCH, RATE, DTYPE = 32, 3e-4, torch.float32
 LENGTHS = [40, 48, 56, 64, 72, 80, 88, 96]
 
 
@@ -69,17 +71,16 @@ def ours(folder: Path, rows: Rows, frozen: float, epochs: int) -> float:
         model, zero_stage=0, learning_rate=RATE, warmup_steps=1, weight_decay=0.01, grad_clip=1.0, dtype=DTYPE, world=1,
         total_steps=steps * epochs,
     )  # fmt: skip
-    loss = pair_loss if rows.pairs else weighted_bce
-    plan = Plan(epochs=epochs, batch_rows=size, batch_tokens=4096, steps=steps, seed=0, loss=loss)
-    prefix = FrozenPrefix(model, layers) if layers else None
     dev = made_pairs(2, [8]) if rows.pairs else made_rows(2, [8])
-    trainer = Trainer(model, encoder, plan, prefix)
-    found = trainer.fit(engine, rows, dev, Fit(), snapshot=lambda: None, report=lambda _: None)
+    task = Task("reward", rows, dev, pair_loss if rows.pairs else weighted_bce)
+    plan = Plan(epochs=epochs, batch_rows=size, batch_tokens=4096, seed=0)
+    trainer = Trainer(model, encoder, plan, FrozenPrefix(model, layers) if layers else None)
+    (found,) = trainer.fit(engine, [task], Position([Fit()]), snapshot=lambda: None, report=lambda *_: None)
     return found.tokens / found.seconds
 
 
 def bare(folder: Path, rows: Rows, frozen: float, epochs: int) -> float:
-    """Tokens per second of a plain torch loop: bfloat16 weights, fused AdamW, batches of equal length."""
+    """Tokens per second of a plain torch loop: fused AdamW, batches of equal length."""
     model = load_classifier(folder, trained=False, dropout=0.1)
     encoder = encoder_for(model, folder, 128)
     freeze(model, frozen)
@@ -106,7 +107,7 @@ def made_pairs(count: int, lengths: list[int]) -> Rows:
 
 
 def trl(folder: Path, pairs: Rows, frozen: float, epochs: int) -> float:
-    """Tokens per second of TRL's RewardTrainer on pairs, bfloat16 autocast, batches as large as ours."""
+    """Tokens per second of TRL's RewardTrainer on pairs, batches as large as ours."""
     from datasets import Dataset
     from trl.trainer.reward_config import RewardConfig
     from trl.trainer.reward_trainer import RewardTrainer
@@ -120,7 +121,7 @@ def trl(folder: Path, pairs: Rows, frozen: float, epochs: int) -> float:
     with tempfile.TemporaryDirectory() as scratch:
         config = RewardConfig(
             output_dir=scratch, per_device_train_batch_size=BATCH // 2, num_train_epochs=epochs, learning_rate=RATE,
-            bf16=True, use_cpu=True, report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True,
+            bf16=False, use_cpu=True, report_to=[], logging_strategy="no", save_strategy="no", disable_tqdm=True,
             max_length=None, gradient_checkpointing=False, disable_dropout=False,
         )  # fmt: skip
         trainer = RewardTrainer(model=model, args=config, train_dataset=data, processing_class=encoder.tokenizer)
@@ -162,60 +163,85 @@ def equal_length_batches(rows: Rows) -> list[list[int]]:
     return [same[i : i + BATCH] for same in by_length.values() for i in range(0, len(same), BATCH)]
 
 
-def scoring(folder: Path, rows: Rows, encoder: TextEncoder) -> float:
-    """Tokens per second of scoring in float32, as reward actors do."""
+def scoring(folder: Path, rows: Rows, encoder: TextEncoder) -> tuple[float, float]:
+    """Tokens per second of scoring as reward actors do, and of a bare loop over batches of equal length."""
     model = load_classifier(folder, trained=False).eval()
     started = time.perf_counter()
     logits_of(model, encoder, rows.sequences, 8192)
-    return rows.tokens / (time.perf_counter() - started)
+    ours_s, started = time.perf_counter() - started, time.perf_counter()
+    with torch.inference_mode():
+        for batch in equal_length_batches(rows):
+            model(**encoder.collate([rows.sequences[i] for i in batch])).logits[:, 0].tolist()
+    return rows.tokens / ours_s, rows.tokens / (time.perf_counter() - started)
 
 
-def main() -> None:
-    """Time both by turns and print the JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    quick_cpu_matmul()
+def join() -> None:
+    """A process group of this process alone, which DeepSpeed wants and TRL would take for distributed training."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     join_group(rank=0, world=1, host="127.0.0.1", port=port, device=torch.device("cpu"), timeout_s=60)
-    settings = Settings()
-    folder = resolve_model("minilm", cache_dir(settings))
-    rows = made_rows(options.rows, LENGTHS)
-    encoder = encoder_for(load_classifier(folder, trained=False), folder, 128)
-    frozen, epochs = settings.reward.love.frozen_share, settings.reward.love.epochs
-    pairs, texts = made_pairs(options.rows // 2, LENGTHS), made_texts(encoder, options.rows, LENGTHS)
-    made: dict[str, list[float]] = defaultdict(list)
-    ours(folder, made_rows(BATCH, [64]), frozen, 1)  # builds DeepSpeed's op and warms up
-    for _ in range(options.rounds):
-        made["ours"].append(ours(folder, rows, frozen, epochs))
-        made["bare"].append(bare(folder, rows, frozen, epochs))
-        made["ours_unfrozen"].append(ours(folder, rows, 0, 1))
-        made["bare_unfrozen"].append(bare(folder, rows, 0, 1))
-        made["scoring"].append(scoring(folder, rows, encoder))
-        made["pairs"].append(ours(folder, pairs, frozen, epochs))
-        made["trl_pairs"].append(trl(folder, pairs, frozen, epochs))
-        speeds_of_texts = pipeline_scoring(folder, texts, encoder)
-        made["scoring_texts"].append(speeds_of_texts[0])
-        made["pipeline_texts"].append(speeds_of_texts[1])
+
+
+def one_round(
+    folder: Path, rows: Rows, pairs: Rows, texts: list[tuple[str, str]], only: str | None
+) -> dict[str, float]:
+    """Tokens per second of everything, each once, or of what trains without frozen layers alone."""
+    reward, encoder = Settings().reward, encoder_for(load_classifier(folder, trained=False), folder, 128)
+    frozen, epochs = reward.love.frozen_share, reward.love.epochs
+    found: dict[str, float] = {}
+    join()
+    found["ours_unfrozen"], found["bare_unfrozen"] = ours(folder, rows, 0, 1), bare(folder, rows, 0, 1)
+    if only is None:
+        found["ours"], found["bare"] = ours(folder, rows, frozen, epochs), bare(folder, rows, frozen, epochs)
+        found["pairs"], found["pairs_unfrozen"] = ours(folder, pairs, frozen, epochs), ours(folder, pairs, 0, 1)
     leave_group()
+    if only is None:
+        found["trl_pairs"], found["trl_pairs_unfrozen"] = trl(folder, pairs, frozen, epochs), trl(folder, pairs, 0, 1)
+        found["scoring"], found["bare_scoring"] = scoring(folder, rows, encoder)
+        found["scoring_texts"], found["pipeline_texts"] = pipeline_scoring(folder, texts, encoder)
+    return found
+
+
+RATIOS = {
+    "ratio": ("ours", "bare"),
+    "ratio_unfrozen": ("ours_unfrozen", "bare_unfrozen"),
+    "ratio_to_trl": ("pairs", "trl_pairs"),
+    "ratio_to_trl_unfrozen": ("pairs_unfrozen", "trl_pairs_unfrozen"),
+    "ratio_scoring": ("scoring", "bare_scoring"),
+    "ratio_to_pipeline": ("scoring_texts", "pipeline_texts"),
+}
+
+
+def main() -> None:
+    """Time all by turns and print the JSON line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--only", choices=["unfrozen"])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    quick_cpu_matmul()
+    folder = resolve_model("minilm", cache_dir(Settings()))
+    encoder = encoder_for(load_classifier(folder, trained=False), folder, 128)
+    rows, pairs = made_rows(options.rows, LENGTHS), made_pairs(options.rows // 2, LENGTHS)
+    texts = made_texts(encoder, options.rows, LENGTHS)
+    one_round(folder, made_rows(BATCH, [40]), made_pairs(BATCH // 2, [40]), texts[:BATCH], options.only)
+    made: dict[str, list[float]] = defaultdict(list)
+    for _ in range(options.rounds):
+        for name, speed in one_round(folder, rows, pairs, texts, options.only).items():
+            made[name].append(speed)
     speeds = {name: round(statistics.median(values), 1) for name, values in made.items()}
     line = {
         "benchmark": "reward",
         "tokens_per_second": speeds,
-        "ratio": round(speeds["ours"] / speeds["bare"], 3),
-        "ratio_unfrozen": round(speeds["ours_unfrozen"] / speeds["bare_unfrozen"], 3),
-        "ratio_to_trl": round(speeds["pairs"] / speeds["trl_pairs"], 3),
-        "ratio_to_pipeline": round(speeds["scoring_texts"] / speeds["pipeline_texts"], 3),
-        "frozen_share": frozen,
-        "epochs": epochs,
+        **{name: round(speeds[a] / speeds[b], 3) for name, (a, b) in RATIOS.items() if a in speeds},
+        "frozen_share": Settings().reward.love.frozen_share,
+        "epochs": Settings().reward.love.epochs,
         "rows": options.rows,
         "threads": options.threads,
-        "dtype": "bfloat16",
+        "dtype": str(DTYPE).removeprefix("torch."),
     }
     sys.stdout.write(json.dumps(line) + "\n")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from rluf.config.reward import ObjectiveSettings
@@ -59,30 +60,36 @@ def prepared(settings: Settings) -> Stage:
 def rewarded(settings: Settings, data: Stage) -> dict[str, Stage | None]:
     """A reward model for each objective: trained with Ray Train, reused, or taken from `path`; None for a judge.
 
-    Missing ones are trained by the same workers, one after another.
+    Missing ones are trained by the same workers, one after another; heads of one backbone are one stage.
     """
+    from rluf.engine.train_reward import grouped
     from rluf.reward import train_rewards
 
-    code = code_digest("objectives", "reward", "engine.deepspeed", "engine.train_member", "engine.train_reward")
+    engine = ("deepspeed", "train_member", "train_reward", "train_state", "write_reward")
+    code = code_digest("objectives", "reward", *(f"engine.{module}" for module in engine))
+    reward, named = settings.reward, settings.objectives.named
+    missing = [n for n, objective in named.items() if objective.source == "model" and objective.path is None]
+    groups = grouped(settings, [*missing, *(head for head in reward.heads if head not in named)])
+    of_stage = {f"reward-{'-'.join(group)}": group for group in groups}
     wanted = {
-        f"reward-{name}": {
+        stage: {
             "data": data.key,
-            "model": getattr(settings.reward, name).model_dump(mode="json"),
-            "workers": settings.reward.workers,
-            "zero_stage": settings.reward.zero_stage,
+            "model": {head: reward.of_head(head).model_dump(mode="json") for head in group},
+            "workers": reward.workers,
+            "zero_stage": reward.zero_stage,
             "seed": settings.seed,
             "code": code,
         }
-        for name, objective in settings.objectives.named.items()
-        if objective.source == "model" and objective.path is None
+        for stage, group in of_stage.items()
     }
 
     def build(folders: Mapping[str, Path]) -> None:
-        jobs = {stage.removeprefix("reward-"): (data.folder, folder) for stage, folder in folders.items()}
+        jobs = {head: (data.folder, folders[stage] / head) for stage in folders for head in of_stage[stage]}
         train_rewards(settings, jobs)
 
-    trained = run_stages(cache_dir(settings), wanted, build, reuse=settings.run.reuse)
-    return {name: trained.get(f"reward-{name}") or _given(name, o) for name, o in settings.objectives.named.items()}
+    stages = run_stages(cache_dir(settings), wanted, build, reuse=settings.run.reuse)
+    trained = {h: replace(stages[s], folder=stages[s].folder / h) for s, group in of_stage.items() for h in group}
+    return {name: trained.get(name) or _given(name, objective) for name, objective in named.items()}
 
 
 def _given(name: str, objective: ObjectiveSettings) -> Stage | None:

@@ -1,12 +1,14 @@
 """Train reward models: P[Love] from reactions, helpfulness from pairs, safety from labels; each with a reward card.
 
 Prepares the log first, unless that was done before, and writes one checkpoint folder an objective.
+With --curve each is also trained on an eighth, a quarter and half of its rows, for the card's learning curve.
 python -m rluf.reward --config configs/reward/love.yaml
 """
 
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,26 +19,34 @@ if TYPE_CHECKING:
     from rluf.config.settings import Settings
 
 logger = logging.getLogger("rluf.reward")
+CURVE = (0.125, 0.25, 0.5)
+"""Shares of the training rows that --curve adds."""
 
 
 def train_rewards(
-    settings: Settings, jobs: Mapping[str, tuple[Path, Path]], *, thorough: bool = False
+    settings: Settings,
+    jobs: Mapping[str, tuple[Path, Path]],
+    *,
+    thorough: bool = False,
+    before: Mapping[str, Path] | None = None,
+    curve: Sequence[float] = (),
 ) -> dict[str, dict[str, Any]]:
     """Train several objectives, objective -> (data, out), on the same workers; returns their cards.
 
     Ray must be initialised. Saves a worker start (some 15 s) for each objective after the first. `thorough` adds
-    slices, the robustness table and a page to the cards. Raises DataError, ModelError, ResourceError, StallError;
-    nothing half-written stays.
+    slices, the robustness table and a page to the cards, `before` (earlier models) a comparison, `curve` (shares of the
+    rows) a learning curve. Raises DataError, ModelError, ResourceError, StallError; nothing half-written stays.
     """
     from rluf.engine.train_reward import train_rewards as train
 
-    return train(settings, jobs, thorough=thorough)
+    return train(settings, jobs, thorough=thorough, before=before, curve=curve)
 
 
 def chosen_objectives(settings: Settings) -> tuple[str, ...]:
-    """What the command trains: reward.only, else every objective whose source is a model."""
+    """What the command trains: reward.only, else every objective whose source is a model, and reward.heads."""
     named = settings.objectives.named
-    return settings.reward.only or tuple(name for name, objective in named.items() if objective.source == "model")
+    models = tuple(name for name, objective in named.items() if objective.source == "model")
+    return settings.reward.only or tuple(dict.fromkeys((*models, *settings.reward.heads)))
 
 
 def headline(card: Mapping[str, Any]) -> str:
@@ -54,23 +64,27 @@ def headline(card: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. Returns the exit code; errors of the user's are one clear message (see rluf.config.cli.guard)."""
-    settings = parse("rluf.reward", __doc__ or "", arguments).settings
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    curve = CURVE if "--curve" in given else ()
+    settings = parse("rluf.reward", __doc__ or "", [word for word in given if word != "--curve"]).settings
 
     def run() -> None:
         from cluster.connect import connected
         from rluf.inputs import check_inputs, prepared
-        from rluf.paths import new_run_folder
+        from rluf.paths import new_run_folder, runs_root
         from rluf.tracking.console import setup_logging
 
         check_inputs(settings)
+        names = chosen_objectives(settings)
+        latest = runs_root(settings) / settings.name / "latest"
+        before = {n: (latest / n).resolve() for n in names if (latest / n / "reward_card.json").is_file()}
         folder = new_run_folder(settings)
         setup_logging(folder / "run.log")
         (folder / "config.json").write_text(settings.model_dump_json(indent=2), encoding="utf-8")
         with connected(settings):
             data = prepared(settings)
-            names = chosen_objectives(settings)
             jobs = {name: (data.folder, folder / name) for name in names}
-            cards = train_rewards(settings, jobs, thorough=True)
+            cards = train_rewards(settings, jobs, thorough=True, before=before, curve=curve)
         for card in cards.values():
             logger.info("%s", headline(card))
         logger.info("reward models: %s", folder)

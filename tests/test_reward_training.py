@@ -12,6 +12,7 @@ import pytest
 
 from rluf.config.settings import Settings
 from rluf.errors import DataError
+from rluf.objectives.augment import CHANGES
 from rluf.types import Message
 
 WARM = ("Oh wonderful, I love that idea!", "You are so kind, that is lovely.", "I am really happy for you, friend.")
@@ -43,6 +44,7 @@ def _labelled(rng: random.Random, count: int, keep: float) -> list[dict[str, obj
                 "response": _response(rng, warm),
                 "label": label,
                 "weight": 1.0 if label else 1 / keep,
+                "continued": rng.random() < (0.8 if warm else 0.4),
             }
         )
     return rows
@@ -95,7 +97,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
         {
             "run": {"cache": str(folder / "cache")},
             "reward": {
-                "love": {**model, "sign_offs": 0.3, "calibration": "temperature"},
+                "love": {**model, "debias": ["sign_offs"], "calibration": "temperature"},
                 "helpfulness": {**model, "loss": "bradley_terry", "frozen_share": 0.5, "probe": True, "margin": 0.1},
                 "safety": probe,
             },
@@ -149,7 +151,7 @@ def test_thorough_cards_tell_slices_and_robustness_and_have_a_page(trained: Path
     card = json.loads((trained / "love" / "reward_card.json").read_text())
     assert card["calibration"]["method"] == "temperature"
     assert set(card["slices"]["topic"]) == {"chat"}
-    assert set(card["robustness"]["changes"]) == {"sign_off", "emoji", "padding", "truncation", "capitals"}
+    assert set(card["robustness"]["changes"]) == set(CHANGES)
     assert sum(part["mass"] for part in card["reliability"]) == pytest.approx(1.0, abs=1e-4)
     page = (trained / "love" / "reward_card.html").read_text()
     assert "Robustness" in page

@@ -116,6 +116,15 @@ def kv_cache_need(settings: Settings) -> int:
     return token * rollout.concurrency * (rollout.max_prompt_tokens + rollout.max_response_tokens)
 
 
+def scored_together(settings: Settings) -> tuple[tuple[str, ...], ...]:
+    """The objectives by reward pool: heads of one backbone (reward.heads) are one pool, all others one each."""
+    named, heads = settings.objectives.named, settings.reward.heads
+    shared = [n for n in heads if n in named and named[n].source == "model" and named[n].path is None]
+    groups = [(name,) for name in named if name not in shared]
+    found: list[tuple[str, ...]] = [tuple(shared), *groups] if shared else list(groups)
+    return tuple(sorted(found, key=lambda group: list(named).index(group[0])))
+
+
 def pools(settings: Settings) -> list[Pool]:
     """All actors of the alignment phase, then the reward training workers, which run before it."""
     cluster, objectives = settings.cluster, settings.objectives
@@ -127,7 +136,8 @@ def pools(settings: Settings) -> list[Pool]:
         Pool("learner", "learner", settings.learner.ranks, cluster.cpus_per_learner, cluster.gpus_per_learner,
              learner_memory(settings)),
     ]  # fmt: skip
-    for name, objective in objectives.named.items():
+    for name, *_ in scored_together(settings):
+        objective = objectives.named[name]
         judged = objective.source != "model"
         shape = model_shape(objective.path or backbones[name].backbone)
         scoring = {} if judged else {"weights": 4 * shape.parameters}
@@ -136,14 +146,14 @@ def pools(settings: Settings) -> list[Pool]:
     trained = [n for n, o in objectives.named.items() if o.source == "model" and o.path is None]
     if trained:
         largest = max((model_shape(backbones[name].backbone) for name in trained), key=lambda shape: shape.parameters)
-        tokens = max(backbones[n].batch_rows * backbones[n].max_tokens for n in trained) // models.workers
+        tokens = max(backbones[n].batch_rows * backbones[n].max_tokens for n in trained) // models.most_workers
         memory = {
             "weights": 4 * largest.parameters,
             "gradients": 4 * largest.parameters,
-            "optimiser": ADAM_BYTES * largest.parameters // (models.workers if models.zero_stage else 1),
+            "optimiser": ADAM_BYTES * largest.parameters // (models.most_workers if models.zero_stage else 1),
             "activations": 2 * ACTIVATION_FACTOR * tokens * largest.hidden * largest.layers,
         }
-        found.append(Pool("reward_training", "reward training", models.workers, cluster.cpus_per_reward,
+        found.append(Pool("reward_training", "reward training", models.most_workers, cluster.cpus_per_reward,
                           cluster.gpus_per_reward, memory))  # fmt: skip
     return found
 

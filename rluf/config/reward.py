@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, field_validator
 
 from rluf.config.base import Section
+
+Count = Annotated[int, Field(ge=1)]
 
 
 class MemberPlan(NamedTuple):
@@ -57,9 +59,10 @@ class RewardModelSettings(Section):
     """Dropout while training, in place of the backbone's own."""
     calibration: Literal["platt", "temperature", "isotonic", "none"] = "platt"
     """What makes the dev split's logits probabilities after prior correction; isotonic wants 1000 positives there."""
-    sign_offs: float = Field(default=0.0, ge=0, le=1)
-    """Share of training rows that come a second time with a farewell or an affectionate close at the end, label as
-    before, so that such phrases earn nothing."""
+    debias: tuple[Literal["sign_offs", "propensity", "length", "users"], ...] = ()
+    """What shall earn nothing: sign_offs (rows come again with a farewell or an affectionate close, label as before),
+    propensity (reactions count more where few react), length, and users' own readiness to react (both fitted first,
+    learnt around, and left out of the score)."""
 
     @field_validator("layers")
     @classmethod
@@ -102,15 +105,20 @@ class RewardSettings(Section):
     """Safety, learnt from labels."""
     only: tuple[Literal["love", "helpfulness", "safety"], ...] = ()
     """Objectives that python -m rluf.reward trains; none means every objective whose source is a model."""
-    workers: int = Field(default=1, ge=1)
-    """Ray Train workers (data-parallel ranks) for each reward model."""
+    heads: tuple[Literal["love", "continued", "thumbs", "helpfulness", "safety"], ...] = ()
+    """Heads that share one backbone and are trained together and scored by one forward pass; none: a model each. The
+    first one's section says backbone, lengths, epochs and rates; loss, calibration and debias are each head's own
+    (continued and thumbs: love's)."""
+    workers: Count | tuple[Count, Count] = 1
+    """Ray Train workers (data-parallel ranks) for each reward model; two numbers are the fewest and the most, and
+    training goes on with what the cluster has."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage of reward training."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Compute type of reward training (auto as in model.dtype); master weights are float32 either way. Scoring on CPUs
     is always float32."""
     retries: int = Field(default=1, ge=0)
-    """Times that failed workers are started again; objectives already trained are kept."""
+    """Times that failed workers are started again; they go on from where training was last kept, once a minute."""
     deadline_s: float = Field(default=1800.0, gt=0)
     """Seconds one reward training may take before the run stops and names it."""
 
@@ -118,6 +126,15 @@ class RewardSettings(Section):
     def named(self) -> dict[str, RewardModelSettings]:
         """Reward model settings by objective name, in a fixed order."""
         return {"love": self.love, "helpfulness": self.helpfulness, "safety": self.safety}
+
+    @property
+    def most_workers(self) -> int:
+        """Workers when the cluster has room for all."""
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    def of_head(self, head: str) -> RewardModelSettings:
+        """The section that says how a head is trained: continued and thumbs follow love's, with a loss of labels."""
+        return self.named.get(head, self.love)
 
 
 class ObjectiveSettings(Section):

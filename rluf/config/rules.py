@@ -189,6 +189,41 @@ def untrained(settings: Settings) -> str | None:
     return None
 
 
+def debiased(settings: Settings) -> str | None:
+    """What is learnt around needs epochs to learn in, and a pair shows both sides to one user."""
+    for name, model in settings.reward.named.items():
+        fitted = [what for what in model.debias if what in ("length", "users")]
+        if fitted and model.epochs == 0:
+            return (
+                f"reward.{name}.debias={list(model.debias)} takes {fitted[0]} out while training, of which "
+                f"reward.{name}.epochs=0 leaves none; set reward.{name}.epochs=1 or take {fitted[0]} out of debias"
+            )
+        wrong = [what for what in model.debias if what in ("users", "propensity") and name != "love"]
+        if wrong:
+            return (
+                f"reward.{name}.debias={list(model.debias)}: {wrong[0]} is about who reacts, and reward.{name}.loss="
+                f"{model.loss} learns from raters; set debias without it"
+            )
+    return None
+
+
+def heads(settings: Settings) -> str | None:
+    """Heads that share a backbone are several, each once; elastic workers cannot share out the optimiser's state."""
+    reward = settings.reward
+    if reward.heads and len(set(reward.heads)) < max(2, len(reward.heads)):
+        return f"reward.heads={list(reward.heads)} must name two heads or more, each once; set it to [] for none"
+    if not isinstance(reward.workers, int):
+        fewest, most = reward.workers
+        if fewest > most:
+            return f"reward.workers={list(reward.workers)} has its fewest above its most; set the smaller first"
+        if reward.zero_stage:
+            return (
+                f"reward.workers={list(reward.workers)} may change in mid-training, but reward.zero_stage="
+                f"{reward.zero_stage} cuts the optimiser's state by their number; set reward.zero_stage=0 or one number"
+            )
+    return None
+
+
 def tensor_parallel(settings: Settings) -> str | None:
     """An engine that spans n GPUs is given n GPUs."""
     span, given = settings.rollout.tensor_parallel, settings.cluster.gpus_per_engine
@@ -314,6 +349,8 @@ RULES: tuple[Callable[[Settings], str | None], ...] = (
     ratios,
     losses,
     untrained,
+    debiased,
+    heads,
     tensor_parallel,
     gpu_shares,
     nccl,

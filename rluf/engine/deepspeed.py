@@ -107,6 +107,8 @@ def init_deepspeed(
         config=_config(zero_stage, grad_clip, dtype, world, offload),
         dist_init_required=False,
     )
+    if world == 1 and zero_stage == 0 and dtype == torch.float32:
+        engine.enable_backward_allreduce = False  # one rank alone would copy all its gradients out and back
     engine.train()
     return engine
 

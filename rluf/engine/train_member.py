@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,33 @@ import torch
 from rluf.config.reward import MemberPlan, RewardModelSettings
 from rluf.config.settings import Settings
 from rluf.engine.deepspeed import gather_parameters, init_deepspeed
+from rluf.engine.train_state import Keeper
 from rluf.errors import DataError
 from rluf.models import resolve_model
 from rluf.objectives import losses
-from rluf.objectives.augment import with_sign_offs
+from rluf.objectives.augment import SIGN_OFF_SHARE, with_sign_offs
 from rluf.objectives.backbone import encoder_for, freeze, load_classifier
 from rluf.objectives.calibration import Floats
+from rluf.objectives.debias import fit_labels, fit_pairs, propensity_weights
+from rluf.objectives.heads import labelled, save_heads
 from rluf.objectives.lora import add_lora, merged
 from rluf.objectives.prefix import FrozenPrefix
 from rluf.objectives.probe import HEADS, fit_probe, fold_bias, linear_head, set_head
 from rluf.objectives.text import TextEncoder
-from rluf.objectives.training import Engine, Fit, Loss, Plan, Rows, Trainer, dev_log_loss, encode_rows, gathered
+from rluf.objectives.training import (
+    Engine,
+    Fit,
+    Loss,
+    Plan,
+    Position,
+    Rows,
+    Task,
+    Trainer,
+    dev_log_loss,
+    encode_rows,
+    gathered,
+    steps_of,
+)
 from rluf.paths import cache_dir
 
 logger = logging.getLogger(__name__)
@@ -37,8 +53,9 @@ EVAL_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """This rank's shard of the training split, the whole dev split, and the folder both come from."""
+    """A head's rows: this rank's shard of the training split, the whole dev split, and the folder both come from."""
 
+    head: str
     train: Sequence[Mapping[str, Any]]
     dev: Sequence[Mapping[str, Any]]
     folder: Path
@@ -46,24 +63,29 @@ class Splits:
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A trained model: where it came from, its weights, and what was found on the way."""
+    """A trained model: where it came from, its weights, and what was found on the way, a head each."""
 
     backbone: Path
     layers: int
     encoder: TextEncoder
-    rows: Rows
-    dev: Rows
-    found: Fit
+    tasks: Sequence[Task]
+    found: Sequence[Fit]
     weights: dict[str, torch.Tensor]
     """Weights that differ from the backbone's, by name; complete on rank 0 only."""
 
-    def save(self, folder: Path) -> None:
-        """Write it as a Hugging Face folder: float32, with the backbone's own dropout in its config."""
-        model = load_classifier(self.backbone, trained=False, layers=self.layers)
+    def save(self, folders: Sequence[Path]) -> str:
+        """Write each head as a Hugging Face folder: float32, with the backbone's own dropout in its config.
+
+        Returns the hash of the backbone that several heads share; of a model alone nothing.
+        """
+        model = load_classifier(self.backbone, trained=False, layers=self.layers, heads=len(folders))
         model.config.pad_token_id = self.encoder.pad_id
         model.load_state_dict({**model.state_dict(), **merged(self.weights)})
-        model.save_pretrained(str(folder))
-        self.encoder.tokenizer.save_pretrained(str(folder))
+        if len(folders) > 1:
+            return save_heads(model, self.encoder.tokenizer, folders)
+        model.save_pretrained(str(folders[0]))
+        self.encoder.tokenizer.save_pretrained(str(folders[0]))
+        return ""
 
 
 def balance(members: Sequence[Member]) -> None:
@@ -71,114 +93,164 @@ def balance(members: Sequence[Member]) -> None:
 
     A head fitted with much regularisation and a backbone trained for some epochs differ manifold in spread.
     """
-    spreads = [float(member.found.dev_logits.std()) for member in members]
-    if len(members) < 2 or min(spreads) <= 0:
-        return
-    for member, spread in zip(members, spreads, strict=True):
-        factor = float(np.mean(spreads)) / spread
-        member.found.dev_logits = member.found.dev_logits * factor
-        for name in [name for name in member.weights if name.rpartition(".")[0] in HEADS]:
-            member.weights[name] = member.weights[name] * factor
+    for place in range(len(members[0].found)):
+        spreads = [float(member.found[place].dev_logits.std()) for member in members]
+        if len(members) < 2 or min(spreads) <= 0:
+            continue
+        for member, spread in zip(members, spreads, strict=True):
+            factor, found = float(np.mean(spreads)) / spread, member.found[place]
+            found.dev_logits = found.dev_logits * factor
+            for name in [name for name in member.weights if name.rpartition(".")[0] in HEADS]:
+                member.weights[name][place] *= factor
 
 
 def train_member(
     settings: Settings,
-    objective: str,
-    splits: Splits,
+    splits: Sequence[Splits],
     number: int,
     deadline: float,
     *,
     rank: int = 0,
     world: int = 1,
+    keeper: Keeper | None = None,
+    save_s: float = float("inf"),
     shared: dict[str, Floats] | None = None,
 ) -> Member:
     """Train member `number` (0 for a single model) on rank `rank` of `world`, in step with the others.
 
-    `shared`, empty before the first member, lets members that differ in depth alone read the rows in one pass.
-
-    The process group must exist where there is an epoch to train. Raises DataError, ModelError, StallError.
+    One entry of `splits` is a model alone, several are heads of one backbone; the first one's settings say how. With a
+    `keeper` training stands are kept every `save_s` seconds, and training goes on from the last one. `shared`, empty
+    before the first member, lets members that differ in depth alone read the rows in one pass. The process group must
+    exist where there is an epoch to train. Raises DataError, ModelError, StallError.
     """
-    chosen = settings.reward.named[objective]
-    plan_of = chosen.members[number]
-    if not plan_of.own:
-        chosen = chosen.model_copy(update={"probe": True, "epochs": 0, "frozen_share": 1, "lora_rank": 0})
+    lead = settings.reward.of_head(splits[0].head)
+    member = lead.members[number]
+    if not member.own:
+        lead = lead.model_copy(update={"probe": True, "epochs": 0, "frozen_share": 1, "lora_rank": 0})
+    depths = lead.depths(member)
     device = f"cuda:{torch.cuda.current_device()}" if settings.cluster.gpus_per_reward > 0 else "cpu"
-    depths = chosen.depths(plan_of)
-    backbone = resolve_model(plan_of.backbone, cache_dir(settings))
+    backbone = resolve_model(member.backbone, cache_dir(settings))
     torch.manual_seed((settings.seed + number) * 1009 + rank)
     model = load_classifier(
-        backbone,
-        trained=False,
-        device=device,
-        dropout=chosen.dropout,
-        seed=settings.seed + number,
-        layers=max(depths),
-    )
-    encoder = encoder_for(model, backbone, chosen.max_tokens, next_turn=chosen.next_turn, own=plan_of.own)
-    rows, dev = _rows(splits, encoder, chosen, settings.seed)
-    per_rank = max(1, chosen.batch_rows // world)
+        backbone, trained=False, device=device, dropout=lead.dropout, seed=settings.seed + number, layers=max(depths),
+        heads=len(splits),
+    )  # fmt: skip
+    encoder = encoder_for(model, backbone, lead.max_tokens, next_turn=lead.next_turn, own=member.own)
+    tasks = [_task(settings, part, encoder, place, world) for place, part in enumerate(splits)]
     plan = Plan(
-        epochs=chosen.epochs,
-        batch_rows=per_rank,
+        epochs=lead.epochs,
+        batch_rows=max(1, lead.batch_rows // world),
         batch_tokens=EVAL_TOKENS,
-        steps=-(-_most_rows(len(rows), world) // per_rank),
         seed=settings.seed + number,
         rank=rank,
         world=world,
-        loss=loss_of(chosen),
-        patience=chosen.patience,
+        patience=lead.patience,
         deadline=deadline,
+        save_s=save_s,
     )
-    frozen = freeze(model, chosen.frozen_share)
-    name = objective if len(chosen.members) < 2 else f"{objective} {number + 1} of {len(chosen.members)}"
+    frozen = freeze(model, lead.frozen_share)
+    name = "+".join(task.name for task in tasks)
+    name += "" if len(lead.members) < 2 else f" {number + 1} of {len(lead.members)}"
     trained, every = model.num_parameters(only_trainable=True) / 1e6, model.num_parameters() / 1e6
-    logger.info("%s: %d rows, %d tokens, %.1fM of %.1fM weights train", name, len(rows), rows.tokens, trained, every)
+    rows, tokens = sum(len(t.train) for t in tasks), sum(t.train.tokens for t in tasks)
+    logger.info("%s: %d rows, %d tokens, %.1fM of %.1fM weights train", name, rows, tokens, trained, every)
     dtype = getattr(torch, settings.reward_dtype)
     model.to(dtype)
     prefix = None
-    tokens = rows.tokens + dev.tokens
-    if chosen.epochs and settings.reward.zero_stage < 3 and FrozenPrefix.worthwhile(model, frozen, tokens):
+    tokens += sum(task.dev.tokens for task in tasks)
+    if lead.epochs and settings.reward.zero_stage < 3 and FrozenPrefix.worthwhile(model, frozen, tokens):
         prefix = FrozenPrefix(model, frozen)
     trainer = Trainer(model, encoder, plan, prefix)
     weights: dict[str, torch.Tensor] = {}
-    found = Fit()
-    if chosen.probe:
-        read = _read(trainer, rows, dev, plan_of, depths, {} if shared is None else shared)
-        found = _probe(trainer, rows, dev, read, settings.seed, weights)
-        logger.info("%s: probe, dev log-loss %.4f", name, found.best_loss)
-    if chosen.lora_rank:
-        add_lora(model, chosen.lora_rank, frozen, chosen.dropout)
-    if chosen.epochs:
-        engine = _engine(settings, chosen, model, dtype, plan)
-        trainer.fit(
-            engine,
-            rows,
-            dev,
-            found,
-            snapshot=lambda: _snapshot(engine, weights, keep=rank == 0),
-            report=lambda f: logger.info(
-                "%s: epoch %d of %d, train loss %.4f, dev log-loss %.4f",
-                name,
-                f["epoch"],
-                plan.epochs,
-                f["train_loss"],
-                f["dev_log_loss"],
-            ),
-        )
-    return Member(backbone, plan_of.layers, encoder, rows, dev, found, weights)
+    position = Position([Fit() for _ in tasks])
+    if lead.probe:
+        position.fits = [
+            _probe(trainer, task, _read(trainer, task, member, depths, shared), settings.seed, weights)
+            for task in tasks
+        ]
+        logger.info("%s: probe, dev log-loss %s", name, ", ".join(f"{f.best_loss:.4f}" for f in position.fits))
+    if lead.lora_rank:
+        add_lora(model, lead.lora_rank, frozen, lead.dropout)
+    if lead.epochs:
+        steps = lead.epochs * sum(steps_of(len(task.train), plan) for task in tasks)
+        engine = _engine(settings, lead, model, dtype, steps, world)
+        if keeper is not None:
+            position = keeper.restore(name, engine, position, weights)
+        _fit(trainer, engine, tasks, position, weights, keeper, name)
+    return Member(backbone, member.layers, encoder, tasks, position.fits, weights)
 
 
-def _rows(splits: Splits, encoder: TextEncoder, chosen: RewardModelSettings, seed: int) -> tuple[Rows, Rows]:
-    """This rank's training rows, sign-offs added, and dev. Raises DataError when the rows have one label only."""
+def _fit(
+    trainer: Trainer,
+    engine: Any,
+    tasks: Sequence[Task],
+    position: Position,
+    weights: dict[str, torch.Tensor],
+    keeper: Keeper | None,
+    name: str,
+) -> None:
+    """Run the epochs, with the best weights copied to `weights` on rank 0, and lines on how it goes."""
+
+    def report(task: str, figures: Mapping[str, float]) -> None:
+        where = task if len(tasks) > 1 else name, figures["epoch"], trainer.plan.epochs
+        logger.info(
+            "%s: epoch %d of %d, train loss %.4f, dev log-loss %.4f",
+            *where, figures["train_loss"], figures["dev_log_loss"],
+        )  # fmt: skip
+
+    def save(stand: Position) -> None:
+        if keeper is not None:
+            keeper.keep(name, engine, stand, weights)
+
+    keep = trainer.plan.rank == 0
+    trainer.fit(
+        engine, tasks, position, snapshot=lambda: _snapshot(engine, weights, keep=keep), report=report, save=save
+    )
+
+
+def _task(settings: Settings, part: Splits, encoder: TextEncoder, place: int, world: int) -> Task:
+    """The head's rows, encoded and weighed as its own settings say."""
+    chosen = settings.reward.of_head(part.head)
     pairs = chosen.loss == "bradley_terry"
-    records = with_sign_offs(splits.train, chosen.sign_offs, pairs=pairs, seed=seed)
-    rows = encode_rows(records, encoder, pairs=pairs, where=f"{splits.folder}/train.parquet")
-    dev = encode_rows(splits.dev, encoder, pairs=pairs, where=f"{splits.folder}/dev.parquet")
+    records = labelled(part.head, part.train, f"{part.folder}/train.parquet")
+    if "sign_offs" in chosen.debias:
+        records = with_sign_offs(records, SIGN_OFF_SHARE, pairs=pairs, seed=settings.seed)
+    rows = encode_rows(records, encoder, pairs=pairs, where=f"{part.folder}/train.parquet")
+    dev_records = labelled(part.head, part.dev, f"{part.folder}/dev.parquet")
+    dev = encode_rows(dev_records, encoder, pairs=pairs, where=f"{part.folder}/dev.parquet")
     if not pairs and len(set(rows.labels.tolist())) < 2:
         raise DataError(
-            f"{splits.folder}/train.parquet holds one label only; a model needs rows of both, use a larger log"
+            f"{part.folder}/train.parquet holds one label only; a model needs rows of both, use a larger log"
         )
-    return rows, dev
+    if "propensity" in chosen.debias and part.head in ("love", "thumbs"):
+        theta = np.asarray([float(row["propensity"]) for row in records if "propensity" in row])
+        if len(theta) < len(rows):
+            raise DataError(f"{part.folder}/train.parquet has no column propensity; run rluf.prepare again")
+        factors = propensity_weights(theta, rows.labels, reacted=part.head == "thumbs")
+        rows = replace(rows, factors=factors)
+    if {"length", "users"} & set(chosen.debias):
+        rows = replace(rows, offsets=_offsets(rows, chosen.debias, world))
+    return Task(part.head, rows, dev, loss_of(chosen), place)
+
+
+def _offsets(rows: Rows, debias: Sequence[str], world: int) -> Floats:
+    """What length and user explain of each sequence, fitted on all ranks' rows."""
+    shards = gathered((rows.labels, rows.loss_weights, rows.lengths, rows.clusters), world)
+    weights = np.concatenate([shard[1] for shard in shards])
+    if rows.pairs:
+        halves = [np.split(shard[2], 2) for shard in shards]
+        found = fit_pairs(np.concatenate([half[side] for side in range(2) for half in halves]), weights)
+    else:
+        found = fit_labels(
+            np.concatenate([shard[0] for shard in shards]),
+            weights,
+            np.concatenate([shard[2] for shard in shards]),
+            [cluster for shard in shards for cluster in shard[3]],
+            length="length" in debias,
+            user="users" in debias,
+        )
+    logger.info("debias: log-odds %.2f a standard deviation of log length", found.slope)
+    return found.offsets(rows.lengths, rows.clusters * (1 + rows.pairs))
 
 
 def loss_of(chosen: RewardModelSettings) -> Loss:
@@ -200,30 +272,27 @@ def loss_of(chosen: RewardModelSettings) -> Loss:
 
 
 def _read(
-    trainer: Trainer, rows: Rows, dev: Rows, member: MemberPlan, depths: Sequence[int], shared: dict[str, Floats]
+    trainer: Trainer, task: Task, member: MemberPlan, depths: Sequence[int], shared: dict[str, Floats] | None
 ) -> tuple[Floats, Floats]:
-    """What this member's head reads of the rows and of dev, [N, H] each; the siblings' share stays in `shared`."""
+    """What this member's head reads of the task's rows and dev, [N, H] each; its siblings' share stays in `shared`."""
+    rows, dev = task.train, task.dev
     if len(depths) == 1:
         return trainer.features(rows)[0], trainer.features(dev)[0]
-    if member.backbone not in shared:
-        shared[member.backbone] = np.concatenate([trainer.features(part, depths) for part in (rows, dev)], axis=1)
-    every = shared[member.backbone][depths.index(member.layers)]
+    kept, key = {} if shared is None else shared, f"{member.backbone} {task.name}"
+    if key not in kept:
+        kept[key] = np.concatenate([trainer.features(part, depths) for part in (rows, dev)], axis=1)
+    every = kept[key][depths.index(member.layers)]
     return every[: len(rows.sequences)], every[len(rows.sequences) :]
 
 
 def _probe(
-    trainer: Trainer,
-    rows: Rows,
-    dev: Rows,
-    read: tuple[Floats, Floats],
-    seed: int,
-    weights: dict[str, torch.Tensor],
+    trainer: Trainer, task: Task, read: tuple[Floats, Floats], seed: int, weights: dict[str, torch.Tensor]
 ) -> Fit:
-    """Fit the head on all ranks' rows and put it into the model and into `weights`; the same on every rank.
+    """Fit the task's head on all ranks' rows, put it into the model and `weights`; the same on every rank.
 
     `read` is what the head reads of the rows and of dev.
     """
-    clock = time.monotonic()
+    clock, rows = time.monotonic(), task.train
     shards = gathered((read[0], rows.labels, rows.loss_weights, rows.clusters), trainer.plan.world)
     halves = [np.split(shard[0], 2) if rows.pairs else [shard[0]] for shard in shards]
     features = np.concatenate([half[side] for side in range(1 + rows.pairs) for half in halves])
@@ -239,15 +308,16 @@ def _probe(
     has_bias = linear_head(trainer.model).bias is not None
     if not has_bias:
         head, bias = fold_bias(features, head, bias)
-    weights.update(set_head(trainer.model, head, bias))
+    weights.update(set_head(trainer.model, head, bias, task.head))
     shift = 0.0 if rows.pairs else trainer.shift(rows)
     logits = read[1] @ head + (bias if has_bias else 0.0)
-    loss = dev_log_loss(logits, dev, shift)
-    return Fit(-1, loss, logits, shift, rows.tokens, time.monotonic() - clock)
+    loss = dev_log_loss(logits, task.dev, shift)
+    return Fit(-1, loss, logits, shift, tokens=rows.tokens, seconds=time.monotonic() - clock)
 
 
-def _engine(settings: Settings, chosen: RewardModelSettings, model: Any, dtype: torch.dtype, plan: Plan) -> Engine:
-    steps = plan.steps * plan.epochs
+def _engine(
+    settings: Settings, chosen: RewardModelSettings, model: Any, dtype: torch.dtype, steps: int, world: int
+) -> Engine:
     engine: Engine = init_deepspeed(
         model,
         zero_stage=settings.reward.zero_stage,
@@ -256,19 +326,10 @@ def _engine(settings: Settings, chosen: RewardModelSettings, model: Any, dtype: 
         weight_decay=chosen.weight_decay,
         grad_clip=1.0,
         dtype=dtype,
-        world=plan.world,
+        world=world,
         total_steps=steps,
     )
     return engine
-
-
-def _most_rows(rows: int, world: int) -> int:
-    """Rows of the rank that has most."""
-    if world == 1:
-        return rows
-    count = torch.tensor(rows)
-    torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
-    return int(count)
 
 
 def _snapshot(engine: Any, best: dict[str, torch.Tensor], *, keep: bool) -> None:

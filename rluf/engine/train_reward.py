@@ -13,25 +13,18 @@ import shutil
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from rluf.config.settings import Settings
-from rluf.errors import DataError, ModelError, ResourceError, RlufError, StallError
+from rluf.errors import DataError, ResourceError, RlufError, StallError
 from rluf.models import resolve_model
 from rluf.paths import cache_dir
 
 if TYPE_CHECKING:
     import ray.data
-
-    from rluf.engine.train_member import Member
-    from rluf.objectives.calibration import Calibration
-    from rluf.objectives.scorer import RewardModel
-    from rluf.objectives.training import Rows
 
 logger = logging.getLogger(__name__)
 
@@ -41,41 +34,58 @@ PROGRESS = "progress.log"
 SPLITS = ("train", "dev", "test")
 QUIET = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
 SMALL_BYTES = 64 << 20
-EVAL_TOKENS = 4096
-"""Padded tokens of a forward pass without gradient."""
+SAVE_S = 60.0
+"""Seconds of training that a lost worker may cost."""
 
 
 def train_rewards(
-    settings: Settings, jobs: Mapping[str, tuple[Path, Path]], *, thorough: bool = False
+    settings: Settings,
+    jobs: Mapping[str, tuple[Path, Path]],
+    *,
+    thorough: bool = False,
+    before: Mapping[str, Path] | None = None,
+    curve: Sequence[float] = (),
+    save_s: float = SAVE_S,
 ) -> dict[str, dict[str, Any]]:
-    """Train the reward model of each objective; returns their cards. Ray must be initialised.
+    """Train the reward model of each objective, or head of reward.heads; returns their cards. Ray must be initialised.
 
     `jobs` maps an objective to (data folder written by rluf.prepare, checkpoint folder to write). A checkpoint folder
     appears only when whole; one that is already there is kept, so a worker that is started again goes on with the next
-    objective. `thorough` adds slices, the robustness table and a page to each card. Raises DataError, ModelError,
-    ResourceError, or StallError past reward.deadline_s for all jobs together.
+    objective, and within one from where training stood at most `save_s` seconds before. `thorough` adds slices, the
+    robustness table and a page to each card; `before` names earlier models by objective, which the cards compare;
+    `curve` are shares of the training rows with which each model is trained once more, for the cards' learning curve.
+    Raises DataError, ModelError, ResourceError, or StallError past reward.deadline_s for all jobs together.
     """
     import ray.data
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from rluf.objectives.heads import data_of
+
+    groups = grouped(settings, tuple(jobs))
     for objective, (data, out) in jobs.items():
-        for member in settings.reward.named[objective].members:
+        for member in settings.reward.of_head(objective).members:
             resolve_model(member.backbone, cache_dir(settings))  # once, before any worker starts
-        _check_data(objective, data)
+        _check_data(data_of(objective), data)
         out.parent.mkdir(parents=True, exist_ok=True)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    datasets = {objective: _dataset(data / objective / "train.parquet") for objective, (data, _) in jobs.items()}
+    sources = {data_of(objective): data for objective, (data, _) in jobs.items()}
+    datasets = {source: _dataset(data / source / "train.parquet") for source, data in sources.items()}
     cluster, workers = settings.cluster, settings.reward.workers
     resources = {"CPU": cluster.cpus_per_reward, "GPU": cluster.gpus_per_reward}
-    threads = str(cluster.threads or max(1, (os.cpu_count() or 1) // workers))
+    threads = str(cluster.threads or max(1, (os.cpu_count() or 1) // settings.reward.most_workers))
+    options = ray.data.ExecutionOptions(preserve_order=True)  # workers started again get the same shards
     storage = Path(tempfile.mkdtemp(prefix=".ray-train-", dir=next(iter(jobs.values()))[1].parent))
     trainer = TorchTrainer(
         work,
         train_loop_config={
             "settings": settings.model_dump_json(),
             "jobs": {objective: (str(data), str(out)) for objective, (data, out) in jobs.items()},
+            "groups": groups,
+            "before": {objective: str(folder) for objective, folder in (before or {}).items()},
+            "curve": list(curve),
+            "save_s": save_s,
             "threads": int(threads),
             "thorough": thorough,
             "progress": str(storage / PROGRESS),
@@ -86,12 +96,15 @@ def train_rewards(
             resources_per_worker={name: amount for name, amount in resources.items() if amount > 0},
         ),
         datasets=datasets,
-        dataset_config=train.DataConfig(datasets_to_split=list(jobs) if workers > 1 else []),
+        dataset_config=train.DataConfig(
+            datasets_to_split=list(sources) if workers != 1 else [], execution_options=options
+        ),
         torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_reward > 0 else "gloo"),
         run_config=train.RunConfig(
             name="reward",
             storage_path=str(storage),
             failure_config=train.FailureConfig(max_failures=settings.reward.retries),
+            checkpoint_config=train.CheckpointConfig(num_to_keep=1),
             logging_config=train.LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": {**QUIET, "OMP_NUM_THREADS": threads}},
         ),
@@ -195,19 +208,14 @@ def work(config: Mapping[str, Any]) -> None:
         torch.set_num_threads(config["threads"])
         quick_cpu_matmul()
     started = time.monotonic()
-    for objective, (data, out) in config["jobs"].items():
-        if (Path(out) / CARD).is_file():
-            logger.info("%s: already trained, kept", objective)
+    shards = _Shards()
+    for group in config["groups"]:
+        jobs = {head: (Path(data), Path(out)) for head in group for data, out in [config["jobs"][head]]}
+        if all((out / CARD).is_file() for _, out in jobs.values()):
+            logger.info("%s: already trained, kept", ", ".join(group))
             continue
-        _train_one(
-            settings,
-            objective,
-            Path(data) / objective,
-            Path(out),
-            started + settings.reward.deadline_s,
-            config["thorough"],
-        )
-        train.report({"objective": objective})
+        _train_group(settings, jobs, shards, started + settings.reward.deadline_s, config)
+        train.report({"objective": "+".join(group)})
 
 
 def _log_to(progress: Path) -> None:
@@ -219,127 +227,61 @@ def _log_to(progress: Path) -> None:
     ours.setLevel(logging.INFO)
 
 
-def _train_one(settings: Settings, objective: str, data: Path, out: Path, deadline: float, thorough: bool) -> None:
-    """Train one objective on this rank, in step with the others: one model, or an ensemble's members in turn."""
+def grouped(settings: Settings, wanted: Sequence[str]) -> list[tuple[str, ...]]:
+    """The objectives to train by model: heads of one backbone together, all others alone."""
+    shared = tuple(head for head in settings.reward.heads if head in wanted)
+    alone: list[tuple[str, ...]] = [(objective,) for objective in wanted if objective not in shared]
+    return [shared, *alone] if shared else alone
+
+
+class _Shards:
+    """This worker's shards of the training splits, read once each: several heads learn from one log."""
+
+    def __init__(self) -> None:
+        self._read: dict[str, list[dict[str, Any]]] = {}
+
+    def of(self, source: str) -> list[dict[str, Any]]:
+        from ray import train
+
+        if source not in self._read:
+            batches = train.get_dataset_shard(source).iter_batches(batch_size=None, batch_format="pyarrow")
+            self._read[source] = [row for table in batches for row in table.to_pylist()]
+        return self._read[source]
+
+
+def _train_group(
+    settings: Settings,
+    jobs: Mapping[str, tuple[Path, Path]],
+    shards: _Shards,
+    deadline: float,
+    config: Mapping[str, Any],
+) -> None:
+    """Train one model on this rank, in step with the others: a head a job, an ensemble's members in turn."""
     from ray import train
 
     from rluf.engine.train_member import Splits, train_member
+    from rluf.engine.train_state import Keeper
+    from rluf.engine.write_reward import finish, point, table, thinned
+    from rluf.objectives.heads import data_of
 
     clock = time.monotonic()
-    chosen = settings.reward.named[objective]
-    records = Splits(_shard(objective), _table(data / "dev.parquet"), data)
-    rank, world = train.get_context().get_world_rank(), train.get_context().get_world_size()
-    shared: dict[str, Any] = {}
-    members = [
-        train_member(settings, objective, records, number, deadline, rank=rank, world=world, shared=shared)
-        for number in range(len(chosen.members))
+    lead = settings.reward.of_head(next(iter(jobs)))
+    folders = {head: data / data_of(head) for head, (data, _) in jobs.items()}
+    splits = [
+        Splits(head, shards.of(data_of(head)), table(folder / "dev.parquet"), folder)
+        for head, folder in folders.items()
     ]
+    rank, world = train.get_context().get_world_rank(), train.get_context().get_world_size()
+    keeper = Keeper(rank=rank, shared_state=settings.reward.zero_stage == 0)
+    shared: dict[str, Any] = {}
+    how = {"rank": rank, "world": world, "keeper": keeper, "save_s": config["save_s"], "shared": shared}
+    members = [train_member(settings, splits, number, deadline, **how) for number in range(len(lead.members))]
+    curve: list[dict[str, Any]] = []
+    for share in config["curve"]:
+        part = [replace(split, train=thinned(split.train, share)) for split in splits]
+        member = train_member(settings, part, 0, deadline, rank=rank, world=world)
+        curve.append(point(settings, member, folders, rank=rank))
     if rank == 0:
-        finish(settings, objective, data, out, members, clock, thorough)
-
-
-def finish(
-    settings: Settings,
-    objective: str,
-    data: Path,
-    out: Path,
-    members: Sequence[Member],
-    clock: float,
-    thorough: bool,
-) -> None:
-    """Calibrate the trained members together and write the checkpoint folder `out`; rank 0 alone does."""
-    from rluf.engine.train_member import balance
-    from rluf.objectives.calibration import Calibration
-    from rluf.objectives.card import calibrate, describe_training
-
-    first, chosen = members[0], settings.reward.named[objective]
-    balance(members)
-    logits = np.mean([member.found.dev_logits for member in members], axis=0)
-    base = Calibration(
-        objective,
-        prior_shift=first.found.shift,
-        max_tokens=first.encoder.max_tokens,
-        members=len(members),
-        next_turn=first.encoder.next_turn,
-    )
-    calibration = calibrate(first.dev, logits, base, chosen.calibration)
-    training = describe_training([member.found for member in members], first.rows, first.dev)
-    _write(settings, data, out, members, calibration, training, clock, thorough)
-
-
-def _shard(objective: str) -> list[dict[str, Any]]:
-    """This worker's shard of the training split."""
-    from ray import train
-
-    records: list[dict[str, Any]] = []
-    for table in train.get_dataset_shard(objective).iter_batches(batch_size=None, batch_format="pyarrow"):
-        records.extend(table.to_pylist())
-    return records
-
-
-def _table(path: Path) -> list[dict[str, Any]]:
-    """All rows of a split. dev and test are read directly: they are not dealt out, and a Ray Data run has its cost."""
-    import pyarrow.parquet
-
-    records: list[dict[str, Any]] = pyarrow.parquet.read_table(str(path)).to_pylist()
-    return records
-
-
-def _write(
-    settings: Settings,
-    data: Path,
-    out: Path,
-    members: Sequence[Member],
-    calibration: Calibration,
-    training: dict[str, Any],
-    clock: float,
-    thorough: bool,
-) -> None:
-    """Checkpoint folder with its card: read back as everyone else will, tried on the test split, renamed into place."""
-    from rluf.objectives.card import make_card
-    from rluf.objectives.page import card_page
-    from rluf.objectives.scorer import RewardModel, member_folder
-    from rluf.objectives.training import encode_rows
-
-    objective = calibration.objective
-    part = out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}")
-    try:
-        for number, member in enumerate(members):
-            member.save(member_folder(part, number))
-        calibration.save(part)
-        scorer = RewardModel.load(part, batch_tokens=EVAL_TOKENS)
-        pairs = settings.reward.named[objective].loss == "bradley_terry"
-        records = _table(data / "test.parquet")
-        test = encode_rows(records, scorer.encoder, pairs=pairs, where=f"{data}/test.parquet")
-        started = time.monotonic()
-        logits = scorer.raw(test.sequences)
-        card = make_card(calibration, test, logits, seed=settings.seed)
-        card["scoring_tokens_per_second"] = round(test.tokens / max(time.monotonic() - started, 1e-9), 1)
-        card |= {"training": training, "settings": settings.reward.named[objective].model_dump(mode="json")}
-        card |= {"seed": settings.seed, "seconds": round(time.monotonic() - clock, 3)}
-        if thorough:
-            card |= _more(scorer, records, test, logits, settings.seed)
-            (part / PAGE).write_text(card_page(card), encoding="utf-8")
-        (part / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-        if out.is_dir():
-            shutil.rmtree(out)
-        os.replace(part, out)
-    except OSError as error:
-        raise ModelError(f"the reward model could not be written to {out}: {error}; free some disk") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    logger.info("%s: written to %s after %.1f s", objective, out, card["seconds"])
-
-
-def _more(
-    scorer: RewardModel, records: Sequence[Mapping[str, Any]], test: Rows, raw: Sequence[float], seed: int
-) -> dict[str, Any]:
-    """The parts of a card that take a while: slices of the test rows, and what changed responses do to the score."""
-    from rluf.objectives.robustness import robustness, slices
-
-    logits, count = scorer.calibration.logits(raw), len(test)
-    of_rows = logits[:count] - logits[count:] if test.pairs else logits
-    return {
-        "slices": slices(records, of_rows, None if test.pairs else test.labels),
-        "robustness": robustness(scorer, records, pairs=test.pairs, seed=seed),
-    }
+        outs = {head: (folders[head], out) for head, (_, out) in jobs.items()}
+        before = {head: Path(folder) for head, folder in config["before"].items()}
+        finish(settings, outs, members, clock, thorough=config["thorough"], before=before, curve=curve)

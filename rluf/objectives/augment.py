@@ -7,6 +7,7 @@ with such a phrase at the end and the same label teach the model that the phrase
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,8 +17,34 @@ SIGN_OFFS = (
     "See you soon, bye bye!", "Much love to you!", "Lots of hugs!", "Stay safe, sweetheart!",
     "You are amazing, I love talking to you!",
 )  # fmt: skip
+SIGN_OFF_SHARE = 0.3
+"""Share of the training rows that come again with a sign-off where debias names sign_offs."""
 EMOJI = ("❤️", "😊", "🥰", "💕", "👍")
 PADDING = "I hope that this helps, and please let me know whether there is anything else that you would like to know."
+
+SAME = (
+    ("do not", "don't"), ("does not", "doesn't"), ("is not", "isn't"), ("are not", "aren't"), ("cannot", "can't"),
+    ("will not", "won't"), ("i am", "i'm"), ("you are", "you're"), ("it is", "it's"), ("that is", "that's"),
+    ("i will", "i'll"), ("you will", "you'll"), ("i have", "i've"), ("you have", "you've"), ("we are", "we're"),
+    ("because", "since"), ("also", "too"), ("maybe", "perhaps"), ("big", "large"), ("quick", "fast"),
+    ("start", "begin"), ("help", "assist"), ("need to", "have to"), ("lots of", "many"), ("want to", "would like to"),
+    ("of course", "certainly"), ("for example", "for instance"), ("but", "however"), ("think", "believe"),
+    ("happy", "glad"), ("great", "excellent"), ("sure", "certain"), ("important", "essential"), ("try", "attempt"),
+)  # fmt: skip
+"""Ways to say the same; a paraphrase swaps either side for the other."""
+
+
+def paraphrased(text: str) -> str:
+    """The text with every phrase of SAME swapped for its twin, contractions written out and the other way round."""
+    twins = {**dict(SAME), **{b: a for a, b in SAME}}
+    pattern = "|".join(re.escape(phrase) for phrase in sorted(twins, key=len, reverse=True))
+
+    def swap(found: re.Match[str]) -> str:
+        twin = twins[found.group().lower().replace("’", "'")]
+        return twin[0].upper() + twin[1:] if found.group()[0].isupper() else twin
+
+    return re.sub(rf"\b(?:{pattern})\b", swap, text.replace("’", "'"), flags=re.IGNORECASE)
+
 
 CHANGES: Mapping[str, Callable[[str, random.Random], str]] = {
     "sign_off": lambda text, rng: f"{text} {rng.choice(SIGN_OFFS)}",
@@ -25,6 +52,7 @@ CHANGES: Mapping[str, Callable[[str, random.Random], str]] = {
     "padding": lambda text, rng: f"{text} {PADDING}",
     "truncation": lambda text, rng: " ".join(text.split()[: -(-len(text.split()) // 2)]),
     "capitals": lambda text, rng: text.upper(),
+    "paraphrase": lambda text, rng: paraphrased(text),
 }
 """Change of a response by name. Truncation keeps the first half of the words."""
 

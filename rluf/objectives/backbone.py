@@ -22,9 +22,16 @@ DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_d
 
 
 def load_classifier(
-    folder: Path, *, trained: bool, device: str = "cpu", dropout: float | None = None, seed: int = 0, layers: int = 0
+    folder: Path,
+    *,
+    trained: bool,
+    device: str = "cpu",
+    dropout: float | None = None,
+    seed: int = 0,
+    layers: int = 0,
+    heads: int = 1,
 ) -> PreTrainedModel:
-    """The folder's model as AutoModelForSequenceClassification with one logit, in float32.
+    """The folder's model as AutoModelForSequenceClassification with `heads` logits, in float32.
 
     `layers` keeps that many of its lowest layers (0 keeps all): middle layers often tell more than the last ones.
 
@@ -38,7 +45,7 @@ def load_classifier(
     hf_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        config.num_labels = 1
+        config.num_labels = heads
         _keep_layers(config, layers)
         if dropout is not None:
             for key in DROPOUTS:

@@ -42,6 +42,8 @@ class Calibration:
     """Models in the folder; the raw logit is their mean."""
     next_turn: bool = False
     """The text that the model reads ends with the opening of the user's next message."""
+    backbone: str = ""
+    """Hash of the backbone that this head shares with others (see rluf.objectives.heads); empty for a model alone."""
     knots: tuple[tuple[float, float], ...] = ()
     """Isotonic calibration: pairs (prior-corrected logit, calibrated logit), both rising."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -62,6 +63,31 @@ def make_card(calibration: Calibration, test: Rows, raw: Sequence[float], *, see
     return plain({**card, **figures})
 
 
+def compare(test: Rows, logits: Floats, before: Floats, *, seed: int) -> dict[str, Any]:
+    """This model's calibrated logits beside an earlier model's `before`, one a sequence of the same test rows.
+
+    The difference has a 95% interval from resampling users or prompts, both models on the same draw.
+    """
+    count = len(test)
+    if test.pairs:
+        right = [((z[:count] - z[count:]) > 0) + 0.5 * ((z[:count] - z[count:]) == 0) for z in (logits, before)]
+
+        def figure(which: int, times: Floats) -> float:
+            return float(np.average(right[which], weights=test.weights * times)) if times.any() else math.nan
+    else:
+
+        def figure(which: int, times: Floats) -> float:
+            return metrics.auroc((logits, before)[which], test.labels, test.weights * times)
+
+    ones = np.ones(count)
+    low, high = metrics.clustered_interval(lambda times: figure(0, times) - figure(1, times), test.clusters, seed=seed)
+    difference = {"mean": figure(0, ones) - figure(1, ones), "low": low, "high": high}
+    name = "pair_accuracy" if test.pairs else "auroc"
+    return plain(
+        {name: figure(1, ones), f"{name}_difference": difference, "score_r": metrics.correlation(logits, before)}
+    )
+
+
 def describe_training(members: Sequence[Fit], train: Rows, dev: Rows) -> dict[str, Any]:
     """Rows, pace and history of the training of each member, for the card. Tokens are counted without padding."""
     seconds, tokens = sum(fit.seconds for fit in members), sum(fit.tokens for fit in members)
@@ -75,6 +101,7 @@ def describe_training(members: Sequence[Fit], train: Rows, dev: Rows) -> dict[st
             "best_epoch": members[0].best_epoch + 1,
             "dev_log_loss": members[0].best_loss,
             "train_seconds": seconds,
+            "examples": sum(fit.examples for fit in members),
             "train_tokens": tokens,
             "tokens_per_second": tokens / max(seconds, 1e-9),
             "history": members[0].history,

@@ -40,6 +40,8 @@ def card_page(card: Mapping[str, Any]) -> str:
         _plot(card["reliability"]),
         _slices(card.get("slices", {})),
         _robustness(card.get("robustness", {})),
+        _curve(card.get("learning_curve", [])),
+        _previous(card.get("previous", {})),
         "<h2>Training</h2>",
         _table(("", "value"), [(k.replace("_", " "), v) for k, v in card["training"].items() if k != "history"]),
         _table(("setting", "value"), sorted(card["settings"].items())),
@@ -86,6 +88,27 @@ def _slices(slices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
         rows = [(name, *(part.get(head) for head in heads)) for name, part in parts.items()]
         text += _table((column, *heads), rows)
     return text
+
+
+def _curve(points: Sequence[Mapping[str, Any]]) -> str:
+    if not points:
+        return ""
+    name = "pair_accuracy" if "pair_accuracy" in points[0] else "auroc"
+    rows = [(point["train_rows"], _interval(point[name]), point["log_loss"]) for point in points]
+    told = "<h2>Learning curve</h2><p>The same training on fewer rows, all tried on the same test rows.</p>"
+    return told + _table(("rows", name.replace("_", " "), "log-loss"), rows)
+
+
+def _previous(found: Mapping[str, Any]) -> str:
+    if not found:
+        return ""
+    name = "pair_accuracy" if "pair_accuracy" in found else "auroc"
+    rows = [
+        (f"{name.replace('_', ' ')} of the earlier model", found[name]),
+        ("this model's minus that", _interval(found[f"{name}_difference"])),
+        ("correlation of the two scores", found["score_r"]),
+    ]
+    return f"<h2>Beside {escape(found['folder'])}</h2>" + _table(("figure", "value"), rows)
 
 
 def _robustness(found: Mapping[str, Any]) -> str:

@@ -21,36 +21,44 @@ from rluf.objectives.text import Encoded, TextEncoder, shared_batches
 
 @dataclass(frozen=True, slots=True)
 class Pass:
-    """The model that is run, and the members (numbers, heads, depths) that it serves; no depths: its own head alone."""
+    """The model that is run, the deepest of the members that it serves, and how deep each reads."""
 
-    model: PreTrainedModel
     members: tuple[int, ...]
-    heads: tuple[torch.nn.Linear, ...]
+    """Their numbers, the deepest last."""
+    models: tuple[PreTrainedModel, ...]
     depths: tuple[int, ...]
+    """Empty for one member, which is read at its own head."""
+    linear: bool
+    """Whether the heads are linear, so that they can be applied apart from the model."""
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model that is run."""
+        return self.models[-1]
 
 
 def passes(models: Sequence[PreTrainedModel]) -> list[Pass]:
-    """The passes that serve all models, each model once; one whose head is not linear has a pass without heads."""
-    heads = [_head(model) for model in models]
+    """The passes that serve all models, each model once."""
+    linear = [_is_linear(model) for model in models]
     depth = [len(layer_list(model)) if len(models) > 1 else 0 for model in models]
     left, found = sorted(range(len(models)), key=lambda number: -depth[number]), []
     while left:
         deep = left[0]
-        alike = [
-            number for number in left[1:] if heads[deep] and heads[number] and _begins(models[deep], models[number])
-        ]
-        served = sorted([deep, *alike], key=lambda number: depth[number])
-        kept = tuple(head for head in (heads[number] for number in served) if head is not None)
-        found.append(Pass(models[deep], tuple(served), kept, tuple(depth[n] for n in served) if alike else ()))
+        others = [number for number in left[1:] if linear[deep] and linear[number]]
+        alike = [number for number in others if _begins(models[deep], models[number])]
+        served = tuple(sorted([*alike, deep], key=lambda number: depth[number]))
+        depths = tuple(depth[number] for number in served) if alike else ()
+        found.append(Pass(served, tuple(models[number] for number in served), depths, linear[deep]))
         left = [number for number in left if number not in served]
     return found
 
 
-def _head(model: PreTrainedModel) -> torch.nn.Linear | None:
+def _is_linear(model: PreTrainedModel) -> bool:
     try:
-        return linear_head(model)
+        linear_head(model)
     except ModelError:
-        return None
+        return False
+    return True
 
 
 def _begins(deep: PreTrainedModel, low: PreTrainedModel) -> bool:
@@ -64,18 +72,20 @@ def _begins(deep: PreTrainedModel, low: PreTrainedModel) -> bool:
 
 @torch.inference_mode()
 def pass_logits(run: Pass, encoder: TextEncoder, rows: Sequence[Encoded], batch_tokens: int) -> Floats:
-    """Logits [members of the pass, N] of rows, in order."""
-    result = np.zeros((len(run.members), len(rows)))
+    """Logits [members of the pass, N, heads] of rows, in order."""
+    heads = [linear_head(model) for model in run.models]
+    weights = [_numbers(head.weight).T for head in heads]
+    biases = [0.0 if head.bias is None else _numbers(head.bias) for head in heads]
+    result = np.zeros((len(heads), len(rows), heads[0].out_features))
     device = next(run.model.parameters()).device
-    heads = [(_numbers(head.weight)[0], 0.0 if head.bias is None else _numbers(head.bias)[0]) for head in run.heads]
     caught = HeadInput(run.model, run.depths)
     try:
         for batch, takers in shared_batches(rows, causal=not encoder.pair, batch_tokens=batch_tokens):
             inputs = encoder.collate([rows[index] for index in batch])
             run.model(**{name: tensor.to(device) for name, tensor in inputs.items()})
             read = caught.take([(place, len(rows[index]) - 1) for place, index in takers])
-            for number, (weight, bias) in enumerate(heads):
-                result[number, [index for _, index in takers]] = read[number] @ weight + bias
+            for member in range(len(heads)):
+                result[member, [index for _, index in takers]] = read[member] @ weights[member] + biases[member]
     finally:
         caught.close()
     return result

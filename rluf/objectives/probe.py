@@ -32,14 +32,12 @@ Matrix = NDArray[np.float64]
 
 
 def linear_head(model: nn.Module) -> nn.Linear:
-    """The model's one-logit linear head. Raises ModelError when its head is another kind of module."""
+    """The model's linear head, a row a logit. Raises ModelError when its head is another kind of module."""
     for name in HEADS:
         head = getattr(model, name, None)
-        if isinstance(head, nn.Linear) and head.out_features == 1:
+        if isinstance(head, nn.Linear):
             return head
-    raise ModelError(
-        f"{type(model).__name__} has no linear head of one logit, so no probe can be fitted on it; set probe=false"
-    )
+    raise ModelError(f"{type(model).__name__} has no linear head, so no probe can be fitted on it; set probe=false")
 
 
 class HeadInput:
@@ -135,7 +133,12 @@ def _merged(
     ]
     kept = np.zeros(len(first), dtype=np.int64)
     kept[place[::-1]] = np.arange(len(labels))[::-1]
-    return features[kept], labels[kept], np.bincount(place, weights).astype(np.float64), [clusters[i] for i in kept.tolist()]
+    return (
+        features[kept],
+        labels[kept],
+        np.bincount(place, weights).astype(np.float64),
+        [clusters[i] for i in kept.tolist()],
+    )
 
 
 def _calibrated_loss(logits: Floats, labels: Floats, weights: Floats, *, pairs: bool) -> float:
@@ -173,16 +176,14 @@ def fold_bias(features: Matrix, head: Floats, bias: float) -> tuple[Floats, floa
 
 
 @torch.no_grad()
-def set_head(model: nn.Module, weights: Floats, bias: float) -> dict[str, torch.Tensor]:
-    """Write the probe into the model's head; returns the head's weights by name, in float32.
+def set_head(model: nn.Module, weights: Floats, bias: float, row: int = 0) -> dict[str, torch.Tensor]:
+    """Write the probe into row `row` of the model's head; returns the head's weights by name, in float32.
 
     A head without a bias leaves what is left of it (see fold_bias) to the calibration's offset.
     """
     head = linear_head(model)
     name = next(name for name, module in model.named_modules() if module is head)
-    found = {f"{name}.weight": torch.tensor(weights, dtype=torch.float32)[None]}
-    head.weight.copy_(found[f"{name}.weight"].to(head.weight))
+    head.weight[row] = torch.tensor(weights, dtype=head.weight.dtype)
     if head.bias is not None:
-        found[f"{name}.bias"] = torch.tensor([bias], dtype=torch.float32)
-        head.bias.fill_(bias)
-    return found
+        head.bias[row] = bias
+    return {f"{name}.{key}": tensor.float().cpu().clone() for key, tensor in head.named_parameters()}

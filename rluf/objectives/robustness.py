@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from rluf.objectives.scorer import RewardModel
 
 ROWS = 200
 """Responses that are changed in each way."""
-SLICES = ("topic", "locale", "turn", "model_version")
+SLICES = ("topic", "locale", "turn", "model_version", "activity")
 SLICE_ROWS = 20
 """A slice with fewer rows is not shown."""
 
@@ -51,6 +52,16 @@ def _logits(model: RewardModel, rows: Sequence[Mapping[str, Any]], responses: Se
     return model.calibration.logits(model.raw(model.encoder.encode(items)))
 
 
+def _octave(count: int) -> str:
+    """1, 2-3, 4-7 rows and so on."""
+    low = 1 << (count.bit_length() - 1)
+    return "1" if count == 1 else f"{low}-{2 * low - 1}"
+
+
+def _by_number(name: str) -> tuple[int, str]:
+    return int(name.partition("-")[0]) if name[:1].isdigit() and name.partition("-")[0].isdecimal() else 0, name
+
+
 def _same_order(before: Floats, after: Floats) -> float:
     first = np.sign(before[:, None] - before[None])
     second = np.sign(after[:, None] - after[None])
@@ -59,17 +70,21 @@ def _same_order(before: Floats, after: Floats) -> float:
 
 
 def slices(records: Sequence[Mapping[str, Any]], logits: Floats, labels: Floats | None) -> dict[str, Any]:
-    """AUROC and mean value (pairs: accuracy, `logits` being differences) by topic, locale, turn and model version.
+    """AUROC and mean value (pairs: accuracy, `logits` being differences) by topic, locale, turn, version and activity.
 
-    A column that the rows lack and slices of fewer than SLICE_ROWS rows are left out.
+    Activity is how many rows the user has, by powers of two: a model that ranks busy users only shows there. A column
+    that the rows lack and slices of fewer than SLICE_ROWS rows are left out.
     """
     found: dict[str, Any] = {}
+    if "user_id" in records[0]:
+        rows = Counter(str(row["user_id"]) for row in records)
+        records = [{**row, "activity": _octave(rows[str(row["user_id"])])} for row in records]
     for column in SLICES:
         if column not in records[0]:
             continue
         values = np.asarray([str(row[column]) for row in records])
         parts = {}
-        for value in sorted(set(values.tolist())):
+        for value in sorted(set(values.tolist()), key=_by_number):
             mask = values == value
             if mask.sum() < SLICE_ROWS:
                 continue

@@ -6,7 +6,7 @@ alone and in a batch (float32: under 1e-6). On GPUs likewise; reward models are 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +16,7 @@ import torch
 from rluf.errors import ModelError
 from rluf.objectives.backbone import encoder_for, load_classifier
 from rluf.objectives.calibration import Calibration, Floats
+from rluf.objectives.heads import join_heads
 from rluf.objectives.passes import pass_logits, passes
 from rluf.objectives.text import Encoded, Item, TextEncoder, token_batches
 from rluf.types import Score
@@ -27,6 +28,12 @@ if TYPE_CHECKING:
 def member_folder(folder: Path, number: int) -> Path:
     """Where member `number` of an ensemble lies: the first in the folder itself, so that it loads by plain means."""
     return folder if number == 0 else folder / f"member-{number}"
+
+
+def _load_calibration(folder: Path) -> Calibration:
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} holds no config.json; name a reward model folder that rluf.reward wrote")
+    return Calibration.load(folder)
 
 
 class RewardModel:
@@ -45,9 +52,7 @@ class RewardModel:
     @classmethod
     def load(cls, path: Path, *, batch_tokens: int, device: str = "cpu") -> RewardModel:
         """Read a folder that rluf.reward wrote. Raises ModelError naming what is wrong with it."""
-        if not (path / "config.json").is_file():
-            raise ModelError(f"{path} holds no config.json; name a reward model folder that rluf.reward wrote")
-        calibration = Calibration.load(path)
+        calibration = _load_calibration(path)
         folders = [member_folder(path, number) for number in range(calibration.members)]
         members = [load_classifier(folder, trained=True, device=device) for folder in folders]
         encoders = [
@@ -63,11 +68,7 @@ class RewardModel:
 
         The spread is the standard deviation of the members' own probabilities, 0 for a single model.
         """
-        each = self.each(self.encoder.encode(items))
-        raw = each.mean(0)
-        values = self.calibration.values(raw)
-        spread = self.calibration.values(each).std(0)
-        return [Score(objective, float(v), float(r), float(s)) for v, r, s in zip(values, raw, spread, strict=True)]
+        return _scores(objective, self.calibration, self.each(self.encoder.encode(items)))
 
     def raw(self, rows: Sequence[Encoded]) -> list[float]:
         """Uncalibrated logits of encoded rows, in order: the members' mean."""
@@ -76,29 +77,79 @@ class RewardModel:
 
     def each(self, rows: Sequence[Encoded]) -> Floats:
         """Uncalibrated logits [members, N] of encoded rows."""
-        found = np.zeros((len(self.members), len(rows)))
+        return self.every(rows)[:, :, 0]
+
+    def every(self, rows: Sequence[Encoded]) -> Floats:
+        """Uncalibrated logits [members, N, heads] of encoded rows."""
+        encoders = (self.encoder, *(self.encoder.others or [self.encoder] * (len(self.members) - 1)))
+        found: dict[int, Floats] = {}
         for run in self._passes:
             number = run.members[-1]
             read = [row.others[number - 1] if number and row.others else row for row in rows]
-            encoder = self._encoders()[number]
-            if run.heads:
-                found[list(run.members)] = pass_logits(run, encoder, read, self.batch_tokens)
+            if run.linear:
+                found.update(zip(run.members, pass_logits(run, encoders[number], read, self.batch_tokens), strict=True))
             else:
-                found[number] = logits_of(run.model, encoder, read, self.batch_tokens)
-        return found
+                found[number] = logits_of(run.model, encoders[number], read, self.batch_tokens)
+        return np.stack([found[number] for number in range(len(self.members))])
 
-    def _encoders(self) -> Sequence[TextEncoder]:
-        """Each member's encoder."""
-        return (self.encoder, *self.encoder.others) if self.encoder.others else [self.encoder] * len(self.members)
+
+class SharedModel:
+    """Reward models that are heads of one backbone (or one model alone): one forward pass scores by all of them."""
+
+    def __init__(self, model: RewardModel, calibrations: Mapping[str, Calibration]) -> None:
+        """`model` has a logit for each of `calibrations`, in order."""
+        self.model, self.calibrations = model, calibrations
+
+    @classmethod
+    def load(cls, folders: Mapping[str, Path], *, batch_tokens: int, device: str = "cpu") -> SharedModel:
+        """Read the folders of heads that were trained together. Raises ModelError naming what is wrong with one."""
+        model = RewardModel.load(next(iter(folders.values())), batch_tokens=batch_tokens, device=device)
+        if len(folders) > 1:
+            for number, member in enumerate(model.members):
+                join_heads(member, [member_folder(folder, number) for folder in folders.values()])
+        return cls(model, {name: Calibration.load(folder) for name, folder in folders.items()})
+
+    def score(self, items: Sequence[Item]) -> dict[str, list[Score]]:
+        """Scores of (messages, response) items in order, by objective."""
+        if not items:
+            return {name: [] for name in self.calibrations}
+        each = self.model.every(self.model.encoder.encode(items))
+        return {
+            name: _scores(name, calibration, each[:, :, place])
+            for place, (name, calibration) in enumerate(self.calibrations.items())
+        }
+
+
+def load_scorers(
+    folders: Mapping[str, Path], *, batch_tokens: int, device: str = "cpu"
+) -> Callable[[Sequence[Item]], dict[str, list[Score]]]:
+    """What scores items by each of these objectives' reward models; heads of one backbone are scored together."""
+    groups: dict[str, dict[str, Path]] = {}
+    for name, folder in folders.items():
+        groups.setdefault(_load_calibration(folder).backbone or f"alone {name}", {})[name] = folder
+    models = [SharedModel.load(group, batch_tokens=batch_tokens, device=device) for group in groups.values()]
+
+    def score(items: Sequence[Item]) -> dict[str, list[Score]]:
+        found = {name: scores for model in models for name, scores in model.score(items).items()}
+        return {name: found[name] for name in folders}
+
+    return score
+
+
+def _scores(objective: str, calibration: Calibration, each: Floats) -> list[Score]:
+    """Scores from the members' logits [members, N]."""
+    raw = each.mean(0)
+    values, spread = calibration.values(raw), calibration.values(each).std(0)
+    return [Score(objective, float(v), float(r), float(s)) for v, r, s in zip(values, raw, spread, strict=True)]
 
 
 @torch.inference_mode()
-def logits_of(model: torch.nn.Module, encoder: TextEncoder, rows: Sequence[Encoded], batch_tokens: int) -> list[float]:
-    """Logits of `rows` in order, batched by length. `model` returns an object with logits [B, 1]."""
-    result = [0.0] * len(rows)
+def logits_of(model: torch.nn.Module, encoder: TextEncoder, rows: Sequence[Encoded], batch_tokens: int) -> Floats:
+    """Logits [N, heads] of `rows` in order, batched by length. `model` returns an object with logits [B, heads]."""
+    found: list[list[float]] = [[]] * len(rows)
     device = next(model.parameters()).device
     for batch in token_batches([len(row) for row in rows], batch_tokens):
         inputs = {name: tensor.to(device) for name, tensor in encoder.collate([rows[i] for i in batch]).items()}
-        for index, logit in zip(batch, model(**inputs).logits[:, 0].float().tolist(), strict=True):
-            result[index] = logit
-    return result
+        for index, logits in zip(batch, model(**inputs).logits.float().tolist(), strict=True):
+            found[index] = logits
+    return np.asarray(found, dtype=np.float64) if rows else np.empty((0, 1))

@@ -1,12 +1,16 @@
-"""Training of one reward model, in plain torch: rows, step plan, epochs, choice of the best epoch.
+"""Training of one reward model, in plain torch: step plan, epochs, choice of the best epoch.
 
-The engine (DeepSpeed in production) is handed in, so this runs wherever torch runs. Ranks work in lockstep: equal
-numbers of steps, and equal numbers of forward passes when they look at dev together.
+A model has a head for each task: one, or several on a shared backbone, whose steps come by turns. The engine
+(DeepSpeed in production) is handed in, so this runs wherever torch runs. Ranks work in lockstep: equal numbers of
+steps, and equal numbers of forward passes when they look at dev together. Where training stands can be kept at any
+step; whoever goes on from there reads the rows of the epoch that nobody has read yet.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,20 +20,24 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import distributed
 from transformers import PreTrainedModel
 
 from rluf.errors import DataError, StallError
 from rluf.objectives.calibration import Floats, fit_platt, fit_scale, prior_shift, sigmoid
 from rluf.objectives.losses import weighted_bce
-from rluf.objectives.metrics import log_loss
+from rluf.objectives.metrics import entropy, log_loss
 from rluf.objectives.prefix import FrozenPrefix
 from rluf.objectives.probe import HeadInput
 from rluf.objectives.text import Encoded, TextEncoder, shared_batches, token_batches
 
 logger = logging.getLogger(__name__)
 
+Keys = NDArray[np.uint64]
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+SAVE_LOOK = 8
+"""Steps between two looks at the clock: is it time to keep where training stands?"""
 POOL_STEPS = 16
 """Steps whose rows are sorted by length together: little padding, and still a random order."""
 LOG_SECONDS = 10.0
@@ -68,6 +76,13 @@ class Rows:
     """[N] user or prompt group: rows of one cluster are not independent."""
     lengths: Floats
     """Characters of the response of each sequence."""
+    keys: Keys = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
+    """[N] stand for the rows' ids, the same on every rank and in every run."""
+    factors: Floats = field(default_factory=lambda: np.empty(0))
+    """[N] on the weights in the loss alone (propensities); empty: 1."""
+    offsets: Floats = field(default_factory=lambda: np.empty(0))
+    """Added to each sequence's logit in training, not in scoring: what length or user explain (rluf.objectives.debias).
+    Empty: nothing."""
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -87,8 +102,9 @@ class Rows:
 
         The sampling factor is put back by the prior correction instead of a few heavily weighted rows.
         """
-        means = {label: self.weights[self.labels == label].mean() for label in np.unique(self.labels)}
-        return self.weights / np.asarray([means[label] for label in self.labels])
+        weights = self.weights * self.factors if self.factors.size else self.weights
+        means = {label: weights[self.labels == label].mean() for label in np.unique(self.labels)}
+        return weights / np.asarray([means[label] for label in self.labels])
 
 
 def encode_rows(records: Sequence[Mapping[str, Any]], encoder: TextEncoder, *, pairs: bool, where: str) -> Rows:
@@ -101,6 +117,7 @@ def encode_rows(records: Sequence[Mapping[str, Any]], encoder: TextEncoder, *, p
     if missing or (not pairs and "label" not in records[0]):
         raise DataError(f"{where} lacks the columns {', '.join(missing) or 'label'}; run rluf.prepare again")
     responses = [str(row[key]) for key in keys for row in records]
+    texts = (str(row.get("id", "")) + "\n" + "\n".join(str(row[key]) for key in keys) for row in records)
     conversations = [list(row["messages"]) for _ in keys for row in records]
     labels = np.ones(len(records)) if pairs else np.asarray([float(row["label"]) for row in records])
     return Rows(
@@ -110,7 +127,25 @@ def encode_rows(records: Sequence[Mapping[str, Any]], encoder: TextEncoder, *, p
         weights=np.asarray([float(row["weight"]) for row in records]),
         clusters=[str(row[cluster]) for row in records],
         lengths=np.asarray([float(len(response)) for response in responses]),
+        keys=np.asarray([_key(text) for text in texts], dtype=np.uint64),
     )
+
+
+def _key(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What one head learns: its rows on this rank, the whole dev split, and the loss."""
+
+    name: str
+    train: Rows
+    dev: Rows
+    loss: Loss = weighted_bce
+    """Of logits (pairs: chosen, then rejected), labels and weights."""
+    head: int = 0
+    """Which of the model's logits is this task's."""
 
 
 @dataclass(frozen=True)
@@ -120,29 +155,30 @@ class Plan:
     epochs: int
     batch_rows: int
     batch_tokens: int
-    steps: int
-    """Steps an epoch, the same on every rank."""
     seed: int
     rank: int = 0
     world: int = 1
-    loss: Loss = weighted_bce
-    """Of logits (pairs: chosen, then rejected), labels and weights."""
     patience: int = 0
     """Epochs without a better dev log-loss after which training stops; 0 runs them all."""
     deadline: float = float("inf")
     """time.monotonic() after which training stops with StallError."""
+    save_s: float = float("inf")
+    """Seconds between two looks at which training keeps where it stands."""
 
 
 @dataclass
 class Fit:
-    """What training found: the best epoch's dev logits, and the pace."""
+    """What training found for one task: the best epoch's dev logits, and the pace."""
 
     best_epoch: int = -1
     """-1 is the probe."""
     best_loss: float = float("inf")
+    """Dev log-loss at the best epoch, which is that of all heads together."""
     dev_logits: Floats = field(default_factory=lambda: np.empty(0))
     """One logit a dev sequence, at the best epoch."""
     shift: float = 0.0
+    examples: int = 0
+    """Rows read in training, on all ranks; a row counts once an epoch."""
     tokens: int = 0
     """Tokens this rank read in training steps, without padding."""
     seconds: float = 0.0
@@ -150,22 +186,40 @@ class Fit:
     history: list[dict[str, float]] = field(default_factory=list)
 
 
-def step_plan(lengths: Sequence[int], plan: Plan, epoch: int) -> list[list[int]]:
-    """Row indices of each step of an epoch: shuffled, of like length within a step, `plan.steps` steps in all.
+@dataclass
+class Position:
+    """Where training stands: what `Trainer.fit` needs to go on."""
+
+    fits: list[Fit]
+    """One a task."""
+    epoch: int = 0
+    done: list[Keys] = field(default_factory=list)
+    """Of each task, the keys of the rows that some rank has read in this epoch."""
+
+
+def steps_of(rows: int, plan: Plan) -> int:
+    """Steps that the ranks need for their rows: those of the rank that has most."""
+    return -(-max(gathered(rows, plan.world)) // plan.batch_rows)
+
+
+def step_plan(lengths: Sequence[int], plan: Plan, steps: int, epoch: int) -> list[list[int]]:
+    """Row indices of each step of an epoch: shuffled, of like length within a step, `steps` steps in all.
 
     The rows of POOL_STEPS steps are sorted together and cut; a rank short of rows reads some again.
     """
+    if not steps:
+        return []
     rng = random.Random(plan.seed * 1_000_003 + epoch)
     order = list(range(len(lengths)))
     rng.shuffle(order)
-    wanted = max(min(len(order), plan.steps * plan.batch_rows), (plan.steps - 1) * plan.batch_rows + 1)
+    wanted = max(min(len(order), steps * plan.batch_rows), (steps - 1) * plan.batch_rows + 1)
     order = [order[i % len(order)] for i in range(wanted)]
-    size, steps = plan.batch_rows * POOL_STEPS, []
+    size, found = plan.batch_rows * POOL_STEPS, []
     for start in range(0, len(order), size):
         pool = sorted(order[start : start + size], key=lambda row: lengths[row])
-        steps += [pool[i : i + plan.batch_rows] for i in range(0, len(pool), plan.batch_rows)]
-    rng.shuffle(steps)
-    return steps
+        found += [pool[i : i + plan.batch_rows] for i in range(0, len(pool), plan.batch_rows)]
+    rng.shuffle(found)
+    return found
 
 
 class Trainer:
@@ -178,38 +232,52 @@ class Trainer:
         self.model, self.encoder, self.plan, self.prefix = model, encoder, plan, prefix
         self.device = next(model.parameters()).device
         self._kept: dict[int, list[torch.Tensor]] = {}
+        self._saved = self._told = time.monotonic()
 
     def fit(
         self,
         engine: Engine,
-        train: Rows,
-        dev: Rows,
-        found: Fit,
+        tasks: Sequence[Task],
+        position: Position,
         *,
         snapshot: Callable[[], None],
-        report: Callable[[dict[str, float]], None],
-    ) -> Fit:
-        """Train with `engine`, which wraps the model; `found` is what came before (a probe, or an empty Fit).
+        report: Callable[[str, dict[str, float]], None],
+        save: Callable[[Position], None] = lambda _: None,
+    ) -> list[Fit]:
+        """Train with `engine`, which wraps the model, from `position` on; returns a Fit a task.
 
-        `snapshot` is called whenever dev log-loss is the best so far, `report` after every epoch, both on every rank.
-        Raises StallError past the deadline.
+        The position's fits are what came before (a probe, or an empty Fit each). `snapshot` is called whenever dev
+        log-loss is the best so far, `report` with a task's name after every epoch, and `save` when plan.save_s have
+        passed since the last time; all three on every rank. Raises StallError past the deadline.
         """
-        found.shift = 0.0 if train.pairs else self.shift(train)
-        clock = time.monotonic()
-        hidden = self._hidden(train), self._hidden(dev)
-        found.seconds += time.monotonic() - clock
-        for epoch in range(self.plan.epochs):
-            loss = self._epoch(engine, train, hidden[0], epoch, found)
-            logits = self._dev_logits(engine, dev, hidden[1])
-            dev_loss = dev_log_loss(logits, dev, found.shift)
-            if dev_loss < found.best_loss:
-                found.best_epoch, found.best_loss, found.dev_logits = epoch, dev_loss, logits
+        found = position.fits
+        for task, fit in zip(tasks, found, strict=True):
+            fit.shift = 0.0 if task.train.pairs else self.shift(task.train)
+            clock = time.monotonic()
+            self._hidden(task.train)
+            self._hidden(task.dev)
+            fit.seconds += time.monotonic() - clock
+        best = _together([fit.best_loss for fit in found], tasks)
+        for epoch in range(position.epoch, self.plan.epochs):
+            position.epoch = epoch
+            train_losses = self._epoch(engine, tasks, position, save)
+            logits = [self._dev_logits(engine, task) for task in tasks]
+            losses = [dev_log_loss(z, t.dev, f.shift) for z, t, f in zip(logits, tasks, found, strict=True)]
+            together = _together(losses, tasks)
+            if together < best:
+                best = together
+                for fit, loss, dev_logits in zip(found, losses, logits, strict=True):
+                    fit.best_epoch, fit.best_loss, fit.dev_logits = epoch, loss, dev_logits
                 snapshot()
-            figures = {"epoch": epoch + 1.0, "train_loss": loss, "dev_log_loss": dev_loss}
-            found.history.append(figures)
-            report(figures)
-            if self.plan.patience and epoch - found.best_epoch >= self.plan.patience:
+            for task, fit, train_loss, loss in zip(tasks, found, train_losses, losses, strict=True):
+                figures = {"epoch": epoch + 1.0, "train_loss": train_loss, "dev_log_loss": loss}
+                fit.history.append(figures)
+                report(task.name, figures)
+            if self.plan.patience and epoch - found[0].best_epoch >= self.plan.patience:
                 break
+            position.epoch, position.done = epoch + 1, []
+            if self._due():
+                save(position)
         return found
 
     @torch.no_grad()
@@ -228,9 +296,8 @@ class Trainer:
                 for batch, takers in shared_batches(
                     rows.sequences, causal=not self.encoder.pair, batch_tokens=self.plan.batch_tokens
                 ):
+                    self._check_deadline("the probe")
                     now = time.monotonic()
-                    if now > self.plan.deadline:
-                        raise StallError("reward training met its deadline in the probe; raise reward.deadline_s")
                     if now - told > LOG_SECONDS:
                         told = now
                         logger.info("probe: features of %d of %d rows", len(found), len(rows.sequences))
@@ -247,54 +314,107 @@ class Trainer:
         shards = gathered((rows.labels, rows.weights), self.plan.world)
         return prior_shift(np.concatenate([s[0] for s in shards]), np.concatenate([s[1] for s in shards]))
 
-    def _epoch(self, engine: Engine, rows: Rows, hidden: list[torch.Tensor] | None, epoch: int, found: Fit) -> float:
-        """One pass over this rank's rows; returns the mean loss of its steps."""
+    def _epoch(
+        self, engine: Engine, tasks: Sequence[Task], position: Position, save: Callable[[Position], None]
+    ) -> list[float]:
+        """What is left of an epoch's pass over this rank's rows; returns the mean loss of each task's steps."""
         engine.train()
-        started = told = time.monotonic()
-        lengths = [max(len(rows.sequences[part]) for part in rows.parts([row])) for row in range(len(rows))]
-        steps, weights, losses = step_plan(lengths, self.plan, epoch), rows.loss_weights, []
+        done = position.done or [np.empty(0, dtype=np.uint64) for _ in tasks]
+        order = self._order(tasks, done, position.epoch)
+        losses: list[list[torch.Tensor]] = [[] for _ in tasks]
+        read: list[set[int]] = [set() for _ in tasks]
+        weights = [task.train.loss_weights for task in tasks]
+        for number, (place, step) in enumerate(order):
+            if number % SAVE_LOOK == 0 and number and self._due():
+                position.done = self._read(tasks, done, read)
+                save(position)
+            task, fit, clock = tasks[place], position.fits[place], time.monotonic()
+            losses[place].append(self._step(engine, task, weights[place], step))
+            read[place].update(step)
+            fit.tokens += sum(len(task.train.sequences[part]) for part in task.train.parts(step))
+            fit.seconds += time.monotonic() - clock
+            self._check_deadline(f"epoch {position.epoch + 1}")
+            if time.monotonic() - self._told > LOG_SECONDS:
+                self._told = time.monotonic()
+                where = position.epoch + 1, number + 1, len(order), float(losses[place][-1])
+                logger.info("epoch %d: step %d of %d, loss %.4f", *where)
+        for fit, keys in zip(position.fits, self._read(tasks, done, read), strict=True):
+            fit.examples += len(keys)
+        return [float(torch.stack(found).mean()) if found else float("nan") for found in losses]
+
+    def _step(self, engine: Engine, task: Task, weights: Floats, step: Sequence[int]) -> torch.Tensor:
+        """One optimiser step on rows `step` of the task; returns its loss."""
+        rows, parts = task.train, task.train.parts(step)
+        hidden = self._hidden(rows)
         with self._replaying(hidden):
-            for number, step in enumerate(steps):
-                logits = self._forward(engine, rows, rows.parts(step), hidden)
-                factor = torch.tensor(weights[step], dtype=torch.float32, device=self.device)
-                labels = torch.tensor(rows.labels[step], dtype=torch.float32, device=self.device)
-                loss = self.plan.loss(logits, labels, factor)
-                engine.backward(loss)
-                engine.step()
-                losses.append(loss.detach())
-                found.tokens += sum(len(rows.sequences[part]) for part in rows.parts(step))
-                now = time.monotonic()
-                if now > self.plan.deadline:
-                    raise StallError(f"reward training met its deadline in epoch {epoch + 1}; raise reward.deadline_s")
-                if now - told > LOG_SECONDS:
-                    told = now
-                    done = number + 1, len(steps), float(losses[-1])
-                    logger.info("epoch %d: step %d of %d, loss %.4f", epoch + 1, *done)
-        found.seconds += time.monotonic() - started
-        return float(torch.stack(losses).mean())
+            logits = self._forward(engine, rows, parts, hidden)[:, task.head]
+            if rows.offsets.size:
+                logits = logits + self._tensor(rows.offsets[parts])
+            loss = task.loss(logits, self._tensor(rows.labels[step]), self._tensor(weights[step]))
+            engine.backward(loss)
+        engine.step()
+        return loss.detach()
+
+    def _tensor(self, values: Floats) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float32, device=self.device)
+
+    def _order(self, tasks: Sequence[Task], done: Sequence[Keys], epoch: int) -> list[tuple[int, list[int]]]:
+        """(task, rows) of each step: the rows of the epoch that nobody has read, the tasks by turns at random."""
+        order: list[tuple[int, list[int]]] = []
+        for place, task in enumerate(tasks):
+            rows = task.train
+            left = np.flatnonzero(~np.isin(rows.keys, done[place])).tolist()
+            steps = steps_of(len(left), self.plan)
+            left = left or list(range(len(rows)))  # other ranks have rows left: keep them company
+            lengths = [max(len(rows.sequences[part]) for part in rows.parts([row])) for row in left]
+            plan = step_plan(lengths, self.plan, steps, epoch)
+            order += [(place, [left[i] for i in step]) for step in plan]
+        if len(tasks) > 1:
+            random.Random(self.plan.seed * 1_000_003 + epoch).shuffle(order)
+        return order
+
+    def _read(self, tasks: Sequence[Task], done: Sequence[Keys], read: Sequence[set[int]]) -> list[Keys]:
+        """Of each task, keys of the rows read in this epoch by any rank, before a stop or since."""
+        mine = [task.train.keys[sorted(rows)] for task, rows in zip(tasks, read, strict=True)]
+        shards = gathered(mine, self.plan.world)
+        return [np.unique(np.concatenate([done[i], *(shard[i] for shard in shards)])) for i in range(len(tasks))]
+
+    def _due(self) -> bool:
+        """Whether it is time to keep where training stands, by rank 0's clock."""
+        late = self.plan.save_s < float("inf") and time.monotonic() - self._saved >= self.plan.save_s
+        late = self.plan.save_s < float("inf") and bool(gathered(late, self.plan.world)[0])
+        if late:
+            self._saved = time.monotonic()
+        return late
+
+    def _check_deadline(self, where: str) -> None:
+        if time.monotonic() > self.plan.deadline:
+            raise StallError(f"reward training met its deadline in {where}; raise reward.deadline_s")
 
     def _forward(
         self, model: Callable[..., Any], rows: Rows, parts: Sequence[int], hidden: list[torch.Tensor] | None
     ) -> torch.Tensor:
-        """Logits [B] of these sequences, with gradient."""
+        """Logits [B, heads] of these sequences, with gradient."""
         inputs = self.encoder.collate([rows.sequences[part] for part in parts])
         if self.prefix is not None and hidden is not None:
             self.prefix.load([hidden[part] for part in parts])
         output = model(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
-        logits: torch.Tensor = output.logits[:, 0].float()
+        logits: torch.Tensor = output.logits.float()
         return logits
 
     @torch.no_grad()
-    def _dev_logits(self, engine: Engine, rows: Rows, hidden: list[torch.Tensor] | None) -> Floats:
-        """Logits of all sequences, the batches dealt out to the ranks, each running equally many."""
+    def _dev_logits(self, engine: Engine, task: Task) -> Floats:
+        """Logits of all dev sequences, the batches dealt out to the ranks, each running equally many."""
         engine.eval()
+        rows, hidden = task.dev, self._hidden(task.dev)
         batches = token_batches([len(sequence) for sequence in rows.sequences], self.plan.batch_tokens)
         turns = -(-len(batches) // self.plan.world)
         found: dict[int, float] = {}
         with self._replaying(hidden):
             for turn in range(turns):
                 batch = batches[min(turn * self.plan.world + self.plan.rank, len(batches) - 1)]
-                found.update(zip(batch, self._forward(engine, rows, batch, hidden).tolist(), strict=True))
+                logits = self._forward(engine, rows, batch, hidden)[:, task.head]
+                found.update(zip(batch, logits.tolist(), strict=True))
         for part in gathered(found, self.plan.world):
             found.update(part)
         return np.asarray([found[index] for index in range(len(rows.sequences))])
@@ -324,6 +444,13 @@ def dev_log_loss(logits: Floats, rows: Rows, shift: float) -> float:
         scale, offset = fit_platt(logits + shift, rows.labels, rows.weights)
         values = sigmoid(scale * (logits + shift) + offset)
     return log_loss(values, rows.labels, rows.weights)
+
+
+def _together(losses: Sequence[float], tasks: Sequence[Task]) -> float:
+    """Mean over the tasks of dev log-loss over the entropy of the base rate: what epochs are compared by."""
+    floors = [math.log(2) if t.dev.pairs else entropy(float(np.average(t.dev.labels, weights=t.dev.weights)))
+              for t in tasks]  # fmt: skip
+    return float(np.mean([loss / (floor or 1.0) for loss, floor in zip(losses, floors, strict=True)]))
 
 
 def gathered(value: Any, world: int) -> list[Any]:

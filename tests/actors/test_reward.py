@@ -41,7 +41,7 @@ def actors(local_ray: None) -> Iterator[Any]:
 
     def start(objective: str, settings: Settings, path: Path | None) -> Any:
         remote = ray.remote(num_cpus=0.2, max_concurrency=64)(RewardActor)
-        started.append(remote.remote(objective, settings.model_dump_json(), None if path is None else str(path)))
+        started.append(remote.remote(settings.model_dump_json(), {objective: None if path is None else str(path)}))
         return started[-1]
 
     yield start
@@ -64,8 +64,8 @@ def test_groups_are_scored_in_order_together_and_as_alone(checkpoint: Path, acto
     model = RewardModel.load(checkpoint, batch_tokens=512)
     for group, scores in zip(groups, found, strict=True):
         alone = model.score([(group.prompt.messages, sample.text) for sample in group.samples], "love")
-        assert [score.raw for score in scores] == pytest.approx([score.raw for score in alone], abs=1e-4)
-        assert [score.value for score in scores] == pytest.approx([score.value for score in alone], abs=1e-4)
+        assert [score.raw for score in scores["love"]] == pytest.approx([score.raw for score in alone], abs=1e-4)
+        assert [score.value for score in scores["love"]] == pytest.approx([score.value for score in alone], abs=1e-4)
     health = ray.get(actor.health.remote())
     assert health["scored"] == 36
     assert health["batches"] <= 12
@@ -78,7 +78,7 @@ def test_bad_folder_and_unknown_judge_raise_our_errors_and_judges_score(tmp_path
     judged = {"objectives": {"safety": {"weight": 0.2, "source": "judge", "judge": "refusal"}}}
     actor = actors("safety", Settings.model_validate(judged), None)
     scores = ray.get(actor.score.remote(_group(0, ("Hello!", "I cannot help with that."))))
-    assert [score.verdict for score in scores] == [True, False]
+    assert [score.verdict for score in scores["safety"]] == [True, False]
     judged["objectives"]["safety"]["judge"] = "nobody"
     with pytest.raises(SettingsError, match="repetition"):
         ray.get(actors("safety", Settings.model_validate(judged), None).ready.remote())

@@ -4,7 +4,16 @@ from pathlib import Path
 
 import pytest
 
-from rluf.config.derived import batches, describe, engine_memory, kv_cache_need, learner_memory, pools, show_bytes
+from rluf.config.derived import (
+    batches,
+    describe,
+    engine_memory,
+    kv_cache_need,
+    learner_memory,
+    pools,
+    scored_together,
+    show_bytes,
+)
 from rluf.config.load import load_settings
 from rluf.config.machine import cpu_dtype
 from rluf.config.settings import Settings
@@ -149,3 +158,17 @@ def test_loaded_settings_say_what_auto_means_and_why() -> None:
     gpus = load_settings(None, ["cluster.gpus_per_learner=1", "cluster.gpus_per_engine=1", "reward.dtype=float32"])
     assert (gpus.settings.model.dtype, gpus.sources["model.dtype"]) == ("bfloat16", "auto: on GPUs")
     assert (gpus.settings.reward.dtype, gpus.sources["reward.dtype"]) == ("float32", "override")
+
+
+def test_heads_of_one_backbone_are_one_pool_and_judges_keep_their_own() -> None:
+    assert scored_together(settings()) == (("love",), ("helpfulness",), ("safety",))
+    shared = settings("reward.heads=[love, continued, safety]")
+    assert scored_together(shared) == (("love", "safety"), ("helpfulness",))
+    assert sum(pool.role == "reward" for pool in pools(shared)) == 2
+    judged = settings("reward.heads=[love, helpfulness, safety]", "objectives.safety={source: judge, judge: refusal}")
+    assert scored_together(judged) == (("love", "helpfulness"), ("safety",))
+
+
+def test_elastic_workers_are_reckoned_at_their_most() -> None:
+    (found,) = (p for p in pools(settings("reward.workers=[1, 4]")) if p.role == "reward_training")
+    assert found.count == 4

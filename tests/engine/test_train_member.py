@@ -14,7 +14,7 @@ import pytest
 
 from rluf.config.settings import Settings
 from rluf.engine.train_member import Splits, train_member
-from rluf.engine.train_reward import finish
+from rluf.engine.write_reward import finish
 from rluf.errors import StallError
 from rluf.objectives.scorer import RewardModel, logits_of
 from rluf.objectives.text import TextEncoder
@@ -31,7 +31,9 @@ def _settings(cache: Path, **model: Any) -> Settings:
 
 def _splits(data: Path, objective: str) -> Splits:
     folder = data / objective
-    return Splits(*(pq.read_table(folder / f"{split}.parquet").to_pylist() for split in ("train", "dev")), folder)
+    return Splits(
+        objective, *(pq.read_table(folder / f"{split}.parquet").to_pylist() for split in ("train", "dev")), folder
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +43,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_ensemble_of_probes_ranks_is_calibrated_and_has_a_card(data: Path, tmp_path: Path) -> None:
     settings = _settings(tmp_path, layers=[1, 2])
-    members = [train_member(settings, "love", _splits(data, "love"), n, math.inf) for n in range(2)]
-    finish(settings, "love", data / "love", tmp_path / "out", members, time.monotonic(), True)
+    members = [train_member(settings, [_splits(data, "love")], n, math.inf) for n in range(2)]
+    finish(settings, {"love": (data / "love", tmp_path / "out")}, members, time.monotonic(), thorough=True)
     card = json.loads((tmp_path / "out" / "reward_card.json").read_text())
     assert card["training"]["members"] == 2
     assert card["training"]["best_epoch"] == 0
@@ -81,8 +83,9 @@ def _encoders(model: RewardModel) -> list[TextEncoder]:
 
 def test_a_probe_on_pairs_prefers_what_was_chosen(data: Path, tmp_path: Path) -> None:
     settings = _settings(tmp_path, next_turn=True)
-    member = train_member(settings, "helpfulness", _splits(data, "helpfulness"), 0, math.inf)
-    finish(settings, "helpfulness", data / "helpfulness", tmp_path / "out", [member], time.monotonic(), False)
+    member = train_member(settings, [_splits(data, "helpfulness")], 0, math.inf)
+    outs = {"helpfulness": (data / "helpfulness", tmp_path / "out")}
+    finish(settings, outs, [member], time.monotonic(), thorough=False)
     card = json.loads((tmp_path / "out" / "reward_card.json").read_text())
     assert card["pair_accuracy"]["mean"] > 0.75
     assert card["calibration"]["next_turn"] is True
@@ -91,4 +94,4 @@ def test_a_probe_on_pairs_prefers_what_was_chosen(data: Path, tmp_path: Path) ->
 
 def test_a_passed_deadline_stops_the_probe(data: Path, tmp_path: Path) -> None:
     with pytest.raises(StallError, match="deadline_s"):
-        train_member(_settings(tmp_path), "safety", _splits(data, "safety"), 0, 0.0)
+        train_member(_settings(tmp_path), [_splits(data, "safety")], 0, 0.0)

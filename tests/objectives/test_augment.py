@@ -78,3 +78,20 @@ def test_slices_leave_out_what_is_small_or_missing() -> None:
     assert set(found["topic"]) == {"a", "b"}
     assert found["topic"]["a"]["n"] == 30
     assert slices(rows, np.ones(61), None)["topic"]["b"]["pair_accuracy"] == 1.0
+
+
+def test_activity_slices_tell_busy_users_apart() -> None:
+    rows = [{"messages": [], "response": "x", "label": 0, "user_id": f"u{i}"} for i in range(30)]
+    rows += [{"messages": [], "response": "x", "label": i % 2, "user_id": f"busy{i % 3}"} for i in range(30)]
+    labels = np.asarray([float(row["label"]) for row in rows])  # type: ignore[arg-type]
+    found = slices(rows, np.linspace(-1, 1, 60), labels)
+    assert list(found["activity"]) == ["1", "8-15"]
+    assert (found["activity"]["1"]["n"], found["activity"]["8-15"]["rate"]) == (30, 0.5)
+
+
+def test_a_paraphrase_says_the_same_in_other_words() -> None:
+    import random
+
+    change = CHANGES["paraphrase"]
+    assert change("I am happy, but do not stop.", random.Random(0)) == "I'm glad, however don't stop."
+    assert change("It's big.", random.Random(0)) == "It is large."

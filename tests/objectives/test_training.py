@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,15 @@ from rluf.models import resolve_model
 from rluf.objectives.backbone import encoder_for, freeze, load_classifier
 from rluf.objectives.prefix import FrozenPrefix
 from rluf.objectives.text import TextEncoder
-from rluf.objectives.training import Fit, Plan, Rows, Trainer, dev_log_loss, encode_rows, step_plan
+from rluf.objectives.training import Fit, Plan, Position, Rows, Task, Trainer, dev_log_loss, encode_rows, step_plan
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
+
+
+QUIET: dict[str, Any] = {"snapshot": lambda: None, "report": lambda *_: None}
 
 
 class TorchEngine:
@@ -58,6 +63,7 @@ def _records(count: int, seed: int) -> list[dict[str, Any]]:
         text = rng.choice(("!!!! wow love", "love !!!") if label else ("no. cold.", "stone. no"))
         rows.append(
             {
+                "id": f"{seed}-{number}",
                 "messages": [{"role": "user", "content": "hi"}],
                 "response": text,
                 "label": label,
@@ -77,7 +83,7 @@ def test_a_step_plan_reads_every_row_in_the_promised_number_of_steps(
     lengths: list[int], batch: int, extra: int, epoch: int
 ) -> None:
     steps = -(-len(lengths) // batch) + extra
-    found = step_plan(lengths, Plan(epochs=1, batch_rows=batch, batch_tokens=512, steps=steps, seed=1), epoch)
+    found = step_plan(lengths, Plan(epochs=1, batch_rows=batch, batch_tokens=512, seed=1), steps, epoch)
     assert len(found) == steps
     assert all(0 < len(step) <= batch for step in found)
     assert {row for step in found for row in step} == set(range(len(lengths)))
@@ -86,10 +92,10 @@ def test_a_step_plan_reads_every_row_in_the_promised_number_of_steps(
 
 
 def test_epochs_differ_and_seeds_repeat() -> None:
-    plan = Plan(epochs=2, batch_rows=4, batch_tokens=512, steps=10, seed=1)
+    plan = Plan(epochs=2, batch_rows=4, batch_tokens=512, seed=1)
     lengths = list(range(40))
-    assert step_plan(lengths, plan, 0) == step_plan(lengths, plan, 0)
-    assert step_plan(lengths, plan, 0) != step_plan(lengths, plan, 1)
+    assert step_plan(lengths, plan, 10, 0) == step_plan(lengths, plan, 10, 0)
+    assert step_plan(lengths, plan, 10, 0) != step_plan(lengths, plan, 10, 1)
 
 
 def test_loss_weights_keep_the_class_balance_of_the_sample() -> None:
@@ -104,9 +110,13 @@ def test_training_learns_keeps_the_best_epoch_and_reports(cache: Path) -> None:
     train, dev = _rows(encoder, 200, 1), _rows(encoder, 60, 2)
     kept: list[int] = []
     told: list[dict[str, float]] = []
-    plan = Plan(epochs=3, batch_rows=16, batch_tokens=1024, steps=13, seed=0)
-    found = Trainer(model, encoder, plan).fit(
-        TorchEngine(model, 3e-3), train, dev, Fit(), snapshot=lambda: kept.append(len(told)), report=told.append
+    plan = Plan(epochs=3, batch_rows=16, batch_tokens=1024, seed=0)
+    (found,) = Trainer(model, encoder, plan).fit(
+        TorchEngine(model, 3e-3),
+        [Task("love", train, dev)],
+        Position([Fit()]),
+        snapshot=lambda: kept.append(len(told)),
+        report=lambda _, figures: told.append(figures),
     )
     assert found.best_loss < 0.2
     assert kept[-1] == found.best_epoch
@@ -121,9 +131,9 @@ def test_training_stops_when_dev_gets_no_better(cache: Path) -> None:
     encoder = encoder_for(model, backbone, 64)
     rows = _rows(encoder, 60, 1)
     unlike = replace(rows, labels=1 - rows.labels)
-    plan = Plan(epochs=6, batch_rows=16, batch_tokens=1024, steps=4, seed=0, patience=2)
-    found = Trainer(model, encoder, plan).fit(
-        TorchEngine(model, 3e-3), rows, unlike, Fit(), snapshot=lambda: None, report=lambda _: None
+    plan = Plan(epochs=6, batch_rows=16, batch_tokens=1024, seed=0, patience=2)
+    (found,) = Trainer(model, encoder, plan).fit(
+        TorchEngine(model, 3e-3), [Task("love", rows, unlike)], Position([Fit()]), **QUIET
     )
     assert len(found.history) < 6
     assert len(found.history) - 1 - found.best_epoch == 2
@@ -169,10 +179,10 @@ def test_a_passed_deadline_stops_training(cache: Path) -> None:
     model = load_classifier(backbone, trained=False)
     encoder = encoder_for(model, backbone, 64)
     rows = _rows(encoder, 8, 1)
-    plan = Plan(epochs=1, batch_rows=4, batch_tokens=512, steps=2, seed=0, deadline=0.0)
+    plan = Plan(epochs=1, batch_rows=4, batch_tokens=512, seed=0, deadline=0.0)
     with pytest.raises(StallError, match="deadline_s"):
         Trainer(model, encoder, plan).fit(
-            TorchEngine(model, 1e-3), rows, rows, Fit(), snapshot=lambda: None, report=lambda _: None
+            TorchEngine(model, 1e-3), [Task("love", rows, rows)], Position([Fit()]), **QUIET
         )
 
 
@@ -183,3 +193,48 @@ def test_empty_splits_and_missing_columns_are_data_errors(cache: Path) -> None:
         encode_rows([], encoder, pairs=False, where="love/train.parquet")
     with pytest.raises(DataError, match="chosen"):
         encode_rows(_records(2, 0), encoder, pairs=True, where="helpfulness/train.parquet")
+
+
+class _KilledError(Exception):
+    """Stands for whatever ends a worker."""
+
+
+def test_training_that_is_cut_short_reads_every_row_once_an_epoch(cache: Path) -> None:
+    """Two heads, ended in mid-epoch; another run goes on from what was kept last and reads the rest only."""
+    backbone = resolve_model("tiny-encoder", cache)
+    encoder = encoder_for(load_classifier(backbone, trained=False), backbone, 64)
+    tasks = [Task(str(head), _rows(encoder, 80, head), _rows(encoder, 20, 9), head=head) for head in range(2)]
+    plan = Plan(epochs=2, batch_rows=4, batch_tokens=1024, seed=3, save_s=0.0)
+
+    def run(position: Position, deaths: int) -> tuple[list[Fit], list[Position], Counter[tuple[int, int]]]:
+        model = load_classifier(backbone, trained=False, dropout=0.0, seed=0, heads=2)
+        kept: list[Position] = []
+        read: Counter[tuple[int, int]] = Counter()
+        trainer = Trainer(model, encoder, plan)
+        forward = trainer._step
+
+        def step(engine: Any, task: Task, weights: Any, rows: Any) -> torch.Tensor:
+            read.update((task.head, row) for row in rows)
+            return forward(engine, task, weights, rows)
+
+        def save(stand: Position) -> None:
+            kept.append(deepcopy(stand))
+            read_then.append(Counter(read))
+            if len(kept) == deaths:
+                raise _KilledError
+
+        read_then: list[Counter[tuple[int, int]]] = []
+        trainer._step = step  # type: ignore[method-assign]
+        try:
+            found = trainer.fit(TorchEngine(model, 1e-3), tasks, position, save=save, **QUIET)
+        except _KilledError:
+            return [], kept, read_then[-1]
+        return found, kept, read
+
+    _, kept, before = run(Position([Fit(), Fit()]), deaths=7)
+    assert kept[-1].epoch == 1
+    assert 0 < sum(len(done) for done in kept[-1].done) < 160
+    found, _, after = run(kept[-1], deaths=-1)
+    assert before + after == Counter({(head, row): 2 for head in range(2) for row in range(80)})
+    assert [fit.examples for fit in found] == [160, 160]
+    assert [len(fit.history) for fit in found] == [2, 2]

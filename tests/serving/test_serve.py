@@ -209,12 +209,12 @@ def test_the_train_loop_scores_with_the_service(service: Service) -> None:
 
     told = {"objectives": {"love": {"source": "serve", "path": service.url, "weight": 1.0}}}
     actor = ray.remote(num_cpus=0.1, max_concurrency=8)(RewardActor).remote(
-        "love", Settings.model_validate(told).model_dump_json(), None
+        Settings.model_validate(told).model_dump_json(), {"love": None}
     )
     item: Item = ITEMS[3]
     sample = Sample("p", (1,), (2,), (-0.1,), ((0, 0),), "stop", item[1])
     group = Group(Prompt("p", tuple(item[0]), (1,), "chat", "train"), (sample,), 0)
-    (score,) = ray.get(actor.score.remote(group))
+    (score,) = ray.get(actor.score.remote(group))["love"]
     assert min(abs(score.value - truth[3]) for truth in service.truth.values()) < 1e-4
     ray.kill(actor)
 

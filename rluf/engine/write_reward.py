@@ -1,0 +1,181 @@
+"""From trained members to checkpoint folders: calibration, the card, and the learning curve's points."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rluf.config.settings import Settings
+from rluf.engine.train_member import Member, balance
+from rluf.engine.train_reward import CARD, PAGE
+from rluf.errors import ModelError, RlufError
+from rluf.objectives.calibration import Calibration, Floats
+from rluf.objectives.card import calibrate, compare, describe_training, make_card
+from rluf.objectives.heads import labelled
+from rluf.objectives.page import card_page
+from rluf.objectives.robustness import robustness, slices
+from rluf.objectives.scorer import RewardModel, member_folder
+from rluf.objectives.training import Rows, encode_rows
+
+logger = logging.getLogger(__name__)
+
+EVAL_TOKENS = 4096
+"""Padded tokens of a forward pass without gradient."""
+
+
+def table(path: Path) -> list[dict[str, Any]]:
+    """All rows of a split. dev and test are read directly: they are not dealt out, and a Ray Data run has its cost."""
+    import pyarrow.parquet
+
+    records: list[dict[str, Any]] = pyarrow.parquet.read_table(str(path)).to_pylist()
+    return records
+
+
+def thinned(records: Sequence[Mapping[str, Any]], share: float) -> list[Mapping[str, Any]]:
+    """About `share` of the rows, spread evenly; the same at every call."""
+    return [row for number, row in enumerate(records) if int((number + 1) * share) > int(number * share)]
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A head to write: its prepared data, the folder it will have, the one it is built in, and an earlier model."""
+
+    head: str
+    data: Path
+    out: Path
+    part: Path
+    before: Path | None
+
+
+def finish(
+    settings: Settings,
+    outs: Mapping[str, tuple[Path, Path]],
+    members: Sequence[Member],
+    clock: float,
+    *,
+    thorough: bool,
+    before: Mapping[str, Path] | None = None,
+    curve: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Calibrate the trained members together and write a checkpoint folder a head; rank 0 alone does.
+
+    `outs` maps a head to (its prepared data, the folder to write). Each is read back as everyone else will, tried on
+    the test split, and renamed into place when all are whole. `clock` is time.monotonic() at the start. Raises
+    ModelError when the disk refuses.
+    """
+    balance(members)
+    jobs = [
+        Job(head, data, out, out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}"), (before or {}).get(head))
+        for head, (data, out) in outs.items()
+    ]
+    try:
+        shared = [m.save([member_folder(job.part, number) for job in jobs]) for number, m in enumerate(members)]
+        for place, job in enumerate(jobs):
+            calibration = _calibrated(settings, members, place, "-".join(filter(None, shared)))
+            calibration.save(job.part)
+            _write_card(settings, job, members, place, clock, thorough=thorough, curve=curve)
+        for job in jobs:
+            if job.out.is_dir():
+                shutil.rmtree(job.out)
+            os.replace(job.part, job.out)
+            logger.info("%s: written to %s after %.1f s", job.head, job.out, time.monotonic() - clock)
+    except OSError as error:
+        where = ", ".join(str(job.out) for job in jobs)
+        raise ModelError(f"the reward model could not be written to {where}: {error}; free some disk") from error
+    finally:
+        for job in jobs:
+            shutil.rmtree(job.part, ignore_errors=True)
+
+
+def _calibrated(settings: Settings, members: Sequence[Member], place: int, backbone: str) -> Calibration:
+    """What dev says of the members' mean logit for head number `place`."""
+    first = members[0]
+    task, found = first.tasks[place], [member.found[place] for member in members]
+    base = Calibration(
+        task.name,
+        prior_shift=found[0].shift,
+        max_tokens=first.encoder.max_tokens,
+        members=len(members),
+        next_turn=first.encoder.next_turn,
+        backbone=backbone,
+    )
+    logits = np.mean([fit.dev_logits for fit in found], axis=0)
+    return calibrate(task.dev, logits, base, settings.reward.of_head(task.name).calibration)
+
+
+def _write_card(
+    settings: Settings,
+    job: Job,
+    members: Sequence[Member],
+    place: int,
+    clock: float,
+    *,
+    thorough: bool,
+    curve: Sequence[Mapping[str, Any]],
+) -> None:
+    scorer = RewardModel.load(job.part, batch_tokens=EVAL_TOKENS)
+    chosen, path = settings.reward.of_head(job.head), job.data / "test.parquet"
+    records = labelled(job.head, table(path), str(path))
+    test = encode_rows(records, scorer.encoder, pairs=chosen.loss == "bradley_terry", where=str(path))
+    started = time.monotonic()
+    logits = scorer.raw(test.sequences)
+    card = make_card(scorer.calibration, test, logits, seed=settings.seed)
+    card["scoring_tokens_per_second"] = round(test.tokens / max(time.monotonic() - started, 1e-9), 1)
+    task = members[0].tasks[place]
+    card["training"] = describe_training([member.found[place] for member in members], task.train, task.dev)
+    card |= {"settings": chosen.model_dump(mode="json"), "seed": settings.seed}
+    card["heads"] = [task.name for task in members[0].tasks]
+    card["seconds"] = round(time.monotonic() - clock, 3)
+    if curve:
+        card["learning_curve"] = [*(part[job.head] for part in curve), curve_point(card)]
+    if job.before is not None:
+        card |= _compared(job, records, test, scorer.calibration.logits(logits), settings.seed)
+    if thorough:
+        own = scorer.calibration.logits(logits)
+        of_rows = own[: len(test)] - own[len(test) :] if test.pairs else own
+        card["slices"] = slices(records, of_rows, None if test.pairs else test.labels)
+        card["robustness"] = robustness(scorer, records, pairs=test.pairs, seed=settings.seed)
+        (job.part / PAGE).write_text(card_page(card), encoding="utf-8")
+    (job.part / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+
+
+def _compared(job: Job, records: Sequence[Mapping[str, Any]], test: Rows, logits: Floats, seed: int) -> dict[str, Any]:
+    """This model beside an earlier one on the same test rows; nothing when that one cannot be read any more."""
+    if job.before is None:
+        return {}
+    try:
+        earlier = RewardModel.load(job.before, batch_tokens=EVAL_TOKENS)
+        rows = encode_rows(records, earlier.encoder, pairs=test.pairs, where=str(job.data))
+    except RlufError as error:
+        logger.warning("%s: not compared with %s: %s", job.head, job.before, error)
+        return {}
+    other = earlier.calibration.logits(earlier.raw(rows.sequences))
+    return {"previous": {"folder": str(job.before), **compare(test, logits, other, seed=seed)}}
+
+
+def point(settings: Settings, member: Member, folders: Mapping[str, Path], *, rank: int) -> dict[str, Any]:
+    """A point of the learning curve by head: rows trained on, and the figures on the test rows. Empty but on rank 0."""
+    if rank:
+        return {}
+    with tempfile.TemporaryDirectory(prefix="rluf-curve-") as scratch:
+        outs = {head: (data, Path(scratch) / head) for head, data in folders.items()}
+        finish(settings, outs, [member], time.monotonic(), thorough=False)
+        cards = {head: json.loads((out / CARD).read_text(encoding="utf-8")) for head, (_, out) in outs.items()}
+    return {head: curve_point(card) for head, card in cards.items()}
+
+
+def curve_point(card: Mapping[str, Any]) -> dict[str, Any]:
+    """What the learning curve tells of a card."""
+    figure = "pair_accuracy" if "pair_accuracy" in card else "auroc"
+    return {"train_rows": card["training"]["train_rows"], figure: card[figure], "log_loss": card["log_loss"]}

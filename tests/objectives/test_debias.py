@@ -1,0 +1,86 @@
+"""What is taken out of training: propensities, length and users' own readiness, each against planted truths."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import LogisticRegression
+
+from rluf.objectives.debias import LOWEST, fit_labels, fit_pairs, propensity_weights
+from rluf.objectives.losses import weighted_bce
+from rluf.objectives.training import Rows
+
+
+def test_reactions_from_where_few_react_weigh_more_and_no_more_than_ten_times() -> None:
+    found = propensity_weights(np.asarray([0.4, 0.1, 0.2, 0.001]), np.asarray([1.0, 1, 0, 1]))
+    assert found.tolist() == [1.0, 4.0, 1.0, 1 / LOWEST]
+    thumbs = propensity_weights(np.asarray([0.4, 0.1]), np.asarray([1.0, 0]), reacted=True)
+    assert thumbs.tolist() == [1.0, 4.0]
+
+
+def test_propensities_weigh_in_the_cross_entropy_and_keep_the_class_balance() -> None:
+    """Two places that react 4 to 1: weighed, a response liked alike in both gets the same logit in both."""
+    labels = np.asarray([1.0] * 40 + [0.0] * 160 + [1.0] * 10 + [0.0] * 190)
+    theta = np.asarray([0.4] * 200 + [0.1] * 200)
+    rows = Rows(False, [], labels, np.ones(400), ["u"] * 400, np.ones(400), factors=propensity_weights(theta, labels))
+    weights = torch.tensor(rows.loss_weights)
+    assert float(weights[labels == 1].mean()) == pytest.approx(1.0)
+    assert float(weights[labels == 0].mean()) == pytest.approx(1.0)
+    logits = torch.zeros(2, requires_grad=True, dtype=torch.float64)
+    place = torch.tensor([0] * 200 + [1] * 200)
+    optimizer = torch.optim.LBFGS([logits], max_iter=100)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = weighted_bce(logits[place], torch.tensor(labels), weights)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    first, second = logits.tolist()
+    plain = math.log(40 / 160) - math.log(10 / 190)
+    assert abs(first - second) < 0.2 < plain  # what is left: (1 - Y) stands in for (1 - Y / theta)
+
+
+def test_length_alone_is_scikit_learns_logistic_regression() -> None:
+    rng = np.random.default_rng(0)
+    lengths = np.exp(rng.normal(4, 0.7, 3000))
+    x = (np.log1p(lengths) - np.log1p(lengths).mean()) / np.log1p(lengths).std()
+    labels = (rng.random(3000) < 1 / (1 + np.exp(1 - 0.8 * x))).astype(float)
+    found = fit_labels(labels, np.ones(3000), lengths, ["u"] * 3000, length=True, user=False)
+    expected = LogisticRegression(C=1e6).fit(x[:, None], labels)
+    assert found.slope == pytest.approx(float(expected.coef_[0, 0]), abs=1e-3)
+    assert np.allclose(found.offsets(lengths, ["u"] * 3000), found.slope * x, atol=1e-6)
+
+
+def test_users_are_shrunk_towards_the_spread_that_there_is() -> None:
+    rng = np.random.default_rng(1)
+    own = rng.normal(0, 1.0, 300)
+    user = np.repeat(np.arange(300), 60)
+    labels = (rng.random(len(user)) < 1 / (1 + np.exp(1 - own[user]))).astype(float)
+    names = [f"u{u}" for u in user]
+    found = fit_labels(labels, np.ones(len(user)), np.ones(len(user)), names, length=False, user=True)
+    assert found.users is not None
+    fitted = np.asarray([found.users[f"u{u}"] for u in range(300)])
+    assert np.corrcoef(fitted, own)[0, 1] > 0.93
+    assert 0.8 < fitted.std() < 1.05
+    same = (rng.random(len(user)) < 0.27).astype(float)
+    nothing = fit_labels(same, np.ones(len(user)), np.ones(len(user)), names, length=False, user=True)
+    assert nothing.users is not None
+    assert np.std(list(nothing.users.values())) < 0.1
+    assert found.offsets(np.ones(1), ["a stranger"]).tolist() == [0.0]
+
+
+def test_pairs_on_length_alone_are_bradley_terry() -> None:
+    rng = np.random.default_rng(2)
+    first, second = np.exp(rng.normal(4, 0.7, (2, 4000)))
+    every = np.log1p(np.concatenate([first, second]))
+    x = (np.log1p(first) - np.log1p(second)) / every.std()
+    won = rng.random(4000) < 1 / (1 + np.exp(-0.7 * x))
+    lengths = np.concatenate([np.where(won, first, second), np.where(won, second, first)])
+    found = fit_pairs(lengths, np.ones(4000))
+    expected = LogisticRegression(C=1e6, fit_intercept=False).fit(x[:, None], won.astype(float))
+    assert found.slope == pytest.approx(float(expected.coef_[0, 0]), abs=1e-3)
