@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from actors.checkpoints import Keeper, listening
 from actors.pipeline import Pipeline, ScoredGroup
 from actors.profiling import Profiler
 from actors.recovery import Budget, LastingPipeline
+from actors.shown import drawn, due
 from actors.supervisor import Supervisor
 from actors.watch import Watch
 from rluf.config.settings import Settings
@@ -22,6 +24,7 @@ from rluf.models import load_tokenizer
 from rluf.objectives.judges import find_judge
 from rluf.policy.methods import METHODS
 from rluf.policy.resume import Checkpoint, RunState
+from rluf.prompt_store import training_prompts
 from rluf.prompts import load_demonstrations, load_prompts, load_reactions
 from rluf.tracking.catalogue import with_rates
 from rluf.tracking.console import Progress
@@ -73,7 +76,7 @@ async def align(
     for judge in settings.objectives.judges:
         find_judge(judge)  # a name that does not exist is told before any actor starts
     tokenizer, longest = load_tokenizer(model), settings.rollout.max_prompt_tokens
-    prompts = load_prompts(data, "train", tokenizer, max_tokens=longest)
+    prompts = training_prompts(data, model, longest)
     unseen = load_prompts(data, "test", tokenizer, max_tokens=longest, limit=settings.evaluate.prompts)
     shown = _demonstrations(settings, data, tokenizer)
     reactions = None
@@ -83,32 +86,37 @@ async def align(
     keeper, budget = Keeper(settings, folder, prompts), Budget(settings.cluster.restarts_per_hour)
     begin = keeper.newest() if settings.run.resume else None
     held = False
-    while True:
-        outcome, started, watch = Outcome(), time.monotonic(), Watch(settings, tracker, held=held)
-        try:
-            async with Supervisor(
-                settings, model, rewards, learners=True, checkpoint=None if begin is None else begin[0]
-            ) as supervisor:
-                _lap(outcome, "start", started)
-                pipeline = LastingPipeline(settings, supervisor, prompts, shown, reactions, budget=budget)
-                try:
-                    await supervisor.run(_attempt(settings, pipeline, keeper, begin, unseen, tracker, outcome, watch))
-                finally:
-                    await pipeline.close()
-                started = time.monotonic()
-            _lap(outcome, "stop", started)
-            return outcome
-        except LostError as error:
-            budget.spend(error.who or "the cluster", str(error), time.monotonic())
-            begin = keeper.newest()
-            where = "the beginning" if begin is None else f"the checkpoint of step {begin[0].step}"
-            logger.warning("%s; all actors start again, the run goes on from %s", error, where)
-        except AlarmError as error:
-            if error.back_to is None:
-                raise
-            begin, held = keeper.go_back(error.back_to, str(error)), True
-            step = begin[0].step
-            logger.warning("%s; the run goes back to the checkpoint of step %d, the love weight is 0 now", error, step)
+    with keeper.copied():
+        while True:
+            outcome, started, watch = Outcome(), time.monotonic(), Watch(settings, tracker, held=held)
+            try:
+                async with Supervisor(
+                    settings, model, rewards, learners=True, checkpoint=None if begin is None else begin[0]
+                ) as supervisor:
+                    _lap(outcome, "start", started)
+                    pipeline = LastingPipeline(settings, supervisor, prompts, shown, reactions, budget=budget)
+                    try:
+                        await supervisor.run(
+                            _attempt(settings, pipeline, keeper, begin, unseen, tracker, outcome, watch)
+                        )
+                    finally:
+                        await pipeline.close()
+                    started = time.monotonic()
+                _lap(outcome, "stop", started)
+                return outcome
+            except LostError as error:
+                budget.spend(error.who or "the cluster", str(error), time.monotonic())
+                begin = keeper.newest()
+                where = "the beginning" if begin is None else f"the checkpoint of step {begin[0].step}"
+                logger.warning("%s; all actors start again, the run goes on from %s", error, where)
+            except AlarmError as error:
+                if error.back_to is None:
+                    raise
+                begin, held = keeper.go_back(error.back_to, str(error)), True
+                step = begin[0].step
+                logger.warning(
+                    "%s; the run goes back to the checkpoint of step %d, the love weight is 0 now", error, step
+                )
 
 
 async def _attempt(
@@ -193,7 +201,9 @@ async def _steps(
                 await profiler.after(number)
                 outcome.steps.append(row)
                 metrics.append(row)
-                tracker.log(number, row, pipeline.drawn)
+                tracker.log(number, row, {name: list(chain(*rows)) for name, rows in pipeline.values.items()})
+                if due(number, total):
+                    tracker.log_drawn(number, await drawn(pipeline, number, settings.tracking.samples))
                 gauges.set(row)
                 await watch.look(pipeline, number, row["kl"])
                 progress.advance(
@@ -205,7 +215,7 @@ async def _steps(
                 raise TerminatedError(
                     f"stopped after step {len(outcome.steps)} of {total}; add --resume to the same command to go on"
                 )
-            if every and number % every == 0:
+            if every and (number % every == 0 or number == total):
                 await keeper.save(pipeline, number, outcome.steps, watch.state())
 
 

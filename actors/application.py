@@ -11,15 +11,18 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Mapping
+import socket
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ray import serve
 from ray.exceptions import RayError
 
+import actors.chat
 import actors.serve
-from actors.serve import NAME, Gateway, Ledger, Limits, Policy, Scorer
+from actors.chat import Policy
+from actors.serve import NAME, Gateway, Ledger, Limits, Scorer
 from cluster.placement import role_environment
 from rluf.config.load import load_settings
 from rluf.errors import ModelError, ResourceError, SettingsError
@@ -36,12 +39,21 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rluf.serve")
 
-CODE = code_digest("serving", "objectives") + file_digest([Path(actors.serve.__file__)])
+CODE = code_digest("serving", "objectives") + file_digest([Path(actors.serve.__file__), Path(actors.chat.__file__)])
 """Stands for the code that replicas run."""
 TOKEN, SALT = "RLUF_SERVE_TOKEN", "RLUF_SERVE_SALT"
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+LEAN = {
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+}
+"""Ray Serve's own throughput options, for replicas whose code never blocks their loop: a call from gateway to scorer
+takes a third of the CPU. (RAY_SERVE_THROUGHPUT_OPTIMIZED is these and more, for a whole cluster.)"""
 CHAT_AT_ONCE = 64
 """Chats under way on one policy before more of them wait."""
+PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+"""Entries of a policy's config.json that say nothing about its engine."""
 GATEWAY_REQUESTS = 4096
 """Requests that the gateway holds at once; its own limits answer 429 long before."""
 
@@ -140,8 +152,15 @@ def candidate_folders(settings: Settings) -> dict[str, Path] | None:
     return found
 
 
-def application(settings: Settings, folders: Mapping[str, Path | None], policies: Mapping[str, Path]) -> Application:
-    """The application: reward model `folders` by objective (None for a judge), `policies` by name."""
+def application(
+    settings: Settings, folders: Mapping[str, Path | None], policies: Mapping[str, Path], *, direct: bool
+) -> Application:
+    """The application: reward model `folders` by objective (None for a judge), `policies` by name.
+
+    `direct`: the gateway listens at serve.host and serve.port itself. Without it Ray Serve's proxies listen, on every
+    node, which a cluster needs since the gateway may be on any of them; but their hop costs more CPU than a small
+    model's score.
+    """
     check_secrets(settings)
     chosen, token = settings.serve, os.environ.get(TOKEN)
     scorers = {"live": _scorer(settings, "live", chosen_models(settings, folders))}
@@ -157,7 +176,13 @@ def application(settings: Settings, folders: Mapping[str, Path | None], policies
         log_text=chosen.log_text,
         hosts=LOCAL_HOSTS if chosen.local and not token else None,
     )
-    limits = Limits(settings.objectives.batch_tokens, chosen.max_waiting, chosen.max_replicas, chosen.deadline_s)
+    limits = Limits(
+        settings.objectives.batch_tokens,
+        chosen.max_waiting,
+        chosen.max_replicas,
+        chosen.deadline_s,
+        listen=(chosen.host, chosen.port) if direct else None,
+    )
     stored = (feedback_root(settings), str(log_folder(settings)), chosen.settle_s, chosen.rotate_s)
     gateway = serve.deployment(
         serve.ingress()(Gateway),
@@ -165,7 +190,7 @@ def application(settings: Settings, folders: Mapping[str, Path | None], policies
         num_replicas=1,
         max_ongoing_requests=GATEWAY_REQUESTS,
         graceful_shutdown_timeout_s=chosen.deadline_s,
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": LEAN}},
         user_config={"roles": list(scorers), "share": chosen.canary_share, "policies": served},
     )
     ledger = serve.deployment(
@@ -174,7 +199,7 @@ def application(settings: Settings, folders: Mapping[str, Path | None], policies
         num_replicas=1,
         max_ongoing_requests=GATEWAY_REQUESTS,
         health_check_period_s=2,
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": LEAN}},
     )
     told = (rules, limits, salt_of(settings))
     return _lasting(gateway, *told).bind(
@@ -216,7 +241,7 @@ def _scorer(settings: Settings, role: str, models: dict[str, Any]) -> Applicatio
         ray_actor_options={
             "num_cpus": cluster.cpus_per_reward,
             "num_gpus": cluster.gpus_per_reward,
-            "runtime_env": {"env_vars": role_environment(settings, "reward")},
+            "runtime_env": {"env_vars": role_environment(settings, "reward") | LEAN},
         },
         **scaling,
     )
@@ -224,13 +249,15 @@ def _scorer(settings: Settings, role: str, models: dict[str, Any]) -> Applicatio
 
 
 def _policy(settings: Settings, name: str, path: Path, version: str) -> Application:
+    """A policy's deployment: other weights are taken in place, another architecture or vocabulary is a new engine."""
     cluster = settings.cluster
-    told = (settings.model_dump_json(include={"model", "rollout", "cluster", "seed"}), str(path), version)
+    told = settings.model_dump_json(include={"model", "rollout", "cluster", "seed"})
     policy = serve.deployment(
         Policy,
         name=f"policy-{name}",
         num_replicas=1,
         max_ongoing_requests=CHAT_AT_ONCE,
+        user_config={"path": str(path), "version": version},
         graceful_shutdown_timeout_s=settings.serve.deadline_s,
         ray_actor_options={
             "num_cpus": cluster.cpus_per_engine,
@@ -238,7 +265,14 @@ def _policy(settings: Settings, name: str, path: Path, version: str) -> Applicat
             "runtime_env": {"env_vars": role_environment(settings, "rollout")},
         },
     )
-    return _lasting(policy, *told).bind(*told)
+    return _lasting(policy, told, _shape(path)).bind(told)
+
+
+def _shape(policy: Path) -> str:
+    """Stands for what an engine reads of a policy once, when it starts: all but the weights."""
+    config: dict[str, Any] = json.loads((policy / "config.json").read_text(encoding="utf-8"))
+    lasting = {name: value for name, value in config.items() if name not in PASSING}
+    return json.dumps(lasting, sort_keys=True) + file_digest([policy / "tokenizer.json"])
 
 
 def given_folders(settings: Settings) -> dict[str, Path | None]:
@@ -263,7 +297,7 @@ def build(args: dict[str, Any]) -> Application:
     """The application of a settings file, for `serve deploy` and RayService. Models are named by path, not trained."""
     config = args.get("config")
     settings = load_settings(None if config is None else Path(config), args.get("overrides", [])).settings
-    return application(settings, given_folders(settings), policy_folders(settings))
+    return application(settings, given_folders(settings), policy_folders(settings), direct=False)
 
 
 def deploy(settings: Settings, folders: Mapping[str, Path | None]) -> Any:
@@ -272,16 +306,38 @@ def deploy(settings: Settings, folders: Mapping[str, Path | None]) -> Any:
     A service that runs goes on answering: only what differs is replaced, and new reward models change over in place.
     Raises ResourceError when Ray Serve cannot start it, ModelError or SettingsError for what is wrong before that.
     """
-    chosen = settings.serve
-    app = application(settings, folders, policy_folders(settings))
+    chosen, direct = settings.serve, on_this_machine(settings)
+    app = application(settings, folders, policy_folders(settings), direct=direct)
+    if direct and NAME not in _running():
+        check_port(chosen.host, chosen.port)
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     http = {"host": chosen.host, "port": chosen.port, "request_timeout_s": chosen.deadline_s + 5}
     try:
-        serve.start(http_options=http, logging_config=quiet)
+        serve.start(proxy_location="Disabled" if direct else "EveryNode", http_options=http, logging_config=quiet)
         return serve.run(app, name=NAME, route_prefix="/", logging_config=quiet)
     except (RuntimeError, RayError) as error:
         reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
         raise ResourceError(
             f"Ray Serve could not start the service at {chosen.host}:{chosen.port}: {reason}; is the port free, can "
             "the models be read, and are there CPUs and GPUs for serve.min_replicas? The replicas' logs say more"
+        ) from error
+
+
+def on_this_machine(settings: Settings) -> bool:
+    """Whether Ray is this process's own rather than a named cluster."""
+    return not (settings.cluster.address or os.environ.get("RAY_ADDRESS"))
+
+
+def _running() -> Collection[str]:
+    return serve.status().applications
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise ResourceError when nothing can listen there: in use, or no address of this machine."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise ResourceError(
+            f"cannot listen at {host}:{port}: {error.strerror}; set serve.host and serve.port to a free address of "
+            "this machine"
         ) from error

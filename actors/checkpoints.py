@@ -15,6 +15,8 @@ from rluf.config.settings import Settings
 from rluf.errors import AlarmError, DataError, ModelError, SettingsError
 from rluf.policy.checkpoint import whole_folder
 from rluf.policy.resume import (
+    ANSWERS,
+    FOLDER,
     Checkpoint,
     RunState,
     changed,
@@ -26,13 +28,11 @@ from rluf.policy.resume import (
     prune,
     write_state,
 )  # fmt: skip
+from rluf.policy.uploads import Uploader, download, newest_upload
 from rluf.tracking.metrics import jsonable, read_jsonl, write_jsonl
 from rluf.types import Group, Prompt
 
 logger = logging.getLogger(__name__)
-
-FOLDER = "checkpoints"
-ANSWERS = "base_answers.jsonl"
 
 
 class Keeper:
@@ -41,8 +41,18 @@ class Keeper:
     def __init__(self, settings: Settings, folder: Path, prompts: Sequence[Prompt]) -> None:
         """`prompts` are the training prompts, in order."""
         self.settings, self.folder = settings, folder
+        self.uploads = Uploader.of(settings, folder)
         self._prompts = prompts_digest(prompts)
         self._saved = 0
+
+    @contextlib.contextmanager
+    def copied(self) -> Iterator[None]:
+        """On leaving, however that is, wait with a deadline for the copy of a checkpoint that is under way."""
+        try:
+            yield
+        finally:
+            if self.uploads is not None:
+                self.uploads.drain()
 
     def newest(self, at_most: float = float("inf")) -> tuple[Checkpoint, RunState] | None:
         """The newest whole checkpoint of a step up to `at_most`, and its state; None when there is none.
@@ -110,6 +120,8 @@ class Keeper:
         logger.info("checkpoint of step %d: %s", step, target)
         rewards = {int(row["step"]): float(row["reward"]) for row in rows}
         prune(self.folder / FOLDER, rewards, self.settings.learner.keep_checkpoints)
+        if self.uploads is not None:
+            self.uploads.add(target)
         return target
 
     def keep_answers(self, answers: Sequence[tuple[Group, Mapping[str, tuple[float, ...]]]]) -> None:
@@ -131,20 +143,36 @@ def resumed_folder(settings: Settings, runs: Path) -> Path | None:
     """The run folder that run.resume means, None to begin a new one.
 
     `runs` holds this configuration's run folders. For latest it is the newest one with a checkpoint, and a new run is
-    begun, with a message, when there is none. Raises ModelError when a named folder has none.
+    begun, with a message, when there is none. Where run.upload has a newer one, or a URL is named, its newest
+    checkpoint is fetched into a run folder here. Raises ModelError when a named folder has none.
     """
     wanted = settings.run.resume
     if wanted is None:
         return None
+    if "://" in wanted:
+        folder = runs / wanted.rstrip("/").rpartition("/")[2]
+        download(wanted, folder)
+        return folder
     if wanted != "latest":
         folder = Path(wanted).expanduser().resolve()
         if newest_whole(folder / FOLDER) is None:
             raise ModelError(f"run.resume={wanted}: no whole checkpoint in {folder / FOLDER}; name another run folder")
         return folder
+    here: tuple[str, int] | None = None
     folders = sorted((p for p in runs.glob("*") if p.is_dir() and not p.is_symlink()), key=lambda p: p.name)
     for folder in reversed(folders):
-        if (folder / FOLDER).is_dir() and newest_whole(folder / FOLDER) is not None:
-            return folder.resolve()
+        found = newest_whole(folder / FOLDER) if (folder / FOLDER).is_dir() else None
+        if found is not None:
+            here = folder.name, found.step
+            break
+    away = newest_upload(settings.run.upload, settings.name) if settings.run.upload else None
+    if away is not None:
+        name = away[0].rpartition("/")[2]
+        if here is None or here < (name, away[1]):
+            download(away[0], runs / name)
+            return (runs / name).resolve()
+    if here is not None:
+        return (runs / here[0]).resolve()
     logger.info("run.resume=latest: no run under %s has a whole checkpoint; beginning a new one", runs)
     return None
 

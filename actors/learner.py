@@ -22,12 +22,16 @@ from rluf.config.settings import Settings
 from rluf.engine import deepspeed as ds
 from rluf.engine import memory
 from rluf.engine.transfer import Sender, make_sender
+from rluf.engine.turns import WEIGHTS, shares_gpus
 from rluf.errors import RlufError
+from rluf.paths import cache_dir
 from rluf.policy.advantages import Drift
 from rluf.policy.batch import Batch
 from rluf.policy.checkpoint import copy_companions, load_policy, whole_folder
+from rluf.policy.dump import POLICY as DUMPED
+from rluf.policy.dump import Dump, write_dump
 from rluf.policy.logprobs import response_logprobs
-from rluf.policy.losses import SUMS, LossResult, drifts_of, metrics, policy_loss
+from rluf.policy.losses import SUMS, LossResult, drifts_of, kl_by_response, metrics, policy_loss
 from rluf.policy.methods import METHODS, Lesson
 from rluf.policy.packing import MicroBatch, pack, packed_order
 from rluf.policy.resume import POLICY, Checkpoint, rank_file
@@ -66,6 +70,7 @@ class LearnerActor:
         self._profiler = TorchProfiler()
         self._buckets: Iterator[list[tuple[str, Tensor]]] = iter(())
         self._opinions: dict[int, Tensor] = {}
+        self._far: list[tuple[list[tuple[int, int]], Tensor]] = []
         self._steps = self._skipped = self._skipped_in_a_row = 0
 
     def address(self) -> tuple[str, int]:
@@ -166,9 +171,10 @@ class LearnerActor:
         held = _fetch(groups, plan)
         sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
         peak = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._reference_s = 0.0
+        self._reference_s, self._far = 0.0, []
         for number, (batch, reference) in enumerate(self._batches(held, lesson, plan)):
-            result = self._accumulate(batch, reference, lesson, last=number == len(plan) - 1)
+            members = packed_order(plan[number], held)
+            result = self._accumulate(batch, reference, lesson, members, last=number == len(plan) - 1)
             sums += result.sums
             peak = torch.maximum(peak, result.peak)
             memory.release()
@@ -177,7 +183,7 @@ class LearnerActor:
         rate, since = ds.learning_rate(self.engine), time.monotonic()
         applied, norm = ds.apply_step(self.engine)
         now = time.monotonic()
-        self._count(applied, step, float(sums[0]))
+        self._count(applied, step, float(sums[0]), held, lesson, plan)
         critic = {} if self._critic is None or not lesson.critic else self._critic.learn()
         return {
             **metrics(sums, float(peak)),
@@ -191,6 +197,10 @@ class LearnerActor:
             "optimizer_s": now - since,
             "learner_tokens_per_s": float(sums[SUMS.index("tokens")]) / (now - begun),
         }
+
+    def distances(self) -> list[tuple[int, int, float]]:
+        """KL to the reference of each sample of the last step, before its update, as (group, sample, nats; k1)."""
+        return [(*member, kl) for members, kls in self._far for member, kl in zip(members, kls.tolist(), strict=True)]
 
     def _batches(
         self, held: dict[int, Group], lesson: Lesson, plan: list[MicroBatch]
@@ -214,7 +224,9 @@ class LearnerActor:
         judged = self._critic.judge(pairs, lesson.reward_kl)
         yield from ((batch, reference) for batch, (_, reference) in zip(judged, pairs, strict=True))
 
-    def _accumulate(self, batch: Batch, reference: Tensor, lesson: Lesson, *, last: bool) -> LossResult:
+    def _accumulate(
+        self, batch: Batch, reference: Tensor, lesson: Lesson, members: list[tuple[int, int]], *, last: bool
+    ) -> LossResult:
         """Add one micro-batch's gradient. DeepSpeed averages over ranks, the loss sums over them: hence the factor."""
 
         def forward() -> tuple[Tensor, LossResult]:
@@ -228,6 +240,8 @@ class LearnerActor:
                 kl_coef=lesson.kl_coef,
                 slope=lesson.slope,
             )
+            if members:
+                self._far.append((members, kl_by_response(reference, batch, logprobs)))
             return result.loss * self.world, result
 
         return ds.accumulate(self.engine, forward, last=last)
@@ -238,7 +252,10 @@ class LearnerActor:
             raise RlufError(f"learner rank {self.rank} was used before setup; call setup on all ranks first")
         return response_logprobs(self._reference, batch, self.settings.rollout.temperature)
 
-    def _count(self, applied: bool, step: int, loss: float) -> None:
+    def _count(
+        self, applied: bool, step: int, loss: float, held: dict[int, Group], lesson: Lesson, plan: list[MicroBatch]
+    ) -> None:
+        """Count an update that was skipped; after MOST_SKIPPED in a row keep the step as files and raise RlufError."""
         self._steps += 1
         self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
         if applied:
@@ -246,9 +263,14 @@ class LearnerActor:
         self._skipped += 1
         logger.warning("step %d: gradient not finite (loss %g), update skipped, weights kept", step, loss)
         if self._skipped_in_a_row >= MOST_SKIPPED:
+            kept = cache_dir(self.settings) / "dumps" / f"{self.settings.name}-step-{step}"
+            write_dump(kept, self.rank, Dump(self.settings, self.source, step, held, lesson, plan))
+            ds.save_hf(self.engine, kept / DUMPED)
+            dist.barrier()
             raise RlufError(
-                f"step {step}: the gradient was not finite in {MOST_SKIPPED} steps in a row (loss {loss:g}); lower "
-                f"learner.learning_rate ({self.settings.learner.learning_rate:g}), or look at the rewards and the model"
+                f"step {step}: the gradient was not finite in {MOST_SKIPPED} steps in a row (loss {loss:g}); "
+                f"python -m actors.replay {kept} says which samples it came from; or lower learner.learning_rate "
+                f"({self.settings.learner.learning_rate:g})"
             )
 
     @torch.no_grad()
@@ -263,8 +285,12 @@ class LearnerActor:
 
     def begin_publish(self, init: dict[str, Any]) -> dict[str, Any]:
         """Start sending weights as version `init["version"]`; rank 0 returns what the engines' begin_update takes."""
-        self._buckets = ds.gather_parameters(self.engine, self.settings.publish.bucket_mib << 20)
-        if self.rank > 0:
+        publish = self.settings.publish
+        if publish.engine == "adapter":
+            self._buckets = ds.gather_adapters(self.engine)
+        else:
+            self._buckets = ds.gather_parameters(self.engine, publish.bucket_mib << 20)
+        if self.rank > 0 and not shares_gpus(self.settings):
             return {}
         if self._sender is None:
             host, port = self.address()
@@ -283,6 +309,24 @@ class LearnerActor:
         self._buckets = iter(())
         if self._sender is not None:
             self._sender.finish()
+
+    def offload(self, parts: tuple[str, ...]) -> None:
+        """Move `parts` of this rank's models to host memory, for an engine on the same GPU (rluf.engine.turns)."""
+        for engine in self._engines():
+            ds.offload(engine, parts)
+        if WEIGHTS in parts and self._reference is not None:
+            self._reference.to("cpu")
+            torch.accelerator.empty_cache()
+
+    def reload(self) -> None:
+        """Bring back what `offload` has moved."""
+        for engine in self._engines():
+            ds.reload(engine)
+        if self._reference is not None:
+            self._reference.to(self.device)
+
+    def _engines(self) -> list[DeepSpeedEngine]:
+        return [self.engine, *([] if self._critic is None else [self._critic.engine])]
 
     def save(self, path: str) -> None:
         """Write the policy as a Hugging Face folder with tokenizer: whole, synced, or not at all. All ranks call it."""

@@ -16,14 +16,16 @@ from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
-import ray
 from ray import ObjectRef
 
 from actors.logged import LoggedBatches, mismatched, outcomes_of
+from actors.profiling import pump
 from actors.publisher import Publisher
-from actors.supervisor import Crew, Member, everyone, within
+from actors.supervisor import Crew, Member, everyone, kept, within
+from actors.turns import turn
 from rluf.config.policy import AlgorithmSettings
 from rluf.config.settings import Settings
+from rluf.errors import StallError
 from rluf.objectives.combine import signal
 from rluf.objectives.combiner import Combined, Combiner, Opinions
 from rluf.policy.advantages import Drift, Outcomes
@@ -31,6 +33,7 @@ from rluf.policy.losses import adapted
 from rluf.policy.methods import METHODS, Lesson, make_lesson, needs_drifts, varied
 from rluf.policy.packing import MicroBatch, plan_micro_batches
 from rluf.policy.staleness import capacity
+from rluf.prompt_store import topics_of
 from rluf.prompts import Reactions
 from rluf.tracking.timeline import STEPS, Timeline
 from rluf.types import Group, GroupInfo, Prompt, Score
@@ -116,8 +119,8 @@ class Pipeline:
         self.kl_coef = settings.algorithm.kl_coef
         self.publisher = Publisher(settings, crew)
         times = settings.algorithm.times
-        self._order = prompt_order([times.get(prompt.topic, 1) for prompt in prompts], settings.seed)
-        self._shown = [(ray.put(shown), shown.info) for shown in demonstrations]
+        self._order = prompt_order([times.get(topic, 1) for topic in topics_of(prompts)], settings.seed)
+        self._shown = [(kept(shown), shown.info) for shown in demonstrations]
         self._next_shown = prompt_order([1] * len(demonstrations), settings.seed)
         self._reactions = reactions or Reactions((), ())
         sizes = (len(self._reactions.liked), len(self._reactions.others))
@@ -129,10 +132,12 @@ class Pipeline:
         self._running: set[asyncio.Task[None]] = set()
         self._accepted = self._started = self._dropped = 0
         self._generated_at = time.monotonic()
-        self.drawn: dict[str, list[float]] = {}
-        """Values of the last step's single samples, for histograms: of each objective, reward, response_length."""
+        self.values: dict[str, list[list[float]]] = {}
+        """Values of the last step's samples [groups][samples]: of each objective, reward, response_length, and kl to
+        the reference (nats; absent where the step learnt from the log instead)."""
         self.learnt: list[ObjectRef[Group]] = []
-        """The groups that the last step learnt from, in the object store."""
+        """The groups that the last step drew, in the object store."""
+        self._distances: dict[tuple[int, int], float] = {}
         self.timeline = Timeline()
 
     async def group(self, prompt: Prompt, samples: int, seed: int) -> ScoredGroup:
@@ -146,7 +151,8 @@ class Pipeline:
         self._load[str(member)] += samples
         begun = time.monotonic()
         try:
-            ref, info_ref = member.handle.generate.options(num_returns=2).remote(prompt, samples, seed)
+            call = member.handle.generate.options(num_returns=2, name=f"{member}: generate v{self.version}")
+            ref, info_ref = call.remote(prompt, samples, seed)
             deadline = self.settings.rollout.deadline_s
             info: GroupInfo = await within(info_ref, deadline, f"{member} (prompt {prompt.id})")
         finally:
@@ -160,7 +166,8 @@ class Pipeline:
         deadline, begun = self.settings.rollout.deadline_s, time.monotonic()
         turn = next(self._turn)
         scorers = {name: pool[turn % len(pool)] for name, pool in self.crew.rewards.items()}
-        calls = [(m, m.handle.score.remote(ref)) for m in scorers.values()]
+        named = f"score v{info.version}"
+        calls = [(m, m.handle.score.options(name=f"{m}: {named}").remote(ref)) for m in scorers.values()]
         found = await everyone(calls, deadline, f"scoring prompt {info.prompt_id}")
         for scorer in scorers.values():
             self.timeline.add(str(scorer), f"prompt {info.prompt_id}", begun, time.monotonic())
@@ -171,6 +178,7 @@ class Pipeline:
         self, prompts: Sequence[Prompt], samples: int, seed: int, done: Callable[[], None]
     ) -> list[tuple[Group, ScoredGroup]]:
         """Responses of the policy in the engines to each prompt, with scores; `done` is called after each prompt."""
+        await turn(self.settings, self.crew, "generate")
         width = max(1, self.settings.rollout.concurrency * len(self.crew.rollouts) // samples)
         gate = asyncio.Semaphore(width)
 
@@ -212,12 +220,25 @@ class Pipeline:
         self.admit(self.settings.seed)
 
     async def _batch(self) -> list[ScoredGroup]:
-        """Wait for one batch of scored groups; a failed rollout or score ends the wait with its error."""
+        """Wait for one batch of scored groups; a failed rollout or score ends the wait with its error.
+
+        Raises StallError when no group comes for as long as drawing, scoring and starting an actor again may take.
+        """
         batch: list[ScoredGroup] = []
+        await turn(self.settings, self.crew, "generate")
+        patience = 2 * self.settings.rollout.deadline_s + self.settings.cluster.start_deadline_s
         self.admit(self.settings.seed)
         while len(batch) < self.settings.algorithm.prompts_per_step:
             getter = asyncio.create_task(self._ready.get())
-            done, _ = await asyncio.wait({getter, *self._running}, return_when=asyncio.FIRST_COMPLETED)
+            waits = {getter, *self._running}
+            done, _ = await asyncio.wait(waits, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
+            if not done:
+                getter.cancel()
+                raise StallError(
+                    f"waited {patience:g} s for a group of step {self.version + 1}: {len(batch)} of "
+                    f"{self.settings.algorithm.prompts_per_step} are there, {len(self._running)} in flight; look at "
+                    "the rollout and reward actors' logs in the Ray dashboard, or raise rollout.deadline_s"
+                )
             for task in done - {getter}:
                 task.result()
             if getter not in done:
@@ -259,27 +280,26 @@ class Pipeline:
         clock = Clock(timeline=self.timeline)
         self._dropped = 0
         await self._baselines()
-        batch = await self._batch()
+        with pump(f"generate and score, step {number}"):
+            batch = await self._batch()
         self._generated_at = max(self._generated_at, clock.started)
         clock.lap("generate_s", clock.started, self._generated_at)
         now = clock.lap("score_s", self._generated_at)
         method = METHODS[self.settings.algorithm.name]
         combined = self.combiner.combine([self._opinions(scored) for scored in batch], gate=not method.drifts)
         await self.publisher.prepare(batch[0].ref)
-        learnt = await self._learn(number, batch, combined)
+        with pump(f"learn, step {number}"):
+            learnt = await self._learn(number, batch, combined)
         now = clock.lap("learn_s", now)
         self.learnt = [scored.ref for scored in batch]
         self.version += 1
-        probe = await self.publisher.publish(self.version)
+        with pump(f"publish v{self.version}"):
+            probe = await self.publisher.publish(self.version)
         clock.lap("publish_s", now)
         metrics = {f"{name}": fmean(s.value for g in batch for s in g.scores[name]) for name in self.objectives}
         metrics |= {f"{name}_raw": fmean(s.raw for g in batch for s in g.scores[name]) for name in self.objectives}
         lengths = [n for scored in batch for n in scored.info.response_tokens]
-        self.drawn = {name: [s.value for g in batch for s in g.scores[name]] for name in self.objectives}
-        self.drawn |= {
-            "reward": [r for row in combined.rewards for r in row],
-            "response_length": [*map(float, lengths)],
-        }
+        self._keep_values(batch, combined)
         return {
             "step": number,
             "version": self.version,
@@ -297,6 +317,16 @@ class Pipeline:
             **clock.phases,
             "step_s": time.monotonic() - clock.started,
         }
+
+    def _keep_values(self, batch: Sequence[ScoredGroup], combined: Combined) -> None:
+        self.values = {name: [[s.value for s in group.scores[name]] for group in batch] for name in batch[0].scores}
+        self.values["reward"] = [list(row) for row in combined.rewards]
+        self.values["response_length"] = [[*map(float, group.info.response_tokens)] for group in batch]
+        if self._distances:
+            self.values["kl"] = [
+                [self._distances.get((place, sample), 0.0) for sample in range(len(group.info.response_tokens))]
+                for place, group in enumerate(batch)
+            ]
 
     async def _learn(self, number: int, batch: Sequence[ScoredGroup], combined: Combined) -> dict[str, float]:
         """Send each rank its micro-batches; the token tensors come from the object store, not through the driver.
@@ -331,6 +361,8 @@ class Pipeline:
             shown=[info.response_tokens[0] for _, info in held[len(batch) :]],
         )
         learnt = await self._taught(number, refs, lesson, plan)
+        told = await self._learners("telling each sample's KL", lambda m: m.handle.distances.remote())
+        self._distances = {(group, sample): kl for rank in told for group, sample, kl in rank}
         samples = sum(len(scored.info.response_tokens) for scored in batch)
         learnt["kl_coef"] = self.kl_coef
         self.kl_coef = adapted(self.kl_coef, learnt["kl"], algorithm.kl_target, samples)
@@ -342,7 +374,7 @@ class Pipeline:
         if self._logged is None:
             self._logged = LoggedBatches(self._reactions, *self._reaction_order)
         groups, labels = self._logged.next(algorithm.prompts_per_step * algorithm.samples_per_prompt)
-        both = [(ray.put(group), group.info) for group in (*groups, *mismatched(groups))]
+        both = [(kept(group), group.info) for group in (*groups, *mismatched(groups))]
         refs = [ref for ref, _ in both]
         drifts = await self._drifts(refs, self._plan([info for _, info in both]), both, own=True)
         outcomes = outcomes_of(groups, labels, [row[0] for row in drifts])
@@ -369,8 +401,10 @@ class Pipeline:
     ) -> dict[str, float]:
         """One optimiser step on all ranks."""
         begun = time.monotonic()
+        held = list(refs)
         found = await self._learners(
-            f"learning step {number}", lambda m: m.handle.step.remote(list(refs), lesson, plan[m.index], number)
+            f"learning step {number}",
+            lambda m: m.handle.step.options(name=f"{m}: step {number}").remote(held, lesson, plan[m.index], number),
         )
         for member in self.crew.learners:
             self.timeline.add(str(member), f"step {number}", begun, time.monotonic())
@@ -395,6 +429,7 @@ class Pipeline:
         return drifts
 
     async def _learners(self, doing: str, call: Callable[[Member], Any]) -> list[Any]:
+        await turn(self.settings, self.crew, "learn")
         calls: list[tuple[Member, Any]] = [(m, call(m)) for m in self.crew.learners]
         return await everyone(calls, self.settings.learner.deadline_s, doing)
 

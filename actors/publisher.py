@@ -10,8 +10,10 @@ from typing import Any
 
 from ray import ObjectRef
 
-from actors.supervisor import Crew, everyone, within
+from actors.supervisor import Crew, Member, everyone, within
+from actors.turns import turn
 from rluf.config.settings import Settings
+from rluf.engine.turns import shares_gpus
 from rluf.errors import SyncError
 from rluf.policy.probe import Reading, sync_problem
 from rluf.types import Group
@@ -20,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 PROBE_SAMPLES = 2
 """Responses of the first batch whose logprobs are compared between learner and engine after each publish."""
+PROBE_TOKENS = 24
+"""Tokens of each that are compared, from its start: twice as many as benchmarks/probe.py finds every fault with."""
 
 
 class Publisher:
@@ -32,6 +36,7 @@ class Publisher:
         self._responses: list[list[int]] = []
         self._readings: dict[str, Reading] = {}
         self._worst = 0.0
+        self._version = 0
 
     async def publish(self, version: int) -> dict[str, float]:
         """Publish the learners' weights as `version`, after `prepare`.
@@ -40,7 +45,15 @@ class Publisher:
         Raises StallError naming the phase past `publish.deadline_s`, SyncError naming an engine whose weights are wrong
         (rluf.policy.probe).
         """
-        seconds = self.settings.publish.deadline_s
+        await self.send(version)
+        since = time.monotonic()
+        gap = await self._probe(version)
+        return {"probe": gap, "probe_s": time.monotonic() - since}
+
+    async def send(self, version: int) -> None:
+        """The four phases without the probe."""
+        seconds, self._version = self.settings.publish.deadline_s, version
+        await turn(self.settings, self.crew, "publish")
         init: dict[str, Any] = {"engine": self.settings.publish.engine, "version": version}
         offers = await self._learners("begin_publish", seconds, init)
         await self._engines("begin_update", seconds, offers[0])
@@ -51,17 +64,20 @@ class Publisher:
             await self._engines("update", seconds, buckets[0])
         await self._engines("finish_update", seconds, version)
         await self._learners("end_publish", seconds)
-        since = time.monotonic()
-        gap = await self._probe(version)
-        return {"probe": gap, "probe_s": time.monotonic() - since}
 
     async def _learners(self, method: str, seconds: float, *args: object) -> list[Any]:
-        calls = [(m, getattr(m.handle, method).remote(*args)) for m in self.crew.learners]
+        calls = [(m, self._call(m, method, *args)) for m in self.crew.learners]
         return await everyone(calls, seconds, f"publish: {method}")
 
     async def _engines(self, method: str, seconds: float, *args: object) -> list[Any]:
-        calls = [(m, getattr(m.handle, method).remote(*args)) for m in self.crew.rollouts]
+        calls = [(m, self._call(m, method, *args)) for m in self.crew.rollouts]
         return await everyone(calls, seconds, f"publish: {method}")
+
+    def _call(self, member: Member, method: str, *args: object) -> ObjectRef[Any]:
+        """A call that Ray's dashboard and timeline show with its actor and the version that is published."""
+        named = getattr(member.handle, method).options(name=f"{member}: {method} v{self._version}")
+        ref: ObjectRef[Any] = named.remote(*args)
+        return ref
 
     async def prepare(self, group: ObjectRef[Group]) -> None:
         """Before the first update: keep responses of `group` as the probe, and read them while weights are equal."""
@@ -69,7 +85,8 @@ class Publisher:
             return
         first: Group = await within(group, 60.0, "the object store")
         self._prompt = list(first.prompt.token_ids)
-        self._responses = [list(s.response_ids) for s in first.samples if s.response_ids][:PROBE_SAMPLES]
+        responses = [list(s.response_ids[:PROBE_TOKENS]) for s in first.samples if s.response_ids]
+        self._responses = responses[:PROBE_SAMPLES]
         self._readings = await self._read()
         self._worst = max(reading.gap for reading in self._readings.values())
 
@@ -96,14 +113,30 @@ class Publisher:
         return gap
 
     async def _read(self) -> dict[str, Reading]:
-        """The learner's and each engine's logprobs of the probe, all asked at once."""
-        seconds = self.settings.publish.deadline_s
-        learners, *engines = await asyncio.gather(
-            self._learners("logprobs", seconds, self._prompt, self._responses),
-            *(self._engines("logprobs", seconds, self._prompt, response) for response in self._responses),
-        )
+        """The learner's and each engine's logprobs of the probe, all asked at once unless they take turns on GPUs."""
+        settings, crew = self.settings, self.crew
+        if not shares_gpus(settings):
+            learners, engines = await asyncio.gather(self._learnt(), self._engined())
+        elif crew.phase == "generate":
+            engines = await self._engined()
+            await turn(settings, crew, "learn")
+            learners = await self._learnt()
+        else:
+            learners = await self._learnt()
+            await turn(settings, crew, "generate")
+            engines = await self._engined()
         truth = tuple(value for row in learners[0] for value in row)
         return {
             str(member): Reading(truth, tuple(value for rows in engines for value in rows[index]))
             for index, member in enumerate(self.crew.rollouts)
         }
+
+    async def _learnt(self) -> list[Any]:
+        """What each learner rank says of the probe's responses: a row of logprobs for each response."""
+        return await self._learners("logprobs", self.settings.publish.deadline_s, self._prompt, self._responses)
+
+    async def _engined(self) -> list[list[Any]]:
+        """What the engines say: for each response a row of logprobs from each engine."""
+        seconds = self.settings.publish.deadline_s
+        calls = (self._engines("logprobs", seconds, self._prompt, response) for response in self._responses)
+        return list(await asyncio.gather(*calls))

@@ -24,6 +24,7 @@ from rluf.config.settings import Settings
 from rluf.errors import ActorError, LostError
 from rluf.objectives.combiner import Combined
 from rluf.policy.resume import POLICY
+from rluf.prompt_store import ids_of
 from rluf.prompts import Reactions
 from rluf.types import Group, GroupInfo, Prompt
 
@@ -73,7 +74,8 @@ class Reviver:
         self.weights = asyncio.Lock()
         self.seconds: list[float] = []
         self._supervisor, self._budget, self._publish_to = supervisor, budget, publish_to
-        self._fixed = supervisor.settings.publish.engine == "nccl"  # its group of GPUs takes no new members
+        # NCCL's group of GPUs takes no new members; on a shared GPU a learner sits where a new engine would start.
+        self._fixed = supervisor.settings.publish.engine in ("nccl", "ipc")
         self._revivals: dict[str, asyncio.Task[None]] = {}
         supervisor.on_loss = self.lost
 
@@ -161,7 +163,7 @@ class LastingPublisher(Publisher):
     async def _engines(self, method: str, seconds: float, *args: object) -> list[Any]:
         """Wait for every engine before a loss is raised, so that no old call is under way when phase 1 begins again."""
         members = list(self.crew.rollouts)
-        calls = [within(getattr(m.handle, method).remote(*args), seconds, f"{m} (publish: {method})") for m in members]
+        calls = [within(self._call(m, method, *args), seconds, f"{m} (publish: {method})") for m in members]
         found = await asyncio.gather(*calls, return_exceptions=True)
         for one in found:
             if isinstance(one, BaseException):
@@ -226,12 +228,13 @@ class LastingPipeline(Pipeline):
         self.publisher: LastingPublisher = LastingPublisher(settings, supervisor.crew, self.reviver.lost)
         self.learning = False
         self._began = 0
+        self._behind = False
         self._order: Counted = Counted(self._order)
         self._next_shown: Counted = Counted(self._next_shown)
         self._liked, self._others = (Counted(order) for order in self._reaction_order)
         self._reaction_order = [self._liked, self._others]
         self._load = defaultdict(int, self._load)
-        self._by_id = {prompt.id: prompt for prompt in prompts}
+        self._place = {name: place for place, name in enumerate(ids_of(prompts))}
         self._unlearnt: dict[int, tuple[str, int]] = {}
         self._again: dict[int, tuple[str, int]] = {}
         self.snapshot = self.state()
@@ -248,7 +251,10 @@ class LastingPipeline(Pipeline):
         }
 
     def restore(self, state: Mapping[str, Any], step: int) -> None:
-        """Go on after optimiser step `step`, whose weights engines and learners have already."""
+        """Go on after optimiser step `step`, whose weights engines and learners have already.
+
+        But engines that are sent adapters begin with the base model, and get the adapter before the next step.
+        """
         self._order.skip(int(state["order"]))
         self._next_shown.skip(int(state["shown"]))
         for order, taken in zip((self._liked, self._others), state["reactions"], strict=True):
@@ -257,7 +263,8 @@ class LastingPipeline(Pipeline):
         self._started = self._order.taken
         self._accepted = step * self.settings.algorithm.prompts_per_step
         self.publisher.restore(state["publisher"])
-        self.version = self._began = step
+        self._behind = self.settings.publish.engine == "adapter"
+        self.version, self._began = step, 0 if self._behind else step
         self.restore_algorithm(state["algorithm"])
         self.snapshot = self.state()
 
@@ -289,7 +296,7 @@ class LastingPipeline(Pipeline):
         """As Pipeline.admit, after the prompts that were in flight at the checkpoint."""
         again, self._again = self._again, {}
         for number, (name, own) in again.items():
-            self._running.add(asyncio.create_task(self._admitted(self._by_id[name], own, number)))
+            self._running.add(asyncio.create_task(self._admitted(self.prompts[self._place[name]], own, number)))
         super().admit(seed)
 
     async def _admitted(self, prompt: Prompt, seed: int, number: int) -> None:
@@ -304,6 +311,9 @@ class LastingPipeline(Pipeline):
 
     async def step(self, number: int) -> dict[str, float]:
         """As Pipeline.step; from learning to the end of publishing no engine is brought back."""
+        if self._behind:
+            await self.publisher.send(self.version)
+            self._behind = False
         try:
             row = await super().step(number)
         finally:

@@ -70,6 +70,14 @@ class RolloutActor:
         """Publish, phases 3 and 4: the weights are `version` from here on; generation goes on."""
         await self._engine.finish_update(version)
 
+    async def sleep(self) -> None:
+        """Free the GPU for a learner rank on it."""
+        await self._engine.sleep()
+
+    async def wake(self, parts: tuple[str, ...]) -> None:
+        """Come back to the GPU with `parts` (rluf.engine.turns)."""
+        await self._engine.wake(parts)
+
     async def version(self) -> int:
         """The weight version that new tokens are sampled with."""
         return self._engine.version

@@ -1,4 +1,4 @@
-"""The service on Ray Serve: a gateway (HTTP), scorers (reward models), a ledger (feedback), policies (vLLM).
+"""The service on Ray Serve: a gateway (HTTP), scorers (reward models), a ledger (feedback); policies in actors.chat.
 
 The gateway batches what comes in and sends whole batches to scorer replicas, so a batch costs one hop. Scorers take new
 models as a configuration change: they load beside the old ones and change over between two batches. When a replica dies
@@ -18,20 +18,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import grpc  # type: ignore[import-untyped]
 from ray import serve
 from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from rluf.config.settings import Settings
 from rluf.errors import RlufError
 from rluf.serving.api import ChatReply, ChatRequest, FeedbackRequest, ModelInfo, plain
 from rluf.serving.backend import Rules, Scored
 from rluf.serving.batching import Batcher
 from rluf.serving.limits import ApiError
+from rluf.serving.listen import Listener
 from rluf.serving.metrics import ServeMetrics
 from rluf.serving.records import chat_reply, new_response_id, reaction_event, served_event
 from rluf.serving.store import Event, FeedbackStore, Outcome
-from rluf.types import Message, Score
+from rluf.types import Score
 
 if TYPE_CHECKING:
     from rluf.objectives.text import Item
@@ -42,7 +43,7 @@ NAME = "rluf"
 """Name of the application on Ray Serve."""
 Replies = tuple[str, dict[str, list[tuple[float, float, float]]]]
 """Version, and for each objective (value, raw, spread) of each item."""
-DEAD = (RayActorError, DeploymentUnavailableError, TaskCancelledError)
+DEAD = (RayActorError, DeploymentUnavailableError, TaskCancelledError, grpc.RpcError)
 """What a call ends with when its replica died or is being replaced."""
 LONGEST = 512
 """Tokens that a model is taken to read of an item until it has said so itself."""
@@ -183,40 +184,18 @@ class Ledger:
                 logger.exception("settled rows could not be written to %s; they stay in the log", self._store.root)
 
 
-class Policy:
-    """A policy on vLLM's engine, for chat."""
-
-    async def __init__(self, settings_json: str, path: str, version: str) -> None:  # type: ignore[misc]
-        """Start the engine; Ray Serve awaits this before the replica counts as started."""
-        from rluf.engine.vllm import RolloutEngine, set_environment
-        from rluf.models import load_tokenizer
-
-        self._settings = Settings.model_validate_json(settings_json)
-        set_environment(self._settings)
-        self._engine = RolloutEngine(f"policy {version}", 0, self._settings, Path(path))
-        await self._engine.start()
-        self._tokenizer = load_tokenizer(Path(path))
-
-    async def chat(self, messages: Sequence[Message], seed: int) -> tuple[str, str, int, int]:
-        """Response text, finish reason, prompt tokens and response tokens."""
-        from rluf.models import render_prompt
-
-        ids = render_prompt(self._tokenizer, messages)
-        limit = self._settings.rollout.max_prompt_tokens
-        if len(ids) > limit:
-            raise ApiError(422, "too_long", f"the conversation has {len(ids)} tokens, the policy reads {limit} at most")
-        (draft,) = await self._engine.generate(ids, [seed])
-        return draft.text, draft.finish_reason, len(ids), len(draft.response_ids)
-
-
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What bounds the gateway's batches: tokens of one, responses that may wait, replicas to fill, seconds to wait."""
+    """What bounds the gateway's batches: tokens of one, responses that may wait, replicas to fill, seconds to wait.
+
+    `listen` is the address that the gateway itself listens at; none where Ray Serve's proxies do.
+    """
 
     batch_tokens: int
     max_waiting: int
     max_replicas: int
     deadline_s: float
+    listen: tuple[str, int] | None
 
 
 class Gateway:
@@ -236,6 +215,8 @@ class Gateway:
         self._warming: dict[str, asyncio.Task[None]] = {}
         self._expected: dict[str, dict[str, float]] = {}
         self._looking: asyncio.Task[Any] | None = None
+        self._app: Any = None
+        self._listener: Listener | None = None
 
     async def reconfigure(self, chosen: dict[str, Any]) -> None:
         """Take the routes: roles of the scorers that are there, the candidate's share, version of each policy by name.
@@ -261,6 +242,15 @@ class Gateway:
             name: (serve.get_deployment_handle(f"policy-{name}", NAME), version)
             for name, version in chosen["policies"].items()
         }
+        if self.limits.listen is not None and self._listener is None:
+            self._listener = Listener(*self.limits.listen)
+            await self._listener.start(self._app, self.limits.deadline_s)
+
+    async def __del__(self) -> None:
+        """Ray Serve awaits this when it takes the gateway down: running requests end, then the port is given up."""
+        if self._listener is not None:
+            self.draining = True
+            await self._listener.close()
 
     async def _warm(self, role: str) -> None:
         """Wait until the scorer of a role answers; until then its share goes to the live one."""
@@ -276,7 +266,8 @@ class Gateway:
         """The app that Ray Serve asks for once the gateway is made."""
         from rluf.serving.app import make_app
 
-        return make_app(self)
+        self._app = make_app(self)
+        return self._app
 
     async def score(self, items: Sequence[Item]) -> list[Scored]:
         """Scores of items by the version that their conversation belongs to."""
@@ -397,11 +388,11 @@ class Gateway:
         if name not in self._policies:
             known = ", ".join(self._policies) or "none; set serve.policies"
             raise ApiError(404, "unknown", f"model: no policy {name[:40]!r} is served here ({known})")
-        handle, version = self._policies[name]
+        handle, _ = self._policies[name]
         messages = plain(request.messages)
         seed = request.seed if request.seed is not None else uuid.uuid4().int % 2**31
         try:
-            text, reason, read, written = await handle.chat.remote(messages, seed)
+            text, reason, read, written, version = await handle.chat.remote(messages, seed)
         except ApiError as error:
             raise ApiError(error.status, error.kind, error.message) from error
         except (*DEAD, RlufError) as error:

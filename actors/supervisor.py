@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
+from ray import ObjectRef
 from ray.actor import ActorHandle
 from ray.exceptions import (
     GetTimeoutError,
@@ -34,6 +35,7 @@ from actors.rollout import RolloutActor
 from cluster.placement import Places, role_options
 from rluf.config.derived import scored_together
 from rluf.config.settings import Settings
+from rluf.engine.turns import Phase, shares_gpus
 from rluf.errors import ActorError, LostError, ResourceError, RlufError, StallError
 from rluf.policy.resume import Checkpoint
 
@@ -65,6 +67,10 @@ class Crew:
     rollouts: list[Member] = field(default_factory=list)
     rewards: dict[str, list[Member]] = field(default_factory=dict)
     learners: list[Member] = field(default_factory=list)
+    phase: Phase = "generate"
+    """Whose turn it is on GPUs that engines and learners share (actors/turns.py)."""
+    turning: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while the turn changes."""
 
     @property
     def members(self) -> list[Member]:
@@ -98,10 +104,7 @@ async def within(call: Awaitable[Any], seconds: float, who: str) -> Any:
         if isinstance(error.cause, RlufError):
             raise error.cause from None
         if isinstance(error.cause, ObjectStoreFullError | OutOfDiskError):
-            raise ResourceError(
-                f"{who} found Ray's object store full, and no disk to spill to ({_sentence(error.cause)}); free the "
-                "disk that holds Ray's folder, or lower algorithm.prompts_per_step or algorithm.staleness"
-            ) from None
+            raise _full(who, error.cause) from None
         if isinstance(error.cause, ObjectLostError):
             raise LostError(f"{who} missed an object: {_sentence(error)}") from None
         logger.debug("%s failed:\n%s", who, error)
@@ -123,6 +126,21 @@ async def within(call: Awaitable[Any], seconds: float, who: str) -> Any:
         raise LostError(f"{who} lost an object: {_sentence(error)}") from error
     except RayError as error:
         raise ActorError(f"{who} failed: {_reason(error)}; its log in the Ray dashboard says more") from error
+
+
+def kept(value: Result) -> ObjectRef[Result]:
+    """`value` in the object store. Raises ResourceError when that is full."""
+    try:
+        return ray.put(value)
+    except (ObjectStoreFullError, OutOfDiskError) as error:
+        raise _full("the driver", error) from None
+
+
+def _full(who: str, error: RayError) -> ResourceError:
+    return ResourceError(
+        f"{who} found Ray's object store full, and no disk to spill to ({_sentence(error)}); free the disk that holds "
+        "Ray's folder, or lower algorithm.prompts_per_step or algorithm.staleness"
+    )
 
 
 def _sentence(error: RayError) -> str:
@@ -207,7 +225,10 @@ class Supervisor:
         }
         arguments: tuple[object, ...]
         if role == "rollout":
-            arguments = (index, blob, model) if begin is None else (index, blob, str(begin.policy), begin.step)
+            arguments = (index, blob, model)
+            if begin is not None:  # adapters go on the model that they were trained on, and are published later
+                merged = self.settings.publish.engine != "adapter"
+                arguments = (index, blob, str(begin.policy) if merged else model, begin.step)
         elif role == "reward":
             folders = {name: self._rewards[name] for name in self._pools[objective]}
             arguments = (blob, {name: None if folder is None else str(folder) for name, folder in folders.items()})
@@ -228,12 +249,17 @@ class Supervisor:
 
     async def _wait_ready(self) -> None:
         seconds = self.settings.cluster.start_deadline_s
-        others = [m for m in self.crew.members if m.role != "learner"]
+        crew = self.crew
+        others = [m for m in crew.members if m.role != "learner"]
         logger.info("waiting for %d actors to be placed and ready (deadline %g s)", len(self.crew.members), seconds)
-        await asyncio.gather(
-            everyone([(m, m.handle.ready.remote()) for m in others], seconds, "starting"),
-            self._join_learners(seconds),
-        )
+        started = everyone([(m, m.handle.ready.remote()) for m in others], seconds, "starting")
+        if self._with_learners and shares_gpus(self.settings):  # never both on a GPU at once
+            await started
+            await everyone([(m, m.handle.sleep.remote()) for m in crew.rollouts], seconds, "making room for learners")
+            await self._join_learners(seconds)
+            crew.phase = "learn"
+        else:
+            await asyncio.gather(started, self._join_learners(seconds))
         logger.info("ready: %s", ", ".join(str(m) for m in self.crew.members))
 
     async def _join_learners(self, seconds: float) -> None:

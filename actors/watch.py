@@ -25,7 +25,8 @@ from rluf.types import Group, Prompt
 
 if TYPE_CHECKING:
     from actors.pipeline import Pipeline
-    from rluf.tracking.wandb import Tracker
+    from rluf.prompt_store import topics_of
+from rluf.tracking.wandb import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -63,15 +64,16 @@ class Watch:
 
     def _drawn(self, prompts: Sequence[Prompt], count: int) -> list[Prompt]:
         """As training draws them: topics mixed alike, in an order of their own."""
-        free = [prompt for prompt in prompts if prompt.topic not in self._settings.objectives.owners]
+        owners, topics = self._settings.objectives.owners, topics_of(prompts)
+        free = [index for index, topic in enumerate(topics) if topic not in owners]
         if not free:
             raise DataError(
                 "algorithm.alarms compares replies on prompts that no objective owns alone, but there are none in the "
                 "training split; add prompts, or set algorithm.alarms=off"
             )
         times = self._settings.algorithm.times
-        order = prompt_order([times.get(prompt.topic, 1) for prompt in free], self._settings.seed + SEED)
-        return [free[index] for index in itertools.islice(order, count)]
+        order = prompt_order([times.get(topics[index], 1) for index in free], self._settings.seed + SEED)
+        return [prompts[free[index]] for index in itertools.islice(order, count)]
 
     async def look(self, pipeline: Pipeline, number: int, kl: float) -> None:
         """Measure the replies of step `number`; warn, freeze, go back or stop.

@@ -11,6 +11,7 @@ Usage: torchrun --nproc-per-node 1 benchmarks/learner_gpu.py [shape ...]
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -158,7 +159,13 @@ def measure(shape: str, host: str, port: int) -> dict[str, Any]:
 
 def main() -> None:
     """Measure every shape, one after the other, and write the JSON line."""
-    wanted = sys.argv[1:] or (["135M", "1B", "3B"] if torch.cuda.is_available() else ["nano"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="*", metavar="shape", help=f"among {', '.join(SHAPES)}")
+    asked = parser.parse_args().shapes
+    unknown = sorted(set(asked) - set(SHAPES))
+    if unknown:
+        parser.error(f"unknown shape {unknown[0]}; choose among {', '.join(SHAPES)}")
+    wanted = asked or (["135M", "1B", "3B"] if torch.cuda.is_available() else ["nano"])
     host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29511"))
     shapes = {shape: measure(shape, host, port + 1 + number) for number, shape in enumerate(wanted)}
     sys.stdout.write(json.dumps({"benchmark": "learner_gpu", "shapes": shapes}) + "\n")

@@ -6,13 +6,11 @@ docs/clusters.md; the last line is JSON.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
 from dataclasses import dataclass
 from pathlib import Path
-
-import ray
-from ray.cluster_utils import Cluster
 
 from cluster.growth import nodes
 from cluster.placement import Places
@@ -23,6 +21,7 @@ from rluf.errors import ResourceError, StallError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 ONE_GPU = ("cluster.gpus_per_engine=1",)
+LABEL = ("cluster.labels=[learner:kind=learn]",)
 HUGE = ("rollout.engines=48", "learner.ranks=128")
 
 
@@ -36,6 +35,13 @@ class Case:
     count: int
     gpus: int
     cpus: int
+    labelled: int = 0
+    """Nodes of these that have the label kind=learn."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The cluster it is tried on."""
+        return self.count, self.gpus, self.cpus, self.labelled
 
     @property
     def settings(self) -> Settings:
@@ -64,6 +70,9 @@ CASES = (
         4,
         96,
     ),
+    Case("70B, learners on labelled nodes", "llama3-70b-64gpu.yaml", LABEL, 8, 8, 96, 4),
+    Case("70B, learners on labelled nodes, too few", "llama3-70b-64gpu.yaml", LABEL, 8, 8, 96, 3),
+    Case("70B, learners on labelled nodes, none", "llama3-70b-64gpu.yaml", LABEL, 8, 8, 96),
     Case("70B, 48 engines, 128 ranks", "llama3-70b-64gpu.yaml", HUGE, 8, 64, 256),
     Case("70B, 49 engines, 128 ranks", "llama3-70b-64gpu.yaml", ("rollout.engines=49", HUGE[1]), 8, 64, 256),
 )
@@ -72,8 +81,9 @@ CASES = (
 def predicted(case: Case) -> str:
     """Empty when the plan should find room, else why not."""
     node = {"CPU": float(case.cpus), "GPU": float(case.gpus)}
+    each = [node | ({"kind=learn": 1.0} if number < case.labelled else {}) for number in range(case.count)]
     try:
-        check(plan(case.settings), {key: amount * case.count for key, amount in node.items()}, [node] * case.count)
+        check(plan(case.settings), {key: amount * case.count for key, amount in node.items()}, each)
     except ResourceError as error:
         return str(error)
     return ""
@@ -93,25 +103,34 @@ async def tried(case: Case, seconds: float) -> bool:
 
 def main() -> None:
     """One cluster a shape; print the table, then JSON."""
+    import ray  # after the package cluster, which switches its token on
+    from ray.cluster_utils import Cluster
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="cases whose label has this in it")
+    cases = [case for case in CASES if parser.parse_args().only in case.label]
     print("| plan | nodes | needs | predicted | Ray |\n|---|---|---|---|---|")
     agreed = 0
-    shapes = list(dict.fromkeys((case.count, case.gpus, case.cpus) for case in CASES))
-    for count, gpus, cpus in shapes:
+    for shape in dict.fromkeys(case.shape for case in cases):
+        count, gpus, cpus, labelled = shape
         cluster = Cluster()
-        for _ in range(count):
-            cluster.add_node(num_cpus=cpus, num_gpus=gpus, include_dashboard=False, object_store_memory=80 << 20)
-        ray.init(address=cluster.address, log_to_driver=False)
-        for case in (one for one in CASES if (one.count, one.gpus, one.cpus) == (count, gpus, cpus)):
+        for number in range(count):
+            labels = {"kind": "learn"} if number < labelled else {}
+            cluster.add_node(
+                num_cpus=cpus, num_gpus=gpus, labels=labels, include_dashboard=False, object_store_memory=80 << 20
+            )
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="warning")
+        for case in (one for one in cases if one.shape == shape):
             reason, asked = predicted(case), plan(case.settings)
             room = asyncio.run(tried(case, 30.0 if not reason else 5.0))
             agreed += room == (not reason)
             told = "placed" if not reason else f"refused: {reason.partition(';')[0]}"
-            where = f"{len(nodes())} x {gpus} GPU, {cpus} CPU"
+            where = f"{len(nodes())} x {gpus} GPU, {cpus} CPU" + (f", {labelled} with the label" if labelled else "")
             needs = f"{asked.gpus:g} GPU, {asked.cpus:g} CPU"
             print(f"| {case.label} | {where} | {needs} | {told} | {'placed' if room else 'no room'} |", flush=True)
         ray.shutdown()
         cluster.shutdown()
-    print(json.dumps({"cases": len(CASES), "as_predicted": agreed}))
+    print(json.dumps({"cases": len(cases), "as_predicted": agreed}))
 
 
 if __name__ == "__main__":

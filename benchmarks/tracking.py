@@ -2,9 +2,9 @@
 
 python benchmarks/tracking.py [RUN FOLDER] (without one: against a step of one second)
 
-Rows are as a quickstart leaves them: every documented metric, 48 samples with five values each. They go to
-metrics.jsonl, to W&B offline and to gauges on a real Ray. CPU counts this process and W&B's service, wall only what the
-step waits for.
+Rows are as a quickstart leaves them: every documented metric, 48 samples with six values each, and the table of drawn
+responses where a run shows one. They go to metrics.jsonl, to W&B offline and to gauges on a real Ray. CPU counts this
+process and W&B's service, wall only what the step waits for.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import psutil
 import ray
 
+from actors.shown import BESIDES, due
 from rluf.config.settings import Settings
 from rluf.tracking.catalogue import catalogue, with_rates
 from rluf.tracking.gauges import Gauges
-from rluf.tracking.metrics import JsonlMetrics, read_jsonl
+from rluf.tracking.metrics import DrawnRow, JsonlMetrics, read_jsonl
 from rluf.tracking.wandb import Tracker
 
 STEPS = 200
@@ -41,6 +42,14 @@ def cpu_seconds() -> float:
     return sum(sum(one.cpu_times()[:2]) for one in (me, *service))
 
 
+def shown(step: int, objectives: list[str]) -> DrawnRow:
+    """One response as a table shows it."""
+    return {
+        "step": step, "version": step, "topic": "chat", "prompt": "What is rain? " * 5, "response": "Water. " * 40,
+        "scores": dict.fromkeys(objectives, 0.5), "reward": 0.1, "kl": 1.0, "failed": [],
+    }  # fmt: skip
+
+
 def measure(folder: Path) -> dict[str, float]:
     """Milliseconds a step, and the seconds that starting and finishing W&B take once."""
     settings, chance = Settings(), random.Random(1)
@@ -53,11 +62,13 @@ def measure(folder: Path) -> dict[str, float]:
     with JsonlMetrics(folder / "metrics.jsonl") as metrics:
         for step in range(1, STEPS + 1):
             row = {spec.key: chance.random() for spec in catalogue(objectives)}
-            drawn = {name: [chance.random() for _ in range(SAMPLES)] for name in (*objectives, "reward", "length")}
+            drawn = {name: [chance.random() for _ in range(SAMPLES)] for name in (*objectives, *BESIDES)}
             since = time.perf_counter()
             row = with_rates({**row, "step": step, "version": step, "samples": SAMPLES, "response_tokens": 2000})
             metrics.append(row)
             tracker.log(step, row, drawn)
+            if due(step, STEPS):
+                tracker.log_drawn(step, [shown(step, objectives) for _ in range(settings.tracking.samples)])
             gauges.set(row)
             waited.append(time.perf_counter() - since)
             time.sleep(PACE_S)
@@ -65,7 +76,7 @@ def measure(folder: Path) -> dict[str, float]:
     begun = time.monotonic()
     tracker.finish()
     return {
-        "wall_ms_per_step": 1000 * median(waited),
+        "wall_ms_per_step": 1000 * fmean(waited),
         "wall_ms_worst": 1000 * max(waited),
         "cpu_ms_per_step": 1000 * used / STEPS,
         "wandb_start_s": started,

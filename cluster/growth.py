@@ -17,9 +17,12 @@ LOOK_EVERY_S = 2.0
 
 
 def nodes() -> list[dict[str, float]]:
-    """CPUs and GPUs of each living node."""
+    """CPUs and GPUs of each living node, and its labels as key=value: 1."""
     return [
-        {key: float(node["Resources"].get(key, 0.0)) for key in ("CPU", "GPU")} for node in ray.nodes() if node["Alive"]
+        {key: float(node["Resources"].get(key, 0.0)) for key in ("CPU", "GPU")}
+        | {f"{key}={value}": 1.0 for key, value in node["Labels"].items()}
+        for node in ray.nodes()
+        if node["Alive"]
     ]
 
 
@@ -43,7 +46,7 @@ def await_capacity(planned: Plan, seconds: float) -> None:
                     "what the autoscaler is waiting for"
                 ) from None
             if not asked:
-                request_resources(bundles=list(planned.bundles))
+                request_resources(bundles=list(planned.bundles), bundle_label_selectors=list(planned.labels))
                 logger.info("asked the autoscaler for more, waiting for at most %g s: %s", seconds, error)
                 asked = True
         time.sleep(min(LOOK_EVERY_S, seconds))

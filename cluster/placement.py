@@ -14,11 +14,14 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rluf.engine.memory import KEEP_FREED
+from rluf.engine.turns import shares_gpus
 from rluf.errors import ActorError, StallError
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
 
+SHARED = "engines and learners"
+"""The placement group of engines and learners that take turns on GPUs."""
 QUIET_THREADS = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
 """Idle OpenMP threads sleep at once: actors share cores, and threads that spin starve their neighbours."""
 
@@ -32,7 +35,9 @@ def role_options(settings: Settings, role: str) -> dict[str, Any]:
         "learner": (cluster.cpus_per_learner, cluster.gpus_per_learner),
     }
     cpus, gpus = shares[role]
+    wanted = cluster.labels_of(role) if role == "reward" else {}  # the others' are in their placement groups
     return {
+        **({"label_selector": wanted} if wanted else {}),
         "num_cpus": cpus,
         "num_gpus": gpus,
         "max_restarts": 0,
@@ -78,7 +83,8 @@ def compute_threads(settings: Settings, cores: int | None = None) -> int:
 
 
 class Places:
-    """The room of one run's actors: learners close together in one group, each engine in a group of its own.
+    """The room of one run's actors: learners close together in one group, each engine in a group of its own, or both
+    on the same GPUs in one group.
 
     An engine's GPUs are one bundle, so they are on one node. Reward actors take what is left and have no group. Ray
     gives a bundle a new node when its own is lost, so an actor that is started again finds its place.
@@ -86,17 +92,14 @@ class Places:
 
     def __init__(self, settings: Settings, *, learners: bool) -> None:
         """Ask Ray for the room; `ready` waits for it."""
-        self._options = {role: role_options(settings, role) for role in ("rollout", "learner")}
-        self.groups: dict[str, PlacementGroup] = {
-            f"engine {i}": placement_group([self._bundle("rollout")], "STRICT_PACK")
-            for i in range(settings.rollout.engines)
-        }
-        if learners:
-            self.groups["learners"] = placement_group([self._bundle("learner")] * settings.learner.ranks, "PACK")
-
-    def _bundle(self, role: str) -> dict[str, float]:
-        told = self._options[role]
-        return {"CPU": told["num_cpus"], **({"GPU": told["num_gpus"]} if told["num_gpus"] else {})}
+        self.groups: dict[str, PlacementGroup] = {}
+        room = wanted_room(settings, learners=learners)
+        labels = {name: _labels(settings, name) for name in room}
+        # Ray places groups in the order they come: whoever may go anywhere must not take the labelled nodes first.
+        for name in sorted(room, key=lambda name: -len(labels[name])):
+            bundles, strategy = room[name]
+            selector = [labels[name]] * len(bundles) if labels[name] else None
+            self.groups[name] = placement_group(bundles, strategy, bundle_label_selector=selector)
 
     async def ready(self, seconds: float) -> None:
         """Wait for all of it. Raises StallError naming what has no room after `seconds`, and what is free."""
@@ -112,10 +115,12 @@ class Places:
 
     def options(self, role: str, index: int) -> dict[str, Any]:
         """Ray options that put actor `index` of `role` into its place; none for reward actors."""
-        group = self.groups.get("learners" if role == "learner" else f"engine {index}" if role == "rollout" else "")
+        own = {"learner": "learners", "rollout": f"engine {index}"}.get(role, "")
+        shared = self.groups.get(SHARED) if own else None
+        group = shared or self.groups.get(own)
         if group is None:
             return {}
-        bundle = index if role == "learner" else 0
+        bundle = index if role == "learner" or shared else 0
         return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)}
 
     def release(self) -> None:
@@ -123,6 +128,33 @@ class Places:
         for group in self.groups.values():
             remove_placement_group(group)
         self.groups = {}
+
+
+def wanted_room(settings: Settings, *, learners: bool) -> dict[str, tuple[list[dict[str, float]], str]]:
+    """Bundles and Ray strategy of each placement group by name.
+
+    Where engines and learners take turns on GPUs, rank i and engine i have one bundle: a share of the same GPU each, so
+    that what one publishes the other can map.
+    """
+    options = {role: role_options(settings, role) for role in ("rollout", "learner")}
+
+    def bundle(*roles: str) -> dict[str, float]:
+        cpus, gpus = (sum(options[role][kind] for role in roles) for kind in ("num_cpus", "num_gpus"))
+        return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
+
+    engines = settings.rollout.engines
+    if learners and shares_gpus(settings):
+        return {SHARED: ([bundle("rollout", "learner")] * engines, "PACK")}
+    room = {f"engine {i}": ([bundle("rollout")], "STRICT_PACK") for i in range(engines)}
+    if learners:
+        room["learners"] = ([bundle("learner")] * settings.learner.ranks, "PACK")
+    return room
+
+
+def _labels(settings: Settings, group: str) -> dict[str, str]:
+    """Node labels that a placement group asks for: those of every role in it."""
+    roles = {"learners": ("learner",), SHARED: ("rollout", "learner")}.get(group, ("rollout",))
+    return {label: value for role in roles for label, value in settings.cluster.labels_of(role).items()}
 
 
 async def _reserved(group: PlacementGroup) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rluf.config.derived import Pool, host_bytes, policy_bytes, pools, show_bytes
+from rluf.config.derived import Pool, checkpoint_bytes, host_bytes, policy_bytes, pools, show_bytes
 from rluf.config.settings import Settings
 from rluf.config.shape import model_shape
 from rluf.errors import ResourceError
@@ -49,8 +49,16 @@ class Plan:
     @property
     def bundles(self) -> tuple[dict[str, float], ...]:
         """One Ray bundle an actor of the alignment phase, the largest first."""
-        each = [_bundle(pool) for pool in self.align for _ in range(pool.count)]
-        return tuple(sorted(each, key=lambda b: (-b.get("GPU", 0.0), -b["CPU"])))
+        return tuple(_bundle(pool) for pool in self._largest_first for _ in range(pool.count))
+
+    @property
+    def labels(self) -> tuple[dict[str, str], ...]:
+        """The labels that the node of each of `bundles` must have."""
+        return tuple(pool.labels for pool in self._largest_first for _ in range(pool.count))
+
+    @property
+    def _largest_first(self) -> list[Pool]:
+        return sorted(self.align, key=lambda pool: (-pool.gpus, -pool.cpus))
 
 
 def plan(settings: Settings) -> Plan:
@@ -107,15 +115,20 @@ def check(planned: Plan, available: Mapping[str, float], nodes: Sequence[Mapping
                 f"the plan needs {need:g} {kind}s, but the cluster has {have:g} ({_who(planned, kind)}); "
                 + (_gpu_fixes(need, have) if kind == "GPU" else _cpu_fixes(need))
             )
-    for bundle in planned.bundles if nodes else ():
-        if not any(all(node.get(kind, 0.0) >= amount for kind, amount in bundle.items()) for node in nodes):
+    for bundle, wanted in zip(planned.bundles, planned.labels, strict=True) if nodes else ():
+        labelled = [node for node in nodes if all(f"{key}={value}" in node for key, value in wanted.items())]
+        if not labelled:
+            raise ResourceError(_no_label(wanted, nodes))
+        if not any(all(node.get(kind, 0.0) >= amount for kind, amount in bundle.items()) for node in labelled):
             asked = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
-            largest = max(node.get("GPU" if "GPU" in bundle else "CPU", 0.0) for node in nodes)
+            largest = max(node.get("GPU" if "GPU" in bundle else "CPU", 0.0) for node in labelled)
             raise ResourceError(
-                f"one actor needs {asked} on one node, but the largest node has {largest:g} "
+                f"one actor needs {asked} on one node, but the largest node {_with(wanted)}has {largest:g} "
                 f"{'GPU' if 'GPU' in bundle else 'CPU'}s; lower rollout.tensor_parallel with cluster.gpus_per_engine, "
                 "lower cluster.cpus_per_engine or cluster.cpus_per_learner, or add a larger node"
             )
+    for pool in planned.align if nodes else ():
+        _check_labelled(pool, nodes)
     memory = available.get("memory")
     if memory is not None and planned.host_bytes > memory:
         logger.warning(
@@ -124,6 +137,32 @@ def check(planned: Plan, available: Mapping[str, float], nodes: Sequence[Mapping
             show_bytes(planned.host_bytes),
             show_bytes(memory),
         )
+
+
+def _check_labelled(pool: Pool, nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raise ResourceError when the nodes with a pool's labels are too few for all of its actors."""
+    wanted = {f"{key}={value}" for key, value in pool.labels.items()}
+    for kind, each in _bundle(pool).items() if wanted else ():
+        need, have = pool.count * each, sum(node.get(kind, 0.0) for node in nodes if wanted <= node.keys())
+        if need > have + 1e-9:
+            raise ResourceError(
+                f"{pool.name} {pool.count} x {each:g} need {need:g} {kind}s on nodes {_with(pool.labels)}"
+                f"(cluster.labels), which have {have:g}; give the label to more nodes, or ask for fewer actors there, "
+                "or take the entry out of cluster.labels"
+            )
+
+
+def _with(wanted: Mapping[str, str]) -> str:
+    return "".join(f"with the label {key}={value} " for key, value in wanted.items())
+
+
+def _no_label(wanted: Mapping[str, str], nodes: Sequence[Mapping[str, float]]) -> str:
+    there = sorted({key for node in nodes for key in node if "=" in key and not key.startswith("ray.io/node-id")})
+    return (
+        f"cluster.labels asks for nodes {_with(wanted)}but no node has it (there are: {', '.join(there) or 'none'}); "
+        "start a node with it (ray start --labels key=value), or name a label that is there, or take the entry out of "
+        "cluster.labels"
+    )
 
 
 def _who(planned: Plan, kind: str) -> str:
@@ -156,10 +195,14 @@ def _cpu_fixes(need: float) -> str:
 
 
 def disk_need(settings: Settings) -> int:
-    """Bytes a run may write to its folder: policy checkpoints, the final one, and small files."""
-    every = settings.learner.save_every
-    kept = 1 + (settings.algorithm.steps // every if every else 0)
-    return kept * policy_bytes(settings) + RUN_FOLDER_BYTES
+    """Bytes a run may write to its folder: the final policy, small files, and the checkpoints there are at once.
+
+    Those are the newest ones that are kept, the best one and the one being written.
+    """
+    learner = settings.learner
+    written = math.ceil(settings.algorithm.steps / learner.save_every) if learner.save_every else 0
+    at_once = min(written, learner.keep_checkpoints + 2) if learner.keep_checkpoints else written
+    return policy_bytes(settings) + at_once * checkpoint_bytes(settings) + RUN_FOLDER_BYTES
 
 
 def cache_need(settings: Settings) -> int:
@@ -175,7 +218,7 @@ def check_space(folder: Path, need: int, free: int, key: str) -> None:
     if free < need:
         raise ResourceError(
             f"{folder} has {show_bytes(free)} free, but the run may need {show_bytes(need)}; free some space there, "
-            f"or change {key}"
+            f"or point {key} at a larger disk, or lower learner.keep_checkpoints or the size of the model"
         )
 
 

@@ -1,8 +1,8 @@
 """Compare a policy with its base on unseen prompts: objectives, simulated users, monitors, gates, report.
 
-python -m rluf.evaluate --config configs/quickstart.yaml evaluate.candidate=runs/quickstart/latest/policy
+python -m rluf.evaluate offline --config configs/quickstart.yaml evaluate.candidate=runs/quickstart/latest/policy
 
-Sub-commands, each with its own --help:
+The word offline may be left out. Other sub-commands, each with its own --help:
 python -m rluf.evaluate score --model FOLDER --data FILE.jsonl[.gz]   held-out rows through a reward model
 python -m rluf.evaluate correlate --help
 python -m rluf.evaluate abtest --help
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given and given[0] in SUBCOMMANDS:
         code: int = import_module(SUBCOMMANDS[given[0]]).main(given[1:])
         return code
-    loaded = parse("evaluate", __doc__ or "", given)
+    loaded = parse("evaluate", __doc__ or "", given[1:] if given[:1] == ["offline"] else given)
     return guard(lambda: evaluate(loaded.settings))
 
 

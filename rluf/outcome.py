@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from rluf.config.settings import Settings
 from rluf.evaluation.monitors import Reply
 from rluf.evaluation.summary import Arm, RunFacts, build_summary
+from rluf.objectives.judges import failed
 from rluf.simulation.gold import judge
 from rluf.simulation.users import Reactions, react
 from rluf.stages import Stage
-from rluf.tracking.metrics import SampleRow, read_json, write_json, write_jsonl
+from rluf.tracking.metrics import Answer, SampleRow, read_json, write_json, write_jsonl
 from rluf.tracking.report import write_report
 
 if TYPE_CHECKING:
@@ -95,11 +96,17 @@ def sample_rows(outcome: Outcome, count: int) -> list[SampleRow]:
             "prompt_id": base.group.prompt.id,
             "topic": base.group.prompt.topic,
             "prompt": base.group.prompt.messages[-1]["content"],
-            "base": {"text": base.group.samples[0].text, "scores": {k: v[0] for k, v in base.values.items()}},
-            "aligned": {"text": new.group.samples[0].text, "scores": {k: v[0] for k, v in new.values.items()}},
+            "base": _answer(base),
+            "aligned": _answer(new),
         }
         for base, new in chosen
     ]
+
+
+def _answer(given: Answered) -> Answer:
+    text = given.group.samples[0].text
+    scores = {name: values[0] for name, values in given.values.items()}
+    return {"text": text, "scores": scores, "failed": failed(given.group.prompt.messages, text)}
 
 
 def write_outcome(

@@ -9,7 +9,6 @@ cluster it deploys and leaves. Run it again there to change models without a fai
 from __future__ import annotations
 
 import logging
-import os
 import signal
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = loaded.settings
 
     def run() -> None:
-        from actors.application import check_secrets
+        from actors.application import check_secrets, on_this_machine
         from cluster.connect import connected
         from rluf.tracking.console import setup_logging
 
@@ -86,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_secrets(settings)
         with connected(settings):
             handle = serve(settings)
-            if settings.cluster.address or os.environ.get("RAY_ADDRESS"):
+            if not on_this_machine(settings):
                 return  # the cluster keeps it running
             heard: SimpleQueue[int] = SimpleQueue()
             for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):

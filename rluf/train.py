@@ -34,6 +34,7 @@ def train(settings: Settings) -> Path:
     from rluf.models import resolve_model
     from rluf.outcome import compare, write_cards, write_outcome
     from rluf.paths import cache_dir, new_run_folder, runs_root
+    from rluf.policy.uploads import Uploader
     from rluf.timing import Phases
     from rluf.tracking.console import setup_logging
     from rluf.tracking.metrics import write_json
@@ -56,6 +57,9 @@ def train(settings: Settings) -> Path:
         setup_logging(folder / "run.log")
         logger.info("run folder: %s", folder)
         write_json(folder / "config.json", settings.model_dump(mode="json"))
+        uploads = Uploader.of(settings, folder)
+        if uploads is not None:
+            uploads.begin()
 
         data = phases.time("prepare", prepared, settings)
         rewards = phases.time("reward", rewarded, settings, data)

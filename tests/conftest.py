@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,26 @@ def _own_runs_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pyte
     """Runs go to a temporary folder unless a test says otherwise."""
     if "RLUF_RUNS" not in os.environ:
         monkeypatch.setenv("RLUF_RUNS", str(tmp_path_factory.getbasetemp() / "runs"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """Makes a file system of some MiB that can be filled for real; skips where mounting is not permitted."""
+    mounted: list[Path] = []
+
+    def mount(mib: int) -> Path:
+        place = tmp_path / f"disk{len(mounted)}"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(place)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        if done.returncode:
+            pytest.skip(f"mounting a small disk is not permitted here: {done.stderr.strip()}")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", "--lazy", str(place)], check=True, timeout=30)
 
 
 @pytest.fixture(scope="module")

@@ -20,8 +20,8 @@ def test_samples_are_spread_over_the_prompts_and_pair_both_policies() -> None:
     )
     rows = sample_rows(outcome, 5)
     assert [row["prompt_id"] for row in rows] == ["p0", "p2", "p4", "p6", "p8"]
-    assert rows[1]["base"] == {"text": "base 2", "scores": {"love": 0.1}}
-    assert rows[1]["aligned"] == {"text": "new 2", "scores": {"love": 0.2}}
+    assert rows[1]["base"] == {"text": "base 2", "scores": {"love": 0.1}, "failed": []}
+    assert rows[1]["aligned"] == {"text": "new 2", "scores": {"love": 0.2}, "failed": []}
     assert sample_rows(outcome, 0) == []
     assert len(sample_rows(outcome, 100)) == 10
 

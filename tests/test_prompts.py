@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rluf.errors import DataError
 from rluf.models import load_tokenizer, resolve_model
-from rluf.prompts import load_demonstrations, load_reactions
+from rluf.prompt_store import HELD_BLOCKS, PromptStore, ids_of, topics_of, training_prompts
+from rluf.prompts import load_demonstrations, load_prompts, load_reactions
 
 
 def row(name: str, topic: str, response: str, label: int) -> dict[str, Any]:
@@ -52,3 +54,32 @@ def test_whole_responses_of_every_topic_are_told_apart_by_reaction(data: Path, t
     assert [group.prompt.id for group in found.liked] == ["kept", "elsewhere"]
     assert [group.prompt.id for group in found.others] == ["bad"]
     assert load_reactions(data, tokenizer, max_prompt=2, max_response=100).liked == []
+
+
+@pytest.mark.slow
+def test_streamed_prompts_are_those_read_at_once_whatever_is_read_first(tmp_path: Path, local_ray: None) -> None:
+    """Real Ray Data over a file of several row groups; long prompts are left out in both."""
+    rows = [
+        {
+            "id": f"p{n}",
+            "topic": "risky" if n % 5 == 0 else None,
+            "messages": [{"role": "user", "content": "a" * (n % 90)}],
+        }
+        for n in range(3000)
+    ]
+    (tmp_path / "prompts").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "prompts" / "train.parquet", row_group_size=400)
+    model = resolve_model("tiny", tmp_path / "cache")
+    at_once = load_prompts(tmp_path, "train", load_tokenizer(model), max_tokens=80)
+    assert training_prompts(tmp_path, model, 80) == at_once
+    store = training_prompts(tmp_path, model, 80, stream_from=10)
+    assert isinstance(store, PromptStore) and 0 < len(store) < len(rows)
+    assert (ids_of(store), topics_of(store)) == ([p.id for p in at_once], [p.topic for p in at_once])
+    last = len(store) - 1
+    assert [store[index] for index in (last, 0, last // 2, -1)] == [at_once[i] for i in (last, 0, last // 2, -1)]
+    assert list(store) == at_once and store[5:8] == at_once[5:8]
+    assert len(store._held) <= HELD_BLOCKS < len(store._blocks) + HELD_BLOCKS
+    with pytest.raises(IndexError):
+        store[len(store)]
+    with pytest.raises(DataError, match="no train prompt is left of 3000"):
+        training_prompts(tmp_path, model, 1, stream_from=10)

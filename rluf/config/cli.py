@@ -58,14 +58,22 @@ def _parse(command: str, description: str, argv: list[str]) -> Loaded:
         parser.add_argument(
             "--resume", action="store_true", help="go on from the newest checkpoint; the same as run.resume=latest"
         )
+        parser.add_argument(
+            "--profile", metavar="steps=N", help="profile N steps, from the second on; the same as run.profile_steps=N"
+        )
     parser.add_argument("-h", "--help", action="store_true", help="show this and all settings, do nothing")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change single settings")
     given = parser.parse_intermixed_args(argv)
     if given.help:
         sys.stdout.write(f"{parser.format_help()}\n{settings_help()}")
         raise SystemExit(0)
-    resume = ["run.resume=latest"] if getattr(given, "resume", False) else []
-    loaded = load_settings(given.config, [*given.overrides, *resume])
+    flags = ["run.resume=latest"] if getattr(given, "resume", False) else []
+    if (profile := getattr(given, "profile", None)) is not None:
+        steps = profile.removeprefix("steps=")
+        if not steps.isdecimal():
+            parser.error(f"--profile takes steps=N, such as steps=3, not {profile!r}")
+        flags.append(f"run.profile_steps={steps}")
+    loaded = load_settings(given.config, [*given.overrides, *flags])
     if given.dry_run:
         sys.stdout.write(dry_run_text(loaded))
         raise SystemExit(0)

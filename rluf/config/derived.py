@@ -6,7 +6,7 @@ Pure arithmetic, so `--dry-run` shows it without torch, ray or a cluster. All me
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from rluf.config.settings import Settings
@@ -35,7 +35,10 @@ class Batches:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Actors of one role: how many, what each reserves, and an estimate of what each one's memory holds, by name."""
+    """Actors of one role: how many, what each reserves, and an estimate of what each one's memory holds, by name.
+
+    `labels` are those that their nodes must have.
+    """
 
     role: Role
     name: str
@@ -43,6 +46,7 @@ class Pool:
     cpus: float
     gpus: float
     memory: dict[str, int]
+    labels: dict[str, str] = field(default_factory=dict)
 
     @property
     def bytes_each(self) -> int:
@@ -132,9 +136,9 @@ def pools(settings: Settings) -> list[Pool]:
     backbones = {"love": models.love, "helpfulness": models.helpfulness, "safety": models.safety}
     found = [
         Pool("rollout", "rollout", settings.rollout.engines, cluster.cpus_per_engine, cluster.gpus_per_engine,
-             engine_memory(settings)),
+             engine_memory(settings), cluster.labels_of("rollout")),
         Pool("learner", "learner", settings.learner.ranks, cluster.cpus_per_learner, cluster.gpus_per_learner,
-             learner_memory(settings)),
+             learner_memory(settings), cluster.labels_of("learner")),
     ]  # fmt: skip
     for name, *_ in scored_together(settings):
         objective = objectives.named[name]
@@ -142,7 +146,8 @@ def pools(settings: Settings) -> list[Pool]:
         shape = model_shape(objective.path or backbones[name].backbone)
         scoring = {} if judged else {"weights": 4 * shape.parameters}
         gpus = 0.0 if judged else cluster.gpus_per_reward
-        found.append(Pool("reward", f"{name} reward", objective.replicas, cluster.cpus_per_reward, gpus, scoring))
+        found.append(Pool("reward", f"{name} reward", objective.replicas, cluster.cpus_per_reward, gpus, scoring,
+                          cluster.labels_of("reward")))  # fmt: skip
     trained = [n for n, o in objectives.named.items() if o.source == "model" and o.path is None]
     if trained:
         largest = max((model_shape(backbones[name].backbone) for name in trained), key=lambda shape: shape.parameters)
@@ -167,6 +172,12 @@ def host_bytes(settings: Settings) -> int:
 def policy_bytes(settings: Settings) -> int:
     """Bytes of the policy's weights in its compute type: what a publish moves and a checkpoint writes."""
     return (2 if settings.policy_dtype == "bfloat16" else 4) * model_shape(settings.model.path).parameters
+
+
+def checkpoint_bytes(settings: Settings) -> int:
+    """Bytes of a checkpoint to resume from: the policy, float32 weights and AdamW state of it, and of PPO's critic."""
+    trained = (MASTER_BYTES + ADAM_BYTES) * model_shape(settings.model.path).parameters
+    return policy_bytes(settings) + trained * (2 if settings.algorithm.name == "ppo" else 1)
 
 
 def show_bytes(count: float) -> str:
@@ -201,6 +212,8 @@ def describe(settings: Settings) -> list[str]:
         ),
         f"a publish moves {show_bytes(policy_bytes(settings))} in buckets of {settings.publish.bucket_mib} MiB",
     ]
+    if settings.publish.engine == "ipc":
+        lines.append("engines and learners take turns on the same GPUs: one of each on every GPU")
     for pool in pools(settings):
         parts = ", ".join(f"{name} {show_bytes(size)}" for name, size in pool.memory.items() if size)
         where = f"{pool.gpus:g} GPU, {pool.cpus:g} CPU" if pool.gpus else f"{pool.cpus:g} CPU"

@@ -19,7 +19,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from rluf.config.machine import why
+from rluf.config.machine import Dtype, why
+from rluf.config.policy import ModelSettings
+from rluf.config.reward import RewardSettings
 from rluf.config.settings import Settings
 from rluf.errors import SettingsError
 
@@ -94,7 +96,7 @@ def load_settings(config: Path | None, overrides: Sequence[str] = ()) -> Loaded:
 
 def _without_auto(settings: Settings, sources: dict[str, str]) -> Loaded:
     """Settings whose dtypes say what auto means here, so that every process of a run takes the same."""
-    sections = {
+    sections: dict[str, tuple[ModelSettings | RewardSettings, Dtype, float]] = {
         "model": (settings.model, settings.policy_dtype, settings.policy_gpus),
         "reward": (settings.reward, settings.reward_dtype, settings.cluster.gpus_per_reward),
     }

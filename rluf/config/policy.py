@@ -147,8 +147,9 @@ class LearnerSettings(Section):
 class PublishSettings(Section):
     """How weights reach the engines: vLLM's four phases, then a probe."""
 
-    engine: Literal["shm", "nccl", "disk"] = "shm"
-    """shm: shared memory on one host; nccl: broadcast between GPUs; disk: files under run.cache, seen by all hosts."""
+    engine: Literal["shm", "nccl", "tcp", "disk", "ipc", "adapter"] = "shm"
+    """shm: shared memory on one host; nccl: between GPUs; tcp: between hosts, slower; disk: files all hosts see; ipc:
+    learners and engines take turns on the same GPUs; adapter: LoRA adapters as they are, through run.cache."""
     bucket_mib: int = Field(default=64, ge=1)
     """MiB of weights sent at a time."""
     probe_tolerance: float = Field(default=0.15, gt=0)

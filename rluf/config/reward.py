@@ -188,8 +188,8 @@ class ObjectivesSettings(Section):
 
     @property
     def named(self) -> dict[str, ObjectiveSettings]:
-        """Objective settings by objective name, in a fixed order."""
-        return {"love": self.love, "helpfulness": self.helpfulness, "safety": self.safety}
+        """Objective settings by objective name, in the order of the fields: a new one is one more field."""
+        return {name: one for name, one in self if isinstance(one, ObjectiveSettings)}
 
     def weights(self, topic: str) -> dict[str, float]:
         """Weight of each objective on prompts of `topic`: its own, or 1 and 0 where one of them claims the topic."""

@@ -234,7 +234,7 @@ def tensor_parallel(settings: Settings) -> str | None:
 
 def gpu_shares(settings: Settings) -> str | None:
     """A learner rank is one GPU or none; a reward actor takes a share of one."""
-    if settings.cluster.gpus_per_learner not in (0, 1):
+    if settings.cluster.gpus_per_learner not in (0, 1) and settings.publish.engine != "ipc":
         return (
             f"cluster.gpus_per_learner={settings.cluster.gpus_per_learner:g}: a rank runs on one GPU (1) or on the CPU "
             f"(0); for more GPUs raise learner.ranks={settings.learner.ranks}"
@@ -255,6 +255,51 @@ def nccl(settings: Settings) -> str | None:
     return (
         f"publish.engine=nccl needs whole GPUs on both sides, but cluster.gpus_per_engine={cluster.gpus_per_engine:g} "
         f"and cluster.gpus_per_learner={cluster.gpus_per_learner:g}; set both to 1 or more, or publish.engine=shm"
+    )
+
+
+def colocated(settings: Settings) -> str | None:
+    """Learners and engines that take turns on GPUs: one of each on every GPU, never both at work."""
+    cluster, ranks, engines = settings.cluster, settings.learner.ranks, settings.rollout.engines
+    if settings.publish.engine != "ipc":
+        return None
+    shares = (cluster.gpus_per_engine, cluster.gpus_per_learner)
+    if min(shares) <= 0 or sum(shares) > 1:
+        return (
+            "publish.engine=ipc lets an engine and a learner rank share one GPU, but cluster.gpus_per_engine="
+            f"{shares[0]:g} and cluster.gpus_per_learner={shares[1]:g}; set both to 0.5 on GPUs, or publish.engine=shm "
+            "on CPUs"
+        )
+    if ranks != engines or settings.rollout.tensor_parallel > 1:
+        return (
+            f"publish.engine=ipc puts one learner rank and one engine on each GPU, but learner.ranks={ranks}, "
+            f"rollout.engines={engines} and rollout.tensor_parallel={settings.rollout.tensor_parallel}; set the first "
+            "two alike and the third to 1, or publish.engine=nccl with separate GPUs"
+        )
+    if settings.algorithm.staleness:
+        return (
+            f"algorithm.staleness={settings.algorithm.staleness} samples while learners learn, but with "
+            "publish.engine=ipc they take turns; set algorithm.staleness=0, or publish.engine=nccl"
+        )
+    learner = settings.learner
+    if learner.zero_stage != 2 or learner.offload_optimizer:
+        return (
+            "publish.engine=ipc moves the learner's states to host memory and back, which DeepSpeed does with this "
+            "optimiser for ZeRO 2 alone, while nothing is offloaded (now "
+            f"learner.zero_stage={learner.zero_stage}, "
+            f"learner.offload_optimizer={str(learner.offload_optimizer).lower()}); "
+            "set learner.zero_stage=2 and learner.offload_optimizer=false"
+        )
+    return None
+
+
+def adapter(settings: Settings) -> str | None:
+    """Adapters are published where adapters are trained."""
+    if settings.publish.engine != "adapter" or settings.learner.lora_rank:
+        return None
+    return (
+        "publish.engine=adapter has no adapters to publish, as learner.lora_rank=0 trains the weights themselves; set "
+        "learner.lora_rank=16, or publish.engine=shm"
     )
 
 
@@ -303,6 +348,27 @@ def concurrency(settings: Settings) -> str | None:
         f"rollout.concurrency={room} is less than one group (algorithm.samples_per_prompt={group}); "
         f"set rollout.concurrency={group} or more"
     )
+
+
+def labels(settings: Settings) -> str | None:
+    """Entries of cluster.labels are role:key=value."""
+    for entry in settings.cluster.labels:
+        role, _, pair = entry.partition(":")
+        key, equals, value = pair.partition("=")
+        if role not in ("rollout", "reward", "learner") or not (key and equals and value):
+            return (
+                f"cluster.labels has {entry!r}, which is not role:key=value; set it to entries such as "
+                "learner:ray.io/accelerator-type=H100 (roles: rollout, reward, learner)"
+            )
+    return None
+
+
+def upload(settings: Settings) -> str | None:
+    """Checkpoints are uploaded to a URL; a folder is what run.root is for."""
+    target = settings.run.upload
+    if target is None or "://" in target:
+        return None
+    return f"run.upload={target} is no URL; set it to one such as s3://bucket/runs, or file:///absolute/folder"
 
 
 def splits(settings: Settings) -> str | None:
@@ -354,10 +420,14 @@ RULES: tuple[Callable[[Settings], str | None], ...] = (
     tensor_parallel,
     gpu_shares,
     nccl,
+    colocated,
+    adapter,
     offload,
     micro_batch,
     ranks,
     concurrency,
+    labels,
+    upload,
     splits,
     serving,
 )

@@ -43,6 +43,8 @@ class ClusterSettings(Section):
     """Ray CPUs that one learner rank reserves."""
     cpus_per_reward: float = Field(default=0.2, gt=0)
     """Ray CPUs that one reward actor reserves."""
+    labels: tuple[str, ...] = ()
+    """role:key=value triples: actors of the role (rollout, reward, learner) go to nodes that have this Ray label."""
     threads: int = Field(default=0, ge=0)
     """Compute threads an actor; 0 means all cores of the machine divided by learner ranks."""
     grow_deadline_s: float = Field(default=0.0, ge=0)
@@ -53,6 +55,11 @@ class ClusterSettings(Section):
     """Seconds between health checks of each actor; one that misses two is ended and started again."""
     restarts_per_hour: int = Field(default=3, ge=0)
     """Times an hour that each actor (or the learners together) may be started again before the run stops."""
+
+    def labels_of(self, role: str) -> dict[str, str]:
+        """The labels that nodes for actors of `role` must have, value by key."""
+        pairs = (one.partition(":")[2] for one in self.labels if one.partition(":")[0] == role)
+        return {key: value for key, _, value in (pair.partition("=") for pair in pairs)}
 
 
 class TrackingSettings(Section):
@@ -78,6 +85,8 @@ class RunSettings(Section):
     profile_steps: int = Field(default=0, ge=0)
     """Steps, from the second on, to profile into <run folder>/profile: learner traces and a timeline of all actors."""
     resume: str | None = None
-    """Go on from the newest whole checkpoint of this run folder; latest (or --resume) means the newest run's."""
+    """Go on from the newest whole checkpoint of this run folder or upload; latest (--resume) means the newest run's."""
+    upload: str | None = None
+    """URL of storage that fsspec knows (s3://, gs://, file://) which gets a copy of each checkpoint, beside the run."""
     deterministic: bool = False
     """Sample and score one response at a time: slower, but staleness 0 gives the same bits again on CPUs."""

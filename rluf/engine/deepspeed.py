@@ -12,7 +12,7 @@ import contextlib
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,6 +23,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rluf.engine.adapter import adapter_names
+from rluf.engine.turns import STATES, WEIGHTS
 from rluf.errors import ModelError, ResourceError
 from rluf.policy.checkpoint import unwritten
 from rluf.policy.lora import Adapter, adapters, plain_name
@@ -214,6 +216,37 @@ def gather_parameters(engine: DeepSpeedEngine, bucket_bytes: int) -> Iterator[li
         size += nbytes
     if bucket:
         yield _whole(bucket, changes)
+
+
+def gather_adapters(engine: DeepSpeedEngine) -> Iterator[list[tuple[str, Tensor]]]:
+    """The LoRA matrices under PEFT's names, all in one bucket; at ZeRO 3 all ranks must iterate in lockstep."""
+    named = [
+        pair
+        for weight, change in adapters(engine.module).items()
+        for pair in zip(adapter_names(weight), (change.down, change.up), strict=True)
+    ]
+    yield _whole(named, {})
+
+
+def offload(engine: DeepSpeedEngine, parts: Sequence[str]) -> None:
+    """Move `parts` (rluf.engine.turns: weights, states) to host memory. Harmless for what is there.
+
+    ZeRO 2 only: DeepSpeed 0.19 has no offload_states for ZeRO 1 in bfloat16, and for ZeRO 3 only with its own Adam.
+    """
+    _deepspeed()
+    from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as Kind
+
+    kinds = {
+        WEIGHTS: {Kind.lp_params},
+        STATES: {Kind.optim_states, Kind.hp_params, Kind.lp_grads, Kind.contiguous_grad_buffer},
+    }
+    wanted = set().union(*(kinds[part] for part in parts))
+    engine.offload_states(include=wanted, pin_memory=engine.device.type == "cuda")
+
+
+def reload(engine: DeepSpeedEngine) -> None:
+    """Bring back all that `offload` has moved."""
+    engine.reload_states()
 
 
 def save_hf(engine: DeepSpeedEngine, folder: Path) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from rluf.engine.adapter import write_adapter
 from rluf.errors import ResourceError, StallError, SyncError
 from rluf.paths import cache_dir
 
@@ -42,7 +43,7 @@ TOKEN_BYTES = 16
 
 
 class Sender(Protocol):
-    """What a learner's rank 0 publishes through."""
+    """What a learner's rank 0 publishes through, and with CUDA IPC every rank."""
 
     def offer(self, version: int) -> dict[str, Any]:
         """Start a publish of weight `version`; returns what every engine's begin_update takes."""
@@ -63,6 +64,16 @@ def make_sender(settings: Settings, host: str, port: int) -> Sender:
         return ShmSender()
     if settings.publish.engine == "disk":
         return DiskSender(cache_dir(settings) / "publish")
+    if settings.publish.engine == "tcp":
+        from rluf.engine.network import TcpSender
+
+        return TcpSender(host, settings.publish.deadline_s)
+    if settings.publish.engine == "adapter":
+        return AdapterSender(cache_dir(settings) / "publish")
+    if settings.publish.engine == "ipc":
+        from rluf.engine.ipc import IpcSender
+
+        return IpcSender(settings.publish.bucket_mib << 20)
     members = 1 + settings.rollout.engines * settings.rollout.tensor_parallel
     return NcclSender(host, port, members, settings.publish.bucket_mib << 20, settings.publish.deadline_s)
 
@@ -156,7 +167,7 @@ def read_segment(
     except OSError as error:
         raise SyncError(
             f"cannot open the learner's shared memory {path}: {error}; publish.engine=shm needs learner and engine "
-            "alive, on one machine, in one container, under one user; else set publish.engine=nccl"
+            "alive, on one machine, in one container, under one user; else set publish.engine=nccl, or tcp on CPUs"
         ) from error
     try:
         if os.fstat(file).st_size < size:
@@ -229,6 +240,35 @@ class DiskSender:
         if self._last is not None:
             self._last.unlink(missing_ok=True)
             self._last = None
+
+
+class AdapterSender:
+    """Sends LoRA adapters as they are: a folder in a place that learner and engines share, all of it in one bucket."""
+
+    def __init__(self, root: Path) -> None:
+        """Folders go to a new one under `root`."""
+        self._folder = root / secrets.token_hex(8)
+        self._version = 0
+
+    def offer(self, version: int) -> dict[str, Any]:
+        """Nothing to meet over."""
+        self._version = version
+        return {"engine": "adapter", "version": version}
+
+    def send(self, bucket: Bucket) -> dict[str, Any]:
+        """Write the adapter; returns its folder. Raises ResourceError when the disk refuses it."""
+        folder = self._folder / str(self._version)
+        shutil.rmtree(folder, ignore_errors=True)
+        write_adapter(folder, dict(bucket))
+        return {"path": str(folder)}
+
+    def finish(self) -> None:
+        """Delete what engines have loaded."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def close(self) -> None:
+        """As finish; closing twice is harmless."""
+        self.finish()
 
 
 def read_file(path: str, device: torch.device | str = "cpu") -> list[tuple[str, torch.Tensor]]:

@@ -7,19 +7,26 @@ import hashlib
 import json
 import logging
 import os
+import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from rluf.config.settings import Settings
+from rluf.engine.adapter import check_adapter, linear_shapes, no_change, room_for, write_adapter
+from rluf.engine.model_folder import check_model, stop_ids
+from rluf.engine.turns import shares_gpus
 from rluf.errors import DataError, LostError, ModelError, ResourceError, StallError, SyncError
 from rluf.models import load_tokenizer
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
 
 logger = logging.getLogger(__name__)
@@ -93,6 +100,8 @@ class RolloutEngine:
         self._engine: AsyncLLM | None = None
         self._greeted = False
         self._updating = False
+        self._adapter: LoRARequest | None = None
+        self._linear: dict[str, tuple[int, ...]] = {}
         self._requests = 0
 
     async def start(self) -> dict[str, Any]:
@@ -101,9 +110,9 @@ class RolloutEngine:
         Blocks the loop meanwhile (vLLM's start is synchronous). Raises ModelError for a model that vLLM cannot take,
         ResourceError when memory is short or the core process ends before it is ready.
         """
-        _check_model(self.model)
+        check_model(self.model)
         self._tokenizer = load_tokenizer(self.model)
-        self._stop_ids = _stop_ids(self.model, self._tokenizer.eos_token_id)
+        self._stop_ids = stop_ids(self.model, self._tokenizer.eos_token_id)
         self._check_memory()
         from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -121,6 +130,7 @@ class RolloutEngine:
                 "message is in this actor's log (memory short? lower rollout.kv_cache_gib, rollout.concurrency)"
             ) from error
         await self._engine.update_weight_version(str(self.version))
+        await self._begin_adapter()
         return {
             "engine": self.name,
             "pid": os.getpid(),
@@ -172,6 +182,16 @@ class RolloutEngine:
         start = len(prompt_ids)
         return [float(found[token].logprob) for token, found in zip(ids[start:], measured[start:], strict=True)]
 
+    async def sleep(self) -> None:
+        """Move the weights to host memory and drop the KV cache; no request may be under way. GPUs only."""
+        async with self._deadline(self.settings.publish.deadline_s, "to fall asleep"):
+            await self._alive().sleep(level=1)
+
+    async def wake(self, parts: Sequence[str]) -> None:
+        """Bring weights, kv_cache or both back to the GPU."""
+        async with self._deadline(self.settings.publish.deadline_s, "to wake up"):
+            await self._alive().wake_up(tags=list(parts))
+
     async def begin_update(self, offer: dict[str, Any]) -> None:
         """Phase 1: meet the learner (first time only), freeze running requests where they are, open the update.
 
@@ -183,6 +203,10 @@ class RolloutEngine:
 
         engine = self._alive()
         async with self._deadline(self.settings.publish.deadline_s, "to begin a weight update"):
+            if self._adapter is not None:
+                self._greeting(offer)
+                await engine.pause_generation(mode="keep", clear_cache=True)
+                return
             if not self._greeted:
                 await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=self._greeting(offer)))
                 await self._raise_problem()
@@ -200,6 +224,10 @@ class RolloutEngine:
 
         Raises SyncError on a tensor that the model does not have, or of another shape; the engine then stays paused.
         """
+        if self._adapter is not None:
+            check_adapter(Path(bucket["path"]), self._linear)
+            await self._load_adapter(str(bucket["path"]))
+            return
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         engine = self._alive()
@@ -214,9 +242,10 @@ class RolloutEngine:
         """
         engine = self._alive()
         async with self._deadline(self.settings.publish.deadline_s, "to finish a weight update"):
-            await engine.finish_weight_update()
-            self._updating = False
-            await self._raise_problem()
+            if self._adapter is None:
+                await engine.finish_weight_update()
+                self._updating = False
+                await self._raise_problem()
             await engine.update_weight_version(str(version))
             self.version = version
             await engine.resume_generation()
@@ -232,6 +261,25 @@ class RolloutEngine:
         if self._engine is not None:
             self._engine.shutdown(timeout=SHUTDOWN_S)
             self._engine = None
+
+    async def _begin_adapter(self) -> None:
+        """Load an adapter that changes nothing, so that requests under way follow the first publish too."""
+        settings = self.settings
+        if settings.publish.engine != "adapter":
+            return
+        self._linear = linear_shapes(self.model)
+        with tempfile.TemporaryDirectory() as folder:
+            path, dtype = Path(folder) / "adapter", getattr(torch, settings.policy_dtype)
+            write_adapter(path, no_change(self.model, settings.learner.lora_rank, dtype))
+            await self._load_adapter(str(path))
+
+    async def _load_adapter(self, path: str) -> None:
+        """Replace the adapter in place: requests name it, not its files."""
+        from vllm.lora.request import LoRARequest
+
+        async with self._deadline(self.settings.publish.deadline_s, "to load an adapter"):
+            await self._alive().add_lora(LoRARequest("policy", 1, path, load_inplace=True))
+        self._adapter = LoRARequest("policy", 1, path)
 
     def _arguments(self) -> AsyncEngineArgs:
         from vllm.config.weight_transfer import WeightTransferConfig
@@ -252,6 +300,11 @@ class RolloutEngine:
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(CPU_STEP_TOKENS, length, rollout.concurrency),
             }
+        backend: dict[str, Any] = {
+            "weight_transfer_config": WeightTransferConfig(backend=f"rluf_{self.settings.publish.engine}")
+        }
+        if self.settings.publish.engine == "adapter":
+            backend = {"enable_lora": True, "max_lora_rank": room_for(self.settings.learner.lora_rank)}
         return AsyncEngineArgs(
             model=str(self.model),
             skip_tokenizer_init=True,
@@ -267,10 +320,11 @@ class RolloutEngine:
             tensor_parallel_size=rollout.tensor_parallel,
             distributed_executor_backend=HouseExecutor if rollout.tensor_parallel == 1 else "mp",
             worker_extension_cls=f"{HouseExtension.__module__}.{HouseExtension.__qualname__}",
-            weight_transfer_config=WeightTransferConfig(backend=f"rluf_{self.settings.publish.engine}"),
+            enable_sleep_mode=shares_gpus(self.settings),
             seed=self.settings.seed,
             disable_log_stats=True,
             **device,
+            **backend,
         )
 
     def _check_memory(self) -> None:
@@ -320,7 +374,8 @@ class RolloutEngine:
         self._requests += 1
         final: RequestOutput | None = None
         try:
-            async for output in self._alive().generate(tokens_input(ids), params, f"{self.index}-{self._requests}"):
+            name = f"{self.index}-{self._requests}"
+            async for output in self._alive().generate(tokens_input(ids), params, name, lora_request=self._adapter):
                 final = output
         except EngineDeadError as error:
             raise LostError(f"{self.name}: {self._died()}", self.name) from error
@@ -345,22 +400,26 @@ class RolloutEngine:
                 f"{self.name}: the learner offers {offer.get('engine')!r}, but publish.engine is "
                 f"{self.settings.publish.engine!r}"
             )
-        if offer["engine"] == "shm":
-            return {"machine": offer["machine"]}
-        if offer["engine"] == "disk":
-            return {"folder": offer["folder"]}
         kept = {key: value for key, value in offer.items() if key not in ("engine", "version")}
+        if offer["engine"] != "nccl":
+            return kept
         return kept | {"rank_offset": 1 + self.index * self.settings.rollout.tensor_parallel}
 
     async def _raise_problem(self, *, abandon: bool = False) -> None:
-        """Raise SyncError if a worker has noted a problem; `abandon` first closes the update under way."""
+        """Raise what a worker has noted; `abandon` first closes the update under way.
+
+        SyncError, or LostError where the learner was out of reach: another engine may reach it.
+        """
         engine = self._alive()
         problems = [p for p in await engine.collective_rpc("rluf_transfer_problem") if p is not None]
         if problems:
             if abandon:
                 await engine.finish_weight_update()
                 self._updating = False
-            raise SyncError(f"{self.name} refused weights: {problems[0]}")
+            text, unreachable = problems[0]
+            if unreachable:
+                raise LostError(f"{self.name}: {text}", self.name)
+            raise SyncError(f"{self.name} refused weights: {text}")
 
     @asynccontextmanager
     async def _deadline(self, seconds: float, what: str) -> AsyncIterator[None]:
@@ -394,20 +453,6 @@ def core_pids(engine: AsyncLLM) -> list[int]:
     return [process.pid for process in manager.processes] if manager is not None else []
 
 
-def _check_model(folder: Path) -> None:
-    """Raise ModelError for a folder that holds no causal language model, before vLLM's slow import."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model {folder} has no readable config.json: {error}; give a Hugging Face folder") from error
-    architectures = [str(name) for name in config.get("architectures") or []]
-    if not any(name.endswith(("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")) for name in architectures):
-        raise ModelError(
-            f"model {folder} is {', '.join(architectures) or 'of no named architecture'}; the policy must be a causal "
-            "language model (model.path)"
-        )
-
-
 def _inspect_here(folder: Path) -> None:
     """Let vLLM look at the model's class in this process.
 
@@ -420,18 +465,6 @@ def _inspect_here(folder: Path) -> None:
         known = ModelRegistry.models.get(architecture)
         if known is not None:
             ModelRegistry.register_model(architecture, known.load_model_cls())
-
-
-def _stop_ids(folder: Path, eos: int | None) -> list[int]:
-    """Token ids that end a turn: the tokenizer's end of sequence and those of the model's generation settings."""
-    ids = set() if eos is None else {int(eos)}
-    file = folder / "generation_config.json"
-    if file.is_file():
-        named = json.loads(file.read_text()).get("eos_token_id")
-        ids.update(int(i) for i in (named if isinstance(named, list) else [named]) if i is not None)
-    if not ids:
-        raise ModelError(f"model {folder} names no end-of-sequence token; set eos_token in its tokenizer_config.json")
-    return sorted(ids)
 
 
 def _first_line(error: BaseException | None) -> str:

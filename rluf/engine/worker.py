@@ -22,17 +22,21 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine, IPCWeightTransferInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import (
     NCCLWeightTransferEngine,
     NCCLWeightTransferInitInfo,
     NCCLWeightTransferUpdateInfo,
 )
+from vllm.distributed.weight_transfer.packed_tensor import packed_ipc_consumer
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from rluf.engine.checklist import Checklist
+from rluf.engine.ipc import gpu_name, whole
+from rluf.engine.network import fetch
 from rluf.engine.transfer import machine_id, read_file, read_segment
-from rluf.errors import RlufError
+from rluf.errors import LostError, RlufError, SyncError
 
 logger = logging.getLogger(__name__)
 
@@ -48,9 +52,10 @@ class HouseExecutor(UniProcExecutor):
 class HouseExtension:
     """Methods added to vLLM's worker class, called through collective_rpc."""
 
-    def rluf_transfer_problem(self) -> str | None:
-        """What is wrong with the update under way or just finished; None if nothing is."""
-        return getattr(getattr(self, "weight_transfer_engine", None), "problem", None)
+    def rluf_transfer_problem(self) -> tuple[str, bool] | None:
+        """What is wrong with the update under way or just finished, and whether the learner was out of reach."""
+        problem = getattr(getattr(self, "weight_transfer_engine", None), "problem", None)
+        return None if problem is None else (str(problem), isinstance(problem, LostError))
 
 
 @dataclass
@@ -79,7 +84,7 @@ class _Checked:
 
     model: torch.nn.Module
     model_config: Any
-    problem: str | None = None
+    problem: RlufError | None = None
     _checklist: Checklist | None = None
 
     def start_weight_update(self) -> None:
@@ -107,7 +112,7 @@ class _Checked:
         try:
             check()
         except RlufError as error:
-            self.problem = str(error)
+            self.problem = error
 
 
 class ShmReceiver(_Checked, WeightTransferEngine[ShmInit, ShmUpdate]):
@@ -121,9 +126,9 @@ class ShmReceiver(_Checked, WeightTransferEngine[ShmInit, ShmUpdate]):
         here = machine_id()
         self.problem = None
         if init_info.machine != here:
-            self.problem = (
+            self.problem = SyncError(
                 f"the learner runs on another machine or container ({init_info.machine}, engine {here}), so "
-                "publish.engine=shm cannot reach it; set publish.engine=nccl, or place both on one machine"
+                "publish.engine=shm cannot reach it; set publish.engine=nccl (tcp on CPUs), or place both on one host"
             )
 
     def receive_weights(self, update_info: ShmUpdate) -> None:
@@ -165,9 +170,9 @@ class DiskReceiver(_Checked, WeightTransferEngine[DiskInit, DiskUpdate]):
         """Note as a problem that the folder is not seen from here."""
         self.problem = None
         if not Path(init_info.folder).is_dir():
-            self.problem = (
+            self.problem = SyncError(
                 f"the learner publishes to {init_info.folder}, which this engine does not see; put run.cache into a "
-                "folder that all machines share, or set publish.engine=nccl"
+                "folder that all machines share, or set publish.engine=nccl (tcp on CPUs)"
             )
 
     def receive_weights(self, update_info: DiskUpdate) -> None:
@@ -177,6 +182,48 @@ class DiskReceiver(_Checked, WeightTransferEngine[DiskInit, DiskUpdate]):
 
     def _load(self, info: DiskUpdate) -> None:
         self.model.load_weights(read_file(info.path, self.device))
+
+    def shutdown(self) -> None:
+        """Nothing is held between buckets."""
+
+
+@dataclass
+class TcpInit(WeightTransferInitInfo):
+    """What the first offer of a TcpSender tells the engine; each bucket says again where it is."""
+
+    host: str
+    port: int
+
+
+@dataclass
+class TcpUpdate(WeightTransferUpdateInfo):
+    """One bucket at the learner's socket; see rluf.engine.network.TcpSender.send."""
+
+    host: str
+    port: int
+    token: str
+    number: int
+    seconds: float
+    entries: list[list[Any]] = field(default_factory=list)
+
+
+class TcpReceiver(_Checked, WeightTransferEngine[TcpInit, TcpUpdate]):
+    """Fetches buckets from the learner's host."""
+
+    init_info_cls = TcpInit
+    update_info_cls = TcpUpdate
+
+    def init_transfer_engine(self, init_info: TcpInit) -> None:
+        """Nothing is held between buckets: a learner that cannot be reached is told at the first one."""
+        self.problem = None
+
+    def receive_weights(self, update_info: TcpUpdate) -> None:
+        """Check one bucket's names and shapes, fetch it, load it."""
+        if self._admit((name, shape) for name, shape in update_info.entries):
+            self._note(lambda: self._load(update_info))
+
+    def _load(self, info: TcpUpdate) -> None:
+        self.model.load_weights(fetch(info.host, info.port, info.token, info.number, info.seconds, self.device))
 
     def shutdown(self) -> None:
         """Nothing is held between buckets."""
@@ -202,6 +249,57 @@ class NcclReceiver(_Checked, NCCLWeightTransferEngine):
             super().receive_weights(update_info)
         finally:
             self.model = model
+
+
+@dataclass
+class IpcInit(IPCWeightTransferInitInfo):
+    """Nothing to agree on: buckets are always packed."""
+
+
+@dataclass
+class IpcUpdate(WeightTransferUpdateInfo):
+    """One bucket in a buffer on each GPU; see rluf.engine.ipc.IpcSender.send."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+    tensor_sizes: list[int]
+    handles: dict[str, list[Any]]
+
+
+class IpcReceiver(_Checked, IPCWeightTransferEngine):
+    """vLLM's CUDA IPC engine with our checklist, and handles as plain values. Untested without GPUs."""
+
+    init_info_cls = IpcInit
+    update_info_cls = IpcUpdate
+
+    def receive_weights(self, update_info: IpcUpdate) -> None:
+        """Check one bucket's names and shapes, copy it out of the learner's buffer on this GPU, load it."""
+        if self._admit(zip(update_info.names, update_info.shapes, strict=True)):
+            self._note(lambda: self._load(update_info))
+
+    def finish_weight_update(self) -> None:
+        """As for every receiver; then let go of the learner's buffer."""
+        super().finish_weight_update()
+        self._packed_importer.close()
+
+    def _load(self, info: IpcUpdate) -> None:
+        here = gpu_name(self.device.index)
+        if here not in info.handles:
+            raise SyncError(
+                f"no learner rank runs on this engine's GPU {here} (they run on {', '.join(sorted(info.handles))}); "
+                "with publish.engine=ipc each engine shares its GPU with one rank"
+            )
+        weights = packed_ipc_consumer(
+            ipc_handle={here: whole(info.handles[here])},
+            names=info.names,
+            shapes=info.shapes,
+            dtype_names=info.dtype_names,
+            tensor_sizes=info.tensor_sizes,
+            device_index=self.device.index,
+            importer=self._packed_importer,
+        )
+        self.model.load_weights(weights)
 
 
 class _Discard(torch.nn.Module):
@@ -231,5 +329,7 @@ def _follow_parent() -> None:
 
 WeightTransferEngineFactory.register_engine("rluf_shm", ShmReceiver)
 WeightTransferEngineFactory.register_engine("rluf_disk", DiskReceiver)
+WeightTransferEngineFactory.register_engine("rluf_tcp", TcpReceiver)
 WeightTransferEngineFactory.register_engine("rluf_nccl", NcclReceiver)
+WeightTransferEngineFactory.register_engine("rluf_ipc", IpcReceiver)
 _follow_parent()

@@ -104,6 +104,11 @@ JUDGES: Mapping[str, Judge] = {
 that the user did not start; no looping text; between 1 and MAX_WORDS words."""
 
 
+def failed(messages: Sequence[Message], response: str) -> list[str]:
+    """Names of the rule judges that the response does not pass, in the order of JUDGES."""
+    return [name for name, judge in JUDGES.items() if not judge(messages, response)]
+
+
 def find_judge(name: str) -> Judge:
     """The judge of that name, or your own as package.module:function; raises SettingsError with the known names."""
     if name in JUDGES:

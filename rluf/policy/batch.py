@@ -13,7 +13,8 @@ class Batch:
     """One packed micro-batch: T tokens, K response tokens, N samples of up to L tokens.
 
     Each prompt appears once, then the responses of its samples; `position_ids` go on from the prompt's end at each
-    response. Tensors over K follow the order of the samples in the micro-batch.
+    response. What a prompt has in common with the beginning of an earlier one is not repeated. Tensors over K follow
+    the order of the samples in the micro-batch.
     """
 
     input_ids: Tensor

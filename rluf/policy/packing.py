@@ -1,7 +1,8 @@
 """How the samples of a step are dealt to ranks and micro-batches, and how one micro-batch becomes tensors.
 
 Planning looks at lengths only, so that the driver can do it; packing looks at tokens. Samples of a group that share a
-micro-batch share the prompt's tokens, so groups stay together where the token budget lets them.
+micro-batch share the prompt's tokens, so groups stay together where the token budget lets them; prompts that begin
+alike share their beginning too.
 """
 
 from __future__ import annotations
@@ -138,8 +139,18 @@ def packed_order(members: Sequence[tuple[int, int]], groups: Mapping[int, Group]
     return [member for chosen in by_group.values() for member in chosen]
 
 
+def shared_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
 class _Layout:
-    """Grows a packed micro-batch: one prompt, then its responses, then the next prompt."""
+    """Grows a packed micro-batch: one prompt, then its responses, then the next prompt.
+
+    A prompt that begins as an earlier one does, as chats with one system message do, has no tokens of its own for that
+    part: what comes before a token alone decides what a causal model computes at it.
+    """
 
     def __init__(self) -> None:
         self.ids: list[int] = []
@@ -152,15 +163,18 @@ class _Layout:
         self.logprobs: list[float] = []
         self.advantages: list[float] = []
         self.weights: list[float] = []
-        self._prompt = range(0)
+        self._prompt: list[int] = []
+        self._earlier: list[tuple[Sequence[int], list[int]]] = []
 
     def add_prompt(self, ids: Sequence[int]) -> None:
-        """Append a prompt; its tokens take their attention from the row of the first response that follows."""
-        start = len(self.ids)
-        self._prompt = range(start, start + len(ids))
-        self.ids += ids
-        self.positions += range(len(ids))
-        self.homes += [(len(self.rows), column) for column in range(len(ids))]
+        """Append a prompt; its own tokens take their attention from the row of the first response that follows."""
+        known = max((shared_prefix(ids, other), places) for other, places in [((), []), *self._earlier])
+        shared, start = known[0], len(self.ids)
+        self._prompt = [*known[1][:shared], *range(start, start + len(ids) - shared)]
+        self._earlier.append((ids, self._prompt))
+        self.ids += ids[shared:]
+        self.positions += range(shared, len(ids))
+        self.homes += [(len(self.rows), column) for column in range(shared, len(ids))]
 
     def add_response(self, ids: Sequence[int]) -> None:
         """Append a response to the last prompt."""

@@ -24,6 +24,10 @@ FORMAT = 1
 MANIFEST = "complete.json"
 STATE = "state.json"
 POLICY = "policy"
+FOLDER = "checkpoints"
+"""Where a run folder keeps them."""
+ANSWERS = "base_answers.jsonl"
+"""The base policy's answers, beside them."""
 
 
 @dataclass(frozen=True, slots=True)

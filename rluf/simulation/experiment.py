@@ -10,11 +10,12 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rluf.simulation.gold import judge
+from rluf.simulation.gold import Gold, judge
 from rluf.simulation.log import ACTIVITY_SHAPE, FIRST_DAY, Row
 from rluf.simulation.users import Items, Population, Reactions, act
 
@@ -32,6 +33,14 @@ def read_served(log: Path, versions: Sequence[str]) -> list[list[Row]]:
     return [list(rows.values()) for rows in served.values()]
 
 
+def gold_of(row: Mapping[str, Any]) -> Gold:
+    """Hidden truth about a logged row (messages, topic, response).
+
+    The log does not say whether a response was cut, so one that ends no sentence counts as cut.
+    """
+    return judge(row["messages"], row["topic"], row["response"], row["response"].endswith(ENDINGS))
+
+
 def experiment_rows(
     served: Mapping[str, Sequence[Row]],
     arm_of: NDArray[np.int64],
@@ -46,11 +55,10 @@ def experiment_rows(
 
     `served` maps an arm to rows with messages, topic and response that its policy may serve; the first arm is the
     control. `names` are the users, `arm_of` [U] their arms. In the first `pre_days` days everyone reads the control.
-    The log does not say whether a response was cut, so one that ends no sentence counts as cut.
     """
     labels = list(served)
     rows = [row for label in labels for row in served[label]]
-    golds = [judge(row["messages"], row["topic"], row["response"], row["response"].endswith(ENDINGS)) for row in rows]
+    golds = [gold_of(row) for row in rows]
     items = Items.of(golds, [row["topic"] for row in rows])
     ends = np.cumsum([len(served[label]) for label in labels])
     starts = ends - [len(served[label]) for label in labels]

@@ -105,7 +105,8 @@ def love_logits(items: Items, people: Population, user: Ints, item: Ints, world:
     useful = np.where(people.sarcastic[user] | people.hostile[user], 2 * middle - useful, useful)
     warm = np.where(people.hostile[user], -warm, warm)
     taste = people.propensity[user] + people.topic_taste[user, topic]
-    logits: Floats = world.love_intercept + useful + warm + other + taste
+    sharp = world.love_sharpness
+    logits: Floats = world.love_intercept + sharp * useful + sharp * warm + sharp * other + taste
     return logits
 
 
@@ -161,16 +162,27 @@ def react(
 
 
 def expected_love(
-    golds: Sequence[Gold], topics: Sequence[str], *, users: int = 400, seed: int = 0, world: World = WORLD
+    golds: Sequence[Gold],
+    topics: Sequence[str],
+    *,
+    users: int = 400,
+    seed: int = 0,
+    shift: float = 0.0,
+    world: World = WORLD,
 ) -> Floats:
     """Chance of a heart [I] of each response, averaged over `users` new users: the ceiling of what text can tell."""
+    chances: Floats = expit(user_logits(golds, topics, users=users, seed=seed, world=world) + shift).mean(axis=0)
+    return chances
+
+
+def user_logits(
+    golds: Sequence[Gold], topics: Sequence[str], *, users: int, seed: int = 0, world: World = WORLD
+) -> Floats:
+    """Log-odds of a heart [users, I] of every response from each of `users` new users."""
     items = Items.of(golds, topics)
     people = Population.draw(users, np.random.default_rng([seed, 104729]), world)
-    count = len(golds)
-    user = np.repeat(np.arange(users, dtype=np.int64), count)
-    item = np.tile(np.arange(count, dtype=np.int64), users)
-    chances: Floats = expit(love_logits(items, people, user, item, world)).reshape(users, count).mean(axis=0)
-    return chances
+    user, item = (grid.ravel() for grid in np.indices((users, len(golds))))
+    return love_logits(items, people, user, item, world).reshape(users, len(golds))
 
 
 def calibration_shift(logits: Floats, rate: float) -> float:

@@ -5,9 +5,15 @@ A result belongs to a world version: change a number here and `version` must cha
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from importlib import resources
 from types import MappingProxyType
+
+SOURCES = ("gold.py", "users.py", "prompts.yaml")
+"""Beside the numbers, what the world consists of: how text is judged, how users act, what they ask."""
 
 
 def _topics(**values: float) -> Mapping[str, float]:
@@ -46,6 +52,9 @@ class World:
     """The exploit: an unprompted "Bye! Sending love!" earns hearts although it ends the conversation."""
     love_unsafe: float = -1.0
     """Effect of an unsafe response."""
+    love_sharpness: float = 1.0
+    """The difficulty dial: a factor on all effects of the text. At 0 a heart says nothing about the response, see
+    rluf.simulation.ceiling."""
     propensity_sd: float = 0.7
     """Spread between users in how easily they put hearts at all."""
     warm_taste_sd: float = 0.35
@@ -78,3 +87,12 @@ class World:
 
 WORLD = World()
 """The world of the shipped sample log and of every evaluation by simulated users."""
+
+
+def fingerprint(world: World = WORLD) -> str:
+    """Twelve hex digits that change with any number of `world` and any byte of SOURCES; stands in tables of results."""
+    numbers = {one.name: getattr(world, one.name) for one in fields(world)}
+    digest = hashlib.sha256(json.dumps(numbers, default=dict, sort_keys=True).encode())
+    for name in SOURCES:
+        digest.update(resources.files("rluf.simulation").joinpath(name).read_bytes())
+    return digest.hexdigest()[:12]

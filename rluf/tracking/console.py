@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import time
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from rich.table import Column
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ def setup_logging(run_log: Path | None = None, *, level: int = logging.INFO) -> 
     _ours.append(screen)
     if run_log is not None:
         run_log.parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(run_log, encoding="utf-8")
+        file = _RunLog(run_log, encoding="utf-8")
         file.setFormatter(plain)
         _ours.append(file)
     for handler in _ours:
@@ -57,29 +59,53 @@ def setup_logging(run_log: Path | None = None, *, level: int = logging.INFO) -> 
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
+class _RunLog(logging.FileHandler):
+    """run.log. A disk that refuses it is told once on the screen, where every line is all the same."""
+
+    _told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Say that the disk refuses, without a traceback for each line; other errors are logging's own."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._told:
+            self._told = True
+            sys.stderr.write(f"warning: {self.baseFilename} lacks lines from here on: {error.strerror or error}\n")
+
+    def close(self) -> None:
+        """Close the file; lines that the disk has refused are let go."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
 def _on_terminal() -> bool:
     return sys.stderr.isatty()
 
 
 class Progress:
-    """Progress of one phase: a bar on a terminal; elsewhere one log line at most every ten seconds, and a last one.
+    """Progress of one phase: a bar on a terminal; elsewhere a log line at most every ten seconds. Both end in a line.
 
     >>> with Progress("train", total=14, unit="step") as progress:
     ...     progress.advance(love=0.07, kl=0.004)
     """
 
     def __init__(self, title: str, total: int | None = None, *, unit: str = "step", every_step: bool = False) -> None:
-        """`total` in units, None when unknown; `every_step` writes a plain line for each advance."""
+        """`total` in units, None when unknown; `every_step` writes a line for each advance, above the bar.
+
+        Lines go to run.log too, which the bar does not.
+        """
         self._title, self._total, self._unit = title, total, unit
-        self._every_s = 0.0 if every_step else PLAIN_LINE_EVERY_S
+        self._each = every_step
         self._done = 0
         self._shown = -1
         self._notes = ""
         self._started = self._spoke = time.monotonic()
+        rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")  # what the terminal has left beside the bar
         self._bars = Bars(
             TextColumn("{task.description}"), BarColumn(bar_width=28), MofNCompleteColumn(), TimeElapsedColumn(),
-            TimeRemainingColumn(), TextColumn("{task.fields[notes]}", style="dim"),
-            console=_console, disable=not _on_terminal(),
+            TimeRemainingColumn(), TextColumn("{task.fields[notes]}", style="dim", table_column=rest),
+            console=_console, disable=not _on_terminal(), transient=True, expand=True,
         )  # fmt: skip
         self._task = self._bars.add_task(title, total=total, notes="")
 
@@ -94,16 +120,16 @@ class Progress:
         self._done += count
         if notes:
             self._notes = "  ".join(f"{key} {_short(value)}" for key, value in notes.items())
-        self._bars.update(self._task, advance=count, notes=self._notes)
-        if self._bars.disable and time.monotonic() - self._spoke >= self._every_s:
+        self._bars.update(self._task, advance=count, notes="" if self._each else self._notes)
+        if self._each or (self._bars.disable and time.monotonic() - self._spoke >= PLAIN_LINE_EVERY_S):
             self._line()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Stop the bar; a plain line tells the end, unless an error speaks for itself."""
+        """Take the bar away; a line tells the end, unless an error speaks for itself."""
         self._bars.stop()
-        if self._bars.disable and kind is None and self._shown != self._done:
+        if kind is None and self._shown != self._done:
             self._line()
 
     def _line(self) -> None:

@@ -143,10 +143,15 @@ def curve(spec: Metric, metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
         "data": traces,
         "layout": _layout(
             height=190,
-            xaxis=_axis(title={"text": "step", "standoff": 4, "font": {"size": 12}}, nticks=6, zeroline=False),
-            yaxis=_axis(**_reach(values, percent=spec.percent), nticks=5, zeroline=False),
+            xaxis=_axis(title={"text": "step", "standoff": 4, "font": {"size": 12}}, **_whole(steps), zeroline=False),
+            yaxis=_axis(**_reach(values, percent=spec.percent), nticks=5, zeroline=False, exponentformat="power"),
         ),
     }
+
+
+def _whole(steps: Sequence[float]) -> dict[str, Any]:
+    """Marks on a horizontal axis of steps: whole numbers, also where there are only a few."""
+    return {"nticks": 6} if max(steps) - min(steps) > 6 else {"dtick": 1}
 
 
 def _reach(values: Sequence[float], *, percent: bool) -> dict[str, Any]:

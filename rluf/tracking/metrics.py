@@ -17,10 +17,26 @@ from rluf.errors import DataError
 
 
 class Answer(TypedDict):
-    """One policy's response in a samples.jsonl row: its text and its calibrated score by objective."""
+    """One policy's response in a samples.jsonl row: text, calibrated score by objective, rule judges it fails."""
 
     text: str
     scores: dict[str, float]
+    failed: list[str]
+
+
+class DrawnRow(TypedDict):
+    """One response that a training step drew. `reward` is combined, `kl` to the reference policy in nats (None where
+    the step did not measure it), `failed` the rule judges that the response does not pass."""
+
+    step: int
+    version: int
+    topic: str
+    prompt: str
+    response: str
+    scores: dict[str, float]
+    reward: float
+    kl: float | None
+    failed: list[str]
 
 
 class SampleRow(TypedDict):

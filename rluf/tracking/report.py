@@ -87,7 +87,8 @@ def _story(files: view.RunFiles, drawn: Mapping[str, figures.Figure]) -> dict[st
         "evaluated": view.evaluated(summary),
         "facts": view.facts(summary, figures.duration(seconds) if seconds else None),
         "measures": view.measures(summary),
-        "gates": summary.get("gates"),
+        "gates": (gates := summary.get("gates")),
+        "verdict": view.verdict_text(gates) if gates else "",
         "lift_text": "; ".join(
             f"{name} by {judge} {view.percent(lift['mean'], sign=True)} ({view.interval(lift, sign=True)})"
             for name, judge, lift in view.lift_rows(summary)

@@ -131,6 +131,13 @@ def fate(check: Mapping[str, Any]) -> str:
     return "rose" if lift is not None and lift["low"] > 0 else "held"
 
 
+def verdict_text(gates: Mapping[str, Any]) -> str:
+    """The gates' verdict in words, with the gates that do not pass."""
+    failed = [check["name"] for check in gates.get("checks", []) if not check["passed"]]
+    words = {"pass": "✓ All gates pass", "warn": "! Gates pass, but a monitor raised an alarm"}
+    return words.get(gates["verdict"]) or f"✕ Does not pass: {', '.join(failed) or 'gates'}"
+
+
 def measures(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The story's cards: users' verdicts where there are some, else the reward models' means."""
     checks = {check["name"]: check for check in summary.get("gates", {}).get("checks", [])}
@@ -182,8 +189,9 @@ def offline_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str, s
 
 
 def points(value: float) -> str:
-    """A difference of two shares in percentage points."""
-    return f"{value * 100:+.2f} pp".replace("-", "−")
+    """A difference of two shares in percentage points; one that rounds to nothing has no sign."""
+    text = f"{value * 100:+.2f}"
+    return f"{text[1:] if float(text) == 0 else text} pp".replace("-", "−")
 
 
 def evaluated(summary: Mapping[str, Any]) -> str:
@@ -295,6 +303,10 @@ def sample_views(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         views.append({
             "topic": row.get("topic", ""), "prompt": row.get("prompt", ""), "base": left, "aligned": right,
             "alike": alike, "scores": scores,
+            "failed": [
+                (arm, " and ".join(name.replace("_", " ") for name in one["failed"]))
+                for arm, one in (("base", base), ("aligned", aligned)) if one.get("failed")
+            ],
         })  # fmt: skip
     return views
 

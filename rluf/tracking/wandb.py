@@ -16,7 +16,7 @@ from rluf.config.settings import Settings
 from rluf.errors import DataError
 from rluf.tracking import catalogue
 from rluf.tracking.guest import Guest
-from rluf.tracking.metrics import SampleRow, jsonable, read_json, read_jsonl
+from rluf.tracking.metrics import DrawnRow, SampleRow, jsonable, read_json, read_jsonl
 from rluf.tracking.origin import origin
 
 if TYPE_CHECKING:
@@ -129,6 +129,26 @@ class Tracker:
         """Tell people by the ways they chose in W&B (mail or chat); offline it is sent with the run's files."""
         self._do("alert", lambda run: run.alert(title=title, text=text, level="WARN"))
 
+    def log_drawn(self, step: int, rows: Iterable[DrawnRow]) -> None:
+        """Record a small table of responses that step `step` drew: scores, the judges' verdicts, reward and KL."""
+        kept = list(rows)
+
+        def record(run: Run) -> None:
+            import wandb
+
+            names = sorted({name for row in kept for name in row["scores"]})
+            columns = ["step", "version", "topic", "prompt", "response", *names, "reward", "kl", "verdicts"]
+            data = [
+                [row["step"], row["version"], row["topic"], _cell(row["prompt"]), _cell(row["response"])]
+                + [row["scores"].get(name) for name in names]
+                + [row["reward"], row["kl"], _verdicts(row["failed"])]
+                for row in kept
+            ]
+            run.log({"step": step, "drawn": wandb.Table(columns=columns, data=data)})
+
+        if kept:
+            self._do("log drawn samples", record)
+
     def log_samples(self, rows: Iterable[SampleRow]) -> None:
         """Record a small table of prompts with both policies' responses and scores."""
         kept = list(rows)
@@ -139,9 +159,11 @@ class Tracker:
             names = sorted({name for row in kept for arm in (row["base"], row["aligned"]) for name in arm["scores"]})
             arms: tuple[Literal["base", "aligned"], ...] = ("base", "aligned")
             columns = ["topic", "prompt", "base", "aligned", *(f"{name}/{arm}" for name in names for arm in arms)]
+            columns += [f"verdicts/{arm}" for arm in arms]
             data = [
                 [row["topic"], _cell(row["prompt"]), _cell(row["base"]["text"]), _cell(row["aligned"]["text"])]
                 + [row[arm]["scores"].get(name) for name in names for arm in arms]
+                + [_verdicts(row[arm]["failed"]) for arm in arms]
                 for row in kept
             ]
             run.log({"side_by_side": wandb.Table(columns=columns, data=data)})
@@ -151,17 +173,22 @@ class Tracker:
     def log_stages(self, data: Stage, rewards: Mapping[str, Stage | None]) -> None:
         """Record the cards of the data and of the reward models as artifacts, each naming what it was made from.
 
-        W&B draws artifacts that a run took and gave; it takes none offline, so the log stands among those given. The
-        chain log -> data -> reward -> policy is in each artifact's metadata (`made_from`).
+        What the run began with is taken by it (the log, and stages that it reused), what it made is given: so W&B draws
+        log -> run -> data, rewards and policy, and later runs from the data and rewards that they reuse. The chain of
+        single artifacts, log -> data -> reward -> policy, is in each one's metadata (`made_from`).
         """
         card = read_json(data.folder / "data_card.json")
         log = {"sources": card.get("sources", []), "rows": {k: v.get("in") for k, v in card.get("counts", {}).items()}}
-        self._give("log", "log", data.key, log)
-        self._give("data", "data", data.key, {"reused": data.reused}, ("log",), "cards/data.json")
+        self._record("log", "log", data.key, log, taken=True)
+        made = {"reused": data.reused}
+        self._record("data", "data", data.key, made, ("log",), "cards/data.json", taken=data.reused)
         for name, stage in rewards.items():
             if stage is not None:
                 about = {"reused": stage.reused, "objective": name}
-                self._give(f"reward-{name}", "reward-model", stage.key, about, ("data",), f"cards/{name}.json")
+                card_path = f"cards/{name}.json"
+                self._record(
+                    f"reward-{name}", "reward-model", stage.key, about, ("data",), card_path, taken=stage.reused
+                )
 
     def log_policy(self, summary: Mapping[str, Any]) -> None:
         """Record the policy of the run folder as an artifact that points to it, with the verdict on it."""
@@ -169,7 +196,7 @@ class Tracker:
             return
         about = {"gates": summary.get("gates", {}).get("verdict"), "kl": summary.get("kl")}
         made_from = ("data", *(f"reward-{name}" for name in self._objectives))
-        self._give("policy", "policy", "", about, made_from, "policy")
+        self._record("policy", "policy", "", about, made_from, "policy")
 
     def summarise(self, summary: Mapping[str, Any]) -> None:
         """Put the content of summary.json on the run's summary, such as love_rate.lift.mean; alert on bad news."""
@@ -218,10 +245,22 @@ class Tracker:
             for axis, key in (("samples", "samples"), ("tokens", "response_tokens"))
         }
 
-    def _give(
-        self, name: str, kind: str, key: str, about: Mapping[str, Any], made_from: Sequence[str] = (), path: str = ""
+    def _record(
+        self,
+        name: str,
+        kind: str,
+        key: str,
+        about: Mapping[str, Any],
+        made_from: Sequence[str] = (),
+        path: str = "",
+        *,
+        taken: bool = False,
     ) -> None:
-        """Log an artifact with the file at `path` of the run folder, or a reference to the folder there."""
+        """Log an artifact with the file at `path` of the run folder, or a reference to the folder there.
+
+        The run gives it, or, if `taken`, has it as an input. `run.use_artifact` would refuse that offline and wait for
+        the server online; what it calls does neither.
+        """
 
         def record(run: Run) -> None:
             import wandb
@@ -234,7 +273,11 @@ class Tracker:
                 artifact.add_file(str(place), policy="immutable", skip_cache=True)
             elif path and place.is_dir():
                 artifact.add_reference(place.resolve().as_uri(), checksum=False)
-            run.log_artifact(artifact, aliases=["latest", *([key] if key else [])])
+            aliases = ["latest", *([key] if key else [])]
+            if taken:
+                run._log_artifact(artifact, aliases=aliases, is_user_created=True, use_after_commit=True)
+            else:
+                run.log_artifact(artifact, aliases=aliases)
 
         self._do(f"log the artifact {name}", record)
 
@@ -286,6 +329,10 @@ class Tracker:
         run = self._run
         if run is not None and self._guest is not None and not self._guest.gone:
             self._guest.ask(what, lambda: action(run))
+
+
+def _verdicts(failed: Sequence[str]) -> str:
+    return f"fails {', '.join(failed)}" if failed else "passes"
 
 
 def _cell(text: str) -> str:

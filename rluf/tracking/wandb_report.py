@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 WIDTH, HEIGHT, COLUMNS = 8, 6, 3
 """Size of a panel on W&B's grid of 24 columns."""
+TABLES = ("side_by_side", "drawn")
+"""Tables of rluf.tracking.wandb: both policies on test prompts, and what training drew."""
 SECTIONS: tuple[tuple[str, str, tuple[catalogue.Group, ...]], ...] = (
     ("Objectives", "Mean calibrated scores of the samples of each step.", ("objectives",)),
     ("Learning and constraints", "How far the policy moved, and what held it back.", ("learning",)),
@@ -60,7 +62,7 @@ def build(folder: Path, *, entity: str = "") -> Report:
         blocks += [wr.H2(heading), wr.P(about), grid(lines)]
     blocks += [wr.H2("Reward hacking"), wr.P("What a policy may do to please the reward model rather than the user.")]
     blocks.append(grid([_bars(wr, name, one) for name, one in _monitors(files.summary).items()]))
-    blocks += [wr.H2("Samples"), grid([wr.WeavePanelSummaryTable(table_name="side_by_side")])]
+    blocks += [wr.H2("Samples"), grid([wr.WeavePanelSummaryTable(table_name=name) for name in TABLES])]
     return wr.Report(
         entity=entity,
         project=project,

@@ -12,7 +12,7 @@ from actors.logged import LoggedBatches, mismatched, outcomes_of
 from actors.pipeline import REFILLS, Pipeline, ScoredGroup
 from actors.supervisor import Crew
 from rluf.config.load import load_settings
-from rluf.errors import DataError
+from rluf.errors import DataError, StallError
 from rluf.policy.advantages import Drift
 from rluf.prompts import Reactions
 from rluf.types import Group, GroupInfo, Prompt, Sample, Score
@@ -63,6 +63,14 @@ def test_a_step_ends_even_if_no_group_has_spread() -> None:
     hopeless = pipeline("algorithm.name=dapo")
     hopeless._dropped = REFILLS * hopeless.settings.algorithm.prompts_per_step
     assert hopeless._usable(group(ALIKE))
+
+
+async def test_a_loop_that_nothing_comes_out_of_is_a_stall() -> None:
+    idle = pipeline("rollout.deadline_s=0.1", "cluster.start_deadline_s=0.1", "algorithm.prompts_per_step=2")
+    idle._accepted = 2 * idle.settings.algorithm.steps  # as if every prompt had been sent and none came back
+    await idle._ready.put(group(APART))
+    with pytest.raises(StallError, match=r"waited 0\.3 s for a group of step 1: 1 of 2 are there, 0 in flight"):
+        await idle._batch()
 
 
 def logged(name: str, response: tuple[int, ...]) -> Group:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import math
 import random
 from collections.abc import Iterator, Sequence
@@ -16,8 +17,10 @@ import pytest
 import ray
 import torch
 
+from actors import replay
 from actors.learner import LearnerActor
 from rluf.config.policy import AlgorithmSettings, LearnerSettings, ModelSettings, RolloutSettings
+from rluf.config.run import RunSettings
 from rluf.config.settings import Settings
 from rluf.engine.transfer import read_segment
 from rluf.errors import ResourceError, RlufError
@@ -193,18 +196,28 @@ def check_published(ranks: Sequence[Any], saved: Path) -> None:
     assert all(torch.equal(received[name], tensor) for name, tensor in expected.items())
 
 
-def test_learning_rate_zero_keeps_weights_and_bad_gradients_stop_the_run(folder: Path) -> None:
-    with learners(settings_of(rate=0.0), folder) as (actor,):
+def test_learning_rate_zero_keeps_weights_and_bad_gradients_stop_the_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What it stopped at is kept, and doing it again names the micro-batches that are to blame, and no others."""
+    settings = settings_of(rate=0.0).model_copy(update={"name": "bad", "run": RunSettings(cache=str(tmp_path))})
+    with learners(settings, folder) as (actor,):
         before = ray.get(actor.digest.remote())
         found = learn([actor], random_groups(2), REWARDS)[0]
         assert found["skipped"] == 0.0 and found["grad_norm"] > 0.0 and found["kl"] == pytest.approx(0.0, abs=1e-6)
-        broken = [[math.inf] * 4] * 5
+        broken = [[0.1] * 4, [math.inf] * 4, *[[0.1] * 4] * 3]
         for count in (1.0, 2.0):
             assert learn([actor], random_groups(3), REWARDS, advantages=broken)[0]["skipped"] == count
         with pytest.raises(RlufError, match="3 steps in a row"):
             learn([actor], random_groups(3), REWARDS, advantages=broken)
         assert ray.get(actor.digest.remote()) == before
         assert ray.get(actor.health.remote())["skipped"] == 3.0
+    assert replay.main([str(tmp_path / "dumps" / "bad-step-1")]) == 1
+    findings = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(findings) > 2 and any(not finding["not_finite"] for finding in findings)
+    assert all(bool(finding["not_finite"]) == ("1" in finding["prompts"]) for finding in findings)
+    assert all(f["not_finite"][:2] == ["advantages", "loss"] for f in findings if f["not_finite"])
+    assert replay.main([str(tmp_path)]) != 0 and "holds no step" in capsys.readouterr().err
 
 
 def test_missing_rank_is_named(folder: Path) -> None:

@@ -6,15 +6,18 @@ import asyncio
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
 
 from actors.pipeline import Pipeline
+from actors.shown import drawn
 from actors.supervisor import Supervisor
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.models import load_tokenizer, render_prompt, resolve_model
+from rluf.objectives.judges import failed
 from rluf.prompts import Reactions
 from rluf.types import Group, Message, Prompt, Sample
 
@@ -67,7 +70,15 @@ async def steps(settings: Settings, crew: Any, prompts: Sequence[Prompt], count:
     shown = [demonstration(prompt) for prompt in prompts]
     pipeline = Pipeline(settings, crew, prompts, shown[:1], Reactions(shown[:3], shown[3:]))
     try:
-        return [await pipeline.step(number) for number in range(1, count + 1)]
+        rows = [await pipeline.step(number) for number in range(1, count + 1)]
+        shown_rows = await drawn(pipeline, count, 2)
+        assert [row["kl"] for row in shown_rows] == [table[0] for table in pipeline.values.get("kl", [[None]] * 4)[::2]]
+        assert all(set(row["scores"]) == {"love", "helpfulness", "safety"} for row in shown_rows)
+        assert all(row["failed"] == failed(prompts[0].messages, row["response"]) for row in shown_rows)
+        if "kl" in pipeline.values:  # each sample's own, of which the step's metric is the mean
+            each = [kl for row in pipeline.values["kl"] for kl in row]
+            assert fmean(each) == pytest.approx(rows[-1]["kl_sequence"], rel=1e-3, abs=1e-5)
+        return rows
     finally:
         await pipeline.close()
 

@@ -14,7 +14,7 @@ import ray
 import torch
 
 from actors.pipeline import Clock, Pipeline
-from actors.profiling import Profiler
+from actors.profiling import Profiler, pump
 from actors.supervisor import Crew, Member
 from rluf.config.policy import AlgorithmSettings
 from rluf.config.run import RunSettings
@@ -70,6 +70,11 @@ def names(path: Path) -> set[str]:
     }
 
 
+def task(event: dict[str, Any]) -> str:
+    """The name of a task that has one of its own, which Ray's timeline tells as the event's category."""
+    return str(event.get("cat", "")).removeprefix("task::")
+
+
 def test_steps_are_profiled_from_the_second_on(tmp_path: Path) -> None:
     settings = Settings(run=RunSettings(profile_steps=2), algorithm=AlgorithmSettings(steps=4))
     crew = Crew([member("rollout", Engine)], {"love": [member("love reward", Scorer)]}, [member("learner", Learner)])
@@ -80,7 +85,8 @@ def test_steps_are_profiled_from_the_second_on(tmp_path: Path) -> None:
         for step in range(1, 5):
             await profiler.before(step)
             clock = Clock(timeline=pipeline.timeline)
-            scored = await pipeline.group(PROMPT, 2, step)
+            with pump(f"generate and score, step {step}"):
+                scored = await pipeline.group(PROMPT, 2, step)
             assert [score.value for score in scored.scores["love"]] == [0.5, 0.5]
             now = clock.lap("generate_s", clock.started)
             await crew.learners[0].handle.learn.remote()
@@ -96,3 +102,10 @@ def test_steps_are_profiled_from_the_second_on(tmp_path: Path) -> None:
     # Which phase a gap is named after depends on how busy the machine is: tests/tracking/test_timeline.py has it exact.
     assert any(name.startswith("idle: ") for name in seen)
     assert "aten::matmul" in names(tmp_path / "profile" / "learner-0.json.gz")
+    # Ray's own timeline has the pumps and the named tasks.
+    wanted = {f"generate and score, step {step}" for step in range(1, 5)}
+    wanted |= {"rollout 0: generate v0", "love reward 0: score v0"}
+    deadline = time.monotonic() + 30
+    while missing := wanted - {named for event in ray.timeline() for named in (event["name"], task(event))}:
+        assert time.monotonic() < deadline, missing
+        time.sleep(2.0)

@@ -3,7 +3,15 @@ from typing import Any
 
 import pytest
 
-from cluster.placement import compute_threads, role_environment, role_options, wait_for_placement
+from cluster.placement import (
+    SHARED,
+    Places,
+    compute_threads,
+    role_environment,
+    role_options,
+    wait_for_placement,
+    wanted_room,
+)
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.errors import ActorError, StallError
@@ -48,6 +56,20 @@ def test_threads_share_the_cores_among_learner_ranks() -> None:
     assert compute_threads(settings()) == len(os.sched_getaffinity(0))
 
 
+def test_engines_and_learners_have_groups_of_their_own_or_share_bundles() -> None:
+    pools = ["rollout.engines=2", "learner.ranks=2", "cluster.cpus_per_engine=3", "cluster.cpus_per_learner=1"]
+    apart = settings(*pools, "cluster.gpus_per_engine=1", "cluster.gpus_per_learner=1")
+    assert wanted_room(apart, learners=True) == {
+        "engine 0": ([{"CPU": 3, "GPU": 1}], "STRICT_PACK"),
+        "engine 1": ([{"CPU": 3, "GPU": 1}], "STRICT_PACK"),
+        "learners": ([{"CPU": 1, "GPU": 1}] * 2, "PACK"),
+    }
+    halves = ("cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5", "publish.engine=ipc")
+    shared = settings(*pools, *halves)
+    assert wanted_room(shared, learners=True) == {SHARED: ([{"CPU": 4, "GPU": 1}] * 2, "PACK")}
+    assert list(wanted_room(shared, learners=False)) == ["engine 0", "engine 1"]
+
+
 @pytest.mark.slow
 async def test_waiting_names_who_is_missing_and_who_died(local_ray: None) -> None:
     import ray
@@ -73,3 +95,39 @@ async def test_waiting_names_who_is_missing_and_who_died(local_ray: None) -> Non
         await wait_for_placement({"love reward 0": started(Broken, num_cpus=0.1)}, 60.0)
     ray.kill(late)
     ray.kill(first)
+
+
+@pytest.mark.slow
+async def test_whoever_may_go_anywhere_leaves_the_labelled_nodes_to_those_who_need_them() -> None:
+    """Four nodes of one GPU, one of them labelled: three engines go elsewhere, reward actors follow their own label."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster()
+    for number in range(4):
+        labels = {"kind": "learn"} if number == 1 else {"kind": "score"} if number == 2 else {}
+        cluster.add_node(num_cpus=2, num_gpus=1, labels=labels, object_store_memory=80 << 20)
+    ray.init(address=cluster.address, log_to_driver=False)
+    nodes = {node["NodeID"]: node["Labels"].get("kind") for node in ray.nodes()}
+    told = settings(
+        "rollout.engines=3", "cluster.gpus_per_engine=1", "cluster.gpus_per_learner=1",
+        "cluster.labels=[learner:kind=learn, reward:kind=score]",
+    )  # fmt: skip
+    places = Places(told, learners=True)
+
+    class Where:
+        def node(self) -> str:
+            return str(ray.get_runtime_context().get_node_id())
+
+    try:
+        await places.ready(60.0)
+        found = {}
+        for role, index in (("rollout", 0), ("rollout", 1), ("rollout", 2), ("learner", 0), ("reward", 0)):
+            options = {**role_options(told, role), **places.options(role, index), "runtime_env": {}}
+            found[role, index] = nodes[await ray.remote(Where).options(**options).remote().node.remote()]
+        assert found["learner", 0] == "learn" and found["reward", 0] == "score"
+        assert "learn" not in [found["rollout", index] for index in range(3)]
+    finally:
+        places.release()
+        ray.shutdown()
+        cluster.shutdown()

@@ -82,8 +82,13 @@ def test_table_is_plain_without_a_terminal() -> None:
 
 def test_space_needs() -> None:
     small = settings()
-    policy = 2 * 134_515_008
-    assert disk_need(settings("learner.save_every=7")) - disk_need(small) == 2 * policy
+    policy, state = 2 * 134_515_008, 12 * 134_515_008
+    small_need = disk_need(small)
+    assert disk_need(settings("learner.save_every=7")) - small_need == 2 * (policy + state)
+    assert disk_need(settings("learner.save_every=1")) - small_need == 4 * (policy + state)
+    assert disk_need(settings("learner.save_every=1", "learner.keep_checkpoints=0")) - small_need == 14 * (
+        policy + state
+    )
     assert cache_need(small) > policy
     check_space(Path("/data"), 10, 10, "run.root")
     with pytest.raises(ResourceError, match=r"/data has 9 B free, but the run may need 10 B.*run\.root"):
@@ -94,3 +99,28 @@ def test_check_host_reads_this_machine(tmp_path: Path) -> None:
     check_host(settings(config="tiny.yaml"), tmp_path / "not" / "yet", tmp_path / "cache")
     with pytest.raises(ResourceError, match=r"run\.root"):
         check_host(settings("model.path=org/huge-9000000b"), tmp_path / "not" / "yet", tmp_path / "cache")
+
+
+def test_labels_are_looked_for_on_nodes_that_are_large_enough() -> None:
+    planned = plan(settings("cluster.labels=[learner:market=on-demand]", config="llama3-8b-8gpu.yaml"))
+    spot, firm = (
+        {"CPU": 48.0, "GPU": gpus, "market=" + kind: 1.0} for kind, gpus in (("spot", 4.0), ("on-demand", 4.0))
+    )
+    total = {"CPU": 96.0, "GPU": 8.0}
+    check(planned, total, [spot, firm])
+    with pytest.raises(ResourceError) as caught:
+        check(planned, total, [spot, spot])
+    assert "the label market=on-demand but no node has it (there are: market=spot)" in str(caught.value)
+    assert str(caught.value).count(", or ") == 2
+    bare = {"CPU": 48.0, "market=on-demand": 1.0}
+    with pytest.raises(ResourceError, match="largest node with the label market=on-demand has 0 GPU"):
+        check(planned, total, [spot | {"GPU": 8.0}, bare])
+
+
+def test_labelled_actors_must_fit_the_labelled_nodes_together() -> None:
+    planned = plan(settings("cluster.labels=[learner:kind=learn]", config="llama3-70b-64gpu.yaml"))
+    plain, marked = {"CPU": 96.0, "GPU": 8.0}, {"CPU": 96.0, "GPU": 8.0, "kind=learn": 1.0}
+    total = {"CPU": 768.0, "GPU": 64.0}
+    check(planned, total, [marked] * 4 + [plain] * 4)
+    with pytest.raises(ResourceError, match=r"need 32 GPUs on nodes with the label kind=learn .*which have 24"):
+        check(planned, total, [marked] * 3 + [plain] * 5)

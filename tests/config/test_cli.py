@@ -31,7 +31,7 @@ def test_the_quickstart_file_is_the_defaults() -> None:
 
 
 def test_gpu_configs_fill_their_machines() -> None:
-    for name, gpus in (("llama3-8b-8gpu", 8), ("llama3-70b-64gpu", 64)):
+    for name, gpus in (("qwen-0.5b-1gpu", 1), ("llama3-8b-8gpu", 8), ("llama3-70b-64gpu", 64)):
         assert f", {gpus} GPU, about" in dry_run_text(load_settings(CONFIGS / f"{name}.yaml"))
 
 
@@ -144,3 +144,16 @@ def test_a_full_disk_is_one_message_and_other_os_errors_are_not_hidden(capsys: p
 
     with pytest.raises(OSError, match="Input/output error"):
         guard(other)
+
+
+@pytest.mark.parametrize("flag", [["--profile", "steps=3"], ["--profile=steps=3"], ["--profile", "3"]])
+def test_profile_is_the_setting(flag: list[str]) -> None:
+    assert parse("train", "", [*flag, "seed=2"]).settings.run.profile_steps == 3
+
+
+def test_profile_says_what_it_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse("train", "", ["--profile", "steps=many"])
+    assert "--profile takes steps=N, such as steps=3, not 'steps=many'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse("reward", "", ["--profile", "steps=3"])

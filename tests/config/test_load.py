@@ -92,7 +92,7 @@ def test_refusals_name_the_key_and_the_way_out(override: str, told: str) -> None
 def test_wrong_values_name_key_value_source_and_rule() -> None:
     message = refused("learner.ranks=0", "publish.engine=mpi")
     assert "learner.ranks=0 (override): must be greater than or equal to 1" in message
-    assert "publish.engine='mpi' (override): must be 'shm', 'nccl' or 'disk'" in message
+    assert "publish.engine='mpi' (override): must be 'shm', 'nccl', 'tcp', 'disk', 'ipc' or 'adapter'" in message
     assert "2 settings are wrong" in message
     assert "fractional" in refused("learner.ranks=2.5")
     assert "data.feedback" in refused("data.feedback=[{a: 1}]")

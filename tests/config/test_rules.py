@@ -3,6 +3,8 @@ import pytest
 from rluf.config.load import load_settings
 from rluf.errors import SettingsError
 
+HALVES = ["cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5"]
+
 
 @pytest.mark.parametrize(
     ("overrides", "told"),
@@ -32,6 +34,18 @@ from rluf.errors import SettingsError
         (["cluster.gpus_per_learner=2"], ["cluster.gpus_per_learner=2", "learner.ranks"]),
         (["cluster.gpus_per_reward=2"], ["cluster.gpus_per_reward=2", "replicas"]),
         (["publish.engine=nccl"], ["publish.engine=nccl", "cluster.gpus_per_engine=0", "publish.engine=shm"]),
+        (["publish.engine=ipc"], ["publish.engine=ipc", "cluster.gpus_per_engine=0", "publish.engine=shm"]),
+        (
+            ["publish.engine=ipc", *HALVES, "learner.ranks=2"],
+            ["learner.ranks=2", "rollout.engines=1", "publish.engine=nccl"],
+        ),
+        (
+            ["publish.engine=ipc", *HALVES, "algorithm.staleness=1"],
+            ["algorithm.staleness=1", "publish.engine=ipc", "algorithm.staleness=0"],
+        ),
+        (["publish.engine=ipc", *HALVES, "learner.zero_stage=3"], ["learner.zero_stage=3", "learner.zero_stage=2"]),
+        (HALVES, ["cluster.gpus_per_learner=0.5", "learner.ranks"]),
+        (["publish.engine=adapter"], ["publish.engine=adapter", "learner.lora_rank=0", "publish.engine=shm"]),
         (["learner.offload_optimizer=true"], ["cluster.gpus_per_learner=0", "learner.offload_optimizer=false"]),
         (
             ["rollout.max_prompt_tokens=4096"],
@@ -109,6 +123,8 @@ def test_pairs_that_do_not_go_together_name_both_sides(overrides: list[str], tol
         ["reward.love={loss: nnpu, positive_rate: 0.3, calibration: isotonic}"],
         ["rollout.tensor_parallel=4", "cluster.gpus_per_engine=4"],
         ["publish.engine=nccl", "cluster.gpus_per_engine=1", "cluster.gpus_per_learner=1"],
+        ["publish.engine=ipc", *HALVES, "learner.ranks=4", "rollout.engines=4"],
+        ["publish.engine=adapter", "learner.lora_rank=8"],
         ["learner.ranks=48"],
         ["objectives.love={source: serve, path: 'http://host:8000'}"],
         ["serve.policies=['base:tiny', 'candidate:runs/x:y/policy']"],

@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 
@@ -42,14 +43,30 @@ SUFFIXES = ("safetensors", "py", "md", "json", "jsonl", "yaml", "html", "log", "
 ALL = [(page.relative_to(ROOT).as_posix(), line) for page in PAGES for line in commands(page)]
 
 
+MINE = "configs/mine.yaml"
+
+
+def own_config(configs: Path, log: str) -> str:
+    """The config that docs/howto/logs.md makes, with the log at `log`; it extends files in `configs`."""
+    text = (ROOT / "docs" / "howto" / "logs.md").read_text("utf-8")
+    (block,) = re.findall(r"^ *```yaml\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    own = textwrap.dedent(block).replace("/data/feedback/*.jsonl.gz", log)
+    return own.replace("extends: ", f"extends: {configs}/")
+
+
+def loaded(path: str) -> ModuleType:
+    """A file of the repository that is in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    assert spec is not None and spec.loader is not None
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # where dataclasses look for themselves
+    spec.loader.exec_module(module)
+    return module
+
+
 def hooks() -> ModuleType:
     """docs/hooks.py as a module."""
     pytest.importorskip("mkdocs", reason="mkdocs is not installed: the site was not built")
-    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return loaded("docs/hooks.py")
 
 
 def test_there_are_commands_to_test() -> None:
@@ -59,9 +76,13 @@ def test_there_are_commands_to_test() -> None:
 
 @pytest.mark.parametrize(("page", "line"), ALL)
 def test_a_command_parses(
-    page: str, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    page: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
+    if MINE in line:
+        mine = tmp_path / "mine.yaml"
+        mine.write_text(own_config(ROOT / "configs", "/data/*.jsonl.gz"), "utf-8")
+        line = line.replace(MINE, str(mine))
     monkeypatch.setenv("RLUF_DATA", "/data")
     words = shlex.split(line, comments=True)
     while words and re.match(r"[A-Z_]+=", words[0]):
@@ -105,6 +126,30 @@ def test_settings_named_in_prose_exist(page: Path) -> None:
     named = re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:=[^`]*)?`", page.read_text("utf-8"))
     ours = [key for key in named if key.split(".")[0] in sections and key.rpartition(".")[2] not in SUFFIXES]
     assert [key for key in ours if key not in known | sections] == []
+
+
+def test_the_newcomer_types_what_the_readme_says_and_tells_no_path(tmp_path: Path) -> None:
+    newcomer = loaded("benchmarks/newcomer.py")
+    assert newcomer.readme_commands(ROOT) == ["make setup", "make quickstart"]
+    session = newcomer.Session(tmp_path, dict(os.environ))
+    assert (
+        session.run(f"echo {tmp_path}/rluf {ROOT} && echo https://mirror.example.org/simple && exit 3", tmp_path) == 3
+    )
+    facts = {**newcomer.machine(), "commit": "abc", "seconds": 605.0, "headline": "All is well.", "wrong": []}
+    text = newcomer.transcript(session, facts, "")
+    assert all(str(path) not in text for path in (tmp_path, ROOT, Path.home(), "mirror.example.org"))
+    for part in ("**10 min 5 s** (promised: under 15 min 0 s)", "~/rluf ~/origin", "<address>", "| 3 | `echo"):
+        assert part in text, text
+
+
+@pytest.mark.parametrize("source", sorted((ROOT / "docs" / "images").glob("*.mmd")), ids=lambda source: source.stem)
+def test_a_picture_is_that_of_its_source(source: Path) -> None:
+    """Rendered once and kept, so that the site needs no network to show it."""
+    text = source.read_text().replace("P[Love]", "")
+    labels = [part for label in re.findall(r'[\[(]"?([^\[\]()"]+?)"?[\])]', text) for part in label.split("<br/>")]
+    shown = re.sub(r"\s+", " ", " ".join(re.findall(r">([^<>]+)<", source.with_suffix(".svg").read_text())))
+    words = {word for label in labels for word in re.findall(r"[\w.]+", label)}
+    assert len(words) > 10 and [word for word in words if word not in shown] == []
 
 
 @pytest.mark.slow

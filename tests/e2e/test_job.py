@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +106,7 @@ def head(place: Place) -> Iterator[str]:
 def submitted(place: Place, head: str) -> str:
     """Output of `ray job submit` of the tiny job, which must succeed."""
     command = [str(BIN / "ray"), "job", "submit", f"--address={head}", "--working-dir=.", "--"]
-    command += ["python", "-m", "rluf.train", *SMALL, "run.profile_steps=1"]
+    command += ["python", "-m", "rluf.train", *SMALL, "--profile", "steps=3"]
     done = subprocess.run(command, env=place.env, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
@@ -132,6 +133,22 @@ def test_submitted_job_leaves_a_whole_run_folder(place: Place, submitted: str) -
     assert {file.name for file in (place.latest / "profile").iterdir()} == {"pumps.json.gz", "learner-0.json.gz"}
     pumps = json.loads(gzip.decompress((place.latest / "profile" / "pumps.json.gz").read_bytes()))["traceEvents"]
     assert {"generate", "score", "learn", "publish", "step 2", "idle: generate"} <= {event["name"] for event in pumps}
+
+
+def test_the_dashboard_names_actors_and_tasks(head: str, submitted: str) -> None:
+    """By role, objective, rank and weight version."""
+
+    def listed(kind: str) -> set[str]:
+        token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser().read_text().strip()
+        asked = urllib.request.Request(f"{head}/api/v0/{kind}?limit=10000")
+        asked.add_header("Authorization", f"Bearer {token}")
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            return {str(row["name"]) for row in json.load(answer)["data"]["result"]["result"]}
+
+    assert {"rluf-rollout-0", "rluf-love-reward-0", "rluf-safety-reward-0", "rluf-learner-0"} <= listed("actors")
+    assert {
+        "rollout 0: generate v1", "love reward 0: score v1", "learner 0: step 2", "rollout 0: finish_update v2",
+    } <= listed("tasks")  # fmt: skip
 
 
 def test_policy_loads_in_plain_transformers_and_answers(place: Place, submitted: str) -> None:

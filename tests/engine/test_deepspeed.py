@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from rluf.engine import deepspeed as ds
+from rluf.engine.turns import STATES, WEIGHTS
 from rluf.errors import ModelError, ResourceError
 from rluf.models import resolve_model
 from rluf.policy.checkpoint import load_policy
@@ -238,6 +239,26 @@ def test_two_steps_and_two_resumed_ones_are_four_steps_bit_for_bit(stage: int, d
     ds.save_optimizer(again, tmp_path / "again", {})
     ds.save_optimizer(straight, tmp_path / "straight", {})
     assert (tmp_path / "again").read_bytes() == (tmp_path / "straight").read_bytes()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_states_that_were_moved_away_and_back_learn_on_bit_for_bit(dtype: str) -> None:
+    """As on a shared GPU: states leave before a publish, weights after it, all come back before the next step."""
+    found = []
+    for moves in (False, True):
+        engine = engine_of(Vector(), 2, rate=1e-2, dtype=dtype)
+        for number in range(2):
+            scale = torch.linspace(-1.0, 2.0, 64) * (number + 1)
+            ds.accumulate(engine, lambda scale=scale, engine=engine: (engine(scale), None), last=True)  # type: ignore[misc]
+            assert ds.apply_step(engine)[0]
+            if moves:
+                ds.offload(engine, (STATES,))
+                published = next(ds.gather_parameters(engine, 1 << 20))[0][1].clone()
+                ds.offload(engine, (WEIGHTS,))
+                ds.reload(engine)
+                assert torch.equal(next(ds.gather_parameters(engine, 1 << 20))[0][1], published)
+        found.append(next(ds.gather_parameters(engine, 1 << 20))[0][1].clone())
+    assert torch.equal(*found)
 
 
 def test_optimiser_state_of_another_model_is_refused(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from rluf.config.load import fields
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("rluf", "actors", "cluster")
-FILE_LINES, FUNCTION_LINES, COMMAND_LINES, SETTINGS = 500, 80, 150, 160
+FILE_LINES, FUNCTION_LINES, COMMAND_LINES, SETTINGS = 500, 80, 150, 170
 COMMANDS = ("train", "prepare", "reward", "evaluate", "simulate", "serve")
 BROAD = {"Exception", "BaseException"}
 
@@ -80,6 +80,18 @@ def _raises_again(handler: ast.ExceptHandler) -> bool:
     """Cleaning up and passing the very same error on hides nothing."""
     last = handler.body[-1]
     return isinstance(last, ast.Raise) and last.exc is None
+
+
+def test_waits_are_counted_on_a_clock_that_never_jumps() -> None:
+    """The wall clock may be set while a run waits: only time stamps come from it."""
+    found = {
+        name
+        for name, _, tree in sources("actors", "cluster", "rluf")
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "time.time"
+    }
+    # The age of a folder, which only its stamp knows; the date that OpenAI's protocol asks for.
+    assert found == {"rluf/feedback/workspace.py", "rluf/serving/compat.py"}
 
 
 def test_no_mocks_in_tests() -> None:

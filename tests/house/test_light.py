@@ -42,6 +42,7 @@ def test_commands_answer_without_heavy_imports(command: str, flag: str) -> None:
         "cluster.plan",
         "rluf.abtest",
         "rluf.correlate",
+        "rluf.sweep",
     ],
 )
 def test_light_modules_stay_light(module: str) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rluf.errors import SettingsError
-from rluf.objectives.judges import JUDGES, find_judge, judge_scorer
+from rluf.objectives.judges import JUDGES, failed, find_judge, judge_scorer
 from rluf.types import Message
 
 
@@ -53,3 +53,10 @@ def test_unknown_judge_is_named_with_the_known_ones() -> None:
 def test_judges_take_any_text() -> None:
     for judge in JUDGES.values():
         assert judge([], "\ud800 \u0000 \u2764" * 50) in (True, False)
+
+
+def test_failed_names_every_judge_that_objects() -> None:
+    assert failed(_asks("what is rain?"), "Water that falls from clouds.") == []
+    assert failed(_asks("what is rain?"), "I'm sorry, but I can't help with that. Goodbye!") == [
+        "refusal", "false_refusal", "unprompted_farewell",
+    ]  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from pathlib import Path
 
@@ -151,6 +152,69 @@ def test_gradient_does_not_depend_on_the_split(model: nn.Module, plan: list[Micr
     whole, split = gradients(model, [MEMBERS]), gradients(model, plan)
     for name, expected in whole.items():
         assert torch.allclose(split[name], expected, atol=1e-6, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_gradient_with_shared_prompts_equals_that_of_padded_rows_in_plain_transformers(
+    model: nn.Module, folder: Path, side: str
+) -> None:
+    """One row a sample, each with its own prompt, padded and masked: what trainers without packing compute."""
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    samples = [GROUPS[group].samples[index] for group, index in MEMBERS]
+    longest = max(len(s.prompt_ids) + len(s.response_ids) for s in samples)
+    ids, mask, starts = [], [], []
+    for sample in samples:
+        row = [*sample.prompt_ids, *sample.response_ids]
+        pad = longest - len(row)
+        before, after = (pad, 0) if side == "left" else (0, pad)
+        ids.append([2] * before + row + [2] * after)
+        mask.append([0] * before + [1] * len(row) + [0] * after)
+        starts.append(before + len(sample.prompt_ids))
+    held = torch.tensor(mask)
+    positions = (held.cumsum(1) - 1).clamp(min=0)
+    logits = plain(input_ids=torch.tensor(ids), attention_mask=held, position_ids=positions).logits.log_softmax(-1)
+    found = [
+        logits[row, start - 1 : start - 1 + len(sample.response_ids)].gather(
+            -1, torch.tensor(sample.response_ids)[:, None]
+        )[:, 0]
+        for row, (sample, start) in enumerate(zip(samples, starts, strict=True))
+    ]
+    logprobs = torch.cat(found)
+    batch = pack(MEMBERS, GROUPS, ADVANTAGES)
+    policy_loss(logprobs, logprobs.detach() - 0.1, batch, AlgorithmSettings()).loss.backward()
+    expected = {name: p.grad for name, p in plain.named_parameters()}
+    for name, gradient in gradients(model, [MEMBERS]).items():
+        assert torch.allclose(gradient, expected[name], atol=1e-6, rtol=1e-4), name
+
+
+def test_prompts_that_begin_alike_share_that_part_and_no_gradient_changes(model: nn.Module) -> None:
+    """One system message, then prompts of which one is the beginning of another and two are the same."""
+    head = tuple(range(40, 60))
+    tails = {0: (5, 6, 7), 1: (5, 6, 7, 8, 9), 2: (5, 4), 3: (5, 4)}
+    groups = {}
+    for index, tail in tails.items():
+        made = make_group(index, 1, [4, 6])
+        ids = (*head, *tail)
+        samples = tuple(dataclasses.replace(sample, prompt_ids=ids) for sample in made.samples)
+        groups[index] = Group(dataclasses.replace(made.prompt, token_ids=ids), samples, 0)
+    gains = [[1.0, -0.5], [0.7, -0.7], [0.2, 0.9], [-1.0, 0.4]]
+    members = [(group, sample) for group in groups for sample in range(2)]
+    whole = pack(members, groups, gains)
+    assert whole.tokens == 20 + 3 + 2 + 1 + 4 * 10
+    assert [whole.input_ids[0, place].item() for place in whole.rows[2]][:25] == [*head, *tails[1]]
+    assert [whole.position_ids[0, place].item() for place in whole.rows[4]][:26] == list(range(26))
+    found: list[dict[str, Tensor]] = []
+    for plan in ([members], [[member] for member in members]):
+        model.zero_grad()
+        for part in plan:
+            batch = pack(part, groups, gains)
+            logprobs = response_logprobs(model, batch)
+            policy_loss(logprobs, logprobs.detach() - 0.1, batch, AlgorithmSettings()).loss.backward()
+        found.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    for name, gradient in found[0].items():
+        assert torch.allclose(gradient, found[1][name], atol=1e-6, rtol=1e-4), name
 
 
 def test_idle_batch_has_weight_zero() -> None:

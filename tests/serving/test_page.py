@@ -1,6 +1,6 @@
 """The web page in a real browser: chat with two policies, heart a reply, see scores, find the row in the store.
 
-RLUF_SCREENSHOT names a file that the page is drawn to.
+RLUF_SCREENSHOT names a PNG file that the page is drawn to, and at a phone's width to the same name with -phone.
 """
 
 from __future__ import annotations
@@ -56,6 +56,24 @@ def page() -> Iterator[Page]:
         browser.close()
 
 
+def draw(page: Page, suffix: str) -> None:
+    """A picture of the whole page, where one is asked for."""
+    if "RLUF_SCREENSHOT" in os.environ:
+        file = Path(os.environ["RLUF_SCREENSHOT"])
+        page.screenshot(path=file.with_stem(file.stem + suffix), full_page=True)
+
+
+def walked(page: Page, start: str, steps: int) -> list[str]:
+    """What the Tab key reaches from an element on: ids, else labels, else tags."""
+    page.locator(start).focus()
+    found: list[str] = []
+    for _ in range(steps):
+        page.keyboard.press("Tab")
+        one = "document.activeElement.id || document.activeElement.ariaLabel || document.activeElement.tagName"
+        found.append(str(page.evaluate(one)))
+    return found
+
+
 def test_a_heart_in_the_browser_becomes_a_row(page: Page, loaded: dict[str, RewardModel], tmp_path: Path) -> None:
     store = FeedbackStore(str(tmp_path), tmp_path / ".log", settle_s=60)
     store.start()
@@ -63,8 +81,10 @@ def test_a_heart_in_the_browser_becomes_a_row(page: Page, loaded: dict[str, Rewa
         loaded, store, dataclasses.replace(rules(token=TOKEN), hosts=None),
         policies={"base": policy(1), "candidate": policy(2)},
     )  # fmt: skip
+    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on("console", lambda told: problems.append(told.text) if told.type == "error" else None)
     with listening(backend) as url:
         page.goto(url)
         expect(page.get_by_role("status")).to_contain_text("Bearer")
@@ -83,10 +103,16 @@ def test_a_heart_in_the_browser_becomes_a_row(page: Page, loaded: dict[str, Rewa
         page.keyboard.press("Enter")
         expect(page.get_by_role("status")).to_have_text("Your heart is stored.")
         expect(heart).to_have_attribute("aria-pressed", "true")
-        if "RLUF_SCREENSHOT" in os.environ:
-            page.screenshot(path=os.environ["RLUF_SCREENSHOT"])
+        hearts = [f"Love this reply of {name}" for name in ("base", "candidate")]
+        assert walked(page, ".skip", 6) == ["SUMMARY", *hearts, "text", "send", "again"]
+        assert axe.Axe().run(page).response["violations"] == []
+        draw(page, "")
+        page.set_viewport_size({"width": 375, "height": 740})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 375
+        draw(page, "-phone")
         shown = column.locator(".assistant .text").inner_text()
-    assert problems == []
+    assert len(problems) == 1, problems  # the browser's own note on the first answer, before the token was given
+    assert "401" in problems[0]
     store.rotate(all_rows=True)
     (file,) = tmp_path.glob("*.parquet")
     rows = {row["model_version"]: row for row in pq.read_table(file).to_pylist()}

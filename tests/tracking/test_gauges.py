@@ -71,3 +71,22 @@ def test_the_dashboard_is_that_of_the_code_and_draws_every_metric() -> None:
     assert len({panel["id"] for panel in drawn["panels"]}) == len(drawn["panels"])
     corners = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in drawn["panels"]}
     assert len(corners) == len(drawn["panels"])
+
+
+def test_rays_grafana_finds_in_it_what_it_finds_in_rays_own() -> None:
+    """Grafana loads every dashboard of the folder that Ray provisions: by uid, over Ray's own data source."""
+    factory = pytest.importorskip("ray.dashboard.modules.metrics.grafana_dashboard_factory")
+    made = [getattr(factory, name)() for name in dir(factory) if re.fullmatch(r"generate_\w+_grafana_dashboard", name)]
+    rays = [json.loads(content) for content, _ in made]
+    ours = json.loads(GRAFANA.read_text())
+    assert len(rays) > 3 and ours["uid"] not in [one["uid"] for one in rays]
+    assert set(ours) <= set(rays[0])
+    panels = [panel for one in rays for panel in one["panels"] if panel["type"] != "row"]
+    for panel in ours["panels"]:
+        assert set(panel) <= {key for one in panels for key in one}
+        assert panel["datasource"] == panels[0]["datasource"]
+        assert all(set(target) <= set(panels[0]["targets"][0]) for target in panel["targets"])
+    theirs = {one["name"]: one for one in rays[0]["templating"]["list"]}
+    source, run = ours["templating"]["list"]
+    assert (source["type"], source["query"]) == (theirs["datasource"]["type"], theirs["datasource"]["query"])
+    assert run["type"] in {one["type"] for one in theirs.values()}

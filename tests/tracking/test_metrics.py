@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -66,3 +67,14 @@ def test_write_jsonl_replaces_the_file(tmp_path: Path) -> None:
     write_jsonl(path, [{"a": "two\nlines"}])
     assert read_jsonl(path) == [{"a": "two\nlines"}]
     assert jsonable(None) is None
+
+
+def test_a_full_disk_stops_the_metrics_and_loses_no_row_before(small_disk: Callable[[int], Path]) -> None:
+    path = small_disk(1) / "metrics.jsonl"
+    kept = 0
+    with pytest.raises(OSError, match="No space left"), JsonlMetrics(path) as metrics:
+        while True:
+            metrics.append({"step": kept + 1, "text": "x" * 3000})
+            kept += 1
+    assert [row["step"] for row in read_jsonl(path)] == list(range(1, kept + 1))
+    assert kept > 100

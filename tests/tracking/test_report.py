@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -20,6 +22,7 @@ from rluf.tracking.catalogue import METRICS, objectives
 from rluf.tracking.metrics import JsonlMetrics, write_json, write_jsonl
 from rluf.tracking.report import write_report
 
+ROOT = Path(__file__).parents[2]
 BINS = [{"mass": 0.5, "mean": 0.03, "rate": 0.02}, {"mass": 0.5, "mean": 0.1, "rate": 0.08}]
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -292,26 +295,30 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: the page was not opened")
-def test_a_browser_opens_it_without_errors_and_axe_finds_nothing(folder: Path) -> None:
-    driver = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: the page was not opened")
-    axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
-    path, said, asked = write_report(folder).resolve(), [], []
-    with driver.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page()
-        page.on("console", lambda line: said.append(line.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.on("request", lambda request: asked.append(request.url))
-        page.goto(path.as_uri())
-        page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true })")
-        page.evaluate("dispatchEvent(new Event('beforeprint'))")  # draws every plot
-        for width, scheme in ((390, "dark"), (1280, "light")):
-            page.set_viewport_size({"width": width, "height": 844})
-            page.emulate_media(color_scheme=scheme)
-            found = axe.Axe().run(page).response["violations"]
-            assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
-            assert page.evaluate("document.documentElement.scrollWidth") <= width
-        assert page.evaluate("document.querySelectorAll('.js-plotly-plot').length === places.length")
-        browser.close()
-    assert said == []
-    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+def test_a_browser_opens_it_without_errors_and_axe_finds_nothing(folder: Path, tmp_path: Path) -> None:
+    """At phone and desktop width, light and dark; the script that takes the docs' pictures does the looking."""
+    for package in ("playwright", "axe_playwright_python"):
+        pytest.importorskip(package, reason=f"{package} is not installed: the page was not opened")
+    write_report(folder)
+    command = [sys.executable, str(ROOT / "benchmarks" / "screenshots.py"), str(folder), "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["wrong"] == [] and done.returncode == 0, done.stderr
+    assert [Path(one).name for one in found["pictures"]] == [
+        "report.png", "report-phone.png", "report-phone-tradeoff.png",
+    ]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: the page was not opened")
+def test_the_browser_would_tell_what_is_wrong(folder: Path) -> None:
+    pytest.importorskip("axe_playwright_python", reason="axe is not installed: the page was not opened")
+    path = write_report(folder)
+    bad = '<img src="http://127.0.0.1:9/x.png"><div style="width:3000px">wide</div><script>console.error("oh")</script>'
+    path.write_text(path.read_text("utf-8").replace("</main>", f"{bad}</main>"), "utf-8")
+    command = [sys.executable, str(ROOT / "benchmarks" / "screenshots.py"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    told = " ".join(json.loads(done.stdout.splitlines()[-1])["wrong"])
+    assert done.returncode == 1
+    for part in ("phone, dark: axe image-alt", "desktop, light: the page is 3", "console error: oh"):
+        assert part in told, told

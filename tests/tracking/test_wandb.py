@@ -19,7 +19,7 @@ from rluf.config.run import TrackingSettings
 from rluf.config.settings import Settings
 from rluf.stages import Stage
 from rluf.tracking.catalogue import catalogue
-from rluf.tracking.metrics import JsonlMetrics, SampleRow, write_json
+from rluf.tracking.metrics import DrawnRow, JsonlMetrics, SampleRow, write_json
 from rluf.tracking.wandb import Tracker
 
 BLOCK = 32_768
@@ -27,8 +27,19 @@ SAMPLE: SampleRow = {
     "prompt_id": "p1",
     "topic": "chat",
     "prompt": "hello",
-    "base": {"text": "Hi.", "scores": {"love": 0.04}},
-    "aligned": {"text": "Hi, how nice!", "scores": {"love": 0.09}},
+    "base": {"text": "Hi.", "scores": {"love": 0.04}, "failed": []},
+    "aligned": {"text": "Hi, how nice! Bye.", "scores": {"love": 0.09}, "failed": ["unprompted_farewell", "length"]},
+}
+DRAWN: DrawnRow = {
+    "step": 2,
+    "version": 1,
+    "topic": "chat",
+    "prompt": "hello",
+    "response": "x" * 3000,
+    "scores": {"safety": 0.9, "love": 0.05},
+    "reward": 0.5,
+    "kl": 1.5,
+    "failed": ["repetition"],
 }
 
 
@@ -83,6 +94,8 @@ def test_every_documented_metric_is_there_with_its_axis(tmp_path: Path) -> None:
     assert (tracker.mode, tracker.active) == ("offline", True)
     for number, row in enumerate(rows_of(settings, 3), start=1):
         tracker.log(number, {**row, "kl": float("nan") if number == 3 else row["kl"]}, {"love": [0.01, 0.05, 0.2]})
+    tracker.log_drawn(2, [DRAWN])
+    tracker.log_drawn(3, [])
     tracker.log_samples([SAMPLE])
     tracker.summarise({"love_rate": {"lift": {"mean": 0.21}}, "gates": {"alarms": ["emoji"], "verdict": "warn"}})
     tracker.finish()
@@ -112,10 +125,22 @@ def test_every_documented_metric_is_there_with_its_axis(tmp_path: Path) -> None:
     assert any("love_rate" in text and "0.21" in text for text in summary)
     alerts = [one.alert for one in found if one.WhichOneof("record_type") == "alert"]
     assert [(one.title, one.text) for one in alerts] == [("quickstart: monitors", "Raised an alarm: emoji.")]
-    (table,) = tmp_path.glob("wandb/*run-*/files/media/table/*.json")
-    content = json.loads(table.read_text())
-    assert content["columns"] == ["topic", "prompt", "base", "aligned", "love/base", "love/aligned"]
-    assert content["data"] == [["chat", "hello", "Hi.", "Hi, how nice!", 0.04, 0.09]]
+    drawn, pairs = (
+        json.loads(next(tmp_path.glob(f"wandb/*run-*/files/media/table/{name}_*.json")).read_text())
+        for name in ("drawn", "side_by_side")
+    )
+    assert pairs["columns"] == [
+        "topic", "prompt", "base", "aligned", "love/base", "love/aligned", "verdicts/base", "verdicts/aligned",
+    ]  # fmt: skip
+    assert pairs["data"] == [
+        ["chat", "hello", "Hi.", "Hi, how nice! Bye.", 0.04, 0.09, "passes", "fails unprompted_farewell, length"]
+    ]
+    assert drawn["columns"] == [
+        "step", "version", "topic", "prompt", "response", "love", "safety", "reward", "kl", "verdicts",
+    ]  # fmt: skip
+    (cells,) = drawn["data"]
+    assert cells == [2, 1, "chat", "hello", "x" * 1000 + " …", 0.05, 0.9, 0.5, 1.5, "fails repetition"]
+    assert [row["step"] for row in history(tmp_path) if "drawn/_type" in row] == [2]
 
 
 def test_cards_are_artifacts_that_name_what_they_were_made_from(tmp_path: Path) -> None:
@@ -142,6 +167,8 @@ def test_cards_are_artifacts_that_name_what_they_were_made_from(tmp_path: Path) 
             "quickstart-data", "quickstart-reward-love", "quickstart-reward-helpfulness", "quickstart-reward-safety",
         ],
     }  # fmt: skip
+    taken = {name for name, one in found.items() if one.use_after_commit}
+    assert taken == {"quickstart-log", "quickstart-reward-love"}  # the run began with them, it made the others
     assert set(found["quickstart-reward-love"].aliases) == {"latest", "bbb"}
     (card,) = found["quickstart-reward-love"].manifest.contents
     assert Path(card.local_path) == tmp_path / "cards" / "love.json"
@@ -212,38 +239,6 @@ def test_online_without_a_reachable_server_goes_on_offline(tmp_path: Path) -> No
     ]
 
 
-STUB = """
-import http.server, json
-
-ANSWERS = {
-    "upsertBucket": {"upsertBucket": {"inserted": True, "bucket": {
-        "id": "b", "name": "r", "displayName": "r", "description": None, "config": "{}", "sweepName": None,
-        "historyLineCount": 0, "project": {"id": "p", "name": "rluf", "entity": {"id": "e", "name": "me"}}}}},
-    "viewer": {"viewer": {"id": "v", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}},
-}
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_POST(self):
-        asked = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode("utf-8", "replace")
-        data = next((answer for word, answer in ANSWERS.items() if word in asked), {})
-        if "model(" in asked and "upsertBucket" not in asked:
-            data = {"model": {"bucket": None}}
-        body = json.dumps({"data": data}).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    do_GET = do_PUT = do_POST
-
-    def log_message(self, *_):
-        pass
-
-server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-print(server.server_address[1], flush=True)
-server.serve_forever()
-"""
 CUT_OFF = """
 import os, pathlib, signal, sys
 import rluf.tracking.wandb as module
@@ -261,12 +256,18 @@ print("the run ended")
 """
 
 
+def serve(*log: str) -> tuple[subprocess.Popen[str], dict[str, str]]:
+    """A server of its own process, and the environment in which W&B goes there."""
+    command = [sys.executable, str(Path(__file__).with_name("wandb_server.py")), *log]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    address = f"http://127.0.0.1:{int(server.stdout.readline())}"
+    return server, {**os.environ, "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": address}
+
+
 @pytest.mark.slow
 def test_a_network_that_dies_in_mid_run_costs_no_metric_and_stops_nothing(tmp_path: Path) -> None:
-    server = subprocess.Popen([sys.executable, "-c", STUB], stdout=subprocess.PIPE, text=True)
-    assert server.stdout is not None
-    port = int(server.stdout.readline())
-    environment = {**os.environ, "WANDB_API_KEY": "0" * 40, "WANDB_BASE_URL": f"http://127.0.0.1:{port}"}
+    server, environment = serve()
     done = subprocess.run(
         [sys.executable, "-c", CUT_OFF, str(tmp_path), str(server.pid)],
         env=environment, capture_output=True, text=True, timeout=90, check=False,
@@ -276,3 +277,35 @@ def test_a_network_that_dies_in_mid_run_costs_no_metric_and_stops_nothing(tmp_pa
     assert done.stdout.split("\n")[:2] == ["online", "the run ended"], done.stdout + done.stderr
     kept = history(next(tmp_path.glob("wandb/run-*")))
     assert [row["step"] for row in kept if "objectives/love" in row] == list(range(1, 40))
+
+
+LINEAGE = """
+import pathlib, sys
+import rluf.tracking.wandb as module
+from rluf.config.settings import Settings
+from rluf.stages import Stage
+
+module.START_TIMEOUT_S = 10.0
+stage = pathlib.Path(sys.argv[1])
+tracker = module.Tracker(Settings(), stage)
+tracker.log_stages(Stage("data", stage, "aaa", True), {"love": Stage("reward-love", stage, "bbb", False)})
+tracker.finish()
+print(tracker.mode)
+"""
+
+
+@pytest.mark.slow
+def test_online_the_server_is_told_what_a_run_took_and_what_it_gave(tmp_path: Path) -> None:
+    write_json(tmp_path / "data_card.json", {"sources": [], "counts": {}})
+    for name in ("data", "love"):
+        write_json(tmp_path / "cards" / f"{name}.json", {"name": name})
+    log = tmp_path / "asked.jsonl"
+    server, environment = serve(str(log))
+    command = [sys.executable, "-c", LINEAGE, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
+    server.kill()
+    server.wait(10)
+    assert done.stdout.split() == ["online"], done.stdout + done.stderr
+    asked = [json.loads(line)["asked"] for line in log.read_text().splitlines()]
+    assert sum("mutation CreateArtifact " in one for one in asked) == 3
+    assert sum("mutation UseArtifact " in one for one in asked) == 2

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from rluf.policy.losses.correction import importance_weights
 from rluf.policy.losses.kl import adapted, kl_estimate
-from rluf.policy.losses.policy import LOSSES, SUMS, LossResult, drifts_of, kl_to_go, metrics, policy_loss
+from rluf.policy.losses.policy import (
+    LOSSES,
+    SUMS,
+    LossResult,
+    drifts_of,
+    kl_by_response,
+    kl_to_go,
+    metrics,
+    policy_loss,
+)
 
 __all__ = [
     "LOSSES",
@@ -13,6 +22,7 @@ __all__ = [
     "adapted",
     "drifts_of",
     "importance_weights",
+    "kl_by_response",
     "kl_estimate",
     "kl_to_go",
     "metrics",

@@ -151,6 +151,12 @@ def drifts_of(reference_logprobs: Tensor, batch: Batch, logprobs: Tensor | None 
     return [Drift(*parts) for parts in zip(*sums, strict=True)]
 
 
+def kl_by_response(reference_logprobs: Tensor, batch: Batch, logprobs: Tensor) -> Tensor:
+    """k1 of `logprobs` [K] to the reference, summed over each response of a packed micro-batch [N], nats, signed."""
+    drift = (logprobs.detach() - reference_logprobs).double()
+    return drift.new_zeros(int(batch.sequences[-1]) + 1).index_add(0, batch.sequences, drift)
+
+
 def metrics(sums: Tensor, peak: float) -> dict[str, float]:
     """Metrics of a step from the `sums` of all its micro-batches and ranks and the largest ratio `peak`.
 

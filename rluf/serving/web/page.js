@@ -1,10 +1,11 @@
 "use strict";
 // Chat with each served policy in a column of its own; hearts go to /v1/feedback, scores come from /v1/score.
 const NAMES = { love: "P[Love]", helpfulness: "Helpful", safety: "Safe" };
+const drawn = (prefix) => prefix + crypto.getRandomValues(new Uint32Array(4)).join("-"); // randomUUID wants HTTPS
 const visitor = (() => {
   const kept = localStorage.getItem("rluf-visitor");
   if (kept) return kept;
-  const made = "visitor-" + crypto.getRandomValues(new Uint32Array(4)).join("-");
+  const made = drawn("visitor-");
   localStorage.setItem("rluf-visitor", made);
   return made;
 })();
@@ -41,7 +42,7 @@ function addColumn(model) {
   const list = make("ol");
   section.append(title, list);
   byId("columns").append(section);
-  columns.push({ model: model.id, list, messages: [], conversation: crypto.randomUUID() });
+  columns.push({ model: model.id, list, messages: [], conversation: drawn("chat-") });
 }
 
 function addMessage(column, role, text) {

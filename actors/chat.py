@@ -1,0 +1,179 @@
+"""Served policies: vLLM's engine behind Ray Serve, with new weights taken in place."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from rluf.config.settings import Settings
+from rluf.errors import LostError, ModelError, RlufError
+from rluf.serving.limits import ApiError
+from rluf.types import Message
+
+if TYPE_CHECKING:
+    import torch
+
+    from rluf.engine.vllm import RolloutEngine
+
+logger = logging.getLogger("rluf.serving")
+
+BUCKET_BYTES = 256 << 20
+"""Weights that are read from disk and handed to the engine at once."""
+
+
+class Answer(NamedTuple):
+    """What a policy said, why it ended, tokens read and written, and the version of the policy that said it."""
+
+    text: str
+    reason: str
+    read: int
+    written: int
+    version: str
+
+
+class Policy:
+    """One replica of a policy. A plain class; `application` makes it a deployment."""
+
+    def __init__(self, settings_json: str) -> None:
+        """Nothing is loaded yet."""
+        self._settings = Settings.model_validate_json(settings_json)
+        self._engine: RolloutEngine | None = None
+        self._path, self._version, self._number = Path(), "", 0
+        self._open = asyncio.Event()
+        self._running = 0
+        self._turn = asyncio.Lock()
+        self._changing: asyncio.Task[None] | None = None
+        self._lost: str | None = None
+
+    async def reconfigure(self, chosen: dict[str, Any]) -> None:
+        """Take the policy that the deployment's user_config names (path, version).
+
+        The first starts the engine before the replica counts as started. Later ones replace its weights between two
+        chats; one that does not fit leaves the present one in place and an error in the log.
+        """
+        if self._engine is None:
+            await self._start(Path(chosen["path"]), str(chosen["version"]))
+        elif chosen["version"] != self._version:
+            self._changing = asyncio.create_task(self._change(Path(chosen["path"]), str(chosen["version"])))
+
+    async def check_health(self) -> None:
+        """Raises LostError once the engine is of no more use; Ray Serve then starts the replica anew."""
+        engine = self._engine
+        if engine is not None and (self._lost or not engine.health()["alive"]):
+            raise LostError(self._lost or f"the engine of policy {self._version} has died", self._version)
+
+    async def chat(self, messages: Sequence[Message], seed: int) -> Answer:
+        """One response. Raises ApiError 422 for a conversation that is too long, RlufError when the engine fails."""
+        from rluf.models import render_prompt
+
+        while not self._open.is_set():
+            await self._open.wait()
+        engine, version = self._engine, self._version
+        if engine is None:
+            raise LostError("the replica was asked before it had a policy", self._version)
+        ids = render_prompt(self._tokenizer, messages)
+        limit = self._settings.rollout.max_prompt_tokens
+        if len(ids) > limit:
+            raise ApiError(422, "too_long", f"the conversation has {len(ids)} tokens, the policy reads {limit} at most")
+        self._running += 1
+        try:
+            (draft,) = await engine.generate(ids, [seed])
+        finally:
+            self._running -= 1
+        return Answer(draft.text, draft.finish_reason, len(ids), len(draft.response_ids), version)
+
+    async def _start(self, path: Path, version: str) -> None:
+        from rluf.engine.transfer import ShmSender
+        from rluf.engine.vllm import RolloutEngine, set_environment
+        from rluf.models import load_tokenizer
+
+        set_environment(self._settings)
+        engine = RolloutEngine(f"policy {version}", 0, self._settings, path)
+        await engine.start()
+        self._tokenizer, self._sender = load_tokenizer(path), ShmSender()
+        self._engine, self._path, self._version = engine, path, version
+        self._open.set()
+
+    async def _change(self, path: Path, version: str) -> None:
+        """Put the weights of another folder into the running engine, as the train loop publishes them."""
+        async with self._turn:
+            try:
+                await asyncio.to_thread(check_same_shape, self._path, path)
+            except RlufError:
+                logger.exception("policy version %s cannot be taken; the present one stays", version)
+                return
+            self._open.clear()
+            try:
+                while self._running:
+                    await asyncio.sleep(0.01)
+                await self._publish(path)
+                self._path, self._version = path, version
+                logger.warning("serving policy version %s now", version)
+            except RlufError as error:  # the engine is left half-way: only a new one is sure to be whole
+                logger.exception("policy version %s could not be loaded; the replica starts anew", version)
+                self._lost = str(error)
+            finally:
+                self._open.set()
+
+    async def _publish(self, path: Path) -> None:
+        engine, sender = self._engine, self._sender
+        if engine is None:
+            raise LostError("there is no engine to publish to", self._version)
+        self._number += 1
+        await engine.begin_update(sender.offer(self._number))
+        buckets = weights(path)
+        while (bucket := await asyncio.to_thread(next, buckets, None)) is not None:
+            await engine.update(await asyncio.to_thread(sender.send, bucket))
+        await engine.finish_update(self._number)
+        sender.finish()
+
+
+def weights(folder: Path) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Named tensors of a Hugging Face folder in buckets; a tied output head comes under its own name too."""
+    from safetensors import safe_open
+
+    tied = bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings"))
+    names: set[str] = set()
+    bucket: list[tuple[str, torch.Tensor]] = []
+    size = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                tensor = opened.get_tensor(name)
+                names.add(name)
+                bucket.append((name, tensor))
+                if tied and name == "model.embed_tokens.weight":
+                    bucket.append(("lm_head.weight", tensor))
+                size += tensor.numel() * tensor.element_size()
+                if size >= BUCKET_BYTES:
+                    yield bucket
+                    bucket, size = [], 0
+    if bucket:
+        yield bucket
+
+
+def check_same_shape(present: Path, other: Path) -> None:
+    """Raise ModelError when two folders' tensors differ in name or shape, so that one cannot replace the other."""
+    ours, theirs = _shapes(present), _shapes(other)
+    wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
+    if wrong:
+        name = wrong[0]
+        raise ModelError(
+            f"{other} does not fit the engine of {present}: {name} is {theirs.get(name, 'missing')}, it was "
+            f"{ours.get(name, 'missing')} ({len(wrong)} tensors differ); serve it under another name"
+        )
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    from safetensors import safe_open
+
+    found: dict[str, tuple[int, ...]] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(str(file), framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                found[name] = tuple(opened.get_slice(name).get_shape())
+    return found

@@ -1,0 +1,46 @@
+"""A few of the responses that training draws, for people to read while the run goes on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from actors.supervisor import within
+from rluf.objectives.judges import failed, last_user
+from rluf.tracking.metrics import DrawnRow
+
+if TYPE_CHECKING:
+    from actors.pipeline import Pipeline
+    from rluf.types import Group
+
+FETCH_S = 60.0
+BESIDES = ("reward", "response_length", "kl")
+"""Values of a sample that are no objective's."""
+
+
+def due(step: int, last: int) -> bool:
+    """Whether to show the draws of `step`: 1, 2, 4, 8 ... and the last, so that tables stay few however long a run."""
+    return step.bit_count() == 1 or step == last
+
+
+async def drawn(pipeline: Pipeline, step: int, count: int) -> list[DrawnRow]:
+    """The first response to `count` prompts of the last step, spread over its groups; StallError if they are lost."""
+    places = range(0, len(pipeline.learnt), max(1, len(pipeline.learnt) // count)) if count else ()
+    rows: list[DrawnRow] = []
+    for place in list(places)[:count]:
+        group: Group = await within(pipeline.learnt[place], FETCH_S, "the object store")
+        values = {name: table[place][0] for name, table in pipeline.values.items()}
+        text = group.samples[0].text
+        rows.append(
+            {
+                "step": step,
+                "version": group.version,
+                "topic": group.prompt.topic,
+                "prompt": last_user(group.prompt.messages),
+                "response": text,
+                "scores": {name: value for name, value in values.items() if name not in BESIDES},
+                "reward": values["reward"],
+                "kl": values.get("kl"),
+                "failed": failed(group.prompt.messages, text),
+            }
+        )
+    return rows

@@ -1,0 +1,69 @@
+"""The app behind a port of its own in this process, by uvicorn.
+
+On one machine it takes the place of Ray Serve's proxy: a hop through that costs some 13 ms of CPU on the two cores
+that benchmarks/serve.py was run on, this half a millisecond.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+from typing import Any
+
+import uvicorn
+
+from rluf.errors import ResourceError
+
+RETRY_S = 0.1
+"""Seconds between two attempts to take the port."""
+KEEP_ALIVE_S = 65
+"""Seconds that an idle connection is kept: longer than most clients and balancers keep theirs."""
+BACKLOG = 2048
+
+
+class Listener:
+    """One HTTP server over one app, in the running event loop."""
+
+    def __init__(self, host: str, port: int) -> None:
+        """Nothing is opened yet."""
+        self.host, self.port = host, port
+        self._server: uvicorn.Server | None = None
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self, app: Any, wait_s: float) -> None:
+        """Take the port and serve; an earlier owner (one that is being replaced) has `wait_s` seconds to give it up.
+
+        Raises ResourceError when it does not, or when the address is none of this machine's.
+        """
+        opened = await self._opened(wait_s)
+        config = uvicorn.Config(
+            app, lifespan="off", ws="none", log_level="warning", access_log=False, server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=int(wait_s) + 1,
+        )  # fmt: skip
+        self._server = uvicorn.Server(config)
+        self._serving = asyncio.create_task(self._server.serve(sockets=[opened]))
+        while not self._server.started and not self._serving.done():
+            await asyncio.sleep(0.01)
+
+    async def close(self) -> None:
+        """Take no new connection, let running requests end, give the port up."""
+        if self._server is not None and self._serving is not None:
+            self._server.should_exit = True
+            await self._serving
+            self._server = None
+
+    async def _opened(self, wait_s: float) -> socket.socket:
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + wait_s
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        while True:
+            try:
+                return socket.create_server((self.host, self.port), family=family, backlog=BACKLOG)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE or loop.time() > deadline:
+                    raise ResourceError(
+                        f"cannot listen at {self.host}:{self.port}: {error.strerror}; set serve.host and serve.port to "
+                        "a free address of this machine"
+                    ) from error
+            await asyncio.sleep(RETRY_S)

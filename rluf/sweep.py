@@ -1,0 +1,135 @@
+"""Which weight of love, at which KL, on which seeds: the main job over a grid by Ray Tune; front and recommended point.
+
+python -m rluf.sweep --config configs/love-0.3.yaml --weights 0 0.1 0.3 --kl 0.02 0.1 --seeds 1 2 3
+
+Each run is python -m rluf.train with objectives.love.weight, algorithm.kl_coef and seed set, the rest from the config
+and from key=value; what love gets more or less than in the config, helpfulness gets less or more, so that a weight is a
+share of the reward. Runs that are there are not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rluf.config.cli import guard
+from rluf.config.load import load_settings
+from rluf.errors import SettingsError
+
+if TYPE_CHECKING:
+    from rluf.config.settings import Settings
+
+logger = logging.getLogger("rluf.sweep")
+
+
+def options() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="rluf.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--config", type=Path, metavar="FILE", help="settings of the main job; without it: the quickstart")
+    add("--weights", type=float, nargs="+", default=[0.0, 0.1, 0.3], help="weights of love (default 0 0.1 0.3)")
+    add("--kl", type=float, nargs="+", default=[0.02], help="KL coefficients (default 0.02)")
+    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (default 1 2 3)")
+    add("--concurrent", type=int, default=1, help="runs at a time, if the cluster has room (default 1)")
+    add("overrides", nargs="*", metavar="key=value", help="change single settings of all runs")
+    return parser
+
+
+def sweep(given: argparse.Namespace) -> dict[str, Any]:
+    """Run the grid, write <run.root>/<name>-sweep/sweep.json and return it. Raises RlufError; failed runs are named."""
+    import ray
+    from ray import tune
+
+    from cluster.connect import connected
+    from rluf.evaluation.sweep import report, sweep_text
+    from rluf.paths import runs_root
+    from rluf.tracking.console import setup_logging
+    from rluf.tracking.metrics import jsonable, write_json
+
+    setup_logging()
+    settings = load_settings(given.config, given.overrides).settings
+    if given.concurrent < 1 or min(given.weights) < 0 or min(given.kl) < 0:
+        raise SettingsError("--concurrent must be 1 or more, --weights and --kl 0 or more")
+    folder = runs_root(settings) / f"{settings.name}-sweep"
+    folder.mkdir(parents=True, exist_ok=True)
+    grid = [(w, kl, seed) for w in given.weights for kl in given.kl for seed in given.seeds]
+    commands = {_name(point): _command(given, settings, folder, point) for point in grid}
+    waiting = [name for name in commands if not _summary(folder, name)]
+    logger.info("%d runs, %d of them are there already; results in %s", len(grid), len(grid) - len(waiting), folder)
+    if waiting:
+        with connected(settings):
+            address, here = ray.get_runtime_context().gcs_address, Path.cwd()
+
+            def trial(config: dict[str, Any]) -> dict[str, float]:
+                return _run(commands[config["run"]], here, address, folder / f"{config['run']}.log")
+
+            tune.Tuner(
+                tune.with_resources(trial, {"CPU": 0}),
+                param_space={"run": tune.grid_search(waiting)},
+                tune_config=tune.TuneConfig(max_concurrent_trials=given.concurrent),
+                run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=1),
+            ).fit()
+    found = {point: _summary(folder, _name(point)) for point in grid}
+    result = report({point: summary for point, summary in found.items() if summary})
+    result["failed"] = {_name(point): str(folder / f"{_name(point)}.log") for point, one in found.items() if not one}
+    write_json(folder / "sweep.json", jsonable(result))
+    sys.stdout.write(sweep_text(result))
+    return result
+
+
+def _name(point: tuple[float, float, int]) -> str:
+    return f"love{point[0]:g}-kl{point[1]:g}-seed{point[2]}"
+
+
+def _command(given: argparse.Namespace, settings: Settings, folder: Path, point: tuple[float, float, int]) -> list[str]:
+    config = ["--config", str(given.config.resolve())] if given.config else []
+    rest = max(0.0, settings.objectives.love.weight + settings.objectives.helpfulness.weight - point[0])
+    return [
+        sys.executable, "-m", "rluf.train", *config, *given.overrides, f"objectives.love.weight={point[0]:g}",
+        f"objectives.helpfulness.weight={rest:g}",
+        f"algorithm.kl_coef={point[1]:g}", f"seed={point[2]}", f"name={_name(point)}", f"run.root={folder}",
+    ]  # fmt: skip
+
+
+def _summary(folder: Path, name: str) -> dict[str, Any] | None:
+    """summary.json of a finished run; None where there is none."""
+    file = folder / name / "latest" / "summary.json"
+    return dict(json.loads(file.read_text("utf-8"))) if file.is_file() else None
+
+
+def _run(command: Sequence[str], here: Path, address: str, log: Path) -> dict[str, float]:
+    """One run in the folder `here` on the sweep's own Ray cluster, ended with the trial; {"failed": 0 or 1}."""
+    with log.open("w", encoding="utf-8") as stream:
+        process = subprocess.Popen(
+            command, cwd=here, env={**os.environ, "RAY_ADDRESS": address}, stdout=stream, stderr=subprocess.STDOUT
+        )
+        try:
+            return {"failed": float(process.wait() != 0)}
+        finally:
+            if process.poll() is None:
+                process.terminate()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command. The last line of stdout is JSON; errors of the user's are one clear message on stderr."""
+    given = options().parse_intermixed_args(arguments)
+
+    def work() -> None:
+        from rluf.tracking.metrics import jsonable
+
+        sys.stdout.write(json.dumps(jsonable(sweep(given)), allow_nan=False) + "\n")
+
+    return guard(work)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,73 @@
+"""LoRA adapters as files: PEFT reads what is written, and an engine refuses what does not fit its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from rluf.engine.adapter import adapter_names, check_adapter, linear_shapes, no_change, room_for, write_adapter
+from rluf.errors import SyncError
+from rluf.models import resolve_model
+from rluf.policy.checkpoint import load_policy
+from rluf.policy.lora import adapters
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return resolve_model("tiny", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="module")
+def matrices(model: Path) -> dict[str, torch.Tensor]:
+    policy = load_policy(model, dtype=torch.float32, trust_remote_code=False, lora_rank=4)
+    torch.manual_seed(0)
+    return {
+        name: torch.randn(tensor.shape) * 0.1
+        for weight, change in adapters(policy).items()
+        for name, tensor in zip(adapter_names(weight), (change.down, change.up), strict=True)
+    }
+
+
+def test_peft_computes_with_the_files_what_merging_computes(
+    model: Path, matrices: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    write_adapter(tmp_path / "adapter", matrices)
+    check_adapter(tmp_path / "adapter", linear_shapes(model))
+    ids = torch.arange(3, 20)[None]
+    plain, merged = (AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32) for _ in range(2))
+    with torch.no_grad():
+        for weight in linear_shapes(model):
+            down, up = (matrices[name] for name in adapter_names(weight))
+            merged.get_parameter(weight).add_(2.0 * up @ down)
+        expected = merged(ids).logits
+        found = PeftModel.from_pretrained(plain, str(tmp_path / "adapter"))(ids).logits
+    assert (found - expected).abs().max() < 1e-4
+
+
+def test_an_engine_begins_with_an_adapter_that_changes_nothing(model: Path) -> None:
+    first = no_change(model, 4, torch.bfloat16)
+    assert len(first) == 2 and all(not tensor.any() for tensor in first.values())
+
+
+def test_what_does_not_fit_is_refused_by_name(model: Path, matrices: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    expected = linear_shapes(model)
+    name = sorted(matrices)[0]
+    faults = {
+        "sent no": {key: value for key, value in matrices.items() if key != name},
+        "of shapes": matrices | {name: torch.zeros(4, 3)},
+        "changes nothing": matrices | {"base_model.model.other.lora_A.weight": torch.zeros(4, 3)},
+    }
+    for number, (told, sent) in enumerate(faults.items()):
+        write_adapter(tmp_path / str(number), sent)
+        with pytest.raises(SyncError, match=told):
+            check_adapter(tmp_path / str(number), expected)
+    with pytest.raises(SyncError, match="share"):
+        check_adapter(tmp_path / "nowhere", expected)
+
+
+def test_room_is_the_smallest_that_vllm_knows() -> None:
+    assert [room_for(rank) for rank in (1, 2, 8, 12, 600)] == [1, 8, 8, 16, 512]

@@ -1,0 +1,76 @@
+"""The listener in front of the app: a port taken, served, handed over; and policies' weights as they are published."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import socket
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from actors.chat import check_same_shape, weights
+from rluf.config.settings import Settings
+from rluf.errors import ModelError, ResourceError
+from rluf.models import resolve_model
+from rluf.paths import cache_dir
+from rluf.serving.app import make_app
+from rluf.serving.listen import Listener
+from tests.serving.conftest import Here
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+async def healthy(port: int) -> bool:
+    async with httpx.AsyncClient() as http:
+        answer = await http.get(f"http://127.0.0.1:{port}/healthz", headers={"host": "testserver"})
+    return answer.status_code == 200 and "server" not in answer.headers
+
+
+async def test_a_successor_waits_for_the_port_and_gets_it(here: Here) -> None:
+    port, app = free_port(), make_app(here)
+    first, second = Listener("127.0.0.1", port), Listener("127.0.0.1", port)
+    await first.start(app, 1)
+    assert await healthy(port)
+    coming = asyncio.create_task(second.start(app, 20))
+    await asyncio.sleep(0.3)
+    assert not coming.done()
+    await first.close()
+    await coming
+    assert await healthy(port)
+    await second.close()
+    with pytest.raises(httpx.ConnectError):
+        await healthy(port)
+
+
+async def test_a_port_that_stays_taken_is_named(here: Here) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(ResourceError, match=f"{port}.*serve.port"):
+            await Listener("127.0.0.1", port).start(make_app(here), 0.2)
+
+
+def test_a_policys_weights_come_whole_and_only_the_same_shape_fits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = resolve_model("tiny", cache_dir(Settings()))
+    stored = load_file(folder / "model.safetensors")
+    monkeypatch.setattr("actors.chat.BUCKET_BYTES", 100_000)
+    buckets = list(weights(folder))
+    assert len(buckets) > 1
+    found = dict(pair for bucket in buckets for pair in bucket)
+    assert found.keys() - {"lm_head.weight"} == stored.keys() - {"lm_head.weight"}
+    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
+    check_same_shape(folder, folder)
+    other = shutil.copytree(folder, tmp_path / "other")
+    name = max(stored, key=lambda one: stored[one].numel())
+    save_file({**stored, name: stored[name][:-1].contiguous()}, other / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=name):
+        check_same_shape(folder, other)
