@@ -53,7 +53,7 @@ def test_an_ensemble_of_probes_ranks_is_calibrated_and_has_a_card(data: Path, tm
     assert [run.depths for run in model._passes] == [(1, 2)]
     question: list[Message] = [{"role": "user", "content": "How was the day?"}]
     rows = model.encoder.encode([(question, text) for text in WARM])
-    alone = [logits_of(member, model.encoder, rows, 512) for member in model.members]
+    alone = [logits_of(member, model.encoder, rows, 512)[:, 0] for member in model.members]
     assert np.allclose(model.each(rows), alone, atol=1e-4)
     warm, cold = (model.score([(question, text) for text in texts], "love") for texts in (WARM, COLD))
     assert min(score.value for score in warm) > max(score.value for score in cold)
@@ -62,15 +62,15 @@ def test_an_ensemble_of_probes_ranks_is_calibrated_and_has_a_card(data: Path, tm
 
 def test_members_on_two_backbones_read_in_their_own_way_and_weigh_the_same(data: Path, tmp_path: Path) -> None:
     settings = _settings(tmp_path, layers=[2, "tiny-encoder:2"], next_turn=True)
-    members = [train_member(settings, "love", _splits(data, "love"), n, math.inf) for n in range(2)]
-    finish(settings, "love", data / "love", tmp_path / "out", members, time.monotonic(), False)
-    assert members[0].found.dev_logits.std() == pytest.approx(members[1].found.dev_logits.std())
+    members = [train_member(settings, [_splits(data, "love")], n, math.inf) for n in range(2)]
+    finish(settings, {"love": (data / "love", tmp_path / "out")}, members, time.monotonic(), thorough=False)
+    assert members[0].found[0].dev_logits.std() == pytest.approx(members[1].found[0].dev_logits.std())
     model = RewardModel.load(tmp_path / "out", batch_tokens=2048)
     question: list[Message] = [{"role": "user", "content": "How was the day?"}]
     items = [(question, text) for text in (*WARM, *COLD)]
     rows = model.encoder.encode(items)
     assert [len(row.others) for row in rows] == [1] * len(items)
-    alone = [logits_of(m, e, e.encode(items), 512) for m, e in zip(model.members, _encoders(model), strict=True)]
+    alone = [logits_of(m, e, e.encode(items), 512)[:, 0] for m, e in zip(model.members, _encoders(model), strict=True)]
     assert model.raw(rows) == pytest.approx(np.mean(alone, axis=0), abs=1e-4)
     assert min(model.raw(rows)[: len(WARM)]) > max(model.raw(rows)[len(WARM) :])
 

@@ -132,7 +132,7 @@ def test_features_of_messages_of_one_conversation_are_those_of_each_alone(tmp_pa
         records.append({"messages": list(talk), "response": f"Answer {number}", "label": number % 2, "weight": 1.0})
         talk += [{"role": "assistant", "content": f"Answer {number}"}, {"role": "user", "content": "And?"}]
     records = [row | {"group": "g"} for row in [*records, records[1]]]
-    plan = Plan(epochs=0, batch_rows=1, batch_tokens=256, steps=1, seed=0)
+    plan = Plan(epochs=0, batch_rows=1, batch_tokens=256, seed=0)
     together = Trainer(model, encoder, plan).features(encode_rows(records, encoder, pairs=False, where="here"))
     for row, expected in zip(records, together[0], strict=True):
         alone = Trainer(model, encoder, plan).features(encode_rows([row], encoder, pairs=False, where="here"))
