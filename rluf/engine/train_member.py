@@ -109,9 +109,9 @@ def train_member(
     """
     lead = settings.reward.of_head(splits[0].head)
     member = lead.members[number]
-    depths = (member.layers,) if shared is None else lead.depths(member)
     if not member.own:
         lead = lead.model_copy(update={"probe": True, "epochs": 0, "frozen_share": 1, "lora_rank": 0})
+    depths = (member.layers,) if shared is None else lead.depths(member)
     device = f"cuda:{torch.cuda.current_device()}" if settings.cluster.gpus_per_reward > 0 else "cpu"
     backbone = resolve_model(member.backbone, cache_dir(settings))
     torch.manual_seed((settings.seed + number) * 1009 + rank)

@@ -133,7 +133,12 @@ def _merged(
     ]
     kept = np.zeros(len(first), dtype=np.int64)
     kept[place[::-1]] = np.arange(len(labels))[::-1]
-    return features[kept], labels[kept], np.bincount(place, weights), [clusters[i] for i in kept]
+    return (
+        features[kept],
+        labels[kept],
+        np.bincount(place, weights).astype(np.float64),
+        [clusters[i] for i in kept.tolist()],
+    )
 
 
 def _calibrated_loss(logits: Floats, labels: Floats, weights: Floats, *, pairs: bool) -> float:
