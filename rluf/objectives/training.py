@@ -77,12 +77,17 @@ class Rows:
     lengths: Floats
     """Characters of the response of each sequence."""
     keys: Keys = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
-    """[N] stand for the rows' ids, the same on every rank and in every run."""
+    """[N] stand for the rows' ids, the same on every rank and in every run; empty: the rows' numbers."""
     factors: Floats = field(default_factory=lambda: np.empty(0))
     """[N] on the weights in the loss alone (propensities); empty: 1."""
     offsets: Floats = field(default_factory=lambda: np.empty(0))
     """Added to each sequence's logit in training, not in scoring: what length or user explain (rluf.objectives.debias).
     Empty: nothing."""
+
+    def __post_init__(self) -> None:
+        """Rows without keys of their own go by their number."""
+        if not self.keys.size:
+            object.__setattr__(self, "keys", np.arange(len(self.labels), dtype=np.uint64))
 
     def __len__(self) -> int:
         return len(self.labels)
