@@ -1,6 +1,6 @@
 """How well do reward models rank what real people said, on users or prompts that they never saw?
 
-python benchmarks/human.py --config configs/reward/love-human.yaml [--folds 5] [--data FOLDER]
+python benchmarks/human.py --config configs/reward/love-human.yaml [--folds 5] [key=value ...]
 
 Takes backbone, layers and probe of the config's one objective, fits the head on all folds but one and scores that one:
 five times, split by user (love) or by prompt. The layers stay as they are, so epochs of the config play no part; what
@@ -11,16 +11,20 @@ interval clustered by user or prompt, what length alone reaches, and ECE after a
 from __future__ import annotations
 
 import argparse
+import hashlib
 import itertools
 import json
+import logging
 import os
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
@@ -33,10 +37,14 @@ from rluf.objectives.backbone import encoder_for, load_classifier, quick_cpu_mat
 from rluf.objectives.calibration import Calibration, Floats
 from rluf.objectives.card import calibrate
 from rluf.objectives.figures import label_figures, pair_figures, plain
+from rluf.objectives.metrics import accuracy_interval
 from rluf.objectives.probe import fit_probe
 from rluf.objectives.splits import folds
+from rluf.objectives.text import TextEncoder
 from rluf.objectives.training import Plan, Rows, Trainer, encode_rows
 from rluf.paths import cache_dir
+
+logger = logging.getLogger("human")
 
 KINDS = {"love": "feedback", "helpfulness": "preferences", "safety": "safety"}
 
@@ -59,18 +67,85 @@ def read(settings: Settings, objective: str) -> list[dict[str, Any]]:
 def features(settings: Settings, objective: str, records: list[dict[str, Any]]) -> tuple[list[Floats], Rows]:
     """What each member's head reads, [members][N, H], and the encoded rows."""
     chosen = settings.reward.named[objective]
-    backbone = resolve_model(chosen.backbone, cache_dir(settings))
+    pairs = chosen.loss == "bradley_terry"
     found, rows = [], None
-    for layers in chosen.layers or (0,):
-        model = load_classifier(backbone, trained=False, layers=layers)
-        encoder = encoder_for(model, backbone, chosen.max_tokens, next_turn=chosen.next_turn)
-        rows = encode_rows(records, encoder, pairs=chosen.loss == "bradley_terry", where=objective)
+    for member in chosen.members:
+        depths = chosen.model_copy(update={"probe": True, "epochs": 0}).depths(member)
+        folder = resolve_model(member.backbone, cache_dir(settings))
+        model = load_classifier(folder, trained=False, layers=max(depths))
+        encoder = encoder_for(model, folder, chosen.max_tokens, next_turn=chosen.next_turn, own=member.own)
+        mine = encode_rows(records, encoder, pairs=pairs, where=objective)
+        rows = rows or mine
+        every = kept_features(settings, f"{member.backbone} {depths}", model, encoder, mine, depths)
+        found.append(every[depths.index(member.layers)])
+    if rows is None:
+        raise DataError(f"reward.{objective} has no member")
+    return found, rows
+
+
+def kept_features(
+    settings: Settings, name: str, model: PreTrainedModel, encoder: TextEncoder, rows: Rows, depths: tuple[int, ...]
+) -> Floats:
+    """What heads on the model read of the rows [depths, N, H]. Kept in the cache by row, so a second call is quick."""
+    keys = [hashlib.sha256(repr((row.ids, row.second)).encode()).hexdigest()[:24] for row in rows.sequences]
+    path = cache_dir(settings) / "features" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.npz"
+    known: dict[str, int] = {}
+    values = np.empty((0, 0, 0))
+    if path.is_file():
+        stored = np.load(path)
+        known, values = {str(key): place for place, key in enumerate(stored["keys"])}, stored["values"]
+    new = {key: row for row, key in enumerate(keys) if key not in known}
+    if new:
+        part = replace(rows, sequences=[rows.sequences[row] for row in new.values()])
+        logger.info("%s: reading %d rows, %d tokens or fewer", name, len(new), part.tokens)
         model.to(getattr(torch, settings.reward_dtype))
         plan = Plan(epochs=0, batch_rows=1, batch_tokens=4096, seed=settings.seed)
-        found.append(Trainer(model, encoder, plan).features(rows))
-    if rows is None:
-        raise DataError(f"reward.{objective}.layers is empty; name at least one")
-    return found, rows
+        fresh = Trainer(model, encoder, plan).features(part, depths if len(depths) > 1 else ()).astype(np.float32)
+        values = np.concatenate([values, fresh], axis=1) if known else fresh
+        known |= {key: len(known) + place for place, key in enumerate(new)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.with_suffix(".part").open("wb") as file:
+            np.savez(file, keys=np.asarray(list(known)), values=values)
+        path.with_suffix(".part").rename(path)
+    found: Floats = values[:, [known[key] for key in keys]].astype(np.float64)
+    return found
+
+
+def same_prompt(records: list[dict[str, Any]], rows: Rows, logits: Floats) -> dict[str, Any]:
+    """How well responses to the same messages are told apart: best of n, and accuracy of a label 1 against a 0.
+
+    Best of n is the share of label 1 of the response that scores highest, averaged over prompts with two responses or
+    more, beside that of a random one (mean over responses) and of the best.
+    """
+    prompts: dict[str, dict[str, list[int]]] = {}
+    for index, row in enumerate(records):
+        prompts.setdefault(json.dumps(row["messages"]), {}).setdefault(row["response"], []).append(index)
+    best, chance, oracle, margins, clusters, of_prompt = [], [], [], [], [], []
+    for replies in (found for found in prompts.values() if len(found) > 1):
+        rates = np.asarray([rows.labels[indices].mean() for indices in replies.values()])
+        scores = np.asarray([logits[indices[0]] for indices in replies.values()])
+        best.append(float(rates[scores.argmax()]))
+        chance.append(float(rates.mean()))
+        oracle.append(float(rates.max()))
+        of_prompt.append(rows.clusters[next(iter(replies.values()))[0]])
+        for won, lost in itertools.product(range(len(rates)), repeat=2):
+            if rates[won] == 1 and rates[lost] == 0:
+                margins.append(scores[won] - scores[lost])
+                clusters.append(of_prompt[-1])
+    if not best:
+        return {}
+    draws = np.random.default_rng(0).integers(0, len(best), (1000, len(best)))
+    low, high = np.quantile(np.asarray(best)[draws].mean(1), [0.025, 0.975])
+    found: dict[str, Any] = {
+        "prompts": len(best),
+        "best_of_n": {"mean": float(np.mean(best)), "low": float(low), "high": float(high)},
+        "random": float(np.mean(chance)),
+        "oracle": float(np.mean(oracle)),
+    }
+    if margins:
+        found["accuracy"] = accuracy_interval(np.asarray(margins), np.ones(len(margins)), clusters)
+        found["pairs"] = len(margins)
+    return {"same_prompt": found}
 
 
 def out_of_fold(members: list[Floats], rows: Rows, count: int, seed: int) -> tuple[Floats, Floats]:
@@ -85,7 +160,8 @@ def out_of_fold(members: list[Floats], rows: Rows, count: int, seed: int) -> tup
             head, bias, _ = fit_probe(
                 member[both != fold], rows.labels[train], rows.weights[train], clusters, pairs=rows.pairs, seed=seed
             )
-            raw[test] += (member[test] @ head + bias) / len(members)
+            logits = member[test] @ head + bias
+            raw[test] += logits / logits.std() if len(members) > 1 else logits  # equally loud, as in the checkpoint
     calibrated = np.zeros_like(raw)
     for fold in range(count):
         train = np.flatnonzero(place != fold)
@@ -104,13 +180,16 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     torch.set_num_threads(os.cpu_count() or 1)
     quick_cpu_matmul()
     started = time.monotonic()
     settings = load_settings(options.config, options.overrides).settings
     (objective,) = settings.reward.only
     records = read(settings, objective)
+    logger.info("%d rows", len(records))
     members, rows = features(settings, objective, records)
+    logger.info("fitting %d heads on %d folds", len(members), options.folds)
     raw, logits = out_of_fold(members, rows, options.folds, settings.seed)
     count = len(rows)
     if rows.pairs:
@@ -118,6 +197,7 @@ def main() -> None:
         figures = pair_figures(logits[:count] - logits[count:], rows.weights, longer, rows.clusters)
     else:
         figures = label_figures(logits, rows.labels, rows.weights, rows.lengths, rows.clusters)
+        figures |= same_prompt(records, rows, logits)
     del figures["reliability"]
     line = {
         "benchmark": "human",

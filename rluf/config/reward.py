@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rluf.config.base import Section
 
 Count = Annotated[int, Field(ge=1)]
+
+
+class MemberPlan(NamedTuple):
+    """One model of an ensemble: its backbone, how many of the lowest layers are kept (0: all), and whose it is."""
+
+    backbone: str
+    layers: int
+    own: bool
+    """On the section's own backbone, and so trained as the section says; others only get a fitted head."""
 
 
 class RewardModelSettings(Section):
@@ -23,8 +32,9 @@ class RewardModelSettings(Section):
     """Logits by which the chosen side shall win (bradley_terry), or a verdict be right (hinge, where 0 means 1)."""
     positive_rate: float = Field(default=0.2, gt=0, lt=1)
     """Share of responses that are truly liked, reacted to or not; for loss nnpu alone."""
-    layers: tuple[int, ...] = ()
-    """Lowest layers of the backbone that are kept. Several numbers make an ensemble, a member each; none keeps all."""
+    layers: tuple[int | str, ...] = ()
+    """Lowest layers of the backbone that are kept. Several make an ensemble, a member each; none keeps all. A member on
+    another backbone is `name:layers`; that one stays as it is and gets a fitted head."""
     probe: bool = False
     """Start from a head fitted by regularised logistic regression on the untouched backbone; for small data."""
     next_turn: bool = False
@@ -53,6 +63,35 @@ class RewardModelSettings(Section):
     """What shall earn nothing: sign_offs (rows come again with a farewell or an affectionate close, label as before),
     propensity (reactions count more where few react), length, and users' own readiness to react (both fitted first,
     learnt around, and left out of the score)."""
+
+    @field_validator("layers")
+    @classmethod
+    def _are_layers(cls, layers: tuple[int | str, ...]) -> tuple[int | str, ...]:
+        for entry in layers:
+            name, _, number = entry.rpartition(":") if isinstance(entry, str) else ("own", ":", str(entry))
+            if not name or not number.isdecimal():
+                raise ValueError(f"{entry!r} is neither a number of layers nor backbone:layers; write minilm:6")
+        return layers
+
+    @property
+    def members(self) -> tuple[MemberPlan, ...]:
+        """The models to train, in order; one where `layers` is empty."""
+        return tuple(
+            MemberPlan(self.backbone, entry, own=True)
+            if isinstance(entry, int)
+            else MemberPlan(entry.rpartition(":")[0], int(entry.rpartition(":")[2]), own=False)
+            for entry in self.layers or (0,)
+        )
+
+    def depths(self, member: MemberPlan) -> tuple[int, ...]:
+        """Numbers of layers at which one pass over the member's backbone serves it and others; its own alone if none.
+
+        Members share a pass where the backbone stays as it is: with a fitted head and no epoch.
+        """
+        alike = {other.layers for other in self.members if other.backbone == member.backbone}
+        if self.epochs or not self.probe or 0 in alike:
+            return (member.layers,)
+        return tuple(sorted(alike))
 
 
 class RewardSettings(Section):

@@ -207,6 +207,29 @@ def debiased(settings: Settings) -> str | None:
     return None
 
 
+def members(settings: Settings) -> str | None:
+    """An ensemble's first member is on the section's own backbone; one on another gets a fitted head and no more."""
+    for name, model in settings.reward.named.items():
+        if not model.members[0].own:
+            return (
+                f"reward.{name}.layers={list(model.layers)} begins with another backbone than reward.{name}.backbone="
+                f"{model.backbone}; put a number of its own layers first, or set reward.{name}.backbone to the other"
+            )
+        others = [f"{member.backbone}:{member.layers}" for member in model.members if not member.own]
+        fitted = [what for what in model.debias if what in ("length", "users")]
+        if others and fitted:
+            return (
+                f"reward.{name}.debias={list(model.debias)} takes {fitted[0]} out while training, but {others[0]} in "
+                f"reward.{name}.layers={list(model.layers)} only gets a fitted head; set one without it"
+            )
+        if others and settings.reward.heads and model is settings.reward.of_head(settings.reward.heads[0]):
+            return (
+                f"reward.heads={list(settings.reward.heads)} share one backbone, but reward.{name}.layers="
+                f"{list(model.layers)} adds {others[0]}; leave numbers alone in layers, or set reward.heads=[]"
+            )
+    return None
+
+
 def heads(settings: Settings) -> str | None:
     """Heads that share a backbone are several, each once; elastic workers cannot share out the optimiser's state."""
     reward = settings.reward
@@ -416,6 +439,7 @@ RULES: tuple[Callable[[Settings], str | None], ...] = (
     losses,
     untrained,
     debiased,
+    members,
     heads,
     tensor_parallel,
     gpu_shares,

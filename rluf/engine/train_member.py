@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rluf.config.reward import RewardModelSettings
+from rluf.config.reward import MemberPlan, RewardModelSettings
 from rluf.config.settings import Settings
 from rluf.engine.deepspeed import gather_parameters, init_deepspeed
 from rluf.engine.train_state import Keeper
@@ -98,23 +98,28 @@ def train_member(
     world: int = 1,
     keeper: Keeper | None = None,
     save_s: float = float("inf"),
+    shared: dict[tuple[str, str], Floats] | None = None,
 ) -> Member:
     """Train member `number` (0 for a single model) on rank `rank` of `world`, in step with the others.
 
     One entry of `splits` is a model alone, several are heads of one backbone; the first one's settings say how. With a
-    `keeper` training stands are kept every `save_s` seconds, and training goes on from the last one. The process group
-    must exist where there is an epoch to train. Raises DataError, ModelError, StallError.
+    `keeper` training stands are kept every `save_s` seconds, and training goes on from the last one. `shared`, empty
+    before the first member, lets members that differ in depth alone read the rows in one pass. The process group must
+    exist where there is an epoch to train. Raises DataError, ModelError, StallError.
     """
     lead = settings.reward.of_head(splits[0].head)
-    layers = lead.layers[number] if lead.layers else 0
+    member = lead.members[number]
+    if not member.own:
+        lead = lead.model_copy(update={"probe": True, "epochs": 0, "frozen_share": 1, "lora_rank": 0})
+    depths = (member.layers,) if shared is None else lead.depths(member)
     device = f"cuda:{torch.cuda.current_device()}" if settings.cluster.gpus_per_reward > 0 else "cpu"
-    backbone = resolve_model(lead.backbone, cache_dir(settings))
+    backbone = resolve_model(member.backbone, cache_dir(settings))
     torch.manual_seed((settings.seed + number) * 1009 + rank)
     model = load_classifier(
-        backbone, trained=False, device=device, dropout=lead.dropout, seed=settings.seed + number, layers=layers,
+        backbone, trained=False, device=device, dropout=lead.dropout, seed=settings.seed + number, layers=max(depths),
         heads=len(splits),
     )  # fmt: skip
-    encoder = encoder_for(model, backbone, lead.max_tokens, next_turn=lead.next_turn)
+    encoder = encoder_for(model, backbone, lead.max_tokens, next_turn=lead.next_turn, own=member.own)
     tasks = [_task(settings, part, encoder, place, world) for place, part in enumerate(splits)]
     plan = Plan(
         epochs=lead.epochs,
@@ -129,7 +134,7 @@ def train_member(
     )
     frozen = freeze(model, lead.frozen_share)
     name = "+".join(task.name for task in tasks)
-    name += "" if len(lead.layers) < 2 else f" {number + 1} of {len(lead.layers)}"
+    name += "" if len(lead.members) < 2 else f" {number + 1} of {len(lead.members)}"
     trained, every = model.num_parameters(only_trainable=True) / 1e6, model.num_parameters() / 1e6
     rows, tokens = sum(len(t.train) for t in tasks), sum(t.train.tokens for t in tasks)
     logger.info("%s: %d rows, %d tokens, %.1fM of %.1fM weights train", name, rows, tokens, trained, every)
@@ -143,7 +148,8 @@ def train_member(
     weights: dict[str, torch.Tensor] = {}
     position = Position([Fit() for _ in tasks])
     if lead.probe:
-        position.fits = [_probe(trainer, task, settings.seed, weights) for task in tasks]
+        read = [_read(trainer, task, member, depths, {} if shared is None else shared) for task in tasks]
+        position.fits = [_probe(trainer, t, r, settings.seed, weights) for t, r in zip(tasks, read, strict=True)]
         logger.info("%s: probe, dev log-loss %s", name, ", ".join(f"{f.best_loss:.4f}" for f in position.fits))
     if lead.lora_rank:
         add_lora(model, lead.lora_rank, frozen, lead.dropout)
@@ -153,7 +159,7 @@ def train_member(
         if keeper is not None:
             position = keeper.restore(name, engine, position, weights)
         _fit(trainer, engine, tasks, position, weights, keeper, name)
-    return Member(backbone, layers, encoder, tasks, position.fits, weights)
+    return Member(backbone, member.layers, encoder, tasks, position.fits, weights)
 
 
 def _fit(
@@ -247,10 +253,29 @@ def loss_of(chosen: RewardModelSettings) -> Loss:
     return known[chosen.loss]
 
 
-def _probe(trainer: Trainer, task: Task, seed: int, weights: dict[str, torch.Tensor]) -> Fit:
+def _read(
+    trainer: Trainer, task: Task, member: MemberPlan, depths: Sequence[int], shared: dict[tuple[str, str], Floats]
+) -> tuple[Floats, Floats, float]:
+    """What this member's head reads of the task's rows and of dev, [N, H] each, and the seconds that it took.
+
+    The siblings' share stays in `shared`, by backbone and task.
+    """
+    clock = time.monotonic()
+    if len(depths) == 1:
+        return trainer.features(task.train)[0], trainer.features(task.dev)[0], time.monotonic() - clock
+    key, count = (member.backbone, task.name), len(task.train.sequences)
+    if key not in shared:
+        shared[key] = np.concatenate([trainer.features(part, depths) for part in (task.train, task.dev)], axis=1)
+    every = shared[key][depths.index(member.layers)]
+    return every[:count], every[count:], time.monotonic() - clock
+
+
+def _probe(
+    trainer: Trainer, task: Task, read: tuple[Floats, Floats, float], seed: int, weights: dict[str, torch.Tensor]
+) -> Fit:
     """Fit the task's head on all ranks' rows, put it into the model and `weights`; the same on every rank."""
-    clock, rows = time.monotonic(), task.train
-    shards = gathered((trainer.features(rows), rows.labels, rows.loss_weights, rows.clusters), trainer.plan.world)
+    clock, rows = time.monotonic() - read[2], task.train
+    shards = gathered((read[0], rows.labels, rows.loss_weights, rows.clusters), trainer.plan.world)
     halves = [np.split(shard[0], 2) if rows.pairs else [shard[0]] for shard in shards]
     features = np.concatenate([half[side] for side in range(1 + rows.pairs) for half in halves])
     head, bias, strength = fit_probe(
@@ -267,7 +292,7 @@ def _probe(trainer: Trainer, task: Task, seed: int, weights: dict[str, torch.Ten
         head, bias = fold_bias(features, head, bias)
     weights.update(set_head(trainer.model, head, bias, task.head))
     shift = 0.0 if rows.pairs else trainer.shift(rows)
-    logits = trainer.features(task.dev) @ head + (bias if has_bias else 0.0)
+    logits = read[1] @ head + (bias if has_bias else 0.0)
     loss = dev_log_loss(logits, task.dev, shift)
     return Fit(-1, loss, logits, shift, tokens=rows.tokens, seconds=time.monotonic() - clock)
 

@@ -63,8 +63,10 @@ def train_rewards(
     from rluf.objectives.heads import data_of
 
     groups = grouped(settings, tuple(jobs))
+    for group in groups:
+        for member in settings.reward.of_head(group[0]).members:
+            resolve_model(member.backbone, cache_dir(settings))  # once, before any worker starts
     for objective, (data, out) in jobs.items():
-        resolve_model(settings.reward.of_head(objective).backbone, cache_dir(settings))  # once, before workers start
         _check_data(data_of(objective), data)
         out.parent.mkdir(parents=True, exist_ok=True)
     context = ray.data.DataContext.get_current()
@@ -272,10 +274,14 @@ def _train_group(
     ]
     rank, world = train.get_context().get_world_rank(), train.get_context().get_world_size()
     keeper = Keeper(rank=rank, shared_state=settings.reward.zero_stage == 0)
+    shared: dict[tuple[str, str], Any] = {}
     members = [
-        train_member(settings, splits, number, deadline, rank=rank, world=world, keeper=keeper, save_s=config["save_s"])
-        for number in range(max(1, len(lead.layers)))
-    ]
+        train_member(
+            settings, splits, number, deadline,
+            rank=rank, world=world, keeper=keeper, save_s=config["save_s"], shared=shared,
+        )
+        for number in range(len(lead.members))
+    ]  # fmt: skip
     curve: list[dict[str, Any]] = []
     for share in config["curve"]:
         part = [replace(split, train=thinned(split.train, share)) for split in splits]

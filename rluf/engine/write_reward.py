@@ -23,6 +23,7 @@ from rluf.objectives.calibration import Calibration, Floats
 from rluf.objectives.card import calibrate, compare, describe_training, make_card
 from rluf.objectives.heads import labelled
 from rluf.objectives.page import card_page
+from rluf.objectives.probe import HEADS
 from rluf.objectives.robustness import robustness, slices
 from rluf.objectives.scorer import RewardModel, member_folder
 from rluf.objectives.training import Rows, encode_rows
@@ -60,6 +61,25 @@ class Job:
     before: Path | None
 
 
+def balance(members: Sequence[Member]) -> None:
+    """Scale the members' heads so that their logits vary equally on dev: the mean is then no matter of who is loudest.
+
+    A head fitted with much regularisation and a backbone trained for some epochs differ manifold in spread.
+    """
+    for place in range(len(members[0].tasks)):
+        fits = [member.found[place] for member in members]
+        spreads = [float(fit.dev_logits.std()) for fit in fits]
+        if len(members) < 2 or min(spreads) <= 0:
+            continue
+        for member, fit, spread in zip(members, fits, spreads, strict=True):
+            factor = float(np.mean(spreads)) / spread
+            fit.dev_logits = fit.dev_logits * factor
+            for name in [name for name in member.weights if name.rpartition(".")[0] in HEADS]:
+                scaled = member.weights[name].clone()
+                scaled[place] *= factor
+                member.weights[name] = scaled
+
+
 def finish(
     settings: Settings,
     outs: Mapping[str, tuple[Path, Path]],
@@ -80,6 +100,7 @@ def finish(
         Job(head, data, out, out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}"), (before or {}).get(head))
         for head, (data, out) in outs.items()
     ]
+    balance(members)
     try:
         shared = [m.save([member_folder(job.part, number) for job in jobs]) for number, m in enumerate(members)]
         for place, job in enumerate(jobs):
@@ -106,7 +127,7 @@ def _calibrated(settings: Settings, members: Sequence[Member], place: int, backb
     base = Calibration(
         task.name,
         prior_shift=found[0].shift,
-        max_tokens=first.encoder.max_tokens,
+        max_tokens=max(member.encoder.max_tokens for member in members),
         members=len(members),
         next_turn=first.encoder.next_turn,
         backbone=backbone,

@@ -18,6 +18,8 @@ from typing import Any
 from rluf.feedback.schema import LOVE
 from rluf.feedback.splits import short_hash, side
 
+REACTIONS = 8
+"""Rows that a reply with thousands of counted reactions becomes; ten thousand rows alike would teach nothing more."""
 SILENCE = "..."
 """Stands for the user's turn where an assistant opens the conversation or writes twice in a row."""
 
@@ -100,6 +102,42 @@ def _convai2_reacted(dialogue: Mapping[str, Any], options: Options) -> Items:
 
 def _convai2_sparse(dialogue: Mapping[str, Any], options: Options) -> Items:
     return _convai2(dialogue, sparse=True)
+
+
+def _xiaomi(row: Mapping[str, Any], options: Options) -> Items:
+    """Each reply becomes as many rows as it has likes and dislikes, at most REACTIONS in the same proportion.
+
+    The file counts reactions and names no user, so the rows of one query share a user: a split by user then is one by
+    query. Its time is the day of the shared task.
+    """
+    user = short_hash("xiaomi", row["query"])
+    items: Items = []
+    for place, reply in enumerate(row["replys"]):
+        likes, all_of_them = int(reply["like"]), int(reply["like"]) + int(reply["dislike"])
+        if min(likes, all_of_them - likes) < 0:
+            raise ValueError("like and dislike must be counts")
+        if not all_of_them or not row["query"].strip():
+            items.append(Drop("no reaction" if row["query"].strip() else "empty query"))
+            continue
+        rows = min(all_of_them, REACTIONS)
+        liked = round(rows * likes / all_of_them)
+        for number in range(rows):
+            items.append(
+                {
+                    "id": f"xiaomi-{user}-{place}-{number}",
+                    "conversation_id": f"xiaomi-{user}",
+                    "turn": 0,
+                    "user_id": user,
+                    "time": "2023-05-01T00:00:00+00:00",
+                    "model_version": "xiaoai",
+                    "messages": _user(row["query"]),
+                    "response": reply["reply"],
+                    "reaction": LOVE if number < liked else "dislike",
+                    "topic": "chat",
+                    "locale": "zh",
+                }
+            )
+    return items or [Drop("no reply")]
 
 
 def _task(instruction: str, extra: str) -> str:
@@ -245,6 +283,7 @@ READERS: dict[str, Reader] = {
     for reader in (
         Reader("convai2", "feedback", _convai2_reacted),
         Reader("convai2_sparse", "feedback", _convai2_sparse),
+        Reader("xiaomi", "feedback", _xiaomi),
         Reader("pandalm", "preferences", _pandalm),
         Reader("llmfao", "preferences", _llmfao),
         Reader("oasst", "preferences", _oasst),

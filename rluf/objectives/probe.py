@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from transformers import PreTrainedModel
 
 from rluf.errors import ModelError
+from rluf.objectives.backbone import hidden_of, layer_list
 from rluf.objectives.calibration import Floats, fit_platt, fit_scale, sigmoid
 from rluf.objectives.metrics import log_loss
 from rluf.objectives.splits import folds
@@ -24,12 +26,14 @@ from rluf.objectives.splits import folds
 STRENGTHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 """Inverse regularisation strengths tried, on standardised features; scikit-learn's C."""
 FOLDS = 4
+HEADS = ("score", "classifier")
+"""Names of the linear head in models for sequence classification."""
 Matrix = NDArray[np.float64]
 
 
 def linear_head(model: nn.Module) -> nn.Linear:
     """The model's linear head, a row a logit. Raises ModelError when its head is another kind of module."""
-    for name in ("score", "classifier"):
+    for name in HEADS:
         head = getattr(model, name, None)
         if isinstance(head, nn.Linear):
             return head
@@ -37,25 +41,52 @@ def linear_head(model: nn.Module) -> nn.Linear:
 
 
 class HeadInput:
-    """What the head reads at the last token (decoders) or from the pooler (encoders), caught during forward passes."""
+    """What the head reads at the last token (decoders) or from the pooler (encoders), caught during forward passes.
 
-    def __init__(self, model: nn.Module) -> None:
+    With `depths`, what it would read were only so many of the lowest layers kept: one pass serves an ensemble.
+    """
+
+    def __init__(self, model: PreTrainedModel, depths: Sequence[int] = ()) -> None:
+        """Raises ModelError when the model has no linear head, or `depths` are asked of one that cannot tell."""
         self.caught: list[torch.Tensor] = []
-        self._hook = linear_head(model).register_forward_pre_hook(self._catch)
+        self._ends: Any = None
+        self._hooks = [linear_head(model).register_forward_pre_hook(self._catch)] if not depths else []
+        if depths:
+            self._ends = read_out(model)
+            if self._ends is None:
+                raise ModelError(
+                    f"{type(model).__name__} has neither a last norm nor a pooler, so one pass cannot "
+                    "read it at several depths; give one number in layers"
+                )
+            stack = layer_list(model)
+            self._hooks = [stack[depth - 1].register_forward_hook(self._catch_layer) for depth in sorted(depths)]
 
     def _catch(self, _module: nn.Module, args: Any) -> None:
         self.caught.append(args[0].detach())
 
-    def take(self, lengths: Sequence[int]) -> Floats:
-        """Features [B, H] of the last forward pass over right-padded rows of these lengths."""
-        hidden = self.caught.pop()
-        if hidden.dim() == 3:
-            hidden = hidden[torch.arange(len(lengths)), torch.tensor(lengths) - 1]
-        return hidden.float().cpu().numpy().astype(np.float64)
+    def _catch_layer(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self.caught.append(self._ends(hidden_of(output)).detach())
+
+    def take(self, places: Sequence[tuple[int, int]]) -> Floats:
+        """Features [depths, N, H] of the last forward pass at (row, position) pairs; an encoder has one a row."""
+        rows, positions = (torch.tensor(side) for side in zip(*places, strict=True))
+        found = [hidden[rows, positions] if hidden.dim() == 3 else hidden[rows] for hidden in self.caught]
+        self.caught.clear()
+        return torch.stack(found).float().cpu().numpy().astype(np.float64)
 
     def close(self) -> None:
         """Stop catching."""
-        self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
+
+
+def read_out(model: PreTrainedModel) -> nn.Module | None:
+    """What stands between the last layer and the head: a decoder's last norm, an encoder's pooler; None if neither."""
+    for name in ("norm", "pooler"):
+        found = getattr(model.base_model, name, None)
+        if isinstance(found, nn.Module):
+            return found
+    return None
 
 
 def fit_probe(
@@ -65,6 +96,8 @@ def fit_probe(
 
     Pairs: logistic regression of the difference chosen - rejected, which is Bradley-Terry with a normal prior; no bias.
     """
+    if not pairs:
+        features, labels, weights, clusters = _merged(features, labels, weights, clusters)
     count = len(labels)
     mean, spread = features.mean(0), features.std(0) + 1e-6
     z = (features - mean) / spread
@@ -85,6 +118,27 @@ def fit_probe(
     w, b = _fit(x, y, weights, strength, pairs=pairs)
     head = w / spread
     return head, 0.0 if pairs else float(b - mean @ head), strength
+
+
+def _merged(
+    features: Matrix, labels: Floats, weights: Floats, clusters: Sequence[str]
+) -> tuple[Matrix, Floats, Floats, list[str]]:
+    """Rows that agree in all but weight as one row with the sum: the same solution from fewer rows.
+
+    A response with many reactions comes as many such rows.
+    """
+    first: dict[tuple[bytes, float, str], int] = {}
+    place = [
+        first.setdefault((features[i].tobytes(), float(labels[i]), clusters[i]), len(first)) for i in range(len(labels))
+    ]
+    kept = np.zeros(len(first), dtype=np.int64)
+    kept[place[::-1]] = np.arange(len(labels))[::-1]
+    return (
+        features[kept],
+        labels[kept],
+        np.bincount(place, weights).astype(np.float64),
+        [clusters[i] for i in kept.tolist()],
+    )
 
 
 def _calibrated_loss(logits: Floats, labels: Floats, weights: Floats, *, pairs: bool) -> float:

@@ -17,6 +17,7 @@ from rluf.errors import ModelError
 from rluf.objectives.backbone import encoder_for, load_classifier
 from rluf.objectives.calibration import Calibration, Floats
 from rluf.objectives.heads import join_heads
+from rluf.objectives.passes import pass_logits, passes
 from rluf.objectives.text import Encoded, Item, TextEncoder, token_batches
 from rluf.types import Score
 
@@ -43,20 +44,29 @@ class RewardModel:
     ) -> None:
         """`batch_tokens` bounds the padded tokens of one forward pass."""
         self.members = [member.eval() for member in members]
+        self._passes = passes(self.members)
         self.encoder = encoder
         self.calibration = calibration
         self.batch_tokens = batch_tokens
 
     @classmethod
-    def load(cls, path: Path, *, batch_tokens: int, device: str = "cpu") -> RewardModel:
-        """Read a folder that rluf.reward wrote. Raises ModelError naming what is wrong with it."""
+    def load(cls, path: Path, *, batch_tokens: int, device: str = "cpu", heads: Sequence[Path] = ()) -> RewardModel:
+        """Read a folder that rluf.reward wrote. Raises ModelError naming what is wrong with it.
+
+        `heads` are the folders of several heads of its backbone, `path` among them: it then has a logit for each.
+        """
         calibration = _load_calibration(path)
         folders = [member_folder(path, number) for number in range(calibration.members)]
         members = [load_classifier(folder, trained=True, device=device) for folder in folders]
+        if len(heads) > 1:
+            for number, member in enumerate(members):
+                join_heads(member, [member_folder(head, number) for head in heads])
         encoders = [
-            encoder_for(member, folder, calibration.max_tokens, next_turn=calibration.next_turn)
-            for member, folder in zip(members, folders, strict=True)
+            encoder_for(member, folder, calibration.max_tokens, next_turn=calibration.next_turn, own=number == 0)
+            for number, (member, folder) in enumerate(zip(members, folders, strict=True))
         ]
+        if not all(encoder.same_as(encoders[0]) for encoder in encoders):
+            encoders[0].others = tuple(encoders[1:])
         return cls(members, encoders[0], calibration, batch_tokens)
 
     def score(self, items: Sequence[Item], objective: str) -> list[Score]:
@@ -73,7 +83,24 @@ class RewardModel:
 
     def each(self, rows: Sequence[Encoded]) -> Floats:
         """Uncalibrated logits [members, N] of encoded rows."""
-        return np.asarray([logits_of(member, self.encoder, rows, self.batch_tokens)[:, 0] for member in self.members])
+        return self.logits(rows)[:, :, 0]
+
+    def logits(self, rows: Sequence[Encoded]) -> Floats:
+        """Uncalibrated logits [members, N, heads] of encoded rows."""
+        found = np.zeros((len(self.members), len(rows), self.members[0].config.num_labels))
+        for run in self._passes:
+            number = run.members[-1]
+            read = [row.others[number - 1] if number and row.others else row for row in rows]
+            encoder = self._encoders()[number]
+            if run.heads:
+                found[list(run.members)] = pass_logits(run, encoder, read, self.batch_tokens)
+            else:
+                found[number] = logits_of(run.model, encoder, read, self.batch_tokens)
+        return found
+
+    def _encoders(self) -> Sequence[TextEncoder]:
+        """Each member's encoder."""
+        return (self.encoder, *self.encoder.others) if self.encoder.others else [self.encoder] * len(self.members)
 
 
 class SharedModel:
@@ -86,18 +113,15 @@ class SharedModel:
     @classmethod
     def load(cls, folders: Mapping[str, Path], *, batch_tokens: int, device: str = "cpu") -> SharedModel:
         """Read the folders of heads that were trained together. Raises ModelError naming what is wrong with one."""
-        model = RewardModel.load(next(iter(folders.values())), batch_tokens=batch_tokens, device=device)
-        if len(folders) > 1:
-            for number, member in enumerate(model.members):
-                join_heads(member, [member_folder(folder, number) for folder in folders.values()])
+        heads = list(folders.values())
+        model = RewardModel.load(heads[0], batch_tokens=batch_tokens, device=device, heads=heads)
         return cls(model, {name: Calibration.load(folder) for name, folder in folders.items()})
 
     def score(self, items: Sequence[Item]) -> dict[str, list[Score]]:
         """Scores of (messages, response) items in order, by objective."""
         if not items:
             return {name: [] for name in self.calibrations}
-        model, rows = self.model, self.model.encoder.encode(items)
-        each = np.asarray([logits_of(member, model.encoder, rows, model.batch_tokens) for member in model.members])
+        each = self.model.logits(self.model.encoder.encode(items))
         return {
             name: _scores(name, calibration, each[:, :, place])
             for place, (name, calibration) in enumerate(self.calibrations.items())

@@ -6,8 +6,9 @@ rendered up to the end of the response, so that the last token has seen everythi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from rluf.errors import ModelError
@@ -30,6 +31,8 @@ class Encoded:
 
     ids: tuple[int, ...]
     second: int
+    others: tuple[Encoded, ...] = ()
+    """The same item as the further members of an ensemble read it, where their backbones differ."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -44,6 +47,8 @@ class TextEncoder:
         Raises ModelError when it has neither CLS and SEP nor a chat template, or has them and next_turn is asked for.
         """
         self.next_turn = next_turn
+        self.others: tuple[TextEncoder, ...] = ()
+        """Encoders of an ensemble's further members, where their backbones differ; `encode` then asks them too."""
         self.tokenizer = tokenizer
         self.max_tokens = min(max_tokens, tokenizer.model_max_length)
         self.pair = tokenizer.cls_token_id is not None and tokenizer.sep_token_id is not None
@@ -67,7 +72,16 @@ class TextEncoder:
         """Token ids of each item, in order. An empty response is fine: it has no tokens of its own."""
         if not items:
             return []
-        return self._pairs(items) if self.pair else self._chats(items)
+        rows = self._pairs(items) if self.pair else self._chats(items)
+        if not self.others:
+            return rows
+        each = zip(*(other.encode(items) for other in self.others), strict=True)
+        return [Encoded(row.ids, row.second, others) for row, others in zip(rows, each, strict=True)]
+
+    def same_as(self, other: TextEncoder) -> bool:
+        """Whether both make the same ids of every item."""
+        mine, its = (e.tokenizer.backend_tokenizer.to_str() for e in (self, other))
+        return (mine, self.max_tokens, self.next_turn) == (its, other.max_tokens, other.next_turn)
 
     def _pairs(self, items: Sequence[Item]) -> list[Encoded]:
         contexts = self._ids([context_text(messages) for messages, _ in items])
@@ -150,3 +164,31 @@ def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     if current:
         batches.append(current)
     return batches
+
+
+def carriers(rows: Sequence[Encoded], *, causal: bool) -> list[int]:
+    """For each row the index of one whose forward pass gives what this one needs; often itself.
+
+    Equal rows share one pass. Where the model is causal, a row that another one begins with (an earlier message of the
+    same conversation) needs no pass of its own either: its last hidden state stands in the longer row's.
+    """
+    order = sorted(range(len(rows)), key=lambda i: (rows[i].ids, rows[i].second))
+    found = list(range(len(rows)))
+    for here, after in reversed(list(pairwise(order))):
+        short, long = rows[here], rows[after]
+        if short.ids == long.ids[: len(short)] and (causal or short == long):
+            found[here] = found[after]
+    return found
+
+
+def shared_batches(
+    rows: Sequence[Encoded], *, causal: bool, batch_tokens: int
+) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+    """Batches of the rows that need a pass, each with what can be read off it: (place in the batch, row) pairs."""
+    carried: dict[int, list[int]] = {}
+    for index, carrier in enumerate(carriers(rows, causal=causal)):
+        carried.setdefault(carrier, []).append(index)
+    kept = list(carried)
+    for group in token_batches([len(rows[index]) for index in kept], batch_tokens):
+        batch = [kept[place] for place in group]
+        yield batch, [(place, index) for place, carrier in enumerate(batch) for index in carried[carrier]]

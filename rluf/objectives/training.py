@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import distributed
+from transformers import PreTrainedModel
 
 from rluf.errors import DataError, StallError
 from rluf.objectives.calibration import Floats, fit_platt, fit_scale, prior_shift, sigmoid
@@ -29,7 +30,7 @@ from rluf.objectives.losses import weighted_bce
 from rluf.objectives.metrics import entropy, log_loss
 from rluf.objectives.prefix import FrozenPrefix
 from rluf.objectives.probe import HeadInput
-from rluf.objectives.text import Encoded, TextEncoder, token_batches
+from rluf.objectives.text import Encoded, TextEncoder, shared_batches, token_batches
 
 logger = logging.getLogger(__name__)
 
@@ -76,12 +77,17 @@ class Rows:
     lengths: Floats
     """Characters of the response of each sequence."""
     keys: Keys = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
-    """[N] stand for the rows' ids, the same on every rank and in every run."""
+    """[N] stand for the rows' ids, the same on every rank and in every run; empty: the rows' numbers."""
     factors: Floats = field(default_factory=lambda: np.empty(0))
     """[N] on the weights in the loss alone (propensities); empty: 1."""
     offsets: Floats = field(default_factory=lambda: np.empty(0))
     """Added to each sequence's logit in training, not in scoring: what length or user explain (rluf.objectives.debias).
     Empty: nothing."""
+
+    def __post_init__(self) -> None:
+        """Rows without keys of their own go by their number."""
+        if not self.keys.size:
+            object.__setattr__(self, "keys", np.arange(len(self.labels), dtype=np.uint64))
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -225,7 +231,7 @@ class Trainer:
     """One reward model's training on one rank."""
 
     def __init__(
-        self, model: torch.nn.Module, encoder: TextEncoder, plan: Plan, prefix: FrozenPrefix | None = None
+        self, model: PreTrainedModel, encoder: TextEncoder, plan: Plan, prefix: FrozenPrefix | None = None
     ) -> None:
         """`prefix` replays the frozen layers where that pays."""
         self.model, self.encoder, self.plan, self.prefix = model, encoder, plan, prefix
@@ -280,23 +286,32 @@ class Trainer:
         return found
 
     @torch.no_grad()
-    def features(self, rows: Rows) -> Floats:
-        """What the model's linear head reads for each of this rank's sequences [N, H], without dropout."""
-        hidden, caught = self._hidden(rows), HeadInput(self.model)
+    def features(self, rows: Rows, depths: Sequence[int] = ()) -> Floats:
+        """What the model's linear head reads for each of this rank's sequences [depths, N, H], without dropout.
+
+        One depth, that of the model, unless `depths` name numbers of lowest layers.
+        """
+        hidden, caught = self._hidden(rows), HeadInput(self.model, depths)
         was_training = self.model.training
         self.model.eval()
         found: dict[int, Floats] = {}
+        told = time.monotonic()
         try:
             with self._replaying(hidden):
-                for batch in token_batches([len(sequence) for sequence in rows.sequences], self.plan.batch_tokens):
+                for batch, takers in shared_batches(
+                    rows.sequences, causal=not self.encoder.pair, batch_tokens=self.plan.batch_tokens
+                ):
                     self._check_deadline("the probe")
+                    if time.monotonic() - told > LOG_SECONDS:
+                        told = time.monotonic()
+                        logger.info("probe: features of %d of %d rows", len(found), len(rows.sequences))
                     self._forward(self.model, rows, batch, hidden)
-                    taken = caught.take([len(rows.sequences[index]) for index in batch])
-                    found.update(zip(batch, taken, strict=True))
+                    taken = caught.take([(place, len(rows.sequences[index]) - 1) for place, index in takers])
+                    found.update(zip([index for _, index in takers], taken.swapaxes(0, 1), strict=True))
         finally:
             caught.close()
             self.model.train(was_training)
-        return np.stack([found[index] for index in range(len(rows.sequences))])
+        return np.stack([found[index] for index in range(len(rows.sequences))], axis=1)
 
     def shift(self, rows: Rows) -> float:
         """Prior shift over the rows of all ranks."""

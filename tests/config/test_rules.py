@@ -25,6 +25,18 @@ HALVES = ["cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5"]
             ["reward.love={probe: true, epochs: 0, debias: [length]}"],
             ["reward.love.debias=['length']", "reward.love.epochs=0"],
         ),
+        (
+            ["reward.love={epochs: 2, debias: [users], layers: [6, 'minilm:4']}"],
+            ["reward.love.debias=['users']", "minilm:4", "reward.love.layers"],
+        ),
+        (
+            ["reward.love={backbone: tiny, layers: ['minilm:4', 2]}"],
+            ["reward.love.layers=['minilm:4', 2]", "reward.love.backbone=tiny"],
+        ),
+        (
+            ["reward={heads: [love, safety], love: {layers: [6, 'tiny:2']}}"],
+            ["reward.heads=['love', 'safety']", "reward.love.layers=[6, 'tiny:2']"],
+        ),
         (["reward.safety.debias=[propensity]"], ["reward.safety.debias=['propensity']", "reward.safety.loss=bce"]),
         (["reward.heads=[love]"], ["reward.heads=['love']", "two heads"]),
         (["reward.workers=[3, 2]"], ["reward.workers=[3, 2]"]),
@@ -119,6 +131,7 @@ def test_pairs_that_do_not_go_together_name_both_sides(overrides: list[str], tol
         ["objectives.safety={source: judge, judge: refusal}"],
         ["cluster.gpus_per_engine=0.5"],
         ["reward.safety={epochs: 0, probe: true, layers: [3, 6]}"],
+        ["reward={heads: [love, safety], love: {layers: [4, 6]}, helpfulness: {layers: [6, 'tiny:2']}}"],
         ["reward={heads: [love, continued, safety], workers: [1, 4]}", "reward.love.debias=[sign_offs, users, length]"],
         ["reward.love={loss: nnpu, positive_rate: 0.3, calibration: isotonic}"],
         ["rollout.tensor_parallel=4", "cluster.gpus_per_engine=4"],

@@ -76,6 +76,33 @@ def test_one_forward_pass_scores_as_each_head_alone(folders: dict[str, Path]) ->
     assert shared.score([]) == {head: [] for head in HEADS}
 
 
+def test_an_ensemble_of_depths_has_its_heads_at_each_and_one_pass_serves_all(tmp_path: Path) -> None:
+    data, heads = write_data(tmp_path / "data", rows=80), ("love", "helpfulness")
+    section = {"backbone": "tiny", "probe": True, "epochs": 0, "frozen_share": 1, "max_tokens": 120, "layers": [1, 2]}
+    tree = {"heads": heads, "love": section, "helpfulness": {"loss": "bradley_terry"}}
+    settings = Settings.model_validate({"run": {"cache": str(tmp_path / "cache")}, "reward": tree})
+    shared: dict[tuple[str, str], Any] = {}
+    splits = [_splits(data, head) for head in heads]
+    members = [train_member(settings, splits, number, math.inf, shared=shared) for number in range(2)]
+    assert list(shared) == [("tiny", head) for head in heads]
+    outs = {head: (data / head, tmp_path / "out" / head) for head in heads}
+    finish(settings, outs, members, time.monotonic(), thorough=False)
+    for place in range(2):
+        spreads = [member.found[place].dev_logits.std() for member in members]
+        assert spreads[0] == pytest.approx(spreads[1])
+    model = SharedModel.load({head: out for head, (_, out) in outs.items()}, batch_tokens=4096)
+    calls: list[Any] = []
+    for member in model.model.members:
+        member.register_forward_hook(lambda *_: calls.append(1))
+    together = model.score(_items())
+    assert len(calls) == 1
+    for head, (_, out) in outs.items():
+        alone = RewardModel.load(out, batch_tokens=512).score(_items(), head)
+        assert [(s.raw, s.spread) for s in together[head]] == [
+            pytest.approx((s.raw, s.spread), abs=1e-5) for s in alone
+        ]
+
+
 def test_plain_transformers_reads_a_heads_folder(folders: dict[str, Path]) -> None:
     for head, folder in folders.items():
         model = RewardModel.load(folder, batch_tokens=512)

@@ -103,6 +103,22 @@ def _items(reader: str, file: str) -> Counter[str]:
 
 
 @real
+def test_xiaomi_counts_become_at_most_eight_rows_of_one_user_a_query() -> None:
+    replies = [{"reply": "嗯", "like": 30, "dislike": 10}, {"reply": "不", "like": 0, "dislike": 5}]
+    rows = READERS["xiaomi"].read({"query": "在吗", "replys": replies}, OPTIONS)
+    assert [(row["response"], row["reaction"]) for row in rows] == [
+        *[("嗯", "love")] * 6,
+        *[("嗯", "dislike")] * 2,
+        *[("不", "dislike")] * 5,
+    ]
+    assert len({row["user_id"] for row in rows}) == 1
+    assert len({row["id"] for row in rows}) == 13
+    none = {"query": "在吗", "replys": [{"reply": "嗯", "like": 0, "dislike": 0}]}
+    assert READERS["xiaomi"].read(none, OPTIONS) == [Drop("no reaction")]
+    with pytest.raises(ValueError, match="counts"):
+        READERS["xiaomi"].read({"query": "在吗", "replys": [{"reply": "嗯", "like": -1, "dislike": 4}]}, OPTIONS)
+
+
 def test_convai2_real_counts() -> None:
     found = _items("convai2", "convai2_reactions/dialogs.jsonl.gz")
     assert found == {"rows": 1149, "love": 716, "thumbs_down": 433, "no reaction": 5466, "no assistant message": 276}

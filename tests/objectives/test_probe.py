@@ -14,9 +14,10 @@ from rluf.errors import ModelError
 from rluf.models import resolve_model
 from rluf.objectives.backbone import encoder_for, load_classifier
 from rluf.objectives.metrics import auroc
-from rluf.objectives.probe import HeadInput, fit_probe, fold_bias, linear_head, set_head
+from rluf.objectives.probe import HeadInput, _merged, fit_probe, fold_bias, linear_head, set_head
 from rluf.objectives.splits import folds
 from rluf.objectives.text import Encoded
+from rluf.objectives.training import Plan, Trainer, encode_rows
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,19 @@ def test_a_probe_finds_a_linear_truth_on_the_features_own_scale() -> None:
     assert ((shown[:900] - shown[900:]) @ pairs > 0).mean() > 0.8
 
 
+def test_a_row_that_comes_often_weighs_as_one_with_the_sum() -> None:
+    rng = np.random.default_rng(2)
+    x, y = rng.normal(size=(60, 3)), (rng.random(60) < 0.5).astype(float)
+    users = [f"u{i}" for i in range(60)]
+    times = rng.integers(1, 4, 60)
+    often = np.repeat(np.arange(60), times)
+    weighed = fit_probe(x - x.mean(0), y, times.astype(float), users, pairs=False)
+    merged = _merged(x[often], y[often], np.ones(len(often)), [users[i] for i in often])
+    assert np.allclose(merged[0], x) and np.allclose(merged[2], times) and merged[3] == users
+    listed = fit_probe(x[often] - x.mean(0), y[often], np.ones(len(often)), [users[i] for i in often], pairs=False)
+    assert np.allclose(weighed[0], listed[0], atol=1e-6)
+
+
 def test_a_bias_goes_into_weights_where_a_direction_is_steady_and_stays_out_elsewhere() -> None:
     rng = np.random.default_rng(1)
     steady = np.concatenate([rng.normal(size=(500, 8)), 20 + 0.1 * rng.normal(size=(500, 1))], axis=1)
@@ -68,9 +82,9 @@ def test_the_head_reads_the_same_whatever_the_row_is_batched_with(tiny: Path) ->
     set_head(model, weights, 0.0)
     with torch.inference_mode():
         logits = model(**encoder.collate(rows)).logits[:, 0]
-    features = caught.take([len(row) for row in rows])
+    features = caught.take([(place, len(row) - 1) for place, row in enumerate(rows)])
     caught.close()
-    assert np.allclose(features @ weights, logits.numpy(), atol=1e-4)
+    assert np.allclose(features[0] @ weights, logits.numpy(), atol=1e-4)
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -106,6 +120,28 @@ _MODELS: dict[str, torch.nn.Module] = {}
 def test_a_model_without_a_linear_head_is_refused() -> None:
     with pytest.raises(ModelError, match="probe=false"):
         linear_head(torch.nn.Linear(2, 1))
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-encoder"])
+def test_features_of_messages_of_one_conversation_are_those_of_each_alone(tmp_path: Path, name: str) -> None:
+    folder = resolve_model(name, tmp_path)
+    model = load_classifier(folder, trained=False, seed=1)
+    encoder = encoder_for(model, folder, 96)
+    talk, records = [{"role": "user", "content": "Hi"}], []
+    for number in range(3):
+        records.append({"messages": list(talk), "response": f"Answer {number}", "label": number % 2, "weight": 1.0})
+        talk += [{"role": "assistant", "content": f"Answer {number}"}, {"role": "user", "content": "And?"}]
+    records = [row | {"group": "g"} for row in [*records, records[1]]]
+    plan = Plan(epochs=0, batch_rows=1, batch_tokens=256, seed=0)
+    together = Trainer(model, encoder, plan).features(encode_rows(records, encoder, pairs=False, where="here"))
+    for row, expected in zip(records, together[0], strict=True):
+        alone = Trainer(model, encoder, plan).features(encode_rows([row], encoder, pairs=False, where="here"))
+        assert np.allclose(alone[:, 0], expected, atol=1e-4)
+    both = Trainer(model, encoder, plan).features(encode_rows(records, encoder, pairs=False, where="here"), (1, 2))
+    assert np.allclose(both[1], together[0], atol=1e-4)
+    low = load_classifier(folder, trained=False, seed=1, layers=1)
+    alone = Trainer(low, encoder, plan).features(encode_rows(records, encoder, pairs=False, where="here"))
+    assert np.allclose(both[0], alone[0], atol=1e-4)
 
 
 def test_kept_layers_are_the_lowest(tiny: Path) -> None:

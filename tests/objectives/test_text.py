@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rluf.errors import ModelError
 from rluf.models import load_tokenizer, resolve_model
-from rluf.objectives.text import Item, TextEncoder, context_text, token_batches
+from rluf.objectives.text import Encoded, Item, TextEncoder, carriers, context_text, token_batches
 from rluf.types import Message
 
 
@@ -90,6 +90,22 @@ def test_token_batches_hold_every_row_once_within_the_budget(lengths: list[int],
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
         assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= budget
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1, max_size=12))
+def test_a_row_is_carried_by_one_that_begins_with_it_and_only_a_causal_model_reads_beginnings(
+    ids: list[list[int]],
+) -> None:
+    rows = [Encoded(tuple(row), 0) for row in ids]
+    found = carriers(rows, causal=True)
+    for row, carrier in enumerate(found):
+        assert rows[carrier].ids[: len(rows[row])] == rows[row].ids
+        assert found[carrier] == carrier
+        longer = any(other.ids[: len(rows[row])] == rows[row].ids and other != rows[row] for other in rows)
+        assert not (carrier == row and longer)
+    apart = carriers(rows, causal=False)
+    assert all(rows[carrier] == row for row, carrier in zip(rows, apart, strict=True))
+    assert len(set(apart)) == len(set(rows))
 
 
 def test_the_users_next_turn_opens_where_the_text_ends(cache: Path) -> None:

@@ -101,6 +101,7 @@ def test_epochs_differ_and_seeds_repeat() -> None:
 def test_loss_weights_keep_the_class_balance_of_the_sample() -> None:
     rows = Rows(False, [], np.asarray([1.0, 0, 0, 0]), np.asarray([1.0, 6, 6, 12]), list("abcd"), np.ones(4))
     assert rows.loss_weights.tolist() == [1.0, 0.75, 0.75, 1.5]
+    assert rows.keys.tolist() == [0, 1, 2, 3]  # rows made by hand are told apart too
 
 
 def test_training_learns_keeps_the_best_epoch_and_reports(cache: Path) -> None:
