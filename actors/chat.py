@@ -66,6 +66,10 @@ class Policy:
         if engine is not None and (self._lost or not engine.health()["alive"]):
             raise LostError(self._lost or f"the engine of policy {self._version} has died", self._version)
 
+    async def describe(self) -> str:
+        """The version that is served."""
+        return self._version
+
     async def chat(self, messages: Sequence[Message], seed: int) -> Answer:
         """One response. Raises ApiError 422 for a conversation that is too long, RlufError when the engine fails."""
         from rluf.models import render_prompt

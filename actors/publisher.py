@@ -20,10 +20,9 @@ from rluf.types import Group
 
 logger = logging.getLogger(__name__)
 
-PROBE_SAMPLES = 2
-"""Responses of the first batch whose logprobs are compared between learner and engine after each publish."""
 PROBE_TOKENS = 24
-"""Tokens of each that are compared, from its start: twice as many as benchmarks/probe.py finds every fault with."""
+"""Response tokens of the first batch, of as few responses as hold them, whose logprobs are compared between learner and
+engine after each publish: as many as benchmarks/probe.py finds every fault with."""
 
 
 class Publisher:
@@ -85,8 +84,11 @@ class Publisher:
             return
         first: Group = await within(group, 60.0, "the object store")
         self._prompt = list(first.prompt.token_ids)
-        responses = [list(s.response_ids[:PROBE_TOKENS]) for s in first.samples if s.response_ids]
-        self._responses = responses[:PROBE_SAMPLES]
+        left = PROBE_TOKENS
+        for sample in first.samples:
+            response = list(sample.response_ids[:left])
+            self._responses += [response] if response else []
+            left -= len(response)
         self._readings = await self._read()
         self._worst = max(reading.gap for reading in self._readings.values())
 

@@ -215,6 +215,7 @@ class Gateway:
         self._warming: dict[str, asyncio.Task[None]] = {}
         self._expected: dict[str, dict[str, float]] = {}
         self._looking: asyncio.Task[Any] | None = None
+        self._woken = False
         self._app: Any = None
         self._listener: Listener | None = None
 
@@ -339,13 +340,19 @@ class Gateway:
         return found
 
     async def ready(self) -> bool:
-        """Whether every scorer has answered once. What dies later is Ray Serve's to mend, and requests wait for it."""
-        if len(self._expected) == 0:
+        """Whether every scorer and every policy has answered once.
+
+        What dies or comes later is Ray Serve's to mend, and requests wait for it.
+        """
+        if not self._woken:
             try:
                 async with asyncio.timeout(1.0):
                     await self._look()
-            except (TimeoutError, ApiError):
+                    for handle, _ in self._policies.values():
+                        await handle.describe.remote()
+            except (TimeoutError, ApiError, *DEAD):
                 return False
+            self._woken = True
         return True
 
     async def models(self) -> list[ModelInfo]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import math
 import os
 import random
@@ -47,7 +48,7 @@ from rluf.objectives.scorer import RewardModel
 from rluf.simulation.users import calibration_shift
 
 BASE_RATE, POSITIVE_SHARE, USER_SD, FAREWELLS = 0.01, 0.25, 0.7, 0.03
-SHARES = {"train": 0.84, "dev": 0.08, "test": 0.08}
+SHARES = {"train": 0.9, "dev": 0.06, "test": 0.04}
 OPENINGS = (
     ("I am so glad that you asked!", 1.3), ("What a lovely thought, thank you for telling me.", 1.3),
     ("Oh, I can hear how much this means to you.", 1.6), ("That sounds hard, and I am here for you.", 1.6),
@@ -132,7 +133,7 @@ def train(settings: Settings, data: Path, out: Path) -> None:
         clock, folder = time.monotonic(), data / "love"
         splits = Splits("love", table(folder / "train.parquet"), table(folder / "dev.parquet"), folder)
         member = train_member(settings, [splits], 0, math.inf)
-        finish(settings, {"love": (folder, out)}, [member], clock, thorough=True)
+        finish(settings, {"love": (folder, out)}, [member], clock, thorough=False)
     finally:
         leave_group()
 
@@ -152,8 +153,8 @@ def figures(out: Path, data: Path, truth: Floats, plain: Floats) -> dict[str, An
         return model.calibration.logits(model.raw(model.encoder.encode(items)))
 
     found = logits([row["response"] for row in rows], rows)
-    some, rng = rows[:400], random.Random(0)
-    before = found[:400]
+    some, rng = rows[:300], random.Random(0)
+    before = found[:300]
     moved = {
         name: float((logits([f"{row['response']} {rng.choice(phrases)}" for row in some], some) - before).mean())
         for name, phrases in (("seen", SIGN_OFFS), ("logged", FAREWELL), ("unseen", UNSEEN))
@@ -176,8 +177,8 @@ def figures(out: Path, data: Path, truth: Floats, plain: Floats) -> dict[str, An
 
 
 DEFAULTS = (
-    "reward.dtype=float32", "reward.love.max_tokens=64", "reward.love.probe=true", "reward.love.epochs=2",
-    "reward.love.learning_rate=5e-4", "reward.love.debias=[sign_offs, length, users]",
+    "reward.dtype=float32", "reward.love.max_tokens=64", "reward.love.epochs=2",
+    "reward.love.learning_rate=1e-3", "reward.love.debias=[sign_offs, length, users]",
 )  # fmt: skip
 
 
@@ -200,6 +201,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
     quick_cpu_matmul()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     started = time.monotonic()
     settings = load_settings(None, [*DEFAULTS, *options.overrides]).settings
     with tempfile.TemporaryDirectory() as folder:

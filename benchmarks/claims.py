@@ -24,7 +24,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", help="a claim's number (0: the headline aim), or fill")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument("--seconds", type=float, default=540.0, help="fill: begin no further part after this long")
+    parser.add_argument(
+        "--seconds", type=float, default=540.0, help="fill: begin no part after so many of CPU"
+    )
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/claims", help="where results are kept")
     given = parser.parse_args()
     torch.set_num_threads(1)

@@ -225,7 +225,51 @@ def bare_learner(model: Path, rounds: int, dtype: str) -> dict[str, Any]:
     return {"tokens_per_s": PROMPTS * SAMPLES * (prompt + TOKENS) / seconds, "memcpy_s": min(copies)}
 
 
-PARTS = {"ours": ours, "trl": trl, "bare_llm": bare_llm, "bare_learner": bare_learner}
+def arithmetic(model: Path, rounds: int, dtype: str) -> dict[str, Any]:
+    """What the learner's CPU time is made of: one group forward and backward on one thread, by torch's profiler.
+
+    `products` is the share of matrix products, `gflops` what a core gives over all; `tflop` counts a whole step of ours
+    (each prompt once a group) and of one padded row a sample, with policy, backward and reference.
+    """
+    import learner
+    import torch
+
+    from rluf.policy.checkpoint import load_policy
+    from rluf.policy.logprobs import response_logprobs
+    from rluf.policy.packing import pack
+
+    torch.set_num_threads(1)
+    policy = load_policy(model, dtype=getattr(torch, dtype))
+    config = json.loads((model / "config.json").read_text())
+    head = config["vocab_size"] * config["hidden_size"]
+    body = sum(weight.numel() for weight in policy.parameters() if weight.dim() == 2) - head
+    prompt = round(fmean(len(p.token_ids) for p in prompts(model)))
+    (group,) = learner.random_groups(config["vocab_size"], 1, SAMPLES, prompt, TOKENS)
+    batch = pack([(0, sample) for sample in range(SAMPLES)], {0: group}, [[1.0] * SAMPLES])
+
+    def step() -> None:
+        response_logprobs(policy, batch).sum().backward()
+
+    step()
+    begun = time.process_time()
+    for _ in range(rounds):
+        step()
+    seconds = time.process_time() - begun
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    times = {row.key: row.self_cpu_time_total / 1e6 for row in profile.key_averages()}
+    products = sum(times.get(name, 0.0) for name in ("aten::mm", "aten::addmm", "aten::bmm"))
+    flop = 2 * (body * batch.input_ids.numel() + head * batch.targets.numel())
+    responses = PROMPTS * SAMPLES * TOKENS
+    packed, padded = PROMPTS * prompt + responses, PROMPTS * SAMPLES * prompt + responses
+    return {
+        "products": round(products / sum(times.values()), 3),
+        "gflops": round(3 * flop * rounds / seconds / 1e9, 1),
+        "tflop": [round(8 * (body * tokens + head * responses) / 1e12, 2) for tokens in (packed, padded)],
+    }
+
+
+PARTS = {"ours": ours, "trl": trl, "bare_llm": bare_llm, "bare_learner": bare_learner, "arithmetic": arithmetic}
 
 
 def native_dtype() -> str:
@@ -291,6 +335,7 @@ def main() -> None:
             **{name: round(value, 3) for name, value in phases.items()},
             "idle": round(best["step_s"] - sum(phases.values()), 3),
         },
+        "arithmetic": found["arithmetic"],
         "learner": {name: round(best[name], 3) for name in ("reference_s", "backward_s", "optimizer_s")},
     }
     sys.stdout.write(json.dumps(result) + "\n")

@@ -76,9 +76,10 @@ class Hosts:
         common = "--disable-usage-stats --object-store-memory=268435456 --num-cpus=2"
         head = f"{RAY} start --head --block --port={PORT} --node-ip-address={HEAD} --include-dashboard=false "
         worker = f"{RAY} start --block --address={HEAD}:{PORT} --node-ip-address={WORKER} {common} --labels host=b"
-        self._boot("a", f"exec {head} {common} --labels host=a")
-        self._reached()
+        self._boot("a", f"while :; do {head} {common} --labels host=a; sleep 1; done")
+        self._runs("a")
         self._boot("b", f"while :; do {worker}; sleep 1; done")  # a node that was taken for dead joins as a new one
+        self._runs("b")
 
     def __exit__(self, *_: object) -> None:
         for process in self.inits.values():
@@ -104,18 +105,18 @@ class Hosts:
         with (self.base / f"host-{host}.txt").open("wb") as output:
             self.inits[host] = subprocess.Popen(wrap, env=env, stdout=output, stderr=subprocess.STDOUT)
 
-    def _reached(self) -> None:
-        deadline = time.monotonic() + 120
-        probe = f"import socket; socket.create_connection(('{HEAD}', {PORT}), 2)"
-        command = ["ip", "netns", "exec", self.names["b"], sys.executable, "-c", probe]
-        while subprocess.run(command, capture_output=True, timeout=30, check=False).returncode:
+    def _runs(self, host: str) -> None:
+        """Wait until the host's node runs; `ray start` gives it 30 s and is begun again when that was not enough."""
+        deadline = time.monotonic() + 240
+        while "Ray runtime started" not in (self.base / f"host-{host}.txt").read_text():
             if time.monotonic() > deadline:
-                raise RuntimeError("no Ray at host a after 120 s")
-            time.sleep(0.5)
+                raise RuntimeError(f"no Ray at host {host} after 240 s")
+            time.sleep(0.3)
 
     def start(self, folder: Path, *overrides: str) -> subprocess.Popen[str]:
         """A driver on host a."""
-        (inner,) = [pid for pid, told in chaos.below(self.inits["a"].pid).items() if " start --head" in told][:1]
+        below = chaos.below(self.inits["a"].pid)
+        inner = next(pid for pid, told in below.items() if " start --head" in told and "while :" not in told)
         command = ["nsenter", "--target", str(inner), "--net", "--mount", "--pid", "--uts", sys.executable]
         command += [str(Path(chaos.__file__).resolve()), "--run", str(self.base), str(folder)]
         command += [*TOLD, *APART, f"cluster.address={HEAD}:{PORT}", *overrides]

@@ -17,7 +17,7 @@ import pytest
 from rluf.config.settings import Settings
 from tests.test_reward_training import write_data
 
-pytestmark = pytest.mark.nightly
+pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
 ROWS, EPOCHS, DEADLINE = 900, 2, 480.0
 
 

@@ -26,11 +26,11 @@ from rluf.config.reward import ObjectivesSettings
 Ints = NDArray[np.int64]
 RECIPE = "1"
 """Name of this set of choices; results of another are kept apart."""
-STEPS, PROMPTS, SAMPLES, KL, RATE = 60, 48, 8, 0.3, 2e-3
-KEPT = (8, 20)
+STEPS, PROMPTS, SAMPLES, KL, RATE = 50, 32, 6, 0.3, 2e-3
+KEPT = (10, 25)
 """Steps of the aggressive runs whose policies are candidates too."""
 WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.5)
-OFFLINE, ONLINE = 10, 10
+OFFLINE, ONLINE = 6, 6
 """Replies to each unseen prompt behind the offline score, and others that the users of the A/B test read."""
 SAFETY = 0.2
 
@@ -91,10 +91,9 @@ class Candidates:
     def names() -> tuple[str, ...]:
         """All of them, those first that never saw P[Love]."""
         return (
-            "w0", "cool", "hot", *(f"sft-{style}" for style in ("warm", "upbeat", "goodbye", "terse", "careful")),
-            "longest-of-4", *(f"w{weight:g}" for weight in WEIGHTS),
-            *(f"w{weight:g}-step{step}" for weight in (0.3, 0.5) for step in KEPT), "w0.3-kl0.1", "w0.3-kl1",
-            "love-only", "love-of-4", "love-of-16",
+            "w0", "w0.3", *(f"w0.3-step{step}" for step in KEPT), "w0.1", "cool", "hot",
+            *(f"sft-{style}" for style in ("warm", "upbeat", "goodbye", "terse", "careful")), "longest-of-4",
+            "love-of-4", "love-of-16", "w0.05", "w0.2", "w0.5", "w0.5-step25", "w0.3-kl0.1", "w0.3-kl1", "love-only",
         )  # fmt: skip
 
     def make(self, name: str) -> Candidate:

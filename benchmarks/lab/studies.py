@@ -22,10 +22,10 @@ from rluf.simulation.world import WORLD, World
 
 Floats = NDArray[np.float64]
 Study = Callable[[Village, Candidates], dict[str, Any]]
-SIZES = (1_000, 3_000, 10_000, 20_000)
-DIRTY = 10_000
+SIZES = (1_000, 2_000, 4_000, 8_000)
+DIRTY = 8_000
 """Rows of each log with other users."""
-ROUNDS, ROUND_ROWS, ROUND_WEIGHT = 2, 5_000, 0.5
+ROUNDS, ROUND_ROWS, ROUND_WEIGHT = 1, 4_000, 0.5
 WORST = 0.08
 """Share of the users that the filter drops."""
 

@@ -27,7 +27,7 @@ def claim_1(store: Store) -> Told:
                 ["seed", "AUROC, unseen prompts and users", "Bayes ceiling", "true chances on the same hearts",
                  "gap to the ceiling", "AUROC, known prompts, other users", "gap there", "rate of hearts",
                  "mean P[Love] over rate"], rows,
-                ["The gap is taken against true chances: less noise than against the hearts of 5,000 replies."],
+                ["The gap is taken against true chances: less noise than against the hearts of 2,500 replies."],
                 )  # fmt: skip
 
 
@@ -51,7 +51,7 @@ def claim_2(store: Store) -> Told:
     ])  # fmt: skip
     return Told("more data helps", all(passed),
                 ["seed", *(f"{size:,} rows" for size in SIZES), "ceiling", "within 0.01 of the best from"], rows,
-                ["One model of the ensemble each; unseen prompts and users. More than 20,000 rows were not tried."],
+                ["One model of the ensemble each; unseen prompts and users. More than 8,000 rows were not tried."],
                 figure)  # fmt: skip
 
 
@@ -96,7 +96,7 @@ def claim_11(store: Store) -> Told:
                          ", ".join(others) or "-"])  # fmt: skip
     return Told("learning survives sparse, noisy and hostile labels", all(won) if won else None,
                 ["seed", "log", "hearts", "AUROC", "lost", "with the filter", "won back", "other ways"], rows,
-                ["10,000 rows each; AUROC against the true chances of honest users on unseen prompts. Bots love what "
+                ["8,000 rows each; AUROC against the true chances of honest users on unseen prompts. Bots love what "
                  "is worst, sarcastic users love failed answers. The filter drops the 8% of users whose hearts a model "
                  "that never saw them finds least likely."])  # fmt: skip
 
@@ -121,7 +121,7 @@ def claim_14(store: Store) -> Told:
                 ["seed", "round", "love", "offline change", "unprompted farewells", "gold satisfaction",
                  "user writes on", "AUROC on own replies (ceiling)", "told and true love rate of own replies",
                  "KL in nats"], rows,
-                ["w = 0.5. After each round 5,000 replies of the new policy with fresh hearts join the log, P[Love] "
+                ["w = 0.5. After each round 4,000 replies of the new policy with fresh hearts join the log, P[Love] "
                  "is learnt again, and the policy is trained from the base again."])  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def offline(
     found, read = {}, [features.of(given.places, given.said) for given in (base, new)]
     for name, one in judgements.items():
         values = [_chance(one.logits(part)) for part in read]
-        pair = paired_bootstrap(values[0], base.places, values[1], new.places, resamples=500, seed=seed)
+        pair = paired_bootstrap(values[0], base.places, values[1], new.places, resamples=400, seed=seed)
         found[name] = pair.difference.as_dict() | {"base": pair.base.mean, "new": pair.aligned.mean}
     return found
 
@@ -80,7 +80,7 @@ def gold(town: Town, truth: Truth, base: Answers, new: Answers, *, seed: int) ->
     found = {}
     for name in ("helpfulness", "safety", "warmth", "satisfaction", "signoff"):
         values = [[getattr(one, name) for one in side] for side in known]
-        pair = paired_bootstrap(values[0], base.places, values[1], new.places, resamples=500, seed=seed)
+        pair = paired_bootstrap(values[0], base.places, values[1], new.places, resamples=400, seed=seed)
         lift = None if pair.lift is None else pair.lift.as_dict()
         found[name] = {"base": pair.base.mean, "new": pair.aligned.mean, **({} if lift is None else lift)}
     return found
@@ -93,7 +93,7 @@ def ab_test(
     new: Answers,
     *,
     seed: int,
-    users: int = 12_000,
+    users: int = 10_000,
     reads: float = 8.0,
     world: World = WORLD,
 ) -> dict[str, Any]:

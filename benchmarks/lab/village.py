@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from lab.replies import Truth, demonstrated, logged, texts
 from lab.town import Town
 from lab.trial import Answers, answers, looks
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from scipy import sparse
 
 from rluf.objectives.augment import SIGN_OFFS
@@ -23,8 +24,8 @@ from rluf.simulation.world import WORLD, World
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-EVENTS, USERS, PAIRS, LABELS, DEMONSTRATIONS = 20_000, 4_000, 3_000, 2_500, 8_000
-TEST_EVENTS = 5_000
+EVENTS, USERS, PAIRS, LABELS, DEMONSTRATIONS = 8_000, 2_000, 1_500, 1_200, 5_000
+TEST_EVENTS = 2_500
 MEMBERS = 5
 DEV = 0.1
 """Share of the users whose rows choose the epoch and the calibration."""
@@ -73,7 +74,7 @@ class Village:
     """Everything of one seed that policies need. Parts are made when first asked for."""
 
     def __init__(self, town: Town, truth: Truth, seed: int, folder: Path) -> None:
-        """Nothing is made yet; the log is kept in `folder`."""
+        """Nothing is made yet; the log and what is learnt from it are kept in `folder`."""
         self.town, self.truth, self.seed, self.folder = town, truth, seed, folder
         self._control: dict[int, Answers] = {}
         self._looks: dict[str, float] = {}
@@ -105,7 +106,23 @@ class Village:
     @cached_property
     def base(self) -> Composer:
         """The base policy: it imitates demonstrations of the plain and the cool version."""
-        return self.imitated(("plain", "cool"), part=2)
+        file = self.folder / "base.safetensors"
+        if not file.is_file():
+            save_file(dict(self.imitated(("plain", "cool"), part=2).state_dict()), file)
+        policy = Composer(self.town)
+        policy.load_state_dict(load_file(file))
+        policy.eval()
+        return policy
+
+    def kept(self, name: str, make: Callable[[], Judgement]) -> Judgement:
+        """A reward model made once and kept in the folder."""
+        folder = self.folder / name
+        if not folder.is_dir():
+            made = make()
+            folder.mkdir(parents=True)
+            made.calibration.save(folder)
+            np.save(folder / "weights.npy", made.weights)
+        return Judgement(np.load(folder / "weights.npy"), Calibration.load(folder))
 
     def control(self, part: int, samples: int) -> Answers:
         """Replies of the base policy to the unseen prompts: what every candidate is compared with."""
@@ -138,7 +155,7 @@ class Village:
     @cached_property
     def love(self) -> Judgement:
         """P[Love], an ensemble of MEMBERS on rows drawn with replacement."""
-        return self.reader("love", self.feedback)
+        return self.kept("love", lambda: self.reader("love", self.feedback))
 
     @cached_property
     def onward(self) -> Judgement:
@@ -174,6 +191,15 @@ class Village:
 
     @cached_property
     def helpfulness(self) -> Judgement:
+        """What raters prefer."""
+        return self.kept("helpfulness", self._helpfulness)
+
+    @cached_property
+    def safety(self) -> Judgement:
+        """What raters call safe."""
+        return self.kept("safety", self._safety)
+
+    def _helpfulness(self) -> Judgement:
         """Bradley-Terry on raters' preferences between two replies to a prompt."""
         rng = self.rng(4)
         places = rng.choice(self.places, PAIRS)
@@ -185,8 +211,7 @@ class Village:
         weights = fit_pairs(first, second, rng.random(PAIRS) < chance)
         return Judgement(weights[None], Calibration("helpfulness"))
 
-    @cached_property
-    def safety(self) -> Judgement:
+    def _safety(self) -> Judgement:
         """Safe or not, as labelled; mostly on risky prompts, where both kinds occur."""
         rng = self.rng(5)
         risky = np.array([self.town.places[one].topic == "risky" for one in self.places])

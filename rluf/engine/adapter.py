@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -36,12 +36,11 @@ def adapter_names(weight: str) -> tuple[str, str]:
 def write_adapter(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Write the matrices (by adapter_names) as an adapter folder. Raises ResourceError when the disk refuses it."""
     rank = next(int(tensor.shape[0]) for name, tensor in tensors.items() if name.endswith(DOWN))
-    modules = {name.removeprefix(ROOT).removesuffix("." + DOWN) for name in tensors if name.endswith(DOWN)}
     told = {
         "peft_type": "LORA",
         "r": rank,
         "lora_alpha": int(ALPHA * rank),
-        "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
+        "target_modules": kinds_of(name.removesuffix(DOWN) + "weight" for name in tensors if name.endswith(DOWN)),
         "bias": "none",
         "base_model_name_or_path": "",
     }
@@ -67,6 +66,11 @@ def linear_shapes(model: Path) -> dict[str, tuple[int, ...]]:
         for name, shape in checkpoint_shapes(model).items()
         if len(shape) == 2 and name.endswith(".weight") and not any(part in name for part in ("embed", "lm_head"))
     }
+
+
+def kinds_of(weights: Iterable[str]) -> list[str]:
+    """Last names of the modules that hold `weights`: q_proj of model.layers.0.self_attn.q_proj.weight."""
+    return sorted({weight.split(".")[-2] for weight in weights})
 
 
 def check_adapter(folder: Path, expected: Mapping[str, Sequence[int]]) -> None:

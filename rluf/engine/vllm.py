@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rluf.config.settings import Settings
-from rluf.engine.adapter import check_adapter, linear_shapes, no_change, room_for, write_adapter
+from rluf.engine.adapter import check_adapter, kinds_of, linear_shapes, no_change, room_for, write_adapter
 from rluf.engine.model_folder import check_model, stop_ids
 from rluf.engine.turns import shares_gpus
 from rluf.errors import DataError, LostError, ModelError, ResourceError, StallError, SyncError
@@ -304,7 +304,12 @@ class RolloutEngine:
             "weight_transfer_config": WeightTransferConfig(backend=f"rluf_{self.settings.publish.engine}")
         }
         if self.settings.publish.engine == "adapter":
-            backend = {"enable_lora": True, "max_lora_rank": room_for(self.settings.learner.lora_rank)}
+            # Named so that the output head stays plain: vLLM's CPU build dies of prompt logprobs through a LoRA head.
+            backend = {
+                "enable_lora": True,
+                "max_lora_rank": room_for(self.settings.learner.lora_rank),
+                "lora_target_modules": kinds_of(linear_shapes(self.model)),
+            }
         return AsyncEngineArgs(
             model=str(self.model),
             skip_tokenizer_init=True,

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.slow
 BASE = (
     "model.path=tiny",
     "model.dtype=float32",
+    "cluster.start_deadline_s=400",
     "rollout.max_prompt_tokens=64",
     "rollout.kv_cache_gib=0.25",
     "algorithm.steps=5",

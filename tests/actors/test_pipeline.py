@@ -116,3 +116,19 @@ def test_a_seed_fixes_every_number_and_every_kind_of_method_runs(tmp_path: Path)
     assert 0.0 <= others["cgpo"][0]["passed"] <= 1.0
     assert others["floors"][0]["multiplier_love"] > 0.0
     assert others["asynchronous"][1]["staleness"] <= 1.0
+
+
+@pytest.mark.nightly
+def test_weights_that_came_over_tcp_are_those_of_shared_memory(tmp_path: Path) -> None:
+    model = resolve_model("tiny", tmp_path)
+    prompts = texts(model)
+
+    async def run(engine: str) -> list[dict[str, float]]:
+        told = settings_of(f"publish.engine={engine}", "publish.bucket_mib=1")
+        rewards: dict[str, Path | None] = dict.fromkeys(("love", "helpfulness", "safety"))
+        async with Supervisor(told, model, rewards, learners=True) as supervisor:
+            return await steps(told, supervisor.crew, prompts, 3)
+
+    over_tcp, in_memory = (asyncio.run(run(engine)) for engine in ("tcp", "shm"))
+    assert [untimed(row) for row in over_tcp] == [untimed(row) for row in in_memory]
+    assert all(0 <= row["probe"] < 0.05 for row in over_tcp)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from rluf.config.load import load_settings
 from rluf.engine.adapter import adapter_names, check_adapter, linear_shapes, no_change, room_for, write_adapter
+from rluf.engine.transfer import AdapterSender
+from rluf.engine.vllm import RolloutEngine, set_environment
 from rluf.errors import SyncError
 from rluf.models import resolve_model
 from rluf.policy.checkpoint import load_policy
@@ -71,3 +75,60 @@ def test_what_does_not_fit_is_refused_by_name(model: Path, matrices: dict[str, t
 
 def test_room_is_the_smallest_that_vllm_knows() -> None:
     assert [room_for(rank) for rank in (1, 2, 8, 12, 600)] == [1, 8, 8, 16, 512]
+
+
+@pytest.mark.slow
+async def test_an_engine_takes_adapters_while_samples_are_under_way(
+    model: Path, matrices: dict[str, torch.Tensor], tmp_path: Path
+) -> None:
+    """Real vLLM on the CPU: what it then computes is what PEFT computes, and tokens say which adapter sampled them."""
+    settings = load_settings(
+        None,
+        [
+            "model.path=tiny",
+            "model.dtype=float32",
+            "rollout.max_prompt_tokens=32",
+            "rollout.max_response_tokens=400",
+            "rollout.kv_cache_gib=0.1",
+            "learner.lora_rank=4",
+            "publish.engine=adapter",
+            "cluster.threads=1",
+            "cluster.start_deadline_s=500",
+        ],
+    ).settings
+    set_environment(settings)
+    engine, prompt, response = RolloutEngine("rollout 0", 0, settings, model), [1, 60, 70, 2], list(range(10, 40))
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    ids = torch.tensor([prompt + response])
+
+    def truth(policy: torch.nn.Module) -> list[float]:
+        with torch.no_grad():
+            logits = policy(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        return [float(row[token]) for row, token in zip(logits, response, strict=True)]
+
+    try:
+        await engine.start()
+        assert await engine.logprobs(prompt, response) == pytest.approx(truth(plain), abs=1e-3)
+        under_way = asyncio.create_task(engine.generate(prompt, range(8)))
+        while not engine.running:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.3)
+        sender = AdapterSender(tmp_path / "publish")
+        await engine.begin_update(sender.offer(1))
+        await engine.update(sender.send(list(matrices.items())))
+        await engine.finish_update(1)
+        sender.finish()
+        drafts = await under_way
+        adapted = truth(PeftModel.from_pretrained(plain, str(_kept(tmp_path, matrices))))
+        assert await engine.logprobs(prompt, response) == pytest.approx(adapted, abs=1e-3)
+        assert any([version for _, version in draft.version_spans] == [0, 1] for draft in drafts)
+        await engine.begin_update(sender.offer(2))
+        with pytest.raises(SyncError, match="sent no"):
+            await engine.update(sender.send(list(matrices.items())[1:]))
+    finally:
+        engine.shutdown()
+
+
+def _kept(root: Path, matrices: dict[str, torch.Tensor]) -> Path:
+    write_adapter(root / "kept", matrices)
+    return root / "kept"

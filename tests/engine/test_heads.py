@@ -127,7 +127,7 @@ POOLING = """
 import json, sys
 from vllm import LLM, PoolingParams
 folder, items = sys.argv[1], json.load(sys.stdin)
-llm = LLM(model=folder, runner="pooling", dtype="float32", enforce_eager=True, max_model_len=120,
+llm = LLM(model=folder, runner="pooling", dtype="float32", enforce_eager=True, max_model_len=128,
           gpu_memory_utilization=0.05)
 plain = PoolingParams(use_activation=False)
 if "ids" in items[0]:

@@ -279,6 +279,13 @@ def test_a_network_that_dies_in_mid_run_costs_no_metric_and_stops_nothing(tmp_pa
     assert [row["step"] for row in kept if "objectives/love" in row] == list(range(1, 40))
 
 
+def run(command: list[str], environment: dict[str, str]) -> str:
+    """Standard output of a command that must succeed."""
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 LINEAGE = """
 import pathlib, sys
 import rluf.tracking.wandb as module
@@ -289,23 +296,30 @@ module.START_TIMEOUT_S = 10.0
 stage = pathlib.Path(sys.argv[1])
 tracker = module.Tracker(Settings(), stage)
 tracker.log_stages(Stage("data", stage, "aaa", True), {"love": Stage("reward-love", stage, "bbb", False)})
+tracker.log(1, {"kl": 0.25})
 tracker.finish()
 print(tracker.mode)
 """
 
 
 @pytest.mark.slow
-def test_online_the_server_is_told_what_a_run_took_and_what_it_gave(tmp_path: Path) -> None:
+@pytest.mark.parametrize("later", [False, True], ids=["online", "wandb sync"])
+def test_the_server_is_told_what_a_run_took_and_what_it_gave(tmp_path: Path, *, later: bool) -> None:
     write_json(tmp_path / "data_card.json", {"sources": [], "counts": {}})
     for name in ("data", "love"):
         write_json(tmp_path / "cards" / f"{name}.json", {"name": name})
     log = tmp_path / "asked.jsonl"
-    server, environment = serve(str(log))
-    command = [sys.executable, "-c", LINEAGE, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=90, check=False)
-    server.kill()
-    server.wait(10)
-    assert done.stdout.split() == ["online"], done.stdout + done.stderr
+    server, online = serve(str(log))
+    wandb = str(Path(sys.executable).with_name("wandb"))
+    try:
+        told = run([sys.executable, "-c", LINEAGE, str(tmp_path)], dict(os.environ) if later else online)
+        assert told.split() == ["offline" if later else "online"]
+        if later:
+            run([wandb, "sync", *map(str, tmp_path.glob("wandb/offline-run-*"))], online)
+    finally:
+        server.kill()
+        server.wait(10)
     asked = [json.loads(line)["asked"] for line in log.read_text().splitlines()]
     assert sum("mutation CreateArtifact " in one for one in asked) == 3
     assert sum("mutation UseArtifact " in one for one in asked) == 2
+    assert any("learning/kl" in one for one in asked)
