@@ -22,11 +22,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def main() -> None:
     """Fill, or tell one claim."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", help="a claim's number (0: the headline aim), or fill")
+    parser.add_argument("what", help="a claim's number (0: the headline aim), all, or fill")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
-    parser.add_argument(
-        "--seconds", type=float, default=540.0, help="fill: begin no part after so many of CPU"
-    )
+    parser.add_argument("--seconds", type=float, default=540.0, help="fill: begin no part after so many of CPU")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/claims", help="where results are kept")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -38,8 +36,9 @@ def main() -> None:
     from lab.tables import tell
     from lab.told import CLAIMS
 
-    found = tell(store, int(given.what), ROOT / "docs", CLAIMS)
-    sys.stdout.write(json.dumps({"benchmark": "claims", **found}) + "\n")
+    for claim in sorted(CLAIMS) if given.what == "all" else [int(given.what)]:
+        found = tell(store, claim, ROOT / "docs", CLAIMS)
+        sys.stdout.write(json.dumps({"benchmark": "claims", **found}) + "\n")
 
 
 if __name__ == "__main__":

@@ -109,7 +109,7 @@ def claim_6(store: Store) -> Told:
     rows, checks, ratios = [], [], []
     for seed, parts in zip(store.seeds, seeds, strict=True):
         lifts = {one["policy"]: one["ab"]["love"] for one in parts}
-        ratio = lifts["w0.3"]["lift"] / lifts["w0.1"]["lift"]
+        ratio = lifts["w0.3"]["lift"] / lifts["w0.1"]["lift"] if lifts["w0.1"]["lift"] > 0.0 else float("nan")
         rising = all(lifts[b]["high"] >= lifts[a]["low"] for a, b in itertools.pairwise(SPINE[:5]))
         checks.append((rising and lifts["w0.3"]["low"] > lifts["w0"]["high"], 2.0 <= ratio <= 4.0))
         ratios.append(ratio)
