@@ -42,7 +42,7 @@ class _Server(socketserver.ThreadingTCPServer):
         self.token, self.seconds = token, seconds
         self.held: tuple[int, bytes] = (0, b"")
 
-    def handle_error(self, request: Any, client_address: Any) -> None:
+    def handle_error(self, request: Any, _client: Any) -> None:
         """A connection that breaks is the engine's to tell."""
 
 

@@ -37,7 +37,8 @@ class Hoarder:
         return np.ones(30_000_000, np.uint8)
 
 
-def test_a_full_store_and_a_full_disk_are_one_message(tight_ray: None) -> None:
+@pytest.mark.usefixtures("tight_ray")
+def test_a_full_store_and_a_full_disk_are_one_message() -> None:
     async def fill() -> None:
         worker = ray.remote(Hoarder).remote()
         held: list[ObjectRef[np.ndarray]] = []
