@@ -272,12 +272,6 @@ def arithmetic(model: Path, rounds: int, dtype: str) -> dict[str, Any]:
 PARTS = {"ours": ours, "trl": trl, "bare_llm": bare_llm, "bare_learner": bare_learner, "arithmetic": arithmetic}
 
 
-def native_dtype() -> str:
-    """bfloat16 where this processor multiplies it, else float32."""
-    flags = Path("/proc/cpuinfo").read_text().split() if Path("/proc/cpuinfo").is_file() else []
-    return "bfloat16" if {"avx512_bf16", "amx_bf16"} & set(flags) else "float32"
-
-
 def part(name: str, model: Path, count: int, dtype: str) -> dict[str, Any]:
     """Run one part in a process of its own and read its last line."""
     command = [sys.executable, __file__, "--part", name, "--model", str(model), "--steps", str(count), "--dtype", dtype]
@@ -290,7 +284,7 @@ def main() -> None:
     """Run every part, one after the other, and write the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=native_dtype())
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=cpu_dtype())
     parser.add_argument("--part", choices=PARTS)
     parser.add_argument("--model", type=Path)
     asked = parser.parse_args()

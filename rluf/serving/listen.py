@@ -1,7 +1,7 @@
 """The app behind a port of its own in this process, by uvicorn.
 
-On one machine it takes the place of Ray Serve's proxy: a hop through that costs some 13 ms of CPU on the two cores
-that benchmarks/serve.py was run on, this half a millisecond.
+On one machine it takes the place of Ray Serve's proxy, a hop through which can cost more than scoring a response does
+(benchmarks/hops.py measures both).
 """
 
 from __future__ import annotations
