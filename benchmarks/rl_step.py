@@ -32,6 +32,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray's workers give way to others; the peer does not
 
+from rluf.config.machine import cpu_dtype
 from rluf.config.settings import Settings
 from rluf.models import load_tokenizer, render_prompt, resolve_model
 from rluf.objectives.judges import find_judge
