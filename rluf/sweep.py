@@ -73,7 +73,7 @@ def sweep(given: argparse.Namespace) -> dict[str, Any]:
                 return _run(commands[config["run"]], here, address, folder / f"{config['run']}.log")
 
             tune.Tuner(
-                tune.with_resources(trial, {"CPU": 0}),
+                tune.with_resources(trial, {"CPU": 0, "memory": 1_000_000}),
                 param_space={"run": tune.grid_search(waiting)},
                 tune_config=tune.TuneConfig(max_concurrent_trials=given.concurrent),
                 run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=1),
