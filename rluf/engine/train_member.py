@@ -95,7 +95,8 @@ def balance(members: Sequence[Member]) -> None:
     """
     for place in range(len(members[0].found)):
         spreads = [float(member.found[place].dev_logits.std()) for member in members]
-        if len(members) < 2 or min(spreads) <= 0:
+        linear = all(any(name.rpartition(".")[0] in HEADS for name in member.weights) for member in members)
+        if len(members) < 2 or min(spreads) <= 0 or not linear:
             continue
         for member, spread in zip(members, spreads, strict=True):
             factor, found = float(np.mean(spreads)) / spread, member.found[place]
