@@ -69,7 +69,8 @@ def balance(members: Sequence[Member]) -> None:
     for place in range(len(members[0].tasks)):
         fits = [member.found[place] for member in members]
         spreads = [float(fit.dev_logits.std()) for fit in fits]
-        if len(members) < 2 or min(spreads) <= 0:
+        linear = all(any(name.rpartition(".")[0] in HEADS for name in member.weights) for member in members)
+        if len(members) < 2 or min(spreads) <= 0 or not linear:
             continue
         for member, fit, spread in zip(members, fits, spreads, strict=True):
             factor = float(np.mean(spreads)) / spread
