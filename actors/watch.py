@@ -21,12 +21,12 @@ from rluf.config.settings import Settings
 from rluf.errors import AlarmError, DataError
 from rluf.evaluation.alarms import Action, Alarm, Baseline, Look, Question, Stream, decide
 from rluf.evaluation.monitors import Reply, measure
+from rluf.prompt_store import topics_of
 from rluf.types import Group, Prompt
 
 if TYPE_CHECKING:
     from actors.pipeline import Pipeline
-    from rluf.prompt_store import topics_of
-from rluf.tracking.wandb import Tracker
+    from rluf.tracking.wandb import Tracker
 
 logger = logging.getLogger(__name__)
 
