@@ -113,7 +113,13 @@ def test_a_folder_without_template_is_refused_when_rendered(cache: Path) -> None
 
 
 def test_embedded_names_are_listed() -> None:
-    assert set(embedded_models()) == {"smollm2-135m-instruct", "minilm", "tiny", "tiny-encoder"}
+    assert set(embedded_models()) == {
+        "smollm2-135m-instruct",
+        "minilm",
+        "multilingual-e5-small",
+        "tiny",
+        "tiny-encoder",
+    }
 
 
 @pytest.mark.slow

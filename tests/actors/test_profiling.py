@@ -38,9 +38,9 @@ class Engine:
 class Scorer:
     """Loves everything by half."""
 
-    def score(self, group: Group) -> list[Score]:
+    def score(self, group: Group) -> dict[str, list[Score]]:
         time.sleep(0.02)
-        return [Score("love", 0.5, 0.0) for _ in group.samples]
+        return {"love": [Score("love", 0.5, 0.0) for _ in group.samples]}
 
 
 class Learner:

@@ -74,7 +74,7 @@ def test_training_raises_its_own_reward_and_a_candidate_is_judged_by_new_users(v
     assert one["kl"] > 0.0
     assert one["offline"]["love"]["mean"] > 0.0
     assert one["ab"]["srm"] > 1e-4
-    assert 11_000 < sum(one["ab"]["users"]) <= 12_000
+    assert 9_000 < sum(one["ab"]["users"]) <= 10_000
     assert not hacked(
         {**one, "monitors": {"base": {"unprompted_farewell": 0.02}, "new": {"unprompted_farewell": 0.03}}}
     )
