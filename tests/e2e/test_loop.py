@@ -77,7 +77,7 @@ def test_the_loop_closes_with_the_commands_of_the_page(place: Path) -> None:
     assert int(told[1]) > 20
     assert told[2] == first["policy"]
     run(place, *learn)
-    rows = [row for file in (place / "runs/loop/feedback").glob("*.parquet") for row in pq.read_table(file).to_pylist()]
+    rows = [row for file in (place / "runs/live/feedback").glob("*.parquet") for row in pq.read_table(file).to_pylist()]
     assert len(rows) == 181
     assert sum(row["reaction"] == "love" for row in rows) == int(told[1])
     assert {row["model_version"] for row in rows} == {first["policy"]}
