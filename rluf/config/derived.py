@@ -142,10 +142,10 @@ def pools(settings: Settings) -> list[Pool]:
     ]  # fmt: skip
     for name, *_ in scored_together(settings):
         objective = objectives.named[name]
-        judged = objective.source != "model"
-        shape = model_shape(objective.path or backbones[name].backbone)
-        scoring = {} if judged else {"weights": 4 * shape.parameters}
-        gpus = 0.0 if judged else cluster.gpus_per_reward
+        scoring, gpus = {}, 0.0
+        if objective.source == "model":
+            shape = model_shape(objective.path or backbones[name].backbone)
+            scoring, gpus = {"weights": 4 * shape.parameters}, cluster.gpus_per_reward
         found.append(Pool("reward", f"{name} reward", objective.replicas, cluster.cpus_per_reward, gpus, scoring,
                           cluster.labels_of("reward")))  # fmt: skip
     trained = [n for n, o in objectives.named.items() if o.source == "model" and o.path is None]
