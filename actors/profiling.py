@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +17,14 @@ logger = logging.getLogger(__name__)
 
 
 def pump(name: str) -> AbstractContextManager[object]:
-    """An event on Ray's own timeline (`ray timeline`), in the driver's row, beside the tasks of the actors."""
+    """An event on Ray's own timeline (`ray timeline`), in the driver's row, beside the tasks of the actors.
+
+    Nothing where this process is not connected to a Ray: there is no timeline to be on.
+    """
     from ray._private.worker import global_worker  # Ray's own way in, ray._private.profiling, works with a variable set
 
+    if not global_worker.connected:
+        return nullcontext()
     event: AbstractContextManager[object] = global_worker.core_worker.profile_event(b"pump", {"name": name})
     return event
 

@@ -129,9 +129,9 @@ class Scorer:
 
     name: str
 
-    def score(self, group: Group) -> list[Score]:
+    def score(self, group: Group) -> dict[str, list[Score]]:
         values = [random.Random(f"{self.name} {s.response_ids}").random() for s in group.samples]
-        return [Score(self.name, value, 2 * value - 1) for value in values]
+        return {self.name: [Score(self.name, value, 2 * value - 1) for value in values]}
 
 
 @dataclass
