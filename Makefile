@@ -21,7 +21,7 @@ quickstart: setup ## From reactions to a better policy on this machine: python -
 test: setup ## Run the tests, two files at a time: python -m pytest -n 2 --dist loadfile.
 	$(BIN)/python -m pytest $(TESTS) -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-nightly: setup ## Run the tests that make test leaves out: runs that are killed and resumed (minutes).
+nightly: setup ## Run the tests that make test leaves out: killed and resumed runs, the commands of the docs (minutes each).
 	$(BIN)/python -m pytest tests -q -m nightly $(ARGS)
 
 check: setup ## Lint, format, types, arrows between packages, dead code, house rules.

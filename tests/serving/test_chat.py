@@ -16,7 +16,7 @@ from rluf.models import resolve_model
 from rluf.paths import cache_dir
 from rluf.types import Message
 
-pytestmark = [pytest.mark.nightly, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
 
 HELLO = [Message(role="user", content="Hello?")]
 SETTINGS = {
