@@ -50,15 +50,23 @@ def chosen_objectives(settings: Settings) -> tuple[str, ...]:
 
 
 def headline(card: Mapping[str, Any]) -> str:
-    """One line on a reward card: ranking with interval, the length floor beside it, calibration."""
+    """One line on a reward card: ranking with interval, the length floor beside it, calibration.
+
+    What a test split of one label, or of one user, cannot tell is told as such.
+    """
+
+    def told(value: float | None, form: str) -> str:
+        return "unknown" if value is None else format(value, form)
+
     pairs = "pair_accuracy" in card
     figure = card["pair_accuracy" if pairs else "auroc"]
     floor = card["length_floor_accuracy" if pairs else "length_floor_auroc"]
     return (
-        f"{card['objective']}: {'pair accuracy' if pairs else 'AUROC'} {figure['mean']:.3f} "
-        f"({figure['low']:.3f} to {figure['high']:.3f}) on {card['n']} test rows, by length alone {floor:.3f}; "
-        f"log-loss {card['log_loss']:.4f}, ECE {card['ece']:.4f}, length r {card['score_length_r']:+.2f}; "
-        f"{card['training']['tokens_per_second']:.0f} tokens/s, {card['seconds']:.0f} s"
+        f"{card['objective']}: {'pair accuracy' if pairs else 'AUROC'} {told(figure['mean'], '.3f')} "
+        f"({told(figure['low'], '.3f')} to {told(figure['high'], '.3f')}) on {card['n']} test rows, by length alone "
+        f"{told(floor, '.3f')}; log-loss {told(card['log_loss'], '.4f')}, ECE {told(card['ece'], '.4f')}, length r "
+        f"{told(card['score_length_r'], '+.2f')}; {card['training']['tokens_per_second']:.0f} tokens/s, "
+        f"{card['seconds']:.0f} s"
     )
 
 
