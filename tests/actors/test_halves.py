@@ -33,7 +33,7 @@ from rluf.policy.resume import Checkpoint
 from rluf.prompts import Reactions
 from rluf.types import Group, GroupInfo, Message, Prompt, Sample, Score
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.nightly, pytest.mark.slow]
 
 HALF = 3
 BASE = (
