@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -19,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 LOCAL_OBJECT_STORE_BYTES = 1 << 30
 KNOCK_SECONDS = 5.0
+READER = "iter_threaded"
+"""Name that Ray Data gives a thread that fetches blocks for an iteration in this process."""
+READERS_SECONDS = 20.0
 
 
 @contextmanager
@@ -57,7 +61,21 @@ def connected(settings: Settings) -> Iterator[dict[str, float]]:
             logger.info("ray dashboard: http://%s", context.dashboard_url)
         yield {name: float(amount) for name, amount in ray.cluster_resources().items()}
     finally:
+        _end_readers()
         ray.shutdown()
+
+
+def _end_readers() -> None:
+    """Wait for the threads of a Ray Data iteration that was left early.
+
+    One that still asks for a block after ray.shutdown() makes Ray end this process at once with exit code 1, silently.
+    """
+    deadline = time.monotonic() + READERS_SECONDS
+    for thread in threading.enumerate():
+        if thread.name == READER:
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                logger.warning("ray data: its thread %s did not end within %g s", thread.name, READERS_SECONDS)
 
 
 def _check_port(address: str) -> None:

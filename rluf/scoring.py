@@ -10,6 +10,7 @@ length alone would reach. Scores are written in parts, so that a run that was cu
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import json
 import logging
@@ -196,15 +197,16 @@ def _pooled(model: Path, data: Path, parts: Sequence[Part], actors: int | None) 
             PartScorer,
             fn_constructor_args=(str(model.resolve()), str(data.resolve())),
             batch_size=1,
-            concurrency=size,
+            compute=ray.data.ActorPoolStrategy(size=size),
             num_cpus=1 if not gpus else 0,
             num_gpus=1 if gpus else 0,
         )
         try:
-            for row in scored.iter_rows():
-                if row["error"]:
-                    raise DataError(str(row["error"]))
-                yield int(row["number"]), str(row["text"])
+            with contextlib.closing(iter(scored.iter_rows())) as found:
+                for row in found:
+                    if row["error"]:
+                        raise DataError(str(row["error"]))
+                    yield int(row["number"]), str(row["text"])
         except RayError as error:
             tail = str(error).strip().splitlines()[-1]
             raise ActorError(f"the scoring actors failed: {tail}; try --actors 0 to see it in this process") from error

@@ -12,6 +12,7 @@ import contextlib
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -69,8 +70,12 @@ def join_group(*, rank: int, world: int, host: str, port: int, device: torch.dev
 
 
 def leave_group() -> None:
-    """Leave the process group, if this process is in one."""
-    if dist.is_initialized():
+    """Leave the process group, if this process is in one. DeepSpeed forgets its own groups too: another may follow."""
+    if not dist.is_initialized():
+        return
+    if (comm := sys.modules.get("deepspeed.comm")) is not None and comm.is_initialized():
+        comm.destroy_process_group()
+    else:
         dist.destroy_process_group()
 
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import random
-import socket
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from rluf.policy.resume import Checkpoint
 from rluf.prompts import Reactions
 from rluf.types import Group, GroupInfo, Message, Prompt, Sample, Score
 
-pytestmark = [pytest.mark.nightly, pytest.mark.slow]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
 
 HALF = 3
 BASE = (
@@ -184,17 +183,6 @@ def demonstration(prompt: Prompt) -> Group:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return resolve_model("tiny", tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group() -> Iterator[None]:
-    """A process joins its group once, as an actor's does; the learners of this module find it there."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ds.join_group(rank=0, world=1, host="127.0.0.1", port=port, device=torch.device("cpu"), timeout_s=60)
-    yield
-    ds.leave_group()
 
 
 def questions(model: Path) -> list[Prompt]:

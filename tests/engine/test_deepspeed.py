@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,17 +20,9 @@ from rluf.policy.checkpoint import load_policy
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
+pytestmark = pytest.mark.usefixtures("process_group")
+
 STAGES = [0, 1, 2, 3]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def group() -> Iterator[None]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ds.join_group(rank=0, world=1, host="127.0.0.1", port=port, device=torch.device("cpu"), timeout_s=60)
-    yield
-    ds.leave_group()
 
 
 class Vector(nn.Module):  # type: ignore[misc]

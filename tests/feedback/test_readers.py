@@ -102,7 +102,6 @@ def _items(reader: str, file: str) -> Counter[str]:
     return counts
 
 
-@real
 def test_xiaomi_counts_become_at_most_eight_rows_of_one_user_a_query() -> None:
     replies = [{"reply": "嗯", "like": 30, "dislike": 10}, {"reply": "不", "like": 0, "dislike": 5}]
     rows = READERS["xiaomi"].read({"query": "在吗", "replys": replies}, OPTIONS)
@@ -119,6 +118,7 @@ def test_xiaomi_counts_become_at_most_eight_rows_of_one_user_a_query() -> None:
         READERS["xiaomi"].read({"query": "在吗", "replys": [{"reply": "嗯", "like": -1, "dislike": 4}]}, OPTIONS)
 
 
+@real
 def test_convai2_real_counts() -> None:
     found = _items("convai2", "convai2_reactions/dialogs.jsonl.gz")
     assert found == {"rows": 1149, "love": 716, "thumbs_down": 433, "no reaction": 5466, "no assistant message": 276}
