@@ -153,7 +153,7 @@ def _rendered(file: Path, model: Path, max_tokens: int) -> list[Any]:
             fn_constructor_args=(str(model), max_tokens),
             batch_format="pyarrow",
             batch_size=ROWS,
-            concurrency=1,
+            compute=ray.data.ActorPoolStrategy(size=1),
             num_cpus=0.5,
         )
         return list(made.to_arrow_refs())

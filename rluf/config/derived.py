@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rluf.config.reward import RewardModelSettings
 from rluf.config.settings import Settings
 from rluf.config.shape import model_shape
 
@@ -144,8 +145,8 @@ def pools(settings: Settings) -> list[Pool]:
         objective = objectives.named[name]
         scoring, gpus = {}, 0.0
         if objective.source == "model":
-            shape = model_shape(objective.path or backbones[name].backbone)
-            scoring, gpus = {"weights": 4 * shape.parameters}, cluster.gpus_per_reward
+            weights = model_shape(objective.path).parameters if objective.path else scoring_parameters(backbones[name])
+            scoring, gpus = {"weights": 4 * weights}, cluster.gpus_per_reward
         found.append(Pool("reward", f"{name} reward", objective.replicas, cluster.cpus_per_reward, gpus, scoring,
                           cluster.labels_of("reward")))  # fmt: skip
     trained = [n for n, o in objectives.named.items() if o.source == "model" and o.path is None]
@@ -161,6 +162,15 @@ def pools(settings: Settings) -> list[Pool]:
         found.append(Pool("reward_training", "reward training", models.most_workers, cluster.cpus_per_reward,
                           cluster.gpus_per_reward, memory))  # fmt: skip
     return found
+
+
+def scoring_parameters(model: RewardModelSettings) -> int:
+    """Parameters that scoring by a model holds in memory: once for members that share a pass, else a backbone each.
+
+    A backbone whose upper layers are left out counts whole.
+    """
+    passes = {(member.backbone, model.depths(member)) for member in model.members}
+    return sum(model_shape(backbone).parameters for backbone, _ in passes)
 
 
 def host_bytes(settings: Settings) -> int:

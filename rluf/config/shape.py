@@ -30,6 +30,7 @@ class ModelShape:
 EMBEDDED: Mapping[str, ModelShape] = {
     "smollm2-135m-instruct": ModelShape(134_515_008, 30, 576, 192, 49_152),
     "minilm": ModelShape(22_713_728, 6, 384, 384, 30_522),
+    "multilingual-e5-small": ModelShape(117_653_760, 12, 384, 384, 250_037),
     "tiny": ModelShape(328_704, 2, 128, 64, 259),
     "tiny-encoder": ModelShape(120_832, 2, 64, 64, 261),
 }

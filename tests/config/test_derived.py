@@ -169,6 +169,18 @@ def test_heads_of_one_backbone_are_one_pool_and_judges_keep_their_own() -> None:
     assert scored_together(judged) == (("love", "helpfulness"), ("safety",))
 
 
+def test_memory_of_an_ensemble_counts_each_backbone_once_a_pass() -> None:
+    def weights(*overrides: str) -> int:
+        (pool,) = (p for p in pools(settings(*overrides)) if p.name == "love reward")
+        return pool.memory["weights"]
+
+    small, big = (4 * EMBEDDED[name].parameters for name in ("minilm", "smollm2-135m-instruct"))
+    mixed = ["reward.love.backbone=smollm2-135m-instruct", "reward.love.layers=[9, 12, 'minilm:6']"]
+    assert weights("reward.love.backbone=minilm") == small
+    assert weights("reward.love.backbone=minilm", "reward.love.layers=[3, 6]", "reward.love.epochs=2") == 2 * small
+    assert weights(*mixed, "reward.love.probe=true", "reward.love.epochs=0") == big + small
+
+
 def test_elastic_workers_are_reckoned_at_their_most() -> None:
     (found,) = (p for p in pools(settings("reward.workers=[1, 4]")) if p.role == "reward_training")
     assert found.count == 4
