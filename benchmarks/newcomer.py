@@ -83,6 +83,7 @@ class Session:
             text = text.replace(str(name), shown) if str(name) else text
         text = re.sub(r"\b\d{1,3}(?:\.\d{1,3}){3}\b(?=[:/ ]|$)", "127.0.0.1", text)
         text = re.sub(r"/tmp/[\w./-]+", "/tmp/...", text)
+        text = re.sub(r"file://[^\s']+", "file://...", text)
         return re.sub(r"https?://(?!127\.0\.0\.1|localhost)\S+", "<address>", text)
 
 

@@ -49,7 +49,14 @@ def test_a_worker_killed_in_mid_epoch_costs_no_example(
     from rluf.engine.train_reward import train_rewards as train
 
     data = write_data(tmp_path / "data", rows=ROWS)
-    model = {"backbone": "tiny-encoder", "max_tokens": 80, "epochs": EPOCHS, "learning_rate": 3e-3, "batch_rows": 8}
+    model = {
+        "backbone": "tiny-encoder",
+        "max_tokens": 80,
+        "epochs": EPOCHS,
+        "patience": 0,
+        "learning_rate": 3e-3,
+        "batch_rows": 8,
+    }
     settings = Settings.model_validate(
         {
             "run": {"cache": str(tmp_path / "cache")},

@@ -43,7 +43,7 @@ class RewardModelSettings(Section):
     """Tokens of the rendered conversation that the model reads; older text is cut first."""
     epochs: int = Field(default=2, ge=0)
     """Passes over the training split; the best epoch by dev log-loss is kept. 0 leaves it at the probe."""
-    patience: int = Field(default=0, ge=0)
+    patience: int = Field(default=2, ge=0)
     """Epochs without a better dev log-loss after which training stops early; 0 runs them all."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak AdamW learning rate (linear warm-up over a tenth, then linear decay)."""
