@@ -186,7 +186,7 @@ def main(arguments: list[str]) -> int:
         if code == 0 and runs:
             page = (runs[0] / "report.html").read_text("utf-8")
             facts["headline"] = next(iter(re.findall(r"<h1>(.*?)</h1>", page)), "")
-            look = looked_at(session, clone, runs[0], given.look)
+            look = looked_at(session, clone, runs[0], given.look and given.look.resolve())
             facts["wrong"] = None if look is None else look["wrong"]
             if given.keep is not None:
                 shutil.copytree(runs[0].resolve(), given.keep, dirs_exist_ok=True)
