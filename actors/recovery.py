@@ -141,11 +141,11 @@ class LastingPublisher(Publisher):
         self._lost = lost
 
     async def prepare(self, group: ObjectRef[Group]) -> None:
-        """As Publisher.prepare; after a resumption or a loss the kept responses are read again."""
+        """As Publisher.prepare; where an engine has not been read since a resumption, all are read again."""
         while True:
             try:
                 await super().prepare(group)
-                if not self._readings and self.crew.rollouts:
+                if any(str(member) not in self._readings for member in self.crew.rollouts):
                     self._readings = await self._read()
                     self._worst = max(self._worst, *(reading.gap for reading in self._readings.values()))
                 return
