@@ -140,6 +140,7 @@ async def _attempt(
         logger.info("going on after step %d, from %s", checkpoint.step, checkpoint.folder)
         pipeline.restore(state.pipeline, checkpoint.step)
         watch.restore(state.watch, pipeline)
+        await pipeline.catch_up()
         outcome.base = [Answered(group, values) for group, values in keeper.answers()]
         outcome.steps = [dict(row) for row in state.rows]
     started = _lap(outcome, "evaluate_base", started)
