@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 
 import actors.chat
 import actors.serve
-from actors.chat import Policy
+from actors.chat import TOLD, Policy
 from actors.serve import NAME, Gateway, Ledger, Limits, Scorer
 from cluster.placement import role_environment
 from rluf.config.load import load_settings
@@ -251,7 +251,7 @@ def _scorer(settings: Settings, role: str, models: dict[str, Any]) -> Applicatio
 def _policy(settings: Settings, name: str, path: Path, version: str) -> Application:
     """A policy's deployment: other weights are taken in place, another architecture or vocabulary is a new engine."""
     cluster = settings.cluster
-    told = settings.model_dump_json(include={"model", "rollout", "cluster", "seed"})
+    told = settings.model_dump_json(include=TOLD)
     policy = serve.deployment(
         Policy,
         name=f"policy-{name}",

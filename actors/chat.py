@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from rluf.config.policy import ModelSettings, RolloutSettings
+from rluf.config.run import ClusterSettings
 from rluf.config.settings import Settings
 from rluf.errors import LostError, ModelError, RlufError
 from rluf.serving.limits import ApiError
@@ -25,6 +27,24 @@ BUCKET_BYTES = 256 << 20
 """Weights that are read from disk and handed to the engine at once."""
 
 
+TOLD = {"model", "rollout", "cluster", "seed"}
+"""What an engine reads of the settings; a change elsewhere starts no policy anew."""
+
+
+def engine_settings(told: str) -> Settings:
+    """Settings with the parts TOLD of JSON, and defaults for all others.
+
+    The rules between keys were kept where all keys were known; parts of them need not go with the others' defaults.
+    """
+    parts: dict[str, Any] = json.loads(told)
+    return Settings.model_construct(
+        model=ModelSettings.model_validate(parts["model"]),
+        rollout=RolloutSettings.model_validate(parts["rollout"]),
+        cluster=ClusterSettings.model_validate(parts["cluster"]),
+        seed=parts["seed"],
+    )
+
+
 class Answer(NamedTuple):
     """What a policy said, why it ended, tokens read and written, and the version of the policy that said it."""
 
@@ -38,9 +58,9 @@ class Answer(NamedTuple):
 class Policy:
     """One replica of a policy. A plain class; `application` makes it a deployment."""
 
-    def __init__(self, settings_json: str) -> None:
-        """Nothing is loaded yet."""
-        self._settings = Settings.model_validate_json(settings_json)
+    def __init__(self, told: str) -> None:
+        """`told` holds settings as JSON, at least those TOLD. Nothing is loaded yet."""
+        self._settings = engine_settings(told)
         self._engine: RolloutEngine | None = None
         self._path, self._version, self._number = Path(), "", 0
         self._open = asyncio.Event()

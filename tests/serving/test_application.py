@@ -8,10 +8,22 @@ from pathlib import Path
 
 import pytest
 
-from actors.application import candidate_folders, chosen_models, feedback_root, given_folders, log_folder, salt_of
+from actors.application import (
+    _policy,
+    candidate_folders,
+    chosen_models,
+    feedback_root,
+    given_folders,
+    log_folder,
+    salt_of,
+)
+from actors.chat import Policy
 from actors.serve import Scorer
+from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.errors import ModelError
+from rluf.models import resolve_model
+from rluf.paths import cache_dir
 from tests.serving.conftest import OBJECTIVES, offline, some_items, write_models
 
 
@@ -54,6 +66,30 @@ def test_a_candidate_is_what_its_folder_holds(models: Path, tmp_path: Path) -> N
     }
     with pytest.raises(ModelError, match=r"serve\.candidate"):
         candidate_folders(settings(models, tmp_path, candidate=str(tmp_path / "nothing")))
+
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+LONG = ["rollout.max_prompt_tokens=1024", "rollout.max_response_tokens=512", "algorithm.micro_batch_tokens=8192"]
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides"),
+    [
+        *((config, []) for config in CONFIGS),
+        (None, LONG),
+        (None, ["rollout.concurrency=2", "algorithm.samples_per_prompt=2"]),
+    ],
+)
+def test_a_policy_replica_takes_whatever_settings_the_driver_took(config: Path | None, overrides: list[str]) -> None:
+    chosen = load_settings(config, overrides).settings
+    folder = resolve_model("tiny", cache_dir(chosen))
+    (told,) = _policy(chosen, "some", folder, "1")._bound_deployment.init_args
+    found = Policy(told)._settings
+    assert (found.model, found.rollout, found.cluster, found.seed) == (
+        chosen.model, chosen.rollout, chosen.cluster, chosen.seed
+    )  # fmt: skip
+    assert found.policy_dtype == chosen.policy_dtype
+    assert found.publish.engine == "shm"
 
 
 def test_salt_and_log_last(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
