@@ -10,6 +10,7 @@ import pytest
 
 from actors.application import (
     _policy,
+    _shape,
     candidate_folders,
     chosen_models,
     feedback_root,
@@ -90,6 +91,21 @@ def test_a_policy_replica_takes_whatever_settings_the_driver_took(config: Path |
     )  # fmt: skip
     assert found.policy_dtype == chosen.policy_dtype
     assert found.publish.engine == "shm"
+
+
+def test_an_engine_starts_anew_for_whatever_it_reads_once_and_not_for_weights(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(resolve_model("tiny", cache_dir(Settings())), tmp_path / "policy"))
+    seen = [_shape(folder)]
+    (folder / "model.safetensors").write_bytes(b"other weights")
+    assert _shape(folder) == seen[0]
+    for name in ("generation_config.json", "chat_template.jinja", "tokenizer_config.json", "tokenizer.json"):
+        (folder / name).write_text(f"another {name}")
+        seen.append(_shape(folder))
+    (folder / "tokenizer.json").unlink()  # some tokenizers have another file
+    assert len({*seen, _shape(folder)}) == 6
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"policy holds no config\.json"):
+        _shape(folder)
 
 
 def test_salt_and_log_last(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
