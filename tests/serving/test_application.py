@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import actors.serve
 from actors.application import (
     _policy,
     _shape,
@@ -148,3 +152,35 @@ async def test_a_scorer_changes_over_between_batches_and_keeps_what_it_has_when_
         [one["love"][0] for one in offline(other, items)], abs=1e-4
     )
     assert set(seen) <= {chosen["first"]["version"], chosen["other"]["version"]}
+
+
+class Loaded:
+    """Reward models that take as long to load as their gate is shut."""
+
+    gates: dict[str, threading.Event]
+
+    def __init__(self, chosen: Mapping[str, Any]) -> None:
+        self.version, self.facts = chosen["version"], dict[str, Any]()
+        Loaded.gates.setdefault(self.version, threading.Event()).wait(20)
+
+
+async def test_of_two_scorer_changes_the_last_asked_for_is_served_however_long_the_first_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(actors.serve, "Models", Loaded)
+    Loaded.gates = {}
+
+    def opened(name: str) -> None:
+        Loaded.gates.setdefault(name, threading.Event()).set()
+
+    opened("one")
+    scorer = Scorer()
+    await scorer.reconfigure({"version": "one"})
+    for asked, kept in ((("two", "three"), "three"), (("four", "three"), "three")):
+        for version in asked:
+            await scorer.reconfigure({"version": version})
+        opened(asked[1])
+        await asyncio.sleep(0.1)
+        opened(asked[0])
+        await asyncio.gather(*scorer._changes)
+        assert (await scorer.describe())["version"] == kept
