@@ -15,7 +15,7 @@ from actors.checkpoints import Keeper, listening
 from actors.pipeline import Pipeline, ScoredGroup
 from actors.profiling import Profiler
 from actors.recovery import Budget, LastingPipeline
-from actors.shown import drawn, due
+from actors.shown import due, show
 from actors.supervisor import Supervisor
 from actors.watch import Watch
 from rluf.config.settings import Settings
@@ -140,6 +140,7 @@ async def _attempt(
         logger.info("going on after step %d, from %s", checkpoint.step, checkpoint.folder)
         pipeline.restore(state.pipeline, checkpoint.step)
         watch.restore(state.watch, pipeline)
+        await pipeline.catch_up()
         outcome.base = [Answered(group, values) for group, values in keeper.answers()]
         outcome.steps = [dict(row) for row in state.rows]
     started = _lap(outcome, "evaluate_base", started)
@@ -203,7 +204,7 @@ async def _steps(
                 metrics.append(row)
                 tracker.log(number, row, {name: list(chain(*rows)) for name, rows in pipeline.values.items()})
                 if due(number, total):
-                    tracker.log_drawn(number, await drawn(pipeline, number, settings.tracking.samples))
+                    await show(pipeline, number, settings.tracking.samples, tracker)
                 gauges.set(row)
                 await watch.look(pipeline, number, row["kl"])
                 progress.advance(

@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 
 import actors.chat
 import actors.serve
-from actors.chat import Policy
+from actors.chat import TOLD, Policy
 from actors.serve import NAME, Gateway, Ledger, Limits, Scorer
 from cluster.placement import role_environment
 from rluf.config.load import load_settings
@@ -251,7 +251,7 @@ def _scorer(settings: Settings, role: str, models: dict[str, Any]) -> Applicatio
 def _policy(settings: Settings, name: str, path: Path, version: str) -> Application:
     """A policy's deployment: other weights are taken in place, another architecture or vocabulary is a new engine."""
     cluster = settings.cluster
-    told = settings.model_dump_json(include={"model", "rollout", "cluster", "seed"})
+    told = settings.model_dump_json(include=TOLD)
     policy = serve.deployment(
         Policy,
         name=f"policy-{name}",
@@ -269,10 +269,18 @@ def _policy(settings: Settings, name: str, path: Path, version: str) -> Applicat
 
 
 def _shape(policy: Path) -> str:
-    """Stands for what an engine reads of a policy once, when it starts: all but the weights."""
+    """Stands for what an engine reads of a policy once, when it starts: all but the weights.
+
+    Raises ModelError for a folder that holds no policy.
+    """
+    from rluf.policy.checkpoint import COMPANIONS
+
+    if not (policy / "config.json").is_file():
+        raise ModelError(f"{policy} holds no config.json; name a policy's Hugging Face folder in serve.policies")
     config: dict[str, Any] = json.loads((policy / "config.json").read_text(encoding="utf-8"))
+    beside = {file for pattern in COMPANIONS for file in policy.glob(pattern)}
     lasting = {name: value for name, value in config.items() if name not in PASSING}
-    return json.dumps(lasting, sort_keys=True) + file_digest([policy / "tokenizer.json"])
+    return json.dumps(lasting, sort_keys=True) + file_digest(beside)
 
 
 def given_folders(settings: Settings) -> dict[str, Path | None]:

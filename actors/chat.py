@@ -5,11 +5,16 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from safetensors import SafetensorError
+
+from rluf.config.policy import ModelSettings, RolloutSettings
+from rluf.config.run import ClusterSettings
 from rluf.config.settings import Settings
+from rluf.engine.checklist import Checklist, checkpoint_files
 from rluf.errors import LostError, ModelError, RlufError
 from rluf.serving.limits import ApiError
 from rluf.types import Message
@@ -17,12 +22,31 @@ from rluf.types import Message
 if TYPE_CHECKING:
     import torch
 
+    from rluf.engine.transfer import Sender
     from rluf.engine.vllm import RolloutEngine
 
 logger = logging.getLogger("rluf.serving")
 
 BUCKET_BYTES = 256 << 20
 """Weights that are read from disk and handed to the engine at once."""
+
+
+TOLD = {"model", "rollout", "cluster", "seed"}
+"""What an engine reads of the settings; a change elsewhere starts no policy anew."""
+
+
+def engine_settings(told: str) -> Settings:
+    """Settings with the parts TOLD of JSON, and defaults for all others.
+
+    The rules between keys were kept where all keys were known; parts of them need not go with the others' defaults.
+    """
+    parts: dict[str, Any] = json.loads(told)
+    return Settings.model_construct(
+        model=ModelSettings.model_validate(parts["model"]),
+        rollout=RolloutSettings.model_validate(parts["rollout"]),
+        cluster=ClusterSettings.model_validate(parts["cluster"]),
+        seed=parts["seed"],
+    )
 
 
 class Answer(NamedTuple):
@@ -38,27 +62,31 @@ class Answer(NamedTuple):
 class Policy:
     """One replica of a policy. A plain class; `application` makes it a deployment."""
 
-    def __init__(self, settings_json: str) -> None:
-        """Nothing is loaded yet."""
-        self._settings = Settings.model_validate_json(settings_json)
+    def __init__(self, told: str) -> None:
+        """`told` holds settings as JSON, at least those TOLD. Nothing is loaded yet."""
+        self._settings = engine_settings(told)
         self._engine: RolloutEngine | None = None
-        self._path, self._version, self._number = Path(), "", 0
+        self._version, self._wanted, self._number = "", "", 0
         self._open = asyncio.Event()
         self._running = 0
         self._turn = asyncio.Lock()
-        self._changing: asyncio.Task[None] | None = None
+        self._changes: set[asyncio.Task[None]] = set()
         self._lost: str | None = None
 
     async def reconfigure(self, chosen: dict[str, Any]) -> None:
         """Take the policy that the deployment's user_config names (path, version).
 
         The first starts the engine before the replica counts as started. Later ones replace its weights between two
-        chats; one that does not fit leaves the present one in place and an error in the log.
+        chats, and of several the last one counts. One that cannot be read or does not fit leaves the present one in
+        place and an error in the log; one that breaks off half-way ends the replica's health.
         """
+        path, self._wanted = Path(chosen["path"]), str(chosen["version"])
         if self._engine is None:
-            await self._start(Path(chosen["path"]), str(chosen["version"]))
-        elif chosen["version"] != self._version:
-            self._changing = asyncio.create_task(self._change(Path(chosen["path"]), str(chosen["version"])))
+            await self._start(path, self._wanted)
+        else:
+            change = asyncio.create_task(self._change(path, self._wanted))
+            self._changes.add(change)
+            change.add_done_callback(self._changed)
 
     async def check_health(self) -> None:
         """Raises LostError once the engine is of no more use; Ray Serve then starts the replica anew."""
@@ -77,8 +105,8 @@ class Policy:
         while not self._open.is_set():
             await self._open.wait()
         engine, version = self._engine, self._version
-        if engine is None:
-            raise LostError("the replica was asked before it had a policy", self._version)
+        if engine is None or self._lost:
+            raise LostError(self._lost or "the replica was asked before it had a policy", version)
         ids = render_prompt(self._tokenizer, messages)
         limit = self._settings.rollout.max_prompt_tokens
         if len(ids) > limit:
@@ -98,59 +126,71 @@ class Policy:
         set_environment(self._settings)
         engine = RolloutEngine(f"policy {version}", 0, self._settings, path)
         await engine.start()
-        self._tokenizer, self._sender = load_tokenizer(path), ShmSender()
-        self._engine, self._path, self._version = engine, path, version
+        self._tokenizer = load_tokenizer(path)
+        self._begin(engine, ShmSender(), path, version)
+
+    def _begin(self, engine: RolloutEngine, sender: Sender, path: Path, version: str) -> None:
+        """Serve `version` by a started engine; later ones reach it through `sender`."""
+        self._shapes = Checklist(path, engine.tied).expected
+        self._engine, self._sender, self._version = engine, sender, version
         self._open.set()
 
     async def _change(self, path: Path, version: str) -> None:
         """Put the weights of another folder into the running engine, as the train loop publishes them."""
+        engine = self._engine
         async with self._turn:
+            if engine is None or self._lost or version != self._wanted or version == self._version:
+                return
             try:
-                await asyncio.to_thread(check_same_shape, self._path, path)
-            except RlufError:
+                checklist = await asyncio.to_thread(Checklist, path, engine.tied)
+                check_same_shape(self._shapes, checklist.expected, path)
+            except (RlufError, OSError, ValueError, KeyError, SafetensorError):
                 logger.exception("policy version %s cannot be taken; the present one stays", version)
                 return
             self._open.clear()
+            whole = False
             try:
                 while self._running:
                     await asyncio.sleep(0.01)
-                await self._publish(path)
-                self._path, self._version = path, version
+                await self._publish(engine, path, checklist)
+                self._version, whole = version, True
                 logger.warning("serving policy version %s now", version)
-            except RlufError as error:  # the engine is left half-way: only a new one is sure to be whole
-                logger.exception("policy version %s could not be loaded; the replica starts anew", version)
-                self._lost = str(error)
             finally:
+                if not whole:  # only a new engine is sure to be whole
+                    self._lost = f"policy version {version} could not be loaded; the replica starts anew"
                 self._open.set()
 
-    async def _publish(self, path: Path) -> None:
-        engine, sender = self._engine, self._sender
-        if engine is None:
-            raise LostError("there is no engine to publish to", self._version)
+    def _changed(self, change: asyncio.Task[None]) -> None:
+        """Log what a change broke off with."""
+        self._changes.discard(change)
+        if not change.cancelled() and change.exception() is not None:
+            logger.error("%s", self._lost or "a policy version cannot be taken", exc_info=change.exception())
+
+    async def _publish(self, engine: RolloutEngine, path: Path, checklist: Checklist) -> None:
+        sender = self._sender
         self._number += 1
         await engine.begin_update(sender.offer(self._number))
-        buckets = weights(path)
+        buckets = weights(path, checklist)
         while (bucket := await asyncio.to_thread(next, buckets, None)) is not None:
             await engine.update(await asyncio.to_thread(sender.send, bucket))
         await engine.finish_update(self._number)
         sender.finish()
 
 
-def weights(folder: Path) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Named tensors of a Hugging Face folder in buckets; a tied output head comes under its own name too."""
+def weights(folder: Path, checklist: Checklist) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Named tensors of a Hugging Face folder in buckets: each that its `checklist` has, once."""
     from safetensors import safe_open
 
-    tied = bool(json.loads((folder / "config.json").read_text(encoding="utf-8")).get("tie_word_embeddings"))
-    names: set[str] = set()
+    left = set(checklist.expected)
     bucket: list[tuple[str, torch.Tensor]] = []
     size = 0
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in checkpoint_files(folder):
         with safe_open(str(file), framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - it is no mapping
+            for name in sorted(left.intersection(opened.keys())):
                 tensor = opened.get_tensor(name)
-                names.add(name)
+                left.remove(name)
                 bucket.append((name, tensor))
-                if tied and name == "model.embed_tokens.weight":
+                if name == checklist.copied:
                     bucket.append(("lm_head.weight", tensor))
                 size += tensor.numel() * tensor.element_size()
                 if size >= BUCKET_BYTES:
@@ -160,24 +200,12 @@ def weights(folder: Path) -> Iterator[list[tuple[str, torch.Tensor]]]:
         yield bucket
 
 
-def check_same_shape(present: Path, other: Path) -> None:
-    """Raise ModelError when two folders' tensors differ in name or shape, so that one cannot replace the other."""
-    ours, theirs = _shapes(present), _shapes(other)
+def check_same_shape(ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]], other: Path) -> None:
+    """Raise ModelError when the weights in `other` differ in name or shape from those that the engine expects."""
     wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
     if wrong:
         name = wrong[0]
         raise ModelError(
-            f"{other} does not fit the engine of {present}: {name} is {theirs.get(name, 'missing')}, it was "
+            f"{other} does not fit the running engine: {name} is {theirs.get(name, 'missing')}, it was "
             f"{ours.get(name, 'missing')} ({len(wrong)} tensors differ); serve it under another name"
         )
-
-
-def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    from safetensors import safe_open
-
-    found: dict[str, tuple[int, ...]] = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(str(file), framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - it is no mapping
-                found[name] = tuple(opened.get_slice(name).get_shape())
-    return found

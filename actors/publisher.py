@@ -90,7 +90,7 @@ class Publisher:
             self._responses += [response] if response else []
             left -= len(response)
         self._readings = await self._read()
-        self._worst = max(reading.gap for reading in self._readings.values())
+        self._worst = max((reading.gap for reading in self._readings.values()), default=0.0)
 
     def state(self) -> dict[str, Any]:
         """The probe's responses and the largest gap so far as plain JSON, for a checkpoint."""

@@ -141,11 +141,11 @@ class LastingPublisher(Publisher):
         self._lost = lost
 
     async def prepare(self, group: ObjectRef[Group]) -> None:
-        """As Publisher.prepare; after a resumption or a loss the kept responses are read again."""
+        """As Publisher.prepare; where an engine has not been read since a resumption, all are read again."""
         while True:
             try:
                 await super().prepare(group)
-                if not self._readings and self.crew.rollouts:
+                if any(str(member) not in self._readings for member in self.crew.rollouts):
                     self._readings = await self._read()
                     self._worst = max(self._worst, *(reading.gap for reading in self._readings.values()))
                 return
@@ -224,7 +224,7 @@ class LastingPipeline(Pipeline):
     ) -> None:
         """As Pipeline, for the crew of `supervisor`."""
         super().__init__(settings, supervisor.crew, prompts, demonstrations, reactions)
-        self.reviver = Reviver(supervisor, budget or Budget(settings.cluster.restarts_per_hour), self._catch_up)
+        self.reviver = Reviver(supervisor, budget or Budget(settings.cluster.restarts_per_hour), self._welcome)
         self.publisher: LastingPublisher = LastingPublisher(settings, supervisor.crew, self.reviver.lost)
         self.learning = False
         self._began = 0
@@ -253,7 +253,7 @@ class LastingPipeline(Pipeline):
     def restore(self, state: Mapping[str, Any], step: int) -> None:
         """Go on after optimiser step `step`, whose weights engines and learners have already.
 
-        But engines that are sent adapters begin with the base model, and get the adapter before the next step.
+        But engines that are sent adapters begin with the base model until `catch_up`.
         """
         self._order.skip(int(state["order"]))
         self._next_shown.skip(int(state["shown"]))
@@ -268,7 +268,14 @@ class LastingPipeline(Pipeline):
         self.restore_algorithm(state["algorithm"])
         self.snapshot = self.state()
 
-    async def _catch_up(self, member: Member) -> None:
+    async def catch_up(self) -> None:
+        """Send the learnt adapter to engines that a resumption left with the base model."""
+        if self._behind:
+            async with self.reviver.weights:
+                await self.publisher.send(self.version)
+            self._behind = False
+
+    async def _welcome(self, member: Member) -> None:
         if self.crew.learners:
             await self.publisher.meet(member, self.version, behind=self.version > self._began)
 
@@ -311,9 +318,7 @@ class LastingPipeline(Pipeline):
 
     async def step(self, number: int) -> dict[str, float]:
         """As Pipeline.step; from learning to the end of publishing no engine is brought back."""
-        if self._behind:
-            await self.publisher.send(self.version)
-            self._behind = False
+        await self.catch_up()
         try:
             row = await super().step(number)
         finally:

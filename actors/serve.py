@@ -92,27 +92,37 @@ class Scorer:
     def __init__(self) -> None:
         self._models: Models | None = None
         self._turn = asyncio.Lock()
-        self._loading: asyncio.Task[None] | None = None
+        self._loading = asyncio.Lock()
+        self._wanted: dict[str, Any] = {}
+        self._changes: set[asyncio.Task[None]] = set()
 
     async def reconfigure(self, chosen: dict[str, Any]) -> None:
         """Take the models that the deployment's user_config names.
 
-        The first are loaded before the replica counts as started. Later ones load beside those that are served, and a
-        version that cannot be loaded leaves the present one in place and an error in the log.
+        The first are loaded before the replica counts as started. Later ones load beside those that are served, one
+        after the other, and of several the last one counts. A version that cannot be loaded leaves the present one in
+        place and an error in the log.
         """
+        self._wanted = chosen
         if self._models is None:
             self._models = await asyncio.to_thread(Models, chosen)
         else:
-            self._loading = asyncio.create_task(self._change(chosen))
+            change = asyncio.create_task(self._change(chosen))
+            self._changes.add(change)
+            change.add_done_callback(self._changes.discard)
 
     async def _change(self, chosen: dict[str, Any]) -> None:
-        try:
-            models = await asyncio.to_thread(Models, chosen)
-        except RlufError:
-            logger.exception("version %s cannot be loaded; the present one stays", chosen["version"])
-            return
-        self._models = models
-        logger.warning("serving version %s now", models.version)
+        async with self._loading:
+            if chosen is not self._wanted:
+                return
+            try:
+                models = await asyncio.to_thread(Models, chosen)
+            except RlufError:
+                logger.exception("version %s cannot be loaded; the present one stays", chosen["version"])
+                return
+            if chosen is self._wanted:
+                self._models = models
+                logger.warning("serving version %s now", models.version)
 
     async def score(self, items: list[Item]) -> Replies:
         """Scores of a batch, all by one version. Batches take turns; health checks are answered meanwhile."""

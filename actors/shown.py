@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 from actors.supervisor import within
+from rluf.errors import LostError
 from rluf.objectives.judges import failed, last_user
 from rluf.tracking.metrics import DrawnRow
 
 if TYPE_CHECKING:
     from actors.pipeline import Pipeline
+    from rluf.tracking.wandb import Tracker
     from rluf.types import Group
+
+logger = logging.getLogger(__name__)
 
 FETCH_S = 60.0
 BESIDES = ("reward", "response_length", "kl")
@@ -22,8 +27,19 @@ def due(step: int, last: int) -> bool:
     return step.bit_count() == 1 or step == last
 
 
+async def show(pipeline: Pipeline, step: int, count: int, tracker: Tracker) -> None:
+    """Log what `drawn` finds. Where it is lost with its machine, a warning says so: no run goes back for a table."""
+    try:
+        tracker.log_drawn(step, await drawn(pipeline, step, count))
+    except LostError as error:
+        logger.warning("step %d has no table of responses: %s", step, error)
+
+
 async def drawn(pipeline: Pipeline, step: int, count: int) -> list[DrawnRow]:
-    """The first response to `count` prompts of the last step, spread over its groups; StallError if they are lost."""
+    """The first response to `count` prompts of the last step, spread over its groups.
+
+    Raises LostError when one is no longer in the object store, StallError when it takes more than FETCH_S.
+    """
     places = range(0, len(pipeline.learnt), max(1, len(pipeline.learnt) // count)) if count else ()
     rows: list[DrawnRow] = []
     for place in list(places)[:count]:

@@ -18,7 +18,7 @@ import numpy as np
 from actors.pipeline import prompt_order
 from actors.supervisor import within
 from rluf.config.settings import Settings
-from rluf.errors import AlarmError, DataError
+from rluf.errors import AlarmError, DataError, LostError
 from rluf.evaluation.alarms import Action, Alarm, Baseline, Look, Question, Stream, decide
 from rluf.evaluation.monitors import Reply, measure
 from rluf.prompt_store import topics_of
@@ -76,14 +76,18 @@ class Watch:
         return [prompts[free[index]] for index in itertools.islice(order, count)]
 
     async def look(self, pipeline: Pipeline, number: int, kl: float) -> None:
-        """Measure the replies of step `number`; warn, freeze, go back or stop.
+        """Measure the replies of step `number`; warn, freeze, go back or stop. Replies that are lost are not watched.
 
         Raises AlarmError, with the step to go back to, for the last two where algorithm.alarms is act.
         """
         if self._stream is None:
             return
         owners = self._settings.objectives.owners
-        groups = [await within(ref, FETCH_S, "the object store") for ref in pipeline.learnt]
+        try:
+            groups = [await within(ref, FETCH_S, "the object store") for ref in pipeline.learnt]
+        except LostError as error:
+            logger.warning("step %d is not watched for reward hacking: %s", number, error)
+            return
         replies = _replies([group for group in groups if group.prompt.topic not in owners])
         if not replies:
             return

@@ -57,6 +57,25 @@ class Plan:
         return tuple(pool.labels for pool in self._largest_first for _ in range(pool.count))
 
     @property
+    def asked(self) -> tuple[tuple[dict[str, float], dict[str, str]], ...]:
+        """Bundles, with labels, that an autoscaler must find room for so that either phase can run.
+
+        Those of the alignment phase, then of reward training what goes beyond their sum.
+        """
+        found = list(zip(self.bundles, self.labels, strict=True))
+        short = {
+            kind: sum(pool.count * _bundle(pool).get(kind, 0.0) for pool in self.train)
+            - sum(bundle.get(kind, 0.0) for bundle in self.bundles)
+            for kind in ("CPU", "GPU")
+        }
+        for pool in self.train:
+            for _ in range(pool.count):
+                part = {kind: min(amount, short[kind]) for kind, amount in _bundle(pool).items() if short[kind] > 1e-9}
+                short = {kind: left - part.get(kind, 0.0) for kind, left in short.items()}
+                found += [(part, pool.labels)] if part else []
+        return tuple(found)
+
+    @property
     def _largest_first(self) -> list[Pool]:
         return sorted(self.align, key=lambda pool: (-pool.gpus, -pool.cpus))
 

@@ -28,7 +28,7 @@ def train(settings: Settings) -> Path:
     from actors.alignment import align
     from actors.checkpoints import resumed_folder
     from cluster.connect import connected
-    from cluster.growth import await_capacity
+    from cluster.growth import capacity
     from cluster.plan import check_host, plan, table
     from rluf.inputs import check_inputs, model_folders, prepared, rewarded
     from rluf.models import resolve_model
@@ -51,7 +51,7 @@ def train(settings: Settings) -> Path:
         phases.time("ray", stack.enter_context, connected(settings))
         planned = plan(settings)
         logger.info("actors:\n%s", table(planned, fancy=False))
-        await_capacity(planned, settings.cluster.grow_deadline_s)
+        stack.enter_context(capacity(planned, settings.cluster.grow_deadline_s))
 
         folder = resumed_folder(settings, runs_root(settings) / settings.name) or new_run_folder(settings)
         setup_logging(folder / "run.log")

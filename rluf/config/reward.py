@@ -118,7 +118,8 @@ class RewardSettings(Section):
     """Compute type of reward training (auto as in model.dtype); master weights are float32 either way. Scoring on CPUs
     is always float32."""
     retries: int = Field(default=1, ge=0)
-    """Times that failed workers are started again; they go on from where training was last kept, once a minute."""
+    """Times that failed workers are started again; they go on from where training was last kept, once a minute (an
+    ensemble begins again with its first member)."""
     deadline_s: float = Field(default=1800.0, gt=0)
     """Seconds one reward training may take before the run stops and names it."""
 

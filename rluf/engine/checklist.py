@@ -21,9 +21,12 @@ class Checklist:
     def __init__(self, folder: Path, tied: bool) -> None:
         """Read names and shapes from the safetensors headers in `folder`."""
         self.expected = checkpoint_shapes(folder)
+        self.copied: str | None = None
+        """The tensor that is sent as lm_head.weight too, where embeddings are tied and the folder holds no head."""
         embeddings = [n for n in self.expected if n.endswith("embed_tokens.weight")]
         if tied and "lm_head.weight" not in self.expected and len(embeddings) == 1:
-            self.expected["lm_head.weight"] = self.expected[embeddings[0]]
+            self.copied = embeddings[0]
+            self.expected["lm_head.weight"] = self.expected[self.copied]
         self._seen: set[str] = set()
 
     def start(self) -> None:
@@ -49,18 +52,21 @@ class Checklist:
             raise SyncError(f"{len(missing)} of {len(self.expected)} tensors were not sent: {some}")
 
 
+def checkpoint_files(folder: Path) -> list[Path]:
+    """The safetensors files of a Hugging Face folder that hold its weights: those of the index where there is one."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
+    return sorted(folder.glob("*.safetensors"))
+
+
 def checkpoint_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name to shape of every weight in a Hugging Face folder; reads headers only, no weights.
 
     Rotary frequencies, which old checkpoints carry, are computed and not weights: they are left out.
     """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        files = sorted({folder / name for name in json.loads(index.read_text())["weight_map"].values()})
-    else:
-        files = sorted(folder.glob("*.safetensors"))
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
+    for file in checkpoint_files(folder):
         with safe_open(file, framework="pt") as handle:
             for name in sorted(handle.keys()):
                 if not name.endswith("rotary_emb.inv_freq"):

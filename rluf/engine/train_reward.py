@@ -35,7 +35,7 @@ SPLITS = ("train", "dev", "test")
 QUIET = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
 SMALL_BYTES = 64 << 20
 SAVE_S = 60.0
-"""Seconds of training that a lost worker may cost."""
+"""Seconds of training that a lost worker may cost a model alone, or heads of one backbone."""
 
 
 def train_rewards(
@@ -51,9 +51,10 @@ def train_rewards(
 
     `jobs` maps an objective to (data folder written by rluf.prepare, checkpoint folder to write). A checkpoint folder
     appears only when whole; one that is already there is kept, so a worker that is started again goes on with the next
-    objective, and within one from where training stood at most `save_s` seconds before. `thorough` adds slices, the
-    robustness table and a page to each card; `before` names earlier models by objective, which the cards compare;
-    `curve` are shares of the training rows with which each model is trained once more, for the cards' learning curve.
+    objective, and within one from where training stood at most `save_s` seconds before; but of an ensemble only the
+    member in training is kept, so that those before it, and the learning curve, are trained again. `thorough` adds
+    slices, the robustness table and a page to each card; `before` names earlier models by objective, which the cards
+    compare; `curve` are shares of the training rows with which each model is trained once more, for the learning curve.
     Raises DataError, ModelError, ResourceError, or StallError past reward.deadline_s for all jobs together.
     """
     import ray.data

@@ -214,6 +214,7 @@ class DiskSender:
 
         Raises ResourceError when the disk refuses it.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         self._drop()
@@ -223,7 +224,7 @@ class DiskSender:
         try:
             save_file({name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in bucket}, str(part))
             part.rename(path)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise ResourceError(f"a bucket could not be written to {path}: {error}; free some disk") from error
         self._last = path
         return {"path": str(path), "entries": [[name, list(tensor.shape)] for name, tensor in bucket]}

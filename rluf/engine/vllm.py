@@ -250,6 +250,11 @@ class RolloutEngine:
             self.version = version
             await engine.resume_generation()
 
+    @property
+    def tied(self) -> bool:
+        """Whether the running model's output head is its embeddings."""
+        return bool(getattr(self._alive().model_config.hf_config, "tie_word_embeddings", False))
+
     def health(self) -> dict[str, Any]:
         """Name, weight version, samples running, and whether vLLM's core still lives."""
         engine = self._engine

@@ -54,6 +54,7 @@ class Uploader:
         self._now: _Copy | None = None
         self._next: Path | None = None
         self.uploaded: list[int] = []
+        self._known = self._here()
 
     @classmethod
     def of(cls, settings: Settings, folder: Path) -> Uploader | None:
@@ -79,6 +80,7 @@ class Uploader:
     def add(self, checkpoint: Path) -> None:
         """Copy `checkpoint` when the one before it is through; one that hangs past its deadline is given up."""
         with self._lock:
+            self._known.add(checkpoint.name)
             now = self._now
             if now is not None and not now.done and time.monotonic() - now.since > self._deadline:
                 now.given_up = True
@@ -90,6 +92,9 @@ class Uploader:
                 self._next = checkpoint
                 return
             self._start(checkpoint)
+
+    def _here(self) -> set[str]:
+        return {path.name for path in (self.folder / FOLDER).glob("step-*")}
 
     def drain(self) -> bool:
         """Wait until nothing is under way, at most the deadline of a checkpoint; whether all got there."""
@@ -152,7 +157,10 @@ class Uploader:
         return problem
 
     def _copied(self, copy: _Copy) -> bool:
-        """Copy what is not there yet, the manifest last, then delete copies whose checkpoints are gone here."""
+        """Copy what is not there yet, the manifest last, then delete copies whose checkpoints this run has deleted.
+
+        Others stay: a machine that goes on with a run begins with its newest checkpoint alone.
+        """
         storage, root = open_storage(self.url)
         target = f"{root}/{FOLDER}/{copy.folder.name}"
         sizes: dict[str, int] = json.loads((copy.folder / MANIFEST).read_text("utf-8"))["files"]
@@ -168,9 +176,10 @@ class Uploader:
                 storage.makedirs(there.rpartition("/")[0], exist_ok=True)
                 storage.put_file(str(here), there)
                 copy.there.add(there)
-        left = {path.name for path in (self.folder / FOLDER).glob("step-*")}
+        with self._lock:
+            gone = self._known - self._here()
         for name in _steps(storage, root):
-            if name not in left:
+            if name in gone:
                 storage.rm(f"{root}/{FOLDER}/{name}/{MANIFEST}")
                 storage.rm(f"{root}/{FOLDER}/{name}", recursive=True)
         return True

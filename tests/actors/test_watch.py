@@ -10,8 +10,10 @@ from typing import Any, cast
 
 import pytest
 import ray
+from ray.exceptions import OwnerDiedError
 
 from actors.pipeline import Pipeline
+from actors.shown import show
 from actors.watch import Watch
 from rluf.config.reward import ObjectivesSettings
 from rluf.config.settings import Settings
@@ -149,3 +151,24 @@ async def test_off_asks_nothing_of_the_base_policy(tracker: Tracker) -> None:
     watch = await begun("off", tracker, policy)
     await watch.look(policy.learns(LOOP), 1, 0.0)
     assert policy.asked == [] and watch.state() is None
+
+
+async def gone() -> Group:
+    raise OwnerDiedError("00", "", "")
+
+
+async def test_replies_that_are_lost_leave_the_run_alone(tracker: Tracker, caplog: pytest.LogCaptureFixture) -> None:
+    policy = Policy()
+    watch = await begun("act", tracker, policy)
+    await watch.look(policy.learns(HONEST), 1, 0.0)
+    policy.learns(LOOP)
+    policy.learnt[3] = gone()
+    before = watch.state()
+    await watch.look(cast(Pipeline, policy), 2, 0.0)
+    assert watch.state() == before
+    policy.learnt[3] = gone()
+    policy.values = {"love": [[0.5]] * 8, "reward": [[0.5]] * 8}
+    await show(cast(Pipeline, policy), 2, 8, tracker)
+    assert [record.message.partition(":")[0] for record in caplog.records] == [
+        "step 2 is not watched for reward hacking", "step 2 has no table of responses"
+    ]  # fmt: skip

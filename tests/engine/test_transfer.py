@@ -7,13 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
 from rluf.engine.transfer import DiskSender, ShmSender, machine_id, read_file, read_segment
-from rluf.errors import SyncError
+from rluf.errors import ResourceError, SyncError
 
 BUCKET = [
     ("a", torch.arange(6, dtype=torch.float32).reshape(2, 3)),
@@ -101,3 +102,10 @@ def test_files_carry_a_bucket_bit_for_bit_and_leave_nothing_behind(tmp_path: Pat
     sender.close()
     sender.close()
     assert list((tmp_path / "publish").iterdir()) == []
+
+
+def test_a_full_disk_is_told_as_a_lack_of_room(small_disk: Callable[[int], Path]) -> None:
+    sender = DiskSender(small_disk(1) / "publish")
+    with pytest.raises(ResourceError, match=r"bucket could not be written to .*free some disk"):
+        sender.send([("large", torch.zeros(1 << 20))])
+    sender.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from pyarrow.fs import LocalFileSystem
 from actors.checkpoints import resumed_folder
 from rluf.config.load import load_settings
 from rluf.errors import ModelError, ResourceError
-from rluf.policy.resume import ANSWERS, FOLDER, MANIFEST, RunState, newest_whole, prune, write_state
+from rluf.policy.resume import ANSWERS, FOLDER, MANIFEST, RunState, forget_after, newest_whole, prune, write_state
 from rluf.policy.uploads import Uploader, download, newest_upload
 
 
@@ -133,6 +134,26 @@ def test_what_is_newer_here_is_not_fetched_and_what_is_deleted_here_goes_there_t
     assert newest_whole(run / FOLDER).step == 12  # type: ignore[union-attr]
 
 
+def test_copies_that_this_machine_never_had_stay(run: Path, tmp_path: Path) -> None:
+    first = Uploader("memory://store/tiny/r", run, 5.0)
+    for step in (3, 6):
+        first.add(checkpoint(run, step))
+        first.drain()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    download(first.url, elsewhere)
+    second = Uploader(first.url, elsewhere, 5.0)
+    for step in (9, 12):
+        second.add(checkpoint(elsewhere, step))
+        assert second.drain()
+    forget_after(elsewhere / FOLDER, 9)
+    shutil.rmtree(elsewhere / FOLDER / "step-6")
+    second.add(checkpoint(elsewhere, 15))
+    assert second.drain()
+    there = fsspec.filesystem("memory").ls(f"/store/tiny/r/{FOLDER}", detail=False)
+    assert {path.rpartition("/")[2] for path in there} == {"step-3", "step-9", "step-15"}
+
+
 def test_a_copy_cut_short_is_never_taken_for_a_whole_one(run: Path, tmp_path: Path) -> None:
     uploads = Uploader("memory://store/tiny/r", run, 5.0)
     for step in (3, 6):
@@ -149,8 +170,6 @@ def test_a_copy_cut_short_is_never_taken_for_a_whole_one(run: Path, tmp_path: Pa
 
 
 def test_the_same_step_after_going_back_replaces_its_copy(run: Path, tmp_path: Path) -> None:
-    import shutil
-
     uploads = Uploader("memory://store/tiny/r", run, 5.0)
     uploads.add(checkpoint(run, 3, b"before"))
     uploads.drain()
@@ -198,8 +217,6 @@ def test_storage_that_hangs_is_given_up_past_the_deadline_and_the_newest_goes_ne
 
 
 def test_a_checkpoint_deleted_on_the_way_is_no_failure(run: Path, caplog: pytest.LogCaptureFixture) -> None:
-    import shutil
-
     uploads = Uploader("shaky://store", run, 5.0)
     Shaky.gate.clear()
     folder = checkpoint(run, 3)

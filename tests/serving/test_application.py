@@ -4,14 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from actors.application import candidate_folders, chosen_models, feedback_root, given_folders, log_folder, salt_of
+import actors.serve
+from actors.application import (
+    _policy,
+    _shape,
+    candidate_folders,
+    chosen_models,
+    feedback_root,
+    given_folders,
+    log_folder,
+    salt_of,
+)
+from actors.chat import Policy
 from actors.serve import Scorer
+from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.errors import ModelError
+from rluf.models import resolve_model
+from rluf.paths import cache_dir
 from tests.serving.conftest import OBJECTIVES, offline, some_items, write_models
 
 
@@ -56,6 +73,45 @@ def test_a_candidate_is_what_its_folder_holds(models: Path, tmp_path: Path) -> N
         candidate_folders(settings(models, tmp_path, candidate=str(tmp_path / "nothing")))
 
 
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+LONG = ["rollout.max_prompt_tokens=1024", "rollout.max_response_tokens=512", "algorithm.micro_batch_tokens=8192"]
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides"),
+    [
+        *((config, []) for config in CONFIGS),
+        (None, LONG),
+        (None, ["rollout.concurrency=2", "algorithm.samples_per_prompt=2"]),
+    ],
+)
+def test_a_policy_replica_takes_whatever_settings_the_driver_took(config: Path | None, overrides: list[str]) -> None:
+    chosen = load_settings(config, overrides).settings
+    folder = resolve_model("tiny", cache_dir(chosen))
+    (told,) = _policy(chosen, "some", folder, "1")._bound_deployment.init_args
+    found = Policy(told)._settings
+    assert (found.model, found.rollout, found.cluster, found.seed) == (
+        chosen.model, chosen.rollout, chosen.cluster, chosen.seed
+    )  # fmt: skip
+    assert found.policy_dtype == chosen.policy_dtype
+    assert found.publish.engine == "shm"
+
+
+def test_an_engine_starts_anew_for_whatever_it_reads_once_and_not_for_weights(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(resolve_model("tiny", cache_dir(Settings())), tmp_path / "policy"))
+    seen = [_shape(folder)]
+    (folder / "model.safetensors").write_bytes(b"other weights")
+    assert _shape(folder) == seen[0]
+    for name in ("generation_config.json", "chat_template.jinja", "tokenizer_config.json", "tokenizer.json"):
+        (folder / name).write_text(f"another {name}")
+        seen.append(_shape(folder))
+    (folder / "tokenizer.json").unlink()  # some tokenizers have another file
+    assert len({*seen, _shape(folder)}) == 6
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"policy holds no config\.json"):
+        _shape(folder)
+
+
 def test_salt_and_log_last(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RLUF_SERVE_SALT", raising=False)
     chosen = settings(models, tmp_path)
@@ -96,3 +152,35 @@ async def test_a_scorer_changes_over_between_batches_and_keeps_what_it_has_when_
         [one["love"][0] for one in offline(other, items)], abs=1e-4
     )
     assert set(seen) <= {chosen["first"]["version"], chosen["other"]["version"]}
+
+
+class Loaded:
+    """Reward models that take as long to load as their gate is shut."""
+
+    gates: dict[str, threading.Event]
+
+    def __init__(self, chosen: Mapping[str, Any]) -> None:
+        self.version, self.facts = chosen["version"], dict[str, Any]()
+        Loaded.gates.setdefault(self.version, threading.Event()).wait(20)
+
+
+async def test_of_two_scorer_changes_the_last_asked_for_is_served_however_long_the_first_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(actors.serve, "Models", Loaded)
+    Loaded.gates = {}
+
+    def opened(name: str) -> None:
+        Loaded.gates.setdefault(name, threading.Event()).set()
+
+    opened("one")
+    scorer = Scorer()
+    await scorer.reconfigure({"version": "one"})
+    for asked, kept in ((("two", "three"), "three"), (("four", "three"), "three")):
+        for version in asked:
+            await scorer.reconfigure({"version": version})
+        opened(asked[1])
+        await asyncio.sleep(0.1)
+        opened(asked[0])
+        await asyncio.gather(*scorer._changes)
+        assert (await scorer.describe())["version"] == kept
