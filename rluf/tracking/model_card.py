@@ -91,7 +91,8 @@ def _rewards(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
         figure = "auroc" if "auroc" in card else "pair_accuracy"
         found, calibration = card.get(figure), card.get("ece")
         if isinstance(found, Mapping):
-            shown = f"{found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]"
+            mean, low, high = (found[key] for key in ("mean", "low", "high"))
+            shown = "unknown" if None in (mean, low, high) else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
             lines.append(f"- {name}: {figure} {shown} on n = {card.get('n')}, calibration error {calibration}")
     return [*lines, f"- the whole cards: {FILES}/<objective>.json"]
 

@@ -48,3 +48,10 @@ def test_a_folder_is_no_hub_id(tmp_path: Path) -> None:
     text = write_model_card(run_folder(tmp_path, "./models/mine")).read_text("utf-8")
     assert "base_model" not in text.split("---")[1]
     assert "./models" not in text
+
+
+def test_a_figure_that_nobody_knows_is_told_so(tmp_path: Path) -> None:
+    folder = run_folder(tmp_path, "org/model")
+    none = {"mean": None, "low": None, "high": None}
+    write_json(folder / "cards" / "love.json", {"auroc": none, "n": 12, "ece": 0.01})
+    assert "love: auroc unknown on n = 12" in write_model_card(folder).read_text("utf-8")
