@@ -79,7 +79,7 @@ def sweep(given: argparse.Namespace) -> dict[str, Any]:
                 run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=1),
             ).fit()
     found = {point: _summary(folder, _name(point)) for point in grid}
-    result = report({point: summary for point, summary in found.items() if summary})
+    result = report(found)
     result["failed"] = {_name(point): str(folder / f"{_name(point)}.log") for point, one in found.items() if not one}
     write_json(folder / "sweep.json", jsonable(result))
     sys.stdout.write(sweep_text(result))
