@@ -46,6 +46,14 @@ def options() -> argparse.ArgumentParser:
     return parser
 
 
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line, read: key=value words may stand anywhere, also after --seeds, which would take them for seeds."""
+    changes = [word for word in arguments if "=" in word and not word.startswith("-")]
+    given = options().parse_intermixed_args([word for word in arguments if word not in changes])
+    given.overrides += changes
+    return given
+
+
 def sweep(given: argparse.Namespace) -> dict[str, Any]:
     """Run the grid, write <run.root>/<name>-sweep/sweep.json and return it. Raises RlufError; failed runs are named."""
     import ray
@@ -148,7 +156,7 @@ def _run(command: Sequence[str], here: Path, address: str, log: Path) -> dict[st
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command. The last line of stdout is JSON; errors of the user's are one clear message on stderr."""
-    given = options().parse_intermixed_args(arguments)
+    given = parsed(sys.argv[1:] if arguments is None else arguments)
 
     def work() -> None:
         from rluf.tracking.metrics import jsonable

@@ -8,7 +8,7 @@ from typing import Any
 
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
-from rluf.sweep import finished
+from rluf.sweep import finished, parsed
 
 
 def settings(*overrides: str) -> Settings:
@@ -21,6 +21,12 @@ def run(folder: Path, ran: Settings | None, **summary: Any) -> None:
         (folder / "config.json").write_text(ran.model_dump_json(), "utf-8")
     if summary:
         (folder / "summary.json").write_text(json.dumps(summary), "utf-8")
+
+
+def test_overrides_may_follow_the_grid() -> None:
+    given = parsed(["a=1", "--seeds", "4", "5", "b=[2, 3]", "--weights", "0.2", "c.d=x", "--config=f.yaml"])
+    assert (given.seeds, given.weights, given.overrides) == ([4, 5], [0.2], ["a=1", "b=[2, 3]", "c.d=x"])
+    assert given.config == Path("f.yaml")
 
 
 def test_a_run_with_other_settings_is_none_of_the_sweeps(tmp_path: Path) -> None:
