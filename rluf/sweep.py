@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from rluf.config.cli import guard
 from rluf.config.load import load_settings
-from rluf.errors import SettingsError
+from rluf.errors import ActorError, SettingsError
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
@@ -47,7 +47,7 @@ def options() -> argparse.ArgumentParser:
 
 
 def parsed(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line, read: key=value words may stand anywhere, also after --seeds, which would take them for seeds."""
+    """The command line, read. key=value words may stand anywhere, also after --seeds, which would take them."""
     changes = [word for word in arguments if "=" in word and not word.startswith("-")]
     given = options().parse_intermixed_args([word for word in arguments if word not in changes])
     given.overrides += changes
@@ -154,14 +154,27 @@ def _run(command: Sequence[str], here: Path, address: str, log: Path) -> dict[st
                 process.terminate()
 
 
+def check_all_ended(result: Mapping[str, Any]) -> None:
+    """Raise ActorError that names the runs of the sweep that failed and their logs."""
+    failed = result["failed"]
+    if failed:
+        logs = ", ".join(f"{name} (see {log})" for name, log in failed.items())
+        raise ActorError(
+            f"{len(failed)} runs of the sweep failed: {logs}; mend what the logs say and run the sweep again, finished "
+            "runs are kept"
+        )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. The last line of stdout is JSON; errors of the user's are one clear message on stderr."""
+    """The command. The last line of stdout is JSON, also where runs failed; errors are one clear message on stderr."""
     given = parsed(sys.argv[1:] if arguments is None else arguments)
 
     def work() -> None:
         from rluf.tracking.metrics import jsonable
 
-        sys.stdout.write(json.dumps(jsonable(sweep(given)), allow_nan=False) + "\n")
+        result = sweep(given)
+        sys.stdout.write(json.dumps(jsonable(result), allow_nan=False) + "\n")
+        check_all_ended(result)
 
     return guard(work)
 

@@ -1,4 +1,4 @@
-"""What a sweep takes for a finished run of its own; e2e/test_sweep.py runs one."""
+"""What a sweep takes for a finished run of its own, and how it ends when runs failed; e2e/test_sweep.py runs one."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
-from rluf.sweep import finished, parsed
+from rluf.errors import ActorError
+from rluf.sweep import check_all_ended, finished, parsed
 
 
 def settings(*overrides: str) -> Settings:
@@ -57,3 +60,9 @@ def test_a_run_that_does_not_tell_its_settings_or_tells_unknown_ones_is_made_aga
     (tmp_path / "b" / "config.json").write_text(json.dumps({**told, "gone": 1}), "utf-8")
     assert finished(tmp_path, settings()) is None
     assert finished(tmp_path / "nowhere", settings()) is None
+
+
+def test_failed_runs_are_named_with_their_logs() -> None:
+    check_all_ended({"failed": {}})
+    with pytest.raises(ActorError, match=r"2 runs .* a \(see a\.log\), b \(see b\.log\)"):
+        check_all_ended({"failed": {"a": "a.log", "b": "b.log"}})
