@@ -231,10 +231,15 @@ def members(settings: Settings) -> str | None:
 
 
 def heads(settings: Settings) -> str | None:
-    """Heads that share a backbone are several, each once; elastic workers cannot share out the optimiser's state."""
+    """Heads of one backbone are several, each once, trained together; elastic workers cannot share out an optimiser."""
     reward = settings.reward
     if reward.heads and len(set(reward.heads)) < max(2, len(reward.heads)):
         return f"reward.heads={list(reward.heads)} must name two heads or more, each once; set it to [] for none"
+    if set(reward.only) & set(reward.heads) and not set(reward.heads) <= set(reward.only):
+        return (
+            f"reward.only={list(reward.only)} leaves out heads of the model that reward.heads={list(reward.heads)} "
+            "train together; set reward.only=[] for all of them, or reward.heads=[]"
+        )
     if not isinstance(reward.workers, int):
         fewest, most = reward.workers
         if fewest > most:
