@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from rluf.config.reward import ObjectiveSettings
 from rluf.config.settings import Settings
 from rluf.errors import ModelError
+from rluf.models import embedded_models
 from rluf.paths import cache_dir, check_writable, runs_root
 from rluf.stages import Stage, code_digest, file_digest, run_stage, run_stages
 
@@ -65,23 +66,11 @@ def rewarded(settings: Settings, data: Stage) -> dict[str, Stage | None]:
     from rluf.engine.train_reward import grouped
     from rluf.reward import train_rewards
 
-    engine = ("deepspeed", "train_member", "train_reward", "train_state", "write_reward")
-    code = code_digest("objectives", "reward", *(f"engine.{module}" for module in engine))
     reward, named = settings.reward, settings.objectives.named
     missing = [n for n, objective in named.items() if objective.source == "model" and objective.path is None]
     groups = grouped(settings, [*missing, *(head for head in reward.heads if head not in named)])
     of_stage = {f"reward-{'-'.join(group)}": group for group in groups}
-    wanted = {
-        stage: {
-            "data": data.key,
-            "model": {head: reward.of_head(head).model_dump(mode="json") for head in group},
-            "workers": reward.workers,
-            "zero_stage": reward.zero_stage,
-            "seed": settings.seed,
-            "code": code,
-        }
-        for stage, group in of_stage.items()
-    }
+    wanted = {stage: reward_parts(settings, data, group) for stage, group in of_stage.items()}
 
     def build(folders: Mapping[str, Path]) -> None:
         jobs = {head: (data.folder, folders[stage] / head) for stage in folders for head in of_stage[stage]}
@@ -90,6 +79,31 @@ def rewarded(settings: Settings, data: Stage) -> dict[str, Stage | None]:
     stages = run_stages(cache_dir(settings), wanted, build, reuse=settings.run.reuse)
     trained = {h: replace(stages[s], folder=stages[s].folder / h) for s, group in of_stage.items() for h in group}
     return {name: trained.get(name) or _given(name, objective) for name, objective in named.items()}
+
+
+def reward_parts(settings: Settings, data: Stage, group: Sequence[str]) -> dict[str, object]:
+    """Everything that the reward model of these heads is made from; a backbone's folder counts with what is in it."""
+    reward = settings.reward
+    engine = ("deepspeed", "train_member", "train_reward", "train_state", "write_reward")
+    backbones = sorted({member.backbone for member in reward.of_head(group[0]).members})
+    return {
+        "data": data.key,
+        "model": {head: reward.of_head(head).model_dump(mode="json") for head in group},
+        "folders": {name: digest for name in backbones if (digest := _folder_digest(name)) is not None},
+        "dtype": settings.reward_dtype,
+        "workers": reward.workers,
+        "zero_stage": reward.zero_stage,
+        "seed": settings.seed,
+        "code": code_digest("objectives", "reward", *(f"engine.{module}" for module in engine)),
+    }
+
+
+def _folder_digest(backbone: str) -> str | None:
+    """Hash of the model's files where `backbone` is a folder, whose content may change under its name; else None."""
+    folder = Path(backbone).expanduser()
+    if backbone in embedded_models() or not folder.is_dir():
+        return None
+    return file_digest(path for path in folder.iterdir() if path.is_file())[:12]
 
 
 def _given(name: str, objective: ObjectiveSettings) -> Stage | None:

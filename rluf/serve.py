@@ -1,7 +1,8 @@
 """Serve reward models and policies over HTTP on Ray Serve, and take reactions in.
 
-On this machine's own Ray it runs until it is told to stop (Ctrl-C), and takes changed models on SIGHUP; on a named Ray
-cluster it deploys and leaves. Run it again there to change models without a failed request.
+On this machine's own Ray it runs until it is told to stop (Ctrl-C; a second one does not wait for running requests),
+and takes changed models on SIGHUP; on a named Ray cluster it deploys and leaves. Run it again there to change models
+without a failed request.
 
     python -m rluf.serve --config configs/serve.yaml
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from rluf.config.settings import Settings
 
 logger = logging.getLogger("rluf.serve")
+GRACE_S = 10.0
+"""Seconds that an answer may take at the end beyond serve.deadline_s, in which running requests end."""
 
 
 def models_for(settings: Settings) -> dict[str, Path | None]:
@@ -59,16 +62,49 @@ def change(arguments: Sequence[str] | None) -> None:
         logger.error("nothing changed: %s", error)
 
 
+def until_told(changed: Callable[[], None]) -> None:
+    """Wait for SIGINT or SIGTERM, calling `changed` at each SIGHUP. From then on both end the program where it is."""
+    heard: SimpleQueue[int] = SimpleQueue()
+    before = {
+        number: signal.signal(number, lambda number, _: heard.put(number))
+        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+    }
+    while heard.get() == signal.SIGHUP:
+        changed()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+
+
 def stop(settings: Settings, handle: Any) -> None:
-    """Refuse new requests, let running ones end, write settled feedback, end the service."""
+    """Refuse new requests, let running ones end, write settled feedback, end the service.
+
+    Neither an actor that does not answer nor a second signal leaves the service running.
+    """
     from ray import serve as ray_serve
 
     from actors.serve import NAME
 
-    left = handle.drain.remote(settings.serve.deadline_s).result()
-    logger.info("drained: %d requests were still running", left)
-    ray_serve.get_deployment_handle("ledger", NAME).rotate.remote().result()
-    ray_serve.shutdown()
+    seconds = settings.serve.deadline_s
+    try:
+        left = answered(handle.drain.remote(seconds), seconds + GRACE_S, "draining")
+        if left is not None:
+            logger.info("drained: %d requests were still running", left)
+        ledger = ray_serve.get_deployment_handle("ledger", NAME)
+        answered(ledger.rotate.remote(), seconds + GRACE_S, "writing settled feedback, which the next start does")
+    except (KeyboardInterrupt, SystemExit):
+        logger.warning("stopped before draining was done: a second signal came")
+        raise
+    finally:
+        ray_serve.shutdown()
+
+
+def answered(response: Any, seconds: float, missed: str) -> Any:
+    """The answer of a deployment; None, with a warning that names what was `missed`, after `seconds` without one."""
+    try:
+        return response.result(timeout_s=seconds)
+    except TimeoutError:
+        logger.warning("stopped without %s: no answer within %g s", missed, seconds)
+        return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,11 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             handle = serve(settings)
             if not on_this_machine(settings):
                 return  # the cluster keeps it running
-            heard: SimpleQueue[int] = SimpleQueue()
-            for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, lambda number, _: heard.put(number))
-            while heard.get() == signal.SIGHUP:
-                change(arguments)
+            until_told(lambda: change(arguments))
             stop(settings, handle)
 
     return guard(run)

@@ -4,7 +4,7 @@ python -m rluf.sweep --config configs/love-0.3.yaml --weights 0 0.1 0.3 --kl 0.0
 
 Each run is python -m rluf.train with objectives.love.weight, algorithm.kl_coef and seed set, the rest from the config
 and from key=value; what love gets more or less than in the config, helpfulness gets less or more, so that a weight is a
-share of the reward. Runs that are there are not made again.
+share of the reward. Finished runs with the very settings asked for are not made again.
 """
 
 from __future__ import annotations
@@ -15,18 +15,20 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rluf.config.cli import guard
 from rluf.config.load import load_settings
-from rluf.errors import SettingsError
+from rluf.errors import ActorError, SettingsError
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
 
 logger = logging.getLogger("rluf.sweep")
+PLACE = ("name", "run", "cluster", "serve", "tracking")
+"""Settings that say where a run is made and what it is told to, not what it finds."""
 
 
 def options() -> argparse.ArgumentParser:
@@ -42,6 +44,14 @@ def options() -> argparse.ArgumentParser:
     add("--concurrent", type=int, default=1, help="runs at a time, if the cluster has room (default 1)")
     add("overrides", nargs="*", metavar="key=value", help="change single settings of all runs")
     return parser
+
+
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command line, read. key=value words may stand anywhere, also after --seeds, which would take them."""
+    changes = [word for word in arguments if "=" in word and not word.startswith("-")]
+    given = options().parse_intermixed_args([word for word in arguments if word not in changes])
+    given.overrides += changes
+    return given
 
 
 def sweep(given: argparse.Namespace) -> dict[str, Any]:
@@ -62,8 +72,10 @@ def sweep(given: argparse.Namespace) -> dict[str, Any]:
     folder = runs_root(settings) / f"{settings.name}-sweep"
     folder.mkdir(parents=True, exist_ok=True)
     grid = [(w, kl, seed) for w in given.weights for kl in given.kl for seed in given.seeds]
-    commands = {_name(point): _command(given, settings, folder, point) for point in grid}
-    waiting = [name for name in commands if not _summary(folder, name)]
+    changes = {point: _overrides(given, settings, folder, point) for point in grid}
+    commands = {_name(point): _command(given, changes[point]) for point in grid}
+    wanted = {point: load_settings(given.config, changes[point]).settings for point in grid}
+    waiting = [_name(point) for point in grid if not finished(folder / _name(point), wanted[point])]
     logger.info("%d runs, %d of them are there already; results in %s", len(grid), len(grid) - len(waiting), folder)
     if waiting:
         with connected(settings):
@@ -78,8 +90,8 @@ def sweep(given: argparse.Namespace) -> dict[str, Any]:
                 tune_config=tune.TuneConfig(max_concurrent_trials=given.concurrent),
                 run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=1),
             ).fit()
-    found = {point: _summary(folder, _name(point)) for point in grid}
-    result = report({point: summary for point, summary in found.items() if summary})
+    found = {point: finished(folder / _name(point), wanted[point]) for point in grid}
+    result = report(found)
     result["failed"] = {_name(point): str(folder / f"{_name(point)}.log") for point, one in found.items() if not one}
     write_json(folder / "sweep.json", jsonable(result))
     sys.stdout.write(sweep_text(result))
@@ -90,20 +102,43 @@ def _name(point: tuple[float, float, int]) -> str:
     return f"love{point[0]:g}-kl{point[1]:g}-seed{point[2]}"
 
 
-def _command(given: argparse.Namespace, settings: Settings, folder: Path, point: tuple[float, float, int]) -> list[str]:
-    config = ["--config", str(given.config.resolve())] if given.config else []
+def _overrides(
+    given: argparse.Namespace, settings: Settings, folder: Path, point: tuple[float, float, int]
+) -> list[str]:
     rest = max(0.0, settings.objectives.love.weight + settings.objectives.helpfulness.weight - point[0])
     return [
-        sys.executable, "-m", "rluf.train", *config, *given.overrides, f"objectives.love.weight={point[0]:g}",
-        f"objectives.helpfulness.weight={rest:g}",
+        *given.overrides, f"objectives.love.weight={point[0]:g}", f"objectives.helpfulness.weight={rest:g}",
         f"algorithm.kl_coef={point[1]:g}", f"seed={point[2]}", f"name={_name(point)}", f"run.root={folder}",
     ]  # fmt: skip
 
 
-def _summary(folder: Path, name: str) -> dict[str, Any] | None:
-    """summary.json of a finished run; None where there is none."""
-    file = folder / name / "latest" / "summary.json"
-    return dict(json.loads(file.read_text("utf-8"))) if file.is_file() else None
+def _command(given: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
+    config = ["--config", str(given.config.resolve())] if given.config else []
+    return [sys.executable, "-m", "rluf.train", *config, *overrides]
+
+
+def finished(folder: Path, wanted: Settings) -> dict[str, Any] | None:
+    """summary.json of the newest finished run in `folder` that had the settings `wanted`, None where there is none."""
+    from rluf.tracking.metrics import read_json
+
+    for file in sorted(folder.glob("*/summary.json"), reverse=True):
+        if not file.parent.is_symlink() and same(read_json(file.parent / "config.json"), wanted):
+            return read_json(file)
+    return None
+
+
+def same(told: Mapping[str, Any], wanted: Settings) -> bool:
+    """Whether a run's config.json says what `wanted` does, but for its place; keys it lacks are taken as defaults."""
+    from pydantic import ValidationError
+
+    from rluf.config.settings import Settings
+
+    try:
+        sides = (Settings.model_validate(told), wanted)
+    except ValidationError:
+        return False  # of a version with other settings
+    first, second = (one.model_dump(exclude=set(PLACE)) for one in sides)
+    return bool(told) and first == second and sides[0].run.deterministic == wanted.run.deterministic
 
 
 def _run(command: Sequence[str], here: Path, address: str, log: Path) -> dict[str, float]:
@@ -119,14 +154,27 @@ def _run(command: Sequence[str], here: Path, address: str, log: Path) -> dict[st
                 process.terminate()
 
 
+def check_all_ended(result: Mapping[str, Any]) -> None:
+    """Raise ActorError that names the runs of the sweep that failed and their logs."""
+    failed = result["failed"]
+    if failed:
+        logs = ", ".join(f"{name} (see {log})" for name, log in failed.items())
+        raise ActorError(
+            f"{len(failed)} runs of the sweep failed: {logs}; mend what the logs say and run the sweep again, finished "
+            "runs are kept"
+        )
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. The last line of stdout is JSON; errors of the user's are one clear message on stderr."""
-    given = options().parse_intermixed_args(arguments)
+    """The command. The last line of stdout is JSON, also where runs failed; errors are one clear message on stderr."""
+    given = parsed(sys.argv[1:] if arguments is None else arguments)
 
     def work() -> None:
         from rluf.tracking.metrics import jsonable
 
-        sys.stdout.write(json.dumps(jsonable(sweep(given)), allow_nan=False) + "\n")
+        result = sweep(given)
+        sys.stdout.write(json.dumps(jsonable(result), allow_nan=False) + "\n")
+        check_all_ended(result)
 
     return guard(work)
 

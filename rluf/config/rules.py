@@ -193,10 +193,11 @@ def debiased(settings: Settings) -> str | None:
     """What is learnt around needs epochs to learn in, and a pair shows both sides to one user."""
     for name, model in settings.reward.named.items():
         fitted = [what for what in model.debias if what in ("length", "users")]
-        if fitted and model.epochs == 0:
+        lead = next((one for one in _leads(settings, name) if settings.reward.named[one].epochs == 0), None)
+        if fitted and lead is not None:
             return (
                 f"reward.{name}.debias={list(model.debias)} takes {fitted[0]} out while training, of which "
-                f"reward.{name}.epochs=0 leaves none; set reward.{name}.epochs=1 or take {fitted[0]} out of debias"
+                f"reward.{lead}.epochs=0 leaves none; set reward.{lead}.epochs=1 or take {fitted[0]} out of debias"
             )
         wrong = [what for what in model.debias if what in ("users", "propensity") and name != "love"]
         if wrong:
@@ -205,6 +206,13 @@ def debiased(settings: Settings) -> str | None:
                 f"{model.loss} learns from raters; set debias without it"
             )
     return None
+
+
+def _leads(settings: Settings, name: str) -> set[str]:
+    """Sections whose epochs train what section `name` says: of shared heads the first head's, else its own."""
+    reward = settings.reward
+    sections = [head if head in reward.named else "love" for head in reward.heads]  # continued and thumbs: love's
+    return ({sections[0]} if name in sections else set()) | (set() if name in reward.heads else {name})
 
 
 def members(settings: Settings) -> str | None:
@@ -231,10 +239,15 @@ def members(settings: Settings) -> str | None:
 
 
 def heads(settings: Settings) -> str | None:
-    """Heads that share a backbone are several, each once; elastic workers cannot share out the optimiser's state."""
+    """Heads of one backbone are several, each once, trained together; elastic workers cannot share out an optimiser."""
     reward = settings.reward
     if reward.heads and len(set(reward.heads)) < max(2, len(reward.heads)):
         return f"reward.heads={list(reward.heads)} must name two heads or more, each once; set it to [] for none"
+    if set(reward.only) & set(reward.heads) and not set(reward.heads) <= set(reward.only):
+        return (
+            f"reward.only={list(reward.only)} leaves out heads of the model that reward.heads={list(reward.heads)} "
+            "train together; set reward.only=[] for all of them, or reward.heads=[]"
+        )
     if not isinstance(reward.workers, int):
         fewest, most = reward.workers
         if fewest > most:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -253,29 +253,36 @@ def loss_of(chosen: RewardModelSettings) -> Loss:
     return known[chosen.loss]
 
 
+class _Read(NamedTuple):
+    """What a head reads of its task's rows and of dev, [N, H] each, and what that took."""
+
+    train: Floats
+    dev: Floats
+    seconds: float
+    tokens: int
+    """Tokens of the rows that were read for it; 0 where a sibling had read them."""
+
+
 def _read(
     trainer: Trainer, task: Task, member: MemberPlan, depths: Sequence[int], shared: dict[tuple[str, str], Floats]
-) -> tuple[Floats, Floats, float]:
-    """What this member's head reads of the task's rows and of dev, [N, H] each, and the seconds that it took.
-
-    The siblings' share stays in `shared`, by backbone and task.
-    """
-    clock = time.monotonic()
+) -> _Read:
+    """What this member's head reads. The siblings' share stays in `shared`, by backbone and task."""
+    clock, tokens = time.monotonic(), task.train.tokens
     if len(depths) == 1:
-        return trainer.features(task.train)[0], trainer.features(task.dev)[0], time.monotonic() - clock
+        return _Read(trainer.features(task.train)[0], trainer.features(task.dev)[0], time.monotonic() - clock, tokens)
     key, count = (member.backbone, task.name), len(task.train.sequences)
-    if key not in shared:
+    if key in shared:
+        tokens = 0
+    else:
         shared[key] = np.concatenate([trainer.features(part, depths) for part in (task.train, task.dev)], axis=1)
     every = shared[key][depths.index(member.layers)]
-    return every[:count], every[count:], time.monotonic() - clock
+    return _Read(every[:count], every[count:], time.monotonic() - clock, tokens)
 
 
-def _probe(
-    trainer: Trainer, task: Task, read: tuple[Floats, Floats, float], seed: int, weights: dict[str, torch.Tensor]
-) -> Fit:
+def _probe(trainer: Trainer, task: Task, read: _Read, seed: int, weights: dict[str, torch.Tensor]) -> Fit:
     """Fit the task's head on all ranks' rows, put it into the model and `weights`; the same on every rank."""
-    clock, rows = time.monotonic() - read[2], task.train
-    shards = gathered((read[0], rows.labels, rows.loss_weights, rows.clusters), trainer.plan.world)
+    clock, rows = time.monotonic() - read.seconds, task.train
+    shards = gathered((read.train, rows.labels, rows.loss_weights, rows.clusters), trainer.plan.world)
     halves = [np.split(shard[0], 2) if rows.pairs else [shard[0]] for shard in shards]
     features = np.concatenate([half[side] for side in range(1 + rows.pairs) for half in halves])
     head, bias, strength = fit_probe(
@@ -292,9 +299,9 @@ def _probe(
         head, bias = fold_bias(features, head, bias)
     weights.update(set_head(trainer.model, head, bias, task.head))
     shift = 0.0 if rows.pairs else trainer.shift(rows)
-    logits = read[1] @ head + (bias if has_bias else 0.0)
+    logits = read.dev @ head + (bias if has_bias else 0.0)
     loss = dev_log_loss(logits, task.dev, shift)
-    return Fit(-1, loss, logits, shift, tokens=rows.tokens, seconds=time.monotonic() - clock)
+    return Fit(-1, loss, logits, shift, tokens=read.tokens, seconds=time.monotonic() - clock)
 
 
 def _engine(

@@ -53,7 +53,10 @@ def _volume(values: Floats, floor: Floats) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """One setting of a sweep over several seeds: `lifts` [seeds, goods], love first, and whether each seed `held`."""
+    """One setting of a sweep over several seeds: `lifts` [seeds, goods], love first, and whether each seed `held`.
+
+    A seed whose run failed has no lifts and did not hold.
+    """
 
     name: str
     lifts: tuple[tuple[float, ...], ...]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,13 +19,16 @@ RULE = (
 Point = tuple[float, float, int]
 
 
-def report(summaries: Mapping[Point, Mapping[str, Any]]) -> dict[str, Any]:
+def report(summaries: Mapping[Point, Mapping[str, Any] | None]) -> dict[str, Any]:
     """From summary.json by (weight, KL coefficient, seed) to the settings, front, hypervolume and recommendation.
 
-    Lifts are those that the run's own gates judged by. A run whose lift is undefined counts as one that did not hold.
+    Lifts are those that the run's own gates judged by. A run whose lift is undefined counts as one that did not hold,
+    and so does one without a summary (None): it failed, and nobody knows what it would have found. A setting all of
+    whose runs failed has no figures and is left out.
     """
     choices: dict[tuple[float, float], list[tuple[tuple[float, ...], bool]]] = {}
-    for (weight, kl, _), summary in sorted(summaries.items()):
+    lost = Counter((weight, kl) for (weight, kl, _), summary in summaries.items() if summary is None)
+    for (weight, kl, _), summary in sorted((point, one) for point, one in summaries.items() if one is not None):
         checks = {check["name"]: check for check in summary["gates"]["checks"]}
         lifts = [(checks.get(name) or {}).get("lift") for name in GOODS]
         held = summary["gates"]["verdict"] != "fail" or all(
@@ -36,15 +40,19 @@ def report(summaries: Mapping[Point, Mapping[str, Any]]) -> dict[str, Any]:
     if not choices:
         return {"settings": [], "front": [], "hypervolume": 0.0, "recommended": None, "rule": RULE}
     points = [
-        Choice(f"love {weight:g}, KL {kl:g}", tuple(row for row, _ in runs), tuple(held for _, held in runs))
-        for (weight, kl), runs in choices.items()
+        Choice(
+            f"love {key[0]:g}, KL {key[1]:g}",
+            tuple(row for row, _ in runs),
+            (*(held for _, held in runs), *[False] * lost[key]),
+        )
+        for key, runs in choices.items()
     ]
     front = on_front([one.mean for one in points])
     best = recommended(points)
     return {
         "settings": [
-            {"name": one.name, "weight": key[0], "kl_coef": key[1], "seeds": len(one.lifts), "held": sum(one.held),
-             "front": bool(on), **dict(zip(GOODS, one.mean, strict=True)),
+            {"name": one.name, "weight": key[0], "kl_coef": key[1], "seeds": len(one.held), "lost": lost[key],
+             "held": sum(one.held), "front": bool(on), **dict(zip(GOODS, one.mean, strict=True)),
              "by_seed": [dict(zip(GOODS, row, strict=True)) for row in one.lifts]}
             for one, key, on in zip(points, choices, front, strict=True)
         ],

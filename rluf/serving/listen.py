@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 
@@ -34,7 +34,8 @@ class Listener:
     async def start(self, app: Any, wait_s: float) -> None:
         """Take the port and serve; an earlier owner (one that is being replaced) has `wait_s` seconds to give it up.
 
-        Raises ResourceError when it does not, or when the address is none of this machine's.
+        Raises ResourceError when it does not, when the address is none of this machine's, or when the server ends
+        before it serves.
         """
         opened = await self._opened(wait_s)
         config = uvicorn.Config(
@@ -45,6 +46,19 @@ class Listener:
         self._serving = asyncio.create_task(self._server.serve(sockets=[opened]))
         while not self._server.started and not self._serving.done():
             await asyncio.sleep(0.01)
+        if self._serving.done():
+            await self._fallen(self._serving, opened)
+
+    async def _fallen(self, serving: asyncio.Task[None], opened: socket.socket) -> NoReturn:
+        """Give the port up and raise what the server that did not come to serve died of."""
+        self._server = self._serving = None
+        opened.close()
+        where = f"the server at {self.host}:{self.port} ended before it served"
+        try:
+            await serving
+        except OSError as error:
+            raise ResourceError(f"{where}: {error}; set serve.host and serve.port to another address") from error
+        raise ResourceError(f"{where}; look above for what it said, then start the service again")
 
     async def close(self) -> None:
         """Take no new connection, let running requests end, give the port up."""

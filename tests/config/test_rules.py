@@ -26,6 +26,14 @@ HALVES = ["cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5"]
             ["reward.love.debias=['length']", "reward.love.epochs=0"],
         ),
         (
+            ["reward={heads: [safety, love], safety: {probe: true, epochs: 0}, love: {epochs: 2, debias: [users]}}"],
+            ["reward.love.debias=['users']", "reward.safety.epochs=0", "reward.safety.epochs=1"],
+        ),
+        (
+            ["reward={heads: [safety, thumbs], safety: {probe: true, epochs: 0}, love: {debias: [length]}}"],
+            ["reward.love.debias=['length']", "reward.safety.epochs=0"],
+        ),
+        (
             ["reward.love={epochs: 2, debias: [users], layers: [6, 'minilm:4']}"],
             ["reward.love.debias=['users']", "minilm:4", "reward.love.layers"],
         ),
@@ -39,6 +47,10 @@ HALVES = ["cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5"]
         ),
         (["reward.safety.debias=[propensity]"], ["reward.safety.debias=['propensity']", "reward.safety.loss=bce"]),
         (["reward.heads=[love]"], ["reward.heads=['love']", "two heads"]),
+        (
+            ["reward={only: [love], heads: [love, continued]}"],
+            ["reward.only=['love']", "reward.heads=['love', 'continued']", "set reward.only=[]"],
+        ),
         (["reward.workers=[3, 2]"], ["reward.workers=[3, 2]"]),
         (["reward={workers: [1, 2], zero_stage: 2}"], ["reward.workers=[1, 2]", "reward.zero_stage=2"]),
         (["rollout.tensor_parallel=2"], ["rollout.tensor_parallel=2", "cluster.gpus_per_engine=2 (now 0)"]),
@@ -133,6 +145,9 @@ def test_pairs_that_do_not_go_together_name_both_sides(overrides: list[str], tol
         ["reward.safety={epochs: 0, probe: true, layers: [3, 6]}"],
         ["reward={heads: [love, safety], love: {layers: [4, 6]}, helpfulness: {layers: [6, 'tiny:2']}}"],
         ["reward={heads: [love, continued, safety], workers: [1, 4]}", "reward.love.debias=[sign_offs, users, length]"],
+        ["reward={heads: [love, safety], safety: {probe: true, epochs: 0, debias: [length]}}"],
+        ["reward={only: [love, safety], heads: [love, safety]}"],
+        ["reward={only: [helpfulness], heads: [love, continued]}"],
         ["reward.love={loss: nnpu, positive_rate: 0.3, calibration: isotonic}"],
         ["rollout.tensor_parallel=4", "cluster.gpus_per_engine=4"],
         ["publish.engine=nccl", "cluster.gpus_per_engine=1", "cluster.gpus_per_learner=1"],

@@ -18,10 +18,12 @@ COMMAND = [
 ]  # fmt: skip
 
 
-def swept(base: Path) -> subprocess.CompletedProcess[str]:
+def swept(base: Path, *more: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "RLUF_RUNS": str(base / "runs"), "RLUF_CACHE": str(base / "cache"), "RAY_AUTH_MODE": "token"}
     env.pop("RAY_ADDRESS", None)
-    return subprocess.run(COMMAND, cwd=ROOT, env=env, capture_output=True, text=True, timeout=800, check=False)
+    return subprocess.run(
+        [*COMMAND, *more], cwd=ROOT, env=env, capture_output=True, text=True, timeout=800, check=False
+    )
 
 
 def test_a_sweep_runs_every_point_once_and_tells_the_front(tmp_path: Path) -> None:
@@ -45,3 +47,12 @@ def test_a_sweep_runs_every_point_once_and_tells_the_front(tmp_path: Path) -> No
     again = swept(tmp_path)
     assert "2 of them are there already" in again.stderr
     assert json.loads(again.stdout.splitlines()[-1])["settings"] == found["settings"]
+
+
+def test_a_sweep_whose_runs_fail_tells_them_after_its_result_and_exits_with_8(tmp_path: Path) -> None:
+    ended = swept(tmp_path, "model.path=no/such/model/here")
+    assert ended.returncode == 8, ended.stderr[-3000:]
+    found = json.loads(ended.stdout.splitlines()[-1])
+    assert (found["settings"], found["recommended"], len(found["failed"])) == ([], None, 2)
+    assert "love0.3-kl0.02-seed1.log" in ended.stderr.splitlines()[-1]
+    assert all("no/such/model/here" in Path(log).read_text("utf-8") for log in found["failed"].values())

@@ -52,6 +52,7 @@ def test_an_ensemble_of_probes_ranks_is_calibrated_and_has_a_card(data: Path, tm
     card = json.loads((tmp_path / "out" / "reward_card.json").read_text())
     assert card["training"]["members"] == 2
     assert card["training"]["best_epoch"] == 0
+    assert card["training"]["train_tokens"] == members[0].tasks[0].train.tokens  # one pass reads for both
     assert card["robustness"]["rows"] > 20
     model = RewardModel.load(tmp_path / "out", batch_tokens=2048)
     assert [run.depths for run in model._passes] == [(1, 2)]

@@ -69,7 +69,21 @@ def test_a_sweep_is_told_by_setting_with_its_front_and_the_point_to_take() -> No
     assert "recommended: love 0.1, KL 0.02" in sweep_text(found | {"failed": {"love9": "its.log"}})
 
 
+def test_a_setting_that_lost_a_seed_is_not_recommended_whatever_the_others_found() -> None:
+    found = report({
+        (0.1, 0.02, 1): summary(0.2, 0.01), (0.1, 0.02, 2): summary(0.3, 0.03),
+        (0.3, 0.02, 1): summary(0.9, 0.0), (0.3, 0.02, 2): None, (0.3, 0.02, 3): None,
+        (0.5, 0.02, 1): None,
+    })  # fmt: skip
+    assert found["recommended"] == "love 0.1, KL 0.02"
+    told = {one["weight"]: (one["held"], one["seeds"], one["lost"]) for one in found["settings"]}
+    assert told == {0.1: (2, 2, 0), 0.3: (1, 3, 2)}
+    assert "1 of 3" in sweep_text(found)
+    assert report({(0.3, 0.02, 1): summary(0.9, 0.0), (0.3, 0.02, 2): None})["recommended"] is None
+
+
 def test_a_sweep_without_a_finished_run_recommends_nothing() -> None:
     assert report({})["recommended"] is None
+    assert report({(0.1, 0.0, 1): None})["settings"] == []
     assert report({(0.1, 0.0, 1): summary(None, 0.0)})["recommended"] is None
     assert "no run ended" in sweep_text(report({}) | {"failed": {"a": "b"}})

@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+import uvicorn
 from safetensors.torch import load_file, save_file
 
 from actors.chat import check_same_shape, weights
@@ -55,6 +56,36 @@ async def test_a_port_that_stays_taken_is_named(here: Here) -> None:
         port = taken.getsockname()[1]
         with pytest.raises(ResourceError, match=f"{port}.*serve.port"):
             await Listener("127.0.0.1", port).start(make_app(here), 0.2)
+
+
+@pytest.mark.parametrize("killed", [True, False])
+async def test_a_server_that_ends_before_it_serves_is_not_taken_for_one_that_does(
+    here: Here, monkeypatch: pytest.MonkeyPatch, killed: bool
+) -> None:
+    port = free_port()
+    listener = Listener("127.0.0.1", port)
+    if killed:  # by its socket
+
+        async def opened(_: float) -> socket.socket:
+            found = socket.create_server(("127.0.0.1", port))
+            found.close()
+            return found
+
+        monkeypatch.setattr(listener, "_opened", opened)
+    else:  # by a word to leave
+
+        async def startup(server: uvicorn.Server, sockets: list[socket.socket] | None = None) -> None:
+            server.should_exit = True
+
+        monkeypatch.setattr("uvicorn.Server.startup", startup)
+    with pytest.raises(ResourceError, match=f"127.0.0.1:{port} ended before it served"):
+        await listener.start(make_app(here), 0.2)
+    await listener.close()
+    monkeypatch.undo()
+    again = Listener("127.0.0.1", port)
+    await again.start(make_app(here), 1)
+    assert await healthy(port)
+    await again.close()
 
 
 def test_a_policys_weights_come_whole_and_only_the_same_shape_fits(
