@@ -11,6 +11,10 @@ from rluf.config.base import Section
 Count = Annotated[int, Field(ge=1)]
 
 
+OF_HEAD = ("loss", "margin", "positive_rate", "calibration", "debias")
+"""Keys of a section that stay the head's own where heads share a backbone."""
+
+
 class MemberPlan(NamedTuple):
     """One model of an ensemble: its backbone, how many of the lowest layers are kept (0: all), and whose it is."""
 
@@ -136,6 +140,12 @@ class RewardSettings(Section):
     def of_head(self, head: str) -> RewardModelSettings:
         """The section that says how a head is trained: continued and thumbs follow love's, with a loss of labels."""
         return self.named.get(head, self.love)
+
+    def trained_by(self, head: str, lead: str) -> RewardModelSettings:
+        """What `head` is trained by on a backbone that it shares with the first head, `lead`: the lead's section, with
+        the head's own loss, calibration and debias."""
+        own = self.of_head(head)
+        return self.of_head(lead).model_copy(update={key: getattr(own, key) for key in OF_HEAD})
 
 
 class ObjectiveSettings(Section):

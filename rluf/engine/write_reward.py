@@ -148,7 +148,7 @@ def _write_card(
     curve: Sequence[Mapping[str, Any]],
 ) -> None:
     scorer = RewardModel.load(job.part, batch_tokens=EVAL_TOKENS)
-    chosen, path = settings.reward.of_head(job.head), job.data / "test.parquet"
+    chosen, path = settings.reward.trained_by(job.head, members[0].tasks[0].name), job.data / "test.parquet"
     records = labelled(job.head, table(path), str(path))
     test = encode_rows(records, scorer.encoder, pairs=chosen.loss == "bradley_terry", where=str(path))
     started = time.monotonic()

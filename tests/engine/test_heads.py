@@ -46,7 +46,7 @@ def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
             "reward": {
                 "heads": HEADS,
                 "love": section,
-                "safety": {**section, "calibration": "temperature"},
+                "safety": {**section, "calibration": "temperature", "epochs": 7, "learning_rate": 0.5},
                 "helpfulness": {**section, "loss": "bradley_terry"},
             },
         }
@@ -121,6 +121,10 @@ def test_the_backbone_lies_on_disk_once_and_each_head_learnt_its_own(folders: di
     assert {head: card["calibration"]["method"] for head, card in cards.items()} == {
         "love": "platt", "continued": "platt", "helpfulness": "centred", "safety": "temperature",
     }  # fmt: skip
+    told = {head: card["settings"] for head, card in cards.items()}
+    assert {one["epochs"] for one in told.values()} == {0}  # the first head's section trains all
+    assert told["safety"]["learning_rate"] == told["love"]["learning_rate"]
+    assert (told["safety"]["calibration"], told["helpfulness"]["loss"]) == ("temperature", "bradley_terry")
     assert cards["love"]["auroc"]["mean"] > 0.6
     assert cards["helpfulness"]["pair_accuracy"]["mean"] > 0.7
     assert cards["continued"]["base_rate"] != cards["love"]["base_rate"]

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from actors.chat import check_same_shape, weights
 from rluf.config.settings import Settings
+from rluf.engine.checklist import Checklist
 from rluf.errors import ModelError, ResourceError
 from rluf.models import resolve_model
 from rluf.paths import cache_dir
@@ -92,16 +93,16 @@ def test_a_policys_weights_come_whole_and_only_the_same_shape_fits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = resolve_model("tiny", cache_dir(Settings()))
-    stored = load_file(folder / "model.safetensors")
+    stored, ours = load_file(folder / "model.safetensors"), Checklist(folder, tied=True)
     monkeypatch.setattr("actors.chat.BUCKET_BYTES", 100_000)
-    buckets = list(weights(folder))
+    buckets = list(weights(folder, ours))
     assert len(buckets) > 1
     found = dict(pair for bucket in buckets for pair in bucket)
     assert found.keys() - {"lm_head.weight"} == stored.keys() - {"lm_head.weight"}
     assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
-    check_same_shape(folder, folder)
+    check_same_shape(ours.expected, ours.expected, folder)
     other = shutil.copytree(folder, tmp_path / "other")
     name = max(stored, key=lambda one: stored[one].numel())
     save_file({**stored, name: stored[name][:-1].contiguous()}, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=name):
-        check_same_shape(folder, other)
+    with pytest.raises(ModelError, match=r"is \(258, 128\), it was \(259, 128\)"):
+        check_same_shape(ours.expected, Checklist(other, tied=True).expected, other)
