@@ -296,8 +296,9 @@ class Pipeline:
         with pump(f"publish v{self.version}"):
             probe = await self.publisher.publish(self.version)
         clock.lap("publish_s", now)
-        metrics = {f"{name}": fmean(s.value for g in batch for s in g.scores[name]) for name in self.objectives}
-        metrics |= {f"{name}_raw": fmean(s.raw for g in batch for s in g.scores[name]) for name in self.objectives}
+        measured = tuple(batch[0].scores)  # objectives of weight 0 may have no pool
+        metrics = {f"{name}": fmean(s.value for g in batch for s in g.scores[name]) for name in measured}
+        metrics |= {f"{name}_raw": fmean(s.raw for g in batch for s in g.scores[name]) for name in measured}
         lengths = [n for scored in batch for n in scored.info.response_tokens]
         self._keep_values(batch, combined)
         return {

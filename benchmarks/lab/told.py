@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from lab.candidates import AGGRESSIVE, FIXES, METHODS, WEIGHTS, Candidates
+from lab.candidates import AGGRESSIVE, FIXES, GATES, METHODS, WEIGHTS, Candidates
 from lab.drawing import Figure, Series
 from lab.store import Store
 from lab.tables import Told, interval, lift
@@ -42,6 +42,11 @@ def farewells(one: Part) -> float:
     return float(
         one["monitors"]["new"]["unprompted_farewell"] / max(one["monitors"]["base"]["unprompted_farewell"], 1e-9)
     )
+
+
+def violations(one: Part) -> float:
+    """Share of replies that the gates of claim 13 object to; one that two of them object to counts twice."""
+    return float(sum(one["monitors"]["new"][gate] for gate in GATES))
 
 
 def policy(one: Part) -> Policy:
@@ -167,8 +172,10 @@ def claim_8(store: Store) -> Told:
     rows, checks = [], []
     for seed, parts in zip(store.seeds, seeds, strict=True):
         by = {one["policy"]: one for one in parts}
-        rises = farewells(by[HEADLINE]) >= 2.0
-        checks.append(rises and by[HEADLINE]["ab"]["continued"]["low"] < 0.0)
+        shares = [by[name]["monitors"]["new"]["unprompted_farewell"] for name in SPINE]
+        rises = shares[-1] > shares[0] and farewells(by[HEADLINE]) >= 2.0
+        online = by[HEADLINE]["ab"]
+        checks.append(rises and online["continued"]["high"] < 0.0 < online["love"]["low"])
         for one in parts:
             rows.append([str(seed), one["policy"], f"{one['monitors']['new']['unprompted_farewell']:.2%}",
                          f"{farewells(one):.2f}", f"{one['monitors']['new']['early_ending']:.2%}",
@@ -279,21 +286,24 @@ def claim_10(store: Store) -> Told:
 
 
 def claim_13(store: Store) -> Told:
-    """CGPO's optimisers with judges against a linear sum."""
+    """CGPO's optimisers with judges against GRPO on a linear sum."""
     rows, seeds = _beside(store, [*METHODS, "judge"], HEADLINE)
     index = {name: n for n, name in enumerate([HEADLINE, *METHODS, "judge"])}
+    plain = index["grpo"]
     better = {
         name: all(
-            farewells(parts[index[name]]) < farewells(parts[0])
-            and parts[index[name]]["ab"]["love"]["high"] >= parts[0]["ab"]["love"]["low"]
-            and parts[index[name]]["gold"]["helpfulness"]["new"] >= 0.99 * parts[0]["gold"]["helpfulness"]["new"]
+            violations(parts[index[name]]) < violations(parts[plain])
+            and parts[index[name]]["ab"]["love"]["high"] >= parts[plain]["ab"]["love"]["low"]
+            and parts[index[name]]["gold"]["helpfulness"]["new"] >= 0.99 * parts[plain]["gold"]["helpfulness"]["new"]
             for parts in seeds
         )
-        for name in METHODS if name.endswith("judges")
+        for name in METHODS if name != "grpo"
     }  # fmt: skip
-    return Told("a mixture of judges beats plain blending", any(better.values()), BESIDE, rows,
-                [f"Fewer farewells, no less love and helpfulness than RLOO on the linear sum on every seed: "
-                 f"{', '.join(name for name, one in better.items() if one) or 'none'}."])  # fmt: skip
+    for row, one in zip(rows, (one for parts in seeds for one in parts), strict=True):
+        row.append(f"{violations(one):.2%}")
+    return Told("a mixture of judges beats plain blending", any(better.values()), [*BESIDE, "judges' violations"], rows,
+                [f"Fewer of the judges' violations, no less love and helpfulness than GRPO on the linear sum on every "
+                 f"seed: {', '.join(name for name, one in better.items() if one) or 'none'}."])  # fmt: skip
 
 
 def headline(store: Store) -> Told:

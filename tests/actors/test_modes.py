@@ -4,7 +4,7 @@ move."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ BASE = (
     "objectives.helpfulness={source: judge, judge: repetition}",
     "objectives.safety={source: judge, judge: refusal}",
 )
+OBJECTIVES = ("love", "helpfulness", "safety")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,16 +62,19 @@ def even(messages: Any, response: str) -> bool:
 
 
 def run(
-    settings: Settings, cache: Path, count: int, policy: Path | None = None
+    settings: Settings, cache: Path, count: int, policy: Path | None = None, scored: Sequence[str] = OBJECTIVES
 ) -> tuple[list[dict[str, float]], list[Group]]:
-    """Metrics of `count` steps and the groups they learnt from; the policy is saved to `policy`."""
+    """Metrics of `count` steps and the groups they learnt from; the policy is saved to `policy`.
+
+    `scored` are the objectives that have reward actors.
+    """
     model = resolve_model("tiny", cache)
     tokenizer = load_tokenizer(model)
     messages = [(Message(role="user", content=f"{word}?"),) for word in ("sea", "cat", "rain", "moon")]
     prompts = [Prompt(str(n), m, render_prompt(tokenizer, m)[:64], "", "train") for n, m in enumerate(messages)]
 
     async def work() -> tuple[list[dict[str, float]], list[Group]]:
-        rewards: dict[str, Path | None] = dict.fromkeys(("love", "helpfulness", "safety"))
+        rewards: dict[str, Path | None] = dict.fromkeys(scored)
         async with Supervisor(settings, model, rewards, learners=True) as supervisor:
             pipeline, rows, groups = Pipeline(settings, supervisor.crew, prompts), [], []
             try:
@@ -112,8 +116,10 @@ def test_adapters_reach_samples_under_way_and_each_token_has_its_version(tmp_pat
 
 
 def test_learning_rate_zero_moves_nothing_in_five_steps_and_ratios_stay_at_one(tmp_path: Path) -> None:
-    settings = load_settings(None, [*BASE, "learner.learning_rate=0", "rollout.max_response_tokens=24"]).settings
-    rows, _ = run(settings, tmp_path, 5, tmp_path / "policy")
+    alone = ["objectives.helpfulness.weight=0", "objectives.safety.weight=0", "objectives.alone=[]"]
+    told = ["learner.learning_rate=0", "rollout.max_response_tokens=24", *alone]
+    rows, _ = run(load_settings(None, [*BASE, *told]).settings, tmp_path, 5, tmp_path / "policy", ["love"])
+    assert all("love" in row and "safety" not in row for row in rows)  # nobody scores what weighs nothing
     before = load_file(resolve_model("tiny", tmp_path) / "model.safetensors")
     after = load_file(tmp_path / "policy" / "model.safetensors")
     assert before.keys() == after.keys()
