@@ -65,7 +65,7 @@ def read(settings: Settings, objective: str) -> list[dict[str, Any]]:
 
 
 def features(settings: Settings, objective: str, records: list[dict[str, Any]]) -> tuple[list[Floats], Rows]:
-    """What each member's head reads, [members][N, H], and the encoded rows."""
+    """What each member's head reads, [members][N, H] (fused: all of it, [1][N, sum of H]), and the encoded rows."""
     chosen = settings.reward.named[objective]
     pairs = chosen.loss == "bradley_terry"
     found, rows = [], None
@@ -78,6 +78,8 @@ def features(settings: Settings, objective: str, records: list[dict[str, Any]]) 
         rows = rows or mine
         every = kept_features(settings, f"{member.backbone} {depths}", model, encoder, mine, depths)
         found.append(every[depths.index(member.layers)])
+    if chosen.fuse:
+        found = [np.concatenate(found, axis=1)]
     if rows is None:
         raise DataError(f"reward.{objective} has no member")
     return found, rows

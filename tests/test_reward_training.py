@@ -104,7 +104,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
         }
     )
     jobs = {name: (data, folder / "models" / name) for name in ("love", "helpfulness", "safety")}
-    cards = train_rewards(settings, jobs, thorough=True)
+    cards = train_rewards(settings, jobs, thorough=True, curve=[0.5])
     for name, card in cards.items():
         assert card == json.loads((folder / "models" / name / "reward_card.json").read_text())
     return folder / "models"
@@ -155,7 +155,18 @@ def test_thorough_cards_tell_slices_and_robustness_and_have_a_page(trained: Path
     assert sum(part["mass"] for part in card["reliability"]) == pytest.approx(1.0, abs=1e-4)
     page = (trained / "love" / "reward_card.html").read_text()
     assert "Robustness" in page
+    assert "Learning curve" in page
     assert "sign_off" in page
+
+
+@pytest.mark.slow
+def test_the_learning_curve_trains_the_whole_model_on_part_of_the_rows(trained: Path) -> None:
+    for name in ("love", "helpfulness", "safety"):
+        card = json.loads((trained / name / "reward_card.json").read_text())
+        half, whole = card["learning_curve"]
+        assert whole["train_rows"] == card["training"]["train_rows"]
+        assert half["train_rows"] == pytest.approx(whole["train_rows"] / 2, abs=2)
+        assert half["log_loss"] != whole["log_loss"]
 
 
 @pytest.mark.slow

@@ -39,6 +39,9 @@ class RewardModelSettings(Section):
     layers: tuple[int | str, ...] = ()
     """Lowest layers of the backbone that are kept. Several make an ensemble, a member each; none keeps all. A member on
     another backbone is `name:layers`; that one stays as it is and gets a fitted head."""
+    fuse: bool = False
+    """One fitted head on what all members read, side by side, in place of one each whose logits are averaged. Ranks
+    better on small data; the members' logits are then terms of one sum, so there is no spread. With epochs=0 alone."""
     probe: bool = False
     """Start from a head fitted by regularised logistic regression on the untouched backbone; for small data."""
     next_turn: bool = False

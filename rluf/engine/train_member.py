@@ -27,7 +27,7 @@ from rluf.objectives.debias import fit_labels, fit_pairs, propensity_weights
 from rluf.objectives.heads import labelled, save_heads
 from rluf.objectives.lora import add_lora, merged
 from rluf.objectives.prefix import FrozenPrefix
-from rluf.objectives.probe import fit_probe, fold_bias, linear_head, set_head
+from rluf.objectives.probe import HEADS, fit_probe, fold_bias, linear_head, set_head
 from rluf.objectives.text import TextEncoder
 from rluf.objectives.training import (
     Engine,
@@ -61,6 +61,16 @@ class Splits:
     folder: Path
 
 
+class Read(NamedTuple):
+    """What a head reads of its task's rows and of dev, [N, H] each, and what that took."""
+
+    train: Floats
+    dev: Floats
+    seconds: float
+    tokens: int
+    """Tokens of the rows that were read for it; 0 where a sibling had read them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     """A trained model: where it came from, its weights, and what was found on the way, a head each."""
@@ -72,6 +82,8 @@ class Member:
     found: Sequence[Fit]
     weights: dict[str, torch.Tensor]
     """Weights that differ from the backbone's, by name; complete on rank 0 only."""
+    reads: Sequence[Read] = ()
+    """What each head reads, where a probe was fitted."""
 
     def save(self, folders: Sequence[Path]) -> str:
         """Write each head as a Hugging Face folder: float32, with the backbone's own dropout in its config.
@@ -147,9 +159,10 @@ def train_member(
     trainer = Trainer(model, encoder, plan, prefix)
     weights: dict[str, torch.Tensor] = {}
     position = Position([Fit() for _ in tasks])
+    reads: list[Read] = []
     if lead.probe:
-        read = [_read(trainer, task, member, depths, {} if shared is None else shared) for task in tasks]
-        position.fits = [_probe(trainer, t, r, settings.seed, weights) for t, r in zip(tasks, read, strict=True)]
+        reads = [_read(trainer, task, member, depths, {} if shared is None else shared) for task in tasks]
+        position.fits = [_probe(trainer, t, r, settings.seed, weights) for t, r in zip(tasks, reads, strict=True)]
         logger.info("%s: probe, dev log-loss %s", name, ", ".join(f"{f.best_loss:.4f}" for f in position.fits))
     if lead.lora_rank:
         add_lora(model, lead.lora_rank, frozen, lead.dropout)
@@ -159,7 +172,7 @@ def train_member(
         if keeper is not None:
             position = keeper.restore(name, engine, position, weights)
         _fit(trainer, engine, tasks, position, weights, keeper, name)
-    return Member(backbone, member.layers, encoder, tasks, position.fits, weights)
+    return Member(backbone, member.layers, encoder, tasks, position.fits, weights, reads)
 
 
 def _fit(
@@ -253,36 +266,39 @@ def loss_of(chosen: RewardModelSettings) -> Loss:
     return known[chosen.loss]
 
 
-class _Read(NamedTuple):
-    """What a head reads of its task's rows and of dev, [N, H] each, and what that took."""
-
-    train: Floats
-    dev: Floats
-    seconds: float
-    tokens: int
-    """Tokens of the rows that were read for it; 0 where a sibling had read them."""
-
-
 def _read(
     trainer: Trainer, task: Task, member: MemberPlan, depths: Sequence[int], shared: dict[tuple[str, str], Floats]
-) -> _Read:
+) -> Read:
     """What this member's head reads. The siblings' share stays in `shared`, by backbone and task."""
     clock, tokens = time.monotonic(), task.train.tokens
     if len(depths) == 1:
-        return _Read(trainer.features(task.train)[0], trainer.features(task.dev)[0], time.monotonic() - clock, tokens)
+        return Read(trainer.features(task.train)[0], trainer.features(task.dev)[0], time.monotonic() - clock, tokens)
     key, count = (member.backbone, task.name), len(task.train.sequences)
     if key in shared:
         tokens = 0
     else:
         shared[key] = np.concatenate([trainer.features(part, depths) for part in (task.train, task.dev)], axis=1)
     every = shared[key][depths.index(member.layers)]
-    return _Read(every[:count], every[count:], time.monotonic() - clock, tokens)
+    return Read(every[:count], every[count:], time.monotonic() - clock, tokens)
 
 
-def _probe(trainer: Trainer, task: Task, read: _Read, seed: int, weights: dict[str, torch.Tensor]) -> Fit:
+def _probe(trainer: Trainer, task: Task, read: Read, seed: int, weights: dict[str, torch.Tensor]) -> Fit:
     """Fit the task's head on all ranks' rows, put it into the model and `weights`; the same on every rank."""
     clock, rows = time.monotonic() - read.seconds, task.train
-    shards = gathered((read.train, rows.labels, rows.loss_weights, rows.clusters), trainer.plan.world)
+    features, head, bias = _fit_head(read.train, rows, trainer.plan.world, seed)
+    has_bias = linear_head(trainer.model).bias is not None
+    if not has_bias:
+        head, bias = fold_bias(features, head, bias)
+    weights.update(set_head(trainer.model, head, bias, task.head))
+    shift = 0.0 if rows.pairs else trainer.shift(rows)
+    logits = read.dev @ head + (bias if has_bias else 0.0)
+    loss = dev_log_loss(logits, task.dev, shift)
+    return Fit(-1, loss, logits, shift, tokens=read.tokens, seconds=time.monotonic() - clock)
+
+
+def _fit_head(read: Floats, rows: Rows, world: int, seed: int) -> tuple[Floats, Floats, float]:
+    """Features [N, H] of all ranks' rows from this rank's, and the head's weights [H] and bias fitted on them."""
+    shards = gathered((read, rows.labels, rows.loss_weights, rows.clusters), world)
     halves = [np.split(shard[0], 2) if rows.pairs else [shard[0]] for shard in shards]
     features = np.concatenate([half[side] for side in range(1 + rows.pairs) for half in halves])
     head, bias, strength = fit_probe(
@@ -294,14 +310,37 @@ def _probe(trainer: Trainer, task: Task, read: _Read, seed: int, weights: dict[s
         seed=seed,
     )
     logger.info("probe: regularisation C=%g", strength)
-    has_bias = linear_head(trainer.model).bias is not None
-    if not has_bias:
-        head, bias = fold_bias(features, head, bias)
-    weights.update(set_head(trainer.model, head, bias, task.head))
-    shift = 0.0 if rows.pairs else trainer.shift(rows)
-    logits = read.dev @ head + (bias if has_bias else 0.0)
-    loss = dev_log_loss(logits, task.dev, shift)
-    return Fit(-1, loss, logits, shift, tokens=read.tokens, seconds=time.monotonic() - clock)
+    return features, head, bias
+
+
+def fuse(members: Sequence[Member], *, seed: int, world: int = 1) -> None:
+    """Put one head, fitted on what all members read side by side, in place of each member's own; on every rank alike.
+
+    The mean of the members' logits is the fused head's: each has its part of the weights times their number. A bias
+    that no member can hold is left to the calibration.
+    """
+    count = len(members)
+    for place, task in enumerate(members[0].tasks):
+        reads = [member.reads[place] for member in members]
+        read = np.concatenate([one.train for one in reads], axis=1)
+        features, head, bias = _fit_head(read, task.train, world, seed)
+        ends = np.cumsum([one.train.shape[1] for one in reads])[:-1]
+        parts = zip(members, reads, np.split(head, ends), np.split(features, ends, axis=1), strict=True)
+        for member, one, part, mine in parts:
+            names = [name for name in member.weights if name.rpartition(".")[0] in HEADS]
+            weights = part * count
+            if not any(name.endswith(".bias") for name in names):
+                weights, left = fold_bias(mine, weights, bias)
+            else:
+                left = bias
+            for name in names:
+                whole = member.weights[name].clone()
+                whole[place] = torch.as_tensor(left if name.endswith(".bias") else weights, dtype=whole.dtype)
+                member.weights[name] = whole
+            member.found[place].dev_logits = one.dev @ weights + (left if len(names) > 1 else 0.0)
+        fit = members[0].found[place]
+        logits = np.mean([member.found[place].dev_logits for member in members], axis=0)
+        logger.info("%s: fused probe, dev log-loss %.4f", task.name, dev_log_loss(logits, task.dev, fit.shift))
 
 
 def _engine(

@@ -26,6 +26,8 @@ from rluf.paths import cache_dir
 if TYPE_CHECKING:
     import ray.data
 
+    from rluf.engine.train_member import Splits
+
 logger = logging.getLogger(__name__)
 
 CARD = "reward_card.json"
@@ -52,9 +54,9 @@ def train_rewards(
     `jobs` maps an objective to (data folder written by rluf.prepare, checkpoint folder to write). A checkpoint folder
     appears only when whole; one that is already there is kept, so a worker that is started again goes on with the next
     objective, and within one from where training stood at most `save_s` seconds before; but of an ensemble only the
-    member in training is kept, so that those before it, and the learning curve, are trained again. `thorough` adds
-    slices, the robustness table and a page to each card; `before` names earlier models by objective, which the cards
-    compare; `curve` are shares of the training rows with which each model is trained once more, for the learning curve.
+    member in training is kept, so that those before it are trained again. `thorough` adds slices, the robustness table
+    and a page to each card; `before` names earlier models by objective, which the cards compare; `curve` are shares of
+    the training rows with which each model, once written, is trained again, for the learning curve in its card.
     Raises DataError, ModelError, ResourceError, or StallError past reward.deadline_s for all jobs together.
     """
     import ray.data
@@ -213,11 +215,23 @@ def work(config: Mapping[str, Any]) -> None:
     shards = _Shards()
     for group in config["groups"]:
         jobs = {head: (Path(data), Path(out)) for head in group for data, out in [config["jobs"][head]]}
-        if all((out / CARD).is_file() for _, out in jobs.values()):
+        deadline = started + settings.reward.deadline_s
+        kept = all((out / CARD).is_file() for _, out in jobs.values())
+        if kept:
             logger.info("%s: already trained, kept", ", ".join(group))
-            continue
-        _train_group(settings, jobs, shards, started + settings.reward.deadline_s, config)
-        train.report({"objective": "+".join(group)})
+        else:
+            _train_group(settings, jobs, shards, deadline, config)
+        curve = [] if all(_has_curve(out) for _, out in jobs.values()) else config["curve"]
+        if curve:
+            _learning_curve(settings, jobs, shards, deadline, curve)
+        if curve or not kept:
+            train.report({"objective": "+".join(group)})
+
+
+def _has_curve(out: Path) -> bool:
+    """Whether the model is written and its card has a learning curve."""
+    card = out / CARD
+    return card.is_file() and "learning_curve" in json.loads(card.read_text(encoding="utf-8"))
 
 
 def _log_to(progress: Path) -> None:
@@ -261,18 +275,14 @@ def _train_group(
     """Train one model on this rank, in step with the others: a head a job, an ensemble's members in turn."""
     from ray import train
 
-    from rluf.engine.train_member import Splits, train_member
+    from rluf.engine.train_member import fuse, train_member
     from rluf.engine.train_state import Keeper
-    from rluf.engine.write_reward import finish, point, table, thinned
+    from rluf.engine.write_reward import finish
     from rluf.objectives.heads import data_of
 
     clock = time.monotonic()
     lead = settings.reward.of_head(next(iter(jobs)))
-    folders = {head: data / data_of(head) for head, (data, _) in jobs.items()}
-    splits = [
-        Splits(head, shards.of(data_of(head)), table(folder / "dev.parquet"), folder)
-        for head, folder in folders.items()
-    ]
+    splits = _splits(jobs, shards)
     rank, world = train.get_context().get_world_rank(), train.get_context().get_world_size()
     keeper = Keeper(rank=rank, shared_state=settings.reward.zero_stage == 0)
     shared: dict[tuple[str, str], Any] = {}
@@ -283,12 +293,54 @@ def _train_group(
         )
         for number in range(len(lead.members))
     ]  # fmt: skip
-    curve: list[dict[str, Any]] = []
-    for share in config["curve"]:
-        part = [replace(split, train=thinned(split.train, share)) for split in splits]
-        member = train_member(settings, part, 0, deadline, rank=rank, world=world)
-        curve.append(point(settings, member, folders, rank=rank))
+    if lead.fuse:
+        fuse(members, seed=settings.seed, world=world)
     if rank == 0:
-        outs = {head: (folders[head], out) for head, (_, out) in jobs.items()}
+        outs = {head: (data / data_of(head), out) for head, (data, out) in jobs.items()}
         before = {head: Path(folder) for head, folder in config["before"].items()}
-        finish(settings, outs, members, clock, thorough=config["thorough"], before=before, curve=curve)
+        finish(settings, outs, members, clock, thorough=config["thorough"], before=before)
+
+
+def _splits(jobs: Mapping[str, tuple[Path, Path]], shards: _Shards) -> list[Splits]:
+    """The rows of each head: this rank's shard of the training split, and dev."""
+    from rluf.engine.train_member import Splits
+    from rluf.engine.write_reward import table
+    from rluf.objectives.heads import data_of
+
+    folders = {head: data / data_of(head) for head, (data, _) in jobs.items()}
+    return [
+        Splits(head, shards.of(data_of(head)), table(folder / "dev.parquet"), folder)
+        for head, folder in folders.items()
+    ]
+
+
+def _learning_curve(
+    settings: Settings,
+    jobs: Mapping[str, tuple[Path, Path]],
+    shards: _Shards,
+    deadline: float,
+    shares: Sequence[float],
+) -> None:
+    """Train the written models again, whole, on shares of their rows, and put what comes out into their cards."""
+    from ray import train
+
+    from rluf.engine.train_member import fuse, train_member
+    from rluf.engine.write_reward import add_curve, point, thinned
+
+    splits = _splits(jobs, shards)
+    lead = settings.reward.of_head(splits[0].head)
+    rank, world = train.get_context().get_world_rank(), train.get_context().get_world_size()
+    points = []
+    for share in shares:
+        logger.info("%s: learning curve, %g of the rows", ", ".join(jobs), share)
+        part = [replace(split, train=thinned(split.train, share, split.head)) for split in splits]
+        shared: dict[tuple[str, str], Any] = {}
+        members = [
+            train_member(settings, part, number, deadline, rank=rank, world=world, shared=shared)
+            for number in range(len(lead.members))
+        ]
+        if lead.fuse:
+            fuse(members, seed=settings.seed, world=world)
+        points.append(point(settings, members, {split.head: split.folder for split in part}, rank=rank))
+    if rank == 0:
+        add_curve({head: out for head, (_, out) in jobs.items()}, points)

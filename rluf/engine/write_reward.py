@@ -21,7 +21,7 @@ from rluf.engine.train_reward import CARD, PAGE
 from rluf.errors import ModelError, RlufError
 from rluf.objectives.calibration import Calibration, Floats
 from rluf.objectives.card import calibrate, compare, describe_training, make_card
-from rluf.objectives.heads import labelled
+from rluf.objectives.heads import label_of, labelled
 from rluf.objectives.page import card_page
 from rluf.objectives.probe import HEADS
 from rluf.objectives.robustness import robustness, slices
@@ -45,9 +45,19 @@ def table(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def thinned(records: Sequence[Mapping[str, Any]], share: float) -> list[Mapping[str, Any]]:
-    """About `share` of the rows, spread evenly; the same at every call."""
-    return [row for number, row in enumerate(records) if int((number + 1) * share) > int(number * share)]
+def thinned(records: Sequence[Mapping[str, Any]], share: float, head: str) -> list[Mapping[str, Any]]:
+    """About `share` of the rows of each of the head's labels, spread evenly; the same at every call.
+
+    Rows without a label of its own (pairs, and what the head does not learn from) are one more such class.
+    """
+    seen: dict[Any, int] = {}
+    kept = []
+    for row in records:
+        label = label_of(head, row)
+        seen[label] = number = seen.get(label, 0) + 1
+        if int(number * share) > int((number - 1) * share) or number == 1:
+            kept.append(row)
+    return kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +99,6 @@ def finish(
     *,
     thorough: bool,
     before: Mapping[str, Path] | None = None,
-    curve: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Calibrate the trained members together and write a checkpoint folder a head; rank 0 alone does.
 
@@ -101,13 +110,14 @@ def finish(
         Job(head, data, out, out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}"), (before or {}).get(head))
         for head, (data, out) in outs.items()
     ]
-    balance(members)
+    if not settings.reward.of_head(next(iter(outs))).fuse:
+        balance(members)
     try:
         shared = [m.save([member_folder(job.part, number) for job in jobs]) for number, m in enumerate(members)]
         for place, job in enumerate(jobs):
             calibration = _calibrated(settings, members, place, "-".join(filter(None, shared)))
             calibration.save(job.part)
-            _write_card(settings, job, members, place, clock, thorough=thorough, curve=curve)
+            _write_card(settings, job, members, place, clock, thorough=thorough)
         for job in jobs:
             if job.out.is_dir():
                 shutil.rmtree(job.out)
@@ -130,6 +140,7 @@ def _calibrated(settings: Settings, members: Sequence[Member], place: int, backb
         prior_shift=found[0].shift,
         max_tokens=max(member.encoder.max_tokens for member in members),
         members=len(members),
+        fused=settings.reward.of_head(first.tasks[0].name).fuse,
         next_turn=first.encoder.next_turn,
         backbone=backbone,
     )
@@ -145,7 +156,6 @@ def _write_card(
     clock: float,
     *,
     thorough: bool,
-    curve: Sequence[Mapping[str, Any]],
 ) -> None:
     scorer = RewardModel.load(job.part, batch_tokens=EVAL_TOKENS)
     chosen, path = settings.reward.trained_by(job.head, members[0].tasks[0].name), job.data / "test.parquet"
@@ -160,8 +170,6 @@ def _write_card(
     card |= {"settings": chosen.model_dump(mode="json"), "seed": settings.seed}
     card["heads"] = [task.name for task in members[0].tasks]
     card["seconds"] = round(time.monotonic() - clock, 3)
-    if curve:
-        card["learning_curve"] = [*(part[job.head] for part in curve), curve_point(card)]
     if job.before is not None:
         card |= _compared(job, records, test, scorer.calibration.logits(logits), settings.seed)
     if thorough:
@@ -187,15 +195,39 @@ def _compared(job: Job, records: Sequence[Mapping[str, Any]], test: Rows, logits
     return {"previous": {"folder": str(job.before), **compare(test, logits, other, seed=seed)}}
 
 
-def point(settings: Settings, member: Member, folders: Mapping[str, Path], *, rank: int) -> dict[str, Any]:
+def point(settings: Settings, members: Sequence[Member], folders: Mapping[str, Path], *, rank: int) -> dict[str, Any]:
     """A point of the learning curve by head: rows trained on, and the figures on the test rows. Empty but on rank 0."""
     if rank:
         return {}
     with tempfile.TemporaryDirectory(prefix="rluf-curve-") as scratch:
         outs = {head: (data, Path(scratch) / head) for head, data in folders.items()}
-        finish(settings, outs, [member], time.monotonic(), thorough=False)
+        finish(settings, outs, members, time.monotonic(), thorough=False)
         cards = {head: json.loads((out / CARD).read_text(encoding="utf-8")) for head, (_, out) in outs.items()}
     return {head: curve_point(card) for head, card in cards.items()}
+
+
+def add_curve(outs: Mapping[str, Path], points: Sequence[Mapping[str, Any]]) -> None:
+    """Put the learning curve into the cards of written models, by head, and into their pages where they have one.
+
+    The model's own figures are the curve's last point. Raises ModelError when the disk refuses.
+    """
+    for head, out in outs.items():
+        try:
+            card = json.loads((out / CARD).read_text(encoding="utf-8"))
+            card["learning_curve"] = [*(part[head] for part in points), curve_point(card)]
+            if (out / PAGE).is_file():
+                _replace(out / PAGE, card_page(card))
+            _replace(out / CARD, json.dumps(card, indent=2) + "\n")
+        except OSError as error:
+            raise ModelError(
+                f"the learning curve could not be written to {out}: {error}; the model is there"
+            ) from error
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def curve_point(card: Mapping[str, Any]) -> dict[str, Any]:

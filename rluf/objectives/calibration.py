@@ -40,6 +40,8 @@ class Calibration:
     max_tokens: int = 512
     members: int = 1
     """Models in the folder; the raw logit is their mean."""
+    fused: bool = False
+    """One head was fitted over all members: each one's logit alone means nothing, and there is no spread."""
     next_turn: bool = False
     """The text that the model reads ends with the opening of the user's next message."""
     backbone: str = ""

@@ -41,15 +41,22 @@ def labelled(head: str, records: Sequence[Mapping[str, Any]], where: str) -> lis
     """
     if head not in SOURCES:
         return list(records)
-    found: list[Mapping[str, Any]]
-    if head == "continued":
-        found = [{**r, "label": int(r["continued"])} for r in records if r.get("continued") is not None]
-    else:
-        found = [{**r, "label": int(r["reaction"] in UP)} for r in records if r.get("reaction") in (*UP, *DOWN)]
+    found = [{**row, "label": label} for row in records if (label := label_of(head, row)) is not None]
     if not found:
         what = "says whether users wrote on" if head == "continued" else "has a thumb up or down"
         raise DataError(f"no row of {where} {what}: the head {head} has nothing to learn; take it out of reward.heads")
     return found
+
+
+def label_of(head: str, record: Mapping[str, Any]) -> int | None:
+    """The head's own label of a record; None where it has none, as pairs do."""
+    if head == "continued":
+        told = record.get("continued")
+    elif head == "thumbs":
+        told = record["reaction"] in UP if record.get("reaction") in (*UP, *DOWN) else None
+    else:
+        told = record.get("label")
+    return None if told is None else int(told)
 
 
 def head_name(model: nn.Module) -> str:

@@ -72,7 +72,8 @@ class RewardModel:
     def score(self, items: Sequence[Item], objective: str) -> list[Score]:
         """Scores of (messages, response) items in order: value the calibrated probability, raw the model's logit.
 
-        The spread is the standard deviation of the members' own probabilities, 0 for a single model.
+        The spread is the standard deviation of the members' own probabilities, 0 for a single model and for members
+        under one fused head.
         """
         return _scores(objective, self.calibration, self.each(self.encoder.encode(items)))
 
@@ -147,7 +148,8 @@ def load_scorers(
 def _scores(objective: str, calibration: Calibration, each: Floats) -> list[Score]:
     """Scores from the members' logits [members, N]."""
     raw = each.mean(0)
-    values, spread = calibration.values(raw), calibration.values(each).std(0)
+    values = calibration.values(raw)
+    spread = np.zeros_like(values) if calibration.fused else calibration.values(each).std(0)
     return [Score(objective, float(v), float(r), float(s)) for v, r, s in zip(values, raw, spread, strict=True)]
 
 

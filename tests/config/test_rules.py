@@ -45,6 +45,18 @@ HALVES = ["cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5"]
             ["reward={heads: [love, safety], love: {layers: [6, 'tiny:2']}}"],
             ["reward.heads=['love', 'safety']", "reward.love.layers=[6, 'tiny:2']"],
         ),
+        (
+            ["reward.love={fuse: true, probe: true, epochs: 0}"],
+            ["reward.love.fuse=true", "reward.love.layers=[]", "reward.love.fuse=false"],
+        ),
+        (
+            ["reward.love={fuse: true, probe: true, layers: [2, 4]}"],
+            ["reward.love.fuse=true", "reward.love.epochs=2", "probe=true"],
+        ),
+        (
+            ["reward.love={fuse: true, probe: true, epochs: 0, layers: [2, 4]}", "objectives.pessimism=1"],
+            ["objectives.pessimism=1", "reward.love.fuse=true"],
+        ),
         (["reward.safety.debias=[propensity]"], ["reward.safety.debias=['propensity']", "reward.safety.loss=bce"]),
         (["reward.heads=[love]"], ["reward.heads=['love']", "two heads"]),
         (

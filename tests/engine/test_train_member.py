@@ -13,11 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from rluf.config.settings import Settings
-from rluf.engine.train_member import Splits, train_member
-from rluf.engine.write_reward import finish
+from rluf.engine.train_member import Splits, fuse, train_member
+from rluf.engine.write_reward import finish, thinned
 from rluf.errors import StallError
+from rluf.objectives.probe import fit_probe
 from rluf.objectives.scorer import RewardModel, logits_of
 from rluf.objectives.text import TextEncoder
+from rluf.objectives.training import encode_rows
 from rluf.types import Message
 from tests.test_reward_training import COLD, WARM, write_data
 
@@ -63,6 +65,52 @@ def test_an_ensemble_of_probes_ranks_is_calibrated_and_has_a_card(data: Path, tm
     warm, cold = (model.score([(question, text) for text in texts], "love") for texts in (WARM, COLD))
     assert min(score.value for score in warm) > max(score.value for score in cold)
     assert all(score.spread > 0 for score in warm)
+
+
+@pytest.mark.parametrize("objective", ["love", "helpfulness"])
+def test_a_fused_head_is_the_mean_of_the_members_parts_and_has_no_spread(
+    data: Path, tmp_path: Path, objective: str
+) -> None:
+    layers = [1, 2, "tiny-encoder:1"]
+    settings = _settings(tmp_path, layers=layers, fuse=True)
+    members = [train_member(settings, [_splits(data, objective)], n, math.inf) for n in range(3)]
+    task, reads = members[0].tasks[0], [member.reads[0] for member in members]
+    fuse(members, seed=settings.seed)
+    head, bias, _ = fit_probe(
+        np.concatenate([read.train for read in reads], axis=1), task.train.labels, task.train.loss_weights,
+        task.train.clusters, pairs=task.train.pairs, seed=settings.seed,
+    )  # fmt: skip
+    whole = np.concatenate([read.dev for read in reads], axis=1) @ head
+    mean = np.mean([member.found[0].dev_logits for member in members], axis=0)
+    assert np.allclose(mean - mean.mean(), whole - whole.mean(), atol=0.1 * whole.std())  # but for a bias folded in
+    assert bias == 0.0 or objective == "love"
+    finish(settings, {objective: (data / objective, tmp_path / "out")}, members, time.monotonic(), thorough=False)
+    model = RewardModel.load(tmp_path / "out", batch_tokens=2048)
+    assert model.calibration.fused
+    records = pq.read_table(data / objective / "dev.parquet").to_pylist()
+    read = encode_rows(records, model.encoder, pairs=task.dev.pairs, where="dev")  # as each member's encoder reads
+    assert np.allclose(model.raw(read.sequences), mean, atol=1e-3)
+    question: list[Message] = [{"role": "user", "content": "How was the day?"}]
+    scores = model.score([(question, text) for text in (*WARM, *COLD)], objective)
+    assert {score.spread for score in scores} == {0.0}
+    assert min(score.value for score in scores[:3]) > max(score.value for score in scores[3:])
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_rows_are_thinned_by_label(share: float) -> None:
+    rows: list[dict[str, Any]] = [{"id": n, "label": int(n % 20 == 0)} for n in range(400)]
+    kept = thinned(rows, share, "love")
+    assert [sum(row["label"] == label for row in kept) for label in (0, 1)] == pytest.approx(
+        [380 * share, 20 * share], abs=1
+    )
+    assert kept == thinned(rows, share, "love")
+    few = thinned([{"label": 1}, *({"label": 0} for _ in range(30))], share, "love")
+    assert {row["label"] for row in few} == {0, 1}  # the only heart stays
+    pairs = [{"chosen": "a", "rejected": "b"} for _ in range(100)]
+    assert len(thinned(pairs, share, "helpfulness")) == pytest.approx(100 * share, abs=1)
+    written_on = [{"label": 0, "continued": n % 2 == 0} for n in range(40)]
+    kept = thinned(written_on, share, "continued")
+    assert sum(row["continued"] for row in kept) == pytest.approx(len(kept) / 2, abs=1)
 
 
 def test_members_on_two_backbones_read_in_their_own_way_and_weigh_the_same(data: Path, tmp_path: Path) -> None:
