@@ -23,6 +23,7 @@ from actors.profiling import pump
 from actors.publisher import Publisher
 from actors.supervisor import Crew, Member, everyone, kept, within
 from actors.turns import turn
+from rluf.config.derived import scored_together
 from rluf.config.policy import AlgorithmSettings
 from rluf.config.settings import Settings
 from rluf.errors import StallError
@@ -113,7 +114,9 @@ class Pipeline:
         Reward-free methods learn from `reactions` instead.
         """
         self.settings, self.crew, self.prompts = settings, crew, prompts
-        self.objectives = tuple(settings.objectives.named)
+        scored = {name for pool in scored_together(settings) if pool[0] in crew.rewards for name in pool}
+        self.objectives = tuple(name for name in settings.objectives.named if name in scored)
+        """Those that have reward actors: objectives of weight 0 need none."""
         self.version = 0
         self.combiner = Combiner(settings.objectives)
         self.kl_coef = settings.algorithm.kl_coef
@@ -172,7 +175,7 @@ class Pipeline:
         for scorer in scorers.values():
             self.timeline.add(str(scorer), f"prompt {info.prompt_id}", begun, time.monotonic())
         scores = {name: tuple(scores) for part in found for name, scores in part.items()}
-        return ScoredGroup(ref, info, {name: scores[name] for name in self.objectives if name in scores})
+        return ScoredGroup(ref, info, {name: scores[name] for name in self.objectives})
 
     async def respond(
         self, prompts: Sequence[Prompt], samples: int, seed: int, done: Callable[[], None]
@@ -296,9 +299,8 @@ class Pipeline:
         with pump(f"publish v{self.version}"):
             probe = await self.publisher.publish(self.version)
         clock.lap("publish_s", now)
-        measured = tuple(batch[0].scores)  # objectives of weight 0 may have no pool
-        metrics = {f"{name}": fmean(s.value for g in batch for s in g.scores[name]) for name in measured}
-        metrics |= {f"{name}_raw": fmean(s.raw for g in batch for s in g.scores[name]) for name in measured}
+        metrics = {f"{name}": fmean(s.value for g in batch for s in g.scores[name]) for name in self.objectives}
+        metrics |= {f"{name}_raw": fmean(s.raw for g in batch for s in g.scores[name]) for name in self.objectives}
         lengths = [n for scored in batch for n in scored.info.response_tokens]
         self._keep_values(batch, combined)
         return {
