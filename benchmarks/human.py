@@ -163,7 +163,7 @@ def out_of_fold(members: list[Floats], rows: Rows, count: int, seed: int) -> tup
                 member[both != fold], rows.labels[train], rows.weights[train], clusters, pairs=rows.pairs, seed=seed
             )
             logits = member[test] @ head + bias
-            raw[test] += logits / logits.std() if len(members) > 1 else logits  # equally loud, as in the checkpoint
+            raw[test] += logits / logits.std()  # equally loud, as in the checkpoint, and from fold to fold
     calibrated = np.zeros_like(raw)
     for fold in range(count):
         train = np.flatnonzero(place != fold)
