@@ -41,7 +41,9 @@ def labelled(head: str, records: Sequence[Mapping[str, Any]], where: str) -> lis
     """
     if head not in SOURCES:
         return list(records)
-    found = [{**row, "label": label} for row in records if (label := label_of(head, row)) is not None]
+    found: list[Mapping[str, Any]] = [
+        {**row, "label": label} for row in records if (label := label_of(head, row)) is not None
+    ]
     if not found:
         what = "says whether users wrote on" if head == "continued" else "has a thumb up or down"
         raise DataError(f"no row of {where} {what}: the head {head} has nothing to learn; take it out of reward.heads")

@@ -149,18 +149,31 @@ def _last(ids: Sequence[int], count: int) -> Sequence[int]:
     return ids[-count:] if count > 0 else []
 
 
+PADDING = 1 / 8
+"""Share of a batch that may be padding."""
+BUSY = 1 / 16
+"""Share of the token budget below which a batch takes any padding: small ones leave processors idle."""
+
+
 def token_batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:
     """Indices cut into batches of like length, each at most `batch_tokens` once padded (or one row longer than that).
 
-    The longest come first, so that a batch too large for memory fails at once.
+    A batch that fills a sixteenth of that ends where padding would be more than an eighth of its tokens. The longest
+    come first, so that a batch too large for memory fails at once.
     """
     batches: list[list[int]] = []
     current: list[int] = []
+    tokens = 0
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        if current and lengths[current[0]] * (len(current) + 1) > batch_tokens:
-            batches.append(current)
-            current = []
+        if current:
+            filled = lengths[current[0]] * len(current)
+            padded = filled + lengths[current[0]]
+            wasteful = PADDING * padded < padded - tokens - lengths[index] and BUSY * batch_tokens <= filled
+            if padded > batch_tokens or wasteful:
+                batches.append(current)
+                current, tokens = [], 0
         current.append(index)
+        tokens += lengths[index]
     if current:
         batches.append(current)
     return batches

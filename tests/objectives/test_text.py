@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rluf.errors import ModelError
 from rluf.models import load_tokenizer, resolve_model
-from rluf.objectives.text import Encoded, Item, TextEncoder, carriers, context_text, token_batches
+from rluf.objectives.text import BUSY, PADDING, Encoded, Item, TextEncoder, carriers, context_text, token_batches
 from rluf.types import Message
 
 
@@ -89,7 +89,10 @@ def test_token_batches_hold_every_row_once_within_the_budget(lengths: list[int],
     batches = token_batches(lengths, budget)
     assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
     for batch in batches:
-        assert len(batch) == 1 or max(lengths[i] for i in batch) * len(batch) <= budget
+        longest, tokens = max(lengths[i] for i in batch), sum(lengths[i] for i in batch)
+        assert len(batch) == 1 or longest * len(batch) <= budget
+        padding = 1 - tokens / (longest * len(batch))
+        assert padding <= PADDING + 1e-9 or longest * (len(batch) - 1) < BUSY * budget  # only small ones are wasteful
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=5), min_size=1, max_size=12))
