@@ -165,7 +165,7 @@ def test_the_learning_curve_trains_the_whole_model_on_part_of_the_rows(trained: 
         card = json.loads((trained / name / "reward_card.json").read_text())
         half, whole = card["learning_curve"]
         assert whole["train_rows"] == card["training"]["train_rows"]
-        assert half["train_rows"] == pytest.approx(whole["train_rows"] / 2, abs=2)
+        assert half["train_rows"] == pytest.approx(whole["train_rows"] / 2, rel=0.05)  # sign-offs are added by chance
         assert half["log_loss"] != whole["log_loss"]
 
 

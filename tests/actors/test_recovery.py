@@ -139,7 +139,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_message_and_costs_no_checkpo
     with running(base, cluster, str(disk / "run")) as (process, folder):
         wait_for_line(process, folder, "checkpoint of step 2")
         filler = fill(disk, 200 << 10)
-        assert process.wait(SLOW) == 5
+        assert process.wait(SLOW) == 5, (folder / "output.txt").read_text()[-3000:]
     told = (folder / "output.txt").read_text()
     assert "No space left" in told.strip().splitlines()[-1]
     assert "earlier checkpoints are kept" in told.strip().splitlines()[-1]
@@ -150,7 +150,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_message_and_costs_no_checkpo
     with running(base, cluster, str(folder), f"run.resume={folder}", "learner.save_every=0") as (process, _):
         chaos.wait_for_step(process, folder, 3, SLOW)
         filler = fill(disk, 0)
-        assert process.wait(SLOW) == 5
+        assert process.wait(SLOW) == 5, (folder / "output.txt").read_text()[-3000:]
     filler.unlink()
     told = (folder / "output.txt").read_text()
     assert "No space left" in told and len(errors(told)) <= 1 and "Traceback" not in told

@@ -68,7 +68,7 @@ def test_one_forward_pass_scores_as_each_head_alone(folders: dict[str, Path]) ->
         alone = RewardModel.load(folder, batch_tokens=512).score(_items(), head)
         assert [s.raw for s in together[head]] == pytest.approx([s.raw for s in alone], abs=1e-4)
         assert [s.value for s in together[head]] == pytest.approx([s.value for s in alone], abs=1e-4)
-    shared = SharedModel.load(folders, batch_tokens=4096)
+    shared = SharedModel.load(folders, batch_tokens=16384)
     calls: list[Any] = []
     shared.model.members[0].register_forward_hook(lambda *_: calls.append(1))
     shared.score(_items())
@@ -90,7 +90,7 @@ def test_an_ensemble_of_depths_has_its_heads_at_each_and_one_pass_serves_all(tmp
     for place in range(2):
         spreads = [member.found[place].dev_logits.std() for member in members]
         assert spreads[0] == pytest.approx(spreads[1])
-    model = SharedModel.load({head: out for head, (_, out) in outs.items()}, batch_tokens=4096)
+    model = SharedModel.load({head: out for head, (_, out) in outs.items()}, batch_tokens=16384)
     calls: list[Any] = []
     for member in model.model.members:
         member.register_forward_hook(lambda *_: calls.append(1))
