@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
@@ -108,15 +109,19 @@ def guard(function: Callable[[], object]) -> int:
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.write(f"{message}\n")
+    """End with a last line on stderr and this exit code; the code also where the line's own file has no room."""
+    for stream, text in ((sys.stdout, ""), (sys.stderr, f"{message}\n")):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:  # what is still held back must not fail again when Python ends, which would change the code
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     raise SystemExit(code) from None
 
 
 def _terminate(signum: int, _: FrameType | None) -> NoReturn:
     signal.signal(signum, signal.SIG_IGN)
-    sys.stderr.write("terminated: stopped before the end; finished stages are kept and reused by the next run\n")
-    raise SystemExit(TERMINATED)
+    _leave("terminated: stopped before the end; finished stages are kept and reused by the next run", TERMINATED)
 
 
 def settings_help() -> str:

@@ -100,6 +100,30 @@ class Member:
         return ""
 
 
+def train_members(
+    settings: Settings,
+    splits: Sequence[Splits],
+    deadline: float,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    keeper: Keeper | None = None,
+    save_s: float = float("inf"),
+) -> list[Member]:
+    """Train the model of these heads, or the members of its ensemble in turn and their fused head; see train_member."""
+    lead = settings.reward.of_head(splits[0].head)
+    shared: dict[tuple[str, str], Floats] = {}
+    members = [
+        train_member(
+            settings, splits, number, deadline, rank=rank, world=world, keeper=keeper, save_s=save_s, shared=shared
+        )
+        for number in range(len(lead.members))
+    ]
+    if lead.fuse:
+        _fuse(members, seed=settings.seed, world=world)
+    return members
+
+
 def train_member(
     settings: Settings,
     splits: Sequence[Splits],
@@ -162,7 +186,10 @@ def train_member(
     reads: list[Read] = []
     if lead.probe:
         reads = [_read(trainer, task, member, depths, {} if shared is None else shared) for task in tasks]
-        position.fits = [_probe(trainer, t, r, settings.seed, weights) for t, r in zip(tasks, reads, strict=True)]
+        for place, (task, read) in enumerate(zip(tasks, reads, strict=True)):
+            part = _unfitted if lead.fuse else partial(_probe, seed=settings.seed)
+            position.fits[place] = part(trainer, task, read, weights)
+    if lead.probe and not lead.fuse:
         logger.info("%s: probe, dev log-loss %s", name, ", ".join(f"{f.best_loss:.4f}" for f in position.fits))
     if lead.lora_rank:
         add_lora(model, lead.lora_rank, frozen, lead.dropout)
@@ -282,7 +309,14 @@ def _read(
     return Read(every[:count], every[count:], time.monotonic() - clock, tokens)
 
 
-def _probe(trainer: Trainer, task: Task, read: Read, seed: int, weights: dict[str, torch.Tensor]) -> Fit:
+def _unfitted(trainer: Trainer, task: Task, read: Read, weights: dict[str, torch.Tensor]) -> Fit:
+    """A head of noughts in `weights`, for _fuse to fill, and the task's figures without a loss."""
+    weights.update(set_head(trainer.model, np.zeros(read.train.shape[1]), 0.0, task.head))
+    shift = 0.0 if task.train.pairs else trainer.shift(task.train)
+    return Fit(shift=shift, tokens=read.tokens, seconds=read.seconds)
+
+
+def _probe(trainer: Trainer, task: Task, read: Read, weights: dict[str, torch.Tensor], *, seed: int) -> Fit:
     """Fit the task's head on all ranks' rows, put it into the model and `weights`; the same on every rank."""
     clock, rows = time.monotonic() - read.seconds, task.train
     features, head, bias = _fit_head(read.train, rows, trainer.plan.world, seed)
@@ -313,34 +347,35 @@ def _fit_head(read: Floats, rows: Rows, world: int, seed: int) -> tuple[Floats, 
     return features, head, bias
 
 
-def fuse(members: Sequence[Member], *, seed: int, world: int = 1) -> None:
-    """Put one head, fitted on what all members read side by side, in place of each member's own; on every rank alike.
+def _fuse(members: Sequence[Member], *, seed: int, world: int) -> None:
+    """Give the members one head, fitted on what all of them read side by side; on every rank alike.
 
     The mean of the members' logits is the fused head's: each has its part of the weights times their number. A bias
     that no member can hold is left to the calibration.
     """
     count = len(members)
     for place, task in enumerate(members[0].tasks):
-        reads = [member.reads[place] for member in members]
+        clock = time.monotonic()
+        reads, fits = [member.reads[place] for member in members], [member.found[place] for member in members]
         read = np.concatenate([one.train for one in reads], axis=1)
         features, head, bias = _fit_head(read, task.train, world, seed)
         ends = np.cumsum([one.train.shape[1] for one in reads])[:-1]
-        parts = zip(members, reads, np.split(head, ends), np.split(features, ends, axis=1), strict=True)
-        for member, one, part, mine in parts:
+        parts = zip(members, reads, fits, np.split(head, ends), np.split(features, ends, axis=1), strict=True)
+        for member, one, fit, part, mine in parts:
             names = [name for name in member.weights if name.rpartition(".")[0] in HEADS]
-            weights = part * count
-            if not any(name.endswith(".bias") for name in names):
-                weights, left = fold_bias(mine, weights, bias)
-            else:
-                left = bias
+            weights, left, held = part * count, bias, any(name.endswith(".bias") for name in names)
+            if not held:
+                weights, left = fold_bias(mine, weights, bias)[0], 0.0
             for name in names:
                 whole = member.weights[name].clone()
                 whole[place] = torch.as_tensor(left if name.endswith(".bias") else weights, dtype=whole.dtype)
                 member.weights[name] = whole
-            member.found[place].dev_logits = one.dev @ weights + (left if len(names) > 1 else 0.0)
-        fit = members[0].found[place]
-        logits = np.mean([member.found[place].dev_logits for member in members], axis=0)
-        logger.info("%s: fused probe, dev log-loss %.4f", task.name, dev_log_loss(logits, task.dev, fit.shift))
+            fit.dev_logits = one.dev @ weights + left
+        loss = dev_log_loss(np.mean([fit.dev_logits for fit in fits], axis=0), task.dev, fits[0].shift)
+        for fit in fits:
+            fit.best_loss = loss
+        fits[0].seconds += time.monotonic() - clock
+        logger.info("%s: fused probe, dev log-loss %.4f", task.name, loss)
 
 
 def _engine(

@@ -215,17 +215,19 @@ def work(config: Mapping[str, Any]) -> None:
     shards = _Shards()
     for group in config["groups"]:
         jobs = {head: (Path(data), Path(out)) for head in group for data, out in [config["jobs"][head]]}
-        deadline = started + settings.reward.deadline_s
-        kept = all((out / CARD).is_file() for _, out in jobs.values())
+        deadline, outs = started + settings.reward.deadline_s, {head: out for head, (_, out) in jobs.items()}
+        kept = all((out / CARD).is_file() for out in outs.values())
+        curve = [] if all(_has_curve(out) for out in outs.values()) else config["curve"]
         if kept:
             logger.info("%s: already trained, kept", ", ".join(group))
-        else:
-            _train_group(settings, jobs, shards, deadline, config)
-        curve = [] if all(_has_curve(out) for _, out in jobs.values()) else config["curve"]
+        if kept and not curve:
+            continue
+        splits = _splits(jobs, shards)
+        if not kept:
+            _train_group(settings, outs, splits, deadline, config)
         if curve:
-            _learning_curve(settings, jobs, shards, deadline, curve)
-        if curve or not kept:
-            train.report({"objective": "+".join(group)})
+            _learning_curve(settings, outs, splits, deadline, curve)
+        train.report({"objective": "+".join(group)})
 
 
 def _has_curve(out: Path) -> bool:
@@ -266,39 +268,23 @@ class _Shards:
 
 
 def _train_group(
-    settings: Settings,
-    jobs: Mapping[str, tuple[Path, Path]],
-    shards: _Shards,
-    deadline: float,
-    config: Mapping[str, Any],
+    settings: Settings, outs: Mapping[str, Path], splits: Sequence[Splits], deadline: float, config: Mapping[str, Any]
 ) -> None:
-    """Train one model on this rank, in step with the others: a head a job, an ensemble's members in turn."""
+    """Train one model on this rank, in step with the others: a head an entry of `splits`; rank 0 writes `outs`."""
     from ray import train
 
-    from rluf.engine.train_member import fuse, train_member
+    from rluf.engine.train_member import train_members
     from rluf.engine.train_state import Keeper
     from rluf.engine.write_reward import finish
-    from rluf.objectives.heads import data_of
 
     clock = time.monotonic()
-    lead = settings.reward.of_head(next(iter(jobs)))
-    splits = _splits(jobs, shards)
     rank, world = train.get_context().get_world_rank(), train.get_context().get_world_size()
     keeper = Keeper(rank=rank, shared_state=settings.reward.zero_stage == 0)
-    shared: dict[tuple[str, str], Any] = {}
-    members = [
-        train_member(
-            settings, splits, number, deadline,
-            rank=rank, world=world, keeper=keeper, save_s=config["save_s"], shared=shared,
-        )
-        for number in range(len(lead.members))
-    ]  # fmt: skip
-    if lead.fuse:
-        fuse(members, seed=settings.seed, world=world)
+    members = train_members(settings, splits, deadline, rank=rank, world=world, keeper=keeper, save_s=config["save_s"])
     if rank == 0:
-        outs = {head: (data / data_of(head), out) for head, (data, out) in jobs.items()}
+        places = {split.head: (split.folder, outs[split.head]) for split in splits}
         before = {head: Path(folder) for head, folder in config["before"].items()}
-        finish(settings, outs, members, clock, thorough=config["thorough"], before=before)
+        finish(settings, places, members, clock, thorough=config["thorough"], before=before)
 
 
 def _splits(jobs: Mapping[str, tuple[Path, Path]], shards: _Shards) -> list[Splits]:
@@ -315,32 +301,20 @@ def _splits(jobs: Mapping[str, tuple[Path, Path]], shards: _Shards) -> list[Spli
 
 
 def _learning_curve(
-    settings: Settings,
-    jobs: Mapping[str, tuple[Path, Path]],
-    shards: _Shards,
-    deadline: float,
-    shares: Sequence[float],
+    settings: Settings, outs: Mapping[str, Path], splits: Sequence[Splits], deadline: float, shares: Sequence[float]
 ) -> None:
     """Train the written models again, whole, on shares of their rows, and put what comes out into their cards."""
     from ray import train
 
-    from rluf.engine.train_member import fuse, train_member
+    from rluf.engine.train_member import train_members
     from rluf.engine.write_reward import add_curve, point, thinned
 
-    splits = _splits(jobs, shards)
-    lead = settings.reward.of_head(splits[0].head)
     rank, world = train.get_context().get_world_rank(), train.get_context().get_world_size()
     points = []
     for share in shares:
-        logger.info("%s: learning curve, %g of the rows", ", ".join(jobs), share)
+        logger.info("%s: learning curve, %g of the rows", ", ".join(outs), share)
         part = [replace(split, train=thinned(split.train, share, split.head)) for split in splits]
-        shared: dict[tuple[str, str], Any] = {}
-        members = [
-            train_member(settings, part, number, deadline, rank=rank, world=world, shared=shared)
-            for number in range(len(lead.members))
-        ]
-        if lead.fuse:
-            fuse(members, seed=settings.seed, world=world)
+        members = train_members(settings, part, deadline, rank=rank, world=world)
         points.append(point(settings, members, {split.head: split.folder for split in part}, rank=rank))
     if rank == 0:
-        add_curve({head: out for head, (_, out) in jobs.items()}, points)
+        add_curve(outs, points)

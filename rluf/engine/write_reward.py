@@ -110,12 +110,13 @@ def finish(
         Job(head, data, out, out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}"), (before or {}).get(head))
         for head, (data, out) in outs.items()
     ]
-    if not settings.reward.of_head(next(iter(outs))).fuse:
+    fused = settings.reward.of_head(members[0].tasks[0].name).fuse
+    if not fused:
         balance(members)
     try:
         shared = [m.save([member_folder(job.part, number) for job in jobs]) for number, m in enumerate(members)]
         for place, job in enumerate(jobs):
-            calibration = _calibrated(settings, members, place, "-".join(filter(None, shared)))
+            calibration = _calibrated(settings, members, place, "-".join(filter(None, shared)), fused=fused)
             calibration.save(job.part)
             _write_card(settings, job, members, place, clock, thorough=thorough)
         for job in jobs:
@@ -131,7 +132,9 @@ def finish(
             shutil.rmtree(job.part, ignore_errors=True)
 
 
-def _calibrated(settings: Settings, members: Sequence[Member], place: int, backbone: str) -> Calibration:
+def _calibrated(
+    settings: Settings, members: Sequence[Member], place: int, backbone: str, *, fused: bool
+) -> Calibration:
     """What dev says of the members' mean logit for head number `place`."""
     first = members[0]
     task, found = first.tasks[place], [member.found[place] for member in members]
@@ -140,7 +143,7 @@ def _calibrated(settings: Settings, members: Sequence[Member], place: int, backb
         prior_shift=found[0].shift,
         max_tokens=max(member.encoder.max_tokens for member in members),
         members=len(members),
-        fused=settings.reward.of_head(first.tasks[0].name).fuse,
+        fused=fused,
         next_turn=first.encoder.next_turn,
         backbone=backbone,
     )

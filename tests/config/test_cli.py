@@ -1,4 +1,5 @@
 import errno
+import os
 import resource
 import signal
 import subprocess
@@ -119,6 +120,29 @@ def test_signals_unwind_and_leave_one_line(sent: signal.Signals, code: int) -> N
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out) == (code, "cleaned\n")
     assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here, which refuses as a full disk does")
+@pytest.mark.parametrize(
+    ("work", "code"),
+    [
+        ("raise ResourceError('no space')", 5),
+        ("raise KeyboardInterrupt", 130),
+        ("os.kill(os.getpid(), signal.SIGTERM)", 143),
+    ],
+)
+def test_the_exit_code_tells_even_where_the_message_has_no_room(work: str, code: int) -> None:
+    """The output of a job often goes to a file beside what filled the disk."""
+    program = (
+        "import os, signal, sys\nfrom rluf.config.cli import guard\nfrom rluf.errors import ResourceError\n"
+        f"def work():\n    sys.stdout.write('begun\\n')\n    {work}\n"
+        "sys.exit(guard(work))\n"
+    )
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"}  # "begun" is held back
+    with Path("/dev/full").open("w") as full:
+        command = [sys.executable, "-c", program]
+        done = subprocess.run(command, stdout=full, stderr=full, env=env, timeout=60, check=False)
+    assert done.returncode == code
 
 
 @pytest.mark.parametrize("flag", ["--help", "--dry-run"])

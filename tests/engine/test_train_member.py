@@ -13,13 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from rluf.config.settings import Settings
-from rluf.engine.train_member import Splits, fuse, train_member
+from rluf.engine.train_member import Splits, train_member, train_members
 from rluf.engine.write_reward import finish, thinned
 from rluf.errors import StallError
 from rluf.objectives.probe import fit_probe
 from rluf.objectives.scorer import RewardModel, logits_of
 from rluf.objectives.text import TextEncoder
-from rluf.objectives.training import encode_rows
+from rluf.objectives.training import dev_log_loss, encode_rows
 from rluf.types import Message
 from tests.test_reward_training import COLD, WARM, write_data
 
@@ -73,9 +73,8 @@ def test_a_fused_head_is_the_mean_of_the_members_parts_and_has_no_spread(
 ) -> None:
     layers = [1, 2, "tiny-encoder:1"]
     settings = _settings(tmp_path, layers=layers, fuse=True)
-    members = [train_member(settings, [_splits(data, objective)], n, math.inf) for n in range(3)]
+    members = train_members(settings, [_splits(data, objective)], math.inf)
     task, reads = members[0].tasks[0], [member.reads[0] for member in members]
-    fuse(members, seed=settings.seed)
     head, bias, _ = fit_probe(
         np.concatenate([read.train for read in reads], axis=1), task.train.labels, task.train.loss_weights,
         task.train.clusters, pairs=task.train.pairs, seed=settings.seed,
@@ -87,6 +86,10 @@ def test_a_fused_head_is_the_mean_of_the_members_parts_and_has_no_spread(
     finish(settings, {objective: (data / objective, tmp_path / "out")}, members, time.monotonic(), thorough=False)
     model = RewardModel.load(tmp_path / "out", batch_tokens=2048)
     assert model.calibration.fused
+    card = json.loads((tmp_path / "out" / "reward_card.json").read_text())
+    assert card["training"]["dev_log_loss"] == pytest.approx(
+        dev_log_loss(mean, task.dev, members[0].found[0].shift), abs=1e-6
+    )  # cards have six digits
     records = pq.read_table(data / objective / "dev.parquet").to_pylist()
     read = encode_rows(records, model.encoder, pairs=task.dev.pairs, where="dev")  # as each member's encoder reads
     assert np.allclose(model.raw(read.sequences), mean, atol=1e-3)
