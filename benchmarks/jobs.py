@@ -25,6 +25,8 @@ BIN = Path(sys.executable).parent
 JOB = "python -m rluf.train --config configs/tiny.yaml algorithm.steps=60 learner.save_every=10"
 STEPS_BEFORE_STOP = "align: 12/60"
 DEADLINE_S = 420.0
+WIDTH = 240
+"""Characters of a line that the transcript shows; `ray stop` names processes with all of their arguments."""
 
 
 def submitted(name: str, *, follow: bool, more: str = "") -> str:
@@ -53,13 +55,14 @@ def transcript(session: Session, facts: dict[str, Any]) -> str:
     """The session in Markdown."""
     lines = [
         "# A job on a Ray cluster, stopped and resumed", "",
-        "The transcript of `python benchmarks/jobs.py`: commands of [Run on a cluster](../howto/cluster.md) with the",
-        "smallest configuration. `RAY_AUTH_MODE=token` is set, paths of the machine are replaced.", "",
+        "The transcript of `python benchmarks/jobs.py`: commands of [Run on a cluster](../howto/cluster.md) with",
+        "the smallest configuration. `RAY_AUTH_MODE=token` and `RAY_JOB_STOP_WAIT_TIME_S=120` are set, paths",
+        "of the machine are replaced, long lines are cut.", "",
         f"{facts['cpus']} cores, {facts['memory_gib']:.0f} GiB of memory, {facts['system']}.",
     ]  # fmt: skip
     for step in session.steps:
         lines += ["", f"Exit code {step['code']}:", "", "```text", f"[{stamp(step['began'])}] $ {step['line']}"]
-        lines += [text for _, text in step["said"]]
+        lines += [text if len(text) <= WIDTH else f"{text[:WIDTH]} ..." for _, text in step["said"]]
         lines += ["```"]
     return "\n".join(line.rstrip() for line in lines) + "\n"
 
@@ -74,7 +77,13 @@ def main() -> int:
         place = Path(name)
         kept = {key: value for key, value in os.environ.items() if key not in ("RAY_ADDRESS", "RLUF_RUNS")}
         path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-        told = {"PATH": path, "RAY_AUTH_MODE": "token", "RLUF_RUNS": str(place / "runs"), "NO_COLOR": "1"}
+        told = {
+            "PATH": path,
+            "RAY_AUTH_MODE": "token",
+            "RAY_JOB_STOP_WAIT_TIME_S": "120",
+            "RLUF_RUNS": str(place / "runs"),
+            "NO_COLOR": "1",
+        }
         session = Session(place, {**kept, **told})
         try:
             session.run("ray start --head --disable-usage-stats", ROOT)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from lab.candidates import AGGRESSIVE, Candidates, measured, recipe
 from lab.composer import train
@@ -14,10 +15,12 @@ from lab.reading import Judgement, Matrix
 from lab.replies import MIDDLES, logged, texts
 from lab.village import MEMBERS, TEST_EVENTS, USERS, Log, Village, brigaded, served
 from numpy.typing import NDArray
+from scipy.special import expit
 
+from rluf.feedback.signals import rank_signals
 from rluf.objectives.metrics import auroc, auroc_interval, correlation, hanley_mcneil
 from rluf.simulation.ceiling import bayes_auroc
-from rluf.simulation.users import calibration_shift, expected_love, user_logits
+from rluf.simulation.users import Items, Population, act, calibration_shift, expected_love, user_logits
 from rluf.simulation.world import WORLD, World
 
 Floats = NDArray[np.float64]
@@ -28,6 +31,12 @@ DIRTY = 8_000
 ROUNDS, ROUND_ROWS, ROUND_WEIGHT = 1, 4_000, 0.5
 WORST = 0.08
 """Share of the users that the filter drops."""
+READS = 24_000
+"""Rows of the log that signals are chosen on."""
+SELECTION = (0.0, 0.5, 1.0, 2.0)
+"""Log-odds of coming back for each unit of a user's readiness to react."""
+HABIT = (-3.5, 1.5)
+"""Log-odds of a thumb that says nothing about the reply: of a plain user, and for each unit of readiness."""
 
 
 def pages_of(v: Village, log: Log) -> Matrix:
@@ -167,5 +176,36 @@ def refresh(v: Village, c: Candidates) -> dict[str, Any]:
     return {"weight": ROUND_WEIGHT, "aggressive": AGGRESSIVE, "rounds": rounds}
 
 
-STUDIES: dict[str, Study] = {"learnable": learnable, "size": size, "refresh": refresh, "noise": noise}
+def choice(v: Village, _: Candidates) -> dict[str, Any]:
+    """What `prepare --signals` says of hearts, of writing on, and of thumbs put from habit alone, on logs where who
+    reacts readily comes back for that reason, more and more (claim 12). The world itself has no such users.
+    """
+    rng = v.rng(80)
+    places = rng.choice(v.places, READS)
+    picks = logged(v.town, places, rng)
+    topics = [v.town.places[one].topic for one in places.tolist()]
+    items, people = Items.of(v.truth.of(places, picks), topics), Population.draw(USERS, rng)
+    activity = rng.gamma(0.8, size=USERS)
+    user = rng.choice(USERS, READS, p=activity / activity.sum())
+    seen = act(items, people, user, np.arange(READS), rng)
+    ready, draws = people.propensity[user], rng.random((2, READS))
+    habit = draws[0] < expit(HABIT[0] + HABIT[1] * ready)
+    back = (
+        WORLD.return_intercept + WORLD.return_satisfaction * items.satisfaction + WORLD.return_signoff * items.signoff
+    )
+    reaction = np.where(habit, "thumbs_up", np.where(seen.loved, "love", ""))
+    columns = {
+        "user_id": [str(one) for one in user], "conversation_id": [str(n) for n in range(READS)], "turn": [0] * READS,
+        "messages": pa.array([[]] * READS, pa.list_(pa.string())), "response": texts(v.town, places, picks),
+        "topic": topics, "locale": ["en"] * READS, "reaction": reaction.tolist(),
+        "continued": seen.continued.tolist(),
+    }  # fmt: skip
+    found = {}
+    for strength in SELECTION:
+        returned = (draws[1] < expit(back + strength * ready)).tolist()
+        found[f"{strength:g}"] = rank_signals(pa.table({**columns, "returned": returned}))
+    return {"rows": READS, "strengths": found}
+
+
+STUDIES: dict[str, Study] = {"learnable": learnable, "size": size, "refresh": refresh, "noise": noise, "choice": choice}
 """Study by name."""

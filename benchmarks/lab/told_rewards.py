@@ -5,10 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+from lab.candidates import Candidates
 from lab.drawing import Figure, Series
 from lab.store import Store
 from lab.studies import SIZES
 from lab.tables import Told, interval, lift
+from scipy.stats import pearsonr
+
+SIGNALS = ("love", "continue", "thumbs up")
+"""Signals of claim 12; the thumbs are put from habit."""
 
 
 def claim_1(store: Store) -> Told:
@@ -101,6 +106,40 @@ def claim_11(store: Store) -> Told:
                  "that never saw them finds least likely."])  # fmt: skip
 
 
+def claim_12(store: Store) -> Told:
+    """The choice of a signal."""
+    rows, passed = [], []
+    for seed, (one,) in zip(store.seeds, store.parts("study", ["choice"]), strict=True):
+        for strength, ranked in one["strengths"].items():
+            names = [row["signal"] for row in ranked if row["per_1000"] > 0 and row["signal"] != "return"]
+            if float(strength) == 0:
+                passed.append(names[0] == "love")
+            by = {row["signal"]: row for row in ranked}
+            rows.append([str(seed), strength, ", ".join(names), *(_link(by[name]["link"]) for name in SIGNALS),
+                         _link(by["love"]["unadjusted"]),
+                         ", ".join(f"{by[name]['per_1000']:.0f}" for name in SIGNALS)])  # fmt: skip
+    across = []
+    for seed, parts in zip(store.seeds, store.parts("candidate", Candidates.names()), strict=True):
+        back = [one["ab"]["returned"]["lift"] for one in parts]
+        told = (f"{name} {pearsonr([one['ab'][key]['lift'] for one in parts], back).statistic:.2f}"
+                for name, key in (("hearts", "love"), ("writing on", "continued")))  # fmt: skip
+        across.append(f"{', '.join(told)} (seed {seed})")
+    return Told("love is a good signal", all(passed),
+                ["seed", "self-selection", "ranking", *(f"link of {name} to return" for name in SIGNALS),
+                 "link of love, unadjusted", "events per 1,000, in that order"], rows,
+                ["Ranked by `prepare --signals`: the lower limit of the link to return, beside activity, topic "
+                 "and length, times one minus the share that neither comes back nor writes on. The thumbs say "
+                 "nothing about the reply. Self-selection is what a unit of readiness to react adds to the log-odds of "
+                 "coming back; the frozen world has none, users with it were made for this table alone.",
+                 "Across policies, where no user selects himself: Pearson correlation of the signal's lift with that "
+                 f"of return over {len(Candidates.names())} A/B tests: {'; '.join(across)}."],
+                None, {"first": passed})  # fmt: skip
+
+
+def _link(one: dict[str, float] | None) -> str:
+    return "not told" if one is None else f"{one['mean']:+.2f} [{one['low']:+.2f}, {one['high']:+.2f}]"
+
+
 def claim_14(store: Store) -> Told:
     """Rounds."""
     rows, passed = [], []
@@ -125,5 +164,12 @@ def claim_14(store: Store) -> Told:
                  "is learnt again, and the policy is trained from the base again."])  # fmt: skip
 
 
-REWARDS: dict[int, Callable[[Store], Told]] = {1: claim_1, 2: claim_2, 3: claim_3, 11: claim_11, 14: claim_14}
+REWARDS: dict[int, Callable[[Store], Told]] = {
+    1: claim_1,
+    2: claim_2,
+    3: claim_3,
+    11: claim_11,
+    12: claim_12,
+    14: claim_14,
+}
 """Claim by number."""
