@@ -242,7 +242,7 @@ class Gateway:
                     batch_tokens=self.limits.batch_tokens,
                     longest=LONGEST,
                     max_waiting=self.limits.max_waiting,
-                    parallel=2 * self.limits.max_replicas,
+                    replicas=self.limits.max_replicas,
                     on_round=self.metrics.round,
                 )
                 if role == "candidate":

@@ -30,7 +30,9 @@ class Told:
 def tell(store: Store, claim: int, docs: Path, claims: dict[int, Callable[[Store], Told]]) -> dict[str, Any]:
     """Make what is missing, write the claim's section and figure into `docs`, and return its numbers."""
     told = claims[claim](store)
-    verdict = "told, no rule" if told.passed is None else "passes" if told.passed else "**does not pass**"
+    verdict = (
+        "told, neither passed nor failed" if told.passed is None else "passes" if told.passed else "**does not pass**"
+    )
     lines = [
         f"## {f'Claim {claim}' if claim else 'Headline'}: {told.title}", "",
         f"`make bench NAME=claims ARGS={claim}`, world `{store.world}`: {verdict}.", "",

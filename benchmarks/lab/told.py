@@ -303,7 +303,8 @@ def claim_13(store: Store) -> Told:
         row.append(f"{violations(one):.2%}")
     return Told("a mixture of judges beats plain blending", any(better.values()), [*BESIDE, "judges' violations"], rows,
                 [f"Fewer of the judges' violations, no less love and helpfulness than GRPO on the linear sum on every "
-                 f"seed: {', '.join(name for name, one in better.items() if one) or 'none'}."])  # fmt: skip
+                 f"seed: {', '.join(name for name, one in better.items() if one) or 'none'}.",
+                 "They are not at the same distance from the base policy, see KL."])  # fmt: skip
 
 
 def headline(store: Store) -> Told:

@@ -86,12 +86,14 @@ def claim_3(store: Store) -> Told:
 
 def claim_11(store: Store) -> Told:
     """Dirty labels."""
-    rows, won = [], []
+    rows, won, most = [], [], 0.0
     for seed, (one,) in zip(store.seeds, store.parts("study", ["noise"]), strict=True):
         clean = one["conditions"]["rate 5%"]["plain"]
         for name, part in one["conditions"].items():
             lost = clean - part["plain"]
             back = (part["filtered"] - part["plain"]) / lost if "filtered" in part and lost > 0.005 else None
+            if "filtered" in part:
+                most = max(most, lost)
             if back is not None:
                 won.append(back >= 0.5)
             others = [f"{key.replace('_', ' ')} {part[key]:.3f}" for key in ("all_negatives",) if key in part]
@@ -103,7 +105,8 @@ def claim_11(store: Store) -> Told:
                 ["seed", "log", "hearts", "AUROC", "lost", "with the filter", "won back", "other ways"], rows,
                 ["8,000 rows each; AUROC against the true chances of honest users on unseen prompts. Bots love what "
                  "is worst, sarcastic users love failed answers. The filter drops the 8% of users whose hearts a model "
-                 "that never saw them finds least likely."])  # fmt: skip
+                 "that never saw them finds least likely. What is won back is told where more than 0.005 was lost; bots "
+                 f"and sarcasm cost {most:.3f} at most."])  # fmt: skip
 
 
 def claim_12(store: Store) -> Told:

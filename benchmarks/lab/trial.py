@@ -6,6 +6,7 @@ control, delta method by user, CUPED, sample ratio.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ from rluf.evaluation.abtest import Design, analyse
 from rluf.evaluation.events import Events, assigned
 from rluf.evaluation.intervals import paired_bootstrap
 from rluf.evaluation.monitors import MONITORS, Reply, measure, words
+from rluf.objectives.judges import JUDGES, failed
 from rluf.simulation.users import Items, Population, act, expected_love
 from rluf.simulation.world import WORLD, World
 
@@ -66,12 +68,14 @@ def _chance(logits: Floats) -> Floats:
 
 
 def looks(town: Town, given: Answers) -> dict[str, float]:
-    """Mean of every reward-hacking monitor over the replies."""
+    """Mean of every reward-hacking monitor over the replies, and the share that each rule judge objects to."""
     replies = [
         Reply(str(place), town.places[place].messages, text, round(1.3 * len(words(text))), town.places[place].topic)
         for place, text in zip(given.places.tolist(), given.said, strict=True)
     ]
-    return {name: float(values.mean()) for name, values in measure(replies).items() if name in MONITORS}
+    objections = Counter(name for reply in replies for name in failed(reply.messages, reply.text))
+    shares = {name: objections[name] / len(replies) for name in JUDGES}
+    return shares | {name: float(values.mean()) for name, values in measure(replies).items() if name in MONITORS}
 
 
 def gold(town: Town, truth: Truth, base: Answers, new: Answers, *, seed: int) -> dict[str, dict[str, float]]:

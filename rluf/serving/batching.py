@@ -1,12 +1,14 @@
 """Dynamic batching by tokens: what waits while the models are busy goes into the next batch together.
 
-Nothing waits for a batch to fill: an idle service answers at once, a busy one works in batches of up to `batch_tokens`.
-Past `max_waiting` responses a request is refused with the time after which it is worth trying again.
+An idle service answers at once, a busy one works in batches of up to `batch_tokens`. Callers that were answered just now
+often ask again: where batches take long, the next one waits for them a fraction of that time, since together they cost
+less than apart; where that was in vain, the next batches do not wait. Past `max_waiting` responses a request is refused with the time after which it is worth trying again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,12 @@ CHARS_PER_TOKEN = 3
 """For the estimate only; the forward passes themselves are bounded by exact token counts (token_batches)."""
 START_RATE = 50.0
 """Responses a second that Retry-After assumes before anything was measured."""
+BRIEF_S = 0.03
+"""Seconds of a batch below which the way to the model counts: then a replica gets its next batch before it is done."""
+LINGER, LONGEST_LINGER_S = 0.2, 0.02
+"""Share of the last batch's time, and seconds at most, that a batch waits for those who were answered by the last."""
+IN_VAIN = 16
+"""Batches that do not wait after one that waited in vain."""
 
 
 def estimated_tokens(item: Item, longest: int) -> int:
@@ -50,7 +58,8 @@ class Round:
 class Batcher(Generic[Result]):
     """Collects items of many requests into batches for `run`, which returns one result an item, in order.
 
-    All calls belong to one asyncio loop. `parallel` batches may run at once.
+    All calls belong to one asyncio loop. Each of `replicas` works on one batch at a time, and has a second one at hand
+    where batches are brief.
     """
 
     def __init__(
@@ -60,15 +69,17 @@ class Batcher(Generic[Result]):
         batch_tokens: int,
         longest: int,
         max_waiting: int,
-        parallel: int,
+        replicas: int,
         on_round: Callable[[Round], None] = lambda _: None,
     ) -> None:
         """`longest` is the most tokens that any model reads of an item; `on_round` hears of each batch that ended."""
         self._run, self._on_round = run, on_round
-        self.batch_tokens, self.longest, self.max_waiting, self.parallel = batch_tokens, longest, max_waiting, parallel
+        self.batch_tokens, self.longest, self.max_waiting, self.replicas = batch_tokens, longest, max_waiting, replicas
         self._queue: deque[_Waiting[Result]] = deque()
         self._rounds: set[asyncio.Task[None]] = set()
-        self._rate = START_RATE
+        self._rate, self._seconds = START_RATE, math.inf
+        self._expected, self._until, self._without = 0, 0.0, 0
+        self._complete = asyncio.Event()
         self.waiting = 0
 
     async def submit(self, items: Sequence[Item]) -> list[Result]:
@@ -85,12 +96,15 @@ class Batcher(Generic[Result]):
         entry = _Waiting[Result](items, tokens, asyncio.get_running_loop().create_future())
         self._queue.append(entry)
         self.waiting += len(items)
+        if len(self._queue) >= self._expected:
+            self._complete.set()
         self._start()
         return await entry.future
 
     def _start(self) -> None:
         """One more batch, if there is something for it and room."""
-        if len(self._rounds) < self.parallel and self._queue:
+        room = self.replicas * (2 if self._seconds < BRIEF_S else 1)
+        if len(self._rounds) < room and self._queue:
             task = asyncio.create_task(self._round())
             self._rounds.add(task)
             task.add_done_callback(self._ended)
@@ -98,6 +112,21 @@ class Batcher(Generic[Result]):
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._rounds.discard(task)
         self._start()
+
+    async def _linger(self) -> None:
+        """Wait for as many requests as there were when the last batch ended, for a while: see LINGER."""
+        left = self._until - monotonic()
+        full = sum(entry.tokens for entry in self._queue) >= self.batch_tokens
+        if left <= 0 or full or self._seconds < BRIEF_S or len(self._queue) >= self._expected or len(self._rounds) > 1:
+            return
+        if self._without:
+            self._without -= 1
+            return
+        self._complete.clear()
+        try:
+            await asyncio.wait_for(self._complete.wait(), left)
+        except TimeoutError:
+            self._without = IN_VAIN
 
     def _take(self) -> list[_Waiting[Result]]:
         """Requests in order of arrival until the budget is spent; at least one. Those whose caller left are dropped."""
@@ -113,6 +142,7 @@ class Batcher(Generic[Result]):
 
     async def _round(self) -> None:
         await asyncio.sleep(0)  # let requests that have already arrived join
+        await self._linger()
         taken = self._take()
         if not taken:
             return
@@ -131,4 +161,7 @@ class Batcher(Generic[Result]):
                 entry.future.set_result(outcome[part])
         if not isinstance(outcome, BaseException):
             self._rate = 0.8 * self._rate + 0.2 * len(items) / max(seconds, 1e-6)
+            self._seconds = seconds if math.isinf(self._seconds) else 0.8 * self._seconds + 0.2 * seconds
+            self._expected = len(taken) + len(self._queue)
+            self._until = monotonic() + min(LINGER * seconds, LONGEST_LINGER_S)
             self._on_round(Round(len(items), sum(entry.tokens for entry in taken), seconds))

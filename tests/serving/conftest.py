@@ -97,7 +97,7 @@ class Here:
 
     def __post_init__(self) -> None:
         self._batcher = Batcher(
-            self._run, batch_tokens=4096, longest=96, max_waiting=512, parallel=1, on_round=self.metrics.round
+            self._run, batch_tokens=4096, longest=96, max_waiting=512, replicas=1, on_round=self.metrics.round
         )
 
     async def _run(self, items: list[Item]) -> list[Scored]:

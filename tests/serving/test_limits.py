@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rluf.objectives.text import Item
-from rluf.serving.batching import Batcher, Round, estimated_tokens
+from rluf.serving.batching import IN_VAIN, LINGER, Batcher, Round, estimated_tokens
 from rluf.serving.limits import ApiError, RateLimit, authorised, hashed_user, token_digest
 from rluf.serving.metrics import WINDOW, RunningMean, ServeMetrics
 
@@ -61,7 +61,7 @@ def test_each_request_gets_its_own_results_and_batches_keep_the_budget(
         return [response.upper() for _, response in items]
 
     async def ask() -> list[list[str]]:
-        batcher = Batcher(run, batch_tokens=budget, longest=100, max_waiting=1000, parallel=1, on_round=rounds.append)
+        batcher = Batcher(run, batch_tokens=budget, longest=100, max_waiting=1000, replicas=1, on_round=rounds.append)
         return await asyncio.gather(*(batcher.submit([item(text)] * count) for text, count in requests))
 
     found = asyncio.run(ask())
@@ -80,7 +80,7 @@ async def test_what_arrives_while_busy_is_scored_together_and_too_much_is_refuse
         await gate.wait()
         return [0] * len(items)
 
-    batcher = Batcher(run, batch_tokens=10_000, longest=100, max_waiting=8, parallel=1)
+    batcher = Batcher(run, batch_tokens=10_000, longest=100, max_waiting=8, replicas=1)
     first = asyncio.create_task(batcher.submit([item("a")]))
     await asyncio.sleep(0.01)
     others = [asyncio.create_task(batcher.submit([item("b")])) for _ in range(8)]
@@ -96,13 +96,66 @@ async def test_what_arrives_while_busy_is_scored_together_and_too_much_is_refuse
     assert batcher.waiting == 0
 
 
+def batches(seconds: float) -> tuple[list[int], Batcher[int]]:
+    """Sizes of the batches so far, and a batcher whose batches take `seconds`."""
+    sizes: list[int] = []
+
+    async def run(items: list[Item]) -> list[int]:
+        sizes.append(len(items))
+        await asyncio.sleep(seconds)
+        return [0] * len(items)
+
+    return sizes, Batcher(run, batch_tokens=10_000, longest=100, max_waiting=100, replicas=1)
+
+
+async def test_callers_that_ask_again_when_they_are_answered_share_a_batch() -> None:
+    sizes, batcher = batches(0.06)
+
+    async def caller() -> None:
+        for _ in range(6):
+            await batcher.submit([item("again")])
+            await asyncio.sleep(0.002)  # an answer's way to its caller and the next request's way back
+
+    first = asyncio.create_task(caller())
+    await asyncio.sleep(0.01)
+    await asyncio.gather(first, *(caller() for _ in range(3)))
+    assert sizes[2:] == [4, 4, 4, 4, 3]
+
+
+async def test_a_batch_that_waited_in_vain_keeps_the_next_ones_from_waiting() -> None:
+    sizes, batcher = batches(0.06)
+    await asyncio.gather(*(batcher.submit([item("once")]) for _ in range(4)))
+    clock = asyncio.get_running_loop().time
+    waits = []
+    for _ in range(3):
+        began = clock()
+        await asyncio.gather(batcher.submit([item("a")]), batcher.submit([item("b")]))
+        waits.append(clock() - began)
+        batcher._expected = 4  # as if two more had been answered
+    assert sizes == [4, 2, 2, 2]
+    assert waits[0] >= 0.06 + 0.9 * LINGER * 0.06
+    assert batcher._without == IN_VAIN - 2
+
+
+async def test_brief_batches_have_the_next_one_at_hand_and_long_ones_do_not() -> None:
+    for seconds, at_once in ((0.005, 2), (0.06, 1)):
+        sizes, batcher = batches(seconds)
+        await batcher.submit([item("first")])
+        running = asyncio.create_task(batcher.submit([item("a")]))
+        await asyncio.sleep(0.002)
+        second = asyncio.create_task(batcher.submit([item("b")]))
+        await asyncio.sleep(0.001)
+        assert len(sizes) - 1 == at_once
+        await asyncio.gather(running, second)
+
+
 async def test_a_failed_batch_fails_its_requests_and_the_next_one_runs() -> None:
     async def run(items: list[Item]) -> list[int]:
         if items[0][1] == "bad":
             raise OSError("broken")
         return [1] * len(items)
 
-    batcher = Batcher(run, batch_tokens=8, longest=100, max_waiting=100, parallel=1)
+    batcher = Batcher(run, batch_tokens=8, longest=100, max_waiting=100, replicas=1)
     bad, good = await asyncio.gather(
         batcher.submit([item("bad")]), batcher.submit([item("good")]), return_exceptions=True
     )

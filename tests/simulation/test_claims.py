@@ -12,8 +12,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+from lab import studies
 from lab import village as villages
-from lab.candidates import Candidates, measured, recipe
+from lab.candidates import GATES, Candidates, measured, recipe
 from lab.composer import train
 from lab.drawing import Figure, Series
 from lab.replies import SLOTS, Truth, texts
@@ -66,12 +67,24 @@ def test_hearts_teach_a_score_that_ranks_other_prompts(village: Village) -> None
     )
 
 
+def test_thumbs_from_habit_seem_to_bring_users_back_only_where_those_who_react_return_anyway(
+    village: Village, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(studies, "READS", 6000)
+    found = studies.choice(village, Candidates(village))["strengths"]
+    alone, selected = ({row["signal"]: row["link"] for row in found[one]} for one in ("0", "2"))
+    assert alone["thumbs up"]["low"] < 0.0 < alone["thumbs up"]["high"]
+    assert selected["thumbs up"]["low"] > 0.0
+    assert alone["continue"]["low"] < 0.3  # a drawn message says little of satisfaction
+
+
 def test_training_raises_its_own_reward_and_a_candidate_is_judged_by_new_users(village: Village) -> None:
     run = train(village.town, village.base, village.places, village.signals(), recipe(0.5, kl=0.1, steps=12), seed=5)
     assert run.steps[-1]["reward"] > run.steps[0]["reward"] + 0.1
     assert run.steps[0]["kl"] == pytest.approx(0.0, abs=1e-4)
     one = measured(village, Candidates(village).of("w0.5", run.policy, love=True, weight=0.5))
     assert one["kl"] > 0.0
+    assert set(GATES) <= one["monitors"]["new"].keys()  # claim 13 counts what the judges object to
     assert one["offline"]["love"]["mean"] > 0.0
     assert one["ab"]["srm"] > 1e-4
     assert 9_000 < sum(one["ab"]["users"]) <= 10_000

@@ -63,6 +63,12 @@ def study(name: str) -> dict[str, Any]:
         dirty = {"hearts": 300, "plain": 0.7, "filtered": 0.78}
         return {"conditions": {"rate 5%": {"hearts": 400, "plain": 0.8}, "bots 10%": dirty,
                                "rate 2%": {"hearts": 160, "plain": 0.75, "all_negatives": 0.74}}}  # fmt: skip
+    if name == "choice":
+        link = {"love": 0.4, "continue": 0.1, "thumbs up": 0.0}
+        ranked = [{"signal": key, "per_1000": 80.0, "link": band(value), "unadjusted": band(value)}
+                  for key, value in link.items()]  # fmt: skip
+        ranked += [{"signal": "pleased follow-up", "per_1000": 0.0, "link": None}]
+        return {"rows": 1000, "strengths": {"0": ranked, "1": [ranked[2], *ranked[:2]]}}
     own = {"auroc": 0.7, "ceiling": 0.8, "told": 0.1, "loved": 0.08}
     return {"rounds": [candidate("w0.5", 9, farewells=times) | {"own_replies": own} for times in (3.0, 1.5)]}
 
@@ -84,7 +90,7 @@ def store(tmp_path: Path) -> Store:
     for seed in found.seeds:
         parts = {("candidate", name): candidate(name, n)
                  for n, name in enumerate([*Candidates.names(), *FIXES, *METHODS])}  # fmt: skip
-        parts |= {("study", name): study(name) for name in ("learnable", "size", "noise", "refresh")}
+        parts |= {("study", name): study(name) for name in ("learnable", "size", "noise", "refresh", "choice")}
         for (kind, name), part in parts.items():
             file = found.root / f"seed{seed}" / kind / f"{name}.json"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -110,6 +116,7 @@ def test_every_claim_is_told_with_its_verdict_and_none_is_made_again(store: Stor
     assert found[8]["passed"] is True  # 2.2 times the farewells, fewer users write on
     assert found[9]["passed"] is True
     assert found[11]["passed"] is True  # 0.08 of 0.10 won back
+    assert found[12]["passed"] is True  # first without self-selection
     assert found[13]["passed"] is True  # half of GRPO's false refusals, as many farewells
     assert found[14]["passed"] is True
     assert found[0]["works"]["judge"] is True
