@@ -1,8 +1,9 @@
 """Dynamic batching by tokens: what waits while the models are busy goes into the next batch together.
 
-An idle service answers at once, a busy one works in batches of up to `batch_tokens`. Callers that were answered just now
-often ask again: where batches take long, the next one waits for them a fraction of that time, since together they cost
-less than apart; where that was in vain, the next batches do not wait. Past `max_waiting` responses a request is refused with the time after which it is worth trying again.
+An idle service answers at once, a busy one works in batches of up to `batch_tokens`. Callers that were answered just
+now often ask again: where batches take long, the next one waits for them a fraction of that time, since together they
+cost less than apart; where that was in vain, the next batches do not wait. Past `max_waiting` responses a request is
+refused with the time after which it is worth trying again.
 """
 
 from __future__ import annotations
