@@ -1,9 +1,9 @@
 """Dynamic batching by tokens: what waits while the models are busy goes into the next batch together.
 
 An idle service answers at once, a busy one works in batches of up to `batch_tokens`. Callers that were answered just
-now often ask again: where batches take long, the next one waits for them a fraction of that time, since together they
-cost less than apart; where that was in vain, the next batches do not wait. Past `max_waiting` responses a request is
-refused with the time after which it is worth trying again.
+now often ask again: where they are few and take long, the next batch waits for them a fraction of that time, since
+together they cost less than apart; where that was in vain, the next batches do not wait. Past `max_waiting` responses a
+request is refused with the time after which it is worth trying again.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Generic, TypeVar
 
-from rluf.objectives.text import Item
+from rluf.objectives.text import BUSY, Item
 from rluf.serving.limits import ApiError
 
 Result = TypeVar("Result")
@@ -26,7 +26,8 @@ CHARS_PER_TOKEN = 3
 START_RATE = 50.0
 """Responses a second that Retry-After assumes before anything was measured."""
 BRIEF_S = 0.03
-"""Seconds of a batch below which the way to the model counts: then a replica gets its next batch before it is done."""
+"""Seconds of a batch below which the way to the model counts: then a replica gets its next batch before it is done, as
+it does where that one is BUSY."""
 LINGER, LONGEST_LINGER_S = 0.2, 0.02
 """Share of the last batch's time, and seconds at most, that a batch waits for those who were answered by the last."""
 IN_VAIN = 16
@@ -60,7 +61,7 @@ class Batcher(Generic[Result]):
     """Collects items of many requests into batches for `run`, which returns one result an item, in order.
 
     All calls belong to one asyncio loop. Each of `replicas` works on one batch at a time, and has a second one at hand
-    where batches are brief.
+    where batches are brief or large enough.
     """
 
     def __init__(
@@ -104,7 +105,8 @@ class Batcher(Generic[Result]):
 
     def _start(self) -> None:
         """One more batch, if there is something for it and room."""
-        room = self.replicas * (2 if self._seconds < BRIEF_S else 1)
+        ahead = self._seconds < BRIEF_S or self._queued() >= BUSY * self.batch_tokens
+        room = self.replicas * (2 if ahead else 1)
         if len(self._rounds) < room and self._queue:
             task = asyncio.create_task(self._round())
             self._rounds.add(task)
@@ -114,11 +116,13 @@ class Batcher(Generic[Result]):
         self._rounds.discard(task)
         self._start()
 
+    def _queued(self) -> int:
+        return sum(entry.tokens for entry in self._queue)
+
     async def _linger(self) -> None:
         """Wait for as many requests as there were when the last batch ended, for a while: see LINGER."""
         left = self._until - monotonic()
-        full = sum(entry.tokens for entry in self._queue) >= self.batch_tokens
-        if left <= 0 or full or self._seconds < BRIEF_S or len(self._queue) >= self._expected or len(self._rounds) > 1:
+        if left <= 0 or self._seconds < BRIEF_S or len(self._queue) >= self._expected or len(self._rounds) > 1:
             return
         if self._without:
             self._without -= 1
@@ -164,5 +168,6 @@ class Batcher(Generic[Result]):
             self._rate = 0.8 * self._rate + 0.2 * len(items) / max(seconds, 1e-6)
             self._seconds = seconds if math.isinf(self._seconds) else 0.8 * self._seconds + 0.2 * seconds
             self._expected = len(taken) + len(self._queue)
-            self._until = monotonic() + min(LINGER * seconds, LONGEST_LINGER_S)
+            few = sum(entry.tokens for entry in taken) + self._queued() < BUSY * self.batch_tokens
+            self._until = monotonic() + min(LINGER * seconds, LONGEST_LINGER_S) if few else 0.0
             self._on_round(Round(len(items), sum(entry.tokens for entry in taken), seconds))

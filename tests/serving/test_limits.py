@@ -137,16 +137,16 @@ async def test_a_batch_that_waited_in_vain_keeps_the_next_ones_from_waiting() ->
     assert batcher._without == IN_VAIN - 2
 
 
-async def test_brief_batches_have_the_next_one_at_hand_and_long_ones_do_not() -> None:
-    for seconds, at_once in ((0.005, 2), (0.06, 1)):
-        sizes, batcher = batches(seconds)
-        await batcher.submit([item("first")])
-        running = asyncio.create_task(batcher.submit([item("a")]))
-        await asyncio.sleep(0.002)
-        second = asyncio.create_task(batcher.submit([item("b")]))
-        await asyncio.sleep(0.001)
-        assert len(sizes) - 1 == at_once
-        await asyncio.gather(running, second)
+@pytest.mark.parametrize(("seconds", "second", "at_once"), [(0.005, 1, 2), (0.06, 1, 1), (0.06, 7, 2)])
+async def test_brief_or_large_batches_have_the_next_one_at_hand(seconds: float, second: int, at_once: int) -> None:
+    sizes, batcher = batches(seconds)
+    await batcher.submit([item("first")])
+    running = asyncio.create_task(batcher.submit([item("a")]))
+    await asyncio.sleep(0.002)
+    others = [asyncio.create_task(batcher.submit([item("b" * 400)])) for _ in range(second)]  # 100 tokens each
+    await asyncio.sleep(0.001)
+    assert len(sizes) - 1 == at_once
+    await asyncio.gather(running, *others)
 
 
 async def test_a_failed_batch_fails_its_requests_and_the_next_one_runs() -> None:
