@@ -208,7 +208,12 @@ def strike(process: subprocess.Popen[str], kind: str, above: int) -> None:
         while any(Path(f"/proc/{pid}").exists() for pid in victims) and time.monotonic() < deadline:
             time.sleep(0.1)
         return
-    os.kill(random.choice(actors_below(above, KINDS[kind])), signal.SIGKILL)
+    deadline = time.monotonic() + 30
+    while not (victims := actors_below(above, KINDS[kind])):  # a title is empty while Ray writes another into it
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"no process is called {KINDS[kind]}, to be killed")
+        time.sleep(0.01)
+    os.kill(random.choice(victims), signal.SIGKILL)
 
 
 def actors_below(pid: int, *names: str) -> list[int]:

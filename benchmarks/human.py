@@ -1,11 +1,13 @@
 """How well do reward models rank what real people said, on users or prompts that they never saw?
 
-python benchmarks/human.py --config configs/reward/love-human.yaml [--folds 5] [key=value ...]
+python benchmarks/human.py --config configs/reward/love-human.yaml [--folds 5] [--splits 1] [key=value ...]
 
 Takes backbone, layers and probe of the config's one objective, fits the head on all folds but one and scores that one:
 five times, split by user (love) or by prompt. The layers stay as they are, so epochs of the config play no part; what
 they add shows on a held-out file (see docs/reward.md). Prints AUROC or pair accuracy of the out-of-fold scores with an
-interval clustered by user or prompt, what length alone reaches, and ECE after a calibration fitted on other folds.
+interval clustered by user or prompt, what length alone reaches, and ECE after a calibration fitted on other folds. With
+--splits the folds are drawn so many times, and `by_split` tells how far the figure depends on them; all else is of the
+first draw.
 """
 
 from __future__ import annotations
@@ -175,11 +177,22 @@ def out_of_fold(members: list[Floats], rows: Rows, count: int, seed: int) -> tup
     return raw, calibrated
 
 
+def figures_of(records: list[dict[str, Any]], rows: Rows, logits: Floats) -> dict[str, Any]:
+    """What a reward card would tell of these calibrated logits [sequences]."""
+    if rows.pairs:
+        count = len(rows)
+        longer = rows.lengths[:count] - rows.lengths[count:]
+        return pair_figures(logits[:count] - logits[count:], rows.weights, longer, rows.clusters)
+    figures = label_figures(logits, rows.labels, rows.weights, rows.lengths, rows.clusters)
+    return figures | same_prompt(records, rows, logits)
+
+
 def main() -> None:
     """Fit, score out of fold, print the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--splits", type=int, default=1)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
@@ -192,24 +205,19 @@ def main() -> None:
     logger.info("%d rows", len(records))
     members, rows = features(settings, objective, records)
     logger.info("fitting %d heads on %d folds", len(members), options.folds)
-    raw, logits = out_of_fold(members, rows, options.folds, settings.seed)
-    count = len(rows)
-    if rows.pairs:
-        longer = rows.lengths[:count] - rows.lengths[count:]
-        figures = pair_figures(logits[:count] - logits[count:], rows.weights, longer, rows.clusters)
-    else:
-        figures = label_figures(logits, rows.labels, rows.weights, rows.lengths, rows.clusters)
-        figures |= same_prompt(records, rows, logits)
-    del figures["reliability"]
+    found = [out_of_fold(members, rows, options.folds, settings.seed + split) for split in range(options.splits)]
+    told = [figures_of(records, rows, logits) for _, logits in found]
+    del told[0]["reliability"]
     line = {
         "benchmark": "human",
         "objective": objective,
         "folds": options.folds,
-        "n": count,
+        "n": len(rows),
         "clusters": len(set(rows.clusters)),
         "tokens": rows.tokens,
-        "raw_logit_sd": float(raw.std()),
-        **figures,
+        "raw_logit_sd": float(found[0][0].std()),
+        **told[0],
+        "by_split": [next(one[key]["mean"] for key in ("pair_accuracy", "auroc") if key in one) for one in told],
         "settings": settings.reward.named[objective].model_dump(mode="json"),
         "seconds": round(time.monotonic() - started, 1),
     }
