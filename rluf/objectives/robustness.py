@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,8 @@ from rluf.objectives.calibration import Floats
 from rluf.objectives.figures import plain
 from rluf.objectives.metrics import auroc
 from rluf.objectives.scorer import RewardModel
+
+logger = logging.getLogger(__name__)
 
 ROWS = 200
 """Responses that are changed in each way."""
@@ -34,7 +37,8 @@ def robustness(model: RewardModel, records: Sequence[Mapping[str, Any]], *, pair
     before = _logits(model, rows, [str(row[key]) for row in rows])
     spread = float(before.std()) or 1.0
     table = {}
-    for name, change in CHANGES.items():
+    for number, (name, change) in enumerate(CHANGES.items(), start=1):
+        logger.info("card: change %d of %d, %s, of %d responses", number, len(CHANGES), name, len(rows))
         after = _logits(
             model, rows, [change(str(row[key]), random.Random(f"{seed} {i}")) for i, row in enumerate(rows)]
         )
