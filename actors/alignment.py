@@ -236,9 +236,12 @@ async def _unless(stop: asyncio.Event, pipeline: LastingPipeline, number: int) -
 
 async def answer(settings: Settings, pipeline: Pipeline, prompts: Sequence[Prompt], who: str) -> list[Answered]:
     """Responses of the policy in the engines to each prompt, in order of prompts, scored by every objective."""
-    seed = settings.seed + EVALUATION_SEED
+    seed, begun = settings.seed + EVALUATION_SEED, time.monotonic()
     with Progress(f"answers of the {who}", len(prompts), unit="prompt") as progress:
         found = await pipeline.respond(prompts, settings.evaluate.samples_per_prompt, seed, progress.advance)
+    ended = time.monotonic()
+    alone = (who, ended - begun, ended - pipeline.generated_at)
+    logger.info("answers of the %s: %.1f s, the last %.1f of them for scoring alone", *alone)
     return [Answered(group, _values(scored)) for group, scored in found]
 
 

@@ -134,7 +134,8 @@ class Pipeline:
         self._ready: asyncio.Queue[ScoredGroup] = asyncio.Queue()
         self._running: set[asyncio.Task[None]] = set()
         self._accepted = self._started = self._dropped = 0
-        self._generated_at = time.monotonic()
+        self.generated_at = time.monotonic()
+        """When the last samples came (time.monotonic)."""
         self.values: dict[str, list[list[float]]] = {}
         """Values of the last step's samples [groups][samples]: of each objective, reward, response_length, and kl to
         the reference (nats; absent where the step learnt from the log instead)."""
@@ -160,7 +161,7 @@ class Pipeline:
             info: GroupInfo = await within(info_ref, deadline, f"{member} (prompt {prompt.id})")
         finally:
             self._load[str(member)] -= samples
-        self._generated_at = drawn = time.monotonic()
+        self.generated_at = drawn = time.monotonic()
         self.timeline.add(str(member), f"prompt {prompt.id}", begun, drawn)
         return ref, info
 
@@ -285,9 +286,9 @@ class Pipeline:
         await self._baselines()
         with pump(f"generate and score, step {number}"):
             batch = await self._batch()
-        self._generated_at = max(self._generated_at, clock.started)
-        clock.lap("generate_s", clock.started, self._generated_at)
-        now = clock.lap("score_s", self._generated_at)
+        self.generated_at = max(self.generated_at, clock.started)
+        clock.lap("generate_s", clock.started, self.generated_at)
+        now = clock.lap("score_s", self.generated_at)
         method = METHODS[self.settings.algorithm.name]
         combined = self.combiner.combine([self._opinions(scored) for scored in batch], gate=not method.drifts)
         await self.publisher.prepare(batch[0].ref)

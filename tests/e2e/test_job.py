@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -117,6 +118,10 @@ def test_submitted_job_leaves_a_whole_run_folder(place: Place, submitted: str) -
     assert {"config.json", "run.log", "metrics.jsonl", "samples.jsonl", "summary.json", "report.html"} <= {
         file.name for file in place.latest.iterdir()
     }
+    told = re.findall(
+        r"answers of the aligned policy: (\S+) s, the last (\S+) of them", (place.latest / "run.log").read_text()
+    )
+    assert [0.0 <= float(alone) <= float(all_of_it) for all_of_it, alone in told] == [True]
     summary = json.loads((place.latest / "summary.json").read_text())
     for key in ("love_rate", "helpfulness", "safety"):
         for arm in ("base", "aligned"):
