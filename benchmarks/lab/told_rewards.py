@@ -105,8 +105,8 @@ def claim_11(store: Store) -> Told:
                 ["seed", "log", "hearts", "AUROC", "lost", "with the filter", "won back", "other ways"], rows,
                 ["8,000 rows each; AUROC against the true chances of honest users on unseen prompts. Bots love what "
                  "is worst, sarcastic users love failed answers. The filter drops the 8% of users whose hearts a model "
-                 "that never saw them finds least likely. What is won back is told where more than 0.005 was lost; bots "
-                 f"and sarcasm cost {most:.3f} at most."])  # fmt: skip
+                 "that never saw them finds least likely. What is won back is told where more than 0.005 was lost; "
+                 f"bots and sarcasm cost {most:.3f} at most."])  # fmt: skip
 
 
 def claim_12(store: Store) -> Told:
