@@ -240,8 +240,8 @@ async def answer(settings: Settings, pipeline: Pipeline, prompts: Sequence[Promp
     with Progress(f"answers of the {who}", len(prompts), unit="prompt") as progress:
         found = await pipeline.respond(prompts, settings.evaluate.samples_per_prompt, seed, progress.advance)
     ended = time.monotonic()
-    alone = (who, ended - begun, ended - pipeline.generated_at)
-    logger.info("answers of the %s: %.1f s, the last %.1f of them for scoring alone", *alone)
+    took, alone = ended - begun, ended - pipeline.generated_at
+    logger.info("answers of the %s: %.1f s, the last %.1f of them for scoring alone", who, took, alone)
     return [Answered(group, _values(scored)) for group, scored in found]
 
 

@@ -217,7 +217,7 @@ def main() -> None:
         "tokens": rows.tokens,
         "raw_logit_sd": float(found[0][0].std()),
         **told[0],
-        "by_split": [next(one[key]["mean"] for key in ("pair_accuracy", "auroc") if key in one) for one in told],
+        "by_split": [one["pair_accuracy" if rows.pairs else "auroc"]["mean"] for one in told],
         "settings": settings.reward.named[objective].model_dump(mode="json"),
         "seconds": round(time.monotonic() - started, 1),
     }

@@ -178,7 +178,8 @@ def refresh(v: Village, c: Candidates) -> dict[str, Any]:
 
 def choice(v: Village, _: Candidates) -> dict[str, Any]:
     """What `prepare --signals` says of hearts, of writing on, and of thumbs put from habit alone, on logs where who
-    reacts readily comes back for that reason, more and more (claim 12). The world itself has no such users.
+    reacts readily comes back for that reason, more and more (claim 12). The world itself has no such users, and its
+    fingerprint keeps its files as they are: hence who comes back is drawn here, by its numbers.
     """
     rng = v.rng(80)
     places = rng.choice(v.places, READS)

@@ -82,7 +82,7 @@ class Batcher(Generic[Result]):
         self._rate, self._seconds = START_RATE, math.inf
         self._expected, self._until, self._without = 0, 0.0, 0
         self._complete = asyncio.Event()
-        self.waiting = 0
+        self.waiting = self._tokens = 0
 
     async def submit(self, items: Sequence[Item]) -> list[Result]:
         """Results of the items, in order. Raises ApiError 429 when too much waits already, or what `run` raised."""
@@ -98,6 +98,7 @@ class Batcher(Generic[Result]):
         entry = _Waiting[Result](items, tokens, asyncio.get_running_loop().create_future())
         self._queue.append(entry)
         self.waiting += len(items)
+        self._tokens += tokens
         if len(self._queue) >= self._expected:
             self._complete.set()
         self._start()
@@ -105,7 +106,7 @@ class Batcher(Generic[Result]):
 
     def _start(self) -> None:
         """One more batch, if there is something for it and room."""
-        ahead = self._seconds < BRIEF_S or self._queued() >= BUSY * self.batch_tokens
+        ahead = self._seconds < BRIEF_S or self._tokens >= BUSY * self.batch_tokens
         room = self.replicas * (2 if ahead else 1)
         if len(self._rounds) < room and self._queue:
             task = asyncio.create_task(self._round())
@@ -116,13 +117,10 @@ class Batcher(Generic[Result]):
         self._rounds.discard(task)
         self._start()
 
-    def _queued(self) -> int:
-        return sum(entry.tokens for entry in self._queue)
-
     async def _linger(self) -> None:
         """Wait for as many requests as there were when the last batch ended, for a while: see LINGER."""
         left = self._until - monotonic()
-        if left <= 0 or self._seconds < BRIEF_S or len(self._queue) >= self._expected or len(self._rounds) > 1:
+        if left <= 0 or len(self._queue) >= self._expected or len(self._rounds) > 1:
             return
         if self._without:
             self._without -= 1
@@ -140,6 +138,7 @@ class Batcher(Generic[Result]):
         while self._queue and (not taken or tokens + self._queue[0].tokens <= self.batch_tokens):
             entry = self._queue.popleft()
             self.waiting -= len(entry.items)
+            self._tokens -= entry.tokens
             if not entry.future.done():
                 taken.append(entry)
                 tokens += entry.tokens
@@ -168,6 +167,7 @@ class Batcher(Generic[Result]):
             self._rate = 0.8 * self._rate + 0.2 * len(items) / max(seconds, 1e-6)
             self._seconds = seconds if math.isinf(self._seconds) else 0.8 * self._seconds + 0.2 * seconds
             self._expected = len(taken) + len(self._queue)
-            few = sum(entry.tokens for entry in taken) + self._queued() < BUSY * self.batch_tokens
-            self._until = monotonic() + min(LINGER * seconds, LONGEST_LINGER_S) if few else 0.0
+            few = sum(entry.tokens for entry in taken) + self._tokens < BUSY * self.batch_tokens
+            pays = few and self._seconds >= BRIEF_S
+            self._until = monotonic() + min(LINGER * seconds, LONGEST_LINGER_S) if pays else 0.0
             self._on_round(Round(len(items), sum(entry.tokens for entry in taken), seconds))

@@ -75,7 +75,7 @@ def test_thumbs_from_habit_seem_to_bring_users_back_only_where_those_who_react_r
     alone, selected = ({row["signal"]: row["link"] for row in found[one]} for one in ("0", "2"))
     assert alone["thumbs up"]["low"] < 0.0 < alone["thumbs up"]["high"]
     assert selected["thumbs up"]["low"] > 0.0
-    assert alone["continue"]["low"] < 0.3  # a drawn message says little of satisfaction
+    assert alone["continue"]["low"] > 0.0  # who writes on is satisfied, and so comes back
 
 
 def test_training_raises_its_own_reward_and_a_candidate_is_judged_by_new_users(village: Village) -> None:
