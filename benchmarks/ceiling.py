@@ -9,7 +9,7 @@ to leave them unpaid, so its own ceiling is that of the text without them.
 AUROC and calibration are told against the true chances, which takes the noise of the drawn hearts out. Sign-offs are
 appended to responses of the test split: phrases that training adds, and others that it never sees.
 
-python benchmarks/ceiling.py [--rows 60000] [--seed 0] [key=value ...]
+python benchmarks/ceiling.py [--rows 150000] [--seed 0] [key=value ...]
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from scipy.special import expit
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.engine.deepspeed import join_group, leave_group
-from rluf.engine.train_member import Splits, train_member
+from rluf.engine.train_member import Splits, train_members
 from rluf.engine.write_reward import finish, table
 from rluf.feedback.sampling import choose, quota
 from rluf.objectives.augment import SIGN_OFFS
@@ -132,8 +132,8 @@ def train(settings: Settings, data: Path, out: Path) -> None:
     try:
         clock, folder = time.monotonic(), data / "love"
         splits = Splits("love", table(folder / "train.parquet"), table(folder / "dev.parquet"), folder)
-        member = train_member(settings, [splits], 0, math.inf)
-        finish(settings, {"love": (folder, out)}, [member], clock, thorough=False)
+        members = train_members(settings, [splits], math.inf)
+        finish(settings, {"love": (folder, out)}, members, clock, thorough=False)
     finally:
         leave_group()
 
@@ -177,8 +177,8 @@ def figures(out: Path, data: Path, truth: Floats, plain: Floats) -> dict[str, An
 
 
 DEFAULTS = (
-    "reward.dtype=float32", "reward.love.max_tokens=64", "reward.love.epochs=2",
-    "reward.love.learning_rate=1e-3", "reward.love.debias=[sign_offs, length, users]",
+    "reward.dtype=float32", "reward.love.max_tokens=64", "reward.love.layers=[3, 6]", "reward.love.fuse=true",
+    "reward.love.probe=true", "reward.love.epochs=0", "reward.love.debias=[sign_offs, length, users]",
 )  # fmt: skip
 
 
@@ -195,7 +195,7 @@ def run(rows: int, seed: int, settings: Settings, folder: Path, *, rate: float =
 def main() -> None:
     """Run once and print the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=60_000)
+    parser.add_argument("--rows", type=int, default=150_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     options = parser.parse_args()

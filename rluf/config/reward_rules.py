@@ -42,15 +42,8 @@ def untrained(settings: Settings) -> str | None:
 
 
 def debiased(settings: Settings) -> str | None:
-    """What is learnt around needs epochs to learn in, and a pair shows both sides to one user."""
+    """A pair shows both sides to one user, so nothing is to be learnt around there."""
     for name, model in settings.reward.named.items():
-        fitted = [what for what in model.debias if what in ("length", "users")]
-        lead = next((one for one in _leads(settings, name) if settings.reward.named[one].epochs == 0), None)
-        if fitted and lead is not None:
-            return (
-                f"reward.{name}.debias={list(model.debias)} takes {fitted[0]} out while training, of which "
-                f"reward.{lead}.epochs=0 leaves none; set reward.{lead}.epochs=1 or take {fitted[0]} out of debias"
-            )
         wrong = [what for what in model.debias if what in ("users", "propensity") and name != "love"]
         if wrong:
             return (
@@ -58,13 +51,6 @@ def debiased(settings: Settings) -> str | None:
                 f"{model.loss} learns from raters; set debias without it"
             )
     return None
-
-
-def _leads(settings: Settings, name: str) -> set[str]:
-    """Sections whose epochs train what section `name` says: of shared heads the first head's, else its own."""
-    reward = settings.reward
-    sections = [head if head in reward.named else "love" for head in reward.heads]  # continued and thumbs: love's
-    return ({sections[0]} if name in sections else set()) | (set() if name in reward.heads else {name})
 
 
 def members(settings: Settings) -> str | None:
@@ -76,12 +62,6 @@ def members(settings: Settings) -> str | None:
                 f"{model.backbone}; put a number of its own layers first, or set reward.{name}.backbone to the other"
             )
         others = [f"{member.backbone}:{member.layers}" for member in model.members if not member.own]
-        fitted = [what for what in model.debias if what in ("length", "users")]
-        if others and fitted:
-            return (
-                f"reward.{name}.debias={list(model.debias)} takes {fitted[0]} out while training, but {others[0]} in "
-                f"reward.{name}.layers={list(model.layers)} only gets a fitted head; set one without it"
-            )
         if others and settings.reward.heads and model is settings.reward.of_head(settings.reward.heads[0]):
             return (
                 f"reward.heads={list(settings.reward.heads)} share one backbone, but reward.{name}.layers="

@@ -235,9 +235,10 @@ def _task(settings: Settings, part: Splits, encoder: TextEncoder, place: int, wo
     chosen = settings.reward.of_head(part.head)
     pairs = chosen.loss == "bradley_terry"
     records = labelled(part.head, part.train, f"{part.folder}/train.parquet")
-    if "sign_offs" in chosen.debias:
-        records = with_sign_offs(records, SIGN_OFF_SHARE, pairs=pairs, seed=settings.seed)
+    share = SIGN_OFF_SHARE if "sign_offs" in chosen.debias else 0.0
+    records, originals = with_sign_offs(records, share, pairs=pairs, seed=settings.seed)
     rows = encode_rows(records, encoder, pairs=pairs, where=f"{part.folder}/train.parquet")
+    rows = replace(rows, originals=originals)
     dev_records = labelled(part.head, part.dev, f"{part.folder}/dev.parquet")
     dev = encode_rows(dev_records, encoder, pairs=pairs, where=f"{part.folder}/dev.parquet")
     if not pairs and len(set(rows.labels.tolist())) < 2:
@@ -256,12 +257,14 @@ def _task(settings: Settings, part: Splits, encoder: TextEncoder, place: int, wo
 
 
 def _offsets(rows: Rows, debias: Sequence[str], world: int) -> Floats:
-    """What length and user explain of each sequence, fitted on all ranks' rows."""
-    shards = gathered((rows.labels, rows.loss_weights, rows.lengths, rows.clusters), world)
+    """What length and user explain of each sequence, fitted on all ranks' rows. A row and its copies weigh as one."""
+    once = rows.loss_weights / np.bincount(rows.items)[rows.items]
+    shards = gathered((rows.labels, once, rows.lengths, rows.clusters), world)
     weights = np.concatenate([shard[1] for shard in shards])
     if rows.pairs:
         halves = [np.split(shard[2], 2) for shard in shards]
         found = fit_pairs(np.concatenate([half[side] for side in range(2) for half in halves]), weights)
+        offsets = found.of_length(rows.lengths)
     else:
         found = fit_labels(
             np.concatenate([shard[0] for shard in shards]),
@@ -271,8 +274,9 @@ def _offsets(rows: Rows, debias: Sequence[str], world: int) -> Floats:
             length="length" in debias,
             user="users" in debias,
         )
+        offsets = found.offsets(rows.labels, once, rows.lengths, rows.clusters, rows.items)
     logger.info("debias: log-odds %.2f a standard deviation of log length", found.slope)
-    return found.offsets(rows.lengths, rows.clusters * (1 + rows.pairs))
+    return offsets
 
 
 def loss_of(chosen: RewardModelSettings) -> Loss:
@@ -331,17 +335,25 @@ def _probe(trainer: Trainer, task: Task, read: Read, weights: dict[str, torch.Te
 
 
 def _fit_head(read: Floats, rows: Rows, world: int, seed: int) -> tuple[Floats, Floats, float]:
-    """Features [N, H] of all ranks' rows from this rank's, and the head's weights [H] and bias fitted on them."""
-    shards = gathered((read, rows.labels, rows.loss_weights, rows.clusters), world)
-    halves = [np.split(shard[0], 2) if rows.pairs else [shard[0]] for shard in shards]
-    features = np.concatenate([half[side] for side in range(1 + rows.pairs) for half in halves])
+    """Features [N, H] of all ranks' rows from this rank's, and the head's weights [H] and bias fitted on them.
+
+    Copies with a sign-off are no rows of their own there: their logit is held to that of the row they copy.
+    """
+    count = len(rows) - len(rows.originals)
+    own, copies = rows.parts(range(count)), rows.parts(range(count, len(rows)))
+    moved = read[copies] - read[rows.parts(rows.originals.tolist())]
+    offsets = rows.offsets if rows.offsets.size else np.zeros(len(read))
+    mine = rows.labels[:count], rows.loss_weights[:count], rows.clusters[:count]
+    shards = gathered((*mine, read[own], offsets[own], moved.T @ moved, len(moved)), world)
+    labels, weights = (np.concatenate([shard[part] for shard in shards]) for part in (0, 1))
+    features, offsets = (
+        np.concatenate([half[side] for side in range(1 + rows.pairs) for half in halves])
+        for halves in ([np.split(shard[part], 1 + rows.pairs) for shard in shards] for part in (3, 4))
+    )
+    clusters = [cluster for shard in shards for cluster in shard[2]]
+    drift = sum(shard[5] for shard in shards) / max(1, sum(shard[6] for shard in shards))
     head, bias, strength = fit_probe(
-        features,
-        np.concatenate([shard[1] for shard in shards]),
-        np.concatenate([shard[2] for shard in shards]),
-        [cluster for shard in shards for cluster in shard[3]],
-        pairs=rows.pairs,
-        seed=seed,
+        features, labels, weights, clusters, pairs=rows.pairs, seed=seed, offsets=offsets, drift=drift
     )
     logger.info("probe: regularisation C=%g", strength)
     return features, head, bias

@@ -1,15 +1,22 @@
 """Changes to a response that must not change its score: counterfactual training rows, and the robustness table.
 
 A policy that is paid for love learns to append farewells and affection (RLUF reports it). Rows that come a second time
-with such a phrase at the end and the same label teach the model that the phrase earns nothing.
+with such a phrase at the end and the same label teach the model that the phrase earns nothing. Half of the phrases are
+those that the log's own responses end with, which are what the log may pay for.
 """
 
 from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rluf.objectives.judges import signs_off
 
 SIGN_OFFS = (
     "Bye! Sending love!", "Sending you lots of love!", "Take care, dear friend!", "With all my love.",
@@ -19,6 +26,11 @@ SIGN_OFFS = (
 )  # fmt: skip
 SIGN_OFF_SHARE = 0.3
 """Share of the training rows that come again with a sign-off where debias names sign_offs."""
+CLOSES = 64
+"""Closing sentences of the log's own that are used, the most frequent ones."""
+LONGEST_CLOSE = 100
+"""Characters of a sentence that may count as a sign-off."""
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 EMOJI = ("❤️", "😊", "🥰", "💕", "👍")
 PADDING = "I hope that this helps, and please let me know whether there is anything else that you would like to know."
 
@@ -57,18 +69,30 @@ CHANGES: Mapping[str, Callable[[str, random.Random], str]] = {
 """Change of a response by name. Truncation keeps the first half of the words."""
 
 
+def own_sign_offs(responses: Sequence[str]) -> list[str]:
+    """Last sentences of the responses that are a farewell or an affectionate close, the most frequent first."""
+    ends = (SENTENCE_END.split(text.rstrip())[-1] for text in responses)
+    found = Counter(end for end in ends if len(end) <= LONGEST_CLOSE and signs_off(end))
+    return [end for end, _ in found.most_common(CLOSES)]
+
+
 def with_sign_offs(
     rows: Sequence[Mapping[str, Any]], share: float, *, pairs: bool, seed: int
-) -> list[Mapping[str, Any]]:
+) -> tuple[list[Mapping[str, Any]], NDArray[np.int64]]:
     """The rows and, after them, a share of them again with a sign-off at the end and the label as before.
 
-    Of a pair, either side gets the phrase, at random. The choice hangs on the seed and on each row's own text.
+    The second value tells of each added row which row it is a copy of. Of a pair, either side gets the phrase, at
+    random. The choice hangs on the seed and on each row's own text; half of the phrases are own_sign_offs of these
+    rows, where there are any.
     """
-    found = list(rows)
-    for row in rows:
-        sides = ("chosen", "rejected") if pairs else ("response",)
+    sides = ("chosen", "rejected") if pairs else ("response",)
+    own = own_sign_offs([str(row[side]) for row in rows for side in sides])
+    found, copied = list(rows), []
+    for number, row in enumerate(rows):
         rng = random.Random(f"{seed} {[row[side] for side in sides]}")
         if rng.random() < share:
             side = rng.choice(sides)
-            found.append({**row, side: CHANGES["sign_off"](str(row[side]), rng)})
-    return found
+            phrase = rng.choice(own if own and rng.random() < 0.5 else SIGN_OFFS)
+            found.append({**row, side: f"{row[side]} {phrase}"})
+            copied.append(number)
+    return found, np.asarray(copied, dtype=np.int64)

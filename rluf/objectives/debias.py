@@ -3,7 +3,8 @@
 - `sign_offs`: rows come again with a farewell or an affectionate close and the same label (rluf.objectives.augment).
 - `propensity`: a reaction from where few react tells more than one from where everybody does, so it weighs more.
 - `length`, `users`: what length alone, and each user's own readiness to react, explain of the labels is fitted first
-  and added to the logits in training; the model learns the rest, and scores without it.
+  and added to the logits in training; the model learns the rest, and scores without it. A user's readiness is added
+  to each row as the user's other rows tell it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rluf.objectives.calibration import Floats, sigmoid
 
@@ -40,12 +42,33 @@ class Nuisance:
     slope: float = 0.0
     centre: float = 0.0
     scale: float = 1.0
-    users: dict[str, float] | None = None
+    level: float = 0.0
+    """Log-odds of a response of average length shown to an average user."""
+    users: dict[str, tuple[float, float]] | None = None
+    """Each user's own log-odds, and how sharply the fit bends there (the inverse of its variance)."""
 
-    def offsets(self, lengths: Floats, users: Sequence[str]) -> Floats:
-        """Log-odds [N] of responses of `lengths` [N] characters shown to `users` [N]."""
-        own = np.asarray([(self.users or {}).get(user, 0.0) for user in users])
-        return np.asarray(self.slope * (np.log1p(lengths) - self.centre) / self.scale + own, dtype=np.float64)
+    def of_length(self, lengths: Floats) -> Floats:
+        """Log-odds [N] of responses of `lengths` [N] characters, over those of the average."""
+        return np.asarray(self.slope * (np.log1p(lengths) - self.centre) / self.scale, dtype=np.float64)
+
+    def offsets(
+        self, labels: Floats, weights: Floats, lengths: Floats, users: Sequence[str], items: NDArray[np.int64]
+    ) -> Floats:
+        """Log-odds [N] of rows that were fitted, the user's own as it is without the row's own label.
+
+        A row's label is a good part of what is known of a user with two or three rows, so with it left in, offsets
+        would tell the labels and the model would learn to disbelieve the text.
+        Rows with one of `items` [N] are copies and go together. One Newton step from the fit, which is close: the
+        prior keeps it from moving far.
+        """
+        length = self.of_length(lengths)
+        if self.users is None:
+            return length
+        own, bend = np.asarray([self.users[user] for user in users]).T
+        p = sigmoid(self.level + length + own)
+        _, code = np.unique(items, return_inverse=True)
+        slope, curvature = (np.bincount(code, part)[code] for part in (weights * (labels - p), weights * p * (1 - p)))
+        return np.asarray(length + own - slope / np.maximum(bend - curvature, 1e-9), dtype=np.float64)
 
 
 def fit_labels(
@@ -61,7 +84,9 @@ def fit_labels(
     columns = [np.ones(len(labels)), (x - centre) / scale] if length else [np.ones(len(labels))]
     design, beta = np.stack(columns, axis=1), np.zeros(len(columns))
     names, code = np.unique(np.asarray(users, dtype=str), return_inverse=True)
-    own, variance = np.zeros(len(names)), SPREAD**2
+    own: Floats = np.zeros(len(names))
+    bend: Floats = np.ones(len(names))
+    variance = SPREAD**2
     for _ in range(ROUNDS):
         p = sigmoid(design @ beta + own[code])
         curvature = (design * (weights * p * (1 - p))[:, None]).T @ design + 1e-9 * np.eye(len(beta))
@@ -69,11 +94,11 @@ def fit_labels(
         if user:
             p = sigmoid(design @ beta + own[code])
             slope = np.bincount(code, weights * (labels - p), minlength=len(names)) - own / variance
-            bend = np.bincount(code, weights * p * (1 - p), minlength=len(names)) + 1 / variance
+            bend = np.bincount(code, weights * p * (1 - p), minlength=len(names)).astype(np.float64) + 1 / variance
             own = own + np.clip(slope / bend, -2, 2)
             variance = max(float((own**2 + 1 / bend).mean()), 1e-4)
-    found = dict(zip(names.tolist(), own.tolist(), strict=True)) if user else None
-    return Nuisance(float(beta[1]) if length else 0.0, centre, scale, found)
+    found = dict(zip(names.tolist(), zip(own.tolist(), bend.tolist(), strict=True), strict=True)) if user else None
+    return Nuisance(float(beta[1]) if length else 0.0, centre, scale, float(beta[0]), found)
 
 
 def fit_pairs(lengths: Floats, weights: Floats) -> Nuisance:

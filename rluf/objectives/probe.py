@@ -23,8 +23,12 @@ from rluf.objectives.calibration import Floats, fit_platt, fit_scale, sigmoid
 from rluf.objectives.metrics import log_loss
 from rluf.objectives.splits import folds
 
-STRENGTHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-"""Inverse regularisation strengths tried, on standardised features; scikit-learn's C."""
+STRENGTHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+"""Inverse regularisation strengths tried in turn, on standardised features; scikit-learn's C."""
+PATIENCE = 2
+"""Strengths in a row without a better held-out loss after which no weaker regularisation is tried."""
+INVARIANCE = 1.0
+"""Weight of the mean square that sign-offs move the logit by, beside the mean log-loss."""
 FOLDS = 4
 HEADS = ("score", "classifier")
 """Names of the linear head in models for sequence classification."""
@@ -90,55 +94,76 @@ def read_out(model: PreTrainedModel) -> nn.Module | None:
 
 
 def fit_probe(
-    features: Matrix, labels: Floats, weights: Floats, clusters: Sequence[str], *, pairs: bool, seed: int = 0
+    features: Matrix,
+    labels: Floats,
+    weights: Floats,
+    clusters: Sequence[str],
+    *,
+    pairs: bool,
+    seed: int = 0,
+    offsets: Floats | None = None,
+    drift: Matrix | None = None,
 ) -> tuple[Floats, float, float]:
     """Weights [H], bias and the chosen strength C of a logit on features [N, H] (pairs: [2N, H], chosen first).
 
     Pairs: logistic regression of the difference chosen - rejected, which is Bradley-Terry with a normal prior; no bias.
+    `offsets` (one a row of features) are added to the logits in the fit and left out of what comes back: what a user or
+    a length explains (rluf.objectives.debias). `drift` [H, H] is the mean of d d^T over changes d of the features that
+    are to earn nothing (a sign-off): the mean square by which they move the logit is held down with the loss.
     """
+    offsets = np.zeros(len(features)) if offsets is None else offsets
     if not pairs:
-        features, labels, weights, clusters = _merged(features, labels, weights, clusters)
+        features, labels, weights, clusters, offsets = _merged(features, labels, weights, clusters, offsets)
     count = len(labels)
     mean, spread = features.mean(0), features.std(0) + 1e-6
     z = (features - mean) / spread
-    x, y = (z[:count] - z[count:], labels) if pairs else (z, labels)
-    best, strength = np.inf, STRENGTHS[0]
+    drift = np.zeros((0, 0)) if drift is None or not drift.any() else INVARIANCE * drift / np.outer(spread, spread)
+    if pairs:
+        z, offsets = z[:count] - z[count:], offsets[:count] - offsets[count:]
     parts = folds(clusters, FOLDS, seed=seed)
+    used = [part for part in range(FOLDS) if _can_fit(parts == part, labels, pairs=pairs)]
+    found: dict[int, Floats] = {}
+    best, strength, since = np.inf, STRENGTHS[0], 0
     for candidate in STRENGTHS:
         held_out = np.full(count, np.nan)
-        for part in range(FOLDS):
+        for part in used:
             held = parts == part
-            if held.any() and not held.all() and (pairs or len(set(y[~held])) > 1):
-                w, b = _fit(x[~held], y[~held], weights[~held], candidate, pairs=pairs)
-                held_out[held] = x[held] @ w + b
+            known = (z[~held], labels[~held], weights[~held], offsets[~held], drift)
+            found[part] = _fit(*known, candidate, bias=not pairs, start=found.get(part))
+            held_out[held] = z[held] @ found[part][:-1] + found[part][-1]
         seen = ~np.isnan(held_out)
-        loss = _calibrated_loss(held_out[seen], y[seen], weights[seen], pairs=pairs) if seen.any() else np.inf
+        loss = _calibrated_loss(held_out[seen], labels[seen], weights[seen], pairs=pairs) if seen.any() else np.inf
+        since = 0 if loss < best else since + 1
         if loss < best:
             best, strength = loss, candidate
-    w, b = _fit(x, y, weights, strength, pairs=pairs)
-    head = w / spread
-    return head, 0.0 if pairs else float(b - mean @ head), strength
+        if since >= PATIENCE:
+            break
+    whole = _fit(z, labels, weights, offsets, drift, strength, bias=not pairs)
+    head = whole[:-1] / spread
+    return head, 0.0 if pairs else float(whole[-1] - mean @ head), strength
+
+
+def _can_fit(held: NDArray[np.bool_], labels: Floats, *, pairs: bool) -> bool:
+    """Whether a head can be fitted without the held-out rows, and there are such rows."""
+    return bool(held.any() and not held.all() and (pairs or len(set(labels[~held])) > 1))
 
 
 def _merged(
-    features: Matrix, labels: Floats, weights: Floats, clusters: Sequence[str]
-) -> tuple[Matrix, Floats, Floats, list[str]]:
+    features: Matrix, labels: Floats, weights: Floats, clusters: Sequence[str], offsets: Floats
+) -> tuple[Matrix, Floats, Floats, list[str], Floats]:
     """Rows that agree in all but weight as one row with the sum: the same solution from fewer rows.
 
     A response with many reactions comes as many such rows.
     """
-    first: dict[tuple[bytes, float, str], int] = {}
+    first: dict[tuple[bytes, float, str, float], int] = {}
     place = [
-        first.setdefault((features[i].tobytes(), float(labels[i]), clusters[i]), len(first)) for i in range(len(labels))
+        first.setdefault((features[i].tobytes(), float(labels[i]), clusters[i], float(offsets[i])), len(first))
+        for i in range(len(labels))
     ]
     kept = np.zeros(len(first), dtype=np.int64)
     kept[place[::-1]] = np.arange(len(labels))[::-1]
-    return (
-        features[kept],
-        labels[kept],
-        np.bincount(place, weights).astype(np.float64),
-        [clusters[i] for i in kept.tolist()],
-    )
+    total = np.bincount(place, weights).astype(np.float64)
+    return features[kept], labels[kept], total, [clusters[i] for i in kept.tolist()], offsets[kept]
 
 
 def _calibrated_loss(logits: Floats, labels: Floats, weights: Floats, *, pairs: bool) -> float:
@@ -149,14 +174,39 @@ def _calibrated_loss(logits: Floats, labels: Floats, weights: Floats, *, pairs: 
     return log_loss(sigmoid(scale * logits + offset), labels, weights)
 
 
-def _fit(x: Matrix, y: Floats, weights: Floats, strength: float, *, pairs: bool) -> tuple[Floats, float]:
-    from sklearn.linear_model import LogisticRegression
+def _fit(
+    x: Matrix,
+    y: Floats,
+    weights: Floats,
+    offsets: Floats,
+    drift: Matrix,
+    strength: float,
+    *,
+    bias: bool,
+    start: Floats | None = None,
+) -> Floats:
+    """Weights and, last, the bias [H + 1] of L2 logistic regression of y [N] in [0, 1] on x [N, H].
 
-    if pairs:
-        signs = np.where(np.arange(len(y)) % 2 == 0, 1.0, -1.0)
-        x, y = x * signs[:, None], (signs + 1) / 2
-    model = LogisticRegression(C=strength, fit_intercept=not pairs, max_iter=500).fit(x, y, weights)
-    return model.coef_[0], float(model.intercept_[0]) if not pairs else 0.0
+    The mean loss is scikit-learn's objective over the rows' weight, plus half of w^T drift w (more where the weights
+    are held small anyway); its LogisticRegression takes neither that, nor offsets, nor a tie (y = 0.5). `start` is a
+    solution nearby.
+    """
+    from scipy.optimize import minimize
+
+    total = float(weights.sum())
+    ridge = 1 / (strength * total)
+    drift = (1 + ridge) * drift
+
+    def objective(point: Floats) -> tuple[float, Floats]:
+        w, z = point[:-1], x @ point[:-1] + point[-1] + offsets
+        held = ridge * w + (drift @ w if drift.size else 0.0)
+        slope = weights * (sigmoid(z) - y) / total
+        loss = float(weights @ (np.logaddexp(0, z) - y * z)) / total + 0.5 * float(w @ held)
+        return loss, np.append(slope @ x + held, slope.sum() if bias else 0.0)
+
+    start = np.zeros(x.shape[1] + 1) if start is None else start
+    solved = minimize(objective, start, jac=True, method="L-BFGS-B", options={"maxiter": 500, "gtol": 1e-5})
+    return np.asarray(solved.x, dtype=np.float64)
 
 
 def fold_bias(features: Matrix, head: Floats, bias: float) -> tuple[Floats, float]:

@@ -83,6 +83,8 @@ class Rows:
     offsets: Floats = field(default_factory=lambda: np.empty(0))
     """Added to each sequence's logit in training, not in scoring: what length or user explain (rluf.objectives.debias).
     Empty: nothing."""
+    originals: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """The last rows are copies with a sign-off (rluf.objectives.augment): which row each of them is a copy of."""
 
     def __post_init__(self) -> None:
         """Rows without keys of their own go by their number."""
@@ -95,6 +97,11 @@ class Rows:
     def parts(self, rows: Sequence[int]) -> list[int]:
         """Indices of the sequences of these rows: chosen, then rejected for pairs."""
         return [*rows, *(row + len(self) for row in rows)] if self.pairs else list(rows)
+
+    @property
+    def items(self) -> NDArray[np.int64]:
+        """[N] the same number for a row and its copies."""
+        return np.concatenate([np.arange(len(self) - len(self.originals)), self.originals])
 
     @property
     def tokens(self) -> int:

@@ -22,22 +22,6 @@ HALVES = ["cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5"]
         (["reward.safety.epochs=0"], ["reward.safety.epochs=0", "reward.safety.probe=true"]),
         (["reward.love={lora_rank: 4, frozen_share: 1}"], ["reward.love.lora_rank=4", "reward.love.frozen_share=1"]),
         (
-            ["reward.love={probe: true, epochs: 0, debias: [length]}"],
-            ["reward.love.debias=['length']", "reward.love.epochs=0"],
-        ),
-        (
-            ["reward={heads: [safety, love], safety: {probe: true, epochs: 0}, love: {epochs: 2, debias: [users]}}"],
-            ["reward.love.debias=['users']", "reward.safety.epochs=0", "reward.safety.epochs=1"],
-        ),
-        (
-            ["reward={heads: [safety, thumbs], safety: {probe: true, epochs: 0}, love: {debias: [length]}}"],
-            ["reward.love.debias=['length']", "reward.safety.epochs=0"],
-        ),
-        (
-            ["reward.love={epochs: 2, debias: [users], layers: [6, 'minilm:4']}"],
-            ["reward.love.debias=['users']", "minilm:4", "reward.love.layers"],
-        ),
-        (
             ["reward.love={backbone: tiny, layers: ['minilm:4', 2]}"],
             ["reward.love.layers=['minilm:4', 2]", "reward.love.backbone=tiny"],
         ),
@@ -158,6 +142,7 @@ def test_pairs_that_do_not_go_together_name_both_sides(overrides: list[str], tol
         ["reward={heads: [love, safety], love: {layers: [4, 6]}, helpfulness: {layers: [6, 'tiny:2']}}"],
         ["reward={heads: [love, continued, safety], workers: [1, 4]}", "reward.love.debias=[sign_offs, users, length]"],
         ["reward={heads: [love, safety], safety: {probe: true, epochs: 0, debias: [length]}}"],
+        ["reward.love={probe: true, epochs: 0, debias: [sign_offs, length, users], layers: [6, 'minilm:4']}"],
         ["reward={only: [love, safety], heads: [love, safety]}"],
         ["reward={only: [helpfulness], heads: [love, continued]}"],
         ["reward.love={loss: nnpu, positive_rate: 0.3, calibration: isotonic}"],

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rluf.objectives.augment import CHANGES, SIGN_OFFS, with_sign_offs
+from rluf.objectives.augment import CHANGES, SIGN_OFFS, own_sign_offs, with_sign_offs
 from rluf.objectives.calibration import Calibration
 from rluf.objectives.judges import signs_off
 from rluf.objectives.robustness import robustness, slices
@@ -25,20 +25,32 @@ def _rows(count: int) -> list[dict[str, Any]]:
 
 def test_a_share_of_rows_comes_again_with_a_sign_off_and_its_own_label() -> None:
     rows = _rows(400)
-    found = with_sign_offs(rows, 0.25, pairs=False, seed=1)
+    found, copied = with_sign_offs(rows, 0.25, pairs=False, seed=1)
     assert found[:400] == rows
+    assert [rows[i]["response"] for i in copied] == [row["response"][: len(rows[i]["response"])]
+                                                     for i, row in zip(copied, found[400:], strict=True)]  # fmt: skip
     assert 70 < len(found) - 400 < 130
     by_start = {row["response"]: row["label"] for row in rows}
     for row in found[400:]:
         phrase = next(phrase for phrase in SIGN_OFFS if row["response"].endswith(phrase))
         assert by_start[row["response"].removesuffix(f" {phrase}")] == row["label"]
-    assert found == with_sign_offs(rows, 0.25, pairs=False, seed=1)
-    assert with_sign_offs(rows, 0.0, pairs=False, seed=1) == rows
+    assert found == with_sign_offs(rows, 0.25, pairs=False, seed=1)[0]
+    assert with_sign_offs(rows, 0.0, pairs=False, seed=1)[0] == rows
+
+
+def test_half_of_the_sign_offs_are_the_logs_own() -> None:
+    rows = _rows(400)
+    for row in rows[:40]:
+        row["response"] += ". Toodle-oo and hugs!"
+    assert own_sign_offs([row["response"] for row in rows]) == ["Toodle-oo and hugs!"]
+    found, _ = with_sign_offs(rows, 1.0, pairs=False, seed=1)
+    own = sum(row["response"].endswith(" Toodle-oo and hugs!") for row in found[400:])
+    assert 160 < own < 240
 
 
 def test_of_pairs_either_side_gets_the_phrase() -> None:
     rows = [{"chosen": f"good {i}", "rejected": f"bad {i}"} for i in range(200)]
-    added = with_sign_offs(rows, 1.0, pairs=True, seed=0)[200:]
+    added = with_sign_offs(rows, 1.0, pairs=True, seed=0)[0][200:]
     chosen = sum(row["chosen"] not in {r["chosen"] for r in rows} for row in added)
     assert len(added) == 200
     assert 60 < chosen < 140

@@ -53,7 +53,7 @@ def test_length_alone_is_scikit_learns_logistic_regression() -> None:
     found = fit_labels(labels, np.ones(3000), lengths, ["u"] * 3000, length=True, user=False)
     expected = LogisticRegression(C=1e6).fit(x[:, None], labels)
     assert found.slope == pytest.approx(float(expected.coef_[0, 0]), abs=1e-3)
-    assert np.allclose(found.offsets(lengths, ["u"] * 3000), found.slope * x, atol=1e-6)
+    assert np.allclose(found.of_length(lengths), found.slope * x, atol=1e-6)
 
 
 def test_users_are_shrunk_towards_the_spread_that_there_is() -> None:
@@ -64,14 +64,37 @@ def test_users_are_shrunk_towards_the_spread_that_there_is() -> None:
     names = [f"u{u}" for u in user]
     found = fit_labels(labels, np.ones(len(user)), np.ones(len(user)), names, length=False, user=True)
     assert found.users is not None
-    fitted = np.asarray([found.users[f"u{u}"] for u in range(300)])
+    fitted = np.asarray([found.users[f"u{u}"][0] for u in range(300)])
     assert np.corrcoef(fitted, own)[0, 1] > 0.93
     assert 0.8 < fitted.std() < 1.05
     same = (rng.random(len(user)) < 0.27).astype(float)
     nothing = fit_labels(same, np.ones(len(user)), np.ones(len(user)), names, length=False, user=True)
     assert nothing.users is not None
-    assert np.std(list(nothing.users.values())) < 0.1
-    assert found.offsets(np.ones(1), ["a stranger"]).tolist() == [0.0]
+    assert np.std([own for own, _ in nothing.users.values()]) < 0.1
+
+
+def test_a_rows_offset_does_not_know_its_own_label() -> None:
+    """Users with two rows and labels by the toss: what is added in training must not tell them, nor copies either."""
+    rng = np.random.default_rng(3)
+    count = 4000
+    own = np.repeat(rng.normal(0, 0.8, count // 2), 2)
+    labels = (rng.random(count) < 1 / (1 + np.exp(1 - own))).astype(float)
+    copied = np.concatenate([np.arange(count), np.arange(0, count, 3)])
+    users = [f"u{row // 2}" for row in copied]
+    ones, twins = np.ones(len(copied)), labels[copied]
+    shared = ones / np.bincount(copied)[copied]
+    found = fit_labels(twins, shared, ones, users, length=False, user=True)
+    assert found.users is not None
+    in_sample = np.asarray([found.users[user][0] for user in users])
+    offsets = found.offsets(twins, shared, ones, users, copied)
+    assert np.corrcoef(in_sample, twins)[0, 1] > 0.6  # what the labels leak where they are left in
+    assert 0.05 < np.corrcoef(offsets, twins)[0, 1] < 0.2  # what the other row tells: users do differ
+    assert offsets[0] == pytest.approx(offsets[count], abs=1e-12)
+    left = copied != 0
+    again = fit_labels(twins[left], shared[left], ones[left], [u for u, k in zip(users, left, strict=True) if k],
+                       length=False, user=True)  # fmt: skip
+    assert again.users is not None
+    assert offsets[0] == pytest.approx(again.users["u0"][0], abs=0.01)
 
 
 def test_pairs_on_length_alone_are_bradley_terry() -> None:

@@ -9,12 +9,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sklearn.linear_model import LogisticRegression
 
 from rluf.errors import ModelError
 from rluf.models import resolve_model
 from rluf.objectives.backbone import encoder_for, load_classifier
 from rluf.objectives.metrics import auroc
-from rluf.objectives.probe import HeadInput, _merged, fit_probe, fold_bias, linear_head, set_head
+from rluf.objectives.probe import HeadInput, _fit, _merged, fit_probe, fold_bias, linear_head, set_head
 from rluf.objectives.splits import folds
 from rluf.objectives.text import Encoded
 from rluf.objectives.training import Plan, Trainer, encode_rows
@@ -50,6 +51,56 @@ def test_a_probe_finds_a_linear_truth_on_the_features_own_scale() -> None:
     assert ((shown[:900] - shown[900:]) @ pairs > 0).mean() > 0.8
 
 
+@pytest.mark.parametrize("strength", [1e-3, 0.1, 3.0])
+def test_the_fit_is_scikit_learns(strength: float) -> None:
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(400, 12))
+    y = (rng.random(400) < 1 / (1 + np.exp(1 - x[:, 0]))).astype(float)
+    weights = rng.uniform(0.5, 2, 400)
+    theirs = LogisticRegression(C=strength, tol=1e-8, max_iter=2000).fit(x, y, weights)
+    ours = _fit(x, y, weights, np.zeros(400), np.zeros((0, 0)), strength, bias=True)
+    assert np.allclose(ours[:-1], theirs.coef_[0], atol=1e-3)
+    assert ours[-1] == pytest.approx(float(theirs.intercept_[0]), abs=1e-3)
+
+
+def test_what_an_offset_explains_is_not_learnt_again() -> None:
+    """The first feature goes with the offset: without it that feature is paid, with it the second alone."""
+    rng = np.random.default_rng(5)
+    x = rng.normal(size=(4000, 2))
+    y = (rng.random(4000) < 1 / (1 + np.exp(-1.5 * x[:, 0] - x[:, 1]))).astype(float)
+    users = [f"u{i % 200}" for i in range(4000)]
+    plain, _, _ = fit_probe(x, y, np.ones(4000), users, pairs=False)
+    fair, _, _ = fit_probe(x, y, np.ones(4000), users, pairs=False, offsets=1.5 * x[:, 0])
+    assert plain[0] == pytest.approx(1.5 * plain[1], rel=0.2)
+    assert fair[1] > 0 and abs(fair[0]) < 0.15 * fair[1]
+    sides = np.concatenate([x[:2000], x[2000:]])
+    won = (rng.random(2000) < 1 / (1 + np.exp(-(sides[:2000] - sides[2000:]) @ [1.5, 1.0]))).astype(float)
+    shown = np.concatenate([np.where(won[:, None] == 1, sides[:2000], sides[2000:]),
+                            np.where(won[:, None] == 1, sides[2000:], sides[:2000])])  # fmt: skip
+    fair, _, _ = fit_probe(shown, np.ones(2000), np.ones(2000), users[:2000], pairs=True, offsets=1.5 * shown[:, 0])
+    assert fair[1] > 0 and abs(fair[0]) < 0.3 * fair[1]  # how strongly to regularise is free: ranking is what counts
+
+
+def test_what_a_sign_off_changes_earns_nothing() -> None:
+    """The labels pay the second feature, which a sign-off raises: held down, it moves the logit by next to nothing."""
+    rng = np.random.default_rng(6)
+    x = rng.normal(size=(3000, 3))
+    y = (rng.random(3000) < 1 / (1 + np.exp(-x[:, 0] - x[:, 1]))).astype(float)
+    users, moved = [f"u{i % 200}" for i in range(3000)], np.asarray([0.0, 2.0, 0.5])
+    plain, _, _ = fit_probe(x, y, np.ones(3000), users, pairs=False)
+    held, _, _ = fit_probe(x, y, np.ones(3000), users, pairs=False, drift=np.outer(moved, moved))
+    assert moved @ plain > 1.0 * np.linalg.norm(plain)
+    assert abs(moved @ held) < 0.3 * np.linalg.norm(held) < held[0] * 0.4
+
+
+def test_a_tie_pulls_the_sides_together() -> None:
+    x = np.asarray([[1.0], [2.0], [0.0], [0.0]])  # chosen, then rejected
+    one, tie = np.ones(2), np.asarray([1.0, 0.5])
+    won, _, _ = fit_probe(x, one, np.ones(2), ["a", "b"], pairs=True)
+    tied, _, _ = fit_probe(x, tie, np.ones(2), ["a", "b"], pairs=True)
+    assert 0 < tied[0] < won[0]
+
+
 def test_a_row_that_comes_often_weighs_as_one_with_the_sum() -> None:
     rng = np.random.default_rng(2)
     x, y = rng.normal(size=(60, 3)), (rng.random(60) < 0.5).astype(float)
@@ -57,7 +108,7 @@ def test_a_row_that_comes_often_weighs_as_one_with_the_sum() -> None:
     times = rng.integers(1, 4, 60)
     often = np.repeat(np.arange(60), times)
     weighed = fit_probe(x - x.mean(0), y, times.astype(float), users, pairs=False)
-    merged = _merged(x[often], y[often], np.ones(len(often)), [users[i] for i in often])
+    merged = _merged(x[often], y[often], np.ones(len(often)), [users[i] for i in often], np.zeros(len(often)))
     assert np.allclose(merged[0], x) and np.allclose(merged[2], times) and merged[3] == users
     listed = fit_probe(x[often] - x.mean(0), y[often], np.ones(len(often)), [users[i] for i in often], pairs=False)
     assert np.allclose(weighed[0], listed[0], atol=1e-6)
