@@ -42,7 +42,7 @@ def untrained(settings: Settings) -> str | None:
 
 
 def debiased(settings: Settings) -> str | None:
-    """A pair shows both sides to one user, so nothing is to be learnt around there."""
+    """Who reacts, and how readily, is for P[Love] to learn around; the others learn from raters and pairs."""
     for name, model in settings.reward.named.items():
         wrong = [what for what in model.debias if what in ("users", "propensity") and name != "love"]
         if wrong:

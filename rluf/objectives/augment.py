@@ -85,6 +85,8 @@ def with_sign_offs(
     random. The choice hangs on the seed and on each row's own text; half of the phrases are own_sign_offs of these
     rows, where there are any.
     """
+    if share <= 0:
+        return list(rows), np.empty(0, dtype=np.int64)
     sides = ("chosen", "rejected") if pairs else ("response",)
     own = own_sign_offs([str(row[side]) for row in rows for side in sides])
     found, copied = list(rows), []
