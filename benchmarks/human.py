@@ -20,16 +20,19 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
+from rluf.engine.train_member import offsets_of
 from rluf.errors import DataError
 from rluf.feedback.files import read_batches
 from rluf.feedback.readers import READERS, Drop, Options
@@ -75,7 +78,8 @@ def features(settings: Settings, objective: str, records: list[dict[str, Any]]) 
         depths = chosen.model_copy(update={"probe": True, "epochs": 0}).depths(member)
         folder = resolve_model(member.backbone, cache_dir(settings))
         model = load_classifier(folder, trained=False, layers=max(depths))
-        encoder = encoder_for(model, folder, chosen.max_tokens, next_turn=chosen.next_turn, own=member.own)
+        alone = len(chosen.members) < 2
+        encoder = encoder_for(model, folder, chosen.max_tokens, next_turn=chosen.next_turn, alone=alone)
         mine = encode_rows(records, encoder, pairs=pairs, where=objective)
         rows = rows or mine
         every = kept_features(settings, f"{member.backbone} {depths}", model, encoder, mine, depths)
@@ -152,26 +156,41 @@ def same_prompt(records: list[dict[str, Any]], rows: Rows, logits: Floats) -> di
     return {"same_prompt": found}
 
 
-def out_of_fold(members: list[Floats], rows: Rows, count: int, seed: int) -> tuple[Floats, Floats]:
+def part_of(rows: Rows, kept: NDArray[np.int64], debias: Sequence[str]) -> Rows:
+    """These rows alone, with what length and user explain of them as offsets where `debias` says so."""
+    both = rows.parts(kept.tolist())
+    part = Rows(
+        rows.pairs,
+        [rows.sequences[i] for i in both],
+        rows.labels[kept],
+        rows.weights[kept],
+        [rows.clusters[i] for i in kept],
+        rows.lengths[both],
+    )
+    return replace(part, offsets=offsets_of(part, debias)) if debias else part
+
+
+def out_of_fold(
+    members: list[Floats], rows: Rows, count: int, seed: int, debias: Sequence[str]
+) -> tuple[Floats, Floats]:
     """Raw and calibrated logits [sequences] of heads that never saw the row's cluster, nor did the calibration."""
     place = folds(rows.clusters, count, seed=seed)
     both = np.tile(place, 2) if rows.pairs else place
     raw = np.zeros(len(rows.sequences))
     for fold in range(count):
-        train, test = np.flatnonzero(place != fold), both == fold
-        clusters = [rows.clusters[i] for i in train]
+        train, test = part_of(rows, np.flatnonzero(place != fold), debias), both == fold
+        offsets = train.offsets if debias else None
         for member in members:
-            head, bias, _ = fit_probe(
-                member[both != fold], rows.labels[train], rows.weights[train], clusters, pairs=rows.pairs, seed=seed
-            )
+            head, bias, strength = fit_probe(
+                member[both != fold], train.labels, train.weights, train.clusters, pairs=rows.pairs, seed=seed,
+                offsets=offsets,
+            )  # fmt: skip
+            logger.info("fold %d: C=%g", fold, strength)
             logits = member[test] @ head + bias
-            raw[test] += logits / logits.std()  # equally loud, as in the checkpoint, and from fold to fold
+            raw[test] += logits / logits.std()  # equally loud, also from fold to fold
     calibrated = np.zeros_like(raw)
     for fold in range(count):
-        train = np.flatnonzero(place != fold)
-        part = Rows(
-            rows.pairs, [], rows.labels[train], rows.weights[train], [rows.clusters[i] for i in train], np.empty(0)
-        )
+        part = part_of(rows, np.flatnonzero(place != fold), ())
         calibration = calibrate(part, raw[both != fold], Calibration(), "platt")
         calibrated[both == fold] = calibration.logits(raw[both == fold])
     return raw, calibrated
@@ -205,7 +224,10 @@ def main() -> None:
     logger.info("%d rows", len(records))
     members, rows = features(settings, objective, records)
     logger.info("fitting %d heads on %d folds", len(members), options.folds)
-    found = [out_of_fold(members, rows, options.folds, settings.seed + split) for split in range(options.splits)]
+    debias = [way for way in settings.reward.named[objective].debias if way in ("length", "users")]
+    found = [
+        out_of_fold(members, rows, options.folds, settings.seed + split, debias) for split in range(options.splits)
+    ]
     told = [figures_of(records, rows, logits) for _, logits in found]
     del told[0]["reliability"]
     line = {
@@ -218,6 +240,7 @@ def main() -> None:
         "raw_logit_sd": float(found[0][0].std()),
         **told[0],
         "by_split": [one["pair_accuracy" if rows.pairs else "auroc"]["mean"] for one in told],
+        "best_of_n_by_split": [one["same_prompt"]["best_of_n"]["mean"] for one in told if "same_prompt" in one],
         "settings": settings.reward.named[objective].model_dump(mode="json"),
         "seconds": round(time.monotonic() - started, 1),
     }

@@ -183,13 +183,6 @@ def join() -> None:
     join_group(rank=0, world=1, host="127.0.0.1", port=port, device=torch.device("cpu"), timeout_s=60)
 
 
-def leave() -> None:
-    """Leave the group, and take out of the environment what would have TRL found one of its own."""
-    leave_group()
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        os.environ.pop(name, None)
-
-
 def one_round(
     folder: Path, rows: Rows, pairs: Rows, texts: list[tuple[str, str]], only: str | None
 ) -> dict[str, float]:
@@ -202,7 +195,7 @@ def one_round(
     if only is None:
         found["ours"], found["bare"] = ours(folder, rows, frozen, epochs), bare(folder, rows, frozen, epochs)
         found["pairs"], found["pairs_unfrozen"] = ours(folder, pairs, frozen, epochs), ours(folder, pairs, 0, 1)
-    leave()
+    leave_group()
     if only is None:
         found["trl_pairs"], found["trl_pairs_unfrozen"] = trl(folder, pairs, frozen, epochs), trl(folder, pairs, 0, 1)
         found["scoring"], found["bare_scoring"] = scoring(folder, rows, encoder)

@@ -45,7 +45,8 @@ class RewardModelSettings(Section):
     probe: bool = False
     """Start from a head fitted by regularised logistic regression on the untouched backbone; for small data."""
     next_turn: bool = False
-    """Decoders: end the text with the opening of the user's next message, where the model foresees what it will be."""
+    """Decoders: end the text with the opening of the user's next message, where the model foresees what it will be.
+    Encoders of an ensemble leave it out; an encoder alone refuses it."""
     max_tokens: int = Field(default=96, ge=8)
     """Tokens of the rendered conversation that the model reads; older text is cut first."""
     epochs: int = Field(default=2, ge=0)

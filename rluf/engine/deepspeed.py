@@ -42,14 +42,17 @@ SAVE_BYTES = 256 << 20
 """Bytes of weights gathered at once for a checkpoint."""
 
 
+PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables by which DeepSpeed and others know that this process is a rank."""
+
+
 def join_group(*, rank: int, world: int, host: str, port: int, device: torch.device, timeout_s: float) -> None:
     """Form the process group of `world` ranks around `host`:`port`; gloo on CPUs, NCCL on GPUs.
 
     Rank 0 listens on the port. Collectives that wait longer than `timeout_s` fail afterwards. Raises ResourceError that
     names the rank when the others do not come in time or the port is taken.
     """
-    place = {"RANK": rank, "WORLD_SIZE": world, "LOCAL_RANK": 0, "MASTER_ADDR": host, "MASTER_PORT": port}
-    os.environ.update({key: str(value) for key, value in place.items()})
+    os.environ.update({key: str(value) for key, value in zip(PLACE, (rank, world, 0, host, port), strict=True)})
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
         dist.init_process_group(
@@ -70,7 +73,12 @@ def join_group(*, rank: int, world: int, host: str, port: int, device: torch.dev
 
 
 def leave_group() -> None:
-    """Leave the process group, if this process is in one. DeepSpeed forgets its own groups too: another may follow."""
+    """Leave the process group, if this process is in one. DeepSpeed forgets its own groups too: another may follow.
+
+    Nor is the environment left as that of a rank, which libraries take for distributed training.
+    """
+    for name in PLACE:
+        os.environ.pop(name, None)
     if not dist.is_initialized():
         return
     if (comm := sys.modules.get("deepspeed.comm")) is not None and comm.is_initialized():

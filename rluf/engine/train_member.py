@@ -17,8 +17,8 @@ from rluf.config.reward import MemberPlan, RewardModelSettings
 from rluf.config.settings import Settings
 from rluf.engine.deepspeed import gather_parameters, init_deepspeed
 from rluf.engine.train_state import Keeper
-from rluf.errors import DataError
-from rluf.models import resolve_model
+from rluf.errors import DataError, ModelError
+from rluf.models import load_tokenizer, resolve_model
 from rluf.objectives import losses
 from rluf.objectives.augment import SIGN_OFF_SHARE, with_sign_offs
 from rluf.objectives.backbone import encoder_for, freeze, load_classifier
@@ -112,6 +112,12 @@ def train_members(
 ) -> list[Member]:
     """Train the model of these heads, or the members of its ensemble in turn and their fused head; see train_member."""
     lead = settings.reward.of_head(splits[0].head)
+    backbones = {member.backbone for member in lead.members}
+    if len(lead.members) > 1 and lead.next_turn and not any(_foresees(settings, backbone) for backbone in backbones):
+        raise ModelError(
+            f"next_turn is set, but all members' backbones ({', '.join(sorted(backbones))}) are encoders, which do "
+            "not foresee a next message; set next_turn=false or add a decoder to layers"
+        )
     shared: dict[tuple[str, str], Floats] = {}
     members = [
         train_member(
@@ -122,6 +128,11 @@ def train_members(
     if lead.fuse:
         _fuse(members, seed=settings.seed, world=world)
     return members
+
+
+def _foresees(settings: Settings, backbone: str) -> bool:
+    """Whether the backbone is a decoder, which can foresee what comes after its text."""
+    return load_tokenizer(resolve_model(backbone, cache_dir(settings))).cls_token_id is None
 
 
 def train_member(
@@ -155,7 +166,7 @@ def train_member(
         backbone, trained=False, device=device, dropout=lead.dropout, seed=settings.seed + number, layers=max(depths),
         heads=len(splits),
     )  # fmt: skip
-    encoder = encoder_for(model, backbone, lead.max_tokens, next_turn=lead.next_turn, own=member.own)
+    encoder = encoder_for(model, backbone, lead.max_tokens, next_turn=lead.next_turn, alone=len(lead.members) < 2)
     tasks = [_task(settings, part, encoder, place, world) for place, part in enumerate(splits)]
     plan = Plan(
         epochs=lead.epochs,
@@ -252,12 +263,15 @@ def _task(settings: Settings, part: Splits, encoder: TextEncoder, place: int, wo
         factors = propensity_weights(theta, rows.labels, reacted=part.head == "thumbs")
         rows = replace(rows, factors=factors)
     if {"length", "users"} & set(chosen.debias):
-        rows = replace(rows, offsets=_offsets(rows, chosen.debias, world))
+        rows = replace(rows, offsets=offsets_of(rows, chosen.debias, world))
     return Task(part.head, rows, dev, loss_of(chosen), place)
 
 
-def _offsets(rows: Rows, debias: Sequence[str], world: int) -> Floats:
-    """What length and user explain of each sequence, fitted on all ranks' rows. A row and its copies weigh as one."""
+def offsets_of(rows: Rows, debias: Sequence[str], world: int = 1) -> Floats:
+    """What length and user explain of each sequence, fitted on all ranks' rows. A row and its copies weigh as one.
+
+    A user's readiness is told to a row by the user's rows of other texts.
+    """
     once = rows.loss_weights / np.bincount(rows.items)[rows.items]
     shards = gathered((rows.labels, once, rows.lengths, rows.clusters), world)
     weights = np.concatenate([shard[1] for shard in shards])
@@ -274,7 +288,7 @@ def _offsets(rows: Rows, debias: Sequence[str], world: int) -> Floats:
             length="length" in debias,
             user="users" in debias,
         )
-        offsets = found.offsets(rows.labels, once, rows.lengths, rows.clusters, rows.items)
+        offsets = found.offsets(rows.labels, once, rows.lengths, rows.clusters, rows.texts)
     logger.info("debias: log-odds %.2f a standard deviation of log length", found.slope)
     return offsets
 

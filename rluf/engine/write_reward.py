@@ -10,7 +10,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,14 +19,14 @@ import numpy as np
 from rluf.config.settings import Settings
 from rluf.engine.train_reward import CARD, PAGE
 from rluf.errors import ModelError, RlufError
-from rluf.objectives.calibration import Calibration, Floats
+from rluf.objectives.calibration import Calibration, Floats, fit_shares
 from rluf.objectives.card import calibrate, compare, describe_training, make_card
 from rluf.objectives.heads import label_of, labelled
 from rluf.objectives.page import card_page
 from rluf.objectives.probe import HEADS
 from rluf.objectives.robustness import robustness, slices
 from rluf.objectives.scorer import RewardModel, member_folder
-from rluf.objectives.training import Rows, encode_rows
+from rluf.objectives.training import Rows, Task, encode_rows
 
 if TYPE_CHECKING:
     from rluf.engine.train_member import Member
@@ -72,7 +72,7 @@ class Job:
 
 
 def balance(members: Sequence[Member]) -> None:
-    """Scale the members' heads so that their logits vary equally on dev: the mean is then no matter of who is loudest.
+    """Scale the members' heads so that their logits vary equally on dev: probabilities of their own can be compared.
 
     A head fitted with much regularisation and a backbone trained for some epochs differ manifold in spread.
     """
@@ -135,7 +135,7 @@ def finish(
 def _calibrated(
     settings: Settings, members: Sequence[Member], place: int, backbone: str, *, fused: bool
 ) -> Calibration:
-    """What dev says of the members' mean logit for head number `place`."""
+    """What dev says of how much the members count, and of their mean logit, for head number `place`."""
     first = members[0]
     task, found = first.tasks[place], [member.found[place] for member in members]
     base = Calibration(
@@ -144,11 +144,23 @@ def _calibrated(
         max_tokens=max(member.encoder.max_tokens for member in members),
         members=len(members),
         fused=fused,
-        next_turn=first.encoder.next_turn,
+        next_turn=any(member.encoder.next_turn for member in members),
         backbone=backbone,
     )
-    logits = np.mean([fit.dev_logits for fit in found], axis=0)
-    return calibrate(task.dev, logits, base, settings.reward.of_head(task.name).calibration)
+    each = np.stack([fit.dev_logits for fit in found])
+    if len(members) > 1 and not fused:
+        base = replace(base, shares=_shares(task, each))
+    return calibrate(task.dev, base.pooled(each), base, settings.reward.of_head(task.name).calibration)
+
+
+def _shares(task: Task, each: Floats) -> tuple[float, ...]:
+    """What dev says of how much each member counts; `each` are their logits [members, sequences] there."""
+    count, dev = len(task.dev), task.dev
+    shares = fit_shares(
+        each[:, :count] - each[:, count:] if dev.pairs else each, dev.labels, dev.loss_weights, pairs=dev.pairs
+    )
+    logger.info("%s: the members count %s", task.name, ", ".join(f"{share:.2f}" for share in shares))
+    return shares
 
 
 def _write_card(

@@ -87,17 +87,17 @@ def _keep_layers(config: Any, layers: int) -> None:
 
 
 def encoder_for(
-    model: PreTrainedModel, folder: Path, max_tokens: int, *, next_turn: bool = False, own: bool = True
+    model: PreTrainedModel, folder: Path, max_tokens: int, *, next_turn: bool = False, alone: bool = True
 ) -> TextEncoder:
     """The text encoder of a model folder; also tells the model its pad id, which decoders need to find the end.
 
-    Without `own`, next_turn is meant for another member's backbone, so an encoder leaves it out.
+    Unless it is `alone`, next_turn is meant for the decoders of an ensemble, so an encoder leaves it out.
     """
     from rluf.models import load_tokenizer
 
     longest = getattr(model.config, "max_position_embeddings", max_tokens)
     tokenizer = load_tokenizer(folder)
-    next_turn = next_turn and (own or tokenizer.cls_token_id is None)
+    next_turn = next_turn and (alone or tokenizer.cls_token_id is None)
     encoder = TextEncoder(tokenizer, min(max_tokens, int(longest)), next_turn=next_turn)
     model.config.pad_token_id = encoder.pad_id
     return encoder

@@ -21,6 +21,8 @@ from rluf.errors import ModelError
 Floats = NDArray[np.float64]
 FILE = "calibration.json"
 MIN_SCALE = 0.05
+SHARE_SPREAD = 0.5
+"""Standard deviation of the normal prior that holds members' weights (logits a standard deviation) to their mean."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,9 @@ class Calibration:
     offset: float = 0.0
     max_tokens: int = 512
     members: int = 1
-    """Models in the folder; the raw logit is their mean."""
+    """Models in the folder; the raw logit is their mean, by `shares`."""
+    shares: tuple[float, ...] = ()
+    """How much each member counts in the mean; they sum to 1. Empty: all alike."""
     fused: bool = False
     """One head was fitted over all members: each one's logit alone means nothing, and there is no spread."""
     next_turn: bool = False
@@ -48,6 +52,10 @@ class Calibration:
     """Hash of the backbone that this head shares with others (see rluf.objectives.heads); empty for a model alone."""
     knots: tuple[tuple[float, float], ...] = ()
     """Isotonic calibration: pairs (prior-corrected logit, calibrated logit), both rising."""
+
+    def pooled(self, each: Floats) -> Floats:
+        """Raw logits [N] of the members' own [members, N]."""
+        return np.asarray(np.average(each, axis=0, weights=self.shares or None), dtype=np.float64)
 
     def logits(self, raw: Sequence[float] | Floats) -> Floats:
         """Calibrated logits [N] of raw logits [N]."""
@@ -68,7 +76,8 @@ class Calibration:
         path = folder / FILE
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            return cls(**stored | {"knots": tuple((float(x), float(y)) for x, y in stored.get("knots", ()))})
+            knots = tuple((float(x), float(y)) for x, y in stored.get("knots", ()))
+            return cls(**stored | {"knots": knots, "shares": tuple(map(float, stored.get("shares", ())))})
         except (OSError, ValueError, TypeError) as error:
             raise ModelError(
                 f"{path} cannot be read ({error}); a reward model folder is written by python -m rluf.reward, "
@@ -156,6 +165,33 @@ def fit_scale(differences: Floats, weights: Floats, *, ridge: float = 1.0) -> fl
     signs = np.where(np.arange(differences.size) % 2 == 0, 1.0, -1.0)
     scale, _ = _newton((differences * signs)[:, None], (signs + 1) / 2, weights, np.array([1.0]), ridge)
     return scale
+
+
+def fit_shares(members: Floats, labels: Floats, weights: Floats, *, pairs: bool) -> tuple[float, ...]:
+    """How much each member of an ensemble counts, from logits [members, N] of rows that none of them was trained on.
+
+    Stacking (Wolpert 1992): logistic regression of the labels on the members' logits (pairs: differences, no bias),
+    none below 0, and a normal prior holds the weights together, so that on few rows members count nearly alike.
+    Returned are shares of the logits as they are, which sum to 1; alike where the rows hold one label only.
+    """
+    from scipy.optimize import minimize
+
+    count, spreads = len(members), members.std(axis=1)
+    if count < 2 or spreads.min() <= 0 or (not pairs and np.ptp(labels) == 0):
+        return (1 / count,) * count
+    x = (members / spreads[:, None]).T
+
+    def objective(point: Floats) -> tuple[float, Floats]:
+        w, z = point[:-1], x @ point[:-1] + point[-1]
+        apart = (w - w.mean()) / SHARE_SPREAD**2
+        slope = weights * (sigmoid(z) - labels)
+        loss = float(weights @ (np.logaddexp(0, z) - labels * z)) + 0.5 * float(apart @ (w - w.mean()))
+        return loss, np.append(slope @ x + apart, 0.0 if pairs else slope.sum())
+
+    start = np.append(np.full(count, 1 / count), 0.0)
+    solved = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * count + [(None, None)])
+    found = np.asarray(solved.x[:-1], dtype=np.float64) / spreads
+    return tuple((found / found.sum()).tolist()) if found.sum() > 0 else (1 / count,) * count
 
 
 def _newton(features: Floats, targets: Floats, weights: Floats, prior: Floats, ridge: float) -> tuple[float, float]:

@@ -4,7 +4,7 @@
 - `propensity`: a reaction from where few react tells more than one from where everybody does, so it weighs more.
 - `length`, `users`: what length alone, and each user's own readiness to react, explain of the labels is fitted first
   and added to the logits in training; the model learns the rest, and scores without it. A user's readiness is added
-  to each row as the user's other rows tell it.
+  to each row as the user's rows of other texts tell it.
 """
 
 from __future__ import annotations
@@ -52,21 +52,22 @@ class Nuisance:
         return np.asarray(self.slope * (np.log1p(lengths) - self.centre) / self.scale, dtype=np.float64)
 
     def offsets(
-        self, labels: Floats, weights: Floats, lengths: Floats, users: Sequence[str], items: NDArray[np.int64]
+        self, labels: Floats, weights: Floats, lengths: Floats, users: Sequence[str], texts: NDArray[np.int64]
     ) -> Floats:
-        """Log-odds [N] of rows that were fitted, the user's own as it is without the row's own label.
+        """Log-odds [N] of rows that were fitted, the user's own as it is without the labels of the row's own text.
 
         A row's label is a good part of what is known of a user with two or three rows, so with it left in, offsets
         would tell the labels and the model would learn to disbelieve the text.
-        Rows with one of `items` [N] are copies and go together. One Newton step from the fit, which is close: the
-        prior keeps it from moving far.
+        A user's rows with one of `texts` [N] read alike and go together. One Newton step from the fit, which is
+        close: the prior keeps it from moving far.
         """
         length = self.of_length(lengths)
         if self.users is None:
             return length
         own, bend = np.asarray([self.users[user] for user in users]).T
         p = sigmoid(self.level + length + own)
-        _, code = np.unique(items, return_inverse=True)
+        _, user = np.unique(np.asarray(users, dtype=str), return_inverse=True)
+        _, code = np.unique(np.stack([user, texts]), axis=1, return_inverse=True)
         slope, curvature = (np.bincount(code, part)[code] for part in (weights * (labels - p), weights * p * (1 - p)))
         return np.asarray(length + own - slope / np.maximum(bend - curvature, 1e-9), dtype=np.float64)
 

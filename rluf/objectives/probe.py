@@ -23,7 +23,7 @@ from rluf.objectives.calibration import Floats, fit_platt, fit_scale, sigmoid
 from rluf.objectives.metrics import log_loss
 from rluf.objectives.splits import folds
 
-STRENGTHS = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
+STRENGTHS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 """Inverse regularisation strengths tried in turn, on standardised features; scikit-learn's C."""
 PATIENCE = 2
 """Strengths in a row without a better held-out loss after which no weaker regularisation is tried."""

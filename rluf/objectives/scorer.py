@@ -62,8 +62,8 @@ class RewardModel:
             for number, member in enumerate(members):
                 join_heads(member, [member_folder(head, number) for head in heads])
         encoders = [
-            encoder_for(member, folder, calibration.max_tokens, next_turn=calibration.next_turn, own=number == 0)
-            for number, (member, folder) in enumerate(zip(members, folders, strict=True))
+            encoder_for(member, folder, calibration.max_tokens, next_turn=calibration.next_turn, alone=len(folders) < 2)
+            for member, folder in zip(members, folders, strict=True)
         ]
         if not all(encoder.same_as(encoders[0]) for encoder in encoders):
             encoders[0].others = tuple(encoders[1:])
@@ -78,8 +78,8 @@ class RewardModel:
         return _scores(objective, self.calibration, self.each(self.encoder.encode(items)))
 
     def raw(self, rows: Sequence[Encoded]) -> list[float]:
-        """Uncalibrated logits of encoded rows, in order: the members' mean."""
-        logits: list[float] = self.each(rows).mean(0).tolist()
+        """Uncalibrated logits of encoded rows, in order: the members' mean, by their shares."""
+        logits: list[float] = self.calibration.pooled(self.each(rows)).tolist()
         return logits
 
     def each(self, rows: Sequence[Encoded]) -> Floats:
@@ -147,7 +147,7 @@ def load_scorers(
 
 def _scores(objective: str, calibration: Calibration, each: Floats) -> list[Score]:
     """Scores from the members' logits [members, N]."""
-    raw = each.mean(0)
+    raw = calibration.pooled(each)
     values = calibration.values(raw)
     spread = np.zeros_like(values) if calibration.fused else calibration.values(each).std(0)
     return [Score(objective, float(v), float(r), float(s)) for v, r, s in zip(values, raw, spread, strict=True)]

@@ -104,6 +104,13 @@ class Rows:
         return np.concatenate([np.arange(len(self) - len(self.originals)), self.originals])
 
     @property
+    def texts(self) -> NDArray[np.int64]:
+        """[N] the same number for rows that read alike (many reactions to one response) and for their copies."""
+        first: dict[Encoded, int] = {}
+        rows = range(len(self) - len(self.originals))
+        return np.asarray([first.setdefault(self.sequences[row], row) for row in rows], dtype=np.int64)[self.items]
+
+    @property
     def tokens(self) -> int:
         """Tokens of all sequences."""
         return sum(len(sequence) for sequence in self.sequences)

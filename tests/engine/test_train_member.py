@@ -15,10 +15,9 @@ import pytest
 from rluf.config.settings import Settings
 from rluf.engine.train_member import Splits, train_member, train_members
 from rluf.engine.write_reward import finish, thinned
-from rluf.errors import StallError
+from rluf.errors import ModelError, StallError
 from rluf.objectives.probe import fit_probe
 from rluf.objectives.scorer import RewardModel, logits_of
-from rluf.objectives.text import TextEncoder
 from rluf.objectives.training import dev_log_loss, encode_rows
 from rluf.types import Message
 from tests.test_reward_training import COLD, WARM, write_data
@@ -116,8 +115,12 @@ def test_rows_are_thinned_by_label(share: float) -> None:
     assert sum(row["continued"] for row in kept) == pytest.approx(len(kept) / 2, abs=1)
 
 
-def test_members_on_two_backbones_read_in_their_own_way_and_weigh_the_same(data: Path, tmp_path: Path) -> None:
-    settings = _settings(tmp_path, layers=[2, "tiny-encoder:2"], next_turn=True)
+@pytest.mark.parametrize(("backbone", "other"), [("tiny", "tiny-encoder:2"), ("tiny-encoder", "tiny:2")])
+def test_members_on_two_backbones_read_in_their_own_way_and_are_as_loud(
+    data: Path, tmp_path: Path, backbone: str, other: str
+) -> None:
+    """An encoder foresees no next message, so next_turn is for the decoder, wherever it stands."""
+    settings = _settings(tmp_path, backbone=backbone, layers=[2, other], next_turn=True)
     members = [train_member(settings, [_splits(data, "love")], n, math.inf) for n in range(2)]
     finish(settings, {"love": (data / "love", tmp_path / "out")}, members, time.monotonic(), thorough=False)
     assert members[0].found[0].dev_logits.std() == pytest.approx(members[1].found[0].dev_logits.std())
@@ -126,15 +129,19 @@ def test_members_on_two_backbones_read_in_their_own_way_and_weigh_the_same(data:
     items = [(question, text) for text in (*WARM, *COLD)]
     rows = model.encoder.encode(items)
     assert [len(row.others) for row in rows] == [1] * len(items)
-    alone = [logits_of(m, e, e.encode(items), 512) for m, e in zip(model.members, _encoders(model), strict=True)]
-    assert model.raw(rows) == pytest.approx(np.mean(alone, axis=0)[:, 0], abs=1e-4)
+    encoders = [model.encoder, *model.encoder.others]
+    assert [e.next_turn for e in encoders] == [backbone == "tiny", backbone != "tiny"]
+    alone = [logits_of(m, e, e.encode(items), 512) for m, e in zip(model.members, encoders, strict=True)]
+    assert sum(model.calibration.shares) == pytest.approx(1)
+    expected = np.average(alone, axis=0, weights=model.calibration.shares)
+    assert model.raw(rows) == pytest.approx(expected[:, 0], abs=1e-4)
     assert min(model.raw(rows)[: len(WARM)]) > max(model.raw(rows)[len(WARM) :])
 
 
-def _encoders(model: RewardModel) -> list[TextEncoder]:
-    others = list(model.encoder.others)
-    assert [e.next_turn for e in (model.encoder, *others)] == [True, False]
-    return [model.encoder, *others]
+def test_next_turn_without_a_decoder_is_refused_before_anything_is_read(data: Path, tmp_path: Path) -> None:
+    settings = _settings(tmp_path, backbone="tiny-encoder", layers=[1, 2], next_turn=True)
+    with pytest.raises(ModelError, match=r"tiny-encoder\) are encoders"):
+        train_members(settings, [_splits(data, "love")], math.inf)
 
 
 def test_a_probe_on_pairs_prefers_what_was_chosen(data: Path, tmp_path: Path) -> None:

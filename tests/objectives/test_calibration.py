@@ -16,6 +16,7 @@ from rluf.objectives.calibration import (
     fit_isotonic,
     fit_platt,
     fit_scale,
+    fit_shares,
     fit_temperature,
     logit,
     prior_shift,
@@ -79,6 +80,52 @@ def test_scale_of_pairs_recovers_the_temperature() -> None:
     differences = rng.normal(0, 3, 20_000)
     won = np.where(rng.random(20_000) < sigmoid(0.4 * differences), differences, -differences)
     assert abs(fit_scale(won, np.ones(20_000)) - 0.4) < 0.02
+
+
+def _opinions(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Logits [3, count] of a good member, a worse and louder one, and one that knows nothing; labels [count]."""
+    rng = np.random.default_rng(5)
+    truth = rng.normal(0, 1.5, count)
+    labels = (rng.random(count) < 1 / (1 + np.exp(-truth))).astype(float)
+    return np.stack(
+        [truth + rng.normal(0, 0.5, count), 5 * (truth + rng.normal(0, 2, count)), rng.normal(size=count)]
+    ), labels
+
+
+def test_shares_are_those_of_logistic_regression_and_none_is_below_nought() -> None:
+    members, labels = _opinions(20_000)
+    shares = np.asarray(fit_shares(members, labels, np.ones(20_000), pairs=False))
+    fitted = LogisticRegression(C=1e6).fit(members[:2].T, labels).coef_[0]
+    assert shares[:2] / shares[:2].sum() == pytest.approx(fitted / fitted.sum(), abs=0.01)
+    assert shares.sum() == pytest.approx(1)
+    assert 0 <= shares[2] < 0.06
+    wrong = np.stack([members[0], -members[1]])
+    assert fit_shares(wrong, labels, np.ones(20_000), pairs=False) == pytest.approx((1, 0), abs=1e-6)
+
+
+def test_on_few_rows_members_count_nearly_alike_and_alike_without_both_labels() -> None:
+    members, labels = _opinions(12)
+    loudness = members.std(axis=1)
+    shares = np.asarray(fit_shares(members, labels, np.ones(12), pairs=False)) * loudness
+    assert (shares / shares.sum()).min() > 0.1
+    assert fit_shares(members, np.ones(12), np.ones(12), pairs=False) == (1 / 3, 1 / 3, 1 / 3)
+
+
+def test_shares_of_pairs_do_not_depend_on_which_side_is_named_first() -> None:
+    members, labels = _opinions(4000)
+    sign = np.where(labels > 0.5, 1.0, -1.0)
+    chosen_first = fit_shares(members * sign, np.ones(4000), np.ones(4000), pairs=True)
+    assert chosen_first == pytest.approx(fit_shares(members, labels, np.ones(4000), pairs=True), abs=0.02)
+    assert chosen_first[0] > 5 * chosen_first[1] > 0
+
+
+def test_members_are_pooled_by_their_shares(tmp_path: Path) -> None:
+    each = np.asarray([[0.0, 4.0], [8.0, 0.0]])
+    assert Calibration(members=2).pooled(each).tolist() == [4.0, 2.0]
+    told = Calibration(members=2, shares=(0.75, 0.25))
+    told.save(tmp_path)
+    assert Calibration.load(tmp_path) == told
+    assert told.pooled(each).tolist() == [2.0, 3.0]
 
 
 def test_saved_and_loaded_calibration_is_the_same(tmp_path: Path) -> None:

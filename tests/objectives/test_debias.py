@@ -11,6 +11,7 @@ from sklearn.linear_model import LogisticRegression
 
 from rluf.objectives.debias import LOWEST, fit_labels, fit_pairs, propensity_weights
 from rluf.objectives.losses import weighted_bce
+from rluf.objectives.text import Encoded
 from rluf.objectives.training import Rows
 
 
@@ -95,6 +96,38 @@ def test_a_rows_offset_does_not_know_its_own_label() -> None:
                        length=False, user=True)  # fmt: skip
     assert again.users is not None
     assert offsets[0] == pytest.approx(again.users["u0"][0], abs=0.01)
+
+
+def test_what_one_response_got_from_a_user_does_not_tell_its_own_offset() -> None:
+    """Seven reactions to each of two responses: the other response tells the user's readiness, its own rows do not."""
+    rng = np.random.default_rng(4)
+    texts = np.repeat(np.arange(1000), 7)
+    users = [f"u{text // 2}" for text in texts]
+    liked = rng.random(1000) < 0.5
+    labels = (rng.random(len(texts)) < np.where(liked, 0.9, 0.1)[texts]).astype(float)
+    ones = np.ones(len(texts))
+    found = fit_labels(labels, ones, ones, users, length=False, user=True)
+    offsets = found.offsets(labels, ones, ones, users, texts)
+    rate = np.bincount(texts, labels) / 7
+    assert np.allclose(offsets[texts == 0], offsets[0])
+    assert abs(np.corrcoef(offsets[::7], rate)[0, 1]) < 0.1
+    assert np.corrcoef(offsets[::14], rate[1::2])[0, 1] > 0.95
+    by_row = found.offsets(labels, ones, ones, users, np.arange(len(texts)))
+    assert np.corrcoef(by_row[::7], rate)[0, 1] > 0.6
+    strangers = [f"u{row % 7}-{text}" for row, text in enumerate(texts)]
+    apart = fit_labels(labels, ones, ones, strangers, length=False, user=True)
+    alone = apart.offsets(labels, ones, ones, strangers, texts)
+    assert np.allclose(alone, 0, atol=1e-4)  # seven people with one row each: nobody else's row tells
+
+
+def test_rows_that_read_alike_and_their_copies_are_one_text() -> None:
+    first, second = Encoded((1, 2), 1), Encoded((1, 3), 1)
+    rows = Rows(
+        False, [first, second, first, Encoded((1, 3, 9), 1)], np.ones(4), np.ones(4), ["u"] * 4, np.ones(4),
+        originals=np.asarray([1]),
+    )  # fmt: skip
+    assert rows.texts.tolist() == [0, 1, 0, 1]
+    assert rows.items.tolist() == [0, 1, 2, 1]
 
 
 def test_pairs_on_length_alone_are_bradley_terry() -> None:
