@@ -79,7 +79,9 @@ def features(settings: Settings, objective: str, records: list[dict[str, Any]]) 
         folder = resolve_model(member.backbone, cache_dir(settings))
         model = load_classifier(folder, trained=False, layers=max(depths))
         alone = len(chosen.members) < 2
-        encoder = encoder_for(model, folder, chosen.max_tokens, next_turn=chosen.next_turn, alone=alone)
+        encoder = encoder_for(
+            model, folder, chosen.max_tokens, next_turn=chosen.next_turn, alone=alone, response_alone=member.response
+        )
         mine = encode_rows(records, encoder, pairs=pairs, where=objective)
         rows = rows or mine
         every = kept_features(settings, f"{member.backbone} {depths}", model, encoder, mine, depths)

@@ -169,8 +169,8 @@ def scoring_parameters(model: RewardModelSettings) -> int:
 
     A backbone whose upper layers are left out counts whole.
     """
-    passes = {(member.backbone, model.depths(member)) for member in model.members}
-    return sum(model_shape(backbone).parameters for backbone, _ in passes)
+    passes = {(member.backbone, member.response, model.depths(member)) for member in model.members}
+    return sum(model_shape(backbone).parameters for backbone, _, _ in passes)
 
 
 def host_bytes(settings: Settings) -> int:

@@ -16,12 +16,22 @@ OF_HEAD = ("loss", "margin", "positive_rate", "calibration", "debias")
 
 
 class MemberPlan(NamedTuple):
-    """One model of an ensemble: its backbone, how many of the lowest layers are kept (0: all), and whose it is."""
+    """One model of an ensemble: its backbone, how many of the lowest layers are kept (0: all), whose it is, and what it
+    reads."""
 
     backbone: str
     layers: int
     own: bool
     """On the section's own backbone, and so trained as the section says; others only get a fitted head."""
+    response: bool = False
+    """Reads the response alone, without the conversation."""
+
+
+def _parts(entry: str) -> tuple[str, str, bool]:
+    """Backbone, number of layers and whether the response is read alone, of `name:layers` or `name:layers:response`."""
+    where = entry.removesuffix(":response")
+    name, _, number = where.rpartition(":")
+    return name, number, where != entry
 
 
 class RewardModelSettings(Section):
@@ -38,7 +48,8 @@ class RewardModelSettings(Section):
     """Share of responses that are truly liked, reacted to or not; for loss nnpu alone."""
     layers: tuple[int | str, ...] = ()
     """Lowest layers of the backbone that are kept. Several make an ensemble, a member each; none keeps all. A member on
-    another backbone is `name:layers`; that one stays as it is and gets a fitted head."""
+    another backbone is `name:layers`; that one stays as it is and gets a fitted head. `name:layers:response` is one
+    that reads the response alone."""
     fuse: bool = False
     """One fitted head on what all members read, side by side, in place of one each whose logits are averaged. Ranks
     better on small data; the members' logits are then terms of one sum, so there is no spread. With epochs=0 alone."""
@@ -76,27 +87,33 @@ class RewardModelSettings(Section):
     @classmethod
     def _are_layers(cls, layers: tuple[int | str, ...]) -> tuple[int | str, ...]:
         for entry in layers:
-            name, _, number = entry.rpartition(":") if isinstance(entry, str) else ("own", ":", str(entry))
+            name, number, _ = _parts(entry) if isinstance(entry, str) else ("own", str(entry), False)
             if not name or not number.isdecimal():
-                raise ValueError(f"{entry!r} is neither a number of layers nor backbone:layers; write minilm:6")
+                raise ValueError(
+                    f"{entry!r} is neither a number of layers nor backbone:layers; write minilm:6, or "
+                    "minilm:6:response for one that reads the response alone"
+                )
         return layers
 
     @property
     def members(self) -> tuple[MemberPlan, ...]:
         """The models to train, in order; one where `layers` is empty."""
-        return tuple(
-            MemberPlan(self.backbone, entry, own=True)
-            if isinstance(entry, int)
-            else MemberPlan(entry.rpartition(":")[0], int(entry.rpartition(":")[2]), own=False)
-            for entry in self.layers or (0,)
-        )
+        found = []
+        for entry in self.layers or (0,):
+            if isinstance(entry, int):
+                found.append(MemberPlan(self.backbone, entry, own=True))
+            else:
+                name, number, response = _parts(entry)
+                found.append(MemberPlan(name, int(number), own=False, response=response))
+        return tuple(found)
 
     def depths(self, member: MemberPlan) -> tuple[int, ...]:
         """Numbers of layers at which one pass over the member's backbone serves it and others; its own alone if none.
 
         Members share a pass where the backbone stays as it is: with a fitted head and no epoch.
         """
-        alike = {other.layers for other in self.members if other.backbone == member.backbone}
+        read = member.backbone, member.response
+        alike = {other.layers for other in self.members if (other.backbone, other.response) == read}
         if self.epochs or not self.probe or 0 in alike:
             return (member.layers,)
         return tuple(sorted(alike))

@@ -166,7 +166,10 @@ def train_member(
         backbone, trained=False, device=device, dropout=lead.dropout, seed=settings.seed + number, layers=max(depths),
         heads=len(splits),
     )  # fmt: skip
-    encoder = encoder_for(model, backbone, lead.max_tokens, next_turn=lead.next_turn, alone=len(lead.members) < 2)
+    encoder = encoder_for(
+        model, backbone, lead.max_tokens, next_turn=lead.next_turn, alone=len(lead.members) < 2,
+        response_alone=member.response,
+    )  # fmt: skip
     tasks = [_task(settings, part, encoder, place, world) for place, part in enumerate(splits)]
     plan = Plan(
         epochs=lead.epochs,
@@ -318,7 +321,8 @@ def _read(
     clock, tokens = time.monotonic(), task.train.tokens
     if len(depths) == 1:
         return Read(trainer.features(task.train)[0], trainer.features(task.dev)[0], time.monotonic() - clock, tokens)
-    key, count = (member.backbone, task.name), len(task.train.sequences)
+    key = (f"{member.backbone}:response" if member.response else member.backbone, task.name)
+    count = len(task.train.sequences)
     if key in shared:
         tokens = 0
     else:

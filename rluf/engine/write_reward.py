@@ -145,6 +145,7 @@ def _calibrated(
         members=len(members),
         fused=fused,
         next_turn=any(member.encoder.next_turn for member in members),
+        response_alone=tuple(n for n, member in enumerate(members) if member.encoder.response_alone),
         backbone=backbone,
     )
     each = np.stack([fit.dev_logits for fit in found])

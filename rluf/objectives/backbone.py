@@ -87,7 +87,13 @@ def _keep_layers(config: Any, layers: int) -> None:
 
 
 def encoder_for(
-    model: PreTrainedModel, folder: Path, max_tokens: int, *, next_turn: bool = False, alone: bool = True
+    model: PreTrainedModel,
+    folder: Path,
+    max_tokens: int,
+    *,
+    next_turn: bool = False,
+    alone: bool = True,
+    response_alone: bool = False,
 ) -> TextEncoder:
     """The text encoder of a model folder; also tells the model its pad id, which decoders need to find the end.
 
@@ -98,7 +104,8 @@ def encoder_for(
     longest = getattr(model.config, "max_position_embeddings", max_tokens)
     tokenizer = load_tokenizer(folder)
     next_turn = next_turn and (alone or tokenizer.cls_token_id is None)
-    encoder = TextEncoder(tokenizer, min(max_tokens, int(longest)), next_turn=next_turn)
+    longest = min(max_tokens, int(longest))
+    encoder = TextEncoder(tokenizer, longest, next_turn=next_turn, response_alone=response_alone)
     model.config.pad_token_id = encoder.pad_id
     return encoder
 

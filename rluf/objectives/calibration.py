@@ -48,6 +48,8 @@ class Calibration:
     """One head was fitted over all members: each one's logit alone means nothing, and there is no spread."""
     next_turn: bool = False
     """The text that the model reads ends with the opening of the user's next message."""
+    response_alone: tuple[int, ...] = ()
+    """Numbers of the members that read the response without the conversation."""
     backbone: str = ""
     """Hash of the backbone that this head shares with others (see rluf.objectives.heads); empty for a model alone."""
     knots: tuple[tuple[float, float], ...] = ()
@@ -77,7 +79,8 @@ class Calibration:
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             knots = tuple((float(x), float(y)) for x, y in stored.get("knots", ()))
-            return cls(**stored | {"knots": knots, "shares": tuple(map(float, stored.get("shares", ())))})
+            shares, alone = (tuple(stored.get(key, ())) for key in ("shares", "response_alone"))
+            return cls(**stored | {"knots": knots, "shares": shares, "response_alone": alone})
         except (OSError, ValueError, TypeError) as error:
             raise ModelError(
                 f"{path} cannot be read ({error}); a reward model folder is written by python -m rluf.reward, "

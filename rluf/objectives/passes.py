@@ -29,15 +29,23 @@ class Pass:
     depths: tuple[int, ...]
 
 
-def passes(models: Sequence[PreTrainedModel]) -> list[Pass]:
-    """The passes that serve all models, each model once; one whose head is not linear has a pass without heads."""
+def passes(models: Sequence[PreTrainedModel], response_alone: Sequence[bool]) -> list[Pass]:
+    """The passes that serve all models, each model once; one whose head is not linear has a pass without heads.
+
+    Those that read the response alone share no pass with the others.
+    """
     heads = [_head(model) for model in models]
     depth = [len(layer_list(model)) if len(models) > 1 else 0 for model in models]
     left, found = sorted(range(len(models)), key=lambda number: -depth[number]), []
     while left:
         deep = left[0]
         alike = [
-            number for number in left[1:] if heads[deep] and heads[number] and _begins(models[deep], models[number])
+            number
+            for number in left[1:]
+            if heads[deep]
+            and heads[number]
+            and response_alone[deep] == response_alone[number]
+            and _begins(models[deep], models[number])
         ]
         served = sorted([deep, *alike], key=lambda number: depth[number])
         kept = tuple(head for head in (heads[number] for number in served) if head is not None)

@@ -44,8 +44,8 @@ class RewardModel:
     ) -> None:
         """`batch_tokens` bounds the padded tokens of one forward pass."""
         self.members = [member.eval() for member in members]
-        self._passes = passes(self.members)
         self.encoder = encoder
+        self._passes = passes(self.members, [other.response_alone for other in self._encoders()])
         self.calibration = calibration
         self.batch_tokens = batch_tokens
 
@@ -62,8 +62,15 @@ class RewardModel:
             for number, member in enumerate(members):
                 join_heads(member, [member_folder(head, number) for head in heads])
         encoders = [
-            encoder_for(member, folder, calibration.max_tokens, next_turn=calibration.next_turn, alone=len(folders) < 2)
-            for member, folder in zip(members, folders, strict=True)
+            encoder_for(
+                member,
+                folder,
+                calibration.max_tokens,
+                next_turn=calibration.next_turn,
+                alone=len(folders) < 2,
+                response_alone=number in calibration.response_alone,
+            )
+            for number, (member, folder) in enumerate(zip(members, folders, strict=True))
         ]
         if not all(encoder.same_as(encoders[0]) for encoder in encoders):
             encoders[0].others = tuple(encoders[1:])

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 NEXT = "\u2063next\u2063"
 """Stands for the user's next message while a chat template is rendered; the text ends where it would begin."""
 
+NOTHING: Sequence[Message] = ({"role": "user", "content": ""},)
+"""The conversation before a response that is read alone."""
+
 Item = tuple[Sequence[Message], str]
 """A conversation that ends with a user message, and one response to it."""
 
@@ -41,12 +44,22 @@ class Encoded:
 class TextEncoder:
     """Turns items into token ids of at most `max_tokens`, always in the same way for training and scoring."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, max_tokens: int, *, next_turn: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerFast,
+        max_tokens: int,
+        *,
+        next_turn: bool = False,
+        response_alone: bool = False,
+    ) -> None:
         """`tokenizer` is the backbone's; `next_turn` ends a decoder's text with the opening of the user's next message.
+
+        With `response_alone` an empty message stands for each conversation.
 
         Raises ModelError when it has neither CLS and SEP nor a chat template, or has them and next_turn is asked for.
         """
         self.next_turn = next_turn
+        self.response_alone = response_alone
         self.others: tuple[TextEncoder, ...] = ()
         """Encoders of an ensemble's further members, where their backbones differ; `encode` then asks them too."""
         self.tokenizer = tokenizer
@@ -72,7 +85,8 @@ class TextEncoder:
         """Token ids of each item, in order. An empty response is fine: it has no tokens of its own."""
         if not items:
             return []
-        rows = self._pairs(items) if self.pair else self._chats(items)
+        heard = [(NOTHING, response) for _, response in items] if self.response_alone else items
+        rows = self._pairs(heard) if self.pair else self._chats(heard)
         if not self.others:
             return rows
         each = zip(*(other.encode(items) for other in self.others), strict=True)
@@ -81,7 +95,11 @@ class TextEncoder:
     def same_as(self, other: TextEncoder) -> bool:
         """Whether both make the same ids of every item."""
         mine, its = (e.tokenizer.backend_tokenizer.to_str() for e in (self, other))
-        return (mine, self.max_tokens, self.next_turn) == (its, other.max_tokens, other.next_turn)
+        return (mine, *self._way()) == (its, *other._way())
+
+    def _way(self) -> tuple[int, bool, bool]:
+        """How the text is written, whatever the tokenizer."""
+        return self.max_tokens, self.next_turn, self.response_alone
 
     def _pairs(self, items: Sequence[Item]) -> list[Encoded]:
         contexts = self._ids([context_text(messages) for messages, _ in items])

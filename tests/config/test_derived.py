@@ -179,6 +179,8 @@ def test_memory_of_an_ensemble_counts_each_backbone_once_a_pass() -> None:
     assert weights("reward.love.backbone=minilm") == small
     assert weights("reward.love.backbone=minilm", "reward.love.layers=[3, 6]", "reward.love.epochs=2") == 2 * small
     assert weights(*mixed, "reward.love.probe=true", "reward.love.epochs=0") == big + small
+    alone = ["reward.love.backbone=minilm", "reward.love.layers=[3, 6, 'minilm:3:response', 'minilm:6:response']"]
+    assert weights(*alone, "reward.love.probe=true", "reward.love.epochs=0") == 2 * small
 
 
 def test_elastic_workers_are_reckoned_at_their_most() -> None:

@@ -21,6 +21,7 @@ HALVES = ["cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5"]
         (["reward.helpfulness.calibration=isotonic"], ["isotonic", "reward.helpfulness.calibration=platt"]),
         (["reward.safety.epochs=0"], ["reward.safety.epochs=0", "reward.safety.probe=true"]),
         (["reward.love={lora_rank: 4, frozen_share: 1}"], ["reward.love.lora_rank=4", "reward.love.frozen_share=1"]),
+        (["reward.love.layers=['minilm:response']"], ["'minilm:response'", "minilm:6:response"]),
         (
             ["reward.love={backbone: tiny, layers: ['minilm:4', 2]}"],
             ["reward.love.layers=['minilm:4', 2]", "reward.love.backbone=tiny"],

@@ -138,6 +138,30 @@ def test_members_on_two_backbones_read_in_their_own_way_and_are_as_loud(
     assert min(model.raw(rows)[: len(WARM)]) > max(model.raw(rows)[len(WARM) :])
 
 
+@pytest.mark.parametrize("backbone", ["tiny", "tiny-encoder"])
+def test_members_that_read_the_response_alone_have_a_pass_of_their_own(
+    data: Path, tmp_path: Path, backbone: str
+) -> None:
+    layers = [1, 2, f"{backbone}:1:response", f"{backbone}:2:response"]
+    settings = _settings(tmp_path, backbone=backbone, layers=layers, fuse=True)
+    members = train_members(settings, [_splits(data, "love")], math.inf)
+    finish(settings, {"love": (data / "love", tmp_path / "out")}, members, time.monotonic(), thorough=False)
+    model = RewardModel.load(tmp_path / "out", batch_tokens=2048)
+    assert model.calibration.response_alone == (2, 3)
+    assert [(run.members, run.depths) for run in model._passes] == [((0, 1), (1, 2)), ((2, 3), (1, 2))]
+    mild: list[Message] = [{"role": "user", "content": "How was the day?"}]
+    other: list[Message] = [{"role": "user", "content": "Tell me of ships, and of the sea that they sail."}]
+    each = model.each(model.encoder.encode([(mild, WARM[0]), (other, WARM[0])]))
+    assert each[2:, 0] == pytest.approx(each[2:, 1], abs=1e-9)
+    assert (abs(each[:2, 0] - each[:2, 1]) > 1e-6).all()
+    dev = members[0].tasks[0].dev
+    records = pq.read_table(data / "love" / "dev.parquet").to_pylist()
+    read = model.encoder.encode([(row["messages"], row["response"]) for row in records])
+    fitted = np.mean([member.found[0].dev_logits for member in members], axis=0)
+    assert len(dev) == len(read)
+    assert model.raw(read) == pytest.approx(fitted, abs=1e-3)
+
+
 def test_next_turn_without_a_decoder_is_refused_before_anything_is_read(data: Path, tmp_path: Path) -> None:
     settings = _settings(tmp_path, backbone="tiny-encoder", layers=[1, 2], next_turn=True)
     with pytest.raises(ModelError, match=r"tiny-encoder\) are encoders"):

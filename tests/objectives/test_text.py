@@ -111,6 +111,19 @@ def test_a_row_is_carried_by_one_that_begins_with_it_and_only_a_causal_model_rea
     assert len(set(apart)) == len(set(rows))
 
 
+@pytest.mark.parametrize("name", ["tiny", "tiny-encoder"])
+def test_a_response_read_alone_is_the_same_after_any_conversation(cache: Path, name: str) -> None:
+    tokenizer = load_tokenizer(resolve_model(name, cache))
+    alone, whole = (TextEncoder(tokenizer, 200, response_alone=flag) for flag in (True, False))
+    first: list[Message] = [{"role": "user", "content": "Hi"}]
+    second: list[Message] = [*first, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "Why?"}]
+    empty: list[Message] = [{"role": "user", "content": ""}]
+    rows = alone.encode([(first, "Hello"), (second, "Hello"), (second, "Bye")])
+    assert rows[0] == rows[1] != rows[2]
+    assert rows[0] == whole.encode([(empty, "Hello")])[0]
+    assert not alone.same_as(whole)
+
+
 def test_the_users_next_turn_opens_where_the_text_ends(cache: Path) -> None:
     tokenizer = load_tokenizer(resolve_model("tiny", cache))
     messages: list[Message] = [{"role": "user", "content": "Hi"}]
