@@ -80,7 +80,10 @@ class Calibration:
             stored = json.loads(path.read_text(encoding="utf-8"))
             knots = tuple((float(x), float(y)) for x, y in stored.get("knots", ()))
             shares, alone = (tuple(stored.get(key, ())) for key in ("shares", "response_alone"))
-            return cls(**stored | {"knots": knots, "shares": shares, "response_alone": alone})
+            found = cls(**stored | {"knots": knots, "shares": shares, "response_alone": alone})
+            if shares and len(shares) != found.members:
+                raise ValueError(f"{len(shares)} shares for {found.members} members")
+            return found
         except (OSError, ValueError, TypeError) as error:
             raise ModelError(
                 f"{path} cannot be read ({error}); a reward model folder is written by python -m rluf.reward, "

@@ -126,6 +126,9 @@ def test_members_are_pooled_by_their_shares(tmp_path: Path) -> None:
     told.save(tmp_path)
     assert Calibration.load(tmp_path) == told
     assert told.pooled(each).tolist() == [2.0, 3.0]
+    Calibration(members=3, shares=(0.75, 0.25)).save(tmp_path)
+    with pytest.raises(ModelError, match="2 shares for 3 members"):
+        Calibration.load(tmp_path)
 
 
 def test_saved_and_loaded_calibration_is_the_same(tmp_path: Path) -> None:
