@@ -57,7 +57,7 @@ class Calibration:
 
     def pooled(self, each: Floats) -> Floats:
         """Raw logits [N] of the members' own [members, N]."""
-        return np.asarray(np.average(each, axis=0, weights=self.shares or None), dtype=np.float64)
+        return np.asarray(self.shares or (1 / len(each),) * len(each)) @ each
 
     def logits(self, raw: Sequence[float] | Floats) -> Floats:
         """Calibrated logits [N] of raw logits [N]."""

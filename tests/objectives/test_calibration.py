@@ -122,6 +122,7 @@ def test_shares_of_pairs_do_not_depend_on_which_side_is_named_first() -> None:
 def test_members_are_pooled_by_their_shares(tmp_path: Path) -> None:
     each = np.asarray([[0.0, 4.0], [8.0, 0.0]])
     assert Calibration(members=2).pooled(each).tolist() == [4.0, 2.0]
+    assert Calibration(members=2).pooled(each[:, :0]).tolist() == []
     told = Calibration(members=2, shares=(0.75, 0.25))
     told.save(tmp_path)
     assert Calibration.load(tmp_path) == told
