@@ -142,7 +142,9 @@ def test_an_ensemble_of_probes_on_a_decoder_scores_with_a_spread(trained: Path) 
         plain = AutoModelForSequenceClassification.from_pretrained(place).eval()
         with torch.no_grad():
             each.append(float(plain(**inputs).logits))
-    assert score.raw == pytest.approx(sum(each) / 2, abs=1e-4)
+    first, second = model.calibration.shares
+    assert first + second == pytest.approx(1)
+    assert score.raw == pytest.approx(first * each[0] + second * each[1], abs=1e-4)
     assert score.spread > 0
 
 
