@@ -97,6 +97,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
         {
             "run": {"cache": str(folder / "cache")},
             "reward": {
+                "dtype": "float32",
                 "love": {**model, "debias": ["sign_offs"], "calibration": "temperature"},
                 "helpfulness": {**model, "loss": "bradley_terry", "frozen_share": 0.5, "probe": True, "margin": 0.1},
                 "safety": probe,

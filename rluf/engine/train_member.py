@@ -188,6 +188,17 @@ def train_member(
     trained, every = model.num_parameters(only_trainable=True) / 1e6, model.num_parameters() / 1e6
     rows, tokens = sum(len(t.train) for t in tasks), sum(t.train.tokens for t in tasks)
     logger.info("%s: %d rows, %d tokens, %.1fM of %.1fM weights train", name, rows, tokens, trained, every)
+    weights: dict[str, torch.Tensor] = {}
+    position = Position([Fit() for _ in tasks])
+    reads: list[Read] = []
+    if lead.probe:
+        # Read in float32 whatever the training dtype: RewardModel scores in float32, and a head fitted on bfloat16
+        # features is calibrated on logits that differ by up to 0.05 from those it later gives.
+        reader = Trainer(model, encoder, plan)
+        reads = [_read(reader, task, member, depths, {} if shared is None else shared) for task in tasks]
+        for place, (task, read) in enumerate(zip(tasks, reads, strict=True)):
+            part = _unfitted if lead.fuse else partial(_probe, seed=settings.seed)
+            position.fits[place] = part(reader, task, read, weights)
     dtype = getattr(torch, settings.reward_dtype)
     model.to(dtype)
     prefix = None
@@ -195,14 +206,6 @@ def train_member(
     if lead.epochs and settings.reward.zero_stage < 3 and FrozenPrefix.worthwhile(model, frozen, tokens):
         prefix = FrozenPrefix(model, frozen)
     trainer = Trainer(model, encoder, plan, prefix)
-    weights: dict[str, torch.Tensor] = {}
-    position = Position([Fit() for _ in tasks])
-    reads: list[Read] = []
-    if lead.probe:
-        reads = [_read(trainer, task, member, depths, {} if shared is None else shared) for task in tasks]
-        for place, (task, read) in enumerate(zip(tasks, reads, strict=True)):
-            part = _unfitted if lead.fuse else partial(_probe, seed=settings.seed)
-            position.fits[place] = part(trainer, task, read, weights)
     if lead.probe and not lead.fuse:
         logger.info("%s: probe, dev log-loss %s", name, ", ".join(f"{f.best_loss:.4f}" for f in position.fits))
     if lead.lora_rank:

@@ -116,8 +116,11 @@ def finish(
     try:
         shared = [m.save([member_folder(job.part, number) for job in jobs]) for number, m in enumerate(members)]
         for place, job in enumerate(jobs):
-            calibration = _calibrated(settings, members, place, "-".join(filter(None, shared)), fused=fused)
-            calibration.save(job.part)
+            base = _uncalibrated(members, place, "-".join(filter(None, shared)), fused=fused)
+            base.save(job.part)
+            if any(member.found[place].best_epoch >= 0 for member in members):
+                _score_dev(settings, job, members, place)
+            _calibrated(settings, members, place, base).save(job.part)
             _write_card(settings, job, members, place, clock, thorough=thorough)
         for job in jobs:
             if job.out.is_dir():
@@ -132,15 +135,26 @@ def finish(
             shutil.rmtree(job.part, ignore_errors=True)
 
 
-def _calibrated(
-    settings: Settings, members: Sequence[Member], place: int, backbone: str, *, fused: bool
-) -> Calibration:
-    """What dev says of how much the members count, and of their mean logit, for head number `place`."""
+def _score_dev(settings: Settings, job: Job, members: Sequence[Member], place: int) -> None:
+    """Replace the dev logits of head number `place` by those of the written model, read as RewardModel reads.
+
+    Epochs run in the training dtype, partly on rounded hidden states of frozen layers. Calibration must be fitted on
+    the float32 logits that the model gives from then on.
+    """
+    scorer = RewardModel.load(job.part, batch_tokens=EVAL_TOKENS)
+    path = job.data / "dev.parquet"
+    pairs = settings.reward.of_head(job.head).loss == "bradley_terry"
+    dev = encode_rows(labelled(job.head, table(path), str(path)), scorer.encoder, pairs=pairs, where=str(path))
+    for member, logits in zip(members, scorer.each(dev.sequences), strict=True):
+        member.found[place].dev_logits = logits
+
+
+def _uncalibrated(members: Sequence[Member], place: int, backbone: str, *, fused: bool) -> Calibration:
+    """How head number `place` reads its text, with nothing fitted yet."""
     first = members[0]
-    task, found = first.tasks[place], [member.found[place] for member in members]
-    base = Calibration(
-        task.name,
-        prior_shift=found[0].shift,
+    return Calibration(
+        first.tasks[place].name,
+        prior_shift=first.found[place].shift,
         max_tokens=max(member.encoder.max_tokens for member in members),
         members=len(members),
         fused=fused,
@@ -148,8 +162,13 @@ def _calibrated(
         response_alone=tuple(n for n, member in enumerate(members) if member.encoder.response_alone),
         backbone=backbone,
     )
-    each = np.stack([fit.dev_logits for fit in found])
-    if len(members) > 1 and not fused:
+
+
+def _calibrated(settings: Settings, members: Sequence[Member], place: int, base: Calibration) -> Calibration:
+    """`base` with the shares of the members and the map to probabilities, both fitted on dev."""
+    task = members[0].tasks[place]
+    each = np.stack([member.found[place].dev_logits for member in members])
+    if len(members) > 1 and not base.fused:
         base = replace(base, shares=_shares(task, each))
     return calibrate(task.dev, base.pooled(each), base, settings.reward.of_head(task.name).calibration)
 

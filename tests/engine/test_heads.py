@@ -34,16 +34,18 @@ def _splits(data: Path, head: str) -> Splits:
     return Splits(head, rows[0], rows[1], folder)
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny-encoder"])
+@pytest.fixture(scope="module", params=[("tiny", "float32"), ("tiny-encoder", "float32"), ("tiny", "bfloat16")])
 def folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Four heads with a probe each on one frozen backbone, a decoder's (no bias) or an encoder's."""
     root = tmp_path_factory.mktemp("heads")
     data = write_data(root / "data", rows=80)
-    section = {"backbone": request.param, "probe": True, "epochs": 0, "frozen_share": 1, "max_tokens": 120}
+    backbone, dtype = request.param
+    section = {"backbone": backbone, "probe": True, "epochs": 0, "frozen_share": 1, "max_tokens": 120}
     settings = Settings.model_validate(
         {
             "run": {"cache": str(root / "cache")},
             "reward": {
+                "dtype": dtype,
                 "heads": HEADS,
                 "love": section,
                 "safety": {**section, "calibration": "temperature", "epochs": 7, "learning_rate": 0.5},
@@ -79,7 +81,7 @@ def test_one_forward_pass_scores_as_each_head_alone(folders: dict[str, Path]) ->
 def test_an_ensemble_of_depths_has_its_heads_at_each_and_one_pass_serves_all(tmp_path: Path) -> None:
     data, heads = write_data(tmp_path / "data", rows=80), ("love", "helpfulness")
     section = {"backbone": "tiny", "probe": True, "epochs": 0, "frozen_share": 1, "max_tokens": 120, "layers": [1, 2]}
-    tree = {"heads": heads, "love": section, "helpfulness": {"loss": "bradley_terry"}}
+    tree = {"dtype": "float32", "heads": heads, "love": section, "helpfulness": {"loss": "bradley_terry"}}
     settings = Settings.model_validate({"run": {"cache": str(tmp_path / "cache")}, "reward": tree})
     shared: dict[tuple[str, str], Any] = {}
     splits = [_splits(data, head) for head in heads]
@@ -158,8 +160,7 @@ POOLING = """
 import json, sys
 from vllm import LLM, PoolingParams
 folder, items = sys.argv[1], json.load(sys.stdin)
-llm = LLM(model=folder, runner="pooling", dtype="float32", enforce_eager=True, max_model_len=128,
-          gpu_memory_utilization=0.05)
+llm = LLM(model=folder, runner="pooling", dtype="float32", enforce_eager=True, max_model_len=128)
 plain = PoolingParams(use_activation=False)
 if "ids" in items[0]:
     found = llm.encode([{"prompt_token_ids": item["ids"]} for item in items], pooling_task="classify",
@@ -181,7 +182,8 @@ def test_vllms_pooling_runner_gives_the_same_logit(folders: dict[str, Path]) -> 
         told: list[Any] = [{"first": context_text(messages), "second": text} for messages, text in items]
     else:
         told = [{"ids": row.ids} for row in rows]
-    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                   "VLLM_CPU_KVCACHE_SPACE": "1"}  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", POOLING, str(folders["love"])],
         input=json.dumps(told), capture_output=True, text=True, timeout=300, env=environment, check=False,

@@ -16,17 +16,22 @@ from rluf.config.settings import Settings
 from rluf.engine.train_member import Splits, train_member, train_members
 from rluf.engine.write_reward import finish, thinned
 from rluf.errors import ModelError, StallError
+from rluf.objectives.card import calibrate
 from rluf.objectives.probe import fit_probe
 from rluf.objectives.scorer import RewardModel, logits_of
 from rluf.objectives.training import dev_log_loss, encode_rows
 from rluf.types import Message
 from tests.test_reward_training import COLD, WARM, write_data
 
+DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+"""Training dtypes that scores must not depend on: torch computes in both on every processor."""
 
-def _settings(cache: Path, **model: Any) -> Settings:
+
+def _settings(cache: Path, *, dtype: str = "float32", **model: Any) -> Settings:
     probe = {"backbone": "tiny", "probe": True, "epochs": 0, "frozen_share": 1, "max_tokens": 120, **model}
     helpful = {**probe, "loss": "bradley_terry"}
-    tree = {"run": {"cache": str(cache)}, "reward": {"safety": probe, "love": probe, "helpfulness": helpful}}
+    reward = {"dtype": dtype, "safety": probe, "love": probe, "helpfulness": helpful}
+    tree = {"run": {"cache": str(cache)}, "reward": reward}
     return Settings.model_validate(tree)
 
 
@@ -42,8 +47,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("member") / "data", rows=160)
 
 
-def test_an_ensemble_of_probes_ranks_is_calibrated_and_has_a_card(data: Path, tmp_path: Path) -> None:
-    settings = _settings(tmp_path, layers=[1, 2])
+@DTYPES
+def test_an_ensemble_of_probes_ranks_is_calibrated_and_has_a_card(data: Path, tmp_path: Path, dtype: str) -> None:
+    settings = _settings(tmp_path, dtype=dtype, layers=[1, 2])
     shared: dict[tuple[str, str], Any] = {}
     members = [train_member(settings, [_splits(data, "love")], n, math.inf, shared=shared) for n in range(2)]
     assert list(shared) == [("tiny", "love")]
@@ -66,12 +72,13 @@ def test_an_ensemble_of_probes_ranks_is_calibrated_and_has_a_card(data: Path, tm
     assert all(score.spread > 0 for score in warm)
 
 
+@DTYPES
 @pytest.mark.parametrize("objective", ["love", "helpfulness"])
 def test_a_fused_head_is_the_mean_of_the_members_parts_and_has_no_spread(
-    data: Path, tmp_path: Path, objective: str
+    data: Path, tmp_path: Path, objective: str, dtype: str
 ) -> None:
     layers = [1, 2, "tiny-encoder:1"]
-    settings = _settings(tmp_path, layers=layers, fuse=True)
+    settings = _settings(tmp_path, dtype=dtype, layers=layers, fuse=True)
     members = train_members(settings, [_splits(data, objective)], math.inf)
     task, reads = members[0].tasks[0], [member.reads[0] for member in members]
     head, bias, _ = fit_probe(
@@ -98,6 +105,25 @@ def test_a_fused_head_is_the_mean_of_the_members_parts_and_has_no_spread(
     assert min(score.value for score in scores[:3]) > max(score.value for score in scores[3:])
 
 
+@DTYPES
+@pytest.mark.parametrize("frozen_share", [0.0, 0.5])
+def test_a_trained_model_is_calibrated_on_the_logits_that_it_is_scored_with(
+    data: Path, tmp_path: Path, frozen_share: float, dtype: str, process_group: None
+) -> None:
+    settings = _settings(tmp_path, dtype=dtype, probe=False, epochs=2, frozen_share=frozen_share, learning_rate=1e-3)
+    member = train_member(settings, [_splits(data, "love")], 0, math.inf)
+    assert member.found[0].best_epoch >= 0
+    finish(settings, {"love": (data / "love", tmp_path / "out")}, [member], time.monotonic(), thorough=False)
+    model = RewardModel.load(tmp_path / "out", batch_tokens=512)
+    records = pq.read_table(data / "love" / "dev.parquet").to_pylist()
+    logits = model.raw(model.encoder.encode([(row["messages"], row["response"]) for row in records]))
+    assert logits == pytest.approx(member.found[0].dev_logits, abs=1e-3)
+    refitted = calibrate(member.tasks[0].dev, np.asarray(logits), model.calibration, "platt")
+    assert (refitted.scale, refitted.offset) == pytest.approx(
+        (model.calibration.scale, model.calibration.offset), abs=1e-2
+    )
+
+
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_rows_are_thinned_by_label(share: float) -> None:
     rows: list[dict[str, Any]] = [{"id": n, "label": int(n % 20 == 0)} for n in range(400)]
@@ -115,12 +141,13 @@ def test_rows_are_thinned_by_label(share: float) -> None:
     assert sum(row["continued"] for row in kept) == pytest.approx(len(kept) / 2, abs=1)
 
 
+@DTYPES
 @pytest.mark.parametrize(("backbone", "other"), [("tiny", "tiny-encoder:2"), ("tiny-encoder", "tiny:2")])
 def test_members_on_two_backbones_read_in_their_own_way_and_are_as_loud(
-    data: Path, tmp_path: Path, backbone: str, other: str
+    data: Path, tmp_path: Path, backbone: str, other: str, dtype: str
 ) -> None:
     """An encoder foresees no next message, so next_turn is for the decoder, wherever it stands."""
-    settings = _settings(tmp_path, backbone=backbone, layers=[2, other], next_turn=True)
+    settings = _settings(tmp_path, dtype=dtype, backbone=backbone, layers=[2, other], next_turn=True)
     members = [train_member(settings, [_splits(data, "love")], n, math.inf) for n in range(2)]
     finish(settings, {"love": (data / "love", tmp_path / "out")}, members, time.monotonic(), thorough=False)
     assert members[0].found[0].dev_logits.std() == pytest.approx(members[1].found[0].dev_logits.std())
@@ -138,12 +165,13 @@ def test_members_on_two_backbones_read_in_their_own_way_and_are_as_loud(
     assert min(model.raw(rows)[: len(WARM)]) > max(model.raw(rows)[len(WARM) :])
 
 
+@DTYPES
 @pytest.mark.parametrize("backbone", ["tiny", "tiny-encoder"])
 def test_members_that_read_the_response_alone_have_a_pass_of_their_own(
-    data: Path, tmp_path: Path, backbone: str
+    data: Path, tmp_path: Path, backbone: str, dtype: str
 ) -> None:
     layers = [1, 2, f"{backbone}:1:response", f"{backbone}:2:response"]
-    settings = _settings(tmp_path, backbone=backbone, layers=layers, fuse=True)
+    settings = _settings(tmp_path, dtype=dtype, backbone=backbone, layers=layers, fuse=True)
     members = train_members(settings, [_splits(data, "love")], math.inf)
     finish(settings, {"love": (data / "love", tmp_path / "out")}, members, time.monotonic(), thorough=False)
     model = RewardModel.load(tmp_path / "out", batch_tokens=2048)
