@@ -1,8 +1,3 @@
-"""The long-lived Ray actors, one file a role. Each holds a process and its devices and calls pure code from rluf.
+"""Long-lived Ray actors, one file per role. Each holds a process and its devices and calls library code from rluf."""
 
-RAY_AUTH_MODE is set for the same reason as in the package cluster: before Ray is first imported.
-"""
-
-import os
-
-os.environ.setdefault("RAY_AUTH_MODE", "token")
+import rluf  # noqa: F401  sets RAY_AUTH_MODE before ray is imported

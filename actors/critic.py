@@ -14,12 +14,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rluf.algorithms.advantages.gae import gae, moments, token_rewards, whitened
+from rluf.algorithms.batch import Batch
+from rluf.algorithms.critic import Critic, value_loss
+from rluf.algorithms.policy_io import load_policy
+from rluf.backends import deepspeed as ds
 from rluf.config.settings import Settings
-from rluf.engine import deepspeed as ds
-from rluf.policy.advantages.gae import gae, moments, token_rewards, whitened
-from rluf.policy.batch import Batch
-from rluf.policy.checkpoint import load_policy
-from rluf.policy.critic import Critic, value_loss
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine

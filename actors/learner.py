@@ -18,25 +18,26 @@ from ray import ObjectRef
 from torch import Tensor
 
 from actors.critic import CriticRank
+from rluf.algorithms.advantages import Drift
+from rluf.algorithms.batch import Batch
+from rluf.algorithms.debug_dump import POLICY as DUMPED
+from rluf.algorithms.debug_dump import Dump, write_dump
+from rluf.algorithms.logprobs import response_logprobs
+from rluf.algorithms.losses import SUMS, LossResult, drifts_of, kl_by_response, metrics, policy_loss
+from rluf.algorithms.packing import MicroBatch, pack, packed_order
+from rluf.algorithms.policy_io import copy_companions, load_policy
+from rluf.algorithms.registry import METHODS, Lesson
+from rluf.backends import allocator as memory
+from rluf.backends import deepspeed as ds
+from rluf.backends.colocation import WEIGHTS, shares_gpus
+from rluf.backends.weight_transfer.base import Sender, make_sender
+from rluf.checkpoint.format import POLICY, Checkpoint, rank_file
 from rluf.config.settings import Settings
-from rluf.engine import deepspeed as ds
-from rluf.engine import memory
-from rluf.engine.transfer import Sender, make_sender
-from rluf.engine.turns import WEIGHTS, shares_gpus
 from rluf.errors import RlufError
-from rluf.paths import cache_dir
-from rluf.policy.advantages import Drift
-from rluf.policy.batch import Batch
-from rluf.policy.checkpoint import copy_companions, load_policy, whole_folder
-from rluf.policy.dump import POLICY as DUMPED
-from rluf.policy.dump import Dump, write_dump
-from rluf.policy.logprobs import response_logprobs
-from rluf.policy.losses import SUMS, LossResult, drifts_of, kl_by_response, metrics, policy_loss
-from rluf.policy.methods import METHODS, Lesson
-from rluf.policy.packing import MicroBatch, pack, packed_order
-from rluf.policy.resume import POLICY, Checkpoint, rank_file
 from rluf.tracking.profiler import TorchProfiler
 from rluf.types import Group, Prompt, Sample
+from rluf.utils.files import atomic_folder
+from rluf.utils.paths import cache_dir
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -269,7 +270,7 @@ class LearnerActor:
             dist.barrier()
             raise RlufError(
                 f"step {step}: the gradient was not finite in {MOST_SKIPPED} steps in a row (loss {loss:g}); "
-                f"python -m actors.replay {kept} says which samples it came from; or lower learner.learning_rate "
+                f"python -m rluf.train.replay {kept} says which samples it came from; or lower learner.learning_rate "
                 f"({self.settings.learner.learning_rate:g})"
             )
 
@@ -311,7 +312,7 @@ class LearnerActor:
             self._sender.finish()
 
     def offload(self, parts: tuple[str, ...]) -> None:
-        """Move `parts` of this rank's models to host memory, for an engine on the same GPU (rluf.engine.turns)."""
+        """Move `parts` of this rank's models to host memory for an engine on the same GPU; see backends.colocation."""
         for engine in self._engines():
             ds.offload(engine, parts)
         if WEIGHTS in parts and self._reference is not None:
@@ -334,7 +335,7 @@ class LearnerActor:
         if self.rank > 0:
             ds.save_hf(self.engine, target)
         else:
-            with whole_folder(target) as part:
+            with atomic_folder(target) as part:
                 ds.save_hf(self.engine, part)
                 copy_companions(self.source, part)
             logger.info("policy saved to %s", target)

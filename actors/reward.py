@@ -20,7 +20,7 @@ from rluf.errors import ModelError
 from rluf.types import Group, Score
 
 if TYPE_CHECKING:
-    from rluf.objectives.text import Item
+    from rluf.reward.text import Item
 
 logger = logging.getLogger(__name__)
 
@@ -75,8 +75,8 @@ class RewardActor:
         folders = {head: Path(path) for head, path in self.sources.items() if path is not None}
         if len(folders) < len(self.sources):
             raise ModelError(f"objective {self.objective} has source model but no reward model folder; train one first")
-        from rluf.objectives.backbone import probe_items, quick_cpu_matmul
-        from rluf.objectives.scorer import load_scorers
+        from rluf.reward.backbone import probe_items, quick_cpu_matmul
+        from rluf.reward.model import load_scorers
 
         on_gpu = self.settings.cluster.gpus_per_reward > 0
         if not on_gpu:
@@ -89,7 +89,7 @@ class RewardActor:
 
     def _served(self, name: str, url: str) -> Scorer:
         """Let a service score: the same scores as its models give here, and no model in this process."""
-        from rluf.serving.client import RewardClient
+        from rluf.serve.client import RewardClient
 
         client = RewardClient(url)
         client.scores([([{"role": "user", "content": "How are you?"}], "Well, thank you.")], name)

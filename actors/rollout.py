@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rluf.backends.vllm.engine import RolloutEngine, sample_seed, set_environment
 from rluf.config.settings import Settings
-from rluf.engine.vllm import RolloutEngine, sample_seed, set_environment
 from rluf.objectives.judges import passes
 from rluf.types import Group, GroupInfo, Prompt, Sample
 
@@ -75,7 +75,7 @@ class RolloutActor:
         await self._engine.sleep()
 
     async def wake(self, parts: tuple[str, ...]) -> None:
-        """Come back to the GPU with `parts` (rluf.engine.turns)."""
+        """Come back to the GPU with `parts` (rluf.backends.colocation)."""
         await self._engine.wake(parts)
 
     async def version(self) -> int:

@@ -30,8 +30,8 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from rluf.config.settings import Settings
-from rluf.feedback.abuse import RULES
-from rluf.feedback.pipeline import build, run_task
+from rluf.prepare.abuse import RULES
+from rluf.prepare.pipeline import build, run_task
 
 KINDS = ("bot", "brigade", "farm", "author", "contrarian")
 START = datetime(2025, 3, 1, tzinfo=UTC)

@@ -34,18 +34,18 @@ import pyarrow.parquet as pq
 import torch
 from scipy.special import expit
 
+from rluf.backends.deepspeed import join_group, leave_group
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
-from rluf.engine.deepspeed import join_group, leave_group
-from rluf.engine.train_member import Splits, train_members
-from rluf.engine.write_reward import finish, table
-from rluf.feedback.sampling import choose, quota
-from rluf.objectives.augment import SIGN_OFFS
-from rluf.objectives.backbone import quick_cpu_matmul
-from rluf.objectives.calibration import Floats
-from rluf.objectives.metrics import auroc, correlation, ece
-from rluf.objectives.scorer import RewardModel
-from rluf.simulation.users import calibration_shift
+from rluf.prepare.sampling import choose, quota
+from rluf.reward.augment import SIGN_OFFS
+from rluf.reward.backbone import quick_cpu_matmul
+from rluf.reward.calibration import Floats
+from rluf.reward.export import finish, table
+from rluf.reward.fit import Splits, train_members
+from rluf.reward.metrics import auroc, correlation, ece
+from rluf.reward.model import RewardModel
+from rluf.simulate.users import calibration_shift
 
 BASE_RATE, POSITIVE_SHARE, USER_SD, FAREWELLS = 0.01, 0.25, 0.7, 0.03
 SHARES = {"train": 0.9, "dev": 0.06, "test": 0.04}

@@ -51,9 +51,9 @@ def make_inputs(base: Path) -> None:
     import pyarrow.parquet as pq
     import torch
 
-    from rluf.models import resolve_model
-    from rluf.objectives.backbone import encoder_for, load_classifier
-    from rluf.objectives.calibration import Calibration
+    from rluf.models.hub import resolve_model
+    from rluf.reward.backbone import encoder_for, load_classifier
+    from rluf.reward.calibration import Calibration
 
     (base / "data" / "prompts").mkdir(parents=True)
     for split, count in (("train", QUESTIONS), ("test", 4)):
@@ -87,11 +87,11 @@ def settings_of(*overrides: str) -> Any:
 
 def run_here(base: Path, folder: Path, overrides: list[str]) -> None:
     """The loop alone, in this process: no preparation, no reward training, no report."""
-    from actors.alignment import align
     from cluster.connect import connected
-    from rluf.models import resolve_model
+    from rluf.models.hub import resolve_model
     from rluf.tracking.console import setup_logging
     from rluf.tracking.wandb import Tracker
+    from rluf.train.loop import align
 
     settings = settings_of(*overrides)
     setup_logging(folder / "run.log")

@@ -33,8 +33,8 @@ def main() -> None:
         left = store.fill(given.seconds, lambda line: print(line, flush=True))
         print(json.dumps({"benchmark": "claims", "world": store.world, "parts_left": left}))
         return
+    from lab.policy_claims import CLAIMS
     from lab.tables import tell
-    from lab.told import CLAIMS
 
     for claim in sorted(CLAIMS) if given.what == "all" else [int(given.what)]:
         found = tell(store, claim, ROOT / "docs", CLAIMS)

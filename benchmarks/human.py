@@ -32,22 +32,22 @@ from transformers import PreTrainedModel
 
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
-from rluf.engine.train_member import offsets_of
 from rluf.errors import DataError
-from rluf.feedback.files import read_batches
-from rluf.feedback.readers import READERS, Drop, Options
-from rluf.feedback.sources import resolve
-from rluf.models import resolve_model
-from rluf.objectives.backbone import encoder_for, load_classifier, quick_cpu_matmul
-from rluf.objectives.calibration import Calibration, Floats
-from rluf.objectives.card import calibrate
-from rluf.objectives.figures import label_figures, pair_figures, plain
-from rluf.objectives.metrics import accuracy_interval
-from rluf.objectives.probe import fit_probe
-from rluf.objectives.splits import folds
-from rluf.objectives.text import TextEncoder
-from rluf.objectives.training import Plan, Rows, Trainer, encode_rows
-from rluf.paths import cache_dir
+from rluf.models.hub import resolve_model
+from rluf.prepare.readers.datasets import READERS, Drop, Options
+from rluf.prepare.readers.files import read_batches
+from rluf.prepare.readers.sources import resolve
+from rluf.reward.backbone import encoder_for, load_classifier, quick_cpu_matmul
+from rluf.reward.calibration import Calibration, Floats
+from rluf.reward.card import calibrate
+from rluf.reward.card_figures import label_figures, pair_figures, plain
+from rluf.reward.fit import offsets_of
+from rluf.reward.linear_probe import fit_probe
+from rluf.reward.metrics import accuracy_interval
+from rluf.reward.splits import folds
+from rluf.reward.text import TextEncoder
+from rluf.reward.trainer import Plan, Rows, Trainer, encode_rows
+from rluf.utils.paths import cache_dir
 
 logger = logging.getLogger("human")
 

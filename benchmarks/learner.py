@@ -27,14 +27,14 @@ import torch
 
 from actors.learner import LearnerActor
 from cluster.placement import role_options
+from rluf.algorithms.advantages import Outcomes
+from rluf.algorithms.packing import plan_micro_batches
+from rluf.algorithms.registry import make_lesson
 from rluf.config.policy import AlgorithmSettings, ModelSettings
 from rluf.config.settings import Settings
-from rluf.models import resolve_model
-from rluf.paths import cache_dir
-from rluf.policy.advantages import Outcomes
-from rluf.policy.methods import make_lesson
-from rluf.policy.packing import plan_micro_batches
+from rluf.models.hub import resolve_model
 from rluf.types import Group, Prompt, Sample
+from rluf.utils.paths import cache_dir
 
 logger = logging.getLogger("benchmarks.learner")
 

@@ -27,11 +27,11 @@ import torch
 from torch.nn import functional
 
 from actors.learner import LearnerActor
+from rluf.algorithms.advantages import Outcomes
+from rluf.algorithms.packing import plan_micro_batches
+from rluf.algorithms.registry import make_lesson
+from rluf.backends import deepspeed as ds
 from rluf.config.settings import Settings
-from rluf.engine import deepspeed as ds
-from rluf.policy.advantages import Outcomes
-from rluf.policy.methods import make_lesson
-from rluf.policy.packing import plan_micro_batches
 from rluf.types import Group
 
 SHAPES = {

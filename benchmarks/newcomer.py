@@ -26,7 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from rluf.tracking.figures import duration
+from rluf.report.figures import duration
 
 ROOT = Path(__file__).parents[1]
 LIMIT_S = 900.0

@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.growth import nodes
+from cluster.autoscaling import nodes
 from cluster.placement import Places
 from cluster.plan import check, plan
 from rluf.config.load import load_settings

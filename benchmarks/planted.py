@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rluf.evaluation.alarms import ODDS, RATE, Baseline, Stream, check, excess_p, odds_ratio
-from rluf.evaluation.monitors import Reply, measure, words
-from rluf.paths import sample_file
+from rluf.evaluate.alarms import ODDS, RATE, Baseline, Stream, check, excess_p, odds_ratio
+from rluf.evaluate.monitors import Reply, measure, words
+from rluf.utils.paths import sample_file
 
 Values = dict[str, NDArray[np.float64]]
 BASE_BYE, HACKED_BYE = 0.0072, 0.028

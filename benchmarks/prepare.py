@@ -81,7 +81,7 @@ def ours(log: Path, rows: int, out: Path, nodes: int = 0) -> dict[str, Any]:
     import ray
     from ray.cluster_utils import Cluster
 
-    from rluf.feedback.pipeline import build
+    from rluf.prepare.pipeline import build
 
     logging.basicConfig(level=logging.ERROR)
     if nodes:
@@ -152,7 +152,7 @@ def _clean(texts: Any) -> Any:
     import numpy as np
     import polars as pl
 
-    from rluf.feedback.redact import _QUICK, redact
+    from rluf.prepare.redact import _QUICK, redact
 
     kinds = ("email", "phone", "card", "iban", "ip", "key")
     hints = texts.str.contains(_QUICK)
@@ -164,7 +164,7 @@ def _indexed(frame: Any) -> tuple[Any, Any]:
     """The frame redacted, without duplicates, with keys and joined turns; and the MinHash bands of its rows."""
     import polars as pl
 
-    from rluf.feedback import near
+    from rluf.prepare import near_duplicates as near
 
     flat = frame.select("id", "messages").explode("messages").unnest("messages")
     flat = flat.with_columns(_clean(flat["content"]))
@@ -193,8 +193,10 @@ def _weighed(frame: Any, bands: Any) -> tuple[Any, Any]:
     import numpy as np
     import polars as pl
 
-    from rluf.feedback import abuse, near, sides
-    from rluf.feedback.propensity import octaves, propensity
+    from rluf.prepare import abuse
+    from rluf.prepare import near_duplicates as near
+    from rluf.prepare import split_assignment as sides
+    from rluf.prepare.propensity import octaves, propensity
 
     point = (pl.col("user_id").hash(4) % 1000) / 1000
     side = frame.select(side=pl.when(point < 0.15).then(2).when(point < 0.25).then(1).otherwise(0))["side"]
@@ -224,7 +226,7 @@ def polars_build(log: Path, rows: int, out: Path) -> dict[str, Any]:
     import numpy as np
     import polars as pl
 
-    from rluf.feedback.sampling import choose, quota
+    from rluf.prepare.sampling import choose, quota
 
     out.mkdir(parents=True, exist_ok=True)
     started, busy = time.perf_counter(), time.process_time()
@@ -244,14 +246,14 @@ def polars_build(log: Path, rows: int, out: Path) -> dict[str, Any]:
 
 
 def _inline(tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    from rluf.feedback.pipeline import run_task
+    from rluf.prepare.pipeline import run_task
 
     return [row for task in tasks for row in run_task(task)]
 
 
 def profile(rows: int) -> list[list[Any]]:
     """The dearest functions of all three passes, run in this process: (function, CPU seconds with callees)."""
-    from rluf.feedback import pipeline
+    from rluf.prepare import pipeline
 
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log.jsonl"

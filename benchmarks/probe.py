@@ -24,18 +24,18 @@ import ray
 import torch
 
 from actors.learner import LearnerActor
-from actors.publisher import Publisher
 from actors.rollout import RolloutActor
-from actors.supervisor import Crew, Member
 from cluster.placement import role_options
+from rluf.algorithms.advantages import Outcomes
+from rluf.algorithms.packing import plan_micro_batches
+from rluf.algorithms.registry import make_lesson
 from rluf.config.settings import Settings
 from rluf.errors import SyncError
-from rluf.models import load_tokenizer, render_prompt, resolve_model
-from rluf.paths import cache_dir
-from rluf.policy.advantages import Outcomes
-from rluf.policy.methods import make_lesson
-from rluf.policy.packing import plan_micro_batches
+from rluf.models.hub import load_tokenizer, render_prompt, resolve_model
+from rluf.train.actor_groups import Crew, Member
+from rluf.train.weight_sync import Publisher
 from rluf.types import Group, Message, Prompt
+from rluf.utils.paths import cache_dir
 
 FAULTS = ("stale", "permuted", "scaled", "missing")
 PROMPT, RESPONSE = 20, 12

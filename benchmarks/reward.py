@@ -27,16 +27,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from rluf.backends.deepspeed import init_deepspeed, join_group, leave_group
 from rluf.config.settings import Settings
-from rluf.engine.deepspeed import init_deepspeed, join_group, leave_group
-from rluf.models import resolve_model
-from rluf.objectives.backbone import encoder_for, freeze, load_classifier, quick_cpu_matmul
-from rluf.objectives.losses import bradley_terry, weighted_bce
-from rluf.objectives.prefix import FrozenPrefix
-from rluf.objectives.scorer import logits_of
-from rluf.objectives.text import Encoded, TextEncoder
-from rluf.objectives.training import Fit, Plan, Position, Rows, Task, Trainer
-from rluf.paths import cache_dir
+from rluf.models.hub import resolve_model
+from rluf.reward.backbone import encoder_for, freeze, load_classifier, quick_cpu_matmul
+from rluf.reward.frozen_prefix import FrozenPrefix
+from rluf.reward.losses import bradley_terry, weighted_bce
+from rluf.reward.model import logits_of
+from rluf.reward.text import Encoded, TextEncoder
+from rluf.reward.trainer import Fit, Plan, Position, Rows, Task, Trainer
+from rluf.utils.paths import cache_dir
 
 BATCH, RATE, DTYPE = 32, 3e-4, torch.float32
 LENGTHS = [40, 48, 56, 64, 72, 80, 88, 96]

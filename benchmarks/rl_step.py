@@ -32,12 +32,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
 os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray's workers give way to others; the peer does not
 
-from rluf.config.machine import cpu_dtype
+from rluf.config.cpu_dtype import cpu_dtype
 from rluf.config.settings import Settings
-from rluf.models import load_tokenizer, render_prompt, resolve_model
+from rluf.models.hub import load_tokenizer, render_prompt, resolve_model
 from rluf.objectives.judges import find_judge
-from rluf.paths import cache_dir
 from rluf.types import Message, Prompt
+from rluf.utils.paths import cache_dir
 
 PROMPTS, SAMPLES, TOKENS, JUDGE = 8, 4, 64, "repetition"
 TEXTS = (
@@ -99,8 +99,8 @@ def ours(model: Path, steps: int, dtype: str) -> dict[str, Any]:
     """Rows of metrics of our steps: the real actors, pumps and publish."""
     import ray
 
-    from actors.pipeline import Pipeline
-    from actors.supervisor import Supervisor
+    from rluf.train.actor_groups import Supervisor
+    from rluf.train.controller import Pipeline
 
     settings = settings_of(steps, dtype)
 
@@ -172,7 +172,7 @@ def trl(model: Path, steps: int, dtype: str) -> dict[str, Any]:
 
 def bare_llm(model: Path, rounds: int, dtype: str) -> dict[str, Any]:
     """Response tokens a second of vLLM's offline LLM on the same prompts, seeded, with logprobs; best of `rounds`."""
-    from rluf.engine.vllm import set_environment
+    from rluf.backends.vllm.engine import set_environment
 
     settings = settings_of(1, dtype)
     set_environment(settings)
@@ -235,9 +235,9 @@ def arithmetic(model: Path, rounds: int, dtype: str) -> dict[str, Any]:
     import learner
     import torch
 
-    from rluf.policy.checkpoint import load_policy
-    from rluf.policy.logprobs import response_logprobs
-    from rluf.policy.packing import pack
+    from rluf.algorithms.logprobs import response_logprobs
+    from rluf.algorithms.packing import pack
+    from rluf.algorithms.policy_io import load_policy
 
     torch.set_num_threads(1)
     policy = load_policy(model, dtype=getattr(torch, dtype))

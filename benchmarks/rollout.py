@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from rluf.config.settings import Settings
-from rluf.models import load_tokenizer, render_prompt, resolve_model
-from rluf.paths import cache_dir
+from rluf.models.hub import load_tokenizer, render_prompt, resolve_model
 from rluf.types import Message, Prompt
+from rluf.utils.paths import cache_dir
 
 SAMPLES, GROUPS, ROUNDS = 4, 16, 3
 TEXTS = (
@@ -115,7 +115,7 @@ def main() -> None:
     settings = Settings.model_validate({"name": "bench", "cluster": {"threads": threads}})
     model = resolve_model(words[0] if words else settings.model.path, cache_dir(settings))
     if bare:
-        from rluf.engine.vllm import set_environment
+        from rluf.backends.vllm.engine import set_environment
 
         set_environment(settings)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

@@ -48,12 +48,12 @@ import torch
 
 from rluf.config.settings import Settings
 from rluf.errors import ResourceError
-from rluf.models import resolve_model
-from rluf.objectives.backbone import encoder_for, load_classifier, quick_cpu_matmul
-from rluf.objectives.calibration import Calibration
-from rluf.objectives.scorer import RewardModel
-from rluf.objectives.text import Item, context_text
-from rluf.paths import cache_dir
+from rluf.models.hub import resolve_model
+from rluf.reward.backbone import encoder_for, load_classifier, quick_cpu_matmul
+from rluf.reward.calibration import Calibration
+from rluf.reward.model import RewardModel
+from rluf.reward.text import Item, context_text
+from rluf.utils.paths import cache_dir
 
 TEXTS = 512
 BATCH_TOKENS = 8192
@@ -268,8 +268,8 @@ class Service:
 
     def deploy(self, folder: Path) -> str:
         """Serve the model of that folder; returns its version once it answers."""
-        from actors.application import chosen_models, given_folders
-        from rluf.serve import serve
+        from rluf.serve.__main__ import serve
+        from rluf.serve.application import chosen_models, given_folders
 
         self.tree["objectives"]["love"] = {"path": str(folder), "weight": 1.0}
         settings = Settings.model_validate(self.tree)

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from planted import alarms  # the neighbour in this folder
 from scipy import integrate, stats
 
-from rluf.evaluation.correlate import Policy, association
-from rluf.evaluation.effects import (
+from rluf.evaluate.correlation import Policy, association
+from rluf.evaluate.effects import (
     Totals,
     before_values,
     cuped_effect,
@@ -31,7 +31,7 @@ from rluf.evaluation.effects import (
     ratio_effect,
     sample_ratio,
 )
-from rluf.evaluation.sequential import FIRST_LOOK, always_valid_margin, always_valid_p, mixture_variance
+from rluf.evaluate.sequential import FIRST_LOOK, always_valid_margin, always_valid_p, mixture_variance
 
 Floats = NDArray[np.float64]
 ALPHA, USERS, CHUNK = 0.05, 1000, 500

@@ -18,10 +18,10 @@ import sys
 import time
 from collections.abc import Callable
 
-from rluf.paths import sample_file
-from rluf.simulation.gold import Gold, judge
-from rluf.simulation.users import Reactions, react
-from rluf.simulation.world import WORLD
+from rluf.simulate.ground_truth import Gold, judge
+from rluf.simulate.users import Reactions, react
+from rluf.simulate.world import WORLD
+from rluf.utils.paths import sample_file
 
 
 def timed(rounds: int, work: Callable[[], object]) -> float:

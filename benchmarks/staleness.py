@@ -1,9 +1,9 @@
 """How idle are engines and learners at staleness 0, 1 and 4, on 8 to 1,024 engines? A simulated clock, nothing runs.
 
-Groups start and are learnt from by the very rule of a run (rluf.policy.staleness.capacity), on a clock that only knows
-how long things take. Lengths of responses are those of real SmolLM2-135M-Instruct responses in the sample log, drawn at
-random. Assumptions: an engine holds 64 samples and gives each a token every TOKEN_S, however many it holds; a sample
-takes the first place that is free; a step takes one wave (16 groups of 4 an engine); the learners are as many as finish
+Groups start and are trained on by the rule of a run (rluf.algorithms.staleness.capacity), on a clock that only
+knows how long things take. Lengths of responses are those of real SmolLM2-135M-Instruct responses in the sample log,
+sampled at random. Assumptions: an engine holds 64 samples and gives each a token every TOKEN_S, however many it
+holds; a sample takes the first place that is free; a step takes one wave (16 groups of 4 an engine); the learners are as many as finish
 a step in the time that its tokens take the engines when these never wait, so the two pools are balanced; a publish
 stops all engines for PUBLISH_S.
 
@@ -24,11 +24,11 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from statistics import fmean
 
-from actors.pipeline import QUEUE
+from rluf.algorithms.staleness import capacity
 from rluf.config.settings import Settings
-from rluf.models import load_tokenizer, resolve_model
-from rluf.paths import cache_dir
-from rluf.policy.staleness import capacity
+from rluf.models.hub import load_tokenizer, resolve_model
+from rluf.train.controller import QUEUE
+from rluf.utils.paths import cache_dir
 
 ENGINES, STALENESS, STEPS, WARM = (8, 64, 256, 1024), (0, 1, 4), 24, 6
 SLOTS, SAMPLES, TOKEN_S, PUBLISH_S = 64, 4, 0.02, 0.05

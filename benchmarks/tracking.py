@@ -21,12 +21,12 @@ from statistics import fmean, median
 import psutil
 import ray
 
-from actors.shown import BESIDES, due
 from rluf.config.settings import Settings
-from rluf.tracking.catalogue import catalogue, with_rates
 from rluf.tracking.gauges import Gauges
-from rluf.tracking.metrics import DrawnRow, JsonlMetrics, read_jsonl
+from rluf.tracking.metric_registry import catalogue, with_rates
+from rluf.tracking.run_files import DrawnRow, JsonlMetrics, read_jsonl
 from rluf.tracking.wandb import Tracker
+from rluf.train.sample_table import BESIDES, due
 
 STEPS = 200
 PACE_S = 0.05

@@ -1,9 +1,3 @@
-"""Where the actors run: the resource plan and its check against the cluster, placement, connecting to Ray.
+"""Where the actors run: the resource plan and its check against the cluster, placement, and the connection to Ray."""
 
-Ray's token, which keeps strangers off a cluster, is switched on here: Ray reads RAY_AUTH_MODE once, when it is first
-imported, so this must come before.
-"""
-
-import os
-
-os.environ.setdefault("RAY_AUTH_MODE", "token")
+import rluf  # noqa: F401  sets RAY_AUTH_MODE before ray is imported

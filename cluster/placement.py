@@ -13,8 +13,8 @@ from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rluf.engine.memory import KEEP_FREED
-from rluf.engine.turns import shares_gpus
+from rluf.backends.allocator import KEEP_FREED
+from rluf.backends.colocation import shares_gpus
 from rluf.errors import ActorError, StallError
 
 if TYPE_CHECKING:

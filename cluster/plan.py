@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rluf.config.derived import Pool, checkpoint_bytes, host_bytes, policy_bytes, pools, show_bytes
+from rluf.config.model_shape import model_shape
 from rluf.config.settings import Settings
-from rluf.config.shape import model_shape
 from rluf.errors import ResourceError
 
 logger = logging.getLogger(__name__)

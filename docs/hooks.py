@@ -17,14 +17,14 @@ sys.path.insert(0, str(ROOT))
 
 from rluf.config.cli import flat  # noqa: E402
 from rluf.config.load import fields, load_settings  # noqa: E402
-from rluf.tracking import catalogue  # noqa: E402
+from rluf.tracking import metric_registry as catalogue  # noqa: E402
 from rluf.tracking.gauges import place  # noqa: E402
 
 GENERATED = ("reference/settings.md", "reference/metrics.md", "reference/python.md")
 PACKAGES = {
-    "rluf.config": "Settings", "rluf.feedback": "Feedback logs", "rluf.objectives": "Reward models and judges",
-    "rluf.policy": "Algorithms", "rluf.engine": "vLLM, DeepSpeed and weight transfer",
-    "rluf.evaluation": "Evaluation", "rluf.simulation": "Simulated users", "rluf.serving": "Serving",
+    "rluf.config": "Settings", "rluf.prepare": "Feedback logs", "rluf.objectives": "Reward models and judges",
+    "rluf.algorithms": "Algorithms", "rluf.backends": "vLLM, DeepSpeed and weight transfer",
+    "rluf.evaluate": "Evaluation", "rluf.simulate": "Simulated users", "rluf.serve": "Serving",
     "rluf.tracking": "Seeing a run", "actors": "Ray actors and pumps", "cluster": "Where actors run",
 }  # fmt: skip
 

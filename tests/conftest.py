@@ -29,11 +29,11 @@ for _name, _value in QUIET.items():  # at once: OpenMP and Ray read their variab
 LONGEST = (
     "tests/e2e/test_job.py",
     "tests/actors/test_learner.py",
-    "tests/test_reward_training.py",
-    "tests/serving/test_serve.py",
-    "tests/actors/test_pipeline.py",
+    "tests/reward/test_reward_training.py",
+    "tests/serve/test_serve.py",
+    "tests/train/test_controller.py",
     "tests/e2e/test_bad_input.py",
-    "tests/test_scoring.py",
+    "tests/evaluate/test_score.py",
     "tests/actors/test_rollout.py",
 )
 """Begun first, so that of two workers neither is left with a long file at the end (--no-loadscope-reorder)."""
@@ -92,7 +92,7 @@ def process_group() -> Iterator[None]:
     """This process as the one rank of a process group, as a learner's or a reward worker's is, for one module."""
     import torch
 
-    from rluf.engine.deepspeed import join_group, leave_group
+    from rluf.backends.deepspeed import join_group, leave_group
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 from lab.composer import Composer, Recipe, Trained, train
-from lab.reading import Judgement
+from lab.experiment import Answers, ab_test, answers, by_topic, gold, looks, offline
+from lab.features import Judgement
 from lab.replies import texts
-from lab.trial import Answers, ab_test, answers, by_topic, gold, looks, offline
-from lab.village import Village
+from lab.simulated_world import Village
 from numpy.typing import NDArray
 
 from rluf.config.policy import AlgorithmSettings

@@ -12,19 +12,19 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from lab.dataset import Town
 from lab.replies import BODY, SLOTS, texts
-from lab.town import Town
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rluf.algorithms.advantages import Drift, Outcomes
+from rluf.algorithms.batch import Batch
+from rluf.algorithms.losses import policy_loss
+from rluf.algorithms.registry import make_lesson, needs_drifts
 from rluf.config.policy import AlgorithmSettings
 from rluf.config.reward import ObjectivesSettings
-from rluf.objectives.combiner import Combiner, Opinions
+from rluf.objectives.aggregator import Combiner, Opinions
 from rluf.objectives.judges import passes
-from rluf.policy.advantages import Drift, Outcomes
-from rluf.policy.batch import Batch
-from rluf.policy.losses import policy_loss
-from rluf.policy.methods import make_lesson, needs_drifts
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]

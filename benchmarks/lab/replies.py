@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from lab.town import BODIES, Place, Town
+from lab.dataset import BODIES, Place, Town
 from numpy.typing import NDArray
 
-from rluf.simulation.gold import Gold, judge
+from rluf.simulate.ground_truth import Gold, judge
 
 Ints = NDArray[np.int64]
 OPENERS = (

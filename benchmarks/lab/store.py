@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lab.candidates import FIXES, METHODS, RECIPE, Candidates, measured
+from lab.dataset import Town
 from lab.replies import Truth
+from lab.simulated_world import Village
 from lab.studies import STUDIES
-from lab.town import Town
-from lab.village import Village
 
-from rluf.simulation.world import fingerprint
-from rluf.tracking.metrics import jsonable
+from rluf.simulate.world import fingerprint
+from rluf.tracking.run_files import jsonable
 
 SEEDS = (1, 2, 3)
 

@@ -11,17 +11,17 @@ import pyarrow as pa
 import torch
 from lab.candidates import AGGRESSIVE, Candidates, measured, recipe
 from lab.composer import train
-from lab.reading import Judgement, Matrix
+from lab.features import Judgement, Matrix
 from lab.replies import MIDDLES, logged, texts
-from lab.village import MEMBERS, TEST_EVENTS, USERS, Log, Village, brigaded, served
+from lab.simulated_world import MEMBERS, TEST_EVENTS, USERS, Log, Village, brigaded, served
 from numpy.typing import NDArray
 from scipy.special import expit
 
-from rluf.feedback.signals import rank_signals
-from rluf.objectives.metrics import auroc, auroc_interval, correlation, hanley_mcneil
-from rluf.simulation.ceiling import bayes_auroc
-from rluf.simulation.users import Items, Population, act, calibration_shift, expected_love, user_logits
-from rluf.simulation.world import WORLD, World
+from rluf.prepare.signals import rank_signals
+from rluf.reward.metrics import auroc, auroc_interval, correlation, hanley_mcneil
+from rluf.simulate.ceiling import bayes_auroc
+from rluf.simulate.users import Items, Population, act, calibration_shift, expected_love, user_logits
+from rluf.simulate.world import WORLD, World
 
 Floats = NDArray[np.float64]
 Study = Callable[[Village, Candidates], dict[str, Any]]

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from rluf.config.cpu_dtype import AUTO
 from rluf.config.load import DEFAULT, Loaded, fields, load_settings, parse_yaml
-from rluf.config.machine import AUTO
 from rluf.errors import ResourceError, RlufError, SettingsError, TerminatedError
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -11,7 +11,7 @@ from rluf.config.base import Section
 
 class DataSettings(Section):
     """Where the raw data lies. An entry is a file, a folder, a glob or a URL (s3://, gs://); `sample:<kind>` is the log
-    shipped with rluf, `<reader>:<path>` a foreign log (readers in rluf/feedback/readers.py and maps.py, among them
+    shipped with rluf, `<reader>:<path>` a foreign log (readers in rluf/prepare/readers, among them
     openai, wildchat, lmsys, langfuse). An empty list leaves that kind out."""
 
     feedback: tuple[str, ...] = ("sample:feedback",)

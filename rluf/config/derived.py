@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rluf.config.model_shape import model_shape
 from rluf.config.reward import RewardModelSettings
 from rluf.config.settings import Settings
-from rluf.config.shape import model_shape
 
 GIB = 1 << 30
 MASTER_BYTES = 4

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from rluf.config.machine import Dtype, why
+from rluf.config.cpu_dtype import Dtype, why
 from rluf.config.policy import ModelSettings
 from rluf.config.reward import RewardSettings
 from rluf.config.settings import Settings

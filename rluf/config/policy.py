@@ -63,7 +63,7 @@ class AlgorithmSettings(Section):
     ] = "grpo"
     """Method: how rewards become advantages and tokens are weighed (docs/algorithms.md has the table)."""
     loss: Literal["ppo", "gspo", "cispo", "reinforce"] | None = None
-    """Policy loss (registry: rluf.policy.losses); none takes the one of the method's own paper."""
+    """Policy loss (registry: rluf.algorithms.losses); none takes the one of the method's own paper."""
     steps: int = Field(default=14, ge=1)
     """Optimiser steps."""
     prompts_per_step: int = Field(default=12, ge=1)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 CGPO = ("crpg", "crraft", "codpo")
 """Methods that take calibrated rewards and bound the KL themselves."""
 LIKELIHOOD = ("rloo", *CGPO, "kto")
-"""Methods whose own loss is reinforce (rluf.policy.methods has the table)."""
+"""Methods whose own loss is reinforce (rluf.algorithms.registry has the table)."""
 
 
 def judges(settings: Settings) -> str | None:

@@ -23,7 +23,7 @@ class EvaluateSettings(Section):
     responses_per_user: int = Field(default=20, ge=1)
     """Responses each new user reads."""
     simulated_users: bool = True
-    """Let the simulated users of rluf.simulation judge; off for logs of real users."""
+    """Let the simulated users of rluf.simulate judge; off for logs of real users."""
 
 
 class ClusterSettings(Section):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pydantic import Field, model_validator
 
 from rluf.config.base import Section
+from rluf.config.cpu_dtype import Dtype, cpu_dtype
 from rluf.config.data import DataSettings, PrepareSettings, SimulateSettings
-from rluf.config.machine import Dtype, cpu_dtype
 from rluf.config.policy import (
     AlgorithmSettings,
     LearnerSettings,

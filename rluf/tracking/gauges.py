@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rluf.tracking import catalogue
+from rluf.tracking import metric_registry as catalogue
 
 if TYPE_CHECKING:
     from ray.util.metrics import Gauge

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rluf.config.settings import Settings
 from rluf.errors import DataError
-from rluf.tracking import catalogue
-from rluf.tracking.guest import Guest
-from rluf.tracking.metrics import DrawnRow, SampleRow, jsonable, read_json, read_jsonl
-from rluf.tracking.origin import origin
+from rluf.tracking import metric_registry as catalogue
+from rluf.tracking.background import Guest
+from rluf.tracking.provenance import origin
+from rluf.tracking.run_files import DrawnRow, SampleRow, jsonable, read_json, read_jsonl
 
 if TYPE_CHECKING:
     from wandb import Run
 
-    from rluf.stages import Stage
+    from rluf.utils.cache import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ class Tracker:
     ) -> None:
         """Record the numbers of one optimiser step; missing and non-finite ones are left out.
 
-        Each metric is drawn over its axis of `rluf.tracking.catalogue`; `samples` and `tokens` there are running sums.
+        Each metric is drawn over its axis of `tracking.metric_registry`; `samples` and `tokens` there are running sums.
         `values` [N] are those of single samples, by what they are of; they become histograms.
         """
         self._count(step, metrics)

@@ -17,17 +17,17 @@ import pytest
 import ray
 import torch
 
-from actors import replay
 from actors.learner import LearnerActor
+from rluf.algorithms.advantages import Outcomes
+from rluf.algorithms.packing import plan_micro_batches
+from rluf.algorithms.registry import make_lesson
+from rluf.backends.weight_transfer.base import read_segment
 from rluf.config.policy import AlgorithmSettings, LearnerSettings, ModelSettings, RolloutSettings
 from rluf.config.run import RunSettings
 from rluf.config.settings import Settings
-from rluf.engine.transfer import read_segment
 from rluf.errors import ResourceError, RlufError
-from rluf.models import resolve_model
-from rluf.policy.advantages import Outcomes
-from rluf.policy.methods import make_lesson
-from rluf.policy.packing import plan_micro_batches
+from rluf.models.hub import resolve_model
+from rluf.train import replay
 from rluf.types import Group, Prompt, Sample
 
 pytestmark = pytest.mark.usefixtures("local_ray")

@@ -13,10 +13,10 @@ import torch
 from actors.reward import RewardActor
 from rluf.config.settings import Settings
 from rluf.errors import ModelError, SettingsError
-from rluf.models import resolve_model
-from rluf.objectives.backbone import encoder_for, load_classifier
-from rluf.objectives.calibration import Calibration
-from rluf.objectives.scorer import RewardModel
+from rluf.models.hub import resolve_model
+from rluf.reward.backbone import encoder_for, load_classifier
+from rluf.reward.calibration import Calibration
+from rluf.reward.model import RewardModel
 from rluf.types import Group, Prompt, Sample
 
 pytestmark = pytest.mark.slow

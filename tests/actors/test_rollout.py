@@ -20,12 +20,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from actors.rollout import RolloutActor
+from rluf.backends.weight_transfer.base import ShmSender
 from rluf.config.settings import Settings
-from rluf.engine.transfer import ShmSender
 from rluf.errors import DataError, StallError, SyncError
-from rluf.models import load_tokenizer, render_prompt, resolve_model
-from rluf.paths import cache_dir
+from rluf.models.hub import load_tokenizer, render_prompt, resolve_model
 from rluf.types import Group, Message, Prompt
+from rluf.utils.paths import cache_dir
 
 pytestmark = pytest.mark.slow
 

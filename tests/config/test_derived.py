@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from rluf.config.cpu_dtype import cpu_dtype
 from rluf.config.derived import (
     batches,
     describe,
@@ -15,9 +16,8 @@ from rluf.config.derived import (
     show_bytes,
 )
 from rluf.config.load import load_settings
-from rluf.config.machine import cpu_dtype
+from rluf.config.model_shape import EMBEDDED, guessed_shape, model_shape
 from rluf.config.settings import Settings
-from rluf.config.shape import EMBEDDED, guessed_shape, model_shape
 
 
 def settings(*overrides: str) -> Settings:

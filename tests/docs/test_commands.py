@@ -61,19 +61,19 @@ WHERE = (
     (r"wandb sync", "tests/tracking/test_wandb.py::test_the_server_is_told_what_a_run_took_and_what_it_gave"),
     (r"cp rluf/tracking/grafana\.json", "tests/tracking/test_gauges.py::test_rays_grafana_finds_in_it"),
     (r"python -m vllm\.entrypoints", HERE),
-    (r"python -m rluf\.serve", "tests/serving/test_serve.py"),
-    (r"curl localhost:8000/v1/score", "tests/serving/test_serve.py::test_served_scores_equal_the_offline_scorer"),
-    (r"python -m rluf\.(evaluate )?correlate", "tests/evaluation/test_correlate.py::test_the_command_reads_rows"),
+    (r"python -m rluf\.serve", "tests/serve/test_serve.py"),
+    (r"curl localhost:8000/v1/score", "tests/serve/test_serve.py::test_served_scores_equal_the_offline_scorer"),
+    (r"python -m rluf\.(evaluate )?correlate", "tests/evaluate/test_correlation.py::test_the_command_reads_rows"),
     (
         r"python -m rluf\.(evaluate )?abtest .*--simulate",
-        "tests/evaluation/test_abtest.py::test_a_simulated_experiment_can_be",
+        "tests/evaluate/test_abtest.py::test_a_simulated_experiment_can_be",
     ),
     (
         r"python -m rluf\.(evaluate )?abtest .*--(data|plan)",
-        "tests/evaluation/test_abtest.py::test_the_command_tells_a_table",
+        "tests/evaluate/test_abtest.py::test_the_command_tells_a_table",
     ),
     (r"python -m rluf\.sweep", "tests/e2e/test_sweep.py"),
-    (r"python -m rluf\.evaluate score", "tests/test_scoring.py::test_the_command_prints_figures_last"),
+    (r"python -m rluf\.evaluate score", "tests/evaluate/test_score.py::test_the_command_prints_figures_last"),
     (r"python -m rluf\.\w+ .*-human", "not run: needs data of real people"),
     (r"python benchmarks/", "tests/docs/test_docs.py::test_a_command_parses"),
     (r"(kubectl|helm|docker|kind) ", "not run: needs a cluster"),
@@ -136,7 +136,7 @@ def sandbox(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> Path:
     mine = docs.own_config(folder / "configs", f"{folder}/logs/*.jsonl.gz").replace("quickstart.yaml", "tiny.yaml")
     (folder / "configs" / "mine.yaml").write_text(mine, "utf-8")
     (folder / "logs").mkdir()
-    sample = gzip.decompress((ROOT / "rluf/simulation/sample/feedback.jsonl.gz").read_bytes()).decode().splitlines()
+    sample = gzip.decompress((ROOT / "rluf/simulate/sample/feedback.jsonl.gz").read_bytes()).decode().splitlines()
     rows = [json.loads(line) for line in sample[:400]]
     someone = rows[0]["user_id"]
     with gzip.open(folder / "logs" / "part.jsonl.gz", "wt") as log:

@@ -17,7 +17,7 @@ import pytest
 
 from rluf.config.cli import parse
 from rluf.config.load import fields
-from rluf.tracking.catalogue import METRICS
+from rluf.tracking.metric_registry import METRICS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -93,7 +93,7 @@ def test_a_command_parses(
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         assert words[1] in targets
     elif words[:2] == ["python", "-m"] and words[2].startswith("rluf."):
-        source = ROOT / f"{words[2].replace('.', '/')}.py"
+        source = ROOT / words[2].replace(".", "/") / "__main__.py"
         assert source.is_file()
         if OWN_FLAGS in source.read_text() or (words[3:4] and re.fullmatch(r"[a-z_]+", words[3])):
             asked = [sys.executable, "-m", words[2], *words[3:], "--help"]

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from rluf.algorithms.policy_io import load_policy
 from rluf.config.settings import Settings
 from rluf.errors import ModelError
-from rluf.models import resolve_model
-from rluf.objectives.backbone import load_classifier
-from rluf.policy.checkpoint import load_policy
+from rluf.models.hub import resolve_model
+from rluf.reward.backbone import load_classifier
 
 ROOT = Path(__file__).parents[2]
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import ray
 
-from rluf.tracking import catalogue, gauges
+from rluf.tracking import gauges
+from rluf.tracking import metric_registry as catalogue
 
 GRAFANA = Path(gauges.__file__).with_name("grafana.json")
 

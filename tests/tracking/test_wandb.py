@@ -17,10 +17,10 @@ import pytest
 
 from rluf.config.run import TrackingSettings
 from rluf.config.settings import Settings
-from rluf.stages import Stage
-from rluf.tracking.catalogue import catalogue
-from rluf.tracking.metrics import DrawnRow, JsonlMetrics, SampleRow, write_json
+from rluf.tracking.metric_registry import catalogue
+from rluf.tracking.run_files import DrawnRow, JsonlMetrics, SampleRow, write_json
 from rluf.tracking.wandb import Tracker
+from rluf.utils.cache import Stage
 
 BLOCK = 32_768
 SAMPLE: SampleRow = {
@@ -208,7 +208,7 @@ def test_an_unusable_folder_is_one_warning_and_no_more(tmp_path: Path, caplog: p
         tracker.log_samples([SAMPLE])
         tracker.finish()
     assert not tracker.active
-    assert len([one for one in caplog.records if one.name == "rluf.tracking.guest"]) == 1
+    assert len([one for one in caplog.records if one.name == "rluf.tracking.background"]) == 1
 
 
 ONLINE = """
@@ -290,7 +290,7 @@ LINEAGE = """
 import pathlib, sys
 import rluf.tracking.wandb as module
 from rluf.config.settings import Settings
-from rluf.stages import Stage
+from rluf.utils.cache import Stage
 
 module.START_TIMEOUT_S = 10.0
 stage = pathlib.Path(sys.argv[1])

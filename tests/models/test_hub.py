@@ -1,0 +1,139 @@
+"""Models from every source: made once and whole, rendered by their template, and refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from rluf.config.settings import Settings
+from rluf.errors import ModelError
+from rluf.models.hub import embedded_models, load_tokenizer, render_prompt, resolve_model
+from rluf.types import Message
+from rluf.utils.paths import cache_dir
+
+TALK = (Message(role="system", content="Be kind."), Message(role="user", content="Hi, what is 12 + 3? Grüße 😊"))
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def test_tiny_is_made_once_loads_and_renders_its_template(cache: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = resolve_model("tiny", cache)
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    assert resolve_model("tiny", cache) == folder == cache / "models" / "tiny"
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    tokenizer = load_tokenizer(folder)
+    ids = render_prompt(tokenizer, TALK)
+    said = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in TALK)
+    assert tokenizer.decode(ids) == f"{said}<|im_start|>assistant\n"
+    assert ids[0] == tokenizer.bos_token_id == 1
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert sum(weights.numel() for weights in model.parameters()) < 3_000_000
+    assert model.config.vocab_size == len(tokenizer)
+    assert model.config.head_dim == 32
+
+
+def test_equal_weights_wherever_tiny_is_made(cache: Path, tmp_path: Path) -> None:
+    first, second = (resolve_model("tiny", where) / "model.safetensors" for where in (cache, tmp_path))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["tiny-encoder", "minilm"])
+def test_encoders_load_with_a_new_head(name: str, cache: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    folder = resolve_model(name, cache)
+    tokenizer = load_tokenizer(folder)
+    batch = tokenizer(["Hello there", "A longer text, so that one is padded"], padding=True, return_tensors="pt")
+    assert batch["input_ids"][0, 0] == tokenizer.cls_token_id
+    model = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1)
+    assert model(**batch).logits.shape == (2, 1)
+
+
+def test_a_killed_making_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
+    left = tmp_path / "models" / ".tiny-killed"
+    left.mkdir(parents=True)
+    (left / "config.json").write_text("{}")
+    assert (resolve_model("tiny", tmp_path) / "model.safetensors").is_file()
+    assert not left.exists()
+
+
+def _resolve(cache: str) -> None:
+    resolve_model("tiny-encoder", Path(cache))
+
+
+@pytest.mark.slow
+def test_two_processes_may_make_one_model_at_once(tmp_path: Path) -> None:
+    processes = [multiprocessing.get_context("spawn").Process(target=_resolve, args=(str(tmp_path),)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert sorted(f.name for f in (tmp_path / "models").iterdir() if f.is_dir()) == ["tiny-encoder"]
+
+
+def test_what_is_wrong_with_a_path_is_said(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="neither an embedded name"):
+        resolve_model("./nowhere/at/all", tmp_path)
+    with pytest.raises(ModelError, match="'smol'"):
+        resolve_model("smol", tmp_path)
+    with pytest.raises(ModelError, match=r"lacks config\.json, tokenizer_config\.json, \*\.safetensors"):
+        resolve_model(str(tmp_path), tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"")
+    with pytest.raises(ModelError, match="is a file"):
+        resolve_model(str(file), tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "models").write_text("a file in the way")
+    with pytest.raises(ModelError, match=r"set run\.cache"):
+        resolve_model("tiny", tmp_path)
+
+
+def test_an_unreachable_hub_model_is_one_message(tmp_path: Path) -> None:
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    with pytest.raises(ModelError, match="could not be fetched from the hub"):
+        resolve_model("nobody-here/no-such-model", tmp_path)
+
+
+def test_a_folder_without_template_is_refused_when_rendered(cache: Path) -> None:
+    tokenizer = load_tokenizer(resolve_model("tiny-encoder", cache))
+    with pytest.raises(ModelError, match="no chat template"):
+        render_prompt(tokenizer, TALK)
+
+
+def test_embedded_names_are_listed() -> None:
+    assert set(embedded_models()) == {
+        "smollm2-135m-instruct",
+        "minilm",
+        "multilingual-e5-small",
+        "tiny",
+        "tiny-encoder",
+    }
+
+
+@pytest.mark.slow
+def test_smollm2_is_converted_with_its_tokenizer_and_answers() -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder = resolve_model("smollm2-135m-instruct", cache_dir(Settings()))
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    assert (told["tokenizer_class"], told["model_max_length"]) == ("PreTrainedTokenizerFast", 8192)
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+    assert model.dtype == torch.bfloat16
+    ids = torch.tensor([render_prompt(tokenizer, [Message(role="user", content="What is the capital of France?")])])
+    answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(answer[0, ids.shape[1] :])

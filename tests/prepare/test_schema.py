@@ -1,0 +1,102 @@
+"""One definition gives the pydantic model and the Arrow schema, and rows survive the way there and back."""
+
+from __future__ import annotations
+
+import io
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rluf.prepare.schema import KINDS, FeedbackRecord, Record, arrow_schema, from_table, to_table
+from rluf.prepare.validation import Bad, validate
+
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
+
+letters = st.characters(codec="utf-8")
+texts = st.text(letters, min_size=1, max_size=40).filter(str.strip)
+names = st.text(letters, min_size=1, max_size=20)
+messages = st.builds(
+    lambda before, last: [*before, {"role": "user", "content": last}],
+    st.lists(
+        st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": texts}), max_size=3
+    ),
+    texts,
+)
+times = st.datetimes(datetime(2000, 1, 1), datetime(2025, 12, 31), timezones=st.just(UTC))
+common = {"id": names, "messages": messages, "topic": names}
+rows: dict[str, st.SearchStrategy[dict[str, Any]]] = {
+    "feedback": st.fixed_dictionaries(
+        common
+        | {
+            "conversation_id": names,
+            "turn": st.integers(0, 1_000_000),
+            "user_id": names,
+            "time": times,
+            "model_version": names,
+            "response": texts,
+            "reaction": st.none() | names,
+            "continued": st.none() | st.booleans(),
+            "returned": st.none() | st.booleans(),
+            "locale": names,
+            "interface": names,
+            "device": st.none() | names,
+            "author": st.none() | names,
+        }
+    ),
+    "preferences": st.fixed_dictionaries(common | {"chosen": texts, "rejected": texts, "group": names}).filter(
+        lambda row: row["chosen"] != row["rejected"]
+    ),
+    "safety": st.fixed_dictionaries(common | {"response": texts, "label": st.sampled_from([0, 1]), "group": names}),
+    "prompts": st.fixed_dictionaries(common | {"split": st.sampled_from(["train", "test"])}),
+    "reactions": st.fixed_dictionaries(
+        {"id": names, "response_id": names, "time": times, "reaction": names, "retracted": st.booleans()}
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_round_trip_json_record_parquet(kind: str) -> None:
+    record = KINDS[kind].record
+
+    @settings(max_examples=40, deadline=None)
+    @given(st.lists(rows[kind], min_size=1, max_size=3))
+    def check(raw: list[dict[str, Any]]) -> None:
+        made = [record.model_validate(row) for row in raw]
+        read = [validate(row.model_dump_json().encode(), record, NOW) for row in made]
+        assert read == made
+        file = io.BytesIO()
+        pq.write_table(to_table(made, record), file)
+        assert from_table(pq.read_table(file), record) == made
+
+    check()
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass")))
+def test_any_bytes_give_a_record_or_a_reason(raw: bytes) -> None:
+    for kind in KINDS.values():
+        row = validate(raw, kind.record, NOW)
+        assert isinstance(row, Bad) and row.reason
+
+
+def test_arrow_schema_follows_the_model() -> None:
+    schema = arrow_schema(FeedbackRecord)
+    assert schema.names == list(FeedbackRecord.model_fields)
+    assert schema.field("time").type == pa.timestamp("us", tz="UTC")
+    assert schema.field("reaction").nullable and not schema.field("response").nullable
+    assert schema.field("messages").type.value_type.field("role").type == pa.string()
+
+
+def test_columns_are_fields_of_the_record() -> None:
+    for kind in KINDS.values():
+        assert {*kind.columns, kind.split_by} <= set(kind.record.model_fields)
+
+
+def test_unknown_fields_are_left_out() -> None:
+    record = Record.model_validate({"shoe_size": 43})
+    assert not hasattr(record, "shoe_size")

@@ -1,0 +1,52 @@
+"""Run folders: named, never overwritten, with a link to the newest; and clear errors where nothing can be written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rluf.config.run import RunSettings
+from rluf.config.settings import Settings
+from rluf.errors import DataError, ResourceError
+from rluf.utils.paths import cache_dir, new_run_folder, runs_root, sample_file
+
+
+def settings(root: Path | None = None) -> Settings:
+    return Settings(run=RunSettings(root=None if root is None else str(root)))
+
+
+def test_two_runs_in_one_second_get_two_folders(tmp_path: Path) -> None:
+    first, second = new_run_folder(settings(tmp_path)), new_run_folder(settings(tmp_path))
+    assert first != second
+    assert (tmp_path / "quickstart" / "latest").resolve() == second.resolve()
+
+
+def test_unwritable_root_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ResourceError, match=r"cannot write run folder .* set run.root or RLUF_RUNS"):
+        new_run_folder(settings(tmp_path / "file"))
+
+
+def test_a_packaged_job_writes_to_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    packaged = tmp_path / "runtime_resources" / "working_dir_files"
+    packaged.mkdir(parents=True)
+    monkeypatch.delenv("RLUF_RUNS", raising=False)
+    monkeypatch.chdir(packaged)
+    assert runs_root(settings()) == Path.home() / "rluf" / "runs"
+    monkeypatch.chdir(tmp_path)
+    assert runs_root(settings()) == tmp_path / "runs"
+    monkeypatch.setenv("RLUF_RUNS", "/elsewhere")
+    assert runs_root(settings()) == Path("/elsewhere")
+
+
+def test_cache_follows_setting_then_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLUF_CACHE", str(tmp_path))
+    assert cache_dir(settings()) == tmp_path
+    assert cache_dir(Settings(run=RunSettings(cache="/c"))) == Path("/c")
+
+
+def test_only_shipped_samples_have_files() -> None:
+    assert sample_file("feedback").is_file()
+    with pytest.raises(DataError, match="not shipped"):
+        sample_file("hearts")
