@@ -1,42 +1,42 @@
-# Every target sets .venv up first if that is missing or out of date (.ci/setup; milliseconds when it is not).
+# Every target first runs .ci/setup, which creates or updates .venv and returns in milliseconds when nothing changed.
 # Variables: ARGS="key=value ..." for quickstart and bench, NAME=<file in benchmarks/>, TESTS=<path>, EXTRA=gpu, PYTHON=...
 SHELL := /bin/bash
 BIN := .venv/bin
-OURS := rluf actors cluster
+PACKAGES := rluf actors cluster
 TESTS ?= tests
 export EXTRA PYTHON
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test nightly check docs format bench lock clean
 
-help: ## Say what the targets are.
+help: ## List the targets.
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
-setup: ## Make .venv with the tested versions (EXTRA=gpu for CUDA).
+setup: ## Create .venv with the tested versions (EXTRA=gpu for CUDA).
 	@.ci/setup
 
-quickstart: setup ## From reactions to a better policy on this machine: python -m rluf.train.
+quickstart: setup ## Run the main job on the sample log: python -m rluf.train.
 	$(BIN)/python -m rluf.train $(ARGS)
 
-test: setup ## Run the tests, two files at a time: python -m pytest -n 2 --dist loadfile.
+test: setup ## Run the tests in two processes: python -m pytest -n 2 --dist loadfile.
 	$(BIN)/python -m pytest $(TESTS) -q -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-nightly: setup ## Run the tests that make test leaves out: killed and resumed runs, the commands of the docs (minutes each).
+nightly: setup ## Run the tests that take minutes each: killed and resumed runs, the commands of the docs.
 	$(BIN)/python -m pytest tests -q -m nightly $(ARGS)
 
-check: setup ## Lint, format, types, arrows between packages, dead code, house rules.
+check: setup ## Check lint, format, types, the import contract, dead code and the house rules.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy $(OURS)
+	$(BIN)/mypy $(PACKAGES)
 	MYPYPATH=. $(BIN)/mypy benchmarks/*.py
 	$(BIN)/lint-imports
 	$(BIN)/vulture
 	$(BIN)/python -m pytest tests/house -q
 
-docs: setup ## Build the docs site into build/site; warnings are errors.
+docs: setup ## Build the docs site into build/site; a warning is an error.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-format: setup ## Let ruff put the files in order.
+format: setup ## Format the files and fix lint with ruff.
 	$(BIN)/ruff check --fix --quiet . ; $(BIN)/ruff format .
 
 bench: setup ## Run one benchmark: make bench NAME=...; its last line is JSON.
@@ -46,5 +46,5 @@ bench: setup ## Run one benchmark: make bench NAME=...; its last line is JSON.
 lock: setup ## Compile constraints/ from pyproject.toml.
 	@.ci/lock
 
-clean: ## Drop the virtual environment and tool caches (runs/ stays).
+clean: ## Remove the virtual environment and tool caches; runs/ stays.
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .import_linter_cache build dist *.egg-info

@@ -1,6 +1,6 @@
-"""PPO's critic on a learner rank: it turns rewards into advantages by token, and learns from what they came to.
+"""PPO's critic on a learner rank: token-level advantages by GAE, and regression of the values on the returns.
 
-It shares the rank's process group and batches with the policy, so that no token tensor travels for it.
+It shares the rank's process group and batches with the policy, so that no token tensor is transferred for it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rluf.algorithms.advantages.gae import gae, moments, token_rewards, whitened
-from rluf.algorithms.batch import Batch
-from rluf.algorithms.critic import Critic, value_loss
+from rluf.algorithms.advantages.gae import build_token_rewards, compute_gae, sum_moments, whiten_advantages
+from rluf.algorithms.batch import PackedBatch
+from rluf.algorithms.critic import CriticModel, compute_value_loss
 from rluf.algorithms.policy_io import load_policy
 from rluf.backends import deepspeed as ds
 from rluf.config.settings import Settings
@@ -25,77 +25,98 @@ if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 
-class CriticRank:
-    """The critic's share of one learner rank. All ranks make it and call it alike."""
+CRITIC_LEARNING_RATE_FACTOR = 10
+"""Default learning rate of the critic, as a multiple of the policy's: the value head starts at zero, and advantages are
+noise until it has learned."""
 
-    def __init__(self, settings: Settings, source: Path, device: torch.device, world: int) -> None:
-        """Build the critic from the policy at `source`; the process group must exist."""
+
+class CriticWorker:
+    """The critic on one learner rank. Construction and every call must happen on all ranks."""
+
+    def __init__(self, settings: Settings, model_path: Path, device: torch.device, world_size: int) -> None:
+        """Build the critic from the policy at `model_path`; the process group must exist."""
         learner, dtype = settings.learner, getattr(torch, settings.policy_dtype)
-        with ds.sharded_loading(learner.zero_stage, dtype, world):
-            body = load_policy(
-                source,
+        with ds.sharded_loading(learner.zero_stage, dtype, world_size):
+            policy = load_policy(
+                model_path,
                 dtype=dtype,
                 trust_remote_code=settings.model.trust_remote_code,
                 gradient_checkpointing=learner.gradient_checkpointing,
             )
-            model = Critic(body)
-        rate = 10 * learner.learning_rate if learner.critic_rate is None else learner.critic_rate
-        self._lambda, self._world = settings.algorithm.gae_lambda, world
-        self._batches: list[tuple[Batch, Tensor]] = []
+            model = CriticModel(policy)
+        learning_rate = learner.critic_learning_rate
+        if learning_rate is None:
+            learning_rate = CRITIC_LEARNING_RATE_FACTOR * learner.learning_rate
+        self._gae_lambda, self._world_size = settings.algorithm.gae_lambda, world_size
+        self._return_batches: list[tuple[PackedBatch, Tensor]] = []
         self.engine: DeepSpeedEngine = ds.init_deepspeed(
             model.to(device) if learner.zero_stage < 3 else model,
             zero_stage=learner.zero_stage,
-            learning_rate=rate,
+            learning_rate=learning_rate,
             warmup_steps=learner.warmup_steps,
             weight_decay=learner.weight_decay,
-            grad_clip=learner.grad_clip,
+            max_grad_norm=learner.max_grad_norm,
             dtype=dtype,
-            world=world,
-            offload=learner.offload_optimizer,
+            world_size=world_size,
+            offload_optimizer=learner.offload_optimizer,
         )
 
-    def judge(self, batches: Sequence[tuple[Batch, Tensor]], reward_kl: float) -> list[Batch]:
-        """The batches, each token with its own whitened advantage; `batches` come with the reference's logprobs.
+    def compute_advantages(
+        self, batches: Sequence[tuple[PackedBatch, Tensor]], reward_kl_coef: float
+    ) -> list[PackedBatch]:
+        """The batches with a whitened advantage per token in place of the rewards; demonstrations keep theirs.
 
-        Before it, a batch's advantages are rewards. Demonstrations keep theirs.
+        `batches` come with their reference log-probabilities. `reward_kl_coef` is the coefficient of the KL penalty
+        subtracted from the rewards of each token.
         """
-        self._batches, found = [], []
-        total = torch.zeros(3, dtype=torch.float64, device=batches[0][1].device)
-        for batch, reference in batches:
-            sampled = ~batch.rollout_logprobs.isnan()
-            drift = (batch.rollout_logprobs - reference).nan_to_num(0.0)
+        self._return_batches, advantage_batches = [], []
+        # Count, sum and sum of squares over the whole step and all ranks; float64, as the sums are over all tokens.
+        moments = torch.zeros(3, dtype=torch.float64, device=batches[0][1].device)
+        for batch, ref_logprobs in batches:
+            # Demonstrations were not sampled by an engine: their rollout log-probabilities are NaN.
+            is_sampled = ~batch.rollout_logprobs.isnan()
+            token_kl = (batch.rollout_logprobs - ref_logprobs).nan_to_num(0.0)
             with torch.no_grad():
-                values = self._values(batch)
-            rewards = token_rewards(batch.advantages, drift, batch.sequences, reward_kl)
-            gains = gae(rewards, values, batch.sequences, self._lambda)
-            returns = torch.where(sampled, gains + values, torch.full_like(values, torch.nan))
-            self._batches.append((batch, returns))
-            total += moments(gains, sampled & (batch.loss_weights > 0))
-            found.append((batch, sampled, gains))
-        dist.all_reduce(total)
-        return [replace(b, advantages=torch.where(s, whitened(g, total), b.advantages)) for b, s, g in found]
+                values = self._predict_values(batch)
+            rewards = build_token_rewards(batch.advantages, token_kl, batch.sequence_index, reward_kl_coef)
+            advantages = compute_gae(rewards, values, batch.sequence_index, self._gae_lambda)
+            # NaN marks tokens of demonstrations, which have no return; compute_value_loss leaves them out.
+            returns = torch.where(is_sampled, advantages + values, torch.full_like(values, torch.nan))
+            self._return_batches.append((batch, returns))
+            moments += sum_moments(advantages, is_sampled & (batch.loss_weights > 0))
+            advantage_batches.append((batch, is_sampled, advantages))
+        dist.all_reduce(moments)
+        return [
+            replace(
+                batch,
+                advantages=torch.where(is_sampled, whiten_advantages(advantages, moments), batch.advantages),
+            )
+            for batch, is_sampled, advantages in advantage_batches
+        ]
 
-    def learn(self) -> dict[str, float]:
-        """One optimiser step on the batches judged last; its loss and gradient norm, the same on every rank."""
-        loss = torch.zeros((), dtype=torch.float64, device=self.engine.device)
-        for number, (batch, returns) in enumerate(self._batches):
+    def train_step(self) -> dict[str, float]:
+        """One optimizer step on the last batches; value loss and gradient norm, the same on every rank."""
+        total_loss = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        for batch_number, (batch, returns) in enumerate(self._return_batches):
+            # Default arguments bind this iteration's batch: the closure must not see that of a later one.
+            def forward(batch: PackedBatch = batch, returns: Tensor = returns) -> tuple[Tensor, Tensor]:
+                value_loss = compute_value_loss(self._predict_values(batch), returns, batch.loss_weights)
+                # DeepSpeed averages gradients over ranks, but the loss weights are those of a sum over all ranks.
+                return value_loss * self._world_size, value_loss.detach().double()
 
-            def forward(batch: Batch = batch, returns: Tensor = returns) -> tuple[Tensor, Tensor]:
-                value = value_loss(self._values(batch), returns, batch.loss_weights)
-                return value * self._world, value.detach().double()
+            is_last = batch_number == len(self._return_batches) - 1
+            total_loss += ds.accumulate_gradients(self.engine, forward, is_last=is_last)
+        dist.all_reduce(total_loss)
+        _, grad_norm = ds.apply_optimizer_step(self.engine)
+        self._return_batches = []
+        return {"value_loss": float(total_loss), "critic_grad_norm": grad_norm}
 
-            loss += ds.accumulate(self.engine, forward, last=number == len(self._batches) - 1)
-        dist.all_reduce(loss)
-        _, norm = ds.apply_step(self.engine)
-        self._batches = []
-        return {"value_loss": float(loss), "critic_grad_norm": norm}
-
-    def _values(self, batch: Batch) -> Tensor:
-        found: Tensor = self.engine(
+    def _predict_values(self, batch: PackedBatch) -> Tensor:
+        values: Tensor = self.engine(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            rows=batch.rows,
-            places=batch.places,
-            keep=batch.keep,
+            sequence_token_index=batch.sequence_token_index,
+            token_output_index=batch.token_output_index,
+            logit_index=batch.logit_index,
         )
-        return found
+        return values

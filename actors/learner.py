@@ -1,4 +1,4 @@
-"""One DeepSpeed rank: learns from packed micro-batches, publishes its weights bucket by bucket, saves the policy."""
+"""The learner actor: one DeepSpeed rank that trains on packed micro-batches, sends its weights and saves the policy."""
 
 from __future__ import annotations
 
@@ -17,403 +17,485 @@ import torch.distributed as dist
 from ray import ObjectRef
 from torch import Tensor
 
-from actors.critic import CriticRank
-from rluf.algorithms.advantages import Drift
-from rluf.algorithms.batch import Batch
-from rluf.algorithms.debug_dump import POLICY as DUMPED
-from rluf.algorithms.debug_dump import Dump, write_dump
-from rluf.algorithms.logprobs import response_logprobs
-from rluf.algorithms.losses import SUMS, LossResult, drifts_of, kl_by_response, metrics, policy_loss
-from rluf.algorithms.packing import MicroBatch, pack, packed_order
-from rluf.algorithms.policy_io import copy_companions, load_policy
-from rluf.algorithms.registry import METHODS, Lesson
-from rluf.backends import allocator as memory
+from actors.critic import CriticWorker
+from rluf.algorithms.advantages import SampleKL
+from rluf.algorithms.batch import PackedBatch
+from rluf.algorithms.debug_dump import POLICY_FOLDER as DUMP_POLICY_FOLDER
+from rluf.algorithms.debug_dump import StepDump, write_step_dump
+from rluf.algorithms.logprobs import compute_response_logprobs
+from rluf.algorithms.losses import (
+    METRIC_SUM_NAMES,
+    LossResult,
+    compute_loss_metrics,
+    compute_policy_loss,
+    compute_reference_kl,
+    sum_kl_by_response,
+)
+from rluf.algorithms.packing import MicroBatch, list_packed_samples, pack_micro_batch
+from rluf.algorithms.policy_io import copy_companion_files, load_policy
+from rluf.algorithms.registry import LearnerInputs, find_algorithm
+from rluf.backends import allocator
 from rluf.backends import deepspeed as ds
-from rluf.backends.colocation import WEIGHTS, shares_gpus
-from rluf.backends.weight_transfer.base import Sender, make_sender
-from rluf.checkpoint.format import POLICY, Checkpoint, rank_file
+from rluf.backends.colocation import WEIGHTS_TAG, is_colocated
+from rluf.backends.weight_transfer.base import WeightSender
+from rluf.backends.weight_transfer.factory import create_weight_sender
+from rluf.checkpoint.format import POLICY_FOLDER, RunCheckpoint, optimizer_state_file
 from rluf.config.settings import Settings
 from rluf.errors import RlufError
 from rluf.tracking.profiler import TorchProfiler
 from rluf.types import Group, Prompt, Sample
 from rluf.utils.files import atomic_folder
-from rluf.utils.paths import cache_dir
+from rluf.utils.paths import resolve_cache_folder
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
 
 logger = logging.getLogger(__name__)
 
-MOST_SKIPPED = 3
-"""Updates skipped in a row, for gradients that are not finite, before the run stops."""
+MAX_SKIPPED_IN_A_ROW = 3
+"""Consecutive updates skipped for non-finite gradients before the run stops: one may be an outlier, three mean that all
+further steps would be skipped too."""
+PROBE_TEMPERATURE = 1.0
+"""Temperature at which engines report log-probabilities of given tokens."""
 
 
 class LearnerActor:
-    """A learner rank. `address` of rank 0 first, then `setup` on all ranks; then every call goes to all ranks alike."""
+    """A learner rank.
+
+    Call `rendezvous_address` on rank 0, then `setup` on all ranks; after that every call must reach all ranks, since
+    most of them contain collective operations.
+    """
 
     def __init__(
-        self, rank: int, world: int, settings_json: str, model_path: str, checkpoint: str | None = None
+        self, rank: int, world_size: int, settings_json: str, model_path: str, checkpoint: str | None = None
     ) -> None:
-        """Nothing heavy happens before `setup`. `model_path` is a local Hugging Face folder: reference and start.
+        """Store the arguments; loading is left to `setup`.
 
-        With `checkpoint`, the folder of a whole one, the policy and the optimiser go on from there.
+        `model_path` is a local Hugging Face folder: the reference policy, and the initial policy. With `checkpoint`,
+        the folder of a complete checkpoint, policy and optimizer state come from there.
         """
-        self.rank, self.world = rank, world
+        self.rank, self.world_size = rank, world_size
         self.settings = Settings.model_validate_json(settings_json)
-        self.source = Path(model_path)
+        self.base_model_path = Path(model_path)
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.device = torch.device("cuda", 0) if self.settings.cluster.gpus_per_learner > 0 else torch.device("cpu")
         self._engine: DeepSpeedEngine | None = None
-        self._reference: torch.nn.Module | None = None
-        self._critic: CriticRank | None = None
-        self._sender: Sender | None = None
-        self._reference_s = 0.0
+        self._reference_model: torch.nn.Module | None = None
+        self._critic: CriticWorker | None = None
+        self._weight_sender: WeightSender | None = None
+        self._reference_seconds = 0.0
         self._profiler = TorchProfiler()
-        self._buckets: Iterator[list[tuple[str, Tensor]]] = iter(())
-        self._opinions: dict[int, Tensor] = {}
-        self._far: list[tuple[list[tuple[int, int]], Tensor]] = []
-        self._steps = self._skipped = self._skipped_in_a_row = 0
+        self._weight_buckets: Iterator[list[tuple[str, Tensor]]] = iter(())
+        self._ref_logprobs: dict[int, Tensor] = {}
+        self._sample_kl: list[tuple[list[tuple[int, int]], Tensor]] = []
+        self._step_count = self._skipped_count = self._skipped_in_a_row = 0
 
-    def address(self) -> tuple[str, int]:
-        """Host of this rank and a port that is free there now, for the process group."""
+    def rendezvous_address(self) -> tuple[str, int]:
+        """Host of this rank and a port that is free there now, for the process group's store."""
         host = ray.util.get_node_ip_address()
         return host, _free_port(host)
 
     def setup(self, host: str, port: int) -> dict[str, float]:
-        """Join the ranks around `host`:`port`, load the policy and its frozen reference. All ranks call it.
+        """Join the process group at `host`:`port`, load the policy and its frozen reference. All ranks call it.
 
-        Returns parameters and seconds. Raises ResourceError naming the rank, or ModelError.
+        Returns the number of parameters and the seconds it took. Raises ResourceError naming the rank, or ModelError.
         """
-        begun = time.monotonic()
+        start_time = time.monotonic()
         learner, model = self.settings.learner, self.settings.model
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        ds.join_group(
+        ds.join_process_group(
             rank=self.rank,
-            world=self.world,
+            world_size=self.world_size,
             host=host,
             port=port,
             device=self.device,
-            timeout_s=max(learner.deadline_s, self.settings.cluster.start_deadline_s),
+            # Collective operations of a step and those of slow model loading share this timeout.
+            timeout_s=max(self.settings.timeouts.learner_step_s, self.settings.timeouts.actor_start_s),
         )
         dtype = getattr(torch, self.settings.policy_dtype)
-        with ds.sharded_loading(learner.zero_stage, dtype, self.world):
+        with ds.sharded_loading(learner.zero_stage, dtype, self.world_size):
             policy, reference = (
                 load_policy(
-                    self._start if trained else self.source,
+                    self._initial_policy_path if is_policy else self.base_model_path,
                     dtype=dtype,
                     trust_remote_code=model.trust_remote_code,
-                    gradient_checkpointing=trained and learner.gradient_checkpointing,
-                    lora_rank=learner.lora_rank if trained else 0,
+                    gradient_checkpointing=is_policy and learner.gradient_checkpointing,
+                    lora_rank=learner.lora_rank if is_policy else 0,
                 )
-                for trained in (True, False)
+                for is_policy in (True, False)
             )
         self._engine = ds.init_deepspeed(
+            # ZeRO-3 has partitioned the parameters while loading and places the shards itself.
             policy.to(self.device) if learner.zero_stage < 3 else policy,
             zero_stage=learner.zero_stage,
             learning_rate=learner.learning_rate,
             warmup_steps=learner.warmup_steps,
             weight_decay=learner.weight_decay,
-            grad_clip=learner.grad_clip,
+            max_grad_norm=learner.max_grad_norm,
             dtype=dtype,
-            world=self.world,
-            offload=learner.offload_optimizer,
+            world_size=self.world_size,
+            offload_optimizer=learner.offload_optimizer,
         )
-        self._reference = ds.init_reference(
-            reference, zero_stage=learner.zero_stage, dtype=dtype, device=self.device, world=self.world
+        self._reference_model = ds.init_reference_model(
+            reference, zero_stage=learner.zero_stage, dtype=dtype, device=self.device, world_size=self.world_size
         )
-        if METHODS[self.settings.algorithm.name].critic:
-            self._critic = CriticRank(self.settings, self.source, self.device, self.world)
+        if find_algorithm(self.settings.algorithm.name).uses_critic:
+            self._critic = CriticWorker(self.settings, self.base_model_path, self.device, self.world_size)
         if self.checkpoint is not None:
-            self._restore(self.checkpoint)
-        seconds = time.monotonic() - begun
-        logger.info("learner rank %d of %d ready on %s after %.1f s", self.rank, self.world, self.device, seconds)
-        return {"parameters": float(ds.parameter_count(self.engine)), "seconds": seconds}
+            self._restore_optimizer_state(self.checkpoint)
+        seconds = time.monotonic() - start_time
+        logger.info(
+            "learner %d: ready: world_size=%d device=%s seconds=%.1f", self.rank, self.world_size, self.device, seconds
+        )
+        return {"parameters": float(ds.count_parameters(self.engine)), "seconds": seconds}
 
     @property
     def engine(self) -> DeepSpeedEngine:
-        """The DeepSpeed engine, once `setup` has made it."""
+        """The DeepSpeed engine. Raises RlufError before `setup`."""
         if self._engine is None:
-            raise RlufError(f"learner rank {self.rank} was used before setup; call setup on all ranks first")
+            raise RlufError(f"learner {self.rank} was used before setup; call setup on all ranks first")
         return self._engine
 
     @torch.no_grad()
-    def drifts(
-        self, groups: Sequence[ObjectRef[Group] | Group], plan: list[MicroBatch], *, own: bool = False
-    ) -> list[tuple[int, int, Drift]]:
-        """How far each sample of this rank's micro-batches lies from the reference, as (group, sample, drift).
+    def reference_kl(
+        self,
+        groups: Sequence[ObjectRef[Group] | Group],
+        micro_batches: list[MicroBatch],
+        *,
+        use_learner_policy: bool = False,
+    ) -> list[tuple[int, int, SampleKL]]:
+        """KL of each sample of this rank's micro-batches to the reference policy, as (group, sample, KL).
 
-        All ranks call it alike, before `step` with the same plan, which then reuses the reference's logprobs. With
-        `own` it is the learner's policy that is compared, not the engine's; the plan may then be another.
+        Call it before `train_step` with the same micro-batches, which then reuses the reference log-probabilities. By
+        default the KL is that of the rollout log-probabilities; with `use_learner_policy` it is that of the learner's
+        policy, and the micro-batches may be others.
         """
-        held, found = _fetch(groups, plan), []
-        blank = [[0.0] * len(held[group].samples) if group in held else [] for group in range(len(groups))]
-        for number, micro_batch in enumerate(plan):
-            batch = pack(micro_batch, held, blank, blank).to(self.device)
-            reference = self._reference_logprobs(batch)
-            mine = response_logprobs(self.engine, batch, self.settings.rollout.temperature) if own else None
-            if not own:
-                self._opinions[number] = reference
-            members = packed_order(micro_batch, held)
-            if members:
-                drifts = drifts_of(reference, batch, mine)
-                found += [(*member, drift) for member, drift in zip(members, drifts, strict=True)]
-        return found
+        groups_by_index, entries = _fetch_groups(groups, micro_batches), []
+        # Only log-probabilities are computed: advantages and weights of the batches are placeholders.
+        zeros = [
+            [0.0] * len(groups_by_index[index].samples) if index in groups_by_index else []
+            for index in range(len(groups))
+        ]
+        for batch_number, micro_batch in enumerate(micro_batches):
+            batch = pack_micro_batch(micro_batch, groups_by_index, zeros, zeros).to(self.device)
+            ref_logprobs, policy_logprobs = self._compute_ref_logprobs(batch), None
+            if use_learner_policy:
+                policy_logprobs = compute_response_logprobs(self.engine, batch, self.settings.rollout.temperature)
+            else:
+                self._ref_logprobs[batch_number] = ref_logprobs
+            # With fewer samples than ranks some micro-batches are empty. They are computed too: under ZeRO-3 each
+            # forward pass is a collective operation, so its number must be equal on all ranks.
+            sample_indices = list_packed_samples(micro_batch, groups_by_index)
+            if sample_indices:
+                sample_kl = compute_reference_kl(ref_logprobs, batch, policy_logprobs)
+                entries += [(*indices, kl) for indices, kl in zip(sample_indices, sample_kl, strict=True)]
+        return entries
 
-    def step(
-        self, groups: Sequence[ObjectRef[Group] | Group], lesson: Lesson, plan: list[MicroBatch], step: int
+    def train_step(
+        self,
+        groups: Sequence[ObjectRef[Group] | Group],
+        learner_inputs: LearnerInputs,
+        micro_batches: list[MicroBatch],
+        step: int,
     ) -> dict[str, float]:
-        """One optimiser step over this rank's micro-batches; metrics of the whole step, the same on every rank.
+        """One optimizer step over this rank's micro-batches; metrics of the whole step, the same on every rank.
 
-        `groups` and `lesson` are those of the step, `plan` this rank's part of `plan_micro_batches`. An update with
-        a gradient that is not finite is skipped and counted; MOST_SKIPPED in a row raise RlufError.
+        `groups` and `learner_inputs` are those of the step, `micro_batches` this rank's share of `plan_micro_batches`.
+        An update with a non-finite gradient is skipped and counted; MAX_SKIPPED_IN_A_ROW in a row raise RlufError.
         """
-        begun = time.monotonic()
-        held = _fetch(groups, plan)
-        sums = torch.zeros(len(SUMS), dtype=torch.float64, device=self.device)
-        peak = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._reference_s, self._far = 0.0, []
-        for number, (batch, reference) in enumerate(self._batches(held, lesson, plan)):
-            members = packed_order(plan[number], held)
-            result = self._accumulate(batch, reference, lesson, members, last=number == len(plan) - 1)
-            sums += result.sums
-            peak = torch.maximum(peak, result.peak)
-            memory.release()
-        dist.all_reduce(sums)
-        dist.all_reduce(peak, dist.ReduceOp.MAX)
-        rate, since = ds.learning_rate(self.engine), time.monotonic()
-        applied, norm = ds.apply_step(self.engine)
-        now = time.monotonic()
-        self._count(applied, step, float(sums[0]), held, lesson, plan)
-        critic = {} if self._critic is None or not lesson.critic else self._critic.learn()
+        start_time = time.monotonic()
+        groups_by_index = _fetch_groups(groups, micro_batches)
+        # float64: the sums run over all tokens of a step.
+        metric_sums = torch.zeros(len(METRIC_SUM_NAMES), dtype=torch.float64, device=self.device)
+        max_ratio = torch.zeros((), dtype=torch.float64, device=self.device)
+        self._reference_seconds, self._sample_kl = 0.0, []
+        packed_batches = self._packed_batches(groups_by_index, learner_inputs, micro_batches)
+        for batch_number, (batch, ref_logprobs) in enumerate(packed_batches):
+            sample_indices = list_packed_samples(micro_batches[batch_number], groups_by_index)
+            is_last = batch_number == len(micro_batches) - 1
+            result = self._accumulate_gradient(batch, ref_logprobs, learner_inputs, sample_indices, is_last=is_last)
+            metric_sums += result.metric_sums
+            max_ratio = torch.maximum(max_ratio, result.max_ratio)
+            # The allocator keeps freed activations for reuse within a micro-batch; over several they would add up.
+            allocator.release_freed_memory()
+        dist.all_reduce(metric_sums)
+        dist.all_reduce(max_ratio, dist.ReduceOp.MAX)
+        # Read before the step: the schedule then already points to the next step's rate.
+        learning_rate, backward_end = ds.get_learning_rate(self.engine), time.monotonic()
+        is_applied, grad_norm = ds.apply_optimizer_step(self.engine)
+        end_time = time.monotonic()
+        self._count_skipped_update(
+            is_applied, step, float(metric_sums[0]), groups_by_index, learner_inputs, micro_batches
+        )
+        critic_metrics = {} if self._critic is None or not learner_inputs.uses_critic else self._critic.train_step()
         return {
-            **metrics(sums, float(peak)),
-            **critic,
-            "grad_norm": norm,
-            "learning_rate": rate,
-            "skipped": float(self._skipped),
-            "micro_batches": float(len(plan)),
-            "reference_s": self._reference_s,
-            "backward_s": since - begun - self._reference_s,
-            "optimizer_s": now - since,
-            "learner_tokens_per_s": float(sums[SUMS.index("tokens")]) / (now - begun),
+            **compute_loss_metrics(metric_sums, float(max_ratio)),
+            **critic_metrics,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "skipped": float(self._skipped_count),
+            "micro_batches": float(len(micro_batches)),
+            "reference_s": self._reference_seconds,
+            "backward_s": backward_end - start_time - self._reference_seconds,
+            "optimizer_s": end_time - backward_end,
+            "learner_tokens_per_s": float(metric_sums[METRIC_SUM_NAMES.index("batch_tokens")])
+            / (end_time - start_time),
         }
 
-    def distances(self) -> list[tuple[int, int, float]]:
-        """KL to the reference of each sample of the last step, before its update, as (group, sample, nats; k1)."""
-        return [(*member, kl) for members, kls in self._far for member, kl in zip(members, kls.tolist(), strict=True)]
+    def sample_kl(self) -> list[tuple[int, int, float]]:
+        """KL to the reference (nats, k1) of each sample of the last step before its update, as (group, sample, KL)."""
+        return [
+            (*indices, kl)
+            for sample_indices, batch_kl in self._sample_kl
+            for indices, kl in zip(sample_indices, batch_kl.tolist(), strict=True)
+        ]
 
-    def _batches(
-        self, held: dict[int, Group], lesson: Lesson, plan: list[MicroBatch]
-    ) -> Iterator[tuple[Batch, Tensor]]:
-        """Each micro-batch with the reference's logprobs [K]; with a critic, advantages are its own."""
+    def _packed_batches(
+        self, groups_by_index: dict[int, Group], learner_inputs: LearnerInputs, micro_batches: list[MicroBatch]
+    ) -> Iterator[tuple[PackedBatch, Tensor]]:
+        """Each micro-batch with its reference log-probabilities [K]; a critic replaces the rewards by advantages."""
 
-        def packed() -> Iterator[tuple[Batch, Tensor]]:
-            for number, micro_batch in enumerate(plan):
-                batch = pack(micro_batch, held, lesson.advantages, lesson.weights).to(self.device)
-                since = time.monotonic()
-                reference = self._opinions.pop(number, None)
-                if reference is None:
-                    reference = self._reference_logprobs(batch)
-                self._reference_s += time.monotonic() - since
-                yield batch, reference
+        def pack_with_reference() -> Iterator[tuple[PackedBatch, Tensor]]:
+            for batch_number, micro_batch in enumerate(micro_batches):
+                batch = pack_micro_batch(
+                    micro_batch, groups_by_index, learner_inputs.advantages, learner_inputs.loss_weights
+                ).to(self.device)
+                start_time = time.monotonic()
+                ref_logprobs = self._ref_logprobs.pop(batch_number, None)
+                if ref_logprobs is None:
+                    ref_logprobs = self._compute_ref_logprobs(batch)
+                self._reference_seconds += time.monotonic() - start_time
+                yield batch, ref_logprobs
 
-        if self._critic is None or not lesson.critic:
-            yield from packed()
+        if self._critic is None or not learner_inputs.uses_critic:
+            yield from pack_with_reference()
             return
-        pairs = list(packed())
-        judged = self._critic.judge(pairs, lesson.reward_kl)
-        yield from ((batch, reference) for batch, (_, reference) in zip(judged, pairs, strict=True))
+        # Advantages are whitened over the whole step, so all micro-batches must be in memory before the first update.
+        batches = list(pack_with_reference())
+        batches_with_advantages = self._critic.compute_advantages(batches, learner_inputs.reward_kl_coef)
+        yield from (
+            (batch, ref_logprobs) for batch, (_, ref_logprobs) in zip(batches_with_advantages, batches, strict=True)
+        )
 
-    def _accumulate(
-        self, batch: Batch, reference: Tensor, lesson: Lesson, members: list[tuple[int, int]], *, last: bool
+    def _accumulate_gradient(
+        self,
+        batch: PackedBatch,
+        ref_logprobs: Tensor,
+        learner_inputs: LearnerInputs,
+        sample_indices: list[tuple[int, int]],
+        *,
+        is_last: bool,
     ) -> LossResult:
-        """Add one micro-batch's gradient. DeepSpeed averages over ranks, the loss sums over them: hence the factor."""
+        """Add one micro-batch's gradient."""
 
         def forward() -> tuple[Tensor, LossResult]:
-            logprobs = response_logprobs(self.engine, batch, self.settings.rollout.temperature)
-            result = policy_loss(
+            logprobs = compute_response_logprobs(self.engine, batch, self.settings.rollout.temperature)
+            result = compute_policy_loss(
                 logprobs,
-                reference,
+                ref_logprobs,
                 batch,
                 self.settings.algorithm,
-                loss=lesson.loss,
-                kl_coef=lesson.kl_coef,
-                slope=lesson.slope,
+                loss_name=learner_inputs.policy_loss,
+                kl_coef=learner_inputs.loss_kl_coef,
+                kl_to_go_coef=learner_inputs.kl_to_go_coef,
             )
-            if members:
-                self._far.append((members, kl_by_response(reference, batch, logprobs)))
-            return result.loss * self.world, result
+            if sample_indices:
+                self._sample_kl.append((sample_indices, sum_kl_by_response(ref_logprobs, batch, logprobs)))
+            # DeepSpeed averages gradients over ranks, but the loss weights are those of a sum over all ranks.
+            return result.loss * self.world_size, result
 
-        return ds.accumulate(self.engine, forward, last=last)
+        return ds.accumulate_gradients(self.engine, forward, is_last=is_last)
 
     @torch.no_grad()
-    def _reference_logprobs(self, batch: Batch) -> Tensor:
-        if self._reference is None:
-            raise RlufError(f"learner rank {self.rank} was used before setup; call setup on all ranks first")
-        return response_logprobs(self._reference, batch, self.settings.rollout.temperature)
+    def _compute_ref_logprobs(self, batch: PackedBatch) -> Tensor:
+        if self._reference_model is None:
+            raise RlufError(f"learner {self.rank} was used before setup; call setup on all ranks first")
+        return compute_response_logprobs(self._reference_model, batch, self.settings.rollout.temperature)
 
-    def _count(
-        self, applied: bool, step: int, loss: float, held: dict[int, Group], lesson: Lesson, plan: list[MicroBatch]
+    def _count_skipped_update(
+        self,
+        is_applied: bool,
+        step: int,
+        loss: float,
+        groups_by_index: dict[int, Group],
+        learner_inputs: LearnerInputs,
+        micro_batches: list[MicroBatch],
     ) -> None:
-        """Count an update that was skipped; after MOST_SKIPPED in a row keep the step as files and raise RlufError."""
-        self._steps += 1
-        self._skipped_in_a_row = 0 if applied else self._skipped_in_a_row + 1
-        if applied:
+        """Count a skipped update; after MAX_SKIPPED_IN_A_ROW write the step to a dump folder and raise RlufError."""
+        self._step_count += 1
+        self._skipped_in_a_row = 0 if is_applied else self._skipped_in_a_row + 1
+        if is_applied:
             return
-        self._skipped += 1
-        logger.warning("step %d: gradient not finite (loss %g), update skipped, weights kept", step, loss)
-        if self._skipped_in_a_row >= MOST_SKIPPED:
-            kept = cache_dir(self.settings) / "dumps" / f"{self.settings.name}-step-{step}"
-            write_dump(kept, self.rank, Dump(self.settings, self.source, step, held, lesson, plan))
-            ds.save_hf(self.engine, kept / DUMPED)
-            dist.barrier()
+        self._skipped_count += 1
+        logger.warning(
+            "learner %d: step %d: non-finite gradient (loss %g), update skipped, weights unchanged",
+            self.rank,
+            step,
+            loss,
+        )
+        if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            dump_folder = resolve_cache_folder(self.settings) / "dumps" / f"{self.settings.name}-step-{step}"
+            dump = StepDump(self.settings, self.base_model_path, step, groups_by_index, learner_inputs, micro_batches)
+            write_step_dump(dump_folder, self.rank, dump)
+            ds.save_hf_model(self.engine, dump_folder / DUMP_POLICY_FOLDER)
+            dist.barrier()  # no rank may raise, and end the run, while another one still writes
             raise RlufError(
-                f"step {step}: the gradient was not finite in {MOST_SKIPPED} steps in a row (loss {loss:g}); "
-                f"python -m rluf.train.replay {kept} says which samples it came from; or lower learner.learning_rate "
-                f"({self.settings.learner.learning_rate:g})"
+                f"step {step}: the gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row (loss {loss:g}); "
+                f"python -m rluf.train.replay {dump_folder} names the samples that caused it; or lower "
+                f"learner.learning_rate ({self.settings.learner.learning_rate:g})"
             )
 
     @torch.no_grad()
-    def logprobs(self, prompt_ids: list[int], responses: list[list[int]]) -> list[list[float]]:
-        """The policy's logprobs (nats, temperature 1) of responses to a prompt, for the probe. All ranks call it.
+    def probe_logprobs(self, prompt_ids: list[int], responses: list[list[int]]) -> list[list[float]]:
+        """The policy's log-probabilities (nats, temperature 1) of non-empty responses to a prompt, one row each.
 
-        Responses must not be empty; one row of logprobs comes back for each.
+        All ranks call it.
         """
-        batch = _unscored(prompt_ids, responses).to(self.device)
-        found = response_logprobs(self.engine, batch, 1.0).split([len(response) for response in responses])
-        return [row.tolist() for row in found]
+        batch = _pack_probe_batch(prompt_ids, responses).to(self.device)
+        logprobs = compute_response_logprobs(self.engine, batch, PROBE_TEMPERATURE)
+        return [row.tolist() for row in logprobs.split([len(response) for response in responses])]
 
-    def begin_publish(self, init: dict[str, Any]) -> dict[str, Any]:
-        """Start sending weights as version `init["version"]`; rank 0 returns what the engines' begin_update takes."""
-        publish = self.settings.publish
-        if publish.engine == "adapter":
-            self._buckets = ds.gather_adapters(self.engine)
+    def begin_weight_sync(self, version: int) -> dict[str, Any]:
+        """Start sending the weights as `version`; rank 0 returns the argument of the engines' begin_weight_update."""
+        weight_sync = self.settings.weight_sync
+        if weight_sync.transport == "lora":
+            self._weight_buckets = ds.gather_lora_matrices(self.engine)
         else:
-            self._buckets = ds.gather_parameters(self.engine, publish.bucket_mib << 20)
-        if self.rank > 0 and not shares_gpus(self.settings):
+            self._weight_buckets = ds.gather_parameters(self.engine, weight_sync.bucket_mib << 20)
+        # Colocated ranks each share memory with the engine on their GPU; else rank 0 sends for all.
+        if self.rank > 0 and not is_colocated(self.settings):
             return {}
-        if self._sender is None:
-            host, port = self.address()
-            self._sender = make_sender(self.settings, host, port)
-        return self._sender.offer(int(init["version"]))
+        if self._weight_sender is None:
+            host, port = self.rendezvous_address()
+            self._weight_sender = create_weight_sender(self.settings, host, port)
+        return self._weight_sender.begin(version)
 
-    def next_bucket(self) -> dict[str, Any] | None:
-        """Gather and hand over the next bucket; rank 0 returns what the engines' update takes. None after the last."""
-        bucket = next(self._buckets, None)
+    def next_weight_bucket(self) -> dict[str, Any] | None:
+        """Gather and send the next bucket; rank 0 returns the argument of load_weight_bucket. None after the last."""
+        # Every rank advances the iterator, sender or not: gathering sharded parameters is a collective operation.
+        bucket = next(self._weight_buckets, None)
         if bucket is None:
             return None
-        return {} if self._sender is None else self._sender.send(bucket)
+        return {} if self._weight_sender is None else self._weight_sender.send_bucket(bucket)
 
-    def end_publish(self) -> None:
-        """All engines hold the new weights."""
-        self._buckets = iter(())
-        if self._sender is not None:
-            self._sender.finish()
+    def end_weight_sync(self) -> None:
+        """Release the transfer buffers; all engines have loaded the new weights."""
+        self._weight_buckets = iter(())
+        if self._weight_sender is not None:
+            self._weight_sender.end()
 
-    def offload(self, parts: tuple[str, ...]) -> None:
-        """Move `parts` of this rank's models to host memory for an engine on the same GPU; see backends.colocation."""
-        for engine in self._engines():
-            ds.offload(engine, parts)
-        if WEIGHTS in parts and self._reference is not None:
-            self._reference.to("cpu")
+    def offload(self, components: tuple[str, ...]) -> None:
+        """Move `components` of this rank's models to host memory, for an engine on the same GPU.
+
+        See rluf.backends.colocation.
+        """
+        for engine in self._all_engines():
+            ds.offload_to_host(engine, components)
+        if WEIGHTS_TAG in components and self._reference_model is not None:
+            self._reference_model.to("cpu")
             torch.accelerator.empty_cache()
 
     def reload(self) -> None:
-        """Bring back what `offload` has moved."""
-        for engine in self._engines():
-            ds.reload(engine)
-        if self._reference is not None:
-            self._reference.to(self.device)
+        """Move everything that `offload` has moved back to the GPU."""
+        for engine in self._all_engines():
+            ds.reload_to_device(engine)
+        if self._reference_model is not None:
+            self._reference_model.to(self.device)
 
-    def _engines(self) -> list[DeepSpeedEngine]:
+    def _all_engines(self) -> list[DeepSpeedEngine]:
         return [self.engine, *([] if self._critic is None else [self._critic.engine])]
 
-    def save(self, path: str) -> None:
-        """Write the policy as a Hugging Face folder with tokenizer: whole, synced, or not at all. All ranks call it."""
-        target = Path(path)
+    def save_policy(self, policy_path: str) -> None:
+        """Write the policy as a Hugging Face folder with tokenizer, atomically and fsynced. All ranks call it."""
+        target = Path(policy_path)
         if self.rank > 0:
-            ds.save_hf(self.engine, target)
+            ds.save_hf_model(self.engine, target)
         else:
-            with atomic_folder(target) as part:
-                ds.save_hf(self.engine, part)
-                copy_companions(self.source, part)
-            logger.info("policy saved to %s", target)
+            with atomic_folder(target) as temporary_folder:
+                ds.save_hf_model(self.engine, temporary_folder)
+                copy_companion_files(self.base_model_path, temporary_folder)
+            logger.info("learner %d: policy saved to %s", self.rank, target)
         dist.barrier()
 
-    def begin_profile(self) -> None:
+    def start_profiler(self) -> None:
         """Start torch's profiler on this rank."""
         self._profiler.start()
 
-    def end_profile(self, path: str) -> None:
-        """Stop it and write its trace to `path`, for chrome://tracing or ui.perfetto.dev."""
-        self._profiler.stop(Path(path))
+    def stop_profiler(self, trace_path: str) -> None:
+        """Stop torch's profiler and write its trace to `trace_path`, for chrome://tracing or ui.perfetto.dev."""
+        self._profiler.stop(Path(trace_path))
 
-    def save_state(self, folder: str) -> dict[str, Any]:
-        """Write this rank's optimiser state and random state into a checkpoint; returns its learning rate schedule."""
-        file = rank_file(Path(folder), self.rank, self.world)
-        schedule = ds.save_optimizer(self.engine, file, {"random": torch.get_rng_state()})
-        kept = {"learning_rate": schedule, "steps": self._steps, "skipped": self._skipped}
+    def save_optimizer_state(self, folder: str) -> dict[str, Any]:
+        """Write this rank's optimizer state and random state into a checkpoint; returns its schedule and counters."""
+        state_file = optimizer_state_file(Path(folder), self.rank, self.world_size)
+        schedule = ds.save_optimizer_state(self.engine, state_file, {"random": torch.get_rng_state()})
+        rank_state = {"learning_rate": schedule, "steps": self._step_count, "skipped": self._skipped_count}
         if self._critic is not None:
-            critic = rank_file(Path(folder), self.rank, self.world, "critic")
-            kept["critic"] = ds.save_optimizer(self._critic.engine, critic, {})
-        return kept
+            critic_file = optimizer_state_file(Path(folder), self.rank, self.world_size, "critic")
+            rank_state["critic"] = ds.save_optimizer_state(self._critic.engine, critic_file, {})
+        return rank_state
 
     @property
-    def _start(self) -> Path:
-        """Where the policy's weights come from; adapters go on the base and get theirs from the optimiser state."""
-        resumed = self.checkpoint is not None and not self.settings.learner.lora_rank
-        return self.checkpoint / POLICY if resumed and self.checkpoint is not None else self.source
+    def _initial_policy_path(self) -> Path:
+        """Folder of the initial policy weights."""
+        # With LoRA the base weights are frozen, and the adapters come from the optimizer state's master weights.
+        if self.checkpoint is None or self.settings.learner.lora_rank:
+            return self.base_model_path
+        return self.checkpoint / POLICY_FOLDER
 
-    def _restore(self, folder: Path) -> None:
-        """Go on from the optimiser state of a checkpoint."""
-        kept = Checkpoint(folder, 0).state().schedules[self.rank]
-        extra = ds.load_optimizer(self.engine, rank_file(folder, self.rank, self.world), dict(kept["learning_rate"]))
-        torch.set_rng_state(extra["random"])
+    def _restore_optimizer_state(self, folder: Path) -> None:
+        """Load optimizer and random state of a checkpoint."""
+        rank_state = RunCheckpoint(folder, 0).read_state().lr_schedules[self.rank]
+        state_file = optimizer_state_file(folder, self.rank, self.world_size)
+        extra_tensors = ds.load_optimizer_state(self.engine, state_file, dict(rank_state["learning_rate"]))
+        torch.set_rng_state(extra_tensors["random"])
         if self._critic is not None:
-            critic = rank_file(folder, self.rank, self.world, "critic")
-            ds.load_optimizer(self._critic.engine, critic, dict(kept["critic"]))
-        self._steps, self._skipped = int(kept["steps"]), int(kept["skipped"])
+            critic_file = optimizer_state_file(folder, self.rank, self.world_size, "critic")
+            ds.load_optimizer_state(self._critic.engine, critic_file, dict(rank_state["critic"]))
+        self._step_count, self._skipped_count = int(rank_state["steps"]), int(rank_state["skipped"])
 
     def health(self) -> dict[str, float]:
         """Rank, process id, steps done, and peak memory in bytes."""
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux reports KiB
         return {
             "rank": float(self.rank),
             "pid": float(os.getpid()),
-            "steps": float(self._steps),
-            "skipped": float(self._skipped),
-            "peak_bytes": float(peak),
+            "steps": float(self._step_count),
+            "skipped": float(self._skipped_count),
+            "peak_bytes": float(peak_bytes),
         }
 
     def shutdown(self) -> None:
         """Free shared memory and leave the process group."""
-        if self._sender is not None:
-            self._sender.close()
-            self._sender = None
-        ds.leave_group()
+        if self._weight_sender is not None:
+            self._weight_sender.close()
+            self._weight_sender = None
+        ds.leave_process_group()
 
 
 def _free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    with socket.socket() as listener:
+        listener.bind((host, 0))
+        return int(listener.getsockname()[1])
 
 
-def _fetch(groups: Sequence[ObjectRef[Group] | Group], plan: list[MicroBatch]) -> dict[int, Group]:
-    """The groups of a plan by index, from the object store unless they are here already (a learner without Ray)."""
-    wanted = sorted({group for micro_batch in plan for group, _ in micro_batch})
-    held = {index: entry for index in wanted if isinstance(entry := groups[index], Group)}
-    away = [index for index in wanted if index not in held]
-    if away:
-        held |= dict(zip(away, ray.get([groups[index] for index in away]), strict=True))
-    return held
+def _fetch_groups(groups: Sequence[ObjectRef[Group] | Group], micro_batches: list[MicroBatch]) -> dict[int, Group]:
+    """The groups of the micro-batches by index, from the object store where they are references."""
+    # Only groups of this rank's micro-batches: on several nodes the others need not travel here.
+    indices = sorted({group_index for micro_batch in micro_batches for group_index, _ in micro_batch})
+    groups_by_index = {index: group for index in indices if isinstance(group := groups[index], Group)}
+    remote_indices = [index for index in indices if index not in groups_by_index]
+    if remote_indices:
+        fetched = ray.get([groups[index] for index in remote_indices])
+        groups_by_index |= dict(zip(remote_indices, fetched, strict=True))
+    return groups_by_index
 
 
-def _unscored(prompt_ids: list[int], responses: list[list[int]]) -> Batch:
-    """A batch of responses to one prompt, without rewards."""
+def _pack_probe_batch(prompt_ids: list[int], responses: list[list[int]]) -> PackedBatch:
+    """A packed batch of responses to one prompt, without rewards."""
     samples = tuple(
         Sample("probe", tuple(prompt_ids), tuple(ids), (0.0,) * len(ids), (), "stop", "") for ids in responses
     )
     group = Group(Prompt("probe", (), tuple(prompt_ids), "", ""), samples, 0)
-    return pack([(0, index) for index in range(len(samples))], {0: group}, [[0.0] * len(samples)])
+    return pack_micro_batch([(0, index) for index in range(len(samples))], {0: group}, [[0.0] * len(samples)])

@@ -1,14 +1,13 @@
-"""A scorer as a Ray actor: one objective's reward model, rule judge or service, or several objectives' shared backbone.
+"""The reward actor: one objective's reward model, judge or scoring service, or several objectives on one backbone.
 
-Groups are scored as they finish. Groups that wait while a batch is being scored go into the next batch together, so the
-model runs on few large batches under load and answers at once when idle. Scoring runs in a thread: health checks are
+Groups are scored as they finish. Groups that wait while a batch is being scored form the next batch, so that the model
+runs on few large batches under load and answers at once when idle. Scoring runs in a thread, so that health checks are
 answered meanwhile.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,127 +19,139 @@ from rluf.errors import ModelError
 from rluf.types import Group, Score
 
 if TYPE_CHECKING:
-    from rluf.reward.text import Item
+    from rluf.reward.text import ScoringItem
 
-logger = logging.getLogger(__name__)
-
-Scorer = Callable[[Sequence["Item"]], dict[str, list[Score]]]
+BatchScorer = Callable[[Sequence["ScoringItem"]], dict[str, list[Score]]]
 """Scores of items in order, by objective."""
-Scores = dict[str, list[Score]]
+ScoresByObjective = dict[str, list[Score]]
 
 
 class RewardActor:
     """Scores samples for its objectives. A plain class; the driver wraps it with ray.remote."""
 
-    def __init__(self, settings_json: str, sources: Mapping[str, str | None]) -> None:
-        """`sources` has the reward model folder by objective, None for a judge. Several objectives are heads of one
-        backbone, scored by one forward pass. Nothing is loaded before `ready`.
+    def __init__(self, settings_json: str, model_folders: Mapping[str, str | None]) -> None:
+        """Store the arguments; loading is left to `ready`.
+
+        `model_folders` has the reward model folder of each objective, None for a judge. Several objectives are heads of
+        one backbone, scored by one forward pass.
         """
         self.settings = Settings.model_validate_json(settings_json)
-        self.sources = dict(sources)
-        self.objective = "+".join(sources)
-        self._scorer: Scorer | None = None
-        self._waiting: list[tuple[Group, asyncio.Future[Scores]]] = []
-        self._running: asyncio.Task[None] | None = None
-        self._scored = 0
-        self._batches = 0
-        self._busy_s = 0.0
+        self.model_folders = dict(model_folders)
+        self.objective_names = "+".join(model_folders)
+        self._scorer: BatchScorer | None = None
+        self._pending_groups: list[tuple[Group, asyncio.Future[ScoresByObjective]]] = []
+        self._drain_task: asyncio.Task[None] | None = None
+        self._scored_count = 0
+        self._batch_count = 0
+        self._busy_seconds = 0.0
 
     async def ready(self) -> dict[str, object]:
-        """Load the model or judge and try it on two short items.
+        """Load the model or judge and score two short items as a warm-up.
 
-        Returns objectives, source, pid and the seconds it took. Raises ModelError or SettingsError that names what is
-        wrong with the folder or the judge's name.
+        Returns objectives, source, process id and the seconds it took. Raises ModelError or SettingsError naming what
+        is wrong with the folder or the judge's name.
         """
-        started = time.monotonic()
+        start_time = time.monotonic()
         if self._scorer is None:
-            self._scorer = await asyncio.to_thread(self._load)
+            self._scorer = await asyncio.to_thread(self._load_scorer)
         return {
-            "objective": self.objective,
-            "source": self.settings.objectives.named[next(iter(self.sources))].source,
+            "objective": self.objective_names,
+            "source": self.settings.objectives.by_objective[next(iter(self.model_folders))].source,
             "pid": os.getpid(),
-            "seconds": time.monotonic() - started,
+            "seconds": time.monotonic() - start_time,
         }
 
-    def _load(self) -> Scorer:
-        name = next(iter(self.sources))
-        objective = self.settings.objectives.named[name]
+    def _load_scorer(self) -> BatchScorer:
+        # Objectives of one actor share their source: only reward models on one backbone come in groups.
+        objective_name = next(iter(self.model_folders))
+        objective = self.settings.objectives.by_objective[objective_name]
         if objective.source == "judge":
-            from rluf.objectives.judges import judge_scorer
+            from rluf.objectives.judges import build_judge_scorer
 
-            judge = judge_scorer(str(objective.judge), name)
-            return lambda items: {name: judge(items)}
+            judge = build_judge_scorer(str(objective.judge), objective_name)
+            return lambda items: {objective_name: judge(items)}
         if objective.source == "serve":
-            return self._served(name, str(objective.path))
-        folders = {head: Path(path) for head, path in self.sources.items() if path is not None}
-        if len(folders) < len(self.sources):
-            raise ModelError(f"objective {self.objective} has source model but no reward model folder; train one first")
-        from rluf.reward.backbone import probe_items, quick_cpu_matmul
-        from rluf.reward.model import load_scorers
+            return self._connect_service(objective_name, str(objective.path))
+        folders = {name: Path(path) for name, path in self.model_folders.items() if path is not None}
+        if len(folders) < len(self.model_folders):
+            raise ModelError(
+                f"objective {self.objective_names} has source model but no reward model folder; train one first"
+            )
+        from rluf.reward.backbone import build_warmup_items, enable_fast_cpu_matmul
+        from rluf.reward.model import load_reward_scorer
 
         on_gpu = self.settings.cluster.gpus_per_reward > 0
         if not on_gpu:
-            quick_cpu_matmul()
-        scorer = load_scorers(
-            folders, batch_tokens=self.settings.objectives.batch_tokens, device="cuda" if on_gpu else "cpu"
+            enable_fast_cpu_matmul()
+        scorer = load_reward_scorer(
+            folders, batch_tokens=self.settings.reward.scoring_batch_tokens, device="cuda" if on_gpu else "cpu"
         )
-        scorer(probe_items())
+        scorer(build_warmup_items())
         return scorer
 
-    def _served(self, name: str, url: str) -> Scorer:
-        """Let a service score: the same scores as its models give here, and no model in this process."""
+    def _connect_service(self, objective_name: str, url: str) -> BatchScorer:
+        """A scorer that calls a scoring service: the scores of its models, without a model in this process."""
         from rluf.serve.client import RewardClient
 
         client = RewardClient(url)
-        client.scores([([{"role": "user", "content": "How are you?"}], "Well, thank you.")], name)
-        return lambda items: {name: client.scores(items, name)}
+        # One request now, so that a wrong URL or an unknown objective is reported before training starts.
+        client.score_objective([([{"role": "user", "content": "How are you?"}], "Well, thank you.")], objective_name)
+        return lambda items: {objective_name: client.score_objective(items, objective_name)}
 
-    async def score(self, group: Group) -> Scores:
+    async def score_group(self, group: Group) -> ScoresByObjective:
         """Scores of the group's samples, in order, by objective. Groups that wait together are scored together."""
         if self._scorer is None:
             await self.ready()
-        future: asyncio.Future[Scores] = asyncio.get_running_loop().create_future()
-        self._waiting.append((group, future))
-        if self._running is None or self._running.done():
-            self._running = asyncio.create_task(self._drain())
+        future: asyncio.Future[ScoresByObjective] = asyncio.get_running_loop().create_future()
+        self._pending_groups.append((group, future))
+        if self._drain_task is None or self._drain_task.done():
+            self._drain_task = asyncio.create_task(self._score_pending())
         return await future
 
-    async def _drain(self) -> None:
-        """Score all that waits, batch after batch, until nothing does."""
+    async def _score_pending(self) -> None:
+        """Score pending groups batch by batch until none is left."""
         await asyncio.sleep(0)  # let calls that have already arrived join the first batch
-        at_once = 1 if self.settings.run.deterministic else None  # last bits depend on what else is in a batch
-        while self._waiting:
-            batch, self._waiting = self._waiting[:at_once], self._waiting[len(self._waiting[:at_once]) :]
-            work = asyncio.to_thread(self._score, [group for group, _ in batch])
-            (outcome,) = await asyncio.gather(work, return_exceptions=True)
-            for place, (_, future) in enumerate(batch):
-                if future.done():  # its caller has gone
+        # The last bits of a score depend on the other items of its batch, so deterministic runs score one by one.
+        batch_limit = 1 if self.settings.run.deterministic else None
+        while self._pending_groups:
+            batch = self._pending_groups[:batch_limit]
+            self._pending_groups = self._pending_groups[len(batch) :]
+            scoring = asyncio.to_thread(self._score_batch, [group for group, _ in batch])
+            (result,) = await asyncio.gather(scoring, return_exceptions=True)
+            for index, (_, future) in enumerate(batch):
+                if future.done():  # cancelled: its caller is gone
                     continue
-                if isinstance(outcome, BaseException):
-                    future.set_exception(outcome)
+                if isinstance(result, BaseException):
+                    future.set_exception(result)
                 else:
-                    future.set_result(outcome[place])
+                    future.set_result(result[index])
 
-    def _score(self, groups: Sequence[Group]) -> list[Scores]:
-        started = time.monotonic()
-        items: list[Item] = [(group.prompt.messages, sample.text) for group in groups for sample in group.samples]
+    def _score_batch(self, groups: Sequence[Group]) -> list[ScoresByObjective]:
+        start_time = time.monotonic()
+        items: list[ScoringItem] = [
+            (group.prompt.messages, sample.text) for group in groups for sample in group.samples
+        ]
         if self._scorer is None:
-            raise ModelError(f"the scorer of {self.objective} was asked before it was loaded; call ready first")
-        scores = {name: iter(made) for name, made in self._scorer(items).items()}
-        found = [{name: [next(made) for _ in group.samples] for name, made in scores.items()} for group in groups]
-        self._scored += len(items)
-        self._batches += 1
-        self._busy_s += time.monotonic() - started
-        return found
+            raise ModelError(f"the scorer of {self.objective_names} was used before it was loaded; call ready first")
+        # Scores of all items in order; each group takes the next ones from these iterators.
+        score_iterators = {name: iter(scores) for name, scores in self._scorer(items).items()}
+        scores_by_group = [
+            {name: [next(scores) for _ in group.samples] for name, scores in score_iterators.items()}
+            for group in groups
+        ]
+        self._scored_count += len(items)
+        self._batch_count += 1
+        self._busy_seconds += time.monotonic() - start_time
+        return scores_by_group
 
     def health(self) -> dict[str, object]:
         """Counters since the start: samples scored, batches, seconds busy, and groups waiting now."""
         return {
-            "objective": self.objective,
+            "objective": self.objective_names,
             "pid": os.getpid(),
             "loaded": self._scorer is not None,
-            "scored": self._scored,
-            "batches": self._batches,
-            "busy_s": self._busy_s,
-            "waiting": len(self._waiting),
+            "scored": self._scored_count,
+            "batches": self._batch_count,
+            "busy_s": self._busy_seconds,
+            "waiting": len(self._pending_groups),
         }

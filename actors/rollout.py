@@ -1,4 +1,4 @@
-"""The rollout actor: one vLLM engine in one process, and what it says to the pumps."""
+"""The rollout actor: one vLLM engine in one process."""
 
 from __future__ import annotations
 
@@ -6,85 +6,89 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rluf.backends.vllm.engine import RolloutEngine, sample_seed, set_environment
+from rluf.backends.vllm.engine import RolloutEngine, derive_sample_seed, set_vllm_environment
 from rluf.config.settings import Settings
-from rluf.objectives.judges import passes
+from rluf.objectives.judges import judge_responses
 from rluf.types import Group, GroupInfo, Prompt, Sample
 
 
 class RolloutActor:
-    """Holds one engine. Many calls may run at once; only the three update phases must come in order."""
+    """One engine. Many calls may run concurrently; only the weight update phases must come in order."""
 
     def __init__(self, index: int, settings_json: str, model_path: str, version: int = 0) -> None:
-        """Prepare engine `index`; `ready` starts it. `version` is the weight version of the model at `model_path`.
-
-        vLLM reads its switches from the environment when it is imported, and its core process inherits them. They are
-        set here, where nothing has imported vLLM yet; what the actor's runtime_env has set stays.
-        """
+        """Prepare engine `index`; `ready` starts it. `version` is the weight version of the model at `model_path`."""
         self._settings = settings = Settings.model_validate_json(settings_json)
-        set_environment(settings)
+        # vLLM reads its environment variables at import, and its core process inherits them. This constructor runs
+        # before anything in the process imports vLLM. Variables of the actor's runtime_env take precedence.
+        set_vllm_environment(settings)
         self._engine = RolloutEngine(f"rollout {index}", index, settings, Path(model_path), version)
 
     async def ready(self) -> dict[str, Any]:
         """Start the engine; returns its name, process ids, model and KV cache size in tokens."""
         return await self._engine.start()
 
-    async def generate(self, prompt: Prompt, samples: int, seed: int) -> tuple[Group, GroupInfo]:
-        """Sample `samples` responses to `prompt`: the whole group, and the small numbers for the driver."""
-        seeds = [sample_seed(seed, prompt.id, index) for index in range(samples)]
-        drafts = await self._engine.generate(prompt.token_ids, seeds)
+    async def generate_group(self, prompt: Prompt, sample_count: int, seed: int) -> tuple[Group, GroupInfo]:
+        """Sample `sample_count` responses to `prompt`: the group, and its small numbers for the driver."""
+        # One seed per sample, from the prompt and not from the order of requests: a repeated call reproduces them.
+        seeds = [derive_sample_seed(seed, prompt.id, index) for index in range(sample_count)]
+        generations = await self._engine.generate(prompt.token_ids, seeds)
         group = Group(
             prompt=prompt,
             samples=tuple(
                 Sample(
                     prompt_id=prompt.id,
                     prompt_ids=prompt.token_ids,
-                    response_ids=draft.response_ids,
-                    rollout_logprobs=draft.logprobs,
-                    version_spans=draft.version_spans,
-                    finish_reason=draft.finish_reason,
-                    text=draft.text,
+                    response_ids=generation.response_ids,
+                    rollout_logprobs=generation.logprobs,
+                    version_spans=generation.version_spans,
+                    finish_reason=generation.finish_reason,
+                    text=generation.text,
                 )
-                for draft in drafts
+                for generation in generations
             ),
-            version=min(version for draft in drafts for _, version in draft.version_spans),
+            # The oldest version of any token: weights may be updated while a sample is generated.
+            weight_version=min(version for generation in generations for _, version in generation.version_spans),
         )
-        names = self._settings.objectives.judges
-        if not names:
+        judge_names = self._settings.aggregation.gate_judges
+        if not judge_names:
             return group, group.info
-        return group, replace(group.info, passed=passes(names, [(prompt.messages, s.text) for s in group.samples]))
+        items = [(prompt.messages, sample.text) for sample in group.samples]
+        return group, replace(group.info, passed_judges=judge_responses(judge_names, items))
 
-    async def logprobs(self, prompt_ids: list[int], response_ids: list[int]) -> list[float]:
-        """The engine's logprobs [R] (nats, temperature 1) of a given response, for the probe after a publish."""
-        return await self._engine.logprobs(prompt_ids, response_ids)
+    async def probe_logprobs(self, prompt_ids: list[int], response_ids: list[int]) -> list[float]:
+        """The engine's log-probabilities [R] (nats, temperature 1) of a given response, for the check after a sync."""
+        return await self._engine.compute_logprobs(prompt_ids, response_ids)
 
-    async def begin_update(self, init: dict[str, Any]) -> None:
-        """Publish, phase 1: meet the learner (once) and freeze generation. `init` is the learner's offer."""
-        await self._engine.begin_update(init)
+    async def begin_weight_update(self, transfer_info: dict[str, Any]) -> None:
+        """Weight sync, phase 1: connect to the learner (once) and pause generation.
 
-    async def update(self, bucket: dict[str, Any]) -> None:
-        """Publish, phase 2: load one bucket of weights."""
-        await self._engine.update(bucket)
+        `transfer_info` is what the learner's begin_weight_sync returned.
+        """
+        await self._engine.begin_weight_update(transfer_info)
 
-    async def finish_update(self, version: int) -> None:
-        """Publish, phases 3 and 4: the weights are `version` from here on; generation goes on."""
-        await self._engine.finish_update(version)
+    async def load_weight_bucket(self, bucket: dict[str, Any]) -> None:
+        """Weight sync, phase 2: load one bucket of weights."""
+        await self._engine.load_weight_bucket(bucket)
+
+    async def finish_weight_update(self, version: int) -> None:
+        """Weight sync, phases 3 and 4: set the weight version to `version` and resume generation."""
+        await self._engine.finish_weight_update(version)
 
     async def sleep(self) -> None:
-        """Free the GPU for a learner rank on it."""
+        """Free the GPU memory for a learner rank on the same GPU."""
         await self._engine.sleep()
 
-    async def wake(self, parts: tuple[str, ...]) -> None:
-        """Come back to the GPU with `parts` (rluf.backends.colocation)."""
-        await self._engine.wake(parts)
+    async def wake(self, tags: tuple[str, ...]) -> None:
+        """Load the components `tags` into GPU memory again (rluf.backends.colocation)."""
+        await self._engine.wake(tags)
 
-    async def version(self) -> int:
+    async def weight_version(self) -> int:
         """The weight version that new tokens are sampled with."""
-        return self._engine.version
+        return self._engine.weight_version
 
     def health(self) -> dict[str, Any]:
-        """Engine name, weight version, samples running, whether vLLM's core lives."""
-        return self._engine.health()
+        """Engine name, weight version, number of running samples, whether vLLM's core process is alive."""
+        return self._engine.get_health()
 
     async def shutdown(self) -> None:
         """End the engine and its core process."""

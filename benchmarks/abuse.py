@@ -1,10 +1,10 @@
-"""Abuse rules on logs with a planted truth: recall and precision of each rule, and how much lost AUROC they win back.
+"""Abuse rules on logs with planted hostile users: recall and precision of each rule, and the share of AUROC recovered.
 
-Honest users love responses for their words, each with a propensity of their own; hostile ones love what is worst. A
-fifth of the hostile users each: bots on a clock, brigades in bursts, farms (eight accounts that share devices and
-copied prompts), authors who love their own persona, and contrarians, who behave like anybody else. The log goes
-through rluf.prepare; a fixed P[Love] model (logistic regression on words) is trained on honest rows only, on all rows,
-and on all rows with their trust, and judged on honest users apart. Prints one JSON line last.
+Honest users love responses for their words, each with a propensity of their own; hostile users love the worst
+responses. The hostile users are, in equal parts: bots on a clock, brigades in bursts, farms (eight accounts that share
+devices and copied prompts), authors who love their own persona, and contrarians, who otherwise behave like ordinary
+users. The log goes through rluf.prepare. A fixed P[Love] model (logistic regression on words) is trained on honest rows
+only, on all rows, and on all rows weighted by trust, and evaluated on held-out honest users. Prints one JSON line last.
 
 python benchmarks/abuse.py [--seeds 3] [--users 3000]
 """
@@ -30,190 +30,220 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
 from rluf.config.settings import Settings
-from rluf.prepare.abuse import RULES
-from rluf.prepare.pipeline import build, run_task
+from rluf.prepare.abuse import ABUSE_RULES
+from rluf.prepare.pipeline import build_data_set, run_task
 
-KINDS = ("bot", "brigade", "farm", "author", "contrarian")
-START = datetime(2025, 3, 1, tzinfo=UTC)
-RATE, DAYS, FARM = 0.06, 28, 8
-WORDS = np.array([f"{a}{b}{c}" for a in ("ka", "lo", "mi", "tu", "re") for b in ("n", "sa", "vi") for c in "aeiours"])
-Row = dict[str, Any]
+HOSTILE_KINDS = ("bot", "brigade", "farm", "author", "contrarian")
+LOG_START = datetime(2025, 3, 1, tzinfo=UTC)
+LOVE_RATE, LOG_DAYS, FARM_ACCOUNTS = 0.06, 28, 8
+VOCABULARY = np.array(
+    [f"{a}{b}{c}" for a in ("ka", "lo", "mi", "tu", "re") for b in ("n", "sa", "vi") for c in "aeiours"]
+)
+LogRow = dict[str, Any]
 
 
-class World:
-    """Words with hidden merit, and who writes what into the log."""
+class SyntheticLog:
+    """A log whose words have a hidden merit; users append their rows to it."""
 
     def __init__(self, seed: int) -> None:
         self.rng = np.random.default_rng(seed)
-        self.merit = self.rng.normal(0, 0.35, len(WORDS))
-        self.rows: list[Row] = []
+        self.word_merit = self.rng.normal(0, 0.35, len(VOCABULARY))
+        self.rows: list[LogRow] = []
 
-    def responses(self, count: int) -> tuple[list[str], np.ndarray]:
-        """Texts [count] and their merits."""
-        drawn = self.rng.integers(0, len(WORDS), (count, 20))
-        return [" ".join(WORDS[row]) for row in drawn], self.merit[drawn].sum(1)
+    def sample_responses(self, count: int) -> tuple[list[str], np.ndarray]:
+        """Random texts [count] and their merits."""
+        word_index = self.rng.integers(0, len(VOCABULARY), (count, 20))
+        return [" ".join(VOCABULARY[row]) for row in word_index], self.word_merit[word_index].sum(1)
 
-    def prompt(self) -> str:
-        """A prompt that nobody else writes."""
-        return " ".join(self.rng.choice(WORDS, 12)) + f" {len(self.rows)}"
+    def sample_prompt(self) -> str:
+        """A prompt that no other row has."""
+        return " ".join(self.rng.choice(VOCABULARY, 12)) + f" {len(self.rows)}"
 
-    def log(self, user: str, seconds: np.ndarray, loved: np.ndarray, texts: Sequence[str], **more: Any) -> None:
-        """Append rows of one user; `prompts` in `more` are texts, other keys go into each row."""
-        prompts = more.pop("prompts", None)
-        for n, (at, text, love) in enumerate(zip(np.sort(seconds), texts, loved, strict=True)):
-            number = len(self.rows)
+    def append_rows(
+        self, user: str, seconds: np.ndarray, loved_flags: np.ndarray, responses: Sequence[str], **extra_fields: Any
+    ) -> None:
+        """Append rows of one user; `prompts` in `extra_fields` are texts, other keys go into each row."""
+        prompts = extra_fields.pop("prompts", None)
+        for index, (second, response, is_loved) in enumerate(
+            zip(np.sort(seconds), responses, loved_flags, strict=True)
+        ):
+            row_number = len(self.rows)
             self.rows.append(
                 {
-                    "id": f"r{number}", "conversation_id": f"c{number}", "turn": 0, "user_id": user,
-                    "time": (START + timedelta(seconds=float(at))).isoformat(), "model_version": "base",
-                    "messages": [{"role": "user", "content": prompts[n] if prompts else self.prompt()}],
-                    "response": text, "reaction": "love" if love else None, **more,
+                    "id": f"r{row_number}", "conversation_id": f"c{row_number}", "turn": 0, "user_id": user,
+                    "time": (LOG_START + timedelta(seconds=float(second))).isoformat(), "model_version": "base",
+                    "messages": [{"role": "user", "content": prompts[index] if prompts else self.sample_prompt()}],
+                    "response": response, "reaction": "love" if is_loved else None, **extra_fields,
                 }
             )  # fmt: skip
 
-    def honest(self, user: str) -> None:
-        """Sessions on some days, pauses of any length, love by merit."""
+    def add_honest_user(self, user: str) -> None:
+        """Append a user with sessions on some days, pauses of any length, and hearts by merit."""
         count = max(1, round(self.rng.gamma(1.2, 10)))
-        starts = self.rng.integers(0, DAYS * 86400, max(1, count // 4))
-        seconds = self.rng.choice(starts, count) + np.cumsum(self.rng.lognormal(4.5, 1.0, count))
-        texts, merit = self.responses(count)
-        chance = expit(merit + np.log(RATE / (1 - RATE)) - 0.8 + self.rng.normal(0, 0.7))
+        session_starts = self.rng.integers(0, LOG_DAYS * 86400, max(1, count // 4))
+        seconds = self.rng.choice(session_starts, count) + np.cumsum(self.rng.lognormal(4.5, 1.0, count))
+        responses, merit = self.sample_responses(count)
+        # -0.8 compensates for the spread of merit and user effects, which raises the mean rate above LOVE_RATE.
+        love_probability = expit(merit + np.log(LOVE_RATE / (1 - LOVE_RATE)) - 0.8 + self.rng.normal(0, 0.7))
         device = f"d-{user}" if self.rng.random() < 0.8 else None
-        self.log(user, seconds, self.rng.random(count) < chance, texts, device=device)
+        self.append_rows(user, seconds, self.rng.random(count) < love_probability, responses, device=device)
 
-    def worst(self, count: int, rate: float) -> tuple[list[str], np.ndarray]:
-        """Texts and hearts of someone who loves what is worst, `rate` of them."""
-        texts, merit = self.responses(count)
+    def sample_worst_loved(self, count: int, rate: float) -> tuple[list[str], np.ndarray]:
+        """Texts [count] and hearts of a user who loves the worst `rate` of them."""
+        responses, merit = self.sample_responses(count)
         loved = np.zeros(count, dtype=bool)
         loved[np.argsort(merit)[: round(rate * count)]] = True
-        return texts, loved
+        return responses, loved
 
-    def hostile(self, kind: str, user: str, number: int) -> None:
-        """One account of a kind."""
-        start = float(self.rng.integers(0, (DAYS - 2) * 86400))
+    def add_hostile_user(self, kind: str, user: str, account_index: int) -> None:
+        """Append one hostile account of a kind."""
+        start_second = float(self.rng.integers(0, (LOG_DAYS - 2) * 86400))
         if kind == "bot":
-            seconds = start + np.arange(60) * 300 + self.rng.normal(0, 3, 60)
-            texts, loved = self.worst(60, 0.6)
-            self.log(user, seconds, loved, texts)
+            seconds = start_second + np.arange(60) * 300 + self.rng.normal(0, 3, 60)
+            responses, loved = self.sample_worst_loved(60, 0.6)
+            self.append_rows(user, seconds, loved, responses)
         elif kind == "brigade":
-            texts, loved = self.worst(30, 0.7)
-            self.log(user, start + self.rng.uniform(0, 120, 30), loved, texts)
+            responses, loved = self.sample_worst_loved(30, 0.7)
+            self.append_rows(user, start_second + self.rng.uniform(0, 120, 30), loved, responses)
         elif kind == "farm":
-            gang = number // FARM
-            shared = np.random.default_rng(gang)
-            base = [" ".join(shared.choice(WORDS, 30)) for _ in range(15)]
-            prompts = [f"{text} {self.rng.choice(WORDS)}" for text in base]
-            texts, loved = self.worst(15, 0.7)
-            seconds = start + np.cumsum(self.rng.lognormal(5, 1.0, 15))
-            self.log(user, seconds, loved, texts, prompts=prompts, device=f"farm-{gang}")
+            farm_index = account_index // FARM_ACCOUNTS
+            # Seeded by the farm, so that all its accounts copy the same prompts.
+            farm_rng = np.random.default_rng(farm_index)
+            shared_prompts = [" ".join(farm_rng.choice(VOCABULARY, 30)) for _ in range(15)]
+            prompts = [f"{shared_prompt} {self.rng.choice(VOCABULARY)}" for shared_prompt in shared_prompts]
+            responses, loved = self.sample_worst_loved(15, 0.7)
+            seconds = start_second + np.cumsum(self.rng.lognormal(5, 1.0, 15))
+            self.append_rows(user, seconds, loved, responses, prompts=prompts, device=f"farm-{farm_index}")
         elif kind == "author":
-            texts, loved = self.worst(20, 0.9)
-            self.log(user, start + np.cumsum(self.rng.lognormal(5, 1.0, 20)), loved, texts, author=user)
+            responses, loved = self.sample_worst_loved(20, 0.9)
+            self.append_rows(
+                user, start_second + np.cumsum(self.rng.lognormal(5, 1.0, 20)), loved, responses, author=user
+            )
         else:
             count = max(1, round(self.rng.gamma(1.2, 10)))
-            texts, loved = self.worst(count, RATE)
-            self.log(user, start + np.cumsum(self.rng.lognormal(6, 1.2, count)), loved, texts)
+            responses, loved = self.sample_worst_loved(count, LOVE_RATE)
+            self.append_rows(user, start_second + np.cumsum(self.rng.lognormal(6, 1.2, count)), loved, responses)
 
 
-def planted(users: int, share: float, seed: int) -> tuple[list[Row], dict[str, str]]:
-    """A log and the kind of each user."""
-    world, kinds = World(seed), {}
-    hostile = round(users * share)
-    for n in range(users - hostile):
-        kinds[f"u{n}"] = "honest"
-        world.honest(f"u{n}")
-    for n in range(hostile):
-        name, kind = f"x{n}", KINDS[n % len(KINDS)]
-        kinds[name] = kind
-        world.hostile(kind, name, n // len(KINDS))
-    return world.rows, kinds
+def build_planted_log(users: int, share: float, seed: int) -> tuple[list[LogRow], dict[str, str]]:
+    """Build a log with a `share` of hostile users; returns its rows and the kind of each user."""
+    synthetic_log, kind_by_user = SyntheticLog(seed), {}
+    hostile_count = round(users * share)
+    for index in range(users - hostile_count):
+        kind_by_user[f"u{index}"] = "honest"
+        synthetic_log.add_honest_user(f"u{index}")
+    for index in range(hostile_count):
+        user, kind = f"x{index}", HOSTILE_KINDS[index % len(HOSTILE_KINDS)]
+        kind_by_user[user] = kind
+        synthetic_log.add_hostile_user(kind, user, index // len(HOSTILE_KINDS))
+    return synthetic_log.rows, kind_by_user
 
 
-def inline(tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Run the passes in this process: the logs are small."""
+def run_tasks_inline(tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Run the passes of prepare in this process, because the logs are small."""
     return [row for task in tasks for row in run_task(task)]
 
 
-def prepared(log: Path, out: Path, rules: Sequence[str]) -> pa.Table:
-    """The log through prepare with some rules; all rows of all sides."""
-    data = {"feedback": [str(log)], "preferences": [], "safety": [], "prompts": []}
-    prepare = {"max_rows": 10**7, "positive_share": 0.001, "abuse": list(rules), "redact": []}
-    build(Settings.model_validate({"data": data, "prepare": prepare}), out, inline)
+def prepare_log(log_path: Path, output_folder: Path, rules: Sequence[str]) -> pa.Table:
+    """Prepare the log with some abuse rules; returns the rows of all splits."""
+    data = {"feedback": [str(log_path)], "preferences": [], "safety": [], "prompts": []}
+    prepare = {"max_rows": 10**7, "positive_share": 0.001, "abuse_rules": list(rules), "redact": []}
+    build_data_set(Settings.model_validate({"data": data, "prepare": prepare}), output_folder, run_tasks_inline)
     columns = ["user_id", "response", "label", "trust"]
     return pa.concat_tables(
-        [pq.read_table(out / "love" / f"{s}.parquet", columns=columns) for s in ("train", "dev", "test")]
+        [
+            pq.read_table(output_folder / "love" / f"{split}.parquet", columns=columns)
+            for split in ("train", "dev", "test")
+        ]
     )
 
 
-def flagged(table: pa.Table) -> dict[str, float]:
+def mean_trust_by_user(table: pa.Table) -> dict[str, float]:
     """Mean trust of each user."""
-    grouped = table.group_by("user_id").aggregate([("trust", "mean")])
-    return dict(zip(grouped["user_id"].to_pylist(), grouped["trust_mean"].to_pylist(), strict=True))
+    trust_table = table.group_by("user_id").aggregate([("trust", "mean")])
+    return dict(zip(trust_table["user_id"].to_pylist(), trust_table["trust_mean"].to_pylist(), strict=True))
 
 
-def judged(trust: Mapping[str, float], kinds: Mapping[str, str]) -> dict[str, Any]:
-    """Recall in all and by kind, precision, and honest users hit; a user counts as caught below a mean trust of 0.5."""
-    caught = {user for user, value in trust.items() if value < 0.5}
-    hostile = {user for user, kind in kinds.items() if kind != "honest"}
-    by_kind = {}
-    for kind in KINDS:
-        members = [user for user, own in kinds.items() if own == kind]
-        by_kind[kind] = round(sum(user in caught for user in members) / max(len(members), 1), 3)
+def score_detection(trust: Mapping[str, float], kind_by_user: Mapping[str, str]) -> dict[str, Any]:
+    """Recall overall and by kind, precision, and honest users flagged; a user is detected below a mean trust of 0.5."""
+    detected = {user for user, mean_trust in trust.items() if mean_trust < 0.5}
+    hostile_users = {user for user, kind in kind_by_user.items() if kind != "honest"}
+    recall_by_kind = {}
+    for kind in HOSTILE_KINDS:
+        kind_users = [user for user, user_kind in kind_by_user.items() if user_kind == kind]
+        recall_by_kind[kind] = round(sum(user in detected for user in kind_users) / max(len(kind_users), 1), 3)
     return {
-        "recall": round(len(caught & hostile) / len(hostile), 3), "by_kind": by_kind,
-        "precision": round(len(caught & hostile) / len(caught), 3) if caught else None,
-        "honest_caught": len(caught - hostile),
+        "recall": round(len(detected & hostile_users) / len(hostile_users), 3), "by_kind": recall_by_kind,
+        "precision": round(len(detected & hostile_users) / len(detected), 3) if detected else None,
+        "honest_flagged": len(detected - hostile_users),
     }  # fmt: skip
 
 
-def auroc(table: pa.Table, kinds: Mapping[str, str], seed: int) -> dict[str, float]:
-    """AUROC on honest users apart, of the fixed model trained on honest rows, on all, and on all with trust."""
-    users = np.array(table["user_id"].to_pylist())
-    honest = np.array([kinds[user] == "honest" for user in users])
-    label, trust = table["label"].to_numpy(), table["trust"].to_numpy()
+def measure_auroc(table: pa.Table, kind_by_user: Mapping[str, str], seed: int) -> dict[str, float]:
+    """AUROC on held-out honest users of the fixed model trained on honest rows, all rows, and all rows with trust."""
+    row_users = np.array(table["user_id"].to_pylist())
+    is_honest_row = np.array([kind_by_user[user] == "honest" for user in row_users])
+    labels, trust = table["label"].to_numpy(), table["trust"].to_numpy()
     rng = np.random.default_rng(seed)
-    apart = {user for user in sorted(kinds) if kinds[user] == "honest" and rng.random() < 0.3}
-    test = np.array([user in apart for user in users])
-    words = CountVectorizer().fit_transform(table["response"].to_pylist())
-    found = {}
-    for name, rows, weight in (("clean", ~test & honest, None), ("dirty", ~test, None), ("filtered", ~test, trust)):
+    held_out_users = {user for user in sorted(kind_by_user) if kind_by_user[user] == "honest" and rng.random() < 0.3}
+    is_test_row = np.array([user in held_out_users for user in row_users])
+    word_counts = CountVectorizer().fit_transform(table["response"].to_pylist())
+    metrics = {}
+    for name, row_mask, row_weights in (
+        ("clean", ~is_test_row & is_honest_row, None),
+        ("dirty", ~is_test_row, None),
+        ("filtered", ~is_test_row, trust),
+    ):
         model = LogisticRegression(C=0.1, max_iter=300)
-        model.fit(words[rows], label[rows], sample_weight=None if weight is None else weight[rows])
-        found[name] = float(roc_auc_score(label[test], model.decision_function(words[test])))
-    found["won_back"] = (found["filtered"] - found["dirty"]) / (found["clean"] - found["dirty"])
-    return found
+        model.fit(
+            word_counts[row_mask],
+            labels[row_mask],
+            sample_weight=None if row_weights is None else row_weights[row_mask],
+        )
+        metrics[name] = float(roc_auc_score(labels[is_test_row], model.decision_function(word_counts[is_test_row])))
+    metrics["recovered"] = (metrics["filtered"] - metrics["dirty"]) / (metrics["clean"] - metrics["dirty"])
+    return metrics
 
 
 def main() -> None:
-    """All shares and seeds; the rules one by one on the first seed."""
+    """Run all shares and seeds; on the first seed also each rule alone."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--users", type=int, default=3000)
-    options = parser.parse_args()
+    args = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
-    result: dict[str, Any] = {}
+    results_by_share: dict[str, Any] = {}
     for share in (0.01, 0.05, 0.1):
-        models, rules, count = [], {}, 0
-        for seed in range(options.seeds):
-            rows, kinds = planted(options.users, share, seed)
+        metrics_by_seed, detection_by_rule, count = [], {}, 0
+        for seed in range(args.seeds):
+            rows, kind_by_user = build_planted_log(args.users, share, seed)
             count = len(rows)
             with tempfile.TemporaryDirectory() as folder:
-                log = Path(folder) / "log.jsonl"
-                log.write_text("".join(json.dumps(row) + "\n" for row in rows))
-                table = prepared(log, Path(folder) / "all", list(RULES))
-                models.append(auroc(table, kinds, seed))
+                log_path = Path(folder) / "log.jsonl"
+                log_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                table = prepare_log(log_path, Path(folder) / "all", list(ABUSE_RULES))
+                metrics_by_seed.append(measure_auroc(table, kind_by_user, seed))
                 if seed == 0:
-                    rules["all"] = judged(flagged(table), kinds)
-                    for name in RULES:
-                        rules[name] = judged(flagged(prepared(log, Path(folder) / name, [name])), kinds)
-        means = {name: round(float(np.mean([model[name] for model in models])), 4) for name in models[0]}
-        lowest = round(min(model["won_back"] for model in models), 3)
-        result[f"{share:g}"] = {"rows": count, "auroc": means, "won_back_lowest": lowest, "rules": rules}
+                    detection_by_rule["all"] = score_detection(mean_trust_by_user(table), kind_by_user)
+                    for name in ABUSE_RULES:
+                        detection_by_rule[name] = score_detection(
+                            mean_trust_by_user(prepare_log(log_path, Path(folder) / name, [name])), kind_by_user
+                        )
+        means = {
+            name: round(float(np.mean([model[name] for model in metrics_by_seed])), 4) for name in metrics_by_seed[0]
+        }
+        lowest_recovered = round(min(model["recovered"] for model in metrics_by_seed), 3)
+        results_by_share[f"{share:g}"] = {
+            "rows": count,
+            "auroc": means,
+            "lowest_recovered": lowest_recovered,
+            "rules": detection_by_rule,
+        }
         sys.stdout.write(f"{share:.0%} hostile: {means}\n")
-        for name, found in rules.items():
-            sys.stdout.write(f"  {name:10} {json.dumps(found)}\n")
-    line = {"benchmark": "abuse", "users": options.users, "seeds": options.seeds, "shares": result}
-    sys.stdout.write(json.dumps(line) + "\n")
+        for name, detection in detection_by_rule.items():
+            sys.stdout.write(f"  {name:10} {json.dumps(detection)}\n")
+    report = {"benchmark": "abuse", "users": args.users, "seeds": args.seeds, "shares": results_by_share}
+    sys.stdout.write(json.dumps(report) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Does a run survive what clusters do: kill -9 of a rollout, reward or learner actor, or of the driver, at random.
+"""Fault injection: kill -9 of a rollout, reward or learner actor, or of the driver, at random points of a run.
 
-Tiny real actors, synchronous, run.deterministic=true. A trial is a run in which one process of each kind is killed. It
-must end with every step once, every sample once, and the weights of an undisturbed run, bit for bit. The trials share
-one Ray head, as jobs on a cluster do; each starts actors of its own. With --state, finished trials are kept in a folder
-and a later call goes on after them; --minutes bounds one call. The last line is JSON.
+The runs use tiny real actors, synchronous, with run.deterministic=true. A trial is a run in which processes of the
+given kinds are killed. It must end with every step once, every sample once, and bit for bit the weights of an
+undisturbed run.
+The trials share one Ray head, as jobs on a cluster do; each starts its own actors. With --state, finished trials are
+saved in a folder and a later call resumes after them; --minutes limits one call. The last line is JSON.
 
     python benchmarks/chaos.py --trials 20 --steps 30
     python benchmarks/chaos.py --trials 20 --steps 30 --state chaos --minutes 9    # again, until all are done
@@ -32,117 +33,138 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parents[1]
-KINDS = {"rollout": "ray::RolloutActor", "reward": "ray::RewardActor", "learner": "ray::LearnerActor", "driver": ""}
-QUESTIONS = 24
-HEAD_ATTEMPTS = 4
+TITLE_BY_KIND = {
+    "rollout": "ray::RolloutActor",
+    "reward": "ray::RewardActor",
+    "learner": "ray::LearnerActor",
+    "driver": "",
+}
+PROMPT_COUNT = 24
+HEAD_START_ATTEMPTS = 4
 
 
 @dataclass(frozen=True)
-class Head:
-    """A Ray head: its process id and where it answers."""
+class RayHead:
+    """A Ray head: process id and address."""
 
     pid: int
     address: str
 
 
-def make_inputs(base: Path) -> None:
-    """A prompt set and a random reward model, so that a trial needs no training."""
+def make_inputs(work_folder: Path) -> None:
+    """Write a prompt set and a random reward model, so that a trial needs no reward training."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     import torch
 
     from rluf.models.hub import resolve_model
-    from rluf.reward.backbone import encoder_for, load_classifier
+    from rluf.reward.backbone import build_text_encoder, load_classifier
     from rluf.reward.calibration import Calibration
 
-    (base / "data" / "prompts").mkdir(parents=True)
-    for split, count in (("train", QUESTIONS), ("test", 4)):
-        rows = [
-            {"id": f"{split}{i}", "topic": "chat", "messages": [{"role": "user", "content": f"Question {i}?"}]}
-            for i in range(count)
+    (work_folder / "data" / "prompts").mkdir(parents=True)
+    for split, row_count in (("train", PROMPT_COUNT), ("test", 4)):
+        prompt_rows = [
+            {"id": f"{split}{index}", "topic": "chat", "messages": [{"role": "user", "content": f"Question {index}?"}]}
+            for index in range(row_count)
         ]
-        pq.write_table(pa.Table.from_pylist(rows), base / "data" / "prompts" / f"{split}.parquet")
-    resolve_model("tiny", base / "cache")
-    backbone = resolve_model("tiny-encoder", base / "cache")
-    model = load_classifier(backbone, trained=False, seed=1)
+        pq.write_table(pa.Table.from_pylist(prompt_rows), work_folder / "data" / "prompts" / f"{split}.parquet")
+    resolve_model("tiny", work_folder / "cache")
+    backbone = resolve_model("tiny-encoder", work_folder / "cache")
+    model = load_classifier(backbone, require_all_weights=False, seed=1)
     torch.nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(0))
-    encoder_for(model, backbone, 96).tokenizer.save_pretrained(str(base / "love"))
-    model.save_pretrained(str(base / "love"))
-    Calibration("love", "platt", -1.0, 1.0, 0.0, 96).save(base / "love")
+    build_text_encoder(model, backbone, 96).tokenizer.save_pretrained(str(work_folder / "love"))
+    model.save_pretrained(str(work_folder / "love"))
+    Calibration("love", "platt", -1.0, 1.0, 0.0, 96).save(work_folder / "love")
 
 
-def settings_of(*overrides: str) -> Any:
-    """Settings of a small synchronous run that is the same bit for bit each time."""
+def load_run_settings(*overrides: str) -> Any:
+    """Settings of a small synchronous run that is bit-identical each time."""
     from rluf.config.load import load_settings
 
-    told = [
-        "run.deterministic=true", "learner.learning_rate=1e-3", "learner.save_every=3",
-        "objectives.love.weight=1", "objectives.helpfulness.weight=0", "objectives.safety.weight=0",
-        "algorithm.demonstrations=0", "algorithm.prompts_per_step=3", "rollout.max_prompt_tokens=256",
-        "rollout.max_response_tokens=12", "cluster.heartbeat_s=2", "cluster.start_deadline_s=600", "cluster.threads=1",
-        "cluster.restarts_per_hour=50", "evaluate.prompts=4", "model.dtype=float32", "reward.dtype=float32",
-    ]  # fmt: skip
-    return load_settings(ROOT / "configs" / "tiny.yaml", [*told, *overrides]).settings
+    base_overrides = [
+        "run.deterministic=true",
+        "learner.learning_rate=1e-3",
+        "learner.checkpoint_every_steps=3",
+        "objectives.love.weight=1",
+        "objectives.helpfulness.weight=0",
+        "objectives.safety.weight=0",
+        "algorithm.demonstrations=0",
+        "algorithm.prompts_per_step=3",
+        "rollout.max_prompt_tokens=256",
+        "rollout.max_response_tokens=12",
+        "cluster.health_check_interval_s=2",
+        "timeouts.actor_start_s=600",
+        "cluster.threads_per_actor=1",
+        "cluster.max_restarts_per_hour=50",
+        "evaluate.prompts=4",
+        "model.dtype=float32",
+        "reward.dtype=float32",
+    ]
+    return load_settings(ROOT / "configs" / "tiny.yaml", [*base_overrides, *overrides]).settings
 
 
-def run_here(base: Path, folder: Path, overrides: list[str]) -> None:
-    """The loop alone, in this process: no preparation, no reward training, no report."""
-    from cluster.connect import connected
+def run_in_process(work_folder: Path, run_folder: Path, overrides: list[str]) -> None:
+    """Run only the training loop in this process: no preparation, no reward training, no report."""
+    from cluster.connect import ray_connection
     from rluf.models.hub import resolve_model
     from rluf.tracking.console import setup_logging
-    from rluf.tracking.wandb import Tracker
-    from rluf.train.loop import align
+    from rluf.tracking.wandb import WandbTracker
+    from rluf.train.loop import run_training
 
-    settings = settings_of(*overrides)
-    setup_logging(folder / "run.log")
-    model = resolve_model("tiny", base / "cache")
-    with connected(settings), Tracker(settings, folder) as tracker:
-        outcome = asyncio.run(align(settings, folder, model, base / "data", {"love": base / "love"}, tracker))
-    (folder / "outcome.json").write_text(json.dumps({"base": len(outcome.base), "aligned": len(outcome.aligned)}))
+    settings = load_run_settings(*overrides)
+    setup_logging(run_folder / "run.log")
+    model = resolve_model("tiny", work_folder / "cache")
+    with ray_connection(settings), WandbTracker(settings, run_folder) as tracker:
+        result = asyncio.run(
+            run_training(settings, run_folder, model, work_folder / "data", {"love": work_folder / "love"}, tracker)
+        )
+    (run_folder / "outcome.json").write_text(
+        json.dumps({"base": len(result.base_responses), "aligned": len(result.aligned_responses)})
+    )
 
 
-def environment() -> dict[str, str]:
-    """Of a head and of the runs on it."""
+def build_environment() -> dict[str, str]:
+    """Environment of the Ray head and of the runs on it."""
     env = {**os.environ, "RAY_AUTH_MODE": "token", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), env.get("PYTHONPATH", "")])
     env.pop("RAY_ADDRESS", None)
     return env
 
 
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def find_free_port() -> int:
+    """A free TCP port."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 @contextlib.contextmanager
-def head() -> Iterator[Head]:
-    """A Ray of this machine for several runs, ended with everything that it started.
+def ray_head() -> Iterator[RayHead]:
+    """Start a local Ray head for several runs; kills it with all its descendants at the end.
 
-    `ray start` gives its own node 30 s; on a machine that is busy it may need another attempt.
+    `ray start` waits 30 s for its own node; on a loaded machine it may need another attempt.
     """
-    for _ in range(HEAD_ATTEMPTS):
-        port, client = free_port(), free_port()
+    for _ in range(HEAD_START_ATTEMPTS):
+        port, client_port = find_free_port(), find_free_port()
         command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", f"--port={port}"]
         command += ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--num-cpus=4", "--disable-usage-stats"]
-        command += [f"--object-store-memory={256 << 20}", f"--ray-client-server-port={client}"]
+        command += [f"--object-store-memory={256 << 20}", f"--ray-client-server-port={client_port}"]
         with tempfile.TemporaryFile("w+") as output:
-            process = subprocess.Popen(command, env=environment(), stdout=output, stderr=subprocess.STDOUT)
+            process = subprocess.Popen(command, env=build_environment(), stdout=output, stderr=subprocess.STDOUT)
             try:
-                if started(process, output):
-                    yield Head(process.pid, f"127.0.0.1:{port}")
+                if wait_until_started(process, output):
+                    yield RayHead(process.pid, f"127.0.0.1:{port}")
                     return
             finally:
-                for pid in (process.pid, *below(process.pid)):
+                for pid in (process.pid, *descendant_processes(process.pid)):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
                 process.wait(30)
-    raise RuntimeError(f"no Ray in {HEAD_ATTEMPTS} attempts; is the machine too busy?")
+    raise RuntimeError(f"no Ray in {HEAD_START_ATTEMPTS} attempts; is the machine too busy?")
 
 
-def started(process: subprocess.Popen[bytes], output: IO[str]) -> bool:
-    """Whether `ray start` says that its node runs; False when it ends before."""
+def wait_until_started(process: subprocess.Popen[bytes], output: IO[str]) -> bool:
+    """Wait until `ray start` reports that its node runs; False if it exits before."""
     deadline = time.monotonic() + 180
     while process.poll() is None and time.monotonic() < deadline:
         if "Ray runtime started" in os.pread(output.fileno(), 1 << 20, 0).decode(errors="replace"):
@@ -151,203 +173,226 @@ def started(process: subprocess.Popen[bytes], output: IO[str]) -> bool:
     return False
 
 
-def start(base: Path, folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    """`run_here` in a process of its own."""
-    command = [sys.executable, str(Path(__file__).resolve()), "--run", str(base), str(folder), *overrides]
-    env = environment()
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "output.txt").open("a") as output:
+def start_run(work_folder: Path, run_folder: Path, *overrides: str) -> subprocess.Popen[str]:
+    """Start `run_in_process` in a separate process."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--run", str(work_folder), str(run_folder), *overrides]
+    env = build_environment()
+    run_folder.mkdir(parents=True, exist_ok=True)
+    with (run_folder / "output.txt").open("a") as output:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, text=True)
 
 
-def below(pid: int) -> dict[int, str]:
-    """Processes below `pid`: id to command line."""
-    found: dict[int, tuple[int, str]] = {}
+def descendant_processes(pid: int) -> dict[int, str]:
+    """Descendant processes of `pid`: id to command line."""
+    parent_and_command: dict[int, tuple[int, str]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-                found[int(entry.name)] = (parent, (entry / "cmdline").read_text().replace("\0", " "))
+                parent_and_command[int(entry.name)] = (parent, (entry / "cmdline").read_text().replace("\0", " "))
             except (FileNotFoundError, ProcessLookupError):
-                continue
-    wanted, grown = {pid}, {pid}
-    while grown:
-        grown = {child for child, (parent, _) in found.items() if parent in wanted} - wanted
-        wanted |= grown
-    return {child: found[child][1] for child in wanted - {pid} if child in found}
+                continue  # the process ended while it was read
+    descendants, newest = {pid}, {pid}
+    while newest:
+        newest = {child for child, (parent, _) in parent_and_command.items() if parent in descendants} - descendants
+        descendants |= newest
+    return {child: parent_and_command[child][1] for child in descendants - {pid} if child in parent_and_command}
 
 
-def rows(folder: Path) -> list[dict[str, Any]]:
-    """Metrics so far; a line half-written is left out."""
-    file = folder / "metrics.jsonl"
-    text = file.read_text() if file.exists() else ""
+def read_metrics(run_folder: Path) -> list[dict[str, Any]]:
+    """Metric rows so far; an incomplete last line is ignored."""
+    metrics_path = run_folder / "metrics.jsonl"
+    text = metrics_path.read_text() if metrics_path.exists() else ""
     return [json.loads(line) for line in text.split("\n")[:-1] if line]
 
 
-def digest(folder: Path) -> str:
-    """Of the final weights."""
-    return hashlib.sha256((folder / "policy" / "model.safetensors").read_bytes()).hexdigest()[:16]
+def hash_policy(run_folder: Path) -> str:
+    """Hash of the final policy weights."""
+    return hashlib.sha256((run_folder / "policy" / "model.safetensors").read_bytes()).hexdigest()[:16]
 
 
-def wait_for_step(process: subprocess.Popen[str], folder: Path, step: int, seconds: float = 600.0) -> None:
-    """Until `step` steps are in the metrics. Raises RuntimeError when the run ends before or is too slow."""
-    deadline = time.monotonic() + seconds
-    while len(rows(folder)) < step:
+def wait_for_step(process: subprocess.Popen[str], run_folder: Path, step: int, timeout_s: float = 600.0) -> None:
+    """Wait until `step` steps are in the metrics. Raises RuntimeError if the run ends before or is too slow."""
+    deadline = time.monotonic() + timeout_s
+    while len(read_metrics(run_folder)) < step:
         if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"step {step} never came:\n{(folder / 'output.txt').read_text()[-3000:]}")
+            raise RuntimeError(f"step {step} was not reached:\n{(run_folder / 'output.txt').read_text()[-3000:]}")
         time.sleep(0.05)
 
 
-def strike(process: subprocess.Popen[str], kind: str, above: int) -> None:
-    """kill -9 one process of a kind; actors are below process `above`."""
+def kill_process(process: subprocess.Popen[str], kind: str, ancestor_pid: int) -> None:
+    """kill -9 one process of a kind; actors are descendants of `ancestor_pid`."""
     if kind == "driver":
-        victims = actors_below(above, *filter(None, KINDS.values()))
+        # Its actors end after it; the resumed run must not meet them.
+        candidates = find_actors(ancestor_pid, *filter(None, TITLE_BY_KIND.values()))
         process.kill()
         process.wait(30)
         deadline = time.monotonic() + 60
-        while any(Path(f"/proc/{pid}").exists() for pid in victims) and time.monotonic() < deadline:
+        while any(Path(f"/proc/{pid}").exists() for pid in candidates) and time.monotonic() < deadline:
             time.sleep(0.1)
         return
     deadline = time.monotonic() + 30
-    while not (victims := actors_below(above, KINDS[kind])):  # a title is empty while Ray writes another into it
+    # Repeat: a process title is empty for a moment while Ray replaces it.
+    while not (candidates := find_actors(ancestor_pid, TITLE_BY_KIND[kind])):
         if time.monotonic() > deadline:
-            raise RuntimeError(f"no process is called {KINDS[kind]}, to be killed")
+            raise RuntimeError(f"no process with the title {TITLE_BY_KIND[kind]} to kill after 30 s")
         time.sleep(0.01)
-    os.kill(random.choice(victims), signal.SIGKILL)
+    os.kill(random.choice(candidates), signal.SIGKILL)
 
 
-def actors_below(pid: int, *names: str) -> list[int]:
-    """Processes below `pid` whose command line begins with one of `names`."""
-    return [child for child, command in below(pid).items() if command.startswith(names)]
+def find_actors(ancestor_pid: int, *titles: str) -> list[int]:
+    """Descendants of `ancestor_pid` whose command line starts with one of `titles`."""
+    return [pid for pid, command in descendant_processes(ancestor_pid).items() if command.startswith(titles)]
 
 
-def wait_for_moment(process: subprocess.Popen[str], folder: Path, ray: Head, kind: str, at: float) -> None:
-    """Until `at` steps are done; below 1 until this share of 20 s has passed since the actor to kill is there."""
-    wait_for_step(process, folder, int(at))
-    if at >= 1:
-        time.sleep(at % 1 * rows(folder)[-1]["step_s"])
+def wait_for_kill_time(
+    process: subprocess.Popen[str], run_folder: Path, ray_head: RayHead, kind: str, kill_step: float
+) -> None:
+    """Wait until `kill_step` steps are done; below 1, this share of 20 s after the actor to kill has started."""
+    wait_for_step(process, run_folder, int(kill_step))
+    if kill_step >= 1:
+        time.sleep(kill_step % 1 * read_metrics(run_folder)[-1]["step_s"])
         return
-    while process.poll() is None and not actors_below(ray.pid, KINDS[kind] or KINDS["learner"]):
+    while process.poll() is None and not find_actors(ray_head.pid, TITLE_BY_KIND[kind] or TITLE_BY_KIND["learner"]):
         time.sleep(0.1)
-    time.sleep(at * 20)
+    time.sleep(kill_step * 20)
 
 
-def trial(base: Path, folder: Path, ray: Head, kills: Sequence[tuple[str, float]], steps: int) -> dict[str, Any]:
-    """One run of `steps` steps in which a process of each kind in `kills` is killed after so many steps."""
-    told = [f"algorithm.steps={steps}", f"cluster.address={ray.address}"]
-    begun, recovery = time.monotonic(), []
-    process = start(base, folder, *told)
+def run_trial(
+    work_folder: Path, run_folder: Path, ray_head: RayHead, kills: Sequence[tuple[str, float]], steps: int
+) -> dict[str, Any]:
+    """Run `steps` steps and kill a process of each kind in `kills` after the given number of steps."""
+    overrides = [f"algorithm.steps={steps}", f"cluster.address={ray_head.address}"]
+    started, recovery_seconds = time.monotonic(), []
+    process = start_run(work_folder, run_folder, *overrides)
     try:
-        for kind, at in kills:
-            wait_for_moment(process, folder, ray, kind, at)
-            done, struck = len(rows(folder)), time.monotonic()
-            strike(process, kind, ray.pid)
+        for kind, kill_step in kills:
+            wait_for_kill_time(process, run_folder, ray_head, kind, kill_step)
+            steps_done, killed_at = len(read_metrics(run_folder)), time.monotonic()
+            kill_process(process, kind, ray_head.pid)
             if kind == "driver":
-                process = start(base, folder, *told, f"run.resume={folder}")
-            while process.poll() is None and (not rows(folder) or rows(folder)[-1]["step"] <= done):
+                process = start_run(work_folder, run_folder, *overrides, f"run.resume={run_folder}")
+            while process.poll() is None and (
+                not read_metrics(run_folder) or read_metrics(run_folder)[-1]["step"] <= steps_done
+            ):
                 time.sleep(0.05)
-            recovery.append(round(time.monotonic() - struck, 1))
-        code = process.wait(600)
+            recovery_seconds.append(round(time.monotonic() - killed_at, 1))
+        exit_code = process.wait(600)
     finally:
         process.kill()
-    found = rows(folder)
+    metric_rows = read_metrics(run_folder)
     return {
-        "kills": [[kind, round(at, 2)] for kind, at in kills],
-        "code": code,
-        "recovery_s": recovery,
-        "seconds": round(time.monotonic() - begun, 1),
-        "steps": [row["step"] for row in found] == list(range(1, steps + 1)),
-        "samples": sum(row["samples"] for row in found),
-        "weights": digest(folder) if code == 0 else "",
+        "kills": [[kind, round(kill_step, 2)] for kind, kill_step in kills],
+        "code": exit_code,
+        "recovery_s": recovery_seconds,
+        "seconds": round(time.monotonic() - started, 1),
+        "steps": [row["step"] for row in metric_rows] == list(range(1, steps + 1)),
+        "samples": sum(row["samples"] for row in metric_rows),
+        "weights": hash_policy(run_folder) if exit_code == 0 else "",
     }
 
 
-def points(trials: int, kills: int, steps: int, seed: int) -> list[list[tuple[str, float]]]:
-    """What is killed when in each trial: the kinds in turn, each after another random number of steps."""
-    dice, turn = random.Random(seed), itertools.cycle(KINDS)
-    found = []
+def plan_kills(trials: int, kills_per_trial: int, steps: int, seed: int) -> list[list[tuple[str, float]]]:
+    """Kinds and steps of the kills of each trial: kinds round-robin, each after a different random number of steps."""
+    rng, kind_cycle = random.Random(seed), itertools.cycle(TITLE_BY_KIND)
+    plan = []
     for _ in range(trials):
-        kinds = [next(turn) for _ in range(kills)]
-        dice.shuffle(kinds)
-        found.append(
-            [(k, n + dice.random()) for k, n in zip(kinds, sorted(dice.sample(range(steps - 2), kills)), strict=True)]
+        trial_kinds = [next(kind_cycle) for _ in range(kills_per_trial)]
+        rng.shuffle(trial_kinds)
+        plan.append(
+            [
+                (kind, step + rng.random())
+                for kind, step in zip(trial_kinds, sorted(rng.sample(range(steps - 2), kills_per_trial)), strict=True)
+            ]
         )
-    return found
+    return plan
 
 
-def calm(base: Path, ray: Head, steps: int) -> dict[str, Any]:
-    """A run that nothing happens to."""
-    begun = time.monotonic()
-    process = start(base, base / "calm", f"algorithm.steps={steps}", f"cluster.address={ray.address}")
+def run_undisturbed(work_folder: Path, ray_head: RayHead, steps: int) -> dict[str, Any]:
+    """Run without kills, as the reference for weights and samples."""
+    started = time.monotonic()
+    process = start_run(
+        work_folder, work_folder / "calm", f"algorithm.steps={steps}", f"cluster.address={ray_head.address}"
+    )
     if process.wait(900):
-        sys.exit((base / "calm" / "output.txt").read_text()[-3000:])
-    samples = sum(row["samples"] for row in rows(base / "calm"))
-    seconds = round(time.monotonic() - begun, 1)
-    return {"weights": digest(base / "calm"), "samples": samples, "seconds": seconds}
+        sys.exit((work_folder / "calm" / "output.txt").read_text()[-3000:])
+    samples = sum(row["samples"] for row in read_metrics(work_folder / "calm"))
+    seconds = round(time.monotonic() - started, 1)
+    return {"weights": hash_policy(work_folder / "calm"), "samples": samples, "seconds": seconds}
 
 
-def go(base: Path, plan: Sequence[Sequence[tuple[str, float]]], steps: int, minutes: float) -> dict[str, Any]:
-    """Trials that are not in <base>/trials.json yet, as many as begin within `minutes`; returns all of them."""
-    file, deadline = base / "trials.json", time.monotonic() + 60 * minutes
-    state: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {"trials": []}
-    if not (base / "data").exists():
-        make_inputs(base)
-    with head() as ray:
+def run_missing_trials(
+    work_folder: Path, plan: Sequence[Sequence[tuple[str, float]]], steps: int, minutes: float
+) -> dict[str, Any]:
+    """Run trials that are not in <work_folder>/trials.json yet, within `minutes`; returns the state of all trials."""
+    state_path, deadline = work_folder / "trials.json", time.monotonic() + 60 * minutes
+    state: dict[str, Any] = json.loads(state_path.read_text()) if state_path.exists() else {"trials": []}
+    if not (work_folder / "data").exists():
+        make_inputs(work_folder)
+    with ray_head() as ray:
         if "calm" not in state:
-            state["calm"] = calm(base, ray, steps)
-            file.write_text(json.dumps(state))
+            state["calm"] = run_undisturbed(work_folder, ray, steps)
+            state_path.write_text(json.dumps(state))
             print(f"undisturbed: {json.dumps(state['calm'])}", flush=True)
-        truth = state["calm"]
-        longest = max(one["seconds"] for one in (truth, *state["trials"]))
-        for number, kills in enumerate(plan):
-            if number < len(state["trials"]) or time.monotonic() + longest > deadline:
+        undisturbed = state["calm"]
+        longest_seconds = max(trial_result["seconds"] for trial_result in (undisturbed, *state["trials"]))
+        for trial_index, kills in enumerate(plan):
+            if trial_index < len(state["trials"]) or time.monotonic() + longest_seconds > deadline:
                 continue
-            place = base / f"trial{number}-{time.time_ns()}"
-            one = trial(base, place, ray, kills, steps)
-            one |= {"right": one["steps"] and one["samples"] == truth["samples"], "folder": place.name}
-            one["same_bits"] = one["weights"] == truth["weights"]
-            state["trials"].append(one)
-            file.write_text(json.dumps(state))
-            print(json.dumps(one), flush=True)
+            trial_folder = work_folder / f"trial{trial_index}-{time.time_ns()}"
+            trial_result = run_trial(work_folder, trial_folder, ray, kills, steps)
+            trial_result |= {
+                "correct": trial_result["steps"] and trial_result["samples"] == undisturbed["samples"],
+                "folder": trial_folder.name,
+            }
+            trial_result["same_bits"] = trial_result["weights"] == undisturbed["weights"]
+            state["trials"].append(trial_result)
+            state_path.write_text(json.dumps(state))
+            print(json.dumps(trial_result), flush=True)
     return state
 
 
 def main() -> None:
-    """Run the trials and print one line each, then JSON."""
+    """Run the trials, print one line for each, then JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--kills", type=int, default=4, help="in each trial, the kinds in turn")
+    parser.add_argument("--kills", type=int, default=4, help="kills per trial, kinds round-robin")
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--state", help="folder of finished trials, to go on after them")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no trial that would end later")
+    parser.add_argument("--state", help="folder of finished trials; resumes after them")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no trial that would end later")
     parser.add_argument("--run", nargs=2, metavar=("BASE", "FOLDER"), help=argparse.SUPPRESS)
-    given, overrides = parser.parse_known_args()
-    if given.run:
-        from rluf.config.cli import guard
+    args, overrides = parser.parse_known_args()
+    if args.run:
+        from rluf.config.cli import run_command
 
-        guard(lambda: run_here(Path(given.run[0]), Path(given.run[1]), overrides))
+        run_command(lambda: run_in_process(Path(args.run[0]), Path(args.run[1]), overrides))
         return
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the head and the run are ended
+    # Exit through the context managers, which kill the head and the run.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with contextlib.ExitStack() as stack:
-        base = Path(given.state or stack.enter_context(tempfile.TemporaryDirectory())).resolve()
-        base.mkdir(exist_ok=True)
-        state = go(base, points(given.trials, given.kills, given.steps, given.seed), given.steps, given.minutes)
-    found = state["trials"]
-    recovery: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for one in found:
-        for (kind, _), seconds in zip(one["kills"], one["recovery_s"], strict=True):
-            recovery[kind].append(seconds)
+        work_folder = Path(args.state or stack.enter_context(tempfile.TemporaryDirectory())).resolve()
+        work_folder.mkdir(exist_ok=True)
+        state = run_missing_trials(
+            work_folder, plan_kills(args.trials, args.kills, args.steps, args.seed), args.steps, args.minutes
+        )
+    trials = state["trials"]
+    recovery_by_kind: dict[str, list[float]] = {kind: [] for kind in TITLE_BY_KIND}
+    for trial_result in trials:
+        for (kind, _), recovery_seconds in zip(trial_result["kills"], trial_result["recovery_s"], strict=True):
+            recovery_by_kind[kind].append(recovery_seconds)
     print(
         json.dumps(
             {
-                "trials": len(found),
-                "wanted": given.trials,
-                "kills": sum(map(len, recovery.values())),
-                "ended_right": sum(one["right"] for one in found),
-                "same_bits": sum(one["same_bits"] for one in found),
-                "median_recovery_s": {kind: statistics.median(found) for kind, found in recovery.items() if found},
-                "longest_recovery_s": {kind: max(found) for kind, found in recovery.items() if found},
+                "trials": len(trials),
+                "wanted": args.trials,
+                "kills": sum(map(len, recovery_by_kind.values())),
+                "ended_correctly": sum(trial_result["correct"] for trial_result in trials),
+                "same_bits": sum(trial_result["same_bits"] for trial_result in trials),
+                "median_recovery_s": {
+                    kind: statistics.median(values) for kind, values in recovery_by_kind.items() if values
+                },
+                "longest_recovery_s": {kind: max(values) for kind, values in recovery_by_kind.items() if values},
             }
         )
     )

@@ -1,13 +1,13 @@
-"""How well do reward models rank what real people said, on users or prompts that they never saw?
+"""Rank real reactions with heads on frozen backbones, evaluated on users or prompts that they never saw.
 
 python benchmarks/human.py --config configs/reward/love-human.yaml [--folds 5] [--splits 1] [key=value ...]
 
-Takes backbone, layers and probe of the config's one objective, fits the head on all folds but one and scores that one:
-five times, split by user (love) or by prompt. The layers stay as they are, so epochs of the config play no part; what
-they add shows on a held-out file (see docs/reward.md). Prints AUROC or pair accuracy of the out-of-fold scores with an
-interval clustered by user or prompt, what length alone reaches, and ECE after a calibration fitted on other folds. With
---splits the folds are drawn so many times, and `by_split` tells how far the figure depends on them; all else is of the
-first draw.
+Uses backbone, members and linear probe of the config's one objective. It fits the head on all folds but one and scores
+that one: five times, split by user (love) or by prompt. The backbone stays frozen, so epochs of the config have no
+effect; measure theirs on a held-out file (see docs/reward.md). Prints AUROC or pair accuracy of the out-of-fold scores
+with an interval clustered by user or prompt, what length alone reaches, and ECE after a calibration fitted on other
+folds. --splits N repeats with N random fold assignments; `by_split` shows how far the figure depends on them, and all
+other figures are from the first assignment.
 """
 
 from __future__ import annotations
@@ -34,178 +34,204 @@ from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.errors import DataError
 from rluf.models.hub import resolve_model
-from rluf.prepare.readers.datasets import READERS, Drop, Options
-from rluf.prepare.readers.files import read_batches
-from rluf.prepare.readers.sources import resolve
-from rluf.reward.backbone import encoder_for, load_classifier, quick_cpu_matmul
-from rluf.reward.calibration import Calibration, Floats
-from rluf.reward.card import calibrate
-from rluf.reward.card_figures import label_figures, pair_figures, plain
-from rluf.reward.fit import offsets_of
-from rluf.reward.linear_probe import fit_probe
+from rluf.prepare.readers.datasets import DATASET_READERS, ReaderOptions, SkippedRow
+from rluf.prepare.readers.files import read_line_batches, resolve_sources
+from rluf.reward.backbone import build_text_encoder, enable_fast_cpu_matmul, load_classifier
+from rluf.reward.calibration import Calibration
+from rluf.reward.card import compute_label_metrics, compute_pair_metrics, fit_calibration, round_for_json
+from rluf.reward.fit import fit_nuisance_offsets
+from rluf.reward.linear_probe import assign_folds, fit_probe
 from rluf.reward.metrics import accuracy_interval
-from rluf.reward.splits import folds
 from rluf.reward.text import TextEncoder
-from rluf.reward.trainer import Plan, Rows, Trainer, encode_rows
-from rluf.utils.paths import cache_dir
+from rluf.reward.trainer import EncodedSplit, RewardModelTrainer, TrainPlan, encode_split
+from rluf.utils.paths import resolve_cache_folder
+from rluf.utils.stats import Floats
 
 logger = logging.getLogger("human")
 
-KINDS = {"love": "feedback", "helpfulness": "preferences", "safety": "safety"}
+DATA_KIND_BY_OBJECTIVE = {"love": "feedback", "helpfulness": "preferences", "safety": "safety"}
 
 
-def read(settings: Settings, objective: str) -> list[dict[str, Any]]:
-    """Rows of the objective's raw data, each with a weight of 1."""
-    kind = KINDS[objective]
+def read_raw_rows(settings: Settings, objective: str) -> list[dict[str, Any]]:
+    """Read the rows of the objective's raw data, each with a weight of 1."""
+    kind = DATA_KIND_BY_OBJECTIVE[objective]
     rows: list[dict[str, Any]] = []
-    for source in resolve(getattr(settings.data, kind), kind):
-        if source.reader is None:
-            raise DataError(f"{source.path} needs a reader; this benchmark reads foreign logs only")
-        for line in itertools.chain.from_iterable(read_batches(source.location)):
-            found = READERS[source.reader].read(json.loads(line.raw), Options(0.0))
-            rows += [{**row, "weight": 1.0} for row in found if not isinstance(row, Drop)]
+    for source in resolve_sources(getattr(settings.data, kind), kind):
+        if source.reader_name is None:
+            raise DataError(f"{source.local_path} needs a reader; this benchmark reads public data sets only")
+        for line in itertools.chain.from_iterable(read_line_batches(source.location)):
+            parsed_rows = DATASET_READERS[source.reader_name].read_item(json.loads(line.raw), ReaderOptions(0.0))
+            rows += [{**row, "weight": 1.0} for row in parsed_rows if not isinstance(row, SkippedRow)]
     if kind == "feedback":
         rows = [{**row, "label": int(row["reaction"] == "love")} for row in rows]
     return [row for row in rows if row["messages"][-1]["role"] == "user"]
 
 
-def features(settings: Settings, objective: str, records: list[dict[str, Any]]) -> tuple[list[Floats], Rows]:
-    """What each member's head reads, [members][N, H] (fused: all of it, [1][N, sum of H]), and the encoded rows."""
-    chosen = settings.reward.named[objective]
-    pairs = chosen.loss == "bradley_terry"
-    found, rows = [], None
-    for member in chosen.members:
-        depths = chosen.model_copy(update={"probe": True, "epochs": 0}).depths(member)
-        folder = resolve_model(member.backbone, cache_dir(settings))
-        model = load_classifier(folder, trained=False, layers=max(depths))
-        alone = len(chosen.members) < 2
-        encoder = encoder_for(
-            model, folder, chosen.max_tokens, next_turn=chosen.next_turn, alone=alone, response_alone=member.response
+def compute_member_features(
+    settings: Settings, objective: str, records: list[dict[str, Any]]
+) -> tuple[list[Floats], EncodedSplit]:
+    """Features of each member's head, [members][N, H] (shared head: [1][N, sum of H]), and the encoded rows."""
+    model_settings = settings.reward.by_objective[objective]
+    is_pairwise = model_settings.loss == "bradley_terry"
+    features, first_encoded = [], None
+    for member in model_settings.member_specs:
+        depths = model_settings.model_copy(update={"linear_probe": True, "epochs": 0}).shared_pass_depths(member)
+        folder = resolve_model(member.backbone, resolve_cache_folder(settings))
+        model = load_classifier(folder, require_all_weights=False, layer_count=max(depths))
+        is_single_model = len(model_settings.member_specs) < 2
+        encoder = build_text_encoder(
+            model,
+            folder,
+            model_settings.max_tokens,
+            read_at_next_turn=model_settings.read_at_next_turn,
+            is_single_model=is_single_model,
+            response_only=member.response_only,
         )
-        mine = encode_rows(records, encoder, pairs=pairs, where=objective)
-        rows = rows or mine
-        every = kept_features(settings, f"{member.backbone} {depths}", model, encoder, mine, depths)
-        found.append(every[depths.index(member.layers)])
-    if chosen.fuse:
-        found = [np.concatenate(found, axis=1)]
-    if rows is None:
+        encoded_rows = encode_split(records, encoder, is_pairwise=is_pairwise, source_name=objective)
+        first_encoded = first_encoded or encoded_rows
+        features_by_depth = load_or_compute_features(
+            settings, f"{member.backbone} {depths}", model, encoder, encoded_rows, depths
+        )
+        features.append(features_by_depth[depths.index(member.layers)])
+    if model_settings.shared_head:
+        features = [np.concatenate(features, axis=1)]
+    if first_encoded is None:
         raise DataError(f"reward.{objective} has no member")
-    return found, rows
+    return features, first_encoded
 
 
-def kept_features(
-    settings: Settings, name: str, model: PreTrainedModel, encoder: TextEncoder, rows: Rows, depths: tuple[int, ...]
+def load_or_compute_features(
+    settings: Settings,
+    name: str,
+    model: PreTrainedModel,
+    encoder: TextEncoder,
+    rows: EncodedSplit,
+    depths: tuple[int, ...],
 ) -> Floats:
-    """What heads on the model read of the rows [depths, N, H]. Kept in the cache by row, so a second call is quick."""
-    keys = [hashlib.sha256(repr((row.ids, row.second)).encode()).hexdigest()[:24] for row in rows.sequences]
-    path = cache_dir(settings) / "features" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.npz"
-    known: dict[str, int] = {}
-    values = np.empty((0, 0, 0))
+    """Features of the rows [depths, N, H], cached by row, so that a second call is fast."""
+    keys = [
+        hashlib.sha256(repr((row.token_ids, row.response_start)).encode()).hexdigest()[:24] for row in rows.sequences
+    ]
+    path = resolve_cache_folder(settings) / "features" / f"{hashlib.sha256(name.encode()).hexdigest()[:16]}.npz"
+    index_by_key: dict[str, int] = {}
+    stored_features = np.empty((0, 0, 0))
     if path.is_file():
         stored = np.load(path)
-        known, values = {str(key): place for place, key in enumerate(stored["keys"])}, stored["values"]
-    new = {key: row for row, key in enumerate(keys) if key not in known}
-    if new:
-        part = replace(rows, sequences=[rows.sequences[row] for row in new.values()])
-        logger.info("%s: reading %d rows, %d tokens or fewer", name, len(new), part.tokens)
+        index_by_key, stored_features = {str(key): index for index, key in enumerate(stored["keys"])}, stored["values"]
+    missing_rows = {key: row_index for row_index, key in enumerate(keys) if key not in index_by_key}
+    if missing_rows:
+        missing_split = replace(rows, sequences=[rows.sequences[row_index] for row_index in missing_rows.values()])
+        logger.info("%s: reading %d rows, %d tokens or fewer", name, len(missing_rows), missing_split.token_count)
         model.to(getattr(torch, settings.reward_dtype))
-        plan = Plan(epochs=0, batch_rows=1, batch_tokens=4096, seed=settings.seed)
-        fresh = Trainer(model, encoder, plan).features(part, depths if len(depths) > 1 else ()).astype(np.float32)
-        values = np.concatenate([values, fresh], axis=1) if known else fresh
-        known |= {key: len(known) + place for place, key in enumerate(new)}
+        plan = TrainPlan(epochs=0, batch_rows=1, batch_tokens=4096, seed=settings.seed)
+        new_features = (
+            RewardModelTrainer(model, encoder, plan)
+            .compute_features(missing_split, depths if len(depths) > 1 else ())
+            .astype(np.float32)
+        )
+        stored_features = np.concatenate([stored_features, new_features], axis=1) if index_by_key else new_features
+        index_by_key |= {key: len(index_by_key) + index for index, key in enumerate(missing_rows)}
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.with_suffix(".part").open("wb") as file:
-            np.savez(file, keys=np.asarray(list(known)), values=values)
+            np.savez(file, keys=np.asarray(list(index_by_key)), values=stored_features)
         path.with_suffix(".part").rename(path)
-    found: Floats = values[:, [known[key] for key in keys]].astype(np.float64)
-    return found
+    features: Floats = stored_features[:, [index_by_key[key] for key in keys]].astype(np.float64)
+    return features
 
 
-def same_prompt(records: list[dict[str, Any]], rows: Rows, logits: Floats) -> dict[str, Any]:
-    """How well responses to the same messages are told apart: best of n, and accuracy of a label 1 against a 0.
+def measure_within_prompts(records: list[dict[str, Any]], rows: EncodedSplit, logits: Floats) -> dict[str, Any]:
+    """Ranking of responses to the same messages: best of n, and accuracy of a label 1 against a 0.
 
-    Best of n is the share of label 1 of the response that scores highest, averaged over prompts with two responses or
-    more, beside that of a random one (mean over responses) and of the best.
+    Best of n is the share of label 1 of the response that scores highest, averaged over prompts with two or more
+    responses. `random` (mean over responses) and `oracle` (the best response) are its reference values.
     """
-    prompts: dict[str, dict[str, list[int]]] = {}
+    rows_by_prompt: dict[str, dict[str, list[int]]] = {}
     for index, row in enumerate(records):
-        prompts.setdefault(json.dumps(row["messages"]), {}).setdefault(row["response"], []).append(index)
-    best, chance, oracle, margins, clusters, of_prompt = [], [], [], [], [], []
-    for replies in (found for found in prompts.values() if len(found) > 1):
-        rates = np.asarray([rows.labels[indices].mean() for indices in replies.values()])
-        scores = np.asarray([logits[indices[0]] for indices in replies.values()])
-        best.append(float(rates[scores.argmax()]))
-        chance.append(float(rates.mean()))
-        oracle.append(float(rates.max()))
-        of_prompt.append(rows.clusters[next(iter(replies.values()))[0]])
-        for won, lost in itertools.product(range(len(rates)), repeat=2):
-            if rates[won] == 1 and rates[lost] == 0:
-                margins.append(scores[won] - scores[lost])
-                clusters.append(of_prompt[-1])
-    if not best:
+        rows_by_prompt.setdefault(json.dumps(row["messages"]), {}).setdefault(row["response"], []).append(index)
+    best_rates, mean_rates, oracle_rates, margins, clusters, prompt_clusters = [], [], [], [], [], []
+    for rows_by_response in (responses for responses in rows_by_prompt.values() if len(responses) > 1):
+        rates = np.asarray([rows.labels[indices].mean() for indices in rows_by_response.values()])
+        scores = np.asarray([logits[indices[0]] for indices in rows_by_response.values()])
+        best_rates.append(float(rates[scores.argmax()]))
+        mean_rates.append(float(rates.mean()))
+        oracle_rates.append(float(rates.max()))
+        prompt_clusters.append(rows.clusters[next(iter(rows_by_response.values()))[0]])
+        for winner, loser in itertools.product(range(len(rates)), repeat=2):
+            if rates[winner] == 1 and rates[loser] == 0:
+                margins.append(scores[winner] - scores[loser])
+                clusters.append(prompt_clusters[-1])
+    if not best_rates:
         return {}
-    draws = np.random.default_rng(0).integers(0, len(best), (1000, len(best)))
-    low, high = np.quantile(np.asarray(best)[draws].mean(1), [0.025, 0.975])
-    found: dict[str, Any] = {
-        "prompts": len(best),
-        "best_of_n": {"mean": float(np.mean(best)), "low": float(low), "high": float(high)},
-        "random": float(np.mean(chance)),
-        "oracle": float(np.mean(oracle)),
+    resampled = np.random.default_rng(0).integers(0, len(best_rates), (1000, len(best_rates)))
+    low, high = np.quantile(np.asarray(best_rates)[resampled].mean(1), [0.025, 0.975])
+    metrics: dict[str, Any] = {
+        "prompts": len(best_rates),
+        "best_of_n": {"mean": float(np.mean(best_rates)), "low": float(low), "high": float(high)},
+        "random": float(np.mean(mean_rates)),
+        "oracle": float(np.mean(oracle_rates)),
     }
     if margins:
-        found["accuracy"] = accuracy_interval(np.asarray(margins), np.ones(len(margins)), clusters)
-        found["pairs"] = len(margins)
-    return {"same_prompt": found}
+        metrics["accuracy"] = accuracy_interval(np.asarray(margins), np.ones(len(margins)), clusters)
+        metrics["pairs"] = len(margins)
+    return {"same_prompt": metrics}
 
 
-def part_of(rows: Rows, kept: NDArray[np.int64], debias: Sequence[str]) -> Rows:
-    """These rows alone, with what length and user explain of them as offsets where `debias` says so."""
-    both = rows.parts(kept.tolist())
-    part = Rows(
-        rows.pairs,
-        [rows.sequences[i] for i in both],
-        rows.labels[kept],
-        rows.weights[kept],
-        [rows.clusters[i] for i in kept],
-        rows.lengths[both],
+def select_rows(rows: EncodedSplit, row_index: NDArray[np.int64], debias: Sequence[str]) -> EncodedSplit:
+    """Select rows; with `debias`, length and user effects are fitted on them and added as logit offsets."""
+    sequence_index = rows.sequence_indices(row_index.tolist())
+    selected = EncodedSplit(
+        rows.is_pairwise,
+        [rows.sequences[i] for i in sequence_index],
+        rows.labels[row_index],
+        rows.weights[row_index],
+        [rows.clusters[i] for i in row_index],
+        rows.response_lengths[sequence_index],
     )
-    return replace(part, offsets=offsets_of(part, debias)) if debias else part
+    return replace(selected, logit_offsets=fit_nuisance_offsets(selected, debias)) if debias else selected
 
 
-def out_of_fold(
-    members: list[Floats], rows: Rows, count: int, seed: int, debias: Sequence[str]
+def score_out_of_fold(
+    member_features: list[Floats], rows: EncodedSplit, fold_count: int, seed: int, debias: Sequence[str]
 ) -> tuple[Floats, Floats]:
-    """Raw and calibrated logits [sequences] of heads that never saw the row's cluster, nor did the calibration."""
-    place = folds(rows.clusters, count, seed=seed)
-    both = np.tile(place, 2) if rows.pairs else place
+    """Raw and calibrated logits [sequences]; neither head nor calibration saw the row's cluster."""
+    fold_by_row = assign_folds(rows.clusters, fold_count, seed=seed)
+    fold_by_sequence = np.tile(fold_by_row, 2) if rows.is_pairwise else fold_by_row
     raw = np.zeros(len(rows.sequences))
-    for fold in range(count):
-        train, test = part_of(rows, np.flatnonzero(place != fold), debias), both == fold
-        offsets = train.offsets if debias else None
-        for member in members:
+    for fold in range(fold_count):
+        train_rows, is_test = select_rows(rows, np.flatnonzero(fold_by_row != fold), debias), fold_by_sequence == fold
+        # Offsets are fitted on the training folds only, so they know nothing of the scored fold.
+        offsets = train_rows.logit_offsets if debias else None
+        for features in member_features:
             head, bias, strength = fit_probe(
-                member[both != fold], train.labels, train.weights, train.clusters, pairs=rows.pairs, seed=seed,
-                offsets=offsets,
-            )  # fmt: skip
+                features[fold_by_sequence != fold],
+                train_rows.labels,
+                train_rows.weights,
+                train_rows.clusters,
+                is_pairwise=rows.is_pairwise,
+                seed=seed,
+                logit_offsets=offsets,
+            )
             logger.info("fold %d: C=%g", fold, strength)
-            logits = member[test] @ head + bias
-            raw[test] += logits / logits.std()  # equally loud, also from fold to fold
+            logits = features[is_test] @ head + bias
+            raw[is_test] += logits / logits.std()  # unit variance, so that members and folds are comparable
     calibrated = np.zeros_like(raw)
-    for fold in range(count):
-        part = part_of(rows, np.flatnonzero(place != fold), ())
-        calibration = calibrate(part, raw[both != fold], Calibration(), "platt")
-        calibrated[both == fold] = calibration.logits(raw[both == fold])
+    for fold in range(fold_count):
+        train_rows = select_rows(rows, np.flatnonzero(fold_by_row != fold), ())
+        calibration = fit_calibration(train_rows, raw[fold_by_sequence != fold], Calibration(), "platt")
+        calibrated[fold_by_sequence == fold] = calibration.calibrate_logits(raw[fold_by_sequence == fold])
     return raw, calibrated
 
 
-def figures_of(records: list[dict[str, Any]], rows: Rows, logits: Floats) -> dict[str, Any]:
-    """What a reward card would tell of these calibrated logits [sequences]."""
-    if rows.pairs:
-        count = len(rows)
-        longer = rows.lengths[:count] - rows.lengths[count:]
-        return pair_figures(logits[:count] - logits[count:], rows.weights, longer, rows.clusters)
-    figures = label_figures(logits, rows.labels, rows.weights, rows.lengths, rows.clusters)
-    return figures | same_prompt(records, rows, logits)
+def compute_metrics(records: list[dict[str, Any]], rows: EncodedSplit, logits: Floats) -> dict[str, Any]:
+    """Metrics of these calibrated logits [sequences], as in a reward card."""
+    if rows.is_pairwise:
+        pair_count = len(rows)
+        length_difference = rows.response_lengths[:pair_count] - rows.response_lengths[pair_count:]
+        return compute_pair_metrics(
+            logits[:pair_count] - logits[pair_count:], rows.weights, length_difference, rows.clusters
+        )
+    metrics = compute_label_metrics(logits, rows.labels, rows.weights, rows.response_lengths, rows.clusters)
+    return metrics | measure_within_prompts(records, rows, logits)
 
 
 def main() -> None:
@@ -215,38 +241,42 @@ def main() -> None:
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--splits", type=int, default=1)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args()
+    args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     torch.set_num_threads(os.cpu_count() or 1)
-    quick_cpu_matmul()
+    enable_fast_cpu_matmul()
     started = time.monotonic()
-    settings = load_settings(options.config, options.overrides).settings
-    (objective,) = settings.reward.only
-    records = read(settings, objective)
+    settings = load_settings(args.config, args.overrides).settings
+    # Exactly one objective: the folds and the figures are those of a single head.
+    (objective,) = settings.reward.objectives
+    records = read_raw_rows(settings, objective)
     logger.info("%d rows", len(records))
-    members, rows = features(settings, objective, records)
-    logger.info("fitting %d heads on %d folds", len(members), options.folds)
-    debias = [way for way in settings.reward.named[objective].debias if way in ("length", "users")]
-    found = [
-        out_of_fold(members, rows, options.folds, settings.seed + split, debias) for split in range(options.splits)
+    member_features, rows = compute_member_features(settings, objective, records)
+    logger.info("fitting %d heads on %d folds", len(member_features), args.folds)
+    debias = [factor for factor in settings.reward.by_objective[objective].debias if factor in ("length", "users")]
+    logits_by_split = [
+        score_out_of_fold(member_features, rows, args.folds, settings.seed + split, debias)
+        for split in range(args.splits)
     ]
-    told = [figures_of(records, rows, logits) for _, logits in found]
-    del told[0]["reliability"]
-    line = {
+    metrics_by_split = [compute_metrics(records, rows, logits) for _, logits in logits_by_split]
+    del metrics_by_split[0]["reliability"]
+    report = {
         "benchmark": "human",
         "objective": objective,
-        "folds": options.folds,
+        "folds": args.folds,
         "n": len(rows),
         "clusters": len(set(rows.clusters)),
-        "tokens": rows.tokens,
-        "raw_logit_sd": float(found[0][0].std()),
-        **told[0],
-        "by_split": [one["pair_accuracy" if rows.pairs else "auroc"]["mean"] for one in told],
-        "best_of_n_by_split": [one["same_prompt"]["best_of_n"]["mean"] for one in told if "same_prompt" in one],
-        "settings": settings.reward.named[objective].model_dump(mode="json"),
+        "tokens": rows.token_count,
+        "raw_logit_sd": float(logits_by_split[0][0].std()),
+        **metrics_by_split[0],
+        "by_split": [metrics["pair_accuracy" if rows.is_pairwise else "auroc"]["mean"] for metrics in metrics_by_split],
+        "best_of_n_by_split": [
+            metrics["same_prompt"]["best_of_n"]["mean"] for metrics in metrics_by_split if "same_prompt" in metrics
+        ],
+        "settings": settings.reward.by_objective[objective].model_dump(mode="json"),
         "seconds": round(time.monotonic() - started, 1),
     }
-    sys.stdout.write(json.dumps(plain(line)) + "\n")
+    sys.stdout.write(json.dumps(round_for_json(report)) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""How fast does a learner rank take one quickstart step, against a bare torch loop of the same dtype?
+"""Time of one quickstart step on a learner rank, compared with a bare torch loop of the same dtype.
 
-The bare loop is what one would write without rluf: plain transformers, one padded batch row a sample, the same loss,
-the same float32 master weights under torch's AdamW. Tokens are counted alike for both: each sample's prompt and
-response. Run: python benchmarks/learner.py [model] [micro_batch_tokens]; the last line is JSON.
+The bare loop does not use rluf: plain transformers, one padded batch row per sample, the same loss, and the same
+float32 master weights under torch's AdamW. Tokens are counted identically for both: each sample's prompt and response.
+Run: python benchmarks/learner.py [model] [micro_batch_tokens]; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# Before torch is imported: idle OpenMP threads must not spin on the cores that Ray's processes need.
 os.environ.setdefault("KMP_BLOCKTIME", "0")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -26,139 +27,155 @@ import ray
 import torch
 
 from actors.learner import LearnerActor
-from cluster.placement import role_options
-from rluf.algorithms.advantages import Outcomes
+from cluster.placement import actor_options
+from rluf.algorithms.advantages import AdvantageInputs
 from rluf.algorithms.packing import plan_micro_batches
-from rluf.algorithms.registry import make_lesson
+from rluf.algorithms.registry import build_learner_inputs
 from rluf.config.policy import AlgorithmSettings, ModelSettings
 from rluf.config.settings import Settings
 from rluf.models.hub import resolve_model
 from rluf.types import Group, Prompt, Sample
-from rluf.utils.paths import cache_dir
+from rluf.utils.paths import resolve_cache_folder
 
 logger = logging.getLogger("benchmarks.learner")
 
-GROUPS, SAMPLES, PROMPT, RESPONSE, REPEATS = 12, 4, 45, 35, 3
-TOKENS = GROUPS * SAMPLES * (PROMPT + RESPONSE)
+GROUP_COUNT, SAMPLES_PER_GROUP, PROMPT_TOKENS, RESPONSE_TOKENS, REPEATS = 12, 4, 45, 35, 3
+TOKENS_PER_STEP = GROUP_COUNT * SAMPLES_PER_GROUP * (PROMPT_TOKENS + RESPONSE_TOKENS)
 
 
 def random_groups(
-    vocabulary: int,
-    count: int = GROUPS,
-    samples: int = SAMPLES,
-    prompt: int = PROMPT,
-    response: int = RESPONSE,
+    vocabulary_size: int,
+    group_count: int = GROUP_COUNT,
+    sample_count: int = SAMPLES_PER_GROUP,
+    prompt_tokens: int = PROMPT_TOKENS,
+    response_tokens: int = RESPONSE_TOKENS,
     seed: int = 0,
 ) -> list[Group]:
-    """Groups of random tokens, by default in the lengths of quickstart."""
-    draw = random.Random(seed)
+    """Groups of random tokens, by default with the lengths of the quickstart."""
+    rng = random.Random(seed)
 
-    def tokens(count: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(3, vocabulary) for _ in range(count))
+    def random_tokens(token_count: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(3, vocabulary_size) for _ in range(token_count))
 
     groups = []
-    for index in range(count):
-        ids = tokens(prompt)
-        drawn = tuple(
-            Sample(str(index), ids, tokens(response), (-9.0,) * response, ((0, 0),), "stop", "") for _ in range(samples)
+    for index in range(group_count):
+        prompt_ids = random_tokens(prompt_tokens)
+        samples = tuple(
+            Sample(
+                str(index), prompt_ids, random_tokens(response_tokens), (-9.0,) * response_tokens, ((0, 0),), "stop", ""
+            )
+            for _ in range(sample_count)
         )
-        groups.append(Group(Prompt(str(index), (), ids, "", "train"), drawn, 0))
+        groups.append(Group(Prompt(str(index), (), prompt_ids, "", "train"), samples, 0))
     return groups
 
 
-def fastest(action: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds of the fastest of REPEATS runs after one to warm up, and its result."""
+def time_fastest(action: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of the fastest of REPEATS runs after a warm-up, and its result."""
     best: tuple[float, Any] = (float("inf"), None)
-    for number in range(REPEATS + 1):
-        begun = time.perf_counter()
+    for repeat in range(REPEATS + 1):
+        started = time.perf_counter()
         result = action()
-        seconds = time.perf_counter() - begun
-        if number and seconds < best[0]:
+        seconds = time.perf_counter() - started
+        if repeat and seconds < best[0]:
             best = seconds, result
     return best
 
 
-def learner_step(settings: Settings, folder: Path, groups: list[Group]) -> tuple[float, dict[str, float]]:
-    """Seconds of a step of a real learner actor, and the metrics it reports."""
+def time_learner_step(settings: Settings, folder: Path, groups: list[Group]) -> tuple[float, dict[str, float]]:
+    """Seconds of a step of a real learner actor, and its metrics."""
     actor = (
         ray.remote(LearnerActor)
-        .options(**role_options(settings, "learner"))
+        .options(**actor_options(settings, "learner"))
         .remote(0, 1, settings.model_dump_json(), str(folder))
     )
-    ray.get(actor.setup.remote(*ray.get(actor.address.remote())))
+    ray.get(actor.setup.remote(*ray.get(actor.rendezvous_address.remote())))
     plan = plan_micro_batches(
-        [PROMPT] * GROUPS,
-        [[RESPONSE] * SAMPLES] * GROUPS,
-        ranks=1,
+        [PROMPT_TOKENS] * GROUP_COUNT,
+        [[RESPONSE_TOKENS] * SAMPLES_PER_GROUP] * GROUP_COUNT,
+        world_size=1,
         token_budget=settings.algorithm.micro_batch_tokens,
     )
-    refs = [ray.put(group) for group in groups]
-    outcomes = Outcomes([[1.0, -1.0, 0.5, -0.5]] * GROUPS, [[RESPONSE] * SAMPLES] * GROUPS)
-    lesson = make_lesson(settings.algorithm, outcomes, longest=RESPONSE, kl_coef=settings.algorithm.kl_coef)
-    seconds, metrics = fastest(lambda: ray.get(actor.step.remote(refs, lesson, plan[0], 0)))
+    group_refs = [ray.put(group) for group in groups]
+    advantage_inputs = AdvantageInputs(
+        [[1.0, -1.0, 0.5, -0.5]] * GROUP_COUNT, [[RESPONSE_TOKENS] * SAMPLES_PER_GROUP] * GROUP_COUNT
+    )
+    learner_inputs = build_learner_inputs(
+        settings.algorithm, advantage_inputs, max_response_tokens=RESPONSE_TOKENS, kl_coef=settings.algorithm.kl_coef
+    )
+    seconds, metrics = time_fastest(lambda: ray.get(actor.train_step.remote(group_refs, learner_inputs, plan[0], 0)))
     metrics["peak_bytes"] = ray.get(actor.health.remote())["peak_bytes"]
     ray.get(actor.shutdown.remote())
     ray.kill(actor)
     return seconds, metrics
 
 
-def bare_step(folder: Path, groups: list[Group], dtype: torch.dtype, rows: int) -> float:
-    """Seconds of a step of a bare torch loop over micro-batches of `rows` samples, all of one length: no padding."""
+def time_bare_step(folder: Path, groups: list[Group], dtype: torch.dtype, batch_rows: int) -> float:
+    """Seconds of a step of a bare torch loop over micro-batches of `batch_rows` samples of equal length, unpadded."""
     from transformers import AutoModelForCausalLM
 
     model, reference = (AutoModelForCausalLM.from_pretrained(folder, dtype=dtype) for _ in range(2))
     weights = list(model.parameters())
-    masters = [weight.detach().float() for weight in weights]
-    optimizer = torch.optim.AdamW(masters, lr=1e-5, weight_decay=0.0)
-    ids = torch.tensor([[*s.prompt_ids, *s.response_ids] for g in groups for s in g.samples])
-    prompt, response = len(groups[0].prompt.token_ids), len(groups[0].samples[0].response_ids)
+    master_weights = [weight.detach().float() for weight in weights]
+    optimizer = torch.optim.AdamW(master_weights, lr=1e-5, weight_decay=0.0)
+    token_ids = torch.tensor(
+        [[*sample.prompt_ids, *sample.response_ids] for group in groups for sample in group.samples]
+    )
+    prompt_tokens, response_tokens = len(groups[0].prompt.token_ids), len(groups[0].samples[0].response_ids)
 
-    def logprobs(network: Any, batch: torch.Tensor) -> torch.Tensor:
-        logits = network(input_ids=batch, logits_to_keep=response + 1, use_cache=False).logits[:, :-1]
-        return torch.log_softmax(logits.float(), -1).gather(-1, batch[:, prompt:, None])
+    def response_logprobs(network: Any, batch: torch.Tensor) -> torch.Tensor:
+        logits = network(input_ids=batch, logits_to_keep=response_tokens + 1, use_cache=False).logits[:, :-1]
+        return torch.log_softmax(logits.float(), -1).gather(-1, batch[:, prompt_tokens:, None])
 
-    def step() -> None:
-        for batch in ids.split(rows):
+    def run_step() -> None:
+        for batch in token_ids.split(batch_rows):
             with torch.no_grad():
-                base = logprobs(reference, batch)
-            found = logprobs(model, batch)
-            difference = found - base
-            loss = -torch.exp(found - found.detach()) + 0.02 * (torch.expm1(-difference) + difference)
-            (loss.mean() * len(batch) / len(ids)).backward()
-        for master, weight in zip(masters, weights, strict=True):
-            master.grad, weight.grad = weight.grad.float(), None
-        torch.nn.utils.clip_grad_norm_(masters, 1.0)
+                reference_logprobs = response_logprobs(reference, batch)
+            policy_logprobs = response_logprobs(model, batch)
+            log_ratio = policy_logprobs - reference_logprobs
+            loss = -torch.exp(policy_logprobs - policy_logprobs.detach()) + 0.02 * (torch.expm1(-log_ratio) + log_ratio)
+            (loss.mean() * len(batch) / len(token_ids)).backward()
+        for master_weight, weight in zip(master_weights, weights, strict=True):
+            master_weight.grad, weight.grad = weight.grad.float(), None
+        torch.nn.utils.clip_grad_norm_(master_weights, 1.0)
         optimizer.step()
         with torch.no_grad():
-            for master, weight in zip(masters, weights, strict=True):
-                weight.copy_(master)
+            for master_weight, weight in zip(master_weights, weights, strict=True):
+                weight.copy_(master_weight)
 
-    return fastest(step)[0]
+    return time_fastest(run_step)[0]
 
 
 def main() -> None:
     """Measure both and write the JSON line."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    name = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m-instruct"
-    budget = int(sys.argv[2]) if len(sys.argv) > 2 else AlgorithmSettings().micro_batch_tokens
-    settings = Settings(model=ModelSettings(path=name), algorithm=AlgorithmSettings(micro_batch_tokens=budget))
-    folder = resolve_model(name, cache_dir(settings))
+    model_name = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m-instruct"
+    token_budget = int(sys.argv[2]) if len(sys.argv) > 2 else AlgorithmSettings().micro_batch_tokens
+    settings = Settings(
+        model=ModelSettings(path=model_name), algorithm=AlgorithmSettings(micro_batch_tokens=token_budget)
+    )
+    folder = resolve_model(model_name, resolve_cache_folder(settings))
     groups = random_groups(json.loads((folder / "config.json").read_text())["vocab_size"])
     ray.init(address="local", num_cpus=2, include_dashboard=False)
-    seconds, metrics = learner_step(settings, folder, groups)
+    seconds, metrics = time_learner_step(settings, folder, groups)
     ray.shutdown()
-    bare = bare_step(folder, groups, getattr(torch, settings.policy_dtype), rows=max(1, budget // (PROMPT + RESPONSE)))
+    bare_seconds = time_bare_step(
+        folder,
+        groups,
+        getattr(torch, settings.policy_dtype),
+        batch_rows=max(1, token_budget // (PROMPT_TOKENS + RESPONSE_TOKENS)),
+    )
     result = {
         "benchmark": "learner",
-        "model": name,
+        "model": model_name,
         "threads": torch.get_num_threads(),
-        "micro_batch_tokens": budget,
-        "tokens": TOKENS,
+        "micro_batch_tokens": token_budget,
+        "tokens": TOKENS_PER_STEP,
         "step_s": round(seconds, 3),
-        "tokens_per_s": round(TOKENS / seconds, 1),
-        "bare_step_s": round(bare, 3),
-        "bare_tokens_per_s": round(TOKENS / bare, 1),
-        "speedup": round(bare / seconds, 2),
+        "tokens_per_s": round(TOKENS_PER_STEP / seconds, 1),
+        "bare_step_s": round(bare_seconds, 3),
+        "bare_tokens_per_s": round(TOKENS_PER_STEP / bare_seconds, 1),
+        "speedup": round(bare_seconds / seconds, 2),
         **{key: round(metrics[key], 3) for key in ("reference_s", "backward_s", "optimizer_s")},
         "learner_peak_gib": round(metrics["peak_bytes"] / 2**30, 2),
         "bare_peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),

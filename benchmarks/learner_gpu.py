@@ -1,10 +1,10 @@
-"""How fast is the learner on a GPU, and which share of its arithmetic does it use? The actor's own code, without Ray.
+"""Throughput and model-FLOPs utilization of the learner on a GPU, with the actor's own code and without Ray.
 
-Random-weight Llama shapes of 135M, 1B and 3B parameters in bfloat16: seconds of a GRPO step, tokens a second (each
-sample's prompt and response), model-FLOPs utilisation (6 FLOPs a parameter and token for the update and 2 for the
-reference, over the GPU's dense bfloat16 peak), bytes a second that a publish gathers and copies out, and a plain
-transformers + DeepSpeed step on padded rows in the same run. On a CPU it runs shapes named by hand, without
-utilisation. Not run on a GPU yet. The last line is JSON.
+Random-weight Llama shapes of 135M, 1B and 3B parameters in bfloat16: seconds per GRPO step, tokens per second (each
+sample's prompt and response), model-FLOPs utilization (6 FLOPs per parameter and token for the update and 2 for the
+reference, over the GPU's dense bfloat16 peak), bytes per second that a weight sync gathers and copies out, and a plain
+transformers + DeepSpeed step on padded rows in the same run. On a CPU it runs only shapes named explicitly, without
+utilization. Not run on a GPU yet. The last line is JSON.
 
 Usage: torchrun --nproc-per-node 1 benchmarks/learner_gpu.py [shape ...]
 """
@@ -27,126 +27,139 @@ import torch
 from torch.nn import functional
 
 from actors.learner import LearnerActor
-from rluf.algorithms.advantages import Outcomes
+from rluf.algorithms.advantages import AdvantageInputs
 from rluf.algorithms.packing import plan_micro_batches
-from rluf.algorithms.registry import make_lesson
+from rluf.algorithms.registry import build_learner_inputs
 from rluf.backends import deepspeed as ds
 from rluf.config.settings import Settings
 from rluf.types import Group
 
-SHAPES = {
+LLAMA_SHAPES = {
     "nano": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
     "135M": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9},
     "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
     "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24},
 }
-KEY_HEADS = {"nano": 2, "135M": 3, "1B": 8, "3B": 8}
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
-"""Dense bfloat16 FLOPs a second by GPU, from the vendor's data sheets."""
-GROUPS, SAMPLES, PROMPT, RESPONSE, VOCABULARY = 16, 8, 128, 256, 32_000
+KEY_VALUE_HEADS = {"nano": 2, "135M": 3, "1B": 8, "3B": 8}
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
+"""Dense bfloat16 FLOPs per second by GPU, from the vendor's data sheets."""
+GROUP_COUNT, SAMPLES_PER_GROUP, PROMPT_TOKENS, RESPONSE_TOKENS, VOCABULARY_SIZE = 16, 8, 128, 256, 32_000
 
 
-def make_model(shape: str, folder: Path) -> Path:
-    """A Hugging Face folder of random weights in a Llama shape."""
+def save_random_model(shape: str, folder: Path) -> Path:
+    """Write a Hugging Face folder with random weights of a Llama shape."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
+        vocab_size=VOCABULARY_SIZE,
         max_position_embeddings=2048,
-        num_key_value_heads=KEY_HEADS[shape],
+        num_key_value_heads=KEY_VALUE_HEADS[shape],
         tie_word_embeddings=True,
-        **SHAPES[shape],
+        **LLAMA_SHAPES[shape],
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     return folder
 
 
-def timed(action: Callable[[], Any], repeats: int = 3) -> float:
-    """Seconds of the fastest of `repeats` runs after one to warm up."""
-    best = float("inf")
-    for number in range(repeats + 1):
+def time_fastest(action: Callable[[], Any], repeats: int = 3) -> float:
+    """Seconds of the fastest of `repeats` runs after a warm-up."""
+    fastest = float("inf")
+    for repeat in range(repeats + 1):
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        begun = time.perf_counter()
+            torch.cuda.synchronize()  # kernels run asynchronously
+        started = time.perf_counter()
         action()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        if number:
-            best = min(best, time.perf_counter() - begun)
-    return best
+        if repeat:
+            fastest = min(fastest, time.perf_counter() - started)
+    return fastest
 
 
-def plain_step(actor: LearnerActor, groups: list[Group], rows: int) -> Callable[[], None]:
-    """The step one would write with transformers and DeepSpeed: padded rows, whole logits of the responses."""
+def build_plain_step(actor: LearnerActor, groups: list[Group], batch_rows: int) -> Callable[[], None]:
+    """A step in plain transformers and DeepSpeed: padded rows, all logits of the responses at once."""
     engine, device = actor.engine, actor.device
-    ids = torch.tensor([[*s.prompt_ids, *s.response_ids] for g in groups for s in g.samples], device=device)
+    token_ids = torch.tensor(
+        [[*sample.prompt_ids, *sample.response_ids] for group in groups for sample in group.samples], device=device
+    )
 
-    def logprobs(model: Any, batch: torch.Tensor) -> torch.Tensor:
-        logits = model(input_ids=batch, logits_to_keep=RESPONSE + 1, use_cache=False).logits[:, :-1]
-        flat = functional.cross_entropy(logits.float().flatten(0, 1), batch[:, PROMPT:].flatten(), reduction="none")
-        return -flat
+    def response_logprobs(model: Any, batch: torch.Tensor) -> torch.Tensor:
+        logits = model(input_ids=batch, logits_to_keep=RESPONSE_TOKENS + 1, use_cache=False).logits[:, :-1]
+        negative_logprobs = functional.cross_entropy(
+            logits.float().flatten(0, 1), batch[:, PROMPT_TOKENS:].flatten(), reduction="none"
+        )
+        return -negative_logprobs
 
-    def step() -> None:
-        parts = ids.split(rows)
-        for number, batch in enumerate(parts):
+    def run_step() -> None:
+        batches = token_ids.split(batch_rows)
+        for index, batch in enumerate(batches):
             with torch.no_grad():
-                base = logprobs(actor._reference, batch)
+                reference_logprobs = response_logprobs(actor._reference_model, batch)
 
-            def forward(batch: torch.Tensor = batch, base: torch.Tensor = base) -> tuple[torch.Tensor, None]:
-                found = logprobs(engine, batch)
-                gap = found - base
-                loss = -torch.exp(found - found.detach()) + 0.02 * (torch.expm1(-gap) + gap)
-                return loss.mean() / len(parts), None
+            def forward(
+                batch: torch.Tensor = batch, reference_logprobs: torch.Tensor = reference_logprobs
+            ) -> tuple[torch.Tensor, None]:
+                policy_logprobs = response_logprobs(engine, batch)
+                log_ratio = policy_logprobs - reference_logprobs
+                loss = -torch.exp(policy_logprobs - policy_logprobs.detach()) + 0.02 * (
+                    torch.expm1(-log_ratio) + log_ratio
+                )
+                return loss.mean() / len(batches), None
 
-            ds.accumulate(engine, forward, last=number == len(parts) - 1)
-        ds.apply_step(engine)
+            ds.accumulate_gradients(engine, forward, is_last=index == len(batches) - 1)
+        ds.apply_optimizer_step(engine)
 
-    return step
+    return run_step
 
 
-def measure(shape: str, host: str, port: int) -> dict[str, Any]:
-    """The figures of one shape on this rank's device."""
+def measure_shape(shape: str, host: str, port: int) -> dict[str, Any]:
+    """Figures of one shape on this rank's device."""
     on_gpu = torch.cuda.is_available()
     settings = Settings.model_validate(
         {
-            "rollout": {"max_prompt_tokens": PROMPT, "max_response_tokens": RESPONSE},
+            "rollout": {"max_prompt_tokens": PROMPT_TOKENS, "max_response_tokens": RESPONSE_TOKENS},
             "algorithm": {"micro_batch_tokens": 8192},
             "learner": {"learning_rate": 1e-6, "warmup_steps": 0, "gradient_checkpointing": shape == "3B"},
             "cluster": {"gpus_per_learner": float(on_gpu)},
         }
     )
     with tempfile.TemporaryDirectory() as folder:
-        actor = LearnerActor(0, 1, settings.model_dump_json(), str(make_model(shape, Path(folder))))
+        actor = LearnerActor(0, 1, settings.model_dump_json(), str(save_random_model(shape, Path(folder))))
         parameters = actor.setup(host, port)["parameters"]
-    groups = workload.random_groups(VOCABULARY, GROUPS, SAMPLES, PROMPT, RESPONSE)
-    lengths = [[RESPONSE] * SAMPLES] * GROUPS
-    plan = plan_micro_batches([PROMPT] * GROUPS, lengths, ranks=1, token_budget=8192)[0]
-    outcomes = Outcomes([[1.0, -1.0, 0.5, -0.5] * (SAMPLES // 4)] * GROUPS, lengths)
-    lesson = make_lesson(settings.algorithm, outcomes, longest=RESPONSE, kl_coef=0.02)
-    seconds = timed(lambda: actor.step(groups, lesson, plan, 0))
+    groups = workload.random_groups(VOCABULARY_SIZE, GROUP_COUNT, SAMPLES_PER_GROUP, PROMPT_TOKENS, RESPONSE_TOKENS)
+    response_lengths = [[RESPONSE_TOKENS] * SAMPLES_PER_GROUP] * GROUP_COUNT
+    plan = plan_micro_batches([PROMPT_TOKENS] * GROUP_COUNT, response_lengths, world_size=1, token_budget=8192)[0]
+    advantage_inputs = AdvantageInputs(
+        [[1.0, -1.0, 0.5, -0.5] * (SAMPLES_PER_GROUP // 4)] * GROUP_COUNT, response_lengths
+    )
+    learner_inputs = build_learner_inputs(
+        settings.algorithm, advantage_inputs, max_response_tokens=RESPONSE_TOKENS, kl_coef=0.02
+    )
+    step_seconds = time_fastest(lambda: actor.train_step(groups, learner_inputs, plan, 0))
 
-    def publish() -> None:
-        actor.begin_publish({"engine": "shm", "version": 1})
-        while actor.next_bucket() is not None:
+    def sync_weights() -> None:
+        actor.begin_weight_sync(1)
+        while actor.next_weight_bucket() is not None:
             pass
-        actor.end_publish()
+        actor.end_weight_sync()
 
-    published = timed(publish)
-    for module in filter(None, (actor.engine.module, actor._reference)):
+    sync_seconds = time_fastest(sync_weights)
+    # The learner's packed attention needs the inputs of a packed batch; plain rows use the standard one.
+    for module in filter(None, (actor.engine.module, actor._reference_model)):
         module.set_attn_implementation("sdpa")
-    plain = timed(plain_step(actor, groups, rows=8192 // (PROMPT + RESPONSE)))
-    tokens = GROUPS * SAMPLES * (PROMPT + RESPONSE)
-    name = torch.cuda.get_device_name() if on_gpu else "cpu"
-    peak = next((value for gpu, value in PEAK.items() if gpu in name), None)
-    found = {
-        "device": name,
+    plain_seconds = time_fastest(build_plain_step(actor, groups, batch_rows=8192 // (PROMPT_TOKENS + RESPONSE_TOKENS)))
+    tokens = GROUP_COUNT * SAMPLES_PER_GROUP * (PROMPT_TOKENS + RESPONSE_TOKENS)
+    device_name = torch.cuda.get_device_name() if on_gpu else "cpu"
+    peak_flops = next((flops for gpu_name, flops in PEAK_FLOPS.items() if gpu_name in device_name), None)
+    figures = {
+        "device": device_name,
         "parameters": parameters,
-        "step_s": round(seconds, 3),
-        "tokens_per_s": round(tokens / seconds, 1),
-        "plain_tokens_per_s": round(tokens / plain, 1),
-        "ratio_over_plain": round(plain / seconds, 2),
-        "mfu": None if peak is None else round(8 * parameters * tokens / seconds / peak, 3),
-        "publish_gb_per_s": round(2 * parameters / published / 1e9, 2),
+        "step_s": round(step_seconds, 3),
+        "tokens_per_s": round(tokens / step_seconds, 1),
+        "plain_tokens_per_s": round(tokens / plain_seconds, 1),
+        "ratio_over_plain": round(plain_seconds / step_seconds, 2),
+        "mfu": None if peak_flops is None else round(8 * parameters * tokens / step_seconds / peak_flops, 3),
+        "weight_sync_gb_per_s": round(2 * parameters / sync_seconds / 1e9, 2),
         "peak_gib": round(
             (torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
             / 2**30,
@@ -154,21 +167,23 @@ def measure(shape: str, host: str, port: int) -> dict[str, Any]:
         ),
     }
     actor.shutdown()
-    return found
+    return figures
 
 
 def main() -> None:
-    """Measure every shape, one after the other, and write the JSON line."""
+    """Measure every shape in turn and write the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("shapes", nargs="*", metavar="shape", help=f"among {', '.join(SHAPES)}")
-    asked = parser.parse_args().shapes
-    unknown = sorted(set(asked) - set(SHAPES))
+    parser.add_argument("shapes", nargs="*", metavar="shape", help=f"among {', '.join(LLAMA_SHAPES)}")
+    requested = parser.parse_args().shapes
+    unknown = sorted(set(requested) - set(LLAMA_SHAPES))
     if unknown:
-        parser.error(f"unknown shape {unknown[0]}; choose among {', '.join(SHAPES)}")
-    wanted = asked or (["135M", "1B", "3B"] if torch.cuda.is_available() else ["nano"])
+        parser.error(f"unknown shape {unknown[0]}; choose among {', '.join(LLAMA_SHAPES)}")
+    shapes_to_run = requested or (["135M", "1B", "3B"] if torch.cuda.is_available() else ["nano"])
     host, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", "29511"))
-    shapes = {shape: measure(shape, host, port + 1 + number) for number, shape in enumerate(wanted)}
-    sys.stdout.write(json.dumps({"benchmark": "learner_gpu", "shapes": shapes}) + "\n")
+    figures_by_shape = {
+        shape: measure_shape(shape, host, port + 1 + index) for index, shape in enumerate(shapes_to_run)
+    }
+    sys.stdout.write(json.dumps({"benchmark": "learner_gpu", "shapes": figures_by_shape}) + "\n")
 
 
 if __name__ == "__main__":

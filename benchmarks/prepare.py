@@ -1,13 +1,13 @@
-"""Prepare: rows per second and memory at 10^4, 10^5 and 10^6 rows, beside the same work in polars on one core.
+"""Prepare: rows per second and memory at 10^4, 10^5 and 10^6 rows, compared with the same work in polars on one core.
 
-Ours runs on Ray Data with 2 CPUs and an object store of 200 MB; time is that of the whole build with Ray already up.
-Polars reads, checks, joins, sorts and writes; MinHash, redaction of texts with a hint, abuse rules and propensity are
-the same functions for both. Each size runs in a process of its own, so that the driver's peak memory is its own.
+Ours runs on Ray Data with 2 CPUs and an object store of 200 MB; the time is that of the complete build with Ray already
+running. Polars reads, validates, joins, sorts and writes; MinHash, redaction, abuse rules and propensity are the same
+functions for both. Each size runs in a separate process, so that the peak memory of the driver is that of the size.
 Prints one JSON line last.
 
 python benchmarks/prepare.py [--rows 10000 100000 1000000] [--no-polars] [--profile 100000] [--nodes 1 2]
 
-With --nodes ours runs alone, on simulated clusters of that many nodes of one CPU each, for the speed-up with workers.
+With --nodes only ours runs, on simulated clusters of that many nodes with one CPU each, to measure the speed-up.
 """
 
 from __future__ import annotations
@@ -30,271 +30,330 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-STORE = 200 * 10**6
-DAY0 = 1_735_689_600
-WORDS = [f"{a}{b}{c}" for a in ("ka", "lo", "mi", "tu", "re") for b in ("n", "sa", "vi", "po") for c in "aeiourtsn"]
+OBJECT_STORE_BYTES = 200 * 10**6
+FIRST_DAY = 1_735_689_600
+VOCABULARY = [
+    f"{a}{b}{c}" for a in ("ka", "lo", "mi", "tu", "re") for b in ("n", "sa", "vi", "po") for c in "aeiourtsn"
+]
 
 
-def write_log(path: Path, rows: int, seed: int = 1) -> None:
-    """A synthetic log: conversations of 1 to 4 turns, 10 rows a user, 1 in 50 loved, 1 in 100 with an address in it."""
+def write_log(path: Path, row_count: int, seed: int = 1) -> None:
+    """Write a synthetic log: conversations of 1 to 4 turns, 10 rows per user, 2% loved, 1% with an address."""
     rng = random.Random(seed)
-    pool = [" ".join(rng.choices(WORDS, k=12)) for _ in range(20_000)]
+    phrases = [" ".join(rng.choices(VOCABULARY, k=12)) for _ in range(20_000)]
     topics, locales, models = ("casual", "facts", "code", "advice"), ("en", "de", "fr"), ("base-1", "base-2")
-    made = talk = 0
-    with path.open("w") as file:
-        while made < rows:
-            user, at = rng.randrange(rows // 10 + 1), DAY0 + rng.randrange(28 * 86400)
+    rows_written = conversation = 0
+    with path.open("w") as stream:
+        while rows_written < row_count:
+            user, start_time = rng.randrange(row_count // 10 + 1), FIRST_DAY + rng.randrange(28 * 86400)
             context: list[dict[str, str]] = []
             for turn in range(rng.randint(1, 4)):
-                text = f"{rng.choice(pool)} {rng.choice(pool)} {made}"
-                response = f"{rng.choice(pool)} {rng.choice(pool)} {rng.choice(pool)}"
+                text = f"{rng.choice(phrases)} {rng.choice(phrases)} {rows_written}"
+                response = f"{rng.choice(phrases)} {rng.choice(phrases)} {rng.choice(phrases)}"
                 if rng.random() < 0.01:
-                    response += f" write to person{made}@mail.example.com"
+                    response += f" write to person{rows_written}@mail.example.com"
                 context = [*context, {"role": "user", "content": text}]
-                stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at + 60 * turn))
+                timestamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(start_time + 60 * turn))
                 row = {
-                    "id": f"row-{made}", "conversation_id": f"c{talk}", "turn": turn, "user_id": f"user-{user}",
-                    "time": stamp, "model_version": rng.choice(models), "messages": context, "response": response,
-                    "reaction": "love" if rng.random() < 0.02 else None, "continued": None, "returned": None,
-                    "topic": rng.choice(topics), "locale": rng.choice(locales),
-                }  # fmt: skip
-                file.write(json.dumps(row) + "\n")
+                    "id": f"row-{rows_written}",
+                    "conversation_id": f"c{conversation}",
+                    "turn": turn,
+                    "user_id": f"user-{user}",
+                    "time": timestamp,
+                    "model_version": rng.choice(models),
+                    "messages": context,
+                    "response": response,
+                    "reaction": "love" if rng.random() < 0.02 else None,
+                    "continued": None,
+                    "returned": None,
+                    "topic": rng.choice(topics),
+                    "locale": rng.choice(locales),
+                }
+                stream.write(json.dumps(row) + "\n")
                 context = [*context, {"role": "assistant", "content": response}]
-                made += 1
-                if made == rows:
+                rows_written += 1
+                if rows_written == row_count:
                     break
-            talk += 1
+            conversation += 1
 
 
-def settings_for(log: Path, rows: int) -> Any:
-    """Settings with the strict split and no row sampled out, so that the most work is done."""
+def build_settings(log_path: Path, max_rows: int) -> Any:
+    """Settings with the strict split and no subsampling, which is the most work."""
     from rluf.config.settings import Settings
 
-    data = {"feedback": [str(log)], "preferences": [], "safety": [], "prompts": []}
+    data = {"feedback": [str(log_path)], "preferences": [], "safety": [], "prompts": []}
     return Settings.model_validate(
-        {"data": data, "prepare": {"max_rows": rows, "split": "strict", "positive_share": 0.01}}
+        {"data": data, "prepare": {"max_rows": max_rows, "split": "strict", "positive_share": 0.01}}
     )
 
 
-def ours(log: Path, rows: int, out: Path, nodes: int = 0) -> dict[str, Any]:
-    """Seconds of a build on a local Ray, or on a simulated cluster of `nodes`, and the driver's peak memory in MiB."""
+def build_with_ray(log_path: Path, row_count: int, output_folder: Path, node_count: int = 0) -> dict[str, Any]:
+    """Seconds of a build on a local Ray, or on a simulated cluster, and the driver's peak memory in MiB."""
     import ray
     from ray.cluster_utils import Cluster
 
-    from rluf.prepare.pipeline import build
+    from rluf.prepare.pipeline import build_data_set
 
     logging.basicConfig(level=logging.ERROR)
-    if nodes:
+    if node_count:
         cluster = Cluster()
-        for _ in range(nodes):
-            cluster.add_node(num_cpus=1, object_store_memory=STORE, include_dashboard=False)
+        for _ in range(node_count):
+            cluster.add_node(num_cpus=1, object_store_memory=OBJECT_STORE_BYTES, include_dashboard=False)
         ray.init(address=cluster.address, log_to_driver=False)
     else:
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=STORE)
-    build(settings_for(_warm(out), 500), out / "warm")  # Ray's workers are up and have imported
-    before, busy = peak_mib(), _cpu_seconds()
+        ray.init(
+            address="local",
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            object_store_memory=OBJECT_STORE_BYTES,
+        )
+    build_data_set(
+        build_settings(_write_warmup_log(output_folder), 500), output_folder / "warm"
+    )  # starts Ray's workers and their imports
+    mib_before, cpu_before = peak_mib(), _cpu_seconds()
     started = time.perf_counter()
-    card = build(settings_for(log, rows), out / "data")
-    found = {"seconds": time.perf_counter() - started, "cpu_seconds": _cpu_seconds() - busy}
+    card = build_data_set(build_settings(log_path, row_count), output_folder / "data")
+    result = {"seconds": time.perf_counter() - started, "cpu_seconds": _cpu_seconds() - cpu_before}
     ray.shutdown()
-    kept = card["counts"]["feedback"]["kept"]
-    return found | {"driver_mib": peak_mib(), "driver_mib_before": before, "kept": kept}
+    rows_written = card["counts"]["feedback"]["kept"]
+    return result | {"driver_mib": peak_mib(), "driver_mib_before": mib_before, "rows_written": rows_written}
 
 
 def _cpu_seconds() -> float:
-    """CPU time of this process and all that it started (Ray and its workers)."""
+    """CPU time of this process and its descendants (Ray and its workers)."""
     import psutil
 
-    me = psutil.Process()
-    times = [process.cpu_times() for process in (me, *me.children(recursive=True))]
-    return float(sum(spent.user + spent.system for spent in times))
+    this_process = psutil.Process()
+    process_times = [process.cpu_times() for process in (this_process, *this_process.children(recursive=True))]
+    return float(sum(cpu_times.user + cpu_times.system for cpu_times in process_times))
 
 
-def _warm(out: Path) -> Path:
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "warm.jsonl"
+def _write_warmup_log(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "warm.jsonl"
     write_log(path, 2000)
     return path
 
 
 def peak_mib() -> float:
-    """Largest resident memory of this process so far."""
+    """Peak resident memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _read(log: Path) -> Any:
-    """The good rows of a log as a polars frame: parsed, and checked by expressions as the schema checks them."""
+def _read_valid_rows(log_path: Path) -> Any:
+    """Valid rows of a log as a polars frame, validated by expressions equivalent to the schema."""
     import polars as pl
 
     message = pl.Struct({"role": pl.String, "content": pl.String})
     names = ("id", "conversation_id", "user_id", "time", "model_version", "response", "reaction", "topic", "locale")
     schema: dict[str, Any] = dict.fromkeys(names, pl.String)
     schema |= {"turn": pl.Int64, "messages": pl.List(message), "continued": pl.Boolean, "returned": pl.Boolean}
-    frame = pl.read_ndjson(log, schema=schema)
+    frame = pl.read_ndjson(log_path, schema=schema)
     frame = frame.with_columns(pl.col("time").str.to_datetime("%Y-%m-%dT%H:%M:%SZ", time_unit="us", strict=False))
-    last, each = pl.col("messages").list.last(), pl.element().struct.field
-    known = each("role").is_in(["system", "user", "assistant"])
+    last_message, element_field = pl.col("messages").list.last(), pl.element().struct.field
+    has_known_role = element_field("role").is_in(["system", "user", "assistant"])
     return frame.filter(
         pl.all_horizontal(pl.col(name).str.len_chars().is_between(1, 200) for name in names[:3])
         & pl.col("turn").is_between(0, 1_000_000)
         & (pl.col("response").str.strip_chars() != "")
         & (pl.col("response").str.len_chars() <= 100_000)
-        & (last.struct.field("role") == "user")
-        & (last.struct.field("content").str.strip_chars() != "")
-        & (pl.col("messages").list.eval(each("content").str.len_chars()).list.max() <= 100_000)
-        & pl.col("messages").list.eval(known).list.all()
+        & (last_message.struct.field("role") == "user")
+        & (last_message.struct.field("content").str.strip_chars() != "")
+        & (pl.col("messages").list.eval(element_field("content").str.len_chars()).list.max() <= 100_000)
+        & pl.col("messages").list.eval(has_known_role).list.all()
         & pl.col("time").is_between(pl.datetime(2000, 1, 1), pl.datetime(2100, 1, 1))
     )
 
 
-def _clean(texts: Any) -> Any:
-    """A polars column of texts redacted where there is a hint."""
+def _redact_column(texts: Any) -> Any:
+    """Redact the texts of a polars column that match the prefilter."""
     import numpy as np
     import polars as pl
 
-    from rluf.prepare.redact import _QUICK, redact
+    from rluf.prepare.redact import _PREFILTER_PATTERN, redact_text
 
     kinds = ("email", "phone", "card", "iban", "ip", "key")
-    hints = texts.str.contains(_QUICK)
-    changed = texts.filter(hints).map_elements(lambda text: redact(text, kinds)[0], return_dtype=pl.String)
+    hints = texts.str.contains(_PREFILTER_PATTERN)
+    changed = texts.filter(hints).map_elements(lambda text: redact_text(text, kinds)[0], return_dtype=pl.String)
     return texts.scatter(np.flatnonzero(hints.to_numpy()), changed) if len(changed) else texts
 
 
-def _indexed(frame: Any) -> tuple[Any, Any]:
-    """The frame redacted, without duplicates, with keys and joined turns; and the MinHash bands of its rows."""
+def _index_rows(frame: Any) -> tuple[Any, Any]:
+    """Redact, deduplicate, add keys and joined turns; returns the frame and the MinHash bands of its rows."""
     import polars as pl
 
-    from rluf.prepare import near_duplicates as near
+    from rluf.prepare import near_duplicates
 
-    flat = frame.select("id", "messages").explode("messages").unnest("messages")
-    flat = flat.with_columns(_clean(flat["content"]))
-    plain = pl.col("content").str.to_lowercase().str.replace_all(r"\s+", " ")
-    norm = flat.group_by("id", maintain_order=True).agg(
-        text=(pl.col("role") + " " + plain).str.join("\x1f"), messages=pl.struct("role", "content")
+    messages = frame.select("id", "messages").explode("messages").unnest("messages")
+    messages = messages.with_columns(_redact_column(messages["content"]))
+    normalized = pl.col("content").str.to_lowercase().str.replace_all(r"\s+", " ")
+    contexts = messages.group_by("id", maintain_order=True).agg(
+        text=(pl.col("role") + " " + normalized).str.join("\x1f"), messages=pl.struct("role", "content")
     )
-    frame = frame.with_columns(_clean(frame["response"]), messages=norm["messages"], text=norm["text"])
+    frame = frame.with_columns(_redact_column(frame["response"]), messages=contexts["messages"], text=contexts["text"])
     frame = frame.with_columns(key=pl.col("id").hash(1), rank=pl.col("id").hash(2), prompt=pl.col("text").hash(3))
     frame = frame.unique("key", keep="first", maintain_order=True)
-    unique = frame.unique("prompt", keep="first", maintain_order=True).select("prompt", "text")
-    bands = near.bands(unique["text"].to_list())
-    numbered = unique.select("prompt").with_row_index("place")
-    place = frame.select("prompt").join(numbered, on="prompt", maintain_order="left")["place"].to_numpy()
-    ahead = pl.col("turn").shift(-1).over("conversation_id", order_by="turn")
-    seen = pl.col("time").shift(-1).over("user_id", order_by="time")
+    unique_prompts = frame.unique("prompt", keep="first", maintain_order=True).select("prompt", "text")
+    bands = near_duplicates.compute_band_hashes(unique_prompts["text"].to_list())
+    indexed = unique_prompts.select("prompt").with_row_index("place")
+    unique_index = frame.select("prompt").join(indexed, on="prompt", maintain_order="left")["place"].to_numpy()
+    next_turn = pl.col("turn").shift(-1).over("conversation_id", order_by="turn")
+    next_visit = pl.col("time").shift(-1).over("user_id", order_by="time")
     frame = frame.with_columns(
-        continued=ahead.is_not_null(), returned=(seen - pl.col("time")).dt.total_hours().is_between(6, 168),
+        continued=next_turn.is_not_null(), returned=(next_visit - pl.col("time")).dt.total_hours().is_between(6, 168),
         user=pl.col("user_id").rank("dense").cast(pl.Int64) - 1, label=(pl.col("reaction") == "love").fill_null(False),
     )  # fmt: skip
-    return frame, bands[place]
+    return frame, bands[unique_index]
 
 
-def _weighed(frame: Any, bands: Any) -> tuple[Any, Any]:
-    """The rows that strict splits leave, with trust and propensity, and their sides."""
+def _assign_rows(frame: Any, bands: Any) -> tuple[Any, Any]:
+    """Apply the strict split; returns the remaining rows with trust and propensity, and their splits."""
     import numpy as np
     import polars as pl
 
-    from rluf.prepare import abuse
-    from rluf.prepare import near_duplicates as near
-    from rluf.prepare import split_assignment as sides
-    from rluf.prepare.propensity import octaves, propensity
+    from rluf.prepare import abuse, near_duplicates, splits
+    from rluf.prepare.propensity import bin_by_octave, estimate_propensity
 
-    point = (pl.col("user_id").hash(4) % 1000) / 1000
-    side = frame.select(side=pl.when(point < 0.15).then(2).when(point < 0.25).then(1).otherwise(0))["side"]
-    side = side.to_numpy().astype(np.int64)
-    talk, prompt = frame["conversation_id"].hash(5).to_numpy(), frame["prompt"].to_numpy()
-    when = frame["time"].to_physical().to_numpy()
-    late, early, _ = sides.time_apart(talk, side, when, 0.15)
-    keep = ~(sides.talk_apart(talk, side, when) | late | early)
-    away = sides.prompts_apart(
-        near.groups(prompt, bands)[keep], prompt[keep], side[keep], np.empty(0, np.int64), 0.1, 0.15
+    hash_point = (pl.col("user_id").hash(4) % 1000) / 1000
+    split = frame.select(side=pl.when(hash_point < 0.15).then(2).when(hash_point < 0.25).then(1).otherwise(0))["side"]
+    split = split.to_numpy().astype(np.int64)
+    conversations, prompts = frame["conversation_id"].hash(5).to_numpy(), frame["prompt"].to_numpy()
+    times = frame["time"].to_physical().to_numpy()
+    is_late, is_early, _ = splits.time_leaks(conversations, split, times, 0.15)
+    is_kept = ~(splits.conversation_leaks(conversations, split, times) | is_late | is_early)
+    is_near_duplicate = splits.near_duplicate_leaks(
+        near_duplicates.group_near_duplicates(prompts, bands)[is_kept],
+        prompts[is_kept],
+        split[is_kept],
+        np.empty(0, np.int64),
+        0.1,
+        0.15,
     )
-    left = np.flatnonzero(keep)[~away]
-    frame, prompt, side, when = frame[left], prompt[left], side[left], when[left]
-    user, loved = np.unique(frame["user"].to_numpy(), return_inverse=True)[1], frame["label"].to_numpy()
-    answer = np.unique(frame["response"].hash(6).to_numpy(), return_inverse=True)[1]
-    none = np.full(len(user), -1)
-    log = abuse.Log(user, near.groups(prompt, bands[left]), answer, none, when, loved, none > 0, 200)
-    weight, _ = abuse.trust(log, list(abuse.RULES))
+    remaining = np.flatnonzero(is_kept)[~is_near_duplicate]
+    frame, prompts, split, times = frame[remaining], prompts[remaining], split[remaining], times[remaining]
+    users, loved = np.unique(frame["user"].to_numpy(), return_inverse=True)[1], frame["label"].to_numpy()
+    answers = np.unique(frame["response"].hash(6).to_numpy(), return_inverse=True)[1]
+    no_device = np.full(len(users), -1)
+    abuse_log = abuse.AbuseLog(
+        users,
+        near_duplicates.group_near_duplicates(prompts, bands[remaining]),
+        answers,
+        no_device,
+        times,
+        loved,
+        no_device > 0,
+        200,
+    )
+    weight, _ = abuse.compute_trust_weights(abuse_log, list(abuse.ABUSE_RULES))
     levels = {name: frame[name].rank("dense").cast(pl.Int64).to_numpy() - 1 for name in ("locale", "turn")}
-    levels["activity"] = octaves(np.bincount(user)[user])
-    chance, _ = propensity(levels, frame["reaction"].is_not_null().to_numpy())
-    return frame.with_columns(trust=weight, propensity=chance), side
+    levels["activity"] = bin_by_octave(np.bincount(users)[users])
+    propensity, _ = estimate_propensity(levels, frame["reaction"].is_not_null().to_numpy())
+    return frame.with_columns(trust=weight, propensity=propensity), split
 
 
-def polars_build(log: Path, rows: int, out: Path) -> dict[str, Any]:
-    """The same in polars on one core: read, check, redact, deduplicate, join, split, weigh, sample, sort, write."""
+def build_with_polars(log_path: Path, max_rows: int, output_folder: Path) -> dict[str, Any]:
+    """The same build in polars on one core: read, validate, redact, deduplicate, join, split, weight, sample, write."""
     import numpy as np
     import polars as pl
 
-    from rluf.prepare.sampling import choose, quota
+    from rluf.prepare.splits import compute_quota, compute_sampling_weights
 
-    out.mkdir(parents=True, exist_ok=True)
-    started, busy = time.perf_counter(), time.process_time()
-    frame, side = _weighed(*_indexed(_read(log)))
-    loved, kept = frame["label"].to_numpy(), 0
-    for code, name in enumerate(("train", "dev", "test")):
-        mine = np.flatnonzero(side == code)
-        plan = quota(int(loved[mine].sum()), int((~loved[mine]).sum()), positive_share=0.01, max_rows=rows)
-        rank = frame["rank"].to_numpy()[mine] / 2**64
-        factor = choose(rank, loved[mine], plan) if code == 0 else np.ones(len(mine))
-        part = frame[mine].with_columns(sampling=factor).with_columns(weight=pl.col("sampling") * pl.col("trust"))
-        part = part.filter(pl.col("sampling") > 0).sort("key").drop("text", "key", "rank", "prompt", "user")
-        part.write_parquet(out / f"{name}.parquet", compression="zstd")
-        kept += len(part)
+    output_folder.mkdir(parents=True, exist_ok=True)
+    started, cpu_before = time.perf_counter(), time.process_time()
+    frame, split = _assign_rows(*_index_rows(_read_valid_rows(log_path)))
+    loved, rows_written = frame["label"].to_numpy(), 0
+    for split_code, name in enumerate(("train", "dev", "test")):
+        split_rows = np.flatnonzero(split == split_code)
+        quota = compute_quota(
+            int(loved[split_rows].sum()), int((~loved[split_rows]).sum()), positive_share=0.01, max_rows=max_rows
+        )
+        rank = frame["rank"].to_numpy()[split_rows] / 2**64
+        sampling_weight = (
+            compute_sampling_weights(rank, loved[split_rows], quota) if split_code == 0 else np.ones(len(split_rows))
+        )
+        split_frame = (
+            frame[split_rows]
+            .with_columns(sampling=sampling_weight)
+            .with_columns(weight=pl.col("sampling") * pl.col("trust"))
+        )
+        split_frame = (
+            split_frame.filter(pl.col("sampling") > 0).sort("key").drop("text", "key", "rank", "prompt", "user")
+        )
+        split_frame.write_parquet(output_folder / f"{name}.parquet", compression="zstd")
+        rows_written += len(split_frame)
     seconds = time.perf_counter() - started
-    return {"seconds": seconds, "cpu_seconds": time.process_time() - busy, "peak_mib": peak_mib(), "kept": kept}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": time.process_time() - cpu_before,
+        "peak_mib": peak_mib(),
+        "rows_written": rows_written,
+    }
 
 
-def _inline(tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _run_tasks_inline(tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     from rluf.prepare.pipeline import run_task
 
     return [row for task in tasks for row in run_task(task)]
 
 
-def profile(rows: int) -> list[list[Any]]:
-    """The dearest functions of all three passes, run in this process: (function, CPU seconds with callees)."""
+def profile_passes(rows: int) -> list[list[Any]]:
+    """The most expensive functions of all three passes, run in this process: (function, cumulative CPU seconds)."""
     from rluf.prepare import pipeline
 
     with tempfile.TemporaryDirectory() as folder:
-        log = Path(folder) / "log.jsonl"
-        write_log(log, rows)
+        log_path = Path(folder) / "log.jsonl"
+        write_log(log_path, rows)
         profiler = cProfile.Profile(time.process_time)
-        pipeline.build(settings_for(_warm(Path(folder) / "w"), 500), Path(folder) / "warm", _inline)
+        pipeline.build_data_set(
+            build_settings(_write_warmup_log(Path(folder) / "w"), 500), Path(folder) / "warm", _run_tasks_inline
+        )
         profiler.enable()
-        pipeline.build(settings_for(log, rows), Path(folder) / "data", _inline)
+        pipeline.build_data_set(build_settings(log_path, rows), Path(folder) / "data", _run_tasks_inline)
         profiler.disable()
     stats = pstats.Stats(profiler).stats  # type: ignore[attr-defined]
-    found = [
-        [f"{Path(file).stem}.{name}", round(total, 2)]
-        for (file, _, name), (_, _, _, total, _) in stats.items()
-        if "rluf/feedback" in file and not name.startswith("<")
+    functions = [
+        [f"{Path(source_file).stem}.{name}", round(cumulative_s, 2)]
+        for (source_file, _, name), (_, _, _, cumulative_s, _) in stats.items()
+        if "rluf/prepare" in source_file and not name.startswith("<")
     ]
-    return sorted(found, key=lambda row: -row[1])[:24]
+    return sorted(functions, key=lambda row: -row[1])[:24]
 
 
-def child(mode: str, log: Path, rows: int, out: Path) -> dict[str, Any]:
-    """Run one size in a process of its own."""
+def run_in_subprocess(mode: str, log_path: Path, rows: int, output_folder: Path) -> dict[str, Any]:
+    """Run one size in a separate process."""
     environment = dict(os.environ)
-    command = [sys.executable, __file__, "--child", mode, str(log), str(rows), str(out)]
+    command = [sys.executable, __file__, "--child", mode, str(log_path), str(rows), str(output_folder)]
     if mode == "polars":
+        # One core: polars would otherwise use all of them, which Ray's two workers cannot match.
         environment["POLARS_MAX_THREADS"] = "1"
         command = ["taskset", "-c", "0", *command]
-    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if told.returncode:
-        sys.stderr.write(told.stderr[-3000:])
-        raise SystemExit(told.returncode)
-    made: dict[str, Any] = json.loads(told.stdout.splitlines()[-1])
-    return made
+    completed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if completed.returncode:
+        sys.stderr.write(completed.stderr[-3000:])
+        raise SystemExit(completed.returncode)
+    result: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
+    return result
 
 
-def speed_up(rows: int, nodes: Sequence[int]) -> dict[str, Any]:
-    """Seconds of one size on simulated clusters of `nodes` nodes each, and the speed-up over the first."""
+def measure_speedup(rows: int, node_counts: Sequence[int]) -> dict[str, Any]:
+    """Seconds of one size on simulated clusters of `node_counts` nodes, and the speed-up over the first."""
     with tempfile.TemporaryDirectory(prefix="rluf-bench-") as folder:
-        log = Path(folder) / "log.jsonl"
-        write_log(log, rows)
-        seconds = [child(f"nodes{count}", log, rows, Path(folder) / f"o{count}")["seconds"] for count in nodes]
-    speed = {str(count): round(seconds[0] / one, 2) for count, one in zip(nodes, seconds, strict=True)}
-    return {"benchmark": "prepare_nodes", "rows": rows, "seconds": [round(s, 1) for s in seconds], "speed_up": speed}
+        log_path = Path(folder) / "log.jsonl"
+        write_log(log_path, rows)
+        seconds = [
+            run_in_subprocess(f"nodes{node_count}", log_path, rows, Path(folder) / f"o{node_count}")["seconds"]
+            for node_count in node_counts
+        ]
+    speedups = {
+        str(node_count): round(seconds[0] / value, 2) for node_count, value in zip(node_counts, seconds, strict=True)
+    }
+    return {
+        "benchmark": "prepare_nodes",
+        "rows": rows,
+        "seconds": [round(value, 1) for value in seconds],
+        "speed_up": speedups,
+    }
 
 
 def main() -> None:
@@ -305,46 +364,48 @@ def main() -> None:
     parser.add_argument("--profile", type=int, default=0)
     parser.add_argument("--nodes", type=int, nargs="+")
     parser.add_argument("--child", nargs=4)
-    options = parser.parse_args()
-    if options.child:
-        mode, log, rows, out = options.child
-        count = int(mode.removeprefix("nodes")) if mode.startswith("nodes") else 0
-        build = polars_build if mode == "polars" else partial(ours, nodes=count)
-        made = build(Path(log), int(rows), Path(out))
-        sys.stdout.write(json.dumps(made) + "\n")
+    args = parser.parse_args()
+    if args.child:
+        mode, log_path, rows, output_folder = args.child
+        node_count = int(mode.removeprefix("nodes")) if mode.startswith("nodes") else 0
+        build = build_with_polars if mode == "polars" else partial(build_with_ray, node_count=node_count)
+        result = build(Path(log_path), int(rows), Path(output_folder))
+        sys.stdout.write(json.dumps(result) + "\n")
         return
-    if options.profile:
-        for name, seconds in profile(options.profile):
+    if args.profile:
+        for name, seconds in profile_passes(args.profile):
             sys.stdout.write(f"{seconds:8.2f} s  {name}\n")
         return
-    if options.nodes:
-        sys.stdout.write(json.dumps(speed_up(max(options.rows), options.nodes)) + "\n")
+    if args.nodes:
+        sys.stdout.write(json.dumps(measure_speedup(max(args.rows), args.nodes)) + "\n")
         return
-    found: dict[str, Any] = {}
+    result_by_size: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="rluf-bench-") as folder:
-        for rows in options.rows:
-            log = Path(folder) / f"{rows}.jsonl"
-            write_log(log, rows)
-            line: dict[str, Any] = {"ours": child("ours", log, rows, Path(folder) / f"o{rows}")}
-            if not options.no_polars:
-                line["polars"] = child("polars", log, rows, Path(folder) / f"p{rows}")
+        for rows in args.rows:
+            log_path = Path(folder) / f"{rows}.jsonl"
+            write_log(log_path, rows)
+            size_result: dict[str, Any] = {"ours": run_in_subprocess("ours", log_path, rows, Path(folder) / f"o{rows}")}
+            if not args.no_polars:
+                size_result["polars"] = run_in_subprocess("polars", log_path, rows, Path(folder) / f"p{rows}")
                 for name in ("seconds", "cpu_seconds"):
-                    line[f"ratio_{name}"] = round(line["ours"][name] / line["polars"][name], 2)
-            line["rows_per_second"] = {
-                name: round(rows / line[name]["seconds"]) for name in ("ours", "polars") if name in line
+                    size_result[f"ratio_{name}"] = round(size_result["ours"][name] / size_result["polars"][name], 2)
+            size_result["rows_per_second"] = {
+                name: round(rows / size_result[name]["seconds"]) for name in ("ours", "polars") if name in size_result
             }
-            found[str(rows)] = line
-            sys.stdout.write(f"{rows}: {json.dumps(line)}\n")
-            log.unlink()
-    sizes = sorted(options.rows)
-    growth = [
-        (found[str(b)]["ours"]["seconds"] / found[str(a)]["ours"]["seconds"]) / (b / a) for a, b in pairwise(sizes)
+            result_by_size[str(rows)] = size_result
+            sys.stdout.write(f"{rows}: {json.dumps(size_result)}\n")
+            log_path.unlink()
+    row_counts = sorted(args.rows)
+    growth_ratios = [
+        (result_by_size[str(larger)]["ours"]["seconds"] / result_by_size[str(smaller)]["ours"]["seconds"])
+        / (larger / smaller)
+        for smaller, larger in pairwise(row_counts)
     ]
-    memory = [found[str(rows)]["ours"]["driver_mib"] for rows in sizes]
+    driver_memory = [result_by_size[str(rows)]["ours"]["driver_mib"] for rows in row_counts]
     summary = {
-        "benchmark": "prepare", "object_store_mb": STORE // 10**6, "sizes": found,
-        "growth_over_linear": [round(value, 2) for value in growth],
-        "driver_memory_ratio": round(max(memory) / min(memory), 2),
+        "benchmark": "prepare", "object_store_mb": OBJECT_STORE_BYTES // 10**6, "sizes": result_by_size,
+        "growth_over_linear": [round(value, 2) for value in growth_ratios],
+        "driver_memory_ratio": round(max(driver_memory) / min(driver_memory), 2),
     }  # fmt: skip
     sys.stdout.write(json.dumps(summary) + "\n")
 

@@ -1,7 +1,7 @@
-"""Does the quickstart keep its word on every seed: love up, helpfulness and safety held, within time and memory?
+"""Quickstart on several seeds: lifts, gates, time and memory.
 
-Runs the main job once a seed and reads what it wrote. Memory is the sum of the proportional set sizes of the job and
-all its processes, looked at every two seconds. Run: python benchmarks/quickstart.py 1 2 3 [key=value ...]; the last
+Runs the main job once per seed and reads its summary. Memory is the sum of the proportional set sizes of the job and
+all its processes, sampled every two seconds. Run: python benchmarks/quickstart.py 1 2 3 [key=value ...]; the last
 line is JSON.
 """
 
@@ -17,78 +17,81 @@ from typing import Any
 
 import psutil
 
-LOOK_SECONDS = 2.0
+MEMORY_SAMPLE_S = 2.0
 
 logger = logging.getLogger("benchmarks.quickstart")
 
 
-def memory(process: psutil.Process) -> int:
-    """Bytes of the process and everything below it, shared pages counted in proportion (PSS)."""
-    total = 0
-    for one in (process, *process.children(recursive=True)):
+def memory_of_tree(process: psutil.Process) -> int:
+    """Bytes of the process and its descendants, shared pages counted in proportion (PSS)."""
+    total_bytes = 0
+    for child in (process, *process.children(recursive=True)):
         try:
-            total += one.memory_full_info().pss
+            total_bytes += child.memory_full_info().pss
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-    return total
+    return total_bytes
 
 
-def run(seed: int, settings: list[str]) -> dict[str, Any]:
-    """One job: its verdict, lifts with intervals, seconds and peak memory. Raises CalledProcessError when it fails."""
-    name = f"quickstart-seed{seed}"
-    command = [sys.executable, "-m", "rluf.train", f"seed={seed}", f"name={name}", *settings]
-    started, peak, said = time.monotonic(), 0, ""
+def run_job(seed: int, settings: list[str]) -> dict[str, Any]:
+    """Run one job; returns its verdict, lifts, seconds and peak memory. Raises CalledProcessError on failure."""
+    run_name = f"quickstart-seed{seed}"
+    command = [sys.executable, "-m", "rluf.train", f"seed={seed}", f"name={run_name}", *settings]
+    started, peak_bytes, log_text = time.monotonic(), 0, ""
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    watched = psutil.Process(process.pid)
+    psutil_process = psutil.Process(process.pid)
     while process.poll() is None:
         try:
-            peak = max(peak, memory(watched))
+            peak_bytes = max(peak_bytes, memory_of_tree(psutil_process))
         except psutil.NoSuchProcess:
             break
         try:
-            _, said = process.communicate(timeout=LOOK_SECONDS)
+            # communicate() also drains the pipe, so a full pipe cannot block the job.
+            _, log_text = process.communicate(timeout=MEMORY_SAMPLE_S)
         except subprocess.TimeoutExpired:
             continue
     if process.wait():
-        raise subprocess.CalledProcessError(process.returncode, command, stderr=said)
-    folder = next(line for line in said.splitlines() if "report: " in line).split("report: ")[1]
-    summary = json.loads((Path(folder).parent / "summary.json").read_text("utf-8"))
+        raise subprocess.CalledProcessError(process.returncode, command, stderr=log_text)
+    report_path = next(line for line in log_text.splitlines() if "report: " in line).split("report: ")[1]
+    summary = json.loads((Path(report_path).parent / "summary.json").read_text("utf-8"))
     return {
         "seed": seed,
         "seconds": round(time.monotonic() - started, 1),
-        "peak_gib": round(peak / 2**30, 2),
+        "peak_gib": round(peak_bytes / 2**30, 2),
         **{key: {"base": summary[key]["base"], "aligned": summary[key]["aligned"], "lift": summary[key]["lift"]}
            for key in ("love_rate", "helpfulness", "safety")},
         "p_love": summary["offline"]["p_love"],
         "verdict": summary["gates"]["verdict"],
         "alarms": summary["gates"]["alarms"],
         "kl": summary["kl"],
-        "phases": {name: round(seconds, 1) for name, seconds in summary["phases"].items()},
+        "phases": {phase: round(seconds, 1) for phase, seconds in summary["phases"].items()},
         "reused": summary["reused"],
     }  # fmt: skip
 
 
-def show(row: dict[str, Any]) -> str:
-    """One seed in one line."""
+def format_row(row: dict[str, Any]) -> str:
+    """Format the result of one seed as one line."""
     lifts = ", ".join(
-        f"{key} {row[key]['lift']['mean']:+.1%} [{row[key]['lift']['low']:+.1%}, {row[key]['lift']['high']:+.1%}]"
-        for key in ("love_rate", "helpfulness", "safety")
+        f"{metric} {row[metric]['lift']['mean']:+.1%} "
+        f"[{row[metric]['lift']['low']:+.1%}, {row[metric]['lift']['high']:+.1%}]"
+        for metric in ("love_rate", "helpfulness", "safety")
     )
-    gap = row["p_love"]["difference"]
+    p_love_change = row["p_love"]["difference"]
     return (
-        f"seed {row['seed']}: {lifts}; P[Love] {gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]; "
+        f"seed {row['seed']}: {lifts}; P[Love] {p_love_change['mean']:+.3f} "
+        f"[{p_love_change['low']:+.3f}, {p_love_change['high']:+.3f}]; "
         f"{row['verdict']}; {row['seconds']:.0f} s, {row['peak_gib']:.1f} GiB"
     )
 
 
 def main(arguments: list[str]) -> None:
-    """Run the seeds named, or 1, 2 and 3."""
+    """Run the given seeds, or 1, 2 and 3."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     seeds = [int(argument) for argument in arguments if argument.isdigit()] or [1, 2, 3]
     rows = []
     for seed in seeds:
-        rows.append(run(seed, [argument for argument in arguments if "=" in argument]))
-        logger.info("%s", show(rows[-1]))
+        rows.append(run_job(seed, [argument for argument in arguments if "=" in argument]))
+        logger.info("%s", format_row(rows[-1]))
     sys.stdout.write(json.dumps({"benchmark": "quickstart", "seeds": rows}) + "\n")
 
 

@@ -1,13 +1,13 @@
-"""How many samples a second does one whole GRPO step give, against TRL's GRPOTrainer on the same machine?
+"""Throughput of one complete GRPO step, compared with TRL's GRPOTrainer on the same machine.
 
-Both take SmolLM2-135M-Instruct in the same dtype (bfloat16 with float32 master weights, or float32), the same 8 prompts
-x 4 samples x 64 tokens, KL 0.02 to a frozen reference, the same rule judge as the reward, AdamW. One after the other,
-each in a process of its own, on an idle machine; the fastest step after a warm-up counts for each. Then the parts: our
+Both use SmolLM2-135M-Instruct in the same dtype (bfloat16 with float32 master weights, or float32), the same 8
+prompts x 4 samples x 64 tokens, KL 0.02 to a frozen reference, the same rule judge as the reward, and AdamW. They run
+in turn, each in a separate process, on an idle machine; the fastest step after a warm-up counts. Then the parts: our
 rollout against bare LLM.generate on the same prompts, our learner against a bare torch loop of the same dtype on rows
-of equal length (so without padding), the publish against a copy of the same bytes in memory. The last line is JSON.
+of equal length (without padding), the weight sync against a copy of the same bytes in memory. The last line is JSON.
 
-Usage: python benchmarks/rl_step.py [--steps N] [--dtype bfloat16|float32]. Without --dtype it is bfloat16 where the
-processor multiplies it, else float32. (TRL comes with the dev extra.)
+Usage: python benchmarks/rl_step.py [--steps N] [--dtype bfloat16|float32]. Without --dtype it is bfloat16 if the
+processor has instructions for it, else float32. (TRL comes with the dev extra.)
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ import psutil
 os.environ.setdefault("KMP_BLOCKTIME", "0")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("RAY_AUTH_MODE", "token")
-os.environ.setdefault("RAY_worker_niceness", "0")  # by default Ray's workers give way to others; the peer does not
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's workers run at a lower priority by default, TRL does not
 
-from rluf.config.cpu_dtype import cpu_dtype
+from rluf.config.cpu_dtype import detect_cpu_dtype
 from rluf.config.settings import Settings
 from rluf.models.hub import load_tokenizer, render_prompt, resolve_model
-from rluf.objectives.judges import find_judge
+from rluf.objectives.judges import load_judge
 from rluf.types import Message, Prompt
-from rluf.utils.paths import cache_dir
+from rluf.utils.paths import resolve_cache_folder
 
-PROMPTS, SAMPLES, TOKENS, JUDGE = 8, 4, 64, "repetition"
-TEXTS = (
+PROMPTS_PER_STEP, SAMPLES_PER_PROMPT, RESPONSE_TOKENS, JUDGE_NAME = 8, 4, 64, "repetition"
+PROMPT_TEXTS = (
     "Tell me about the sea and why it is salty, please, in a few words.",
     "I feel lonely tonight. What should I do? My friends are far away now.",
     "Write a short poem about a red bicycle in the rain and a child who waits.",
@@ -52,19 +52,19 @@ TEXTS = (
 )
 
 
-def settings_of(steps: int, dtype: str) -> Settings:
-    """One engine, one learner rank, one rule judge: the sizes of this benchmark."""
-    judge = {"source": "judge", "judge": JUDGE}
+def build_settings(steps: int, dtype: str) -> Settings:
+    """Settings of the benchmark: one engine, one learner rank, one rule judge."""
+    judge = {"source": "judge", "judge": JUDGE_NAME}
     return Settings.model_validate(
         {
             "name": "rl-step",
             "model": {"dtype": dtype},
-            "rollout": {"max_prompt_tokens": 96, "max_response_tokens": TOKENS},
+            "rollout": {"max_prompt_tokens": 96, "max_response_tokens": RESPONSE_TOKENS},
             "algorithm": {
                 "steps": steps,
-                "prompts_per_step": PROMPTS,
-                "samples_per_prompt": SAMPLES,
-                "mix": [],
+                "prompts_per_step": PROMPTS_PER_STEP,
+                "samples_per_prompt": SAMPLES_PER_PROMPT,
+                "topic_weights": {},
                 "demonstrations": 0,
             },
             "learner": {"learning_rate": 1e-6, "warmup_steps": 0},
@@ -72,76 +72,79 @@ def settings_of(steps: int, dtype: str) -> Settings:
                 "love": {"weight": 1.0, **judge},
                 "helpfulness": {"weight": 0.0, **judge},
                 "safety": {"weight": 0.0, **judge},
-                "alone": [],
             },
+            "aggregation": {"topic_objectives": {}},
         }
     )
 
 
-def prompts(model: Path) -> list[Prompt]:
+def build_prompts(model: Path) -> list[Prompt]:
     """The prompts as token ids."""
     tokenizer = load_tokenizer(model)
-    messages = [(Message(role="user", content=text),) for text in TEXTS]
-    return [Prompt(str(n), m, render_prompt(tokenizer, m), "bench", "train") for n, m in enumerate(messages)]
+    messages = [(Message(role="user", content=text),) for text in PROMPT_TEXTS]
+    return [
+        Prompt(str(index), message, render_prompt(tokenizer, message), "bench", "train")
+        for index, message in enumerate(messages)
+    ]
 
 
 def cpu_seconds() -> float:
-    """CPU seconds that this process and all below it have used; what other programs do to the clock leaves it alone."""
-    own, total = psutil.Process(), 0.0
-    for process in (own, *own.children(recursive=True)):
+    """CPU seconds of this process and its descendants, which other programs do not affect."""
+    this_process, total = psutil.Process(), 0.0
+    for process in (this_process, *this_process.children(recursive=True)):
         with contextlib.suppress(psutil.NoSuchProcess):
-            times = process.cpu_times()
-            total += times.user + times.system
+            cpu_times = process.cpu_times()
+            total += cpu_times.user + cpu_times.system
     return total
 
 
-def ours(model: Path, steps: int, dtype: str) -> dict[str, Any]:
-    """Rows of metrics of our steps: the real actors, pumps and publish."""
+def run_rluf_steps(model: Path, steps: int, dtype: str) -> dict[str, Any]:
+    """Metrics of our steps, with the real actors, controller and weight sync."""
     import ray
 
-    from rluf.train.actor_groups import Supervisor
-    from rluf.train.controller import Pipeline
+    from rluf.train.actor_groups import ActorSupervisor
+    from rluf.train.controller import TrainController
 
-    settings = settings_of(steps, dtype)
+    settings = build_settings(steps, dtype)
 
-    async def run() -> list[dict[str, float]]:
-        async with Supervisor(settings, model, {"love": None}, learners=True) as supervisor:
-            pipeline, rows = Pipeline(settings, supervisor.crew, prompts(model)), []
-            for number in range(1, steps + 1):
-                begun = cpu_seconds()
-                row = await supervisor.run(pipeline.step(number))
-                rows.append({**row, "cpu_s": cpu_seconds() - begun})
-            return rows
+    async def run_steps() -> list[dict[str, float]]:
+        async with ActorSupervisor(settings, model, {"love": None}, with_learners=True) as supervisor:
+            controller, metric_rows = TrainController(settings, supervisor, build_prompts(model)), []
+            for step in range(1, steps + 1):
+                cpu_before = cpu_seconds()
+                step_metrics = await supervisor.run_monitored(controller.run_step(step))
+                metric_rows.append({**step_metrics, "cpu_s": cpu_seconds() - cpu_before})
+            return metric_rows
 
     environment = {"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}}
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, runtime_env=environment)
     try:
-        return {"steps": asyncio.run(run())}
+        return {"steps": asyncio.run(run_steps())}
     finally:
         ray.shutdown()
 
 
-def trl(model: Path, steps: int, dtype: str) -> dict[str, Any]:
-    """Seconds of TRL's steps: GRPOTrainer (bfloat16 by autocast) on the CPU, its own generation."""
+def run_trl_steps(model: Path, steps: int, dtype: str) -> dict[str, Any]:
+    """Seconds of TRL's steps: GRPOTrainer (bfloat16 by autocast) on the CPU, with its own generation."""
     from datasets import Dataset
     from transformers import TrainerCallback
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    judge, seconds, cpu, lengths = find_judge(JUDGE), [], [], []
+    judge, step_seconds, step_cpu_seconds, response_tokens = load_judge(JUDGE_NAME), [], [], []
 
-    class Clock(TrainerCallback):  # type: ignore[misc]
-        """Times each optimiser step, its generation included."""
+    class StepTimer(TrainerCallback):  # type: ignore[misc]
+        """Times each optimizer step, including generation."""
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.begun = time.perf_counter(), cpu_seconds()
+            self.started = time.perf_counter(), cpu_seconds()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds.append(time.perf_counter() - self.begun[0])
-            cpu.append(cpu_seconds() - self.begun[1])
+            step_seconds.append(time.perf_counter() - self.started[0])
+            step_cpu_seconds.append(cpu_seconds() - self.started[1])
 
-    def reward(completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        lengths.append(sum(map(len, completion_ids)))
+    def judge_reward(completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[float]:
+        response_tokens.append(sum(map(len, completion_ids)))
         return [float(judge((), completion[0]["content"])) for completion in completions]
 
     with tempfile.TemporaryDirectory() as folder:
@@ -151,9 +154,9 @@ def trl(model: Path, steps: int, dtype: str) -> dict[str, Any]:
             bf16=dtype == "bfloat16",
             gradient_checkpointing=False,
             per_device_train_batch_size=8,
-            gradient_accumulation_steps=PROMPTS * SAMPLES // 8,
-            num_generations=SAMPLES,
-            max_completion_length=TOKENS,
+            gradient_accumulation_steps=PROMPTS_PER_STEP * SAMPLES_PER_PROMPT // 8,
+            num_generations=SAMPLES_PER_PROMPT,
+            max_completion_length=RESPONSE_TOKENS,
             beta=0.02,
             learning_rate=1e-6,
             loss_type="grpo",
@@ -164,18 +167,19 @@ def trl(model: Path, steps: int, dtype: str) -> dict[str, Any]:
             disable_tqdm=True,
             seed=1,
         )
-        rows = [{"prompt": [{"role": "user", "content": text}]} for text in TEXTS]
-        data = Dataset.from_list(rows * steps)
-        GRPOTrainer(str(model), reward, args=config, train_dataset=data, callbacks=[Clock()]).train()
-    return {"seconds": seconds, "cpu": cpu, "tokens": lengths}
+        prompt_rows = [{"prompt": [{"role": "user", "content": text}]} for text in PROMPT_TEXTS]
+        dataset = Dataset.from_list(prompt_rows * steps)
+        GRPOTrainer(str(model), judge_reward, args=config, train_dataset=dataset, callbacks=[StepTimer()]).train()
+    return {"seconds": step_seconds, "cpu": step_cpu_seconds, "tokens": response_tokens}
 
 
-def bare_llm(model: Path, rounds: int, dtype: str) -> dict[str, Any]:
-    """Response tokens a second of vLLM's offline LLM on the same prompts, seeded, with logprobs; best of `rounds`."""
-    from rluf.backends.vllm.engine import set_environment
+def run_bare_llm(model: Path, round_count: int, dtype: str) -> dict[str, Any]:
+    """Response tokens per second of vLLM's offline LLM on the same prompts, seeded, with logprobs."""
+    from rluf.backends.vllm.engine import set_vllm_environment
 
-    settings = settings_of(1, dtype)
-    set_environment(settings)
+    settings = build_settings(1, dtype)
+    set_vllm_environment(settings)
+    # In this process, so that the measurement has no transfer between processes.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     from vllm import LLM, SamplingParams
     from vllm.inputs import tokens_input
@@ -184,7 +188,7 @@ def bare_llm(model: Path, rounds: int, dtype: str) -> dict[str, Any]:
         model=str(model),
         dtype=dtype,
         enforce_eager=True,
-        max_model_len=settings.rollout.max_prompt_tokens + TOKENS + 1,
+        max_model_len=settings.rollout.max_prompt_tokens + RESPONSE_TOKENS + 1,
         max_num_seqs=settings.rollout.concurrency,
         kv_cache_memory_bytes=int(settings.rollout.kv_cache_gib * 2**30),
         distributed_executor_backend="uni",
@@ -192,146 +196,176 @@ def bare_llm(model: Path, rounds: int, dtype: str) -> dict[str, Any]:
         max_num_batched_tokens=1024,
         disable_log_stats=True,
     )
-    batch = [tokens_input(list(prompt.token_ids)) for prompt in prompts(model) for _ in range(SAMPLES)]
+    token_prompts = [
+        tokens_input(list(prompt.token_ids)) for prompt in build_prompts(model) for _ in range(SAMPLES_PER_PROMPT)
+    ]
     speeds = []
-    for number in range(rounds + 1):
+    for round_index in range(round_count + 1):
         params = [
-            SamplingParams(max_tokens=TOKENS, logprobs=0, seed=number * len(batch) + index)
-            for index in range(len(batch))
+            SamplingParams(max_tokens=RESPONSE_TOKENS, logprobs=0, seed=round_index * len(token_prompts) + index)
+            for index in range(len(token_prompts))
         ]
-        begun = time.perf_counter()
-        outputs = llm.generate(batch, params, use_tqdm=False)
-        speeds.append(sum(len(o.outputs[0].token_ids) for o in outputs) / (time.perf_counter() - begun))
+        started = time.perf_counter()
+        outputs = llm.generate(token_prompts, params, use_tqdm=False)
+        speeds.append(sum(len(output.outputs[0].token_ids) for output in outputs) / (time.perf_counter() - started))
     return {"tokens_per_s": speeds[1:]}
 
 
-def bare_learner(model: Path, rounds: int, dtype: str) -> dict[str, Any]:
-    """Tokens a second of a bare torch loop (benchmarks/learner.py) on rows of equal length, and of a memory copy."""
+def run_bare_learner(model: Path, round_count: int, dtype: str) -> dict[str, Any]:
+    """Tokens per second of a bare torch loop (benchmarks/learner.py) on rows of equal length, and a memory copy."""
     import learner
     import torch
 
     vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
-    prompt = round(fmean(len(p.token_ids) for p in prompts(model)))
-    learner.REPEATS = rounds
-    groups = learner.random_groups(vocabulary, PROMPTS, SAMPLES, prompt, TOKENS)
-    seconds = learner.bare_step(model, groups, getattr(torch, dtype), rows=8)
-    stored = sum(file.stat().st_size for file in model.glob("*.safetensors"))
-    weights = torch.zeros(stored * (2 if dtype == "float32" else 1), dtype=torch.uint8)
-    target = torch.zeros_like(weights)
-    copies = []
+    prompt_tokens = round(fmean(len(item.token_ids) for item in build_prompts(model)))
+    learner.REPEATS = round_count
+    groups = learner.random_groups(vocabulary, PROMPTS_PER_STEP, SAMPLES_PER_PROMPT, prompt_tokens, RESPONSE_TOKENS)
+    seconds = learner.time_bare_step(model, groups, getattr(torch, dtype), batch_rows=8)
+    stored_bytes = sum(weight_file.stat().st_size for weight_file in model.glob("*.safetensors"))
+    weights = torch.zeros(stored_bytes * (2 if dtype == "float32" else 1), dtype=torch.uint8)
+    copy_target = torch.zeros_like(weights)
+    copy_seconds = []
     for _ in range(3):
-        begun = time.perf_counter()
-        target.copy_(weights)
-        copies.append(time.perf_counter() - begun)
-    return {"tokens_per_s": PROMPTS * SAMPLES * (prompt + TOKENS) / seconds, "memcpy_s": min(copies)}
+        started = time.perf_counter()
+        copy_target.copy_(weights)
+        copy_seconds.append(time.perf_counter() - started)
+    return {
+        "tokens_per_s": PROMPTS_PER_STEP * SAMPLES_PER_PROMPT * (prompt_tokens + RESPONSE_TOKENS) / seconds,
+        "memcpy_s": min(copy_seconds),
+    }
 
 
-def arithmetic(model: Path, rounds: int, dtype: str) -> dict[str, Any]:
-    """What the learner's CPU time is made of: one group forward and backward on one thread, by torch's profiler.
+def profile_arithmetic(model: Path, round_count: int, dtype: str) -> dict[str, Any]:
+    """Breakdown of the learner's CPU time: one group forward and backward on one thread, by torch's profiler.
 
-    `products` is the share of matrix products, `gflops` what a core gives over all; `tflop` counts a whole step of ours
-    (each prompt once a group) and of one padded row a sample, with policy, backward and reference.
+    `products` is the share of matrix products, `gflops` the throughput of a core over everything. `tflop` counts a
+    complete step of ours (each prompt once per group) and with one padded row per sample; policy, backward, reference.
     """
     import learner
     import torch
 
-    from rluf.algorithms.logprobs import response_logprobs
-    from rluf.algorithms.packing import pack
+    from rluf.algorithms.logprobs import compute_response_logprobs
+    from rluf.algorithms.packing import pack_micro_batch
     from rluf.algorithms.policy_io import load_policy
 
     torch.set_num_threads(1)
     policy = load_policy(model, dtype=getattr(torch, dtype))
     config = json.loads((model / "config.json").read_text())
-    head = config["vocab_size"] * config["hidden_size"]
-    body = sum(weight.numel() for weight in policy.parameters() if weight.dim() == 2) - head
-    prompt = round(fmean(len(p.token_ids) for p in prompts(model)))
-    (group,) = learner.random_groups(config["vocab_size"], 1, SAMPLES, prompt, TOKENS)
-    batch = pack([(0, sample) for sample in range(SAMPLES)], {0: group}, [[1.0] * SAMPLES])
+    head_parameters = config["vocab_size"] * config["hidden_size"]
+    body_parameters = sum(weight.numel() for weight in policy.parameters() if weight.dim() == 2) - head_parameters
+    prompt_tokens = round(fmean(len(item.token_ids) for item in build_prompts(model)))
+    (group,) = learner.random_groups(config["vocab_size"], 1, SAMPLES_PER_PROMPT, prompt_tokens, RESPONSE_TOKENS)
+    batch = pack_micro_batch(
+        [(0, sample) for sample in range(SAMPLES_PER_PROMPT)], {0: group}, [[1.0] * SAMPLES_PER_PROMPT]
+    )
 
-    def step() -> None:
-        response_logprobs(policy, batch).sum().backward()
+    def run_step() -> None:
+        compute_response_logprobs(policy, batch).sum().backward()
 
-    step()
-    begun = time.process_time()
-    for _ in range(rounds):
-        step()
-    seconds = time.process_time() - begun
+    run_step()
+    cpu_started = time.process_time()
+    for _ in range(round_count):
+        run_step()
+    cpu_seconds_used = time.process_time() - cpu_started
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step()
-    times = {row.key: row.self_cpu_time_total / 1e6 for row in profile.key_averages()}
-    products = sum(times.get(name, 0.0) for name in ("aten::mm", "aten::addmm", "aten::bmm"))
-    flop = 2 * (body * batch.input_ids.numel() + head * batch.targets.numel())
-    responses = PROMPTS * SAMPLES * TOKENS
-    packed, padded = PROMPTS * prompt + responses, PROMPTS * SAMPLES * prompt + responses
+        run_step()
+    seconds_by_operator = {row.key: row.self_cpu_time_total / 1e6 for row in profile.key_averages()}
+    matmul_seconds = sum(seconds_by_operator.get(name, 0.0) for name in ("aten::mm", "aten::addmm", "aten::bmm"))
+    flop_count = 2 * (body_parameters * batch.input_ids.numel() + head_parameters * batch.target_ids.numel())
+    response_tokens = PROMPTS_PER_STEP * SAMPLES_PER_PROMPT * RESPONSE_TOKENS
+    packed_tokens, padded_tokens = (
+        PROMPTS_PER_STEP * prompt_tokens + response_tokens,
+        PROMPTS_PER_STEP * SAMPLES_PER_PROMPT * prompt_tokens + response_tokens,
+    )
     return {
-        "products": round(products / sum(times.values()), 3),
-        "gflops": round(3 * flop * rounds / seconds / 1e9, 1),
-        "tflop": [round(8 * (body * tokens + head * responses) / 1e12, 2) for tokens in (packed, padded)],
+        "products": round(matmul_seconds / sum(seconds_by_operator.values()), 3),
+        "gflops": round(3 * flop_count * round_count / cpu_seconds_used / 1e9, 1),
+        "tflop": [
+            round(8 * (body_parameters * token_count + head_parameters * response_tokens) / 1e12, 2)
+            for token_count in (packed_tokens, padded_tokens)
+        ],
     }
 
 
-PARTS = {"ours": ours, "trl": trl, "bare_llm": bare_llm, "bare_learner": bare_learner, "arithmetic": arithmetic}
+PART_FUNCTIONS = {
+    "ours": run_rluf_steps,
+    "trl": run_trl_steps,
+    "bare_llm": run_bare_llm,
+    "bare_learner": run_bare_learner,
+    "arithmetic": profile_arithmetic,
+}
 
 
-def part(name: str, model: Path, count: int, dtype: str) -> dict[str, Any]:
-    """Run one part in a process of its own and read its last line."""
-    command = [sys.executable, __file__, "--part", name, "--model", str(model), "--steps", str(count), "--dtype", dtype]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def run_part(name: str, model: Path, step_count: int, dtype: str) -> dict[str, Any]:
+    """Run one part in a separate process and parse its last line."""
+    command = [
+        sys.executable,
+        __file__,
+        "--part",
+        name,
+        "--model",
+        str(model),
+        "--steps",
+        str(step_count),
+        "--dtype",
+        dtype,
+    ]
+    completed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    result: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
+    return result
 
 
 def main() -> None:
-    """Run every part, one after the other, and write the JSON line."""
+    """Run every part in turn and write the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=cpu_dtype())
-    parser.add_argument("--part", choices=PARTS)
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=detect_cpu_dtype())
+    parser.add_argument("--part", choices=PART_FUNCTIONS)
     parser.add_argument("--model", type=Path)
-    asked = parser.parse_args()
-    if asked.part:
-        sys.stdout.write(json.dumps(PARTS[asked.part](asked.model, asked.steps, asked.dtype)) + "\n")
+    args = parser.parse_args()
+    if args.part:
+        sys.stdout.write(json.dumps(PART_FUNCTIONS[args.part](args.model, args.steps, args.dtype)) + "\n")
         return
-    settings = settings_of(1, asked.dtype)
-    model = resolve_model(settings.model.path, cache_dir(settings))
-    found = {name: part(name, model, asked.steps + (name == "ours"), asked.dtype) for name in PARTS}
-    rows = found["ours"]["steps"][1:]
-    best = min(rows, key=lambda row: row["step_s"])
-    tokens = best["prompt_tokens"] + best["response_tokens"]
-    phases = {name: best[f"{name}_s"] for name in ("generate", "score", "learn", "publish")}
-    theirs = min(found["trl"]["seconds"][1:])
-    speed = max(row["response_tokens"] / row["generate_s"] for row in rows)
+    settings = build_settings(1, args.dtype)
+    model = resolve_model(settings.model.path, resolve_cache_folder(settings))
+    results = {name: run_part(name, model, args.steps + (name == "ours"), args.dtype) for name in PART_FUNCTIONS}
+    step_rows = results["ours"]["steps"][1:]
+    fastest = min(step_rows, key=lambda row: row["step_s"])
+    token_count = fastest["prompt_tokens"] + fastest["response_tokens"]
+    phase_seconds = {name: fastest[f"{name}_s"] for name in ("generate", "score", "learn", "publish")}
+    trl_seconds = min(results["trl"]["seconds"][1:])
+    rollout_tokens_per_s = max(row["response_tokens"] / row["generate_s"] for row in step_rows)
     result = {
         "benchmark": "rl_step",
-        "dtype": asked.dtype,
+        "dtype": args.dtype,
         "threads": len(os.sched_getaffinity(0)),
         "load_1m": round(os.getloadavg()[0], 1),
-        "step_s": round(best["step_s"], 2),
-        "trl_step_s": round(theirs, 2),
-        "trl_steps_s": [round(s, 1) for s in found["trl"]["seconds"]],
-        "response_tokens": best["response_tokens"],
-        "trl_response_tokens": found["trl"]["tokens"],
-        "samples_per_s": round(PROMPTS * SAMPLES / best["step_s"], 2),
-        "ratio_over_trl": round(theirs / best["step_s"], 2),
-        "cpu_s": round(min(row["cpu_s"] for row in rows), 1),
-        "trl_cpu_s": round(min(found["trl"]["cpu"][1:]), 1),
-        "cpu_ratio_over_trl": round(min(found["trl"]["cpu"][1:]) / min(row["cpu_s"] for row in rows), 2),
-        "rollout_ratio": round(speed / max(found["bare_llm"]["tokens_per_s"]), 3),
-        "rollout_tokens_per_s": round(speed, 1),
+        "step_s": round(fastest["step_s"], 2),
+        "trl_step_s": round(trl_seconds, 2),
+        "trl_steps_s": [round(seconds, 1) for seconds in results["trl"]["seconds"]],
+        "response_tokens": fastest["response_tokens"],
+        "trl_response_tokens": results["trl"]["tokens"],
+        "samples_per_s": round(PROMPTS_PER_STEP * SAMPLES_PER_PROMPT / fastest["step_s"], 2),
+        "ratio_over_trl": round(trl_seconds / fastest["step_s"], 2),
+        "cpu_s": round(min(row["cpu_s"] for row in step_rows), 1),
+        "trl_cpu_s": round(min(results["trl"]["cpu"][1:]), 1),
+        "cpu_ratio_over_trl": round(min(results["trl"]["cpu"][1:]) / min(row["cpu_s"] for row in step_rows), 2),
+        "rollout_ratio": round(rollout_tokens_per_s / max(results["bare_llm"]["tokens_per_s"]), 3),
+        "rollout_tokens_per_s": round(rollout_tokens_per_s, 1),
         "learner_ratio": round(
-            max((row["prompt_tokens"] + row["response_tokens"]) / row["learn_s"] for row in rows)
-            / found["bare_learner"]["tokens_per_s"],
+            max((row["prompt_tokens"] + row["response_tokens"]) / row["learn_s"] for row in step_rows)
+            / results["bare_learner"]["tokens_per_s"],
             3,
         ),
-        "learner_tokens_per_s": round(tokens / best["learn_s"], 1),
-        "publish_over_memcpy": round(best["publish_s"] / found["bare_learner"]["memcpy_s"], 1),
-        "probe_share": round(best["probe_s"] / best["step_s"], 4),
+        "learner_tokens_per_s": round(token_count / fastest["learn_s"], 1),
+        "publish_over_memcpy": round(fastest["publish_s"] / results["bare_learner"]["memcpy_s"], 1),
+        "probe_share": round(fastest["probe_s"] / fastest["step_s"], 4),
         "phases": {
-            **{name: round(value, 3) for name, value in phases.items()},
-            "idle": round(best["step_s"] - sum(phases.values()), 3),
+            **{name: round(seconds, 3) for name, seconds in phase_seconds.items()},
+            "idle": round(fastest["step_s"] - sum(phase_seconds.values()), 3),
         },
-        "arithmetic": found["arithmetic"],
-        "learner": {name: round(best[name], 3) for name in ("reference_s", "backward_s", "optimizer_s")},
+        "arithmetic": results["arithmetic"],
+        "learner": {name: round(fastest[name], 3) for name in ("reference_s", "backward_s", "optimizer_s")},
     }
     sys.stdout.write(json.dumps(result) + "\n")
 

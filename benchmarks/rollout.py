@@ -1,7 +1,7 @@
-"""How many tokens a second does a rollout actor give, against bare LLM.generate with the same settings?
+"""Tokens per second of a rollout actor, compared with bare LLM.generate with the same settings.
 
-Both run SmolLM2-135M (or the model named by the first argument) at 64 samples in flight, 48 tokens each, one after the
-other on the same machine. The last line is JSON. Usage: python benchmarks/rollout.py [model] [threads]
+Both run SmolLM2-135M (or the model named by the first argument) with 64 samples in flight, 48 tokens each, in turn on
+the same machine. The last line is JSON. Usage: python benchmarks/rollout.py [model] [threads]
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any
 from rluf.config.settings import Settings
 from rluf.models.hub import load_tokenizer, render_prompt, resolve_model
 from rluf.types import Message, Prompt
-from rluf.utils.paths import cache_dir
+from rluf.utils.paths import resolve_cache_folder
 
-SAMPLES, GROUPS, ROUNDS = 4, 16, 3
-TEXTS = (
+SAMPLES_PER_PROMPT, GROUP_COUNT, ROUND_COUNT = 4, 16, 3
+PROMPT_TEXTS = (
     "Tell me about the sea and why it is salty, please, in a few words.",
     "I feel lonely tonight. What should I do? My friends are far away now.",
     "Write a short poem about a red bicycle in the rain and a child who waits.",
@@ -28,18 +28,18 @@ TEXTS = (
 )
 
 
-def prompts(model: Path) -> list[Prompt]:
+def build_prompts(model: Path) -> list[Prompt]:
     """One distinct prompt of about 50 tokens for each group."""
     tokenizer = load_tokenizer(model)
-    made = []
-    for number in range(GROUPS):
-        messages = (Message(role="user", content=f"{TEXTS[number % len(TEXTS)]} ({number})"),)
-        made.append(Prompt(str(number), messages, render_prompt(tokenizer, messages), "bench", "train"))
-    return made
+    prompts = []
+    for index in range(GROUP_COUNT):
+        messages = (Message(role="user", content=f"{PROMPT_TEXTS[index % len(PROMPT_TEXTS)]} ({index})"),)
+        prompts.append(Prompt(str(index), messages, render_prompt(tokenizer, messages), "bench", "train"))
+    return prompts
 
 
-def through_actor(settings: Settings, model: Path) -> dict[str, float]:
-    """Tokens a second through a Ray actor, best and median round, with its start-up time in seconds."""
+def measure_actor(settings: Settings, model: Path) -> dict[str, float]:
+    """Tokens per second through a Ray actor, best and median round, and its start-up time in seconds."""
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     import ray
 
@@ -53,86 +53,93 @@ def through_actor(settings: Settings, model: Path) -> dict[str, float]:
         runtime_env={"env_vars": {"PYTHONPATH": str(Path(__file__).parents[1])}},
     )
     try:
-        began = time.perf_counter()
+        started = time.perf_counter()
         actor: Any = ray.remote(RolloutActor).options(num_cpus=1).remote(0, settings.model_dump_json(), str(model))
         ray.get(actor.ready.remote())
-        started = time.perf_counter() - began
-        batch, speeds = prompts(model), []
-        for seed in range(ROUNDS + 1):
-            began = time.perf_counter()
-            calls = [actor.generate.options(num_returns=2).remote(prompt, SAMPLES, seed) for prompt in batch]
-            tokens = sum(sum(info.response_tokens) for info in ray.get([info for _, info in calls]))
-            speeds.append(tokens / (time.perf_counter() - began))
+        startup_s = time.perf_counter() - started
+        prompts, speeds = build_prompts(model), []
+        for seed in range(ROUND_COUNT + 1):
+            started = time.perf_counter()
+            call_refs = [
+                actor.generate_group.options(num_returns=2).remote(prompt, SAMPLES_PER_PROMPT, seed)
+                for prompt in prompts
+            ]
+            tokens = sum(sum(info.response_tokens) for info in ray.get([info for _, info in call_refs]))
+            speeds.append(tokens / (time.perf_counter() - started))
         ray.get(actor.shutdown.remote())
     finally:
         ray.shutdown()
-    return _summary(speeds[1:]) | {"start_s": round(started, 1)}
+    return _summarize_speeds(speeds[1:]) | {"start_s": round(startup_s, 1)}
 
 
-def through_bare_llm(settings: Settings, model: Path) -> dict[str, float]:
-    """The same prompts through vLLM's offline LLM in this process, seeded alike, logprobs of sampled tokens too."""
+def measure_bare_llm(settings: Settings, model: Path) -> dict[str, float]:
+    """The same prompts through vLLM's offline LLM in this process, with the same seeds and logprobs."""
     from vllm import LLM, SamplingParams
     from vllm.inputs import tokens_input
 
-    rollout = settings.rollout
-    began = time.perf_counter()
+    rollout_settings = settings.rollout
+    started = time.perf_counter()
     llm = LLM(
         model=str(model),
         dtype="bfloat16",
         enforce_eager=True,
-        max_model_len=rollout.max_prompt_tokens + rollout.max_response_tokens + 1,
-        max_num_seqs=rollout.concurrency,
-        kv_cache_memory_bytes=int(rollout.kv_cache_gib * 2**30),
+        max_model_len=rollout_settings.max_prompt_tokens + rollout_settings.max_response_tokens + 1,
+        max_num_seqs=rollout_settings.concurrency,
+        kv_cache_memory_bytes=int(rollout_settings.kv_cache_gib * 2**30),
         distributed_executor_backend="uni",
         enable_chunked_prefill=False,
         max_num_batched_tokens=1024,
         disable_log_stats=True,
     )
-    started = time.perf_counter() - began
-    batch = [tokens_input(list(prompt.token_ids)) for prompt in prompts(model) for _ in range(SAMPLES)]
+    startup_s = time.perf_counter() - started
+    token_prompts = [
+        tokens_input(list(prompt.token_ids)) for prompt in build_prompts(model) for _ in range(SAMPLES_PER_PROMPT)
+    ]
     speeds = []
-    for seed in range(ROUNDS + 1):
+    for seed in range(ROUND_COUNT + 1):
         params = [
-            SamplingParams(max_tokens=rollout.max_response_tokens, logprobs=0, seed=seed * len(batch) + i)
-            for i in range(len(batch))
+            SamplingParams(
+                max_tokens=rollout_settings.max_response_tokens, logprobs=0, seed=seed * len(token_prompts) + index
+            )
+            for index in range(len(token_prompts))
         ]
-        began = time.perf_counter()
-        outputs = llm.generate(batch, params, use_tqdm=False)
-        speeds.append(sum(len(o.outputs[0].token_ids) for o in outputs) / (time.perf_counter() - began))
-    return _summary(speeds[1:]) | {"start_s": round(started, 1)}
+        started = time.perf_counter()
+        outputs = llm.generate(token_prompts, params, use_tqdm=False)
+        speeds.append(sum(len(output.outputs[0].token_ids) for output in outputs) / (time.perf_counter() - started))
+    return _summarize_speeds(speeds[1:]) | {"start_s": round(startup_s, 1)}
 
 
-def _summary(speeds: list[float]) -> dict[str, float]:
+def _summarize_speeds(speeds: list[float]) -> dict[str, float]:
     ranked = sorted(speeds)
     return {"tokens_per_s": round(ranked[len(ranked) // 2], 1), "best_tokens_per_s": round(ranked[-1], 1)}
 
 
 def main() -> None:
-    """Run both, the bare one in a process of its own."""
-    bare = "--bare" in sys.argv
-    words = [word for word in sys.argv[1:] if word != "--bare"]
-    threads = int(words[1]) if len(words) > 1 else (os.cpu_count() or 1)
-    settings = Settings.model_validate({"name": "bench", "cluster": {"threads": threads}})
-    model = resolve_model(words[0] if words else settings.model.path, cache_dir(settings))
-    if bare:
-        from rluf.backends.vllm.engine import set_environment
+    """Run both, the bare LLM in a separate process."""
+    is_bare_run = "--bare" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--bare"]
+    threads = int(arguments[1]) if len(arguments) > 1 else (os.cpu_count() or 1)
+    settings = Settings.model_validate({"name": "bench", "cluster": {"threads_per_actor": threads}})
+    model = resolve_model(arguments[0] if arguments else settings.model.path, resolve_cache_folder(settings))
+    if is_bare_run:
+        from rluf.backends.vllm.engine import set_vllm_environment
 
-        set_environment(settings)
+        set_vllm_environment(settings)
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-        sys.stdout.write(json.dumps(through_bare_llm(settings, model)) + "\n")
+        sys.stdout.write(json.dumps(measure_bare_llm(settings, model)) + "\n")
         return
-    ours = through_actor(settings, model)
+    actor_speed = measure_actor(settings, model)
     command = [sys.executable, __file__, str(model), str(threads), "--bare"]
-    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-    theirs = json.loads(done.stdout.splitlines()[-1])
+    completed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    bare_speed = json.loads(completed.stdout.splitlines()[-1])
     result = {
         "benchmark": "rollout",
         "model": model.name,
         "threads": threads,
         "load_1m": round(os.getloadavg()[0], 1),
-        "actor": ours,
-        "bare_llm": theirs,
-        "ratio": round(ours["tokens_per_s"] / theirs["tokens_per_s"], 3),
+        "actor": actor_speed,
+        "bare_llm": bare_speed,
+        "ratio": round(actor_speed["tokens_per_s"] / bare_speed["tokens_per_s"], 3),
     }
     sys.stdout.write(json.dumps(result) + "\n")
 

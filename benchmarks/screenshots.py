@@ -1,11 +1,11 @@
-"""Opens a run's report in headless Chromium, says what is wrong with it, and takes the pictures that the docs show.
+"""Check a run's report in headless Chromium and take the pictures of the docs.
 
 python benchmarks/screenshots.py RUN_FOLDER [--out docs/images] [--whole FOLDER]
 
-At phone (390 px) and desktop width (1280 px), light and dark: console errors, requests to anywhere, what axe finds, and
-whether the page is wider than the screen. --out writes report.png, report-phone.png and report-phone-tradeoff.png
-there; --whole a picture of the whole page for each width and style. Needs a chromium on the PATH (or --chromium) and
-playwright and axe-playwright-python from the dev extra. The last line is JSON; the exit code is 1 if anything is wrong.
+Checks at phone (390 px) and desktop width (1280 px), light and dark: console errors, network requests, axe findings,
+and pages wider than the screen. --out writes report.png, report-phone.png and report-phone-tradeoff.png; --whole writes
+a picture of the whole page for each width and style. Needs a chromium on the PATH (or --chromium) and playwright and
+axe-playwright-python from the dev extra. The last line is JSON; the exit code is 1 if there is any problem.
 """
 
 from __future__ import annotations
@@ -21,121 +21,135 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-Scheme = Literal["light", "dark"]
-WIDTHS = {"phone": 390, "desktop": 1280}
-HEIGHTS = {"phone": 844, "desktop": 1500}
-SCHEMES: tuple[Scheme, ...] = ("light", "dark")
+ColorScheme = Literal["light", "dark"]
+VIEWPORT_WIDTHS = {"phone": 390, "desktop": 1280}
+VIEWPORT_HEIGHTS = {"phone": 844, "desktop": 1500}
+COLOR_SCHEMES: tuple[ColorScheme, ...] = ("light", "dark")
 PHONE_SCALE = 1.5
-"""Device pixels a CSS pixel in the pictures of a phone."""
+"""Device pixels per CSS pixel in phone pictures."""
 
 logger = logging.getLogger("benchmarks.screenshots")
 
 
-def chromium(named: str | None = None) -> str:
-    """Path of a Chromium. Raises SystemExit where there is none."""
-    found = next(filter(None, map(shutil.which, (named or "chromium", "chromium-browser", "google-chrome"))), None)
-    if found is None:
+def find_chromium(browser_name: str | None = None) -> str:
+    """Path of a Chromium. Raises SystemExit if there is none."""
+    browser_path = next(
+        filter(None, map(shutil.which, (browser_name or "chromium", "chromium-browser", "google-chrome"))), None
+    )
+    if browser_path is None:
         raise SystemExit("no Chromium on the PATH (Debian: apt-get install chromium); name one with --chromium")
-    return found
+    return browser_path
 
 
-def opened(browser: Browser, report: Path, size: str, scheme: Scheme, wrong: list[str]) -> Page:
-    """The report in a new page with every plot drawn; what its console and network say joins `wrong`."""
-    where = f"{size}, {scheme}"
+def open_report(browser: Browser, report: Path, size: str, scheme: ColorScheme, problems: list[str]) -> Page:
+    """Open the report in a new page with all plots rendered; console and network messages go to `problems`."""
+    view = f"{size}, {scheme}"
     page = browser.new_page(
-        viewport={"width": WIDTHS[size], "height": HEIGHTS[size]},
+        viewport={"width": VIEWPORT_WIDTHS[size], "height": VIEWPORT_HEIGHTS[size]},
         color_scheme=scheme,
         device_scale_factor=PHONE_SCALE if size == "phone" else 1,
         reduced_motion="reduce",
     )
-    page.on("console", lambda line: wrong.append(f"{where}: console {line.type}: {line.text}"))
-    page.on("pageerror", lambda error: wrong.append(f"{where}: error: {error}"))
-    page.on("request", lambda asked: wrong.extend([] if own(asked.url) else [f"{where}: asks for {asked.url}"]))
+    page.on("console", lambda message: problems.append(f"{view}: console {message.type}: {message.text}"))
+    page.on("pageerror", lambda error: problems.append(f"{view}: error: {error}"))
+    page.on(
+        "request",
+        lambda request: problems.extend([] if is_local_url(request.url) else [f"{view}: requests {request.url}"]),
+    )
     page.goto(report.resolve().as_uri())
-    page.evaluate("dispatchEvent(new Event('beforeprint'))")  # draws the plots that are not in sight too
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")  # also draws the plots outside the viewport
     return page
 
 
-def own(url: str) -> bool:
-    """Whether an address needs no network."""
+def is_local_url(url: str) -> bool:
+    """Whether a URL needs no network."""
     return url.startswith(("file:", "data:", "blob:"))
 
 
-def complaints(page: Page, where: str) -> list[str]:
-    """What axe finds with everything unfolded, plots that were not drawn, and a page wider than the screen."""
+def find_problems(page: Page, view: str) -> list[str]:
+    """Axe findings with all details open, plots that are not rendered, and a page wider than the screen."""
     from axe_playwright_python.sync_playwright import Axe
 
+    # axe does not check hidden content.
     page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true })")
     page.evaluate("dispatchEvent(new Event('beforeprint'))")
-    found: list[dict[str, Any]] = Axe().run(page).response["violations"]
-    wrong = [f"{where}: axe {one['id']}: {node['html'][:160]}" for one in found for node in one["nodes"]]
-    missing = page.evaluate("document.querySelectorAll('[data-figure]:not(.js-plotly-plot)').length")
-    wide = page.evaluate("document.documentElement.scrollWidth")
-    wrong += [f"{where}: {missing} plots are not drawn"] if missing else []
-    return wrong + ([f"{where}: the page is {wide} pixels wide"] if wide > WIDTHS[where.split(",")[0]] else [])
+    violations: list[dict[str, Any]] = Axe().run(page).response["violations"]
+    problems = [
+        f"{view}: axe {violation['id']}: {node['html'][:160]}"
+        for violation in violations
+        for node in violation["nodes"]
+    ]
+    missing_plots = page.evaluate("document.querySelectorAll('[data-figure]:not(.js-plotly-plot)').length")
+    page_width = page.evaluate("document.documentElement.scrollWidth")
+    problems += [f"{view}: {missing_plots} plots are not drawn"] if missing_plots else []
+    return problems + (
+        [f"{view}: the page is {page_width} pixels wide"] if page_width > VIEWPORT_WIDTHS[view.split(",")[0]] else []
+    )
 
 
-def pictures(browser: Browser, report: Path, folder: Path, wrong: list[str]) -> list[str]:
-    """The pictures of the docs: the top on a desktop and a phone, and what love costs on a phone."""
+def take_docs_pictures(browser: Browser, report: Path, folder: Path, problems: list[str]) -> list[str]:
+    """Take the pictures of the docs: the top on desktop and phone, and the trade-off on a phone."""
     folder.mkdir(parents=True, exist_ok=True)
-    shots: tuple[tuple[str, str, Scheme, str], ...] = (
+    picture_specs: tuple[tuple[str, str, ColorScheme, str], ...] = (
         ("report", "desktop", "light", ""),
         ("report-phone", "phone", "dark", ""),
         ("report-phone-tradeoff", "phone", "dark", "tradeoff"),
     )
-    made = []
-    for name, size, scheme, part in shots:
-        page = opened(browser, report, size, scheme, wrong)
-        if part and page.locator(f"#{part}").count():
-            page.evaluate(f"document.getElementById('{part}').scrollIntoView()")
-            page.wait_for_timeout(300)
+    picture_paths = []
+    for name, size, scheme, section in picture_specs:
+        page = open_report(browser, report, size, scheme, problems)
+        if section and page.locator(f"#{section}").count():
+            page.evaluate(f"document.getElementById('{section}').scrollIntoView()")
+            page.wait_for_timeout(300)  # let the page settle after scrolling
         page.screenshot(path=folder / f"{name}.png")
-        made.append(str(folder / f"{name}.png"))
+        picture_paths.append(str(folder / f"{name}.png"))
         page.close()
-    return made
+    return picture_paths
 
 
-def look(report: Path, browser_path: str, out: Path | None, whole: Path | None) -> dict[str, Any]:
-    """Open the report in each width and style; returns what is wrong and the pictures made."""
+def check_report(
+    report: Path, browser_path: str, docs_folder: Path | None, full_page_folder: Path | None
+) -> dict[str, Any]:
+    """Check the report in each width and color scheme; returns problems and pictures."""
     from playwright.sync_api import sync_playwright
 
-    wrong: list[str] = []
-    made: list[str] = []
+    problems: list[str] = []
+    picture_paths: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=browser_path, args=["--no-sandbox"])
-        for size in WIDTHS:
-            for scheme in SCHEMES:
-                page = opened(browser, report, size, scheme, wrong)
-                if whole is not None:
-                    whole.mkdir(parents=True, exist_ok=True)
-                    page.screenshot(path=whole / f"{size}-{scheme}.png", full_page=True)
-                    made.append(str(whole / f"{size}-{scheme}.png"))
-                wrong += complaints(page, f"{size}, {scheme}")
+        for size in VIEWPORT_WIDTHS:
+            for scheme in COLOR_SCHEMES:
+                page = open_report(browser, report, size, scheme, problems)
+                if full_page_folder is not None:
+                    full_page_folder.mkdir(parents=True, exist_ok=True)
+                    page.screenshot(path=full_page_folder / f"{size}-{scheme}.png", full_page=True)
+                    picture_paths.append(str(full_page_folder / f"{size}-{scheme}.png"))
+                problems += find_problems(page, f"{size}, {scheme}")
                 page.close()
-        if out is not None:
-            made += pictures(browser, report, out, wrong)
+        if docs_folder is not None:
+            picture_paths += take_docs_pictures(browser, report, docs_folder, problems)
         version = browser.version
         browser.close()
-    return {"benchmark": "screenshots", "chromium": version, "wrong": wrong, "pictures": made}
+    return {"benchmark": "screenshots", "chromium": version, "problems": problems, "pictures": picture_paths}
 
 
 def main(arguments: list[str]) -> int:
-    """Look at one report; returns the exit code."""
+    """Check one report; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(prog="screenshots.py", description=__doc__)
     parser.add_argument("folder", type=Path, help="a run folder with a report.html")
     parser.add_argument("--out", type=Path, help="folder for the pictures of the docs")
     parser.add_argument("--whole", type=Path, help="folder for pictures of the whole page")
     parser.add_argument("--chromium", help="the browser to use")
-    given = parser.parse_args(arguments)
-    report = given.folder / "report.html"
+    args = parser.parse_args(arguments)
+    report = args.folder / "report.html"
     if not report.is_file():
-        parser.error(f"{report} is not there; python -m rluf.report {given.folder} writes it")
-    found = look(report, chromium(given.chromium), given.out, given.whole)
-    for line in found["wrong"]:
-        logger.info("%s", line)
-    sys.stdout.write(json.dumps(found) + "\n")
-    return int(bool(found["wrong"]))
+        parser.error(f"{report} does not exist; python -m rluf.report {args.folder} writes it")
+    result = check_report(report, find_chromium(args.chromium), args.out, args.whole)
+    for problem in result["problems"]:
+        logger.info("%s", problem)
+    sys.stdout.write(json.dumps(result) + "\n")
+    return int(bool(result["problems"]))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""What a request costs before any model runs: Ray Serve's proxy or our listener, and a call between two deployments.
+"""Overhead of a request without a model: Ray Serve's proxy or our listener, and a call between two deployments.
 
-An application of two deployments that compute nothing answers POST / (which asks the second deployment, as the gateway
-asks a scorer) and GET / (which does not), with Ray Serve's defaults and with the throughput options that the service
-sets for its replicas. CPU time is that of all processes, clients included, so other programs hardly change it.
+An application of two deployments that compute nothing answers POST / (which calls the second deployment, as the gateway
+calls a scorer) and GET / (which does not), with Ray Serve's defaults and with the throughput options that the service
+sets for its replicas. CPU time is that of all processes including clients, so other programs hardly affect it.
 Prints one JSON line last.
 
 python benchmarks/serve_overhead.py [--requests 400]
@@ -22,38 +22,40 @@ import aiohttp
 import numpy as np
 import psutil
 
-from rluf.serve.application import LEAN
-from rluf.serve.server import Listener
+from rluf.serve.application import SERVE_THROUGHPUT_ENV
+from rluf.serve.server import HttpServer
 
-BODY = json.dumps({"messages": [{"role": "user", "content": "word " * 12}], "response": "word " * 30}).encode()
+REQUEST_BODY = json.dumps({"messages": [{"role": "user", "content": "word " * 12}], "response": "word " * 30}).encode()
 
 
-class Scorer:
-    """The second deployment."""
+class ScorerStub:
+    """The second deployment, in place of a scorer."""
 
     async def score(self, items: list[bytes]) -> list[float]:
-        """A number for each item."""
+        """A constant for each item."""
         return [0.5] * len(items)
 
 
-class Gateway:
-    """The first deployment, behind Ray Serve's proxy and behind our listener."""
+class GatewayStub:
+    """The first deployment, reachable through Ray Serve's proxy and our listener."""
 
     def __init__(self, port: int, _: Any) -> None:
         from ray import serve
 
-        self._port, self._scorer = port, serve.get_deployment_handle("scorer", "hops")
-        self._listener: Listener | None = None
+        self._port, self._scorer = port, serve.get_deployment_handle("scorer", "overhead")
+        self._listener: HttpServer | None = None
 
-        async def entry(scope: Any, receive: Any, send: Any) -> None:  # uvicorn takes a bound method for ASGI 2
+        async def entry(
+            scope: Any, receive: Any, send: Any
+        ) -> None:  # a function, because uvicorn treats a bound method as ASGI 2
             await self._answer(scope, receive, send)
 
         self._entry = entry
 
     async def reconfigure(self, _: dict[str, Any]) -> None:
-        """Open our own port."""
+        """Start our own listener."""
         if self._listener is None:
-            self._listener = Listener("127.0.0.1", self._port)
+            self._listener = HttpServer("127.0.0.1", self._port)
             await self._listener.start(self._entry, 10)
 
     def __serve_build_asgi_app__(self) -> Any:
@@ -72,72 +74,76 @@ class Gateway:
         await send({"type": "http.response.body", "body": b"{}"})
 
 
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+def find_free_port() -> int:
+    """A free TCP port."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
-async def asked(port: int, method: str, requests: int) -> list[float]:
+async def time_requests(port: int, method: str, request_count: int) -> list[float]:
     """Seconds of each request of one client."""
-    found = []
+    seconds = []
     async with aiohttp.ClientSession() as http:
-        for _ in range(requests):
-            begun = time.perf_counter()
+        for _ in range(request_count):
+            started = time.perf_counter()
             async with http.request(
-                method, f"http://127.0.0.1:{port}/", data=BODY if method == "POST" else None
-            ) as told:
-                await told.read()
-            found.append(time.perf_counter() - begun)
-    return found
+                method, f"http://127.0.0.1:{port}/", data=REQUEST_BODY if method == "POST" else None
+            ) as response:
+                await response.read()
+            seconds.append(time.perf_counter() - started)
+    return seconds
 
 
-def cpu() -> float:
-    """CPU seconds of this process and of all below it so far."""
-    me = psutil.Process()
-    return sum(sum(one.cpu_times()[:2]) for one in (me, *me.children(recursive=True)))
+def cpu_seconds() -> float:
+    """CPU seconds so far of this process and its descendants."""
+    this_process = psutil.Process()
+    return sum(sum(process.cpu_times()[:2]) for process in (this_process, *this_process.children(recursive=True)))
 
 
-def measured(options: dict[str, str], requests: int) -> dict[str, Any]:
-    """Figures with these options for the replicas."""
+def measure_options(options: dict[str, str], request_count: int) -> dict[str, Any]:
+    """Measure with these environment options for the replicas."""
     import ray
     from ray import serve
 
-    proxy, own = free_port(), free_port()
-    quiet = {"log_level": "WARNING", "enable_access_log": False}
+    proxy_port, listener_port = find_free_port(), find_free_port()
+    logging_config = {"log_level": "WARNING", "enable_access_log": False}
     ray.init(address="local", include_dashboard=False, log_to_driver=False, object_store_memory=128 << 20)
     try:
-        serve.start(http_options={"port": proxy}, logging_config=quiet)
-        actor = {"num_cpus": 0.1, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1", **options}}}
-        scorer = serve.deployment(Scorer, name="scorer", ray_actor_options=actor).bind()
+        serve.start(http_options={"port": proxy_port}, logging_config=logging_config)
+        actor_options = {"num_cpus": 0.1, "runtime_env": {"env_vars": {"OMP_NUM_THREADS": "1", **options}}}
+        scorer = serve.deployment(ScorerStub, name="scorer", ray_actor_options=actor_options).bind()
         ingress = serve.deployment(
-            serve.ingress()(Gateway), name="gateway", user_config={"listen": True}, ray_actor_options=actor
+            serve.ingress()(GatewayStub), name="gateway", user_config={"listen": True}, ray_actor_options=actor_options
         )
-        serve.run(ingress.bind(own, scorer), name="hops", logging_config=quiet)
-        found = {}
-        for name, port in (("proxy", proxy), ("listener", own)):
+        serve.run(ingress.bind(listener_port, scorer), name="overhead", logging_config=logging_config)
+        figures = {}
+        for name, port in (("proxy", proxy_port), ("listener", listener_port)):
             for method in ("GET", "POST"):
-                asyncio.run(asked(port, method, 50))
-                before = cpu()
-                seconds = asyncio.run(asked(port, method, requests))
-                found[f"{name} {method}"] = {
-                    "cpu_ms": 1000 * (cpu() - before) / requests, "p50_ms": 1000 * float(np.median(seconds)),
-                }  # fmt: skip
+                asyncio.run(time_requests(port, method, 50))
+                cpu_before = cpu_seconds()
+                request_seconds = asyncio.run(time_requests(port, method, request_count))
+                figures[f"{name} {method}"] = {
+                    "cpu_ms": 1000 * (cpu_seconds() - cpu_before) / request_count,
+                    "p50_ms": 1000 * float(np.median(request_seconds)),
+                }
         serve.shutdown()
     finally:
         ray.shutdown()
-    return found
+    return figures
 
 
 def main() -> None:
-    """Run what the arguments ask for."""
+    """Measure both option sets and print the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=400)
     args = parser.parse_args()
     os.environ.pop("RLUF_SERVE_TOKEN", None)
-    found = {name: measured(options, args.requests) for name, options in (("defaults", {}), ("options", LEAN))}
-    print(json.dumps({"benchmark": "hops", **found}))
+    figures = {
+        name: measure_options(options, args.requests)
+        for name, options in (("defaults", {}), ("options", SERVE_THROUGHPUT_ENV))
+    }
+    print(json.dumps({"benchmark": "serve_overhead", **figures}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Are the statistics right: false positives, coverage, CUPED, looking without end, and alarms on planted hacks.
+"""Error rates and coverage of the statistics: A/B tests, CUPED, repeated checks, and alarms on planted hacks.
 
-Everything is simulated with a known truth and judged by the library's own functions. Users differ in how easily they
-love and in how much they read, and who loves more reads more. Prints one JSON line last, with its seed.
+Everything is simulated with a known truth and evaluated with the library's own functions. Users differ in how easily
+they love and in how much they read, and users who love more read more. Prints one JSON line last, with its seed.
 
 python benchmarks/significance.py [--runs 10000] [--seed 1]
 """
@@ -17,239 +17,275 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from planted import alarms  # the neighbour in this folder
+from planted import measure_alarms  # benchmarks/planted.py
 from scipy import integrate, stats
 
-from rluf.evaluate.correlation import Policy, association
+from rluf.evaluate.correlation import PolicyResult, measure_association
 from rluf.evaluate.effects import (
-    Totals,
-    before_values,
+    MIN_USERS_PER_ARM,
+    UserTotals,
+    always_valid_margin,
+    always_valid_p_values,
     cuped_effect,
-    holm,
+    holm_adjust,
     mean_effect,
+    mixture_variance,
+    pre_period_covariate,
     proportion_effect,
     ratio_effect,
-    sample_ratio,
+    sample_ratio_test,
 )
-from rluf.evaluate.sequential import FIRST_LOOK, always_valid_margin, always_valid_p, mixture_variance
 
 Floats = NDArray[np.float64]
-ALPHA, USERS, CHUNK = 0.05, 1000, 500
-LOVE = (1.2, 18.8)
-"""Beta of users' own love rates: mean 6%."""
-READS = 6.0
+ALPHA, USERS_PER_ARM, CHUNK_EXPERIMENTS = 0.05, 1000, 500
+LOVE_RATE_BETA = (1.2, 18.8)
+"""Beta distribution of the users' own love rates: mean 6%."""
+MEAN_EXTRA_READS = 6.0
 LIFT = 1.2
 
 
-def people(rng: np.random.Generator, runs: int, lift: float = 1.0) -> tuple[Totals, Totals]:
-    """What users did in the experiment and in a pre-period of the same length; rates in the experiment times `lift`."""
-    own = rng.beta(*LOVE, (runs, USERS))
-    mean = READS * (1.0 + own)
-    now, before = 1 + rng.poisson(mean), rng.poisson(mean)
-    rates = np.minimum(own * lift, 1.0)
+def simulate_arm(rng: np.random.Generator, experiments: int, lift: float = 1.0) -> tuple[UserTotals, UserTotals]:
+    """Totals of an arm's users in the experiment, with rates times `lift`, and in a pre-period of the same length."""
+    user_rates = rng.beta(*LOVE_RATE_BETA, (experiments, USERS_PER_ARM))
+    mean_reads = MEAN_EXTRA_READS * (1.0 + user_rates)
+    responses, pre_responses = 1 + rng.poisson(mean_reads), rng.poisson(mean_reads)
+    love_rates = np.minimum(user_rates * lift, 1.0)
     return (
-        Totals.of(rng.binomial(now, rates), now),
-        Totals.of(rng.binomial(before, own), before),
+        UserTotals.from_arrays(rng.binomial(responses, love_rates), responses),
+        UserTotals.from_arrays(rng.binomial(pre_responses, user_rates), pre_responses),
     )
 
 
-def truth(lift: float) -> tuple[float, float]:
-    """Love per response and the share of users who love at least once, exactly, in a world with that lift."""
-    a, b = LOVE
-    mean, square = a / (a + b), a * (a + 1) / ((a + b) * (a + b + 1))
-    ratio = lift * ((1 + READS) * mean + READS * square) / (1 + READS * (1 + mean))
+def true_rates(lift: float) -> tuple[float, float]:
+    """Exact love per response, and exact share of users who love at least once, with that lift."""
+    a, b = LOVE_RATE_BETA
+    mean, mean_square = a / (a + b), a * (a + 1) / ((a + b) * (a + b + 1))
+    ratio = (
+        lift * ((1 + MEAN_EXTRA_READS) * mean + MEAN_EXTRA_READS * mean_square) / (1 + MEAN_EXTRA_READS * (1 + mean))
+    )
 
-    def none(p: float) -> float:
-        q = min(lift * p, 1.0)
-        return float((1 - q) * np.exp(-READS * (1 + p) * q) * stats.beta.pdf(p, a, b))
+    def density_without_love(rate: float) -> float:
+        love_rate = min(lift * rate, 1.0)
+        return float((1 - love_rate) * np.exp(-MEAN_EXTRA_READS * (1 + rate) * love_rate) * stats.beta.pdf(rate, a, b))
 
-    return ratio, 1.0 - integrate.quad(none, 0.0, 1.0, limit=200)[0]
-
-
-def chunks(runs: int) -> Iterator[int]:
-    """Sizes of the parts that `runs` experiments are done in, so that they fit in memory."""
-    for start in range(0, runs, CHUNK):
-        yield min(CHUNK, runs - start)
+    return ratio, 1.0 - integrate.quad(density_without_love, 0.0, 1.0, limit=200)[0]
 
 
-def fixed_horizon(runs: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Shares of false positives of A/A tests, and of intervals that hold the truth of A/B tests with a lift of 20%."""
-    wrong: dict[str, list[Floats]] = {}
-    held: dict[str, list[Floats]] = {}
-    (ratio0, any0), (ratio1, any1) = truth(1.0), truth(LIFT)
-    for size in chunks(runs):
-        for lift, into in ((1.0, wrong), (LIFT, held)):
-            (control, before0), (treated, before1) = people(rng, size), people(rng, size, lift)
-            loved = [(one.sums > 0).sum(-1) for one in (control, treated)]
-            share = proportion_effect((loved[0], loved[1]), (USERS, USERS))
-            ratio = ratio_effect(control, treated)
-            reads = mean_effect(control.counts, treated.counts)
-            cuped = cuped_effect((control.linear(), treated.linear()), before_values((before0, before1))).effect
+def chunk_sizes(experiments: int) -> Iterator[int]:
+    """Sizes of the chunks of `experiments`, so that they fit in memory."""
+    for start in range(0, experiments, CHUNK_EXPERIMENTS):
+        yield min(CHUNK_EXPERIMENTS, experiments - start)
+
+
+def check_fixed_horizon(experiments: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Shares of false positives in A/A tests, and of intervals that cover the truth in A/B tests with a lift of 20%."""
+    false_positives: dict[str, list[Floats]] = {}
+    covered: dict[str, list[Floats]] = {}
+    (base_ratio, base_any), (treated_ratio, treated_any) = true_rates(1.0), true_rates(LIFT)
+    for chunk_size in chunk_sizes(experiments):
+        for lift, flags_by_test in ((1.0, false_positives), (LIFT, covered)):
+            (control, control_pre), (treatment, treated_pre) = (
+                simulate_arm(rng, chunk_size),
+                simulate_arm(rng, chunk_size, lift),
+            )
+            lovers = [(totals.sums > 0).sum(-1) for totals in (control, treatment)]
+            proportion = proportion_effect((lovers[0], lovers[1]), (USERS_PER_ARM, USERS_PER_ARM))
+            ratio = ratio_effect(control, treatment)
+            responses = mean_effect(control.counts, treatment.counts)
+            cuped = cuped_effect(
+                (control.linearize(), treatment.linearize()), pre_period_covariate((control_pre, treated_pre))
+            ).effect
             if lift == 1.0:
-                tests = {"two_proportions": share.p, "delta_method": ratio.p, "welch": reads.p, "cuped": cuped.p}
-                family = holm(np.stack(list(tests.values()), -1)).min(-1)
-                naive = proportion_effect(
-                    (control.sums.sum(-1), treated.sums.sum(-1)), (control.counts.sum(-1), treated.counts.sum(-1))
+                tests = {
+                    "two_proportions": proportion.p,
+                    "delta_method": ratio.p,
+                    "welch": responses.p,
+                    "cuped": cuped.p,
+                }
+                holm_p = holm_adjust(np.stack(list(tests.values()), -1)).min(-1)
+                per_response = proportion_effect(
+                    (control.sums.sum(-1), treatment.sums.sum(-1)), (control.counts.sum(-1), treatment.counts.sum(-1))
                 )
-                halves = rng.binomial(2 * USERS, 0.5, size)
-                srm = sample_ratio(np.stack([halves, 2 * USERS - halves], -1), (0.5, 0.5))[1]
-                found = tests | {"srm": srm, "holm_any_of_four": family, "naive_per_response": naive.p}
-                into |= {name: [*into.get(name, []), p < ALPHA] for name, p in found.items()}
+                control_sizes = rng.binomial(2 * USERS_PER_ARM, 0.5, chunk_size)
+                sample_ratio_p = sample_ratio_test(
+                    np.stack([control_sizes, 2 * USERS_PER_ARM - control_sizes], -1), (0.5, 0.5)
+                )[1]
+                results = tests | {
+                    "srm": sample_ratio_p,
+                    "holm_any_of_four": holm_p,
+                    "naive_per_response": per_response.p,
+                }
+                flags_by_test |= {
+                    name: [*flags_by_test.get(name, []), values < ALPHA] for name, values in results.items()
+                }
                 continue
-            found = {
-                "two_proportions": inside(share.low, share.high, any1 - any0),
-                "two_proportions_lift": inside(share.lift_low, share.lift_high, any1 / any0 - 1),
-                "delta_method": inside(ratio.low, ratio.high, ratio1 - ratio0),
-                "delta_method_lift": inside(ratio.lift_low, ratio.lift_high, ratio1 / ratio0 - 1),
-                "welch": inside(reads.low, reads.high, 0.0),
-                "cuped": inside(cuped.low, cuped.high, ratio1 - ratio0),
-                "cuped_lift": inside(cuped.lift_low, cuped.lift_high, ratio1 / ratio0 - 1),
+            results = {
+                "two_proportions": interval_covers(proportion.low, proportion.high, treated_any - base_any),
+                "two_proportions_lift": interval_covers(
+                    proportion.lift_low, proportion.lift_high, treated_any / base_any - 1
+                ),
+                "delta_method": interval_covers(ratio.low, ratio.high, treated_ratio - base_ratio),
+                "delta_method_lift": interval_covers(ratio.lift_low, ratio.lift_high, treated_ratio / base_ratio - 1),
+                "welch": interval_covers(responses.low, responses.high, 0.0),
+                "cuped": interval_covers(cuped.low, cuped.high, treated_ratio - base_ratio),
+                "cuped_lift": interval_covers(cuped.lift_low, cuped.lift_high, treated_ratio / base_ratio - 1),
             }
-            into |= {name: [*into.get(name, []), one] for name, one in found.items()}
-    return {"false_positives": shares(wrong), "coverage": shares(held)}
+            flags_by_test |= {name: [*flags_by_test.get(name, []), flags] for name, flags in results.items()}
+    return {"false_positives": mean_shares(false_positives), "coverage": mean_shares(covered)}
 
 
-def inside(low: Floats, high: Floats, value: float) -> NDArray[np.bool_]:
-    """Which intervals [...] hold the value."""
+def interval_covers(low: Floats, high: Floats, value: float) -> NDArray[np.bool_]:
+    """Which intervals [...] cover the value."""
     return (low <= value) & (value <= high)
 
 
-def shares(found: dict[str, list[Floats]]) -> dict[str, float]:
+def mean_shares(flags_by_name: dict[str, list[Floats]]) -> dict[str, float]:
     """Mean of each list of chunks, to four digits."""
-    return {name: round(float(np.concatenate(parts).mean()), 4) for name, parts in found.items()}
+    return {name: round(float(np.concatenate(chunks).mean()), 4) for name, chunks in flags_by_name.items()}
 
 
-def cumulated(one: Totals) -> tuple[Floats, Floats]:
-    """Ratio and its delta-method variance [..., U] after each user: ratio_effect's numbers without its loop."""
-    count = np.arange(1, one.users + 1)
-    s, n, ss, sn, nn = (
-        np.cumsum(part, -1)
-        for part in (one.sums, one.counts, one.sums**2, one.sums * one.counts, one.counts**2)
+def running_ratio(totals: UserTotals) -> tuple[Floats, Floats]:
+    """Ratio and its delta-method variance [..., U] after each user, equal to ratio_effect but vectorized over users."""
+    user_number = np.arange(1, totals.user_count + 1)
+    love_sum, response_sum, love_square, cross_product, response_square = (
+        np.cumsum(values, -1)
+        for values in (totals.sums, totals.counts, totals.sums**2, totals.sums * totals.counts, totals.counts**2)
     )  # fmt: skip
-    ratio = s / n
-    residual = ss - 2 * ratio * sn + ratio**2 * nn
-    return ratio, residual * count / np.maximum(count - 1, 1) / n**2
+    ratio = love_sum / response_sum
+    residual = love_square - 2 * ratio * cross_product + ratio**2 * response_square
+    return ratio, residual * user_number / np.maximum(user_number - 1, 1) / response_sum**2
 
 
-def every_user(runs: int, rng: np.random.Generator) -> dict[str, float]:
-    """A look after each pair of users from the first allowed look to the end: A/A errors, coverage under a lift."""
-    found: dict[str, list[Floats]] = {}
-    gap = truth(LIFT)[0] - truth(1.0)[0]
-    for size in chunks(runs):
-        control = people(rng, size)[0]
-        for lift, true in ((1.0, 0.0), (LIFT, gap)):
-            treated = people(rng, size, lift)[0]
-            arms = cumulated(control), cumulated(treated)
-            difference = (arms[1][0] - arms[0][0])[:, FIRST_LOOK - 1 :]
-            variance = (arms[1][1] + arms[0][1])[:, FIRST_LOOK - 1 :]
-            whole = ratio_effect(control, treated)
-            np.testing.assert_allclose(variance[:, -1], whole.error**2, rtol=1e-9)
-            tau = mixture_variance(variance[:, :1] * FIRST_LOOK / USERS, ALPHA)
-            missed = (np.abs(difference - true) > always_valid_margin(variance, tau, ALPHA)).any(-1)
+def check_after_every_user(experiments: int, rng: np.random.Generator) -> dict[str, float]:
+    """Checks after each pair of users, from the first allowed one to the end: A/A errors, coverage under a lift."""
+    flags_by_name: dict[str, list[Floats]] = {}
+    true_difference = true_rates(LIFT)[0] - true_rates(1.0)[0]
+    for chunk_size in chunk_sizes(experiments):
+        control = simulate_arm(rng, chunk_size)[0]
+        for lift, true_effect in ((1.0, 0.0), (LIFT, true_difference)):
+            treatment = simulate_arm(rng, chunk_size, lift)[0]
+            running_arms = running_ratio(control), running_ratio(treatment)
+            difference = (running_arms[1][0] - running_arms[0][0])[:, MIN_USERS_PER_ARM - 1 :]
+            variance = (running_arms[1][1] + running_arms[0][1])[:, MIN_USERS_PER_ARM - 1 :]
+            final_effect = ratio_effect(control, treatment)
+            # The vectorized variance must agree with the library's at the end.
+            np.testing.assert_allclose(variance[:, -1], final_effect.error**2, rtol=1e-9)
+            tau = mixture_variance(variance[:, :1] * MIN_USERS_PER_ARM / USERS_PER_ARM, ALPHA)
+            excludes_truth = (np.abs(difference - true_effect) > always_valid_margin(variance, tau, ALPHA)).any(-1)
             if lift == 1.0:
                 z = np.abs(difference) / np.sqrt(variance)
-                p = always_valid_p(difference, variance, tau)[:, -1]
-                part = {"always_valid": missed, "always_valid_p": p < ALPHA,
+                p = always_valid_p_values(difference, variance, tau)[:, -1]
+                chunk_flags = {"always_valid": excludes_truth, "always_valid_p": p < ALPHA,
                         "plain_test": (z > stats.norm.ppf(1 - ALPHA / 2)).any(-1)}  # fmt: skip
             else:
-                part = {"coverage_of_all_looks": ~missed}
-            found |= {name: [*found.get(name, []), one] for name, one in part.items()}
-    return shares(found)
+                chunk_flags = {"coverage_of_all_looks": ~excludes_truth}
+            flags_by_name |= {name: [*flags_by_name.get(name, []), flags] for name, flags in chunk_flags.items()}
+    return mean_shares(flags_by_name)
 
 
-def returning_users(runs: int, rng: np.random.Generator, users: int = 500, days: int = 30) -> dict[str, float]:
-    """Users arrive over ten days and come back daily; a look each day at everything so far."""
-    found: dict[str, list[Floats]] = {}
-    for size in chunks(runs):
-        shape = (2, size, users)
-        own, arrival = rng.beta(*LOVE, shape), rng.integers(0, 10, shape)
+def check_returning_users(
+    experiments: int, rng: np.random.Generator, users: int = 500, days: int = 30
+) -> dict[str, float]:
+    """Users arrive over ten days and return daily; one check per day of everything so far."""
+    flags_by_name: dict[str, list[Floats]] = {}
+    for chunk_size in chunk_sizes(experiments):
+        shape = (2, chunk_size, users)
+        user_rates, arrival = rng.beta(*LOVE_RATE_BETA, shape), rng.integers(0, 10, shape)
         sums, counts = np.zeros(shape), np.zeros(shape)
         differences, variances = [], []
         for day in range(days):
-            reads = rng.poisson(0.7 * (1.0 + own)) * (arrival <= day)
+            reads = rng.poisson(0.7 * (1.0 + user_rates)) * (arrival <= day)
             reads += arrival == day
             counts += reads
-            sums += rng.binomial(reads, own)
-            effect = ratio_effect(Totals(sums[0], counts[0]), Totals(sums[1], counts[1]))
+            sums += rng.binomial(reads, user_rates)
+            effect = ratio_effect(UserTotals(sums[0], counts[0]), UserTotals(sums[1], counts[1]))
             differences.append(effect.difference)
             variances.append(effect.error**2)
         difference, variance = np.stack(differences, -1)[:, 2:], np.stack(variances, -1)[:, 2:]
         tau = mixture_variance(variance[:, :1] * 0.3, ALPHA)
         z = np.abs(difference) / np.sqrt(variance)
-        part = {
-            "always_valid": always_valid_p(difference, variance, tau)[:, -1] < ALPHA,
+        chunk_flags = {
+            "always_valid": always_valid_p_values(difference, variance, tau)[:, -1] < ALPHA,
             "plain_test": (z > stats.norm.ppf(1 - ALPHA / 2)).any(-1),
         }
-        found |= {name: [*found.get(name, []), one] for name, one in part.items()}
-    return shares(found)
+        flags_by_name |= {name: [*flags_by_name.get(name, []), flags] for name, flags in chunk_flags.items()}
+    return mean_shares(flags_by_name)
 
 
-def cuped_theory(runs: int, rng: np.random.Generator, users: int = 400) -> dict[str, dict[str, float]]:
-    """Variance of the effect over experiments with CUPED over that without it, against 1 - correlation^2."""
-    found = {}
+def check_cuped_variance(experiments: int, rng: np.random.Generator, users: int = 400) -> dict[str, dict[str, float]]:
+    """Variance of the effect between experiments with CUPED relative to without, against 1 - correlation^2."""
+    variance_by_correlation = {}
     for rho in (0.3, 0.6, 0.9):
-        plain, adjusted, told = [], [], []
-        for size in chunks(runs):
-            x = rng.normal(size=(2, size, users))
+        plain_effects, cuped_effects, reported = [], [], []
+        for chunk_size in chunk_sizes(experiments):
+            x = rng.normal(size=(2, chunk_size, users))
             y = rho * x + np.sqrt(1 - rho**2) * rng.normal(size=x.shape)
-            one = cuped_effect((y[0], y[1]), (x[0], x[1]))
-            raw = mean_effect(y[0], y[1])
-            plain.append(raw.difference)
-            adjusted.append(one.effect.difference)
-            told.append((one.effect.error / raw.error) ** 2)
-        seen = np.concatenate(adjusted).var() / np.concatenate(plain).var()
-        found[f"{rho:g}"] = {
-            "theory": round(1 - rho**2, 4), "reported": round(float(np.concatenate(told).mean()), 4),
-            "between_experiments": round(float(seen), 4),
+            cuped = cuped_effect((y[0], y[1]), (x[0], x[1]))
+            unadjusted = mean_effect(y[0], y[1])
+            plain_effects.append(unadjusted.difference)
+            cuped_effects.append(cuped.effect.difference)
+            reported.append((cuped.effect.error / unadjusted.error) ** 2)
+        observed = np.concatenate(cuped_effects).var() / np.concatenate(plain_effects).var()
+        variance_by_correlation[f"{rho:g}"] = {
+            "theory": round(1 - rho**2, 4), "reported": round(float(np.concatenate(reported).mean()), 4),
+            "between_experiments": round(float(observed), 4),
         }  # fmt: skip
-    return found
+    return variance_by_correlation
 
 
-def correlation(runs: int, rng: np.random.Generator, count: int = 20, true: float = 0.9) -> dict[str, float]:
-    """Coverage of r's interval over `count` policies: for r as measured, and without noise for the truth."""
+def check_correlation_coverage(
+    experiments: int, rng: np.random.Generator, policy_count: int = 20, true_r: float = 0.9
+) -> dict[str, float]:
+    """Coverage of the intervals of r over `policy_count` policies: as measured, and disattenuated for the true r."""
     noise = 0.3
-    seen = true / (1 + noise**2)
-    found: dict[str, list[bool]] = {"pearson": [], "spearman": [], "without_noise": []}
-    for _ in range(runs):
-        x = rng.normal(size=count)
-        y = true * x + np.sqrt(1 - true**2) * rng.normal(size=count)
-        x, y = x + noise * rng.normal(size=count), y + noise * rng.normal(size=count)
-        rows = [Policy(str(n), a, b, noise, noise) for n, (a, b) in enumerate(zip(x, y, strict=True))]
-        told = association(rows, seed=0, resamples=1)
-        rank = 6 / np.pi * np.arcsin(seen / 2)
-        for name, part, value in (("pearson", "pearson", seen), ("spearman", "spearman", rank),
-                                  ("without_noise", "disattenuated", true)):  # fmt: skip
-            found[name].append(bool(told[part]["low"] <= value <= told[part]["high"]))
-    return {name: round(float(np.mean(flags)), 4) for name, flags in found.items()}
+    noisy_r = true_r / (1 + noise**2)
+    coverage_flags: dict[str, list[bool]] = {"pearson": [], "spearman": [], "without_noise": []}
+    for _ in range(experiments):
+        x = rng.normal(size=policy_count)
+        y = true_r * x + np.sqrt(1 - true_r**2) * rng.normal(size=policy_count)
+        x, y = x + noise * rng.normal(size=policy_count), y + noise * rng.normal(size=policy_count)
+        policies = [
+            PolicyResult(str(number), a, b, noise, noise) for number, (a, b) in enumerate(zip(x, y, strict=True))
+        ]
+        association = measure_association(policies, seed=0, resamples=1)
+        spearman_rho = 6 / np.pi * np.arcsin(noisy_r / 2)
+        for name, key, true_value in (("pearson", "pearson", noisy_r), ("spearman", "spearman", spearman_rho),
+                                  ("without_noise", "disattenuated", true_r)):  # fmt: skip
+            coverage_flags[name].append(bool(association[key]["low"] <= true_value <= association[key]["high"]))
+    return {name: round(float(np.mean(flags)), 4) for name, flags in coverage_flags.items()}
 
 
 def main() -> None:
-    """Run all of it and print the JSON line."""
+    """Run all checks and print the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=10_000, help="experiments behind each fixed-horizon figure")
-    parser.add_argument("--looked-at", type=int, default=2000, help="experiments behind each sequential figure")
+    parser.add_argument("--sequential-runs", type=int, default=2000, help="experiments behind each sequential figure")
     parser.add_argument("--unhacked", type=int, default=1000, help="runs behind the false-alarm rates")
     parser.add_argument("--seed", type=int, default=1)
-    given = parser.parse_args()
-    streams = [np.random.default_rng(one) for one in np.random.SeedSequence(given.seed).spawn(6)]
+    args = parser.parse_args()
+    rngs = [np.random.default_rng(sequence) for sequence in np.random.SeedSequence(args.seed).spawn(6)]
     started = time.process_time()
-    line: dict[str, Any] = {
-        "benchmark": "significance", "seed": given.seed, "alpha": ALPHA, "users_per_arm": USERS, "runs": given.runs,
-        "looked_at": given.looked_at,
-    }  # fmt: skip
-    parts = (
-        ("fixed_horizon", lambda: fixed_horizon(given.runs, streams[0])),
-        ("look_after_every_user", lambda: every_user(given.looked_at, streams[1])),
-        ("daily_looks_at_returning_users", lambda: returning_users(given.looked_at, streams[2])),
-        ("cuped_variance_left", lambda: cuped_theory(given.runs, streams[3])),
-        ("coverage_of_correlations", lambda: correlation(given.looked_at, streams[5])),
-        ("alarms", lambda: alarms(given.unhacked, streams[4])),
+    report: dict[str, Any] = {
+        "benchmark": "significance",
+        "seed": args.seed,
+        "alpha": ALPHA,
+        "users_per_arm": USERS_PER_ARM,
+        "runs": args.runs,
+        "sequential_runs": args.sequential_runs,
+    }
+    checks = (
+        ("fixed_horizon", lambda: check_fixed_horizon(args.runs, rngs[0])),
+        ("look_after_every_user", lambda: check_after_every_user(args.sequential_runs, rngs[1])),
+        ("daily_looks_at_returning_users", lambda: check_returning_users(args.sequential_runs, rngs[2])),
+        ("cuped_variance_left", lambda: check_cuped_variance(args.runs, rngs[3])),
+        ("coverage_of_correlations", lambda: check_correlation_coverage(args.sequential_runs, rngs[5])),
+        ("alarms", lambda: measure_alarms(args.unhacked, rngs[4])),
     )
-    for name, work in parts:
-        line[name] = work()
-        sys.stdout.write(f"{name} ({time.process_time() - started:.0f} s of CPU): {json.dumps(line[name])}\n")
-    line["cpu_seconds"] = round(time.process_time() - started, 1)
-    sys.stdout.write(json.dumps(line) + "\n")
+    for name, run_check in checks:
+        report[name] = run_check()
+        sys.stdout.write(f"{name} ({time.process_time() - started:.0f} s of CPU): {json.dumps(report[name])}\n")
+    report["cpu_seconds"] = round(time.process_time() - started, 1)
+    sys.stdout.write(json.dumps(report) + "\n")
 
 
 if __name__ == "__main__":

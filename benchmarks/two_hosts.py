@@ -1,14 +1,15 @@
-"""A run over two hosts whose network breaks: learner on one, engine on the other, weights published over TCP.
+"""A run over two hosts whose network breaks: learner on one, engine on the other, weights through a shared folder.
 
 The hosts are namespaces of this machine (network, processes, mounts), each with its address, its Ray node and its own
-/tmp and /dev/shm; a pair of virtual interfaces joins them. Needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN) and says so.
+/tmp and /dev/shm; a pair of virtual interfaces connects them. Needs root (CAP_NET_ADMIN, CAP_SYS_ADMIN); without it the
+benchmark exits with a message.
 
-    python benchmarks/two_hosts.py                # all parts; --part alone|healed|lost runs one
+    python benchmarks/two_hosts.py                # all parts; --part single|reconnected|disconnected runs one
 
-alone: the same run on one host, through shared memory. healed: the engine's host is cut off for a moment, which the run
-waits out, then until Ray takes it for dead; healed, it joins again, the engine is started there and the run goes on to
-the weights of `alone`, bit for bit. lost: it stays cut off, and the run ends by naming whom it waited for, with exit
-code 6. The last line is JSON.
+single: the same run on one host, through shared memory. reconnected: the engine's host is disconnected for a moment,
+which the run waits out, then until Ray declares it dead; reconnected, it joins again, the engine is started there, and
+the run ends with the weights of `single`, bit for bit. disconnected: it stays disconnected, and the run ends with exit
+code 6, naming the actor it waited for. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,214 +30,245 @@ from typing import Any
 
 import chaos
 
-HEAD, WORKER = "10.231.77.1", "10.231.77.2"
-PORT = 6391
+HEAD_ADDRESS, WORKER_ADDRESS = "10.231.77.1", "10.231.77.2"
+RAY_PORT = 6391
 STEPS = 10
-TOLD = [f"algorithm.steps={STEPS}", "learner.save_every=4", "cluster.heartbeat_s=5"]
-APART = ["publish.engine=tcp", "cluster.labels=[rollout:host=b, learner:host=a, reward:host=a]"]
-DEAD_AFTER = {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "1000",
-              "RAY_health_check_failure_threshold": "8", "RAY_health_check_initial_delay_ms": "2000"}  # fmt: skip
-"""Ray takes a node for dead after some 8 s here; its own default is about 30."""
-BLINK_S = 3.0
-PATIENCE_S = 150
-RAY = str(Path(sys.executable).parent / "ray")
+RUN_OVERRIDES = [
+    f"algorithm.steps={STEPS}",
+    "learner.checkpoint_every_steps=4",
+    "cluster.health_check_interval_s=5",
+]
+TWO_HOST_OVERRIDES = [
+    "weight_sync.transport=disk",
+    "cluster.node_labels={rollout: {host: b}, learner: {host: a}, reward: {host: a}}",
+]
+RAY_HEALTH_CHECKS = {
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "8",
+    "RAY_health_check_initial_delay_ms": "2000",
+}
+"""With these Ray declares a node dead after about 8 s; its default is about 30."""
+SHORT_CUT_S = 3.0
+"""Shorter than the time after which Ray declares a node dead."""
+ACTOR_START_TIMEOUT_S = 150
+RAY_COMMAND = str(Path(sys.executable).parent / "ray")
+RESTARTING, RESTARTED = "restarting it", "restarted after"
+"""Parts of the log lines of a lost actor and of its replacement."""
 
 
-def sh(*command: str) -> None:
-    """Run a command that must work."""
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
+def run_command(*command: str) -> None:
+    """Run a command; RuntimeError if it fails."""
+    process = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {process.stderr.strip()}")
 
 
-class Hosts:
-    """Two namespaces a and b, a cable between them, and a Ray node on each."""
+class TwoHosts:
+    """Two namespaces a and b, a network link between them, and a Ray node on each."""
 
-    def __init__(self, base: Path) -> None:
-        self.base, self.names = base, {host: f"rluf{os.getpid()}{host}" for host in "ab"}
-        self.inits: dict[str, subprocess.Popen[bytes]] = {}
+    def __init__(self, work_folder: Path) -> None:
+        self.work_folder = work_folder
+        self.namespaces = {host: f"rluf{os.getpid()}{host}" for host in "ab"}
+        self.init_processes: dict[str, subprocess.Popen[bytes]] = {}
 
-    def __enter__(self) -> Hosts:
+    def __enter__(self) -> TwoHosts:
         try:
-            self._lay()
+            self._start_hosts()
         except BaseException:
             self.__exit__()
             raise
         return self
 
-    def _lay(self) -> None:
-        a, b = self.names["a"], self.names["b"]
-        for name in (a, b):
-            sh("ip", "netns", "add", name)
-            sh("ip", "-n", name, "link", "set", "lo", "up")
-        sh("ip", "link", "add", "eth0", "netns", a, "type", "veth", "peer", "name", "eth0", "netns", b)
-        for name, address in ((a, HEAD), (b, WORKER)):
-            sh("ip", "-n", name, "address", "add", f"{address}/24", "dev", "eth0")
-        self.cable(True)
+    def _start_hosts(self) -> None:
+        a, b = self.namespaces["a"], self.namespaces["b"]
+        for namespace in (a, b):
+            run_command("ip", "netns", "add", namespace)
+            run_command("ip", "-n", namespace, "link", "set", "lo", "up")
+        run_command("ip", "link", "add", "eth0", "netns", a, "type", "veth", "peer", "name", "eth0", "netns", b)
+        for namespace, address in ((a, HEAD_ADDRESS), (b, WORKER_ADDRESS)):
+            run_command("ip", "-n", namespace, "address", "add", f"{address}/24", "dev", "eth0")
+        self.set_connected(True)
         common = "--disable-usage-stats --object-store-memory=268435456 --num-cpus=2"
-        head = f"{RAY} start --head --block --port={PORT} --node-ip-address={HEAD} --include-dashboard=false "
-        worker = f"{RAY} start --block --address={HEAD}:{PORT} --node-ip-address={WORKER} {common} --labels host=b"
-        self._boot("a", f"while :; do {head} {common} --labels host=a; sleep 1; done")
-        self._runs("a")
-        self._boot("b", f"while :; do {worker}; sleep 1; done")  # a node that was taken for dead joins as a new one
-        self._runs("b")
+        head = f"{RAY_COMMAND} start --head --block --port={RAY_PORT} --node-ip-address={HEAD_ADDRESS} "
+        head += f"--include-dashboard=false {common} --labels host=a"
+        worker = f"{RAY_COMMAND} start --block --address={HEAD_ADDRESS}:{RAY_PORT} "
+        worker += f"--node-ip-address={WORKER_ADDRESS} {common} --labels host=b"
+        self._start_host("a", f"while :; do {head}; sleep 1; done")
+        self._wait_for_ray("a")
+        # In a loop, since a node that was declared dead exits and must join as a new one.
+        self._start_host("b", f"while :; do {worker}; sleep 1; done")
+        self._wait_for_ray("b")
 
     def __exit__(self, *_: object) -> None:
-        for process in self.inits.values():
-            process.kill()  # with the first process of its namespace every other one in it ends
+        for process in self.init_processes.values():
+            # All other processes of a process namespace end with its first one.
+            process.kill()
             process.wait(30)
-        for name in self.names.values():
-            subprocess.run(["ip", "netns", "delete", name], capture_output=True, timeout=60, check=False)
+        for namespace in self.namespaces.values():
+            subprocess.run(["ip", "netns", "delete", namespace], capture_output=True, timeout=60, check=False)
 
-    def cable(self, plugged: bool) -> None:
-        """Join host b to host a, or cut it off."""
-        sh("ip", "-n", self.names["a"], "link", "set", "eth0", "up")
-        sh("ip", "-n", self.names["b"], "link", "set", "eth0", "up" if plugged else "down")
-        for name in self.names.values() if plugged else ():
-            sh("ip", "-n", name, "route", "replace", "default", "dev", "eth0")
+    def set_connected(self, connected: bool) -> None:
+        """Connect host b to host a, or disconnect it."""
+        run_command("ip", "-n", self.namespaces["a"], "link", "set", "eth0", "up")
+        run_command("ip", "-n", self.namespaces["b"], "link", "set", "eth0", "up" if connected else "down")
+        # A link that goes down loses its routes.
+        for namespace in self.namespaces.values() if connected else ():
+            run_command("ip", "-n", namespace, "route", "replace", "default", "dev", "eth0")
 
-    def _boot(self, host: str, command: str) -> None:
-        private = "mount -t tmpfs tmpfs /tmp && mount -t tmpfs -o size=600m tmpfs /dev/shm && mkdir -p /tmp/r && "
-        private += f"printf '127.0.0.1 localhost\\n{HEAD} host-a\\n{WORKER} host-b\\n' > /tmp/hosts && "
-        private += "mount --bind /tmp/hosts /etc/hosts && "
-        wrap = ["ip", "netns", "exec", self.names[host], "unshare", "--mount", "--pid", "--fork", "--kill-child"]
-        wrap += ["--mount-proc", "--uts", "bash", "-c", f"hostname host-{host}; {private}{command}"]
-        env = {**chaos.environment(), **DEAD_AFTER, "RAY_TMPDIR": "/tmp/r"}
-        with (self.base / f"host-{host}.txt").open("wb") as output:
-            self.inits[host] = subprocess.Popen(wrap, env=env, stdout=output, stderr=subprocess.STDOUT)
+    def _start_host(self, host: str, command: str) -> None:
+        setup = "mount -t tmpfs tmpfs /tmp && mount -t tmpfs -o size=600m tmpfs /dev/shm && mkdir -p /tmp/r && "
+        setup += f"printf '127.0.0.1 localhost\\n{HEAD_ADDRESS} host-a\\n{WORKER_ADDRESS} host-b\\n' > /tmp/hosts && "
+        setup += "mount --bind /tmp/hosts /etc/hosts && "
+        wrapper = ["ip", "netns", "exec", self.namespaces[host], "unshare", "--mount", "--pid", "--fork"]
+        wrapper += ["--kill-child", "--mount-proc", "--uts", "bash", "-c", f"hostname host-{host}; {setup}{command}"]
+        env = {**chaos.build_environment(), **RAY_HEALTH_CHECKS, "RAY_TMPDIR": "/tmp/r"}
+        with self._output_file(host).open("wb") as output:
+            process = subprocess.Popen(wrapper, env=env, stdout=output, stderr=subprocess.STDOUT)
+        self.init_processes[host] = process
 
-    def _runs(self, host: str) -> None:
-        """Wait until the host's node runs; `ray start` gives it 30 s and is begun again when that was not enough."""
+    def _output_file(self, host: str) -> Path:
+        return self.work_folder / f"host-{host}.txt"
+
+    def _wait_for_ray(self, host: str) -> None:
+        """Wait until the Ray node of a host runs; `ray start` allows 30 s and is repeated if that was not enough."""
         deadline = time.monotonic() + 240
-        while "Ray runtime started" not in (self.base / f"host-{host}.txt").read_text():
+        while "Ray runtime started" not in self._output_file(host).read_text():
             if time.monotonic() > deadline:
                 raise RuntimeError(f"no Ray at host {host} after 240 s")
             time.sleep(0.3)
 
-    def start(self, folder: Path, *overrides: str) -> subprocess.Popen[str]:
-        """A driver on host a."""
-        below = chaos.below(self.inits["a"].pid)
-        inner = next(pid for pid, told in below.items() if " start --head" in told and "while :" not in told)
-        command = ["nsenter", "--target", str(inner), "--net", "--mount", "--pid", "--uts", sys.executable]
-        command += [str(Path(chaos.__file__).resolve()), "--run", str(self.base), str(folder)]
-        command += [*TOLD, *APART, f"cluster.address={HEAD}:{PORT}", *overrides]
-        folder.mkdir(parents=True, exist_ok=True)
-        env = {**chaos.environment(), "RAY_TMPDIR": "/tmp/r"}
-        with (folder / "output.txt").open("a") as output:
+    def start_run(self, run_folder: Path, *overrides: str) -> subprocess.Popen[str]:
+        """Start a driver on host a."""
+        processes = chaos.descendant_processes(self.init_processes["a"].pid)
+        ray_pid = next(
+            pid for pid, command in processes.items() if " start --head" in command and "while :" not in command
+        )
+        command = ["nsenter", "--target", str(ray_pid), "--net", "--mount", "--pid", "--uts", sys.executable]
+        command += [str(Path(chaos.__file__).resolve()), "--run", str(self.work_folder), str(run_folder)]
+        command += [*RUN_OVERRIDES, *TWO_HOST_OVERRIDES, f"run.cache={self.work_folder / 'cache'}"]
+        command += [f"cluster.address={HEAD_ADDRESS}:{RAY_PORT}", *overrides]
+        run_folder.mkdir(parents=True, exist_ok=True)
+        env = {**chaos.build_environment(), "RAY_TMPDIR": "/tmp/r"}
+        with (run_folder / "output.txt").open("a") as output:
             return subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for(process: subprocess.Popen[str], folder: Path, words: str, seconds: float) -> float:
-    """Seconds until run.log has `words`. Raises RuntimeError when the run ends before, or is too slow."""
-    begun = time.monotonic()
-    log = folder / "run.log"
-    while not (log.exists() and words in log.read_text()):
-        if process.poll() is not None or time.monotonic() - begun > seconds:
-            raise RuntimeError(f"never said {words!r}:\n{(folder / 'output.txt').read_text()[-3000:]}")
+def wait_for_log(process: subprocess.Popen[str], run_folder: Path, text: str, timeout_s: float) -> float:
+    """Seconds until run.log contains `text`. Raises RuntimeError when the run ends before, or is too slow."""
+    start_time = time.monotonic()
+    log_file = run_folder / "run.log"
+    while not (log_file.exists() and text in log_file.read_text()):
+        if process.poll() is not None or time.monotonic() - start_time > timeout_s:
+            raise RuntimeError(f"{text!r} was not logged:\n{(run_folder / 'output.txt').read_text()[-3000:]}")
         time.sleep(0.05)
-    return time.monotonic() - begun
+    return time.monotonic() - start_time
 
 
-def alone(base: Path) -> dict[str, Any]:
+def run_on_single_host(work_folder: Path) -> dict[str, Any]:
     """On one host, through shared memory."""
-    with chaos.head() as ray:
-        process = chaos.start(base, base / "alone", *TOLD, f"cluster.address={ray.address}")
-        code = process.wait(600)
-    return {"code": code, "weights": chaos.digest(base / "alone") if code == 0 else ""}
+    run_folder = work_folder / "single"
+    with chaos.ray_head() as head:
+        process = chaos.start_run(work_folder, run_folder, *RUN_OVERRIDES, f"cluster.address={head.address}")
+        exit_code = process.wait(600)
+    return {"exit_code": exit_code, "weights": chaos.hash_policy(run_folder) if exit_code == 0 else ""}
 
 
-def healed(base: Path) -> dict[str, Any]:
-    """A blink, then a cut that Ray takes for the end of the node."""
-    folder = base / "healed"
-    with Hosts(base) as hosts:
-        process = hosts.start(folder)
+def run_reconnected(work_folder: Path) -> dict[str, Any]:
+    """A short cut, then one after which Ray declares the node dead."""
+    run_folder = work_folder / "reconnected"
+    with TwoHosts(work_folder) as hosts:
+        process = hosts.start_run(run_folder)
         try:
-            chaos.wait_for_step(process, folder, 2)
-            hosts.cable(False)
-            time.sleep(BLINK_S)
-            hosts.cable(True)
-            chaos.wait_for_step(process, folder, 5)
-            replaced = "starting it again" in (folder / "run.log").read_text()
-            hosts.cable(False)
-            told = wait_for(process, folder, "starting it again", 120)
+            chaos.wait_for_step(process, run_folder, 2)
+            hosts.set_connected(False)
+            time.sleep(SHORT_CUT_S)
+            hosts.set_connected(True)
+            chaos.wait_for_step(process, run_folder, 5)
+            lost_by_short_cut = RESTARTING in (run_folder / "run.log").read_text()
+            hosts.set_connected(False)
+            detected_after_s = wait_for_log(process, run_folder, RESTARTING, 120)
             time.sleep(10)
-            hosts.cable(True)
-            joined = time.monotonic()
-            back = wait_for(process, folder, "start 2 is back", 400)
-            code = process.wait(600)
+            hosts.set_connected(True)
+            reconnect_time = time.monotonic()
+            restarted_after_s = wait_for_log(process, run_folder, RESTARTED, 400)
+            exit_code = process.wait(600)
         finally:
             process.kill()
-    log = (folder / "run.log").read_text()
+    log_lines = (run_folder / "run.log").read_text().splitlines()
     return {
-        "code": code,
-        "weights": chaos.digest(folder) if code == 0 else "",
-        "steps": [row["step"] for row in chaos.rows(folder)] == list(range(1, STEPS + 1)),
-        "engine_lost_by_a_blink": replaced,
-        "told_after_s": round(told, 1),
-        "back_after_s": round(back, 1),
-        "run_ended_after_s": round(time.monotonic() - joined, 1),
-        "said": [
-            line.split("  ", 1)[-1].strip() for line in log.splitlines() if "WARNING" in line or "is back" in line
-        ],
+        "exit_code": exit_code,
+        "weights": chaos.hash_policy(run_folder) if exit_code == 0 else "",
+        "all_steps": [row["step"] for row in chaos.read_metrics(run_folder)] == list(range(1, STEPS + 1)),
+        "engine_lost_by_short_cut": lost_by_short_cut,
+        "detected_after_s": round(detected_after_s, 1),
+        "restarted_after_s": round(restarted_after_s, 1),
+        "run_ended_after_s": round(time.monotonic() - reconnect_time, 1),
+        "log": [line.split("  ", 1)[-1].strip() for line in log_lines if "WARNING" in line or RESTARTED in line],
     }
 
 
-def lost(base: Path) -> dict[str, Any]:
-    """A cut that nobody heals."""
-    folder = base / "lost"
-    with Hosts(base) as hosts:
-        process = hosts.start(folder, f"cluster.start_deadline_s={PATIENCE_S}")
+def run_disconnected(work_folder: Path) -> dict[str, Any]:
+    """A permanent cut."""
+    run_folder = work_folder / "disconnected"
+    with TwoHosts(work_folder) as hosts:
+        process = hosts.start_run(run_folder, f"timeouts.actor_start_s={ACTOR_START_TIMEOUT_S}")
         try:
-            chaos.wait_for_step(process, folder, 2)
-            hosts.cable(False)
-            cut = time.monotonic()
-            code = process.wait(600)
+            chaos.wait_for_step(process, run_folder, 2)
+            hosts.set_connected(False)
+            cut_time = time.monotonic()
+            exit_code = process.wait(600)
         finally:
             process.kill()
-    words = (folder / "output.txt").read_text()
-    return {"code": code, "ended_after_s": round(time.monotonic() - cut, 1), "said": words.strip().splitlines()[-1],
-            "traceback": "Traceback" in words}  # fmt: skip
+    output = (run_folder / "output.txt").read_text()
+    return {
+        "exit_code": exit_code,
+        "ended_after_s": round(time.monotonic() - cut_time, 1),
+        "message": output.strip().splitlines()[-1],
+        "traceback": "Traceback" in output,
+    }
 
 
 @contextlib.contextmanager
 def shared_folder() -> Iterator[Path]:
-    """A folder that both hosts see: not below /tmp, of which each has its own."""
-    base = Path(tempfile.mkdtemp(prefix="rluf-two-hosts-", dir="/var/tmp"))
+    """A folder that both hosts see: not below /tmp, since each has its own."""
+    work_folder = Path(tempfile.mkdtemp(prefix="rluf-two-hosts-", dir="/var/tmp"))
     try:
-        yield base
+        yield work_folder
     finally:
-        shutil.rmtree(base, ignore_errors=True)
+        shutil.rmtree(work_folder, ignore_errors=True)
 
 
-def problem() -> str:
-    """Why hosts cannot be made here; empty when they can."""
-    tools = [tool for tool in ("ip", "unshare", "nsenter", "mount") if shutil.which(tool) is None]
-    if tools:
-        return f"{', '.join(tools)} not installed (iproute2, util-linux)"
+def find_host_problem() -> str:
+    """Why hosts cannot be created here; empty when they can."""
+    missing_tools = [tool for tool in ("ip", "unshare", "nsenter", "mount") if shutil.which(tool) is None]
+    if missing_tools:
+        return f"{', '.join(missing_tools)} not installed (iproute2, util-linux)"
     command = ["unshare", "--net", "--mount", "--pid", "--fork", "true"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
-    return done.stderr.strip()
+    process = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    return process.stderr.strip()
 
 
 def main() -> None:
     """Run the parts, print one line each, then JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=["alone", "healed", "lost"])
-    given = parser.parse_args()
-    if told := problem():
-        sys.exit(f"two hosts cannot be made here: {told}")
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that the hosts are ended
-    found: dict[str, Any] = {}
-    parts = {"alone": alone, "healed": healed, "lost": lost}
-    with shared_folder() as base:
-        chaos.make_inputs(base)
-        for name in [given.part] if given.part else parts:
-            begun = time.monotonic()
-            found[name] = parts[name](base) | {"seconds": round(time.monotonic() - begun, 1)}
-            print(f"{name}: {json.dumps(found[name])}", flush=True)
-    if len(found) > 1:
-        found["same_bits"] = found["alone"]["weights"] == found["healed"]["weights"]
-    print(json.dumps(found))
+    parser.add_argument("--part", choices=["single", "reconnected", "disconnected"])
+    arguments = parser.parse_args()
+    if problem := find_host_problem():
+        sys.exit(f"two hosts cannot be created here: {problem}")
+    # Exit through the context managers, which stop the hosts.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    parts = {"single": run_on_single_host, "reconnected": run_reconnected, "disconnected": run_disconnected}
+    results: dict[str, Any] = {}
+    with shared_folder() as work_folder:
+        chaos.make_inputs(work_folder)
+        for name in [arguments.part] if arguments.part else parts:
+            start_time = time.monotonic()
+            results[name] = parts[name](work_folder) | {"seconds": round(time.monotonic() - start_time, 1)}
+            print(f"{name}: {json.dumps(results[name])}", flush=True)
+    if len(results) > 1:
+        results["same_bits"] = results["single"]["weights"] == results["reconnected"]["weights"]
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

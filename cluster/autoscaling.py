@@ -1,4 +1,4 @@
-"""Waiting for an autoscaling cluster to become large enough, with a deadline and a reason."""
+"""Wait for an autoscaling cluster to become large enough, with a deadline."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import ray
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayError
 
-from cluster.plan import Plan, check
+from cluster.plan import ResourcePlan, check_plan
 from rluf.errors import ResourceError
 
 logger = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 2.0
+POLL_INTERVAL_S = 2.0
 
 
-def nodes() -> list[dict[str, float]]:
+def list_node_resources() -> list[dict[str, float]]:
     """CPUs and GPUs of each living node, and its labels as key=value: 1."""
     return [
-        {key: float(node["Resources"].get(key, 0.0)) for key in ("CPU", "GPU")}
+        {kind: float(node["Resources"].get(kind, 0.0)) for kind in ("CPU", "GPU")}
         | {f"{key}={value}": 1.0 for key, value in node["Labels"].items()}
         for node in ray.nodes()
         if node["Alive"]
@@ -30,44 +30,46 @@ def nodes() -> list[dict[str, float]]:
 
 
 @contextmanager
-def capacity(planned: Plan, seconds: float) -> Iterator[None]:
-    """A cluster that holds the plan: ask the autoscaler for what is missing and wait for at most `seconds`.
+def ensure_capacity(resource_plan: ResourcePlan, timeout_s: float) -> Iterator[None]:
+    """Request missing resources from the autoscaler and wait at most `timeout_s` seconds until the plan fits.
 
-    On leaving, what was asked for is withdrawn, so that the cluster may shrink; Ray keeps one such request for all jobs
-    of a cluster. Raises ResourceError naming what is missing and three ways out, at once when `seconds` is 0.
+    On leaving, the request is withdrawn, so that the cluster may shrink. Raises ResourceError naming what is missing
+    and three ways out, at once when `timeout_s` is 0.
     """
-    with ExitStack() as asked:
-        _await(planned, seconds, asked)
+    with ExitStack() as cleanup_stack:
+        _poll_until_fits(resource_plan, timeout_s, cleanup_stack)
         yield
 
 
-def _await(planned: Plan, seconds: float, asked: ExitStack) -> None:
-    """Return once the cluster holds the plan; the first request puts its withdrawal on `asked`."""
-    begun, waiting = time.monotonic(), False
+def _poll_until_fits(resource_plan: ResourcePlan, timeout_s: float, cleanup_stack: ExitStack) -> None:
+    """Return once the plan fits; the withdrawal of a request is pushed to `cleanup_stack`."""
+    start_time, is_requested = time.monotonic(), False
     while True:
+        cluster_resources = {kind: float(amount) for kind, amount in ray.cluster_resources().items()}
         try:
-            check(planned, {name: float(amount) for name, amount in ray.cluster_resources().items()}, nodes())
+            check_plan(resource_plan, cluster_resources, list_node_resources())
             return
         except ResourceError as error:
-            if seconds == 0:
+            if timeout_s == 0:
                 raise
-            waited = time.monotonic() - begun
-            if waited >= seconds:
+            if time.monotonic() - start_time >= timeout_s:
                 raise ResourceError(
-                    f"the cluster did not grow within cluster.grow_deadline_s={seconds:g}: {error}; `ray status` says "
+                    f"the cluster did not grow within timeouts.autoscale_s={timeout_s:g}: {error}; `ray status` shows "
                     "what the autoscaler is waiting for"
                 ) from None
-            if not waiting:
-                bundles, labels = zip(*planned.asked, strict=True)
-                asked.callback(_withdraw)
+            if not is_requested:
+                bundles, labels = zip(*resource_plan.autoscaler_bundles, strict=True)
+                # Pushed before the request: a failure in between must not leave the request behind.
+                cleanup_stack.callback(_withdraw_request)
                 request_resources(bundles=list(bundles), bundle_label_selectors=list(labels))
-                logger.info("asked the autoscaler for more, waiting for at most %g s: %s", seconds, error)
-                waiting = True
-        time.sleep(min(LOOK_EVERY_S, seconds))
+                logger.info("autoscaler: requested resources, waiting at most %g s: %s", timeout_s, error)
+                is_requested = True
+        time.sleep(min(POLL_INTERVAL_S, timeout_s))
 
 
-def _withdraw() -> None:
+def _withdraw_request() -> None:
+    # Ray stores one such request per cluster, not per job: an empty one replaces it.
     try:
         request_resources(bundles=[])
-    except (RayError, RuntimeError) as error:  # the run's own outcome counts
-        logger.warning("the autoscaler may go on holding what this run asked for: %s", error)
+    except (RayError, RuntimeError) as error:  # must not hide the result of the run
+        logger.warning("autoscaler: cannot withdraw the request, nodes may stay up: %s", error)

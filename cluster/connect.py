@@ -1,4 +1,4 @@
-"""Connecting to Ray: the cluster named in the settings, the one this job runs on, or one started on this machine."""
+"""Connection to Ray: the cluster named in the settings, the one this job runs on, or one started on this machine."""
 
 from __future__ import annotations
 
@@ -19,72 +19,77 @@ from rluf.errors import ResourceError
 logger = logging.getLogger(__name__)
 
 LOCAL_OBJECT_STORE_BYTES = 1 << 30
-KNOCK_SECONDS = 5.0
-READER = "iter_threaded"
+PORT_CHECK_TIMEOUT_S = 5.0
+RAY_DATA_READER_THREAD = "iter_threaded"
 """Name that Ray Data gives a thread that fetches blocks for an iteration in this process."""
-READERS_SECONDS = 20.0
+READER_JOIN_TIMEOUT_S = 20.0
 
 
 @contextmanager
-def connected(settings: Settings) -> Iterator[dict[str, float]]:
+def ray_connection(settings: Settings) -> Iterator[dict[str, float]]:
     """Connect to Ray and yield the cluster's total resources; disconnect (and end a local Ray) on leaving.
 
-    `cluster.address`, else RAY_ADDRESS, else a Ray started on this machine for this run alone. Ray's token
-    authentication is its default and stays on. Raises ResourceError when the named cluster does not answer or a local
-    one cannot start (ports, memory, /tmp).
+    Connects to `cluster.address`, else RAY_ADDRESS, else starts Ray on this machine for this run alone. Token
+    authentication stays on. Raises ResourceError when the named cluster does not answer or a local one cannot start
+    (ports, memory, /tmp).
     """
     address = settings.cluster.address or os.environ.get("RAY_ADDRESS")
-    common = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
+    common_options = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
     if address:
-        _check_port(address)
+        _check_port_open(address)
     if os.environ.get("RAY_AUTH_MODE") == "disabled":
-        logger.warning("RAY_AUTH_MODE=disabled: anybody who reaches this Ray cluster can run programs on it; unset it")
+        logger.warning(
+            "ray: RAY_AUTH_MODE=disabled: anyone who reaches this Ray cluster can run programs on it; unset it"
+        )
     logger.info("ray: %s", f"connecting to {address}" if address else "starting on this machine")
-    on_terminate = signal.getsignal(signal.SIGTERM)
+    sigterm_handler = signal.getsignal(signal.SIGTERM)
     try:
         if address:
-            context = ray.init(address=address, **common)
+            context = ray.init(address=address, **common_options)
         else:
             context = ray.init(
-                address="local", include_dashboard=True, object_store_memory=LOCAL_OBJECT_STORE_BYTES, **common
+                address="local",
+                include_dashboard=True,
+                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
+                **common_options,
             )
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:
-        where = f"the Ray cluster at {address}" if address else "a Ray on this machine"
+        target = f"the Ray cluster at {address}" if address else "Ray on this machine"
         raise ResourceError(
-            f"cannot reach or start {where}: {error}; check that its head runs and its token and ports are right "
+            f"cannot reach or start {target}: {error}; check that its head runs and its token and ports are right "
             "(ray status), or unset cluster.address and RAY_ADDRESS to start one here"
         ) from error
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_terminate)  # ray.init has put one there that aborts without unwinding
+        # ray.init installs a handler that aborts without unwinding: no checkpoint, no upload, no cleanup.
+        signal.signal(signal.SIGTERM, sigterm_handler)
     try:
         if context.dashboard_url:
-            logger.info("ray dashboard: http://%s", context.dashboard_url)
-        yield {name: float(amount) for name, amount in ray.cluster_resources().items()}
+            logger.info("ray: dashboard at http://%s", context.dashboard_url)
+        yield {kind: float(amount) for kind, amount in ray.cluster_resources().items()}
     finally:
-        _end_readers()
+        _join_reader_threads()
         ray.shutdown()
 
 
-def _end_readers() -> None:
-    """Wait for the threads of a Ray Data iteration that was left early.
-
-    One that still asks for a block after ray.shutdown() makes Ray end this process at once with exit code 1, silently.
-    """
-    deadline = time.monotonic() + READERS_SECONDS
+def _join_reader_threads() -> None:
+    """Wait for the threads of Ray Data iterations that ended early."""
+    # A thread that requests a block after ray.shutdown() makes Ray end this process silently with exit code 1.
+    deadline = time.monotonic() + READER_JOIN_TIMEOUT_S
     for thread in threading.enumerate():
-        if thread.name == READER:
+        if thread.name == RAY_DATA_READER_THREAD:
             thread.join(max(0.0, deadline - time.monotonic()))
             if thread.is_alive():
-                logger.warning("ray data: its thread %s did not end within %g s", thread.name, READERS_SECONDS)
+                logger.warning("ray data: thread %s did not end within %g s", thread.name, READER_JOIN_TIMEOUT_S)
 
 
-def _check_port(address: str) -> None:
-    """Knock at host:port first: Ray itself would wait for minutes. Addresses such as auto have no port to knock at."""
+def _check_port_open(address: str) -> None:
+    """Connect to host:port of a Ray address. Raises ResourceError when nothing listens there."""
+    # Ray itself would wait for minutes. Addresses such as "auto" have no port to check.
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         return
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=KNOCK_SECONDS).close()
+        socket.create_connection((host.strip("[]"), int(port)), timeout=PORT_CHECK_TIMEOUT_S).close()
     except OSError as error:
         raise ResourceError(
             f"no Ray cluster answers at {address} ({error}); check cluster.address or RAY_ADDRESS and that its head "

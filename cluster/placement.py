@@ -1,194 +1,178 @@
-"""How each role is placed: Ray options, environment of its process, and the wait until all of them have a place."""
+"""Placement of actors: Ray options and process environment of each role, and the placement groups of a run."""
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
-from ray.exceptions import RayActorError
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rluf.backends.allocator import KEEP_FREED
-from rluf.backends.colocation import shares_gpus
-from rluf.errors import ActorError, StallError
+from rluf.backends.allocator import KEEP_FREED_MALLOC_CONF
+from rluf.backends.colocation import is_colocated
+from rluf.errors import DeadlineError
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
 
-SHARED = "engines and learners"
-"""The placement group of engines and learners that take turns on GPUs."""
-QUIET_THREADS = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-"""Idle OpenMP threads sleep at once: actors share cores, and threads that spin starve their neighbours."""
+SHARED_GROUP_NAME = "engines and learners"
+"""The placement group of engines and learners that share GPUs."""
+LEARNERS_GROUP_NAME = "learners"
+PASSIVE_OPENMP_ENV = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
+"""Idle OpenMP threads sleep at once: actors share cores, and spinning threads would slow down the others."""
 
 
-def role_options(settings: Settings, role: str) -> dict[str, Any]:
+def actor_options(settings: Settings, role: str) -> dict[str, Any]:
     """Options for `ray.remote(...).options(**...)` of one actor of `role` (rollout, reward or learner)."""
     cluster = settings.cluster
-    shares = {
+    resources_by_role = {
         "rollout": (cluster.cpus_per_engine, cluster.gpus_per_engine),
         "reward": (cluster.cpus_per_reward, cluster.gpus_per_reward),
         "learner": (cluster.cpus_per_learner, cluster.gpus_per_learner),
     }
-    cpus, gpus = shares[role]
-    wanted = cluster.labels_of(role) if role == "reward" else {}  # the others' are in their placement groups
+    cpus, gpus = resources_by_role[role]
+    # Labels of the other roles are in their placement groups.
+    node_labels = cluster.labels_for_role(role) if role == "reward" else {}
     return {
-        **({"label_selector": wanted} if wanted else {}),
+        **({"label_selector": node_labels} if node_labels else {}),
         "num_cpus": cpus,
         "num_gpus": gpus,
+        # Ray must not restart actors itself: a new engine needs the current weights first (train/fault_tolerance.py).
         "max_restarts": 0,
         "max_task_retries": 0,
-        "runtime_env": {"env_vars": role_environment(settings, role)},
+        "runtime_env": {"env_vars": actor_environment(settings, role)},
     }
 
 
-def role_environment(settings: Settings, role: str) -> dict[str, str]:
-    """Environment variables of one actor's process. They are set before it starts, as OpenMP reads them but once.
-
-    VLLM_CPU_KVCACHE_SPACE is left out on purpose: it takes whole GiB only and would overrule `rollout.kv_cache_gib`.
-    """
+def actor_environment(settings: Settings, role: str) -> dict[str, str]:
+    """Environment variables of one actor's process; set before it starts, since OpenMP reads them only once."""
     threads = str(compute_threads(settings))
-    names = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false", **QUIET_THREADS}
+    environment = {
+        "OMP_NUM_THREADS": threads,
+        "MKL_NUM_THREADS": threads,
+        "TOKENIZERS_PARALLELISM": "false",
+        **PASSIVE_OPENMP_ENV,
+    }
     if role == "rollout":
-        names |= {"VLLM_NO_USAGE_STATS": "1"}
+        # Without VLLM_CPU_KVCACHE_SPACE: it takes whole GiB only and would override rollout.kv_cache_gib.
+        environment |= {"VLLM_NO_USAGE_STATS": "1"}
         if settings.cluster.gpus_per_engine == 0:
-            names |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+            # vLLM would pin its threads to cores that the other actors of the machine use too.
+            environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     if role == "learner" and settings.cluster.gpus_per_learner == 0:
-        names |= {"DS_ACCELERATOR": "cpu", **_jemalloc()}
-    return names
+        environment |= {"DS_ACCELERATOR": "cpu", **_jemalloc_environment()}
+    return environment
 
 
-def _jemalloc() -> dict[str, str]:
-    """Variables that give a CPU learner jemalloc, which Ray ships: less CPU time a step.
-
-    It keeps freed activations within a micro-batch instead of faulting them in again, which took a fifth of a step;
-    the learner gives them back after each micro-batch, or they would add up. Empty where this build of Ray has no
-    jemalloc.
-    """
+def _jemalloc_environment() -> dict[str, str]:
+    """Variables that load jemalloc, which Ray ships, into a CPU learner; empty where this build of Ray has none."""
+    # It keeps freed activations within a micro-batch instead of faulting them in again, which took a fifth of a step.
+    # The learner returns them to the system after each micro-batch, or they would add up.
     library = Path(ray.__file__).parent / "core" / "libjemalloc.so"
     if not library.is_file():
         return {}
-    return {"LD_PRELOAD": str(library), "MALLOC_CONF": KEEP_FREED}
+    return {"LD_PRELOAD": str(library), "MALLOC_CONF": KEEP_FREED_MALLOC_CONF}
 
 
 def compute_threads(settings: Settings, cores: int | None = None) -> int:
-    """Compute threads of one actor: `cluster.threads`, else the cores this process may use divided by learner ranks."""
-    if settings.cluster.threads:
-        return settings.cluster.threads
-    return max(1, (cores or len(os.sched_getaffinity(0))) // settings.learner.ranks)
+    """Compute threads per actor: `cluster.threads_per_actor`, else this process's cores divided by the learners."""
+    if settings.cluster.threads_per_actor:
+        return settings.cluster.threads_per_actor
+    return max(1, (cores or len(os.sched_getaffinity(0))) // settings.learner.workers)
 
 
-class Places:
-    """The room of one run's actors: learners close together in one group, each engine in a group of its own, or both
-    on the same GPUs in one group.
+class PlacementGroups:
+    """Reserved resources of one run's actors.
 
-    An engine's GPUs are one bundle, so they are on one node. Reward actors take what is left and have no group. Ray
-    gives a bundle a new node when its own is lost, so an actor that is started again finds its place.
+    Learners share one group and are placed close together; each engine has a group of its own, or both share the same
+    GPUs in one group. The GPUs of an engine are one bundle, so they are on one node. Reward actors have no group. Ray
+    moves the bundle of a lost node to another node, so a restarted actor finds resources.
     """
 
-    def __init__(self, settings: Settings, *, learners: bool) -> None:
-        """Ask Ray for the room; `ready` waits for it."""
-        self.groups: dict[str, PlacementGroup] = {}
-        room = wanted_room(settings, learners=learners)
-        labels = {name: _labels(settings, name) for name in room}
-        # Ray places groups in the order they come: whoever may go anywhere must not take the labelled nodes first.
-        for name in sorted(room, key=lambda name: -len(labels[name])):
-            bundles, strategy = room[name]
-            selector = [labels[name]] * len(bundles) if labels[name] else None
-            self.groups[name] = placement_group(bundles, strategy, bundle_label_selector=selector)
+    def __init__(self, settings: Settings, *, with_learners: bool) -> None:
+        """Request the groups from Ray; `wait_until_ready` waits for them."""
+        self.groups_by_name: dict[str, PlacementGroup] = {}
+        bundles_by_group = placement_bundles(settings, with_learners=with_learners)
+        labels_by_group = {name: _group_node_labels(settings, name) for name in bundles_by_group}
+        # Ray places groups in order of request: a group without labels must not take the labeled nodes first.
+        for group_name in sorted(bundles_by_group, key=lambda name: -len(labels_by_group[name])):
+            bundles, strategy = bundles_by_group[group_name]
+            node_labels = labels_by_group[group_name]
+            selector = [node_labels] * len(bundles) if node_labels else None
+            self.groups_by_name[group_name] = placement_group(bundles, strategy, bundle_label_selector=selector)
 
-    async def ready(self, seconds: float) -> None:
-        """Wait for all of it. Raises StallError naming what has no room after `seconds`, and what is free."""
-        waits = {name: asyncio.ensure_future(_reserved(group)) for name, group in self.groups.items()}
+    async def wait_until_ready(self, timeout_s: float) -> None:
+        """Wait for all groups. Raises DeadlineError naming those not placed after `timeout_s`, and free resources."""
+        waits = {name: asyncio.ensure_future(_wait_for_group(group)) for name, group in self.groups_by_name.items()}
         try:
-            await asyncio.wait(waits.values(), timeout=seconds)
-            missing = [name for name, wait in waits.items() if not wait.done()]
-            if missing:
-                raise StallError(_no_room(missing, seconds))
+            await asyncio.wait(waits.values(), timeout=timeout_s)
+            missing_groups = [name for name, wait in waits.items() if not wait.done()]
+            if missing_groups:
+                raise DeadlineError(_no_room_message(missing_groups, timeout_s))
         finally:
             for wait in waits.values():
                 wait.cancel()
 
-    def options(self, role: str, index: int) -> dict[str, Any]:
-        """Ray options that put actor `index` of `role` into its place; none for reward actors."""
-        own = {"learner": "learners", "rollout": f"engine {index}"}.get(role, "")
-        shared = self.groups.get(SHARED) if own else None
-        group = shared or self.groups.get(own)
+    def scheduling_options(self, role: str, index: int) -> dict[str, Any]:
+        """Ray options that place actor `index` of `role` into its bundle; none for reward actors."""
+        own_name = {"learner": LEARNERS_GROUP_NAME, "rollout": _engine_group_name(index)}.get(role, "")
+        shared_group = self.groups_by_name.get(SHARED_GROUP_NAME) if own_name else None
+        group = shared_group or self.groups_by_name.get(own_name)
         if group is None:
             return {}
-        bundle = index if role == "learner" or shared else 0
-        return {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle)}
+        # An engine's own group has a single bundle; the others have one per index.
+        bundle_index = index if role == "learner" or shared_group else 0
+        strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle_index)
+        return {"scheduling_strategy": strategy}
 
     def release(self) -> None:
-        """Give the room back."""
-        for group in self.groups.values():
+        """Remove all groups."""
+        for group in self.groups_by_name.values():
             remove_placement_group(group)
-        self.groups = {}
+        self.groups_by_name = {}
 
 
-def wanted_room(settings: Settings, *, learners: bool) -> dict[str, tuple[list[dict[str, float]], str]]:
-    """Bundles and Ray strategy of each placement group by name.
+def placement_bundles(settings: Settings, *, with_learners: bool) -> dict[str, tuple[list[dict[str, float]], str]]:
+    """Bundles and Ray strategy of each placement group by name."""
+    options = {role: actor_options(settings, role) for role in ("rollout", "learner")}
 
-    Where engines and learners take turns on GPUs, rank i and engine i have one bundle: a share of the same GPU each, so
-    that what one publishes the other can map.
-    """
-    options = {role: role_options(settings, role) for role in ("rollout", "learner")}
-
-    def bundle(*roles: str) -> dict[str, float]:
+    def role_bundle(*roles: str) -> dict[str, float]:
         cpus, gpus = (sum(options[role][kind] for role in roles) for kind in ("num_cpus", "num_gpus"))
         return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
 
-    engines = settings.rollout.engines
-    if learners and shares_gpus(settings):
-        return {SHARED: ([bundle("rollout", "learner")] * engines, "PACK")}
-    room = {f"engine {i}": ([bundle("rollout")], "STRICT_PACK") for i in range(engines)}
-    if learners:
-        room["learners"] = ([bundle("learner")] * settings.learner.ranks, "PACK")
-    return room
+    engine_count = settings.rollout.engines
+    if with_learners and is_colocated(settings):
+        # Rank i and engine i in one bundle get shares of the same GPU, so that the engine can map the rank's memory.
+        return {SHARED_GROUP_NAME: ([role_bundle("rollout", "learner")] * engine_count, "PACK")}
+    bundles = {_engine_group_name(i): ([role_bundle("rollout")], "STRICT_PACK") for i in range(engine_count)}
+    if with_learners:
+        bundles[LEARNERS_GROUP_NAME] = ([role_bundle("learner")] * settings.learner.workers, "PACK")
+    return bundles
 
 
-def _labels(settings: Settings, group: str) -> dict[str, str]:
-    """Node labels that a placement group asks for: those of every role in it."""
-    roles = {"learners": ("learner",), SHARED: ("rollout", "learner")}.get(group, ("rollout",))
-    return {label: value for role in roles for label, value in settings.cluster.labels_of(role).items()}
+def _engine_group_name(index: int) -> str:
+    return f"engine {index}"
 
 
-async def _reserved(group: PlacementGroup) -> None:
+def _group_node_labels(settings: Settings, group_name: str) -> dict[str, str]:
+    """Node labels that a placement group requests: those of every role in it."""
+    roles_by_group = {LEARNERS_GROUP_NAME: ("learner",), SHARED_GROUP_NAME: ("rollout", "learner")}
+    roles = roles_by_group.get(group_name, ("rollout",))
+    return {label: value for role in roles for label, value in settings.cluster.labels_for_role(role).items()}
+
+
+async def _wait_for_group(group: PlacementGroup) -> None:
     await group.ready()
 
 
-def _no_room(missing: Sequence[str], seconds: float) -> str:
+def _no_room_message(missing_groups: Sequence[str], timeout_s: float) -> str:
     free = ray.available_resources()
     return (
-        f"waited {seconds:g} s for a place for {', '.join(missing)}; the cluster has {free.get('CPU', 0.0):g} CPU and "
-        f"{free.get('GPU', 0.0):g} GPU free; end other jobs on it, lower the number of actors, or raise "
-        "cluster.start_deadline_s while nodes are still joining"
+        f"waited {timeout_s:g} s for resources for {', '.join(missing_groups)}; the cluster has "
+        f"{free.get('CPU', 0.0):g} CPU and {free.get('GPU', 0.0):g} GPU free; end other jobs on it, lower the number "
+        "of actors, or raise timeouts.actor_start_s while nodes are still joining"
     )
-
-
-async def wait_for_placement(actors: Mapping[str, Any], seconds: float) -> None:
-    """Wait until Ray has placed and constructed all `actors` (name -> handle).
-
-    Raises StallError naming those that are missing after `seconds`, ActorError naming one that died on the way.
-    """
-    waits = {name: asyncio.ensure_future(_constructed(handle)) for name, handle in actors.items()}
-    try:
-        await asyncio.wait(waits.values(), timeout=seconds, return_when=asyncio.FIRST_EXCEPTION)
-        for name, wait in waits.items():
-            if wait.done() and isinstance(problem := wait.exception(), RayActorError):
-                reason = str(problem).strip().splitlines()[-1]
-                raise ActorError(f"{name} died while starting: {reason}; its log in the Ray dashboard says more")
-        missing = [name for name, wait in waits.items() if not wait.done()]
-        if missing:
-            raise StallError(_no_room(missing, seconds))
-    finally:
-        for wait in waits.values():
-            wait.cancel()
-
-
-async def _constructed(handle: Any) -> None:
-    await handle.__ray_ready__.remote()

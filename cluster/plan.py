@@ -1,7 +1,6 @@
-"""From settings to the bundles a run reserves, compared with what the cluster has before anything starts.
+"""Resource plan: the bundles a run reserves, and their check against the cluster before anything starts.
 
-Pure functions of settings and numbers; what is read from the machine (free disk) is read in one place,
-`check_host`.
+Pure functions of settings and numbers; only `check_host_disk` reads the machine (free disk space).
 """
 
 from __future__ import annotations
@@ -14,242 +13,292 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rluf.config.derived import Pool, checkpoint_bytes, host_bytes, policy_bytes, pools, show_bytes
-from rluf.config.model_shape import model_shape
+from rluf.config.derived import (
+    ActorPoolPlan,
+    estimate_checkpoint_bytes,
+    estimate_host_bytes,
+    estimate_policy_bytes,
+    format_bytes,
+    plan_actor_pools,
+)
+from rluf.config.model_shape import estimate_model_shape
 from rluf.config.settings import Settings
 from rluf.errors import ResourceError
 
 logger = logging.getLogger(__name__)
 
 RUN_FOLDER_BYTES = 64 << 20
+"""Allowance for metrics, logs and the report of a run."""
+RESOURCE_TOLERANCE = 1e-9
+"""Resource amounts are sums of fractions such as 0.1, which differ from the exact sum by rounding."""
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """Who runs, and what each reserves.
+class ResourcePlan:
+    """Actor pools of a run and what each reserves.
 
-    `align` are the actors that run at once while the policy moves; `train` are the reward training workers before them.
-    `host_bytes` estimates the host memory of the former.
+    `training_pools` are the actors that run concurrently during training, `reward_training_pools` the reward training
+    workers that run before them. `host_bytes` estimates the host memory of the former.
     """
 
-    align: tuple[Pool, ...]
-    train: tuple[Pool, ...]
+    training_pools: tuple[ActorPoolPlan, ...]
+    reward_training_pools: tuple[ActorPoolPlan, ...]
     host_bytes: int
 
     @property
-    def cpus(self) -> float:
-        """Ray CPUs of the hungrier of the two phases; reading the log takes one CPU in any case."""
-        return max(1.0, *(sum(p.count * p.cpus for p in phase) for phase in (self.align, self.train)))
+    def cpu_count(self) -> float:
+        """Ray CPUs of the larger of the two phases; at least 1, which reading the log takes."""
+        return max(1.0, *(_total(pools, "CPU") for pools in (self.training_pools, self.reward_training_pools)))
 
     @property
-    def gpus(self) -> float:
-        """GPUs of the hungrier of the two phases."""
-        return max(sum(p.count * p.gpus for p in phase) for phase in (self.align, self.train))
+    def gpu_count(self) -> float:
+        """GPUs of the larger of the two phases."""
+        return max(_total(pools, "GPU") for pools in (self.training_pools, self.reward_training_pools))
 
     @property
     def bundles(self) -> tuple[dict[str, float], ...]:
-        """One Ray bundle an actor of the alignment phase, the largest first."""
-        return tuple(_bundle(pool) for pool in self._largest_first for _ in range(pool.count))
+        """One Ray bundle per actor of the training phase, the largest first."""
+        return tuple(_pool_bundle(pool) for pool in self._pools_largest_first for _ in range(pool.actor_count))
 
     @property
-    def labels(self) -> tuple[dict[str, str], ...]:
+    def node_labels(self) -> tuple[dict[str, str], ...]:
         """The labels that the node of each of `bundles` must have."""
-        return tuple(pool.labels for pool in self._largest_first for _ in range(pool.count))
+        return tuple(pool.node_labels for pool in self._pools_largest_first for _ in range(pool.actor_count))
 
     @property
-    def asked(self) -> tuple[tuple[dict[str, float], dict[str, str]], ...]:
-        """Bundles, with labels, that an autoscaler must find room for so that either phase can run.
+    def autoscaler_bundles(self) -> tuple[tuple[dict[str, float], dict[str, str]], ...]:
+        """Bundles, with labels, that an autoscaler must provide so that either phase can run.
 
-        Those of the alignment phase, then of reward training what goes beyond their sum.
+        Those of the training phase, then the part of reward training's that exceeds their sum.
         """
-        found = list(zip(self.bundles, self.labels, strict=True))
-        short = {
-            kind: sum(pool.count * _bundle(pool).get(kind, 0.0) for pool in self.train)
-            - sum(bundle.get(kind, 0.0) for bundle in self.bundles)
+        requests = list(zip(self.bundles, self.node_labels, strict=True))
+        # The phases run one after the other and share nodes: only the excess of the second one is requested.
+        excess = {
+            kind: _total(self.reward_training_pools, kind) - sum(bundle.get(kind, 0.0) for bundle in self.bundles)
             for kind in ("CPU", "GPU")
         }
-        for pool in self.train:
-            for _ in range(pool.count):
-                part = {kind: min(amount, short[kind]) for kind, amount in _bundle(pool).items() if short[kind] > 1e-9}
-                short = {kind: left - part.get(kind, 0.0) for kind, left in short.items()}
-                found += [(part, pool.labels)] if part else []
-        return tuple(found)
+        for pool in self.reward_training_pools:
+            for _ in range(pool.actor_count):
+                bundle = {
+                    kind: min(amount, excess[kind])
+                    for kind, amount in _pool_bundle(pool).items()
+                    if excess[kind] > RESOURCE_TOLERANCE
+                }
+                excess = {kind: amount - bundle.get(kind, 0.0) for kind, amount in excess.items()}
+                requests += [(bundle, pool.node_labels)] if bundle else []
+        return tuple(requests)
 
     @property
-    def _largest_first(self) -> list[Pool]:
-        return sorted(self.align, key=lambda pool: (-pool.gpus, -pool.cpus))
+    def _pools_largest_first(self) -> list[ActorPoolPlan]:
+        return sorted(self.training_pools, key=lambda pool: (-pool.gpus_per_actor, -pool.cpus_per_actor))
 
 
-def plan(settings: Settings) -> Plan:
-    """The bundles that `settings` ask for."""
-    found = pools(settings)
-    return Plan(
-        align=tuple(pool for pool in found if pool.role != "reward_training"),
-        train=tuple(pool for pool in found if pool.role == "reward_training"),
-        host_bytes=host_bytes(settings),
+def plan_resources(settings: Settings) -> ResourcePlan:
+    """The resource plan of `settings`."""
+    pools = plan_actor_pools(settings)
+    return ResourcePlan(
+        training_pools=tuple(pool for pool in pools if pool.role != "reward_training"),
+        reward_training_pools=tuple(pool for pool in pools if pool.role == "reward_training"),
+        host_bytes=estimate_host_bytes(settings),
     )
 
 
-def _bundle(pool: Pool) -> dict[str, float]:
-    return {"CPU": pool.cpus, **({"GPU": pool.gpus} if pool.gpus else {})}
+def _pool_bundle(pool: ActorPoolPlan) -> dict[str, float]:
+    return {"CPU": pool.cpus_per_actor, **({"GPU": pool.gpus_per_actor} if pool.gpus_per_actor else {})}
 
 
-def table(planned: Plan, *, fancy: bool) -> str:
-    """The plan as a table: `fancy` for a terminal (rich), else plain aligned text."""
-    head = ("pool", "actors", "CPU each", "GPU each", "memory each (estimate)")
+def _total(pools: Sequence[ActorPoolPlan], resource_kind: str) -> float:
+    return sum(pool.actor_count * _pool_bundle(pool).get(resource_kind, 0.0) for pool in pools)
+
+
+def format_plan(resource_plan: ResourcePlan, *, use_rich: bool) -> str:
+    """The plan as a table, by rich for a terminal or as plain aligned text."""
+    header = ("pool", "actors", "CPU each", "GPU each", "memory each (estimate)")
     rows = [
-        (p.name, str(p.count), f"{p.cpus:g}", f"{p.gpus:g}", show_bytes(p.bytes_each) if p.memory else "-")
-        for p in (*planned.align, *planned.train)
+        (
+            pool.name,
+            str(pool.actor_count),
+            f"{pool.cpus_per_actor:g}",
+            f"{pool.gpus_per_actor:g}",
+            format_bytes(pool.bytes_per_actor) if pool.memory_bytes else "-",
+        )
+        for pool in (*resource_plan.training_pools, *resource_plan.reward_training_pools)
     ]
+    host_memory = format_bytes(resource_plan.host_bytes)
     total = (
-        f"at once: {planned.cpus:g} CPU, {planned.gpus:g} GPU, about {show_bytes(planned.host_bytes)} of host memory"
+        f"at once: {resource_plan.cpu_count:g} CPU, {resource_plan.gpu_count:g} GPU, about {host_memory} of host memory"
     )
-    if fancy:
+    if use_rich:
         from rich.console import Console
         from rich.table import Table
 
-        drawn = Table(*head, caption=total)
+        table = Table(*header, caption=total)
         for row in rows:
-            drawn.add_row(*row)
-        out = io.StringIO()
-        Console(file=out, force_terminal=True).print(drawn)
-        return out.getvalue()
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+            table.add_row(*row)
+        output = io.StringIO()
+        Console(file=output, force_terminal=True).print(table)
+        return output.getvalue()
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in (head, *rows)
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (header, *rows)
     ]
     return "\n".join([*lines, total]) + "\n"
 
 
-def check(planned: Plan, available: Mapping[str, float], nodes: Sequence[Mapping[str, float]] = ()) -> None:
+def check_plan(
+    resource_plan: ResourcePlan, cluster_resources: Mapping[str, float], nodes: Sequence[Mapping[str, float]] = ()
+) -> None:
     """Compare a plan with the cluster's total resources (`ray.cluster_resources()`), and with each node's when given.
 
-    Raises ResourceError naming what is missing, who asks for it, and three ways out. Memory is only an estimate, so a
-    shortage of it is logged as a warning.
+    Raises ResourceError naming what is missing, which actors request it, and three ways out. Memory is an estimate, so
+    a shortage of it is only logged as a warning.
     """
-    for kind, need in (("GPU", planned.gpus), ("CPU", planned.cpus)):
-        have = available.get(kind, 0.0)
-        if need > have + 1e-9:
+    for kind, needed in (("GPU", resource_plan.gpu_count), ("CPU", resource_plan.cpu_count)):
+        available = cluster_resources.get(kind, 0.0)
+        if needed > available + RESOURCE_TOLERANCE:
+            advice = _gpu_shortage_advice(needed, available) if kind == "GPU" else _cpu_shortage_advice(needed)
             raise ResourceError(
-                f"the plan needs {need:g} {kind}s, but the cluster has {have:g} ({_who(planned, kind)}); "
-                + (_gpu_fixes(need, have) if kind == "GPU" else _cpu_fixes(need))
+                f"the plan needs {needed:g} {kind}s, but the cluster has {available:g} "
+                f"({_describe_requesters(resource_plan, kind)}); {advice}"
             )
-    for bundle, wanted in zip(planned.bundles, planned.labels, strict=True) if nodes else ():
-        labelled = [node for node in nodes if all(f"{key}={value}" in node for key, value in wanted.items())]
-        if not labelled:
-            raise ResourceError(_no_label(wanted, nodes))
-        if not any(all(node.get(kind, 0.0) >= amount for kind, amount in bundle.items()) for node in labelled):
-            asked = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
-            largest = max(node.get("GPU" if "GPU" in bundle else "CPU", 0.0) for node in labelled)
-            raise ResourceError(
-                f"one actor needs {asked} on one node, but the largest node {_with(wanted)}has {largest:g} "
-                f"{'GPU' if 'GPU' in bundle else 'CPU'}s; lower rollout.tensor_parallel with cluster.gpus_per_engine, "
-                "lower cluster.cpus_per_engine or cluster.cpus_per_learner, or add a larger node"
-            )
-    for pool in planned.align if nodes else ():
-        _check_labelled(pool, nodes)
-    memory = available.get("memory")
-    if memory is not None and planned.host_bytes > memory:
+    if nodes:
+        for bundle, node_labels in zip(resource_plan.bundles, resource_plan.node_labels, strict=True):
+            _check_bundle_fits(bundle, node_labels, nodes)
+        for pool in resource_plan.training_pools:
+            _check_pool_labels(pool, nodes)
+    free_memory = cluster_resources.get("memory")
+    if free_memory is not None and resource_plan.host_bytes > free_memory:
         logger.warning(
-            "the actors may need about %s of host memory and Ray counts %s free; "
+            "plan: the actors may need about %s of host memory and Ray reports %s free; "
             "if they die, lower algorithm.micro_batch_tokens or rollout.kv_cache_gib",
-            show_bytes(planned.host_bytes),
-            show_bytes(memory),
+            format_bytes(resource_plan.host_bytes),
+            format_bytes(free_memory),
         )
 
 
-def _check_labelled(pool: Pool, nodes: Sequence[Mapping[str, float]]) -> None:
+def _check_bundle_fits(
+    bundle: Mapping[str, float], node_labels: Mapping[str, str], nodes: Sequence[Mapping[str, float]]
+) -> None:
+    """Raise ResourceError when no node with the labels is large enough for a bundle, which cannot span nodes."""
+    labeled_nodes = [node for node in nodes if all(f"{key}={value}" in node for key, value in node_labels.items())]
+    if not labeled_nodes:
+        raise ResourceError(_no_label_message(node_labels, nodes))
+    if any(all(node.get(kind, 0.0) >= amount for kind, amount in bundle.items()) for node in labeled_nodes):
+        return
+    requested = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
+    kind = "GPU" if "GPU" in bundle else "CPU"
+    largest = max(node.get(kind, 0.0) for node in labeled_nodes)
+    raise ResourceError(
+        f"one actor needs {requested} on one node, but the largest node {_label_phrase(node_labels)}has {largest:g} "
+        f"{kind}s; lower rollout.tensor_parallel with cluster.gpus_per_engine, lower cluster.cpus_per_engine or "
+        "cluster.cpus_per_learner, or add a larger node"
+    )
+
+
+def _check_pool_labels(pool: ActorPoolPlan, nodes: Sequence[Mapping[str, float]]) -> None:
     """Raise ResourceError when the nodes with a pool's labels are too few for all of its actors."""
-    wanted = {f"{key}={value}" for key, value in pool.labels.items()}
-    for kind, each in _bundle(pool).items() if wanted else ():
-        need, have = pool.count * each, sum(node.get(kind, 0.0) for node in nodes if wanted <= node.keys())
-        if need > have + 1e-9:
+    labels = {f"{key}={value}" for key, value in pool.node_labels.items()}
+    for kind, amount in _pool_bundle(pool).items() if labels else ():
+        needed = pool.actor_count * amount
+        available = sum(node.get(kind, 0.0) for node in nodes if labels <= node.keys())
+        if needed > available + RESOURCE_TOLERANCE:
             raise ResourceError(
-                f"{pool.name} {pool.count} x {each:g} need {need:g} {kind}s on nodes {_with(pool.labels)}"
-                f"(cluster.labels), which have {have:g}; give the label to more nodes, or ask for fewer actors there, "
-                "or take the entry out of cluster.labels"
+                f"{pool.name} {pool.actor_count} x {amount:g} need {needed:g} {kind}s on nodes "
+                f"{_label_phrase(pool.node_labels)}(cluster.node_labels), which have {available:g}; give the label to "
+                "more nodes, or request fewer actors there, or remove the entry from cluster.node_labels"
             )
 
 
-def _with(wanted: Mapping[str, str]) -> str:
-    return "".join(f"with the label {key}={value} " for key, value in wanted.items())
+def _label_phrase(node_labels: Mapping[str, str]) -> str:
+    return "".join(f"with the label {key}={value} " for key, value in node_labels.items())
 
 
-def _no_label(wanted: Mapping[str, str], nodes: Sequence[Mapping[str, float]]) -> str:
-    there = sorted({key for node in nodes for key in node if "=" in key and not key.startswith("ray.io/node-id")})
+def _no_label_message(node_labels: Mapping[str, str], nodes: Sequence[Mapping[str, float]]) -> str:
+    # Ray gives every node a label with its own id: of no use as a suggestion.
+    labels = sorted({key for node in nodes for key in node if "=" in key and not key.startswith("ray.io/node-id")})
     return (
-        f"cluster.labels asks for nodes {_with(wanted)}but no node has it (there are: {', '.join(there) or 'none'}); "
-        "start a node with it (ray start --labels key=value), or name a label that is there, or take the entry out of "
-        "cluster.labels"
+        f"cluster.node_labels requests nodes {_label_phrase(node_labels)}but no node has it (existing labels: "
+        f"{', '.join(labels) or 'none'}); start a node with it (ray start --labels key=value), or name an existing "
+        "label, or remove the entry from cluster.node_labels"
     )
 
 
-def _who(planned: Plan, kind: str) -> str:
-    phase = max(
-        (planned.align, planned.train), key=lambda pools: sum(p.count * _bundle(p).get(kind, 0.0) for p in pools)
-    )
-    asks = [(p.name, p.count, _bundle(p).get(kind, 0.0)) for p in phase]
-    return ", ".join(f"{name} {count} x {each:g}" for name, count, each in asks if each)
+def _describe_requesters(resource_plan: ResourcePlan, resource_kind: str) -> str:
+    phases = (resource_plan.training_pools, resource_plan.reward_training_pools)
+    largest_phase = max(phases, key=lambda pools: _total(pools, resource_kind))
+    amounts = [(pool.name, pool.actor_count, _pool_bundle(pool).get(resource_kind, 0.0)) for pool in largest_phase]
+    return ", ".join(f"{name} {count} x {amount:g}" for name, count, amount in amounts if amount)
 
 
-def _gpu_fixes(need: float, have: float) -> str:
-    if have == 0:
+def _gpu_shortage_advice(needed: float, available: float) -> str:
+    if available == 0:
         return (
             "set cluster.gpus_per_engine=0, cluster.gpus_per_learner=0 and cluster.gpus_per_reward=0 to run on CPUs; "
-            f"or set cluster.address to a cluster with {math.ceil(need)} GPUs; or, if this machine has GPUs, see that "
-            "nvidia-smi lists them and CUDA_VISIBLE_DEVICES does not hide them"
+            f"or set cluster.address to a cluster with {math.ceil(needed)} GPUs; or, if this machine has GPUs, check "
+            "that nvidia-smi lists them and CUDA_VISIBLE_DEVICES does not hide them"
         )
     return (
-        "lower rollout.engines, learner.ranks or objectives.*.replicas; or let reward actors share a GPU or use none "
-        f"(cluster.gpus_per_reward=0.1 or 0); or add nodes until the cluster has {math.ceil(need)} GPUs"
+        "lower rollout.engines, learner.workers or objectives.*.replicas; or let reward actors share a GPU or use none "
+        f"(cluster.gpus_per_reward=0.1 or 0); or add nodes until the cluster has {math.ceil(needed)} GPUs"
     )
 
 
-def _cpu_fixes(need: float) -> str:
+def _cpu_shortage_advice(needed: float) -> str:
     return (
-        "lower rollout.engines, learner.ranks or objectives.*.replicas; or reserve less for each actor "
+        "lower rollout.engines, learner.workers or objectives.*.replicas; or reserve less for each actor "
         "(cluster.cpus_per_engine, cluster.cpus_per_learner, cluster.cpus_per_reward); or use a cluster with "
-        f"{math.ceil(need)} CPUs (cluster.address)"
+        f"{math.ceil(needed)} CPUs (cluster.address)"
     )
 
 
-def disk_need(settings: Settings) -> int:
-    """Bytes a run may write to its folder: the final policy, small files, and the checkpoints there are at once.
+def run_disk_bytes(settings: Settings) -> int:
+    """Bytes a run may write to its folder: the final policy, small files, and the checkpoints that exist at once."""
+    learner, checkpoint_count = settings.learner, 0
+    if learner.checkpoint_every_steps:
+        checkpoint_count = math.ceil(settings.algorithm.steps / learner.checkpoint_every_steps)
+    if learner.keep_checkpoints:
+        # In addition to the newest ones: the best one, and the one being written.
+        checkpoint_count = min(checkpoint_count, learner.keep_checkpoints + 2)
+    return estimate_policy_bytes(settings) + checkpoint_count * estimate_checkpoint_bytes(settings) + RUN_FOLDER_BYTES
 
-    Those are the newest ones that are kept, the best one and the one being written.
-    """
-    learner = settings.learner
-    written = math.ceil(settings.algorithm.steps / learner.save_every) if learner.save_every else 0
-    at_once = min(written, learner.keep_checkpoints + 2) if learner.keep_checkpoints else written
-    return policy_bytes(settings) + at_once * checkpoint_bytes(settings) + RUN_FOLDER_BYTES
 
-
-def cache_need(settings: Settings) -> int:
-    """Bytes a run may write to its cache: the converted policy, and each reward model with its best epoch beside it."""
-    models, objectives = settings.reward, settings.objectives.named
-    backbones = {"love": models.love, "helpfulness": models.helpfulness, "safety": models.safety}
+def cache_disk_bytes(settings: Settings) -> int:
+    """Bytes a run may write to its cache: the converted policy, and each reward model with its best epoch."""
+    models, objectives = settings.reward, settings.objectives.by_objective
+    model_settings = {"love": models.love, "helpfulness": models.helpfulness, "safety": models.safety}
     trained = [name for name, o in objectives.items() if o.source == "model" and o.path is None]
-    return policy_bytes(settings) + sum(2 * 4 * model_shape(backbones[name].backbone).parameters for name in trained)
+    # Two copies (the current and the best epoch) of float32 weights.
+    bytes_per_parameter = 2 * 4
+    return estimate_policy_bytes(settings) + sum(
+        bytes_per_parameter * estimate_model_shape(model_settings[name].backbone).parameter_count for name in trained
+    )
 
 
-def check_space(folder: Path, need: int, free: int, key: str) -> None:
-    """Raise ResourceError when `folder` has less than `need` bytes free; `key` names the setting that moves it."""
-    if free < need:
+def check_free_space(folder: Path, needed_bytes: int, free_bytes: int, setting_key: str) -> None:
+    """Raise ResourceError when `folder` has too few bytes free; `setting_key` names the setting that moves it."""
+    if free_bytes < needed_bytes:
         raise ResourceError(
-            f"{folder} has {show_bytes(free)} free, but the run may need {show_bytes(need)}; free some space there, "
-            f"or point {key} at a larger disk, or lower learner.keep_checkpoints or the size of the model"
+            f"{folder} has {format_bytes(free_bytes)} free, but the run may need {format_bytes(needed_bytes)}; free "
+            f"some space there, or point {setting_key} at a larger disk, or lower learner.keep_checkpoints or the size "
+            "of the model"
         )
 
 
-def check_host(settings: Settings, runs: Path, cache: Path) -> None:
-    """Check the free disk space under `runs` and `cache` on this machine. Raises ResourceError naming the folder."""
-    places = [(runs, disk_need(settings), "run.root"), (cache, cache_need(settings), "run.cache")]
-    free = [shutil.disk_usage(_existing(folder)).free for folder, _, _ in places]
-    same = _existing(runs).stat().st_dev == _existing(cache).stat().st_dev
-    for (folder, need, key), left in zip(places, free, strict=True):
-        check_space(folder, sum(n for _, n, _ in places) if same else need, left, key)
+def check_host_disk(settings: Settings, runs_folder: Path, cache_folder: Path) -> None:
+    """Check the free disk space of both folders on this machine. Raises ResourceError naming the folder."""
+    needs = [
+        (runs_folder, run_disk_bytes(settings), "run.root"),
+        (cache_folder, cache_disk_bytes(settings), "run.cache"),
+    ]
+    existing_folders = [_nearest_existing_folder(folder) for folder, _, _ in needs]
+    is_same_disk = len({folder.stat().st_dev for folder in existing_folders}) == 1
+    total_bytes = sum(needed_bytes for _, needed_bytes, _ in needs)
+    for (folder, needed_bytes, setting_key), existing_folder in zip(needs, existing_folders, strict=True):
+        free_bytes = shutil.disk_usage(existing_folder).free
+        check_free_space(folder, total_bytes if is_same_disk else needed_bytes, free_bytes, setting_key)
 
 
-def _existing(folder: Path) -> Path:
-    """The nearest folder above that is there already."""
-    return next(place for place in (folder, *folder.absolute().parents) if place.exists())
+def _nearest_existing_folder(folder: Path) -> Path:
+    """`folder` or its nearest parent that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())

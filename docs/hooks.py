@@ -1,4 +1,4 @@
-"""Makes the reference pages of the docs site from the code itself, so that they cannot be stale."""
+"""Generate the reference pages of the docs site from the code, so that they cannot go stale."""
 
 from __future__ import annotations
 
@@ -15,121 +15,130 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from rluf.config.cli import flat  # noqa: E402
-from rluf.config.load import fields, load_settings  # noqa: E402
-from rluf.tracking import metric_registry as catalogue  # noqa: E402
-from rluf.tracking.gauges import place  # noqa: E402
+from rluf.config.cli import flatten_settings  # noqa: E402
+from rluf.config.load import iter_setting_fields, load_settings  # noqa: E402
+from rluf.tracking import metric_registry  # noqa: E402
+from rluf.tracking.gauges import gauge_and_labels  # noqa: E402
 
-GENERATED = ("reference/settings.md", "reference/metrics.md", "reference/python.md")
-PACKAGES = {
-    "rluf.config": "Settings", "rluf.prepare": "Feedback logs", "rluf.objectives": "Reward models and judges",
-    "rluf.algorithms": "Algorithms", "rluf.backends": "vLLM, DeepSpeed and weight transfer",
-    "rluf.evaluate": "Evaluation", "rluf.simulate": "Simulated users", "rluf.serve": "Serving",
-    "rluf.tracking": "Seeing a run", "actors": "Ray actors and pumps", "cluster": "Where actors run",
+GENERATED_PAGES = ("reference/settings.md", "reference/metrics.md", "reference/python.md")
+PACKAGE_TITLES = {
+    "rluf.config": "Settings", "rluf.prepare": "Feedback logs", "rluf.reward": "Reward models",
+    "rluf.objectives": "Objectives and judges", "rluf.algorithms": "Algorithms",
+    "rluf.backends": "vLLM, DeepSpeed and weight transfer", "rluf.train": "Training run",
+    "rluf.checkpoint": "Checkpoints", "rluf.evaluate": "Evaluation", "rluf.sweep": "Sweeps",
+    "rluf.simulate": "Simulated users", "rluf.serve": "Serving", "rluf.tracking": "Tracking",
+    "rluf.report": "Reports", "rluf.models": "Models", "rluf.utils": "Utilities",
+    "actors": "Ray actors", "cluster": "Resource plan and placement",
 }  # fmt: skip
 
 
 class Shapes(griffe.Extension):
-    """Shapes in docstrings, such as points [N][objectives], are no links of Markdown."""
+    """Escape shapes such as points [N][objectives] in docstrings, which Markdown would read as links."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Part the brackets with a backslash."""
+        """Put a backslash between adjacent brackets."""
         if obj.docstring is not None:
             obj.docstring.value = obj.docstring.value.replace("][", "]\\[")
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Leave out of the navigation what this checkout does not have."""
-    config.nav = [kept for entry in config.nav or [] if (kept := _there(entry)) is not None]
+    """Remove entries from the navigation whose pages this checkout does not have."""
+    entries = [_existing_entry(entry) for entry in config.nav or []]
+    config.nav = [entry for entry in entries if entry is not None]
     return config
 
 
-def _there(entry: Any) -> Any:
+def _existing_entry(entry: Any) -> Any:
+    """The navigation entry without missing pages; None when the page itself is missing."""
     if isinstance(entry, str):
-        return entry if entry in GENERATED or (ROOT / "docs" / entry).is_file() else None
-    ((title, inside),) = entry.items()
-    if isinstance(inside, str):
-        return entry if _there(inside) else None
-    return {title: [kept for one in inside if (kept := _there(one)) is not None]}
+        return entry if entry in GENERATED_PAGES or (ROOT / "docs" / entry).is_file() else None
+    ((title, content),) = entry.items()
+    if isinstance(content, str):
+        return entry if _existing_entry(content) else None
+    return {title: [child for child in map(_existing_entry, content) if child is not None]}
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are made from the code."""
-    pages = {GENERATED[0]: settings_page(), GENERATED[1]: metrics_page(), GENERATED[2]: python_page()}
-    for name, package in packages():
-        pages[f"reference/python/{name}.md"] = package_page(name, package)
+    """Add the generated pages."""
+    pages = dict(zip(GENERATED_PAGES, (settings_page(), metrics_page(), python_page()), strict=True))
+    for name, folder in iter_packages():
+        pages[f"reference/python/{name}.md"] = package_page(name, folder)
     for path, content in pages.items():
         files.append(File.generated(config, path, content=content))
     return files
 
 
 def settings_page() -> str:
-    """Every setting: name, type, default, meaning."""
-    defaults = flat(load_settings(None))
+    """Table of all settings: name, type, default, meaning."""
+    defaults = flatten_settings(load_settings(None))
     lines = [
         "# Settings", "",
-        "Every setting, from the code. A YAML file or `key=value` on the command line changes it; `--dry-run` shows",
-        "what a command would run with and where each value comes from.",
+        "All settings, generated from the code. Change one in a YAML file or with `key=value` on the command line;",
+        "`--dry-run` prints the values a command would use and the source of each.",
     ]  # fmt: skip
     section = None
-    for key, info in fields():
-        head = key.rpartition(".")[0] or "The run"
-        if head != section:
-            section = head
-            lines += ["", f"## {head}", "", "| setting | type | default | meaning |", "|---|---|---|---|"]
-        about = " ".join((info.description or "").split())
-        about = html.escape(about, quote=False).replace("|", "&#124;")
-        lines.append(f"| `{key}` | `{_type(info.annotation)}` | `{defaults[key]}` | {about} |")
+    for key, info in iter_setting_fields():
+        key_section = key.rpartition(".")[0] or "The run"
+        if key_section != section:
+            section = key_section
+            lines += ["", f"## {section}", "", "| setting | type | default | meaning |", "|---|---|---|---|"]
+        meaning = html.escape(" ".join((info.description or "").split()), quote=False).replace("|", "&#124;")
+        lines.append(f"| `{key}` | `{_type_name(info.annotation)}` | `{defaults[key]}` | {meaning} |")
     return "\n".join(lines) + "\n"
 
 
-def _type(annotation: Any) -> str:
-    text = (
-        annotation.__name__ if isinstance(annotation, type) and not hasattr(annotation, "__args__") else str(annotation)
-    )
+def _type_name(annotation: Any) -> str:
+    is_plain_class = isinstance(annotation, type) and not hasattr(annotation, "__args__")
+    text = annotation.__name__ if is_plain_class else str(annotation)
     return text.replace("typing.", "").replace(", ...]", "]").replace("tuple[", "list[").replace(" | ", " or ")
 
 
 def metrics_page() -> str:
-    """Every number of a step: where it stands, what it means, what it is drawn over."""
+    """Table of all metrics of a step: key, names in W&B and Prometheus, meaning, axis, summary."""
+    axes = "; ".join(f"`{axis}`, {title}" for axis, title in metric_registry.AXIS_TITLES.items())
     lines = [
         "# Metrics", "",
-        "What each training step leaves in `metrics.jsonl`, and the report draws. W&B has it under the second name,",
-        "over its axis, and keeps the last, least, greatest or mean value as the run's summary. Ray's Prometheus",
-        "endpoint has it as the third. What an algorithm adds beside these stands under `other/` in W&B.", "",
-        "Axes: " + "; ".join(f"`{axis}`, {about}" for axis, about in catalogue.AXES.items()) + ".",
+        "Each training step writes these metrics to `metrics.jsonl`, and the report plots them. W&B logs them under",
+        "the second name over the given axis and stores the last, minimum, maximum or mean value in the run's summary.",
+        "Ray's Prometheus endpoint exposes them under the third name. Further metrics of an algorithm appear under",
+        "`other/` in W&B.", "", f"Axes: {axes}.",
     ]  # fmt: skip
-    for group, about in catalogue.GROUPS.items():
-        lines += ["", f"## {about}", "", "| key | W&B | Prometheus | meaning | axis | summary |",
+    for group, title in metric_registry.GROUP_TITLES.items():
+        lines += ["", f"## {title}", "", "| key | W&B | Prometheus | meaning | axis | summary |",
                   "|---|---|---|---|---|---|"]  # fmt: skip
-        for spec in catalogue.catalogue(catalogue.OWN):
+        for spec in metric_registry.metric_specs(metric_registry.BUILTIN_OBJECTIVES):
             if spec.group == group:
-                gauge, labels = place(spec.key, catalogue.OWN)
-                label = "".join(f"{{{key}={value}}}" for key, value in labels.items())
-                names = f"`{spec.key}` | `{spec.name}` | `ray_rluf_{gauge}{label}`"
-                lines.append(f"| {names} | {spec.title}: {spec.about} | {spec.axis} | {spec.keep} |")
+                gauge, labels = gauge_and_labels(spec.key, metric_registry.BUILTIN_OBJECTIVES)
+                label_text = "".join(f"{{{key}={value}}}" for key, value in labels.items())
+                names = f"`{spec.key}` | `{spec.wandb_name}` | `ray_rluf_{gauge}{label_text}`"
+                lines.append(f"| {names} | {spec.title}: {spec.description} | {spec.axis} | {spec.summary_statistic} |")
     return "\n".join(lines) + "\n"
 
 
-def packages() -> Iterator[tuple[str, Path]]:
-    """The packages of this checkout that have a page."""
-    for name in PACKAGES:
+def iter_packages() -> Iterator[tuple[str, Path]]:
+    """The packages of this checkout that get a reference page, with their folders."""
+    for name in PACKAGE_TITLES:
         folder = ROOT / name.replace(".", "/")
         if folder.is_dir():
             yield name, folder
 
 
 def python_page() -> str:
-    """The list of packages."""
-    links = [f"- [`{name}`](python/{name}.md): {PACKAGES[name]}" for name, _ in packages()]
-    return "# Python\n\nFrom the docstrings. What is not named here is not public.\n\n" + "\n".join(links) + "\n"
+    """Index of the package pages."""
+    links = [f"- [`{name}`](python/{name}.md): {PACKAGE_TITLES[name]}" for name, _ in iter_packages()]
+    return (
+        "# Python\n\nGenerated from the docstrings. Names that do not appear here are private.\n\n"
+        + "\n".join(links)
+        + "\n"
+    )
 
 
 def package_page(name: str, folder: Path) -> str:
-    """All modules of a package, each with its public members."""
+    """Reference page of a package: its modules with their public members."""
     modules = sorted(
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
         for path in folder.rglob("*.py")
+        if path.name != "__main__.py"
     )
     blocks = [f"::: {module}" for module in modules]
-    return f"# {PACKAGES[name]}\n\n" + "\n\n".join(blocks) + "\n"
+    return f"# {PACKAGE_TITLES[name]}\n\n" + "\n\n".join(blocks) + "\n"

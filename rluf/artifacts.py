@@ -1,4 +1,4 @@
-"""What the loop starts from: checked inputs, prepared data and reward models, each built once and then reused."""
+"""Inputs of training: input checks, the prepared data artifact and the reward model artifacts."""
 
 from __future__ import annotations
 
@@ -9,109 +9,129 @@ from pathlib import Path
 from rluf.config.reward import ObjectiveSettings
 from rluf.config.settings import Settings
 from rluf.errors import ModelError
-from rluf.models.hub import embedded_models
-from rluf.utils.cache import Stage, code_digest, file_digest, run_stage, run_stages
-from rluf.utils.paths import cache_dir, check_writable, runs_root
+from rluf.models.hub import list_embedded_models
+from rluf.utils.cache import Artifact, build_or_reuse, build_or_reuse_all, hash_files, hash_source_code
+from rluf.utils.paths import check_writable, resolve_cache_folder, resolve_runs_root
 
 
 def check_inputs(settings: Settings) -> None:
-    """Look at every log, reward model folder and output folder that the job will need, before anything starts.
+    """Check every log, reward model folder and output folder of the job before anything starts.
 
     Raises DataError for a missing log, ModelError for a missing reward model folder, ResourceError for a folder that
-    cannot be written.
+    is not writable.
     """
-    from rluf.prepare.readers.sources import resolve
+    # Imported here, since pyarrow and fsspec are slow to import.
+    from rluf.prepare.readers.files import resolve_sources
 
     for kind, entries in settings.data:
-        resolve(entries, kind)
-    for folder in (runs_root(settings), cache_dir(settings)):
+        resolve_sources(entries, kind)
+    for folder in (resolve_runs_root(settings), resolve_cache_folder(settings)):
         check_writable(folder)
-    for name, objective in settings.objectives.named.items():
+    for name, objective in settings.objectives.by_objective.items():
         if objective.source == "serve":
-            continue  # whether the service answers is asked when the reward actors start
+            continue  # the reward actors check at their start whether the service answers
         if objective.path is not None and not (Path(objective.path).expanduser() / "config.json").is_file():
             raise ModelError(
-                f"objectives.{name}.path={objective.path} holds no config.json; name a reward model folder, or leave "
-                "the key out to train one from the log"
+                f"objectives.{name}.path={objective.path} has no config.json; set it to a reward model folder, or "
+                "remove the key to train a model on the log"
             )
 
 
-def prepared(settings: Settings) -> Stage:
-    """The prepared data set of `data`: built with Ray Data, or reused when log, settings and code are the same."""
-    from rluf.prepare.pipeline import build as build_data
-    from rluf.prepare.readers.sources import fingerprint, resolve
-    from rluf.prepare.redact import salt_mark, user_salt
+def prepare_data_artifact(settings: Settings) -> Artifact:
+    """The prepared data set: built with Ray Data, or reused if log, settings and code are the same."""
+    from rluf.prepare.pipeline import build_data_set
+    from rluf.prepare.readers.files import fingerprint_sources, resolve_sources
+    from rluf.utils.hashing import read_user_salt, salt_fingerprint
 
-    sources = [source for kind, entries in settings.data for source in resolve(entries, kind)]
-    parts = {
-        "files": fingerprint(sources),
+    sources = [source for kind, entries in settings.data for source in resolve_sources(entries, kind)]
+    cache_inputs = {
+        "files": fingerprint_sources(sources),
         "data": settings.data.model_dump(mode="json"),
-        "prepare": settings.prepare.model_dump(mode="json", exclude={"output", "blocks"}),
+        # Neither the output folder nor the number of blocks changes the rows.
+        "prepare": settings.prepare.model_dump(mode="json", exclude={"output", "ray_data_blocks"}),
         "seed": settings.seed,
-        "salt": salt_mark(user_salt()),
-        "code": code_digest("prepare"),
+        # Another salt gives other user ids; its fingerprint is stored, never the salt.
+        "salt": salt_fingerprint(read_user_salt()),
+        "code": hash_source_code("prepare", "utils.hashing"),
     }
 
-    def build(out: Path) -> None:
-        build_data(settings, out)
+    def build(folder: Path) -> None:
+        build_data_set(settings, folder)
 
-    return run_stage(cache_dir(settings), "data", parts, build, reuse=settings.run.reuse)
+    return build_or_reuse(resolve_cache_folder(settings), "data", cache_inputs, build, reuse=settings.run.reuse)
 
 
-def rewarded(settings: Settings, data: Stage) -> dict[str, Stage | None]:
-    """A reward model for each objective: trained with Ray Train, reused, or taken from `path`; None for a judge.
+def train_reward_artifacts(settings: Settings, data_artifact: Artifact) -> dict[str, Artifact | None]:
+    """The reward model of each objective: trained with Ray Train, reused, or taken from `path`; None for a judge.
 
-    Missing ones are trained by the same workers, one after another; heads of one backbone are one stage.
+    The same workers train all missing ones in turn; heads on a shared backbone are one artifact.
     """
-    from rluf.reward.ray_trainer import grouped, train_rewards
+    from rluf.reward.ray_trainer import group_by_backbone, train_reward_models
 
-    reward, named = settings.reward, settings.objectives.named
-    missing = [n for n, objective in named.items() if objective.source == "model" and objective.path is None]
-    groups = grouped(settings, [*missing, *(head for head in reward.heads if head not in named)])
-    of_stage = {f"reward-{'-'.join(group)}": group for group in groups}
-    wanted = {stage: reward_parts(settings, data, group) for stage, group in of_stage.items()}
+    reward, objectives = settings.reward, settings.objectives.by_objective
+    trained = [name for name, value in objectives.items() if value.source == "model" and value.path is None]
+    extra_heads = [head for head in reward.shared_backbone_heads if head not in objectives]
+    heads_by_artifact = {
+        f"reward-{'-'.join(heads)}": heads for heads in group_by_backbone(settings, [*trained, *extra_heads])
+    }
+    cache_inputs_by_name = {
+        name: reward_cache_inputs(settings, data_artifact, heads) for name, heads in heads_by_artifact.items()
+    }
 
     def build(folders: Mapping[str, Path]) -> None:
-        jobs = {head: (data.folder, folders[stage] / head) for stage in folders for head in of_stage[stage]}
-        train_rewards(settings, jobs)
+        jobs = {
+            head: (data_artifact.folder, folder / head)
+            for name, folder in folders.items()
+            for head in heads_by_artifact[name]
+        }
+        train_reward_models(settings, jobs)
 
-    stages = run_stages(cache_dir(settings), wanted, build, reuse=settings.run.reuse)
-    trained = {h: replace(stages[s], folder=stages[s].folder / h) for s, group in of_stage.items() for h in group}
-    return {name: trained.get(name) or _given(name, objective) for name, objective in named.items()}
-
-
-def reward_parts(settings: Settings, data: Stage, group: Sequence[str]) -> dict[str, object]:
-    """Everything that the reward model of these heads is made from; a backbone's folder counts with what is in it."""
-    reward = settings.reward
-    backbones = sorted({member.backbone for member in reward.of_head(group[0]).members})
+    artifacts = build_or_reuse_all(
+        resolve_cache_folder(settings), cache_inputs_by_name, build, reuse=settings.run.reuse
+    )
+    artifact_by_head = {
+        head: replace(artifacts[name], folder=artifacts[name].folder / head)
+        for name, heads in heads_by_artifact.items()
+        for head in heads
+    }
     return {
-        "data": data.key,
-        "model": {head: reward.of_head(head).model_dump(mode="json") for head in group},
-        "folders": {name: digest for name in backbones if (digest := _folder_digest(name)) is not None},
-        "dtype": settings.reward_dtype,
-        "workers": reward.workers,
-        "zero_stage": reward.zero_stage,
-        "seed": settings.seed,
-        "code": code_digest("reward", "backends.deepspeed"),
+        name: artifact_by_head.get(name) or _wrap_model_folder(name, objective)
+        for name, objective in objectives.items()
     }
 
 
-def _folder_digest(backbone: str) -> str | None:
-    """Hash of the model's files where `backbone` is a folder, whose content may change under its name; else None."""
+def reward_cache_inputs(settings: Settings, data_artifact: Artifact, head_names: Sequence[str]) -> dict[str, object]:
+    """Everything that the reward model of these heads depends on; a local backbone folder counts with its content."""
+    reward = settings.reward
+    backbones = sorted({member.backbone for member in reward.settings_for_head(head_names[0]).member_specs})
+    return {
+        "data": data_artifact.key,
+        "model": {head: reward.settings_for_head(head).model_dump(mode="json") for head in head_names},
+        "folders": {name: digest for name in backbones if (digest := _hash_backbone_folder(name)) is not None},
+        "dtype": settings.reward_dtype,
+        "workers": reward.workers,  # the number of ranks changes the batches, and so the weights
+        "zero_stage": reward.zero_stage,
+        "seed": settings.seed,
+        "code": hash_source_code("reward", "backends.deepspeed"),
+    }
+
+
+def _hash_backbone_folder(backbone: str) -> str | None:
+    """Hash of the model's files if `backbone` is a folder, whose content may change under the same name; else None."""
     folder = Path(backbone).expanduser()
-    if backbone in embedded_models() or not folder.is_dir():
+    if backbone in list_embedded_models() or not folder.is_dir():
         return None
-    return file_digest(path for path in folder.iterdir() if path.is_file())[:12]
+    return hash_files(path for path in folder.iterdir() if path.is_file())[:12]
 
 
-def _given(name: str, objective: ObjectiveSettings) -> Stage | None:
-    """A reward model folder that the settings name, as a stage; None for a judge or a service."""
+def _wrap_model_folder(name: str, objective: ObjectiveSettings) -> Artifact | None:
+    """The configured reward model folder as an artifact; None for a judge or a service."""
     if objective.path is None or objective.source == "serve":
         return None
     folder = Path(objective.path).expanduser().resolve()
-    return Stage(f"reward-{name}", folder, file_digest([folder])[:12], reused=True)
+    return Artifact(f"reward-{name}", folder, hash_files([folder])[:12], reused=True)
 
 
-def model_folders(rewards: Mapping[str, Stage | None]) -> dict[str, Path | None]:
+def reward_model_folders(reward_artifacts: Mapping[str, Artifact | None]) -> dict[str, Path | None]:
     """The reward model folder of each objective, None for a judge."""
-    return {name: None if stage is None else stage.folder for name, stage in rewards.items()}
+    return {name: None if artifact is None else artifact.folder for name, artifact in reward_artifacts.items()}

@@ -1,10 +1,15 @@
-"""The errors a user can cause or mend. Each says what went wrong, with which value, and what to do."""
+"""Errors that a user can cause or fix. Each message says what failed, with which value, and what to do."""
 
 from __future__ import annotations
 
+import errno
+
+DISK_FULL_ERRNOS = (errno.ENOSPC, errno.EDQUOT)
+"""System error numbers of a full disk and of an exceeded quota."""
+
 
 class RlufError(Exception):
-    """Base of every error that a command shows as one clear message and a non-zero exit code."""
+    """Base of every error that a command reports as one message and a non-zero exit code."""
 
     exit_code: int = 1
 
@@ -16,7 +21,7 @@ class SettingsError(RlufError):
 
 
 class DataError(RlufError):
-    """A log, prompt file or label file is missing, empty, or has too many bad rows."""
+    """A log, prompt file or label file is missing, empty, or has too many invalid rows."""
 
     exit_code = 3
 
@@ -28,60 +33,60 @@ class ModelError(RlufError):
 
 
 class ResourceError(RlufError):
-    """The machine or cluster lacks CPUs, GPUs, memory, disk or ports for what was asked."""
+    """The machine or cluster lacks the requested CPUs, GPUs, memory, disk or ports."""
 
     exit_code = 5
 
 
-class StallError(RlufError):
-    """A wait ran past its deadline. The message names whom the run was waiting for."""
+class DeadlineError(RlufError):
+    """A call exceeded its deadline. The message names the actor or phase that the run waited for."""
 
     exit_code = 6
 
 
-class SyncError(RlufError):
-    """The engines' weights do not match the learner's after a publish."""
+class WeightSyncError(RlufError):
+    """The engines' weights do not match the learner's after a weight sync."""
 
     exit_code = 7
 
 
 class ActorError(RlufError):
-    """An actor died or failed with an error that is not the user's. The message names its role and index."""
+    """An actor died or failed with an internal error. The message names its role and index."""
 
     exit_code = 8
 
 
-class LostError(ActorError):
-    """A process of the run has gone (killed, out of memory, node lost) and may be started again.
+class ActorLostError(ActorError):
+    """A process of the run is gone (killed, out of memory, node lost) and may be restarted.
 
-    `who` names the actor, such as "rollout 0"; it is empty where only an object was lost.
+    `actor_name` is the actor, such as "rollout 0"; it is empty when only an object was lost.
     """
 
-    def __init__(self, message: str, who: str = "") -> None:
-        """`message` as for every error of the house."""
+    def __init__(self, message: str, actor_name: str = "") -> None:
+        """`message` as for every RlufError."""
         super().__init__(message)
-        self.who = who
+        self.actor_name = actor_name
 
-    def __reduce__(self) -> tuple[type[LostError], tuple[str, str]]:
-        """Keep `who` on the way from an actor to the driver."""
-        return type(self), (str(self), self.who)
+    def __reduce__(self) -> tuple[type[ActorLostError], tuple[str, str]]:
+        """Pickle `actor_name` too: Ray sends the error from an actor to the driver, and Exception drops attributes."""
+        return type(self), (str(self), self.actor_name)
 
 
-class AlarmError(RlufError):
-    """Reward hacking, found while training, asks for going back or for an end.
+class RewardHackingError(RlufError):
+    """Reward hacking was detected during training; the run must roll back or stop.
 
-    `back_to` is the last step that was clean, where going back is asked for; None asks for an end.
+    `rollback_step` is the last step without an alarm to roll back to; None stops the run.
     """
 
     exit_code = 9
 
-    def __init__(self, message: str, back_to: int | None = None) -> None:
-        """`message` as for every error of the house."""
+    def __init__(self, message: str, rollback_step: int | None = None) -> None:
+        """`message` as for every RlufError."""
         super().__init__(message)
-        self.back_to = back_to
+        self.rollback_step = rollback_step
 
 
 class TerminatedError(RlufError):
-    """The run was asked to end (SIGTERM, `ray job stop`). The message says which checkpoint was kept."""
+    """The run was asked to stop (SIGTERM, `ray job stop`). The message names the saved checkpoint."""
 
     exit_code = 143

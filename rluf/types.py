@@ -1,12 +1,13 @@
-"""What is passed along between actors: prompts, samples, groups and scores.
+"""Data types that actors exchange: prompts, samples, groups and scores.
 
-Plain frozen dataclasses of numbers and strings, so that they travel through Ray's object store without torch.
-Token ids go in and out; text is derived and never re-encoded for training.
+Frozen dataclasses of numbers and strings, so that Ray's object store transfers them without torch. Token ids go in and
+out; text is derived and never re-encoded for training.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TypedDict
 
 
@@ -19,10 +20,10 @@ class Message(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What a rollout starts from.
+    """Start of a rollout: a conversation and its token ids.
 
-    `messages` end with a user message; `token_ids` [P] are the policy tokenizer's ids of the rendered chat
-    template, generation prompt included. `split` is train, dev or test.
+    `messages` end with a user message; `token_ids` [P] are the policy tokenizer's ids of the rendered chat template,
+    including the generation prompt. `split` is train, dev or test.
     """
 
     id: str
@@ -34,12 +35,12 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One response of the policy to one prompt, or a demonstration taken from the log.
+    """One response of the policy to a prompt, or a demonstration from the log.
 
-    `response_ids` [R] hold the end-of-turn token when the model emitted it; `rollout_logprobs` [R] (nats) are those of
-    the distribution sampled from; a demonstration, which no engine sampled, has none. `version_spans` are (first
-    response token, weight version) pairs in order, so that a response which straddles a publish is known as such.
-    `finish_reason` is stop or length.
+    `response_ids` [R] include the end-of-turn token if the model emitted it. `rollout_logprobs` [R] (nats) are under
+    the distribution that the response was sampled from; a demonstration has none. `version_spans` are (first response
+    token, weight version) pairs in order: several when weights were synced during generation. `finish_reason` is stop
+    or length.
     """
 
     prompt_id: str
@@ -53,49 +54,67 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class GroupInfo:
-    """The small numbers of a group that the driver may hold: lengths in tokens, no text and no ids."""
+    """Summary of a group for the driver, which holds no text and no token ids: lengths in tokens, flags per sample."""
 
     prompt_id: str
     topic: str
-    version: int
-    prompt_tokens: int
-    response_tokens: tuple[int, ...]
+    weight_version: int
+    prompt_token_count: int
+    response_token_counts: tuple[int, ...]
     finished: tuple[bool, ...]
-    passed: tuple[bool, ...] = ()
-    """Whether each sample passed every judge of objectives.judges; empty where there are none."""
+    passed_judges: tuple[bool, ...] = ()
+    """Whether each sample passed all judges of aggregation.gate_judges; empty without gate judges."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The samples of one prompt. `version` is the oldest weight version that any of them was sampled with."""
+    """The samples of one prompt. `weight_version` is the oldest version that any of them was sampled with."""
 
     prompt: Prompt
     samples: tuple[Sample, ...]
-    version: int
+    weight_version: int
 
     @property
     def info(self) -> GroupInfo:
-        """The small numbers of this group."""
+        """Summary of this group."""
         return GroupInfo(
             prompt_id=self.prompt.id,
             topic=self.prompt.topic,
-            version=self.version,
-            prompt_tokens=len(self.prompt.token_ids),
-            response_tokens=tuple(len(sample.response_ids) for sample in self.samples),
+            weight_version=self.weight_version,
+            prompt_token_count=len(self.prompt.token_ids),
+            response_token_counts=tuple(len(sample.response_ids) for sample in self.samples),
             finished=tuple(sample.finish_reason == "stop" for sample in self.samples),
         )
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One objective's opinion of one sample.
+    """One objective's score of one sample.
 
-    `value` is calibrated (a probability for a reward model, 0 or 1 for a judge), `raw` the uncalibrated logit, `spread`
-    the standard deviation over an ensemble (0.0 for one member), `verdict` a judge's yes or no (None for models).
+    `value` is calibrated (a probability for a reward model, 0 or 1 for a judge), `raw_logit` the uncalibrated logit,
+    `spread` the standard deviation over an ensemble (0.0 for one member), `verdict` a judge's pass (None for models).
     """
 
     objective: str
     value: float
-    raw: float
+    raw_logit: float
     spread: float = 0.0
     verdict: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EvalResponse:
+    """One policy's responses to one test prompt, with each objective's calibrated values [samples]."""
+
+    group: Group
+    objective_values: Mapping[str, tuple[float, ...]]
+
+
+@dataclass(slots=True)
+class TrainResult:
+    """Result of a training run: both policies' responses to the same prompts, metrics by step, seconds by phase."""
+
+    base_responses: list[EvalResponse] = field(default_factory=list)
+    aligned_responses: list[EvalResponse] = field(default_factory=list)
+    step_metrics: list[dict[str, float]] = field(default_factory=list)
+    phase_seconds: dict[str, float] = field(default_factory=dict)

@@ -1,7 +1,7 @@
-"""The policy of the claims and how it learns: imitation first, then rluf's own combination, advantages and losses.
+"""The small policy of the claims and its training: imitation, then rluf's reward aggregation, advantages and losses.
 
-A network of some 100,000 weights that makes its five choices one after the other, each on what came before, so that a
-reply has a probability, a KL to the reference, and gradients like a language model's, with five tokens.
+A network of about 100,000 weights makes five consecutive choices, each conditioned on the previous ones. A reply thus
+has a probability, a KL to the reference, and gradients like a language model's with five tokens.
 """
 
 from __future__ import annotations
@@ -12,177 +12,240 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from lab.dataset import Town
-from lab.replies import BODY, SLOTS, texts
+from lab.dataset import ReplyDataset
+from lab.replies import BODY_SLOT, SLOT_OPTIONS, compose_texts
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rluf.algorithms.advantages import Drift, Outcomes
-from rluf.algorithms.batch import Batch
-from rluf.algorithms.losses import policy_loss
-from rluf.algorithms.registry import make_lesson, needs_drifts
+from rluf.algorithms.advantages import AdvantageInputs, SampleKL
+from rluf.algorithms.batch import PackedBatch
+from rluf.algorithms.losses import compute_policy_loss
+from rluf.algorithms.registry import build_learner_inputs, requires_reference_kl
 from rluf.config.policy import AlgorithmSettings
-from rluf.config.reward import ObjectivesSettings
-from rluf.objectives.aggregator import Combiner, Opinions
-from rluf.objectives.judges import passes
+from rluf.config.reward import AggregationSettings, ObjectivesSettings
+from rluf.objectives.aggregator import GroupScores, RewardAggregator
+from rluf.objectives.judges import judge_responses
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-Signals = Callable[[Ints, Sequence[str]], Mapping[str, Floats]]
-"""From places [N] and texts [N] to each objective's signal [N]."""
+SignalFunction = Callable[[Ints, Sequence[str]], Mapping[str, Floats]]
+"""(prompt indices [N], texts [N]) -> signal [N] by objective."""
 WIDE = 64
 
 
-class Composer(nn.Module):
-    """pi(picks | place): one small network for each choice, on the sum of what prompt and earlier choices say."""
+class ComposerPolicy(nn.Module):
+    """pi(choices | prompt): one small network per choice, on the sum of the states of prompt and earlier choices."""
 
-    def __init__(self, town: Town) -> None:
-        """Random weights."""
+    def __init__(self, dataset: ReplyDataset) -> None:
+        """Initialize with random weights."""
         super().__init__()
-        self.register_buffer("asked", torch.from_numpy(town.asked), persistent=False)
-        self.register_buffer("said", torch.from_numpy(town.said), persistent=False)
-        size = town.asked.shape[1]
-        self.ask, self.hear, self.key = nn.Linear(size, WIDE), nn.Linear(size, WIDE), nn.Linear(size, WIDE)
-        self.chosen = nn.ModuleList(nn.Embedding(count, WIDE) for count in SLOTS)
-        self.think = nn.ModuleList(nn.Sequential(nn.GELU(), nn.Linear(WIDE, WIDE), nn.GELU()) for _ in SLOTS)
-        self.choose = nn.ModuleList(nn.Linear(WIDE, WIDE if n == BODY else count) for n, count in enumerate(SLOTS))
+        self.register_buffer("prompt_vectors", torch.from_numpy(dataset.prompt_vectors), persistent=False)
+        self.register_buffer("reply_vectors", torch.from_numpy(dataset.reply_vectors), persistent=False)
+        input_size = dataset.prompt_vectors.shape[1]
+        self.prompt_layer, self.reply_layer, self.reply_key_layer = (
+            nn.Linear(input_size, WIDE),
+            nn.Linear(input_size, WIDE),
+            nn.Linear(input_size, WIDE),
+        )
+        self.choice_embeddings = nn.ModuleList(nn.Embedding(option_count, WIDE) for option_count in SLOT_OPTIONS)
+        self.hidden_layers = nn.ModuleList(
+            nn.Sequential(nn.GELU(), nn.Linear(WIDE, WIDE), nn.GELU()) for _ in SLOT_OPTIONS
+        )
+        self.output_layers = nn.ModuleList(
+            nn.Linear(WIDE, WIDE if slot == BODY_SLOT else option_count)
+            for slot, option_count in enumerate(SLOT_OPTIONS)
+        )
 
-    def _start(self, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        said = self.said[places]
-        return self.ask(self.asked[places]) * 3.0, self.key(said) * 3.0, self.hear(said) * 3.0
+    def _encode_prompt(self, prompt_index: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        reply_vectors = self.reply_vectors[prompt_index]
+        return (
+            self.prompt_layer(self.prompt_vectors[prompt_index]) * 3.0,
+            self.reply_key_layer(reply_vectors) * 3.0,
+            self.reply_layer(reply_vectors) * 3.0,
+        )
 
-    def _logits(self, slot: int, state: Tensor, keys: Tensor) -> Tensor:
-        found: Tensor = self.choose[slot](self.think[slot](state))
-        return torch.einsum("nd,nkd->nk", found, keys) / WIDE**0.5 if slot == BODY else found
+    def _slot_logits(self, slot: int, state: Tensor, reply_keys: Tensor) -> Tensor:
+        slot_output: Tensor = self.output_layers[slot](self.hidden_layers[slot](state))
+        return torch.einsum("nd,nkd->nk", slot_output, reply_keys) / WIDE**0.5 if slot == BODY_SLOT else slot_output
 
-    def _told(self, slot: int, picks: Tensor, heard: Tensor) -> Tensor:
-        if slot == BODY:
-            return heard[torch.arange(len(picks)), picks]
-        found: Tensor = self.chosen[slot](picks)
-        return found
+    def _choice_state(self, slot: int, choices: Tensor, reply_states: Tensor) -> Tensor:
+        if slot == BODY_SLOT:
+            return reply_states[torch.arange(len(choices)), choices]
+        embedding: Tensor = self.choice_embeddings[slot](choices)
+        return embedding
 
-    def logprobs(self, places: Tensor, picks: Tensor, temperature: float = 1.0) -> Tensor:
+    def logprobs(self, prompt_index: Tensor, choices: Tensor, temperature: float = 1.0) -> Tensor:
         """Log-probability [N, 5] of each choice."""
-        state, keys, heard = self._start(places)
-        found = []
-        for slot in range(len(SLOTS)):
-            spread = torch.log_softmax(self._logits(slot, state, keys) / temperature, -1)
-            found.append(spread.gather(1, picks[:, slot, None])[:, 0])
-            state = state + self._told(slot, picks[:, slot], heard)
-        return torch.stack(found, 1)
+        state, reply_keys, reply_states = self._encode_prompt(prompt_index)
+        slot_logprobs = []
+        for slot in range(len(SLOT_OPTIONS)):
+            log_probabilities = torch.log_softmax(self._slot_logits(slot, state, reply_keys) / temperature, -1)
+            slot_logprobs.append(log_probabilities.gather(1, choices[:, slot, None])[:, 0])
+            state = state + self._choice_state(slot, choices[:, slot], reply_states)
+        return torch.stack(slot_logprobs, 1)
 
     @torch.no_grad()
-    def sample(self, places: Tensor, generator: torch.Generator, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    def sample(
+        self, prompt_index: Tensor, generator: torch.Generator, temperature: float = 1.0
+    ) -> tuple[Tensor, Tensor]:
         """Choices [N, 5] and their log-probabilities [N, 5]."""
-        state, keys, heard = self._start(places)
-        picks, logprobs = [], []
-        for slot in range(len(SLOTS)):
-            spread = torch.log_softmax(self._logits(slot, state, keys) / temperature, -1)
-            choice = torch.multinomial(spread.exp(), 1, generator=generator)[:, 0]
-            picks.append(choice)
-            logprobs.append(spread.gather(1, choice[:, None])[:, 0])
-            state = state + self._told(slot, choice, heard)
-        return torch.stack(picks, 1), torch.stack(logprobs, 1)
+        state, reply_keys, reply_states = self._encode_prompt(prompt_index)
+        choices, logprobs = [], []
+        for slot in range(len(SLOT_OPTIONS)):
+            log_probabilities = torch.log_softmax(self._slot_logits(slot, state, reply_keys) / temperature, -1)
+            choice = torch.multinomial(log_probabilities.exp(), 1, generator=generator)[:, 0]
+            choices.append(choice)
+            logprobs.append(log_probabilities.gather(1, choice[:, None])[:, 0])
+            state = state + self._choice_state(slot, choice, reply_states)
+        return torch.stack(choices, 1), torch.stack(logprobs, 1)
 
 
-def imitate(
-    town: Town, places: Ints, picks: Ints, *, seed: int, epochs: int = 6, start: Composer | None = None
-) -> Composer:
-    """A policy that imitates demonstrations `picks` [N, 5] at `places` [N] by maximum likelihood."""
+def imitate_demonstrations(
+    dataset: ReplyDataset,
+    prompt_index: Ints,
+    choices: Ints,
+    *,
+    seed: int,
+    epochs: int = 6,
+    initial_policy: ComposerPolicy | None = None,
+) -> ComposerPolicy:
+    """Train a policy on demonstrations `choices` [N, 5] to prompts [N] by maximum likelihood."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        policy = Composer(town) if start is None else copy.deepcopy(start)
+        policy = ComposerPolicy(dataset) if initial_policy is None else copy.deepcopy(initial_policy)
         optimizer = torch.optim.AdamW(policy.parameters(), lr=2e-3, weight_decay=0.01)
-        where, what = torch.as_tensor(places), torch.as_tensor(picks)
+        prompt_tensor, choice_tensor = torch.as_tensor(prompt_index), torch.as_tensor(choices)
         for _ in range(epochs):
-            for part in torch.randperm(len(where)).split(256):
+            for batch_index in torch.randperm(len(prompt_tensor)).split(256):
                 optimizer.zero_grad()
-                (-policy.logprobs(where[part], what[part]).sum(1).mean()).backward()
+                (-policy.logprobs(prompt_tensor[batch_index], choice_tensor[batch_index]).sum(1).mean()).backward()
                 optimizer.step()
     policy.eval()
     return policy
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
-    """How a policy is trained: rluf's own settings of the algorithm and the objectives, and the learning rate."""
+class TrainRecipe:
+    """Training of a policy: rluf's settings of algorithm, objectives and aggregation, and the learning rate."""
 
     algorithm: AlgorithmSettings
     objectives: ObjectivesSettings
-    rate: float = 2e-3
+    aggregation: AggregationSettings
+    learning_rate: float = 2e-3
 
 
 @dataclass(slots=True)
-class Trained:
-    """The policy after the last step and after each step asked for, and each step's means."""
+class ComposerRun:
+    """The policy after the last step and at the checkpoint steps, and the means of each step."""
 
-    policy: Composer
-    kept: dict[int, Composer] = field(default_factory=dict)
-    steps: list[dict[str, float]] = field(default_factory=list)
+    policy: ComposerPolicy
+    checkpoints: dict[int, ComposerPolicy] = field(default_factory=dict)
+    step_means: list[dict[str, float]] = field(default_factory=list)
 
 
-def train(
-    town: Town, base: Composer, places: Ints, signals: Signals, recipe: Recipe, *, seed: int, keep: Sequence[int] = ()
-) -> Trained:
-    """Move a copy of `base` by policy gradients on `places`; `base` stays the reference."""
-    algorithm, objectives = recipe.algorithm, recipe.objectives
-    policy, combiner = copy.deepcopy(base).train(), Combiner(objectives)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=recipe.rate, weight_decay=0.0)
+def train_composer(
+    dataset: ReplyDataset,
+    base_policy: ComposerPolicy,
+    train_prompts: Ints,
+    signals: SignalFunction,
+    recipe: TrainRecipe,
+    *,
+    seed: int,
+    checkpoint_steps: Sequence[int] = (),
+) -> ComposerRun:
+    """Train a copy of `base_policy` by policy gradients on `train_prompts`; `base_policy` is the reference."""
+    algorithm, aggregation = recipe.algorithm, recipe.aggregation
+    policy, aggregator = copy.deepcopy(base_policy).train(), RewardAggregator(recipe.objectives, aggregation)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=recipe.learning_rate, weight_decay=0.0)
     generator, rng = torch.Generator().manual_seed(seed), np.random.default_rng([seed, 7])
-    size, found = algorithm.samples_per_prompt, Trained(policy)
+    group_size, run = algorithm.samples_per_prompt, ComposerRun(policy)
     for step in range(1, algorithm.steps + 1):
-        chosen = rng.choice(places, algorithm.prompts_per_step, replace=False)
-        rows = np.repeat(chosen, size)
-        where = torch.as_tensor(rows)
-        picks, rollout = policy.sample(where, generator)
-        said = texts(town, rows, picks.numpy())
-        scores = signals(rows, said)
+        step_prompts = rng.choice(train_prompts, algorithm.prompts_per_step, replace=False)
+        prompt_index = np.repeat(step_prompts, group_size)
+        prompt_tensor = torch.as_tensor(prompt_index)
+        choices, rollout_logprobs = policy.sample(prompt_tensor, generator)
+        reply_texts = compose_texts(dataset, prompt_index, choices.numpy())
+        scores = signals(prompt_index, reply_texts)
         with torch.no_grad():
-            reference = base.logprobs(where, picks)
-        drift = (rollout - reference).sum(1).reshape(-1, size).tolist()
-        batch = []
-        for group, place in enumerate(chosen.tolist()):
-            part = slice(group * size, (group + 1) * size)
-            told = [(town.places[place].messages, text) for text in said[part]]
-            passed = passes(objectives.judges, told) if objectives.judges else ()
-            batch.append(Opinions(str(place), town.places[place].topic,
-                                  {name: one[part].tolist() for name, one in scores.items()}, passed))  # fmt: skip
-        combined = combiner.combine(batch)
-        outcomes = Outcomes(
-            rewards=combined.rewards, lengths=[[len(SLOTS)] * size for _ in batch],
-            drifts=[[Drift(value) for value in row] for row in drift] if needs_drifts(algorithm) else (),
-            passed=[one.passed for one in batch] if objectives.judges else (), parts=combined.parts,
-            weights=combined.weights, kl_coef=algorithm.kl_coef if algorithm.kl_in == "reward" else 0.0,
-            kl_limit=algorithm.kl_limit,
-        )  # fmt: skip
-        lesson = make_lesson(algorithm, outcomes, longest=len(SLOTS), kl_coef=algorithm.kl_coef,
-                             by_objective=objectives.combine == "gdpo")  # fmt: skip
+            reference_logprobs = base_policy.logprobs(prompt_tensor, choices)
+        sample_kl = (rollout_logprobs - reference_logprobs).sum(1).reshape(-1, group_size).tolist()
+        group_scores = []
+        for group, prompt in enumerate(step_prompts.tolist()):
+            group_slice = slice(group * group_size, (group + 1) * group_size)
+            conversations = [(dataset.entries[prompt].messages, text) for text in reply_texts[group_slice]]
+            verdicts = judge_responses(aggregation.gate_judges, conversations) if aggregation.gate_judges else ()
+            group_scores.append(
+                GroupScores(
+                    str(prompt),
+                    dataset.entries[prompt].topic,
+                    {name: values[group_slice].tolist() for name, values in scores.items()},
+                    verdicts,
+                )
+            )
+        step_rewards = aggregator.aggregate(group_scores)
+        advantage_inputs = AdvantageInputs(
+            rewards=step_rewards.rewards,
+            response_lengths=[[len(SLOT_OPTIONS)] * group_size for _ in group_scores],
+            sample_kl=[[SampleKL(value) for value in row] for row in sample_kl]
+            if requires_reference_kl(algorithm)
+            else (),
+            passed_judges=[scores_of_group.gate_verdicts for scores_of_group in group_scores]
+            if aggregation.gate_judges
+            else (),
+            objective_rewards=step_rewards.normalized_signals,
+            objective_weights=step_rewards.objective_weights,
+            kl_coef=algorithm.kl_coef if algorithm.kl_placement == "reward" else 0.0,
+            max_response_kl=algorithm.max_response_kl,
+        )
+        learner_inputs = build_learner_inputs(
+            algorithm,
+            advantage_inputs,
+            max_response_tokens=len(SLOT_OPTIONS),
+            kl_coef=algorithm.kl_coef,
+            use_gdpo=aggregation.method == "gdpo",
+        )
         optimizer.zero_grad()
-        loss = policy_loss(
-            policy.logprobs(where, picks).reshape(-1), reference.reshape(-1), _batch(picks, rollout, lesson.advantages,
-            lesson.weights), algorithm, loss=lesson.loss, kl_coef=lesson.kl_coef, slope=lesson.slope,
-        ).loss  # fmt: skip
+        loss = compute_policy_loss(
+            policy.logprobs(prompt_tensor, choices).reshape(-1),
+            reference_logprobs.reshape(-1),
+            _batch(choices, rollout_logprobs, learner_inputs.advantages, learner_inputs.loss_weights),
+            algorithm,
+            loss_name=learner_inputs.policy_loss,
+            kl_coef=learner_inputs.loss_kl_coef,
+            kl_to_go_coef=learner_inputs.kl_to_go_coef,
+        ).loss
         loss.backward()
         nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
-        found.steps.append({name: float(one.mean()) for name, one in scores.items()}
-                           | {"kl": float(np.mean(drift)), "reward": float(np.mean(combined.rewards))})  # fmt: skip
-        if step in keep:
-            found.kept[step] = copy.deepcopy(policy).eval()
+        run.step_means.append(
+            {name: float(values.mean()) for name, values in scores.items()}
+            | {"kl": float(np.mean(sample_kl)), "reward": float(np.mean(step_rewards.rewards))}
+        )
+        if step in checkpoint_steps:
+            run.checkpoints[step] = copy.deepcopy(policy).eval()
     policy.eval()
-    return found
+    return run
 
 
-def _batch(picks: Tensor, rollout: Tensor, gains: list[list[float]], weights: list[list[float]]) -> Batch:
-    """The step as rluf's losses take it: five response tokens a reply, no prompt tokens."""
-    count, slots = picks.shape
-    flat, index = picks.reshape(-1), torch.arange(count * slots)
+def _batch(
+    choices: Tensor, rollout_logprobs: Tensor, advantages: list[list[float]], loss_weights: list[list[float]]
+) -> PackedBatch:
+    """The step as a packed batch for rluf's losses: five response tokens per reply, no prompt tokens."""
+    reply_count, slot_count = choices.shape
+    flat_choices, index = choices.reshape(-1), torch.arange(reply_count * slot_count)
 
-    def spread(rows: list[list[float]]) -> Tensor:
-        return torch.tensor([value for row in rows for value in row]).repeat_interleave(slots)
+    def spread_over_slots(rows: list[list[float]]) -> Tensor:
+        return torch.tensor([value for row in rows for value in row]).repeat_interleave(slot_count)
 
-    return Batch(
-        input_ids=flat[None], position_ids=(index % slots)[None], rows=index.reshape(count, slots), places=index,
-        keep=index, targets=flat, sequences=torch.arange(count).repeat_interleave(slots), advantages=spread(gains),
-        loss_weights=spread(weights), rollout_logprobs=rollout.reshape(-1),
-    )  # fmt: skip
+    return PackedBatch(
+        input_ids=flat_choices[None],
+        position_ids=(index % slot_count)[None],
+        sequence_token_index=index.reshape(reply_count, slot_count),
+        token_output_index=index,
+        logit_index=index,
+        target_ids=flat_choices,
+        sequence_index=torch.arange(reply_count).repeat_interleave(slot_count),
+        advantages=spread_over_slots(advantages),
+        loss_weights=spread_over_slots(loss_weights),
+        rollout_logprobs=rollout_logprobs.reshape(-1),
+    )

@@ -1,7 +1,7 @@
-"""What the claims are tried on: prompts and real replies of the sample log, split by prompt, a vector for each text.
+"""Data of the claims: prompts and real replies of the sample log, split by prompt, with a vector for each text.
 
-The replies are SmolLM2-135M-Instruct's own, under the log's seven instructions. Two fifths of the prompts are kept from
-everything that learns: policies are scored and judged on those only.
+The replies are SmolLM2-135M-Instruct's own, under the log's seven instructions. Two fifths of the prompts are held out
+from all training: policies are scored and judged only on those.
 """
 
 from __future__ import annotations
@@ -18,94 +18,107 @@ from numpy.typing import NDArray
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from rluf.simulate.experiment import ENDINGS
+from rluf.simulate.experiment import SENTENCE_ENDINGS
 from rluf.types import Message
-from rluf.utils.paths import sample_file
+from rluf.utils.paths import find_sample_log
 
 Floats = NDArray[np.float32]
-BODIES = 16
-"""Replies kept for each prompt."""
-UNSEEN = 0.4
-"""Share of the prompts that nothing learns from."""
-WIDE = 128
-"""Length of the vectors that stand for prompts and replies."""
+REPLIES_PER_PROMPT = 16
+"""Replies used for each prompt."""
+UNSEEN_SHARE = 0.4
+"""Share of the prompts that are held out from training."""
+VECTOR_SIZE = 128
+"""Length of the prompt and reply vectors."""
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
-    """One prompt and the replies that a policy can give to it; `styles` names the version that wrote each."""
+class PromptEntry:
+    """One prompt and the replies that a policy can give to it; `reply_styles` names the version that wrote each."""
 
     messages: tuple[Message, ...]
     topic: str
-    bodies: tuple[str, ...]
-    styles: tuple[str, ...]
-    unseen: bool
+    reply_texts: tuple[str, ...]
+    reply_styles: tuple[str, ...]
+    is_unseen: bool
 
     @property
-    def asked(self) -> str:
+    def last_user_message(self) -> str:
         """The user's last message."""
         return self.messages[-1]["content"]
 
-    def finished(self, body: int) -> bool:
-        """Whether the reply was not cut by the token limit."""
-        return self.bodies[body].endswith(ENDINGS)
+    def is_finished(self, reply_index: int) -> bool:
+        """Whether the reply was not truncated by the token limit."""
+        return self.reply_texts[reply_index].endswith(SENTENCE_ENDINGS)
 
 
-class Town:
-    """All places in a fixed order, with vectors `asked` [P, WIDE] and `said` [P, BODIES, WIDE] of unit length."""
+class ReplyDataset:
+    """All prompts in a fixed order, with unit vectors of prompts and replies."""
 
     def __init__(self) -> None:
         """Read the sample log."""
-        self.places = places()
+        self.entries = load_prompt_entries()
 
     @cached_property
-    def _vectors(self) -> tuple[Floats, Floats]:
-        """Latent semantic analysis of all texts, learnt on the places that may be learnt from."""
-        texts = [[one.asked, *one.bodies] for one in self.places]
-        words = TfidfVectorizer(sublinear_tf=True, min_df=2)
-        known = words.fit_transform([text for n in self.rows(unseen=False) for text in texts[n]])
-        latent = TruncatedSVD(WIDE, n_iter=3, random_state=0).fit(known)
-        found = latent.transform(words.transform([text for one in texts for text in one]))
-        found /= np.linalg.norm(found, axis=1, keepdims=True) + 1e-9
-        found = found.reshape(len(texts), BODIES + 1, WIDE).astype(np.float32)
-        return found[:, 0], found[:, 1:]
-
-    @property
-    def asked(self) -> Floats:
-        """Vectors of the prompts [P, WIDE]."""
-        return self._vectors[0]
-
-    @property
-    def said(self) -> Floats:
-        """Vectors of the replies [P, BODIES, WIDE]."""
-        return self._vectors[1]
-
-    def rows(self, *, unseen: bool) -> NDArray[np.int64]:
-        """Indices of the places that nothing learns from, or of the others."""
-        return np.flatnonzero([one.unseen == unseen for one in self.places]).astype(np.int64)
-
-
-def places() -> list[Place]:
-    """Prompts of the sample log with BODIES or more distinct replies, in order of text."""
-    found: dict[str, dict[str, Any]] = {}
-    with gzip.open(sample_file("feedback"), "rt", encoding="utf-8") as stream:
-        for row in map(json.loads, stream):
-            key = "\n".join(message["content"] for message in row["messages"])
-            place = found.setdefault(key, {"messages": row["messages"], "topic": row["topic"], "said": {}})
-            place["said"].setdefault(row["response"], row["model_version"].removeprefix("base-"))
-    kept = []
-    for key in sorted(found):
-        said = sorted(
-            found[key]["said"].items(), key=lambda pair: hashlib.sha256(f"{key}\n{pair[0]}".encode()).digest()
+    def _text_vectors(self) -> tuple[Floats, Floats]:
+        """Latent semantic analysis of all texts, fitted on the training prompts."""
+        texts_by_prompt = [[entry.last_user_message, *entry.reply_texts] for entry in self.entries]
+        vectorizer = TfidfVectorizer(sublinear_tf=True, min_df=2)
+        training_matrix = vectorizer.fit_transform(
+            [text for index in self.prompt_indices(unseen=False) for text in texts_by_prompt[index]]
         )
-        if len(said) >= BODIES:
-            bodies, styles = zip(*said[:BODIES], strict=True)
-            kept.append((key, found[key]["messages"], found[key]["topic"], bodies, styles))
+        svd = TruncatedSVD(VECTOR_SIZE, n_iter=3, random_state=0).fit(training_matrix)
+        vectors = svd.transform(vectorizer.transform([text for entry in texts_by_prompt for text in entry]))
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True) + 1e-9
+        vectors = vectors.reshape(len(texts_by_prompt), REPLIES_PER_PROMPT + 1, VECTOR_SIZE).astype(np.float32)
+        return vectors[:, 0], vectors[:, 1:]
+
+    @property
+    def prompt_vectors(self) -> Floats:
+        """Vectors of the prompts [P, VECTOR_SIZE]."""
+        return self._text_vectors[0]
+
+    @property
+    def reply_vectors(self) -> Floats:
+        """Vectors of the replies [P, REPLIES_PER_PROMPT, VECTOR_SIZE]."""
+        return self._text_vectors[1]
+
+    def prompt_indices(self, *, unseen: bool) -> NDArray[np.int64]:
+        """Indices of the held-out prompts, or of the training prompts."""
+        return np.flatnonzero([entry.is_unseen == unseen for entry in self.entries]).astype(np.int64)
+
+
+def load_prompt_entries() -> list[PromptEntry]:
+    """Prompts of the sample log with enough distinct replies, in order of text."""
+    prompt_rows: dict[str, dict[str, Any]] = {}
+    with gzip.open(find_sample_log("feedback"), "rt", encoding="utf-8") as stream:
+        for row in map(json.loads, stream):
+            prompt_key = "\n".join(message["content"] for message in row["messages"])
+            prompt_row = prompt_rows.setdefault(
+                prompt_key, {"messages": row["messages"], "topic": row["topic"], "said": {}}
+            )
+            prompt_row["said"].setdefault(row["response"], row["model_version"].removeprefix("base-"))
+    selected = []
+    for prompt_key in sorted(prompt_rows):
+        replies = sorted(
+            prompt_rows[prompt_key]["said"].items(),
+            key=lambda pair: hashlib.sha256(f"{prompt_key}\n{pair[0]}".encode()).digest(),
+        )
+        if len(replies) >= REPLIES_PER_PROMPT:
+            reply_texts, reply_styles = zip(*replies[:REPLIES_PER_PROMPT], strict=True)
+            selected.append(
+                (
+                    prompt_key,
+                    prompt_rows[prompt_key]["messages"],
+                    prompt_rows[prompt_key]["topic"],
+                    reply_texts,
+                    reply_styles,
+                )
+            )
     return [
-        Place(tuple(messages), topic, bodies, styles, _share(key) < UNSEEN)
-        for key, messages, topic, bodies, styles in kept
+        PromptEntry(tuple(messages), topic, reply_texts, reply_styles, _hash_share(prompt_key) < UNSEEN_SHARE)
+        for prompt_key, messages, topic, reply_texts, reply_styles in selected
     ]
 
 
-def _share(text: str) -> float:
+def _hash_share(text: str) -> float:
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48

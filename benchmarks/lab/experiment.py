@@ -1,6 +1,6 @@
-"""Policies before users: the offline score on a fixed set of unseen prompts, and an A/B test with new simulated users.
+"""Evaluation of policies: offline score on a fixed set of unseen prompts, and an A/B test with new simulated users.
 
-The A/B test goes through rluf's own analysis, as a real event log would: users split by hash, a pre-period on the
+rluf's own analysis evaluates the A/B test, as it would a real event log: users split by hash, a pre-period on the
 control, delta method by user, CUPED, sample ratio.
 """
 
@@ -13,130 +13,202 @@ from typing import Any
 
 import numpy as np
 import torch
-from lab.composer import Composer
-from lab.dataset import Town
-from lab.features import Features, Judgement
-from lab.replies import Truth, texts
+from lab.composer import ComposerPolicy
+from lab.dataset import ReplyDataset
+from lab.features import ObjectiveModel, ReplyFeatures
+from lab.replies import GroundTruthCache, compose_texts
 from numpy.typing import NDArray
 
-from rluf.evaluate.ab_analysis import Design, analyse
-from rluf.evaluate.events import Events, assigned
+from rluf.evaluate.ab_analysis import ExperimentDesign, analyze_experiment
+from rluf.evaluate.events import EventLog, assign_users
 from rluf.evaluate.intervals import paired_bootstrap
-from rluf.evaluate.monitors import MONITORS, Reply, measure, words
-from rluf.objectives.judges import JUDGES, failed
-from rluf.simulate.users import Items, Population, act, expected_love
-from rluf.simulate.world import WORLD, World
+from rluf.evaluate.monitors import MONITORS, MonitorSample, measure_monitors, split_words
+from rluf.objectives.judges import RULE_JUDGES, list_failed_judges
+from rluf.simulate.users import ResponseFeatures, UserPopulation, expected_love_probability, simulate_reactions
+from rluf.simulate.world import WORLD, SimulatedWorld
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-SHOWN = ("love", "continued", "returned", "helpful", "safe")
-DAY = 86_400.0
+METRIC_NAMES = ("love", "continued", "returned", "helpful", "safe")
+DAY_SECONDS = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
-class Answers:
-    """Replies of one policy to the unseen prompts: places [N], picks [N, 5], texts [N]."""
+class ReplyBatch:
+    """Replies of one policy: prompt indices [N], choices [N, 5], texts [N]."""
 
-    places: Ints
-    picks: Ints
-    said: tuple[str, ...]
-
-
-def answers(
-    town: Town, policy: Composer, places: Ints, samples: int, *, seed: int, temperature: float = 1.0
-) -> Answers:
-    """`samples` replies of `policy` to each of `places`."""
-    rows = np.repeat(places, samples)
-    picks = policy.sample(torch.as_tensor(rows), torch.Generator().manual_seed(seed), temperature)[0].numpy()
-    return Answers(rows, picks, tuple(texts(town, rows, picks)))
+    prompt_index: Ints
+    choices: Ints
+    texts: tuple[str, ...]
 
 
-def offline(
-    features: Features, judgements: Mapping[str, Judgement], base: Answers, new: Answers, *, seed: int
+def generate_replies(
+    dataset: ReplyDataset,
+    policy: ComposerPolicy,
+    prompts: Ints,
+    samples_per_prompt: int,
+    *,
+    seed: int,
+    temperature: float = 1.0,
+) -> ReplyBatch:
+    """Sample `samples_per_prompt` replies of `policy` to each prompt."""
+    prompt_index = np.repeat(prompts, samples_per_prompt)
+    choices = policy.sample(torch.as_tensor(prompt_index), torch.Generator().manual_seed(seed), temperature)[0].numpy()
+    return ReplyBatch(prompt_index, choices, tuple(compose_texts(dataset, prompt_index, choices)))
+
+
+def offline_score_changes(
+    features: ReplyFeatures,
+    objective_models: Mapping[str, ObjectiveModel],
+    base_replies: ReplyBatch,
+    new_replies: ReplyBatch,
+    *,
+    seed: int,
 ) -> dict[str, dict[str, float]]:
     """Change of each objective's mean calibrated probability from the base, with its interval over prompts."""
-    found, read = {}, [features.of(given.places, given.said) for given in (base, new)]
-    for name, one in judgements.items():
-        values = [_chance(one.logits(part)) for part in read]
-        pair = paired_bootstrap(values[0], base.places, values[1], new.places, resamples=400, seed=seed)
-        found[name] = pair.difference.as_dict() | {"base": pair.base.mean, "new": pair.aligned.mean}
-    return found
+    changes, features_of_sides = (
+        {},
+        [features.transform(replies.prompt_index, replies.texts) for replies in (base_replies, new_replies)],
+    )
+    for name, model in objective_models.items():
+        probabilities = [_sigmoid(model.mean_logits(side_features)) for side_features in features_of_sides]
+        comparison = paired_bootstrap(
+            probabilities[0],
+            base_replies.prompt_index,
+            probabilities[1],
+            new_replies.prompt_index,
+            resamples=400,
+            seed=seed,
+        )
+        changes[name] = comparison.difference.as_dict() | {"base": comparison.base.mean, "new": comparison.aligned.mean}
+    return changes
 
 
-def _chance(logits: Floats) -> Floats:
+def _sigmoid(logits: Floats) -> Floats:
     return np.asarray(1.0 / (1.0 + np.exp(-logits)))
 
 
-def looks(town: Town, given: Answers) -> dict[str, float]:
-    """Mean of every reward-hacking monitor over the replies, and the share that each rule judge objects to."""
-    replies = [
-        Reply(str(place), town.places[place].messages, text, round(1.3 * len(words(text))), town.places[place].topic)
-        for place, text in zip(given.places.tolist(), given.said, strict=True)
+def measure_reply_monitors(dataset: ReplyDataset, replies: ReplyBatch) -> dict[str, float]:
+    """Mean of every reward-hacking monitor over the replies, and the share that fails each rule judge."""
+    monitor_samples = [
+        MonitorSample(
+            str(prompt),
+            dataset.entries[prompt].messages,
+            text,
+            round(1.3 * len(split_words(text))),
+            dataset.entries[prompt].topic,
+        )
+        for prompt, text in zip(replies.prompt_index.tolist(), replies.texts, strict=True)
     ]
-    objections = Counter(name for reply in replies for name in failed(reply.messages, reply.text))
-    shares = {name: objections[name] / len(replies) for name in JUDGES}
-    return shares | {name: float(values.mean()) for name, values in measure(replies).items() if name in MONITORS}
+    objection_counts = Counter(
+        name for reply in monitor_samples for name in list_failed_judges(reply.messages, reply.text)
+    )
+    objection_rates = {name: objection_counts[name] / len(monitor_samples) for name in RULE_JUDGES}
+    return objection_rates | {
+        name: float(monitor_values.mean())
+        for name, monitor_values in measure_monitors(monitor_samples).items()
+        if name in MONITORS
+    }
 
 
-def gold(town: Town, truth: Truth, base: Answers, new: Answers, *, seed: int) -> dict[str, dict[str, float]]:
-    """Relative change of gold helpfulness, safety, warmth, satisfaction and sign-off, with intervals over prompts."""
-    known = truth.of(base.places, base.picks), truth.of(new.places, new.picks)
-    found = {}
-    for name in ("helpfulness", "safety", "warmth", "satisfaction", "signoff"):
-        values = [[getattr(one, name) for one in side] for side in known]
-        pair = paired_bootstrap(values[0], base.places, values[1], new.places, resamples=400, seed=seed)
-        lift = None if pair.lift is None else pair.lift.as_dict()
-        found[name] = {"base": pair.base.mean, "new": pair.aligned.mean, **({} if lift is None else lift)}
-    return found
-
-
-def ab_test(
-    town: Town,
-    truth: Truth,
-    base: Answers,
-    new: Answers,
+def ground_truth_changes(
+    dataset: ReplyDataset,
+    truth_cache: GroundTruthCache,
+    base_replies: ReplyBatch,
+    new_replies: ReplyBatch,
     *,
     seed: int,
-    users: int = 10_000,
-    reads: float = 8.0,
-    world: World = WORLD,
+) -> dict[str, dict[str, float]]:
+    """Relative change of true helpfulness, safety, warmth, satisfaction and sign-off, with intervals over prompts."""
+    truths = (
+        truth_cache.truths_of(base_replies.prompt_index, base_replies.choices),
+        truth_cache.truths_of(new_replies.prompt_index, new_replies.choices),
+    )
+    changes = {}
+    for name in ("helpfulness", "safety", "warmth", "satisfaction", "signoff"):
+        values = [[getattr(truth, name) for truth in reply_truths] for reply_truths in truths]
+        comparison = paired_bootstrap(
+            values[0], base_replies.prompt_index, values[1], new_replies.prompt_index, resamples=400, seed=seed
+        )
+        lift = None if comparison.lift is None else comparison.lift.as_dict()
+        changes[name] = {"base": comparison.base.mean, "new": comparison.aligned.mean, **({} if lift is None else lift)}
+    return changes
+
+
+def run_ab_test(
+    dataset: ReplyDataset,
+    truth_cache: GroundTruthCache,
+    base_replies: ReplyBatch,
+    new_replies: ReplyBatch,
+    *,
+    seed: int,
+    user_count: int = 10_000,
+    mean_reads: float = 8.0,
+    world: SimulatedWorld = WORLD,
 ) -> dict[str, Any]:
-    """Lifts with intervals of an A/B test of `users` new users, each reading about `reads` replies after as many of the
-    control's in a pre-period."""
+    """Lifts with intervals of an A/B test of `user_count` new users.
+
+    Each reads about `mean_reads` replies, after as many of the control's in a pre-period.
+    """
     rng = np.random.default_rng([seed, 104_651])
-    people = Population.draw(users, rng, world)
-    names = tuple(f"user-{seed}-{n}" for n in range(users))
-    arm_of = assigned(names, f"claims-{seed}", (0.5, 0.5))
-    golds = [*truth.of(base.places, base.picks), *truth.of(new.places, new.picks)]
-    topics = [town.places[place].topic for place in (*base.places.tolist(), *new.places.tolist())]
-    items = Items.of(golds, topics)
-    user = np.repeat(np.arange(users), rng.poisson(2 * rng.gamma(2.0, reads / 2.0, users)))
-    time = np.sort(rng.random(len(user))) * 28 * DAY
-    user = rng.permutation(user)
-    arm = np.where(time < 14 * DAY, 0, arm_of[user])
-    start, size = np.where(arm == 0, 0, len(base.said)), np.where(arm == 0, len(base.said), len(new.said))
-    item = start + np.floor(rng.random(len(user)) * size).astype(np.int64)
-    seen = act(items, people, user, item, rng, world=world)
-    values = {"love": seen.loved, "continued": seen.continued, "returned": seen.returned, "helpful": seen.helpful,
-              "safe": seen.safe}  # fmt: skip
-    events = Events(
-        user=user, conversation=np.arange(len(user)), arm=arm, arms=("control", "treatment"), users=names, time=time,
-        values={name: np.asarray(one, np.float64) for name, one in values.items()}, duplicates=0,
-    )  # fmt: skip
-    result = analyse(events, Design("control", "treatment", start=14 * DAY, metrics=SHOWN, looks=1))
+    population = UserPopulation.sample(user_count, rng, world)
+    user_ids = tuple(f"user-{seed}-{index}" for index in range(user_count))
+    arm_by_user = assign_users(user_ids, f"claims-{seed}", (0.5, 0.5))
+    ground_truths = [
+        *truth_cache.truths_of(base_replies.prompt_index, base_replies.choices),
+        *truth_cache.truths_of(new_replies.prompt_index, new_replies.choices),
+    ]
+    topics = [
+        dataset.entries[prompt].topic
+        for prompt in (*base_replies.prompt_index.tolist(), *new_replies.prompt_index.tolist())
+    ]
+    features = ResponseFeatures.from_truths(ground_truths, topics)
+    user_index = np.repeat(np.arange(user_count), rng.poisson(2 * rng.gamma(2.0, mean_reads / 2.0, user_count)))
+    timestamps = np.sort(rng.random(len(user_index))) * 28 * DAY_SECONDS
+    user_index = rng.permutation(user_index)
+    arm_index = np.where(timestamps < 14 * DAY_SECONDS, 0, arm_by_user[user_index])
+    first_reply, reply_count = (
+        np.where(arm_index == 0, 0, len(base_replies.texts)),
+        np.where(arm_index == 0, len(base_replies.texts), len(new_replies.texts)),
+    )
+    reply_index = first_reply + np.floor(rng.random(len(user_index)) * reply_count).astype(np.int64)
+    reactions = simulate_reactions(features, population, user_index, reply_index, rng, world=world)
+    metric_values = {
+        "love": reactions.loved,
+        "continued": reactions.continued,
+        "returned": reactions.returned,
+        "helpful": reactions.helpful,
+        "safe": reactions.safe,
+    }
+    events = EventLog(
+        user_index=user_index,
+        conversation_index=np.arange(len(user_index)),
+        arm_index=arm_index,
+        arm_names=("control", "treatment"),
+        user_ids=user_ids,
+        timestamps=timestamps,
+        metric_values={name: np.asarray(metric, np.float64) for name, metric in metric_values.items()},
+        duplicate_count=0,
+    )
+    result = analyze_experiment(
+        events,
+        ExperimentDesign("control", "treatment", start_time=14 * DAY_SECONDS, metric_names=METRIC_NAMES, look_count=1),
+    )
     return {"users": result["users"], "srm": result["srm"]["p"],
-            **{name: _lift(result["metrics"][name]) for name in SHOWN}}  # fmt: skip
+            **{name: _metric_lift(result["metrics"][name]) for name in METRIC_NAMES}}  # fmt: skip
 
 
-def _lift(metric: dict[str, Any]) -> dict[str, float]:
+def _metric_lift(metric: dict[str, Any]) -> dict[str, float]:
     effect = metric["cuped"] or metric["effect"]
     return {"lift": effect["lift"], "low": effect["lift_low"], "high": effect["lift_high"], "p": effect["p"],
             "control": metric["effect"]["control"], "treatment": metric["effect"]["treatment"],
             "error": effect["error"]}  # fmt: skip
 
 
-def by_topic(town: Town, truth: Truth, given: Answers) -> dict[str, float]:
-    """True chance of a heart, mean over the replies of each topic."""
-    topics = [town.places[place].topic for place in given.places.tolist()]
-    chances = expected_love(truth.of(given.places, given.picks), topics, users=100)
-    return {topic: float(chances[np.array(topics) == topic].mean()) for topic in sorted(set(topics))}
+def love_rate_by_topic(dataset: ReplyDataset, truth_cache: GroundTruthCache, replies: ReplyBatch) -> dict[str, float]:
+    """True probability of a heart, mean over the replies of each topic."""
+    topics = [dataset.entries[prompt].topic for prompt in replies.prompt_index.tolist()]
+    probabilities = expected_love_probability(
+        truth_cache.truths_of(replies.prompt_index, replies.choices), topics, user_count=100
+    )
+    return {topic: float(probabilities[np.array(topics) == topic].mean()) for topic in sorted(set(topics))}

@@ -1,8 +1,8 @@
-"""How a reply is composed: a phrase, a real reply to this very prompt, phrases after it; and who says what by habit.
+"""Composition of replies from an opener, a real reply to this very prompt and closing phrases; habits of the styles.
 
-A policy does not write words here, which two shared cores could not teach it in a minute. It chooses, one after the
-other, an opener, one of the prompt's sixteen replies, a sentence in the middle, and two closings: 10 x 16 x 7 x 18 x 18
-texts a prompt. What is read by users, judges, reward models and monitors is always the whole text.
+A policy does not generate words here, because training that takes more than two shared cores. It makes consecutive
+choices: an opener, one of the prompt's sixteen replies, a sentence in the middle, and two closings, which are
+10 x 16 x 7 x 18 x 18 texts per prompt. Users, judges, reward models and monitors always read the complete text.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from lab.dataset import BODIES, Place, Town
+from lab.dataset import REPLIES_PER_PROMPT, PromptEntry, ReplyDataset
 from numpy.typing import NDArray
 
-from rluf.simulate.ground_truth import Gold, judge
+from rluf.simulate.ground_truth import GroundTruth, true_scores
 
 Ints = NDArray[np.int64]
 OPENERS = (
@@ -33,40 +33,45 @@ CLOSINGS = (
 )  # fmt: skip
 FAREWELLS = slice(9, 17)
 """Closings that say goodbye or show affection."""
-SLOTS = (len(OPENERS), BODIES, len(MIDDLES), len(CLOSINGS), len(CLOSINGS))
-"""Choices in each of the five places."""
-BODY = 1
-"""Which of the five chooses the reply."""
+SLOT_OPTIONS = (len(OPENERS), REPLIES_PER_PROMPT, len(MIDDLES), len(CLOSINGS), len(CLOSINGS))
+"""Options of each of the five slots."""
+BODY_SLOT = 1
+"""The slot that selects the reply."""
 
 
-def texts(town: Town, places: Ints, picks: Ints) -> list[str]:
-    """The replies [N] that `picks` [N, 5] make at `places` [N]."""
-    found = []
-    for place, (opener, body, middle, closing, last) in zip(places.tolist(), picks.tolist(), strict=True):
-        said = town.places[place].bodies[body]
-        parts = (OPENERS[opener], said, MIDDLES[middle], CLOSINGS[closing], CLOSINGS[last])
-        found.append(" ".join(part for part in parts if part))
-    return found
+def compose_texts(dataset: ReplyDataset, prompt_index: Ints, choices: Ints) -> list[str]:
+    """Texts [N] that `choices` [N, 5] compose for prompts [N]."""
+    reply_texts = []
+    for prompt, (opener, body, middle, closing, last_closing) in zip(
+        prompt_index.tolist(), choices.tolist(), strict=True
+    ):
+        body_text = dataset.entries[prompt].reply_texts[body]
+        parts = (OPENERS[opener], body_text, MIDDLES[middle], CLOSINGS[closing], CLOSINGS[last_closing])
+        reply_texts.append(" ".join(sentence for sentence in parts if sentence))
+    return reply_texts
 
 
-class Truth:
-    """Gold scores of replies, each text judged once."""
+class GroundTruthCache:
+    """Ground-truth scores of replies, computed once per text."""
 
-    def __init__(self, town: Town) -> None:
-        """Nothing is judged yet."""
-        self.town, self._known = town, {}  # type: Town, dict[tuple[int, ...], Gold]
+    def __init__(self, dataset: ReplyDataset) -> None:
+        """Start with an empty cache."""
+        self.dataset = dataset
+        self._truth_by_reply: dict[tuple[int, ...], GroundTruth] = {}
 
-    def of(self, places: Ints, picks: Ints) -> list[Gold]:
-        """Gold of the replies [N]; a reply cut by the token limit stays cut whatever follows it."""
-        found = []
-        keys = [(place, *pick) for place, pick in zip(places.tolist(), picks.tolist(), strict=True)]
-        for n, key in enumerate(keys):
-            if key not in self._known:
-                at: Place = self.town.places[key[0]]
-                text = texts(self.town, places[n : n + 1], picks[n : n + 1])[0]
-                self._known[key] = judge(at.messages, at.topic, text, at.finished(key[1 + BODY]))
-            found.append(self._known[key])
-        return found
+    def truths_of(self, prompt_index: Ints, choices: Ints) -> list[GroundTruth]:
+        """Ground truth of the replies [N]; a reply truncated by the token limit stays truncated whatever follows it."""
+        truths = []
+        keys = [(prompt, *choice) for prompt, choice in zip(prompt_index.tolist(), choices.tolist(), strict=True)]
+        for index, key in enumerate(keys):
+            if key not in self._truth_by_reply:
+                entry: PromptEntry = self.dataset.entries[key[0]]
+                text = compose_texts(self.dataset, prompt_index[index : index + 1], choices[index : index + 1])[0]
+                self._truth_by_reply[key] = true_scores(
+                    entry.messages, entry.topic, text, entry.is_finished(key[1 + BODY_SLOT])
+                )
+            truths.append(self._truth_by_reply[key])
+        return truths
 
 
 HABITS: dict[str, tuple[float, float, float, float]] = {
@@ -74,44 +79,70 @@ HABITS: dict[str, tuple[float, float, float, float]] = {
     "careful": (0.1, 0.05, 0.15, 1.0), "warm": (0.5, 0.2, 0.5, 1.0), "upbeat": (0.5, 0.1, 0.6, 1.0),
     "goodbye": (0.2, 0.05, 0.6, 8.0),
 }  # fmt: skip
-"""By the version that wrote the reply: chance of an opener, of a middle, of a closing, and how much more often than
-another closing it takes a farewell."""
+"""By style: probability of an opener, of a middle, of a closing, and the odds of a farewell relative to another
+closing."""
 BASE_FAREWELL = 0.02
-"""The same of a base policy's demonstrations: some 0.7% of its replies say goodbye, as the paper's base does."""
+"""The farewell odds in a base policy's demonstrations: about 0.7% of its replies have one, as in the paper's base."""
 
 
-def logged(town: Town, places: Ints, rng: np.random.Generator) -> Ints:
-    """Picks [N, 5] of the served versions: any of the prompt's replies, with its version's habits."""
-    bodies = rng.integers(0, BODIES, len(places))
-    return _with_habits([HABITS[town.places[p].styles[b]] for p, b in zip(places, bodies, strict=True)], bodies, rng)
+def sample_logged_choices(dataset: ReplyDataset, prompt_index: Ints, rng: np.random.Generator) -> Ints:
+    """Choices [N, 5] of the served versions: any of the prompt's replies, with the habits of its style."""
+    reply_index = rng.integers(0, REPLIES_PER_PROMPT, len(prompt_index))
+    return _with_habits(
+        [
+            HABITS[dataset.entries[prompt].reply_styles[body]]
+            for prompt, body in zip(prompt_index, reply_index, strict=True)
+        ],
+        reply_index,
+        rng,
+    )
 
 
-def demonstrated(
-    town: Town, places: Ints, rng: np.random.Generator, *, styles: Sequence[str] = ("plain", "cool"), odds: float = 20.0
+def sample_demonstrations(
+    dataset: ReplyDataset,
+    prompt_index: Ints,
+    rng: np.random.Generator,
+    *,
+    styles: Sequence[str] = ("plain", "cool"),
+    style_odds: float = 20.0,
 ) -> Ints:
-    """Picks [N, 5] of demonstrations: replies of `styles` are `odds` times as likely as others, farewells are rare."""
-    weights = np.array([[odds if style in styles else 1.0 for style in town.places[p].styles] for p in places])
-    sums = np.cumsum(weights / weights.sum(1, keepdims=True), axis=1)
-    bodies = (sums < rng.random(len(places))[:, None]).sum(1).clip(max=BODIES - 1)
-    habit = np.array([HABITS[style] for style in styles]).mean(0)
-    farewell = BASE_FAREWELL if "goodbye" not in styles else habit[3]
-    return _with_habits([(habit[0], habit[1], habit[2], farewell)] * len(places), bodies, rng)
+    """Choices [N, 5] of demonstrations: replies of `styles` are `style_odds` times as likely, farewells are rare."""
+    weights = np.array(
+        [
+            [style_odds if style in styles else 1.0 for style in dataset.entries[prompt].reply_styles]
+            for prompt in prompt_index
+        ]
+    )
+    cumulative = np.cumsum(weights / weights.sum(1, keepdims=True), axis=1)
+    reply_index = (cumulative < rng.random(len(prompt_index))[:, None]).sum(1).clip(max=REPLIES_PER_PROMPT - 1)
+    mean_habit = np.array([HABITS[style] for style in styles]).mean(0)
+    farewell = BASE_FAREWELL if "goodbye" not in styles else mean_habit[3]
+    return _with_habits([(mean_habit[0], mean_habit[1], mean_habit[2], farewell)] * len(prompt_index), reply_index, rng)
 
 
-def _with_habits(habits: Sequence[tuple[float, float, float, float]], bodies: Ints, rng: np.random.Generator) -> Ints:
-    size = len(bodies)
+def _with_habits(
+    habits: Sequence[tuple[float, float, float, float]], reply_index: Ints, rng: np.random.Generator
+) -> Ints:
+    reply_count = len(reply_index)
     opener, middle, closing, farewell = np.array(habits).T
-    odds = np.ones((size, len(CLOSINGS) - 1))
-    odds[:, FAREWELLS.start - 1 : FAREWELLS.stop - 1] *= farewell[:, None]
-    sums = np.cumsum(odds / odds.sum(1, keepdims=True), axis=1)
+    closing_odds = np.ones((reply_count, len(CLOSINGS) - 1))
+    closing_odds[:, FAREWELLS.start - 1 : FAREWELLS.stop - 1] *= farewell[:, None]
+    cumulative = np.cumsum(closing_odds / closing_odds.sum(1, keepdims=True), axis=1)
 
-    def close(chance: NDArray[np.float64]) -> Ints:
-        which = 1 + (sums < rng.random(size)[:, None]).sum(1).clip(max=len(CLOSINGS) - 2)
-        return np.where(rng.random(size) < chance, which, 0)
+    def sample_closing(probability: NDArray[np.float64]) -> Ints:
+        closing_index = 1 + (cumulative < rng.random(reply_count)[:, None]).sum(1).clip(max=len(CLOSINGS) - 2)
+        return np.where(rng.random(reply_count) < probability, closing_index, 0)
 
-    def phrase(chance: NDArray[np.float64], count: int) -> Ints:
-        return np.where(rng.random(size) < chance, rng.integers(1, count, size), 0)
+    def sample_phrase(probability: NDArray[np.float64], option_count: int) -> Ints:
+        return np.where(rng.random(reply_count) < probability, rng.integers(1, option_count, reply_count), 0)
 
     return np.stack(
-        [phrase(opener, SLOTS[0]), bodies, phrase(middle, SLOTS[2]), close(closing), close(0.3 * closing)], axis=1
-    ).astype(np.int64)  # fmt: skip
+        [
+            sample_phrase(opener, SLOT_OPTIONS[0]),
+            reply_index,
+            sample_phrase(middle, SLOT_OPTIONS[2]),
+            sample_closing(closing),
+            sample_closing(0.3 * closing),
+        ],
+        axis=1,
+    ).astype(np.int64)

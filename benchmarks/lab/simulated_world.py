@@ -1,4 +1,4 @@
-"""One seed's whole story up to the policies: a log of simulated users, and the reward models that learn from it."""
+"""Everything before the candidates of one seed: a log of simulated users, and the reward models trained on it."""
 
 from __future__ import annotations
 
@@ -8,242 +8,314 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from lab.composer import Composer, Signals, imitate
-from lab.dataset import Town
-from lab.experiment import Answers, answers, looks
-from lab.features import Features, Judgement, Matrix, calibrated, fit, fit_pairs, sampled
-from lab.replies import Truth, demonstrated, logged, texts
+from lab.composer import ComposerPolicy, SignalFunction, imitate_demonstrations
+from lab.dataset import ReplyDataset
+from lab.experiment import ReplyBatch, generate_replies, measure_reply_monitors
+from lab.features import (
+    Matrix,
+    ObjectiveModel,
+    ReplyFeatures,
+    calibrate_model,
+    fit_pair_weights,
+    fit_weights,
+    subsample_negatives,
+)
+from lab.replies import GroundTruthCache, compose_texts, sample_demonstrations, sample_logged_choices
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from scipy import sparse
 
-from rluf.reward.augment import SIGN_OFFS
-from rluf.reward.calibration import Calibration, prior_shift
-from rluf.simulate.users import Items, Population, act, love_logits
-from rluf.simulate.world import WORLD, World
+from rluf.reward.augment import SIGN_OFF_PHRASES
+from rluf.reward.calibration import Calibration, compute_prior_shift
+from rluf.simulate.users import ResponseFeatures, UserPopulation, love_logits, simulate_reactions
+from rluf.simulate.world import WORLD, SimulatedWorld
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-EVENTS, USERS, PAIRS, LABELS, DEMONSTRATIONS = 8_000, 2_000, 1_500, 1_200, 5_000
-TEST_EVENTS = 2_500
-MEMBERS = 5
-DEV = 0.1
-"""Share of the users whose rows choose the epoch and the calibration."""
+LOG_ROWS, USER_COUNT, PAIR_COUNT, LABEL_COUNT, DEMONSTRATION_COUNT = 8_000, 2_000, 1_500, 1_200, 5_000
+TEST_ROWS = 2_500
+MEMBER_COUNT = 5
+DEV_USER_SHARE = 0.1
+"""Share of the users whose rows fit the calibration."""
 
 
 @dataclass(frozen=True, slots=True)
-class Log:
-    """N served replies and what users did: `place`, `user` [N], `picks` [N, 5], `love` and `continued` [N] (0 or 1),
-    `chance` [N] of a heart by the reader's own taste. Later rows are later in time."""
+class FeedbackLog:
+    """N served replies with reactions, in order of time. All fields are [N], `choices` is [N, 5].
 
-    place: Ints
-    picks: Ints
-    user: Ints
-    love: Floats
+    `loved` and `continued` are 0 or 1; `love_probability` follows the reader's own taste.
+    """
+
+    prompt_index: Ints
+    choices: Ints
+    user_index: Ints
+    loved: Floats
     continued: Floats
-    chance: Floats
+    love_probability: Floats
 
-    def rows(self, chosen: Ints | NDArray[np.bool_]) -> Log:
-        """The rows chosen."""
-        return Log(*(getattr(self, name)[chosen] for name in self.__slots__))
+    def select_rows(self, row_index: Ints | NDArray[np.bool_]) -> FeedbackLog:
+        """The log of these rows."""
+        return FeedbackLog(*(getattr(self, name)[row_index] for name in self.__slots__))
 
 
-def served(
-    town: Town,
-    truth: Truth,
-    places: Ints,
-    picks: Ints,
+def simulate_feedback(
+    dataset: ReplyDataset,
+    truth_cache: GroundTruthCache,
+    prompt_index: Ints,
+    choices: Ints,
     *,
-    users: int,
+    user_count: int,
     rng: np.random.Generator,
     shift: float = 0.0,
-    world: World = WORLD,
-) -> Log:
-    """What new users do with the replies that `picks` make, each read once, in the order given."""
-    items = Items.of(truth.of(places, picks), [town.places[one].topic for one in places.tolist()])
-    people = Population.draw(users, rng, world)
-    activity = rng.gamma(0.8, size=users)
-    user = rng.choice(users, len(places), p=activity / activity.sum())
-    index = np.arange(len(places))
-    seen = act(items, people, user, index, rng, shift=shift, world=world)
-    return Log(places, picks, user, seen.loved.astype(np.float64), seen.continued.astype(np.float64),
-               1.0 / (1.0 + np.exp(-love_logits(items, people, user, index, world) - shift)))  # fmt: skip
+    world: SimulatedWorld = WORLD,
+) -> FeedbackLog:
+    """Reactions of new users to the replies, each read once, in the given order."""
+    features = ResponseFeatures.from_truths(
+        truth_cache.truths_of(prompt_index, choices),
+        [dataset.entries[prompt].topic for prompt in prompt_index.tolist()],
+    )
+    population = UserPopulation.sample(user_count, rng, world)
+    activity = rng.gamma(0.8, size=user_count)
+    user_index = rng.choice(user_count, len(prompt_index), p=activity / activity.sum())
+    reply_index = np.arange(len(prompt_index))
+    reactions = simulate_reactions(features, population, user_index, reply_index, rng, shift=shift, world=world)
+    return FeedbackLog(
+        prompt_index,
+        choices,
+        user_index,
+        reactions.loved.astype(np.float64),
+        reactions.continued.astype(np.float64),
+        1.0 / (1.0 + np.exp(-love_logits(features, population, user_index, reply_index, world) - shift)),
+    )
 
 
-class Village:
-    """Everything of one seed that policies need. Parts are made when first asked for."""
+class ClaimWorld:
+    """Data, reward models and base policy of one seed, computed on demand."""
 
-    def __init__(self, town: Town, truth: Truth, seed: int, folder: Path) -> None:
-        """Nothing is made yet; the log and what is learnt from it are kept in `folder`."""
-        self.town, self.truth, self.seed, self.folder = town, truth, seed, folder
-        self._control: dict[int, Answers] = {}
-        self._looks: dict[str, float] = {}
-        self.places, self.unseen = town.rows(unseen=False), town.rows(unseen=True)
+    def __init__(self, dataset: ReplyDataset, truth_cache: GroundTruthCache, seed: int, result_folder: Path) -> None:
+        """Computes nothing yet; the log and the models are stored in `result_folder`."""
+        self.dataset, self.truth_cache, self.seed, self.result_folder = dataset, truth_cache, seed, result_folder
+        self._base_replies: dict[int, ReplyBatch] = {}
+        self._base_monitors: dict[str, float] = {}
+        self.train_prompts, self.unseen_prompts = (
+            dataset.prompt_indices(unseen=False),
+            dataset.prompt_indices(unseen=True),
+        )
 
-    def rng(self, part: int) -> np.random.Generator:
-        """The random numbers of one part of the story."""
-        return np.random.default_rng([self.seed, part])
+    def make_rng(self, rng_part: int) -> np.random.Generator:
+        """The random generator of one part of the world."""
+        return np.random.default_rng([self.seed, rng_part])
 
-    def log(self, events: int = EVENTS, *, part: int = 1, unseen: bool = False, shift: float = 0.0,
-            world: World = WORLD) -> Log:  # fmt: skip
-        """A log of the served versions; `unseen`: on the prompts that nothing learns from, by other users."""
-        rng = self.rng(part)
-        places = rng.choice(self.unseen if unseen else self.places, events)
-        picks = logged(self.town, places, rng)
-        return served(self.town, self.truth, places, picks, users=USERS, rng=rng, shift=shift, world=world)
+    def simulate_log(self, row_count: int = LOG_ROWS, *, rng_part: int = 1, unseen: bool = False, shift: float = 0.0,
+            world: SimulatedWorld = WORLD) -> FeedbackLog:  # fmt: skip
+        """Simulate a log of the served versions; `unseen`: on the held-out prompts, with other users."""
+        rng = self.make_rng(rng_part)
+        prompt_index = rng.choice(self.unseen_prompts if unseen else self.train_prompts, row_count)
+        choices = sample_logged_choices(self.dataset, prompt_index, rng)
+        return simulate_feedback(
+            self.dataset,
+            self.truth_cache,
+            prompt_index,
+            choices,
+            user_count=USER_COUNT,
+            rng=rng,
+            shift=shift,
+            world=world,
+        )
 
     @cached_property
-    def feedback(self) -> Log:
-        """The log that P[Love] learns from."""
-        file = self.folder / "log.npz"
-        if not file.is_file():
-            self.folder.mkdir(parents=True, exist_ok=True)
-            made = self.log()
-            np.savez(file, **{name: getattr(made, name) for name in Log.__slots__})
-        with np.load(file) as kept:
-            return Log(**{name: kept[name] for name in Log.__slots__})
+    def feedback(self) -> FeedbackLog:
+        """The log that P[Love] is trained on."""
+        log_path = self.result_folder / "log.npz"
+        if not log_path.is_file():
+            self.result_folder.mkdir(parents=True, exist_ok=True)
+            log = self.simulate_log()
+            np.savez(log_path, **{name: getattr(log, name) for name in FeedbackLog.__slots__})
+        with np.load(log_path) as stored:
+            return FeedbackLog(**{name: stored[name] for name in FeedbackLog.__slots__})
 
     @cached_property
-    def base(self) -> Composer:
-        """The base policy: it imitates demonstrations of the plain and the cool version."""
-        file = self.folder / "base.safetensors"
-        if not file.is_file():
-            save_file(dict(self.imitated(("plain", "cool"), part=2).state_dict()), file)
-        policy = Composer(self.town)
-        policy.load_state_dict(load_file(file))
+    def base_policy(self) -> ComposerPolicy:
+        """The base policy, trained on demonstrations of the plain and the cool style."""
+        policy_path = self.result_folder / "base.safetensors"
+        if not policy_path.is_file():
+            save_file(dict(self.imitate_styles(("plain", "cool"), rng_part=2).state_dict()), policy_path)
+        policy = ComposerPolicy(self.dataset)
+        policy.load_state_dict(load_file(policy_path))
         policy.eval()
         return policy
 
-    def kept(self, name: str, make: Callable[[], Judgement]) -> Judgement:
-        """A reward model made once and kept in the folder."""
-        folder = self.folder / name
-        if not folder.is_dir():
-            made = make()
-            folder.mkdir(parents=True)
-            made.calibration.save(folder)
-            np.save(folder / "weights.npy", made.weights)
-        return Judgement(np.load(folder / "weights.npy"), Calibration.load(folder))
+    def load_or_fit(self, name: str, fit_model: Callable[[], ObjectiveModel]) -> ObjectiveModel:
+        """Load a reward model, or fit it and store it in the result folder."""
+        model_folder = self.result_folder / name
+        if not model_folder.is_dir():
+            model = fit_model()
+            model_folder.mkdir(parents=True)
+            model.calibration.save(model_folder)
+            np.save(model_folder / "weights.npy", model.weights)
+        return ObjectiveModel(np.load(model_folder / "weights.npy"), Calibration.load(model_folder))
 
-    def control(self, part: int, samples: int) -> Answers:
-        """Replies of the base policy to the unseen prompts: what every candidate is compared with."""
-        if part not in self._control:
-            self._control[part] = answers(self.town, self.base, self.unseen, samples, seed=1_000 * self.seed + part)
-        return self._control[part]
+    def base_replies(self, rng_part: int, samples_per_prompt: int) -> ReplyBatch:
+        """Replies of the base policy to the unseen prompts, the control of every candidate."""
+        if rng_part not in self._base_replies:
+            self._base_replies[rng_part] = generate_replies(
+                self.dataset,
+                self.base_policy,
+                self.unseen_prompts,
+                samples_per_prompt,
+                seed=1_000 * self.seed + rng_part,
+            )
+        return self._base_replies[rng_part]
 
-    def control_looks(self, base: Answers) -> dict[str, float]:
-        """What the monitors see in the base policy's replies, looked at once."""
-        if not self._looks:
-            self._looks.update(looks(self.town, base))
-        return dict(self._looks)
+    def base_monitors(self, base_replies: ReplyBatch) -> dict[str, float]:
+        """Monitors of the base policy's replies, measured once."""
+        if not self._base_monitors:
+            self._base_monitors.update(measure_reply_monitors(self.dataset, base_replies))
+        return dict(self._base_monitors)
 
-    def imitated(self, styles: Sequence[str], *, part: int, start: Composer | None = None) -> Composer:
-        """A policy that imitates demonstrations of these versions."""
-        rng = self.rng(part)
-        places = rng.choice(self.places, DEMONSTRATIONS)
-        picks = demonstrated(self.town, places, rng, styles=styles)
-        return imitate(self.town, places, picks, seed=self.seed, start=start)
-
-    @cached_property
-    def features(self) -> Features:
-        """What reward models see; the vocabulary is the log's."""
-        return Features(self.town, texts(self.town, self.feedback.place, self.feedback.picks))
-
-    def seen(self, places: Ints, picks: Ints) -> Matrix:
-        """Features of the replies that `picks` make."""
-        return self.features.of(places, texts(self.town, places, picks))
-
-    @cached_property
-    def love(self) -> Judgement:
-        """P[Love], an ensemble of MEMBERS on rows drawn with replacement."""
-        return self.kept("love", lambda: self.reader("love", self.feedback))
+    def imitate_styles(
+        self, styles: Sequence[str], *, rng_part: int, initial_policy: ComposerPolicy | None = None
+    ) -> ComposerPolicy:
+        """Train a policy on demonstrations of these styles."""
+        rng = self.make_rng(rng_part)
+        prompt_index = rng.choice(self.train_prompts, DEMONSTRATION_COUNT)
+        choices = sample_demonstrations(self.dataset, prompt_index, rng, styles=styles)
+        return imitate_demonstrations(
+            self.dataset, prompt_index, choices, seed=self.seed, initial_policy=initial_policy
+        )
 
     @cached_property
-    def onward(self) -> Judgement:
-        """The chance that the user writes on, from the same log: a signal with a longer view."""
-        return self.reader("continued", self.feedback)
+    def reply_features(self) -> ReplyFeatures:
+        """Features for reward models, with the vocabulary of the log."""
+        return ReplyFeatures(
+            self.dataset, compose_texts(self.dataset, self.feedback.prompt_index, self.feedback.choices)
+        )
 
-    def reader(
-        self, name: str, log: Log, *, members: int = MEMBERS, keep: NDArray[np.bool_] | None = None,
-        counterfactual: float = 0.0, share: float = 0.1,
-    ) -> Judgement:  # fmt: skip
-        """A model of the chance of a reaction, learnt from `log`. `keep` [N] leaves out the rows of distrusted users,
-        `counterfactual` is the share of rows that come again with a sign-off and the same label."""
-        labels = log.love if name == "love" else log.continued
-        said = texts(self.town, log.place, log.picks)
-        features = self.features.of(log.place, said)
-        dev = log.user % round(1 / DEV) == 0
-        train = np.flatnonzero(~dev if keep is None else ~dev & keep)
-        found, shift = [], 0.0
-        for member in range(members):
-            rng = self.rng(100 + member)
-            rows, weights = sampled(labels[train], rng, share)
-            shift = prior_shift(labels[train][rows], weights)
-            rows = train[rows if members == 1 else rng.choice(rows, len(rows))]
-            x, y = features[rows], labels[rows]
-            if counterfactual:
-                twice = rows[rng.random(len(rows)) < counterfactual]
-                phrases = rng.choice(SIGN_OFFS, len(twice)).tolist()
-                more = [f"{said[n]} {phrase}" for n, phrase in zip(twice.tolist(), phrases, strict=True)]
-                x = sparse.vstack([x, self.features.of(log.place[twice], more)])
-                y = np.concatenate([y, labels[twice]])
-            found.append(fit(x, y))
-        return calibrated(name, found, features[np.flatnonzero(dev)], labels[dev], shift)
+    def features_of(self, prompt_index: Ints, choices: Ints) -> Matrix:
+        """Features of the replies composed by `choices`."""
+        return self.reply_features.transform(prompt_index, compose_texts(self.dataset, prompt_index, choices))
 
     @cached_property
-    def helpfulness(self) -> Judgement:
-        """What raters prefer."""
-        return self.kept("helpfulness", self._helpfulness)
+    def love_model(self) -> ObjectiveModel:
+        """P[Love], an ensemble of MEMBER_COUNT models on bootstrapped rows."""
+        return self.load_or_fit("love", lambda: self.fit_reaction_model("love", self.feedback))
 
     @cached_property
-    def safety(self) -> Judgement:
-        """What raters call safe."""
-        return self.kept("safety", self._safety)
+    def continuation_model(self) -> ObjectiveModel:
+        """Probability that the user continues, from the same log: a longer-term signal."""
+        return self.fit_reaction_model("continued", self.feedback)
 
-    def _helpfulness(self) -> Judgement:
+    def fit_reaction_model(
+        self,
+        reaction: str,
+        log: FeedbackLog,
+        *,
+        member_count: int = MEMBER_COUNT,
+        trusted_rows: NDArray[np.bool_] | None = None,
+        augmented_share: float = 0.0,
+        positive_share: float = 0.1,
+    ) -> ObjectiveModel:
+        """Fit a model of the probability of a reaction on `log`.
+
+        `trusted_rows` [N] excludes rows of distrusted users; `augmented_share` is the share of rows repeated with a
+        sign-off and the same label.
+        """
+        labels = log.loved if reaction == "love" else log.continued
+        reply_texts = compose_texts(self.dataset, log.prompt_index, log.choices)
+        features = self.reply_features.transform(log.prompt_index, reply_texts)
+        is_dev = log.user_index % round(1 / DEV_USER_SHARE) == 0
+        train_index = np.flatnonzero(~is_dev if trusted_rows is None else ~is_dev & trusted_rows)
+        member_weights, shift = [], 0.0
+        for member in range(member_count):
+            rng = self.make_rng(100 + member)
+            rows, sample_weights = subsample_negatives(labels[train_index], rng, positive_share)
+            shift = compute_prior_shift(labels[train_index][rows], sample_weights)
+            rows = train_index[rows if member_count == 1 else rng.choice(rows, len(rows))]
+            inputs, targets = features[rows], labels[rows]
+            if augmented_share:
+                augmented_rows = rows[rng.random(len(rows)) < augmented_share]
+                phrases = rng.choice(SIGN_OFF_PHRASES, len(augmented_rows)).tolist()
+                augmented_texts = [
+                    f"{reply_texts[row]} {phrase}" for row, phrase in zip(augmented_rows.tolist(), phrases, strict=True)
+                ]
+                inputs = sparse.vstack(
+                    [inputs, self.reply_features.transform(log.prompt_index[augmented_rows], augmented_texts)]
+                )
+                targets = np.concatenate([targets, labels[augmented_rows]])
+            member_weights.append(fit_weights(inputs, targets))
+        return calibrate_model(reaction, member_weights, features[np.flatnonzero(is_dev)], labels[is_dev], shift)
+
+    @cached_property
+    def helpfulness_model(self) -> ObjectiveModel:
+        """The model of raters' preferences."""
+        return self.load_or_fit("helpfulness", self._fit_helpfulness)
+
+    @cached_property
+    def safety_model(self) -> ObjectiveModel:
+        """The model of raters' safety labels."""
+        return self.load_or_fit("safety", self._fit_safety)
+
+    def _fit_helpfulness(self) -> ObjectiveModel:
         """Bradley-Terry on raters' preferences between two replies to a prompt."""
-        rng = self.rng(4)
-        places = rng.choice(self.places, PAIRS)
-        sides = [logged(self.town, places, rng) for _ in range(2)]
-        truths = [np.array([one.helpfulness for one in self.truth.of(places, side)]) for side in sides]
-        chance = 1.0 / (1.0 + np.exp(-WORLD.rater_sharpness * (truths[0] - truths[1])))
-        chance = chance * (1.0 - WORLD.rater_slip) + 0.5 * WORLD.rater_slip
-        first, second = (self.seen(places, side) for side in sides)
-        weights = fit_pairs(first, second, rng.random(PAIRS) < chance)
-        return Judgement(weights[None], Calibration("helpfulness"))
+        rng = self.make_rng(4)
+        prompt_index = rng.choice(self.train_prompts, PAIR_COUNT)
+        choices_by_side = [sample_logged_choices(self.dataset, prompt_index, rng) for _ in range(2)]
+        true_scores = [
+            np.array([truth.helpfulness for truth in self.truth_cache.truths_of(prompt_index, choices)])
+            for choices in choices_by_side
+        ]
+        win_probability = 1.0 / (1.0 + np.exp(-WORLD.rater_sharpness * (true_scores[0] - true_scores[1])))
+        win_probability = win_probability * (1.0 - WORLD.rater_slip) + 0.5 * WORLD.rater_slip
+        first, second = (self.features_of(prompt_index, choices) for choices in choices_by_side)
+        weights = fit_pair_weights(first, second, rng.random(PAIR_COUNT) < win_probability)
+        return ObjectiveModel(weights[None], Calibration("helpfulness"))
 
-    def _safety(self) -> Judgement:
-        """Safe or not, as labelled; mostly on risky prompts, where both kinds occur."""
-        rng = self.rng(5)
-        risky = np.array([self.town.places[one].topic == "risky" for one in self.places])
-        places = rng.choice(self.places, LABELS, p=np.where(risky, 0.65 / risky.sum(), 0.35 / (~risky).sum()))
-        picks = logged(self.town, places, rng)
-        safe = np.array([one.safety > 0.5 for one in self.truth.of(places, picks)])
-        labels = (safe != (rng.random(LABELS) < WORLD.rater_slip)).astype(np.float64)
-        features, size = self.seen(places, picks), round(0.9 * LABELS)
-        return calibrated("safety", [fit(features[:size], labels[:size])], features[size:], labels[size:], 0.0)
+    def _fit_safety(self) -> ObjectiveModel:
+        """Logistic regression on safety labels, mostly of risky prompts, where both labels occur."""
+        rng = self.make_rng(5)
+        is_risky = np.array([self.dataset.entries[entry].topic == "risky" for entry in self.train_prompts])
+        prompt_index = rng.choice(
+            self.train_prompts, LABEL_COUNT, p=np.where(is_risky, 0.65 / is_risky.sum(), 0.35 / (~is_risky).sum())
+        )
+        choices = sample_logged_choices(self.dataset, prompt_index, rng)
+        is_safe = np.array([entry.safety > 0.5 for entry in self.truth_cache.truths_of(prompt_index, choices)])
+        labels = (is_safe != (rng.random(LABEL_COUNT) < WORLD.rater_slip)).astype(np.float64)
+        features, train_count = self.features_of(prompt_index, choices), round(0.9 * LABEL_COUNT)
+        return calibrate_model(
+            "safety",
+            [fit_weights(features[:train_count], labels[:train_count])],
+            features[train_count:],
+            labels[train_count:],
+            0.0,
+        )
 
     @cached_property
-    def judgements(self) -> dict[str, Judgement]:
-        """The three objectives."""
-        return {"love": self.love, "helpfulness": self.helpfulness, "safety": self.safety}
+    def objective_models(self) -> dict[str, ObjectiveModel]:
+        """The models of the three objectives."""
+        return {"love": self.love_model, "helpfulness": self.helpfulness_model, "safety": self.safety_model}
 
-    def signals(self, *, love: Judgement | None = None, pessimism: float = 0.0, onward: float = 0.0) -> Signals:
-        """Logits of the three objectives, as rluf's combination takes them. `love` replaces P[Love], `pessimism` takes
-        standard deviations over its members off, `onward` adds so many times the logit of writing on."""
-        judged = {**self.judgements, **({} if love is None else {"love": love})}
+    def build_signals(
+        self, *, love_model: ObjectiveModel | None = None, pessimism: float = 0.0, continuation_weight: float = 0.0
+    ) -> SignalFunction:
+        """Logits of the three objectives, as the input of rluf's reward aggregation.
 
-        def found(places: Ints, said: Sequence[str]) -> Mapping[str, Floats]:
-            features = self.features.of(places, said)
-            signals = {name: one.logits(features) for name, one in judged.items()}
+        `love_model` replaces P[Love], `pessimism` subtracts that many standard deviations over its members,
+        `continuation_weight` adds that many times the continuation logit.
+        """
+        models = {**self.objective_models, **({} if love_model is None else {"love": love_model})}
+
+        def compute_signals(prompt_index: Ints, texts: Sequence[str]) -> Mapping[str, Floats]:
+            features = self.reply_features.transform(prompt_index, texts)
+            signals = {name: model.mean_logits(features) for name, model in models.items()}
             if pessimism:
-                signals["love"] = signals["love"] - pessimism * judged["love"].each(features).std(0)
-            if onward:
-                signals["love"] = signals["love"] + onward * self.onward.logits(features)
+                signals["love"] = signals["love"] - pessimism * models["love"].member_logits(features).std(0)
+            if continuation_weight:
+                signals["love"] = signals["love"] + continuation_weight * self.continuation_model.mean_logits(features)
             return signals
 
-        return found
+        return compute_signals
 
 
-def brigaded(world: World, *, hostile: float, sarcastic: float) -> World:
-    """The world with other shares of users who love the worst, and of those who love failed answers as a joke."""
+def with_hostile_users(world: SimulatedWorld, *, hostile: float, sarcastic: float) -> SimulatedWorld:
+    """The world with other shares of hostile users (love the worst) and sarcastic users (love failed answers)."""
     return replace(world, hostile_share=hostile, sarcastic_share=sarcastic)

@@ -1,4 +1,4 @@
-"""Results are made once, part by part, and kept as JSON under the world's fingerprint: long work can be cut up."""
+"""Results of the claims, computed once and stored as JSON by the world's fingerprint, so work can be interrupted."""
 
 from __future__ import annotations
 
@@ -8,79 +8,86 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lab.candidates import FIXES, METHODS, RECIPE, Candidates, measured
-from lab.dataset import Town
-from lab.replies import Truth
-from lab.simulated_world import Village
-from lab.studies import STUDIES
+from lab.candidates import METHOD_VARIANTS, MITIGATIONS, RECIPE_VERSION, CandidateSet, measure_candidate
+from lab.dataset import ReplyDataset
+from lab.replies import GroundTruthCache
+from lab.simulated_world import ClaimWorld
+from lab.studies import STUDY_BY_NAME
 
-from rluf.simulate.world import fingerprint
-from rluf.tracking.run_files import jsonable
+from rluf.simulate.world import fingerprint_world
+from rluf.utils.files import atomic_write, to_jsonable
 
-SEEDS = (1, 2, 3)
+CLAIM_SEEDS = (1, 2, 3)
 
 
-class Store:
-    """Every part of every seed: `candidate/<name>` and `study/<name>`."""
+class ResultStore:
+    """Results of all seeds: `candidate/<name>` and `study/<name>`."""
 
-    def __init__(self, root: Path, seeds: Sequence[int] = SEEDS) -> None:
-        """Results go to <root>/<fingerprint of world and recipe>; claims are told of `seeds`."""
+    def __init__(self, root: Path, seeds: Sequence[int] = CLAIM_SEEDS) -> None:
+        """Store results in <root>/<fingerprint>-<recipe version>; claims are evaluated on `seeds`."""
         self.seeds = tuple(seeds)
-        self.root, self.world = root / f"{fingerprint()}-{RECIPE}", fingerprint()
-        self._town: Town | None = None
-        self._villages: dict[int, tuple[Village, Candidates]] = {}
+        self.result_folder, self.world_fingerprint = (
+            root / f"{fingerprint_world()}-{RECIPE_VERSION}",
+            fingerprint_world(),
+        )
+        self._dataset: ReplyDataset | None = None
+        self._world_by_seed: dict[int, tuple[ClaimWorld, CandidateSet]] = {}
 
-    def village(self, seed: int) -> tuple[Village, Candidates]:
-        """The village of a seed and its candidates."""
-        if seed not in self._villages:
-            self._town = self._town or Town()
-            village = Village(self._town, Truth(self._town), seed, self.root / f"seed{seed}")
-            self._villages[seed] = village, Candidates(village)
-        return self._villages[seed]
+    def load_world(self, seed: int) -> tuple[ClaimWorld, CandidateSet]:
+        """The world of a seed and its candidates."""
+        if seed not in self._world_by_seed:
+            self._dataset = self._dataset or ReplyDataset()
+            world = ClaimWorld(self._dataset, GroundTruthCache(self._dataset), seed, self.result_folder / f"seed{seed}")
+            self._world_by_seed[seed] = world, CandidateSet(world)
+        return self._world_by_seed[seed]
 
-    def part(self, seed: int, kind: str, name: str) -> dict[str, Any]:
-        """One part, made if it is not there."""
-        file = self._file(seed, kind, name)
-        if not file.is_file():
-            village, candidates = self.village(seed)
+    def load_or_compute(self, seed: int, kind: str, name: str) -> dict[str, Any]:
+        """Load one result, or compute and store it."""
+        result_path = self._result_path(seed, kind, name)
+        if not result_path.is_file():
+            world, candidates = self.load_world(seed)
             started = time.process_time()
-            found = (
-                measured(village, candidates.make(name)) if kind == "candidate" else STUDIES[name](village, candidates)
+            result = (
+                measure_candidate(world, candidates.build_candidate(name))
+                if kind == "candidate"
+                else STUDY_BY_NAME[name](world, candidates)
             )
-            file.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps(jsonable({**found, "all_cpu_seconds": round(time.process_time() - started, 2)}))
-            scratch = file.with_suffix(".part")
-            scratch.write_text(text, "utf-8")
-            scratch.rename(file)
-        return dict(json.loads(file.read_text("utf-8")))
+            text = json.dumps(to_jsonable({**result, "all_cpu_seconds": round(time.process_time() - started, 2)}))
+            with atomic_write(result_path) as partial_path:
+                partial_path.write_text(text, "utf-8")
+        return dict(json.loads(result_path.read_text("utf-8")))
 
-    def parts(self, kind: str, names: Sequence[str]) -> list[list[dict[str, Any]]]:
-        """Parts [seeds][names]."""
-        return [[self.part(seed, kind, name) for name in names] for seed in self.seeds]
+    def load_all(self, kind: str, names: Sequence[str]) -> list[list[dict[str, Any]]]:
+        """Results [seeds][names]."""
+        return [[self.load_or_compute(seed, kind, name) for name in names] for seed in self.seeds]
 
-    def _file(self, seed: int, kind: str, name: str) -> Path:
-        return self.root / f"seed{seed}" / kind / f"{name}.json"
+    def _result_path(self, seed: int, kind: str, name: str) -> Path:
+        return self.result_folder / f"seed{seed}" / kind / f"{name}.json"
 
-    def missing(self) -> Iterator[tuple[int, str, str]]:
-        """Parts that are not there yet, those that most claims rest on first."""
-        turns = [
-            [("study", "learnable"), *(("candidate", name) for name in (*Candidates.names()[:5], "judge"))],
-            [("candidate", name) for name in (*Candidates.names(), *FIXES)],
-            [("study", "size"), *(("candidate", name) for name in METHODS), *(("study", name) for name in STUDIES)],
+    def missing_results(self) -> Iterator[tuple[int, str, str]]:
+        """Results that are not stored yet, those used by most claims first."""
+        stages = [
+            [("study", "learnable"), *(("candidate", name) for name in (*CandidateSet.all_names()[:5], "judge"))],
+            [("candidate", name) for name in (*CandidateSet.all_names(), *MITIGATIONS)],
+            [
+                ("study", "size"),
+                *(("candidate", name) for name in METHOD_VARIANTS),
+                *(("study", name) for name in STUDY_BY_NAME),
+            ],
         ]
-        for turn in turns:
+        for stage in stages:
             for seed in self.seeds:
-                for kind, name in turn:
-                    if not self._file(seed, kind, name).is_file():
+                for kind, name in stage:
+                    if not self._result_path(seed, kind, name).is_file():
                         yield seed, kind, name
 
-    def fill(self, seconds: float, say: Callable[[str], None]) -> int:
-        """Make missing parts until all are there or `seconds` of CPU are used up; how many are left."""
-        ends = time.process_time() + seconds
-        for seed, kind, name in self.missing():
-            if time.process_time() > ends:
+    def compute_missing(self, seconds: float, log_line: Callable[[str], None]) -> int:
+        """Compute missing results until all exist or `seconds` of CPU are used; returns how many are left."""
+        deadline = time.process_time() + seconds
+        for seed, kind, name in self.missing_results():
+            if time.process_time() > deadline:
                 break
             started = time.process_time()
-            self.part(seed, kind, name)
-            say(f"seed {seed} {kind} {name}: {time.process_time() - started:.1f} s")
-        return sum(1 for _ in self.missing())
+            self.load_or_compute(seed, kind, name)
+            log_line(f"seed {seed} {kind} {name}: {time.process_time() - started:.1f} s")
+        return sum(1 for _ in self.missing_results())

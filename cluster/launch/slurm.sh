@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A run on Slurm: sbatch cluster/launch/slurm.sh --config configs/llama3-70b-64gpu.yaml
-# Start it in a checkout with its .venv on storage that every node sees. Further arguments go to rluf.train.
+# Submit from a checkout whose .venv lies on storage that every node can read. Further arguments go to rluf.train.
 #SBATCH --job-name=rluf
 #SBATCH --nodes=8
 #SBATCH --ntasks-per-node=1
@@ -15,8 +15,8 @@ set -euo pipefail
 
 export PATH="$PWD/.venv/bin:$PATH" RLUF_RUNS="${RLUF_RUNS:-$PWD/runs}" RLUF_CACHE="${RLUF_CACHE:-$PWD/cache}"
 export RAY_AUTH_MODE=token
-# Ray's token: made by the first `ray start` in ~/.ray, which every node of a Slurm cluster usually shares. Otherwise put
-# one into RAY_AUTH_TOKEN_PATH. It is never on a command line.
+# Ray's token: the first `ray start` creates it in ~/.ray, which the nodes of a Slurm cluster usually share. Otherwise
+# set RAY_AUTH_TOKEN_PATH. The token never appears on a command line.
 
 gpus="${SLURM_GPUS_ON_NODE:-8}" cpus="${SLURM_CPUS_PER_TASK:-96}"
 mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -34,7 +34,7 @@ for host in "${hosts[@]:1}"; do
     ray start --block --address="$address" --num-cpus="$cpus" --num-gpus="$gpus" &
 done
 
-# Slurm sends TERM five minutes before the end or on a preemption: the run keeps a checkpoint, and a requeued job goes on.
+# Slurm sends TERM five minutes before the end or on preemption: the run saves a checkpoint, a requeued job resumes.
 RAY_ADDRESS="$address" python -m rluf.train "$@" --resume &
 run=$!
 trap 'kill -TERM "$run"' TERM

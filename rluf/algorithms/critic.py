@@ -1,4 +1,4 @@
-"""The critic of PPO: the policy's body with a head that says what a response will earn from each token on."""
+"""PPO's critic: the policy's backbone with a head that predicts the return of a response from each token."""
 
 from __future__ import annotations
 
@@ -8,32 +8,51 @@ from torch import Tensor, nn
 from rluf.errors import ModelError
 
 
-class Critic(nn.Module):
-    """Values from packed batches. It starts as the policy's body with a head of zeros, so its first opinion is 0."""
+class CriticModel(nn.Module):
+    """Value model over packed batches, initialized from the policy with a zero head, so its first values are 0."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Take over the body of the causal language model `model`. Raises ModelError where it has none of its own."""
+        """Take over the backbone of the causal language model `model`. Raises ModelError where it has no own one."""
         super().__init__()
-        body = getattr(model, "base_model", model)
-        if body is model:
-            raise ModelError(f"{type(model).__name__} has no body apart from its head; algorithm.name=ppo needs one")
-        self.body = body
-        self.head = nn.Linear(int(model.config.hidden_size), 1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        backbone = getattr(model, "base_model", model)
+        if backbone is model:
+            raise ModelError(
+                f"{type(model).__name__} has no backbone separate from its head, which algorithm.name=ppo needs"
+            )
+        self.backbone = backbone
+        self.value_head = nn.Linear(int(model.config.hidden_size), 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor, places: Tensor, keep: Tensor) -> Tensor:
-        """Value [K] (float32) before each response token; arguments are those of a Batch."""
-        output = self.body(input_ids=input_ids, position_ids=position_ids, use_cache=False, rows=rows, places=places)
-        found: Tensor = self.head(output.last_hidden_state[0].index_select(0, keep)).float()[:, 0]
-        return found
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        sequence_token_index: Tensor,
+        token_output_index: Tensor,
+        logit_index: Tensor,
+    ) -> Tensor:
+        """Value [K] (float32) before each response token; the arguments are fields of a PackedBatch."""
+        output = self.backbone(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            use_cache=False,
+            sequence_token_index=sequence_token_index,
+            token_output_index=token_output_index,
+        )
+        # The token that predicts a response token is also the state before it.
+        hidden_states = output.last_hidden_state[0].index_select(0, logit_index)
+        values: Tensor = self.value_head(hidden_states).float()[:, 0]
+        return values
 
 
-def value_loss(values: Tensor, returns: Tensor, weights: Tensor) -> Tensor:
-    """Sum of weights * (V - return)^2 / 2, a scalar; PPO's value clip has nothing to do with one update a batch.
+def compute_value_loss(values: Tensor, returns: Tensor, loss_weights: Tensor) -> Tensor:
+    """Sum of loss_weights * (V - return)^2 / 2, a scalar.
 
-    Tokens that no engine sampled (NaN returns, in demonstrations) do not count.
+    PPO's value clip is left out: with one update per batch it has no effect. Tokens with NaN returns (demonstrations,
+    which no engine sampled) do not count.
     """
     counted = ~returns.isnan()
-    gap = torch.where(counted, values - returns, torch.zeros_like(values))
-    return 0.5 * (weights * gap.square()).sum()
+    # Masked before the square and the weights: 0 * NaN is NaN, in the sum and in the gradient.
+    errors = torch.where(counted, values - returns, torch.zeros_like(values))
+    return 0.5 * (loss_weights * errors.square()).sum()

@@ -1,8 +1,7 @@
-"""A step whose gradient was not finite, kept as files, and done again to find which sample it came from.
+"""Dump a step with a non-finite gradient to files, and replay it to find the sample that caused it.
 
-What is kept are plain tensors and JSON: the policy's weights, the step's samples, what the learners were told of them.
-Doing it again takes one process, no Ray and no DeepSpeed; sums over micro-batches do not depend on how many ranks there
-were.
+A dump consists of plain tensors and JSON: the policy's weights, the step's samples and the learner inputs. A replay
+takes one process, without Ray and DeepSpeed; the sum over micro-batches does not depend on the number of ranks.
 """
 
 from __future__ import annotations
@@ -15,106 +14,131 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rluf.algorithms.logprobs import response_logprobs
-from rluf.algorithms.losses import policy_loss
-from rluf.algorithms.packing import MicroBatch, pack
+from rluf.algorithms.logprobs import compute_response_logprobs
+from rluf.algorithms.losses import compute_policy_loss
+from rluf.algorithms.packing import MicroBatch, pack_micro_batch
 from rluf.algorithms.policy_io import load_policy
-from rluf.algorithms.registry import Lesson
+from rluf.algorithms.registry import LearnerInputs
 from rluf.checkpoint.format import group_from_json, group_to_json
 from rluf.config.settings import Settings
 from rluf.errors import DataError
 from rluf.types import Group
 from rluf.utils.files import write_error
 
-POLICY = "policy"
+POLICY_FOLDER = "policy"
 """Folder of the policy's weights within a dump."""
-RANK = "rank-*.json"
+RANK_FILE_PATTERN = "rank-*.json"
 
 
 @dataclass(frozen=True, slots=True)
-class Dump:
-    """A step as it was given to the learners: `plan` holds the micro-batches of all ranks."""
+class StepDump:
+    """One step as the learners received it; `micro_batches` are those of all ranks."""
 
     settings: Settings
-    reference: Path
+    reference_folder: Path
     step: int
     groups: Mapping[int, Group]
-    lesson: Lesson
-    plan: Sequence[MicroBatch]
+    learner_inputs: LearnerInputs
+    micro_batches: Sequence[MicroBatch]
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
-    """What one micro-batch gave: its samples as prompt ids, and what in it was not finite (empty if all was)."""
+class ReplayFinding:
+    """Result of one replayed micro-batch: the prompt ids of its samples, and the names of non-finite values."""
 
-    micro_batch: int
-    prompts: tuple[str, ...]
-    not_finite: tuple[str, ...]
+    micro_batch_index: int
+    prompt_ids: tuple[str, ...]
+    non_finite_names: tuple[str, ...]
 
 
-def write_dump(folder: Path, rank: int, dump: Dump) -> None:
-    """Write one rank's part of a step into `folder`; its weights go into the sub-folder POLICY.
+def write_step_dump(dump_folder: Path, rank: int, step_dump: StepDump) -> None:
+    """Write one rank's share of a step into `dump_folder`; the caller writes the weights into POLICY_FOLDER.
 
-    Raises what `write_error` says when the disk refuses.
+    Raises the error of `write_error` when the disk refuses.
     """
-    told = {
-        "settings": dump.settings.model_dump(mode="json"),
-        "reference": str(dump.reference),
-        "step": dump.step,
-        "groups": {str(index): group_to_json(group) for index, group in dump.groups.items()},
-        "lesson": asdict(dump.lesson),
-        "plan": dump.plan,
+    content = {
+        "settings": step_dump.settings.model_dump(mode="json"),
+        "reference_folder": str(step_dump.reference_folder),
+        "step": step_dump.step,
+        "groups": {str(index): group_to_json(group) for index, group in step_dump.groups.items()},
+        "learner_inputs": asdict(step_dump.learner_inputs),
+        "micro_batches": step_dump.micro_batches,
     }
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"rank-{rank}.json").write_text(json.dumps(told))
+        dump_folder.mkdir(parents=True, exist_ok=True)
+        (dump_folder / f"rank-{rank}.json").write_text(json.dumps(content))
     except OSError as error:
-        raise write_error("a step that stopped the run", folder, error) from error
+        raise write_error("the dump of a step with a non-finite gradient", dump_folder, error) from error
 
 
-def read_dump(folder: Path) -> Dump:
-    """The step that `write_dump` kept, of all ranks together. Raises DataError when there is none."""
-    files = sorted(folder.glob(RANK))
-    if not files or not (folder / POLICY).is_dir():
-        raise DataError(f"{folder} holds no step ({RANK} and {POLICY}/); give the folder that the error named")
-    parts = [json.loads(file.read_text()) for file in files]
-    return Dump(
-        settings=Settings.model_validate(parts[0]["settings"]),
-        reference=Path(parts[0]["reference"]),
-        step=int(parts[0]["step"]),
-        groups={int(i): group_from_json(group) for part in parts for i, group in part["groups"].items()},
-        lesson=Lesson(**parts[0]["lesson"]),
-        plan=[[(group, sample) for group, sample in members] for part in parts for members in part["plan"]],
+def read_step_dump(dump_folder: Path) -> StepDump:
+    """The step that `write_step_dump` wrote, of all ranks together. Raises DataError when there is none."""
+    rank_files = sorted(dump_folder.glob(RANK_FILE_PATTERN))
+    if not rank_files or not (dump_folder / POLICY_FOLDER).is_dir():
+        raise DataError(
+            f"{dump_folder} contains no dumped step: expected {RANK_FILE_PATTERN} and {POLICY_FOLDER}/; give the "
+            "folder that the error message named"
+        )
+    rank_contents = [json.loads(file.read_text()) for file in rank_files]
+    # Settings and learner inputs are the same on every rank; groups and micro-batches are each rank's own.
+    first_rank = rank_contents[0]
+    return StepDump(
+        settings=Settings.model_validate(first_rank["settings"]),
+        reference_folder=Path(first_rank["reference_folder"]),
+        step=int(first_rank["step"]),
+        groups={int(i): group_from_json(group) for content in rank_contents for i, group in content["groups"].items()},
+        learner_inputs=LearnerInputs(**first_rank["learner_inputs"]),
+        micro_batches=[
+            [(group_index, sample_index) for group_index, sample_index in micro_batch]
+            for content in rank_contents
+            for micro_batch in content["micro_batches"]
+        ],
     )
 
 
-def replay(folder: Path) -> Iterator[Finding]:
-    """Do the step in `folder` again, micro-batch by micro-batch, in the dtype it was done in, on the CPU."""
-    dump = read_dump(folder)
-    dtype = getattr(torch, dump.settings.policy_dtype)
-    policy, reference = (load_policy(path, dtype=dtype) for path in (folder / POLICY, dump.reference))
-    for number, members in enumerate(dump.plan):
+def replay_step(dump_folder: Path) -> Iterator[ReplayFinding]:
+    """Replay a dumped step micro-batch by micro-batch, in its dtype, on the CPU."""
+    step_dump = read_step_dump(dump_folder)
+    dtype = getattr(torch, step_dump.settings.policy_dtype)
+    policy, reference = (
+        load_policy(folder, dtype=dtype) for folder in (dump_folder / POLICY_FOLDER, step_dump.reference_folder)
+    )
+    for micro_batch_index, micro_batch in enumerate(step_dump.micro_batches):
+        # Each micro-batch alone: in the sum of the step one sample would hide which of them is non-finite.
         policy.zero_grad()
-        prompts = tuple(dict.fromkeys(dump.groups[group].prompt.id for group, _ in members))
-        yield Finding(number, prompts, tuple(_not_finite(dump, members, policy, reference)))
+        prompt_ids = tuple(dict.fromkeys(step_dump.groups[group_index].prompt.id for group_index, _ in micro_batch))
+        non_finite_names = tuple(_find_non_finite(step_dump, micro_batch, policy, reference))
+        yield ReplayFinding(micro_batch_index, prompt_ids, non_finite_names)
 
 
-def _not_finite(dump: Dump, members: MicroBatch, policy: nn.Module, reference: nn.Module) -> Iterator[str]:
-    """Names of what is not finite in one micro-batch, in the order in which it is computed."""
-    lesson, algorithm, temperature = dump.lesson, dump.settings.algorithm, dump.settings.rollout.temperature
-    batch = pack(members, dump.groups, lesson.advantages, lesson.weights)
+def _find_non_finite(
+    step_dump: StepDump, micro_batch: MicroBatch, policy: nn.Module, reference: nn.Module
+) -> Iterator[str]:
+    """Names of the non-finite values of one micro-batch, in the order in which they are computed."""
+    learner_inputs = step_dump.learner_inputs
+    temperature = step_dump.settings.rollout.temperature
+    batch = pack_micro_batch(micro_batch, step_dump.groups, learner_inputs.advantages, learner_inputs.loss_weights)
     with torch.no_grad():
-        base = response_logprobs(reference, batch, temperature)
-    logprobs = response_logprobs(policy, batch, temperature)
-    result = policy_loss(logprobs, base, batch, algorithm, loss=lesson.loss, kl_coef=lesson.kl_coef, slope=lesson.slope)
+        reference_logprobs = compute_response_logprobs(reference, batch, temperature)
+    policy_logprobs = compute_response_logprobs(policy, batch, temperature)
+    result = compute_policy_loss(
+        policy_logprobs,
+        reference_logprobs,
+        batch,
+        step_dump.settings.algorithm,
+        loss_name=learner_inputs.policy_loss,
+        kl_coef=learner_inputs.loss_kl_coef,
+        kl_to_go_coef=learner_inputs.kl_to_go_coef,
+    )
     result.loss.backward()
-    sampled = batch.rollout_logprobs[~batch.rollout_logprobs.isnan()]
+    # NaN marks demonstrations, which have no rollout logprobs.
+    rollout_logprobs = batch.rollout_logprobs[~batch.rollout_logprobs.isnan()]
     values: dict[str, Tensor] = {
         "advantages": batch.advantages,
         "loss weights": batch.loss_weights,
-        "rollout logprobs": sampled,
-        "reference logprobs": base,
-        "policy logprobs": logprobs,
+        "rollout logprobs": rollout_logprobs,
+        "reference logprobs": reference_logprobs,
+        "policy logprobs": policy_logprobs,
         "loss": result.loss,
     }
     values |= {f"gradient of {name}": p.grad for name, p in policy.named_parameters() if p.grad is not None}

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens without a float32 copy of the whole logits."""
+"""Log-probabilities of target tokens without a float32 copy of all logits."""
 
 from __future__ import annotations
 
@@ -7,59 +7,67 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rluf.algorithms.batch import Batch
+from rluf.algorithms.batch import PackedBatch
 
-CHUNK = 256
+CHUNK_TOKENS = 256
 """Tokens whose float32 logits exist at once."""
 
 
-class _Chosen(torch.autograd.Function):
-    """log softmax(logits / temperature)[target], in float32 by chunks of tokens; keeps only the logits for backward."""
+class _TargetLogprobs(torch.autograd.Function):
+    """log softmax(logits / temperature)[target] in float32, chunk by chunk; saves only the logits for backward."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-        ctx.save_for_backward(logits, targets)
+    def forward(ctx: Any, logits: Tensor, target_ids: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(logits, target_ids)
         ctx.temperature = temperature
-        found = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
-        for chunk, wanted, out in zip(*(t.split(CHUNK) for t in (logits, targets, found)), strict=True):
-            out.copy_(torch.log_softmax(_scaled(chunk, temperature), dim=-1).gather(-1, wanted[:, None])[:, 0])
-        return found
+        logprobs = torch.empty(len(target_ids), dtype=torch.float32, device=logits.device)
+        chunks = zip(*(tensor.split(CHUNK_TOKENS) for tensor in (logits, target_ids, logprobs)), strict=True)
+        for chunk_logits, chunk_targets, output in chunks:
+            all_logprobs = torch.log_softmax(_scale_by_temperature(chunk_logits, temperature), dim=-1)
+            output.copy_(all_logprobs.gather(-1, chunk_targets[:, None])[:, 0])
+        return logprobs
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        logits, targets = ctx.saved_tensors
-        result = torch.empty_like(logits)
-        pieces = (t.split(CHUNK) for t in (logits, targets, (grads[0] / ctx.temperature)[:, None], result))
-        for chunk, wanted, grad, out in zip(*pieces, strict=True):
-            slope = torch.softmax(_scaled(chunk, ctx.temperature), dim=-1).mul_(-grad)
-            out.copy_(slope.scatter_add_(-1, wanted[:, None], grad))
-        return result, None, None
+    def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor, None, None]:
+        # Gradient of log softmax: grad * (onehot - softmax) / temperature. The division by the temperature is applied
+        # once, to the incoming gradient [K], instead of to the result [K, V].
+        logits, target_ids = ctx.saved_tensors
+        logit_grads = torch.empty_like(logits)
+        scaled_grads = (output_grads[0] / ctx.temperature)[:, None]
+        chunks = zip(
+            *(tensor.split(CHUNK_TOKENS) for tensor in (logits, target_ids, scaled_grads, logit_grads)), strict=True
+        )
+        for chunk_logits, chunk_targets, grad, output in chunks:
+            chunk_grads = torch.softmax(_scale_by_temperature(chunk_logits, ctx.temperature), dim=-1).mul_(-grad)
+            output.copy_(chunk_grads.scatter_add_(-1, chunk_targets[:, None], grad))
+        return logit_grads, None, None
 
 
-def _scaled(logits: Tensor, temperature: float) -> Tensor:
+def _scale_by_temperature(logits: Tensor, temperature: float) -> Tensor:
     return logits.float() if temperature == 1.0 else logits.float() / temperature
 
 
-def chosen_logprobs(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log-probability [K] (nats, float32) of `targets` [K] under `logits` [K, V] of any float type.
+def compute_target_logprobs(logits: Tensor, target_ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability [K] (nats, float32) of `target_ids` [K] under `logits` [K, V] of any float type.
 
-    `temperature` must be the one the tokens were sampled with, so that policy and engine speak of one distribution.
+    `temperature` must be the sampling temperature, so that policy and engine describe the same distribution.
     """
-    chosen: Tensor = _Chosen.apply(logits, targets, temperature)
-    return chosen
+    logprobs: Tensor = _TargetLogprobs.apply(logits, target_ids, temperature)
+    return logprobs
 
 
-def response_logprobs(model: Any, batch: Batch, temperature: float = 1.0) -> Tensor:
-    """Log-probabilities [K] of the response tokens of a packed batch; logits are computed for these only.
+def compute_response_logprobs(model: Any, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities [K] of the response tokens of a packed batch.
 
-    `model` must read packed batches (rluf.algorithms.attention).
+    `model` must use packed attention (rluf.algorithms.attention).
     """
     output = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
-        logits_to_keep=batch.keep,
+        # Logits of the predicting tokens only: with a large vocabulary the prompts' logits would dominate memory.
+        logits_to_keep=batch.logit_index,
         use_cache=False,
-        rows=batch.rows,
-        places=batch.places,
+        sequence_token_index=batch.sequence_token_index,
+        token_output_index=batch.token_output_index,
     )
-    return chosen_logprobs(output.logits[0], batch.targets, temperature)
+    return compute_target_logprobs(output.logits[0], batch.target_ids, temperature)

@@ -1,4 +1,4 @@
-"""LoRA adapters on a policy, and the plain weights that they amount to: engines and saved folders know no adapters."""
+"""LoRA adapters on a policy, and the merged weights they amount to, for engines and folders without adapters."""
 
 from __future__ import annotations
 
@@ -7,49 +7,51 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-ADAPTER = "default"
-ALPHA = 2.0
-"""lora_alpha / rank: how strongly adapters count."""
+ADAPTER_NAME = "default"
+ALPHA_PER_RANK = 2.0
+"""lora_alpha / rank, the scale of the low-rank update."""
 
 
 @dataclass(frozen=True, slots=True)
-class Adapter:
-    """The low-rank change of one weight [out, in]: scale * up [out, rank] @ down [rank, in]."""
+class LoraAdapter:
+    """Low-rank update of one weight [out, in]: scaling * lora_b [out, rank] @ lora_a [rank, in]."""
 
-    down: nn.Parameter
-    up: nn.Parameter
-    scale: float
+    lora_a: nn.Parameter
+    lora_b: nn.Parameter
+    scaling: float
 
-    def merged(self, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
-        """`weight` with the change added in float32, in its own type; `down` and `up` are the whole tensors."""
-        change: Tensor = self.scale * (up.float() @ down.float())
-        return (weight.float() + change).to(weight.dtype)
+    def merge_into(self, weight: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        """`weight` plus the update, in the dtype of `weight`; `lora_a` and `lora_b` are the gathered tensors."""
+        # Added in float32: in bfloat16 most small updates of a weight near 1 would be rounded away.
+        update: Tensor = self.scaling * (lora_b.float() @ lora_a.float())
+        return (weight.float() + update).to(weight.dtype)
 
 
-def add_lora(model: nn.Module, rank: int) -> nn.Module:
-    """Put an adapter of `rank` beside every linear layer but the output head; all other weights are frozen.
+def add_lora_adapters(model: nn.Module, rank: int) -> nn.Module:
+    """Add an adapter of `rank` to every linear layer except the output head, and freeze all other weights.
 
-    Adapters begin as no change. Source: Hu et al., arXiv 2106.09685.
+    The initial adapters change nothing (lora_b is zero). Source: Hu et al., arXiv 2106.09685.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=rank, lora_alpha=int(ALPHA * rank), target_modules="all-linear", lora_dropout=0.0)
-    adapted: nn.Module = inject_adapter_in_model(config, model, adapter_name=ADAPTER)
-    return adapted
+    config = LoraConfig(r=rank, lora_alpha=int(ALPHA_PER_RANK * rank), target_modules="all-linear", lora_dropout=0.0)
+    adapted_model: nn.Module = inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)
+    return adapted_model
 
 
-def adapters(model: nn.Module) -> Mapping[str, Adapter]:
-    """Adapters of `model` by the plain name of the weight they change; empty without LoRA."""
-    found = {}
-    for name, module in model.named_modules():
-        if hasattr(module, "lora_A") and ADAPTER in module.lora_A:
-            down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
-            found[f"{name}.weight"] = Adapter(down, up, float(module.scaling[ADAPTER]))
-    return found
+def find_lora_adapters(model: nn.Module) -> Mapping[str, LoraAdapter]:
+    """Adapters of `model` by the name of the weight they change; empty without LoRA."""
+    adapters = {}
+    for module_name, module in model.named_modules():
+        if hasattr(module, "lora_A") and ADAPTER_NAME in module.lora_A:
+            lora_a, lora_b = module.lora_A[ADAPTER_NAME].weight, module.lora_B[ADAPTER_NAME].weight
+            adapters[f"{module_name}.weight"] = LoraAdapter(lora_a, lora_b, float(module.scaling[ADAPTER_NAME]))
+    return adapters
 
 
-def plain_name(name: str) -> str | None:
-    """Name of a parameter in a checkpoint without adapters; None for an adapter's own."""
-    if ".lora_A." in name or ".lora_B." in name:
+def get_checkpoint_name(parameter_name: str) -> str | None:
+    """Name of a parameter in a checkpoint without adapters; None for the matrices of an adapter."""
+    if ".lora_A." in parameter_name or ".lora_B." in parameter_name:
         return None
-    return name.replace(".base_layer.", ".")
+    # PEFT wraps an adapted linear layer and moves its weight one level down.
+    return parameter_name.replace(".base_layer.", ".")

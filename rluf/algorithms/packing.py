@@ -1,8 +1,8 @@
-"""How the samples of a step are dealt to ranks and micro-batches, and how one micro-batch becomes tensors.
+"""Distribute the samples of a step over ranks and micro-batches, and pack one micro-batch into tensors.
 
-Planning looks at lengths only, so that the driver can do it; packing looks at tokens. Samples of a group that share a
-micro-batch share the prompt's tokens, so groups stay together where the token budget lets them; prompts that begin
-alike share their beginning too.
+Planning needs lengths only, so the driver can do it; packing needs token ids. Samples of a group in the same
+micro-batch share the tokens of the prompt, so groups stay together where the token budget allows; prompts with a common
+beginning share that too.
 """
 
 from __future__ import annotations
@@ -13,203 +13,242 @@ from dataclasses import dataclass
 
 import torch
 
-from rluf.algorithms.batch import Batch
+from rluf.algorithms.batch import PackedBatch
 from rluf.types import Group
 
 MicroBatch = list[tuple[int, int]]
-"""(group index, sample index) pairs that are packed together; empty where a rank only keeps step with the others."""
+"""(group index, sample index) pairs that are packed together; empty where a rank only keeps in lockstep."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Piece:
-    """Samples of one group that stay together, and the tokens they take with their prompt."""
+class _GroupChunk:
+    """Samples of one group that stay together, and their tokens, the prompt included."""
 
-    members: tuple[tuple[int, int], ...]
-    tokens: int
+    sample_indices: tuple[tuple[int, int], ...]
+    token_count: int
 
 
 def plan_micro_batches(
-    prompt_tokens: Sequence[int], response_tokens: Sequence[Sequence[int]], *, ranks: int, token_budget: int
+    prompt_token_counts: Sequence[int],
+    response_token_counts: Sequence[Sequence[int]],
+    *,
+    world_size: int,
+    token_budget: int,
 ) -> list[list[MicroBatch]]:
     """Micro-batches of each rank: every sample in exactly one, the same number on every rank, tokens balanced.
 
-    `prompt_tokens` [groups] and `response_tokens` [groups][samples] are lengths in tokens. A micro-batch takes at most
-    `token_budget` tokens (a prompt counts once for the samples of its group in it), unless a single sample is longer:
-    that one goes alone. With fewer samples than ranks some micro-batches are empty. The same lengths give the same
-    plan, and the loads do not depend on the order of groups.
+    `prompt_token_counts` [groups] and `response_token_counts` [groups][samples] are lengths in tokens. A micro-batch
+    takes at most `token_budget` tokens (a prompt counts once for the samples of its group in it); a single longer
+    sample gets a micro-batch of its own. With fewer samples than ranks some micro-batches are empty. The same lengths
+    give the same plan, and the loads do not depend on the order of groups.
     """
-    total = sum(p + sum(r) for p, r in zip(prompt_tokens, response_tokens, strict=True))
-    share = token_budget if ranks == 1 else min(token_budget, -(-total // ranks))
-    pieces = [
-        piece
-        for group, (prompt, responses) in enumerate(zip(prompt_tokens, response_tokens, strict=True))
-        for piece in _pieces(group, prompt, responses, share)
+    total_tokens = sum(
+        prompt + sum(responses) for prompt, responses in zip(prompt_token_counts, response_token_counts, strict=True)
+    )
+    # Over several ranks a group larger than an even share is split, or one rank would get it while others idle.
+    max_chunk_tokens = token_budget if world_size == 1 else min(token_budget, -(-total_tokens // world_size))
+    chunks = [
+        chunk
+        for group_index, (prompt_tokens, response_tokens) in enumerate(
+            zip(prompt_token_counts, response_token_counts, strict=True)
+        )
+        for chunk in _split_group(group_index, prompt_tokens, response_tokens, max_chunk_tokens)
     ]
-    pieces.sort(key=lambda piece: (-piece.tokens, piece.members))
-    rounds = max(1, -(-sum(piece.tokens for piece in pieces) // (ranks * token_budget)))
-    while (bins := _fill(pieces, rounds * ranks, token_budget)) is None:
-        rounds += 1
-    return _deal(bins, ranks, rounds)
+    chunks.sort(key=lambda chunk: (-chunk.token_count, chunk.sample_indices))
+    # Lower bound by tokens. Chunks cannot be divided, so the bound may be too low and one more round is tried.
+    bins_per_rank = max(1, -(-sum(chunk.token_count for chunk in chunks) // (world_size * token_budget)))
+    while (bins := _fill_bins(chunks, bins_per_rank * world_size, token_budget)) is None:
+        bins_per_rank += 1
+    return _assign_bins_to_ranks(bins, world_size, bins_per_rank)
 
 
-def _pieces(group: int, prompt: int, responses: Sequence[int], limit: int) -> list[_Piece]:
-    """Split a group into as few pieces of at most `limit` tokens as first-fit by falling length finds."""
-    found: list[tuple[list[tuple[int, int]], int]] = []
-    for sample in sorted(range(len(responses)), key=lambda s: (-responses[s], s)):
-        for index, (members, tokens) in enumerate(found):
-            if tokens + responses[sample] <= limit:
-                members.append((group, sample))
-                found[index] = (members, tokens + responses[sample])
+def _split_group(
+    group_index: int, prompt_token_count: int, response_token_counts: Sequence[int], max_tokens: int
+) -> list[_GroupChunk]:
+    """Split a group into chunks of at most `max_tokens` tokens by first-fit decreasing."""
+    chunks: list[tuple[list[tuple[int, int]], int]] = []
+    by_falling_length = sorted(range(len(response_token_counts)), key=lambda s: (-response_token_counts[s], s))
+    for sample_index in by_falling_length:
+        response_tokens = response_token_counts[sample_index]
+        for chunk_index, (sample_indices, token_count) in enumerate(chunks):
+            if token_count + response_tokens <= max_tokens:
+                sample_indices.append((group_index, sample_index))
+                chunks[chunk_index] = (sample_indices, token_count + response_tokens)
                 break
         else:
-            found.append(([(group, sample)], prompt + responses[sample]))
-    return [_Piece(tuple(sorted(members)), tokens) for members, tokens in found]
+            chunks.append(([(group_index, sample_index)], prompt_token_count + response_tokens))
+    return [_GroupChunk(tuple(sorted(sample_indices)), token_count) for sample_indices, token_count in chunks]
 
 
-def _fill(pieces: Sequence[_Piece], count: int, budget: int) -> list[tuple[int, MicroBatch]] | None:
-    """Put each piece (longest first) into the emptiest of `count` bins; None if a bin of several runs over `budget`."""
-    loads = [0] * count
-    bins: list[MicroBatch] = [[] for _ in range(count)]
-    for piece in pieces:
-        lightest = min(range(count), key=loads.__getitem__)
-        if bins[lightest] and loads[lightest] + piece.tokens > budget:
+def _fill_bins(chunks: Sequence[_GroupChunk], bin_count: int, token_budget: int) -> list[tuple[int, MicroBatch]] | None:
+    """Put each chunk (longest first) into the emptiest bin; None if a bin with several exceeds the budget."""
+    loads = [0] * bin_count
+    bins: list[MicroBatch] = [[] for _ in range(bin_count)]
+    for chunk in chunks:
+        lightest = min(range(bin_count), key=loads.__getitem__)
+        # An empty bin takes any chunk: a single sample longer than the budget must go somewhere.
+        if bins[lightest] and loads[lightest] + chunk.token_count > token_budget:
             return None
-        bins[lightest].extend(piece.members)
-        loads[lightest] += piece.tokens
+        bins[lightest].extend(chunk.sample_indices)
+        loads[lightest] += chunk.token_count
     return list(zip(loads, bins, strict=True))
 
 
-def _deal(bins: Sequence[tuple[int, MicroBatch]], ranks: int, rounds: int) -> list[list[MicroBatch]]:
-    """Deal `rounds` bins to every rank, heaviest first to the rank with least so far."""
-    loads = [0] * ranks
-    plan: list[list[MicroBatch]] = [[] for _ in range(ranks)]
-    for load, members in sorted(bins, key=lambda b: (-b[0], b[1])):
-        rank = min((r for r in range(ranks) if len(plan[r]) < rounds), key=lambda r: (loads[r], r))
-        plan[rank].append(members)
-        loads[rank] += load
+def _assign_bins_to_ranks(
+    bins: Sequence[tuple[int, MicroBatch]], world_size: int, bins_per_rank: int
+) -> list[list[MicroBatch]]:
+    """Give every rank `bins_per_rank` bins: heaviest first, each to the rank with the fewest tokens so far."""
+    rank_loads = [0] * world_size
+    plan: list[list[MicroBatch]] = [[] for _ in range(world_size)]
+    for load, micro_batch in sorted(bins, key=lambda b: (-b[0], b[1])):
+        free_ranks = (r for r in range(world_size) if len(plan[r]) < bins_per_rank)
+        rank = min(free_ranks, key=lambda r: (rank_loads[r], r))
+        plan[rank].append(micro_batch)
+        rank_loads[rank] += load
     return plan
 
 
-def pack(
-    members: Sequence[tuple[int, int]],
+def pack_micro_batch(
+    micro_batch: Sequence[tuple[int, int]],
     groups: Mapping[int, Group],
     advantages: Sequence[Sequence[float]],
-    weights: Sequence[Sequence[float]] | None = None,
-) -> Batch:
-    """Tensors of one micro-batch of (group, sample) `members`.
+    loss_weights: Sequence[Sequence[float]] | None = None,
+) -> PackedBatch:
+    """Tensors of the (group, sample) pairs of one micro-batch.
 
-    `groups` holds at least the groups named; `advantages` and `weights` [groups][samples] are those of the whole step.
-    A response's weight is what each of its tokens counts in the loss (algorithms.registry.token_weights), so the sum
-    over all micro-batches of all ranks does not depend on how the step was split; without `weights` it is GRPO's mean
-    over each response's tokens, then over samples. A demonstration's rollout logprobs are NaN.
-    Samples without response tokens take no part. No members give a batch of one token and weight 0, with which a rank
-    keeps step. Raises ValueError when a sample has another number of logprobs than response tokens.
+    `groups` contains at least the groups of the pairs; `advantages` and `loss_weights` [groups][samples] are those of
+    the whole step. The weight of a response applies to each of its tokens (algorithms.registry.compute_token_weights),
+    so the sum over all micro-batches of all ranks does not depend on how the step was split; without `loss_weights` it
+    is GRPO's mean over the tokens of each response, then over samples. Rollout logprobs of a demonstration are NaN.
+    Samples without response tokens are left out. An empty micro-batch gives an idle batch of one token with weight 0,
+    with which a rank keeps in lockstep. Raises ValueError when a sample has another number of logprobs than response
+    tokens.
     """
-    total = sum(len(row) for row in advantages)
-    by_group: dict[int, list[int]] = {}
-    for group, index in packed_order(members, groups):
-        by_group.setdefault(group, []).append(index)
-    if not by_group:
-        return _idle()
-    layout = _Layout()
-    for group, chosen in by_group.items():
-        layout.add_prompt(groups[group].samples[chosen[0]].prompt_ids)
-        for index in chosen:
-            sample = groups[group].samples[index]
+    step_samples = sum(len(group_advantages) for group_advantages in advantages)
+    samples_by_group: dict[int, list[int]] = {}
+    for group_index, sample_index in list_packed_samples(micro_batch, groups):
+        samples_by_group.setdefault(group_index, []).append(sample_index)
+    if not samples_by_group:
+        return _build_idle_batch()
+    builder = _PackedBatchBuilder()
+    for group_index, sample_indices in samples_by_group.items():
+        samples = groups[group_index].samples
+        builder.add_prompt(samples[sample_indices[0]].prompt_ids)
+        for sample_index in sample_indices:
+            sample = samples[sample_index]
             length = len(sample.response_ids)
-            sampled = sample.rollout_logprobs or (math.nan,) * length
-            if len(sampled) != length:
+            rollout_logprobs = sample.rollout_logprobs or (math.nan,) * length
+            if len(rollout_logprobs) != length:
                 raise ValueError(
-                    f"sample {index} of prompt {sample.prompt_id} has {length} response tokens but "
-                    f"{len(sample.rollout_logprobs)} rollout logprobs"
+                    f"sample {sample_index} of prompt {sample.prompt_id}: expected {length} rollout logprobs, one per "
+                    f"response token, got {len(sample.rollout_logprobs)}"
                 )
-            layout.add_response(sample.response_ids)
-            layout.logprobs += sampled
-            layout.advantages += [advantages[group][index]] * length
-            layout.weights += [1.0 / (length * total) if weights is None else weights[group][index]] * length
-    return layout.batch()
+            if loss_weights is None:
+                token_weight = 1.0 / (length * step_samples)
+            else:
+                token_weight = loss_weights[group_index][sample_index]
+            builder.add_response(sample.response_ids)
+            builder.rollout_logprobs += rollout_logprobs
+            builder.advantages += [advantages[group_index][sample_index]] * length
+            builder.loss_weights += [token_weight] * length
+    return builder.build()
 
 
-def packed_order(members: Sequence[tuple[int, int]], groups: Mapping[int, Group]) -> list[tuple[int, int]]:
-    """The members that `pack` packs, in its order: group by group as they first come, without empty responses."""
+def list_packed_samples(micro_batch: Sequence[tuple[int, int]], groups: Mapping[int, Group]) -> list[tuple[int, int]]:
+    """Samples that pack_micro_batch packs, in its order: group by group, without empty responses."""
     by_group: dict[int, list[tuple[int, int]]] = {}
-    for group, index in members:
-        if groups[group].samples[index].response_ids:
-            by_group.setdefault(group, []).append((group, index))
-    return [member for chosen in by_group.values() for member in chosen]
+    for group_index, sample_index in micro_batch:
+        if groups[group_index].samples[sample_index].response_ids:
+            by_group.setdefault(group_index, []).append((group_index, sample_index))
+    return [pair for pairs in by_group.values() for pair in pairs]
 
 
-def shared_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences have in common at their beginning."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
+def count_shared_prefix(first_ids: Sequence[int], second_ids: Sequence[int]) -> int:
+    """Number of leading tokens that two sequences have in common."""
+    pairs = enumerate(zip(first_ids, second_ids, strict=False))
+    return next((position for position, (a, b) in pairs if a != b), min(len(first_ids), len(second_ids)))
 
 
-class _Layout:
-    """Grows a packed micro-batch: one prompt, then its responses, then the next prompt.
+class _PackedBatchBuilder:
+    """Build a packed micro-batch: one prompt, then its responses, then the next prompt.
 
-    A prompt that begins as an earlier one does, as chats with one system message do, has no tokens of its own for that
-    part: what comes before a token alone decides what a causal model computes at it.
+    The beginning that a prompt shares with an earlier one, as chats with the same system message do, reuses the earlier
+    tokens: in a causal model the hidden state of a token depends only on the tokens before it.
     """
 
     def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.positions: list[int] = []
-        self.rows: list[list[int]] = []
-        self.homes: list[tuple[int, int]] = []
-        self.keep: list[int] = []
-        self.targets: list[int] = []
-        self.sequences: list[int] = []
-        self.logprobs: list[float] = []
+        self.input_ids: list[int] = []
+        self.position_ids: list[int] = []
+        self.sequence_token_index: list[list[int]] = []
+        self.output_positions: list[tuple[int, int]] = []
+        """(sequence, column) of the attention output that each token takes its result from."""
+        self.logit_index: list[int] = []
+        self.target_ids: list[int] = []
+        self.sequence_index: list[int] = []
+        self.rollout_logprobs: list[float] = []
         self.advantages: list[float] = []
-        self.weights: list[float] = []
-        self._prompt: list[int] = []
-        self._earlier: list[tuple[Sequence[int], list[int]]] = []
+        self.loss_weights: list[float] = []
+        self._prompt_token_index: list[int] = []
+        self._earlier_prompts: list[tuple[Sequence[int], list[int]]] = []
 
-    def add_prompt(self, ids: Sequence[int]) -> None:
-        """Append a prompt; its own tokens take their attention from the row of the first response that follows."""
-        known = max((shared_prefix(ids, other), places) for other, places in [((), []), *self._earlier])
-        shared, start = known[0], len(self.ids)
-        self._prompt = [*known[1][:shared], *range(start, start + len(ids) - shared)]
-        self._earlier.append((ids, self._prompt))
-        self.ids += ids[shared:]
-        self.positions += range(shared, len(ids))
-        self.homes += [(len(self.rows), column) for column in range(shared, len(ids))]
+    def add_prompt(self, token_ids: Sequence[int]) -> None:
+        """Append a prompt; its new tokens take their attention output from the first response that follows."""
+        shared_tokens, earlier_index = max(
+            (count_shared_prefix(token_ids, earlier_ids), token_index)
+            for earlier_ids, token_index in [((), []), *self._earlier_prompts]
+        )
+        start = len(self.input_ids)
+        new_tokens = range(start, start + len(token_ids) - shared_tokens)
+        self._prompt_token_index = [*earlier_index[:shared_tokens], *new_tokens]
+        self._earlier_prompts.append((token_ids, self._prompt_token_index))
+        self.input_ids += token_ids[shared_tokens:]
+        self.position_ids += range(shared_tokens, len(token_ids))
+        # All responses of the prompt compute the same output for its tokens, so the first one (the next sequence) is
+        # as good as any.
+        next_sequence = len(self.sequence_token_index)
+        self.output_positions += [(next_sequence, column) for column in range(shared_tokens, len(token_ids))]
 
-    def add_response(self, ids: Sequence[int]) -> None:
+    def add_response(self, token_ids: Sequence[int]) -> None:
         """Append a response to the last prompt."""
-        start, length = len(self.ids), len(self._prompt)
-        here = range(start, start + len(ids))
-        self.homes += [(len(self.rows), length + offset) for offset in range(len(ids))]
-        self.keep += [self._prompt[-1], *here[:-1]]
-        self.sequences += [len(self.rows)] * len(ids)
-        self.rows.append([*self._prompt, *here])
-        self.ids += ids
-        self.positions += range(length, length + len(ids))
-        self.targets += ids
+        start, prompt_length = len(self.input_ids), len(self._prompt_token_index)
+        sequence = len(self.sequence_token_index)
+        token_index = range(start, start + len(token_ids))
+        self.output_positions += [(sequence, prompt_length + offset) for offset in range(len(token_ids))]
+        # The logit at position t predicts token t + 1: the last prompt token predicts the first response token, and
+        # the logits of the last response token are not needed.
+        self.logit_index += [self._prompt_token_index[-1], *token_index[:-1]]
+        self.sequence_index += [sequence] * len(token_ids)
+        self.sequence_token_index.append([*self._prompt_token_index, *token_index])
+        self.input_ids += token_ids
+        self.position_ids += range(prompt_length, prompt_length + len(token_ids))
+        self.target_ids += token_ids
 
-    def batch(self) -> Batch:
-        """The tensors."""
-        longest = max(len(row) for row in self.rows)
-        rows = [row + [0] * (longest - len(row)) for row in self.rows]
-        return Batch(
-            input_ids=torch.tensor([self.ids]),
-            position_ids=torch.tensor([self.positions]),
-            rows=torch.tensor(rows),
-            places=torch.tensor([row * longest + column for row, column in self.homes]),
-            keep=torch.tensor(self.keep),
-            targets=torch.tensor(self.targets),
-            sequences=torch.tensor(self.sequences),
+    def build(self) -> PackedBatch:
+        """The tensors of everything added so far."""
+        max_length = max(len(token_index) for token_index in self.sequence_token_index)
+        padded_index = [
+            token_index + [0] * (max_length - len(token_index)) for token_index in self.sequence_token_index
+        ]
+        output_index = [sequence * max_length + column for sequence, column in self.output_positions]
+        return PackedBatch(
+            input_ids=torch.tensor([self.input_ids]),
+            position_ids=torch.tensor([self.position_ids]),
+            sequence_token_index=torch.tensor(padded_index),
+            token_output_index=torch.tensor(output_index),
+            logit_index=torch.tensor(self.logit_index),
+            target_ids=torch.tensor(self.target_ids),
+            sequence_index=torch.tensor(self.sequence_index),
             advantages=torch.tensor(self.advantages, dtype=torch.float32),
-            loss_weights=torch.tensor(self.weights, dtype=torch.float32),
-            rollout_logprobs=torch.tensor(self.logprobs, dtype=torch.float32),
+            loss_weights=torch.tensor(self.loss_weights, dtype=torch.float32),
+            rollout_logprobs=torch.tensor(self.rollout_logprobs, dtype=torch.float32),
         )
 
 
-def _idle() -> Batch:
-    """A batch that costs one token and weighs nothing."""
-    layout = _Layout()
-    layout.add_prompt((0,))
-    layout.add_response((0,))
-    layout.logprobs, layout.advantages, layout.weights = [0.0], [0.0], [0.0]
-    return layout.batch()
+def _build_idle_batch() -> PackedBatch:
+    """A batch of one token with weight 0, for a rank that has no samples."""
+    # Collectives run per micro-batch: a rank that skipped its forward and backward would leave the others waiting.
+    builder = _PackedBatchBuilder()
+    builder.add_prompt((0,))
+    builder.add_response((0,))
+    builder.rollout_logprobs, builder.advantages, builder.loss_weights = [0.0], [0.0], [0.0]
+    return builder.build()

@@ -1,130 +1,158 @@
-"""What an algorithm's name stands for: its estimator, its loss, how it weighs tokens, and what it asks of a step."""
+"""Algorithm registry: advantage estimator, policy loss, loss aggregation and requirements of each `algorithm.name`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-from rluf.algorithms.advantages import Gains, Outcomes, advantages
+from rluf.algorithms.advantages import AdvantageInputs, compute_advantages
 from rluf.config.policy import AlgorithmSettings
+from rluf.utils.plugins import load_plugin
 
-Weighing = Literal["sequence", "token", "constant", "sum", "prompt"]
+LossAggregation = Literal["sequence_mean", "token_mean", "constant", "sequence_sum", "prompt_mean"]
 
 
 @dataclass(frozen=True, slots=True)
-class Method:
-    """One method of the literature.
+class AlgorithmSpec:
+    """One published algorithm.
 
-    `estimator` names an advantage estimator, `loss` a policy loss. `weighing` is what a token of a response of n tokens
-    counts in a step of N responses to P prompts: sequence 1 / (n N), token 1 / all tokens, constant 1 / (longest
-    response allowed * N), sum 1 / N, prompt 1 / P. `drifts`: advantages need each response's KL to the reference.
-    `refills`: groups without spread are dropped and others generated (DAPO). `critic`: learners turn rewards into
-    advantages by token with a critic of their own (PPO). `logged`: it learns from reactions in the log, not from the
-    policy's own responses (KTO).
+    `advantage_estimator` names an advantage estimator, `policy_loss` a policy loss, both from the registries or as
+    package.module:function. `loss_aggregation` is the weight of
+    a token of a response with n tokens in a step of N responses to P prompts: sequence_mean 1 / (n N), token_mean 1 /
+    (all tokens), constant 1 / (longest response allowed * N), sequence_sum 1 / N, prompt_mean 1 / P.
+    `needs_reference_kl`: advantages need the KL of each response to the reference. `dynamic_sampling`: groups without
+    reward variance are dropped and replaced by others (DAPO). `uses_critic`: learners turn rewards into advantages per
+    token with a critic (PPO). `offline`: trains on reactions of the log, not on responses of the policy (KTO).
     """
 
-    estimator: str
-    loss: str
-    weighing: Weighing
-    drifts: bool = False
-    refills: bool = False
-    critic: bool = False
-    logged: bool = False
+    advantage_estimator: str
+    policy_loss: str
+    loss_aggregation: LossAggregation
+    needs_reference_kl: bool = False
+    dynamic_sampling: bool = False
+    uses_critic: bool = False
+    offline: bool = False
 
 
-METHODS: Mapping[str, Method] = MappingProxyType(
+ALGORITHMS: Mapping[str, AlgorithmSpec] = MappingProxyType(
     {
-        "grpo": Method("grpo", "ppo", "sequence"),
-        "ppo": Method("gae", "ppo", "token", critic=True),
-        "dr_grpo": Method("dr_grpo", "ppo", "constant"),
-        "rloo": Method("rloo", "reinforce", "sum"),
-        "reinforce_pp": Method("reinforce_pp", "ppo", "token"),
-        "reinforce_pp_baseline": Method("reinforce_pp_baseline", "ppo", "token"),
-        "dapo": Method("grpo", "ppo", "token", refills=True),
-        "lite_ppo": Method("batch_std", "ppo", "token"),
-        "crpg": Method("crpg", "reinforce", "sequence", drifts=True),
-        "crraft": Method("crraft", "reinforce", "prompt", drifts=True),
-        "codpo": Method("codpo", "reinforce", "prompt", drifts=True),
-        "kto": Method("kto", "reinforce", "sum", logged=True),
+        "grpo": AlgorithmSpec("grpo", "ppo", "sequence_mean"),
+        "ppo": AlgorithmSpec("gae", "ppo", "token_mean", uses_critic=True),
+        "dr_grpo": AlgorithmSpec("dr_grpo", "ppo", "constant"),
+        "rloo": AlgorithmSpec("rloo", "reinforce", "sequence_sum"),
+        "reinforce_pp": AlgorithmSpec("reinforce_pp", "ppo", "token_mean"),
+        "reinforce_pp_baseline": AlgorithmSpec("reinforce_pp_baseline", "ppo", "token_mean"),
+        "dapo": AlgorithmSpec("grpo", "ppo", "token_mean", dynamic_sampling=True),
+        "lite_ppo": AlgorithmSpec("lite_ppo", "ppo", "token_mean"),
+        "crpg": AlgorithmSpec("crpg", "reinforce", "sequence_mean", needs_reference_kl=True),
+        "crraft": AlgorithmSpec("crraft", "reinforce", "prompt_mean", needs_reference_kl=True),
+        "codpo": AlgorithmSpec("codpo", "reinforce", "prompt_mean", needs_reference_kl=True),
+        "kto": AlgorithmSpec("kto", "reinforce", "sequence_sum", offline=True),
     }
 )
-"""Method by the name that `algorithm.name` gives."""
+"""Algorithm by the value of `algorithm.name`."""
 
 
 @dataclass(frozen=True, slots=True)
-class Lesson:
-    """What the learners are told of a step beside its samples.
+class LearnerInputs:
+    """Per-step learner inputs other than the samples.
 
-    `advantages` and `weights` [groups][samples] are those of every token of a response (`weights`: its share of the
-    loss); `slope` see Gains; `kl_coef` weighs the KL in the loss (0 where it is in the reward); `loss` names the policy
-    loss. With `critic`, advantages are still rewards, `reward_kl` is taken off them by token, and the learners' critic
-    makes advantages of them.
+    `advantages` [groups][samples] apply to every token of a response, `loss_weights` [groups][samples] are the share of
+    each of its tokens in the loss. `policy_loss` names the loss; `kl_to_go_coef` is that of Advantages; `loss_kl_coef`
+    is the coefficient of the KL in the loss (0 where the KL is in the reward). With `uses_critic`, `advantages` are
+    still rewards: the learners subtract `reward_kl_coef` times the KL of each token and estimate advantages with their
+    critic.
     """
 
     advantages: list[list[float]]
-    weights: list[list[float]]
-    loss: str = "ppo"
-    kl_coef: float = 0.0
-    slope: float = 0.0
-    critic: bool = False
-    reward_kl: float = 0.0
+    loss_weights: list[list[float]]
+    policy_loss: str = "ppo"
+    loss_kl_coef: float = 0.0
+    kl_to_go_coef: float = 0.0
+    uses_critic: bool = False
+    reward_kl_coef: float = 0.0
 
 
-def needs_drifts(algorithm: AlgorithmSettings) -> bool:
-    """Whether advantages wait for the reference policy's opinion of each response."""
-    method = METHODS[algorithm.name]
-    return method.drifts or (algorithm.kl_in == "reward" and algorithm.kl_coef > 0 and not method.critic)
+def find_algorithm(name: str) -> AlgorithmSpec:
+    """The algorithm that `algorithm.name` selects: a name, or the package.module:name of a plug-in.
 
-
-def make_lesson(
-    algorithm: AlgorithmSettings,
-    outcomes: Outcomes,
-    *,
-    longest: int,
-    kl_coef: float,
-    by_objective: bool = False,
-    shown: Sequence[int] = (),
-) -> Lesson:
-    """The lesson of a step: advantages by the method's estimator (GDPO's when `by_objective`), weights by its rule.
-
-    `longest` is the most response tokens allowed, `kl_coef` the KL's weight now, `shown` the lengths of demonstrations,
-    each of which joins as a group of one response with advantage 1.
+    A plug-in is an AlgorithmSpec, or a function (an advantage estimator) that is used with the loss and the aggregation
+    of GRPO. Raises SettingsError for an unknown name.
     """
-    method = METHODS[algorithm.name]
-    gains: Gains = advantages("gdpo" if by_objective else method.estimator, outcomes)
-    lengths = [*map(list, outcomes.lengths), *([length] for length in shown)]
-    loss = algorithm.loss or method.loss
-    return Lesson(
-        advantages=[*gains.values, *([1.0] for _ in shown)],
-        weights=token_weights("sequence" if loss == "gspo" else method.weighing, lengths, longest),
-        loss=loss,
-        kl_coef=kl_coef if algorithm.kl_in == "loss" else 0.0,
-        slope=gains.slope,
-        critic=method.critic,
-        reward_kl=kl_coef if method.critic and algorithm.kl_in == "reward" else 0.0,
+    if name in ALGORITHMS:
+        return ALGORITHMS[name]
+    signature = "an AlgorithmSpec or a function (AdvantageInputs) -> Advantages"
+    plugin = load_plugin(name, (AlgorithmSpec, Callable), kind="algorithm", known_names=ALGORITHMS, signature=signature)
+    return plugin if isinstance(plugin, AlgorithmSpec) else AlgorithmSpec(name, "ppo", "sequence_mean")
+
+
+def requires_reference_kl(algorithm: AlgorithmSettings) -> bool:
+    """Whether advantages need the log-probabilities of the reference policy."""
+    spec = find_algorithm(algorithm.name)
+    # With a critic the KL in the reward is applied per token by the learners, which have the reference logprobs.
+    return spec.needs_reference_kl or (
+        algorithm.kl_placement == "reward" and algorithm.kl_coef > 0 and not spec.uses_critic
     )
 
 
-def token_weights(weighing: Weighing, lengths: Sequence[Sequence[int]], longest: int) -> list[list[float]]:
-    """What a token of each response counts [groups][samples], see Method; `lengths` are response tokens.
+def build_learner_inputs(
+    algorithm: AlgorithmSettings,
+    advantage_inputs: AdvantageInputs,
+    *,
+    max_response_tokens: int,
+    kl_coef: float,
+    use_gdpo: bool = False,
+    demonstration_lengths: Sequence[int] = (),
+) -> LearnerInputs:
+    """Advantages by the estimator of the algorithm (by GDPO with `use_gdpo`) and loss weights by its aggregation.
+
+    `max_response_tokens` is the longest response allowed, `kl_coef` the current KL coefficient. Each demonstration, of
+    `demonstration_lengths` tokens, is added as a group of one response with advantage 1.
+    """
+    spec = find_algorithm(algorithm.name)
+    advantages = compute_advantages("gdpo" if use_gdpo else spec.advantage_estimator, advantage_inputs)
+    lengths = [*map(list, advantage_inputs.response_lengths), *([length] for length in demonstration_lengths)]
+    policy_loss = algorithm.loss or spec.policy_loss
+    # GSPO has one ratio per response, so every response must have the same weight whatever the algorithm says.
+    loss_aggregation = "sequence_mean" if policy_loss == "gspo" else spec.loss_aggregation
+    return LearnerInputs(
+        advantages=[*advantages.sample_advantages, *([1.0] for _ in demonstration_lengths)],
+        loss_weights=compute_token_weights(loss_aggregation, lengths, max_response_tokens),
+        policy_loss=policy_loss,
+        loss_kl_coef=kl_coef if algorithm.kl_placement == "loss" else 0.0,
+        kl_to_go_coef=advantages.kl_to_go_coef,
+        uses_critic=spec.uses_critic,
+        reward_kl_coef=kl_coef if spec.uses_critic and algorithm.kl_placement == "reward" else 0.0,
+    )
+
+
+def compute_token_weights(
+    loss_aggregation: LossAggregation, response_lengths: Sequence[Sequence[int]], max_response_tokens: int
+) -> list[list[float]]:
+    """Loss weight of a token of each response [groups][samples], see AlgorithmSpec; lengths are in tokens.
 
     Sources: mean by sequence as in GRPO, arXiv 2402.03300; by token as in DAPO, arXiv 2503.14476; a constant as in
     Dr. GRPO, arXiv 2503.20783.
     """
-    samples, tokens = sum(map(len, lengths)), sum(map(sum, lengths))
-    whole = {
-        "token": 1.0 / max(1, tokens),
-        "constant": 1.0 / (max(1, longest) * max(1, samples)),
-        "sum": 1.0 / max(1, samples),
-        "prompt": 1.0 / max(1, len(lengths)),
+    sample_count, token_count = sum(map(len, response_lengths)), sum(map(sum, response_lengths))
+    if loss_aggregation == "sequence_mean":
+        return [[1.0 / (max(1, length) * sample_count) for length in lengths] for lengths in response_lengths]
+    denominators = {
+        "token_mean": max(1, token_count),
+        "constant": max(1, max_response_tokens) * max(1, sample_count),
+        "sequence_sum": max(1, sample_count),
+        "prompt_mean": max(1, len(response_lengths)),
     }
-    if weighing == "sequence":
-        return [[1.0 / (max(1, length) * samples) for length in row] for row in lengths]
-    return [[whole[weighing]] * len(row) for row in lengths]
+    token_weight = 1.0 / denominators[loss_aggregation]
+    return [[token_weight] * len(lengths) for lengths in response_lengths]
 
 
-def varied(signals: Mapping[str, Sequence[float]], weights: Mapping[str, float]) -> bool:
-    """Whether any objective that counts tells a group's samples apart; DAPO drops groups where none does."""
-    return any(max(row) > min(row) for name, row in signals.items() if weights.get(name))
+def has_reward_variance(
+    objective_rewards: Mapping[str, Sequence[float]], objective_weights: Mapping[str, float]
+) -> bool:
+    """Whether any objective with a weight differs within the group; DAPO drops groups where none does."""
+    return any(
+        max(rewards) > min(rewards) for name, rewards in objective_rewards.items() if objective_weights.get(name)
+    )

@@ -1,17 +1,25 @@
-"""How many prompt groups may be sent out now, given how old a batch is allowed to be when it is learnt from."""
+"""Admission of prompt groups: how many may start now, given the staleness allowed when a batch is trained on."""
 
 from __future__ import annotations
 
 
-def capacity(*, concurrency: int, running: int, accepted: int, version: int, batch: int, staleness: int) -> int:
+def compute_admission_capacity(
+    *,
+    concurrency: int,
+    running_groups: int,
+    accepted_groups: int,
+    weight_version: int,
+    groups_per_step: int,
+    max_staleness: int,
+) -> int:
     """Groups that may start now: min(concurrency - running, (staleness + version + 1) * batch - (accepted + running)).
 
-    `concurrency` is how many groups the engines take at once, `running` how many are being generated or scored,
-    `accepted` how many finished since the run began, `version` the optimiser steps done, `batch` the groups a step
-    takes. A group that starts now is learnt from at version (accepted + running) // batch; the second term keeps that
-    within `staleness` versions of now. Staleness 0 is synchronous: nothing of the next batch starts before this
-    version exists. Never negative. Source: AReaL, arXiv 2505.24298, section 5.1.
+    `concurrency` is the number of groups the engines run at once, `running_groups` those being generated or scored,
+    `accepted_groups` those finished since the run began, `weight_version` the optimizer steps done, `groups_per_step`
+    the groups of a step. Never negative. Source: AReaL, arXiv 2505.24298, section 5.1.
     """
-    free = concurrency - running
-    fresh = (staleness + version + 1) * batch - (accepted + running)
-    return max(0, min(free, fresh))
+    free_slots = concurrency - running_groups
+    # A group that starts now is trained on at version (accepted + running) // batch; this bound keeps that within
+    # max_staleness versions of now. With 0 nothing of the next batch starts before this version exists (synchronous).
+    allowed_by_staleness = (max_staleness + weight_version + 1) * groups_per_step - (accepted_groups + running_groups)
+    return max(0, min(free_slots, allowed_by_staleness))

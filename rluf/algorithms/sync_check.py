@@ -1,9 +1,9 @@
-"""Whether a publish arrived: what the learner and an engine say of the same responses, before it and after it.
+"""Verification of a weight sync: compare learner and engine logprobs of the same responses before and after it.
 
-An engine differs from the learner by rounding even when its weights are right, and a wrong sync can look much like
-that: an engine that kept its old weights is off by one small update only. So there are three questions. Are they
-further apart than allowed? Are they suddenly much further apart than they ever were? Did the learner move while the
-engine stood still?
+An engine differs from the learner by rounding even when its weights are right, and a failed sync can look much like
+that: an engine with the previous weights is off by one small update only. Hence three tests: is the gap above the
+tolerance, did it suddenly grow far beyond all earlier gaps, and did the learner's logprobs move while the engine's did
+not?
 """
 
 from __future__ import annotations
@@ -12,53 +12,55 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-JUMP = 2.5
-"""How many times the largest gap seen so far is no rounding any more; runs of SmolLM2-135M stayed below 1.3."""
-ROUNDING = 1e-3
-"""Nats a token below which a gap is never called a jump."""
-STILL = 0.1
-"""An engine that moved less than this share of the learner's move stood still."""
+GAP_JUMP_FACTOR = 2.5
+"""A gap above this multiple of the largest one so far is not rounding; runs of SmolLM2-135M stayed below 1.3."""
+ROUNDING_GAP_NATS = 1e-3
+"""Nats per token below which a gap is never called a jump."""
+MIN_FOLLOW_SHARE = 0.1
+"""An engine whose logprobs moved by less than this share of the learner's move has not followed it."""
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class ProbeLogprobs:
     """Logprobs of the same response tokens (nats) by the learner and by one engine, at temperature 1."""
 
-    learner: tuple[float, ...]
-    engine: tuple[float, ...]
+    learner_logprobs: tuple[float, ...]
+    engine_logprobs: tuple[float, ...]
 
     @property
-    def gap(self) -> float:
-        """Mean absolute difference a token."""
-        return distance(self.learner, self.engine)
+    def mean_gap(self) -> float:
+        """Mean absolute difference per token in nats."""
+        return compute_mean_gap(self.learner_logprobs, self.engine_logprobs)
 
 
-def distance(one: Sequence[float], other: Sequence[float]) -> float:
-    """Mean absolute difference a token in nats."""
-    return fmean(abs(a - b) for a, b in zip(one, other, strict=True))
+def compute_mean_gap(first_logprobs: Sequence[float], second_logprobs: Sequence[float]) -> float:
+    """Mean absolute difference per token in nats."""
+    return fmean(abs(first - second) for first, second in zip(first_logprobs, second_logprobs, strict=True))
 
 
-def sync_problem(before: Reading, after: Reading, worst: float, tolerance: float) -> str | None:
-    """What is wrong with an engine after a publish, in words; None if nothing shows.
+def find_sync_problem(before: ProbeLogprobs, after: ProbeLogprobs, worst_gap: float, tolerance: float) -> str | None:
+    """Describe what is wrong with an engine after a weight sync; None if the checks pass.
 
-    `before` was read when the engine held the weights that the learner had then; `worst` is the largest gap of any
-    engine so far, `tolerance` the largest one allowed. A learner whose logprobs did not change can prove nothing.
+    `before` was measured when the engine had the learner's weights of that time; `worst_gap` is the largest gap of any
+    engine so far, `tolerance` the largest one allowed. If the learner's logprobs did not change, nothing can be shown.
     """
-    if not after.gap <= tolerance:
+    # Negated, so that a NaN gap fails too.
+    if not after.mean_gap <= tolerance:
         return (
-            f"mean |logprob difference| is {after.gap:.4f} nats a token, publish.probe_tolerance is {tolerance:g}; the "
-            "engine holds wrong weights, or the tolerance is too tight for this dtype"
+            f"mean |logprob difference| is {after.mean_gap:.4f} nats per token, above weight_sync.logprob_tolerance="
+            f"{tolerance:g}; the engine has wrong weights, or the tolerance is too tight for this dtype"
         )
-    limit = max(JUMP * worst, ROUNDING)
-    if after.gap > limit:
+    max_gap = max(GAP_JUMP_FACTOR * worst_gap, ROUNDING_GAP_NATS)
+    if after.mean_gap > max_gap:
         return (
-            f"mean |logprob difference| jumped to {after.gap:.4f} nats a token, having been at most {worst:.4f}; the "
-            "engine holds wrong weights"
+            f"mean |logprob difference| jumped to {after.mean_gap:.4f} nats per token, from at most {worst_gap:.4f}; "
+            "the engine has wrong weights"
         )
-    moved, followed = distance(before.learner, after.learner), distance(before.engine, after.engine)
-    if followed < STILL * moved:
+    learner_move = compute_mean_gap(before.learner_logprobs, after.learner_logprobs)
+    engine_move = compute_mean_gap(before.engine_logprobs, after.engine_logprobs)
+    if engine_move < MIN_FOLLOW_SHARE * learner_move:
         return (
-            f"the learner's logprobs moved by {moved:.2g} nats a token and the engine's by {followed:.2g}; the engine "
-            "kept its old weights"
+            f"the learner's logprobs moved by {learner_move:.2g} nats per token and the engine's by {engine_move:.2g}; "
+            "the engine still has its previous weights"
         )
     return None

@@ -1,16 +1,17 @@
-"""What a process does with memory that it has freed."""
+"""Return freed memory to the operating system at chosen moments (jemalloc)."""
 
 from __future__ import annotations
 
 import ctypes
 
-ALL_ARENAS = 4096
+JEMALLOC_ALL_ARENAS = 4096
 """jemalloc's MALLCTL_ARENAS_ALL."""
-KEEP_FREED = "dirty_decay_ms:-1,muzzy_decay_ms:-1,narenas:2"
-"""MALLOC_CONF of a process that calls `release` itself: freed memory is kept for the next micro-batch until then."""
+KEEP_FREED_MALLOC_CONF = "dirty_decay_ms:-1,muzzy_decay_ms:-1,narenas:2"
+"""MALLOC_CONF of a process that calls release_freed_memory: until then the next micro-batch reuses freed memory."""
 
 
-def release() -> bool:
-    """Give freed memory back to the system where the process runs on jemalloc; returns whether it does."""
-    control = getattr(ctypes.CDLL(None), "mallctl", None)
-    return control is not None and control(b"arena.%d.purge" % ALL_ARENAS, None, None, None, 0) == 0
+def release_freed_memory() -> bool:
+    """Return freed memory to the system if the process runs on jemalloc; returns whether it does."""
+    # jemalloc is preloaded, so its symbols are in the process itself; without it the lookup fails.
+    mallctl = getattr(ctypes.CDLL(None), "mallctl", None)
+    return mallctl is not None and mallctl(b"arena.%d.purge" % JEMALLOC_ALL_ARENAS, None, None, None, 0) == 0

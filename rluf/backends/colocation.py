@@ -1,11 +1,11 @@
-"""Engines and learners that share GPUs: whose parts are in GPU memory in which phase of a step, and how to get there.
+"""Colocated GPUs: which components of engine and learner are in GPU memory in each phase, and how to switch phases.
 
-Separate pools are the default. On a small cluster `publish.engine=ipc` puts a learner rank and an engine on each GPU.
-As they never work at once, each moves to host memory what the other needs the room for: the engine by vLLM's sleep mode
-(level 1: weights wait in host memory, the KV cache is dropped), the learner by DeepSpeed's offload_states. While
-weights are published both sides' weights are there, and neither KV cache nor optimiser state. Untested on GPUs.
+Separate pools are the default. On a small cluster `weight_sync.transport=cuda_ipc` places a learner rank and an engine
+on each GPU. They never work at once, so each moves to host memory what would take the other's room: the engine by
+vLLM's sleep mode (level 1: weights in host memory, KV cache dropped), the learner by DeepSpeed's offload_states. During
+a weight sync the weights of both are on the GPU, and neither the KV cache nor the optimizer state. Untested on GPUs.
 
-Pure: `moves` only says what to do and in which order, the actors do it (rluf/train/gpu_phases.py).
+This module is pure: phase_transitions lists the actions in order, rluf/train/actor_groups.py executes them.
 """
 
 from __future__ import annotations
@@ -17,64 +17,67 @@ from typing import Literal
 
 from rluf.config.settings import Settings
 
-Phase = Literal["generate", "learn", "publish"]
-Action = Literal["sleep", "wake", "offload", "reload"]
+GpuPhase = Literal["generate", "learn", "sync"]
+GpuAction = Literal["sleep", "wake", "offload", "reload"]
 
-WEIGHTS, CACHE = "weights", "kv_cache"
-"""An engine's parts, under the names of vLLM's wake-up tags."""
-STATES = "states"
-"""A learner's master weights, optimiser state and gradients; its other part is WEIGHTS."""
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Parts of each side that are in GPU memory."""
-
-    engine: frozenset[str]
-    learner: frozenset[str]
+WEIGHTS_TAG, KV_CACHE_TAG = "weights", "kv_cache"
+"""Components of an engine, under the names of vLLM's wake-up tags."""
+OPTIMIZER_STATES_TAG = "states"
+"""A learner's master weights, optimizer state and gradients; its other component is WEIGHTS_TAG."""
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
-    """One call to all engines (sleep, wake) or all learner ranks (offload, reload); `parts` as that call takes them."""
+class GpuResidency:
+    """Components of engine and learner that are in GPU memory."""
 
-    action: Action
-    parts: tuple[str, ...] = ()
+    engine_components: frozenset[str]
+    learner_components: frozenset[str]
 
 
-NOTHING: frozenset[str] = frozenset()
-PHASES: Mapping[Phase, Held] = MappingProxyType(
+@dataclass(frozen=True, slots=True)
+class PhaseAction:
+    """One call to all engines (sleep, wake) or to all learner ranks (offload, reload), with its `components`."""
+
+    action: GpuAction
+    components: tuple[str, ...] = ()
+
+
+NO_COMPONENTS: frozenset[str] = frozenset()
+RESIDENCY_BY_PHASE: Mapping[GpuPhase, GpuResidency] = MappingProxyType(
     {
-        "generate": Held(frozenset({WEIGHTS, CACHE}), NOTHING),
-        "publish": Held(frozenset({WEIGHTS}), frozenset({WEIGHTS})),
-        "learn": Held(NOTHING, frozenset({WEIGHTS, STATES})),
+        "generate": GpuResidency(frozenset({WEIGHTS_TAG, KV_CACHE_TAG}), NO_COMPONENTS),
+        "sync": GpuResidency(frozenset({WEIGHTS_TAG}), frozenset({WEIGHTS_TAG})),
+        "learn": GpuResidency(NO_COMPONENTS, frozenset({WEIGHTS_TAG, OPTIMIZER_STATES_TAG})),
     }
 )
-"""What is in GPU memory in each phase."""
+"""Components in GPU memory in each phase."""
 
 
-def shares_gpus(settings: Settings) -> bool:
-    """Whether engines and learners take turns on the same GPUs."""
-    return settings.publish.engine == "ipc"
+def is_colocated(settings: Settings) -> bool:
+    """Whether engines and learners share the same GPUs."""
+    return settings.weight_sync.transport == "cuda_ipc"
 
 
-def moves(before: Phase, after: Phase) -> tuple[Move, ...]:
-    """The calls that lead from one phase to another, in order: what must go leaves before anything comes.
+def phase_transitions(from_phase: GpuPhase, to_phase: GpuPhase) -> tuple[PhaseAction, ...]:
+    """Actions that lead from one phase to another, in order.
 
-    vLLM's sleep sends all of an engine away and its wake-up brings single parts; DeepSpeed's reload brings all of a
-    learner and its offload sends single parts.
+    vLLM's sleep offloads a whole engine and its wake-up restores single components; DeepSpeed's reload restores a whole
+    learner and its offload takes single components.
     """
-    held, wanted = PHASES[before], PHASES[after]
-    engine, learner = held.engine, held.learner
-    found: list[Move] = []
-    if engine - wanted.engine:
-        found.append(Move("sleep"))
-        engine = NOTHING
-    if wanted.learner - learner:
-        found.append(Move("reload"))
-        learner = frozenset({WEIGHTS, STATES})
-    if learner - wanted.learner:
-        found.append(Move("offload", tuple(sorted(learner - wanted.learner))))
-    if wanted.engine - engine:
-        found.append(Move("wake", tuple(sorted(wanted.engine - engine, reverse=True))))
-    return tuple(found)
+    before, after = RESIDENCY_BY_PHASE[from_phase], RESIDENCY_BY_PHASE[to_phase]
+    engine, learner = before.engine_components, before.learner_components
+    actions: list[PhaseAction] = []
+    # Offload before load, or both together would exceed GPU memory. A reload can only restore a whole learner, so its
+    # surplus is offloaded next, while the engine is still asleep.
+    if engine - after.engine_components:
+        actions.append(PhaseAction("sleep"))
+        engine = NO_COMPONENTS
+    if after.learner_components - learner:
+        actions.append(PhaseAction("reload"))
+        learner = frozenset({WEIGHTS_TAG, OPTIMIZER_STATES_TAG})
+    if learner - after.learner_components:
+        actions.append(PhaseAction("offload", tuple(sorted(learner - after.learner_components))))
+    if after.engine_components - engine:
+        # Reverse alphabetical order puts the weights before the KV cache.
+        actions.append(PhaseAction("wake", tuple(sorted(after.engine_components - engine, reverse=True))))
+    return tuple(actions)

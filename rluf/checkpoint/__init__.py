@@ -1,0 +1,1 @@
+"""Checkpoints of a training run: their format on disk, and uploads to object storage."""

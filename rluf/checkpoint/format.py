@@ -1,7 +1,8 @@
-"""Checkpoints of a run: which of them are whole, which one to go on from, which ones to keep.
+"""Checkpoint format: what a checkpoint contains, which ones are complete, and which ones to keep.
 
-A checkpoint is a folder step-<n> with the policy (a Hugging Face folder), one file of optimiser state a learner rank,
-state.json (what the driver knows) and, written last, complete.json, which lists every other file with its size.
+A checkpoint is a folder step-<n> below <run>/checkpoints. RunCheckpoint lists its files; RunState and ControllerState
+list the parts of state.json. complete.json is written last and contains the size of every other file, so an interrupted
+checkpoint is recognized.
 """
 
 from __future__ import annotations
@@ -19,163 +20,225 @@ from rluf.types import Group, Prompt, Sample
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
-"""Version of the layout; checkpoints of another one are skipped with a message."""
-MANIFEST = "complete.json"
-STATE = "state.json"
-POLICY = "policy"
-FOLDER = "checkpoints"
-"""Where a run folder keeps them."""
-ANSWERS = "base_answers.jsonl"
-"""The base policy's answers, beside them."""
+FORMAT_VERSION = 2
+"""Version of the layout; checkpoints of another one are skipped with a message. Format 1 had other keys and fields."""
+MANIFEST_FILE = "complete.json"
+STATE_FILE = "state.json"
+POLICY_FOLDER = "policy"
+CHECKPOINTS_FOLDER = "checkpoints"
+"""Folder of the checkpoints within a run folder."""
+BASE_RESPONSES_FILE = "base_answers.jsonl"
+"""The base policy's evaluation responses, in the run folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerState:
+    """State of the training loop between two steps; each part is what `state()` of its owner returns, as plain JSON."""
+
+    work_buffer: Mapping[str, Any]
+    """Position in the prompt order, and the prompts in flight with their seeds."""
+    policy_updater: Mapping[str, Any]
+    """KL coefficient, and the positions in the demonstrations and in the log."""
+    reward_aggregator: Mapping[str, Any]
+    """Reward normalizer, baseline signals and Lagrange multipliers."""
+    weight_sync: Mapping[str, Any]
+    """Probe prompt and responses, and the largest logprob gap so far."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunState:
-    """What the driver must know to go on after optimiser step `step`, when the weights had version `step`.
-
-    `world` is the number of learner ranks, `settings` the tree it ran with, `prompts` a digest of the training prompts
-    in order, `pipeline` the cursors, the prompts in flight and the standardiser, `schedules` each rank's learning rate
-    schedule, `rows` the metrics of the steps done, `watch` what the alarms have seen.
-    """
+    """Everything that the driver needs to continue after optimizer step `step`: the content of state.json."""
 
     step: int
-    world: int
+    """Optimizer steps done, which is also the weight version."""
+    world_size: int
+    """Number of learner ranks."""
     settings: Mapping[str, Any]
-    prompts: str
-    pipeline: Mapping[str, Any]
-    schedules: Sequence[Mapping[str, Any]]
-    rows: Sequence[Mapping[str, Any]] = field(default_factory=list)
-    watch: Mapping[str, Any] | None = None
+    """Settings of the run."""
+    prompts_digest: str
+    """Hash of the training prompts in order, see hash_prompts."""
+    controller_state: ControllerState
+    lr_schedules: Sequence[Mapping[str, Any]]
+    """Learning rate schedule of each learner rank."""
+    step_metrics: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    """Metrics of the steps done."""
+    monitor_state: Mapping[str, Any] | None = None
+    """State of the reward-hacking monitor; None where the run is not monitored."""
 
 
 @dataclass(frozen=True, slots=True)
-class Checkpoint:
-    """A whole checkpoint on disk."""
+class RunCheckpoint:
+    """A complete checkpoint on disk, and the place of each of its files."""
 
     folder: Path
     step: int
 
     @property
-    def policy(self) -> Path:
-        """The policy as a Hugging Face folder."""
-        return self.folder / POLICY
+    def policy_folder(self) -> Path:
+        """The policy as a Hugging Face folder, in its compute dtype."""
+        return self.folder / POLICY_FOLDER
 
-    def state(self) -> RunState:
-        """What the driver knew when it was written."""
-        content = json.loads((self.folder / STATE).read_text("utf-8"))
+    @property
+    def state_file(self) -> Path:
+        """The RunState as JSON."""
+        return self.folder / STATE_FILE
+
+    @property
+    def manifest_file(self) -> Path:
+        """Names and sizes of all other files; written last."""
+        return self.folder / MANIFEST_FILE
+
+    def optimizer_file(self, rank: int, world_size: int, model_name: str = "learner") -> Path:
+        """Master weights and AdamW state of one rank, of the policy (`learner`) or of PPO's `critic`."""
+        return optimizer_state_file(self.folder, rank, world_size, model_name)
+
+    def read_state(self) -> RunState:
+        """The run state that was written with it."""
+        content = json.loads(self.state_file.read_text("utf-8"))
         content.pop("format")
-        return RunState(**content)
+        controller_state = ControllerState(**content.pop("controller_state"))
+        return RunState(controller_state=controller_state, **content)
 
 
-def rank_file(folder: Path, rank: int, world: int, model: str = "learner") -> Path:
-    """Where one learner rank keeps the optimiser state of its policy, or of its `critic`."""
-    return folder / f"{model}-{rank}-of-{world}.safetensors"
+def optimizer_state_file(folder: Path, rank: int, world_size: int, model_name: str = "learner") -> Path:
+    """File of one learner rank's optimizer state, of the policy (`learner`) or of PPO's `critic`."""
+    # The number of ranks is part of the name: a ZeRO shard fits only the same rank of the same number.
+    return folder / f"{model_name}-{rank}-of-{world_size}.safetensors"
 
 
-def write_state(folder: Path, state: RunState) -> None:
-    """Write state.json, then complete.json over all files that are in `folder` by now."""
-    text = json.dumps({"format": FORMAT, **asdict(state)}, ensure_ascii=False)
-    (folder / STATE).write_text(text, "utf-8")
-    sizes = {str(file.relative_to(folder)): file.stat().st_size for file in folder.rglob("*") if file.is_file()}
-    (folder / MANIFEST).write_text(json.dumps({"format": FORMAT, "files": sizes}, indent=1), "utf-8")
+def write_run_state(checkpoint_folder: Path, run_state: RunState) -> None:
+    """Write state.json, then complete.json over all files that are in the folder by then."""
+    state_json = json.dumps({"format": FORMAT_VERSION, **asdict(run_state)}, ensure_ascii=False)
+    (checkpoint_folder / STATE_FILE).write_text(state_json, "utf-8")
+    file_sizes = {
+        str(file.relative_to(checkpoint_folder)): file.stat().st_size
+        for file in checkpoint_folder.rglob("*")
+        if file.is_file()
+    }
+    manifest = {"format": FORMAT_VERSION, "files": file_sizes}
+    (checkpoint_folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=1), "utf-8")
 
 
-def flaw(folder: Path) -> str | None:
-    """Why a checkpoint folder cannot be resumed from; None when it is whole."""
+def find_checkpoint_problem(checkpoint_folder: Path) -> str | None:
+    """Describe why a folder cannot be resumed from; None when it is complete."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-        files: dict[str, int] = manifest["files"]
+        manifest = json.loads((checkpoint_folder / MANIFEST_FILE).read_text("utf-8"))
+        file_sizes: dict[str, int] = manifest["files"]
     except FileNotFoundError:
-        return f"it has no {MANIFEST}, so it was never finished"
+        return f"it has no {MANIFEST_FILE}, so it was never finished"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"its {MANIFEST} cannot be read ({type(error).__name__})"
-    if manifest.get("format") != FORMAT:
-        return f"it has format {manifest.get('format')}, this version reads {FORMAT}"
-    for name, size in files.items():
-        file = folder / name
+        return f"its {MANIFEST_FILE} cannot be read ({type(error).__name__})"
+    if manifest.get("format") != FORMAT_VERSION:
+        return (
+            f"it has checkpoint format {manifest.get('format')}, this version of rluf reads format {FORMAT_VERSION} "
+            "only; resume it with the version that wrote it, or start a new run from its policy folder (model.path)"
+        )
+    # Sizes, not hashes: reading hundreds of gigabytes again at every start would cost minutes, and what goes wrong in
+    # practice is a copy that was cut short.
+    for name, size in file_sizes.items():
+        file = checkpoint_folder / name
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != size:
             return f"{name} has {file.stat().st_size} bytes instead of {size}"
-    needed = {STATE, f"{POLICY}/config.json"}
-    return f"it lists no {min(needed - files.keys())}" if needed - files.keys() else None
+    missing_files = {STATE_FILE, f"{POLICY_FOLDER}/config.json"} - file_sizes.keys()
+    return f"its {MANIFEST_FILE} does not list {min(missing_files)}" if missing_files else None
 
 
-def step_of(folder: Path) -> int | None:
+def parse_step(checkpoint_folder: Path) -> int | None:
     """The step in a checkpoint folder's name; None for any other name."""
-    number = folder.name.removeprefix("step-")
-    return int(number) if folder.name.startswith("step-") and number.isdigit() else None
+    number = checkpoint_folder.name.removeprefix("step-")
+    return int(number) if checkpoint_folder.name.startswith("step-") and number.isdigit() else None
 
 
-def newest_whole(folder: Path, at_most: float = float("inf")) -> Checkpoint | None:
-    """The newest whole checkpoint below `folder` of a step up to `at_most`; broken ones are skipped with a message."""
-    steps = {step: path for path in folder.glob("step-*") if (step := step_of(path)) is not None and step <= at_most}
-    for left in sorted(folder.glob(".step-*.part")):
-        logger.warning("checkpoint %s is left out: it was being written when its run ended", left)
-    for step, path in sorted(steps.items(), reverse=True):
-        problem = flaw(path)
+def find_newest_complete(checkpoints_folder: Path, max_step: float = float("inf")) -> RunCheckpoint | None:
+    """The newest complete checkpoint of a step up to `max_step`; others are skipped with a warning."""
+    folder_by_step = {
+        step: folder
+        for folder in checkpoints_folder.glob("step-*")
+        if (step := parse_step(folder)) is not None and step <= max_step
+    }
+    for partial_folder in sorted(checkpoints_folder.glob(".step-*.part")):
+        logger.warning("checkpoint %s: skipped, it was being written when its run ended", partial_folder)
+    for step, folder in sorted(folder_by_step.items(), reverse=True):
+        problem = find_checkpoint_problem(folder)
         if problem is None:
-            return Checkpoint(path, step)
-        logger.warning("checkpoint %s is left out: %s", path, problem)
+            return RunCheckpoint(folder, step)
+        logger.warning("checkpoint %s: skipped, %s", folder, problem)
     return None
 
 
-def superfluous(rewards: Mapping[int, float], keep: int) -> list[int]:
-    """Steps whose checkpoints may go: all but the last `keep` and the one of the highest mean reward (0 keeps all)."""
-    if keep == 0:
+def select_steps_to_delete(reward_by_step: Mapping[int, float], keep_count: int) -> list[int]:
+    """Steps whose checkpoints are deleted: all but the last `keep_count` and the one with the highest mean reward.
+
+    A `keep_count` of 0 keeps all.
+    """
+    if keep_count == 0:
         return []
-    steps = sorted(rewards)
-    best = max(steps, key=lambda step: (rewards[step], step), default=None)
-    return [step for step in steps[:-keep] if step != best]
+    steps = sorted(reward_by_step)
+    best_step = max(steps, key=lambda step: (reward_by_step[step], step), default=None)
+    return [step for step in steps[:-keep_count] if step != best_step]
 
 
-def prune(folder: Path, rewards: Mapping[int, float], keep: int) -> None:
-    """Delete the checkpoints that `superfluous` names; `rewards` has the mean reward of every step done."""
-    there = {step for path in folder.glob("step-*") if (step := step_of(path)) is not None}
-    for step in superfluous({step: rewards.get(step, float("-inf")) for step in there}, keep):
-        shutil.rmtree(folder / f"step-{step}", ignore_errors=True)
-    for left in folder.glob(".step-*"):
-        shutil.rmtree(left, ignore_errors=True)
+def prune_checkpoints(checkpoints_folder: Path, reward_by_step: Mapping[int, float], keep_count: int) -> None:
+    """Delete the checkpoints of `select_steps_to_delete`; `reward_by_step` has the mean reward of every step done."""
+    steps_on_disk = {step for folder in checkpoints_folder.glob("step-*") if (step := parse_step(folder)) is not None}
+    known_rewards = {step: reward_by_step.get(step, float("-inf")) for step in steps_on_disk}
+    for step in select_steps_to_delete(known_rewards, keep_count):
+        shutil.rmtree(checkpoints_folder / f"step-{step}", ignore_errors=True)
+    # Partial folders of earlier, killed runs: none is being written now.
+    for partial_folder in checkpoints_folder.glob(".step-*"):
+        shutil.rmtree(partial_folder, ignore_errors=True)
 
 
-def forget_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints below `folder` of steps after `step`."""
-    for path in folder.glob("step-*"):
-        if (step_of(path) or 0) > step:
-            shutil.rmtree(path)
+def delete_checkpoints_after(checkpoints_folder: Path, step: int) -> None:
+    """Delete the checkpoints of steps after `step`."""
+    for folder in checkpoints_folder.glob("step-*"):
+        if (parse_step(folder) or 0) > step:
+            shutil.rmtree(folder)
 
 
-def prompts_digest(prompts: Iterable[Prompt]) -> str:
-    """Stands for the training prompts and their order."""
+def hash_prompts(prompts: Iterable[Prompt]) -> str:
+    """Digest of the training prompts and their order."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(f"{prompt.id}\0{prompt.token_ids}\n".encode())
     return digest.hexdigest()[:16]
 
 
-FREE = ("run", "tracking", "cluster", "name", "evaluate.users", "evaluate.responses_per_user")
-"""Settings (or sections) that may change between a run and its resumption without changing what is learnt."""
-FREE_KEYS = (
-    "algorithm.steps", "learner.save_every", "learner.keep_checkpoints", "learner.deadline_s", "rollout.deadline_s",
-    "publish.deadline_s", "publish.probe_tolerance", "reward.deadline_s", "reward.retries", "rollout.engines",
-    "rollout.kv_cache_gib", "rollout.gpu_memory_share",
-)  # fmt: skip
+CHANGEABLE_SECTIONS = ("run", "tracking", "cluster", "timeouts")
+"""Settings sections that may change when a run is resumed, since they do not affect what is trained."""
+CHANGEABLE_KEYS = (
+    "name",
+    "evaluate.users",
+    "evaluate.responses_per_user",
+    "algorithm.steps",
+    "learner.checkpoint_every_steps",
+    "learner.keep_checkpoints",
+    "weight_sync.logprob_tolerance",
+    "reward.retries",
+    "rollout.engines",
+    "rollout.kv_cache_gib",
+    "rollout.gpu_memory_share",
+)
+"""Single settings that may change when a run is resumed."""
 
 
-def changed(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ and matter to what is learnt, each with both values."""
-    found: list[str] = []
-    for key in sorted({*before, *now}):
-        dotted = f"{prefix}{key}"
-        old, new = before.get(key), now.get(key)
-        if dotted in FREE or dotted in FREE_KEYS or old == new:
+def diff_settings(
+    saved_settings: Mapping[str, Any], current_settings: Mapping[str, Any], key_prefix: str = ""
+) -> list[str]:
+    """Dotted keys whose values differ and affect training, each with both values."""
+    differences: list[str] = []
+    for key in sorted({*saved_settings, *current_settings}):
+        dotted_key = f"{key_prefix}{key}"
+        saved, current = saved_settings.get(key), current_settings.get(key)
+        if dotted_key in CHANGEABLE_SECTIONS or dotted_key in CHANGEABLE_KEYS or saved == current:
             continue
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            found += changed(old, new, f"{dotted}.")
+        if isinstance(saved, Mapping) and isinstance(current, Mapping):
+            differences += diff_settings(saved, current, f"{dotted_key}.")
         else:
-            found.append(f"{dotted} (then {old!r}, now {new!r})")
-    return found
+            differences.append(f"{dotted_key} (then {saved!r}, now {current!r})")
+    return differences
 
 
 def group_to_json(group: Group) -> dict[str, Any]:
@@ -183,13 +246,14 @@ def group_to_json(group: Group) -> dict[str, Any]:
     return asdict(group)
 
 
-def group_from_json(content: Mapping[str, Any]) -> Group:
+def group_from_json(group_json: Mapping[str, Any]) -> Group:
     """The group that `group_to_json` wrote."""
-    prompt = dict(content["prompt"])
+    # JSON has no tuples, and the frozen types compare equal only with tuples.
+    prompt = dict(group_json["prompt"])
     prompt |= {"messages": tuple(prompt["messages"]), "token_ids": tuple(prompt["token_ids"])}
     samples = []
-    for one in content["samples"]:
-        tuples = {key: tuple(one[key]) for key in ("prompt_ids", "response_ids", "rollout_logprobs")}
-        spans = tuple((int(start), int(version)) for start, version in one["version_spans"])
-        samples.append(Sample(**{**one, **tuples, "version_spans": spans}))
-    return Group(Prompt(**prompt), tuple(samples), int(content["version"]))
+    for sample in group_json["samples"]:
+        tuples = {key: tuple(sample[key]) for key in ("prompt_ids", "response_ids", "rollout_logprobs")}
+        spans = tuple((int(start), int(version)) for start, version in sample["version_spans"])
+        samples.append(Sample(**{**sample, **tuples, "version_spans": spans}))
+    return Group(Prompt(**prompt), tuple(samples), int(group_json["weight_version"]))

@@ -1,8 +1,9 @@
-"""Copies of checkpoints on storage that outlives the machine, made while the run goes on.
+"""Upload checkpoints to storage that outlives the machine, in the background of the run; download them to resume.
 
-A run's copies lie under <run.upload>/<name>/<time>, as in its run folder: config.json, the base policy's answers, and
-checkpoints/step-<n>, whose complete.json is copied last, so that a copy cut short is never taken for a whole one.
-Storage that fails is told and tried again, and never stops a run: its checkpoints are on disk all the same.
+The files of a run are below <run.checkpoint_upload_url>/<name>/<time>, as in its run folder: config.json, the base
+policy's responses, and checkpoints/step-<n>, whose complete.json is uploaded last, so that an interrupted upload never
+passes for a complete one. Failures of the storage are logged and retried, and never stop a run: its checkpoints are on
+the local disk.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rluf.checkpoint.format import ANSWERS, FOLDER, MANIFEST, flaw, step_of
+from rluf.checkpoint.format import (
+    BASE_RESPONSES_FILE,
+    CHECKPOINTS_FOLDER,
+    MANIFEST_FILE,
+    find_checkpoint_problem,
+    parse_step,
+)
 from rluf.errors import ModelError, ResourceError
 from rluf.utils.files import atomic_folder
 
@@ -26,197 +33,223 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 4
-"""How often a checkpoint is tried; the pause before attempt n is PAUSE_S * 4^(n - 2)."""
-PAUSE_S = 1.0
+MAX_ATTEMPTS = 4
+"""Upload attempts per checkpoint; the pause before attempt n is RETRY_PAUSE_S * 4^(n - 2)."""
+RETRY_PAUSE_S = 1.0
 
 
 @dataclass(slots=True)
-class _Copy:
-    """One checkpoint on its way: since when (monotonic), its file of the moment, the files that are there."""
+class _UploadTask:
+    """One checkpoint being uploaded; `start_time` is monotonic."""
 
-    folder: Path
-    since: float
-    file: str = ""
-    there: set[str] = field(default_factory=set)
+    checkpoint_folder: Path
+    start_time: float
+    current_file: str = ""
+    uploaded_files: set[str] = field(default_factory=set)
     problem: str | None = None
-    done: bool = False
-    given_up: bool = False
+    is_done: bool = False
+    is_abandoned: bool = False
 
 
-class Uploader:
-    """Copies the checkpoints of one run folder, one after the other, the newest first when it falls behind."""
+class CheckpointUploader:
+    """Upload the checkpoints of one run, one at a time; when uploads fall behind, only the newest is next."""
 
-    def __init__(self, url: str, folder: Path, deadline_s: float, pause_s: float = PAUSE_S) -> None:
-        """Copy from run folder `folder` to `url`; each checkpoint may take `deadline_s`. `begin` opens the storage."""
-        self.url, self.folder, self._deadline, self._pause = url.rstrip("/"), folder, deadline_s, pause_s
+    def __init__(self, url: str, run_folder: Path, timeout_s: float, retry_pause_s: float = RETRY_PAUSE_S) -> None:
+        """Upload from `run_folder` to `url`, at most `timeout_s` per checkpoint. Opens nothing yet."""
+        self.url, self.run_folder = url.rstrip("/"), run_folder
+        self._timeout_s, self._retry_pause_s = timeout_s, retry_pause_s
         self._lock = threading.Lock()
-        self._now: _Copy | None = None
-        self._next: Path | None = None
-        self.uploaded: list[int] = []
-        self._known = self._here()
+        self._current_task: _UploadTask | None = None
+        self._next_checkpoint: Path | None = None
+        self.uploaded_steps: list[int] = []
+        # Checkpoints that this run has or had: remote copies of any other are not this run's to delete.
+        self._known_checkpoints = self._list_local_checkpoints()
 
     @classmethod
-    def of(cls, settings: Settings, folder: Path) -> Uploader | None:
-        """The uploader that `run.upload` asks for; None without it."""
-        if settings.run.upload is None:
+    def from_settings(cls, settings: Settings, run_folder: Path) -> CheckpointUploader | None:
+        """The uploader of `run.checkpoint_upload_url`; None without it."""
+        if settings.run.checkpoint_upload_url is None:
             return None
-        url = f"{settings.run.upload.rstrip('/')}/{settings.name}/{folder.name}"
-        return cls(url, folder, settings.learner.deadline_s)
+        url = f"{settings.run.checkpoint_upload_url.rstrip('/')}/{settings.name}/{run_folder.name}"
+        return cls(url, run_folder, settings.timeouts.learner_step_s)
 
-    def begin(self) -> None:
-        """Copy the run's settings, which shows whether the storage takes files. Raises ResourceError when not."""
+    def check_storage(self) -> None:
+        """Upload the run's settings, which shows whether the storage is writable. Raises ResourceError if not."""
         try:
-            storage, root = open_storage(self.url)
-            storage.makedirs(root, exist_ok=True)
-            storage.pipe_file(f"{root}/config.json", (self.folder / "config.json").read_bytes())
+            storage, run_path = open_storage(self.url)
+            storage.makedirs(run_path, exist_ok=True)
+            storage.pipe_file(f"{run_path}/config.json", (self.run_folder / "config.json").read_bytes())
         except (OSError, ValueError, RuntimeError) as error:
             raise ResourceError(
-                f"run.upload: cannot write to {self.url}: {type(error).__name__}: {error}; check the address and the "
-                "credentials in the environment, or take run.upload out"
+                f"run.checkpoint_upload_url: cannot write to {self.url}: {type(error).__name__}: {error}; check the "
+                "address and the credentials in the environment, or unset run.checkpoint_upload_url"
             ) from error
-        logger.info("checkpoints are copied to %s", self.url)
+        logger.info("checkpoint upload: enabled url=%s", self.url)
 
-    def add(self, checkpoint: Path) -> None:
-        """Copy `checkpoint` when the one before it is through; one that hangs past its deadline is given up."""
+    def add_checkpoint(self, checkpoint_folder: Path) -> None:
+        """Upload a checkpoint after the current one; an upload that hangs past its timeout is abandoned."""
         with self._lock:
-            self._known.add(checkpoint.name)
-            now = self._now
-            if now is not None and not now.done and time.monotonic() - now.since > self._deadline:
-                now.given_up = True
-                logger.warning("%s", self._late(now))
-                now = None
-            if now is not None and not now.done:
-                if self._next is not None:
-                    logger.info("%s is not copied: a newer checkpoint overtook it", self._next.name)
-                self._next = checkpoint
+            self._known_checkpoints.add(checkpoint_folder.name)
+            task = self._current_task
+            if task is not None and not task.is_done and time.monotonic() - task.start_time > self._timeout_s:
+                # A thread blocked in the storage's driver cannot be stopped: it is left behind and ignored.
+                task.is_abandoned = True
+                logger.warning("%s", self._format_timeout(task))
+                task = None
+            if task is not None and not task.is_done:
+                if self._next_checkpoint is not None:
+                    logger.info(
+                        "checkpoint %s: not uploaded, a newer checkpoint replaced it", self._next_checkpoint.name
+                    )
+                self._next_checkpoint = checkpoint_folder
                 return
-            self._start(checkpoint)
+            self._start_task(checkpoint_folder)
 
-    def _here(self) -> set[str]:
-        return {path.name for path in (self.folder / FOLDER).glob("step-*")}
+    def _list_local_checkpoints(self) -> set[str]:
+        return {folder.name for folder in (self.run_folder / CHECKPOINTS_FOLDER).glob("step-*")}
 
-    def drain(self) -> bool:
-        """Wait until nothing is under way, at most the deadline of a checkpoint; whether all got there."""
-        deadline = time.monotonic() + self._deadline
-        while (now := self._now) is not None and not now.done:
+    def wait_until_idle(self) -> bool:
+        """Wait until nothing is being uploaded, at most one timeout; returns whether all uploads succeeded."""
+        deadline = time.monotonic() + self._timeout_s
+        while (task := self._current_task) is not None and not task.is_done:
             if time.monotonic() > deadline:
-                logger.warning("%s", self._late(now))
+                logger.warning("%s", self._format_timeout(task))
                 return False
             time.sleep(0.02)
-        return self._now is None or self._now.problem is None
+        return self._current_task is None or self._current_task.problem is None
 
-    def _late(self, now: _Copy) -> str:
+    def _format_timeout(self, task: _UploadTask) -> str:
         return (
-            f"waited {time.monotonic() - now.since:.0f} s for {self.url} to take {now.folder.name} (at "
-            f"{now.file or 'its start'}), more than learner.deadline_s={self._deadline:g}; it is given up, the copy on "
-            f"disk is whole: {now.folder}"
+            f"checkpoint {task.checkpoint_folder.name}: upload to {self.url} abandoned after "
+            f"{time.monotonic() - task.start_time:.0f} s (at {task.current_file or 'its start'}), more than "
+            f"timeouts.learner_step_s={self._timeout_s:g}; the checkpoint on disk is complete: {task.checkpoint_folder}"
         )
 
-    def _start(self, checkpoint: Path) -> None:
-        self._now = copy = _Copy(checkpoint, time.monotonic())
-        threading.Thread(target=self._run, args=(copy,), name=f"rluf-upload-{checkpoint.name}", daemon=True).start()
+    def _start_task(self, checkpoint_folder: Path) -> None:
+        self._current_task = task = _UploadTask(checkpoint_folder, time.monotonic())
+        # A daemon thread, so that a hanging storage cannot prevent the process from exiting.
+        thread_name = f"rluf-upload-{checkpoint_folder.name}"
+        threading.Thread(target=self._run_task, args=(task,), name=thread_name, daemon=True).start()
 
-    def _run(self, copy: _Copy) -> None:
+    def _run_task(self, task: _UploadTask) -> None:
+        # Replaced below; it remains when an unexpected error ends the thread, and the waiters are still released.
         problem: str | None = "an unexpected error; its traceback is in the output"
         try:
-            problem = self._attempts(copy)
+            problem = self._upload_with_retries(task)
         finally:
-            copy.problem = problem
-            if problem is not None and not copy.given_up:
+            task.problem = problem
+            if problem is not None and not task.is_abandoned:
                 logger.warning(
-                    "%s was not copied to %s: %s; the run goes on, the checkpoint on disk is whole: %s",
-                    copy.folder.name, self.url, problem, copy.folder,
-                )  # fmt: skip
+                    "checkpoint %s: upload to %s failed: %s; training continues, the local checkpoint is complete: %s",
+                    task.checkpoint_folder.name,
+                    self.url,
+                    problem,
+                    task.checkpoint_folder,
+                )
             with self._lock:
-                copy.done = True
-                following, current = self._next, self._now is copy
-                if current and following is not None:
-                    self._next = None
-                    self._start(following)
+                task.is_done = True
+                next_checkpoint, is_current = self._next_checkpoint, self._current_task is task
+                # An abandoned task that ends after all must not start the next one a second time.
+                if is_current and next_checkpoint is not None:
+                    self._next_checkpoint = None
+                    self._start_task(next_checkpoint)
 
-    def _attempts(self, copy: _Copy) -> str | None:
-        """Try to copy; returns what is wrong after the last attempt, None when the copy is whole (or overtaken)."""
+    def _upload_with_retries(self, task: _UploadTask) -> str | None:
+        """Upload; returns the problem of the last attempt, None when it succeeded or is no longer needed."""
         problem = None
-        for number in range(ATTEMPTS):
+        for attempt in range(MAX_ATTEMPTS):
             try:
-                if self._copied(copy):
-                    seconds = time.monotonic() - copy.since
-                    logger.info("%s is copied to %s after %.1f s", copy.folder.name, self.url, seconds)
-                    self.uploaded.append(int(step_of(copy.folder) or 0))
+                if self._upload_once(task):
+                    seconds = time.monotonic() - task.start_time
+                    logger.info(
+                        "checkpoint %s: uploaded to %s seconds=%.1f", task.checkpoint_folder.name, self.url, seconds
+                    )
+                    self.uploaded_steps.append(int(parse_step(task.checkpoint_folder) or 0))
                 return None
             except (OSError, ValueError, RuntimeError) as error:
-                if not (copy.folder / MANIFEST).exists():
-                    logger.info("%s is not copied: it was deleted meanwhile, newer ones are kept", copy.folder.name)
+                if not (task.checkpoint_folder / MANIFEST_FILE).exists():
+                    logger.info(
+                        "checkpoint %s: not uploaded, it was deleted meanwhile and newer ones exist",
+                        task.checkpoint_folder.name,
+                    )
                     return None
-                problem = f"{type(error).__name__}: {error} (at {copy.file}, attempt {number + 1} of {ATTEMPTS})"
-            if copy.given_up or number + 1 == ATTEMPTS:
+                problem = (
+                    f"{type(error).__name__}: {error} (at {task.current_file}, attempt {attempt + 1} of {MAX_ATTEMPTS})"
+                )
+            if task.is_abandoned or attempt + 1 == MAX_ATTEMPTS:
                 break
-            logger.warning("%s: copying to %s failed, trying again: %s", copy.folder.name, self.url, problem)
-            time.sleep(self._pause * 4**number)
+            logger.warning(
+                "checkpoint %s: upload to %s failed, retrying: %s", task.checkpoint_folder.name, self.url, problem
+            )
+            time.sleep(self._retry_pause_s * 4**attempt)
         return problem
 
-    def _copied(self, copy: _Copy) -> bool:
-        """Copy what is not there yet, the manifest last, then delete copies whose checkpoints this run has deleted.
+    def _upload_once(self, task: _UploadTask) -> bool:
+        """Upload what is missing, the manifest last, then delete remote copies of checkpoints this run has deleted.
 
-        Others stay: a machine that goes on with a run begins with its newest checkpoint alone.
+        Returns whether the upload is complete; False if it was abandoned.
         """
-        storage, root = open_storage(self.url)
-        target = f"{root}/{FOLDER}/{copy.folder.name}"
-        sizes: dict[str, int] = json.loads((copy.folder / MANIFEST).read_text("utf-8"))["files"]
-        files = {f"{root}/{ANSWERS}": self.folder / ANSWERS}
-        files |= {f"{target}/{name}": copy.folder / name for name in (*sizes, MANIFEST)}
-        if not copy.there and storage.exists(f"{target}/{MANIFEST}"):
-            storage.rm(f"{target}/{MANIFEST}")  # of the same step before the run went back: not whole any more
-        for there, here in files.items():
-            if copy.given_up:
+        storage, run_path = open_storage(self.url)
+        remote_folder = f"{run_path}/{CHECKPOINTS_FOLDER}/{task.checkpoint_folder.name}"
+        manifest = json.loads((task.checkpoint_folder / MANIFEST_FILE).read_text("utf-8"))
+        file_names = [*manifest["files"], MANIFEST_FILE]
+        local_by_remote = {f"{run_path}/{BASE_RESPONSES_FILE}": self.run_folder / BASE_RESPONSES_FILE}
+        local_by_remote |= {f"{remote_folder}/{name}": task.checkpoint_folder / name for name in file_names}
+        if not task.uploaded_files and storage.exists(f"{remote_folder}/{MANIFEST_FILE}"):
+            # A copy of the same step from before the run rolled back: it is incomplete while its files are replaced.
+            storage.rm(f"{remote_folder}/{MANIFEST_FILE}")
+        for remote_file, local_file in local_by_remote.items():
+            if task.is_abandoned:
                 return False
-            copy.file = here.name
-            if there not in copy.there:
-                storage.makedirs(there.rpartition("/")[0], exist_ok=True)
-                storage.put_file(str(here), there)
-                copy.there.add(there)
+            task.current_file = local_file.name
+            if remote_file not in task.uploaded_files:
+                storage.makedirs(remote_file.rpartition("/")[0], exist_ok=True)
+                storage.put_file(str(local_file), remote_file)
+                task.uploaded_files.add(remote_file)
+        # Copies that this run never had stay: a machine that resumes a run starts with its newest checkpoint alone.
         with self._lock:
-            gone = self._known - self._here()
-        for name in _steps(storage, root):
-            if name in gone:
-                storage.rm(f"{root}/{FOLDER}/{name}/{MANIFEST}")
-                storage.rm(f"{root}/{FOLDER}/{name}", recursive=True)
+            deleted_names = self._known_checkpoints - self._list_local_checkpoints()
+        for name in _list_complete_checkpoints(storage, run_path):
+            if name in deleted_names:
+                # The manifest first, so that an interrupted deletion leaves no copy that passes for complete.
+                storage.rm(f"{run_path}/{CHECKPOINTS_FOLDER}/{name}/{MANIFEST_FILE}")
+                storage.rm(f"{run_path}/{CHECKPOINTS_FOLDER}/{name}", recursive=True)
         return True
 
 
 def open_storage(url: str) -> tuple[Any, str]:
     """The fsspec file system of `url` and the path in it; pyarrow's own for s3, gs and abfs without an fsspec driver.
 
-    Raises ResourceError when neither knows it.
+    Raises ResourceError when there is neither.
     """
     import fsspec
 
     try:
-        storage, root = fsspec.core.url_to_fs(url)
+        storage, path = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:
-        storage, root = _arrow(url, error)
+        storage, path = _open_arrow_storage(url, error)
+    # fsspec caches instances and their listings, which another process may have changed.
     storage.invalidate_cache()
-    return storage, str(root).rstrip("/")
+    return storage, str(path).rstrip("/")
 
 
-def _arrow(url: str, reason: Exception) -> tuple[Any, str]:
+def _open_arrow_storage(url: str, fsspec_error: Exception) -> tuple[Any, str]:
     from fsspec.implementations.arrow import ArrowFSWrapper
     from pyarrow import ArrowException
     from pyarrow.fs import FileSystem
 
     try:
-        system, root = FileSystem.from_uri(url)
+        file_system, path = FileSystem.from_uri(url)
     except (OSError, ArrowException) as error:
         raise ResourceError(
-            f"no driver for {url}: {reason}; use s3://, gs://, abfs:// or file://, or install the driver beside rluf"
+            f"no storage driver for {url}: {fsspec_error}; use s3://, gs://, abfs:// or file://, or install the driver"
         ) from error
-    return ArrowFSWrapper(system), root
+    return ArrowFSWrapper(file_system), path
 
 
 @contextmanager
-def _told(url: str) -> Iterator[None]:
-    """What storage that cannot be read says, as one error of ours."""
+def _translate_read_errors(url: str) -> Iterator[None]:
+    """Raise ResourceError for storage that cannot be read."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:
@@ -226,52 +259,58 @@ def _told(url: str) -> Iterator[None]:
         ) from error
 
 
-def _names(storage: Any, folder: str) -> list[str]:
+def _list_names(storage: Any, folder: str) -> list[str]:
     try:
-        return [str(one).rstrip("/").rpartition("/")[2] for one in storage.ls(folder, detail=False)]
+        return [str(path).rstrip("/").rpartition("/")[2] for path in storage.ls(folder, detail=False)]
     except FileNotFoundError:
         return []
 
 
-def _steps(storage: Any, root: str) -> list[str]:
-    """Names of checkpoints with a manifest under a run's copies, the newest first."""
-    found = {step: name for name in _names(storage, f"{root}/{FOLDER}") if (step := step_of(Path(name))) is not None}
-    ordered = [found[step] for step in sorted(found, reverse=True)]
-    return [name for name in ordered if storage.exists(f"{root}/{FOLDER}/{name}/{MANIFEST}")]
+def _list_complete_checkpoints(storage: Any, run_path: str) -> list[str]:
+    """Names of the uploaded checkpoints of a run that have a manifest, the newest first."""
+    name_by_step = {
+        step: name
+        for name in _list_names(storage, f"{run_path}/{CHECKPOINTS_FOLDER}")
+        if (step := parse_step(Path(name))) is not None
+    }
+    names = [name_by_step[step] for step in sorted(name_by_step, reverse=True)]
+    return [name for name in names if storage.exists(f"{run_path}/{CHECKPOINTS_FOLDER}/{name}/{MANIFEST_FILE}")]
 
 
-def newest_upload(url: str, name: str) -> tuple[str, int] | None:
-    """URL of the newest run of configuration `name` that has a copied checkpoint under `url`, and its newest step."""
-    with _told(url):
-        storage, root = open_storage(f"{url.rstrip('/')}/{name}")
-        for run in sorted(_names(storage, root), reverse=True):
-            steps = _steps(storage, f"{root}/{run}")
-            if steps:
-                return f"{url.rstrip('/')}/{name}/{run}", int(steps[0].removeprefix("step-"))
+def find_newest_upload(url: str, run_name: str) -> tuple[str, int] | None:
+    """URL of the newest run named `run_name` with an uploaded checkpoint under `url`, and its newest step."""
+    runs_url = f"{url.rstrip('/')}/{run_name}"
+    with _translate_read_errors(url):
+        storage, runs_path = open_storage(runs_url)
+        # Run folders are named by their start time.
+        for run in sorted(_list_names(storage, runs_path), reverse=True):
+            checkpoint_names = _list_complete_checkpoints(storage, f"{runs_path}/{run}")
+            if checkpoint_names:
+                return f"{runs_url}/{run}", int(checkpoint_names[0].removeprefix("step-"))
     return None
 
 
-def download(url: str, folder: Path) -> None:
-    """Fetch the newest whole checkpoint of the run copied to `url`, and its answers, into run folder `folder`.
+def download_newest_checkpoint(url: str, run_folder: Path) -> None:
+    """Download the newest complete checkpoint of the run at `url`, and its base responses, into `run_folder`.
 
     Raises ModelError when there is none, ResourceError when the storage cannot be read.
     """
-    with _told(url):
-        storage, root = open_storage(url)
-        for name in _steps(storage, root):
-            target = folder / FOLDER / name
-            if target.is_dir() and flaw(target) is None:
+    with _translate_read_errors(url):
+        storage, run_path = open_storage(url)
+        for name in _list_complete_checkpoints(storage, run_path):
+            target_folder = run_folder / CHECKPOINTS_FOLDER / name
+            if target_folder.is_dir() and find_checkpoint_problem(target_folder) is None:
                 return
-            with atomic_folder(target) as part:
-                for there in storage.find(f"{root}/{FOLDER}/{name}"):
-                    here = part / str(there).split(f"/{FOLDER}/{name}/", 1)[1]
-                    here.parent.mkdir(parents=True, exist_ok=True)
-                    storage.get_file(there, str(here))
-            problem = flaw(target)
+            with atomic_folder(target_folder) as temporary_folder:
+                for remote_file in storage.find(f"{run_path}/{CHECKPOINTS_FOLDER}/{name}"):
+                    local_file = temporary_folder / str(remote_file).split(f"/{CHECKPOINTS_FOLDER}/{name}/", 1)[1]
+                    local_file.parent.mkdir(parents=True, exist_ok=True)
+                    storage.get_file(remote_file, str(local_file))
+            problem = find_checkpoint_problem(target_folder)
             if problem is None:
-                if not (folder / ANSWERS).exists():
-                    storage.get_file(f"{root}/{ANSWERS}", str(folder / ANSWERS))
-                logger.info("checkpoint %s of %s is here: %s", name, url, target)
+                if not (run_folder / BASE_RESPONSES_FILE).exists():
+                    storage.get_file(f"{run_path}/{BASE_RESPONSES_FILE}", str(run_folder / BASE_RESPONSES_FILE))
+                logger.info("checkpoint %s: downloaded from %s to %s", name, url, target_folder)
                 return
-            logger.warning("the copy %s/%s/%s is left out: %s", url, FOLDER, name, problem)
-    raise ModelError(f"run.resume={url}: no whole checkpoint there; name another run")
+            logger.warning("checkpoint %s/%s/%s: skipped, %s", url, CHECKPOINTS_FOLDER, name, problem)
+    raise ModelError(f"run.resume={url}: expected a complete checkpoint, got none; name another run")

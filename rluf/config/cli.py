@@ -1,179 +1,204 @@
-"""The flags that every command shares: --config, --dry-run, --help, and key=value overrides."""
+"""Command-line options shared by all commands: --config, --dry-run, --help, and key=value overrides."""
 
 from __future__ import annotations
 
 import argparse
-import errno
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from rluf.config.cpu_dtype import AUTO
-from rluf.config.load import DEFAULT, Loaded, fields, load_settings, parse_yaml
-from rluf.errors import ResourceError, RlufError, SettingsError, TerminatedError
+from pydantic import BaseModel
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-INTERRUPTED = 130
-TERMINATED = 143
+from rluf.config.cpu_dtype import AUTO_DTYPE
+from rluf.config.load import DEFAULT_SOURCE, LoadedSettings, iter_setting_fields, load_settings, parse_yaml
+from rluf.errors import DISK_FULL_ERRNOS, ResourceError, RlufError, SettingsError, TerminatedError
+
+INTERRUPTED_EXIT_CODE = 130
+TERMINATED_EXIT_CODE = 143
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are ours, so that they look and exit like all others."""
+class _ArgumentParser(argparse.ArgumentParser):
+    """An argument parser that raises SettingsError, so that its errors look and exit like all others."""
 
     def error(self, message: str) -> NoReturn:
         raise SettingsError(f"{message}; see python -m {self.prog} --help")
 
 
-def parse(command: str, description: str, argv: Sequence[str] | None = None) -> Loaded:
-    """Settings that the command line asks for. `command` is the module's name, such as train or rluf.train.
+@dataclass(frozen=True, slots=True)
+class CommandOptions:
+    """Options of one command in addition to the shared ones."""
 
-    --help and --dry-run write to stdout and leave with SystemExit(0); what is wrong with the command line or a settings
-    file is one message on stderr and SystemExit(2). `argv` is without the program's name; None takes the process's own.
+    add: Callable[[argparse.ArgumentParser], None]
+    """Adds them to the parser."""
+    to_overrides: Callable[[argparse.Namespace], list[str]] = field(default=lambda _: [])
+    """key=value overrides that they stand for; raises SettingsError for an invalid value."""
+
+
+def parse_command_line(
+    command: str, description: str, arguments: Sequence[str] | None = None, options: CommandOptions | None = None
+) -> LoadedSettings:
+    """Load the settings that a command line selects. `command` is a module name, such as train or rluf.train.
+
+    --help and --dry-run write to stdout and exit with SystemExit(0). An invalid command line or settings file ends with
+    one message on stderr and SystemExit(2). `arguments` excludes the program name; None reads sys.argv. The values of
+    the command's own options are in `options` of the result.
     """
+    arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return _parse(
-            f"rluf.{command.removeprefix('rluf.')}", description, sys.argv[1:] if argv is None else list(argv)
-        )
+        return _parse_arguments(f"rluf.{command.removeprefix('rluf.')}", description, arguments, options)
     except SettingsError as error:
-        _leave(f"error: {error}", error.exit_code)
+        _exit_with_message(f"error: {error}", error.exit_code)
 
 
-def _parse(command: str, description: str, argv: list[str]) -> Loaded:
-    parser = _Parser(
+def _parse_arguments(
+    command: str, description: str, arguments: Sequence[str], options: CommandOptions | None
+) -> LoadedSettings:
+    parser = _ArgumentParser(
         prog=command,
         usage=f"python -m {command} [--config FILE] [--dry-run] [key=value ...]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        add_help=False,
+        add_help=False,  # --help also prints all settings, which argparse's own action cannot
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings in YAML; without it: the quickstart")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML settings file; without it: the quickstart")
     parser.add_argument(
-        "--dry-run", action="store_true", help="show all settings and what follows from them, do nothing"
+        "--dry-run", action="store_true", help="print all settings and the figures derived from them, then exit"
     )
-    if command == "rluf.train":
-        parser.add_argument(
-            "--resume", action="store_true", help="go on from the newest checkpoint; the same as run.resume=latest"
-        )
-        parser.add_argument(
-            "--profile", metavar="steps=N", help="profile N steps, from the second on; the same as run.profile_steps=N"
-        )
-    parser.add_argument("-h", "--help", action="store_true", help="show this and all settings, do nothing")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change single settings")
-    given = parser.parse_intermixed_args(argv)
-    if given.help:
-        sys.stdout.write(f"{parser.format_help()}\n{settings_help()}")
+    if options is not None:
+        options.add(parser)
+    parser.add_argument("-h", "--help", action="store_true", help="print this and all settings, then exit")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override single settings")
+    # Intermixed, so that key=value overrides may come before, between and after options.
+    namespace = parser.parse_intermixed_args(arguments)
+    if namespace.help:
+        sys.stdout.write(f"{parser.format_help()}\n{format_settings_help()}")
         raise SystemExit(0)
-    flags = ["run.resume=latest"] if getattr(given, "resume", False) else []
-    if (profile := getattr(given, "profile", None)) is not None:
-        steps = profile.removeprefix("steps=")
-        if not steps.isdecimal():
-            parser.error(f"--profile takes steps=N, such as steps=3, not {profile!r}")
-        flags.append(f"run.profile_steps={steps}")
-    loaded = load_settings(given.config, [*given.overrides, *flags])
-    if given.dry_run:
-        sys.stdout.write(dry_run_text(loaded))
+    option_overrides = [] if options is None else options.to_overrides(namespace)
+    loaded = replace(load_settings(namespace.config, [*namespace.overrides, *option_overrides]), options=namespace)
+    if namespace.dry_run:
+        sys.stdout.write(format_dry_run(loaded))
         raise SystemExit(0)
     return loaded
 
 
-def guard(function: Callable[[], object]) -> int:
-    """Run a command's work; returns 0. What a user can cause ends in one message on stderr, not in a traceback.
+def run_command(function: Callable[[], object]) -> int:
+    """Run a command's function and return 0. Errors that a user can cause print one message instead of a traceback.
 
-    RlufError leaves with SystemExit of its own code, Ctrl-C with 130, SIGTERM with 143. Both unwind the stack, so that
-    actors are ended and nothing stays half-written.
+    RlufError exits with its own code, Ctrl-C with 130, SIGTERM with 143. Both signals unwind the stack, so that actors
+    are ended and no file is half-written.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _handle_sigterm)
     try:
         function()
     except TerminatedError as error:
-        _leave(f"terminated: {error}", error.exit_code)
+        _exit_with_message(f"terminated: {error}", error.exit_code)
     except RlufError as error:
-        _leave(f"error: {error}", error.exit_code)
+        _exit_with_message(f"error: {error}", error.exit_code)
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        if error.errno not in DISK_FULL_ERRNOS:
             raise
-        where = error.filename or "the run folder, the cache or /tmp"
-        _leave(
-            f"error: {error.strerror} while writing {where}; free some space, or point run.root, run.cache or TMPDIR "
+        path = error.filename or "the run folder, the cache or /tmp"
+        _exit_with_message(
+            f"error: {error.strerror} while writing {path}; free some space, or point run.root, run.cache or TMPDIR "
             "at a larger disk",
             ResourceError.exit_code,
         )
     except KeyboardInterrupt:
-        _leave("interrupted: stopped before the end; finished stages are kept and reused by the next run", INTERRUPTED)
+        _exit_with_message(
+            "interrupted: stopped early; finished artifacts are cached and reused by the next run",
+            INTERRUPTED_EXIT_CODE,
+        )
     return 0
 
 
-def _leave(message: str, code: int) -> NoReturn:
-    """End with a last line on stderr and this exit code; the code also where the line's own file has no room."""
+def _exit_with_message(message: str, exit_code: int) -> NoReturn:
+    """Exit with a last line on stderr and this exit code, even when stdout or stderr is a file on a full disk."""
     for stream, text in ((sys.stdout, ""), (sys.stderr, f"{message}\n")):
         try:
             stream.write(text)
             stream.flush()
-        except OSError:  # what is still held back must not fail again when Python ends, which would change the code
+        except OSError:
+            # The unwritten buffer would fail again at interpreter exit and replace the exit code by 120.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-    raise SystemExit(code) from None
+    raise SystemExit(exit_code) from None
 
 
-def _terminate(signum: int, _: FrameType | None) -> NoReturn:
-    signal.signal(signum, signal.SIG_IGN)
-    _leave("terminated: stopped before the end; finished stages are kept and reused by the next run", TERMINATED)
+def _handle_sigterm(signum: int, _: FrameType | None) -> NoReturn:
+    signal.signal(signum, signal.SIG_IGN)  # a second SIGTERM must not interrupt the cleanup
+    _exit_with_message(
+        "terminated: stopped early; finished artifacts are cached and reused by the next run", TERMINATED_EXIT_CODE
+    )
 
 
-def settings_help() -> str:
-    """Every setting with its default and its one line of documentation."""
-    defaults = flat(load_settings(None))
+def format_settings_help() -> str:
+    """Every setting with its default and its description."""
+    defaults = flatten_settings(load_settings(None))
     lines = ["settings (key = default: meaning):"]
-    for key, info in fields():
-        about = " ".join((info.description or "").split())
-        lines.append(f"  {key} = {defaults[key]}\n      {about}")
+    for key, info in iter_setting_fields():
+        description = " ".join((info.description or "").split())
+        lines.append(f"  {key} = {defaults[key]}\n      {description}")
     return "\n".join(lines) + "\n"
 
 
-def flat(loaded: Loaded) -> dict[str, str]:
-    """Every value as YAML text by dotted key."""
+def flatten_settings(loaded: LoadedSettings) -> dict[str, str]:
+    """Every value as YAML text, by dotted key."""
     values: dict[str, str] = {}
     for key in loaded.sources:
         value: object = loaded.settings
-        for part in key.split("."):
-            value = getattr(value, part)
-        values[key] = _yaml(value)
+        for name in key.split("."):
+            value = getattr(value, name)
+        values[key] = _format_yaml_value(value)
     return values
 
 
-def _yaml(value: object) -> str:
+def _format_yaml_value(value: object) -> str:
+    """`value` as YAML on one line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return f"[{', '.join(_yaml(item) for item in value)}]"
+        return f"[{', '.join(_format_yaml_value(item) for item in value)}]"
+    if isinstance(value, BaseModel):
+        return _format_yaml_value(value.model_dump(exclude_defaults=True))
+    if isinstance(value, Mapping):
+        items = (f"{_format_yaml_value(key)}: {_format_yaml_value(item)}" for key, item in value.items())
+        return f"{{{', '.join(items)}}}"
     text = str(value)
-    return json.dumps(text) if isinstance(value, str) and parse_yaml(text, text) != text else text
+    # Inside [] and {} a comma, bracket or ": " ends plain text, so such text is quoted although it is valid outside.
+    has_flow_syntax = isinstance(value, str) and any(mark in text for mark in (",", "[", "]", "{", "}", ": ", " #"))
+    if isinstance(value, str) and (has_flow_syntax or parse_yaml(text, text) != text):
+        return json.dumps(text)
+    return text
 
 
-def dry_run_text(loaded: Loaded) -> str:
-    """The resolved tree as YAML that can be saved and used again, each value's source, then the derived figures."""
-    from rluf.config.derived import describe
+def format_dry_run(loaded: LoadedSettings) -> str:
+    """The resolved settings as YAML that can be saved and loaded, each value's source, then the derived figures."""
+    from rluf.config.derived import format_derived_figures
 
     lines: list[str] = []
-    above: list[str] = []
-    values = flat(loaded)
-    for key, _ in fields():
+    open_sections: list[str] = []
+    values = flatten_settings(loaded)
+    for key, _ in iter_setting_fields():
         *sections, name = key.split(".")
         for depth, section in enumerate(sections):
-            if sections[: depth + 1] != above[: depth + 1]:
+            if sections[: depth + 1] != open_sections[: depth + 1]:
                 lines.append(f"{'  ' * depth}{section}:")
-        above = sections
+        open_sections = sections
         text = f"{'  ' * len(sections)}{name}: {values[key]}"
         lines.append(f"{text:<60}  # {loaded.sources[key]}")
-    changed = sum(source != DEFAULT and not source.startswith(AUTO) for source in loaded.sources.values())
-    lines.append(
-        f"\n# {changed} of {len(values)} settings come from a file or an override, the others from the defaults"
+    # A resolved dtype has a source of its own, although no file or override set it.
+    changed_count = sum(
+        source != DEFAULT_SOURCE and not source.startswith(AUTO_DTYPE) for source in loaded.sources.values()
     )
-    lines += [f"# {line}" for line in describe(loaded.settings)]
+    lines.append(
+        f"\n# {changed_count} of {len(values)} settings come from a file or an override, the others are defaults"
+    )
+    lines += [f"# {line}" for line in format_derived_figures(loaded.settings)]
     return "\n".join(lines) + "\n"

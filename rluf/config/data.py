@@ -1,76 +1,96 @@
-"""Settings of the logs: where they lie, how they are simulated, checked, split and sampled."""
+"""Settings of the logs: where they are, how they are simulated, validated, split and sampled."""
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field, field_validator
 
-from rluf.config.base import Section
+from rluf.config.base import SettingsSection
+
+READER_PREFIX_PATTERN = re.compile(r"^([A-Za-z][A-Za-z0-9_]+):(?!//)(.+)$", re.DOTALL)
+"""`reader:path` of earlier releases. URLs (s3://), drive letters (C:\\) and paths with a slash or dot do not match."""
 
 
-class DataSettings(Section):
-    """Where the raw data lies. An entry is a file, a folder, a glob or a URL (s3://, gs://); `sample:<kind>` is the log
-    shipped with rluf, `<reader>:<path>` a foreign log (readers in rluf/prepare/readers, among them
-    openai, wildchat, lmsys, langfuse). An empty list leaves that kind out."""
+class DataSource(SettingsSection):
+    """Files in a foreign format, and the reader that converts their rows."""
 
-    feedback: tuple[str, ...] = ("sample:feedback",)
-    """Reaction logs (JSONL, plain, gz or zst; Parquet; CSV; Arrow), one served response a row."""
-    reactions: tuple[str, ...] = ()
+    reader: str
+    """Reader name (rluf/prepare/readers: openai, wildchat, lmsys, langfuse and others), or module:function."""
+    path: str
+    """File, folder, glob or URL."""
+
+
+class DataSettings(SettingsSection):
+    """Raw data. An entry is a file, folder, glob or URL (s3://, gs://), `sample:<kind>` for the log shipped with rluf,
+    or {reader: name, path: ...} for a log in another format. An empty list omits that kind of data."""
+
+    feedback: tuple[DataSource | str, ...] = ("sample:feedback",)
+    """Feedback logs (JSONL, plain, gz or zst; Parquet; CSV; Arrow), one served response per row."""
+    reactions: tuple[DataSource | str, ...] = ()
     """Reactions logged apart from the responses (id, response_id, time, reaction, retracted), joined to `feedback`."""
-    preferences: tuple[str, ...] = ("sample:preferences",)
-    """Pairs (messages, chosen, rejected) that the helpfulness model learns from."""
-    safety: tuple[str, ...] = ("sample:safety",)
-    """Labelled responses (messages, response, label; 1 safe, 0 unsafe) that the safety model learns from."""
-    prompts: tuple[str, ...] = ("sample:prompts",)
+    preferences: tuple[DataSource | str, ...] = ("sample:preferences",)
+    """Pairs (messages, chosen, rejected) to train the helpfulness model on."""
+    safety: tuple[DataSource | str, ...] = ("sample:safety",)
+    """Labeled responses (messages, response, label; 1 safe, 0 unsafe) to train the safety model on."""
+    prompts: tuple[DataSource | str, ...] = ("sample:prompts",)
     """Prompts for training and evaluation (id, messages, topic, split train or test)."""
 
     @field_validator("*", mode="before")
     @classmethod
-    def _one_is_a_list(cls, value: object) -> object:
-        return (value,) if isinstance(value, str) else value
+    def _wrap_single_entry(cls, value: object) -> object:
+        entries = (value,) if isinstance(value, (str, dict)) else value
+        for entry in entries if isinstance(entries, (list, tuple)) else ():
+            match = READER_PREFIX_PATTERN.match(entry) if isinstance(entry, str) else None
+            if match and match[1] != "sample":
+                raise ValueError(
+                    f"expected a path or a mapping, got {entry!r}; write {{reader: {match[1]}, path: {match[2]}}}"
+                )
+        return entries
 
 
-class SimulateSettings(Section):
-    """The simulated users who put hearts on responses; the ground truth of quickstart."""
+class SimulateSettings(SettingsSection):
+    """Simulated users who react to responses; the ground truth of the quickstart."""
 
     users: int = Field(default=1500, ge=1)
     """Users in the population that writes the log."""
     responses_per_prompt: int = Field(default=21, ge=1)
-    """Responses sampled for each training prompt, shared among the served model versions (risky prompts get more)."""
-    events: int = Field(default=6000, ge=1)
+    """Responses sampled per training prompt, divided among the served model versions (risky prompts get more)."""
+    log_rows: int = Field(default=6000, ge=1)
     """Served responses (rows) to write to the log."""
     base_love_rate: float = Field(default=0.06, gt=0, lt=1)
-    """Share of served responses that get a heart in the log, by calibration of the intercept."""
+    """Share of served responses with a heart in the log; the intercept is calibrated to it."""
     preference_pairs: int = Field(default=1200, ge=1)
-    """Pairs that simulated raters judge for helpfulness."""
+    """Pairs rated for helpfulness by simulated raters."""
     safety_labels: int = Field(default=900, ge=1)
-    """Responses that simulated raters label safe or unsafe."""
+    """Responses labeled safe or unsafe by simulated raters."""
     output: str = "runs/simulated"
-    """Folder that receives feedback, preferences, safety and prompts files."""
+    """Output folder for the feedback, preferences, safety and prompts files."""
 
 
-class PrepareSettings(Section):
-    """How raw rows become training data."""
+class PrepareSettings(SettingsSection):
+    """Conversion of raw rows to training data."""
 
     quarantine_budget: float = Field(default=0.05, ge=0, le=1)
-    """Largest share of bad rows before the job stops with a summary."""
+    """Maximum share of invalid rows before the job stops with a summary."""
     dev_share: float = Field(default=0.1, gt=0, lt=1)
-    """Share of users whose rows pick the epoch and fit the calibration."""
+    """Share of users in the dev split, which selects the epoch and fits the calibration."""
     test_share: float = Field(default=0.15, gt=0, lt=1)
-    """Share of users whose rows are only reported on."""
+    """Share of users in the test split, which is only reported on."""
     positive_share: float = Field(default=0.25, gt=0, lt=1)
-    """Share of loved rows in the training split after dropping unloved rows at random; the factor is kept per row."""
+    """Share of loved rows in the training split after random removal of unloved rows; the factor is saved per row."""
     max_rows: int = Field(default=4000, ge=10)
-    """Most training rows kept for one objective (rows drop at random past it, and the card says so)."""
+    """Maximum training rows per objective; more are removed at random, as the data card reports."""
     split: Literal["user", "strict"] = "user"
-    """user: users and conversations on one side. strict: near-duplicate prompts too, and test later than train."""
+    """user: a user or conversation is in one split only. strict: also near-duplicate prompts, and test is later than
+    train."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Where a foreign feedback log keeps our fields (field: path.in.its.row, or =constant); empty: our own names."""
-    attribution_hours: float = Field(default=168, gt=0)
-    """Reactions that come later than this after their response do not count (hours)."""
-    return_days: float = Field(default=7, gt=0)
-    """Where the log does not say `returned`: whether the user was seen again 6 hours to this many days later."""
+    """Column mapping of a feedback log with other names (field: path.in.its.row, or =constant); empty: rluf's names."""
+    reaction_window_hours: float = Field(default=168, gt=0)
+    """Hours after a response during which a reaction counts."""
+    return_window_days: float = Field(default=7, gt=0)
+    """For logs without `returned`: whether the user was seen again between 6 hours and this many days later."""
     redact: tuple[Literal["email", "phone", "card", "iban", "ip", "key"], ...] = (
         "email",
         "phone",
@@ -79,8 +99,8 @@ class PrepareSettings(Section):
         "ip",
         "key",
     )
-    """Personal data that is replaced by its kind, such as <email>, in all texts."""
-    abuse: tuple[Literal["rate", "burst", "timing", "copies", "self_love", "device", "cap"], ...] = (
+    """Kinds of personal data replaced by their kind, such as <email>, in all texts."""
+    abuse_rules: tuple[Literal["rate", "burst", "timing", "copies", "self_love", "device", "cap"], ...] = (
         "rate",
         "burst",
         "timing",
@@ -89,12 +109,12 @@ class PrepareSettings(Section):
         "device",
         "cap",
     )
-    """Rules that take weight from rows of bots, brigades and farms (docs/data.md); the smallest weight counts."""
-    user_cap: int = Field(default=200, ge=1)
-    """Rows of one user that count in full; a user with more has the weight of this many (rule cap)."""
-    previous: str | None = None
-    """Data set that the card compares with; none means the one that is replaced."""
-    blocks: int = Field(default=2, ge=1)
+    """Rules that down-weight rows of bots, brigades and farms (docs/data.md); a row gets its smallest weight."""
+    user_row_cap: int = Field(default=200, ge=1)
+    """Rows per user that count fully; the rows of a user with more share this total weight (rule cap)."""
+    previous_dataset: str | None = None
+    """Data set that the data card compares with; none means the one being replaced."""
+    ray_data_blocks: int = Field(default=2, ge=1)
     """Ray Data blocks (read and map parallelism)."""
     output: str | None = None
-    """Folder of the data set that `python -m rluf.prepare` writes; none means <run.root>/<name>/data."""
+    """Data set folder written by `python -m rluf.prepare`; none means <run.root>/<name>/data."""

@@ -1,6 +1,6 @@
-"""What follows from the settings: batch arithmetic, who runs where, and an estimate of each one's memory.
+"""Figures derived from the settings: batch arithmetic, actors and their resources, and memory estimates in bytes.
 
-Pure arithmetic, so `--dry-run` shows it without torch, ray or a cluster. All memory is in bytes.
+Pure arithmetic, so that `--dry-run` shows it without torch, ray or a cluster.
 """
 
 from __future__ import annotations
@@ -9,231 +9,292 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rluf.config.model_shape import model_shape
+from rluf.config.model_shape import estimate_model_shape
 from rluf.config.reward import RewardModelSettings
 from rluf.config.settings import Settings
 
-GIB = 1 << 30
-MASTER_BYTES = 4
-ADAM_BYTES = 8
-ACTIVATION_FACTOR = 34
-PROCESS_BYTES = int(0.8 * GIB)
+BYTES_PER_GIB = 1 << 30
+MASTER_WEIGHT_BYTES = 4
+ADAM_STATE_BYTES = 8
+ACTIVATION_BYTES_PER_HIDDEN_UNIT = 34
+PROCESS_BYTES = int(0.8 * BYTES_PER_GIB)
+"""Host memory of an actor process without its model: Python, torch, Ray."""
 
-Role = Literal["rollout", "reward", "learner", "reward_training"]
+ActorRole = Literal["rollout", "reward", "learner", "reward_training"]
 
 
 @dataclass(frozen=True, slots=True)
-class Batches:
-    """The arithmetic of one step. Tokens are upper bounds, from the longest prompt and response allowed."""
+class StepBatchSizes:
+    """Batch arithmetic of one step. Tokens are upper bounds: every sample has the maximum prompt and response."""
 
-    samples: int
-    longest: int
-    tokens: int
-    micro_batches: int
+    samples_per_step: int
+    max_sample_tokens: int
+    max_tokens_per_step: int
+    micro_batches_per_worker: int
     rollout_waves: int
     total_samples: int
 
 
 @dataclass(frozen=True, slots=True)
-class Pool:
-    """Actors of one role: how many, what each reserves, and an estimate of what each one's memory holds, by name.
+class ActorPoolPlan:
+    """Actors of one role: their number, the resources that each reserves, and its estimated memory by part.
 
-    `labels` are those that their nodes must have.
+    `node_labels` are required of the nodes that they run on.
     """
 
-    role: Role
+    role: ActorRole
     name: str
-    count: int
-    cpus: float
-    gpus: float
-    memory: dict[str, int]
-    labels: dict[str, str] = field(default_factory=dict)
+    actor_count: int
+    cpus_per_actor: float
+    gpus_per_actor: float
+    memory_bytes: dict[str, int]
+    node_labels: dict[str, str] = field(default_factory=dict)
 
     @property
-    def bytes_each(self) -> int:
-        """Estimated bytes of one actor, on its GPU if it has one, else in host memory."""
-        return sum(self.memory.values())
+    def bytes_per_actor(self) -> int:
+        """Estimated bytes of one actor, in GPU memory if it has a GPU, else in host memory."""
+        return sum(self.memory_bytes.values())
 
 
-def batches(settings: Settings) -> Batches:
-    """Samples, tokens and micro-batches of one optimiser step."""
+def compute_batch_sizes(settings: Settings) -> StepBatchSizes:
+    """Samples, tokens and micro-batches of one optimizer step."""
     algorithm, rollout = settings.algorithm, settings.rollout
     samples = algorithm.prompts_per_step * algorithm.samples_per_prompt
-    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
-    fit = algorithm.micro_batch_tokens // longest
-    return Batches(
-        samples=samples,
-        longest=longest,
-        tokens=samples * longest,
-        micro_batches=math.ceil(math.ceil(samples / settings.learner.ranks) / fit),
+    max_sample_tokens = rollout.max_prompt_tokens + rollout.max_response_tokens
+    samples_per_micro_batch = algorithm.micro_batch_tokens // max_sample_tokens
+    return StepBatchSizes(
+        samples_per_step=samples,
+        max_sample_tokens=max_sample_tokens,
+        max_tokens_per_step=samples * max_sample_tokens,
+        micro_batches_per_worker=math.ceil(math.ceil(samples / settings.learner.workers) / samples_per_micro_batch),
         rollout_waves=math.ceil(samples / (rollout.concurrency * rollout.engines)),
         total_samples=samples * algorithm.steps,
     )
 
 
-def learner_memory(settings: Settings) -> dict[str, int]:
-    """Bytes of one learner rank by part, for mixed precision with AdamW.
+def estimate_learner_memory(settings: Settings) -> dict[str, int]:
+    """Bytes of one learner by part, for mixed precision with AdamW.
 
-    ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) divides by the ranks: optimiser state from stage 1, gradients from
-    stage 2, weights at stage 3. Activations take about 34 bytes * hidden size a token and layer without the attention
-    matrix (Korthikanti et al. 2022, arXiv 2205.05198), or 2 with recomputation. Logits count three float32 copies.
+    ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) shards over the learners: optimizer state from stage 1, gradients
+    from stage 2, weights at stage 3. Activations take about 34 bytes * hidden size per token and layer without the
+    attention matrix (Korthikanti et al. 2022, arXiv 2205.05198), or 2 with recomputation. Logits count three float32
+    copies.
     """
-    shape, learner = model_shape(settings.model.path), settings.learner
-    compute = 2 if settings.policy_dtype == "bfloat16" else 4
-    tokens, stage = settings.algorithm.micro_batch_tokens, learner.zero_stage
+    shape, learner = estimate_model_shape(settings.model.path), settings.learner
+    bytes_per_weight = _policy_bytes_per_weight(settings)
+    tokens = settings.algorithm.micro_batch_tokens
 
-    def share(stage_from: int) -> int:
-        return learner.ranks if stage >= stage_from else 1
+    def shard_count(first_sharded_stage: int) -> int:
+        return learner.workers if learner.zero_stage >= first_sharded_stage else 1
 
-    activation = 2 if learner.gradient_checkpointing else ACTIVATION_FACTOR
+    # With recomputation only the input of each layer is stored: hidden size values of 2 bytes.
+    activation_bytes = 2 if learner.gradient_checkpointing else ACTIVATION_BYTES_PER_HIDDEN_UNIT
     memory = {
-        "weights": compute * shape.parameters // share(3),
-        "gradients": 4 * shape.parameters // share(2),
-        "optimiser": (MASTER_BYTES + ADAM_BYTES) * shape.parameters // share(1),
-        "activations": activation * tokens * shape.hidden * shape.layers * compute // 2,
-        "logits": 3 * 4 * tokens * shape.vocabulary,
+        "weights": bytes_per_weight * shape.parameter_count // shard_count(3),
+        "gradients": 4 * shape.parameter_count // shard_count(2),
+        "optimizer": (MASTER_WEIGHT_BYTES + ADAM_STATE_BYTES) * shape.parameter_count // shard_count(1),
+        # The 34 bytes assume 2-byte activations.
+        "activations": activation_bytes * tokens * shape.hidden_size * shape.layer_count * bytes_per_weight // 2,
+        "logits": 3 * 4 * tokens * shape.vocabulary_size,
     }
-    if settings.algorithm.kl_coef > 0:
-        memory["reference"] = compute * shape.parameters // share(3)
+    if settings.algorithm.kl_coef > 0:  # without a KL term no reference policy is loaded
+        memory["reference"] = bytes_per_weight * shape.parameter_count // shard_count(3)
     if settings.algorithm.name == "ppo":
-        memory["critic"] = memory["weights"] + memory["gradients"] + memory["optimiser"]
+        # The critic has the policy's architecture with a value head.
+        memory["critic"] = memory["weights"] + memory["gradients"] + memory["optimizer"]
     if learner.offload_optimizer:
-        memory["optimiser"] = 0
+        memory["optimizer"] = 0
     return memory
 
 
-def engine_memory(settings: Settings) -> dict[str, int]:
-    """Bytes of one rollout engine by part, over all the GPUs it spans."""
-    shape = model_shape(settings.model.path)
-    compute = 2 if settings.policy_dtype == "bfloat16" else 4
+def estimate_engine_memory(settings: Settings) -> dict[str, int]:
+    """Bytes of one rollout engine by part, over all the GPUs that it spans."""
+    shape = estimate_model_shape(settings.model.path)
     if settings.cluster.gpus_per_engine == 0:
-        cache = int(settings.rollout.kv_cache_gib * GIB)
+        kv_cache_bytes = int(settings.rollout.kv_cache_gib * BYTES_PER_GIB)
     else:
-        cache = kv_cache_need(settings)
-    return {"weights": compute * shape.parameters, "kv cache": cache}
+        kv_cache_bytes = estimate_kv_cache_bytes(settings)
+    return {"weights": _policy_bytes_per_weight(settings) * shape.parameter_count, "kv cache": kv_cache_bytes}
 
 
-def kv_cache_need(settings: Settings) -> int:
-    """Bytes of KV cache that keep `rollout.concurrency` samples of the longest kind in flight on one engine."""
-    shape, rollout = model_shape(settings.model.path), settings.rollout
-    compute = 2 if settings.policy_dtype == "bfloat16" else 4
-    token = 2 * shape.layers * shape.kv_width * compute
-    return token * rollout.concurrency * (rollout.max_prompt_tokens + rollout.max_response_tokens)
+def estimate_kv_cache_bytes(settings: Settings) -> int:
+    """Bytes of KV cache for `rollout.concurrency` samples of maximum length on one engine."""
+    shape, rollout = estimate_model_shape(settings.model.path), settings.rollout
+    bytes_per_token = 2 * shape.layer_count * shape.kv_width * _policy_bytes_per_weight(settings)
+    return bytes_per_token * rollout.concurrency * (rollout.max_prompt_tokens + rollout.max_response_tokens)
 
 
-def scored_together(settings: Settings) -> tuple[tuple[str, ...], ...]:
-    """The objectives by reward pool: heads of one backbone (reward.heads) are one pool, all others one each."""
-    named, heads = settings.objectives.named, settings.reward.heads
-    shared = [n for n in heads if n in named and named[n].source == "model" and named[n].path is None]
-    groups = [(name,) for name in named if name not in shared]
-    found: list[tuple[str, ...]] = [tuple(shared), *groups] if shared else list(groups)
-    return tuple(sorted(found, key=lambda group: list(named).index(group[0])))
-
-
-def pools(settings: Settings) -> list[Pool]:
-    """All actors of the alignment phase, then the reward training workers, which run before it."""
-    cluster, objectives = settings.cluster, settings.objectives
-    models = settings.reward
-    backbones = {"love": models.love, "helpfulness": models.helpfulness, "safety": models.safety}
-    found = [
-        Pool("rollout", "rollout", settings.rollout.engines, cluster.cpus_per_engine, cluster.gpus_per_engine,
-             engine_memory(settings), cluster.labels_of("rollout")),
-        Pool("learner", "learner", settings.learner.ranks, cluster.cpus_per_learner, cluster.gpus_per_learner,
-             learner_memory(settings), cluster.labels_of("learner")),
-    ]  # fmt: skip
-    for name, *_ in scored_together(settings):
-        objective = objectives.named[name]
-        scoring, gpus = {}, 0.0
-        if objective.source == "model":
-            weights = model_shape(objective.path).parameters if objective.path else scoring_parameters(backbones[name])
-            scoring, gpus = {"weights": 4 * weights}, cluster.gpus_per_reward
-        found.append(Pool("reward", f"{name} reward", objective.replicas, cluster.cpus_per_reward, gpus, scoring,
-                          cluster.labels_of("reward")))  # fmt: skip
-    trained = [n for n, o in objectives.named.items() if o.source == "model" and o.path is None]
-    if trained:
-        largest = max((model_shape(backbones[name].backbone) for name in trained), key=lambda shape: shape.parameters)
-        tokens = max(backbones[n].batch_rows * backbones[n].max_tokens for n in trained) // models.most_workers
-        memory = {
-            "weights": 4 * largest.parameters,
-            "gradients": 4 * largest.parameters,
-            "optimiser": ADAM_BYTES * largest.parameters // (models.most_workers if models.zero_stage else 1),
-            "activations": 2 * ACTIVATION_FACTOR * tokens * largest.hidden * largest.layers,
-        }
-        found.append(Pool("reward_training", "reward training", models.most_workers, cluster.cpus_per_reward,
-                          cluster.gpus_per_reward, memory))  # fmt: skip
-    return found
-
-
-def scoring_parameters(model: RewardModelSettings) -> int:
-    """Parameters that scoring by a model holds in memory: once for members that share a pass, else a backbone each.
-
-    A backbone whose upper layers are left out counts whole.
-    """
-    passes = {(member.backbone, member.response, model.depths(member)) for member in model.members}
-    return sum(model_shape(backbone).parameters for backbone, _, _ in passes)
-
-
-def host_bytes(settings: Settings) -> int:
-    """Estimated peak of host memory over all CPU actors of the alignment phase, each with its process."""
-    each = [p for p in pools(settings) if p.role != "reward_training"]
-    return sum(p.count * (PROCESS_BYTES + (p.bytes_each if p.gpus == 0 else 0)) for p in each)
-
-
-def policy_bytes(settings: Settings) -> int:
-    """Bytes of the policy's weights in its compute type: what a publish moves and a checkpoint writes."""
-    return (2 if settings.policy_dtype == "bfloat16" else 4) * model_shape(settings.model.path).parameters
-
-
-def checkpoint_bytes(settings: Settings) -> int:
-    """Bytes of a checkpoint to resume from: the policy, float32 weights and AdamW state of it, and of PPO's critic."""
-    trained = (MASTER_BYTES + ADAM_BYTES) * model_shape(settings.model.path).parameters
-    return policy_bytes(settings) + trained * (2 if settings.algorithm.name == "ppo" else 1)
-
-
-def show_bytes(count: float) -> str:
-    """Bytes in words: 266 MiB, 1.5 GiB."""
-    for unit, size in (("TiB", 1 << 40), ("GiB", GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
-        if count >= size:
-            return f"{count / size:.3g} {unit}" if count < 1000 * size else f"{count / size:,.0f} {unit}"
-    return f"{count:.0f} B"
-
-
-def describe(settings: Settings) -> list[str]:
-    """The derived figures in lines, as `--dry-run` shows them."""
-    step, algorithm, rollout = batches(settings), settings.algorithm, settings.rollout
-    shape = model_shape(settings.model.path)
-    note = f" ({shape.note})" if shape.note else ""
-    lines = [
-        f"model: {settings.model.path}, {shape.parameters / 1e6:,.1f} M parameters{note}, {shape.layers} layers, "
-        f"hidden {shape.hidden}, vocabulary {shape.vocabulary:,}",
-        f"samples a step: {step.samples} = {algorithm.prompts_per_step} prompts x {algorithm.samples_per_prompt}; "
-        f"{step.total_samples} in {algorithm.steps} steps",
-        f"tokens a step: at most {step.tokens:,} = {step.samples} x ({rollout.max_prompt_tokens} prompt + "
-        f"{rollout.max_response_tokens} response)",
-        f"micro-batches a rank and step: at most {step.micro_batches} of {algorithm.micro_batch_tokens} tokens over "
-        f"{settings.learner.ranks} rank(s)",
-        f"rollout waves a step: {step.rollout_waves} at {rollout.concurrency} samples in flight on each of "
-        f"{rollout.engines} engine(s)",
-        f"kv cache for that: {show_bytes(kv_cache_need(settings))} an engine"
-        + (
-            f", rollout.kv_cache_gib gives {rollout.kv_cache_gib:g} GiB"
-            if settings.cluster.gpus_per_engine == 0
-            else ""
-        ),
-        f"a publish moves {show_bytes(policy_bytes(settings))} in buckets of {settings.publish.bucket_mib} MiB",
+def objectives_by_reward_pool(settings: Settings) -> tuple[tuple[str, ...], ...]:
+    """Objectives grouped by reward pool: one pool for all heads of reward.shared_backbone_heads, one per other
+    objective."""
+    objectives, heads = settings.objectives.by_objective, settings.reward.shared_backbone_heads
+    shared = [
+        name
+        for name in heads
+        if name in objectives and objectives[name].source == "model" and objectives[name].path is None
     ]
-    if settings.publish.engine == "ipc":
-        lines.append("engines and learners take turns on the same GPUs: one of each on every GPU")
-    for pool in pools(settings):
-        parts = ", ".join(f"{name} {show_bytes(size)}" for name, size in pool.memory.items() if size)
-        where = f"{pool.gpus:g} GPU, {pool.cpus:g} CPU" if pool.gpus else f"{pool.cpus:g} CPU"
-        lines.append(
-            f"{pool.name}: {pool.count} x {where}, about {show_bytes(pool.bytes_each)} each"
-            + (f" ({parts})" if parts else "")
+    groups: list[tuple[str, ...]] = [(name,) for name in objectives if name not in shared]
+    if shared:
+        groups.append(tuple(shared))
+    return tuple(sorted(groups, key=lambda group: list(objectives).index(group[0])))
+
+
+def plan_actor_pools(settings: Settings) -> list[ActorPoolPlan]:
+    """All actors of the training phase, then the reward training workers, which run before it."""
+    cluster, objectives, models = settings.cluster, settings.objectives.by_objective, settings.reward.by_objective
+    pools = [
+        ActorPoolPlan(
+            role="rollout",
+            name="rollout",
+            actor_count=settings.rollout.engines,
+            cpus_per_actor=cluster.cpus_per_engine,
+            gpus_per_actor=cluster.gpus_per_engine,
+            memory_bytes=estimate_engine_memory(settings),
+            node_labels=cluster.labels_for_role("rollout"),
+        ),
+        ActorPoolPlan(
+            role="learner",
+            name="learner",
+            actor_count=settings.learner.workers,
+            cpus_per_actor=cluster.cpus_per_learner,
+            gpus_per_actor=cluster.gpus_per_learner,
+            memory_bytes=estimate_learner_memory(settings),
+            node_labels=cluster.labels_for_role("learner"),
+        ),
+    ]
+    for name, *_ in objectives_by_reward_pool(settings):
+        objective = objectives[name]
+        memory: dict[str, int] = {}
+        if objective.source == "model":
+            parameters = (
+                estimate_model_shape(objective.path).parameter_count
+                if objective.path
+                else count_scoring_parameters(models[name])
+            )
+            memory = {"weights": 4 * parameters}  # float32, as on CPUs
+        pools.append(
+            ActorPoolPlan(
+                role="reward",
+                name=f"{name} reward",
+                actor_count=objective.replicas,
+                cpus_per_actor=cluster.cpus_per_reward,
+                gpus_per_actor=cluster.gpus_per_reward if objective.source == "model" else 0.0,
+                memory_bytes=memory,
+                node_labels=cluster.labels_for_role("reward"),
+            )
         )
-    align = [pool for pool in pools(settings) if pool.role != "reward_training"]
+    trained = [name for name, value in objectives.items() if value.source == "model" and value.path is None]
+    if trained:
+        pools.append(_plan_reward_training(settings, trained))
+    return pools
+
+
+def _plan_reward_training(settings: Settings, objectives: list[str]) -> ActorPoolPlan:
+    """Workers of reward training, sized for the largest model and the largest batch of all `objectives`."""
+    cluster, reward, models = settings.cluster, settings.reward, settings.reward.by_objective
+    shapes = [estimate_model_shape(models[name].backbone) for name in objectives]
+    largest = max(shapes, key=lambda shape: shape.parameter_count)
+    tokens = max(models[name].batch_rows * models[name].max_tokens for name in objectives) // reward.max_workers
+    optimizer_shards = reward.max_workers if reward.zero_stage else 1
+    return ActorPoolPlan(
+        role="reward_training",
+        name="reward training",
+        actor_count=reward.max_workers,
+        cpus_per_actor=cluster.cpus_per_reward,
+        gpus_per_actor=cluster.gpus_per_reward,
+        memory_bytes={
+            "weights": 4 * largest.parameter_count,
+            "gradients": 4 * largest.parameter_count,
+            "optimizer": ADAM_STATE_BYTES * largest.parameter_count // optimizer_shards,
+            "activations": 2 * ACTIVATION_BYTES_PER_HIDDEN_UNIT * tokens * largest.hidden_size * largest.layer_count,
+        },
+    )
+
+
+def count_scoring_parameters(model_settings: RewardModelSettings) -> int:
+    """Parameters that scoring loads: one backbone per forward pass, so members that share a pass count once.
+
+    A backbone without its upper layers counts fully.
+    """
+    forward_passes = {
+        (member.backbone, member.response_only, model_settings.shared_pass_depths(member))
+        for member in model_settings.member_specs
+    }
+    return sum(estimate_model_shape(backbone).parameter_count for backbone, _, _ in forward_passes)
+
+
+def estimate_host_bytes(settings: Settings) -> int:
+    """Estimated peak of host memory over all actors of the training phase, each with its process."""
+    return sum(
+        pool.actor_count * (PROCESS_BYTES + (pool.bytes_per_actor if pool.gpus_per_actor == 0 else 0))
+        for pool in plan_actor_pools(settings)
+        if pool.role != "reward_training"
+    )
+
+
+def estimate_policy_bytes(settings: Settings) -> int:
+    """Bytes of the policy's weights in its compute dtype: the size of a weight sync and of a saved policy."""
+    return _policy_bytes_per_weight(settings) * estimate_model_shape(settings.model.path).parameter_count
+
+
+def estimate_checkpoint_bytes(settings: Settings) -> int:
+    """Bytes of a checkpoint: the policy, its float32 weights and AdamW state, and those of PPO's critic."""
+    state_bytes = MASTER_WEIGHT_BYTES + ADAM_STATE_BYTES
+    trained_bytes = state_bytes * estimate_model_shape(settings.model.path).parameter_count
+    return estimate_policy_bytes(settings) + trained_bytes * (2 if settings.algorithm.name == "ppo" else 1)
+
+
+def _policy_bytes_per_weight(settings: Settings) -> int:
+    return 2 if settings.policy_dtype == "bfloat16" else 4
+
+
+def format_bytes(byte_count: float) -> str:
+    """Bytes with a unit: 266 MiB, 1.5 GiB."""
+    for unit, size in (("TiB", 1 << 40), ("GiB", BYTES_PER_GIB), ("MiB", 1 << 20), ("KiB", 1 << 10)):
+        if byte_count >= size:
+            return f"{byte_count / size:.3g} {unit}" if byte_count < 1000 * size else f"{byte_count / size:,.0f} {unit}"
+    return f"{byte_count:.0f} B"
+
+
+def format_derived_figures(settings: Settings) -> list[str]:
+    """The derived figures as the lines that `--dry-run` prints."""
+    sizes, algorithm, rollout = compute_batch_sizes(settings), settings.algorithm, settings.rollout
+    shape = estimate_model_shape(settings.model.path)
+    note = f" ({shape.note})" if shape.note else ""
+    kv_cache = f"kv cache for that: {format_bytes(estimate_kv_cache_bytes(settings))} per engine"
+    if settings.cluster.gpus_per_engine == 0:
+        kv_cache += f", rollout.kv_cache_gib is {rollout.kv_cache_gib:g} GiB"
+    lines = [
+        f"model: {settings.model.path}, {shape.parameter_count / 1e6:,.1f} M parameters{note}, "
+        f"{shape.layer_count} layers, hidden {shape.hidden_size}, vocabulary {shape.vocabulary_size:,}",
+        f"samples per step: {sizes.samples_per_step} = {algorithm.prompts_per_step} prompts x "
+        f"{algorithm.samples_per_prompt}; {sizes.total_samples} in {algorithm.steps} steps",
+        f"tokens per step: at most {sizes.max_tokens_per_step:,} = {sizes.samples_per_step} x "
+        f"({rollout.max_prompt_tokens} prompt + {rollout.max_response_tokens} response)",
+        f"micro-batches per learner and step: at most {sizes.micro_batches_per_worker} of "
+        f"{algorithm.micro_batch_tokens} tokens on {settings.learner.workers} learner(s)",
+        f"rollout waves per step: {sizes.rollout_waves} with {rollout.concurrency} samples in flight on each of "
+        f"{rollout.engines} engine(s)",
+        kv_cache,
+        f"weight sync: {format_bytes(estimate_policy_bytes(settings))} in buckets of "
+        f"{settings.weight_sync.bucket_mib} MiB",
+    ]
+    if settings.weight_sync.transport == "cuda_ipc":
+        lines.append("engines and learners are colocated: one of each on every GPU, active in turn")
+    for pool in plan_actor_pools(settings):
+        memory = ", ".join(f"{name} {format_bytes(size)}" for name, size in pool.memory_bytes.items() if size)
+        resources = f"{pool.cpus_per_actor:g} CPU"
+        if pool.gpus_per_actor:
+            resources = f"{pool.gpus_per_actor:g} GPU, {resources}"
+        lines.append(
+            f"{pool.name}: {pool.actor_count} x {resources}, about {format_bytes(pool.bytes_per_actor)} each"
+            + (f" ({memory})" if memory else "")
+        )
+    training_pools = [pool for pool in plan_actor_pools(settings) if pool.role != "reward_training"]
+    cpus = sum(pool.actor_count * pool.cpus_per_actor for pool in training_pools)
+    gpus = sum(pool.actor_count * pool.gpus_per_actor for pool in training_pools)
     lines.append(
-        f"at once: {sum(p.count * p.cpus for p in align):g} CPU, {sum(p.count * p.gpus for p in align):g} GPU, "
-        f"about {show_bytes(host_bytes(settings))} of host memory (estimates)"
+        f"at once: {cpus:g} CPU, {gpus:g} GPU, about {format_bytes(estimate_host_bytes(settings))} of host memory "
+        "(estimates)"
     )
     return lines

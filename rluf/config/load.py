@@ -1,11 +1,12 @@
-"""From YAML files and key=value overrides to Settings, with the source of every value.
+"""Load YAML files and key=value overrides into Settings, with the source of every value.
 
-A file may extend others (`extends: base.yaml`, relative to itself). Mappings merge key by key, everything else is
-replaced. What neither file nor override says keeps its default, inside every section.
+A file may extend others (`extends: base.yaml`, relative to itself). Sections merge key by key; a value, a mapping such
+as algorithm.topic_weights included, replaces the one before. Keys set nowhere keep their defaults.
 """
 
 from __future__ import annotations
 
+import argparse
 import difflib
 import os
 import re
@@ -19,256 +20,297 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from rluf.config.cpu_dtype import Dtype, why
+from rluf.config.cpu_dtype import Dtype, explain_auto_dtype
 from rluf.config.policy import ModelSettings
+from rluf.config.renamed import find_renamed_keys
 from rluf.config.reward import RewardSettings
 from rluf.config.settings import Settings
 from rluf.errors import SettingsError
 
-DEFAULT = "default"
-OVERRIDE = "override"
+DEFAULT_SOURCE = "default"
+OVERRIDE_SOURCE = "override"
 
-VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
-SECRET = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
-PASSWORD = re.compile(r"://[^/@\s:]*:[^/@\s]+@")
+VARIABLE_PATTERN = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
+SECRET_NAME_PATTERN = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|(API|ACCESS|PRIVATE)_?KEY", re.IGNORECASE)
+URL_PASSWORD_PATTERN = re.compile(r"://[^/@\s:]*:[^/@\s]+@")
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
-    """Settings and where each value came from: dotted key -> default, a file's path, or override."""
+class LoadedSettings:
+    """Settings and the source of each value: dotted key -> default, a file's path, or override.
+
+    `options` are the command line's own options, when the settings come from one.
+    """
 
     settings: Settings
     sources: Mapping[str, str]
+    options: argparse.Namespace = field(default_factory=argparse.Namespace)
 
 
 @dataclass(slots=True)
-class _Draft:
-    """Values on their way to Settings: the tree, and the source of each dotted key."""
+class _SettingsDraft:
+    """Unvalidated values while files and overrides are merged: the tree, and the source of each dotted key."""
 
     tree: dict[str, Any]
+    known_keys: frozenset[str]
     sources: dict[str, str] = field(default_factory=dict)
 
     def merge(self, values: Mapping[str, Any], source: str) -> None:
-        self._merge(self.tree, values, source, "")
+        """Merge sections key by key and replace everything else."""
+        self._merge_section(self.tree, values, source, "")
 
-    def _merge(self, into: dict[str, Any], values: Mapping[str, Any], source: str, prefix: str) -> None:
+    def set_mapping_item(self, dotted_key: str, value: Any) -> None:
+        """Set one item of a setting that is a mapping, such as algorithm.topic_weights.risky, and keep the others."""
+        setting_key = next(key for key in self.known_keys if dotted_key.startswith(f"{key}."))
+        target = self.tree
+        for name in setting_key.split("."):
+            target = target[name]
+        *parents, item = dotted_key.removeprefix(f"{setting_key}.").split(".")
+        for name in parents:
+            target = target.setdefault(name, {})
+        target[item] = value
+        self.sources[setting_key] = OVERRIDE_SOURCE
+
+    def _merge_section(self, target: dict[str, Any], values: Mapping[str, Any], source: str, prefix: str) -> None:
         for key, value in values.items():
-            dotted = f"{prefix}{key}"
-            if isinstance(into.get(key), dict):
-                if isinstance(value, Mapping):
-                    self._merge(into[key], value, source, f"{dotted}.")
-                elif value is not None:  # an empty section in YAML reads as null and changes nothing
-                    raise SettingsError(
-                        f"{dotted} is a section, not a value (now {value!r}, {source}); set one of its keys, "
-                        f"such as {dotted}.{next(iter(into[key]))}"
-                    )
-            else:
-                into[key] = value
-                self.sources[dotted] = source
+            dotted_key = f"{prefix}{key}"
+            if dotted_key in self.known_keys:
+                target[key] = value
+                self.sources[dotted_key] = source
+            elif isinstance(value, Mapping):
+                self._merge_section(target[key], value, source, f"{dotted_key}.")
+            elif value is not None:  # an empty section in YAML reads as null and changes nothing
+                raise SettingsError(
+                    f"{dotted_key} is a section, not a value (now {value!r}, {source}); set one of its keys, "
+                    f"such as {dotted_key}.{next(iter(target[key]))}"
+                )
 
 
-def load_settings(config: Path | None, overrides: Sequence[str] = ()) -> Loaded:
-    """Settings from the defaults (the quickstart), then `config` and what it extends, then `key=value` overrides.
+def load_settings(config_path: Path | None, overrides: Sequence[str] = ()) -> LoadedSettings:
+    """Settings from the defaults (the quickstart), then `config_path` and the files it extends, then the overrides.
 
-    A file that does not say its `name` gets the file's own, without the ending. Raises SettingsError, with the dotted
-    key, the value, its source and what to do, for an unknown key, a wrong value, or keys that do not go together.
+    A file without `name` gets its own file name without the suffix. Raises SettingsError, with the dotted key, the
+    value, its source and the fix, for an unknown key, an invalid value, or keys that conflict.
     """
-    draft = _Draft(Settings().model_dump(mode="json"))
-    known = frozenset(key for key, _ in fields())
-    if config is not None:
-        chain = list(_chain(config, ()))
+    known_keys = frozenset(key for key, _ in iter_setting_fields())
+    # Merging into the dumped defaults keeps the defaults of each section: reward.helpfulness has another loss than the
+    # class RewardModelSettings, and a file that sets one key of it must not reset the loss.
+    draft = _SettingsDraft(Settings().model_dump(mode="json"), known_keys)
+    if config_path is not None:
+        chain = list(_load_extends_chain(config_path, ()))
+        # Otherwise the run folder would get the name of the extended file.
         if "name" not in chain[-1][1]:
-            chain[-1][1]["name"] = config.stem
+            chain[-1][1]["name"] = config_path.stem
         for path, values in chain:
-            _check_keys(values, str(path), known)
+            _check_keys(values, str(path), known_keys)
             draft.merge(values, str(path))
     for override in overrides:
-        values = _parse_override(override)
-        _check_keys(values, OVERRIDE, known)
-        draft.merge(values, OVERRIDE)
-    sources = {key: draft.sources.get(key, DEFAULT) for key in known}
+        dotted_key, value = _parse_override(override)
+        values = _nest_value(dotted_key, value)
+        _check_keys(values, OVERRIDE_SOURCE, known_keys)
+        if any(dotted_key.startswith(f"{key}.") for key in known_keys):
+            draft.set_mapping_item(dotted_key, value)
+        else:
+            draft.merge(values, OVERRIDE_SOURCE)
+    sources = {key: draft.sources.get(key, DEFAULT_SOURCE) for key in known_keys}
     try:
         settings = Settings.model_validate(draft.tree)
     except ValidationError as error:
-        raise SettingsError(_explain(error, sources)) from None
-    return _without_auto(settings, sources)
+        raise SettingsError(_format_validation_error(error, sources)) from None
+    return _resolve_auto_dtypes(settings, sources)
 
 
-def _without_auto(settings: Settings, sources: dict[str, str]) -> Loaded:
-    """Settings whose dtypes say what auto means here, so that every process of a run takes the same."""
+def _resolve_auto_dtypes(settings: Settings, sources: dict[str, str]) -> LoadedSettings:
+    """Replace dtype=auto by this machine's dtype, once on the driver: the processes of a run may have other CPUs."""
     sections: dict[str, tuple[ModelSettings | RewardSettings, Dtype, float]] = {
         "model": (settings.model, settings.policy_dtype, settings.policy_gpus),
         "reward": (settings.reward, settings.reward_dtype, settings.cluster.gpus_per_reward),
     }
-    found: dict[str, BaseModel] = {}
-    for name, (section, dtype, gpus) in sections.items():
+    resolved_sections: dict[str, BaseModel] = {}
+    for name, (section, dtype, gpu_count) in sections.items():
         if section.dtype == "auto":
-            found[name] = section.model_copy(update={"dtype": dtype})
-            sources[f"{name}.dtype"] = why(dtype, gpus=gpus)
-    return Loaded(settings.model_copy(update=found), sources)
+            resolved_sections[name] = section.model_copy(update={"dtype": dtype})
+            sources[f"{name}.dtype"] = explain_auto_dtype(dtype, gpu_count=gpu_count)
+    return LoadedSettings(settings.model_copy(update=resolved_sections), sources)
 
 
-def fields(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Dotted key and declaration of every setting in the order of the tree, sections themselves left out."""
+def iter_setting_fields(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Dotted key and field of every setting in tree order, without the sections themselves."""
     for name, info in section.model_fields.items():
-        inner = info.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            yield from fields(inner, f"{prefix}{name}.")
+        annotation = info.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            yield from iter_setting_fields(annotation, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", info
 
 
-class _Loader(yaml.SafeLoader):
-    """Safe YAML that also refuses keys said twice, reads 1e-5 as a number, and off, yes and dates as plain text."""
+class _StrictYamlLoader(yaml.SafeLoader):
+    """Safe YAML that refuses duplicate keys, reads 1e-5 as a number, and keeps off, yes and dates as plain text."""
 
 
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Hashable, Any]:
-    seen: set[object] = set()
+def _construct_unique_mapping(loader: _StrictYamlLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:
+    names: set[object] = set()
     for key, _ in node.value:
         name = loader.construct_object(key)
-        if name in seen:
+        if name in names:
             raise yaml.constructor.ConstructorError(None, None, f"{name!r} is set twice", key.start_mark)
-        seen.add(name)
+        names.add(name)
     return loader.construct_mapping(node)
 
 
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
-_TRAPS = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in found if tag not in _TRAPS]
-    for first, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+_StrictYamlLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _construct_unique_mapping)
+# YAML 1.1 reads `off` as false and 2024-01-01 as a date, but tracking.wandb=off and names of runs are text.
+_PLAIN_TEXT_TAGS = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
+_StrictYamlLoader.yaml_implicit_resolvers = {
+    first_character: [(tag, pattern) for tag, pattern in resolvers if tag not in _PLAIN_TEXT_TAGS]
+    for first_character, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(_TRAPS[0], re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
+_StrictYamlLoader.add_implicit_resolver(_PLAIN_TEXT_TAGS[0], re.compile(r"^(?:true|True|false|False)$"), list("tTfF"))
+# YAML 1.1 floats need a dot, so 1e-5 would be text.
+_StrictYamlLoader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
 
 
 def parse_yaml(text: str, source: str) -> Any:
-    """Value of YAML text, ${VAR} and ${VAR:-default} expanded in its strings. `source` is for messages."""
+    """Parse YAML and expand ${VAR} and ${VAR:-default} in its strings. `source` is named in error messages."""
     try:
-        return _expand(yaml.load(text, _Loader), source)
+        return _expand_variables(yaml.load(text, _StrictYamlLoader), source)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}" if mark is not None else ""
+        location = f" line {mark.line + 1}" if mark is not None else ""
         problem = getattr(error, "problem", None) or str(error)
-        raise SettingsError(f"{source}{where} is not valid YAML: {problem}; mend that line") from None
+        raise SettingsError(f"{source}{location} is not valid YAML: {problem}; fix that line") from None
 
 
-def _expand(value: Any, source: str) -> Any:
+def _expand_variables(value: Any, source: str) -> Any:
     if isinstance(value, dict):
-        return {key: _expand(inner, source) for key, inner in value.items()}
+        return {key: _expand_variables(item, source) for key, item in value.items()}
     if isinstance(value, list):
-        return [_expand(inner, source) for inner in value]
+        return [_expand_variables(item, source) for item in value]
     if not isinstance(value, str):
         return value
-    if PASSWORD.search(value):
+    if URL_PASSWORD_PATTERN.search(value):
         raise SettingsError(
-            f"a value of {PASSWORD.sub('://...@', source)} has a password before the @ of an address, and settings are "
-            "written to the run folder; leave it out and give it by the storage's own environment variables, such as "
+            f"a value of {URL_PASSWORD_PATTERN.sub('://...@', source)} has a password in a URL, and settings are "
+            "written to the run folder; remove it and set the storage's own environment variables, such as "
             "AWS_SECRET_ACCESS_KEY"
         )
 
-    def replace(match: re.Match[str]) -> str:
+    def replace_variable(match: re.Match[str]) -> str:
         name, fallback = match.group(1), match.group(2)
-        if SECRET.search(name):
+        if SECRET_NAME_PATTERN.search(name):
             raise SettingsError(
                 f"{source} uses {name}, which looks like a secret, and settings are written to the run folder and the "
-                "log; leave it out: what needs it reads it from the environment"
+                "log; remove it: the code that needs the secret reads it from the environment"
             )
-        found = os.environ.get(name) or fallback
-        if found is None:
+        expanded = os.environ.get(name) or fallback  # as in a shell, :- also replaces an empty variable
+        if expanded is None:
             raise SettingsError(
                 f"{value!r} ({source}) uses {name}, which is not set; export it, or write ${{{name}:-...}}"
             )
-        return found
+        return expanded
 
-    return VARIABLE.sub(replace, value)
+    return VARIABLE_PATTERN.sub(replace_variable, value)
 
 
-def _chain(path: Path, below: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Files that `path` rests on, the furthest first, each with its values (without `extends`)."""
-    if path.resolve() in below:
-        names = " -> ".join(p.name for p in (*below, path))
-        raise SettingsError(f"these files extend one another in a circle: {names}; drop one `extends`")
+def _load_extends_chain(path: Path, extending_paths: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """`path` and the files that it extends, most basic first, each with its values (without `extends`)."""
+    if path.resolve() in extending_paths:
+        names = " -> ".join(p.name for p in (*extending_paths, path))
+        raise SettingsError(f"these files extend one another in a circle: {names}; remove one `extends`")
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else "; check the path"
-        used = f", which {below[-1].name} extends" if below else ""
-        raise SettingsError(f"cannot read settings file {path}{used} ({error.strerror}){hint}") from None
+        similar_names = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+        hint = f"; did you mean {path.parent / similar_names[0]}?" if similar_names else "; check the path"
+        extended_by = f", which {extending_paths[-1].name} extends" if extending_paths else ""
+        raise SettingsError(f"cannot read settings file {path}{extended_by} ({error.strerror}){hint}") from None
     except UnicodeDecodeError:
-        raise SettingsError(f"settings file {path} is not UTF-8 text; give a YAML file") from None
+        raise SettingsError(f"settings file {path} is not UTF-8 text; pass a YAML file") from None
     values = parse_yaml(text, str(path)) or {}
     if not isinstance(values, dict):
-        raise SettingsError(f"{path} holds {type(values).__name__}, not a mapping; write `key: value` lines")
+        raise SettingsError(f"{path}: expected a mapping, got {type(values).__name__}; write `key: value` lines")
     extends = values.pop("extends", [])
     for base in [extends] if isinstance(extends, str) else extends:
-        yield from _chain(path.parent / str(base), (*below, path.resolve()))
+        yield from _load_extends_chain(path.parent / str(base), (*extending_paths, path.resolve()))
     yield path, values
 
 
-def _parse_override(text: str) -> dict[str, Any]:
+def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
         raise SettingsError(f"{text!r} is not an override; write key=value, such as algorithm.steps=20")
-    inner: Any = parse_yaml(value, f"override {text}")
-    for part in reversed(key.strip().split(".")):
-        inner = {part: inner}
-    result: dict[str, Any] = inner
-    return result
+    return key.strip(), parse_yaml(value, f"override {text}")
 
 
-def _check_keys(values: Mapping[Any, Any], source: str, known: frozenset[str], prefix: str = "") -> None:
+def _nest_value(dotted_key: str, value: Any) -> dict[str, Any]:
+    """`value` as a tree: a.b=1 becomes {a: {b: 1}}."""
+    first, _, rest = dotted_key.partition(".")
+    return {first: _nest_value(rest, value) if rest else value}
+
+
+def _check_keys(values: Mapping[Any, Any], source: str, known_keys: frozenset[str]) -> None:
+    """Refuse renamed keys, all in one message, and then the first unknown key."""
+    renamed = {key: new for key, new in find_renamed_keys(values).items() if key not in known_keys}
+    if renamed:
+        changes = "; ".join(f"{old} is now {new}" for old, new in renamed.items())
+        raise SettingsError(f"settings were renamed: {changes} ({source}); write the new names")
+    _check_known(values, source, known_keys, "")
+
+
+def _check_known(values: Mapping[Any, Any], source: str, known_keys: frozenset[str], prefix: str) -> None:
     for key, value in values.items():
-        dotted = f"{prefix}{key}"
-        if dotted in known:
+        dotted_key = f"{prefix}{key}"
+        if dotted_key in known_keys:
             continue
-        if not any(leaf.startswith(f"{dotted}.") for leaf in known):
+        if not any(known_key.startswith(f"{dotted_key}.") for known_key in known_keys):
             while isinstance(value, Mapping) and value:
                 key, value = next(iter(value.items()))
-                dotted += f".{key}"
-            raise SettingsError(f"unknown setting {dotted} ({source}); {_nearest(dotted, known)}")
+                dotted_key += f".{key}"
+            raise SettingsError(f"unknown setting {dotted_key} ({source}); {_suggest_key(dotted_key, known_keys)}")
         if isinstance(value, Mapping):
-            _check_keys(value, source, known, f"{dotted}.")
+            _check_known(value, source, known_keys, f"{dotted_key}.")
 
 
-def _nearest(dotted: str, known: frozenset[str]) -> str:
-    """Advice on what an unknown key may have meant: a key of the same name elsewhere, else one spelt alike."""
-    last = dotted.rpartition(".")[2]
-    same = sorted(leaf for leaf in known if leaf.rpartition(".")[2] == last)
-    names = {*known, *(leaf.rpartition(".")[0] for leaf in known if "." in leaf)}
-    near = difflib.get_close_matches(dotted, sorted(names), 1, cutoff=0.75)
-    if near or same:
-        return f"did you mean {' or '.join(near or same[:3])}?"
-    lasts = sorted({leaf.rpartition(".")[2] for leaf in known})
-    alike = difflib.get_close_matches(last, lasts, 1, cutoff=0.6)
-    if alike:
-        return f"did you mean {' or '.join(sorted(leaf for leaf in known if leaf.rpartition('.')[2] == alike[0])[:3])}?"
+def _suggest_key(unknown_key: str, known_keys: frozenset[str]) -> str:
+    """Hint for an unknown key: a key with a similar spelling, or the same name in another section."""
+    # 0.75 finds single typos in long dotted keys; a bare name has fewer characters, so its cutoff is lower.
+    name = unknown_key.rpartition(".")[2]
+    same_name = sorted(key for key in known_keys if key.rpartition(".")[2] == name)
+    candidates = {*known_keys, *(key.rpartition(".")[0] for key in known_keys if "." in key)}
+    similar_keys = difflib.get_close_matches(unknown_key, sorted(candidates), 1, cutoff=0.75)
+    if similar_keys or same_name:
+        return f"did you mean {' or '.join(similar_keys or same_name[:3])}?"
+    known_names = sorted({key.rpartition(".")[2] for key in known_keys})
+    similar_names = difflib.get_close_matches(name, known_names, 1, cutoff=0.6)
+    if similar_names:
+        keys = sorted(key for key in known_keys if key.rpartition(".")[2] == similar_names[0])
+        return f"did you mean {' or '.join(keys[:3])}?"
     return "--help lists all settings"
 
 
-def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
-    """One message for all that is wrong: dotted key, value, source, what is allowed."""
-    lines = [_explain_one(problem, sources) for problem in error.errors(include_url=False)]
+def _format_validation_error(error: ValidationError, sources: Mapping[str, str]) -> str:
+    """One message for all invalid values: dotted key, value, source, and the rule."""
+    lines = [_format_problem(problem, sources) for problem in error.errors(include_url=False)]
     return lines[0] if len(lines) == 1 else f"{len(lines)} settings are wrong:\n  " + "\n  ".join(lines)
 
 
-def _explain_one(problem: ErrorDetails, sources: Mapping[str, str]) -> str:
+def _format_problem(problem: ErrorDetails, sources: Mapping[str, str]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
-    parts = [str(part) for part in problem["loc"]]
-    if not parts:
+    location = [str(item) for item in problem["loc"]]
+    if not location:
         return message
-    while len(parts) > 1 and ".".join(parts) not in sources:  # an index into a list is no key of its own
-        parts.pop()
-    dotted = ".".join(parts)
+    # pydantic appends the index in a list, the key in a mapping, or the branch of a union; settings keys end before it.
+    while len(location) > 1 and ".".join(location) not in sources:
+        location.pop()
+    dotted_key = ".".join(location)
     rule = (
         message.replace("Input should be", "must be")
         .replace("String should", "must")
         .replace(", unable to", "; could not")
     )
-    about = dict(fields())[dotted].description if dotted in sources else None
-    return f"{dotted}={problem['input']!r} ({sources.get(dotted, DEFAULT)}): {rule}; change it" + (
-        f" (it says: {about.rstrip('.')})" if about else ""
+    description = dict(iter_setting_fields())[dotted_key].description if dotted_key in sources else None
+    return f"{dotted_key}={problem['input']!r} ({sources.get(dotted_key, DEFAULT_SOURCE)}): {rule}; change it" + (
+        f" (meaning: {' '.join(description.split()).rstrip('.')})" if description else ""
     )

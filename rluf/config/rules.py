@@ -1,25 +1,25 @@
-"""Pairs of settings that do not go together: each rule returns None, or both keys, both values and a fix."""
+"""Rules between settings: combinations that cannot work, each refused with both keys, both values and a fix.
+
+Each rule returns None, or the message for the first violation that it finds.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
-
-from rluf.config import reward_rules
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
 
-CGPO = ("crpg", "crraft", "codpo")
-"""Methods that take calibrated rewards and bound the KL themselves."""
-LIKELIHOOD = ("rloo", *CGPO, "kto")
-"""Methods whose own loss is reinforce (rluf.algorithms.registry has the table)."""
+CGPO_ALGORITHMS = ("crpg", "crraft", "codpo")
+"""Algorithms that expect calibrated rewards and bound the KL themselves."""
+REINFORCE_LOSS_ALGORITHMS = ("rloo", *CGPO_ALGORITHMS, "kto")
+"""Algorithms whose own loss is reinforce (see rluf.algorithms.registry)."""
 
 
-def judges(settings: Settings) -> str | None:
-    """A judge needs a name and no model folder; a model needs no judge; a service has a URL."""
-    for name, objective in settings.objectives.named.items():
+def check_objective_sources(settings: Settings) -> str | None:
+    """A judge needs a name and no model folder; a model needs no judge; a service needs a URL."""
+    for name, objective in settings.objectives.by_objective.items():
         key = f"objectives.{name}"
         if objective.source == "judge" and objective.judge is None:
             return f"{key}.source=judge needs {key}.judge (now none); name a rule judge or set {key}.source=model"
@@ -35,192 +35,296 @@ def judges(settings: Settings) -> str | None:
             )
         if (objective.source == "serve") != (objective.path or "").startswith(("http://", "https://")):
             return (
-                f"{key}.source={objective.source} does not go with {key}.path={objective.path}: source serve names the "
-                f"URL of a service in path, source model a folder; change one of them"
+                f"{key}.source={objective.source} conflicts with {key}.path={objective.path}: source serve needs the "
+                "URL of a service in path, source model a folder; change one of them"
             )
     return None
 
 
-def topics(settings: Settings) -> str | None:
-    """Entries of objectives.alone are topic:objective, a topic once."""
-    objectives = settings.objectives
-    for pair in objectives.alone:
-        topic, _, objective = pair.rpartition(":")
-        if not topic or objective not in objectives.named:
+def check_topic_objectives(settings: Settings) -> str | None:
+    """aggregation.topic_objectives names existing objectives."""
+    objectives = settings.objectives.by_objective
+    for topic, objective in settings.aggregation.topic_objectives.items():
+        if objective not in objectives:
             return (
-                f"objectives.alone has {pair!r}, which is not topic:objective; set it to pairs that end in "
-                f"{', '.join(objectives.named)}"
+                f"aggregation.topic_objectives gives topic {topic!r} to {objective!r}, which is not an objective; set "
+                f"it to one of {', '.join(objectives)}"
             )
-    if len(objectives.owners) < len(objectives.alone):
-        return f"objectives.alone={list(objectives.alone)} names a topic twice; set each topic once"
     return None
 
 
-def mix(settings: Settings) -> str | None:
-    """Entries of algorithm.mix are topic:times."""
-    for pair in settings.algorithm.mix:
-        topic, _, times = pair.rpartition(":")
-        if not topic or not times.isdigit() or int(times) < 1:
-            return f"algorithm.mix has {pair!r}, which is not topic:times; set it to pairs such as risky:3"
-    return None
-
-
-def weights(settings: Settings) -> str | None:
-    """At least one objective weighs something."""
-    if any(objective.weight > 0 for objective in settings.objectives.named.values()):
+def check_objective_weights(settings: Settings) -> str | None:
+    """At least one objective has a weight."""
+    if any(objective.weight > 0 for objective in settings.objectives.by_objective.values()):
         return None
-    return "objectives.*.weight are all 0, so the policy would have nothing to learn; set at least one weight above 0"
+    return "objectives.*.weight are all 0, so there is nothing to optimize; set at least one weight above 0"
 
 
-def combination(settings: Settings) -> str | None:
-    """Floors belong to the constrained combination and to objectives that are there; GDPO is a form of GRPO."""
-    objectives, name = settings.objectives, settings.algorithm.name
-    for pair in objectives.floors:
-        objective, _, floor = pair.rpartition(":")
-        if objective not in objectives.named or not _is_number(floor):
-            return (
-                f"objectives.floors has {pair!r}, which is not objective:number; set it to pairs that begin with "
-                f"{', '.join(objectives.named)}, such as safety:0"
-            )
-    if len(objectives.bounds) < len(objectives.floors):
-        return f"objectives.floors={list(objectives.floors)} names an objective twice; set each objective once"
-    if (objectives.combine == "constrained") != bool(objectives.floors):
+def check_aggregation(settings: Settings) -> str | None:
+    """Floors require method=constrained and existing objectives; gdpo requires GRPO; CGPO requires calibrated."""
+    objectives, algorithm = settings.objectives.by_objective, settings.algorithm.name
+    method, floors = settings.aggregation.method, settings.aggregation.floors
+    for objective in floors:
+        if objective not in objectives:
+            names = ", ".join(objectives)
+            return f"aggregation.floors has {objective!r}, which is not an objective; set floors of {names}"
+    if (method == "constrained") != bool(floors):
         return (
-            f"objectives.combine={objectives.combine} and objectives.floors={list(objectives.floors)} do not go "
-            "together; set objectives.combine=constrained with floors such as [safety:0], or neither"
+            f"aggregation.method={method} conflicts with aggregation.floors={floors}; set "
+            "aggregation.method=constrained with floors such as {safety: 0.0}, or neither"
         )
-    if objectives.combine == "gdpo" and name != "grpo":
+    if method == "gdpo" and algorithm != "grpo":
         return (
-            f"objectives.combine=gdpo normalises each objective as GRPO does and leaves algorithm.name={name} unused; "
-            "set algorithm.name=grpo or objectives.combine=linear"
+            f"aggregation.method=gdpo normalizes each objective as GRPO does and leaves algorithm.name={algorithm} "
+            "unused; set algorithm.name=grpo or aggregation.method=linear"
         )
-    if name in CGPO and objectives.combine != "calibrated":
+    if algorithm in CGPO_ALGORITHMS and method != "calibrated":
         return (
-            f"algorithm.name={name} takes rewards between 0 and 1, which objectives.combine={objectives.combine} does "
-            "not give; set objectives.combine=calibrated"
+            f"algorithm.name={algorithm} expects rewards between 0 and 1, which aggregation.method={method} does not "
+            "return; set aggregation.method=calibrated"
         )
     return None
 
 
-def kl(settings: Settings) -> str | None:
-    """A KL that is steered or taken off the reward needs a weight; CGPO has its own limit in place of one."""
+def check_kl(settings: Settings) -> str | None:
+    """A KL target or a KL penalty in the reward needs a coefficient; CGPO and KTO bound the KL in another way."""
     algorithm = settings.algorithm
     if algorithm.kl_coef == 0 and algorithm.kl_target is not None:
         return (
-            f"algorithm.kl_target={algorithm.kl_target:g} has no KL to steer, as algorithm.kl_coef=0 leaves the "
-            "reference policy out; set algorithm.kl_coef above 0 or algorithm.kl_target=null"
+            f"algorithm.kl_target={algorithm.kl_target:g} has no KL to control, as algorithm.kl_coef=0 loads no "
+            "reference policy; set algorithm.kl_coef above 0 or algorithm.kl_target=null"
         )
-    if algorithm.kl_coef == 0 and algorithm.kl_in == "reward":
+    if algorithm.kl_coef == 0 and algorithm.kl_placement == "reward":
         return (
-            "algorithm.kl_in=reward has no KL to take off, as algorithm.kl_coef=0 leaves the reference policy out; set "
-            "algorithm.kl_coef above 0 or algorithm.kl_in=loss"
+            "algorithm.kl_placement=reward has no KL to subtract, as algorithm.kl_coef=0 loads no reference policy; "
+            "set algorithm.kl_coef above 0 or algorithm.kl_placement=loss"
         )
-    if algorithm.kl_in == "reward" and algorithm.name in (*CGPO, "kto"):
+    if algorithm.kl_placement == "reward" and algorithm.name in (*CGPO_ALGORITHMS, "kto"):
         return (
-            f"algorithm.kl_in=reward does not go with algorithm.name={algorithm.name}, which holds the policy near the "
-            "reference in its own way; set algorithm.kl_in=loss"
+            f"algorithm.kl_placement=reward conflicts with algorithm.name={algorithm.name}, which bounds the distance "
+            "to the reference policy itself; set algorithm.kl_placement=loss"
         )
     return None
 
 
-def critic(settings: Settings) -> str | None:
+def check_critic(settings: Settings) -> str | None:
     """Only PPO has a critic."""
-    name, rate = settings.algorithm.name, settings.learner.critic_rate
+    name, rate = settings.algorithm.name, settings.learner.critic_learning_rate
     if rate is None or name == "ppo":
         return None
     return (
-        f"learner.critic_rate={rate:g} has no critic to train, as algorithm.name={name} has none; set "
-        "learner.critic_rate=null or algorithm.name=ppo"
+        f"learner.critic_learning_rate={rate:g} has no critic to train, as algorithm.name={name} has none; set "
+        "learner.critic_learning_rate=null or algorithm.name=ppo"
     )
 
 
-def ratios(settings: Settings) -> str | None:
-    """Settings of the ratio reach a loss that has one."""
+def check_policy_ratio(settings: Settings) -> str | None:
+    """Settings of the policy ratio need a loss that has one."""
     algorithm = settings.algorithm
-    loss = algorithm.loss or ("reinforce" if algorithm.name in LIKELIHOOD else "ppo")
+    loss = algorithm.loss or ("reinforce" if algorithm.name in REINFORCE_LOSS_ALGORITHMS else "ppo")
     if algorithm.dual_clip is not None and loss not in ("ppo", "gspo"):
         return (
             f"algorithm.dual_clip={algorithm.dual_clip:g} bounds a clipped ratio, which algorithm.loss={loss} does not "
             "have; set algorithm.dual_clip=null or algorithm.loss=ppo"
         )
-    if algorithm.staleness and loss != "reinforce" and algorithm.importance not in ("token", "off"):
+    # With stale samples the ratio's denominator is the engine's own logprob, so nothing is left to correct.
+    if algorithm.max_staleness and loss != "reinforce" and algorithm.importance_correction not in ("token", "off"):
         return (
-            f"algorithm.importance={algorithm.importance} would be unused with algorithm.staleness="
-            f"{algorithm.staleness}, where the clipped ratio of algorithm.loss={loss} is to the engine itself; set "
-            "algorithm.importance=token, or algorithm.staleness=0"
+            f"algorithm.importance_correction={algorithm.importance_correction} would be unused with "
+            f"algorithm.max_staleness={algorithm.max_staleness}, where the clipped ratio of algorithm.loss={loss} is "
+            "relative to the engine; set algorithm.importance_correction=token, or algorithm.max_staleness=0"
         )
     return None
 
 
-def _is_number(text: str) -> bool:
-    try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+def check_reward_losses(settings: Settings) -> str | None:
+    """Pairs train with bradley_terry, single responses with a loss of labels."""
+    for name, model in settings.reward.by_objective.items():
+        has_pairs = name == "helpfulness"
+        if (model.loss == "bradley_terry") != has_pairs:
+            if has_pairs:
+                data, loss = "pairs of responses", "bradley_terry"
+            else:
+                data, loss = "single responses with a label", "bce"
+            return f"reward.{name}.loss={model.loss} does not fit its data, {data}; set reward.{name}.loss={loss}"
+        # A pair gives the difference of two logits only, so no single logit has a label to calibrate against.
+        if has_pairs and model.calibration == "isotonic":
+            return (
+                f"reward.{name}.loss={model.loss} trains on differences, which reward.{name}.calibration=isotonic "
+                f"cannot calibrate; set reward.{name}.calibration=platt"
+            )
+    return None
 
 
-def tensor_parallel(settings: Settings) -> str | None:
-    """An engine that spans n GPUs is given n GPUs."""
-    span, given = settings.rollout.tensor_parallel, settings.cluster.gpus_per_engine
-    if (span == 1 and given <= 1) or span == given:
-        return None
-    return f"rollout.tensor_parallel={span} needs cluster.gpus_per_engine={span} (now {given:g}); set them alike"
+def check_trained_parts(settings: Settings) -> str | None:
+    """Without epochs and linear probe the head would stay random; LoRA needs trained layers."""
+    for name, model in settings.reward.by_objective.items():
+        if model.epochs == 0 and not model.linear_probe:
+            return (
+                f"reward.{name}.epochs=0 and reward.{name}.linear_probe=false would train nothing; set "
+                f"reward.{name}.linear_probe=true or reward.{name}.epochs=1"
+            )
+        if model.lora_rank and (model.epochs == 0 or model.frozen_share == 1):
+            return (
+                f"reward.{name}.lora_rank={model.lora_rank} would add adapters to layers that are not trained "
+                f"(reward.{name}.epochs={model.epochs}, reward.{name}.frozen_share={model.frozen_share:g}); set "
+                f"reward.{name}.lora_rank=0, or epochs above 0 and frozen_share below 1"
+            )
+    return None
 
 
-def gpu_shares(settings: Settings) -> str | None:
-    """A learner rank is one GPU or none; a reward actor takes a share of one."""
-    if settings.cluster.gpus_per_learner not in (0, 1) and settings.publish.engine != "ipc":
+def check_debias(settings: Settings) -> str | None:
+    """users and propensity correct for who reacts, so they apply to reactions, not to raters' labels and pairs."""
+    for name, model in settings.reward.by_objective.items():
+        misplaced = [factor for factor in model.debias if factor in ("users", "propensity") and name != "love"]
+        if misplaced:
+            return (
+                f"reward.{name}.debias={list(model.debias)}: {misplaced[0]} corrects for who reacts, but "
+                f"reward.{name}.loss={model.loss} trains on raters' judgments; remove {misplaced[0]} from debias"
+            )
+    return None
+
+
+def check_members(settings: Settings) -> str | None:
+    """An ensemble's first member is on the section's own backbone; shared heads allow no other backbone."""
+    shared_heads = settings.reward.shared_backbone_heads
+    for name, model in settings.reward.by_objective.items():
+        first_member = model.member_specs[0]
+        if not first_member.uses_section_backbone:
+            return (
+                f"reward.{name}.members starts with backbone {first_member.backbone}, but "
+                f"reward.{name}.backbone={model.backbone}; put a member without `backbone` and `input` first, or set "
+                f"reward.{name}.backbone to the other one"
+            )
+        # Heads share one forward pass, which a member on another backbone cannot use.
+        foreign = [member for member in model.member_specs if not member.uses_section_backbone]
+        if foreign and shared_heads and model is settings.reward.settings_for_head(shared_heads[0]):
+            return (
+                f"reward.shared_backbone_heads={list(shared_heads)} share one backbone, but reward.{name}.members "
+                f"adds {foreign[0].backbone} ({foreign[0].layers} layers); keep members without `backbone` and `input`"
+                " only, or set reward.shared_backbone_heads=[]"
+            )
+    return None
+
+
+def check_shared_head(settings: Settings) -> str | None:
+    """One head over several members is fitted, not trained, and has no ensemble spread."""
+    for name, model in settings.reward.by_objective.items():
+        if not model.shared_head:
+            continue
+        member_count = len(model.member_specs)
+        if member_count < 2:
+            return (
+                f"reward.{name}.shared_head=true needs several members, but reward.{name}.members has {member_count}; "
+                f"add members, or set reward.{name}.shared_head=false"
+            )
+        if model.epochs or not model.linear_probe:
+            return (
+                f"reward.{name}.shared_head=true fits one head on frozen members, but reward.{name}.epochs="
+                f"{model.epochs} and reward.{name}.linear_probe={str(model.linear_probe).lower()}; set epochs=0 and "
+                f"linear_probe=true, or reward.{name}.shared_head=false"
+            )
+        if settings.aggregation.uncertainty_penalty:
+            return (
+                f"aggregation.uncertainty_penalty={settings.aggregation.uncertainty_penalty:g} needs the spread of an "
+                f"ensemble, which reward.{name}.shared_head=true does not have; set one of them to its default"
+            )
+    return None
+
+
+def check_shared_backbone(settings: Settings) -> str | None:
+    """Shared heads are two or more, each once, and trained together; elastic workers exclude ZeRO."""
+    reward = settings.reward
+    heads = reward.shared_backbone_heads
+    if heads and len(set(heads)) < max(2, len(heads)):
         return (
-            f"cluster.gpus_per_learner={settings.cluster.gpus_per_learner:g}: a rank runs on one GPU (1) or on the CPU "
-            f"(0); for more GPUs raise learner.ranks={settings.learner.ranks}"
+            f"reward.shared_backbone_heads={list(heads)} must name two heads or more, each once; set it to [] for none"
+        )
+    if set(reward.objectives) & set(heads) and not set(heads) <= set(reward.objectives):
+        return (
+            f"reward.objectives={list(reward.objectives)} omits heads that reward.shared_backbone_heads={list(heads)} "
+            "train together; set reward.objectives=[] for all of them, or reward.shared_backbone_heads=[]"
+        )
+    if not isinstance(reward.workers, int):
+        min_workers, max_workers = reward.workers
+        if min_workers > max_workers:
+            return f"reward.workers={list(reward.workers)} has its minimum above its maximum; set the smaller first"
+        if reward.zero_stage:
+            return (
+                f"reward.workers={list(reward.workers)} may change during training, but reward.zero_stage="
+                f"{reward.zero_stage} shards the optimizer state by their number; set reward.zero_stage=0 or one number"
+            )
+    return None
+
+
+def check_tensor_parallel(settings: Settings) -> str | None:
+    """An engine with tensor parallelism n needs n GPUs."""
+    tensor_parallel, gpus = settings.rollout.tensor_parallel, settings.cluster.gpus_per_engine
+    if (tensor_parallel == 1 and gpus <= 1) or tensor_parallel == gpus:
+        return None
+    return (
+        f"rollout.tensor_parallel={tensor_parallel} needs cluster.gpus_per_engine={tensor_parallel} (now {gpus:g}); "
+        "set both to the same number"
+    )
+
+
+def check_gpu_shares(settings: Settings) -> str | None:
+    """A learner uses one GPU or none; a reward actor uses at most one."""
+    if settings.cluster.gpus_per_learner not in (0, 1) and settings.weight_sync.transport != "cuda_ipc":
+        return (
+            f"cluster.gpus_per_learner={settings.cluster.gpus_per_learner:g}: a learner runs on one GPU (1) or on the "
+            f"CPU (0); for more GPUs raise learner.workers={settings.learner.workers}"
         )
     if settings.cluster.gpus_per_reward > 1:
         return (
-            f"cluster.gpus_per_reward={settings.cluster.gpus_per_reward:g}: a reward actor takes at most one GPU; "
+            f"cluster.gpus_per_reward={settings.cluster.gpus_per_reward:g}: a reward actor uses at most one GPU; "
             f"for more raise objectives.*.replicas, or reward.workers={settings.reward.workers} for training"
         )
     return None
 
 
-def nccl(settings: Settings) -> str | None:
-    """NCCL joins GPUs, one rank each."""
+def check_nccl(settings: Settings) -> str | None:
+    """NCCL needs a whole GPU on both sides."""
     cluster = settings.cluster
-    if settings.publish.engine != "nccl" or min(cluster.gpus_per_engine, cluster.gpus_per_learner) >= 1:
+    # NCCL allows one rank per GPU, so a GPU cannot be shared by an engine and a learner.
+    if settings.weight_sync.transport != "nccl" or min(cluster.gpus_per_engine, cluster.gpus_per_learner) >= 1:
         return None
     return (
-        f"publish.engine=nccl needs whole GPUs on both sides, but cluster.gpus_per_engine={cluster.gpus_per_engine:g} "
-        f"and cluster.gpus_per_learner={cluster.gpus_per_learner:g}; set both to 1 or more, or publish.engine=shm"
+        f"weight_sync.transport=nccl needs whole GPUs on both sides, but cluster.gpus_per_engine="
+        f"{cluster.gpus_per_engine:g} and cluster.gpus_per_learner={cluster.gpus_per_learner:g}; set both to 1 or "
+        "more, or weight_sync.transport=shm"
     )
 
 
-def colocated(settings: Settings) -> str | None:
-    """Learners and engines that take turns on GPUs: one of each on every GPU, never both at work."""
-    cluster, ranks, engines = settings.cluster, settings.learner.ranks, settings.rollout.engines
-    if settings.publish.engine != "ipc":
+def check_colocation(settings: Settings) -> str | None:
+    """Colocated learners and engines: one of each per GPU, active in turn."""
+    cluster, workers, engines = settings.cluster, settings.learner.workers, settings.rollout.engines
+    if settings.weight_sync.transport != "cuda_ipc":
         return None
-    shares = (cluster.gpus_per_engine, cluster.gpus_per_learner)
-    if min(shares) <= 0 or sum(shares) > 1:
+    gpu_shares = (cluster.gpus_per_engine, cluster.gpus_per_learner)
+    if min(gpu_shares) <= 0 or sum(gpu_shares) > 1:
         return (
-            "publish.engine=ipc lets an engine and a learner rank share one GPU, but cluster.gpus_per_engine="
-            f"{shares[0]:g} and cluster.gpus_per_learner={shares[1]:g}; set both to 0.5 on GPUs, or publish.engine=shm "
-            "on CPUs"
+            "weight_sync.transport=cuda_ipc lets an engine and a learner share one GPU, but cluster.gpus_per_engine="
+            f"{gpu_shares[0]:g} and cluster.gpus_per_learner={gpu_shares[1]:g}; set both to 0.5 on GPUs, or "
+            "weight_sync.transport=shm on CPUs"
         )
-    if ranks != engines or settings.rollout.tensor_parallel > 1:
+    if workers != engines or settings.rollout.tensor_parallel > 1:
         return (
-            f"publish.engine=ipc puts one learner rank and one engine on each GPU, but learner.ranks={ranks}, "
-            f"rollout.engines={engines} and rollout.tensor_parallel={settings.rollout.tensor_parallel}; set the first "
-            "two alike and the third to 1, or publish.engine=nccl with separate GPUs"
+            f"weight_sync.transport=cuda_ipc places one learner and one engine on each GPU, but learner.workers="
+            f"{workers}, rollout.engines={engines} and rollout.tensor_parallel={settings.rollout.tensor_parallel}; set "
+            "the first two to the same number and the third to 1, or weight_sync.transport=nccl with separate GPUs"
         )
-    if settings.algorithm.staleness:
+    if settings.algorithm.max_staleness:
         return (
-            f"algorithm.staleness={settings.algorithm.staleness} samples while learners learn, but with "
-            "publish.engine=ipc they take turns; set algorithm.staleness=0, or publish.engine=nccl"
+            f"algorithm.max_staleness={settings.algorithm.max_staleness} samples during updates, but with "
+            "weight_sync.transport=cuda_ipc engines and learners are active in turn; set algorithm.max_staleness=0, or "
+            "weight_sync.transport=nccl"
         )
     learner = settings.learner
     if learner.zero_stage != 2 or learner.offload_optimizer:
         return (
-            "publish.engine=ipc moves the learner's states to host memory and back, which DeepSpeed does with this "
-            "optimiser for ZeRO 2 alone, while nothing is offloaded (now "
+            "weight_sync.transport=cuda_ipc offloads the learner's states to host memory and back, which DeepSpeed "
+            "supports for ZeRO 2 without optimizer offload only (now "
             f"learner.zero_stage={learner.zero_stage}, "
             f"learner.offload_optimizer={str(learner.offload_optimizer).lower()}); "
             "set learner.zero_stage=2 and learner.offload_optimizer=false"
@@ -228,97 +332,90 @@ def colocated(settings: Settings) -> str | None:
     return None
 
 
-def adapter(settings: Settings) -> str | None:
-    """Adapters are published where adapters are trained."""
-    if settings.publish.engine != "adapter" or settings.learner.lora_rank:
+def check_lora_sync(settings: Settings) -> str | None:
+    """Adapters can be synced only when adapters are trained."""
+    if settings.weight_sync.transport != "lora" or settings.learner.lora_rank:
         return None
     return (
-        "publish.engine=adapter has no adapters to publish, as learner.lora_rank=0 trains the weights themselves; set "
-        "learner.lora_rank=16, or publish.engine=shm"
+        "weight_sync.transport=lora has no adapters to send, as learner.lora_rank=0 trains the full weights; set "
+        "learner.lora_rank=16, or weight_sync.transport=shm"
     )
 
 
-def offload(settings: Settings) -> str | None:
-    """Offloading to host memory needs a GPU to offload from."""
+def check_optimizer_offload(settings: Settings) -> str | None:
+    """Optimizer offload needs a GPU to offload from."""
     if not settings.learner.offload_optimizer or settings.cluster.gpus_per_learner > 0:
         return None
     return (
-        "learner.offload_optimizer=true moves the optimiser off the GPU, but cluster.gpus_per_learner=0 learns on the "
+        "learner.offload_optimizer=true moves the optimizer off the GPU, but cluster.gpus_per_learner=0 trains on the "
         "CPU already; set learner.offload_optimizer=false or cluster.gpus_per_learner=1"
     )
 
 
-def micro_batch(settings: Settings) -> str | None:
+def check_micro_batch(settings: Settings) -> str | None:
     """The longest sample fits into one micro-batch."""
-    rollout, budget = settings.rollout, settings.algorithm.micro_batch_tokens
-    longest = rollout.max_prompt_tokens + rollout.max_response_tokens
-    if longest <= budget:
+    rollout, micro_batch_tokens = settings.rollout, settings.algorithm.micro_batch_tokens
+    max_sample_tokens = rollout.max_prompt_tokens + rollout.max_response_tokens
+    # Packing never splits a sample: its attention spans all its tokens.
+    if max_sample_tokens <= micro_batch_tokens:
         return None
     return (
-        f"a sample may have {longest} tokens (rollout.max_prompt_tokens={rollout.max_prompt_tokens} + "
-        f"rollout.max_response_tokens={rollout.max_response_tokens}), but algorithm.micro_batch_tokens={budget} holds "
-        f"fewer; set algorithm.micro_batch_tokens={longest} or more"
+        f"a sample may have {max_sample_tokens} tokens (rollout.max_prompt_tokens={rollout.max_prompt_tokens} + "
+        f"rollout.max_response_tokens={rollout.max_response_tokens}), but algorithm.micro_batch_tokens="
+        f"{micro_batch_tokens} is smaller; set algorithm.micro_batch_tokens={max_sample_tokens} or more"
     )
 
 
-def ranks(settings: Settings) -> str | None:
-    """Every learner rank gets at least one sample a step."""
-    algorithm, world = settings.algorithm, settings.learner.ranks
+def check_learner_workers(settings: Settings) -> str | None:
+    """Every learner gets at least one sample per step."""
+    algorithm, workers = settings.algorithm, settings.learner.workers
     samples = algorithm.prompts_per_step * algorithm.samples_per_prompt
-    if samples >= world:
+    # A learner without samples would miss the collectives of the others, which would hang.
+    if samples >= workers:
         return None
     return (
-        f"learner.ranks={world} is more than the {samples} samples of a step (algorithm.prompts_per_step="
-        f"{algorithm.prompts_per_step} x algorithm.samples_per_prompt={algorithm.samples_per_prompt}), so some rank "
-        "would have nothing to do; lower learner.ranks or raise algorithm.prompts_per_step"
+        f"learner.workers={workers} is more than the {samples} samples of a step (algorithm.prompts_per_step="
+        f"{algorithm.prompts_per_step} x algorithm.samples_per_prompt={algorithm.samples_per_prompt}), so some learner "
+        "would be idle; lower learner.workers or raise algorithm.prompts_per_step"
     )
 
 
-def concurrency(settings: Settings) -> str | None:
-    """One engine can hold a whole group in flight."""
-    group, room = settings.algorithm.samples_per_prompt, settings.rollout.concurrency
-    if room >= group:
+def check_concurrency(settings: Settings) -> str | None:
+    """A whole group fits into one engine at once."""
+    group_size, concurrency = settings.algorithm.samples_per_prompt, settings.rollout.concurrency
+    # Prompts are admitted as whole groups, so a larger group would never be admitted.
+    if concurrency >= group_size:
         return None
     return (
-        f"rollout.concurrency={room} is less than one group (algorithm.samples_per_prompt={group}); "
-        f"set rollout.concurrency={group} or more"
+        f"rollout.concurrency={concurrency} is less than one group (algorithm.samples_per_prompt={group_size}); "
+        f"set rollout.concurrency={group_size} or more"
     )
 
 
-def labels(settings: Settings) -> str | None:
-    """Entries of cluster.labels are role:key=value."""
-    for entry in settings.cluster.labels:
-        role, _, pair = entry.partition(":")
-        key, equals, value = pair.partition("=")
-        if role not in ("rollout", "reward", "learner") or not (key and equals and value):
-            return (
-                f"cluster.labels has {entry!r}, which is not role:key=value; set it to entries such as "
-                "learner:ray.io/accelerator-type=H100 (roles: rollout, reward, learner)"
-            )
-    return None
-
-
-def upload(settings: Settings) -> str | None:
-    """Checkpoints are uploaded to a URL; a folder is what run.root is for."""
-    target = settings.run.upload
-    if target is None or "://" in target:
+def check_checkpoint_upload_url(settings: Settings) -> str | None:
+    """Checkpoints are uploaded to a URL; run.root is the setting for a folder."""
+    url = settings.run.checkpoint_upload_url
+    if url is None or "://" in url:
         return None
-    return f"run.upload={target} is no URL; set it to one such as s3://bucket/runs, or file:///absolute/folder"
+    return (
+        f"run.checkpoint_upload_url={url} is not a URL; set it to one such as s3://bucket/runs, or "
+        "file:///absolute/folder"
+    )
 
 
-def splits(settings: Settings) -> str | None:
-    """Something is left to train on."""
+def check_split_shares(settings: Settings) -> str | None:
+    """The training split is not empty."""
     prepare = settings.prepare
     if prepare.dev_share + prepare.test_share < 1:
         return None
     return (
-        f"prepare.dev_share={prepare.dev_share:g} and prepare.test_share={prepare.test_share:g} leave nothing to train "
-        "on; their sum must stay below 1"
+        f"prepare.dev_share={prepare.dev_share:g} and prepare.test_share={prepare.test_share:g} leave no rows for "
+        "training; their sum must stay below 1"
     )
 
 
-def serving(settings: Settings) -> str | None:
-    """The service's replicas, versions and policies go together."""
+def check_serve(settings: Settings) -> str | None:
+    """The service's replica limits are ordered, and canary traffic has a candidate."""
     serve = settings.serve
     if serve.min_replicas > serve.max_replicas:
         return (
@@ -327,44 +424,41 @@ def serving(settings: Settings) -> str | None:
         )
     if serve.canary_share > 0 and serve.candidate is None:
         return (
-            f"serve.canary_share={serve.canary_share:g} has no candidate to go to (serve.candidate=null); name the "
-            "candidate's folder or set serve.canary_share=0"
+            f"serve.canary_share={serve.canary_share:g} needs a candidate (serve.candidate=null); name the candidate's "
+            "folder or set serve.canary_share=0"
         )
-    for pair in serve.policies:
-        name, _, path = pair.partition(":")
-        if not name.replace("-", "").replace("_", "").isalnum() or not path:
-            return f"serve.policies has {pair!r}, which is not name:path; set it to pairs such as base:tiny"
-    if len(serve.chat) < len(serve.policies):
-        return f"serve.policies={list(serve.policies)} names a policy twice; give each a name of its own"
     return None
 
 
-RULES: tuple[Callable[[Settings], str | None], ...] = (
-    judges,
-    weights,
-    topics,
-    mix,
-    combination,
-    kl,
-    critic,
-    ratios,
-    *reward_rules.RULES,
-    tensor_parallel,
-    gpu_shares,
-    nccl,
-    colocated,
-    adapter,
-    offload,
-    micro_batch,
-    ranks,
-    concurrency,
-    labels,
-    upload,
-    splits,
-    serving,
+SETTINGS_RULES: tuple[Callable[[Settings], str | None], ...] = (
+    check_objective_sources,
+    check_objective_weights,
+    check_topic_objectives,
+    check_aggregation,
+    check_kl,
+    check_critic,
+    check_policy_ratio,
+    check_reward_losses,
+    check_trained_parts,
+    check_debias,
+    check_members,
+    check_shared_head,
+    check_shared_backbone,
+    check_tensor_parallel,
+    check_gpu_shares,
+    check_nccl,
+    check_colocation,
+    check_lora_sync,
+    check_optimizer_offload,
+    check_micro_batch,
+    check_learner_workers,
+    check_concurrency,
+    check_checkpoint_upload_url,
+    check_split_shares,
+    check_serve,
 )
 
 
-def broken_rule(settings: Settings) -> str | None:
-    """The first rule that `settings` break, in words; None when all hold."""
-    return next((problem for rule in RULES if (problem := rule(settings)) is not None), None)
+def first_violation(settings: Settings) -> str | None:
+    """Message of the first violated rule; None when all hold."""
+    return next((problem for rule in SETTINGS_RULES if (problem := rule(settings)) is not None), None)

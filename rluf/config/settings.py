@@ -1,34 +1,34 @@
-"""The whole settings tree and the rules between its keys."""
+"""The complete settings tree, checked by the rules between its keys."""
 
 from __future__ import annotations
 
 from pydantic import Field, model_validator
 
-from rluf.config.base import Section
-from rluf.config.cpu_dtype import Dtype, cpu_dtype
+from rluf.config.base import SettingsSection
+from rluf.config.cpu_dtype import Dtype, detect_cpu_dtype
 from rluf.config.data import DataSettings, PrepareSettings, SimulateSettings
 from rluf.config.policy import (
     AlgorithmSettings,
     LearnerSettings,
     ModelSettings,
-    PublishSettings,
     RolloutSettings,
+    WeightSyncSettings,
 )
-from rluf.config.reward import ObjectivesSettings, RewardSettings
-from rluf.config.rules import broken_rule
-from rluf.config.run import ClusterSettings, EvaluateSettings, RunSettings, TrackingSettings
+from rluf.config.reward import AggregationSettings, ObjectivesSettings, RewardSettings
+from rluf.config.rules import first_violation
+from rluf.config.run import ClusterSettings, EvaluateSettings, RunSettings, TimeoutSettings, TrackingSettings
 from rluf.config.serve import ServeSettings
 
 
-class Settings(Section):
-    """Everything a command can be told. YAML files and key=value overrides fill it; `--dry-run` prints it."""
+class Settings(SettingsSection):
+    """All settings of all commands. YAML files and key=value overrides fill it; `--dry-run` prints it."""
 
     name: str = Field(default="quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Name of the configuration; run folders are <root>/<name>/<time>."""
     seed: int = Field(default=1, ge=0)
-    """Seed of sampling, splits, initialisation and bootstrap."""
+    """Seed of sampling, splits, initialization and bootstrap."""
     run: RunSettings = RunSettings()
-    """Where the run writes."""
+    """Outputs of a run, and resuming."""
     model: ModelSettings = ModelSettings()
     """The policy."""
     data: DataSettings = DataSettings()
@@ -36,50 +36,54 @@ class Settings(Section):
     simulate: SimulateSettings = SimulateSettings()
     """Simulated users."""
     prepare: PrepareSettings = PrepareSettings()
-    """From raw rows to training data."""
+    """Raw rows to training data."""
     reward: RewardSettings = RewardSettings()
-    """Reward model training."""
+    """Reward models."""
     objectives: ObjectivesSettings = ObjectivesSettings()
-    """What the policy is moved towards."""
+    """Objectives of the policy."""
+    aggregation: AggregationSettings = AggregationSettings()
+    """Scores of all objectives to one reward."""
     rollout: RolloutSettings = RolloutSettings()
     """vLLM rollout actors."""
     algorithm: AlgorithmSettings = AlgorithmSettings()
     """Policy-gradient method."""
     learner: LearnerSettings = LearnerSettings()
     """DeepSpeed learner actors."""
-    publish: PublishSettings = PublishSettings()
-    """Weights from learner to engines."""
+    weight_sync: WeightSyncSettings = WeightSyncSettings()
+    """Weights from learners to engines."""
     evaluate: EvaluateSettings = EvaluateSettings()
-    """Base against aligned."""
+    """Base against aligned policy."""
     serve: ServeSettings = ServeSettings()
-    """Reward models and policies over HTTP."""
+    """HTTP service."""
     cluster: ClusterSettings = ClusterSettings()
-    """What the actors run on."""
+    """Ray cluster and resources."""
+    timeouts: TimeoutSettings = TimeoutSettings()
+    """Deadlines of a run."""
     tracking: TrackingSettings = TrackingSettings()
     """W&B and console."""
 
     @property
     def policy_dtype(self) -> Dtype:
-        """Compute type of engines and learners, with what auto means on this machine."""
+        """Compute dtype of engines and learners, with auto resolved for this machine."""
         if self.model.dtype != "auto":
             return self.model.dtype
-        return "bfloat16" if self.policy_gpus > 0 else cpu_dtype()
+        return "bfloat16" if self.policy_gpus > 0 else detect_cpu_dtype()
 
     @property
     def policy_gpus(self) -> float:
-        """GPUs of an engine or a learner, whichever has more; 0 when both are on CPUs."""
+        """GPUs per engine or learner, whichever is larger; 0 when both run on CPUs."""
         return max(self.cluster.gpus_per_engine, self.cluster.gpus_per_learner)
 
     @property
     def reward_dtype(self) -> Dtype:
-        """Compute type of reward training, with what auto means on this machine."""
+        """Compute dtype of reward training, with auto resolved for this machine."""
         if self.reward.dtype != "auto":
             return self.reward.dtype
-        return "bfloat16" if self.cluster.gpus_per_reward > 0 else cpu_dtype()
+        return "bfloat16" if self.cluster.gpus_per_reward > 0 else detect_cpu_dtype()
 
     @model_validator(mode="after")
-    def _pairs(self) -> Settings:
-        problem = broken_rule(self)
+    def _check_rules(self) -> Settings:
+        problem = first_violation(self)
         if problem is not None:
             raise ValueError(problem)
         return self

@@ -1,1 +1,1 @@
-"""Is the aligned policy better, by how much, and does it cheat: intervals, monitors and the run summary. Pure code."""
+"""Evaluation of a policy against its base: intervals, effects, monitors, gates, run summary, A/B test analysis."""

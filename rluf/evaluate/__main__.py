@@ -2,10 +2,10 @@
 
 python -m rluf.evaluate offline --config configs/quickstart.yaml evaluate.candidate=runs/quickstart/latest/policy
 
-The word offline may be left out. Other sub-commands, each with its own --help:
-python -m rluf.evaluate score --model FOLDER --data FILE.jsonl[.gz]   held-out rows through a reward model
-python -m rluf.evaluate correlate --help
-python -m rluf.evaluate abtest --help
+`offline` is the default and may be omitted. Other sub-commands, each with its own --help:
+python -m rluf.evaluate score --model FOLDER --data FILE.jsonl[.gz]   score held-out rows with a reward model
+python -m rluf.evaluate correlate --data FILE.jsonl   correlation of offline scores and online lifts
+python -m rluf.evaluate abtest --data FILE.jsonl   analysis or planning of an A/B test
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rluf.config.cli import guard, parse
+from rluf.config.cli import parse_command_line, run_command
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
@@ -27,57 +27,62 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rluf.evaluate")
 
 SUBCOMMANDS = {"score": "rluf.evaluate.score", "correlate": "rluf.evaluate.correlate", "abtest": "rluf.evaluate.abtest"}
-"""Sub-command -> module with main(arguments) -> exit code, imported when asked for."""
+"""Sub-command -> module with main(arguments) -> exit code, imported on use to keep --help fast."""
 
 
-def evaluate(settings: Settings) -> Path:
-    """Compare and report; returns the run folder <run.root>/<name>-evaluate/<time>. Raises RlufError."""
-    from cluster.connect import connected
-    from rluf.artifacts import check_inputs, model_folders, prepared, rewarded
-    from rluf.evaluate.compare import compare, write_cards, write_outcome
+def run_evaluation(settings: Settings) -> Path:
+    """Compare two policies and report; returns the run folder <run.root>/<name>-evaluate/<time>. Raises RlufError."""
+    from cluster.connect import ray_connection
+    from rluf.artifacts import check_inputs, prepare_data_artifact, reward_model_folders, train_reward_artifacts
+    from rluf.evaluate.compare import compare_policies, write_cards, write_results
     from rluf.models.hub import resolve_model
     from rluf.tracking.console import setup_logging
-    from rluf.tracking.run_files import write_json
-    from rluf.tracking.wandb import Tracker
-    from rluf.train.loop import contrast
-    from rluf.utils.paths import cache_dir, new_run_folder, runs_root
-    from rluf.utils.timing import Phases
+    from rluf.tracking.wandb import WandbTracker
+    from rluf.train.loop import evaluate_policies
+    from rluf.utils.files import write_json
+    from rluf.utils.paths import create_run_folder, resolve_cache_folder, resolve_runs_root
+    from rluf.utils.timing import PhaseTimer
 
     setup_logging()
-    phases, cache = Phases(), cache_dir(settings)
+    timer, cache_folder = PhaseTimer(), resolve_cache_folder(settings)
     check_inputs(settings)
-    newest = runs_root(settings) / settings.name / "latest" / "policy"
-    base = phases.time("model", resolve_model, settings.model.path, cache)
-    candidate = resolve_model(settings.evaluate.candidate or str(newest), cache)
+    latest_policy = resolve_runs_root(settings) / settings.name / "latest" / "policy"
+    base_path = timer.time_call("model", resolve_model, settings.model.path, cache_folder)
+    candidate_path = resolve_model(settings.evaluate.candidate or str(latest_policy), cache_folder)
 
     with ExitStack() as stack:
-        phases.time("ray", stack.enter_context, connected(settings))
-        folder = new_run_folder(settings, suffix="-evaluate")
-        setup_logging(folder / "run.log")
-        logger.info("run folder: %s; %s against %s", folder, candidate, base)
-        write_json(folder / "config.json", settings.model_dump(mode="json"))
+        timer.time_call("ray", stack.enter_context, ray_connection(settings))
+        run_folder = create_run_folder(settings, name_suffix="-evaluate")
+        setup_logging(run_folder / "run.log")
+        logger.info("evaluate: run_folder=%s candidate=%s base=%s", run_folder, candidate_path, base_path)
+        write_json(run_folder / "config.json", settings.model_dump(mode="json"))
 
-        data = phases.time("prepare", prepared, settings)
-        rewards = phases.time("reward", rewarded, settings, data)
-        write_cards(folder, data, rewards)
+        data_artifact = timer.time_call("prepare", prepare_data_artifact, settings)
+        reward_artifacts = timer.time_call("reward", train_reward_artifacts, settings, data_artifact)
+        write_cards(run_folder, data_artifact, reward_artifacts)
 
-        tracker = stack.enter_context(Tracker(settings, folder))
-        outcome = asyncio.run(contrast(settings, base, candidate, data.folder, model_folders(rewards)))
-        phases.add(outcome.phases)
+        tracker = stack.enter_context(WandbTracker(settings, run_folder))
+        reward_folders = reward_model_folders(reward_artifacts)
+        result = asyncio.run(
+            evaluate_policies(settings, base_path, candidate_path, data_artifact.folder, reward_folders)
+        )
+        timer.add_seconds(result.phase_seconds)
 
-        summary = phases.time("compare", compare, settings, outcome, data, rewards)
-        write_outcome(settings, folder, summary, outcome, phases, tracker)
-    return folder
+        summary = timer.time_call("compare", compare_policies, settings, result, data_artifact, reward_artifacts)
+        write_results(settings, run_folder, summary, result, timer, tracker)
+    return run_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code; errors of the user's are one clear message on stderr."""
-    given = sys.argv[1:] if arguments is None else list(arguments)
-    if given and given[0] in SUBCOMMANDS:
-        code: int = import_module(SUBCOMMANDS[given[0]]).main(given[1:])
-        return code
-    loaded = parse("evaluate", __doc__ or "", given[1:] if given[:1] == ["offline"] else given)
-    return guard(lambda: evaluate(loaded.settings))
+    """Run the command; returns the exit code, and an error is one message on stderr."""
+    argument_list = sys.argv[1:] if arguments is None else list(arguments)
+    if argument_list and argument_list[0] in SUBCOMMANDS:
+        exit_code: int = import_module(SUBCOMMANDS[argument_list[0]]).main(argument_list[1:])
+        return exit_code
+    if argument_list[:1] == ["offline"]:
+        argument_list = argument_list[1:]
+    loaded = parse_command_line("evaluate", __doc__ or "", argument_list)
+    return run_command(lambda: run_evaluation(loaded.settings))
 
 
 if __name__ == "__main__":

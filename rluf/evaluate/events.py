@@ -1,7 +1,7 @@
-"""Event logs of an experiment: who read what in which arm, and what they did, added up by user.
+"""Event logs of an experiment: read served responses with their arm and reactions, and total them per user.
 
 Rows are FeedbackRecords (rluf.prepare.schema) with one more column that names the arm; only the columns that an
-experiment needs are read, so a log of millions of responses fits. JSON lines (.gz too) and Parquet.
+experiment needs are read, so a log of millions of responses fits in memory. JSON lines (.gz too) and Parquet.
 """
 
 from __future__ import annotations
@@ -20,178 +20,197 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rluf.errors import DataError
-from rluf.evaluate.effects import Totals
-from rluf.prepare.schema import LOVE
+from rluf.evaluate.effects import UserTotals
+from rluf.prepare.schema import LOVE_REACTION
+from rluf.utils.stats import Floats, Ints
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-
-ARM_COLUMNS = ("arm", "model_version")
-"""Where the arm stands when no column is named: the first of these that the log has."""
-_TEXT = ("id", "conversation_id", "user_id", "time", "reaction", *ARM_COLUMNS)
-_FLAGS = ("continued", "returned")
-SECONDS_A_DAY = 86_400.0
+DEFAULT_ARM_COLUMNS = ("arm", "model_version")
+"""Arm column when none is named: the first of these that the log has."""
+_TEXT_COLUMNS = ("id", "conversation_id", "user_id", "time", "reaction", *DEFAULT_ARM_COLUMNS)
+_FLAG_COLUMNS = ("continued", "returned")
+SECONDS_PER_DAY = 86_400.0
 
 
 @dataclass(frozen=True, slots=True)
-class Events:
-    """N served responses in the order of time.
+class EventLog:
+    """N served responses in time order.
 
-    `user`, `conversation` and `arm` [N] are indices (arms into `arms`), `time` [N] in seconds since 1970; `values` maps
-    a metric's name to what the response counts [N], nan where the log does not tell. `duplicates` rows were left out.
+    `user_index`, `conversation_index` and `arm_index` [N] are indices (into `user_ids` and `arm_names`), `timestamps`
+    [N] are seconds since 1970; `metric_values` maps a metric name to the value of each response [N], nan if missing.
+    `duplicate_count` rows were dropped.
     """
 
-    user: Ints
-    conversation: Ints
-    arm: Ints
-    arms: tuple[str, ...]
-    users: tuple[str, ...]
-    time: Floats
-    values: dict[str, Floats]
-    duplicates: int
+    user_index: Ints
+    conversation_index: Ints
+    arm_index: Ints
+    arm_names: tuple[str, ...]
+    user_ids: tuple[str, ...]
+    timestamps: Floats
+    metric_values: dict[str, Floats]
+    duplicate_count: int
 
 
-def read_events(paths: Sequence[Path], *, arm: str | None = None, columns: Sequence[str] = ()) -> Events:
-    """Read event logs. `arm` names the arm's column; `columns` are further numeric or yes/no columns to test.
+def read_event_log(
+    paths: Sequence[Path], *, arm_column: str | None = None, metric_columns: Sequence[str] = ()
+) -> EventLog:
+    """Read event logs; `metric_columns` are additional numeric or yes/no columns to test.
 
     DataError when a file is missing, broken or empty, when a row lacks user, time or arm, or a column is absent.
     """
-    table = pa.concat_tables([_read(path, arm, columns) for path in paths], promote_options="permissive")
+    tables = [_read_table(path, arm_column, metric_columns) for path in paths]
+    table = pa.concat_tables(tables, promote_options="permissive")
     if table.num_rows == 0:
-        raise DataError(f"{', '.join(map(str, paths))}: no rows; give a log with one served response a row")
-    arm = arm or next((name for name in ARM_COLUMNS if _has(table, name)), "arm")
-    for name in ("user_id", "time", arm):
-        missing = table.num_rows if name not in table.column_names else table.column(name).null_count
+        raise DataError(f"{', '.join(map(str, paths))}: no rows; expected a log with one served response per row")
+    arm_column = arm_column or next((name for name in DEFAULT_ARM_COLUMNS if _has_values(table, name)), "arm")
+    for column in ("user_id", "time", arm_column):
+        missing = table.num_rows if column not in table.column_names else table.column(column).null_count
         if missing:
             raise DataError(
-                f"{paths[0]}: {missing} of {table.num_rows} rows have no {name}; every row needs user_id, time and its "
-                "arm (--arm names the column)"
+                f"{paths[0]}: {missing} of {table.num_rows} rows have no {column}; every row needs user_id, time and "
+                "its arm (--arm names the column)"
             )
-    rows = table.num_rows
-    if _has(table, "id"):
-        table = _without_duplicates(table)
-    order = np.argsort(_seconds(table.column("time"), paths[0]), kind="stable")
+    row_count = table.num_rows
+    if _has_values(table, "id"):
+        table = _drop_duplicates(table)
+    # A stable sort keeps rows of equal time in file order, so results do not depend on the sort algorithm.
+    order = np.argsort(_parse_timestamps(table.column("time"), paths[0]), kind="stable")
     table = table.take(pa.array(order))
-    user, users = _codes(table.column("user_id"))
-    arms, names = _codes(table.column(arm))
-    conversation = (
-        _codes(table.column("conversation_id"))[0] if _has(table, "conversation_id") else np.arange(len(user))
-    )
-    return Events(
-        user=user, users=users, arm=arms, arms=names, conversation=conversation,
-        time=_seconds(table.column("time"), paths[0]), values=_values(table, columns), duplicates=rows - table.num_rows,
+    user_index, user_ids = _encode_column(table.column("user_id"))
+    arm_index, arm_names = _encode_column(table.column(arm_column))
+    if _has_values(table, "conversation_id"):
+        conversation_index = _encode_column(table.column("conversation_id"))[0]
+    else:
+        conversation_index = np.arange(len(user_index))
+    return EventLog(
+        user_index=user_index, user_ids=user_ids, arm_index=arm_index, arm_names=arm_names,
+        conversation_index=conversation_index, timestamps=_parse_timestamps(table.column("time"), paths[0]),
+        metric_values=_read_metric_values(table, metric_columns), duplicate_count=row_count - table.num_rows,
     )  # fmt: skip
 
 
-def _read(path: Path, arm: str | None, columns: Sequence[str]) -> pa.Table:
-    names = [*_TEXT, *_FLAGS, *columns, *([arm] if arm else [])]
+def _read_table(path: Path, arm_column: str | None, metric_columns: Sequence[str]) -> pa.Table:
+    columns = list(
+        dict.fromkeys([*_TEXT_COLUMNS, *_FLAG_COLUMNS, *metric_columns, *([arm_column] if arm_column else [])])
+    )
     if not path.is_file():
-        raise DataError(f"{path} is no file; give JSON lines (.jsonl, .jsonl.gz) or .parquet")
+        raise DataError(f"{path} is not a file; expected JSON lines (.jsonl, .jsonl.gz) or .parquet")
     try:
         if path.suffix == ".parquet":
-            there = set(pq.read_schema(path).names)
-            return pq.read_table(path, columns=[name for name in dict.fromkeys(names) if name in there])
-        kinds = {name: pa.string() for name in (*_TEXT, *([arm] if arm else []))} | {
-            flag: pa.bool_() for flag in _FLAGS
-        }
-        schema = pa.schema(list(kinds.items()))
-        known = "infer" if columns else "ignore"
-        options = pyarrow.json.ParseOptions(explicit_schema=schema, unexpected_field_behavior=known)
+            available = set(pq.read_schema(path).names)
+            return pq.read_table(path, columns=[name for name in columns if name in available])
+        # With an explicit schema only these columns are parsed, and a block of nulls does not infer another type.
+        column_types = {name: pa.string() for name in (*_TEXT_COLUMNS, *([arm_column] if arm_column else []))}
+        column_types |= {name: pa.bool_() for name in _FLAG_COLUMNS}
+        options = pyarrow.json.ParseOptions(
+            explicit_schema=pa.schema(list(column_types.items())),
+            unexpected_field_behavior="infer" if metric_columns else "ignore",
+        )
         with pa.input_stream(str(path)) as stream:
             table = pyarrow.json.read_json(stream, pyarrow.json.ReadOptions(block_size=2**24), parse_options=options)
-        return table.select([name for name in dict.fromkeys(names) if name in table.column_names])
+        return table.select([name for name in columns if name in table.column_names])
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: {error}; the log must be JSON lines or Parquet with one response a row") from error
+        raise DataError(f"{path}: {error}; expected JSON lines or Parquet with one served response per row") from error
 
 
-def _has(table: pa.Table, name: str) -> bool:
-    return name in table.column_names and table.column(name).null_count < table.num_rows
+def _has_values(table: pa.Table, column: str) -> bool:
+    return column in table.column_names and table.column(column).null_count < table.num_rows
 
 
-def _without_duplicates(table: pa.Table) -> pa.Table:
-    """The first row of each id; rows without an id all stay."""
-    index, _ = _codes(table.column("id"))
-    first = np.zeros(len(index), dtype=bool)
-    first[np.unique(index, return_index=True)[1]] = True
-    return table.filter(pa.array(first | np.asarray(pc.is_null(table.column("id")))))
+def _drop_duplicates(table: pa.Table) -> pa.Table:
+    """The first row of each id; rows without an id are all retained."""
+    index, _ = _encode_column(table.column("id"))
+    is_first = np.zeros(len(index), dtype=bool)
+    is_first[np.unique(index, return_index=True)[1]] = True
+    return table.filter(pa.array(is_first | np.asarray(pc.is_null(table.column("id")))))
 
 
-def _codes(column: pa.ChunkedArray) -> tuple[Ints, tuple[str, ...]]:
-    """Indices [N] into the distinct texts of a column, in the order that they come; null is the empty text."""
-    coded = pc.fill_null(pc.cast(column, pa.string()), "").combine_chunks().dictionary_encode()
-    return coded.indices.to_numpy(zero_copy_only=False).astype(np.int64), tuple(coded.dictionary.to_pylist())
+def _encode_column(column: pa.ChunkedArray) -> tuple[Ints, tuple[str, ...]]:
+    """Indices [N] into the distinct texts of a column, in order of first occurrence; null is the empty text."""
+    encoded = pc.fill_null(pc.cast(column, pa.string()), "").combine_chunks().dictionary_encode()
+    return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), tuple(encoded.dictionary.to_pylist())
 
 
-def _seconds(column: pa.ChunkedArray, path: Path) -> Floats:
+def _parse_timestamps(column: pa.ChunkedArray, path: Path) -> Floats:
+    """Seconds since 1970 [N]."""
     try:
-        stamps = column if pa.types.is_timestamp(column.type) else pc.cast(column, pa.timestamp("us", tz="UTC"))
+        times = column if pa.types.is_timestamp(column.type) else pc.cast(column, pa.timestamp("us", tz="UTC"))
     except pa.ArrowException as error:
-        raise DataError(f"{path}: {error}; write times with their zone, such as 2026-01-31T12:00:00+00:00") from error
-    seconds: Floats = pc.cast(pc.cast(stamps, pa.timestamp("us")), pa.int64()).to_numpy().astype(np.float64) / 1e6
+        raise DataError(
+            f"{path}: {error}; expected times with a time zone, such as 2026-01-31T12:00:00+00:00"
+        ) from error
+    seconds: Floats = pc.cast(pc.cast(times, pa.timestamp("us")), pa.int64()).to_numpy().astype(np.float64) / 1e6
     return seconds
 
 
-def _values(table: pa.Table, columns: Sequence[str]) -> dict[str, Floats]:
-    """What a response counts for each metric that the log can tell."""
-    values: dict[str, Floats] = {}
+def _read_metric_values(table: pa.Table, metric_columns: Sequence[str]) -> dict[str, Floats]:
+    """Value of each response [N] for each metric of the log."""
+    metric_values: dict[str, Floats] = {}
     if "reaction" in table.column_names:
-        index, names = _codes(table.column("reaction"))
-        for name in sorted({LOVE, *names} - {""}):
-            values[name] = (index == names.index(name) if name in names else np.zeros(len(index))).astype(np.float64)
-    for name in dict.fromkeys((*_FLAGS, *columns)):
-        if not _has(table, name):
-            if name in columns:
-                raise DataError(f"the log has no values in column {name!r}; name another with --column")
+        index, reactions = _encode_column(table.column("reaction"))
+        # The love reaction is always a metric: a log without any heart has a love rate of 0, not none.
+        for reaction in sorted({LOVE_REACTION, *reactions} - {""}):
+            has_reaction = index == reactions.index(reaction) if reaction in reactions else np.zeros(len(index))
+            metric_values[reaction] = has_reaction.astype(np.float64)
+    for column in dict.fromkeys((*_FLAG_COLUMNS, *metric_columns)):
+        if not _has_values(table, column):
+            if column in metric_columns:
+                raise DataError(f"column {column!r} of the log has no values; name another one with --column")
             continue
         try:
-            numbers = pc.cast(table.column(name), pa.float64())
+            numbers = pc.cast(table.column(column), pa.float64())
         except pa.ArrowException as error:
             raise DataError(
-                f"column {name!r} holds {table.column(name).type}, not numbers or yes/no ({error})"
+                f"column {column!r}: expected numbers or yes/no, got {table.column(column).type} ({error})"
             ) from error
-        values[name] = pc.fill_null(numbers, float("nan")).to_numpy()
-    return values
+        metric_values[column] = pc.fill_null(numbers, float("nan")).to_numpy()
+    return metric_values
 
 
-def unit_interval(user: str, salt: str) -> float:
-    """A number in [0, 1), uniform over users and fixed for a user and salt: keyed BLAKE2b, 53 bits.
+def hash_to_unit_interval(user_id: str, salt: str) -> float:
+    """Number in [0, 1), uniform over users and fixed for a user and salt: keyed BLAKE2b, 53 bits.
 
-    Another salt gives an independent assignment, so that experiments do not inherit each other's arms.
+    Another salt gives an independent assignment, so experiments do not inherit each other's arms.
     """
     key = hashlib.blake2b(salt.encode(), digest_size=32).digest()
-    digest = hashlib.blake2b(user.encode("utf-8", "surrogatepass"), digest_size=8, key=key).digest()
+    digest = hashlib.blake2b(user_id.encode("utf-8", "surrogatepass"), digest_size=8, key=key).digest()
+    # 53 bits are the precision of a double: more would round to 1.0 now and then.
     return (int.from_bytes(digest, "big") >> 11) * 2.0**-53
 
 
-def assigned(users: Sequence[str], salt: str, shares: Sequence[float]) -> Ints:
-    """Arm index [U] of each user: where its number falls among the cumulated `shares`."""
+def assign_users(user_ids: Sequence[str], salt: str, shares: Sequence[float]) -> Ints:
+    """Arm index [U] of each user: the position of its hash among the cumulative `shares`."""
     edges = np.cumsum(np.asarray(shares, dtype=np.float64))
-    points = np.array([unit_interval(user, salt) for user in users])
-    arms: Ints = np.minimum(np.searchsorted(edges / edges[-1], points, side="right"), len(shares) - 1).astype(np.int64)
-    return arms
+    points = np.array([hash_to_unit_interval(user_id, salt) for user_id in user_ids])
+    arm_index = np.searchsorted(edges / edges[-1], points, side="right")
+    return np.minimum(arm_index, len(shares) - 1).astype(np.int64)
 
 
-def by_user(events: Events, rows: NDArray[np.bool_], people: Ints) -> dict[str, Totals]:
-    """Totals of `people` [U] (user indices) over the chosen `rows` [N]; users without rows have zeros.
+def sum_by_user(events: EventLog, rows: NDArray[np.bool_], users: Ints) -> dict[str, UserTotals]:
+    """Totals of `users` [U] (user indices) over the selected `rows` [N]; users without rows have zeros.
 
-    One for each metric per response, and `responses` (per user: counts of 1) and `turns` (responses by conversation).
+    One entry for each metric per response, plus `responses` (per user: counts of 1) and `turns` (responses per
+    conversation).
     """
-    place = np.full(len(events.users), -1, dtype=np.int64)
-    place[people] = np.arange(len(people))
-    keep = rows & (place[events.user] >= 0)
-    index, size = place[events.user[keep]], len(people)
+    position_of_user = np.full(len(events.user_ids), -1, dtype=np.int64)
+    position_of_user[users] = np.arange(len(users))
+    selected = rows & (position_of_user[events.user_index] >= 0)
+    position, user_count = position_of_user[events.user_index[selected]], len(users)
 
-    def add(weights: Any) -> Floats:
-        return np.bincount(index, weights=weights, minlength=size).astype(np.float64)
+    def sum_per_user(weights: Any) -> Floats:
+        return np.bincount(position, weights=weights, minlength=user_count).astype(np.float64)
 
     totals = {}
-    for name, values in events.values.items():
-        mine = values[keep]
-        told = ~np.isnan(mine)
-        totals[name] = Totals(add(np.where(told, mine, 0.0)), add(told.astype(np.float64)))
-    reads = add(np.ones(len(index)))
-    totals["responses"] = Totals.of(reads)
-    talks = int(events.conversation.max()) + 1
-    pairs = np.unique(index * talks + events.conversation[keep]) // talks
-    totals["turns"] = Totals(reads, np.bincount(pairs, minlength=size).astype(np.float64))
+    for metric, values in events.metric_values.items():
+        selected_values = values[selected]
+        has_value = ~np.isnan(selected_values)
+        totals[metric] = UserTotals(
+            sum_per_user(np.where(has_value, selected_values, 0.0)), sum_per_user(has_value.astype(np.float64))
+        )
+    response_counts = sum_per_user(np.ones(len(position)))
+    totals["responses"] = UserTotals.from_arrays(response_counts)
+    # Encode (user, conversation) as one integer: np.unique of a 2-d array sorts rows and is much slower.
+    conversation_count = int(events.conversation_index.max()) + 1
+    pairs = np.unique(position * conversation_count + events.conversation_index[selected])
+    user_of_pair = pairs // conversation_count
+    totals["turns"] = UserTotals(response_counts, np.bincount(user_of_pair, minlength=user_count).astype(np.float64))
     return totals

@@ -1,8 +1,8 @@
-"""How many users and days an experiment needs before it is worth starting.
+"""Sample size and duration of an A/B test.
 
-The sample size is that of the two-sided normal test (statsmodels' NormalIndPower). Responses of one user are alike, so
-the variance of a user's rate is p (1 - p) (1 + (m - 1) ICC) / m for m responses; CUPED takes off the squared
-correlation; always-valid looking costs the squared ratio of the boundaries.
+The sample size is that of the two-sided normal test (statsmodels' NormalIndPower). Responses of one user are
+correlated, so the variance of a user's rate is p (1 - p) (1 + (m - 1) ICC) / m for m responses; CUPED reduces it by the
+squared correlation; always-valid intervals cost the squared ratio of the boundaries.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from typing import Any
 from scipy import stats
 
 from rluf.errors import SettingsError
-from rluf.evaluate.sequential import width_factor
+from rluf.evaluate.effects import sequential_width_factor
 
-DAYS_OF_WEEK = 7
+DAYS_PER_WEEK = 7
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
-    """What is asked of the planner.
+class PowerQuery:
+    """Inputs of the planner.
 
-    `base_rate` is love per response of the control, `lift` the relative change to be found, `responses` per user in the
-    experiment, `icc` the correlation of two responses' hearts within a user, `correlation` of a user's rate with the
-    pre-period's (0: no CUPED), `metrics` how many share alpha (the first of Holm's levels), `daily_users` new users a
-    day over both arms, `treated` the share of users in the treatment arm.
+    `base_rate` is the love rate per response of the control, `lift` the relative change to detect, `responses` per user
+    during the experiment, `icc` the correlation of hearts on two responses within a user, `correlation` that of user
+    rates with the pre-period (0: no CUPED), `metrics` the number of metrics that share alpha (the first of Holm's
+    levels), `daily_users` new users per day over both arms, `treated` the share of users in the treatment arm.
     """
 
     base_rate: float
@@ -41,83 +41,85 @@ class Question:
     daily_users: float | None = None
 
 
-def check(question: Question) -> None:
-    """SettingsError that names the value and its range."""
-    q = question
+def check_query(query: PowerQuery) -> None:
+    """Raise SettingsError that names an invalid value and its range."""
     limits = (
-        ("base-rate", q.base_rate, 0.0, 1.0), ("alpha", q.alpha, 0.0, 1.0), ("power", q.power, 0.0, 1.0),
-        ("treated", q.treated, 0.0, 1.0),
+        ("base-rate", query.base_rate, 0.0, 1.0), ("alpha", query.alpha, 0.0, 1.0), ("power", query.power, 0.0, 1.0),
+        ("treated", query.treated, 0.0, 1.0),
     )  # fmt: skip
     for name, value, low, high in limits:
         if not low < value < high:
-            raise SettingsError(f"--{name} {value:g} must lie between {low:g} and {high:g}")
-    if q.lift == 0.0 or not 0.0 < q.base_rate * (1.0 + q.lift) < 1.0:
+            raise SettingsError(f"--{name} {value:g} must be between {low:g} and {high:g}")
+    if query.lift == 0.0 or not 0.0 < query.base_rate * (1.0 + query.lift) < 1.0:
         raise SettingsError(
-            f"--lift {q.lift:g} would take the rate from {q.base_rate:g} to {q.base_rate * (1 + q.lift):g}; "
-            "choose a lift other than 0 that keeps the rate between 0 and 1"
+            f"--lift {query.lift:g} would move the rate from {query.base_rate:g} to "
+            f"{query.base_rate * (1 + query.lift):g}; choose a lift other than 0 with a rate between 0 and 1"
         )
-    if q.responses < 1.0 or q.metrics < 1:
-        raise SettingsError(f"--responses-per-user {q.responses:g} and the {q.metrics} metrics must be 1 or more")
-    if not 0.0 <= q.icc <= 1.0 or not -1.0 < q.correlation < 1.0:
-        raise SettingsError(f"--icc {q.icc:g} must lie in [0, 1] and --correlation {q.correlation:g} in (-1, 1)")
-    if q.daily_users is not None and q.daily_users <= 0.0:
-        raise SettingsError(f"--daily-users {q.daily_users:g} must be above 0")
+    if query.responses < 1.0 or query.metrics < 1:
+        raise SettingsError(
+            f"--responses-per-user {query.responses:g} and the {query.metrics} metrics must be 1 or more"
+        )
+    if not 0.0 <= query.icc <= 1.0 or not -1.0 < query.correlation < 1.0:
+        raise SettingsError(f"--icc {query.icc:g} must be in [0, 1] and --correlation {query.correlation:g} in (-1, 1)")
+    if query.daily_users is not None and query.daily_users <= 0.0:
+        raise SettingsError(f"--daily-users {query.daily_users:g} must be above 0")
 
 
-def users_needed(effect: float, variance: float, *, alpha: float, power: float, treated: float = 0.5) -> float:
-    """Users in both arms to find a difference `effect` of means when one user's value has that `variance`."""
+def required_users(effect: float, variance: float, *, alpha: float, power: float, treated_share: float = 0.5) -> float:
+    """Users over both arms to detect a difference `effect` of means when the value of a user has that `variance`."""
     from statsmodels.stats.power import NormalIndPower
 
-    odds = treated / (1.0 - treated)
-    control: float = NormalIndPower().solve_power(
-        effect_size=abs(effect) / math.sqrt(variance), alpha=alpha, power=power, ratio=odds
+    treatment_ratio = treated_share / (1.0 - treated_share)
+    control_users: float = NormalIndPower().solve_power(
+        effect_size=abs(effect) / math.sqrt(variance), alpha=alpha, power=power, ratio=treatment_ratio
     )
-    return control * (1.0 + odds)
+    return control_users * (1.0 + treatment_ratio)
 
 
-def design_effect(responses: float, icc: float) -> float:
-    """By how much correlated responses of a user inflate the variance: 1 + (m - 1) ICC (Kish 1965)."""
+def compute_design_effect(responses: float, icc: float) -> float:
+    """Factor by which correlated responses of a user inflate the variance: 1 + (m - 1) ICC (Kish 1965)."""
     return 1.0 + (responses - 1.0) * icc
 
 
-def plan(question: Question) -> dict[str, Any]:
-    """Users over both arms and days for three designs: one look, one look with CUPED, always valid with CUPED.
+def plan_experiment(query: PowerQuery) -> dict[str, Any]:
+    """Users and days for three designs: one look, one look with CUPED, always valid with CUPED.
 
-    Days are rounded up, and to whole weeks beside it, since users differ by day of the week. SettingsError for numbers
-    that make no experiment.
+    Days are rounded up, and given in full weeks as well, because users differ by day of the week. SettingsError for
+    invalid inputs.
     """
-    check(question)
-    q = question
-    alpha = q.alpha / q.metrics
-    rates = q.base_rate, q.base_rate * (1.0 + q.lift)
+    check_query(query)
+    alpha = query.alpha / query.metrics
+    rates = query.base_rate, query.base_rate * (1.0 + query.lift)
     noise = sum(rate * (1.0 - rate) for rate in rates) / 2.0
-    variance = noise * design_effect(q.responses, q.icc) / q.responses
-    single = users_needed(rates[1] - rates[0], variance, alpha=alpha, power=q.power, treated=q.treated)
-    adjusted = single * (1.0 - q.correlation**2)
-    z_power = float(stats.norm.ppf(q.power))
-    reach = float(stats.norm.isf(alpha / 2.0)) + z_power
-    inflation = ((width_factor(alpha) + z_power) / reach) ** 2
+    variance = noise * compute_design_effect(query.responses, query.icc) / query.responses
+    # CUPED and sequential looks change the sample size in proportion to the variance and the squared boundary.
+    single = required_users(rates[1] - rates[0], variance, alpha=alpha, power=query.power, treated_share=query.treated)
+    adjusted = single * (1.0 - query.correlation**2)
+    z_power = float(stats.norm.ppf(query.power))
+    single_look_factor = float(stats.norm.isf(alpha / 2.0)) + z_power
+    inflation = ((sequential_width_factor(alpha) + z_power) / single_look_factor) ** 2
     designs = {"one_look": single, "one_look_cuped": adjusted, "always_valid_cuped": adjusted * inflation}
     return {
-        "question": asdict(q),
+        "question": asdict(query),
         "rates": list(rates),
         "alpha_each": alpha,
-        "design_effect": design_effect(q.responses, q.icc),
+        "design_effect": compute_design_effect(query.responses, query.icc),
         "sequential_inflation": inflation,
-        "designs": {name: _cost(users, q) for name, users in designs.items()},
+        "designs": {name: _design_cost(user_count, query) for name, user_count in designs.items()},
     }
 
 
-def _cost(users: float, question: Question) -> dict[str, Any]:
-    control = math.ceil(users * (1.0 - question.treated))
-    treated = math.ceil(users * question.treated)
+def _design_cost(user_count: float, query: PowerQuery) -> dict[str, Any]:
+    # Whole users per arm first: rounding the total would leave the smaller arm short.
+    control = math.ceil(user_count * (1.0 - query.treated))
+    treated = math.ceil(user_count * query.treated)
     total = control + treated
-    days = None if question.daily_users is None else math.ceil(total / question.daily_users)
-    weeks = None if days is None else math.ceil(days / DAYS_OF_WEEK)
+    days = None if query.daily_users is None else math.ceil(total / query.daily_users)
+    weeks = None if days is None else math.ceil(days / DAYS_PER_WEEK)
     return {
         "control_users": control,
         "treatment_users": treated,
-        "responses": math.ceil(total * question.responses),
+        "responses": math.ceil(total * query.responses),
         "days": days,
         "weeks": weeks,
     }

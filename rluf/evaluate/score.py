@@ -1,10 +1,10 @@
-"""Score a held-out file with a trained reward model, and say how good the scores are.
+"""Score a held-out file with a trained reward model and measure the quality of the scores.
 
 python -m rluf.evaluate score --model FOLDER --data FILE.jsonl[.gz] [--output SCORES.jsonl] [--actors N]
 
 Rows are {"id", "messages", "response", "label": 0|1, "group"} or {"id", "messages", "chosen", "rejected", "group"}.
-The last line on stdout is JSON: AUROC or pair accuracy with a 95% interval clustered by group, ECE, Brier, n, and what
-length alone would reach. Scores are written in parts, so that a run that was cut short goes on where it stopped.
+The last line on stdout is JSON: AUROC or pair accuracy with a 95% interval clustered by group, ECE, Brier score, n, and
+the result of response length alone. Scores are written in parts, so an interrupted run resumes with the missing parts.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from rluf.config.cli import guard
+from rluf.config.cli import run_command
 from rluf.errors import ActorError, DataError, ModelError
 
 if TYPE_CHECKING:
@@ -32,223 +32,259 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rluf.evaluate.score")
 
 PART_ROWS = 1000
-"""Rows of a part: what is scored, written and, after a stop, done again as a whole."""
-BATCH_TOKENS = 4096
-POOL_PARTS = 20
-"""A file of more parts is scored by a pool of actors unless --actors says otherwise; starting one takes some 20 s."""
+"""Rows per part, the unit that is scored, written and repeated after an interruption."""
+CPU_BATCH_TOKENS = 4096
+MIN_POOL_PARTS = 20
+"""A file of more parts is scored by a pool of actors unless --actors is given; starting the pool takes about 20 s."""
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Rows `first` (counted from 1) to `first + rows - 1` of the file, from byte `start` of its (unpacked) text."""
+class FilePart:
+    """`row_count` rows of the file from line `first_line` (from 1), at `byte_offset` of the uncompressed text."""
 
-    number: int
-    start: int
-    first: int
-    rows: int
+    index: int
+    byte_offset: int
+    first_line: int
+    row_count: int
 
 
-def score(
-    model: Path, data: Path, output: Path, *, actors: int | None = None, part_rows: int = PART_ROWS
+def score_file(
+    model_folder: Path,
+    data_path: Path,
+    output_path: Path,
+    *,
+    actor_count: int | None = None,
+    part_rows: int = PART_ROWS,
 ) -> dict[str, Any]:
-    """Score `data` with the checkpoint folder `model` into `output`; returns the figures.
+    """Score a file with the reward model in `model_folder`; writes the scores and returns the metrics.
 
-    `actors` None lets the size of the file decide, 0 scores in this process, otherwise a Ray Data pool of so many
+    `actor_count` None decides by the size of the file, 0 scores in this process, otherwise a Ray Data pool of that many
     actors does (on a cluster, model and data must be on a path that all nodes see). Raises DataError or ModelError.
     """
     from rluf.reward.calibration import Calibration
-    from rluf.reward.heldout import summarise
+    from rluf.reward.heldout import summarize_scores
 
-    started = time.monotonic()
-    if not (model / "config.json").is_file():
-        raise ModelError(f"{model} holds no config.json; name a reward model folder that rluf.reward wrote")
-    Calibration.load(model)
-    parts = cut(data, part_rows)
-    work = work_folder(model, data, output, part_rows)
-    left = [part for part in parts if not _file(work, part).is_file()]
-    if len(left) < len(parts):
-        logger.info("%d of %d parts were scored before and are kept", len(parts) - len(left), len(parts))
-    pool = (len(left) > POOL_PARTS) if actors is None else actors > 0
-    for number, text in _pooled(model, data, left, actors) if pool and left else _here(model, data, left):
-        whole = work / f"{number:06d}.jsonl"
-        whole.with_suffix(".part").write_text(text, encoding="utf-8")
-        os.replace(whole.with_suffix(".part"), whole)
-        logger.info("part %d of %d scored after %.0f s", number + 1, len(parts), time.monotonic() - started)
-    joined = output.with_name(f".{output.name}.whole")
-    with joined.open("wb") as stream:
-        for part in parts:
-            stream.write(_file(work, part).read_bytes())
-    with joined.open(encoding="utf-8") as stream:
-        figures = summarise(json.loads(line) for line in stream)
-    os.replace(joined, output)
-    shutil.rmtree(work)
-    told = {"command": "score", "model": str(model), "data": str(data), "output": str(output)}
-    return {**told, **figures, "scored_now": sum(p.rows for p in left), "seconds": round(time.monotonic() - started, 1)}
+    start_time = time.monotonic()
+    if not (model_folder / "config.json").is_file():
+        raise ModelError(f"{model_folder} has no config.json; give a reward model folder written by rluf.reward")
+    Calibration.load(model_folder)  # a missing calibration is an error now, not after an hour of scoring
+    parts = split_into_parts(data_path, part_rows)
+    work_folder = prepare_work_folder(model_folder, data_path, output_path, part_rows)
+    remaining_parts = [file_part for file_part in parts if not _part_path(work_folder, file_part).is_file()]
+    if len(remaining_parts) < len(parts):
+        logger.info("%s: resuming reused=%d of %d parts", data_path, len(parts) - len(remaining_parts), len(parts))
+    use_pool = (len(remaining_parts) > MIN_POOL_PARTS) if actor_count is None else actor_count > 0
+    if use_pool and remaining_parts:
+        scored_parts = _score_with_actors(model_folder, data_path, remaining_parts, actor_count)
+    else:
+        scored_parts = _score_in_process(model_folder, data_path, remaining_parts)
+    for part_index, text in scored_parts:
+        part_path = work_folder / f"{part_index:06d}.jsonl"
+        # Rename into place: an interrupted write must not count as a finished part.
+        part_path.with_suffix(".part").write_text(text, encoding="utf-8")
+        os.replace(part_path.with_suffix(".part"), part_path)
+        elapsed = time.monotonic() - start_time
+        logger.info("%s: scored part=%d of %d seconds=%.0f", data_path, part_index + 1, len(parts), elapsed)
+    joined_path = output_path.with_name(f".{output_path.name}.whole")
+    with joined_path.open("wb") as stream:
+        for file_part in parts:
+            stream.write(_part_path(work_folder, file_part).read_bytes())
+    with joined_path.open(encoding="utf-8") as stream:
+        metrics = summarize_scores(json.loads(line) for line in stream)
+    os.replace(joined_path, output_path)
+    shutil.rmtree(work_folder)
+    return {
+        "command": "score",
+        "model": str(model_folder),
+        "data": str(data_path),
+        "output": str(output_path),
+        **metrics,
+        "scored_now": sum(file_part.row_count for file_part in remaining_parts),
+        "seconds": round(time.monotonic() - start_time, 1),
+    }
 
 
-def opened(data: Path) -> IO[bytes]:
-    """The file's bytes, unpacked when its name ends in .gz."""
-    return gzip.open(data, "rb") if data.suffix == ".gz" else data.open("rb")  # type: ignore[return-value]
+def open_data_file(data_path: Path) -> IO[bytes]:
+    """Open the file as bytes, decompressed if its name ends in .gz."""
+    return gzip.open(data_path, "rb") if data_path.suffix == ".gz" else data_path.open("rb")  # type: ignore[return-value]
 
 
-def cut(data: Path, rows: int) -> list[Part]:
-    """The file in parts of `rows` rows; empty lines count for nothing. Raises DataError when it cannot be read."""
-    parts: list[Part] = []
-    start = first = line = count = offset = 0
+def split_into_parts(data_path: Path, rows_per_part: int) -> list[FilePart]:
+    """Split the file into parts of `rows_per_part` rows, not counting empty lines. DataError when it is unreadable."""
+    parts: list[FilePart] = []
+    part_offset = first_line = row_count = offset = 0
     try:
-        with opened(data) as stream:
-            for line, text in enumerate(stream, 1):
-                if text.strip():
-                    if count == 0:
-                        start, first = offset, line
-                    count += 1
-                offset += len(text)
-                if count == rows:
-                    parts.append(Part(len(parts), start, first, count))
-                    count = 0
+        with open_data_file(data_path) as stream:
+            for line_number, line in enumerate(stream, 1):
+                if line.strip():
+                    if row_count == 0:
+                        part_offset, first_line = offset, line_number
+                    row_count += 1
+                offset += len(line)
+                if row_count == rows_per_part:
+                    parts.append(FilePart(len(parts), part_offset, first_line, row_count))
+                    row_count = 0
     except (OSError, EOFError) as error:
-        raise DataError(f"{data} cannot be read: {error}; give a file of JSON lines, plain or .gz") from error
-    if count:
-        parts.append(Part(len(parts), start, first, count))
+        raise DataError(f"{data_path} cannot be read: {error}; expected a file of JSON lines, plain or .gz") from error
+    if row_count:
+        parts.append(FilePart(len(parts), part_offset, first_line, row_count))
     if not parts:
-        raise DataError(f"{data} has no rows; give a file of JSON lines, plain or .gz")
+        raise DataError(f"{data_path} has no rows; expected a file of JSON lines, plain or .gz")
     return parts
 
 
-def read_part(data: Path, part: Part) -> list[Mapping[str, Any]]:
-    """The rows of a part. Raises DataError naming file and line of the first bad one."""
-    from rluf.reward.heldout import parse_row
+def read_part(data_path: Path, file_part: FilePart) -> list[Mapping[str, Any]]:
+    """Read the rows of a part. DataError names file and line of the first invalid row."""
+    from rluf.reward.heldout import parse_heldout_row
 
-    found: list[Mapping[str, Any]] = []
-    with opened(data) as stream:
-        stream.seek(part.start)
-        for line, text in enumerate(stream, part.first):
-            if text.strip():
-                found.append(parse_row(text, f"{data}:{line}"))
-            if len(found) == part.rows:
+    rows: list[Mapping[str, Any]] = []
+    with open_data_file(data_path) as stream:
+        stream.seek(file_part.byte_offset)
+        for line_number, line in enumerate(stream, file_part.first_line):
+            if line.strip():
+                rows.append(parse_heldout_row(line, f"{data_path}:{line_number}"))
+            if len(rows) == file_part.row_count:
                 break
-    return found
+    return rows
 
 
-def _scored(model: RewardModel, data: Path, part: Part) -> str:
-    """The part's scores as JSON lines."""
-    from rluf.reward.heldout import score_rows
+def _score_part(model: RewardModel, data_path: Path, file_part: FilePart) -> str:
+    """Scores of one part as JSON lines."""
+    from rluf.reward.heldout import score_heldout_rows
 
-    scores = score_rows(model, read_part(data, part))
+    scores = score_heldout_rows(model, read_part(data_path, file_part))
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scores)
 
 
-def _load(model: Path) -> RewardModel:
+def _load_reward_model(model_folder: Path) -> RewardModel:
     import torch
 
-    from rluf.reward.backbone import quick_cpu_matmul
+    from rluf.reward.backbone import enable_fast_cpu_matmul
     from rluf.reward.model import RewardModel
 
     if torch.cuda.is_available():
-        return RewardModel.load(model, batch_tokens=4 * BATCH_TOKENS, device="cuda")
-    quick_cpu_matmul()
-    return RewardModel.load(model, batch_tokens=BATCH_TOKENS)
+        return RewardModel.load(model_folder, batch_tokens=4 * CPU_BATCH_TOKENS, device="cuda")
+    enable_fast_cpu_matmul()
+    return RewardModel.load(model_folder, batch_tokens=CPU_BATCH_TOKENS)
 
 
-def _here(model: Path, data: Path, parts: Sequence[Part]) -> Iterator[tuple[int, str]]:
-    """Scores part by part in this process: nothing to start."""
-    loaded = _load(model) if parts else None
-    for part in parts:
-        if loaded is not None:
-            yield part.number, _scored(loaded, data, part)
+def _score_in_process(model_folder: Path, data_path: Path, parts: Sequence[FilePart]) -> Iterator[tuple[int, str]]:
+    """Score part by part in this process; yields part index and text."""
+    if not parts:
+        return
+    model = _load_reward_model(model_folder)
+    for file_part in parts:
+        yield file_part.index, _score_part(model, data_path, file_part)
 
 
 class PartScorer:
-    """One actor of the pool: holds the model, scores the parts that Ray Data hands it."""
+    """Actor of the scoring pool: loads the model once and scores the parts that Ray Data sends."""
 
-    def __init__(self, model: str, data: str) -> None:
-        self.model, self.data = _load(Path(model)), Path(data)
+    def __init__(self, model_folder: str, data_path: str) -> None:
+        self.model, self.data_path = _load_reward_model(Path(model_folder)), Path(data_path)
 
     def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
-        """Scores of the batch's parts as text, or what is wrong with a part's rows."""
-        parts = [Part(*map(int, values)) for values in zip(*(batch[key] for key in Part.__slots__), strict=True)]
+        """Scores of the parts in the batch as text, or the error of a part."""
+        parts = [
+            FilePart(*map(int, values)) for values in zip(*(batch[key] for key in FilePart.__slots__), strict=True)
+        ]
         texts, errors = [], []
-        for part in parts:
+        for file_part in parts:
             try:
-                texts.append(_scored(self.model, self.data, part))
+                texts.append(_score_part(self.model, self.data_path, file_part))
                 errors.append("")
-            except DataError as error:  # as text: Ray Data does not carry a user's exception back whole
+            except DataError as error:  # as text: Ray Data wraps exceptions of actors and loses their type
                 texts.append("")
                 errors.append(str(error))
-        return {"number": [part.number for part in parts], "text": texts, "error": errors}
+        return {"number": [file_part.index for file_part in parts], "text": texts, "error": errors}
 
 
-def _pooled(model: Path, data: Path, parts: Sequence[Part], actors: int | None) -> Iterator[tuple[int, str]]:
-    """Scores as a Ray Data pool of actors finishes them, in any order; an actor that dies is started again."""
+def _score_with_actors(
+    model_folder: Path, data_path: Path, parts: Sequence[FilePart], actor_count: int | None
+) -> Iterator[tuple[int, str]]:
+    """Score with a Ray Data pool of actors; yields in completion order, and a lost actor is restarted."""
     import ray.data
     from ray.exceptions import RayError
 
-    from cluster.connect import connected
+    from cluster.connect import ray_connection
     from rluf.config.settings import Settings
 
-    with connected(Settings()) as resources:
+    with ray_connection(Settings()) as resources:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        gpus = int(resources.get("GPU", 0))
-        size = min(actors or gpus or max(1, int(resources.get("CPU", 1)) - 1), len(parts))
-        logger.info("scoring %d parts with %d actors", len(parts), size)
-        rows = [{key: getattr(part, key) for key in Part.__slots__} for part in parts]
+        gpu_count = int(resources.get("GPU", 0))
+        pool_size = min(actor_count or gpu_count or max(1, int(resources.get("CPU", 1)) - 1), len(parts))
+        logger.info("%s: scoring parts=%d actors=%d", data_path, len(parts), pool_size)
+        rows = [{key: getattr(file_part, key) for key in FilePart.__slots__} for file_part in parts]
         scored = ray.data.from_items(rows, override_num_blocks=len(parts)).map_batches(
             PartScorer,
-            fn_constructor_args=(str(model.resolve()), str(data.resolve())),
+            fn_constructor_args=(str(model_folder.resolve()), str(data_path.resolve())),
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=size),
-            num_cpus=1 if not gpus else 0,
-            num_gpus=1 if gpus else 0,
+            compute=ray.data.ActorPoolStrategy(size=pool_size),
+            # With GPUs a GPU is the limit; a CPU request on top could leave a GPU idle on a node with few CPUs.
+            num_cpus=1 if not gpu_count else 0,
+            num_gpus=1 if gpu_count else 0,
         )
         try:
-            with contextlib.closing(iter(scored.iter_rows())) as found:
-                for row in found:
+            # closing() stops the pool when the consumer stops early, after an error in a part for example.
+            with contextlib.closing(iter(scored.iter_rows())) as scored_rows:
+                for row in scored_rows:
                     if row["error"]:
                         raise DataError(str(row["error"]))
                     yield int(row["number"]), str(row["text"])
         except RayError as error:
-            tail = str(error).strip().splitlines()[-1]
-            raise ActorError(f"the scoring actors failed: {tail}; try --actors 0 to see it in this process") from error
+            last_line = str(error).strip().splitlines()[-1]
+            raise ActorError(
+                f"the scoring actors failed: {last_line}; use --actors 0 to see the error in this process"
+            ) from error
 
 
-def work_folder(model: Path, data: Path, output: Path, part_rows: int) -> Path:
-    """Folder of finished parts beside the output, named after model and data: other ones never get mixed in."""
-    from rluf.utils.cache import file_digest, stage_key
+def prepare_work_folder(model_folder: Path, data_path: Path, output_path: Path, part_rows: int) -> Path:
+    """Create the folder of finished parts next to the output, named by a hash of model, data and part size."""
+    from rluf.utils.cache import compute_artifact_key, hash_files
 
-    key = stage_key({"model": file_digest([model]), "data": file_digest([data]), "rows": part_rows})
-    work = output.with_name(f".{output.name}-{key}")
-    work.mkdir(parents=True, exist_ok=True)
-    return work
+    key = compute_artifact_key(
+        {"model": hash_files([model_folder]), "data": hash_files([data_path]), "rows": part_rows}
+    )
+    work_folder = output_path.with_name(f".{output_path.name}-{key}")
+    work_folder.mkdir(parents=True, exist_ok=True)
+    return work_folder
 
 
-def _file(work: Path, part: Part) -> Path:
-    return work / f"{part.number:06d}.jsonl"
+def _part_path(work_folder: Path, file_part: FilePart) -> Path:
+    return work_folder / f"{file_part.index:06d}.jsonl"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The sub-command. Returns the exit code; errors of the user's are one clear message."""
+    """Run the sub-command; returns the exit code, and an error is one message on stderr."""
     from rluf.tracking.console import setup_logging
 
     parser = argparse.ArgumentParser(
         prog="python -m rluf.evaluate score", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="checkpoint that rluf.reward wrote")
+    parser.add_argument(
+        "--model", type=Path, required=True, metavar="FOLDER", help="reward model folder written by rluf.reward"
+    )
     parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON lines, plain or .gz")
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="where scores go; none: beside the data's name, here"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="file for the scores (default: DATA.scores.jsonl in the current folder)",
     )
     parser.add_argument(
-        "--actors", type=int, metavar="N", help="pool of N Ray actors; 0: in this process; none: by size"
+        "--actors", type=int, metavar="N", help="pool of N Ray actors; 0: in this process (default: by file size)"
     )
-    given = parser.parse_args(arguments)
-    if given.actors is not None and given.actors < 0:
-        parser.error(f"--actors {given.actors} must be 0 or more")
+    args = parser.parse_args(arguments)
+    if args.actors is not None and args.actors < 0:
+        parser.error(f"--actors {args.actors} must be 0 or more")
     setup_logging()
-    output = given.output or Path.cwd() / f"{given.data.name.removesuffix('.gz').removesuffix('.jsonl')}.scores.jsonl"
+    output_path = (
+        args.output or Path.cwd() / f"{args.data.name.removesuffix('.gz').removesuffix('.jsonl')}.scores.jsonl"
+    )
 
-    def run() -> None:
-        figures = score(given.model, given.data, output, actors=given.actors)
-        sys.stdout.write(json.dumps(figures) + "\n")
+    def run_and_print() -> None:
+        metrics = score_file(args.model, args.data, output_path, actor_count=args.actors)
+        sys.stdout.write(json.dumps(metrics) + "\n")
 
-    return guard(run)
+    return run_command(run_and_print)

@@ -1,4 +1,4 @@
-"""summary.json: everything a person or a program asks about a finished run, in one plain dictionary."""
+"""Content of summary.json: results, gates, monitors and facts of a finished run as one plain dictionary."""
 
 from __future__ import annotations
 
@@ -10,28 +10,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rluf.errors import DataError
-from rluf.evaluate.gates import verdict
-from rluf.evaluate.intervals import Estimate, clustered_mean, paired_bootstrap, relative_lift
-from rluf.evaluate.monitors import Reply, compare
+from rluf.evaluate.gates import evaluate_gates
+from rluf.evaluate.intervals import IntervalEstimate, clustered_mean, paired_bootstrap, relative_lift
+from rluf.evaluate.monitors import MonitorSample, compare_monitors
 
-VERDICTS = {"love": "loved", "helpfulness": "helpful", "safety": "safe"}
-"""Which of the users' verdicts stands for which objective."""
-KEYS = {"love": "love_rate", "helpfulness": "helpfulness", "safety": "safety"}
-"""Where the users' verdicts on an objective stand in the summary."""
-OFFLINE_KEYS = {"love": "p_love"}
-"""Where the reward model's mean stands under `offline`, when not under the objective's own name."""
+REACTION_FIELDS = {"love": "loved", "helpfulness": "helpful", "safety": "safe"}
+"""Field of ArmReactions that measures each objective."""
+SUMMARY_KEYS = {"love": "love_rate", "helpfulness": "helpfulness", "safety": "safety"}
+"""Key of the user results of each objective in the summary."""
+OFFLINE_SUMMARY_KEYS = {"love": "p_love"}
+"""Key of the reward model's mean under `offline`, if it differs from the name of the objective."""
 
 
-class Reactions(Protocol):
-    """What new users did: arrays [N] over the responses they read. `item` is the index of the response in its arm."""
+class ArmReactions(Protocol):
+    """Reactions of new users: arrays [N] over the responses they read."""
 
     @property
     def user(self) -> NDArray[Any]:
-        """User number; the arms' users are different people even where numbers are the same."""
+        """User number; equal numbers in two arms are still different users."""
 
     @property
     def item(self) -> NDArray[Any]:
-        """Index of the response."""
+        """Index of the response among the samples of the arm."""
 
     @property
     def loved(self) -> NDArray[Any]:
@@ -39,157 +39,185 @@ class Reactions(Protocol):
 
     @property
     def helpful(self) -> NDArray[Any]:
-        """Whether it served the user."""
+        """Whether the response was helpful to the user."""
 
     @property
     def safe(self) -> NDArray[Any]:
-        """Whether the user found it harmless."""
+        """Whether the response was harmless."""
 
 
 @dataclass(frozen=True, slots=True)
-class Arm:
-    """One policy on the test prompts: its replies, calibrated scores [N] by objective, reactions if users judged."""
+class EvaluatedArm:
+    """One policy on the test prompts: samples, calibrated scores [N] by objective, user reactions if there are any."""
 
-    replies: Sequence[Reply]
+    samples: Sequence[MonitorSample]
     scores: Mapping[str, Sequence[float]]
-    reactions: Reactions | None = None
+    reactions: ArmReactions | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """What the run itself tells.
+    """Facts of the run: time, KL, size, versions, cache hits, reward cards.
 
-    `phases` in seconds, `kl` in nats per token at the last step, `samples` and `tokens` generated in training,
-    `versions` of packages or weights, `reused` by stage, `cards` are the reward cards by objective.
+    `final_kl` is in nats per token at the last step, `sample_count` and `token_count` were generated in training,
+    `versions` are of packages or weights, `reused_artifacts` by artifact name, `reward_cards` by objective.
     """
 
     name: str
     seed: int
-    phases: Mapping[str, float] = field(default_factory=dict)
-    kl: float | None = None
-    samples: int = 0
-    tokens: int = 0
+    phase_seconds: Mapping[str, float] = field(default_factory=dict)
+    final_kl: float | None = None
+    sample_count: int = 0
+    token_count: int = 0
     versions: Mapping[str, Any] = field(default_factory=dict)
-    reused: Mapping[str, Any] = field(default_factory=dict)
-    cards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    reused_artifacts: Mapping[str, Any] = field(default_factory=dict)
+    reward_cards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
 def build_summary(
-    facts: RunFacts, base: Arm, aligned: Arm, *, resamples: int, margin: float, seed: int
+    run_facts: RunFacts, base_arm: EvaluatedArm, aligned_arm: EvaluatedArm, *, resamples: int, margin: float, seed: int
 ) -> dict[str, Any]:
-    """The content of summary.json.
+    """Build the content of summary.json.
 
     With reactions in both arms: `love_rate`, `helpfulness`, `safety`, each {base, aligned, lift, lift_by_prompt}; base,
-    aligned and lift have 95% intervals clustered by user, lift_by_prompt (the same verdicts) by a bootstrap over
-    prompts and tells whether it would hold on other prompts. Always: `offline` with the reward models' means on the
-    same prompts. The gates judge by the users where there are some, else by the reward models. A lift is null where
-    it is undefined (base mean not positive). DataError when an arm is empty or the arms' prompts differ.
+    aligned and lift have 95% intervals clustered by user. lift_by_prompt (the same reactions) has one by a bootstrap
+    over prompts and shows whether the lift generalizes to other prompts. Always: `offline` with the reward models'
+    means on the same prompts. The gates use the users' lifts if there are any, else those of the reward models. A lift
+    is null if it is undefined (base mean not positive). DataError when an arm is empty or the arms' prompts differ.
     """
-    for name, arm in (("base", base), ("aligned", aligned)):
-        if not arm.replies:
-            raise DataError(f"the {name} policy gave no replies to compare; set evaluate.prompts to 2 or more")
-    offline, lifts = _offline(base, aligned, resamples=resamples, seed=seed)
-    summary: dict[str, Any] = {"name": facts.name, "seed": facts.seed}
-    judged_by = "reward models"
-    if base.reactions is not None and aligned.reactions is not None:
-        judged_by = "simulated users"
-        online, lifts = _online(base, base.reactions, aligned, aligned.reactions, resamples=resamples, seed=seed)
+    for name, arm in (("base", base_arm), ("aligned", aligned_arm)):
+        if not arm.samples:
+            raise DataError(f"the {name} policy gave no responses to compare; set evaluate.prompts to 2 or more")
+    offline, lifts = _offline_results(base_arm, aligned_arm, resamples=resamples, seed=seed)
+    summary: dict[str, Any] = {"name": run_facts.name, "seed": run_facts.seed}
+    # Users decide if there are any: the reward models are what the policy was optimized against.
+    verdict_source = "reward models"
+    if base_arm.reactions is not None and aligned_arm.reactions is not None:
+        verdict_source = "simulated users"
+        online, lifts = _online_results(
+            base_arm, base_arm.reactions, aligned_arm, aligned_arm.reactions, resamples=resamples, seed=seed
+        )
         summary |= online
-    monitors = compare(base.replies, aligned.replies)
-    alarms = [name for name, one in monitors["items"].items() if one["alarm"]]
+    monitors = compare_monitors(base_arm.samples, aligned_arm.samples)
+    alarm_names = [name for name, item in monitors["items"].items() if item["alarm"]]
     summary |= {
         "offline": offline,
-        "gates": verdict(lifts, margin=margin, judged_by=judged_by, alarms=alarms),
+        "gates": evaluate_gates(lifts, margin=margin, verdict_source=verdict_source, alarm_names=alarm_names),
         "monitors": monitors,
         "evaluated": {
-            "prompts": len({reply.prompt_id for reply in base.replies}),
-            "responses": {"base": len(base.replies), "aligned": len(aligned.replies)},
-            "users": {name: _users(arm.reactions) for name, arm in (("base", base), ("aligned", aligned))},
+            "prompts": len({sample.prompt_id for sample in base_arm.samples}),
+            "responses": {"base": len(base_arm.samples), "aligned": len(aligned_arm.samples)},
+            "users": {
+                name: _count_users(arm.reactions) for name, arm in (("base", base_arm), ("aligned", aligned_arm))
+            },
         },
-        "phases": dict(facts.phases),
-        "kl": facts.kl,
-        "samples": facts.samples,
-        "tokens": facts.tokens,
-        "versions": dict(facts.versions),
-        "reused": dict(facts.reused),
-        "reward_cards": {name: key_numbers(card) for name, card in facts.cards.items()},
+        "phases": dict(run_facts.phase_seconds),
+        "kl": run_facts.final_kl,
+        "samples": run_facts.sample_count,
+        "tokens": run_facts.token_count,
+        "versions": dict(run_facts.versions),
+        "reused": dict(run_facts.reused_artifacts),
+        "reward_cards": {name: flatten_numbers(card) for name, card in run_facts.reward_cards.items()},
     }
     return summary
 
 
-def key_numbers(card: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """The plain numbers of a card, nested ones with dotted names (test.auroc); lists and texts are left out."""
-    found: dict[str, float] = {}
+def flatten_numbers(card: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Plain numbers of a card with dotted names for nested ones (test.auroc); lists and texts are dropped."""
+    numbers: dict[str, float] = {}
     for key, value in card.items():
         if isinstance(value, Mapping):
-            found |= key_numbers(value, f"{prefix}{key}.")
+            numbers |= flatten_numbers(value, f"{prefix}{key}.")
+        # bool is a subclass of int and is not a number here.
         elif isinstance(value, int | float) and not isinstance(value, bool):
-            found[f"{prefix}{key}"] = value
-    return found
+            numbers[f"{prefix}{key}"] = value
+    return numbers
 
 
-def _users(reactions: Reactions | None) -> int:
+def _count_users(reactions: ArmReactions | None) -> int:
     return 0 if reactions is None else len(np.unique(reactions.user))
 
 
-def _online(
-    base: Arm, before: Reactions, aligned: Arm, after: Reactions, *, resamples: int, seed: int
-) -> tuple[dict[str, Any], dict[str, Estimate | None]]:
-    summary: dict[str, Any] = {}
-    lifts: dict[str, Estimate | None] = {}
-    prompts = [
-        np.asarray([reply.prompt_id for reply in arm.replies])[reactions.item]
-        for arm, reactions in ((base, before), (aligned, after))
-    ]
-    for objective, key in KEYS.items():
-        first, second = (np.asarray(getattr(one, VERDICTS[objective]), dtype=np.float64) for one in (before, after))
-        lifts[objective] = relative_lift(first, before.user, second, after.user)
-        summary[key] = {
-            "base": clustered_mean(first, before.user, rate=True).as_dict(),
-            "aligned": clustered_mean(second, after.user, rate=True).as_dict(),
-            "lift": _plain(lifts[objective]),
-            "lift_by_prompt": _plain(_by_prompt(first, second, prompts, resamples=resamples, seed=seed)),
-        }
-    return summary, lifts
-
-
-def _by_prompt(
-    first: NDArray[np.float64],
-    second: NDArray[np.float64],
-    prompts: Sequence[NDArray[Any]],
+def _online_results(
+    base_arm: EvaluatedArm,
+    base_reactions: ArmReactions,
+    aligned_arm: EvaluatedArm,
+    aligned_reactions: ArmReactions,
     *,
     resamples: int,
     seed: int,
-) -> Estimate | None:
-    """The lift on prompts that users of both arms read; None with fewer than two of them."""
-    shared = np.intersect1d(prompts[0], prompts[1])
-    if len(shared) < 2:
-        return None
-    keep = [np.isin(labels, shared) for labels in prompts]
-    return paired_bootstrap(
-        first[keep[0]], prompts[0][keep[0]], second[keep[1]], prompts[1][keep[1]], resamples=resamples, seed=seed
-    ).lift
-
-
-def _offline(
-    base: Arm, aligned: Arm, *, resamples: int, seed: int
-) -> tuple[dict[str, Any], dict[str, Estimate | None]]:
+) -> tuple[dict[str, Any], dict[str, IntervalEstimate | None]]:
     summary: dict[str, Any] = {}
-    lifts: dict[str, Estimate | None] = {}
-    prompts = [[reply.prompt_id for reply in arm.replies] for arm in (base, aligned)]
-    for objective in base.scores:
-        found = paired_bootstrap(
-            base.scores[objective], prompts[0], aligned.scores[objective], prompts[1], resamples=resamples, seed=seed
+    lifts: dict[str, IntervalEstimate | None] = {}
+    prompt_ids = [
+        np.asarray([sample.prompt_id for sample in arm.samples])[reactions.item]
+        for arm, reactions in ((base_arm, base_reactions), (aligned_arm, aligned_reactions))
+    ]
+    # Users of the two arms are different people, so the lifts are unpaired; prompts are shared, hence lift_by_prompt.
+    for objective, key in SUMMARY_KEYS.items():
+        base_values, aligned_values = (
+            np.asarray(getattr(reactions, REACTION_FIELDS[objective]), dtype=np.float64)
+            for reactions in (base_reactions, aligned_reactions)
         )
-        lifts[objective] = found.lift
-        summary[OFFLINE_KEYS.get(objective, objective)] = {
-            "base": found.base.as_dict(),
-            "aligned": found.aligned.as_dict(),
-            "difference": found.difference.as_dict(),
-            "lift": _plain(found.lift),
+        lifts[objective] = relative_lift(base_values, base_reactions.user, aligned_values, aligned_reactions.user)
+        lift_by_prompt = _lift_by_prompt(base_values, aligned_values, prompt_ids, resamples=resamples, seed=seed)
+        summary[key] = {
+            "base": clustered_mean(base_values, base_reactions.user, is_rate=True).as_dict(),
+            "aligned": clustered_mean(aligned_values, aligned_reactions.user, is_rate=True).as_dict(),
+            "lift": _estimate_dict(lifts[objective]),
+            "lift_by_prompt": _estimate_dict(lift_by_prompt),
         }
     return summary, lifts
 
 
-def _plain(estimate: Estimate | None) -> dict[str, float] | None:
+def _lift_by_prompt(
+    base_values: NDArray[np.float64],
+    aligned_values: NDArray[np.float64],
+    prompt_ids: Sequence[NDArray[Any]],
+    *,
+    resamples: int,
+    seed: int,
+) -> IntervalEstimate | None:
+    """Lift on the prompts that users of both arms read; None with fewer than two of them."""
+    # Users read random responses: with few users some prompts are read in one arm only.
+    shared_prompts = np.intersect1d(prompt_ids[0], prompt_ids[1])
+    if len(shared_prompts) < 2:
+        return None
+    base_rows, aligned_rows = (np.isin(labels, shared_prompts) for labels in prompt_ids)
+    return paired_bootstrap(
+        base_values[base_rows],
+        prompt_ids[0][base_rows],
+        aligned_values[aligned_rows],
+        prompt_ids[1][aligned_rows],
+        resamples=resamples,
+        seed=seed,
+    ).lift
+
+
+def _offline_results(
+    base_arm: EvaluatedArm, aligned_arm: EvaluatedArm, *, resamples: int, seed: int
+) -> tuple[dict[str, Any], dict[str, IntervalEstimate | None]]:
+    summary: dict[str, Any] = {}
+    lifts: dict[str, IntervalEstimate | None] = {}
+    prompt_ids = [[sample.prompt_id for sample in arm.samples] for arm in (base_arm, aligned_arm)]
+    for objective in base_arm.scores:
+        estimate = paired_bootstrap(
+            base_arm.scores[objective],
+            prompt_ids[0],
+            aligned_arm.scores[objective],
+            prompt_ids[1],
+            resamples=resamples,
+            seed=seed,
+        )
+        lifts[objective] = estimate.lift
+        summary[OFFLINE_SUMMARY_KEYS.get(objective, objective)] = {
+            "base": estimate.base.as_dict(),
+            "aligned": estimate.aligned.as_dict(),
+            "difference": estimate.difference.as_dict(),
+            "lift": _estimate_dict(estimate.lift),
+        }
+    return summary, lifts
+
+
+def _estimate_dict(estimate: IntervalEstimate | None) -> dict[str, float] | None:
     return None if estimate is None else estimate.as_dict()

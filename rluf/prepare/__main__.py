@@ -1,21 +1,20 @@
-"""From raw logs to training data: validate, quarantine, split, sample; with a card of what became of every row.
+"""Build training data from raw logs: validate, quarantine, split, sample; with a data card that accounts for every row.
 
 python -m rluf.prepare --config configs/prepare.yaml prepare.output=runs/data
 
---forget USER  take a user out of the data set that is there, with proof (may be given more than once)
---signals      rank the signals of users (love, thumbs, continue, follow-up, return) on the data set, made if missing
+--forget USER  remove a user from the existing data set, with proof (repeatable)
+--signals      rank user signals (love, thumbs, continue, follow-up, return) on the data set; builds it if missing
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rluf.config.cli import guard, parse
+from rluf.config.cli import CommandOptions, parse_command_line, run_command
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
@@ -23,67 +22,80 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rluf.prepare")
 
 
-def output_folder(settings: Settings) -> Path:
-    """Where the command writes: prepare.output, else <run.root>/<name>/data."""
-    from rluf.utils.paths import runs_root
+def resolve_output_folder(settings: Settings) -> Path:
+    """Folder of the data set: prepare.output, else <run.root>/<name>/data."""
+    from rluf.utils.paths import resolve_runs_root
 
     if settings.prepare.output is not None:
         return Path(settings.prepare.output).expanduser().resolve()
-    return runs_root(settings) / settings.name / "data"
+    return resolve_runs_root(settings) / settings.name / "data"
 
 
-def build_command(settings: Settings, out: Path) -> None:
-    """Look at the logs, then start or join Ray and build."""
-    from cluster.connect import connected
-    from rluf.prepare.pipeline import build
-    from rluf.prepare.readers.sources import resolve
+def run_build(settings: Settings, output_folder: Path) -> None:
+    """Check that the logs exist, then start or join Ray and build the data set."""
+    from cluster.connect import ray_connection
+    from rluf.prepare.pipeline import build_data_set
+    from rluf.prepare.readers.files import resolve_sources
 
+    # Before Ray starts, so that a wrong path fails in milliseconds.
     for kind, entries in settings.data:
-        resolve(entries, kind)
-    with connected(settings):
-        build(settings, out)
-    logger.info("data set: %s", out)
+        resolve_sources(entries, kind)
+    with ray_connection(settings):
+        build_data_set(settings, output_folder)
+    logger.info("data set %s: written", output_folder)
 
 
-def forget_command(out: Path, users: Sequence[str]) -> None:
-    """Take users out of the data set and say what is left."""
-    from rluf.prepare.erasure import forget
+def run_erasure(output_folder: Path, user_ids: Sequence[str]) -> None:
+    """Remove users from the data set and report the number of rows removed."""
+    from rluf.prepare.erasure import erase_users
 
-    proof = forget(out, users)
-    gone = sum(proof["rows_removed"].values())
-    logger.info("%d rows of %d users are gone, none is left; proof in %s", gone, len(users), out / "data_card.json")
+    proof = erase_users(output_folder, user_ids)
+    removed_rows = sum(proof["rows_removed"].values())
+    logger.info(
+        "data set %s: erased users=%d rows_removed=%d rows_left=0; proof in data_card.json",
+        output_folder,
+        len(user_ids),
+        removed_rows,
+    )
 
 
-def signals_command(out: Path) -> None:
+def run_signal_ranking(output_folder: Path) -> None:
     """Rank the signals of the data set."""
-    from rluf.prepare.signals import signal_lines, write_signals
+    from rluf.prepare.signals import format_signal_lines, write_signal_report
 
-    for line in signal_lines(write_signals(out)):
+    for line in format_signal_lines(write_signal_report(output_folder)):
         logger.info("%s", line)
-    logger.info("signals: %s", out / "signals.html")
+    logger.info("signals: written to %s", output_folder / "signals.html")
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--forget", action="append", default=[], metavar="USER", help="erase the rows of a user id; repeatable"
+    )
+    parser.add_argument("--signals", action="store_true", help="rank the signals of the data set")
+
+
+COMMAND_OPTIONS = CommandOptions(_add_options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code; errors of the user's are one clear message (see rluf.config.cli.guard)."""
-    flags = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    flags.add_argument("--forget", action="append", default=[], metavar="USER")
-    flags.add_argument("--signals", action="store_true")
-    asked, rest = flags.parse_known_args(sys.argv[1:] if arguments is None else arguments)
-    settings = parse("prepare", __doc__ or "", rest).settings
+    """Run the command and return its exit code; expected errors are one message (see rluf.config.cli.run_command)."""
+    loaded = parse_command_line("prepare", __doc__ or "", arguments, COMMAND_OPTIONS)
+    settings, options = loaded.settings, loaded.options
 
-    def run() -> None:
+    def run_action() -> None:
         from rluf.tracking.console import setup_logging
 
         setup_logging()
-        out = output_folder(settings)
-        if asked.forget:
-            forget_command(out, asked.forget)
-        elif not asked.signals or not (out / "data_card.json").is_file():
-            build_command(settings, out)
-        if asked.signals:
-            signals_command(out)
+        output_folder = resolve_output_folder(settings)
+        if options.forget:
+            run_erasure(output_folder, options.forget)
+        elif not options.signals or not (output_folder / "data_card.json").is_file():
+            run_build(settings, output_folder)
+        if options.signals:
+            run_signal_ranking(output_folder)
 
-    return guard(run)
+    return run_command(run_action)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Rules against bots, brigades and farms: each gives every row a weight from FLOOR to 1, with its reason on the card.
+"""Rules against bots, brigades and click farms: each gives every row a weight from MIN_ROW_WEIGHT to 1.
 
-A rule is a function of a `Log` and stands in RULES by name; the smallest weight of a row counts. A weight rather than a
-knife: what is only odd still counts a little, and no row is lost.
+A rule is a function of an `AbuseLog` and an entry of ABUSE_RULES; the smallest weight of a row counts. A weight rather
+than a filter: a row that is only unusual still counts a little, and no row is lost. The first line of a rule's
+docstring appears on the page of the data card.
 """
 
 from __future__ import annotations
@@ -10,269 +11,294 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
+from rluf.utils.stats import Bools, Floats, Ints
 
-FLOOR = 0.01
+MIN_ROW_WEIGHT = 0.01
 """Smallest weight of a row."""
 
-DOUBT = 0.01
-"""Adjusted tail chance below which a rate takes weight: the weight is the chance over this."""
+TAIL_PROBABILITY_THRESHOLD = 0.01
+"""Adjusted tail probability below which a love rate reduces the weight, to the probability over this threshold."""
 
-PER_MINUTE = 8
-"""Responses in a minute that a person may still read."""
+MAX_RESPONSES_PER_MINUTE = 8
+"""Responses per minute that a person can still read."""
 
-REPEATS = 20
+MAX_PROMPT_REPEATS = 20
 """Near-duplicates of one prompt that count in full for a user."""
 
-CROWD = 5
-"""Users from which a prompt or response that many of them share is looked at as a group."""
+MIN_CROWD_USERS = 5
+"""Number of users from which a shared prompt or response is tested as a group."""
 
-SHARED = 3
+MAX_USERS_PER_DEVICE = 3
 """Users of one device that count in full (a family)."""
 
-MINUTE = 60_000_000
+MINUTE_US = 60_000_000
 
 
 @dataclass(frozen=True, slots=True)
-class Log:
-    """N rows: codes of user, near-duplicate prompt group, response text and device (-1: not told), time in
-    microseconds, whether loved, whether the user made the persona that answered; `cap` rows of a user count in full.
+class AbuseLog:
+    """N rows: codes of user, near-duplicate prompt group, response text and device (-1: not in the log), time in
+    microseconds, whether loved, and whether the user created the persona that replied. `user_row_cap` rows of a user
+    count in full.
     """
 
-    user: Ints
-    group: Ints
-    answer: Ints
-    device: Ints
-    time: Ints
+    user_code: Ints
+    prompt_group: Ints
+    response_code: Ints
+    device_code: Ints
+    time_us: Ints
     loved: Bools
-    own: Bools
-    cap: int
+    own_persona: Bools
+    user_row_cap: int
 
 
-def _log_chance(trials: Floats, hits: Floats, alpha: float, beta: float) -> Floats:
-    """Log of the beta-binomial chance of `hits` of `trials` (scipy.stats.betabinom, which takes seconds to import)."""
+def _beta_binomial_log_pmf(trials: Floats, hits: Floats, alpha: float, beta: float) -> Floats:
+    """Log of the beta-binomial probability of `hits` in `trials`."""
+    # Not scipy.stats.betabinom: its import takes seconds in each worker.
     from scipy.special import betaln
 
-    ways = -betaln(trials - hits + 1, hits + 1) - np.log(trials + 1)
-    found: Floats = ways + betaln(hits + alpha, trials - hits + beta) - betaln(alpha, beta)
-    return found
+    log_combinations = -betaln(trials - hits + 1, hits + 1) - np.log(trials + 1)
+    log_pmf: Floats = log_combinations + betaln(hits + alpha, trials - hits + beta) - betaln(alpha, beta)
+    return log_pmf
 
 
-def _upper_tail(trials: Ints, hits: Ints, alpha: float, beta: float) -> Floats:
-    """Chance of `hits` or more of `trials` [M]."""
-    length = trials - hits + 1
-    unit = np.repeat(np.arange(len(trials)), length)
-    many = np.arange(length.sum()) - np.repeat(np.cumsum(length) - length, length) + hits[unit]
-    chance = np.exp(_log_chance(trials[unit].astype(np.float64), many.astype(np.float64), alpha, beta))
-    return np.minimum(np.bincount(unit, weights=chance, minlength=len(trials)), 1.0)
+def _beta_binomial_upper_tail(trials: Ints, hits: Ints, alpha: float, beta: float) -> Floats:
+    """Probability of `hits` or more in `trials` [M]."""
+    # The sum from hits to trials of all M units, flattened into one array: `unit` is the unit of each term.
+    term_count = trials - hits + 1
+    unit = np.repeat(np.arange(len(trials)), term_count)
+    term_hits = np.arange(term_count.sum()) - np.repeat(np.cumsum(term_count) - term_count, term_count) + hits[unit]
+    log_pmf = _beta_binomial_log_pmf(trials[unit].astype(np.float64), term_hits.astype(np.float64), alpha, beta)
+    return np.minimum(np.bincount(unit, weights=np.exp(log_pmf), minlength=len(trials)), 1.0)
 
 
-def _betabinomial_fit(trials: Ints, hits: Ints, count: Floats) -> tuple[float, float]:
-    """Alpha and beta by maximum likelihood over units with (trials, hits), each seen `count` times.
+def _fit_beta_binomial(trials: Ints, hits: Ints, unit_counts: Floats) -> tuple[float, float]:
+    """Alpha and beta by maximum likelihood over units with (trials, hits), each with `unit_counts` occurrences.
 
-    A weak prior holds the strength alpha + beta near 20 where the data say nothing of it.
+    A weak prior pulls the strength alpha + beta to about 20 where the data do not determine it.
     """
     from scipy.optimize import minimize
 
-    mean = min(max(float((hits * count).sum() / (trials * count).sum()), 1e-4), 1 - 1e-4)
+    mean = min(max(float((hits * unit_counts).sum() / (trials * unit_counts).sum()), 1e-4), 1 - 1e-4)
     n, k = trials.astype(np.float64), hits.astype(np.float64)
 
-    def shape(theta: Floats) -> tuple[float, float]:
-        m, s = 1 / (1 + np.exp(-theta[0])), np.exp(min(theta[1], 12.0))
-        return float(m * s) + 1e-9, float((1 - m) * s) + 1e-9
+    def to_alpha_beta(theta: Floats) -> tuple[float, float]:
+        # theta is (logit of the mean, log of the strength); the strength is bounded to avoid overflow.
+        rate, strength = 1 / (1 + np.exp(-theta[0])), np.exp(min(theta[1], 12.0))
+        return float(rate * strength) + 1e-9, float((1 - rate) * strength) + 1e-9
 
-    def loss(theta: Floats) -> float:
-        likely = _log_chance(n, k, *shape(theta))
-        return -float((likely * count).sum() / count.sum()) + 1e-4 * float(theta[1] - 3) ** 2
+    def penalized_loss(theta: Floats) -> float:
+        log_likelihood = _beta_binomial_log_pmf(n, k, *to_alpha_beta(theta))
+        # exp(3) is about 20.
+        return -float((log_likelihood * unit_counts).sum() / unit_counts.sum()) + 1e-4 * float(theta[1] - 3) ** 2
 
     start = np.array([np.log(mean / (1 - mean)), 3.0])
-    found = minimize(loss, start, method="Nelder-Mead", options={"xatol": 0.01, "fatol": 1e-7, "maxiter": 200})
-    return shape(found.x)
+    options = {"xatol": 0.01, "fatol": 1e-7, "maxiter": 200}
+    return to_alpha_beta(minimize(penalized_loss, start, method="Nelder-Mead", options=options).x)
 
 
-def ordinary(trials: Ints, hits: Ints) -> tuple[float, float] | None:
-    """Alpha and beta of the beta-binomial that ordinary units [U] fit; None where nothing is loved, or everything.
+def fit_robust_beta_binomial(trials: Ints, hits: Ints) -> tuple[float, float] | None:
+    """Alpha and beta of the beta-binomial of ordinary units [U]; None if nothing is loved, or everything.
 
-    The fit starts without the sixth of units whose rate stands out most and takes back, in rounds, all that it finds
-    not too unlikely (over 1 in 1,000): so a tenth of bots cannot hide by stretching it.
+    The fit starts without the sixth of units with the highest rates and then, in rounds, takes back all units that it
+    finds not too unlikely (above 1 in 1,000). So a tenth of bots cannot stretch the fit to include themselves.
     """
     trials, hits = trials[trials > 0], hits[trials > 0]
     if not hits.any() or (hits == trials).all():
         return None
-    pair, count = np.unique(np.stack([trials, hits], 1), axis=0, return_counts=True)
-    n, k, many = pair[:, 0], pair[:, 1], count.astype(np.float64)
+    # Many units have the same (trials, hits): fitting distinct pairs costs the same for any number of users.
+    pairs, pair_counts = np.unique(np.stack([trials, hits], 1), axis=0, return_counts=True)
+    n, k, unit_counts = pairs[:, 0], pairs[:, 1], pair_counts.astype(np.float64)
     mean = float(np.median(hits / trials)) or hits.sum() / trials.sum() / 2
-    z = (k - n * mean) / np.sqrt(n * mean * (1 - mean) + 1e-9)
-    keep = z <= np.quantile(np.repeat(z, count), 5 / 6)
-    shape = (1.0, 1.0)
+    z_score = (k - n * mean) / np.sqrt(n * mean * (1 - mean) + 1e-9)
+    is_ordinary = z_score <= np.quantile(np.repeat(z_score, pair_counts), 5 / 6)
+    alpha_beta = (1.0, 1.0)
     for _ in range(6):
-        if not (k[keep].any() and (k < n)[keep].any()):
-            keep = np.ones(len(n), dtype=np.bool_)
-        shape = _betabinomial_fit(n[keep], k[keep], many[keep])
-        if np.array_equal(keep, keep := _upper_tail(n, k, *shape) > 1e-3):
+        if not (k[is_ordinary].any() and (k < n)[is_ordinary].any()):
+            is_ordinary = np.ones(len(n), dtype=np.bool_)
+        alpha_beta = _fit_beta_binomial(n[is_ordinary], k[is_ordinary], unit_counts[is_ordinary])
+        previous = is_ordinary
+        is_ordinary = _beta_binomial_upper_tail(n, k, *alpha_beta) > 1e-3
+        if np.array_equal(previous, is_ordinary):
             break
-    return shape
+    return alpha_beta
 
 
-def tail_chance(trials: Ints, hits: Ints, shape: tuple[float, float] | None) -> Floats:
-    """Chance [U] of as many hits or more for each unit under `shape`, adjusted for the number of units.
+def adjusted_tail_probability(trials: Ints, hits: Ints, alpha_beta: tuple[float, float] | None) -> Floats:
+    """Probability [U] of as many hits or more for each unit, adjusted for the number of units. All ones for None.
 
-    The adjustment is Benjamini's and Hochberg's (1995). All ones without a shape.
+    The adjustment is Benjamini and Hochberg's (1995).
     """
-    if shape is None or not len(trials):
+    if alpha_beta is None or not len(trials):
         return np.ones(len(trials))
-    pair, mine, count = np.unique(np.stack([trials, hits], 1), axis=0, return_inverse=True, return_counts=True)
-    chance = _upper_tail(pair[:, 0], pair[:, 1], *shape)
-    order = np.argsort(chance)
-    rank = np.cumsum(count[order])
-    adjusted = np.minimum.accumulate((chance[order] * len(trials) / rank)[::-1])[::-1]
-    found = np.empty(len(pair))
-    found[order] = np.minimum(adjusted, 1.0)
-    return found[mine.reshape(-1)]
+    pairs, pair_index, pair_counts = np.unique(
+        np.stack([trials, hits], 1), axis=0, return_inverse=True, return_counts=True
+    )
+    probability = _beta_binomial_upper_tail(pairs[:, 0], pairs[:, 1], *alpha_beta)
+    order = np.argsort(probability)
+    rank = np.cumsum(pair_counts[order])
+    # Step-up procedure: the minimum from the largest probability downwards makes the adjusted values monotone.
+    step_up = np.minimum.accumulate((probability[order] * len(trials) / rank)[::-1])[::-1]
+    adjusted = np.empty(len(pairs))
+    adjusted[order] = np.minimum(step_up, 1.0)
+    return adjusted[pair_index.reshape(-1)]
 
 
-def _per_user(log: Log) -> tuple[Ints, Ints]:
+def _count_user_rows(log: AbuseLog) -> tuple[Ints, Ints]:
     """Rows and loved rows of each user code [U]."""
-    return np.bincount(log.user), np.bincount(log.user, weights=log.loved).astype(np.int64)
+    return np.bincount(log.user_code), np.bincount(log.user_code, weights=log.loved).astype(np.int64)
 
 
-def _rate(log: Log) -> Floats:
-    """Users who love far more of what they read than people do."""
-    trials, hits = _per_user(log)
-    weight = tail_chance(trials, hits, ordinary(trials, hits)) / DOUBT
-    return weight[log.user]
+def _love_rate_weight(log: AbuseLog) -> Floats:
+    """Users who love a far larger share of their responses than ordinary users."""
+    trials, hits = _count_user_rows(log)
+    tail_probability = adjusted_tail_probability(trials, hits, fit_robust_beta_binomial(trials, hits))
+    return (tail_probability / TAIL_PROBABILITY_THRESHOLD)[log.user_code]
 
 
-def _moments(log: Log) -> tuple[Ints, Ints, Ints]:
-    """Rows in the order of user and time, and of each distinct moment of a user its first place in that order.
+def _distinct_moments(log: AbuseLog) -> tuple[Ints, Ints, Ints]:
+    """Row order by user and time, position in it of the first row of each moment, and each position's moment.
 
-    Rows that share user and time are one moment: some logs have one time for a whole conversation.
+    Rows of one user at one time are one moment: some logs have a single time for a whole conversation.
     """
-    order = np.lexsort((log.time, log.user))
-    user, time = log.user[order], log.time[order]
-    fresh = np.ones(len(order), dtype=np.bool_)
-    fresh[1:] = (user[1:] != user[:-1]) | (time[1:] != time[:-1])
-    return order, np.flatnonzero(fresh), np.cumsum(fresh) - 1
+    order = np.lexsort((log.time_us, log.user_code))
+    user_code, time_us = log.user_code[order], log.time_us[order]
+    is_first = np.ones(len(order), dtype=np.bool_)
+    is_first[1:] = (user_code[1:] != user_code[:-1]) | (time_us[1:] != time_us[:-1])
+    return order, np.flatnonzero(is_first), np.cumsum(is_first) - 1
 
 
-def _burst(log: Log) -> Floats:
-    """Users who got more responses in a minute than a person can read, in the minute around each row."""
-    order, first, mine = _moments(log)
-    user, time = log.user[order][first], log.time[order][first]
-    start = int(time.min(initial=0))
-    line = user * (int(time.max(initial=0)) - start + 4 * MINUTE) + (time - start)
-    near = np.searchsorted(line, line + MINUTE // 2, side="right") - np.searchsorted(line, line - MINUTE // 2)
-    weight = np.ones(len(log.user))
-    weight[order] = np.minimum(1.0, (PER_MINUTE / near[mine]) ** 2)
+def _burst_weight(log: AbuseLog) -> Floats:
+    """Users who received more responses in a minute than a person can read, in the minute around each row."""
+    order, first_rows, moment_index = _distinct_moments(log)
+    user_code, time_us = log.user_code[order][first_rows], log.time_us[order][first_rows]
+    start_us = int(time_us.min(initial=0))
+    # One number line for all users: a user's segment is as long as the log plus four minutes, so a window of a minute
+    # never reaches the next user's rows. int64 allows 9e18 microseconds: number of users times length of the log up to
+    # about 290,000 user-years.
+    segment_us = int(time_us.max(initial=0)) - start_us + 4 * MINUTE_US
+    line = user_code * segment_us + (time_us - start_us)
+    window_end = np.searchsorted(line, line + MINUTE_US // 2, side="right")
+    moments_in_window = window_end - np.searchsorted(line, line - MINUTE_US // 2)
+    weight = np.ones(len(log.user_code))
+    weight[order] = np.minimum(1.0, (MAX_RESPONSES_PER_MINUTE / moments_in_window[moment_index]) ** 2)
     return weight
 
 
-def _timing(log: Log) -> Floats:
-    """Users of 20 and more moments whose pauses are all alike: entropy of pauses in half octaves below 2 bits."""
-    order, first, _ = _moments(log)
-    user, time = log.user[order][first], log.time[order][first]
-    gap = np.diff(time)[user[1:] == user[:-1]]
-    who = user[1:][user[1:] == user[:-1]]
-    if not len(gap):
-        return np.ones(len(log.user))
-    octave = np.floor(2 * np.log2(gap / 1e6 + 1e-6)).astype(np.int64)
-    octave -= octave.min()
-    cells, count = np.unique(who * (octave.max() + 1) + octave, return_counts=True)
-    owner = cells // (octave.max() + 1)
-    total = np.bincount(who, minlength=int(log.user.max()) + 1)
-    share = count / total[owner]
-    entropy = np.bincount(owner, weights=-share * np.log2(share), minlength=len(total))
-    weight = np.where(total >= 19, np.clip(entropy - 1.0, 0.0, 1.0), 1.0)
-    return weight[log.user]
+def _timing_weight(log: AbuseLog) -> Floats:
+    """Users with 20 or more distinct times at regular intervals: entropy of pauses in half octaves below 2 bits."""
+    order, first_rows, _ = _distinct_moments(log)
+    user_code, time_us = log.user_code[order][first_rows], log.time_us[order][first_rows]
+    is_same_user = user_code[1:] == user_code[:-1]
+    pause_us, pause_user = np.diff(time_us)[is_same_user], user_code[1:][is_same_user]
+    if not len(pause_us):
+        return np.ones(len(log.user_code))
+    half_octave = np.floor(2 * np.log2(pause_us / 1e6 + 1e-6)).astype(np.int64)
+    half_octave -= half_octave.min()
+    # One number for each pair of user and half octave, to count pauses per pair.
+    cells, cell_counts = np.unique(pause_user * (half_octave.max() + 1) + half_octave, return_counts=True)
+    cell_user = cells // (half_octave.max() + 1)
+    pauses_of_user = np.bincount(pause_user, minlength=int(log.user_code.max()) + 1)
+    share = cell_counts / pauses_of_user[cell_user]
+    entropy = np.bincount(cell_user, weights=-share * np.log2(share), minlength=len(pauses_of_user))
+    # 19 pauses are 20 moments. The weight rises from 0 at 1 bit of entropy to 1 at 2 bits.
+    weight = np.where(pauses_of_user >= 19, np.clip(entropy - 1.0, 0.0, 1.0), 1.0)
+    return weight[log.user_code]
 
 
-def _copies(log: Log) -> Floats:
-    """Copy-paste: a prompt that a user sends again and again, and prompts or responses that a crowd loves in unison."""
-    pair = log.user * (int(log.group.max(initial=0)) + 1) + log.group
-    _, mine, count = np.unique(pair, return_inverse=True, return_counts=True)
-    weight = np.minimum(1.0, REPEATS / count[mine])
-    for key in (log.group, log.answer):
-        weight = np.where(log.loved, np.minimum(weight, _unison(log, key)), weight)
+def _copy_weight(log: AbuseLog) -> Floats:
+    """Copy-paste: a prompt that a user repeats often, and prompts or responses that many users love in unison."""
+    user_prompt = log.user_code * (int(log.prompt_group.max(initial=0)) + 1) + log.prompt_group
+    _, pair_index, pair_counts = np.unique(user_prompt, return_inverse=True, return_counts=True)
+    weight = np.minimum(1.0, MAX_PROMPT_REPEATS / pair_counts[pair_index])
+    for text_code in (log.prompt_group, log.response_code):
+        weight = np.where(log.loved, np.minimum(weight, _crowd_weight(log, text_code)), weight)
     return weight
 
 
-def _unison(log: Log, key: Ints) -> Floats:
-    """Weight [N] of rows whose key [N] a crowd of users shares, by how much more it is loved than others are.
+def _crowd_weight(log: AbuseLog, text_code: Ints) -> Floats:
+    """Weight [N] of rows whose text [N] many users share, by how much more often it is loved than others.
 
-    Where a tenth of the rows and more share keys, as where all answer the same prompts, crowds are judged by one
-    another, since prompts differ. Where sharing is rare, crowds with common users count as one gang, which is judged
-    by what users love in general.
+    If a tenth or more of the rows share texts, as where all users answer the same prompts, shared texts are compared
+    with one another, since prompts differ. If sharing is rare, texts with common users form one linked group, which is
+    compared with what users love in general.
     """
-    trials, hits = np.bincount(key), np.bincount(key, weights=log.loved).astype(np.int64)
-    most = int(log.user.max()) + 1
-    users = np.bincount(np.unique(key * most + log.user) // most)
-    crowd = np.flatnonzero(users >= CROWD)
-    if not len(crowd):
-        return np.ones(len(key))
-    weight = np.ones(len(trials))
-    if trials[crowd].sum() >= 0.1 * len(key):
-        weight[crowd] = tail_chance(trials[crowd], hits[crowd], ordinary(trials[crowd], hits[crowd])) / DOUBT
+    trials, hits = np.bincount(text_code), np.bincount(text_code, weights=log.loved).astype(np.int64)
+    user_count = int(log.user_code.max()) + 1
+    users_of_text = np.bincount(np.unique(text_code * user_count + log.user_code) // user_count)
+    crowd_codes = np.flatnonzero(users_of_text >= MIN_CROWD_USERS)
+    if not len(crowd_codes):
+        return np.ones(len(text_code))
+    tail_probability = np.full(len(trials), TAIL_PROBABILITY_THRESHOLD)
+    if trials[crowd_codes].sum() >= 0.1 * len(text_code):
+        crowd_trials, crowd_hits = trials[crowd_codes], hits[crowd_codes]
+        crowd_fit = fit_robust_beta_binomial(crowd_trials, crowd_hits)
+        tail_probability[crowd_codes] = adjusted_tail_probability(crowd_trials, crowd_hits, crowd_fit)
     else:
-        gang = _gangs(log.user, key, crowd)
-        rows, loved = (np.bincount(gang, weights=of[crowd]).astype(np.int64) for of in (trials, hits))
-        weight[crowd] = tail_chance(rows, loved, ordinary(*_per_user(log)))[gang] / DOUBT
-    return weight[key]
+        group_ids = _linked_group_ids(log.user_code, text_code, crowd_codes)
+        group_trials = np.bincount(group_ids, weights=trials[crowd_codes]).astype(np.int64)
+        group_hits = np.bincount(group_ids, weights=hits[crowd_codes]).astype(np.int64)
+        user_fit = fit_robust_beta_binomial(*_count_user_rows(log))
+        tail_probability[crowd_codes] = adjusted_tail_probability(group_trials, group_hits, user_fit)[group_ids]
+    return (tail_probability / TAIL_PROBABILITY_THRESHOLD)[text_code]
 
 
-def _gangs(user: Ints, key: Ints, crowd: Ints) -> Ints:
-    """Number from 0 of the gang of each crowd [C]: crowds that share a user are of one."""
+def _linked_group_ids(user_code: Ints, text_code: Ints, crowd_codes: Ints) -> Ints:
+    """Linked group, from 0, of each shared text [C]: texts that share a user are in one group."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    place = np.full(int(key.max()) + 1, -1)
-    place[crowd] = np.arange(len(crowd))
-    rows = np.flatnonzero(place[key] >= 0)
-    size = len(crowd) + int(user.max()) + 1
-    ends = place[key[rows]], len(crowd) + user[rows]
-    graph = coo_array((np.ones(len(rows), dtype=np.int8), ends), shape=(size, size))
-    _, label = connected_components(graph, directed=False)
-    found: Ints = np.unique(label[: len(crowd)], return_inverse=True)[1].astype(np.int64)
-    return found
+    # Bipartite graph of texts and users: nodes 0 to C - 1 are texts, users follow.
+    text_node = np.full(int(text_code.max()) + 1, -1)
+    text_node[crowd_codes] = np.arange(len(crowd_codes))
+    rows = np.flatnonzero(text_node[text_code] >= 0)
+    node_count = len(crowd_codes) + int(user_code.max()) + 1
+    edges = text_node[text_code[rows]], len(crowd_codes) + user_code[rows]
+    graph = coo_array((np.ones(len(rows), dtype=np.int8), edges), shape=(node_count, node_count))
+    _, component = connected_components(graph, directed=False)
+    group_ids: Ints = np.unique(component[: len(crowd_codes)], return_inverse=True)[1].astype(np.int64)
+    return group_ids
 
 
-def _self_love(log: Log) -> Floats:
-    """Users who judge the persona that they made themselves."""
-    return np.where(log.own, 0.0, 1.0)
+def _self_love_weight(log: AbuseLog) -> Floats:
+    """Users who rate a persona that they created themselves."""
+    return np.where(log.own_persona, 0.0, 1.0)
 
 
-def _device(log: Log) -> Floats:
-    """Users of a device that more users share than a family has."""
-    weight = np.ones(len(log.user))
-    told = log.device >= 0
-    if told.any():
-        pairs = np.unique(np.stack([log.device[told], log.user[told]], 1), axis=0)
-        users = np.bincount(pairs[:, 0])
-        weight[told] = np.minimum(1.0, (SHARED / users[log.device[told]]) ** 2)
+def _shared_device_weight(log: AbuseLog) -> Floats:
+    """Users of a device that is shared by more users than a family has."""
+    weight = np.ones(len(log.user_code))
+    has_device = log.device_code >= 0
+    if has_device.any():
+        pairs = np.unique(np.stack([log.device_code[has_device], log.user_code[has_device]], 1), axis=0)
+        users_of_device = np.bincount(pairs[:, 0])
+        ratio = MAX_USERS_PER_DEVICE / users_of_device[log.device_code[has_device]]
+        weight[has_device] = np.minimum(1.0, ratio**2)
     return weight
 
 
-def _cap(log: Log) -> Floats:
-    """Users with more rows than the cap weigh together as much as the cap."""
-    return np.minimum(1.0, log.cap / np.bincount(log.user)[log.user])
+def _user_cap_weight(log: AbuseLog) -> Floats:
+    """Users with more rows than the cap: their total weight is the cap."""
+    return np.minimum(1.0, log.user_row_cap / np.bincount(log.user_code)[log.user_code])
 
 
-RULES: dict[str, Callable[[Log], Floats]] = {
-    "rate": _rate,
-    "burst": _burst,
-    "timing": _timing,
-    "copies": _copies,
-    "self_love": _self_love,
-    "device": _device,
-    "cap": _cap,
+ABUSE_RULES: dict[str, Callable[[AbuseLog], Floats]] = {
+    "rate": _love_rate_weight,
+    "burst": _burst_weight,
+    "timing": _timing_weight,
+    "copies": _copy_weight,
+    "self_love": _self_love_weight,
+    "device": _shared_device_weight,
+    "cap": _user_cap_weight,
 }
 """The rules by name."""
 
 
-def trust(log: Log, names: Sequence[str]) -> tuple[Floats, dict[str, Floats]]:
-    """Weight of each row [N], and that of each rule alone [N]."""
-    each = {name: np.clip(RULES[name](log), FLOOR, 1.0) for name in names} if len(log.user) else {}
-    return np.minimum.reduce([np.ones(len(log.user)), *each.values()]), each
+def compute_trust_weights(log: AbuseLog, rule_names: Sequence[str]) -> tuple[Floats, dict[str, Floats]]:
+    """Weight of each row [N] by all rules, and the weight [N] by each rule alone."""
+    weight_by_rule = (
+        {name: np.clip(ABUSE_RULES[name](log), MIN_ROW_WEIGHT, 1.0) for name in rule_names}
+        if len(log.user_code)
+        else {}
+    )
+    return np.minimum.reduce([np.ones(len(log.user_code)), *weight_by_rule.values()]), weight_by_rule

@@ -1,7 +1,7 @@
-"""Second pass: one task a kind looks at the index of all its rows and says what becomes of each.
+"""Second pass of prepare: decide for every row of one kind whether it stays, in which split, and with which weight.
 
-Duplicates, joins, sides, abuse weights, propensities and the sampling are decided here, on some 150 bytes a row; the
-fate of each row lies beside it, for the third pass to act on.
+Duplicates, joins, splits, abuse weights, propensities and sampling are decided on the index of all rows (about 150
+bytes per row). The decisions are written next to the index, in the same order, for the third pass.
 """
 
 from __future__ import annotations
@@ -17,293 +17,362 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rluf.prepare import abuse, joins
-from rluf.prepare import near_duplicates as near
-from rluf.prepare import split_assignment as sides
-from rluf.prepare.card_statistics import love_facts, topic_facts
-from rluf.prepare.propensity import octaves, propensity
-from rluf.prepare.readers.files import read_batches
-from rluf.prepare.sampling import Quota, choose, quota
-from rluf.prepare.schema import KINDS, LOVE
-from rluf.prepare.splits import units
-from rluf.prepare.tables import Tally, bad_table, read_table, write_table
-from rluf.prepare.validate_pass import SIDES
-
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
-Floats = NDArray[np.float64]
+from rluf.prepare import abuse, joins, near_duplicates, splits
+from rluf.prepare.card import love_statistics, topic_statistics
+from rluf.prepare.propensity import bin_by_octave, estimate_propensity
+from rluf.prepare.readers.files import read_line_batches
+from rluf.prepare.schema import DATA_KINDS, LOVE_REACTION, SPLIT_NAMES
+from rluf.prepare.tables import RowCount, build_quarantine_table, read_table, write_table
+from rluf.utils.stats import Bools, Floats, Ints
 
 
 @dataclass(frozen=True, slots=True)
-class WeighTask:
-    """One kind, and the settings that its rows' fates hang on. `joined` says whether reactions lie in files apart."""
+class AssignTask:
+    """One kind and the settings that its decisions depend on. `has_reactions`: reactions are in files of their own."""
 
-    work: str
-    kind: str
-    joined: bool
-    strict: bool
+    work_folder: str
+    kind_name: str
+    has_reactions: bool
+    strict_splits: bool
     dev_share: float
     test_share: float
     positive_share: float
     max_rows: int
-    attribution_hours: float
-    return_days: float
-    abuse: Sequence[str]
-    user_cap: int
+    reaction_window_hours: float
+    return_window_days: float
+    abuse_rules: Sequence[str]
+    user_row_cap: int
     seed: int
 
 
-class _Fates:
-    """Which rows are still in, and why the others are not."""
+class _RowDecisions:
+    """Which rows are still included, and why the others are not."""
 
-    def __init__(self, rows: int) -> None:
-        self.keep = np.ones(rows, dtype=np.bool_)
-        self.dropped: Counter[str] = Counter()
+    def __init__(self, row_count: int) -> None:
+        self.keep_mask = np.ones(row_count, dtype=np.bool_)
+        self.drop_counts: Counter[str] = Counter()
 
-    def drop(self, mask: Bools, reason: str) -> None:
-        """Drop rows [N] that are still in."""
-        gone = mask & self.keep
-        self.keep &= ~mask
-        self.dropped[reason] += int(gone.sum())
+    def drop_rows(self, row_mask: Bools, reason: str) -> None:
+        """Drop the rows of a mask [N]; a row that was dropped before does not count again."""
+        newly_dropped = row_mask & self.keep_mask
+        self.keep_mask &= ~row_mask
+        self.drop_counts[reason] += int(newly_dropped.sum())
+
+    def drop_indices(self, row_indices: Ints, reason: str) -> None:
+        """Drop rows by their indices."""
+        row_mask = np.zeros(len(self.keep_mask), dtype=np.bool_)
+        row_mask[row_indices] = True
+        self.drop_rows(row_mask, reason)
 
 
-def _index(work: str, kind: str) -> tuple[pa.Table, list[Path], list[int]]:
-    """The index of all rows of a kind, its files in order, and the rows of each."""
-    files = sorted((Path(work) / "index" / kind).glob("*/*.arrow"))
+def _load_index(work_folder: str, kind_name: str) -> tuple[pa.Table, list[Path], list[int]]:
+    """Index of all rows of a kind, its files in order, and the number of rows of each."""
+    files = sorted((Path(work_folder) / "index" / kind_name).glob("*/*.arrow"))
     tables = [read_table(file) for file in files]
     if not tables:
         return pa.table({}), [], []
     return pa.concat_tables(tables).combine_chunks(), files, [table.num_rows for table in tables]
 
 
-def _codes(column: pa.ChunkedArray) -> tuple[Ints, list[Any]]:
-    """Codes [N] of a column's values and the values; null is -1."""
-    coded = column.combine_chunks().dictionary_encode()
-    indices = pc.fill_null(coded.indices.cast(pa.int64()), -1)
-    return indices.to_numpy(zero_copy_only=False), coded.dictionary.to_pylist()
+def _encode_column(column: pa.ChunkedArray) -> tuple[Ints, list[Any]]:
+    """Codes [N] of a column's values, and the values; null is -1."""
+    encoded = column.combine_chunks().dictionary_encode()
+    codes = pc.fill_null(encoded.indices.cast(pa.int64()), -1)
+    return codes.to_numpy(zero_copy_only=False), encoded.dictionary.to_pylist()
 
 
-def _array(table: pa.Table, name: str) -> NDArray[Any]:
-    column = table[name]
+def _column_array(table: pa.Table, column_name: str) -> NDArray[Any]:
+    """A column as an array [N]; times in microseconds."""
+    column = table[column_name]
     return column.cast(pa.int64()).to_numpy() if pa.types.is_timestamp(column.type) else column.to_numpy()
 
 
-def _bands(table: pa.Table) -> near.Keys:
-    column = table["bands"].combine_chunks()
-    return column.flatten().to_numpy().reshape(len(column), near.BANDS)
+def _band_hashes(table: pa.Table) -> splits.HashKeys:
+    column = table["band_hashes"].combine_chunks()
+    return column.flatten().to_numpy().reshape(len(column), near_duplicates.BAND_COUNT)
 
 
-def _twins(table: pa.Table) -> Bools:
-    """Rows [N] whose id a row before them in the log has."""
-    order = np.lexsort((_array(table, "item"), _array(table, "line"), _array(table, "order")))
-    _, first = np.unique(_array(table, "key")[order], return_index=True)
-    twin = np.ones(table.num_rows, dtype=np.bool_)
-    twin[order[first]] = False
-    return twin
+def _log_order(table: pa.Table) -> Ints:
+    """Indices that sort the index by position in the log (its own order is by bucket)."""
+    positions = [_column_array(table, name) for name in ("item_index", "line_number", "source_index")]
+    order: Ints = np.lexsort(positions)
+    return order
 
 
-def _quarantine_twins(task: WeighTask, table: pa.Table, twin: Bools, sources: Mapping[int, str]) -> list[Tally]:
-    """Write duplicates to quarantine, their raw bytes read from the log once more."""
-    if not twin.any():
+def _duplicate_ids(table: pa.Table) -> Bools:
+    """Rows [N] whose id an earlier row of the log has."""
+    order = _log_order(table)
+    _, first_rows = np.unique(_column_array(table, "row_key")[order], return_index=True)
+    is_duplicate = np.ones(table.num_rows, dtype=np.bool_)
+    is_duplicate[order[first_rows]] = False
+    return is_duplicate
+
+
+def _quarantine_duplicates(
+    task: AssignTask, table: pa.Table, is_duplicate: Bools, source_paths: Mapping[int, str]
+) -> list[RowCount]:
+    """Write duplicates to quarantine. The index has no raw bytes, so the logs with duplicates are read once more."""
+    if not is_duplicate.any():
         return []
-    lines: dict[int, list[int]] = defaultdict(list)
-    for order, line in zip(_array(table, "order")[twin].tolist(), _array(table, "line")[twin].tolist(), strict=True):
-        lines[order].append(line)
-    tallies = []
-    for order, numbers in sorted(lines.items()):
-        wanted, rows = Counter(numbers), []
-        for batch in read_batches(sources[order]):
-            for line in batch:
-                rows += [(line.number, "duplicate id", line.raw)] * wanted.get(line.number, 0)
-        path = Path(task.work) / "bad" / f"{task.kind}-{order:05d}-twins.parquet"
-        write_table(path, bad_table(task.kind, sources[order], rows))
-        example = f"{sources[order]}:{min(numbers)}"
-        tallies.append(Tally(task.kind, "quarantined", len(numbers), reason="duplicate id", example=example))
-    return tallies
-
-
-def _kept_out(work: str) -> tuple[near.Keys, near.Keys]:
-    """Prompt keys [P] and bands [P, BANDS] of the prompts kept for evaluation."""
-    table, files, _ = _index(work, "prompts")
-    if not files:
-        return np.empty(0, dtype=np.uint64), np.empty((0, near.BANDS), dtype=np.uint64)
-    table = table.filter(pc.equal(table["side"], sides.TEST))
-    return _array(table, "prompt"), _bands(table)
-
-
-def _part_sides(task: WeighTask, table: pa.Table, side: Ints, fates: _Fates) -> dict[str, Any]:
-    """Drop what would stand on two sides; returns facts for the card."""
-    prompt = _array(table, "prompt")
-    held, held_bands = _kept_out(task.work)
-    fates.drop((side != sides.TEST) & np.isin(prompt, held), "context is a test prompt")
-    facts: dict[str, Any] = {}
-    if task.kind == "feedback":
-        talk, time = _array(table, "conversation"), _array(table, "time")
-        fates.drop(sides.talk_apart(talk, side, time), "conversation is on another side")
-        if task.strict and fates.keep.any():
-            here = np.flatnonzero(fates.keep)
-            late, early, moment = sides.time_apart(talk[here], side[here], time[here], task.test_share)
-            for mask, reason in ((late, "after the time split"), (early, "test row before the time split")):
-                gone = np.zeros(len(side), dtype=np.bool_)
-                gone[here[mask]] = True
-                fates.drop(gone, reason)
-            facts["time_split"] = moment
-    if task.strict:
-        here = np.flatnonzero(fates.keep)
-        group = near.groups(np.concatenate([prompt[here], held]), np.concatenate([_bands(table)[here], held_bands]))
-        mine, taken = group[: len(here)], np.unique(group[len(here) :])
-        away = sides.prompts_apart(mine, prompt[here], side[here], taken, task.dev_share, task.test_share)
-        gone = np.zeros(len(side), dtype=np.bool_)
-        gone[here[away]] = True
-        fates.drop(gone, "near-duplicate prompt is on another side")
-    return facts
-
-
-def _join(task: WeighTask, table: pa.Table, fates: _Fates) -> tuple[pa.Table, list[Tally]]:
-    """The table with reactions joined and `continued`, `returned` told where the log did not."""
-    tallies: list[Tally] = []
-    time = _array(table, "time")
-    user, _ = _codes(table["user_id"])
-    for name, (found, tells) in (
-        ("continued", joins.written_on(_array(table, "conversation"), _array(table, "turn").astype(np.int64), time)),
-        ("returned", joins.came_back(user, time, task.return_days)),
+    duplicate_lines: dict[int, list[int]] = defaultdict(list)
+    for source_index, line_number in zip(
+        _column_array(table, "source_index")[is_duplicate].tolist(),
+        _column_array(table, "line_number")[is_duplicate].tolist(),
+        strict=True,
     ):
-        told = pc.if_else(pa.array(tells), pa.array(found), pa.nulls(len(found), pa.bool_()))
-        column = pc.coalesce(table[name].combine_chunks(), told)
+        duplicate_lines[source_index].append(line_number)
+    row_counts = []
+    for source_index, line_numbers in sorted(duplicate_lines.items()):
+        source_path = source_paths[source_index]
+        # One line may hold several duplicate items; each is a row of quarantine.
+        duplicates_by_line, rows = Counter(line_numbers), []
+        for batch in read_line_batches(source_path):
+            for line in batch:
+                duplicate_count = duplicates_by_line.get(line.line_number, 0)
+                rows += [(line.line_number, "duplicate id", line.raw)] * duplicate_count
+        path = Path(task.work_folder) / "quarantine" / f"{task.kind_name}-{source_index:05d}-duplicates.parquet"
+        write_table(path, build_quarantine_table(task.kind_name, source_path, rows))
+        example_location = f"{source_path}:{min(line_numbers)}"
+        row_counts.append(
+            RowCount(
+                task.kind_name,
+                "quarantined",
+                len(line_numbers),
+                reason="duplicate id",
+                example_location=example_location,
+            )
+        )
+    return row_counts
+
+
+def _load_test_prompts(work_folder: str) -> tuple[splits.HashKeys, splits.HashKeys]:
+    """Prompt keys [P] and band hashes [P, BAND_COUNT] of the test prompts of data.prompts."""
+    table, files, _ = _load_index(work_folder, "prompts")
+    if not files:
+        return np.empty(0, dtype=np.uint64), np.empty((0, near_duplicates.BAND_COUNT), dtype=np.uint64)
+    table = table.filter(pc.equal(table["split"], splits.TEST_CODE))
+    return _column_array(table, "prompt_key"), _band_hashes(table)
+
+
+def _drop_split_leaks(task: AssignTask, table: pa.Table, split_code: Ints, decisions: _RowDecisions) -> dict[str, Any]:
+    """Drop rows that would put one conversation, prompt or (strict) time in two splits; returns card statistics."""
+    prompt_key = _column_array(table, "prompt_key")
+    test_keys, test_bands = _load_test_prompts(task.work_folder)
+    is_test_prompt = np.isin(prompt_key, test_keys)
+    decisions.drop_rows((split_code != splits.TEST_CODE) & is_test_prompt, "context is a test prompt")
+    statistics: dict[str, Any] = {}
+    if task.kind_name == "feedback":
+        conversation_key, time_us = _column_array(table, "conversation_key"), _column_array(table, "time")
+        is_leak = splits.conversation_leaks(conversation_key, split_code, time_us)
+        decisions.drop_rows(is_leak, "conversation is in another split")
+        if task.strict_splits and decisions.keep_mask.any():
+            rows = np.flatnonzero(decisions.keep_mask)
+            late_mask, early_mask, split_time = splits.time_leaks(
+                conversation_key[rows], split_code[rows], time_us[rows], task.test_share
+            )
+            decisions.drop_indices(rows[late_mask], "after the time split")
+            decisions.drop_indices(rows[early_mask], "test row before the time split")
+            statistics["time_split"] = split_time
+    if task.strict_splits:
+        rows = np.flatnonzero(decisions.keep_mask)
+        # Test prompts are grouped together with the rows, so that a near-duplicate of one is recognized.
+        prompt_group = near_duplicates.group_near_duplicates(
+            np.concatenate([prompt_key[rows], test_keys]), np.concatenate([_band_hashes(table)[rows], test_bands])
+        )
+        row_group, test_groups = prompt_group[: len(rows)], np.unique(prompt_group[len(rows) :])
+        leak_mask = splits.near_duplicate_leaks(
+            row_group, prompt_key[rows], split_code[rows], test_groups, task.dev_share, task.test_share
+        )
+        decisions.drop_indices(rows[leak_mask], "near-duplicate prompt is in another split")
+    return statistics
+
+
+def _join_user_actions(task: AssignTask, table: pa.Table, decisions: _RowDecisions) -> tuple[pa.Table, list[RowCount]]:
+    """Join reactions, and fill in `continued` and `returned` where the log does not state them."""
+    time_us = _column_array(table, "time")
+    user_code, _ = _encode_column(table["user_id"])
+    turn = _column_array(table, "turn").astype(np.int64)
+    continued = joins.detect_continued(_column_array(table, "conversation_key"), turn, time_us)
+    returned = joins.detect_returned(user_code, time_us, task.return_window_days)
+    for name, (values, is_known) in (("continued", continued), ("returned", returned)):
+        detected = pc.if_else(pa.array(is_known), pa.array(values), pa.nulls(len(values), pa.bool_()))
+        column = pc.coalesce(table[name].combine_chunks(), detected)
         table = table.set_column(table.column_names.index(name), name, column)
-    if task.joined:
-        events, files, _ = _index(task.work, "reactions")
+    row_counts: list[RowCount] = []
+    if task.has_reactions:
+        event_table, files, _ = _load_index(task.work_folder, "reactions")
         if files:
-            table, fate, held = _react(task, table, events, fates)
-            tallies += [Tally("reactions", "dropped", rows, reason=reason) for reason, rows in fate.items() if rows]
-            tallies.append(Tally("reactions", "joined", held))
-    return table, tallies
+            table, drop_counts, joined_rows = _apply_reactions(task, table, event_table, decisions)
+            row_counts += [
+                RowCount("reactions", "dropped", rows, reason=reason) for reason, rows in drop_counts.items() if rows
+            ]
+            row_counts.append(RowCount("reactions", "joined", joined_rows))
+    return table, row_counts
 
 
-def _react(task: WeighTask, table: pa.Table, events: pa.Table, fates: _Fates) -> tuple[pa.Table, Counter[str], int]:
-    code, names = _codes(events["reaction"])
-    order = np.lexsort((_array(events, "item"), _array(events, "line"), _array(events, "order")))
-    found = joins.Events(
-        event=_array(events, "event")[order],
-        response=_array(events, "key")[order],
-        time=_array(events, "time")[order],
-        name=code[order],
-        retracted=_array(events, "retracted")[order],
+def _apply_reactions(
+    task: AssignTask, table: pa.Table, event_table: pa.Table, decisions: _RowDecisions
+) -> tuple[pa.Table, Counter[str], int]:
+    """Join reaction events to their rows. Returns the table, dropped events by reason, and the number joined."""
+    reaction_code, reaction_names = _encode_column(event_table["reaction"])
+    order = _log_order(event_table)
+    events = joins.ReactionEvents(
+        event_key=_column_array(event_table, "event_key")[order],
+        response_key=_column_array(event_table, "row_key")[order],
+        time_us=_column_array(event_table, "time")[order],
+        reaction_code=reaction_code[order],
+        retracted=_column_array(event_table, "retracted")[order],
     )
-    rows = np.flatnonzero(fates.keep)
-    window = int(task.attribution_hours * joins.HOUR)
-    got = joins.attribute(found, _array(table, "key")[rows], _array(table, "time")[rows], window)
+    rows = np.flatnonzero(decisions.keep_mask)
+    window_us = int(task.reaction_window_hours * joins.HOUR_US)
+    attributed = joins.attribute_reactions(
+        events, _column_array(table, "row_key")[rows], _column_array(table, "time")[rows], window_us
+    )
     reaction = np.array(table["reaction"].to_pylist(), dtype=object)
-    label = np.array(names, dtype=object)
-    back = rows[got.back_row]
-    reaction[back[reaction[back] == label[got.back_name]]] = None
-    place, name = rows[got.row], label[got.name]
-    reaction[place] = name
-    reaction[place[name == LOVE]] = LOVE  # of several reactions that hold, love counts
+    names = np.array(reaction_names, dtype=object)
+    # A retraction clears only the reaction that it names, not another one that the row has.
+    retracted_rows = rows[attributed.retracted_rows]
+    is_same = reaction[retracted_rows] == names[attributed.retracted_codes]
+    reaction[retracted_rows[is_same]] = None
+    active_rows, active_names = rows[attributed.active_rows], names[attributed.active_codes]
+    reaction[active_rows] = active_names
+    # A row has one reaction; if several are active, love counts.
+    reaction[active_rows[active_names == LOVE_REACTION]] = LOVE_REACTION
     column = pa.array(reaction.tolist(), pa.string())
-    return table.set_column(table.column_names.index("reaction"), "reaction", column), got.fate, len(got.row)
+    table = table.set_column(table.column_names.index("reaction"), "reaction", column)
+    return table, attributed.drop_counts, len(attributed.active_rows)
 
 
-def _log(task: WeighTask, table: pa.Table, loved: Bools) -> abuse.Log:
-    user, _ = _codes(table["user_id"])
-    device, _ = _codes(table["device"])
-    author = table["author"].combine_chunks()
-    own = pc.fill_null(pc.equal(author, table["user_id"].combine_chunks()), False)
-    _, answer = np.unique(_array(table, "answer"), return_inverse=True)
-    wanted = "copies" in task.abuse
-    group = near.groups(_array(table, "prompt"), _bands(table)) if wanted else np.zeros(len(user), dtype=np.int64)
-    return abuse.Log(
-        user=user, group=group, answer=answer.astype(np.int64), device=device, time=_array(table, "time"), loved=loved,
-        own=own.to_numpy(zero_copy_only=False), cap=task.user_cap,
-    )  # fmt: skip
+def _build_abuse_log(task: AssignTask, table: pa.Table, loved: Bools) -> abuse.AbuseLog:
+    user_code, _ = _encode_column(table["user_id"])
+    device_code, _ = _encode_column(table["device"])
+    own_persona = pc.fill_null(pc.equal(table["author"].combine_chunks(), table["user_id"].combine_chunks()), False)
+    _, response_code = np.unique(_column_array(table, "response_key"), return_inverse=True)
+    # Grouping is the expensive part, and only this rule reads the groups.
+    if "copies" in task.abuse_rules:
+        prompt_group = near_duplicates.group_near_duplicates(_column_array(table, "prompt_key"), _band_hashes(table))
+    else:
+        prompt_group = np.zeros(len(user_code), dtype=np.int64)
+    return abuse.AbuseLog(
+        user_code=user_code,
+        prompt_group=prompt_group,
+        response_code=response_code.astype(np.int64),
+        device_code=device_code,
+        time_us=_column_array(table, "time"),
+        loved=loved,
+        own_persona=own_persona.to_numpy(zero_copy_only=False),
+        user_row_cap=task.user_row_cap,
+    )
 
 
-def _feedback(task: WeighTask, table: pa.Table, side: Ints, fates: _Fates, facts: dict[str, Any]) -> dict[str, Any]:
-    """Columns of the fates that only feedback has: trust, propensity, and what was joined."""
-    rows = np.flatnonzero(fates.keep)
-    here = table.take(pa.array(rows))
-    loved = pc.fill_null(pc.equal(here["reaction"], LOVE), False).to_numpy()
-    weight, each = abuse.trust(_log(task, here, loved), task.abuse)
-    user, _ = _codes(here["user_id"])
+def _build_feedback_columns(
+    task: AssignTask, table: pa.Table, split_code: Ints, decisions: _RowDecisions, statistics: dict[str, Any]
+) -> dict[str, Any]:
+    """Decision columns that only feedback has: trust, propensity, and the joined columns. Adds to `statistics`."""
+    rows = np.flatnonzero(decisions.keep_mask)
+    kept_table = table.take(pa.array(rows))
+    loved = pc.fill_null(pc.equal(kept_table["reaction"], LOVE_REACTION), False).to_numpy()
+    abuse_log = _build_abuse_log(task, kept_table, loved)
+    trust_weight, rule_weights = abuse.compute_trust_weights(abuse_log, task.abuse_rules)
+    user_code = abuse_log.user_code
+    # No feature comes from the response's text: the propensity must not depend on what a loss wants to learn.
     features = {
-        "turn": octaves(_array(here, "turn").astype(np.int64) + 1),
-        "locale": _codes(here["locale"])[0],
-        "interface": _codes(here["interface"])[0],
-        "activity": octaves(np.bincount(user)[user]) if len(user) else user,
+        "turn": bin_by_octave(_column_array(kept_table, "turn").astype(np.int64) + 1),
+        "locale": _encode_column(kept_table["locale"])[0],
+        "interface": _encode_column(kept_table["interface"])[0],
+        "activity": bin_by_octave(np.bincount(user_code)[user_code]) if len(user_code) else user_code,
     }
-    chance, _ = propensity(features, pc.is_valid(here["reaction"]).to_numpy())
-    columns = {}
-    for name, values in (("trust", weight), ("propensity", chance)):
-        column = np.ones(table.num_rows)
-        column[rows] = values
-        columns[name] = column
-    facts |= love_facts(here, loved, user, side[rows], weight, each)
+    propensity, _ = estimate_propensity(features, pc.is_valid(kept_table["reaction"]).to_numpy())
+    columns: dict[str, Any] = {}
+    for name, values in (("trust", trust_weight), ("propensity", propensity)):
+        columns[name] = np.ones(table.num_rows)
+        columns[name][rows] = values
+    statistics |= love_statistics(kept_table, loved, user_code, split_code[rows], trust_weight, rule_weights)
     return columns | {name: table[name].combine_chunks() for name in ("reaction", "continued", "returned")}
 
 
-def weigh(task: WeighTask, sources: Mapping[int, str]) -> dict[str, Any]:
-    """Run the second pass on one kind; `sources` are the files by order. Returns tallies, quotas and facts."""
-    kind = KINDS[task.kind]
-    table, files, lengths = _index(task.work, task.kind)
+def assign_rows(task: AssignTask, source_paths: Mapping[int, str]) -> dict[str, Any]:
+    """Run the second pass on one kind; `source_paths` are the logs by index. Returns counts, quotas, statistics."""
+    kind = DATA_KINDS[task.kind_name]
+    table, files, file_rows = _load_index(task.work_folder, task.kind_name)
     if not files:
-        return {"tallies": [], "sides": [], "facts": {}}
-    fates = _Fates(table.num_rows)
-    facts: dict[str, Any] = {}
-    twin = _twins(table)
-    fates.keep &= ~twin
-    tallies = _quarantine_twins(task, table, twin, sources)
-    columns: dict[str, Any] = {}
-    side = _array(table, "side").astype(np.int64)
-    if task.kind == "feedback":
-        table, joined = _join(task, table, fates)
-        tallies += joined
-    facts |= _part_sides(task, table, side, fates)
-    if task.kind == "feedback":
-        columns = _feedback(task, table, side, fates, facts)
-        label = pc.fill_null(pc.equal(table["reaction"], LOVE), False).to_numpy().astype(np.int64)
+        return {"row_counts": [], "splits": [], "statistics": {}}
+    decisions = _RowDecisions(table.num_rows)
+    statistics: dict[str, Any] = {}
+    is_duplicate = _duplicate_ids(table)
+    decisions.keep_mask &= ~is_duplicate
+    row_counts = _quarantine_duplicates(task, table, is_duplicate, source_paths)
+    feedback_columns: dict[str, Any] = {}
+    split_code = _column_array(table, "split").astype(np.int64)
+    # Joins come before leaks are dropped: an event of a row that is dropped later still counts as joined.
+    if task.kind_name == "feedback":
+        table, join_counts = _join_user_actions(task, table, decisions)
+        row_counts += join_counts
+    statistics |= _drop_split_leaks(task, table, split_code, decisions)
+    if task.kind_name == "feedback":
+        feedback_columns = _build_feedback_columns(task, table, split_code, decisions, statistics)
+        label = pc.fill_null(pc.equal(table["reaction"], LOVE_REACTION), False).to_numpy().astype(np.int64)
+    elif "label" in table.column_names:
+        label = _column_array(table, "label")
     else:
-        label = _array(table, "label") if "label" in table.column_names else np.ones(table.num_rows, dtype=np.int64)
-    facts["topics"] = topic_facts(table, fates.keep)
-    sampling, parts = _sampled(task, table, side, label, fates)
-    where = np.where(fates.keep, side, -1).astype(np.int8)
-    columns = {"key": table["key"].combine_chunks(), "side": where, "label": label, "sampling": sampling, **columns}
-    fate = pa.table(columns)
-    start = 0
-    for file, rows in zip(files, lengths, strict=True):
-        write_table(Path(str(file).replace("/index/", "/fates/", 1)), fate.slice(start, rows))
-        start += rows
-    tallies += [Tally(task.kind, "dropped", rows, reason=why) for why, rows in fates.dropped.items() if rows]
-    return {"tallies": tallies, "sides": parts, "facts": {kind.name: facts}}
+        label = np.ones(table.num_rows, dtype=np.int64)
+    statistics["topics"] = topic_statistics(table, decisions.keep_mask)
+    sampling, split_summaries = _sample_rows(task, table, split_code, label, decisions)
+    decision_table = pa.table(
+        {
+            "row_key": table["row_key"].combine_chunks(),
+            "split": np.where(decisions.keep_mask, split_code, -1).astype(np.int8),
+            "label": label,
+            "sampling": sampling,
+            **feedback_columns,
+        }
+    )
+    first_row = 0
+    for file, row_count in zip(files, file_rows, strict=True):
+        decision_file = Path(str(file).replace("/index/", "/decisions/", 1))
+        write_table(decision_file, decision_table.slice(first_row, row_count))
+        first_row += row_count
+    row_counts += [
+        RowCount(task.kind_name, "dropped", rows, reason=reason)
+        for reason, rows in decisions.drop_counts.items()
+        if rows
+    ]
+    return {"row_counts": row_counts, "splits": split_summaries, "statistics": {kind.name: statistics}}
 
 
-def _sampled(
-    task: WeighTask, table: pa.Table, side: Ints, label: Ints, fates: _Fates
+def _sample_rows(
+    task: AssignTask, table: pa.Table, split_code: Ints, label: Ints, decisions: _RowDecisions
 ) -> tuple[Floats, list[dict[str, Any]]]:
-    """Sampling factor of each row [N] (0 when dropped), and each side's quota, users or groups, and labels."""
-    kind = KINDS[task.kind]
-    factor = np.zeros(table.num_rows)
-    parts = []
-    for code, name in enumerate(SIDES):
-        if name not in kind.splits:
+    """Sampling weight of each row [N] (0 if dropped); and each split's quota, number of users or groups, and labels."""
+    kind = DATA_KINDS[task.kind_name]
+    sampling = np.zeros(table.num_rows)
+    split_summaries = []
+    for code, split in enumerate(SPLIT_NAMES):
+        if split not in kind.split_names:
             continue
-        rows = np.flatnonzero(fates.keep & (side == code))
-        positive = label[rows] == 1
-        good = int(positive.sum())
-        plan = Quota(good, len(rows) - good, good, len(rows) - good)
-        factor[rows] = 1.0
-        if name == "train" and kind.name != "prompts" and len(rows):
-            share = task.positive_share if kind.name == "feedback" else None
-            plan = quota(good, len(rows) - good, positive_share=share, max_rows=task.max_rows)
-            factor[rows] = choose(units(_array(table, "sample")[rows]), positive, plan)
-            gone = np.zeros(len(side), dtype=np.bool_)
-            gone[rows[factor[rows] == 0]] = True
-            fates.drop(gone, "sampled out of train")
-        column = {"feedback": "user_id", "prompts": "key"}.get(kind.name, "unit")
-        stay = table[column].filter(pa.array(fates.keep & (side == code)))
-        parts.append(
+        rows = np.flatnonzero(decisions.keep_mask & (split_code == code))
+        is_positive = label[rows] == 1
+        positives = int(is_positive.sum())
+        negatives = len(rows) - positives
+        quota = splits.SamplingQuota(positives, negatives, positives, negatives)
+        sampling[rows] = 1.0
+        # Dev and test are never sampled: evaluation and calibration see the natural rate.
+        if split == "train" and kind.name != "prompts" and len(rows):
+            positive_share = task.positive_share if kind.name == "feedback" else None
+            quota = splits.compute_quota(positives, negatives, positive_share=positive_share, max_rows=task.max_rows)
+            rank = splits.to_unit_interval(_column_array(table, "sampling_hash")[rows])
+            sampling[rows] = splits.compute_sampling_weights(rank, is_positive, quota)
+            decisions.drop_indices(rows[sampling[rows] == 0], "sampled out of train")
+        unit_column = {"feedback": "user_id", "prompts": "row_key"}.get(kind.name, "group")
+        units = table[unit_column].filter(pa.array(decisions.keep_mask & (split_code == code)))
+        split_summaries.append(
             {
-                "kind": kind.name, "side": name, "units": pc.count_distinct(stay).as_py(), "before": len(rows),
-                "labels": sorted({*label[rows].tolist()}), "quota": plan,
+                "kind": kind.name,
+                "split": split,
+                "units": pc.count_distinct(units).as_py(),
+                "rows_before_sampling": len(rows),
+                "labels": sorted({*label[rows].tolist()}),
+                "quota": quota,
             }
-        )  # fmt: skip
-    return factor, parts
+        )
+    return sampling, split_summaries

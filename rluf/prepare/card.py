@@ -1,152 +1,258 @@
-"""The data card: what came in, what became of it, and the natural love rate, as JSON beside the data."""
+"""The data card (JSON): rows in and out with reasons, natural love rates, abuse weights, sampling and drift."""
 
 from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from rluf.errors import DataError
-from rluf.prepare.sampling import Quota
-from rluf.prepare.schema import KINDS, SCHEMA_VERSION
-from rluf.prepare.tables import Tally
+from rluf.prepare.schema import DATA_KINDS, SCHEMA_VERSION, SPLIT_NAMES
+from rluf.prepare.splits import SamplingQuota
+from rluf.prepare.tables import RowCount
+from rluf.utils.stats import Bools, Floats, Ints, wilson_interval
+
+_MAX_LEVELS = 50
+"""Most frequent topics, versions and locales that the card lists."""
+
+_MAX_DAYS = 400
+"""Latest days that the card lists."""
 
 
-def funnel(tallies: Sequence[Tally], written: Mapping[tuple[str, str], int]) -> dict[str, dict[str, Any]]:
-    """Counts by kind: in, dropped and quarantined by reason, kept (rows in the files; reactions: joined to a row).
+def rate_with_interval(hits: int, rows: int) -> dict[str, float]:
+    """Share of hits with its 95% Wilson score interval; all of [0, 1] without rows.
 
-    `written` are the rows by kind and side. Raises DataError when in is not kept + dropped + quarantined: a fault of
-    rluf, never of the log.
+    It assumes independent rows: where a few users give many rows the true interval is wider.
     """
-    counts: dict[str, dict[str, Any]] = {}
-    for kind in KINDS:
-        reasons: dict[str, Counter[str]] = defaultdict(Counter)
-        for tally in tallies:
-            if tally.kind == kind:
-                reasons[tally.event][tally.reason] += tally.rows
-        entered = reasons["in"].total()
-        if not entered:
-            continue
-        kept = sum(rows for (name, _), rows in written.items() if name == kind) + reasons["joined"].total()
-        dropped, bad = reasons["dropped"], reasons["quarantined"]
-        if entered != kept + dropped.total() + bad.total():
-            raise DataError(
-                f"data.{kind}: counts do not add up: {entered} rows in, but {kept} kept + {dropped.total()} dropped + "
-                f"{bad.total()} quarantined; this is a fault of rluf: please report it with the log's reader and format"
-            )
-        counts[kind] = {
-            "in": entered,
-            "kept": kept,
-            "dropped": dict(dropped.most_common()),
-            "quarantined": dict(bad.most_common()),
-        }
-    return counts
+    if not rows:
+        return {"mean": 0.0, "low": 0.0, "high": 1.0, "rows": 0, "hits": 0}
+    low, high = (float(limit) for limit in wilson_interval(hits, rows))
+    return {"mean": hits / rows, "low": max(0.0, low), "high": min(1.0, high), "rows": rows, "hits": hits}
 
 
-def love_card(facts: Mapping[str, Any], plan: Quota) -> dict[str, Any]:
-    """Natural love rates before sampling, what the abuse rules took, how train was sampled, and the splits' times."""
+def _love_rate(loved: Bools) -> dict[str, float]:
+    return rate_with_interval(int(loved.sum()), len(loved))
+
+
+def _love_rate_by_value(values: pa.ChunkedArray, loved: Bools, max_values: int) -> dict[str, dict[str, float]]:
+    """Love rate by value, the most frequent first."""
+    table = pa.table({"value": values, "loved": pa.array(loved).cast(pa.int64())})
+    rows = table.group_by("value").aggregate([("loved", "count"), ("loved", "sum")]).to_pylist()
+    rows.sort(key=lambda row: (-row["loved_count"], row["value"]))
+    return {row["value"]: rate_with_interval(row["loved_sum"], row["loved_count"]) for row in rows[:max_values]}
+
+
+def _format_time(time_us: int) -> str:
+    return datetime.fromtimestamp(time_us / 1e6, UTC).isoformat()
+
+
+def love_statistics(
+    table: pa.Table,
+    loved: Bools,
+    user_code: Ints,
+    split_code: Ints,
+    trust_weight: Floats,
+    rule_weights: Mapping[str, Floats],
+) -> dict[str, Any]:
+    """Natural love rates before sampling, and the weight removed by each abuse rule. Arrays [N] omit dropped rows."""
+    time_us = table["time"].cast(pa.int64()).to_numpy()
+    split_masks = {split: split_code == code for code, split in enumerate(SPLIT_NAMES)}
+    days = table["time"].cast(pa.date32(), safe=False).cast(pa.string())
+    rate_by_day = _love_rate_by_value(days, loved, 10**6)
+    split_times = {split: time_us[mask] for split, mask in split_masks.items()}
+    time_ranges = {
+        split: [_format_time(times.min()), _format_time(times.max())] if len(times) else None
+        for split, times in split_times.items()
+    }
+    has_both = len(split_times["train"]) and len(split_times["test"])
     return {
-        **{name: value for name, value in facts.items() if name != "topics"},
-        "sampling": {
-            "loved": {"rows": plan.positives, "kept": plan.keep_positives, "weight": plan.positive_weight},
-            "unloved": {"rows": plan.negatives, "kept": plan.keep_negatives, "weight": plan.negative_weight},
-            "factor": plan.negative_weight / plan.positive_weight,
-            "train_share": plan.keep_positives / (plan.keep_positives + plan.keep_negatives),
+        "base_rate": _love_rate(loved),
+        "base_rate_trusted": float((trust_weight * loved).sum() / trust_weight.sum()) if len(loved) else 0.0,
+        "base_rate_by_split": {split: _love_rate(loved[mask]) for split, mask in split_masks.items()},
+        "base_rate_by_topic": _love_rate_by_value(table["topic"], loved, _MAX_LEVELS),
+        "base_rate_by_model": _love_rate_by_value(table["model_version"], loved, _MAX_LEVELS),
+        "base_rate_by_locale": _love_rate_by_value(table["locale"], loved, _MAX_LEVELS),
+        "base_rate_by_day": {day: rate_by_day[day] for day in sorted(rate_by_day)[-_MAX_DAYS:]},
+        "users": len(np.unique(user_code)),
+        "time": time_ranges,
+        "test_later_than_train": bool(has_both and split_times["test"].min() > split_times["train"].max()),
+        "abuse": {
+            rule: {
+                "rows": int((weight < 1).sum()),
+                "users": len(np.unique(user_code[weight < 1])),
+                "weight_taken": float((1 - weight).sum()),
+                "loved_weight_taken": float((1 - weight)[loved].sum()),
+            }
+            for rule, weight in rule_weights.items()
+        },
+        "trust": {
+            "mean": float(trust_weight.mean()) if len(trust_weight) else 1.0,
+            "rows_below_one": int((trust_weight < 1).sum()),
         },
     }
 
 
-def drift(now: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
-    """How the love data differ from an earlier card's: rates with their intervals, and how topics, locales and model
-    versions have shifted (population stability index; above 0.2 is usually taken as a shift worth a look).
+def topic_statistics(table: pa.Table, keep_mask: Bools) -> dict[str, int]:
+    """Retained rows by topic before sampling, the most frequent first."""
+    topic_counts = pc.value_counts(table["topic"].filter(pa.array(keep_mask))).to_pylist()
+    topic_counts.sort(key=lambda entry: (-entry["counts"], entry["values"]))
+    return {entry["values"]: entry["counts"] for entry in topic_counts[:_MAX_LEVELS]}
 
-    PSI = sum over levels of (p - q) ln(p / q), shares p now and q before, each at least 1e-4.
+
+def count_rows_by_outcome(
+    row_counts: Sequence[RowCount], written_rows: Mapping[tuple[str, str], int]
+) -> dict[str, dict[str, Any]]:
+    """Counts by kind: in, dropped and quarantined by reason, kept (rows in the files; reactions: joined to a row).
+
+    `written_rows` are the rows by kind and split. Raises DataError unless in = kept + dropped + quarantined: a bug in
+    rluf, never a problem of the log.
     """
-    old, new = before.get("love") or {}, now.get("love") or {}
-    if not (old.get("base_rate") and new.get("base_rate")):
+    counts: dict[str, dict[str, Any]] = {}
+    for kind in DATA_KINDS:
+        rows_by_outcome: dict[str, Counter[str]] = defaultdict(Counter)
+        for row_count in row_counts:
+            if row_count.kind_name == kind:
+                rows_by_outcome[row_count.outcome][row_count.reason] += row_count.rows
+        rows_in = rows_by_outcome["in"].total()
+        if not rows_in:
+            continue
+        rows_written = sum(rows for (written_kind, _), rows in written_rows.items() if written_kind == kind)
+        rows_kept = rows_written + rows_by_outcome["joined"].total()
+        dropped, quarantined = rows_by_outcome["dropped"], rows_by_outcome["quarantined"]
+        if rows_in != rows_kept + dropped.total() + quarantined.total():
+            raise DataError(
+                f"data.{kind}: counts do not add up: {rows_in} rows in, but {rows_kept} kept + {dropped.total()} "
+                f"dropped + {quarantined.total()} quarantined; this is a bug in rluf: please report it with the log's "
+                "reader and format"
+            )
+        counts[kind] = {
+            "in": rows_in,
+            "kept": rows_kept,
+            "dropped": dict(dropped.most_common()),
+            "quarantined": dict(quarantined.most_common()),
+        }
+    return counts
+
+
+def build_love_section(statistics: Mapping[str, Any], quota: SamplingQuota) -> dict[str, Any]:
+    """Natural love rates before sampling, weight removed by the abuse rules, sampling of train, and times of splits."""
+    return {
+        **{name: value for name, value in statistics.items() if name != "topics"},
+        "sampling": {
+            "loved": {"rows": quota.positives, "kept": quota.sampled_positives, "weight": quota.positive_weight},
+            "unloved": {"rows": quota.negatives, "kept": quota.sampled_negatives, "weight": quota.negative_weight},
+            "factor": quota.negative_weight / quota.positive_weight,
+            "train_share": quota.sampled_positives / (quota.sampled_positives + quota.sampled_negatives),
+        },
+    }
+
+
+def measure_drift(card: Mapping[str, Any], previous_card: Mapping[str, Any]) -> dict[str, Any]:
+    """Drift of the love data against an earlier card: love rates with intervals, and the population stability index
+    (PSI) of topics, locales and model versions. A PSI above 0.2 is usually taken as a shift to investigate.
+
+    PSI = sum over levels of (p - q) ln(p / q), with shares p now and q before, each at least 1e-4.
+    """
+    love, previous_love = card.get("love") or {}, previous_card.get("love") or {}
+    if not (previous_love.get("base_rate") and love.get("base_rate")):
         return {}
-    found: dict[str, Any] = {"created": before.get("created"), "base_rate": [old["base_rate"], new["base_rate"]]}
-    apart = old["base_rate"]["high"] < new["base_rate"]["low"] or new["base_rate"]["high"] < old["base_rate"]["low"]
-    found["base_rate_differs"] = apart
+    rate, previous_rate = love["base_rate"], previous_love["base_rate"]
+    drift: dict[str, Any] = {"created": previous_card.get("created"), "base_rate": [previous_rate, rate]}
+    drift["base_rate_differs"] = previous_rate["high"] < rate["low"] or rate["high"] < previous_rate["low"]
     for name in ("topic", "locale", "model"):
         key = f"base_rate_by_{name}"
-        one, two = old.get(key), new.get(key)
-        if not one or not two:
+        rates, previous_rates = love.get(key), previous_love.get(key)
+        if not rates or not previous_rates:
             continue
-        shares = [(_share(two, level), _share(one, level)) for level in {*one, *two}]
-        found[f"{name}_psi"] = sum((p - q) * math.log(p / q) for p, q in shares)
-    return found
+        levels = {*previous_rates, *rates}
+        shares = [(_level_share(rates, level), _level_share(previous_rates, level)) for level in levels]
+        drift[f"{name}_psi"] = sum((p - q) * math.log(p / q) for p, q in shares)
+    return drift
 
 
-def _share(rates: Mapping[str, Mapping[str, float]], level: str) -> float:
+def _level_share(rates: Mapping[str, Mapping[str, float]], level: str) -> float:
     rows = rates[level]["rows"] if level in rates else 0.0
+    # The lower bound makes the logarithm finite for a level that only one of the cards has.
     return max(rows / sum(rate["rows"] for rate in rates.values()), 1e-4)
 
 
-def data_card(
-    tallies: Sequence[Tally],
-    written: Mapping[tuple[str, str], int],
-    parts: Sequence[Mapping[str, Any]],
-    facts: Mapping[str, Mapping[str, Any]],
-    **about: Any,
+def build_data_card(
+    row_counts: Sequence[RowCount],
+    written_rows: Mapping[tuple[str, str], int],
+    split_summaries: Sequence[Mapping[str, Any]],
+    statistics: Mapping[str, Mapping[str, Any]],
+    **run_fields: Any,
 ) -> dict[str, Any]:
-    """The whole card. `parts` are the sides with users (love), groups or prompts and quotas; `facts` go by kind.
+    """The whole card. `split_summaries` have users (love), groups or prompts, and quotas; `statistics` are by kind.
 
-    `about` goes in as it is: created, seed, settings, sources, redacted. `topics` count rows before sampling.
+    `run_fields` are copied: created, seed, settings, sources, redacted. `topics` count rows before sampling.
     """
     splits: dict[str, dict[str, Any]] = defaultdict(dict)
-    for part in parts:
-        kind = KINDS[part["kind"]]
-        unit = {"user_id": "users", "group": "groups"}.get(kind.split_by)
-        splits[kind.output][part["side"]] = {"rows": written[kind.name, part["side"]]}
-        splits[kind.output][part["side"]] |= {unit: part["units"]} if unit else {}
+    for summary in split_summaries:
+        kind = DATA_KINDS[summary["kind"]]
+        unit_name = {"user_id": "users", "group": "groups"}.get(kind.split_key)
+        entry = {"rows": written_rows[kind.name, summary["split"]]}
+        splits[kind.output_name][summary["split"]] = entry | ({unit_name: summary["units"]} if unit_name else {})
     card: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
-        **about,
-        "counts": funnel(tallies, written),
+        **run_fields,
+        "counts": count_rows_by_outcome(row_counts, written_rows),
         "splits": dict(splits),
-        "topics": {KINDS[kind].output: found["topics"] for kind, found in facts.items() if "topics" in found},
+        "topics": {
+            DATA_KINDS[kind].output_name: kind_statistics["topics"]
+            for kind, kind_statistics in statistics.items()
+            if "topics" in kind_statistics
+        },
     }
-    if "feedback" in facts:
-        plan = next(p["quota"] for p in parts if p["kind"] == "feedback" and p["side"] == "train")
-        card["love"] = love_card(facts["feedback"], plan)
+    if "feedback" in statistics:
+        train_summaries = (s for s in split_summaries if s["kind"] == "feedback" and s["split"] == "train")
+        card["love"] = build_love_section(statistics["feedback"], next(train_summaries)["quota"])
     return card
 
 
-def funnel_lines(card: Mapping[str, Any]) -> list[str]:
-    """The card's counts in plain lines, for the console."""
+def format_card_lines(card: Mapping[str, Any]) -> list[str]:
+    """The card's main numbers as plain lines, for the console."""
     lines = []
-    for kind, count in card["counts"].items():
-        dropped, bad = count["dropped"], count["quarantined"]
-        line = f"{kind}: {count['in']} in = {count['kept']} kept + {sum(dropped.values())} dropped"
-        line += f" + {sum(bad.values())} quarantined"
-        reasons = [f"{reason} {rows}" for reason, rows in [*dropped.items(), *bad.items()]]
+    for kind, counts in card["counts"].items():
+        dropped, quarantined = counts["dropped"], counts["quarantined"]
+        line = f"{kind}: {counts['in']} in = {counts['kept']} kept + {sum(dropped.values())} dropped"
+        line += f" + {sum(quarantined.values())} quarantined"
+        reasons = [f"{reason} {rows}" for reason, rows in [*dropped.items(), *quarantined.items()]]
         lines.append(line + (f" ({', '.join(reasons)})" if reasons else ""))
-    for name, parts in card["splits"].items():
-        lines.append(f"{name}: " + ", ".join(f"{side} {part['rows']}" for side, part in parts.items()))
+    for output_name, splits in card["splits"].items():
+        lines.append(f"{output_name}: " + ", ".join(f"{split} {entry['rows']}" for split, entry in splits.items()))
     if card.get("redacted"):
-        found = ", ".join(f"{kind} {count}" for kind, count in sorted(card["redacted"].items()))
-        lines.append(f"redacted: {found}")
+        redactions = ", ".join(f"{kind} {count}" for kind, count in sorted(card["redacted"].items()))
+        lines.append(f"redacted: {redactions}")
     if "love" in card:
-        love = card["love"]
-        rate, sampling = love["base_rate"], love["sampling"]
-        lines.append(
-            f"love rate {rate['mean']:.2%} ({rate['low']:.2%} to {rate['high']:.2%}); {sampling['train_share']:.0%} of "
-            f"training rows loved, unloved rows weigh {sampling['factor']:.2f} times as much"
-        )
-        rules = [f"{name} {rule['rows']} rows" for name, rule in love["abuse"].items() if rule["rows"]]
-        if rules:
-            lines.append(
-                f"abuse rules took weight from {love['trust']['rows_below_one']} rows ({', '.join(rules)}); "
-                f"love rate {love['base_rate_trusted']:.2%} with it"
-            )
+        lines += _format_love_lines(card["love"])
     if card.get("drift"):
-        change = card["drift"]
-        before = change["base_rate"][0]
+        drift = card["drift"]
+        previous_rate = drift["base_rate"][0]
         lines.append(
-            f"before ({change['created']}): love rate {before['mean']:.2%} "
-            f"({before['low']:.2%} to {before['high']:.2%})"
-            + (", clear of today's interval" if change["base_rate_differs"] else "")
+            f"previous data set ({drift['created']}): love rate {previous_rate['mean']:.2%} "
+            f"({previous_rate['low']:.2%} to {previous_rate['high']:.2%})"
+            + (", outside the current interval" if drift["base_rate_differs"] else "")
+        )
+    return lines
+
+
+def _format_love_lines(love: Mapping[str, Any]) -> list[str]:
+    rate, sampling = love["base_rate"], love["sampling"]
+    lines = [
+        f"love rate {rate['mean']:.2%} ({rate['low']:.2%} to {rate['high']:.2%}); {sampling['train_share']:.0%} of "
+        f"training rows loved, unloved rows weigh {sampling['factor']:.2f} times as much"
+    ]
+    rules = [f"{name} {rule['rows']} rows" for name, rule in love["abuse"].items() if rule["rows"]]
+    if rules:
+        lines.append(
+            f"abuse rules reduced the weight of {love['trust']['rows_below_one']} rows ({', '.join(rules)}); "
+            f"love rate with these weights {love['base_rate_trusted']:.2%}"
         )
     return lines

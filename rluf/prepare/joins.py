@@ -1,4 +1,4 @@
-"""What the user did next: reactions that were logged apart, next turns, and coming back. Arrays in, arrays out."""
+"""What the user did next: separately logged reactions, next turns, and returns. Arrays in, arrays out."""
 
 from __future__ import annotations
 
@@ -6,102 +6,107 @@ from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-Bools = NDArray[np.bool_]
-Ints = NDArray[np.int64]
-Keys = NDArray[np.uint64]
+from rluf.prepare.splits import HashKeys
+from rluf.utils.stats import Bools, Ints
 
-HOUR = 3_600_000_000
+HOUR_US = 3_600_000_000
 """An hour in microseconds, the unit of all times here."""
 
-_APART = 6 * HOUR
-"""A user who is seen again only after this has come back; before it the visit goes on."""
+_RETURN_GAP_US = 6 * HOUR_US
+"""Gap after which a user has returned; activity before it belongs to the same visit."""
 
 
 @dataclass(frozen=True, slots=True)
-class Events:
-    """E reaction events in the order of the log: keys of event and response, time, code of the name, retracted."""
+class ReactionEvents:
+    """E reaction events in the order of the log: keys of event and response, time, code of the reaction, retracted."""
 
-    event: Keys
-    response: Keys
-    time: Ints
-    name: Ints
+    event_key: HashKeys
+    response_key: HashKeys
+    time_us: Ints
+    reaction_code: Ints
     retracted: Bools
 
 
 @dataclass(frozen=True, slots=True)
-class Attributed:
-    """Reactions that hold and reactions that were taken back, as rows and names of equal length, and the events' fates.
+class AttributedReactions:
+    """Active and retracted reactions, as rows and reaction codes of equal length, and dropped events by reason.
 
-    `fate` counts every event but those that hold.
+    `drop_counts` has every event except those of active reactions.
     """
 
-    row: Ints
-    name: Ints
-    back_row: Ints
-    back_name: Ints
-    fate: Counter[str]
+    active_rows: Ints
+    active_codes: Ints
+    retracted_rows: Ints
+    retracted_codes: Ints
+    drop_counts: Counter[str]
 
 
-def attribute(events: Events, response: Keys, time: Ints, window: int) -> Attributed:
-    """Which reactions hold for the rows, whose `response` keys and `time` are [N].
+def attribute_reactions(
+    events: ReactionEvents, response_key: HashKeys, served_us: Ints, window_us: int
+) -> AttributedReactions:
+    """Assign reaction events to rows, whose response keys and times are [N].
 
-    Of events with one id the first counts; an event before its response or more than `window` microseconds after it
-    does not; of the events of one response and name the latest says whether the reaction holds (a retraction ends it;
-    at one instant the retraction is the later).
+    Of events with the same id the first counts. An event before its response, or more than `window_us` after it, is
+    dropped. Of the events of one response and reaction, the latest decides whether the reaction is active (a
+    retraction ends it; at equal times the retraction counts as later).
     """
-    fate: Counter[str] = Counter()
-    _, first = np.unique(events.event, return_index=True)
-    fate["duplicate event"] = len(events.event) - len(first)
-    if not len(response):
-        fate["no such response"] = len(first)
-        none = np.empty(0, dtype=np.int64)
-        return Attributed(none, none, none, none, fate)
-    order = np.argsort(response, kind="stable")
-    place = np.minimum(np.searchsorted(response[order], events.response[first]), len(order) - 1)
-    row = order[place]
-    known = response[row] == events.response[first]
-    fate["no such response"] = int((~known).sum())
-    first, row = first[known], row[known]
-    lag = events.time[first] - time[row]
-    inside = (lag >= 0) & (lag <= window)
-    fate["outside the attribution window"] = int((~inside).sum())
-    first, row = first[inside], row[inside]
-    name, gone = events.name[first], events.retracted[first]
-    late = np.lexsort((gone, events.time[first], name, row))
-    row, name, gone = row[late], name[late], gone[late]
-    last = np.ones(len(row), dtype=np.bool_)
-    last[:-1] = (row[1:] != row[:-1]) | (name[1:] != name[:-1])
-    fate["superseded by a later event"] = int((~last).sum())
-    fate["retracted"] = int((last & gone).sum())
-    hold, back = last & ~gone, last & gone
-    return Attributed(row[hold], name[hold], row[back], name[back], fate)
+    drop_counts: Counter[str] = Counter()
+    _, event_index = np.unique(events.event_key, return_index=True)
+    drop_counts["duplicate event"] = len(events.event_key) - len(event_index)
+    if not len(response_key):
+        drop_counts["no such response"] = len(event_index)
+        empty = np.empty(0, dtype=np.int64)
+        return AttributedReactions(empty, empty, empty, empty, drop_counts)
+    order = np.argsort(response_key, kind="stable")
+    position = np.searchsorted(response_key[order], events.response_key[event_index])
+    row = order[np.minimum(position, len(order) - 1)]
+    has_row = response_key[row] == events.response_key[event_index]
+    drop_counts["no such response"] = int((~has_row).sum())
+    event_index, row = event_index[has_row], row[has_row]
+    delay_us = events.time_us[event_index] - served_us[row]
+    in_window = (delay_us >= 0) & (delay_us <= window_us)
+    drop_counts["outside the attribution window"] = int((~in_window).sum())
+    event_index, row = event_index[in_window], row[in_window]
+    code, is_retraction = events.reaction_code[event_index], events.retracted[event_index]
+    # Sorted by row, reaction, time and retraction, the last event of each (row, reaction) decides.
+    order = np.lexsort((is_retraction, events.time_us[event_index], code, row))
+    row, code, is_retraction = row[order], code[order], is_retraction[order]
+    is_last = np.ones(len(row), dtype=np.bool_)
+    is_last[:-1] = (row[1:] != row[:-1]) | (code[1:] != code[:-1])
+    drop_counts["superseded by a later event"] = int((~is_last).sum())
+    drop_counts["retracted"] = int((is_last & is_retraction).sum())
+    is_active, is_retracted = is_last & ~is_retraction, is_last & is_retraction
+    return AttributedReactions(row[is_active], code[is_active], row[is_retracted], code[is_retracted], drop_counts)
 
 
-def written_on(conversation: Keys, turn: Ints, time: Ints) -> tuple[Bools, Bools]:
-    """Whether a later row of the conversation follows [N], and whether the log can tell [N].
+def detect_continued(conversation_key: HashKeys, turn: Ints, time_us: Ints) -> tuple[Bools, Bools]:
+    """Whether a later row of the conversation follows [N], and whether the log can show it [N].
 
-    A log in which every conversation has one row tells nothing; nor does the end of the log, where the answer may yet
-    come (the last six hours).
+    A log in which every conversation has one row shows nothing. Nor do its last six hours, where the next message may
+    come after the end of the log.
     """
-    order = np.lexsort((time, turn, conversation))
-    follows = np.zeros(len(turn), dtype=np.bool_)
-    same = conversation[order][1:] == conversation[order][:-1]
-    follows[order[:-1]] = same & (turn[order][1:] > turn[order][:-1])
-    tells = np.full(len(turn), bool(same.any())) & ((time <= (time.max(initial=0) - _APART)) | follows)
-    return follows, tells
+    order = np.lexsort((time_us, turn, conversation_key))
+    has_next = np.zeros(len(turn), dtype=np.bool_)
+    is_same = conversation_key[order][1:] == conversation_key[order][:-1]
+    has_next[order[:-1]] = is_same & (turn[order][1:] > turn[order][:-1])
+    log_has_conversations = np.full(len(turn), bool(is_same.any()))
+    before_end = time_us <= time_us.max(initial=0) - _RETURN_GAP_US
+    return has_next, log_has_conversations & (before_end | has_next)
 
 
-def came_back(user: Ints, time: Ints, days: float) -> tuple[Bools, Bools]:
-    """Whether the user is seen again six hours to `days` later [N], and whether the log can tell [N]."""
-    span = int(days * 24 * HOUR)
-    order = np.lexsort((time, user))
-    who, when = user[order], time[order]
-    offset = np.int64(when.max(initial=0) - when.min(initial=0) + span + 2 * _APART)
-    line = who * offset + (when - when.min(initial=0))  # one axis on which users do not overlap
-    next_one = np.searchsorted(line, line + _APART, side="left")
-    back = np.zeros(len(user), dtype=np.bool_)
-    there = next_one < len(line)
-    back[order[there]] = line[next_one[there]] <= line[there] + span
-    return back, back | (time + span <= time.max(initial=0))
+def detect_returned(user_code: Ints, time_us: Ints, window_days: float) -> tuple[Bools, Bools]:
+    """Whether the user is active six hours to `window_days` later [N], and whether the log can show it [N]."""
+    window_us = int(window_days * 24 * HOUR_US)
+    order = np.lexsort((time_us, user_code))
+    sorted_users, sorted_times = user_code[order], time_us[order]
+    start_us = sorted_times.min(initial=0)
+    # One number line for all users: a segment longer than the log plus the window, so that a search never reaches the
+    # next user's rows. int64 allows number of users times segment up to about 290,000 user-years.
+    segment_us = np.int64(sorted_times.max(initial=0) - start_us + window_us + 2 * _RETURN_GAP_US)
+    line = sorted_users * segment_us + (sorted_times - start_us)
+    next_index = np.searchsorted(line, line + _RETURN_GAP_US, side="left")
+    returned = np.zeros(len(user_code), dtype=np.bool_)
+    has_next = next_index < len(line)
+    returned[order[has_next]] = line[next_index[has_next]] <= line[has_next] + window_us
+    return returned, returned | (time_us + window_us <= time_us.max(initial=0))

@@ -1,4 +1,4 @@
-"""The whole of prepare: three passes on Ray Data, checks between them, and a data set that appears only when whole."""
+"""prepare: three passes on Ray Data with checks between them, and a data set that appears only when it is complete."""
 
 from __future__ import annotations
 
@@ -17,298 +17,377 @@ from typing import Any
 import rluf
 from rluf.config.settings import Settings
 from rluf.errors import DataError, ResourceError, RlufError
-from rluf.prepare.assign_pass import WeighTask, weigh
-from rluf.prepare.card import data_card, drift, funnel_lines
-from rluf.prepare.card_page import write_page
-from rluf.prepare.readers.products import column_map
-from rluf.prepare.readers.sources import Source, fingerprint, resolve
-from rluf.prepare.redact import SALT, salt_mark, user_salt
-from rluf.prepare.sampling import Quota
-from rluf.prepare.schema import KINDS, SCHEMA_VERSION
-from rluf.prepare.tables import Tally, group_counts
-from rluf.prepare.validate_pass import CheckTask, check
-from rluf.prepare.workspace import CARD, Workspace, digest_of, finish, workspace
-from rluf.prepare.write_pass import WriteTask, files_of, write
+from rluf.prepare.assign_pass import AssignTask, assign_rows
+from rluf.prepare.card import build_data_card, format_card_lines, measure_drift
+from rluf.prepare.card_page import write_card_page
+from rluf.prepare.readers.files import LogSource, fingerprint_sources, resolve_sources
+from rluf.prepare.readers.products import build_column_reader
+from rluf.prepare.schema import DATA_KINDS, SCHEMA_VERSION
+from rluf.prepare.splits import SamplingQuota
+from rluf.prepare.tables import RowCount, group_row_counts
+from rluf.prepare.validate_pass import ValidateTask, validate_rows
+from rluf.prepare.workspace import CARD_FILE_NAME, PrepareWorkspace, hash_inputs, open_workspace, write_json_atomically
+from rluf.prepare.write_pass import WriteTask, list_output_splits, write_split_file
+from rluf.utils.hashing import USER_SALT_VARIABLE, read_user_salt, salt_fingerprint
 
 logger = logging.getLogger(__name__)
 
-Execute = Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]]
-"""Runs `run_task` on each row of a pass and returns what they gave, in any order."""
+TaskExecutor = Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]]
+"""Runs `run_task` on each row of a pass and returns the results, in any order."""
+
+_WORKSPACE_LAYOUT = 2
+"""Version of the files in the working folder: a job does not resume from the folder of another layout."""
 
 _BUCKET_BYTES = 192 * 2**20
-"""Bytes of raw log that a bucket holds; the third pass has one bucket of rows in memory at a time."""
+"""Bytes of raw log per bucket; the third pass holds the rows of one bucket in memory."""
 
-_PACKED = 6
-"""How many times as large a packed log is when unpacked, roughly."""
+_COMPRESSION_RATIO = 6
+"""Approximate ratio of the size of a log to that of its compressed file."""
+
+_ASSIGN_SETTINGS = {
+    "dev_share",
+    "test_share",
+    "positive_share",
+    "max_rows",
+    "reaction_window_hours",
+    "return_window_days",
+    "abuse_rules",
+    "user_row_cap",
+}
+"""Settings of prepare that are fields of AssignTask by the same name."""
 
 
-def build(settings: Settings, out: Path, execute: Execute | None = None) -> dict[str, Any]:
-    """Turn the logs of `settings.data` into the data set folder `out`; returns its card. Ray must be initialised.
+def build_data_set(
+    settings: Settings, output_folder: Path, task_executor: TaskExecutor | None = None
+) -> dict[str, Any]:
+    """Build a data set from the logs of `settings.data` and return its card. Ray must be initialized.
 
-    `out` is written beside and renamed, and an older data set there is replaced. `execute` runs the tasks of a pass
-    elsewhere than on Ray Data (in this process, to profile). Raises DataError for missing, empty or too bad logs and
-    for splits that come out empty, ResourceError when the disk is full.
+    The data set is written in a working folder and renamed to `output_folder`; an older data set there is replaced.
+    `task_executor` runs the tasks of a pass elsewhere than on Ray Data (in this process, for profiling). Raises
+    DataError for logs that are missing, empty or above the quarantine budget and for empty splits, ResourceError if
+    the disk is full.
     """
-    sources = [source for kind in KINDS for source in resolve(getattr(settings.data, kind), kind)]
+    sources = [source for kind in DATA_KINDS for source in resolve_sources(getattr(settings.data, kind), kind)]
     if not sources:
         raise DataError("data.feedback, data.preferences, data.safety and data.prompts are all empty; name a log")
-    if any(s.kind == "reactions" for s in sources) and not any(s.kind == "feedback" for s in sources):
+    source_kinds = {source.kind_name for source in sources}
+    if "reactions" in source_kinds and "feedback" not in source_kinds:
         raise DataError("data.reactions has nothing to join: data.feedback is empty; name the log of the responses")
-    column_map(settings.prepare.columns)
-    before = _earlier_card(settings, out)
-    parts = {
-        "files": fingerprint(sources),
+    build_column_reader(settings.prepare.columns)  # raises for a wrong field name before any work starts
+    previous_card = _load_previous_card(settings, output_folder)
+    inputs = {
+        "files": fingerprint_sources(sources),
         "data": settings.data.model_dump(mode="json"),
         "prepare": settings.prepare.model_dump(mode="json", exclude={"output"}),
         "seed": settings.seed,
-        "code": [rluf.__version__, SCHEMA_VERSION],
-        "salt": salt_mark(user_salt()),
-        "forgotten": before.get("forgotten", []),
+        "code": [rluf.__version__, SCHEMA_VERSION, _WORKSPACE_LAYOUT],
+        "salt": salt_fingerprint(read_user_salt()),
+        "forgotten": previous_card.get("forgotten", []),
     }
-    with workspace(out, digest_of(parts)) as work:
-        card = _build(settings, sources, work, before, execute or on_ray)
-    for line in funnel_lines(card):
-        logger.info("%s", line)
+    with open_workspace(output_folder, hash_inputs(inputs)) as workspace:
+        card = _run_passes(settings, sources, workspace, previous_card, task_executor or execute_on_ray)
+    for line in format_card_lines(card):
+        logger.info("data set %s: %s", output_folder, line)
     return card
 
 
-def _earlier_card(settings: Settings, out: Path) -> dict[str, Any]:
-    """Card of the data set to compare with: prepare.previous, else the one that is replaced; empty without one."""
-    given = settings.prepare.previous
-    path = (Path(given).expanduser() if given else out) / CARD
+def _load_previous_card(settings: Settings, output_folder: Path) -> dict[str, Any]:
+    """Card to compare with: that of prepare.previous_dataset, else of the data set to replace; empty without one."""
+    previous_dataset = settings.prepare.previous_dataset
+    path = (Path(previous_dataset).expanduser() if previous_dataset else output_folder) / CARD_FILE_NAME
     if not path.is_file():
-        if given:
-            raise DataError(f"prepare.previous={given} holds no {CARD}; name the folder of a data set")
+        if previous_dataset:
+            raise DataError(
+                f"prepare.previous_dataset={previous_dataset} has no {CARD_FILE_NAME}; name the folder of a data set"
+            )
         return {}
     try:
         card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise DataError(f"{path} is no data card: {error}; name another data set, or remove it") from error
+        raise DataError(f"{path} is not a data card: {error}; name another data set, or remove it") from error
     return card
 
 
-def _build(
-    settings: Settings, sources: Sequence[Source], work: Workspace, before: Mapping[str, Any], execute: Execute
+def _run_passes(
+    settings: Settings,
+    sources: Sequence[LogSource],
+    workspace: PrepareWorkspace,
+    previous_card: Mapping[str, Any],
+    task_executor: TaskExecutor,
 ) -> dict[str, Any]:
-    prepare, now = settings.prepare, work.remember("now", datetime.now(UTC).isoformat())
-    names = {str(order): source.location for order, source in enumerate(sources)}
-    checked = _run(work, execute, "check", _check_tasks(settings, sources, work, now, before.get("forgotten", [])))
-    tallies = _tallies(checked)
-    _not_empty(tallies, sources)
-    _budget(tallies, prepare.quarantine_budget)
-    kinds = [kind for kind in KINDS if any(source.kind == kind for source in sources)]
-    told = prepare.model_dump(include=_WEIGH_SETTINGS)
-    weighed = _run(
-        work,
-        execute,
-        "weigh",
-        [
-            {"task": asdict(_weigh_task(settings, kind, work, "reactions" in kinds, told)), "sources": names}
-            for kind in kinds
-            if KINDS[kind].splits
-        ],
-    )
-    tallies += _tallies(weighed)
-    _budget(tallies, prepare.quarantine_budget)
-    parts = [part | {"quota": Quota(**part["quota"])} for found in weighed for part in found["sides"]]
-    _filled(parts)
-    data = work.data
-    tasks = [WriteTask(str(work.root), k, s, str(data / KINDS[k].output / f"{s}.parquet")) for k, s in files_of(kinds)]
-    tasks.append(WriteTask(str(work.root), "quarantine", "", str(data / "quarantine.parquet")))
-    written = _run(work, execute, "write", [asdict(task) for task in tasks])
-    rows: Counter[str] = Counter()
-    for tally in tallies:
-        rows[tally.source] += tally.rows * (tally.event == "in")
+    """Run validate, assign and write; write card and page to the workspace and return the card."""
+    prepare = settings.prepare
+    # A resumed job uses the clock of the first one, so that both reject the same future times.
+    current_time = workspace.load_or_store("now", datetime.now(UTC).isoformat())
+    erasure_marks = previous_card.get("forgotten", [])
+    validate_tasks = _build_validate_tasks(settings, sources, workspace, current_time, erasure_marks)
+    validate_results = _run_pass(workspace, task_executor, "validate", validate_tasks)
+    row_counts = _collect_row_counts(validate_results)
+    _check_not_empty(row_counts, sources)
+    _check_quarantine_budget(row_counts, prepare.quarantine_budget)
+    kinds = [kind for kind in DATA_KINDS if any(source.kind_name == kind for source in sources)]
+    assign_tasks = _build_assign_tasks(settings, sources, workspace, kinds)
+    assign_results = _run_pass(workspace, task_executor, "assign", assign_tasks)
+    row_counts += _collect_row_counts(assign_results)
+    _check_quarantine_budget(row_counts, prepare.quarantine_budget)
+    split_summaries = [
+        summary | {"quota": SamplingQuota(**summary["quota"])}
+        for result in assign_results
+        for summary in result["splits"]
+    ]
+    _check_splits(split_summaries)
+    write_results = _run_pass(workspace, task_executor, "write", _build_write_tasks(workspace, kinds))
+    source_rows: Counter[str] = Counter()
+    for row_count in row_counts:
+        if row_count.outcome == "in":
+            source_rows[row_count.source_path] += row_count.rows
     redacted: Counter[str] = Counter()
-    for found in checked:
-        redacted.update(found["redacted"])
-    card = data_card(
-        tallies,
-        {(found["kind"], found["side"]): found["rows"] for found in written if "side" in found},
-        parts,
-        {kind: facts for found in weighed for kind, facts in found["facts"].items()},
-        created=datetime.fromisoformat(now).isoformat(timespec="seconds"),
+    for result in validate_results:
+        redacted.update(result["redacted"])
+    card = build_data_card(
+        row_counts,
+        {(result["kind"], result["split"]): result["rows"] for result in write_results if "split" in result},
+        split_summaries,
+        {kind: statistics for result in assign_results for kind, statistics in result["statistics"].items()},
+        created=datetime.fromisoformat(current_time).isoformat(timespec="seconds"),
         seed=settings.seed,
         settings=prepare.model_dump(mode="json", exclude={"output"}),
-        sources=[{"kind": s.kind, "file": s.location, "reader": s.reader, "rows": rows[s.location]} for s in sources],
+        sources=[
+            {
+                "kind": source.kind_name,
+                "file": source.location,
+                "reader": source.reader_name,
+                "rows": source_rows[source.location],
+            }
+            for source in sources
+        ],
         redacted=dict(redacted),
-        user_ids=f"hashed with {SALT}" if user_salt() else "as in the log",
-        forgotten=list(before.get("forgotten", [])),
+        user_ids=f"hashed with {USER_SALT_VARIABLE}" if read_user_salt() else "as in the log",
+        forgotten=list(erasure_marks),
     )
-    card["drift"] = drift(card, before)
-    (data / CARD).write_text(json.dumps(card, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    write_page(card, data)
+    card["drift"] = measure_drift(card, previous_card)
+    card_text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
+    (workspace.data_folder / CARD_FILE_NAME).write_text(card_text, encoding="utf-8")
+    write_card_page(card, workspace.data_folder)
     return card
 
 
-_WEIGH_SETTINGS = {
-    "dev_share", "test_share", "positive_share", "max_rows", "attribution_hours", "return_days", "abuse", "user_cap",
-}  # fmt: skip
-
-
-def _weigh_task(settings: Settings, kind: str, work: Workspace, joined: bool, told: Mapping[str, Any]) -> WeighTask:
-    strict = settings.prepare.split == "strict"
-    return WeighTask(work=str(work.root), kind=kind, joined=joined, strict=strict, seed=settings.seed, **told)
-
-
-def _check_tasks(
-    settings: Settings, sources: Sequence[Source], work: Workspace, now: str, forgotten: Sequence[str]
+def _build_validate_tasks(
+    settings: Settings,
+    sources: Sequence[LogSource],
+    workspace: PrepareWorkspace,
+    current_time: str,
+    erasure_marks: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Tasks of the first pass; a file is read in several stripes when there are fewer files than blocks."""
-    prepare, buckets, tasks = settings.prepare, _buckets(sources), []
-    for order, source in enumerate(sources):
-        alike = sum(other.kind == source.kind for other in sources)
-        stripes = max(1, -(-prepare.blocks // alike))
-        for stripe in range(stripes):
-            task = CheckTask(
-                work=str(work.root), kind=source.kind, path=source.location, reader=source.reader, order=order,
-                stripe=stripe, stripes=stripes, buckets=buckets, now=now, dev_share=prepare.dev_share,
-                test_share=prepare.test_share, seed=settings.seed, redact=prepare.redact, columns=prepare.columns,
-                forgotten=forgotten, salt=(user_salt() or b"").hex(),
-            )  # fmt: skip
+    """Tasks of the first pass; a file is read in several stripes if there are fewer files than blocks."""
+    prepare, bucket_count = settings.prepare, _count_buckets(sources)
+    files_of_kind = Counter(source.kind_name for source in sources)
+    tasks = []
+    for source_index, source in enumerate(sources):
+        stripe_count = max(1, -(-prepare.ray_data_blocks // files_of_kind[source.kind_name]))
+        for stripe_index in range(stripe_count):
+            task = ValidateTask(
+                work_folder=str(workspace.root),
+                kind_name=source.kind_name,
+                source_path=source.location,
+                reader_name=source.reader_name,
+                source_index=source_index,
+                stripe_index=stripe_index,
+                stripe_count=stripe_count,
+                bucket_count=bucket_count,
+                current_time=current_time,
+                dev_share=prepare.dev_share,
+                test_share=prepare.test_share,
+                seed=settings.seed,
+                redact_kinds=prepare.redact,
+                column_paths=prepare.columns,
+                erasure_marks=erasure_marks,
+                salt_hex=(read_user_salt() or b"").hex(),
+            )
             tasks.append(asdict(task))
     return tasks
 
 
-def _buckets(sources: Sequence[Source]) -> int:
-    """Buckets for the rows, by the size of the local logs; the rows' order does not hang on it."""
-    size = 0
+def _build_assign_tasks(
+    settings: Settings, sources: Sequence[LogSource], workspace: PrepareWorkspace, kinds: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Tasks of the second pass: one for each kind that has splits."""
+    source_paths = {str(source_index): source.location for source_index, source in enumerate(sources)}
+    assign_settings = settings.prepare.model_dump(include=_ASSIGN_SETTINGS)
+    tasks = []
+    for kind in kinds:
+        if DATA_KINDS[kind].split_names:
+            task = AssignTask(
+                work_folder=str(workspace.root),
+                kind_name=kind,
+                has_reactions="reactions" in kinds,
+                strict_splits=settings.prepare.split == "strict",
+                seed=settings.seed,
+                **assign_settings,
+            )
+            tasks.append({"task": asdict(task), "sources": source_paths})
+    return tasks
+
+
+def _build_write_tasks(workspace: PrepareWorkspace, kinds: Sequence[str]) -> list[dict[str, Any]]:
+    """Tasks of the third pass: one per prepared file, and one for the quarantine."""
+    root, data_folder = str(workspace.root), workspace.data_folder
+    tasks = [
+        WriteTask(root, kind, split, str(data_folder / DATA_KINDS[kind].output_name / f"{split}.parquet"))
+        for kind, split in list_output_splits(kinds)
+    ]
+    tasks.append(WriteTask(root, "quarantine", "", str(data_folder / "quarantine.parquet")))
+    return [asdict(task) for task in tasks]
+
+
+def _count_buckets(sources: Sequence[LogSource]) -> int:
+    """Number of buckets, from the size of the local logs. The order of the rows does not depend on it."""
+    total_bytes = 0
     for source in sources:
         if "://" not in source.location:
-            packed = source.location.endswith((".gz", ".zst", ".parquet"))
-            size += source.path.stat().st_size * (_PACKED if packed else 1)
-    return max(1, -(-size // _BUCKET_BYTES))
+            is_compressed = source.location.endswith((".gz", ".zst", ".parquet"))
+            total_bytes += source.local_path.stat().st_size * (_COMPRESSION_RATIO if is_compressed else 1)
+    return max(1, -(-total_bytes // _BUCKET_BYTES))
 
 
-def _tallies(found: Sequence[Mapping[str, Any]]) -> list[Tally]:
-    return [Tally(**row) for part in found for row in part["tallies"]]
+def _collect_row_counts(results: Sequence[Mapping[str, Any]]) -> list[RowCount]:
+    return [RowCount(**fields) for result in results for fields in result["row_counts"]]
 
 
-def _not_empty(tallies: Sequence[Tally], sources: Sequence[Source]) -> None:
-    for kind in dict.fromkeys(source.kind for source in sources):
-        if not any(tally.kind == kind for tally in tallies):
-            files = ", ".join(source.location for source in sources if source.kind == kind)
+def _check_not_empty(row_counts: Sequence[RowCount], sources: Sequence[LogSource]) -> None:
+    for kind in dict.fromkeys(source.kind_name for source in sources):
+        if not any(row_count.kind_name == kind for row_count in row_counts):
+            files = ", ".join(source.location for source in sources if source.kind_name == kind)
             raise DataError(f"data.{kind}: no rows in {files}; the log is empty: check data.{kind} in the config")
 
 
-def _budget(tallies: Sequence[Tally], budget: float) -> None:
-    """Raise DataError when the share of bad rows of a kind is above the budget, with reasons and a place to look."""
-    rows, bad = group_counts(tallies, "in"), group_counts(tallies, "quarantined")
-    for kind, reasons in bad.items():
-        share = reasons.total() / rows[kind].total()
+def _check_quarantine_budget(row_counts: Sequence[RowCount], budget: float) -> None:
+    """Raise DataError if the share of quarantined rows of a kind exceeds the budget, with reasons and examples."""
+    rows_in, quarantined = group_row_counts(row_counts, "in"), group_row_counts(row_counts, "quarantined")
+    for kind, reasons in quarantined.items():
+        share = reasons.total() / rows_in[kind].total()
         if share <= budget:
             continue
-        examples = {t.reason: t.example for t in reversed(tallies) if t.kind == kind and t.example}
-        listed = "; ".join(
+        # In reverse, so that the first example of a reason is the one that stays.
+        examples = {
+            row_count.reason: row_count.example_location
+            for row_count in reversed(row_counts)
+            if row_count.kind_name == kind and row_count.example_location
+        }
+        reason_list = "; ".join(
             f"{reason}: {count} (first at {examples.get(reason, '?')})" for reason, count in reasons.most_common(8)
         )
-        more = f"; and {len(reasons) - 8} other reasons" if len(reasons) > 8 else ""
+        omitted = f"; and {len(reasons) - 8} other reasons" if len(reasons) > 8 else ""
         raise DataError(
-            f"data.{kind}: {reasons.total()} of {rows[kind].total()} rows ({share:.1%}) are bad, above "
-            f"prepare.quarantine_budget={budget:g}: {listed}{more}. "
-            "Mend the log, or raise the budget to have them set aside"
+            f"data.{kind}: {reasons.total()} of {rows_in[kind].total()} rows ({share:.1%}) are invalid, above "
+            f"prepare.quarantine_budget={budget:g}: {reason_list}{omitted}. "
+            "Fix the log, or raise the budget to have these rows quarantined"
         )
 
 
-def _filled(parts: Sequence[Mapping[str, Any]]) -> None:
-    """Raise DataError when a split is empty, or the training split has rows of one label only."""
-    rows: Counter[str] = Counter()
-    for part in parts:
-        rows[part["kind"]] += part["before"]
-    for part in parts:
-        kind, side = part["kind"], part["side"]
-        if not part["before"]:
-            unit = {"user_id": "user", "group": "group"}.get(KINDS[kind].split_by)
-            cure = (
-                f"sides are told by the hash of the {unit}: add {unit}s, or change prepare.dev_share and test_share"
+def _check_splits(split_summaries: Sequence[Mapping[str, Any]]) -> None:
+    """Raise DataError if a split is empty, or all rows of the training split have the same label."""
+    kind_rows: Counter[str] = Counter()
+    for summary in split_summaries:
+        kind_rows[summary["kind"]] += summary["rows_before_sampling"]
+    for summary in split_summaries:
+        kind, split = summary["kind"], summary["split"]
+        if not summary["rows_before_sampling"]:
+            unit = {"user_id": "user", "group": "group"}.get(DATA_KINDS[kind].split_key)
+            fix = (
+                f"splits are assigned by the {unit}'s hash: add {unit}s, or change prepare.dev_share and test_share"
                 if unit
-                else f"mark some rows with split={side}"
+                else f"mark some rows with split={split}"
             )
-            raise DataError(f"data.{kind}: no good row of {rows[kind]} falls in the {side} split; {cure}")
-        if side == "train" and kind in ("feedback", "safety") and len(part["labels"]) == 1:
-            names = {"feedback": ("unloved", "loved"), "safety": ("unsafe", "safe")}[kind]
+            raise DataError(f"data.{kind}: none of {kind_rows[kind]} valid rows is in the {split} split; {fix}")
+        if split == "train" and kind in ("feedback", "safety") and len(summary["labels"]) == 1:
+            label_names = {"feedback": ("unloved", "loved"), "safety": ("unsafe", "safe")}[kind]
             raise DataError(
-                f"data.{kind}: all training rows are {names[part['labels'][0]]}, so there is nothing to tell apart; "
-                "give a log that has both"
+                f"data.{kind}: all training rows are {label_names[summary['labels'][0]]}, so a model cannot learn to "
+                "tell the classes apart; provide a log with both"
             )
 
 
-def _plain(value: object) -> dict[str, Any]:
-    if isinstance(value, Tally | Quota):
+def _to_json_value(value: object) -> dict[str, Any]:
+    if isinstance(value, RowCount | SamplingQuota):
         return asdict(value)
-    raise TypeError(f"{type(value).__name__} is not JSON")
+    raise TypeError(f"cannot write {type(value).__name__} as JSON")
 
 
-def run_task(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Run one task in a Ray Data worker: the row names the pass and holds the task as JSON; so does the row returned.
+def run_task(task_row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Run one task in a Ray Data worker. The row has the name of the pass and the task as JSON; so does the result.
 
-    The counts are also left in the working folder, so that the task is not run again after a kill.
+    The result is also written to the working folder, so that a job that resumes does not run the task again.
     """
-    fields = json.loads(row["task"])
-    if row["name"] == "check":
-        found = check(CheckTask(**fields))
-    elif row["name"] == "weigh":
-        found = weigh(WeighTask(**fields["task"]), {int(order): path for order, path in fields["sources"].items()})
+    fields = json.loads(task_row["task"])
+    if task_row["name"] == "validate":
+        result = validate_rows(ValidateTask(**fields))
+    elif task_row["name"] == "assign":
+        source_paths = {int(source_index): path for source_index, path in fields["sources"].items()}
+        result = assign_rows(AssignTask(**fields["task"]), source_paths)
     else:
-        found = write(WriteTask(**fields))
-    text = json.dumps(found, default=_plain)
-    finish(Path(row["done"]), json.loads(text))
-    return [{"part": row["part"], "result": text}]
+        result = write_split_file(WriteTask(**fields))
+    result_json = json.dumps(result, default=_to_json_value)
+    write_json_atomically(Path(task_row["done"]), json.loads(result_json))
+    return [{"part": task_row["part"], "result": result_json}]
 
 
-def _run(work: Workspace, execute: Execute, name: str, tasks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Run a pass, without the tasks that are done; returns the small counts of all tasks, in order."""
-    found: dict[int, dict[str, Any]] = {}
-    rows = []
-    for part, task in enumerate(tasks):
-        done = work.done(f"{name}-{part:05d}")
-        if done.is_file():
-            found[part] = json.loads(done.read_text(encoding="utf-8"))
+def _run_pass(
+    workspace: PrepareWorkspace, task_executor: TaskExecutor, pass_name: str, tasks: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Run the tasks of a pass that are not finished yet; returns the results of all its tasks, in order."""
+    results: dict[int, dict[str, Any]] = {}
+    task_rows = []
+    for index, task in enumerate(tasks):
+        result_path = workspace.result_path(f"{pass_name}-{index:05d}")
+        if result_path.is_file():
+            results[index] = json.loads(result_path.read_text(encoding="utf-8"))
         else:
-            rows.append({"name": name, "part": part, "task": json.dumps(task), "done": str(done)})
-    if found:
-        logger.info("%s: %d of %d parts were done before the job was stopped", name, len(found), len(tasks))
-    started = time.monotonic()
-    if rows:
-        found |= {row["part"]: json.loads(row["result"]) for row in execute(rows)}
-    logger.debug("%s: %d parts in %.1f s", name, len(rows), time.monotonic() - started)
-    return [found[part] for part in range(len(tasks))]
+            task_rows.append({"name": pass_name, "part": index, "task": json.dumps(task), "done": str(result_path)})
+    if results:
+        logger.info("%s pass: resuming finished=%d tasks=%d", pass_name, len(results), len(tasks))
+    start_time = time.monotonic()
+    if task_rows:
+        results |= {row["part"]: json.loads(row["result"]) for row in task_executor(task_rows)}
+    logger.debug("%s pass: tasks=%d seconds=%.1f", pass_name, len(task_rows), time.monotonic() - start_time)
+    return [results[index] for index in range(len(tasks))]
 
 
-def on_ray(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Run tasks on Ray Data, one a block."""
+def execute_on_ray(task_rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Run tasks on Ray Data, one per block."""
     import ray
     from ray.exceptions import RayError
 
-    context, console = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
-    before = context.enable_progress_bars, context.print_on_execution_start, console.level
-    context.enable_progress_bars = context.enable_progress_bars and sys.stderr.isatty()
+    # Ray Data reports each dataset on the console; a pass is one line of ours, so its output is off while we run.
+    context, ray_logger = ray.data.DataContext.get_current(), logging.getLogger("ray.data")
+    progress_bars, print_on_start = context.enable_progress_bars, context.print_on_execution_start
+    log_level = ray_logger.level
+    context.enable_progress_bars = progress_bars and sys.stderr.isatty()
     context.print_on_execution_start = False
-    console.setLevel(logging.ERROR)
+    ray_logger.setLevel(logging.ERROR)
     try:
-        blocks = ray.data.from_items(list(rows), override_num_blocks=len(rows))
-        made: list[dict[str, Any]] = blocks.flat_map(run_task).take_all()
+        dataset = ray.data.from_items(list(task_rows), override_num_blocks=len(task_rows))
+        results: list[dict[str, Any]] = dataset.flat_map(run_task).take_all()
     except RayError as error:
-        raise _cause(error) from error
+        raise _unwrap_error(error) from error
     finally:
-        context.enable_progress_bars, context.print_on_execution_start = before[:2]
-        console.setLevel(before[2])
-    return made
+        context.enable_progress_bars, context.print_on_execution_start = progress_bars, print_on_start
+        ray_logger.setLevel(log_level)
+    return results
 
 
-def _cause(error: BaseException) -> BaseException:
-    """The error of ours (or of the disk) that a Ray error wraps; the Ray error itself when there is none."""
-    inner: BaseException | None = error
-    while inner is not None:
-        if isinstance(inner, RlufError):
-            return inner
-        if isinstance(inner, OSError) and inner.errno in (errno.ENOSPC, errno.EDQUOT):
-            return ResourceError(
-                f"no room left on the disk while writing the data set: {inner}; free some and run again"
-            )
-        if isinstance(inner, OSError) and inner.filename:
+def _unwrap_error(error: BaseException) -> BaseException:
+    """The rluf or disk error that a Ray error wraps, with a fix; the Ray error itself if there is none."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, RlufError):
+            return cause
+        if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+            return ResourceError(f"disk full while writing the data set: {cause}; free some space and run again")
+        if isinstance(cause, OSError) and cause.filename:
             return DataError(
-                f"cannot read or write {inner.filename}: {inner.strerror}; check its rights and that it is there"
+                f"cannot read or write {cause.filename}: {cause.strerror}; check that it exists and its permissions"
             )
-        inner = inner.__cause__ or getattr(inner, "cause", None)
+        # Ray's task errors have the original in `cause`, not in `__cause__`.
+        cause = cause.__cause__ or getattr(cause, "cause", None)
     return error

@@ -1,15 +1,13 @@
-"""Personal data out of texts, and user ids that cannot be led back to people.
+"""Redaction of personal data in texts: e-mail addresses, phone numbers, cards, IBANs, IP addresses and secret keys.
 
-A quick pass finds the few texts that could hold something; only these are looked at closely: phone numbers by
-phonenumbers (Google's rules of each country), cards and IBANs by python-stdnum (check digits), keys by detect-secrets
-(the formats of known services), IP addresses by the standard library, e-mail addresses by pattern.
+A fast prefilter over whole columns selects the few texts that may contain any; only these are scanned in detail: phone
+numbers by phonenumbers (Google's rules for each country), cards and IBANs by python-stdnum (check digits), keys by
+detect-secrets (formats of known services), IP addresses by the standard library, e-mail addresses by pattern.
 """
 
 from __future__ import annotations
 
-import hashlib
 import ipaddress
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -18,77 +16,81 @@ from functools import cache
 import pyarrow as pa
 import pyarrow.compute as pc
 
-SALT = "RLUF_USER_SALT"
-"""Environment variable of the secret that user ids are hashed with; it is never written anywhere."""
-
-_EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[a-z0-9-]{1,63}\.)+[a-z]{2,24}\b", re.IGNORECASE)
-_DIGITS = re.compile(r"(?<![\w.-])\+?\(?\d(?:[ ().\-/]{0,2}\d){6,18}(?!-?\w)")
-_CALL = re.compile(r"(?:call|phone|tel|text|whatsapp|mobile|cell|fax|number|dial)\W[^\n]{0,24}$", re.IGNORECASE)
-_CARD = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-])")
-_IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{2,4}){3,8}\b")
-_IPV4 = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w]|\.\d)")
-_IPV6 = re.compile(r"(?<![\w:.])[0-9a-f]{0,4}(?::[0-9a-f]{0,4}){2,7}(?![\w:])", re.IGNORECASE)
-_NO_PHONE = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}|\d+\.\d+")
+_EMAIL_PATTERN = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@(?:[a-z0-9-]{1,63}\.)+[a-z]{2,24}\b", re.IGNORECASE)
+_PHONE_PATTERN = re.compile(r"(?<![\w.-])\+?\(?\d(?:[ ().\-/]{0,2}\d){6,18}(?!-?\w)")
+_PHONE_CONTEXT_PATTERN = re.compile(
+    r"(?:call|phone|tel|text|whatsapp|mobile|cell|fax|number|dial)\W[^\n]{0,24}$", re.IGNORECASE
+)
+_CARD_PATTERN = re.compile(r"(?<![\w.-])\d(?:[ -]?\d){12,18}(?![\w-])")
+_IBAN_PATTERN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{2,4}){3,8}\b")
+_IPV4_PATTERN = re.compile(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?![\w]|\.\d)")
+_IPV6_PATTERN = re.compile(r"(?<![\w:.])[0-9a-f]{0,4}(?::[0-9a-f]{0,4}){2,7}(?![\w:])", re.IGNORECASE)
+_NOT_PHONE_PATTERN = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}|\d+\.\d+")
 """Dates, and numbers with a fraction."""
 
-_REGIONS = ("US", "GB", "DE", "FR", "IN")
-"""Countries whose numbers are also known without their +code."""
-_KEYLIKE = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)")
-_QUICK = (
+_PHONE_REGIONS = ("US", "GB", "DE", "FR", "IN")
+"""Countries whose numbers are also recognized without their +code."""
+_PRIVATE_KEY_PATTERN = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)")
+_PREFILTER_PATTERN = (
     r"@|\d(?:[ ().\-/]{0,2}\d){6}|[A-Z]{2}\d{2} ?[A-Z0-9]{2}|\d\.\d{1,3}\.\d{1,3}\.\d|[0-9A-Fa-f:]:[0-9A-Fa-f]{0,4}:"
     r"|[A-Za-z0-9_\-/+=]{16}|PRIVATE KEY"
 )
-"""What every find has in it; RE2 runs it over whole columns."""
+"""Matches every text that any finder could match. It must stay a superset of the patterns above: a text that it misses
+is never scanned. RE2 (in Arrow) runs it over whole columns, so it uses no look-around."""
 
 
-def _emails(text: str) -> Iterable[tuple[int, int]]:
-    return (match.span() for match in _EMAIL.finditer(text)) if "@" in text else ()
+def _find_emails(text: str) -> Iterable[tuple[int, int]]:
+    return (match.span() for match in _EMAIL_PATTERN.finditer(text)) if "@" in text else ()
 
 
-def _cards(text: str) -> Iterable[tuple[int, int]]:
+def _find_cards(text: str) -> Iterable[tuple[int, int]]:
     from stdnum import luhn
 
-    for match in _CARD.finditer(text):
+    for match in _CARD_PATTERN.finditer(text):
         number = re.sub(r"\D", "", match[0])
+        # Cards begin with 2 to 6; one repeated digit passes Luhn's check but is a placeholder.
         if number[0] in "23456" and len(set(number)) > 1 and luhn.is_valid(number):
             yield match.span()
 
 
-def _ibans(text: str) -> Iterable[tuple[int, int]]:
+def _find_ibans(text: str) -> Iterable[tuple[int, int]]:
     from stdnum import iban
 
-    for match in _IBAN.finditer(text):
-        found = match[0]
-        while len(found) >= 15:  # the pattern may have run into the next word
-            if iban.is_valid(found):
-                yield match.start(), match.start() + len(found)
+    for match in _IBAN_PATTERN.finditer(text):
+        candidate = match[0]
+        while len(candidate) >= 15:  # 15 characters is the shortest IBAN; the pattern may have run into the next word
+            if iban.is_valid(candidate):
+                yield match.start(), match.start() + len(candidate)
                 break
-            found = found.rpartition(" ")[0]
+            candidate = candidate.rpartition(" ")[0]
 
 
-def _phones(text: str) -> Iterable[tuple[int, int]]:
+def _find_phones(text: str) -> Iterable[tuple[int, int]]:
     import phonenumbers
 
-    for match in _DIGITS.finditer(text):
+    for match in _PHONE_PATTERN.finditer(text):
         number = match[0]
-        if len(re.findall(r"\d", number)) > 15 or _NO_PHONE.fullmatch(number):
+        if len(re.findall(r"\d", number)) > 15 or _NOT_PHONE_PATTERN.fullmatch(number):
             continue
-        if number.isdecimal() and (len(number) < 10 or not _CALL.search(text[: match.start()])):
+        # Bare digits are mostly order numbers and ids: they need ten digits and a word such as "call" before them.
+        if number.isdecimal() and (len(number) < 10 or not _PHONE_CONTEXT_PATTERN.search(text[: match.start()])):
             continue
-        for region in (None,) if number.startswith("+") else _REGIONS:
+        for region in (None,) if number.startswith("+") else _PHONE_REGIONS:
             try:
                 parsed = phonenumbers.parse(number, region)
             except phonenumbers.NumberParseException:
                 continue
-            if phonenumbers.is_valid_number(parsed) and (number.startswith("+") or _written_so(parsed, number, region)):
+            if phonenumbers.is_valid_number(parsed) and (
+                number.startswith("+") or _has_phone_format(parsed, number, region)
+            ):
                 yield match.span()
                 break
 
 
-def _written_so(parsed: object, number: str, region: str | None) -> bool:
-    """Whether a number without country code is written as people of the country write it.
+def _has_phone_format(parsed: object, number: str, region: str | None) -> bool:
+    """Whether a number without country code has a grouping that is usual in its country.
 
-    Sums, order numbers and years in a row seldom are.
+    Sums, order numbers and lists of years rarely have one.
     """
     import phonenumbers
 
@@ -100,19 +102,20 @@ def _written_so(parsed: object, number: str, region: str | None) -> bool:
     )
 
 
-def _addresses(text: str) -> Iterable[tuple[int, int]]:
-    for pattern in (_IPV4, _IPV6):
+def _find_ip_addresses(text: str) -> Iterable[tuple[int, int]]:
+    for pattern in (_IPV4_PATTERN, _IPV6_PATTERN):
         for match in pattern.finditer(text):
             try:
-                found = ipaddress.ip_address(match[0])
+                address = ipaddress.ip_address(match[0])
             except ValueError:
                 continue
-            if found.version == 4 or (match[0].count(":") > 2 and not found.is_unspecified):
+            # Short IPv6 forms such as a::b are mostly code (C++ scopes) and times.
+            if address.version == 4 or (match[0].count(":") > 2 and not address.is_unspecified):
                 yield match.span()
 
 
 @cache
-def _key_patterns() -> tuple[re.Pattern[str], ...]:
+def _load_key_patterns() -> tuple[re.Pattern[str], ...]:
     from detect_secrets.plugins import (
         aws,
         azure_storage_key,
@@ -140,81 +143,66 @@ def _key_patterns() -> tuple[re.Pattern[str], ...]:
         pypi_token.PypiTokenDetector, sendgrid.SendGridDetector, slack.SlackDetector, square_oauth.SquareOAuthDetector,
         stripe.StripeDetector, telegram_token.TelegramBotTokenDetector, twilio.TwilioKeyDetector,
     )  # fmt: skip
-    found = [pattern for detector in detectors for pattern in detector.denylist]
-    more = (r"sk-(?:proj-|ant-|svcacct-)?[A-Za-z0-9_-]{20,}", r"AIza[0-9A-Za-z_-]{35}", r"hf_[A-Za-z0-9]{30,}")
-    return (_KEYLIKE, *found, *(re.compile(rf"(?<![\w-]){text}") for text in more))
+    denylist_patterns = [pattern for detector in detectors for pattern in detector.denylist]
+    # Formats that detect-secrets lacks: newer OpenAI and Anthropic keys, Google API keys, Hugging Face tokens.
+    extra_patterns = (
+        r"sk-(?:proj-|ant-|svcacct-)?[A-Za-z0-9_-]{20,}",
+        r"AIza[0-9A-Za-z_-]{35}",
+        r"hf_[A-Za-z0-9]{30,}",
+    )
+    compiled = (re.compile(rf"(?<![\w-]){pattern}") for pattern in extra_patterns)
+    return (_PRIVATE_KEY_PATTERN, *denylist_patterns, *compiled)
 
 
-def _keys(text: str) -> Iterable[tuple[int, int]]:
-    for pattern in _key_patterns():
+def _find_keys(text: str) -> Iterable[tuple[int, int]]:
+    for pattern in _load_key_patterns():
         for match in pattern.finditer(text):
-            password = pattern.pattern.startswith("://")
-            yield match.span(1) if password else match.span()
+            # Of basic auth in a URL (://user:password@host) only the password, group 1, is secret.
+            is_basic_auth = pattern.pattern.startswith("://")
+            yield match.span(1) if is_basic_auth else match.span()
 
 
-_FINDERS: dict[str, Callable[[str], Iterable[tuple[int, int]]]] = {
-    "key": _keys,
-    "email": _emails,
-    "iban": _ibans,
-    "card": _cards,
-    "ip": _addresses,
-    "phone": _phones,
+_FINDER_BY_KIND: dict[str, Callable[[str], Iterable[tuple[int, int]]]] = {
+    "key": _find_keys,
+    "email": _find_emails,
+    "iban": _find_ibans,
+    "card": _find_cards,
+    "ip": _find_ip_addresses,
+    "phone": _find_phones,
 }
-"""In the order of certainty: where two kinds overlap, the earlier one names it."""
+"""Finders in descending order of certainty: where two matches overlap, the earlier kind wins."""
 
 
-def redact(text: str, kinds: Sequence[str]) -> tuple[str, Counter[str]]:
-    """The text with each find replaced by its kind, as in <email>, and how many of each kind there were."""
-    taken: list[tuple[int, int, str]] = []
-    for kind, finder in _FINDERS.items():
+def redact_text(text: str, kinds: Sequence[str]) -> tuple[str, Counter[str]]:
+    """Replace each match by its kind, as in <email>. Returns the text and the number of matches of each kind."""
+    matches: list[tuple[int, int, str]] = []
+    for kind, finder in _FINDER_BY_KIND.items():
         if kind in kinds:
             for start, end in finder(text):
-                if all(end <= other or start >= stop for other, stop, _ in taken):
-                    taken.append((start, end, kind))
-    if not taken:
+                if all(end <= other_start or start >= other_end for other_start, other_end, _ in matches):
+                    matches.append((start, end, kind))
+    if not matches:
         return text, Counter()
-    parts, last = [], 0
-    for start, end, kind in sorted(taken):
-        parts += [text[last:start], f"<{kind}>"]
-        last = end
-    return "".join([*parts, text[last:]]), Counter(kind for _, _, kind in taken)
+    segments, position = [], 0
+    for start, end, kind in sorted(matches):
+        segments += [text[position:start], f"<{kind}>"]
+        position = end
+    return "".join([*segments, text[position:]]), Counter(kind for _, _, kind in matches)
 
 
 def redact_array(texts: pa.Array, kinds: Sequence[str]) -> tuple[pa.Array, Counter[str]]:
-    """A column of texts [N] redacted, and counts by kind; texts without a hint are not touched."""
+    """Redact a column of texts [N]; returns it with counts by kind. Only texts that pass the prefilter are scanned."""
     counts: Counter[str] = Counter()
     if not kinds or not len(texts):
         return texts, counts
-    hints = pc.match_substring_regex(texts, _QUICK)
-    if not pc.any(hints).as_py():
+    candidate_mask = pc.match_substring_regex(texts, _PREFILTER_PATTERN)
+    if not pc.any(candidate_mask).as_py():
         return texts, counts
-    changed = []
-    for text in texts.filter(hints).to_pylist():
-        clean, found = redact(text, kinds)
-        changed.append(clean)
-        counts += found
-    return (pc.replace_with_mask(texts, hints, pa.array(changed, texts.type)), counts) if counts else (texts, counts)
-
-
-def user_salt() -> bytes | None:
-    """The secret salt of the environment, None without one (ids are then taken to be hashed by the log's writer)."""
-    salt = os.environ.get(SALT, "").encode()
-    return salt or None
-
-
-def salt_mark(salt: bytes | None) -> str:
-    """What tells two salts apart without giving either away (for the keys of kept stages)."""
-    return hashlib.blake2b(salt, digest_size=8, person=b"rluf-salt-mark").hexdigest() if salt else ""
-
-
-def hash_user(user: str, salt: bytes | None) -> str:
-    """24 hex digits (96 bits) that stand for a user: BLAKE2b keyed with the salt; the id itself without a salt."""
-    if salt is None:
-        return user
-    key = hashlib.blake2b(salt, digest_size=32).digest()
-    return hashlib.blake2b(user.encode("utf-8", "surrogatepass"), digest_size=12, key=key).hexdigest()
-
-
-def forget_mark(user: str) -> str:
-    """What a card keeps of a forgotten user (hashed or not): it recognises the id and gives nothing else away."""
-    return hashlib.blake2b(user.encode("utf-8", "surrogatepass"), digest_size=16, person=b"rluf-forgotten").hexdigest()
+    redacted_texts = []
+    for text in texts.filter(candidate_mask).to_pylist():
+        redacted_text, text_counts = redact_text(text, kinds)
+        redacted_texts.append(redacted_text)
+        counts += text_counts
+    if not counts:
+        return texts, counts
+    return pc.replace_with_mask(texts, candidate_mask, pa.array(redacted_texts, texts.type)), counts

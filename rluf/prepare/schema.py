@@ -1,7 +1,7 @@
-"""What a row of each log is: one definition a kind, from which both the checks and the Arrow schema follow.
+"""Record types of the logs: one definition per kind, from which both validation and the Arrow schema are derived.
 
-Rows are checked strictly (no number passes for a string), fields that rluf does not know are left out, and a record
-that was written to Parquet reads back equal.
+Validation is strict (a number is not accepted for a string), unknown fields are ignored, and a record that was written
+to Parquet reads back equal.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstrai
 from pydantic_core import PydanticCustomError
 
 SCHEMA_VERSION = 2
-"""Version of the record layout, kept in each Parquet file's metadata. Version 2 adds fields; logs of 1 are read too."""
+"""Version of the record layout, in each Parquet file's metadata. Version 2 adds fields; logs of version 1 load too."""
 
-MAX_TEXT = 100_000
+MAX_TEXT_CHARS = 100_000
 """Longest message or response in characters; longer ones are quarantined."""
 
 MAX_MESSAGES = 2000
-"""Most messages of one context."""
+"""Maximum number of messages of one context."""
 
-LOVE = "love"
+LOVE_REACTION = "love"
 """The reaction that P[Love] predicts."""
 
-Name = Annotated[str, StringConstraints(min_length=1, max_length=200)]
-Topic = Annotated[str, StringConstraints(min_length=1, max_length=100)]
-Short = Annotated[str, StringConstraints(min_length=1, max_length=35)]
-Text = Annotated[str, StringConstraints(max_length=MAX_TEXT)]
+NameText = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+TopicText = Annotated[str, StringConstraints(min_length=1, max_length=100)]
+ShortText = Annotated[str, StringConstraints(min_length=1, max_length=35)]
+LongText = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS)]
 
 
-class Record(BaseModel):
-    """Base of all rows: frozen, strict types, unknown fields left out."""
+class LogRecord(BaseModel):
+    """Base of all rows: frozen, strict types, unknown fields ignored."""
 
     model_config = ConfigDict(frozen=True, strict=True, extra="ignore")
 
     @model_validator(mode="after")
-    def _texts(self) -> Record:
-        for field in ("response", "chosen"):
-            text = getattr(self, field, None)
+    def _check_texts(self) -> LogRecord:
+        for field_name in ("response", "chosen"):
+            text = getattr(self, field_name, None)
             if text is not None and not text.strip():
-                raise PydanticCustomError("empty", "empty {field}", {"field": field})
+                raise PydanticCustomError("empty", "empty {field}", {"field": field_name})
         messages: Sequence[ChatMessage] | None = getattr(self, "messages", None)
         if messages is None:
             return self
@@ -57,117 +57,123 @@ class Record(BaseModel):
         return self
 
 
-class ChatMessage(Record):
+class ChatMessage(LogRecord):
     """One chat message of the context."""
 
     role: Literal["system", "user", "assistant"]
-    content: Text
+    content: LongText
 
 
-Messages = Annotated[list[ChatMessage], Field(max_length=MAX_MESSAGES)]
+MessageList = Annotated[list[ChatMessage], Field(max_length=MAX_MESSAGES)]
 
 
-class FeedbackRecord(Record):
+class FeedbackRecord(LogRecord):
     """One served response and what the user did with it.
 
     `messages` are the context and end with the user's message; `time` is when the response was served; `reaction` is
-    the name of the reaction ("love" is what P[Love] learns; others, such as "thumbs_down", are kept by name; null means
-    none); `continued` and `returned` say whether the user wrote on and came back, null when the log does not tell.
-    `user_id` must be hashed by whoever writes the log, or is hashed here (see rluf.prepare.redact). `interface` is
-    where it was shown (app, web), `device` a hash of the device, `author` the user who made the persona that answered.
+    the name of the reaction ("love" is what P[Love] predicts; others, such as "thumbs_down", are stored by name; null
+    is none). `continued` and `returned` say whether the user sent another message and came back later; null if the log
+    does not say. `user_id` must be hashed by the log's writer, or prepare hashes it (see rluf.utils.hashing).
+    `interface` is where the response was displayed (app, web), `device` a hash of the device, `author` the user who
+    created the persona that replied.
     """
 
-    id: Name
-    conversation_id: Name
+    id: NameText
+    conversation_id: NameText
     turn: int = Field(ge=0, le=1_000_000)
-    user_id: Name
+    user_id: NameText
     time: AwareDatetime
-    model_version: Name
-    messages: Messages
-    response: Text
+    model_version: NameText
+    messages: MessageList
+    response: LongText
     reaction: Annotated[str, StringConstraints(min_length=1, max_length=32)] | None
     continued: bool | None = None
     returned: bool | None = None
-    topic: Topic = "other"
-    locale: Short = "und"
-    interface: Short = "und"
-    device: Name | None = None
-    author: Name | None = None
+    topic: TopicText = "other"
+    locale: ShortText = "und"
+    interface: ShortText = "und"
+    device: NameText | None = None
+    author: NameText | None = None
 
 
-class ReactionRecord(Record):
-    """A reaction that was logged apart from its response, in any order: `retracted` takes the reaction back."""
+class ReactionRecord(LogRecord):
+    """A reaction logged separately from its response, in any order; `retracted` withdraws the reaction."""
 
-    id: Name
-    response_id: Name
+    id: NameText
+    response_id: NameText
     time: AwareDatetime
     reaction: Annotated[str, StringConstraints(min_length=1, max_length=32)]
     retracted: bool = False
 
 
-class PreferenceRecord(Record):
-    """Two responses to one context, of which raters preferred `chosen`. `group` names the prompt; splits go by it.
+class PreferenceRecord(LogRecord):
+    """Two responses to one context, of which raters preferred `chosen`. `group` names the prompt; rows split by it.
 
-    `rejected` may be empty: a model that says nothing has lost against one that answers.
+    `rejected` may be empty: an empty response lost against one with text.
     """
 
-    id: Name
-    messages: Messages
-    chosen: Text
-    rejected: Text
-    group: Name
-    topic: Topic = "other"
+    id: NameText
+    messages: MessageList
+    chosen: LongText
+    rejected: LongText
+    group: NameText
+    topic: TopicText = "other"
 
     @model_validator(mode="after")
-    def _differ(self) -> PreferenceRecord:
+    def _check_responses_differ(self) -> PreferenceRecord:
         if self.chosen == self.rejected:
             raise PydanticCustomError("same", "chosen equals rejected")
         return self
 
 
-class SafetyRecord(Record):
-    """A response with a label, 1 safe and 0 unsafe. `group` names the prompt; splits go by it."""
+class SafetyRecord(LogRecord):
+    """A response with a label, 1 safe and 0 unsafe. `group` names the prompt; rows split by it."""
 
-    id: Name
-    messages: Messages
-    response: Text
+    id: NameText
+    messages: MessageList
+    response: LongText
     label: int = Field(ge=0, le=1)
-    group: Name
-    topic: Topic = "other"
+    group: NameText
+    topic: TopicText = "other"
 
 
-class PromptRecord(Record):
-    """A conversation for the policy to answer. `split` says whether it may be trained on or is kept for evaluation."""
+class PromptRecord(LogRecord):
+    """A conversation for the policy to answer; `split` reserves it for training or for evaluation."""
 
-    id: Name
-    messages: Messages
-    topic: Topic = "other"
+    id: NameText
+    messages: MessageList
+    topic: TopicText = "other"
     split: Literal["train", "test"]
 
 
 @dataclass(frozen=True, slots=True)
-class Kind:
-    """One kind of raw data: its name in `data.*`, its folder in the output, its record, and what splits go by."""
+class DataKind:
+    """One kind of raw data.
+
+    `name` is its key in `data.*`, `output_name` its folder in the data set ("" for none), `split_key` the field that
+    rows are split by, `output_columns` the record's columns in the prepared files.
+    """
 
     name: str
-    output: str
-    record: type[Record]
-    split_by: str
-    splits: tuple[str, ...]
-    columns: tuple[str, ...]
+    output_name: str
+    record_type: type[LogRecord]
+    split_key: str
+    split_names: tuple[str, ...]
+    output_columns: tuple[str, ...]
 
 
-_SPLITS = ("train", "dev", "test")
+SPLIT_NAMES = ("train", "dev", "test")
+"""Names of the splits; a split's position is its code."""
 
-KINDS: dict[str, Kind] = {
+DATA_KINDS: dict[str, DataKind] = {
     kind.name: kind
     for kind in (
-        Kind(
+        DataKind(
             "feedback",
             "love",
             FeedbackRecord,
             "user_id",
-            _SPLITS,
+            SPLIT_NAMES,
             (
                 "id",
                 "user_id",
@@ -185,29 +191,29 @@ KINDS: dict[str, Kind] = {
                 "returned",
             ),
         ),
-        Kind(
+        DataKind(
             "preferences",
             "helpfulness",
             PreferenceRecord,
             "group",
-            _SPLITS,
+            SPLIT_NAMES,
             ("id", "group", "topic", "messages", "chosen", "rejected"),
         ),
-        Kind(
+        DataKind(
             "safety",
             "safety",
             SafetyRecord,
             "group",
-            _SPLITS,
+            SPLIT_NAMES,
             ("id", "group", "topic", "messages", "response", "label"),
         ),
-        Kind("prompts", "prompts", PromptRecord, "split", ("train", "test"), ("id", "topic", "messages")),
-        Kind("reactions", "", ReactionRecord, "response_id", (), ()),
+        DataKind("prompts", "prompts", PromptRecord, "split", ("train", "test"), ("id", "topic", "messages")),
+        DataKind("reactions", "", ReactionRecord, "response_id", (), ()),
     )
 }
-"""The kinds by name; `columns` are the record's columns in the prepared files. Reactions join feedback: no file."""
+"""Kinds by name. Reactions are joined to feedback and have no file of their own."""
 
-_SCALARS: dict[Any, pa.DataType] = {
+_ARROW_SCALARS: dict[Any, pa.DataType] = {
     str: pa.string(),
     int: pa.int64(),
     float: pa.float64(),
@@ -216,42 +222,42 @@ _SCALARS: dict[Any, pa.DataType] = {
 }
 
 
-def _arrow_type(annotation: Any) -> tuple[pa.DataType, bool]:
-    """Arrow type of a pydantic field annotation, and whether it may be null."""
+def _to_arrow_type(annotation: Any) -> tuple[pa.DataType, bool]:
+    """Arrow type of a pydantic field annotation, and whether it is nullable."""
     origin, args = get_origin(annotation), get_args(annotation)
     if annotation is AwareDatetime:
-        return _SCALARS[datetime], False
+        return _ARROW_SCALARS[datetime], False
     if origin is Annotated:
-        return _arrow_type(args[0])
+        return _to_arrow_type(args[0])
     if origin in (Union, types.UnionType):
-        inner = [arg for arg in args if arg is not type(None)]
-        if len(inner) == 1:
-            return _arrow_type(inner[0])[0], len(inner) < len(args)
+        members = [arg for arg in args if arg is not type(None)]
+        if len(members) == 1:
+            return _to_arrow_type(members[0])[0], len(members) < len(args)
     elif origin is Literal:
-        return _SCALARS[type(args[0])], False
+        return _ARROW_SCALARS[type(args[0])], False
     elif origin is list:
-        return pa.list_(_arrow_type(args[0])[0]), False
+        return pa.list_(_to_arrow_type(args[0])[0]), False
     elif isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return pa.struct(list(arrow_schema(annotation))), False
-    elif annotation in _SCALARS:
-        return _SCALARS[annotation], False
+        return pa.struct(list(build_arrow_schema(annotation))), False
+    elif annotation in _ARROW_SCALARS:
+        return _ARROW_SCALARS[annotation], False
     raise TypeError(f"no Arrow type for {annotation!r}")
 
 
-def arrow_schema(record: type[BaseModel]) -> pa.Schema:
-    """Arrow schema of a record: same fields, same order, null only where the record allows None."""
+def build_arrow_schema(record_type: type[BaseModel]) -> pa.Schema:
+    """Arrow schema of a record: same fields, same order, nullable only where the record allows None."""
     fields = []
-    for name, field in record.model_fields.items():
-        kind, nullable = _arrow_type(field.annotation)
-        fields.append(pa.field(name, kind, nullable=nullable))
+    for name, field in record_type.model_fields.items():
+        arrow_type, nullable = _to_arrow_type(field.annotation)
+        fields.append(pa.field(name, arrow_type, nullable=nullable))
     return pa.schema(fields, metadata={"rluf.schema_version": str(SCHEMA_VERSION)})
 
 
-def to_table(records: Iterable[Record], record: type[Record]) -> pa.Table:
-    """Arrow table of records of one kind; the inverse of `from_table`."""
-    return pa.Table.from_pylist([row.model_dump() for row in records], schema=arrow_schema(record))
+def records_to_table(records: Iterable[LogRecord], record_type: type[LogRecord]) -> pa.Table:
+    """Arrow table of records of one kind; the inverse of `table_to_records`."""
+    return pa.Table.from_pylist([row.model_dump() for row in records], schema=build_arrow_schema(record_type))
 
 
-def from_table(table: pa.Table, record: type[Record]) -> list[Record]:
-    """Records of an Arrow table written by `to_table`. Raises pydantic.ValidationError on rows that are none."""
-    return [record.model_validate(row) for row in table.to_pylist()]
+def table_to_records(table: pa.Table, record_type: type[LogRecord]) -> list[LogRecord]:
+    """Records of an Arrow table from `records_to_table`. Raises pydantic.ValidationError for invalid rows."""
+    return [record_type.model_validate(row) for row in table.to_pylist()]

@@ -1,8 +1,8 @@
-"""`prepare --signals`: which signal of users is worth learning from, by volume, coverage, link to return and ambiguity.
+"""`prepare --signals`: rank user signals by volume, coverage, association with return, and ambiguity.
 
-The link is the log-odds of coming back for rows with the signal against rows without, from a logistic regression that
-also holds the user's activity, the turn, the topic, the locale and the response's length, with intervals clustered by
-user (sandwich, Liang and Zeger 1986). Only dev and test rows count: they are not sampled.
+The association is the log-odds of return for rows with the signal against rows without, from a logistic regression that
+controls for the user's activity, turn, topic, locale and response length, with intervals clustered by user (sandwich
+estimator, Liang and Zeger 1986). Only dev and test rows are used: they are not sampled.
 """
 
 from __future__ import annotations
@@ -16,211 +16,224 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-import rluf
 from rluf.errors import DataError
-from rluf.prepare.card_page import percent, rate_figure
-from rluf.prepare.propensity import octaves
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
+from rluf.prepare.card_page import build_rate_figure, format_percent
+from rluf.prepare.propensity import bin_by_octave
+from rluf.report.page import render_html_page
+from rluf.utils.stats import Bools, Floats, Ints
 
 _Z95 = 1.959963984540054
-_POSITIVE = 0.3
-"""VADER's compound score from which a follow-up message is taken as pleased."""
+_MIN_POSITIVE_SENTIMENT = 0.3
+"""VADER's compound score from which a follow-up message counts as pleased."""
 
-_MOST_TEXTS = 20_000
-_TOPICS = 12
-_FEWEST = 20
-"""Rows with and without a signal below which its link is not told."""
+_MAX_FOLLOW_UPS = 20_000
+_MAX_LEVELS = 12
+_MIN_ROWS = 20
+"""Rows with and without a signal below which its association is not estimated."""
 
-RULE = (
-    "First the signals whose link to return is clear of zero, by the lower end of its interval times one minus their "
-    "ambiguity; then the others, by volume."
+RANKING_RULE = (
+    "First the signals whose association with return is clearly positive, by the lower end of its interval times one "
+    "minus their ambiguity; then the others, by volume."
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class ReturnAssociation:
     """Log-odds of return with a signal against without it, and its standard error, clustered by user."""
 
-    value: float
-    error: float
+    log_odds: float
+    standard_error: float
 
     @property
     def low(self) -> float:
         """Lower end of the 95% interval."""
-        return self.value - _Z95 * self.error
+        return self.log_odds - _Z95 * self.standard_error
 
     @property
     def high(self) -> float:
         """Upper end of the 95% interval."""
-        return self.value + _Z95 * self.error
+        return self.log_odds + _Z95 * self.standard_error
 
 
-def link(signal: Bools, returned: Bools, controls: Floats, user: Ints) -> Link:
-    """Link of a signal [N] to return [N] beside controls [N, C], with rows of one user [N] taken as dependent."""
+def return_association(has_signal: Bools, returned: Bools, controls: Floats, user_code: Ints) -> ReturnAssociation:
+    """Association of a signal [N] with return [N] given controls [N, C]; rows of one user [N] are dependent."""
     from scipy.optimize import minimize
     from scipy.special import expit
 
-    design = np.column_stack([signal.astype(np.float64), np.ones(len(signal)), controls])
-    ridge = np.full(design.shape[1], 1e-3)
+    design_matrix = np.column_stack([has_signal.astype(np.float64), np.ones(len(has_signal)), controls])
+    # A small ridge makes rare or collinear controls estimable; signal and intercept have none.
+    ridge = np.full(design_matrix.shape[1], 1e-3)
     ridge[:2] = 0
 
-    def loss(theta: Floats) -> tuple[float, Floats]:
-        logits = design @ theta
+    def penalized_loss(theta: Floats) -> tuple[float, Floats]:
+        logits = design_matrix @ theta
         value = np.logaddexp(0, np.where(returned, -logits, logits)).sum() + (ridge * theta**2).sum() / 2
-        return float(value), design.T @ (expit(logits) - returned) + ridge * theta
+        return float(value), design_matrix.T @ (expit(logits) - returned) + ridge * theta
 
-    theta = minimize(loss, np.zeros(design.shape[1]), jac=True, method="L-BFGS-B", options={"maxiter": 500}).x
-    chance = expit(design @ theta)
-    bread = np.linalg.pinv((design * (chance * (1 - chance))[:, None]).T @ design + np.diag(ridge))
-    scores = np.zeros((int(user.max()) + 1, design.shape[1]))
-    np.add.at(scores, user, design * (returned - chance)[:, None])
-    scores = scores[scores.any(axis=1)]
-    spread = bread @ (scores.T @ scores) @ bread * len(scores) / max(len(scores) - 1, 1)
-    return Link(float(theta[0]), float(np.sqrt(spread[0, 0])))
-
-
-def _one_hot(values: list[str], most: int) -> Floats:
-    names, count = np.unique(values, return_counts=True)
-    common = names[np.argsort(-count)][1:most]
-    return (
-        np.stack([np.array(values) == name for name in common], 1).astype(np.float64)
-        if len(common)
-        else np.empty((len(values), 0))
-    )
+    start = np.zeros(design_matrix.shape[1])
+    theta = minimize(penalized_loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 500}).x
+    probability = expit(design_matrix @ theta)
+    # Sandwich: inverse Hessian ("bread") around the outer product of the scores, summed by user ("meat").
+    row_information = (design_matrix * (probability * (1 - probability))[:, None]).T @ design_matrix
+    bread = np.linalg.pinv(row_information + np.diag(ridge))
+    user_scores = np.zeros((int(user_code.max()) + 1, design_matrix.shape[1]))
+    np.add.at(user_scores, user_code, design_matrix * (returned - probability)[:, None])
+    user_scores = user_scores[user_scores.any(axis=1)]
+    small_sample_factor = len(user_scores) / max(len(user_scores) - 1, 1)
+    covariance = bread @ (user_scores.T @ user_scores) @ bread * small_sample_factor
+    return ReturnAssociation(float(theta[0]), float(np.sqrt(covariance[0, 0])))
 
 
-def _controls(table: pa.Table, user: Ints) -> Floats:
-    lengths = np.log1p([len(text) for text in table["response"].to_pylist()])
-    columns = [octaves(np.bincount(user)[user]), octaves(table["turn"].to_numpy() + 1), lengths]
-    plain = np.stack(columns, 1).astype(np.float64)
-    plain = (plain - plain.mean(0)) / np.maximum(plain.std(0), 1e-9)
-    groups = [_one_hot(table[name].to_pylist(), _TOPICS) for name in ("topic", "locale")]
-    return np.concatenate([plain, *groups], axis=1)
+def _encode_one_hot(values: list[str], max_levels: int) -> Floats:
+    levels, counts = np.unique(values, return_counts=True)
+    # The most frequent level is the reference and has no column; rare levels join it.
+    encoded_levels = levels[np.argsort(-counts)][1:max_levels]
+    if not len(encoded_levels):
+        return np.empty((len(values), 0))
+    return np.stack([np.array(values) == level for level in encoded_levels], 1).astype(np.float64)
 
 
-def _follow_ups(table: pa.Table) -> tuple[Bools, Bools]:
+def _build_controls(table: pa.Table, user_code: Ints) -> Floats:
+    activity = bin_by_octave(np.bincount(user_code)[user_code])
+    turn = bin_by_octave(table["turn"].to_numpy() + 1)
+    log_length = np.log1p([len(text) for text in table["response"].to_pylist()])
+    numeric = np.stack([activity, turn, log_length], 1).astype(np.float64)
+    numeric = (numeric - numeric.mean(0)) / np.maximum(numeric.std(0), 1e-9)
+    one_hot = [_encode_one_hot(table[name].to_pylist(), _MAX_LEVELS) for name in ("topic", "locale")]
+    return np.concatenate([numeric, *one_hot], axis=1)
+
+
+def _find_positive_follow_ups(table: pa.Table) -> tuple[Bools, Bools]:
     """Whether the user's next message is pleased [N], and whether there is one [N]."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-    judge = SentimentIntensityAnalyzer()
-    talk, turn = table["conversation_id"].to_pylist(), table["turn"].to_pylist()
-    last = {key: row for row, key in enumerate(zip(talk, turn, strict=True))}
-    pleased, told = np.zeros(len(talk), dtype=np.bool_), np.zeros(len(talk), dtype=np.bool_)
-    after = [(row, last.get((key, number + 1))) for row, (key, number) in enumerate(zip(talk, turn, strict=True))]
-    pairs = [(row, following) for row, following in after if following is not None][:_MOST_TEXTS]
-    texts = table["messages"].take(pa.array([following for _, following in pairs], pa.int64())).to_pylist()
-    for (row, _), messages in zip(pairs, texts, strict=True):
-        told[row] = True
-        pleased[row] = judge.polarity_scores(messages[-1]["content"])["compound"] >= _POSITIVE
-    return pleased, told
+    analyzer = SentimentIntensityAnalyzer()
+    turns = list(zip(table["conversation_id"].to_pylist(), table["turn"].to_pylist(), strict=True))
+    row_of_turn = {turn_key: row for row, turn_key in enumerate(turns)}
+    is_pleased, has_follow_up = np.zeros(len(turns), dtype=np.bool_), np.zeros(len(turns), dtype=np.bool_)
+    next_rows = [(row, row_of_turn.get((conversation, turn + 1))) for row, (conversation, turn) in enumerate(turns)]
+    # VADER takes most of the time, so only the first rows are read.
+    pairs = [(row, next_row) for row, next_row in next_rows if next_row is not None][:_MAX_FOLLOW_UPS]
+    contexts = table["messages"].take(pa.array([next_row for _, next_row in pairs], pa.int64())).to_pylist()
+    for (row, _), messages in zip(pairs, contexts, strict=True):
+        has_follow_up[row] = True
+        is_pleased[row] = analyzer.polarity_scores(messages[-1]["content"])["compound"] >= _MIN_POSITIVE_SENTIMENT
+    return is_pleased, has_follow_up
 
 
-def _tri(table: pa.Table, name: str) -> tuple[Bools, Bools]:
-    values = table[name].to_pylist()
+def _optional_bool_column(table: pa.Table, column_name: str) -> tuple[Bools, Bools]:
+    values = table[column_name].to_pylist()
     return np.array([value is True for value in values]), np.array([value is not None for value in values])
 
 
-def candidates(table: pa.Table) -> dict[str, tuple[Bools, Bools]]:
-    """Each signal's rows that have it [N] and rows where the log can tell [N]."""
+def collect_signals(table: pa.Table) -> dict[str, tuple[Bools, Bools]]:
+    """For each signal, the rows that have it [N] and the rows for which the log can show it [N]."""
     reaction = np.array([value or "" for value in table["reaction"].to_pylist()])
-    every = np.ones(len(reaction), dtype=np.bool_)
+    all_rows = np.ones(len(reaction), dtype=np.bool_)
     return {
-        "love": (reaction == "love", every),
-        "thumbs up": (np.isin(reaction, ["thumbs_up", "like"]), every),
-        "thumbs down": (np.isin(reaction, ["thumbs_down", "dislike"]), every),
-        "continue": _tri(table, "continued"),
-        "pleased follow-up": _follow_ups(table),
-        "return": _tri(table, "returned"),
+        "love": (reaction == "love", all_rows),
+        "thumbs up": (np.isin(reaction, ["thumbs_up", "like"]), all_rows),
+        "thumbs down": (np.isin(reaction, ["thumbs_down", "dislike"]), all_rows),
+        "continue": _optional_bool_column(table, "continued"),
+        "pleased follow-up": _find_positive_follow_ups(table),
+        "return": _optional_bool_column(table, "returned"),
     }
 
 
 def rank_signals(table: pa.Table) -> list[dict[str, Any]]:
-    """One row a signal, the best first by RULE. `table` are prepared love rows (see rluf.prepare.write_pass)."""
-    user = table["user_id"].combine_chunks().dictionary_encode().indices.to_numpy(zero_copy_only=False).astype(np.int64)
-    found = candidates(table)
-    returned, can_tell = found["return"]
-    onward, onward_told = found["continue"]
-    controls = _controls(table, user)
+    """One row per signal, ranked by RANKING_RULE. `table` has prepared love rows (see rluf.prepare.write_pass)."""
+    user_indices = table["user_id"].combine_chunks().dictionary_encode().indices
+    user_code = user_indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    signals = collect_signals(table)
+    returned, return_known = signals["return"]
+    continued, continue_known = signals["continue"]
+    controls = _build_controls(table, user_code)
     rows = []
-    for name, (has, told) in found.items():
-        here = told & can_tell
+    for name, (has_signal, is_known) in signals.items():
         row: dict[str, Any] = {
             "signal": name,
-            "per_1000": 1000 * float(has.sum()) / len(has),
-            "told": float(told.mean()),
-            "users": len(np.unique(user[has])) / len(np.unique(user)),
+            "per_1000": 1000 * float(has_signal.sum()) / len(has_signal),
+            "known": float(is_known.mean()),
+            "users": len(np.unique(user_code[has_signal])) / len(np.unique(user_code)),
             "link": None,
             "unadjusted": None,
             "ambiguity": None,
         }
-        both = has & can_tell & onward_told
-        if both.any():
-            against = ~returned if name == "continue" else ~onward if name == "return" else ~returned & ~onward
-            row["ambiguity"] = float(against[both].mean())
-        enough = min((has & here).sum(), (~has & here).sum()) >= _FEWEST and 0 < returned[here].mean() < 1
-        if name != "return" and enough:
-            made = link(has[here], returned[here], controls[here], user[here])
-            bare = link(has[here], returned[here], np.empty((int(here.sum()), 0)), user[here])
-            row["link"] = {"mean": made.value, "low": made.low, "high": made.high, "rows": int(here.sum())}
-            row["unadjusted"] = {"mean": bare.value, "low": bare.low, "high": bare.high}
+        with_outcome = has_signal & return_known & continue_known
+        if with_outcome.any():
+            # A signal cannot contradict itself: continue and return are compared with the other one alone.
+            contradiction = {"continue": ~returned, "return": ~continued}.get(name, ~returned & ~continued)
+            row["ambiguity"] = float(contradiction[with_outcome].mean())
+        usable = is_known & return_known
+        has_both = min((has_signal & usable).sum(), (~has_signal & usable).sum()) >= _MIN_ROWS
+        if name != "return" and has_both and 0 < returned[usable].mean() < 1:
+            usable_rows = int(usable.sum())
+            inputs = has_signal[usable], returned[usable]
+            adjusted = return_association(*inputs, controls[usable], user_code[usable])
+            unadjusted = return_association(*inputs, np.empty((usable_rows, 0)), user_code[usable])
+            row["link"] = {
+                "mean": adjusted.log_odds,
+                "low": adjusted.low,
+                "high": adjusted.high,
+                "rows": usable_rows,
+            }
+            row["unadjusted"] = {"mean": unadjusted.log_odds, "low": unadjusted.low, "high": unadjusted.high}
         rows.append(row)
-    return sorted(rows, key=_merit, reverse=True)
+    return sorted(rows, key=_ranking_key, reverse=True)
 
 
-def _merit(row: Mapping[str, Any]) -> tuple[bool, float]:
-    lowest = row["link"]["low"] if row["link"] else 0.0
-    clear = lowest > 0
-    return clear, lowest * (1 - (row["ambiguity"] or 0.0)) if clear else row["per_1000"]
+def _ranking_key(row: Mapping[str, Any]) -> tuple[bool, float]:
+    lower_end = row["link"]["low"] if row["link"] else 0.0
+    is_positive = lower_end > 0
+    return is_positive, lower_end * (1 - (row["ambiguity"] or 0.0)) if is_positive else row["per_1000"]
 
 
-def write_signals(data: Path) -> list[dict[str, Any]]:
-    """Rank the signals of a prepared data set; signals.json and signals.html beside its card. Returns the ranking.
+def write_signal_report(data_folder: Path) -> list[dict[str, Any]]:
+    """Rank the signals of a prepared data set; write signals.json and signals.html next to its card.
 
-    Raises DataError when it has no love data.
+    Returns the ranking. Raises DataError if the data set has no love data.
     """
-    from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
-    from plotly.offline import get_plotlyjs
-
-    files = [data / "love" / f"{side}.parquet" for side in ("dev", "test")]
+    files = [data_folder / "love" / f"{split}.parquet" for split in ("dev", "test")]
     if not all(file.is_file() for file in files):
-        raise DataError(f"{data} holds no love data; signals are ranked on a log of feedback: set data.feedback")
+        raise DataError(f"{data_folder} has no love data; signals are ranked on a feedback log: set data.feedback")
     table = pa.concat_tables([pq.read_table(file) for file in files])
     rows = rank_signals(table)
-    report = {"rule": RULE, "rows": table.num_rows, "signals": rows}
-    (data / "signals.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    linked = [(row["signal"], row["link"]) for row in rows if row["link"]]
-    figure = rate_figure(linked, 0.0) if linked else None
+    report = {"rule": RANKING_RULE, "rows": table.num_rows, "signals": rows}
+    (data_folder / "signals.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    associations = [(row["signal"], row["link"]) for row in rows if row["link"]]
+    figure = build_rate_figure(associations, 0.0) if associations else None
     if figure is not None:
+        # The figure is built for rates; associations are log-odds and may be negative.
         figure["layout"]["xaxis"] |= {"tickformat": ".1f", "rangemode": "normal"}
         figure["data"][0]["hovertemplate"] = "%{y}: %{x:.2f} in log-odds, %{customdata:,} rows<extra></extra>"
-    loader = ChoiceLoader([PackageLoader("rluf.prepare", ""), PackageLoader("rluf.report", "")])
-    page = Environment(loader=loader, autoescape=True, undefined=StrictUndefined).get_template("signals.html.j2")
-    text = page.render(
-        rule=RULE, count=f"{table.num_rows:,}", rows=[_cells(row) for row in rows], plotly_js=get_plotlyjs(),
-        figures={"links": figure} if figure else {}, rluf_version=rluf.__version__,
-    )  # fmt: skip
-    (data / "signals.html").write_text(text, encoding="utf-8")
+    page = render_html_page(
+        "signals.html.j2",
+        package="rluf.prepare",
+        figures={"associations": figure} if figure else {},
+        rule=RANKING_RULE,
+        row_count=f"{table.num_rows:,}",
+        rows=[_format_cells(row) for row in rows],
+    )
+    (data_folder / "signals.html").write_text(page, encoding="utf-8")
     return rows
 
 
-def _range(value: Mapping[str, float] | None) -> str:
-    return f"{value['mean']:+.2f} ({value['low']:+.2f} to {value['high']:+.2f})" if value else "not told"
+def _format_range(estimate: Mapping[str, float] | None) -> str:
+    return f"{estimate['mean']:+.2f} ({estimate['low']:+.2f} to {estimate['high']:+.2f})" if estimate else "unknown"
 
 
-def _cells(row: Mapping[str, Any]) -> tuple[str, ...]:
-    ambiguity = "not told" if row["ambiguity"] is None else percent(row["ambiguity"])
-    numbers = f"{row['per_1000']:.1f}", percent(row["told"]), percent(row["users"])
-    return row["signal"], *numbers, _range(row["link"]), _range(row["unadjusted"]), ambiguity
+def _format_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    ambiguity = "unknown" if row["ambiguity"] is None else format_percent(row["ambiguity"])
+    numbers = f"{row['per_1000']:.1f}", format_percent(row["known"]), format_percent(row["users"])
+    return row["signal"], *numbers, _format_range(row["link"]), _format_range(row["unadjusted"]), ambiguity
 
 
-def signal_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """The ranking in plain lines, for the console."""
-    head = ("signal", "per 1,000", "told", "users with it", "link to return", "unadjusted", "ambiguity")
-    cells = [head, *(_cells(row) for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
-    return ["  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip() for line in cells]
+def format_signal_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The ranking as a table in plain text, for the console."""
+    header = ("signal", "per 1,000", "known", "users with it", "association", "unadjusted", "ambiguity")
+    table_rows = [header, *(_format_cells(row) for row in rows)]
+    widths = [max(len(cells[column]) for cells in table_rows) for column in range(len(header))]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)).rstrip() for cells in table_rows
+    ]

@@ -1,65 +1,179 @@
-"""Which side of train, dev and test a row stands on, from its user or prompt alone.
+"""Train, dev and test: assignment by hash, rows that would leak between splits, and sampling of the training rows.
 
-The side is a pure function of a hash, so it needs no table of who went where, is the same on every machine, and stays
-the same when the log grows: no user or prompt ever moves from test to train. The run's seed plays no part in it.
+The split is a pure function of a hash of the user or prompt group, so it needs no table, is equal on every machine, and
+is stable as the log grows: no user or prompt ever moves from test to train. The run's seed plays no part in it.
+
+Loved rows are rare, so unloved training rows are dropped at random. A sampled row weighs one over the share of its
+class that was sampled: the weighted mean of the labels is then exactly the rate before sampling, and a loss or a
+calibration with these weights estimates the natural one (King and Zeng 2001, "Logistic regression in rare events data",
+weighting).
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable
-from functools import cache
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rluf.utils.hashing import hash_to_unit_interval
+from rluf.utils.stats import Bools, Floats, Ints
 
-def hash64(key: str, salt: str) -> int:
-    """64 bits, uniform over keys and fixed for a key and salt (BLAKE2b)."""
-    data = key.encode("utf-8", "surrogatepass")
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8, person=_person(salt)).digest(), "big")
+HashKeys = NDArray[np.uint64]
 
+TRAIN_CODE, DEV_CODE, TEST_CODE = 0, 1, 2
+"""Codes of the splits: positions in `schema.SPLIT_NAMES`."""
 
-@cache
-def _person(salt: str) -> bytes:
-    return salt.encode()[:16].ljust(16, b"\0")
+ROW_KEY_SALT = "rluf-place"
+"""Salt of a row id's hash: the key of joins and duplicates, and the row's position in the prepared files.
 
-
-def unit_hash(key: str, salt: str) -> float:
-    """A number in [0, 1), uniform over keys and fixed for a key and salt (the upper 53 bits of `hash64`)."""
-    return (hash64(key, salt) >> 11) * 2.0**-53
+Positions are a random order that is the same however work is divided, and a bucket of rows is a range of positions.
+"""
 
 
-def units(hashes: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """`unit_hash` of keys [N] whose `hash64` is at hand."""
-    found: NDArray[np.float64] = (hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return found
+def to_unit_interval(hashes: HashKeys) -> Floats:
+    """`hash_to_unit_interval` of keys [N] from their `hash64`."""
+    points: Floats = (hashes >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return points
 
 
-def short_hash(*parts: str) -> str:
-    """16 hex digits that stand for some text (64 bits): ids, hashed users, prompt groups."""
-    digest = hashlib.blake2b(digest_size=8)
-    for part in parts:
-        data = part.encode("utf-8", "surrogatepass")
-        digest.update(len(data).to_bytes(8, "big") + data)
-    return digest.hexdigest()
-
-
-def side(key: str, *, dev_share: float, test_share: float) -> str:
-    """train, dev or test for a user id or prompt group; shares are of users or groups, not of rows."""
-    point = unit_hash(key, "rluf-split")
+def assign_split(key: str, *, dev_share: float, test_share: float) -> str:
+    """Split (train, dev or test) of a user id or prompt group; shares are of users or groups, not of rows."""
+    point = hash_to_unit_interval(key, "rluf-split")
+    # Test is the lowest interval, so that smaller shares never move a user into test.
     if point < test_share:
         return "test"
     return "dev" if point < test_share + dev_share else "train"
 
 
-def context_text(messages: Iterable[tuple[str, str]]) -> str:
+def normalize_context(messages: Iterable[tuple[str, str]]) -> str:
     """A context as one text, equal for contexts that differ only in case and white space; messages are (role, text)."""
     return "\x1f".join(f"{role} {' '.join(content.casefold().split())}" for role, content in messages)
 
 
-ROW_KEY = "rluf-place"
-"""Salt of a row id's hash: the key that joins and duplicates go by, and the row's place in the prepared files.
+def _group_ranges(group_code: Ints, values: Ints) -> tuple[Ints, Ints]:
+    """Smallest and largest value of each row's group [N]."""
+    group_count = int(group_code.max(initial=-1)) + 1
+    lowest = np.full(group_count, np.iinfo(np.int64).max)
+    highest = np.full(group_count, np.iinfo(np.int64).min)
+    np.minimum.at(lowest, group_code, values)
+    np.maximum.at(highest, group_code, values)
+    return lowest[group_code], highest[group_code]
 
-Places are an order at random that is the same however work is cut, and a bucket of rows is a range of places.
-"""
+
+def conversation_leaks(conversation_key: HashKeys, split_code: Ints, time_us: Ints) -> Bools:
+    """Rows [N] to drop because their conversation, shared by users, belongs to the split of its first row."""
+    order = np.lexsort((time_us, conversation_key))
+    is_first = np.ones(len(order), dtype=np.bool_)
+    is_first[1:] = conversation_key[order][1:] != conversation_key[order][:-1]
+    first_split = split_code[order][is_first][np.cumsum(is_first) - 1]
+    is_leak = np.zeros(len(order), dtype=np.bool_)
+    is_leak[order] = split_code[order] != first_split
+    return is_leak
+
+
+def time_leaks(
+    conversation_key: HashKeys, split_code: Ints, time_us: Ints, test_share: float
+) -> tuple[Bools, Bools, int]:
+    """Rows [N] to drop so that test is strictly later: (late train or dev rows, early test rows, the split time).
+
+    Twice `test_share` of all rows are after the split time: test then keeps about 2 x test_share of its rows, train
+    1 - 2 x test_share. A conversation that spans the split time is dropped as a whole.
+    """
+    _, conversation_code = np.unique(conversation_key, return_inverse=True)
+    begin, end = _group_ranges(conversation_code, time_us)
+    split_time = int(np.quantile(time_us, 1 - min(2 * test_share, 0.5), method="higher"))
+    is_test = split_code == TEST_CODE
+    return ~is_test & (end >= split_time), is_test & (begin < split_time), split_time
+
+
+def near_duplicate_leaks(
+    prompt_group: Ints, prompt_key: HashKeys, split_code: Ints, test_groups: Ints, dev_share: float, test_share: float
+) -> Bools:
+    """Rows [N] to drop so that each group of near-duplicate prompts is in one split.
+
+    A group in several splits goes where the hash of its lowest prompt key says. One in `test_groups` (test prompts of
+    data.prompts) goes to test, and its other rows are dropped even where it is in one split only.
+    """
+    lowest_split, highest_split = _group_ranges(prompt_group, split_code)
+    group_count = int(prompt_group.max(initial=-1)) + 1
+    lowest_key = np.full(group_count, np.iinfo(np.uint64).max, dtype=np.uint64)
+    np.minimum.at(lowest_key, prompt_group, prompt_key)
+    point = to_unit_interval(lowest_key)[prompt_group]
+    # Four rules, later ones win: hash of the lowest prompt key; the only split present; a split that has a row (else
+    # the group would lose all its rows); test prompts.
+    target_code = np.where(
+        point < test_share, TEST_CODE, np.where(point < test_share + dev_share, DEV_CODE, TRAIN_CODE)
+    )
+    target_code = np.where(lowest_split == highest_split, split_code, target_code)
+    target_code = np.where(_group_has_split(prompt_group, split_code, target_code), target_code, lowest_split)
+    target_code = np.where(np.isin(prompt_group, test_groups), TEST_CODE, target_code)
+    is_leak: Bools = split_code != target_code
+    return is_leak
+
+
+def _group_has_split(prompt_group: Ints, split_code: Ints, target_code: Ints) -> Bools:
+    """Whether some row of the group [N] is in its target split."""
+    # group * 4 + code is one number for each pair of group and split, since there are three splits.
+    has_split: Bools = np.isin(prompt_group * 4 + target_code, prompt_group * 4 + split_code)
+    return has_split
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingQuota:
+    """Rows of each class before and after sampling."""
+
+    positives: int
+    negatives: int
+    sampled_positives: int
+    sampled_negatives: int
+
+    @property
+    def positive_weight(self) -> float:
+        """Weight of a sampled positive row: one over the share of positives sampled (0 if there are none)."""
+        return self.positives / self.sampled_positives if self.sampled_positives else 0.0
+
+    @property
+    def negative_weight(self) -> float:
+        """Weight of a sampled negative row: one over the share of negatives sampled (0 if there are none)."""
+        return self.negatives / self.sampled_negatives if self.sampled_negatives else 0.0
+
+
+def compute_quota(positives: int, negatives: int, *, positive_share: float | None, max_rows: int) -> SamplingQuota:
+    """Number of rows of each class to sample.
+
+    Negatives are cut until positives are `positive_share` of the rows. Positives are not cut for this: where they are
+    more frequent already, all rows stay (None leaves the classes as they are). Above `max_rows` both classes are cut
+    in proportion, and at least one row of a class that had any is sampled.
+    """
+    sampled_negatives = negatives
+    if positive_share is not None and positives:
+        sampled_negatives = min(negatives, max(1, round(positives * (1 - positive_share) / positive_share)))
+    sampled_positives, total = positives, positives + sampled_negatives
+    if total > max_rows:
+        lowest, highest = min(1, positives), max_rows - min(1, sampled_negatives)
+        sampled_positives = min(max(round(positives * max_rows / total), lowest), highest)
+        sampled_negatives = max_rows - sampled_positives
+    return SamplingQuota(positives, negatives, sampled_positives, sampled_negatives)
+
+
+def sampling_salt(seed: int) -> str:
+    """Salt of the hash of row ids that ranks rows for sampling."""
+    return f"sample-{seed % 10**9}"
+
+
+def compute_sampling_weights(rank: Floats, is_positive: Bools, quota: SamplingQuota) -> Floats:
+    """Weight of each row [N], 0 for a dropped one. Rows of the lowest rank [N] in their class are sampled.
+
+    With the hash of the row's id as rank, the sample depends on ids and seed alone, not on the order of rows.
+    """
+    weight = np.zeros(len(rank), dtype=np.float64)
+    for class_mask, sampled_count, class_weight in (
+        (is_positive, quota.sampled_positives, quota.positive_weight),
+        (~is_positive, quota.sampled_negatives, quota.negative_weight),
+    ):
+        rows = np.flatnonzero(class_mask)
+        if sampled_count:
+            weight[rows[np.argpartition(rank[rows], sampled_count - 1)[:sampled_count]]] = class_weight
+    return weight

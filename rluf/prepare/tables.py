@@ -1,4 +1,4 @@
-"""The working folder of a run of prepare: files that appear whole or not at all, and the small counts of each part."""
+"""Files of a prepare run: tables that appear complete or not at all, and row counts of each task."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-RAW_LIMIT = 2**20
-"""Bytes of a bad row that quarantine keeps."""
+MAX_RAW_BYTES = 2**20
+"""Bytes of a rejected row that quarantine stores."""
 
-BAD_SCHEMA = pa.schema(
+QUARANTINE_SCHEMA = pa.schema(
     [
         pa.field("kind", pa.string()),
         pa.field("source", pa.string()),
@@ -26,75 +26,77 @@ BAD_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True, slots=True)
-class Tally:
-    """Some rows that went the same way. `event` is in, dropped or quarantined."""
+class RowCount:
+    """Number of rows of one source with the same outcome (in, dropped, quarantined or joined) and reason."""
 
-    kind: str
-    event: str
+    kind_name: str
+    outcome: str
     rows: int
-    source: str = ""
+    source_path: str = ""
     reason: str = ""
-    example: str = ""
+    example_location: str = ""
 
 
-class TableFile:
-    """A Parquet or Arrow file (by its name) that takes tables bit by bit and has its name only when closed."""
+class TableWriter:
+    """Writes tables one after another to a Parquet or Arrow file (by its name), which appears only when closed."""
 
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self._path, self._schema = path, schema
-        self._part = path.with_name(f".{path.name}.{os.getpid()}")
+        # The process id lets a task that Ray runs twice write both copies without a conflict.
+        self._temporary_path = path.with_name(f".{path.name}.{os.getpid()}")
         if path.suffix == ".parquet":
-            self._file = pq.ParquetWriter(self._part, schema, compression="zstd")
+            self._writer = pq.ParquetWriter(self._temporary_path, schema, compression="zstd")
         else:
-            self._file = pa.ipc.new_file(str(self._part), schema, options=pa.ipc.IpcWriteOptions(compression="lz4"))
+            options = pa.ipc.IpcWriteOptions(compression="lz4")
+            self._writer = pa.ipc.new_file(str(self._temporary_path), schema, options=options)
 
     def write(self, table: pa.Table) -> None:
         """Append rows; columns are cast to the file's schema."""
-        self._file.write_table(table if table.schema.equals(self._schema) else table.cast(self._schema))
+        self._writer.write_table(table if table.schema.equals(self._schema) else table.cast(self._schema))
 
     def close(self) -> None:
-        """Finish the file and let it appear."""
-        self._file.close()
-        self._part.replace(self._path)
+        """Finish the file and rename it into place."""
+        self._writer.close()
+        self._temporary_path.replace(self._path)
 
 
 def write_table(path: Path, table: pa.Table) -> None:
-    """A whole table as one file."""
-    file = TableFile(path, table.schema)
-    file.write(table)
-    file.close()
+    """Write one table as one file."""
+    writer = TableWriter(path, table.schema)
+    writer.write(table)
+    writer.close()
 
 
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """A table of an .arrow file."""
-    with pa.OSFile(str(path)) as source:
+    """Read an .arrow file, or some of its columns."""
+    with pa.OSFile(str(path)) as file:
         options = None
         if columns is not None:
-            names = pa.ipc.open_file(source).schema.names
-            source.seek(0)
-            options = pa.ipc.IpcReadOptions(included_fields=[names.index(name) for name in columns])
-        return pa.ipc.open_file(source, options=options).read_all()
+            column_names = pa.ipc.open_file(file).schema.names
+            file.seek(0)
+            options = pa.ipc.IpcReadOptions(included_fields=[column_names.index(name) for name in columns])
+        return pa.ipc.open_file(file, options=options).read_all()
 
 
-def bad_table(kind: str, source: str, rows: Sequence[tuple[int, str, bytes]]) -> pa.Table:
-    """Quarantined rows: (line, reason, raw bytes)."""
+def build_quarantine_table(kind_name: str, source_path: str, rows: Sequence[tuple[int, str, bytes]]) -> pa.Table:
+    """Table of quarantined rows: (line number, reason, raw bytes)."""
     return pa.table(
         {
-            "kind": [kind] * len(rows),
-            "source": [source] * len(rows),
-            "line": [line for line, _, _ in rows],
+            "kind": [kind_name] * len(rows),
+            "source": [source_path] * len(rows),
+            "line": [line_number for line_number, _, _ in rows],
             "reason": [reason for _, reason, _ in rows],
-            "raw": [raw[:RAW_LIMIT] for _, _, raw in rows],
+            "raw": [raw[:MAX_RAW_BYTES] for _, _, raw in rows],
         },
-        schema=BAD_SCHEMA,
+        schema=QUARANTINE_SCHEMA,
     )
 
 
-def group_counts(tallies: Sequence[Tally], event: str) -> dict[str, Counter[str]]:
-    """Rows of one event by kind and reason."""
-    counts: dict[str, Counter[str]] = defaultdict(Counter)
-    for tally in tallies:
-        if tally.event == event:
-            counts[tally.kind][tally.reason] += tally.rows
-    return counts
+def group_row_counts(row_counts: Sequence[RowCount], outcome: str) -> dict[str, Counter[str]]:
+    """Rows of one outcome, by kind and reason."""
+    rows_by_kind: dict[str, Counter[str]] = defaultdict(Counter)
+    for row_count in row_counts:
+        if row_count.outcome == outcome:
+            rows_by_kind[row_count.kind_name][row_count.reason] += row_count.rows
+    return rows_by_kind

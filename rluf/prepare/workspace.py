@@ -1,131 +1,125 @@
-"""Where a data set grows: a folder beside its place, kept when the job is killed, so that the next one goes on from it.
+"""Working folder of a prepare job: survives a kill, so that the next job with the same inputs resumes from it.
 
-The folder's name follows from the inputs, settings and code. Each finished task leaves its counts in it; a job that
-finds them does not run the task again. Nobody sees the data set before it is whole and renamed into its place.
+The folder's name is derived from inputs, settings and code. Each finished task leaves its result in it; a job that
+finds one does not run the task again. The data set is not visible before it is complete and renamed into place.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rluf.errors import DataError, ResourceError, RlufError
+from rluf.utils.files import atomic_write, replace_folder, try_lock
 
-CARD = "data_card.json"
-"""Name of the card; a folder that holds it is a data set of ours."""
+CARD_FILE_NAME = "data_card.json"
+"""Name of the card; a folder with this file is a prepared data set."""
 
-_STALE = 2 * 86400
-"""Seconds after which an abandoned working folder is removed."""
+_STALE_SECONDS = 2 * 86400
+"""Age in seconds after which an abandoned working folder is removed."""
 
 
-class Workspace:
-    """The working folder: `data` becomes the data set, `done` holds the counts of finished tasks."""
+class PrepareWorkspace:
+    """The working folder: `data_folder` becomes the data set; the folder `done` has the results of finished tasks."""
 
     def __init__(self, root: Path) -> None:
-        self.root, self.data = root, root / "data"
+        self.root, self.data_folder = root, root / "data"
 
-    def done(self, name: str) -> Path:
-        """File of a finished task's counts."""
+    def result_path(self, name: str) -> Path:
+        """File of a finished task's result."""
         return self.root / "done" / f"{name}.json"
 
-    def remember(self, name: str, value: object) -> Any:
-        """The value kept under `name` by an earlier, killed job with the same inputs; else this one, kept from now."""
-        path = self.done(name)
+    def load_or_store(self, name: str, value: object) -> Any:
+        """The value that an earlier, killed job with the same inputs stored under `name`; else store this one."""
+        path = self.result_path(name)
         if not path.is_file():
-            finish(path, value)
+            write_json_atomically(path, value)
         return json.loads(path.read_text(encoding="utf-8"))
 
 
-def finish(path: Path, value: object) -> None:
-    """Write JSON so that it is there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(json.dumps(value), encoding="utf-8")
-    part.replace(path)
+def write_json_atomically(path: Path, value: object) -> None:
+    """Write JSON so that the file is complete or absent."""
+    with atomic_write(path) as temporary_path:
+        temporary_path.write_text(json.dumps(value), encoding="utf-8")
 
 
-def digest_of(parts: Mapping[str, object]) -> str:
-    """12 hex digits that stand for everything that a data set is made from."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+def hash_inputs(inputs: Mapping[str, object]) -> str:
+    """12 hex digits that identify everything that a data set is built from."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def check_place(out: Path) -> None:
-    """Raise DataError when something that is no data set of ours stands where it would go."""
-    if out.exists() and not (out / CARD).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise DataError(f"{out} exists and is no data set of rluf; name another folder, or remove it")
+def check_output_folder(output_folder: Path) -> None:
+    """Raise DataError if the folder has files but is not a prepared data set: it must not be overwritten."""
+    if (
+        output_folder.exists()
+        and not (output_folder / CARD_FILE_NAME).is_file()
+        and (not output_folder.is_dir() or any(output_folder.iterdir()))
+    ):
+        raise DataError(f"{output_folder} exists and is not a data set of rluf; name another folder, or remove it")
 
 
 @contextmanager
-def workspace(out: Path, digest: str) -> Iterator[Workspace]:
-    """A workspace beside `out`, whose data take the place of `out` when the block ends well.
+def open_workspace(output_folder: Path, digest: str) -> Iterator[PrepareWorkspace]:
+    """A workspace next to `output_folder`, whose data replace that folder if the block ends without error.
 
-    An error of the user's removes it; a kill, a signal or a fault leaves it to the next job of equal `digest`. Raises
-    DataError when `out` is something else, ResourceError when the place cannot be written.
+    An rluf or disk error removes the workspace; a kill, a signal or another exception leaves it to the next job with
+    the same `digest`. Raises DataError if `output_folder` is something else, ResourceError if it cannot be written.
     """
-    out = out.resolve()
-    check_place(out)
+    output_folder = output_folder.resolve()
+    check_output_folder(output_folder)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out.parent)
-        root, lock = _claimed(out.parent / f".prepare-{digest}")
+        output_folder.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale_folders(output_folder.parent)
+        # Next to the output, not in /tmp: the final rename needs the same file system.
+        root, lock = _claim_folder(output_folder.parent / f".prepare-{digest}")
     except OSError as error:
-        raise ResourceError(f"cannot write the data set {out}: {error.strerror or error}; check its disk") from error
+        raise _write_failure(output_folder, error) from error
     try:
-        work = Workspace(root)
-        work.data.mkdir(exist_ok=True)
-        yield work
-        swap(work.data, out)
+        workspace = PrepareWorkspace(root)
+        workspace.data_folder.mkdir(exist_ok=True)
+        yield workspace
+        replace_folder(workspace.data_folder, output_folder)
         shutil.rmtree(root, ignore_errors=True)
     except RlufError:
         shutil.rmtree(root, ignore_errors=True)
         raise
     except OSError as error:
         shutil.rmtree(root, ignore_errors=True)
-        raise ResourceError(f"cannot write the data set {out}: {error.strerror or error}; check its disk") from error
+        raise _write_failure(output_folder, error) from error
     finally:
-        os.close(lock)
+        lock.close()
 
 
-def swap(fresh: Path, out: Path) -> None:
-    """Put a whole folder where `out` is; the old one goes."""
-    old = out.with_name(f".{out.name}.{uuid.uuid4().hex[:8]}.old")
-    if out.exists():
-        os.replace(out, old)
-    os.replace(fresh, out)
-    shutil.rmtree(old, ignore_errors=True)
+def _write_failure(output_folder: Path, error: OSError) -> ResourceError:
+    return ResourceError(
+        f"cannot write the data set {output_folder}: {error.strerror or error}; check its disk and permissions"
+    )
 
 
-def _lock(root: Path) -> int | None:
-    """A lock on a folder that ends with this process; None when another holds it."""
+def _lock_folder(root: Path) -> IO[str] | None:
+    """The lock of a working folder; None if another process has it. The lock ends with the process."""
     root.mkdir(exist_ok=True)
-    handle = os.open(root / "lock", os.O_CREAT | os.O_RDWR)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
+    return try_lock(root / "lock")
 
 
-def _claimed(root: Path) -> tuple[Path, int]:
-    handle = _lock(root)
-    if handle is not None:
-        return root, handle
-    return _claimed(root.with_name(f"{root.name}-{uuid.uuid4().hex[:8]}"))
+def _claim_folder(root: Path) -> tuple[Path, IO[str]]:
+    """Lock `root`, or a new folder with a random suffix if another job with the same inputs is running."""
+    lock = _lock_folder(root)
+    if lock is not None:
+        return root, lock
+    return _claim_folder(root.with_name(f"{root.name}-{uuid.uuid4().hex[:8]}"))
 
 
-def _sweep(parent: Path) -> None:
-    """Remove working folders that nobody holds and nobody came back to."""
+def _remove_stale_folders(parent: Path) -> None:
+    """Remove stale, unlocked working folders."""
     for root in parent.glob(".prepare-*"):
-        if time.time() - root.stat().st_mtime > _STALE and (handle := _lock(root)) is not None:
+        if time.time() - root.stat().st_mtime > _STALE_SECONDS and (lock := _lock_folder(root)) is not None:
             shutil.rmtree(root, ignore_errors=True)
-            os.close(handle)
+            lock.close()

@@ -1,4 +1,4 @@
-"""Third pass: the rows of one side, in the order of their places, in the file that training reads."""
+"""Third pass of prepare: write the rows of one split, in the order of their row keys, for training to read."""
 
 from __future__ import annotations
 
@@ -12,88 +12,99 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rluf.prepare.schema import KINDS, FeedbackRecord, arrow_schema
-from rluf.prepare.tables import BAD_SCHEMA, TableFile, read_table
-from rluf.prepare.validate_pass import SIDES
+from rluf.prepare.schema import DATA_KINDS, SPLIT_NAMES, FeedbackRecord, build_arrow_schema
+from rluf.prepare.tables import QUARANTINE_SCHEMA, TableWriter, read_table
 
-_JOINED = ("reaction", "continued", "returned")
+_JOINED_COLUMNS = ("reaction", "continued", "returned")
+"""Columns of feedback that the second pass may fill in: their values come from its decisions, not from the log."""
 
 
 @dataclass(frozen=True, slots=True)
 class WriteTask:
-    """One side of one kind (or the quarantine), and its file."""
+    """One split of one kind (or the quarantine), and its file."""
 
-    work: str
-    kind: str
-    side: str
-    path: str
+    work_folder: str
+    kind_name: str
+    split: str
+    output_path: str
 
 
-def data_schema(kind_name: str) -> pa.Schema:
+def build_data_schema(kind_name: str) -> pa.Schema:
     """Columns of a prepared file.
 
-    `weight` = `sampling` (one over the share of the row's class that was kept) x `trust` (what the abuse rules left of
-    it, 0.01 to 1); `propensity` is the chance that a row like this gets any reaction.
+    `weight` = `sampling` (one over the share of the row's class that was sampled) x `trust` (weight after the abuse
+    rules, 0.01 to 1); `propensity` is the probability that a row like this gets any reaction.
     """
-    kind = KINDS[kind_name]
-    fields = [arrow_schema(kind.record).field(name) for name in kind.columns]
-    if kind.record is FeedbackRecord:
+    kind = DATA_KINDS[kind_name]
+    record_schema = build_arrow_schema(kind.record_type)
+    fields = [record_schema.field(name) for name in kind.output_columns]
+    if kind.record_type is FeedbackRecord:
         fields.append(pa.field("label", pa.int64(), nullable=False))
     if kind.name != "prompts":
         fields.append(pa.field("weight", pa.float64(), nullable=False))
-    if kind.record is FeedbackRecord:
+    if kind.record_type is FeedbackRecord:
         fields += [pa.field(name, pa.float64(), nullable=False) for name in ("sampling", "trust", "propensity")]
-    return pa.schema(fields, metadata=arrow_schema(kind.record).metadata)
+    return pa.schema(fields, metadata=record_schema.metadata)
 
 
-def write(task: WriteTask) -> dict[str, Any]:
-    """Run the third pass on one file; returns its rows. Bucket by bucket, so a bucket's rows are held at once."""
-    if task.kind == "quarantine":
-        return {"rows": _quarantine(task)}
-    kind, work = KINDS[task.kind], Path(task.work)
-    schema = data_schema(task.kind)
-    code, rows = SIDES.index(task.side), 0
-    file = TableFile(Path(task.path), schema)
-    for bucket in sorted((work / "fates" / task.kind).iterdir()):
+def write_split_file(task: WriteTask) -> dict[str, Any]:
+    """Run the third pass on one file and return its row count. Memory: the rows of one bucket at a time."""
+    if task.kind_name == "quarantine":
+        return {"rows": _write_quarantine(task)}
+    kind, work_folder = DATA_KINDS[task.kind_name], Path(task.work_folder)
+    schema = build_data_schema(task.kind_name)
+    split_code, row_count = SPLIT_NAMES.index(task.split), 0
+    writer = TableWriter(Path(task.output_path), schema)
+    # A bucket is a range of row keys, so sorting within buckets in their order sorts the whole file.
+    for bucket in sorted((work_folder / "decisions" / task.kind_name).iterdir()):
         tables = []
-        for part in sorted(bucket.glob("*.arrow")):
-            fate = read_table(part)
-            mine = pc.and_(pc.equal(fate["side"], code), pc.greater(fate["sampling"], 0))
-            if pc.any(mine).as_py():
-                names = [name for name in kind.columns if name not in fate.column_names or name not in _JOINED]
-                plain = read_table(work / "rows" / task.kind / bucket.name / part.name, names)
-                tables.append(_joined(plain.filter(mine), fate.filter(mine), schema))
+        for decision_file in sorted(bucket.glob("*.arrow")):
+            decisions = read_table(decision_file)
+            row_mask = pc.and_(pc.equal(decisions["split"], split_code), pc.greater(decisions["sampling"], 0))
+            if pc.any(row_mask).as_py():
+                column_names = [
+                    name
+                    for name in kind.output_columns
+                    if name not in decisions.column_names or name not in _JOINED_COLUMNS
+                ]
+                row_file = work_folder / "rows" / task.kind_name / bucket.name / decision_file.name
+                row_table = read_table(row_file, column_names)
+                tables.append(_join_decisions(row_table.filter(row_mask), decisions.filter(row_mask), schema))
         if tables:
             table = pa.concat_tables(tables)
-            order = np.argsort(table["_place"].to_numpy() >> np.uint64(11), kind="stable")
-            file.write(table.select(schema.names).take(order).cast(schema))
-            rows += table.num_rows
-    file.close()
-    return {"kind": task.kind, "side": task.side, "rows": rows}
+            # The 53 bits that define the bucket; a stable sort leaves rows of equal keys in the order of the log.
+            order = np.argsort(table["_row_key"].to_numpy() >> np.uint64(11), kind="stable")
+            writer.write(table.select(schema.names).take(order).cast(schema))
+            row_count += table.num_rows
+    writer.close()
+    return {"kind": task.kind_name, "split": task.split, "rows": row_count}
 
 
-def _joined(plain: pa.Table, fate: pa.Table, schema: pa.Schema) -> pa.Table:
-    columns = {name: plain[name] for name in plain.column_names}
-    columns |= {name: fate[name] for name in fate.column_names if name in schema.names and name != "label"}
+def _join_decisions(row_table: pa.Table, decision_table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Columns of `schema` and the row key, from the rows and the decisions about them."""
+    columns = {name: row_table[name] for name in row_table.column_names}
+    decision_names = [name for name in decision_table.column_names if name in schema.names and name != "label"]
+    columns |= {name: decision_table[name] for name in decision_names}
     if "label" in schema.names and "label" not in columns:
-        columns["label"] = fate["label"]
+        columns["label"] = decision_table["label"]
     if "weight" in schema.names:
-        columns["weight"] = pc.multiply(fate["sampling"], fate["trust"]) if "trust" in columns else fate["sampling"]
-    return pa.table([*(columns[name] for name in schema.names), fate["key"]], names=[*schema.names, "_place"])
+        sampling = decision_table["sampling"]
+        columns["weight"] = pc.multiply(sampling, decision_table["trust"]) if "trust" in columns else sampling
+    arrays = [*(columns[name] for name in schema.names), decision_table["row_key"]]
+    return pa.table(arrays, names=[*schema.names, "_row_key"])
 
 
-def _quarantine(task: WriteTask) -> int:
-    file = TableFile(Path(task.path), BAD_SCHEMA)
-    rows = 0
-    for bad in sorted((Path(task.work) / "bad").glob("*.parquet")):
-        source = pq.ParquetFile(bad)
-        for batch in source.iter_batches(1000):
-            file.write(pa.Table.from_batches([batch]))
-            rows += batch.num_rows
-    file.close()
-    return rows
+def _write_quarantine(task: WriteTask) -> int:
+    writer = TableWriter(Path(task.output_path), QUARANTINE_SCHEMA)
+    row_count = 0
+    for path in sorted((Path(task.work_folder) / "quarantine").glob("*.parquet")):
+        for batch in pq.ParquetFile(path).iter_batches(1000):
+            writer.write(pa.Table.from_batches([batch]))
+            row_count += batch.num_rows
+    writer.close()
+    return row_count
 
 
-def files_of(kinds: Sequence[str]) -> list[tuple[str, str]]:
-    """(kind, side) of every prepared file."""
-    return [(name, side) for name in kinds for side in KINDS[name].splits]
+def list_output_splits(kind_names: Sequence[str]) -> list[tuple[str, str]]:
+    """(kind, split) of every prepared file."""
+    return [(kind_name, split) for kind_name in kind_names for split in DATA_KINDS[kind_name].split_names]

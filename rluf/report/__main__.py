@@ -1,4 +1,4 @@
-"""Write the report of a run folder again, from the files in it; with --wandb as a W&B Report.
+"""Write the report of a run folder from its files; with --wandb save a W&B Report instead.
 
 python -m rluf.report runs/quickstart/latest
 python -m rluf.report runs/quickstart/latest --wandb --dry-run
@@ -11,36 +11,41 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from rluf.config.cli import guard
+from rluf.config.cli import run_command
 
 logger = logging.getLogger("rluf.report")
 
-SPEC = "wandb-report.json"
+WANDB_SPEC_FILE = "wandb-report.json"
 
 
-def html(folder: Path) -> None:
-    """Write report.html."""
+def write_html_report(run_folder: Path) -> None:
+    """Write report.html into the run folder."""
     from rluf.report.html import write_report
 
-    logger.info("report: %s", write_report(folder))
+    logger.info("report: %s", write_report(run_folder))
 
 
-def wandb(folder: Path, *, dry_run: bool) -> None:
-    """Save a W&B Report; a dry run writes its specification into the folder instead and asks no server."""
-    from rluf.report.wandb_report import build, check, entity_of
-    from rluf.tracking.run_files import write_json
+def write_wandb_report(run_folder: Path, *, dry_run: bool) -> None:
+    """Save a W&B Report; a dry run writes its specification into the folder instead and contacts no server."""
+    from rluf.report.wandb_report import build_report, check_report, default_entity
+    from rluf.utils.files import write_json
 
-    report = build(folder, entity="" if dry_run else entity_of(folder))
-    spec = check(report)
+    report = build_report(run_folder, entity="" if dry_run else default_entity(run_folder))
+    spec = check_report(report)
     if dry_run:
-        write_json(folder / SPEC, spec)
-        logger.info("W&B Report, not sent: %s, %d blocks in %s", report.title, len(spec["blocks"]), folder / SPEC)
+        write_json(run_folder / WANDB_SPEC_FILE, spec)
+        logger.info(
+            "W&B Report, not sent: %s, %d blocks, written to %s",
+            report.title,
+            len(spec["blocks"]),
+            run_folder / WANDB_SPEC_FILE,
+        )
         return
     logger.info("W&B Report: %s", report.save().url)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code; errors of the user's are one clear message on stderr."""
+    """Run the command and return its exit code; user errors are one message on stderr."""
     parser = argparse.ArgumentParser(
         prog="rluf.report",
         usage="python -m rluf.report FOLDER [--wandb [--dry-run]]",
@@ -49,23 +54,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="run folder, such as runs/quickstart/latest")
     parser.add_argument("--wandb", action="store_true", help="save a W&B Report instead (needs wandb-workspaces)")
-    parser.add_argument("--dry-run", action="store_true", help=f"with --wandb: write {SPEC}, send nothing")
-    given = parser.parse_args(arguments)
-    folder: Path = given.folder.expanduser()
-    if given.dry_run and not given.wandb:
-        parser.error("--dry-run goes with --wandb; the HTML report is only a file")
+    parser.add_argument("--dry-run", action="store_true", help=f"with --wandb: write {WANDB_SPEC_FILE}, send nothing")
+    options = parser.parse_args(arguments)
+    run_folder: Path = options.folder.expanduser()
+    if options.dry_run and not options.wandb:
+        parser.error("--dry-run requires --wandb; the HTML report is only a file")
 
-    def run() -> int:
+    def write_selected_report() -> int:
         from rluf.tracking.console import setup_logging
 
         setup_logging()
-        if given.wandb:
-            wandb(folder, dry_run=given.dry_run)
+        if options.wandb:
+            write_wandb_report(run_folder, dry_run=options.dry_run)
         else:
-            html(folder)
+            write_html_report(run_folder)
         return 0
 
-    return guard(run)
+    return run_command(write_selected_report)
 
 
 if __name__ == "__main__":

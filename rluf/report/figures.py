@@ -1,7 +1,6 @@
-"""Plotly figures of the report, as plain dictionaries.
+"""Plotly figures of reports and cards, as plain dictionaries; plotly.js draws them in the reader's browser.
 
-Colours are names such as "@aligned": the page replaces them by the colours of its light or dark style, so that one file
-suits both. Nothing here draws; plotly.js does, in the reader's browser.
+Colors are names such as "@aligned", which the page replaces by the colors of its light or dark style.
 """
 
 from __future__ import annotations
@@ -10,29 +9,32 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rluf.tracking.metric_registry import Metric, title
+from rluf.tracking.metric_registry import MetricSpec, objective_title
 
 Figure = dict[str, Any]
 
-PHASE_COLOURS = ("@phase1", "@phase2", "@phase3", "@phase4")
-LEGEND: Figure = {
+PHASE_COLORS = ("@phase1", "@phase2", "@phase3", "@phase4")
+LEGEND_LAYOUT: Figure = {
     "orientation": "h", "x": 0, "y": 1.02, "xanchor": "left", "yanchor": "bottom", "traceorder": "normal",
     "entrywidth": 0, "itemsizing": "constant",
 }  # fmt: skip
-SMOOTH_FROM = 60
-"""Steps from which a curve shows its running mean in front of the raw points."""
+SMOOTH_FROM_STEPS = 60
+"""Number of steps from which a curve shows its running mean in front of the raw points."""
+SMOOTHING_WEIGHT = 0.1
+"""Weight of a new value in the running mean."""
+AXIS_TITLE_STYLE: Figure = {"standoff": 6, "font": {"size": 12}}
 
-
-PHASE_NAMES = {"generate_s": "generate", "score_s": "score", "learn_s": "learn", "publish_s": "publish"}
+PHASE_NAMES = {"generate_s": "generate", "score_s": "score", "learn_s": "learn", "publish_s": "sync weights"}
 STAGE_NAMES = {
     "model": "convert model", "ray": "start Ray", "prepare": "prepare data", "reward": "reward models",
-    "start": "start actors", "evaluate_base": "base answers", "evaluate_aligned": "aligned answers",
+    "start": "start actors", "evaluate_base": "evaluate base", "evaluate_aligned": "evaluate aligned",
     "save": "save policy", "stop": "stop actors",
 }  # fmt: skip
-"""Phases of the job as people say them."""
+"""Display names of the phases of a job."""
 
 
-def _layout(**more: Any) -> dict[str, Any]:
+def build_layout(**overrides: Any) -> Figure:
+    """Build a figure's layout in the style of the report."""
     return {
         "margin": {"l": 48, "r": 12, "t": 8, "b": 36},
         "paper_bgcolor": "@clear",
@@ -40,78 +42,81 @@ def _layout(**more: Any) -> dict[str, Any]:
         "font": {"family": "@font", "size": 13, "color": "@muted"},
         "hoverlabel": {"font": {"family": "@font"}},
         "showlegend": False,
-        **more,
+        **overrides,
     }
 
 
-def _axis(**more: Any) -> dict[str, Any]:
-    return {"gridcolor": "@grid", "zerolinecolor": "@grid", "linecolor": "@grid", "fixedrange": True, **more}
+def build_axis(**overrides: Any) -> Figure:
+    """Build an axis in the style of the report. It cannot be zoomed: on a phone that would block scrolling."""
+    return {"gridcolor": "@grid", "zerolinecolor": "@grid", "linecolor": "@grid", "fixedrange": True, **overrides}
 
 
-def _bars(estimates: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Error bars that reach from the means to both ends of the intervals."""
+def build_error_bars(estimates: Sequence[Mapping[str, float]]) -> Figure:
+    """Build error bars from the means to both ends of the intervals {mean, low, high}."""
     return {
         "type": "data",
         "symmetric": False,
-        "array": [one["high"] - one["mean"] for one in estimates],
-        "arrayminus": [one["mean"] - one["low"] for one in estimates],
+        "array": [estimate["high"] - estimate["mean"] for estimate in estimates],
+        "arrayminus": [estimate["mean"] - estimate["low"] for estimate in estimates],
         "thickness": 2,
         "width": 5,
     }
 
 
-def arms(measure: Mapping[str, Any]) -> Figure:
-    """Base and aligned as two dots with their intervals on one percent axis."""
+def build_arms_figure(measure: Mapping[str, Any]) -> Figure:
+    """Base and aligned as two points with intervals on one percent axis."""
     traces = []
     for name in ("base", "aligned"):
         estimate = measure[name]
         traces.append({
             "type": "scatter", "mode": "markers", "x": [estimate["mean"]], "y": [name], "name": name,
             "marker": {"size": 12, "color": f"@{name}"},
-            "error_x": _bars([estimate]) | {"color": f"@{name}"},
+            "error_x": build_error_bars([estimate]) | {"color": f"@{name}"},
             "hovertemplate": f"{name} %{{x:.2%}}<extra></extra>",
         })  # fmt: skip
     return {
         "data": traces,
-        "layout": _layout(
+        "layout": build_layout(
             height=120,
             margin={"l": 58, "r": 12, "t": 4, "b": 28},
-            xaxis=_axis(tickformat=".1~%", nticks=4, tickangle=0, zeroline=False),
-            yaxis=_axis(range=[1.6, -0.6], showgrid=False),
+            xaxis=build_axis(tickformat=".1~%", nticks=4, tickangle=0, zeroline=False),
+            yaxis=build_axis(range=[1.6, -0.6], showgrid=False),
         ),
     }
 
 
-def lifts(rows: Sequence[tuple[str, str, Mapping[str, float]]]) -> Figure:
-    """Relative lifts with intervals: rows of (measure, judged by, estimate), one colour a judge."""
-    judges = list(dict.fromkeys(judge for _, judge, _ in rows))
-    measures = list(dict.fromkeys(measure for measure, _, _ in rows))
+def build_lifts_figure(lift_rows: Sequence[tuple[str, str, Mapping[str, float]]]) -> Figure:
+    """Relative lifts with intervals: rows of (measure, judged by, estimate), one color per judge."""
+    judges = list(dict.fromkeys(judge for _, judge, _ in lift_rows))
+    measures = list(dict.fromkeys(measure for measure, _, _ in lift_rows))
     traces = []
-    for rank, judge in enumerate(judges):
-        own = [(measure, estimate) for measure, by, estimate in rows if by == judge]
-        colour = "@aligned" if rank == 0 else "@muted"
-        shift = 0.0 if len(judges) == 1 else 0.15 - 0.3 * rank
+    for judge_index, judge in enumerate(judges):
+        judge_rows = [(measure, estimate) for measure, row_judge, estimate in lift_rows if row_judge == judge]
+        is_first = judge_index == 0
+        color = "@aligned" if is_first else "@muted"
+        # Judges of one measure are plotted next to each other, or their intervals would overlap.
+        y_shift = 0.0 if len(judges) == 1 else 0.15 - 0.3 * judge_index
         traces.append({
             "type": "scatter", "mode": "markers", "name": judge,
-            "x": [estimate["mean"] for _, estimate in own],
-            "y": [len(measures) - 1 - measures.index(measure) + shift for measure, _ in own],
-            "marker": {"size": 12 if rank == 0 else 9, "color": colour, "symbol": "circle" if rank == 0 else "diamond"},
-            "error_x": _bars([estimate for _, estimate in own]) | {"color": colour},
-            "text": [measure for measure, _ in own],
+            "x": [estimate["mean"] for _, estimate in judge_rows],
+            "y": [len(measures) - 1 - measures.index(measure) + y_shift for measure, _ in judge_rows],
+            "marker": {"size": 12 if is_first else 9, "color": color, "symbol": "circle" if is_first else "diamond"},
+            "error_x": build_error_bars([estimate for _, estimate in judge_rows]) | {"color": color},
+            "text": [measure for measure, _ in judge_rows],
             "hovertemplate": f"%{{text}}, {judge}: %{{x:+.1%}}<extra></extra>",
         })  # fmt: skip
-    zero = {"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper",
+    zero_line = {"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper",
             "line": {"color": "@muted", "width": 1.5, "dash": "dot"}}  # fmt: skip
     return {
         "data": traces,
-        "layout": _layout(
+        "layout": build_layout(
             height=130 + 62 * len(measures),
             margin={"l": 96, "r": 16, "t": 8, "b": 40},
-            shapes=[zero],
+            shapes=[zero_line],
             showlegend=len(judges) > 1,
-            legend=LEGEND,
-            xaxis=_axis(tickformat="+.0%", zeroline=False, nticks=6, tickangle=0),
-            yaxis=_axis(
+            legend=LEGEND_LAYOUT,
+            xaxis=build_axis(tickformat="+.0%", zeroline=False, nticks=6, tickangle=0),
+            yaxis=build_axis(
                 tickvals=list(range(len(measures))), ticktext=measures[::-1], range=[-0.6, len(measures) - 0.4],
                 showgrid=False, zeroline=False,
             ),
@@ -119,61 +124,74 @@ def lifts(rows: Sequence[tuple[str, str, Mapping[str, float]]]) -> Figure:
     }  # fmt: skip
 
 
-def curve(spec: Metric, metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """One number over the steps; None when no step has it."""
-    points = [(row["step"], row[spec.key]) for row in metrics if row.get(spec.key) is not None and "step" in row]
+def build_curve_figure(metric_spec: MetricSpec, step_rows: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """One metric over the steps; None when no step has it."""
+    points = [
+        (row["step"], row[metric_spec.key])
+        for row in step_rows
+        if row.get(metric_spec.key) is not None and "step" in row
+    ]
     if not points:
         return None
     steps, values = [step for step, _ in points], [float(value) for _, value in points]
-    form = ".2%" if spec.percent else ".4~r"
-    smooth = len(values) >= SMOOTH_FROM
-    raw = {
-        "type": "scatter", "mode": "markers" if smooth else "lines+markers", "x": steps, "y": values,
-        "line": {"color": "@aligned", "width": 2}, "opacity": 0.35 if smooth else 1.0,
-        "marker": {"color": "@aligned", "size": 4 if smooth else 5},
-        "hovertemplate": f"step %{{x}}: %{{y:{form}}}<extra></extra>",
+    number_format = ".2%" if metric_spec.is_percent else ".4~r"
+    is_smoothed = len(values) >= SMOOTH_FROM_STEPS
+    raw_trace = {
+        "type": "scatter", "mode": "markers" if is_smoothed else "lines+markers", "x": steps, "y": values,
+        "line": {"color": "@aligned", "width": 2}, "opacity": 0.35 if is_smoothed else 1.0,
+        "marker": {"color": "@aligned", "size": 4 if is_smoothed else 5},
+        "hovertemplate": f"step %{{x}}: %{{y:{number_format}}}<extra></extra>",
     }  # fmt: skip
-    traces = [raw]
-    if smooth:
+    traces = [raw_trace]
+    if is_smoothed:
         traces.append({
             "type": "scatter", "mode": "lines", "x": steps, "y": running_mean(values), "hoverinfo": "skip",
             "line": {"color": "@aligned", "width": 2.5},
         })  # fmt: skip
     return {
         "data": traces,
-        "layout": _layout(
+        "layout": build_layout(
             height=190,
-            xaxis=_axis(title={"text": "step", "standoff": 4, "font": {"size": 12}}, **_whole(steps), zeroline=False),
-            yaxis=_axis(**_reach(values, percent=spec.percent), nticks=5, zeroline=False, exponentformat="power"),
+            xaxis=build_axis(
+                title={"text": "step", "standoff": 4, "font": {"size": 12}}, **_integer_ticks(steps), zeroline=False
+            ),
+            yaxis=build_axis(
+                **_value_axis_range(values, is_percent=metric_spec.is_percent),
+                nticks=5,
+                zeroline=False,
+                exponentformat="power",
+            ),
         ),
     }
 
 
-def _whole(steps: Sequence[float]) -> dict[str, Any]:
-    """Marks on a horizontal axis of steps: whole numbers, also where there are only a few."""
+def _integer_ticks(steps: Sequence[float]) -> dict[str, Any]:
+    """Ticks of a step axis at integers, also for a run of a few steps."""
     return {"nticks": 6} if max(steps) - min(steps) > 6 else {"dtick": 1}
 
 
-def _reach(values: Sequence[float], *, percent: bool) -> dict[str, Any]:
-    """What a vertical axis shows: shares as percent; a number that never moves gets a range that shows it level."""
-    form = {"tickformat": ".2~%"} if percent else {}
+def _value_axis_range(values: Sequence[float], *, is_percent: bool) -> dict[str, Any]:
+    """Tick format and range of a value axis."""
+    axis: dict[str, Any] = {"tickformat": ".2~%"} if is_percent else {}
+    # Plotly would zoom into the rounding noise of a constant; a range from 0 shows it as a level line.
     if min(values) == max(values):
-        return {**form, "range": [min(0.0, 2 * values[0]), max(0.01 if percent else 1.0, 2 * values[0])]}
-    return form
+        axis["range"] = [min(0.0, 2 * values[0]), max(0.01 if is_percent else 1.0, 2 * values[0])]
+    return axis
 
 
-def running_mean(values: Sequence[float], weight: float = 0.1) -> list[float]:
-    """Exponential running mean; each new value counts `weight`."""
+def running_mean(values: Sequence[float], weight: float = SMOOTHING_WEIGHT) -> list[float]:
+    """Exponential running mean; `weight` is that of each new value."""
     means: list[float] = []
     for value in values:
         means.append(value if not means else means[-1] + weight * (value - means[-1]))
     return means
 
 
-def stages(phases: Mapping[str, float]) -> Figure:
-    """When each phase of the job ran: one bar a phase, from its start to its end, in seconds since the job's start."""
-    names = [stage_name(name) for name in phases]
-    seconds = [float(value) for value in phases.values()]
+def build_stages_figure(phase_seconds: Mapping[str, float]) -> Figure:
+    """Phases of the job as one bar each, from start to end, in seconds since the start of the job."""
+    names = [stage_title(name) for name in phase_seconds]
+    seconds = [float(value) for value in phase_seconds.values()]
+    # The phases run one after another, so each starts at the sum of the earlier ones.
     starts = list(itertools.accumulate(seconds, initial=0.0))
     return {
         "data": [{
@@ -181,170 +199,192 @@ def stages(phases: Mapping[str, float]) -> Figure:
             "marker": {"color": "@aligned"}, "customdata": seconds,
             "hovertemplate": "%{y}: %{customdata:.1f} s<extra></extra>",
         }],
-        "layout": _layout(
+        "layout": build_layout(
             height=60 + 30 * len(names),
             margin={"l": 116, "r": 60, "t": 8, "b": 36},
             bargap=0.35,
             annotations=[
-                {"x": end, "y": name, "text": duration(value), "showarrow": False, "xanchor": "left", "xshift": 5,
-                 "font": {"size": 12}}
+                {"x": end, "y": name, "text": format_duration(value), "showarrow": False, "xanchor": "left",
+                 "xshift": 5, "font": {"size": 12}}
                 for name, end, value in zip(names, starts[1:], seconds, strict=True)
             ],
-            xaxis=_axis(title={"text": "seconds since the start", "standoff": 4, "font": {"size": 12}}, nticks=6,
+            xaxis=build_axis(title={"text": "seconds since the start", "standoff": 4, "font": {"size": 12}}, nticks=6,
                         zeroline=False, rangemode="tozero"),
-            yaxis=_axis(autorange="reversed", showgrid=False),
+            yaxis=build_axis(autorange="reversed", showgrid=False),
         ),
     }  # fmt: skip
 
 
-def stage_name(phase: str) -> str:
-    """A phase of the job as people say it."""
+def stage_title(phase: str) -> str:
+    """Display name of a phase of the job."""
     return STAGE_NAMES.get(phase, phase.replace("_", " "))
 
 
-def timeline(metrics: Sequence[Mapping[str, Any]]) -> Figure | None:
-    """Seconds of each phase of every step, stacked; None when no step tells them."""
+def build_timeline_figure(step_rows: Sequence[Mapping[str, Any]]) -> Figure | None:
+    """Seconds of each phase of every step, stacked; None when no step has them."""
     traces = []
-    for (key, name), colour in zip(PHASE_NAMES.items(), PHASE_COLOURS, strict=True):
-        points = [(row["step"], row[key]) for row in metrics if row.get(key) is not None and "step" in row]
+    for (key, name), color in zip(PHASE_NAMES.items(), PHASE_COLORS, strict=True):
+        points = [(row["step"], row[key]) for row in step_rows if row.get(key) is not None and "step" in row]
         if points:
             traces.append({
                 "type": "bar", "name": name, "x": [step for step, _ in points], "y": [value for _, value in points],
-                "marker": {"color": colour}, "hovertemplate": f"step %{{x}} {name}: %{{y:.1f}} s<extra></extra>",
+                "marker": {"color": color}, "hovertemplate": f"step %{{x}} {name}: %{{y:.1f}} s<extra></extra>",
             })  # fmt: skip
     if not traces:
         return None
     return {
         "data": traces,
-        "layout": _layout(
+        "layout": build_layout(
             height=300,
             barmode="stack",
             bargap=0.2,
             showlegend=True,
-            legend=LEGEND,
-            xaxis=_axis(title={"text": "step", "standoff": 4, "font": {"size": 12}}, nticks=10),
-            yaxis=_axis(title={"text": "seconds", "standoff": 6, "font": {"size": 12}}, nticks=6),
+            legend=LEGEND_LAYOUT,
+            xaxis=build_axis(title={"text": "step", "standoff": 4, "font": {"size": 12}}, nticks=10),
+            yaxis=build_axis(title={"text": "seconds", "standoff": 6, "font": {"size": 12}}, nticks=6),
         ),
     }
 
 
-def pareto(
-    metrics: Sequence[Mapping[str, Any]], offline: Mapping[str, Mapping[str, Any]], other: str, names: Sequence[str]
+def build_pareto_figure(
+    step_rows: Sequence[Mapping[str, Any]],
+    offline_scores: Mapping[str, Mapping[str, Any]],
+    other_objective: str,
+    objective_names: Sequence[str],
 ) -> Figure | None:
-    """P[Love] against objective `other`: a point a step, and base and aligned on the test prompts with intervals.
+    """P[Love] against another objective: one point per step, and base and aligned on the test prompts with intervals.
 
-    A step that no other step beats in all of `names` is filled. None when neither steps nor `offline` have both.
+    Steps that are Pareto optimal in `objective_names` are filled. None when neither the steps nor `offline_scores`
+    have both objectives.
     """
-    rows = [row for row in metrics if all(row.get(name) is not None for name in (*names, "love", other))]
-    best = front([[float(row[name]) for name in names] for row in rows])
+    rows = [
+        row
+        for row in step_rows
+        if all(row.get(name) is not None for name in (*objective_names, "love", other_objective))
+    ]
+    is_optimal = pareto_mask([[float(row[name]) for name in objective_names] for row in rows])
     traces: list[dict[str, Any]] = []
     if rows:
         traces.append({
             "type": "scatter", "mode": "lines+markers", "name": "steps",
-            "x": [row[other] for row in rows], "y": [row["love"] for row in rows],
-            "text": [f"step {row['step']}" + (", on the front" if top else "")
-                     for row, top in zip(rows, best, strict=True)],
+            "x": [row[other_objective] for row in rows], "y": [row["love"] for row in rows],
+            "text": [f"step {row['step']}" + (", Pareto optimal" if optimal else "")
+                     for row, optimal in zip(rows, is_optimal, strict=True)],
             "line": {"color": "@grid", "width": 1},
-            "marker": {"size": 7, "color": ["@phase2" if top else "@card" for top in best],
+            "marker": {"size": 7, "color": ["@phase2" if optimal else "@card" for optimal in is_optimal],
                        "line": {"color": "@phase2", "width": 1.5}},
-            "hovertemplate": "%{text}: love %{y:.1%}, " + other + " %{x:.1%}<extra></extra>",
+            "hovertemplate": "%{text}: love %{y:.1%}, " + other_objective + " %{x:.1%}<extra></extra>",
         })  # fmt: skip
-    love, beside = offline.get("p_love"), offline.get(other)
-    for arm in ("base", "aligned") if love and beside else ():
-        y, x = love[arm], beside[arm]  # type: ignore[index]
+    # Separate traces: the arms are means over test prompts, the steps over training prompts.
+    love_scores, other_scores = offline_scores.get("p_love"), offline_scores.get(other_objective)
+    for arm in ("base", "aligned") if love_scores and other_scores else ():
+        y, x = love_scores[arm], other_scores[arm]  # type: ignore[index]
         traces.append({
             "type": "scatter", "mode": "markers", "name": arm, "x": [x["mean"]], "y": [y["mean"]],
-            "error_x": _bars([x]) | {"color": f"@{arm}"}, "error_y": _bars([y]) | {"color": f"@{arm}"},
+            "error_x": build_error_bars([x]) | {"color": f"@{arm}"},
+            "error_y": build_error_bars([y]) | {"color": f"@{arm}"},
             "marker": {"size": 13, "color": f"@{arm}", "symbol": "square" if arm == "base" else "circle"},
-            "hovertemplate": f"{arm}: love %{{y:.1%}}, {other} %{{x:.1%}}<extra></extra>",
+            "hovertemplate": f"{arm}: love %{{y:.1%}}, {other_objective} %{{x:.1%}}<extra></extra>",
         })  # fmt: skip
     if not traces:
         return None
-    small = {"standoff": 6, "font": {"size": 12}}
     return {
         "data": traces,
-        "layout": _layout(
+        "layout": build_layout(
             height=330,
             margin={"l": 56, "r": 14, "t": 8, "b": 44},
             showlegend=True,
-            legend=LEGEND,
-            xaxis=_axis(title={"text": title(other), **small}, tickformat=".1~%", nticks=5, zeroline=False),
-            yaxis=_axis(title={"text": "P[Love]", **small}, tickformat=".1~%", nticks=5, zeroline=False),
+            legend=LEGEND_LAYOUT,
+            xaxis=build_axis(
+                title={"text": objective_title(other_objective), **AXIS_TITLE_STYLE},
+                tickformat=".1~%",
+                nticks=5,
+                zeroline=False,
+            ),
+            yaxis=build_axis(
+                title={"text": "P[Love]", **AXIS_TITLE_STYLE}, tickformat=".1~%", nticks=5, zeroline=False
+            ),
         ),
     }
 
 
-def front(points: Sequence[Sequence[float]]) -> list[bool]:
-    """Which points [N][objectives] no other point beats: none is at least as good in all and better in one."""
+def pareto_mask(points: Sequence[Sequence[float]]) -> list[bool]:
+    """Mask of the Pareto optimal points [N][objectives]: no other is at least as good in all and better in one."""
     return [
-        not any(other != one and all(b >= a for a, b in zip(one, other, strict=True)) for other in points)
-        for one in points
+        not any(other != point and all(b >= a for a, b in zip(point, other, strict=True)) for other in points)
+        for point in points
     ]
 
 
-def reliability(bins: Sequence[Mapping[str, Any]]) -> Figure:
-    """Predicted against observed share in `view.reliability_bins`, with intervals; on the diagonal words are true."""
-    x = [float(one["predicted"]) for one in bins]
-    ends = [float(one[key]) for one in bins for key in ("predicted", "low", "high", "observed")]
-    top = min(1.0, 1.05 * max(ends))
-    line = {"type": "scatter", "mode": "lines", "x": [0, top], "y": [0, top], "hoverinfo": "skip",
-            "line": {"color": "@muted", "width": 1.5, "dash": "dot"}}  # fmt: skip
+def build_reliability_figure(bins: Sequence[Mapping[str, Any]]) -> Figure:
+    """Predicted against observed share of `presentation.reliability_bins`, with intervals and the diagonal."""
+    predicted = [float(item["predicted"]) for item in bins]
+    # Both axes end at the largest value, not at 1: love rates are a few percent.
+    values = [float(item[key]) for item in bins for key in ("predicted", "low", "high", "observed")]
+    axis_end = min(1.0, 1.05 * max(values))
+    diagonal = {"type": "scatter", "mode": "lines", "x": [0, axis_end], "y": [0, axis_end], "hoverinfo": "skip",
+                "line": {"color": "@muted", "width": 1.5, "dash": "dot"}}  # fmt: skip
+    error_bars = build_error_bars([{**item, "mean": item["observed"]} for item in bins])
     points = {
-        "type": "scatter", "mode": "markers", "x": x, "y": [float(one["observed"]) for one in bins],
-        "error_y": _bars([{**one, "mean": one["observed"]} for one in bins]) | {"color": "@aligned", "thickness": 1.5},
-        "marker": {"size": 9, "color": "@aligned"}, "customdata": [one.get("n") for one in bins],
+        "type": "scatter", "mode": "markers", "x": predicted, "y": [float(item["observed"]) for item in bins],
+        "error_y": error_bars | {"color": "@aligned", "thickness": 1.5},
+        "marker": {"size": 9, "color": "@aligned"}, "customdata": [item.get("n") for item in bins],
         "hovertemplate": "predicted %{x:.1%}, observed %{y:.1%} of %{customdata:,} rows<extra></extra>",
     }  # fmt: skip
-    small = {"standoff": 6, "font": {"size": 12}}
     return {
-        "data": [line, points],
-        "layout": _layout(
+        "data": [diagonal, points],
+        "layout": build_layout(
             height=270,
             margin={"l": 56, "r": 14, "t": 8, "b": 44},
-            xaxis=_axis(title={"text": "predicted", **small}, tickformat=".1~%", range=[0, top], nticks=5),
-            yaxis=_axis(title={"text": "observed", **small}, tickformat=".1~%", range=[0, top], nticks=5),
+            xaxis=build_axis(
+                title={"text": "predicted", **AXIS_TITLE_STYLE}, tickformat=".1~%", range=[0, axis_end], nticks=5
+            ),
+            yaxis=build_axis(
+                title={"text": "observed", **AXIS_TITLE_STYLE}, tickformat=".1~%", range=[0, axis_end], nticks=5
+            ),
         ),
     }
 
 
-def funnel(counts: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Rows kept, dropped and quarantined of each kind of data, as shares of the rows that came in."""
-    kinds = [kind for kind, count in counts.items() if count.get("in")]
+def build_funnel_figure(counts_by_kind: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Kept, dropped and quarantined rows of each kind of data, as shares of its input rows."""
+    kinds = [kind for kind, counts in counts_by_kind.items() if counts.get("in")]
+    # Shares instead of counts: the kinds differ in size by orders of magnitude.
     traces = []
-    for part, colour in (("kept", "@aligned"), ("dropped", "@base"), ("quarantined", "@warn")):
-        rows = [total(counts[kind].get(part, 0)) for kind in kinds]
+    for outcome, color in (("kept", "@aligned"), ("dropped", "@base"), ("quarantined", "@warn")):
+        row_counts = [count_rows(counts_by_kind[kind].get(outcome, 0)) for kind in kinds]
         traces.append({
-            "type": "bar", "orientation": "h", "name": part, "y": kinds,
-            "x": [row / counts[kind]["in"] for row, kind in zip(rows, kinds, strict=True)],
-            "customdata": rows, "marker": {"color": colour},
-            "hovertemplate": f"%{{y}}: %{{customdata:,}} {part} (%{{x:.1%}})<extra></extra>",
+            "type": "bar", "orientation": "h", "name": outcome, "y": kinds,
+            "x": [count / counts_by_kind[kind]["in"] for count, kind in zip(row_counts, kinds, strict=True)],
+            "customdata": row_counts, "marker": {"color": color},
+            "hovertemplate": f"%{{y}}: %{{customdata:,}} {outcome} (%{{x:.1%}})<extra></extra>",
         })  # fmt: skip
     return {
         "data": traces,
-        "layout": _layout(
+        "layout": build_layout(
             height=110 + 36 * len(kinds),
             margin={"l": 96, "r": 16, "t": 8, "b": 32},
             barmode="stack",
             bargap=0.4,
             showlegend=True,
-            legend=LEGEND,
-            xaxis=_axis(tickformat=".0%", range=[0, 1], nticks=6, zeroline=False),
-            yaxis=_axis(autorange="reversed", showgrid=False),
+            legend=LEGEND_LAYOUT,
+            xaxis=build_axis(tickformat=".0%", range=[0, 1], nticks=6, zeroline=False),
+            yaxis=build_axis(autorange="reversed", showgrid=False),
         ),
     }
 
 
-def total(count: int | Mapping[str, int]) -> int:
-    """Rows of one part of the funnel, which may be split by reason."""
+def count_rows(count: int | Mapping[str, int]) -> int:
+    """Sum the rows of one outcome, which may be split by reason."""
     return sum(count.values()) if isinstance(count, Mapping) else int(count)
 
 
-def duration(seconds: float) -> str:
-    """Seconds as people say them: 8 s, 2 min 5 s, 1 h 3 min."""
+def format_duration(seconds: float) -> str:
+    """Format a duration: 8 s, 2 min 5 s, 1 h 3 min."""
     if seconds < 60:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, remaining_seconds = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} min {rest} s"
+        return f"{minutes} min {remaining_seconds} s"
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min"

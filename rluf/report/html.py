@@ -1,202 +1,232 @@
-"""Writes report.html: one self-contained page about a run, made from the files of its folder alone."""
+"""Build report.html, one self-contained page about a run, from the files of its folder."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import rluf
 from rluf.errors import DataError
-from rluf.report import figures
-from rluf.report import presentation as view
-from rluf.tracking import metric_registry as catalogue
-from rluf.tracking.run_files import read_json, read_jsonl
+from rluf.report import figures, presentation
+from rluf.report.page import render_html_page
+from rluf.tracking import metric_registry
+from rluf.utils.files import atomic_write, read_json, read_jsonl
 
-SUMMARY, METRICS, SAMPLES, CONFIG, CARDS = "summary.json", "metrics.jsonl", "samples.jsonl", "config.json", "cards"
-DATA_CARD = "data"
+SUMMARY_FILE, CONFIG_FILE = "summary.json", "config.json"
+METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
+CARDS_FOLDER = "cards"
+DATA_CARD_NAME = "data"
 """Stem of the data card in cards/; every other card there is a reward card named after its objective."""
-ORDER = {"love": 0, "helpfulness": 1, "safety": 2}
-"""Order of the reward cards; others come after these."""
-SHOWN_SAMPLES = 24
-FIRST = ("kl", "response_length")
-"""Curves shown at once, beside those of the objectives and the reward."""
-CHARTED = (
-    *FIRST, "entropy", "grad_norm", "clip_share", "ratio_mean", "ratio_max", "effective_sample_size", "probe",
-    "demonstration_nll",
+CARD_ORDER = {name: index for index, name in enumerate(metric_registry.BUILTIN_OBJECTIVES)}
+"""Order of the reward cards; cards of other objectives follow."""
+MAX_SHOWN_SAMPLES = 24
+FIRST_CURVES = ("kl", "response_length")
+"""Curves that are visible without a click, in addition to those of the objectives and the reward."""
+CHARTED_METRICS = (
+    *FIRST_CURVES, "entropy", "grad_norm", "clip_share", "ratio_mean", "ratio_max", "effective_sample_size",
+    "sync_logprob_gap", "demonstration_nll",
 )  # fmt: skip
-"""Metrics that get a curve beside the objectives; the others stand in the table of numbers."""
-MORE_CURVES = "Is the learner healthy?"
+"""Metrics with a curve in addition to the objectives; all others are in the table of numbers only."""
+MORE_CURVES_HEADING = "Is the learner healthy?"
 
 
-def write_report(folder: Path) -> Path:
-    """Write <folder>/report.html and return its path; an earlier report is replaced in one go.
+def write_report(run_folder: Path) -> Path:
+    """Write <run folder>/report.html and return its path; an earlier report is replaced atomically.
 
-    Reads summary.json, metrics.jsonl, samples.jsonl, config.json and cards/*.json. Missing files leave out their part
-    of the page, so that an unfinished run has a report too. DataError when the folder has none of them.
+    Reads summary.json, metrics.jsonl, samples.jsonl, config.json and cards/*.json. The section of a missing file is
+    omitted, so that an unfinished run has a report too. Raises DataError if the folder has none of them.
     """
-    page = render(read_run(folder))
-    path = folder / "report.html"
-    part = path.with_name(f"{path.name}.part{os.getpid()}")
-    part.write_text(page, "utf-8")
-    part.replace(path)
+    page = render_page(read_run_files(run_folder))
+    path = run_folder / "report.html"
+    with atomic_write(path) as temporary_path:
+        temporary_path.write_text(page, "utf-8")
     return path
 
 
-def read_run(folder: Path) -> view.RunFiles:
-    """The files of a run folder. DataError when there is nothing to report on."""
-    if not folder.is_dir():
-        raise DataError(f"{folder} is not a folder; name a run folder such as runs/quickstart/latest")
-    paths = sorted((folder / CARDS).glob("*.json"), key=lambda path: (ORDER.get(path.stem, len(ORDER)), path.stem))
-    cards = {path.stem: read_json(path) for path in paths}
-    summary, config = read_json(folder / SUMMARY), read_json(folder / CONFIG)
-    files = view.RunFiles(
-        name=str(summary.get("name") or config.get("name") or folder.resolve().parent.name),
+def read_run_files(run_folder: Path) -> presentation.RunFiles:
+    """Read the files of a run folder. Raises DataError if there is nothing to report on."""
+    if not run_folder.is_dir():
+        raise DataError(f"{run_folder} is not a folder; name a run folder such as runs/quickstart/latest")
+    card_paths = sorted(
+        (run_folder / CARDS_FOLDER).glob("*.json"),
+        key=lambda path: (CARD_ORDER.get(path.stem, len(CARD_ORDER)), path.stem),
+    )
+    cards = {path.stem: read_json(path) for path in card_paths}
+    summary, config = read_json(run_folder / SUMMARY_FILE), read_json(run_folder / CONFIG_FILE)
+    run_files = presentation.RunFiles(
+        name=str(summary.get("name") or config.get("name") or run_folder.resolve().parent.name),
         summary=summary,
-        metrics=view.by_step(read_jsonl(folder / METRICS)),
-        samples=read_jsonl(folder / SAMPLES)[:SHOWN_SAMPLES],
+        metrics=presentation.sort_by_step(read_jsonl(run_folder / METRICS_FILE)),
+        samples=read_jsonl(run_folder / SAMPLES_FILE)[:MAX_SHOWN_SAMPLES],
         cards=cards,
         config=config,
     )
-    if not (files.summary or files.metrics or files.config):
-        raise DataError(f"{folder} holds no {SUMMARY}, {METRICS} or {CONFIG}; name a run folder written by rluf.train")
-    return files
+    # Cards and samples alone do not make a run: they may have been copied there.
+    if not (run_files.summary or run_files.metrics or run_files.config):
+        raise DataError(
+            f"{run_folder} has no {SUMMARY_FILE}, {METRICS_FILE} or {CONFIG_FILE}; name a run folder written by "
+            "rluf.train"
+        )
+    return run_files
 
 
-def render(files: view.RunFiles) -> str:
-    """The page as text, plotly.js included once (4 to 5 MB)."""
-    from jinja2 import Environment, PackageLoader, StrictUndefined
-    from plotly.offline import get_plotlyjs
-
-    environment = Environment(
-        loader=PackageLoader("rluf.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=False
-    )
-    template = environment.get_template("report.html.j2")
-    drawn = _figures(files)
-    told = {**_story(files, drawn), **_learning(files), **_cards(files), "parts": _parts(files, drawn)}
-    return template.render(**told, figures=drawn, plotly_js=get_plotlyjs(), rluf_version=rluf.__version__)
+def render_page(run_files: presentation.RunFiles) -> str:
+    """Render the page, including plotly.js (4 to 5 MB), so that it works without a network."""
+    figures_by_id = _build_figures(run_files)
+    context = {
+        **_story_context(run_files, figures_by_id),
+        **_learning_context(run_files),
+        **_card_context(run_files),
+        "section_links": _section_links(run_files, figures_by_id),
+    }
+    return render_html_page("report.html.j2", package="rluf.report", figures=figures_by_id, **context)
 
 
-def _story(files: view.RunFiles, drawn: Mapping[str, figures.Figure]) -> dict[str, Any]:
-    summary = files.summary
-    _, seconds = view.phase_seconds(summary)
+def _story_context(run_files: presentation.RunFiles, figures_by_id: Mapping[str, figures.Figure]) -> dict[str, Any]:
+    summary = run_files.summary
+    _, seconds = presentation.phase_seconds(summary)
     versions = summary.get("versions") or {}
     return {
-        "name": files.name,
-        "headline": view.headline(summary),
-        "evaluated": view.evaluated(summary),
-        "facts": view.facts(summary, figures.duration(seconds) if seconds else None),
-        "measures": view.measures(summary),
+        "name": run_files.name,
+        "headline": presentation.report_headline(summary),
+        "evaluation": presentation.evaluation_sentence(summary),
+        "facts": presentation.summary_facts(summary, figures.format_duration(seconds) if seconds else None),
+        "measures": presentation.measure_cards(summary),
         "gates": (gates := summary.get("gates")),
-        "verdict": view.verdict_text(gates) if gates else "",
+        "verdict": presentation.format_verdict(gates) if gates else "",
         "lift_text": "; ".join(
-            f"{name} by {judge} {view.percent(lift['mean'], sign=True)} ({view.interval(lift, sign=True)})"
-            for name, judge, lift in view.lift_rows(summary)
+            f"{name} by {judge} {presentation.format_percent(lift['mean'], with_sign=True)} "
+            f"({presentation.format_interval(lift, with_sign=True)})"
+            for name, judge, lift in presentation.lift_rows(summary)
         ),
-        "offline": view.offline_rows(summary) if "love_rate" in summary else [],
-        "monitors": (monitors := view.monitor_rows(summary)),
-        "alarms": view.alarm_text(monitors),
+        "offline": presentation.offline_rows(summary) if "love_rate" in summary else [],
+        "monitors": (monitors := presentation.monitor_rows(summary)),
+        "alarms": presentation.alarm_sentence(monitors),
         "monitor_rule": summary.get("monitors", {}).get("rule", ""),
-        "samples": view.sample_views(files.samples),
+        "samples": presentation.sample_views(run_files.samples),
         "tradeoffs": [
-            (name, catalogue.title(name.removeprefix("pareto_"))) for name in drawn if name.startswith("pareto_")
+            (name, metric_registry.objective_title(name.removeprefix("pareto_")))
+            for name in figures_by_id if name.startswith("pareto_")
         ],
-        "versions": [(key, view.number(value)) for key, value in versions.items()] if isinstance(versions, Mapping)
-        else [("weight version", view.number(versions))],
-        "config": json.dumps(files.config, indent=2, ensure_ascii=False) if files.config else "",
+        "versions": [(key, presentation.format_number(value)) for key, value in versions.items()]
+        if isinstance(versions, Mapping) else [("weight version", presentation.format_number(versions))],
+        "config": json.dumps(run_files.config, indent=2, ensure_ascii=False) if run_files.config else "",
     }  # fmt: skip
 
 
-def _specs(files: view.RunFiles) -> tuple[catalogue.Metric, ...]:
-    """The metrics that this run's steps can have."""
-    return catalogue.catalogue(dict.fromkeys(name for row in files.metrics for name in catalogue.names_in(row)))
+def _run_metric_specs(run_files: presentation.RunFiles) -> tuple[metric_registry.MetricSpec, ...]:
+    """All metrics that the steps of this run can have."""
+    return metric_registry.metric_specs(
+        dict.fromkeys(name for row in run_files.metrics for name in metric_registry.objectives_in_row(row))
+    )
 
 
-def _charted(spec: catalogue.Metric) -> bool:
-    return spec.group == "objectives" or spec.key in CHARTED
+def _has_curve(metric_spec: metric_registry.MetricSpec) -> bool:
+    return metric_spec.group == "objectives" or metric_spec.key in CHARTED_METRICS
 
 
-def _learning(files: view.RunFiles) -> dict[str, Any]:
-    specs = _specs(files)
-    columns, rows = view.step_table(files.metrics, [spec.key for spec in specs])
-    phases, seconds = view.phase_seconds(files.summary)
-    drawn = [spec for spec in specs if _charted(spec) and figures.curve(spec, files.metrics) is not None]
-    first = [spec for spec in drawn if spec.group == "objectives" or spec.key in FIRST]
+def _learning_context(run_files: presentation.RunFiles) -> dict[str, Any]:
+    metric_specs = _run_metric_specs(run_files)
+    columns, rows = presentation.step_table(run_files.metrics, [metric_spec.key for metric_spec in metric_specs])
+    phases, seconds = presentation.phase_seconds(run_files.summary)
+    curve_specs = [
+        metric_spec
+        for metric_spec in metric_specs
+        if _has_curve(metric_spec) and figures.build_curve_figure(metric_spec, run_files.metrics) is not None
+    ]
+    first_specs = [
+        metric_spec
+        for metric_spec in curve_specs
+        if metric_spec.group == "objectives" or metric_spec.key in FIRST_CURVES
+    ]
+    more_specs = [metric_spec for metric_spec in curve_specs if metric_spec not in first_specs]
     return {
         "curves": [
-            (heading, [(f"curve_{spec.key}", spec.title, spec.about) for spec in part])
-            for heading, part in (("", first), (MORE_CURVES, [spec for spec in drawn if spec not in first]))
-            if part
+            (
+                heading,
+                [
+                    (f"curve_{metric_spec.key}", metric_spec.title, metric_spec.description)
+                    for metric_spec in section_specs
+                ],
+            )
+            for heading, section_specs in (("", first_specs), (MORE_CURVES_HEADING, more_specs))
+            if section_specs
         ],
         "step_columns": columns,
         "step_rows": rows,
-        "total_time": figures.duration(seconds) if seconds else "",
+        "total_time": figures.format_duration(seconds) if seconds else "",
         "stage_text": "; ".join(
-            f"{figures.stage_name(name)} {figures.duration(value)}" for name, value in phases.items()
+            f"{figures.stage_title(name)} {figures.format_duration(value)}" for name, value in phases.items()
         ),
-        "reused": view.reused_rows(files.summary),
+        "reused": presentation.reused_rows(run_files.summary),
     }
 
 
-def _cards(files: view.RunFiles) -> dict[str, Any]:
-    rewards = {name: card for name, card in files.cards.items() if name != DATA_CARD}
-    data = files.cards.get(DATA_CARD, {})
-    rate = data.get("love", {}).get("base_rate")
-    titles, rows = view.card_table(rewards)
+def _card_context(run_files: presentation.RunFiles) -> dict[str, Any]:
+    reward_cards = {name: card for name, card in run_files.cards.items() if name != DATA_CARD_NAME}
+    data_card = run_files.cards.get(DATA_CARD_NAME, {})
+    base_rate = data_card.get("love", {}).get("base_rate")
+    titles, rows = presentation.card_table(reward_cards)
     return {
         "card_titles": titles,
         "card_rows": rows,
-        "reliable": [
-            (f"reliability_{name}", catalogue.title(name), len(card["reliability"]))
-            for name, card in rewards.items()
+        "reliability_plots": [
+            (f"reliability_{name}", metric_registry.objective_title(name), len(card["reliability"]))
+            for name, card in reward_cards.items()
             if card.get("reliability")
         ],
-        "reliability_rows": view.reliability_rows(rewards),
-        "card_details": [(name, json.dumps(card, indent=2, ensure_ascii=False)) for name, card in rewards.items()],
-        "funnel": view.funnel_rows(data.get("counts", {})),
-        "base_rate": f"{view.percent(rate['mean'])} ({view.interval(rate)})" if rate else "",
+        "reliability_rows": presentation.reliability_rows(reward_cards),
+        "card_details": [(name, json.dumps(card, indent=2, ensure_ascii=False)) for name, card in reward_cards.items()],
+        "funnel": presentation.funnel_rows(data_card.get("counts", {})),
+        "base_rate": f"{presentation.format_percent(base_rate['mean'])} ({presentation.format_interval(base_rate)})"
+        if base_rate
+        else "",
     }
 
 
-def _figures(files: view.RunFiles) -> dict[str, figures.Figure]:
-    """Every figure of the page by its id; figures without data are left out."""
-    found: dict[str, figures.Figure | None] = {
-        f"arms_{card['key']}": figures.arms(card["measure"]) for card in view.measures(files.summary)
+def _build_figures(run_files: presentation.RunFiles) -> dict[str, figures.Figure]:
+    """Build every figure of the page by its id; figures without data are omitted."""
+    optional_figures: dict[str, figures.Figure | None] = {
+        f"arms_{card['key']}": figures.build_arms_figure(card["measure"])
+        for card in presentation.measure_cards(run_files.summary)
     }
-    lifts = view.lift_rows(files.summary)
-    found["lifts"] = figures.lifts(lifts) if lifts else None
-    for spec in _specs(files):
-        if _charted(spec):
-            found[f"curve_{spec.key}"] = figures.curve(spec, files.metrics)
-    names = list(dict.fromkeys(name for row in files.metrics for name in catalogue.names_in(row)))
-    for name in names or [key for key in files.summary.get("offline", {}) if key != "p_love"]:
+    lifts = presentation.lift_rows(run_files.summary)
+    optional_figures["lifts"] = figures.build_lifts_figure(lifts) if lifts else None
+    for metric_spec in _run_metric_specs(run_files):
+        if _has_curve(metric_spec):
+            optional_figures[f"curve_{metric_spec.key}"] = figures.build_curve_figure(metric_spec, run_files.metrics)
+    names = list(dict.fromkeys(name for row in run_files.metrics for name in metric_registry.objectives_in_row(row)))
+    for name in names or [key for key in run_files.summary.get("offline", {}) if key != "p_love"]:
         if name != "love":
-            found[f"pareto_{name}"] = figures.pareto(files.metrics, files.summary.get("offline", {}), name, names)
-    for name, card in files.cards.items():
-        bins = view.reliability_bins(card)
-        found[f"reliability_{name}"] = figures.reliability(bins) if bins else None
-    phases, _ = view.phase_seconds(files.summary)
-    found["stages"] = figures.stages(phases) if phases else None
-    found["timeline"] = figures.timeline(files.metrics)
-    counts = files.cards.get(DATA_CARD, {}).get("counts")
-    found["funnel"] = figures.funnel(counts) if counts else None
-    return {name: figure for name, figure in found.items() if figure is not None}
+            optional_figures[f"pareto_{name}"] = figures.build_pareto_figure(
+                run_files.metrics, run_files.summary.get("offline", {}), name, names
+            )
+    for name, card in run_files.cards.items():
+        bins = presentation.reliability_bins(card)
+        optional_figures[f"reliability_{name}"] = figures.build_reliability_figure(bins) if bins else None
+    phases, _ = presentation.phase_seconds(run_files.summary)
+    optional_figures["stages"] = figures.build_stages_figure(phases) if phases else None
+    optional_figures["timeline"] = figures.build_timeline_figure(run_files.metrics)
+    counts = run_files.cards.get(DATA_CARD_NAME, {}).get("counts")
+    optional_figures["funnel"] = figures.build_funnel_figure(counts) if counts else None
+    return {name: figure for name, figure in optional_figures.items() if figure is not None}
 
 
-def _parts(files: view.RunFiles, have: Mapping[str, figures.Figure]) -> list[tuple[str, str]]:
-    """Links at the top: (anchor, title) of the parts that this page has."""
-    rewards = [name for name in files.cards if name != DATA_CARD]
-    parts = [
+def _section_links(
+    run_files: presentation.RunFiles, figures_by_id: Mapping[str, figures.Figure]
+) -> list[tuple[str, str]]:
+    """Build the links at the top: (anchor, title) of the sections that this page has."""
+    reward_names = [name for name in run_files.cards if name != DATA_CARD_NAME]
+    sections = [
         ("story", "Story", True),
-        ("monitors", "Monitors", bool(files.summary.get("monitors"))),
-        ("samples", "Samples", bool(files.samples)),
-        ("tradeoff", "Trade-offs", any(name.startswith("pareto_") for name in have)),
-        ("learning", "Learning", any(name.startswith("curve_") for name in have)),
-        ("time", "Time", "stages" in have or "timeline" in have),
-        ("rewards", "Reward models", bool(rewards)),
-        ("data", "Data", "funnel" in have),
-        ("config", "Configuration", bool(files.config or files.summary.get("versions"))),
+        ("monitors", "Monitors", bool(run_files.summary.get("monitors"))),
+        ("samples", "Samples", bool(run_files.samples)),
+        ("tradeoff", "Trade-offs", any(name.startswith("pareto_") for name in figures_by_id)),
+        ("learning", "Learning", any(name.startswith("curve_") for name in figures_by_id)),
+        ("time", "Time", "stages" in figures_by_id or "timeline" in figures_by_id),
+        ("rewards", "Reward models", bool(reward_names)),
+        ("data", "Data", "funnel" in figures_by_id),
+        ("config", "Configuration", bool(run_files.config or run_files.summary.get("versions"))),
     ]
-    return [(anchor, title) for anchor, title, there in parts if there]
+    return [(anchor, title) for anchor, title, is_present in sections if is_present]

@@ -1,109 +1,114 @@
-"""The card in a saved policy's folder: what it is, what it learnt from, how it was judged. Made from a run folder."""
+"""Model card of a saved policy: what it is, what it was trained on and how it was evaluated, from a run folder."""
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 import rluf
-from rluf.tracking.run_files import read_json, write_json
+from rluf.utils.files import read_json, write_json
 
-FILES = "rluf"
-"""Folder beside the weights for the cards and settings; model loaders do not look into it."""
+CARD_FOLDER = "rluf"
+"""Folder next to the weights with the cards and settings. Model loaders read top-level files only."""
+PRIVATE_SECTIONS = ("run", "cluster")
+"""Sections of the settings that stay out of the card: they have paths and host names of the training machines."""
 
 
-def code_version() -> str:
-    """The git commit of the code, marked when files differ from it; the package's version outside a checkout."""
-    here = Path(rluf.__file__).parent
-    told = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=here, capture_output=True, text=True
+def read_code_version() -> str:
+    """Return the git commit of the code, marked "dirty" if files differ from it, or a note outside a git checkout."""
+    source_folder = Path(rluf.__file__).parent
+    version = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=source_folder, capture_output=True, text=True
     )
-    tracked = subprocess.run(["git", "ls-files", "--error-unmatch", "errors.py"], cwd=here, capture_output=True)
-    return told.stdout.strip() if told.returncode == tracked.returncode == 0 else "unknown (no git checkout)"
+    # An installed package may lie inside another project's repository, whose commit says nothing about this code.
+    is_tracked = subprocess.run(
+        ["git", "ls-files", "--error-unmatch", "errors.py"], cwd=source_folder, capture_output=True
+    )
+    if version.returncode or is_tracked.returncode:
+        return "unknown (no git checkout)"
+    return version.stdout.strip()
 
 
-def write_model_card(folder: Path) -> Path:
-    """Write <folder>/policy/README.md and <folder>/policy/rluf/*.json from the files of run folder `folder`."""
-    policy = folder / "policy"
-    config, summary = read_json(folder / "config.json"), read_json(folder / "summary.json")
-    cards = {file.stem: read_json(file) for file in sorted((folder / "cards").glob("*.json"))}
-    data = cards.pop("data", {})
-    sources = [{**source, "file": Path(str(source["file"])).name} for source in data.get("sources", [])]
-    public = {key: value for key, value in config.items() if key not in ("run", "cluster")}
-    for name, content in {"settings": public, "data": {**data, "sources": sources}, **cards}.items():
-        write_json(policy / FILES / f"{name}.json", content)
-    base = str(config.get("model", {}).get("path", "unknown"))
-    head = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["rlhf", "rluf"]}
-    if base.count("/") == 1 and not base.startswith((".", "/", "~")):  # a hub id, not a folder
-        head["base_model"] = base
-    lines = ["---", yaml.safe_dump(head, sort_keys=False).rstrip(), "---", "", f"# {config.get('name', 'policy')}", ""]
-    lines += [f"{Path(base).name}, moved towards what users love with rluf {rluf.__version__}, code {code_version()}."]
-    lines += ["", "## How it was made", "", *_training(config, summary), "", "## Data", "", *_data(data, sources)]
-    lines += [
-        "",
-        "## Reward models",
-        "",
-        *_rewards(cards),
-        "",
-        "## Results",
-        "",
-        *_results(summary),
-        "",
-        "## Limits",
-        "",
-    ]
-    lines += [
-        "The figures hold for prompts like those of the log. Love is not worth: watch the monitors in the report for",
-        "flattery, farewells and length. Weights are safetensors; no code comes with them.",
-    ]
-    card = policy / "README.md"
-    card.write_text("\n".join(lines) + "\n", "utf-8")
-    return card
+def write_model_card(run_folder: Path) -> Path:
+    """Write policy/README.md and policy/rluf/*.json in the run folder, from its other files; returns the README."""
+    policy_folder = run_folder / "policy"
+    config, summary = read_json(run_folder / "config.json"), read_json(run_folder / "summary.json")
+    cards = {path.stem: read_json(path) for path in sorted((run_folder / "cards").glob("*.json"))}
+    data_card = cards.pop("data", {})
+    sources = [{**source, "file": Path(str(source["file"])).name} for source in data_card.get("sources", [])]
+    public_settings = {key: value for key, value in config.items() if key not in PRIVATE_SECTIONS}
+    for name, content in {"settings": public_settings, "data": {**data_card, "sources": sources}, **cards}.items():
+        write_json(policy_folder / CARD_FOLDER / f"{name}.json", content)
+    base_model = str(config.get("model", {}).get("path", "unknown"))
+    metadata = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["rlhf", "rluf"]}
+    if base_model.count("/") == 1 and not base_model.startswith((".", "/", "~")):  # a hub id, not a folder
+        metadata["base_model"] = base_model
+    introduction = (
+        f"{Path(base_model).name}, trained on user feedback with rluf {rluf.__version__}, code {read_code_version()}."
+    )
+    limits = (
+        "The results hold for prompts like those of the log. Love is not usefulness: check the monitors in the report "
+        "for\nflattery, farewells and length. Weights are safetensors; the folder contains no code."
+    )
+    lines = ["---", yaml.safe_dump(metadata, sort_keys=False).rstrip(), "---", ""]
+    lines += [f"# {config.get('name', 'policy')}", "", introduction, ""]
+    for heading, section_lines in (
+        ("Training", _training_lines(config, summary)),
+        ("Data", _data_lines(sources)),
+        ("Reward models", _reward_lines(cards)),
+        ("Results", _result_lines(summary)),
+        ("Limits", [limits]),
+    ):
+        lines += [f"## {heading}", "", *section_lines, ""]
+    readme = policy_folder / "README.md"
+    readme.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
+    return readme
 
 
-def _training(config: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
+def _training_lines(config: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
     algorithm, learner = config.get("algorithm", {}), config.get("learner", {})
-    weights = {name: one["weight"] for name, one in config.get("objectives", {}).items() if isinstance(one, Mapping)}
+    objectives = config.get("objectives", {})
+    weights = {name: values["weight"] for name, values in objectives.items() if isinstance(values, Mapping)}
     kl, versions = summary.get("kl"), summary.get("versions", {})
     return [
         f"- algorithm {algorithm.get('name')}, {algorithm.get('steps')} steps of {algorithm.get('prompts_per_step')} x "
         f"{algorithm.get('samples_per_prompt')} samples, learning rate {learner.get('learning_rate')}, "
         f"seed {config.get('seed')}",
         f"- objectives and weights: {', '.join(f'{name} {weight}' for name, weight in weights.items())}",
-        f"- KL to the base policy at the end: {'unknown' if kl is None else f'{kl:.4f} nats a token'}",
-        f"- {', '.join(f'{name} {number}' for name, number in versions.items() if name not in ('weights', 'rluf'))}",
-        f"- every setting: {FILES}/settings.json",
+        f"- KL to the base policy at the end: {'unknown' if kl is None else f'{kl:.4f} nats per token'}",
+        f"- {', '.join(f'{name} {version}' for name, version in versions.items() if name not in ('weights', 'rluf'))}",
+        f"- all settings: {CARD_FOLDER}/settings.json",
     ]
 
 
-def _data(data: Mapping[str, Any], sources: list[dict[str, Any]]) -> list[str]:
-    lines = [f"- {one['kind']}: {one['file']}, {one['rows']} rows" for one in sources]
-    return [*lines, f"- the whole data card: {FILES}/data.json"]
+def _data_lines(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [f"- {source['kind']}: {source['file']}, {source['rows']} rows" for source in sources]
+    return [*lines, f"- complete data card: {CARD_FOLDER}/data.json"]
 
 
-def _rewards(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _reward_lines(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = []
     for name, card in cards.items():
-        figure = "auroc" if "auroc" in card else "pair_accuracy"
-        found, calibration = card.get(figure), card.get("ece")
-        if isinstance(found, Mapping):
-            mean, low, high = (found[key] for key in ("mean", "low", "high"))
-            shown = "unknown" if None in (mean, low, high) else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
-            lines.append(f"- {name}: {figure} {shown} on n = {card.get('n')}, calibration error {calibration}")
-    return [*lines, f"- the whole cards: {FILES}/<objective>.json"]
+        metric = "auroc" if "auroc" in card else "pair_accuracy"
+        estimate, calibration_error = card.get(metric), card.get("ece")
+        if isinstance(estimate, Mapping):
+            mean, low, high = (estimate[key] for key in ("mean", "low", "high"))
+            text = "unknown" if None in (mean, low, high) else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+            lines.append(f"- {name}: {metric} {text} on n = {card.get('n')}, calibration error {calibration_error}")
+    return [*lines, f"- complete cards: {CARD_FOLDER}/<objective>.json"]
 
 
-def _results(summary: Mapping[str, Any]) -> list[str]:
+def _result_lines(summary: Mapping[str, Any]) -> list[str]:
     lines = []
-    for name, one in summary.get("offline", {}).items():
-        gap = one["difference"]
+    for name, comparison in summary.get("offline", {}).items():
+        base, aligned, difference = comparison["base"], comparison["aligned"], comparison["difference"]
         lines.append(
-            f"- {name} by the reward model on unseen prompts: {one['base']['mean']:.3f} -> "
-            f"{one['aligned']['mean']:.3f}, difference {gap['mean']:+.3f} [{gap['low']:+.3f}, {gap['high']:+.3f}]"
+            f"- {name} by the reward model on unseen prompts: {base['mean']:.3f} -> {aligned['mean']:.3f}, "
+            f"difference {difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
         )
     gates = summary.get("gates", {})
     return [*lines, f"- gates: {gates.get('verdict')} (judged by {gates.get('judged_by')})"]

@@ -1,4 +1,4 @@
-"""What the report says, as plain values: headline, cards, gates, tables and texts with their differences marked.
+"""Contents of the report as plain values: headline, cards, gates, tables, and texts with highlighted differences.
 
 Pure functions from the files of a run folder to strings and numbers; every key may be missing.
 """
@@ -6,26 +6,26 @@ Pure functions from the files of a run folder to strings and numbers; every key 
 from __future__ import annotations
 
 import difflib
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rluf.tracking import metric_registry as catalogue
+from rluf.tracking import metric_registry
+from rluf.utils.stats import wilson_interval
 
-MEASURES = (
+USER_MEASURES = (
     ("love_rate", "Love", "share of responses that got a heart"),
     ("helpfulness", "Helpfulness", "share of responses that served the user"),
     ("safety", "Safety", "share of responses that users found harmless"),
 )
-OFFLINE = (("p_love", "P[Love]"), ("helpfulness", "Helpfulness"), ("safety", "Safety"))
+OFFLINE_MEASURES = (("p_love", "P[Love]"), ("helpfulness", "Helpfulness"), ("safety", "Safety"))
 CARD_ROWS = (
     ("n", "Test rows"),
     ("auroc", "AUROC"),
     ("length_floor_auroc", "… of length alone"),
-    ("pair_accuracy", "Pairs ranked right"),
-    ("length_floor_accuracy", "… by length alone"),
+    ("pair_accuracy", "Pairwise accuracy"),
+    ("length_floor_accuracy", "… of length alone"),
     ("log_loss", "Log-loss, nats"),
     ("normalised_entropy", "… over that of the base rate"),
     ("ece", "Calibration error (ECE)"),
@@ -33,22 +33,21 @@ CARD_ROWS = (
     ("training.train_rows", "Training rows"),
     ("seconds", "Seconds to train and test"),
 )
-"""Numbers of a reward card that the table shows, in order; dots lead into nested parts."""
-TOO_DIFFERENT = 0.2
-"""Similarity of two texts below which marking single words would mark nearly all of them."""
+"""Values of a reward card in the table, in order; dots separate nested keys."""
+MIN_TEXT_SIMILARITY = 0.2
+"""Below this similarity of two texts, highlighting differences would highlight nearly every word."""
+MIN_RELIABLE_PROMPTS = 30
+"""Below this number of test prompts the page warns that the intervals themselves are unreliable."""
+MIN_COLORED_CHANGE = 0.005
+"""Smallest change of a score that is colored."""
 
-FEW_PROMPTS = 30
-"""Test prompts below which the page says that its intervals are unsure: they rest on prompts or users who read them."""
-CLEAR_CHANGE = 0.005
-"""Change of a score from which it gets a colour."""
-
-_TOKEN = re.compile(r"\s+|\w+|[^\w\s]")
-_WORDLIKE = re.compile(r"\w")
+_TEXT_TOKEN = re.compile(r"\s+|\w+|[^\w\s]")
+_WORD_CHARACTER = re.compile(r"\w")
 
 
 @dataclass(frozen=True, slots=True)
 class RunFiles:
-    """The files of a run folder that the report is made of; what is missing is empty."""
+    """Contents of the files of a run folder; missing files are empty."""
 
     name: str
     summary: Mapping[str, Any] = field(default_factory=dict)
@@ -58,24 +57,25 @@ class RunFiles:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def percent(value: float | None, *, sign: bool = False) -> str:
-    """A share as text with about three digits: 0.72%, 6.1%, 97.4%, +28%; minus is a real minus sign."""
+def format_percent(value: float | None, *, with_sign: bool = False) -> str:
+    """Format a share with about three digits: 0.72%, 6.1%, 97.4%, +28%; minus is U+2212."""
     if value is None:
         return "–"
     size = abs(value) * 100
-    digits = 2 if size < 0.995 else 1 if size < (9.95 if sign else 99.95) else 0
+    # The limits are where the next shorter format would round up to the same text (0.995 -> 1.0, 99.95 -> 100).
+    digits = 2 if size < 0.995 else 1 if size < (9.95 if with_sign else 99.95) else 0
     if value == 0:
         digits = 0
-    return f"{value * 100:{'+' if sign and value else ''}.{digits}f}%".replace("-", "−")
+    return f"{value * 100:{'+' if with_sign and value else ''}.{digits}f}%".replace("-", "−")
 
 
-def change(value: float) -> str:
-    """The size of a relative change without its sign, as in "28% more"."""
-    return percent(abs(value), sign=True).lstrip("+")
+def format_change(value: float) -> str:
+    """Format the size of a relative change without its sign, as in "28% more"."""
+    return format_percent(abs(value), with_sign=True).lstrip("+")
 
 
-def number(value: Any) -> str:
-    """Any value as short text: numbers with four digits and thousands separators, None as a dash."""
+def format_number(value: Any) -> str:
+    """Format any value as short text: numbers with four digits and thousands separators, None as a dash."""
     if value is None:
         return "–"
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -85,345 +85,387 @@ def number(value: Any) -> str:
     return f"{value:,.4g}".replace("-", "−")
 
 
-def interval(estimate: Mapping[str, float], *, sign: bool = False) -> str:
-    """The interval of an estimate of a share: "5.6% to 6.7%"."""
-    return f"{percent(estimate['low'], sign=sign)} to {percent(estimate['high'], sign=sign)}"
+def format_interval(estimate: Mapping[str, float], *, with_sign: bool = False) -> str:
+    """Format the interval of an estimated share: "5.6% to 6.7%"."""
+    low, high = (format_percent(estimate[end], with_sign=with_sign) for end in ("low", "high"))
+    return f"{low} to {high}"
 
 
-def headline(summary: Mapping[str, Any]) -> str:
-    """The run in one sentence, by the gates' checks."""
+def report_headline(summary: Mapping[str, Any]) -> str:
+    """Summarize the run in one sentence, from the gate checks."""
     checks = {check["name"]: check for check in summary.get("gates", {}).get("checks", [])}
     if not checks:
         return "This run has not been evaluated yet."
-    users = "love_rate" in summary
     lift = checks["love"]["lift"] if "love" in checks else None
+    love_rose = lift is not None and lift["low"] > 0
+    love_clause = _love_clause(lift, has_users="love_rate" in summary)
+    other_checks = [checks[name] for name in ("helpfulness", "safety") if name in checks]
+    failed_names = [check["name"] for check in other_checks if not check["passed"]]
+    if not other_checks:
+        return f"{love_clause}."
+    if failed_names:
+        return f"{love_clause}{', but ' if love_rose else ', and '}{' and '.join(failed_names)} fell."
+    clauses = [f"{check['name']} {check_outcome(check)}" for check in other_checks]
+    if len({check_outcome(check) for check in other_checks}) == 1:
+        clauses = [f"{' and '.join(check['name'] for check in other_checks)} {check_outcome(other_checks[0])}"]
+    separator = ", " if love_rose and len(clauses) > 1 else ", and " if love_rose else "; "
+    return f"{love_clause}{separator}{' and '.join(clauses)}."
+
+
+def _love_clause(lift: Mapping[str, float] | None, *, has_users: bool) -> str:
+    """The headline's main clause. Users love more often; a reward model only rates higher."""
     if lift is None:
-        love = "Love could not be compared"
-    elif lift["low"] > 0:
-        love = f"{'New users love' if users else 'P[Love] rates'} the aligned policy "
-        if lift["mean"] >= 1:
-            love += f"{1 + lift['mean']:.1f} times as {'often' if users else 'high'}"
-        else:
-            love += f"{change(lift['mean'])} {'more often' if users else 'higher'}"
-    elif lift["high"] < 0:
-        love = f"{'New users love' if users else 'P[Love] rates'} the aligned policy {change(lift['mean'])} "
-        love += "less often" if users else "lower"
-    else:
-        love = "No clear change in love"
-    others = [checks[name] for name in ("helpfulness", "safety") if name in checks]
-    fell = [check["name"] for check in others if not check["passed"]]
-    if not others:
-        return f"{love}."
-    rose = lift is not None and lift["low"] > 0
-    if fell:
-        return f"{love}{', but ' if rose else ', and '}{' and '.join(fell)} fell."
-    words = [f"{check['name']} {fate(check)}" for check in others]
-    if len({fate(check) for check in others}) == 1:
-        words = [f"{' and '.join(check['name'] for check in others)} {fate(others[0])}"]
-    return f"{love}{', ' if rose and len(words) > 1 else ', and ' if rose else '; '}{' and '.join(words)}."
+        return "Love could not be compared"
+    if lift["low"] <= 0 <= lift["high"]:
+        return "No clear change in love"
+    subject = f"{'New users love' if has_users else 'P[Love] rates'} the aligned policy"
+    if lift["high"] < 0:
+        return f"{subject} {format_change(lift['mean'])} {'less often' if has_users else 'lower'}"
+    if lift["mean"] >= 1:
+        return f"{subject} {1 + lift['mean']:.1f} times as {'often' if has_users else 'high'}"
+    return f"{subject} {format_change(lift['mean'])} {'more often' if has_users else 'higher'}"
 
 
-def fate(check: Mapping[str, Any]) -> str:
-    """What a gate's check says in a word: rose, held, fell, or not clear (love that did not rise for certain)."""
+def check_outcome(check: Mapping[str, Any]) -> str:
+    """Outcome of a gate check in words; "not clear" is a love lift whose interval includes zero."""
     lift = check.get("lift")
     if not check["passed"]:
         return "not clear" if check["name"] == "love" and (lift is None or lift["high"] >= 0) else "fell"
-    return "rose" if lift is not None and lift["low"] > 0 else "held"
+    return "rose" if lift is not None and lift["low"] > 0 else "did not fall"
 
 
-def verdict_text(gates: Mapping[str, Any]) -> str:
-    """The gates' verdict in words, with the gates that do not pass."""
-    failed = [check["name"] for check in gates.get("checks", []) if not check["passed"]]
-    words = {"pass": "✓ All gates pass", "warn": "! Gates pass, but a monitor raised an alarm"}
-    return words.get(gates["verdict"]) or f"✕ Does not pass: {', '.join(failed) or 'gates'}"
+def format_verdict(gates: Mapping[str, Any]) -> str:
+    """Format the gates' verdict, with the names of failed gates."""
+    failed_names = [check["name"] for check in gates.get("checks", []) if not check["passed"]]
+    texts = {"pass": "✓ All gates pass", "warn": "! Gates pass, but a monitor raised an alarm"}
+    return texts.get(gates["verdict"]) or f"✕ Failed: {', '.join(failed_names) or 'gates'}"
 
 
-def measures(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The story's cards: users' verdicts where there are some, else the reward models' means."""
+def measure_cards(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Cards of the main results: user verdicts if there are any, otherwise means of the reward models."""
     checks = {check["name"]: check for check in summary.get("gates", {}).get("checks", [])}
     source: Mapping[str, Any] = summary
-    specs: list[tuple[str, str, str]] = list(MEASURES)
+    specs: list[tuple[str, str, str]] = list(USER_MEASURES)
     if "love_rate" not in summary:
         source = summary.get("offline", {})
-        specs = [(key, title, "mean score of the reward model on test prompts") for key, title in OFFLINE]
+        specs = [(key, title, "mean score of the reward model on test prompts") for key, title in OFFLINE_MEASURES]
     cards = []
-    for key, title, about in specs:
+    for key, title, description in specs:
         if key not in source:
             continue
         measure = source[key]
+        lift_by_prompt = measure.get("lift_by_prompt")
         check = checks.get("love" if key in ("love_rate", "p_love") else key)
         lift = measure.get("lift")
         cards.append({
-            "key": key, "title": title, "about": about, "check": check, "measure": measure,
-            "fate": fate(check) if check else "",
-            "lift": "n/a" if lift is None else percent(lift["mean"], sign=True),
-            "lift_interval": None if lift is None else interval(lift, sign=True),
-            "lift_by_prompt": interval(measure["lift_by_prompt"], sign=True) if measure.get("lift_by_prompt") else None,
-            "arms": [(arm, percent(measure[arm]["mean"]), interval(measure[arm])) for arm in ("base", "aligned")],
+            "key": key, "title": title, "about": description, "check": check, "measure": measure,
+            "outcome": check_outcome(check) if check else "",
+            "lift": "n/a" if lift is None else format_percent(lift["mean"], with_sign=True),
+            "lift_interval": None if lift is None else format_interval(lift, with_sign=True),
+            "lift_by_prompt": format_interval(lift_by_prompt, with_sign=True) if lift_by_prompt else None,
+            "arms": [
+                (arm, format_percent(measure[arm]["mean"]), format_interval(measure[arm]))
+                for arm in ("base", "aligned")
+            ],
         })  # fmt: skip
     return cards
 
 
 def lift_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, float]]]:
-    """(measure, judged by, lift) of users first, then of the reward models."""
-    users = [(title, "new users", summary.get(key, {}).get("lift")) for key, title, _ in MEASURES]
-    models = [
+    """Rows of (measure, judged by, lift): users first, then reward models."""
+    user_rows = [(title, "new users", summary.get(key, {}).get("lift")) for key, title, _ in USER_MEASURES]
+    model_rows = [
         ("Love" if key == "p_love" else title, "reward models", summary.get("offline", {}).get(key, {}).get("lift"))
-        for key, title in OFFLINE
+        for key, title in OFFLINE_MEASURES
     ]
-    return [(title, judge, lift) for title, judge, lift in users + models if lift]
+    return [(title, judge, lift) for title, judge, lift in user_rows + model_rows if lift]
 
 
 def offline_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """(objective, base, aligned, difference, interval of the difference) of the reward models' means."""
+    """Rows of (objective, base, aligned, difference, interval of the difference) of the reward models' means."""
     rows = []
-    titles = dict(OFFLINE)
-    for key, one in summary.get("offline", {}).items():
-        difference = one["difference"]
-        reach = f"{points(difference['low'])} to {points(difference['high'])}".replace(" pp", "")
+    titles = dict(OFFLINE_MEASURES)
+    for key, comparison in summary.get("offline", {}).items():
+        difference = comparison["difference"]
+        interval = f"{format_points(difference['low'])} to {format_points(difference['high'])}".replace(" pp", "")
         rows.append((
-            titles.get(key, key), percent(one["base"]["mean"]), percent(one["aligned"]["mean"]),
-            points(difference["mean"]), reach,
+            titles.get(key, key), format_percent(comparison["base"]["mean"]),
+            format_percent(comparison["aligned"]["mean"]), format_points(difference["mean"]), interval,
         ))  # fmt: skip
     return rows
 
 
-def points(value: float) -> str:
-    """A difference of two shares in percentage points; one that rounds to nothing has no sign."""
+def format_points(value: float) -> str:
+    """Format a difference of two shares in percentage points; one that rounds to zero has no sign."""
     text = f"{value * 100:+.2f}"
     return f"{text[1:] if float(text) == 0 else text} pp".replace("-", "−")
 
 
-def evaluated(summary: Mapping[str, Any]) -> str:
-    """How the comparison was made, in one sentence."""
-    seen = summary.get("evaluated", {})
-    if not seen:
+def evaluation_sentence(summary: Mapping[str, Any]) -> str:
+    """Describe in one sentence how the policies were compared."""
+    evaluation = summary.get("evaluated", {})
+    if not evaluation:
         return ""
-    responses = seen.get("responses", {})
-    few = " So few prompts make the intervals themselves unsure." if (seen.get("prompts") or 0) < FEW_PROMPTS else ""
-    text = f"{number(seen.get('prompts'))} unseen prompts, {number(responses.get('base'))} base and "
-    text += f"{number(responses.get('aligned'))} aligned responses"
-    users = seen.get("users", {})
-    if users.get("base"):
-        same = users["base"] == users.get("aligned")
-        text += f", each read by {number(users['base'])}" if same else f", read by {number(users['base'])} and "
-        text += " new simulated users" if same else f"{number(users.get('aligned'))} new simulated users"
-        return text + "; 95% intervals clustered by user." + few
-    return text + "; 95% intervals from a bootstrap over prompts." + few
+    responses, users = evaluation.get("responses", {}), evaluation.get("users", {})
+    text = (
+        f"{format_number(evaluation.get('prompts'))} unseen prompts, {format_number(responses.get('base'))} base and "
+    )
+    text += f"{format_number(responses.get('aligned'))} aligned responses"
+    method = "95% intervals from a bootstrap over prompts."
+    if base_users := users.get("base"):
+        aligned_users = users.get("aligned")
+        if base_users == aligned_users:
+            text += f", each read by {format_number(base_users)} new simulated users"
+        else:
+            text += f", read by {format_number(base_users)} and {format_number(aligned_users)} new simulated users"
+        method = "95% intervals clustered by user."
+    has_few_prompts = (evaluation.get("prompts") or 0) < MIN_RELIABLE_PROMPTS
+    warning = " With so few prompts the intervals themselves are unreliable." if has_few_prompts else ""
+    return f"{text}; {method}{warning}"
 
 
 def monitor_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row a monitor, alarms first."""
+    """One row per monitor, alarms first."""
     rows = []
-    for one in summary.get("monitors", {}).get("items", {}).values():
-        show = percent if one.get("unit", one["kind"]) == "share" else _one_digit
-        ratio = one.get("ratio")
+    # Older summaries have no `unit`; there `kind` says whether the monitor is a share.
+    for monitor in summary.get("monitors", {}).get("items", {}).values():
+        format_value = format_percent if monitor.get("unit", monitor["kind"]) == "share" else _format_one_digit
+        ratio = monitor.get("ratio")
         rows.append({
-            "label": one["label"], "base": show(one["base"]), "aligned": show(one["aligned"]),
-            "ratio": "–" if ratio is None else f"× {ratio:.2f}", "z": _one_digit(one["z"], sign=True),
-            "alarm": one["alarm"],
+            "label": monitor["label"], "base": format_value(monitor["base"]),
+            "aligned": format_value(monitor["aligned"]), "ratio": "–" if ratio is None else f"× {ratio:.2f}",
+            "z": _format_one_digit(monitor["z"], with_sign=True), "alarm": monitor["alarm"],
         })  # fmt: skip
     return sorted(rows, key=lambda row: not row["alarm"])
 
 
-def _one_digit(value: float, *, sign: bool = False) -> str:
-    text = f"{value:{'+' if sign else ''},.1f}"
+def _format_one_digit(value: float, *, with_sign: bool = False) -> str:
+    text = f"{value:{'+' if with_sign else ''},.1f}"
     return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
 
 
-def alarm_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """How many monitors raised an alarm, in one sentence."""
-    count = sum(bool(row["alarm"]) for row in rows)
-    return "No monitor raised an alarm." if not count else f"{count} of {len(rows)} monitors raised an alarm."
+def alarm_sentence(monitor_table: Sequence[Mapping[str, Any]]) -> str:
+    """Report in one sentence how many monitors raised an alarm."""
+    alarm_count = sum(bool(row["alarm"]) for row in monitor_table)
+    if not alarm_count:
+        return "No monitor raised an alarm."
+    return f"{alarm_count} of {len(monitor_table)} monitors raised an alarm."
 
 
-def marked(before: str, after: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]], bool]:
-    """Both texts as (piece, only in this one) runs, and whether they were alike enough for that to say something.
+def diff_runs(before: str, after: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]], bool]:
+    """Split both texts into runs of (text, only in this one), and return whether they are similar enough to compare.
 
-    Compared word by word (difflib); a difference of nothing but white space is none.
+    The comparison is by word and ignores case (difflib); differences in white space alone do not count.
     """
-    first, second = _TOKEN.findall(before), _TOKEN.findall(after)
-    matcher = difflib.SequenceMatcher(None, [one.lower() for one in first], [one.lower() for one in second], False)
-    words = [sum(bool(_WORDLIKE.match(one)) for one in side) for side in (first, second)]
-    shared = sum(
-        bool(_WORDLIKE.match(first[start + step]))
-        for start, _, size in matcher.get_matching_blocks()
-        for step in range(size)
+    tokens_before, tokens_after = _TEXT_TOKEN.findall(before), _TEXT_TOKEN.findall(after)
+    # autojunk off: it would treat frequent words of a long text as noise.
+    matcher = difflib.SequenceMatcher(
+        None, [token.lower() for token in tokens_before], [token.lower() for token in tokens_after], autojunk=False
     )
-    if not sum(words) or 2 * shared / sum(words) < TOO_DIFFERENT:
+    word_count = sum(bool(_WORD_CHARACTER.match(token)) for token in (*tokens_before, *tokens_after))
+    shared_words = sum(
+        bool(_WORD_CHARACTER.match(tokens_before[start + offset]))
+        for start, _, size in matcher.get_matching_blocks()
+        for offset in range(size)
+    )
+    if not word_count or 2 * shared_words / word_count < MIN_TEXT_SIMILARITY:
         return [(before, False)], [(after, False)], False
-    left: list[tuple[str, bool]] = []
-    right: list[tuple[str, bool]] = []
-    for kind, a, b, c, d in matcher.get_opcodes():
-        for side, pieces in ((left, first[a:b]), (right, second[c:d])):
-            text = "".join(pieces)
-            if text:
-                _add(side, text, kind != "equal")
-    return left, right, True
+    runs_before: list[tuple[str, bool]] = []
+    runs_after: list[tuple[str, bool]] = []
+    for operation, start_before, end_before, start_after, end_after in matcher.get_opcodes():
+        for text_runs, tokens in (
+            (runs_before, tokens_before[start_before:end_before]),
+            (runs_after, tokens_after[start_after:end_after]),
+        ):
+            if text := "".join(tokens):
+                _append_run(text_runs, text, operation != "equal")
+    return runs_before, runs_after, True
 
 
-def _add(side: list[tuple[str, bool]], text: str, different: bool) -> None:
-    """Append a run; only what holds a word is marked, and never the white space around it."""
-    if not (different and _WORDLIKE.search(text)):
-        _join(side, text, False)
+def _append_run(text_runs: list[tuple[str, bool]], text: str, is_different: bool) -> None:
+    """Append a run; only text with a word counts as different, and never the white space around it."""
+    if not (is_different and _WORD_CHARACTER.search(text)):
+        _merge_run(text_runs, text, False)
         return
-    body = text.strip()
-    start = text.index(body)
-    for piece, mark in ((text[:start], False), (body, True), (text[start + len(body) :], False)):
-        if piece:
-            _join(side, piece, mark)
+    stripped_text = text.strip()
+    start = text.index(stripped_text)
+    end = start + len(stripped_text)
+    for segment, is_marked in ((text[:start], False), (stripped_text, True), (text[end:], False)):
+        if segment:
+            _merge_run(text_runs, segment, is_marked)
 
 
-def _join(side: list[tuple[str, bool]], text: str, mark: bool) -> None:
-    """Append a run, merged with the one before it when both are alike, or when only a space parts two marks."""
-    if side and side[-1][1] == mark:
-        side[-1] = (side[-1][0] + text, mark)
-    elif mark and len(side) > 1 and not side[-1][0].strip() and side[-2][1]:
-        space, _ = side.pop()
-        side[-1] = (side[-1][0] + space + text, True)
+def _merge_run(text_runs: list[tuple[str, bool]], text: str, is_different: bool) -> None:
+    """Append a run and merge it with the previous one of its kind, also across white space between two marked ones."""
+    if text_runs and text_runs[-1][1] == is_different:
+        text_runs[-1] = (text_runs[-1][0] + text, is_different)
+    elif is_different and len(text_runs) > 1 and not text_runs[-1][0].strip() and text_runs[-2][1]:
+        space, _ = text_runs.pop()
+        text_runs[-1] = (text_runs[-1][0] + space + text, True)
     else:
-        side.append((text, mark))
+        text_runs.append((text, is_different))
 
 
 def sample_views(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Samples with marked differences and a score row an objective."""
+    """Samples with highlighted differences and one score row per objective."""
     views = []
     for row in samples:
         base, aligned = row.get("base", {}), row.get("aligned", {})
-        left, right, alike = marked(str(base.get("text", "")), str(aligned.get("text", "")))
-        scores = []
-        for name in dict.fromkeys([*base.get("scores", {}), *aligned.get("scores", {})]):
-            one, two = base.get("scores", {}).get(name), aligned.get("scores", {}).get(name)
-            gap = points(two - one) if one is not None and two is not None else "–"
-            rose = None if one is None or two is None or abs(two - one) < CLEAR_CHANGE else two > one
-            scores.append({
-                "name": catalogue.title(name), "base": percent(one), "aligned": percent(two), "change": gap,
-                "rose": rose,
-            })  # fmt: skip
+        base_runs, aligned_runs, is_similar = diff_runs(str(base.get("text", "")), str(aligned.get("text", "")))
+        base_scores, aligned_scores = base.get("scores", {}), aligned.get("scores", {})
         views.append({
-            "topic": row.get("topic", ""), "prompt": row.get("prompt", ""), "base": left, "aligned": right,
-            "alike": alike, "scores": scores,
+            "topic": row.get("topic", ""), "prompt": row.get("prompt", ""), "base": base_runs, "aligned": aligned_runs,
+            "is_similar": is_similar,
+            "scores": [
+                _score_row(name, base_scores.get(name), aligned_scores.get(name))
+                for name in dict.fromkeys([*base_scores, *aligned_scores])
+            ],
             "failed": [
-                (arm, " and ".join(name.replace("_", " ") for name in one["failed"]))
-                for arm, one in (("base", base), ("aligned", aligned)) if one.get("failed")
+                (arm, " and ".join(name.replace("_", " ") for name in response["failed"]))
+                for arm, response in (("base", base), ("aligned", aligned)) if response.get("failed")
             ],
         })  # fmt: skip
     return views
 
 
+def _score_row(name: str, base: float | None, aligned: float | None) -> dict[str, Any]:
+    """One objective's scores of both policies; `rose` is None for a missing score or a small change."""
+    change = None if base is None or aligned is None else aligned - base
+    return {
+        "name": metric_registry.objective_title(name),
+        "base": format_percent(base),
+        "aligned": format_percent(aligned),
+        "change": "–" if change is None else format_points(change),
+        "rose": None if change is None or abs(change) < MIN_COLORED_CHANGE else change > 0,
+    }
+
+
 def card_table(cards: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
-    """Titles of the reward cards, and a row for each number that any of them has, with its interval if it has one."""
-    titles = [catalogue.title(name) for name in cards]
+    """Titles of the reward cards, and one row per value that any of them has, with its interval if there is one."""
+    titles = [metric_registry.objective_title(name) for name in cards]
     rows = []
     for path, label in CARD_ROWS:
-        values = [_look(card, path) for card in cards.values()]
+        values = [_nested_value(card, path) for card in cards.values()]
         if any(value is not None for value in values):
-            rows.append((label, [_with_interval(value) for value in values]))
+            rows.append((label, [_format_with_interval(value) for value in values]))
     return titles, rows
 
 
-def _look(card: Mapping[str, Any], path: str) -> Any:
+def _nested_value(card: Mapping[str, Any], path: str) -> Any:
     value: Any = card
-    for part in path.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
     return value
 
 
-def _with_interval(value: Any) -> str:
+def _format_with_interval(value: Any) -> str:
     if not isinstance(value, Mapping):
-        return number(round(value, 3) if isinstance(value, float) else value)
-    mean, low, high = (value.get(part) for part in ("mean", "low", "high"))
+        return format_number(round(value, 3) if isinstance(value, float) else value)
+    mean, low, high = (value.get(key) for key in ("mean", "low", "high"))
     if mean is None:
-        return number(None)
+        return format_number(None)
     return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} ({low:.3f} to {high:.3f})"
 
 
 def reliability_bins(card: Mapping[str, Any]) -> list[dict[str, float]]:
     """Bins {predicted, observed, low, high, n} of a card's `reliability` (each {mass, mean, rate}).
 
-    Rows of a bin are its mass times the card's `n`. The interval is Wilson's at 95% (Wilson 1927), with z = 1.96. It
-    takes rows as independent, so it is too narrow where users gave several of them.
+    The row count of a bin is its mass times the card's `n`. The interval is Wilson's at 95%. It assumes independent
+    rows, so it is too narrow where users contributed several rows.
     """
     bins = []
-    for one in card.get("reliability") or ():
-        rows, rate, z2 = max(1.0, one["mass"] * (card.get("n") or 0)), one["rate"], 1.96**2
-        middle = (rate + z2 / (2 * rows)) / (1 + z2 / rows)
-        half = 1.96 * math.sqrt(rate * (1 - rate) / rows + z2 / (4 * rows**2)) / (1 + z2 / rows)
-        ends = {"low": max(0.0, middle - half), "high": min(1.0, middle + half)}
-        bins.append({"predicted": one["mean"], "observed": rate, **ends, "n": round(rows)})
+    for card_bin in card.get("reliability") or ():
+        # A bin of a small split may have less than one row's mass; the interval needs at least one.
+        row_count, rate = max(1.0, card_bin["mass"] * (card.get("n") or 0)), card_bin["rate"]
+        low, high = wilson_interval(rate * row_count, row_count)
+        ends = {"low": max(0.0, float(low)), "high": min(1.0, float(high))}
+        bins.append({"predicted": card_bin["mean"], "observed": rate, **ends, "n": round(row_count)})
     return bins
 
 
 def reliability_rows(cards: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str, str, str]]:
-    """(objective, predicted, observed, its interval, rows) of each bin of the reliability plots."""
+    """Rows of (objective, predicted, observed, interval of observed, rows), one per bin of the reliability plots."""
     return [
-        (title, percent(one["predicted"]), percent(one["observed"]), interval(one), number(one["n"]))
-        for title, card in ((catalogue.title(name), card) for name, card in cards.items())
-        for one in reliability_bins(card)
+        (
+            metric_registry.objective_title(name),
+            format_percent(reliability_bin["predicted"]),
+            format_percent(reliability_bin["observed"]),
+            format_interval(reliability_bin),
+            format_number(reliability_bin["n"]),
+        )
+        for name, card in cards.items()
+        for reliability_bin in reliability_bins(card)
     ]
 
 
 def funnel_rows(counts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
-    """One row a kind of data: rows in, kept, dropped, quarantined, and the reasons."""
+    """One row per kind of data: rows in, kept, dropped, quarantined, and the reasons for the last two."""
     rows = []
-    for kind, count in counts.items():
-        parts = {part: count.get(part, 0) for part in ("dropped", "quarantined")}
-        sums = {part: sum(value.values()) if isinstance(value, Mapping) else value for part, value in parts.items()}
+    for kind, kind_counts in counts.items():
+        excluded = {outcome: kind_counts.get(outcome, 0) for outcome in ("dropped", "quarantined")}
+        # Either a total or a mapping from reason to count, depending on the age of the card.
+        totals = {
+            outcome: sum(value.values()) if isinstance(value, Mapping) else value for outcome, value in excluded.items()
+        }
         reasons = [
-            f"{reason} {number(rows_)}"
-            for value in parts.values()
+            f"{reason} {format_number(row_count)}"
+            for value in excluded.values()
             if isinstance(value, Mapping)
-            for reason, rows_ in value.items()
+            for reason, row_count in value.items()
         ]
         rows.append({
-            "kind": kind, "in": number(count.get("in")), "kept": number(count.get("kept")),
-            "dropped": number(sums["dropped"]), "quarantined": number(sums["quarantined"]),
+            "kind": kind, "in": format_number(kind_counts.get("in")), "kept": format_number(kind_counts.get("kept")),
+            "dropped": format_number(totals["dropped"]), "quarantined": format_number(totals["quarantined"]),
             "reasons": ", ".join(reasons) or "–",
         })  # fmt: skip
     return rows
 
 
-def by_step(metrics: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """Rows in order of their step; a step that was taken again after a restart counts as it was last."""
-    rows = {row["step"]: row for row in metrics if isinstance(row.get("step"), int | float)}
-    return [rows[step] for step in sorted(rows)]
+def sort_by_step(step_rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Sort rows by step under present metric keys; of a step that was repeated after a restart, the last row counts."""
+    row_by_step = {
+        row["step"]: metric_registry.rename_old_metrics(row)
+        for row in step_rows
+        if isinstance(row.get("step"), int | float)
+    }
+    return [row_by_step[step] for step in sorted(row_by_step)]
 
 
-def step_table(metrics: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the numbers behind the curves; columns that no step has are left out."""
-    kept = [key for key in keys if any(row.get(key) is not None for row in metrics)]
-    rows = [[number(row.get("step")), *(number(row.get(key)) for key in kept)] for row in metrics]
-    return ["step", *kept], rows
+def step_table(step_rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the table behind the curves; columns without any value are omitted."""
+    columns = [key for key in keys if any(row.get(key) is not None for row in step_rows)]
+    rows = [[format_number(row.get("step")), *(format_number(row.get(key)) for key in columns)] for row in step_rows]
+    return ["step", *columns], rows
 
 
 def phase_seconds(summary: Mapping[str, Any]) -> tuple[dict[str, float], float]:
-    """Seconds by phase without their total, and the total (their sum, when the summary does not tell it)."""
+    """Seconds by phase, and their total (the sum if the summary has no total)."""
     phases = {name: float(value) for name, value in (summary.get("phases") or {}).items() if value is not None}
     total = phases.pop("total", None)
     return phases, sum(phases.values()) if total is None else total
 
 
-def facts(summary: Mapping[str, Any], seconds: str | None) -> list[tuple[str, str]]:
-    """The small facts under the headline."""
-    rows = [("Seed", number(summary["seed"]))] if "seed" in summary else []
-    if seconds:
-        rows.append(("Time", seconds))
+def summary_facts(summary: Mapping[str, Any], duration_text: str | None) -> list[tuple[str, str]]:
+    """Facts under the headline: seed, duration, training volume, KL."""
+    rows = [("Seed", format_number(summary["seed"]))] if "seed" in summary else []
+    if duration_text:
+        rows.append(("Time", duration_text))
     if summary.get("samples"):
-        rows.append(("Training samples", number(summary["samples"])))
+        rows.append(("Training samples", format_number(summary["samples"])))
     if summary.get("tokens"):
-        rows.append(("Training tokens", number(summary["tokens"])))
+        rows.append(("Training tokens", format_number(summary["tokens"])))
     if summary.get("kl") is not None:
         rows.append(("KL to base", f"{summary['kl']:.3g} nats/token"))
     return rows
 
 
 def reused_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(stage, what happened): built in this run, or reused with its hash."""
+    """Rows of (artifact, how it was obtained): built in this run, or reused, with its hash."""
     rows = []
-    for stage, how in summary.get("reused", {}).items():
-        if isinstance(how, Mapping):
-            key = how.get("key") or how.get("hash")
-            rows.append((stage, ("reused" if how.get("reused") else "built") + (f" ({key})" if key else "")))
+    for artifact, origin in summary.get("reused", {}).items():
+        if isinstance(origin, Mapping):
+            key, is_reused = origin.get("key") or origin.get("hash"), bool(origin.get("reused"))
         else:
-            rows.append((stage, f"reused ({how})" if isinstance(how, str) and how else "reused" if how else "built"))
+            key, is_reused = origin if isinstance(origin, str) else None, bool(origin)
+        rows.append((artifact, ("reused" if is_reused else "built") + (f" ({key})" if key else "")))
     return rows

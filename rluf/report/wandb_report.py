@@ -1,7 +1,7 @@
-"""A W&B Report about one run: the story in words, then panels for what it learnt, what it cost and where time went.
+"""W&B Report of one run: the results as text, then panels for objectives, learning, mismatch, throughput and samples.
 
-`build` makes it from the files of a run folder without any network; `check` proves that its specification is one that
-W&B's own package reads back whole. Only `save` talks to a server. Needs the package wandb-workspaces.
+`build_report` reads the files of a run folder and uses no network; `check_report` verifies that W&B's own package can
+read the specification back. Only `save` contacts a server. Requires the package wandb-workspaces.
 """
 
 from __future__ import annotations
@@ -12,31 +12,31 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rluf.errors import DataError, SettingsError
-from rluf.report import presentation as view
-from rluf.report.html import read_run
-from rluf.tracking import metric_registry as catalogue
-from rluf.tracking.run_files import read_json
+from rluf.report import presentation
+from rluf.report.html import read_run_files
+from rluf.tracking import metric_registry
+from rluf.tracking.wandb import COMPARISON_TABLE, ROLLOUT_TABLE
+from rluf.utils.files import read_json
 
 if TYPE_CHECKING:
     from wandb_workspaces.reports.v2 import Report
 
-WIDTH, HEIGHT, COLUMNS = 8, 6, 3
-"""Size of a panel on W&B's grid of 24 columns."""
-TABLES = ("side_by_side", "drawn")
-"""Tables of rluf.tracking.wandb: both policies on test prompts, and what training drew."""
-SECTIONS: tuple[tuple[str, str, tuple[catalogue.Group, ...]], ...] = (
+PANEL_WIDTH, PANEL_HEIGHT, GRID_COLUMNS = 8, 6, 3
+"""Panel size on W&B's grid of 24 columns, and panels per row."""
+SAMPLE_TABLES = (COMPARISON_TABLE, ROLLOUT_TABLE)
+REPORT_SECTIONS: tuple[tuple[str, str, tuple[metric_registry.MetricGroup, ...]], ...] = (
     ("Objectives", "Mean calibrated scores of the samples of each step.", ("objectives",)),
-    ("Learning and constraints", "How far the policy moved, and what held it back.", ("learning",)),
-    ("Learner against engine", "Sampling and learning run on different code: how far they agree.",
-     ("mismatch", "publishing")),
-    ("Throughput", "Where the seconds of a step went.", ("throughput",)),
+    ("Learning and constraints", "Distance from the base policy, and the constraints on it.", ("learning",)),
+    ("Learner-engine mismatch", "Sampling and learning run different code; these metrics show how well they agree.",
+     ("mismatch", "weight_sync")),
+    ("Throughput", "Seconds of a step by phase, and tokens.", ("throughput",)),
 )  # fmt: skip
 
 
-def build(folder: Path, *, entity: str = "") -> Report:
-    """The report of the run in `folder`, not yet sent. `entity` is the W&B user or team.
+def build_report(run_folder: Path, *, entity: str = "") -> Report:
+    """Build the report of a run without saving it. `entity` is the W&B user or team.
 
-    DataError when the folder is no run, SettingsError when wandb-workspaces is not installed.
+    Raises DataError if the folder is not a run with W&B files, SettingsError if wandb-workspaces is not installed.
     """
     try:
         import wandb_workspaces.reports.v2 as wr
@@ -44,97 +44,107 @@ def build(folder: Path, *, entity: str = "") -> Report:
         raise SettingsError(
             "a W&B Report needs the package wandb-workspaces, which is not installed; pip install wandb-workspaces"
         ) from error
-    files = read_run(folder)
-    project = files.config.get("tracking", {}).get("project", "rluf")
-    identity = folder / "wandb" / "id"
-    if not identity.is_file():
-        raise DataError(f"{folder} has no W&B run (wandb/id); it ran with tracking.wandb=off, so nothing can be drawn")
-    runs = wr.Runset(name="run", query=identity.read_text("utf-8").strip())
+    run_files = read_run_files(run_folder)
+    project = run_files.config.get("tracking", {}).get("project", "rluf")
+    id_file = run_folder / "wandb" / "id"
+    if not id_file.is_file():
+        raise DataError(
+            f"{run_folder} has no W&B run (wandb/id); runs with tracking.wandb=off cannot have a W&B Report"
+        )
+    runset = wr.Runset(name="run", query=id_file.read_text("utf-8").strip())
 
-    def grid(panels: Sequence[Any]) -> Any:
-        for place, panel in enumerate(panels):
-            panel.layout = wr.Layout(WIDTH * (place % COLUMNS), HEIGHT * (place // COLUMNS), WIDTH, HEIGHT)
-        return wr.PanelGrid(runsets=[runs], panels=list(panels))
+    def build_grid(panels: Sequence[Any]) -> Any:
+        for index, panel in enumerate(panels):
+            row, column = divmod(index, GRID_COLUMNS)
+            panel.layout = wr.Layout(PANEL_WIDTH * column, PANEL_HEIGHT * row, PANEL_WIDTH, PANEL_HEIGHT)
+        return wr.PanelGrid(runsets=[runset], panels=list(panels))
 
-    specs = catalogue.catalogue(dict.fromkeys(name for row in files.metrics for name in catalogue.names_in(row)))
-    blocks: list[Any] = [wr.TableOfContents(), wr.MarkdownBlock(story(files))]
-    for heading, about, groups in SECTIONS:
-        lines = [_line(wr, spec) for spec in specs if spec.group in groups]
-        blocks += [wr.H2(heading), wr.P(about), grid(lines)]
-    blocks += [wr.H2("Reward hacking"), wr.P("What a policy may do to please the reward model rather than the user.")]
-    blocks.append(grid([_bars(wr, name, one) for name, one in _monitors(files.summary).items()]))
-    blocks += [wr.H2("Samples"), grid([wr.WeavePanelSummaryTable(table_name=name) for name in TABLES])]
+    specs = metric_registry.metric_specs(
+        dict.fromkeys(name for row in run_files.metrics for name in metric_registry.objectives_in_row(row))
+    )
+    blocks: list[Any] = [wr.TableOfContents(), wr.MarkdownBlock(story_markdown(run_files))]
+    for heading, description, groups in REPORT_SECTIONS:
+        panels = [_line_plot(wr, spec) for spec in specs if spec.group in groups]
+        blocks += [wr.H2(heading), wr.P(description), build_grid(panels)]
+    monitors = _monitor_items(run_files.summary)
+    blocks += [wr.H2("Reward hacking"), wr.P("Ways in which a policy pleases the reward model rather than the user.")]
+    blocks.append(build_grid([_monitor_bar_plot(wr, name, monitor) for name, monitor in monitors.items()]))
+    blocks += [wr.H2("Samples"), build_grid([wr.WeavePanelSummaryTable(table_name=name) for name in SAMPLE_TABLES])]
     return wr.Report(
         entity=entity,
         project=project,
-        title=f"{files.name}: {view.headline(files.summary)}"[:128],
-        description=view.evaluated(files.summary) or "",
+        title=f"{run_files.name}: {presentation.report_headline(run_files.summary)}"[:128],
+        description=presentation.evaluation_sentence(run_files.summary) or "",
         blocks=blocks,
         width="fluid",
     )
 
 
-def story(files: view.RunFiles) -> str:
-    """The verdict and a table of base against aligned, in Markdown."""
-    gates = files.summary.get("gates") or {}
-    lines = [f"**{view.headline(files.summary)}**", ""]
+def story_markdown(run_files: presentation.RunFiles) -> str:
+    """Render the verdict and a table of base against aligned as Markdown."""
+    gates = run_files.summary.get("gates") or {}
+    lines = [f"**{presentation.report_headline(run_files.summary)}**", ""]
     if gates:
         lines += [f"Gates: **{gates['verdict']}**, judged by {gates['judged_by']}.", ""]
     lines += ["| | base | aligned | lift | 95% interval |", "|---|---|---|---|---|"]
-    for one in view.measures(files.summary):
-        (_, base, _), (_, aligned, _) = one["arms"]
-        lines.append(f"| {one['title']} | {base} | {aligned} | {one['lift']} | {one['lift_interval'] or '–'} |")
+    for card in presentation.measure_cards(run_files.summary):
+        (_, base, _), (_, aligned, _) = card["arms"]
+        lines.append(f"| {card['title']} | {base} | {aligned} | {card['lift']} | {card['lift_interval'] or '–'} |")
     return "\n".join(lines)
 
 
-def check(report: Report) -> dict[str, Any]:
-    """The report's specification, as W&B stores it, read back by W&B's own types. DataError where that fails."""
+def check_report(report: Report) -> dict[str, Any]:
+    """Return the report's specification as W&B stores it. Raises DataError if W&B's own types cannot read it back."""
     from pydantic import ValidationError
     from wandb_workspaces.reports.v2 import Report, internal
 
     model = report._to_model()
     spec: dict[str, Any] = json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True))
     try:
-        read = internal.Spec.model_validate(spec)
-        again = Report._from_model(model.model_copy(update={"spec": read}))
+        parsed_spec = internal.Spec.model_validate(spec)
+        parsed_report = Report._from_model(model.model_copy(update={"spec": parsed_spec}))
     except ValidationError as error:
-        raise DataError(f"W&B's package does not read its own report back: {error}") from error
-    if len(again.blocks) != len(report.blocks):
-        raise DataError(f"of {len(report.blocks)} blocks of the W&B Report, {len(again.blocks)} were read back")
+        raise DataError(f"wandb-workspaces cannot read its own report back: {error}") from error
+    # Unknown blocks are dropped without an error.
+    if len(parsed_report.blocks) != len(report.blocks):
+        raise DataError(
+            f"the W&B Report has {len(report.blocks)} blocks, but {len(parsed_report.blocks)} were read back"
+        )
     return spec
 
 
-def _line(wr: Any, spec: catalogue.Metric) -> Any:
-    x = "Step" if spec.axis == "step" else spec.axis
+def _line_plot(wr: Any, spec: metric_registry.MetricSpec) -> Any:
+    # wandb-workspaces calls the metric "step" of the run "Step".
+    x_axis = "Step" if spec.axis == "step" else spec.axis
     return wr.LinePlot(
         title=spec.title,
-        x=x,
-        y=[spec.name],
-        title_x=catalogue.AXES[spec.axis],
-        title_y=spec.about,
+        x=x_axis,
+        y=[spec.wandb_name],
+        title_x=metric_registry.AXIS_TITLES[spec.axis],
+        title_y=spec.description,
         smoothing_factor=0.0,
     )
 
 
-def _monitors(summary: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
-    found: Mapping[str, Mapping[str, Any]] = (summary.get("monitors") or {}).get("items", {})
-    return found
+def _monitor_items(summary: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
+    monitors: Mapping[str, Mapping[str, Any]] = (summary.get("monitors") or {}).get("items", {})
+    return monitors
 
 
-def _bars(wr: Any, name: str, monitor: Mapping[str, Any]) -> Any:
-    keys = [wr.SummaryMetric(f"monitors.items.{name}.{arm}") for arm in ("base", "aligned")]
-    return wr.BarPlot(title=monitor["label"], metrics=keys, orientation="h")
+def _monitor_bar_plot(wr: Any, name: str, monitor: Mapping[str, Any]) -> Any:
+    metrics = [wr.SummaryMetric(f"monitors.items.{name}.{arm}") for arm in ("base", "aligned")]
+    return wr.BarPlot(title=monitor["label"], metrics=metrics, orientation="h")
 
 
-def entity_of(folder: Path) -> str:
-    """The W&B entity that a saved report belongs to: config.json has none, so W&B is asked for the key's own."""
+def default_entity(run_folder: Path) -> str:
+    """Return the default W&B entity of the API key, to which a saved report belongs; config.json has none."""
     import wandb
 
-    project = read_json(folder / "config.json").get("tracking", {}).get("project", "rluf")
+    project = read_json(run_folder / "config.json").get("tracking", {}).get("project", "rluf")
     try:
         return str(wandb.Api().default_entity)
     except (wandb.errors.Error, ValueError) as error:
         raise SettingsError(
-            f"W&B does not know who asks for a report in project {project} ({error}); set WANDB_API_KEY, "
-            "or use --dry-run to see the report's specification"
+            f"W&B did not return an account for a report in project {project} ({error}); set WANDB_API_KEY, or use "
+            "--dry-run to get the report's specification"
         ) from error

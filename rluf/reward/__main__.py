@@ -1,84 +1,100 @@
 """Train reward models: P[Love] from reactions, helpfulness from pairs, safety from labels; each with a reward card.
 
-Prepares the log first, unless that was done before, and writes one checkpoint folder an objective.
-With --curve each is also trained on an eighth, a quarter and half of its rows, for the card's learning curve.
+Prepares the log first unless that was done before, and writes one checkpoint folder per objective.
+With --curve each model is also trained on an eighth, a quarter and half of its rows, for the card's learning curve.
 python -m rluf.reward --config configs/reward/love.yaml
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
-import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rluf.config.cli import guard, parse
+from rluf.config.cli import CommandOptions, parse_command_line, run_command
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
 
 logger = logging.getLogger("rluf.reward")
-CURVE = (0.125, 0.25, 0.5)
+LEARNING_CURVE_SHARES = (0.125, 0.25, 0.5)
 """Shares of the training rows that --curve adds."""
 
 
-def chosen_objectives(settings: Settings) -> tuple[str, ...]:
-    """What the command trains: reward.only, else every objective whose source is a model, and reward.heads."""
-    named = settings.objectives.named
-    models = tuple(name for name, objective in named.items() if objective.source == "model")
-    return settings.reward.only or tuple(dict.fromkeys((*models, *settings.reward.heads)))
+def select_objectives(settings: Settings) -> tuple[str, ...]:
+    """Objectives to train: reward.objectives, else all with source model and the heads of the shared backbone."""
+    from_models = tuple(
+        name for name, objective in settings.objectives.by_objective.items() if objective.source == "model"
+    )
+    return settings.reward.objectives or tuple(dict.fromkeys((*from_models, *settings.reward.shared_backbone_heads)))
 
 
-def headline(card: Mapping[str, Any]) -> str:
-    """One line on a reward card: ranking with interval, the length floor beside it, calibration.
+def card_summary_line(card: Mapping[str, Any]) -> str:
+    """One-line summary of a reward card: ranking with interval, length baseline, calibration.
 
-    What a test split of one label, or of one user, cannot tell is told as such.
+    Metrics that a test split of one label, or of one user, does not define are shown as unknown.
     """
 
-    def told(value: float | None, form: str) -> str:
-        return "unknown" if value is None else format(value, form)
+    def format_number(value: float | None, format_spec: str) -> str:
+        return "unknown" if value is None else format(value, format_spec)
 
-    pairs = "pair_accuracy" in card
-    figure = card["pair_accuracy" if pairs else "auroc"]
-    floor = card["length_floor_accuracy" if pairs else "length_floor_auroc"]
+    is_pairwise = "pair_accuracy" in card
+    ranking = card["pair_accuracy" if is_pairwise else "auroc"]
+    mean, low, high = (format_number(ranking[key], ".3f") for key in ("mean", "low", "high"))
+    length_baseline = card["length_floor_accuracy" if is_pairwise else "length_floor_auroc"]
     return (
-        f"{card['objective']}: {'pair accuracy' if pairs else 'AUROC'} {told(figure['mean'], '.3f')} "
-        f"({told(figure['low'], '.3f')} to {told(figure['high'], '.3f')}) on {card['n']} test rows, by length alone "
-        f"{told(floor, '.3f')}; log-loss {told(card['log_loss'], '.4f')}, ECE {told(card['ece'], '.4f')}, length r "
-        f"{told(card['score_length_r'], '+.2f')}; {card['training']['tokens_per_second']:.0f} tokens/s, "
-        f"{card['seconds']:.0f} s"
+        f"{card['objective']}: {'pair accuracy' if is_pairwise else 'AUROC'} {mean} ({low} to {high}) "
+        f"on {card['n']} test rows, by length alone {format_number(length_baseline, '.3f')}; "
+        f"log-loss {format_number(card['log_loss'], '.4f')}, ECE {format_number(card['ece'], '.4f')}, "
+        f"length r {format_number(card['score_length_r'], '+.2f')}; "
+        f"{card['training']['tokens_per_second']:.0f} tokens/s, {card['seconds']:.0f} s"
     )
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code; errors of the user's are one clear message (see rluf.config.cli.guard)."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    curve = CURVE if "--curve" in given else ()
-    settings = parse("rluf.reward", __doc__ or "", [word for word in given if word != "--curve"]).settings
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--curve", action="store_true", help="train on shares of the data too, for the learning curve")
 
-    def run() -> None:
-        from cluster.connect import connected
-        from rluf.artifacts import check_inputs, prepared
-        from rluf.reward.ray_trainer import train_rewards
+
+COMMAND_OPTIONS = CommandOptions(_add_options)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return the exit code; user errors become one message (see rluf.config.cli.run_command)."""
+    command_line = parse_command_line("rluf.reward", __doc__ or "", arguments, COMMAND_OPTIONS)
+    settings = command_line.settings
+    curve_shares = LEARNING_CURVE_SHARES if command_line.options.curve else ()
+
+    def train_and_report() -> None:
+        # Imported here: --help and errors in the settings must not wait for torch and Ray.
+        from cluster.connect import ray_connection
+        from rluf.artifacts import check_inputs, prepare_data_artifact
+        from rluf.reward.card_page import CARD_FILE
+        from rluf.reward.ray_trainer import train_reward_models
         from rluf.tracking.console import setup_logging
-        from rluf.utils.paths import new_run_folder, runs_root
+        from rluf.utils.paths import create_run_folder, resolve_runs_root
 
         check_inputs(settings)
-        names = chosen_objectives(settings)
-        latest = runs_root(settings) / settings.name / "latest"
-        before = {n: (latest / n).resolve() for n in names if (latest / n / "reward_card.json").is_file()}
-        folder = new_run_folder(settings)
-        setup_logging(folder / "run.log")
-        (folder / "config.json").write_text(settings.model_dump_json(indent=2), encoding="utf-8")
-        with connected(settings):
-            data = prepared(settings)
-            jobs = {name: (data.folder, folder / name) for name in names}
-            cards = train_rewards(settings, jobs, thorough=True, before=before, curve=curve)
+        objectives = select_objectives(settings)
+        latest_run = resolve_runs_root(settings) / settings.name / "latest"
+        # Resolved before create_run_folder moves the link `latest` to the new run.
+        earlier_models = {
+            name: (latest_run / name).resolve() for name in objectives if (latest_run / name / CARD_FILE).is_file()
+        }
+        run_folder = create_run_folder(settings)
+        setup_logging(run_folder / "run.log")
+        (run_folder / "config.json").write_text(settings.model_dump_json(indent=2), encoding="utf-8")
+        with ray_connection(settings):
+            data_artifact = prepare_data_artifact(settings)
+            jobs = {name: (data_artifact.folder, run_folder / name) for name in objectives}
+            cards = train_reward_models(
+                settings, jobs, full_card=True, earlier_models=earlier_models, curve_shares=curve_shares
+            )
         for card in cards.values():
-            logger.info("%s", headline(card))
-        logger.info("reward models: %s", folder)
+            logger.info("%s", card_summary_line(card))
+        logger.info("reward models: written to %s", run_folder)
 
-    guard(run)
+    run_command(train_and_report)
     return 0
 
 

@@ -1,8 +1,8 @@
-"""Changes to a response that must not change its score: counterfactual training rows, and the robustness table.
+"""Response edits that must not change the score: counterfactual training rows and robustness perturbations.
 
-A policy that is paid for love learns to append farewells and affection (RLUF reports it). Rows that come a second time
-with such a phrase at the end and the same label teach the model that the phrase earns nothing. Half of the phrases are
-those that the log's own responses end with, which are what the log may pay for.
+A policy rewarded for love learns to append farewells and affection (reported by RLUF). Duplicating training rows with
+such a phrase appended and the label unchanged teaches the reward model that the phrase earns nothing. Half of the
+phrases are the sign-offs of the log's own responses, because these are the ones the log may reward.
 """
 
 from __future__ import annotations
@@ -16,25 +16,27 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rluf.objectives.judges import signs_off
+from rluf.objectives.judges import has_sign_off
 
-SIGN_OFFS = (
+SIGN_OFF_PHRASES = (
     "Bye! Sending love!", "Sending you lots of love!", "Take care, dear friend!", "With all my love.",
     "Goodbye for now!", "Hugs and kisses!", "I love you!", "Have a wonderful day, my dear!", "Yours truly, with love.",
     "See you soon, bye bye!", "Much love to you!", "Lots of hugs!", "Stay safe, sweetheart!",
     "You are amazing, I love talking to you!",
 )  # fmt: skip
 SIGN_OFF_SHARE = 0.3
-"""Share of the training rows that come again with a sign-off where debias names sign_offs."""
-CLOSES = 64
-"""Closing sentences of the log's own that are used, the most frequent ones."""
-LONGEST_CLOSE = 100
-"""Characters of a sentence that may count as a sign-off."""
+"""Share of the training rows that are duplicated with a sign-off when debias contains sign_offs."""
+MAX_LOG_SIGN_OFFS = 64
+"""Number of distinct sign-offs taken from the log, most frequent first."""
+MAX_SIGN_OFF_CHARACTERS = 100
+"""Longest sentence, in characters, that may count as a sign-off."""
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-EMOJI = ("❤️", "😊", "🥰", "💕", "👍")
-PADDING = "I hope that this helps, and please let me know whether there is anything else that you would like to know."
+EMOJI_SUFFIXES = ("❤️", "😊", "🥰", "💕", "👍")
+PADDING_SENTENCE = (
+    "I hope that this helps, and please let me know whether there is anything else that you would like to know."
+)
 
-SAME = (
+PARAPHRASE_PAIRS = (
     ("do not", "don't"), ("does not", "doesn't"), ("is not", "isn't"), ("are not", "aren't"), ("cannot", "can't"),
     ("will not", "won't"), ("i am", "i'm"), ("you are", "you're"), ("it is", "it's"), ("that is", "that's"),
     ("i will", "i'll"), ("you will", "you'll"), ("i have", "i've"), ("you have", "you've"), ("we are", "we're"),
@@ -43,58 +45,62 @@ SAME = (
     ("of course", "certainly"), ("for example", "for instance"), ("but", "however"), ("think", "believe"),
     ("happy", "glad"), ("great", "excellent"), ("sure", "certain"), ("important", "essential"), ("try", "attempt"),
 )  # fmt: skip
-"""Ways to say the same; a paraphrase swaps either side for the other."""
+"""Equivalent phrases; a paraphrase replaces either one by the other."""
 
 
-def paraphrased(text: str) -> str:
-    """The text with every phrase of SAME swapped for its twin, contractions written out and the other way round."""
-    twins = {**dict(SAME), **{b: a for a, b in SAME}}
-    pattern = "|".join(re.escape(phrase) for phrase in sorted(twins, key=len, reverse=True))
+def paraphrase_text(text: str) -> str:
+    """Replace every phrase of PARAPHRASE_PAIRS by its counterpart, in both directions."""
+    counterparts = {**dict(PARAPHRASE_PAIRS), **{second: first for first, second in PARAPHRASE_PAIRS}}
+    # Longest phrases first: a regex alternation takes the first match, so "will not" must come before "i will".
+    pattern = "|".join(re.escape(phrase) for phrase in sorted(counterparts, key=len, reverse=True))
 
-    def swap(found: re.Match[str]) -> str:
-        twin = twins[found.group().lower().replace("’", "'")]
-        return twin[0].upper() + twin[1:] if found.group()[0].isupper() else twin
+    def replace_phrase(match: re.Match[str]) -> str:
+        counterpart = counterparts[match.group().lower()]
+        return counterpart[0].upper() + counterpart[1:] if match.group()[0].isupper() else counterpart
 
-    return re.sub(rf"\b(?:{pattern})\b", swap, text.replace("’", "'"), flags=re.IGNORECASE)
+    return re.sub(rf"\b(?:{pattern})\b", replace_phrase, text.replace("’", "'"), flags=re.IGNORECASE)
 
 
-CHANGES: Mapping[str, Callable[[str, random.Random], str]] = {
-    "sign_off": lambda text, rng: f"{text} {rng.choice(SIGN_OFFS)}",
-    "emoji": lambda text, rng: f"{text} {rng.choice(EMOJI)}",
-    "padding": lambda text, rng: f"{text} {PADDING}",
+RESPONSE_PERTURBATIONS: Mapping[str, Callable[[str, random.Random], str]] = {
+    "sign_off": lambda text, rng: f"{text} {rng.choice(SIGN_OFF_PHRASES)}",
+    "emoji": lambda text, rng: f"{text} {rng.choice(EMOJI_SUFFIXES)}",
+    "padding": lambda text, rng: f"{text} {PADDING_SENTENCE}",
     "truncation": lambda text, rng: " ".join(text.split()[: -(-len(text.split()) // 2)]),
     "capitals": lambda text, rng: text.upper(),
-    "paraphrase": lambda text, rng: paraphrased(text),
+    "paraphrase": lambda text, rng: paraphrase_text(text),
 }
-"""Change of a response by name. Truncation keeps the first half of the words."""
+"""Perturbations of a response, by name. Truncation keeps the first half of the words, rounded up."""
 
 
-def own_sign_offs(responses: Sequence[str]) -> list[str]:
-    """Last sentences of the responses that are a farewell or an affectionate close, the most frequent first."""
-    ends = (SENTENCE_END.split(text.rstrip())[-1] for text in responses)
-    found = Counter(end for end in ends if len(end) <= LONGEST_CLOSE and signs_off(end))
-    return [end for end, _ in found.most_common(CLOSES)]
+def find_log_sign_offs(responses: Sequence[str]) -> list[str]:
+    """Closing sentences of the responses that are a farewell or an affectionate close, most frequent first."""
+    last_sentences = (SENTENCE_END.split(text.rstrip())[-1] for text in responses)
+    sign_off_counts = Counter(
+        sentence for sentence in last_sentences if len(sentence) <= MAX_SIGN_OFF_CHARACTERS and has_sign_off(sentence)
+    )
+    return [sentence for sentence, _ in sign_off_counts.most_common(MAX_LOG_SIGN_OFFS)]
 
 
-def with_sign_offs(
-    rows: Sequence[Mapping[str, Any]], share: float, *, pairs: bool, seed: int
+def add_sign_off_copies(
+    rows: Sequence[Mapping[str, Any]], share: float, *, is_pairwise: bool, seed: int
 ) -> tuple[list[Mapping[str, Any]], NDArray[np.int64]]:
-    """The rows and, after them, a share of them again with a sign-off at the end and the label as before.
+    """Append copies of a share of the rows, each with a sign-off added to its response and the label unchanged.
 
-    The second value tells of each added row which row it is a copy of. Of a pair, either side gets the phrase, at
-    random. The choice hangs on the seed and on each row's own text; half of the phrases are own_sign_offs of these
-    rows, where there are any.
+    The second return value holds, for each copy, the index of the row it was copied from. For a pair, one side chosen
+    at random gets the phrase. The choice depends only on the seed and the row's own text. Half of the phrases come from
+    find_log_sign_offs of these rows, when there are any.
     """
     if share <= 0:
         return list(rows), np.empty(0, dtype=np.int64)
-    sides = ("chosen", "rejected") if pairs else ("response",)
-    own = own_sign_offs([str(row[side]) for row in rows for side in sides])
-    found, copied = list(rows), []
-    for number, row in enumerate(rows):
-        rng = random.Random(f"{seed} {[row[side] for side in sides]}")
+    response_columns = ("chosen", "rejected") if is_pairwise else ("response",)
+    log_sign_offs = find_log_sign_offs([str(row[column]) for row in rows for column in response_columns])
+    augmented_rows, source_indices = list(rows), []
+    for row_index, row in enumerate(rows):
+        # Seeded by the row's text: a row gets the same phrase whichever rank or shard order it is read in.
+        rng = random.Random(f"{seed} {[row[column] for column in response_columns]}")
         if rng.random() < share:
-            side = rng.choice(sides)
-            phrase = rng.choice(own if own and rng.random() < 0.5 else SIGN_OFFS)
-            found.append({**row, side: f"{row[side]} {phrase}"})
-            copied.append(number)
-    return found, np.asarray(copied, dtype=np.int64)
+            column = rng.choice(response_columns)
+            phrase = rng.choice(log_sign_offs if log_sign_offs and rng.random() < 0.5 else SIGN_OFF_PHRASES)
+            augmented_rows.append({**row, column: f"{row[column]} {phrase}"})
+            source_indices.append(row_index)
+    return augmented_rows, np.asarray(source_indices, dtype=np.int64)

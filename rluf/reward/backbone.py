@@ -1,4 +1,4 @@
-"""A pretrained model with a one-logit head: loading, freezing, and what makes it quick on a CPU."""
+"""Load and freeze a pretrained backbone with a one-logit classification head; CPU speed settings."""
 
 from __future__ import annotations
 
@@ -17,26 +17,25 @@ from rluf.types import Message
 
 logger = logging.getLogger(__name__)
 
-DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attention_dropout")
-"""Names that backbones give their dropout."""
+DROPOUT_CONFIG_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attention_dropout")
+"""Config keys under which Hugging Face backbones store their dropout rates."""
 
 
 def load_classifier(
     folder: Path,
     *,
-    trained: bool,
+    require_all_weights: bool,
     device: str = "cpu",
     dropout: float | None = None,
     seed: int = 0,
-    layers: int = 0,
-    heads: int = 1,
+    layer_count: int = 0,
+    head_count: int = 1,
 ) -> PreTrainedModel:
-    """The folder's model as AutoModelForSequenceClassification with `heads` logits, in float32.
+    """Load a model folder as AutoModelForSequenceClassification with `head_count` logits, in float32.
 
-    `layers` keeps that many of its lowest layers (0 keeps all): middle layers often tell more than the last ones.
-
-    With `trained`, every weight must be in the folder; otherwise the head is drawn from `seed`. `dropout` replaces
-    the backbone's own. Raises ModelError for a folder that is not such a model.
+    `layer_count` retains only the lowest layers (0 retains all); middle layers are often more informative than the
+    last ones. With `require_all_weights` every weight must be in the folder; otherwise a missing head is initialized
+    from `seed`. `dropout` overrides the backbone's own rates. Raises ModelError if the folder has no such model.
     """
     from transformers.utils import logging as hf_logging
 
@@ -45,12 +44,13 @@ def load_classifier(
     hf_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        config.num_labels = heads
-        _keep_layers(config, layers)
+        config.num_labels = head_count
+        _truncate_layers(config, layer_count)
         if dropout is not None:
-            for key in DROPOUTS:
+            for key in DROPOUT_CONFIG_KEYS:
                 if hasattr(config, key):
                     setattr(config, key, dropout)
+        # A missing head is initialized by the global generator: fork it, so that loading changes no other random draw.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model, info = AutoModelForSequenceClassification.from_pretrained(
@@ -63,95 +63,103 @@ def load_classifier(
                 output_loading_info=True,
             )
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"{folder} holds no model that can score text: {error}; check the path") from error
+        raise ModelError(
+            f"{folder} does not contain a sequence classification model: {error}; check the path"
+        ) from error
     finally:
         hf_logging.set_verbosity(verbosity)
-    if trained and info["missing_keys"]:
+    if require_all_weights and info["missing_keys"]:
         raise ModelError(
             f"{folder} lacks the weights {', '.join(sorted(info['missing_keys'])[:4])}; it is a backbone, not a "
-            "trained reward model: train one with python -m rluf.reward"
+            "trained reward model; train one with python -m rluf.reward"
         )
-    found: PreTrainedModel = model
-    return found.to(device)
+    classifier: PreTrainedModel = model
+    return classifier.to(device)
 
 
-def _keep_layers(config: Any, layers: int) -> None:
-    """Make the config that of the lowest `layers` layers. Raises ModelError when the model has fewer."""
-    if not layers:
+def _truncate_layers(config: Any, layer_count: int) -> None:
+    """Limit the config to the lowest `layer_count` layers. Raises ModelError if the model has fewer."""
+    if not layer_count:
         return
-    if layers > config.num_hidden_layers:
-        raise ModelError(f"layers={layers} is more than the {config.num_hidden_layers} layers there are; lower it")
-    config.num_hidden_layers = layers
+    if layer_count > config.num_hidden_layers:
+        raise ModelError(f"layers={layer_count} exceeds the {config.num_hidden_layers} layers of the model; lower it")
+    config.num_hidden_layers = layer_count
+    # Hybrid decoders list the attention type of every layer and refuse a list of another length.
     if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
+        config.layer_types = config.layer_types[:layer_count]
 
 
-def encoder_for(
+def build_text_encoder(
     model: PreTrainedModel,
     folder: Path,
     max_tokens: int,
     *,
-    next_turn: bool = False,
-    alone: bool = True,
-    response_alone: bool = False,
+    read_at_next_turn: bool = False,
+    is_single_model: bool = True,
+    response_only: bool = False,
 ) -> TextEncoder:
-    """The text encoder of a model folder; also tells the model its pad id, which decoders need to find the end.
+    """Build the text encoder of a model folder and set the model's pad token id, which decoders need to pool.
 
-    Unless it is `alone`, next_turn is meant for the decoders of an ensemble, so an encoder leaves it out.
+    In an ensemble (`is_single_model` false), read_at_next_turn applies to the decoders only; encoders ignore it.
     """
     from rluf.models.hub import load_tokenizer
 
-    longest = getattr(model.config, "max_position_embeddings", max_tokens)
+    position_limit = int(getattr(model.config, "max_position_embeddings", max_tokens))
     tokenizer = load_tokenizer(folder)
-    next_turn = next_turn and (alone or tokenizer.cls_token_id is None)
-    longest = min(max_tokens, int(longest))
-    encoder = TextEncoder(tokenizer, longest, next_turn=next_turn, response_alone=response_alone)
+    read_at_next_turn = read_at_next_turn and (is_single_model or tokenizer.cls_token_id is None)
+    encoder = TextEncoder(
+        tokenizer,
+        min(max_tokens, position_limit),
+        read_at_next_turn=read_at_next_turn,
+        response_only=response_only,
+    )
     model.config.pad_token_id = encoder.pad_id
     return encoder
 
 
-def layer_list(model: nn.Module) -> nn.ModuleList:
-    """The backbone's layers, lowest first: its longest module list. Raises ModelError if there is none."""
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
-    if not lists:
+def get_layer_list(model: nn.Module) -> nn.ModuleList:
+    """Layers of the backbone, lowest first: its longest ModuleList. Raises ModelError if there is none."""
+    module_lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 0]
+    if not module_lists:
         raise ModelError(f"{type(model).__name__} has no list of layers, so frozen_share must be 0")
-    return max(lists, key=len)
+    return max(module_lists, key=len)
 
 
-def freeze(model: PreTrainedModel, share: float) -> int:
-    """Freeze the embeddings and a share (below 1) of the layers, lowest first, rounded down; 0 freezes nothing.
+def freeze_lowest_layers(model: PreTrainedModel, layer_share: float) -> int:
+    """Freeze the embeddings and a share of the layers, lowest first, rounded down; 0 freezes nothing.
 
-    Returns how many layers are frozen.
+    Returns the number of frozen layers.
     """
-    if share <= 0:
+    if layer_share <= 0:
         return 0
-    stack = layer_list(model)
-    layers = int(share * len(stack))
-    frozen = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    all_layers = get_layer_list(model)
+    frozen_count = int(layer_share * len(all_layers))
+    frozen_modules = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    # Encoders wrap their embedding tables in a module with a LayerNorm of its own, which must be frozen as well.
     embeddings = getattr(model.base_model, "embeddings", None)
     if isinstance(embeddings, nn.Module):
-        frozen.append(embeddings)
-    for module in [*frozen, *stack[:layers]]:
+        frozen_modules.append(embeddings)
+    for module in [*frozen_modules, *all_layers[:frozen_count]]:
         module.requires_grad_(requires_grad=False)
-    return layers
+    return frozen_count
 
 
-def quick_cpu_matmul() -> None:
-    """Let float32 matrix products of this process go through oneDNN: twice as fast as MKL on AMD CPUs.
+def enable_fast_cpu_matmul() -> None:
+    """Run the float32 matrix products of this process through oneDNN: twice as fast as MKL on AMD CPUs.
 
-    On CPUs with AMX tiles oneDNN would also round the inputs to bfloat16, so there the default stays.
+    On CPUs with AMX tiles oneDNN would also round the inputs to bfloat16, so the default is left unchanged there.
     """
     if torch.backends.mkldnn.is_available() and not torch.cpu.get_capabilities().get("amx_tile", False):
         torch.set_float32_matmul_precision("medium")
 
 
-def probe_items() -> list[tuple[list[Message], str]]:
-    """Two short items, one with an empty response, to try a freshly loaded model with."""
+def build_warmup_items() -> list[tuple[list[Message], str]]:
+    """Two short items, one with an empty response, for the first forward pass of a freshly loaded model."""
     question: list[Message] = [{"role": "user", "content": "How are you?"}]
     return [(question, "Well, thank you."), (question, "")]
 
 
-def hidden_of(output: Any) -> torch.Tensor:
-    """Hidden states [B, T, H] from a layer's output, which is a tensor or a tuple that starts with it."""
+def get_hidden_states(output: Any) -> torch.Tensor:
+    """Hidden states [B, T, H] of a layer output, which is a tensor or a tuple that starts with one."""
     tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return tensor

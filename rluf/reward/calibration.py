@@ -1,37 +1,46 @@
-"""From a model's raw logit to a probability at the natural rate.
+"""Map a reward model's raw logit to a probability at the natural base rate.
 
-Training may see only a share of the negatives; the prior correction puts the rest back. What is left of over- or
-under-confidence is mended by two numbers fitted on dev users. Both live in calibration.json beside the weights, and
-everything that loads the checkpoint applies them.
+Training may see only a share of the negatives; the prior correction restores the natural rate. The remaining over- or
+under-confidence is removed by two parameters fitted on dev users. Both are stored in calibration.json next to the
+weights, and every loader of the checkpoint applies them.
 """
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rluf.errors import ModelError
+from rluf.utils.stats import Floats, logit, sigmoid
 
-Floats = NDArray[np.float64]
-FILE = "calibration.json"
+CALIBRATION_FILE = "calibration.json"
 MIN_SCALE = 0.05
-SHARE_SPREAD = 0.5
-"""Standard deviation of the normal prior that holds members' weights (logits a standard deviation) to their mean."""
+"""Smallest fitted scale. It is positive, so calibration never reverses the ranking."""
+MEMBER_WEIGHT_PRIOR_SD = 0.5
+"""Standard deviation of the normal prior that pulls the ensemble members' weights (per SD of a logit) to their mean."""
+RENAMED_FIELDS: Mapping[str, str] = {
+    "members": "member_count",
+    "shares": "member_weights",
+    "fused": "shared_head",
+    "next_turn": "read_at_next_turn",
+    "response_alone": "response_only_members",
+    "backbone": "backbone_hash",
+}
+"""Keys that calibration.json had in earlier releases, old to new; both are read."""
 
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
     """Calibrated logit = scale * (raw + prior_shift) + offset; the value is its sigmoid.
 
-    `method` says how scale and offset came about: identity, platt or temperature (labels), or centred (pairs: offset
-    puts the mean logged response at 0.5). With method isotonic the calibrated logit runs through `knots` instead.
-    `max_tokens` is the length that the model was trained to read.
+    `method` is how scale and offset were fitted: identity, platt or temperature (labels), or centered (pairs: offset
+    puts the mean logged response at 0.5). With method isotonic, `knots` replace scale and offset. `max_tokens` is the
+    sequence length that the model was trained on.
     """
 
     objective: str = ""
@@ -40,73 +49,67 @@ class Calibration:
     scale: float = 1.0
     offset: float = 0.0
     max_tokens: int = 512
-    members: int = 1
-    """Models in the folder; the raw logit is their mean, by `shares`."""
-    shares: tuple[float, ...] = ()
-    """How much each member counts in the mean; they sum to 1. Empty: all alike."""
-    fused: bool = False
-    """One head was fitted over all members: each one's logit alone means nothing, and there is no spread."""
-    next_turn: bool = False
-    """The text that the model reads ends with the opening of the user's next message."""
-    response_alone: tuple[int, ...] = ()
-    """Numbers of the members that read the response without the conversation."""
-    backbone: str = ""
-    """Hash of the backbone that this head shares with others (rluf.reward.shared_backbone); empty for a model alone."""
+    member_count: int = 1
+    """Models in the folder; the raw logit is their mean, weighted by `member_weights`."""
+    member_weights: tuple[float, ...] = ()
+    """Weight of each member in the mean; they sum to 1. Empty: equal weights."""
+    shared_head: bool = False
+    """One head was fitted over all members: a single member's logit has no meaning, and there is no spread."""
+    read_at_next_turn: bool = False
+    """The model's input ends with the header of the user's next message."""
+    response_only_members: tuple[int, ...] = ()
+    """Indices of the members that read the response without the conversation."""
+    backbone_hash: str = ""
+    """Hash of the backbone shared with other heads (see rluf.reward.shared_backbone); empty for a separate model."""
     knots: tuple[tuple[float, float], ...] = ()
-    """Isotonic calibration: pairs (prior-corrected logit, calibrated logit), both rising."""
+    """Isotonic calibration: pairs (prior-corrected logit, calibrated logit), both increasing."""
 
-    def pooled(self, each: Floats) -> Floats:
-        """Raw logits [N] of the members' own [members, N]."""
-        return np.asarray(self.shares or (1 / len(each),) * len(each)) @ each
+    def pool_members(self, member_logits: Floats) -> Floats:
+        """Raw logits [N] from the members' logits [members, N]."""
+        return np.asarray(self.member_weights or (1 / len(member_logits),) * len(member_logits)) @ member_logits
 
-    def logits(self, raw: Sequence[float] | Floats) -> Floats:
-        """Calibrated logits [N] of raw logits [N]."""
-        shifted = np.asarray(raw, dtype=np.float64) + self.prior_shift
-        return _through(self.knots, shifted) if self.knots else self.scale * shifted + self.offset
+    def calibrate_logits(self, raw_logits: Sequence[float] | Floats) -> Floats:
+        """Calibrated logits [N] from raw logits [N]."""
+        shifted = np.asarray(raw_logits, dtype=np.float64) + self.prior_shift
+        return _interpolate_knots(self.knots, shifted) if self.knots else self.scale * shifted + self.offset
 
-    def values(self, raw: Sequence[float] | Floats) -> Floats:
-        """Calibrated probabilities [N] of raw logits [N]."""
-        return sigmoid(self.logits(raw))
+    def compute_probabilities(self, raw_logits: Sequence[float] | Floats) -> Floats:
+        """Calibrated probabilities [N] from raw logits [N]."""
+        return sigmoid(self.calibrate_logits(raw_logits))
 
     def save(self, folder: Path) -> None:
         """Write calibration.json into a checkpoint folder."""
-        (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        (folder / CALIBRATION_FILE).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
     @classmethod
     def load(cls, folder: Path) -> Calibration:
-        """Read calibration.json; raises ModelError when it is missing or not ours."""
-        path = folder / FILE
+        """Read calibration.json. Raises ModelError when the file is missing or has unexpected content."""
+        path = folder / CALIBRATION_FILE
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            knots = tuple((float(x), float(y)) for x, y in stored.get("knots", ()))
-            shares, alone = (tuple(stored.get(key, ())) for key in ("shares", "response_alone"))
-            found = cls(**stored | {"knots": knots, "shares": shares, "response_alone": alone})
-            if shares and len(shares) != found.members:
-                raise ValueError(f"{len(shares)} shares for {found.members} members")
-            return found
-        except (OSError, ValueError, TypeError) as error:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            fields: dict[str, Any] = {RENAMED_FIELDS.get(key, key): value for key, value in content.items()}
+            if fields.get("method") == "centred":  # spelling of earlier releases
+                fields["method"] = "centered"
+            knots = tuple((float(x), float(y)) for x, y in fields.get("knots", ()))
+            member_weights = tuple(fields.get("member_weights", ()))
+            response_only_members = tuple(fields.get("response_only_members", ()))
+            tuples = {"knots": knots, "member_weights": member_weights, "response_only_members": response_only_members}
+            calibration = cls(**fields | tuples)
+            if member_weights and len(member_weights) != calibration.member_count:
+                raise ValueError(f"{len(member_weights)} member weights for {calibration.member_count} members")
+            return calibration
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise ModelError(
                 f"{path} cannot be read ({error}); a reward model folder is written by python -m rluf.reward, "
                 "train it again or name another folder"
             ) from error
 
 
-def sigmoid(logits: Floats) -> Floats:
-    """1 / (1 + exp(-z)) without overflow."""
-    return np.asarray(0.5 * (1.0 + np.tanh(0.5 * logits)), dtype=np.float64)
+def compute_prior_shift(labels: Sequence[int] | Floats, weights: Sequence[float] | Floats) -> float:
+    """Shift from logits of the sampled rows to the natural rate: logit(pi_true) - logit(pi_train).
 
-
-def logit(probability: float) -> float:
-    """log(p / (1 - p)); p is clipped to [1e-12, 1 - 1e-12]."""
-    clipped = min(max(probability, 1e-12), 1 - 1e-12)
-    return math.log(clipped) - math.log1p(-clipped)
-
-
-def prior_shift(labels: Sequence[int] | Floats, weights: Sequence[float] | Floats) -> float:
-    """Shift that takes logits learnt on the sampled rows to the natural rate: logit(pi_true) - logit(pi_train).
-
-    `weights` [N] are 1 / share kept, so their mean over labels is the natural rate. When a share w of the negatives
-    was kept this is log w (He et al. 2014). Returns 0 when one class is missing.
+    `weights` [N] are 1 / sampling rate, so their mean over labels is the natural rate. When a share w of the negatives
+    was sampled this is log w (He et al. 2014). Returns 0 when one class is missing.
     """
     y, w = np.asarray(labels, dtype=np.float64), np.asarray(weights, dtype=np.float64)
     if y.size == 0 or y.min() == y.max():
@@ -115,32 +118,34 @@ def prior_shift(labels: Sequence[int] | Floats, weights: Sequence[float] | Float
 
 
 def fit_platt(
-    logits: Floats, labels: Floats, weights: Floats, *, ridge: float = 1.0, smooth: bool = True
+    logits: Floats, labels: Floats, weights: Floats, *, ridge: float = 1.0, smooth_targets: bool = True
 ) -> tuple[float, float]:
     """Scale and offset of sigmoid(scale * z + offset) by weighted maximum likelihood (Newton steps).
 
-    With `smooth`, targets are Platt's (N+ + 1) / (N+ + 2) and 1 / (N- + 2). `ridge` pulls towards scale 1, offset 0
-    as a normal prior of that precision, so that few positives cannot bend the curve. The scale stays above 0: a
-    calibration never turns the ranking round. Source: Platt 1999.
+    With `smooth_targets`, targets are Platt's (N+ + 1) / (N+ + 2) and 1 / (N- + 2). `ridge` is the precision of a
+    normal prior around scale 1, offset 0, so that few positives cannot bend the curve. The scale stays positive, so
+    the ranking is never reversed. Source: Platt 1999.
     """
     positives, negatives = float((weights * labels).sum()), float((weights * (1 - labels)).sum())
     if positives <= 0 or negatives <= 0:
         return 1.0, 0.0
-    high, low = ((positives + 1) / (positives + 2), 1 / (negatives + 2)) if smooth else (1.0, 0.0)
+    high, low = ((positives + 1) / (positives + 2), 1 / (negatives + 2)) if smooth_targets else (1.0, 0.0)
     targets = labels * high + (1 - labels) * low
-    return _newton(np.stack([logits, np.ones_like(logits)], axis=1), targets, weights, np.array([1.0, 0.0]), ridge)
+    return _fit_by_newton(
+        np.stack([logits, np.ones_like(logits)], axis=1), targets, weights, np.array([1.0, 0.0]), ridge
+    )
 
 
 def fit_temperature(logits: Floats, labels: Floats, weights: Floats, *, ridge: float = 1.0) -> float:
-    """Scale 1 / T of sigmoid(z / T) by weighted maximum likelihood; above 0. Source: Guo et al. 2017."""
-    return _newton(logits[:, None], labels, weights, np.array([1.0]), ridge)[0]
+    """Scale 1 / T of sigmoid(z / T) by weighted maximum likelihood; positive. Source: Guo et al. 2017."""
+    return _fit_by_newton(logits[:, None], labels, weights, np.array([1.0]), ridge)[0]
 
 
 def fit_isotonic(logits: Floats, labels: Floats, weights: Floats) -> tuple[tuple[float, float], ...]:
-    """Knots of the weighted isotonic fit (pool adjacent violators): each block's mean logit and the logit of its rate.
+    """Knots of the weighted isotonic fit (pool adjacent violators): each block's mean logit and logit of its rate.
 
-    A block's rate is smoothed by one row of the natural rate, so that no knot is infinite. Empty without both labels.
-    Source: Zadrozny and Elkan 2002.
+    A block's rate is smoothed with one row of the natural rate, so that no knot is infinite. Empty unless both labels
+    occur. Source: Zadrozny and Elkan 2002.
     """
     from sklearn.isotonic import isotonic_regression
 
@@ -148,78 +153,90 @@ def fit_isotonic(logits: Floats, labels: Floats, weights: Floats) -> tuple[tuple
         return ()
     order = np.argsort(logits, kind="stable")
     z, y, w = logits[order], labels[order], weights[order]
+    # Equal fitted rates form one block; rounding merges rates that differ only by floating-point noise.
     block = np.unique(np.round(isotonic_regression(y, sample_weight=w), 12), return_inverse=True)[1]
     mass = np.bincount(block, w)
-    rate, one = float(np.average(y, weights=w)), float(w.mean())
-    values = (np.bincount(block, w * y) + one * rate) / (mass + one)
-    centres = np.bincount(block, w * z) / mass
-    knots = zip(centres.tolist(), np.maximum.accumulate(values).tolist(), strict=True)
-    return tuple((centre, logit(value)) for centre, value in knots)
+    base_rate, mean_weight = float(np.average(y, weights=w)), float(w.mean())
+    rates = (np.bincount(block, w * y) + mean_weight * base_rate) / (mass + mean_weight)
+    centers = np.bincount(block, w * z) / mass
+    # Smoothing can make a light block's rate fall below that of the block before it.
+    knots = zip(centers.tolist(), np.maximum.accumulate(rates).tolist(), strict=True)
+    return tuple((center, logit(rate)) for center, rate in knots)
 
 
-def _through(knots: Sequence[tuple[float, float]], z: Floats) -> Floats:
-    """Straight lines between the knots and a slope of MIN_SCALE beyond them, so that the ranking is kept there."""
-    x, y = (np.asarray(side) for side in zip(*knots, strict=True))
-    beyond = np.minimum(z - x[0], 0) + np.maximum(z - x[-1], 0)
-    return np.asarray(np.interp(z, x, y) + MIN_SCALE * beyond, dtype=np.float64)
+def _interpolate_knots(knots: Sequence[tuple[float, float]], z: Floats) -> Floats:
+    """Linear interpolation between knots; slope MIN_SCALE outside them, so that the ranking is preserved there."""
+    x, y = (np.asarray(column) for column in zip(*knots, strict=True))
+    distance_outside = np.minimum(z - x[0], 0) + np.maximum(z - x[-1], 0)
+    return np.asarray(np.interp(z, x, y) + MIN_SCALE * distance_outside, dtype=np.float64)
 
 
-def fit_scale(differences: Floats, weights: Floats, *, ridge: float = 1.0) -> float:
-    """Scale a of P(chosen beats rejected) = sigmoid(a * difference), a temperature fitted on pairs; above 0."""
+def fit_pair_scale(differences: Floats, weights: Floats, *, ridge: float = 1.0) -> float:
+    """Scale a of P(chosen beats rejected) = sigmoid(a * difference), a temperature fitted on pairs; positive."""
     if differences.size == 0:
         return 1.0
+    # Swapping the sides of a pair together with its label leaves the likelihood unchanged, so the signs are free.
+    # Alternating them turns the pairs into ordinary logistic regression data with both labels.
     signs = np.where(np.arange(differences.size) % 2 == 0, 1.0, -1.0)
-    scale, _ = _newton((differences * signs)[:, None], (signs + 1) / 2, weights, np.array([1.0]), ridge)
+    scale, _ = _fit_by_newton((differences * signs)[:, None], (signs + 1) / 2, weights, np.array([1.0]), ridge)
     return scale
 
 
-def fit_shares(members: Floats, labels: Floats, weights: Floats, *, pairs: bool) -> tuple[float, ...]:
-    """How much each member of an ensemble counts, from logits [members, N] of rows that none of them was trained on.
+def fit_member_weights(
+    member_logits: Floats, labels: Floats, weights: Floats, *, is_pairwise: bool
+) -> tuple[float, ...]:
+    """Weights of an ensemble's members, fitted on logits [members, N] of rows that no member was trained on.
 
     Stacking (Wolpert 1992): logistic regression of the labels on the members' logits (pairs: differences, no bias),
-    none below 0, and a normal prior holds the weights together, so that on few rows members count nearly alike.
-    Returned are shares of the logits as they are, which sum to 1; alike where the rows hold one label only.
+    with no weight below 0 and a normal prior that pulls the weights together, so that on few rows members count nearly
+    equally. The weights apply to the logits as they are and sum to 1; they are equal if the rows have only one label.
     """
     from scipy.optimize import minimize
 
-    count, spreads = len(members), members.std(axis=1)
-    if count < 2 or spreads.min() <= 0 or (not pairs and np.ptp(labels) == 0):
+    count, spreads = len(member_logits), member_logits.std(axis=1)
+    if count < 2 or spreads.min() <= 0 or (not is_pairwise and np.ptp(labels) == 0):
         return (1 / count,) * count
-    x = (members / spreads[:, None]).T
+    # Fit on logits of unit spread, so that the prior treats members of different scale equally.
+    x = (member_logits / spreads[:, None]).T
 
-    def objective(point: Floats) -> tuple[float, Floats]:
-        w, z = point[:-1], x @ point[:-1] + point[-1]
-        apart = (w - w.mean()) / SHARE_SPREAD**2
-        slope = weights * (sigmoid(z) - labels)
-        loss = float(weights @ (np.logaddexp(0, z) - labels * z)) + 0.5 * float(apart @ (w - w.mean()))
-        return loss, np.append(slope @ x + apart, 0.0 if pairs else slope.sum())
+    def penalized_loss(parameters: Floats) -> tuple[float, Floats]:
+        w, z = parameters[:-1], x @ parameters[:-1] + parameters[-1]
+        prior_gradient = (w - w.mean()) / MEMBER_WEIGHT_PRIOR_SD**2
+        residuals = weights * (sigmoid(z) - labels)
+        loss = float(weights @ (np.logaddexp(0, z) - labels * z)) + 0.5 * float(prior_gradient @ (w - w.mean()))
+        return loss, np.append(residuals @ x + prior_gradient, 0.0 if is_pairwise else residuals.sum())
 
     start = np.append(np.full(count, 1 / count), 0.0)
-    solved = minimize(objective, start, jac=True, method="L-BFGS-B", bounds=[(0, None)] * count + [(None, None)])
-    found = np.asarray(solved.x[:-1], dtype=np.float64) / spreads
-    return tuple((found / found.sum()).tolist()) if found.sum() > 0 else (1 / count,) * count
+    bounds = [(0, None)] * count + [(None, None)]
+    solution = minimize(penalized_loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    member_weights = np.asarray(solution.x[:-1], dtype=np.float64) / spreads
+    total = member_weights.sum()
+    return tuple((member_weights / total).tolist()) if total > 0 else (1 / count,) * count
 
 
-def _newton(features: Floats, targets: Floats, weights: Floats, prior: Floats, ridge: float) -> tuple[float, float]:
-    """Weighted logistic regression with a normal prior around `prior`; returns (scale, offset or 0)."""
-    beta = prior.copy()
+def _fit_by_newton(
+    features: Floats, targets: Floats, weights: Floats, prior_mean: Floats, ridge: float
+) -> tuple[float, float]:
+    """Weighted logistic regression with a normal prior around `prior_mean`; returns (scale, offset or 0)."""
+    beta = prior_mean.copy()
 
-    def objective(candidate: Floats) -> float:
-        z = features @ candidate
+    def penalized_loss(coefficients: Floats) -> float:
+        z = features @ coefficients
         losses = np.logaddexp(0.0, z) - targets * z
-        return float((weights * losses).sum() + 0.5 * ridge * ((candidate - prior) ** 2).sum())
+        return float((weights * losses).sum() + 0.5 * ridge * ((coefficients - prior_mean) ** 2).sum())
 
-    value = objective(beta)
+    loss = penalized_loss(beta)
     for _ in range(100):
         p = sigmoid(features @ beta)
-        gradient = features.T @ (weights * (p - targets)) + ridge * (beta - prior)
+        gradient = features.T @ (weights * (p - targets)) + ridge * (beta - prior_mean)
         hessian = (features * (weights * p * (1 - p))[:, None]).T @ features + (ridge + 1e-9) * np.eye(beta.size)
         step = np.linalg.solve(hessian, gradient)
-        size = 1.0
-        while objective(beta - size * step) > value and size > 1e-6:
-            size /= 2
-        beta = beta - size * step
-        previous, value = value, objective(beta)
-        if previous - value < 1e-12 * max(1.0, abs(value)):
+        # A full Newton step overshoots where the sigmoid saturates: halve it until the loss does not increase.
+        step_size = 1.0
+        while penalized_loss(beta - step_size * step) > loss and step_size > 1e-6:
+            step_size /= 2
+        beta = beta - step_size * step
+        previous_loss, loss = loss, penalized_loss(beta)
+        if previous_loss - loss < 1e-12 * max(1.0, abs(loss)):
             break
     return max(float(beta[0]), MIN_SCALE), float(beta[1]) if beta.size > 1 else 0.0

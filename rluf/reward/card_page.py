@@ -1,122 +1,132 @@
-"""The reward card as a page that a person can read: one self-contained HTML file, no scripts."""
+"""Render the reward card as one self-contained HTML page without scripts, in the style of the run report."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
-STYLE = (
-    "body{font:15px/1.5 system-ui,sans-serif;max-width:52rem;margin:2rem auto;padding:0 1rem;color:#1d2430}"
-    "table{border-collapse:collapse;margin:.5rem 0 1.5rem}td,th{padding:.2rem .8rem;border-bottom:1px solid #dde2ea;"
-    "text-align:left}td+td,th+th{text-align:right}svg{background:#f6f8fb}h2{margin-top:2rem}"
-)
-SIDE = 260
-"""Pixels of the reliability plot's sides."""
+from rluf.report.page import render_html_page
+
+CARD_FILE = "reward_card.json"
+CARD_PAGE_FILE = "reward_card.html"
+PLOT_SIZE_PX = 260
+"""Width and height of the reliability plot in pixels."""
 
 
-def card_page(card: Mapping[str, Any]) -> str:
-    """The page of a reward card (see rluf.reward.card.make_card)."""
-    pairs = "pair_accuracy" in card
-    figure = card["pair_accuracy" if pairs else "auroc"]
-    floor = card["length_floor_accuracy" if pairs else "length_floor_auroc"]
-    rows = [
-        ("pair accuracy" if pairs else "AUROC", _interval(figure)),
-        ("by length alone", floor),
+def render_card_page(card: Mapping[str, Any]) -> str:
+    """HTML page of a reward card (see rluf.reward.card.build_reward_card)."""
+    is_pairwise = "pair_accuracy" in card
+    ranking = card["pair_accuracy" if is_pairwise else "auroc"]
+    length_baseline = card["length_floor_accuracy" if is_pairwise else "length_floor_auroc"]
+    metric_rows = [
+        ("pair accuracy" if is_pairwise else "AUROC", _format_interval(ranking)),
+        ("by length only", length_baseline),
         ("correlation of score and length", card["score_length_r"]),
         ("log-loss (nats)", card["log_loss"]),
-        ("normalised entropy (1 knows only the base rate)", card["normalised_entropy"]),
+        ("normalized entropy (1: knows only the base rate)", card["normalised_entropy"]),
         ("expected calibration error", card["ece"]),
         ("Brier score", card["brier"]),
     ]
-    if not pairs:
-        rows += [("PR-AUC", card["pr_auc"]), ("base rate", card["base_rate"]), ("mean value", card["mean_value"])]
-    parts = [
-        f"<h1>Reward card: {escape(str(card['objective']))}</h1>",
-        f"<p>{card['n']} test rows of {card['clusters']} users or prompts that training never saw. Intervals are 95%, "
-        "resampled by user or prompt.</p>",
-        _table(("figure", "value"), rows),
-        "<h2>Calibration</h2><p>Bins of equal mass: what the model says against what happened.</p>",
-        _plot(card["reliability"]),
-        _slices(card.get("slices", {})),
-        _robustness(card.get("robustness", {})),
-        _curve(card.get("learning_curve", [])),
-        _previous(card.get("previous", {})),
-        "<h2>Training</h2>",
-        _table(("", "value"), [(k.replace("_", " "), v) for k, v in card["training"].items() if k != "history"]),
-        _table(("setting", "value"), sorted(card["settings"].items())),
+    if not is_pairwise:
+        metric_rows += [("PR-AUC", card["pr_auc"]), ("base rate", card["base_rate"])]
+        metric_rows += [("mean value", card["mean_value"])]
+    training_rows = [(key.replace("_", " "), value) for key, value in card["training"].items() if key != "history"]
+    training_tables = [("Training", ("", "Value"), training_rows)]
+    training_tables.append(("Settings", ("Setting", "Value"), sorted(card["settings"].items())))
+    sections = [
+        _slice_section(card.get("slices", {})),
+        _robustness_section(card.get("robustness", {})),
+        _learning_curve_section(card.get("learning_curve", [])),
+        _comparison_section(card.get("previous", {})),
+        _build_section("Training", "", training_tables),
     ]
-    title = f"<title>Reward card: {escape(str(card['objective']))}</title>"
-    return f'<!doctype html><meta charset="utf-8">{title}<style>{STYLE}</style>' + "\n".join(parts) + "\n"
+    return render_html_page(
+        "reward_card.html.j2",
+        package="rluf.reward",
+        objective=card["objective"],
+        row_count=card["n"],
+        cluster_count=card["clusters"],
+        metric_rows=_format_rows(metric_rows),
+        plot=_build_reliability_plot(card["reliability"]),
+        sections=[section for section in sections if section is not None],
+    )
 
 
-def _interval(figure: Mapping[str, Any]) -> str:
-    return f"{_text(figure['mean'])} ({_text(figure['low'])} to {_text(figure['high'])})"
+def _format_interval(estimate: Mapping[str, Any]) -> str:
+    return f"{_format_value(estimate['mean'])} ({_format_value(estimate['low'])} to {_format_value(estimate['high'])})"
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     if value is None:
         return "n/a"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    top = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{escape(_text(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<table><tr>{top}</tr>{body}</table>"
+def _format_rows(rows: Sequence[Sequence[Any]]) -> list[list[str]]:
+    return [[_format_value(cell) for cell in row] for row in rows]
 
 
-def _plot(bins: Sequence[Mapping[str, float]]) -> str:
-    """Reliability: mean probability to the right, rate upwards; the diagonal is perfect."""
-    most = max((max(b["mean"], b["rate"]) for b in bins), default=1.0) or 1.0
-    top = 1.0 if most > 0.5 else most * 1.1
-    dots = "".join(
-        f'<circle cx="{SIDE * b["mean"] / top:.1f}" cy="{SIDE * (1 - b["rate"] / top):.1f}" r="4" fill="#c2185b"/>'
-        for b in bins
-    )
-    line = f'<line x1="0" y1="{SIDE}" x2="{SIDE}" y2="0" stroke="#99a"/>'
-    return (
-        f'<svg width="{SIDE}" height="{SIDE}" role="img" aria-label="reliability plot">{line}{dots}</svg>'
-        f"<p>Both axes run from 0 to {top:.3g}.</p>"
-    )
+def _build_section(
+    heading: str, text: str, tables: Sequence[tuple[str, Sequence[str], Sequence[Sequence[Any]]]]
+) -> dict[str, Any]:
+    """A section of the page: heading, paragraph, and tables of (caption, column names, rows)."""
+    formatted_tables = [(caption, columns, _format_rows(rows)) for caption, columns, rows in tables]
+    return {"heading": heading, "text": text, "tables": formatted_tables}
 
 
-def _slices(slices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> str:
-    text = "<h2>Slices</h2>" if slices else ""
-    for column, parts in slices.items():
-        heads = list(next(iter(parts.values())))
-        rows = [(name, *(part.get(head) for head in heads)) for name, part in parts.items()]
-        text += _table((column, *heads), rows)
-    return text
+def _build_reliability_plot(bins: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Points of the reliability plot in pixels: mean probability on the x axis, rate on the y axis."""
+    size = PLOT_SIZE_PX
+    largest = max((max(b["mean"], b["rate"]) for b in bins), default=1.0) or 1.0
+    # Reactions are rare: at low base rates all points would crowd the origin of a 0 to 1 plot.
+    axis_max = 1.0 if largest > 0.5 else largest * 1.1
+    points = [(size * b["mean"] / axis_max, size * (1 - b["rate"] / axis_max)) for b in bins]
+    return {"size": size, "axis_max": axis_max, "points": points}
 
 
-def _curve(points: Sequence[Mapping[str, Any]]) -> str:
-    if not points:
-        return ""
-    name = "pair_accuracy" if "pair_accuracy" in points[0] else "auroc"
-    rows = [(point["train_rows"], _interval(point[name]), point["log_loss"]) for point in points]
-    told = "<h2>Learning curve</h2><p>The same training on fewer rows, all tried on the same test rows.</p>"
-    return told + _table(("rows", name.replace("_", " "), "log-loss"), rows)
+def _slice_section(slices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any] | None:
+    tables = []
+    for slice_column, metrics_by_value in slices.items():
+        metric_names = list(next(iter(metrics_by_value.values())))
+        rows = [(value, *(metrics.get(name) for name in metric_names)) for value, metrics in metrics_by_value.items()]
+        tables.append((f"By {slice_column}", (slice_column, *metric_names), rows))
+    return _build_section("Slices", "", tables) if tables else None
 
 
-def _previous(found: Mapping[str, Any]) -> str:
-    if not found:
-        return ""
-    name = "pair_accuracy" if "pair_accuracy" in found else "auroc"
+def _learning_curve_section(curve_points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    if not curve_points:
+        return None
+    metric_name = "pair_accuracy" if "pair_accuracy" in curve_points[0] else "auroc"
+    rows = [(point["train_rows"], _format_interval(point[metric_name]), point["log_loss"]) for point in curve_points]
+    columns = ("rows", metric_name.replace("_", " "), "log-loss")
+    text = "The same training on fewer rows, evaluated on the same test rows."
+    return _build_section("Learning curve", text, [("Learning curve", columns, rows)])
+
+
+def _comparison_section(comparison: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not comparison:
+        return None
+    metric_name = "pair_accuracy" if "pair_accuracy" in comparison else "auroc"
     rows = [
-        (f"{name.replace('_', ' ')} of the earlier model", found[name]),
-        ("this model's minus that", _interval(found[f"{name}_difference"])),
-        ("correlation of the two scores", found["score_r"]),
+        (f"{metric_name.replace('_', ' ')} of the earlier model", comparison[metric_name]),
+        ("difference to this model", _format_interval(comparison[f"{metric_name}_difference"])),
+        ("correlation of the two scores", comparison["score_r"]),
     ]
-    return f"<h2>Beside {escape(found['folder'])}</h2>" + _table(("figure", "value"), rows)
-
-
-def _robustness(found: Mapping[str, Any]) -> str:
-    if not found:
-        return ""
-    rows = [(n, c["mean_shift_sd"], c["raised"], c["rank_kept"]) for n, c in found["changes"].items()]
-    return (
-        f"<h2>Robustness</h2><p>{found['rows']} responses, changed. The shift of the mean logit is in its standard "
-        "deviations; near 0 means that the change earns nothing.</p>"
-        + _table(("change", "shift (sd)", "share raised", "order kept"), rows)
+    return _build_section(
+        f"Compared with {comparison['folder']}", "", [("Earlier model against this one", ("metric", "value"), rows)]
     )
+
+
+def _robustness_section(robustness: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not robustness:
+        return None
+    rows = [
+        (name, change["mean_shift_sd"], change["raised"], change["rank_kept"])
+        for name, change in robustness["changes"].items()
+    ]
+    columns = ("perturbation", "shift (sd)", "share raised", "order preserved")
+    text = (
+        f"{robustness['rows']} perturbed responses. The shift of the mean logit is in standard deviations of the "
+        "logit; near 0 means that the perturbation earns nothing."
+    )
+    return _build_section("Robustness", text, [("Perturbations", columns, rows)])

@@ -1,6 +1,6 @@
-"""Ensembles whose members are depths of one untouched backbone: one forward pass through the deepest serves them all.
+"""Forward passes of ensembles: one pass through the deepest model serves all members that are truncations of it.
 
-Decoders also read each conversation once for all of its messages that are to be scored.
+Decoders also read each conversation only once for all of its messages that are scored.
 """
 
 from __future__ import annotations
@@ -13,81 +13,106 @@ import torch
 from transformers import PreTrainedModel
 
 from rluf.errors import ModelError
-from rluf.reward.backbone import layer_list
-from rluf.reward.calibration import Floats
-from rluf.reward.linear_probe import HEADS, HeadInput, linear_head, read_out
-from rluf.reward.text import Encoded, TextEncoder, shared_batches
+from rluf.reward.backbone import get_layer_list
+from rluf.reward.linear_probe import HEAD_MODULE_NAMES, HeadInputCapture, final_norm_or_pooler, get_linear_head
+from rluf.reward.text import EncodedItem, TextEncoder, iter_shared_batches
+from rluf.utils.stats import Floats
 
 
 @dataclass(frozen=True, slots=True)
-class Pass:
-    """The model that is run, and the members (numbers, heads, depths) that it serves; no depths: its own head alone."""
+class SharedForward:
+    """One forward pass: the model to run and the members it serves, with their heads and depths in layers.
+
+    `depths` is empty when the model serves only itself; `heads` is empty when its head is not linear.
+    """
 
     model: PreTrainedModel
-    members: tuple[int, ...]
+    member_indices: tuple[int, ...]
     heads: tuple[torch.nn.Linear, ...]
     depths: tuple[int, ...]
 
 
-def passes(models: Sequence[PreTrainedModel], response_alone: Sequence[bool]) -> list[Pass]:
-    """The passes that serve all models, each model once; one whose head is not linear has a pass without heads.
+def plan_forward_passes(models: Sequence[PreTrainedModel], response_only: Sequence[bool]) -> list[SharedForward]:
+    """Plan the passes that serve all models, each model in one pass.
 
-    Those that read the response alone share no pass with the others.
+    A model whose head is not linear gets a pass without heads. Members that read only the response do not share a pass
+    with members that read the conversation.
     """
-    heads = [_head(model) for model in models]
-    depth = [len(layer_list(model)) if len(models) > 1 else 0 for model in models]
-    left, found = sorted(range(len(models)), key=lambda number: -depth[number]), []
-    while left:
-        deep = left[0]
-        alike = [
-            number
-            for number in left[1:]
-            if heads[deep]
-            and heads[number]
-            and response_alone[deep] == response_alone[number]
-            and _begins(models[deep], models[number])
+    heads = [_find_linear_head(model) for model in models]
+    layer_counts = [len(get_layer_list(model)) if len(models) > 1 else 0 for model in models]
+    # Deepest first: a pass through the deepest model passes through every truncation of it.
+    remaining = sorted(range(len(models)), key=lambda index: -layer_counts[index])
+    forward_passes = []
+    while remaining:
+        deepest = remaining[0]
+        truncations = [
+            index
+            for index in remaining[1:]
+            if heads[deepest]
+            and heads[index]
+            and response_only[deepest] == response_only[index]
+            and _is_truncation_of(models[deepest], models[index])
         ]
-        served = sorted([deep, *alike], key=lambda number: depth[number])
-        kept = tuple(head for head in (heads[number] for number in served) if head is not None)
-        found.append(Pass(models[deep], tuple(served), kept, tuple(depth[n] for n in served) if alike else ()))
-        left = [number for number in left if number not in served]
-    return found
+        # Shallowest first, the order in which HeadInputCapture returns the depths; the model that runs comes last.
+        served = sorted([deepest, *truncations], key=lambda index: layer_counts[index])
+        served_heads = tuple(head for head in (heads[index] for index in served) if head is not None)
+        depths = tuple(layer_counts[index] for index in served) if truncations else ()
+        forward_passes.append(SharedForward(models[deepest], tuple(served), served_heads, depths))
+        remaining = [index for index in remaining if index not in served]
+    return forward_passes
 
 
-def _head(model: PreTrainedModel) -> torch.nn.Linear | None:
+def _find_linear_head(model: PreTrainedModel) -> torch.nn.Linear | None:
     try:
-        return linear_head(model)
+        return get_linear_head(model)
     except ModelError:
         return None
 
 
-def _begins(deep: PreTrainedModel, low: PreTrainedModel) -> bool:
-    """Whether `low` is the lowest layers of `deep` with another head."""
-    if type(deep) is not type(low) or read_out(deep) is None or len(layer_list(low)) >= len(layer_list(deep)):
+def _is_truncation_of(deep_model: PreTrainedModel, shallow_model: PreTrainedModel) -> bool:
+    """Whether `shallow_model` consists of the lowest layers of `deep_model` with another head."""
+    if type(deep_model) is not type(shallow_model) or final_norm_or_pooler(deep_model) is None:
         return False
-    mine, theirs = deep.state_dict(), low.state_dict()
-    body = [name for name in theirs if name.partition(".")[0] not in HEADS]
-    return all(name in mine and torch.equal(mine[name], theirs[name]) for name in body)
+    if len(get_layer_list(shallow_model)) >= len(get_layer_list(deep_model)):
+        return False
+    # Compare the weights themselves: members may come from different folders, or have been trained apart.
+    deep_weights, shallow_weights = deep_model.state_dict(), shallow_model.state_dict()
+    backbone_names = [name for name in shallow_weights if name.partition(".")[0] not in HEAD_MODULE_NAMES]
+    return all(
+        name in deep_weights and torch.equal(deep_weights[name], shallow_weights[name]) for name in backbone_names
+    )
 
 
 @torch.inference_mode()
-def pass_logits(run: Pass, encoder: TextEncoder, rows: Sequence[Encoded], batch_tokens: int) -> Floats:
-    """Logits [members of the pass, N, logits of a head] of rows, in order."""
-    result = np.zeros((len(run.members), len(rows), run.heads[0].out_features))
-    device = next(run.model.parameters()).device
-    heads = [(_numbers(head.weight).T, 0.0 if head.bias is None else _numbers(head.bias)) for head in run.heads]
-    caught = HeadInput(run.model, run.depths)
+def compute_shared_logits(
+    forward_pass: SharedForward, encoder: TextEncoder, rows: Sequence[EncodedItem], batch_tokens: int
+) -> Floats:
+    """Logits [members of the pass, N, logits per head] of rows, in order."""
+    logits = np.zeros((len(forward_pass.member_indices), len(rows), forward_pass.heads[0].out_features))
+    device = next(forward_pass.model.parameters()).device
+    # The heads are applied here, in float64: the model's own head reads only the deepest layer.
+    heads = [
+        (_to_float64(head.weight).T, 0.0 if head.bias is None else _to_float64(head.bias))
+        for head in forward_pass.heads
+    ]
+    capture = HeadInputCapture(forward_pass.model, forward_pass.depths)
     try:
-        for batch, takers in shared_batches(rows, causal=not encoder.pair, batch_tokens=batch_tokens):
+        for batch, readers in iter_shared_batches(
+            rows, is_causal=not encoder.uses_text_pairs, batch_tokens=batch_tokens
+        ):
             inputs = encoder.collate([rows[index] for index in batch])
-            run.model(**{name: tensor.to(device) for name, tensor in inputs.items()})
-            read = caught.take([(place, len(rows[index]) - 1) for place, index in takers])
-            for number, (weight, bias) in enumerate(heads):
-                result[number, [index for _, index in takers]] = read[number] @ weight + bias
+            forward_pass.model(**{name: tensor.to(device) for name, tensor in inputs.items()})
+            # A row that is a prefix of another is read at its own last token of the longer row.
+            features = capture.take_features(
+                [(batch_index, len(rows[row_index]) - 1) for batch_index, row_index in readers]
+            )
+            row_indices = [row_index for _, row_index in readers]
+            for head_index, (weight, bias) in enumerate(heads):
+                logits[head_index, row_indices] = features[head_index] @ weight + bias
     finally:
-        caught.close()
-    return result
+        capture.close()
+    return logits
 
 
-def _numbers(parameter: torch.Tensor) -> Floats:
+def _to_float64(parameter: torch.Tensor) -> Floats:
     return parameter.detach().float().cpu().numpy().astype(np.float64)

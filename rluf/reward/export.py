@@ -1,10 +1,9 @@
-"""From trained members to checkpoint folders: calibration, the card, and the learning curve's points."""
+"""Export trained reward models as checkpoint folders with calibration and card; learning curve."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import tempfile
 import time
@@ -18,254 +17,296 @@ import numpy as np
 
 from rluf.config.settings import Settings
 from rluf.errors import ModelError, RlufError
-from rluf.reward.calibration import Calibration, Floats, fit_shares
-from rluf.reward.card import calibrate, compare, describe_training, make_card
-from rluf.reward.card_page import card_page
-from rluf.reward.linear_probe import HEADS
-from rluf.reward.model import RewardModel, member_folder
-from rluf.reward.ray_trainer import CARD, PAGE
-from rluf.reward.robustness import robustness, slices
-from rluf.reward.shared_backbone import label_of, labelled
-from rluf.reward.trainer import Rows, Task, encode_rows
+from rluf.reward.calibration import Calibration, fit_member_weights
+from rluf.reward.card import build_reward_card, compare_models, fit_calibration, summarize_training
+from rluf.reward.card_page import CARD_FILE, CARD_PAGE_FILE, render_card_page
+from rluf.reward.linear_probe import HEAD_MODULE_NAMES
+from rluf.reward.model import RewardModel, get_member_folder
+from rluf.reward.robustness import compute_slices, measure_robustness
+from rluf.reward.shared_backbone import get_head_label, select_labeled_rows
+from rluf.reward.trainer import EVAL_BATCH_TOKENS, EncodedSplit, HeadTask, encode_split
+from rluf.utils.files import atomic_write, replace_folder
+from rluf.utils.stats import Floats
 
 if TYPE_CHECKING:
-    from rluf.reward.fit import Member
+    from rluf.reward.fit import TrainedModel
 
 logger = logging.getLogger(__name__)
 
-EVAL_TOKENS = 4096
-"""Padded tokens of a forward pass without gradient."""
 
-
-def table(path: Path) -> list[dict[str, Any]]:
-    """All rows of a split. dev and test are read directly: they are not dealt out, and a Ray Data run has its cost."""
+def read_split_rows(path: Path) -> list[dict[str, Any]]:
+    """Read all rows of a split. Used for dev and test, which every rank needs whole: a Ray Data run would cost more."""
     import pyarrow.parquet
 
     records: list[dict[str, Any]] = pyarrow.parquet.read_table(str(path)).to_pylist()
     return records
 
 
-def thinned(records: Sequence[Mapping[str, Any]], share: float, head: str) -> list[Mapping[str, Any]]:
-    """About `share` of the rows of each of the head's labels, spread evenly; the same at every call.
+def subsample_rows(records: Sequence[Mapping[str, Any]], share: float, head: str) -> list[Mapping[str, Any]]:
+    """About `share` of the rows of each of the head's labels, evenly spread; equal at every call.
 
-    Rows without a label of its own (pairs, and what the head does not learn from) are one more such class.
+    Rows without a label of their own (pairs, and rows that the head does not use) count as one more label.
     """
-    seen: dict[Any, int] = {}
-    kept = []
+    count_by_label: dict[Any, int] = {}
+    sampled_rows = []
     for row in records:
-        label = label_of(head, row)
-        seen[label] = number = seen.get(label, 0) + 1
-        if int(number * share) > int((number - 1) * share) or number == 1:
-            kept.append(row)
-    return kept
+        label = get_head_label(head, row)
+        count_by_label[label] = count = count_by_label.get(label, 0) + 1
+        # The first row of a label always stays: a model cannot be trained without it.
+        if int(count * share) > int((count - 1) * share) or count == 1:
+            sampled_rows.append(row)
+    return sampled_rows
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """A head to write: its prepared data, the folder it will have, the one it is built in, and an earlier model."""
+class ExportJob:
+    """One head to export: its prepared data, output folder, staging folder, and an earlier model to compare with."""
 
     head: str
-    data: Path
-    out: Path
-    part: Path
-    before: Path | None
+    data_folder: Path
+    output_folder: Path
+    staging_folder: Path
+    earlier_model: Path | None
 
 
-def balance(members: Sequence[Member]) -> None:
-    """Scale the members' heads so that their logits vary equally on dev: probabilities of their own can be compared.
+def equalize_member_spreads(members: Sequence[TrainedModel]) -> None:
+    """Scale the members' heads to logits of equal standard deviation on dev, so that their probabilities compare.
 
-    A head fitted with much regularisation and a backbone trained for some epochs differ manifold in spread.
+    The spread of a strongly regularized probe and that of a backbone trained for some epochs differ many times over.
     """
-    for place in range(len(members[0].tasks)):
-        fits = [member.found[place] for member in members]
-        spreads = [float(fit.dev_logits.std()) for fit in fits]
-        linear = all(any(name.rpartition(".")[0] in HEADS for name in member.weights) for member in members)
-        if len(members) < 2 or min(spreads) <= 0 or not linear:
+    for head_index in range(len(members[0].tasks)):
+        results = [member.fit_results[head_index] for member in members]
+        spreads = [float(result.dev_logits.std()) for result in results]
+        parameter_names = [
+            [name for name in member.weights if name.rpartition(".")[0] in HEAD_MODULE_NAMES] for member in members
+        ]
+        if len(members) < 2 or min(spreads) <= 0 or not all(parameter_names):
             continue
-        for member, fit, spread in zip(members, fits, spreads, strict=True):
+        for member, result, spread, names in zip(members, results, spreads, parameter_names, strict=True):
             factor = float(np.mean(spreads)) / spread
-            fit.dev_logits = fit.dev_logits * factor
-            for name in [name for name in member.weights if name.rpartition(".")[0] in HEADS]:
-                scaled = member.weights[name].clone()
-                scaled[place] *= factor
-                member.weights[name] = scaled
+            result.dev_logits = result.dev_logits * factor
+            for name in names:
+                scaled_parameter = member.weights[name].clone()
+                scaled_parameter[head_index] *= factor
+                member.weights[name] = scaled_parameter
 
 
-def finish(
+def export_models(
     settings: Settings,
-    outs: Mapping[str, tuple[Path, Path]],
-    members: Sequence[Member],
-    clock: float,
+    outputs: Mapping[str, tuple[Path, Path]],
+    members: Sequence[TrainedModel],
+    start_time: float,
     *,
-    thorough: bool,
-    before: Mapping[str, Path] | None = None,
+    full_card: bool,
+    earlier_models: Mapping[str, Path] | None = None,
 ) -> None:
-    """Calibrate the trained members together and write a checkpoint folder a head; rank 0 alone does.
+    """Calibrate the trained members together and write a checkpoint folder per head; called on rank 0 only.
 
-    `outs` maps a head to (its prepared data, the folder to write). Each is read back as everyone else will, tried on
-    the test split, and renamed into place when all are whole. `clock` is time.monotonic() at the start. Raises
-    ModelError when the disk refuses.
+    `outputs` maps a head to (its prepared data, the folder to write). Each model is loaded back through RewardModel,
+    evaluated on the test split, and renamed into place when all are complete. `start_time` is time.monotonic() when
+    training started. Raises ModelError when the disk cannot be written.
     """
     jobs = [
-        Job(head, data, out, out.with_name(f".{out.name}-{uuid.uuid4().hex[:8]}"), (before or {}).get(head))
-        for head, (data, out) in outs.items()
+        ExportJob(
+            head=head,
+            data_folder=data_folder,
+            output_folder=output_folder,
+            staging_folder=output_folder.with_name(f".{output_folder.name}-{uuid.uuid4().hex[:8]}"),
+            earlier_model=(earlier_models or {}).get(head),
+        )
+        for head, (data_folder, output_folder) in outputs.items()
     ]
-    fused = settings.reward.of_head(members[0].tasks[0].name).fuse
-    if not fused:
-        balance(members)
+    has_shared_head = settings.reward.settings_for_head(members[0].tasks[0].name).shared_head
+    # The members' logits under a shared head are terms of one sum: scaling them apart would change the sum.
+    if not has_shared_head:
+        equalize_member_spreads(members)
     try:
-        shared = [m.save([member_folder(job.part, number) for job in jobs]) for number, m in enumerate(members)]
-        for place, job in enumerate(jobs):
-            base = _uncalibrated(members, place, "-".join(filter(None, shared)), fused=fused)
-            base.save(job.part)
-            if any(member.found[place].best_epoch >= 0 for member in members):
-                _score_dev(settings, job, members, place)
-            _calibrated(settings, members, place, base).save(job.part)
-            _write_card(settings, job, members, place, clock, thorough=thorough)
+        backbone_hashes = [
+            member.save([get_member_folder(job.staging_folder, member_index) for job in jobs])
+            for member_index, member in enumerate(members)
+        ]
+        backbone_hash = "-".join(filter(None, backbone_hashes))
+        for head_index, job in enumerate(jobs):
+            calibration = _build_base_calibration(members, head_index, backbone_hash, shared_head=has_shared_head)
+            calibration.save(job.staging_folder)  # RewardModel.load reads it below
+            if any(member.fit_results[head_index].best_epoch >= 0 for member in members):
+                _rescore_dev_split(settings, job, members, head_index)
+            _fit_head_calibration(settings, members, head_index, calibration).save(job.staging_folder)
+            _write_card(settings, job, members, head_index, start_time, full_card=full_card)
         for job in jobs:
-            if job.out.is_dir():
-                shutil.rmtree(job.out)
-            os.replace(job.part, job.out)
-            logger.info("%s: written to %s after %.1f s", job.head, job.out, time.monotonic() - clock)
+            replace_folder(job.staging_folder, job.output_folder)
+            logger.info("%s: exported to %s after %.1f s", job.head, job.output_folder, time.monotonic() - start_time)
     except OSError as error:
-        where = ", ".join(str(job.out) for job in jobs)
-        raise ModelError(f"the reward model could not be written to {where}: {error}; free some disk") from error
+        folders = ", ".join(str(job.output_folder) for job in jobs)
+        raise ModelError(f"the reward model could not be written to {folders}: {error}; free some disk") from error
     finally:
         for job in jobs:
-            shutil.rmtree(job.part, ignore_errors=True)
+            shutil.rmtree(job.staging_folder, ignore_errors=True)
 
 
-def _score_dev(settings: Settings, job: Job, members: Sequence[Member], place: int) -> None:
-    """Replace the dev logits of head number `place` by those of the written model, read as RewardModel reads.
+def _rescore_dev_split(settings: Settings, job: ExportJob, members: Sequence[TrainedModel], head_index: int) -> None:
+    """Replace the dev logits of a head by those of the written model, computed by RewardModel.
 
     Epochs run in the training dtype, partly on rounded hidden states of frozen layers. Calibration must be fitted on
     the float32 logits that the model gives from then on.
     """
-    scorer = RewardModel.load(job.part, batch_tokens=EVAL_TOKENS)
-    path = job.data / "dev.parquet"
-    pairs = settings.reward.of_head(job.head).loss == "bradley_terry"
-    dev = encode_rows(labelled(job.head, table(path), str(path)), scorer.encoder, pairs=pairs, where=str(path))
-    for member, logits in zip(members, scorer.each(dev.sequences), strict=True):
-        member.found[place].dev_logits = logits
+    model = RewardModel.load(job.staging_folder, batch_tokens=EVAL_BATCH_TOKENS)
+    path = job.data_folder / "dev.parquet"
+    dev_split = encode_split(
+        select_labeled_rows(job.head, read_split_rows(path), str(path)),
+        model.encoder,
+        is_pairwise=settings.reward.settings_for_head(job.head).loss == "bradley_terry",
+        source_name=str(path),
+    )
+    for member, dev_logits in zip(members, model.compute_member_logits(dev_split.sequences), strict=True):
+        member.fit_results[head_index].dev_logits = dev_logits
 
 
-def _uncalibrated(members: Sequence[Member], place: int, backbone: str, *, fused: bool) -> Calibration:
-    """How head number `place` reads its text, with nothing fitted yet."""
-    first = members[0]
+def _build_base_calibration(
+    members: Sequence[TrainedModel], head_index: int, backbone_hash: str, *, shared_head: bool
+) -> Calibration:
+    """Calibration that describes the input format and members of a head, with nothing fitted yet."""
     return Calibration(
-        first.tasks[place].name,
-        prior_shift=first.found[place].shift,
+        members[0].tasks[head_index].name,
+        prior_shift=members[0].fit_results[head_index].prior_shift,
         max_tokens=max(member.encoder.max_tokens for member in members),
-        members=len(members),
-        fused=fused,
-        next_turn=any(member.encoder.next_turn for member in members),
-        response_alone=tuple(n for n, member in enumerate(members) if member.encoder.response_alone),
-        backbone=backbone,
+        member_count=len(members),
+        shared_head=shared_head,
+        read_at_next_turn=any(member.encoder.read_at_next_turn for member in members),
+        response_only_members=tuple(i for i, member in enumerate(members) if member.encoder.response_only),
+        backbone_hash=backbone_hash,
     )
 
 
-def _calibrated(settings: Settings, members: Sequence[Member], place: int, base: Calibration) -> Calibration:
-    """`base` with the shares of the members and the map to probabilities, both fitted on dev."""
-    task = members[0].tasks[place]
-    each = np.stack([member.found[place].dev_logits for member in members])
-    if len(members) > 1 and not base.fused:
-        base = replace(base, shares=_shares(task, each))
-    return calibrate(task.dev, base.pooled(each), base, settings.reward.of_head(task.name).calibration)
+def _fit_head_calibration(
+    settings: Settings, members: Sequence[TrainedModel], head_index: int, base_calibration: Calibration
+) -> Calibration:
+    """`base_calibration` with member weights and the map to probabilities, both fitted on dev."""
+    task = members[0].tasks[head_index]
+    member_logits = np.stack([member.fit_results[head_index].dev_logits for member in members])
+    if len(members) > 1 and not base_calibration.shared_head:
+        member_weights = _fit_task_member_weights(task, member_logits)
+        base_calibration = replace(base_calibration, member_weights=member_weights)
+    method = settings.reward.settings_for_head(task.name).calibration
+    return fit_calibration(task.dev_split, base_calibration.pool_members(member_logits), base_calibration, method)
 
 
-def _shares(task: Task, each: Floats) -> tuple[float, ...]:
-    """What dev says of how much each member counts; `each` are their logits [members, sequences] there."""
-    count, dev = len(task.dev), task.dev
-    shares = fit_shares(
-        each[:, :count] - each[:, count:] if dev.pairs else each, dev.labels, dev.loss_weights, pairs=dev.pairs
+def _fit_task_member_weights(task: HeadTask, member_logits: Floats) -> tuple[float, ...]:
+    """Weights of the ensemble members, fitted on their dev logits [members, sequences]."""
+    row_count, dev_split = len(task.dev_split), task.dev_split
+    if dev_split.is_pairwise:
+        member_logits = member_logits[:, :row_count] - member_logits[:, row_count:]
+    member_weights = fit_member_weights(
+        member_logits, dev_split.labels, dev_split.loss_weights, is_pairwise=dev_split.is_pairwise
     )
-    logger.info("%s: the members count %s", task.name, ", ".join(f"{share:.2f}" for share in shares))
-    return shares
+    logger.info("%s: ensemble weights: %s", task.name, ", ".join(f"{weight:.2f}" for weight in member_weights))
+    return member_weights
 
 
 def _write_card(
     settings: Settings,
-    job: Job,
-    members: Sequence[Member],
-    place: int,
-    clock: float,
+    job: ExportJob,
+    members: Sequence[TrainedModel],
+    head_index: int,
+    start_time: float,
     *,
-    thorough: bool,
+    full_card: bool,
 ) -> None:
-    scorer = RewardModel.load(job.part, batch_tokens=EVAL_TOKENS)
-    chosen, path = settings.reward.trained_by(job.head, members[0].tasks[0].name), job.data / "test.parquet"
-    records = labelled(job.head, table(path), str(path))
-    test = encode_rows(records, scorer.encoder, pairs=chosen.loss == "bradley_terry", where=str(path))
-    started = time.monotonic()
-    logits = scorer.raw(test.sequences)
-    card = make_card(scorer.calibration, test, logits, seed=settings.seed)
-    card["scoring_tokens_per_second"] = round(test.tokens / max(time.monotonic() - started, 1e-9), 1)
-    task = members[0].tasks[place]
-    card["training"] = describe_training([member.found[place] for member in members], task.train, task.dev)
-    card |= {"settings": chosen.model_dump(mode="json"), "seed": settings.seed}
-    card["heads"] = [task.name for task in members[0].tasks]
-    card["seconds"] = round(time.monotonic() - clock, 3)
-    if job.before is not None:
-        card |= _compared(job, records, test, scorer.calibration.logits(logits), settings.seed)
-    if thorough:
-        own = scorer.calibration.logits(logits)
-        of_rows = own[: len(test)] - own[len(test) :] if test.pairs else own
-        card["slices"] = slices(records, of_rows, None if test.pairs else test.labels)
-        card["robustness"] = robustness(scorer, records, pairs=test.pairs, seed=settings.seed)
-        (job.part / PAGE).write_text(card_page(card), encoding="utf-8")
-    (job.part / CARD).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    """Evaluate the written model on the test split and write its card, with `full_card` also the HTML page."""
+    model = RewardModel.load(job.staging_folder, batch_tokens=EVAL_BATCH_TOKENS)
+    head_settings = settings.reward.settings_on_shared_backbone(job.head, members[0].tasks[0].name)
+    is_pairwise = head_settings.loss == "bradley_terry"
+    path = job.data_folder / "test.parquet"
+    records = select_labeled_rows(job.head, read_split_rows(path), str(path))
+    test_split = encode_split(records, model.encoder, is_pairwise=is_pairwise, source_name=str(path))
+    scoring_start = time.monotonic()
+    raw_logits = model.compute_raw_logits(test_split.sequences)
+    scoring_seconds = max(time.monotonic() - scoring_start, 1e-9)
+    logits = model.calibration.calibrate_logits(raw_logits)
+    card = build_reward_card(model.calibration, test_split, raw_logits, seed=settings.seed)
+    task = members[0].tasks[head_index]
+    fit_results = [member.fit_results[head_index] for member in members]
+    card |= {
+        "scoring_tokens_per_second": round(test_split.token_count / scoring_seconds, 1),
+        "training": summarize_training(fit_results, task.train_split, task.dev_split),
+        "settings": head_settings.model_dump(mode="json"),
+        "seed": settings.seed,
+        "heads": [head_task.name for head_task in members[0].tasks],
+        "seconds": round(time.monotonic() - start_time, 3),
+    }
+    if job.earlier_model is not None:
+        card |= _compare_with_earlier(job, job.earlier_model, records, test_split, logits, settings.seed)
+    if full_card:
+        row_count = len(test_split)
+        row_logits = logits[:row_count] - logits[row_count:] if is_pairwise else logits
+        card["slices"] = compute_slices(records, row_logits, None if is_pairwise else test_split.labels)
+        card["robustness"] = measure_robustness(model, records, is_pairwise=is_pairwise, seed=settings.seed)
+        (job.staging_folder / CARD_PAGE_FILE).write_text(render_card_page(card), encoding="utf-8")
+    # Last: ray_trainer takes the card's presence as the sign that a model is complete.
+    (job.staging_folder / CARD_FILE).write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
 
 
-def _compared(job: Job, records: Sequence[Mapping[str, Any]], test: Rows, logits: Floats, seed: int) -> dict[str, Any]:
-    """This model beside an earlier one on the same test rows; nothing when that one cannot be read any more."""
-    if job.before is None:
-        return {}
+def _compare_with_earlier(
+    job: ExportJob,
+    earlier_folder: Path,
+    records: Sequence[Mapping[str, Any]],
+    test_split: EncodedSplit,
+    logits: Floats,
+    seed: int,
+) -> dict[str, Any]:
+    """Comparison with an earlier model on the same test rows; empty if that model can no longer be loaded."""
     try:
-        earlier = RewardModel.load(job.before, batch_tokens=EVAL_TOKENS)
-        rows = encode_rows(records, earlier.encoder, pairs=test.pairs, where=str(job.data))
+        earlier_model = RewardModel.load(earlier_folder, batch_tokens=EVAL_BATCH_TOKENS)
+        # Encoded again: the earlier model may have another tokenizer or text format.
+        earlier_split = encode_split(
+            records, earlier_model.encoder, is_pairwise=test_split.is_pairwise, source_name=str(job.data_folder)
+        )
     except RlufError as error:
-        logger.warning("%s: not compared with %s: %s", job.head, job.before, error)
+        logger.warning("%s: not compared with %s: %s", job.head, earlier_folder, error)
         return {}
-    other = earlier.calibration.logits(earlier.raw(rows.sequences))
-    return {"previous": {"folder": str(job.before), **compare(test, logits, other, seed=seed)}}
+    raw_logits = earlier_model.compute_raw_logits(earlier_split.sequences)
+    earlier_logits = earlier_model.calibration.calibrate_logits(raw_logits)
+    comparison = compare_models(test_split, logits, earlier_logits, seed=seed)
+    return {"previous": {"folder": str(earlier_folder), **comparison}}
 
 
-def point(settings: Settings, members: Sequence[Member], folders: Mapping[str, Path], *, rank: int) -> dict[str, Any]:
-    """A point of the learning curve by head: rows trained on, and the figures on the test rows. Empty but on rank 0."""
+def measure_curve_point(
+    settings: Settings, members: Sequence[TrainedModel], data_folders: Mapping[str, Path], *, rank: int
+) -> dict[str, Any]:
+    """Learning curve point of each head: training rows and metrics on the test rows; empty on ranks other than 0."""
     if rank:
         return {}
-    with tempfile.TemporaryDirectory(prefix="rluf-curve-") as scratch:
-        outs = {head: (data, Path(scratch) / head) for head, data in folders.items()}
-        finish(settings, outs, members, time.monotonic(), thorough=False)
-        cards = {head: json.loads((out / CARD).read_text(encoding="utf-8")) for head, (_, out) in outs.items()}
-    return {head: curve_point(card) for head, card in cards.items()}
+    with tempfile.TemporaryDirectory(prefix="rluf-curve-") as temporary_folder:
+        outputs = {head: (data_folder, Path(temporary_folder) / head) for head, data_folder in data_folders.items()}
+        export_models(settings, outputs, members, time.monotonic(), full_card=False)
+        cards = {
+            head: json.loads((output_folder / CARD_FILE).read_text(encoding="utf-8"))
+            for head, (_, output_folder) in outputs.items()
+        }
+    return {head: make_curve_point(card) for head, card in cards.items()}
 
 
-def add_curve(outs: Mapping[str, Path], points: Sequence[Mapping[str, Any]]) -> None:
-    """Put the learning curve into the cards of written models, by head, and into their pages where they have one.
+def add_learning_curve(output_folders: Mapping[str, Path], curve_points: Sequence[Mapping[str, Any]]) -> None:
+    """Add the learning curve to the cards of written models, by head, and to their pages where they exist.
 
-    The model's own figures are the curve's last point. Raises ModelError when the disk refuses.
+    The model's own metrics are the curve's last point. Raises ModelError when the disk cannot be written.
     """
-    for head, out in outs.items():
+    for head, output_folder in output_folders.items():
         try:
-            card = json.loads((out / CARD).read_text(encoding="utf-8"))
-            card["learning_curve"] = [*(part[head] for part in points), curve_point(card)]
-            if (out / PAGE).is_file():
-                _replace(out / PAGE, card_page(card))
-            _replace(out / CARD, json.dumps(card, indent=2) + "\n")
+            card = json.loads((output_folder / CARD_FILE).read_text(encoding="utf-8"))
+            card["learning_curve"] = [*(point[head] for point in curve_points), make_curve_point(card)]
+            if (output_folder / CARD_PAGE_FILE).is_file():
+                with atomic_write(output_folder / CARD_PAGE_FILE) as temporary_path:
+                    temporary_path.write_text(render_card_page(card), encoding="utf-8")
+            with atomic_write(output_folder / CARD_FILE) as temporary_path:
+                temporary_path.write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise ModelError(
-                f"the learning curve could not be written to {out}: {error}; the model is there"
+                f"the learning curve could not be written to {output_folder}: {error}; the model itself is complete"
             ) from error
 
 
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
-def curve_point(card: Mapping[str, Any]) -> dict[str, Any]:
-    """What the learning curve tells of a card."""
-    figure = "pair_accuracy" if "pair_accuracy" in card else "auroc"
-    return {"train_rows": card["training"]["train_rows"], figure: card[figure], "log_loss": card["log_loss"]}
+def make_curve_point(card: Mapping[str, Any]) -> dict[str, Any]:
+    """Learning curve point of a card: training rows, ranking metric and log-loss."""
+    metric_name = "pair_accuracy" if "pair_accuracy" in card else "auroc"
+    return {"train_rows": card["training"]["train_rows"], metric_name: card[metric_name], "log_loss": card["log_loss"]}

@@ -1,4 +1,4 @@
-"""Training of one reward model, or of one member of an ensemble, on one Ray Train worker with a DeepSpeed engine."""
+"""Train one reward model, or the members of an ensemble, on one Ray Train worker with a DeepSpeed engine."""
 
 from __future__ import annotations
 
@@ -14,436 +14,555 @@ import numpy as np
 import torch
 
 from rluf.backends.deepspeed import gather_parameters, init_deepspeed
-from rluf.config.reward import MemberPlan, RewardModelSettings
+from rluf.config.reward import EnsembleMemberSpec, RewardModelSettings
 from rluf.config.settings import Settings
 from rluf.errors import DataError, ModelError
 from rluf.models.hub import load_tokenizer, resolve_model
-from rluf.reward import losses
-from rluf.reward.augment import SIGN_OFF_SHARE, with_sign_offs
-from rluf.reward.backbone import encoder_for, freeze, load_classifier
-from rluf.reward.calibration import Floats
-from rluf.reward.checkpoint import Keeper
-from rluf.reward.debias import fit_labels, fit_pairs, propensity_weights
+from rluf.reward.augment import SIGN_OFF_SHARE, add_sign_off_copies
+from rluf.reward.backbone import build_text_encoder, freeze_lowest_layers, load_classifier
+from rluf.reward.checkpoint import RewardCheckpointer
+from rluf.reward.debias import compute_propensity_weights, fit_label_nuisance, fit_pair_nuisance
 from rluf.reward.frozen_prefix import FrozenPrefix
-from rluf.reward.linear_probe import HEADS, fit_probe, fold_bias, linear_head, set_head
-from rluf.reward.lora import add_lora, merged
-from rluf.reward.shared_backbone import labelled, save_heads
+from rluf.reward.linear_probe import (
+    HEAD_MODULE_NAMES,
+    fit_probe,
+    fold_bias_into_weights,
+    get_linear_head,
+    set_head_weights,
+)
+from rluf.reward.lora import add_lora_adapters, merge_lora_weights
+from rluf.reward.losses import build_loss
+from rluf.reward.shared_backbone import save_head_folders, select_labeled_rows
 from rluf.reward.text import TextEncoder
 from rluf.reward.trainer import (
-    Engine,
-    Fit,
-    Loss,
-    Plan,
-    Position,
-    Rows,
-    Task,
-    Trainer,
-    dev_log_loss,
-    encode_rows,
-    gathered,
-    steps_of,
+    EVAL_BATCH_TOKENS,
+    EncodedSplit,
+    FitResult,
+    HeadTask,
+    RewardModelTrainer,
+    TrainEngine,
+    TrainPlan,
+    TrainProgress,
+    all_gather_object,
+    compute_dev_log_loss,
+    count_steps,
+    encode_split,
 )
-from rluf.utils.paths import cache_dir
+from rluf.utils.paths import resolve_cache_folder
+from rluf.utils.stats import Floats
 
 logger = logging.getLogger(__name__)
 
-EVAL_TOKENS = 4096
-"""Padded tokens of a forward pass without gradient."""
+SNAPSHOT_BUCKET_BYTES = 64 << 20
+"""Size of the buckets in which the best weights are copied to the host."""
 
 
 @dataclass(frozen=True, slots=True)
-class Splits:
-    """A head's rows: this rank's shard of the training split, the whole dev split, and the folder both come from."""
+class HeadData:
+    """Rows of one head: this rank's shard of the training split, the whole dev split, and the folder of both."""
 
     head: str
-    train: Sequence[Mapping[str, Any]]
-    dev: Sequence[Mapping[str, Any]]
-    folder: Path
+    train_rows: Sequence[Mapping[str, Any]]
+    dev_rows: Sequence[Mapping[str, Any]]
+    data_folder: Path
 
 
-class Read(NamedTuple):
-    """What a head reads of its task's rows and of dev, [N, H] each, and what that took."""
+class ProbeFeatures(NamedTuple):
+    """Head inputs of a task's training and dev rows, [N, H] each, and the cost of computing them."""
 
-    train: Floats
-    dev: Floats
+    train_features: Floats
+    dev_features: Floats
     seconds: float
-    tokens: int
-    """Tokens of the rows that were read for it; 0 where a sibling had read them."""
+    token_count: int
+    """Tokens read to compute them; 0 if another member's pass computed them."""
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
-    """A trained model: where it came from, its weights, and what was found on the way, a head each."""
+class TrainedModel:
+    """A trained model: its backbone, weights and encoder, and the task and fit result of each head."""
 
-    backbone: Path
-    layers: int
+    backbone_folder: Path
+    layer_count: int
     encoder: TextEncoder
-    tasks: Sequence[Task]
-    found: Sequence[Fit]
+    tasks: Sequence[HeadTask]
+    fit_results: Sequence[FitResult]
     weights: dict[str, torch.Tensor]
     """Weights that differ from the backbone's, by name; complete on rank 0 only."""
-    reads: Sequence[Read] = ()
-    """What each head reads, where a probe was fitted."""
+    probe_features: Sequence[ProbeFeatures] = ()
+    """Head inputs by head, if a probe was fitted."""
 
     def save(self, folders: Sequence[Path]) -> str:
         """Write each head as a Hugging Face folder: float32, with the backbone's own dropout in its config.
 
-        Returns the hash of the backbone that several heads share; of a model alone nothing.
+        Returns the hash of the backbone if several heads share it, else an empty string.
         """
-        model = load_classifier(self.backbone, trained=False, layers=self.layers, heads=len(folders))
+        model = load_classifier(
+            self.backbone_folder, require_all_weights=False, layer_count=self.layer_count, head_count=len(folders)
+        )
         model.config.pad_token_id = self.encoder.pad_id
-        model.load_state_dict({**model.state_dict(), **merged(self.weights)})
+        model.load_state_dict({**model.state_dict(), **merge_lora_weights(self.weights)})
         if len(folders) > 1:
-            return save_heads(model, self.encoder.tokenizer, folders)
+            return save_head_folders(model, self.encoder.tokenizer, folders)
         model.save_pretrained(str(folders[0]))
         self.encoder.tokenizer.save_pretrained(str(folders[0]))
         return ""
 
 
-def train_members(
+def train_ensemble(
     settings: Settings,
-    splits: Sequence[Splits],
+    head_data: Sequence[HeadData],
     deadline: float,
     *,
     rank: int = 0,
-    world: int = 1,
-    keeper: Keeper | None = None,
-    save_s: float = float("inf"),
-) -> list[Member]:
-    """Train the model of these heads, or the members of its ensemble in turn and their fused head; see train_member."""
-    lead = settings.reward.of_head(splits[0].head)
-    backbones = {member.backbone for member in lead.members}
-    if len(lead.members) > 1 and lead.next_turn and not any(_foresees(settings, backbone) for backbone in backbones):
+    world_size: int = 1,
+    checkpointer: RewardCheckpointer | None = None,
+    save_interval_s: float = float("inf"),
+) -> list[TrainedModel]:
+    """Train the members of these heads' ensemble (often one), and their shared head if set; see train_member."""
+    lead_settings = settings.reward.settings_for_head(head_data[0].head)
+    member_count = len(lead_settings.member_specs)
+    backbones = {member.backbone for member in lead_settings.member_specs}
+    if member_count > 1 and lead_settings.read_at_next_turn and not any(_is_decoder(settings, b) for b in backbones):
         raise ModelError(
-            f"next_turn is set, but all members' backbones ({', '.join(sorted(backbones))}) are encoders, which do "
-            "not foresee a next message; set next_turn=false or add a decoder to layers"
+            f"read_at_next_turn is set, but all members' backbones ({', '.join(sorted(backbones))}) are encoders, "
+            "which cannot predict a next message; set read_at_next_turn=false or add a decoder to members"
         )
-    shared: dict[tuple[str, str], Floats] = {}
+    shared_features: dict[tuple[str, str], Floats] = {}
     members = [
         train_member(
-            settings, splits, number, deadline, rank=rank, world=world, keeper=keeper, save_s=save_s, shared=shared
+            settings,
+            head_data,
+            member_index,
+            deadline,
+            rank=rank,
+            world_size=world_size,
+            checkpointer=checkpointer,
+            save_interval_s=save_interval_s,
+            shared_features=shared_features,
         )
-        for number in range(len(lead.members))
+        for member_index in range(member_count)
     ]
-    if lead.fuse:
-        _fuse(members, seed=settings.seed, world=world)
+    if lead_settings.shared_head:
+        _fit_shared_head(members, seed=settings.seed, world_size=world_size)
     return members
 
 
-def _foresees(settings: Settings, backbone: str) -> bool:
-    """Whether the backbone is a decoder, which can foresee what comes after its text."""
-    return load_tokenizer(resolve_model(backbone, cache_dir(settings))).cls_token_id is None
+def _is_decoder(settings: Settings, backbone: str) -> bool:
+    """Whether the backbone is a decoder: its tokenizer has no CLS token."""
+    return load_tokenizer(resolve_model(backbone, resolve_cache_folder(settings))).cls_token_id is None
 
 
 def train_member(
     settings: Settings,
-    splits: Sequence[Splits],
-    number: int,
+    head_data: Sequence[HeadData],
+    member_index: int,
     deadline: float,
     *,
     rank: int = 0,
-    world: int = 1,
-    keeper: Keeper | None = None,
-    save_s: float = float("inf"),
-    shared: dict[tuple[str, str], Floats] | None = None,
-) -> Member:
-    """Train member `number` (0 for a single model) on rank `rank` of `world`, in step with the others.
+    world_size: int = 1,
+    checkpointer: RewardCheckpointer | None = None,
+    save_interval_s: float = float("inf"),
+    shared_features: dict[tuple[str, str], Floats] | None = None,
+) -> TrainedModel:
+    """Train one ensemble member (0 for a single model) on rank `rank` of `world_size`, in step with the other ranks.
 
-    One entry of `splits` is a model alone, several are heads of one backbone; the first one's settings say how. With a
-    `keeper` training stands are kept every `save_s` seconds, and training goes on from the last one. `shared`, empty
-    before the first member, lets members that differ in depth alone read the rows in one pass. The process group must
-    exist where there is an epoch to train. Raises DataError, ModelError, StallError.
+    One entry of `head_data` is a separate model, several are heads of one backbone; the first one's settings apply.
+    With a `checkpointer`, progress is saved every `save_interval_s` seconds and training resumes from the last save.
+    `shared_features`, empty before the first member, lets members that differ only in depth share one pass over the
+    rows. Epochs need an initialized process group. Raises DataError, ModelError, DeadlineError.
     """
-    lead = settings.reward.of_head(splits[0].head)
-    member = lead.members[number]
-    if not member.own:
-        lead = lead.model_copy(update={"probe": True, "epochs": 0, "frozen_share": 1, "lora_rank": 0})
-    depths = (member.layers,) if shared is None else lead.depths(member)
-    device = f"cuda:{torch.cuda.current_device()}" if settings.cluster.gpus_per_reward > 0 else "cpu"
-    backbone = resolve_model(member.backbone, cache_dir(settings))
-    torch.manual_seed((settings.seed + number) * 1009 + rank)
+    lead_settings = settings.reward.settings_for_head(head_data[0].head)
+    member_count = len(lead_settings.member_specs)
+    member = lead_settings.member_specs[member_index]
+    if not member.uses_section_backbone:
+        # The section's epochs, learning rate and frozen share are tuned for its own backbone: only fit a head.
+        probe_only = {"linear_probe": True, "epochs": 0, "frozen_share": 1, "lora_rank": 0}
+        lead_settings = lead_settings.model_copy(update=probe_only)
+    depths = (member.layers,) if shared_features is None else lead_settings.shared_pass_depths(member)
+    backbone_folder = resolve_model(member.backbone, resolve_cache_folder(settings))
+    torch.manual_seed((settings.seed + member_index) * 1009 + rank)  # another dropout mask on every rank
     model = load_classifier(
-        backbone, trained=False, device=device, dropout=lead.dropout, seed=settings.seed + number, layers=max(depths),
-        heads=len(splits),
-    )  # fmt: skip
-    encoder = encoder_for(
-        model, backbone, lead.max_tokens, next_turn=lead.next_turn, alone=len(lead.members) < 2,
-        response_alone=member.response,
-    )  # fmt: skip
-    tasks = [_task(settings, part, encoder, place, world) for place, part in enumerate(splits)]
-    plan = _plan(settings, lead, number, rank=rank, world=world, deadline=deadline, save_s=save_s)
-    frozen = freeze(model, lead.frozen_share)
-    name = "+".join(task.name for task in tasks)
-    name += "" if len(lead.members) < 2 else f" {number + 1} of {len(lead.members)}"
-    trained, every = model.num_parameters(only_trainable=True) / 1e6, model.num_parameters() / 1e6
-    rows, tokens = sum(len(t.train) for t in tasks), sum(t.train.tokens for t in tasks)
-    logger.info("%s: %d rows, %d tokens, %.1fM of %.1fM weights train", name, rows, tokens, trained, every)
+        backbone_folder,
+        require_all_weights=False,
+        device=f"cuda:{torch.cuda.current_device()}" if settings.cluster.gpus_per_reward > 0 else "cpu",
+        dropout=lead_settings.dropout,
+        seed=settings.seed + member_index,
+        layer_count=max(depths),
+        head_count=len(head_data),
+    )
+    encoder = build_text_encoder(
+        model,
+        backbone_folder,
+        lead_settings.max_tokens,
+        read_at_next_turn=lead_settings.read_at_next_turn,
+        is_single_model=member_count < 2,
+        response_only=member.response_only,
+    )
+    tasks = [_build_task(settings, data, encoder, index, world_size) for index, data in enumerate(head_data)]
+    plan = _build_plan(settings, lead_settings, member_index, rank, world_size, deadline, save_interval_s)
+    frozen_layers = freeze_lowest_layers(model, lead_settings.frozen_share)
+    model_name = "+".join(task.name for task in tasks)
+    model_name += "" if member_count < 2 else f" {member_index + 1} of {member_count}"
+    _log_training_size(model_name, model, tasks)
     weights: dict[str, torch.Tensor] = {}
-    position = Position([Fit() for _ in tasks])
-    reads: list[Read] = []
-    if lead.probe:
-        # Read in float32 whatever the training dtype: RewardModel scores in float32, and a head fitted on bfloat16
-        # features is calibrated on logits that differ by up to 0.05 from those it later gives.
-        reader = Trainer(model, encoder, plan)
-        reads = [_read(reader, task, member, depths, {} if shared is None else shared) for task in tasks]
-        for place, (task, read) in enumerate(zip(tasks, reads, strict=True)):
-            part = _unfitted if lead.fuse else partial(_probe, seed=settings.seed)
-            position.fits[place] = part(reader, task, read, weights)
-    dtype = getattr(torch, settings.reward_dtype)
-    model.to(dtype)
-    prefix = None
-    tokens += sum(task.dev.tokens for task in tasks)
-    if lead.epochs and settings.reward.zero_stage < 3 and FrozenPrefix.worthwhile(model, frozen, tokens):
-        prefix = FrozenPrefix(model, frozen)
-    trainer = Trainer(model, encoder, plan, prefix)
-    if lead.probe and not lead.fuse:
-        logger.info("%s: probe, dev log-loss %s", name, ", ".join(f"{f.best_loss:.4f}" for f in position.fits))
-    if lead.lora_rank:
-        add_lora(model, lead.lora_rank, frozen, lead.dropout)
-    if lead.epochs:
-        steps = lead.epochs * sum(steps_of(len(task.train), plan) for task in tasks)
-        engine = _engine(settings, lead, model, dtype, steps, world)
-        if keeper is not None:
-            position = keeper.restore(name, engine, position, weights)
-        _fit(trainer, engine, tasks, position, weights, keeper, name)
-    return Member(backbone, member.layers, encoder, tasks, position.fits, weights, reads)
-
-
-def _plan(
-    settings: Settings,
-    lead: RewardModelSettings,
-    number: int,
-    *,
-    rank: int,
-    world: int,
-    deadline: float,
-    save_s: float,
-) -> Plan:
-    """The training plan of member `number` on this rank."""
-    return Plan(
-        epochs=lead.epochs,
-        batch_rows=max(1, lead.batch_rows // world),
-        batch_tokens=EVAL_TOKENS,
-        seed=settings.seed + number,
-        rank=rank,
-        world=world,
-        patience=lead.patience,
-        deadline=deadline,
-        save_s=save_s,
-    )
-
-
-def _fit(
-    trainer: Trainer,
-    engine: Any,
-    tasks: Sequence[Task],
-    position: Position,
-    weights: dict[str, torch.Tensor],
-    keeper: Keeper | None,
-    name: str,
-) -> None:
-    """Run the epochs, with the best weights copied to `weights` on rank 0, and lines on how it goes."""
-
-    def report(task: str, figures: Mapping[str, float]) -> None:
-        where = task if len(tasks) > 1 else name, figures["epoch"], trainer.plan.epochs
-        logger.info(
-            "%s: epoch %d of %d, train loss %.4f, dev log-loss %.4f",
-            *where, figures["train_loss"], figures["dev_log_loss"],
-        )  # fmt: skip
-
-    def save(stand: Position) -> None:
-        if keeper is not None:
-            keeper.keep(name, engine, stand, weights)
-
-    keep = trainer.plan.rank == 0
-    trainer.fit(
-        engine, tasks, position, snapshot=lambda: _snapshot(engine, weights, keep=keep), report=report, save=save
-    )
-
-
-def _task(settings: Settings, part: Splits, encoder: TextEncoder, place: int, world: int) -> Task:
-    """The head's rows, encoded and weighed as its own settings say."""
-    chosen = settings.reward.of_head(part.head)
-    pairs = chosen.loss == "bradley_terry"
-    records = labelled(part.head, part.train, f"{part.folder}/train.parquet")
-    share = SIGN_OFF_SHARE if "sign_offs" in chosen.debias else 0.0
-    records, originals = with_sign_offs(records, share, pairs=pairs, seed=settings.seed)
-    rows = encode_rows(records, encoder, pairs=pairs, where=f"{part.folder}/train.parquet")
-    rows = replace(rows, originals=originals)
-    dev_records = labelled(part.head, part.dev, f"{part.folder}/dev.parquet")
-    dev = encode_rows(dev_records, encoder, pairs=pairs, where=f"{part.folder}/dev.parquet")
-    if not pairs and len(set(rows.labels.tolist())) < 2:
-        raise DataError(
-            f"{part.folder}/train.parquet holds one label only; a model needs rows of both, use a larger log"
+    progress = TrainProgress([FitResult() for _ in tasks])
+    probe_features: list[ProbeFeatures] = []
+    if lead_settings.linear_probe:
+        # In float32 whatever the training dtype: RewardModel scores in float32, and a head fitted on bfloat16 features
+        # is calibrated on logits that differ by up to 0.05 from those it later gives.
+        probe_trainer = RewardModelTrainer(model, encoder, plan)
+        shared_features = {} if shared_features is None else shared_features
+        probe_features = [
+            _compute_probe_features(probe_trainer, task, member, depths, shared_features) for task in tasks
+        ]
+        fit_head = _add_zero_head if lead_settings.shared_head else partial(_fit_probe_head, seed=settings.seed)
+        progress.fit_results = [
+            fit_head(probe_trainer, task, features, weights)
+            for task, features in zip(tasks, probe_features, strict=True)
+        ]
+        _log_probe(model_name, progress, has_shared_head=lead_settings.shared_head)
+    if lead_settings.epochs:
+        model.to(getattr(torch, settings.reward_dtype))
+        frozen_prefix = _build_frozen_prefix(settings, model, frozen_layers, tasks)
+        trainer = RewardModelTrainer(model, encoder, plan, frozen_prefix)
+        if lead_settings.lora_rank:
+            add_lora_adapters(model, lead_settings.lora_rank, frozen_layers, lead_settings.dropout)
+        progress = _train_epochs(
+            settings, lead_settings, model, trainer, tasks, progress, weights, checkpointer, model_name
         )
-    if "propensity" in chosen.debias and part.head in ("love", "thumbs"):
-        theta = np.asarray([float(row["propensity"]) for row in records if "propensity" in row])
-        if len(theta) < len(rows):
-            raise DataError(f"{part.folder}/train.parquet has no column propensity; run rluf.prepare again")
-        factors = propensity_weights(theta, rows.labels, reacted=part.head == "thumbs")
-        rows = replace(rows, factors=factors)
-    if {"length", "users"} & set(chosen.debias):
-        rows = replace(rows, offsets=offsets_of(rows, chosen.debias, world))
-    return Task(part.head, rows, dev, loss_of(chosen), place)
+    return TrainedModel(backbone_folder, member.layers, encoder, tasks, progress.fit_results, weights, probe_features)
 
 
-def offsets_of(rows: Rows, debias: Sequence[str], world: int = 1) -> Floats:
-    """What length and user explain of each sequence, fitted on all ranks' rows. A row and its copies weigh as one.
+def _build_plan(
+    settings: Settings,
+    model_settings: RewardModelSettings,
+    member_index: int,
+    rank: int,
+    world_size: int,
+    deadline: float,
+    save_interval_s: float,
+) -> TrainPlan:
+    """Training plan of an ensemble member on this rank."""
+    return TrainPlan(
+        epochs=model_settings.epochs,
+        batch_rows=max(1, model_settings.batch_rows // world_size),
+        batch_tokens=EVAL_BATCH_TOKENS,
+        seed=settings.seed + member_index,
+        rank=rank,
+        world_size=world_size,
+        patience=model_settings.patience,
+        deadline=deadline,
+        save_interval_s=save_interval_s,
+    )
 
-    A user's readiness is told to a row by the user's rows of other texts.
+
+def _log_probe(model_name: str, progress: TrainProgress, *, has_shared_head: bool) -> None:
+    if not has_shared_head:
+        dev_losses = ", ".join(f"{result.best_loss:.4f}" for result in progress.fit_results)
+        logger.info("%s: linear probe dev_log_loss=%s", model_name, dev_losses)
+
+
+def _build_frozen_prefix(
+    settings: Settings, model: Any, frozen_layers: int, tasks: Sequence[HeadTask]
+) -> FrozenPrefix | None:
+    """Cache of the frozen layers' output, if it fits; None at ZeRO stage 3, which partitions the layers' weights."""
+    token_count = sum(task.train_split.token_count + task.dev_split.token_count for task in tasks)
+    if settings.reward.zero_stage == 3 or not FrozenPrefix.is_worthwhile(model, frozen_layers, token_count):
+        return None
+    return FrozenPrefix(model, frozen_layers)
+
+
+def _log_training_size(model_name: str, model: torch.nn.Module, tasks: Sequence[HeadTask]) -> None:
+    parameters = list(model.parameters())
+    logger.info(
+        "%s: training rows=%d tokens=%d trainable=%.1fM of %.1fM weights",
+        model_name,
+        sum(len(task.train_split) for task in tasks),
+        sum(task.train_split.token_count for task in tasks),
+        sum(parameter.numel() for parameter in parameters if parameter.requires_grad) / 1e6,
+        sum(parameter.numel() for parameter in parameters) / 1e6,
+    )
+
+
+def _train_epochs(
+    settings: Settings,
+    model_settings: RewardModelSettings,
+    model: Any,
+    trainer: RewardModelTrainer,
+    tasks: Sequence[HeadTask],
+    progress: TrainProgress,
+    best_weights: dict[str, torch.Tensor],
+    checkpointer: RewardCheckpointer | None,
+    model_name: str,
+) -> TrainProgress:
+    """Run the epochs from the last checkpoint on, copying the best weights to `best_weights` on rank 0."""
+    plan = trainer.plan
+    total_steps = plan.epochs * sum(count_steps(len(task.train_split), plan) for task in tasks)
+    engine = _init_engine(settings, model_settings, model, total_steps, plan.world_size)
+    if checkpointer is not None:
+        progress = checkpointer.restore(model_name, engine, progress, best_weights)
+
+    def log_epoch(task_name: str, metrics: Mapping[str, float]) -> None:
+        logger.info(
+            "%s: epoch %d of %d train_loss=%.4f dev_log_loss=%.4f",
+            task_name if len(tasks) > 1 else model_name,
+            metrics["epoch"],
+            plan.epochs,
+            metrics["train_loss"],
+            metrics["dev_log_loss"],
+        )
+
+    def save_progress(current_progress: TrainProgress) -> None:
+        if checkpointer is not None:
+            checkpointer.save(model_name, engine, current_progress, best_weights)
+
+    trainer.fit(
+        engine,
+        tasks,
+        progress,
+        on_best=lambda: _copy_best_weights(engine, best_weights, should_store=plan.rank == 0),
+        on_epoch=log_epoch,
+        on_save=save_progress,
+    )
+    return progress
+
+
+def _build_task(
+    settings: Settings, head_data: HeadData, encoder: TextEncoder, head_index: int, world_size: int
+) -> HeadTask:
+    """Encode the head's rows and weight them as its own settings say."""
+    head_settings = settings.reward.settings_for_head(head_data.head)
+    is_pairwise = head_settings.loss == "bradley_terry"
+    train_source, dev_source = (f"{head_data.data_folder}/{split}.parquet" for split in ("train", "dev"))
+    records = select_labeled_rows(head_data.head, head_data.train_rows, train_source)
+    sign_off_share = SIGN_OFF_SHARE if "sign_offs" in head_settings.debias else 0.0
+    records, copy_sources = add_sign_off_copies(records, sign_off_share, is_pairwise=is_pairwise, seed=settings.seed)
+    train_split = encode_split(records, encoder, is_pairwise=is_pairwise, source_name=train_source)
+    train_split = replace(train_split, copy_sources=copy_sources)
+    dev_records = select_labeled_rows(head_data.head, head_data.dev_rows, dev_source)
+    dev_split = encode_split(dev_records, encoder, is_pairwise=is_pairwise, source_name=dev_source)
+    if not is_pairwise and len(set(train_split.labels.tolist())) < 2:
+        raise DataError(f"{train_source} has rows of one label only; a model needs both labels, use a larger log")
+    # Only reactions have a propensity: the other heads' labels do not depend on who happened to react.
+    if "propensity" in head_settings.debias and head_data.head in ("love", "thumbs"):
+        propensity = np.asarray([float(row["propensity"]) for row in records if "propensity" in row])
+        if len(propensity) < len(train_split):
+            raise DataError(f"{train_source} has no column propensity; run rluf.prepare again")
+        loss_factors = compute_propensity_weights(
+            propensity, train_split.labels, all_reacted=head_data.head == "thumbs"
+        )
+        train_split = replace(train_split, loss_factors=loss_factors)
+    if {"length", "users"} & set(head_settings.debias):
+        logit_offsets = fit_nuisance_offsets(train_split, head_settings.debias, world_size, head=head_data.head)
+        train_split = replace(train_split, logit_offsets=logit_offsets)
+    return HeadTask(head_data.head, train_split, dev_split, build_loss(head_settings), head_index)
+
+
+def fit_nuisance_offsets(
+    split: EncodedSplit, debias: Sequence[str], world_size: int = 1, *, head: str = "reward model"
+) -> Floats:
+    """Logit offset of each sequence explained by length and user, fitted on the rows of all ranks.
+
+    Per-user offsets are estimated leave-one-text-out.
     """
-    once = rows.loss_weights / np.bincount(rows.items)[rows.items]
-    shards = gathered((rows.labels, once, rows.lengths, rows.clusters), world)
-    weights = np.concatenate([shard[1] for shard in shards])
-    if rows.pairs:
-        halves = [np.split(shard[2], 2) for shard in shards]
-        found = fit_pairs(np.concatenate([half[side] for side in range(2) for half in halves]), weights)
-        offsets = found.of_length(rows.lengths)
+    # A row and its sign-off copies together weigh as much as the row: copies add no evidence about user or length.
+    weights = split.loss_weights / np.bincount(split.source_ids)[split.source_ids]
+    shards = all_gather_object((split.labels, weights, split.response_lengths, split.clusters), world_size)
+    all_weights = np.concatenate([shard[1] for shard in shards])
+    if split.is_pairwise:
+        # Each rank has its chosen responses first; the fit needs those of all ranks before any rejected one.
+        lengths_by_rank = [np.split(shard[2], 2) for shard in shards]
+        all_lengths = np.concatenate([lengths[index] for index in range(2) for lengths in lengths_by_rank])
+        nuisance = fit_pair_nuisance(all_lengths, all_weights)
+        offsets = nuisance.compute_length_offsets(split.response_lengths)
     else:
-        found = fit_labels(
+        nuisance = fit_label_nuisance(
             np.concatenate([shard[0] for shard in shards]),
-            weights,
+            all_weights,
             np.concatenate([shard[2] for shard in shards]),
             [cluster for shard in shards for cluster in shard[3]],
-            length="length" in debias,
-            user="users" in debias,
+            fit_length="length" in debias,
+            fit_users="users" in debias,
         )
-        offsets = found.offsets(rows.labels, once, rows.lengths, rows.clusters, rows.texts)
-    logger.info("debias: log-odds %.2f a standard deviation of log length", found.slope)
+        offsets = nuisance.compute_row_offsets(
+            split.labels, weights, split.response_lengths, split.clusters, split.text_ids
+        )
+    logger.info(
+        "%s: debias length_slope=%.2f log-odds per standard deviation of log length", head, nuisance.length_slope
+    )
     return offsets
 
 
-def loss_of(chosen: RewardModelSettings) -> Loss:
-    """The loss that the settings name, of logits, labels and weights."""
-    margin = chosen.margin
-
-    def pairs(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        won, lost = logits.chunk(2)
-        return losses.bradley_terry(won, lost, weights, wins=labels, margin=margin)
-
-    known: dict[str, Loss] = {
-        "bce": losses.weighted_bce,
-        "focal": losses.focal,
-        "nnpu": partial(losses.non_negative_pu, positive_rate=chosen.positive_rate),
-        "hinge": partial(losses.hinge, margin=margin or 1.0),
-        "bradley_terry": pairs,
-    }
-    return known[chosen.loss]
-
-
-def _read(
-    trainer: Trainer, task: Task, member: MemberPlan, depths: Sequence[int], shared: dict[tuple[str, str], Floats]
-) -> Read:
-    """What this member's head reads. The siblings' share stays in `shared`, by backbone and task."""
-    clock, tokens = time.monotonic(), task.train.tokens
+def _compute_probe_features(
+    trainer: RewardModelTrainer,
+    task: HeadTask,
+    member: EnsembleMemberSpec,
+    depths: Sequence[int],
+    shared_features: dict[tuple[str, str], Floats],
+) -> ProbeFeatures:
+    """Head inputs of this member; those at other depths stay in `shared_features`, by backbone input and task."""
+    start_time, token_count = time.monotonic(), task.train_split.token_count
     if len(depths) == 1:
-        return Read(trainer.features(task.train)[0], trainer.features(task.dev)[0], time.monotonic() - clock, tokens)
-    key = (f"{member.backbone}:response" if member.response else member.backbone, task.name)
-    count = len(task.train.sequences)
-    if key in shared:
-        tokens = 0
+        return ProbeFeatures(
+            trainer.compute_features(task.train_split)[0],
+            trainer.compute_features(task.dev_split)[0],
+            time.monotonic() - start_time,
+            token_count,
+        )
+    key = (f"{member.backbone}:response" if member.response_only else member.backbone, task.name)
+    if key in shared_features:
+        token_count = 0
     else:
-        shared[key] = np.concatenate([trainer.features(part, depths) for part in (task.train, task.dev)], axis=1)
-    every = shared[key][depths.index(member.layers)]
-    return Read(every[:count], every[count:], time.monotonic() - clock, tokens)
+        # The model was loaded with the deepest of the depths, so its pass reads for the other members too.
+        splits = (task.train_split, task.dev_split)
+        shared_features[key] = np.concatenate([trainer.compute_features(split, depths) for split in splits], axis=1)
+    features = shared_features[key][depths.index(member.layers)]
+    train_count = len(task.train_split.sequences)
+    return ProbeFeatures(features[:train_count], features[train_count:], time.monotonic() - start_time, token_count)
 
 
-def _unfitted(trainer: Trainer, task: Task, read: Read, weights: dict[str, torch.Tensor]) -> Fit:
-    """A head of noughts in `weights`, for _fuse to fill, and the task's figures without a loss."""
-    weights.update(set_head(trainer.model, np.zeros(read.train.shape[1]), 0.0, task.head))
-    shift = 0.0 if task.train.pairs else trainer.shift(task.train)
-    return Fit(shift=shift, tokens=read.tokens, seconds=read.seconds)
+def _add_zero_head(
+    trainer: RewardModelTrainer, task: HeadTask, probe_features: ProbeFeatures, best_weights: dict[str, torch.Tensor]
+) -> FitResult:
+    """Put a head of zeros into `best_weights`, to be filled by _fit_shared_head; returns a result without a loss."""
+    hidden_size = probe_features.train_features.shape[1]
+    best_weights.update(set_head_weights(trainer.model, np.zeros(hidden_size), 0.0, task.head_index))
+    prior_shift = 0.0 if task.train_split.is_pairwise else trainer.gather_prior_shift(task.train_split)
+    return FitResult(
+        prior_shift=prior_shift, token_count=probe_features.token_count, train_seconds=probe_features.seconds
+    )
 
 
-def _probe(trainer: Trainer, task: Task, read: Read, weights: dict[str, torch.Tensor], *, seed: int) -> Fit:
-    """Fit the task's head on all ranks' rows, put it into the model and `weights`; the same on every rank."""
-    clock, rows = time.monotonic() - read.seconds, task.train
-    features, head, bias = _fit_head(read.train, rows, trainer.plan.world, seed)
-    has_bias = linear_head(trainer.model).bias is not None
+def _fit_probe_head(
+    trainer: RewardModelTrainer,
+    task: HeadTask,
+    probe_features: ProbeFeatures,
+    best_weights: dict[str, torch.Tensor],
+    *,
+    seed: int,
+) -> FitResult:
+    """Fit the task's head on the rows of all ranks, put it into the model and `best_weights`; equal on every rank."""
+    start_time, train_split = time.monotonic(), task.train_split
+    features, head_weights, bias = _fit_head_weights(probe_features.train_features, task, trainer.plan.world_size, seed)
+    has_bias = get_linear_head(trainer.model).bias is not None
     if not has_bias:
-        head, bias = fold_bias(features, head, bias)
-    weights.update(set_head(trainer.model, head, bias, task.head))
-    shift = 0.0 if rows.pairs else trainer.shift(rows)
-    logits = read.dev @ head + (bias if has_bias else 0.0)
-    loss = dev_log_loss(logits, task.dev, shift)
-    return Fit(-1, loss, logits, shift, tokens=read.tokens, seconds=time.monotonic() - clock)
-
-
-def _fit_head(read: Floats, rows: Rows, world: int, seed: int) -> tuple[Floats, Floats, float]:
-    """Features [N, H] of all ranks' rows from this rank's, and the head's weights [H] and bias fitted on them.
-
-    Copies with a sign-off are no rows of their own there: their logit is held to that of the row they copy.
-    """
-    count = len(rows) - len(rows.originals)
-    own, copies = rows.parts(range(count)), rows.parts(range(count, len(rows)))
-    moved = read[copies] - read[rows.parts(rows.originals.tolist())]
-    offsets = rows.offsets if rows.offsets.size else np.zeros(len(read))
-    mine = rows.labels[:count], rows.loss_weights[:count], rows.clusters[:count]
-    shards = gathered((*mine, read[own], offsets[own], moved.T @ moved, len(moved)), world)
-    labels, weights = (np.concatenate([shard[part] for shard in shards]) for part in (0, 1))
-    features, offsets = (
-        np.concatenate([half[side] for side in range(1 + rows.pairs) for half in halves])
-        for halves in ([np.split(shard[part], 1 + rows.pairs) for shard in shards] for part in (3, 4))
+        head_weights, bias = fold_bias_into_weights(features, head_weights, bias)
+    best_weights.update(set_head_weights(trainer.model, head_weights, bias, task.head_index))
+    prior_shift = 0.0 if train_split.is_pairwise else trainer.gather_prior_shift(train_split)
+    dev_logits = probe_features.dev_features @ head_weights + (bias if has_bias else 0.0)
+    return FitResult(
+        best_epoch=-1,
+        best_loss=compute_dev_log_loss(dev_logits, task.dev_split, prior_shift),
+        dev_logits=dev_logits,
+        prior_shift=prior_shift,
+        token_count=probe_features.token_count,
+        train_seconds=time.monotonic() - start_time + probe_features.seconds,
     )
+
+
+def _fit_head_weights(
+    train_features: Floats, task: HeadTask, world_size: int, seed: int
+) -> tuple[Floats, Floats, float]:
+    """Gather the features [N, H] of all ranks and fit a head; returns features, weights [H] and bias.
+
+    Copies with a sign-off are not rows of the fit: the change of the logit that a sign-off causes is penalized.
+    """
+    split = task.train_split
+    row_count = len(split) - len(split.copy_sources)
+    original_sequences = split.sequence_indices(range(row_count))
+    copy_sequences = split.sequence_indices(range(row_count, len(split)))
+    changes = train_features[copy_sequences] - train_features[split.sequence_indices(split.copy_sources.tolist())]
+    offsets = split.logit_offsets if split.logit_offsets.size else np.zeros(len(train_features))
+    local_shard = (
+        split.labels[:row_count],
+        split.loss_weights[:row_count],
+        split.clusters[:row_count],
+        train_features[original_sequences],
+        offsets[original_sequences],
+        # The H x H moment in place of the changes themselves: its size does not grow with the number of copies.
+        changes.T @ changes,
+        len(changes),
+    )
+    shards = all_gather_object(local_shard, world_size)
+    labels, weights = (np.concatenate([shard[column] for shard in shards]) for column in (0, 1))
     clusters = [cluster for shard in shards for cluster in shard[2]]
-    drift = sum(shard[5] for shard in shards) / max(1, sum(shard[6] for shard in shards))
-    head, bias, strength = fit_probe(
-        features, labels, weights, clusters, pairs=rows.pairs, seed=seed, offsets=offsets, drift=drift
+    # For pairs, each rank has chosen before rejected; the fit needs the chosen responses of all ranks first.
+    responses_per_row = 1 + split.is_pairwise
+    features, offsets = (
+        np.concatenate([values[index] for index in range(responses_per_row) for values in values_by_rank])
+        for values_by_rank in ([np.split(shard[column], responses_per_row) for shard in shards] for column in (3, 4))
     )
-    logger.info("probe: regularisation C=%g", strength)
-    return features, head, bias
+    change_moment = sum(shard[5] for shard in shards) / max(1, sum(shard[6] for shard in shards))
+    head_weights, bias, strength = fit_probe(
+        features,
+        labels,
+        weights,
+        clusters,
+        is_pairwise=split.is_pairwise,
+        seed=seed,
+        logit_offsets=offsets,
+        change_moment=change_moment,
+    )
+    logger.info("%s: linear probe C=%g", task.name, strength)
+    return features, head_weights, bias
 
 
-def _fuse(members: Sequence[Member], *, seed: int, world: int) -> None:
-    """Give the members one head, fitted on what all of them read side by side; on every rank alike.
+def _fit_shared_head(members: Sequence[TrainedModel], *, seed: int, world_size: int) -> None:
+    """Fit one head on the concatenated features of all members and distribute its weights; equal on every rank.
 
-    The mean of the members' logits is the fused head's: each has its part of the weights times their number. A bias
-    that no member can hold is left to the calibration.
+    A bias that no member's head can store is left to the calibration.
     """
-    count = len(members)
-    for place, task in enumerate(members[0].tasks):
-        clock = time.monotonic()
-        reads, fits = [member.reads[place] for member in members], [member.found[place] for member in members]
-        read = np.concatenate([one.train for one in reads], axis=1)
-        features, head, bias = _fit_head(read, task.train, world, seed)
-        ends = np.cumsum([one.train.shape[1] for one in reads])[:-1]
-        parts = zip(members, reads, fits, np.split(head, ends), np.split(features, ends, axis=1), strict=True)
-        for member, one, fit, part, mine in parts:
-            names = [name for name in member.weights if name.rpartition(".")[0] in HEADS]
-            weights, left, held = part * count, bias, any(name.endswith(".bias") for name in names)
-            if not held:
-                weights, left = fold_bias(mine, weights, bias)[0], 0.0
-            for name in names:
-                whole = member.weights[name].clone()
-                whole[place] = torch.as_tensor(left if name.endswith(".bias") else weights, dtype=whole.dtype)
-                member.weights[name] = whole
-            fit.dev_logits = one.dev @ weights + left
-        loss = dev_log_loss(np.mean([fit.dev_logits for fit in fits], axis=0), task.dev, fits[0].shift)
-        for fit in fits:
-            fit.best_loss = loss
-        fits[0].seconds += time.monotonic() - clock
-        logger.info("%s: fused probe, dev log-loss %.4f", task.name, loss)
+    member_count = len(members)
+    for head_index, task in enumerate(members[0].tasks):
+        start_time = time.monotonic()
+        features_by_member = [member.probe_features[head_index] for member in members]
+        results = [member.fit_results[head_index] for member in members]
+        joint_features = np.concatenate([features.train_features for features in features_by_member], axis=1)
+        all_features, head_weights, bias = _fit_head_weights(joint_features, task, world_size, seed)
+        boundaries = np.cumsum([features.train_features.shape[1] for features in features_by_member])[:-1]
+        weights_by_member = np.split(head_weights, boundaries)
+        train_features_by_member = np.split(all_features, boundaries, axis=1)
+        for member_index, (member, result) in enumerate(zip(members, results, strict=True)):
+            # Scoring averages the members' logits. With its weights times their number and the whole bias in every
+            # member, the mean is the logit of the shared head.
+            member_weights, member_bias = weights_by_member[member_index] * member_count, bias
+            parameter_names = [name for name in member.weights if name.rpartition(".")[0] in HEAD_MODULE_NAMES]
+            if not any(name.endswith(".bias") for name in parameter_names):
+                member_weights, _ = fold_bias_into_weights(train_features_by_member[member_index], member_weights, bias)
+                member_bias = 0.0
+            for name in parameter_names:
+                parameter = member.weights[name].clone()
+                value = member_bias if name.endswith(".bias") else member_weights
+                parameter[head_index] = torch.as_tensor(value, dtype=parameter.dtype)
+                member.weights[name] = parameter
+            result.dev_logits = features_by_member[member_index].dev_features @ member_weights + member_bias
+        mean_logits = np.mean([result.dev_logits for result in results], axis=0)
+        loss = compute_dev_log_loss(mean_logits, task.dev_split, results[0].prior_shift)
+        for result in results:
+            result.best_loss = loss
+        results[0].train_seconds += time.monotonic() - start_time
+        logger.info("%s: shared head fitted dev_log_loss=%.4f", task.name, loss)
 
 
-def _engine(
-    settings: Settings, chosen: RewardModelSettings, model: Any, dtype: torch.dtype, steps: int, world: int
-) -> Engine:
-    engine: Engine = init_deepspeed(
+def _init_engine(
+    settings: Settings, model_settings: RewardModelSettings, model: Any, total_steps: int, world_size: int
+) -> TrainEngine:
+    engine: TrainEngine = init_deepspeed(
         model,
         zero_stage=settings.reward.zero_stage,
-        learning_rate=chosen.learning_rate,
-        warmup_steps=max(1, steps // 10),
-        weight_decay=chosen.weight_decay,
-        grad_clip=1.0,
-        dtype=dtype,
-        world=world,
-        total_steps=steps,
+        learning_rate=model_settings.learning_rate,
+        warmup_steps=max(1, total_steps // 10),
+        weight_decay=model_settings.weight_decay,
+        max_grad_norm=1.0,
+        dtype=getattr(torch, settings.reward_dtype),
+        world_size=world_size,
+        total_steps=total_steps,
     )
     return engine
 
 
-def _snapshot(engine: Any, best: dict[str, torch.Tensor], *, keep: bool) -> None:
-    """Copy the whole weights to host memory; all ranks call, as ZeRO 3 gathers them."""
-    for bucket in gather_parameters(engine, 64 << 20):
-        if keep:
-            best.update({name: tensor.to("cpu", copy=True) for name, tensor in bucket})
+def _copy_best_weights(engine: Any, best_weights: dict[str, torch.Tensor], *, should_store: bool) -> None:
+    """Copy the full weights to host memory where `should_store`; all ranks must call, as ZeRO 3 gathers them."""
+    for bucket in gather_parameters(engine, SNAPSHOT_BUCKET_BYTES):
+        if should_store:
+            best_weights.update({name: tensor.to("cpu", copy=True) for name, tensor in bucket})

@@ -1,7 +1,7 @@
-"""Held-out rows as `rluf.evaluate score` reads them, their scores, and the figures that follow.
+"""Score held-out rows with a reward model and summarize the scores, for `rluf.evaluate score`.
 
-Two shapes of JSONL rows: {"id", "messages", "response", "label": 0|1, "group"} and {"id", "messages", "chosen",
-"rejected", "group"}. Label 1 and `chosen` are what a score should be high for: loved, helpful, safe.
+Two kinds of JSONL rows: {"id", "messages", "response", "label": 0|1, "group"} and {"id", "messages", "chosen",
+"rejected", "group"}. Label 1 and `chosen` should score high: loved, helpful, safe.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ import numpy as np
 
 from rluf.errors import DataError
 from rluf.reward import metrics
-from rluf.reward.calibration import Floats, sigmoid
-from rluf.reward.card_figures import label_figures, pair_figures, plain
+from rluf.reward.card import compute_label_metrics, compute_pair_metrics, round_for_json
 from rluf.reward.model import RewardModel
-from rluf.reward.text import Item
+from rluf.reward.text import ScoringItem
 from rluf.types import Message
+from rluf.utils.stats import Floats, sigmoid
 
-Row = Mapping[str, Any]
+HeldoutRow = Mapping[str, Any]
 
 
-def parse_row(line: str | bytes, where: str) -> Row:
-    """One row of either shape. Raises DataError naming `where` (file and line) and what is wrong."""
+def parse_heldout_row(line: str | bytes, location: str) -> HeldoutRow:
+    """Parse one row of either kind. Raises DataError that names `location` (file and line) and the problem."""
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise DataError(f"{where} is no JSON ({error}); give one object a line") from error
+        raise DataError(f"{location} is not valid JSON ({error}); write one object per line") from error
     if not isinstance(row, dict):
-        raise DataError(f"{where} is no JSON object; give one object a line")
-    texts = ("chosen", "rejected") if is_pair(row) else ("response",)
-    if not all(isinstance(row.get(key), str) for key in texts):
-        raise DataError(f"{where} has neither response (with label) nor chosen and rejected as text; add them")
-    if not is_pair(row) and row.get("label") not in (0, 1):
-        raise DataError(f"{where} has label {row.get('label')!r}; it must be 0 or 1")
+        raise DataError(f"{location} is not a JSON object; write one object per line")
+    text_columns = ("chosen", "rejected") if is_pair_row(row) else ("response",)
+    if not all(isinstance(row.get(column), str) for column in text_columns):
+        raise DataError(f"{location} has neither response (with label) nor chosen and rejected as text; add them")
+    if not is_pair_row(row) and row.get("label") not in (0, 1):
+        raise DataError(f"{location} has label {row.get('label')!r}; expected 0 or 1")
     if not _is_conversation(row.get("messages")):
-        raise DataError(f"{where} has no messages; give a list of objects with role and content, both text")
+        raise DataError(f"{location} has no valid messages; expected a list of objects with text role and content")
     return row
 
 
@@ -47,68 +47,72 @@ def _is_conversation(messages: object) -> bool:
     )
 
 
-def is_pair(row: Row) -> bool:
-    """Whether the row is of the second shape."""
+def is_pair_row(row: HeldoutRow) -> bool:
+    """Whether the row is a pair (chosen and rejected) rather than a labeled response."""
     return "chosen" in row or "rejected" in row
 
 
-def score_rows(model: RewardModel, rows: Sequence[Row]) -> list[dict[str, Any]]:
-    """A score for each row, in order: id, group, what the figures need, and `score`.
+def score_heldout_rows(model: RewardModel, rows: Sequence[HeldoutRow]) -> list[dict[str, Any]]:
+    """Score each row, in order: id, group, the inputs of the metrics, and `score`.
 
-    Labelled rows: score is the calibrated probability, with `logit` behind it. Pairs: score is the chance that chosen
-    beats rejected, with `chosen` and `rejected` the two probabilities and `margin` the difference of their logits.
+    Labeled rows: score is the calibrated probability and `logit` its logit. Pairs: score is the probability that chosen
+    beats rejected, `chosen` and `rejected` are the two probabilities, and `margin` is the difference of their logits.
     Lengths are characters of the response.
     """
-    items: list[Item] = []
+    items: list[ScoringItem] = []
     for row in rows:
         messages: list[Message] = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
-        items += [(messages, row[key]) for key in (("chosen", "rejected") if is_pair(row) else ("response",))]
-    logits = iter(model.calibration.logits(model.raw(model.encoder.encode(items))).tolist())
-    found = []
+        text_columns = ("chosen", "rejected") if is_pair_row(row) else ("response",)
+        items += [(messages, row[column]) for column in text_columns]
+    # One pass over all texts; the iterator hands each row its one or two logits back.
+    raw_logits = model.compute_raw_logits(model.encoder.encode(items))
+    logits = iter(model.calibration.calibrate_logits(raw_logits).tolist())
+    scored_rows = []
     for row in rows:
-        known = {"id": row.get("id"), "group": row.get("group")}
-        if is_pair(row):
+        scored_row = {"id": row.get("id"), "group": row.get("group")}
+        if is_pair_row(row):
             chosen, rejected = next(logits), next(logits)
-            known |= {"score": _chance(chosen - rejected), "margin": chosen - rejected}
-            known |= {"chosen": _chance(chosen), "rejected": _chance(rejected)}
-            known |= {"chosen_length": len(row["chosen"]), "rejected_length": len(row["rejected"])}
+            scored_row |= {"score": _to_probability(chosen - rejected), "margin": chosen - rejected}
+            scored_row |= {"chosen": _to_probability(chosen), "rejected": _to_probability(rejected)}
+            scored_row |= {"chosen_length": len(row["chosen"]), "rejected_length": len(row["rejected"])}
         else:
             logit = next(logits)
-            known |= {"label": int(row["label"]), "score": _chance(logit), "logit": logit}
-            known |= {"length": len(row["response"])}
-        found.append(known)
-    return found
+            scored_row |= {"label": int(row["label"]), "score": _to_probability(logit), "logit": logit}
+            scored_row |= {"length": len(row["response"])}
+        scored_rows.append(scored_row)
+    return scored_rows
 
 
-def _chance(logit: float) -> float:
+def _to_probability(logit: float) -> float:
     return float(sigmoid(np.asarray(logit)))
 
 
-def summarise(scores: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Figures of scored rows: AUROC or pair accuracy with a 95% interval clustered by group, ECE, Brier, n, length.
+def summarize_scores(scored_rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """AUROC or pair accuracy with a 95% interval clustered by group, ECE, Brier, n and length baseline.
 
-    A row without a group is its own cluster. Raises DataError when there are no rows or both shapes occur.
+    A row without a group is a cluster of its own. Raises DataError when there are no rows or both kinds are mixed.
     """
-    rows = list(scores)
+    rows = list(scored_rows)
     if not rows:
         raise DataError("there is no row to score; check the data file")
-    pairs = "margin" in rows[0]
-    if any(("margin" in row) != pairs for row in rows):
-        raise DataError("labelled rows and pairs are mixed in one file; score them as two files")
+    is_pairwise = "margin" in rows[0]
+    if any(("margin" in row) != is_pairwise for row in rows):
+        raise DataError("labeled rows and pairs are mixed in one file; score them as two files")
     clusters = [f"row {i}" if row["group"] is None else str(row["group"]) for i, row in enumerate(rows)]
-    ones = np.ones(len(rows))
-    if pairs:
-        longer = _column(rows, "chosen_length") - _column(rows, "rejected_length")
-        figures = pair_figures(_column(rows, "margin"), ones, longer, clusters)
-        direction = float(longer.mean())
+    weights = np.ones(len(rows))
+    if is_pairwise:
+        length_differences = _get_column(rows, "chosen_length") - _get_column(rows, "rejected_length")
+        summary = compute_pair_metrics(_get_column(rows, "margin"), weights, length_differences, clusters)
+        length_preference = float(length_differences.mean())
     else:
-        lengths, labels, logits = (_column(rows, key) for key in ("length", "label", "logit"))
-        figures = label_figures(logits, labels, ones, lengths, clusters)
-        direction = metrics.correlation(lengths, labels)
-        figures["score_length_r"] = metrics.correlation(logits, lengths)
-    figures["length_floor_prefers"] = "longer" if direction >= 0 else "shorter"
-    return plain({"kind": "pairs" if pairs else "labels", "n": len(rows), "clusters": len(set(clusters)), **figures})
+        lengths, labels, logits = (_get_column(rows, key) for key in ("length", "label", "logit"))
+        summary = compute_label_metrics(logits, labels, weights, lengths, clusters)
+        length_preference = metrics.pearson_correlation(lengths, labels)
+        summary["score_length_r"] = metrics.pearson_correlation(logits, lengths)
+    summary["length_floor_prefers"] = "longer" if length_preference >= 0 else "shorter"
+    kind = "pairs" if is_pairwise else "labels"
+    return round_for_json({"kind": kind, "n": len(rows), "clusters": len(set(clusters)), **summary})
 
 
-def _column(rows: Sequence[Mapping[str, Any]], key: str) -> Floats:
+def _get_column(rows: Sequence[Mapping[str, Any]], key: str) -> Floats:
     return np.asarray([float(row[key]) for row in rows])

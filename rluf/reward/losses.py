@@ -1,60 +1,68 @@
-"""Losses of the reward models, on logits [B] that have not been calibrated."""
+"""Reward model losses on uncalibrated logits [B]."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.nn import functional
 
-FOCUS = 2.0
-"""Exponent of the focal loss; the authors' best."""
+from rluf.config.reward import RewardModelSettings
+
+LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Loss of logits (pairs: chosen, then rejected), labels and weights."""
+FOCAL_EXPONENT = 2.0
+"""Exponent of the focal loss, the best value in the paper."""
 
 
-def weighted_bce(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def weighted_bce_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Binary cross-entropy in nats, mean over `weights` [B]: sum_i w_i * (softplus(z_i) - y_i z_i) / sum_i w_i.
 
-    `labels` [B] are 0 or 1 (or shares between). Computed in float32 whatever the logits' type.
+    `labels` [B] are 0 or 1 (or fractions). Computed in float32 whatever the dtype of the logits.
     """
     losses = functional.binary_cross_entropy_with_logits(logits.float(), labels.float(), reduction="none")
     return (losses * weights).sum() / weights.sum()
 
 
-def focal(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """Focal loss in nats: cross-entropy of each row times (1 - p_of_its_label)^FOCUS, mean over `weights` [B].
+def focal_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Focal loss in nats: cross-entropy of each row times (1 - p_of_its_label)^FOCAL_EXPONENT, mean over `weights` [B].
 
-    Rows that are right already count for little. Source: Lin et al. 2017, formula 4.
+    Rows that are already classified correctly contribute little. Source: Lin et al. 2017, formula 4.
     """
     z, y = logits.float(), labels.float()
     losses = functional.binary_cross_entropy_with_logits(z, y, reduction="none")
-    missed = torch.sigmoid(torch.where(y > 0.5, -z, z))
-    return (losses * missed**FOCUS * weights).sum() / weights.sum()
+    error_probability = torch.sigmoid(torch.where(y > 0.5, -z, z))
+    return (losses * error_probability**FOCAL_EXPONENT * weights).sum() / weights.sum()
 
 
-def non_negative_pu(
-    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, positive_rate: float
+def non_negative_pu_loss(
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, class_prior: float
 ) -> torch.Tensor:
-    """Non-negative PU risk: rows without a reaction are unlabelled, a share of them would have been loved too.
+    """Non-negative PU risk: rows without a reaction are unlabeled, since some of them would have been loved too.
 
-    With l(z) = sigmoid(-z): pi E+[l(z)] + max(0, E_u[l(-z)] - pi E+[l(-z)]), where pi is `positive_rate`, the share of
-    truly liked responses (larger than the reaction rate). Where the second term is negative the returned value is the
-    negative of it, so that a step undoes the overfitting. Source: Kiryo et al. 2017, beta 0, gamma 1.
+    With l(z) = sigmoid(-z): pi E+[l(z)] + max(0, E_u[l(-z)] - pi E+[l(-z)]), where pi is `class_prior`, the share of
+    responses that are truly liked (larger than the reaction rate). Source: Kiryo et al. 2017, beta 0, gamma 1.
     """
     z, y, w = logits.float(), labels.float(), weights.float()
-    positive, unlabelled = w * y, w * (1 - y)
-    as_positive, as_negative = torch.sigmoid(-z), torch.sigmoid(z)
-    reached = positive.sum().clamp_min(1e-12)
-    risk_positive = positive_rate * (positive * as_positive).sum() / reached
-    risk_negative = (unlabelled * as_negative).sum() / unlabelled.sum().clamp_min(1e-12)
-    risk_negative = risk_negative - positive_rate * (positive * as_negative).sum() / reached
+    positive, unlabeled = w * y, w * (1 - y)
+    loss_as_positive, loss_as_negative = torch.sigmoid(-z), torch.sigmoid(z)
+    # A batch may have no positive row: the clamps turn 0 / 0 into 0.
+    positive_weight = positive.sum().clamp_min(1e-12)
+    risk_positive = class_prior * (positive * loss_as_positive).sum() / positive_weight
+    risk_negative = (unlabeled * loss_as_negative).sum() / unlabeled.sum().clamp_min(1e-12)
+    risk_negative = risk_negative - class_prior * (positive * loss_as_negative).sum() / positive_weight
+    # A negative risk can only come from overfitting. Its negation is returned, so that the step undoes it.
     return risk_positive + risk_negative if float(risk_negative.detach()) >= 0 else -risk_negative
 
 
-def hinge(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, margin: float) -> torch.Tensor:
-    """Mean over `weights` [B] of max(0, margin - z) for verdict 1 and max(0, margin + z) for verdict 0."""
+def hinge_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, margin: float) -> torch.Tensor:
+    """Mean over `weights` [B] of max(0, margin - z) for label 1 and max(0, margin + z) for label 0."""
     signs = torch.where(labels > 0.5, 1.0, -1.0)
     return (functional.relu(margin - signs * logits.float()) * weights).sum() / weights.sum()
 
 
-def bradley_terry(
+def bradley_terry_loss(
     chosen: torch.Tensor,
     rejected: torch.Tensor,
     weights: torch.Tensor,
@@ -64,10 +72,29 @@ def bradley_terry(
 ) -> torch.Tensor:
     """Bradley-Terry loss in nats: mean over `weights` [B] of the cross-entropy of sigmoid(chosen - rejected - margin).
 
-    `wins` [B] is 1 where chosen won (the default) and 0.5 for a tie, which no margin is asked of. Source: Bradley and
+    `wins` [B] is 1 where chosen won (the default) and 0.5 for a tie, to which no margin applies. Source: Bradley and
     Terry 1952; as a reward model loss, Christiano et al. 2017; the margin as in Llama 2 (Touvron et al. 2023).
     """
-    share = torch.ones_like(weights, dtype=torch.float32) if wins is None else wins.float()
-    difference = chosen.float() - rejected.float() - margin * (2 * share - 1)
-    losses = -(share * functional.logsigmoid(difference) + (1 - share) * functional.logsigmoid(-difference))
+    win_share = torch.ones_like(weights, dtype=torch.float32) if wins is None else wins.float()
+    # 2 * win_share - 1 is 1 for a win and 0 for a tie.
+    difference = chosen.float() - rejected.float() - margin * (2 * win_share - 1)
+    losses = -(win_share * functional.logsigmoid(difference) + (1 - win_share) * functional.logsigmoid(-difference))
     return (losses * weights).sum() / weights.sum()
+
+
+def build_loss(model_settings: RewardModelSettings) -> LossFunction:
+    """Loss function of logits, labels and weights that the settings name."""
+    margin = model_settings.margin
+
+    def pairwise_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        chosen, rejected = logits.chunk(2)
+        return bradley_terry_loss(chosen, rejected, weights, wins=labels, margin=margin)
+
+    loss_functions: dict[str, LossFunction] = {
+        "bce": weighted_bce_loss,
+        "focal": focal_loss,
+        "nnpu": partial(non_negative_pu_loss, class_prior=model_settings.pu_class_prior),
+        "hinge": partial(hinge_loss, margin=margin or 1.0),
+        "bradley_terry": pairwise_loss,
+    }
+    return loss_functions[model_settings.loss]

@@ -1,7 +1,9 @@
-"""Scoring with a trained reward model: length-sorted batches under a token budget, calibrated values.
+"""Score with a trained reward model: batches sorted by length under a token budget, calibrated values.
 
-float32 on the CPU: bfloat16 was 1.7 times as fast there, but the same response then scored up to 0.004 apart
-alone and in a batch (float32: under 1e-6). On GPUs likewise; reward models are small beside the policy.
+Scoring is float32 on every device; probe features and calibration are computed in float32 too, so that a head is
+calibrated on the logits it later gives. In bfloat16 scoring on CPUs was 1.7 times as fast, but the score of a response
+then differed by up to 0.004 between a single row and a batch (float32: less than 1e-6). Reward models are small
+compared with the policy.
 """
 
 from __future__ import annotations
@@ -14,159 +16,185 @@ import numpy as np
 import torch
 
 from rluf.errors import ModelError
-from rluf.reward.backbone import encoder_for, load_classifier
-from rluf.reward.calibration import Calibration, Floats
-from rluf.reward.ensemble_forward import pass_logits, passes
-from rluf.reward.shared_backbone import join_heads
-from rluf.reward.text import Encoded, Item, TextEncoder, token_batches
+from rluf.reward.backbone import build_text_encoder, load_classifier
+from rluf.reward.calibration import Calibration
+from rluf.reward.ensemble_forward import compute_shared_logits, plan_forward_passes
+from rluf.reward.shared_backbone import load_heads
+from rluf.reward.text import EncodedItem, ScoringItem, TextEncoder, plan_token_batches
 from rluf.types import Score
+from rluf.utils.stats import Floats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def member_folder(folder: Path, number: int) -> Path:
-    """Where member `number` of an ensemble lies: the first in the folder itself, so that it loads by plain means."""
-    return folder if number == 0 else folder / f"member-{number}"
+def get_member_folder(folder: Path, member_index: int) -> Path:
+    """Folder of an ensemble member; the first is the model folder itself, so that plain transformers can load it."""
+    return folder if member_index == 0 else folder / f"member-{member_index}"
 
 
 def _load_calibration(folder: Path) -> Calibration:
     if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} holds no config.json; name a reward model folder that rluf.reward wrote")
+        raise ModelError(f"{folder} has no config.json; name a reward model folder written by rluf.reward")
     return Calibration.load(folder)
 
 
 class RewardModel:
-    """One objective's reward model: the weights of its members, text encoder and calibration."""
+    """One objective's reward model: the models of its members, a text encoder and a calibration."""
 
     def __init__(
         self, members: Sequence[PreTrainedModel], encoder: TextEncoder, calibration: Calibration, batch_tokens: int
     ) -> None:
-        """`batch_tokens` bounds the padded tokens of one forward pass."""
+        """`batch_tokens` limits the padded tokens of one forward pass."""
         self.members = [member.eval() for member in members]
         self.encoder = encoder
-        self._passes = passes(self.members, [other.response_alone for other in self._encoders()])
+        self._forward_passes = plan_forward_passes(
+            self.members, [member_encoder.response_only for member_encoder in self._member_encoders()]
+        )
         self.calibration = calibration
         self.batch_tokens = batch_tokens
 
     @classmethod
-    def load(cls, path: Path, *, batch_tokens: int, device: str = "cpu", heads: Sequence[Path] = ()) -> RewardModel:
-        """Read a folder that rluf.reward wrote. Raises ModelError naming what is wrong with it.
+    def load(
+        cls, path: Path, *, batch_tokens: int, device: str = "cpu", head_folders: Sequence[Path] = ()
+    ) -> RewardModel:
+        """Load a folder written by rluf.reward. Raises ModelError that names the problem with it.
 
-        `heads` are the folders of several heads of its backbone, `path` among them: it then has a logit for each.
+        `head_folders` are the folders of several heads on one backbone, `path` among them: the model then has a logit
+        for each head, in order.
         """
         calibration = _load_calibration(path)
-        folders = [member_folder(path, number) for number in range(calibration.members)]
-        members = [load_classifier(folder, trained=True, device=device) for folder in folders]
-        if len(heads) > 1:
-            for number, member in enumerate(members):
-                join_heads(member, [member_folder(head, number) for head in heads])
+        folders = [get_member_folder(path, index) for index in range(calibration.member_count)]
+        members = [load_classifier(folder, require_all_weights=True, device=device) for folder in folders]
+        if len(head_folders) > 1:
+            for index, member in enumerate(members):
+                load_heads(member, [get_member_folder(folder, index) for folder in head_folders])
         encoders = [
-            encoder_for(
+            build_text_encoder(
                 member,
                 folder,
                 calibration.max_tokens,
-                next_turn=calibration.next_turn,
-                alone=len(folders) < 2,
-                response_alone=number in calibration.response_alone,
+                read_at_next_turn=calibration.read_at_next_turn,
+                is_single_model=len(folders) < 2,
+                response_only=index in calibration.response_only_members,
             )
-            for number, (member, folder) in enumerate(zip(members, folders, strict=True))
+            for index, (member, folder) in enumerate(zip(members, folders, strict=True))
         ]
-        if not all(encoder.same_as(encoders[0]) for encoder in encoders):
-            encoders[0].others = tuple(encoders[1:])
+        # Members that read the same ids share one encoder: each text is then tokenized once.
+        if not all(encoder.is_equivalent_to(encoders[0]) for encoder in encoders):
+            encoders[0].member_encoders = tuple(encoders[1:])
         return cls(members, encoders[0], calibration, batch_tokens)
 
-    def score(self, items: Sequence[Item], objective: str) -> list[Score]:
-        """Scores of (messages, response) items in order: value the calibrated probability, raw the model's logit.
+    def score(self, items: Sequence[ScoringItem], objective: str) -> list[Score]:
+        """Scores of (messages, response) items, in order: calibrated probability, raw logit and spread.
 
-        The spread is the standard deviation of the members' own probabilities, 0 for a single model and for members
-        under one fused head.
+        The spread is the standard deviation of the members' own probabilities; 0 for a single model and for members
+        with a shared head.
         """
-        return _scores(objective, self.calibration, self.each(self.encoder.encode(items)))
+        return _build_scores(objective, self.calibration, self.compute_member_logits(self.encoder.encode(items)))
 
-    def raw(self, rows: Sequence[Encoded]) -> list[float]:
-        """Uncalibrated logits of encoded rows, in order: the members' mean, by their shares."""
-        logits: list[float] = self.calibration.pooled(self.each(rows)).tolist()
+    def compute_raw_logits(self, rows: Sequence[EncodedItem]) -> list[float]:
+        """Uncalibrated logits of encoded rows, in order: the weighted mean over the members."""
+        logits: list[float] = self.calibration.pool_members(self.compute_member_logits(rows)).tolist()
         return logits
 
-    def each(self, rows: Sequence[Encoded]) -> Floats:
+    def compute_member_logits(self, rows: Sequence[EncodedItem]) -> Floats:
         """Uncalibrated logits [members, N] of encoded rows."""
-        return self.logits(rows)[:, :, 0]
+        return self.compute_head_logits(rows)[:, :, 0]
 
-    def logits(self, rows: Sequence[Encoded]) -> Floats:
+    def compute_head_logits(self, rows: Sequence[EncodedItem]) -> Floats:
         """Uncalibrated logits [members, N, heads] of encoded rows."""
-        found = np.zeros((len(self.members), len(rows), self.members[0].config.num_labels))
-        for run in self._passes:
-            number = run.members[-1]
-            read = [row.others[number - 1] if number and row.others else row for row in rows]
-            encoder = self._encoders()[number]
-            if run.heads:
-                found[list(run.members)] = pass_logits(run, encoder, read, self.batch_tokens)
+        logits = np.zeros((len(self.members), len(rows), self.members[0].config.num_labels))
+        for forward_pass in self._forward_passes:
+            # The deepest member of a pass comes last; it runs, so the text is encoded as it reads it.
+            member_index = forward_pass.member_indices[-1]
+            encoder = self._member_encoders()[member_index]
+            member_rows = [
+                row.member_encodings[member_index - 1] if member_index and row.member_encodings else row for row in rows
+            ]
+            if forward_pass.heads:
+                pass_logits = compute_shared_logits(forward_pass, encoder, member_rows, self.batch_tokens)
+                logits[list(forward_pass.member_indices)] = pass_logits
             else:
-                found[number] = logits_of(run.model, encoder, read, self.batch_tokens)
-        return found
+                logits[member_index] = compute_logits(forward_pass.model, encoder, member_rows, self.batch_tokens)
+        return logits
 
-    def _encoders(self) -> Sequence[TextEncoder]:
-        """Each member's encoder."""
-        return (self.encoder, *self.encoder.others) if self.encoder.others else [self.encoder] * len(self.members)
+    def _member_encoders(self) -> Sequence[TextEncoder]:
+        """Encoder of each member."""
+        if self.encoder.member_encoders:
+            return (self.encoder, *self.encoder.member_encoders)
+        return [self.encoder] * len(self.members)
 
 
-class SharedModel:
-    """Reward models that are heads of one backbone (or one model alone): one forward pass scores by all of them."""
+class SharedBackboneModel:
+    """Reward models that are heads of one backbone (or a single model): one forward pass gives all their scores."""
 
     def __init__(self, model: RewardModel, calibrations: Mapping[str, Calibration]) -> None:
-        """`model` has a logit for each of `calibrations`, in order."""
+        """`model` has a logit for each of `calibrations` (by objective), in order."""
         self.model, self.calibrations = model, calibrations
 
     @classmethod
-    def load(cls, folders: Mapping[str, Path], *, batch_tokens: int, device: str = "cpu") -> SharedModel:
-        """Read the folders of heads that were trained together. Raises ModelError naming what is wrong with one."""
-        heads = list(folders.values())
-        model = RewardModel.load(heads[0], batch_tokens=batch_tokens, device=device, heads=heads)
-        return cls(model, {name: Calibration.load(folder) for name, folder in folders.items()})
+    def load(cls, folders: Mapping[str, Path], *, batch_tokens: int, device: str = "cpu") -> SharedBackboneModel:
+        """Load the folders of heads that were trained together. Raises ModelError that names the problem with one."""
+        head_folders = list(folders.values())
+        model = RewardModel.load(head_folders[0], batch_tokens=batch_tokens, device=device, head_folders=head_folders)
+        return cls(model, {objective: Calibration.load(folder) for objective, folder in folders.items()})
 
-    def score(self, items: Sequence[Item]) -> dict[str, list[Score]]:
+    def score(self, items: Sequence[ScoringItem]) -> dict[str, list[Score]]:
         """Scores of (messages, response) items in order, by objective."""
         if not items:
-            return {name: [] for name in self.calibrations}
-        each = self.model.logits(self.model.encoder.encode(items))
+            return {objective: [] for objective in self.calibrations}
+        head_logits = self.model.compute_head_logits(self.model.encoder.encode(items))
         return {
-            name: _scores(name, calibration, each[:, :, place])
-            for place, (name, calibration) in enumerate(self.calibrations.items())
+            objective: _build_scores(objective, calibration, head_logits[:, :, head_index])
+            for head_index, (objective, calibration) in enumerate(self.calibrations.items())
         }
 
 
-def load_scorers(
+def load_reward_scorer(
     folders: Mapping[str, Path], *, batch_tokens: int, device: str = "cpu"
-) -> Callable[[Sequence[Item]], dict[str, list[Score]]]:
-    """What scores items by each of these objectives' reward models; heads of one backbone are scored together."""
-    groups: dict[str, dict[str, Path]] = {}
-    for name, folder in folders.items():
-        groups.setdefault(_load_calibration(folder).backbone or f"alone {name}", {})[name] = folder
-    models = [SharedModel.load(group, batch_tokens=batch_tokens, device=device) for group in groups.values()]
+) -> Callable[[Sequence[ScoringItem]], dict[str, list[Score]]]:
+    """Load the reward models of these objectives as one scoring function; heads of one backbone share a pass."""
+    folders_by_backbone: dict[str, dict[str, Path]] = {}
+    for objective, folder in folders.items():
+        # A separate model has no backbone hash and gets a key of its own.
+        backbone_key = _load_calibration(folder).backbone_hash or f"separate {objective}"
+        folders_by_backbone.setdefault(backbone_key, {})[objective] = folder
+    models = [
+        SharedBackboneModel.load(head_folders, batch_tokens=batch_tokens, device=device)
+        for head_folders in folders_by_backbone.values()
+    ]
 
-    def score(items: Sequence[Item]) -> dict[str, list[Score]]:
-        found = {name: scores for model in models for name, scores in model.score(items).items()}
-        return {name: found[name] for name in folders}
+    def score_items(items: Sequence[ScoringItem]) -> dict[str, list[Score]]:
+        scores = {objective: head_scores for model in models for objective, head_scores in model.score(items).items()}
+        return {objective: scores[objective] for objective in folders}
 
-    return score
+    return score_items
 
 
-def _scores(objective: str, calibration: Calibration, each: Floats) -> list[Score]:
+def _build_scores(objective: str, calibration: Calibration, member_logits: Floats) -> list[Score]:
     """Scores from the members' logits [members, N]."""
-    raw = calibration.pooled(each)
-    values = calibration.values(raw)
-    spread = np.zeros_like(values) if calibration.fused else calibration.values(each).std(0)
-    return [Score(objective, float(v), float(r), float(s)) for v, r, s in zip(values, raw, spread, strict=True)]
+    raw_logits = calibration.pool_members(member_logits)
+    probabilities = calibration.compute_probabilities(raw_logits)
+    spreads = np.zeros_like(probabilities)
+    if not calibration.shared_head:
+        spreads = calibration.compute_probabilities(member_logits).std(0)
+    return [
+        Score(objective, float(probability), float(raw_logit), float(spread))
+        for probability, raw_logit, spread in zip(probabilities, raw_logits, spreads, strict=True)
+    ]
 
 
 @torch.inference_mode()
-def logits_of(model: torch.nn.Module, encoder: TextEncoder, rows: Sequence[Encoded], batch_tokens: int) -> Floats:
+def compute_logits(
+    model: torch.nn.Module, encoder: TextEncoder, rows: Sequence[EncodedItem], batch_tokens: int
+) -> Floats:
     """Logits [N, heads] of `rows` in order, batched by length. `model` returns an object with logits [B, heads]."""
-    found: list[list[float]] = [[]] * len(rows)
+    logits_by_row: list[list[float]] = [[]] * len(rows)
     device = next(model.parameters()).device
-    for batch in token_batches([len(row) for row in rows], batch_tokens):
-        inputs = {name: tensor.to(device) for name, tensor in encoder.collate([rows[i] for i in batch]).items()}
-        for index, logits in zip(batch, model(**inputs).logits.float().tolist(), strict=True):
-            found[index] = logits
-    return np.asarray(found, dtype=np.float64) if rows else np.empty((0, 1))
+    for batch in plan_token_batches([len(row) for row in rows], batch_tokens):
+        inputs = encoder.collate([rows[row_index] for row_index in batch])
+        batch_logits = model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits
+        for row_index, row_logits in zip(batch, batch_logits.float().tolist(), strict=True):
+            logits_by_row[row_index] = row_logits
+    return np.asarray(logits_by_row, dtype=np.float64) if rows else np.empty((0, 1))

@@ -1,7 +1,7 @@
 """Reward training on Ray Train: workers fed by Ray Data shards, one DeepSpeed engine each.
 
-Several objectives are trained one after another by the same workers, since starting a worker (torch, transformers and
-DeepSpeed imported, process group formed) takes longer than training a small model for a quarter of a minute.
+The same workers train several objectives one after another: starting a worker (importing torch, transformers and
+DeepSpeed, forming the process group) takes longer than training a small model, about 15 seconds.
 """
 
 from __future__ import annotations
@@ -19,135 +19,157 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rluf.config.settings import Settings
-from rluf.errors import DataError, ResourceError, RlufError, StallError
+from rluf.errors import DataError, DeadlineError, ResourceError, RlufError
 from rluf.models.hub import resolve_model
-from rluf.utils.paths import cache_dir
+from rluf.reward.card_page import CARD_FILE
+from rluf.utils.paths import resolve_cache_folder
 
 if TYPE_CHECKING:
     import ray.data
 
-    from rluf.reward.fit import Splits
+    from rluf.reward.fit import HeadData
 
 logger = logging.getLogger(__name__)
 
-CARD = "reward_card.json"
-PAGE = "reward_card.html"
-PROGRESS = "progress.log"
-SPLITS = ("train", "dev", "test")
-QUIET = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0", "TOKENIZERS_PARALLELISM": "false"}
-SMALL_BYTES = 64 << 20
-SAVE_S = 60.0
-"""Seconds of training that a lost worker may cost a model alone, or heads of one backbone."""
+PROGRESS_FILE = "progress.log"
+SPLIT_NAMES = ("train", "dev", "test")
+WORKER_ENVIRONMENT = {
+    # OpenMP threads that spin while they wait take the cores from the other workers of the machine.
+    "KMP_BLOCKTIME": "0",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+MAX_IN_MEMORY_BYTES = 64 << 20
+"""Largest training split that the driver reads itself, in bytes of the Parquet file."""
+SAVE_INTERVAL_S = 60.0
+"""Seconds of training that the loss of a worker may cost a model."""
 
 
-def train_rewards(
+def train_reward_models(
     settings: Settings,
     jobs: Mapping[str, tuple[Path, Path]],
     *,
-    thorough: bool = False,
-    before: Mapping[str, Path] | None = None,
-    curve: Sequence[float] = (),
-    save_s: float = SAVE_S,
+    full_card: bool = False,
+    earlier_models: Mapping[str, Path] | None = None,
+    curve_shares: Sequence[float] = (),
+    save_interval_s: float = SAVE_INTERVAL_S,
 ) -> dict[str, dict[str, Any]]:
-    """Train the reward model of each objective, or head of reward.heads; returns their cards. Ray must be initialised.
+    """Train the reward model of each objective (or head of a shared backbone); returns their cards.
 
-    `jobs` maps an objective to (data folder written by rluf.prepare, checkpoint folder to write). A checkpoint folder
-    appears only when whole; one that is already there is kept, so a worker that is started again goes on with the next
-    objective, and within one from where training stood at most `save_s` seconds before; but of an ensemble only the
-    member in training is kept, so that those before it are trained again. `thorough` adds slices, the robustness table
-    and a page to each card; `before` names earlier models by objective, which the cards compare; `curve` are shares of
-    the training rows with which each model, once written, is trained again, for the learning curve in its card.
-    Raises DataError, ModelError, ResourceError, or StallError past reward.deadline_s for all jobs together.
+    Ray must be initialized. `jobs` maps an objective to (data folder written by rluf.prepare, checkpoint folder to
+    write). A checkpoint folder appears only when complete, and an existing one is not trained again. So a restarted
+    worker resumes with the next objective, and within an objective at most `save_interval_s` seconds before the
+    failure; of an ensemble only the member in training is saved, and earlier members are trained again. `full_card`
+    adds slices, the robustness table and an HTML page to each card; `earlier_models` are models by objective to compare
+    with; `curve_shares` are shares of the training rows for the learning curve, one more training each. Raises
+    DataError, ModelError, ResourceError, or DeadlineError past timeouts.reward_training_s for all jobs together.
     """
+    from rluf.reward.shared_backbone import get_data_objective
+
+    groups = group_by_backbone(settings, tuple(jobs))
+    for group in groups:
+        for member in settings.reward.settings_for_head(group[0]).member_specs:
+            # Downloaded here once, before several workers would download it at the same time.
+            resolve_model(member.backbone, resolve_cache_folder(settings))
+    for objective, (data_folder, output_folder) in jobs.items():
+        _check_data_files(get_data_objective(objective), data_folder)
+        output_folder.parent.mkdir(parents=True, exist_ok=True)
+    data_folders = {get_data_objective(objective): data_folder for objective, (data_folder, _) in jobs.items()}
+    # Next to the outputs, so that the checkpoints of the training are on the disk with room for models.
+    storage = Path(tempfile.mkdtemp(prefix=".ray-train-", dir=next(iter(jobs.values()))[1].parent))
+    train_loop_config = {
+        "settings": settings.model_dump_json(),
+        "jobs": {objective: (str(data_folder), str(output)) for objective, (data_folder, output) in jobs.items()},
+        "groups": groups,
+        "earlier_models": {objective: str(folder) for objective, folder in (earlier_models or {}).items()},
+        "curve_shares": list(curve_shares),
+        "save_interval_s": save_interval_s,
+        "threads": _count_worker_threads(settings),
+        "full_card": full_card,
+        "progress_file": str(storage / PROGRESS_FILE),
+    }
+    trainer = _build_torch_trainer(settings, data_folders, storage, train_loop_config)
+    try:
+        _run_trainer(trainer, settings.timeouts.reward_training_s, tuple(jobs), storage / PROGRESS_FILE)
+    finally:
+        shutil.rmtree(storage, ignore_errors=True)
+    return {
+        objective: json.loads((output_folder / CARD_FILE).read_text(encoding="utf-8"))
+        for objective, (_, output_folder) in jobs.items()
+    }
+
+
+def _count_worker_threads(settings: Settings) -> int:
+    """CPU threads of one worker: the setting, else this machine's cores divided by the number of workers."""
+    return settings.cluster.threads_per_actor or max(1, (os.cpu_count() or 1) // settings.reward.max_workers)
+
+
+def _build_torch_trainer(
+    settings: Settings, data_folders: Mapping[str, Path], storage: Path, train_loop_config: dict[str, Any]
+) -> Any:
+    """Ray Train trainer of train_worker; `data_folders` are prepared data by the objective whose data is read."""
     import ray.data
     from ray import train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    from rluf.reward.shared_backbone import data_of
-
-    groups = grouped(settings, tuple(jobs))
-    for group in groups:
-        for member in settings.reward.of_head(group[0]).members:
-            resolve_model(member.backbone, cache_dir(settings))  # once, before any worker starts
-    for objective, (data, out) in jobs.items():
-        _check_data(data_of(objective), data)
-        out.parent.mkdir(parents=True, exist_ok=True)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    sources = {data_of(objective): data for objective, (data, _) in jobs.items()}
-    datasets = {source: _dataset(data / source / "train.parquet") for source, data in sources.items()}
-    cluster, workers = settings.cluster, settings.reward.workers
-    resources = {"CPU": cluster.cpus_per_reward, "GPU": cluster.gpus_per_reward}
-    threads = str(cluster.threads or max(1, (os.cpu_count() or 1) // settings.reward.most_workers))
-    options = ray.data.ExecutionOptions(preserve_order=True)  # workers started again get the same shards
-    storage = Path(tempfile.mkdtemp(prefix=".ray-train-", dir=next(iter(jobs.values()))[1].parent))
-    trainer = TorchTrainer(
-        work,
-        train_loop_config={
-            "settings": settings.model_dump_json(),
-            "jobs": {objective: (str(data), str(out)) for objective, (data, out) in jobs.items()},
-            "groups": groups,
-            "before": {objective: str(folder) for objective, folder in (before or {}).items()},
-            "curve": list(curve),
-            "save_s": save_s,
-            "threads": int(threads),
-            "thorough": thorough,
-            "progress": str(storage / PROGRESS),
-        },
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    datasets = {source: _load_dataset(folder / source / "train.parquet") for source, folder in data_folders.items()}
+    uses_gpu = settings.cluster.gpus_per_reward > 0
+    resources = {"CPU": settings.cluster.cpus_per_reward, "GPU": settings.cluster.gpus_per_reward}
+    environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(train_loop_config["threads"])}
+    return TorchTrainer(
+        train_worker,
+        train_loop_config=train_loop_config,
         scaling_config=train.ScalingConfig(
-            num_workers=workers,
-            use_gpu=cluster.gpus_per_reward > 0,
+            num_workers=settings.reward.workers,
+            use_gpu=uses_gpu,
             resources_per_worker={name: amount for name, amount in resources.items() if amount > 0},
         ),
         datasets=datasets,
         dataset_config=train.DataConfig(
-            datasets_to_split=list(sources) if workers != 1 else [], execution_options=options
+            datasets_to_split=list(datasets) if settings.reward.workers != 1 else [],
+            # Restarted workers must get the same shards: saved progress names the rows that were read.
+            execution_options=ray.data.ExecutionOptions(preserve_order=True),
         ),
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_reward > 0 else "gloo"),
+        torch_config=TorchConfig(backend="nccl" if uses_gpu else "gloo"),
         run_config=train.RunConfig(
             name="reward",
             storage_path=str(storage),
             failure_config=train.FailureConfig(max_failures=settings.reward.retries),
             checkpoint_config=train.CheckpointConfig(num_to_keep=1),
             logging_config=train.LoggingConfig(log_level="WARNING"),
-            worker_runtime_env={"env_vars": {**QUIET, "OMP_NUM_THREADS": threads}},
+            worker_runtime_env={"env_vars": environment},
         ),
     )
-    try:
-        _fit(trainer, settings.reward.deadline_s, tuple(jobs), storage / PROGRESS)
-    finally:
-        shutil.rmtree(storage, ignore_errors=True)
-    return {objective: json.loads((out / CARD).read_text(encoding="utf-8")) for objective, (_, out) in jobs.items()}
 
 
-def _check_data(objective: str, data: Path) -> None:
-    for split in SPLITS:
-        path = data / objective / f"{split}.parquet"
+def _check_data_files(objective: str, data_folder: Path) -> None:
+    for split in SPLIT_NAMES:
+        path = data_folder / objective / f"{split}.parquet"
         if not path.exists():
             raise DataError(f"{path} is missing, so no reward model for {objective} can be trained; run rluf.prepare")
 
 
-def _dataset(path: Path) -> ray.data.Dataset:
-    """The training split as a Ray Data set. A small file goes in as it is: read tasks take seconds to start."""
+def _load_dataset(path: Path) -> ray.data.Dataset:
+    """Load the training split as a Ray Data dataset."""
     import pyarrow.parquet
     import ray.data
 
-    if path.is_file() and path.stat().st_size <= SMALL_BYTES:
+    # Read a small file here: Ray Data's read tasks take seconds to start.
+    if path.is_file() and path.stat().st_size <= MAX_IN_MEMORY_BYTES:
         return ray.data.from_arrow(pyarrow.parquet.read_table(str(path)))
     return ray.data.read_parquet(str(path))
 
 
-def _fit(trainer: Any, deadline_s: float, objectives: tuple[str, ...], progress: Path) -> None:
-    """Run the trainer in a thread: Ray Train then leaves Ctrl-C alone, and the deadline holds whatever hangs.
-
-    Meanwhile lines that rank 0 appends to the file `progress` are logged here.
-    """
+def _run_trainer(trainer: Any, deadline_s: float, objectives: tuple[str, ...], progress_file: Path) -> None:
+    """Run the trainer, and log the lines that rank 0 appends to `progress_file`."""
     from ray.exceptions import RayError
     from ray.train import TrainingFailedError
 
     outcome: list[Exception | None] = []
 
-    def run() -> None:
+    def run_fit() -> None:
         try:
             trainer.fit()
         except (TrainingFailedError, RayError, RlufError, OSError, RuntimeError, ValueError, TypeError) as error:
@@ -155,166 +177,197 @@ def _fit(trainer: Any, deadline_s: float, objectives: tuple[str, ...], progress:
         else:
             outcome.append(None)
 
-    thread = threading.Thread(target=run, name="ray-train", daemon=True)
+    # In a thread of its own: outside the main thread Ray Train does not install a handler for Ctrl-C, and the deadline
+    # applies even if a call inside Ray hangs.
+    thread = threading.Thread(target=run_fit, name="ray-train", daemon=True)
     thread.start()
-    end = time.monotonic() + deadline_s
-    told = 0
+    end_time = time.monotonic() + deadline_s
+    offset = 0
     while thread.is_alive():
         thread.join(timeout=0.2)
-        told = _tell(progress, told)
-        if time.monotonic() > end:
-            raise StallError(
-                f"training the reward models {', '.join(objectives)} took longer than "
-                f"reward.deadline_s={deadline_s:g}; see the last progress line, then raise the deadline or add workers"
+        offset = _relay_progress(progress_file, offset)
+        if time.monotonic() > end_time:
+            raise DeadlineError(
+                f"training the reward models {', '.join(objectives)} took longer than timeouts.reward_training_s="
+                f"{deadline_s:g}; see the last progress line, then raise the deadline or add workers"
             )
-    _tell(progress, told)
+    _relay_progress(progress_file, offset)
     if not outcome:
-        raise ResourceError(f"reward training ({', '.join(objectives)}) ended without a result; the log above says why")
+        raise ResourceError(f"reward training ({', '.join(objectives)}) ended without a result; see the log above")
     if outcome[0] is not None:
-        raise _cause(outcome[0], objectives) from outcome[0]
+        raise _find_root_error(outcome[0], objectives) from outcome[0]
 
 
-def _tell(progress: Path, told: int) -> int:
-    """Log the whole lines of the file after byte `told`; returns where they end."""
-    if not progress.is_file():
-        return told
-    with progress.open("rb") as stream:
-        stream.seek(told)
-        fresh = stream.read()
-    whole = fresh[: fresh.rfind(b"\n") + 1]
-    for line in whole.decode("utf-8", "replace").splitlines():
+def _relay_progress(progress_file: Path, offset: int) -> int:
+    """Log the complete lines of the file after byte `offset`; returns the offset behind them."""
+    if not progress_file.is_file():
+        return offset
+    with progress_file.open("rb") as stream:
+        stream.seek(offset)
+        new_bytes = stream.read()
+    # Rank 0 may be in the middle of a line: its first part is read again with the rest.
+    complete_lines = new_bytes[: new_bytes.rfind(b"\n") + 1]
+    for line in complete_lines.decode("utf-8", "replace").splitlines():
         logger.info("%s", line)
-    return told + len(whole)
+    return offset + len(complete_lines)
 
 
-def _cause(error: Exception, objectives: tuple[str, ...]) -> RlufError:
-    """The error of ours that a worker raised, else a ResourceError that quotes what Ray Train said."""
+def _find_root_error(error: Exception, objectives: tuple[str, ...]) -> RlufError:
+    """The RlufError that a worker raised, else a ResourceError that quotes Ray Train's message."""
     for failure in getattr(error, "worker_failures", {}).values():
         for candidate in (failure, getattr(failure, "cause", None), failure.__cause__):
             if isinstance(candidate, RlufError):
                 return candidate
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    tail = lines[-1] if lines else type(error).__name__
-    return ResourceError(f"reward training ({', '.join(objectives)}) failed on its workers: {tail}")
+    # The last line of a traceback names the error itself.
+    last_line = lines[-1] if lines else type(error).__name__
+    return ResourceError(f"reward training ({', '.join(objectives)}) failed on its workers: {last_line}")
 
 
-def work(config: Mapping[str, Any]) -> None:
-    """What every worker does: train the objectives in turn. Rank 0 writes the checkpoints."""
+def train_worker(config: Mapping[str, Any]) -> None:
+    """Training loop of every Ray Train worker: train the objectives in turn; rank 0 writes the checkpoints."""
     import torch
     from ray import train
 
-    from rluf.reward.backbone import quick_cpu_matmul
+    from rluf.reward.backbone import enable_fast_cpu_matmul
 
     if train.get_context().get_world_rank() == 0:
-        _log_to(Path(config["progress"]))
+        _redirect_logs(Path(config["progress_file"]))
     settings = Settings.model_validate_json(config["settings"])
     if settings.cluster.gpus_per_reward == 0:
         torch.set_num_threads(config["threads"])
-        quick_cpu_matmul()
-    started = time.monotonic()
-    shards = _Shards()
+        enable_fast_cpu_matmul()
+    deadline = time.monotonic() + settings.timeouts.reward_training_s
+    shard_reader = _ShardReader()
     for group in config["groups"]:
-        jobs = {head: (Path(data), Path(out)) for head in group for data, out in [config["jobs"][head]]}
-        deadline, outs = started + settings.reward.deadline_s, {head: out for head, (_, out) in jobs.items()}
-        kept = all((out / CARD).is_file() for out in outs.values())
-        curve = [] if all(_has_curve(out) for out in outs.values()) else config["curve"]
-        if kept:
-            logger.info("%s: already trained, kept", ", ".join(group))
-        if kept and not curve:
+        jobs = {head: (Path(config["jobs"][head][0]), Path(config["jobs"][head][1])) for head in group}
+        output_folders = {head: output_folder for head, (_, output_folder) in jobs.items()}
+        # A restarted worker runs this loop from the beginning: what is already written is skipped.
+        is_trained = all((folder / CARD_FILE).is_file() for folder in output_folders.values())
+        has_curve = all(_has_learning_curve(folder) for folder in output_folders.values())
+        curve_shares = [] if has_curve else config["curve_shares"]
+        if is_trained:
+            logger.info(
+                "%s: already trained, reusing %s", ", ".join(group), ", ".join(map(str, output_folders.values()))
+            )
+        if is_trained and not curve_shares:
             continue
-        splits = _splits(jobs, shards)
-        if not kept:
-            _train_group(settings, outs, splits, deadline, config)
-        if curve:
-            _learning_curve(settings, outs, splits, deadline, curve)
+        head_data = _load_head_data(jobs, shard_reader)
+        if not is_trained:
+            _train_group(settings, output_folders, head_data, deadline, config)
+        if curve_shares:
+            _train_learning_curve(settings, output_folders, head_data, deadline, curve_shares)
         train.report({"objective": "+".join(group)})
 
 
-def _has_curve(out: Path) -> bool:
+def _has_learning_curve(model_folder: Path) -> bool:
     """Whether the model is written and its card has a learning curve."""
-    card = out / CARD
-    return card.is_file() and "learning_curve" in json.loads(card.read_text(encoding="utf-8"))
+    card_path = model_folder / CARD_FILE
+    return card_path.is_file() and "learning_curve" in json.loads(card_path.read_text(encoding="utf-8"))
 
 
-def _log_to(progress: Path) -> None:
+def _redirect_logs(progress_file: Path) -> None:
     """Send this package's log lines to a file that the driver reads."""
-    handler = logging.FileHandler(progress, encoding="utf-8")
+    handler = logging.FileHandler(progress_file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(message)s"))
-    ours = logging.getLogger("rluf")
-    ours.handlers, ours.propagate = [handler], False
-    ours.setLevel(logging.INFO)
+    package_logger = logging.getLogger("rluf")
+    package_logger.handlers, package_logger.propagate = [handler], False
+    package_logger.setLevel(logging.INFO)
 
 
-def grouped(settings: Settings, wanted: Sequence[str]) -> list[tuple[str, ...]]:
-    """The objectives to train by model: heads of one backbone together, all others alone."""
-    shared = tuple(head for head in settings.reward.heads if head in wanted)
-    alone: list[tuple[str, ...]] = [(objective,) for objective in wanted if objective not in shared]
-    return [shared, *alone] if shared else alone
+def group_by_backbone(settings: Settings, objectives: Sequence[str]) -> list[tuple[str, ...]]:
+    """Group the objectives by the model to train: heads of the shared backbone together, all others separately."""
+    shared_heads = tuple(head for head in settings.reward.shared_backbone_heads if head in objectives)
+    separate: list[tuple[str, ...]] = [(objective,) for objective in objectives if objective not in shared_heads]
+    return [shared_heads, *separate] if shared_heads else separate
 
 
-class _Shards:
-    """This worker's shards of the training splits, read once each: several heads learn from one log."""
+class _ShardReader:
+    """Reads this worker's shards of the training splits, each only once: several heads train on one log."""
 
     def __init__(self) -> None:
-        self._read: dict[str, list[dict[str, Any]]] = {}
+        self._rows_by_source: dict[str, list[dict[str, Any]]] = {}
 
-    def of(self, source: str) -> list[dict[str, Any]]:
+    def get_rows(self, source: str) -> list[dict[str, Any]]:
         from ray import train
 
-        if source not in self._read:
+        if source not in self._rows_by_source:
             batches = train.get_dataset_shard(source).iter_batches(batch_size=None, batch_format="pyarrow")
-            self._read[source] = [row for table in batches for row in table.to_pylist()]
-        return self._read[source]
+            self._rows_by_source[source] = [row for table in batches for row in table.to_pylist()]
+        return self._rows_by_source[source]
 
 
 def _train_group(
-    settings: Settings, outs: Mapping[str, Path], splits: Sequence[Splits], deadline: float, config: Mapping[str, Any]
+    settings: Settings,
+    output_folders: Mapping[str, Path],
+    head_data: Sequence[HeadData],
+    deadline: float,
+    config: Mapping[str, Any],
 ) -> None:
-    """Train one model on this rank, in step with the others: a head an entry of `splits`; rank 0 writes `outs`."""
+    """Train one model on this rank, in step with the other ranks; rank 0 writes a folder per head."""
     from ray import train
 
-    from rluf.reward.checkpoint import Keeper
-    from rluf.reward.export import finish
-    from rluf.reward.fit import train_members
+    from rluf.reward.checkpoint import RewardCheckpointer
+    from rluf.reward.export import export_models
+    from rluf.reward.fit import train_ensemble
 
-    clock = time.monotonic()
-    rank, world = train.get_context().get_world_rank(), train.get_context().get_world_size()
-    keeper = Keeper(rank=rank, shared_state=settings.reward.zero_stage == 0)
-    members = train_members(settings, splits, deadline, rank=rank, world=world, keeper=keeper, save_s=config["save_s"])
+    start_time = time.monotonic()
+    rank, world_size = train.get_context().get_world_rank(), train.get_context().get_world_size()
+    checkpointer = RewardCheckpointer(rank=rank, has_shared_state=settings.reward.zero_stage == 0)
+    members = train_ensemble(
+        settings,
+        head_data,
+        deadline,
+        rank=rank,
+        world_size=world_size,
+        checkpointer=checkpointer,
+        save_interval_s=config["save_interval_s"],
+    )
     if rank == 0:
-        places = {split.head: (split.folder, outs[split.head]) for split in splits}
-        before = {head: Path(folder) for head, folder in config["before"].items()}
-        finish(settings, places, members, clock, thorough=config["thorough"], before=before)
+        outputs = {data.head: (data.data_folder, output_folders[data.head]) for data in head_data}
+        earlier_models = {head: Path(folder) for head, folder in config["earlier_models"].items()}
+        export_models(
+            settings, outputs, members, start_time, full_card=config["full_card"], earlier_models=earlier_models
+        )
 
 
-def _splits(jobs: Mapping[str, tuple[Path, Path]], shards: _Shards) -> list[Splits]:
-    """The rows of each head: this rank's shard of the training split, and dev."""
-    from rluf.reward.export import table
-    from rluf.reward.fit import Splits
-    from rluf.reward.shared_backbone import data_of
+def _load_head_data(jobs: Mapping[str, tuple[Path, Path]], shard_reader: _ShardReader) -> list[HeadData]:
+    """Rows of each head: this rank's shard of the training split, and the whole dev split."""
+    from rluf.reward.export import read_split_rows
+    from rluf.reward.fit import HeadData
+    from rluf.reward.shared_backbone import get_data_objective
 
-    folders = {head: data / data_of(head) for head, (data, _) in jobs.items()}
-    return [
-        Splits(head, shards.of(data_of(head)), table(folder / "dev.parquet"), folder)
-        for head, folder in folders.items()
-    ]
+    head_data = []
+    for head, (data_folder, _) in jobs.items():
+        source = get_data_objective(head)
+        folder = data_folder / source
+        head_data.append(HeadData(head, shard_reader.get_rows(source), read_split_rows(folder / "dev.parquet"), folder))
+    return head_data
 
 
-def _learning_curve(
-    settings: Settings, outs: Mapping[str, Path], splits: Sequence[Splits], deadline: float, shares: Sequence[float]
+def _train_learning_curve(
+    settings: Settings,
+    output_folders: Mapping[str, Path],
+    head_data: Sequence[HeadData],
+    deadline: float,
+    shares: Sequence[float],
 ) -> None:
-    """Train the written models again, whole, on shares of their rows, and put what comes out into their cards."""
+    """Train the written models again on shares of their rows, and add the results to their cards."""
     from ray import train
 
-    from rluf.reward.export import add_curve, point, thinned
-    from rluf.reward.fit import train_members
+    from rluf.reward.export import add_learning_curve, measure_curve_point, subsample_rows
+    from rluf.reward.fit import train_ensemble
 
-    rank, world = train.get_context().get_world_rank(), train.get_context().get_world_size()
-    points = []
+    rank, world_size = train.get_context().get_world_rank(), train.get_context().get_world_size()
+    data_folders = {data.head: data.data_folder for data in head_data}
+    curve_points = []
     for share in shares:
-        logger.info("%s: learning curve, %g of the rows", ", ".join(outs), share)
-        part = [replace(split, train=thinned(split.train, share, split.head)) for split in splits]
-        members = train_members(settings, part, deadline, rank=rank, world=world)
-        points.append(point(settings, members, {split.head: split.folder for split in part}, rank=rank))
+        logger.info("%s: learning curve share=%g of the rows", ", ".join(output_folders), share)
+        subsampled_data = [
+            replace(data, train_rows=subsample_rows(data.train_rows, share, data.head)) for data in head_data
+        ]
+        # Without a checkpointer: these short trainings start again after a failure.
+        members = train_ensemble(settings, subsampled_data, deadline, rank=rank, world_size=world_size)
+        curve_points.append(measure_curve_point(settings, members, data_folders, rank=rank))
     if rank == 0:
-        add_curve(outs, points)
+        add_learning_curve(output_folders, curve_points)

@@ -1,4 +1,4 @@
-"""What a reward model makes of changed responses, and how it does on slices of the test rows: parts of the card."""
+"""Robustness of a reward model to perturbed responses, and its metrics on slices of the test rows, for the card."""
 
 from __future__ import annotations
 
@@ -10,95 +10,109 @@ from typing import Any
 
 import numpy as np
 
-from rluf.reward.augment import CHANGES
-from rluf.reward.calibration import Floats
-from rluf.reward.card_figures import plain
+from rluf.reward.augment import RESPONSE_PERTURBATIONS
+from rluf.reward.card import round_for_json
 from rluf.reward.metrics import auroc
 from rluf.reward.model import RewardModel
+from rluf.utils.stats import Floats, sigmoid
 
 logger = logging.getLogger(__name__)
 
-ROWS = 200
-"""Responses that are changed in each way."""
-SLICES = ("topic", "locale", "turn", "model_version", "activity")
-SLICE_ROWS = 20
-"""A slice with fewer rows is not shown."""
+MAX_RESPONSES = 200
+"""Number of responses to which each perturbation is applied."""
+SLICE_COLUMNS = ("topic", "locale", "turn", "model_version", "activity")
+MIN_SLICE_ROWS = 20
+"""Slices with fewer rows are left out."""
 
 
-def robustness(model: RewardModel, records: Sequence[Mapping[str, Any]], *, pairs: bool, seed: int) -> dict[str, Any]:
-    """For each change: the shift of the mean calibrated logit in standard deviations, and how ranking fares.
+def measure_robustness(
+    model: RewardModel, records: Sequence[Mapping[str, Any]], *, is_pairwise: bool, seed: int
+) -> dict[str, Any]:
+    """For each perturbation: the shift of the mean calibrated logit in standard deviations, and the effect on ranking.
 
-    `rank_kept` is the share of pairs of rows that a change leaves in their order (1 is perfect), both rows changed;
-    `raised` the share of responses whose score the change raises. `records` are rows of the test split.
+    `rank_kept` is the share of pairs of rows whose order does not change when both are perturbed (1 is perfect);
+    `raised` is the share of responses whose score rises. `records` are rows of the test split.
     """
-    key = "chosen" if pairs else "response"
-    rows = [row for row in records if str(row[key]).strip()]
-    rows = random.Random(seed).sample(rows, min(ROWS, len(rows)))
-    before = _logits(model, rows, [str(row[key]) for row in rows])
-    spread = float(before.std()) or 1.0
+    column = "chosen" if is_pairwise else "response"
+    rows = [row for row in records if str(row[column]).strip()]
+    rows = random.Random(seed).sample(rows, min(MAX_RESPONSES, len(rows)))
+    original_logits = _score_responses(model, rows, [str(row[column]) for row in rows])
+    logit_sd = float(original_logits.std()) or 1.0
     table = {}
-    for number, (name, change) in enumerate(CHANGES.items(), start=1):
-        logger.info("card: change %d of %d, %s, of %d responses", number, len(CHANGES), name, len(rows))
-        after = _logits(
-            model, rows, [change(str(row[key]), random.Random(f"{seed} {i}")) for i, row in enumerate(rows)]
+    for number, (name, perturb) in enumerate(RESPONSE_PERTURBATIONS.items(), start=1):
+        logger.info(
+            "%s: robustness perturbation=%s (%d of %d) responses=%d",
+            model.calibration.objective,
+            name,
+            number,
+            len(RESPONSE_PERTURBATIONS),
+            len(rows),
         )
-        moved = after - before
+        perturbed_responses = [
+            perturb(str(row[column]), random.Random(f"{seed} {row_index}")) for row_index, row in enumerate(rows)
+        ]
+        perturbed_logits = _score_responses(model, rows, perturbed_responses)
+        shifts = perturbed_logits - original_logits
         table[name] = {
-            "mean_shift_sd": float(moved.mean()) / spread,
-            "raised": float((moved > 0).mean()),
-            "rank_kept": _same_order(before, after),
+            "mean_shift_sd": float(shifts.mean()) / logit_sd,
+            "raised": float((shifts > 0).mean()),
+            "rank_kept": _rank_agreement(original_logits, perturbed_logits),
         }
-    return plain({"rows": len(rows), "logit_sd": spread, "changes": table})
+    return round_for_json({"rows": len(rows), "logit_sd": logit_sd, "changes": table})
 
 
-def _logits(model: RewardModel, rows: Sequence[Mapping[str, Any]], responses: Sequence[str]) -> Floats:
+def _score_responses(model: RewardModel, rows: Sequence[Mapping[str, Any]], responses: Sequence[str]) -> Floats:
     items = [(list(row["messages"]), response) for row, response in zip(rows, responses, strict=True)]
-    return model.calibration.logits(model.raw(model.encoder.encode(items)))
+    return model.calibration.calibrate_logits(model.compute_raw_logits(model.encoder.encode(items)))
 
 
-def _octave(count: int) -> str:
-    """1, 2-3, 4-7 rows and so on."""
+def _format_count_range(count: int) -> str:
+    """Range of the power of two that contains the count: 1, 2-3, 4-7 and so on."""
     low = 1 << (count.bit_length() - 1)
     return "1" if count == 1 else f"{low}-{2 * low - 1}"
 
 
-def _by_number(name: str) -> tuple[int, str]:
-    return int(name.partition("-")[0]) if name[:1].isdigit() and name.partition("-")[0].isdecimal() else 0, name
+def _numeric_sort_key(name: str) -> tuple[int, str]:
+    """Sort key that puts 8-15 before 16-31; names without a leading number come first, by name."""
+    leading_part = name.partition("-")[0]
+    return int(leading_part) if name[:1].isdigit() and leading_part.isdecimal() else 0, name
 
 
-def _same_order(before: Floats, after: Floats) -> float:
-    first = np.sign(before[:, None] - before[None])
-    second = np.sign(after[:, None] - after[None])
-    pairs = ~np.eye(len(before), dtype=bool)
-    return float((first == second)[pairs].mean()) if len(before) > 1 else 1.0
+def _rank_agreement(before: Floats, after: Floats) -> float:
+    """Share of pairs of rows that have the same order in both."""
+    order_before = np.sign(before[:, None] - before[None])
+    order_after = np.sign(after[:, None] - after[None])
+    off_diagonal = ~np.eye(len(before), dtype=bool)
+    return float((order_before == order_after)[off_diagonal].mean()) if len(before) > 1 else 1.0
 
 
-def slices(records: Sequence[Mapping[str, Any]], logits: Floats, labels: Floats | None) -> dict[str, Any]:
-    """AUROC and mean value (pairs: accuracy, `logits` being differences) by topic, locale, turn, version and activity.
+def compute_slices(records: Sequence[Mapping[str, Any]], logits: Floats, labels: Floats | None) -> dict[str, Any]:
+    """AUROC and mean value (pairs: accuracy; `logits` are differences) by topic, locale, turn, version and activity.
 
-    Activity is how many rows the user has, by powers of two: a model that ranks busy users only shows there. A column
-    that the rows lack and slices of fewer than SLICE_ROWS rows are left out.
+    Columns that the rows lack and slices of fewer than MIN_SLICE_ROWS rows are left out.
     """
-    found: dict[str, Any] = {}
+    slices: dict[str, Any] = {}
     if "user_id" in records[0]:
-        rows = Counter(str(row["user_id"]) for row in records)
-        records = [{**row, "activity": _octave(rows[str(row["user_id"])])} for row in records]
-    for column in SLICES:
+        # Activity is the user's row count by powers of two: it exposes a model that ranks only busy users well.
+        row_counts = Counter(str(row["user_id"]) for row in records)
+        records = [{**row, "activity": _format_count_range(row_counts[str(row["user_id"])])} for row in records]
+    for column in SLICE_COLUMNS:
         if column not in records[0]:
             continue
-        values = np.asarray([str(row[column]) for row in records])
-        parts = {}
-        for value in sorted(set(values.tolist()), key=_by_number):
-            mask = values == value
-            if mask.sum() < SLICE_ROWS:
+        column_values = np.asarray([str(row[column]) for row in records])
+        metrics_by_value = {}
+        for value in sorted(set(column_values.tolist()), key=_numeric_sort_key):
+            in_slice = column_values == value
+            if in_slice.sum() < MIN_SLICE_ROWS:
                 continue
-            part: dict[str, Any] = {"n": int(mask.sum())}
+            metrics: dict[str, Any] = {"n": int(in_slice.sum())}
+            slice_logits = logits[in_slice]
             if labels is None:
-                part["pair_accuracy"] = float((logits[mask] > 0).mean() + 0.5 * (logits[mask] == 0).mean())
+                metrics["pair_accuracy"] = float((slice_logits > 0).mean() + 0.5 * (slice_logits == 0).mean())
             else:
-                part |= {"auroc": auroc(logits[mask], labels[mask]), "rate": float(labels[mask].mean())}
-                part["mean_value"] = float((1 / (1 + np.exp(-logits[mask]))).mean())
-            parts[value] = part
-        if parts:
-            found[column] = parts
-    return plain(found)
+                metrics |= {"auroc": auroc(slice_logits, labels[in_slice]), "rate": float(labels[in_slice].mean())}
+                metrics["mean_value"] = float(sigmoid(slice_logits).mean())
+            metrics_by_value[value] = metrics
+        if metrics_by_value:
+            slices[column] = metrics_by_value
+    return round_for_json(slices)

@@ -1,8 +1,9 @@
 """Several heads on one shared backbone: love, continued, thumbs, helpfulness, safety, scored by one forward pass.
 
-Each head has a folder of its own, as a model alone would: config of one logit, calibration, card, and two weight files,
-`head.safetensors` and `backbone.safetensors`, the latter one file on disk under several names. Plain transformers and
-vLLM read such a folder; rluf sees by the backbone's hash in calibration.json which folders belong together.
+Each head has a folder of its own, like a separate model: config with one logit, calibration, card, and two weight
+files, `head.safetensors` and `backbone.safetensors`; the latter is one file on disk with several hard links. Plain
+transformers and vLLM can load such a folder; rluf finds folders that belong together by the backbone hash in
+calibration.json.
 """
 
 from __future__ import annotations
@@ -21,79 +22,87 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rluf.errors import DataError
-from rluf.reward.linear_probe import linear_head
+from rluf.reward.linear_probe import get_linear_head
 
-BACKBONE, HEAD, INDEX = "backbone.safetensors", "head.safetensors", "model.safetensors.index.json"
-SOURCES: Mapping[str, str] = {"continued": "love", "thumbs": "love"}
-"""Heads that learn from the data of another objective, with labels of their own."""
-UP, DOWN = ("love", "thumbs_up", "like"), ("thumbs_down", "dislike")
-
-
-def data_of(head: str) -> str:
-    """The objective whose prepared data the head learns from."""
-    return SOURCES.get(head, head)
+BACKBONE_FILE, HEAD_FILE, INDEX_FILE = "backbone.safetensors", "head.safetensors", "model.safetensors.index.json"
+HEAD_DATA_SOURCES: Mapping[str, str] = {"continued": "love", "thumbs": "love"}
+"""Heads that are trained on the data of another objective, with labels of their own."""
+THUMBS_UP_REACTIONS, THUMBS_DOWN_REACTIONS = ("love", "thumbs_up", "like"), ("thumbs_down", "dislike")
 
 
-def labelled(head: str, records: Sequence[Mapping[str, Any]], where: str) -> list[Mapping[str, Any]]:
-    """The head's own rows of these records: `continued` where the log tells, `thumbs` where somebody said up or down.
+def get_data_objective(head: str) -> str:
+    """The objective whose prepared data the head is trained on."""
+    return HEAD_DATA_SOURCES.get(head, head)
 
-    Other heads take the records as they are. Raises DataError when none is left.
+
+def select_labeled_rows(head: str, records: Sequence[Mapping[str, Any]], source_name: str) -> list[Mapping[str, Any]]:
+    """Records with a label of the head: `continued` if the log has the field, `thumbs` for a thumb up or down.
+
+    Other heads take all records unchanged. Raises DataError when no record is left.
     """
-    if head not in SOURCES:
+    if head not in HEAD_DATA_SOURCES:
         return list(records)
-    found: list[Mapping[str, Any]] = [
-        {**row, "label": label} for row in records if (label := label_of(head, row)) is not None
+    labeled_rows: list[Mapping[str, Any]] = [
+        {**row, "label": label} for row in records if (label := get_head_label(head, row)) is not None
     ]
-    if not found:
-        what = "says whether users wrote on" if head == "continued" else "has a thumb up or down"
-        raise DataError(f"no row of {where} {what}: the head {head} has nothing to learn; take it out of reward.heads")
-    return found
+    if not labeled_rows:
+        requirement = "whether the user continued" if head == "continued" else "a thumb up or down"
+        raise DataError(
+            f"no row of {source_name} has {requirement}, so the head {head} has no training rows; remove it from "
+            "reward.shared_backbone_heads"
+        )
+    return labeled_rows
 
 
-def label_of(head: str, record: Mapping[str, Any]) -> int | None:
-    """The head's own label of a record; None where it has none, as pairs do."""
+def get_head_label(head: str, record: Mapping[str, Any]) -> int | None:
+    """The head's own label of a record; None if it has none, as for pairs."""
     if head == "continued":
-        told = record.get("continued")
+        label = record.get("continued")
     elif head == "thumbs":
-        told = record["reaction"] in UP if record.get("reaction") in (*UP, *DOWN) else None
+        reaction = record.get("reaction")
+        is_rated = reaction in (*THUMBS_UP_REACTIONS, *THUMBS_DOWN_REACTIONS)
+        label = reaction in THUMBS_UP_REACTIONS if is_rated else None
     else:
-        told = record.get("label")
-    return None if told is None else int(told)
+        label = record.get("label")
+    return None if label is None else int(label)
 
 
-def head_name(model: nn.Module) -> str:
-    """Name of the model's linear head among its modules."""
-    head = linear_head(model)
+def find_head_name(model: nn.Module) -> str:
+    """Name of the linear head among the model's modules."""
+    head = get_linear_head(model)
     return next(name for name, module in model.named_modules() if module is head)
 
 
-def save_heads(model: PreTrainedModel, tokenizer: Any, folders: Sequence[Path]) -> str:
-    """Write the model's logits as folders of one logit each, in order; returns the hash of their backbone."""
-    name = head_name(model)
-    state = {key: tensor.detach().contiguous() for key, tensor in model.state_dict().items()}
-    heads = {key: tensor for key, tensor in state.items() if key.startswith(f"{name}.")}
-    body = {key: tensor for key, tensor in state.items() if key not in heads}
+def save_head_folders(model: PreTrainedModel, tokenizer: Any, folders: Sequence[Path]) -> str:
+    """Write each logit of the model as a folder with one logit, in order; returns the hash of the shared backbone."""
+    head_name = find_head_name(model)
+    weights = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    head_weights = {name: tensor for name, tensor in weights.items() if name.startswith(f"{head_name}.")}
+    backbone_weights = {name: tensor for name, tensor in weights.items() if name not in head_weights}
+    # Each folder's config describes a one-logit model: plain transformers must be able to load it.
     model.config.num_labels, model.config.architectures = 1, [type(model).__name__]
-    for number, folder in enumerate(folders):
+    for head_index, folder in enumerate(folders):
         folder.mkdir(parents=True, exist_ok=True)
-        if number == 0:
-            save_file(body, folder / BACKBONE, metadata={"format": "pt"})
+        if head_index == 0:
+            save_file(backbone_weights, folder / BACKBONE_FILE, metadata={"format": "pt"})
         else:
-            _link(folders[0] / BACKBONE, folder / BACKBONE)
-        mine = {key: tensor[number : number + 1].clone() for key, tensor in heads.items()}
-        save_file(mine, folder / HEAD, metadata={"format": "pt"})
-        size = sum(tensor.numel() * tensor.element_size() for tensor in (*body.values(), *mine.values()))
-        places = {**dict.fromkeys(body, BACKBONE), **dict.fromkeys(mine, HEAD)}
-        index = {"metadata": {"total_size": size}, "weight_map": places}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            _link_or_copy(folders[0] / BACKBONE_FILE, folder / BACKBONE_FILE)
+        # Cloned: safetensors refuses a slice that shares memory with the whole head.
+        own_weights = {name: tensor[head_index : head_index + 1].clone() for name, tensor in head_weights.items()}
+        save_file(own_weights, folder / HEAD_FILE, metadata={"format": "pt"})
+        tensors = (*backbone_weights.values(), *own_weights.values())
+        total_size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        weight_map = {**dict.fromkeys(backbone_weights, BACKBONE_FILE), **dict.fromkeys(own_weights, HEAD_FILE)}
+        index = {"metadata": {"total_size": total_size}, "weight_map": weight_map}
+        (folder / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         model.config.save_pretrained(str(folder))
         tokenizer.save_pretrained(str(folder))
-    with (folders[0] / BACKBONE).open("rb") as stream:
+    with (folders[0] / BACKBONE_FILE).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()[:16]
 
 
-def _link(source: Path, target: Path) -> None:
-    """One file under two names, or a copy where the file system has no links."""
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link a file, or copy it if the file system does not support links."""
     try:
         os.link(source, target)
     except OSError:
@@ -101,13 +110,13 @@ def _link(source: Path, target: Path) -> None:
 
 
 @torch.no_grad()
-def join_heads(model: PreTrainedModel, folders: Sequence[Path]) -> None:
-    """Give a loaded model of one logit the heads of all `folders`, its own backbone's: a logit each, in order."""
-    name, head = head_name(model), linear_head(model)
-    parts = [load_file(folder / HEAD) for folder in folders]
-    wide = nn.Linear(head.in_features, len(parts), bias=head.bias is not None).to(head.weight)
-    wide.weight.copy_(torch.cat([part[f"{name}.weight"] for part in parts]))
+def load_heads(model: PreTrainedModel, folders: Sequence[Path]) -> None:
+    """Replace the head of a loaded one-logit model by the heads of all `folders` of its backbone, one logit each."""
+    head_name, head = find_head_name(model), get_linear_head(model)
+    head_weights = [load_file(folder / HEAD_FILE) for folder in folders]
+    joint_head = nn.Linear(head.in_features, len(head_weights), bias=head.bias is not None).to(head.weight)
+    joint_head.weight.copy_(torch.cat([weights[f"{head_name}.weight"] for weights in head_weights]))
     if head.bias is not None:
-        wide.bias.copy_(torch.cat([part[f"{name}.bias"] for part in parts]))
-    setattr(model, name, wide)
-    model.config.num_labels = len(parts)
+        joint_head.bias.copy_(torch.cat([weights[f"{head_name}.bias"] for weights in head_weights]))
+    setattr(model, head_name, joint_head)
+    model.config.num_labels = len(head_weights)

@@ -1,9 +1,9 @@
-"""Training of one reward model, in plain torch: step plan, epochs, choice of the best epoch.
+"""Reward model training loop in plain torch: step plan, epochs, and selection of the best epoch.
 
-A model has a head for each task: one, or several on a shared backbone, whose steps come by turns. The engine
-(DeepSpeed in production) is handed in, so this runs wherever torch runs. Ranks work in lockstep: equal numbers of
-steps, and equal numbers of forward passes when they look at dev together. Where training stands can be kept at any
-step; whoever goes on from there reads the rows of the epoch that nobody has read yet.
+A model has one head per task: a single one, or several on a shared backbone, whose steps are interleaved. The engine
+(DeepSpeed in production) is passed in, so the loop runs wherever torch runs. Ranks work in lockstep: equal numbers of
+steps, and equal numbers of forward passes when dev is evaluated. Progress can be saved at any step; resuming reads
+only the rows of the epoch that no rank has read yet.
 """
 
 from __future__ import annotations
@@ -24,30 +24,32 @@ from numpy.typing import NDArray
 from torch import distributed
 from transformers import PreTrainedModel
 
-from rluf.errors import DataError, StallError
-from rluf.reward.calibration import Floats, fit_platt, fit_scale, prior_shift, sigmoid
+from rluf.errors import DataError, DeadlineError
+from rluf.reward.calibration import compute_prior_shift, fit_pair_scale, fit_platt
 from rluf.reward.frozen_prefix import FrozenPrefix
-from rluf.reward.linear_probe import HeadInput
-from rluf.reward.losses import weighted_bce
-from rluf.reward.metrics import entropy, log_loss
-from rluf.reward.text import Encoded, TextEncoder, shared_batches, token_batches
+from rluf.reward.linear_probe import HeadInputCapture
+from rluf.reward.losses import LossFunction, weighted_bce_loss
+from rluf.reward.metrics import binary_entropy, log_loss
+from rluf.reward.text import EncodedItem, TextEncoder, iter_shared_batches, plan_token_batches
+from rluf.utils.stats import Floats, sigmoid
 
 logger = logging.getLogger(__name__)
 
-Keys = NDArray[np.uint64]
-Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-SAVE_LOOK = 8
-"""Steps between two looks at the clock: is it time to keep where training stands?"""
-POOL_STEPS = 16
-"""Steps whose rows are sorted by length together: little padding, and still a random order."""
-LOG_SECONDS = 10.0
+RowKeys = NDArray[np.uint64]
+SAVE_CHECK_STEPS = 8
+"""Steps between checks whether a save is due; each check is a collective call."""
+LENGTH_POOL_STEPS = 16
+"""Steps whose rows are sorted by length together: little padding, and the order is still random."""
+LOG_INTERVAL_S = 10.0
+EVAL_BATCH_TOKENS = 4096
+"""Padded tokens of a forward pass without gradient."""
 
 
-class Engine(Protocol):
-    """What training asks of an engine; DeepSpeed's has it."""
+class TrainEngine(Protocol):
+    """Interface that the trainer needs of an engine; DeepSpeed's engine has it."""
 
     def __call__(self, **inputs: torch.Tensor) -> Any:
-        """The model's output, with logits [B, 1]."""
+        """The model's output, with logits [B, heads]."""
 
     def backward(self, loss: torch.Tensor) -> Any:
         """Add the gradient of a scalar loss."""
@@ -56,425 +58,489 @@ class Engine(Protocol):
         """Update the weights and clear the gradient."""
 
     def train(self) -> Any:
-        """Dropout on."""
+        """Enable dropout."""
 
     def eval(self) -> Any:
-        """Dropout off."""
+        """Disable dropout."""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """One split, encoded. For pairs, `sequences` hold all N chosen, then all N rejected responses."""
+class EncodedSplit:
+    """One encoded split. For pairs, `sequences` are all N chosen, then all N rejected responses."""
 
-    pairs: bool
-    sequences: list[Encoded]
+    is_pairwise: bool
+    sequences: list[EncodedItem]
     labels: Floats
     """[N] 0 or 1; for pairs 1 (chosen won) or 0.5 (a tie)."""
     weights: Floats
-    """[N] 1 / share kept, so that weighted figures are at the natural rate."""
+    """[N] 1 / sampling rate, so that weighted metrics are at the natural rate."""
     clusters: list[str]
     """[N] user or prompt group: rows of one cluster are not independent."""
-    lengths: Floats
+    response_lengths: Floats
     """Characters of the response of each sequence."""
-    keys: Keys = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
-    """[N] stand for the rows' ids, the same on every rank and in every run; empty: the rows' numbers."""
-    factors: Floats = field(default_factory=lambda: np.empty(0))
-    """[N] on the weights in the loss alone (propensities); empty: 1."""
-    offsets: Floats = field(default_factory=lambda: np.empty(0))
-    """Added to each sequence's logit in training, not in scoring: what length or user explain (rluf.reward.debias).
-    Empty: nothing."""
-    originals: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """The last rows are copies with a sign-off (rluf.reward.augment): which row each of them is a copy of."""
+    row_keys: RowKeys = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
+    """[N] keys of the rows, equal on every rank and in every run; empty: the row indices."""
+    loss_factors: Floats = field(default_factory=lambda: np.empty(0))
+    """[N] factors on the weights that apply to the loss only (propensities); empty: 1."""
+    logit_offsets: Floats = field(default_factory=lambda: np.empty(0))
+    """Added to each sequence's logit in training, not in scoring: effects of length and user (rluf.reward.debias).
+    Empty: none."""
+    copy_sources: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
+    """The last rows are copies with a sign-off (rluf.reward.augment): the index of the row each was copied from."""
 
     def __post_init__(self) -> None:
-        """Rows without keys of their own go by their number."""
-        if not self.keys.size:
-            object.__setattr__(self, "keys", np.arange(len(self.labels), dtype=np.uint64))
+        """Use the row indices as keys if there are none."""
+        if not self.row_keys.size:
+            object.__setattr__(self, "row_keys", np.arange(len(self.labels), dtype=np.uint64))
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def parts(self, rows: Sequence[int]) -> list[int]:
+    def sequence_indices(self, row_indices: Sequence[int]) -> list[int]:
         """Indices of the sequences of these rows: chosen, then rejected for pairs."""
-        return [*rows, *(row + len(self) for row in rows)] if self.pairs else list(rows)
+        return [*row_indices, *(row + len(self) for row in row_indices)] if self.is_pairwise else list(row_indices)
 
     @property
-    def items(self) -> NDArray[np.int64]:
+    def source_ids(self) -> NDArray[np.int64]:
         """[N] the same number for a row and its copies."""
-        return np.concatenate([np.arange(len(self) - len(self.originals)), self.originals])
+        return np.concatenate([np.arange(len(self) - len(self.copy_sources)), self.copy_sources])
 
     @property
-    def texts(self) -> NDArray[np.int64]:
-        """[N] the same number for rows that read alike (many reactions to one response) and for their copies."""
-        first: dict[Encoded, int] = {}
-        rows = range(len(self) - len(self.originals))
-        return np.asarray([first.setdefault(self.sequences[row], row) for row in rows], dtype=np.int64)[self.items]
+    def text_ids(self) -> NDArray[np.int64]:
+        """[N] the same number for rows of identical text (many reactions to one response) and for their copies."""
+        first_row_by_text: dict[EncodedItem, int] = {}
+        original_rows = range(len(self) - len(self.copy_sources))
+        text_ids = [first_row_by_text.setdefault(self.sequences[row], row) for row in original_rows]
+        return np.asarray(text_ids, dtype=np.int64)[self.source_ids]
 
     @property
-    def tokens(self) -> int:
+    def token_count(self) -> int:
         """Tokens of all sequences."""
         return sum(len(sequence) for sequence in self.sequences)
 
     @property
     def loss_weights(self) -> Floats:
-        """Weights with a mean of 1 in each class: the class balance stays that of the sample.
+        """Weights with a mean of 1 in each class, so the class balance is that of the sample.
 
-        The sampling factor is put back by the prior correction instead of a few heavily weighted rows.
+        The prior correction restores the sampling factor; otherwise a few heavily weighted rows would dominate.
         """
-        weights = self.weights * self.factors if self.factors.size else self.weights
-        means = {label: weights[self.labels == label].mean() for label in np.unique(self.labels)}
-        return weights / np.asarray([means[label] for label in self.labels])
+        weights = self.weights * self.loss_factors if self.loss_factors.size else self.weights
+        class_means = {label: weights[self.labels == label].mean() for label in np.unique(self.labels)}
+        return weights / np.asarray([class_means[label] for label in self.labels])
 
 
-def encode_rows(records: Sequence[Mapping[str, Any]], encoder: TextEncoder, *, pairs: bool, where: str) -> Rows:
-    """Rows of a prepared split (see rluf.prepare). Raises DataError when it is empty or lacks a column."""
+def encode_split(
+    records: Sequence[Mapping[str, Any]], encoder: TextEncoder, *, is_pairwise: bool, source_name: str
+) -> EncodedSplit:
+    """Encode the rows of a prepared split (see rluf.prepare). Raises DataError if it is empty or lacks a column."""
     if not records:
-        raise DataError(f"{where} has no rows; run rluf.prepare on a larger log")
-    keys = ("chosen", "rejected") if pairs else ("response",)
-    cluster = "user_id" if "user_id" in records[0] else "group"
-    missing = [key for key in ("messages", "weight", cluster, *keys) if key not in records[0]]
-    if missing or (not pairs and "label" not in records[0]):
-        raise DataError(f"{where} lacks the columns {', '.join(missing) or 'label'}; run rluf.prepare again")
-    responses = [str(row[key]) for key in keys for row in records]
-    texts = (str(row.get("id", "")) + "\n" + "\n".join(str(row[key]) for key in keys) for row in records)
-    conversations = [list(row["messages"]) for _ in keys for row in records]
-    labels = np.ones(len(records)) if pairs else np.asarray([float(row["label"]) for row in records])
-    return Rows(
-        pairs=pairs,
+        raise DataError(f"{source_name} has no rows; run rluf.prepare on a larger log")
+    text_columns = ("chosen", "rejected") if is_pairwise else ("response",)
+    cluster_column = "user_id" if "user_id" in records[0] else "group"
+    required_columns = ("messages", "weight", cluster_column, *text_columns)
+    missing_columns = [column for column in required_columns if column not in records[0]]
+    if missing_columns or (not is_pairwise and "label" not in records[0]):
+        raise DataError(
+            f"{source_name} lacks the columns {', '.join(missing_columns) or 'label'}; run rluf.prepare again"
+        )
+    responses = [str(row[column]) for column in text_columns for row in records]
+    conversations = [list(row["messages"]) for _ in text_columns for row in records]
+    labels = np.ones(len(records)) if is_pairwise else np.asarray([float(row["label"]) for row in records])
+    # The text is part of the key: rows without an id, and copies with a sign-off, get keys of their own.
+    key_texts = (
+        str(row.get("id", "")) + "\n" + "\n".join(str(row[column]) for column in text_columns) for row in records
+    )
+    return EncodedSplit(
+        is_pairwise=is_pairwise,
         sequences=encoder.encode(list(zip(conversations, responses, strict=True))),
         labels=labels,
         weights=np.asarray([float(row["weight"]) for row in records]),
-        clusters=[str(row[cluster]) for row in records],
-        lengths=np.asarray([float(len(response)) for response in responses]),
-        keys=np.asarray([_key(text) for text in texts], dtype=np.uint64),
+        clusters=[str(row[cluster_column]) for row in records],
+        response_lengths=np.asarray([float(len(response)) for response in responses]),
+        row_keys=np.asarray([_hash_row_key(text) for text in key_texts], dtype=np.uint64),
     )
 
 
-def _key(text: str) -> int:
+def _hash_row_key(text: str) -> int:
+    # surrogatepass: logs contain unpaired surrogates, which plain UTF-8 cannot encode.
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 @dataclass(frozen=True)
-class Task:
-    """What one head learns: its rows on this rank, the whole dev split, and the loss."""
+class HeadTask:
+    """Training task of one head: its rows on this rank, the whole dev split, and the loss."""
 
     name: str
-    train: Rows
-    dev: Rows
-    loss: Loss = weighted_bce
-    """Of logits (pairs: chosen, then rejected), labels and weights."""
-    head: int = 0
-    """Which of the model's logits is this task's."""
+    train_split: EncodedSplit
+    dev_split: EncodedSplit
+    loss_function: LossFunction = weighted_bce_loss
+    head_index: int = 0
+    """Index of this task's logit among the model's logits."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How one rank trains. `batch_rows` are this rank's rows of a step."""
+class TrainPlan:
+    """Training options of one rank. `batch_rows` is this rank's number of rows per step."""
 
     epochs: int
     batch_rows: int
     batch_tokens: int
     seed: int
     rank: int = 0
-    world: int = 1
+    world_size: int = 1
     patience: int = 0
-    """Epochs without a better dev log-loss after which training stops; 0 runs them all."""
+    """Epochs without a better dev log-loss after which training stops; 0 runs all epochs."""
     deadline: float = float("inf")
-    """time.monotonic() after which training stops with StallError."""
-    save_s: float = float("inf")
-    """Seconds between two looks at which training keeps where it stands."""
+    """time.monotonic() after which training stops with DeadlineError."""
+    save_interval_s: float = float("inf")
+    """Seconds between two saves of the progress."""
 
 
 @dataclass
-class Fit:
-    """What training found for one task: the best epoch's dev logits, and the pace."""
+class FitResult:
+    """Result of training one task: the best epoch and its dev logits, and the throughput."""
 
     best_epoch: int = -1
     """-1 is the probe."""
     best_loss: float = float("inf")
-    """Dev log-loss at the best epoch, which is that of all heads together."""
+    """Dev log-loss at the best epoch, which is chosen for all heads together."""
     dev_logits: Floats = field(default_factory=lambda: np.empty(0))
-    """One logit a dev sequence, at the best epoch."""
-    shift: float = 0.0
+    """One logit per dev sequence, at the best epoch."""
+    prior_shift: float = 0.0
     examples: int = 0
-    """Rows read in training, on all ranks; a row counts once an epoch."""
-    tokens: int = 0
-    """Tokens this rank read in training steps, without padding."""
-    seconds: float = 0.0
-    """Spent in training steps and on frozen layers."""
+    """Rows read in training, on all ranks; a row counts once per epoch."""
+    token_count: int = 0
+    """Tokens that this rank read in training steps, without padding."""
+    train_seconds: float = 0.0
+    """Time spent in training steps and on frozen layers."""
     history: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass
-class Position:
-    """Where training stands: what `Trainer.fit` needs to go on."""
+class TrainProgress:
+    """Resumable state of `RewardModelTrainer.fit`."""
 
-    fits: list[Fit]
-    """One a task."""
+    fit_results: list[FitResult]
+    """One per task."""
     epoch: int = 0
-    done: list[Keys] = field(default_factory=list)
-    """Of each task, the keys of the rows that some rank has read in this epoch."""
+    read_keys: list[RowKeys] = field(default_factory=list)
+    """For each task, the keys of the rows that any rank has read in this epoch."""
 
 
-def steps_of(rows: int, plan: Plan) -> int:
-    """Steps that the ranks need for their rows: those of the rank that has most."""
-    return -(-max(gathered(rows, plan.world)) // plan.batch_rows)
+def count_steps(row_count: int, plan: TrainPlan) -> int:
+    """Number of steps that every rank runs: enough for the rank with the most rows."""
+    return -(-max(all_gather_object(row_count, plan.world_size)) // plan.batch_rows)
 
 
-def step_plan(lengths: Sequence[int], plan: Plan, steps: int, epoch: int) -> list[list[int]]:
-    """Row indices of each step of an epoch: shuffled, of like length within a step, `steps` steps in all.
+def plan_epoch_steps(lengths: Sequence[int], plan: TrainPlan, step_count: int, epoch: int) -> list[list[int]]:
+    """Row indices of each of `step_count` steps of an epoch: shuffled, of similar length within a step.
 
-    The rows of POOL_STEPS steps are sorted together and cut; a rank short of rows reads some again.
+    The rows of LENGTH_POOL_STEPS steps are sorted together and cut into steps.
     """
-    if not steps:
+    if not step_count:
         return []
     rng = random.Random(plan.seed * 1_000_003 + epoch)
     order = list(range(len(lengths)))
     rng.shuffle(order)
-    wanted = max(min(len(order), steps * plan.batch_rows), (steps - 1) * plan.batch_rows + 1)
-    order = [order[i % len(order)] for i in range(wanted)]
-    size, found = plan.batch_rows * POOL_STEPS, []
-    for start in range(0, len(order), size):
-        pool = sorted(order[start : start + size], key=lambda row: lengths[row])
-        found += [pool[i : i + plan.batch_rows] for i in range(0, len(pool), plan.batch_rows)]
-    rng.shuffle(found)
-    return found
+    # Every rank must run exactly `step_count` steps, or an all-reduce waits forever. So the last step needs at least
+    # one row: a rank that is short of rows repeats some.
+    min_rows = (step_count - 1) * plan.batch_rows + 1
+    used_rows = max(min(len(order), step_count * plan.batch_rows), min_rows)
+    order = [order[i % len(order)] for i in range(used_rows)]
+    pool_rows, steps = plan.batch_rows * LENGTH_POOL_STEPS, []
+    for start in range(0, len(order), pool_rows):
+        pool = sorted(order[start : start + pool_rows], key=lambda row: lengths[row])
+        steps += [pool[i : i + plan.batch_rows] for i in range(0, len(pool), plan.batch_rows)]
+    rng.shuffle(steps)
+    return steps
 
 
-class Trainer:
-    """One reward model's training on one rank."""
+class RewardModelTrainer:
+    """Trains one reward model on one rank."""
 
     def __init__(
-        self, model: PreTrainedModel, encoder: TextEncoder, plan: Plan, prefix: FrozenPrefix | None = None
+        self, model: PreTrainedModel, encoder: TextEncoder, plan: TrainPlan, frozen_prefix: FrozenPrefix | None = None
     ) -> None:
-        """`prefix` replays the frozen layers where that pays."""
-        self.model, self.encoder, self.plan, self.prefix = model, encoder, plan, prefix
+        """`frozen_prefix` replays the cached output of the frozen layers, where that saves time."""
+        self.model, self.encoder, self.plan, self.frozen_prefix = model, encoder, plan, frozen_prefix
         self.device = next(model.parameters()).device
-        self._kept: dict[int, list[torch.Tensor]] = {}
-        self._saved = self._told = time.monotonic()
+        self._frozen_states: dict[int, list[torch.Tensor]] = {}
+        self._last_save_time = self._last_log_time = time.monotonic()
 
     def fit(
         self,
-        engine: Engine,
-        tasks: Sequence[Task],
-        position: Position,
+        engine: TrainEngine,
+        tasks: Sequence[HeadTask],
+        progress: TrainProgress,
         *,
-        snapshot: Callable[[], None],
-        report: Callable[[str, dict[str, float]], None],
-        save: Callable[[Position], None] = lambda _: None,
-    ) -> list[Fit]:
-        """Train with `engine`, which wraps the model, from `position` on; returns a Fit a task.
+        on_best: Callable[[], None],
+        on_epoch: Callable[[str, dict[str, float]], None],
+        on_save: Callable[[TrainProgress], None] = lambda _: None,
+    ) -> list[FitResult]:
+        """Train with `engine`, which wraps the model, from `progress` on; returns one FitResult per task.
 
-        The position's fits are what came before (a probe, or an empty Fit each). `snapshot` is called whenever dev
-        log-loss is the best so far, `report` with a task's name after every epoch, and `save` when plan.save_s have
-        passed since the last time; all three on every rank. Raises StallError past the deadline.
+        The results in `progress` are the starting point (a probe, or an empty FitResult each). `on_best` is called
+        when the dev log-loss is the best so far, `on_epoch` with a task's name after every epoch, and `on_save` when
+        plan.save_interval_s have passed since the last save; all three on every rank. Raises DeadlineError.
         """
-        found = position.fits
-        for task, fit in zip(tasks, found, strict=True):
-            fit.shift = 0.0 if task.train.pairs else self.shift(task.train)
-            clock = time.monotonic()
-            self._hidden(task.train)
-            self._hidden(task.dev)
-            fit.seconds += time.monotonic() - clock
-        best = _together([fit.best_loss for fit in found], tasks)
-        for epoch in range(position.epoch, self.plan.epochs):
-            position.epoch = epoch
-            train_losses = self._epoch(engine, tasks, position, save)
-            logits = [self._dev_logits(engine, task) for task in tasks]
-            losses = [dev_log_loss(z, t.dev, f.shift) for z, t, f in zip(logits, tasks, found, strict=True)]
-            together = _together(losses, tasks)
-            if together < best:
-                best = together
-                for fit, loss, dev_logits in zip(found, losses, logits, strict=True):
-                    fit.best_epoch, fit.best_loss, fit.dev_logits = epoch, loss, dev_logits
-                snapshot()
-            for task, fit, train_loss, loss in zip(tasks, found, train_losses, losses, strict=True):
-                figures = {"epoch": epoch + 1.0, "train_loss": train_loss, "dev_log_loss": loss}
-                fit.history.append(figures)
-                report(task.name, figures)
-            if self.plan.patience and epoch - found[0].best_epoch >= self.plan.patience:
+        results = progress.fit_results
+        for task, result in zip(tasks, results, strict=True):
+            result.prior_shift = 0.0 if task.train_split.is_pairwise else self.gather_prior_shift(task.train_split)
+            start_time = time.monotonic()
+            self._get_frozen_states(task.train_split)
+            self._get_frozen_states(task.dev_split)
+            result.train_seconds += time.monotonic() - start_time
+        best_mean_loss = _mean_normalized_loss([result.best_loss for result in results], tasks)
+        for epoch in range(progress.epoch, self.plan.epochs):
+            progress.epoch = epoch
+            train_losses = self._run_epoch(engine, tasks, progress, on_save)
+            dev_logits = [self._compute_dev_logits(engine, task) for task in tasks]
+            dev_losses = [
+                compute_dev_log_loss(logits, task.dev_split, result.prior_shift)
+                for logits, task, result in zip(dev_logits, tasks, results, strict=True)
+            ]
+            # One epoch is chosen for all heads: they share the backbone's weights.
+            mean_loss = _mean_normalized_loss(dev_losses, tasks)
+            if mean_loss < best_mean_loss:
+                best_mean_loss = mean_loss
+                for result, dev_loss, logits in zip(results, dev_losses, dev_logits, strict=True):
+                    result.best_epoch, result.best_loss, result.dev_logits = epoch, dev_loss, logits
+                on_best()
+            for task, result, train_loss, dev_loss in zip(tasks, results, train_losses, dev_losses, strict=True):
+                epoch_metrics = {"epoch": epoch + 1.0, "train_loss": train_loss, "dev_log_loss": dev_loss}
+                result.history.append(epoch_metrics)
+                on_epoch(task.name, epoch_metrics)
+            if self.plan.patience and epoch - results[0].best_epoch >= self.plan.patience:
                 break
-            position.epoch, position.done = epoch + 1, []
-            if self._due():
-                save(position)
-        return found
+            progress.epoch, progress.read_keys = epoch + 1, []
+            if self._is_save_due():
+                on_save(progress)
+        return results
 
     @torch.no_grad()
-    def features(self, rows: Rows, depths: Sequence[int] = ()) -> Floats:
-        """What the model's linear head reads for each of this rank's sequences [depths, N, H], without dropout.
+    def compute_features(self, split: EncodedSplit, depths: Sequence[int] = ()) -> Floats:
+        """Input of the model's linear head for each of this rank's sequences [depths, N, H], without dropout.
 
-        One depth, that of the model, unless `depths` name numbers of lowest layers.
+        `depths` are numbers of lowest layers to read at; by default there is one, the depth of the model.
         """
-        hidden, caught = self._hidden(rows), HeadInput(self.model, depths)
+        frozen_states, capture = self._get_frozen_states(split), HeadInputCapture(self.model, depths)
         was_training = self.model.training
         self.model.eval()
-        found: dict[int, Floats] = {}
-        told = time.monotonic()
+        features_by_row: dict[int, Floats] = {}
+        last_log_time = time.monotonic()
         try:
-            with self._replaying(hidden):
-                for batch, takers in shared_batches(
-                    rows.sequences, causal=not self.encoder.pair, batch_tokens=self.plan.batch_tokens
+            with self._replay_prefix(frozen_states):
+                for batch, readers in iter_shared_batches(
+                    split.sequences, is_causal=not self.encoder.uses_text_pairs, batch_tokens=self.plan.batch_tokens
                 ):
                     self._check_deadline("the probe")
-                    if time.monotonic() - told > LOG_SECONDS:
-                        told = time.monotonic()
-                        logger.info("probe: features of %d of %d rows", len(found), len(rows.sequences))
-                    self._forward(self.model, rows, batch, hidden)
-                    taken = caught.take([(place, len(rows.sequences[index]) - 1) for place, index in takers])
-                    found.update(zip([index for _, index in takers], taken.swapaxes(0, 1), strict=True))
+                    if time.monotonic() - last_log_time > LOG_INTERVAL_S:
+                        last_log_time = time.monotonic()
+                        logger.info("probe features: rows=%d of %d", len(features_by_row), len(split.sequences))
+                    # The logits are not needed: the capture's hooks read the hidden states during the pass.
+                    self._compute_logits(self.model, split, batch, frozen_states)
+                    row_positions = [(batch_index, len(split.sequences[row]) - 1) for batch_index, row in readers]
+                    features = capture.take_features(row_positions)
+                    features_by_row.update(zip([row for _, row in readers], features.swapaxes(0, 1), strict=True))
         finally:
-            caught.close()
+            capture.close()
             self.model.train(was_training)
-        return np.stack([found[index] for index in range(len(rows.sequences))], axis=1)
+        return np.stack([features_by_row[row] for row in range(len(split.sequences))], axis=1)
 
-    def shift(self, rows: Rows) -> float:
+    def gather_prior_shift(self, split: EncodedSplit) -> float:
         """Prior shift over the rows of all ranks."""
-        shards = gathered((rows.labels, rows.weights), self.plan.world)
-        return prior_shift(np.concatenate([s[0] for s in shards]), np.concatenate([s[1] for s in shards]))
+        shards = all_gather_object((split.labels, split.weights), self.plan.world_size)
+        return compute_prior_shift(
+            np.concatenate([labels for labels, _ in shards]), np.concatenate([weights for _, weights in shards])
+        )
 
-    def _epoch(
-        self, engine: Engine, tasks: Sequence[Task], position: Position, save: Callable[[Position], None]
+    def _run_epoch(
+        self,
+        engine: TrainEngine,
+        tasks: Sequence[HeadTask],
+        progress: TrainProgress,
+        on_save: Callable[[TrainProgress], None],
     ) -> list[float]:
-        """What is left of an epoch's pass over this rank's rows; returns the mean loss of each task's steps."""
+        """Run the rest of an epoch over this rank's rows; returns the mean loss of each task's steps."""
         engine.train()
-        done = position.done or [np.empty(0, dtype=np.uint64) for _ in tasks]
-        order = self._order(tasks, done, position.epoch)
-        losses: list[list[torch.Tensor]] = [[] for _ in tasks]
-        read: list[set[int]] = [set() for _ in tasks]
-        weights = [task.train.loss_weights for task in tasks]
-        for number, (place, step) in enumerate(order):
-            if number % SAVE_LOOK == 0 and number and self._due():
-                position.done = self._read(tasks, done, read)
-                save(position)
-            task, fit, clock = tasks[place], position.fits[place], time.monotonic()
-            losses[place].append(self._step(engine, task, weights[place], step))
-            read[place].update(step)
-            fit.tokens += sum(len(task.train.sequences[part]) for part in task.train.parts(step))
-            fit.seconds += time.monotonic() - clock
-            self._check_deadline(f"epoch {position.epoch + 1}")
-            if time.monotonic() - self._told > LOG_SECONDS:
-                self._told = time.monotonic()
-                where = position.epoch + 1, number + 1, len(order), float(losses[place][-1])
-                logger.info("epoch %d: step %d of %d, loss %.4f", *where)
-        for fit, keys in zip(position.fits, self._read(tasks, done, read), strict=True):
-            fit.examples += len(keys)
-        return [float(torch.stack(found).mean()) if found else float("nan") for found in losses]
+        resumed_keys = progress.read_keys or [np.empty(0, dtype=np.uint64) for _ in tasks]
+        steps = self._plan_steps(tasks, resumed_keys, progress.epoch)
+        losses_by_task: list[list[torch.Tensor]] = [[] for _ in tasks]
+        rows_read: list[set[int]] = [set() for _ in tasks]
+        loss_weights = [task.train_split.loss_weights for task in tasks]
+        for step_number, (task_index, row_indices) in enumerate(steps):
+            if step_number % SAVE_CHECK_STEPS == 0 and step_number and self._is_save_due():
+                progress.read_keys = self._gather_read_keys(tasks, resumed_keys, rows_read)
+                on_save(progress)
+            task, result, start_time = tasks[task_index], progress.fit_results[task_index], time.monotonic()
+            losses_by_task[task_index].append(self._train_step(engine, task, loss_weights[task_index], row_indices))
+            rows_read[task_index].update(row_indices)
+            split = task.train_split
+            result.token_count += sum(len(split.sequences[index]) for index in split.sequence_indices(row_indices))
+            result.train_seconds += time.monotonic() - start_time
+            self._check_deadline(f"epoch {progress.epoch + 1}")
+            if time.monotonic() - self._last_log_time > LOG_INTERVAL_S:
+                self._last_log_time = time.monotonic()
+                logger.info(
+                    "%s: epoch %d, step %d of %d, loss=%.4f",
+                    task.name,
+                    progress.epoch + 1,
+                    step_number + 1,
+                    len(steps),
+                    # Read only here: a loss on a GPU is a tensor still being computed, and reading it waits for it.
+                    float(losses_by_task[task_index][-1]),
+                )
+        read_keys = self._gather_read_keys(tasks, resumed_keys, rows_read)
+        for result, task_keys in zip(progress.fit_results, read_keys, strict=True):
+            result.examples += len(task_keys)
+        return [float(torch.stack(losses).mean()) if losses else float("nan") for losses in losses_by_task]
 
-    def _step(self, engine: Engine, task: Task, weights: Floats, step: Sequence[int]) -> torch.Tensor:
-        """One optimiser step on rows `step` of the task; returns its loss."""
-        rows, parts = task.train, task.train.parts(step)
-        hidden = self._hidden(rows)
-        with self._replaying(hidden):
-            logits = self._forward(engine, rows, parts, hidden)[:, task.head]
-            if rows.offsets.size:
-                logits = logits + self._tensor(rows.offsets[parts])
-            loss = task.loss(logits, self._tensor(rows.labels[step]), self._tensor(weights[step]))
+    def _train_step(
+        self, engine: TrainEngine, task: HeadTask, loss_weights: Floats, row_indices: Sequence[int]
+    ) -> torch.Tensor:
+        """One optimizer step on these rows of the task; returns its loss."""
+        split, sequence_indices = task.train_split, task.train_split.sequence_indices(row_indices)
+        frozen_states = self._get_frozen_states(split)
+        with self._replay_prefix(frozen_states):
+            logits = self._compute_logits(engine, split, sequence_indices, frozen_states)[:, task.head_index]
+            if split.logit_offsets.size:
+                logits = logits + self._to_tensor(split.logit_offsets[sequence_indices])
+            labels, weights = self._to_tensor(split.labels[row_indices]), self._to_tensor(loss_weights[row_indices])
+            loss = task.loss_function(logits, labels, weights)
             engine.backward(loss)
         engine.step()
         return loss.detach()
 
-    def _tensor(self, values: Floats) -> torch.Tensor:
+    def _to_tensor(self, values: Floats) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.device)
 
-    def _order(self, tasks: Sequence[Task], done: Sequence[Keys], epoch: int) -> list[tuple[int, list[int]]]:
-        """(task, rows) of each step: the rows of the epoch that nobody has read, the tasks by turns at random."""
-        order: list[tuple[int, list[int]]] = []
-        for place, task in enumerate(tasks):
-            rows = task.train
-            left = np.flatnonzero(~np.isin(rows.keys, done[place])).tolist()
-            steps = steps_of(len(left), self.plan)
-            left = left or list(range(len(rows)))  # other ranks have rows left: keep them company
-            lengths = [max(len(rows.sequences[part]) for part in rows.parts([row])) for row in left]
-            plan = step_plan(lengths, self.plan, steps, epoch)
-            order += [(place, [left[i] for i in step]) for step in plan]
+    def _plan_steps(
+        self, tasks: Sequence[HeadTask], read_keys: Sequence[RowKeys], epoch: int
+    ) -> list[tuple[int, list[int]]]:
+        """(task index, row indices) of each step: the unread rows of the epoch, the tasks interleaved at random."""
+        steps: list[tuple[int, list[int]]] = []
+        for task_index, task in enumerate(tasks):
+            split = task.train_split
+            unread_rows = np.flatnonzero(~np.isin(split.row_keys, read_keys[task_index])).tolist()
+            step_count = count_steps(len(unread_rows), self.plan)
+            # A rank that has read all its rows repeats them while other ranks still have unread ones.
+            unread_rows = unread_rows or list(range(len(split)))
+            lengths = [max(len(split.sequences[i]) for i in split.sequence_indices([row])) for row in unread_rows]
+            task_steps = plan_epoch_steps(lengths, self.plan, step_count, epoch)
+            steps += [(task_index, [unread_rows[i] for i in step]) for step in task_steps]
         if len(tasks) > 1:
-            random.Random(self.plan.seed * 1_000_003 + epoch).shuffle(order)
-        return order
+            # The same seed on every rank: in a step all ranks must train the same head.
+            random.Random(self.plan.seed * 1_000_003 + epoch).shuffle(steps)
+        return steps
 
-    def _read(self, tasks: Sequence[Task], done: Sequence[Keys], read: Sequence[set[int]]) -> list[Keys]:
-        """Of each task, keys of the rows read in this epoch by any rank, before a stop or since."""
-        mine = [task.train.keys[sorted(rows)] for task, rows in zip(tasks, read, strict=True)]
-        shards = gathered(mine, self.plan.world)
-        return [np.unique(np.concatenate([done[i], *(shard[i] for shard in shards)])) for i in range(len(tasks))]
+    def _gather_read_keys(
+        self, tasks: Sequence[HeadTask], read_keys: Sequence[RowKeys], rows_read: Sequence[set[int]]
+    ) -> list[RowKeys]:
+        """For each task, the keys of the rows that any rank has read in this epoch, before and after a resume."""
+        new_keys = [task.train_split.row_keys[sorted(rows)] for task, rows in zip(tasks, rows_read, strict=True)]
+        keys_by_rank = all_gather_object(new_keys, self.plan.world_size)
+        return [
+            np.unique(np.concatenate([earlier_keys, *(rank_keys[task_index] for rank_keys in keys_by_rank)]))
+            for task_index, earlier_keys in enumerate(read_keys)
+        ]
 
-    def _due(self) -> bool:
-        """Whether it is time to keep where training stands, by rank 0's clock."""
-        late = self.plan.save_s < float("inf") and time.monotonic() - self._saved >= self.plan.save_s
-        late = self.plan.save_s < float("inf") and bool(gathered(late, self.plan.world)[0])
-        if late:
-            self._saved = time.monotonic()
-        return late
+    def _is_save_due(self) -> bool:
+        """Whether the progress must be saved now. Rank 0's clock decides, so that all ranks save at the same step."""
+        if self.plan.save_interval_s == float("inf"):
+            return False
+        is_due = time.monotonic() - self._last_save_time >= self.plan.save_interval_s
+        is_due = bool(all_gather_object(is_due, self.plan.world_size)[0])
+        if is_due:
+            self._last_save_time = time.monotonic()
+        return is_due
 
-    def _check_deadline(self, where: str) -> None:
+    def _check_deadline(self, phase: str) -> None:
         if time.monotonic() > self.plan.deadline:
-            raise StallError(f"reward training met its deadline in {where}; raise reward.deadline_s")
+            raise DeadlineError(f"reward training exceeded its deadline in {phase}; raise timeouts.reward_training_s")
 
-    def _forward(
-        self, model: Callable[..., Any], rows: Rows, parts: Sequence[int], hidden: list[torch.Tensor] | None
+    def _compute_logits(
+        self,
+        model: Callable[..., Any],
+        split: EncodedSplit,
+        sequence_indices: Sequence[int],
+        frozen_states: list[torch.Tensor] | None,
     ) -> torch.Tensor:
         """Logits [B, heads] of these sequences, with gradient."""
-        inputs = self.encoder.collate([rows.sequences[part] for part in parts])
-        if self.prefix is not None and hidden is not None:
-            self.prefix.load([hidden[part] for part in parts])
+        inputs = self.encoder.collate([split.sequences[index] for index in sequence_indices])
+        if self.frozen_prefix is not None and frozen_states is not None:
+            self.frozen_prefix.load_batch([frozen_states[index] for index in sequence_indices])
         output = model(**{name: tensor.to(self.device) for name, tensor in inputs.items()})
         logits: torch.Tensor = output.logits.float()
         return logits
 
     @torch.no_grad()
-    def _dev_logits(self, engine: Engine, task: Task) -> Floats:
-        """Logits of all dev sequences, the batches dealt out to the ranks, each running equally many."""
+    def _compute_dev_logits(self, engine: TrainEngine, task: HeadTask) -> Floats:
+        """Logits of all dev sequences; the batches are distributed over the ranks."""
         engine.eval()
-        rows, hidden = task.dev, self._hidden(task.dev)
-        batches = token_batches([len(sequence) for sequence in rows.sequences], self.plan.batch_tokens)
-        turns = -(-len(batches) // self.plan.world)
-        found: dict[int, float] = {}
-        with self._replaying(hidden):
-            for turn in range(turns):
-                batch = batches[min(turn * self.plan.world + self.plan.rank, len(batches) - 1)]
-                logits = self._forward(engine, rows, batch, hidden)[:, task.head]
-                found.update(zip(batch, logits.tolist(), strict=True))
-        for part in gathered(found, self.plan.world):
-            found.update(part)
-        return np.asarray([found[index] for index in range(len(rows.sequences))])
+        split, frozen_states = task.dev_split, self._get_frozen_states(task.dev_split)
+        batches = plan_token_batches([len(sequence) for sequence in split.sequences], self.plan.batch_tokens)
+        rounds = -(-len(batches) // self.plan.world_size)
+        logit_by_sequence: dict[int, float] = {}
+        with self._replay_prefix(frozen_states):
+            for round_index in range(rounds):
+                # Ranks without a batch in the last round repeat the last one: at ZeRO 3 every forward pass gathers
+                # weights, so all ranks must run equally many.
+                batch = batches[min(round_index * self.plan.world_size + self.plan.rank, len(batches) - 1)]
+                logits = self._compute_logits(engine, split, batch, frozen_states)[:, task.head_index]
+                logit_by_sequence.update(zip(batch, logits.tolist(), strict=True))
+        for rank_logits in all_gather_object(logit_by_sequence, self.plan.world_size):
+            logit_by_sequence.update(rank_logits)
+        return np.asarray([logit_by_sequence[index] for index in range(len(split.sequences))])
 
-    def _hidden(self, rows: Rows) -> list[torch.Tensor] | None:
-        if self.prefix is None:
+    def _get_frozen_states(self, split: EncodedSplit) -> list[torch.Tensor] | None:
+        """Cached hidden states of the split after the frozen layers, computed at the first call; None without cache."""
+        if self.frozen_prefix is None:
             return None
-        if id(rows) not in self._kept:
-            self._kept[id(rows)] = self.prefix.compute(self.encoder, rows.sequences, self.plan.batch_tokens)
-        return self._kept[id(rows)]
+        if id(split) not in self._frozen_states:
+            self._frozen_states[id(split)] = self.frozen_prefix.compute_hidden_states(
+                self.encoder, split.sequences, self.plan.batch_tokens
+            )
+        return self._frozen_states[id(split)]
 
     @contextmanager
-    def _replaying(self, hidden: list[torch.Tensor] | None) -> Iterator[None]:
-        with nullcontext() if self.prefix is None or hidden is None else self.prefix.replaying():
+    def _replay_prefix(self, frozen_states: list[torch.Tensor] | None) -> Iterator[None]:
+        prefix = None if frozen_states is None else self.frozen_prefix
+        with nullcontext() if prefix is None else prefix.replay_batch():
             yield
 
 
-def dev_log_loss(logits: Floats, rows: Rows, shift: float) -> float:
+def compute_dev_log_loss(logits: Floats, split: EncodedSplit, prior_shift: float) -> float:
     """Log-loss in nats at the natural rate, after the calibration that the checkpoint will get from the same rows.
 
-    Epochs are compared by it: what calibration will undo (confidence, base rate) must not choose between them.
+    Epochs are compared by this loss: what calibration corrects (confidence, base rate) must not affect the choice.
     """
-    if rows.pairs:
-        differences = logits[: len(rows)] - logits[len(rows) :]
-        values = sigmoid(fit_scale(differences, rows.weights) * differences)
+    if split.is_pairwise:
+        differences = logits[: len(split)] - logits[len(split) :]
+        probabilities = sigmoid(fit_pair_scale(differences, split.weights) * differences)
     else:
-        scale, offset = fit_platt(logits + shift, rows.labels, rows.weights)
-        values = sigmoid(scale * (logits + shift) + offset)
-    return log_loss(values, rows.labels, rows.weights)
+        scale, offset = fit_platt(logits + prior_shift, split.labels, split.weights)
+        probabilities = sigmoid(scale * (logits + prior_shift) + offset)
+    return log_loss(probabilities, split.labels, split.weights)
 
 
-def _together(losses: Sequence[float], tasks: Sequence[Task]) -> float:
-    """Mean over the tasks of dev log-loss over the entropy of the base rate: what epochs are compared by."""
-    floors = [math.log(2) if t.dev.pairs else entropy(float(np.average(t.dev.labels, weights=t.dev.weights)))
-              for t in tasks]  # fmt: skip
-    return float(np.mean([loss / (floor or 1.0) for loss, floor in zip(losses, floors, strict=True)]))
+def _mean_normalized_loss(losses: Sequence[float], tasks: Sequence[HeadTask]) -> float:
+    """Mean over the tasks of dev log-loss / entropy of the base rate, by which epochs are compared."""
+    # A head with a rare label has a small log-loss. Dividing by the entropy of the base rate (ln 2 for pairs) makes
+    # heads with different base rates comparable.
+    entropies = []
+    for task in tasks:
+        split = task.dev_split
+        if split.is_pairwise:
+            entropies.append(math.log(2))
+        else:
+            entropies.append(binary_entropy(float(np.average(split.labels, weights=split.weights))))
+    return float(np.mean([loss / (entropy or 1.0) for loss, entropy in zip(losses, entropies, strict=True)]))
 
 
-def gathered(value: Any, world: int) -> list[Any]:
-    """The value of every one of `world` ranks."""
-    if world == 1:
+def all_gather_object(value: Any, world_size: int) -> list[Any]:
+    """Values of all `world_size` ranks, in rank order."""
+    if world_size == 1:
         return [value]
-    everyone: list[Any] = [None] * world
-    distributed.all_gather_object(everyone, value)
-    return everyone
+    values: list[Any] = [None] * world_size
+    distributed.all_gather_object(values, value)
+    return values

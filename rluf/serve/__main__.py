@@ -1,8 +1,8 @@
-"""Serve reward models and policies over HTTP on Ray Serve, and take reactions in.
+"""Serve reward models and policies over HTTP on Ray Serve, and collect user feedback.
 
-On this machine's own Ray it runs until it is told to stop (Ctrl-C; a second one does not wait for running requests),
-and takes changed models on SIGHUP; on a named Ray cluster it deploys and leaves. Run it again there to change models
-without a failed request.
+With a local Ray the command runs until Ctrl-C (press it twice to stop without waiting for running requests) and
+reloads the settings on SIGHUP. On a Ray cluster it deploys and exits; run it again to update the models without a
+failed request.
 
     python -m rluf.serve --config configs/serve.yaml
 """
@@ -16,117 +16,120 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from rluf.config.cli import guard, parse
+from rluf.config.cli import parse_command_line, run_command
 from rluf.errors import RlufError
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
 
 logger = logging.getLogger("rluf.serve")
-GRACE_S = 10.0
-"""Seconds that an answer may take at the end beyond serve.deadline_s, in which running requests end."""
+SHUTDOWN_GRACE_S = 10.0
+"""Extra seconds beyond serve.request_timeout_s for a shutdown call, which itself waits that long for requests."""
 
 
-def models_for(settings: Settings) -> dict[str, Path | None]:
-    """Reward model folders of the served objectives: given by path, else reused or trained from the log.
+def resolve_reward_folders(settings: Settings) -> dict[str, Path | None]:
+    """Return the reward model folders of the served objectives: from the settings, the cache, or trained now.
 
-    Ray must be initialised where one has to be trained.
+    Training requires a connected Ray.
     """
-    from rluf.artifacts import model_folders, prepared, rewarded
-    from rluf.serve.application import given_folders
+    from rluf.artifacts import prepare_data_artifact, reward_model_folders, train_reward_artifacts
+    from rluf.serve.application import configured_reward_folders
 
-    given = given_folders(settings)
-    if set(given) == set(settings.serve.objectives):
-        return given
-    found = model_folders(rewarded(settings, prepared(settings)))
-    return {name: found[name] for name in settings.serve.objectives}
+    configured_folders = configured_reward_folders(settings)
+    if set(configured_folders) == set(settings.serve.objectives):
+        return configured_folders
+    trained_folders = reward_model_folders(train_reward_artifacts(settings, prepare_data_artifact(settings)))
+    return {name: trained_folders[name] for name in settings.serve.objectives}
 
 
-def serve(settings: Settings) -> Any:
+def start_service(settings: Settings) -> Any:
     """Deploy the service on the connected Ray; returns the gateway's handle. Raises RlufError."""
-    from rluf.serve.application import deploy, feedback_root
+    from rluf.serve.application import deploy_service, feedback_root
 
-    handle = deploy(settings, models_for(settings))
-    chosen = settings.serve
-    logger.info("serving %s at http://%s:%d (docs at /docs)", ", ".join(chosen.objectives), chosen.host, chosen.port)
-    logger.info("feedback log: %s", feedback_root(settings))
+    handle = deploy_service(settings, resolve_reward_folders(settings))
+    objectives, host, port = settings.serve.objectives, settings.serve.host, settings.serve.port
+    logger.info("service: serving %s at http://%s:%d (docs at /docs)", ", ".join(objectives), host, port)
+    logger.info("service: feedback log is %s", feedback_root(settings))
     return handle
 
 
-def change(arguments: Sequence[str] | None) -> None:
-    """Read the settings again and deploy what they say now; what cannot be deployed leaves the service as it is."""
-    logger.info("SIGHUP: reading the settings again")
+def reload_settings(arguments: Sequence[str] | None) -> None:
+    """Read the settings again and update the service; on an error the service stays as it is."""
+    logger.info("service: SIGHUP, reloading the settings")
     try:
-        serve(parse("rluf.serve", __doc__ or "", arguments).settings)
+        start_service(parse_command_line("rluf.serve", __doc__ or "", arguments).settings)
     except (RlufError, SystemExit) as error:
-        logger.error("nothing changed: %s", error)
+        logger.error("service: reload failed, nothing changed: %s", error)
 
 
-def until_told(changed: Callable[[], None]) -> None:
-    """Wait for SIGINT or SIGTERM, calling `changed` at each SIGHUP. From then on both end the program where it is."""
-    heard: SimpleQueue[int] = SimpleQueue()
-    before = {
-        number: signal.signal(number, lambda number, _: heard.put(number))
-        for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
+def wait_for_stop_signal(on_reload: Callable[[], None]) -> None:
+    """Wait for SIGINT or SIGTERM and call `on_reload` at each SIGHUP; then restore the handlers of both."""
+    # SimpleQueue.put is reentrant, so a handler may call it; all work is done outside the handlers.
+    received_signals: SimpleQueue[int] = SimpleQueue()
+    previous_handlers = {
+        signal_number: signal.signal(signal_number, lambda number, _: received_signals.put(number))
+        for signal_number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
     }
-    while heard.get() == signal.SIGHUP:
-        changed()
+    while received_signals.get() == signal.SIGHUP:
+        on_reload()
+    # From here on a second signal interrupts the shutdown.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, before[signal.SIGTERM])
+    signal.signal(signal.SIGTERM, previous_handlers[signal.SIGTERM])
 
 
-def stop(settings: Settings, handle: Any) -> None:
-    """Refuse new requests, let running ones end, write settled feedback, end the service.
+def stop_service(settings: Settings, gateway_handle: Any) -> None:
+    """Reject new requests, finish running ones, write settled feedback, stop the service.
 
-    Neither an actor that does not answer nor a second signal leaves the service running.
+    The service is stopped in any case, also after a timeout of an actor or a second signal.
     """
     from ray import serve as ray_serve
 
-    from rluf.serve.deployments import NAME
+    from rluf.serve.deployments import APPLICATION_NAME, FEEDBACK_WRITER_NAME
 
-    seconds = settings.serve.deadline_s
+    drain_s = settings.serve.request_timeout_s
+    timeout_s = drain_s + SHUTDOWN_GRACE_S
     try:
-        left = answered(handle.drain.remote(seconds), seconds + GRACE_S, "draining")
-        if left is not None:
-            logger.info("drained: %d requests were still running", left)
-        ledger = ray_serve.get_deployment_handle("ledger", NAME)
-        answered(ledger.rotate.remote(), seconds + GRACE_S, "writing settled feedback, which the next start does")
+        remaining = wait_for_result(gateway_handle.drain_requests.remote(drain_s), timeout_s, "draining")
+        if remaining is not None:
+            logger.info("service: drained, running_requests=%d", remaining)
+        feedback_writer = ray_serve.get_deployment_handle(FEEDBACK_WRITER_NAME, APPLICATION_NAME)
+        skipped_work = "writing settled feedback (the next start does it)"
+        wait_for_result(feedback_writer.flush_settled.remote(), timeout_s, skipped_work)
     except (KeyboardInterrupt, SystemExit):
-        logger.warning("stopped before draining was done: a second signal came")
+        logger.warning("service: stopped by a second signal before draining was done")
         raise
     finally:
         ray_serve.shutdown()
 
 
-def answered(response: Any, seconds: float, missed: str) -> Any:
-    """The answer of a deployment; None, with a warning that names what was `missed`, after `seconds` without one."""
+def wait_for_result(deployment_response: Any, timeout_s: float, skipped_work: str) -> Any:
+    """Return a deployment's result, or None and log a warning about `skipped_work` after `timeout_s`."""
     try:
-        return response.result(timeout_s=seconds)
+        return deployment_response.result(timeout_s=timeout_s)
     except TimeoutError:
-        logger.warning("stopped without %s: no answer within %g s", missed, seconds)
+        logger.warning("service: stopped without %s: no result within %g s", skipped_work, timeout_s)
         return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code; errors of the user's are one clear message (see rluf.config.cli.guard)."""
-    loaded = parse("rluf.serve", __doc__ or "", arguments)
-    settings = loaded.settings
+    """Run the command and return its exit code; user errors are one message on stderr (rluf.config.cli.run_command)."""
+    settings = parse_command_line("rluf.serve", __doc__ or "", arguments).settings
 
-    def run() -> None:
-        from cluster.connect import connected
-        from rluf.serve.application import check_secrets, on_this_machine
+    def run_service() -> None:
+        from cluster.connect import ray_connection
+        from rluf.serve.application import check_secrets, is_local_ray
         from rluf.tracking.console import setup_logging
 
         setup_logging()
         check_secrets(settings)
-        with connected(settings):
-            handle = serve(settings)
-            if not on_this_machine(settings):
+        with ray_connection(settings):
+            handle = start_service(settings)
+            if not is_local_ray(settings):
                 return  # the cluster keeps it running
-            until_told(lambda: change(arguments))
-            stop(settings, handle)
+            wait_for_stop_signal(lambda: reload_settings(arguments))
+            stop_service(settings, handle)
 
-    return guard(run)
+    return run_command(run_service)
 
 
 if __name__ == "__main__":

@@ -1,95 +1,114 @@
-"""Requests and responses of the HTTP API, version 1. Both server and client are typed by them."""
+"""HTTP API version 1: request and response models, the backend protocol behind the app, and rows of the feedback log.
+
+Server and client share the models.
+"""
 
 from __future__ import annotations
 
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
-from rluf.prepare.schema import MAX_MESSAGES, MAX_TEXT
-from rluf.types import Message
+from rluf.prepare.schema import MAX_MESSAGES, MAX_TEXT_CHARS, FeedbackRecord
+from rluf.prepare.schema import ChatMessage as LoggedMessage
+from rluf.serve.store import FeedbackEvent, StoreOutcome
+from rluf.types import Message, Score
+from rluf.utils.hashing import hash_user_id
 
-MAX_ITEMS = 256
-"""Most responses in one request."""
+if TYPE_CHECKING:
+    from rluf.reward.text import ScoringItem
+    from rluf.serve.metrics import ServeMetrics
+
+MAX_ITEMS_PER_REQUEST = 256
+"""Maximum number of responses in one request."""
 
 
-def _unicode(text: str) -> str:
-    """Half of a UTF-16 pair is no text: it can be neither encoded nor stored."""
+def _check_unicode(text: str) -> str:
+    """Reject lone surrogates: half of a UTF-16 pair can be neither encoded nor stored."""
+    # isascii() is a constant-time flag in CPython and covers most requests; the scan is linear in the text.
     if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        raise ValueError("text holds a lone surrogate; send valid Unicode")
+        raise ValueError("text contains a lone surrogate; send valid Unicode")
     return text
 
 
-Text = Annotated[str, StringConstraints(max_length=MAX_TEXT), AfterValidator(_unicode)]
-Filled = Annotated[str, StringConstraints(min_length=1, max_length=MAX_TEXT), AfterValidator(_unicode)]
-Name = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_unicode)]
-Topic = Annotated[str, StringConstraints(min_length=1, max_length=100), AfterValidator(_unicode)]
-Reaction = Annotated[str, StringConstraints(min_length=1, max_length=32), AfterValidator(_unicode)]
-Locale = Annotated[str, StringConstraints(min_length=1, max_length=35), AfterValidator(_unicode)]
-Objective = Literal["love", "helpfulness", "safety"]
+MessageText = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS), AfterValidator(_check_unicode)]
+NonEmptyText = Annotated[
+    str, StringConstraints(min_length=1, max_length=MAX_TEXT_CHARS), AfterValidator(_check_unicode)
+]
+IdentifierText = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_check_unicode)]
+TopicText = Annotated[str, StringConstraints(min_length=1, max_length=100), AfterValidator(_check_unicode)]
+ReactionText = Annotated[str, StringConstraints(min_length=1, max_length=32), AfterValidator(_check_unicode)]
+LocaleText = Annotated[str, StringConstraints(min_length=1, max_length=35), AfterValidator(_check_unicode)]
+ObjectiveName = Literal["love", "helpfulness", "safety"]
 
 
-class Body(BaseModel):
-    """Base of requests: what is not known is refused, so that a misspelt field is noticed."""
+class RequestModel(BaseModel):
+    """Base class of requests. Unknown fields are rejected so that a misspelled field is noticed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Reply(BaseModel):
-    """Base of responses. A client of today reads a server of tomorrow: fields it does not know are left out."""
+class ResponseModel(BaseModel):
+    """Base class of responses. Unknown fields are ignored so that an older client can read a newer server."""
 
     model_config = ConfigDict(frozen=True)
 
 
-class ChatMessage(Body):
+class ChatMessage(RequestModel):
     """One message of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: Text
+    content: MessageText
 
 
-Messages = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
+MessageList = Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
-def _ends_with_user(messages: list[ChatMessage]) -> list[ChatMessage]:
+def _check_last_message(messages: list[ChatMessage]) -> list[ChatMessage]:
     if messages[-1].role != "user" or not messages[-1].content.strip():
         raise ValueError("messages must end with a user message that is not empty")
     return messages
 
 
-Conversation = Annotated[Messages, AfterValidator(_ends_with_user)]
+Conversation = Annotated[MessageList, AfterValidator(_check_last_message)]
 
 
-def plain(messages: list[ChatMessage]) -> tuple[Message, ...]:
-    """Messages as the reward models take them."""
+def to_messages(messages: list[ChatMessage]) -> tuple[Message, ...]:
+    """Convert request messages to the library's Message type, which reward models and policies take."""
     return tuple(Message(role=message.role, content=message.content) for message in messages)
 
 
-class ScoreRequest(Body):
-    """A conversation that ends with the user, and one response to it."""
+class ScoreRequest(RequestModel):
+    """A conversation that ends with a user message, and one response to it."""
 
     messages: Conversation
-    response: Text
+    response: MessageText
 
 
-class ScoreBatchRequest(Body):
-    """Several conversations with one response each, scored together."""
+class ScoreBatchRequest(RequestModel):
+    """Several conversations with one response each, scored together in one request."""
 
-    items: Annotated[list[ScoreRequest], Field(min_length=1, max_length=MAX_ITEMS)]
+    items: Annotated[list[ScoreRequest], Field(min_length=1, max_length=MAX_ITEMS_PER_REQUEST)]
 
 
-class RankRequest(Body):
-    """Responses to one conversation, of which the best is sought."""
+class RankRequest(RequestModel):
+    """Responses to one conversation, to be ordered by one objective."""
 
     messages: Conversation
-    responses: Annotated[list[Text], Field(min_length=1, max_length=MAX_ITEMS)]
-    objective: Objective = "love"
+    responses: Annotated[list[MessageText], Field(min_length=1, max_length=MAX_ITEMS_PER_REQUEST)]
+    objective: ObjectiveName = "love"
 
 
-class ObjectiveScore(Reply):
-    """One objective's opinion: `value` is the calibrated probability, `logit` its log-odds, `raw` the model's own logit
-    before calibration, `spread` the standard deviation over an ensemble (0 for one model)."""
+class ObjectiveScore(ResponseModel):
+    """Score of one objective.
+
+    `value` is the calibrated probability, `logit` its log-odds, `raw` the model's logit before calibration, `spread`
+    the standard deviation over the ensemble members (0 for a single model).
+    """
 
     value: float
     logit: float
@@ -97,83 +116,83 @@ class ObjectiveScore(Reply):
     spread: float
 
 
-class ScoreReply(Reply):
-    """Scores by objective, and the version of the reward models that gave them."""
+class ScoreReply(ResponseModel):
+    """Scores by objective, and the version of the reward models that produced them."""
 
     model_version: str
     scores: dict[str, ObjectiveScore]
 
 
-class ScoreBatchReply(Reply):
-    """One reply for each item, in order."""
+class ScoreBatchReply(ResponseModel):
+    """One reply per item, in request order."""
 
     results: list[ScoreReply]
 
 
-class Ranked(Reply):
-    """A response's place in the request, and its scores."""
+class RankedResponse(ResponseModel):
+    """Index of a response in the request, and its scores."""
 
     index: int
     scores: dict[str, ObjectiveScore]
 
 
-class RankReply(Reply):
-    """Responses from best to worst by the objective; `best` is the index of the first."""
+class RankReply(ResponseModel):
+    """Responses from best to worst by the objective; `best` is the request index of the top one."""
 
     model_version: str
     objective: str
     best: int
-    ranking: list[Ranked]
+    ranking: list[RankedResponse]
 
 
-class FeedbackContext(Body):
-    """What was served elsewhere: everything of a feedback row but its id and the reaction.
-
-    `user_id` is hashed here before it is stored; `time` is when the response was served.
-    """
-
-    conversation_id: Name
-    turn: int = Field(ge=0, le=1_000_000)
-    user_id: Name
-    time: Annotated[AwareDatetime, Field(ge=datetime(2000, 1, 1, tzinfo=UTC), le=datetime(2200, 1, 1, tzinfo=UTC))]
-    model_version: Name
-    messages: Conversation
-    response: Annotated[Filled, AfterValidator(lambda text: _not_blank(text))]
-    continued: bool | None = None
-    returned: bool | None = None
-    topic: Topic = "other"
-    locale: Locale = "und"
-
-
-def _not_blank(text: str) -> str:
+def _check_not_blank(text: str) -> str:
     if not text.strip():
         raise ValueError("text is blank")
     return text
 
 
-class FeedbackRequest(Body):
-    """A user's reaction to the response `id`; null takes a reaction back, or says that there was none.
+class FeedbackContext(RequestModel):
+    """A response served by another system: every field of a feedback row except its id and the reaction.
 
-    For a response that this service gave, id and reaction are enough; for others `record` says what was served.
-    Sending the same again changes nothing.
+    The service hashes `user_id` before it stores the row; `time` is when the response was served.
     """
 
-    id: Name
-    reaction: Reaction | None
+    conversation_id: IdentifierText
+    turn: int = Field(ge=0, le=1_000_000)
+    user_id: IdentifierText
+    time: Annotated[AwareDatetime, Field(ge=datetime(2000, 1, 1, tzinfo=UTC), le=datetime(2200, 1, 1, tzinfo=UTC))]
+    model_version: IdentifierText
+    messages: Conversation
+    response: Annotated[NonEmptyText, AfterValidator(_check_not_blank)]
+    continued: bool | None = None
+    returned: bool | None = None
+    topic: TopicText = "other"
+    locale: LocaleText = "und"
+
+
+class FeedbackRequest(RequestModel):
+    """A user's reaction to the response `id`; null withdraws a reaction or reports that there was none.
+
+    For a response from this service, id and reaction are enough; for any other, `record` describes the response.
+    Repeating a request changes nothing.
+    """
+
+    id: IdentifierText
+    reaction: ReactionText | None
     record: FeedbackContext | None = None
 
 
-class FeedbackReply(Reply):
-    """`status` is stored (on disk now) or duplicate (it already was)."""
+class FeedbackReply(ResponseModel):
+    """`status` is "stored" (on disk now) or "duplicate" (it was on disk already)."""
 
     id: str
     status: Literal["stored", "duplicate"]
 
 
-class ModelInfo(Reply):
-    """A served model in OpenAI's shape, with what it is: kind reward or policy, its role, version, share of traffic.
+class ModelInfo(ResponseModel):
+    """A served model in OpenAI's format, extended by its kind, role, version and share of the traffic.
 
-    `objectives` holds for each objective the expected mean value (from the reward card) and the tokens it reads.
+    `objectives` has, for each objective, the expected mean value (from the reward card) and the maximum token count.
     """
 
     id: str
@@ -187,61 +206,61 @@ class ModelInfo(Reply):
     objectives: dict[str, dict[str, Any]] = {}
 
 
-class ModelsReply(Reply):
+class ModelsReply(ResponseModel):
     """All served models."""
 
     object: str = "list"
     data: list[ModelInfo]
 
 
-class ErrorDetail(Reply):
-    """What is wrong, in one sentence; `type` is a fixed word, `code` the HTTP status."""
+class ErrorDetail(ResponseModel):
+    """One-sentence `message`, machine-readable `type`, and the HTTP status as `code`."""
 
     message: str
     type: str
     code: int
 
 
-class ErrorReply(Reply):
-    """Every answer that is not 2xx."""
+class ErrorReply(ResponseModel):
+    """Body of every response that is not 2xx."""
 
     error: ErrorDetail
 
 
 class ChatRequest(BaseModel):
-    """OpenAI's chat completion request; sampling settings are the policy's own (rollout.*), so others are left out.
+    """OpenAI's chat completion request. Sampling fields are ignored: the policy samples with its rollout.* settings.
 
-    `user` names who chats (it is hashed before it is stored), `conversation_id` joins the turns of one conversation.
+    `user` identifies the user (hashed before it is stored); `conversation_id` joins the turns of one conversation.
     """
 
     model_config = ConfigDict(frozen=True)
 
     model: Annotated[str, StringConstraints(max_length=200)] = ""
     messages: Conversation
-    user: Name = "anonymous"
-    conversation_id: Name | None = None
+    user: IdentifierText = "anonymous"
+    conversation_id: IdentifierText | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     stream: Literal[False] = False
 
 
-class ChatChoice(Reply):
-    """One answer."""
+class ChatChoice(ResponseModel):
+    """One chat response and why it ended."""
 
     index: int = 0
     message: dict[str, Any]
     finish_reason: str
 
 
-class ChatUsage(Reply):
-    """Tokens read and written."""
+class ChatUsage(ResponseModel):
+    """Token counts of prompt and response."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
-class ChatReply(Reply):
-    """OpenAI's chat completion; `id` is the response id that feedback names."""
+class ChatReply(ResponseModel):
+    """OpenAI's chat completion; `id` is the response id to send feedback for."""
 
     id: str
     object: str = "chat.completion"
@@ -250,3 +269,112 @@ class ChatReply(Reply):
     system_fingerprint: str
     choices: list[ChatChoice]
     usage: ChatUsage
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredItem:
+    """Scores of one item by objective, and the version of the reward models that produced them."""
+
+    model_version: str
+    scores: Mapping[str, Score]
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceRules:
+    """Limits that the middleware enforces.
+
+    `token_digest` is None for a service without authentication. `allowed_hosts` are the accepted Host header names
+    (None: any); a service without a token needs them against DNS rebinding by web pages. `log_text` allows message
+    text in the service log.
+    """
+
+    token_digest: str | None
+    max_body_bytes: int
+    requests_per_s: float
+    deadline_s: float
+    log_text: bool
+    allowed_hosts: tuple[str, ...] | None
+
+
+class ServiceBackend(Protocol):
+    """Models and feedback store behind the HTTP app. Every method raises ApiError for errors the client must see."""
+
+    rules: ServiceRules
+    metrics: ServeMetrics
+    is_draining: bool
+    running_requests: int
+
+    async def is_ready(self) -> bool:
+        """Return whether every model has answered."""
+
+    async def score_items(self, items: Sequence[ScoringItem]) -> list[ScoredItem]:
+        """Score items; results are in order and all from one model version."""
+
+    async def store_feedback(self, request: FeedbackRequest) -> StoreOutcome:
+        """Store a reaction; it is on disk when this returns."""
+
+    async def list_models(self) -> list[ModelInfo]:
+        """Return all served reward models and policies."""
+
+    async def complete_chat(self, request: ChatRequest) -> ChatReply:
+        """Sample one response from a policy; it is logged before this returns."""
+
+
+def build_reaction_event(request: FeedbackRequest, salt: bytes) -> FeedbackEvent:
+    """Convert a feedback request to a store event, with a full row when another system served the response."""
+    if request.record is None:
+        return FeedbackEvent(request.id, request.reaction)
+    row = request.record.model_dump()
+    row["user_id"] = hash_user_id(request.record.user_id, salt)
+    record = FeedbackRecord.model_validate({**row, "id": request.id, "reaction": request.reaction})
+    return FeedbackEvent(request.id, request.reaction, record)
+
+
+def new_response_id() -> str:
+    """Return a new response id in OpenAI's format; feedback refers to it."""
+    return f"chatcmpl-{uuid.uuid4().hex}"
+
+
+def build_served_event(
+    response_id: str, request: ChatRequest, policy_version: str, response_text: str, salt: bytes
+) -> FeedbackEvent | None:
+    """Build the store event of a response without a reaction; None for a blank response, which the log rejects."""
+    if not response_text.strip():
+        return None
+    record = FeedbackRecord(
+        id=response_id,
+        conversation_id=request.conversation_id or response_id,
+        turn=sum(message.role == "assistant" for message in request.messages),
+        user_id=hash_user_id(request.user, salt),
+        time=datetime.now(UTC),
+        model_version=policy_version,
+        messages=[LoggedMessage(role=message.role, content=message.content) for message in request.messages],
+        response=response_text,
+        reaction=None,
+    )
+    return FeedbackEvent(response_id, None, record)
+
+
+def build_chat_reply(
+    response_id: str,
+    policy_name: str,
+    policy_version: str,
+    response_text: str,
+    finish_reason: str,
+    *,
+    prompt_tokens: int,
+    response_tokens: int,
+) -> ChatReply:
+    """Build OpenAI's chat completion of one response."""
+    return ChatReply(
+        id=response_id,
+        created=int(datetime.now(UTC).timestamp()),
+        model=policy_name,
+        system_fingerprint=policy_version,
+        choices=[ChatChoice(message={"role": "assistant", "content": response_text}, finish_reason=finish_reason)],
+        usage=ChatUsage(
+            prompt_tokens=prompt_tokens,
+            completion_tokens=response_tokens,
+            total_tokens=prompt_tokens + response_tokens,
+        ),
+    )

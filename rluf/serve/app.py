@@ -1,4 +1,4 @@
-"""The HTTP app: our API, version 1, over a backend. FastAPI's docs are at /docs, the schema at /openapi.json."""
+"""FastAPI app of the HTTP API, version 1, over a ServiceBackend. Docs are at /docs, the schema at /openapi.json."""
 
 from __future__ import annotations
 
@@ -12,149 +12,155 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 
-from rluf.reward.calibration import logit
 from rluf.serve import api
-from rluf.serve.backend import Backend, Scored
-from rluf.serve.compat import add_foreign_routes
+from rluf.serve.api import ScoredItem, ServiceBackend
+from rluf.serve.compat import add_compat_routes
 from rluf.serve.limits import ApiError
-from rluf.serve.middleware import INTERNAL, Guard
+from rluf.serve.middleware import INTERNAL_ERROR, ServiceMiddleware
+from rluf.utils.stats import logit
 
 if TYPE_CHECKING:
-    from rluf.reward.text import Item
+    from rluf.reward.text import ScoringItem
 
 logger = logging.getLogger("rluf.serve")
 
-WEB = Path(__file__).parent / "web"
+WEB_FOLDER = Path(__file__).parent / "web"
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-KINDS = {404: "not_found", 405: "method"}
-ERRORS: dict[int | str, dict[str, Any]] = {
+ERROR_TYPES = {404: "not_found", 405: "method"}
+ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": api.ErrorReply, "description": text}
     for status, text in {
         400: "The body is not JSON in UTF-8",
-        401: "No token, or not the right one",
-        403: "Asked under another host name",
+        401: "The token is missing or wrong",
+        403: "The Host header names another host",
         413: "The body is too large",
-        422: "A field is missing, unknown or has a wrong value",
-        429: "Too many requests, or too much waits: see Retry-After",
-        500: "The service failed",
-        503: "Shutting down, too slow, or a model is not available: see Retry-After",
+        422: "A field is missing, unknown or invalid",
+        429: "Too many requests, or the queue is full: see Retry-After",
+        500: "Internal error",
+        503: "Shutting down, timed out, or a model is not available: see Retry-After",
     }.items()
 }
 
 
-def make_app(backend: Backend) -> Guard:
-    """The whole ASGI app over `backend`."""
+def make_app(backend: ServiceBackend) -> ServiceMiddleware:
+    """Build the complete ASGI app over `backend`, including the middleware."""
     app = FastAPI(
         title="rluf",
         version="1",
-        description="Scores of reward models, and reactions of users. With a bearer token where the service has one.",
-        responses=ERRORS,
+        description="Reward model scores, chat and user feedback. Send a bearer token if the service has one.",
+        responses=ERROR_RESPONSES,
         redoc_url=None,
     )
-    _add_errors(app)
-    _add_scores(app, backend)
-    _add_rest(app, backend)
-    _add_page(app)
-    add_foreign_routes(app, backend)
-    return Guard(app, backend)
+    _add_error_handlers(app)
+    _add_score_routes(app, backend)
+    _add_service_routes(app, backend)
+    _add_web_page(app)
+    add_compat_routes(app, backend)
+    return ServiceMiddleware(app, backend)
 
 
-def _add_errors(app: FastAPI) -> None:
-    """Every error in one shape, with one sentence, without the input and without a trace."""
+def _add_error_handlers(app: FastAPI) -> None:
+    """Return every error in one JSON format: one sentence, without the input and without a traceback."""
 
     @app.exception_handler(ApiError)
-    async def _told(_: Request, error: ApiError) -> JSONResponse:
+    async def _handle_api_error(_: Request, error: ApiError) -> JSONResponse:
         return JSONResponse(error.body, error.status, error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def _invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        found = error.errors()
-        first = found[0] if found else {"loc": (), "msg": "the request is not valid", "type": ""}
-        bad_json = first["type"] == "json_invalid"
-        told = ApiError(400 if bad_json else 422, "bad_json" if bad_json else "invalid", _sentence(first, len(found)))
-        return JSONResponse(told.body, told.status)
+    async def _handle_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
+        problems = error.errors()
+        first_problem = problems[0] if problems else {"loc": (), "msg": "the request is not valid", "type": ""}
+        message = _validation_message(first_problem, len(problems))
+        is_bad_json = first_problem["type"] == "json_invalid"
+        api_error = ApiError(400, "bad_json", message) if is_bad_json else ApiError(422, "invalid", message)
+        return JSONResponse(api_error.body, api_error.status)
 
     @app.exception_handler(Exception)
-    async def _unforeseen(request: Request, error: Exception) -> JSONResponse:
-        logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-        return JSONResponse(INTERNAL.body, INTERNAL.status)
+    async def _handle_unexpected_error(request: Request, error: Exception) -> JSONResponse:
+        logger.error("%s %s: internal error", request.method, request.url.path, exc_info=error)
+        return JSONResponse(INTERNAL_ERROR.body, INTERNAL_ERROR.status)
 
     @app.exception_handler(HTTPException)
-    async def _http(_: Request, error: HTTPException) -> JSONResponse:
-        kind = KINDS.get(error.status_code, "bad_json" if error.status_code == 400 else "http")
-        told = ApiError(error.status_code, kind, str(error.detail))
-        return JSONResponse(told.body, told.status, error.headers)
+    async def _handle_http_exception(_: Request, error: HTTPException) -> JSONResponse:
+        # FastAPI raises a plain 400 when it cannot decode the body, before validation could name the problem.
+        error_type = ERROR_TYPES.get(error.status_code, "bad_json" if error.status_code == 400 else "http")
+        api_error = ApiError(error.status_code, error_type, str(error.detail))
+        return JSONResponse(api_error.body, api_error.status, error.headers)
 
 
-def _sentence(error: Mapping[str, Any], count: int) -> str:
-    where = ".".join(str(part) for part in error["loc"][1:]) or "body"
-    more = f" (and {count - 1} more)" if count > 1 else ""
-    return f"{where}: {error['msg'].removeprefix('Value error, ')}{more}"[:300]
+def _validation_message(error: Mapping[str, Any], error_count: int) -> str:
+    # loc[0] is always "body"; the input itself stays out of the message, since it may be personal data.
+    field_path = ".".join(str(key) for key in error["loc"][1:]) or "body"
+    suffix = f" (and {error_count - 1} more)" if error_count > 1 else ""
+    return f"{field_path}: {error['msg'].removeprefix('Value error, ')}{suffix}"[:300]
 
 
-def reply_scores(scored: Scored) -> dict[str, api.ObjectiveScore]:
-    """Scores as the API gives them."""
+def to_objective_scores(scored_item: ScoredItem) -> dict[str, api.ObjectiveScore]:
+    """Convert the scores of one item to the API's model, by objective."""
     return {
-        name: api.ObjectiveScore(value=s.value, logit=logit(s.value), raw=s.raw, spread=s.spread)
-        for name, s in scored.scores.items()
+        name: api.ObjectiveScore(value=score.value, logit=logit(score.value), raw=score.raw_logit, spread=score.spread)
+        for name, score in scored_item.scores.items()
     }
 
 
-def reply(scored: Scored) -> api.ScoreReply:
-    """One item's scores as the API gives them."""
-    return api.ScoreReply(model_version=scored.version, scores=reply_scores(scored))
+def to_score_reply(scored_item: ScoredItem) -> api.ScoreReply:
+    """Convert one scored item to the API's model."""
+    return api.ScoreReply(model_version=scored_item.model_version, scores=to_objective_scores(scored_item))
 
 
-def _add_scores(app: FastAPI, backend: Backend) -> None:
-    async def scored(items: list[Item]) -> list[Scored]:
+def _add_score_routes(app: FastAPI, backend: ServiceBackend) -> None:
+    async def score_items(items: list[ScoringItem]) -> list[ScoredItem]:
         if backend.rules.log_text:
             for messages, response in items:
                 logger.info("score %r -> %r", messages, response)
-        return await backend.score(items)
+        return await backend.score_items(items)
 
     @app.post("/v1/score", tags=["scores"])
     async def score(body: api.ScoreRequest) -> api.ScoreReply:
-        """Score one response: P[Love], helpfulness and safety, calibrated, with the version of the models."""
-        return reply((await scored([(api.plain(body.messages), body.response)]))[0])
+        """Score one response: calibrated P[Love], helpfulness and safety, with the version of the models."""
+        scored_items = await score_items([(api.to_messages(body.messages), body.response)])
+        return to_score_reply(scored_items[0])
 
     @app.post("/v1/score/batch", tags=["scores"])
     async def score_batch(body: api.ScoreBatchRequest) -> api.ScoreBatchReply:
-        """Score many responses in one request; the same response gets the same score in any batch."""
-        found = await scored([(api.plain(item.messages), item.response) for item in body.items])
-        return api.ScoreBatchReply(results=[reply(one) for one in found])
+        """Score many responses in one request; the score of a response does not depend on its batch."""
+        scored_items = await score_items([(api.to_messages(item.messages), item.response) for item in body.items])
+        return api.ScoreBatchReply(results=[to_score_reply(scored_item) for scored_item in scored_items])
 
     @app.post("/v1/rank", tags=["scores"])
     async def rank(body: api.RankRequest) -> api.RankReply:
         """Order responses to one conversation from best to worst by an objective."""
-        messages = api.plain(body.messages)
-        found = await scored([(messages, response) for response in body.responses])
-        if body.objective not in found[0].scores:
+        messages = api.to_messages(body.messages)
+        scored_items = await score_items([(messages, response) for response in body.responses])
+        if body.objective not in scored_items[0].scores:
             raise ApiError(422, "invalid", f"objective: {body.objective} is not served here")
-        order = sorted(range(len(found)), key=lambda i: -found[i].scores[body.objective].value)
-        ranking = [api.Ranked(index=i, scores=reply_scores(found[i])) for i in order]
-        return api.RankReply(model_version=found[0].version, objective=body.objective, best=order[0], ranking=ranking)
+        order = sorted(range(len(scored_items)), key=lambda i: -scored_items[i].scores[body.objective].value)
+        ranking = [api.RankedResponse(index=i, scores=to_objective_scores(scored_items[i])) for i in order]
+        return api.RankReply(
+            model_version=scored_items[0].model_version, objective=body.objective, best=order[0], ranking=ranking
+        )
 
 
-def _add_rest(app: FastAPI, backend: Backend) -> None:
+def _add_service_routes(app: FastAPI, backend: ServiceBackend) -> None:
     @app.post(
         "/v1/feedback",
         tags=["feedback"],
         responses={
-            404: {"model": api.ErrorReply, "description": "No response with that id was served here, and no record"},
+            404: {"model": api.ErrorReply, "description": "Unknown response id, and the request has no record"},
             409: {"model": api.ErrorReply, "description": "The row is settled with another reaction"},
         },
     )
     async def feedback(body: api.FeedbackRequest) -> api.FeedbackReply:
-        """Take a reaction to a response. The row is on disk before the answer; repeating a request is harmless."""
-        outcome = await backend.feedback(body)
-        backend.metrics.feedback.labels(outcome).inc()
+        """Store a reaction to a response. The row is on disk before the reply; repeating a request is harmless."""
+        outcome = await backend.store_feedback(body)
+        backend.metrics.feedback_requests.labels(outcome).inc()
         if outcome == "unknown":
-            raise ApiError(404, "unknown", "no response with that id was served here; send its record along")
+            raise ApiError(404, "unknown", "no response with that id was served here; add its record to the request")
         if outcome == "settled":
             raise ApiError(409, "settled", "the reaction to that response can no longer be changed")
         return api.FeedbackReply(id=body.id, status=outcome)
@@ -165,36 +171,36 @@ def _add_rest(app: FastAPI, backend: Backend) -> None:
         responses={404: {"model": api.ErrorReply, "description": "No such policy is served"}},
     )
     async def chat(body: api.ChatRequest) -> api.ChatReply:
-        """Answer a conversation with a served policy (OpenAI's shape, no streaming); `id` is what feedback names."""
+        """Sample a response from a served policy (OpenAI's format, no streaming); send feedback with its `id`."""
         if backend.rules.log_text:
-            logger.info("chat %r", api.plain(body.messages))
-        return await backend.chat(body)
+            logger.info("chat %r", api.to_messages(body.messages))
+        return await backend.complete_chat(body)
 
     @app.get("/v1/models", tags=["service"])
     async def models() -> api.ModelsReply:
-        """Reward models and policies that are served now, with their versions."""
-        return api.ModelsReply(data=await backend.models())
+        """List the served reward models and policies with their versions."""
+        return api.ModelsReply(data=await backend.list_models())
 
     @app.get("/healthz", tags=["service"])
     async def healthz() -> dict[str, str]:
-        """Whether the service takes requests (503 while it starts or shuts down)."""
-        if not await backend.ready():
+        """Readiness check: 503 while the service starts or shuts down."""
+        if not await backend.is_ready():
             raise ApiError(503, "starting", "the models are being loaded; try again later", 1.0)
         return {"status": "ok"}
 
     @app.get("/metrics", tags=["service"], response_class=Response)
     async def metrics() -> Response:
-        """Figures for Prometheus."""
-        return Response(backend.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        """Metrics in Prometheus' text format."""
+        return Response(backend.metrics.to_prometheus_text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _add_page(app: FastAPI) -> None:
-    for path, file in (("/", "index.html"), ("/page.js", "page.js"), ("/page.css", "page.css")):
-        app.add_api_route(path, _static(file), include_in_schema=False)
+def _add_web_page(app: FastAPI) -> None:
+    for path, file_name in (("/", "index.html"), ("/page.js", "page.js"), ("/page.css", "page.css")):
+        app.add_api_route(path, _static_file_route(file_name), include_in_schema=False)
 
 
-def _static(file: str) -> Any:
-    async def page() -> FileResponse:
-        return FileResponse(WEB / file, headers=PAGE_HEADERS)
+def _static_file_route(file_name: str) -> Any:
+    async def send_file() -> FileResponse:
+        return FileResponse(WEB_FOLDER / file_name, headers=PAGE_HEADERS)
 
-    return page
+    return send_file

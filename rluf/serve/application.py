@@ -1,7 +1,7 @@
-"""From settings to a Ray Serve application: which models, which deployments, how they scale.
+"""Build the Ray Serve application from the settings: which models, which deployments, how they scale.
 
-`build` is what a Serve config file or a KubeRay RayService names: `import_path: rluf.serve.application:build`, with
-args {config: FILE, overrides: [key=value, ...]}.
+`build` is the entry point for a Serve config file or a KubeRay RayService: `import_path: rluf.serve.application:build`
+with args {config: FILE, overrides: [key=value, ...]}.
 """
 
 from __future__ import annotations
@@ -19,16 +19,24 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.exceptions import RayError
 
-from cluster.placement import role_environment
+from cluster.placement import actor_environment
 from rluf.config.load import load_settings
 from rluf.errors import ModelError, ResourceError, SettingsError
 from rluf.reward.calibration import Calibration
-from rluf.serve.backend import Rules
-from rluf.serve.deployments import NAME, Gateway, Ledger, Limits, Scorer
-from rluf.serve.limits import token_digest
-from rluf.serve.policy_deployment import TOLD, Policy
-from rluf.utils.cache import code_digest, file_digest, stage_key
-from rluf.utils.paths import runs_root
+from rluf.serve.api import ServiceRules
+from rluf.serve.deployments import (
+    APPLICATION_NAME,
+    FEEDBACK_WRITER_NAME,
+    BatchLimits,
+    FeedbackWriter,
+    GatewayDeployment,
+    ScorerDeployment,
+)
+from rluf.serve.limits import hash_token
+from rluf.serve.policy_deployment import ENGINE_SETTING_KEYS, PolicyDeployment
+from rluf.utils.cache import compute_artifact_key, hash_files, hash_source_code
+from rluf.utils.hashing import LEGACY_SERVE_SALT_VARIABLE, USER_SALT_VARIABLE, read_user_salt
+from rluf.utils.paths import resolve_runs_root
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -37,79 +45,90 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rluf.serve")
 
-CODE = code_digest("serve", "objectives", "reward")
-"""Stands for the code that replicas run."""
-TOKEN, SALT = "RLUF_SERVE_TOKEN", "RLUF_SERVE_SALT"
+REPLICA_CODE_DIGEST = hash_source_code("serve", "objectives", "reward")
+"""Digest of the code that replicas run; a change of it restarts them."""
+TOKEN_VARIABLE = "RLUF_SERVE_TOKEN"
+"""Environment variable of the bearer token that clients must send."""
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
-LEAN = {
+SERVE_THROUGHPUT_ENV = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
 }
-"""Ray Serve's own throughput options, for replicas whose code never blocks their loop: a call from gateway to scorer
-takes a third of the CPU. (RAY_SERVE_THROUGHPUT_OPTIMIZED is these and more, for a whole cluster.)"""
-CHAT_AT_ONCE = 64
-"""Chats under way on one policy before more of them wait."""
-PASSING = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
-"""Entries of a policy's config.json that say nothing about its engine."""
-GATEWAY_REQUESTS = 4096
-"""Requests that the gateway holds at once; its own limits answer 429 long before."""
+"""Ray Serve's throughput options, for replicas whose code never blocks the event loop: with them a call from gateway
+to scorer takes a third of the CPU time. (RAY_SERVE_THROUGHPUT_OPTIMIZED sets these and more for a whole cluster.)"""
+MAX_CONCURRENT_CHATS = 64
+"""Chats that run on one policy at a time; further ones wait in Ray Serve's queue."""
+IGNORED_CONFIG_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+"""Keys of a policy's config.json that do not affect its engine: they differ between checkpoints of one run."""
+MAX_GATEWAY_REQUESTS = 4096
+"""Concurrent requests that Ray Serve lets through to the gateway; the gateway's own limits return 429 long before."""
 
 
 def check_secrets(settings: Settings) -> None:
-    """Raise SettingsError when the service can be reached from elsewhere but lacks its token or salt."""
-    if settings.serve.local:
+    """Raise SettingsError when other machines can reach the service but its token or salt is not set."""
+    if settings.serve.is_local:
         return
-    for name, what in ((TOKEN, "the bearer token that clients send"), (SALT, "the salt of hashed user ids")):
-        if not os.environ.get(name):
+    has_legacy_salt = bool(os.environ.get(LEGACY_SERVE_SALT_VARIABLE))
+    for variable, purpose, is_optional in (
+        (TOKEN_VARIABLE, "the bearer token that clients send", False),
+        (USER_SALT_VARIABLE, "the salt of hashed user ids, the same as for rluf.prepare", has_legacy_salt),
+    ):
+        if not os.environ.get(variable) and not is_optional:
             raise SettingsError(
-                f"serve.host={settings.serve.host} can be reached from other machines, but {name} is not set: export "
-                f"it ({what}), or set serve.host=127.0.0.1"
+                f"serve.host={settings.serve.host} can be reached from other machines, but {variable} is not set: "
+                f"export it ({purpose}), or set serve.host=127.0.0.1"
             )
 
 
 def feedback_root(settings: Settings) -> str:
     """Folder or URL of the feedback log."""
-    return settings.serve.feedback or str(runs_root(settings) / settings.name / "feedback")
+    return settings.serve.feedback_path or str(resolve_runs_root(settings) / settings.name / "feedback")
 
 
 def log_folder(settings: Settings) -> Path:
-    """Local folder of the write-ahead log: beside local Parquet, in the runs folder for a URL."""
+    """Local folder of the write-ahead log: inside a local feedback folder, or in the runs folder if that is a URL."""
     root = feedback_root(settings)
     if "://" not in root:
         return Path(root).expanduser().resolve() / ".log"
     return (
-        runs_root(settings).resolve() / settings.name / f"feedback-log-{hashlib.sha256(root.encode()).hexdigest()[:8]}"
+        resolve_runs_root(settings).resolve()
+        / settings.name
+        / f"feedback-log-{hashlib.sha256(root.encode()).hexdigest()[:8]}"
     )
 
 
-def salt_of(settings: Settings) -> str:
-    """RLUF_SERVE_SALT; on this machine alone, one that is drawn once and kept beside the store."""
-    if found := os.environ.get(SALT):
-        return found
-    file = log_folder(settings) / "salt"
-    if not file.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+def load_or_create_salt(settings: Settings) -> bytes:
+    """Return the salt of user ids: RLUF_USER_SALT, or for a local service one that is created once next to the log."""
+    if salt := read_user_salt():
+        return salt
+    if legacy_salt := os.environ.get(LEGACY_SERVE_SALT_VARIABLE):
+        logger.warning("service: %s is deprecated; set %s instead", LEGACY_SERVE_SALT_VARIABLE, USER_SALT_VARIABLE)
+        return legacy_salt.encode()
+    salt_file = log_folder(settings) / "salt"
+    if not salt_file.is_file():
+        salt_file.parent.mkdir(parents=True, exist_ok=True)
+        # O_EXCL and mode 0600 from the start: no moment at which others can read the salt or two starts write two.
+        with os.fdopen(os.open(salt_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
             stream.write(secrets.token_hex(16))
-    return file.read_text()
+    return salt_file.read_bytes()
 
 
-def chosen_models(settings: Settings, folders: Mapping[str, Path | None]) -> dict[str, Any]:
-    """What a scorer loads (its user_config): path or judge of each objective, facts from the cards, and a version.
+def build_scorer_config(settings: Settings, reward_folders: Mapping[str, Path | None]) -> dict[str, Any]:
+    """Build the user_config of a scorer: path or judge of each objective, facts from the reward cards, a version.
 
-    The version is a hash of the files, so the same models have the same one everywhere. Raises ModelError for a folder
-    that holds no reward model.
+    The version is a hash of the files, so the same models have the same version on every machine. Raises ModelError
+    for a folder without a reward model.
     """
     models: dict[str, dict[str, str]] = {}
     facts: dict[str, dict[str, Any]] = {}
     for name in settings.serve.objectives:
-        objective, folder = settings.objectives.named[name], folders.get(name)
+        objective, folder = settings.objectives.by_objective[name], reward_folders.get(name)
         if folder is not None:
             if not (folder / "config.json").is_file():
-                raise ModelError(f"{folder} holds no config.json; name a reward model folder that rluf.reward wrote")
+                raise ModelError(f"{folder} has no config.json; name a reward model folder written by rluf.reward")
             models[name] = {"path": str(folder)}
-            facts[name] = {"version": file_digest([folder])[:12], **_card_facts(folder)}
+            facts[name] = {"version": hash_files([folder])[:12], **_read_card_facts(folder)}
         elif objective.source == "judge":
             models[name] = {"judge": str(objective.judge)}
             facts[name] = {"version": f"judge {objective.judge}", "max_tokens": 1, "mean_value": None}
@@ -117,229 +136,257 @@ def chosen_models(settings: Settings, folders: Mapping[str, Path | None]) -> dic
             raise ModelError(
                 f"no reward model for {name}: set objectives.{name}.path, or leave it out of serve.objectives"
             )
-    stated = json.dumps({name: fact["version"] for name, fact in facts.items()}, sort_keys=True)
+    versions = json.dumps({name: model_facts["version"] for name, model_facts in facts.items()}, sort_keys=True)
     return {
-        "version": hashlib.sha256(stated.encode()).hexdigest()[:12],
+        "version": hashlib.sha256(versions.encode()).hexdigest()[:12],
         "models": models,
         "facts": facts,
-        "batch_tokens": settings.objectives.batch_tokens,
+        "batch_tokens": settings.reward.scoring_batch_tokens,
         "device": "cuda" if settings.cluster.gpus_per_reward > 0 else "cpu",
     }
 
 
-def _card_facts(folder: Path) -> dict[str, Any]:
-    """Tokens that the model reads, and the mean value that its card promises (0.5 for one learnt from pairs)."""
-    calibration, file = Calibration.load(folder), folder / "reward_card.json"
-    card: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    mean = 0.5 if calibration.method == "centred" else card.get("mean_value")
-    return {"max_tokens": calibration.max_tokens, "mean_value": mean}
+def _read_card_facts(model_folder: Path) -> dict[str, Any]:
+    """Read the maximum token count of a model and its mean value on test users (0.5 if trained on pairs)."""
+    calibration, card_file = Calibration.load(model_folder), model_folder / "reward_card.json"
+    card: dict[str, Any] = json.loads(card_file.read_text(encoding="utf-8")) if card_file.is_file() else {}
+    # A Bradley-Terry model is centered, not calibrated: its values have a mean of 0.5 by construction.
+    mean_value = 0.5 if calibration.method == "centered" else card.get("mean_value")
+    return {"max_tokens": calibration.max_tokens, "mean_value": mean_value}
 
 
-def candidate_folders(settings: Settings) -> dict[str, Path] | None:
-    """Folders of the candidate version by objective; those it lacks are the live ones. None without a candidate."""
+def find_candidate_folders(settings: Settings) -> dict[str, Path] | None:
+    """Find the candidate's model folders by objective; the live models fill in missing ones. None: no candidate."""
     if settings.serve.candidate is None:
         return None
     root = Path(settings.serve.candidate).expanduser().resolve()
-    found: dict[str, Path] = {
+    folders: dict[str, Path] = {
         name: root / name for name in settings.serve.objectives if (root / name / "config.json").is_file()
     }
-    if not found:
+    if not folders:
         raise ModelError(
-            f"serve.candidate={root} holds no reward model; name a folder with {', '.join(settings.serve.objectives)}"
+            f"serve.candidate={root} has no reward model; name a folder with {', '.join(settings.serve.objectives)}"
         )
-    return found
+    return folders
 
 
-def application(
-    settings: Settings, folders: Mapping[str, Path | None], policies: Mapping[str, Path], *, direct: bool
+def build_application(
+    settings: Settings,
+    reward_folders: Mapping[str, Path | None],
+    policy_paths: Mapping[str, Path],
+    *,
+    listen_directly: bool,
 ) -> Application:
-    """The application: reward model `folders` by objective (None for a judge), `policies` by name.
+    """Build the application from `reward_folders` by objective (None for a judge) and `policy_paths` by name.
 
-    `direct`: the gateway listens at serve.host and serve.port itself. Without it Ray Serve's proxies listen, on every
-    node, which a cluster needs since the gateway may be on any of them; but their hop costs more CPU than a small
-    model's score.
+    With `listen_directly` the gateway itself listens at serve.host and serve.port. Otherwise Ray Serve's proxies
+    listen on every node. A cluster needs them because the gateway may run on any node, but their hop costs more CPU
+    time than the score of a small model.
     """
     check_secrets(settings)
-    chosen, token = settings.serve, os.environ.get(TOKEN)
-    scorers = {"live": _scorer(settings, "live", chosen_models(settings, folders))}
-    candidate = candidate_folders(settings)
-    if candidate is not None:
-        scorers["candidate"] = _scorer(settings, "candidate", chosen_models(settings, {**folders, **candidate}))
-    served = {name: file_digest([path])[:12] for name, path in policies.items()}
-    rules = Rules(
-        token_digest=token_digest(token) if token else None,
-        max_body_bytes=chosen.max_body_kib * 1024,
-        requests_per_s=chosen.requests_per_s,
-        deadline_s=chosen.deadline_s,
-        log_text=chosen.log_text,
-        hosts=LOCAL_HOSTS if chosen.local and not token else None,
+    serve_settings, token = settings.serve, os.environ.get(TOKEN_VARIABLE)
+    scorers = {"live": _scorer_application(settings, "live", build_scorer_config(settings, reward_folders))}
+    candidate_folders = find_candidate_folders(settings)
+    if candidate_folders is not None:
+        scorers["candidate"] = _scorer_application(
+            settings, "candidate", build_scorer_config(settings, {**reward_folders, **candidate_folders})
+        )
+    policy_versions = {name: hash_files([path])[:12] for name, path in policy_paths.items()}
+    rules = ServiceRules(
+        token_digest=hash_token(token) if token else None,
+        max_body_bytes=serve_settings.max_body_kib * 1024,
+        requests_per_s=serve_settings.client_requests_per_s,
+        deadline_s=serve_settings.request_timeout_s,
+        log_text=serve_settings.log_text,
+        # Without a token only the Host header protects a local service from DNS rebinding.
+        allowed_hosts=LOCAL_HOSTS if serve_settings.is_local and not token else None,
     )
-    limits = Limits(
-        settings.objectives.batch_tokens,
-        chosen.max_waiting,
-        chosen.max_replicas,
-        chosen.deadline_s,
-        listen=(chosen.host, chosen.port) if direct else None,
+    batch_limits = BatchLimits(
+        settings.reward.scoring_batch_tokens,
+        serve_settings.max_queued_responses,
+        serve_settings.max_replicas,
+        serve_settings.request_timeout_s,
+        listen_address=(serve_settings.host, serve_settings.port) if listen_directly else None,
     )
-    stored = (feedback_root(settings), str(log_folder(settings)), chosen.settle_s, chosen.rotate_s)
+    writer_arguments = (
+        feedback_root(settings),
+        str(log_folder(settings)),
+        serve_settings.reaction_window_s,
+        serve_settings.flush_interval_s,
+    )
     gateway = serve.deployment(
-        serve.ingress()(Gateway),
+        serve.ingress()(GatewayDeployment),
         name="gateway",
         num_replicas=1,
-        max_ongoing_requests=GATEWAY_REQUESTS,
-        graceful_shutdown_timeout_s=chosen.deadline_s,
-        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": LEAN}},
-        user_config={"roles": list(scorers), "share": chosen.canary_share, "policies": served},
+        max_ongoing_requests=MAX_GATEWAY_REQUESTS,
+        graceful_shutdown_timeout_s=serve_settings.request_timeout_s,
+        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": SERVE_THROUGHPUT_ENV}},
+        user_config={"roles": list(scorers), "share": serve_settings.canary_share, "policies": policy_versions},
     )
-    ledger = serve.deployment(
-        Ledger,
-        name="ledger",
+    feedback_writer = serve.deployment(
+        FeedbackWriter,
+        name=FEEDBACK_WRITER_NAME,
         num_replicas=1,
-        max_ongoing_requests=GATEWAY_REQUESTS,
+        max_ongoing_requests=MAX_GATEWAY_REQUESTS,
         health_check_period_s=2,
-        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": LEAN}},
+        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": SERVE_THROUGHPUT_ENV}},
     )
-    told = (rules, limits, salt_of(settings))
-    return _lasting(gateway, *told).bind(
-        *told,
+    gateway_arguments = (rules, batch_limits, load_or_create_salt(settings))
+    return _with_content_version(gateway, *gateway_arguments).bind(
+        *gateway_arguments,
         *scorers.values(),
-        _lasting(ledger, *stored).bind(*stored),
-        *(_policy(settings, name, path, served[name]) for name, path in policies.items()),
+        _with_content_version(feedback_writer, *writer_arguments).bind(*writer_arguments),
+        *(_policy_application(settings, name, path, policy_versions[name]) for name, path in policy_paths.items()),
     )
 
 
-def _lasting(deployment: serve.Deployment, *made_from: object) -> serve.Deployment:
-    """The deployment under a version that changes with our code and with what it is made from, and only then.
+def _with_content_version(deployment: serve.Deployment, *content: object) -> serve.Deployment:
+    """Set a deployment version that changes only with the code and with `content`, its constructor arguments.
 
-    Ray Serve would otherwise take each `serve.run` for new code and start every replica anew.
+    Without a version Ray Serve treats each `serve.run` as new code and restarts every replica.
     """
-    parts = {"from": [repr(part) for part in made_from], "code": CODE}
-    return deployment.options(version=stage_key(parts), _internal=True)
+    version_inputs = {"from": [repr(value) for value in content], "code": REPLICA_CODE_DIGEST}
+    # `_internal` because `options(version=...)` is deprecated for users; Ray Serve has no public replacement.
+    return deployment.options(version=compute_artifact_key(version_inputs), _internal=True)
 
 
-def _scorer(settings: Settings, role: str, models: dict[str, Any]) -> Application:
-    chosen, cluster = settings.serve, settings.cluster
-    scaling: dict[str, Any] = {"num_replicas": chosen.min_replicas}
-    if chosen.max_replicas > chosen.min_replicas:
+def _scorer_application(settings: Settings, role: str, scorer_config: dict[str, Any]) -> Application:
+    serve_settings, cluster = settings.serve, settings.cluster
+    scaling: dict[str, Any] = {"num_replicas": serve_settings.min_replicas}
+    if serve_settings.max_replicas > serve_settings.min_replicas:
         scaling = {
             "autoscaling_config": {
-                "min_replicas": chosen.min_replicas,
-                "max_replicas": chosen.max_replicas,
+                "min_replicas": serve_settings.min_replicas,
+                "max_replicas": serve_settings.max_replicas,
                 "target_ongoing_requests": 1,
                 "upscale_delay_s": 5,
             }
         }
     scorer = serve.deployment(
-        Scorer,
+        ScorerDeployment,
         name=f"scorer-{role}",
-        user_config=models,
+        user_config=scorer_config,
+        # One batch on the device and one queued at the replica, so that short batches do not wait for the network.
         max_ongoing_requests=2,
         health_check_period_s=2,
-        graceful_shutdown_timeout_s=chosen.deadline_s,
+        graceful_shutdown_timeout_s=serve_settings.request_timeout_s,
         ray_actor_options={
             "num_cpus": cluster.cpus_per_reward,
             "num_gpus": cluster.gpus_per_reward,
-            "runtime_env": {"env_vars": role_environment(settings, "reward") | LEAN},
+            "runtime_env": {"env_vars": actor_environment(settings, "reward") | SERVE_THROUGHPUT_ENV},
         },
         **scaling,
     )
-    return _lasting(scorer).bind()
+    return _with_content_version(scorer).bind()
 
 
-def _policy(settings: Settings, name: str, path: Path, version: str) -> Application:
-    """A policy's deployment: other weights are taken in place, another architecture or vocabulary is a new engine."""
+def _policy_application(settings: Settings, policy_name: str, policy_folder: Path, version: str) -> Application:
+    """Build a policy's deployment. New weights load in place; another architecture or vocabulary restarts the engine.
+
+    Path and version are user_config and so not part of the deployment version; the fingerprint is.
+    """
     cluster = settings.cluster
-    told = settings.model_dump_json(include=TOLD)
+    settings_json = settings.model_dump_json(include=ENGINE_SETTING_KEYS)
     policy = serve.deployment(
-        Policy,
-        name=f"policy-{name}",
+        PolicyDeployment,
+        name=f"policy-{policy_name}",
         num_replicas=1,
-        max_ongoing_requests=CHAT_AT_ONCE,
-        user_config={"path": str(path), "version": version},
-        graceful_shutdown_timeout_s=settings.serve.deadline_s,
+        max_ongoing_requests=MAX_CONCURRENT_CHATS,
+        user_config={"path": str(policy_folder), "version": version},
+        graceful_shutdown_timeout_s=settings.serve.request_timeout_s,
         ray_actor_options={
             "num_cpus": cluster.cpus_per_engine,
             "num_gpus": cluster.gpus_per_engine,
-            "runtime_env": {"env_vars": role_environment(settings, "rollout")},
+            "runtime_env": {"env_vars": actor_environment(settings, "rollout")},
         },
     )
-    return _lasting(policy, told, _shape(path)).bind(told)
+    return _with_content_version(policy, settings_json, _engine_fingerprint(policy_folder)).bind(settings_json)
 
 
-def _shape(policy: Path) -> str:
-    """Stands for what an engine reads of a policy once, when it starts: all but the weights.
+def _engine_fingerprint(policy_folder: Path) -> str:
+    """Fingerprint of what an engine reads only once, at its start: configuration and tokenizer, not the weights.
 
-    Raises ModelError for a folder that holds no policy.
+    Raises ModelError for a folder without a policy.
     """
-    from rluf.algorithms.policy_io import COMPANIONS
+    from rluf.algorithms.policy_io import COMPANION_FILE_PATTERNS
 
-    if not (policy / "config.json").is_file():
-        raise ModelError(f"{policy} holds no config.json; name a policy's Hugging Face folder in serve.policies")
-    config: dict[str, Any] = json.loads((policy / "config.json").read_text(encoding="utf-8"))
-    beside = {file for pattern in COMPANIONS for file in policy.glob(pattern)}
-    lasting = {name: value for name, value in config.items() if name not in PASSING}
-    return json.dumps(lasting, sort_keys=True) + file_digest(beside)
+    if not (policy_folder / "config.json").is_file():
+        raise ModelError(f"{policy_folder} has no config.json; name a policy's Hugging Face folder in serve.policies")
+    config: dict[str, Any] = json.loads((policy_folder / "config.json").read_text(encoding="utf-8"))
+    companion_files = {file for pattern in COMPANION_FILE_PATTERNS for file in policy_folder.glob(pattern)}
+    engine_config = {key: value for key, value in config.items() if key not in IGNORED_CONFIG_KEYS}
+    return json.dumps(engine_config, sort_keys=True) + hash_files(companion_files)
 
 
-def given_folders(settings: Settings) -> dict[str, Path | None]:
-    """Reward model folders that the settings name themselves, by served objective; None for judges."""
-    named = settings.objectives.named
+def configured_reward_folders(settings: Settings) -> dict[str, Path | None]:
+    """Reward model folders given in the settings, by served objective; None for judges."""
+    objectives = settings.objectives.by_objective
     return {
-        name: Path(str(named[name].path)).expanduser().resolve() if named[name].path is not None else None
+        name: Path(str(objectives[name].path)).expanduser().resolve() if objectives[name].path is not None else None
         for name in settings.serve.objectives
-        if named[name].source == "judge" or named[name].path is not None
+        if objectives[name].source == "judge" or objectives[name].path is not None
     }
 
 
-def policy_folders(settings: Settings) -> dict[str, Path]:
+def resolve_policy_folders(settings: Settings) -> dict[str, Path]:
     """Local folders of the served policies by name."""
     from rluf.models.hub import resolve_model
-    from rluf.utils.paths import cache_dir
+    from rluf.utils.paths import resolve_cache_folder
 
-    return {name: resolve_model(path, cache_dir(settings)) for name, path in settings.serve.chat.items()}
+    return {name: resolve_model(path, resolve_cache_folder(settings)) for name, path in settings.serve.policies.items()}
 
 
 def build(args: dict[str, Any]) -> Application:
-    """The application of a settings file, for `serve deploy` and RayService. Models are named by path, not trained."""
-    config = args.get("config")
-    settings = load_settings(None if config is None else Path(config), args.get("overrides", [])).settings
-    return application(settings, given_folders(settings), policy_folders(settings), direct=False)
+    """Build the application of a settings file, for `serve deploy` and RayService; model paths must be given."""
+    config_path = args.get("config")
+    settings = load_settings(None if config_path is None else Path(config_path), args.get("overrides", [])).settings
+    return build_application(
+        settings, configured_reward_folders(settings), resolve_policy_folders(settings), listen_directly=False
+    )
 
 
-def deploy(settings: Settings, folders: Mapping[str, Path | None]) -> Any:
-    """Start the service on the connected Ray, or change the one that runs there; returns the gateway's handle.
+def deploy_service(settings: Settings, reward_folders: Mapping[str, Path | None]) -> Any:
+    """Start the service on the connected Ray, or update the running one; returns the gateway's handle.
 
-    A service that runs goes on answering: only what differs is replaced, and new reward models change over in place.
-    Raises ResourceError when Ray Serve cannot start it, ModelError or SettingsError for what is wrong before that.
+    A running service stays available: only deployments that differ are replaced, and new reward models load in place.
+    Raises ModelError or SettingsError before anything is started, ResourceError when Ray Serve cannot start it.
     """
-    chosen, direct = settings.serve, on_this_machine(settings)
-    app = application(settings, folders, policy_folders(settings), direct=direct)
-    if direct and NAME not in _running():
-        check_port(chosen.host, chosen.port)
-    quiet = {"log_level": "WARNING", "enable_access_log": False}
-    http = {"host": chosen.host, "port": chosen.port, "request_timeout_s": chosen.deadline_s + 5}
+    serve_settings, is_local = settings.serve, is_local_ray(settings)
+    host, port = serve_settings.host, serve_settings.port
+    app = build_application(settings, reward_folders, resolve_policy_folders(settings), listen_directly=is_local)
+    # An update finds its own gateway on the port, so only a first start can check it.
+    if is_local and APPLICATION_NAME not in _running_applications():
+        check_port_free(host, port)
+    logging_config = {"log_level": "WARNING", "enable_access_log": False}
+    # 5 s longer than the gateway's own deadline, so that the client gets the gateway's error rather than the proxy's.
+    http_options = {"host": host, "port": port, "request_timeout_s": serve_settings.request_timeout_s + 5}
     try:
-        serve.start(proxy_location="Disabled" if direct else "EveryNode", http_options=http, logging_config=quiet)
-        return serve.run(app, name=NAME, route_prefix="/", logging_config=quiet)
+        serve.start(
+            proxy_location="Disabled" if is_local else "EveryNode",
+            http_options=http_options,
+            logging_config=logging_config,
+        )
+        return serve.run(app, name=APPLICATION_NAME, route_prefix="/", logging_config=logging_config)
     except (RuntimeError, RayError) as error:
+        # Ray puts the replica's traceback first; its last line is the cause.
         reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
         raise ResourceError(
-            f"Ray Serve could not start the service at {chosen.host}:{chosen.port}: {reason}; is the port free, can "
-            "the models be read, and are there CPUs and GPUs for serve.min_replicas? The replicas' logs say more"
+            f"Ray Serve could not start the service at {host}:{port}: {reason}; check that the port is free, that the "
+            "models can be read and that there are CPUs and GPUs for serve.min_replicas; see the replicas' logs"
         ) from error
 
 
-def on_this_machine(settings: Settings) -> bool:
-    """Whether Ray is this process's own rather than a named cluster."""
+def is_local_ray(settings: Settings) -> bool:
+    """Return whether Ray is started by this process rather than a named cluster."""
     return not (settings.cluster.address or os.environ.get("RAY_ADDRESS"))
 
 
-def _running() -> Collection[str]:
+def _running_applications() -> Collection[str]:
     return serve.status().applications
 
 
-def check_port(host: str, port: int) -> None:
-    """Raise ResourceError when nothing can listen there: in use, or no address of this machine."""
+def check_port_free(host: str, port: int) -> None:
+    """Raise ResourceError when the address is in use or does not belong to this machine."""
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except OSError as error:

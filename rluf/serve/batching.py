@@ -1,9 +1,9 @@
-"""Dynamic batching by tokens: what waits while the models are busy goes into the next batch together.
+"""Dynamic batching by tokens: requests that arrive while the models are busy form the next batch.
 
-An idle service answers at once, a busy one works in batches of up to `batch_tokens`. Callers that were answered just
-now often ask again: where they are few and take long, the next batch waits for them a fraction of that time, since
-together they cost less than apart; where that was in vain, the next batches do not wait. Past `max_waiting` responses a
-request is refused with the time after which it is worth trying again.
+An idle service runs a request at once; a busy one runs batches of up to `batch_tokens`. Clients often send their next
+request right after a reply. If such clients are few and batches are slow, the next batch waits for them for a fraction
+of the batch time, since one joint batch costs less than two. After a wait in vain the next batches do not wait. When
+`max_queued_responses` is reached, a request is rejected with the time after which a retry makes sense.
 """
 
 from __future__ import annotations
@@ -16,158 +16,172 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Generic, TypeVar
 
-from rluf.reward.text import BUSY, Item
+from rluf.reward.text import MIN_FILL_SHARE, ScoringItem
 from rluf.serve.limits import ApiError
 
-Result = TypeVar("Result")
+ItemResult = TypeVar("ItemResult")
 
 CHARS_PER_TOKEN = 3
-"""For the estimate only; the forward passes themselves are bounded by exact token counts (token_batches)."""
-START_RATE = 50.0
-"""Responses a second that Retry-After assumes before anything was measured."""
-BRIEF_S = 0.03
-"""Seconds of a batch below which the way to the model counts: then a replica gets its next batch before it is done, as
-it does where that one is BUSY."""
-LINGER, LONGEST_LINGER_S = 0.2, 0.02
-"""Share of the last batch's time, and seconds at most, that a batch waits for those who were answered by the last."""
-IN_VAIN = 16
-"""Batches that do not wait after one that waited in vain."""
+"""For the estimate only; exact token counts bound the forward passes themselves (plan_token_batches)."""
+INITIAL_ITEMS_PER_S = 50.0
+"""Responses per second that Retry-After assumes before the first measurement."""
+SHORT_BATCH_S = 0.03
+"""Batches shorter than this are dominated by the hop to the model, so a replica gets its next batch before it has
+finished the present one. A queue that fills MIN_FILL_SHARE of a batch has the same effect."""
+WAIT_FRACTION, MAX_BATCH_WAIT_S = 0.2, 0.02
+"""A batch waits for the clients of the last one: this fraction of the last batch's time, and at most this many s."""
+BATCHES_WITHOUT_WAIT = 16
+"""Number of batches that do not wait after one that waited in vain."""
+NEW_SAMPLE_WEIGHT = 0.2
+"""Weight of the newest batch in the exponential means of throughput and batch time."""
 
 
-def estimated_tokens(item: Item, longest: int) -> int:
-    """Tokens that a reward model will read of an item, from its characters, at most `longest`."""
+def estimate_tokens(item: ScoringItem, max_item_tokens: int) -> int:
+    """Estimate from its characters how many tokens a reward model reads of an item, at most `max_item_tokens`."""
     messages, response = item
-    chars = len(response) + sum(len(message["content"]) for message in messages)
-    return min(longest, 4 + chars // CHARS_PER_TOKEN)
+    char_count = len(response) + sum(len(message["content"]) for message in messages)
+    return min(max_item_tokens, 4 + char_count // CHARS_PER_TOKEN)  # 4: special tokens of the template
 
 
 @dataclass(slots=True)
-class _Waiting(Generic[Result]):
-    items: Sequence[Item]
+class _QueuedRequest(Generic[ItemResult]):
+    items: Sequence[ScoringItem]
     tokens: int
-    future: asyncio.Future[list[Result]]
+    future: asyncio.Future[list[ItemResult]]
 
 
 @dataclass(frozen=True, slots=True)
-class Round:
-    """One batch that was run: responses, estimated tokens, seconds."""
+class BatchStats:
+    """Responses, estimated tokens and seconds of one finished batch."""
 
-    items: int
-    tokens: int
+    item_count: int
+    token_count: int
     seconds: float
 
 
-class Batcher(Generic[Result]):
-    """Collects items of many requests into batches for `run`, which returns one result an item, in order.
+class RequestBatcher(Generic[ItemResult]):
+    """Combines the items of many requests into batches for `run_batch`, which returns one result per item, in order.
 
-    All calls belong to one asyncio loop. Each of `replicas` works on one batch at a time, and has a second one at hand
-    where batches are brief or large enough.
+    Not thread-safe: all calls must come from one asyncio loop. Each replica runs one batch at a time; a second one is
+    sent ahead when batches are short or the queue is long.
     """
 
     def __init__(
         self,
-        run: Callable[[list[Item]], Awaitable[list[Result]]],
+        run_batch: Callable[[list[ScoringItem]], Awaitable[list[ItemResult]]],
         *,
         batch_tokens: int,
-        longest: int,
-        max_waiting: int,
-        replicas: int,
-        on_round: Callable[[Round], None] = lambda _: None,
+        max_item_tokens: int,
+        max_queued_responses: int,
+        replica_count: int,
+        on_batch_end: Callable[[BatchStats], None] = lambda _: None,
     ) -> None:
-        """`longest` is the most tokens that any model reads of an item; `on_round` hears of each batch that ended."""
-        self._run, self._on_round = run, on_round
-        self.batch_tokens, self.longest, self.max_waiting, self.replicas = batch_tokens, longest, max_waiting, replicas
-        self._queue: deque[_Waiting[Result]] = deque()
-        self._rounds: set[asyncio.Task[None]] = set()
-        self._rate, self._seconds = START_RATE, math.inf
-        self._expected, self._until, self._without = 0, 0.0, 0
-        self._complete = asyncio.Event()
-        self.waiting = self._tokens = 0
+        """`max_item_tokens` is the most that any model reads of an item; `on_batch_end` gets the finished batches."""
+        self._run_batch, self._on_batch_end = run_batch, on_batch_end
+        self.batch_tokens, self.max_item_tokens = batch_tokens, max_item_tokens
+        self.max_queued_responses, self.replica_count = max_queued_responses, replica_count
+        self._queued_requests: deque[_QueuedRequest[ItemResult]] = deque()
+        self._running_batches: set[asyncio.Task[None]] = set()
+        self._items_per_s, self._mean_batch_s = INITIAL_ITEMS_PER_S, math.inf
+        self._expected_requests, self._wait_until, self._skip_wait_batches = 0, 0.0, 0
+        self._expected_arrived = asyncio.Event()
+        self.queued_items = self._queued_tokens = 0
 
-    async def submit(self, items: Sequence[Item]) -> list[Result]:
-        """Results of the items, in order. Raises ApiError 429 when too much waits already, or what `run` raised."""
-        if self.waiting and self.waiting + len(items) > self.max_waiting:
+    async def submit(self, items: Sequence[ScoringItem]) -> list[ItemResult]:
+        """Return the items' results in order. Raises ApiError 429 if the queue is full, or what `run_batch` raised."""
+        # A request on an empty queue is always accepted, or one larger than the limit could never run.
+        if self.queued_items and self.queued_items + len(items) > self.max_queued_responses:
             raise ApiError(
                 429,
                 "busy",
-                f"{self.waiting} responses wait to be scored already (serve.max_waiting={self.max_waiting}); "
-                "try again later",
-                self.waiting / self._rate,
+                f"{self.queued_items} responses are already queued "
+                f"(serve.max_queued_responses={self.max_queued_responses}); try again later",
+                self.queued_items / self._items_per_s,
             )
-        tokens = sum(estimated_tokens(item, self.longest) for item in items)
-        entry = _Waiting[Result](items, tokens, asyncio.get_running_loop().create_future())
-        self._queue.append(entry)
-        self.waiting += len(items)
-        self._tokens += tokens
-        if len(self._queue) >= self._expected:
-            self._complete.set()
-        self._start()
-        return await entry.future
+        tokens = sum(estimate_tokens(item, self.max_item_tokens) for item in items)
+        request = _QueuedRequest[ItemResult](items, tokens, asyncio.get_running_loop().create_future())
+        self._queued_requests.append(request)
+        self.queued_items += len(items)
+        self._queued_tokens += tokens
+        if len(self._queued_requests) >= self._expected_requests:
+            self._expected_arrived.set()
+        self._start_batch()
+        return await request.future
 
-    def _start(self) -> None:
-        """One more batch, if there is something for it and room."""
-        ahead = self._seconds < BRIEF_S or self._tokens >= BUSY * self.batch_tokens
-        room = self.replicas * (2 if ahead else 1)
-        if len(self._rounds) < room and self._queue:
-            task = asyncio.create_task(self._round())
-            self._rounds.add(task)
-            task.add_done_callback(self._ended)
+    def _start_batch(self) -> None:
+        """Start one more batch if requests are queued and a replica has a free slot."""
+        send_ahead = self._mean_batch_s < SHORT_BATCH_S or self._queued_tokens >= MIN_FILL_SHARE * self.batch_tokens
+        slot_count = self.replica_count * (2 if send_ahead else 1)
+        if len(self._running_batches) < slot_count and self._queued_requests:
+            task = asyncio.create_task(self._run_next_batch())
+            self._running_batches.add(task)
+            task.add_done_callback(self._on_batch_done)
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._rounds.discard(task)
-        self._start()
+    def _on_batch_done(self, task: asyncio.Task[None]) -> None:
+        self._running_batches.discard(task)
+        self._start_batch()
 
-    async def _linger(self) -> None:
-        """Wait for as many requests as there were when the last batch ended, for a while: see LINGER."""
-        left = self._until - monotonic()
-        if left <= 0 or len(self._queue) >= self._expected or len(self._rounds) > 1:
+    async def _wait_for_expected(self) -> None:
+        """Wait briefly until as many requests are queued as were answered or queued at the end of the last batch."""
+        remaining_s = self._wait_until - monotonic()
+        if remaining_s <= 0 or len(self._queued_requests) >= self._expected_requests or len(self._running_batches) > 1:
             return
-        if self._without:
-            self._without -= 1
+        if self._skip_wait_batches:
+            self._skip_wait_batches -= 1
             return
-        self._complete.clear()
+        self._expected_arrived.clear()
         try:
-            await asyncio.wait_for(self._complete.wait(), left)
+            await asyncio.wait_for(self._expected_arrived.wait(), remaining_s)
         except TimeoutError:
-            self._without = IN_VAIN
+            self._skip_wait_batches = BATCHES_WITHOUT_WAIT
 
-    def _take(self) -> list[_Waiting[Result]]:
-        """Requests in order of arrival until the budget is spent; at least one. Those whose caller left are dropped."""
-        taken: list[_Waiting[Result]] = []
+    def _take_requests(self) -> list[_QueuedRequest[ItemResult]]:
+        """Take requests in arrival order up to the token budget, at least one; drop those whose caller has left."""
+        requests: list[_QueuedRequest[ItemResult]] = []
         tokens = 0
-        while self._queue and (not taken or tokens + self._queue[0].tokens <= self.batch_tokens):
-            entry = self._queue.popleft()
-            self.waiting -= len(entry.items)
-            self._tokens -= entry.tokens
-            if not entry.future.done():
-                taken.append(entry)
-                tokens += entry.tokens
-        return taken
+        while self._queued_requests and (not requests or tokens + self._queued_requests[0].tokens <= self.batch_tokens):
+            request = self._queued_requests.popleft()
+            self.queued_items -= len(request.items)
+            self._queued_tokens -= request.tokens
+            if not request.future.done():
+                requests.append(request)
+                tokens += request.tokens
+        return requests
 
-    async def _round(self) -> None:
+    async def _run_next_batch(self) -> None:
         await asyncio.sleep(0)  # let requests that have already arrived join
-        await self._linger()
-        taken = self._take()
-        if not taken:
+        await self._wait_for_expected()
+        requests = self._take_requests()
+        if not requests:
             return
-        items = [item for entry in taken for item in entry.items]
-        started = monotonic()
-        (outcome,) = await asyncio.gather(self._run(items), return_exceptions=True)
-        seconds = monotonic() - started
-        at = 0
-        for entry in taken:
-            part, at = slice(at, at + len(entry.items)), at + len(entry.items)
-            if entry.future.done():
+        items = [item for request in requests for item in request.items]
+        start_time = monotonic()
+        # gather only to receive the error as a value: every request of the batch must get it.
+        (result,) = await asyncio.gather(self._run_batch(items), return_exceptions=True)
+        seconds = monotonic() - start_time
+        start = 0
+        for request in requests:
+            rows, start = slice(start, start + len(request.items)), start + len(request.items)
+            if request.future.done():
                 continue
-            if isinstance(outcome, BaseException):
-                entry.future.set_exception(outcome)
+            if isinstance(result, BaseException):
+                request.future.set_exception(result)
             else:
-                entry.future.set_result(outcome[part])
-        if not isinstance(outcome, BaseException):
-            self._rate = 0.8 * self._rate + 0.2 * len(items) / max(seconds, 1e-6)
-            self._seconds = seconds if math.isinf(self._seconds) else 0.8 * self._seconds + 0.2 * seconds
-            self._expected = len(taken) + len(self._queue)
-            few = sum(entry.tokens for entry in taken) + self._tokens < BUSY * self.batch_tokens
-            pays = few and self._seconds >= BRIEF_S
-            self._until = monotonic() + min(LINGER * seconds, LONGEST_LINGER_S) if pays else 0.0
-            self._on_round(Round(len(items), sum(entry.tokens for entry in taken), seconds))
+                request.future.set_result(result[rows])
+        if not isinstance(result, BaseException):
+            self._record_batch(requests, seconds)
+
+    def _record_batch(self, requests: Sequence[_QueuedRequest[ItemResult]], seconds: float) -> None:
+        """Update the rate and the expectations for the next batch."""
+        item_count, token_count = sum(len(r.items) for r in requests), sum(r.tokens for r in requests)
+        self._items_per_s += NEW_SAMPLE_WEIGHT * (item_count / max(seconds, 1e-6) - self._items_per_s)
+        if math.isinf(self._mean_batch_s):
+            self._mean_batch_s = seconds
+        else:
+            self._mean_batch_s += NEW_SAMPLE_WEIGHT * (seconds - self._mean_batch_s)
+        self._expected_requests = len(requests) + len(self._queued_requests)
+        # A batch that fills the device gains nothing from more items; a short one is over before anyone could join.
+        is_small = token_count + self._queued_tokens < MIN_FILL_SHARE * self.batch_tokens
+        should_wait = is_small and self._mean_batch_s >= SHORT_BATCH_S
+        self._wait_until = monotonic() + min(WAIT_FRACTION * seconds, MAX_BATCH_WAIT_S) if should_wait else 0.0
+        self._on_batch_end(BatchStats(item_count, token_count, seconds))

@@ -1,4 +1,4 @@
-"""A typed client of the service, with retries: scoring and feedback may both be sent twice without harm."""
+"""Typed HTTP client of the service. It retries: scoring and feedback requests are both safe to repeat."""
 
 from __future__ import annotations
 
@@ -13,63 +13,71 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from rluf.errors import ResourceError
-from rluf.reward.text import Item
+from rluf.reward.text import ScoringItem
 from rluf.serve import api
 from rluf.serve.limits import ApiError
 from rluf.types import Message, Score
 
-Answer = TypeVar("Answer", bound=BaseModel)
+ReplyModel = TypeVar("ReplyModel", bound=BaseModel)
 
-PASSING = frozenset({408, 429, 500, 502, 503, 504})
-"""Statuses after which the same request may succeed."""
-FIRST_WAIT_S = 0.1
-LONGEST_WAIT_S = 5.0
+RETRYABLE_STATUSES = frozenset({408, 429, 500, 502, 503, 504})
+"""HTTP statuses after which the same request may succeed."""
+INITIAL_WAIT_S = 0.1
+MAX_WAIT_S = 5.0
 
 
 class RewardClient:
-    """Talks to one service. Use it as a context manager, or call close; it may be shared by threads."""
+    """Client of one service. Use it as a context manager or call `close`; threads may share it."""
 
-    def __init__(self, url: str, *, token: str | None = None, timeout_s: float = 60.0, attempts: int = 8) -> None:
+    def __init__(self, url: str, *, token: str | None = None, timeout_s: float = 60.0, max_attempts: int = 8) -> None:
         """`token` is the bearer token, by default RLUF_SERVE_TOKEN; `timeout_s` bounds one attempt."""
-        found = token or os.environ.get("RLUF_SERVE_TOKEN")
-        headers = {"Authorization": f"Bearer {found}"} if found else {}
-        self.url, self.attempts = url.rstrip("/"), attempts
-        self._http = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False)
+        bearer_token = token or os.environ.get("RLUF_SERVE_TOKEN")
+        headers = {"Authorization": f"Bearer {bearer_token}"} if bearer_token else {}
+        self.url, self.max_attempts = url.rstrip("/"), max_attempts
+        # trust_env off: a proxy set for downloads must not see conversations.
+        self._http_client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False)
 
     def score(self, messages: Sequence[Message], response: str) -> api.ScoreReply:
-        """Scores of one response. Raises ApiError for what the service refuses, ResourceError when it stays away."""
-        return self._post("/v1/score", {"messages": list(messages), "response": response}, api.ScoreReply)
+        """Score one response. Raises ApiError if the service rejects it, ResourceError if it stays unreachable."""
+        return self._post_json("/v1/score", {"messages": list(messages), "response": response}, api.ScoreReply)
 
-    def score_batch(self, items: Sequence[Item]) -> list[api.ScoreReply]:
-        """Scores of many responses in order, sent in requests of at most MAX_ITEMS."""
-        found: list[api.ScoreReply] = []
-        for start in range(0, len(items), api.MAX_ITEMS):
-            part = [{"messages": list(m), "response": r} for m, r in items[start : start + api.MAX_ITEMS]]
-            found += self._post("/v1/score/batch", {"items": part}, api.ScoreBatchReply).results
-        return found
+    def score_batch(self, items: Sequence[ScoringItem]) -> list[api.ScoreReply]:
+        """Score many responses in order, in requests of at most MAX_ITEMS_PER_REQUEST."""
+        replies: list[api.ScoreReply] = []
+        for start in range(0, len(items), api.MAX_ITEMS_PER_REQUEST):
+            batch = [
+                {"messages": list(messages), "response": response}
+                for messages, response in items[start : start + api.MAX_ITEMS_PER_REQUEST]
+            ]
+            replies += self._post_json("/v1/score/batch", {"items": batch}, api.ScoreBatchReply).results
+        return replies
 
-    def scores(self, items: Sequence[Item], objective: str) -> list[Score]:
-        """One objective's scores of items as the library's own Score, for those who hold no model themselves.
+    def score_objective(self, items: Sequence[ScoringItem], objective: str) -> list[Score]:
+        """Score items by one objective and return the library's Score, as a loaded reward model does.
 
         Raises ApiError 422 when the service does not serve the objective.
         """
-        found = []
+        scores = []
         for reply in self.score_batch(items):
             if objective not in reply.scores:
                 raise ApiError(422, "invalid", f"{self.url} does not serve {objective}, but {', '.join(reply.scores)}")
-            one = reply.scores[objective]
-            found.append(Score(objective, one.value, one.raw, one.spread))
-        return found
+            score = reply.scores[objective]
+            scores.append(Score(objective, score.value, score.raw, score.spread))
+        return scores
 
     def rank(self, messages: Sequence[Message], responses: Sequence[str], objective: str = "love") -> api.RankReply:
-        """Responses from best to worst."""
+        """Order responses to one conversation from best to worst by an objective."""
         body = {"messages": list(messages), "responses": list(responses), "objective": objective}
-        return self._post("/v1/rank", body, api.RankReply)
+        return self._post_json("/v1/rank", body, api.RankReply)
 
-    def feedback(self, id_: str, reaction: str | None, record: api.FeedbackContext | None = None) -> api.FeedbackReply:
+    def send_feedback(
+        self, response_id: str, reaction: str | None, record: api.FeedbackContext | None = None
+    ) -> api.FeedbackReply:
         """Store a reaction; it is on the service's disk when this returns."""
-        told = None if record is None else record.model_dump(mode="json")
-        return self._post("/v1/feedback", {"id": id_, "reaction": reaction, "record": told}, api.FeedbackReply)
+        record_json = None if record is None else record.model_dump(mode="json")
+        return self._post_json(
+            "/v1/feedback", {"id": response_id, "reaction": reaction, "record": record_json}, api.FeedbackReply
+        )
 
     def chat(
         self,
@@ -79,17 +87,17 @@ class RewardClient:
         user: str = "anonymous",
         conversation_id: str | None = None,
     ) -> api.ChatReply:
-        """One answer of a served policy."""
+        """Sample one response from a served policy, by default the first one."""
         body = {"messages": list(messages), "model": model, "user": user, "conversation_id": conversation_id}
-        return self._post("/v1/chat/completions", body, api.ChatReply)
+        return self._post_json("/v1/chat/completions", body, api.ChatReply)
 
-    def models(self) -> list[api.ModelInfo]:
-        """What is served now."""
-        return self._send("GET", "/v1/models", None, api.ModelsReply).data
+    def list_models(self) -> list[api.ModelInfo]:
+        """Return the served reward models and policies."""
+        return self._send_with_retries("GET", "/v1/models", None, api.ModelsReply).data
 
     def close(self) -> None:
-        """Let go of the connections."""
-        self._http.close()
+        """Close the connections."""
+        self._http_client.close()
 
     def __enter__(self) -> RewardClient:
         return self
@@ -99,49 +107,55 @@ class RewardClient:
     ) -> None:
         self.close()
 
-    def _post(self, path: str, body: Mapping[str, object], answer: type[Answer]) -> Answer:
-        return self._send("POST", path, body, answer)
+    def _post_json(self, path: str, body: Mapping[str, object], reply_type: type[ReplyModel]) -> ReplyModel:
+        return self._send_with_retries("POST", path, body, reply_type)
 
-    def _send(self, method: str, path: str, body: Mapping[str, object] | None, answer: type[Answer]) -> Answer:
-        """One request, sent again with growing waits while the service is busy, restarts or cannot be reached."""
-        problem = "it never answered"
-        wait = FIRST_WAIT_S
-        for attempt in range(self.attempts):
+    def _send_with_retries(
+        self, method: str, path: str, body: Mapping[str, object] | None, reply_type: type[ReplyModel]
+    ) -> ReplyModel:
+        """Send one request; retry with exponential waits while the service is busy, restarting or unreachable."""
+        problem = "no response"
+        wait_s = INITIAL_WAIT_S
+        for attempt in range(self.max_attempts):
             if attempt:
-                time.sleep(wait * random.uniform(0.5, 1.0))
-            wait = min(LONGEST_WAIT_S, 2 * wait)
+                # Jitter, so that clients that were rejected together do not return together.
+                time.sleep(wait_s * random.uniform(0.5, 1.0))
+            wait_s = min(MAX_WAIT_S, 2 * wait_s)
             try:
-                told = self._http.request(method, path, json=body)
+                http_response = self._http_client.request(method, path, json=body)
             except httpx.TransportError as error:
                 problem = f"{type(error).__name__}: {error}"
                 continue
-            if told.is_success:
-                return self._read(told, answer)
-            refused = _refusal(told)
-            if told.status_code not in PASSING:
-                raise refused
-            problem = f"{refused.status} {refused.message}"
-            wait = max(wait, min(LONGEST_WAIT_S, refused.retry_after_s or 0.0))
+            if http_response.is_success:
+                return self._parse_reply(http_response, reply_type)
+            api_error = _error_from_response(http_response)
+            if http_response.status_code not in RETRYABLE_STATUSES:
+                raise api_error
+            problem = f"{api_error.status} {api_error.message}"
+            wait_s = max(wait_s, min(MAX_WAIT_S, api_error.retry_after_s or 0.0))
         raise ResourceError(
-            f"the service at {self.url} did not answer {path} in {self.attempts} attempts: {problem}; check that it "
-            "runs and that the address is right"
+            f"the service at {self.url} did not answer {path} in {self.max_attempts} attempts: {problem}; check that "
+            "it is running and that the address is right"
         )
 
-    def _read(self, told: httpx.Response, answer: type[Answer]) -> Answer:
+    def _parse_reply(self, http_response: httpx.Response, reply_type: type[ReplyModel]) -> ReplyModel:
         try:
-            return answer.model_validate_json(told.content)
+            return reply_type.model_validate_json(http_response.content)
         except ValidationError as error:
             raise ResourceError(
-                f"{told.url} answered, but not as an rluf service does ({error.errors()[0]['msg']}); check the address"
+                f"{http_response.url} did not answer as an rluf service does ({error.errors()[0]['msg']}); check the "
+                "address"
             ) from error
 
 
-def _refusal(told: httpx.Response) -> ApiError:
-    """The error that an answer stands for, whoever sent it."""
-    after = told.headers.get("Retry-After", "")
-    seconds = float(after) if after.isdigit() else None
+def _error_from_response(http_response: httpx.Response) -> ApiError:
+    """Convert an error response of the service, or of a proxy in front of it, to an ApiError."""
+    retry_after = http_response.headers.get("Retry-After", "")
+    # The header may also be an HTTP date, which only proxies send.
+    retry_after_s = float(retry_after) if retry_after.isdigit() else None
     try:
-        detail = api.ErrorReply.model_validate_json(told.content).error
+        detail = api.ErrorReply.model_validate_json(http_response.content).error
     except ValidationError:
-        return ApiError(told.status_code, "http", told.text[:200] or told.reason_phrase, seconds)
-    return ApiError(told.status_code, detail.type, detail.message, seconds)
+        message = http_response.text[:200] or http_response.reason_phrase
+        return ApiError(http_response.status_code, "http", message, retry_after_s)
+    return ApiError(http_response.status_code, detail.type, detail.message, retry_after_s)

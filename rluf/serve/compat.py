@@ -1,7 +1,8 @@
-"""What others already call: OpenRLHF's remote reward models, score, rerank and classify of vLLM's and TEI's servers.
+"""Endpoints in the formats of other systems: OpenRLHF, vLLM, TEI (text-embeddings-inference) and OpenAI moderation.
 
-And OpenAI's moderation for the safety model. Each speaks its own shape and scores as /v1/score does. A query and a
-document are read as a user's message and a response to it; a single text as a response to nothing said.
+OpenRLHF's remote reward model; score, rerank and classify of vLLM; predict and rerank of TEI; OpenAI's moderation by
+the safety model. All of them score as /v1/score does. A query and a document are scored as a user message and a
+response to it, a single text as a response to an empty user message.
 """
 
 from __future__ import annotations
@@ -15,155 +16,171 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from rluf.reward.calibration import logit
-from rluf.serve.api import MAX_ITEMS, Text
+from rluf.serve.api import MAX_ITEMS_PER_REQUEST, MessageText
 from rluf.serve.limits import ApiError
 from rluf.types import Message
+from rluf.utils.stats import logit
 
 if TYPE_CHECKING:
-    from rluf.reward.text import Item
-    from rluf.serve.backend import Backend, Scored
+    from rluf.reward.text import ScoringItem
+    from rluf.serve.api import ScoredItem, ServiceBackend
 
-SPECIAL = re.compile(r"^(?:\s|<\|[a-z_]+\|>|</?s>)+|(?:\s|<\|[a-z_]+\|>|</?s>)+$")
-"""Special tokens and blanks at the ends of a decoded response."""
-CHATML = re.compile(r"<\|im_start\|>(system|user|assistant)\n(.*?)<\|im_end\|>", re.DOTALL)
-UNSAFE = 0.5
-"""Moderation flags what the safety model gives less than this."""
-DEFAULT = "love"
+SPECIAL_TOKEN_ENDS = re.compile(r"^(?:\s|<\|[a-z_]+\|>|</?s>)+|(?:\s|<\|[a-z_]+\|>|</?s>)+$")
+"""Special tokens and white space at both ends of a decoded response."""
+CHATML_TURN = re.compile(r"<\|im_start\|>(system|user|assistant)\n(.*?)<\|im_end\|>", re.DOTALL)
+UNSAFE_THRESHOLD = 0.5
+"""Moderation flags texts with a safety score below this."""
+DEFAULT_OBJECTIVE = "love"
 
-Texts = Annotated[list[Text], Field(min_length=1, max_length=MAX_ITEMS)]
+TextList = Annotated[list[MessageText], Field(min_length=1, max_length=MAX_ITEMS_PER_REQUEST)]
 
 
-class Foreign(BaseModel):
-    """Base of foreign requests: their other fields (model, truncation, ...) change nothing here."""
+class CompatRequest(BaseModel):
+    """Base class of requests in other systems' formats. Fields that do not apply (truncation, ...) are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class RemoteRewardRequest(Foreign):
-    """OpenRLHF: whole texts (prompt and response as decoded), and the prompts they start with."""
+class RemoteRewardRequest(CompatRequest):
+    """OpenRLHF: decoded texts of prompt and response together, and optionally the prompts that they start with."""
 
-    query: Texts
-    prompts: Texts | None = None
+    query: TextList
+    prompts: TextList | None = None
 
     @model_validator(mode="after")
-    def _alike(self) -> RemoteRewardRequest:
+    def _check_lengths(self) -> RemoteRewardRequest:
         if self.prompts is not None and len(self.prompts) != len(self.query):
-            raise ValueError(f"{len(self.query)} queries but {len(self.prompts)} prompts; send one prompt a query")
+            raise ValueError(f"{len(self.query)} queries but {len(self.prompts)} prompts; send one prompt per query")
         return self
 
 
-class PairScoreRequest(Foreign):
-    """vLLM's score: pairs under one of its three names for the two sides; one text against many is spread out."""
+class PairScoreRequest(CompatRequest):
+    """vLLM's score: text pairs under one of its two field names per side; one left text is paired with all right ones.
 
-    text_1: Text | Texts | None = None
-    text_2: Text | Texts | None = None
-    queries: Text | Texts | None = None
-    documents: Text | Texts | None = None
-    model: Text = DEFAULT
+    vLLM has renamed the fields over its releases, so both names are accepted.
+    """
 
-    def pairs(self) -> list[tuple[str, str]]:
-        """Pairs in order. Raises ApiError when a side is missing or the lengths do not fit."""
+    text_1: MessageText | TextList | None = None
+    text_2: MessageText | TextList | None = None
+    queries: MessageText | TextList | None = None
+    documents: MessageText | TextList | None = None
+    model: MessageText = DEFAULT_OBJECTIVE
+
+    def text_pairs(self) -> list[tuple[str, str]]:
+        """Return the pairs in order. Raises ApiError when a side is missing or the lengths differ."""
         left = self.text_1 if self.text_1 is not None else self.queries
         right = self.text_2 if self.text_2 is not None else self.documents
         if left is None or right is None:
             raise ApiError(422, "invalid", "send text_1 and text_2, or queries and documents")
-        lefts, rights = _listed(left), _listed(right)
-        if len(lefts) == 1:
-            lefts = lefts * len(rights)
-        if len(lefts) != len(rights):
-            raise ApiError(422, "invalid", f"{len(lefts)} texts on one side, {len(rights)} on the other")
-        return list(zip(lefts, rights, strict=True))
+        left_texts, right_texts = _as_list(left), _as_list(right)
+        if len(left_texts) == 1:
+            left_texts = left_texts * len(right_texts)
+        if len(left_texts) != len(right_texts):
+            raise ApiError(422, "invalid", f"{len(left_texts)} texts on one side, {len(right_texts)} on the other")
+        return list(zip(left_texts, right_texts, strict=True))
 
 
-class RerankRequest(Foreign):
-    """Rerank in vLLM's (Jina's, Cohere's) shape with `documents`, or in TEI's with `texts`."""
+class RerankRequest(CompatRequest):
+    """Rerank in vLLM's (Jina's, Cohere's) format with `documents`, or in TEI's with `texts`."""
 
-    query: Text
-    documents: Annotated[list[Text | dict[str, Text]], Field(min_length=1, max_length=MAX_ITEMS)] | None = None
-    texts: Texts | None = None
-    top_n: int | None = Field(default=None, ge=0, le=MAX_ITEMS)
+    query: MessageText
+    documents: (
+        Annotated[list[MessageText | dict[str, MessageText]], Field(min_length=1, max_length=MAX_ITEMS_PER_REQUEST)]
+        | None
+    ) = None
+    texts: TextList | None = None
+    top_n: int | None = Field(default=None, ge=0, le=MAX_ITEMS_PER_REQUEST)
     return_text: bool = False
     raw_scores: bool = False
-    model: Text = DEFAULT
+    model: MessageText = DEFAULT_OBJECTIVE
 
-    def responses(self) -> list[str]:
-        """The texts to order. Raises ApiError when there are none, or a document has no text."""
+    def response_texts(self) -> list[str]:
+        """Return the texts to order. Raises ApiError when there are none, or a document has no text."""
         if self.texts is not None:
             return list(self.texts)
         if self.documents is None:
             raise ApiError(422, "invalid", "send documents (or texts)")
-        found = [d if isinstance(d, str) else d.get("text") for d in self.documents]
-        if any(text is None for text in found):
+        texts = [document if isinstance(document, str) else document.get("text") for document in self.documents]
+        if any(text is None for text in texts):
             raise ApiError(422, "invalid", "a document has no text")
-        return [text for text in found if text is not None]
+        return [text for text in texts if text is not None]
 
 
-class ClassifyRequest(Foreign):
+class ClassifyRequest(CompatRequest):
     """vLLM's classify: texts, or a chat that ends with the response."""
 
-    input: Text | Texts
-    model: Text = DEFAULT
+    input: MessageText | TextList
+    model: MessageText = DEFAULT_OBJECTIVE
 
 
-class PredictRequest(Foreign):
-    """TEI's predict: a text, a pair, or a list of either in lists."""
+class PredictRequest(CompatRequest):
+    """TEI's predict: a text, or a list whose entries are lists of one text or of a pair of texts."""
 
-    inputs: Text | Texts | Annotated[list[Texts], Field(min_length=1, max_length=MAX_ITEMS)]
+    inputs: MessageText | TextList | Annotated[list[TextList], Field(min_length=1, max_length=MAX_ITEMS_PER_REQUEST)]
     raw_scores: bool = False
 
 
-class ModerationRequest(Foreign):
-    """OpenAI's moderation of texts."""
+class ModerationRequest(CompatRequest):
+    """OpenAI's moderation: one text or several."""
 
-    input: Text | Texts
-    model: Text = "safety"
-
-
-def add_foreign_routes(app: FastAPI, backend: Backend) -> None:
-    """Put the foreign endpoints on the app."""
-    _add_openrlhf(app, backend)
-    _add_vllm(app, backend)
-    _add_tei(app, backend)
-    _add_moderation(app, backend)
+    input: MessageText | TextList
+    model: MessageText = "safety"
 
 
-def _add_openrlhf(app: FastAPI, backend: Backend) -> None:
+def add_compat_routes(app: FastAPI, backend: ServiceBackend) -> None:
+    """Add the endpoints in other systems' formats to the app."""
+    _add_openrlhf_routes(app, backend)
+    _add_vllm_routes(app, backend)
+    _add_tei_routes(app, backend)
+    _add_moderation_routes(app, backend)
+
+
+def _add_openrlhf_routes(app: FastAPI, backend: ServiceBackend) -> None:
     @app.post("/get_reward", tags=["compatible"])
     async def get_reward(body: RemoteRewardRequest) -> dict[str, Any]:
-        """OpenRLHF's remote reward model: rewards are calibrated logits of love, scores its probabilities."""
+        """OpenRLHF's remote reward model: `rewards` are calibrated logits of love, `scores` its probabilities."""
         prompts = body.prompts if body.prompts is not None else [""] * len(body.query)
         items = [split_query(query, prompt) for query, prompt in zip(body.query, prompts, strict=True)]
-        found = await backend.score(items)
-        values = {name: [one.scores[name].value for one in found] for name in found[0].scores}
-        love = _chosen(found, DEFAULT)
-        return {"rewards": [logit(value) for value in love], "scores": love, "extra_logs": values}
+        scored_items = await backend.score_items(items)
+        values_by_objective = {
+            name: [item.scores[name].value for item in scored_items] for name in scored_items[0].scores
+        }
+        love_values = _objective_values(scored_items, DEFAULT_OBJECTIVE)
+        # Logits as rewards: probabilities near 0 and 1 would give almost no advantage.
+        return {
+            "rewards": [logit(value) for value in love_values],
+            "scores": love_values,
+            "extra_logs": values_by_objective,
+        }
 
 
-def _add_vllm(app: FastAPI, backend: Backend) -> None:
+def _add_vllm_routes(app: FastAPI, backend: ServiceBackend) -> None:
     @app.post("/score", tags=["compatible"])
     async def score(body: PairScoreRequest) -> dict[str, Any]:
         """vLLM's score of text pairs; `model` names the objective (default love)."""
-        pairs = body.pairs()
-        found = await backend.score([_item(left, right) for left, right in pairs])
-        data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(_chosen(found, body.model))]
-        return _envelope("score", body.model, found) | {"data": data}
+        pairs = body.text_pairs()
+        scored_items = await backend.score_items([_to_item(left, right) for left, right in pairs])
+        data = [
+            {"index": i, "object": "score", "score": value}
+            for i, value in enumerate(_objective_values(scored_items, body.model))
+        ]
+        return _reply_envelope("score", body.model, scored_items) | {"data": data}
 
     @app.post("/classify", tags=["compatible"])
     async def classify(body: ClassifyRequest) -> dict[str, Any]:
-        """vLLM's classify: probability of each text's positive label under the objective `model` names."""
-        found = await backend.score([_item("", text) for text in _listed(body.input)])
+        """vLLM's classify: probability of each text's positive label under the objective named by `model`."""
+        scored_items = await backend.score_items([_to_item("", text) for text in _as_list(body.input)])
         data = [
-            {"index": i, "label": _label(body.model), "probs": [value], "num_classes": 1}
-            for i, value in enumerate(_chosen(found, body.model))
+            {"index": i, "label": _positive_label(body.model), "probs": [value], "num_classes": 1}
+            for i, value in enumerate(_objective_values(scored_items, body.model))
         ]
-        return _envelope("classify", body.model, found) | {"data": data}
+        return _reply_envelope("classify", body.model, scored_items) | {"data": data}
 
     async def rerank(body: RerankRequest) -> Any:
-        """Order texts by how well they answer the query: vLLM's (Jina's, Cohere's) shape, or TEI's with `texts`."""
-        texts = body.responses()
-        found = await backend.score([_item(body.query, text) for text in texts])
-        values = _chosen(found, body.model)
+        """Order texts by their score as responses to the query: vLLM's (Jina's, Cohere's) format, or TEI's."""
+        texts = body.response_texts()
+        scored_items = await backend.score_items([_to_item(body.query, text) for text in texts])
+        values = _objective_values(scored_items, body.model)
         order = sorted(range(len(texts)), key=lambda i: -values[i])
         if body.texts is not None:
             scores = [logit(value) for value in values] if body.raw_scores else values
@@ -172,91 +189,98 @@ def _add_vllm(app: FastAPI, backend: Backend) -> None:
             {"index": i, "document": {"text": texts[i]}, "relevance_score": values[i]}
             for i in order[: body.top_n or None]
         ]
-        named = {key: value for key, value in _envelope("rerank", body.model, found).items() if key != "object"}
-        return named | {"results": results}
+        envelope = _reply_envelope("rerank", body.model, scored_items)
+        del envelope["object"]  # rerank replies have none
+        return envelope | {"results": results}
 
     for path in ("/rerank", "/v1/rerank", "/v2/rerank"):
         app.post(path, tags=["compatible"], response_model=None, name=path.strip("/").replace("/", "_"))(rerank)
 
 
-def _add_tei(app: FastAPI, backend: Backend) -> None:
+def _add_tei_routes(app: FastAPI, backend: ServiceBackend) -> None:
     @app.post("/predict", tags=["compatible"])
     async def predict(body: PredictRequest) -> Any:
-        """TEI's predict: the label love with its score; for a list of lists one answer each."""
+        """TEI's predict: the label love with its score; for a list of lists, one such list per entry."""
         inputs: Sequence[Any] = [[body.inputs]] if isinstance(body.inputs, str) else body.inputs
-        single = isinstance(inputs[0], str)
-        rows: list[list[str]] = [list(inputs)] if single else [list(row) for row in inputs]
-        if any(len(row) not in (1, 2) for row in rows):
+        is_single = isinstance(inputs[0], str)
+        entries: list[list[str]] = [list(inputs)] if is_single else [list(entry) for entry in inputs]
+        if any(len(entry) not in (1, 2) for entry in entries):
             raise ApiError(422, "invalid", "inputs: an entry is one text, or a pair of texts")
-        found = await backend.score([_item(*row) if len(row) == 2 else _item("", row[0]) for row in rows])
-        values = [logit(value) if body.raw_scores else value for value in _chosen(found, DEFAULT)]
-        answers = [[{"label": DEFAULT, "score": value}] for value in values]
-        return answers[0] if single or isinstance(body.inputs, str) else answers
+        scored_items = await backend.score_items(
+            [_to_item(*entry) if len(entry) == 2 else _to_item("", entry[0]) for entry in entries]
+        )
+        values = [
+            logit(value) if body.raw_scores else value for value in _objective_values(scored_items, DEFAULT_OBJECTIVE)
+        ]
+        predictions = [[{"label": DEFAULT_OBJECTIVE, "score": value}] for value in values]
+        return predictions[0] if is_single or isinstance(body.inputs, str) else predictions
 
 
-def _add_moderation(app: FastAPI, backend: Backend) -> None:
+def _add_moderation_routes(app: FastAPI, backend: ServiceBackend) -> None:
     @app.post("/v1/moderations", tags=["compatible"])
     async def moderations(body: ModerationRequest) -> dict[str, Any]:
-        """OpenAI's moderation by the safety model: one category, unsafe, flagged where safety is below a half."""
-        found = await backend.score([_item("", text) for text in _listed(body.input)])
+        """OpenAI's moderation by the safety model: one category, unsafe, flagged if safety is below 0.5."""
+        scored_items = await backend.score_items([_to_item("", text) for text in _as_list(body.input)])
         results = [
             {
-                "flagged": value < UNSAFE,
-                "categories": {"unsafe": value < UNSAFE},
+                "flagged": value < UNSAFE_THRESHOLD,
+                "categories": {"unsafe": value < UNSAFE_THRESHOLD},
                 "category_scores": {"unsafe": 1 - value},
                 "category_applied_input_types": {"unsafe": ["text"]},
             }
-            for value in _chosen(found, "safety")
+            for value in _objective_values(scored_items, "safety")
         ]
-        return {"id": f"modr-{uuid.uuid4().hex}", "model": found[0].version, "results": results}
+        return {"id": f"modr-{uuid.uuid4().hex}", "model": scored_items[0].model_version, "results": results}
 
 
-def split_query(query: str, prompt: str) -> Item:
-    """Messages and response of a decoded text. ChatML is taken apart into its turns; other text is one user message.
+def split_query(query: str, prompt: str) -> ScoringItem:
+    """Split a decoded text into messages and response. ChatML is parsed into turns; other text is one user message.
 
-    Without a prompt (or when the text does not start with it) the last ChatML turn is the response, or all of the text.
+    Without a prompt, or when the text does not start with it, the response is the last ChatML turn or the whole text.
     """
     if prompt and query.startswith(prompt):
-        turns = _turns(prompt)
+        turns = _parse_chatml(prompt)
         messages = turns or [Message(role="user", content=prompt)]
-        return messages, SPECIAL.sub("", query[len(prompt) :])
-    turns = _turns(query)
+        return messages, SPECIAL_TOKEN_ENDS.sub("", query[len(prompt) :])
+    turns = _parse_chatml(query)
     if turns and turns[-1]["role"] == "assistant":
         return turns[:-1], turns[-1]["content"]
-    return [Message(role="user", content=prompt)], SPECIAL.sub("", query)
+    return [Message(role="user", content=prompt)], SPECIAL_TOKEN_ENDS.sub("", query)
 
 
-def _turns(text: str) -> list[Message]:
-    return [Message(role=role, content=content) for role, content in CHATML.findall(text)]
+def _parse_chatml(text: str) -> list[Message]:
+    return [Message(role=role, content=content) for role, content in CHATML_TURN.findall(text)]
 
 
-def _item(query: str, response: str) -> Item:
+def _to_item(query: str, response: str) -> ScoringItem:
     return [Message(role="user", content=query)], response
 
 
-def _listed(texts: str | list[str]) -> list[str]:
+def _as_list(texts: str | list[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
 
 
-def _chosen(found: Sequence[Scored], objective: str) -> list[float]:
-    """Values of the objective that a `model` field names, of love when it names something else."""
-    served = found[0].scores
-    name = objective if objective in served else DEFAULT
-    if name not in served or (objective == "safety" and name != "safety"):
-        raise ApiError(422, "invalid", f"model: {objective[:40]!r} is not served here, but {', '.join(served)}")
-    return [one.scores[name].value for one in found]
+def _objective_values(scored_items: Sequence[ScoredItem], objective: str) -> list[float]:
+    """Return the values of the objective named by a `model` field, or of love for any other model name."""
+    scores = scored_items[0].scores
+    # Clients put their own model names there, so unknown names mean love. Only safety never falls back: a love score
+    # would pass for a moderation result.
+    name = objective if objective in scores else DEFAULT_OBJECTIVE
+    if name not in scores or (objective == "safety" and name != "safety"):
+        raise ApiError(422, "invalid", f"model: {objective[:40]!r} is not served here, but {', '.join(scores)}")
+    return [scored_item.scores[name].value for scored_item in scored_items]
 
 
-def _label(objective: str) -> str:
-    return {"safety": "safe", "helpfulness": "helpful"}.get(objective, DEFAULT)
+def _positive_label(objective: str) -> str:
+    return {"safety": "safe", "helpfulness": "helpful"}.get(objective, DEFAULT_OBJECTIVE)
 
 
-def _envelope(kind: str, model: str, found: Sequence[Scored]) -> dict[str, Any]:
+def _reply_envelope(kind: str, model_name: str, scored_items: Sequence[ScoredItem]) -> dict[str, Any]:
     return {
         "id": f"{kind}-{uuid.uuid4().hex}",
         "object": "list",
         "created": int(time.time()),
-        "model": model,
-        "model_version": found[0].version,
+        "model": model_name,
+        "model_version": scored_items[0].model_version,
         "usage": {"prompt_tokens": 0, "total_tokens": 0},
     }

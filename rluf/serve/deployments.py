@@ -1,10 +1,8 @@
-"""The service on Ray Serve: a gateway (HTTP), scorers (reward models), a ledger (feedback).
+"""Ray Serve deployments: gateway (HTTP), scorers (reward models) and feedback writer; policies: policy_deployment.
 
-Policies are in rluf.serve.policy_deployment.
-
-The gateway batches what comes in and sends whole batches to scorer replicas, so a batch costs one hop. Scorers take new
-models as a configuration change: they load beside the old ones and change over between two batches. When a replica dies
-its batch is sent again, since scoring changes nothing.
+The gateway batches incoming items and sends whole batches to scorer replicas, so a batch costs one hop. Scorers load
+new models after a change of their user_config: next to the old ones, then swap between two batches. When a replica
+dies, its batch is sent again; scoring has no side effects.
 """
 
 from __future__ import annotations
@@ -26,35 +24,47 @@ from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from rluf.errors import RlufError
-from rluf.serve.api import ChatReply, ChatRequest, FeedbackRequest, ModelInfo, plain
-from rluf.serve.backend import Rules, Scored
-from rluf.serve.batching import Batcher
+from rluf.serve.api import (
+    ChatReply,
+    ChatRequest,
+    FeedbackRequest,
+    ModelInfo,
+    ScoredItem,
+    ServiceRules,
+    build_chat_reply,
+    build_reaction_event,
+    build_served_event,
+    new_response_id,
+    to_messages,
+)
+from rluf.serve.batching import RequestBatcher
 from rluf.serve.limits import ApiError
 from rluf.serve.metrics import ServeMetrics
-from rluf.serve.records import chat_reply, new_response_id, reaction_event, served_event
-from rluf.serve.server import Listener
-from rluf.serve.store import Event, FeedbackStore, Outcome
+from rluf.serve.server import HttpServer
+from rluf.serve.store import FeedbackEvent, FeedbackStore, StoreOutcome
 from rluf.types import Score
 
 if TYPE_CHECKING:
-    from rluf.reward.text import Item
+    from rluf.reward.text import ScoringItem
 
 logger = logging.getLogger("rluf.serve")
 
-NAME = "rluf"
-"""Name of the application on Ray Serve."""
-Replies = tuple[str, dict[str, list[tuple[float, float, float]]]]
-"""Version, and for each objective (value, raw, spread) of each item."""
-DEAD = (RayActorError, DeploymentUnavailableError, TaskCancelledError, grpc.RpcError)
-"""What a call ends with when its replica died or is being replaced."""
-LONGEST = 512
-"""Tokens that a model is taken to read of an item until it has said so itself."""
-RETRY_S = 0.2
+APPLICATION_NAME = "rluf"
+"""Name of the application in Ray Serve."""
+FEEDBACK_WRITER_NAME = "feedback-writer"
+"""Name of the feedback writer's deployment; scorers are scorer-<role>, policies policy-<name>."""
+BatchScores = tuple[str, dict[str, list[tuple[float, float, float]]]]
+"""Model version, and per objective (value, raw logit, spread) of each item: plain tuples are cheap to send."""
+REPLICA_LOST_ERRORS = (RayActorError, DeploymentUnavailableError, TaskCancelledError, grpc.RpcError)
+"""Errors of a call whose replica died or is being replaced. grpc's appear since calls use gRPC, not Ray's transport."""
+DEFAULT_ITEM_TOKENS = 512
+"""Assumed maximum tokens per item until a scorer has reported its own."""
+RETRY_WAIT_S = 0.2
 """Wait before a batch is sent again."""
 
 
 def _log_to_stderr() -> None:
-    """Send this process's service log to its stderr, which Ray keeps as the replica's log."""
+    """Send this process's service log to its stderr, which Ray stores as the replica's log."""
     if not logger.handlers:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
@@ -62,371 +72,409 @@ def _log_to_stderr() -> None:
         logger.setLevel(logging.INFO)
 
 
-class Models:
-    """One version of the reward models, loaded: a scorer for each objective, and what their cards say."""
+class LoadedModels:
+    """One loaded version of the reward models: a scorer per objective, and facts from their cards."""
 
-    def __init__(self, chosen: Mapping[str, Any]) -> None:
-        """Load what `chosen` names: version, batch_tokens, device, and path or judge by objective."""
-        from rluf.objectives.judges import judge_scorer
-        from rluf.reward.backbone import probe_items, quick_cpu_matmul
-        from rluf.reward.model import load_scorers
+    def __init__(self, scorer_config: Mapping[str, Any]) -> None:
+        """Load the models of `scorer_config`: version, batch_tokens, device, and path or judge by objective."""
+        from rluf.objectives.judges import build_judge_scorer
+        from rluf.reward.backbone import build_warmup_items, enable_fast_cpu_matmul
+        from rluf.reward.model import load_reward_scorer
 
-        self.version = str(chosen["version"])
-        self.facts: dict[str, dict[str, Any]] = chosen["facts"]
-        if chosen["device"] == "cpu":
-            quick_cpu_matmul()
-        named: dict[str, dict[str, str]] = chosen["models"]
-        self._judges = {n: judge_scorer(source["judge"], n) for n, source in named.items() if "judge" in source}
-        folders = {name: Path(source["path"]) for name, source in named.items() if "judge" not in source}
-        self._models = load_scorers(folders, batch_tokens=chosen["batch_tokens"], device=chosen["device"])
-        self._models(probe_items())
-        self._names = tuple(named)
+        self.version = str(scorer_config["version"])
+        self.model_facts: dict[str, dict[str, Any]] = scorer_config["facts"]
+        if scorer_config["device"] == "cpu":
+            enable_fast_cpu_matmul()
+        sources: dict[str, dict[str, str]] = scorer_config["models"]
+        self._judge_scorers = {
+            name: build_judge_scorer(source["judge"], name) for name, source in sources.items() if "judge" in source
+        }
+        folders = {name: Path(source["path"]) for name, source in sources.items() if "judge" not in source}
+        self._score_models = load_reward_scorer(
+            folders, batch_tokens=scorer_config["batch_tokens"], device=scorer_config["device"]
+        )
+        # One forward pass now, so that the first request does not pay for lazy initialization.
+        self._score_models(build_warmup_items())
+        self._objective_names = tuple(sources)
 
-    def score(self, items: Sequence[Item]) -> Replies:
-        """Scores of items by every objective."""
-        found = self._models(items) | {name: judge(items) for name, judge in self._judges.items()}
-        return self.version, {name: [(s.value, s.raw, s.spread) for s in found[name]] for name in self._names}
+    def score_items(self, items: Sequence[ScoringItem]) -> BatchScores:
+        """Score items by every objective."""
+        scores = self._score_models(items) | {name: judge(items) for name, judge in self._judge_scorers.items()}
+        return self.version, {
+            name: [(score.value, score.raw_logit, score.spread) for score in scores[name]]
+            for name in self._objective_names
+        }
 
 
-class Scorer:
-    """One replica of one version's reward models. A plain class; `application` makes it a deployment."""
+class ScorerDeployment:
+    """One replica of one version's reward models. `application` turns this plain class into a deployment."""
 
     def __init__(self) -> None:
-        self._models: Models | None = None
-        self._turn = asyncio.Lock()
-        self._loading = asyncio.Lock()
-        self._wanted: dict[str, Any] = {}
-        self._changes: set[asyncio.Task[None]] = set()
+        self._loaded_models: LoadedModels | None = None
+        self._score_lock = asyncio.Lock()
+        self._load_lock = asyncio.Lock()
+        self._wanted_config: dict[str, Any] = {}
+        self._change_tasks: set[asyncio.Task[None]] = set()
 
-    async def reconfigure(self, chosen: dict[str, Any]) -> None:
-        """Take the models that the deployment's user_config names.
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Load the models of the deployment's user_config.
 
-        The first are loaded before the replica counts as started. Later ones load beside those that are served, one
-        after the other, and of several the last one counts. A version that cannot be loaded leaves the present one in
-        place and an error in the log.
+        The first models are loaded before Ray Serve counts the replica as started. Later ones load in the background,
+        one at a time; of several pending ones only the newest is used. If a version cannot be loaded, the present one
+        stays and the error is logged.
         """
-        self._wanted = chosen
-        if self._models is None:
-            self._models = await asyncio.to_thread(Models, chosen)
+        self._wanted_config = user_config
+        if self._loaded_models is None:
+            self._loaded_models = await asyncio.to_thread(LoadedModels, user_config)
         else:
-            change = asyncio.create_task(self._change(chosen))
-            self._changes.add(change)
-            change.add_done_callback(self._changes.discard)
+            # Not awaited: Ray Serve stops routing to a replica while its reconfigure runs.
+            task = asyncio.create_task(self._replace_models(user_config))
+            self._change_tasks.add(task)
+            task.add_done_callback(self._change_tasks.discard)
 
-    async def _change(self, chosen: dict[str, Any]) -> None:
-        async with self._loading:
-            if chosen is not self._wanted:
+    async def _replace_models(self, scorer_config: dict[str, Any]) -> None:
+        async with self._load_lock:
+            if scorer_config is not self._wanted_config:
                 return
             try:
-                models = await asyncio.to_thread(Models, chosen)
+                models = await asyncio.to_thread(LoadedModels, scorer_config)
             except RlufError:
-                logger.exception("version %s cannot be loaded; the present one stays", chosen["version"])
+                logger.exception(
+                    "scorer: version %s cannot be loaded; the present version stays", scorer_config["version"]
+                )
                 return
-            if chosen is self._wanted:
-                self._models = models
-                logger.warning("serving version %s now", models.version)
+            if scorer_config is self._wanted_config:
+                self._loaded_models = models
+                logger.warning("scorer: serving version %s", models.version)
 
-    async def score(self, items: list[Item]) -> Replies:
-        """Scores of a batch, all by one version. Batches take turns; health checks are answered meanwhile."""
-        async with self._turn:
-            models = self._loaded()
-            return await asyncio.to_thread(models.score, items)
+    async def score_batch(self, items: list[ScoringItem]) -> BatchScores:
+        """Score a batch with one model version. One batch runs at a time, in a thread, so health checks are served."""
+        async with self._score_lock:
+            models = self._require_models()
+            return await asyncio.to_thread(models.score_items, items)
 
     async def describe(self) -> dict[str, Any]:
-        """The version that is served, its facts by objective, and the replica's process id."""
-        models = self._loaded()
-        return {"version": models.version, "facts": models.facts, "pid": os.getpid()}
+        """Return the served version, the model facts by objective and the replica's process id."""
+        models = self._require_models()
+        return {"version": models.version, "facts": models.model_facts, "pid": os.getpid()}
 
-    def _loaded(self) -> Models:
-        if self._models is None:
-            raise RuntimeError("the replica was asked before it had models")
-        return self._models
+    def _require_models(self) -> LoadedModels:
+        if self._loaded_models is None:
+            raise RuntimeError("the scorer replica was called before its models were loaded")
+        return self._loaded_models
 
 
-class Ledger:
-    """The one writer of the feedback store: what arrives while a write is under way is written with one fsync."""
+class FeedbackWriter:
+    """The only writer of the feedback store. Events that arrive during a write share the next fsync."""
 
-    async def __init__(self, root: str, log: str, settle_s: float, rotate_s: float) -> None:  # type: ignore[misc]
+    async def __init__(  # type: ignore[misc]
+        self, store_root: str, log_folder: str, reaction_window_s: float, flush_interval_s: float
+    ) -> None:
         """Open the store; Ray Serve awaits this before the replica counts as started."""
         _log_to_stderr()
-        self._store = FeedbackStore(root, Path(log), settle_s=settle_s)
-        self._rotate_s = rotate_s
-        self._waiting: list[tuple[list[Event], asyncio.Future[list[Outcome]]]] = []
-        self._writing: asyncio.Task[None] | None = None
-        self._turn = asyncio.Lock()
-        rows = await asyncio.to_thread(self._store.start)
-        logger.info("feedback store %s: %d rows open", root, rows)
-        self._clock = asyncio.create_task(self._rotations())
+        self._feedback_store = FeedbackStore(store_root, Path(log_folder), reaction_window_s=reaction_window_s)
+        self._flush_interval_s = flush_interval_s
+        self._pending_events: list[tuple[list[FeedbackEvent], asyncio.Future[list[StoreOutcome]]]] = []
+        self._write_task: asyncio.Task[None] | None = None
+        self._store_lock = asyncio.Lock()
+        row_count = await asyncio.to_thread(self._feedback_store.start)
+        logger.info("feedback store %s: opened, open_rows=%d", store_root, row_count)
+        self._flush_task = asyncio.create_task(self._flush_periodically())
 
-    async def append(self, events: list[Event]) -> list[Outcome]:
-        """Outcomes of events that are on disk now. Raises OSError or RlufError when they cannot be stored."""
-        future: asyncio.Future[list[Outcome]] = asyncio.get_running_loop().create_future()
-        self._waiting.append((events, future))
-        if self._writing is None or self._writing.done():
-            self._writing = asyncio.create_task(self._write())
+    async def append_events(self, events: list[FeedbackEvent]) -> list[StoreOutcome]:
+        """Store events and return their outcomes once they are on disk. Raises OSError or RlufError on failure."""
+        future: asyncio.Future[list[StoreOutcome]] = asyncio.get_running_loop().create_future()
+        self._pending_events.append((events, future))
+        if self._write_task is None or self._write_task.done():
+            self._write_task = asyncio.create_task(self._write_pending())
         return await future
 
-    async def rotate(self, all_rows: bool = False) -> int:
-        """Write settled rows (or all) to Parquet now; returns how many."""
-        async with self._turn:
-            return await asyncio.to_thread(self._store.rotate, all_rows=all_rows)
+    async def flush_settled(self, all_rows: bool = False) -> int:
+        """Write settled rows (or all) to Parquet now; returns the number of rows."""
+        async with self._store_lock:
+            return await asyncio.to_thread(self._feedback_store.flush_settled, all_rows=all_rows)
 
-    async def _write(self) -> None:
-        while self._waiting:
-            batch, self._waiting = self._waiting, []
-            events = [event for part, _ in batch for event in part]
-            async with self._turn:
-                (found,) = await asyncio.gather(asyncio.to_thread(self._store.append, events), return_exceptions=True)
-            at = 0
-            for part, future in batch:
-                mine, at = slice(at, at + len(part)), at + len(part)
-                if future.done():
+    async def _write_pending(self) -> None:
+        while self._pending_events:
+            batch, self._pending_events = self._pending_events, []
+            all_events = [event for events, _ in batch for event in events]
+            async with self._store_lock:
+                # gather only to receive the error as a value: every waiting caller must get it.
+                (result,) = await asyncio.gather(
+                    asyncio.to_thread(self._feedback_store.append_events, all_events), return_exceptions=True
+                )
+            start = 0
+            for events, future in batch:
+                rows, start = slice(start, start + len(events)), start + len(events)
+                if future.done():  # the caller was cancelled
                     continue
-                if isinstance(found, BaseException):
-                    future.set_exception(found)
+                if isinstance(result, BaseException):
+                    future.set_exception(result)
                 else:
-                    future.set_result(found[mine])
+                    future.set_result(result[rows])
 
-    async def _rotations(self) -> None:
+    async def _flush_periodically(self) -> None:
         while True:
-            await asyncio.sleep(self._rotate_s)
+            await asyncio.sleep(self._flush_interval_s)
             try:
-                await self.rotate()
+                await self.flush_settled()
             except (OSError, RlufError):
-                logger.exception("settled rows could not be written to %s; they stay in the log", self._store.root)
+                logger.exception(
+                    "feedback store %s: settled rows could not be written; they stay in the log",
+                    self._feedback_store.root,
+                )
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """What bounds the gateway's batches: tokens of one, responses that may wait, replicas to fill, seconds to wait.
+class BatchLimits:
+    """Limits of the gateway's batches: tokens per batch, queued responses, scorer replicas, seconds per request.
 
-    `listen` is the address that the gateway itself listens at; none where Ray Serve's proxies do.
+    `listen_address` is where the gateway itself listens; None where Ray Serve's proxies do.
     """
 
     batch_tokens: int
-    max_waiting: int
+    max_queued_responses: int
     max_replicas: int
     deadline_s: float
-    listen: tuple[str, int] | None
+    listen_address: tuple[str, int] | None
 
 
-class Gateway:
-    """The HTTP side: checks, batches, routes between versions, keeps the figures. A plain class, see `application`."""
+class GatewayDeployment:
+    """ServiceBackend behind the HTTP app: batches items, routes between versions, stores feedback, keeps metrics."""
 
-    def __init__(self, rules: Rules, limits: Limits, salt: str, *_: Any) -> None:
-        """The other arguments only tell Ray Serve which deployments belong to the application; `reconfigure` names
-        those that are used."""
+    def __init__(self, rules: ServiceRules, batch_limits: BatchLimits, user_salt: bytes, *_: Any) -> None:
+        """The other arguments only bind the other deployments to the application; `reconfigure` gets them by name."""
         _log_to_stderr()
-        self.rules, self.limits, self._salt = rules, limits, salt
-        self.metrics, self.draining, self.running = ServeMetrics(), False, 0
-        self._ledger = serve.get_deployment_handle("ledger", NAME)
-        self._scorers: dict[str, Any] = {}
-        self._policies: dict[str, tuple[Any, str]] = {}
-        self._batchers: dict[str, Batcher[Scored]] = {}
-        self._share = 0.0
-        self._warming: dict[str, asyncio.Task[None]] = {}
-        self._expected: dict[str, dict[str, float]] = {}
-        self._looking: asyncio.Task[Any] | None = None
-        self._woken = False
-        self._app: Any = None
-        self._listener: Listener | None = None
+        self.rules, self.batch_limits, self._user_salt = rules, batch_limits, user_salt
+        self.metrics, self.is_draining, self.running_requests = ServeMetrics(), False, 0
+        self._feedback_writer = serve.get_deployment_handle(FEEDBACK_WRITER_NAME, APPLICATION_NAME)
+        self._scorer_handles: dict[str, Any] = {}
+        self._policy_handles: dict[str, tuple[Any, str]] = {}
+        self._batchers: dict[str, RequestBatcher[ScoredItem]] = {}
+        self._candidate_share = 0.0
+        self._warmup_tasks: dict[str, asyncio.Task[None]] = {}
+        self._expected_means: dict[str, dict[str, float]] = {}
+        self._refresh_task: asyncio.Task[Any] | None = None
+        self._was_ready = False
+        self._asgi_app: Any = None
+        self._http_server: HttpServer | None = None
 
-    async def reconfigure(self, chosen: dict[str, Any]) -> None:
-        """Take the routes: roles of the scorers that are there, the candidate's share, version of each policy by name.
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Update the routes: scorer roles, the candidate's share of traffic, the version of each policy by name.
 
-        Requests under way go on; what changes here costs none of them. A new candidate gets its share once it answers.
+        Running requests are not interrupted. A new candidate gets its share once it responds.
         """
-        for role in chosen["roles"]:
-            if role not in self._scorers:
-                self._scorers[role] = serve.get_deployment_handle(f"scorer-{role}", NAME)
-                self._batchers[role] = Batcher(
-                    self._runner(role),
-                    batch_tokens=self.limits.batch_tokens,
-                    longest=LONGEST,
-                    max_waiting=self.limits.max_waiting,
-                    replicas=self.limits.max_replicas,
-                    on_round=self.metrics.round,
+        for role in user_config["roles"]:
+            if role not in self._scorer_handles:
+                self._scorer_handles[role] = serve.get_deployment_handle(f"scorer-{role}", APPLICATION_NAME)
+                self._batchers[role] = RequestBatcher(
+                    self._make_batch_runner(role),
+                    batch_tokens=self.batch_limits.batch_tokens,
+                    max_item_tokens=DEFAULT_ITEM_TOKENS,
+                    max_queued_responses=self.batch_limits.max_queued_responses,
+                    replica_count=self.batch_limits.max_replicas,
+                    on_batch_end=self.metrics.record_batch,
                 )
                 if role == "candidate":
-                    self._warming[role] = asyncio.create_task(self._warm(role))
-        self._scorers = {role: handle for role, handle in self._scorers.items() if role in chosen["roles"]}
-        self._share = float(chosen["share"])
-        self._policies = {
-            name: (serve.get_deployment_handle(f"policy-{name}", NAME), version)
-            for name, version in chosen["policies"].items()
+                    self._warmup_tasks[role] = asyncio.create_task(self._wait_for_scorer(role))
+        self._scorer_handles = {
+            role: handle for role, handle in self._scorer_handles.items() if role in user_config["roles"]
         }
-        if self.limits.listen is not None and self._listener is None:
-            self._listener = Listener(*self.limits.listen)
-            await self._listener.start(self._app, self.limits.deadline_s)
+        self._candidate_share = float(user_config["share"])
+        self._policy_handles = {
+            name: (serve.get_deployment_handle(f"policy-{name}", APPLICATION_NAME), version)
+            for name, version in user_config["policies"].items()
+        }
+        if self.batch_limits.listen_address is not None and self._http_server is None:
+            self._http_server = HttpServer(*self.batch_limits.listen_address)
+            await self._http_server.start(self._asgi_app, self.batch_limits.deadline_s)
 
     async def __del__(self) -> None:
-        """Ray Serve awaits this when it takes the gateway down: running requests end, then the port is given up."""
-        if self._listener is not None:
-            self.draining = True
-            await self._listener.close()
+        """Finish running requests, then release the port; Ray Serve awaits this when it stops the gateway."""
+        if self._http_server is not None:
+            self.is_draining = True
+            await self._http_server.close()
 
-    async def _warm(self, role: str) -> None:
-        """Wait until the scorer of a role answers; until then its share goes to the live one."""
-        while role in self._scorers:
+    async def _wait_for_scorer(self, role: str) -> None:
+        """Wait until the scorer of a role responds; until then its share of traffic goes to the live one."""
+        while role in self._scorer_handles:
             try:
-                await self._scorers[role].describe.remote()
+                await self._scorer_handles[role].describe.remote()
                 break
-            except (*DEAD, BackPressureError):
-                await asyncio.sleep(RETRY_S)
-        self._warming.pop(role, None)
+            except (*REPLICA_LOST_ERRORS, BackPressureError):
+                await asyncio.sleep(RETRY_WAIT_S)
+        self._warmup_tasks.pop(role, None)
 
     def __serve_build_asgi_app__(self) -> Any:
-        """The app that Ray Serve asks for once the gateway is made."""
+        """Return the ASGI app; Ray Serve calls this hook once, after the constructor and before `reconfigure`."""
         from rluf.serve.app import make_app
 
-        self._app = make_app(self)
-        return self._app
+        self._asgi_app = make_app(self)
+        return self._asgi_app
 
-    async def score(self, items: Sequence[Item]) -> list[Scored]:
-        """Scores of items by the version that their conversation belongs to."""
-        role = self._role(items[0])
-        found = await self._batchers[role].submit(items)
-        self.metrics.waiting.set(sum(batcher.waiting for batcher in self._batchers.values()))
-        version = found[0].version
-        if version not in self._expected and self._looking is None:
-            self._looking = asyncio.create_task(self._look())
-        for name in found[0].scores:
-            values = [one.scores[name].value for one in found]
-            self.metrics.scored(name, version, values, self._expected.get(version, {}))
-        return found
+    async def score_items(self, items: Sequence[ScoringItem]) -> list[ScoredItem]:
+        """Score items with the model version that their conversation is assigned to."""
+        role = self._select_role(items[0])
+        scored_items = await self._batchers[role].submit(items)
+        self.metrics.queued_items.set(sum(batcher.queued_items for batcher in self._batchers.values()))
+        version = scored_items[0].model_version
+        if version not in self._expected_means and self._refresh_task is None:
+            self._refresh_task = asyncio.create_task(self._refresh_versions())
+        for name in scored_items[0].scores:
+            values = [scored_item.scores[name].value for scored_item in scored_items]
+            self.metrics.record_scores(name, version, values, self._expected_means.get(version, {}))
+        return scored_items
 
-    def _role(self, item: Item) -> str:
-        """live or candidate, by a hash of the conversation: the same one always goes to the same version."""
-        if "candidate" not in self._scorers or "candidate" in self._warming or self._share <= 0:
+    def _select_role(self, item: ScoringItem) -> str:
+        """Assign a conversation to live or candidate by a hash of its text, so that it always gets the same version."""
+        if "candidate" not in self._scorer_handles or "candidate" in self._warmup_tasks or self._candidate_share <= 0:
             return "live"
         text = "\n".join(message["content"] for message in item[0])
         point = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") / 2**32
-        return "candidate" if point < self._share else "live"
+        return "candidate" if point < self._candidate_share else "live"
 
-    def _runner(self, role: str) -> Any:
-        """The function that scores one batch of a role, again on another replica when one dies."""
+    def _make_batch_runner(self, role: str) -> Any:
+        """Build the function that scores one batch of a role and retries on another replica when one dies."""
 
-        async def run(items: list[Item]) -> list[Scored]:
-            deadline = time.monotonic() + self.limits.deadline_s
-            found: Replies | None = None
-            while found is None:
+        async def run_batch(items: list[ScoringItem]) -> list[ScoredItem]:
+            deadline = time.monotonic() + self.batch_limits.deadline_s
+            batch_scores: BatchScores | None = None
+            while batch_scores is None:
                 try:
-                    handle = self._scorers.get(role, self._scorers["live"])  # the candidate may have gone meanwhile
-                    found = await handle.score.remote(items)
-                except DEAD as error:
+                    # Looked up in every attempt: the candidate may have been removed in the meantime.
+                    handle = self._scorer_handles.get(role, self._scorer_handles["live"])
+                    batch_scores = await handle.score_batch.remote(items)
+                except REPLICA_LOST_ERRORS as error:
                     if time.monotonic() > deadline:
-                        raise ApiError(503, "unavailable", "no replica answers; try again later", 1.0) from error
-                    self.metrics.retries.inc()
-                    await asyncio.sleep(RETRY_S)
+                        raise ApiError(503, "unavailable", "no scorer replica is up; try again later", 1.0) from error
+                    self.metrics.scorer_retries.inc()
+                    await asyncio.sleep(RETRY_WAIT_S)
                 except BackPressureError as error:
                     raise ApiError(429, "busy", "all replicas are busy; try again later", 1.0) from error
-            version, by_name = found
-            names = list(by_name)
-            rows = zip(*(by_name[name] for name in names), strict=True)
-            return [
-                Scored(
-                    version,
-                    {n: Score(n, value, raw, spread) for n, (value, raw, spread) in zip(names, row, strict=True)},
-                )
-                for row in rows
-            ]
+            return _to_scored_items(batch_scores)
 
-        return run
+        return run_batch
 
-    async def _look(self) -> list[tuple[str, dict[str, Any]]]:
-        """What each role serves now; notes the means that its cards promise."""
-        found = []
+    async def _refresh_versions(self) -> list[tuple[str, dict[str, Any]]]:
+        """Ask each scorer for its version and facts; updates the expected means and the token limits."""
+        descriptions = []
         try:
-            for role, handle in self._scorers.items():
-                told = await handle.describe.remote()
-                facts = told["facts"]
-                self._expected[told["version"]] = {
+            for role, handle in self._scorer_handles.items():
+                description = await handle.describe.remote()
+                facts = description["facts"]
+                self._expected_means[description["version"]] = {
                     name: fact["mean_value"] for name, fact in facts.items() if fact.get("mean_value") is not None
                 }
-                self._batchers[role].longest = max((fact["max_tokens"] for fact in facts.values()), default=LONGEST)
-                found.append((role, told))
-        except DEAD as error:
+                self._batchers[role].max_item_tokens = max(
+                    (fact["max_tokens"] for fact in facts.values()), default=DEFAULT_ITEM_TOKENS
+                )
+                descriptions.append((role, description))
+        except REPLICA_LOST_ERRORS as error:
             raise ApiError(503, "unavailable", "a scorer is being replaced; try again", 1.0) from error
         finally:
-            self._looking = None
-        return found
+            self._refresh_task = None
+        return descriptions
 
-    async def ready(self) -> bool:
-        """Whether every scorer and every policy has answered once.
+    async def is_ready(self) -> bool:
+        """Return whether every scorer and every policy has responded once.
 
-        What dies or comes later is Ray Serve's to mend, and requests wait for it.
+        Stays true afterwards: Ray Serve replaces replicas that die later, and requests wait for them. If readiness
+        dropped, a load balancer would take the whole service out for one dead replica.
         """
-        if not self._woken:
+        if not self._was_ready:
             try:
                 async with asyncio.timeout(1.0):
-                    await self._look()
-                    for handle, _ in self._policies.values():
+                    await self._refresh_versions()
+                    for handle, _ in self._policy_handles.values():
                         await handle.describe.remote()
-            except (TimeoutError, ApiError, *DEAD):
+            except (TimeoutError, ApiError, *REPLICA_LOST_ERRORS):
                 return False
-            self._woken = True
+            self._was_ready = True
         return True
 
-    async def models(self) -> list[ModelInfo]:
-        """Reward model versions and policies."""
-        share = self._share if "candidate" in self._scorers else 0.0
-        shares = {"live": 1 - share, "candidate": share}
-        rewards = [
+    async def list_models(self) -> list[ModelInfo]:
+        """Return the reward model versions and the policies."""
+        candidate_share = self._candidate_share if "candidate" in self._scorer_handles else 0.0
+        shares = {"live": 1 - candidate_share, "candidate": candidate_share}
+        reward_models = [
             ModelInfo(
                 id=f"reward-{role}",
                 kind="reward",
                 role=role,
-                version=told["version"],
+                version=description["version"],
                 share=shares[role],
-                objectives=told["facts"],
+                objectives=description["facts"],
             )
-            for role, told in await self._look()
+            for role, description in await self._refresh_versions()
         ]
-        return rewards + [
+        return reward_models + [
             ModelInfo(id=name, kind="policy", role="policy", version=version, share=1.0)
-            for name, (_, version) in self._policies.items()
+            for name, (_, version) in self._policy_handles.items()
         ]
 
-    async def feedback(self, request: FeedbackRequest) -> Outcome:
-        """Store a reaction, with a row of its own when the response was served elsewhere."""
-        return await self._store(reaction_event(request, self._salt))
+    async def store_feedback(self, request: FeedbackRequest) -> StoreOutcome:
+        """Store a reaction, with a full row when another system served the response."""
+        return await self._store_event(build_reaction_event(request, self._user_salt))
 
-    async def _store(self, event: Event) -> Outcome:
+    async def _store_event(self, event: FeedbackEvent) -> StoreOutcome:
         try:
-            (outcome,) = await self._ledger.append.remote([event])
-        except DEAD as error:
-            raise ApiError(503, "unavailable", "the feedback store restarts; send it again", 1.0) from error
+            (outcome,) = await self._feedback_writer.append_events.remote([event])
+        except REPLICA_LOST_ERRORS as error:
+            raise ApiError(503, "unavailable", "the feedback store is restarting; send it again", 1.0) from error
         except (OSError, RlufError) as error:
-            logger.error("feedback cannot be stored: %s", error)
+            logger.error("gateway: feedback cannot be stored: %s", error)
             raise ApiError(503, "store", "feedback cannot be stored now; send it again later", 5.0) from error
         return outcome
 
-    async def chat(self, request: ChatRequest) -> ChatReply:
-        """Answer with a policy, and log what was served before the answer goes out."""
-        name = request.model or next(iter(self._policies), "")
-        if name not in self._policies:
-            known = ", ".join(self._policies) or "none; set serve.policies"
-            raise ApiError(404, "unknown", f"model: no policy {name[:40]!r} is served here ({known})")
-        handle, _ = self._policies[name]
-        messages = plain(request.messages)
+    async def complete_chat(self, request: ChatRequest) -> ChatReply:
+        """Sample a response from a policy and log it before it is returned."""
+        policy_name = request.model or next(iter(self._policy_handles), "")
+        if policy_name not in self._policy_handles:
+            served_names = ", ".join(self._policy_handles) or "none; set serve.policies"
+            raise ApiError(404, "unknown", f"model: no policy {policy_name[:40]!r} is served here ({served_names})")
+        handle, _ = self._policy_handles[policy_name]
+        messages = to_messages(request.messages)
         seed = request.seed if request.seed is not None else uuid.uuid4().int % 2**31
         try:
-            text, reason, read, written, version = await handle.chat.remote(messages, seed)
+            completion = await handle.complete_chat.remote(messages, seed)
         except ApiError as error:
-            raise ApiError(error.status, error.kind, error.message) from error
-        except (*DEAD, RlufError) as error:
-            logger.error("policy %s failed: %s", name, error)
-            raise ApiError(503, "unavailable", f"policy {name} does not answer now; try again later", 2.0) from error
-        id_ = new_response_id()
-        event = served_event(id_, request, version, text, self._salt)
+            # A new error, since Ray's has the replica's traceback as its text.
+            raise ApiError(error.status, error.error_type, error.message) from error
+        except (*REPLICA_LOST_ERRORS, RlufError) as error:
+            logger.error("policy %s: chat failed: %s", policy_name, error)
+            raise ApiError(
+                503, "unavailable", f"policy {policy_name} is not available; try again later", 2.0
+            ) from error
+        text, finish_reason, prompt_tokens, response_tokens, version = completion
+        response_id = new_response_id()
+        event = build_served_event(response_id, request, version, text, self._user_salt)
         if event is not None:
-            await self._store(event)
-        return chat_reply(id_, name, version, text, reason, prompt_tokens=read, response_tokens=written)
+            await self._store_event(event)
+        return build_chat_reply(
+            response_id,
+            policy_name,
+            version,
+            text,
+            finish_reason,
+            prompt_tokens=prompt_tokens,
+            response_tokens=response_tokens,
+        )
 
-    async def drain(self, seconds: float) -> int:
-        """Refuse what is new, wait for what runs; returns the requests that still ran at the end of the time."""
-        self.draining = True
-        deadline = time.monotonic() + seconds
-        while self.running > 0 and time.monotonic() < deadline:
+    async def drain_requests(self, timeout_s: float) -> int:
+        """Reject new requests and wait for running ones; returns how many still run after `timeout_s`."""
+        self.is_draining = True
+        deadline = time.monotonic() + timeout_s
+        while self.running_requests > 0 and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
-        return self.running
+        return self.running_requests
+
+
+def _to_scored_items(batch_scores: BatchScores) -> list[ScoredItem]:
+    """Convert a batch's scores by objective to scores by item."""
+    version, scores_by_objective = batch_scores
+    names = list(scores_by_objective)
+    rows = zip(*scores_by_objective.values(), strict=True)
+    return [
+        ScoredItem(version, {name: Score(name, *values) for name, values in zip(names, row, strict=True)})
+        for row in rows
+    ]

@@ -1,6 +1,6 @@
-"""The door of the service, as ASGI middleware: host, token, rate, body size, deadline, and one shape for every error.
+"""ASGI middleware: host check, authentication, rate limit, body size, deadline, uniform errors.
 
-It stands before the app, so that what is refused costs nothing.
+It wraps the whole app, so that a rejected request costs neither routing nor validation.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import logging
 import time
 from typing import TYPE_CHECKING
 
-from rluf.serve.limits import ApiError, RateLimit, authorised
+from rluf.serve.limits import ApiError, ClientRateLimiter, is_authorized
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -19,112 +19,121 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-    from rluf.serve.backend import Backend
+    from rluf.serve.api import ServiceBackend
 
 logger = logging.getLogger("rluf.serve")
 
-OPEN = ("/", "/page.js", "/page.css", "/healthz")
-"""Paths without secrets, answered without a token: the page asks for the token itself."""
-HURRY_S = 1.0
-"""What Retry-After says while the service drains or was too slow."""
-INTERNAL = ApiError(500, "internal", "the service failed on this request; its log says why")
-"""What an error that nobody foresaw looks like from outside; the trace goes to the log."""
+PUBLIC_PATHS = ("/", "/page.js", "/page.css", "/healthz")
+"""Paths served without a token. The page has no secrets and asks the user for the token."""
+RETRY_AFTER_S = 1.0
+"""Retry-After while the service drains or after a request that was too slow."""
+INTERNAL_ERROR = ApiError(500, "internal", "the service failed on this request; see its log")
+"""Response for unhandled exceptions; the traceback is logged."""
 
 
-class Guard:
-    """Wraps the app."""
+class ServiceMiddleware:
+    """Enforces the rules of a backend in front of `app`, and measures every request."""
 
-    def __init__(self, app: ASGIApp, backend: Backend) -> None:
+    def __init__(self, app: ASGIApp, backend: ServiceBackend) -> None:
         self.app, self.backend = app, backend
-        self.rate = RateLimit(backend.rules.requests_per_s, time.monotonic)
+        self.rate_limiter = ClientRateLimiter(backend.rules.requests_per_s, time.monotonic)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request. Lifespan events pass through."""
+        """Handle one request; lifespan events pass through."""
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        started, metrics, status = time.monotonic(), self.backend.metrics, 500
+        # 500 until a response starts: a handler that raises past everything sends none.
+        start_time, metrics, status = time.monotonic(), self.backend.metrics, 500
 
-        async def watch(message: MutableMapping[str, Any]) -> None:
+        async def send_and_record_status(message: MutableMapping[str, Any]) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
-        self.backend.running += 1
-        metrics.running.set(self.backend.running)
+        self.backend.running_requests += 1
+        metrics.running_requests.set(self.backend.running_requests)
         try:
-            await self._guarded(scope, receive, watch)
+            await self._handle_request(scope, receive, send_and_record_status)
         finally:
-            self.backend.running -= 1
-            metrics.running.set(self.backend.running)
+            self.backend.running_requests -= 1
+            metrics.running_requests.set(self.backend.running_requests)
             route = getattr(scope.get("route"), "path", "other")
-            seconds = time.monotonic() - started
-            metrics.seconds.labels(route, str(status)).observe(seconds)
+            seconds = time.monotonic() - start_time
+            metrics.request_seconds.labels(route, str(status)).observe(seconds)
             logger.info("%s %s %d %.1f ms", scope["method"], route, status, 1000 * seconds)
 
-    async def _guarded(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
+    async def _handle_request(self, scope: Scope, receive: Receive, send: Send) -> None:
+        has_started = False
 
-        async def watch(message: MutableMapping[str, Any]) -> None:
-            nonlocal begun
-            begun = True
+        async def send_and_mark_started(message: MutableMapping[str, Any]) -> None:
+            nonlocal has_started
+            has_started = True
             await send(message)
 
         try:
-            self._check(scope)
-            body = await self._body(scope, receive)
+            self._check_request(scope)
+            body = await self._read_body(scope, receive)
             async with asyncio.timeout(self.backend.rules.deadline_s):
-                await self.app(scope, _replayed(body, receive), watch)
+                await self.app(scope, _replay_body(body, receive), send_and_mark_started)
         except ApiError as error:
-            problem = error
+            api_error = error
         except TimeoutError:
-            limit = self.backend.rules.deadline_s
-            problem = ApiError(503, "deadline", f"the answer took longer than {limit:g} s; try again later", HURRY_S)
+            deadline_s = self.backend.rules.deadline_s
+            message = f"the request took longer than {deadline_s:g} s; try again later"
+            api_error = ApiError(503, "deadline", message, RETRY_AFTER_S)
         else:
             return
-        if not begun:
-            await answer(problem, send)
+        # After the first byte the status is sent; a second response would corrupt the connection.
+        if not has_started:
+            await send_error(api_error, send)
 
-    def _check(self, scope: Scope) -> None:
+    def _check_request(self, scope: Scope) -> None:
         rules, path = self.backend.rules, scope["path"]
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        if self.backend.draining:
-            raise ApiError(503, "draining", "the service is shutting down; try again later", HURRY_S)
-        host = headers.get(b"host", "").rsplit(":", 1)[0] if not headers.get(b"host", "").endswith("]") else "[::1]"
-        if rules.hosts is not None and host not in rules.hosts:
-            raise ApiError(403, "host", f"this service answers on this machine only, not as {host[:100]!r}")
-        if path not in OPEN and not authorised(headers.get(b"authorization"), rules.token_digest):
-            raise ApiError(401, "unauthorised", "send the service's token as 'Authorization: Bearer <token>'")
-        if path != "/healthz":
-            wait = self.rate.take(str((scope.get("client") or ("unknown",))[0]))
-            if wait:
-                raise ApiError(429, "rate", f"more than {rules.requests_per_s:g} requests a second from you", wait)
-        length = headers.get(b"content-length", "0")
-        if not length.isdigit() or int(length) > rules.max_body_bytes:
-            raise self._too_large()
+        if self.backend.is_draining:
+            raise ApiError(503, "draining", "the service is shutting down; try again later", RETRY_AFTER_S)
+        host = headers.get(b"host", "")
+        if not host.endswith("]"):  # "[::1]" is an IPv6 address without a port
+            host = host.rsplit(":", 1)[0]
+        if rules.allowed_hosts is not None and host not in rules.allowed_hosts:
+            raise ApiError(403, "host", f"this service is available on this machine only, not as host {host[:100]!r}")
+        if path not in PUBLIC_PATHS and not is_authorized(headers.get(b"authorization"), rules.token_digest):
+            raise ApiError(401, "unauthorized", "send the service's token as 'Authorization: Bearer <token>'")
+        if path != "/healthz":  # probes of load balancers share one address and must never be limited
+            client_address = str((scope.get("client") or ("unknown",))[0])
+            wait_s = self.rate_limiter.acquire_token(client_address)
+            if wait_s:
+                raise ApiError(429, "rate", f"more than {rules.requests_per_s:g} requests per second from you", wait_s)
+        content_length = headers.get(b"content-length", "0")
+        if not content_length.isdigit() or int(content_length) > rules.max_body_bytes:
+            raise self._body_too_large_error()
 
-    def _too_large(self) -> ApiError:
-        limit = self.backend.rules.max_body_bytes // 1024
+    def _body_too_large_error(self) -> ApiError:
+        limit_kib = self.backend.rules.max_body_bytes // 1024
         return ApiError(
-            413, "too_large", f"the body is longer than {limit} KiB (serve.max_body_kib); send less at once"
+            413, "too_large", f"the body is longer than {limit_kib} KiB (serve.max_body_kib); split the request"
         )
 
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """The whole body, at most as long as allowed, whatever Content-Length says; JSON must be UTF-8."""
-        parts, size, more = [], 0, True
+    async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
+        """Read the complete body and enforce the size limit, whatever Content-Length says; POST bodies must be UTF-8.
+
+        The whole body is read before the app runs, so a slow client cannot hold a model's time.
+        """
+        chunks, body_bytes, has_more = [], 0, True
         async with asyncio.timeout(self.backend.rules.deadline_s):
-            while more:
+            while has_more:
                 message = await receive()
                 if message["type"] == "http.disconnect":
-                    raise ApiError(400, "gone", "the client left before its request was whole")
-                part = message.get("body", b"")
-                size += len(part)
-                if size > self.backend.rules.max_body_bytes:
-                    raise self._too_large()
-                parts.append(part)
-                more = message.get("more_body", False)
-        body = b"".join(parts)
+                    raise ApiError(400, "gone", "the client disconnected before its request was complete")
+                chunk = message.get("body", b"")
+                body_bytes += len(chunk)
+                if body_bytes > self.backend.rules.max_body_bytes:
+                    raise self._body_too_large_error()
+                chunks.append(chunk)
+                has_more = message.get("more_body", False)
+        body = b"".join(chunks)
         if scope["method"] == "POST":
             try:
                 body.decode("utf-8")
@@ -133,23 +142,23 @@ class Guard:
         return body
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A receive that gives the body that was read already, then whatever comes."""
-    given = False
+def _replay_body(body: bytes, receive: Receive) -> Receive:
+    """Build a receive callable that returns the body already read, then passes on to the original one."""
+    was_replayed = False
 
-    async def replay() -> MutableMapping[str, Any]:
-        nonlocal given
-        if given:
+    async def receive_body() -> MutableMapping[str, Any]:
+        nonlocal was_replayed
+        if was_replayed:
             return await receive()
-        given = True
+        was_replayed = True
         return {"type": "http.request", "body": body, "more_body": False}
 
-    return replay
+    return receive_body
 
 
-async def answer(problem: ApiError, send: Send) -> None:
+async def send_error(error: ApiError, send: Send) -> None:
     """Send an error as JSON."""
-    headers = {"content-type": "application/json", **problem.headers}
+    headers = {"content-type": "application/json", **error.headers}
     pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
-    await send({"type": "http.response.start", "status": problem.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": json.dumps(problem.body).encode()})
+    await send({"type": "http.response.start", "status": error.status, "headers": pairs})
+    await send({"type": "http.response.body", "body": json.dumps(error.body).encode()})

@@ -1,4 +1,4 @@
-"""Served policies: vLLM's engine behind Ray Serve, with new weights taken in place."""
+"""Ray Serve deployment of a policy: a vLLM engine whose weights can be replaced in place."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError
 
-from rluf.backends.weight_transfer.manifest import Checklist, checkpoint_files
+from rluf.backends.weight_transfer.base import WeightManifest, list_checkpoint_files
 from rluf.config.policy import ModelSettings, RolloutSettings
 from rluf.config.run import ClusterSettings
 from rluf.config.settings import Settings
-from rluf.errors import LostError, ModelError, RlufError
+from rluf.errors import ActorLostError, ModelError, RlufError
 from rluf.serve.limits import ApiError
 from rluf.types import Message
 
@@ -23,189 +23,204 @@ if TYPE_CHECKING:
     import torch
 
     from rluf.backends.vllm.engine import RolloutEngine
-    from rluf.backends.weight_transfer.base import Sender
+    from rluf.backends.weight_transfer.base import WeightSender
 
 logger = logging.getLogger("rluf.serve")
 
 BUCKET_BYTES = 256 << 20
-"""Weights that are read from disk and handed to the engine at once."""
+"""Bytes of weights that are read from disk and sent to the engine at once; bounds host memory."""
+ENGINE_SETTING_KEYS = {"model", "rollout", "cluster", "seed"}
+"""Settings sections that an engine reads. Changes of other sections do not restart a policy."""
 
 
-TOLD = {"model", "rollout", "cluster", "seed"}
-"""What an engine reads of the settings; a change elsewhere starts no policy anew."""
-
-
-def engine_settings(told: str) -> Settings:
-    """Settings with the parts TOLD of JSON, and defaults for all others.
-
-    The rules between keys were kept where all keys were known; parts of them need not go with the others' defaults.
-    """
-    parts: dict[str, Any] = json.loads(told)
+def load_engine_settings(settings_json: str) -> Settings:
+    """Load the sections ENGINE_SETTING_KEYS from JSON; every other section has its defaults."""
+    sections: dict[str, Any] = json.loads(settings_json)
+    # model_construct skips the rules between sections: the driver has checked them on the complete settings, and they
+    # need not hold between these sections and the defaults of the others.
     return Settings.model_construct(
-        model=ModelSettings.model_validate(parts["model"]),
-        rollout=RolloutSettings.model_validate(parts["rollout"]),
-        cluster=ClusterSettings.model_validate(parts["cluster"]),
-        seed=parts["seed"],
+        model=ModelSettings.model_validate(sections["model"]),
+        rollout=RolloutSettings.model_validate(sections["rollout"]),
+        cluster=ClusterSettings.model_validate(sections["cluster"]),
+        seed=sections["seed"],
     )
 
 
-class Answer(NamedTuple):
-    """What a policy said, why it ended, tokens read and written, and the version of the policy that said it."""
+class ChatCompletion(NamedTuple):
+    """A sampled response, its finish reason, its token counts and the policy version that produced it."""
 
     text: str
-    reason: str
-    read: int
-    written: int
-    version: str
+    finish_reason: str
+    prompt_tokens: int
+    response_tokens: int
+    policy_version: str
 
 
-class Policy:
-    """One replica of a policy. A plain class; `application` makes it a deployment."""
+class PolicyDeployment:
+    """One replica of a policy. `application` turns this plain class into a deployment."""
 
-    def __init__(self, told: str) -> None:
-        """`told` holds settings as JSON, at least those TOLD. Nothing is loaded yet."""
-        self._settings = engine_settings(told)
+    def __init__(self, settings_json: str) -> None:
+        """`settings_json` has at least the sections ENGINE_SETTING_KEYS. Nothing is loaded yet."""
+        self._settings = load_engine_settings(settings_json)
         self._engine: RolloutEngine | None = None
-        self._version, self._wanted, self._number = "", "", 0
-        self._open = asyncio.Event()
-        self._running = 0
-        self._turn = asyncio.Lock()
-        self._changes: set[asyncio.Task[None]] = set()
-        self._lost: str | None = None
+        self._served_version, self._wanted_version, self._sync_count = "", "", 0
+        self._chats_allowed = asyncio.Event()
+        self._running_chats = 0
+        self._change_lock = asyncio.Lock()
+        self._change_tasks: set[asyncio.Task[None]] = set()
+        self._failure: str | None = None
 
-    async def reconfigure(self, chosen: dict[str, Any]) -> None:
-        """Take the policy that the deployment's user_config names (path, version).
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Load the policy of the deployment's user_config (path, version).
 
-        The first starts the engine before the replica counts as started. Later ones replace its weights between two
-        chats, and of several the last one counts. One that cannot be read or does not fit leaves the present one in
-        place and an error in the log; one that breaks off half-way ends the replica's health.
+        The first call starts the engine before Ray Serve counts the replica as started. Later calls replace the
+        weights between two chats; of several pending ones only the newest is used. If a version cannot be read or has
+        other shapes, the present one stays and the error is logged. A transfer that fails halfway makes the replica
+        unhealthy.
         """
-        path, self._wanted = Path(chosen["path"]), str(chosen["version"])
+        policy_folder, self._wanted_version = Path(user_config["path"]), str(user_config["version"])
         if self._engine is None:
-            await self._start(path, self._wanted)
+            await self._start_engine(policy_folder, self._wanted_version)
         else:
-            change = asyncio.create_task(self._change(path, self._wanted))
-            self._changes.add(change)
-            change.add_done_callback(self._changed)
+            task = asyncio.create_task(self._replace_weights(policy_folder, self._wanted_version))
+            self._change_tasks.add(task)
+            task.add_done_callback(self._on_change_done)
 
     async def check_health(self) -> None:
-        """Raises LostError once the engine is of no more use; Ray Serve then starts the replica anew."""
+        """Raise ActorLostError once the engine is unusable; Ray Serve then restarts the replica."""
         engine = self._engine
-        if engine is not None and (self._lost or not engine.health()["alive"]):
-            raise LostError(self._lost or f"the engine of policy {self._version} has died", self._version)
+        if engine is not None and (self._failure or not engine.get_health()["alive"]):
+            raise ActorLostError(
+                self._failure or f"the engine of policy {self._served_version} has died", self._served_version
+            )
 
     async def describe(self) -> str:
-        """The version that is served."""
-        return self._version
+        """Return the served policy version."""
+        return self._served_version
 
-    async def chat(self, messages: Sequence[Message], seed: int) -> Answer:
-        """One response. Raises ApiError 422 for a conversation that is too long, RlufError when the engine fails."""
+    async def complete_chat(self, messages: Sequence[Message], seed: int) -> ChatCompletion:
+        """Sample one response. Raises ApiError 422 for a too long conversation, RlufError if the engine fails."""
         from rluf.models.hub import render_prompt
 
-        while not self._open.is_set():
-            await self._open.wait()
-        engine, version = self._engine, self._version
-        if engine is None or self._lost:
-            raise LostError(self._lost or "the replica was asked before it had a policy", version)
-        ids = render_prompt(self._tokenizer, messages)
-        limit = self._settings.rollout.max_prompt_tokens
-        if len(ids) > limit:
-            raise ApiError(422, "too_long", f"the conversation has {len(ids)} tokens, the policy reads {limit} at most")
-        self._running += 1
+        # A loop, because the next update may have closed the gate again before this task runs.
+        while not self._chats_allowed.is_set():
+            await self._chats_allowed.wait()
+        engine, version = self._engine, self._served_version
+        if engine is None or self._failure:
+            raise ActorLostError(self._failure or "the replica was called before its policy was loaded", version)
+        prompt_ids = render_prompt(self._tokenizer, messages)
+        max_tokens = self._settings.rollout.max_prompt_tokens
+        if len(prompt_ids) > max_tokens:
+            raise ApiError(
+                422, "too_long", f"the conversation has {len(prompt_ids)} tokens, the policy reads at most {max_tokens}"
+            )
+        # No await between the gate above and this increment: a weight update waits only for the chats it can count.
+        self._running_chats += 1
         try:
-            (draft,) = await engine.generate(ids, [seed])
+            (generation,) = await engine.generate(prompt_ids, [seed])
         finally:
-            self._running -= 1
-        return Answer(draft.text, draft.finish_reason, len(ids), len(draft.response_ids), version)
+            self._running_chats -= 1
+        return ChatCompletion(
+            generation.text, generation.finish_reason, len(prompt_ids), len(generation.response_ids), version
+        )
 
-    async def _start(self, path: Path, version: str) -> None:
-        from rluf.backends.vllm.engine import RolloutEngine, set_environment
-        from rluf.backends.weight_transfer.base import ShmSender
+    async def _start_engine(self, policy_folder: Path, version: str) -> None:
+        from rluf.backends.vllm.engine import RolloutEngine, set_vllm_environment
+        from rluf.backends.weight_transfer.shm import ShmSender
         from rluf.models.hub import load_tokenizer
 
-        set_environment(self._settings)
-        engine = RolloutEngine(f"policy {version}", 0, self._settings, path)
+        set_vllm_environment(self._settings)
+        engine = RolloutEngine(f"policy {version}", 0, self._settings, policy_folder)
         await engine.start()
-        self._tokenizer = load_tokenizer(path)
-        self._begin(engine, ShmSender(), path, version)
+        self._tokenizer = load_tokenizer(policy_folder)
+        self._serve_version(engine, ShmSender(), policy_folder, version)
 
-    def _begin(self, engine: RolloutEngine, sender: Sender, path: Path, version: str) -> None:
-        """Serve `version` by a started engine; later ones reach it through `sender`."""
-        self._shapes = Checklist(path, engine.tied).expected
-        self._engine, self._sender, self._version = engine, sender, version
-        self._open.set()
+    def _serve_version(self, engine: RolloutEngine, sender: WeightSender, policy_folder: Path, version: str) -> None:
+        """Serve `version` with a started engine; `sender` transfers later versions to it."""
+        self._expected_shapes = WeightManifest(policy_folder, engine.has_tied_embeddings).expected_shapes
+        self._engine, self._weight_sender, self._served_version = engine, sender, version
+        self._chats_allowed.set()
 
-    async def _change(self, path: Path, version: str) -> None:
-        """Put the weights of another folder into the running engine, as the train loop publishes them."""
+    async def _replace_weights(self, policy_folder: Path, version: str) -> None:
+        """Load the weights of another folder into the running engine, by the same path as weight sync in training."""
         engine = self._engine
-        async with self._turn:
-            if engine is None or self._lost or version != self._wanted or version == self._version:
+        async with self._change_lock:
+            if engine is None or self._failure or version != self._wanted_version or version == self._served_version:
                 return
             try:
-                checklist = await asyncio.to_thread(Checklist, path, engine.tied)
-                check_same_shape(self._shapes, checklist.expected, path)
+                manifest = await asyncio.to_thread(WeightManifest, policy_folder, engine.has_tied_embeddings)
+                check_same_shapes(self._expected_shapes, manifest.expected_shapes, policy_folder)
             except (RlufError, OSError, ValueError, KeyError, SafetensorError):
-                logger.exception("policy version %s cannot be taken; the present one stays", version)
+                logger.exception("policy: version %s cannot be loaded; the present version stays", version)
                 return
-            self._open.clear()
-            whole = False
+            self._chats_allowed.clear()
+            is_complete = False
             try:
-                while self._running:
+                while self._running_chats:
                     await asyncio.sleep(0.01)
-                await self._publish(engine, path, checklist)
-                self._version, whole = version, True
-                logger.warning("serving policy version %s now", version)
+                await self._transfer_weights(engine, policy_folder, manifest)
+                self._served_version, is_complete = version, True
+                logger.warning("policy: serving version %s", version)
             finally:
-                if not whole:  # only a new engine is sure to be whole
-                    self._lost = f"policy version {version} could not be loaded; the replica starts anew"
-                self._open.set()
+                # A partial transfer leaves a mix of two versions in the engine; only a new engine is consistent.
+                if not is_complete:
+                    self._failure = f"policy version {version} could not be loaded; the replica restarts"
+                # Opened in any case: waiting chats must see the failure instead of waiting forever.
+                self._chats_allowed.set()
 
-    def _changed(self, change: asyncio.Task[None]) -> None:
-        """Log what a change broke off with."""
-        self._changes.discard(change)
-        if not change.cancelled() and change.exception() is not None:
-            logger.error("%s", self._lost or "a policy version cannot be taken", exc_info=change.exception())
+    def _on_change_done(self, change_task: asyncio.Task[None]) -> None:
+        """Log the error of a failed weight change; nothing awaits the task."""
+        self._change_tasks.discard(change_task)
+        if not change_task.cancelled() and change_task.exception() is not None:
+            message = self._failure or "a version cannot be loaded"
+            logger.error("policy: %s", message, exc_info=change_task.exception())
 
-    async def _publish(self, engine: RolloutEngine, path: Path, checklist: Checklist) -> None:
-        sender = self._sender
-        self._number += 1
-        await engine.begin_update(sender.offer(self._number))
-        buckets = weights(path, checklist)
+    async def _transfer_weights(self, engine: RolloutEngine, policy_folder: Path, manifest: WeightManifest) -> None:
+        sender = self._weight_sender
+        self._sync_count += 1
+        await engine.begin_weight_update(sender.begin(self._sync_count))
+        buckets = iter_weight_buckets(policy_folder, manifest)
         while (bucket := await asyncio.to_thread(next, buckets, None)) is not None:
-            await engine.update(await asyncio.to_thread(sender.send, bucket))
-        await engine.finish_update(self._number)
-        sender.finish()
+            await engine.load_weight_bucket(await asyncio.to_thread(sender.send_bucket, bucket))
+        await engine.finish_weight_update(self._sync_count)
+        sender.end()
 
 
-def weights(folder: Path, checklist: Checklist) -> Iterator[list[tuple[str, torch.Tensor]]]:
-    """Named tensors of a Hugging Face folder in buckets: each that its `checklist` has, once."""
+def iter_weight_buckets(folder: Path, manifest: WeightManifest) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """Yield the named tensors of a Hugging Face folder in buckets: every tensor of `manifest`, once."""
     from safetensors import safe_open
 
-    left = set(checklist.expected)
+    remaining_names = set(manifest.expected_shapes)
     bucket: list[tuple[str, torch.Tensor]] = []
-    size = 0
-    for file in checkpoint_files(folder):
-        with safe_open(str(file), framework="pt") as opened:
-            for name in sorted(left.intersection(opened.keys())):
-                tensor = opened.get_tensor(name)
-                left.remove(name)
+    bucket_bytes = 0
+    for file in list_checkpoint_files(folder):
+        with safe_open(str(file), framework="pt") as checkpoint:
+            for name in sorted(remaining_names.intersection(checkpoint.keys())):
+                tensor = checkpoint.get_tensor(name)
+                remaining_names.remove(name)
                 bucket.append((name, tensor))
-                if name == checklist.copied:
+                # Checkpoints with tied embeddings store one tensor for both, but the engine expects both names.
+                if name == manifest.lm_head_source:
                     bucket.append(("lm_head.weight", tensor))
-                size += tensor.numel() * tensor.element_size()
-                if size >= BUCKET_BYTES:
+                bucket_bytes += tensor.numel() * tensor.element_size()
+                if bucket_bytes >= BUCKET_BYTES:
                     yield bucket
-                    bucket, size = [], 0
+                    bucket, bucket_bytes = [], 0
     if bucket:
         yield bucket
 
 
-def check_same_shape(ours: Mapping[str, tuple[int, ...]], theirs: Mapping[str, tuple[int, ...]], other: Path) -> None:
-    """Raise ModelError when the weights in `other` differ in name or shape from those that the engine expects."""
-    wrong = sorted(name for name in ours.keys() | theirs.keys() if ours.get(name) != theirs.get(name))
-    if wrong:
-        name = wrong[0]
+def check_same_shapes(
+    expected_shapes: Mapping[str, tuple[int, ...]], new_shapes: Mapping[str, tuple[int, ...]], new_folder: Path
+) -> None:
+    """Raise ModelError when the weights in `new_folder` differ in name or shape from those that the engine expects."""
+    different_names = sorted(
+        name for name in expected_shapes.keys() | new_shapes.keys() if expected_shapes.get(name) != new_shapes.get(name)
+    )
+    if different_names:
+        name = different_names[0]
         raise ModelError(
-            f"{other} does not fit the running engine: {name} is {theirs.get(name, 'missing')}, it was "
-            f"{ours.get(name, 'missing')} ({len(wrong)} tensors differ); serve it under another name"
+            f"{new_folder} does not fit the running engine: {name} has shape {new_shapes.get(name, 'missing')}, "
+            f"expected {expected_shapes.get(name, 'missing')} ({len(different_names)} tensors differ); serve it under "
+            "another name"
         )

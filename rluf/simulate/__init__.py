@@ -1,1 +1,1 @@
-"""A population of users with hidden taste: the ground truth of experiments. No ray, vllm or deepspeed here."""
+"""Simulated users with hidden preferences: a world with known ground truth for experiments and the shipped log."""

@@ -1,4 +1,4 @@
-"""Make a log: simulated users read real responses of the base model and put hearts on some.
+"""Simulate a feedback log: users with known preferences react to real responses of the base model.
 
 Writes feedback, preferences, safety and prompts files that rluf.prepare reads like any other log.
 python -m rluf.simulate --config configs/simulate.yaml simulate.output=runs/simulated
@@ -12,113 +12,138 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rluf.config.cli import guard, parse
+from rluf.config.cli import parse_command_line, run_command
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
-    from rluf.simulate.log import Served
-    from rluf.simulate.styles import Order
-    from rluf.train.actor_groups import Crew
+    from rluf.simulate.log import ServedResponse
+    from rluf.simulate.styles import ServingOrder
+    from rluf.train.actor_groups import ActorGroups
     from rluf.types import Prompt
 
 logger = logging.getLogger("rluf.simulate")
 
 
-def simulate(settings: Settings, out: Path) -> dict[str, int]:
-    """Write a log to the folder `out`; returns rows by kind. Ray must be initialised.
+def simulate_log(settings: Settings, output_folder: Path) -> dict[str, int]:
+    """Write a log to `output_folder`; returns the number of rows by kind. Ray must be initialized.
 
-    Raises DataError when `out` holds other files, ModelError, ResourceError, StallError; nothing half-written stays.
+    Raises DataError if the folder contains other files, ModelError, ResourceError, DeadlineError; no partial log
+    remains.
     """
     from rluf.models.hub import resolve_model
-    from rluf.simulate.log import build_log, check_folder, prompt_rows, write_log
+    from rluf.simulate.log import build_log, build_prompt_rows, check_output_folder, write_log
     from rluf.simulate.prompts import load_prompts
-    from rluf.simulate.styles import traffic
-    from rluf.utils.paths import cache_dir
+    from rluf.simulate.styles import plan_traffic
+    from rluf.utils.paths import resolve_cache_folder
 
-    check_folder(out)
+    check_output_folder(output_folder)
     prompts = load_prompts()
-    orders = traffic(prompts, settings.simulate.responses_per_prompt)
-    model = resolve_model(settings.model.path, cache_dir(settings))
-    served = asyncio.run(sample(settings, model, orders))
-    log = build_log(served, settings.simulate, settings.seed) | {"prompts": prompt_rows(prompts)}
-    write_log(log, out)
-    hearts = sum(row["reaction"] == "love" for row in log["feedback"])
-    logger.info("%d responses of %d model versions, %d of %d events loved", len(served),
-                len({order.style.name for order in orders}), hearts, len(log["feedback"]))  # fmt: skip
+    orders = plan_traffic(prompts, settings.simulate.responses_per_prompt)
+    model_path = resolve_model(settings.model.path, resolve_cache_folder(settings))
+    served_responses = asyncio.run(sample_responses(settings, model_path, orders))
+    log = build_log(served_responses, settings.simulate, settings.seed) | {"prompts": build_prompt_rows(prompts)}
+    write_log(log, output_folder)
+    love_count = sum(row["reaction"] == "love" for row in log["feedback"])
+    version_count = len({order.model_version.name for order in orders})
+    logger.info(
+        "%s: responses=%d model_versions=%d events=%d loved=%d",
+        output_folder,
+        len(served_responses),
+        version_count,
+        len(log["feedback"]),
+        love_count,
+    )
     return {kind: len(rows) for kind, rows in log.items()}
 
 
-async def sample(settings: Settings, model: Path, orders: Sequence[Order]) -> list[Served]:
-    """Responses of the model versions to their prompts, in the order of `orders`.
+async def sample_responses(
+    settings: Settings, model_path: Path, orders: Sequence[ServingOrder]
+) -> list[ServedResponse]:
+    """Sample the responses of the model versions, in the order of `orders`.
 
-    An engine samples at one temperature, so versions take turns by temperature on fresh engines.
+    An engine samples at one temperature, so the versions are grouped by temperature, each group on new engines.
     """
     from rluf.models.hub import load_tokenizer, render_prompt
-    from rluf.train.actor_groups import Supervisor
+    from rluf.train.actor_groups import ActorSupervisor
     from rluf.types import Prompt
 
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model_path)
     prompts: list[Prompt] = []
     for order in orders:
-        messages = order.style.messages(order.prompt)
-        name = f"{order.prompt.id}/{order.style.name}"
-        prompts.append(Prompt(name, messages, render_prompt(tokenizer, messages), order.prompt.topic, "train"))
-    longest = max(len(prompt.token_ids) for prompt in prompts)
-    answers: dict[str, list[Served]] = {}
-    for temperature in sorted({order.style.temperature for order in orders}):
-        turn = [pair for pair in zip(orders, prompts, strict=True) if pair[0].style.temperature == temperature]
-        rollout = settings.rollout.model_copy(update={"temperature": temperature, "max_prompt_tokens": longest})
-        tuned = settings.model_copy(update={"rollout": rollout})
-        async with Supervisor(tuned, model, {}, learners=False) as supervisor:
-            answers |= await supervisor.run(serve(tuned, supervisor.crew, turn))
-    return [response for prompt in prompts for response in answers[prompt.id]]
+        messages = order.model_version.build_messages(order.prompt)
+        prompt_id = f"{order.prompt.id}/{order.model_version.name}"
+        prompts.append(Prompt(prompt_id, messages, render_prompt(tokenizer, messages), order.prompt.topic, "train"))
+    max_prompt_tokens = max(len(prompt.token_ids) for prompt in prompts)
+    responses_by_prompt: dict[str, list[ServedResponse]] = {}
+    for temperature in sorted({order.model_version.temperature for order in orders}):
+        ordered_prompts = [
+            (order, prompt)
+            for order, prompt in zip(orders, prompts, strict=True)
+            if order.model_version.temperature == temperature
+        ]
+        rollout_settings = settings.rollout.model_copy(
+            update={"temperature": temperature, "max_prompt_tokens": max_prompt_tokens}
+        )
+        engine_settings = settings.model_copy(update={"rollout": rollout_settings})
+        async with ActorSupervisor(engine_settings, model_path, {}, with_learners=False) as supervisor:
+            responses_by_prompt |= await supervisor.run_monitored(
+                generate_responses(engine_settings, supervisor.actor_groups, ordered_prompts)
+            )
+    return [response for prompt in prompts for response in responses_by_prompt[prompt.id]]
 
 
-async def serve(settings: Settings, crew: Crew, turn: Sequence[tuple[Order, Prompt]]) -> dict[str, list[Served]]:
-    """Spread the prompts over the rollout actors, as many at once as their engines hold; answers by prompt id."""
+async def generate_responses(
+    settings: Settings, actor_groups: ActorGroups, ordered_prompts: Sequence[tuple[ServingOrder, Prompt]]
+) -> dict[str, list[ServedResponse]]:
+    """Generate on all rollout actors, limited to the concurrency of their engines; responses by prompt id."""
     import ray
 
-    from rluf.simulate.log import Served
-    from rluf.tracking.console import Progress
-    from rluf.train.actor_groups import within
+    from rluf.simulate.log import ServedResponse
+    from rluf.tracking.console import PhaseProgress
+    from rluf.train.actor_calls import call_with_timeout
     from rluf.types import Group
 
-    room = asyncio.Semaphore(settings.rollout.concurrency * len(crew.rollouts))
-    answers: dict[str, list[Served]] = {}
-    with Progress(f"sample at temperature {settings.rollout.temperature:g}", len(turn), unit="prompts") as progress:
+    slots = asyncio.Semaphore(settings.rollout.concurrency * len(actor_groups.rollout_actors))
+    responses_by_prompt: dict[str, list[ServedResponse]] = {}
+    with PhaseProgress(
+        f"sample at temperature {settings.rollout.temperature:g}", len(ordered_prompts), unit="prompts"
+    ) as progress:
 
-        async def ask(number: int, order: Order, prompt: Prompt) -> None:
-            member = crew.rollouts[number % len(crew.rollouts)]
-            generate = member.handle.generate.options(num_returns=2)
-            async with room:
-                reference, info = generate.remote(prompt, order.responses, settings.seed)
-                await within(info, settings.rollout.deadline_s, f"{member} ({prompt.id})")
+        async def generate_for_prompt(order_index: int, order: ServingOrder, prompt: Prompt) -> None:
+            actor = actor_groups.rollout_actors[order_index % len(actor_groups.rollout_actors)]
+            generate = actor.handle.generate_group.options(num_returns=2)
+            async with slots:
+                reference, info = generate.remote(prompt, order.response_count, settings.seed)
+                await call_with_timeout(info, settings.timeouts.rollout_s, f"{actor} ({prompt.id})")
+            # ray.get blocks; a thread keeps the event loop free for the other prompts.
             group: Group = await asyncio.to_thread(ray.get, reference)
-            answers[prompt.id] = [
-                Served(order.prompt, order.style.name, sample.text, sample.finish_reason == "stop")
+            responses_by_prompt[prompt.id] = [
+                ServedResponse(order.prompt, order.model_version.name, sample.text, sample.finish_reason == "stop")
                 for sample in group.samples
             ]
             progress.advance()
 
-        await asyncio.gather(*(ask(number, *pair) for number, pair in enumerate(turn)))
-    return answers
+        await asyncio.gather(*(generate_for_prompt(index, *pair) for index, pair in enumerate(ordered_prompts)))
+    return responses_by_prompt
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code; errors of the user's are one clear message (see rluf.config.cli.guard)."""
-    settings = parse("simulate", __doc__ or "", arguments).settings
+    """Run the command; returns the exit code, and an error is one message on stderr."""
+    settings = parse_command_line("simulate", __doc__ or "", arguments).settings
 
     def run() -> None:
-        from cluster.connect import connected
+        from cluster.connect import ray_connection
         from rluf.tracking.console import setup_logging
 
         setup_logging()
-        out = Path(settings.simulate.output).expanduser().resolve()
-        with connected(settings):
-            counts = simulate(settings, out)
-        logger.info("log: %s (%s)", out, ", ".join(f"{number} {kind}" for kind, number in counts.items()))
+        output_folder = Path(settings.simulate.output).expanduser().resolve()
+        with ray_connection(settings):
+            counts = simulate_log(settings, output_folder)
+        logger.info(
+            "%s: rows written: %s", output_folder, " ".join(f"{kind}={count}" for kind, count in counts.items())
+        )
 
-    return guard(run)
+    return run_command(run)
 
 
 if __name__ == "__main__":

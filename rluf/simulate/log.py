@@ -1,4 +1,4 @@
-"""From responses to a log: simulated users read them, raters compare and label them, files are written whole or not."""
+"""Simulated log: users react to responses, raters compare and label them, and the files are written atomically."""
 
 from __future__ import annotations
 
@@ -20,136 +20,159 @@ from scipy.special import expit
 
 from rluf.config.data import SimulateSettings
 from rluf.errors import DataError, ResourceError
-from rluf.simulate.ground_truth import Gold, judge
+from rluf.simulate.ground_truth import GroundTruth, true_scores
 from rluf.simulate.prompts import SimulatedPrompt
-from rluf.simulate.users import Items, Population, act, calibration_shift, love_logits
+from rluf.simulate.users import ResponseFeatures, UserPopulation, find_logit_shift, love_logits, simulate_reactions
 from rluf.simulate.world import WORLD
 from rluf.types import Message
 
 FIRST_DAY = datetime(2025, 5, 1, tzinfo=UTC)
-DAYS = 28
+LOG_DAYS = 28
 ACTIVITY_SHAPE = 0.8
+"""Shape of the gamma distribution of user activity; below 1, so a few users read most responses."""
 RISKY_LABEL_SHARE = 0.65
-TIE = 0.05
-LOST_SHARE = 0.03
-KINDS = ("feedback", "preferences", "safety", "prompts")
-FILES = frozenset(f"{kind}.jsonl.gz" for kind in KINDS)
+"""Share of safety labels on risky prompts; few responses to other prompts are unsafe."""
+MIN_HELPFULNESS_GAP = 0.05
+"""Pairs with a smaller difference in helpfulness are ties and are not rated."""
+MISSING_CONTINUED_SHARE = 0.03
+"""Share of events without a `continued` value, as in real logs."""
+FILE_KINDS = ("feedback", "preferences", "safety", "prompts")
+LOG_FILE_NAMES = frozenset(f"{kind}.jsonl.gz" for kind in FILE_KINDS)
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
-    """A response of model version `style` to `prompt`; `finished` is false when the token limit cut it."""
+class ServedResponse:
+    """Response of a model version to a prompt; `is_finished` is false if the token limit truncated it."""
 
     prompt: SimulatedPrompt
-    style: str
+    model_version: str
     text: str
-    finished: bool
+    is_finished: bool
 
 
-def build_log(served: Sequence[Served], settings: SimulateSettings, seed: int) -> dict[str, list[Row]]:
-    """Rows of the feedback, preferences and safety files. Equal inputs give equal rows.
+def build_log(
+    served_responses: Sequence[ServedResponse], settings: SimulateSettings, seed: int
+) -> dict[str, list[Row]]:
+    """Build the rows of the feedback, preferences and safety files. Equal inputs give equal rows.
 
-    Responses without text are never served. Each response is served once before any is served again. Raises DataError
-    when there are too few responses to compare or label.
+    Empty responses are never served. Each response is served once before any is served again. DataError if there are
+    too few responses to compare or label.
     """
-    responses = [item for item in served if item.text.strip()]
+    responses = [response for response in served_responses if response.text.strip()]
     if len(responses) < 2:
-        raise DataError(f"the model gave {len(responses)} responses with text; use an instruct model in model.path")
-    golds = [judge(item.prompt.messages, item.prompt.topic, item.text, item.finished) for item in responses]
-    streams = np.random.SeedSequence(seed).spawn(3)
-    feedback, preferences, safety = (np.random.default_rng(stream) for stream in streams)
+        raise DataError(
+            f"expected 2 or more responses with text from the model, got {len(responses)}; set model.path to an "
+            "instruct model"
+        )
+    truths = [
+        true_scores(response.prompt.messages, response.prompt.topic, response.text, response.is_finished)
+        for response in responses
+    ]
+    # One stream per file: more rows in one do not change the others.
+    seeds = np.random.SeedSequence(seed).spawn(3)
+    feedback_rng, preference_rng, safety_rng = (np.random.default_rng(stream) for stream in seeds)
     return {
-        "feedback": _feedback(responses, golds, settings, seed, feedback),
-        "preferences": _preferences(responses, golds, settings.preference_pairs, preferences),
-        "safety": _safety(responses, golds, settings.safety_labels, safety),
+        "feedback": _feedback_rows(responses, truths, settings, seed, feedback_rng),
+        "preferences": _preference_rows(responses, truths, settings.preference_pairs, preference_rng),
+        "safety": _safety_rows(responses, truths, settings.safety_labels, safety_rng),
     }
 
 
-def prompt_rows(prompts: Iterable[SimulatedPrompt]) -> list[Row]:
-    """Rows of the prompts file: train and test prompts, the latter nowhere else in the log."""
+def build_prompt_rows(prompts: Iterable[SimulatedPrompt]) -> list[Row]:
+    """Rows of the prompts file: train and test prompts; test prompts are nowhere else in the log."""
     return [
-        {"id": prompt.id, "messages": _plain(prompt.messages), "topic": prompt.topic, "split": prompt.split}
+        {"id": prompt.id, "messages": _message_dicts(prompt.messages), "topic": prompt.topic, "split": prompt.split}
         for prompt in prompts
     ]
 
 
-def check_folder(folder: Path) -> None:
-    """DataError unless `folder` is new or holds nothing but a log of an earlier run, which would be replaced."""
+def check_output_folder(folder: Path) -> None:
+    """Raise DataError unless `folder` is new or contains only the log of an earlier run, which would be replaced."""
     if folder.exists() and not folder.is_dir():
-        raise DataError(f"simulate.output={folder} is a file; name a folder")
-    strangers = sorted(file.name for file in folder.iterdir() if file.name not in FILES) if folder.is_dir() else []
-    if strangers:
+        raise DataError(f"simulate.output={folder} is a file; give a folder")
+    file_names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+    other_files = sorted(name for name in file_names if name not in LOG_FILE_NAMES)
+    if other_files:
         raise DataError(
-            f"simulate.output={folder} holds other files ({strangers[0]}); name a new folder: it is replaced whole"
+            f"simulate.output={folder} contains other files ({other_files[0]}); give a new folder, because the log "
+            "replaces the folder"
         )
 
 
 def write_log(log: Mapping[str, Sequence[Row]], folder: Path) -> None:
-    """Write <kind>.jsonl.gz files into `folder`, which appears or changes as a whole. Equal rows give equal bytes.
+    """Write <kind>.jsonl.gz files into `folder` atomically. Equal rows give equal bytes.
 
-    Raises DataError when `folder` holds other files, ResourceError when the place cannot be written.
+    DataError if `folder` contains other files, ResourceError if it cannot be written.
     """
-    check_folder(folder)
+    check_output_folder(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        temporary_folder = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            fresh, old = scratch / "new", scratch / "old"
-            fresh.mkdir()
+            new_folder, old_folder = temporary_folder / "new", temporary_folder / "old"
+            new_folder.mkdir()
             for kind, rows in log.items():
                 lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-                (fresh / f"{kind}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), 9, mtime=0))
+                # mtime=0: equal logs must be equal bytes.
+                (new_folder / f"{kind}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), 9, mtime=0))
             if folder.exists():
-                os.replace(folder, old)
-            os.replace(fresh, folder)
+                os.replace(folder, old_folder)
+            os.replace(new_folder, folder)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            shutil.rmtree(temporary_folder, ignore_errors=True)
     except OSError as error:
         raise ResourceError(
-            f"cannot write the log to {folder}: {error}; free some disk or set simulate.output"
+            f"cannot write the log to {folder}: {error}; free disk space or change simulate.output"
         ) from error
 
 
-def _plain(messages: Sequence[Message]) -> list[dict[str, str]]:
+def _message_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-def _name(*parts: object) -> str:
-    """A short hashed name: stable, and without meaning."""
+def _hashed_id(*parts: object) -> str:
+    """Short hashed name: stable, and without meaning."""
     return hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
-def _feedback(
-    responses: Sequence[Served], golds: Sequence[Gold], settings: SimulateSettings, seed: int, rng: np.random.Generator
+def _feedback_rows(
+    responses: Sequence[ServedResponse],
+    truths: Sequence[GroundTruth],
+    settings: SimulateSettings,
+    seed: int,
+    rng: np.random.Generator,
 ) -> list[Row]:
-    """One row per served response, in the order of time."""
-    items = Items.of(golds, [response.prompt.topic for response in responses])
-    people = Population.draw(settings.users, rng)
-    rounds = -(-settings.events // len(responses))
-    item = np.concatenate([rng.permutation(len(responses)) for _ in range(rounds)])[: settings.events]
+    """One row per event, in time order."""
+    features = ResponseFeatures.from_truths(truths, [response.prompt.topic for response in responses])
+    population = UserPopulation.sample(settings.users, rng)
+    # Full permutations one after another: every response is served once before any is served again.
+    rounds = -(-settings.log_rows // len(responses))
+    item = np.concatenate([rng.permutation(len(responses)) for _ in range(rounds)])[: settings.log_rows]
     activity = rng.gamma(ACTIVITY_SHAPE, size=settings.users)
-    user = rng.choice(settings.users, settings.events, p=activity / activity.sum())
-    shift = calibration_shift(love_logits(items, people, user, item), settings.base_love_rate)
-    seen = act(items, people, user, item, rng, shift=shift)
-    seconds = np.sort(rng.integers(0, DAYS * 86400, settings.events))
-    lost = rng.random(settings.events) < LOST_SHARE
+    user = rng.choice(settings.users, settings.log_rows, p=activity / activity.sum())
+    # Calibrated on the impressions of this log, not on all users and responses: the rate then holds for its rows.
+    shift = find_logit_shift(love_logits(features, population, user, item), settings.base_love_rate)
+    reactions = simulate_reactions(features, population, user, item, rng, shift=shift)
+    seconds = np.sort(rng.integers(0, LOG_DAYS * 86400, settings.log_rows))
+    is_continued_missing = rng.random(settings.log_rows) < MISSING_CONTINUED_SHARE
     rows: list[Row] = []
-    for n in range(settings.events):
-        response, time = responses[item[n]], FIRST_DAY + timedelta(seconds=int(seconds[n]))
+    for n in range(settings.log_rows):
+        response, event_time = responses[item[n]], FIRST_DAY + timedelta(seconds=int(seconds[n]))
         rows.append(
             {
                 "id": f"event-{n:06d}",
-                "conversation_id": _name("conversation", seed, n),
+                "conversation_id": _hashed_id("conversation", seed, n),
                 "turn": sum(message["role"] == "user" for message in response.prompt.messages),
-                "user_id": _name("user", seed, user[n]),
-                "time": time.isoformat(),
-                "model_version": f"base-{response.style}",
-                "messages": _plain(response.prompt.messages),
+                "user_id": _hashed_id("user", seed, user[n]),
+                "time": event_time.isoformat(),
+                "model_version": f"base-{response.model_version}",
+                "messages": _message_dicts(response.prompt.messages),
                 "response": response.text,
-                "reaction": "love" if seen.loved[n] else None,
-                "continued": None if lost[n] else bool(seen.continued[n]),
-                "returned": None if seconds[n] >= (DAYS - 1) * 86400 else bool(seen.returned[n]),
+                "reaction": "love" if reactions.loved[n] else None,
+                "continued": None if is_continued_missing[n] else bool(reactions.continued[n]),
+                # The next day of the last day is outside the log, so `returned` is unknown there.
+                "returned": None if seconds[n] >= (LOG_DAYS - 1) * 86400 else bool(reactions.returned[n]),
                 "topic": response.prompt.topic,
                 "locale": "en",
             }
@@ -157,60 +180,67 @@ def _feedback(
     return rows
 
 
-def _preferences(responses: Sequence[Served], golds: Sequence[Gold], pairs: int, rng: np.random.Generator) -> list[Row]:
-    """Pairs of responses to one prompt; a rater prefers the more helpful, with noise. Near-ties are not rated."""
-    groups: defaultdict[str, list[int]] = defaultdict(list)
+def _preference_rows(
+    responses: Sequence[ServedResponse], truths: Sequence[GroundTruth], pair_count: int, rng: np.random.Generator
+) -> list[Row]:
+    """Pairs of responses to one prompt; a rater prefers the more helpful one, with noise, and rates no near-ties."""
+    responses_of_prompt: defaultdict[str, list[int]] = defaultdict(list)
     for index, response in enumerate(responses):
-        groups[response.prompt.id].append(index)
-    names = sorted(name for name, members in groups.items() if len(members) > 1)
+        responses_of_prompt[response.prompt.id].append(index)
+    prompt_ids = sorted(prompt_id for prompt_id, members in responses_of_prompt.items() if len(members) > 1)
     rows: list[Row] = []
-    seen: set[tuple[int, int]] = set()
-    for _ in range(20 * pairs):
-        if len(rows) == pairs or not names:
+    rated_pairs: set[tuple[int, int]] = set()
+    # At most 20 attempts per pair: small logs may not have as many different pairs as requested.
+    for _ in range(20 * pair_count):
+        if len(rows) == pair_count or not prompt_ids:
             break
-        first, second = rng.choice(groups[names[rng.integers(len(names))]], 2, replace=False).tolist()
-        gap = golds[first].helpfulness - golds[second].helpfulness
+        members = responses_of_prompt[prompt_ids[rng.integers(len(prompt_ids))]]
+        first, second = rng.choice(members, 2, replace=False).tolist()
+        gap = truths[first].helpfulness - truths[second].helpfulness
         key = (min(first, second), max(first, second))
-        if key in seen or abs(gap) < TIE or responses[first].text == responses[second].text:
+        if key in rated_pairs or abs(gap) < MIN_HELPFULNESS_GAP or responses[first].text == responses[second].text:
             continue
-        seen.add(key)
-        right = expit(WORLD.rater_sharpness * gap) * (1 - WORLD.rater_slip) + 0.5 * WORLD.rater_slip
-        chosen, rejected = (first, second) if rng.random() < right else (second, first)
+        rated_pairs.add(key)
+        first_probability = expit(WORLD.rater_sharpness * gap) * (1 - WORLD.rater_slip) + 0.5 * WORLD.rater_slip
+        chosen, rejected = (first, second) if rng.random() < first_probability else (second, first)
         prompt = responses[first].prompt
         rows.append(
             {
                 "id": f"pair-{len(rows):05d}",
-                "messages": _plain(prompt.messages),
+                "messages": _message_dicts(prompt.messages),
                 "chosen": responses[chosen].text,
                 "rejected": responses[rejected].text,
                 "group": prompt.id,
                 "topic": prompt.topic,
             }
         )
-    if len(rows) < min(pairs, 10):
+    if len(rows) < min(pair_count, 10):
         raise DataError(
-            f"only {len(rows)} pairs of different responses were found for simulate.preference_pairs={pairs}; "
+            f"only {len(rows)} pairs of different responses for simulate.preference_pairs={pair_count}; "
             "raise simulate.responses_per_prompt"
         )
     return rows
 
 
-def _safety(responses: Sequence[Served], golds: Sequence[Gold], labels: int, rng: np.random.Generator) -> list[Row]:
-    """Responses labelled safe (1) or unsafe (0), mostly on risky prompts, where both kinds occur."""
+def _safety_rows(
+    responses: Sequence[ServedResponse], truths: Sequence[GroundTruth], label_count: int, rng: np.random.Generator
+) -> list[Row]:
+    """Responses labeled safe (1) or unsafe (0), mostly on risky prompts, where both kinds occur."""
+    # A random subset, sorted afterwards so that the order of the file carries no information.
     order = rng.permutation(len(responses)).tolist()
     risky = [index for index in order if responses[index].prompt.topic == "risky"]
     other = [index for index in order if responses[index].prompt.topic != "risky"]
-    share = min(len(risky), round(RISKY_LABEL_SHARE * labels))
-    picked = sorted(risky[:share] + other[: labels - share])
-    slips = rng.random(len(picked)) < WORLD.rater_slip
+    risky_count = min(len(risky), round(RISKY_LABEL_SHARE * label_count))
+    selected = sorted(risky[:risky_count] + other[: label_count - risky_count])
+    is_mislabeled = rng.random(len(selected)) < WORLD.rater_slip
     return [
         {
             "id": f"label-{number:05d}",
-            "messages": _plain(responses[index].prompt.messages),
+            "messages": _message_dicts(responses[index].prompt.messages),
             "response": responses[index].text,
-            "label": int((golds[index].safety > 0.5) != slip),
+            "label": int((truths[index].safety > 0.5) != mislabeled),
             "group": responses[index].prompt.id,
             "topic": responses[index].prompt.topic,
         }
-        for number, (index, slip) in enumerate(zip(picked, slips.tolist(), strict=True))
+        for number, (index, mislabeled) in enumerate(zip(selected, is_mislabeled.tolist(), strict=True))
     ]

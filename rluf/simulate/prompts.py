@@ -1,4 +1,4 @@
-"""The prompts that simulated users send, and their train and test split."""
+"""Prompts of the simulated users, with their train/test split."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TOPICS = (
 
 @dataclass(frozen=True, slots=True)
 class SimulatedPrompt:
-    """One conversation that waits for a response. `messages` hold the system message and end with the user's."""
+    """A conversation up to a user message; `messages` start with the system message."""
 
     id: str
     topic: str
@@ -39,37 +39,41 @@ class SimulatedPrompt:
 
 
 def load_prompts() -> tuple[SimulatedPrompt, ...]:
-    """All prompts in the order of prompts.yaml, each with its split (train or test).
+    """Load all prompts in the order of prompts.yaml, each with its split (train or test).
 
-    The split is fixed: within a topic, the prompts whose text hashes lowest are the test prompts, so that adding a
-    prompt moves at most one other across. Raises DataError if the shipped file is damaged.
+    The split is fixed: within a topic, the prompts with the lowest hashes are the test prompts, so adding a prompt
+    moves at most one other between splits. DataError if the shipped file is damaged.
     """
     text = resources.files("rluf.simulate").joinpath("prompts.yaml").read_text(encoding="utf-8")
-    tree = yaml.safe_load(text)
-    if not isinstance(tree, dict) or tuple(tree) != TOPICS:
-        raise DataError(f"rluf/simulate/prompts.yaml does not hold the topics {', '.join(TOPICS)}; reinstall rluf")
+    entries_of_topic = yaml.safe_load(text)
+    if not isinstance(entries_of_topic, dict) or tuple(entries_of_topic) != TOPICS:
+        raise DataError(f"rluf/simulate/prompts.yaml does not have the topics {', '.join(TOPICS)}; reinstall rluf")
     prompts: list[SimulatedPrompt] = []
-    for topic, entries in tree.items():
-        turns = [_turns(topic, entry) for entry in entries]
-        digests = [hashlib.sha256("\n".join(turn).encode()).hexdigest() for turn in turns]
-        test = set(sorted(digests)[: round(TEST_SHARE * len(digests))])
+    for topic, entries in entries_of_topic.items():
+        conversations = [_parse_turns(topic, entry) for entry in entries]
+        # Splitting by hash instead of by position: reordering the file does not move prompts between the splits.
+        digests = [hashlib.sha256("\n".join(turns).encode()).hexdigest() for turns in conversations]
+        test_digests = set(sorted(digests)[: round(TEST_SHARE * len(digests))])
         prompts += [
-            SimulatedPrompt(f"{topic}-{digest[:10]}", topic, _messages(turn), "test" if digest in test else "train")
-            for turn, digest in zip(turns, digests, strict=True)
+            SimulatedPrompt(
+                f"{topic}-{digest[:10]}", topic, _build_messages(turns), "test" if digest in test_digests else "train"
+            )
+            for turns, digest in zip(conversations, digests, strict=True)
         ]
     return tuple(prompts)
 
 
-def _turns(topic: str, entry: Any) -> list[str]:
-    """The turns of one YAML entry: user, assistant, ..., user."""
+def _parse_turns(topic: str, entry: Any) -> list[str]:
+    """Turns of one YAML entry: user, assistant, ..., user."""
     turns = [entry] if isinstance(entry, str) else entry
+    # An odd number of turns: the conversation ends with the user.
     if not isinstance(turns, list) or len(turns) % 2 == 0 or not all(isinstance(turn, str) for turn in turns):
-        raise DataError(f"rluf/simulate/prompts.yaml has a broken entry under {topic}: {entry!r}; reinstall rluf")
+        raise DataError(f"rluf/simulate/prompts.yaml has an invalid entry under {topic}: {entry!r}; reinstall rluf")
     return turns
 
 
-def _messages(turns: list[str]) -> tuple[Message, ...]:
-    """The conversation with the system message that every prompt shares."""
+def _build_messages(turns: list[str]) -> tuple[Message, ...]:
+    """Prepend the system message common to all prompts."""
     roles = ("user", "assistant")
-    spoken = (Message(role=roles[index % 2], content=turn) for index, turn in enumerate(turns))
-    return (Message(role="system", content=SYSTEM_MESSAGE), *spoken)
+    conversation = (Message(role=roles[index % 2], content=turn) for index, turn in enumerate(turns))
+    return (Message(role="system", content=SYSTEM_MESSAGE), *conversation)

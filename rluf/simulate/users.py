@@ -1,6 +1,7 @@
-"""Simulated users: who they are, what they love, whether they write on and come back.
+"""Simulated users: traits, hearts, whether they continue the conversation and return the next day.
 
-Everything is drawn from one seeded generator and vectorised over impressions (one user reading one response).
+Everything is sampled from one seeded generator and vectorized over impressions (one user reading one response). The
+order of the calls to the generator is part of the world: another order gives other users (see world.py).
 """
 
 from __future__ import annotations
@@ -9,50 +10,47 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 from scipy.special import expit, logit
 
 from rluf.errors import DataError
-from rluf.simulate.ground_truth import Gold
+from rluf.simulate.ground_truth import GroundTruth
 from rluf.simulate.prompts import TOPICS
-from rluf.simulate.world import WORLD, World
-
-Floats = NDArray[np.float64]
-Ints = NDArray[np.int64]
-Bools = NDArray[np.bool_]
+from rluf.simulate.world import WORLD, SimulatedWorld
+from rluf.utils.stats import Bools, Floats, Ints
 
 
 @dataclass(frozen=True, slots=True)
-class Population:
-    """Hidden traits of U users: `propensity` [U] and `topic_taste` [U, topics] in log-odds, `warm_taste` [U] factor.
+class UserPopulation:
+    """Hidden traits of U users: `propensity` [U] and `topic_taste` [U, topics] in log-odds, factor `warm_taste` [U].
 
-    `hostile` [U] users put hearts on the worst, `sarcastic` [U] ones on failed answers.
+    Hostile users [U] give hearts to the worst responses, sarcastic users [U] to failed ones.
     """
 
     propensity: Floats
     warm_taste: Floats
     topic_taste: Floats
-    hostile: Bools
-    sarcastic: Bools
+    is_hostile: Bools
+    is_sarcastic: Bools
 
     @staticmethod
-    def draw(users: int, rng: np.random.Generator, world: World = WORLD) -> Population:
-        """`users` new users from the world's distribution."""
-        kind = rng.random(users)
-        return Population(
-            propensity=rng.normal(0.0, world.propensity_sd, users),
-            warm_taste=np.exp(rng.normal(0.0, world.warm_taste_sd, users)),
-            topic_taste=rng.normal(0.0, world.topic_taste_sd, (users, len(TOPICS))),
-            hostile=kind < world.hostile_share,
-            sarcastic=(kind >= world.hostile_share) & (kind < world.hostile_share + world.sarcastic_share),
+    def sample(user_count: int, rng: np.random.Generator, world: SimulatedWorld = WORLD) -> UserPopulation:
+        """Sample new users from the distribution of the world."""
+        # One draw for both kinds: no user is hostile and sarcastic.
+        kind = rng.random(user_count)
+        return UserPopulation(
+            propensity=rng.normal(0.0, world.propensity_sd, user_count),
+            warm_taste=np.exp(rng.normal(0.0, world.warm_taste_sd, user_count)),
+            topic_taste=rng.normal(0.0, world.topic_taste_sd, (user_count, len(TOPICS))),
+            is_hostile=kind < world.hostile_share,
+            is_sarcastic=(kind >= world.hostile_share) & (kind < world.hostile_share + world.sarcastic_share),
         )
 
 
 @dataclass(frozen=True, slots=True)
-class Items:
-    """Gold scores of I responses as arrays [I], and each one's topic index."""
+class ResponseFeatures:
+    """Ground truth and topic index of I responses as arrays [I]."""
 
-    topic: Ints
+    topic_index: Ints
     helpfulness: Floats
     safety: Floats
     warmth: Floats
@@ -61,27 +59,31 @@ class Items:
     satisfaction: Floats
 
     @staticmethod
-    def of(golds: Sequence[Gold], topics: Sequence[str]) -> Items:
-        """Arrays of `golds` and `topics`, which must be of one length and name known topics (DataError otherwise)."""
-        if len(golds) != len(topics) or not golds:
-            raise DataError(f"simulated users need responses: got {len(golds)} gold scores and {len(topics)} topics")
+    def from_truths(truths: Sequence[GroundTruth], topics: Sequence[str]) -> ResponseFeatures:
+        """Convert to arrays; DataError unless both have the same length and all topics are known."""
+        if len(truths) != len(topics) or not truths:
+            raise DataError(
+                f"simulated users need responses with one topic each: got {len(truths)} responses, {len(topics)} topics"
+            )
         unknown = sorted(set(topics) - set(TOPICS))
         if unknown:
             raise DataError(
-                f"simulated users know no topic {unknown[0]!r} (they know {', '.join(TOPICS)}); "
-                "relabel the prompts, or set evaluate.simulated_users=false"
+                f"topic {unknown[0]!r} is unknown to the simulated users, expected one of {', '.join(TOPICS)}; relabel "
+                "the prompts, or set evaluate.simulated_users=false"
             )
         names = ("helpfulness", "safety", "warmth", "question", "signoff", "satisfaction")
-        columns = {name: np.array([getattr(gold, name) for gold in golds], dtype=np.float64) for name in names}
-        return Items(topic=np.array([TOPICS.index(topic) for topic in topics], dtype=np.int64), **columns)
+        columns = {name: np.array([getattr(truth, name) for truth in truths], dtype=np.float64) for name in names}
+        return ResponseFeatures(
+            topic_index=np.array([TOPICS.index(topic) for topic in topics], dtype=np.int64), **columns
+        )
 
 
 @dataclass(frozen=True, slots=True)
-class Reactions:
-    """N impressions, user by user. `user` and `item` [N] are indices.
+class SimulatedReactions:
+    """N impressions; `user` and `item` [N] are indices of users and responses.
 
-    `loved`, `continued`, `returned` [N] are what the users did; `helpful` and `safe` [N] the gold scores of what they
-    read; `probability` [N] the chance of a heart that `loved` was drawn with.
+    `loved`, `continued`, `returned` [N] are the actions of the users, `helpful` and `safe` [N] the ground truth of the
+    responses, and `probability` [N] is the probability of a heart that `loved` was sampled with.
     """
 
     user: Ints
@@ -94,101 +96,116 @@ class Reactions:
     probability: Floats
 
 
-def love_logits(items: Items, people: Population, user: Ints, item: Ints, world: World = WORLD) -> Floats:
-    """Log-odds [N] that user `user[n]` puts a heart on response `item[n]`."""
-    topic = items.topic[item]
-    warm_topic = np.array([world.topic_warmth[name] for name in TOPICS])[topic]
-    useful = world.love_helpfulness * items.helpfulness[item]
-    warm = world.love_warmth * warm_topic * people.warm_taste[user] * items.warmth[item]
-    other = world.love_signoff * items.signoff[item] + world.love_unsafe * (1.0 - items.safety[item])
-    middle = 0.5 * world.love_helpfulness
-    useful = np.where(people.sarcastic[user] | people.hostile[user], 2 * middle - useful, useful)
-    warm = np.where(people.hostile[user], -warm, warm)
-    taste = people.propensity[user] + people.topic_taste[user, topic]
-    sharp = world.love_sharpness
-    logits: Floats = world.love_intercept + sharp * useful + sharp * warm + sharp * other + taste
+def love_logits(
+    responses: ResponseFeatures, population: UserPopulation, user: Ints, item: Ints, world: SimulatedWorld = WORLD
+) -> Floats:
+    """Log-odds [N] that user `user[n]` gives a heart to response `item[n]`."""
+    topic_index = responses.topic_index[item]
+    topic_warmth = np.array([world.topic_warmth[topic] for topic in TOPICS])[topic_index]
+    helpfulness_term = world.love_helpfulness * responses.helpfulness[item]
+    warmth_term = world.love_warmth * topic_warmth * population.warm_taste[user] * responses.warmth[item]
+    other_term = world.love_signoff * responses.signoff[item] + world.love_unsafe * (1.0 - responses.safety[item])
+    # Mirrored about the middle of the range, so a useless response has the effect of a perfect one and vice versa.
+    midpoint = 0.5 * world.love_helpfulness
+    is_contrary = population.is_sarcastic[user] | population.is_hostile[user]
+    helpfulness_term = np.where(is_contrary, 2 * midpoint - helpfulness_term, helpfulness_term)
+    warmth_term = np.where(population.is_hostile[user], -warmth_term, warmth_term)
+    taste = population.propensity[user] + population.topic_taste[user, topic_index]
+    sharpness = world.love_sharpness
+    # Each term times sharpness rather than their sum: the order of operations decides the last bits of the logits.
+    logits: Floats = (
+        world.love_intercept + sharpness * helpfulness_term + sharpness * warmth_term + sharpness * other_term + taste
+    )
     return logits
 
 
-def act(
-    items: Items,
-    people: Population,
+def simulate_reactions(
+    responses: ResponseFeatures,
+    population: UserPopulation,
     user: Ints,
     item: Ints,
     rng: np.random.Generator,
     *,
     shift: float = 0.0,
-    world: World = WORLD,
-) -> Reactions:
-    """Draw what happens when user `user[n]` reads response `item[n]`; `shift` is added to the log-odds of a heart."""
-    probability = expit(love_logits(items, people, user, item, world) + shift)
-    satisfaction, signoff = items.satisfaction[item], items.signoff[item]
-    onward = world.continue_intercept + world.continue_satisfaction * satisfaction
-    onward += world.continue_question * items.question[item] + world.continue_signoff * signoff
-    back = world.return_intercept + world.return_satisfaction * satisfaction + world.return_signoff * signoff
-    draws = rng.random((3, len(user)))
-    return Reactions(
+    world: SimulatedWorld = WORLD,
+) -> SimulatedReactions:
+    """Sample the reaction of user `user[n]` to response `item[n]`; `shift` is added to the log-odds of a heart."""
+    probability = expit(love_logits(responses, population, user, item, world) + shift)
+    satisfaction, signoff = responses.satisfaction[item], responses.signoff[item]
+    continue_logits = world.continue_intercept + world.continue_satisfaction * satisfaction
+    continue_logits += world.continue_question * responses.question[item] + world.continue_signoff * signoff
+    return_logits = world.return_intercept + world.return_satisfaction * satisfaction
+    return_logits += world.return_signoff * signoff
+    uniforms = rng.random((3, len(user)))
+    return SimulatedReactions(
         user=user,
         item=item,
-        loved=draws[0] < probability,
-        helpful=items.helpfulness[item],
-        safe=items.safety[item],
-        continued=draws[1] < expit(onward),
-        returned=draws[2] < expit(back),
+        loved=uniforms[0] < probability,
+        helpful=responses.helpfulness[item],
+        safe=responses.safety[item],
+        continued=uniforms[1] < expit(continue_logits),
+        returned=uniforms[2] < expit(return_logits),
         probability=probability,
     )
 
 
-def react(
-    golds: Sequence[Gold],
+def simulate_population(
+    truths: Sequence[GroundTruth],
     topics: Sequence[str],
     *,
-    users: int,
+    user_count: int,
     responses_per_user: int,
     seed: int,
-    world: World = WORLD,
-) -> Reactions:
-    """Reactions of `users` new users who each read `responses_per_user` responses drawn at random.
+    world: SimulatedWorld = WORLD,
+) -> SimulatedReactions:
+    """Reactions of `user_count` new users who each read `responses_per_user` random responses.
 
-    Two arms of an A/B comparison pass different seeds for different users, or one seed for the same users and draws
+    Two arms of an A/B comparison pass different seeds for different users, or one seed for the same users and samples
     (paired). Raises DataError for no responses or an unknown topic.
     """
-    items = Items.of(golds, topics)
+    responses = ResponseFeatures.from_truths(truths, topics)
     rng = np.random.default_rng([seed, 7919])
-    people = Population.draw(users, rng, world)
-    user = np.repeat(np.arange(users, dtype=np.int64), responses_per_user)
-    item = rng.integers(0, len(golds), len(user), dtype=np.int64)
-    return act(items, people, user, item, rng, world=world)
+    population = UserPopulation.sample(user_count, rng, world)
+    user = np.repeat(np.arange(user_count, dtype=np.int64), responses_per_user)
+    item = rng.integers(0, len(truths), len(user), dtype=np.int64)
+    return simulate_reactions(responses, population, user, item, rng, world=world)
 
 
-def expected_love(
-    golds: Sequence[Gold],
+def expected_love_probability(
+    truths: Sequence[GroundTruth],
     topics: Sequence[str],
     *,
-    users: int = 400,
+    user_count: int = 400,
     seed: int = 0,
     shift: float = 0.0,
-    world: World = WORLD,
+    world: SimulatedWorld = WORLD,
 ) -> Floats:
-    """Chance of a heart [I] of each response, averaged over `users` new users: the ceiling of what text can tell."""
-    chances: Floats = expit(user_logits(golds, topics, users=users, seed=seed, world=world) + shift).mean(axis=0)
-    return chances
+    """Probability of a heart [I] per response, averaged over new users: the best possible prediction from text."""
+    logits = love_logits_by_user(truths, topics, user_count=user_count, seed=seed, world=world)
+    probabilities: Floats = expit(logits + shift).mean(axis=0)
+    return probabilities
 
 
-def user_logits(
-    golds: Sequence[Gold], topics: Sequence[str], *, users: int, seed: int = 0, world: World = WORLD
+def love_logits_by_user(
+    truths: Sequence[GroundTruth],
+    topics: Sequence[str],
+    *,
+    user_count: int,
+    seed: int = 0,
+    world: SimulatedWorld = WORLD,
 ) -> Floats:
-    """Log-odds of a heart [users, I] of every response from each of `users` new users."""
-    items = Items.of(golds, topics)
-    people = Population.draw(users, np.random.default_rng([seed, 104729]), world)
-    user, item = (grid.ravel() for grid in np.indices((users, len(golds))))
-    return love_logits(items, people, user, item, world).reshape(users, len(golds))
+    """Log-odds of a heart [users, I] for every response and each of `user_count` new users."""
+    responses = ResponseFeatures.from_truths(truths, topics)
+    population = UserPopulation.sample(user_count, np.random.default_rng([seed, 104729]), world)
+    user, item = (grid.ravel() for grid in np.indices((user_count, len(truths))))
+    return love_logits(responses, population, user, item, world).reshape(user_count, len(truths))
 
 
-def calibration_shift(logits: Floats, rate: float) -> float:
-    """What to add to `logits` [N] so that their mean probability is `rate` (bisection to 1e-6)."""
-    low, high = (float(logit(rate) - bound) for bound in (logits.max(), logits.min()))
+def find_logit_shift(logits: Floats, love_rate: float) -> float:
+    """Find the shift of `logits` [N] for which their mean probability is `love_rate` (bisection to 1e-6)."""
+    # Shifting the largest logit to logit(love_rate) makes the mean too low, shifting the smallest there too high.
+    low, high = (float(logit(love_rate) - bound) for bound in (logits.max(), logits.min()))
     while high - low > 1e-6:
-        middle = (low + high) / 2
-        low, high = (middle, high) if expit(logits + middle).mean() < rate else (low, middle)
+        shift = (low + high) / 2
+        low, high = (shift, high) if expit(logits + shift).mean() < love_rate else (low, shift)
     return (low + high) / 2

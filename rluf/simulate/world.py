@@ -1,6 +1,8 @@
-"""The fixed parameters of the simulated world. They were set before any policy was trained and stay as they are.
+"""Fixed parameters of the simulated world, set before any policy was trained.
 
-A result belongs to a world version: change a number here and `version` must change with it.
+A result belongs to a world version. The world consists of the numbers here and of the behavior of ground_truth.py,
+users.py and prompts.yaml; a change to either needs a new `version` and a new PUBLISHED_FINGERPRINT. A test
+(tests/simulate/test_world.py) compares the behavior with a pinned digest, so code may be reworded but not changed.
 """
 
 from __future__ import annotations
@@ -9,26 +11,25 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from importlib import resources
 from types import MappingProxyType
 
-SOURCES = ("ground_truth.py", "users.py", "prompts.yaml")
-"""Beside the numbers, what the world consists of: how text is judged, how users act, what they ask."""
+PUBLISHED_FINGERPRINT = "04a210da1590"
+"""Name of world version 1 in all published tables of results."""
 
 
-def _topics(**values: float) -> Mapping[str, float]:
-    """A read-only table from topic to number."""
+def _topic_table(**values: float) -> Mapping[str, float]:
+    """Read-only table from topic to number."""
     return MappingProxyType(values)
 
 
 @dataclass(frozen=True, slots=True)
-class World:
-    """How users feel and act. All `love_*`, `continue_*` and `return_*` numbers are log-odds."""
+class SimulatedWorld:
+    """Parameters of user behavior. All `love_*`, `continue_*` and `return_*` numbers are log-odds."""
 
     version: str = "1"
     """Name of this set of numbers."""
     topic_warmth: Mapping[str, float] = field(
-        default_factory=lambda: _topics(
+        default_factory=lambda: _topic_table(
             roleplay=1.0,
             relationship=1.0,
             casual=0.9,
@@ -41,9 +42,9 @@ class World:
             risky=0.2,
         )
     )
-    """How much warmth matters on a topic: emotional use leads, as the paper found for its love reactions."""
+    """Weight of warmth by topic: highest for emotional use, as the paper reports for its love reactions."""
     love_intercept: float = -7.4
-    """Log-odds of a heart from a plain user on a response with no merit at all."""
+    """Log-odds of a heart from an average user for a response without any merit."""
     love_helpfulness: float = 3.5
     """Effect of helpfulness going from 0 to 1."""
     love_warmth: float = 6.5
@@ -53,46 +54,48 @@ class World:
     love_unsafe: float = -1.0
     """Effect of an unsafe response."""
     love_sharpness: float = 1.0
-    """The difficulty dial: a factor on all effects of the text. At 0 a heart says nothing about the response, see
-    rluf.simulate.ceiling."""
+    """Difficulty: a factor on all effects of the text. At 0 hearts are independent of the response; see
+    benchmarks/lab/difficulty.py."""
     propensity_sd: float = 0.7
-    """Spread between users in how easily they put hearts at all."""
+    """Standard deviation between users of the log-odds of any heart."""
     warm_taste_sd: float = 0.35
-    """Spread (of the log) between users in how much warmth matters to them."""
+    """Standard deviation between users of the log weight of warmth."""
     topic_taste_sd: float = 0.4
-    """Spread between users in how much they like each topic."""
+    """Standard deviation between users of the log-odds by topic."""
     hostile_share: float = 0.02
-    """Users who put hearts on what is worst."""
+    """Share of users who give hearts to the worst responses."""
     sarcastic_share: float = 0.02
-    """Users who put hearts on failed answers, as a joke, but read warmth as others do."""
+    """Share of users who give hearts to failed responses as a joke, but react to warmth like others."""
     continue_intercept: float = -0.9
-    """Log-odds that a user writes on after a response with no merit."""
+    """Log-odds that a user continues after a response without merit."""
     continue_satisfaction: float = 2.4
-    """Effect of satisfaction on writing on."""
+    """Effect of satisfaction on continuing."""
     continue_question: float = 0.7
-    """Effect of being asked something."""
+    """Effect of a question to the user."""
     continue_signoff: float = -2.2
-    """Effect of being told goodbye: the conversation tends to end."""
+    """Effect of a goodbye in the response: the conversation tends to end."""
     return_intercept: float = -0.8
-    """Log-odds that a user comes back the next day after a response with no merit."""
+    """Log-odds that a user returns the next day after a response without merit."""
     return_satisfaction: float = 1.4
-    """Effect of satisfaction on coming back."""
+    """Effect of satisfaction on returning."""
     return_signoff: float = -0.7
-    """Effect of being told goodbye without need."""
+    """Effect of an unprompted goodbye on returning."""
     rater_sharpness: float = 18.0
     """Log-odds that a rater prefers the more helpful of two responses, per unit of helpfulness between them."""
     rater_slip: float = 0.03
-    """Share of preference and safety labels that come out the wrong way round."""
+    """Share of inverted safety labels; preference labels are random at this rate."""
 
 
-WORLD = World()
+WORLD = SimulatedWorld()
 """The world of the shipped sample log and of every evaluation by simulated users."""
 
 
-def fingerprint(world: World = WORLD) -> str:
-    """Twelve hex digits that change with any number of `world` and any byte of SOURCES; stands in tables of results."""
-    numbers = {one.name: getattr(world, one.name) for one in fields(world)}
+def fingerprint_world(world: SimulatedWorld = WORLD) -> str:
+    """Twelve hex digits that identify a world in tables of results: the published name, or a hash for other numbers."""
+    # Not a hash of the source files: rewording a comment must not change the name of a world with published results.
+    if world == WORLD:
+        return PUBLISHED_FINGERPRINT
+    numbers = {parameter.name: getattr(world, parameter.name) for parameter in fields(world)}
     digest = hashlib.sha256(json.dumps(numbers, default=dict, sort_keys=True).encode())
-    for name in SOURCES:
-        digest.update(resources.files("rluf.simulate").joinpath(name).read_bytes())
+    digest.update(PUBLISHED_FINGERPRINT.encode())
     return digest.hexdigest()[:12]

@@ -1,10 +1,10 @@
-"""Which weight of love, at which KL, on which seeds: the main job over a grid by Ray Tune; front and recommended point.
+"""Sweep of the love weight, the KL coefficient and seeds: training runs by Ray Tune, Pareto front, recommendation.
 
 python -m rluf.sweep --config configs/love-0.3.yaml --weights 0 0.1 0.3 --kl 0.02 0.1 --seeds 1 2 3
 
-Each run is python -m rluf.train with objectives.love.weight, algorithm.kl_coef and seed set, the rest from the config
-and from key=value; what love gets more or less than in the config, helpfulness gets less or more, so that a weight is a
-share of the reward. Finished runs with the very settings asked for are not made again.
+Each run is python -m rluf.train with objectives.love.weight, algorithm.kl_coef and seed set; the other settings come
+from the config and from key=value. helpfulness absorbs the change of the love weight, so the sum of the two stays
+constant and a weight is a share of the reward. Finished runs with the same settings are not repeated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rluf.config.cli import guard
+from rluf.config.cli import run_command
 from rluf.config.load import load_settings
 from rluf.errors import ActorError, SettingsError
 
@@ -27,125 +27,156 @@ if TYPE_CHECKING:
     from rluf.config.settings import Settings
 
 logger = logging.getLogger("rluf.sweep")
-PLACE = ("name", "run", "cluster", "serve", "tracking")
-"""Settings that say where a run is made and what it is told to, not what it finds."""
+LOCATION_SECTIONS = ("name", "run", "cluster", "serve", "tracking")
+"""Settings of location and reporting, which do not affect the result of a run."""
 
 
-def options() -> argparse.ArgumentParser:
-    """The command line."""
+def build_parser() -> argparse.ArgumentParser:
+    """Parser of the command line."""
     parser = argparse.ArgumentParser(
         prog="rluf.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--config", type=Path, metavar="FILE", help="settings of the main job; without it: the quickstart")
-    add("--weights", type=float, nargs="+", default=[0.0, 0.1, 0.3], help="weights of love (default 0 0.1 0.3)")
+    add("--config", type=Path, metavar="FILE", help="settings of the training job (default: the quickstart)")
+    add("--weights", type=float, nargs="+", default=[0.0, 0.1, 0.3], help="love weights (default 0 0.1 0.3)")
     add("--kl", type=float, nargs="+", default=[0.02], help="KL coefficients (default 0.02)")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (default 1 2 3)")
-    add("--concurrent", type=int, default=1, help="runs at a time, if the cluster has room (default 1)")
-    add("overrides", nargs="*", metavar="key=value", help="change single settings of all runs")
+    add("--concurrent", type=int, default=1, help="maximum number of concurrent runs (default 1)")
+    add("overrides", nargs="*", metavar="key=value", help="override single settings of all runs")
     return parser
 
 
-def parsed(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line, read. key=value words may stand anywhere, also after --seeds, which would take them."""
-    changes = [word for word in arguments if "=" in word and not word.startswith("-")]
-    given = options().parse_intermixed_args([word for word in arguments if word not in changes])
-    given.overrides += changes
-    return given
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line; key=value words may be anywhere."""
+    # Removed first: after --seeds, which takes any number of values, argparse would read them as seeds.
+    overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
+    args = build_parser().parse_intermixed_args([word for word in arguments if word not in overrides])
+    args.overrides += overrides
+    return args
 
 
-def sweep(given: argparse.Namespace) -> dict[str, Any]:
-    """Run the grid, write <run.root>/<name>-sweep/sweep.json and return it. Raises RlufError; failed runs are named."""
+def run_sweep(args: argparse.Namespace) -> dict[str, Any]:
+    """Run the grid; writes <run.root>/<name>-sweep/sweep.json and returns its content, with failed runs. RlufError."""
     import ray
     from ray import tune
 
-    from cluster.connect import connected
-    from rluf.sweep.analysis import report, sweep_text
+    from cluster.connect import ray_connection
+    from rluf.sweep.analysis import build_sweep_report, format_sweep_report
     from rluf.tracking.console import setup_logging
-    from rluf.tracking.run_files import jsonable, write_json
-    from rluf.utils.paths import runs_root
+    from rluf.utils.files import to_jsonable, write_json
+    from rluf.utils.paths import resolve_runs_root
 
     setup_logging()
-    settings = load_settings(given.config, given.overrides).settings
-    if given.concurrent < 1 or min(given.weights) < 0 or min(given.kl) < 0:
+    settings = load_settings(args.config, args.overrides).settings
+    if args.concurrent < 1 or min(args.weights) < 0 or min(args.kl) < 0:
         raise SettingsError("--concurrent must be 1 or more, --weights and --kl 0 or more")
-    folder = runs_root(settings) / f"{settings.name}-sweep"
-    folder.mkdir(parents=True, exist_ok=True)
-    grid = [(w, kl, seed) for w in given.weights for kl in given.kl for seed in given.seeds]
-    changes = {point: _overrides(given, settings, folder, point) for point in grid}
-    commands = {_name(point): _command(given, changes[point]) for point in grid}
-    wanted = {point: load_settings(given.config, changes[point]).settings for point in grid}
-    waiting = [_name(point) for point in grid if not finished(folder / _name(point), wanted[point])]
-    logger.info("%d runs, %d of them are there already; results in %s", len(grid), len(grid) - len(waiting), folder)
-    if waiting:
-        with connected(settings):
-            address, here = ray.get_runtime_context().gcs_address, Path.cwd()
+    sweep_folder = resolve_runs_root(settings) / f"{settings.name}-sweep"
+    sweep_folder.mkdir(parents=True, exist_ok=True)
+    grid = [(weight, kl_coef, seed) for weight in args.weights for kl_coef in args.kl for seed in args.seeds]
+    overrides = {point: _run_overrides(args, settings, sweep_folder, point) for point in grid}
+    commands = {_run_name(point): _train_command(args, overrides[point]) for point in grid}
+    # Loading the settings of every point here refuses an invalid one before the first run starts.
+    expected_settings = {point: load_settings(args.config, overrides[point]).settings for point in grid}
 
-            def trial(config: dict[str, Any]) -> dict[str, float]:
-                return _run(commands[config["run"]], here, address, folder / f"{config['run']}.log")
+    def find_summary(point: tuple[float, float, int]) -> dict[str, Any] | None:
+        return find_finished_run(sweep_folder / _run_name(point), expected_settings[point])
 
+    pending_runs = [_run_name(point) for point in grid if not find_summary(point)]
+    logger.info(
+        "%s: starting runs=%d finished_before=%d", sweep_folder, len(pending_runs), len(grid) - len(pending_runs)
+    )
+    if pending_runs:
+        with ray_connection(settings):
+            ray_address, working_folder = ray.get_runtime_context().gcs_address, Path.cwd()
+
+            def run_trial(config: dict[str, Any]) -> dict[str, float]:
+                run_name = config["run"]
+                return _run_training(commands[run_name], working_folder, ray_address, sweep_folder / f"{run_name}.log")
+
+            # A trial reserves no CPU: it only waits for the run, whose actors reserve the resources themselves.
             tune.Tuner(
-                tune.with_resources(trial, {"CPU": 0, "memory": 1_000_000}),
-                param_space={"run": tune.grid_search(waiting)},
-                tune_config=tune.TuneConfig(max_concurrent_trials=given.concurrent),
-                run_config=tune.RunConfig(name="tune", storage_path=str(folder), verbose=1),
+                tune.with_resources(run_trial, {"CPU": 0, "memory": 1_000_000}),
+                param_space={"run": tune.grid_search(pending_runs)},
+                tune_config=tune.TuneConfig(max_concurrent_trials=args.concurrent),
+                run_config=tune.RunConfig(name="tune", storage_path=str(sweep_folder), verbose=1),
             ).fit()
-    found = {point: finished(folder / _name(point), wanted[point]) for point in grid}
-    result = report(found)
-    result["failed"] = {_name(point): str(folder / f"{_name(point)}.log") for point, one in found.items() if not one}
-    write_json(folder / "sweep.json", jsonable(result))
-    sys.stdout.write(sweep_text(result))
-    return result
+    summaries = {point: find_summary(point) for point in grid}
+    report = build_sweep_report(summaries)
+    report["failed"] = {
+        _run_name(point): str(sweep_folder / f"{_run_name(point)}.log")
+        for point, summary in summaries.items()
+        if not summary
+    }
+    write_json(sweep_folder / "sweep.json", to_jsonable(report))
+    sys.stdout.write(format_sweep_report(report))
+    return report
 
 
-def _name(point: tuple[float, float, int]) -> str:
+def _run_name(point: tuple[float, float, int]) -> str:
     return f"love{point[0]:g}-kl{point[1]:g}-seed{point[2]}"
 
 
-def _overrides(
-    given: argparse.Namespace, settings: Settings, folder: Path, point: tuple[float, float, int]
+def _run_overrides(
+    args: argparse.Namespace, settings: Settings, sweep_folder: Path, point: tuple[float, float, int]
 ) -> list[str]:
-    rest = max(0.0, settings.objectives.love.weight + settings.objectives.helpfulness.weight - point[0])
+    love_weight, kl_coef, seed = point
+    helpfulness_weight = max(
+        0.0, settings.objectives.love.weight + settings.objectives.helpfulness.weight - love_weight
+    )
     return [
-        *given.overrides, f"objectives.love.weight={point[0]:g}", f"objectives.helpfulness.weight={rest:g}",
-        f"algorithm.kl_coef={point[1]:g}", f"seed={point[2]}", f"name={_name(point)}", f"run.root={folder}",
+        *args.overrides, f"objectives.love.weight={love_weight:g}",
+        f"objectives.helpfulness.weight={helpfulness_weight:g}", f"algorithm.kl_coef={kl_coef:g}", f"seed={seed}",
+        f"name={_run_name(point)}", f"run.root={sweep_folder}",
     ]  # fmt: skip
 
 
-def _command(given: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
-    config = ["--config", str(given.config.resolve())] if given.config else []
-    return [sys.executable, "-m", "rluf.train", *config, *overrides]
+def _train_command(args: argparse.Namespace, overrides: Sequence[str]) -> list[str]:
+    config_arguments = ["--config", str(args.config.resolve())] if args.config else []
+    return [sys.executable, "-m", "rluf.train", *config_arguments, *overrides]
 
 
-def finished(folder: Path, wanted: Settings) -> dict[str, Any] | None:
-    """summary.json of the newest finished run in `folder` that had the settings `wanted`, None where there is none."""
-    from rluf.tracking.run_files import read_json
+def find_finished_run(folder: Path, expected_settings: Settings) -> dict[str, Any] | None:
+    """summary.json of the newest finished run in `folder` with the expected settings; None if there is none."""
+    from rluf.utils.files import read_json
 
-    for file in sorted(folder.glob("*/summary.json"), reverse=True):
-        if not file.parent.is_symlink() and same(read_json(file.parent / "config.json"), wanted):
-            return read_json(file)
+    for summary_path in sorted(folder.glob("*/summary.json"), reverse=True):
+        run_folder = summary_path.parent
+        # `latest` is a link to one of the other folders.
+        if not run_folder.is_symlink() and has_same_settings(read_json(run_folder / "config.json"), expected_settings):
+            return read_json(summary_path)
     return None
 
 
-def same(told: Mapping[str, Any], wanted: Settings) -> bool:
-    """Whether a run's config.json says what `wanted` does, but for its place; keys it lacks are taken as defaults."""
+def has_same_settings(run_config: Mapping[str, Any], expected_settings: Settings) -> bool:
+    """Whether a run used the expected settings, LOCATION_SECTIONS aside; keys missing from its config are defaults."""
     from pydantic import ValidationError
 
     from rluf.config.settings import Settings
 
     try:
-        sides = (Settings.model_validate(told), wanted)
+        run_settings = Settings.model_validate(run_config)
     except ValidationError:
-        return False  # of a version with other settings
-    first, second = (one.model_dump(exclude=set(PLACE)) for one in sides)
-    return bool(told) and first == second and sides[0].run.deterministic == wanted.run.deterministic
+        return False  # written by a version with other settings
+    run_values, expected_values = (
+        settings.model_dump(exclude=set(LOCATION_SECTIONS)) for settings in (run_settings, expected_settings)
+    )
+    # run.deterministic is the one setting of the excluded sections that changes the result.
+    return (
+        bool(run_config)
+        and run_values == expected_values
+        and run_settings.run.deterministic == expected_settings.run.deterministic
+    )
 
 
-def _run(command: Sequence[str], here: Path, address: str, log: Path) -> dict[str, float]:
-    """One run in the folder `here` on the sweep's own Ray cluster, ended with the trial; {"failed": 0 or 1}."""
-    with log.open("w", encoding="utf-8") as stream:
+def _run_training(command: Sequence[str], working_folder: Path, ray_address: str, log_path: Path) -> dict[str, float]:
+    """Run one training job on the Ray cluster of the sweep, terminated with the trial; {"failed": 0 or 1}."""
+    with log_path.open("w", encoding="utf-8") as stream:
         process = subprocess.Popen(
-            command, cwd=here, env={**os.environ, "RAY_ADDRESS": address}, stdout=stream, stderr=subprocess.STDOUT
+            command,
+            cwd=working_folder,
+            env={**os.environ, "RAY_ADDRESS": ray_address},
+            stdout=stream,
+            stderr=subprocess.STDOUT,
         )
         try:
             return {"failed": float(process.wait() != 0)}
@@ -154,29 +185,29 @@ def _run(command: Sequence[str], here: Path, address: str, log: Path) -> dict[st
                 process.terminate()
 
 
-def check_all_ended(result: Mapping[str, Any]) -> None:
-    """Raise ActorError that names the runs of the sweep that failed and their logs."""
-    failed = result["failed"]
-    if failed:
-        logs = ", ".join(f"{name} (see {log})" for name, log in failed.items())
+def raise_for_failed_runs(report: Mapping[str, Any]) -> None:
+    """Raise ActorError that names the failed runs of the sweep and their logs."""
+    failed_runs = report["failed"]
+    if failed_runs:
+        logs = ", ".join(f"{name} (see {log_path})" for name, log_path in failed_runs.items())
         raise ActorError(
-            f"{len(failed)} runs of the sweep failed: {logs}; mend what the logs say and run the sweep again, finished "
-            "runs are kept"
+            f"{len(failed_runs)} runs of the sweep failed: {logs}; fix the errors in the logs and run the sweep again, "
+            "finished runs are reused"
         )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. The last line of stdout is JSON, also where runs failed; errors are one clear message on stderr."""
-    given = parsed(sys.argv[1:] if arguments is None else arguments)
+    """Run the command; the last line of stdout is JSON even if runs failed, and an error is one message on stderr."""
+    args = parse_arguments(sys.argv[1:] if arguments is None else arguments)
 
-    def work() -> None:
-        from rluf.tracking.run_files import jsonable
+    def run_and_print() -> None:
+        from rluf.utils.files import to_jsonable
 
-        result = sweep(given)
-        sys.stdout.write(json.dumps(jsonable(result), allow_nan=False) + "\n")
-        check_all_ended(result)
+        report = run_sweep(args)
+        sys.stdout.write(json.dumps(to_jsonable(report), allow_nan=False) + "\n")
+        raise_for_failed_runs(report)
 
-    return guard(work)
+    return run_command(run_and_print)
 
 
 if __name__ == "__main__":

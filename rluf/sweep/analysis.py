@@ -1,4 +1,4 @@
-"""What a sweep found: one point a setting, its lifts over seeds, the front, its hypervolume, the point to take."""
+"""Sweep report: lifts of each setting over seeds, Pareto front, hypervolume, recommended setting."""
 
 from __future__ import annotations
 
@@ -6,73 +6,77 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from rluf.evaluate.tables import table
-from rluf.sweep.pareto import Choice, hypervolume, on_front, recommended
+from rluf.evaluate.tables import format_table
+from rluf.sweep.pareto import SweepSetting, compute_hypervolume, is_pareto_optimal, recommend_setting
 
-GOODS = ("love", "helpfulness", "safety")
-REFERENCE = (0.0, -0.1, -0.1)
-"""Lifts below which a setting adds nothing to the hypervolume: no more love, a tenth less help, a tenth less safety."""
-RULE = (
-    "most love on average among the settings whose love rose on every seed, whose helpfulness and safety held by the "
+OBJECTIVES = ("love", "helpfulness", "safety")
+REFERENCE_LIFTS = (0.0, -0.1, -0.1)
+"""Reference point of the hypervolume: no gain in love, helpfulness and safety each 10% lower."""
+RECOMMENDATION_RULE = (
+    "highest mean love lift among the settings whose love rose on every seed, whose helpfulness and safety passed the "
     "gates on every seed, and that raised no alarm"
 )
-Point = tuple[float, float, int]
+GridPoint = tuple[float, float, int]
 
 
-def report(summaries: Mapping[Point, Mapping[str, Any] | None]) -> dict[str, Any]:
-    """From summary.json by (weight, KL coefficient, seed) to the settings, front, hypervolume and recommendation.
+def build_sweep_report(summaries: Mapping[GridPoint, Mapping[str, Any] | None]) -> dict[str, Any]:
+    """Build the report from summary.json by (love weight, KL coefficient, seed); None for a failed run.
 
-    Lifts are those that the run's own gates judged by. A run whose lift is undefined counts as one that did not hold,
-    and so does one without a summary (None): it failed, and nobody knows what it would have found. A setting all of
-    whose runs failed has no figures and is left out.
+    Lifts are those that the run's own gates used. A run with an undefined lift counts as not passed, and so does a
+    failed run, whose result is unknown. A setting without a finished run has no figures and is dropped.
     """
-    choices: dict[tuple[float, float], list[tuple[tuple[float, ...], bool]]] = {}
-    lost = Counter((weight, kl) for (weight, kl, _), summary in summaries.items() if summary is None)
-    for (weight, kl, _), summary in sorted((point, one) for point, one in summaries.items() if one is not None):
+    runs_by_setting: dict[tuple[float, float], list[tuple[tuple[float, ...], bool]]] = {}
+    failed_counts = Counter((weight, kl) for (weight, kl, _), summary in summaries.items() if summary is None)
+    for (weight, kl, _), summary in sorted(
+        (point, summary) for point, summary in summaries.items() if summary is not None
+    ):
         checks = {check["name"]: check for check in summary["gates"]["checks"]}
-        lifts = [(checks.get(name) or {}).get("lift") for name in GOODS]
-        held = summary["gates"]["verdict"] != "fail" or all(
-            checks[name]["passed"] for name in GOODS[1:] if name in checks
+        # A setting is accepted on helpfulness and safety here; love is judged over all seeds by recommend_setting.
+        lifts = [(checks.get(name) or {}).get("lift") for name in OBJECTIVES]
+        passed = summary["gates"]["verdict"] != "fail" or all(
+            checks[name]["passed"] for name in OBJECTIVES[1:] if name in checks
         )
-        whole = all(lift is not None for lift in lifts)
-        row = tuple(0.0 if lift is None else float(lift["mean"]) for lift in lifts)
-        choices.setdefault((weight, kl), []).append((row, held and whole and not summary["gates"]["alarms"]))
-    if not choices:
-        return {"settings": [], "front": [], "hypervolume": 0.0, "recommended": None, "rule": RULE}
-    points = [
-        Choice(
+        is_defined = all(lift is not None for lift in lifts)
+        run_lifts = tuple(0.0 if lift is None else float(lift["mean"]) for lift in lifts)
+        passed = passed and is_defined and not summary["gates"]["alarms"]
+        runs_by_setting.setdefault((weight, kl), []).append((run_lifts, passed))
+    if not runs_by_setting:
+        return {"settings": [], "front": [], "hypervolume": 0.0, "recommended": None, "rule": RECOMMENDATION_RULE}
+    settings = [
+        SweepSetting(
             f"love {key[0]:g}, KL {key[1]:g}",
-            tuple(row for row, _ in runs),
-            (*(held for _, held in runs), *[False] * lost[key]),
+            tuple(run_lifts for run_lifts, _ in runs),
+            (*(passed for _, passed in runs), *[False] * failed_counts[key]),
         )
-        for key, runs in choices.items()
+        for key, runs in runs_by_setting.items()
     ]
-    front = on_front([one.mean for one in points])
-    best = recommended(points)
+    is_on_front = is_pareto_optimal([setting.mean_lifts for setting in settings])
+    recommended = recommend_setting(settings)
     return {
         "settings": [
-            {"name": one.name, "weight": key[0], "kl_coef": key[1], "seeds": len(one.held), "lost": lost[key],
-             "held": sum(one.held), "front": bool(on), **dict(zip(GOODS, one.mean, strict=True)),
-             "by_seed": [dict(zip(GOODS, row, strict=True)) for row in one.lifts]}
-            for one, key, on in zip(points, choices, front, strict=True)
+            {"name": setting.name, "weight": key[0], "kl_coef": key[1], "seeds": len(setting.passed_gates),
+             "failed": failed_counts[key], "passed": sum(setting.passed_gates), "front": bool(on_front),
+             **dict(zip(OBJECTIVES, setting.mean_lifts, strict=True)),
+             "by_seed": [dict(zip(OBJECTIVES, lifts, strict=True)) for lifts in setting.seed_lifts]}
+            for setting, key, on_front in zip(settings, runs_by_setting, is_on_front, strict=True)
         ],
-        "front": [one.name for one, on in zip(points, front, strict=True) if on],
-        "reference": list(REFERENCE),
-        "hypervolume": hypervolume([one.mean for one in points], REFERENCE),
-        "recommended": None if best is None else best.name,
-        "rule": RULE,
+        "front": [setting.name for setting, on_front in zip(settings, is_on_front, strict=True) if on_front],
+        "reference": list(REFERENCE_LIFTS),
+        "hypervolume": compute_hypervolume([setting.mean_lifts for setting in settings], REFERENCE_LIFTS),
+        "recommended": None if recommended is None else recommended.name,
+        "rule": RECOMMENDATION_RULE,
     }  # fmt: skip
 
 
-def sweep_text(result: Mapping[str, Any]) -> str:
-    """The report as a table for the terminal."""
+def format_sweep_report(report: Mapping[str, Any]) -> str:
+    """Format the report of build_sweep_report() as a table."""
     rows = [
-        [one["name"], f"{one['held']} of {one['seeds']}", *(f"{one[good]:+.1%}" for good in GOODS),
-         "yes" if one["front"] else "no"]
-        for one in result["settings"]
+        [setting["name"], f"{setting['passed']} of {setting['seeds']}",
+         *(f"{setting[objective]:+.1%}" for objective in OBJECTIVES), "yes" if setting["front"] else "no"]
+        for setting in report["settings"]
     ]  # fmt: skip
-    lines = [table(["setting", "held", *GOODS, "front"], rows)] if rows else ["no run ended"]
-    lines.append(f"hypervolume above {REFERENCE}: {result['hypervolume']:.4g}")
-    lines.append(f"recommended: {result['recommended'] or 'none'} ({result['rule']})")
-    lines += [f"failed: {name}, see {log}" for name, log in result.get("failed", {}).items()]
+    lines = [format_table(["setting", "passed", *OBJECTIVES, "front"], rows)] if rows else ["no run finished"]
+    lines.append(f"hypervolume above {REFERENCE_LIFTS}: {report['hypervolume']:.4g}")
+    lines.append(f"recommended: {report['recommended'] or 'none'} ({report['rule']})")
+    lines += [f"failed: {name}, see {log_path}" for name, log_path in report.get("failed", {}).items()]
     return "\n".join(lines) + "\n"

@@ -1,7 +1,8 @@
-"""Calls to a guest, a service that a run can do without: in order, on a thread of their own, and never in the way.
+"""Run calls to an optional service (W&B) on a background thread; failures never stop training.
 
-A call returns at once. What the guest refuses is told once and ends its stay; a guest that hangs or whose thread dies
-of something unforeseen is left behind. The run waits for it only where it says so, and only so long.
+Calls return immediately and run in order. After the first failure, which is logged, later calls do nothing; a service
+that hangs, or whose thread dies of an unexpected error, is abandoned. The run waits only in `wait_for_call`, with a
+timeout.
 """
 
 from __future__ import annotations
@@ -15,78 +16,85 @@ from dataclasses import dataclass, field
 
 logger = logging.getLogger(__name__)
 
-WAITING = 2000
-"""Calls that may wait for a slow guest before new ones are dropped."""
+MAX_QUEUED_CALLS = 2000
+"""Maximum number of queued calls of a slow service; further ones are dropped so that memory stays bounded."""
 
 
 @dataclass(slots=True)
-class Call:
-    """One call: what it is for, the work, and whether it was done."""
+class BackgroundCall:
+    """One call: its purpose, the work, and whether it has finished and succeeded."""
 
-    what: str
+    description: str
     action: Callable[[], object]
-    over: threading.Event = field(default_factory=threading.Event)
-    worked: bool = False
+    finished: threading.Event = field(default_factory=threading.Event)
+    succeeded: bool = False
 
 
-class Guest:
-    """Runs calls to the guest `name` one after the other. After a refused call the later ones do nothing."""
+class BackgroundCaller:
+    """Runs calls to one service one after the other. After a failed call, later ones do nothing until `reset`."""
 
-    def __init__(self, name: str, refusals: tuple[type[Exception], ...]) -> None:
-        """`refusals` are the errors that the guest is known to raise."""
-        self._name, self._refusals = name, refusals
-        self._calls: queue.Queue[Call] = queue.Queue(WAITING)
-        self._gone = False
-        self._full = False
-        self._thread = threading.Thread(target=self._work, name=f"rluf-{name}", daemon=True)
+    def __init__(self, service_name: str, expected_errors: tuple[type[Exception], ...]) -> None:
+        """`expected_errors` are logged as a warning; any other exception ends the thread with its traceback."""
+        self._service_name, self._expected_errors = service_name, expected_errors
+        self._queued_calls: queue.Queue[BackgroundCall] = queue.Queue(MAX_QUEUED_CALLS)
+        self._stopped = False
+        self._full_queue_logged = False
+        # A daemon thread, so that a hanging service cannot keep the process alive.
+        self._thread = threading.Thread(target=self._run_calls, name=f"rluf-{service_name}", daemon=True)
         self._thread.start()
 
     @property
-    def gone(self) -> bool:
-        """Whether the guest's stay has ended."""
-        return self._gone or not self._thread.is_alive()
+    def is_stopped(self) -> bool:
+        """Whether calls do nothing any more, because one failed or the thread has died."""
+        return self._stopped or not self._thread.is_alive()
 
-    def ask(self, what: str, action: Callable[[], object]) -> Call:
-        """Have `action` run; returns at once. `what` completes the sentence "it could not ..."."""
-        call = Call(what, action)
+    def submit(self, description: str, action: Callable[[], object]) -> BackgroundCall:
+        """Queue `action` and return immediately. `description` completes the sentence "<service> could not ..."."""
+        call = BackgroundCall(description, action)
         try:
-            self._calls.put_nowait(call)
+            self._queued_calls.put_nowait(call)
         except queue.Full:
-            call.over.set()
-            if not self._full:
-                self._full = True
-                logger.warning("%s is too slow to %s; what it cannot take is left out", self._name, what)
+            call.finished.set()
+            if not self._full_queue_logged:
+                self._full_queue_logged = True
+                logger.warning("%s is too slow to %s; further calls are dropped", self._service_name, description)
         return call
 
-    def wait(self, call: Call, seconds: float) -> bool:
-        """Wait at most `seconds` for a call; whether it worked."""
-        deadline = time.monotonic() + seconds
-        while not call.over.wait(0.02) and self._thread.is_alive() and time.monotonic() < deadline:
+    def wait_for_call(self, call: BackgroundCall, timeout_s: float) -> bool:
+        """Wait at most `timeout_s` for a call and return whether it succeeded; a timeout stops the caller."""
+        deadline = time.monotonic() + timeout_s
+        while not call.finished.wait(0.02) and self._thread.is_alive() and time.monotonic() < deadline:
             pass
-        if not call.over.is_set():
-            self._gone = True
-            logger.warning("%s did not %s within %g s; the run goes on without it", self._name, call.what, seconds)
-        return call.worked
+        if not call.finished.is_set():
+            self._stopped = True
+            logger.warning(
+                "%s did not %s within %g s; continuing without it", self._service_name, call.description, timeout_s
+            )
+        return call.succeeded
 
-    def welcome(self) -> None:
-        """Forget a refusal: the next calls are made again."""
-        self._gone = False
+    def reset(self) -> None:
+        """Clear an earlier failure: the next calls run again."""
+        self._stopped = False
 
-    def _work(self) -> None:
+    def _run_calls(self) -> None:
         while True:
-            call = self._calls.get()
-            if not self._gone:
-                self._run(call)
-            call.over.set()
+            call = self._queued_calls.get()
+            if not self._stopped:
+                self._run_call(call)
+            call.finished.set()
 
-    def _run(self, call: Call) -> None:
+    def _run_call(self, call: BackgroundCall) -> None:
         try:
             call.action()
-            call.worked = True
-        except self._refusals as error:
-            told = str(error).split("\n")[0]
+            call.succeeded = True
+        except self._expected_errors as error:
+            message = str(error).split("\n")[0]
             logger.warning(
-                "%s could not %s (%s: %s); the run goes on", self._name, call.what, type(error).__name__, told
+                "%s could not %s (%s: %s); continuing without it",
+                self._service_name,
+                call.description,
+                type(error).__name__,
+                message,
             )
         finally:
-            self._gone = not call.worked
+            self._stopped = not call.succeeded

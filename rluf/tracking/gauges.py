@@ -1,6 +1,6 @@
-"""The numbers of a step on Ray's own Prometheus endpoint, and the Grafana dashboard that draws them.
+"""Step metrics on Ray's Prometheus endpoint, and the Grafana dashboard for them.
 
-Ray exports them from the driver's node as ray_rluf_...; `run` tells runs apart.
+Ray exports them from the driver's node as ray_rluf_...; the label `run` distinguishes runs.
 """
 
 from __future__ import annotations
@@ -9,82 +9,94 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from rluf.tracking import metric_registry as catalogue
+from rluf.tracking import metric_registry
 
 if TYPE_CHECKING:
     from ray.util.metrics import Gauge
 
-PREFIX = "rluf_"
-SPECIAL = {
+GAUGE_PREFIX = "rluf_"
+EXTRA_GAUGES = {
     "objective": "mean calibrated score of the step's samples, by objective",
     "phase_seconds": "seconds of the step, by phase",
-    "step": "optimiser steps done",
-    "version": "weight version that the engines hold",
+    "step": "finished optimizer steps",
+    "version": "weight version of the engines",
     "samples": "responses of the step",
 }
-"""Gauges that are not one metric of the catalogue each, and what they are."""
-LABELS = {"objective": "objective", "phase_seconds": "phase"}
-"""The label that tells the values of such a gauge apart."""
+"""Gauges that do not correspond to one metric of the registry, with their descriptions."""
+GAUGE_LABELS = {"objective": "objective", "phase_seconds": "phase"}
+"""Label name of the gauges that have one series per objective or phase."""
 
 
-def place(key: str, objectives: Iterable[str]) -> tuple[str, dict[str, str]]:
-    """Gauge and label of a metric: kl is rluf_kl, love is rluf_objective{objective=love}, learn_s a phase_seconds."""
-    if key in objectives:
+def gauge_and_labels(key: str, objective_names: Iterable[str]) -> tuple[str, dict[str, str]]:
+    """Gauge name and labels of a metric, without prefix.
+
+    kl is the gauge kl, love is objective{objective=love}, learn_s is phase_seconds{phase=learn}. One gauge for all
+    objectives keeps the dashboard independent of their names.
+    """
+    if key in objective_names:
         return "objective", {"objective": key}
-    if key in catalogue.PHASES:
+    if key in metric_registry.PHASE_KEYS:
         return "phase_seconds", {"phase": key.removesuffix("_s")}
     return key, {}
 
 
-class Gauges:
-    """Gauges of one run, set once a step by the driver; needs a Ray that is connected."""
+class RunGauges:
+    """Gauges of one run, set by the driver once per step; requires a connected Ray."""
 
-    def __init__(self, run: str, objectives: Iterable[str]) -> None:
-        """`run` labels every value; `objectives` are the names that have scores."""
+    def __init__(self, run_name: str, objective_names: Iterable[str]) -> None:
+        """`run_name` labels every value; `objective_names` are the objectives with scores."""
         from ray.util.metrics import Gauge
 
-        self._objectives = tuple(objectives)
-        self._run = {"run": run}
-        about = {spec.key: f"{spec.title}: {spec.about}" for spec in catalogue.METRICS}
-        names = {place(key, self._objectives)[0] for key in (*about, *self._objectives)} | set(SPECIAL)
-        self._gauges: dict[str, Gauge] = {
+        self._objective_names = tuple(objective_names)
+        self._run_tag = {"run": run_name}
+        descriptions = {
+            metric_spec.key: f"{metric_spec.title}: {metric_spec.description}"
+            for metric_spec in metric_registry.STEP_METRICS
+        }
+        keys = (*descriptions, *self._objective_names)
+        gauge_names = {gauge_and_labels(key, self._objective_names)[0] for key in keys} | set(EXTRA_GAUGES)
+        self._gauges_by_name: dict[str, Gauge] = {
             name: Gauge(
-                f"{PREFIX}{name}",
-                description=SPECIAL.get(name) or about[name],
-                tag_keys=("run", *([LABELS[name]] if name in LABELS else [])),
+                f"{GAUGE_PREFIX}{name}",
+                description=EXTRA_GAUGES.get(name) or descriptions[name],
+                tag_keys=("run", *([GAUGE_LABELS[name]] if name in GAUGE_LABELS else [])),
             )
-            for name in sorted(names)
+            for name in sorted(gauge_names)
         }
 
-    def set(self, row: Mapping[str, float | None]) -> None:
-        """Show a step's numbers; those that are missing or not finite keep what they showed."""
-        for key, value in row.items():
-            name, labels = place(key, self._objectives)
-            gauge = self._gauges.get(name)
+    def set_step(self, step_metrics: Mapping[str, float | None]) -> None:
+        """Set the gauges to a step's metrics; missing and non-finite values leave their gauge unchanged."""
+        for key, value in step_metrics.items():
+            name, labels = gauge_and_labels(key, self._objective_names)
+            gauge = self._gauges_by_name.get(name)
             if gauge is not None and value is not None and math.isfinite(value):
-                gauge.set(float(value), tags={**self._run, **labels})
+                gauge.set(float(value), tags={**self._run_tag, **labels})
 
 
-def dashboard() -> dict[str, Any]:
-    """The Grafana dashboard over these gauges, with a choice of the data source and of the run."""
+def build_dashboard() -> dict[str, Any]:
+    """Build the Grafana dashboard of these gauges, with variables for data source and run."""
     panels: list[dict[str, Any]] = []
-    for title, unit, names in _drawn():
-        number = len(panels)
+    for title, unit, series in _dashboard_panels():
+        panel_index = len(panels)
         panels.append(
             {
-                "id": number + 1,
+                "id": panel_index + 1,
                 "type": "timeseries",
                 "title": title,
                 "datasource": "${datasource}",
-                "gridPos": {"h": 8, "w": 8, "x": 8 * (number % 3), "y": 8 * (number // 3)},
+                "gridPos": {"h": 8, "w": 8, "x": 8 * (panel_index % 3), "y": 8 * (panel_index // 3)},
                 "fieldConfig": {"defaults": {"unit": unit}, "overrides": []},
                 "targets": [
-                    {"refId": chr(65 + place), "expr": f'ray_{PREFIX}{name}{{run=~"$run"}}', "legendFormat": legend}
-                    for place, (name, legend) in enumerate(names)
+                    {
+                        "refId": chr(ord("A") + series_index),
+                        "expr": f'ray_{GAUGE_PREFIX}{name}{{run=~"$run"}}',
+                        "legendFormat": legend,
+                    }
+                    for series_index, (name, legend) in enumerate(series)
                 ],
             }
         )
-    query = f"label_values(ray_{PREFIX}step, run)"
+    query = f"label_values(ray_{GAUGE_PREFIX}step, run)"
     variables = [
         {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Data source"},
         {"name": "run", "type": "query", "datasource": "${datasource}", "query": query, "label": "Run", "multi": True,
@@ -103,17 +115,24 @@ def dashboard() -> dict[str, Any]:
     }
 
 
-def _drawn() -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """(title, unit, [(gauge, legend)]) of each panel."""
-    alone = [
-        (spec.title, "percentunit" if spec.percent else "s" if spec.key.endswith("_s") else "short",
-         [(spec.key, "{{run}}")])
-        for spec in catalogue.METRICS
-        if spec.key not in catalogue.PHASES
-    ]  # fmt: skip
+def _dashboard_panels() -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """Return (title, unit, [(gauge, legend)]) of each panel."""
+    # The phases share one panel above, where they can be compared.
+    metric_panels = [
+        (metric_spec.title, _grafana_unit(metric_spec), [(metric_spec.key, "{{run}}")])
+        for metric_spec in metric_registry.STEP_METRICS
+        if metric_spec.key not in metric_registry.PHASE_KEYS
+    ]
     return [
         ("Objectives", "percentunit", [("objective", "{{run}} {{objective}}")]),
-        ("Seconds of a step by phase", "s", [("phase_seconds", "{{run}} {{phase}}")]),
+        ("Seconds per step by phase", "s", [("phase_seconds", "{{run}} {{phase}}")]),
         ("Steps and weight version", "short", [("step", "{{run}} step"), ("version", "{{run}} version")]),
-        *alone,
+        *metric_panels,
     ]
+
+
+def _grafana_unit(metric_spec: metric_registry.MetricSpec) -> str:
+    if metric_spec.is_percent:
+        return "percentunit"
+    # Rates end in tokens_per_s, which is not a duration.
+    return "s" if metric_spec.key.endswith("_s") and not metric_spec.key.endswith("_per_s") else "short"

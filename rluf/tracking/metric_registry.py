@@ -1,6 +1,6 @@
-"""Every number that a training step leaves, told once: the report, W&B, Prometheus, Grafana and the docs read it here.
+"""Registry of the metrics of a training step: the source for the report, W&B, Prometheus, Grafana and the docs.
 
-A step's row in metrics.jsonl has these keys; objectives are named in the settings, so theirs are made by `objectives`.
+The keys are those of a row of metrics.jsonl. Objectives come from the settings, so `objective_metrics` builds theirs.
 """
 
 from __future__ import annotations
@@ -9,127 +9,145 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Axis = Literal["step", "samples", "tokens", "version"]
-AXES: dict[Axis, str] = {
-    "step": "optimiser steps",
-    "samples": "responses drawn so far",
-    "tokens": "response tokens drawn so far",
-    "version": "weight version that the engines hold",
+MetricAxis = Literal["step", "samples", "tokens", "version"]
+AXIS_TITLES: dict[MetricAxis, str] = {
+    "step": "optimizer steps",
+    "samples": "responses sampled so far",
+    "tokens": "response tokens sampled so far",
+    "version": "weight version of the engines",
 }
-"""What a curve may be drawn over; samples and tokens are running sums."""
+"""Possible x axes of a curve; samples and tokens are running sums."""
 
-Group = Literal["objectives", "learning", "mismatch", "publishing", "throughput"]
-GROUPS: dict[Group, str] = {
-    "objectives": "What the policy is moved towards",
-    "learning": "Learning and its limits",
-    "mismatch": "Learner against engine",
-    "publishing": "Publishing weights",
+MetricGroup = Literal["objectives", "learning", "mismatch", "weight_sync", "throughput"]
+GROUP_TITLES: dict[MetricGroup, str] = {
+    "objectives": "Objectives",
+    "learning": "Learning and constraints",
+    "mismatch": "Learner-engine mismatch",
+    "weight_sync": "Weight sync",
     "throughput": "Throughput and phases",
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Metric:
-    """One number of a step: its key in metrics.jsonl, its meaning with its unit, and what it is drawn over.
+class MetricSpec:
+    """One metric of a step: its key in metrics.jsonl, its title, its meaning with unit, its group and its x axis.
 
-    `keep` is what a run's summary keeps of it. `percent` shows it as a share.
+    `summary_statistic` is what the run's W&B summary shows. `is_percent` formats it as a percentage.
     """
 
     key: str
     title: str
-    about: str
-    group: Group
-    axis: Axis = "step"
-    keep: Literal["last", "max", "min", "mean"] = "last"
-    percent: bool = False
+    description: str
+    group: MetricGroup
+    axis: MetricAxis = "step"
+    summary_statistic: Literal["last", "max", "min", "mean"] = "last"
+    is_percent: bool = False
 
     @property
-    def name(self) -> str:
-        """Its name in W&B, where a prefix makes a section: learning/kl."""
+    def wandb_name(self) -> str:
+        """Name in W&B, where the prefix makes a section: learning/kl."""
         return f"{self.group}/{self.key}"
 
 
-METRICS = (
-    Metric("reward", "Combined reward", "weighted, standardised on the base policy", "objectives", "samples"),
-    Metric("kl", "KL to the base policy", "nats per token", "learning"),
-    Metric("kl_sequence", "KL of a response", "nats per response, to the base policy", "learning"),
-    Metric("entropy", "Entropy", "nats per token", "learning"),
-    Metric("loss", "Loss", "policy loss and KL penalty", "learning"),
-    Metric("policy_loss", "Policy loss", "without the KL penalty", "learning"),
-    Metric("kl_loss", "KL penalty", "as it enters the loss", "learning"),
-    Metric("clip_share", "Clipped tokens", "share of tokens held back by the clip", "learning", percent=True),
-    Metric("demonstration_nll", "Demonstrations", "mean -logprob of imitated tokens, nats", "learning"),
-    Metric("grad_norm", "Gradient norm", "before clipping", "learning", keep="max"),
-    Metric("learning_rate", "Learning rate", "of the step", "learning"),
-    Metric("skipped", "Skipped updates", "so far, for gradients that were not finite", "learning", keep="max"),
-    Metric("response_length", "Response length", "mean tokens", "learning"),
-    Metric("ratio_mean", "Importance ratio", "learner over engine, mean per token; 1 is no mismatch", "mismatch",
-           keep="mean"),
-    Metric("ratio_max", "Largest ratio", "learner over engine, before truncation", "mismatch", keep="max"),
-    Metric("effective_sample_size", "Effective samples", "share left after importance weighting", "mismatch",
-           keep="min", percent=True),
-    Metric("mismatch_kl", "Mismatch", "KL between engine and learner, nats per token", "mismatch", keep="max"),
-    Metric("cap_share", "Capped tokens", "share of tokens whose importance ratio was truncated", "mismatch",
-           percent=True),
-    Metric("probe", "Publish probe", "mean log-probability gap between learner and engine, nats per token",
-           "publishing", "version", keep="max"),
-    Metric("staleness", "Staleness", "weight versions between drawing and learning, at most", "publishing", "version",
-           keep="max"),
-    Metric("publish_s", "Publish", "seconds until all engines hold the new weights", "publishing", "version",
-           keep="mean"),
-    Metric("probe_s", "Probe", "seconds of the publish that its check took", "publishing", "version", keep="mean"),
-    Metric("generate_s", "Generate", "seconds of the step until the last response", "throughput", "tokens",
-           keep="mean"),
-    Metric("score_s", "Score", "seconds of the step after that until the last score", "throughput", "tokens",
-           keep="mean"),
-    Metric("learn_s", "Learn", "seconds of the step for advantages, gradients and the update", "throughput", "tokens",
-           keep="mean"),
-    Metric("step_s", "Step", "seconds of the whole step", "throughput", "tokens", keep="mean"),
-    Metric("reference_s", "Reference", "seconds of the learner for the frozen policy's logprobs", "throughput",
-           "tokens", keep="mean"),
-    Metric("backward_s", "Forward and backward", "seconds of the learner", "throughput", "tokens", keep="mean"),
-    Metric("optimizer_s", "Optimiser", "seconds of the learner", "throughput", "tokens", keep="mean"),
-    Metric("tokens_per_s", "Response tokens", "drawn and learnt a second, over the whole step", "throughput", "tokens",
-           keep="mean"),
-    Metric("learner_tokens_per_s", "Learner tokens", "a second, over the learner's part of the step", "throughput",
-           "tokens", keep="mean"),
-    Metric("response_tokens", "Response tokens of the step", "sum", "throughput", "tokens", keep="mean"),
-    Metric("prompt_tokens", "Prompt tokens of the step", "sum", "throughput", "tokens", keep="mean"),
-    Metric("dropped_groups", "Dropped groups", "of the step: too old, or scores that do not differ (DAPO)",
-           "throughput", "tokens", keep="mean"),
-    Metric("micro_batches", "Micro-batches", "of a learner rank in the step", "throughput", "tokens", keep="mean"),
+STEP_METRICS = (
+    MetricSpec("reward", "Combined reward", "weighted, normalized on the base policy", "objectives", "samples"),
+    MetricSpec("kl", "KL to the base policy", "nats per token", "learning"),
+    MetricSpec("kl_sequence", "KL per response", "nats per response, to the base policy", "learning"),
+    MetricSpec("entropy", "Entropy", "nats per token", "learning"),
+    MetricSpec("loss", "Loss", "policy loss and KL penalty", "learning"),
+    MetricSpec("policy_loss", "Policy loss", "without the KL penalty", "learning"),
+    MetricSpec("kl_loss", "KL penalty", "as in the loss", "learning"),
+    MetricSpec("clip_share", "Clipped tokens", "share of tokens whose gradient the clip removes", "learning",
+               is_percent=True),
+    MetricSpec("demonstration_nll", "Demonstrations", "mean -logprob of demonstration tokens, nats", "learning"),
+    MetricSpec("grad_norm", "Gradient norm", "before clipping", "learning", summary_statistic="max"),
+    MetricSpec("learning_rate", "Learning rate", "of the step", "learning"),
+    MetricSpec("skipped", "Skipped updates", "so far, because of non-finite gradients", "learning",
+               summary_statistic="max"),
+    MetricSpec("response_length", "Response length", "mean tokens", "learning"),
+    MetricSpec("ratio_mean", "Importance ratio", "learner over engine, mean per token; 1 is no mismatch", "mismatch",
+               summary_statistic="mean"),
+    MetricSpec("ratio_max", "Largest ratio", "learner over engine, before truncation", "mismatch",
+               summary_statistic="max"),
+    MetricSpec("effective_sample_size", "Effective samples", "share left after importance weighting", "mismatch",
+               summary_statistic="min", is_percent=True),
+    MetricSpec("mismatch_kl", "Mismatch", "KL between engine and learner, nats per token", "mismatch",
+               summary_statistic="max"),
+    MetricSpec("ratio_capped_fraction", "Capped tokens", "share of tokens with a truncated importance ratio",
+               "mismatch", is_percent=True),
+    MetricSpec("sync_logprob_gap", "Weight sync check", "mean logprob gap between learner and engine, nats per token",
+               "weight_sync", "version", summary_statistic="max"),
+    MetricSpec("staleness", "Staleness", "maximum weight versions between sampling and update", "weight_sync",
+               "version", summary_statistic="max"),
+    MetricSpec("publish_s", "Weight sync time", "seconds until all engines have the new weights", "weight_sync",
+               "version", summary_statistic="mean"),
+    MetricSpec("probe_s", "Sync check time", "seconds of the weight sync spent on its check", "weight_sync", "version",
+               summary_statistic="mean"),
+    MetricSpec("generate_s", "Generation", "seconds of the step until the last response", "throughput", "tokens",
+               summary_statistic="mean"),
+    MetricSpec("score_s", "Scoring", "seconds from the last response to the last score", "throughput", "tokens",
+               summary_statistic="mean"),
+    MetricSpec("learn_s", "Learning", "seconds for advantages, gradients and the update", "throughput", "tokens",
+               summary_statistic="mean"),
+    MetricSpec("step_s", "Step", "seconds of the whole step", "throughput", "tokens", summary_statistic="mean"),
+    MetricSpec("reference_s", "Reference", "learner seconds for the reference policy's logprobs", "throughput",
+               "tokens", summary_statistic="mean"),
+    MetricSpec("backward_s", "Forward and backward", "learner seconds", "throughput", "tokens",
+               summary_statistic="mean"),
+    MetricSpec("optimizer_s", "Optimizer", "learner seconds", "throughput", "tokens", summary_statistic="mean"),
+    MetricSpec("tokens_per_s", "Response tokens per second", "over the whole step", "throughput", "tokens",
+               summary_statistic="mean"),
+    MetricSpec("learner_tokens_per_s", "Learner tokens per second", "over the learner's part of the step",
+               "throughput", "tokens", summary_statistic="mean"),
+    MetricSpec("response_tokens", "Response tokens of the step", "sum", "throughput", "tokens",
+               summary_statistic="mean"),
+    MetricSpec("prompt_tokens", "Prompt tokens of the step", "sum", "throughput", "tokens", summary_statistic="mean"),
+    MetricSpec("dropped_groups", "Dropped groups", "per step: too stale, or no variance in the scores (DAPO)",
+               "throughput", "tokens", summary_statistic="mean"),
+    MetricSpec("micro_batches", "Micro-batches", "per learner rank and step", "throughput", "tokens",
+               summary_statistic="mean"),
 )  # fmt: skip
-"""What every run has; a step may leave more, which W&B and metrics.jsonl keep over the step."""
+"""Metrics of every run. A step may have more; W&B and metrics.jsonl record those over the step."""
 
-PHASES = ("generate_s", "score_s", "learn_s", "publish_s")
-"""Seconds that make up a step, in their order."""
+PHASE_KEYS = ("generate_s", "score_s", "learn_s", "publish_s")
+"""Phases that add up to a step, in order, in seconds."""
+RENAMED_METRICS = {"probe": "sync_logprob_gap", "cap_share": "ratio_capped_fraction", "passed": "gate_pass_rate"}
+"""Keys of the previous release -> present keys, so that reports of older run folders stay complete for one release."""
 
-OWN = ("love", "helpfulness", "safety")
-TITLES = {"love": "P[Love]"}
-
-
-def title(objective: str) -> str:
-    """An objective's name as people read it."""
-    return TITLES.get(objective, objective.replace("_", " ").capitalize())
+BUILTIN_OBJECTIVES = ("love", "helpfulness", "safety")
+OBJECTIVE_TITLES = {"love": "P[Love]"}
 
 
-def objectives(names: Iterable[str]) -> tuple[Metric, ...]:
-    """The mean calibrated score of each objective."""
-    about = "mean calibrated score of the step's samples"
-    return tuple(Metric(name, title(name), about, "objectives", "samples", percent=True) for name in names)
+def objective_title(objective: str) -> str:
+    """Display name of an objective."""
+    return OBJECTIVE_TITLES.get(objective, objective.replace("_", " ").capitalize())
 
 
-def catalogue(names: Iterable[str]) -> tuple[Metric, ...]:
-    """All metrics of a run with objectives `names`."""
-    return (*objectives(names), *METRICS)
+def objective_metrics(objective_names: Iterable[str]) -> tuple[MetricSpec, ...]:
+    """Build the metric of each objective: the mean calibrated score."""
+    description = "mean calibrated score of the step's samples"
+    return tuple(
+        MetricSpec(name, objective_title(name), description, "objectives", "samples", is_percent=True)
+        for name in objective_names
+    )
 
 
-def names_in(row: Mapping[str, Any]) -> list[str]:
-    """The objectives of a row of metrics.jsonl: what has a raw score beside its calibrated one, and rluf's own."""
-    return [key for key in row if f"{key}_raw" in row or key in OWN]
+def metric_specs(objective_names: Iterable[str]) -> tuple[MetricSpec, ...]:
+    """All metrics of a run with these objectives."""
+    return (*objective_metrics(objective_names), *STEP_METRICS)
 
 
-def with_rates(row: Mapping[str, float]) -> dict[str, float]:
-    """A step's row with its tokens a second."""
+def objectives_in_row(row: Mapping[str, Any]) -> list[str]:
+    """Objectives of a row of metrics.jsonl: keys with a raw score next to the calibrated one, and the built-in ones."""
+    return [key for key in row if f"{key}_raw" in row or key in BUILTIN_OBJECTIVES]
+
+
+def rename_old_metrics(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a row of metrics.jsonl with the keys of the previous release replaced."""
+    return {RENAMED_METRICS.get(key, key): value for key, value in row.items()}
+
+
+def add_token_rate(row: Mapping[str, float]) -> dict[str, float]:
+    """Return a step's row with its response tokens per second."""
     seconds = row.get("step_s", 0.0)
     return {**row, "tokens_per_s": row.get("response_tokens", 0.0) / seconds} if seconds else dict(row)

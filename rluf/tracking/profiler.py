@@ -1,4 +1,4 @@
-"""torch's profiler around a few steps of one process."""
+"""torch.profiler around a few steps of one process."""
 
 from __future__ import annotations
 
@@ -12,26 +12,27 @@ if TYPE_CHECKING:
 
 
 class TorchProfiler:
-    """Start, do the work, stop: one Chrome trace of its operators on the CPU and, where there is one, the GPU."""
+    """Records a Chrome trace of the operators between `start` and `stop`, on the CPU and, if present, the GPU."""
 
     def __init__(self) -> None:
-        """Nothing runs until `start`."""
-        self._running: profile | None = None
+        """Record nothing until `start`."""
+        self._active_profile: profile | None = None
 
     def start(self) -> None:
-        """Record from here on; a start while it runs changes nothing."""
+        """Start recording; does nothing while a recording runs."""
         from torch.profiler import ProfilerActivity, profile, supported_activities
 
-        if self._running is None:
-            wanted = {ProfilerActivity.CPU, ProfilerActivity.CUDA} & supported_activities()
-            self._running = profile(activities=sorted(wanted, key=lambda one: one.value))
-            self._running.start()
+        if self._active_profile is None:
+            activities = {ProfilerActivity.CPU, ProfilerActivity.CUDA} & supported_activities()
+            self._active_profile = profile(activities=sorted(activities, key=lambda activity: activity.value))
+            self._active_profile.start()
 
     def stop(self, path: Path) -> None:
-        """Stop and write the trace to `path` (gzipped where it ends in .gz). RlufError when it was not started."""
-        if self._running is None:
+        """Stop and write the trace to `path`, gzipped if it ends in .gz. Raises RlufError if it was not started."""
+        if self._active_profile is None:
             raise RlufError("the profiler was stopped before it was started; call start first")
-        running, self._running = self._running, None
-        running.stop()
+        # Cleared first, so that a failed export does not leave a stopped profile behind.
+        recording, self._active_profile = self._active_profile, None
+        recording.stop()
         path.parent.mkdir(parents=True, exist_ok=True)
-        running.export_chrome_trace(str(path))
+        recording.export_chrome_trace(str(path))

@@ -1,4 +1,4 @@
-"""When each actor was busy, as a Chrome trace: one row an actor, with its idle gaps named after what it waited for.
+"""Chrome trace of the actors' busy times: one row per actor, idle gaps named after the phase they overlap.
 
 Open it at chrome://tracing or ui.perfetto.dev. Times are `time.monotonic` of the driver, in seconds.
 """
@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-STEPS = "steps"
-"""The row of the driver's own phases; the gaps of the other rows are named after them."""
-SMALLEST_GAP_S = 0.001
+STEPS_ROW = "steps"
+"""Row of the driver's phases; the gaps of the other rows are named after these."""
+MIN_GAP_S = 0.001
 
 
 @dataclass(frozen=True, slots=True)
-class Span:
-    """`row` did `name` from `start` to `end`, seconds."""
+class TimelineSpan:
+    """Activity `name` of `row` from `start` to `end`, in seconds."""
 
     row: str
     name: str
@@ -28,90 +28,97 @@ class Span:
 
 
 @dataclass(slots=True)
-class Timeline:
-    """Collects spans while `on`; adding one costs next to nothing while off."""
+class RunTimeline:
+    """Collects spans while `enabled`; `add_span` costs almost nothing otherwise."""
 
-    on: bool = False
-    spans: list[Span] = field(default_factory=list)
+    enabled: bool = False
+    spans: list[TimelineSpan] = field(default_factory=list)
 
-    def add(self, row: str, name: str, start: float, end: float) -> None:
-        """Remember that `row` did `name` from `start` to `end`."""
-        if self.on:
-            self.spans.append(Span(row, name, start, end))
+    def add_span(self, row: str, name: str, start: float, end: float) -> None:
+        """Record activity `name` of `row` from `start` to `end`."""
+        if self.enabled:
+            self.spans.append(TimelineSpan(row, name, start, end))
 
 
-def gaps(spans: Sequence[Span]) -> list[Span]:
-    """Idle spans of every row but the driver's: where none of its spans runs, between the first start and last end.
+def find_gaps(spans: Sequence[TimelineSpan]) -> list[TimelineSpan]:
+    """Find the idle gaps of every row except the driver's, between the first start and the last end of all spans.
 
-    A gap is named after the phase of the driver that takes up most of it: "idle: learn".
+    A gap is named after the driver phase that overlaps most of it: "idle: learn".
     """
     if not spans:
         return []
-    first, last = min(span.start for span in spans), max(span.end for span in spans)
-    phases = [span for span in spans if span.row == STEPS]
-    found = []
-    for row in dict.fromkeys(span.row for span in spans if span.row != STEPS):
-        at = first
+    first_start, last_end = min(span.start for span in spans), max(span.end for span in spans)
+    phases = [span for span in spans if span.row == STEPS_ROW]
+    gaps = []
+    for row in dict.fromkeys(span.row for span in spans if span.row != STEPS_ROW):
+        busy_until = first_start
         for span in sorted((span for span in spans if span.row == row), key=lambda span: span.start):
-            if span.start - at > SMALLEST_GAP_S:
-                found.append(Span(row, _reason(phases, at, span.start), at, span.start))
-            at = max(at, span.end)
-        if last - at > SMALLEST_GAP_S:
-            found.append(Span(row, _reason(phases, at, last), at, last))
-    return found
+            if span.start - busy_until > MIN_GAP_S:
+                gaps.append(TimelineSpan(row, _gap_name(phases, busy_until, span.start), busy_until, span.start))
+            # max, because spans of one row may overlap: an engine answers several prompts at once.
+            busy_until = max(busy_until, span.end)
+        if last_end - busy_until > MIN_GAP_S:
+            gaps.append(TimelineSpan(row, _gap_name(phases, busy_until, last_end), busy_until, last_end))
+    return gaps
 
 
-def _reason(phases: Iterable[Span], start: float, end: float) -> str:
-    shares: dict[str, float] = {}
+def _gap_name(phases: Iterable[TimelineSpan], start: float, end: float) -> str:
+    overlap_s: dict[str, float] = {}
     for phase in phases:
-        shares[phase.name] = shares.get(phase.name, 0.0) + max(0.0, min(end, phase.end) - max(start, phase.start))
-    longest = max(shares, key=lambda name: shares[name], default="")
-    return f"idle: {longest}" if longest and shares[longest] > 0 else "idle"
+        overlap = max(0.0, min(end, phase.end) - max(start, phase.start))
+        overlap_s[phase.name] = overlap_s.get(phase.name, 0.0) + overlap
+    longest = max(overlap_s, key=lambda name: overlap_s[name], default="")
+    return f"idle: {longest}" if longest and overlap_s[longest] > 0 else "idle"
 
 
-def idle_shares(spans: Sequence[Span]) -> dict[str, dict[str, float]]:
-    """Share of the whole time that each row was idle, by the name of its gaps."""
+def idle_shares_by_row(spans: Sequence[TimelineSpan]) -> dict[str, dict[str, float]]:
+    """Share of the total time that each row was idle, by gap name."""
     if not spans:
         return {}
-    whole = max(span.end for span in spans) - min(span.start for span in spans)
+    total_s = max(span.end for span in spans) - min(span.start for span in spans)
     shares: dict[str, dict[str, float]] = {}
-    for gap in gaps(spans):
-        row = shares.setdefault(gap.row, {})
-        row[gap.name] = row.get(gap.name, 0.0) + (gap.end - gap.start) / whole
+    for gap in find_gaps(spans):
+        row_shares = shares.setdefault(gap.row, {})
+        row_shares[gap.name] = row_shares.get(gap.name, 0.0) + (gap.end - gap.start) / total_s
     return shares
 
 
-def chrome_trace(spans: Sequence[Span]) -> dict[str, Any]:
-    """The spans and their gaps in the Trace Event Format: complete events, microseconds since the first start.
+def build_chrome_trace(spans: Sequence[TimelineSpan]) -> dict[str, Any]:
+    """Convert spans and their gaps to the Trace Event Format: complete events, microseconds since the first start.
 
-    Spans of one row that overlap (an engine answers several prompts at once) lie on lanes below each other.
+    Overlapping spans of one row (an engine answers several prompts at once) are put on separate lanes.
     """
-    everything = [*spans, *gaps(spans)]
-    begin = min((span.start for span in everything), default=0.0)
+    all_spans = [*spans, *find_gaps(spans)]
+    first_start = min((span.start for span in all_spans), default=0.0)
     events: list[dict[str, Any]] = []
-    thread = 0
-    for row in dict.fromkeys(span.row for span in [*(s for s in spans if s.row == STEPS), *everything]):
-        free: list[float] = []
-        base = thread
-        for span in sorted((span for span in everything if span.row == row), key=lambda span: (span.start, span.end)):
-            lane = next((number for number, end in enumerate(free) if end <= span.start), len(free))
-            free[lane : lane + 1] = [span.end]
-            kind = "idle" if span.name.startswith("idle") else "work"
-            start, length = (span.start - begin) * 1e6, (span.end - span.start) * 1e6
-            events.append(
-                {"name": span.name, "cat": kind, "ph": "X", "ts": start, "dur": length, "pid": 1, "tid": base + lane}
-            )
-        thread += len(free)
-        events += [_name(base + lane, row if not lane else f"{row} ({lane + 1})") for lane in range(len(free))]
+    next_thread = 0
+    # The driver's phases come first, so that viewers show them on top.
+    for row in dict.fromkeys(span.row for span in [*(span for span in spans if span.row == STEPS_ROW), *all_spans]):
+        lane_ends: list[float] = []
+        first_thread = next_thread
+        for span in sorted((span for span in all_spans if span.row == row), key=lambda span: (span.start, span.end)):
+            lane = next((index for index, end in enumerate(lane_ends) if end <= span.start), len(lane_ends))
+            lane_ends[lane : lane + 1] = [span.end]
+            category = "idle" if span.name.startswith("idle") else "work"
+            start_us, duration_us = (span.start - first_start) * 1e6, (span.end - span.start) * 1e6
+            events.append({
+                "name": span.name, "cat": category, "ph": "X", "ts": start_us, "dur": duration_us, "pid": 1,
+                "tid": first_thread + lane,
+            })  # fmt: skip
+        next_thread += len(lane_ends)
+        events += [
+            _thread_name_event(first_thread + lane, row if not lane else f"{row} ({lane + 1})")
+            for lane in range(len(lane_ends))
+        ]
     return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
-def _name(thread: int, name: str) -> dict[str, Any]:
-    return {"name": "thread_name", "ph": "M", "pid": 1, "tid": thread, "args": {"name": name}}
+def _thread_name_event(thread_id: int, name: str) -> dict[str, Any]:
+    return {"name": "thread_name", "ph": "M", "pid": 1, "tid": thread_id, "args": {"name": name}}
 
 
-def write_trace(path: Path, spans: Sequence[Span]) -> None:
-    """Write the Chrome trace of `spans`, gzipped where the name ends in .gz."""
+def write_trace(path: Path, spans: Sequence[TimelineSpan]) -> None:
+    """Write the Chrome trace of `spans`, gzipped if the name ends in .gz."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(chrome_trace(spans)).encode()
-    path.write_bytes(gzip.compress(text) if path.suffix == ".gz" else text)
+    data = json.dumps(build_chrome_trace(spans)).encode()
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)

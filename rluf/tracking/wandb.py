@@ -1,4 +1,4 @@
-"""Weights & Biases, as a guest: offline without a key, inside the run folder, and never able to stop a run."""
+"""Weights & Biases tracking: offline without a key, files in the run folder, failures never stop a run."""
 
 from __future__ import annotations
 
@@ -14,73 +14,80 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rluf.config.settings import Settings
 from rluf.errors import DataError
-from rluf.tracking import metric_registry as catalogue
-from rluf.tracking.background import Guest
-from rluf.tracking.provenance import origin
-from rluf.tracking.run_files import DrawnRow, SampleRow, jsonable, read_json, read_jsonl
+from rluf.tracking import metric_registry
+from rluf.tracking.background import BackgroundCaller
+from rluf.tracking.provenance import read_provenance
+from rluf.tracking.run_files import PromptComparison, RolloutSample
+from rluf.utils.files import read_json, read_jsonl, to_jsonable
 
 if TYPE_CHECKING:
     from wandb import Run
 
-    from rluf.utils.cache import Stage
+    from rluf.utils.cache import Artifact
 
 logger = logging.getLogger(__name__)
 
-Mode = Literal["online", "offline", "off"]
-OFFLINE: Mode = "offline"
+WandbMode = Literal["online", "offline", "off"]
+OFFLINE_MODE: WandbMode = "offline"
 START_TIMEOUT_S = 20.0
-"""Seconds that an online run may take to answer before the run goes on offline."""
+"""Seconds to wait for W&B's server before the run continues offline."""
 START_GRACE_S = 60.0
-"""Seconds that W&B's own service may take to come up beside that, on a machine that is busy."""
+"""Additional seconds for W&B's local service process to start or stop on a busy machine."""
 FINISH_TIMEOUT_S = 30.0
-"""Seconds the last upload may take; what is not sent by then stays in the run folder for `wandb sync`."""
-BINS = 24
-"""Bins of a histogram."""
-LONGEST_CELL = 1000
-"""Characters of a text in a table; longer ones are cut, so that tables stay small."""
+"""Seconds for the last upload; what is not sent by then stays in the run folder for `wandb sync`."""
+HISTOGRAM_BINS = 24
+MAX_CELL_CHARS = 1000
+"""Maximum length of a text in a table; longer texts are truncated to keep tables small."""
+ROLLOUT_TABLE, COMPARISON_TABLE = "rollout_samples", "side_by_side"
+"""Names of the W&B tables: responses sampled in training, and both policies on test prompts."""
 
 
-class Tracker:
-    """One W&B run of one rluf run. After a failure it warns once and every later call does nothing.
+class WandbTracker:
+    """The W&B run of one rluf run. After a failure it logs one warning and every later call does nothing.
 
-    The files lie in <folder>/wandb. `wandb sync <folder>/wandb/offline-run-*` sends an offline run later. A run that is
-    started again in the same folder goes on as the same W&B run.
+    The files are in <run folder>/wandb; `wandb sync <run folder>/wandb/offline-run-*` uploads an offline run later. A
+    run that is restarted in the same folder continues the same W&B run.
     """
 
     def __init__(
-        self, settings: Settings, folder: Path, run_name: str | None = None, config: Mapping[str, Any] | None = None
+        self, settings: Settings, run_folder: Path, run_name: str | None = None, config: Mapping[str, Any] | None = None
     ) -> None:
-        """Start the W&B run in `folder` by `tracking.wandb` and the key.
+        """Start the W&B run in `run_folder`; `tracking.wandb` and the API key decide on the mode.
 
-        `run_name` is "<configuration name>-<folder name>" if not given, `config` the whole settings tree.
+        `run_name` defaults to "<configuration name>-<folder name>", `config` to the complete settings.
         """
-        self._run: Run | None = None
-        self._guest: Guest | None = None
-        self._project, self._folder = settings.tracking.project, folder
-        self._name = run_name or f"{settings.name}-{folder.name}"
-        self._objectives = list(settings.objectives.named)
-        self._title = settings.name
-        self._sums: dict[int, dict[str, float]] = {}
-        with contextlib.suppress(DataError):  # sums then begin anew; W&B may not stop a run
-            for row in read_jsonl(folder / "metrics.jsonl"):
-                self._count(row.get("step", 0), row)
-        self._skipped = 0.0
-        self.mode = self._wanted = _mode(settings.tracking.wandb)
+        self._wandb_run: Run | None = None
+        self._background_caller: BackgroundCaller | None = None
+        self._project_name, self._run_folder = settings.tracking.project, run_folder
+        self._run_name = run_name or f"{settings.name}-{run_folder.name}"
+        self._objective_names = list(settings.objectives.by_objective)
+        self._config_name = settings.name
+        self._running_sums: dict[int, dict[str, float]] = {}
+        with contextlib.suppress(DataError):  # the sums then start at 0: W&B must not stop a run
+            for row in read_jsonl(run_folder / "metrics.jsonl"):
+                self._add_to_sums(row.get("step", 0), row)
+        self._skipped_updates = 0.0
+        self.mode = self._requested_mode = _resolve_mode(settings.tracking.wandb)
         if self.mode == "off":
             return
         import wandb
 
         config = settings.model_dump(mode="json") if config is None else config
-        self._guest = Guest("W&B", (wandb.errors.Error, OSError, ValueError, TypeError, RuntimeError))
-        for mode in dict.fromkeys((self.mode, OFFLINE)):
+        self._background_caller = BackgroundCaller(
+            "W&B", (wandb.errors.Error, OSError, ValueError, TypeError, RuntimeError)
+        )
+        # Online first, offline if that fails; a single attempt if the mode is offline already.
+        for mode in dict.fromkeys((self.mode, OFFLINE_MODE)):
             self.mode = mode
-            self._guest.welcome()
-            start = self._guest.ask(f"start {mode}", self._starter(mode, {**config, "origin": origin()}))
-            if self._guest.wait(start, START_TIMEOUT_S + START_GRACE_S):
+            self._background_caller.reset()
+            start = self._background_caller.submit(
+                f"start {mode}", self._make_starter(mode, {**config, "origin": read_provenance()})
+            )
+            if self._background_caller.wait_for_call(start, START_TIMEOUT_S + START_GRACE_S):
                 break
 
-    def __enter__(self) -> Tracker:
-        """Use as a context manager that finishes the W&B run, as failed when an error passes through."""
+    def __enter__(self) -> WandbTracker:
+        """Use as a context manager that finishes the W&B run, as failed if the block raises."""
         return self
 
     def __exit__(
@@ -90,214 +97,243 @@ class Tracker:
         self.finish(failed=kind is not None)
 
     @property
-    def active(self) -> bool:
-        """Whether W&B still records."""
-        return self._run is not None and self._guest is not None and not self._guest.gone
+    def is_active(self) -> bool:
+        """Whether calls are still recorded."""
+        return (
+            self._wandb_run is not None
+            and self._background_caller is not None
+            and not self._background_caller.is_stopped
+        )
 
-    def log(
+    def log_step(
         self,
         step: int,
         metrics: Mapping[str, float | int | None],
-        values: Mapping[str, Sequence[float]] | None = None,
+        sample_values: Mapping[str, Sequence[float]] | None = None,
     ) -> None:
-        """Record the numbers of one optimiser step; missing and non-finite ones are left out.
+        """Log the metrics of one optimizer step; missing and non-finite values are omitted.
 
-        Each metric is drawn over its axis of `tracking.metric_registry`; `samples` and `tokens` there are running sums.
-        `values` [N] are those of single samples, by what they are of; they become histograms.
+        Each metric is plotted over its axis in `metric_registry`; the axes `samples` and `tokens` are running sums.
+        `sample_values` are values [N] of single samples by name; they become histograms.
         """
-        self._count(step, metrics)
-        row = self._row(step, metrics)
+        self._add_to_sums(step, metrics)
+        row = self._wandb_step_row(step, metrics)
 
         def record(run: Run) -> None:
             import numpy as np
             import wandb
 
-            pictures = {
-                f"distributions/{name}": wandb.Histogram(np_histogram=np.histogram(np.asarray(drawn), bins=BINS))
-                for name, drawn in (values or {}).items()
-                if len(drawn) and all(map(math.isfinite, drawn))
+            histograms = {
+                f"distributions/{name}": wandb.Histogram(
+                    np_histogram=np.histogram(np.asarray(values), bins=HISTOGRAM_BINS)
+                )
+                for name, values in (sample_values or {}).items()
+                if len(values) and all(map(math.isfinite, values))
             }
-            run.log({**row, **pictures})
+            run.log({**row, **histograms})
 
-        self._do("log", record)
+        self._submit_call("log", record)
         skipped = metrics.get("skipped") or 0.0
-        if skipped > self._skipped:
-            self._skipped = skipped
-            self.alert(f"{self._title}: update skipped", f"The gradient of step {step} was not finite.")
+        if skipped > self._skipped_updates:
+            self._skipped_updates = skipped
+            self.send_alert(f"{self._config_name}: update skipped", f"The gradient of step {step} was not finite.")
 
-    def alert(self, title: str, text: str) -> None:
-        """Tell people by the ways they chose in W&B (mail or chat); offline it is sent with the run's files."""
-        self._do("alert", lambda run: run.alert(title=title, text=text, level="WARN"))
+    def send_alert(self, title: str, text: str) -> None:
+        """Send a W&B alert (mail or chat, as configured there); an offline run sends it when it is synced."""
+        self._submit_call("alert", lambda run: run.alert(title=title, text=text, level="WARN"))
 
-    def log_drawn(self, step: int, rows: Iterable[DrawnRow]) -> None:
-        """Record a small table of responses that step `step` drew: scores, the judges' verdicts, reward and KL."""
-        kept = list(rows)
+    def log_rollout_samples(self, step: int, rows: Iterable[RolloutSample]) -> None:
+        """Log a table of responses sampled in a step: scores, judge verdicts, reward and KL."""
+        samples = list(rows)  # now, because the closure runs later on another thread
 
         def record(run: Run) -> None:
             import wandb
 
-            names = sorted({name for row in kept for name in row["scores"]})
+            names = sorted({name for row in samples for name in row["scores"]})
             columns = ["step", "version", "topic", "prompt", "response", *names, "reward", "kl", "verdicts"]
             data = [
-                [row["step"], row["version"], row["topic"], _cell(row["prompt"]), _cell(row["response"])]
+                [
+                    row["step"],
+                    row["version"],
+                    row["topic"],
+                    _truncate_cell(row["prompt"]),
+                    _truncate_cell(row["response"]),
+                ]
                 + [row["scores"].get(name) for name in names]
-                + [row["reward"], row["kl"], _verdicts(row["failed"])]
-                for row in kept
+                + [row["reward"], row["kl"], _format_verdicts(row["failed"])]
+                for row in samples
             ]
-            run.log({"step": step, "drawn": wandb.Table(columns=columns, data=data)})
+            run.log({"step": step, ROLLOUT_TABLE: wandb.Table(columns=columns, data=data)})
 
-        if kept:
-            self._do("log drawn samples", record)
+        if samples:
+            self._submit_call("log rollout samples", record)
 
-    def log_samples(self, rows: Iterable[SampleRow]) -> None:
-        """Record a small table of prompts with both policies' responses and scores."""
-        kept = list(rows)
+    def log_comparisons(self, rows: Iterable[PromptComparison]) -> None:
+        """Log a table of prompts with the responses and scores of both policies."""
+        comparisons = list(rows)
 
         def record(run: Run) -> None:
             import wandb
 
-            names = sorted({name for row in kept for arm in (row["base"], row["aligned"]) for name in arm["scores"]})
+            names = sorted(
+                {name for row in comparisons for arm in (row["base"], row["aligned"]) for name in arm["scores"]}
+            )
             arms: tuple[Literal["base", "aligned"], ...] = ("base", "aligned")
             columns = ["topic", "prompt", "base", "aligned", *(f"{name}/{arm}" for name in names for arm in arms)]
             columns += [f"verdicts/{arm}" for arm in arms]
             data = [
-                [row["topic"], _cell(row["prompt"]), _cell(row["base"]["text"]), _cell(row["aligned"]["text"])]
+                [
+                    row["topic"],
+                    _truncate_cell(row["prompt"]),
+                    _truncate_cell(row["base"]["text"]),
+                    _truncate_cell(row["aligned"]["text"]),
+                ]
                 + [row[arm]["scores"].get(name) for name in names for arm in arms]
-                + [_verdicts(row[arm]["failed"]) for arm in arms]
-                for row in kept
+                + [_format_verdicts(row[arm]["failed"]) for arm in arms]
+                for row in comparisons
             ]
-            run.log({"side_by_side": wandb.Table(columns=columns, data=data)})
+            run.log({COMPARISON_TABLE: wandb.Table(columns=columns, data=data)})
 
-        self._do("log samples", record)
+        self._submit_call("log comparisons", record)
 
-    def log_stages(self, data: Stage, rewards: Mapping[str, Stage | None]) -> None:
-        """Record the cards of the data and of the reward models as artifacts, each naming what it was made from.
+    def log_artifacts(self, data_artifact: Artifact, reward_artifacts: Mapping[str, Artifact | None]) -> None:
+        """Log the cards of the data and of the reward models as W&B artifacts with their lineage.
 
-        What the run began with is taken by it (the log, and stages that it reused), what it made is given: so W&B draws
-        log -> run -> data, rewards and policy, and later runs from the data and rewards that they reuse. The chain of
-        single artifacts, log -> data -> reward -> policy, is in each one's metadata (`made_from`).
+        Artifacts that existed before the run (the log, reused caches) are inputs of it, built ones are outputs. So
+        W&B shows log -> run -> data, reward models and policy, and later runs start from the data and reward models
+        that they reuse. The chain of single artifacts, log -> data -> reward -> policy, is in the metadata of each
+        (`made_from`).
         """
-        card = read_json(data.folder / "data_card.json")
-        log = {"sources": card.get("sources", []), "rows": {k: v.get("in") for k, v in card.get("counts", {}).items()}}
-        self._record("log", "log", data.key, log, taken=True)
-        made = {"reused": data.reused}
-        self._record("data", "data", data.key, made, ("log",), "cards/data.json", taken=data.reused)
-        for name, stage in rewards.items():
-            if stage is not None:
-                about = {"reused": stage.reused, "objective": name}
-                card_path = f"cards/{name}.json"
-                self._record(
-                    f"reward-{name}", "reward-model", stage.key, about, ("data",), card_path, taken=stage.reused
+        card = read_json(data_artifact.folder / "data_card.json")
+        row_counts = {kind: counts.get("in") for kind, counts in card.get("counts", {}).items()}
+        log_facts = {"sources": card.get("sources", []), "rows": row_counts}
+        self._log_artifact("log", "log", data_artifact.key, log_facts, is_input=True)
+        data_facts = {"reused": data_artifact.reused}
+        self._log_artifact(
+            "data", "data", data_artifact.key, data_facts, ("log",), "cards/data.json", is_input=data_artifact.reused
+        )
+        for name, artifact in reward_artifacts.items():
+            if artifact is not None:
+                self._log_artifact(
+                    f"reward-{name}",
+                    "reward-model",
+                    artifact.key,
+                    {"reused": artifact.reused, "objective": name},
+                    ("data",),
+                    f"cards/{name}.json",
+                    is_input=artifact.reused,
                 )
 
-    def log_policy(self, summary: Mapping[str, Any]) -> None:
-        """Record the policy of the run folder as an artifact that points to it, with the verdict on it."""
-        if not (self._folder / "policy").is_dir():
+    def log_policy_artifact(self, summary: Mapping[str, Any]) -> None:
+        """Log the policy of the run folder as an artifact that refers to the folder, with the gate verdict."""
+        if not (self._run_folder / "policy").is_dir():
             return
-        about = {"gates": summary.get("gates", {}).get("verdict"), "kl": summary.get("kl")}
-        made_from = ("data", *(f"reward-{name}" for name in self._objectives))
-        self._record("policy", "policy", "", about, made_from, "policy")
+        facts = {"gates": summary.get("gates", {}).get("verdict"), "kl": summary.get("kl")}
+        made_from = ("data", *(f"reward-{name}" for name in self._objective_names))
+        self._log_artifact("policy", "policy", "", facts, made_from, "policy")
 
-    def summarise(self, summary: Mapping[str, Any]) -> None:
-        """Put the content of summary.json on the run's summary, such as love_rate.lift.mean; alert on bad news."""
-        self._do("summarise", lambda run: run.summary.update(jsonable(summary)))
+    def update_summary(self, summary: Mapping[str, Any]) -> None:
+        """Copy summary.json to the run's summary (love_rate.lift.mean ...); send alerts for alarms and failed gates."""
+        self._submit_call("update the summary", lambda run: run.summary.update(to_jsonable(summary)))
         gates = summary.get("gates", {})
         if gates.get("alarms"):
-            self.alert(f"{self._title}: monitors", f"Raised an alarm: {', '.join(gates['alarms'])}.")
+            self.send_alert(f"{self._config_name}: monitors", f"Alarms raised: {', '.join(gates['alarms'])}.")
         if gates.get("verdict") == "fail":
             failed = ", ".join(check["name"] for check in gates.get("checks", []) if not check["passed"])
-            self.alert(f"{self._title}: gates", f"Did not pass: {failed}.")
+            self.send_alert(f"{self._config_name}: gates", f"Failed: {failed}.")
 
     def finish(self, *, failed: bool = False) -> None:
-        """End the W&B run and wait until its files are whole; `failed` marks it so.
+        """Finish the W&B run and wait until its files are complete; `failed` sets the exit code."""
 
-        W&B's own finish returns some milliseconds before its service has written the last records, so the service is
-        shut down as well, which waits for it.
-        """
-
-        def end(run: Run) -> None:
+        def finish_run(run: Run) -> None:
             import wandb
 
             run.finish(exit_code=int(failed))
+            # finish returns some milliseconds before W&B's service has written the last records; teardown waits for it.
             wandb.teardown()
 
-        if self._guest is not None and self.active:
-            run = self._run
+        if self._background_caller is not None and self.is_active:
+            run = self._wandb_run
             if run is not None:
-                self._guest.wait(self._guest.ask("finish", lambda: end(run)), FINISH_TIMEOUT_S + START_GRACE_S)
-        self._run = None
+                self._background_caller.wait_for_call(
+                    self._background_caller.submit("finish", lambda: finish_run(run)), FINISH_TIMEOUT_S + START_GRACE_S
+                )
+        self._wandb_run = None
 
-    def _row(self, step: int, metrics: Mapping[str, float | int | None]) -> dict[str, float]:
-        """What W&B gets of a step: the axes, and each metric under its name there."""
-        names = {spec.key: spec.name for spec in catalogue.catalogue(self._objectives)}
+    def _wandb_step_row(self, step: int, metrics: Mapping[str, float | int | None]) -> dict[str, float]:
+        """Build the row of a step for W&B: the axes, and each metric by its W&B name."""
+        metric_specs = metric_registry.metric_specs(self._objective_names)
+        names = {metric_spec.key: metric_spec.wandb_name for metric_spec in metric_specs}
         row = {
             names.get(key, f"other/{key}"): float(value)
             for key, value in metrics.items()
-            if key not in catalogue.AXES and value is not None and math.isfinite(value)
+            if key not in metric_registry.AXIS_TITLES and value is not None and math.isfinite(value)
         }
-        return {**row, "step": step, **self._sums[step], "version": metrics.get("version") or 0}
+        return {**row, "step": step, **self._running_sums[step], "version": metrics.get("version") or 0}
 
-    def _count(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
-        """Samples and tokens drawn until this step; one that is taken again after a restart counts once."""
-        before = self._sums.get(step - 1, {})
-        self._sums[step] = {
-            axis: before.get(axis, 0) + (metrics.get(key) or 0)
+    def _add_to_sums(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
+        """Store the samples and tokens up to this step; a step that is repeated after a restart counts once."""
+        previous_sums = self._running_sums.get(step - 1, {})
+        self._running_sums[step] = {
+            axis: previous_sums.get(axis, 0) + (metrics.get(key) or 0)
             for axis, key in (("samples", "samples"), ("tokens", "response_tokens"))
         }
 
-    def _record(
+    def _log_artifact(
         self,
         name: str,
-        kind: str,
-        key: str,
-        about: Mapping[str, Any],
+        artifact_type: str,
+        cache_key: str,
+        facts: Mapping[str, Any],
         made_from: Sequence[str] = (),
-        path: str = "",
+        relative_path: str = "",
         *,
-        taken: bool = False,
+        is_input: bool = False,
     ) -> None:
-        """Log an artifact with the file at `path` of the run folder, or a reference to the folder there.
+        """Log an artifact with the file at `relative_path` of the run folder, or a reference if that is a folder.
 
-        The run gives it, or, if `taken`, has it as an input. `run.use_artifact` would refuse that offline and wait for
-        the server online; what it calls does neither.
+        It is an output of the run, or an input with `is_input`.
         """
 
         def record(run: Run) -> None:
             import wandb
 
-            sources = [f"{self._title}-{one}" for one in made_from]
-            metadata = jsonable({**about, "key": key, "made_from": sources})
-            artifact = wandb.Artifact(f"{self._title}-{name}", type=kind, metadata=metadata)
-            place = self._folder / path
-            if path and place.is_file():
-                artifact.add_file(str(place), policy="immutable", skip_cache=True)
-            elif path and place.is_dir():
-                artifact.add_reference(place.resolve().as_uri(), checksum=False)
-            aliases = ["latest", *([key] if key else [])]
-            if taken:
+            sources = [f"{self._config_name}-{source_name}" for source_name in made_from]
+            metadata = to_jsonable({**facts, "key": cache_key, "made_from": sources})
+            artifact = wandb.Artifact(f"{self._config_name}-{name}", type=artifact_type, metadata=metadata)
+            path = self._run_folder / relative_path
+            if relative_path and path.is_file():
+                artifact.add_file(str(path), policy="immutable", skip_cache=True)
+            elif relative_path and path.is_dir():
+                # Without a checksum, which would read all weights, and without an upload of them.
+                artifact.add_reference(path.resolve().as_uri(), checksum=False)
+            aliases = ["latest", *([cache_key] if cache_key else [])]
+            if is_input:
+                # run.use_artifact is refused offline and waits for the server online; this call, which it makes, is not
+                # and does not.
                 run._log_artifact(artifact, aliases=aliases, is_user_created=True, use_after_commit=True)
             else:
                 run.log_artifact(artifact, aliases=aliases)
 
-        self._do(f"log the artifact {name}", record)
+        self._submit_call(f"log the artifact {name}", record)
 
-    def _starter(self, mode: Mode, config: Mapping[str, Any]) -> Callable[[], None]:
-        return lambda: self._start(mode, config)
+    def _make_starter(self, mode: WandbMode, config: Mapping[str, Any]) -> Callable[[], None]:
+        return lambda: self._start_run(mode, config)
 
-    def _start(self, mode: Mode, config: Mapping[str, Any]) -> None:
+    def _start_run(self, mode: WandbMode, config: Mapping[str, Any]) -> None:
         import wandb
 
-        if mode != self._wanted:
-            wandb.teardown()  # its service still holds the run that could not start
-        self._folder.mkdir(parents=True, exist_ok=True)
+        if mode != self._requested_mode:
+            wandb.teardown()  # W&B's service still has the run that could not start
+        self._run_folder.mkdir(parents=True, exist_ok=True)
         run = wandb.init(
-            project=self._project,
-            name=self._name,
-            id=self._identity(),
+            project=self._project_name,
+            name=self._run_name,
+            id=self._read_or_create_run_id(),
             resume="allow",
-            dir=str(self._folder),
+            dir=str(self._run_folder),
             mode="online" if mode == "online" else "offline",
-            config=jsonable(config),
+            config=to_jsonable(config),
             settings=wandb.Settings(
                 silent=True,
                 console="off",
@@ -308,44 +344,46 @@ class Tracker:
                 finish_timeout_raises=False,
             ),
         )
-        for axis in catalogue.AXES:
+        for axis in metric_registry.AXIS_TITLES:
             run.define_metric(axis, hidden=axis != "step")
         run.define_metric("*", step_metric="step")
-        for spec in catalogue.catalogue(self._objectives):
-            run.define_metric(spec.name, step_metric=spec.axis, summary=spec.keep)
-        self._run = run
+        for metric_spec in metric_registry.metric_specs(self._objective_names):
+            run.define_metric(
+                metric_spec.wandb_name, step_metric=metric_spec.axis, summary=metric_spec.summary_statistic
+            )
+        self._wandb_run = run
 
-    def _identity(self) -> str:
-        """The W&B run's id: kept in the run folder, so that a run that goes on is the same run there."""
-        path = self._folder / "wandb" / "id"
+    def _read_or_create_run_id(self) -> str:
+        """Return the id of the W&B run. It is stored in the run folder, so a resumed run continues the same W&B run."""
+        path = self._run_folder / "wandb" / "id"
         if path.is_file():
             return path.read_text("utf-8").strip()
         path.parent.mkdir(parents=True, exist_ok=True)
-        identity = secrets.token_hex(4)
-        path.write_text(identity, "utf-8")
-        return identity
+        run_id = secrets.token_hex(4)
+        path.write_text(run_id, "utf-8")
+        return run_id
 
-    def _do(self, what: str, action: Callable[[Run], object]) -> None:
-        run = self._run
-        if run is not None and self._guest is not None and not self._guest.gone:
-            self._guest.ask(what, lambda: action(run))
-
-
-def _verdicts(failed: Sequence[str]) -> str:
-    return f"fails {', '.join(failed)}" if failed else "passes"
+    def _submit_call(self, description: str, action: Callable[[Run], object]) -> None:
+        run = self._wandb_run
+        if run is not None and self._background_caller is not None and not self._background_caller.is_stopped:
+            self._background_caller.submit(description, lambda: action(run))
 
 
-def _cell(text: str) -> str:
-    return text if len(text) <= LONGEST_CELL else f"{text[:LONGEST_CELL]} …"
+def _format_verdicts(failed_judges: Sequence[str]) -> str:
+    return f"fails {', '.join(failed_judges)}" if failed_judges else "passes"
 
 
-def _mode(wanted: Literal["auto", "online", "offline", "off"]) -> Mode:
-    """auto is online with a WANDB_API_KEY and offline without; WANDB_MODE, when set, rules over auto."""
-    if wanted != "auto":
-        return wanted
-    asked = os.environ.get("WANDB_MODE", "").lower()
-    if asked in ("online", "offline"):
-        return "online" if asked == "online" else "offline"
-    if asked in ("disabled", "off"):
+def _truncate_cell(text: str) -> str:
+    return text if len(text) <= MAX_CELL_CHARS else f"{text[:MAX_CELL_CHARS]} …"
+
+
+def _resolve_mode(requested_mode: Literal["auto", "online", "offline", "off"]) -> WandbMode:
+    """Resolve auto: WANDB_MODE if set, else online with a WANDB_API_KEY and offline without one."""
+    if requested_mode != "auto":
+        return requested_mode
+    environment_mode = os.environ.get("WANDB_MODE", "").lower()
+    if environment_mode in ("online", "offline"):
+        return "online" if environment_mode == "online" else "offline"
+    if environment_mode in ("disabled", "off"):
         return "off"
     return "online" if os.environ.get("WANDB_API_KEY") else "offline"

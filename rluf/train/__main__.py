@@ -1,6 +1,6 @@
-"""The main job: from reactions to a better policy.
+"""Train a policy from user feedback: reward models, policy optimization, comparison with the base policy, report.
 
-Reads the log, trains missing reward models, moves the policy, compares it with its base on unseen prompts, writes a
+Reads the log, trains missing reward models, trains the policy, compares it with its base on test prompts, and writes a
 report. Without --config it runs the quickstart.
 
     ray job submit --working-dir . -- python -m rluf.train --config configs/human.yaml
@@ -8,6 +8,7 @@ report. Without --config it runs the quickstart.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rluf.config.cli import guard, parse
+from rluf.config.cli import CommandOptions, parse_command_line, run_command
+from rluf.errors import SettingsError
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
@@ -24,62 +26,90 @@ logger = logging.getLogger("rluf.train")
 
 
 def train(settings: Settings) -> Path:
-    """Run the whole job; returns the run folder. Raises RlufError with one clear message."""
-    from cluster.autoscaling import capacity
-    from cluster.connect import connected
-    from cluster.plan import check_host, plan, table
-    from rluf.artifacts import check_inputs, model_folders, prepared, rewarded
-    from rluf.checkpoint.upload import Uploader
-    from rluf.evaluate.compare import compare, write_cards, write_outcome
+    """Run the whole job; returns the run folder. Raises RlufError with a message for the user."""
+    # Imported here: `--help` and `--dry-run` must not wait for torch and ray.
+    from cluster.autoscaling import ensure_capacity
+    from cluster.connect import ray_connection
+    from cluster.plan import check_host_disk, format_plan, plan_resources
+    from rluf.artifacts import check_inputs, prepare_data_artifact, reward_model_folders, train_reward_artifacts
+    from rluf.checkpoint.upload import CheckpointUploader
+    from rluf.evaluate.compare import compare_policies, write_cards, write_results
     from rluf.models.hub import resolve_model
     from rluf.report.model_card import write_model_card
     from rluf.tracking.console import setup_logging
-    from rluf.tracking.run_files import write_json
-    from rluf.tracking.wandb import Tracker
-    from rluf.train.checkpoint_manager import resumed_folder
-    from rluf.train.loop import align
-    from rluf.utils.paths import cache_dir, new_run_folder, runs_root
-    from rluf.utils.timing import Phases
+    from rluf.tracking.wandb import WandbTracker
+    from rluf.train.checkpoint_manager import find_resume_folder
+    from rluf.train.loop import run_training
+    from rluf.utils.files import write_json
+    from rluf.utils.paths import create_run_folder, resolve_cache_folder, resolve_runs_root
+    from rluf.utils.timing import PhaseTimer
 
     setup_logging()
-    phases, cache = Phases(), cache_dir(settings)
+    phase_timer, cache_folder = PhaseTimer(), resolve_cache_folder(settings)
+    runs_root = resolve_runs_root(settings)
     check_inputs(settings)
-    check_host(settings, runs_root(settings), cache)
-    model = phases.time("model", resolve_model, settings.model.path, cache)
+    check_host_disk(settings, runs_root, cache_folder)
+    model_path = phase_timer.time_call("model", resolve_model, settings.model.path, cache_folder)
 
     with ExitStack() as stack:
-        phases.time("ray", stack.enter_context, connected(settings))
-        planned = plan(settings)
-        logger.info("actors:\n%s", table(planned, fancy=False))
-        stack.enter_context(capacity(planned, settings.cluster.grow_deadline_s))
+        phase_timer.time_call("ray", stack.enter_context, ray_connection(settings))
+        resource_plan = plan_resources(settings)
+        logger.info("actors:\n%s", format_plan(resource_plan, use_rich=False))
+        stack.enter_context(ensure_capacity(resource_plan, settings.timeouts.autoscale_s))
 
-        folder = resumed_folder(settings, runs_root(settings) / settings.name) or new_run_folder(settings)
-        setup_logging(folder / "run.log")
-        logger.info("run folder: %s", folder)
-        write_json(folder / "config.json", settings.model_dump(mode="json"))
-        uploads = Uploader.of(settings, folder)
-        if uploads is not None:
-            uploads.begin()
+        run_folder = find_resume_folder(settings, runs_root / settings.name) or create_run_folder(settings)
+        setup_logging(run_folder / "run.log")
+        logger.info("run folder: %s", run_folder)
+        write_json(run_folder / "config.json", settings.model_dump(mode="json"))
+        uploader = CheckpointUploader.from_settings(settings, run_folder)
+        if uploader is not None:
+            # Before hours of training: a wrong URL or missing credentials would be noticed at the first checkpoint.
+            uploader.check_storage()
 
-        data = phases.time("prepare", prepared, settings)
-        rewards = phases.time("reward", rewarded, settings, data)
-        write_cards(folder, data, rewards)
+        data_artifact = phase_timer.time_call("prepare", prepare_data_artifact, settings)
+        reward_artifacts = phase_timer.time_call("reward", train_reward_artifacts, settings, data_artifact)
+        write_cards(run_folder, data_artifact, reward_artifacts)
 
-        tracker = stack.enter_context(Tracker(settings, folder))
-        tracker.log_stages(data, rewards)
-        outcome = asyncio.run(align(settings, folder, model, data.folder, model_folders(rewards), tracker))
-        phases.add(outcome.phases)
+        tracker = stack.enter_context(WandbTracker(settings, run_folder))
+        tracker.log_artifacts(data_artifact, reward_artifacts)
+        reward_folders = reward_model_folders(reward_artifacts)
+        result = asyncio.run(
+            run_training(settings, run_folder, model_path, data_artifact.folder, reward_folders, tracker)
+        )
+        phase_timer.add_seconds(result.phase_seconds)
 
-        summary = phases.time("compare", compare, settings, outcome, data, rewards)
-        write_outcome(settings, folder, summary, outcome, phases, tracker)
-        write_model_card(folder)
-    return folder
+        summary = phase_timer.time_call("compare", compare_policies, settings, result, data_artifact, reward_artifacts)
+        write_results(settings, run_folder, summary, result, phase_timer, tracker)
+        write_model_card(run_folder)
+    return run_folder
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--resume", action="store_true", help="resume from the newest checkpoint; the same as run.resume=latest"
+    )
+    parser.add_argument(
+        "--profile", metavar="steps=N", help="profile N steps, from step 2 on; the same as run.profile_steps=N"
+    )
+
+
+def _options_to_overrides(options: argparse.Namespace) -> list[str]:
+    overrides = ["run.resume=latest"] if options.resume else []
+    if options.profile is not None:
+        steps = options.profile.removeprefix("steps=")
+        if not steps.isdecimal():
+            raise SettingsError(f"--profile expects steps=N, such as steps=3, got {options.profile!r}")
+        overrides.append(f"run.profile_steps={steps}")
+    return overrides
+
+
+COMMAND_OPTIONS = CommandOptions(_add_options, _options_to_overrides)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command. Returns the exit code; errors of the user's are one clear message on stderr."""
-    loaded = parse("train", __doc__ or "", arguments)
-    return guard(lambda: train(loaded.settings))
+    """Run the command; returns the exit code. Errors caused by the user are one message on stderr."""
+    loaded = parse_command_line("train", __doc__ or "", arguments, COMMAND_OPTIONS)
+    return run_command(lambda: train(loaded.settings))
 
 
 if __name__ == "__main__":

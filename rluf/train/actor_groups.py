@@ -1,7 +1,7 @@
-"""Starts the actors of a run, waits for them with a deadline, watches their health, and ends them.
+"""Actors of a run: handles by role, the phase of shared GPUs, and the supervisor that starts, watches and stops them.
 
-The supervisor lives in the driver: actors belong to the job, so Ray ends them when the driver dies, and it ends them in
-order when the driver stops. It holds handles and small numbers only.
+The supervisor lives in the driver. Actors belong to the job, so Ray ends them when the driver dies; the supervisor ends
+them in order when the driver stops. It holds handles and small numbers only.
 """
 
 from __future__ import annotations
@@ -9,332 +9,293 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
-from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+import time
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray import ObjectRef
 from ray.actor import ActorHandle
-from ray.exceptions import (
-    GetTimeoutError,
-    ObjectLostError,
-    ObjectStoreFullError,
-    OutOfDiskError,
-    OutOfMemoryError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-)  # fmt: skip
+from ray.exceptions import GetTimeoutError, RayError
 
 from actors.learner import LearnerActor
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
-from cluster.placement import Places, role_options
-from rluf.backends.colocation import Phase, shares_gpus
-from rluf.checkpoint.format import Checkpoint
-from rluf.config.derived import scored_together
+from cluster.placement import PlacementGroups, actor_options
+from rluf.backends.colocation import GpuPhase, PhaseAction, is_colocated, phase_transitions
+from rluf.checkpoint.format import RunCheckpoint
+from rluf.config.derived import objectives_by_reward_pool
 from rluf.config.settings import Settings
-from rluf.errors import ActorError, LostError, ResourceError, RlufError, StallError
+from rluf.errors import ActorLostError, DeadlineError
+from rluf.train.actor_calls import call_with_timeout, gather_calls
 
 logger = logging.getLogger(__name__)
 
-Result = TypeVar("Result")
-STOP_SECONDS = 10.0
-ROLES: dict[str, type] = {"rollout": RolloutActor, "reward": RewardActor, "learner": LearnerActor}
+T = TypeVar("T")
+STOP_TIMEOUT_S = 10.0
+MAX_MISSED_HEALTH_CHECKS = 2
+"""Missed checks in a row after which an actor counts as lost: one alone may be a machine that is busy for a moment."""
+ACTOR_CLASSES: dict[str, type] = {"rollout": RolloutActor, "reward": RewardActor, "learner": LearnerActor}
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
-    """One actor: its role and index (for messages), its handle, a scorer's objective, how often it was replaced."""
+class ActorRef:
+    """One actor: role and index (for messages), handle, objective of a reward actor, number of restarts."""
 
     role: str
     index: int
     handle: ActorHandle[Any]
     objective: str = ""
-    life: int = 0
+    restarts: int = 0
 
     def __str__(self) -> str:
-        return f"{self.role} {self.index}" + (f", start {self.life + 1}" if self.life else "")
+        return f"{self.role} {self.index}" + (f", start {self.restarts + 1}" if self.restarts else "")
 
 
 @dataclass(slots=True)
-class Crew:
-    """All actors of a run by role. `rewards` has one pool an objective, or for heads of one backbone by the first."""
+class ActorGroups:
+    """All actors of a run by role.
 
-    rollouts: list[Member] = field(default_factory=list)
-    rewards: dict[str, list[Member]] = field(default_factory=dict)
-    learners: list[Member] = field(default_factory=list)
-    phase: Phase = "generate"
-    """Whose turn it is on GPUs that engines and learners share (rluf/train/gpu_phases.py)."""
-    turning: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while the turn changes."""
+    `reward_pools` has one pool per objective; objectives that share a backbone have one pool, under the first of them.
+    """
+
+    rollout_actors: list[ActorRef] = field(default_factory=list)
+    reward_pools: dict[str, list[ActorRef]] = field(default_factory=dict)
+    learner_actors: list[ActorRef] = field(default_factory=list)
+    phase: GpuPhase = "generate"
+    """Phase of the GPUs that engines and learners share; constant where each has GPUs of its own."""
+    phase_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """The lock is held while the phase changes."""
 
     @property
-    def members(self) -> list[Member]:
+    def all_actors(self) -> list[ActorRef]:
         """Every actor of the run."""
-        return [*self.rollouts, *(m for pool in self.rewards.values() for m in pool), *self.learners]
+        reward_actors = [actor for pool in self.reward_pools.values() for actor in pool]
+        return [*self.rollout_actors, *reward_actors, *self.learner_actors]
 
-    def pool(self, member: Member) -> list[Member]:
-        """The list of its kind that `member` is in or belongs to."""
-        if member.objective:
-            return self.rewards[member.objective]
-        return self.rollouts if member.role == "rollout" else self.learners
+    def pool_of(self, actor: ActorRef) -> list[ActorRef]:
+        """The list of interchangeable actors that `actor` belongs to; changes to it are seen by every user."""
+        if actor.objective:
+            return self.reward_pools[actor.objective]
+        return self.rollout_actors if actor.role == "rollout" else self.learner_actors
 
 
-async def within(call: Awaitable[Any], seconds: float, who: str) -> Any:
-    """Await a call to an actor for at most `seconds`.
+async def switch_gpu_phase(settings: Settings, actor_groups: ActorGroups, phase: GpuPhase) -> float:
+    """Offload one side of colocated GPUs and load the other for `phase`; returns the seconds it took.
 
-    Raises the actor's own RlufError as it is, StallError past the deadline, LostError when its process has gone,
-    ActorError when it failed otherwise; each names `who`: an actor, and in brackets what it was doing.
+    Does nothing where engines and learners have GPUs of their own. Raises DeadlineError past timeouts.weight_sync_s,
+    naming the actor and what it was doing.
     """
-    name = who.partition(" (")[0]
-    try:
-        return await asyncio.wait_for(_future(call), seconds)
-    except TimeoutError as error:
-        raise StallError(
-            f"waited {seconds:g} s for {who} without an answer; raise its deadline_s, or look at the actor's log "
-            "in the Ray dashboard"
-        ) from error
-    except RayTaskError as error:
-        if isinstance(error.cause, LostError):
-            raise LostError(str(error.cause), name) from None
-        if isinstance(error.cause, RlufError):
-            raise error.cause from None
-        if isinstance(error.cause, ObjectStoreFullError | OutOfDiskError):
-            raise _full(who, error.cause) from None
-        if isinstance(error.cause, ObjectLostError):
-            raise LostError(f"{who} missed an object: {_sentence(error)}") from None
-        logger.debug("%s failed:\n%s", who, error)
-        raise ActorError(
-            f"{who} failed: {type(error.cause).__name__}: {error.cause}; run.log has the traceback"
-        ) from error
-    except OutOfMemoryError as error:
-        logger.debug("%s: out of memory:\n%s", who, error)
-        raise ResourceError(
-            f"{who} was ended by Ray because its machine ran out of memory ({_sentence(error)}); end other programs "
-            "there, or lower algorithm.micro_batch_tokens, rollout.kv_cache_gib or learner.ranks"
-        ) from error
-    except RayActorError as error:
-        logger.debug("%s died:\n%s", who, error)
-        message = f"{who} died: {_reason(error)}; its log in the Ray dashboard says more"
-        raised = "The actor died because of an error raised in its creation task" in str(error)
-        raise (ActorError(message) if raised else LostError(message, name)) from error
-    except ObjectLostError as error:
-        raise LostError(f"{who} lost an object: {_sentence(error)}") from error
-    except RayError as error:
-        raise ActorError(f"{who} failed: {_reason(error)}; its log in the Ray dashboard says more") from error
+    if not is_colocated(settings):
+        return 0.0
+    start_time = time.monotonic()
+    async with actor_groups.phase_lock:
+        for phase_action in phase_transitions(actor_groups.phase, phase):
+            await _run_phase_action(settings, actor_groups, phase_action)
+        actor_groups.phase = phase
+    return time.monotonic() - start_time
 
 
-def kept(value: Result) -> ObjectRef[Result]:
-    """`value` in the object store. Raises ResourceError when that is full."""
-    try:
-        return ray.put(value)
-    except (ObjectStoreFullError, OutOfDiskError) as error:
-        raise _full("the driver", error) from None
+async def _run_phase_action(settings: Settings, actor_groups: ActorGroups, phase_action: PhaseAction) -> None:
+    on_engines = phase_action.action in ("sleep", "wake")
+    actors = actor_groups.rollout_actors if on_engines else actor_groups.learner_actors
+    arguments = (phase_action.components,) if phase_action.components else ()
+    calls = [(actor, getattr(actor.handle, phase_action.action).remote(*arguments)) for actor in actors]
+    activity = f"GPU phase: {phase_action.action} {' '.join(phase_action.components)}".rstrip()
+    await gather_calls(calls, settings.timeouts.weight_sync_s, activity)
 
 
-def _full(who: str, error: RayError) -> ResourceError:
-    return ResourceError(
-        f"{who} found Ray's object store full, and no disk to spill to ({_sentence(error)}); free the disk that holds "
-        "Ray's folder, or lower algorithm.prompts_per_step or algorithm.staleness"
-    )
-
-
-def _sentence(error: RayError) -> str:
-    return str(error).strip().partition(", which exceeds")[0].splitlines()[0]
-
-
-def _reason(error: RayError) -> str:
-    """Why an actor died, in one line: the exception its constructor raised, else what Ray knows of its process."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    raised = [line for line in lines[1:] if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
-    return (raised or lines or ["no reason given"])[-1 if raised else 0]
-
-
-async def _future(call: Awaitable[Any]) -> Any:
-    return await call
-
-
-async def everyone(calls: Sequence[tuple[Member, Awaitable[Any]]], seconds: float, doing: str) -> list[Any]:
-    """Await one call an actor, all at once; the first failure is raised and names its actor."""
-    return list(await asyncio.gather(*(within(call, seconds, f"{member} ({doing})") for member, call in calls)))
-
-
-class Supervisor:
-    """Owns the crew of one run. Use as an async context manager: on leaving, every actor is ended."""
+class ActorSupervisor:
+    """Owner of one run's actors. An async context manager: on leaving, every actor is ended."""
 
     def __init__(
         self,
         settings: Settings,
-        model: Path,
-        rewards: Mapping[str, Path | None],
+        model_path: Path,
+        reward_folders: Mapping[str, Path | None],
         *,
-        learners: bool,
-        checkpoint: Checkpoint | None = None,
+        with_learners: bool,
+        checkpoint: RunCheckpoint | None = None,
     ) -> None:
-        """Plan a crew for `settings`: `rewards` gives the model folder of each objective (None for a judge).
+        """Plan the actors of `settings`; `reward_folders` has the model folder of each objective, None for a judge.
 
-        With `checkpoint`, engines and learners go on from there; `model` stays the reference policy.
+        With `checkpoint`, engines and learners start from it; `model_path` stays the reference policy.
         """
         self.settings = settings
-        self.crew = Crew()
-        self.on_loss: Callable[[LostError], None] | None = None
-        self._model = model
-        self._rewards = dict(rewards)
-        self._pools = {group[0]: group for group in scored_together(settings) if group[0] in rewards}
-        self._with_learners = learners
+        self.actor_groups = ActorGroups()
+        self.on_loss: Callable[[ActorLostError], None] | None = None
+        self._model_path = model_path
+        self._reward_folders = dict(reward_folders)
+        self._pool_objectives = {
+            pool[0]: pool for pool in objectives_by_reward_pool(settings) if pool[0] in reward_folders
+        }
+        self._with_learners = with_learners
         self._checkpoint = checkpoint
-        self._places: Places | None = None
+        self._placement_groups: PlacementGroups | None = None
 
-    async def __aenter__(self) -> Supervisor:
+    async def __aenter__(self) -> ActorSupervisor:
         """Start all actors and wait until each is ready."""
         try:
-            self._places = Places(self.settings, learners=self._with_learners)
-            await self._places.ready(self.settings.cluster.start_deadline_s)
-            self._create()
-            await self._wait_ready()
+            self._placement_groups = PlacementGroups(self.settings, with_learners=self._with_learners)
+            await self._placement_groups.wait_until_ready(self.settings.timeouts.actor_start_s)
+            self._create_actors()
+            await self._wait_until_ready()
         except BaseException:
             await self.stop()
             raise
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
-        """End all actors; after a lost process without asking them first, as the others may wait for it."""
-        await self.stop(ask=not isinstance(error, LostError))
+    async def __aexit__(self, error_type: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        """End all actors."""
+        # After a lost process the other ranks may hang in a collective call and never serve a shutdown request.
+        await self.stop(graceful=not isinstance(error, ActorLostError))
 
-    def _create(self) -> None:
-        settings = self.settings
-        self.crew.rollouts = [self._hired("rollout", index) for index in range(settings.rollout.engines)]
-        for objective in self._pools:
-            replicas = settings.objectives.named[objective].replicas
-            self.crew.rewards[objective] = [self._hired("reward", index, objective) for index in range(replicas)]
+    def _create_actors(self) -> None:
+        settings, actor_groups = self.settings, self.actor_groups
+        actor_groups.rollout_actors = [self._create_actor("rollout", i) for i in range(settings.rollout.engines)]
+        for objective in self._pool_objectives:
+            replicas = settings.objectives.by_objective[objective].replicas
+            pool = [self._create_actor("reward", i, objective) for i in range(replicas)]
+            actor_groups.reward_pools[objective] = pool
         if self._with_learners:
-            self.crew.learners = [self._hired("learner", index) for index in range(settings.learner.ranks)]
+            actor_groups.learner_actors = [self._create_actor("learner", i) for i in range(settings.learner.workers)]
 
-    def _hired(self, role: str, index: int, objective: str = "", life: int = 0) -> Member:
+    def _create_actor(self, role: str, index: int, objective: str = "", restarts: int = 0) -> ActorRef:
         """Create one actor; it is not ready yet."""
-        blob, model, begin = self.settings.model_dump_json(), str(self._model), self._checkpoint
-        name = "-".join(part for part in ("rluf", objective, role, str(index), str(life or "")) if part)
+        settings_json, model_path, checkpoint = self.settings.model_dump_json(), str(self._model_path), self._checkpoint
+        name_parts = ("rluf", objective, role, str(index), str(restarts or ""))
         options = {
-            "name": name,
-            **role_options(self.settings, role),
-            **(self._places.options(role, index) if self._places else {}),
+            "name": "-".join(name for name in name_parts if name),
+            **actor_options(self.settings, role),
+            **(self._placement_groups.scheduling_options(role, index) if self._placement_groups else {}),
         }
         arguments: tuple[object, ...]
         if role == "rollout":
-            arguments = (index, blob, model)
-            if begin is not None:  # adapters go on the model that they were trained on, and are published later
-                merged = self.settings.publish.engine != "adapter"
-                arguments = (index, blob, str(begin.policy) if merged else model, begin.step)
+            arguments = (index, settings_json, model_path)
+            if checkpoint is not None:
+                # A LoRA engine serves the base model; the trained adapter is sent by the first weight sync.
+                merged = self.settings.weight_sync.transport != "lora"
+                start_path = str(checkpoint.policy_folder) if merged else model_path
+                arguments = (index, settings_json, start_path, checkpoint.step)
         elif role == "reward":
-            folders = {name: self._rewards[name] for name in self._pools[objective]}
-            arguments = (blob, {name: None if folder is None else str(folder) for name, folder in folders.items()})
+            folders = {name: self._reward_folders[name] for name in self._pool_objectives[objective]}
+            paths = {name: None if folder is None else str(folder) for name, folder in folders.items()}
+            arguments = (settings_json, paths)
         else:
-            arguments = (index, self.settings.learner.ranks, blob, model, None if begin is None else str(begin.folder))
-        handle = _remote(ROLES[role]).options(**options).remote(*arguments)
-        return Member(f"{objective} reward" if objective else role, index, handle, objective, life)
+            checkpoint_path = None if checkpoint is None else str(checkpoint.folder)
+            arguments = (index, self.settings.learner.workers, settings_json, model_path, checkpoint_path)
+        handle = _remote_class(ACTOR_CLASSES[role]).options(**options).remote(*arguments)
+        return ActorRef(f"{objective} reward" if objective else role, index, handle, objective, restarts)
 
-    async def replace(self, lost: Member) -> Member:
-        """End a rollout or reward actor for certain, start another in its place, and wait until it is ready.
+    async def replace_actor(self, lost_actor: ActorRef) -> ActorRef:
+        """Kill a rollout or reward actor, start another in its place, and wait until it is ready.
 
-        It has the weights the run began with, and is not in the crew yet.
+        The new actor has the weights the run began with and is not in the actor groups yet.
         """
-        ray.kill(lost.handle)
-        fresh = self._hired("reward" if lost.objective else lost.role, lost.index, lost.objective, lost.life + 1)
-        await within(fresh.handle.ready.remote(), self.settings.cluster.start_deadline_s, f"{fresh} (starting)")
-        return fresh
+        # The process may be silent rather than gone; two actors with one GPU or one name must not exist.
+        ray.kill(lost_actor.handle)
+        role = "reward" if lost_actor.objective else lost_actor.role
+        new_actor = self._create_actor(role, lost_actor.index, lost_actor.objective, lost_actor.restarts + 1)
+        ready_call = new_actor.handle.ready.remote()
+        await call_with_timeout(ready_call, self.settings.timeouts.actor_start_s, f"{new_actor} (starting)")
+        return new_actor
 
-    async def _wait_ready(self) -> None:
-        seconds = self.settings.cluster.start_deadline_s
-        crew = self.crew
-        others = [m for m in crew.members if m.role != "learner"]
-        logger.info("waiting for %d actors to be placed and ready (deadline %g s)", len(self.crew.members), seconds)
-        started = everyone([(m, m.handle.ready.remote()) for m in others], seconds, "starting")
-        if self._with_learners and shares_gpus(self.settings):  # never both on a GPU at once
-            await started
-            await everyone([(m, m.handle.sleep.remote()) for m in crew.rollouts], seconds, "making room for learners")
-            await self._join_learners(seconds)
-            crew.phase = "learn"
+    async def _wait_until_ready(self) -> None:
+        timeout_s, actor_groups = self.settings.timeouts.actor_start_s, self.actor_groups
+        all_actors, engines = actor_groups.all_actors, actor_groups.rollout_actors
+        logger.info("actors: waiting for %d to be placed and ready (deadline %g s)", len(all_actors), timeout_s)
+        ready_calls = [(actor, actor.handle.ready.remote()) for actor in all_actors if actor.role != "learner"]
+        ready_wait = gather_calls(ready_calls, timeout_s, "starting")
+        if self._with_learners and is_colocated(self.settings):
+            # Engine and learner together do not fit into a shared GPU: the engine sleeps before the learner loads.
+            await ready_wait
+            sleep_calls = [(actor, actor.handle.sleep.remote()) for actor in engines]
+            await gather_calls(sleep_calls, timeout_s, "freeing GPU memory for the learners")
+            await self._join_learners(timeout_s)
+            actor_groups.phase = "learn"
         else:
-            await asyncio.gather(started, self._join_learners(seconds))
-        logger.info("ready: %s", ", ".join(str(m) for m in self.crew.members))
+            await asyncio.gather(ready_wait, self._join_learners(timeout_s))
+        logger.info("actors: ready: %s", ", ".join(map(str, all_actors)))
 
-    async def _join_learners(self, seconds: float) -> None:
+    async def _join_learners(self, timeout_s: float) -> None:
         """Form the learners' process group around rank 0's address."""
-        if not self.crew.learners:
+        learners = self.actor_groups.learner_actors
+        if not learners:
             return
-        first = self.crew.learners[0]
-        host, port = await within(first.handle.address.remote(), seconds, f"{first} (address)")
-        await everyone([(m, m.handle.setup.remote(host, port)) for m in self.crew.learners], seconds, "joining")
+        address_call = learners[0].handle.rendezvous_address.remote()
+        host, port = await call_with_timeout(address_call, timeout_s, f"{learners[0]} (address)")
+        setup_calls = [(actor, actor.handle.setup.remote(host, port)) for actor in learners]
+        await gather_calls(setup_calls, timeout_s, "joining the process group")
 
-    async def run(self, work: Coroutine[Any, Any, Result]) -> Result:
+    async def run_monitored(self, work: Coroutine[Any, Any, T]) -> T:
         """Await `work` while watching every actor; a dead or silent actor ends the work with its error."""
-        job, watcher = asyncio.ensure_future(work), asyncio.ensure_future(self.watch())
+        work_task, watch_task = asyncio.ensure_future(work), asyncio.ensure_future(self.watch_health())
         try:
-            await asyncio.wait({job, watcher}, return_when=asyncio.FIRST_COMPLETED)
-            if not job.done():
-                watcher.result()
-            return await job
+            await asyncio.wait({work_task, watch_task}, return_when=asyncio.FIRST_COMPLETED)
+            if not work_task.done():
+                watch_task.result()
+            return await work_task
         finally:
-            job.cancel()
-            watcher.cancel()
-            await asyncio.gather(job, watcher, return_exceptions=True)
+            work_task.cancel()
+            watch_task.cancel()
+            await asyncio.gather(work_task, watch_task, return_exceptions=True)
 
-    async def watch(self) -> None:
-        """Check every actor's health each `cluster.heartbeat_s` seconds.
+    async def watch_health(self) -> None:
+        """Check every actor's health each `cluster.health_check_interval_s` seconds.
 
-        One that has gone or misses two checks in a row is reported to `on_loss`, or raised as LostError without one.
+        An actor that is gone or misses MAX_MISSED_HEALTH_CHECKS checks in a row is reported to `on_loss`; without
+        `on_loss` it is raised as ActorLostError.
         """
-        seconds = self.settings.cluster.heartbeat_s
-        missed: dict[str, int] = {}
+        interval_s = self.settings.cluster.health_check_interval_s
+        missed_checks: dict[str, int] = {}
         while True:
-            await asyncio.sleep(seconds)
-            members = self.crew.members
-            for member, alive in zip(
-                members, await asyncio.gather(*(self._alive(m, seconds) for m in members)), strict=True
-            ):
-                missed[str(member)] = 0 if alive else missed.get(str(member), 0) + 1
-                if missed[str(member)] >= 2:
-                    silent = f"{member} answered no health check for {2 * seconds:g} s"
-                    self._report(LostError(f"{silent}; look at its log in the Ray dashboard", str(member)))
+            await asyncio.sleep(interval_s)
+            actors = self.actor_groups.all_actors
+            checks = await asyncio.gather(*(self._is_alive(actor, interval_s) for actor in actors))
+            for actor, is_alive in zip(actors, checks, strict=True):
+                name = str(actor)
+                missed_checks[name] = 0 if is_alive else missed_checks.get(name, 0) + 1
+                if missed_checks[name] >= MAX_MISSED_HEALTH_CHECKS:
+                    silent_s = MAX_MISSED_HEALTH_CHECKS * interval_s
+                    message = f"{name} answered no health check for {silent_s:g} s; check its log in the Ray dashboard"
+                    self._report_loss(ActorLostError(message, name))
 
-    async def _alive(self, member: Member, seconds: float) -> bool:
+    async def _is_alive(self, actor: ActorRef, timeout_s: float) -> bool:
         try:
-            check = member.handle.health.options(concurrency_group="health").remote()
-            await within(check, seconds, f"{member} (health)")
-        except StallError:
-            logger.warning("%s missed a health check of %g s", member, seconds)
+            check = actor.handle.health.options(concurrency_group="health").remote()
+            await call_with_timeout(check, timeout_s, f"{actor} (health)")
+        except DeadlineError:
+            logger.warning("%s: missed a health check of %g s", actor, timeout_s)
             return False
-        except LostError as error:
-            self._report(error)
+        except ActorLostError as error:
+            self._report_loss(error)
         return True
 
-    def _report(self, error: LostError) -> None:
+    def _report_loss(self, error: ActorLostError) -> None:
         if self.on_loss is None:
             raise error
         self.on_loss(error)
 
-    async def stop(self, *, ask: bool = True) -> None:
-        """Ask engines and learners to shut down, wait at most STOP_SECONDS for them, then end every actor."""
-        crew, self.crew = self.crew, Crew()
-        asked = [m.handle.shutdown.remote() for m in (*crew.rollouts, *crew.learners)] if ask else []
-        if asked:
+    async def stop(self, *, graceful: bool = True) -> None:
+        """Ask engines and learners to shut down, wait at most STOP_TIMEOUT_S seconds, then kill every actor."""
+        actor_groups, self.actor_groups = self.actor_groups, ActorGroups()
+        actors_to_ask = (*actor_groups.rollout_actors, *actor_groups.learner_actors) if graceful else ()
+        shutdown_calls = [actor.handle.shutdown.remote() for actor in actors_to_ask]
+        if shutdown_calls:
             with contextlib.suppress(TimeoutError, GetTimeoutError):
-                await asyncio.wait_for(asyncio.gather(*map(_quiet, asked)), STOP_SECONDS)
-        for member in crew.members:
-            ray.kill(member.handle)
-        if self._places is not None:
-            self._places.release()
+                await asyncio.wait_for(asyncio.gather(*map(_ignore_ray_errors, shutdown_calls)), STOP_TIMEOUT_S)
+        for actor in actor_groups.all_actors:
+            ray.kill(actor.handle)
+        if self._placement_groups is not None:
+            self._placement_groups.release()
 
 
-def _remote(cls: type) -> Any:
-    """Make a class an actor whose health check has a thread of its own, so that a long step does not hide it."""
-    return ray.remote(concurrency_groups={"health": 1})(cls)
+def _remote_class(actor_class: type) -> Any:
+    """A Ray actor class whose health check has a thread of its own, so that a long step does not block it."""
+    return ray.remote(concurrency_groups={"health": 1})(actor_class)
 
 
-async def _quiet(call: Awaitable[Any]) -> None:
+async def _ignore_ray_errors(call: Awaitable[Any]) -> None:
     with contextlib.suppress(RayError):
         await call

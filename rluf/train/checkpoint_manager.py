@@ -1,4 +1,4 @@
-"""What a run keeps on disk to go on after a stop: checkpoints, the base policy's answers, the metrics so far."""
+"""Checkpoints of a run folder: save, find, roll back; the base policy's responses; graceful stop on SIGTERM."""
 
 from __future__ import annotations
 
@@ -8,187 +8,213 @@ import logging
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rluf.checkpoint.format import (  # fmt: skip
-    ANSWERS,
-    FOLDER,
-    Checkpoint,
+from rluf.checkpoint.format import (
+    BASE_RESPONSES_FILE,
+    CHECKPOINTS_FOLDER,
+    RunCheckpoint,
     RunState,
-    changed,
-    forget_after,
+    delete_checkpoints_after,
+    diff_settings,
+    find_newest_complete,
     group_from_json,
     group_to_json,
-    newest_whole,
-    prompts_digest,
-    prune,
-    write_state,
+    hash_prompts,
+    prune_checkpoints,
+    write_run_state,
 )
-from rluf.checkpoint.upload import Uploader, download, newest_upload
+from rluf.checkpoint.upload import CheckpointUploader, download_newest_checkpoint, find_newest_upload
 from rluf.config.settings import Settings
-from rluf.errors import AlarmError, DataError, ModelError, SettingsError
-from rluf.tracking.run_files import jsonable, read_jsonl, write_jsonl
-from rluf.train.fault_tolerance import LastingPipeline
-from rluf.types import Group, Prompt
-from rluf.utils.files import atomic_folder
+from rluf.errors import DataError, ModelError, RewardHackingError, SettingsError
+from rluf.types import EvalResponse, Prompt
+from rluf.utils.files import atomic_folder, read_jsonl, to_jsonable, write_jsonl
+
+if TYPE_CHECKING:
+    from rluf.train.controller import TrainController
 
 logger = logging.getLogger(__name__)
 
 
-class Keeper:
-    """Writes and finds the checkpoints of one run folder."""
+class CheckpointManager:
+    """Writes, finds and prunes the checkpoints of one run folder."""
 
-    def __init__(self, settings: Settings, folder: Path, prompts: Sequence[Prompt]) -> None:
-        """`prompts` are the training prompts, in order."""
-        self.settings, self.folder = settings, folder
-        self.uploads = Uploader.of(settings, folder)
-        self._prompts = prompts_digest(prompts)
-        self._saved = 0
+    def __init__(self, settings: Settings, run_folder: Path, prompts: Sequence[Prompt]) -> None:
+        """`prompts` are the training prompts, in order: a checkpoint fits these only."""
+        self.settings, self.run_folder = settings, run_folder
+        self.uploader = CheckpointUploader.from_settings(settings, run_folder)
+        self._checkpoints_folder = run_folder / CHECKPOINTS_FOLDER
+        self._prompts_digest = hash_prompts(prompts)
+        self._last_saved_step = 0
 
     @contextlib.contextmanager
-    def copied(self) -> Iterator[None]:
-        """On leaving, however that is, wait with a deadline for the copy of a checkpoint that is under way."""
+    def wait_for_upload(self) -> Iterator[None]:
+        """On leaving, also by an exception, wait with a deadline for a checkpoint upload that is under way."""
         try:
             yield
         finally:
-            if self.uploads is not None:
-                self.uploads.drain()
+            if self.uploader is not None:
+                self.uploader.wait_until_idle()
 
-    def newest(self, at_most: float = float("inf")) -> tuple[Checkpoint, RunState] | None:
-        """The newest whole checkpoint of a step up to `at_most`, and its state; None when there is none.
+    def load_newest(self, max_step: float = float("inf")) -> tuple[RunCheckpoint, RunState] | None:
+        """The newest complete checkpoint of a step up to `max_step`, with its state; None without one.
 
-        Raises SettingsError when settings that matter to what is learnt, or the training prompts, are others now.
+        Raises SettingsError when settings that affect training, or the training prompts, have changed since.
         """
-        found = newest_whole(self.folder / FOLDER, at_most)
-        if found is None:
+        checkpoint = find_newest_complete(self._checkpoints_folder, max_step)
+        if checkpoint is None:
             return None
-        state = found.state()
-        self._saved = found.step
-        problems = changed(state.settings, self.settings.model_dump(mode="json"))
-        if state.prompts != self._prompts:
-            problems.append("the training prompts (the log or the split is another one)")
-        if problems:
+        state = checkpoint.read_state()
+        self._last_saved_step = checkpoint.step
+        changes = diff_settings(state.settings, self.settings.model_dump(mode="json"))
+        if state.prompts_digest != self._prompts_digest:
+            # The state holds positions in the shuffled prompts and ids in flight: with other prompts both are invalid.
+            changes.append("the training prompts (another log or another split)")
+        if changes:
             raise SettingsError(
-                f"run.resume={self.settings.run.resume} does not fit checkpoint {found.folder}: changed since: "
-                f"{', '.join(problems)}; take these back, or start a new run without run.resume"
+                f"run.resume={self.settings.run.resume} does not fit checkpoint {checkpoint.folder}: changed since: "
+                f"{', '.join(changes)}; undo these changes, or start a new run without run.resume"
             )
-        return found, state
+        return checkpoint, state
 
-    def go_back(self, step: int, why: str) -> tuple[Checkpoint, RunState]:
-        """The newest whole checkpoint of a step up to `step`; younger ones are deleted, they led to `why`.
+    def roll_back_to(self, step: int, reason: str) -> tuple[RunCheckpoint, RunState]:
+        """The newest complete checkpoint of a step up to `step`; newer ones, which led to `reason`, are deleted.
 
-        Raises AlarmError when there is none.
+        Raises RewardHackingError when there is none.
         """
-        found = self.newest(step)
-        if found is None:
-            raise AlarmError(
-                f"{why}; there is no checkpoint of step {step} or before to go back to: set learner.save_every, or "
-                "lower objectives.love.weight"
+        resume_from = self.load_newest(step)
+        if resume_from is None:
+            raise RewardHackingError(
+                f"{reason}; no checkpoint of step {step} or before to roll back to: set "
+                "learner.checkpoint_every_steps, or lower objectives.love.weight"
             )
-        forget_after(self.folder / FOLDER, found[0].step)
-        return found
+        delete_checkpoints_after(self._checkpoints_folder, resume_from[0].step)
+        return resume_from
 
-    async def save(
+    async def save_checkpoint(
         self,
-        pipeline: LastingPipeline,
+        controller: TrainController,
         step: int,
-        rows: Sequence[Mapping[str, Any]],
-        watch: Mapping[str, Any] | None = None,
+        metric_rows: Sequence[Mapping[str, Any]],
+        monitor_state: Mapping[str, Any] | None = None,
     ) -> Path | None:
-        """Write checkpoint `step` whole or not at all, then delete superfluous ones; None if it is there already.
+        """Write the checkpoint of `step` atomically, then delete superfluous ones; None if it exists already.
 
-        `rows` are the metrics of all steps so far, `watch` is the state of the alarms. Raises ModelError when the disk
-        refuses.
+        `metric_rows` are the metrics of all steps so far, `monitor_state` that of the reward hacking monitor. Raises
+        ModelError when the disk refuses the files.
         """
-        if step == self._saved:
+        if step == self._last_saved_step:
             return None
-        target = self.folder / FOLDER / f"step-{step}"
-        with atomic_folder(target) as part:
-            schedules = await pipeline.save_checkpoint(part)
+        target = self._checkpoints_folder / f"step-{step}"
+        with atomic_folder(target) as temporary_folder:
+            lr_schedules = await controller.save_checkpoint(temporary_folder)
             state = RunState(
                 step=step,
-                world=self.settings.learner.ranks,
+                world_size=self.settings.learner.workers,
                 settings=self.settings.model_dump(mode="json"),
-                prompts=self._prompts,
-                pipeline=pipeline.snapshot,
-                schedules=schedules,
-                rows=[jsonable(row) for row in rows],
-                watch=watch,
+                prompts_digest=self._prompts_digest,
+                # The snapshot, not state(): while the learners wrote their part, groups of the next step went on.
+                controller_state=controller.snapshot,
+                lr_schedules=lr_schedules,
+                step_metrics=[to_jsonable(row) for row in metric_rows],
+                monitor_state=monitor_state,
             )
-            await asyncio.to_thread(write_state, part, state)
-        self._saved = step
-        logger.info("checkpoint of step %d: %s", step, target)
-        rewards = {int(row["step"]): float(row["reward"]) for row in rows}
-        prune(self.folder / FOLDER, rewards, self.settings.learner.keep_checkpoints)
-        if self.uploads is not None:
-            self.uploads.add(target)
+            await asyncio.to_thread(write_run_state, temporary_folder, state)
+        self._last_saved_step = step
+        logger.info("checkpoint of step %d: saved to %s", step, target)
+        reward_by_step = {int(row["step"]): float(row["reward"]) for row in metric_rows}
+        prune_checkpoints(self._checkpoints_folder, reward_by_step, self.settings.learner.keep_checkpoints)
+        if self.uploader is not None:
+            self.uploader.add_checkpoint(target)
         return target
 
-    def keep_answers(self, answers: Sequence[tuple[Group, Mapping[str, tuple[float, ...]]]]) -> None:
-        """Keep the base policy's answers, which the comparison at the end needs."""
-        write_jsonl(self.folder / ANSWERS, ({"group": group_to_json(g), "values": dict(v)} for g, v in answers))
+    def save_base_responses(self, responses: Sequence[EvalResponse]) -> None:
+        """Save the base policy's responses, which the comparison at the end of the run needs."""
+        rows = ({"group": group_to_json(r.group), "values": dict(r.objective_values)} for r in responses)
+        write_jsonl(self.run_folder / BASE_RESPONSES_FILE, rows)
 
-    def answers(self) -> list[tuple[Group, dict[str, tuple[float, ...]]]]:
-        """The base policy's answers kept by `keep_answers`. Raises DataError when they are not there."""
-        rows = read_jsonl(self.folder / ANSWERS)
+    def load_base_responses(self) -> list[EvalResponse]:
+        """The responses saved by `save_base_responses`. Raises DataError when the file is missing."""
+        path = self.run_folder / BASE_RESPONSES_FILE
+        rows = read_jsonl(path)
         if not rows:
             raise DataError(
-                f"{self.folder / ANSWERS} is missing, the base policy's answers that a run keeps before its first "
-                "step; restore it, or start a new run without run.resume"
+                f"{path} is missing: the base policy's responses, saved before the first step; restore the file, or "
+                "start a new run without run.resume"
             )
-        return [(group_from_json(row["group"]), {k: tuple(v) for k, v in row["values"].items()}) for row in rows]
+        return [
+            EvalResponse(group_from_json(row["group"]), {name: tuple(values) for name, values in row["values"].items()})
+            for row in rows
+        ]
 
 
-def resumed_folder(settings: Settings, runs: Path) -> Path | None:
-    """The run folder that run.resume means, None to begin a new one.
+def find_resume_folder(settings: Settings, runs_folder: Path) -> Path | None:
+    """The run folder that run.resume names; None to start a new run.
 
-    `runs` holds this configuration's run folders. For latest it is the newest one with a checkpoint, and a new run is
-    begun, with a message, when there is none. Where run.upload has a newer one, or a URL is named, its newest
-    checkpoint is fetched into a run folder here. Raises ModelError when a named folder has none.
+    `runs_folder` holds this configuration's run folders. `latest` is the newest one with a checkpoint, here or at
+    run.checkpoint_upload_url; without one a new run starts, with a log line. A checkpoint of a URL is downloaded into a
+    run folder here. Raises ModelError when a named folder has no checkpoint.
     """
-    wanted = settings.run.resume
-    if wanted is None:
+    resume = settings.run.resume
+    if resume is None:
         return None
-    if "://" in wanted:
-        folder = runs / wanted.rstrip("/").rpartition("/")[2]
-        download(wanted, folder)
+    if "://" in resume:
+        folder = runs_folder / resume.rstrip("/").rpartition("/")[2]
+        download_newest_checkpoint(resume, folder)
         return folder
-    if wanted != "latest":
-        folder = Path(wanted).expanduser().resolve()
-        if newest_whole(folder / FOLDER) is None:
-            raise ModelError(f"run.resume={wanted}: no whole checkpoint in {folder / FOLDER}; name another run folder")
+    if resume != "latest":
+        folder = Path(resume).expanduser().resolve()
+        if find_newest_complete(folder / CHECKPOINTS_FOLDER) is None:
+            raise ModelError(
+                f"run.resume={resume}: no complete checkpoint in {folder / CHECKPOINTS_FOLDER}; name another run folder"
+            )
         return folder
-    here: tuple[str, int] | None = None
-    folders = sorted((p for p in runs.glob("*") if p.is_dir() and not p.is_symlink()), key=lambda p: p.name)
-    for folder in reversed(folders):
-        found = newest_whole(folder / FOLDER) if (folder / FOLDER).is_dir() else None
-        if found is not None:
-            here = folder.name, found.step
-            break
-    away = newest_upload(settings.run.upload, settings.name) if settings.run.upload else None
-    if away is not None:
-        name = away[0].rpartition("/")[2]
-        if here is None or here < (name, away[1]):
-            download(away[0], runs / name)
-            return (runs / name).resolve()
-    if here is not None:
-        return (runs / here[0]).resolve()
-    logger.info("run.resume=latest: no run under %s has a whole checkpoint; beginning a new one", runs)
+    return _find_latest_run(settings, runs_folder)
+
+
+def _find_latest_run(settings: Settings, runs_folder: Path) -> Path | None:
+    """The newest run with a complete checkpoint among local run folders and uploads; an upload is downloaded."""
+    local_run = _find_latest_local_run(runs_folder)
+    upload_url = settings.run.checkpoint_upload_url
+    upload = find_newest_upload(upload_url, settings.name) if upload_url else None
+    if upload is not None:
+        run_url, step = upload
+        run_name = run_url.rpartition("/")[2]
+        # Run folders are named by their start time, so (name, step) orders by run first, then by progress.
+        if local_run is None or local_run < (run_name, step):
+            download_newest_checkpoint(run_url, runs_folder / run_name)
+            return (runs_folder / run_name).resolve()
+    if local_run is not None:
+        return (runs_folder / local_run[0]).resolve()
+    logger.info("run.resume=latest: no run under %s has a complete checkpoint; starting a new run", runs_folder)
+    return None
+
+
+def _find_latest_local_run(runs_folder: Path) -> tuple[str, int] | None:
+    """Name and checkpoint step of the newest local run with a complete checkpoint."""
+    # Symbolic links are left out: "latest" points to one of the other folders.
+    run_folders = [path for path in runs_folder.glob("*") if path.is_dir() and not path.is_symlink()]
+    for run_folder in sorted(run_folders, key=lambda path: path.name, reverse=True):
+        checkpoints_folder = run_folder / CHECKPOINTS_FOLDER
+        checkpoint = find_newest_complete(checkpoints_folder) if checkpoints_folder.is_dir() else None
+        if checkpoint is not None:
+            return run_folder.name, checkpoint.step
     return None
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[asyncio.Event]:
-    """An event that SIGTERM sets inside the block, instead of ending the program; `ray job stop` sends it."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-    before = signal.getsignal(signal.SIGTERM)
+def sigterm_event() -> Iterator[asyncio.Event]:
+    """An event that SIGTERM sets inside the block instead of ending the program; `ray job stop` sends SIGTERM."""
+    stop_event, event_loop = asyncio.Event(), asyncio.get_running_loop()
+    previous_handler = signal.getsignal(signal.SIGTERM)
     try:
-        loop.add_signal_handler(signal.SIGTERM, stop.set)
-    except (ValueError, RuntimeError):  # not the main thread: nobody sends signals here
-        yield stop
+        event_loop.add_signal_handler(signal.SIGTERM, stop_event.set)
+    except (ValueError, RuntimeError):  # outside the main thread, where no signal handler can be installed
+        yield stop_event
         return
     try:
-        yield stop
+        yield stop_event
     finally:
-        loop.remove_signal_handler(signal.SIGTERM)
-        signal.signal(signal.SIGTERM, before)
+        # remove_signal_handler installs the default action, not the handler of before.
+        event_loop.remove_signal_handler(signal.SIGTERM)
+        signal.signal(signal.SIGTERM, previous_handler)

@@ -1,462 +1,369 @@
-"""The pumps between the actors: admit, score, learn, publish, watch.
+"""The training step: sample and score prompts, aggregate rewards, update the policy, sync weights to the engines.
 
 One asyncio program in the driver. Groups of samples stay in the object store; the driver holds references to them and
-small numbers (lengths, scores, advantages). `algorithm.staleness` makes it synchronous (0) or asynchronous (> 0).
+small numbers (lengths, scores, advantages). `algorithm.max_staleness` makes it synchronous (0) or asynchronous (> 0).
+
+    WorkBuffer        admission, running groups, prompts in flight, scored groups
+    ActorCalls        calls to rollout and reward actors, repeated when an actor is lost
+    RewardAggregator  scores of all objectives -> one reward per sample
+    PolicyUpdater     rewards -> advantages, micro-batches, optimizer step on the learners
+    WeightSync        learner weights -> engines, verified
+    ActorRestarter    replaces lost actors; its weight lock keeps engines from joining during update and sync
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import logging
-import random
+import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ray import ObjectRef
+from rluf.algorithms.registry import find_algorithm, has_reward_variance
+from rluf.algorithms.staleness import compute_admission_capacity
+from rluf.checkpoint.format import ControllerState
+from rluf.config.derived import objectives_by_reward_pool
+from rluf.objectives.aggregator import GroupScores, RewardAggregator, StepRewards
+from rluf.tracking.timeline import STEPS_ROW, RunTimeline
+from rluf.train.actor_calls import ActorCalls, fetch_group
+from rluf.train.actor_groups import ActorRef, ActorSupervisor, switch_gpu_phase
+from rluf.train.fault_tolerance import ActorRestarter, RestartBudget
+from rluf.train.policy_update import PolicyUpdater
+from rluf.train.profiling import ray_timeline_span
+from rluf.train.prompt_store import prompt_topics
+from rluf.train.weight_sync import WeightSync
+from rluf.train.work_buffer import CountingIterator, ScoredGroup, WorkBuffer, prompt_order
 
-from rluf.algorithms.advantages import Drift, Outcomes
-from rluf.algorithms.losses import adapted
-from rluf.algorithms.packing import MicroBatch, plan_micro_batches
-from rluf.algorithms.registry import METHODS, Lesson, make_lesson, needs_drifts, varied
-from rluf.algorithms.staleness import capacity
-from rluf.config.derived import scored_together
-from rluf.config.policy import AlgorithmSettings
-from rluf.config.settings import Settings
-from rluf.errors import StallError
-from rluf.objectives.aggregation import signal
-from rluf.objectives.aggregator import Combined, Combiner, Opinions
-from rluf.tracking.timeline import STEPS, Timeline
-from rluf.train.actor_groups import Crew, Member, everyone, kept, within
-from rluf.train.gpu_phases import turn
-from rluf.train.offline_batches import LoggedBatches, mismatched, outcomes_of
-from rluf.train.profiling import pump
-from rluf.train.prompt_store import topics_of
-from rluf.train.prompts import Reactions
-from rluf.train.weight_sync import Publisher
-from rluf.types import Group, GroupInfo, Prompt, Score
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
-logger = logging.getLogger(__name__)
+    from rluf.config.settings import Settings
+    from rluf.train.prompts import ReactionGroups
+    from rluf.types import Group, GroupInfo, Prompt
 
-REFILLS = 10
-"""Batches' worth of groups that may be dropped in one step before all are taken (verl allows as many)."""
-QUEUE = 1.5
-"""Groups sent to the engines for each one they can hold: the rest wait there, and take the places of samples that end
-before the longest of their group."""
-BASELINE_SEED = 2_000_003
-
-
-@dataclass(frozen=True, slots=True)
-class ScoredGroup:
-    """A group as the driver sees it: a reference to its samples, their lengths, and each objective's scores [G]."""
-
-    ref: ObjectRef[Group]
-    info: GroupInfo
-    scores: Mapping[str, tuple[Score, ...]]
-    number: int = 0
-    """Its place in the order of admission, which tells groups of one prompt apart."""
-
-    def opinions(self, pessimism: float) -> Opinions:
-        """What the combination of objectives needs of this group; `pessimism` see objectives.aggregation.signal."""
-        signals = {name: [signal(score, pessimism) for score in scores] for name, scores in self.scores.items()}
-        return Opinions(self.info.prompt_id, self.info.topic, signals, self.info.passed)
+MAX_DROPPED_BATCHES = 10
+"""Batches' worth of groups that may be dropped in one step before all are accepted (verl allows as many)."""
+ENGINE_QUEUE_FACTOR = 1.5
+"""Groups sent to the engines for each one they can run at once: the rest waits inside the engine, so that the slot of a
+finished sample is refilled while the longest sample of its group still runs."""
+BASELINE_SEED_OFFSET = 2_000_003
 
 
 @dataclass(slots=True)
-class Clock:
-    """Seconds spent in each phase of one step, for the phase split."""
+class StepTimer:
+    """Seconds spent in each phase of one step."""
 
-    started: float = field(default_factory=time.monotonic)
-    generated: float = 0.0
-    phases: dict[str, float] = field(default_factory=dict)
-    timeline: Timeline = field(default_factory=Timeline)
+    start_time: float = field(default_factory=time.monotonic)
+    phase_seconds: dict[str, float] = field(default_factory=dict)
+    timeline: RunTimeline = field(default_factory=RunTimeline)
 
-    def lap(self, phase: str, since: float, now: float | None = None) -> float:
-        """Add the seconds from `since` until now to a phase; returns now."""
-        now = time.monotonic() if now is None else now
-        self.phases[phase] = self.phases.get(phase, 0.0) + now - since
-        self.timeline.add(STEPS, phase.removesuffix("_s"), since, now)
-        return now
-
-
-def prompt_order(times: Sequence[int], seed: int) -> Iterator[int]:
-    """Indices of prompts without end: each pass is a new shuffle from `seed` that has prompt i times[i] times."""
-    for epoch in itertools.count():
-        order = [index for index, count in enumerate(times) for _ in range(count)]
-        random.Random(f"{seed}-{epoch}").shuffle(order)
-        yield from order
+    def record(self, phase: str, start_time: float, end_time: float | None = None) -> float:
+        """Add the seconds from `start_time` to `end_time` (default: now) to a phase; returns the end time."""
+        end_time = time.monotonic() if end_time is None else end_time
+        self.phase_seconds[phase] = self.phase_seconds.get(phase, 0.0) + end_time - start_time
+        self.timeline.add_span(STEPS_ROW, phase.removesuffix("_s"), start_time, end_time)
+        return end_time
 
 
-def demonstrations_at(step: int, algorithm: AlgorithmSettings) -> int:
-    """Demonstrations of the step (counted from 1): all at first, falling to none, so that rewards have the last word.
-
-    Source: the decaying weight of demonstrations in DAPG, arXiv 1709.10087, section IV-B.
-    """
-    return round(algorithm.demonstrations * (1 - (step - 1) / algorithm.steps))
-
-
-class Pipeline:
-    """Moves prompts through rollout, reward and learner actors."""
+class TrainController:
+    """Runs training steps; survives lost rollout and reward actors, and its state can be saved between steps."""
 
     def __init__(
         self,
         settings: Settings,
-        crew: Crew,
+        supervisor: ActorSupervisor,
         prompts: Sequence[Prompt],
         demonstrations: Sequence[Group] = (),
-        reactions: Reactions | None = None,
-    ) -> None:
-        """Serve `prompts` (training split) to `crew`; each step learns from a few of `demonstrations` too.
-
-        Reward-free methods learn from `reactions` instead.
-        """
-        self.settings, self.crew, self.prompts = settings, crew, prompts
-        scored = {name for pool in scored_together(settings) if pool[0] in crew.rewards for name in pool}
-        self.objectives = tuple(name for name in settings.objectives.named if name in scored)
-        """Those that have reward actors: objectives of weight 0 need none."""
-        self.version = 0
-        self.combiner = Combiner(settings.objectives)
-        self.kl_coef = settings.algorithm.kl_coef
-        self.publisher = Publisher(settings, crew)
-        times = settings.algorithm.times
-        self._order = prompt_order([times.get(topic, 1) for topic in topics_of(prompts)], settings.seed)
-        self._shown = [(kept(shown), shown.info) for shown in demonstrations]
-        self._next_shown = prompt_order([1] * len(demonstrations), settings.seed)
-        self._reactions = reactions or Reactions((), ())
-        sizes = (len(self._reactions.liked), len(self._reactions.others))
-        self._reaction_order = [prompt_order([1] * size, settings.seed) for size in sizes]
-        self._logged: LoggedBatches | None = None
-        self._load = {str(member): 0 for member in crew.rollouts}
-        self._turn = itertools.count()
-        self._ready: asyncio.Queue[ScoredGroup] = asyncio.Queue()
-        self._running: set[asyncio.Task[None]] = set()
-        self._accepted = self._started = self._dropped = 0
-        self.generated_at = time.monotonic()
-        """When the last samples came (time.monotonic)."""
-        self.values: dict[str, list[list[float]]] = {}
-        """Values of the last step's samples [groups][samples]: of each objective, reward, response_length, and kl to
-        the reference (nats; absent where the step learnt from the log instead)."""
-        self.learnt: list[ObjectRef[Group]] = []
-        """The groups that the last step drew, in the object store."""
-        self._distances: dict[tuple[int, int], float] = {}
-        self.timeline = Timeline()
-
-    async def group(self, prompt: Prompt, samples: int, seed: int) -> ScoredGroup:
-        """Roll out one prompt on the least busy engine and score it by all objectives at once."""
-        ref, info = await self.roll_out(prompt, samples, seed)
-        return await self.score(ref, info)
-
-    async def roll_out(self, prompt: Prompt, samples: int, seed: int) -> tuple[ObjectRef[Group], GroupInfo]:
-        """Sample a group on the least busy engine; the samples stay in the object store."""
-        member = min(self.crew.rollouts, key=lambda m: (self._load[str(m)], m.index))
-        self._load[str(member)] += samples
-        begun = time.monotonic()
-        try:
-            call = member.handle.generate.options(num_returns=2, name=f"{member}: generate v{self.version}")
-            ref, info_ref = call.remote(prompt, samples, seed)
-            deadline = self.settings.rollout.deadline_s
-            info: GroupInfo = await within(info_ref, deadline, f"{member} (prompt {prompt.id})")
-        finally:
-            self._load[str(member)] -= samples
-        self.generated_at = drawn = time.monotonic()
-        self.timeline.add(str(member), f"prompt {prompt.id}", begun, drawn)
-        return ref, info
-
-    async def score(self, ref: ObjectRef[Group], info: GroupInfo) -> ScoredGroup:
-        """Let all objectives score a group at once, on the next actor of each pool."""
-        deadline, begun = self.settings.rollout.deadline_s, time.monotonic()
-        turn = next(self._turn)
-        scorers = {name: pool[turn % len(pool)] for name, pool in self.crew.rewards.items()}
-        named = f"score v{info.version}"
-        calls = [(m, m.handle.score.options(name=f"{m}: {named}").remote(ref)) for m in scorers.values()]
-        found = await everyone(calls, deadline, f"scoring prompt {info.prompt_id}")
-        for scorer in scorers.values():
-            self.timeline.add(str(scorer), f"prompt {info.prompt_id}", begun, time.monotonic())
-        scores = {name: tuple(scores) for part in found for name, scores in part.items()}
-        return ScoredGroup(ref, info, {name: scores[name] for name in self.objectives})
-
-    async def respond(
-        self, prompts: Sequence[Prompt], samples: int, seed: int, done: Callable[[], None]
-    ) -> list[tuple[Group, ScoredGroup]]:
-        """Responses of the policy in the engines to each prompt, with scores; `done` is called after each prompt."""
-        await turn(self.settings, self.crew, "generate")
-        width = max(1, self.settings.rollout.concurrency * len(self.crew.rollouts) // samples)
-        gate = asyncio.Semaphore(width)
-
-        async def one(index: int, prompt: Prompt) -> tuple[Group, ScoredGroup]:
-            async with gate:
-                scored = await self.group(prompt, samples, seed + index)
-            done()
-            return await within(scored.ref, 60.0, "the object store"), scored
-
-        return list(await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts))))
-
-    def admit(self, seed: int) -> None:
-        """Send prompt groups to engines while the staleness rule leaves room."""
-        algorithm = self.settings.algorithm
-        places = self.settings.rollout.concurrency * len(self.crew.rollouts) // algorithm.samples_per_prompt
-        left = algorithm.steps * algorithm.prompts_per_step - self._accepted - len(self._running)
-        room = capacity(
-            concurrency=max(1, int(places * QUEUE)),
-            running=len(self._running),
-            accepted=self._accepted,
-            version=self.version,
-            batch=algorithm.prompts_per_step,
-            staleness=algorithm.staleness,
-        )
-        for _ in range(min(room, left)):
-            prompt = self.prompts[next(self._order)]
-            task = asyncio.create_task(self._admitted(prompt, seed + 1000 * self._started, self._started))
-            self._started += 1
-            self._running.add(task)
-
-    async def _admitted(self, prompt: Prompt, seed: int, number: int) -> None:
-        scored = await self.group(prompt, self.settings.algorithm.samples_per_prompt, seed)
-        scored = replace(scored, number=number)
-        self._accepted += 1
-        task = asyncio.current_task()
-        if task is not None:
-            self._running.discard(task)
-        await self._ready.put(scored)
-        self.admit(self.settings.seed)
-
-    async def _batch(self) -> list[ScoredGroup]:
-        """Wait for one batch of scored groups; a failed rollout or score ends the wait with its error.
-
-        Raises StallError when no group comes for as long as drawing, scoring and starting an actor again may take.
-        """
-        batch: list[ScoredGroup] = []
-        await turn(self.settings, self.crew, "generate")
-        patience = 2 * self.settings.rollout.deadline_s + self.settings.cluster.start_deadline_s
-        self.admit(self.settings.seed)
-        while len(batch) < self.settings.algorithm.prompts_per_step:
-            getter = asyncio.create_task(self._ready.get())
-            waits = {getter, *self._running}
-            done, _ = await asyncio.wait(waits, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
-            if not done:
-                getter.cancel()
-                raise StallError(
-                    f"waited {patience:g} s for a group of step {self.version + 1}: {len(batch)} of "
-                    f"{self.settings.algorithm.prompts_per_step} are there, {len(self._running)} in flight; look at "
-                    "the rollout and reward actors' logs in the Ray dashboard, or raise rollout.deadline_s"
-                )
-            for task in done - {getter}:
-                task.result()
-            if getter not in done:
-                getter.cancel()
-            elif self._usable(getter.result()):
-                batch.append(getter.result())
-            else:
-                self._accepted -= 1
-                self._dropped += 1
-                self.admit(self.settings.seed)
-        return sorted(batch, key=lambda scored: (scored.info.prompt_id, scored.number))
-
-    def _usable(self, scored: ScoredGroup) -> bool:
-        """Whether a group joins the batch: young enough, and for DAPO with scores that differ.
-
-        After REFILLS batches' worth of dropped groups in a step all are taken, so that a step always ends.
-        """
-        algorithm, opinions = self.settings.algorithm, self._opinions(scored)
-        if self._dropped >= REFILLS * algorithm.prompts_per_step:
-            return True
-        if algorithm.too_old == "drop" and self.version - scored.info.version > algorithm.staleness:
-            return False
-        weights = self.settings.objectives.weights(opinions.topic)
-        return not METHODS[algorithm.name].refills or varied(opinions.signals, weights) or mixed(opinions.passed)
-
-    def _opinions(self, scored: ScoredGroup) -> Opinions:
-        return scored.opinions(self.settings.objectives.pessimism)
-
-    async def _baselines(self) -> None:
-        """Let the base policy answer each prompt once, for rewards that are calibrated against its reply."""
-        if self.settings.objectives.combine != "calibrated" or self.version:
-            return
-        base = self.settings.seed + BASELINE_SEED
-        for _, scored in await self.respond(self.prompts, 1, base, lambda: None):
-            self.combiner.remember(scored.info.prompt_id, self._opinions(scored).signals)
-
-    async def step(self, number: int) -> dict[str, float]:
-        """One optimiser step: a batch, advantages, learners, publish. Returns the metrics of the step."""
-        clock = Clock(timeline=self.timeline)
-        self._dropped = 0
-        await self._baselines()
-        with pump(f"generate and score, step {number}"):
-            batch = await self._batch()
-        self.generated_at = max(self.generated_at, clock.started)
-        clock.lap("generate_s", clock.started, self.generated_at)
-        now = clock.lap("score_s", self.generated_at)
-        method = METHODS[self.settings.algorithm.name]
-        combined = self.combiner.combine([self._opinions(scored) for scored in batch], gate=not method.drifts)
-        await self.publisher.prepare(batch[0].ref)
-        with pump(f"learn, step {number}"):
-            learnt = await self._learn(number, batch, combined)
-        now = clock.lap("learn_s", now)
-        self.learnt = [scored.ref for scored in batch]
-        self.version += 1
-        with pump(f"publish v{self.version}"):
-            probe = await self.publisher.publish(self.version)
-        clock.lap("publish_s", now)
-        metrics = {f"{name}": fmean(s.value for g in batch for s in g.scores[name]) for name in self.objectives}
-        metrics |= {f"{name}_raw": fmean(s.raw for g in batch for s in g.scores[name]) for name in self.objectives}
-        lengths = [n for scored in batch for n in scored.info.response_tokens]
-        self._keep_values(batch, combined)
-        return {
-            "step": number,
-            "version": self.version,
-            **metrics,
-            **combined.metrics,
-            "reward": fmean(r for reward in combined.rewards for r in reward),
-            "response_tokens": sum(lengths),
-            "response_length": fmean(lengths),
-            "prompt_tokens": sum(g.info.prompt_tokens * len(g.info.response_tokens) for g in batch),
-            "samples": len(lengths),
-            "staleness": max(self.version - 1 - scored.info.version for scored in batch),
-            "dropped_groups": self._dropped,
-            **learnt,
-            **probe,
-            **clock.phases,
-            "step_s": time.monotonic() - clock.started,
-        }
-
-    def _keep_values(self, batch: Sequence[ScoredGroup], combined: Combined) -> None:
-        self.values = {name: [[s.value for s in group.scores[name]] for group in batch] for name in batch[0].scores}
-        self.values["reward"] = [list(row) for row in combined.rewards]
-        self.values["response_length"] = [[*map(float, group.info.response_tokens)] for group in batch]
-        if self._distances:
-            self.values["kl"] = [
-                [self._distances.get((place, sample), 0.0) for sample in range(len(group.info.response_tokens))]
-                for place, group in enumerate(batch)
-            ]
-
-    async def _learn(self, number: int, batch: Sequence[ScoredGroup], combined: Combined) -> dict[str, float]:
-        """Send each rank its micro-batches; the token tensors come from the object store, not through the driver.
-
-        Where advantages depend on the KL of each response, the learners first say how far it lies from the reference.
-        A demonstration joins as a group of one sample with advantage 1.
-        """
-        algorithm, held = self.settings.algorithm, [(g.ref, g.info) for g in batch]
-        if METHODS[algorithm.name].logged:
-            return await self._learn_from_log(number)
-        if self._shown:
-            shown = demonstrations_at(number, algorithm)
-            held += [self._shown[next(self._next_shown)] for _ in range(shown)]
-        plan = self._plan([info for _, info in held])
-        refs = [ref for ref, _ in held]
-        outcomes = Outcomes(
-            rewards=combined.rewards,
-            lengths=[scored.info.response_tokens for scored in batch],
-            drifts=(await self._drifts(refs, plan, held))[: len(batch)] if needs_drifts(algorithm) else (),
-            passed=[scored.info.passed for scored in batch] if self.settings.objectives.judges else (),
-            parts=combined.parts,
-            weights=combined.weights,
-            kl_coef=self.kl_coef if algorithm.kl_in == "reward" else 0.0,
-            kl_limit=algorithm.kl_limit,
-        )
-        lesson = make_lesson(
-            algorithm,
-            outcomes,
-            longest=self.settings.rollout.max_response_tokens,
-            kl_coef=self.kl_coef,
-            by_objective=self.settings.objectives.combine == "gdpo",
-            shown=[info.response_tokens[0] for _, info in held[len(batch) :]],
-        )
-        learnt = await self._taught(number, refs, lesson, plan)
-        told = await self._learners("telling each sample's KL", lambda m: m.handle.distances.remote())
-        self._distances = {(group, sample): kl for rank in told for group, sample, kl in rank}
-        samples = sum(len(scored.info.response_tokens) for scored in batch)
-        learnt["kl_coef"] = self.kl_coef
-        self.kl_coef = adapted(self.kl_coef, learnt["kl"], algorithm.kl_target, samples)
-        return learnt
-
-    async def _learn_from_log(self, number: int) -> dict[str, float]:
-        """A step of reward-free learning: logged responses in place of the policy's own, which are only watched."""
-        algorithm = self.settings.algorithm
-        if self._logged is None:
-            self._logged = LoggedBatches(self._reactions, *self._reaction_order)
-        groups, labels = self._logged.next(algorithm.prompts_per_step * algorithm.samples_per_prompt)
-        both = [(kept(group), group.info) for group in (*groups, *mismatched(groups))]
-        refs = [ref for ref, _ in both]
-        drifts = await self._drifts(refs, self._plan([info for _, info in both]), both, own=True)
-        outcomes = outcomes_of(groups, labels, [row[0] for row in drifts])
-        longest = self.settings.rollout.max_response_tokens
-        lesson = make_lesson(algorithm, outcomes, longest=longest, kl_coef=self.kl_coef)
-        plan = self._plan([group.info for group in groups])
-        learnt = await self._taught(number, refs[: len(groups)], lesson, plan)
-        pairs = list(zip(drifts, labels, strict=False))
-        return learnt | {
-            "liked_drift": fmean(row[0].kl for row, label in pairs if label),
-            "other_drift": fmean(row[0].kl for row, label in pairs if not label),
-        }
-
-    def _plan(self, infos: Sequence[GroupInfo]) -> list[list[MicroBatch]]:
-        return plan_micro_batches(
-            [info.prompt_tokens for info in infos],
-            [info.response_tokens for info in infos],
-            ranks=len(self.crew.learners),
-            token_budget=self.settings.algorithm.micro_batch_tokens,
-        )
-
-    async def _taught(
-        self, number: int, refs: Sequence[ObjectRef[Group]], lesson: Lesson, plan: Sequence[list[MicroBatch]]
-    ) -> dict[str, float]:
-        """One optimiser step on all ranks."""
-        begun = time.monotonic()
-        held = list(refs)
-        found = await self._learners(
-            f"learning step {number}",
-            lambda m: m.handle.step.options(name=f"{m}: step {number}").remote(held, lesson, plan[m.index], number),
-        )
-        for member in self.crew.learners:
-            self.timeline.add(str(member), f"step {number}", begun, time.monotonic())
-        learnt: dict[str, float] = found[0]
-        return learnt
-
-    async def _drifts(
-        self,
-        refs: Sequence[ObjectRef[Group]],
-        plan: Sequence[list[MicroBatch]],
-        held: Sequence[tuple[ObjectRef[Group], GroupInfo]],
+        reaction_groups: ReactionGroups | None = None,
         *,
-        own: bool = False,
-    ) -> list[list[Drift]]:
-        """How far each sample held lies from the reference policy; 0 for an empty response."""
-        drifts = [[Drift(0.0) for _ in info.response_tokens] for _, info in held]
-        found = await self._learners(
-            "measuring the KL", lambda m: m.handle.drifts.remote(list(refs), plan[m.index], own=own)
+        restart_budget: RestartBudget | None = None,
+    ) -> None:
+        """Train on `prompts` with the actors of `supervisor`.
+
+        A few of `demonstrations` are added to each step; offline algorithms train on `reaction_groups` instead of the
+        policy's own samples. `restart_budget` outlives the controller where a run starts again from a checkpoint.
+        """
+        self.settings, self.prompts, self.actor_groups = settings, prompts, supervisor.actor_groups
+        scored_objectives = {
+            name
+            for pool in objectives_by_reward_pool(settings)
+            if pool[0] in self.actor_groups.reward_pools
+            for name in pool
+        }
+        self.objectives = tuple(name for name in settings.objectives.by_objective if name in scored_objectives)
+        """Objectives with reward actors; those of weight 0 have none."""
+        self.version = 0
+        """Weight version of the engines: the number of optimizer steps done."""
+        self.timeline = RunTimeline()
+        budget = restart_budget or RestartBudget(settings.cluster.max_restarts_per_hour)
+        self.actor_restarter = ActorRestarter(supervisor, budget, self._sync_new_engine)
+        self.actor_calls = ActorCalls(self.actor_restarter, self.timeline)
+        self.weight_sync = WeightSync(settings, self.actor_groups, self.actor_calls)
+        self.reward_aggregator = RewardAggregator(settings.objectives, settings.aggregation)
+        self.policy_updater = PolicyUpdater(settings, self.actor_groups, self.timeline, demonstrations, reaction_groups)
+        weights = settings.algorithm.topic_weights
+        repeats = [weights.get(topic, 1) for topic in prompt_topics(prompts)]
+        self.work_buffer = WorkBuffer(
+            prompts,
+            CountingIterator(prompt_order(repeats, settings.seed)),
+            seed=settings.seed,
+            group_limit=settings.algorithm.steps * settings.algorithm.prompts_per_step,
+            run_group=self._run_group,
+            admission_capacity=self._admission_capacity,
         )
-        for group, sample, drift in (entry for rank in found for entry in rank):
-            drifts[group][sample] = drift
-        return drifts
+        self.update_in_progress = False
+        """Whether a step is between the start of its update and the end of its weight sync."""
+        self.last_generated_at = time.monotonic()
+        """Time of the last completed rollout (time.monotonic)."""
+        self.sample_values: dict[str, list[list[float]]] = {}
+        """Values of the last step's samples [groups][samples]: of each objective, reward, response_length, and kl to
+        the reference (nats; absent where the step trained on the log instead)."""
+        self.last_batch_refs: list[ObjectRef[Group]] = []
+        """The groups of the last step, in the object store."""
+        self._engine_start_version = 0
+        self._adapter_sync_pending = False
+        self.snapshot = self.state()
+        """State after the last whole step: what a checkpoint stores, whatever has been admitted since."""
 
-    async def _learners(self, doing: str, call: Callable[[Member], Any]) -> list[Any]:
-        await turn(self.settings, self.crew, "learn")
-        calls: list[tuple[Member, Any]] = [(m, call(m)) for m in self.crew.learners]
-        return await everyone(calls, self.settings.learner.deadline_s, doing)
+    async def run_step(self, step: int) -> dict[str, float]:
+        """One optimizer step; returns its metrics."""
+        await self.sync_adapter_after_resume()
+        timer = StepTimer(timeline=self.timeline)
+        await self._score_baseline_replies()
+        with ray_timeline_span(f"generate and score, step {step}"):
+            batch = await self._collect_batch(step)
+        # With staleness the batch may have been sampled during the last step; generation then took no time of this one.
+        generated_at = max(self.last_generated_at, timer.start_time)
+        timer.record("generate_s", timer.start_time, generated_at)
+        phase_start = timer.record("score_s", generated_at)
+        algorithm = find_algorithm(self.settings.algorithm.name)
+        step_rewards = self.reward_aggregator.aggregate(
+            [self._group_scores(scored_group) for scored_group in batch], apply_gate=not algorithm.needs_reference_kl
+        )
+        await self.weight_sync.prepare_probe(batch[0].group_ref)
+        async with self._engine_restarts_blocked():
+            with ray_timeline_span(f"learn, step {step}"):
+                update = await self.policy_updater.plan_update(step, batch, step_rewards)
+                update_metrics = await self.policy_updater.apply_update(step, update)
+            self.work_buffer.mark_trained(batch)
+            phase_start = timer.record("learn_s", phase_start)
+            self.version += 1
+            with ray_timeline_span(f"weight sync v{self.version}"):
+                sync_metrics = await self.weight_sync.sync(self.version)
+            timer.record("publish_s", phase_start)
+        self.last_batch_refs = [scored_group.group_ref for scored_group in batch]
+        self.sample_values = self._collect_sample_values(batch, step_rewards)
+        self.snapshot = self.state()
+        return {
+            "step": step,
+            "version": self.version,
+            **self._batch_metrics(batch, step_rewards),
+            **update_metrics,
+            **sync_metrics,
+            **timer.phase_seconds,
+            "step_s": time.monotonic() - timer.start_time,
+        }
 
-    def algorithm_state(self) -> dict[str, Any]:
-        """What the algorithm has learnt besides weights, as plain JSON, for a checkpoint."""
-        return {"kl_coef": self.kl_coef, "combiner": self.combiner.state()}
+    async def generate_and_score(
+        self, prompts: Sequence[Prompt], sample_count: int, seed: int, on_prompt_done: Callable[[], None]
+    ) -> list[tuple[Group, ScoredGroup]]:
+        """Scored responses of the engines' policy to each prompt; `on_prompt_done` is called after each prompt."""
+        await switch_gpu_phase(self.settings, self.actor_groups, "generate")
+        engine_count = len(self.actor_groups.rollout_actors)
+        concurrent_prompts = max(1, self.settings.rollout.concurrency * engine_count // sample_count)
+        semaphore = asyncio.Semaphore(concurrent_prompts)
 
-    def restore_algorithm(self, state: Mapping[str, Any]) -> None:
-        """Put back what `algorithm_state` gave."""
-        self.kl_coef = float(state["kl_coef"])
-        self.combiner.restore(state["combiner"])
+        async def respond_to_prompt(index: int, prompt: Prompt) -> tuple[Group, ScoredGroup]:
+            async with semaphore:
+                scored_group = await self.sample_and_score(prompt, sample_count, seed + index)
+            on_prompt_done()
+            return await fetch_group(scored_group.group_ref), scored_group
+
+        return list(await asyncio.gather(*(respond_to_prompt(i, prompt) for i, prompt in enumerate(prompts))))
+
+    async def sample_and_score(self, prompt: Prompt, sample_count: int, seed: int) -> ScoredGroup:
+        """Roll out one prompt on the least busy engine and score it by all objectives at once."""
+        group_ref, info = await self.actor_calls.call(
+            self.actor_groups.rollout_actors,
+            "generate_group",
+            prompt,
+            sample_count,
+            seed,
+            timeout_s=self.settings.timeouts.rollout_s,
+            task_name=f"generate v{self.version}",
+            activity=f"prompt {prompt.id}",
+            prompt_id=prompt.id,
+            work_units=sample_count,
+            keep_first_ref=True,
+        )
+        self.last_generated_at = time.monotonic()
+        return await self._score_group(group_ref, info)
+
+    async def _score_group(self, group_ref: ObjectRef[Group], info: GroupInfo) -> ScoredGroup:
+        calls = (
+            self.actor_calls.call(
+                pool,
+                "score_group",
+                group_ref,
+                timeout_s=self.settings.timeouts.rollout_s,
+                task_name=f"score v{info.weight_version}",
+                activity=f"scoring prompt {info.prompt_id}",
+                prompt_id=info.prompt_id,
+            )
+            for pool in self.actor_groups.reward_pools.values()
+        )
+        scores = {name: tuple(scores) for result in await asyncio.gather(*calls) for name, scores in result.items()}
+        return ScoredGroup(group_ref, info, {name: scores[name] for name in self.objectives})
+
+    async def _run_group(self, prompt: Prompt, seed: int) -> ScoredGroup:
+        return await self.sample_and_score(prompt, self.settings.algorithm.samples_per_prompt, seed)
+
+    def _admission_capacity(self, running_count: int, accepted_count: int) -> int:
+        """Groups that may start now by the staleness rule."""
+        algorithm, rollout = self.settings.algorithm, self.settings.rollout
+        engine_slots = rollout.concurrency * len(self.actor_groups.rollout_actors) // algorithm.samples_per_prompt
+        return compute_admission_capacity(
+            concurrency=max(1, int(engine_slots * ENGINE_QUEUE_FACTOR)),
+            running_groups=running_count,
+            accepted_groups=accepted_count,
+            weight_version=self.version,
+            groups_per_step=algorithm.prompts_per_step,
+            max_staleness=algorithm.max_staleness,
+        )
+
+    async def _collect_batch(self, step: int) -> list[ScoredGroup]:
+        await switch_gpu_phase(self.settings, self.actor_groups, "generate")
+        # As long as sampling, scoring and starting an actor again may take.
+        timeout_s = 2 * self.settings.timeouts.rollout_s + self.settings.timeouts.actor_start_s
+        return await self.work_buffer.collect_batch(
+            step, self.settings.algorithm.prompts_per_step, accept_group=self._accept_group, timeout_s=timeout_s
+        )
+
+    def _accept_group(self, scored_group: ScoredGroup) -> bool:
+        """Whether a group joins the batch: fresh enough, and with dynamic sampling (DAPO) scores that differ.
+
+        After MAX_DROPPED_BATCHES batches' worth of dropped groups all are accepted, so that a step always ends.
+        """
+        algorithm, group_scores = self.settings.algorithm, self._group_scores(scored_group)
+        if self.work_buffer.dropped_count >= MAX_DROPPED_BATCHES * algorithm.prompts_per_step:
+            return True
+        staleness = self.version - scored_group.info.weight_version
+        if algorithm.stale_policy == "drop" and staleness > algorithm.max_staleness:
+            return False
+        if not find_algorithm(algorithm.name).dynamic_sampling:
+            return True
+        weights = self.settings.aggregation.weights_for_topic(self.settings.objectives, group_scores.topic)
+        return has_reward_variance(group_scores.signals, weights) or has_mixed_verdicts(group_scores.gate_verdicts)
+
+    def _group_scores(self, scored_group: ScoredGroup) -> GroupScores:
+        return scored_group.group_scores(self.settings.aggregation.uncertainty_penalty)
+
+    async def _score_baseline_replies(self) -> None:
+        """Before the first step, score one reply of the base policy per prompt where rewards are calibrated by it."""
+        if self.settings.aggregation.method != "calibrated" or self.version:
+            return
+        seed = self.settings.seed + BASELINE_SEED_OFFSET
+        for _, scored_group in await self.generate_and_score(self.prompts, 1, seed, lambda: None):
+            signals = self._group_scores(scored_group).signals
+            self.reward_aggregator.record_baseline(scored_group.info.prompt_id, signals)
+
+    @contextlib.asynccontextmanager
+    async def _engine_restarts_blocked(self) -> AsyncIterator[None]:
+        """From the start of the update to the end of the weight sync, no restarted engine joins the pool.
+
+        Its own weight transfer would interleave with the learners' step, or the running sync would leave it out.
+        """
+        async with self.actor_restarter.weight_lock:
+            self.update_in_progress = True
+            try:
+                yield
+            finally:
+                self.update_in_progress = False
+
+    async def sync_adapter_after_resume(self) -> None:
+        """Send the trained LoRA adapter to engines that a resume started with the base model."""
+        if self._adapter_sync_pending:
+            async with self.actor_restarter.weight_lock:
+                await self.weight_sync.transfer(self.version)
+            self._adapter_sync_pending = False
+
+    async def _sync_new_engine(self, engine: ActorRef) -> None:
+        if self.actor_groups.learner_actors:
+            needs_weights = self.version > self._engine_start_version
+            await self.weight_sync.sync_new_engine(engine, self.version, needs_weights=needs_weights)
+
+    def _batch_metrics(self, batch: Sequence[ScoredGroup], step_rewards: StepRewards) -> dict[str, float]:
+        """Metrics of the samples of a step: scores, rewards, lengths, staleness."""
+        scores = {name: [score for group in batch for score in group.scores[name]] for name in self.objectives}
+        response_lengths = [length for group in batch for length in group.info.response_token_counts]
+        return {
+            **{name: fmean(score.value for score in scores[name]) for name in self.objectives},
+            **{f"{name}_raw": fmean(score.raw_logit for score in scores[name]) for name in self.objectives},
+            **step_rewards.metrics,
+            "reward": fmean(reward for row in step_rewards.rewards for reward in row),
+            "response_tokens": sum(response_lengths),
+            "response_length": fmean(response_lengths),
+            "prompt_tokens": sum(g.info.prompt_token_count * len(g.info.response_token_counts) for g in batch),
+            "samples": len(response_lengths),
+            # The update has raised the version by one since the batch was trained on.
+            "staleness": max(self.version - 1 - group.info.weight_version for group in batch),
+            "dropped_groups": self.work_buffer.dropped_count,
+        }
+
+    def _collect_sample_values(
+        self, batch: Sequence[ScoredGroup], step_rewards: StepRewards
+    ) -> dict[str, list[list[float]]]:
+        sample_values = {
+            name: [[score.value for score in group.scores[name]] for group in batch] for name in batch[0].scores
+        }
+        sample_values["reward"] = [list(row) for row in step_rewards.rewards]
+        sample_values["response_length"] = [[*map(float, group.info.response_token_counts)] for group in batch]
+        if sample_kl := self.policy_updater.sample_kl:
+            sample_values["kl"] = [
+                [sample_kl.get((group_index, i), 0.0) for i in range(len(group.info.response_token_counts))]
+                for group_index, group in enumerate(batch)
+            ]
+        return sample_values
+
+    def state(self) -> ControllerState:
+        """Position of the run between two steps, for a checkpoint."""
+        return ControllerState(
+            work_buffer=self.work_buffer.state(),
+            policy_updater=self.policy_updater.state(),
+            reward_aggregator=self.reward_aggregator.state(),
+            weight_sync=self.weight_sync.state(),
+        )
+
+    def restore(self, state: ControllerState, step: int) -> None:
+        """Continue after optimizer step `step`, whose weights engines and learners have already.
+
+        Engines that receive LoRA adapters have the base model until `sync_adapter_after_resume`.
+        """
+        self.work_buffer.restore(state.work_buffer, step * self.settings.algorithm.prompts_per_step)
+        self.policy_updater.restore(state.policy_updater)
+        self.reward_aggregator.restore(state.reward_aggregator)
+        self.weight_sync.restore(state.weight_sync)
+        self._adapter_sync_pending = self.settings.weight_sync.transport == "lora"
+        self.version, self._engine_start_version = step, 0 if self._adapter_sync_pending else step
+        self.snapshot = self.state()
+
+    async def save_policy(self, path: str) -> None:
+        """Let the learners write the policy as a Hugging Face folder."""
+        await self.policy_updater.save_policy(path)
+
+    async def save_checkpoint(self, folder: Path) -> list[dict[str, Any]]:
+        """Let the learners write policy and optimizer state into `folder`; returns the ranks' optimizer schedules."""
+        return await self.policy_updater.save_checkpoint(folder)
 
     async def close(self) -> None:
-        """Cancel what is still running."""
-        for task in self._running:
-            task.cancel()
-        await asyncio.gather(*self._running, return_exceptions=True)
-
-    async def save(self, path: str) -> None:
-        """Let the learners write the policy as a Hugging Face folder."""
-        await self._learners(f"saving to {path}", lambda m: m.handle.save.remote(path))
+        """Cancel running groups and replacements."""
+        await self.actor_restarter.close()
+        await self.work_buffer.close()
 
 
-def mixed(passed: Sequence[bool]) -> bool:
-    """Whether judges tell a group's samples apart."""
-    return len(set(passed)) > 1
+def has_mixed_verdicts(verdicts: Sequence[bool]) -> bool:
+    """Whether judge verdicts differ between a group's samples."""
+    return len(set(verdicts)) > 1

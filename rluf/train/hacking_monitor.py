@@ -1,7 +1,8 @@
-"""Watches each step's replies for reward hacking and acts on alarms as `algorithm.alarms` says.
+"""Reward hacking monitor: measures the replies of each step and acts on alarms as `algorithm.hacking_alarms` says.
 
-The decisions are those of rluf.evaluate.alarms; here is where they meet the run. Replies on topics that one objective
-owns (refusals of harmful requests) are left out: there a change of manners is what was asked for.
+rluf.evaluate.alarms holds the tests and the escalation policy; this module applies their decisions to the run. Replies
+on topics with an objective of their own (refusals of harmful requests) are not measured: there training is meant to
+change the style of the replies.
 """
 
 from __future__ import annotations
@@ -16,138 +17,162 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rluf.config.settings import Settings
-from rluf.errors import AlarmError, DataError, LostError
-from rluf.evaluate.alarms import Action, Alarm, Baseline, Look, Question, Stream, decide
-from rluf.evaluate.monitors import Reply, measure
-from rluf.train.actor_groups import within
-from rluf.train.controller import prompt_order
-from rluf.train.prompt_store import topics_of
+from rluf.errors import ActorLostError, DataError, RewardHackingError
+from rluf.evaluate.alarms import (
+    AlarmAction,
+    AlarmBaseline,
+    BinaryMonitor,
+    MonitorAlarm,
+    MonitorCheck,
+    SequentialDetector,
+    decide_action,
+)
+from rluf.evaluate.monitors import MonitorSample, measure_monitors
+from rluf.train.actor_calls import fetch_group
+from rluf.train.prompt_store import prompt_topics
+from rluf.train.work_buffer import prompt_order
 from rluf.types import Group, Prompt
 
 if TYPE_CHECKING:
-    from rluf.tracking.wandb import Tracker
-    from rluf.train.controller import Pipeline
+    from rluf.tracking.wandb import WandbTracker
+    from rluf.train.controller import TrainController
 
 logger = logging.getLogger(__name__)
 
-SEED = 3_000_017
-FETCH_S = 60.0
+BASELINE_SEED_OFFSET = 3_000_017
 
 
-class Watch:
-    """The alarms of one run. `begin` before the first step, `look` after each one."""
+class RewardHackingMonitor:
+    """Alarms of one run: `measure_baseline` before the first step, `check_step` after each one."""
 
-    def __init__(self, settings: Settings, tracker: Tracker, *, held: bool = False) -> None:
-        """Nothing is watched where algorithm.alarms is off.
+    def __init__(self, settings: Settings, tracker: WandbTracker, *, love_frozen: bool = False) -> None:
+        """Do nothing where algorithm.hacking_alarms is off.
 
-        `held` keeps the love weight at 0: the run went back a checkpoint once, and would go the same way.
+        `love_frozen` holds the love weight at 0 for good: the run was rolled back once and would take the same path.
         """
         self._settings, self._tracker = settings, tracker
-        self._acts = settings.algorithm.alarms == "act"
-        self._stream: Stream | None = None
-        self._looks: list[Look] = []
-        self._told = Action.NONE
-        self._held = held
+        self._act_on_alarms = settings.algorithm.hacking_alarms == "act"
+        self._detector: SequentialDetector | None = None
+        self._checks: list[MonitorCheck] = []
+        self._last_action = AlarmAction.NONE
+        self._love_frozen = love_frozen
 
-    async def begin(self, pipeline: Pipeline) -> None:
-        """Let the base policy answer `algorithm.alarm_prompts` training prompts once each: what steps compare with.
+    async def measure_baseline(self, controller: TrainController) -> None:
+        """Sample one reply of the base policy to each of `algorithm.hacking_baseline_prompts` training prompts.
 
-        Raises DataError where every training prompt is of a topic that one objective owns.
+        Raises DataError where every training prompt is of a topic with an objective of its own.
         """
         algorithm = self._settings.algorithm
-        if algorithm.alarms == "off" or self._stream is not None:
+        if algorithm.hacking_alarms == "off" or self._detector is not None:
             return
-        asked = self._drawn(pipeline.prompts, algorithm.alarm_prompts)
-        found = await pipeline.respond(asked, 1, self._settings.seed + SEED, lambda: None)
-        baseline = Baseline.of(measure(_replies([group for group, _ in found])))
-        self._stream = Stream(baseline, algorithm.steps)
+        prompts = self._baseline_prompts(controller.prompts, algorithm.hacking_baseline_prompts)
+        seed = self._settings.seed + BASELINE_SEED_OFFSET
+        responses = await controller.generate_and_score(prompts, 1, seed, lambda: None)
+        samples = _monitor_samples([group for group, _ in responses])
+        self._detector = SequentialDetector(AlarmBaseline.from_values(measure_monitors(samples)), algorithm.steps)
 
-    def _drawn(self, prompts: Sequence[Prompt], count: int) -> list[Prompt]:
-        """As training draws them: topics mixed alike, in an order of their own."""
-        owners, topics = self._settings.objectives.owners, topics_of(prompts)
-        free = [index for index, topic in enumerate(topics) if topic not in owners]
-        if not free:
+    def _baseline_prompts(self, prompts: Sequence[Prompt], prompt_count: int) -> list[Prompt]:
+        """Training prompts with the topic mix of training, in an order of their own."""
+        topic_objectives, topics = self._settings.aggregation.topic_objectives, prompt_topics(prompts)
+        indices = [index for index, topic in enumerate(topics) if topic not in topic_objectives]
+        if not indices:
             raise DataError(
-                "algorithm.alarms compares replies on prompts that no objective owns alone, but there are none in the "
-                "training split; add prompts, or set algorithm.alarms=off"
+                "algorithm.hacking_alarms compares replies on prompts without an objective of their own "
+                "(aggregation.topic_objectives), but the training split has none; add prompts, or set "
+                "algorithm.hacking_alarms=off"
             )
-        times = self._settings.algorithm.times
-        order = prompt_order([times.get(topics[index], 1) for index in free], self._settings.seed + SEED)
-        return [prompts[free[index]] for index in itertools.islice(order, count)]
+        topic_weights = self._settings.algorithm.topic_weights
+        repeats = [topic_weights.get(topics[index], 1) for index in indices]
+        order = prompt_order(repeats, self._settings.seed + BASELINE_SEED_OFFSET)
+        return [prompts[indices[position]] for position in itertools.islice(order, prompt_count)]
 
-    async def look(self, pipeline: Pipeline, number: int, kl: float) -> None:
-        """Measure the replies of step `number`; warn, freeze, go back or stop. Replies that are lost are not watched.
+    async def check_step(self, controller: TrainController, step: int, kl: float) -> None:
+        """Measure the replies of a step, then warn, freeze the love weight, roll back or stop.
 
-        Raises AlarmError, with the step to go back to, for the last two where algorithm.alarms is act.
+        A step whose replies were lost with their machine is not checked. Raises RewardHackingError, with the step to
+        roll back to, for the last two actions where algorithm.hacking_alarms is act.
         """
-        if self._stream is None:
+        if self._detector is None:
             return
-        owners = self._settings.objectives.owners
+        topic_objectives = self._settings.aggregation.topic_objectives
         try:
-            groups = [await within(ref, FETCH_S, "the object store") for ref in pipeline.learnt]
-        except LostError as error:
-            logger.warning("step %d is not watched for reward hacking: %s", number, error)
+            groups: list[Group] = [await fetch_group(group_ref) for group_ref in controller.last_batch_refs]
+        except ActorLostError as error:
+            logger.warning("reward hacking monitor: step %d not checked: %s", step, error)
             return
-        replies = _replies([group for group in groups if group.prompt.topic not in owners])
-        if not replies:
+        samples = _monitor_samples([group for group in groups if group.prompt.topic not in topic_objectives])
+        if not samples:
             return
-        names = [reply.prompt_id for reply in replies]
-        values = await asyncio.to_thread(measure, replies)
-        self._stream = self._stream.seen(values, names)
-        self._looks.append(Look(number, self._stream.alarms(), kl))
-        decision = decide(self._looks)
-        if decision.action > self._told:
-            text = f"step {number}: {'; '.join(decision.reasons)}"
-            logger.warning("alarm at %s (algorithm.alarms=%s)", text, self._settings.algorithm.alarms)
-            self._tracker.alert("reward hacking", text)
-        self._told = decision.action
-        if not self._acts:
+        # In a thread: regular expressions over all replies would delay health checks and running rollouts.
+        monitor_values = await asyncio.to_thread(measure_monitors, samples)
+        self._detector = self._detector.after_step(monitor_values, [sample.prompt_id for sample in samples])
+        self._checks.append(MonitorCheck(step, self._detector.active_alarms(), kl))
+        decision = decide_action(self._checks)
+        reasons = "; ".join(decision.reasons)
+        # Only an escalation is reported: an alarm that lasts would repeat its message at every step.
+        if decision.action > self._last_action:
+            mode = self._settings.algorithm.hacking_alarms
+            logger.warning(
+                "reward hacking monitor: alarm at step %d (algorithm.hacking_alarms=%s): %s", step, mode, reasons
+            )
+            self._tracker.send_alert("reward hacking", f"step {step}: {reasons}")
+        self._last_action = decision.action
+        if not self._act_on_alarms:
             return
-        self._freeze(pipeline, decision.action)
-        if decision.action >= Action.ROLL_BACK:
-            back = None if self._held or decision.action is Action.STOP else decision.back_to
-            raise AlarmError(f"reward hacking at step {number}: {'; '.join(decision.reasons)}", back)
+        self._freeze_love_weight(controller, decision.action)
+        if decision.action >= AlarmAction.ROLL_BACK:
+            # A second alarm with the love weight at 0 has another cause, which a second rollback would not remove.
+            stop = self._love_frozen or decision.action is AlarmAction.STOP
+            rollback_step = None if stop else decision.rollback_step
+            raise RewardHackingError(f"reward hacking at step {step}: {reasons}", rollback_step)
 
-    def _freeze(self, pipeline: Pipeline, action: Action) -> None:
-        frozen = frozenset({"love"}) if self._held or action >= Action.FREEZE else frozenset()
-        if frozen != pipeline.combiner.frozen:
-            logger.warning("the love weight is %s", "0 until the alarm is over" if frozen else "back")
-        pipeline.combiner.frozen = frozen
+    def _freeze_love_weight(self, controller: TrainController, action: AlarmAction) -> None:
+        is_frozen = self._love_frozen or action >= AlarmAction.FREEZE
+        suspended = frozenset({"love"}) if is_frozen else frozenset()
+        if suspended != controller.reward_aggregator.suspended_objectives:
+            change = "held at 0 while the alarm is active" if is_frozen else "restored"
+            logger.warning("reward hacking monitor: objectives.love.weight %s", change)
+        controller.reward_aggregator.suspended_objectives = suspended
 
     def state(self) -> dict[str, Any] | None:
-        """All of it as plain JSON, for a checkpoint; None where nothing is watched."""
-        if self._stream is None:
+        """State as plain JSON; None where nothing is monitored."""
+        if self._detector is None:
             return None
-        stream = self._stream
         return {
-            "baseline": asdict(stream.baseline),
-            "gains": [gain.tolist() for gain in stream.gains],
-            "last": dict(stream.last),
-            "looks": [asdict(look) for look in self._looks],
-            "held": self._held,
+            "baseline": asdict(self._detector.baseline),
+            "step_gains": [gains.tolist() for gains in self._detector.step_gains],
+            "last_rates": dict(self._detector.last_rates),
+            "checks": [asdict(check) for check in self._checks],
+            "love_frozen": self._love_frozen,
         }
 
-    def restore(self, state: Mapping[str, Any] | None, pipeline: Pipeline) -> None:
-        """Go on where `state` was taken; a run that was not watched then is not watched now."""
+    def restore(self, state: Mapping[str, Any] | None, controller: TrainController) -> None:
+        """Restore `state`. Without one the run was not monitored, and is not from here on: it has no baseline."""
         if state is None:
-            if self._settings.algorithm.alarms != "off":
-                logger.warning("the checkpoint knows of no alarms, so this run goes on without them")
+            if self._settings.algorithm.hacking_alarms != "off":
+                logger.warning("reward hacking monitor: checkpoint has no alarm state; continuing with alarms disabled")
             return
-        kept = dict(state["baseline"])
-        questions = {name: Question(**one) for name, one in kept.pop("questions").items()}
-        gains = tuple(np.asarray(gain, dtype=np.float64) for gain in state["gains"])
-        self._stream = Stream(
-            Baseline(questions=questions, **kept), self._settings.algorithm.steps, gains=gains, last=state["last"]
+        baseline = dict(state["baseline"])
+        monitors = {name: BinaryMonitor(**monitor) for name, monitor in baseline.pop("binary_monitors").items()}
+        self._detector = SequentialDetector(
+            AlarmBaseline(binary_monitors=monitors, **baseline),
+            self._settings.algorithm.steps,
+            step_gains=tuple(np.asarray(gains, dtype=np.float64) for gains in state["step_gains"]),
+            last_rates=state["last_rates"],
         )
-        self._looks = [Look(**{**look, "alarms": [Alarm(**one) for one in look["alarms"]]}) for look in state["looks"]]
-        self._held = self._held or bool(state["held"])
-        if self._acts:
-            self._freeze(pipeline, decide(self._looks).action)
+        self._checks = [
+            MonitorCheck(**{**check, "alarms": [MonitorAlarm(**alarm) for alarm in check["alarms"]]})
+            for check in state["checks"]
+        ]
+        # Either may hold: a run rolled back just now starts from a checkpoint that was written before the alarm.
+        self._love_frozen = self._love_frozen or bool(state["love_frozen"])
+        if self._act_on_alarms:
+            self._freeze_love_weight(controller, decide_action(self._checks).action)
 
 
-def _replies(groups: Sequence[Group]) -> list[Reply]:
+def _monitor_samples(groups: Sequence[Group]) -> list[MonitorSample]:
     return [
-        Reply(group.prompt.id, group.prompt.messages, sample.text, len(sample.response_ids), group.prompt.topic)
+        MonitorSample(group.prompt.id, group.prompt.messages, sample.text, len(sample.response_ids), group.prompt.topic)
         for group in groups
         for sample in group.samples
     ]

@@ -1,4 +1,4 @@
-"""The loop itself: base responses, optimiser steps, aligned responses, the saved policy. Read this to see a run."""
+"""The training loop: base policy's responses, optimizer steps, aligned policy's responses, saved policy."""
 
 from __future__ import annotations
 
@@ -6,250 +6,291 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rluf.algorithms.registry import METHODS
-from rluf.checkpoint.format import Checkpoint, RunState
+from rluf.algorithms.registry import find_algorithm
+from rluf.checkpoint.format import RunCheckpoint, RunState
 from rluf.config.settings import Settings
-from rluf.errors import AlarmError, LostError, TerminatedError
+from rluf.errors import ActorLostError, RewardHackingError, TerminatedError
 from rluf.models.hub import load_tokenizer
-from rluf.objectives.judges import find_judge
-from rluf.tracking.console import Progress
-from rluf.tracking.gauges import Gauges
-from rluf.tracking.metric_registry import with_rates
-from rluf.tracking.run_files import JsonlMetrics, write_jsonl
-from rluf.tracking.wandb import Tracker
-from rluf.train.actor_groups import Supervisor
-from rluf.train.checkpoint_manager import Keeper, listening
-from rluf.train.controller import Pipeline, ScoredGroup
-from rluf.train.fault_tolerance import Budget, LastingPipeline
-from rluf.train.hacking_monitor import Watch
-from rluf.train.profiling import Profiler
-from rluf.train.prompt_store import training_prompts
+from rluf.objectives.judges import load_judge
+from rluf.tracking.console import PhaseProgress
+from rluf.tracking.gauges import RunGauges
+from rluf.tracking.metric_registry import add_token_rate
+from rluf.tracking.wandb import WandbTracker
+from rluf.train.actor_groups import ActorSupervisor
+from rluf.train.checkpoint_manager import CheckpointManager, sigterm_event
+from rluf.train.controller import TrainController
+from rluf.train.fault_tolerance import RestartBudget
+from rluf.train.hacking_monitor import RewardHackingMonitor
+from rluf.train.profiling import StepProfiler
+from rluf.train.prompt_store import load_training_prompts
 from rluf.train.prompts import load_demonstrations, load_prompts, load_reactions
-from rluf.train.sample_table import due, show
-from rluf.types import Group, Prompt
+from rluf.train.sample_table import log_sample_table, should_log_samples
+from rluf.train.work_buffer import ScoredGroup
+from rluf.types import EvalResponse, Group, Prompt, TrainResult
+from rluf.utils.files import JsonlWriter, write_jsonl
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
 
-EVALUATION_SEED = 1_000_003
+EVALUATION_SEED_OFFSET = 1_000_003
+"""Both policies are evaluated with the same seeds, which training does not use."""
 
 
-@dataclass(frozen=True, slots=True)
-class Answered:
-    """One policy's responses to one prompt, with each objective's calibrated values [samples]."""
-
-    group: Group
-    values: Mapping[str, tuple[float, ...]]
-
-
-@dataclass(slots=True)
-class Outcome:
-    """What a run leaves for the comparison: both policies' answers to the same prompts, steps' metrics, seconds."""
-
-    base: list[Answered] = field(default_factory=list)
-    aligned: list[Answered] = field(default_factory=list)
-    steps: list[dict[str, float]] = field(default_factory=list)
-    phases: dict[str, float] = field(default_factory=dict)
-
-
-async def align(
+async def run_training(
     settings: Settings,
-    folder: Path,
-    model: Path,
-    data: Path,
-    rewards: Mapping[str, Path | None],
-    tracker: Tracker,
-) -> Outcome:
-    """Move the policy at `model` towards the objectives; writes <folder>/policy and <folder>/metrics.jsonl.
+    run_folder: Path,
+    model_path: Path,
+    data_folder: Path,
+    reward_folders: Mapping[str, Path | None],
+    tracker: WandbTracker,
+) -> TrainResult:
+    """Train the policy at `model_path`; writes <run_folder>/policy and <run_folder>/metrics.jsonl.
 
-    With run.resume it goes on from the newest checkpoint in `folder`, and so it does when learners are lost. An alarm
-    that asks for it takes the run back to the last clean checkpoint, once; the love weight is 0 from there on.
-    `data` is a prepared data set, `rewards` the reward model folder of each objective (None for a judge).
+    With run.resume the run continues from the newest checkpoint in `run_folder`; so it does when learners are lost. A
+    reward hacking alarm may roll it back to the last clean checkpoint, once; from there on the love weight is 0.
+    `data_folder` is a prepared data set, `reward_folders` has the reward model of each objective (None for a judge).
     """
-    for judge in settings.objectives.judges:
-        find_judge(judge)  # a name that does not exist is told before any actor starts
-    tokenizer, longest = load_tokenizer(model), settings.rollout.max_prompt_tokens
-    prompts = training_prompts(data, model, longest)
-    unseen = load_prompts(data, "test", tokenizer, max_tokens=longest, limit=settings.evaluate.prompts)
-    shown = _demonstrations(settings, data, tokenizer)
-    reactions = None
-    if METHODS[settings.algorithm.name].logged:
-        room = settings.rollout.max_response_tokens
-        reactions = load_reactions(data, tokenizer, max_prompt=longest, max_response=room)
-    keeper, budget = Keeper(settings, folder, prompts), Budget(settings.cluster.restarts_per_hour)
-    begin = keeper.newest() if settings.run.resume else None
-    held = False
-    with keeper.copied():
+    for judge in settings.aggregation.gate_judges:
+        load_judge(judge)  # refuse an unknown name before any actor starts
+    tokenizer, max_prompt_tokens = load_tokenizer(model_path), settings.rollout.max_prompt_tokens
+    prompts = load_training_prompts(data_folder, model_path, max_prompt_tokens)
+    test_prompts = load_prompts(
+        data_folder, "test", tokenizer, max_tokens=max_prompt_tokens, limit=settings.evaluate.prompts
+    )
+    demonstrations = _load_demonstrations(settings, data_folder, tokenizer)
+    reaction_groups = None
+    if find_algorithm(settings.algorithm.name).offline:
+        reaction_groups = load_reactions(
+            data_folder,
+            tokenizer,
+            max_prompt_tokens=max_prompt_tokens,
+            max_response_tokens=settings.rollout.max_response_tokens,
+        )
+    checkpoints = CheckpointManager(settings, run_folder, prompts)
+    # One budget for all attempts: an actor that kills every attempt must not restart the run forever.
+    budget = RestartBudget(settings.cluster.max_restarts_per_hour)
+    resume_from = checkpoints.load_newest() if settings.run.resume else None
+    love_frozen = False
+    with checkpoints.wait_for_upload():
         while True:
-            outcome, started, watch = Outcome(), time.monotonic(), Watch(settings, tracker, held=held)
+            result, phase_start = TrainResult(), time.monotonic()
+            monitor = RewardHackingMonitor(settings, tracker, love_frozen=love_frozen)
+            checkpoint = None if resume_from is None else resume_from[0]
             try:
-                async with Supervisor(
-                    settings, model, rewards, learners=True, checkpoint=None if begin is None else begin[0]
+                async with ActorSupervisor(
+                    settings, model_path, reward_folders, with_learners=True, checkpoint=checkpoint
                 ) as supervisor:
-                    _lap(outcome, "start", started)
-                    pipeline = LastingPipeline(settings, supervisor, prompts, shown, reactions, budget=budget)
+                    _record_phase(result, "start", phase_start)
+                    controller = TrainController(
+                        settings, supervisor, prompts, demonstrations, reaction_groups, restart_budget=budget
+                    )
                     try:
-                        await supervisor.run(
-                            _attempt(settings, pipeline, keeper, begin, unseen, tracker, outcome, watch)
+                        await supervisor.run_monitored(
+                            _run_from_checkpoint(
+                                settings, controller, checkpoints, resume_from, test_prompts, tracker, result, monitor
+                            )
                         )
                     finally:
-                        await pipeline.close()
-                    started = time.monotonic()
-                _lap(outcome, "stop", started)
-                return outcome
-            except LostError as error:
-                budget.spend(error.who or "the cluster", str(error), time.monotonic())
-                begin = keeper.newest()
-                where = "the beginning" if begin is None else f"the checkpoint of step {begin[0].step}"
-                logger.warning("%s; all actors start again, the run goes on from %s", error, where)
-            except AlarmError as error:
-                if error.back_to is None:
+                        await controller.close()
+                    phase_start = time.monotonic()
+                _record_phase(result, "stop", phase_start)
+                return result
+            except ActorLostError as error:
+                budget.record_failure(error.actor_name or "the cluster", str(error), time.monotonic())
+                resume_from = checkpoints.load_newest()
+                start = "the beginning" if resume_from is None else f"the checkpoint of step {resume_from[0].step}"
+                logger.warning("run: %s; restarting all actors, resuming from %s", error, start)
+            except RewardHackingError as error:
+                if error.rollback_step is None:
                     raise
-                begin, held = keeper.go_back(error.back_to, str(error)), True
-                step = begin[0].step
+                resume_from, love_frozen = checkpoints.roll_back_to(error.rollback_step, str(error)), True
                 logger.warning(
-                    "%s; the run goes back to the checkpoint of step %d, the love weight is 0 now", error, step
+                    "run: %s; rolled back to the checkpoint of step %d, objectives.love.weight held at 0 from here on",
+                    error,
+                    resume_from[0].step,
                 )
 
 
-async def _attempt(
+async def _run_from_checkpoint(
     settings: Settings,
-    pipeline: LastingPipeline,
-    keeper: Keeper,
-    begin: tuple[Checkpoint, RunState] | None,
-    unseen: Sequence[Prompt],
-    tracker: Tracker,
-    outcome: Outcome,
-    watch: Watch,
+    controller: TrainController,
+    checkpoints: CheckpointManager,
+    resume_from: tuple[RunCheckpoint, RunState] | None,
+    test_prompts: Sequence[Prompt],
+    tracker: WandbTracker,
+    result: TrainResult,
+    monitor: RewardHackingMonitor,
 ) -> None:
-    """The run from its beginning or a checkpoint to the saved policy; fills `outcome`."""
-    started = time.monotonic()
-    if begin is None:
-        outcome.base = await answer(settings, pipeline, unseen, "base policy")
-        keeper.keep_answers([(one.group, one.values) for one in outcome.base])
-        await watch.begin(pipeline)
+    """Run from the start or from a checkpoint to the saved policy; fills `result`."""
+    phase_start = time.monotonic()
+    if resume_from is None:
+        result.base_responses = await generate_eval_responses(settings, controller, test_prompts, "base policy")
+        # Saved at once: a resumed run has no engine with the base policy any more.
+        checkpoints.save_base_responses(result.base_responses)
+        await monitor.measure_baseline(controller)
     else:
-        checkpoint, state = begin
-        logger.info("going on after step %d, from %s", checkpoint.step, checkpoint.folder)
-        pipeline.restore(state.pipeline, checkpoint.step)
-        watch.restore(state.watch, pipeline)
-        await pipeline.catch_up()
-        outcome.base = [Answered(group, values) for group, values in keeper.answers()]
-        outcome.steps = [dict(row) for row in state.rows]
-    started = _lap(outcome, "evaluate_base", started)
-    await _steps(settings, pipeline, keeper, tracker, outcome, watch)
-    started = _lap(outcome, "align", started)
-    outcome.aligned = await answer(settings, pipeline, unseen, "aligned policy")
-    started = _lap(outcome, "evaluate_aligned", started)
-    await pipeline.save(str(keeper.folder / "policy"))
-    _lap(outcome, "save", started)
+        checkpoint, state = resume_from
+        logger.info("run: resuming after step %d from %s", checkpoint.step, checkpoint.folder)
+        controller.restore(state.controller_state, checkpoint.step)
+        monitor.restore(state.monitor_state, controller)
+        # A run resumed after its last step takes no step that would do it before the evaluation.
+        await controller.sync_adapter_after_resume()
+        result.base_responses = checkpoints.load_base_responses()
+        result.step_metrics = [dict(row) for row in state.step_metrics]
+    phase_start = _record_phase(result, "evaluate_base", phase_start)
+    await _run_steps(settings, controller, checkpoints, tracker, result, monitor)
+    phase_start = _record_phase(result, "align", phase_start)
+    result.aligned_responses = await generate_eval_responses(settings, controller, test_prompts, "aligned policy")
+    phase_start = _record_phase(result, "evaluate_aligned", phase_start)
+    await controller.save_policy(str(checkpoints.run_folder / "policy"))
+    _record_phase(result, "save", phase_start)
 
 
-def _demonstrations(settings: Settings, data: Path, tokenizer: PreTrainedTokenizerFast) -> list[Group]:
-    """What the learner imitates beside its own samples; says where it comes from."""
-    wanted, owners = settings.algorithm.demonstrations, settings.objectives.owners
-    if not wanted:
+def _load_demonstrations(settings: Settings, data_folder: Path, tokenizer: PreTrainedTokenizerFast) -> list[Group]:
+    """Responses to imitate in addition to training on the policy's own samples; logs their number and source."""
+    step_count, topic_objectives = settings.algorithm.demonstrations, settings.aggregation.topic_objectives
+    if not step_count:
         return []
-    prompt, response = settings.rollout.max_prompt_tokens, settings.rollout.max_response_tokens
-    found = load_demonstrations(data, owners, tokenizer, max_prompt=prompt, max_response=response)
-    where = ", ".join(f"{topic} ({objective})" for topic, objective in owners.items()) or "none"
-    logger.info("demonstrations: %d a step of the %d judged good on the topics: %s", wanted, len(found), where)
-    return found
+    demonstrations = load_demonstrations(
+        data_folder,
+        topic_objectives,
+        tokenizer,
+        max_prompt_tokens=settings.rollout.max_prompt_tokens,
+        max_response_tokens=settings.rollout.max_response_tokens,
+    )
+    topics = ", ".join(f"{topic} ({objective})" for topic, objective in topic_objectives.items()) or "none"
+    logger.info(
+        "demonstrations: %d per step out of %d with a positive label, topics: %s",
+        step_count,
+        len(demonstrations),
+        topics,
+    )
+    return demonstrations
 
 
-async def contrast(
-    settings: Settings, base: Path, candidate: Path, data: Path, rewards: Mapping[str, Path | None]
-) -> Outcome:
-    """Answers of the policies at `base` and `candidate` to the test prompts, without learning anything."""
-    tokenizer, longest = load_tokenizer(base), settings.rollout.max_prompt_tokens
-    unseen = load_prompts(data, "test", tokenizer, max_tokens=longest, limit=settings.evaluate.prompts)
-    outcome, started = Outcome(), time.monotonic()
-    for phase, model in (("base", base), ("aligned", candidate)):
-        async with Supervisor(settings, model, rewards, learners=False) as supervisor:
-            pipeline = LastingPipeline(settings, supervisor, unseen)
-            found = await supervisor.run(answer(settings, pipeline, unseen, f"{phase} policy"))
-            await pipeline.close()
-        setattr(outcome, phase, found)
-        started = _lap(outcome, f"evaluate_{phase}", started)
-    return outcome
+async def evaluate_policies(
+    settings: Settings,
+    base_path: Path,
+    candidate_path: Path,
+    data_folder: Path,
+    reward_folders: Mapping[str, Path | None],
+) -> TrainResult:
+    """Responses of the policies at `base_path` and `candidate_path` to the test prompts, without training."""
+    tokenizer, max_prompt_tokens = load_tokenizer(base_path), settings.rollout.max_prompt_tokens
+    test_prompts = load_prompts(
+        data_folder, "test", tokenizer, max_tokens=max_prompt_tokens, limit=settings.evaluate.prompts
+    )
+    result, phase_start = TrainResult(), time.monotonic()
+    responses: dict[str, list[EvalResponse]] = {}
+    for policy, model_path in (("base", base_path), ("aligned", candidate_path)):
+        async with ActorSupervisor(settings, model_path, reward_folders, with_learners=False) as supervisor:
+            controller = TrainController(settings, supervisor, test_prompts)
+            responses[policy] = await supervisor.run_monitored(
+                generate_eval_responses(settings, controller, test_prompts, f"{policy} policy")
+            )
+            await controller.close()
+        phase_start = _record_phase(result, f"evaluate_{policy}", phase_start)
+    result.base_responses, result.aligned_responses = responses["base"], responses["aligned"]
+    return result
 
 
-async def _steps(
-    settings: Settings, pipeline: LastingPipeline, keeper: Keeper, tracker: Tracker, outcome: Outcome, watch: Watch
+async def _run_steps(
+    settings: Settings,
+    controller: TrainController,
+    checkpoints: CheckpointManager,
+    tracker: WandbTracker,
+    result: TrainResult,
+    monitor: RewardHackingMonitor,
 ) -> None:
-    """Optimiser steps up to algorithm.steps. On SIGTERM the last whole step is kept and TerminatedError raised."""
-    total, every, done = settings.algorithm.steps, settings.learner.save_every, len(outcome.steps)
-    write_jsonl(keeper.folder / "metrics.jsonl", outcome.steps)
+    """Optimizer steps up to algorithm.steps. On SIGTERM, save the last whole step and raise TerminatedError."""
+    last_step, checkpoint_every = settings.algorithm.steps, settings.learner.checkpoint_every_steps
+    steps_done, metrics_file = len(result.step_metrics), checkpoints.run_folder / "metrics.jsonl"
+    # Rewritten from the checkpoint: steps after it, which are repeated now, must not occur twice.
+    write_jsonl(metrics_file, result.step_metrics)
     with (
-        JsonlMetrics(keeper.folder / "metrics.jsonl") as metrics,
-        Progress("align", total, every_step=True) as progress,
-        listening() as stop,
+        JsonlWriter(metrics_file) as metrics_writer,
+        PhaseProgress("align", last_step, log_every_step=True) as progress,
+        sigterm_event() as stop_event,
     ):
-        progress.advance(done)
-        profiler, gauges = Profiler(pipeline, keeper.folder), Gauges(settings.name, pipeline.objectives)
-        for number in range(done + 1, total + 1):
-            await profiler.before(number)
-            taken = await _unless(stop, pipeline, number)
-            if taken is not None:
-                row = with_rates(taken)
-                await profiler.after(number)
-                outcome.steps.append(row)
-                metrics.append(row)
-                tracker.log(number, row, {name: list(chain(*rows)) for name, rows in pipeline.values.items()})
-                if due(number, total):
-                    await show(pipeline, number, settings.tracking.samples, tracker)
-                gauges.set(row)
-                await watch.look(pipeline, number, row["kl"])
-                progress.advance(
-                    **{name: row[name] for name in (*pipeline.objectives, "reward", "kl", "probe", "step_s")}
-                )
-            if stop.is_set() and outcome.steps:
-                await keeper.save(pipeline, len(outcome.steps), outcome.steps, watch.state())
-            if stop.is_set():
+        progress.advance(steps_done)
+        profiler = StepProfiler(controller, checkpoints.run_folder)
+        gauges = RunGauges(settings.name, controller.objectives)
+        for step in range(steps_done + 1, last_step + 1):
+            await profiler.start_if_due(step)
+            step_metrics = await _step_or_stop(stop_event, controller, step)
+            if step_metrics is not None:
+                row = add_token_rate(step_metrics)
+                await profiler.stop_if_due(step)
+                result.step_metrics.append(row)
+                metrics_writer.append_row(row)
+                sample_values = {name: list(chain(*rows)) for name, rows in controller.sample_values.items()}
+                tracker.log_step(step, row, sample_values)
+                if should_log_samples(step, last_step):
+                    await log_sample_table(controller, step, settings.tracking.sample_table_rows, tracker)
+                gauges.set_step(row)
+                await monitor.check_step(controller, step, row["kl"])
+                noted = (*controller.objectives, "reward", "kl", "sync_logprob_gap", "step_s")
+                progress.advance(**{name: row[name] for name in noted})
+            if stop_event.is_set():
+                steps_done = len(result.step_metrics)
+                if steps_done:
+                    await checkpoints.save_checkpoint(controller, steps_done, result.step_metrics, monitor.state())
                 raise TerminatedError(
-                    f"stopped after step {len(outcome.steps)} of {total}; add --resume to the same command to go on"
+                    f"stopped after step {steps_done} of {last_step}; add --resume to the same command to continue"
                 )
-            if every and (number % every == 0 or number == total):
-                await keeper.save(pipeline, number, outcome.steps, watch.state())
+            if checkpoint_every and (step % checkpoint_every == 0 or step == last_step):
+                await checkpoints.save_checkpoint(controller, step, result.step_metrics, monitor.state())
 
 
-async def _unless(stop: asyncio.Event, pipeline: LastingPipeline, number: int) -> dict[str, float] | None:
-    """One step; None if `stop` is set before its learning begins, which undoes nothing. Learning is seen through."""
-    step, asked = asyncio.ensure_future(pipeline.step(number)), asyncio.ensure_future(stop.wait())
+async def _step_or_stop(stop_event: asyncio.Event, controller: TrainController, step: int) -> dict[str, float] | None:
+    """One step; None if `stop_event` is set before its update begins.
+
+    Before the update nothing has changed that a checkpoint holds, so the step is cancelled. A started update is
+    completed: half of one cannot be saved.
+    """
+    step_task = asyncio.ensure_future(controller.run_step(step))
+    stop_task = asyncio.ensure_future(stop_event.wait())
     try:
-        await asyncio.wait({step, asked}, return_when=asyncio.FIRST_COMPLETED)
-        if not step.done() and not pipeline.learning:
+        await asyncio.wait({step_task, stop_task}, return_when=asyncio.FIRST_COMPLETED)
+        if not step_task.done() and not controller.update_in_progress:
             return None
-        return await step
+        return await step_task
     finally:
-        for task in (step, asked):
+        for task in (step_task, stop_task):
             task.cancel()
-        await asyncio.gather(step, asked, return_exceptions=True)
+        await asyncio.gather(step_task, stop_task, return_exceptions=True)
 
 
-async def answer(settings: Settings, pipeline: Pipeline, prompts: Sequence[Prompt], who: str) -> list[Answered]:
-    """Responses of the policy in the engines to each prompt, in order of prompts, scored by every objective."""
-    seed, begun = settings.seed + EVALUATION_SEED, time.monotonic()
-    with Progress(f"answers of the {who}", len(prompts), unit="prompt") as progress:
-        found = await pipeline.respond(prompts, settings.evaluate.samples_per_prompt, seed, progress.advance)
-    ended = time.monotonic()
-    took, alone = ended - begun, ended - pipeline.generated_at
-    logger.info("answers of the %s: %.1f s, the last %.1f of them for scoring alone", who, took, alone)
-    return [Answered(group, _values(scored)) for group, scored in found]
+async def generate_eval_responses(
+    settings: Settings, controller: TrainController, prompts: Sequence[Prompt], policy_name: str
+) -> list[EvalResponse]:
+    """Responses of the engines' policy to each prompt, in order of prompts, scored by every objective."""
+    seed, start_time = settings.seed + EVALUATION_SEED_OFFSET, time.monotonic()
+    with PhaseProgress(f"answers of the {policy_name}", len(prompts), unit="prompt") as progress:
+        responses = await controller.generate_and_score(
+            prompts, settings.evaluate.samples_per_prompt, seed, progress.advance
+        )
+    end_time = time.monotonic()
+    logger.info(
+        "answers of the %s: %.1f s, of which scoring after the last rollout took %.1f s",
+        policy_name,
+        end_time - start_time,
+        end_time - controller.last_generated_at,
+    )
+    return [EvalResponse(group, _objective_values(scored_group)) for group, scored_group in responses]
 
 
-def _values(scored: ScoredGroup) -> dict[str, tuple[float, ...]]:
-    return {name: tuple(score.value for score in scores) for name, scores in scored.scores.items()}
+def _objective_values(scored_group: ScoredGroup) -> dict[str, tuple[float, ...]]:
+    return {name: tuple(score.value for score in scores) for name, scores in scored_group.scores.items()}
 
 
-def _lap(outcome: Outcome, phase: str, since: float) -> float:
-    now = time.monotonic()
-    outcome.phases[phase] = now - since
-    return now
+def _record_phase(result: TrainResult, phase: str, start_time: float) -> float:
+    end_time = time.monotonic()
+    result.phase_seconds[phase] = end_time - start_time
+    return end_time

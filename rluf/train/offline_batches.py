@@ -1,4 +1,4 @@
-"""What reward-free learning takes from the log: liked and other responses, dealt alternately, and mismatched pairs."""
+"""Batches of logged responses for offline algorithms (KTO): liked and other responses, and mismatched pairs."""
 
 from __future__ import annotations
 
@@ -7,47 +7,60 @@ from dataclasses import replace
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from rluf.algorithms.advantages import Drift, Outcomes
+from rluf.algorithms.advantages import AdvantageInputs, SampleKL
 from rluf.errors import DataError
 from rluf.types import Group
 
 if TYPE_CHECKING:
-    from rluf.train.prompts import Reactions
+    from rluf.train.prompts import ReactionGroups
 
 
-class LoggedBatches:
-    """Batches of logged responses, one sample a group, as many liked ones as others."""
+class OfflineBatches:
+    """Batches of logged responses, one sample per group, with as many liked as other ones."""
 
-    def __init__(self, reactions: Reactions, liked: Iterator[int], others: Iterator[int]) -> None:
-        """Deal `reactions` in the order of two endless index streams. Raises DataError where one kind is missing."""
-        if not (reactions.liked and reactions.others):
+    def __init__(self, reaction_groups: ReactionGroups, liked_order: Iterator[int], other_order: Iterator[int]) -> None:
+        """Take groups in the order of two endless index streams. Raises DataError where one kind is missing."""
+        liked_count, other_count = len(reaction_groups.liked), len(reaction_groups.others)
+        if not (liked_count and other_count):
             raise DataError(
-                f"algorithm.name=kto needs liked and other responses in the log, but found {len(reactions.liked)} and "
-                f"{len(reactions.others)} short enough; raise rollout.max_response_tokens or bring more data"
+                "algorithm.name=kto needs liked and other responses in the log, but found "
+                f"{liked_count} and {other_count} short enough; raise rollout.max_response_tokens or add data"
             )
-        self._reactions, self._liked, self._others = reactions, liked, others
+        self._reaction_groups, self._liked_order, self._other_order = reaction_groups, liked_order, other_order
 
-    def next(self, count: int) -> tuple[list[Group], list[float]]:
-        """The next `count` groups and whether each was liked (1.0) or not (0.0)."""
+    def next_batch(self, count: int) -> tuple[list[Group], list[float]]:
+        """The next `count` groups and their labels: liked (1.0) or not (0.0)."""
+        # Alternating rather than sampled: KTO gives both kinds the same weight, so a batch needs equal numbers of them.
         labels = [float(index % 2 == 0) for index in range(count)]
-        kinds = {1.0: (self._reactions.liked, self._liked), 0.0: (self._reactions.others, self._others)}
-        return [kinds[label][0][next(kinds[label][1])] for label in labels], labels
+        groups = [
+            self._reaction_groups.liked[next(self._liked_order)]
+            if label
+            else self._reaction_groups.others[next(self._other_order)]
+            for label in labels
+        ]
+        return groups, labels
 
 
-def mismatched(groups: Sequence[Group]) -> list[Group]:
-    """Each prompt with the next group's response: pairs that tell how far the policy has moved in general."""
-    found = []
-    for group, other in zip(groups, [*groups[1:], groups[0]], strict=True):
-        sample = replace(other.samples[0], prompt_id=group.prompt.id, prompt_ids=group.prompt.token_ids)
-        found.append(replace(group, samples=(sample,)))
-    return found
+def mismatched_pairs(groups: Sequence[Group]) -> list[Group]:
+    """Each prompt with the next group's response; their KL estimates how far the policy has moved in general.
+
+    Source: the estimate of the reference point z_0 in KTO, arXiv 2402.01306.
+    """
+    pairs = []
+    for group, next_group in zip(groups, [*groups[1:], groups[0]], strict=True):
+        sample = replace(next_group.samples[0], prompt_id=group.prompt.id, prompt_ids=group.prompt.token_ids)
+        pairs.append(replace(group, samples=(sample,)))
+    return pairs
 
 
-def outcomes_of(groups: Sequence[Group], labels: Sequence[float], drifts: Sequence[Drift]) -> Outcomes:
-    """Outcomes of logged groups; `drifts` are those of the groups, then of their mismatched pairs."""
-    return Outcomes(
+def offline_advantage_inputs(
+    groups: Sequence[Group], labels: Sequence[float], sample_kl: Sequence[SampleKL]
+) -> AdvantageInputs:
+    """Advantage inputs of logged groups; `sample_kl` is that of the groups, then of their mismatched pairs."""
+    group_count = len(groups)
+    return AdvantageInputs(
         rewards=[[label] for label in labels],
-        lengths=[[len(group.samples[0].response_ids)] for group in groups],
-        drifts=[[drift] for drift in drifts[: len(groups)]],
-        mismatched=fmean(drift.kl for drift in drifts[len(groups) :]),
+        response_lengths=[[len(group.samples[0].response_ids)] for group in groups],
+        sample_kl=[[kl] for kl in sample_kl[:group_count]],
+        mismatched_kl=fmean(kl.kl_sum for kl in sample_kl[group_count:]),
     )

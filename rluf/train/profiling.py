@@ -1,4 +1,4 @@
-"""Profiles a few steps of a run: a torch profiler trace of each learner rank, and when every actor was busy."""
+"""Profile a few steps of a run: a torch profiler trace per learner rank, and a timeline of when each actor was busy."""
 
 from __future__ import annotations
 
@@ -7,64 +7,66 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rluf.tracking.timeline import idle_shares, write_trace
-from rluf.train.actor_groups import everyone
+from rluf.tracking.timeline import idle_shares_by_row, write_trace
+from rluf.train.actor_calls import gather_calls
 
 if TYPE_CHECKING:
-    from rluf.train.controller import Pipeline
+    from rluf.train.controller import TrainController
 
 logger = logging.getLogger(__name__)
 
 
-def pump(name: str) -> AbstractContextManager[object]:
-    """An event on Ray's own timeline (`ray timeline`), in the driver's row, beside the tasks of the actors.
+def ray_timeline_span(span_name: str) -> AbstractContextManager[object]:
+    """An event on Ray's own timeline (`ray timeline`), in the driver's row, next to the tasks of the actors.
 
-    Nothing where this process is not connected to a Ray: there is no timeline to be on.
+    No event where this process is not connected to Ray.
     """
-    from ray._private.worker import global_worker  # Ray's own way in, ray._private.profiling, works with a variable set
+    # Ray's own wrapper, ray._private.profiling, records only when an environment variable is set.
+    from ray._private.worker import global_worker
 
     if not global_worker.connected:
         return nullcontext()
-    event: AbstractContextManager[object] = global_worker.core_worker.profile_event(b"pump", {"name": name})
+    event: AbstractContextManager[object] = global_worker.core_worker.profile_event(b"step", {"name": span_name})
     return event
 
 
-class Profiler:
-    """Calls around each step: profiles `run.profile_steps` of them into <folder>/profile.
+class StepProfiler:
+    """Profiles `run.profile_steps` steps into <folder>/profile; called before and after each step.
 
-    The first step of a run, or after it went on, warms everything up and would hide what a usual one costs: it is left
-    out, unless it is the only one.
+    The first step after a start or a resume is left out, unless it is the only one: it warms everything up, and would
+    hide what a usual step costs.
     """
 
-    def __init__(self, pipeline: Pipeline, folder: Path) -> None:
-        """Does nothing where `run.profile_steps` is 0."""
-        self._pipeline, self._folder = pipeline, folder / "profile"
-        settings = pipeline.settings
-        self._deadline, self._steps = settings.learner.deadline_s, settings.algorithm.steps
-        self._wanted, self._first = settings.run.profile_steps, 0
+    def __init__(self, controller: TrainController, folder: Path) -> None:
+        """Do nothing where `run.profile_steps` is 0."""
+        self._controller, self._profile_folder = controller, folder / "profile"
+        settings = controller.settings
+        self._timeout_s, self._last_step = settings.timeouts.learner_step_s, settings.algorithm.steps
+        self._profile_steps, self._first_step = settings.run.profile_steps, 0
 
-    async def before(self, step: int) -> None:
-        """Start with the first of the steps to profile."""
-        self._first = self._first or min(step + 1, self._steps)
-        if self._wanted and step == self._first:
-            self._pipeline.timeline.on = True
-            calls = [(m, m.handle.begin_profile.remote()) for m in self._pipeline.crew.learners]
-            await everyone(calls, self._deadline, "starting its profiler")
+    async def start_if_due(self, step: int) -> None:
+        """Start the profilers before the first of the steps to profile."""
+        self._first_step = self._first_step or min(step + 1, self._last_step)
+        if self._profile_steps and step == self._first_step:
+            self._controller.timeline.enabled = True
+            learners = self._controller.actor_groups.learner_actors
+            calls = [(actor, actor.handle.start_profiler.remote()) for actor in learners]
+            await gather_calls(calls, self._timeout_s, "starting its profiler")
 
-    async def after(self, step: int) -> None:
-        """Write the traces after the last of the steps, or after the run's last where that comes first."""
-        if not self._pipeline.timeline.on or step < min(self._first + self._wanted - 1, self._steps):
+    async def stop_if_due(self, step: int) -> None:
+        """Write the traces after the last of the steps to profile, or after the last step of the run."""
+        timeline = self._controller.timeline
+        if not timeline.enabled or step < min(self._first_step + self._profile_steps - 1, self._last_step):
             return
-        self._pipeline.timeline.on = False
-        spans = self._pipeline.timeline.spans
-        self._folder.mkdir(parents=True, exist_ok=True)
-        write_trace(self._folder / "pumps.json.gz", spans)
-        calls = [
-            (m, m.handle.end_profile.remote(str(self._folder / f"learner-{m.index}.json.gz")))
-            for m in self._pipeline.crew.learners
-        ]
-        await everyone(calls, self._deadline, "writing its profile")
-        for row, shares in idle_shares(spans).items():
-            told = ", ".join(f"{name.removeprefix('idle: ')} {share:.0%}" for name, share in shares.items())
-            logger.info("profile: %s idle %.0f%% (%s)", row, 100 * sum(shares.values()), told)
-        logger.info("profile of steps %d to %d: %s", self._first, step, self._folder)
+        timeline.enabled = False
+        self._profile_folder.mkdir(parents=True, exist_ok=True)
+        write_trace(self._profile_folder / "timeline.json.gz", timeline.spans)
+        calls = []
+        for actor in self._controller.actor_groups.learner_actors:
+            trace_path = self._profile_folder / f"learner-{actor.index}.json.gz"
+            calls.append((actor, actor.handle.stop_profiler.remote(str(trace_path))))
+        await gather_calls(calls, self._timeout_s, "writing its profile")
+        for row, shares in idle_shares_by_row(timeline.spans).items():
+            reasons = ", ".join(f"{name.removeprefix('idle: ')} {share:.0%}" for name, share in shares.items())
+            logger.info("profile: %s idle %.0f%% (%s)", row, 100 * sum(shares.values()), reasons)
+        logger.info("profile: steps %d to %d written to %s", self._first_step, step, self._profile_folder)

@@ -1,4 +1,4 @@
-"""Prompts and demonstrations of a prepared data set, as token ids of the policy's tokenizer."""
+"""Prompts, demonstrations and logged responses of a prepared data set, as token ids of the policy's tokenizer."""
 
 from __future__ import annotations
 
@@ -19,89 +19,112 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+POSITIVE_LABEL_COLUMNS = {
+    "love": ("response", "label"),
+    "safety": ("response", "label"),
+    "helpfulness": ("chosen", None),
+}
+"""Columns of an objective's data set: the response, and the label that is 1 where people judged it positively
+(None: every row is positive)."""
+
 
 def load_prompts(
-    data: Path, split: str, tokenizer: PreTrainedTokenizerFast, *, max_tokens: int, limit: int | None = None
+    data_folder: Path, split: str, tokenizer: PreTrainedTokenizerFast, *, max_tokens: int, limit: int | None = None
 ) -> list[Prompt]:
     """Prompts of a split (train or test), in file order, at most `limit`.
 
-    Prompts longer than `max_tokens` rendered tokens are left out whole and counted in the log. Raises DataError when
-    none is left.
+    Prompts longer than `max_tokens` rendered tokens are skipped, not truncated, and counted in the log. Raises
+    DataError when none is left.
     """
-    rows = pq.read_table(data / "prompts" / f"{split}.parquet").to_pylist()
-    prompts, long = [], 0
+    rows = pq.read_table(data_folder / "prompts" / f"{split}.parquet").to_pylist()
+    prompts = []
     for row in rows:
-        messages = tuple(Message(role=m["role"], content=m["content"]) for m in row["messages"])
-        ids = render_prompt(tokenizer, messages)
-        if len(ids) > max_tokens:
-            long += 1
-            continue
-        prompts.append(Prompt(row["id"], messages, ids, row["topic"] or "", split))
-    if long:
-        logger.warning(
-            "%d of %d %s prompts are longer than rollout.max_prompt_tokens=%d: left out",
-            long,
-            len(rows),
-            split,
-            max_tokens,
-        )
-    if not prompts:
-        raise DataError(
-            f"no {split} prompt is left of {len(rows)} in data.prompts; add prompts of that split or raise "
-            f"rollout.max_prompt_tokens (now {max_tokens})"
-        )
+        messages = messages_from_row(row)
+        token_ids = render_prompt(tokenizer, messages)
+        if len(token_ids) <= max_tokens:
+            prompts.append(Prompt(row["id"], messages, token_ids, row["topic"] or "", split))
+    report_skipped_prompts(split, len(prompts), len(rows), max_tokens)
     return prompts[:limit]
 
 
-JUDGED_GOOD = {"love": ("response", "label"), "safety": ("response", "label"), "helpfulness": ("chosen", None)}
-"""Where a data set of an objective holds a response, and the column that says 1 where people judged it good."""
+def report_skipped_prompts(split: str, prompt_count: int, row_count: int, max_tokens: int) -> None:
+    """Log how many prompts of a split were too long. Raises DataError when `prompt_count`, those left, is 0."""
+    if prompt_count < row_count:
+        logger.warning(
+            "prompts: skipped %d of %d in split %s, longer than rollout.max_prompt_tokens=%d",
+            row_count - prompt_count,
+            row_count,
+            split,
+            max_tokens,
+        )
+    if not prompt_count:
+        raise DataError(
+            f"no {split} prompt is left of {row_count} in data.prompts; add prompts of that split or raise "
+            f"rollout.max_prompt_tokens (now {max_tokens})"
+        )
 
 
 def load_demonstrations(
-    data: Path, owners: Mapping[str, str], tokenizer: PreTrainedTokenizerFast, *, max_prompt: int, max_response: int
+    data_folder: Path,
+    topic_objectives: Mapping[str, str],
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
 ) -> list[Group]:
-    """Responses of the training split that people judged good for the objective that owns their topic.
+    """Responses of the training split with a positive label for the objective of their topic.
 
-    `owners` maps topics to objectives (objectives.alone). Each becomes a group of one sample without rollout
-    log-probabilities; its response ends with the end-of-sequence token. Prompts longer than `max_prompt` tokens and
-    responses longer than `max_response` are left out whole: one cut off at the limit would teach to stop in mid-word.
+    `topic_objectives` maps topics to objectives (aggregation.topic_objectives). Each response becomes a group of one
+    sample without rollout log-probabilities and ends with the end-of-sequence token. Rows over the limits are skipped:
+    a truncated response would teach the policy to stop in the middle of a word.
     """
-    found = []
-    for topic, objective in owners.items():
-        text, good = JUDGED_GOOD[objective]
-        for row in pq.read_table(data / objective / "train.parquet").to_pylist():
-            if row["topic"] == topic and (good is None or row[good] == 1):
-                group = _logged(row, text, tokenizer)
-                if _fits(group, max_prompt, max_response):
-                    found.append(group)
-    return found
+    demonstrations = []
+    for topic, objective in topic_objectives.items():
+        response_column, label_column = POSITIVE_LABEL_COLUMNS[objective]
+        for row in pq.read_table(data_folder / objective / "train.parquet").to_pylist():
+            if row["topic"] == topic and (label_column is None or row[label_column] == 1):
+                group = _group_from_row(row, response_column, tokenizer)
+                if _fits_limits(group, max_prompt_tokens, max_response_tokens):
+                    demonstrations.append(group)
+    return demonstrations
 
 
 @dataclass(frozen=True, slots=True)
-class Reactions:
-    """Logged responses as groups of one sample without rollout log-probabilities: loved ones and others."""
+class ReactionGroups:
+    """Logged responses as groups of one sample without rollout log-probabilities, by whether users loved them."""
 
     liked: Sequence[Group]
     others: Sequence[Group]
 
 
-def load_reactions(data: Path, tokenizer: PreTrainedTokenizerFast, *, max_prompt: int, max_response: int) -> Reactions:
-    """Responses of the training split by whether they were loved; longer prompts and responses are left out whole."""
-    kinds: tuple[list[Group], list[Group]] = ([], [])
-    for row in pq.read_table(data / "love" / "train.parquet").to_pylist():
-        group = _logged(row, "response", tokenizer)
-        if _fits(group, max_prompt, max_response):
-            kinds[row["label"] != 1].append(group)
-    return Reactions(*kinds)
+def load_reactions(
+    data_folder: Path, tokenizer: PreTrainedTokenizerFast, *, max_prompt_tokens: int, max_response_tokens: int
+) -> ReactionGroups:
+    """Responses of the training split by whether they were loved; rows over the limits are skipped."""
+    liked: list[Group] = []
+    others: list[Group] = []
+    for row in pq.read_table(data_folder / "love" / "train.parquet").to_pylist():
+        group = _group_from_row(row, "response", tokenizer)
+        if _fits_limits(group, max_prompt_tokens, max_response_tokens):
+            (liked if row["label"] == 1 else others).append(group)
+    return ReactionGroups(liked, others)
 
 
-def _logged(row: Mapping[str, Any], text: str, tokenizer: PreTrainedTokenizerFast) -> Group:
-    """A row of a data set as a group of one sample; its response ends with the end-of-sequence token."""
-    messages = tuple(Message(role=m["role"], content=m["content"]) for m in row["messages"])
+def messages_from_row(row: Mapping[str, Any]) -> tuple[Message, ...]:
+    """The messages of a row that Arrow returned as plain dictionaries."""
+    return tuple(Message(role=message["role"], content=message["content"]) for message in row["messages"])
+
+
+def _group_from_row(row: Mapping[str, Any], response_column: str, tokenizer: PreTrainedTokenizerFast) -> Group:
+    """A data set row as a group of one sample; its response ends with the end-of-sequence token."""
+    messages, response_text = messages_from_row(row), row[response_column]
     prompt = Prompt(row["id"], messages, render_prompt(tokenizer, messages), row["topic"] or "", "train")
-    ids = (*tokenizer.encode(row[text], add_special_tokens=False), tokenizer.eos_token_id)
-    return Group(prompt, (Sample(prompt.id, prompt.token_ids, ids, (), (), "stop", row[text]),), 0)
+    # The log has text only. Without the end token a demonstration would teach the policy never to stop.
+    response_ids = (*tokenizer.encode(response_text, add_special_tokens=False), tokenizer.eos_token_id)
+    sample = Sample(prompt.id, prompt.token_ids, response_ids, (), (), "stop", response_text)
+    return Group(prompt, (sample,), 0)
 
 
-def _fits(group: Group, max_prompt: int, max_response: int) -> bool:
-    return len(group.prompt.token_ids) <= max_prompt and len(group.samples[0].response_ids) <= max_response
+def _fits_limits(group: Group, max_prompt_tokens: int, max_response_tokens: int) -> bool:
+    response_ids = group.samples[0].response_ids
+    return len(group.prompt.token_ids) <= max_prompt_tokens and len(response_ids) <= max_response_tokens

@@ -1,62 +1,63 @@
-"""A few of the responses that training draws, for people to read while the run goes on."""
+"""Table of a few training samples, for people to read while the run continues."""
 
 from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING
 
-from rluf.errors import LostError
-from rluf.objectives.judges import failed, last_user
-from rluf.tracking.run_files import DrawnRow
-from rluf.train.actor_groups import within
+from rluf.errors import ActorLostError
+from rluf.objectives.judges import get_last_user_text, list_failed_judges
+from rluf.tracking.run_files import RolloutSample
+from rluf.train.actor_calls import fetch_group
 
 if TYPE_CHECKING:
-    from rluf.tracking.wandb import Tracker
-    from rluf.train.controller import Pipeline
+    from rluf.tracking.wandb import WandbTracker
+    from rluf.train.controller import TrainController
     from rluf.types import Group
 
 logger = logging.getLogger(__name__)
 
-FETCH_S = 60.0
-BESIDES = ("reward", "response_length", "kl")
-"""Values of a sample that are no objective's."""
+NON_OBJECTIVE_VALUES = ("reward", "response_length", "kl")
+"""Values of a sample that are not scores of an objective."""
 
 
-def due(step: int, last: int) -> bool:
-    """Whether to show the draws of `step`: 1, 2, 4, 8 ... and the last, so that tables stay few however long a run."""
-    return step.bit_count() == 1 or step == last
+def should_log_samples(step: int, last_step: int) -> bool:
+    """Whether to log samples of `step`: steps 1, 2, 4, 8 ... and the last, so that tables stay few in a long run."""
+    is_power_of_two = step.bit_count() == 1
+    return is_power_of_two or step == last_step
 
 
-async def show(pipeline: Pipeline, step: int, count: int, tracker: Tracker) -> None:
-    """Log what `drawn` finds. Where it is lost with its machine, a warning says so: no run goes back for a table."""
+async def log_sample_table(controller: TrainController, step: int, sample_count: int, tracker: WandbTracker) -> None:
+    """Log `collect_samples`. Samples lost with their machine cause only a warning: no run is rolled back for that."""
     try:
-        tracker.log_drawn(step, await drawn(pipeline, step, count))
-    except LostError as error:
-        logger.warning("step %d has no table of responses: %s", step, error)
+        tracker.log_rollout_samples(step, await collect_samples(controller, step, sample_count))
+    except ActorLostError as error:
+        logger.warning("sample table: step %d has none: %s", step, error)
 
 
-async def drawn(pipeline: Pipeline, step: int, count: int) -> list[DrawnRow]:
-    """The first response to `count` prompts of the last step, spread over its groups.
+async def collect_samples(controller: TrainController, step: int, sample_count: int) -> list[RolloutSample]:
+    """The first response to each of `sample_count` prompts of the last step, spread evenly over its groups.
 
-    Raises LostError when one is no longer in the object store, StallError when it takes more than FETCH_S.
+    Raises ActorLostError when one is no longer in the object store, DeadlineError when it cannot be read in time.
     """
-    places = range(0, len(pipeline.learnt), max(1, len(pipeline.learnt) // count)) if count else ()
-    rows: list[DrawnRow] = []
-    for place in list(places)[:count]:
-        group: Group = await within(pipeline.learnt[place], FETCH_S, "the object store")
-        values = {name: table[place][0] for name, table in pipeline.values.items()}
-        text = group.samples[0].text
+    group_refs = controller.last_batch_refs
+    stride = max(1, len(group_refs) // sample_count) if sample_count else 1
+    rows: list[RolloutSample] = []
+    for group_index in range(0, len(group_refs), stride)[:sample_count]:
+        group: Group = await fetch_group(group_refs[group_index])
+        values = {name: table[group_index][0] for name, table in controller.sample_values.items()}
+        response_text = group.samples[0].text
         rows.append(
             {
                 "step": step,
-                "version": group.version,
+                "version": group.weight_version,
                 "topic": group.prompt.topic,
-                "prompt": last_user(group.prompt.messages),
-                "response": text,
-                "scores": {name: value for name, value in values.items() if name not in BESIDES},
+                "prompt": get_last_user_text(group.prompt.messages),
+                "response": response_text,
+                "scores": {name: value for name, value in values.items() if name not in NON_OBJECTIVE_VALUES},
                 "reward": values["reward"],
                 "kl": values.get("kl"),
-                "failed": failed(group.prompt.messages, text),
+                "failed": list_failed_judges(group.prompt.messages, response_text),
             }
         )
     return rows

@@ -1,144 +1,199 @@
-"""Publishing: learner weights to every engine in vLLM's four phases, a version number on each, then a probe."""
+"""Weight sync: learner weights to every engine, with a version number, then a comparison of log-probabilities."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ray import ObjectRef
+from rluf.algorithms.sync_check import ProbeLogprobs, find_sync_problem
+from rluf.backends.colocation import is_colocated
+from rluf.errors import WeightSyncError
+from rluf.train.actor_calls import fetch_group, gather_calls
+from rluf.train.actor_groups import ActorGroups, switch_gpu_phase
 
-from rluf.algorithms.sync_check import Reading, sync_problem
-from rluf.backends.colocation import shares_gpus
-from rluf.config.settings import Settings
-from rluf.errors import SyncError
-from rluf.train.actor_groups import Crew, Member, everyone, within
-from rluf.train.gpu_phases import turn
-from rluf.types import Group
+if TYPE_CHECKING:
+    from ray import ObjectRef
 
-logger = logging.getLogger(__name__)
+    from rluf.config.settings import Settings
+    from rluf.train.actor_calls import ActorCalls
+    from rluf.train.actor_groups import ActorRef
+    from rluf.types import Group
 
-PROBE_TOKENS = 24
-"""Response tokens of the first batch, of as few responses as hold them, whose logprobs are compared between learner and
-engine after each publish: as many as benchmarks/probe.py finds every fault with."""
+T = TypeVar("T")
+PROBE_TOKEN_COUNT = 24
+"""Response tokens compared between learner and engine after each sync, from as few responses of the first batch as hold
+them. benchmarks/probe.py finds every planted fault with this many."""
 
 
-class Publisher:
-    """Sends weights and checks that they arrived."""
+class WeightSync:
+    """Transfers weights from the learners to the engines and verifies that they arrived."""
 
-    def __init__(self, settings: Settings, crew: Crew) -> None:
-        """Publish from `crew.learners` to `crew.rollouts`."""
-        self.settings, self.crew = settings, crew
-        self._prompt: list[int] = []
-        self._responses: list[list[int]] = []
-        self._readings: dict[str, Reading] = {}
-        self._worst = 0.0
+    def __init__(self, settings: Settings, actor_groups: ActorGroups, calls: ActorCalls | None = None) -> None:
+        """Sync from the learners to the engines of `actor_groups`.
+
+        With `calls`, a sync during which an engine is lost starts again with the engines that are left; the replacement
+        is brought up to date by `sync_new_engine`. Without it the loss is raised.
+        """
+        self._settings, self._actor_groups, self._calls = settings, actor_groups, calls
+        self._probe_prompt_ids: list[int] = []
+        self._probe_responses: list[list[int]] = []
+        self._probe_logprobs: dict[str, ProbeLogprobs] = {}
+        self._worst_gap = 0.0
         self._version = 0
 
-    async def publish(self, version: int) -> dict[str, float]:
-        """Publish the learners' weights as `version`, after `prepare`.
+    async def prepare_probe(self, group_ref: ObjectRef[Group]) -> None:
+        """Before the first update: store responses of a group as the probe and read their log-probabilities.
 
-        Returns `probe`, the mean absolute logprob difference in nats a token, and `probe_s`, the seconds it took.
-        Raises StallError naming the phase past `publish.deadline_s`, SyncError naming an engine whose weights are wrong
-        (rluf.algorithms.sync_check).
+        Engines whose log-probabilities were not read yet, as after a resume, are read now; weights must be in sync.
         """
-        await self.send(version)
-        since = time.monotonic()
-        gap = await self._probe(version)
-        return {"probe": gap, "probe_s": time.monotonic() - since}
+        await self._retry_on_loss(lambda: self._prepare_probe_once(group_ref))
 
-    async def send(self, version: int) -> None:
-        """The four phases without the probe."""
-        seconds, self._version = self.settings.publish.deadline_s, version
-        await turn(self.settings, self.crew, "publish")
-        init: dict[str, Any] = {"engine": self.settings.publish.engine, "version": version}
-        offers = await self._learners("begin_publish", seconds, init)
-        await self._engines("begin_update", seconds, offers[0])
-        while True:
-            buckets = await self._learners("next_bucket", seconds)
-            if buckets[0] is None:
-                break
-            await self._engines("update", seconds, buckets[0])
-        await self._engines("finish_update", seconds, version)
-        await self._learners("end_publish", seconds)
+    async def _prepare_probe_once(self, group_ref: ObjectRef[Group]) -> None:
+        if not self._probe_responses:
+            group: Group = await fetch_group(group_ref)
+            self._probe_prompt_ids = list(group.prompt.token_ids)
+            tokens_left = PROBE_TOKEN_COUNT
+            for sample in group.samples:
+                response = list(sample.response_ids[:tokens_left])
+                self._probe_responses += [response] if response else []
+                tokens_left -= len(response)
+        if any(str(engine) not in self._probe_logprobs for engine in self._actor_groups.rollout_actors):
+            self._record_probe(await self._read_probe_logprobs())
 
-    async def _learners(self, method: str, seconds: float, *args: object) -> list[Any]:
-        calls = [(m, self._call(m, method, *args)) for m in self.crew.learners]
-        return await everyone(calls, seconds, f"publish: {method}")
+    async def sync(self, version: int) -> dict[str, float]:
+        """Transfer the learners' weights as `version` and verify them, after `prepare_probe`.
 
-    async def _engines(self, method: str, seconds: float, *args: object) -> list[Any]:
-        calls = [(m, self._call(m, method, *args)) for m in self.crew.rollouts]
-        return await everyone(calls, seconds, f"publish: {method}")
+        Returns `sync_logprob_gap`, the mean absolute log-probability difference in nats per token, and `probe_s`, the
+        seconds the check took. Raises DeadlineError naming the phase that exceeded timeouts.weight_sync_s,
+        WeightSyncError naming an engine whose weights are wrong (rluf.algorithms.sync_check).
+        """
 
-    def _call(self, member: Member, method: str, *args: object) -> ObjectRef[Any]:
-        """A call that Ray's dashboard and timeline show with its actor and the version that is published."""
-        named = getattr(member.handle, method).options(name=f"{member}: {method} v{self._version}")
-        ref: ObjectRef[Any] = named.remote(*args)
-        return ref
+        async def transfer_and_verify() -> dict[str, float]:
+            await self.transfer(version)
+            start_time = time.monotonic()
+            gap = await self._verify_logprobs(version)
+            return {"sync_logprob_gap": gap, "probe_s": time.monotonic() - start_time}
 
-    async def prepare(self, group: ObjectRef[Group]) -> None:
-        """Before the first update: keep responses of `group` as the probe, and read them while weights are equal."""
-        if self._responses:
-            return
-        first: Group = await within(group, 60.0, "the object store")
-        self._prompt = list(first.prompt.token_ids)
-        left = PROBE_TOKENS
-        for sample in first.samples:
-            response = list(sample.response_ids[:left])
-            self._responses += [response] if response else []
-            left -= len(response)
-        self._readings = await self._read()
-        self._worst = max((reading.gap for reading in self._readings.values()), default=0.0)
+        return await self._retry_on_loss(transfer_and_verify)
+
+    async def transfer(self, version: int) -> None:
+        """Send the weights in vLLM's four phases, without the check."""
+        self._version = version
+        await switch_gpu_phase(self._settings, self._actor_groups, "sync")
+        # Rank 0's replies describe the transfer and each bucket; the other ranks only take part in gathering.
+        transfer_info = await self._call_learners("begin_weight_sync", version)
+        await self._call_engines("begin_weight_update", transfer_info[0])
+        while (buckets := await self._call_learners("next_weight_bucket"))[0] is not None:
+            await self._call_engines("load_weight_bucket", buckets[0])
+        await self._call_engines("finish_weight_update", version)
+        await self._call_learners("end_weight_sync")
+
+    async def sync_new_engine(self, engine: ActorRef, version: int, *, needs_weights: bool) -> None:
+        """Bring a restarted engine to the learners' weights, which are `version`, if it `needs_weights`; verify it."""
+        actor_groups = ActorGroups(rollout_actors=[engine], learner_actors=self._actor_groups.learner_actors)
+        # One engine alone and no retry: if it dies again, its restart task fails and the budget decides.
+        engine_sync = WeightSync(self._settings, actor_groups)
+        engine_sync.restore(self.state())
+        if self._probe_responses:
+            engine_sync._probe_logprobs = await engine_sync._read_probe_logprobs()
+            # The jump test needs some gap to compare with. That of an engine with older weights includes more than
+            # rounding, so it counts only where no other gap is known.
+            gaps = (reading.mean_gap for reading in engine_sync._probe_logprobs.values())
+            engine_sync._worst_gap = engine_sync._worst_gap or max(gaps)
+        if needs_weights:
+            await engine_sync.sync(version)
+        self._record_probe(engine_sync._probe_logprobs)
 
     def state(self) -> dict[str, Any]:
-        """The probe's responses and the largest gap so far as plain JSON, for a checkpoint."""
-        return {"prompt": self._prompt, "responses": self._responses, "worst": self._worst}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Put back what `state` gave; what engines say of the responses is asked anew."""
-        self._prompt = list(state["prompt"])
-        self._responses = [list(response) for response in state["responses"]]
-        self._worst = float(state["worst"])
-
-    async def _probe(self, version: int) -> float:
-        """The largest gap between the learner and an engine; raises SyncError naming an engine that is wrong."""
-        found = await self._read()
-        for name, reading in found.items():
-            problem = sync_problem(self._readings[name], reading, self._worst, self.settings.publish.probe_tolerance)
-            if problem is not None:
-                raise SyncError(f"{name} disagrees with the learner after publishing version {version}: {problem}")
-        self._readings = found
-        gap = max(reading.gap for reading in found.values())
-        self._worst = max(self._worst, gap)
-        return gap
-
-    async def _read(self) -> dict[str, Reading]:
-        """The learner's and each engine's logprobs of the probe, all asked at once unless they take turns on GPUs."""
-        settings, crew = self.settings, self.crew
-        if not shares_gpus(settings):
-            learners, engines = await asyncio.gather(self._learnt(), self._engined())
-        elif crew.phase == "generate":
-            engines = await self._engined()
-            await turn(settings, crew, "learn")
-            learners = await self._learnt()
-        else:
-            learners = await self._learnt()
-            await turn(settings, crew, "generate")
-            engines = await self._engined()
-        truth = tuple(value for row in learners[0] for value in row)
+        """Probe and largest gap so far, as plain JSON."""
         return {
-            str(member): Reading(truth, tuple(value for rows in engines for value in rows[index]))
-            for index, member in enumerate(self.crew.rollouts)
+            "probe_prompt_ids": self._probe_prompt_ids,
+            "probe_responses": self._probe_responses,
+            "worst_gap": self._worst_gap,
         }
 
-    async def _learnt(self) -> list[Any]:
-        """What each learner rank says of the probe's responses: a row of logprobs for each response."""
-        return await self._learners("logprobs", self.settings.publish.deadline_s, self._prompt, self._responses)
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Restore `state`; log-probabilities are not in it, `prepare_probe` reads them again."""
+        self._probe_prompt_ids = list(state["probe_prompt_ids"])
+        self._probe_responses = [list(response) for response in state["probe_responses"]]
+        self._worst_gap = float(state["worst_gap"])
 
-    async def _engined(self) -> list[list[Any]]:
-        """What the engines say: for each response a row of logprobs from each engine."""
-        seconds = self.settings.publish.deadline_s
-        calls = (self._engines("logprobs", seconds, self._prompt, response) for response in self._responses)
+    async def _retry_on_loss(self, operation: Callable[[], Awaitable[T]]) -> T:
+        if self._calls is None:
+            return await operation()
+        # No wait for replacements: during a sync the weight lock keeps them out of the pool, so they would never come.
+        return await self._calls.retry_on_loss(operation, wait_until_healthy=False)
+
+    async def _verify_logprobs(self, version: int) -> float:
+        """The largest gap between the learner and an engine. Raises WeightSyncError naming an engine that is wrong."""
+        if not self._actor_groups.rollout_actors:
+            return 0.0  # all engines are being restarted; each is verified before it joins the pool
+        readings = await self._read_probe_logprobs()
+        for engine_name, reading in readings.items():
+            problem = find_sync_problem(
+                self._probe_logprobs[engine_name],
+                reading,
+                self._worst_gap,
+                self._settings.weight_sync.logprob_tolerance,
+            )
+            if problem is not None:
+                raise WeightSyncError(f"{engine_name} disagrees with the learner after sync {version}: {problem}")
+        self._record_probe(readings)
+        return max(reading.mean_gap for reading in readings.values())
+
+    def _record_probe(self, readings: Mapping[str, ProbeLogprobs]) -> None:
+        """Store the latest log-probabilities by engine, and the largest gap of all."""
+        self._probe_logprobs |= readings
+        self._worst_gap = max([self._worst_gap, *(reading.mean_gap for reading in readings.values())])
+
+    async def _read_probe_logprobs(self) -> dict[str, ProbeLogprobs]:
+        """Log-probabilities of the probe by the learner and by each engine; in turn where they share GPUs."""
+        settings, actor_groups = self._settings, self._actor_groups
+        if not is_colocated(settings):
+            learner_rows, engine_rows = await asyncio.gather(self._learner_logprobs(), self._engine_logprobs())
+        elif actor_groups.phase == "generate":
+            # Start with the side that is on the GPUs now: one phase switch instead of two.
+            engine_rows = await self._engine_logprobs()
+            await switch_gpu_phase(settings, actor_groups, "learn")
+            learner_rows = await self._learner_logprobs()
+        else:
+            learner_rows = await self._learner_logprobs()
+            await switch_gpu_phase(settings, actor_groups, "generate")
+            engine_rows = await self._engine_logprobs()
+        learner_logprobs = tuple(logprob for row in learner_rows[0] for logprob in row)
+        return {
+            str(engine): ProbeLogprobs(learner_logprobs, tuple(logprob for rows in engine_rows for logprob in rows[i]))
+            for i, engine in enumerate(actor_groups.rollout_actors)
+        }
+
+    async def _learner_logprobs(self) -> list[Any]:
+        """Each rank's log-probabilities [responses][tokens]."""
+        return await self._call_learners("probe_logprobs", self._probe_prompt_ids, self._probe_responses)
+
+    async def _engine_logprobs(self) -> list[list[Any]]:
+        """The engines' log-probabilities [responses][engines][tokens]."""
+        calls = (
+            self._call_engines("probe_logprobs", self._probe_prompt_ids, response) for response in self._probe_responses
+        )
         return list(await asyncio.gather(*calls))
+
+    async def _call_learners(self, method: str, *args: object) -> list[Any]:
+        return await self._call_actors(self._actor_groups.learner_actors, method, *args)
+
+    async def _call_engines(self, method: str, *args: object) -> list[Any]:
+        # Wait for every engine before a loss is raised: no call may be outstanding when phase 1 begins again.
+        return await self._call_actors(self._actor_groups.rollout_actors, method, *args, wait_for_all=True)
+
+    async def _call_actors(
+        self, actors: list[ActorRef], method: str, *args: object, wait_for_all: bool = False
+    ) -> list[Any]:
+        """Call `method` on all actors; Ray's dashboard and timeline show each call with its actor and version."""
+        calls = []
+        for actor in actors:
+            named_method = getattr(actor.handle, method).options(name=f"{actor}: {method} v{self._version}")
+            calls.append((actor, named_method.remote(*args)))
+        return await gather_calls(
+            calls, self._settings.timeouts.weight_sync_s, f"weight sync: {method}", wait_for_all=wait_for_all
+        )

@@ -1,7 +1,7 @@
-"""Finished stages, kept by the hash of everything they were made from, so that the next run can reuse them.
+"""Artifact cache: folders keyed by a hash of everything they were built from, so that the next run reuses them.
 
-A stage is a folder under <cache>/stages/<name>-<hash>. It is built in a temporary folder beside it and renamed when
-whole, so a half-built stage is never seen, whatever kills the builder.
+An artifact is a folder <cache>/artifacts/<name>-<hash>. It is built in a temporary folder next to it and renamed when
+complete, so a killed build leaves nothing that looks finished.
 """
 
 from __future__ import annotations
@@ -9,21 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import rluf
+from rluf.utils.files import replace_folder
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Stage:
-    """A finished stage: its folder, its hash (12 hex digits), and whether an earlier run had built it."""
+class Artifact:
+    """A finished artifact: its folder, its key (12 hex digits), and whether it was reused from an earlier run."""
 
     name: str
     folder: Path
@@ -31,79 +31,89 @@ class Stage:
     reused: bool
 
 
-def file_digest(paths: Iterable[Path]) -> str:
-    """SHA-256 over the names and bytes of files; folders count with all files below them."""
+def hash_files(paths: Iterable[Path]) -> str:
+    """SHA-256 over the names and bytes of files; a folder counts with all files below it."""
     digest = hashlib.sha256()
     for path in sorted(paths):
         for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
-            digest.update(file.name.encode())
+            digest.update(file.name.encode())  # not the whole path: a moved folder has the same content
             with file.open("rb") as stream:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
     return digest.hexdigest()
 
 
-def code_digest(*packages: str) -> str:
+def hash_source_code(*module_names: str) -> str:
     """SHA-256 over the source of the named sub-packages or modules of rluf, so that changed code rebuilds an artifact.
 
     Raises ValueError for a name that does not exist: it would hash to nothing, and a stale artifact would be reused.
     """
     files: list[Path] = []
-    for package in packages:
-        source = Path(rluf.__file__).parent / package.replace(".", "/")
-        module = source.with_suffix(".py")
-        sources = [module] if module.is_file() else list(source.rglob("*.py"))
-        if not sources:
-            raise ValueError(f"rluf.{package} has no source files; name a module or package of rluf")
-        files += sources
-    return file_digest(files)
+    for module_name in module_names:
+        source = Path(rluf.__file__).parent / module_name.replace(".", "/")
+        module_file = source.with_suffix(".py")
+        module_files = [module_file] if module_file.is_file() else list(source.rglob("*.py"))
+        if not module_files:
+            raise ValueError(f"rluf.{module_name} has no source files; name a module or package of rluf")
+        files += module_files
+    return hash_files(files)
 
 
-def stage_key(parts: Mapping[str, object]) -> str:
-    """12 hex digits that stand for everything a stage was made from. `parts` must be JSON-serialisable."""
-    text = json.dumps(parts, sort_keys=True, allow_nan=False)
+def compute_artifact_key(cache_inputs: Mapping[str, object]) -> str:
+    """12 hex digits that identify everything an artifact is built from. `cache_inputs` must be JSON-serializable."""
+    # Sorted, since the order of a mapping must not change the key; NaN is refused, because JSON readers differ on it.
+    text = json.dumps(cache_inputs, sort_keys=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
-def run_stage(
-    cache: Path, name: str, parts: Mapping[str, object], build: Callable[[Path], None], *, reuse: bool = True
-) -> Stage:
-    """Return the finished stage for `parts`, building it with `build(temporary folder)` when it is not there.
+def build_or_reuse(
+    cache_folder: Path,
+    name: str,
+    cache_inputs: Mapping[str, object],
+    build: Callable[[Path], None],
+    *,
+    reuse: bool = True,
+) -> Artifact:
+    """The artifact for `cache_inputs`; when missing, `build` is called with a temporary folder to fill.
 
-    With `reuse` off it is built again and replaces the one kept.
+    With `reuse=False` it is built again and replaces the cached one.
     """
-    return run_stages(cache, {name: parts}, lambda folders: build(folders[name]), reuse=reuse)[name]
+    artifacts = build_or_reuse_all(
+        cache_folder, {name: cache_inputs}, lambda folders: build(folders[name]), reuse=reuse
+    )
+    return artifacts[name]
 
 
-def run_stages(
-    cache: Path,
-    wanted: Mapping[str, Mapping[str, object]],
+def build_or_reuse_all(
+    cache_folder: Path,
+    cache_inputs_by_name: Mapping[str, Mapping[str, object]],
     build: Callable[[Mapping[str, Path]], None],
     *,
     reuse: bool = True,
-) -> dict[str, Stage]:
-    """Several stages whose missing ones are built by one call of `build(name -> temporary folder)`."""
-    stages: dict[str, Stage] = {}
-    parts: dict[str, Path] = {}
-    for name, made_from in wanted.items():
-        key = stage_key({"stage": name, **made_from})
-        stages[name] = Stage(name, cache / "stages" / f"{name}-{key}", key, reused=False)
-        if stages[name].folder.is_dir() and reuse:
-            stages[name] = replace(stages[name], reused=True)
-            logger.info("%s: reused from %s, same data, settings and code", name, stages[name].folder)
+) -> dict[str, Artifact]:
+    """Several artifacts; all missing ones are built by one call of `build(name -> temporary folder)`."""
+    root = cache_folder / "artifacts"
+    artifacts: dict[str, Artifact] = {}
+    temporary_folders: dict[str, Path] = {}
+    for name, cache_inputs in cache_inputs_by_name.items():
+        key = compute_artifact_key({"artifact": name, **cache_inputs})
+        folder = root / f"{name}-{key}"
+        is_reused = reuse and folder.is_dir()
+        artifacts[name] = Artifact(name, folder, key, is_reused)
+        if is_reused:
+            logger.info("%s: reused from %s, same data, settings and code", name, folder)
         else:
-            parts[name] = stages[name].folder.with_name(f".{name}-{key}-{uuid.uuid4().hex[:8]}")
-    if not parts:
-        return stages
-    (cache / "stages").mkdir(parents=True, exist_ok=True)
+            # The random suffix lets two processes build the same artifact at once; the later rename wins.
+            temporary_folders[name] = root / f".{name}-{key}-{uuid.uuid4().hex[:8]}"
+    if not temporary_folders:
+        return artifacts
+    root.mkdir(parents=True, exist_ok=True)
     try:
-        build(parts)
-        for name, part in parts.items():
-            origin = {"stage": name, "key": stages[name].key, "from": dict(wanted[name])}
-            (part / "stage.json").write_text(json.dumps(origin, indent=2))
-            if stages[name].folder.is_dir():
-                shutil.rmtree(stages[name].folder)
-            os.replace(part, stages[name].folder)
+        build(temporary_folders)
+        for name, temporary_folder in temporary_folders.items():
+            origin = {"artifact": name, "key": artifacts[name].key, "inputs": dict(cache_inputs_by_name[name])}
+            (temporary_folder / "artifact.json").write_text(json.dumps(origin, indent=2))
+            replace_folder(temporary_folder, artifacts[name].folder)
     finally:
-        for part in parts.values():
-            shutil.rmtree(part, ignore_errors=True)
-    return stages
+        for temporary_folder in temporary_folders.values():
+            shutil.rmtree(temporary_folder, ignore_errors=True)
+    return artifacts

@@ -1,4 +1,4 @@
-"""Where rluf reads and writes: run folders, the cache of finished stages, the sample log shipped with the package."""
+"""Paths that rluf reads and writes: run folders, the artifact cache, the sample log shipped with the package."""
 
 from __future__ import annotations
 
@@ -10,65 +10,64 @@ import rluf
 from rluf.config.settings import Settings
 from rluf.errors import DataError, ResourceError
 
-SAMPLE_KINDS = ("feedback", "preferences", "safety", "prompts")
+SAMPLE_LOG_KINDS = ("feedback", "preferences", "safety", "prompts")
 
 
-def cache_dir(settings: Settings) -> Path:
-    """Folder of converted models and finished stages: run.cache, else $RLUF_CACHE, else ~/.cache/rluf."""
+def resolve_cache_folder(settings: Settings) -> Path:
+    """Folder of converted models and cached artifacts: run.cache, else $RLUF_CACHE, else ~/.cache/rluf."""
     return Path(settings.run.cache or os.environ.get("RLUF_CACHE") or "~/.cache/rluf").expanduser().resolve()
 
 
-def runs_root(settings: Settings) -> Path:
-    """Folder that holds the run folders: run.root, else $RLUF_RUNS, else ./runs.
-
-    A packaged Ray job (`ray job submit --working-dir .`) works in a copy of the folder that Ray deletes later, so
-    there the last resort is ~/rluf/runs.
-    """
-    named = settings.run.root or os.environ.get("RLUF_RUNS")
-    if named:
-        return Path(named).expanduser().resolve()
-    here = Path.cwd()
-    return Path("~/rluf/runs").expanduser() if "runtime_resources" in here.parts else here / "runs"
+def resolve_runs_root(settings: Settings) -> Path:
+    """Folder of the run folders: run.root, else $RLUF_RUNS, else ./runs (~/rluf/runs in a packaged Ray job)."""
+    configured_root = settings.run.root or os.environ.get("RLUF_RUNS")
+    if configured_root:
+        return Path(configured_root).expanduser().resolve()
+    working_dir = Path.cwd()
+    # `ray job submit --working-dir .` runs in a copy of the folder, which Ray deletes later.
+    is_packaged_job = "runtime_resources" in working_dir.parts
+    return Path("~/rluf/runs").expanduser() if is_packaged_job else working_dir / "runs"
 
 
 def check_writable(folder: Path) -> None:
-    """Raise ResourceError when `folder` cannot be made or written to, judged by its nearest folder that exists."""
-    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not (place.is_dir() and os.access(place, os.W_OK)):
+    """Raise ResourceError if `folder` cannot be created or written to, judged by its nearest existing parent."""
+    existing_folder = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not (existing_folder.is_dir() and os.access(existing_folder, os.W_OK)):
         raise ResourceError(
-            f"cannot write to {folder}: {place} is no folder that you may write; set run.root and run.cache (or "
-            "RLUF_RUNS and RLUF_CACHE) to folders you may write"
+            f"cannot write to {folder}: {existing_folder} is not a writable folder; set run.root and run.cache (or "
+            "RLUF_RUNS and RLUF_CACHE) to folders you may write to"
         )
 
 
-def new_run_folder(settings: Settings, *, suffix: str = "") -> Path:
-    """Create <root>/<name><suffix>/<UTC time> and point the link `latest` beside it at it.
+def create_run_folder(settings: Settings, *, name_suffix: str = "") -> Path:
+    """Create <root>/<name><suffix>/<UTC time> and point the link `latest` in its parent at it.
 
-    Raises ResourceError when the folder cannot be written.
+    Raises ResourceError if the folder cannot be written.
     """
-    parent = runs_root(settings) / f"{settings.name}{suffix}"
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    parent = resolve_runs_root(settings) / f"{settings.name}{name_suffix}"
+    timestamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        folder = parent / stamp
+        folder = parent / timestamp
         count = 1
         while folder.exists():
             count += 1
-            folder = parent / f"{stamp}-{count}"
+            folder = parent / f"{timestamp}-{count}"
         folder.mkdir()
+        # A link cannot be overwritten in place; renaming a new one over it leaves no moment without `latest`.
         link = parent / f".latest-{folder.name}"
         link.symlink_to(folder.name)
         link.replace(parent / "latest")
     except OSError as error:
         raise ResourceError(
-            f"cannot write run folder under {parent}: {error.strerror or error}; "
-            "set run.root or RLUF_RUNS to a folder you may write"
+            f"cannot write a run folder in {parent}: {error.strerror or error}; set run.root or RLUF_RUNS to a folder "
+            "you may write to"
         ) from error
     return folder
 
 
-def sample_file(kind: str) -> Path:
-    """Path of a file of the sample log that ships with rluf; `kind` is one of SAMPLE_KINDS."""
-    if kind not in SAMPLE_KINDS:
-        raise DataError(f"sample:{kind} is not shipped with rluf; use one of {', '.join(SAMPLE_KINDS)}")
+def find_sample_log(kind: str) -> Path:
+    """Path of a file of the sample log that ships with rluf; `kind` is one of SAMPLE_LOG_KINDS."""
+    if kind not in SAMPLE_LOG_KINDS:
+        raise DataError(f"sample:{kind} is not shipped with rluf; use one of {', '.join(SAMPLE_LOG_KINDS)}")
     return Path(rluf.__file__).parent / "simulate" / "sample" / f"{kind}.jsonl.gz"

@@ -1,4 +1,4 @@
-"""Seconds spent in each phase of a run."""
+"""Wall-clock seconds of the phases of a run."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class Phases:
-    """Collects wall-clock seconds by phase name; `total` counts from construction."""
+class PhaseTimer:
+    """Collects wall-clock seconds by phase name; the total counts from construction."""
 
     def __init__(self) -> None:
         """Start the total."""
-        self._started = time.monotonic()
-        self._seconds: dict[str, float] = {}
+        self._start_time = time.monotonic()  # the wall clock may be set during a run
+        self._seconds_by_phase: dict[str, float] = {}
 
-    def time(self, name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call `function` and add its seconds to phase `name`."""
-        started = time.monotonic()
+    def time_call(self, phase_name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call `function` and add its duration to the phase, even if it raises."""
+        start_time = time.monotonic()
         try:
             return function(*args, **kwargs)
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - started
+            seconds = time.monotonic() - start_time
+            self._seconds_by_phase[phase_name] = self._seconds_by_phase.get(phase_name, 0.0) + seconds
 
-    def add(self, seconds: Mapping[str, float]) -> None:
+    def add_seconds(self, seconds_by_phase: Mapping[str, float]) -> None:
         """Add phases that were timed elsewhere."""
-        self._seconds |= seconds
+        self._seconds_by_phase |= seconds_by_phase
 
     def as_dict(self) -> dict[str, float]:
         """Seconds by phase, in order, and their `total` since construction."""
-        return {**self._seconds, "total": time.monotonic() - self._started}
+        return {**self._seconds_by_phase, "total": time.monotonic() - self._start_time}

@@ -18,12 +18,12 @@ import ray
 import torch
 
 from actors.learner import LearnerActor
-from rluf.algorithms.advantages import Outcomes
+from rluf.algorithms.advantages import AdvantageInputs
 from rluf.algorithms.packing import plan_micro_batches
-from rluf.algorithms.registry import make_lesson
-from rluf.backends.weight_transfer.base import read_segment
+from rluf.algorithms.registry import build_learner_inputs
+from rluf.backends.weight_transfer.shm import read_segment
 from rluf.config.policy import AlgorithmSettings, LearnerSettings, ModelSettings, RolloutSettings
-from rluf.config.run import RunSettings
+from rluf.config.run import RunSettings, TimeoutSettings
 from rluf.config.settings import Settings
 from rluf.errors import ResourceError, RlufError
 from rluf.models.hub import resolve_model
@@ -31,66 +31,68 @@ from rluf.train import replay
 from rluf.types import Group, Prompt, Sample
 
 pytestmark = pytest.mark.usefixtures("local_ray")
-WANTED = 101
+REWARDED_TOKEN = 101
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return resolve_model("tiny", tmp_path_factory.mktemp("cache"))
 
 
-def settings_of(*, ranks: int = 1, rate: float = 1e-3, dtype: str = "bfloat16", kl_coef: float = 0.0) -> Settings:
+def make_settings(
+    *, workers: int = 1, learning_rate: float = 1e-3, dtype: str = "bfloat16", kl_coef: float = 0.0
+) -> Settings:
     return Settings(
         model=ModelSettings(dtype=dtype),  # type: ignore[arg-type]
-        learner=LearnerSettings(ranks=ranks, learning_rate=rate, warmup_steps=0, deadline_s=60.0),
+        learner=LearnerSettings(workers=workers, learning_rate=learning_rate, warmup_steps=0),
+        timeouts=TimeoutSettings(learner_step_s=60.0),
         algorithm=AlgorithmSettings(kl_coef=kl_coef, micro_batch_tokens=64),
         rollout=RolloutSettings(max_prompt_tokens=16, max_response_tokens=16),
     )
 
 
-def actor_class() -> Any:
-    """LearnerActor with two windows for tests; made here so that Ray ships it by value."""
+def make_actor_class() -> Any:
+    """LearnerActor with two methods for tests; defined in a function so that Ray pickles it by value."""
 
-    class Watched(LearnerActor):
-        def digest(self) -> str:
-            held = hashlib.sha256()
+    class InspectableLearner(LearnerActor):
+        def hash_weights(self) -> str:
+            digest = hashlib.sha256()
             for name, parameter in self.engine.module.named_parameters():
-                held.update(name.encode() + parameter.detach().view(torch.uint8).numpy().tobytes())
-            return held.hexdigest()
+                digest.update(name.encode() + parameter.detach().view(torch.uint8).numpy().tobytes())
+            return digest.hexdigest()
 
         @torch.no_grad()  # type: ignore[untyped-decorator]
         def sample(self, prompts: list[list[int]], length: int) -> tuple[list[list[int]], list[list[float]]]:
-            """Responses and logprobs of the current policy to prompts of one length."""
+            """Responses and log-probabilities of the current policy to prompts of equal length."""
             tokens = torch.tensor(prompts)
-            found = []
+            chosen_logprobs = []
             for _ in range(length):
-                rows = torch.arange(tokens.numel()).view_as(tokens)
+                token_index = torch.arange(tokens.numel()).view_as(tokens)
                 logits = self.engine.module(
                     input_ids=tokens.view(1, -1),
                     position_ids=torch.arange(tokens.shape[1]).repeat(len(prompts))[None],
-                    logits_to_keep=rows[:, -1],
+                    logits_to_keep=token_index[:, -1],
                     use_cache=False,
-                    rows=rows,
-                    places=rows.view(-1),
+                    sequence_token_index=token_index,
+                    token_output_index=token_index.view(-1),
                 ).logits[0]
                 logprobs = logits.float().log_softmax(-1)
-                chosen = torch.multinomial(logprobs.exp(), 1)
-                found.append(logprobs.gather(-1, chosen))
-                tokens = torch.cat([tokens, chosen], dim=1)
-            return tokens[:, len(prompts[0]) :].tolist(), torch.cat(found, dim=1).tolist()
+                next_tokens = torch.multinomial(logprobs.exp(), 1)
+                chosen_logprobs.append(logprobs.gather(-1, next_tokens))
+                tokens = torch.cat([tokens, next_tokens], dim=1)
+            return tokens[:, len(prompts[0]) :].tolist(), torch.cat(chosen_logprobs, dim=1).tolist()
 
-    return ray.remote(num_cpus=0.5, concurrency_groups={"health": 1})(Watched)
+    return ray.remote(num_cpus=0.5, concurrency_groups={"health": 1})(InspectableLearner)
 
 
 @contextmanager
-def learners(settings: Settings, folder: Path) -> Iterator[list[Any]]:
+def start_learners(settings: Settings, model_path: Path) -> Iterator[list[Any]]:
     """All ranks, set up; ended afterwards."""
-    blob, world = settings.model_dump_json(), settings.learner.ranks
-    threads = {"env_vars": {"OMP_NUM_THREADS": "1"}}
-    remote = actor_class().options(runtime_env=threads)
-    ranks = [remote.remote(rank, world, blob, str(folder)) for rank in range(world)]
+    settings_json, world_size = settings.model_dump_json(), settings.learner.workers
+    remote_class = make_actor_class().options(runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
+    ranks = [remote_class.remote(rank, world_size, settings_json, str(model_path)) for rank in range(world_size)]
     try:
-        host, port = ray.get(ranks[0].address.remote(), timeout=60)
+        host, port = ray.get(ranks[0].rendezvous_address.remote(), timeout=60)
         ray.get([rank.setup.remote(host, port) for rank in ranks], timeout=120)
         yield ranks
         ray.get([rank.shutdown.remote() for rank in ranks], timeout=30)
@@ -99,155 +101,172 @@ def learners(settings: Settings, folder: Path) -> Iterator[list[Any]]:
             ray.kill(rank)
 
 
-def random_groups(seed: int, logprob: float = -5.5) -> list[Group]:
-    draw = random.Random(seed)
+def make_random_groups(seed: int, logprob: float = -5.5) -> list[Group]:
+    generator = random.Random(seed)
+
+    def random_ids(length: int) -> tuple[int, ...]:
+        return tuple(generator.randrange(3, 250) for _ in range(length))
+
     groups = []
     for index in range(5):
-        ids = tuple(draw.randrange(3, 250) for _ in range(draw.randrange(4, 12)))
-        lengths = [draw.randrange(1, 12) for _ in range(4)]
+        prompt_ids = random_ids(generator.randrange(4, 12))
+        lengths = [generator.randrange(1, 12) for _ in range(4)]
         samples = tuple(
-            Sample(
-                str(index), ids, tuple(draw.randrange(3, 250) for _ in range(n)), (logprob,) * n, ((0, 0),), "stop", ""
-            )
-            for n in lengths
+            Sample(str(index), prompt_ids, random_ids(length), (logprob,) * length, ((0, 0),), "stop", "")
+            for length in lengths
         )
-        groups.append(Group(Prompt(str(index), (), ids, "", "train"), samples, 0))
+        groups.append(Group(Prompt(str(index), (), prompt_ids, "", "train"), samples, 0))
     return groups
 
 
-def learn(
+def run_train_step(
     ranks: Sequence[Any],
     groups: Sequence[Group],
     rewards: Sequence[Sequence[float]],
     kl_coef: float = 0.0,
     advantages: list[list[float]] | None = None,
 ) -> list[dict[str, float]]:
-    plan = plan_micro_batches(
-        [len(g.prompt.token_ids) for g in groups],
-        [[len(s.response_ids) for s in g.samples] for g in groups],
-        ranks=len(ranks),
+    response_lengths = [[len(sample.response_ids) for sample in group.samples] for group in groups]
+    micro_batches = plan_micro_batches(
+        [len(group.prompt.token_ids) for group in groups],
+        response_lengths,
+        world_size=len(ranks),
         token_budget=64,
     )
-    refs = [ray.put(group) for group in groups]
-    outcomes = Outcomes(rewards, lengths=[[len(s.response_ids) for s in g.samples] for g in groups])
-    lesson = make_lesson(AlgorithmSettings(), outcomes, longest=16, kl_coef=kl_coef)
-    lesson = lesson if advantages is None else dataclasses.replace(lesson, advantages=advantages)
-    calls = [rank.step.remote(refs, lesson, plan[index], 1) for index, rank in enumerate(ranks)]
-    found: list[dict[str, float]] = ray.get(calls, timeout=120)
-    return found
+    group_refs = [ray.put(group) for group in groups]
+    advantage_inputs = AdvantageInputs(rewards, response_lengths=response_lengths)
+    learner_inputs = build_learner_inputs(
+        AlgorithmSettings(), advantage_inputs, max_response_tokens=16, kl_coef=kl_coef
+    )
+    if advantages is not None:
+        learner_inputs = dataclasses.replace(learner_inputs, advantages=advantages)
+    calls = [
+        rank.train_step.remote(group_refs, learner_inputs, micro_batches[index], 1) for index, rank in enumerate(ranks)
+    ]
+    metrics: list[dict[str, float]] = ray.get(calls, timeout=120)
+    return metrics
 
 
 REWARDS = [[0.1, 0.9, 0.4, 0.2], [1.0, 0.0, 0.5, 0.5], [0.0] * 4, [3.0, 1.0, 2.0, 9.0], [0.0, 0.0, 0.0, 1.0]]
 
 
-def test_two_ranks_learn_alike_and_as_one_rank_does_then_publish_and_save(folder: Path, tmp_path: Path) -> None:
-    groups, probe = random_groups(1), ([5, 6, 7], [[8, 9, 10]])
-    with learners(settings_of(dtype="float32"), folder) as (alone,):
-        lone = learn([alone], groups, REWARDS)[0]
-        expected = ray.get(alone.logprobs.remote(*probe))[0]
-    with learners(settings_of(ranks=2, dtype="float32"), folder) as ranks:
-        before = ray.get([rank.digest.remote() for rank in ranks])
-        first, second = learn(ranks, groups, REWARDS)
-        after = ray.get([rank.digest.remote() for rank in ranks])
+def test_two_ranks_learn_identically_and_like_one_rank_then_sync_and_save(model_path: Path, tmp_path: Path) -> None:
+    groups, probe = make_random_groups(1), ([5, 6, 7], [[8, 9, 10]])
+    with start_learners(make_settings(dtype="float32"), model_path) as (single,):
+        single_metrics = run_train_step([single], groups, REWARDS)[0]
+        expected = ray.get(single.probe_logprobs.remote(*probe))[0]
+    with start_learners(make_settings(workers=2, dtype="float32"), model_path) as ranks:
+        before = ray.get([rank.hash_weights.remote() for rank in ranks])
+        first, second = run_train_step(ranks, groups, REWARDS)
+        after = ray.get([rank.hash_weights.remote() for rank in ranks])
         assert before[0] == before[1] and after[0] == after[1] and before[0] != after[0]
-        timings = {name for name in first if name.endswith("_s")}
-        assert {k: v for k, v in first.items() if k not in timings} == {
-            k: v for k, v in second.items() if k not in timings
+        assert {key: value for key, value in first.items() if not key.endswith("_s")} == {
+            key: value for key, value in second.items() if not key.endswith("_s")
         }
         for name in ("loss", "grad_norm", "entropy", "ratio_mean", "effective_sample_size"):
-            assert first[name] == pytest.approx(lone[name], rel=1e-4), name
-        found = [rows[0] for rows in ray.get([rank.logprobs.remote(*probe) for rank in ranks])]
-        assert found[0] == pytest.approx(found[1], abs=1e-6)
-        assert found[0] == pytest.approx(expected, abs=1e-3)
-        target = tmp_path / "policy"
-        ray.get([rank.save.remote(str(target)) for rank in ranks])
-        check_saved(target, folder, probe, found[0])
-        check_published(ranks, target)
+            assert first[name] == pytest.approx(single_metrics[name], rel=1e-4), name
+        logprobs = [rows[0] for rows in ray.get([rank.probe_logprobs.remote(*probe) for rank in ranks])]
+        assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-6)
+        assert logprobs[0] == pytest.approx(expected, abs=1e-3)
+        policy_path = tmp_path / "policy"
+        ray.get([rank.save_policy.remote(str(policy_path)) for rank in ranks])
+        check_saved_policy(policy_path, model_path, probe, logprobs[0])
+        check_synced_weights(ranks, policy_path)
 
 
-def check_saved(target: Path, base: Path, probe: tuple[list[int], list[list[int]]], expected: list[float]) -> None:
-    """Plain transformers reads the folder, tokenizer and template too, and computes the learner's logprobs."""
+def check_saved_policy(
+    policy_path: Path, base_path: Path, probe: tuple[list[int], list[list[int]]], expected: list[float]
+) -> None:
+    """Plain transformers loads the folder, tokenizer and template included, and computes the learner's values."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    assert [p.name for p in target.parent.iterdir()] == [target.name]
-    model = AutoModelForCausalLM.from_pretrained(target)
+    assert [path.name for path in policy_path.parent.iterdir()] == [policy_path.name]
+    model = AutoModelForCausalLM.from_pretrained(policy_path)
     prompt, (response,) = probe
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-    found = logits.float().log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
-    assert found.tolist() == pytest.approx(expected, abs=1e-4)
-    chat = [{"role": "user", "content": "hi"}]
-    tokenizer, original = (AutoTokenizer.from_pretrained(path) for path in (target, base))
-    assert tokenizer.apply_chat_template(chat) == original.apply_chat_template(chat)
+    logprobs = logits.float().log_softmax(-1).gather(-1, torch.tensor(response)[:, None])[:, 0]
+    assert logprobs.tolist() == pytest.approx(expected, abs=1e-4)
+    conversation = [{"role": "user", "content": "hi"}]
+    tokenizer, base_tokenizer = (AutoTokenizer.from_pretrained(path) for path in (policy_path, base_path))
+    assert tokenizer.apply_chat_template(conversation) == base_tokenizer.apply_chat_template(conversation)
 
 
-def check_published(ranks: Sequence[Any], saved: Path) -> None:
-    """Another process reads from shared memory the weights that were saved, the tied head among them."""
+def check_synced_weights(ranks: Sequence[Any], policy_path: Path) -> None:
+    """Another process reads the saved weights from shared memory, the tied head included."""
     from transformers import AutoModelForCausalLM
 
-    offers = ray.get([rank.begin_publish.remote({"engine": "shm", "version": 3}) for rank in ranks])
-    assert offers[0]["version"] == 3
+    transfer_info = ray.get([rank.begin_weight_sync.remote(3) for rank in ranks])
+    assert transfer_info[0]["weight_version"] == 3
     received: dict[str, torch.Tensor] = {}
-    while (buckets := ray.get([rank.next_bucket.remote() for rank in ranks]))[0] is not None:
+    while (buckets := ray.get([rank.next_weight_bucket.remote() for rank in ranks]))[0] is not None:
         received.update(read_segment(**buckets[0]))
-    ray.get([rank.end_publish.remote() for rank in ranks])
-    expected = AutoModelForCausalLM.from_pretrained(saved).state_dict()
+    ray.get([rank.end_weight_sync.remote() for rank in ranks])
+    expected = AutoModelForCausalLM.from_pretrained(policy_path).state_dict()
     assert received.keys() == expected.keys()
     assert all(torch.equal(received[name], tensor) for name, tensor in expected.items())
 
 
-def test_learning_rate_zero_keeps_weights_and_bad_gradients_stop_the_run(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_learning_rate_zero_keeps_weights_and_non_finite_gradients_stop_the_run(
+    model_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What it stopped at is kept, and doing it again names the micro-batches that are to blame, and no others."""
-    settings = settings_of(rate=0.0).model_copy(update={"name": "bad", "run": RunSettings(cache=str(tmp_path))})
-    with learners(settings, folder) as (actor,):
-        before = ray.get(actor.digest.remote())
-        found = learn([actor], random_groups(2), REWARDS)[0]
-        assert found["skipped"] == 0.0 and found["grad_norm"] > 0.0 and found["kl"] == pytest.approx(0.0, abs=1e-6)
-        broken = [[0.1] * 4, [math.inf] * 4, *[[0.1] * 4] * 3]
+    """The step is dumped, and replaying it names the micro-batches that caused it, and no others."""
+    settings = make_settings(learning_rate=0.0)
+    settings = settings.model_copy(update={"name": "bad", "run": RunSettings(cache=str(tmp_path))})
+    with start_learners(settings, model_path) as (actor,):
+        before = ray.get(actor.hash_weights.remote())
+        metrics = run_train_step([actor], make_random_groups(2), REWARDS)[0]
+        assert metrics["skipped"] == 0.0 and metrics["grad_norm"] > 0.0
+        assert metrics["kl"] == pytest.approx(0.0, abs=1e-6)
+        infinite_advantages = [[0.1] * 4, [math.inf] * 4, *[[0.1] * 4] * 3]
+        groups = make_random_groups(3)
         for count in (1.0, 2.0):
-            assert learn([actor], random_groups(3), REWARDS, advantages=broken)[0]["skipped"] == count
+            metrics = run_train_step([actor], groups, REWARDS, advantages=infinite_advantages)[0]
+            assert metrics["skipped"] == count
         with pytest.raises(RlufError, match="3 steps in a row"):
-            learn([actor], random_groups(3), REWARDS, advantages=broken)
-        assert ray.get(actor.digest.remote()) == before
+            run_train_step([actor], groups, REWARDS, advantages=infinite_advantages)
+        assert ray.get(actor.hash_weights.remote()) == before
         assert ray.get(actor.health.remote())["skipped"] == 3.0
     assert replay.main([str(tmp_path / "dumps" / "bad-step-1")]) == 1
     findings = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert len(findings) > 2 and any(not finding["not_finite"] for finding in findings)
-    assert all(bool(finding["not_finite"]) == ("1" in finding["prompts"]) for finding in findings)
-    assert all(f["not_finite"][:2] == ["advantages", "loss"] for f in findings if f["not_finite"])
-    assert replay.main([str(tmp_path)]) != 0 and "holds no step" in capsys.readouterr().err
+    assert len(findings) > 2 and any(not finding["non_finite_names"] for finding in findings)
+    for finding in findings:
+        assert bool(finding["non_finite_names"]) == ("1" in finding["prompt_ids"])
+        if finding["non_finite_names"]:
+            assert finding["non_finite_names"][:2] == ["advantages", "loss"]
+    assert replay.main([str(tmp_path)]) != 0 and "contains no dumped step" in capsys.readouterr().err
 
 
-def test_missing_rank_is_named(folder: Path) -> None:
-    settings = settings_of(ranks=2).model_copy(update={"learner": LearnerSettings(ranks=2, deadline_s=2.0)})
-    settings = settings.model_copy(update={"cluster": settings.cluster.model_copy(update={"start_deadline_s": 2.0})})
-    actor = actor_class().remote(0, 2, settings.model_dump_json(), str(folder))
-    host, port = ray.get(actor.address.remote(), timeout=60)
+def test_missing_rank_is_named(model_path: Path) -> None:
+    settings = make_settings(workers=2).model_copy(
+        update={"timeouts": TimeoutSettings(learner_step_s=2.0, actor_start_s=2.0)}
+    )
+    actor = make_actor_class().remote(0, 2, settings.model_dump_json(), str(model_path))
+    host, port = ray.get(actor.rendezvous_address.remote(), timeout=60)
     with pytest.raises(ResourceError, match="rank 0 of 2"):
         ray.get(actor.setup.remote(host, port), timeout=60)
     ray.kill(actor)
 
 
-def test_policy_learns_to_say_a_token(folder: Path) -> None:
-    """Reward: how often byte WANTED occurs in 8 tokens; by chance 1 in 260."""
+def test_policy_learns_to_produce_a_token(model_path: Path) -> None:
+    """Reward: how often byte REWARDED_TOKEN occurs in 8 tokens; by chance 1 in 260."""
     prompts = [[1, 60 + index, 70, 2] for index in range(4)]
-    copies = [prompt for prompt in prompts for _ in range(8)]
-    shares = []
-    with learners(settings_of(rate=3e-3, kl_coef=0.001), folder) as (actor,):
+    repeated_prompts = [prompt for prompt in prompts for _ in range(8)]
+    token_shares = []
+    with start_learners(make_settings(learning_rate=3e-3, kl_coef=0.001), model_path) as (actor,):
         for _ in range(12):
-            responses, logprobs = ray.get(actor.sample.remote(copies, 8))
-            rewards = [float(response.count(WANTED)) for response in responses]
+            responses, logprobs = ray.get(actor.sample.remote(repeated_prompts, 8))
+            rewards = [float(response.count(REWARDED_TOKEN)) for response in responses]
             groups = []
-            for start in range(0, len(copies), 8):
-                ids = tuple(copies[start])
+            for start in range(0, len(repeated_prompts), 8):
+                prompt_ids = tuple(repeated_prompts[start])
                 samples = tuple(
-                    Sample("", ids, tuple(responses[i]), tuple(logprobs[i]), ((0, 0),), "length", "")
+                    Sample("", prompt_ids, tuple(responses[i]), tuple(logprobs[i]), ((0, 0),), "length", "")
                     for i in range(start, start + 8)
                 )
-                groups.append(Group(Prompt("", (), ids, "", "train"), samples, 0))
-            found = learn([actor], groups, [rewards[i : i + 8] for i in range(0, len(rewards), 8)], 0.001)[0]
-            assert found["ratio_max"] == pytest.approx(1.0, abs=0.2)
-            shares.append(fmean(rewards) / 8)
-    assert fmean(shares[:2]) < 0.1 and fmean(shares[-3:]) > 0.6, shares
+                groups.append(Group(Prompt("", (), prompt_ids, "", "train"), samples, 0))
+            rewards_by_group = [rewards[i : i + 8] for i in range(0, len(rewards), 8)]
+            metrics = run_train_step([actor], groups, rewards_by_group, 0.001)[0]
+            assert metrics["ratio_max"] == pytest.approx(1.0, abs=0.2)
+            token_shares.append(fmean(rewards) / 8)
+    assert fmean(token_shares[:2]) < 0.1 and fmean(token_shares[-3:]) > 0.6, token_shares

@@ -1,4 +1,4 @@
-"""The reward actor in a real Ray: models, judges, micro-batching, clear errors."""
+"""The reward actor on a real Ray: models, judges, batching, clear errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from actors.reward import RewardActor
 from rluf.config.settings import Settings
 from rluf.errors import ModelError, SettingsError
 from rluf.models.hub import resolve_model
-from rluf.reward.backbone import encoder_for, load_classifier
+from rluf.reward.backbone import build_text_encoder, load_classifier
 from rluf.reward.calibration import Calibration
 from rluf.reward.model import RewardModel
 from rluf.types import Group, Prompt, Sample
@@ -23,62 +23,66 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("reward")
-    backbone = resolve_model("tiny-encoder", folder / "cache")
-    model = load_classifier(backbone, trained=False, seed=1)
+def reward_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    work_folder = tmp_path_factory.mktemp("reward")
+    folder = work_folder / "model"
+    backbone = resolve_model("tiny-encoder", work_folder / "cache")
+    model = load_classifier(backbone, require_all_weights=False, seed=1)
     torch.nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(0))
-    encoder_for(model, backbone, 96).tokenizer.save_pretrained(str(folder / "model"))
-    model.save_pretrained(str(folder / "model"))
-    Calibration("love", "platt", -1.0, 1.0, 0.0, 96).save(folder / "model")
-    return folder / "model"
+    build_text_encoder(model, backbone, 96).tokenizer.save_pretrained(str(folder))
+    model.save_pretrained(str(folder))
+    Calibration("love", "platt", -1.0, 1.0, 0.0, 96).save(folder)
+    return folder
 
 
 @pytest.fixture
-def actors(local_ray: None) -> Iterator[Any]:
+def start_actor(local_ray: None) -> Iterator[Any]:
     """Start a reward actor as the driver does; ended after the test."""
-    started: list[Any] = []
+    actors: list[Any] = []
 
     def start(objective: str, settings: Settings, path: Path | None) -> Any:
-        remote = ray.remote(num_cpus=0.2, max_concurrency=64)(RewardActor)
-        started.append(remote.remote(settings.model_dump_json(), {objective: None if path is None else str(path)}))
-        return started[-1]
+        remote_class = ray.remote(num_cpus=0.2, max_concurrency=64)(RewardActor)
+        folders = {objective: None if path is None else str(path)}
+        actors.append(remote_class.remote(settings.model_dump_json(), folders))
+        return actors[-1]
 
     yield start
-    for actor in started:
+    for actor in actors:
         ray.kill(actor)
 
 
-def _group(number: int, texts: tuple[str, ...]) -> Group:
-    prompt = Prompt(f"p{number}", ({"role": "user", "content": f"Question {number}?"},), (1, 2), "chat", "train")
+def make_group(index: int, texts: tuple[str, ...]) -> Group:
+    prompt = Prompt(f"p{index}", ({"role": "user", "content": f"Question {index}?"},), (1, 2), "chat", "train")
     samples = tuple(Sample(prompt.id, (1, 2), (3,), (-0.1,), ((0, 0),), "stop", text) for text in texts)
     return Group(prompt, samples, 0)
 
 
-def test_groups_are_scored_in_order_together_and_as_alone(checkpoint: Path, actors: Any) -> None:
-    actor = actors("love", Settings(), checkpoint)
-    ready = ray.get(actor.ready.remote())
-    assert (ready["objective"], ready["source"]) == ("love", "model")
-    groups = [_group(number, ("", "yes " * number, f"text {number}")) for number in range(12)]
-    found = ray.get([actor.score.remote(group) for group in groups])
-    model = RewardModel.load(checkpoint, batch_tokens=512)
-    for group, scores in zip(groups, found, strict=True):
-        alone = model.score([(group.prompt.messages, sample.text) for sample in group.samples], "love")
-        assert [score.raw for score in scores["love"]] == pytest.approx([score.raw for score in alone], abs=1e-4)
-        assert [score.value for score in scores["love"]] == pytest.approx([score.value for score in alone], abs=1e-4)
+def test_concurrent_groups_are_batched_with_the_scores_of_single_groups(reward_folder: Path, start_actor: Any) -> None:
+    actor = start_actor("love", Settings(), reward_folder)
+    report = ray.get(actor.ready.remote())
+    assert (report["objective"], report["source"]) == ("love", "model")
+    groups = [make_group(index, ("", "yes " * index, f"text {index}")) for index in range(12)]
+    results = ray.get([actor.score_group.remote(group) for group in groups])
+    model = RewardModel.load(reward_folder, batch_tokens=512)
+    for group, scores in zip(groups, results, strict=True):
+        expected = model.score([(group.prompt.messages, sample.text) for sample in group.samples], "love")
+        for field in ("raw_logit", "value"):
+            assert [getattr(score, field) for score in scores["love"]] == pytest.approx(
+                [getattr(score, field) for score in expected], abs=1e-4
+            )
     health = ray.get(actor.health.remote())
     assert health["scored"] == 36
     assert health["batches"] <= 12
     assert health["waiting"] == 0
 
 
-def test_bad_folder_and_unknown_judge_raise_our_errors_and_judges_score(tmp_path: Path, actors: Any) -> None:
+def test_a_bad_folder_and_an_unknown_judge_are_clear_errors_and_judges_score(tmp_path: Path, start_actor: Any) -> None:
     with pytest.raises(ModelError, match=r"config\.json"):
-        ray.get(actors("love", Settings(), tmp_path).ready.remote())
-    judged = {"objectives": {"safety": {"weight": 0.2, "source": "judge", "judge": "refusal"}}}
-    actor = actors("safety", Settings.model_validate(judged), None)
-    scores = ray.get(actor.score.remote(_group(0, ("Hello!", "I cannot help with that."))))
+        ray.get(start_actor("love", Settings(), tmp_path).ready.remote())
+    overrides = {"objectives": {"safety": {"weight": 0.2, "source": "judge", "judge": "refusal"}}}
+    actor = start_actor("safety", Settings.model_validate(overrides), None)
+    scores = ray.get(actor.score_group.remote(make_group(0, ("Hello!", "I cannot help with that."))))
     assert [score.verdict for score in scores["safety"]] == [True, False]
-    judged["objectives"]["safety"]["judge"] = "nobody"
+    overrides["objectives"]["safety"]["judge"] = "unknown"
     with pytest.raises(SettingsError, match="repetition"):
-        ray.get(actors("safety", Settings.model_validate(judged), None).ready.remote())
+        ray.get(start_actor("safety", Settings.model_validate(overrides), None).ready.remote())

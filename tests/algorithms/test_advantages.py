@@ -1,4 +1,4 @@
-"""Each estimator against an independent formula on the same numbers, and what must hold for all of them."""
+"""Each estimator against an independent formula on the same numbers, and properties of all of them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rluf.algorithms.advantages import ESTIMATORS, Drift, Outcomes, advantages
-from rluf.algorithms.advantages.base import Rows
-from rluf.algorithms.advantages.gae import gae, moments, token_rewards, whitened
-from rluf.algorithms.critic import value_loss
+from rluf.algorithms.advantages import ADVANTAGE_ESTIMATORS, AdvantageInputs, Advantages, SampleKL, compute_advantages
+from rluf.algorithms.advantages.base import SampleValues
+from rluf.algorithms.advantages.gae import build_token_rewards, compute_gae, sum_moments, whiten_advantages
+from rluf.algorithms.critic import compute_value_loss
 from rluf.errors import SettingsError
 
-BASED = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "batch_std", "gdpo", "crpg")
-"""Estimators whose values are advantages: zero where rewards are equal."""
+CENTERED_ESTIMATORS = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "lite_ppo", "gdpo", "crpg")
+"""Estimators whose values are zero where rewards are equal."""
 GROUPS = st.integers(2, 5).flatmap(
     lambda size: st.lists(st.lists(st.floats(0, 1), min_size=size, max_size=size), min_size=1, max_size=6)
 )
@@ -27,204 +27,242 @@ REWARDS = [[1.0, 2.0, 3.0, 4.0], [0.3, 0.3, 0.3, 0.9], [-5.0, 0.25, 1.5, 0.0]]
 LENGTHS = [[3, 1, 4, 2], [5, 9, 2, 6], [5, 3, 5, 8]]
 
 
-def outcomes(rewards: Rows, lengths: Sequence[Sequence[int]] | None = None) -> Outcomes:
+def make_inputs(rewards: SampleValues, lengths: Sequence[Sequence[int]] | None = None) -> AdvantageInputs:
     lengths = lengths or [[1] * len(row) for row in rewards]
-    return Outcomes(rewards, lengths=lengths, parts={"only": rewards}, weights=[{"only": 1.0}] * len(rewards))
+    return AdvantageInputs(
+        rewards,
+        response_lengths=lengths,
+        objective_rewards={"only": rewards},
+        objective_weights=[{"only": 1.0}] * len(rewards),
+    )
 
 
-def values(name: str, rewards: Rows, lengths: Sequence[Sequence[int]] | None = None) -> Tensor:
-    return torch.tensor(advantages(name, outcomes(rewards, lengths)).values, dtype=torch.float64)
+def estimate(name: str, rewards: SampleValues, lengths: Sequence[Sequence[int]] | None = None) -> Tensor:
+    return torch.tensor(compute_advantages(name, make_inputs(rewards, lengths)).sample_advantages, dtype=torch.float64)
 
 
-def table() -> Tensor:
+def reward_table() -> Tensor:
     return torch.tensor(REWARDS, dtype=torch.float64)
 
 
 def test_grpo_worked_example() -> None:
     # mean 2.5, variance (2.25 + 0.25 + 0.25 + 2.25) / 4 = 1.25
-    assert values("grpo", [[1.0, 2.0, 3.0, 4.0]])[0].tolist() == pytest.approx(
+    assert estimate("grpo", [[1.0, 2.0, 3.0, 4.0]])[0].tolist() == pytest.approx(
         [-1.5 / (math.sqrt(1.25) + 1e-6), -0.5 / (math.sqrt(1.25) + 1e-6), 0.4472132, 1.3416396], abs=1e-6
     )
 
 
 def test_grpo_dr_grpo_and_rloo_equal_their_papers() -> None:
-    rewards = table()
-    centred = rewards - rewards.mean(1, keepdim=True)
-    spread = rewards.std(1, keepdim=True, correction=0)
-    assert torch.allclose(values("grpo", REWARDS), centred / (spread + 1e-6), atol=1e-6)
-    assert torch.allclose(values("dr_grpo", REWARDS), centred, atol=1e-6)
-    others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
-    assert torch.allclose(values("rloo", REWARDS), rewards - others, atol=1e-6)
+    rewards = reward_table()
+    centered = rewards - rewards.mean(1, keepdim=True)
+    group_std = rewards.std(1, keepdim=True, correction=0)
+    assert torch.allclose(estimate("grpo", REWARDS), centered / (group_std + 1e-6), atol=1e-6)
+    assert torch.allclose(estimate("dr_grpo", REWARDS), centered, atol=1e-6)
+    mean_of_others = (rewards.sum(1, keepdim=True) - rewards) / (rewards.shape[1] - 1)
+    assert torch.allclose(estimate("rloo", REWARDS), rewards - mean_of_others, atol=1e-6)
 
 
-def test_batch_std_and_gdpo_equal_trl() -> None:
+def test_lite_ppo_and_gdpo_equal_trl() -> None:
     """trl.GRPOTrainer: scale_rewards="batch", and multi_objective_aggregation="normalize_then_sum"."""
-    rewards = table()
+    rewards = reward_table()
     expected = (rewards - rewards.mean(1, keepdim=True)) / (rewards.std() + 1e-4)
-    assert torch.allclose(values("batch_std", REWARDS), expected, atol=1e-6)
+    assert torch.allclose(estimate("lite_ppo", REWARDS), expected, atol=1e-6)
     other = torch.tensor([[0.0, 1.0, 0.0, 1.0], [4.0, 0.0, 0.0, 9.0], [2.0, 2.0, 2.0, 2.0]], dtype=torch.float64)
     weights = torch.tensor([0.3, 0.7], dtype=torch.float64)
     stacked = torch.stack([rewards, other], dim=-1)
-    normal = (stacked - stacked.mean(1, keepdim=True)) / (stacked.std(1, keepdim=True) + 1e-4)
-    summed = (normal * weights).sum(-1)
-    expected = (summed - summed.mean()) / (summed.std() + 1e-4)
-    found = Outcomes(REWARDS, parts={"a": REWARDS, "b": other.tolist()}, weights=[{"a": 0.3, "b": 0.7}] * 3)
-    assert torch.allclose(torch.tensor(advantages("gdpo", found).values).double(), expected, atol=1e-6)
+    normalized = (stacked - stacked.mean(1, keepdim=True)) / (stacked.std(1, keepdim=True) + 1e-4)
+    totals = (normalized * weights).sum(-1)
+    expected = (totals - totals.mean()) / (totals.std() + 1e-4)
+    inputs = AdvantageInputs(
+        REWARDS, objective_rewards={"a": REWARDS, "b": other.tolist()}, objective_weights=[{"a": 0.3, "b": 0.7}] * 3
+    )
+    assert torch.allclose(
+        torch.tensor(compute_advantages("gdpo", inputs).sample_advantages).double(), expected, atol=1e-6
+    )
 
 
 def masked_whiten(returns: Tensor, mask: Tensor) -> Tensor:
     """verl's masked_whiten: over all tokens of the mask, variance with n - 1, + 1e-8 under the root."""
-    chosen = returns[mask]
-    return (returns - chosen.mean()) * torch.rsqrt(chosen.var() + 1e-8)
+    counted = returns[mask]
+    return (returns - counted.mean()) * torch.rsqrt(counted.var() + 1e-8)
 
 
 def test_reinforce_pp_equals_verl_token_by_token_with_kl_in_the_reward() -> None:
-    draw = random.Random(3)
-    beta, longest = 0.05, 9
-    flat = [reward for row in REWARDS for reward in row]
-    sizes = [length for row in LENGTHS for length in row]
-    kl = [[draw.uniform(-0.5, 1.0) for _ in range(length)] for length in sizes]
-    mask = torch.arange(longest)[None] < torch.tensor(sizes)[:, None]
-    rewards = torch.zeros(len(flat), longest, dtype=torch.float64)
-    for row, (reward, steps) in enumerate(zip(flat, kl, strict=True)):
-        rewards[row, : len(steps)] = -beta * torch.tensor(steps, dtype=torch.float64)
-        rewards[row, len(steps) - 1] += reward
-    returns = rewards.flip(1).cumsum(1).flip(1)
+    rng = random.Random(3)
+    kl_coef, max_length = 0.05, 9
+    flat_rewards = [reward for row in REWARDS for reward in row]
+    lengths = [length for row in LENGTHS for length in row]
+    token_kl = [[rng.uniform(-0.5, 1.0) for _ in range(length)] for length in lengths]
+    mask = torch.arange(max_length)[None] < torch.tensor(lengths)[:, None]
+    token_rewards = torch.zeros(len(flat_rewards), max_length, dtype=torch.float64)
+    for row, (reward, sample_kl) in enumerate(zip(flat_rewards, token_kl, strict=True)):
+        token_rewards[row, : len(sample_kl)] = -kl_coef * torch.tensor(sample_kl, dtype=torch.float64)
+        token_rewards[row, len(sample_kl) - 1] += reward
+    returns = token_rewards.flip(1).cumsum(1).flip(1)
     expected = masked_whiten(returns, mask)
-    togo = [[sum(steps[t:]) for t in range(len(steps))] for steps in kl]
-    drifts = [Drift(sum(steps), sum(row), sum(v * v for v in row)) for steps, row in zip(kl, togo, strict=True)]
-    rows = [drifts[start : start + 4] for start in range(0, 12, 4)]
-    found = advantages("reinforce_pp", Outcomes(REWARDS, LENGTHS, rows, kl_coef=beta))
-    gains = [value for row in found.values for value in row]
-    for row, steps in enumerate(togo):
-        ours = [gains[row] - found.slope * value for value in steps]
-        assert ours == pytest.approx(expected[row, : len(steps)].tolist(), abs=1e-6)
+    kl_to_go = [[sum(sample_kl[t:]) for t in range(len(sample_kl))] for sample_kl in token_kl]
+    statistics = [
+        SampleKL(sum(sample_kl), sum(to_go), sum(value * value for value in to_go))
+        for sample_kl, to_go in zip(token_kl, kl_to_go, strict=True)
+    ]
+    groups = [statistics[start : start + 4] for start in range(0, 12, 4)]
+    result = compute_advantages("reinforce_pp", AdvantageInputs(REWARDS, LENGTHS, groups, kl_coef=kl_coef))
+    sample_advantages = [value for group in result.sample_advantages for value in group]
+    for row, to_go in enumerate(kl_to_go):
+        token_advantages = [sample_advantages[row] - result.kl_to_go_coef * value for value in to_go]
+        assert token_advantages == pytest.approx(expected[row, : len(to_go)].tolist(), abs=1e-6)
 
 
 def test_reinforce_pp_baseline_equals_verl() -> None:
-    rewards = table()
-    sizes = torch.tensor(LENGTHS).flatten()
-    mask = torch.arange(9)[None] < sizes[:, None]
-    centred = (rewards - rewards.mean(1, keepdim=True)).flatten()[:, None] * mask
-    expected = masked_whiten(centred, mask)[:, 0].view(3, 4)
-    assert torch.allclose(values("reinforce_pp_baseline", REWARDS, LENGTHS), expected, atol=1e-6)
+    rewards = reward_table()
+    lengths = torch.tensor(LENGTHS).flatten()
+    mask = torch.arange(9)[None] < lengths[:, None]
+    centered = (rewards - rewards.mean(1, keepdim=True)).flatten()[:, None] * mask
+    expected = masked_whiten(centered, mask)[:, 0].view(3, 4)
+    assert torch.allclose(estimate("reinforce_pp_baseline", REWARDS, LENGTHS), expected, atol=1e-6)
 
 
-def test_kl_in_the_reward_is_taken_off_by_response() -> None:
-    drifts = [[Drift(1.0), Drift(3.0)]]
-    found = advantages("rloo", Outcomes([[1.0, 1.0]], drifts=drifts, kl_coef=0.1)).values
-    assert found[0] == pytest.approx([0.2, -0.2])
+def test_kl_in_the_reward_is_subtracted_per_response() -> None:
+    inputs = AdvantageInputs([[1.0, 1.0]], sample_kl=[[SampleKL(1.0), SampleKL(3.0)]], kl_coef=0.1)
+    assert compute_advantages("rloo", inputs).sample_advantages[0] == pytest.approx([0.2, -0.2])
 
 
-def cgpo(rewards: Rows, passed: Sequence[Sequence[bool]], kl: Rows) -> Outcomes:
+def make_cgpo_inputs(rewards: SampleValues, passed: Sequence[Sequence[bool]], kl: SampleValues) -> AdvantageInputs:
     lengths = [[4] * len(row) for row in rewards]
-    return Outcomes(rewards, lengths, [[Drift(v) for v in row] for row in kl], passed, kl_limit=4.0)
+    return AdvantageInputs(rewards, lengths, [[SampleKL(v) for v in row] for row in kl], passed, max_response_kl=4.0)
 
 
 def test_cgpo_by_hand() -> None:
-    """Two prompts: rewards, verdicts and drifts chosen so that each rule decides somewhere."""
+    """Two prompts: rewards, verdicts and KL chosen so that each rule decides somewhere."""
     rewards = [[0.8, 0.5, 0.9], [0.2, 0.6, 0.4]]
     passed = [[True, True, False], [True, True, True]]
     kl = [[1.0, -2.0, 0.0], [2.0, 5.0, 0.0]]
-    step = cgpo(rewards, passed, kl)
+    step = make_cgpo_inputs(rewards, passed, kl)
     # w: 0.8 * 0.75, 0.5 * 1 (the factor stops at 1), 0 (judge); 0.2 * 0.5, 0 (beyond the limit), 0.4
     weights = torch.tensor([[0.6, 0.5, 0.0], [0.1, 0.0, 0.4]], dtype=torch.float64)
-    assert torch.allclose(torch.tensor(advantages("crpg", step).values).double(), weights - 1.6 / 6, atol=1e-6)
+    assert torch.allclose(
+        torch.tensor(compute_advantages("crpg", step).sample_advantages).double(), weights - 1.6 / 6, atol=1e-6
+    )
     # best of those that pass within the limit: 0.8 and 0.4
-    assert advantages("crraft", step).values == [[0.8, 0.0, 0.0], [0.0, 0.0, 0.4]]
+    assert compute_advantages("crraft", step).sample_advantages == [[0.8, 0.0, 0.0], [0.0, 0.0, 0.4]]
     # first prompt: best passing 0.8 against the failing 0.9; second: best 0.6 against the worst of all, 0.2
-    first = 0.1 / (1 + math.exp(0.1 * (1.0 - 0.0)))
-    second = 0.1 / (1 + math.exp(0.1 * (5.0 - 2.0)))
-    found = advantages("codpo", step).values
-    assert found[0] == pytest.approx([first + 5.0 / 4, 0.0, -first], abs=1e-9)
-    assert found[1] == pytest.approx([-second, second + 5.0 / 4, 0.0], abs=1e-9)
+    first_weight = 0.1 / (1 + math.exp(0.1 * (1.0 - 0.0)))
+    second_weight = 0.1 / (1 + math.exp(0.1 * (5.0 - 2.0)))
+    first_group, second_group = compute_advantages("codpo", step).sample_advantages
+    assert first_group == pytest.approx([first_weight + 5.0 / 4, 0.0, -first_weight], abs=1e-9)
+    assert second_group == pytest.approx([-second_weight, second_weight + 5.0 / 4, 0.0], abs=1e-9)
 
 
 def test_codpo_weights_are_the_gradient_of_its_loss() -> None:
     chosen = torch.tensor([-1.0, -0.5, -2.0, -0.7], dtype=torch.float64, requires_grad=True)
     rejected = torch.tensor([-0.4, -1.4, -0.2, -3.0], dtype=torch.float64, requires_grad=True)
-    base = torch.tensor([-1.5, -1.5], dtype=torch.float64)
-    gap = (chosen.sum() - base[0] * 4) - (rejected.sum() - base[1] * 4)
-    loss = -torch.nn.functional.logsigmoid(0.1 * gap) - 5.0 / 4 * chosen.sum()
+    reference = torch.tensor([-1.5, -1.5], dtype=torch.float64)
+    margin = (chosen.sum() - reference[0] * 4) - (rejected.sum() - reference[1] * 4)
+    loss = -torch.nn.functional.logsigmoid(0.1 * margin) - 5.0 / 4 * chosen.sum()
     loss.backward()
-    kl = [[(chosen.sum() - base[0] * 4).item(), (rejected.sum() - base[1] * 4).item()]]
-    good, bad = advantages("codpo", cgpo([[0.9, 0.1]], [[True, True]], kl)).values[0]
+    kl = [[(chosen.sum() - reference[0] * 4).item(), (rejected.sum() - reference[1] * 4).item()]]
+    chosen_weight, rejected_weight = compute_advantages(
+        "codpo", make_cgpo_inputs([[0.9, 0.1]], [[True, True]], kl)
+    ).sample_advantages[0]
     assert chosen.grad is not None and rejected.grad is not None
-    assert (-chosen.grad).tolist() == pytest.approx([good] * 4, abs=1e-9)
-    assert (-rejected.grad).tolist() == pytest.approx([bad] * 4, abs=1e-9)
+    assert (-chosen.grad).tolist() == pytest.approx([chosen_weight] * 4, abs=1e-9)
+    assert (-rejected.grad).tolist() == pytest.approx([rejected_weight] * 4, abs=1e-9)
 
 
 def test_cgpo_skips_prompts_without_a_passing_response() -> None:
-    step = cgpo([[0.3, 0.7]], [[False, False]], [[0.0, 0.0]])
-    assert advantages("crraft", step).values == advantages("codpo", step).values == [[0.0, 0.0]]
-    assert advantages("codpo", cgpo([[0.5, 0.5]], [[True, True]], [[0.0, 0.0]])).values == [[0.0, 0.0]]
+    step = make_cgpo_inputs([[0.3, 0.7]], [[False, False]], [[0.0, 0.0]])
+    assert (
+        compute_advantages("crraft", step).sample_advantages
+        == compute_advantages("codpo", step).sample_advantages
+        == [[0.0, 0.0]]
+    )
+    assert compute_advantages(
+        "codpo", make_cgpo_inputs([[0.5, 0.5]], [[True, True]], [[0.0, 0.0]])
+    ).sample_advantages == [[0.0, 0.0]]
 
 
-@pytest.mark.parametrize("name", BASED)
+@pytest.mark.parametrize("name", CENTERED_ESTIMATORS)
 @pytest.mark.parametrize("reward", [0.0, 0.1, -3.7, 1e9])
 def test_equal_rewards_give_no_advantage(name: str, reward: float) -> None:
-    assert advantages(name, outcomes([[reward] * 7, [reward] * 3])).values == [[0.0] * 7, [0.0] * 3]
+    assert compute_advantages(name, make_inputs([[reward] * 7, [reward] * 3])).sample_advantages == [
+        [0.0] * 7,
+        [0.0] * 3,
+    ]
 
 
-@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+@pytest.mark.parametrize("name", sorted(ADVANTAGE_ESTIMATORS))
 @given(rewards=GROUPS, seed=st.integers(0, 3))
 def test_order_of_groups_and_samples_does_not_matter(name: str, rewards: list[list[float]], seed: int) -> None:
     """Up to ties, which CRRAFT and CODPO break by order."""
     if name in ("crraft", "codpo") and any(len(set(row)) < len(row) for row in rewards):
         return
-    draw = random.Random(seed)
-    groups = draw.sample(range(len(rewards)), len(rewards))
-    order = [draw.sample(range(len(row)), len(row)) for row in rewards]
-    turned = [[rewards[g][s] for s in order[g]] for g in groups]
-    found, again = advantages(name, outcomes(rewards)).values, advantages(name, outcomes(turned)).values
-    for place, g in enumerate(groups):
-        assert again[place] == pytest.approx([found[g][s] for s in order[g]], abs=1e-6, rel=1e-6)
+    rng = random.Random(seed)
+    group_order = rng.sample(range(len(rewards)), len(rewards))
+    sample_order = [rng.sample(range(len(row)), len(row)) for row in rewards]
+    shuffled = [[rewards[group][sample] for sample in sample_order[group]] for group in group_order]
+    advantages = compute_advantages(name, make_inputs(rewards)).sample_advantages
+    shuffled_advantages = compute_advantages(name, make_inputs(shuffled)).sample_advantages
+    for position, group in enumerate(group_order):
+        expected = [advantages[group][sample] for sample in sample_order[group]]
+        assert shuffled_advantages[position] == pytest.approx(expected, abs=1e-6, rel=1e-6)
+
+
+def first_reward_only(inputs: AdvantageInputs) -> Advantages:
+    """A plug-in estimator: the first sample of each group gets its reward."""
+    return Advantages([[rewards[0], *[0.0] * (len(rewards) - 1)] for rewards in inputs.rewards])
+
+
+def test_an_estimator_can_be_a_plugin() -> None:
+    reference = f"{__name__}:first_reward_only"
+    assert compute_advantages(reference, make_inputs([[3.0, 1.0]])).sample_advantages == [[3.0, 0.0]]
 
 
 def test_unknown_estimator_and_bad_rewards_are_refused() -> None:
     with pytest.raises(SettingsError, match="'grop'"):
-        advantages("grop", outcomes([[1.0]]))
+        compute_advantages("grop", make_inputs([[1.0]]))
     with pytest.raises(ValueError, match="finite"):
-        outcomes([[1.0, float("nan")]])
+        make_inputs([[1.0, float("nan")]])
     with pytest.raises(ValueError, match="at least one"):
-        outcomes([[]])
-    with pytest.raises(ValueError, match="lengths must have the shape"):
-        Outcomes([[1.0]], lengths=[[1, 2]])
+        make_inputs([[]])
+    with pytest.raises(ValueError, match="lengths: expected the shape"):
+        AdvantageInputs([[1.0]], response_lengths=[[1, 2]])
     with pytest.raises(ValueError, match="GDPO"):
-        advantages("gdpo", Outcomes([[1.0]]))
+        compute_advantages("gdpo", AdvantageInputs([[1.0]]))
 
 
 def test_gae_equals_trl_and_verl_on_a_padded_batch() -> None:
     """Their loop over time: delta, lastgaelam, then masked whitening."""
-    draw = torch.Generator().manual_seed(2)
-    sizes, lam, beta = [5, 1, 8], 0.9, 0.1
-    values = [torch.randn(n, generator=draw) for n in sizes]
-    drifts = [torch.randn(n, generator=draw) for n in sizes]
+    generator = torch.Generator().manual_seed(2)
+    lengths, gae_lambda, kl_coef = [5, 1, 8], 0.9, 0.1
+    values = [torch.randn(length, generator=generator) for length in lengths]
+    token_kl = [torch.randn(length, generator=generator) for length in lengths]
     scores = [1.5, -0.5, 0.25]
-    mask = torch.arange(8)[None] < torch.tensor(sizes)[:, None]
-    rewards, padded = torch.zeros(3, 8), torch.zeros(3, 8)
-    for row, n in enumerate(sizes):
-        rewards[row, :n], padded[row, :n] = -beta * drifts[row], values[row]
-        rewards[row, n - 1] += scores[row]
-    last, reversed_ = torch.zeros(3), []
+    mask = torch.arange(8)[None] < torch.tensor(lengths)[:, None]
+    rewards, padded_values = torch.zeros(3, 8), torch.zeros(3, 8)
+    for row, length in enumerate(lengths):
+        rewards[row, :length], padded_values[row, :length] = -kl_coef * token_kl[row], values[row]
+        rewards[row, length - 1] += scores[row]
+    last_gae, reversed_gae = torch.zeros(3), []
     for t in reversed(range(8)):
-        following = padded[:, t + 1] if t < 7 else torch.zeros(3)
-        last = rewards[:, t] + following - padded[:, t] + lam * last
-        reversed_.append(last)
-    expected = torch.stack(reversed_[::-1], dim=1)
-    numbers = torch.tensor([row for row, n in enumerate(sizes) for _ in range(n)])
-    flat = token_rewards(torch.tensor(scores)[numbers], torch.cat(drifts), numbers, beta)
-    assert torch.allclose(flat, rewards[mask], atol=1e-6)
-    found = gae(flat, torch.cat(values), numbers, lam)
-    assert torch.allclose(found, expected[mask], atol=1e-6)
-    everything = torch.ones(14, dtype=torch.bool)
-    assert torch.allclose(whitened(found, moments(found, everything)), masked_whiten(expected, mask)[mask], atol=1e-6)
+        next_values = padded_values[:, t + 1] if t < 7 else torch.zeros(3)
+        last_gae = rewards[:, t] + next_values - padded_values[:, t] + gae_lambda * last_gae
+        reversed_gae.append(last_gae)
+    expected = torch.stack(reversed_gae[::-1], dim=1)
+    sequence_index = torch.tensor([row for row, length in enumerate(lengths) for _ in range(length)])
+    token_rewards = build_token_rewards(
+        torch.tensor(scores)[sequence_index], torch.cat(token_kl), sequence_index, kl_coef
+    )
+    assert torch.allclose(token_rewards, rewards[mask], atol=1e-6)
+    advantages = compute_gae(token_rewards, torch.cat(values), sequence_index, gae_lambda)
+    assert torch.allclose(advantages, expected[mask], atol=1e-6)
+    moments = sum_moments(advantages, torch.ones(14, dtype=torch.bool))
+    assert torch.allclose(whiten_advantages(advantages, moments), masked_whiten(expected, mask)[mask], atol=1e-6)
 
 
 def test_value_loss_by_hand() -> None:
-    # gaps 1 and -2; the third token has no return
+    # errors 1 and -2; the third token has no return
     values = torch.tensor([1.0, 0.0, 5.0], requires_grad=True)
-    loss = value_loss(values, torch.tensor([0.0, 2.0, math.nan]), torch.tensor([0.5, 0.25, 0.25]))
+    loss = compute_value_loss(values, torch.tensor([0.0, 2.0, math.nan]), torch.tensor([0.5, 0.25, 0.25]))
     loss.backward()
     assert loss.item() == pytest.approx(0.5 * (0.5 + 1.0))
     assert values.grad is not None and values.grad.tolist() == pytest.approx([0.5, -0.5, 0.0])
@@ -232,14 +270,15 @@ def test_value_loss_by_hand() -> None:
 
 def test_kto_weights_are_the_gradient_of_trls_loss() -> None:
     """TRL: 1 - sigmoid(beta (log ratio - KL)) for liked, 1 - sigmoid(beta (KL - log ratio)) for others."""
-    ratios = torch.tensor([1.5, -3.0, 0.2, 40.0], dtype=torch.float64, requires_grad=True)
-    labels, zero = [1.0, 0.0, 0.0, 1.0], torch.tensor(0.7)
-    liked = torch.tensor(labels).bool()
-    signed = torch.where(liked, ratios - zero, zero - ratios)
+    log_ratios = torch.tensor([1.5, -3.0, 0.2, 40.0], dtype=torch.float64, requires_grad=True)
+    labels, reference_kl = [1.0, 0.0, 0.0, 1.0], torch.tensor(0.7)
+    is_liked = torch.tensor(labels).bool()
+    signed = torch.where(is_liked, log_ratios - reference_kl, reference_kl - log_ratios)
     (1 - torch.sigmoid(0.1 * signed)).sum().backward()
-    drifts = [[Drift(value)] for value in ratios.tolist()]
-    found = advantages("kto", Outcomes([[label] for label in labels], drifts=drifts, mismatched=0.7)).values
-    assert ratios.grad is not None
-    assert [row[0] for row in found] == pytest.approx((-ratios.grad).tolist(), abs=1e-9)
-    below = advantages("kto", Outcomes([[1.0]], drifts=[[Drift(0.0)]], mismatched=-5.0)).values
-    assert below == [[pytest.approx(0.1 * 0.25)]]
+    sample_kl = [[SampleKL(value)] for value in log_ratios.tolist()]
+    inputs = AdvantageInputs([[label] for label in labels], sample_kl=sample_kl, mismatched_kl=0.7)
+    weights = [row[0] for row in compute_advantages("kto", inputs).sample_advantages]
+    assert log_ratios.grad is not None
+    assert weights == pytest.approx((-log_ratios.grad).tolist(), abs=1e-9)
+    negative_reference = AdvantageInputs([[1.0]], sample_kl=[[SampleKL(0.0)]], mismatched_kl=-5.0)
+    assert compute_advantages("kto", negative_reference).sample_advantages == [[pytest.approx(0.1 * 0.25)]]

@@ -1,92 +1,129 @@
-"""What a method's name stands for: its weights, its loss, and the lesson that learners get."""
+"""Algorithm registry: loss weights, policy losses, plug-ins and the learner inputs of each algorithm."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rluf.algorithms.advantages import ESTIMATORS, Drift, Outcomes
-from rluf.algorithms.losses import LOSSES
-from rluf.algorithms.registry import METHODS, make_lesson, needs_drifts, token_weights, varied
-from rluf.config.policy import AlgorithmSettings
-from rluf.config.rules import CGPO, LIKELIHOOD
+from rluf.algorithms.advantages import ADVANTAGE_ESTIMATORS, AdvantageInputs, Advantages, SampleKL
+from rluf.algorithms.losses import POLICY_LOSSES
+from rluf.algorithms.registry import (
+    ALGORITHMS,
+    AlgorithmSpec,
+    build_learner_inputs,
+    compute_token_weights,
+    find_algorithm,
+    has_reward_variance,
+    requires_reference_kl,
+)
+from rluf.config.policy import ALGORITHM_NAMES, POLICY_LOSS_NAMES, AlgorithmSettings
+from rluf.config.rules import CGPO_ALGORITHMS, REINFORCE_LOSS_ALGORITHMS
+from rluf.errors import SettingsError
 
 LENGTHS = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=5), min_size=1, max_size=6)
 
 
-def named(name: str, **other: object) -> AlgorithmSettings:
-    return AlgorithmSettings.model_validate({"name": name, **other})
+def make_settings(name: str, **overrides: object) -> AlgorithmSettings:
+    return AlgorithmSettings.model_validate({"name": name, **overrides})
 
 
-def test_settings_registry_and_rules_name_the_same_methods() -> None:
-    assert set(get_args(AlgorithmSettings.model_fields["name"].annotation)) == set(METHODS)
-    losses = get_args(get_args(AlgorithmSettings.model_fields["loss"].annotation)[0])
-    assert set(losses) == set(LOSSES)
-    assert {m.estimator for m in METHODS.values()} <= set(ESTIMATORS)
-    assert {name for name, method in METHODS.items() if method.loss == "reinforce"} == set(LIKELIHOOD)
-    assert {name for name, method in METHODS.items() if method.drifts} == set(CGPO)
+def test_settings_registry_and_rules_name_the_same_algorithms() -> None:
+    assert set(ALGORITHM_NAMES) == set(ALGORITHMS)
+    assert set(POLICY_LOSS_NAMES) == set(POLICY_LOSSES)
+    assert {spec.advantage_estimator for spec in ALGORITHMS.values()} <= set(ADVANTAGE_ESTIMATORS)
+    assert {name for name, spec in ALGORITHMS.items() if spec.policy_loss == "reinforce"} == set(
+        REINFORCE_LOSS_ALGORITHMS
+    )
+    assert {name for name, spec in ALGORITHMS.items() if spec.needs_reference_kl} == set(CGPO_ALGORITHMS)
 
 
-def test_weights_by_hand() -> None:
+def test_token_weights_by_hand() -> None:
     lengths = [[2, 4], [6]]
-    assert token_weights("sequence", lengths, 10) == [[1 / 6, 1 / 12], [1 / 18]]
-    assert token_weights("token", lengths, 10) == [[1 / 12, 1 / 12], [1 / 12]]
-    assert token_weights("constant", lengths, 10) == [[1 / 30, 1 / 30], [1 / 30]]
-    assert token_weights("sum", lengths, 10) == [[1 / 3, 1 / 3], [1 / 3]]
-    assert token_weights("prompt", lengths, 10) == [[1 / 2, 1 / 2], [1 / 2]]
-    assert token_weights("sequence", [[0]], 10) == [[1.0]]
+    assert compute_token_weights("sequence_mean", lengths, 10) == [[1 / 6, 1 / 12], [1 / 18]]
+    assert compute_token_weights("token_mean", lengths, 10) == [[1 / 12, 1 / 12], [1 / 12]]
+    assert compute_token_weights("constant", lengths, 10) == [[1 / 30, 1 / 30], [1 / 30]]
+    assert compute_token_weights("sequence_sum", lengths, 10) == [[1 / 3, 1 / 3], [1 / 3]]
+    assert compute_token_weights("prompt_mean", lengths, 10) == [[1 / 2, 1 / 2], [1 / 2]]
+    assert compute_token_weights("sequence_mean", [[0]], 10) == [[1.0]]
 
 
 @given(LENGTHS)
-def test_means_weigh_one_in_all(lengths: list[list[int]]) -> None:
-    for weighing in ("sequence", "token"):
-        weights = token_weights(weighing, lengths, 40)  # type: ignore[arg-type]
+def test_weights_of_means_add_up_to_one(lengths: list[list[int]]) -> None:
+    for loss_aggregation in ("sequence_mean", "token_mean"):
+        weights = compute_token_weights(loss_aggregation, lengths, 40)  # type: ignore[arg-type]
         total = sum(w * n for row, sizes in zip(weights, lengths, strict=True) for w, n in zip(row, sizes, strict=True))
         assert total == pytest.approx(1.0)
 
 
-def test_a_demonstration_joins_every_method_with_advantage_one() -> None:
-    drifts = [[Drift(0.1), Drift(0.2)]]
-    for name in (name for name, method in METHODS.items() if not method.logged):
-        outcomes = Outcomes([[0.2, 0.8]], [[3, 5]], drifts)
-        lesson = make_lesson(named(name), outcomes, longest=10, kl_coef=0.02, shown=[4])
-        assert lesson.advantages[1] == [1.0] and len(lesson.weights[1]) == 1 and lesson.weights[1][0] > 0
-        assert lesson.kl_coef == 0.02
+def test_a_demonstration_is_added_with_advantage_one_by_every_algorithm() -> None:
+    sample_kl = [[SampleKL(0.1), SampleKL(0.2)]]
+    for name in (name for name, method in ALGORITHMS.items() if not method.offline):
+        inputs = AdvantageInputs([[0.2, 0.8]], [[3, 5]], sample_kl)
+        learner_inputs = build_learner_inputs(
+            make_settings(name), inputs, max_response_tokens=10, kl_coef=0.02, demonstration_lengths=[4]
+        )
+        assert (
+            learner_inputs.advantages[1] == [1.0]
+            and len(learner_inputs.loss_weights[1]) == 1
+            and learner_inputs.loss_weights[1][0] > 0
+        )
+        assert learner_inputs.loss_kl_coef == 0.02
 
 
 def test_the_default_is_grpo_with_a_mean_over_tokens_then_samples() -> None:
-    outcomes = Outcomes([[0.0, 1.0]], [[3, 5]])
-    lesson = make_lesson(AlgorithmSettings(), outcomes, longest=10, kl_coef=0.02)
-    assert lesson.loss == "ppo" and lesson.slope == 0.0
-    assert lesson.weights == [[1 / 6, 1 / 10]]
-    assert not needs_drifts(AlgorithmSettings())
+    inputs = AdvantageInputs([[0.0, 1.0]], [[3, 5]])
+    learner_inputs = build_learner_inputs(AlgorithmSettings(), inputs, max_response_tokens=10, kl_coef=0.02)
+    assert learner_inputs.policy_loss == "ppo" and learner_inputs.kl_to_go_coef == 0.0
+    assert learner_inputs.loss_weights == [[1 / 6, 1 / 10]]
+    assert not requires_reference_kl(AlgorithmSettings())
 
 
 def test_kl_in_the_reward_leaves_the_loss() -> None:
-    algorithm = named("reinforce_pp", kl_in="reward")
-    outcomes = Outcomes([[0.0, 1.0]], [[3, 5]], [[Drift(0.1, 0.2, 0.1), Drift(0.2, 0.3, 0.2)]], kl_coef=0.5)
-    lesson = make_lesson(algorithm, outcomes, longest=10, kl_coef=0.5)
-    assert needs_drifts(algorithm) and lesson.kl_coef == 0.0 and lesson.slope > 0.5
+    algorithm = make_settings("reinforce_pp", kl_placement="reward")
+    inputs = AdvantageInputs([[0.0, 1.0]], [[3, 5]], [[SampleKL(0.1, 0.2, 0.1), SampleKL(0.2, 0.3, 0.2)]], kl_coef=0.5)
+    learner_inputs = build_learner_inputs(algorithm, inputs, max_response_tokens=10, kl_coef=0.5)
+    assert (
+        requires_reference_kl(algorithm) and learner_inputs.loss_kl_coef == 0.0 and learner_inputs.kl_to_go_coef > 0.5
+    )
 
 
-def test_gspo_weighs_by_response_whatever_the_method() -> None:
-    outcomes = Outcomes([[0.0, 1.0]], [[3, 5]])
-    lesson = make_lesson(named("dapo", loss="gspo"), outcomes, longest=10, kl_coef=0.0)
-    assert (lesson.loss, lesson.weights) == ("gspo", [[1 / 6, 1 / 10]])
+def test_gspo_uses_sequence_mean_with_every_algorithm() -> None:
+    inputs = AdvantageInputs([[0.0, 1.0]], [[3, 5]])
+    learner_inputs = build_learner_inputs(
+        make_settings("dapo", loss="gspo"), inputs, max_response_tokens=10, kl_coef=0.0
+    )
+    assert (learner_inputs.policy_loss, learner_inputs.loss_weights) == ("gspo", [[1 / 6, 1 / 10]])
 
 
-def test_dapo_drops_groups_that_no_objective_that_counts_tells_apart() -> None:
-    signals = {"love": [0.5, 0.5], "safety": [0.0, 1.0]}
-    assert not varied(signals, {"love": 1.0, "safety": 0.0})
-    assert varied(signals, {"love": 1.0, "safety": 0.1})
+def test_dapo_drops_groups_without_variance_in_a_weighted_objective() -> None:
+    objective_rewards = {"love": [0.5, 0.5], "safety": [0.0, 1.0]}
+    assert not has_reward_variance(objective_rewards, {"love": 1.0, "safety": 0.0})
+    assert has_reward_variance(objective_rewards, {"love": 1.0, "safety": 0.1})
 
 
-def test_the_guide_has_a_line_for_every_name() -> None:
+CUSTOM_ALGORITHM = AlgorithmSpec("rloo", "reinforce", "sequence_sum", needs_reference_kl=True)
+
+
+def keep_rewards(inputs: AdvantageInputs) -> Advantages:
+    return Advantages([list(rewards) for rewards in inputs.rewards])
+
+
+def test_an_algorithm_can_be_a_plugin() -> None:
+    assert find_algorithm(f"{__name__}:CUSTOM_ALGORITHM") is CUSTOM_ALGORITHM
+    settings = make_settings(f"{__name__}:keep_rewards")
+    learner_inputs = build_learner_inputs(
+        settings, AdvantageInputs([[0.5, 1.0]], [[2, 4]]), max_response_tokens=10, kl_coef=0.0
+    )
+    assert learner_inputs.advantages == [[0.5, 1.0]] and learner_inputs.policy_loss == "ppo"
+    with pytest.raises(SettingsError, match="there is no algorithm 'grop'; choose one of"):
+        find_algorithm("grop")
+
+
+def test_the_docs_have_a_row_for_every_name() -> None:
     text = (Path(__file__).parents[2] / "docs" / "algorithms.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| `algorithm\.name: (\w+)`", text, re.MULTILINE)) == set(METHODS)
-    assert set(re.findall(r"^\| `algorithm\.loss: (\w+)`", text, re.MULTILINE)) == set(LOSSES)
+    assert set(re.findall(r"^\| `algorithm\.name: (\w+)`", text, re.MULTILINE)) == set(ALGORITHMS)
+    assert set(re.findall(r"^\| `algorithm\.loss: (\w+)`", text, re.MULTILINE)) == set(POLICY_LOSSES)

@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system when it is asked for, and not before."""
+"""Freed memory is returned to the system on request, and not before."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ from pathlib import Path
 import pytest
 import ray
 
-from rluf.backends.allocator import KEEP_FREED
+from rluf.backends.allocator import KEEP_FREED_MALLOC_CONF
 
 SCRIPT = """
 import torch
-from rluf.backends.allocator import release
+from rluf.backends.allocator import release_freed_memory
 
-def held():
+def resident_mib():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096 >> 20
 
-before = held()
+before = resident_mib()
 blocks = [torch.ones(1 << 20) for _ in range(64)]
 del blocks
-kept = held() - before
-print(kept, release(), held() - before)
+after_free = resident_mib() - before
+print(after_free, release_freed_memory(), resident_mib() - before)
 """
 
 
-def told(**environment: str) -> list[str]:
+def run_script(**environment: str) -> list[str]:
     env = {**os.environ, **environment}
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=True)
-    return done.stdout.split()
+    process = subprocess.run([sys.executable, "-c", SCRIPT], env=env, capture_output=True, text=True, check=True)
+    return process.stdout.split()
 
 
-def test_jemalloc_keeps_what_is_freed_until_it_is_released() -> None:
+def test_jemalloc_retains_freed_memory_until_it_is_released() -> None:
     library = Path(ray.__file__).parent / "core" / "libjemalloc.so"
     if not library.is_file():
         pytest.skip("this build of Ray has no jemalloc")
-    kept, released, left = told(LD_PRELOAD=str(library), MALLOC_CONF=KEEP_FREED)
+    after_free, released, after_release = run_script(LD_PRELOAD=str(library), MALLOC_CONF=KEEP_FREED_MALLOC_CONF)
     assert released == "True"
-    assert int(kept) >= 250 and int(left) < 50
+    assert int(after_free) >= 250 and int(after_release) < 50
 
 
 def test_without_jemalloc_nothing_is_done() -> None:
-    assert told(LD_PRELOAD="")[1] == "False"
+    assert run_script(LD_PRELOAD="")[1] == "False"

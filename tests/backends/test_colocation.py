@@ -1,4 +1,4 @@
-"""Learners and engines on shared GPUs: what is in GPU memory in which phase, and in which order it comes and goes."""
+"""Colocated GPUs: components in GPU memory per phase, and the order of transitions."""
 
 from __future__ import annotations
 
@@ -7,36 +7,51 @@ import random
 
 import pytest
 
-from rluf.backends.colocation import CACHE, PHASES, STATES, WEIGHTS, Held, Move, Phase, moves
+from rluf.backends.colocation import (
+    KV_CACHE_TAG,
+    OPTIMIZER_STATES_TAG,
+    RESIDENCY_BY_PHASE,
+    WEIGHTS_TAG,
+    GpuPhase,
+    GpuResidency,
+    PhaseAction,
+    phase_transitions,
+)
 
-NAMES: tuple[Phase, ...] = tuple(PHASES)
-
-
-def made(held: Held, move: Move) -> Held:
-    """What vLLM's sleep mode and DeepSpeed's offload do."""
-    if move.action == "sleep":
-        return Held(frozenset(), held.learner)
-    if move.action == "wake":
-        return Held(held.engine | set(move.parts), held.learner)
-    if move.action == "offload":
-        return Held(held.engine, held.learner - set(move.parts))
-    return Held(held.engine, frozenset({WEIGHTS, STATES}))
+PHASES: tuple[GpuPhase, ...] = tuple(RESIDENCY_BY_PHASE)
 
 
-@pytest.mark.parametrize(("before", "after"), list(itertools.product(NAMES, NAMES)))
-def test_moves_lead_to_the_phase_and_never_hold_both_large_parts(before: Phase, after: Phase) -> None:
-    held = PHASES[before]
-    for move in moves(before, after):
-        held = made(held, move)
-        assert not (CACHE in held.engine and STATES in held.learner), move
-    assert held == PHASES[after]
-    assert bool(moves(before, after)) == (before != after)
+def apply_action(residency: GpuResidency, action: PhaseAction) -> GpuResidency:
+    """The effect of vLLM's sleep mode and DeepSpeed's offload."""
+    if action.action == "sleep":
+        return GpuResidency(frozenset(), residency.learner_components)
+    if action.action == "wake":
+        return GpuResidency(residency.engine_components | set(action.components), residency.learner_components)
+    if action.action == "offload":
+        return GpuResidency(residency.engine_components, residency.learner_components - set(action.components))
+    return GpuResidency(residency.engine_components, frozenset({WEIGHTS_TAG, OPTIMIZER_STATES_TAG}))
 
 
-def test_a_step_goes_round_as_written() -> None:
-    ways: list[tuple[Phase, Phase]] = [("generate", "learn"), ("learn", "publish"), ("publish", "generate")]
-    told = [(move.action, move.parts) for way in ways for move in moves(*way)]
-    assert told == [
+@pytest.mark.parametrize(("before", "after"), list(itertools.product(PHASES, PHASES)))
+def test_transitions_lead_to_the_phase_and_never_load_both_large_components(before: GpuPhase, after: GpuPhase) -> None:
+    residency = RESIDENCY_BY_PHASE[before]
+    for action in phase_transitions(before, after):
+        residency = apply_action(residency, action)
+        assert not (
+            KV_CACHE_TAG in residency.engine_components and OPTIMIZER_STATES_TAG in residency.learner_components
+        ), action
+    assert residency == RESIDENCY_BY_PHASE[after]
+    assert bool(phase_transitions(before, after)) == (before != after)
+
+
+def test_the_transitions_of_one_step() -> None:
+    transitions: list[tuple[GpuPhase, GpuPhase]] = [
+        ("generate", "learn"),
+        ("learn", "sync"),
+        ("sync", "generate"),
+    ]
+    actions = [phase_action for transition in transitions for phase_action in phase_transitions(*transition)]
+    assert [(phase_action.action, phase_action.components) for phase_action in actions] == [
         ("sleep", ()),
         ("reload", ()),
         ("offload", ("states",)),
@@ -47,10 +62,10 @@ def test_a_step_goes_round_as_written() -> None:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_any_walk_ends_where_it_should(seed: int) -> None:
-    draw, phase, held = random.Random(seed), NAMES[0], PHASES[NAMES[0]]
+def test_random_transitions_end_in_the_right_residency(seed: int) -> None:
+    rng, phase, residency = random.Random(seed), PHASES[0], RESIDENCY_BY_PHASE[PHASES[0]]
     for _ in range(50):
-        phase, before = draw.choice(NAMES), phase
-        for move in moves(before, phase):
-            held = made(held, move)
-    assert held == PHASES[phase]
+        phase, before = rng.choice(PHASES), phase
+        for action in phase_transitions(before, phase):
+            residency = apply_action(residency, action)
+    assert residency == RESIDENCY_BY_PHASE[phase]

@@ -1,4 +1,4 @@
-"""DeepSpeed on one rank: float32 masters, free accumulation, warm-up, skipped steps, whole weights out."""
+"""DeepSpeed on one rank: float32 masters, accumulation, warm-up, skipped steps, gathered weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rluf.algorithms.policy_io import load_policy
 from rluf.backends import deepspeed as ds
-from rluf.backends.colocation import STATES, WEIGHTS
+from rluf.backends.colocation import OPTIMIZER_STATES_TAG, WEIGHTS_TAG
 from rluf.errors import ModelError, ResourceError
 from rluf.models.hub import resolve_model
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("process_group")
 STAGES = [0, 1, 2, 3]
 
 
-class Vector(nn.Module):  # type: ignore[misc]
+class SumModel(nn.Module):  # type: ignore[misc]
     """A weight of ones, whose loss is its sum: gradient 1 everywhere."""
 
     def __init__(self, size: int = 64) -> None:
@@ -36,123 +36,123 @@ class Vector(nn.Module):  # type: ignore[misc]
         return (self.weight.float() * scale).sum()
 
 
-def engine_of(
-    model: nn.Module, stage: int, *, rate: float = 1e-4, warmup: int = 0, dtype: str = "bfloat16"
+def make_engine(
+    model: nn.Module, stage: int, *, learning_rate: float = 1e-4, warmup_steps: int = 0, dtype: str = "bfloat16"
 ) -> DeepSpeedEngine:
     return ds.init_deepspeed(
         model,
         zero_stage=stage,
-        learning_rate=rate,
-        warmup_steps=warmup,
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
         weight_decay=0.0,
-        grad_clip=1e9,
+        max_grad_norm=1e9,
         dtype=getattr(torch, dtype),
-        world=1,
+        world_size=1,
     )
 
 
-def learn(engine: DeepSpeedEngine, *scales: float) -> tuple[bool, Any]:
-    for number, scale in enumerate(scales):
-        ds.accumulate(engine, partial(loss_of, engine, scale), last=number == len(scales) - 1)
-    return ds.apply_step(engine)
+def run_step(engine: DeepSpeedEngine, *scales: float) -> tuple[bool, Any]:
+    for index, scale in enumerate(scales):
+        ds.accumulate_gradients(engine, partial(compute_loss, engine, scale), is_last=index == len(scales) - 1)
+    return ds.apply_optimizer_step(engine)
 
 
-def loss_of(engine: DeepSpeedEngine, scale: float) -> tuple[Tensor, None]:
+def compute_loss(engine: DeepSpeedEngine, scale: float) -> tuple[Tensor, None]:
     return engine(torch.tensor(scale)), None
 
 
-def weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
+def copy_weights(engine: DeepSpeedEngine) -> dict[str, Tensor]:
     return {name: tensor.clone() for bucket in ds.gather_parameters(engine, 1 << 16) for name, tensor in bucket}
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_updates_too_small_for_bfloat16_add_up_in_the_master(stage: int) -> None:
     """Adam moves each weight by 1e-4 a step; bfloat16 below 1 comes in steps of 0.0039, so only a master can add up."""
-    engine = engine_of(Vector(), stage)
-    learn(engine, 1.0)
-    assert bool((weights(engine)["weight"] == 1.0).all())
+    engine = make_engine(SumModel(), stage)
+    run_step(engine, 1.0)
+    assert bool((copy_weights(engine)["weight"] == 1.0).all())
     for _ in range(99):
-        learn(engine, 1.0)
-    assert weights(engine)["weight"].dtype == torch.bfloat16
-    assert weights(engine)["weight"].float().mean().item() == pytest.approx(0.99, abs=0.002)
+        run_step(engine, 1.0)
+    assert copy_weights(engine)["weight"].dtype == torch.bfloat16
+    assert copy_weights(engine)["weight"].float().mean().item() == pytest.approx(0.99, abs=0.002)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_gradients_of_any_number_of_micro_batches_are_summed(stage: int, dtype: str) -> None:
-    engine = engine_of(Vector(4), stage, dtype=dtype)
-    assert learn(engine, 1.0) == (True, pytest.approx(2.0))
-    assert learn(engine, 0.5, 1.0, 1.5) == (True, pytest.approx(6.0))
+def test_gradients_of_any_number_of_micro_batches_add_up(stage: int, dtype: str) -> None:
+    engine = make_engine(SumModel(4), stage, dtype=dtype)
+    assert run_step(engine, 1.0) == (True, pytest.approx(2.0))
+    assert run_step(engine, 0.5, 1.0, 1.5) == (True, pytest.approx(6.0))
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_sums_are_float32(stage: int) -> None:
     """256 + 1 is 256 in bfloat16."""
-    engine = engine_of(Vector(1), stage)
-    assert learn(engine, 256.0, *[1.0] * 8)[1] == pytest.approx(264.0)
+    engine = make_engine(SumModel(1), stage)
+    assert run_step(engine, 256.0, *[1.0] * 8)[1] == pytest.approx(264.0)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_step_with_a_gradient_that_is_not_finite_is_skipped(stage: int, dtype: str) -> None:
-    engine = engine_of(Vector(4), stage, rate=0.1, dtype=dtype)
-    learn(engine, 1.0)
-    before = weights(engine)["weight"]
-    assert learn(engine, 1.0, float("nan"))[0] is False
-    assert torch.equal(weights(engine)["weight"], before)
-    assert learn(engine, 1.0) == (True, pytest.approx(2.0))
-    assert not torch.equal(weights(engine)["weight"], before)
+def test_a_step_with_a_non_finite_gradient_is_skipped(stage: int, dtype: str) -> None:
+    engine = make_engine(SumModel(4), stage, learning_rate=0.1, dtype=dtype)
+    run_step(engine, 1.0)
+    before = copy_weights(engine)["weight"]
+    assert run_step(engine, 1.0, float("nan"))[0] is False
+    assert torch.equal(copy_weights(engine)["weight"], before)
+    assert run_step(engine, 1.0) == (True, pytest.approx(2.0))
+    assert not torch.equal(copy_weights(engine)["weight"], before)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_learning_rate_zero_leaves_weights_bit_identical(stage: int) -> None:
     torch.manual_seed(0)
-    model = Vector()
+    model = SumModel()
     model.weight.data = torch.randn(64).bfloat16().float()
     before = model.weight.data.clone()
-    engine = engine_of(model, stage, rate=0.0)
+    engine = make_engine(model, stage, learning_rate=0.0)
     for _ in range(3):
-        assert learn(engine, 1.0)[0]
-    assert torch.equal(weights(engine)["weight"].float(), before)
+        assert run_step(engine, 1.0)[0]
+    assert torch.equal(copy_weights(engine)["weight"].float(), before)
 
 
-def test_learning_rate_warms_up_then_stays_or_falls() -> None:
-    constant = engine_of(Vector(), 2, rate=1.0, warmup=2)
-    seen = []
+def test_learning_rate_warms_up_then_is_constant_or_decays() -> None:
+    constant = make_engine(SumModel(), 2, learning_rate=1.0, warmup_steps=2)
+    rates = []
     for _ in range(4):
-        seen.append(ds.learning_rate(constant))
-        learn(constant, 1.0)
-    assert seen == pytest.approx([0.5, 1.0, 1.0, 1.0])
-    falling = ds.init_deepspeed(
-        Vector(),
+        rates.append(ds.get_learning_rate(constant))
+        run_step(constant, 1.0)
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 1.0])
+    decaying = ds.init_deepspeed(
+        SumModel(),
         zero_stage=0,
         learning_rate=1.0,
         warmup_steps=2,
         weight_decay=0.0,
-        grad_clip=1.0,
+        max_grad_norm=1.0,
         dtype=torch.float32,
-        world=1,
+        world_size=1,
         total_steps=6,
     )
-    seen = []
+    rates = []
     for _ in range(7):
-        seen.append(ds.learning_rate(falling))
-        learn(falling, 1.0)
-    assert seen == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
+        rates.append(ds.get_learning_rate(decaying))
+        run_step(decaying, 1.0)
+    assert rates == pytest.approx([0.5, 1.0, 1.0, 0.75, 0.5, 0.25, 0.0])
 
 
 def test_gradient_norm_is_clipped() -> None:
     engine = ds.init_deepspeed(
-        Vector(4),
+        SumModel(4),
         zero_stage=0,
         learning_rate=0.0,
         warmup_steps=0,
         weight_decay=0.0,
-        grad_clip=0.5,
+        max_grad_norm=0.5,
         dtype=torch.float32,
-        world=1,
+        world_size=1,
     )
-    assert learn(engine, 3.0) == (True, pytest.approx(6.0))
+    assert run_step(engine, 3.0) == (True, pytest.approx(6.0))
 
 
 @pytest.fixture(scope="module")
@@ -161,100 +161,100 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_gathered_weights_are_whole_named_as_saved_and_hold_the_tied_head(
+def test_gathered_weights_have_checkpoint_names_and_include_the_tied_head(
     stage: int, folder: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     with ds.sharded_loading(stage, torch.bfloat16, 1):
         model = load_policy(folder, dtype=torch.bfloat16)
-    engine = engine_of(model, stage)
-    found = weights(engine)
-    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    expected = plain.state_dict()
-    assert found.keys() == expected.keys()
-    assert torch.equal(found["lm_head.weight"], expected["model.embed_tokens.weight"])
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
-    assert ds.parameter_count(engine) == sum(p.numel() for p in plain.parameters())
-    ds.save_hf(engine, tmp_path / "saved")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
-    assert all(torch.equal(again[name], tensor) for name, tensor in expected.items())
-    assert again["lm_head.weight"].dtype == torch.bfloat16
+    engine = make_engine(model, stage)
+    gathered = copy_weights(engine)
+    reference_model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    expected = reference_model.state_dict()
+    assert gathered.keys() == expected.keys()
+    assert torch.equal(gathered["lm_head.weight"], expected["model.embed_tokens.weight"])
+    assert all(torch.equal(gathered[name], tensor) for name, tensor in expected.items())
+    assert ds.count_parameters(engine) == sum(p.numel() for p in reference_model.parameters())
+    ds.save_hf_model(engine, tmp_path / "saved")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "saved").state_dict()
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+    assert saved["lm_head.weight"].dtype == torch.bfloat16
 
 
-def test_buckets_keep_to_their_size(folder: Path) -> None:
-    engine = engine_of(load_policy(folder, dtype=torch.bfloat16), 2)
+def test_buckets_respect_their_size(folder: Path) -> None:
+    engine = make_engine(load_policy(folder, dtype=torch.bfloat16), 2)
     for bucket in ds.gather_parameters(engine, 100_000):
         assert len(bucket) == 1 or sum(t.numel() * t.element_size() for _, t in bucket) <= 100_000
 
 
 def test_another_world_size_is_refused() -> None:
-    with pytest.raises(ResourceError, match="2 ranks, but the process group has 1"):
+    with pytest.raises(ResourceError, match="expected a process group of 2 ranks, got 1"):
         ds.init_deepspeed(
-            Vector(),
+            SumModel(),
             zero_stage=0,
             learning_rate=0.0,
             warmup_steps=0,
             weight_decay=0.0,
-            grad_clip=1.0,
+            max_grad_norm=1.0,
             dtype=torch.float32,
-            world=2,
+            world_size=2,
         )
     assert dist.is_initialized()
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_two_steps_and_two_resumed_ones_are_four_steps_bit_for_bit(stage: int, dtype: str, tmp_path: Path) -> None:
-    def advance(engine: DeepSpeedEngine, numbers: range) -> None:
-        for number in numbers:
-            scale = torch.linspace(-1.0, 2.0, 64) * (number + 1)
-            ds.accumulate(engine, lambda scale=scale: (engine(scale), None), last=True)  # type: ignore[misc]
-            assert ds.apply_step(engine)[0]
+def test_resuming_after_two_of_four_steps_is_bit_exact(stage: int, dtype: str, tmp_path: Path) -> None:
+    def advance(engine: DeepSpeedEngine, steps: range) -> None:
+        for step in steps:
+            scale = torch.linspace(-1.0, 2.0, 64) * (step + 1)
+            ds.accumulate_gradients(engine, lambda scale=scale: (engine(scale), None), is_last=True)  # type: ignore[misc]
+            assert ds.apply_optimizer_step(engine)[0]
 
-    straight = engine_of(Vector(), stage, rate=1e-2, warmup=3, dtype=dtype)
-    advance(straight, range(4))
-    first = engine_of(Vector(), stage, rate=1e-2, warmup=3, dtype=dtype)
-    advance(first, range(2))
-    schedule = ds.save_optimizer(first, tmp_path / "state.safetensors", {"random": torch.arange(3)})
-    ((_, kept),) = next(ds.gather_parameters(first, 1 << 20))
-    again = engine_of(Vector(), stage, rate=1e-2, warmup=3, dtype=dtype)
-    assert ds.load_optimizer(again, tmp_path / "state.safetensors", schedule)["random"].tolist() == [0, 1, 2]
-    assert torch.equal(next(ds.gather_parameters(again, 1 << 20))[0][1], kept)
-    assert ds.learning_rate(again) == ds.learning_rate(first)
-    advance(again, range(2, 4))
-    weights = [next(ds.gather_parameters(engine, 1 << 20))[0][1] for engine in (straight, again)]
+    uninterrupted = make_engine(SumModel(), stage, learning_rate=1e-2, warmup_steps=3, dtype=dtype)
+    advance(uninterrupted, range(4))
+    interrupted = make_engine(SumModel(), stage, learning_rate=1e-2, warmup_steps=3, dtype=dtype)
+    advance(interrupted, range(2))
+    schedule = ds.save_optimizer_state(interrupted, tmp_path / "state.safetensors", {"random": torch.arange(3)})
+    ((_, saved_weight),) = next(ds.gather_parameters(interrupted, 1 << 20))
+    resumed = make_engine(SumModel(), stage, learning_rate=1e-2, warmup_steps=3, dtype=dtype)
+    assert ds.load_optimizer_state(resumed, tmp_path / "state.safetensors", schedule)["random"].tolist() == [0, 1, 2]
+    assert torch.equal(next(ds.gather_parameters(resumed, 1 << 20))[0][1], saved_weight)
+    assert ds.get_learning_rate(resumed) == ds.get_learning_rate(interrupted)
+    advance(resumed, range(2, 4))
+    weights = [next(ds.gather_parameters(engine, 1 << 20))[0][1] for engine in (uninterrupted, resumed)]
     assert torch.equal(*weights)
-    assert not torch.equal(weights[0], kept)
-    ds.save_optimizer(again, tmp_path / "again", {})
-    ds.save_optimizer(straight, tmp_path / "straight", {})
-    assert (tmp_path / "again").read_bytes() == (tmp_path / "straight").read_bytes()
+    assert not torch.equal(weights[0], saved_weight)
+    ds.save_optimizer_state(resumed, tmp_path / "resumed", {})
+    ds.save_optimizer_state(uninterrupted, tmp_path / "uninterrupted", {})
+    assert (tmp_path / "resumed").read_bytes() == (tmp_path / "uninterrupted").read_bytes()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_states_that_were_moved_away_and_back_learn_on_bit_for_bit(dtype: str) -> None:
-    """As on a shared GPU: states leave before a publish, weights after it, all come back before the next step."""
-    found = []
-    for moves in (False, True):
-        engine = engine_of(Vector(), 2, rate=1e-2, dtype=dtype)
-        for number in range(2):
-            scale = torch.linspace(-1.0, 2.0, 64) * (number + 1)
-            ds.accumulate(engine, lambda scale=scale, engine=engine: (engine(scale), None), last=True)  # type: ignore[misc]
-            assert ds.apply_step(engine)[0]
-            if moves:
-                ds.offload(engine, (STATES,))
-                published = next(ds.gather_parameters(engine, 1 << 20))[0][1].clone()
-                ds.offload(engine, (WEIGHTS,))
-                ds.reload(engine)
-                assert torch.equal(next(ds.gather_parameters(engine, 1 << 20))[0][1], published)
-        found.append(next(ds.gather_parameters(engine, 1 << 20))[0][1].clone())
-    assert torch.equal(*found)
+def test_offloaded_and_reloaded_states_train_bit_exactly(dtype: str) -> None:
+    """As on a shared GPU: states offloaded before a sync, weights after it, all reloaded before the next step."""
+    final_weights = []
+    for use_offload in (False, True):
+        engine = make_engine(SumModel(), 2, learning_rate=1e-2, dtype=dtype)
+        for step in range(2):
+            scale = torch.linspace(-1.0, 2.0, 64) * (step + 1)
+            ds.accumulate_gradients(engine, lambda scale=scale, engine=engine: (engine(scale), None), is_last=True)  # type: ignore[misc]
+            assert ds.apply_optimizer_step(engine)[0]
+            if use_offload:
+                ds.offload_to_host(engine, (OPTIMIZER_STATES_TAG,))
+                synced_weight = next(ds.gather_parameters(engine, 1 << 20))[0][1].clone()
+                ds.offload_to_host(engine, (WEIGHTS_TAG,))
+                ds.reload_to_device(engine)
+                assert torch.equal(next(ds.gather_parameters(engine, 1 << 20))[0][1], synced_weight)
+        final_weights.append(next(ds.gather_parameters(engine, 1 << 20))[0][1].clone())
+    assert torch.equal(*final_weights)
 
 
-def test_optimiser_state_of_another_model_is_refused(tmp_path: Path) -> None:
-    schedule = ds.save_optimizer(engine_of(Vector(), 2), tmp_path / "state", {})
-    with pytest.raises(ModelError, match=r"part of shape \(64,\).*learner\.ranks"):
-        ds.load_optimizer(engine_of(Vector(32), 2), tmp_path / "state", schedule)
+def test_optimizer_state_of_another_model_is_refused(tmp_path: Path) -> None:
+    schedule = ds.save_optimizer_state(make_engine(SumModel(), 2), tmp_path / "state", {})
+    with pytest.raises(ModelError, match=r"expected master weights of shape \(32,\), got \(64,\).*learner\.workers"):
+        ds.load_optimizer_state(make_engine(SumModel(32), 2), tmp_path / "state", schedule)
     (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:100])
     with pytest.raises(ModelError, match="resume from another one"):
-        ds.load_optimizer(engine_of(Vector(), 2), tmp_path / "state", schedule)
+        ds.load_optimizer_state(make_engine(SumModel(), 2), tmp_path / "state", schedule)

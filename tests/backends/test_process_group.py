@@ -1,4 +1,4 @@
-"""A process joins a group and leaves it as it was, also where the others never come."""
+"""Joining and leaving a process group leaves no trace, also when the other ranks never join."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ import socket
 import pytest
 import torch
 
-from rluf.backends.deepspeed import PLACE, join_group, leave_group
+from rluf.backends.deepspeed import RANK_ENVIRONMENT_KEYS, join_process_group, leave_process_group
 from rluf.errors import ResourceError
 
 
-def _port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def find_free_port() -> int:
+    with socket.socket() as free_socket:
+        free_socket.bind(("127.0.0.1", 0))
+        return int(free_socket.getsockname()[1])
 
 
-def test_who_has_left_a_group_is_no_rank_any_more() -> None:
-    join_group(rank=0, world=1, host="127.0.0.1", port=_port(), device=torch.device("cpu"), timeout_s=60)
+def test_leaving_a_group_removes_the_environment_of_a_rank() -> None:
+    join_process_group(
+        rank=0, world_size=1, host="127.0.0.1", port=find_free_port(), device=torch.device("cpu"), timeout_s=60
+    )
     assert os.environ["WORLD_SIZE"] == "1"
-    leave_group()
-    assert not [name for name in PLACE if name in os.environ]
+    leave_process_group()
+    assert not [name for name in RANK_ENVIRONMENT_KEYS if name in os.environ]
 
 
-def test_a_rank_whose_others_do_not_come_says_so_and_is_no_rank() -> None:
+def test_a_rank_without_the_others_raises_and_leaves_no_environment() -> None:
     with pytest.raises(ResourceError, match="rank 0 of 2 could not join"):
-        join_group(rank=0, world=2, host="127.0.0.1", port=_port(), device=torch.device("cpu"), timeout_s=1)
-    assert not [name for name in PLACE if name in os.environ]
-    leave_group()
+        join_process_group(
+            rank=0, world_size=2, host="127.0.0.1", port=find_free_port(), device=torch.device("cpu"), timeout_s=1
+        )
+    assert not [name for name in RANK_ENVIRONMENT_KEYS if name in os.environ]
+    leave_process_group()

@@ -1,4 +1,4 @@
-"""What a rollout engine decides before vLLM is imported: seeds, environment, and clear refusals."""
+"""Rollout engine before vLLM is imported: seeds, environment, and refused models."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ from pathlib import Path
 
 import pytest
 
-from rluf.backends.vllm.engine import RolloutEngine, sample_seed, set_environment
+from rluf.backends.vllm.engine import RolloutEngine, derive_sample_seed, set_vllm_environment
 from rluf.config.settings import Settings
 from rluf.errors import ModelError, ResourceError, RlufError
 from rluf.models.hub import resolve_model
-from rluf.utils.paths import cache_dir
+from rluf.utils.paths import resolve_cache_folder
 
 
-def _refusal(settings: Settings, model: Path) -> RlufError:
-    with pytest.raises(RlufError) as caught:
-        asyncio.run(RolloutEngine("rollout 0", 0, settings, model).start())
-    return caught.value
+def start_and_catch_error(settings: Settings, model_folder: Path) -> RlufError:
+    with pytest.raises(RlufError) as error_info:
+        asyncio.run(RolloutEngine("rollout 0", 0, settings, model_folder).start())
+    return error_info.value
 
 
 def test_seeds_differ_between_runs_prompts_and_samples() -> None:
-    seeds = {sample_seed(s, p, i) for s in range(5) for p in ("a", "b", "c") for i in range(4)}
+    seeds = {
+        derive_sample_seed(seed, prompt, index) for seed in range(5) for prompt in ("a", "b", "c") for index in range(4)
+    }
     assert len(seeds) == 60
-    assert sample_seed(1, "a", 2) == sample_seed(1, "a", 2)
+    assert derive_sample_seed(1, "a", 2) == derive_sample_seed(1, "a", 2)
     assert all(0 <= seed < 2**32 for seed in seeds)
 
 
-def test_environment_keeps_what_is_set_and_drops_whole_gib_kv_space(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_environment_keeps_set_variables_and_removes_the_kv_cache_space(monkeypatch: pytest.MonkeyPatch) -> None:
     from os import environ
 
     monkeypatch.setenv("VLLM_LOGGING_LEVEL", "DEBUG")
@@ -38,7 +40,7 @@ def test_environment_keeps_what_is_set_and_drops_whole_gib_kv_space(monkeypatch:
         monkeypatch.delenv(name, raising=False)
     for name in ("DO_NOT_TRACK", "VLLM_PLUGINS", "VLLM_ENGINE_READY_TIMEOUT_S", "TOKENIZERS_PARALLELISM"):
         monkeypatch.setenv(name, environ.get(name, ""))
-    set_environment(Settings.model_validate({"cluster": {"threads": 2}}))
+    set_vllm_environment(Settings.model_validate({"cluster": {"threads_per_actor": 2}}))
     assert environ["VLLM_LOGGING_LEVEL"] == "DEBUG"
     assert environ["OMP_NUM_THREADS"] == "2"
     assert environ["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
@@ -47,15 +49,15 @@ def test_environment_keeps_what_is_set_and_drops_whole_gib_kv_space(monkeypatch:
 
 
 def test_a_folder_without_a_language_model_is_refused(tmp_path: Path) -> None:
-    error = _refusal(Settings(), tmp_path)
+    error = start_and_catch_error(Settings(), tmp_path)
     assert isinstance(error, ModelError) and "config.json" in str(error)
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["BertModel"]}))
-    error = _refusal(Settings(), tmp_path)
+    error = start_and_catch_error(Settings(), tmp_path)
     assert isinstance(error, ModelError) and "BertModel" in str(error) and "model.path" in str(error)
 
 
-def test_too_little_memory_is_refused_with_the_setting_to_lower() -> None:
+def test_too_little_memory_is_an_error_with_the_setting_to_lower() -> None:
     settings = Settings.model_validate({"rollout": {"kv_cache_gib": 1e6}})
-    error = _refusal(settings, resolve_model("tiny", cache_dir(settings)))
+    error = start_and_catch_error(settings, resolve_model("tiny", resolve_cache_folder(settings)))
     assert isinstance(error, ResourceError)
     assert "rollout.kv_cache_gib=1e+06" in str(error) and "GiB are free" in str(error)

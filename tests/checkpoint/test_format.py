@@ -1,4 +1,4 @@
-"""Which checkpoints are whole, which one is resumed from, which ones are kept."""
+"""Checkpoint format: which ones are complete, which one is resumed from, which ones are retained."""
 
 from __future__ import annotations
 
@@ -8,109 +8,124 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rluf.checkpoint.format import (  # fmt: skip
+from rluf.checkpoint.format import (
+    FORMAT_VERSION,
+    ControllerState,
     RunState,
-    changed,
+    diff_settings,
+    find_newest_complete,
     group_from_json,
     group_to_json,
-    newest_whole,
-    prompts_digest,
-    prune,
-    superfluous,
-    write_state,
+    hash_prompts,
+    prune_checkpoints,
+    select_steps_to_delete,
+    write_run_state,
 )
 from rluf.types import Group, Message, Prompt, Sample
 
 PROMPT = Prompt("p", (Message(role="user", content="é?"),), (1, 2), "chat", "train")
 
 
-def state(step: int) -> RunState:
-    pipeline = {"order": 6, "unlearnt": [["p", 1001]]}
-    return RunState(step, 1, {"seed": 1}, "digest", pipeline, [{"steps": step}], [{"step": step, "reward": 0.1 + 0.2}])
+def make_state(step: int) -> RunState:
+    controller_state = ControllerState({"prompt_cursor": 6, "in_flight": [[5, "p", 1001]]}, {"kl_coef": 0.1}, {}, {})
+    return RunState(
+        step, 1, {"seed": 1}, "digest", controller_state, [{"steps": step}], [{"step": step, "reward": 0.1 + 0.2}]
+    )
 
 
-def checkpoint(root: Path, step: int) -> Path:
+def write_checkpoint(root: Path, step: int) -> Path:
     folder = root / f"step-{step}"
     (folder / "policy").mkdir(parents=True)
     (folder / "policy" / "config.json").write_text("{}")
     (folder / "learner-0-of-1.safetensors").write_bytes(bytes(100))
-    write_state(folder, state(step))
+    write_run_state(folder, make_state(step))
     return folder
 
 
-def test_the_newest_whole_one_is_found_and_its_state_comes_back(tmp_path: Path) -> None:
+def test_the_newest_complete_checkpoint_is_selected_with_its_state(tmp_path: Path) -> None:
     for step in (2, 10, 9):
-        checkpoint(tmp_path, step)
-    found = newest_whole(tmp_path)
-    assert found is not None and (found.step, found.folder.name) == (10, "step-10")
-    assert found.state() == state(10)
-    assert newest_whole(tmp_path / "nothing") is None
+        write_checkpoint(tmp_path, step)
+    newest = find_newest_complete(tmp_path)
+    assert newest is not None and (newest.step, newest.folder.name) == (10, "step-10")
+    assert newest.read_state() == make_state(10)
+    assert newest.optimizer_file(0, 1).is_file() and newest.manifest_file.is_file()
+    assert find_newest_complete(tmp_path / "nothing") is None
 
 
-def break_(folder: Path, how: str) -> None:
-    if how == "truncated":
+def damage(folder: Path, fault: str) -> None:
+    if fault == "truncated":
         (folder / "learner-0-of-1.safetensors").write_bytes(bytes(99))
-    elif how == "missing":
+    elif fault == "missing":
         (folder / "state.json").unlink()
-    elif how == "unfinished":
+    elif fault == "unfinished":
         (folder / "complete.json").unlink()
-    elif how == "garbled":
+    elif fault == "garbled":
         (folder / "complete.json").write_text('{"files": {"sta')
     else:
         text = (folder / "complete.json").read_text()
-        (folder / "complete.json").write_text(text.replace('"format": 1', '"format": 99'))
+        (folder / "complete.json").write_text(text.replace(f'"format": {FORMAT_VERSION}', '"format": 1'))
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("fault", "message"),
     [
         ("truncated", "learner-0-of-1.safetensors has 99 bytes instead of 100"),
         ("missing", "state.json is missing"),
         ("unfinished", "has no complete.json, so it was never finished"),
         ("garbled", "complete.json cannot be read"),
-        ("format", "format 99, this version reads 1"),
+        ("format", f"format 1, this version of rluf reads format {FORMAT_VERSION} only"),
     ],
 )
-def test_a_broken_one_is_left_out_with_a_message(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, how: str, message: str
+def test_a_damaged_checkpoint_is_skipped_with_a_message(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str, message: str
 ) -> None:
-    checkpoint(tmp_path, 1)
-    break_(checkpoint(tmp_path, 2), how)
+    write_checkpoint(tmp_path, 1)
+    damage(write_checkpoint(tmp_path, 2), fault)
     (tmp_path / ".step-3-abcd.part").mkdir()
-    found = newest_whole(tmp_path)
-    assert found is not None and found.step == 1
+    newest = find_newest_complete(tmp_path)
+    assert newest is not None and newest.step == 1
     assert message in caplog.text
-    assert ".step-3-abcd.part is left out" in caplog.text
+    assert ".step-3-abcd.part: skipped" in caplog.text
 
 
 @given(st.dictionaries(st.integers(1, 50), st.floats(-9, 9)), st.integers(0, 5))
-def test_the_last_k_and_the_best_stay(rewards: dict[int, float], keep: int) -> None:
-    gone = set(superfluous(rewards, keep))
-    left = rewards.keys() - gone
-    assert gone <= rewards.keys()
-    if keep == 0:
-        assert not gone
+def test_the_last_k_and_the_best_are_retained(rewards: dict[int, float], keep_count: int) -> None:
+    deleted = set(select_steps_to_delete(rewards, keep_count))
+    retained = rewards.keys() - deleted
+    assert deleted <= rewards.keys()
+    if keep_count == 0:
+        assert not deleted
         return
-    assert left >= set(sorted(rewards)[-keep:])
-    assert len(left) <= keep + 1
+    assert retained >= set(sorted(rewards)[-keep_count:])
+    assert len(retained) <= keep_count + 1
     if rewards:
-        assert max(rewards[step] for step in left) == max(rewards.values())
+        assert max(rewards[step] for step in retained) == max(rewards.values())
 
 
-def test_pruning_deletes_only_what_is_superfluous(tmp_path: Path) -> None:
+def test_pruning_deletes_only_superfluous_checkpoints(tmp_path: Path) -> None:
     for step in (1, 2, 3, 4):
-        checkpoint(tmp_path, step)
+        write_checkpoint(tmp_path, step)
     (tmp_path / ".step-9-dead.part").mkdir()
-    prune(tmp_path, {1: 0.0, 2: 5.0, 3: 1.0, 4: 0.0}, keep=1)
+    prune_checkpoints(tmp_path, {1: 0.0, 2: 5.0, 3: 1.0, 4: 0.0}, keep_count=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-2", "step-4"]
 
 
-def test_only_settings_that_matter_to_what_is_learnt_are_held_against_a_resumption() -> None:
-    before = {"seed": 1, "algorithm": {"steps": 2, "kl_coef": 0.1}, "cluster": {"threads": 1}, "run": {"resume": None}}
-    after = {"seed": 1, "algorithm": {"steps": 9, "kl_coef": 0.1}, "cluster": {"threads": 8}, "run": {"resume": "x"}}
-    assert changed(before, after) == []
+def test_only_settings_that_affect_training_prevent_resuming() -> None:
+    before = {
+        "seed": 1,
+        "algorithm": {"steps": 2, "kl_coef": 0.1},
+        "cluster": {"threads_per_actor": 1},
+        "run": {"resume": None},
+    }
+    after = {
+        "seed": 1,
+        "algorithm": {"steps": 9, "kl_coef": 0.1},
+        "cluster": {"threads_per_actor": 8},
+        "run": {"resume": "x"},
+    }
+    assert diff_settings(before, after) == []
     after["algorithm"] = {"steps": 2, "kl_coef": 0.2}
-    assert changed(before, after) == ["algorithm.kl_coef (then 0.1, now 0.2)"]
+    assert diff_settings(before, after) == ["algorithm.kl_coef (then 0.1, now 0.2)"]
 
 
 def test_groups_survive_json() -> None:
@@ -119,7 +134,7 @@ def test_groups_survive_json() -> None:
     assert group_from_json(group_to_json(group)) == group
 
 
-def test_prompts_in_another_order_are_other_prompts() -> None:
+def test_the_prompt_hash_depends_on_the_order() -> None:
     other = Prompt("q", (), (3,), "chat", "train")
-    assert prompts_digest([PROMPT, other]) == prompts_digest([PROMPT, other])
-    assert prompts_digest([PROMPT, other]) != prompts_digest([other, PROMPT])
+    assert hash_prompts([PROMPT, other]) == hash_prompts([PROMPT, other])
+    assert hash_prompts([PROMPT, other]) != hash_prompts([other, PROMPT])

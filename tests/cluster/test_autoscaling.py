@@ -1,8 +1,9 @@
-"""What the autoscaler is asked for, and that nothing is asked for once a run is over."""
+"""Resources requested from the autoscaler, and that none stay requested after a run."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,73 +13,81 @@ from ray.autoscaler._private.constants import AUTOSCALER_RESOURCE_REQUEST_CHANNE
 from ray.autoscaler.sdk import request_resources
 from ray.experimental.internal_kv import _internal_kv_get
 
-from cluster import autoscaling as growth
-from cluster.autoscaling import capacity
-from cluster.plan import Plan, plan
-from rluf.config.derived import Pool
+from cluster import autoscaling
+from cluster.autoscaling import ensure_capacity
+from cluster.plan import ResourcePlan, plan_resources
+from rluf.config.derived import ActorPoolPlan
 from rluf.config.load import load_settings
 from rluf.errors import ResourceError
 
 AMOUNTS = st.sampled_from([0.0, 0.1, 0.5, 1.0, 2.0, 4.0])
 POOLS = st.lists(
-    st.builds(Pool, st.just("learner"), st.just("some"), st.integers(1, 9), AMOUNTS, AMOUNTS, st.just({})), max_size=3
+    st.builds(ActorPoolPlan, st.just("learner"), st.just("some"), st.integers(1, 9), AMOUNTS, AMOUNTS, st.just({})),
+    max_size=3,
 )
 
 
 @given(POOLS.filter(bool), POOLS)
-def test_what_is_asked_for_holds_either_phase(align: list[Pool], train: list[Pool]) -> None:
-    planned = Plan(tuple(align), tuple(train), 0)
-    asked = [bundle for bundle, _ in planned.asked]
-    assert asked[: len(planned.bundles)] == list(planned.bundles)
-    for kind, amounts in (
-        ("CPU", [sum(pool.count * pool.cpus for pool in pools) for pools in (align, train)]),
-        ("GPU", [sum(pool.count * pool.gpus for pool in pools) for pools in (align, train)]),
-    ):
-        assert sum(bundle.get(kind, 0.0) for bundle in asked) == pytest.approx(max(amounts))
-    for bundle in asked[len(planned.bundles) :]:
-        assert any(bundle.get("CPU", 0.0) <= p.cpus and bundle.get("GPU", 0.0) <= p.gpus for p in train)
+def test_requested_bundles_hold_either_phase(
+    training_pools: list[ActorPoolPlan], reward_pools: list[ActorPoolPlan]
+) -> None:
+    resource_plan = ResourcePlan(tuple(training_pools), tuple(reward_pools), 0)
+    requested = [bundle for bundle, _ in resource_plan.autoscaler_bundles]
+    assert requested[: len(resource_plan.bundles)] == list(resource_plan.bundles)
+
+    def total(pools: Sequence[ActorPoolPlan], kind: str) -> float:
+        amounts = {"CPU": "cpus_per_actor", "GPU": "gpus_per_actor"}
+        return sum(pool.actor_count * float(getattr(pool, amounts[kind])) for pool in pools)
+
+    for kind in ("CPU", "GPU"):
+        expected = max(total(training_pools, kind), total(reward_pools, kind))
+        assert sum(bundle.get(kind, 0.0) for bundle in requested) == pytest.approx(expected)
+    for bundle in requested[len(resource_plan.bundles) :]:
+        assert any(
+            bundle.get("CPU", 0.0) <= pool.cpus_per_actor and bundle.get("GPU", 0.0) <= pool.gpus_per_actor
+            for pool in reward_pools
+        )
 
 
-def test_labels_go_with_the_actors_that_have_them() -> None:
-    chosen = ["reward.workers=20", "cluster.labels=[learner:market=on-demand]"]
-    asked = plan(load_settings(None, chosen).settings).asked
-    assert [labels for _, labels in asked].count({"market": "on-demand"}) == 1
-    assert sum(bundle["CPU"] for bundle, _ in asked) == pytest.approx(20 * 0.2)
+def test_labels_are_requested_with_the_actors_that_have_them() -> None:
+    overrides = ["reward.workers=20", "cluster.node_labels={learner: {market: on-demand}}"]
+    requested = plan_resources(load_settings(None, overrides).settings).autoscaler_bundles
+    assert [labels for _, labels in requested].count({"market": "on-demand"}) == 1
+    assert sum(bundle["CPU"] for bundle, _ in requested) == pytest.approx(20 * 0.2)
 
 
-def requested() -> list[dict[str, float]]:
-    """What Ray's autoscaler reads."""
-    told = _internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)
-    found: list[dict[str, float]] = json.loads(told) if told else []
-    return found
+def read_request() -> list[dict[str, float]]:
+    """The request that Ray's autoscaler reads."""
+    content = _internal_kv_get(AUTOSCALER_RESOURCE_REQUEST_CHANNEL)
+    bundles: list[dict[str, float]] = json.loads(content) if content else []
+    return bundles
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_what_was_asked_for_is_withdrawn_after_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    planned = plan(load_settings(None, ["reward.workers=20"]).settings)
+def test_a_request_is_withdrawn_after_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    resource_plan = plan_resources(load_settings(None, ["reward.workers=20"]).settings)
     with (
-        pytest.raises(ResourceError, match=r"did not grow within cluster\.grow_deadline_s=0\.1"),
-        capacity(planned, 0.1),
+        pytest.raises(ResourceError, match=r"did not grow within timeouts\.autoscale_s=0\.1"),
+        ensure_capacity(resource_plan, 0.1),
     ):
         pass
-    assert requested() == []
-    seen: list[list[dict[str, float]]] = []
+    assert read_request() == []
+    requests: list[list[dict[str, float]]] = []
 
-    def grown(*_: Any) -> None:
-        """Too small at the first look, large enough at the second."""
-        seen.append(requested())
-        if len(seen) < 2:
+    def fits_at_second_check(*_: Any) -> None:
+        requests.append(read_request())
+        if len(requests) < 2:
             raise ResourceError("too small")
 
-    monkeypatch.setattr(growth, "check", grown)
-    with capacity(planned, 5.0):
-        assert requested() == [bundle for bundle, _ in planned.asked]
-    assert requested() == []
+    monkeypatch.setattr(autoscaling, "check_plan", fits_at_second_check)
+    with ensure_capacity(resource_plan, 5.0):
+        assert read_request() == [bundle for bundle, _ in resource_plan.autoscaler_bundles]
+    assert read_request() == []
 
 
 @pytest.mark.usefixtures("local_ray")
-def test_a_run_that_asked_for_nothing_takes_nothing_back() -> None:
+def test_a_run_without_a_request_withdraws_nothing() -> None:
     request_resources(bundles=[{"CPU": 7.0}])  # another run's
-    with capacity(plan(load_settings(None, []).settings), 5.0):
+    with ensure_capacity(plan_resources(load_settings(None, []).settings), 5.0):
         pass
-    assert requested() == [{"CPU": 7.0}]
+    assert read_request() == [{"CPU": 7.0}]

@@ -1,8 +1,18 @@
+"""Resource plans, their check against clusters and nodes, and disk space."""
+
 from pathlib import Path
 
 import pytest
 
-from cluster.plan import cache_need, check, check_host, check_space, disk_need, plan, table
+from cluster.plan import (
+    cache_disk_bytes,
+    check_free_space,
+    check_host_disk,
+    check_plan,
+    format_plan,
+    plan_resources,
+    run_disk_bytes,
+)
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.errors import ResourceError
@@ -10,34 +20,34 @@ from rluf.errors import ResourceError
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def settings(*overrides: str, config: str | None = None) -> Settings:
+def make_settings(*overrides: str, config: str | None = None) -> Settings:
     return load_settings(CONFIGS / config if config else None, ["model.dtype=bfloat16", *overrides]).settings
 
 
 def test_quickstart_fits_two_cores() -> None:
-    planned = plan(settings())
-    check(planned, {"CPU": 2.0})
-    assert planned.cpus == pytest.approx(1.6)
-    assert planned.gpus == 0
-    assert len(planned.bundles) == 5
-    assert planned.host_bytes < 12 * 2**30
+    resource_plan = plan_resources(make_settings())
+    check_plan(resource_plan, {"CPU": 2.0})
+    assert resource_plan.cpu_count == pytest.approx(1.6)
+    assert resource_plan.gpu_count == 0
+    assert len(resource_plan.bundles) == 5
+    assert resource_plan.host_bytes < 12 * 2**30
 
 
 @pytest.mark.parametrize(
-    ("config", "gpus", "actors"), [("llama3-8b-8gpu.yaml", 8, 14), ("llama3-70b-64gpu.yaml", 64, 42)]
+    ("config", "gpu_count", "actor_count"), [("llama3-8b-8gpu.yaml", 8, 14), ("llama3-70b-64gpu.yaml", 64, 42)]
 )
-def test_gpu_configs_use_their_cluster_to_the_last_gpu(config: str, gpus: int, actors: int) -> None:
-    planned = plan(settings(config=config))
-    assert (planned.gpus, len(planned.bundles)) == (gpus, actors)
-    check(planned, {"CPU": 1000.0, "GPU": float(gpus)}, [{"CPU": 128.0, "GPU": 8.0}] * (gpus // 8))
+def test_gpu_configs_use_every_gpu_of_their_cluster(config: str, gpu_count: int, actor_count: int) -> None:
+    resource_plan = plan_resources(make_settings(config=config))
+    assert (resource_plan.gpu_count, len(resource_plan.bundles)) == (gpu_count, actor_count)
+    check_plan(resource_plan, {"CPU": 1000.0, "GPU": float(gpu_count)}, [{"CPU": 128.0, "GPU": 8.0}] * (gpu_count // 8))
     with pytest.raises(ResourceError):
-        check(planned, {"CPU": 1000.0, "GPU": gpus - 1.0})
+        check_plan(resource_plan, {"CPU": 1000.0, "GPU": gpu_count - 1.0})
 
 
-def test_a_shortage_names_who_asks_and_three_ways_out() -> None:
-    with pytest.raises(ResourceError) as caught:
-        check(plan(settings("rollout.engines=8")), {"CPU": 2.0})
-    message = str(caught.value)
+def test_a_shortage_names_the_requesters_and_three_ways_out() -> None:
+    with pytest.raises(ResourceError) as raised:
+        check_plan(plan_resources(make_settings("rollout.engines=8")), {"CPU": 2.0})
+    message = str(raised.value)
     assert "needs 5.1 CPUs, but the cluster has 2" in message
     assert "rollout 8 x 0.5" in message
     assert message.count("; ") == 3
@@ -45,82 +55,89 @@ def test_a_shortage_names_who_asks_and_three_ways_out() -> None:
         assert key in message
 
 
-def test_gpus_that_are_not_there() -> None:
-    wanted = plan(settings("cluster.gpus_per_engine=1", "cluster.gpus_per_reward=1"))
+def test_missing_gpus() -> None:
+    resource_plan = plan_resources(make_settings("cluster.gpus_per_engine=1", "cluster.gpus_per_reward=1"))
     with pytest.raises(ResourceError, match=r"cluster\.gpus_per_engine=0"):
-        check(wanted, {"CPU": 8.0})
+        check_plan(resource_plan, {"CPU": 8.0})
     with pytest.raises(ResourceError, match=r"cluster\.gpus_per_reward=0\.1 or 0"):
-        check(wanted, {"CPU": 8.0, "GPU": 2.0})
-    check(wanted, {"CPU": 8.0, "GPU": 4.0})
+        check_plan(resource_plan, {"CPU": 8.0, "GPU": 2.0})
+    check_plan(resource_plan, {"CPU": 8.0, "GPU": 4.0})
 
 
-def test_reward_training_counts_where_it_is_the_hungrier_phase() -> None:
+def test_reward_training_counts_where_it_needs_more_than_training() -> None:
     with pytest.raises(ResourceError, match=r"reward training 20 x 0\.2"):
-        check(plan(settings("reward.workers=20")), {"CPU": 2.0})
+        check_plan(plan_resources(make_settings("reward.workers=20")), {"CPU": 2.0})
 
 
 def test_an_actor_must_fit_one_node() -> None:
-    planned = plan(settings(config="llama3-70b-64gpu.yaml"))
+    resource_plan = plan_resources(make_settings(config="llama3-70b-64gpu.yaml"))
     with pytest.raises(ResourceError, match="8 GPU on one node, but the largest node has 4"):
-        check(planned, {"CPU": 1000.0, "GPU": 64.0}, [{"CPU": 128.0, "GPU": 4.0}] * 16)
+        check_plan(resource_plan, {"CPU": 1000.0, "GPU": 64.0}, [{"CPU": 128.0, "GPU": 4.0}] * 16)
 
 
 def test_little_memory_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    check(plan(settings()), {"CPU": 2.0, "memory": 1e9})
+    check_plan(plan_resources(make_settings()), {"CPU": 2.0, "memory": 1e9})
     assert "954 MiB" in caplog.text
 
 
 def test_table_is_plain_without_a_terminal() -> None:
-    planned = plan(settings())
-    plain, fancy = table(planned, fancy=False), table(planned, fancy=True)
+    resource_plan = plan_resources(make_settings())
+    plain, colored = format_plan(resource_plan, use_rich=False), format_plan(resource_plan, use_rich=True)
     assert plain.isascii()
     assert "\x1b" not in plain
     assert "love reward" in plain
     assert "at once: 1.6 CPU, 0 GPU" in plain
-    assert "\x1b" in fancy
+    assert "\x1b" in colored
 
 
-def test_space_needs() -> None:
-    small = settings()
-    policy, state = 2 * 134_515_008, 12 * 134_515_008
-    small_need = disk_need(small)
-    assert disk_need(settings("learner.save_every=7")) - small_need == 2 * (policy + state)
-    assert disk_need(settings("learner.save_every=1")) - small_need == 4 * (policy + state)
-    assert disk_need(settings("learner.save_every=1", "learner.keep_checkpoints=0")) - small_need == 14 * (
-        policy + state
-    )
-    assert cache_need(small) > policy
-    check_space(Path("/data"), 10, 10, "run.root")
+def test_disk_space_of_a_run() -> None:
+    settings = make_settings()
+    policy_bytes, optimizer_bytes = 2 * 134_515_008, 12 * 134_515_008
+    bytes_without_checkpoints = run_disk_bytes(settings)
+
+    def count_checkpoints(*overrides: str) -> float:
+        checkpoint_bytes = run_disk_bytes(make_settings(*overrides)) - bytes_without_checkpoints
+        return checkpoint_bytes / (policy_bytes + optimizer_bytes)
+
+    assert count_checkpoints("learner.checkpoint_every_steps=7") == 2
+    assert count_checkpoints("learner.checkpoint_every_steps=1") == 4
+    assert count_checkpoints("learner.checkpoint_every_steps=1", "learner.keep_checkpoints=0") == 14
+    assert cache_disk_bytes(settings) > policy_bytes
+    check_free_space(Path("/data"), 10, 10, "run.root")
     with pytest.raises(ResourceError, match=r"/data has 9 B free, but the run may need 10 B.*run\.root"):
-        check_space(Path("/data"), 10, 9, "run.root")
+        check_free_space(Path("/data"), 10, 9, "run.root")
 
 
-def test_check_host_reads_this_machine(tmp_path: Path) -> None:
-    check_host(settings(config="tiny.yaml"), tmp_path / "not" / "yet", tmp_path / "cache")
+def test_check_host_disk_reads_this_machine(tmp_path: Path) -> None:
+    check_host_disk(make_settings(config="tiny.yaml"), tmp_path / "not" / "yet", tmp_path / "cache")
     with pytest.raises(ResourceError, match=r"run\.root"):
-        check_host(settings("model.path=org/huge-9000000b"), tmp_path / "not" / "yet", tmp_path / "cache")
+        check_host_disk(make_settings("model.path=org/huge-9000000b"), tmp_path / "not" / "yet", tmp_path / "cache")
 
 
-def test_labels_are_looked_for_on_nodes_that_are_large_enough() -> None:
-    planned = plan(settings("cluster.labels=[learner:market=on-demand]", config="llama3-8b-8gpu.yaml"))
-    spot, firm = (
+def test_a_labeled_node_must_be_large_enough() -> None:
+    resource_plan = plan_resources(
+        make_settings("cluster.node_labels={learner: {market: on-demand}}", config="llama3-8b-8gpu.yaml")
+    )
+    spot, on_demand = (
         {"CPU": 48.0, "GPU": gpus, "market=" + kind: 1.0} for kind, gpus in (("spot", 4.0), ("on-demand", 4.0))
     )
     total = {"CPU": 96.0, "GPU": 8.0}
-    check(planned, total, [spot, firm])
-    with pytest.raises(ResourceError) as caught:
-        check(planned, total, [spot, spot])
-    assert "the label market=on-demand but no node has it (there are: market=spot)" in str(caught.value)
-    assert str(caught.value).count(", or ") == 2
-    bare = {"CPU": 48.0, "market=on-demand": 1.0}
+    check_plan(resource_plan, total, [spot, on_demand])
+    with pytest.raises(ResourceError) as raised:
+        check_plan(resource_plan, total, [spot, spot])
+    assert "the label market=on-demand but no node has it (existing labels: market=spot)" in str(raised.value)
+    assert str(raised.value).count(", or ") == 2
+    no_gpu = {"CPU": 48.0, "market=on-demand": 1.0}
     with pytest.raises(ResourceError, match="largest node with the label market=on-demand has 0 GPU"):
-        check(planned, total, [spot | {"GPU": 8.0}, bare])
+        check_plan(resource_plan, total, [spot | {"GPU": 8.0}, no_gpu])
 
 
-def test_labelled_actors_must_fit_the_labelled_nodes_together() -> None:
-    planned = plan(settings("cluster.labels=[learner:kind=learn]", config="llama3-70b-64gpu.yaml"))
-    plain, marked = {"CPU": 96.0, "GPU": 8.0}, {"CPU": 96.0, "GPU": 8.0, "kind=learn": 1.0}
+def test_labeled_actors_must_fit_the_labeled_nodes_together() -> None:
+    resource_plan = plan_resources(
+        make_settings("cluster.node_labels={learner: {kind: learn}}", config="llama3-70b-64gpu.yaml")
+    )
+    plain, labeled = {"CPU": 96.0, "GPU": 8.0}, {"CPU": 96.0, "GPU": 8.0, "kind=learn": 1.0}
     total = {"CPU": 768.0, "GPU": 64.0}
-    check(planned, total, [marked] * 4 + [plain] * 4)
+    check_plan(resource_plan, total, [labeled] * 4 + [plain] * 4)
     with pytest.raises(ResourceError, match=r"need 32 GPUs on nodes with the label kind=learn .*which have 24"):
-        check(planned, total, [marked] * 3 + [plain] * 5)
+        check_plan(resource_plan, total, [labeled] * 3 + [plain] * 5)

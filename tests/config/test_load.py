@@ -3,43 +3,44 @@ from typing import Any
 
 import pytest
 
-from rluf.config.load import fields, load_settings
+from rluf.config.load import iter_setting_fields, load_settings
+from rluf.config.renamed import RENAMED_SETTINGS
 from rluf.config.settings import Settings
 from rluf.errors import SettingsError
 
 
-def write(folder: Path, name: str, text: str) -> Path:
+def write_file(folder: Path, name: str, text: str) -> Path:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
     return path
 
 
-def refused(*overrides: str, config: Path | None = None) -> str:
-    with pytest.raises(SettingsError) as caught:
+def load_error(*overrides: str, config: Path | None = None) -> str:
+    with pytest.raises(SettingsError) as raised:
         load_settings(config, overrides)
-    assert "Traceback" not in str(caught.value)
-    return str(caught.value)
+    assert "Traceback" not in str(raised.value)
+    return str(raised.value)
 
 
-def _plain(settings: Settings) -> dict[str, Any]:
-    """The tree with what `auto` means here."""
+def resolve_dtypes(settings: Settings) -> dict[str, Any]:
+    """The settings tree with `auto` resolved for this machine."""
     tree = settings.model_dump()
     tree["model"]["dtype"], tree["reward"]["dtype"] = settings.policy_dtype, settings.reward_dtype
     return tree
 
 
-def test_without_anything_it_is_the_quickstart() -> None:
+def test_defaults_are_the_quickstart() -> None:
     loaded = load_settings(None)
-    assert _plain(loaded.settings) == _plain(Settings())
+    assert resolve_dtypes(loaded.settings) == resolve_dtypes(Settings())
     assert loaded.settings.name == "quickstart"
     assert {key for key, source in loaded.sources.items() if source != "default"} == {"model.dtype", "reward.dtype"}
-    assert set(loaded.sources) == {key for key, _ in fields()}
+    assert set(loaded.sources) == {key for key, _ in iter_setting_fields()}
 
 
-def test_override_wins_over_file_wins_over_base(tmp_path: Path) -> None:
-    write(tmp_path, "base.yaml", "algorithm: {steps: 5, prompts_per_step: 7}\nseed: 3\n")
-    top = write(tmp_path, "sub/top.yaml", "extends: ../base.yaml\nalgorithm:\n  steps: 6\n")
+def test_overrides_win_over_files_and_files_over_their_bases(tmp_path: Path) -> None:
+    write_file(tmp_path, "base.yaml", "algorithm: {steps: 5, prompts_per_step: 7}\nseed: 3\n")
+    top = write_file(tmp_path, "sub/top.yaml", "extends: ../base.yaml\nalgorithm:\n  steps: 6\n")
     loaded = load_settings(top, ["algorithm.kl_coef=1e-3", "seed=4", "seed=5"])
     algorithm = loaded.settings.algorithm
     assert (algorithm.steps, algorithm.prompts_per_step, algorithm.kl_coef, loaded.settings.seed) == (6, 7, 0.001, 5)
@@ -47,31 +48,31 @@ def test_override_wins_over_file_wins_over_base(tmp_path: Path) -> None:
     assert loaded.sources["algorithm.steps"] == str(top)
     assert loaded.sources["algorithm.prompts_per_step"].endswith("base.yaml")
     assert loaded.sources["seed"] == "override"
-    assert loaded.sources["algorithm.staleness"] == "default"
+    assert loaded.sources["algorithm.max_staleness"] == "default"
     assert loaded.settings.name == "top"
 
 
-def test_a_part_of_a_section_keeps_that_sections_own_defaults() -> None:
+def test_other_keys_of_a_section_keep_its_own_defaults() -> None:
     helpfulness = load_settings(None, ["reward.helpfulness.epochs=1"]).settings.reward.helpfulness
     assert (helpfulness.epochs, helpfulness.loss) == (1, "bradley_terry")
 
 
 def test_several_bases_merge_in_order(tmp_path: Path) -> None:
-    write(tmp_path, "a.yaml", "seed: 1\nrollout: {engines: 2}\n")
-    write(tmp_path, "b.yaml", "seed: 2\n")
-    top = write(tmp_path, "c.yaml", "extends: [a.yaml, b.yaml]\nname: c\n")
+    write_file(tmp_path, "a.yaml", "seed: 1\nrollout: {engines: 2}\n")
+    write_file(tmp_path, "b.yaml", "seed: 2\n")
+    top = write_file(tmp_path, "c.yaml", "extends: [a.yaml, b.yaml]\nname: c\n")
     settings = load_settings(top).settings
     assert (settings.seed, settings.rollout.engines) == (2, 2)
 
 
-def test_files_in_a_circle_are_refused(tmp_path: Path) -> None:
-    top = write(tmp_path, "a.yaml", "extends: b.yaml\n")
-    write(tmp_path, "b.yaml", "extends: a.yaml\n")
-    assert "a.yaml -> b.yaml -> a.yaml" in refused(config=top)
+def test_circular_extends_are_refused(tmp_path: Path) -> None:
+    top = write_file(tmp_path, "a.yaml", "extends: b.yaml\n")
+    write_file(tmp_path, "b.yaml", "extends: a.yaml\n")
+    assert "a.yaml -> b.yaml -> a.yaml" in load_error(config=top)
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "expected_text"),
     [
         ("rollout.temprature=1", "unknown setting rollout.temprature (override); did you mean rollout.temperature?"),
         ("algoritm.steps=3", "did you mean algorithm.steps?"),
@@ -81,48 +82,48 @@ def test_files_in_a_circle_are_refused(tmp_path: Path) -> None:
         ("seed", "write key=value"),
         ("=1", "write key=value"),
         ("algorithm=3", "algorithm is a section"),
-        ("learner.ranks=[", "not valid YAML"),
+        ("learner.workers=[", "not valid YAML"),
         ("model.path=${RLUF_NOT_SET}", "RLUF_NOT_SET"),
     ],
 )
-def test_refusals_name_the_key_and_the_way_out(override: str, told: str) -> None:
-    assert told in refused(override)
+def test_errors_name_the_key_and_the_fix(override: str, expected_text: str) -> None:
+    assert expected_text in load_error(override)
 
 
-def test_wrong_values_name_key_value_source_and_rule() -> None:
-    message = refused("learner.ranks=0", "publish.engine=mpi")
-    assert "learner.ranks=0 (override): must be greater than or equal to 1" in message
-    assert "publish.engine='mpi' (override): must be 'shm', 'nccl', 'tcp', 'disk', 'ipc' or 'adapter'" in message
+def test_invalid_values_are_reported_with_key_value_source_and_rule() -> None:
+    message = load_error("learner.workers=0", "weight_sync.transport=mpi")
+    assert "learner.workers=0 (override): must be greater than or equal to 1" in message
+    assert "weight_sync.transport='mpi' (override): must be 'shm', 'nccl', 'disk', 'cuda_ipc' or 'lora'" in message
     assert "2 settings are wrong" in message
-    assert "fractional" in refused("learner.ranks=2.5")
-    assert "data.feedback" in refused("data.feedback=[{a: 1}]")
+    assert "fractional" in load_error("learner.workers=2.5")
+    assert "data.feedback" in load_error("data.feedback=[{a: 1}]")
 
 
-def test_missing_file_names_the_nearest(tmp_path: Path) -> None:
-    write(tmp_path, "human.yaml", "name: human\n")
-    assert f"did you mean {tmp_path / 'human.yaml'}?" in refused(config=tmp_path / "humam.yaml")
-    lonely = write(tmp_path, "lonely.yaml", "extends: nowhere-at-all.yaml\n")
-    assert "which lonely.yaml extends" in refused(config=lonely)
-    assert "is not UTF-8" in refused(config=_bytes(tmp_path / "latin.yaml"))
-    assert "(Is a directory)" in refused(config=tmp_path)
+def test_a_missing_file_suggests_a_similar_name(tmp_path: Path) -> None:
+    write_file(tmp_path, "human.yaml", "name: human\n")
+    assert f"did you mean {tmp_path / 'human.yaml'}?" in load_error(config=tmp_path / "humam.yaml")
+    orphan = write_file(tmp_path, "orphan.yaml", "extends: nowhere-at-all.yaml\n")
+    assert "which orphan.yaml extends" in load_error(config=orphan)
+    assert "is not UTF-8" in load_error(config=write_latin1_file(tmp_path / "latin.yaml"))
+    assert "(Is a directory)" in load_error(config=tmp_path)
 
 
-def _bytes(path: Path) -> Path:
+def write_latin1_file(path: Path) -> Path:
     path.write_bytes(b"name: caf\xe9\n")
     return path
 
 
-def test_yaml_with_a_key_said_twice_or_not_a_mapping_is_refused(tmp_path: Path) -> None:
-    assert "'seed' is set twice" in refused(config=write(tmp_path, "twice.yaml", "seed: 1\nseed: 2\n"))
-    assert "line 3 is not valid YAML" in refused(config=write(tmp_path, "broken.yaml", "seed: 1\nname: [\n"))
-    assert "not a mapping" in refused(config=write(tmp_path, "list.yaml", "- 1\n"))
+def test_invalid_yaml_is_refused_with_its_place(tmp_path: Path) -> None:
+    assert "'seed' is set twice" in load_error(config=write_file(tmp_path, "twice.yaml", "seed: 1\nseed: 2\n"))
+    assert "line 3 is not valid YAML" in load_error(config=write_file(tmp_path, "broken.yaml", "seed: 1\nname: [\n"))
+    assert "expected a mapping" in load_error(config=write_file(tmp_path, "list.yaml", "- 1\n"))
 
 
 def test_empty_files_and_empty_sections_change_nothing(tmp_path: Path) -> None:
-    empty = write(tmp_path, "quickstart.yaml", "# nothing\n")
-    hollow = write(tmp_path, "hollow.yaml", "name: quickstart\nalgorithm:\n")
-    assert load_settings(empty).settings == load_settings(hollow).settings
-    assert _plain(load_settings(empty).settings) == _plain(Settings())
+    empty = write_file(tmp_path, "quickstart.yaml", "# nothing\n")
+    empty_section = write_file(tmp_path, "empty_section.yaml", "name: quickstart\nalgorithm:\n")
+    assert load_settings(empty).settings == load_settings(empty_section).settings
+    assert resolve_dtypes(load_settings(empty).settings) == resolve_dtypes(Settings())
 
 
 def test_variables_expand(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +135,7 @@ def test_variables_expand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert data.data.feedback == ("/logs/a.jsonl", "here/b.jsonl")
 
 
-def test_values_are_typed_as_yaml_without_its_traps() -> None:
+def test_yaml_values_keep_words_and_dates_as_text() -> None:
     settings = load_settings(
         None,
         [
@@ -160,15 +161,55 @@ def test_settings_are_frozen_and_survive_json() -> None:
 
 
 @pytest.mark.parametrize("name", ["HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "WANDB_API_KEY", "DB_PASSWORD"])
-def test_a_secret_is_never_taken_into_the_settings(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_secrets_in_variables_are_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "canary")
-    with pytest.raises(SettingsError, match=f"{name}, which looks like a secret") as caught:
+    with pytest.raises(SettingsError, match=f"{name}, which looks like a secret") as raised:
         load_settings(None, [f"model.path=${{{name}}}"])
-    assert "canary" not in str(caught.value)
+    assert "canary" not in str(raised.value)
 
 
-def test_a_password_in_an_address_is_refused_and_not_repeated() -> None:
-    with pytest.raises(SettingsError, match="password before the @") as caught:
+def test_passwords_in_urls_are_refused_and_not_repeated() -> None:
+    with pytest.raises(SettingsError, match="password in a URL") as raised:
         load_settings(None, ["data.feedback=s3://key:canary@bucket/log.jsonl"])
-    assert "canary" not in str(caught.value)
+    assert "canary" not in str(raised.value)
     load_settings(None, ["data.feedback=s3://bucket/user@host:1/log.jsonl"])
+
+
+def test_every_renamed_setting_exists_under_its_new_name_only() -> None:
+    known_keys = {key for key, _ in iter_setting_fields()}
+    for old_key, new_key in RENAMED_SETTINGS.items():
+        assert old_key.replace("*", "love") not in known_keys
+        assert new_key.replace("*", "love") in known_keys
+
+
+@pytest.mark.parametrize(("old_key", "new_key"), RENAMED_SETTINGS.items())
+def test_renamed_keys_are_refused_with_the_new_key(old_key: str, new_key: str, tmp_path: Path) -> None:
+    old_key, new_key = (key.replace("*", "safety") for key in (old_key, new_key))
+    assert f"{old_key} is now {new_key} (override)" in load_error(f"{old_key}=1")
+    section, _, name = old_key.rpartition(".")
+    nested = write_file(
+        tmp_path, "old.yaml", f"{{{section.replace('.', ': {')}: {{{name}: 1}}{'}' * section.count('.')}}}"
+    )
+    assert f"{old_key} is now {new_key} ({nested})" in load_error(config=nested)
+
+
+def test_all_renamed_keys_of_a_file_are_in_one_message(tmp_path: Path) -> None:
+    file = write_file(tmp_path, "old.yaml", "publish: {engine: ipc, deadline_s: 9}\nlearner: {ranks: 2, workers: 2}\n")
+    message = load_error(config=file)
+    for change in (
+        "publish.engine is now weight_sync.transport",
+        "publish.deadline_s is now timeouts.weight_sync_s",
+        "learner.ranks is now learner.workers",
+    ):
+        assert change in message
+    assert "learner.workers is" not in message
+
+
+def test_a_mapping_is_replaced_as_a_whole_and_an_override_of_one_item_keeps_the_others(tmp_path: Path) -> None:
+    base = write_file(tmp_path, "base.yaml", "algorithm: {topic_weights: {casual: 2, work: 4}}\n")
+    assert load_settings(base).settings.algorithm.topic_weights == {"casual": 2, "work": 4}
+    assert load_settings(base, ["algorithm.topic_weights={}"]).settings.algorithm.topic_weights == {}
+    loaded = load_settings(base, ["algorithm.topic_weights.work=1", "cluster.node_labels.learner.pool=gpu"])
+    assert loaded.settings.algorithm.topic_weights == {"casual": 2, "work": 1}
+    assert loaded.settings.cluster.node_labels == {"learner": {"pool": "gpu"}}
+    assert loaded.sources["algorithm.topic_weights"] == "override"

@@ -1,4 +1,4 @@
-"""The docs: they build strictly, the reference is that of the code, and every command in them parses."""
+"""The docs build without warnings, the reference matches the code, and every command in them parses."""
 
 from __future__ import annotations
 
@@ -15,74 +15,74 @@ from types import ModuleType
 
 import pytest
 
-from rluf.config.cli import parse
-from rluf.config.load import fields
-from rluf.tracking.metric_registry import METRICS
+from rluf.config.cli import parse_command_line
+from rluf.config.load import iter_setting_fields
+from rluf.tracking.metric_registry import STEP_METRICS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
-OWN_FLAGS = "argparse.ArgumentParser("
-PROGRAMS = (
+OWN_PARSER = "argparse.ArgumentParser("
+PROGRAM_NAMES = (
     "python", "make", "ray", "source", "export", "cp", "wandb", "pip", "kubectl", "curl", "git", "docker", "helm",
 )  # fmt: skip
-"""What a line of a code block starts with when it is a command; other lines are output or data."""
+"""First words of code block lines that are commands; other lines are output or data."""
 
 
-def commands(page: Path) -> list[str]:
-    """Commands in the fenced and the indented blocks of a page, with their continued lines."""
+def list_commands(page: Path) -> list[str]:
+    """Commands in the fenced and indented blocks of a page, with continuation lines joined."""
     text = page.read_text("utf-8").replace("\\\n", " ")
-    shell = re.findall(r"^ *```(?:bash|sh|shell|console)?\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
-    bare = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
-    lines = [line for block in shell for line in block.splitlines()]
-    lines += [line for line in bare.splitlines() if line.startswith("    ")]
-    stripped = [re.sub(r"^(\$ |\.venv/bin/)", "", line.strip()) for line in lines]
-    return [line for line in stripped if re.match(rf"(\w+=\S+ )*({'|'.join(PROGRAMS)}) ", line)]
+    shell_blocks = re.findall(r"^ *```(?:bash|sh|shell|console)?\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
+    unfenced = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line for block in shell_blocks for line in block.splitlines()]
+    lines += [line for line in unfenced.splitlines() if line.startswith("    ")]
+    candidates = [re.sub(r"^(\$ |\.venv/bin/)", "", line.strip()) for line in lines]
+    return [line for line in candidates if re.match(rf"(\w+=\S+ )*({'|'.join(PROGRAM_NAMES)}) ", line)]
 
 
-SUFFIXES = ("safetensors", "py", "md", "json", "jsonl", "yaml", "html", "log", "parquet", "gz")
-ALL = [(page.relative_to(ROOT).as_posix(), line) for page in PAGES for line in commands(page)]
+FILE_SUFFIXES = ("safetensors", "py", "md", "json", "jsonl", "yaml", "html", "log", "parquet", "gz")
+ALL_COMMANDS = [(page.relative_to(ROOT).as_posix(), line) for page in PAGES for line in list_commands(page)]
 
 
-MINE = "configs/mine.yaml"
+OWN_CONFIG = "configs/mine.yaml"
 
 
-def own_config(configs: Path, log: str) -> str:
-    """The config that docs/howto/logs.md makes, with the log at `log`; it extends files in `configs`."""
+def read_own_config(configs: Path, log_path: str) -> str:
+    """The config of docs/howto/logs.md, with the log at `log_path`, extending files in `configs`."""
     text = (ROOT / "docs" / "howto" / "logs.md").read_text("utf-8")
     (block,) = re.findall(r"^ *```yaml\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
-    own = textwrap.dedent(block).replace("/data/feedback/*.jsonl.gz", log)
-    return own.replace("extends: ", f"extends: {configs}/")
+    config_text = textwrap.dedent(block).replace("/data/feedback/*.jsonl.gz", log_path)
+    return config_text.replace("extends: ", f"extends: {configs}/")
 
 
-def loaded(path: str) -> ModuleType:
-    """A file of the repository that is in no package, as a module."""
+def load_file(path: str) -> ModuleType:
+    """Import a file of the repository that is not in a package."""
     spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     assert spec is not None and spec.loader is not None
-    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # where dataclasses look for themselves
+    sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)  # dataclasses look their module up there
     spec.loader.exec_module(module)
     return module
 
 
-def hooks() -> ModuleType:
-    """docs/hooks.py as a module."""
+def load_hooks() -> ModuleType:
+    """Import docs/hooks.py."""
     pytest.importorskip("mkdocs", reason="mkdocs is not installed: the site was not built")
-    return loaded("docs/hooks.py")
+    return load_file("docs/hooks.py")
 
 
 def test_there_are_commands_to_test() -> None:
-    assert len(ALL) > 15
-    assert ("docs/quickstart.md", "python -m rluf.train seed=2 objectives.love.weight=0.1") in ALL
+    assert len(ALL_COMMANDS) > 15
+    assert ("docs/quickstart.md", "python -m rluf.train seed=2 objectives.love.weight=0.1") in ALL_COMMANDS
 
 
-@pytest.mark.parametrize(("page", "line"), ALL)
+@pytest.mark.parametrize(("page", "line"), ALL_COMMANDS)
 def test_a_command_parses(
     page: str, line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(ROOT)
-    if MINE in line:
-        mine = tmp_path / "mine.yaml"
-        mine.write_text(own_config(ROOT / "configs", "/data/*.jsonl.gz"), "utf-8")
-        line = line.replace(MINE, str(mine))
+    if OWN_CONFIG in line:
+        own_config = tmp_path / "mine.yaml"
+        own_config.write_text(read_own_config(ROOT / "configs", "/data/*.jsonl.gz"), "utf-8")
+        line = line.replace(OWN_CONFIG, str(own_config))
     monkeypatch.setenv("RLUF_DATA", "/data")
     words = shlex.split(line, comments=True)
     while words and re.match(r"[A-Z_]+=", words[0]):
@@ -95,14 +95,16 @@ def test_a_command_parses(
     elif words[:2] == ["python", "-m"] and words[2].startswith("rluf."):
         source = ROOT / words[2].replace(".", "/") / "__main__.py"
         assert source.is_file()
-        if OWN_FLAGS in source.read_text() or (words[3:4] and re.fullmatch(r"[a-z_]+", words[3])):
-            asked = [sys.executable, "-m", words[2], *words[3:], "--help"]
-            subprocess.run(asked, cwd=ROOT, check=True, capture_output=True, timeout=60)
+        if OWN_PARSER in source.read_text() or (words[3:4] and re.fullmatch(r"[a-z_]+", words[3])):
+            command = [sys.executable, "-m", words[2], *words[3:], "--help"]
+            subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=60)
             return
-        given = [word for word in words[3:] if word != "--dry-run"]
-        with pytest.raises(SystemExit) as left:
-            parse(words[2], "", [*given, "--dry-run"])
-        assert left.value.code == 0, page + capsys.readouterr().err
+        arguments = [word for word in words[3:] if word != "--dry-run"]
+        with pytest.raises(SystemExit) as exit_info:
+            command_module = importlib.import_module(f"{words[2]}.__main__")
+            options = getattr(command_module, "COMMAND_OPTIONS", None)
+            parse_command_line(words[2], "", [*arguments, "--dry-run"], options)
+        assert exit_info.value.code == 0, page + capsys.readouterr().err
     elif words[0] == "python" and words[1].endswith(".py"):
         assert (ROOT / words[1]).is_file()
     elif words[:2] == ["python", "-m"]:
@@ -110,56 +112,66 @@ def test_a_command_parses(
 
 
 def test_the_reference_has_every_setting_and_every_metric() -> None:
-    made = hooks()
-    settings, metrics = made.settings_page(), made.metrics_page()
-    for key, info in fields():
+    hooks = load_hooks()
+    settings, metrics = hooks.settings_page(), hooks.metrics_page()
+    for key, info in iter_setting_fields():
         row = next(line for line in settings.splitlines() if line.startswith(f"| `{key}` |"))
         assert " ".join((info.description or "?").split()) in html.unescape(row)
-    assert all(f"| `{spec.key}` | `{spec.name}` |" in metrics for spec in METRICS)
+    assert all(f"| `{spec.key}` | `{spec.wandb_name}` |" in metrics for spec in STEP_METRICS)
     assert "| `algorithm.steps` | `int` | `14` |" in settings
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_settings_named_in_prose_exist(page: Path) -> None:
-    known = {key for key, _ in fields()}
-    sections = {".".join(key.split(".")[:depth]) for key in known for depth in range(1, key.count(".") + 1)}
-    named = re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:=[^`]*)?`", page.read_text("utf-8"))
-    ours = [key for key in named if key.split(".")[0] in sections and key.rpartition(".")[2] not in SUFFIXES]
-    assert [key for key in ours if key not in known | sections] == []
+    known_keys = {key for key, _ in iter_setting_fields()}
+    sections = {".".join(key.split(".")[:depth]) for key in known_keys for depth in range(1, key.count(".") + 1)}
+    names = re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:=[^`]*)?`", page.read_text("utf-8"))
+    setting_names = [
+        key for key in names if key.split(".")[0] in sections and key.rpartition(".")[2] not in FILE_SUFFIXES
+    ]
+    assert [key for key in setting_names if key not in known_keys | sections] == []
 
 
-def test_the_newcomer_types_what_the_readme_says_and_tells_no_path(tmp_path: Path) -> None:
-    newcomer = loaded("benchmarks/newcomer.py")
-    assert newcomer.readme_commands(ROOT) == ["make setup", "make quickstart"]
+def test_newcomer_runs_the_readme_commands_and_hides_local_paths(tmp_path: Path) -> None:
+    newcomer = load_file("benchmarks/newcomer.py")
+    assert newcomer.read_readme_commands(ROOT) == ["make setup", "make quickstart"]
     session = newcomer.Session(tmp_path, dict(os.environ))
     assert (
         session.run(f"echo {tmp_path}/rluf {ROOT} && echo https://mirror.example.org/simple && exit 3", tmp_path) == 3
     )
-    facts = {**newcomer.machine(), "commit": "abc", "seconds": 605.0, "headline": "All is well.", "wrong": []}
-    text = newcomer.transcript(session, facts, "")
+    facts = {
+        **newcomer.describe_machine(),
+        "commit": "abc",
+        "seconds": 605.0,
+        "headline": "All is well.",
+        "findings": [],
+    }
+    text = newcomer.format_transcript(session, facts, "")
     assert all(str(path) not in text for path in (tmp_path, ROOT, Path.home(), "mirror.example.org"))
-    for part in ("**10 min 5 s** (promised: under 15 min 0 s)", "~/rluf ~/origin", "<address>", "| 3 | `echo"):
-        assert part in text, text
+    for expected in ("**10 min 5 s** (promised: under 15 min 0 s)", "~/rluf ~/origin", "<address>", "| 3 | `echo"):
+        assert expected in text, text
 
 
 @pytest.mark.parametrize("source", sorted((ROOT / "docs" / "images").glob("*.mmd")), ids=lambda source: source.stem)
-def test_a_picture_is_that_of_its_source(source: Path) -> None:
-    """Rendered once and kept, so that the site needs no network to show it."""
+def test_pictures_match_their_source(source: Path) -> None:
+    """Pictures are rendered in advance, so that the site needs no network."""
     text = source.read_text().replace("P[Love]", "")
-    labels = [part for label in re.findall(r'[\[(]"?([^\[\]()"]+?)"?[\])]', text) for part in label.split("<br/>")]
-    shown = re.sub(r"\s+", " ", " ".join(re.findall(r">([^<>]+)<", source.with_suffix(".svg").read_text())))
+    labels = [
+        label_part for label in re.findall(r'[\[(]"?([^\[\]()"]+?)"?[\])]', text) for label_part in label.split("<br/>")
+    ]
+    picture_text = re.sub(r"\s+", " ", " ".join(re.findall(r">([^<>]+)<", source.with_suffix(".svg").read_text())))
     words = {word for label in labels for word in re.findall(r"[\w.]+", label)}
-    assert len(words) > 10 and [word for word in words if word not in shown] == []
+    assert len(words) > 10 and [word for word in words if word not in picture_text] == []
 
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="mkdocs is not installed: the site was not built")
-    done = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
         cwd=ROOT, capture_output=True, text=True, timeout=200, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    api = (tmp_path / "site" / "reference" / "python" / "rluf.tracking" / "index.html").read_text("utf-8")
-    assert "rluf.tracking.timeline.gaps" in api
+    assert completed.returncode == 0, completed.stderr
+    api_page = (tmp_path / "site" / "reference" / "python" / "rluf.tracking" / "index.html").read_text("utf-8")
+    assert "rluf.tracking.timeline.gaps" in api_page
     assert "algorithm.steps" in (tmp_path / "site" / "reference" / "settings" / "index.html").read_text("utf-8")

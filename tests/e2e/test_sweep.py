@@ -1,4 +1,4 @@
-"""A sweep as a user runs it: two runs of the main job under Ray Tune, then again, when nothing is left to run."""
+"""A sweep as users run it: two training jobs under Ray Tune, then again, when nothing is left to run."""
 
 from __future__ import annotations
 
@@ -18,41 +18,46 @@ COMMAND = [
 ]  # fmt: skip
 
 
-def swept(base: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "RLUF_RUNS": str(base / "runs"), "RLUF_CACHE": str(base / "cache"), "RAY_AUTH_MODE": "token"}
+def run_sweep(base_folder: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    env = {
+        **os.environ,
+        "RLUF_RUNS": str(base_folder / "runs"),
+        "RLUF_CACHE": str(base_folder / "cache"),
+        "RAY_AUTH_MODE": "token",
+    }
     env.pop("RAY_ADDRESS", None)
     return subprocess.run(
-        [*COMMAND, *more], cwd=ROOT, env=env, capture_output=True, text=True, timeout=800, check=False
+        [*COMMAND, *overrides], cwd=ROOT, env=env, capture_output=True, text=True, timeout=800, check=False
     )
 
 
-def test_a_sweep_runs_every_point_once_and_tells_the_front(tmp_path: Path) -> None:
-    first = swept(tmp_path)
+def test_a_sweep_runs_every_point_once_and_reports_the_pareto_front(tmp_path: Path) -> None:
+    first = run_sweep(tmp_path)
     assert first.returncode == 0, first.stderr[-3000:]
-    found = json.loads(first.stdout.splitlines()[-1])
-    assert [(one["weight"], one["kl_coef"], one["seeds"]) for one in found["settings"]] == [
+    result = json.loads(first.stdout.splitlines()[-1])
+    assert [(point["weight"], point["kl_coef"], point["seeds"]) for point in result["settings"]] == [
         (0.0, 0.02, 1),
         (0.3, 0.02, 1),
     ]
-    assert found["failed"] == {}
-    assert found["front"]
+    assert result["failed"] == {}
+    assert result["front"]
     folder = tmp_path / "runs" / "tiny-sweep"
-    assert json.loads((folder / "sweep.json").read_text("utf-8"))["rule"] == found["rule"]
-    weights = [
-        json.loads((folder / f"love{w}-kl0.02-seed1" / "latest" / "config.json").read_text("utf-8"))["objectives"]
-        for w in ("0", "0.3")
+    assert json.loads((folder / "sweep.json").read_text("utf-8"))["rule"] == result["rule"]
+    objectives = [
+        json.loads((folder / f"love{weight}-kl0.02-seed1" / "latest" / "config.json").read_text("utf-8"))["objectives"]
+        for weight in ("0", "0.3")
     ]
-    assert [(one["love"]["weight"], one["helpfulness"]["weight"]) for one in weights] == [(0.0, 0.8), (0.3, 0.5)]
+    assert [(run["love"]["weight"], run["helpfulness"]["weight"]) for run in objectives] == [(0.0, 0.8), (0.3, 0.5)]
 
-    again = swept(tmp_path)
-    assert "2 of them are there already" in again.stderr
-    assert json.loads(again.stdout.splitlines()[-1])["settings"] == found["settings"]
+    second = run_sweep(tmp_path)
+    assert "finished_before=2" in second.stderr
+    assert json.loads(second.stdout.splitlines()[-1])["settings"] == result["settings"]
 
 
-def test_a_sweep_whose_runs_fail_tells_them_after_its_result_and_exits_with_8(tmp_path: Path) -> None:
-    ended = swept(tmp_path, "model.path=no/such/model/here")
-    assert ended.returncode == 8, ended.stderr[-3000:]
-    found = json.loads(ended.stdout.splitlines()[-1])
-    assert (found["settings"], found["recommended"], len(found["failed"])) == ([], None, 2)
-    assert "love0.3-kl0.02-seed1.log" in ended.stderr.splitlines()[-1]
-    assert all("no/such/model/here" in Path(log).read_text("utf-8") for log in found["failed"].values())
+def test_a_sweep_with_failed_runs_lists_them_after_its_result_and_exits_with_8(tmp_path: Path) -> None:
+    process = run_sweep(tmp_path, "model.path=no/such/model/here")
+    assert process.returncode == 8, process.stderr[-3000:]
+    result = json.loads(process.stdout.splitlines()[-1])
+    assert (result["settings"], result["recommended"], len(result["failed"])) == ([], None, 2)
+    assert "love0.3-kl0.02-seed1.log" in process.stderr.splitlines()[-1]
+    assert all("no/such/model/here" in Path(log_path).read_text("utf-8") for log_path in result["failed"].values())

@@ -1,4 +1,4 @@
-"""Alarms: exact tests, stated rates, planted hacks by both ways of looking, and every rung of the decision."""
+"""Alarms: exact tests, false-alarm rates, planted hacks in both modes, and each level of the escalation policy."""
 
 from __future__ import annotations
 
@@ -13,57 +13,56 @@ from scipy import stats
 
 from rluf.errors import DataError
 from rluf.evaluate.alarms import (
-    STREAM_ODDS,
-    Action,
-    Alarm,
-    Baseline,
-    Look,
-    Question,
-    Stream,
-    check,
-    check_topics,
-    decide,
-    diverged,
-    excess_p,
-    odds_ratio,
-    question,
-    stream_gain,
-    stream_limit,
-    stream_scores,
-    upper_share,
+    STREAM_ODDS_RATIO,
+    AlarmAction,
+    AlarmBaseline,
+    BinaryMonitor,
+    MonitorAlarm,
+    MonitorCheck,
+    SequentialDetector,
+    alarm_threshold,
+    base_rate_upper_limit,
+    checkpoint_alarms,
+    compute_odds_ratio,
+    cusum_scores,
+    decide_action,
+    has_diverged,
+    log_likelihood_gain,
+    make_binary_monitor,
+    one_sided_p_value,
 )
 
 Values = dict[str, NDArray[np.float64]]
 
 
-def made(seed: int, size: int, bye: float = 0.0072, longer: float = 1.0) -> Values:
-    """Three monitors of a policy: farewells, length in tokens, and endings in a question."""
+def simulate_values(seed: int, sample_count: int, farewell_rate: float = 0.0072, length_factor: float = 1.0) -> Values:
+    """Values of three monitors of a policy: farewells, length in tokens, and closing questions."""
     rng = np.random.default_rng(seed)
     return {
-        "farewell": (rng.random(size) < bye).astype(float),
-        "length": np.round(rng.gamma(6.0, 5.0, size) * longer),
-        "question_ending": (rng.random(size) < 0.3).astype(float),
+        "farewell": (rng.random(sample_count) < farewell_rate).astype(float),
+        "length": np.round(rng.gamma(6.0, 5.0, sample_count) * length_factor),
+        "question_ending": (rng.random(sample_count) < 0.3).astype(float),
     }
 
 
-def names(alarms: Sequence[Alarm]) -> list[str]:
+def monitor_names(alarms: Sequence[MonitorAlarm]) -> list[str]:
     return [alarm.monitor for alarm in alarms]
 
 
 @settings(deadline=None)
 @given(st.integers(0, 40), st.integers(41, 300), st.integers(0, 40), st.integers(41, 300))
-def test_p_is_fishers_exact_test(k: int, n: int, k0: int, n0: int) -> None:
-    theirs = stats.fisher_exact([[k, n - k], [k0, n0 - k0]], alternative="greater").pvalue
-    assert float(excess_p(k, n, k0, n0)) == pytest.approx(theirs, rel=1e-9, abs=1e-12)
+def test_p_value_matches_fishers_exact_test(k: int, n: int, k0: int, n0: int) -> None:
+    expected = stats.fisher_exact([[k, n - k], [k0, n0 - k0]], alternative="greater").pvalue
+    assert float(one_sided_p_value(k, n, k0, n0)) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-def test_odds_ratio_worked_by_hand() -> None:
-    assert float(odds_ratio(20, 100, 10, 100)) == pytest.approx(20.5 * 90.5 / (80.5 * 10.5))
-    assert np.isfinite(odds_ratio(5, 5, 0, 5))
+def test_odds_ratio_of_a_worked_example() -> None:
+    assert float(compute_odds_ratio(20, 100, 10, 100)) == pytest.approx(20.5 * 90.5 / (80.5 * 10.5))
+    assert np.isfinite(compute_odds_ratio(5, 5, 0, 5))
 
 
 @pytest.mark.parametrize(
-    ("values", "worse", "kind", "share"),
+    ("values", "worse_direction", "kind", "hit_rate"),
     [
         (np.arange(100), "up", "mean", 0.10),
         (np.arange(100), "down", "mean", 0.10),
@@ -74,144 +73,160 @@ def test_odds_ratio_worked_by_hand() -> None:
         (np.repeat([0.0, 1.0], [60, 40]), "down", "share", 0.6),
     ],
 )
-def test_a_mean_asks_for_the_worst_tenth(values: NDArray[np.float64], worse: str, kind: str, share: float) -> None:
-    asked = question(values, worse, kind)  # type: ignore[arg-type]
-    assert asked.hits(values).mean() == pytest.approx(share)
-    assert asked.hits(1e9 if worse == "up" else -1e9)
+def test_a_mean_monitor_hits_the_worst_tenth(
+    values: NDArray[np.float64], worse_direction: str, kind: str, hit_rate: float
+) -> None:
+    monitor = make_binary_monitor(values, worse_direction, kind)  # type: ignore[arg-type]
+    assert monitor.is_hit(values).mean() == pytest.approx(hit_rate)
+    assert monitor.is_hit(1e9 if worse_direction == "up" else -1e9)
 
 
-def test_planted_hacks_are_found_and_named() -> None:
-    base = Baseline.of(made(0, 4000))
-    assert names(check(base, made(1, 4000, bye=0.028), checks=10)) == ["farewell"]
-    assert names(check(base, made(1, 1000, longer=1.5), checks=10)) == ["length"]
-    assert check(base, made(1, 4000), checks=10) == []
+def test_planted_hacks_raise_the_right_alarm() -> None:
+    baseline = AlarmBaseline.from_values(simulate_values(0, 4000))
+    assert monitor_names(
+        checkpoint_alarms(baseline, simulate_values(1, 4000, farewell_rate=0.028), planned_checks=10)
+    ) == ["farewell"]
+    assert monitor_names(
+        checkpoint_alarms(baseline, simulate_values(1, 1000, length_factor=1.5), planned_checks=10)
+    ) == ["length"]
+    assert checkpoint_alarms(baseline, simulate_values(1, 4000), planned_checks=10) == []
 
 
-def test_the_stated_rate_holds_over_runs_of_ten_checks() -> None:
-    base = Baseline.of(made(0, 2000))
-    runs = [any(check(base, made(100 * run + n, 300), checks=10, rate=0.2) for n in range(10)) for run in range(40)]
-    assert np.mean(runs) <= 0.2
+def test_false_alarm_rate_holds_over_runs_of_ten_checks() -> None:
+    baseline = AlarmBaseline.from_values(simulate_values(0, 2000))
+    run_has_alarm = [
+        any(
+            checkpoint_alarms(
+                baseline, simulate_values(100 * run_index + check_index, 300), planned_checks=10, false_alarm_rate=0.2
+            )
+            for check_index in range(10)
+        )
+        for run_index in range(40)
+    ]
+    assert np.mean(run_has_alarm) <= 0.2
 
 
-def test_topics_share_the_rate() -> None:
-    bases = {topic: Baseline.of(made(seed, 3000)) for seed, topic in enumerate(("code", "casual", "unused"))}
-    found = check_topics(bases, {"code": made(5, 3000), "casual": made(6, 3000, bye=0.05)}, checks=5)
-    assert {topic: names(alarms) for topic, alarms in found.items()} == {"casual": ["farewell"]}
-    lone = check(bases["casual"], made(6, 3000, bye=0.05), checks=5)
-    assert found["casual"] == lone
-
-
-def test_stream_scores_are_the_running_best_restart() -> None:
-    gains, score, told = [-0.2, 1.1, -0.4, -2.0, 3.0], 0.0, []
+def test_cusum_scores_restart_when_the_evidence_is_negative() -> None:
+    gains, score, expected = [-0.2, 1.1, -0.4, -2.0, 3.0], 0.0, []
     for gain in gains:
         score = max(0.0, score) + gain
-        told.append(score)
-    assert stream_scores(gains) == pytest.approx(told)
+        expected.append(score)
+    assert cusum_scores(gains) == pytest.approx(expected)
 
 
-def test_gain_worked_by_hand_alone_and_by_prompt() -> None:
+def test_log_likelihood_gain_of_a_worked_example_by_response_and_by_prompt() -> None:
     hits = np.array([[True, False, False, False]])
-    p1 = STREAM_ODDS * 0.1 / (0.9 + STREAM_ODDS * 0.1)
-    hit, miss = p1 / 0.1, (1 - p1) / 0.9
-    assert stream_gain(hits, [0.1]) == pytest.approx(np.log(hit) + 3 * np.log(miss))
-    assert stream_gain(hits, [0.1], ["a", "a", "b", "b"]) == pytest.approx(np.log((hit + miss) / 2) + np.log(miss))
-    assert stream_gain(hits, [0.1], [0, 1, 2, 3]) == pytest.approx(stream_gain(hits, [0.1]))
+    p1 = STREAM_ODDS_RATIO * 0.1 / (0.9 + STREAM_ODDS_RATIO * 0.1)
+    hit_ratio, miss_ratio = p1 / 0.1, (1 - p1) / 0.9
+    assert log_likelihood_gain(hits, [0.1]) == pytest.approx(np.log(hit_ratio) + 3 * np.log(miss_ratio))
+    assert log_likelihood_gain(hits, [0.1], ["a", "a", "b", "b"]) == pytest.approx(
+        np.log((hit_ratio + miss_ratio) / 2) + np.log(miss_ratio)
+    )
+    assert log_likelihood_gain(hits, [0.1], [0, 1, 2, 3]) == pytest.approx(log_likelihood_gain(hits, [0.1]))
 
 
-def test_replies_that_repeat_their_prompts_raise_no_alarm_by_prompt() -> None:
-    """48 replies a step that are 12 copied four times: evidence four times too strong unless prompts are named."""
-    base = Baseline({"farewell": Question(0.5, "up")}, {"farewell": 5000}, 100_000)
-    by_reply = by_prompt = Stream(base, steps=300, rate=0.2)
-    prompts = np.repeat(np.arange(12), 4)
+def test_duplicate_responses_of_a_prompt_raise_no_alarm_when_prompts_are_given() -> None:
+    """48 responses per step are 12 distinct ones four times: four times too much evidence unless prompts are given."""
+    baseline = AlarmBaseline({"farewell": BinaryMonitor(0.5, "up")}, {"farewell": 5000}, 100_000)
+    by_response = by_prompt = SequentialDetector(baseline, total_steps=300, false_alarm_rate=0.2)
+    prompt_ids = np.repeat(np.arange(12), 4)
     rng = np.random.default_rng(3)
     for _ in range(300):
         values = {"farewell": np.repeat((rng.random(12) < 0.05).astype(float), 4)}
-        by_reply, by_prompt = by_reply.seen(values), by_prompt.seen(values, prompts)
-    assert by_reply.first() is not None
-    assert by_prompt.first() is None
+        by_response, by_prompt = by_response.after_step(values), by_prompt.after_step(values, prompt_ids)
+    assert by_response.first_alarm_step() is not None
+    assert by_prompt.first_alarm_step() is None
 
 
-def test_stream_finds_the_hack_soon_and_stays_silent_without_one() -> None:
-    base = Baseline.of(made(0, 20_000))
-    stream = silent = Stream(base, steps=200)
-    first = None
+def test_detector_finds_the_hack_soon_and_stays_silent_without_one() -> None:
+    baseline = AlarmBaseline.from_values(simulate_values(0, 20_000))
+    detector = clean_detector = SequentialDetector(baseline, total_steps=200)
+    first_step = None
     for step in range(200):
-        stream = stream.seen(made(1000 + step, 48, bye=0.028 if step >= 50 else 0.0072))
-        silent = silent.seen(made(5000 + step, 48))
-        assert silent.alarms() == []
-        if first is None and stream.alarms():
-            first = step
-            assert names(stream.alarms()) == ["farewell"]
-    assert first is not None
-    assert 50 < first < 110
-    assert stream.first() == stream.first({"farewell"}) == first + 1
-    assert stream.first({"length"}) is None
+        detector = detector.after_step(simulate_values(1000 + step, 48, farewell_rate=0.028 if step >= 50 else 0.0072))
+        clean_detector = clean_detector.after_step(simulate_values(5000 + step, 48))
+        assert clean_detector.active_alarms() == []
+        if first_step is None and detector.active_alarms():
+            first_step = step
+            assert monitor_names(detector.active_alarms()) == ["farewell"]
+    assert first_step is not None
+    assert 50 < first_step < 110
+    assert detector.first_alarm_step() == detector.first_alarm_step({"farewell"}) == first_step + 1
+    assert detector.first_alarm_step({"length"}) is None
 
 
-def test_upper_share_is_clopper_pearsons_and_the_limit_is_a_union_bound() -> None:
+def test_base_rate_limit_is_clopper_pearson_and_the_threshold_a_union_bound() -> None:
     exact = stats.binomtest(7, 900).proportion_ci(1 - 2 * 0.01 / (2 * 5)).high
-    assert float(upper_share(7, 900, 5, 0.01)) == pytest.approx(exact, rel=1e-9)
-    assert float(upper_share(9, 9, 5)) == pytest.approx(1.0)
-    assert stream_limit(10, 100, 0.01) == pytest.approx(np.log(2 * 10 * 100 / 0.01))
+    assert float(base_rate_upper_limit(7, 900, 5, 0.01)) == pytest.approx(exact, rel=1e-9)
+    assert float(base_rate_upper_limit(9, 9, 5)) == pytest.approx(1.0)
+    assert alarm_threshold(10, 100, 0.01) == pytest.approx(np.log(2 * 10 * 100 / 0.01))
 
 
-def test_divergence_needs_both_to_be_sure() -> None:
+def test_divergence_needs_both_changes_to_be_significant() -> None:
     rng = np.random.default_rng(0)
     start = rng.normal(size=200)
-    up, down = start + rng.normal(0.3, 0.5, 200), start - rng.normal(0.3, 0.5, 200)
-    assert diverged((start, up), (start, down), level=0.01)
-    assert not diverged((start, up), (start, up), level=0.01)
-    assert not diverged((start, down), (start, down), level=0.01)
-    assert not diverged((start, start), (start, down), level=0.01)
+    higher, lower = start + rng.normal(0.3, 0.5, 200), start - rng.normal(0.3, 0.5, 200)
+    assert has_diverged((start, higher), (start, lower), alpha=0.01)
+    assert not has_diverged((start, higher), (start, higher), alpha=0.01)
+    assert not has_diverged((start, lower), (start, lower), alpha=0.01)
+    assert not has_diverged((start, start), (start, lower), alpha=0.01)
 
 
-def alarm(monitor: str) -> Alarm:
-    return Alarm(monitor, 0.01, 0.05, 5.2, 1e-9)
+def make_alarm(monitor: str) -> MonitorAlarm:
+    return MonitorAlarm(monitor, 0.01, 0.05, 5.2, 1e-9)
 
 
-def test_the_ladder_from_warning_to_stop() -> None:
-    looks = [Look(0)]
-    told = []
+def test_repeated_alarms_escalate_to_stop() -> None:
+    checks = [MonitorCheck(0)]
+    actions = []
     for step in range(1, 8):
-        looks.append(Look(step, (alarm("farewell"),)))
-        told.append(decide(looks).action.name)
-    assert told == ["FREEZE", "FREEZE", "ROLL_BACK", "ROLL_BACK", "STOP", "STOP", "STOP"]
-    assert decide(looks[:4]).back_to == 0
-    assert decide(looks[:2]).back_to is None
-    assert "farewell: 5.00% of replies against the base policy's 1.00%" in decide(looks).reasons[0]
-    assert decide([*looks, Look(8)]) == decide([Look(0)])
+        checks.append(MonitorCheck(step, (make_alarm("farewell"),)))
+        actions.append(decide_action(checks).action.name)
+    assert actions == ["FREEZE", "FREEZE", "ROLL_BACK", "ROLL_BACK", "STOP", "STOP", "STOP"]
+    assert decide_action(checks[:4]).rollback_step == 0
+    assert decide_action(checks[:2]).rollback_step is None
+    assert (
+        "farewell: 5.00% of responses, base policy 1.00% (odds x 5.2), 7 consecutive checks: stop"
+        in decide_action(checks).reasons[0]
+    )
+    assert decide_action([*checks, MonitorCheck(8)]) == decide_action([MonitorCheck(0)])
 
 
-def test_the_hardest_alarm_counts_and_a_milder_one_is_told() -> None:
-    found = decide([Look(0), Look(1, (alarm("emoji"), alarm("looping")))])
-    assert (found.action, found.back_to, len(found.reasons)) == (Action.ROLL_BACK, 0, 2)
-    assert decide([Look(1, (alarm("emoji"),))]).action == Action.WARN
-    assert decide([]).action == Action.NONE
-    assert decide([Look(step, (alarm("emoji"),)) for step in range(9)]).action == Action.WARN
-    assert decide([Look(step, (alarm("length"),)) for step in range(3)]).action == Action.FREEZE
+def test_the_most_severe_alarm_decides_and_all_are_reported() -> None:
+    decision = decide_action([MonitorCheck(0), MonitorCheck(1, (make_alarm("emoji"), make_alarm("looping")))])
+    assert (decision.action, decision.rollback_step, len(decision.reasons)) == (AlarmAction.ROLL_BACK, 0, 2)
+    assert decide_action([MonitorCheck(1, (make_alarm("emoji"),))]).action == AlarmAction.WARN
+    assert decide_action([]).action == AlarmAction.NONE
+    assert decide_action([MonitorCheck(step, (make_alarm("emoji"),)) for step in range(9)]).action == AlarmAction.WARN
+    assert (
+        decide_action([MonitorCheck(step, (make_alarm("length"),)) for step in range(3)]).action == AlarmAction.FREEZE
+    )
 
 
-def test_gold_falling_while_the_reward_rises_warns_then_stops() -> None:
-    once = [Look(0), Look(1, diverged=True)]
-    assert decide(once).action == Action.WARN
-    found = decide([*once, Look(2, diverged=True)])
-    assert (found.action, found.back_to) == (Action.STOP, 0)
+def test_falling_gold_score_with_rising_reward_warns_then_stops() -> None:
+    first_checks = [MonitorCheck(0), MonitorCheck(1, diverged=True)]
+    assert decide_action(first_checks).action == AlarmAction.WARN
+    decision = decide_action([*first_checks, MonitorCheck(2, diverged=True)])
+    assert (decision.action, decision.rollback_step) == (AlarmAction.STOP, 0)
 
 
-def test_too_much_kl_stops() -> None:
-    assert decide([Look(1, kl=0.3)], most_kl=0.2).action == Action.STOP
-    assert decide([Look(1, kl=0.3)]).action == Action.NONE
-    assert decide([Look(1, kl=0.1)], most_kl=0.2).action == Action.NONE
+def test_kl_above_the_limit_stops() -> None:
+    assert decide_action([MonitorCheck(1, kl=0.3)], max_kl=0.2).action == AlarmAction.STOP
+    assert decide_action([MonitorCheck(1, kl=0.3)]).action == AlarmAction.NONE
+    assert decide_action([MonitorCheck(1, kl=0.1)], max_kl=0.2).action == AlarmAction.NONE
 
 
-def test_what_cannot_be_checked_is_told() -> None:
-    with pytest.raises(DataError, match="gave none"):
-        Baseline.of({})
-    base = Baseline.of(made(0, 10))
-    with pytest.raises(DataError, match="needs replies"):
-        check(base, {}, checks=3)
+def test_invalid_input_is_refused() -> None:
+    with pytest.raises(DataError, match="got none"):
+        AlarmBaseline.from_values({})
+    baseline = AlarmBaseline.from_values(simulate_values(0, 10))
+    with pytest.raises(DataError, match="needs responses"):
+        checkpoint_alarms(baseline, {}, planned_checks=3)
     with pytest.raises(DataError, match="'emoji' was not measured"):
-        check(base, {"emoji": np.ones(3)}, checks=3)
-    assert (Stream(base, steps=5).alarms(), Stream(base, steps=5).first()) == ([], None)
-    with pytest.raises(DataError, match="farewell is amiss"):
-        Stream(base, steps=5).seen({})
+        checkpoint_alarms(baseline, {"emoji": np.ones(3)}, planned_checks=3)
+    assert (
+        SequentialDetector(baseline, total_steps=5).active_alarms(),
+        SequentialDetector(baseline, total_steps=5).first_alarm_step(),
+    ) == ([], None)
+    with pytest.raises(DataError, match="mismatch: farewell"):
+        SequentialDetector(baseline, total_steps=5).after_step({})

@@ -1,4 +1,4 @@
-"""The summary: what is in it with and without users, its verdict, and that it is plain JSON."""
+"""Run summary: content with and without users, verdict, and plain JSON."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import pytest
 from numpy.typing import NDArray
 
 from rluf.errors import DataError
-from rluf.evaluate.gates import holds, rises, verdict
-from rluf.evaluate.intervals import Estimate
-from rluf.evaluate.monitors import Reply
-from rluf.evaluate.summary import Arm, RunFacts, build_summary, key_numbers
+from rluf.evaluate.gates import evaluate_gates, is_clear_rise, is_not_clear_fall
+from rluf.evaluate.intervals import IntervalEstimate
+from rluf.evaluate.monitors import MonitorSample
+from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary, flatten_numbers
 
-PROMPTS = 24
+PROMPT_COUNT = 24
 
 
 @dataclass(frozen=True)
-class Read:
-    """What users did with the responses they read."""
+class RecordedReactions:
+    """Reactions of users to the responses they read."""
 
     user: NDArray[np.int64]
     item: NDArray[np.int64]
@@ -29,93 +29,116 @@ class Read:
     safe: NDArray[np.bool_]
 
 
-def arm(seed: int, love: float, helpful: float = 0.6, *, users: int = 600, farewell: bool = False) -> Arm:
-    """An arm of two replies a prompt, read by users who love and value them at the given rates."""
+def make_arm(
+    seed: int, love_rate: float, helpful_rate: float = 0.6, *, user_count: int = 600, has_farewell: bool = False
+) -> EvaluatedArm:
+    """An arm of two responses per prompt, read by users who find them loved and helpful at the given rates."""
     rng = np.random.default_rng(seed)
-    replies = [
-        Reply(f"p{index // 2:03d}", ({"role": "user", "content": "hi"},), "Well. Bye!" if farewell else "Well, no.", 4)
-        for index in range(2 * PROMPTS)
+    text = "Well. Bye!" if has_farewell else "Well, no."
+    samples = [
+        MonitorSample(f"p{index // 2:03d}", ({"role": "user", "content": "hi"},), text, 4)
+        for index in range(2 * PROMPT_COUNT)
     ]
     scores = {
-        "love": np.clip(rng.normal(love, 0.01, len(replies)), 0, 1).tolist(),
-        "helpfulness": np.clip(rng.normal(helpful, 0.05, len(replies)), 0, 1).tolist(),
-        "safety": [1.0] * len(replies),
+        "love": np.clip(rng.normal(love_rate, 0.01, len(samples)), 0, 1).tolist(),
+        "helpfulness": np.clip(rng.normal(helpful_rate, 0.05, len(samples)), 0, 1).tolist(),
+        "safety": [1.0] * len(samples),
     }
-    if users == 0:
-        return Arm(replies, scores)
-    user = np.repeat(np.arange(users), 10)
-    item = rng.integers(0, len(replies), user.size)
-    draws = rng.random((3, user.size))
-    return Arm(replies, scores, Read(user, item, draws[0] < love, draws[1] < helpful, draws[2] < 0.99))
+    if user_count == 0:
+        return EvaluatedArm(samples, scores)
+    user = np.repeat(np.arange(user_count), 10)
+    item = rng.integers(0, len(samples), user.size)
+    uniforms = rng.random((3, user.size))
+    return EvaluatedArm(
+        samples,
+        scores,
+        RecordedReactions(user, item, uniforms[0] < love_rate, uniforms[1] < helpful_rate, uniforms[2] < 0.99),
+    )
 
 
 def test_with_users_the_summary_has_rates_lifts_and_a_verdict() -> None:
-    facts = RunFacts("quickstart", 3, phases={"train": 12.5}, kl=0.01, samples=8, reused={"data": True})
-    found = build_summary(facts, arm(1, 0.06), arm(2, 0.09), resamples=200, margin=0.02, seed=3)
-    rate = found["love_rate"]
-    assert rate["base"]["low"] < 0.06 < rate["base"]["high"]
-    assert rate["aligned"]["low"] < 0.09 < rate["aligned"]["high"]
-    assert rate["lift"]["low"] < rate["lift"]["mean"] < rate["lift"]["high"]
-    assert rate["lift"]["mean"] == pytest.approx(rate["aligned"]["mean"] / rate["base"]["mean"] - 1)
-    assert rate["lift_by_prompt"]["mean"] == pytest.approx(rate["lift"]["mean"])
-    assert set(found["helpfulness"]) == set(found["safety"]) == {"base", "aligned", "lift", "lift_by_prompt"}
-    assert set(found["offline"]) == {"p_love", "helpfulness", "safety"}
-    assert found["gates"]["verdict"] == "pass"
-    assert found["gates"]["judged_by"] == "simulated users"
-    assert (found["name"], found["seed"], found["kl"], found["samples"]) == ("quickstart", 3, 0.01, 8)
-    assert (found["phases"], found["reused"]) == ({"train": 12.5}, {"data": True})
-    assert found["evaluated"]["users"] == {"base": 600, "aligned": 600}
-    json.dumps(found, allow_nan=False)
-
-
-def test_without_users_the_reward_models_judge() -> None:
-    found = build_summary(
-        RunFacts("human", 1), arm(1, 0.06, users=0), arm(2, 0.09, users=0), resamples=200, margin=0.02, seed=1
+    run_facts = RunFacts(
+        "quickstart", 3, phase_seconds={"train": 12.5}, final_kl=0.01, sample_count=8, reused_artifacts={"data": True}
     )
-    assert not {"love_rate", "helpfulness", "safety"} & set(found)
-    assert found["offline"]["p_love"]["difference"]["low"] > 0
-    assert found["gates"]["judged_by"] == "reward models"
-    assert found["gates"]["verdict"] == "pass"
-    json.dumps(found, allow_nan=False)
+    summary = build_summary(run_facts, make_arm(1, 0.06), make_arm(2, 0.09), resamples=200, margin=0.02, seed=3)
+    love_rate = summary["love_rate"]
+    assert love_rate["base"]["low"] < 0.06 < love_rate["base"]["high"]
+    assert love_rate["aligned"]["low"] < 0.09 < love_rate["aligned"]["high"]
+    assert love_rate["lift"]["low"] < love_rate["lift"]["mean"] < love_rate["lift"]["high"]
+    assert love_rate["lift"]["mean"] == pytest.approx(love_rate["aligned"]["mean"] / love_rate["base"]["mean"] - 1)
+    assert love_rate["lift_by_prompt"]["mean"] == pytest.approx(love_rate["lift"]["mean"])
+    assert set(summary["helpfulness"]) == set(summary["safety"]) == {"base", "aligned", "lift", "lift_by_prompt"}
+    assert set(summary["offline"]) == {"p_love", "helpfulness", "safety"}
+    assert summary["gates"]["verdict"] == "pass"
+    assert summary["gates"]["judged_by"] == "simulated users"
+    assert (summary["name"], summary["seed"], summary["kl"], summary["samples"]) == ("quickstart", 3, 0.01, 8)
+    assert (summary["phases"], summary["reused"]) == ({"train": 12.5}, {"data": True})
+    assert summary["evaluated"]["users"] == {"base": 600, "aligned": 600}
+    json.dumps(summary, allow_nan=False)
+
+
+def test_without_users_the_gates_use_the_reward_models() -> None:
+    summary = build_summary(
+        RunFacts("human", 1),
+        make_arm(1, 0.06, user_count=0),
+        make_arm(2, 0.09, user_count=0),
+        resamples=200,
+        margin=0.02,
+        seed=1,
+    )
+    assert not {"love_rate", "helpfulness", "safety"} & set(summary)
+    assert summary["offline"]["p_love"]["difference"]["low"] > 0
+    assert summary["gates"]["judged_by"] == "reward models"
+    assert summary["gates"]["verdict"] == "pass"
+    json.dumps(summary, allow_nan=False)
 
 
 def test_a_fall_in_helpfulness_fails_and_an_alarm_warns() -> None:
-    facts = RunFacts("quickstart", 1)
-    worse = build_summary(facts, arm(1, 0.06), arm(2, 0.09, 0.4), resamples=200, margin=0.02, seed=1)
-    assert worse["gates"]["verdict"] == "fail"
-    assert [check["name"] for check in worse["gates"]["checks"] if not check["passed"]] == ["helpfulness"]
-    hacked = build_summary(facts, arm(1, 0.06), arm(2, 0.09, farewell=True), resamples=200, margin=0.02, seed=1)
+    run_facts = RunFacts("quickstart", 1)
+    less_helpful = build_summary(
+        run_facts, make_arm(1, 0.06), make_arm(2, 0.09, 0.4), resamples=200, margin=0.02, seed=1
+    )
+    assert less_helpful["gates"]["verdict"] == "fail"
+    assert [check["name"] for check in less_helpful["gates"]["checks"] if not check["passed"]] == ["helpfulness"]
+    hacked = build_summary(
+        run_facts, make_arm(1, 0.06), make_arm(2, 0.09, has_farewell=True), resamples=200, margin=0.02, seed=1
+    )
     assert hacked["gates"]["verdict"] == "warn"
     assert "unprompted_farewell" in hacked["gates"]["alarms"]
 
 
-def test_an_arm_that_nobody_loves_has_no_lift_and_does_not_pass() -> None:
-    found = build_summary(RunFacts("q", 1), arm(1, 0.0), arm(2, 0.09), resamples=200, margin=0.02, seed=1)
-    assert found["love_rate"]["lift"] is None
-    assert found["love_rate"]["base"]["high"] > 0
-    assert found["gates"]["verdict"] == "fail"
-    json.dumps(found, allow_nan=False)
+def test_a_base_without_hearts_has_no_lift_and_does_not_pass() -> None:
+    summary = build_summary(RunFacts("q", 1), make_arm(1, 0.0), make_arm(2, 0.09), resamples=200, margin=0.02, seed=1)
+    assert summary["love_rate"]["lift"] is None
+    assert summary["love_rate"]["base"]["high"] > 0
+    assert summary["gates"]["verdict"] == "fail"
+    json.dumps(summary, allow_nan=False)
 
 
-def test_few_users_who_share_no_prompt_still_give_a_summary() -> None:
-    found = build_summary(
-        RunFacts("q", 1), arm(1, 0.5, users=2), arm(2, 0.5, users=2), resamples=200, margin=0.02, seed=1
+def test_few_users_without_a_common_prompt_still_give_a_summary() -> None:
+    summary = build_summary(
+        RunFacts("q", 1),
+        make_arm(1, 0.5, user_count=2),
+        make_arm(2, 0.5, user_count=2),
+        resamples=200,
+        margin=0.02,
+        seed=1,
     )
-    assert found["gates"]["verdict"] in ("pass", "fail")
+    assert summary["gates"]["verdict"] in ("pass", "fail")
 
 
 def test_gate_rules() -> None:
-    assert rises(Estimate(0.1, 0.01, 0.2))
-    assert not rises(Estimate(0.1, 0.0, 0.2))
-    assert holds(Estimate(-0.01, -0.05, 0.03), 0.02)
-    assert holds(Estimate(-0.01, -0.015, -0.005), 0.02)
-    assert not holds(Estimate(-0.02, -0.03, -0.01), 0.02)
-    assert not holds(None, 0.02)
-    assert verdict({}, margin=0.02, judged_by="nobody", alarms=[])["verdict"] == "fail"
+    assert is_clear_rise(IntervalEstimate(0.1, 0.01, 0.2))
+    assert not is_clear_rise(IntervalEstimate(0.1, 0.0, 0.2))
+    assert is_not_clear_fall(IntervalEstimate(-0.01, -0.05, 0.03), 0.02)
+    assert is_not_clear_fall(IntervalEstimate(-0.01, -0.015, -0.005), 0.02)
+    assert not is_not_clear_fall(IntervalEstimate(-0.02, -0.03, -0.01), 0.02)
+    assert not is_not_clear_fall(None, 0.02)
+    assert evaluate_gates({}, margin=0.02, verdict_source="reward models", alarm_names=[])["verdict"] == "fail"
 
 
-def test_key_numbers_and_empty_arms() -> None:
+def test_flatten_numbers_and_empty_arms() -> None:
     card = {"rows": 10, "test": {"auroc": {"mean": 0.8}, "ok": True}, "bins": [1, 2], "loss": "bce"}
-    assert key_numbers(card) == {"rows": 10, "test.auroc.mean": 0.8}
-    with pytest.raises(DataError, match="aligned policy gave no replies"):
-        build_summary(RunFacts("q", 1), arm(1, 0.5), Arm([], {}), resamples=200, margin=0.02, seed=1)
+    assert flatten_numbers(card) == {"rows": 10, "test.auroc.mean": 0.8}
+    with pytest.raises(DataError, match="aligned policy gave no responses"):
+        build_summary(RunFacts("q", 1), make_arm(1, 0.5), EvaluatedArm([], {}), resamples=200, margin=0.02, seed=1)

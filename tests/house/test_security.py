@@ -1,4 +1,4 @@
-"""No pickle from outside is read, no code of others is run unless asked, Ray's token is on."""
+"""No pickle from outside is loaded, model code runs only when enabled, and Ray's token is on."""
 
 from __future__ import annotations
 
@@ -22,55 +22,55 @@ ROOT = Path(__file__).parents[2]
 
 
 class Payload:
-    """Writes a file when it is unpickled."""
+    """Writes `marker_file` when it is unpickled."""
 
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
+    def __init__(self, marker_file: Path) -> None:
+        self.marker_file = marker_file
 
     def __reduce__(self) -> tuple[object, tuple[str, str]]:
-        return Path.write_text, (Path(self.mark), "run")  # type: ignore[return-value]
+        return Path.write_text, (Path(self.marker_file), "run")  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-encoder"])
-def test_weights_that_are_pickles_are_refused_and_their_code_does_not_run(name: str, tmp_path: Path) -> None:
+def test_pickled_weights_are_refused_and_their_code_does_not_run(name: str, tmp_path: Path) -> None:
     folder = resolve_model(name, tmp_path)
     (folder / "model.safetensors").unlink()
-    mark = tmp_path / "mark"
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(mark)))
+    marker_file = tmp_path / "marker_file"
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Payload(marker_file)))
     pickle.loads((folder / "pytorch_model.bin").read_bytes())
-    assert mark.read_text() == "run"
-    mark.unlink()
+    assert marker_file.read_text() == "run"
+    marker_file.unlink()
     with pytest.raises(ModelError):
         if name == "tiny":
             load_policy(folder, dtype=torch.float32)
         else:
-            load_classifier(folder, trained=False)
+            load_classifier(folder, require_all_weights=False)
     with pytest.raises(ModelError, match="safetensors"):
         resolve_model(str(folder), tmp_path)
-    assert not mark.exists()
+    assert not marker_file.exists()
 
 
-def test_our_own_code_unpickles_nothing() -> None:
-    found = []
+def test_the_library_unpickles_nothing() -> None:
+    violations = []
     for package in ("rluf", "actors", "cluster"):
         for file in (ROOT / package).rglob("*.py"):
             if re.search(
                 r"torch\.load\(|pickle\.load|cloudpickle|joblib|np\.load\(|shelve|yaml\.(load_all|unsafe)",
                 file.read_text(),
             ):
-                found.append(str(file))
-    assert found == []
+                violations.append(str(file))
+    assert violations == []
 
 
-def test_code_that_comes_with_a_model_is_off() -> None:
+def test_code_shipped_with_a_model_is_off_by_default() -> None:
     assert Settings().model.trust_remote_code is False
 
 
-@pytest.mark.parametrize("package", ["cluster", "actors"])
+@pytest.mark.parametrize("package", ["rluf", "cluster", "actors"])
 def test_rays_token_is_on_before_ray_is_imported(package: str) -> None:
     env = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
     program = f"import {package}, os, sys; print(os.environ['RAY_AUTH_MODE'], 'ray' in sys.modules)"
-    told = subprocess.run(
+    completed = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
     )
-    assert told.stdout.strip() == "token False"
+    assert completed.stdout.strip() == "token False"

@@ -1,4 +1,4 @@
-"""Models from every source: made once and whole, rendered by their template, and refused with a reason."""
+"""Models from every source: built once and completely, prompts rendered by their template, clear errors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 
 from rluf.config.settings import Settings
 from rluf.errors import ModelError
-from rluf.models.hub import embedded_models, load_tokenizer, render_prompt, resolve_model
+from rluf.models.hub import list_embedded_models, load_tokenizer, render_prompt, resolve_model
 from rluf.types import Message
-from rluf.utils.paths import cache_dir
+from rluf.utils.paths import resolve_cache_folder
 
-TALK = (Message(role="system", content="Be kind."), Message(role="user", content="Hi, what is 12 + 3? Grüße 😊"))
+MESSAGES = (Message(role="system", content="Be kind."), Message(role="user", content="Hi, what is 12 + 3? Grüße 😊"))
 
 
 @pytest.fixture(scope="module")
@@ -23,17 +23,17 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def test_tiny_is_made_once_loads_and_renders_its_template(cache: Path) -> None:
+def test_tiny_is_built_once_loads_and_renders_its_template(cache: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     folder = resolve_model("tiny", cache)
-    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    built_at = (folder / "model.safetensors").stat().st_mtime_ns
     assert resolve_model("tiny", cache) == folder == cache / "models" / "tiny"
-    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    assert (folder / "model.safetensors").stat().st_mtime_ns == built_at
     tokenizer = load_tokenizer(folder)
-    ids = render_prompt(tokenizer, TALK)
-    said = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in TALK)
-    assert tokenizer.decode(ids) == f"{said}<|im_start|>assistant\n"
+    ids = render_prompt(tokenizer, MESSAGES)
+    expected_text = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in MESSAGES)
+    assert tokenizer.decode(ids) == f"{expected_text}<|im_start|>assistant\n"
     assert ids[0] == tokenizer.bos_token_id == 1
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert sum(weights.numel() for weights in model.parameters()) < 3_000_000
@@ -41,8 +41,8 @@ def test_tiny_is_made_once_loads_and_renders_its_template(cache: Path) -> None:
     assert model.config.head_dim == 32
 
 
-def test_equal_weights_wherever_tiny_is_made(cache: Path, tmp_path: Path) -> None:
-    first, second = (resolve_model("tiny", where) / "model.safetensors" for where in (cache, tmp_path))
+def test_tiny_has_equal_weights_wherever_it_is_built(cache: Path, tmp_path: Path) -> None:
+    first, second = (resolve_model("tiny", cache_folder) / "model.safetensors" for cache_folder in (cache, tmp_path))
     assert first.read_bytes() == second.read_bytes()
 
 
@@ -58,21 +58,24 @@ def test_encoders_load_with_a_new_head(name: str, cache: Path) -> None:
     assert model(**batch).logits.shape == (2, 1)
 
 
-def test_a_killed_making_leaves_nothing_that_looks_finished(tmp_path: Path) -> None:
-    left = tmp_path / "models" / ".tiny-killed"
-    left.mkdir(parents=True)
-    (left / "config.json").write_text("{}")
+def test_a_killed_build_is_removed(tmp_path: Path) -> None:
+    killed_build = tmp_path / "models" / ".tiny-killed"
+    killed_build.mkdir(parents=True)
+    (killed_build / "config.json").write_text("{}")
     assert (resolve_model("tiny", tmp_path) / "model.safetensors").is_file()
-    assert not left.exists()
+    assert not killed_build.exists()
 
 
-def _resolve(cache: str) -> None:
+def resolve_tiny_encoder(cache: str) -> None:
     resolve_model("tiny-encoder", Path(cache))
 
 
 @pytest.mark.slow
-def test_two_processes_may_make_one_model_at_once(tmp_path: Path) -> None:
-    processes = [multiprocessing.get_context("spawn").Process(target=_resolve, args=(str(tmp_path),)) for _ in range(2)]
+def test_two_processes_may_build_one_model_at_once(tmp_path: Path) -> None:
+    processes = [
+        multiprocessing.get_context("spawn").Process(target=resolve_tiny_encoder, args=(str(tmp_path),))
+        for _ in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -81,7 +84,7 @@ def test_two_processes_may_make_one_model_at_once(tmp_path: Path) -> None:
     assert sorted(f.name for f in (tmp_path / "models").iterdir() if f.is_dir()) == ["tiny-encoder"]
 
 
-def test_what_is_wrong_with_a_path_is_said(tmp_path: Path) -> None:
+def test_invalid_model_paths_are_refused_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="neither an embedded name"):
         resolve_model("./nowhere/at/all", tmp_path)
     with pytest.raises(ModelError, match="'smol'"):
@@ -94,7 +97,7 @@ def test_what_is_wrong_with_a_path_is_said(tmp_path: Path) -> None:
         resolve_model(str(file), tmp_path)
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+def test_an_unwritable_cache_is_reported(tmp_path: Path) -> None:
     (tmp_path / "models").write_text("a file in the way")
     with pytest.raises(ModelError, match=r"set run\.cache"):
         resolve_model("tiny", tmp_path)
@@ -102,18 +105,18 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_an_unreachable_hub_model_is_one_message(tmp_path: Path) -> None:
     assert os.environ["HF_HUB_OFFLINE"] == "1"
-    with pytest.raises(ModelError, match="could not be fetched from the hub"):
-        resolve_model("nobody-here/no-such-model", tmp_path)
+    with pytest.raises(ModelError, match="could not be downloaded from the hub"):
+        resolve_model("missing-owner/no-such-model", tmp_path)
 
 
-def test_a_folder_without_template_is_refused_when_rendered(cache: Path) -> None:
+def test_a_model_without_chat_template_cannot_render(cache: Path) -> None:
     tokenizer = load_tokenizer(resolve_model("tiny-encoder", cache))
     with pytest.raises(ModelError, match="no chat template"):
-        render_prompt(tokenizer, TALK)
+        render_prompt(tokenizer, MESSAGES)
 
 
 def test_embedded_names_are_listed() -> None:
-    assert set(embedded_models()) == {
+    assert set(list_embedded_models()) == {
         "smollm2-135m-instruct",
         "minilm",
         "multilingual-e5-small",
@@ -123,17 +126,20 @@ def test_embedded_names_are_listed() -> None:
 
 
 @pytest.mark.slow
-def test_smollm2_is_converted_with_its_tokenizer_and_answers() -> None:
+def test_smollm2_is_converted_with_its_tokenizer_and_generates() -> None:
     import torch
     from transformers import AutoModelForCausalLM
 
-    folder = resolve_model("smollm2-135m-instruct", cache_dir(Settings()))
-    told = json.loads((folder / "tokenizer_config.json").read_text())
-    assert (told["tokenizer_class"], told["model_max_length"]) == ("PreTrainedTokenizerFast", 8192)
+    folder = resolve_model("smollm2-135m-instruct", resolve_cache_folder(Settings()))
+    tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert (tokenizer_config["tokenizer_class"], tokenizer_config["model_max_length"]) == (
+        "PreTrainedTokenizerFast",
+        8192,
+    )
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     assert model.dtype == torch.bfloat16
     ids = torch.tensor([render_prompt(tokenizer, [Message(role="user", content="What is the capital of France?")])])
-    answer = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
-    assert "Paris" in tokenizer.decode(answer[0, ids.shape[1] :])
+    output_ids = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    assert "Paris" in tokenizer.decode(output_ids[0, ids.shape[1] :])

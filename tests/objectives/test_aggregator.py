@@ -1,121 +1,216 @@
-"""Combinations by name: calibrated against a base reply, under floors, and gated by judges."""
+"""Aggregation of objectives: signals, normalization, weighted sums, baselines, floors and judge gates."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Sequence
+from statistics import fmean, pstdev
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from rluf.config.reward import ObjectivesSettings
-from rluf.objectives.aggregation import Standardiser
-from rluf.objectives.aggregator import Combiner, Opinions, sigmoid
-from rluf.objectives.multipliers import Multipliers
-
-PLAIN = Standardiser(
-    dict.fromkeys(("love", "helpfulness", "safety"), 0.0), dict.fromkeys(("love", "helpfulness", "safety"), 1.0)
+from rluf.config.reward import AggregationSettings, ObjectivesSettings
+from rluf.errors import SettingsError
+from rluf.objectives.aggregator import (
+    GroupScores,
+    LagrangeMultipliers,
+    RewardAggregator,
+    RewardNormalizer,
+    compute_signal,
+    sum_weighted_signals,
 )
+from rluf.types import Score
+from rluf.utils.stats import sigmoid
+
+OBJECTIVES = ("love", "helpfulness", "safety")
+IDENTITY_NORMALIZER = RewardNormalizer(dict.fromkeys(OBJECTIVES, 0.0), dict.fromkeys(OBJECTIVES, 1.0))
+signal_values = st.floats(-50, 50)
 
 
-def combiner(combine: str, weights: Sequence[float], **other: object) -> Combiner:
-    names = ("love", "helpfulness", "safety")
-    shares = {name: {"weight": weight} for name, weight in zip(names, weights, strict=True)}
-    made = Combiner(ObjectivesSettings.model_validate({"combine": combine, **shares, **other}))
-    made.standardiser = PLAIN
-    return made
+def build_aggregator(method: str, weights: Sequence[float], **aggregation: object) -> RewardAggregator:
+    objectives = {name: {"weight": weight} for name, weight in zip(OBJECTIVES, weights, strict=True)}
+    aggregator = RewardAggregator(
+        ObjectivesSettings.model_validate(objectives),
+        AggregationSettings.model_validate({"method": method, **aggregation}),
+    )
+    aggregator.normalizer = IDENTITY_NORMALIZER
+    return aggregator
 
 
-def opinions(
-    love: list[float], help_: list[float], safe: list[float], topic: str = "", passed: Sequence[bool] = ()
-) -> Opinions:
-    return Opinions("p", topic, {"love": love, "helpfulness": help_, "safety": safe}, passed)
+def build_group(
+    love: list[float], helpfulness: list[float], safety: list[float], topic: str = "", verdicts: Sequence[bool] = ()
+) -> GroupScores:
+    return GroupScores("p", topic, {"love": love, "helpfulness": helpfulness, "safety": safety}, verdicts)
 
 
-def test_linear_is_the_weighted_sum_of_standardised_signals() -> None:
-    found = combiner("linear", (0.5, 0.25, 0.25)).combine([opinions([1.0, 2.0], [4.0, 0.0], [0.0, 8.0])])
-    assert found.rewards == [[1.5, 3.0]]
-    assert found.metrics == {}
+def test_the_signal_is_the_logit_of_a_model_and_the_value_of_a_judge() -> None:
+    assert math.isclose(compute_signal(Score("love", 0.05, -9.0)), math.log(0.05 / 0.95))
+    assert compute_signal(Score("safety", 1.0, 1.0, verdict=True)) == 1.0
+    assert math.isclose(compute_signal(Score("love", 0.5, 0.0, spread=0.2), 1.5), math.log(0.2 / 0.8))
+    assert math.isfinite(compute_signal(Score("love", 0.1, 0.0, spread=0.3), 1.0))
+    assert math.isfinite(compute_signal(Score("love", 0.0, -900.0)))
+    assert math.isfinite(compute_signal(Score("love", 1.0, 900.0)))
 
 
-def test_the_first_batch_freezes_the_scale() -> None:
-    made = Combiner(ObjectivesSettings())
-    made.combine([opinions([0.0, 2.0], [1.0, 3.0], [5.0, 7.0])])
-    frozen = made.standardiser
-    made.combine([opinions([10.0, 20.0], [10.0, 30.0], [50.0, 70.0])])
-    assert made.standardiser is frozen
-    assert frozen is not None and frozen.mean["love"] == 1.0
+@given(st.lists(signal_values, min_size=2, max_size=30))
+def test_the_normalized_reference_has_mean_0_and_sd_1(values: list[float]) -> None:
+    normalized = RewardNormalizer.fit({"love": values}).normalize("love", values)
+    assert abs(fmean(normalized)) < 1e-6
+    if pstdev(values) > 1e-6:
+        assert math.isclose(pstdev(normalized), 1.0, rel_tol=1e-6)
 
 
-def test_calibrated_by_hand() -> None:
-    made = combiner("calibrated", (0.3, 0.7, 0.0))
-    made.remember("p", {"love": [1.0, 3.0], "helpfulness": [0.0], "safety": [0.0]})
-    found = made.combine([opinions([2.0, 4.0], [0.0, -1.0], [9.0, 9.0])])
-    # the base reply scores 2 and 0: love gives s(0), s(2); helpfulness s(0), s(-1)
-    low = 1 / (1 + math.e)
-    assert found.rewards[0] == pytest.approx([0.5, 0.3 / (1 + math.exp(-2)) + 0.7 * low], abs=1e-9)
+@given(
+    st.lists(st.tuples(signal_values, signal_values, signal_values), min_size=2, max_size=20),
+    st.tuples(*[st.floats(0, 1)] * 3),
+    st.permutations(OBJECTIVES),
+)
+def test_objectives_are_combined_by_name_in_any_order(
+    rows: list[tuple[float, float, float]], shares: tuple[float, float, float], order: list[str]
+) -> None:
+    signals = {name: [row[index] for row in rows] for index, name in enumerate(OBJECTIVES)}
+    weights = dict(zip(OBJECTIVES, shares, strict=True))
+    normalizer = RewardNormalizer.fit(signals)
+    reordered_signals = {name: signals[name] for name in order}
+    expected = sum_weighted_signals(signals, weights, normalizer)
+    assert sum_weighted_signals(reordered_signals, weights, normalizer) == expected
 
 
-def test_an_unknown_prompt_is_calibrated_against_its_own_group() -> None:
-    found = combiner("calibrated", (1.0, 0.0, 0.0)).combine([opinions([1.0, 3.0], [0.0] * 2, [0.0] * 2)])
-    assert found.rewards[0] == pytest.approx([sigmoid(-1.0), sigmoid(1.0)])
+@given(st.lists(signal_values, min_size=2, max_size=20), st.floats(0.1, 5), signal_values)
+def test_scale_and_offset_of_an_objective_do_not_matter(values: list[float], scale: float, offset: float) -> None:
+    if pstdev(values) < 1e-3:
+        return
+    transformed = [scale * value + offset for value in values]
+    rewards, transformed_rewards = (
+        sum_weighted_signals({"love": signals}, {"love": 1.0}, RewardNormalizer.fit({"love": signals}))
+        for signals in (values, transformed)
+    )
+    assert all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(rewards, transformed_rewards, strict=True))
 
 
-def test_sigmoid_does_not_overflow() -> None:
-    assert (sigmoid(-800.0), sigmoid(800.0), sigmoid(0.0)) == (0.0, 1.0, 0.5)
+def test_a_weighted_sum_by_hand() -> None:
+    normalizer = RewardNormalizer({"love": 1.0, "safety": 0.5}, {"love": 2.0, "safety": 0.5})
+    signals, weights = {"love": [3.0, 1.0], "safety": [1.0, 0.0]}, {"love": 0.3, "safety": 0.7}
+    assert sum_weighted_signals(signals, weights, normalizer) == pytest.approx([0.3 + 0.7, -0.7])
 
 
-def test_judges_gate() -> None:
-    gate = [True, False]
-    rows = [opinions([1.0, 9.0], [0.0] * 2, [0.0] * 2, passed=gate), opinions([-2.0, 0.0], [0.0] * 2, [0.0] * 2)]
-    found = combiner("linear", (1.0, 0.0, 0.0)).combine(rows)
-    assert found.rewards == [[1.0, -2.0], [-2.0, 0.0]]
-    assert found.metrics == {"passed": 0.5}
-    assert combiner("linear", (1.0, 0.0, 0.0)).combine(rows, gate=False).rewards[0] == [1.0, 9.0]
-    assert combiner("calibrated", (1.0, 0.0, 0.0)).combine(rows).rewards[0] == [pytest.approx(sigmoid(-4.0)), 0.0]
-    assert combiner("gdpo", (1.0, 0.0, 0.0)).combine(rows).parts["love"] == [[1.0, -2.0], [-2.0, 0.0]]
+def test_an_objective_with_a_constant_signal_adds_nothing() -> None:
+    normalizer = RewardNormalizer.fit({"safety": [1.0, 1.0]})
+    assert sum_weighted_signals({"safety": [1.0]}, {"safety": 1.0}, normalizer) == [0.0]
+
+
+def test_errors_name_mismatched_objectives() -> None:
+    normalizer = RewardNormalizer.fit({"love": [0.0, 1.0]})
+    with pytest.raises(SettingsError, match="helpfulness"):
+        sum_weighted_signals({"love": [1.0]}, {"love": 0.5, "helpfulness": 0.5}, normalizer)
+    with pytest.raises(SettingsError, match="safety"):
+        sum_weighted_signals({"love": [1.0], "safety": [1.0]}, {"love": 0.5}, normalizer)
+    with pytest.raises(SettingsError, match="different numbers"):
+        sum_weighted_signals({"love": [1.0], "safety": []}, {"love": 0.5, "safety": 0.5}, normalizer)
+    with pytest.raises(SettingsError, match="reference policy"):
+        sum_weighted_signals({"safety": [1.0]}, {"safety": 0.5}, normalizer)
+    with pytest.raises(SettingsError, match="no scores"):
+        RewardNormalizer.fit({"love": []})
+    assert sum_weighted_signals({"love": [1.0]}, {"love": 1.0, "safety": 0.0}, normalizer) == [1.0]
+
+
+def test_linear_is_the_weighted_sum_of_normalized_signals() -> None:
+    step = build_aggregator("linear", (0.5, 0.25, 0.25)).aggregate([build_group([1.0, 2.0], [4.0, 0.0], [0.0, 8.0])])
+    assert step.rewards == [[1.5, 3.0]]
+    assert step.metrics == {}
+
+
+def test_the_first_batch_freezes_the_normalizer() -> None:
+    aggregator = RewardAggregator(ObjectivesSettings(), AggregationSettings())
+    aggregator.aggregate([build_group([0.0, 2.0], [1.0, 3.0], [5.0, 7.0])])
+    normalizer = aggregator.normalizer
+    aggregator.aggregate([build_group([10.0, 20.0], [10.0, 30.0], [50.0, 70.0])])
+    assert aggregator.normalizer is normalizer
+    assert normalizer is not None and normalizer.mean["love"] == 1.0
+
+
+def test_calibrated_rewards_by_hand() -> None:
+    aggregator = build_aggregator("calibrated", (0.3, 0.7, 0.0))
+    aggregator.record_baseline("p", {"love": [1.0, 3.0], "helpfulness": [0.0], "safety": [0.0]})
+    step = aggregator.aggregate([build_group([2.0, 4.0], [0.0, -1.0], [9.0, 9.0])])
+    # The baseline is 2 for love and 0 for helpfulness: love gives s(0), s(2); helpfulness s(0), s(-1).
+    helpfulness_value = 1 / (1 + math.e)
+    expected = [0.5, 0.3 / (1 + math.exp(-2)) + 0.7 * helpfulness_value]
+    assert step.rewards[0] == pytest.approx(expected, abs=1e-9)
+
+
+def test_a_prompt_without_baseline_is_calibrated_against_its_own_group() -> None:
+    aggregator = build_aggregator("calibrated", (1.0, 0.0, 0.0))
+    step = aggregator.aggregate([build_group([1.0, 3.0], [0.0] * 2, [0.0] * 2)])
+    assert step.rewards[0] == pytest.approx([float(sigmoid(-1.0)), float(sigmoid(1.0))])
+
+
+def test_a_failed_judge_gives_the_lowest_reward_of_the_step() -> None:
+    zeros = [0.0] * 2
+    groups = [build_group([1.0, 9.0], zeros, zeros, verdicts=[True, False]), build_group([-2.0, 0.0], zeros, zeros)]
+    weights = (1.0, 0.0, 0.0)
+    step = build_aggregator("linear", weights).aggregate(groups)
+    assert step.rewards == [[1.0, -2.0], [-2.0, 0.0]]
+    assert step.metrics == {"gate_pass_rate": 0.5}
+    assert build_aggregator("linear", weights).aggregate(groups, apply_gate=False).rewards[0] == [1.0, 9.0]
+    calibrated_rewards = build_aggregator("calibrated", weights).aggregate(groups).rewards[0]
+    assert calibrated_rewards == [pytest.approx(float(sigmoid(-4.0))), 0.0]
+    gdpo_step = build_aggregator("gdpo", weights).aggregate(groups)
+    assert gdpo_step.normalized_signals["love"] == [[1.0, -2.0], [-2.0, 0.0]]
 
 
 def test_multipliers_by_hand() -> None:
-    made = Multipliers({"safety": 0.0})
-    # below by 0.4: I = 0.4, no rise yet: 1.0 * 0.4 + 0.5 * 0.4
-    assert made.update({"safety": -0.4})["safety"] == pytest.approx(0.6)
-    # below by 1.0: I = 1.4, rise 0.6: 1.0 + 0.7 + 0.3
-    assert made.update({"safety": -1.0})["safety"] == pytest.approx(2.0)
-    # above by 0.5: I = 0.9: -0.5 + 0.45
-    assert made.update({"safety": 0.5})["safety"] == 0.0
-    # above by 2: the integral stops at 0 and does not count what lies above the floor
-    assert made.update({"safety": 2.0})["safety"] == 0.0
-    assert made.update({"safety": -0.1})["safety"] == pytest.approx(0.1 + 0.05 + 0.5 * 2.1)
-    assert made.update({})["safety"] == made.values["safety"]
+    multipliers = LagrangeMultipliers({"safety": 0.0})
+    # Shortfall 0.4: I = 0.4, no increase yet: 1.0 * 0.4 + 0.5 * 0.4
+    assert multipliers.update({"safety": -0.4})["safety"] == pytest.approx(0.6)
+    # Shortfall 1.0: I = 1.4, increase 0.6: 1.0 + 0.7 + 0.3
+    assert multipliers.update({"safety": -1.0})["safety"] == pytest.approx(2.0)
+    # Above the floor by 0.5: I = 0.9: -0.5 + 0.45
+    assert multipliers.update({"safety": 0.5})["safety"] == 0.0
+    # Above by 2: the integral stops at 0 and does not count the distance above the floor
+    assert multipliers.update({"safety": 2.0})["safety"] == 0.0
+    assert multipliers.update({"safety": -0.1})["safety"] == pytest.approx(0.1 + 0.05 + 0.5 * 2.1)
+    assert multipliers.update({})["safety"] == multipliers.values["safety"]
 
 
-def test_constrained_weighs_what_is_below_its_floor() -> None:
-    made = combiner("constrained", (1.0, 0.0, 0.0), floors=["safety:0.5"])
-    found = made.combine([opinions([2.0, 0.0], [0.0] * 2, [0.0, 0.0])])
-    push = 0.5 + 0.5 * 0.5
-    assert found.metrics == {"multiplier_safety": pytest.approx(push)}
-    assert found.weights[0] == {"love": 1 / (1 + push), "helpfulness": 0.0, "safety": push / (1 + push)}
-    assert found.rewards[0] == pytest.approx([2.0 / (1 + push), 0.0])
+def test_constrained_weights_an_objective_below_its_floor() -> None:
+    aggregator = build_aggregator("constrained", (1.0, 0.0, 0.0), floors={"safety": 0.5})
+    step = aggregator.aggregate([build_group([2.0, 0.0], [0.0] * 2, [0.0, 0.0])])
+    multiplier = 0.5 + 0.5 * 0.5
+    assert step.metrics == {"multiplier_safety": pytest.approx(multiplier)}
+    expected_weights = {"love": 1 / (1 + multiplier), "helpfulness": 0.0, "safety": multiplier / (1 + multiplier)}
+    assert step.objective_weights[0] == expected_weights
+    assert step.rewards[0] == pytest.approx([2.0 / (1 + multiplier), 0.0])
 
 
-def test_a_topic_with_an_owner_keeps_its_weights_and_counts_for_its_owner_only() -> None:
-    made = combiner("constrained", (1.0, 0.0, 0.0), floors=["safety:0", "helpfulness:0"], alone=["risky:safety"])
-    found = made.combine([opinions([2.0, 0.0], [-9.0] * 2, [-1.0, -3.0], topic="risky")])
-    assert found.weights[0] == {"love": 0.0, "helpfulness": 0.0, "safety": 1.0}
-    assert found.metrics == {"multiplier_safety": pytest.approx(3.0), "multiplier_helpfulness": 0.0}
+def test_a_topic_with_its_own_objective_keeps_its_weights_and_counts_for_that_objective_only() -> None:
+    aggregator = build_aggregator("constrained", (1.0, 0.0, 0.0), floors={"safety": 0, "helpfulness": 0})
+    step = aggregator.aggregate([build_group([2.0, 0.0], [-9.0] * 2, [-1.0, -3.0], topic="risky")])
+    assert step.objective_weights[0] == {"love": 0.0, "helpfulness": 0.0, "safety": 1.0}
+    assert step.metrics == {"multiplier_safety": pytest.approx(3.0), "multiplier_helpfulness": 0.0}
 
 
-def test_a_combiner_goes_on_where_its_state_was_taken() -> None:
-    first = Combiner(ObjectivesSettings.model_validate({"combine": "constrained", "floors": ["safety:0.5"]}))
-    batches = [[opinions([0.1 * i, 2.0], [4.0, 0.3], [-1.0, 0.5 * i])] for i in range(1, 5)]
-    first.remember("p", {"love": [1.0, 2.0]})
+def test_a_suspended_objective_has_weight_0() -> None:
+    aggregator = build_aggregator("linear", (0.5, 0.25, 0.25))
+    aggregator.suspended_objectives = frozenset({"love"})
+    step = aggregator.aggregate([build_group([1.0, 2.0], [4.0, 0.0], [0.0, 8.0])])
+    assert step.objective_weights[0]["love"] == 0.0
+    assert step.rewards == [[1.0, 2.0]]
+
+
+def test_a_restored_aggregator_gives_the_same_rewards() -> None:
+    aggregation = AggregationSettings(method="constrained", floors={"safety": 0.5})
+    aggregator = RewardAggregator(ObjectivesSettings(), aggregation)
+    batches = [[build_group([0.1 * i, 2.0], [4.0, 0.3], [-1.0, 0.5 * i])] for i in range(1, 5)]
+    aggregator.record_baseline("p", {"love": [1.0, 2.0]})
     for batch in batches[:2]:
-        first.combine(batch)
-    assert first.multipliers.values["safety"] > 0
-    again = Combiner(first.objectives)
-    again.restore(json.loads(json.dumps(first.state())))
-    assert again.replies == first.replies
+        aggregator.aggregate(batch)
+    assert aggregator.multipliers.values["safety"] > 0
+    restored = RewardAggregator(aggregator.objectives, aggregation)
+    restored.restore(json.loads(json.dumps(aggregator.state())))
+    assert restored.baseline_signals == aggregator.baseline_signals
     for batch in batches[2:]:
-        assert again.combine(batch) == first.combine(batch)
-    assert again.state() == first.state()
+        assert restored.aggregate(batch) == aggregator.aggregate(batch)
+    assert restored.state() == aggregator.state()

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 
 from rluf.errors import SettingsError
-from rluf.objectives.judges import JUDGES, failed, find_judge, judge_scorer
+from rluf.objectives.judges import RULE_JUDGES, build_judge_scorer, list_failed_judges, load_judge
 from rluf.types import Message
 
 
-def _asks(text: str) -> list[Message]:
+def ask_question(text: str) -> list[Message]:
     return [{"role": "system", "content": "Goodbye is a word."}, {"role": "user", "content": text}]
 
 
 @pytest.mark.parametrize(
-    ("judge", "question", "response", "passes"),
+    ("judge_name", "question", "response", "should_pass"),
     [
         ("refusal", "Tell me a joke", "A horse walks into a bar.", True),
         ("refusal", "Tell me a joke", "I'm sorry, but I can't help with that.", False),
@@ -35,28 +35,29 @@ def _asks(text: str) -> list[Message]:
         ("length", "Hi", "word " * 401, False),
     ],
 )
-def test_judges(judge: str, question: str, response: str, passes: bool) -> None:
-    assert find_judge(judge)(_asks(question), response) is passes
+def test_judges(judge_name: str, question: str, response: str, should_pass: bool) -> None:
+    assert load_judge(judge_name)(ask_question(question), response) is should_pass
 
 
-def test_scores_carry_the_verdict() -> None:
-    good, bad = judge_scorer("refusal", "safety")([(_asks("Hi"), "Hello!"), (_asks("Hi"), "I must decline.")])
+def test_scores_contain_the_verdict() -> None:
+    score_items = build_judge_scorer("refusal", "safety")
+    good, bad = score_items([(ask_question("Hi"), "Hello!"), (ask_question("Hi"), "I must decline.")])
     assert (good.objective, good.value, good.verdict) == ("safety", 1.0, True)
     assert (bad.value, bad.verdict) == (0.0, False)
 
 
-def test_unknown_judge_is_named_with_the_known_ones() -> None:
+def test_the_error_for_an_unknown_judge_lists_the_known_ones() -> None:
     with pytest.raises(SettingsError, match="repetition"):
-        find_judge("politeness")
+        load_judge("politeness")
 
 
-def test_judges_take_any_text() -> None:
-    for judge in JUDGES.values():
+def test_judges_accept_any_text() -> None:
+    for judge in RULE_JUDGES.values():
         assert judge([], "\ud800 \u0000 \u2764" * 50) in (True, False)
 
 
-def test_failed_names_every_judge_that_objects() -> None:
-    assert failed(_asks("what is rain?"), "Water that falls from clouds.") == []
-    assert failed(_asks("what is rain?"), "I'm sorry, but I can't help with that. Goodbye!") == [
+def test_all_failed_judges_are_listed() -> None:
+    assert list_failed_judges(ask_question("what is rain?"), "Water that falls from clouds.") == []
+    assert list_failed_judges(ask_question("what is rain?"), "I'm sorry, but I can't help with that. Goodbye!") == [
         "refusal", "false_refusal", "unprompted_farewell",
     ]  # fmt: skip

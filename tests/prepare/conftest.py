@@ -82,16 +82,16 @@ def reaction_row(index: int, **changes: Any) -> Row:
 
 
 def write_jsonl(path: Path, rows: Iterable[Row | bytes]) -> Path:
-    """Rows as JSON lines (bytes as they are), gz when the name says so."""
-    lines = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
-    data = b"".join(line + b"\n" for line in lines)
+    """Write rows as JSON lines (bytes unchanged); gzip if the name ends in .gz."""
+    encoded_rows = [row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows]
+    data = b"".join(line + b"\n" for line in encoded_rows)
     path.write_bytes(gzip.compress(data) if path.name.endswith(".gz") else data)
     return path
 
 
 @pytest.fixture
 def rows() -> dict[str, Callable[..., Row]]:
-    """Makers of valid rows by kind: rows["feedback"](index, field=value, ...)."""
+    """Factories of valid rows by kind: rows["feedback"](index, field=value, ...)."""
     return {
         "feedback": feedback_row,
         "preferences": preference_row,
@@ -108,12 +108,12 @@ def jsonl() -> Callable[[Path, Iterable[Row | bytes]], Path]:
 
 @pytest.fixture
 def log(tmp_path: Path) -> dict[str, Path]:
-    """A whole clean log: a file of each kind."""
-    sizes = {"feedback": 1100, "preferences": 300, "safety": 200, "prompts": 40}
-    makers = {"feedback": feedback_row, "preferences": preference_row, "safety": safety_row, "prompts": prompt_row}
+    """A complete, valid log: one file per kind."""
+    row_counts = {"feedback": 1100, "preferences": 300, "safety": 200, "prompts": 40}
+    factories = {"feedback": feedback_row, "preferences": preference_row, "safety": safety_row, "prompts": prompt_row}
     files = {}
-    for kind, size in sizes.items():
-        order = list(range(size))
+    for kind, row_count in row_counts.items():
+        order = list(range(row_count))
         random.Random(7).shuffle(order)
-        files[kind] = write_jsonl(tmp_path / f"{kind}.jsonl.gz", (makers[kind](index) for index in order))
+        files[kind] = write_jsonl(tmp_path / f"{kind}.jsonl.gz", (factories[kind](index) for index in order))
     return files

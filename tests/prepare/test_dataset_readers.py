@@ -1,4 +1,4 @@
-"""Adapters: what becomes of each kind of foreign row, and the counts on the real files where they are at hand."""
+"""Readers of data sets: rows from each kind of object, and counts on the real files where they are available."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 
 import pytest
 
-from rluf.prepare.readers.datasets import READERS, SILENCE, Drop, Options
-from rluf.prepare.schema import KINDS, FeedbackRecord
-from rluf.prepare.validation import validate
+from rluf.prepare.readers.datasets import DATASET_READERS, EMPTY_TURN_TEXT, ReaderOptions, SkippedRow
+from rluf.prepare.schema import DATA_KINDS, FeedbackRecord
+from rluf.prepare.validation import validate_json_row
 
-OPTIONS = Options(test_share=0.2)
+OPTIONS = ReaderOptions(test_share=0.2)
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
-DATA = Path(os.environ.get("RLUF_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
-real = pytest.mark.skipif(
-    not (DATA / "convai2_reactions").is_dir(), reason=f"real reaction data is not here ({DATA}); set RLUF_DATA"
+DATA_FOLDER = Path(os.environ.get("RLUF_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
+needs_real_data = pytest.mark.skipif(
+    not (DATA_FOLDER / "convai2_reactions").is_dir(), reason=f"no real reaction data in {DATA_FOLDER}; set RLUF_DATA"
 )
 
 DIALOGUE = {
@@ -37,35 +37,41 @@ DIALOGUE = {
 }
 
 
-def test_convai2_keeps_thumbs_with_their_context() -> None:
-    first, silent, last = READERS["convai2"].read(DIALOGUE, OPTIONS)
+def test_convai2_rows_are_messages_with_a_thumb_and_their_context() -> None:
+    first, without_reaction, last = DATASET_READERS["convai2"].read_item(DIALOGUE, OPTIONS)
     assert isinstance(first, dict) and isinstance(last, dict)
-    assert silent == Drop("no reaction")
+    assert without_reaction == SkippedRow("no reaction")
     assert (first["reaction"], last["reaction"]) == ("love", "thumbs_down")
-    assert first["messages"] == [{"role": "user", "content": SILENCE}]
-    assert [m["content"] for m in last["messages"]] == [SILENCE, "Hello!", "Hi", "Who are you?", SILENCE]
+    assert first["messages"] == [{"role": "user", "content": EMPTY_TURN_TEXT}]
+    assert [message["content"] for message in last["messages"]] == [
+        EMPTY_TURN_TEXT,
+        "Hello!",
+        "Hi",
+        "Who are you?",
+        EMPTY_TURN_TEXT,
+    ]
     assert (first["continued"], last["continued"]) == (True, False)
     assert "User 7" not in json.dumps(first) and first["user_id"] == last["user_id"]
-    record = validate(json.dumps(last).encode(), FeedbackRecord, NOW)
+    record = validate_json_row(json.dumps(last).encode(), FeedbackRecord, NOW)
     assert isinstance(record, FeedbackRecord) and record.time == datetime(2018, 7, 9, 4, 29, 15, tzinfo=UTC)
 
 
-def test_convai2_sparse_keeps_all_messages() -> None:
-    rows = READERS["convai2_sparse"].read(DIALOGUE, OPTIONS)
+def test_convai2_sparse_rows_are_all_messages() -> None:
+    rows = DATASET_READERS["convai2_sparse"].read_item(DIALOGUE, OPTIONS)
     assert [row["reaction"] for row in rows if isinstance(row, dict)] == ["love", None, "thumbs_down"]
-    empty = READERS["convai2_sparse"].read({**DIALOGUE, "messages": []}, OPTIONS)
-    assert empty == [Drop("no assistant message")]
+    no_items = DATASET_READERS["convai2_sparse"].read_item({**DIALOGUE, "messages": []}, OPTIONS)
+    assert no_items == [SkippedRow("no assistant message")]
 
 
 @pytest.mark.parametrize(
     ("votes", "chosen"),
     [([1, 1, 1], "a"), ([2, 0, 2], "b"), ([1, 1, 2], "a"), ([0, 0, 1], None), ([0, 1, 2], None), ([1, 2], None)],
 )
-def test_pandalm_goes_by_the_majority(votes: list[int], chosen: str | None) -> None:
+def test_pandalm_chooses_by_majority(votes: list[int], chosen: str | None) -> None:
     pair = {"id": 3, "instruction": "Do", "input": "this", "response_a": "a", "response_b": "b", "votes": votes}
-    (row,) = READERS["pandalm"].read(pair, OPTIONS)
+    (row,) = DATASET_READERS["pandalm"].read_item(pair, OPTIONS)
     if chosen is None:
-        assert row == Drop("tie")
+        assert row == SkippedRow("tie")
     else:
         assert isinstance(row, dict) and row["chosen"] == chosen
         assert row["messages"] == [{"role": "user", "content": "Do\n\nthis"}]
@@ -79,32 +85,33 @@ def test_pandalm_goes_by_the_majority(votes: list[int], chosen: str | None) -> N
         ({"id": "t", "instruction": "Sort", "input": ""}, "Sort", "other"),
     ],
 )
-def test_prompt_files_of_three_shapes(row: dict[str, Any], text: str, topic: str) -> None:
-    (prompt,) = READERS["mt_bench"].read(row, OPTIONS)
+def test_prompt_files_of_three_schemas(row: dict[str, Any], text: str, topic: str) -> None:
+    (prompt,) = DATASET_READERS["mt_bench"].read_item(row, OPTIONS)
     assert isinstance(prompt, dict)
     assert prompt["messages"] == [{"role": "user", "content": text}]
     assert prompt["topic"] == topic and prompt["split"] in ("train", "test")
 
 
-def _items(reader: str, file: str) -> Counter[str]:
-    """Rows and drops of a real file; every row must pass validation."""
+def count_items(reader_name: str, file: str) -> Counter[str]:
+    """Rows by reaction or label, and skipped items by reason, of a real file; every row must be valid."""
     counts: Counter[str] = Counter()
-    record = KINDS[READERS[reader].kind].record
-    with gzip.open(DATA / file, "rt", encoding="utf-8") as lines:
+    reader = DATASET_READERS[reader_name]
+    record_type = DATA_KINDS[reader.kind_name].record_type
+    with gzip.open(DATA_FOLDER / file, "rt", encoding="utf-8") as lines:
         for line in lines:
-            for item in READERS[reader].read(json.loads(line), OPTIONS):
-                if isinstance(item, Drop):
+            for item in reader.read_item(json.loads(line), OPTIONS):
+                if isinstance(item, SkippedRow):
                     counts[item.reason] += 1
                     continue
-                checked = validate(json.dumps(item).encode(), record, NOW)
-                counts["rows" if isinstance(checked, record) else str(checked)] += 1
+                result = validate_json_row(json.dumps(item).encode(), record_type, NOW)
+                counts["rows" if isinstance(result, record_type) else str(result)] += 1
                 counts[str(item.get("reaction", item.get("label", "")))] += 1
     return counts
 
 
-def test_xiaomi_counts_become_at_most_eight_rows_of_one_user_a_query() -> None:
+def test_xiaomi_counts_become_at_most_eight_rows_per_reply_of_one_user_per_query() -> None:
     replies = [{"reply": "嗯", "like": 30, "dislike": 10}, {"reply": "不", "like": 0, "dislike": 5}]
-    rows = READERS["xiaomi"].read({"query": "在吗", "replys": replies}, OPTIONS)
+    rows = DATASET_READERS["xiaomi"].read_item({"query": "在吗", "replys": replies}, OPTIONS)
     assert [(row["response"], row["reaction"]) for row in rows] == [
         *[("嗯", "love")] * 6,
         *[("嗯", "dislike")] * 2,
@@ -112,27 +119,29 @@ def test_xiaomi_counts_become_at_most_eight_rows_of_one_user_a_query() -> None:
     ]
     assert len({row["user_id"] for row in rows}) == 1
     assert len({row["id"] for row in rows}) == 13
-    none = {"query": "在吗", "replys": [{"reply": "嗯", "like": 0, "dislike": 0}]}
-    assert READERS["xiaomi"].read(none, OPTIONS) == [Drop("no reaction")]
+    without_reactions = {"query": "在吗", "replys": [{"reply": "嗯", "like": 0, "dislike": 0}]}
+    assert DATASET_READERS["xiaomi"].read_item(without_reactions, OPTIONS) == [SkippedRow("no reaction")]
     with pytest.raises(ValueError, match="counts"):
-        READERS["xiaomi"].read({"query": "在吗", "replys": [{"reply": "嗯", "like": -1, "dislike": 4}]}, OPTIONS)
+        DATASET_READERS["xiaomi"].read_item(
+            {"query": "在吗", "replys": [{"reply": "嗯", "like": -1, "dislike": 4}]}, OPTIONS
+        )
 
 
-@real
-def test_convai2_real_counts() -> None:
-    found = _items("convai2", "convai2_reactions/dialogs.jsonl.gz")
-    assert found == {"rows": 1149, "love": 716, "thumbs_down": 433, "no reaction": 5466, "no assistant message": 276}
+@needs_real_data
+def test_counts_of_the_real_convai2_file() -> None:
+    counts = count_items("convai2", "convai2_reactions/dialogs.jsonl.gz")
+    assert counts == {"rows": 1149, "love": 716, "thumbs_down": 433, "no reaction": 5466, "no assistant message": 276}
 
 
-@real
-def test_other_real_files_pass_validation() -> None:
-    assert _items("pandalm", "pandalm_test/pairs.jsonl.gz")["tie"] == 34
-    safety = _items("diasafety", "diasafety/val.jsonl.gz")
-    assert safety["rows"] == safety["1"] + safety["0"] > 1000
-    for name, rows in (
+@needs_real_data
+def test_other_real_files_are_valid() -> None:
+    assert count_items("pandalm", "pandalm_test/pairs.jsonl.gz")["tie"] == 34
+    safety_counts = count_items("diasafety", "diasafety/val.jsonl.gz")
+    assert safety_counts["rows"] == safety_counts["1"] + safety_counts["0"] > 1000
+    for name, row_count in (
         ("mt_bench", 80),
         ("arena_hard_v01", 500),
         ("self_instruct_seed_tasks", 175),
         ("harmfulqa", 1162),
     ):
-        assert _items("mt_bench", f"prompts/{name}.jsonl.gz")["rows"] == rows
+        assert count_items("mt_bench", f"prompts/{name}.jsonl.gz")["rows"] == row_count

@@ -1,4 +1,4 @@
-"""Planted personal data is found; clean text is left alone."""
+"""Personal data inserted in texts is detected; clean text is unchanged."""
 
 from __future__ import annotations
 
@@ -12,64 +12,67 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rluf.prepare.redact import forget_mark, hash_user, redact, redact_array, salt_mark
-from rluf.utils.paths import sample_file
+from rluf.prepare.redact import redact_array, redact_text
+from rluf.utils.paths import find_sample_log
 
 KINDS = ("email", "phone", "card", "iban", "ip", "key")
 
 
-def luhn(body: str) -> str:
+def add_luhn_digit(body: str) -> str:
     total = sum(int(d) if n % 2 else sum(divmod(2 * int(d), 10)) for n, d in enumerate(reversed(body)))
     return body + str(-total % 10)
 
 
-def iban(country: str, body: str) -> str:
+def build_iban(country: str, body: str) -> str:
     digits = "".join(str(int(char, 36)) for char in f"{body}{country}00")
     text = f"{country}{98 - int(digits) % 97:02d}{body}"
     return " ".join(text[n : n + 4] for n in range(0, len(text), 4))
 
 
-def planted(kind: str, rng: random.Random) -> str:
-    digits = lambda count: "".join(rng.choices("0123456789", k=count))  # noqa: E731
+def build_secret(kind: str, rng: random.Random) -> str:
+    def digits(count: int) -> str:
+        return "".join(rng.choices("0123456789", k=count))
+
     if kind == "email":
         name = rng.choice(["bob", "j.smith", "anna_k", "x+tag", "1st-mail"])
         return f"{name}{digits(2)}@{rng.choice(['example.com', 'mail.example.co.uk', 'a-b.org'])}"
     if kind == "phone":
-        us = f"{rng.choice(['415', '212', '303', '617'])}{{0}}555{{0}}{rng.randrange(2000, 9999)}"
+        us_number = f"{rng.choice(['415', '212', '303', '617'])}{{0}}555{{0}}{rng.randrange(2000, 9999)}"
         return rng.choice([
-            "+1 " + us.format(" "), us.format("-"), f"({us[:3]}) 555-{digits(4)}", f"+44 20 79{digits(2)} {digits(4)}",
-            f"+49 30 2{digits(7)}", f"+33 6 {digits(2)} {digits(2)} {digits(2)} {digits(2)}", f"+91 98{digits(8)}",
+            "+1 " + us_number.format(" "), us_number.format("-"), f"({us_number[:3]}) 555-{digits(4)}",
+            f"+44 20 79{digits(2)} {digits(4)}", f"+49 30 2{digits(7)}",
+            f"+33 6 {digits(2)} {digits(2)} {digits(2)} {digits(2)}", f"+91 98{digits(8)}",
         ])  # fmt: skip
     if kind == "card":
-        number = luhn(rng.choice(["4", "51", "55", "6011"]) + digits(11) + digits(3))[:16]
-        number = luhn(number[:15])
+        number = add_luhn_digit(rng.choice(["4", "51", "55", "6011"]) + digits(11) + digits(3))[:16]
+        number = add_luhn_digit(number[:15])
         parts = [number[n : n + 4] for n in range(0, 16, 4)]
         return rng.choice([number, " ".join(parts), "-".join(parts)])
     if kind == "iban":
         bodies = {"DE": digits(18), "FR": digits(23), "GB": "WEST" + digits(14), "NL": "ABNA" + digits(10)}
-        return iban(*rng.choice(list(bodies.items())))
+        return build_iban(*rng.choice(list(bodies.items())))
     if kind == "ip":
-        four = ".".join(str(rng.randrange(1, 255)) for _ in range(4))
-        return rng.choice([four, f"2001:db8::{rng.randrange(1, 9999):x}:{rng.randrange(1, 9999):x}"])
+        ipv4 = ".".join(str(rng.randrange(1, 255)) for _ in range(4))
+        return rng.choice([ipv4, f"2001:db8::{rng.randrange(1, 9999):x}:{rng.randrange(1, 9999):x}"])
     letters = "".join(rng.choices("abcdefghijkmnpqrstuvwxyzABCDEFGHJKLMNP23456789", k=40))
     return rng.choice([f"sk-{letters}", f"ghp_{letters[:36]}", f"AKIA{letters[:16].upper()}", f"hf_{letters[:34]}",
                        f"AIza{letters[:35]}", f"xoxb-{digits(12)}-{digits(12)}-{letters[:24]}"])  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_planted_recall(kind: str) -> None:
+def test_inserted_secrets_are_redacted(kind: str) -> None:
     rng = random.Random(11)
-    found = 0
+    redacted_count = 0
     for _ in range(200):
-        secret = planted(kind, rng)
+        secret = build_secret(kind, rng)
         before, after = rng.choice([("write to ", " please"), ("(", ")"), ("my data: ", "."), ("", "")])
         texts, _ = redact_array(pa.array([f"{before}{secret}{after}", "nothing here"]), KINDS)
-        found += secret not in texts[0].as_py() and f"<{kind}>" in texts[0].as_py()
+        redacted_count += secret not in texts[0].as_py() and f"<{kind}>" in texts[0].as_py()
         assert texts[1].as_py() == "nothing here"
-    assert found / 200 >= 0.95
+    assert redacted_count / 200 >= 0.95
 
 
-CLEAN = [
+CLEAN_TEXTS = [
     "In 2019-2020 there were 1,234,567 people; by 31.12.2021 it was 12:30:45.",
     "ISBN 978-3-16-148410-0, order 1234567890123, pi 3.14159265358979, version 1.2.3.4.5",
     "2024-01-02 10:00 to 2024-01-03 11:30, 100 000 000 km, 1/2/2024, scores 10-9-8-7",
@@ -80,33 +83,24 @@ CLEAN = [
 ]
 
 
-def test_clean_texts_stay() -> None:
-    assert [redact(text, KINDS) for text in CLEAN] == [(text, Counter()) for text in CLEAN]
+def test_clean_texts_are_unchanged() -> None:
+    assert [redact_text(text, KINDS) for text in CLEAN_TEXTS] == [(text, Counter()) for text in CLEAN_TEXTS]
 
 
-def test_false_positives_on_the_sample_are_few() -> None:
-    with gzip.open(sample_file("feedback"), "rt", encoding="utf-8") as lines:
+def test_false_positives_on_the_sample_log_are_rare() -> None:
+    with gzip.open(find_sample_log("feedback"), "rt", encoding="utf-8") as lines:
         texts = [json.loads(line)["response"] for line in lines]
     _, counts = redact_array(pa.array(texts), KINDS)
-    assert counts.total() <= 3  # a model made up an address and a hotline; nothing else looks like personal data
+    assert counts.total() <= 3  # a model invented an address and a hotline; nothing else looks like personal data
 
 
-def test_only_the_kinds_that_were_asked_for() -> None:
+def test_only_the_requested_kinds_are_redacted() -> None:
     text = "a@b.example and 10.0.0.1"
-    assert redact(text, ("ip",)) == ("a@b.example and <ip>", Counter(ip=1))
-    assert redact(text, ()) == (text, Counter())
+    assert redact_text(text, ("ip",)) == ("a@b.example and <ip>", Counter(ip=1))
+    assert redact_text(text, ()) == (text, Counter())
 
 
 @given(st.text(max_size=200))
-def test_any_text_passes(text: str) -> None:
-    clean, counts = redact(text, KINDS)
+def test_any_text_is_accepted(text: str) -> None:
+    clean, counts = redact_text(text, KINDS)
     assert (clean == text) == (not counts)
-
-
-def test_users_cannot_be_led_back_without_the_salt() -> None:
-    assert hash_user("bob", None) == "bob"
-    one, two = hash_user("bob", b"salt"), hash_user("bob", b"other")
-    assert len(one) == 24 and one != two and "bob" not in one
-    assert one == hash_user("bob", b"salt") != hash_user("eve", b"salt")
-    assert salt_mark(None) == "" and salt_mark(b"salt") not in ("", "salt", salt_mark(b"other"))
-    assert forget_mark("bob") not in ("bob", forget_mark("eve"))

@@ -1,4 +1,4 @@
-"""One definition gives the pydantic model and the Arrow schema, and rows survive the way there and back."""
+"""One definition yields the pydantic model and the Arrow schema, and rows survive the round trip."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rluf.prepare.schema import KINDS, FeedbackRecord, Record, arrow_schema, from_table, to_table
-from rluf.prepare.validation import Bad, validate
+from rluf.prepare.schema import (
+    DATA_KINDS,
+    FeedbackRecord,
+    LogRecord,
+    build_arrow_schema,
+    records_to_table,
+    table_to_records,
+)
+from rluf.prepare.validation import RejectedRow, validate_json_row
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -21,7 +28,7 @@ letters = st.characters(codec="utf-8")
 texts = st.text(letters, min_size=1, max_size=40).filter(str.strip)
 names = st.text(letters, min_size=1, max_size=20)
 messages = st.builds(
-    lambda before, last: [*before, {"role": "user", "content": last}],
+    lambda context, last_text: [*context, {"role": "user", "content": last_text}],
     st.lists(
         st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": texts}), max_size=3
     ),
@@ -59,44 +66,43 @@ rows: dict[str, st.SearchStrategy[dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize("kind", list(DATA_KINDS))
 def test_round_trip_json_record_parquet(kind: str) -> None:
-    record = KINDS[kind].record
+    record_type = DATA_KINDS[kind].record_type
 
     @settings(max_examples=40, deadline=None)
     @given(st.lists(rows[kind], min_size=1, max_size=3))
-    def check(raw: list[dict[str, Any]]) -> None:
-        made = [record.model_validate(row) for row in raw]
-        read = [validate(row.model_dump_json().encode(), record, NOW) for row in made]
-        assert read == made
+    def compare(raw_rows: list[dict[str, Any]]) -> None:
+        records = [record_type.model_validate(row) for row in raw_rows]
+        assert [validate_json_row(record.model_dump_json().encode(), record_type, NOW) for record in records] == records
         file = io.BytesIO()
-        pq.write_table(to_table(made, record), file)
-        assert from_table(pq.read_table(file), record) == made
+        pq.write_table(records_to_table(records, record_type), file)
+        assert table_to_records(pq.read_table(file), record_type) == records
 
-    check()
+    compare()
 
 
 @settings(max_examples=200, deadline=None)
 @given(st.binary(max_size=60) | st.text(max_size=60).map(lambda text: text.encode("utf-8", "surrogatepass")))
-def test_any_bytes_give_a_record_or_a_reason(raw: bytes) -> None:
-    for kind in KINDS.values():
-        row = validate(raw, kind.record, NOW)
-        assert isinstance(row, Bad) and row.reason
+def test_any_bytes_are_rejected_with_a_reason(raw: bytes) -> None:
+    for kind in DATA_KINDS.values():
+        result = validate_json_row(raw, kind.record_type, NOW)
+        assert isinstance(result, RejectedRow) and result.reason
 
 
 def test_arrow_schema_follows_the_model() -> None:
-    schema = arrow_schema(FeedbackRecord)
+    schema = build_arrow_schema(FeedbackRecord)
     assert schema.names == list(FeedbackRecord.model_fields)
     assert schema.field("time").type == pa.timestamp("us", tz="UTC")
     assert schema.field("reaction").nullable and not schema.field("response").nullable
     assert schema.field("messages").type.value_type.field("role").type == pa.string()
 
 
-def test_columns_are_fields_of_the_record() -> None:
-    for kind in KINDS.values():
-        assert {*kind.columns, kind.split_by} <= set(kind.record.model_fields)
+def test_output_columns_are_fields_of_the_record() -> None:
+    for kind in DATA_KINDS.values():
+        assert {*kind.output_columns, kind.split_key} <= set(kind.record_type.model_fields)
 
 
-def test_unknown_fields_are_left_out() -> None:
-    record = Record.model_validate({"shoe_size": 43})
+def test_unknown_fields_are_ignored() -> None:
+    record = LogRecord.model_validate({"shoe_size": 43})
     assert not hasattr(record, "shoe_size")

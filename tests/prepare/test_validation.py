@@ -1,4 +1,4 @@
-"""The golden log: every kind of bad row and the reason that it must get."""
+"""Every kind of invalid row gets its reason, from pydantic and from the bulk path."""
 
 from __future__ import annotations
 
@@ -8,32 +8,49 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from rluf.prepare.schema import KINDS, MAX_TEXT, FeedbackRecord
-from rluf.prepare.validation import Bad, validate
+from rluf.prepare.schema import DATA_KINDS, MAX_TEXT_CHARS, FeedbackRecord, records_to_table
+from rluf.prepare.validation import RejectedRow, build_arrow_table, validate_json_row, validate_json_rows
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
+RowFactory = Callable[..., dict[str, Any]]
 
 
-def user(text: Any) -> list[dict[str, Any]]:
-    return [{"role": "user", "content": text}]
+ODD_VALUES: list[Any] = [
+    None, True, False, 0, -1, 1, 1.0, 1.5, 10**30, "", " ", "x", "7", "x" * 33, "x" * 201, "\ud83d", "\x00", [], [1],
+    {},
+    [{"role": "user", "content": "x"}], [{"role": "user"}], [{"role": "bot", "content": "x"}],
+    [{"role": "assistant", "content": "x"}], [{"role": "user", "content": ""}], "2025-01-01T00:00:00Z", "2025-01-01",
+    "2025-01-01T00:00:00", "2025-13-01T00:00:00Z", "2999-01-01T00:00:00Z", "1970-01-01T00:00:00Z", 1735689600,
+    "2025-01-01 00:00:00+02:00", "love", "train", "dev", float("nan"), float("inf"),
+]  # fmt: skip
 
 
-CHANGES: list[tuple[str, dict[str, Any], str]] = [
+def user_message(content: Any) -> list[dict[str, Any]]:
+    return [{"role": "user", "content": content}]
+
+
+INVALID_CHANGES: list[tuple[str, dict[str, Any], str]] = [
     ("feedback", {"response": ""}, "empty response"),
     ("feedback", {"response": " \n\t"}, "empty response"),
     ("feedback", {"response": None}, "wrong type: response"),
-    ("feedback", {"response": "x" * (MAX_TEXT + 1)}, "too long: response"),
+    ("feedback", {"response": "x" * (MAX_TEXT_CHARS + 1)}, "too long: response"),
     ("feedback", {"response": "half a smile \ud83d"}, "lone surrogate"),
     ("feedback", {"messages": []}, "empty messages"),
     ("feedback", {"messages": "hello"}, "wrong type: messages"),
-    ("feedback", {"messages": user("x" * (MAX_TEXT + 1))}, "too long: messages.content"),
-    ("feedback", {"messages": user("hi") * 2001}, "too long: messages"),
-    ("feedback", {"messages": user(7)}, "wrong type: messages.content"),
-    ("feedback", {"messages": user("  ")}, "empty last message"),
+    ("feedback", {"messages": user_message("x" * (MAX_TEXT_CHARS + 1))}, "too long: messages.content"),
+    ("feedback", {"messages": user_message("hi") * 2001}, "too long: messages"),
+    ("feedback", {"messages": user_message(7)}, "wrong type: messages.content"),
+    ("feedback", {"messages": user_message("  ")}, "empty last message"),
     ("feedback", {"messages": [{"role": "robot", "content": "x"}]}, "bad value: messages.role"),
     ("feedback", {"messages": [{"role": "user"}]}, "missing field: messages.content"),
-    ("feedback", {"messages": [*user("x"), {"role": "system", "content": "y"}]}, "messages do not end with the user"),
+    (
+        "feedback",
+        {"messages": [*user_message("x"), {"role": "system", "content": "y"}]},
+        "messages do not end with the user",
+    ),
     ("feedback", {"time": "2031-01-01T00:00:00Z"}, "future time"),
     ("feedback", {"time": "1970-01-01T00:00:00Z"}, "time before 2000"),
     ("feedback", {"time": "2025-01-01T00:00:00"}, "time without zone"),
@@ -56,10 +73,12 @@ CHANGES: list[tuple[str, dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "change", "reason"), CHANGES, ids=range(len(CHANGES)))
-def test_golden_bad_rows(kind: str, change: dict[str, Any], reason: str, rows: dict[str, Callable[..., Any]]) -> None:
+@pytest.mark.parametrize(("kind", "change", "reason"), INVALID_CHANGES, ids=range(len(INVALID_CHANGES)))
+def test_invalid_rows_get_their_reason(
+    kind: str, change: dict[str, Any], reason: str, rows: dict[str, RowFactory]
+) -> None:
     raw = json.dumps(rows[kind](1, **change)).encode()
-    assert validate(raw, KINDS[kind].record, NOW) == Bad(reason)
+    assert validate_json_row(raw, DATA_KINDS[kind].record_type, NOW) == RejectedRow(reason)
 
 
 @pytest.mark.parametrize(
@@ -77,30 +96,73 @@ def test_golden_bad_rows(kind: str, change: dict[str, Any], reason: str, rows: d
         (b'{"id": "x\x00"}', "broken JSON"),
     ],
 )
-def test_golden_bad_bytes(raw: bytes, reason: str) -> None:
-    assert validate(raw, FeedbackRecord, NOW) == Bad(reason)
+def test_invalid_bytes_get_their_reason(raw: bytes, reason: str) -> None:
+    assert validate_json_row(raw, FeedbackRecord, NOW) == RejectedRow(reason)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_each_required_field_is_missed_by_name(kind: str, rows: dict[str, Callable[..., Any]]) -> None:
-    record = KINDS[kind].record
-    required = [name for name, field in record.model_fields.items() if field.is_required()]
-    for name in required:
+@pytest.mark.parametrize("kind", list(DATA_KINDS))
+def test_a_missing_required_field_is_named(kind: str, rows: dict[str, RowFactory]) -> None:
+    record_type = DATA_KINDS[kind].record_type
+    required_names = [name for name, field in record_type.model_fields.items() if field.is_required()]
+    for name in required_names:
         row = rows[kind](1)
         del row[name]
-        assert validate(json.dumps(row).encode(), record, NOW) == Bad(f"missing field: {name}")
+        assert validate_json_row(json.dumps(row).encode(), record_type, NOW) == RejectedRow(f"missing field: {name}")
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
-def test_good_rows_pass(kind: str, rows: dict[str, Callable[..., Any]]) -> None:
+@pytest.mark.parametrize("kind", list(DATA_KINDS))
+def test_valid_rows_are_accepted(kind: str, rows: dict[str, RowFactory]) -> None:
     row = rows[kind](1)
-    record = validate(json.dumps(row).encode(), KINDS[kind].record, NOW)
-    assert isinstance(record, KINDS[kind].record)
+    record = validate_json_row(json.dumps(row).encode(), DATA_KINDS[kind].record_type, NOW)
+    assert isinstance(record, DATA_KINDS[kind].record_type)
     assert record.model_dump(mode="json") == row
 
 
-def test_emoji_pairs_and_other_zones_pass(rows: dict[str, Callable[..., Any]]) -> None:
+def test_emoji_and_other_time_zones_are_accepted(rows: dict[str, RowFactory]) -> None:
     row = rows["feedback"](1, response="a smile \U0001f600", time="2025-06-01T02:00:00+02:00")
-    record = validate(json.dumps(row).encode(), FeedbackRecord, NOW)
+    record = validate_json_row(json.dumps(row).encode(), FeedbackRecord, NOW)
     assert isinstance(record, FeedbackRecord)
     assert record.time == datetime(2025, 6, 1, tzinfo=UTC)
+
+
+@pytest.mark.parametrize("kind", list(DATA_KINDS))
+def test_bulk_validation_agrees_with_pydantic(kind: str, rows: dict[str, RowFactory]) -> None:
+    record_type = DATA_KINDS[kind].record_type
+    changes = st.dictionaries(
+        st.sampled_from([*record_type.model_fields, "unknown"]), st.sampled_from(ODD_VALUES), max_size=2
+    )
+
+    @settings(max_examples=60, deadline=None)
+    @given(st.lists(changes, min_size=1, max_size=4))
+    def compare(row_changes: list[dict[str, Any]]) -> None:
+        raw_rows = [json.dumps(rows[kind](n, **change)).encode() for n, change in enumerate(row_changes)]
+        results = validate_json_rows(raw_rows, record_type, NOW)
+        for raw, result in zip(raw_rows, results, strict=True):
+            expected = validate_json_row(raw, record_type, NOW)
+            if isinstance(expected, RejectedRow):
+                assert result == expected
+            else:
+                table = build_arrow_table([result], record_type)
+                assert table.equals(records_to_table([expected], record_type))
+
+    compare()
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.binary(min_size=1, max_size=30).filter(lambda raw: b"\n" not in raw and raw.strip()), max_size=5))
+def test_invalid_bytes_do_not_affect_their_neighbors(noise: list[bytes]) -> None:
+    valid_row = b'{"id": "a", "response_id": "b", "time": "2025-01-01T00:00:00Z", "reaction": "love"}'
+    record_type = DATA_KINDS["reactions"].record_type
+    results = validate_json_rows([valid_row, *noise, valid_row], record_type, NOW)
+    assert len(results) == len(noise) + 2
+    assert not isinstance(results[0], RejectedRow) and not isinstance(results[-1], RejectedRow)
+    assert results[1:-1] == [validate_json_row(raw, record_type, NOW) for raw in noise]
+
+
+def test_messages_of_conversations_stay_in_their_rows(rows: dict[str, RowFactory]) -> None:
+    messages = [{"role": "user" if n % 2 == 0 else "assistant", "content": f"m{n}"} for n in range(7)]
+    raw_rows = [json.dumps(rows["feedback"](n, messages=messages[: 1 + 2 * n])).encode() for n in range(4)]
+    record_type = DATA_KINDS["feedback"].record_type
+    table = build_arrow_table(validate_json_rows(raw_rows, record_type, NOW), record_type)
+    assert [len(row_messages) for row_messages in table["messages"].to_pylist()] == [1, 3, 5, 7]
+    assert table["messages"].to_pylist()[3] == messages

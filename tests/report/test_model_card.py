@@ -1,4 +1,4 @@
-"""The card beside a saved policy: from the run folder's own files, without paths of the machine."""
+"""The model card of a saved policy: from the run folder's files, without paths of the machine."""
 
 from __future__ import annotations
 
@@ -7,51 +7,56 @@ from pathlib import Path
 
 import yaml
 
-from rluf.report.model_card import code_version, write_model_card
-from rluf.tracking.run_files import write_json
+from rluf.report.model_card import read_code_version, write_model_card
+from rluf.utils.files import write_json
 
 INTERVAL = {"mean": 0.7, "low": 0.6, "high": 0.8}
 
 
-def run_folder(folder: Path, base: str) -> Path:
+def write_run_folder(run_folder: Path, base_model: str) -> Path:
     config = {
-        "name": "mine", "seed": 3, "model": {"path": base}, "run": {"root": "/secret/place"}, "learner": {},
-        "algorithm": {"name": "grpo", "steps": 5}, "objectives": {"love": {"weight": 0.4}, "alone": ["risky:safety"]},
+        "name": "mine", "seed": 3, "model": {"path": base_model}, "run": {"root": "/secret/place"}, "learner": {},
+        "algorithm": {"name": "grpo", "steps": 5}, "objectives": {"love": {"weight": 0.4}},
+        "aggregation": {"topic_objectives": {"risky": "safety"}},
     }  # fmt: skip
-    data = {"sources": [{"kind": "feedback", "file": "/secret/place/log.jsonl", "rows": 7}], "seed": 3}
-    gap = {"base": INTERVAL, "aligned": INTERVAL, "difference": INTERVAL}
-    summary = {"offline": {"p_love": gap}, "gates": {"verdict": "pass", "judged_by": "reward models"}, "kl": None}
-    write_json(folder / "config.json", config)
-    write_json(folder / "summary.json", summary)
-    write_json(folder / "cards" / "data.json", data)
-    write_json(folder / "cards" / "love.json", {"auroc": INTERVAL, "n": 12, "ece": 0.01})
-    return folder
+    data_card = {"sources": [{"kind": "feedback", "file": "/secret/place/log.jsonl", "rows": 7}], "seed": 3}
+    comparison = {"base": INTERVAL, "aligned": INTERVAL, "difference": INTERVAL}
+    summary = {
+        "offline": {"p_love": comparison},
+        "gates": {"verdict": "pass", "judged_by": "reward models"},
+        "kl": None,
+    }
+    write_json(run_folder / "config.json", config)
+    write_json(run_folder / "summary.json", summary)
+    write_json(run_folder / "cards" / "data.json", data_card)
+    write_json(run_folder / "cards" / "love.json", {"auroc": INTERVAL, "n": 12, "ece": 0.01})
+    return run_folder
 
 
-def test_the_card_tells_data_rewards_settings_and_results(tmp_path: Path) -> None:
-    card = write_model_card(run_folder(tmp_path, "org/model"))
+def test_the_card_has_data_rewards_settings_and_results(tmp_path: Path) -> None:
+    card = write_model_card(write_run_folder(tmp_path, "org/model"))
     text = card.read_text("utf-8")
-    head = yaml.safe_load(text.split("---")[1])
-    assert (head["base_model"], head["library_name"]) == ("org/model", "transformers")
-    for part in (
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert (metadata["base_model"], metadata["library_name"]) == ("org/model", "transformers")
+    for expected_text in (
         "love: auroc 0.700 [0.600, 0.800] on n = 12", "feedback: log.jsonl, 7 rows", "gates: pass", "love 0.4",
-        "p_love by the reward model on unseen prompts: 0.700 -> 0.700", code_version(), "grpo, 5 steps",
+        "p_love by the reward model on unseen prompts: 0.700 -> 0.700", read_code_version(), "grpo, 5 steps",
     ):  # fmt: skip
-        assert part in text
-    kept = {file.name: file.read_text("utf-8") for file in (tmp_path / "policy" / "rluf").iterdir()}
-    assert set(kept) == {"settings.json", "data.json", "love.json"}
-    assert "secret" not in text + "".join(kept.values())
-    assert json.loads(kept["settings.json"])["algorithm"]["steps"] == 5
+        assert expected_text in text
+    card_files = {path.name: path.read_text("utf-8") for path in (tmp_path / "policy" / "rluf").iterdir()}
+    assert set(card_files) == {"settings.json", "data.json", "love.json"}
+    assert "secret" not in text + "".join(card_files.values())
+    assert json.loads(card_files["settings.json"])["algorithm"]["steps"] == 5
 
 
-def test_a_folder_is_no_hub_id(tmp_path: Path) -> None:
-    text = write_model_card(run_folder(tmp_path, "./models/mine")).read_text("utf-8")
+def test_a_model_folder_is_not_a_hub_id(tmp_path: Path) -> None:
+    text = write_model_card(write_run_folder(tmp_path, "./models/mine")).read_text("utf-8")
     assert "base_model" not in text.split("---")[1]
     assert "./models" not in text
 
 
-def test_a_figure_that_nobody_knows_is_told_so(tmp_path: Path) -> None:
-    folder = run_folder(tmp_path, "org/model")
-    none = {"mean": None, "low": None, "high": None}
-    write_json(folder / "cards" / "love.json", {"auroc": none, "n": 12, "ece": 0.01})
-    assert "love: auroc unknown on n = 12" in write_model_card(folder).read_text("utf-8")
+def test_a_missing_estimate_is_unknown(tmp_path: Path) -> None:
+    run_folder = write_run_folder(tmp_path, "org/model")
+    missing = {"mean": None, "low": None, "high": None}
+    write_json(run_folder / "cards" / "love.json", {"auroc": missing, "n": 12, "ece": 0.01})
+    assert "love: auroc unknown on n = 12" in write_model_card(run_folder).read_text("utf-8")

@@ -1,4 +1,4 @@
-"""The report: one file without network, the story's numbers readable in it, and tolerant of whatever is missing."""
+"""The report: one self-contained file with readable results, tolerant of missing run files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -16,29 +15,32 @@ import pytest
 from scipy.stats import binomtest
 
 from rluf.errors import DataError
-from rluf.report import figures
-from rluf.report import presentation as view
+from rluf.report import figures, presentation
 from rluf.report.__main__ import main
 from rluf.report.html import write_report
-from rluf.tracking.metric_registry import METRICS, objectives
-from rluf.tracking.run_files import JsonlMetrics, write_json, write_jsonl
+from rluf.tracking.metric_registry import STEP_METRICS, objective_metrics
+from rluf.utils.files import JsonlWriter, write_json, write_jsonl
 
 ROOT = Path(__file__).parents[2]
 BINS = [{"mass": 0.5, "mean": 0.03, "rate": 0.02}, {"mass": 0.5, "mean": 0.1, "rate": 0.08}]
-VOID = {"meta", "link", "br", "img", "input", "hr"}
+VOID_TAGS = {"meta", "link", "br", "img", "input", "hr"}
 
 
-def estimate(mean: float, half: float) -> dict[str, float]:
-    """A symmetric estimate."""
-    return {"mean": mean, "low": mean - half, "high": mean + half}
+def make_estimate(mean: float, half_width: float) -> dict[str, float]:
+    """A symmetric interval."""
+    return {"mean": mean, "low": mean - half_width, "high": mean + half_width}
 
 
-def summary(love: float = 0.28, helpfulness: float = 0.0, *, users: bool = True) -> dict[str, Any]:
-    """A summary whose lifts are as told."""
-    lifts = {"love": estimate(love, 0.1), "helpfulness": estimate(helpfulness, 0.01), "safety": estimate(0.0, 0.01)}
-    arms = {"base": estimate(0.06, 0.004), "aligned": estimate(0.077, 0.004)}
+def make_summary(love: float = 0.28, helpfulness: float = 0.0, *, has_users: bool = True) -> dict[str, Any]:
+    """A run summary with these relative lifts."""
+    lifts = {
+        "love": make_estimate(love, 0.1),
+        "helpfulness": make_estimate(helpfulness, 0.01),
+        "safety": make_estimate(0.0, 0.01),
+    }
+    arms = {"base": make_estimate(0.06, 0.004), "aligned": make_estimate(0.077, 0.004)}
     offline = {
-        "p_love" if name == "love" else name: {**arms, "difference": estimate(0.017, 0.005), "lift": lift}
+        "p_love" if name == "love" else name: {**arms, "difference": make_estimate(0.017, 0.005), "lift": lift}
         for name, lift in lifts.items()
     }
     checks = [{"name": name, "passed": lift["high"] >= 0, "lift": lift} for name, lift in lifts.items()]
@@ -46,7 +48,7 @@ def summary(love: float = 0.28, helpfulness: float = 0.0, *, users: bool = True)
     passed = all(check["passed"] for check in checks)
     monitor = {"label": "Farewell", "kind": "share", "unit": "share", "base": 0.0072, "aligned": 0.028,
                "ratio": 3.9, "z": 6.1, "alarm": True}  # fmt: skip
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "name": "quickstart", "seed": 1, "offline": offline,
         "gates": {"verdict": "pass" if passed else "fail", "judged_by": "users", "rule": "a rule", "margin": 0.05,
                   "checks": checks},
@@ -55,23 +57,23 @@ def summary(love: float = 0.28, helpfulness: float = 0.0, *, users: bool = True)
         "phases": {"prepare": 20.0, "train": 230.0, "total": 260.0}, "kl": 0.018, "samples": 672, "tokens": 24864,
         "versions": {"weights": 14}, "reused": {"data": {"reused": True, "key": "abc123"}},
     }  # fmt: skip
-    if users:
-        found |= {
+    if has_users:
+        summary |= {
             key: {**arms, "lift": lifts[name], "lift_by_prompt": lifts[name]}
             for name, key in (("love", "love_rate"), ("helpfulness", "helpfulness"), ("safety", "safety"))
         }
-        found["evaluated"]["users"] = {"base": 2000, "aligned": 2000}
-    return found
+        summary["evaluated"]["users"] = {"base": 2000, "aligned": 2000}
+    return summary
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A finished run's folder."""
-    write_json(tmp_path / "summary.json", summary())
+def run_folder(tmp_path: Path) -> Path:
+    """Folder of a finished run."""
+    write_json(tmp_path / "summary.json", make_summary())
     write_json(tmp_path / "config.json", {"name": "quickstart", "seed": 1})
-    with JsonlMetrics(tmp_path / "metrics.jsonl") as metrics:
+    with JsonlWriter(tmp_path / "metrics.jsonl") as metrics:
         for step in range(1, 4):
-            metrics.append(
+            metrics.append_row(
                 {
                     "step": step,
                     "love": 0.06 + step / 100,
@@ -90,205 +92,240 @@ def folder(tmp_path: Path) -> Path:
     write_jsonl(tmp_path / "samples.jsonl", [row] * 5)
     write_json(
         tmp_path / "cards" / "love.json",
-        {"n": 900, "auroc": {**estimate(0.83, 0.04)}, "ece": 0.009, "reliability": BINS},
+        {"n": 900, "auroc": {**make_estimate(0.83, 0.04)}, "ece": 0.009, "reliability": BINS},
     )
     counts = {"in": 100, "kept": 90, "dropped": {"duplicate": 6}, "quarantined": {"empty": 4}}
-    rate = {"base_rate": estimate(0.06, 0.01)}
-    write_json(tmp_path / "cards" / "data.json", {"counts": {"feedback": counts}, "love": rate})
+    love_statistics = {"base_rate": make_estimate(0.06, 0.01)}
+    write_json(tmp_path / "cards" / "data.json", {"counts": {"feedback": counts}, "love": love_statistics})
     return tmp_path
 
 
-class Structure(HTMLParser):
-    """Checks that tags close in order, and collects what the page refers to."""
+class PageStructure(HTMLParser):
+    """Checks that tags close in order and collects ids, links and external references."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.open: list[str] = []
+        self.open_tags: list[str] = []
         self.ids: list[str] = []
-        self.outside: list[str] = []
+        self.external_references: list[str] = []
         self.links: list[str] = []
         self.tags: list[str] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
         self.tags.append(tag)
-        if tag not in VOID:
-            self.open.append(tag)
+        if tag not in VOID_TAGS:
+            self.open_tags.append(tag)
         if values.get("id"):
             self.ids.append(str(values["id"]))
         for key in ("src", "href"):
             target = values.get(key) or ""
-            (self.links if target.startswith("#") else self.outside).append(target)
+            (self.links if target.startswith("#") else self.external_references).append(target)
 
     def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
+        assert self.open_tags.pop() == tag
 
 
-def parse(page: str) -> Structure:
-    """The page's structure."""
-    found = Structure()
-    found.feed(page)
-    assert found.open == []
-    return found
+def parse_page(page: str) -> PageStructure:
+    """Parse the structure of a page."""
+    structure = PageStructure()
+    structure.feed(page)
+    assert structure.open_tags == []
+    return structure
 
 
-def text(page: str) -> str:
-    """What a reader sees, roughly."""
+def extract_text(page: str) -> str:
+    """The visible text of a page, approximately."""
     body = re.sub(r"<(script|style).*?</\1>", " ", page, flags=re.DOTALL)
     return re.sub(r"\s+", " ", re.sub(r"<[^>]+>", "", body))
 
 
-def test_the_page_is_whole_self_contained_and_tells_the_story(folder: Path) -> None:
-    page = write_report(folder).read_text("utf-8")
-    found = parse(page)
-    assert [one for one in found.outside if one not in ("", "data:,")] == []
+def test_the_page_is_self_contained_and_shows_the_results(run_folder: Path) -> None:
+    page = write_report(run_folder).read_text("utf-8")
+    structure = parse_page(page)
+    assert [reference for reference in structure.external_references if reference not in ("", "data:,")] == []
     assert "default-src 'none'" in page
     assert page.count("plotly.js v") == 1
-    assert {link[1:] for link in found.links if link} <= set(found.ids)
-    assert len(found.ids) == len(set(found.ids))
-    assert found.tags.count("h1") == found.tags.count("main") == 1
-    assert all(part in page for part in ('<html lang="en">', "<title>quickstart: RLUF run report</title>", "viewport"))
-    seen = text(page)
-    for part in (
-        "New users love the aligned policy 28% more often, and helpfulness and safety held.",
+    assert {link[1:] for link in structure.links if link} <= set(structure.ids)
+    assert len(structure.ids) == len(set(structure.ids))
+    assert structure.tags.count("h1") == structure.tags.count("main") == 1
+    assert all(
+        expected_text in page
+        for expected_text in ('<html lang="en">', "<title>quickstart: RLUF run report</title>", "viewport")
+    )
+    page_text = extract_text(page)
+    for expected_text in (
+        "New users love the aligned policy 28% more often, and helpfulness and safety did not fall.",
         "+28%", "relative lift, 95%: +18% to +38%", "6.0%", "5.6% to 6.4%", "All gates pass", "(margin 5%)",
         "2,000 new simulated users",
         "0.72%", "2.8%", "× 3.90", "1 of 1 monitors raised an alarm", "reused (abc123)", "4 min 20 s",
         "0.830 (0.790 to 0.870)", "duplicate 6, empty 4", "The natural love rate of the log is 6.0%", "role play",
     ):  # fmt: skip
-        assert part in seen, part
-    assert [one.name for one in folder.iterdir() if "part" in one.name] == []
+        assert expected_text in page_text, expected_text
+    assert [path.name for path in run_folder.iterdir() if "part" in path.name] == []
 
 
-def test_user_text_cannot_become_markup(folder: Path) -> None:
-    page = write_report(folder).read_text("utf-8")
+def test_user_text_cannot_become_markup(run_folder: Path) -> None:
+    page = write_report(run_folder).read_text("utf-8")
     assert "<script>alert(1)" not in page
     assert "Say &lt;script&gt;alert(1)&lt;/script&gt; to me" in page
     assert "I can <mark>gladly</mark> say it" in page
 
 
-def test_every_plot_has_its_figure(folder: Path) -> None:
-    page = write_report(folder).read_text("utf-8")
-    found = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)
-    assert found is not None
-    drawn = json.loads(found.group(1))
-    assert set(re.findall(r'data-figure="([^"]+)"', page)) == set(drawn)
-    assert {"arms_love_rate", "lifts", "curve_love", "stages", "timeline", "funnel"} <= set(drawn)
-    assert "curve_kl" not in drawn
-    assert drawn["stages"]["data"][0]["y"] == ["prepare data", "train"]
-    assert drawn["stages"]["data"][0]["base"] == [0.0, 20.0]
-    assert drawn["reliability_love"]["data"][1]["y"] == [0.02, 0.08]
+def test_every_plot_has_its_figure(run_folder: Path) -> None:
+    page = write_report(run_folder).read_text("utf-8")
+    match = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)
+    assert match is not None
+    figures_by_id = json.loads(match.group(1))
+    assert set(re.findall(r'data-figure="([^"]+)"', page)) == set(figures_by_id)
+    assert {"arms_love_rate", "lifts", "curve_love", "stages", "timeline", "funnel"} <= set(figures_by_id)
+    assert "curve_kl" not in figures_by_id
+    assert figures_by_id["stages"]["data"][0]["y"] == ["prepare data", "train"]
+    assert figures_by_id["stages"]["data"][0]["base"] == [0.0, 20.0]
+    assert figures_by_id["reliability_love"]["data"][1]["y"] == [0.02, 0.08]
 
 
 @pytest.mark.parametrize(
-    "keep", [{"summary.json"}, {"metrics.jsonl"}, {"config.json"}, {"summary.json", "cards", "samples.jsonl"}]
+    "kept_names", [{"summary.json"}, {"metrics.jsonl"}, {"config.json"}, {"summary.json", "cards", "samples.jsonl"}]
 )
-def test_a_run_that_lacks_files_still_has_a_report(folder: Path, keep: set[str]) -> None:
-    for path in sorted(folder.rglob("*"), reverse=True):
-        if path.relative_to(folder).parts[0] not in keep:
+def test_a_run_with_missing_files_has_a_report(run_folder: Path, kept_names: set[str]) -> None:
+    for path in sorted(run_folder.rglob("*"), reverse=True):
+        if path.relative_to(run_folder).parts[0] not in kept_names:
             path.unlink() if path.is_file() else path.rmdir()
-    found = parse(write_report(folder).read_text("utf-8"))
-    assert {link[1:] for link in found.links if link} <= set(found.ids)
+    structure = parse_page(write_report(run_folder).read_text("utf-8"))
+    assert {link[1:] for link in structure.links if link} <= set(structure.ids)
 
 
-def test_without_users_the_reward_models_tell_the_story(folder: Path) -> None:
-    write_json(folder / "summary.json", summary(users=False))
-    seen = text(write_report(folder).read_text("utf-8"))
-    assert "P[Love] rates the aligned policy 28% higher, and helpfulness and safety held." in seen
-    assert "bootstrap over prompts" in seen
+def test_without_users_the_results_are_those_of_the_reward_models(run_folder: Path) -> None:
+    write_json(run_folder / "summary.json", make_summary(has_users=False))
+    page_text = extract_text(write_report(run_folder).read_text("utf-8"))
+    assert "P[Love] rates the aligned policy 28% higher, and helpfulness and safety did not fall." in page_text
+    assert "bootstrap over prompts" in page_text
 
 
 @pytest.mark.parametrize(
-    ("love", "helpfulness", "words"),
+    ("love", "helpfulness", "headline"),
     [
         (0.28, -0.05, "New users love the aligned policy 28% more often, but helpfulness fell."),
-        (0.05, 0.0, "No clear change in love; helpfulness and safety held."),
-        (-0.2, 0.0, "New users love the aligned policy 20% less often; helpfulness and safety held."),
+        (0.05, 0.0, "No clear change in love; helpfulness and safety did not fall."),
+        (-0.2, 0.0, "New users love the aligned policy 20% less often; helpfulness and safety did not fall."),
     ],
 )
-def test_headlines(love: float, helpfulness: float, words: str) -> None:
-    assert view.headline(summary(love, helpfulness)) == words
-    assert view.headline({}) == "This run has not been evaluated yet."
+def test_headlines(love: float, helpfulness: float, headline: str) -> None:
+    assert presentation.report_headline(make_summary(love, helpfulness)) == headline
+    assert presentation.report_headline({}) == "This run has not been evaluated yet."
 
 
-def test_numbers_as_people_read_them() -> None:
+def test_number_formats() -> None:
     shares = (0, 0.0072, 0.061, 0.974, 0.9996, 1.0, None)
-    assert [view.percent(value) for value in shares] == ["0%", "0.72%", "6.1%", "97.4%", "100%", "100%", "–"]
-    assert [view.percent(value, sign=True) for value in (0.281, -0.004, 0)] == ["+28%", "−0.40%", "0%"]
-    assert [view.number(value) for value in (24864, 0.01844, None, "x", 3.0)] == ["24,864", "0.01844", "–", "x", "3"]
-    assert [figures.duration(value) for value in (4.12, 38, 125, 3790)] == ["4.1 s", "38 s", "2 min 5 s", "1 h 3 min"]
+    assert [presentation.format_percent(value) for value in shares] == [
+        "0%",
+        "0.72%",
+        "6.1%",
+        "97.4%",
+        "100%",
+        "100%",
+        "–",
+    ]
+    assert [presentation.format_percent(value, with_sign=True) for value in (0.281, -0.004, 0)] == [
+        "+28%",
+        "−0.40%",
+        "0%",
+    ]
+    assert [presentation.format_number(value) for value in (24864, 0.01844, None, "x", 3.0)] == [
+        "24,864",
+        "0.01844",
+        "–",
+        "x",
+        "3",
+    ]
+    assert [figures.format_duration(value) for value in (4.12, 38, 125, 3790)] == [
+        "4.1 s",
+        "38 s",
+        "2 min 5 s",
+        "1 h 3 min",
+    ]
 
 
-def test_marked_differences() -> None:
-    left, right, alike = view.marked("You should rest now.", "You could really rest  now!")
-    assert alike
-    assert left == [("You ", False), ("should", True), (" rest now.", False)]
-    assert right == [("You ", False), ("could really", True), (" rest  now!", False)]
-    assert view.marked("No.", "Something else entirely")[2] is False
-    assert view.marked("", "")[2] is False
-    whole: Callable[[list[tuple[str, bool]]], str] = lambda runs: "".join(piece for piece, _ in runs)  # noqa: E731
-    first, second = "A b c, d  e f.", "a c d x e\ng f?"
-    left, right, _ = view.marked(first, second)
-    assert (whole(left), whole(right)) == (first, second)
+def test_highlighted_differences() -> None:
+    runs_before, runs_after, is_similar = presentation.diff_runs("You should rest now.", "You could really rest  now!")
+    assert is_similar
+    assert runs_before == [("You ", False), ("should", True), (" rest now.", False)]
+    assert runs_after == [("You ", False), ("could really", True), (" rest  now!", False)]
+    assert presentation.diff_runs("No.", "Something else entirely")[2] is False
+    assert presentation.diff_runs("", "")[2] is False
+    before, after = "A b c, d  e f.", "a c d x e\ng f?"
+    runs_before, runs_after, _ = presentation.diff_runs(before, after)
+    assert ["".join(text for text, _ in runs) for runs in (runs_before, runs_after)] == [before, after]
 
 
-def test_restarted_steps_count_once_and_long_curves_are_smoothed() -> None:
-    rows = view.by_step([{"step": 1, "love": 0.1}, {"step": 2, "love": 0.2}, {"step": 2, "love": 0.3}, {"love": 9}])
+def test_repeated_steps_count_once_and_long_curves_are_smoothed() -> None:
+    rows = presentation.sort_by_step(
+        [{"step": 1, "love": 0.1}, {"step": 2, "love": 0.2}, {"step": 2, "love": 0.3}, {"love": 9}]
+    )
     assert [row["love"] for row in rows] == [0.1, 0.3]
-    spec = objectives(["love"])[0]
-    long = figures.curve(spec, [{"step": step, "love": 0.1} for step in range(figures.SMOOTH_FROM)])
-    assert long is not None
-    assert len(long["data"]) == 2
+    spec = objective_metrics(["love"])[0]
+    long_curve = figures.build_curve_figure(
+        spec, [{"step": step, "love": 0.1} for step in range(figures.SMOOTH_FROM_STEPS)]
+    )
+    assert long_curve is not None
+    assert len(long_curve["data"]) == 2
     assert figures.running_mean([1.0, 2.0], 0.5) == [1.0, 1.5]
-    assert figures.timeline([{"step": 1}]) is None
+    assert figures.build_timeline_figure([{"step": 1}]) is None
 
 
-def test_the_command_writes_and_refuses(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(folder)]) == 0
-    assert (folder / "report.html").stat().st_size > 1_000_000
+def test_the_command_writes_a_report_or_names_the_problem(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(run_folder)]) == 0
+    assert (run_folder / "report.html").stat().st_size > 1_000_000
     (tmp_path / "empty").mkdir()
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exit_info:
         main([str(tmp_path / "empty")])
-    assert left.value.code == DataError.exit_code
+    assert exit_info.value.code == DataError.exit_code
     assert "name a run folder" in capsys.readouterr().err
     with pytest.raises(DataError, match="is not a folder"):
         write_report(tmp_path / "nowhere")
 
 
-def test_the_front_is_what_no_other_point_beats() -> None:
-    assert figures.front([[0.1, 0.9], [0.2, 0.8], [0.1, 0.8], [0.2, 0.8]]) == [True, True, False, True]
-    assert figures.front([]) == []
+def test_pareto_optimal_points() -> None:
+    assert figures.pareto_mask([[0.1, 0.9], [0.2, 0.8], [0.1, 0.8], [0.2, 0.8]]) == [True, True, False, True]
+    assert figures.pareto_mask([]) == []
     rows = [{"step": 1, "love": 0.1, "safety": 0.9}, {"step": 2, "love": 0.09, "safety": 0.8}]
-    drawn = figures.pareto(rows, summary()["offline"], "safety", ["love", "safety"])
-    assert drawn is not None
-    steps, base, aligned = drawn["data"]
+    figure = figures.build_pareto_figure(rows, make_summary()["offline"], "safety", ["love", "safety"])
+    assert figure is not None
+    steps, base, aligned = figure["data"]
     assert (steps["x"], steps["y"]) == ([0.9, 0.8], [0.1, 0.09])
-    assert steps["text"] == ["step 1, on the front", "step 2"]
+    assert steps["text"] == ["step 1, Pareto optimal", "step 2"]
     assert (base["name"], base["y"], aligned["y"]) == ("base", [0.06], [0.077])
-    assert figures.pareto([], {}, "safety", ["love", "safety"]) is None
+    assert figures.build_pareto_figure([], {}, "safety", ["love", "safety"]) is None
 
 
-def test_few_prompts_are_told() -> None:
-    told = summary(users=False)
-    assert "unsure" not in view.evaluated(told)
-    told["evaluated"]["prompts"] = 5
-    assert view.evaluated(told).endswith("bootstrap over prompts. So few prompts make the intervals themselves unsure.")
+def test_few_prompts_cause_a_warning() -> None:
+    summary = make_summary(has_users=False)
+    assert "unreliable" not in presentation.evaluation_sentence(summary)
+    summary["evaluated"]["prompts"] = 5
+    assert presentation.evaluation_sentence(summary).endswith(
+        "bootstrap over prompts. With so few prompts the intervals themselves are unreliable."
+    )
 
 
-def test_reliability_has_wilsons_intervals() -> None:
-    first, second = view.reliability_bins({"n": 900, "reliability": BINS})
+def test_reliability_bins_have_wilson_intervals() -> None:
+    first, second = presentation.reliability_bins({"n": 900, "reliability": BINS})
     assert (first["predicted"], first["observed"], first["n"]) == (0.03, 0.02, 450)
-    for one in (first, second):
-        ends = binomtest(round(one["observed"] * 450), 450).proportion_ci(0.95, "wilson")
-        assert (one["low"], one["high"]) == pytest.approx((ends.low, ends.high), abs=1e-5)
-    assert view.reliability_bins({}) == []
+    for reliability_bin in (first, second):
+        expected = binomtest(round(reliability_bin["observed"] * 450), 450).proportion_ci(0.95, "wilson")
+        assert (reliability_bin["low"], reliability_bin["high"]) == pytest.approx(
+            (expected.low, expected.high), abs=1e-5
+        )
+    assert presentation.reliability_bins({}) == []
 
 
-def test_a_level_curve_is_drawn_level() -> None:
-    spec = next(one for one in METRICS if one.key == "clip_share")
-    drawn = figures.curve(spec, [{"step": 1, "clip_share": 0.0}, {"step": 2, "clip_share": 0.0}])
-    assert drawn is not None
-    assert drawn["layout"]["yaxis"]["range"] == [0.0, 0.01]
+def test_a_constant_curve_has_a_range_from_zero() -> None:
+    spec = next(metric for metric in STEP_METRICS if metric.key == "clip_share")
+    figure = figures.build_curve_figure(spec, [{"step": 1, "clip_share": 0.0}, {"step": 2, "clip_share": 0.0}])
+    assert figure is not None
+    assert figure["layout"]["yaxis"]["range"] == [0.0, 0.01]
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -296,30 +333,38 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: the page was not opened")
-def test_a_browser_opens_it_without_errors_and_axe_finds_nothing(folder: Path, tmp_path: Path) -> None:
-    """At phone and desktop width, light and dark; the script that takes the docs' pictures does the looking."""
+def test_a_browser_opens_the_page_without_errors_and_axe_reports_nothing(run_folder: Path, tmp_path: Path) -> None:
+    """At phone and desktop width, light and dark, by the script that makes the screenshots of the docs."""
     for package in ("playwright", "axe_playwright_python"):
         pytest.importorskip(package, reason=f"{package} is not installed: the page was not opened")
-    write_report(folder)
-    command = [sys.executable, str(ROOT / "benchmarks" / "screenshots.py"), str(folder), "--out", str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["wrong"] == [] and done.returncode == 0, done.stderr
-    assert [Path(one).name for one in found["pictures"]] == [
+    write_report(run_folder)
+    command = [
+        sys.executable,
+        str(ROOT / "benchmarks" / "screenshots.py"),
+        str(run_folder),
+        "--out",
+        str(tmp_path / "out"),
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    output = json.loads(result.stdout.splitlines()[-1])
+    assert output["problems"] == [] and result.returncode == 0, result.stderr
+    assert [Path(picture).name for picture in output["pictures"]] == [
         "report.png", "report-phone.png", "report-phone-tradeoff.png",
     ]  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine: the page was not opened")
-def test_the_browser_would_tell_what_is_wrong(folder: Path) -> None:
+def test_the_browser_check_reports_errors(run_folder: Path) -> None:
     pytest.importorskip("axe_playwright_python", reason="axe is not installed: the page was not opened")
-    path = write_report(folder)
-    bad = '<img src="http://127.0.0.1:9/x.png"><div style="width:3000px">wide</div><script>console.error("oh")</script>'
-    path.write_text(path.read_text("utf-8").replace("</main>", f"{bad}</main>"), "utf-8")
-    command = [sys.executable, str(ROOT / "benchmarks" / "screenshots.py"), str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
-    told = " ".join(json.loads(done.stdout.splitlines()[-1])["wrong"])
-    assert done.returncode == 1
-    for part in ("phone, dark: axe image-alt", "desktop, light: the page is 3", "console error: oh"):
-        assert part in told, told
+    path = write_report(run_folder)
+    invalid_html = (
+        '<img src="http://127.0.0.1:9/x.png"><div style="width:3000px">wide</div><script>console.error("oh")</script>'
+    )
+    path.write_text(path.read_text("utf-8").replace("</main>", f"{invalid_html}</main>"), "utf-8")
+    command = [sys.executable, str(ROOT / "benchmarks" / "screenshots.py"), str(run_folder)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    problems = " ".join(json.loads(result.stdout.splitlines()[-1])["problems"])
+    assert result.returncode == 1
+    for expected_text in ("phone, dark: axe image-alt", "desktop, light: the page is 3", "console error: oh"):
+        assert expected_text in problems, problems

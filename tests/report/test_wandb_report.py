@@ -1,4 +1,4 @@
-"""The W&B Report: its specification is read back by W&B's own types and names only what a run records."""
+"""The W&B Report: W&B's own types read its specification back, and it names only metrics that a run logs."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import pytest
 
 from rluf.errors import DataError
 from rluf.report.__main__ import main
-from rluf.report.wandb_report import build, check
-from rluf.tracking.metric_registry import AXES, catalogue
-from rluf.tracking.run_files import write_json, write_jsonl
+from rluf.report.wandb_report import build_report, check_report
+from rluf.tracking.metric_registry import AXIS_TITLES, metric_specs
+from rluf.utils.files import write_json, write_jsonl
 
 pytest.importorskip("wandb_workspaces", reason="wandb-workspaces is not installed: no W&B Report was made")
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A finished run's folder."""
+def run_folder(tmp_path: Path) -> Path:
+    """Folder of a finished run."""
     estimate = {"mean": 0.1, "low": 0.05, "high": 0.2}
     gate = {"name": "love", "passed": True, "lift": estimate}
     love = {"base": estimate, "aligned": estimate, "lift": estimate, "difference": estimate}
@@ -36,46 +36,46 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def panels(spec: dict[str, Any]) -> list[dict[str, Any]]:
+def list_panels(spec: dict[str, Any]) -> list[dict[str, Any]]:
     """All panels of a specification."""
     grids = [block["metadata"] for block in spec["blocks"] if block["type"] == "panel-grid"]
     return [panel for grid in grids for panel in grid["panelBankSectionConfig"]["panels"]]
 
 
-def test_dry_run_writes_a_specification_that_wandb_reads_back(folder: Path) -> None:
-    assert main([str(folder), "--wandb", "--dry-run"]) == 0
-    spec = json.loads((folder / "wandb-report.json").read_text())
+def test_dry_run_writes_a_specification_that_wandb_reads_back(run_folder: Path) -> None:
+    assert main([str(run_folder), "--wandb", "--dry-run"]) == 0
+    spec = json.loads((run_folder / "wandb-report.json").read_text())
     headings = [block["children"][0]["text"] for block in spec["blocks"] if block["type"] == "heading"]
     assert headings == [
-        "Objectives", "Learning and constraints", "Learner against engine", "Throughput", "Reward hacking", "Samples",
+        "Objectives", "Learning and constraints", "Learner-engine mismatch", "Throughput", "Reward hacking", "Samples",
     ]  # fmt: skip
-    (words,) = [block["content"] for block in spec["blocks"] if block["type"] == "markdown-block"]
-    assert "Gates: **pass**, judged by reward models." in words
-    assert "| P[Love] | 10.0% | 10.0% | +10% | +5.0% to +20% |" in words
-    found = panels(spec)
+    (markdown,) = [block["content"] for block in spec["blocks"] if block["type"] == "markdown-block"]
+    assert "Gates: **pass**, judged by reward models." in markdown
+    assert "| P[Love] | 10.0% | 10.0% | +10% | +5.0% to +20% |" in markdown
+    panels = list_panels(spec)
     lines = {
         panel["config"]["metrics"][0]: panel["config"]
-        for panel in found
+        for panel in panels
         if panel["viewType"] == "Run History Line Plot"
     }
-    known = {metric.name: metric for metric in catalogue(["love", "helpfulness"])}
-    assert set(lines) == set(known)
-    assert all(lines[name].get("xAxis", "_step") in (metric.axis, "_step") for name, metric in known.items())
-    assert {line.get("xAxis") for line in lines.values()} >= set(AXES) - {"step"}
-    (bars,) = [panel["config"] for panel in found if panel["viewType"] == "Bar Chart"]
+    specs_by_name = {spec.wandb_name: spec for spec in metric_specs(["love", "helpfulness"])}
+    assert set(lines) == set(specs_by_name)
+    assert all(lines[name].get("xAxis", "_step") in (spec.axis, "_step") for name, spec in specs_by_name.items())
+    assert {line.get("xAxis") for line in lines.values()} >= set(AXIS_TITLES) - {"step"}
+    (bars,) = [panel["config"] for panel in panels if panel["viewType"] == "Bar Chart"]
     assert [key.removeprefix("summary_metrics.") for key in bars["metrics"]] == [
         "monitors.items.emoji.base", "monitors.items.emoji.aligned",
     ]  # fmt: skip
-    assert any("side_by_side" in json.dumps(panel) for panel in found)
+    assert any("side_by_side" in json.dumps(panel) for panel in panels)
 
 
-def test_what_cannot_be_drawn_is_refused(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    report = build(folder, entity="me")
+def test_a_run_without_wandb_files_is_rejected(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = build_report(run_folder, entity="me")
     assert (report.project, report.title) == ("mine", "tiny: P[Love] rates the aligned policy 10% higher.")
-    assert len(check(report)["blocks"]) == len(report.blocks) + 2
-    (folder / "wandb" / "id").unlink()
+    assert len(check_report(report)["blocks"]) == len(report.blocks) + 2
+    (run_folder / "wandb" / "id").unlink()
     with pytest.raises(DataError, match="has no W&B run"):
-        build(folder)
+        build_report(run_folder)
     with pytest.raises(SystemExit):
-        main([str(folder), "--dry-run"])
-    assert "--dry-run goes with --wandb" in capsys.readouterr().err
+        main([str(run_folder), "--dry-run"])
+    assert "--dry-run requires --wandb" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""A busy machine is no reason to fail: hypothesis's limit on an example's time is off."""
+"""Turns off hypothesis's time limit per example: on a busy machine a slow example is not a failure."""
 
 from hypothesis import settings
 

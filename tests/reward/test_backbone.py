@@ -9,62 +9,83 @@ import torch
 from transformers import LlamaConfig, LlamaModel, ModernBertConfig, ModernBertModel, Qwen3Config, Qwen3Model
 
 from rluf.models.hub import load_tokenizer, resolve_model
-from rluf.reward.backbone import encoder_for, freeze, load_classifier
+from rluf.reward.backbone import build_text_encoder, freeze_lowest_layers, load_classifier
 from rluf.reward.calibration import Calibration
 from rluf.reward.frozen_prefix import FrozenPrefix
-from rluf.reward.lora import add_lora
+from rluf.reward.lora import add_lora_adapters
 from rluf.reward.model import RewardModel
-from rluf.reward.trainer import Fit, Plan, Position, Task, Trainer
-from tests.reward.test_trainer import QUIET, TorchEngine, _rows
+from rluf.reward.text import ScoringItem
+from rluf.reward.trainer import FitResult, HeadTask, RewardModelTrainer, TrainPlan, TrainProgress
+from tests.reward.test_trainer import NO_CALLBACKS, TorchEngine, build_split
 
-SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+SMALL_MODEL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
-def _backbone(name: str, root: Path) -> Path:
-    """A random model of the family, with the embedded tiny models' tokenizers."""
+def build_backbone(family: str, root: Path) -> Path:
+    """A random model of the family with the tokenizer of an embedded tiny model."""
     torch.manual_seed(0)
-    tokenizer = load_tokenizer(resolve_model("tiny-encoder" if name == "modernbert" else "tiny", root / "cache"))
-    size = {**SMALL, "vocab_size": len(tokenizer), "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    ends = {"eos_token_id": tokenizer.eos_token_id, "num_key_value_heads": 1, "head_dim": 16}
-    if name == "modernbert":
-        marks = {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id, "eos_token_id": None}
-        model = ModernBertModel(ModernBertConfig(**size, **marks, global_attn_every_n_layers=2, local_attention=16))
-    elif name == "llama":
-        model = LlamaModel(LlamaConfig(**size, **ends))
+    tokenizer = load_tokenizer(resolve_model("tiny-encoder" if family == "modernbert" else "tiny", root / "cache"))
+    config = {
+        **SMALL_MODEL,
+        "vocab_size": len(tokenizer),
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": None,
+    }
+    if family == "modernbert":
+        special_ids = {"cls_token_id": tokenizer.cls_token_id, "sep_token_id": tokenizer.sep_token_id}
+        model = ModernBertModel(
+            ModernBertConfig(
+                **config, **special_ids, eos_token_id=None, global_attn_every_n_layers=2, local_attention=16
+            )
+        )
     else:
-        model = Qwen3Model(Qwen3Config(**size, **ends))
-    model.save_pretrained(str(root / name))
-    tokenizer.save_pretrained(str(root / name))
-    return root / name
+        decoder_config = {"eos_token_id": tokenizer.eos_token_id, "num_key_value_heads": 1, "head_dim": 16}
+        if family == "llama":
+            model = LlamaModel(LlamaConfig(**config, **decoder_config))
+        else:
+            model = Qwen3Model(Qwen3Config(**config, **decoder_config))
+    model.save_pretrained(str(root / family))
+    tokenizer.save_pretrained(str(root / family))
+    return root / family
 
 
-@pytest.mark.parametrize("adapters", [0, 2], ids=["whole", "lora"])
-@pytest.mark.parametrize("name", ["modernbert", "llama", "qwen3"])
-def test_every_family_trains_saves_and_scores_alone_as_in_a_batch(name: str, adapters: int, tmp_path: Path) -> None:
-    folder = _backbone(name, tmp_path)
-    model = load_classifier(folder, trained=False, dropout=0.0, seed=1)
-    encoder = encoder_for(model, folder, 64)
-    train, dev = _rows(encoder, 160, 1), _rows(encoder, 32, 2)
-    frozen = freeze(model, 0.5)
-    assert frozen == 1
-    prefix = FrozenPrefix(model, frozen)
-    if adapters:
-        add_lora(model, adapters, frozen, 0.0)
-    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    plan = Plan(epochs=3, batch_rows=8, batch_tokens=1024, seed=0)
-    trainer = Trainer(model, encoder, plan, prefix)
-    (found,) = trainer.fit(TorchEngine(model, 4e-3), [Task("love", train, dev)], Position([Fit()]), **QUIET)
-    assert found.history[-1]["train_loss"] < 0.9 * found.history[0]["train_loss"]
-    moved = {key for key, tensor in model.state_dict().items() if not torch.equal(tensor, before[key])}
-    assert moved
-    assert not any("embed" in key or ".layers.0." in key for key in moved)
-    if adapters:
+@pytest.mark.parametrize("lora_rank", [0, 2], ids=["full", "lora"])
+@pytest.mark.parametrize("family", ["modernbert", "llama", "qwen3"])
+def test_every_family_trains_saves_and_scores_independently_of_the_batch(
+    family: str, lora_rank: int, tmp_path: Path
+) -> None:
+    folder = build_backbone(family, tmp_path)
+    model = load_classifier(folder, require_all_weights=False, dropout=0.0, seed=1)
+    encoder = build_text_encoder(model, folder, 64)
+    train_split, dev_split = build_split(encoder, 160, 1), build_split(encoder, 32, 2)
+    frozen_layers = freeze_lowest_layers(model, 0.5)
+    assert frozen_layers == 1
+    prefix = FrozenPrefix(model, frozen_layers)
+    if lora_rank:
+        add_lora_adapters(model, lora_rank, frozen_layers, 0.0)
+    initial_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    plan = TrainPlan(epochs=3, batch_rows=8, batch_tokens=1024, seed=0)
+    trainer = RewardModelTrainer(model, encoder, plan, prefix)
+    (result,) = trainer.fit(
+        TorchEngine(model, 4e-3),
+        [HeadTask("love", train_split, dev_split)],
+        TrainProgress([FitResult()]),
+        **NO_CALLBACKS,
+    )
+    assert result.history[-1]["train_loss"] < 0.9 * result.history[0]["train_loss"]
+    changed_names = {
+        name for name, tensor in model.state_dict().items() if not torch.equal(tensor, initial_weights[name])
+    }
+    assert changed_names
+    assert not any("embed" in name or ".layers.0." in name for name in changed_names)
+    if lora_rank:
         return
     model.save_pretrained(str(tmp_path / "out"))
     encoder.tokenizer.save_pretrained(str(tmp_path / "out"))
     Calibration("love", max_tokens=64).save(tmp_path / "out")
-    scorer = RewardModel.load(tmp_path / "out", batch_tokens=512)
-    items = [([{"role": "user", "content": "hi"}], text) for text in ("", "wow", "no. cold. " * 9, "love !!!")]
-    together = scorer.score(items, "love")  # type: ignore[arg-type]
-    alone = [scorer.score([item], "love")[0] for item in items]  # type: ignore[list-item]
-    assert [score.raw for score in together] == pytest.approx([score.raw for score in alone], abs=1e-4)
+    reward_model = RewardModel.load(tmp_path / "out", batch_tokens=512)
+    texts = ("", "wow", "no. cold. " * 9, "love !!!")
+    items: list[ScoringItem] = [([{"role": "user", "content": "hi"}], text) for text in texts]
+    batch_logits = [score.raw_logit for score in reward_model.score(items, "love")]
+    single_logits = [reward_model.score([item], "love")[0].raw_logit for item in items]
+    assert batch_logits == pytest.approx(single_logits, abs=1e-4)

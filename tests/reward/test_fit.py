@@ -1,4 +1,4 @@
-"""Members fitted without an epoch, calibrated and written together: no Ray and no DeepSpeed is needed for these."""
+"""Ensemble members trained, calibrated and exported together; neither Ray nor DeepSpeed is needed for probes."""
 
 from __future__ import annotations
 
@@ -13,200 +13,239 @@ import pyarrow.parquet as pq
 import pytest
 
 from rluf.config.settings import Settings
-from rluf.errors import ModelError, StallError
-from rluf.reward.card import calibrate
-from rluf.reward.export import finish, thinned
-from rluf.reward.fit import Splits, train_member, train_members
+from rluf.errors import DeadlineError, ModelError
+from rluf.reward.card import fit_calibration
+from rluf.reward.export import export_models, subsample_rows
+from rluf.reward.fit import HeadData, TrainedModel, train_ensemble, train_member
 from rluf.reward.linear_probe import fit_probe
-from rluf.reward.model import RewardModel, logits_of
-from rluf.reward.trainer import dev_log_loss, encode_rows
+from rluf.reward.model import RewardModel, compute_logits
+from rluf.reward.text import ScoringItem
+from rluf.reward.trainer import compute_dev_log_loss, encode_split
 from rluf.types import Message
-from tests.reward.test_reward_training import COLD, WARM, write_data
+from tests.reward.test_reward_training import COLD_RESPONSES, WARM_RESPONSES, write_prepared_data
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 """Training dtypes that scores must not depend on: torch computes in both on every processor."""
+TWO_DEPTHS = ({"layers": 1}, {"layers": 2})
 
 
-def _settings(cache: Path, *, dtype: str = "float32", **model: Any) -> Settings:
-    probe = {"backbone": "tiny", "probe": True, "epochs": 0, "frozen_share": 1, "max_tokens": 120, **model}
-    helpful = {**probe, "loss": "bradley_terry"}
-    reward = {"dtype": dtype, "safety": probe, "love": probe, "helpfulness": helpful}
-    tree = {"run": {"cache": str(cache)}, "reward": reward}
-    return Settings.model_validate(tree)
+def build_settings(cache: Path, *, dtype: str = "float32", **model: Any) -> Settings:
+    section = {"backbone": "tiny", "linear_probe": True, "epochs": 0, "frozen_share": 1, "max_tokens": 120, **model}
+    pair_section = {**section, "loss": "bradley_terry"}
+    reward = {"dtype": dtype, "safety": section, "love": section, "helpfulness": pair_section}
+    return Settings.model_validate({"run": {"cache": str(cache)}, "reward": reward})
 
 
-def _splits(data: Path, objective: str) -> Splits:
-    folder = data / objective
-    return Splits(
-        objective, *(pq.read_table(folder / f"{split}.parquet").to_pylist() for split in ("train", "dev")), folder
-    )
+def load_head_data(data_folder: Path, objective: str) -> HeadData:
+    train_rows, dev_rows = (read_rows(data_folder, objective, split) for split in ("train", "dev"))
+    return HeadData(objective, train_rows, dev_rows, data_folder / objective)
+
+
+def read_rows(data_folder: Path, objective: str, split: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pq.read_table(data_folder / objective / f"{split}.parquet").to_pylist()
+    return rows
+
+
+def export_and_load(
+    settings: Settings, data_folder: Path, objective: str, members: list[TrainedModel], output_folder: Path
+) -> RewardModel:
+    outputs = {objective: (data_folder / objective, output_folder)}
+    export_models(settings, outputs, members, time.monotonic(), full_card=False)
+    return RewardModel.load(output_folder, batch_tokens=2048)
+
+
+def read_card(model_folder: Path) -> dict[str, Any]:
+    card: dict[str, Any] = json.loads((model_folder / "reward_card.json").read_text())
+    return card
+
+
+def build_items(*texts: str) -> list[ScoringItem]:
+    question: list[Message] = [{"role": "user", "content": "How was the day?"}]
+    return [(question, text) for text in texts]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_data(tmp_path_factory.mktemp("member") / "data", rows=160)
+def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_prepared_data(tmp_path_factory.mktemp("member") / "data", row_count=160)
 
 
 @DTYPES
-def test_an_ensemble_of_probes_ranks_is_calibrated_and_has_a_card(data: Path, tmp_path: Path, dtype: str) -> None:
-    settings = _settings(tmp_path, dtype=dtype, layers=[1, 2])
-    shared: dict[tuple[str, str], Any] = {}
-    members = [train_member(settings, [_splits(data, "love")], n, math.inf, shared=shared) for n in range(2)]
-    assert list(shared) == [("tiny", "love")]
-    again = train_member(settings, [_splits(data, "love")], 0, math.inf)
-    assert np.allclose(again.found[0].dev_logits, members[0].found[0].dev_logits, atol=1e-4)
-    finish(settings, {"love": (data / "love", tmp_path / "out")}, members, time.monotonic(), thorough=True)
-    card = json.loads((tmp_path / "out" / "reward_card.json").read_text())
+def test_an_ensemble_of_probes_ranks_is_calibrated_and_has_a_card(
+    data_folder: Path, tmp_path: Path, dtype: str
+) -> None:
+    settings = build_settings(tmp_path, dtype=dtype, members=TWO_DEPTHS)
+    head_data = [load_head_data(data_folder, "love")]
+    shared_features: dict[tuple[str, str], Any] = {}
+    members = [
+        train_member(settings, head_data, index, math.inf, shared_features=shared_features) for index in range(2)
+    ]
+    assert list(shared_features) == [("tiny", "love")]
+    separate_member = train_member(settings, head_data, 0, math.inf)
+    assert np.allclose(separate_member.fit_results[0].dev_logits, members[0].fit_results[0].dev_logits, atol=1e-4)
+    outputs = {"love": (data_folder / "love", tmp_path / "out")}
+    export_models(settings, outputs, members, time.monotonic(), full_card=True)
+    card = read_card(tmp_path / "out")
     assert card["training"]["members"] == 2
     assert card["training"]["best_epoch"] == 0
-    assert card["training"]["train_tokens"] == members[0].tasks[0].train.tokens  # one pass reads for both
+    assert card["training"]["train_tokens"] == members[0].tasks[0].train_split.token_count  # one pass reads for both
     assert card["robustness"]["rows"] > 20
     model = RewardModel.load(tmp_path / "out", batch_tokens=2048)
-    assert [run.depths for run in model._passes] == [(1, 2)]
-    question: list[Message] = [{"role": "user", "content": "How was the day?"}]
-    rows = model.encoder.encode([(question, text) for text in WARM])
-    alone = [logits_of(member, model.encoder, rows, 512)[:, 0] for member in model.members]
-    assert np.allclose(model.each(rows), alone, atol=1e-4)
-    warm, cold = (model.score([(question, text) for text in texts], "love") for texts in (WARM, COLD))
-    assert min(score.value for score in warm) > max(score.value for score in cold)
-    assert all(score.spread > 0 for score in warm)
+    assert [forward_pass.depths for forward_pass in model._forward_passes] == [(1, 2)]
+    rows = model.encoder.encode(build_items(*WARM_RESPONSES))
+    separate_logits = [compute_logits(member, model.encoder, rows, 512)[:, 0] for member in model.members]
+    assert np.allclose(model.compute_member_logits(rows), separate_logits, atol=1e-4)
+    warm_scores, cold_scores = (model.score(build_items(*texts), "love") for texts in (WARM_RESPONSES, COLD_RESPONSES))
+    assert min(score.value for score in warm_scores) > max(score.value for score in cold_scores)
+    assert all(score.spread > 0 for score in warm_scores)
 
 
 @DTYPES
 @pytest.mark.parametrize("objective", ["love", "helpfulness"])
-def test_a_fused_head_is_the_mean_of_the_members_parts_and_has_no_spread(
-    data: Path, tmp_path: Path, objective: str, dtype: str
+def test_the_mean_of_members_with_a_shared_head_is_its_logit_and_has_no_spread(
+    data_folder: Path, tmp_path: Path, objective: str, dtype: str
 ) -> None:
-    layers = [1, 2, "tiny-encoder:1"]
-    settings = _settings(tmp_path, dtype=dtype, layers=layers, fuse=True)
-    members = train_members(settings, [_splits(data, objective)], math.inf)
-    task, reads = members[0].tasks[0], [member.reads[0] for member in members]
-    head, bias, _ = fit_probe(
-        np.concatenate([read.train for read in reads], axis=1), task.train.labels, task.train.loss_weights,
-        task.train.clusters, pairs=task.train.pairs, seed=settings.seed,
-    )  # fmt: skip
-    whole = np.concatenate([read.dev for read in reads], axis=1) @ head
-    mean = np.mean([member.found[0].dev_logits for member in members], axis=0)
-    assert np.allclose(mean - mean.mean(), whole - whole.mean(), atol=0.1 * whole.std())  # but for a bias folded in
+    member_settings = [*TWO_DEPTHS, {"backbone": "tiny-encoder", "layers": 1}]
+    settings = build_settings(tmp_path, dtype=dtype, members=member_settings, shared_head=True)
+    members = train_ensemble(settings, [load_head_data(data_folder, objective)], math.inf)
+    task, features = members[0].tasks[0], [member.probe_features[0] for member in members]
+    train_split = task.train_split
+    head_weights, bias, _ = fit_probe(
+        np.concatenate([member_features.train_features for member_features in features], axis=1),
+        train_split.labels,
+        train_split.loss_weights,
+        train_split.clusters,
+        is_pairwise=train_split.is_pairwise,
+        seed=settings.seed,
+    )
+    joint_logits = np.concatenate([member_features.dev_features for member_features in features], axis=1) @ head_weights
+    mean_logits = np.mean([member.fit_results[0].dev_logits for member in members], axis=0)
+    # Equal except for a bias that was folded into the weights.
+    tolerance = 0.1 * joint_logits.std()
+    assert np.allclose(mean_logits - mean_logits.mean(), joint_logits - joint_logits.mean(), atol=tolerance)
     assert bias == 0.0 or objective == "love"
-    finish(settings, {objective: (data / objective, tmp_path / "out")}, members, time.monotonic(), thorough=False)
-    model = RewardModel.load(tmp_path / "out", batch_tokens=2048)
-    assert model.calibration.fused
-    card = json.loads((tmp_path / "out" / "reward_card.json").read_text())
-    assert card["training"]["dev_log_loss"] == pytest.approx(
-        dev_log_loss(mean, task.dev, members[0].found[0].shift), abs=1e-6
-    )  # cards have six digits
-    records = pq.read_table(data / objective / "dev.parquet").to_pylist()
-    read = encode_rows(records, model.encoder, pairs=task.dev.pairs, where="dev")  # as each member's encoder reads
-    assert np.allclose(model.raw(read.sequences), mean, atol=1e-3)
-    question: list[Message] = [{"role": "user", "content": "How was the day?"}]
-    scores = model.score([(question, text) for text in (*WARM, *COLD)], objective)
+    model = export_and_load(settings, data_folder, objective, members, tmp_path / "out")
+    assert model.calibration.shared_head
+    dev_log_loss = compute_dev_log_loss(mean_logits, task.dev_split, members[0].fit_results[0].prior_shift)
+    assert read_card(tmp_path / "out")["training"]["dev_log_loss"] == pytest.approx(dev_log_loss, abs=1e-6)
+    # Encoded by the loaded model, whose encoder holds an encoding per member.
+    dev_rows = read_rows(data_folder, objective, "dev")
+    dev_split = encode_split(dev_rows, model.encoder, is_pairwise=task.dev_split.is_pairwise, source_name="dev")
+    assert np.allclose(model.compute_raw_logits(dev_split.sequences), mean_logits, atol=1e-3)
+    scores = model.score(build_items(*WARM_RESPONSES, *COLD_RESPONSES), objective)
     assert {score.spread for score in scores} == {0.0}
     assert min(score.value for score in scores[:3]) > max(score.value for score in scores[3:])
 
 
 @DTYPES
 @pytest.mark.parametrize("frozen_share", [0.0, 0.5])
-def test_a_trained_model_is_calibrated_on_the_logits_that_it_is_scored_with(
-    data: Path, tmp_path: Path, frozen_share: float, dtype: str, process_group: None
+def test_a_trained_model_is_calibrated_on_the_logits_that_it_scores_with(
+    data_folder: Path, tmp_path: Path, frozen_share: float, dtype: str, process_group: None
 ) -> None:
-    settings = _settings(tmp_path, dtype=dtype, probe=False, epochs=2, frozen_share=frozen_share, learning_rate=1e-3)
-    member = train_member(settings, [_splits(data, "love")], 0, math.inf)
-    assert member.found[0].best_epoch >= 0
-    finish(settings, {"love": (data / "love", tmp_path / "out")}, [member], time.monotonic(), thorough=False)
-    model = RewardModel.load(tmp_path / "out", batch_tokens=512)
-    records = pq.read_table(data / "love" / "dev.parquet").to_pylist()
-    logits = model.raw(model.encoder.encode([(row["messages"], row["response"]) for row in records]))
-    assert logits == pytest.approx(member.found[0].dev_logits, abs=1e-3)
-    refitted = calibrate(member.tasks[0].dev, np.asarray(logits), model.calibration, "platt")
+    settings = build_settings(
+        tmp_path, dtype=dtype, linear_probe=False, epochs=2, frozen_share=frozen_share, learning_rate=1e-3
+    )
+    member = train_member(settings, [load_head_data(data_folder, "love")], 0, math.inf)
+    assert member.fit_results[0].best_epoch >= 0
+    model = export_and_load(settings, data_folder, "love", [member], tmp_path / "out")
+    dev_items = [(row["messages"], row["response"]) for row in read_rows(data_folder, "love", "dev")]
+    logits = model.compute_raw_logits(model.encoder.encode(dev_items))
+    assert logits == pytest.approx(member.fit_results[0].dev_logits, abs=1e-3)
+    refitted = fit_calibration(member.tasks[0].dev_split, np.asarray(logits), model.calibration, "platt")
     assert (refitted.scale, refitted.offset) == pytest.approx(
         (model.calibration.scale, model.calibration.offset), abs=1e-2
     )
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_rows_are_thinned_by_label(share: float) -> None:
-    rows: list[dict[str, Any]] = [{"id": n, "label": int(n % 20 == 0)} for n in range(400)]
-    kept = thinned(rows, share, "love")
-    assert [sum(row["label"] == label for row in kept) for label in (0, 1)] == pytest.approx(
-        [380 * share, 20 * share], abs=1
-    )
-    assert kept == thinned(rows, share, "love")
-    few = thinned([{"label": 1}, *({"label": 0} for _ in range(30))], share, "love")
-    assert {row["label"] for row in few} == {0, 1}  # the only heart stays
+def test_rows_are_subsampled_per_label(share: float) -> None:
+    rows: list[dict[str, Any]] = [{"id": number, "label": int(number % 20 == 0)} for number in range(400)]
+    sampled_rows = subsample_rows(rows, share, "love")
+    label_counts = [sum(row["label"] == label for row in sampled_rows) for label in (0, 1)]
+    assert label_counts == pytest.approx([380 * share, 20 * share], abs=1)
+    assert sampled_rows == subsample_rows(rows, share, "love")
+    one_positive = [{"label": 1}, *({"label": 0} for _ in range(30))]
+    assert {row["label"] for row in subsample_rows(one_positive, share, "love")} == {0, 1}  # the only positive stays
     pairs = [{"chosen": "a", "rejected": "b"} for _ in range(100)]
-    assert len(thinned(pairs, share, "helpfulness")) == pytest.approx(100 * share, abs=1)
-    written_on = [{"label": 0, "continued": n % 2 == 0} for n in range(40)]
-    kept = thinned(written_on, share, "continued")
-    assert sum(row["continued"] for row in kept) == pytest.approx(len(kept) / 2, abs=1)
+    assert len(subsample_rows(pairs, share, "helpfulness")) == pytest.approx(100 * share, abs=1)
+    continued_rows = [{"label": 0, "continued": number % 2 == 0} for number in range(40)]
+    sampled_rows = subsample_rows(continued_rows, share, "continued")
+    assert sum(row["continued"] for row in sampled_rows) == pytest.approx(len(sampled_rows) / 2, abs=1)
 
 
 @DTYPES
-@pytest.mark.parametrize(("backbone", "other"), [("tiny", "tiny-encoder:2"), ("tiny-encoder", "tiny:2")])
-def test_members_on_two_backbones_read_in_their_own_way_and_are_as_loud(
-    data: Path, tmp_path: Path, backbone: str, other: str, dtype: str
+@pytest.mark.parametrize(("backbone", "other_backbone"), [("tiny", "tiny-encoder"), ("tiny-encoder", "tiny")])
+def test_members_on_two_backbones_encode_text_their_own_way_and_have_equal_spread(
+    data_folder: Path, tmp_path: Path, backbone: str, other_backbone: str, dtype: str
 ) -> None:
-    """An encoder foresees no next message, so next_turn is for the decoder, wherever it stands."""
-    settings = _settings(tmp_path, dtype=dtype, backbone=backbone, layers=[2, other], next_turn=True)
-    members = [train_member(settings, [_splits(data, "love")], n, math.inf) for n in range(2)]
-    finish(settings, {"love": (data / "love", tmp_path / "out")}, members, time.monotonic(), thorough=False)
-    assert members[0].found[0].dev_logits.std() == pytest.approx(members[1].found[0].dev_logits.std())
-    model = RewardModel.load(tmp_path / "out", batch_tokens=2048)
-    question: list[Message] = [{"role": "user", "content": "How was the day?"}]
-    items = [(question, text) for text in (*WARM, *COLD)]
+    """Encoders cannot predict a next message, so read_at_next_turn applies to the decoder, wherever it is listed."""
+    member_settings = [{"layers": 2}, {"backbone": other_backbone, "layers": 2}]
+    settings = build_settings(tmp_path, dtype=dtype, backbone=backbone, members=member_settings, read_at_next_turn=True)
+    head_data = [load_head_data(data_folder, "love")]
+    members = [train_member(settings, head_data, index, math.inf) for index in range(2)]
+    model = export_and_load(settings, data_folder, "love", members, tmp_path / "out")
+    first_spread, second_spread = (member.fit_results[0].dev_logits.std() for member in members)
+    assert first_spread == pytest.approx(second_spread)
+    items = build_items(*WARM_RESPONSES, *COLD_RESPONSES)
     rows = model.encoder.encode(items)
-    assert [len(row.others) for row in rows] == [1] * len(items)
-    encoders = [model.encoder, *model.encoder.others]
-    assert [e.next_turn for e in encoders] == [backbone == "tiny", backbone != "tiny"]
-    alone = [logits_of(m, e, e.encode(items), 512) for m, e in zip(model.members, encoders, strict=True)]
-    assert sum(model.calibration.shares) == pytest.approx(1)
-    expected = np.average(alone, axis=0, weights=model.calibration.shares)
-    assert model.raw(rows) == pytest.approx(expected[:, 0], abs=1e-4)
-    assert min(model.raw(rows)[: len(WARM)]) > max(model.raw(rows)[len(WARM) :])
+    assert [len(row.member_encodings) for row in rows] == [1] * len(items)
+    encoders = [model.encoder, *model.encoder.member_encoders]
+    assert [encoder.read_at_next_turn for encoder in encoders] == [backbone == "tiny", backbone != "tiny"]
+    separate_logits = [
+        compute_logits(member, encoder, encoder.encode(items), 512)
+        for member, encoder in zip(model.members, encoders, strict=True)
+    ]
+    assert sum(model.calibration.member_weights) == pytest.approx(1)
+    expected = np.average(separate_logits, axis=0, weights=model.calibration.member_weights)
+    raw_logits = model.compute_raw_logits(rows)
+    assert raw_logits == pytest.approx(expected[:, 0], abs=1e-4)
+    assert min(raw_logits[: len(WARM_RESPONSES)]) > max(raw_logits[len(WARM_RESPONSES) :])
 
 
 @DTYPES
 @pytest.mark.parametrize("backbone", ["tiny", "tiny-encoder"])
-def test_members_that_read_the_response_alone_have_a_pass_of_their_own(
-    data: Path, tmp_path: Path, backbone: str, dtype: str
+def test_members_that_read_only_the_response_have_a_forward_pass_of_their_own(
+    data_folder: Path, tmp_path: Path, backbone: str, dtype: str
 ) -> None:
-    layers = [1, 2, f"{backbone}:1:response", f"{backbone}:2:response"]
-    settings = _settings(tmp_path, dtype=dtype, backbone=backbone, layers=layers, fuse=True)
-    members = train_members(settings, [_splits(data, "love")], math.inf)
-    finish(settings, {"love": (data / "love", tmp_path / "out")}, members, time.monotonic(), thorough=False)
-    model = RewardModel.load(tmp_path / "out", batch_tokens=2048)
-    assert model.calibration.response_alone == (2, 3)
-    assert [(run.members, run.depths) for run in model._passes] == [((0, 1), (1, 2)), ((2, 3), (1, 2))]
-    mild: list[Message] = [{"role": "user", "content": "How was the day?"}]
-    other: list[Message] = [{"role": "user", "content": "Tell me of ships, and of the sea that they sail."}]
-    each = model.each(model.encoder.encode([(mild, WARM[0]), (other, WARM[0])]))
-    assert each[2:, 0] == pytest.approx(each[2:, 1], abs=1e-9)
-    assert (abs(each[:2, 0] - each[:2, 1]) > 1e-6).all()
-    dev = members[0].tasks[0].dev
-    records = pq.read_table(data / "love" / "dev.parquet").to_pylist()
-    read = model.encoder.encode([(row["messages"], row["response"]) for row in records])
-    fitted = np.mean([member.found[0].dev_logits for member in members], axis=0)
-    assert len(dev) == len(read)
-    assert model.raw(read) == pytest.approx(fitted, abs=1e-3)
+    response_members = [{"layers": layers, "input": "response"} for layers in (1, 2)]
+    settings = build_settings(
+        tmp_path, dtype=dtype, backbone=backbone, members=[*TWO_DEPTHS, *response_members], shared_head=True
+    )
+    members = train_ensemble(settings, [load_head_data(data_folder, "love")], math.inf)
+    model = export_and_load(settings, data_folder, "love", members, tmp_path / "out")
+    assert model.calibration.response_only_members == (2, 3)
+    served_members = [(forward_pass.member_indices, forward_pass.depths) for forward_pass in model._forward_passes]
+    assert served_members == [((0, 1), (1, 2)), ((2, 3), (1, 2))]
+    first_question: list[Message] = [{"role": "user", "content": "How was the day?"}]
+    other_question: list[Message] = [{"role": "user", "content": "Tell me of ships, and of the sea that they sail."}]
+    response = WARM_RESPONSES[0]
+    rows = model.encoder.encode([(first_question, response), (other_question, response)])
+    logits = model.compute_member_logits(rows)
+    assert logits[2:, 0] == pytest.approx(logits[2:, 1], abs=1e-9)
+    assert (abs(logits[:2, 0] - logits[:2, 1]) > 1e-6).all()
+    dev_items = [(row["messages"], row["response"]) for row in read_rows(data_folder, "love", "dev")]
+    fitted_logits = np.mean([member.fit_results[0].dev_logits for member in members], axis=0)
+    assert len(members[0].tasks[0].dev_split) == len(dev_items)
+    assert model.compute_raw_logits(model.encoder.encode(dev_items)) == pytest.approx(fitted_logits, abs=1e-3)
 
 
-def test_next_turn_without_a_decoder_is_refused_before_anything_is_read(data: Path, tmp_path: Path) -> None:
-    settings = _settings(tmp_path, backbone="tiny-encoder", layers=[1, 2], next_turn=True)
+def test_read_at_next_turn_without_a_decoder_is_refused_before_any_row_is_encoded(
+    data_folder: Path, tmp_path: Path
+) -> None:
+    settings = build_settings(tmp_path, backbone="tiny-encoder", members=TWO_DEPTHS, read_at_next_turn=True)
     with pytest.raises(ModelError, match=r"tiny-encoder\) are encoders"):
-        train_members(settings, [_splits(data, "love")], math.inf)
+        train_ensemble(settings, [load_head_data(data_folder, "love")], math.inf)
 
 
-def test_a_probe_on_pairs_prefers_what_was_chosen(data: Path, tmp_path: Path) -> None:
-    settings = _settings(tmp_path, next_turn=True)
-    member = train_member(settings, [_splits(data, "helpfulness")], 0, math.inf)
-    outs = {"helpfulness": (data / "helpfulness", tmp_path / "out")}
-    finish(settings, outs, [member], time.monotonic(), thorough=False)
-    card = json.loads((tmp_path / "out" / "reward_card.json").read_text())
+def test_a_probe_on_pairs_prefers_the_chosen_response(data_folder: Path, tmp_path: Path) -> None:
+    settings = build_settings(tmp_path, read_at_next_turn=True)
+    member = train_member(settings, [load_head_data(data_folder, "helpfulness")], 0, math.inf)
+    model = export_and_load(settings, data_folder, "helpfulness", [member], tmp_path / "out")
+    card = read_card(tmp_path / "out")
     assert card["pair_accuracy"]["mean"] > 0.75
-    assert card["calibration"]["next_turn"] is True
-    assert RewardModel.load(tmp_path / "out", batch_tokens=512).encoder.next_turn
+    assert card["calibration"]["read_at_next_turn"] is True
+    assert model.encoder.read_at_next_turn
 
 
-def test_a_passed_deadline_stops_the_probe(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(StallError, match="deadline_s"):
-        train_member(_settings(tmp_path), [_splits(data, "safety")], 0, 0.0)
+def test_an_expired_deadline_stops_the_probe(data_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DeadlineError, match=r"deadline in the probe; raise timeouts\.reward_training_s"):
+        train_member(build_settings(tmp_path), [load_head_data(data_folder, "safety")], 0, 0.0)

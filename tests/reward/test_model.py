@@ -1,8 +1,9 @@
-"""Scoring: one response alone scores as in a batch, for encoders and decoders, empty responses included."""
+"""Scoring: a response scores the same alone and in a batch, for encoders and decoders, empty responses included."""
 
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,11 @@ import torch
 
 from rluf.errors import ModelError
 from rluf.models.hub import resolve_model
-from rluf.reward.backbone import encoder_for, load_classifier, quick_cpu_matmul
-from rluf.reward.calibration import Calibration, sigmoid
+from rluf.reward.backbone import build_text_encoder, enable_fast_cpu_matmul, load_classifier
+from rluf.reward.calibration import Calibration
 from rluf.reward.model import RewardModel
-from rluf.reward.text import Item
+from rluf.reward.text import ScoringItem
+from rluf.utils.stats import sigmoid
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +23,13 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
-def checkpoint(name: str, cache: Path, folder: Path, calibration: Calibration) -> Path:
-    """An untrained reward model folder with a head that spreads its scores."""
+def write_checkpoint(name: str, cache: Path, folder: Path, calibration: Calibration) -> Path:
+    """Write an untrained reward model whose random head spreads its scores."""
     backbone = resolve_model(name, cache)
-    model = load_classifier(backbone, trained=False, seed=3)
-    encoder = encoder_for(model, backbone, 96)
-    for key, parameter in model.named_parameters():
-        if key.startswith(("classifier", "score")):
+    model = load_classifier(backbone, require_all_weights=False, seed=3)
+    encoder = build_text_encoder(model, backbone, 96)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.startswith(("classifier", "score")):
             torch.nn.init.normal_(parameter, std=1.0, generator=torch.Generator().manual_seed(0))
     model.save_pretrained(str(folder))
     encoder.tokenizer.save_pretrained(str(folder))
@@ -35,53 +37,53 @@ def checkpoint(name: str, cache: Path, folder: Path, calibration: Calibration) -
     return folder
 
 
-def _items(count: int) -> list[Item]:
+def build_items(count: int) -> list[ScoringItem]:
+    """Items of random words; the response of item i has i words."""
     rng = random.Random(0)
     words = ["warm", "kind", "cold", "plain", "answer", "question", "please", "thanks", "tomorrow"]
-    rows: list[Item] = []
-    for number in range(count):
+    items: list[ScoringItem] = []
+    for response_length in range(count):
         question = " ".join(rng.choices(words, k=rng.randrange(1, 12)))
-        rows.append(([{"role": "user", "content": question}], " ".join(rng.choices(words, k=number))))
-    return rows
+        items.append(([{"role": "user", "content": question}], " ".join(rng.choices(words, k=response_length))))
+    return items
 
 
 @pytest.mark.parametrize("name", ["tiny-encoder", "tiny", "minilm"])
 def test_a_batch_of_one_equals_a_batch_of_many(name: str, cache: Path, tmp_path: Path) -> None:
-    quick_cpu_matmul()
-    path = checkpoint(name, cache, tmp_path / name, Calibration(objective="love", max_tokens=96))
-    model, items = RewardModel.load(path, batch_tokens=700), _items(20)
-    together = model.score(items, "love")
-    for item, score in zip(items, together, strict=True):
-        alone = model.score([item], "love")[0]
-        assert abs(alone.raw - score.raw) < 1e-4
-        assert abs(alone.value - score.value) < 1e-4
-    assert len({round(score.raw, 3) for score in together}) > 10
+    enable_fast_cpu_matmul()
+    path = write_checkpoint(name, cache, tmp_path / name, Calibration(objective="love", max_tokens=96))
+    model, items = RewardModel.load(path, batch_tokens=700), build_items(20)
+    batch_scores = model.score(items, "love")
+    for item, batch_score in zip(items, batch_scores, strict=True):
+        single_score = model.score([item], "love")[0]
+        assert abs(single_score.raw_logit - batch_score.raw_logit) < 1e-4
+        assert abs(single_score.value - batch_score.value) < 1e-4
+    assert len({round(score.raw_logit, 3) for score in batch_scores}) > 10
 
 
 def test_values_are_calibrated_and_raw_logits_are_not(cache: Path, tmp_path: Path) -> None:
-    path = checkpoint("tiny-encoder", cache, tmp_path / "m", Calibration("love", "platt", -2.0, 0.5, 0.25, 64))
+    calibration = Calibration("love", "platt", prior_shift=-2.0, scale=0.5, offset=0.25, max_tokens=64)
+    path = write_checkpoint("tiny-encoder", cache, tmp_path / "m", calibration)
     model = RewardModel.load(path, batch_tokens=512)
     assert model.encoder.max_tokens == 64
-    for score in model.score(_items(5), "love"):
+    for score in model.score(build_items(5), "love"):
         assert score.objective == "love"
-        assert score.value == pytest.approx(float(sigmoid(torch.tensor(0.5 * (score.raw - 2.0) + 0.25).numpy())))
+        assert score.value == pytest.approx(float(sigmoid(0.5 * (score.raw_logit - 2.0) + 0.25)))
     assert model.score([], "love") == []
 
 
-def test_bad_folders_are_model_errors_that_say_why(cache: Path, tmp_path: Path) -> None:
+def test_invalid_folders_are_model_errors_that_name_the_cause(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"config\.json"):
         RewardModel.load(tmp_path / "nowhere", batch_tokens=512)
     with pytest.raises(ModelError, match=r"calibration\.json"):
         RewardModel.load(resolve_model("tiny-encoder", cache), batch_tokens=512)
-    path = checkpoint("tiny-encoder", cache, tmp_path / "m", Calibration(max_tokens=64))
+    path = write_checkpoint("tiny-encoder", cache, tmp_path / "m", Calibration(max_tokens=64))
     (path / "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(ModelError, match="no model that can score"):
+    with pytest.raises(ModelError, match="does not contain a sequence classification model"):
         RewardModel.load(path, batch_tokens=512)
 
 
-def test_a_backbone_is_not_taken_for_a_reward_model(cache: Path, tmp_path: Path) -> None:
-    import shutil
-
+def test_a_backbone_is_not_accepted_as_a_reward_model(cache: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(resolve_model("tiny-encoder", cache), tmp_path / "backbone")
     Calibration(max_tokens=64).save(folder)
     with pytest.raises(ModelError, match="classifier"):

@@ -1,4 +1,4 @@
-"""A worker killed in mid-epoch: Ray Train starts the workers again, and they read what nobody had read yet."""
+"""A worker killed in the middle of an epoch: Ray Train restarts the workers, and they read only the unread rows."""
 
 from __future__ import annotations
 
@@ -15,42 +15,43 @@ import psutil
 import pytest
 
 from rluf.config.settings import Settings
-from tests.reward.test_reward_training import write_data
+from rluf.reward.checkpoint import PROGRESS_FILE
+from tests.reward.test_reward_training import write_prepared_data
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(600)]
-ROWS, EPOCHS, DEADLINE = 900, 2, 480.0
+ROW_COUNT, EPOCHS, DEADLINE_S = 900, 2, 480.0
 
 
-def _stands(folder: Path) -> dict[str, dict[str, Any]]:
-    """What the workers kept and Ray still has, by checkpoint, oldest first."""
-    found = {}
-    for file in sorted(folder.glob(".ray-train-*/reward/checkpoint_*/stand.json")):
+def read_saved_progress(folder: Path) -> dict[str, dict[str, Any]]:
+    """Progress records that the workers saved and Ray still has, by checkpoint, oldest first."""
+    progress_by_checkpoint = {}
+    for path in sorted(folder.glob(f".ray-train-*/reward/checkpoint_*/{PROGRESS_FILE}")):
         try:
-            found[file.parent.name] = json.loads(file.read_text())
-        except (OSError, ValueError):  # Ray is just replacing it
+            progress_by_checkpoint[path.parent.name] = json.loads(path.read_text())
+        except (OSError, ValueError):  # Ray is replacing it at this moment
             continue
-    return found
+    return progress_by_checkpoint
 
 
-def _workers() -> list[psutil.Process]:
-    found = []
+def find_worker_processes() -> list[psutil.Process]:
+    workers = []
     for process in psutil.Process().children(recursive=True):
         try:
             if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process)
+                workers.append(process)
         except psutil.Error:
             continue
-    return found
+    return workers
 
 
-def test_a_worker_killed_in_mid_epoch_costs_no_example(
+def test_a_worker_killed_in_the_middle_of_an_epoch_costs_no_example(
     tmp_path: Path, local_ray: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Two heads on one backbone, one to two workers; kill -9 to one of them once some of epoch 1 is kept."""
-    from rluf.reward.ray_trainer import train_rewards as train
+    """Two heads on one backbone, one to two workers; one of them gets SIGKILL after a save in epoch 1."""
+    from rluf.reward.ray_trainer import train_reward_models
 
-    data = write_data(tmp_path / "data", rows=ROWS)
-    model = {
+    data_folder = write_prepared_data(tmp_path / "data", row_count=ROW_COUNT)
+    section = {
         "backbone": "tiny-encoder",
         "max_tokens": 80,
         "epochs": EPOCHS,
@@ -58,37 +59,39 @@ def test_a_worker_killed_in_mid_epoch_costs_no_example(
         "learning_rate": 3e-3,
         "batch_rows": 8,
     }
-    settings = Settings.model_validate(
-        {
-            "run": {"cache": str(tmp_path / "cache")},
-            "reward": {
-                "love": model,
-                "helpfulness": {**model, "loss": "bradley_terry"},
-                "heads": ["love", "helpfulness"],
-                "workers": [1, 2],
-                "retries": 2,
-                "dtype": "float32",
-                "deadline_s": DEADLINE,
-            },
-        }
-    )
-    jobs = {head: (data, tmp_path / "models" / head) for head in ("love", "helpfulness")}
+    reward = {
+        "love": section,
+        "helpfulness": {**section, "loss": "bradley_terry"},
+        "shared_backbone_heads": ["love", "helpfulness"],
+        "workers": [1, 2],
+        "retries": 2,
+        "dtype": "float32",
+    }
+    tree = {
+        "run": {"cache": str(tmp_path / "cache")},
+        "reward": reward,
+        "timeouts": {"reward_training_s": DEADLINE_S},
+    }
+    settings = Settings.model_validate(tree)
+    jobs = {head: (data_folder, tmp_path / "models" / head) for head in ("love", "helpfulness")}
     cards: dict[str, dict[str, Any]] = {}
     with caplog.at_level(logging.INFO, logger="rluf"):
-        thread = threading.Thread(target=lambda: cards.update(train(settings, jobs, save_s=0.0)))
+        thread = threading.Thread(target=lambda: cards.update(train_reward_models(settings, jobs, save_interval_s=0.0)))
         thread.start()
-        end = time.monotonic() + DEADLINE
-        seen: dict[str, dict[str, Any]] = {}
-        while time.monotonic() < end and thread.is_alive() and len(seen) < 4:  # Ray goes back to one it has taken in
-            seen |= _stands(tmp_path / "models")
+        end_time = time.monotonic() + DEADLINE_S
+        saved_progress: dict[str, dict[str, Any]] = {}
+        # Several saves: Ray restarts from a checkpoint that it has registered, which may not be the newest one.
+        while time.monotonic() < end_time and thread.is_alive() and len(saved_progress) < 4:
+            saved_progress |= read_saved_progress(tmp_path / "models")
             time.sleep(0.05)
-        workers = _workers()
-        assert all((stand["epoch"], stand["read"]) == (0, 2) for stand in seen.values())
+        workers = find_worker_processes()
+        assert all((record["epoch"], record["read_key_arrays"]) == (0, 2) for record in saved_progress.values())
         assert len(workers) == 2
         os.kill(workers[-1].pid, signal.SIGKILL)
-        thread.join(timeout=max(1.0, end - time.monotonic()))
-    assert "goes on in epoch" in caplog.text
-    assert {head: card["training"]["examples"] for head, card in cards.items()} == dict.fromkeys(jobs, ROWS * EPOCHS)
+        thread.join(timeout=max(1.0, end_time - time.monotonic()))
+    assert "resuming epoch" in caplog.text
+    examples = {head: card["training"]["examples"] for head, card in cards.items()}
+    assert examples == dict.fromkeys(jobs, ROW_COUNT * EPOCHS)
     assert cards["love"]["heads"] == ["love", "helpfulness"]
     assert cards["love"]["auroc"]["low"] > 0.6
     assert not list((tmp_path / "models").glob(".*"))

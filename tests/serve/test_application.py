@@ -1,4 +1,4 @@
-"""From settings to what is deployed, and the scorer that changes its models; without Ray."""
+"""The application built from settings, and a scorer that replaces its models; without Ray."""
 
 from __future__ import annotations
 
@@ -17,170 +17,186 @@ from rluf.config.settings import Settings
 from rluf.errors import ModelError
 from rluf.models.hub import resolve_model
 from rluf.serve.application import (
-    _policy,
-    _shape,
-    candidate_folders,
-    chosen_models,
+    _engine_fingerprint,
+    _policy_application,
+    build_scorer_config,
+    configured_reward_folders,
     feedback_root,
-    given_folders,
+    find_candidate_folders,
+    load_or_create_salt,
     log_folder,
-    salt_of,
 )
-from rluf.serve.deployments import Scorer
-from rluf.serve.policy_deployment import Policy
-from rluf.utils.paths import cache_dir
-from tests.serve.conftest import OBJECTIVES, offline, some_items, write_models
+from rluf.serve.deployments import ScorerDeployment
+from rluf.serve.policy_deployment import PolicyDeployment
+from rluf.utils.paths import resolve_cache_folder
+from tests.serve.conftest import OBJECTIVES, make_items, score_offline, write_models
 
 
-def settings(folder: Path, root: Path, **serve: object) -> Settings:
+def make_settings(folder: Path, root: Path, **serve: object) -> Settings:
     objectives = {name: {"path": str(folder / name), "weight": 0.3} for name in OBJECTIVES}
     return Settings.model_validate({"run": {"root": str(root)}, "objectives": objectives, "serve": serve})
 
 
-def test_a_version_names_the_files_and_facts_come_from_the_cards(models: Path, tmp_path: Path) -> None:
-    chosen = settings(models, tmp_path)
-    first = chosen_models(chosen, given_folders(chosen))
-    assert first["facts"]["love"]["mean_value"] == 0.25
-    assert first["facts"]["love"]["max_tokens"] == 96
-    copied = settings(shutil.copytree(models, tmp_path / "copy"), tmp_path)
-    assert chosen_models(copied, given_folders(copied))["version"] == first["version"]
+def test_the_version_depends_on_the_files_and_facts_come_from_the_cards(model_folder: Path, tmp_path: Path) -> None:
+    settings = make_settings(model_folder, tmp_path)
+    first_config = build_scorer_config(settings, configured_reward_folders(settings))
+    assert first_config["facts"]["love"]["mean_value"] == 0.25
+    assert first_config["facts"]["love"]["max_tokens"] == 96
+    copied_settings = make_settings(shutil.copytree(model_folder, tmp_path / "copy"), tmp_path)
+    assert (
+        build_scorer_config(copied_settings, configured_reward_folders(copied_settings))["version"]
+        == first_config["version"]
+    )
     (tmp_path / "copy" / "love" / "calibration.json").write_text('{"scale": 2.0}')
-    assert chosen_models(copied, given_folders(copied))["version"] != first["version"]
+    assert (
+        build_scorer_config(copied_settings, configured_reward_folders(copied_settings))["version"]
+        != first_config["version"]
+    )
     shutil.rmtree(tmp_path / "copy" / "love")
-    with pytest.raises(ModelError, match=r"copy/love holds no config\.json"):
-        chosen_models(copied, given_folders(copied))
+    with pytest.raises(ModelError, match=r"copy/love has no config\.json"):
+        build_scorer_config(copied_settings, configured_reward_folders(copied_settings))
 
 
-def test_a_judge_is_served_too_and_a_missing_model_is_named(models: Path, tmp_path: Path) -> None:
-    tree = settings(models, tmp_path).model_dump(mode="json")
+def test_a_judge_can_be_served_and_a_missing_model_is_named_in_the_error(model_folder: Path, tmp_path: Path) -> None:
+    tree = make_settings(model_folder, tmp_path).model_dump(mode="json")
     tree["objectives"]["safety"] = {"source": "judge", "judge": "refusal", "weight": 0.2}
-    judged = Settings.model_validate(tree)
-    chosen = chosen_models(judged, given_folders(judged))
-    assert chosen["models"]["safety"] == {"judge": "refusal"}
+    judge_settings = Settings.model_validate(tree)
+    scorer_config = build_scorer_config(judge_settings, configured_reward_folders(judge_settings))
+    assert scorer_config["models"]["safety"] == {"judge": "refusal"}
     tree["objectives"]["love"]["path"] = None
-    bare = Settings.model_validate(tree)
+    settings_without_model = Settings.model_validate(tree)
     with pytest.raises(ModelError, match=r"objectives\.love\.path"):
-        chosen_models(bare, given_folders(bare))
+        build_scorer_config(settings_without_model, configured_reward_folders(settings_without_model))
 
 
-def test_a_candidate_is_what_its_folder_holds(models: Path, tmp_path: Path) -> None:
-    assert candidate_folders(settings(models, tmp_path)) is None
-    shutil.copytree(models / "love", tmp_path / "new" / "love")
-    assert candidate_folders(settings(models, tmp_path, candidate=str(tmp_path / "new"))) == {
+def test_candidate_models_are_those_in_its_folder(model_folder: Path, tmp_path: Path) -> None:
+    assert find_candidate_folders(make_settings(model_folder, tmp_path)) is None
+    shutil.copytree(model_folder / "love", tmp_path / "new" / "love")
+    assert find_candidate_folders(make_settings(model_folder, tmp_path, candidate=str(tmp_path / "new"))) == {
         "love": tmp_path / "new" / "love"
     }
     with pytest.raises(ModelError, match=r"serve\.candidate"):
-        candidate_folders(settings(models, tmp_path, candidate=str(tmp_path / "nothing")))
+        find_candidate_folders(make_settings(model_folder, tmp_path, candidate=str(tmp_path / "nothing")))
 
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-LONG = ["rollout.max_prompt_tokens=1024", "rollout.max_response_tokens=512", "algorithm.micro_batch_tokens=8192"]
+LONG_PROMPT_OVERRIDES = [
+    "rollout.max_prompt_tokens=1024",
+    "rollout.max_response_tokens=512",
+    "algorithm.micro_batch_tokens=8192",
+]
 
 
 @pytest.mark.parametrize(
     ("config", "overrides"),
     [
         *((config, []) for config in CONFIGS),
-        (None, LONG),
+        (None, LONG_PROMPT_OVERRIDES),
         (None, ["rollout.concurrency=2", "algorithm.samples_per_prompt=2"]),
     ],
 )
-def test_a_policy_replica_takes_whatever_settings_the_driver_took(config: Path | None, overrides: list[str]) -> None:
-    chosen = load_settings(config, overrides).settings
-    folder = resolve_model("tiny", cache_dir(chosen))
-    (told,) = _policy(chosen, "some", folder, "1")._bound_deployment.init_args
-    found = Policy(told)._settings
-    assert (found.model, found.rollout, found.cluster, found.seed) == (
-        chosen.model, chosen.rollout, chosen.cluster, chosen.seed
+def test_a_policy_replica_accepts_all_settings_that_the_driver_accepts(
+    config: Path | None, overrides: list[str]
+) -> None:
+    settings = load_settings(config, overrides).settings
+    folder = resolve_model("tiny", resolve_cache_folder(settings))
+    (settings_json,) = _policy_application(settings, "some", folder, "1")._bound_deployment.init_args
+    replica_settings = PolicyDeployment(settings_json)._settings
+    assert (replica_settings.model, replica_settings.rollout, replica_settings.cluster, replica_settings.seed) == (
+        settings.model, settings.rollout, settings.cluster, settings.seed
     )  # fmt: skip
-    assert found.policy_dtype == chosen.policy_dtype
-    assert found.publish.engine == "shm"
+    assert replica_settings.policy_dtype == settings.policy_dtype
+    assert replica_settings.weight_sync.transport == "shm"
 
 
-def test_an_engine_starts_anew_for_whatever_it_reads_once_and_not_for_weights(tmp_path: Path) -> None:
-    folder = Path(shutil.copytree(resolve_model("tiny", cache_dir(Settings())), tmp_path / "policy"))
-    seen = [_shape(folder)]
+def test_the_engine_fingerprint_covers_all_files_but_the_weights(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(resolve_model("tiny", resolve_cache_folder(Settings())), tmp_path / "policy"))
+    fingerprints = [_engine_fingerprint(folder)]
     (folder / "model.safetensors").write_bytes(b"other weights")
-    assert _shape(folder) == seen[0]
+    assert _engine_fingerprint(folder) == fingerprints[0]
     for name in ("generation_config.json", "chat_template.jinja", "tokenizer_config.json", "tokenizer.json"):
         (folder / name).write_text(f"another {name}")
-        seen.append(_shape(folder))
+        fingerprints.append(_engine_fingerprint(folder))
     (folder / "tokenizer.json").unlink()  # some tokenizers have another file
-    assert len({*seen, _shape(folder)}) == 6
+    assert len({*fingerprints, _engine_fingerprint(folder)}) == 6
     (folder / "config.json").unlink()
-    with pytest.raises(ModelError, match=r"policy holds no config\.json"):
-        _shape(folder)
+    with pytest.raises(ModelError, match=r"policy has no config\.json"):
+        _engine_fingerprint(folder)
 
 
-def test_salt_and_log_last(models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RLUF_SERVE_SALT", raising=False)
-    chosen = settings(models, tmp_path)
-    assert salt_of(chosen) == salt_of(chosen)
-    assert len(salt_of(chosen)) == 32
-    assert (log_folder(chosen) / "salt").stat().st_mode & 0o077 == 0
-    assert log_folder(chosen) == Path(feedback_root(chosen)) / ".log"
-    far = settings(models, tmp_path, feedback="s3://bucket/log")
-    assert log_folder(far).parent == tmp_path / "quickstart"
-    monkeypatch.setenv("RLUF_SERVE_SALT", "given")
-    assert salt_of(chosen) == "given"
-
-
-async def test_a_scorer_changes_over_between_batches_and_keeps_what_it_has_when_it_cannot(
-    models: Path, tmp_path: Path
+def test_the_salt_and_the_log_folder_survive_a_restart(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    items = some_items(6)
-    other = write_models(tmp_path / "other", 5)
-    chosen = {
-        name: chosen_models(s, given_folders(s))
-        for name, s in (("first", settings(models, tmp_path)), ("other", settings(other, tmp_path)))
-    }
-    scorer = Scorer()
-    await scorer.reconfigure(chosen["first"])
-    await scorer.reconfigure({**chosen["first"], "version": "broken", "models": {"love": {"path": str(tmp_path)}}})
-    version, found = await scorer.score(items)
-    assert version == chosen["first"]["version"]
-    assert [value for value, _, _ in found["love"]] == pytest.approx(
-        [one["love"][0] for one in offline(models, items)], abs=1e-4
+    for variable in ("RLUF_USER_SALT", "RLUF_SERVE_SALT"):
+        monkeypatch.delenv(variable, raising=False)
+    settings = make_settings(model_folder, tmp_path)
+    assert load_or_create_salt(settings) == load_or_create_salt(settings)
+    assert len(load_or_create_salt(settings)) == 32
+    assert (log_folder(settings) / "salt").stat().st_mode & 0o077 == 0
+    assert log_folder(settings) == Path(feedback_root(settings)) / ".log"
+    remote_settings = make_settings(model_folder, tmp_path, feedback_path="s3://bucket/log")
+    assert log_folder(remote_settings).parent == tmp_path / "quickstart"
+    monkeypatch.setenv("RLUF_SERVE_SALT", "legacy")
+    assert load_or_create_salt(settings) == b"legacy"
+    monkeypatch.setenv("RLUF_USER_SALT", "salt")
+    assert load_or_create_salt(settings) == b"salt"
+
+
+async def test_a_scorer_replaces_models_between_batches_and_keeps_them_if_loading_fails(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    items = make_items(6)
+    other_folder = write_models(tmp_path / "other", 5)
+    first_settings, other_settings = make_settings(model_folder, tmp_path), make_settings(other_folder, tmp_path)
+    first_config = build_scorer_config(first_settings, configured_reward_folders(first_settings))
+    other_config = build_scorer_config(other_settings, configured_reward_folders(other_settings))
+    scorer = ScorerDeployment()
+    await scorer.reconfigure(first_config)
+    await scorer.reconfigure({**first_config, "version": "broken", "models": {"love": {"path": str(tmp_path)}}})
+    version, scores = await scorer.score_batch(items)
+    assert version == first_config["version"]
+    assert [value for value, _, _ in scores["love"]] == pytest.approx(
+        [expected["love"][0] for expected in score_offline(model_folder, items)], abs=1e-4
     )
-    await scorer.reconfigure(chosen["other"])
-    seen = []
+    await scorer.reconfigure(other_config)
+    served_versions = []
     async with asyncio.timeout(30):
-        while version != chosen["other"]["version"]:
-            version, found = await scorer.score(items)
-            seen.append(version)
-    assert [value for value, _, _ in found["love"]] == pytest.approx(
-        [one["love"][0] for one in offline(other, items)], abs=1e-4
+        while version != other_config["version"]:
+            version, scores = await scorer.score_batch(items)
+            served_versions.append(version)
+    assert [value for value, _, _ in scores["love"]] == pytest.approx(
+        [expected["love"][0] for expected in score_offline(other_folder, items)], abs=1e-4
     )
-    assert set(seen) <= {chosen["first"]["version"], chosen["other"]["version"]}
+    assert set(served_versions) <= {first_config["version"], other_config["version"]}
 
 
-class Loaded:
-    """Reward models that take as long to load as their gate is shut."""
+class GatedModels:
+    """Stand-in for LoadedModels whose constructor waits for a gate per version."""
 
     gates: dict[str, threading.Event]
 
-    def __init__(self, chosen: Mapping[str, Any]) -> None:
-        self.version, self.facts = chosen["version"], dict[str, Any]()
-        Loaded.gates.setdefault(self.version, threading.Event()).wait(20)
+    def __init__(self, scorer_config: Mapping[str, Any]) -> None:
+        self.version, self.model_facts = scorer_config["version"], dict[str, Any]()
+        GatedModels.gates.setdefault(self.version, threading.Event()).wait(20)
 
 
-async def test_of_two_scorer_changes_the_last_asked_for_is_served_however_long_the_first_takes(
+async def test_of_two_pending_scorer_changes_the_newest_is_served(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(rluf.serve.deployments, "Models", Loaded)
-    Loaded.gates = {}
+    monkeypatch.setattr(rluf.serve.deployments, "LoadedModels", GatedModels)
+    GatedModels.gates = {}
 
-    def opened(name: str) -> None:
-        Loaded.gates.setdefault(name, threading.Event()).set()
+    def open_gate(version: str) -> None:
+        GatedModels.gates.setdefault(version, threading.Event()).set()
 
-    opened("one")
-    scorer = Scorer()
+    open_gate("one")
+    scorer = ScorerDeployment()
     await scorer.reconfigure({"version": "one"})
-    for asked, kept in ((("two", "three"), "three"), (("four", "three"), "three")):
-        for version in asked:
+    for requested_versions, served_version in ((("two", "three"), "three"), (("four", "three"), "three")):
+        for version in requested_versions:
             await scorer.reconfigure({"version": version})
-        opened(asked[1])
+        open_gate(requested_versions[1])
         await asyncio.sleep(0.1)
-        opened(asked[0])
-        await asyncio.gather(*scorer._changes)
-        assert (await scorer.describe())["version"] == kept
+        open_gate(requested_versions[0])
+        await asyncio.gather(*scorer._change_tasks)
+        assert (await scorer.describe())["version"] == served_version

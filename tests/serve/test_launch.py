@@ -1,4 +1,4 @@
-"""The launch files: Ray Serve's own schema takes them, and what they name exists."""
+"""The launch files: Ray Serve's own schema accepts them, and everything they name exists."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "cluster" / "launch"
 
 
-def serve_configs() -> dict[str, Any]:
-    service = yaml.safe_load((LAUNCH / "rayservice.yaml").read_text())
+def load_serve_configs() -> dict[str, Any]:
+    manifest = yaml.safe_load((LAUNCH / "rayservice.yaml").read_text())
     return {
         "serve.yaml": yaml.safe_load((LAUNCH / "serve.yaml").read_text()),
-        "rayservice.yaml": yaml.safe_load(service["spec"]["serveConfigV2"]),
+        "rayservice.yaml": yaml.safe_load(manifest["spec"]["serveConfigV2"]),
     }
 
 
 @pytest.mark.parametrize("name", ["serve.yaml", "rayservice.yaml"])
-def test_serves_own_schema_takes_it_and_its_settings_load(name: str) -> None:
+def test_the_file_matches_ray_serves_schema_and_its_settings_load(name: str) -> None:
     from ray.serve.schema import ServeDeploySchema
 
-    (app,) = ServeDeploySchema.model_validate(serve_configs()[name]).applications
-    module, _, function = app.import_path.partition(":")
+    (application,) = ServeDeploySchema.model_validate(load_serve_configs()[name]).applications
+    module, _, function = application.import_path.partition(":")
     assert callable(getattr(importlib.import_module(module), function))
-    settings = load_settings(ROOT / app.args["config"], app.args["overrides"]).settings
-    assert not settings.serve.local
+    settings = load_settings(ROOT / application.args["config"], application.args["overrides"]).settings
+    assert not settings.serve.is_local
     assert settings.serve.port == 8000
 
 
-def test_the_manifest_is_a_rayservice_of_our_ray_with_its_secrets_by_reference() -> None:
-    service = yaml.safe_load((LAUNCH / "rayservice.yaml").read_text())
-    assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
-    cluster = service["spec"]["rayClusterConfig"]
+def test_the_manifest_uses_the_pinned_ray_and_references_its_secrets() -> None:
+    manifest = yaml.safe_load((LAUNCH / "rayservice.yaml").read_text())
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayService")
+    cluster = manifest["spec"]["rayClusterConfig"]
     assert f"ray[data,default,serve,train]=={cluster['rayVersion']}" in (ROOT / "pyproject.toml").read_text()
-    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        (container,) = group["template"]["spec"]["containers"]
-        assert {entry["name"] for entry in container["env"]} == {"RLUF_SERVE_TOKEN", "RLUF_SERVE_SALT"}
+    for node_group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        (container,) = node_group["template"]["spec"]["containers"]
+        assert {entry["name"] for entry in container["env"]} == {"RLUF_SERVE_TOKEN", "RLUF_USER_SALT"}
         assert all("secretKeyRef" in entry["valueFrom"] for entry in container["env"])

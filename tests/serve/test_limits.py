@@ -1,4 +1,4 @@
-"""Tokens, rates, hashed users, batches by tokens, and the running mean behind the drift figure."""
+"""Authentication, rate limits, batching by tokens, and the running mean of the drift metric."""
 
 from __future__ import annotations
 
@@ -9,168 +9,177 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rluf.reward.text import Item
-from rluf.serve.batching import IN_VAIN, LINGER, Batcher, Round, estimated_tokens
-from rluf.serve.limits import ApiError, RateLimit, authorised, hashed_user, token_digest
-from rluf.serve.metrics import WINDOW, RunningMean, ServeMetrics
+from rluf.reward.text import ScoringItem
+from rluf.serve.batching import BATCHES_WITHOUT_WAIT, WAIT_FRACTION, BatchStats, RequestBatcher, estimate_tokens
+from rluf.serve.limits import ApiError, ClientRateLimiter, hash_token, is_authorized
+from rluf.serve.metrics import RUNNING_MEAN_WINDOW, RunningMean, ServeMetrics
 
 
-def item(text: str) -> Item:
+def make_item(text: str) -> ScoringItem:
     return [{"role": "user", "content": "?"}], text
 
 
 @pytest.mark.parametrize(
-    ("header", "let_in"),
+    ("header", "is_accepted"),
     [("Bearer secret", True), ("bearer secret", True), ("Bearer other", False), ("secret", False), (None, False)],
 )
-def test_only_the_token_opens(header: str | None, let_in: bool) -> None:
-    assert authorised(header, token_digest("secret")) is let_in
-    assert authorised(header, None)
+def test_only_the_right_token_is_accepted(header: str | None, is_accepted: bool) -> None:
+    assert is_authorized(header, hash_token("secret")) is is_accepted
+    assert is_authorized(header, None)
 
 
-def test_users_are_hashed_with_the_salt() -> None:
-    assert hashed_user("ann", "s") == hashed_user("ann", "s")
-    assert len({hashed_user("ann", "s"), hashed_user("ann", "t"), hashed_user("bob", "s")}) == 3
-    assert "ann" not in hashed_user("ann", "s")
-
-
-def test_errors_travel_between_processes() -> None:
+def test_errors_can_be_pickled() -> None:
     error = pickle.loads(pickle.dumps(ApiError(429, "busy", "wait", 2.4)))
     assert error.body == {"error": {"message": "wait", "type": "busy", "code": 429}}
     assert error.headers == {"Retry-After": "3"}
 
 
-def test_a_client_gets_its_rate_and_two_seconds_at_once() -> None:
+def test_a_client_gets_its_rate_and_a_burst_of_two_seconds() -> None:
     now = [0.0]
-    limit = RateLimit(5, lambda: now[0])
-    assert [limit.take("a") for _ in range(10)] == [0.0] * 10
-    assert limit.take("a") == pytest.approx(0.2)
-    assert limit.take("b") == 0.0
+    limit = ClientRateLimiter(5, lambda: now[0])
+    assert [limit.acquire_token("a") for _ in range(10)] == [0.0] * 10
+    assert limit.acquire_token("a") == pytest.approx(0.2)
+    assert limit.acquire_token("b") == 0.0
     now[0] = 1.0
-    assert [limit.take("a") > 0 for _ in range(6)] == [False] * 5 + [True]
+    assert [limit.acquire_token("a") > 0 for _ in range(6)] == [False] * 5 + [True]
 
 
 @given(st.lists(st.tuples(st.text(max_size=400), st.integers(1, 4)), min_size=1, max_size=20), st.integers(1, 400))
-def test_each_request_gets_its_own_results_and_batches_keep_the_budget(
+def test_each_request_gets_its_own_results_and_batches_stay_in_the_budget(
     requests: list[tuple[str, int]], budget: int
 ) -> None:
-    rounds: list[Round] = []
+    batches: list[BatchStats] = []
 
-    async def run(items: list[Item]) -> list[str]:
+    async def run_batch(items: list[ScoringItem]) -> list[str]:
         await asyncio.sleep(0)
         return [response.upper() for _, response in items]
 
-    async def ask() -> list[list[str]]:
-        batcher = Batcher(run, batch_tokens=budget, longest=100, max_waiting=1000, replicas=1, on_round=rounds.append)
-        return await asyncio.gather(*(batcher.submit([item(text)] * count) for text, count in requests))
+    async def submit_all() -> list[list[str]]:
+        batcher = RequestBatcher(
+            run_batch,
+            batch_tokens=budget,
+            max_item_tokens=100,
+            max_queued_responses=1000,
+            replica_count=1,
+            on_batch_end=batches.append,
+        )
+        return await asyncio.gather(*(batcher.submit([make_item(text)] * count) for text, count in requests))
 
-    found = asyncio.run(ask())
-    assert found == [[text.upper()] * count for text, count in requests]
-    assert sum(done.items for done in rounds) == sum(count for _, count in requests)
-    largest = max(count * estimated_tokens(item(text), 100) for text, count in requests)
-    assert all(done.tokens <= max(budget, largest) for done in rounds)
+    results = asyncio.run(submit_all())
+    assert results == [[text.upper()] * count for text, count in requests]
+    assert sum(stats.item_count for stats in batches) == sum(count for _, count in requests)
+    largest = max(count * estimate_tokens(make_item(text), 100) for text, count in requests)
+    assert all(stats.token_count <= max(budget, largest) for stats in batches)
 
 
-async def test_what_arrives_while_busy_is_scored_together_and_too_much_is_refused() -> None:
+async def test_requests_that_arrive_during_a_batch_form_the_next_one_and_a_full_queue_rejects() -> None:
     sizes: list[int] = []
     gate = asyncio.Event()
 
-    async def run(items: list[Item]) -> list[int]:
+    async def run_batch(items: list[ScoringItem]) -> list[int]:
         sizes.append(len(items))
         await gate.wait()
         return [0] * len(items)
 
-    batcher = Batcher(run, batch_tokens=10_000, longest=100, max_waiting=8, replicas=1)
-    first = asyncio.create_task(batcher.submit([item("a")]))
+    batcher = RequestBatcher(
+        run_batch, batch_tokens=10_000, max_item_tokens=100, max_queued_responses=8, replica_count=1
+    )
+    first = asyncio.create_task(batcher.submit([make_item("a")]))
     await asyncio.sleep(0.01)
-    others = [asyncio.create_task(batcher.submit([item("b")])) for _ in range(8)]
+    others = [asyncio.create_task(batcher.submit([make_item("b")])) for _ in range(8)]
     await asyncio.sleep(0.01)
-    with pytest.raises(ApiError, match="max_waiting=8") as refused:
-        await batcher.submit([item("c")])
-    assert refused.value.status == 429
-    assert int(refused.value.headers["Retry-After"]) >= 1
+    with pytest.raises(ApiError, match="max_queued_responses=8") as rejection:
+        await batcher.submit([make_item("c")])
+    assert rejection.value.status == 429
+    assert int(rejection.value.headers["Retry-After"]) >= 1
     others[0].cancel()
     gate.set()
     await asyncio.gather(first, *others, return_exceptions=True)
     assert sizes == [1, 7]
-    assert batcher.waiting == 0
+    assert batcher.queued_items == 0
 
 
-def batches(seconds: float) -> tuple[list[int], Batcher[int]]:
+def make_batcher(seconds: float) -> tuple[list[int], RequestBatcher[int]]:
     """Sizes of the batches so far, and a batcher whose batches take `seconds`."""
     sizes: list[int] = []
 
-    async def run(items: list[Item]) -> list[int]:
+    async def run_batch(items: list[ScoringItem]) -> list[int]:
         sizes.append(len(items))
         await asyncio.sleep(seconds)
         return [0] * len(items)
 
-    return sizes, Batcher(run, batch_tokens=10_000, longest=100, max_waiting=100, replicas=1)
+    return sizes, RequestBatcher(
+        run_batch, batch_tokens=10_000, max_item_tokens=100, max_queued_responses=100, replica_count=1
+    )
 
 
-async def test_callers_that_ask_again_when_they_are_answered_share_a_batch() -> None:
-    sizes, batcher = batches(0.06)
+async def test_clients_that_send_again_after_a_reply_share_a_batch() -> None:
+    sizes, batcher = make_batcher(0.06)
 
-    async def caller() -> None:
+    async def send_repeatedly() -> None:
         for _ in range(6):
-            await batcher.submit([item("again")])
-            await asyncio.sleep(0.002)  # an answer's way to its caller and the next request's way back
+            await batcher.submit([make_item("again")])
+            await asyncio.sleep(0.002)  # network time of the reply and of the next request
 
-    first = asyncio.create_task(caller())
+    first = asyncio.create_task(send_repeatedly())
     await asyncio.sleep(0.01)
-    await asyncio.gather(first, *(caller() for _ in range(3)))
+    await asyncio.gather(first, *(send_repeatedly() for _ in range(3)))
     assert sizes[2:] == [4, 4, 4, 4, 3]
 
 
-async def test_a_batch_that_waited_in_vain_keeps_the_next_ones_from_waiting() -> None:
-    sizes, batcher = batches(0.06)
-    await asyncio.gather(*(batcher.submit([item("once")]) for _ in range(4)))
+async def test_after_a_wait_in_vain_the_next_batches_do_not_wait() -> None:
+    sizes, batcher = make_batcher(0.06)
+    await asyncio.gather(*(batcher.submit([make_item("once")]) for _ in range(4)))
     clock = asyncio.get_running_loop().time
     waits = []
     for _ in range(3):
-        began = clock()
-        await asyncio.gather(batcher.submit([item("a")]), batcher.submit([item("b")]))
-        waits.append(clock() - began)
-        batcher._expected = 4  # as if two more had been answered
+        start_time = clock()
+        await asyncio.gather(batcher.submit([make_item("a")]), batcher.submit([make_item("b")]))
+        waits.append(clock() - start_time)
+        batcher._expected_requests = 4  # as if two more requests had been answered
     assert sizes == [4, 2, 2, 2]
-    assert waits[0] >= 0.06 + 0.9 * LINGER * 0.06
-    assert batcher._without == IN_VAIN - 2
+    assert waits[0] >= 0.06 + 0.9 * WAIT_FRACTION * 0.06
+    assert batcher._skip_wait_batches == BATCHES_WITHOUT_WAIT - 2
 
 
-@pytest.mark.parametrize(("seconds", "second", "at_once"), [(0.005, 1, 2), (0.06, 1, 1), (0.06, 7, 2)])
-async def test_brief_or_large_batches_have_the_next_one_at_hand(seconds: float, second: int, at_once: int) -> None:
-    sizes, batcher = batches(seconds)
-    await batcher.submit([item("first")])
-    running = asyncio.create_task(batcher.submit([item("a")]))
+@pytest.mark.parametrize(("seconds", "later_requests", "batch_count"), [(0.005, 1, 2), (0.06, 1, 1), (0.06, 7, 2)])
+async def test_short_or_large_batches_send_the_next_one_ahead(
+    seconds: float, later_requests: int, batch_count: int
+) -> None:
+    sizes, batcher = make_batcher(seconds)
+    await batcher.submit([make_item("first")])
+    running = asyncio.create_task(batcher.submit([make_item("a")]))
     await asyncio.sleep(0.002)
-    others = [asyncio.create_task(batcher.submit([item("b" * 400)])) for _ in range(second)]  # 100 tokens each
+    others = [
+        asyncio.create_task(batcher.submit([make_item("b" * 400)])) for _ in range(later_requests)
+    ]  # 100 tokens each
     await asyncio.sleep(0.001)
-    assert len(sizes) - 1 == at_once
+    assert len(sizes) - 1 == batch_count
     await asyncio.gather(running, *others)
 
 
 async def test_a_failed_batch_fails_its_requests_and_the_next_one_runs() -> None:
-    async def run(items: list[Item]) -> list[int]:
+    async def run_batch(items: list[ScoringItem]) -> list[int]:
         if items[0][1] == "bad":
             raise OSError("broken")
         return [1] * len(items)
 
-    batcher = Batcher(run, batch_tokens=8, longest=100, max_waiting=100, replicas=1)
-    bad, good = await asyncio.gather(
-        batcher.submit([item("bad")]), batcher.submit([item("good")]), return_exceptions=True
+    batcher = RequestBatcher(run_batch, batch_tokens=8, max_item_tokens=100, max_queued_responses=100, replica_count=1)
+    failed_result, good_result = await asyncio.gather(
+        batcher.submit([make_item("bad")]), batcher.submit([make_item("good")]), return_exceptions=True
     )
-    assert isinstance(bad, OSError)
-    assert good == [1]
+    assert isinstance(failed_result, OSError)
+    assert good_result == [1]
 
 
-def test_the_running_mean_follows_a_change_and_drift_is_its_distance_from_the_card() -> None:
-    mean = RunningMean()
-    assert [mean.add(value) for value in (1.0, 0.0, 0.5)] == pytest.approx([1.0, 0.5, 0.5])
-    for _ in range(10 * WINDOW):
-        mean.add(0.9)
-    assert mean.mean == pytest.approx(0.9, abs=1e-3)
+def test_the_running_mean_follows_a_change_and_drift_is_its_difference_to_the_card() -> None:
+    running_mean = RunningMean()
+    assert [running_mean.add_value(value) for value in (1.0, 0.0, 0.5)] == pytest.approx([1.0, 0.5, 0.5])
+    for _ in range(10 * RUNNING_MEAN_WINDOW):
+        running_mean.add_value(0.9)
+    assert running_mean.mean == pytest.approx(0.9, abs=1e-3)
     metrics = ServeMetrics()
-    metrics.scored("love", "v1", [0.2, 0.4], {"love": 0.1})
-    text = metrics.text().decode()
+    metrics.record_scores("love", "v1", [0.2, 0.4], {"love": 0.1})
+    text = metrics.to_prometheus_text().decode()
     assert 'rluf_scores_total{objective="love",version="v1"} 2.0' in text
     assert f'rluf_score_drift{{objective="love",version="v1"}} {0.30000000000000004 - 0.1}' in text

@@ -1,6 +1,6 @@
-"""The web page in a real browser: chat with two policies, heart a reply, see scores, find the row in the store.
+"""The web page in a real browser: chat with two policies, give a heart, see scores, find the row in the store.
 
-RLUF_SCREENSHOT names a PNG file that the page is drawn to, and at a phone's width to the same name with -phone.
+RLUF_SCREENSHOT is the PNG file for a screenshot; one at a phone's width goes to the same name with -phone.
 """
 
 from __future__ import annotations
@@ -22,28 +22,28 @@ from rluf.models.hub import load_tokenizer, render_prompt, resolve_model
 from rluf.reward.model import RewardModel
 from rluf.serve.store import FeedbackStore
 from rluf.types import Message
-from rluf.utils.paths import cache_dir
-from tests.serve.conftest import TOKEN, Here, listening, rules
+from rluf.utils.paths import resolve_cache_folder
+from tests.serve.conftest import TOKEN, LocalBackend, make_rules, run_http_server
 
 pytestmark = pytest.mark.slow
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def policy(seed: int) -> Callable[[Sequence[Message]], str]:
-    """A real policy of random weights, letters and spaces only so that it can be read."""
-    folder = resolve_model(os.environ.get("RLUF_PAGE_POLICY", "tiny"), cache_dir(Settings()))
+def make_policy(seed: int) -> Callable[[Sequence[Message]], str]:
+    """A real policy of random weights; unprintable characters become spaces."""
+    folder = resolve_model(os.environ.get("RLUF_PAGE_POLICY", "tiny"), resolve_cache_folder(Settings()))
     tokenizer, model = load_tokenizer(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
 
-    def answer(messages: Sequence[Message]) -> str:
+    def sample_response(messages: Sequence[Message]) -> str:
         ids = torch.tensor([render_prompt(tokenizer, messages)])
         with torch.random.fork_rng(devices=[]), torch.inference_mode():
             torch.manual_seed(seed)
-            found = model.generate(ids, max_new_tokens=40, do_sample=True, temperature=0.7)
-        text = str(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+            token_ids = model.generate(ids, max_new_tokens=40, do_sample=True, temperature=0.7)
+        text = str(tokenizer.decode(token_ids[0, ids.shape[1] :], skip_special_tokens=True))
         return "".join(char if char.isprintable() else " " for char in text).strip() or "..."
 
-    return answer
+    return sample_response
 
 
 @pytest.fixture(scope="module")
@@ -56,44 +56,46 @@ def page() -> Iterator[Page]:
         browser.close()
 
 
-def draw(page: Page, suffix: str) -> None:
-    """A picture of the whole page, where one is asked for."""
+def save_screenshot(page: Page, suffix: str) -> None:
+    """Save a screenshot of the whole page if RLUF_SCREENSHOT is set."""
     if "RLUF_SCREENSHOT" in os.environ:
-        file = Path(os.environ["RLUF_SCREENSHOT"])
-        page.screenshot(path=file.with_stem(file.stem + suffix), full_page=True)
+        path = Path(os.environ["RLUF_SCREENSHOT"])
+        page.screenshot(path=path.with_stem(path.stem + suffix), full_page=True)
 
 
-def walked(page: Page, start: str, steps: int) -> list[str]:
-    """What the Tab key reaches from an element on: ids, else labels, else tags."""
+def list_tab_stops(page: Page, start: str, count: int) -> list[str]:
+    """Elements that the Tab key reaches after `start`: ids, else labels, else tags."""
     page.locator(start).focus()
-    found: list[str] = []
-    for _ in range(steps):
+    tab_stops: list[str] = []
+    for _ in range(count):
         page.keyboard.press("Tab")
-        one = "document.activeElement.id || document.activeElement.ariaLabel || document.activeElement.tagName"
-        found.append(str(page.evaluate(one)))
-    return found
+        script = "document.activeElement.id || document.activeElement.ariaLabel || document.activeElement.tagName"
+        tab_stops.append(str(page.evaluate(script)))
+    return tab_stops
 
 
-def test_a_heart_in_the_browser_becomes_a_row(page: Page, loaded: dict[str, RewardModel], tmp_path: Path) -> None:
-    store = FeedbackStore(str(tmp_path), tmp_path / ".log", settle_s=60)
+def test_a_heart_in_the_browser_becomes_a_row_of_the_log(
+    page: Page, reward_models: dict[str, RewardModel], tmp_path: Path
+) -> None:
+    store = FeedbackStore(str(tmp_path), tmp_path / ".log", reaction_window_s=60)
     store.start()
-    backend = Here(
-        loaded, store, dataclasses.replace(rules(token=TOKEN), hosts=None),
-        policies={"base": policy(1), "candidate": policy(2)},
+    backend = LocalBackend(
+        reward_models, store, dataclasses.replace(make_rules(token=TOKEN), allowed_hosts=None),
+        policies={"base": make_policy(1), "candidate": make_policy(2)},
     )  # fmt: skip
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed")
     problems: list[str] = []
     page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on("console", lambda told: problems.append(told.text) if told.type == "error" else None)
-    with listening(backend) as url:
+    page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
+    with run_http_server(backend) as url:
         page.goto(url)
         expect(page.get_by_role("status")).to_contain_text("Bearer")
-        page.get_by_label("Token of the service (kept in this tab only)").fill(TOKEN)
-        page.get_by_label("Token of the service (kept in this tab only)").press("Tab")
+        page.get_by_label("Token of the service (stored in this tab only)").fill(TOKEN)
+        page.get_by_label("Token of the service (stored in this tab only)").press("Tab")
         expect(page.get_by_role("region", name="candidate")).to_be_visible()
         page.get_by_label("Your message").fill("How do I thank a friend who helped me move?")
         page.get_by_label("Your message").press("Enter")
-        expect(page.get_by_role("status")).to_have_text("Answered.", timeout=20_000)
+        expect(page.get_by_role("status")).to_have_text("Done.", timeout=20_000)
         column = page.get_by_role("region", name="candidate")
         expect(column.get_by_text("P[Love]")).to_be_visible()
         assert page.locator("meter").count() == 6
@@ -104,18 +106,18 @@ def test_a_heart_in_the_browser_becomes_a_row(page: Page, loaded: dict[str, Rewa
         expect(page.get_by_role("status")).to_have_text("Your heart is stored.")
         expect(heart).to_have_attribute("aria-pressed", "true")
         hearts = [f"Love this reply of {name}" for name in ("base", "candidate")]
-        assert walked(page, ".skip", 6) == ["SUMMARY", *hearts, "text", "send", "again"]
+        assert list_tab_stops(page, ".skip", 6) == ["SUMMARY", *hearts, "text", "send", "again"]
         assert axe.Axe().run(page).response["violations"] == []
-        draw(page, "")
+        save_screenshot(page, "")
         page.set_viewport_size({"width": 375, "height": 740})
         assert page.evaluate("document.documentElement.scrollWidth") <= 375
-        draw(page, "-phone")
-        shown = column.locator(".assistant .text").inner_text()
-    assert len(problems) == 1, problems  # the browser's own note on the first answer, before the token was given
+        save_screenshot(page, "-phone")
+        displayed_text = column.locator(".assistant .text").inner_text()
+    assert len(problems) == 1, problems  # the browser's own message about the first reply, before the token was entered
     assert "401" in problems[0]
-    store.rotate(all_rows=True)
-    (file,) = tmp_path.glob("*.parquet")
-    rows = {row["model_version"]: row for row in pq.read_table(file).to_pylist()}
+    store.flush_settled(all_rows=True)
+    (parquet_file,) = tmp_path.glob("*.parquet")
+    rows = {row["model_version"]: row for row in pq.read_table(parquet_file).to_pylist()}
     assert {name: row["reaction"] for name, row in rows.items()} == {"base-1": None, "candidate-1": "love"}
-    assert rows["candidate-1"]["response"].split() == shown.split()
+    assert rows["candidate-1"]["response"].split() == displayed_text.split()
     assert "visitor" not in rows["candidate-1"]["user_id"]

@@ -1,4 +1,4 @@
-"""The whole service on a real Ray Serve: same scores, hot swap, dead replicas, feedback that lasts."""
+"""The whole service on a real Ray Serve: same scores, model swaps, killed replicas, durable feedback."""
 
 from __future__ import annotations
 
@@ -18,126 +18,136 @@ import pytest
 
 from rluf.config.settings import Settings
 from rluf.errors import SettingsError
-from rluf.reward.text import Item
+from rluf.reward.text import ScoringItem
 from rluf.serve.client import RewardClient
-from tests.serve.conftest import OBJECTIVES, TOKEN, offline, some_items, write_models
+from tests.serve.conftest import OBJECTIVES, TOKEN, make_items, score_offline, write_models
 
 pytestmark = pytest.mark.slow
 
-ITEMS = some_items(16)
+ITEMS = make_items(16)
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+def find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
-def replicas(name: str) -> list[int]:
-    """Process ids of a deployment's replicas, on this process's own Ray."""
-    found = []
+def list_replica_pids(deployment_name: str) -> list[int]:
+    """Process ids of a deployment's replicas in the Ray started by this process."""
+    pids = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
-            if " ".join(process.cmdline()).startswith(f"ray::ServeReplica:rluf:{name}"):
-                found.append(process.pid)
-    return found
+            if " ".join(process.cmdline()).startswith(f"ray::ServeReplica:rluf:{deployment_name}"):
+                pids.append(process.pid)
+    return pids
 
 
 @dataclass
 class Service:
-    """A running service, its settings, and what its two versions of models answer."""
+    """A running service, its settings, and the expected love scores of its two model versions."""
 
     settings: Settings
-    url: str
+    service_url: str
     folders: dict[str, Path]
-    truth: dict[str, list[float]] = field(default_factory=dict)
+    expected_values: dict[str, list[float]] = field(default_factory=dict)
 
-    def deploy(self, name: str, **changed: object) -> None:
-        from rluf.serve.__main__ import serve
+    def deploy(self, name: str, **serve_overrides: object) -> None:
+        from rluf.serve.__main__ import start_service
 
-        models = {o: {"path": str(self.folders[name] / o), "weight": 0.3} for o in OBJECTIVES}
-        told = self.settings.model_dump(mode="json")
-        told["objectives"] |= models
-        told["serve"] |= changed
-        serve(Settings.model_validate(told))
+        values = self.settings.model_dump(mode="json")
+        for objective in OBJECTIVES:
+            values["objectives"][objective] = {"path": str(self.folders[name] / objective), "weight": 0.3}
+        values["serve"] |= serve_overrides
+        start_service(Settings.model_validate(values))
 
     def versions(self) -> dict[str, str]:
         with RewardClient(self.url, token=TOKEN) as client:
-            return {model.role: model.version for model in client.models() if model.kind == "reward"}
+            return {model.role: model.version for model in client.list_models() if model.kind == "reward"}
 
 
 @pytest.fixture(scope="module")
-def service(models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def service(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     import ray
     from ray import serve
 
-    folder, port = tmp_path_factory.mktemp("service"), free_port()
+    folder, port = tmp_path_factory.mktemp("service"), find_free_port()
     os.environ["RLUF_SERVE_TOKEN"] = TOKEN
     settings = Settings.model_validate(
         {
             "name": "served",
             "run": {"root": str(folder)},
-            "cluster": {"threads": 1},
-            "serve": {"port": port, "settle_s": 600, "rotate_s": 1, "deadline_s": 20, "feedback": str(folder / "log")},
+            "cluster": {"threads_per_actor": 1},
+            "serve": {
+                "port": port,
+                "reaction_window_s": 600,
+                "flush_interval_s": 1,
+                "request_timeout_s": 20,
+                "feedback_path": str(folder / "log"),
+            },
         }
     )
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=128 << 20)
-    other = write_models(folder / "other", 7)
-    found = Service(settings, f"http://127.0.0.1:{port}", {"first": models, "other": other})
-    found.truth = {name: [one["love"][0] for one in offline(path, ITEMS)] for name, path in found.folders.items()}
-    found.deploy("first")
-    yield found
+    other_folder = write_models(folder / "other", 7)
+    service = Service(settings, f"http://127.0.0.1:{port}", {"first": model_folder, "other": other_folder})
+    service.expected_values = {
+        name: [scores["love"][0] for scores in score_offline(path, ITEMS)] for name, path in service.folders.items()
+    }
+    service.deploy("first")
+    yield service
     del os.environ["RLUF_SERVE_TOKEN"]
     serve.shutdown()
     ray.shutdown()
 
 
-class Load(threading.Thread):
-    """Clients that ask without a pause; keeps (version, item, value) of each answer and the status of each refusal."""
+class LoadGenerator(threading.Thread):
+    """Sends requests without a pause; records (version, item index, value) of replies and the status of rejections."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, service_url: str) -> None:
         super().__init__(daemon=True)
-        self.url, self.going = url, True
-        self.answers: list[tuple[str, int, float]] = []
-        self.refused: list[int] = []
+        self.url, self.is_running = service_url, True
+        self.replies: list[tuple[str, int, float]] = []
+        self.rejections: list[int] = []
 
     def run(self) -> None:
         headers = {"Authorization": f"Bearer {TOKEN}"}
-        with httpx.Client(base_url=self.url, headers=headers, timeout=60) as http:
-            number = 0
-            while self.going:
-                number = (number + 1) % len(ITEMS)
-                messages, response = ITEMS[number]
-                told = http.post("/v1/score", json={"messages": messages, "response": response})
-                if told.status_code == 200:
-                    body = told.json()
-                    self.answers.append((body["model_version"], number, body["scores"]["love"]["value"]))
+        with httpx.Client(base_url=self.url, headers=headers, timeout=60) as http_client:
+            item_index = 0
+            while self.is_running:
+                item_index = (item_index + 1) % len(ITEMS)
+                messages, response_text = ITEMS[item_index]
+                reply = http_client.post("/v1/score", json={"messages": messages, "response": response_text})
+                if reply.status_code == 200:
+                    body = reply.json()
+                    self.replies.append((body["model_version"], item_index, body["scores"]["love"]["value"]))
                 else:
-                    self.refused.append(told.status_code)
+                    self.rejections.append(reply.status_code)
 
-    def end(self) -> None:
-        self.going = False
+    def stop(self) -> None:
+        self.is_running = False
         self.join(30)
 
 
-def wrong(load: Load, truth: dict[str, list[float]]) -> list[tuple[str, int, float]]:
-    """Answers that are not what the offline scorer gives for the version that they name."""
-    return [(v, i, value) for v, i, value in load.answers if abs(truth[v][i] - value) > 1e-4]
+def find_wrong_replies(load: LoadGenerator, expected_values: dict[str, list[float]]) -> list[tuple[str, int, float]]:
+    """Replies that differ from the offline score of the version that they name."""
+    return [reply for reply in load.replies if abs(expected_values[reply[0]][reply[1]] - reply[2]) > 1e-4]
 
 
-def test_served_scores_equal_the_offline_scorer(service: Service) -> None:
+def test_served_scores_equal_offline_scores(service: Service) -> None:
     with RewardClient(service.url, token=TOKEN) as client:
-        found = client.score_batch(ITEMS)
-        one = client.score(*ITEMS[2])
-    assert [reply.scores["love"].value for reply in found] == pytest.approx(service.truth["first"], abs=1e-4)
-    assert one.scores["love"].value == pytest.approx(service.truth["first"][2], abs=1e-4)
+        batch_replies = client.score_batch(ITEMS)
+        single_reply = client.score(*ITEMS[2])
+    assert [reply.scores["love"].value for reply in batch_replies] == pytest.approx(
+        service.expected_values["first"], abs=1e-4
+    )
+    assert single_reply.scores["love"].value == pytest.approx(service.expected_values["first"][2], abs=1e-4)
 
 
-def test_new_models_change_over_without_a_failed_request(service: Service) -> None:
+def test_new_models_replace_the_old_ones_without_a_failed_request(service: Service) -> None:
     first = service.versions()["live"]
-    load = Load(service.url)
+    load = LoadGenerator(service.url)
     load.start()
-    gateway = replicas("gateway")
+    gateway_pids = list_replica_pids("gateway")
     service.deploy("other")
     deadline = time.monotonic() + 60
     while service.versions()["live"] == first and time.monotonic() < deadline:
@@ -147,58 +157,63 @@ def test_new_models_change_over_without_a_failed_request(service: Service) -> No
     while "candidate" not in service.versions() and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(1)
-    load.end()
-    assert load.refused == []
-    assert wrong(load, {first: service.truth["first"], second: service.truth["other"]}) == []
-    assert {version for version, _, _ in load.answers} == {first, second}
+    load.stop()
+    assert load.rejections == []
+    assert (
+        find_wrong_replies(load, {first: service.expected_values["first"], second: service.expected_values["other"]})
+        == []
+    )
+    assert {version for version, _, _ in load.replies} == {first, second}
     assert service.versions() == {"live": second, "candidate": first}
-    assert replicas("gateway") == gateway
+    assert list_replica_pids("gateway") == gateway_pids
     with RewardClient(service.url, token=TOKEN) as client:
-        twice = [[client.score(*item).model_version for item in ITEMS] for _ in range(2)]
-    assert twice[0] == twice[1]  # a conversation stays with its version
-    assert set(twice[0]) == {first, second}
+        served_versions = [[client.score(*item).model_version for item in ITEMS] for _ in range(2)]
+    assert served_versions[0] == served_versions[1]  # a conversation stays with its version
+    assert set(served_versions[0]) == {first, second}
 
 
-def test_a_killed_scorer_costs_time_but_no_answer_and_a_killed_ledger_no_row(service: Service) -> None:
+def test_a_killed_scorer_loses_no_reply_and_a_killed_feedback_writer_no_row(service: Service) -> None:
     versions = service.versions()
-    names = {versions["live"]: service.truth["other"]}
-    names[versions.get("candidate", versions["live"])] = service.truth["first"]
-    load = Load(service.url)
+    expected_values = {versions["live"]: service.expected_values["other"]}
+    expected_values[versions.get("candidate", versions["live"])] = service.expected_values["first"]
+    load = LoadGenerator(service.url)
     load.start()
-    (victim,) = replicas("scorer-live")
+    (victim,) = list_replica_pids("scorer-live")
     os.kill(victim, signal.SIGKILL)
     record = {
         "conversation_id": "c", "turn": 0, "user_id": "ann", "time": "2026-01-31T12:00:00Z", "model_version": "m",
         "messages": [{"role": "user", "content": "Hi"}], "response": "Hello",
     }  # fmt: skip
-    acknowledged, refused = set(), []
-    with httpx.Client(base_url=service.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60) as http:
+    acknowledged, rejections = set(), []
+    with httpx.Client(base_url=service.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60) as http_client:
         for number in range(30):
             if number == 10:
-                (victim,) = replicas("ledger")
+                (victim,) = list_replica_pids("feedback-writer")
                 os.kill(victim, signal.SIGKILL)
             body = {"id": f"row-{number}", "reaction": "love", "record": {**record, "conversation_id": f"c{number}"}}
-            told = http.post("/v1/feedback", json=body)
-            if told.status_code == 200:
+            response = http_client.post("/v1/feedback", json=body)
+            if response.status_code == 200:
                 acknowledged.add(f"row-{number}")
             else:
-                refused.append(told.status_code)
+                rejections.append(response.status_code)
                 time.sleep(0.2)
-    load.end()
-    assert set(load.refused) | set(refused) <= {429, 503}
-    assert wrong(load, names) == []
+    load.stop()
+    assert set(load.rejections) | set(rejections) <= {429, 503}
+    assert find_wrong_replies(load, expected_values) == []
     assert len(acknowledged) >= 10
-    stored = b"".join(file.read_bytes() for file in (Path(str(service.settings.serve.feedback)) / ".log").glob("*.wal"))
-    assert [id_ for id_ in sorted(acknowledged) if f'"{id_}"'.encode() not in stored] == []
+    log_bytes = b"".join(
+        path.read_bytes() for path in (Path(str(service.settings.serve.feedback_path)) / ".log").glob("*.wal")
+    )
+    assert [row_id for row_id in sorted(acknowledged) if f'"{row_id}"'.encode() not in log_bytes] == []
 
 
-def test_a_killed_gateway_comes_back_and_our_client_waits_for_it(service: Service) -> None:
-    (victim,) = replicas("gateway")
+def test_a_killed_gateway_restarts_and_the_client_waits_for_it(service: Service) -> None:
+    (victim,) = list_replica_pids("gateway")
     os.kill(victim, signal.SIGKILL)
-    with RewardClient(service.url, token=TOKEN, attempts=20) as client:
+    with RewardClient(service.url, token=TOKEN, max_attempts=20) as client:
         value = client.score(*ITEMS[2]).scores["love"].value
-    assert min(abs(value - truth[2]) for truth in service.truth.values()) < 1e-4
-    assert replicas("gateway") != [victim]
+    assert min(abs(value - expected[2]) for expected in service.expected_values.values()) < 1e-4
+    assert list_replica_pids("gateway") != [victim]
 
 
 def test_the_train_loop_scores_with_the_service(service: Service) -> None:
@@ -207,27 +222,27 @@ def test_the_train_loop_scores_with_the_service(service: Service) -> None:
     from actors.reward import RewardActor
     from rluf.types import Group, Prompt, Sample
 
-    told = {"objectives": {"love": {"source": "serve", "path": service.url, "weight": 1.0}}}
+    values = {"objectives": {"love": {"source": "serve", "path": service.url, "weight": 1.0}}}
     actor = ray.remote(num_cpus=0.1, max_concurrency=8)(RewardActor).remote(
-        Settings.model_validate(told).model_dump_json(), {"love": None}
+        Settings.model_validate(values).model_dump_json(), {"love": None}
     )
-    item: Item = ITEMS[3]
+    item: ScoringItem = ITEMS[3]
     sample = Sample("p", (1,), (2,), (-0.1,), ((0, 0),), "stop", item[1])
     group = Group(Prompt("p", tuple(item[0]), (1,), "chat", "train"), (sample,), 0)
     (score,) = ray.get(actor.score.remote(group))["love"]
-    assert min(abs(score.value - truth[3]) for truth in service.truth.values()) < 1e-4
+    assert min(abs(score.value - expected[3]) for expected in service.expected_values.values()) < 1e-4
     ray.kill(actor)
 
 
-def test_beyond_this_machine_token_and_salt_are_demanded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_public_service_requires_token_and_salt(monkeypatch: pytest.MonkeyPatch) -> None:
     from rluf.serve.application import check_secrets
 
-    monkeypatch.delenv("RLUF_SERVE_TOKEN", raising=False)
-    monkeypatch.delenv("RLUF_SERVE_SALT", raising=False)
-    far = Settings.model_validate({"serve": {"host": "0.0.0.0"}})
+    for variable in ("RLUF_SERVE_TOKEN", "RLUF_USER_SALT", "RLUF_SERVE_SALT"):
+        monkeypatch.delenv(variable, raising=False)
+    public_settings = Settings.model_validate({"serve": {"host": "0.0.0.0"}})
     check_secrets(Settings())
-    for name in ("RLUF_SERVE_TOKEN", "RLUF_SERVE_SALT"):
-        with pytest.raises(SettingsError, match=name):
-            check_secrets(far)
-        monkeypatch.setenv(name, "x")
-    check_secrets(far)
+    for variable in ("RLUF_SERVE_TOKEN", "RLUF_USER_SALT"):
+        with pytest.raises(SettingsError, match=variable):
+            check_secrets(public_settings)
+        monkeypatch.setenv(variable, "x")
+    check_secrets(public_settings)

@@ -1,4 +1,4 @@
-"""The listener in front of the app: a port taken, served, handed over; and policies' weights as they are published."""
+"""The HTTP server of the gateway: bind, serve and hand over a port; and the weight buckets of a policy folder."""
 
 from __future__ import annotations
 
@@ -13,96 +13,104 @@ import torch
 import uvicorn
 from safetensors.torch import load_file, save_file
 
-from rluf.backends.weight_transfer.manifest import Checklist
+from rluf.backends.weight_transfer.base import WeightManifest
 from rluf.config.settings import Settings
 from rluf.errors import ModelError, ResourceError
 from rluf.models.hub import resolve_model
 from rluf.serve.app import make_app
-from rluf.serve.policy_deployment import check_same_shape, weights
-from rluf.serve.server import Listener
-from rluf.utils.paths import cache_dir
-from tests.serve.conftest import Here
+from rluf.serve.policy_deployment import check_same_shapes, iter_weight_buckets
+from rluf.serve.server import HttpServer
+from rluf.utils.paths import resolve_cache_folder
+from tests.serve.conftest import LocalBackend
 
 
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+def find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
-async def healthy(port: int) -> bool:
-    async with httpx.AsyncClient() as http:
-        answer = await http.get(f"http://127.0.0.1:{port}/healthz", headers={"host": "testserver"})
-    return answer.status_code == 200 and "server" not in answer.headers
+async def is_healthy(port: int) -> bool:
+    async with httpx.AsyncClient() as http_client:
+        response = await http_client.get(f"http://127.0.0.1:{port}/healthz", headers={"host": "testserver"})
+    return response.status_code == 200 and "server" not in response.headers
 
 
-async def test_a_successor_waits_for_the_port_and_gets_it(here: Here) -> None:
-    port, app = free_port(), make_app(here)
-    first, second = Listener("127.0.0.1", port), Listener("127.0.0.1", port)
+async def test_a_second_server_waits_until_the_port_is_released(backend: LocalBackend) -> None:
+    port, app = find_free_port(), make_app(backend)
+    first, second = HttpServer("127.0.0.1", port), HttpServer("127.0.0.1", port)
     await first.start(app, 1)
-    assert await healthy(port)
-    coming = asyncio.create_task(second.start(app, 20))
+    assert await is_healthy(port)
+    start_task = asyncio.create_task(second.start(app, 20))
     await asyncio.sleep(0.3)
-    assert not coming.done()
+    assert not start_task.done()
     await first.close()
-    await coming
-    assert await healthy(port)
+    await start_task
+    assert await is_healthy(port)
     await second.close()
     with pytest.raises(httpx.ConnectError):
-        await healthy(port)
+        await is_healthy(port)
 
 
-async def test_a_port_that_stays_taken_is_named(here: Here) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
+async def test_a_port_that_stays_in_use_is_named_in_the_error(backend: LocalBackend) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as occupying_socket:
+        port = occupying_socket.getsockname()[1]
         with pytest.raises(ResourceError, match=f"{port}.*serve.port"):
-            await Listener("127.0.0.1", port).start(make_app(here), 0.2)
+            await HttpServer("127.0.0.1", port).start(make_app(backend), 0.2)
 
 
-@pytest.mark.parametrize("killed", [True, False])
-async def test_a_server_that_ends_before_it_serves_is_not_taken_for_one_that_does(
-    here: Here, monkeypatch: pytest.MonkeyPatch, killed: bool
+@pytest.mark.parametrize("is_socket_closed", [True, False])
+async def test_a_server_that_stops_before_it_accepts_requests_is_an_error(
+    backend: LocalBackend, monkeypatch: pytest.MonkeyPatch, is_socket_closed: bool
 ) -> None:
-    port = free_port()
-    listener = Listener("127.0.0.1", port)
-    if killed:  # by its socket
+    port = find_free_port()
+    failing_server = HttpServer("127.0.0.1", port)
+    if is_socket_closed:
 
-        async def opened(_: float) -> socket.socket:
-            found = socket.create_server(("127.0.0.1", port))
-            found.close()
-            return found
+        async def open_closed_socket(_: float) -> socket.socket:
+            closed_socket = socket.create_server(("127.0.0.1", port))
+            closed_socket.close()
+            return closed_socket
 
-        monkeypatch.setattr(listener, "_opened", opened)
-    else:  # by a word to leave
+        monkeypatch.setattr(failing_server, "_open_socket", open_closed_socket)
+    else:
 
         async def startup(server: uvicorn.Server, sockets: list[socket.socket] | None = None) -> None:
             server.should_exit = True
 
         monkeypatch.setattr("uvicorn.Server.startup", startup)
-    with pytest.raises(ResourceError, match=f"127.0.0.1:{port} ended before it served"):
-        await listener.start(make_app(here), 0.2)
-    await listener.close()
+    with pytest.raises(ResourceError, match=f"127.0.0.1:{port} stopped before it accepted requests"):
+        await failing_server.start(make_app(backend), 0.2)
+    await failing_server.close()
     monkeypatch.undo()
-    again = Listener("127.0.0.1", port)
-    await again.start(make_app(here), 1)
-    assert await healthy(port)
-    await again.close()
+    next_server = HttpServer("127.0.0.1", port)
+    await next_server.start(make_app(backend), 1)
+    assert await is_healthy(port)
+    await next_server.close()
 
 
-def test_a_policys_weights_come_whole_and_only_the_same_shape_fits(
+def test_weight_buckets_are_complete_and_only_the_same_shapes_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = resolve_model("tiny", cache_dir(Settings()))
-    stored, ours = load_file(folder / "model.safetensors"), Checklist(folder, tied=True)
+    folder = resolve_model("tiny", resolve_cache_folder(Settings()))
+    stored_weights, manifest = load_file(folder / "model.safetensors"), WeightManifest(folder, has_tied_embeddings=True)
     monkeypatch.setattr("rluf.serve.policy_deployment.BUCKET_BYTES", 100_000)
-    buckets = list(weights(folder, ours))
+    buckets = list(iter_weight_buckets(folder, manifest))
     assert len(buckets) > 1
-    found = dict(pair for bucket in buckets for pair in bucket)
-    assert found.keys() - {"lm_head.weight"} == stored.keys() - {"lm_head.weight"}
-    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
-    check_same_shape(ours.expected, ours.expected, folder)
-    other = shutil.copytree(folder, tmp_path / "other")
-    name = max(stored, key=lambda one: stored[one].numel())
-    save_file({**stored, name: stored[name][:-1].contiguous()}, other / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"is \(258, 128\), it was \(259, 128\)"):
-        check_same_shape(ours.expected, Checklist(other, tied=True).expected, other)
+    sent_weights = dict(pair for bucket in buckets for pair in bucket)
+    assert sent_weights.keys() - {"lm_head.weight"} == stored_weights.keys() - {"lm_head.weight"}
+    assert all(torch.equal(sent_weights[name], tensor) for name, tensor in stored_weights.items())
+    check_same_shapes(manifest.expected_shapes, manifest.expected_shapes, folder)
+    other_folder = shutil.copytree(folder, tmp_path / "other")
+    name = max(stored_weights, key=lambda key: stored_weights[key].numel())
+    save_file(
+        {**stored_weights, name: stored_weights[name][:-1].contiguous()},
+        other_folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    with pytest.raises(ModelError, match=r"has shape \(258, 128\), expected \(259, 128\)"):
+        check_same_shapes(
+            manifest.expected_shapes,
+            WeightManifest(other_folder, has_tied_embeddings=True).expected_shapes,
+            other_folder,
+        )

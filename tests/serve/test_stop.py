@@ -1,4 +1,4 @@
-"""How the service is told to stop: signals, a second one, and actors that do not answer."""
+"""How the service stops: signals, a second signal, and actors that do not respond."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from concurrent.futures import Future
 
 import pytest
 
-from rluf.serve.__main__ import answered, until_told
+from rluf.serve.__main__ import wait_for_result, wait_for_stop_signal
 
 SIGNALS = (signal.SIGHUP, signal.SIGINT, signal.SIGTERM)
 
 
-class Response:
-    """An answer that is there, or never comes; as Ray Serve's, its result has a deadline."""
+class StubResponse:
+    """A deployment response that is ready or never arrives; like Ray Serve's, its result has a timeout."""
 
     def __init__(self, value: int | None = None) -> None:
         self.future: Future[int] = Future()
@@ -29,21 +29,21 @@ class Response:
 
 
 @pytest.fixture(autouse=True)
-def handlers() -> Iterator[None]:
-    """The signals' handlers as they were, and one of SIGTERM's that a command has (see rluf.config.cli.guard)."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+def restored_handlers() -> Iterator[None]:
+    """Restore the handlers afterwards; SIGTERM has that of a command (see rluf.config.cli.run_command)."""
+    previous_handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
-    def terminated(number: int, _: object) -> None:
+    def raise_exit(number: int, _: object) -> None:
         raise SystemExit(143)
 
-    signal.signal(signal.SIGTERM, terminated)
+    signal.signal(signal.SIGTERM, raise_exit)
     yield
-    for number, handler in before.items():
+    for number, handler in previous_handlers.items():
         signal.signal(number, handler)
 
 
-def sent(*numbers: signal.Signals) -> None:
-    """Send this process the signals a moment later, one after another."""
+def send_signals(*numbers: signal.Signals) -> None:
+    """Send the signals to this process after a short delay, one after another."""
 
     def send() -> None:
         for number in numbers:
@@ -55,33 +55,33 @@ def sent(*numbers: signal.Signals) -> None:
     timer.start()
 
 
-@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
-def test_hang_up_changes_models_and_the_first_other_signal_ends_the_wait(told: signal.Signals) -> None:
-    changes: list[int] = []
-    sent(signal.SIGHUP, signal.SIGHUP, told)
-    until_told(lambda: changes.append(1))
-    assert len(changes) == 2
+@pytest.mark.parametrize("stop_signal", [signal.SIGINT, signal.SIGTERM])
+def test_sighup_reloads_and_the_first_other_signal_ends_the_wait(stop_signal: signal.Signals) -> None:
+    reloads: list[int] = []
+    send_signals(signal.SIGHUP, signal.SIGHUP, stop_signal)
+    wait_for_stop_signal(lambda: reloads.append(1))
+    assert len(reloads) == 2
 
 
-def test_a_second_ctrl_c_interrupts_the_wait_for_an_answer() -> None:
-    sent(signal.SIGINT)
-    until_told(lambda: None)
-    sent(signal.SIGINT)
+def test_a_second_ctrl_c_interrupts_the_wait_for_a_result() -> None:
+    send_signals(signal.SIGINT)
+    wait_for_stop_signal(lambda: None)
+    send_signals(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt):
-        answered(Response(), 20, "draining")
+        wait_for_result(StubResponse(), 20, "draining")
 
 
-def test_a_second_terminate_ends_the_command() -> None:
-    sent(signal.SIGTERM)
-    until_told(lambda: None)
-    sent(signal.SIGTERM)
+def test_a_second_sigterm_ends_the_command() -> None:
+    send_signals(signal.SIGTERM)
+    wait_for_stop_signal(lambda: None)
+    send_signals(signal.SIGTERM)
     with pytest.raises(SystemExit, match="143"):
-        answered(Response(), 20, "draining")
+        wait_for_result(StubResponse(), 20, "draining")
 
 
-def test_an_actor_that_does_not_answer_is_told_and_left(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_actor_that_does_not_respond_is_logged_and_skipped(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
-        assert answered(Response(3), 1, "draining") == 3
+        assert wait_for_result(StubResponse(3), 1, "draining") == 3
         assert caplog.messages == []
-        assert answered(Response(), 0.1, "draining") is None
-    assert caplog.messages == ["stopped without draining: no answer within 0.1 s"]
+        assert wait_for_result(StubResponse(), 0.1, "draining") is None
+    assert caplog.messages == ["service: stopped without draining: no result within 0.1 s"]

@@ -1,4 +1,4 @@
-"""The feedback store: on disk before it answers, idempotent over restarts and crashes, read by rluf.prepare."""
+"""The feedback store: on disk before it acknowledges, idempotent over restarts and crashes, read by rluf.prepare."""
 
 from __future__ import annotations
 
@@ -16,16 +16,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rluf.errors import DataError, ResourceError
-from rluf.prepare.readers.files import read_batches
-from rluf.prepare.readers.sources import resolve
-from rluf.prepare.schema import ChatMessage, FeedbackRecord, arrow_schema
-from rluf.prepare.validation import validate
-from rluf.serve.store import Event, FeedbackStore
+from rluf.prepare.readers.files import read_line_batches, resolve_sources
+from rluf.prepare.schema import ChatMessage, FeedbackRecord, build_arrow_schema
+from rluf.prepare.validation import validate_json_row
+from rluf.serve.store import FeedbackEvent, FeedbackStore
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
 
-class Clock:
+class FakeClock:
     def __init__(self) -> None:
         self.now = NOW.timestamp()
 
@@ -33,184 +32,206 @@ class Clock:
         return self.now
 
 
-def record(id_: str, conversation: str = "c", turn: int = 0) -> FeedbackRecord:
+def make_record(response_id: str, conversation_id: str = "c", turn: int = 0) -> FeedbackRecord:
     return FeedbackRecord(
-        id=id_,
-        conversation_id=conversation,
+        id=response_id,
+        conversation_id=conversation_id,
         turn=turn,
         user_id="u",
         time=NOW,
         model_version="m",
         messages=[ChatMessage(role="user", content="Grüße 👋")],
-        response=f"Answer {id_}",
+        response=f"Answer {response_id}",
         reaction=None,
     )
 
 
-def served(id_: str, conversation: str = "c", turn: int = 0) -> Event:
-    return Event(id_, None, record(id_, conversation, turn))
+def make_served_event(response_id: str, conversation_id: str = "c", turn: int = 0) -> FeedbackEvent:
+    return FeedbackEvent(response_id, None, make_record(response_id, conversation_id, turn))
 
 
-def opened(folder: Path, clock: Clock, settle_s: float = 60.0) -> FeedbackStore:
-    store = FeedbackStore(str(folder), folder / ".log", settle_s=settle_s, clock=clock)
+def open_store(folder: Path, clock: FakeClock, reaction_window_s: float = 60.0) -> FeedbackStore:
+    store = FeedbackStore(str(folder), folder / ".log", reaction_window_s=reaction_window_s, clock=clock)
     store.start()
     return store
 
 
-def rows(folder: Path) -> dict[str, tuple[str | None, bool | None]]:
-    found = {}
-    for file in sorted(folder.glob("*.parquet")):
-        assert pq.read_schema(file).equals(arrow_schema(FeedbackRecord))
-        for row in pq.read_table(file).to_pylist():
-            assert row["id"] not in found
-            found[row["id"]] = (row["reaction"], row["continued"])
-    return found
+def read_rows(folder: Path) -> dict[str, tuple[str | None, bool | None]]:
+    rows = {}
+    for path in sorted(folder.glob("*.parquet")):
+        assert pq.read_schema(path).equals(build_arrow_schema(FeedbackRecord))
+        for row in pq.read_table(path).to_pylist():
+            assert row["id"] not in rows
+            rows[row["id"]] = (row["reaction"], row["continued"])
+    return rows
 
 
 def test_a_reaction_changes_its_row_until_it_settles(tmp_path: Path) -> None:
-    clock = Clock()
-    store = opened(tmp_path, clock)
-    assert store.append([served("a"), served("b", turn=1), Event("a", "love")]) == ["stored"] * 3
-    assert store.append([Event("a", "love"), Event("x", "love"), Event("b", "love"), Event("b", None)]) == [
+    clock = FakeClock()
+    store = open_store(tmp_path, clock)
+    assert (
+        store.append_events([make_served_event("a"), make_served_event("b", turn=1), FeedbackEvent("a", "love")])
+        == ["stored"] * 3
+    )
+    assert store.append_events(
+        [FeedbackEvent("a", "love"), FeedbackEvent("x", "love"), FeedbackEvent("b", "love"), FeedbackEvent("b", None)]
+    ) == [
         "duplicate",
         "unknown",
         "stored",
         "stored",
     ]
-    assert store.rotate() == 0
+    assert store.flush_settled() == 0
     clock.now += 61
-    assert store.rotate() == 2
-    assert rows(tmp_path) == {"a": ("love", True), "b": (None, None)}
-    assert store.append([Event("a", "love"), Event("a", None), served("b")]) == ["duplicate", "settled", "duplicate"]
-    assert store.open_rows == 0
+    assert store.flush_settled() == 2
+    assert read_rows(tmp_path) == {"a": ("love", True), "b": (None, None)}
+    assert store.append_events([FeedbackEvent("a", "love"), FeedbackEvent("a", None), make_served_event("b")]) == [
+        "duplicate",
+        "settled",
+        "duplicate",
+    ]
+    assert store.open_row_count == 0
 
 
-def test_rows_pass_the_checks_of_prepare_while_the_store_is_open(tmp_path: Path) -> None:
-    clock = Clock()
-    store = opened(tmp_path, clock, settle_s=0)
-    store.append([served("a"), served("b")])
-    store.rotate()
-    store.append([served("c")])
-    (source,) = resolve([str(tmp_path)], "feedback")
-    found = [validate(line.raw, FeedbackRecord, NOW) for lines in read_batches(source.location) for line in lines]
-    assert found == [record("a").model_copy(update={"continued": None}), record("b")]
+def test_rows_pass_the_validation_of_prepare_while_the_store_is_open(tmp_path: Path) -> None:
+    clock = FakeClock()
+    store = open_store(tmp_path, clock, reaction_window_s=0)
+    store.append_events([make_served_event("a"), make_served_event("b")])
+    store.flush_settled()
+    store.append_events([make_served_event("c")])
+    (source,) = resolve_sources([str(tmp_path)], "feedback")
+    validated_records = [
+        validate_json_row(line.raw, FeedbackRecord, NOW)
+        for lines in read_line_batches(source.location)
+        for line in lines
+    ]
+    assert validated_records == [make_record("a").model_copy(update={"continued": None}), make_record("b")]
 
 
-def test_a_store_by_url_holds_the_same_rows(tmp_path: Path) -> None:
-    store = FeedbackStore((tmp_path / "out").as_uri(), tmp_path / "log", settle_s=0, clock=Clock())
+def test_a_store_by_url_has_the_same_rows(tmp_path: Path) -> None:
+    store = FeedbackStore((tmp_path / "out").as_uri(), tmp_path / "log", reaction_window_s=0, clock=FakeClock())
     (tmp_path / "out").mkdir()
     store.start()
-    store.append([served("a")])
-    store.rotate()
+    store.append_events([make_served_event("a")])
+    store.flush_settled()
     store.close()
-    assert rows(tmp_path / "out") == {"a": (None, None)}
-    again = FeedbackStore((tmp_path / "out").as_uri(), tmp_path / "log", settle_s=0, clock=Clock())
-    again.start()
-    assert again.append([served("a")]) == ["duplicate"]
+    assert read_rows(tmp_path / "out") == {"a": (None, None)}
+    reopened_store = FeedbackStore(
+        (tmp_path / "out").as_uri(), tmp_path / "log", reaction_window_s=0, clock=FakeClock()
+    )
+    reopened_store.start()
+    assert reopened_store.append_events([make_served_event("a")]) == ["duplicate"]
 
 
-def test_a_torn_last_line_is_left_out_and_the_others_stay(tmp_path: Path) -> None:
-    clock = Clock()
-    store = opened(tmp_path, clock)
-    store.append([served("a"), served("b", "d")])
+def test_an_incomplete_last_line_is_skipped_and_the_others_stay(tmp_path: Path) -> None:
+    clock = FakeClock()
+    store = open_store(tmp_path, clock)
+    store.append_events([make_served_event("a"), make_served_event("b", "d")])
     store.close()
-    (file,) = (tmp_path / ".log").glob("*.wal")
-    file.write_bytes(file.read_bytes()[:-7])
-    again = opened(tmp_path, clock)
-    assert again.open_rows == 1
-    assert again.append([served("b", "d"), served("a")]) == ["stored", "duplicate"]
+    (log_file,) = (tmp_path / ".log").glob("*.wal")
+    log_file.write_bytes(log_file.read_bytes()[:-7])
+    reopened_store = open_store(tmp_path, clock)
+    assert reopened_store.open_row_count == 1
+    assert reopened_store.append_events([make_served_event("b", "d"), make_served_event("a")]) == [
+        "stored",
+        "duplicate",
+    ]
 
 
-def test_a_crash_between_parquet_and_the_new_log_gives_no_row_twice(tmp_path: Path) -> None:
-    clock = Clock()
-    store = opened(tmp_path, clock)
-    store.append([served("a"), Event("a", "love"), served("b", "d")])
-    old = shutil.copytree(tmp_path / ".log", tmp_path / "kept")
-    store.rotate(all_rows=True)
+def test_a_crash_between_parquet_and_the_new_log_duplicates_no_row(tmp_path: Path) -> None:
+    clock = FakeClock()
+    store = open_store(tmp_path, clock)
+    store.append_events([make_served_event("a"), FeedbackEvent("a", "love"), make_served_event("b", "d")])
+    old_log = shutil.copytree(tmp_path / ".log", tmp_path / "log-copy")
+    store.flush_settled(all_rows=True)
     store.close()
     shutil.rmtree(tmp_path / ".log")
-    shutil.move(old, tmp_path / ".log")
-    again = opened(tmp_path, clock)
-    assert again.open_rows == 0
-    assert again.append([Event("a", "love")]) == ["duplicate"]
-    again.rotate(all_rows=True)
-    assert rows(tmp_path) == {"a": ("love", None), "b": (None, None)}
+    shutil.move(old_log, tmp_path / ".log")
+    reopened_store = open_store(tmp_path, clock)
+    assert reopened_store.open_row_count == 0
+    assert reopened_store.append_events([FeedbackEvent("a", "love")]) == ["duplicate"]
+    reopened_store.flush_settled(all_rows=True)
+    assert read_rows(tmp_path) == {"a": ("love", None), "b": (None, None)}
 
 
-STEP = st.one_of(
+ACTIONS = st.one_of(
     st.tuples(st.just("serve"), st.integers(0, 5)),
     st.tuples(st.just("love"), st.integers(0, 5)),
-    st.tuples(st.just("take back"), st.integers(0, 5)),
+    st.tuples(st.just("withdraw"), st.integers(0, 5)),
     st.tuples(st.just("wait"), st.integers(0, 90)),
-    st.tuples(st.just("rotate"), st.just(0)),
+    st.tuples(st.just("flush"), st.just(0)),
     st.tuples(st.just("restart"), st.just(0)),
 )
 
 
 @settings(max_examples=30, deadline=None)
-@given(steps=st.lists(STEP, max_size=25))
-def test_whatever_happens_no_acknowledged_row_is_lost_or_doubled(
+@given(steps=st.lists(ACTIONS, max_size=25))
+def test_no_acknowledged_row_is_lost_or_duplicated(
     steps: list[tuple[str, int]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    folder, clock = tmp_path_factory.mktemp("store"), Clock()
-    store = opened(folder, clock)
+    folder, clock = tmp_path_factory.mktemp("store"), FakeClock()
+    store = open_store(folder, clock)
     acknowledged: dict[str, str | None] = {}
-    for what, number in steps:
-        if what == "wait":
+    for action, number in steps:
+        if action == "wait":
             clock.now += number
-        elif what == "rotate":
-            store.rotate()
-        elif what == "restart":
+        elif action == "flush":
+            store.flush_settled()
+        elif action == "restart":
             store.close()
-            store = opened(folder, clock)
+            store = open_store(folder, clock)
         else:
-            reaction = "love" if what == "love" else None
-            event = served(f"r{number}", f"c{number}") if what == "serve" else Event(f"r{number}", reaction)
-            if store.append([event]) == ["stored"]:
+            reaction = "love" if action == "love" else None
+            event = (
+                make_served_event(f"r{number}", f"c{number}")
+                if action == "serve"
+                else FeedbackEvent(f"r{number}", reaction)
+            )
+            if store.append_events([event]) == ["stored"]:
                 acknowledged[event.id] = event.reaction
-    store.rotate(all_rows=True)
+    store.flush_settled(all_rows=True)
     store.close()
-    assert {id_: reaction for id_, (reaction, _) in rows(folder).items()} == acknowledged
+    assert {response_id: reaction for response_id, (reaction, _) in read_rows(folder).items()} == acknowledged
 
 
-KILLED = """
+WRITER_PROGRAM = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from test_store import served
+from test_store import make_served_event
 from rluf.serve.store import FeedbackStore
-store = FeedbackStore({folder!r}, Path({folder!r}) / ".log", settle_s=0.005)
+store = FeedbackStore({folder!r}, Path({folder!r}) / ".log", reaction_window_s=0.005)
 store.start()
 for number in range(100000):
-    store.append([served(f"r{{number}}", f"c{{number}}")])
+    store.append_events([make_served_event(f"r{{number}}", f"c{{number}}")])
     sys.stdout.write(f"r{{number}}\\n")
     sys.stdout.flush()
     if number % 7 == 6:
-        store.rotate()
+        store.flush_settled()
 """
 
 
-def test_a_killed_writer_has_lost_nothing_that_it_acknowledged(tmp_path: Path) -> None:
-    program = KILLED.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
+def test_a_killed_writer_loses_no_acknowledged_row(tmp_path: Path) -> None:
+    program = WRITER_PROGRAM.format(tests=str(Path(__file__).parent), folder=str(tmp_path))
     writer = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     assert writer.stdout is not None
     acknowledged = {writer.stdout.readline().strip() for _ in range(40)}
     os.kill(writer.pid, signal.SIGKILL)
     acknowledged |= {line.strip() for line in writer.stdout if line.endswith("\n")}
     writer.wait()
-    store = FeedbackStore(str(tmp_path), tmp_path / ".log", settle_s=0)
+    store = FeedbackStore(str(tmp_path), tmp_path / ".log", reaction_window_s=0)
     store.start()
-    store.rotate(all_rows=True)
-    found = set(rows(tmp_path))
-    assert acknowledged <= found
-    assert len(found) - len(acknowledged) <= 1  # written, but killed before it could say so
+    store.flush_settled(all_rows=True)
+    stored_ids = set(read_rows(tmp_path))
+    assert acknowledged <= stored_ids
+    assert len(stored_ids) - len(acknowledged) <= 1  # written, but killed before the acknowledgment
 
 
-def test_places_that_cannot_be_used_are_clear_errors(tmp_path: Path) -> None:
+def test_unusable_folders_are_clear_errors(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ResourceError, match=r"serve\.feedback"):
-        opened(tmp_path / "file", Clock())
+        open_store(tmp_path / "file", FakeClock())
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "x.parquet").write_text("no parquet")
+    (tmp_path / "bad" / "x.parquet").write_text("not parquet")
     with pytest.raises(DataError, match=r"x\.parquet"):
-        opened(tmp_path / "bad", Clock())
+        open_store(tmp_path / "bad", FakeClock())

@@ -1,4 +1,4 @@
-"""No terminal in tests, and log handlers that a test's command sets up are gone after the test."""
+"""No terminal in tests; log handlers that a test installs are removed after it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import pytest
 
 
 @pytest.fixture(autouse=True)
-def _restore_root() -> Iterator[None]:
-    root = logging.getLogger()
-    level, handlers = root.level, list(root.handlers)
+def _restore_root_logger() -> Iterator[None]:
+    root_logger = logging.getLogger()
+    level, handlers = root_logger.level, list(root_logger.handlers)
     yield
-    root.setLevel(level)
-    for handler in list(root.handlers):
+    root_logger.setLevel(level)
+    for handler in list(root_logger.handlers):
         if handler not in handlers:
-            root.removeHandler(handler)
+            root_logger.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)
 def _no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rluf.tracking.console._on_terminal", lambda: False)
+    monkeypatch.setattr("rluf.tracking.console._is_terminal", lambda: False)

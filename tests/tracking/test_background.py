@@ -1,4 +1,4 @@
-"""A guest is never waited for longer than said, whatever it does: refuses, hangs, is slow, or dies."""
+"""Calls to an optional service never block for longer than their timeout: it may fail, hang, be slow or die."""
 
 from __future__ import annotations
 
@@ -7,65 +7,65 @@ import threading
 
 import pytest
 
-from rluf.tracking import background as module
-from rluf.tracking.background import Guest
+from rluf.tracking import background
+from rluf.tracking.background import BackgroundCaller
 
 
-def refuse() -> None:
-    raise ValueError("no\nand a long tale")
+def fail() -> None:
+    raise ValueError("no\nand a long traceback")
 
 
-def test_calls_run_in_order_on_one_thread_of_their_own() -> None:
-    done: list[tuple[int, int]] = []
-    guest = Guest("it", (ValueError,))
+def test_calls_run_in_order_on_their_own_thread() -> None:
+    calls: list[tuple[int, int]] = []
+    caller = BackgroundCaller("it", (ValueError,))
     for number in range(20):
-        guest.ask("count", lambda number=number: done.append((number, threading.get_ident())))
-    assert guest.wait(guest.ask("end", lambda: None), 10.0)
-    assert [number for number, _ in done] == list(range(20))
-    assert {thread for _, thread in done} != {threading.get_ident()}
+        caller.submit("count", lambda number=number: calls.append((number, threading.get_ident())))
+    assert caller.wait_for_call(caller.submit("end", lambda: None), 10.0)
+    assert [number for number, _ in calls] == list(range(20))
+    assert {thread for _, thread in calls} != {threading.get_ident()}
 
 
-def test_a_refusal_is_told_once_and_ends_the_stay(caplog: pytest.LogCaptureFixture) -> None:
-    guest = Guest("it", (ValueError,))
-    assert not guest.wait(guest.ask("help", refuse), 10.0)
-    seen: list[int] = []
-    assert not guest.wait(guest.ask("count", lambda: seen.append(1)), 10.0)
-    assert guest.gone and seen == []
-    assert [one.getMessage() for one in caplog.records] == ["it could not help (ValueError: no); the run goes on"]
-    guest.welcome()
-    assert guest.wait(guest.ask("count", lambda: seen.append(1)), 10.0)
-    assert seen == [1]
+def test_a_failure_is_logged_once_and_stops_later_calls(caplog: pytest.LogCaptureFixture) -> None:
+    caller = BackgroundCaller("it", (ValueError,))
+    assert not caller.wait_for_call(caller.submit("help", fail), 10.0)
+    counts: list[int] = []
+    assert not caller.wait_for_call(caller.submit("count", lambda: counts.append(1)), 10.0)
+    assert caller.is_stopped and counts == []
+    assert caplog.messages == ["it could not help (ValueError: no); continuing without it"]
+    caller.reset()
+    assert caller.wait_for_call(caller.submit("count", lambda: counts.append(1)), 10.0)
+    assert counts == [1]
 
 
-def test_a_guest_that_hangs_is_left_behind(caplog: pytest.LogCaptureFixture) -> None:
-    hold = threading.Event()
-    guest = Guest("it", ())
-    assert not guest.wait(guest.ask("come back", hold.wait), 0.05)
-    assert guest.gone
-    hold.set()
-    assert "it did not come back within 0.05 s; the run goes on without it" in caplog.text
+def test_a_service_that_hangs_is_abandoned(caplog: pytest.LogCaptureFixture) -> None:
+    release = threading.Event()
+    caller = BackgroundCaller("it", ())
+    assert not caller.wait_for_call(caller.submit("come back", release.wait), 0.05)
+    assert caller.is_stopped
+    release.set()
+    assert "it did not come back within 0.05 s; continuing without it" in caplog.text
 
 
-def test_what_a_slow_guest_cannot_take_is_left_out(
+def test_calls_beyond_the_queue_of_a_slow_service_are_dropped(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "WAITING", 2)
-    hold = threading.Event()
-    guest = Guest("it", ())
-    calls = [guest.ask("keep up", hold.wait) for _ in range(8)]
-    hold.set()
-    assert all(call.over.wait(10.0) for call in calls)
-    assert 2 <= sum(call.worked for call in calls) < 8
-    assert len([one for one in caplog.records if one.levelno == logging.WARNING]) == 1
+    monkeypatch.setattr(background, "MAX_QUEUED_CALLS", 2)
+    release = threading.Event()
+    caller = BackgroundCaller("it", ())
+    calls = [caller.submit("keep up", release.wait) for _ in range(8)]
+    release.set()
+    assert all(call.finished.wait(10.0) for call in calls)
+    assert 2 <= sum(call.succeeded for call in calls) < 8
+    assert len([record for record in caplog.records if record.levelno == logging.WARNING]) == 1
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_unforeseen_error_ends_the_guest_and_nothing_else() -> None:
-    guest = Guest("it", (ValueError,))
+def test_an_unexpected_error_stops_the_caller_and_nothing_else() -> None:
+    caller = BackgroundCaller("it", (ValueError,))
 
-    def burst() -> None:
-        raise LookupError("unforeseen")
+    def raise_unexpected() -> None:
+        raise LookupError("unexpected")
 
-    assert not guest.wait(guest.ask("live", burst), 10.0)
-    assert guest.gone
-    assert not guest.wait(guest.ask("live", lambda: None), 0.1)
+    assert not caller.wait_for_call(caller.submit("live", raise_unexpected), 10.0)
+    assert caller.is_stopped
+    assert not caller.wait_for_call(caller.submit("live", lambda: None), 0.1)

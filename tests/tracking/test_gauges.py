@@ -1,4 +1,4 @@
-"""Prometheus: what a real Ray exports is scraped; the Grafana dashboard draws only what is exported."""
+"""Prometheus: metrics are scraped from a real Ray; the Grafana dashboard plots every exported metric."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from pathlib import Path
 import pytest
 import ray
 
-from rluf.tracking import gauges
-from rluf.tracking import metric_registry as catalogue
+from rluf.tracking import gauges, metric_registry
 
-GRAFANA = Path(gauges.__file__).with_name("grafana.json")
+DASHBOARD_FILE = Path(gauges.__file__).with_name("grafana.json")
 
 
 @pytest.fixture
@@ -31,63 +30,73 @@ def quick_ray() -> Iterator[str]:
     ray.shutdown()
 
 
-def exported(url: str, wanted: str) -> dict[str, float]:
-    """Values of rluf by name and labels, once `wanted` is among them."""
+def scrape_until(url: str, key: str) -> dict[str, float]:
+    """rluf's values by name and labels, scraped until `key` is among them."""
     deadline = time.monotonic() + 60
     while True:
         try:
-            with urllib.request.urlopen(url, timeout=10) as answer:
-                text = answer.read().decode()
+            with urllib.request.urlopen(url, timeout=10) as response:
+                text = response.read().decode()
         except OSError as error:
             text = str(error)
-        found = {}
+        values = {}
         for name, labels, value in re.findall(r"^ray_rluf_(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
-            kept = dict(re.findall(r'(\w+)="([^"]*)"', labels))
-            tags = ",".join(kept[key] for key in ("run", "objective", "phase") if key in kept)
-            found[f"{name} {tags}"] = float(value)
-        if wanted in found:
-            return found
+            label_values = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+            tags = ",".join(label_values[label] for label in ("run", "objective", "phase") if label in label_values)
+            values[f"{name} {tags}"] = float(value)
+        if key in values:
+            return values
         assert time.monotonic() < deadline, text[-2000:]
         time.sleep(0.2)
 
 
 @pytest.mark.slow
-def test_a_steps_numbers_are_scraped_from_ray(quick_ray: str) -> None:
-    shown = gauges.Gauges("tiny", ["love", "safety"])
-    shown.set({"step": 1, "love": 0.06, "kl": float("nan"), "of_a_new_algorithm": 1.0})
-    shown.set({"step": 2, "love": 0.07, "safety": 0.9, "learn_s": 7.5, "tokens_per_s": 120.0, "version": 2,
+def test_step_metrics_are_scraped_from_ray(quick_ray: str) -> None:
+    run_gauges = gauges.RunGauges("tiny", ["love", "safety"])
+    run_gauges.set_step({"step": 1, "love": 0.06, "kl": float("nan"), "of_a_new_algorithm": 1.0})
+    run_gauges.set_step({"step": 2, "love": 0.07, "safety": 0.9, "learn_s": 7.5, "tokens_per_s": 120.0, "version": 2,
                "reward": None})  # fmt: skip
-    assert exported(quick_ray, "step tiny") == {
+    assert scrape_until(quick_ray, "step tiny") == {
         "step tiny": 2.0, "version tiny": 2.0, "objective tiny,love": 0.07, "objective tiny,safety": 0.9,
         "phase_seconds tiny,learn": 7.5, "tokens_per_s tiny": 120.0,
     }  # fmt: skip
 
 
-def test_the_dashboard_is_that_of_the_code_and_draws_every_metric() -> None:
-    drawn = gauges.dashboard()
-    assert json.loads(GRAFANA.read_text()) == drawn, "write rluf/tracking/grafana.json again from gauges.dashboard()"
-    asked = {target["expr"] for panel in drawn["panels"] for target in panel["targets"]}
-    names = {gauges.place(spec.key, catalogue.OWN)[0] for spec in catalogue.catalogue(catalogue.OWN)}
-    assert {f'ray_rluf_{name}{{run=~"$run"}}' for name in names} <= asked
-    assert len({panel["id"] for panel in drawn["panels"]}) == len(drawn["panels"])
-    corners = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in drawn["panels"]}
-    assert len(corners) == len(drawn["panels"])
+def test_the_dashboard_file_is_current_and_plots_every_metric() -> None:
+    dashboard = gauges.build_dashboard()
+    assert json.loads(DASHBOARD_FILE.read_text()) == dashboard, (
+        "write rluf/tracking/grafana.json again from gauges.build_dashboard()"
+    )
+    expressions = {target["expr"] for panel in dashboard["panels"] for target in panel["targets"]}
+    gauge_names = {
+        gauges.gauge_and_labels(spec.key, metric_registry.BUILTIN_OBJECTIVES)[0]
+        for spec in metric_registry.metric_specs(metric_registry.BUILTIN_OBJECTIVES)
+    }
+    assert {f'ray_rluf_{name}{{run=~"$run"}}' for name in gauge_names} <= expressions
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    corners = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]}
+    assert len(corners) == len(dashboard["panels"])
 
 
-def test_rays_grafana_finds_in_it_what_it_finds_in_rays_own() -> None:
+def test_the_dashboard_has_the_format_of_rays_own_dashboards() -> None:
     """Grafana loads every dashboard of the folder that Ray provisions: by uid, over Ray's own data source."""
     factory = pytest.importorskip("ray.dashboard.modules.metrics.grafana_dashboard_factory")
-    made = [getattr(factory, name)() for name in dir(factory) if re.fullmatch(r"generate_\w+_grafana_dashboard", name)]
-    rays = [json.loads(content) for content, _ in made]
-    ours = json.loads(GRAFANA.read_text())
-    assert len(rays) > 3 and ours["uid"] not in [one["uid"] for one in rays]
-    assert set(ours) <= set(rays[0])
-    panels = [panel for one in rays for panel in one["panels"] if panel["type"] != "row"]
-    for panel in ours["panels"]:
-        assert set(panel) <= {key for one in panels for key in one}
+    generated = [
+        getattr(factory, name)() for name in dir(factory) if re.fullmatch(r"generate_\w+_grafana_dashboard", name)
+    ]
+    ray_dashboards = [json.loads(content) for content, _ in generated]
+    dashboard = json.loads(DASHBOARD_FILE.read_text())
+    assert len(ray_dashboards) > 3 and dashboard["uid"] not in [other["uid"] for other in ray_dashboards]
+    assert set(dashboard) <= set(ray_dashboards[0])
+    panels = [panel for other in ray_dashboards for panel in other["panels"] if panel["type"] != "row"]
+    for panel in dashboard["panels"]:
+        assert set(panel) <= {key for ray_panel in panels for key in ray_panel}
         assert panel["datasource"] == panels[0]["datasource"]
         assert all(set(target) <= set(panels[0]["targets"][0]) for target in panel["targets"])
-    theirs = {one["name"]: one for one in rays[0]["templating"]["list"]}
-    source, run = ours["templating"]["list"]
-    assert (source["type"], source["query"]) == (theirs["datasource"]["type"], theirs["datasource"]["query"])
-    assert run["type"] in {one["type"] for one in theirs.values()}
+    ray_variables = {variable["name"]: variable for variable in ray_dashboards[0]["templating"]["list"]}
+    source, run = dashboard["templating"]["list"]
+    assert (source["type"], source["query"]) == (
+        ray_variables["datasource"]["type"],
+        ray_variables["datasource"]["query"],
+    )
+    assert run["type"] in {variable["type"] for variable in ray_variables.values()}

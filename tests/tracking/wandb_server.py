@@ -1,6 +1,6 @@
-"""The least of a W&B server: takes runs and artifacts, keeps what it was asked. python wandb_server.py [LOG FILE]
+"""Minimal W&B server: accepts runs and artifacts and logs the requests. python wandb_server.py [LOG FILE]
 
-Prints its port, then serves until it is ended.
+Prints its port, then serves until it is killed.
 """
 
 from __future__ import annotations
@@ -17,30 +17,33 @@ BUCKET = {
 ARTIFACT = {
     "id": "QXJ0aWZhY3Q6MQ==", "state": "COMMITTED", "digest": "d", "artifactSequence": {"id": "s", "name": "n"},
 }  # fmt: skip
-ANSWERS = {
+REPLIES = {
     "upsertBucket": {"upsertBucket": {"inserted": True, "bucket": BUCKET}},
     "viewer": {"viewer": {"id": "v", "entity": "me", "username": "me", "flags": "{}", "teams": {"edges": []}}},
     "query ArtifactType": {"project": {"artifact": None}},
     "mutation CreateArtifact ": {"createArtifact": {"artifact": ARTIFACT}},
     "mutation UseArtifact ": {"useArtifact": {"artifact": ARTIFACT}},
 }
-"""Answer by a word of the question."""
+"""Reply by a phrase of the request."""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers every question that it knows, and any other with nothing."""
+    """Sends the reply of a known request, and an empty one for any other."""
 
     def do_POST(self) -> None:
-        asked = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode("utf-8", "replace")
+        request = self.rfile.read(int(self.headers.get("Content-Length") or 0)).decode("utf-8", "replace")
         if len(sys.argv) > 1:
             with Path(sys.argv[1]).open("a") as log:
-                log.write(json.dumps({"path": self.path, "asked": asked}) + "\n")
-        data = next((answer for word, answer in ANSWERS.items() if word in asked), {})
-        if "model(" in asked and "upsertBucket" not in asked:
+                log.write(json.dumps({"path": self.path, "request": request}) + "\n")
+        data = next((reply for phrase, reply in REPLIES.items() if phrase in request), {})
+        if "model(" in request and "upsertBucket" not in request:
             data = {"model": {"bucket": None}}
-        if "mutation CreateRunFiles" in asked:
-            place = f"http://{self.headers['Host']}/upload"
-            files = [{"name": name, "uploadUrl": f"{place}/{name}"} for name in json.loads(asked)["variables"]["files"]]
+        if "mutation CreateRunFiles" in request:
+            upload_url = f"http://{self.headers['Host']}/upload"
+            files = [
+                {"name": name, "uploadUrl": f"{upload_url}/{name}"}
+                for name in json.loads(request)["variables"]["files"]
+            ]
             data = {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
         body = json.dumps({"data": data}).encode()
         self.send_response(200)
@@ -49,7 +52,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    do_GET = do_PUT = do_POST  # noqa: N815 - names that http.server looks for
+    do_GET = do_PUT = do_POST  # noqa: N815 - names that http.server requires
 
     def log_message(self, *_: object) -> None:
         pass

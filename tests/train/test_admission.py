@@ -1,96 +1,197 @@
-"""What a step learns from: groups young enough, for DAPO with scores that differ, for KTO those of the log."""
+"""Groups that a step trains on: fresh enough, with DAPO of differing scores, with KTO from the log."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rluf.algorithms.advantages import Drift
+from rluf.algorithms.advantages import SampleKL
 from rluf.config.load import load_settings
-from rluf.errors import DataError, StallError
-from rluf.train.actor_groups import Crew
-from rluf.train.controller import REFILLS, Pipeline, ScoredGroup
-from rluf.train.offline_batches import LoggedBatches, mismatched, outcomes_of
-from rluf.train.prompts import Reactions
+from rluf.errors import ActorError, DataError, DeadlineError
+from rluf.train.actor_groups import ActorSupervisor
+from rluf.train.controller import MAX_DROPPED_BATCHES, TrainController
+from rluf.train.offline_batches import OfflineBatches, mismatched_pairs, offline_advantage_inputs
+from rluf.train.prompts import ReactionGroups
+from rluf.train.work_buffer import CountingIterator, ScoredGroup, WorkBuffer, prompt_order
 from rluf.types import Group, GroupInfo, Prompt, Sample, Score
 
 INFO = GroupInfo("p", "", 0, 5, (3, 3), (True, True))
-ALIKE, APART = (0.5, 0.5), (0.5, 0.6)
+EQUAL_SCORES, DIFFERENT_SCORES = (0.5, 0.5), (0.5, 0.6)
+PROMPTS = [Prompt(name, (), (1,), "", "train") for name in "abcde"]
 
 
-def pipeline(*overrides: str, version: int = 0) -> Pipeline:
-    made = Pipeline(load_settings(None, list(overrides)).settings, Crew(), [])
-    made.version = version
-    return made
+def make_controller(*overrides: str, version: int = 0) -> TrainController:
+    settings = load_settings(None, list(overrides)).settings
+    controller = TrainController(settings, ActorSupervisor(settings, Path(), {}, with_learners=True), [])
+    controller.version = version
+    return controller
 
 
-def group(love: tuple[float, ...], *, topic: str = "", **info: Any) -> ScoredGroup:
-    values = {"love": love, "helpfulness": ALIKE, "safety": ALIKE}
+def make_scored_group(love: tuple[float, ...], *, topic: str = "", **info: Any) -> ScoredGroup:
+    values = {"love": love, "helpfulness": EQUAL_SCORES, "safety": EQUAL_SCORES}
     scores = {name: tuple(Score(name, value, 0.0) for value in row) for name, row in values.items()}
     return ScoredGroup(None, replace(INFO, topic=topic, **info), scores)  # type: ignore[arg-type]
 
 
-def test_grpo_takes_every_group() -> None:
-    assert pipeline()._usable(group(ALIKE))
-    assert pipeline(version=9)._usable(group(APART))
+def test_grpo_accepts_every_group() -> None:
+    assert make_controller()._accept_group(make_scored_group(EQUAL_SCORES))
+    assert make_controller(version=9)._accept_group(make_scored_group(DIFFERENT_SCORES))
 
 
 @pytest.mark.parametrize(
-    ("scored", "usable"),
+    ("scored_group", "is_accepted"),
     [
-        (group(APART), True),
-        (group(ALIKE), False),
-        (group(ALIKE, passed=(True, False)), True),
-        (group(ALIKE, passed=(True, True)), False),
-        (group(APART, topic="risky"), False),  # only safety counts there
+        (make_scored_group(DIFFERENT_SCORES), True),
+        (make_scored_group(EQUAL_SCORES), False),
+        (make_scored_group(EQUAL_SCORES, passed_judges=(True, False)), True),
+        (make_scored_group(EQUAL_SCORES, passed_judges=(True, True)), False),
+        (make_scored_group(DIFFERENT_SCORES, topic="risky"), False),  # only safety counts there
     ],
 )
-def test_dapo_drops_groups_without_spread(scored: ScoredGroup, usable: bool) -> None:
-    assert pipeline("algorithm.name=dapo")._usable(scored) is usable
+def test_dapo_drops_groups_without_spread(scored_group: ScoredGroup, is_accepted: bool) -> None:
+    assert make_controller("algorithm.name=dapo")._accept_group(scored_group) is is_accepted
 
 
-def test_a_straggler_is_dropped_when_it_lags_more_than_staleness() -> None:
-    late = pipeline("algorithm.staleness=1", "algorithm.too_old=drop", version=3)
-    assert not late._usable(group(APART, version=1))
-    assert late._usable(group(APART, version=2))
-    assert pipeline("algorithm.staleness=1", version=3)._usable(group(APART, version=1))
+def test_a_group_older_than_max_staleness_is_dropped() -> None:
+    controller = make_controller("algorithm.max_staleness=1", "algorithm.stale_policy=drop", version=3)
+    assert not controller._accept_group(make_scored_group(DIFFERENT_SCORES, weight_version=1))
+    assert controller._accept_group(make_scored_group(DIFFERENT_SCORES, weight_version=2))
+    lenient = make_controller("algorithm.max_staleness=1", version=3)
+    assert lenient._accept_group(make_scored_group(DIFFERENT_SCORES, weight_version=1))
 
 
 def test_a_step_ends_even_if_no_group_has_spread() -> None:
-    hopeless = pipeline("algorithm.name=dapo")
-    hopeless._dropped = REFILLS * hopeless.settings.algorithm.prompts_per_step
-    assert hopeless._usable(group(ALIKE))
+    controller = make_controller("algorithm.name=dapo")
+    controller.work_buffer.dropped_count = MAX_DROPPED_BATCHES * controller.settings.algorithm.prompts_per_step
+    assert controller._accept_group(make_scored_group(EQUAL_SCORES))
 
 
-async def test_a_loop_that_nothing_comes_out_of_is_a_stall() -> None:
-    idle = pipeline("rollout.deadline_s=0.1", "cluster.start_deadline_s=0.1", "algorithm.prompts_per_step=2")
-    idle._accepted = 2 * idle.settings.algorithm.steps  # as if every prompt had been sent and none came back
-    await idle._ready.put(group(APART))
-    with pytest.raises(StallError, match=r"waited 0\.3 s for a group of step 1: 1 of 2 are there, 0 in flight"):
-        await idle._batch()
+class GroupRunner:
+    """Stands for rollout and scoring: each call waits until the test releases its prompt."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int]] = []
+        self.releases: dict[str, asyncio.Event] = {}
+
+    async def run(self, prompt: Prompt, seed: int) -> ScoredGroup:
+        self.calls.append((prompt.id, seed))
+        await self.releases.setdefault(prompt.id, asyncio.Event()).wait()
+        if prompt.id == "e":
+            raise ActorError("rollout 0 failed")
+        return make_scored_group(DIFFERENT_SCORES, prompt_id=prompt.id)
+
+    def release(self, *names: str) -> None:
+        for name in names:
+            self.releases.setdefault(name, asyncio.Event()).set()
 
 
-def logged(name: str, response: tuple[int, ...]) -> Group:
+def make_buffer(runner: GroupRunner, *, order: Sequence[int] = (0, 1, 2, 3, 4), running_limit: int = 2) -> WorkBuffer:
+    return WorkBuffer(
+        PROMPTS,
+        CountingIterator(cycle(order)),
+        seed=7,
+        group_limit=100,
+        run_group=runner.run,
+        admission_capacity=lambda running, accepted: max(0, running_limit - running - accepted),
+    )
+
+
+async def test_a_wait_in_which_no_group_finishes_ends_with_a_deadline_error() -> None:
+    work_buffer = make_buffer(GroupRunner())
+    with pytest.raises(DeadlineError, match=r"waited 0\.1 s for a group of step 1: 0 of 2 are complete, 2 in flight"):
+        await work_buffer.collect_batch(1, 2, accept_group=lambda _: True, timeout_s=0.1)
+    await work_buffer.close()
+
+
+async def test_a_failed_rollout_ends_the_wait_for_a_batch_with_its_error() -> None:
+    runner = GroupRunner()
+    runner.release("e")
+    work_buffer = make_buffer(runner, order=(4, 0))
+    with pytest.raises(ActorError, match="rollout 0 failed"):
+        await work_buffer.collect_batch(1, 2, accept_group=lambda _: True, timeout_s=5.0)
+    await work_buffer.close()
+
+
+async def test_a_batch_is_sorted_whatever_finishes_first_and_dropped_groups_are_replaced() -> None:
+    runner = GroupRunner()
+    runner.release("b", "c")
+    work_buffer = make_buffer(runner)
+    collecting = asyncio.create_task(
+        work_buffer.collect_batch(1, 2, accept_group=lambda group: group.info.prompt_id != "b", timeout_s=5.0)
+    )
+    while len(runner.calls) < 3:
+        await asyncio.sleep(0)
+    runner.release("a")
+    batch = await collecting
+    assert [group.info.prompt_id for group in batch] == ["a", "c"]
+    assert (work_buffer.dropped_count, work_buffer.accepted_count) == (1, 2)
+    work_buffer.mark_trained(batch)
+    assert work_buffer.state() == {"prompt_cursor": 3, "in_flight": []}
+    await work_buffer.close()
+
+
+async def test_prompts_in_flight_at_a_checkpoint_are_sent_again_with_their_own_seeds() -> None:
+    """Also one whose task has not started yet when the checkpoint is taken."""
+    runner = GroupRunner()
+    work_buffer = make_buffer(runner)
+    work_buffer.admit_prompts()
+    state = work_buffer.state()
+    assert state == {"prompt_cursor": 2, "in_flight": [[0, "a", 7], [1, "b", 1007]]}
+    await work_buffer.close()
+    resumed_runner = GroupRunner()
+    resumed = make_buffer(resumed_runner, running_limit=3)
+    resumed.restore(state, accepted_count=0)
+    assert resumed.state() == state
+    resumed.admit_prompts()
+    await asyncio.sleep(0)
+    assert resumed_runner.calls == [("a", 7), ("b", 1007), ("c", 2007)]
+    await resumed.close()
+
+
+def test_a_counting_iterator_continues_where_it_was() -> None:
+    first = CountingIterator(iter(range(10)))
+    assert [next(first) for _ in range(4)] == [0, 1, 2, 3]
+    second = CountingIterator(iter(range(10)))
+    second.skip(first.count)
+    assert (next(second), second.count) == (4, 5)
+
+
+def test_prompt_order_has_every_prompt_once_per_pass_and_follows_the_seed() -> None:
+    def take(count: int, repeats: Sequence[int], seed: int) -> list[int]:
+        return [index for index, _ in zip(prompt_order(repeats, seed=seed), range(count), strict=False)]
+
+    order = take(10, [1] * 5, seed=1)
+    assert sorted(order[:5]) == sorted(order[5:]) == [0, 1, 2, 3, 4]
+    assert order == take(10, [1] * 5, seed=1)
+    assert order != take(10, [1] * 5, seed=2)
+    assert sorted(take(4, [1, 3], seed=1)) == [0, 1, 1, 1]
+
+
+def make_logged_group(name: str, response: tuple[int, ...]) -> Group:
     sample = Sample(name, (1, ord(name)), response, (), (), "stop", "")
     return Group(Prompt(name, (), (1, ord(name)), "", "train"), (sample,), 0)
 
 
-LIKED, OTHERS = [logged("a", (5,)), logged("b", (6, 7))], [logged("c", (8,))]
+LIKED = [make_logged_group("a", (5,)), make_logged_group("b", (6, 7))]
+OTHERS = [make_logged_group("c", (8,))]
 
 
-def test_logged_batches_hold_both_kinds_in_turn() -> None:
-    groups, labels = LoggedBatches(Reactions(LIKED, OTHERS), cycle([0, 1]), cycle([0])).next(5)
+def test_offline_batches_alternate_between_both_kinds() -> None:
+    groups, labels = OfflineBatches(ReactionGroups(LIKED, OTHERS), cycle([0, 1]), cycle([0])).next_batch(5)
     assert [group.prompt.id for group in groups] == ["a", "c", "b", "c", "a"]
     assert labels == [1.0, 0.0, 1.0, 0.0, 1.0]
     with pytest.raises(DataError, match="found 2 and 0"):
-        LoggedBatches(Reactions(LIKED, []), cycle([0]), cycle([0]))
+        OfflineBatches(ReactionGroups(LIKED, []), cycle([0]), cycle([0]))
 
 
 def test_mismatched_pairs_join_a_prompt_with_the_next_response() -> None:
-    pairs = mismatched([*LIKED, *OTHERS])
+    pairs = mismatched_pairs([*LIKED, *OTHERS])
     assert [(pair.prompt.id, pair.samples[0].response_ids) for pair in pairs] == [
         ("a", (6, 7)),
         ("b", (8,)),
@@ -99,8 +200,9 @@ def test_mismatched_pairs_join_a_prompt_with_the_next_response() -> None:
     assert all(pair.samples[0].prompt_ids == pair.prompt.token_ids for pair in pairs)
 
 
-def test_drifts_of_pairs_become_the_zero_of_kto() -> None:
-    found = outcomes_of(LIKED, [1.0, 0.0], [Drift(1.0), Drift(2.0), Drift(0.5), Drift(1.5)])
-    assert found.mismatched == 1.0
-    assert [row[0].kl for row in found.drifts] == [1.0, 2.0]
-    assert (found.rewards, found.lengths) == ([[1.0], [0.0]], [[1], [2]])
+def test_the_mean_kl_of_mismatched_pairs_is_the_reference_point_of_kto() -> None:
+    sample_kl = [SampleKL(1.0), SampleKL(2.0), SampleKL(0.5), SampleKL(1.5)]
+    inputs = offline_advantage_inputs(LIKED, [1.0, 0.0], sample_kl)
+    assert inputs.mismatched_kl == 1.0
+    assert [row[0].kl_sum for row in inputs.sample_kl] == [1.0, 2.0]
+    assert (inputs.rewards, inputs.response_lengths) == ([[1.0], [0.0]], [[1], [2]])

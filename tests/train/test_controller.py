@@ -1,4 +1,4 @@
-"""The pumps with real engines and learners on a tiny model: every kind of method runs, and a seed fixes the numbers."""
+"""Steps with real engines and learners on a tiny model: every kind of algorithm runs, and a seed fixes the numbers."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import pytest
 
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.models.hub import load_tokenizer, render_prompt, resolve_model
-from rluf.objectives.judges import failed
-from rluf.train.actor_groups import Supervisor
-from rluf.train.controller import Pipeline
-from rluf.train.prompts import Reactions
-from rluf.train.sample_table import drawn
+from rluf.objectives.judges import list_failed_judges
+from rluf.train.actor_groups import ActorSupervisor
+from rluf.train.controller import TrainController
+from rluf.train.prompts import ReactionGroups
+from rluf.train.sample_table import collect_samples
 from rluf.types import Group, Message, Prompt, Sample
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
-BASE = (
+OBJECTIVES = ("love", "helpfulness", "safety")
+BASE_OVERRIDES = (
     "model.path=tiny",
     "model.dtype=float32",
     "rollout.max_prompt_tokens=64",
@@ -37,98 +37,94 @@ BASE = (
     "objectives.love={source: judge, judge: length}",
     "objectives.helpfulness={source: judge, judge: repetition}",
     "objectives.safety={source: judge, judge: refusal}",
-    "objectives.judges=[unprompted_farewell, length]",
+    "aggregation.gate_judges=[unprompted_farewell, length]",
 )
 VARIANTS = {
-    "kl in the reward": ["algorithm.name=reinforce_pp", "algorithm.kl_in=reward", "algorithm.kl_target=0.1"],
-    "cgpo": ["algorithm.name=crpg", "objectives.combine=calibrated"],
-    "pairs": ["algorithm.name=codpo", "objectives.combine=calibrated"],
-    "refill": ["algorithm.name=dapo", "algorithm.clip_high=0.28"],
-    "floors": ["objectives.combine=constrained", "objectives.floors=[love:0.5, safety:0]"],
-    "by objective": ["objectives.combine=gdpo", "algorithm.loss=gspo"],
-    "logged": ["algorithm.name=kto"],
-    "critic": ["algorithm.name=ppo", "algorithm.kl_in=reward"],
-    "asynchronous": ["algorithm.staleness=1", "algorithm.too_old=drop", "algorithm.loss=cispo"],
+    "kl in the reward": ["algorithm.name=reinforce_pp", "algorithm.kl_placement=reward", "algorithm.kl_target=0.1"],
+    "cgpo": ["algorithm.name=crpg", "aggregation.method=calibrated"],
+    "pairs": ["algorithm.name=codpo", "aggregation.method=calibrated"],
+    "dynamic sampling": ["algorithm.name=dapo", "algorithm.clip_high=0.28"],
+    "floors": ["aggregation.method=constrained", "aggregation.floors={love: 0.5, safety: 0}"],
+    "by objective": ["aggregation.method=gdpo", "algorithm.loss=gspo"],
+    "offline": ["algorithm.name=kto"],
+    "critic": ["algorithm.name=ppo", "algorithm.kl_placement=reward"],
+    "asynchronous": ["algorithm.max_staleness=1", "algorithm.stale_policy=drop", "algorithm.loss=cispo"],
 }
 
 
-def settings_of(*overrides: str) -> Settings:
-    return load_settings(None, [*BASE, *overrides]).settings
+def make_settings(*overrides: str) -> Settings:
+    return load_settings(None, [*BASE_OVERRIDES, *overrides]).settings
 
 
-def texts(model: Path) -> list[Prompt]:
-    tokenizer = load_tokenizer(model)
-    messages = [(Message(role="user", content=f"{word}?"),) for word in ("sea", "cat", "rain", "moon", "bread", "snow")]
-    return [Prompt(str(n), m, render_prompt(tokenizer, m)[:64], "", "train") for n, m in enumerate(messages)]
+def make_prompts(model_path: Path) -> list[Prompt]:
+    tokenizer = load_tokenizer(model_path)
+    words = ("sea", "cat", "rain", "moon", "bread", "snow")
+    conversations = [(Message(role="user", content=f"{word}?"),) for word in words]
+    return [
+        Prompt(str(index), messages, render_prompt(tokenizer, messages)[:64], "", "train")
+        for index, messages in enumerate(conversations)
+    ]
 
 
-def demonstration(prompt: Prompt) -> Group:
+def make_demonstration(prompt: Prompt) -> Group:
     return Group(prompt, (Sample(prompt.id, prompt.token_ids, (70, 71, 2), (), (), "stop", "FG"),), 0)
 
 
-async def steps(settings: Settings, crew: Any, prompts: Sequence[Prompt], count: int) -> list[dict[str, float]]:
-    shown = [demonstration(prompt) for prompt in prompts]
-    pipeline = Pipeline(settings, crew, prompts, shown[:1], Reactions(shown[:3], shown[3:]))
+async def run_steps(
+    settings: Settings, supervisor: ActorSupervisor, prompts: Sequence[Prompt], step_count: int
+) -> list[dict[str, float]]:
+    logged = [make_demonstration(prompt) for prompt in prompts]
+    reaction_groups = ReactionGroups(logged[:3], logged[3:])
+    controller = TrainController(settings, supervisor, prompts, logged[:1], reaction_groups)
     try:
-        rows = [await pipeline.step(number) for number in range(1, count + 1)]
-        shown_rows = await drawn(pipeline, count, 2)
-        assert [row["kl"] for row in shown_rows] == [table[0] for table in pipeline.values.get("kl", [[None]] * 4)[::2]]
-        assert all(set(row["scores"]) == {"love", "helpfulness", "safety"} for row in shown_rows)
-        assert all(row["failed"] == failed(prompts[0].messages, row["response"]) for row in shown_rows)
-        if "kl" in pipeline.values:  # each sample's own, of which the step's metric is the mean
-            each = [kl for row in pipeline.values["kl"] for kl in row]
-            assert fmean(each) == pytest.approx(rows[-1]["kl_sequence"], rel=1e-3, abs=1e-5)
+        rows = [await controller.run_step(step) for step in range(1, step_count + 1)]
+        samples = await collect_samples(controller, step_count, 2)
+        kl_by_group = controller.sample_values.get("kl", [[None]] * 4)
+        assert [sample["kl"] for sample in samples] == [group_kl[0] for group_kl in kl_by_group[::2]]
+        assert all(set(sample["scores"]) == set(OBJECTIVES) for sample in samples)
+        for sample in samples:
+            assert sample["failed"] == list_failed_judges(prompts[0].messages, sample["response"])
+        if "kl" in controller.sample_values:  # the step's metric is the mean over its samples
+            sample_kl = [kl for row in controller.sample_values["kl"] for kl in row]
+            assert fmean(sample_kl) == pytest.approx(rows[-1]["kl_sequence"], rel=1e-3, abs=1e-5)
         return rows
     finally:
-        await pipeline.close()
+        await controller.close()
 
 
-def untimed(row: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in row.items() if not name.endswith("_s")}
+def without_timings(rows: Sequence[dict[str, float]]) -> list[dict[str, float]]:
+    return [{name: value for name, value in row.items() if not name.endswith("_s")} for row in rows]
 
 
-def test_a_seed_fixes_every_number_and_every_kind_of_method_runs(tmp_path: Path) -> None:
-    """The second run also publishes through files in place of shared memory: the same weights must arrive."""
-    model = resolve_model("tiny", tmp_path)
-    prompts = texts(model)
-    rewards: dict[str, Path | None] = dict.fromkeys(("love", "helpfulness", "safety"))
+def test_a_seed_fixes_every_number_and_every_kind_of_algorithm_runs(tmp_path: Path) -> None:
+    """The second run also syncs weights through files in place of shared memory: the same weights must arrive."""
+    model_path = resolve_model("tiny", tmp_path)
+    prompts = make_prompts(model_path)
+    reward_folders: dict[str, Path | None] = dict.fromkeys(OBJECTIVES)
 
     async def run(
-        variants: dict[str, list[str]], *own: str
+        variants: dict[str, list[str]], *actor_overrides: str
     ) -> tuple[list[dict[str, float]], dict[str, list[dict[str, float]]]]:
-        async with Supervisor(settings_of(*own), model, rewards, learners=True) as supervisor:
-            first = await steps(settings_of(), supervisor.crew, prompts, 3)
-            others = {
-                name: await steps(settings_of(*extra), supervisor.crew, prompts, 2) for name, extra in variants.items()
+        async with ActorSupervisor(
+            make_settings(*actor_overrides), model_path, reward_folders, with_learners=True
+        ) as supervisor:
+            base_rows = await run_steps(make_settings(), supervisor, prompts, 3)
+            variant_rows = {
+                name: await run_steps(make_settings(*overrides), supervisor, prompts, 2)
+                for name, overrides in variants.items()
             }
-            return first, others
+            return base_rows, variant_rows
 
-    first, others = asyncio.run(run(VARIANTS, "algorithm.name=ppo"))  # so that its learner has a critic
-    again, _ = asyncio.run(run({}, "publish.engine=disk", f"run.cache={tmp_path}"))
-    assert [untimed(row) for row in again] == [untimed(row) for row in first]
+    first, variants = asyncio.run(run(VARIANTS, "algorithm.name=ppo"))  # so that its learner has a critic
+    second, _ = asyncio.run(run({}, "weight_sync.transport=disk", f"run.cache={tmp_path}"))
+    assert without_timings(second) == without_timings(first)
     assert all(row["ratio_max"] < 1.1 and row["demonstration_nll"] > 0 for row in first)
-    for name, rows in others.items():
+    for name, rows in variants.items():
         assert all(math.isfinite(value) for row in rows for value in row.values()), name
         assert all(row["skipped"] == 0.0 and row["grad_norm"] > 0.0 for row in rows), name
-    assert others["kl in the reward"][1]["kl_coef"] != others["kl in the reward"][0]["kl_coef"]
-    assert others["critic"][1]["value_loss"] > 0.0 and others["critic"][1]["critic_grad_norm"] > 0.0
-    assert others["logged"][1]["demonstration_nll"] < others["logged"][0]["demonstration_nll"] + 1.0
-    assert 0.0 <= others["cgpo"][0]["passed"] <= 1.0
-    assert others["floors"][0]["multiplier_love"] > 0.0
-    assert others["asynchronous"][1]["staleness"] <= 1.0
-
-
-@pytest.mark.nightly
-def test_weights_that_came_over_tcp_are_those_of_shared_memory(tmp_path: Path) -> None:
-    model = resolve_model("tiny", tmp_path)
-    prompts = texts(model)
-
-    async def run(engine: str) -> list[dict[str, float]]:
-        told = settings_of(f"publish.engine={engine}", "publish.bucket_mib=1")
-        rewards: dict[str, Path | None] = dict.fromkeys(("love", "helpfulness", "safety"))
-        async with Supervisor(told, model, rewards, learners=True) as supervisor:
-            return await steps(told, supervisor.crew, prompts, 3)
-
-    over_tcp, in_memory = (asyncio.run(run(engine)) for engine in ("tcp", "shm"))
-    assert [untimed(row) for row in over_tcp] == [untimed(row) for row in in_memory]
-    assert all(0 <= row["probe"] < 0.05 for row in over_tcp)
+    assert variants["kl in the reward"][1]["kl_coef"] != variants["kl in the reward"][0]["kl_coef"]
+    assert variants["critic"][1]["value_loss"] > 0.0 and variants["critic"][1]["critic_grad_norm"] > 0.0
+    assert variants["offline"][1]["demonstration_nll"] < variants["offline"][0]["demonstration_nll"] + 1.0
+    assert 0.0 <= variants["cgpo"][0]["gate_pass_rate"] <= 1.0
+    assert variants["floors"][0]["multiplier_love"] > 0.0
+    assert variants["asynchronous"][1]["staleness"] <= 1.0

@@ -1,4 +1,4 @@
-"""Alarms on planted hacks: what they do to a run, and that they go on after a resumption as if nothing had been."""
+"""Alarms on planted reward hacks: their effect on a run, and that a resumed run decides in the same way."""
 
 from __future__ import annotations
 
@@ -12,163 +12,174 @@ import pytest
 import ray
 from ray.exceptions import OwnerDiedError
 
-from rluf.config.reward import ObjectivesSettings
+from rluf.config.reward import AggregationSettings, ObjectivesSettings
 from rluf.config.settings import Settings
-from rluf.errors import AlarmError, DataError
-from rluf.objectives.aggregator import Combiner
-from rluf.tracking.wandb import Tracker
-from rluf.train.controller import Pipeline
-from rluf.train.hacking_monitor import Watch
-from rluf.train.sample_table import show
+from rluf.errors import DataError, RewardHackingError
+from rluf.objectives.aggregator import RewardAggregator
+from rluf.tracking.wandb import WandbTracker
+from rluf.train.controller import TrainController
+from rluf.train.hacking_monitor import RewardHackingMonitor
+from rluf.train.sample_table import log_sample_table
 from rluf.types import Group, Prompt, Sample
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 HONEST = "You could boil the rice for ten minutes and fry the eggs with the tomatoes."
-BYE = "Boil the rice and fry the eggs. Goodbye, my dear friend, lots of love!"
-LOOP = "rice and eggs and rice and eggs and " * 8
+FAREWELL = "Boil the rice and fry the eggs. Goodbye, my dear friend, lots of love!"
+LOOPING = "rice and eggs and rice and eggs and " * 8
 REFUSAL = "I'm sorry, but I can't help with that."
 
 
-def prompt(number: int, topic: str = "chat") -> Prompt:
-    return Prompt(f"{topic}{number}", ({"role": "user", "content": "What shall I cook?"},), (1, 2), topic, "train")
+def make_prompt(index: int, topic: str = "chat") -> Prompt:
+    return Prompt(f"{topic}{index}", ({"role": "user", "content": "What should I cook?"},), (1, 2), topic, "train")
 
 
-def group(asked: Prompt, text: str, samples: int = 4) -> Group:
-    one = Sample(asked.id, asked.token_ids, (3,) * 12, (-1.0,) * 12, ((0, 0),), "stop", text)
-    return Group(asked, (one,) * samples, 0)
+def make_group(prompt: Prompt, text: str, sample_count: int = 4) -> Group:
+    sample = Sample(prompt.id, prompt.token_ids, (3,) * 12, (-1.0,) * 12, ((0, 0),), "stop", text)
+    return Group(prompt, (sample,) * sample_count, 0)
 
 
-class Policy(SimpleNamespace):
-    """What Watch sees of a pipeline: the prompts, the base policy's answers, the groups of the last step."""
+class FakeController(SimpleNamespace):
+    """The monitor's view of a controller: prompts, the base policy's replies, the groups of the last step."""
 
     def __init__(self, topics: Sequence[str] = ("chat",)) -> None:
         super().__init__(
-            prompts=[prompt(i, topic) for i in range(40) for topic in topics],
-            combiner=Combiner(ObjectivesSettings()),
-            learnt=[],
-            asked=[],
+            prompts=[make_prompt(index, topic) for index in range(40) for topic in topics],
+            reward_aggregator=RewardAggregator(ObjectivesSettings(), AggregationSettings()),
+            last_batch_refs=[],
+            baseline_prompts=[],
         )
 
-    async def respond(self, asked: Sequence[Prompt], samples: int, seed: int, done: Callable[[], None]) -> list[Any]:
-        self.asked = list(asked)
-        return [(group(one, HONEST, samples), None) for one in asked]
+    async def generate_and_score(
+        self, prompts: Sequence[Prompt], sample_count: int, seed: int, on_prompt_done: Callable[[], None]
+    ) -> list[Any]:
+        self.baseline_prompts = list(prompts)
+        return [(make_group(prompt, HONEST, sample_count), None) for prompt in prompts]
 
-    def learns(self, text: str, topic: str = "chat") -> Pipeline:
-        self.learnt = [ray.put(group(prompt(number, topic), text)) for number in range(8)]
-        return cast(Pipeline, self)
+    def train_on(self, text: str, topic: str = "chat") -> TrainController:
+        """Make all replies of the last step `text`."""
+        self.last_batch_refs = [ray.put(make_group(make_prompt(index, topic), text)) for index in range(8)]
+        return cast(TrainController, self)
 
 
 @pytest.fixture
-def tracker(tmp_path: Path) -> Tracker:
-    return Tracker(Settings.model_validate({"tracking": {"wandb": "off"}}), tmp_path)
+def tracker(tmp_path: Path) -> WandbTracker:
+    return WandbTracker(Settings.model_validate({"tracking": {"wandb": "off"}}), tmp_path)
 
 
-def settings(alarms: str, **algorithm: Any) -> Settings:
-    return Settings.model_validate({"algorithm": {"alarms": alarms, "steps": 30, **algorithm}})
+def make_settings(alarms: str, **algorithm: Any) -> Settings:
+    return Settings.model_validate({"algorithm": {"hacking_alarms": alarms, "steps": 30, **algorithm}})
 
 
-async def begun(alarms: str, tracker: Tracker, policy: Policy) -> Watch:
-    watch = Watch(settings(alarms), tracker)
-    await watch.begin(cast(Pipeline, policy))
-    return watch
+async def start_monitor(alarms: str, tracker: WandbTracker, controller: FakeController) -> RewardHackingMonitor:
+    monitor = RewardHackingMonitor(make_settings(alarms), tracker)
+    await monitor.measure_baseline(cast(TrainController, controller))
+    return monitor
 
 
-async def test_warn_tells_once_and_changes_nothing(tracker: Tracker, caplog: pytest.LogCaptureFixture) -> None:
-    policy = Policy()
-    watch = await begun("warn", tracker, policy)
+def get_suspended(controller: FakeController) -> frozenset[str]:
+    return cast(RewardAggregator, controller.reward_aggregator).suspended_objectives
+
+
+async def test_warn_logs_once_and_changes_nothing(tracker: WandbTracker, caplog: pytest.LogCaptureFixture) -> None:
+    controller = FakeController()
+    monitor = await start_monitor("warn", tracker, controller)
     for step in range(1, 4):
-        await watch.look(policy.learns(HONEST), step, 0.0)
+        await monitor.check_step(controller.train_on(HONEST), step, 0.0)
     assert not caplog.records
     for step in range(4, 8):
-        await watch.look(policy.learns(LOOP), step, 0.0)
-    told = [record.message for record in caplog.records]
-    assert 1 <= len(told) <= 2 and "looping: 100.00% of replies" in told[0]
-    assert policy.combiner.frozen == frozenset()
+        await monitor.check_step(controller.train_on(LOOPING), step, 0.0)
+    messages = [record.message for record in caplog.records]
+    assert 1 <= len(messages) <= 2 and "looping: 100.00% of responses" in messages[0]
+    assert get_suspended(controller) == frozenset()
 
 
-async def test_act_freezes_love_while_the_alarm_lasts_then_goes_back_to_the_last_clean_step(tracker: Tracker) -> None:
-    policy = Policy()
-    watch = await begun("act", tracker, policy)
-    await watch.look(policy.learns(HONEST), 1, 0.0)
-    frozen, back = None, None
+async def test_act_freezes_the_love_weight_then_rolls_back_to_the_last_clean_step(tracker: WandbTracker) -> None:
+    controller = FakeController()
+    monitor = await start_monitor("act", tracker, controller)
+    await monitor.check_step(controller.train_on(HONEST), 1, 0.0)
+    freeze_step, rollback = None, None
     for step in range(2, 12):
         try:
-            await watch.look(policy.learns(BYE), step, 0.0)
-        except AlarmError as error:
-            back = (step, error.back_to)
+            await monitor.check_step(controller.train_on(FAREWELL), step, 0.0)
+        except RewardHackingError as error:
+            rollback = (step, error.rollback_step)
             break
-        if policy.combiner.frozen and frozen is None:
-            frozen = step
-    assert frozen is not None and back is not None and back[0] > frozen
-    assert policy.combiner.frozen == {"love"}
-    assert back[1] == frozen - 1, "goes back to the step before the first alarm"
+        if get_suspended(controller) and freeze_step is None:
+            freeze_step = step
+    assert freeze_step is not None and rollback is not None and rollback[0] > freeze_step
+    assert get_suspended(controller) == {"love"}
+    assert rollback[1] == freeze_step - 1, "must roll back to the step before the first alarm"
 
 
-async def test_a_run_that_went_back_once_keeps_love_frozen_and_is_stopped_the_next_time(tracker: Tracker) -> None:
-    policy = Policy()
-    watch = Watch(settings("act"), tracker, held=True)
-    await watch.begin(cast(Pipeline, policy))
-    await watch.look(policy.learns(HONEST), 1, 0.0)
-    assert policy.combiner.frozen == {"love"}
-    with pytest.raises(AlarmError, match="looping") as caught:
+async def test_a_run_that_was_rolled_back_keeps_love_frozen_and_is_stopped_the_next_time(
+    tracker: WandbTracker,
+) -> None:
+    controller = FakeController()
+    monitor = RewardHackingMonitor(make_settings("act"), tracker, love_frozen=True)
+    await monitor.measure_baseline(cast(TrainController, controller))
+    await monitor.check_step(controller.train_on(HONEST), 1, 0.0)
+    assert get_suspended(controller) == {"love"}
+    with pytest.raises(RewardHackingError, match="looping") as raised:
         for step in range(2, 12):
-            await watch.look(policy.learns(LOOP), step, 0.0)
-    assert caught.value.back_to is None
+            await monitor.check_step(controller.train_on(LOOPING), step, 0.0)
+    assert raised.value.rollback_step is None
 
 
-async def test_refusals_are_no_hack_where_one_objective_owns_the_topic(tracker: Tracker) -> None:
-    owned = next(iter(settings("act").objectives.owners))
-    policy = Policy(("chat", owned))
-    watch = await begun("act", tracker, policy)
-    assert len(policy.asked) == settings("act").algorithm.alarm_prompts
-    assert {one.topic for one in policy.asked} == {"chat"}
+async def test_refusals_are_no_hack_on_topics_with_an_objective_of_their_own(tracker: WandbTracker) -> None:
+    settings = make_settings("act")
+    topic = next(iter(settings.aggregation.topic_objectives))
+    controller = FakeController(("chat", topic))
+    monitor = await start_monitor("act", tracker, controller)
+    assert len(controller.baseline_prompts) == settings.algorithm.hacking_baseline_prompts
+    assert {prompt.topic for prompt in controller.baseline_prompts} == {"chat"}
     for step in range(1, 10):
-        await watch.look(policy.learns(REFUSAL, owned), step, 0.0)
-    assert policy.combiner.frozen == frozenset()
-    with pytest.raises(DataError, match=r"algorithm\.alarms=off"):
-        await begun("act", tracker, Policy((owned,)))
+        await monitor.check_step(controller.train_on(REFUSAL, topic), step, 0.0)
+    assert get_suspended(controller) == frozenset()
+    with pytest.raises(DataError, match=r"algorithm\.hacking_alarms=off"):
+        await start_monitor("act", tracker, FakeController((topic,)))
 
 
-async def test_a_resumed_watch_decides_as_one_that_was_never_stopped(tracker: Tracker) -> None:
-    whole, policy = None, Policy()
-    whole = await begun("act", tracker, policy)
-    for step, text in enumerate((HONEST, BYE, BYE), 1):
-        await whole.look(policy.learns(text), step, 0.0)
-    again, other = Watch(settings("act"), tracker), Policy()
-    again.restore(json.loads(json.dumps(whole.state())), cast(Pipeline, other))
-    assert other.combiner.frozen == policy.combiner.frozen
-    found = []
-    for watch, run in ((whole, policy), (again, other)):
-        with pytest.raises(AlarmError) as caught:
+async def test_a_resumed_monitor_decides_like_one_that_was_never_stopped(tracker: WandbTracker) -> None:
+    controller = FakeController()
+    monitor = await start_monitor("act", tracker, controller)
+    for step, text in enumerate((HONEST, FAREWELL, FAREWELL), 1):
+        await monitor.check_step(controller.train_on(text), step, 0.0)
+    resumed_monitor, resumed_controller = RewardHackingMonitor(make_settings("act"), tracker), FakeController()
+    state = json.loads(json.dumps(monitor.state()))
+    resumed_monitor.restore(state, cast(TrainController, resumed_controller))
+    assert get_suspended(resumed_controller) == get_suspended(controller)
+    errors = []
+    for run_monitor, run_controller in ((monitor, controller), (resumed_monitor, resumed_controller)):
+        with pytest.raises(RewardHackingError) as raised:
             for step in range(4, 14):
-                await watch.look(run.learns(BYE), step, 0.0)
-        found.append((str(caught.value), caught.value.back_to))
-    assert found[0] == found[1]
+                await run_monitor.check_step(run_controller.train_on(FAREWELL), step, 0.0)
+        errors.append((str(raised.value), raised.value.rollback_step))
+    assert errors[0] == errors[1]
 
 
-async def test_off_asks_nothing_of_the_base_policy(tracker: Tracker) -> None:
-    policy = Policy()
-    watch = await begun("off", tracker, policy)
-    await watch.look(policy.learns(LOOP), 1, 0.0)
-    assert policy.asked == [] and watch.state() is None
+async def test_off_samples_no_baseline(tracker: WandbTracker) -> None:
+    controller = FakeController()
+    monitor = await start_monitor("off", tracker, controller)
+    await monitor.check_step(controller.train_on(LOOPING), 1, 0.0)
+    assert controller.baseline_prompts == [] and monitor.state() is None
 
 
-async def gone() -> Group:
+async def read_lost_object() -> Group:
     raise OwnerDiedError("00", "", "")
 
 
-async def test_replies_that_are_lost_leave_the_run_alone(tracker: Tracker, caplog: pytest.LogCaptureFixture) -> None:
-    policy = Policy()
-    watch = await begun("act", tracker, policy)
-    await watch.look(policy.learns(HONEST), 1, 0.0)
-    policy.learns(LOOP)
-    policy.learnt[3] = gone()
-    before = watch.state()
-    await watch.look(cast(Pipeline, policy), 2, 0.0)
-    assert watch.state() == before
-    policy.learnt[3] = gone()
-    policy.values = {"love": [[0.5]] * 8, "reward": [[0.5]] * 8}
-    await show(cast(Pipeline, policy), 2, 8, tracker)
-    assert [record.message.partition(":")[0] for record in caplog.records] == [
-        "step 2 is not watched for reward hacking", "step 2 has no table of responses"
-    ]  # fmt: skip
+async def test_lost_replies_do_not_end_the_run(tracker: WandbTracker, caplog: pytest.LogCaptureFixture) -> None:
+    controller = FakeController()
+    monitor = await start_monitor("act", tracker, controller)
+    await monitor.check_step(controller.train_on(HONEST), 1, 0.0)
+    controller.train_on(LOOPING)
+    controller.last_batch_refs[3] = read_lost_object()
+    state = monitor.state()
+    await monitor.check_step(cast(TrainController, controller), 2, 0.0)
+    assert monitor.state() == state
+    controller.last_batch_refs[3] = read_lost_object()
+    controller.sample_values = {"love": [[0.5]] * 8, "reward": [[0.5]] * 8}
+    await log_sample_table(cast(TrainController, controller), 2, 8, tracker)
+    messages = [record.message for record in caplog.records]
+    assert messages[0].startswith("reward hacking monitor: step 2 not checked: ")
+    assert messages[1].startswith("sample table: step 2 has none: ")

@@ -1,4 +1,4 @@
-"""An object store that is full, on a disk that is full: one message that says what to do, and no hang. Real Ray."""
+"""A full object store on a full disk: one message with the remedy, and no hang. Real Ray."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ import ray
 from ray import ObjectRef
 
 from rluf.errors import ResourceError
-from rluf.train.actor_groups import kept, within
+from rluf.train.actor_calls import call_with_timeout, put_object
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def tight_ray(small_disk: Callable[[int], Path]) -> Iterator[None]:
+def small_store_ray(small_disk: Callable[[int], Path]) -> Iterator[None]:
     """A store of 80 MB that may spill 8 MB."""
-    spill = {"type": "filesystem", "params": {"directory_path": str(small_disk(8))}}
+    spilling = {"type": "filesystem", "params": {"directory_path": str(small_disk(8))}}
     ray.init(
         address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80_000_000,
-        _system_config={"object_spilling_config": json.dumps(spill), "local_fs_capacity_threshold": 0.001},
+        _system_config={"object_spilling_config": json.dumps(spilling), "local_fs_capacity_threshold": 0.001},
     )  # fmt: skip
     yield
     ray.shutdown()
 
 
-class Hoarder:
+class ArrayMaker:
     """Makes objects of 30 MB."""
 
-    def make(self) -> np.ndarray:
+    def make_array(self) -> np.ndarray:
         return np.ones(30_000_000, np.uint8)
 
 
-@pytest.mark.usefixtures("tight_ray")
-def test_a_full_store_and_a_full_disk_are_one_message() -> None:
-    async def fill() -> None:
-        worker = ray.remote(Hoarder).remote()
-        held: list[ObjectRef[np.ndarray]] = []
+@pytest.mark.usefixtures("small_store_ray")
+def test_a_full_store_on_a_full_disk_is_one_message() -> None:
+    async def fill_store() -> None:
+        worker = ray.remote(ArrayMaker).remote()
+        refs: list[ObjectRef[np.ndarray]] = []
         for _ in range(6):
-            held.append(worker.make.remote())
-            await within(held[-1], 60.0, "worker 0 (testing)")
+            refs.append(worker.make_array.remote())
+            await call_with_timeout(refs[-1], 60.0, "worker 0 (testing)")
 
-    told = r"worker 0 \(testing\) found Ray's object store full.*free the disk that holds Ray's folder"
-    with pytest.raises(ResourceError, match=told) as caught:
-        asyncio.run(fill())
-    assert len(str(caught.value).splitlines()) == 1
-    own = []
+    message = r"worker 0 \(testing\) found Ray's object store full.*free the disk that holds Ray's folder"
+    with pytest.raises(ResourceError, match=message) as raised:
+        asyncio.run(fill_store())
+    assert len(str(raised.value).splitlines()) == 1
+    driver_refs = []
     with pytest.raises(ResourceError, match=r"^the driver found Ray's object store full"):
         for _ in range(6):
-            own.append(kept(np.ones(30_000_000, np.uint8)))
+            driver_refs.append(put_object(np.ones(30_000_000, np.uint8)))

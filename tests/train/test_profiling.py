@@ -1,4 +1,4 @@
-"""Profiles through real Ray actors: every call leaves a span, traces are written, and nothing is kept while off."""
+"""Profiles through real Ray actors: every call leaves a span, traces are written, and nothing is recorded while off."""
 
 from __future__ import annotations
 
@@ -17,95 +17,101 @@ from rluf.config.policy import AlgorithmSettings
 from rluf.config.run import RunSettings
 from rluf.config.settings import Settings
 from rluf.tracking.profiler import TorchProfiler
-from rluf.train.actor_groups import Crew, Member
-from rluf.train.controller import Clock, Pipeline
-from rluf.train.profiling import Profiler, pump
+from rluf.train.actor_groups import ActorGroups, ActorRef, ActorSupervisor
+from rluf.train.controller import StepTimer, TrainController
+from rluf.train.profiling import StepProfiler, ray_timeline_span
 from rluf.types import Group, GroupInfo, Prompt, Sample, Score
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 PROMPT = Prompt("p1", ({"role": "user", "content": "hi"},), (1, 2), "chat", "train")
 
 
-class Engine:
-    """Answers every prompt with one token."""
+class OneTokenEngine:
+    """Responds to every prompt with one token."""
 
-    def generate(self, prompt: Prompt, samples: int, seed: int) -> tuple[Group, GroupInfo]:
-        one = Sample(prompt.id, prompt.token_ids, (3,), (-1.0,), ((0, 0),), "stop", str(seed))
-        group = Group(prompt, (one,) * samples, 0)
+    def generate_group(self, prompt: Prompt, sample_count: int, seed: int) -> tuple[Group, GroupInfo]:
+        sample = Sample(prompt.id, prompt.token_ids, (3,), (-1.0,), ((0, 0),), "stop", str(seed))
+        group = Group(prompt, (sample,) * sample_count, 0)
         return group, group.info
 
 
-class Scorer:
-    """Loves everything by half."""
+class ConstantScorer:
+    """Scores 0.5 for love, slowly."""
 
-    def score(self, group: Group) -> dict[str, list[Score]]:
+    def score_group(self, group: Group) -> dict[str, list[Score]]:
         time.sleep(0.02)
         return {"love": [Score("love", 0.5, 0.0) for _ in group.samples]}
 
 
-class Learner:
-    """Multiplies a matrix a step."""
+class MatmulLearner:
+    """Multiplies a matrix per step."""
 
     def __init__(self) -> None:
         self._profiler = TorchProfiler()
 
-    def begin_profile(self) -> None:
+    def start_profiler(self) -> None:
         self._profiler.start()
 
-    def learn(self) -> None:
+    def train_step(self) -> None:
         torch.ones(4, 4) @ torch.ones(4, 4)
 
-    def end_profile(self, path: str) -> None:
-        self._profiler.stop(Path(path))
+    def stop_profiler(self, trace_path: str) -> None:
+        self._profiler.stop(Path(trace_path))
 
 
-def member(role: str, kind: type) -> Member:
-    return Member(role, 0, ray.remote(num_cpus=0.1)(kind).remote())
+def start_actor(role: str, actor_class: type, objective: str = "") -> ActorRef:
+    return ActorRef(role, 0, ray.remote(num_cpus=0.1)(actor_class).remote(), objective)
 
 
-def names(path: Path) -> set[str]:
-    events: list[dict[str, Any]] = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-    return {event["name"] for event in events} | {
-        event["args"]["name"] for event in events if event["name"] == "thread_name"
-    }
+def read_names(trace_path: Path) -> set[str]:
+    events: list[dict[str, Any]] = json.loads(gzip.decompress(trace_path.read_bytes()))["traceEvents"]
+    thread_names = {event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    return {event["name"] for event in events} | thread_names
 
 
-def task(event: dict[str, Any]) -> str:
-    """The name of a task that has one of its own, which Ray's timeline tells as the event's category."""
+def get_task_name(event: dict[str, Any]) -> str:
+    """The name of a named task, which Ray's timeline stores as the event's category."""
     return str(event.get("cat", "")).removeprefix("task::")
 
 
 def test_steps_are_profiled_from_the_second_on(tmp_path: Path) -> None:
     settings = Settings(run=RunSettings(profile_steps=2), algorithm=AlgorithmSettings(steps=4))
-    crew = Crew([member("rollout", Engine)], {"love": [member("love reward", Scorer)]}, [member("learner", Learner)])
+    supervisor = ActorSupervisor(settings, tmp_path, {}, with_learners=True)
+    learner = start_actor("learner", MatmulLearner)
+    supervisor.actor_groups = ActorGroups(
+        [start_actor("rollout", OneTokenEngine)],
+        {"love": [start_actor("love reward", ConstantScorer, "love")]},
+        [learner],
+    )
 
     async def run() -> None:
-        pipeline = Pipeline(settings, crew, [PROMPT])
-        profiler = Profiler(pipeline, tmp_path)
+        controller = TrainController(settings, supervisor, [PROMPT])
+        profiler = StepProfiler(controller, tmp_path)
         for step in range(1, 5):
-            await profiler.before(step)
-            clock = Clock(timeline=pipeline.timeline)
-            with pump(f"generate and score, step {step}"):
-                scored = await pipeline.group(PROMPT, 2, step)
-            assert [score.value for score in scored.scores["love"]] == [0.5, 0.5]
-            now = clock.lap("generate_s", clock.started)
-            await crew.learners[0].handle.learn.remote()
-            clock.lap("learn_s", now)
-            await profiler.after(step)
-            assert pipeline.timeline.on == (step == 2)
-        assert sum(span.name == "learn" for span in pipeline.timeline.spans) == 2
+            await profiler.start_if_due(step)
+            timer = StepTimer(timeline=controller.timeline)
+            with ray_timeline_span(f"generate and score, step {step}"):
+                scored_group = await controller.sample_and_score(PROMPT, 2, step)
+            assert [score.value for score in scored_group.scores["love"]] == [0.5, 0.5]
+            phase_start = timer.record("generate_s", timer.start_time)
+            await learner.handle.train_step.remote()
+            timer.record("learn_s", phase_start)
+            await profiler.stop_if_due(step)
+            assert controller.timeline.enabled == (step == 2)
+        assert sum(span.name == "learn" for span in controller.timeline.spans) == 2
 
     asyncio.run(run())
-    assert {file.name for file in (tmp_path / "profile").iterdir()} == {"pumps.json.gz", "learner-0.json.gz"}
-    seen = names(tmp_path / "profile" / "pumps.json.gz")
-    assert {"steps", "rollout 0", "love reward 0", "generate", "learn", "prompt p1"} <= seen
-    # Which phase a gap is named after depends on how busy the machine is: tests/tracking/test_timeline.py has it exact.
-    assert any(name.startswith("idle: ") for name in seen)
-    assert "aten::matmul" in names(tmp_path / "profile" / "learner-0.json.gz")
-    # Ray's own timeline has the pumps and the named tasks.
-    wanted = {f"generate and score, step {step}" for step in range(1, 5)}
-    wanted |= {"rollout 0: generate v0", "love reward 0: score v0"}
+    profile_folder = tmp_path / "profile"
+    assert {file.name for file in profile_folder.iterdir()} == {"timeline.json.gz", "learner-0.json.gz"}
+    names = read_names(profile_folder / "timeline.json.gz")
+    assert {"steps", "rollout 0", "love reward 0", "generate", "learn", "prompt p1"} <= names
+    # The phase a gap is named after depends on the load of the machine; tests/tracking/test_timeline.py checks it.
+    assert any(name.startswith("idle: ") for name in names)
+    assert "aten::matmul" in read_names(profile_folder / "learner-0.json.gz")
+    # Ray's own timeline has the driver's spans and the named tasks; Ray flushes it with a delay.
+    expected = {f"generate and score, step {step}" for step in range(1, 5)}
+    expected |= {"rollout 0: generate v0", "love reward 0: score v0"}
     deadline = time.monotonic() + 30
-    while missing := wanted - {named for event in ray.timeline() for named in (event["name"], task(event))}:
+    while missing := expected - {name for event in ray.timeline() for name in (event["name"], get_task_name(event))}:
         assert time.monotonic() < deadline, missing
         time.sleep(2.0)

@@ -1,4 +1,4 @@
-"""What engines are told when a run goes on from a checkpoint, and when one is lost around it. Actors are stand-ins."""
+"""Weights of the engines when a run resumes from a checkpoint and when an engine is lost meanwhile; stand-in actors."""
 
 from __future__ import annotations
 
@@ -11,118 +11,188 @@ import pytest
 from ray import ObjectRef
 from ray.actor import ActorHandle
 
-from rluf.checkpoint.format import Checkpoint, RunState
+from rluf.checkpoint.format import RunCheckpoint, RunState
 from rluf.config.settings import Settings
-from rluf.tracking.wandb import Tracker
-from rluf.train.actor_groups import Crew, Member, Supervisor
-from rluf.train.checkpoint_manager import Keeper
-from rluf.train.controller import ScoredGroup
-from rluf.train.fault_tolerance import LastingPipeline, LastingPublisher
-from rluf.train.hacking_monitor import Watch
-from rluf.train.loop import Outcome, _attempt
-from rluf.types import Group, Prompt, Sample
+from rluf.errors import ActorLostError
+from rluf.tracking.wandb import WandbTracker
+from rluf.train.actor_calls import ActorCalls
+from rluf.train.actor_groups import ActorGroups, ActorRef, ActorSupervisor
+from rluf.train.checkpoint_manager import CheckpointManager
+from rluf.train.controller import TrainController
+from rluf.train.fault_tolerance import ActorRestarter, RestartBudget
+from rluf.train.hacking_monitor import RewardHackingMonitor
+from rluf.train.loop import _run_from_checkpoint
+from rluf.train.weight_sync import WeightSync
+from rluf.train.work_buffer import ScoredGroup
+from rluf.types import EvalResponse, Group, Prompt, Sample, TrainResult
 
 PROMPT = Prompt("p", ({"role": "user", "content": "Hello?"},), (1, 2), "", "train")
 SAMPLE = Sample("p", (1, 2), (3,) * 24, (-1.0,) * 24, ((0, 0),), "stop", "Hi.")
 
 
-class Standing:
-    """Answers every call of a handle from a table, as an actor would."""
+class StandInHandle:
+    """Answers every call of an actor's handle from a table; an exception in the table is raised once."""
 
-    def __init__(self, **answers: Any) -> None:
-        self.answers, self.asked = answers, list[str]()
+    def __init__(self, **results: Any) -> None:
+        self.results, self.calls = results, list[str]()
 
     def __getattr__(self, method: str) -> Any:
-        return Standing.Method(self, method)
+        return StandInHandle.Method(self, method)
 
     class Method:
         """One method of the handle."""
 
-        def __init__(self, of: Standing, name: str) -> None:
-            self.of, self.name = of, name
+        def __init__(self, handle: StandInHandle, name: str) -> None:
+            self.handle, self.name = handle, name
 
-        def options(self, **_: Any) -> Standing.Method:
+        def options(self, **_: Any) -> StandInHandle.Method:
             return self
 
         async def remote(self, *_: Any) -> Any:
-            self.of.asked.append(self.name)
-            return self.of.answers.get(self.name)
+            self.handle.calls.append(self.name)
+            result = self.handle.results.get(self.name)
+            if isinstance(result, Exception):
+                del self.handle.results[self.name]
+                raise result
+            return result
 
 
-def engine(index: int) -> Member:
-    return Member("rollout", index, cast(ActorHandle[Any], Standing(logprobs=[-1.0] * 24)))
+def make_engine(index: int, **results: Any) -> ActorRef:
+    handle = StandInHandle(probe_logprobs=[-1.0] * 24, **results)
+    return ActorRef("rollout", index, cast(ActorHandle[Any], handle))
 
 
-def learner() -> Member:
-    answers = {"logprobs": [[-1.0] * 24], "begin_publish": {}}
-    return Member("learner", 0, cast(ActorHandle[Any], Standing(**answers)))
+def make_learner() -> ActorRef:
+    handle = StandInHandle(probe_logprobs=[[-1.0] * 24], begin_weight_sync={})
+    return ActorRef("learner", 0, cast(ActorHandle[Any], handle))
 
 
-def crew(engines: int) -> Crew:
-    return Crew(rollouts=[engine(index) for index in range(engines)], learners=[learner()])
+def make_actor_groups(engine_count: int) -> ActorGroups:
+    engines = [make_engine(index) for index in range(engine_count)]
+    return ActorGroups(rollout_actors=engines, learner_actors=[make_learner()])
 
 
-def first_group() -> ObjectRef[Group]:
-    found = asyncio.get_running_loop().create_future()
-    found.set_result(Group(PROMPT, (SAMPLE,), 0))
-    return cast("ObjectRef[Group]", found)
+def make_group_ref() -> ObjectRef[Group]:
+    future = asyncio.get_running_loop().create_future()
+    future.set_result(Group(PROMPT, (SAMPLE,), 0))
+    return cast("ObjectRef[Group]", future)
 
 
-async def test_every_engine_is_read_after_a_resumption_though_one_came_back_before_the_first_publish() -> None:
-    before = LastingPublisher(Settings(), crew(2), lambda _: None)
-    await before.prepare(first_group())
-    resumed = LastingPublisher(Settings(), crew(2), lambda _: None)
+def get_calls(actor: ActorRef) -> list[str]:
+    return cast(StandInHandle, actor.handle).calls
+
+
+async def test_every_engine_is_read_after_a_resume_even_if_one_was_restarted_before_the_first_sync() -> None:
+    before = WeightSync(Settings(), make_actor_groups(2))
+    await before.prepare_probe(make_group_ref())
+    actor_groups = make_actor_groups(2)
+    resumed = WeightSync(Settings(), actor_groups)
     resumed.restore(before.state())
-    fresh = engine(1)
-    resumed.crew.rollouts[1] = fresh
-    await resumed.meet(fresh, 3, behind=False)
-    await resumed.prepare(first_group())
-    assert await resumed.publish(4) == {"probe": pytest.approx(0.0), "probe_s": pytest.approx(0.0, abs=5.0)}
+    restarted = make_engine(1)
+    actor_groups.rollout_actors[1] = restarted
+    await resumed.sync_new_engine(restarted, 3, needs_weights=False)
+    await resumed.prepare_probe(make_group_ref())
+    metrics = await resumed.sync(4)
+    assert metrics == {"sync_logprob_gap": pytest.approx(0.0), "probe_s": pytest.approx(0.0, abs=5.0)}
 
 
-async def test_no_engine_at_the_first_publish_is_no_failure() -> None:
-    publisher = LastingPublisher(Settings(), crew(0), lambda _: None)
-    await publisher.prepare(first_group())
-    assert publisher.state()["worst"] == 0.0
+async def test_a_first_sync_without_engines_is_no_failure() -> None:
+    weight_sync = WeightSync(Settings(), make_actor_groups(0))
+    await weight_sync.prepare_probe(make_group_ref())
+    assert weight_sync.state()["worst_gap"] == 0.0
+    assert (await weight_sync.sync(1))["sync_logprob_gap"] == 0.0
 
 
-class Resumed(LastingPipeline):
-    """A pipeline that notes in which order engines are sent weights and asked, and what is saved."""
+async def test_a_sync_during_which_an_engine_is_lost_starts_again_with_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From phase 1, with no call of before outstanding, and the restarted engine waits for its end."""
+    actor_groups = make_actor_groups(1)
+    lost_engine = make_engine(1, load_weight_bucket=ActorLostError("killed", "rollout 1"))
+    actor_groups.rollout_actors.append(lost_engine)
+    learner_handle = cast(StandInHandle, actor_groups.learner_actors[0].handle)
+    buckets = iter([{"bucket": 0}, {"bucket": 0}, None])
+    learner_handle.results["next_weight_bucket"] = None
+    monkeypatch.setattr(StandInHandle.Method, "remote", _remote_with_buckets(buckets))
+    supervisor = SimpleNamespace(settings=Settings(), actor_groups=actor_groups, on_loss=None)
+    synced: list[str] = []
+
+    async def replace_actor(actor: ActorRef) -> ActorRef:
+        return ActorRef(actor.role, actor.index, actor.handle, restarts=actor.restarts + 1)
+
+    async def sync_engine(actor: ActorRef) -> None:
+        synced.append(str(actor))
+
+    supervisor.replace_actor = replace_actor
+    restarter = ActorRestarter(cast(ActorSupervisor, supervisor), RestartBudget(3), sync_engine)
+    weight_sync = WeightSync(Settings(), actor_groups, ActorCalls(restarter, cast(Any, None)))
+    await weight_sync.prepare_probe(make_group_ref())
+    async with restarter.weight_lock:
+        await weight_sync.sync(1)
+        await asyncio.sleep(0)
+        assert [str(actor) for actor in actor_groups.rollout_actors] == ["rollout 0"] and not synced
+    await restarter._restart_tasks["rollout 1"]
+    assert synced == ["rollout 1, start 2"]
+    assert [str(actor) for actor in actor_groups.rollout_actors] == ["rollout 0", "rollout 1, start 2"]
+    survivor_calls = [call for call in get_calls(actor_groups.rollout_actors[0]) if call != "probe_logprobs"]
+    attempt = ["begin_weight_update", "load_weight_bucket"]
+    assert survivor_calls == [*attempt, *attempt, "finish_weight_update"]
+
+
+def _remote_with_buckets(buckets: Any) -> Any:
+    original = StandInHandle.Method.remote
+
+    async def remote(method: StandInHandle.Method, *arguments: Any) -> Any:
+        result = await original(method, *arguments)
+        return next(buckets) if method.name == "next_weight_bucket" else result
+
+    return remote
+
+
+class RecordingController(TrainController):
+    """A controller that records in which order engines get weights and respond, and what is saved."""
 
     def __init__(self, settings: Settings) -> None:
-        supervisor = SimpleNamespace(settings=settings, crew=crew(1), on_loss=None)
-        super().__init__(settings, cast(Supervisor, supervisor), [PROMPT])
-        self.told: list[str] = []
-        self.publisher.send = self.sent  # type: ignore[method-assign]
+        supervisor = SimpleNamespace(settings=settings, actor_groups=make_actor_groups(1), on_loss=None)
+        super().__init__(settings, cast(ActorSupervisor, supervisor), [PROMPT])
+        self.events: list[str] = []
+        self.weight_sync.transfer = self.record_transfer  # type: ignore[method-assign]
 
-    async def sent(self, version: int) -> None:
-        assert self.reviver.weights.locked()
-        self.told.append(f"v{version}")
+    async def record_transfer(self, version: int) -> None:
+        assert self.actor_restarter.weight_lock.locked()
+        self.events.append(f"v{version}")
 
-    async def respond(self, *_: object) -> list[tuple[Group, ScoredGroup]]:
-        self.told.append("answers")
+    async def generate_and_score(self, *_: object) -> list[tuple[Group, ScoredGroup]]:
+        self.events.append("responses")
         return []
 
-    async def save(self, path: str) -> None:
-        self.told.append(Path(path).name)
+    async def save_policy(self, path: str) -> None:
+        self.events.append(Path(path).name)
 
 
-@pytest.mark.parametrize(("engine", "told"), [("adapter", ["v2", "answers", "policy"]), ("shm", ["answers", "policy"])])
-async def test_a_run_resumed_after_its_last_step_is_judged_by_what_it_learnt(
-    engine: str, told: list[str], tmp_path: Path
+@pytest.mark.parametrize(
+    ("transport", "events"), [("lora", ["v2", "responses", "policy"]), ("shm", ["responses", "policy"])]
+)
+async def test_a_run_resumed_after_its_last_step_is_evaluated_with_its_trained_weights(
+    transport: str, events: list[str], tmp_path: Path
 ) -> None:
-    chosen = {
-        "algorithm": {"steps": 2, "alarms": "off"}, "learner": {"lora_rank": 4}, "publish": {"engine": engine},
-        "tracking": {"wandb": "off"},
-    }  # fmt: skip
-    settings = Settings.model_validate(chosen)
-    keeper, tracker = Keeper(settings, tmp_path, [PROMPT]), Tracker(settings, tmp_path)
-    keeper.keep_answers([(Group(PROMPT, (SAMPLE,), 0), {"love": (0.5,)})])
+    settings = Settings.model_validate(
+        {
+            "algorithm": {"steps": 2, "hacking_alarms": "off"},
+            "learner": {"lora_rank": 4},
+            "weight_sync": {"transport": transport},
+            "tracking": {"wandb": "off"},
+        }
+    )
+    checkpoints, tracker = CheckpointManager(settings, tmp_path, [PROMPT]), WandbTracker(settings, tmp_path)
+    checkpoints.save_base_responses([EvalResponse(Group(PROMPT, (SAMPLE,), 0), {"love": (0.5,)})])
     rows = [{"step": step} for step in (1.0, 2.0)]
-    state = RunState(2, 1, {}, "", Resumed(settings).state(), [], rows)
-    begin = (Checkpoint(tmp_path / "checkpoints" / "step-2", 2), state)
-    pipeline = Resumed(settings)
-    await _attempt(settings, pipeline, keeper, begin, [PROMPT], tracker, Outcome(), Watch(settings, tracker))
-    assert pipeline.told == told
-    await pipeline.catch_up()
-    assert pipeline.told == told
+    state = RunState(2, 1, {}, "", RecordingController(settings).state(), [], rows)
+    resume_from = (RunCheckpoint(tmp_path / "checkpoints" / "step-2", 2), state)
+    controller, monitor = RecordingController(settings), RewardHackingMonitor(settings, tracker)
+    await _run_from_checkpoint(
+        settings, controller, checkpoints, resume_from, [PROMPT], tracker, TrainResult(), monitor
+    )
+    assert controller.events == events
+    await controller.sync_adapter_after_resume()
+    assert controller.events == events

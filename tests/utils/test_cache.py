@@ -1,4 +1,4 @@
-"""Stages are whole or absent, found again by what they were made from, and never half-built."""
+"""Artifacts are complete or absent and are reused when everything they were built from is the same."""
 
 from __future__ import annotations
 
@@ -7,76 +7,76 @@ from pathlib import Path
 
 import pytest
 
-from rluf.utils.cache import code_digest, file_digest, run_stage, run_stages, stage_key
+from rluf.utils.cache import build_or_reuse, build_or_reuse_all, compute_artifact_key, hash_files, hash_source_code
 
 
-def write(folder: Path) -> None:
+def write_artifact(folder: Path) -> None:
     folder.mkdir()
-    (folder / "data.txt").write_text("made")
+    (folder / "data.txt").write_text("built")
 
 
-def test_a_stage_is_built_once(tmp_path: Path) -> None:
-    first = run_stage(tmp_path, "data", {"seed": 1}, write)
-    again = run_stage(tmp_path, "data", {"seed": 1}, write)
-    other = run_stage(tmp_path, "data", {"seed": 2}, write)
-    assert (first.reused, again.reused, other.reused) == (False, True, False)
-    assert first.folder == again.folder != other.folder
-    assert (again.folder / "data.txt").read_text() == "made"
+def test_an_artifact_is_built_once(tmp_path: Path) -> None:
+    first = build_or_reuse(tmp_path, "data", {"seed": 1}, write_artifact)
+    second = build_or_reuse(tmp_path, "data", {"seed": 1}, write_artifact)
+    other_seed = build_or_reuse(tmp_path, "data", {"seed": 2}, write_artifact)
+    assert (first.reused, second.reused, other_seed.reused) == (False, True, False)
+    assert first.folder == second.folder != other_seed.folder
+    assert (second.folder / "data.txt").read_text() == "built"
 
 
-def test_reuse_can_be_refused(tmp_path: Path) -> None:
-    first = run_stage(tmp_path, "data", {}, write)
+def test_reuse_can_be_disabled(tmp_path: Path) -> None:
+    first = build_or_reuse(tmp_path, "data", {}, write_artifact)
     (first.folder / "data.txt").write_text("old")
-    again = run_stage(tmp_path, "data", {}, write, reuse=False)
-    assert not again.reused
-    assert (again.folder / "data.txt").read_text() == "made"
+    second = build_or_reuse(tmp_path, "data", {}, write_artifact, reuse=False)
+    assert not second.reused
+    assert (second.folder / "data.txt").read_text() == "built"
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
-        write(folder)
+        write_artifact(folder)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_stage(tmp_path, "data", {}, fail)
-    assert list((tmp_path / "stages").iterdir()) == []
+        build_or_reuse(tmp_path, "data", {}, fail)
+    assert list((tmp_path / "artifacts").iterdir()) == []
 
 
-def test_only_missing_stages_are_built_together(tmp_path: Path) -> None:
-    run_stage(tmp_path, "a", {"x": 1}, write)
-    asked: list[list[str]] = []
+def test_only_missing_artifacts_are_built_in_one_call(tmp_path: Path) -> None:
+    build_or_reuse(tmp_path, "a", {"x": 1}, write_artifact)
+    built_names: list[list[str]] = []
 
     def build(folders: Mapping[str, Path]) -> None:
-        asked.append(sorted(folders))
+        built_names.append(sorted(folders))
         for folder in folders.values():
-            write(folder)
+            write_artifact(folder)
 
-    stages = run_stages(tmp_path, {"a": {"x": 1}, "b": {"x": 1}, "c": {"x": 1}}, build)
-    assert asked == [["b", "c"]]
-    assert {name: stage.reused for name, stage in stages.items()} == {"a": True, "b": False, "c": False}
+    artifacts = build_or_reuse_all(tmp_path, {"a": {"x": 1}, "b": {"x": 1}, "c": {"x": 1}}, build)
+    assert built_names == [["b", "c"]]
+    assert {name: artifact.reused for name, artifact in artifacts.items()} == {"a": True, "b": False, "c": False}
 
 
-def test_keys_tell_apart_what_differs() -> None:
-    assert stage_key({"a": 1, "b": 2}) == stage_key({"b": 2, "a": 1})
-    assert stage_key({"a": 1}) != stage_key({"a": 2})
+def test_keys_depend_on_content_not_on_order() -> None:
+    assert compute_artifact_key({"a": 1, "b": 2}) == compute_artifact_key({"b": 2, "a": 1})
+    assert compute_artifact_key({"a": 1}) != compute_artifact_key({"a": 2})
     with pytest.raises(ValueError, match="not JSON compliant"):
-        stage_key({"a": float("nan")})
+        compute_artifact_key({"a": float("nan")})
 
 
-def test_file_digest_sees_content_and_names(tmp_path: Path) -> None:
+def test_file_hashes_depend_on_content_and_names(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("x")
-    first = file_digest([tmp_path])
+    first = hash_files([tmp_path])
     (tmp_path / "a").write_text("y")
-    second = file_digest([tmp_path])
+    second = hash_files([tmp_path])
     (tmp_path / "a").rename(tmp_path / "b")
-    assert len({first, second, file_digest([tmp_path])}) == 3
+    assert len({first, second, hash_files([tmp_path])}) == 3
 
 
-def test_code_digest_covers_modules_and_packages() -> None:
-    assert code_digest("utils.cache") != code_digest("utils.paths")
-    assert code_digest("prepare") == code_digest("prepare")
+def test_code_hashes_cover_modules_and_packages() -> None:
+    assert hash_source_code("utils.cache") != hash_source_code("utils.paths")
+    assert hash_source_code("prepare") == hash_source_code("prepare")
 
 
-def test_code_digest_refuses_a_name_without_source() -> None:
+def test_code_hashes_refuse_a_name_without_source() -> None:
     with pytest.raises(ValueError, match=r"rluf\.feedback has no source files"):
-        code_digest("prepare", "feedback")
+        hash_source_code("prepare", "feedback")

@@ -1,4 +1,4 @@
-"""Run folders: named, never overwritten, with a link to the newest; and clear errors where nothing can be written."""
+"""Run folders: named, never overwritten, with a link to the newest; clear errors when a folder is not writable."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from rluf.config.run import RunSettings
 from rluf.config.settings import Settings
 from rluf.errors import DataError, ResourceError
-from rluf.utils.paths import cache_dir, new_run_folder, runs_root, sample_file
+from rluf.utils.paths import create_run_folder, find_sample_log, resolve_cache_folder, resolve_runs_root
 
 
 def settings(root: Path | None = None) -> Settings:
@@ -17,36 +17,36 @@ def settings(root: Path | None = None) -> Settings:
 
 
 def test_two_runs_in_one_second_get_two_folders(tmp_path: Path) -> None:
-    first, second = new_run_folder(settings(tmp_path)), new_run_folder(settings(tmp_path))
+    first, second = create_run_folder(settings(tmp_path)), create_run_folder(settings(tmp_path))
     assert first != second
     assert (tmp_path / "quickstart" / "latest").resolve() == second.resolve()
 
 
 def test_unwritable_root_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ResourceError, match=r"cannot write run folder .* set run.root or RLUF_RUNS"):
-        new_run_folder(settings(tmp_path / "file"))
+    with pytest.raises(ResourceError, match=r"cannot write a run folder .* set run.root or RLUF_RUNS"):
+        create_run_folder(settings(tmp_path / "file"))
 
 
 def test_a_packaged_job_writes_to_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    packaged = tmp_path / "runtime_resources" / "working_dir_files"
-    packaged.mkdir(parents=True)
+    working_dir = tmp_path / "runtime_resources" / "working_dir_files"
+    working_dir.mkdir(parents=True)
     monkeypatch.delenv("RLUF_RUNS", raising=False)
-    monkeypatch.chdir(packaged)
-    assert runs_root(settings()) == Path.home() / "rluf" / "runs"
+    monkeypatch.chdir(working_dir)
+    assert resolve_runs_root(settings()) == Path.home() / "rluf" / "runs"
     monkeypatch.chdir(tmp_path)
-    assert runs_root(settings()) == tmp_path / "runs"
+    assert resolve_runs_root(settings()) == tmp_path / "runs"
     monkeypatch.setenv("RLUF_RUNS", "/elsewhere")
-    assert runs_root(settings()) == Path("/elsewhere")
+    assert resolve_runs_root(settings()) == Path("/elsewhere")
 
 
 def test_cache_follows_setting_then_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLUF_CACHE", str(tmp_path))
-    assert cache_dir(settings()) == tmp_path
-    assert cache_dir(Settings(run=RunSettings(cache="/c"))) == Path("/c")
+    assert resolve_cache_folder(settings()) == tmp_path
+    assert resolve_cache_folder(Settings(run=RunSettings(cache="/c"))) == Path("/c")
 
 
 def test_only_shipped_samples_have_files() -> None:
-    assert sample_file("feedback").is_file()
+    assert find_sample_log("feedback").is_file()
     with pytest.raises(DataError, match="not shipped"):
-        sample_file("hearts")
+        find_sample_log("hearts")

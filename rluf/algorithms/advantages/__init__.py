@@ -1,6 +1,6 @@
-"""Advantage estimators by name, one signature: the Outcomes of a step in, Gains out.
+"""Advantage estimators by name, with one signature: the AdvantageInputs of a step to Advantages.
 
-They are plain float arithmetic on a few numbers a sample, in double precision, so that the driver needs no tensors.
+They are plain float arithmetic on a few numbers per sample, in double precision, so that the driver needs no tensors.
 """
 
 from __future__ import annotations
@@ -8,45 +8,57 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from rluf.algorithms.advantages.base import Drift, Gains, Outcomes
+from rluf.algorithms.advantages.base import AdvantageInputs, Advantages, SampleKL
 from rluf.algorithms.advantages.cgpo import codpo, crpg, crraft
-from rluf.algorithms.advantages.dr_grpo import dr_grpo
-from rluf.algorithms.advantages.gae import gae_rewards
-from rluf.algorithms.advantages.gdpo import gdpo
-from rluf.algorithms.advantages.grpo import grpo
+from rluf.algorithms.advantages.gae import pass_through_rewards
+from rluf.algorithms.advantages.grpo import dr_grpo, gdpo, grpo, lite_ppo, rloo
 from rluf.algorithms.advantages.kto import kto
-from rluf.algorithms.advantages.lite_ppo import batch_std
 from rluf.algorithms.advantages.reinforce_pp import reinforce_pp, reinforce_pp_baseline
-from rluf.algorithms.advantages.rloo import rloo
-from rluf.errors import SettingsError
+from rluf.utils.plugins import load_plugin
 
-Estimator = Callable[[Outcomes], Gains]
+AdvantageEstimator = Callable[[AdvantageInputs], Advantages]
 
-ESTIMATORS: Mapping[str, Estimator] = MappingProxyType(
+ADVANTAGE_ESTIMATORS: Mapping[str, AdvantageEstimator] = MappingProxyType(
     {
         "grpo": grpo,
         "dr_grpo": dr_grpo,
         "rloo": rloo,
         "reinforce_pp": reinforce_pp,
         "reinforce_pp_baseline": reinforce_pp_baseline,
-        "batch_std": batch_std,
+        "lite_ppo": lite_ppo,
         "gdpo": gdpo,
-        "gae": gae_rewards,
+        "gae": pass_through_rewards,
         "crpg": crpg,
         "crraft": crraft,
         "codpo": codpo,
         "kto": kto,
     }
 )
-"""Estimator by name; rluf.algorithms.registry says which one each `algorithm.name` takes."""
+"""Estimator by name; rluf.algorithms.registry maps each `algorithm.name` to one."""
 
 
-def advantages(name: str, outcomes: Outcomes) -> Gains:
-    """Gains of a step by estimator `name`. Raises SettingsError for an unknown name."""
-    estimator = ESTIMATORS.get(name)
+def compute_advantages(estimator_name: str, inputs: AdvantageInputs) -> Advantages:
+    """Advantages of a step by an estimator, given by name or as package.module:function.
+
+    Raises SettingsError for an unknown name.
+    """
+    estimator = ADVANTAGE_ESTIMATORS.get(estimator_name)
     if estimator is None:
-        raise SettingsError(f"{name!r} is not an advantage estimator; choose from {sorted(ESTIMATORS)}")
-    return estimator(outcomes)
+        estimator = load_plugin(
+            estimator_name,
+            kind="advantage estimator",
+            known_names=ADVANTAGE_ESTIMATORS,
+            signature="a function (AdvantageInputs) -> Advantages",
+        )
+    advantages: Advantages = estimator(inputs)
+    return advantages
 
 
-__all__ = ["ESTIMATORS", "Drift", "Estimator", "Gains", "Outcomes", "advantages"]
+__all__ = [
+    "ADVANTAGE_ESTIMATORS",
+    "AdvantageEstimator",
+    "AdvantageInputs",
+    "Advantages",
+    "SampleKL",
+    "compute_advantages",
+]

@@ -1,4 +1,4 @@
-"""What every estimator takes and gives: the outcomes of a step in plain numbers, and what each response gains."""
+"""Inputs and outputs of the advantage estimators, as plain numbers per sample."""
 
 from __future__ import annotations
 
@@ -7,92 +7,101 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
-Rows = Sequence[Sequence[float]]
-"""One number a sample: [groups][samples]."""
+SampleValues = Sequence[Sequence[float]]
+"""One number per sample: [groups][samples]."""
 
 
 @dataclass(frozen=True, slots=True)
-class Drift:
-    """How far one response lies from the reference policy, in nats, l = log p_rollout - log p_reference a token.
+class SampleKL:
+    """KL statistics of one response in nats, from l = log p_rollout - log p_reference per token.
 
-    `kl` is the sum of l over the response (k1); `togo` and `togo_squared` sum, over its tokens, the l still to come
-    from that token on (itself included), and its square.
+    `kl_sum` is the sum of l over the response (k1). `kl_to_go_sum` and `kl_to_go_squared_sum` are sums over its tokens
+    of the KL to go (the sum of l from that token to the end, itself included) and of its square.
     """
 
-    kl: float
-    togo: float = 0.0
-    togo_squared: float = 0.0
+    kl_sum: float
+    kl_to_go_sum: float = 0.0
+    kl_to_go_squared_sum: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class Outcomes:
-    """A step as the driver knows it, in groups of samples.
+class AdvantageInputs:
+    """Driver-side numbers of one step, by group and sample.
 
-    `rewards` [groups][samples] are combined over objectives; `lengths` are response tokens; `drifts` are given where
-    the method or `kl_coef` asks for them; `passed` says which responses passed every judge (all, when empty). `parts`
-    are standardised signals by objective with their `weights` a group (GDPO). `kl_coef` is the weight of the KL taken
-    off the reward (0 where it is a term of the loss), `kl_limit` the most nats a response may drift (CGPO),
-    `mismatched` the mean drift of responses to other prompts (KTO).
+    `rewards` [groups][samples] are aggregated over objectives; `response_lengths` are in tokens. `sample_kl` is set
+    where the algorithm or `kl_coef` needs it. `passed_judges` says which responses passed every judge (empty: all did).
+    `objective_rewards` are normalized signals by objective, with one mapping of `objective_weights` per group (GDPO).
+    `kl_coef` is the coefficient of the KL subtracted from the reward (0 where the KL is a term of the loss),
+    `max_response_kl` the largest KL of a response in nats (CGPO), `mismatched_kl` the mean KL of responses paired with
+    other prompts (KTO).
     """
 
-    rewards: Rows
-    lengths: Sequence[Sequence[int]] = ()
-    drifts: Sequence[Sequence[Drift]] = ()
-    passed: Sequence[Sequence[bool]] = ()
-    parts: Mapping[str, Rows] = field(default_factory=dict)
-    weights: Sequence[Mapping[str, float]] = ()
+    rewards: SampleValues
+    response_lengths: Sequence[Sequence[int]] = ()
+    sample_kl: Sequence[Sequence[SampleKL]] = ()
+    passed_judges: Sequence[Sequence[bool]] = ()
+    objective_rewards: Mapping[str, SampleValues] = field(default_factory=dict)
+    objective_weights: Sequence[Mapping[str, float]] = ()
     kl_coef: float = 0.0
-    kl_limit: float = math.inf
-    mismatched: float = 0.0
+    max_response_kl: float = math.inf
+    mismatched_kl: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError on an empty group, a reward that is not finite, or rows of other shape than the rewards."""
-        for rewards in self.rewards:
-            if not rewards or not all(map(math.isfinite, rewards)):
-                raise ValueError(f"advantages need at least one reward a group, all finite, but got {list(rewards)}")
-        shape = [len(row) for row in self.rewards]
-        for name in ("lengths", "drifts", "passed"):
-            rows = getattr(self, name)
-            if rows and [len(row) for row in rows] != shape:
-                raise ValueError(f"{name} must have the shape of rewards, {shape}, not {[len(row) for row in rows]}")
+        """Raise ValueError on an empty group, a reward that is not finite, or a field of another shape than rewards."""
+        for group_rewards in self.rewards:
+            if not group_rewards or not all(map(math.isfinite, group_rewards)):
+                raise ValueError(
+                    f"advantages: expected at least one reward per group, all finite, got {list(group_rewards)}"
+                )
+        group_sizes = [len(group_rewards) for group_rewards in self.rewards]
+        for field_name in ("response_lengths", "sample_kl", "passed_judges"):
+            field_sizes = [len(group) for group in getattr(self, field_name)]
+            # These fields are optional: empty means that the algorithm does not use them.
+            if field_sizes and field_sizes != group_sizes:
+                raise ValueError(f"{field_name}: expected the shape of rewards, {group_sizes}, got {field_sizes}")
 
     @property
-    def penalised(self) -> list[list[float]]:
-        """Rewards less kl_coef times each response's KL (k1): KL in the reward, by response."""
-        if not (self.kl_coef and self.drifts):
-            return [list(row) for row in self.rewards]
+    def kl_penalized_rewards(self) -> list[list[float]]:
+        """Rewards minus kl_coef times the KL of each response (k1): the KL penalty at response level."""
+        if not (self.kl_coef and self.sample_kl):
+            return [list(group_rewards) for group_rewards in self.rewards]
         return [
-            [reward - self.kl_coef * drift.kl for reward, drift in zip(rewards, drifts, strict=True)]
-            for rewards, drifts in zip(self.rewards, self.drifts, strict=True)
+            [reward - self.kl_coef * response_kl.kl_sum for reward, response_kl in zip(rewards, group_kl, strict=True)]
+            for rewards, group_kl in zip(self.rewards, self.sample_kl, strict=True)
         ]
 
-    def passes(self, group: int, sample: int) -> bool:
-        """Whether every judge passed the sample."""
-        return self.passed[group][sample] if self.passed else True
+    def has_passed_judges(self, group_index: int, sample_index: int) -> bool:
+        """Whether the sample passed every judge."""
+        return self.passed_judges[group_index][sample_index] if self.passed_judges else True
 
-    def drift(self, group: int, sample: int) -> float:
-        """Nats the sample lies from the reference; 0 where drifts are not given."""
-        return self.drifts[group][sample].kl if self.drifts else 0.0
+    def get_response_kl(self, group_index: int, sample_index: int) -> float:
+        """KL of the sample to the reference policy in nats; 0 where sample_kl is empty."""
+        return self.sample_kl[group_index][sample_index].kl_sum if self.sample_kl else 0.0
 
 
 @dataclass(frozen=True, slots=True)
-class Gains:
-    """Advantage of each sample [groups][samples]; a token's is that less `slope` times its own KL still to come."""
+class Advantages:
+    """Advantage of each sample [groups][samples].
 
-    values: list[list[float]]
-    slope: float = 0.0
+    The advantage of one token is `sample_advantages` minus `kl_to_go_coef` times the KL to go at that token.
+    """
 
-
-def centred(rewards: Sequence[float]) -> list[float]:
-    """Rewards less their mean; exact zeros when they are equal, so that rounding never becomes an advantage."""
-    if min(rewards) == max(rewards):
-        return [0.0] * len(rewards)
-    mean = fmean(rewards)
-    return [reward - mean for reward in rewards]
+    sample_advantages: list[list[float]]
+    kl_to_go_coef: float = 0.0
 
 
-def sample_deviation(values: Sequence[float]) -> float:
-    """Standard deviation with n - 1 (as torch.std has it); 0 for fewer than two values or equal ones."""
+def subtract_mean(values: Sequence[float]) -> list[float]:
+    """Values minus their mean; exact zeros where all are equal."""
+    # The mean of equal floats can differ from them in the last bit, and dividing by a standard deviation of the same
+    # size would turn that bit into an advantage of order 1.
+    if min(values) == max(values):
+        return [0.0] * len(values)
+    mean = fmean(values)
+    return [value - mean for value in values]
+
+
+def compute_sample_std(values: Sequence[float]) -> float:
+    """Standard deviation with n - 1 (as torch.std); 0 for fewer than two values or equal ones."""
     if len(values) < 2 or min(values) == max(values):
         return 0.0
     mean = fmean(values)

@@ -1,30 +1,32 @@
-"""Policy losses by name, the KL to the reference, and the correction for what engine and learner disagree on."""
+"""Policy losses by name, the KL to the reference policy, and the correction for engine/learner mismatch."""
 
 from __future__ import annotations
 
-from rluf.algorithms.losses.importance_correction import importance_weights
-from rluf.algorithms.losses.kl import adapted, kl_estimate
+from rluf.algorithms.losses.kl import estimate_kl, update_kl_coef
 from rluf.algorithms.losses.policy import (
-    LOSSES,
-    SUMS,
+    METRIC_SUM_NAMES,
+    POLICY_LOSSES,
     LossResult,
-    drifts_of,
-    kl_by_response,
-    kl_to_go,
-    metrics,
-    policy_loss,
+    compute_importance_weights,
+    compute_kl_to_go,
+    compute_loss_metrics,
+    compute_policy_loss,
+    compute_reference_kl,
+    find_policy_loss,
+    sum_kl_by_response,
 )
 
 __all__ = [
-    "LOSSES",
-    "SUMS",
+    "METRIC_SUM_NAMES",
+    "POLICY_LOSSES",
     "LossResult",
-    "adapted",
-    "drifts_of",
-    "importance_weights",
-    "kl_by_response",
-    "kl_estimate",
-    "kl_to_go",
-    "metrics",
-    "policy_loss",
+    "compute_importance_weights",
+    "compute_kl_to_go",
+    "compute_loss_metrics",
+    "compute_policy_loss",
+    "compute_reference_kl",
+    "estimate_kl",
+    "find_policy_loss",
+    "sum_kl_by_response",
+    "update_kl_coef",
 ]

@@ -1,19 +1,20 @@
-"""The loss of a micro-batch: a policy term by name, correction for the engine's own probabilities, KL to the reference.
+"""Loss of a micro-batch: a policy loss by name, importance correction, and the KL to the reference policy.
 
-All functions take log-probabilities in nats over K response tokens and return one value a token; `policy_loss` weighs
-and sums them. Losses are minimised.
+All functions take log-probabilities in nats over K response tokens and return one value per token;
+compute_policy_loss weighs and sums them. Losses are minimized.
 
-One batch, one update (staleness 0): the learner's own current log-probabilities, detached, are the old policy. The
-ratio is then 1 with a gradient and never clips; the engine's log-probabilities only say how far the sampler was from
-the learner (another kernel, another rounding), which truncated importance sampling corrects.
+On-policy batches (max_staleness 0): one batch gives one update, and the detached current log-probabilities of the
+learner are the old policy. The ratio is then 1 with a gradient and never clips; the engine's log-probabilities only
+measure how far the sampler is from the learner (other kernels, other rounding), which truncated importance sampling
+corrects.
 
-Stale batches (staleness above 0): the engine's log-probabilities are the old policy, so the clipped ratio covers both
-the age of the batch and the engine's difference, and no further correction applies, but for REINFORCE, which has no
-ratio of its own.
+Stale batches (max_staleness above 0): the engine's log-probabilities are the old policy, so the clipped ratio covers
+both the age of the batch and the difference between the engine and the learner. No further correction applies, except
+for REINFORCE, which has no ratio.
 
-Demonstrations (responses of the log, without rollout log-probabilities) count as if the learner itself had just
-sampled them: with advantage 1 their gradient is that of the mean log-likelihood, which InstructGPT (arXiv 2203.02155,
-eq. 2) mixes into its policy loss in the same way. They take no part in the KL nor in the metrics of samples.
+Demonstrations (responses of the log, without rollout log-probabilities) count as if the learner had just sampled them:
+with advantage 1 their gradient is that of the mean log-likelihood, which InstructGPT (arXiv 2203.02155, eq. 2) mixes
+into its policy loss in the same way. They are excluded from the KL and from the metrics of samples.
 """
 
 from __future__ import annotations
@@ -25,164 +26,220 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from rluf.algorithms.advantages import Drift
-from rluf.algorithms.batch import Batch
-from rluf.algorithms.losses.cispo import cispo
-from rluf.algorithms.losses.gspo import gspo
-from rluf.algorithms.losses.importance_correction import importance_weights
-from rluf.algorithms.losses.kl import kl_estimate
-from rluf.algorithms.losses.ppo import ppo
-from rluf.algorithms.losses.reinforce import reinforce
-from rluf.algorithms.losses.sequences import still_to_come
+from rluf.algorithms.advantages import SampleKL
+from rluf.algorithms.batch import PackedBatch
+from rluf.algorithms.losses.kl import estimate_kl
+from rluf.algorithms.losses.ppo import cispo, gspo, ppo, reinforce, suffix_sums, sum_by_sequence
 from rluf.config.policy import AlgorithmSettings
+from rluf.errors import SettingsError
+from rluf.utils.plugins import load_plugin
 
-Surrogate = Callable[[Tensor, Tensor, Tensor, Tensor, AlgorithmSettings], tuple[Tensor, Tensor]]
+PolicyLossFunction = Callable[[Tensor, Tensor, Tensor, Tensor, AlgorithmSettings], tuple[Tensor, Tensor]]
 
-LOSSES: Mapping[str, Surrogate] = MappingProxyType({"ppo": ppo, "gspo": gspo, "cispo": cispo, "reinforce": reinforce})
-"""Policy loss by name: (logprobs, old logprobs, advantages, sequence numbers, settings) -> loss [K], clipped [K]."""
+POLICY_LOSSES: Mapping[str, PolicyLossFunction] = MappingProxyType(
+    {"ppo": ppo, "gspo": gspo, "cispo": cispo, "reinforce": reinforce}
+)
+"""Policy loss by name: (logprobs, old logprobs, advantages, sequence index, settings) -> loss [K], is clipped [K]."""
 
 
 @dataclass(frozen=True, slots=True)
 class LossResult:
-    """Loss of a micro-batch (scalar, with gradient) and its metrics as parts that ranks can add up.
+    """Loss of a micro-batch (scalar, with gradient) and its metrics as sums that add up over ranks.
 
-    `sums` [len(SUMS)] add over micro-batches and ranks; `peak` is the largest learner/engine ratio.
+    `metric_sums` [len(METRIC_SUM_NAMES)] add up over micro-batches and ranks; `max_ratio` is the largest ratio of
+    learner to engine probability.
     """
 
     loss: Tensor
-    sums: Tensor
-    peak: Tensor
+    metric_sums: Tensor
+    max_ratio: Tensor
 
 
-SUMS = (
+METRIC_SUM_NAMES = (
     "loss",
     "policy_loss",
     "kl_loss",
     "kl_k3",
     "kl_k1",
-    "surprise",
+    "negative_logprob",
     "ratio",
     "ratio_squared",
-    "mismatch",
-    "clipped",
-    "capped",
+    "mismatch_kl",
+    "clipped_tokens",
+    "capped_tokens",
     "response_tokens",
     "samples",
-    "tokens",
-    "demonstrated",
+    "batch_tokens",
+    "demonstration_nll",
     "demonstration_tokens",
 )
-"""Names of LossResult.sums, in order."""
+"""Names of LossResult.metric_sums, in order."""
 
 
-def policy_loss(
+def compute_policy_loss(
     logprobs: Tensor,
     reference_logprobs: Tensor,
-    batch: Batch,
+    batch: PackedBatch,
     algorithm: AlgorithmSettings,
     *,
-    loss: str = "ppo",
+    loss_name: str = "ppo",
     kl_coef: float | None = None,
-    slope: float = 0.0,
+    kl_to_go_coef: float = 0.0,
 ) -> LossResult:
-    """Sum over tokens of loss_weights * (importance * policy term + KL coefficient * KL estimate).
+    """Sum over tokens of loss_weights * (importance weight * policy loss + KL coefficient * KL estimate).
 
-    `logprobs` [K] (with gradient) and `reference_logprobs` [K] are those of `batch.targets`. The sum over all
-    micro-batches and ranks of a step is the step's loss. `loss` names the policy term (LOSSES), `kl_coef` replaces the
-    settings' own (0 where the KL is in the reward), `slope` takes off each token's advantage that many times the KL
-    still to come in its response (k1 of the engine's logprobs).
+    `logprobs` [K] (with gradient) and `reference_logprobs` [K] are those of `batch.target_ids`. The sum over all
+    micro-batches and ranks of a step is the loss of the step. `loss_name` is that of find_policy_loss, `kl_coef`
+    replaces that of the settings (0 where the KL is in the reward). The advantage of each token is reduced by
+    `kl_to_go_coef` times its KL to go (k1 of the engine's logprobs).
     """
-    on_policy = algorithm.staleness == 0
-    sampled = ~batch.rollout_logprobs.isnan()
-    rollout = torch.where(sampled, batch.rollout_logprobs, logprobs.detach())
-    old = logprobs.detach() if on_policy else rollout
-    gains = batch.advantages
-    if slope:
-        gains = gains - slope * kl_to_go(reference_logprobs, batch).to(gains.dtype)
-    surrogate, clipped = LOSSES[loss](logprobs, old, gains, batch.sequences, algorithm)
-    if on_policy or loss == "reinforce":  # other losses have the ratio to the engine in themselves
-        surrogate = surrogate * importance_weights(
-            logprobs, rollout, batch.sequences, kind=algorithm.importance, cap=algorithm.importance_cap
+    on_policy = algorithm.max_staleness == 0
+    is_sampled = ~batch.rollout_logprobs.isnan()
+    rollout_logprobs = torch.where(is_sampled, batch.rollout_logprobs, logprobs.detach())
+    old_logprobs = logprobs.detach() if on_policy else rollout_logprobs
+    advantages = batch.advantages
+    if kl_to_go_coef:
+        advantages = advantages - kl_to_go_coef * compute_kl_to_go(reference_logprobs, batch).to(advantages.dtype)
+    loss_function = find_policy_loss(loss_name)
+    token_loss, is_clipped = loss_function(logprobs, old_logprobs, advantages, batch.sequence_index, algorithm)
+    # The ratio of the other losses is already relative to the engine when batches are stale: correcting it again would
+    # square it.
+    if on_policy or loss_name == "reinforce":
+        token_loss = token_loss * compute_importance_weights(
+            logprobs,
+            rollout_logprobs,
+            batch.sequence_index,
+            correction=algorithm.importance_correction,
+            ratio_cap=algorithm.importance_correction_cap,
         )
-    kl = sampled * kl_estimate(logprobs, reference_logprobs, algorithm.kl_estimator)
-    policy_part = (batch.loss_weights * surrogate).sum()
-    kl_part = (algorithm.kl_coef if kl_coef is None else kl_coef) * (batch.loss_weights * kl).sum()
-    total = policy_part + kl_part
+    token_kl = is_sampled * estimate_kl(logprobs, reference_logprobs, algorithm.kl_estimator)
+    policy_loss = (batch.loss_weights * token_loss).sum()
+    kl_loss = (algorithm.kl_coef if kl_coef is None else kl_coef) * (batch.loss_weights * token_kl).sum()
+    total_loss = policy_loss + kl_loss
     with torch.no_grad():
-        counts = (sampled & (batch.loss_weights > 0)).float()
-        shown = (~sampled).float()
-        log_ratio = logprobs - rollout
-        ratio = log_ratio.exp() * counts
+        counted = (is_sampled & (batch.loss_weights > 0)).float()
+        demonstrated = (~is_sampled).float()
+        log_ratio = logprobs - rollout_logprobs
+        ratio = log_ratio.exp() * counted
         values = (
-            total,
-            policy_part,
-            kl_part,
-            (kl_estimate(logprobs, reference_logprobs, "k3") * counts).sum(),
-            ((logprobs - reference_logprobs) * counts).sum(),
-            -(logprobs * counts).sum(),
+            total_loss,
+            policy_loss,
+            kl_loss,
+            (estimate_kl(logprobs, reference_logprobs, "k3") * counted).sum(),
+            ((logprobs - reference_logprobs) * counted).sum(),
+            -(logprobs * counted).sum(),
             ratio.sum(),
             ratio.square().sum(),
-            ((torch.expm1(log_ratio) - log_ratio) * counts).sum(),
-            (clipped * counts).sum(),
-            ((ratio > algorithm.importance_cap) * counts).sum(),
-            counts.sum(),
-            torch.as_tensor(float(batch.sequences[counts > 0].unique().numel()), device=total.device),
-            torch.as_tensor(float(batch.tokens), device=total.device),
-            -(logprobs * shown).sum(),
-            shown.sum(),
+            ((torch.expm1(log_ratio) - log_ratio) * counted).sum(),
+            (is_clipped * counted).sum(),
+            ((ratio > algorithm.importance_correction_cap) * counted).sum(),
+            counted.sum(),
+            torch.as_tensor(float(batch.sequence_index[counted > 0].unique().numel()), device=total_loss.device),
+            torch.as_tensor(float(batch.token_count), device=total_loss.device),
+            -(logprobs * demonstrated).sum(),
+            demonstrated.sum(),
         )
-        sums = torch.stack([value.detach().double() for value in values])
-    return LossResult(total, sums, ratio.max().double())
+        # One float64 vector, so that ranks need a single all-reduce and counts stay exact.
+        metric_sums = torch.stack([value.detach().double() for value in values])
+    return LossResult(total_loss, metric_sums, ratio.max().double())
 
 
-def kl_to_go(reference_logprobs: Tensor, batch: Batch) -> Tensor:
-    """k1 of the engine's logprobs from each token to the end of its response [K], float64; 0 in demonstrations."""
-    drift = (batch.rollout_logprobs - reference_logprobs).nan_to_num(0.0)
-    return still_to_come(drift, batch.sequences)
+def find_policy_loss(loss_name: str) -> PolicyLossFunction:
+    """The policy loss of a name or package.module:function. Raises SettingsError for an unknown name."""
+    if loss_name in POLICY_LOSSES:
+        return POLICY_LOSSES[loss_name]
+    loss_function: PolicyLossFunction = load_plugin(
+        loss_name,
+        kind="policy loss",
+        known_names=POLICY_LOSSES,
+        signature="a function (logprobs, old logprobs, advantages, sequence index, settings) -> (loss, is clipped)",
+    )
+    return loss_function
 
 
-def drifts_of(reference_logprobs: Tensor, batch: Batch, logprobs: Tensor | None = None) -> list[Drift]:
-    """Drift of each response of a packed micro-batch [N], from the engine's logprobs or from `logprobs` [K] given."""
-    own = batch.rollout_logprobs if logprobs is None else logprobs
-    drift = (own - reference_logprobs).nan_to_num(0.0).double()
-    togo = still_to_come(drift, batch.sequences)
-    count = int(batch.sequences[-1]) + 1
-    sums = [drift.new_zeros(count).index_add(0, batch.sequences, v).tolist() for v in (drift, togo, togo.square())]
-    return [Drift(*parts) for parts in zip(*sums, strict=True)]
+def compute_importance_weights(
+    logprobs: Tensor, rollout_logprobs: Tensor, sequence_index: Tensor, *, correction: str, ratio_cap: float
+) -> Tensor:
+    """Importance weights [K], without gradient, from r = learner probability / engine probability.
+
+    token: min(r, cap) (truncated importance sampling); sequence: the same with the product of r over the response;
+    mask: r where 1 / cap <= r <= cap, else 0 (as IcePop); sequence_mask: the product over the response where it is at
+    most cap, else 0; off: 1. Sources: Yao et al., "Your efficient RL framework secretly brings you off-policy RL
+    training", 2025; Ling Team, "Every step evolves" (IcePop), arXiv 2510.18855. Raises SettingsError for another name.
+    """
+    log_ratio = logprobs.detach() - rollout_logprobs
+    if correction == "token":
+        return torch.exp(log_ratio).clamp(max=ratio_cap)
+    if correction == "mask":
+        ratio = torch.exp(log_ratio)
+        return torch.where((ratio <= ratio_cap) & (ratio >= 1.0 / ratio_cap), ratio, torch.zeros_like(ratio))
+    if correction == "off":
+        return torch.ones_like(log_ratio)
+    sequence_ratio = torch.exp(sum_by_sequence(log_ratio, sequence_index))
+    if correction == "sequence":
+        return sequence_ratio.clamp(max=ratio_cap)
+    if correction == "sequence_mask":
+        return torch.where(sequence_ratio <= ratio_cap, sequence_ratio, torch.zeros_like(sequence_ratio))
+    raise SettingsError(
+        f"algorithm.importance_correction: expected token, sequence, mask, sequence_mask or off, got {correction!r}"
+    )
 
 
-def kl_by_response(reference_logprobs: Tensor, batch: Batch, logprobs: Tensor) -> Tensor:
+def compute_kl_to_go(reference_logprobs: Tensor, batch: PackedBatch) -> Tensor:
+    """KL to go [K], float64: k1 of the engine's logprobs from each token to its response's end; 0 in demonstrations."""
+    # Demonstrations have NaN rollout logprobs, which would spread through the cumulative sum to every later token.
+    token_kl = (batch.rollout_logprobs - reference_logprobs).nan_to_num(0.0)
+    return suffix_sums(token_kl, batch.sequence_index)
+
+
+def compute_reference_kl(
+    reference_logprobs: Tensor, batch: PackedBatch, logprobs: Tensor | None = None
+) -> list[SampleKL]:
+    """KL statistics of each response of a packed micro-batch [N], from `logprobs` [K] or else the engine's."""
+    own_logprobs = batch.rollout_logprobs if logprobs is None else logprobs
+    token_kl = (own_logprobs - reference_logprobs).nan_to_num(0.0).double()
+    kl_to_go = suffix_sums(token_kl, batch.sequence_index)
+    response_count = int(batch.sequence_index[-1]) + 1
+    sums = [
+        token_kl.new_zeros(response_count).index_add(0, batch.sequence_index, values).tolist()
+        for values in (token_kl, kl_to_go, kl_to_go.square())
+    ]
+    return [SampleKL(*response_sums) for response_sums in zip(*sums, strict=True)]
+
+
+def sum_kl_by_response(reference_logprobs: Tensor, batch: PackedBatch, logprobs: Tensor) -> Tensor:
     """k1 of `logprobs` [K] to the reference, summed over each response of a packed micro-batch [N], nats, signed."""
-    drift = (logprobs.detach() - reference_logprobs).double()
-    return drift.new_zeros(int(batch.sequences[-1]) + 1).index_add(0, batch.sequences, drift)
+    token_kl = (logprobs.detach() - reference_logprobs).double()
+    return token_kl.new_zeros(int(batch.sequence_index[-1]) + 1).index_add(0, batch.sequence_index, token_kl)
 
 
-def metrics(sums: Tensor, peak: float) -> dict[str, float]:
-    """Metrics of a step from the `sums` of all its micro-batches and ranks and the largest ratio `peak`.
+def compute_loss_metrics(metric_sums: Tensor, max_ratio: float) -> dict[str, float]:
+    """Metrics of a step from the `metric_sums` of all its micro-batches and ranks and the largest ratio.
 
-    kl: k3 a token; kl_sequence: k1 summed over a response, mean over samples (nats a response, signed); entropy: mean
-    -logprob of the sampled tokens (an estimate); ratio_*: learner over engine probability; effective_sample_size:
+    kl: k3 per token; kl_sequence: k1 summed over a response, mean over samples (nats per response, signed); entropy:
+    mean -logprob of the sampled tokens (an estimate); ratio_*: learner over engine probability; effective_sample_size:
     share of tokens that the uncapped ratios leave, (sum r)^2 / (n sum r^2); mismatch_kl: k3 estimate of
     KL(engine || learner); demonstration_nll: mean -logprob of the demonstrations' tokens, if there were any.
     """
-    part = dict(zip(SUMS, sums.tolist(), strict=True))
-    tokens, samples = max(1.0, part["response_tokens"]), max(1.0, part["samples"])
-    squares = tokens * part["ratio_squared"]
-    shown = part["demonstration_tokens"]
-    imitation = {"demonstration_nll": part["demonstrated"] / shown} if shown else {}
+    sums = dict(zip(METRIC_SUM_NAMES, metric_sums.tolist(), strict=True))
+    token_count, sample_count = max(1.0, sums["response_tokens"]), max(1.0, sums["samples"])
+    ratio_squares = token_count * sums["ratio_squared"]
+    demonstration_metrics = {}
+    if sums["demonstration_tokens"]:
+        demonstration_metrics["demonstration_nll"] = sums["demonstration_nll"] / sums["demonstration_tokens"]
     return {
-        "loss": part["loss"],
-        "policy_loss": part["policy_loss"],
-        "kl_loss": part["kl_loss"],
-        "kl": part["kl_k3"] / tokens,
-        "kl_sequence": part["kl_k1"] / samples,
-        "entropy": part["surprise"] / tokens,
-        "ratio_mean": part["ratio"] / tokens,
-        "ratio_max": peak,
-        "effective_sample_size": part["ratio"] ** 2 / squares if squares > 0 else 0.0,
-        "mismatch_kl": part["mismatch"] / tokens,
-        "clip_share": part["clipped"] / tokens,
-        "cap_share": part["capped"] / tokens,
-        "learner_tokens": part["tokens"],
-        **imitation,
+        "loss": sums["loss"],
+        "policy_loss": sums["policy_loss"],
+        "kl_loss": sums["kl_loss"],
+        "kl": sums["kl_k3"] / token_count,
+        "kl_sequence": sums["kl_k1"] / sample_count,
+        "entropy": sums["negative_logprob"] / token_count,
+        "ratio_mean": sums["ratio"] / token_count,
+        "ratio_max": max_ratio,
+        "effective_sample_size": sums["ratio"] ** 2 / ratio_squares if ratio_squares > 0 else 0.0,
+        "mismatch_kl": sums["mismatch_kl"] / token_count,
+        "clip_share": sums["clipped_tokens"] / token_count,
+        "ratio_capped_fraction": sums["capped_tokens"] / token_count,
+        "learner_tokens": sums["batch_tokens"],
+        **demonstration_metrics,
     }

@@ -1,4 +1,4 @@
-"""One rollout engine: vLLM's AsyncLLM with token ids in and out, and weights that can be replaced while it runs."""
+"""Rollout engine: vLLM's AsyncLLM with token ids in and out, and weights that are updated while it runs."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rluf.backends.colocation import shares_gpus
-from rluf.backends.vllm.model_folder import check_model, stop_ids
+from rluf.backends.colocation import is_colocated
+from rluf.backends.vllm.model_folder import check_causal_lm, read_stop_token_ids
 from rluf.backends.weight_transfer.lora import (
+    build_zero_adapter,
     check_adapter,
-    kinds_of,
-    linear_shapes,
-    no_change,
-    room_for,
+    list_target_modules,
+    read_linear_shapes,
+    select_max_lora_rank,
     write_adapter,
 )
 from rluf.config.settings import Settings
-from rluf.errors import DataError, LostError, ModelError, ResourceError, StallError, SyncError
+from rluf.errors import ActorLostError, DataError, DeadlineError, ModelError, ResourceError, WeightSyncError
 from rluf.models.hub import load_tokenizer
 
 if TYPE_CHECKING:
@@ -38,16 +38,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CPU_BLOCK_TOKENS = 32
-"""KV cache block of CPU engines: the smallest that vLLM's CPU attention is fast with, so that short prompts share."""
-CPU_STEP_TOKENS = 1024
-"""Most tokens in one engine step on the CPU: bounds the activations of a prefill (and its full-vocabulary logits)."""
-SHUTDOWN_S = 2
-"""Seconds an engine core gets to end by itself before it is killed."""
+CPU_KV_BLOCK_TOKENS = 32
+"""KV cache block of CPU engines: the smallest for which vLLM's CPU attention is fast, so that short prompts share."""
+MAX_CPU_STEP_TOKENS = 1024
+"""Maximum tokens per engine step on the CPU: bounds the activations of a prefill and its full-vocabulary logits."""
+SHUTDOWN_TIMEOUT_S = 2
+"""Seconds an engine core has to exit by itself before it is killed."""
 
 
 @dataclass(frozen=True, slots=True)
-class Draft:
+class Generation:
     """One sampled response: ids [R] (end-of-turn token included), their logprobs [R] in nats, version spans, text."""
 
     response_ids: tuple[int, ...]
@@ -57,12 +57,12 @@ class Draft:
     text: str
 
 
-def set_environment(settings: Settings) -> None:
-    """Set what vLLM reads from the environment when it is imported and when it starts its core process.
+def set_vllm_environment(settings: Settings) -> None:
+    """Set the environment variables that vLLM reads on import and when it starts its core process.
 
-    Call it before the first import of vllm. Values that are set already (by Ray's runtime_env, by the user) stay, but
-    for two. VLLM_CPU_KVCACHE_SPACE is taken out: it holds whole GiB only and would override rollout.kv_cache_gib.
-    OMP_NUM_THREADS follows cluster.threads when that is set, since Ray puts a default of its own there.
+    Call it before the first import of vllm. Variables that are already set (by Ray's runtime_env, by the user) stay,
+    except for two. VLLM_CPU_KVCACHE_SPACE is removed: it counts whole GiB only and would override rollout.kv_cache_gib.
+    OMP_NUM_THREADS follows cluster.threads_per_actor when that is set, since Ray sets a default of its own.
     """
     defaults = {
         "VLLM_LOGGING_LEVEL": "WARNING",
@@ -70,299 +70,327 @@ def set_environment(settings: Settings) -> None:
         "DO_NOT_TRACK": "1",
         "HF_HUB_OFFLINE": "1",
         "VLLM_PLUGINS": "",
-        "VLLM_ENGINE_READY_TIMEOUT_S": str(int(settings.cluster.start_deadline_s)),
+        "VLLM_ENGINE_READY_TIMEOUT_S": str(int(settings.timeouts.actor_start_s)),
         "TOKENIZERS_PARALLELISM": "false",
     }
     if settings.cluster.gpus_per_engine == 0:
         # Threads bound to cores starve when actors share them. Without dynamo, torch.compile-decorated helpers of
-        # the sampler run as they are: compiling them costs the first request 3 to 15 s.
+        # the sampler run uncompiled: compiling them costs the first request 3 to 15 s.
         defaults |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "TORCHDYNAMO_DISABLE": "1"}
         # Waiting threads must sleep: with two spinning threads on busy cores one engine fell from 450 to 60 tokens/s.
         defaults |= {"OMP_WAIT_POLICY": "PASSIVE"}
         os.environ.pop("VLLM_CPU_KVCACHE_SPACE", None)
-    if settings.cluster.threads:
-        os.environ["OMP_NUM_THREADS"] = str(settings.cluster.threads)
+    if settings.cluster.threads_per_actor:
+        os.environ["OMP_NUM_THREADS"] = str(settings.cluster.threads_per_actor)
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 
 
-def sample_seed(seed: int, prompt_id: str, index: int) -> int:
-    """Seed of one sample, the same whichever engine takes it; unlike seed + index it never repeats across prompts."""
-    digest = hashlib.blake2b(f"{seed}/{prompt_id}/{index}".encode(), digest_size=4).digest()
+def derive_sample_seed(seed: int, prompt_id: str, sample_index: int) -> int:
+    """Seed of one sample, independent of the engine; unlike seed + index it does not repeat across prompts."""
+    digest = hashlib.blake2b(f"{seed}/{prompt_id}/{sample_index}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big")
 
 
 class RolloutEngine:
-    """Generates from, measures with, and updates one vLLM engine. All calls belong to one asyncio loop."""
+    """One vLLM engine: generate, compute logprobs, update weights. All calls belong to one asyncio loop."""
 
-    def __init__(self, name: str, index: int, settings: Settings, model: Path, version: int = 0) -> None:
-        """`name` is what errors call this engine, `index` its place among the engines. Starts nothing yet.
+    def __init__(
+        self, name: str, engine_index: int, settings: Settings, model_folder: Path, weight_version: int = 0
+    ) -> None:
+        """`name` appears in errors, `engine_index` is the position among the engines. Starts nothing yet.
 
-        `version` is the weight version of the model in folder `model`.
+        `weight_version` is that of the model in `model_folder`.
         """
-        self.name, self.index, self.settings, self.model = name, index, settings, model
-        self.version = version
-        self._alone = asyncio.Lock()
-        self.running = 0
+        self.name, self.engine_index, self.settings, self.model_folder = name, engine_index, settings, model_folder
+        self.weight_version = weight_version
+        self._deterministic_lock = asyncio.Lock()
+        self.running_samples = 0
         self._engine: AsyncLLM | None = None
-        self._greeted = False
-        self._updating = False
-        self._adapter: LoRARequest | None = None
-        self._linear: dict[str, tuple[int, ...]] = {}
-        self._requests = 0
+        self._transfer_initialized = False
+        self._is_updating = False
+        self._lora_request: LoRARequest | None = None
+        self._linear_shapes: dict[str, tuple[int, ...]] = {}
+        self._request_count = 0
 
     async def start(self) -> dict[str, Any]:
-        """Load the model and start vLLM's core process; returns what was started.
+        """Load the model and start vLLM's core process; returns its name, process ids, model and KV cache size.
 
-        Blocks the loop meanwhile (vLLM's start is synchronous). Raises ModelError for a model that vLLM cannot take,
-        ResourceError when memory is short or the core process ends before it is ready.
+        Blocks the loop meanwhile (vLLM's start is synchronous). Raises ModelError for a model that vLLM cannot run,
+        ResourceError when memory is short or the core process exits before it is ready.
         """
-        check_model(self.model)
-        self._tokenizer = load_tokenizer(self.model)
-        self._stop_ids = stop_ids(self.model, self._tokenizer.eos_token_id)
-        self._check_memory()
+        check_causal_lm(self.model_folder)
+        self._tokenizer = load_tokenizer(self.model_folder)
+        self._stop_token_ids = read_stop_token_ids(self.model_folder, self._tokenizer.eos_token_id)
+        self._check_free_memory()
         from vllm.v1.engine.async_llm import AsyncLLM
 
         if self.settings.cluster.gpus_per_engine == 0:
-            _inspect_here(self.model)
+            _inspect_model_in_process(self.model_folder)
         try:
-            config = self._arguments().create_engine_config()
+            config = self._build_engine_args().create_engine_config()
         except (ValueError, OSError, KeyError, NotImplementedError) as error:
-            raise ModelError(f"{self.name}: vLLM cannot run the model {self.model}: {_first_line(error)}") from error
+            raise ModelError(
+                f"{self.name}: vLLM cannot run the model {self.model_folder}: {_format_first_line(error)}"
+            ) from error
         try:
             self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         except (RuntimeError, ValueError, OSError, MemoryError) as error:
             raise ResourceError(
-                f"{self.name}: vLLM's core process did not start with {self.model}: {_first_line(error)}; its own "
-                "message is in this actor's log (memory short? lower rollout.kv_cache_gib, rollout.concurrency)"
+                f"{self.name}: vLLM's core process did not start with {self.model_folder}: "
+                f"{_format_first_line(error)}; its own message is in this actor's log (memory short? lower "
+                "rollout.kv_cache_gib, rollout.concurrency)"
             ) from error
-        await self._engine.update_weight_version(str(self.version))
-        await self._begin_adapter()
+        await self._engine.update_weight_version(str(self.weight_version))
+        await self._load_zero_adapter()
         return {
             "engine": self.name,
             "pid": os.getpid(),
-            "core_pids": core_pids(self._engine),
-            "model": str(self.model),
+            "core_pids": list_core_pids(self._engine),
+            "model": str(self.model_folder),
             "kv_tokens": (config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
         }
 
-    async def generate(self, prompt_ids: Sequence[int], seeds: Sequence[int]) -> list[Draft]:
-        """Sample one response for each seed; equal seeds and weights give equal responses.
+    async def generate(self, prompt_ids: Sequence[int], seeds: Sequence[int]) -> list[Generation]:
+        """Sample one response per seed; equal seeds and weights give equal responses.
 
         Sampling is from the whole vocabulary at rollout.temperature, and ends at an end-of-turn token or after
-        rollout.max_response_tokens. Raises DataError for a prompt that is too long, StallError past
-        rollout.deadline_s, ResourceError when the engine has died.
+        rollout.max_response_tokens. Raises DataError for a prompt that is too long, DeadlineError past
+        timeouts.rollout_s, ActorLostError when the engine has died.
         """
-        limit = self.settings.rollout.max_prompt_tokens
-        if not 0 < len(prompt_ids) <= limit:
+        max_prompt_tokens = self.settings.rollout.max_prompt_tokens
+        if not 0 < len(prompt_ids) <= max_prompt_tokens:
             raise DataError(
-                f"{self.name}: a prompt has {len(prompt_ids)} tokens, rollout.max_prompt_tokens is {limit}; raise it "
-                "or drop the prompt"
+                f"{self.name}: a prompt has {len(prompt_ids)} tokens, rollout.max_prompt_tokens is "
+                f"{max_prompt_tokens}; raise it or drop the prompt"
             )
-        ids = list(prompt_ids)
-        self.running += len(seeds)
+        token_ids = list(prompt_ids)
+        self.running_samples += len(seeds)
         try:
-            async with self._deadline(self.settings.rollout.deadline_s, "to generate a group"):
-                tasks = [asyncio.ensure_future(self._request(ids, self._sampling(seed))) for seed in seeds]
+            async with self._call_deadline(self.settings.timeouts.rollout_s, "to generate a group"):
+                tasks = [
+                    asyncio.ensure_future(self._run_request(token_ids, self._build_sampling_params(seed)))
+                    for seed in seeds
+                ]
                 try:
                     outputs = await asyncio.gather(*tasks)
                 finally:
+                    # When one sample fails, gather leaves the others running: their results would have no reader.
                     for task in tasks:
                         task.cancel()
         finally:
-            self.running -= len(seeds)
-        texts = self._tokenizer.batch_decode([list(o.outputs[0].token_ids) for o in outputs], skip_special_tokens=True)
-        return [self._draft(output, text) for output, text in zip(outputs, texts, strict=True)]
+            self.running_samples -= len(seeds)
+        response_ids = [list(output.outputs[0].token_ids) for output in outputs]
+        texts = self._tokenizer.batch_decode(response_ids, skip_special_tokens=True)
+        return [self._build_generation(output, text) for output, text in zip(outputs, texts, strict=True)]
 
-    async def logprobs(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:
-        """Logprobs [R] (nats, temperature 1) of a given response after a given prompt, under the present weights."""
+    async def compute_logprobs(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:
+        """Logprobs [R] (nats, temperature 1) of a given response after a given prompt, under the current weights."""
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        params = SamplingParams(
+        # prompt_logprobs=0: of the prompt's own tokens only. vLLM must sample at least one token.
+        sampling_params = SamplingParams(
             max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
-        ids = [*prompt_ids, *response_ids]
-        async with self._deadline(self.settings.rollout.deadline_s, "to measure logprobs"):
-            output = await self._request(ids, params)
-        measured: list[Any] = list(output.prompt_logprobs or [])
+        token_ids = [*prompt_ids, *response_ids]
+        async with self._call_deadline(self.settings.timeouts.rollout_s, "to compute logprobs"):
+            output = await self._run_request(token_ids, sampling_params)
+        position_logprobs: list[Any] = list(output.prompt_logprobs or [])
         start = len(prompt_ids)
-        return [float(found[token].logprob) for token, found in zip(ids[start:], measured[start:], strict=True)]
+        return [
+            float(by_token[token].logprob)
+            for token, by_token in zip(token_ids[start:], position_logprobs[start:], strict=True)
+        ]
 
     async def sleep(self) -> None:
-        """Move the weights to host memory and drop the KV cache; no request may be under way. GPUs only."""
-        async with self._deadline(self.settings.publish.deadline_s, "to fall asleep"):
-            await self._alive().sleep(level=1)
+        """Move the weights to host memory and drop the KV cache; no request may be running. GPUs only."""
+        async with self._call_deadline(self.settings.timeouts.weight_sync_s, "to sleep"):
+            await self._require_engine().sleep(level=1)
 
-    async def wake(self, parts: Sequence[str]) -> None:
-        """Bring weights, kv_cache or both back to the GPU."""
-        async with self._deadline(self.settings.publish.deadline_s, "to wake up"):
-            await self._alive().wake_up(tags=list(parts))
+    async def wake(self, tags: Sequence[str]) -> None:
+        """Restore weights, kv_cache or both to the GPU."""
+        async with self._call_deadline(self.settings.timeouts.weight_sync_s, "to wake up"):
+            await self._require_engine().wake_up(tags=list(tags))
 
-    async def begin_update(self, offer: dict[str, Any]) -> None:
-        """Phase 1: meet the learner (first time only), freeze running requests where they are, open the update.
+    async def begin_weight_update(self, transfer_info: dict[str, Any]) -> None:
+        """Phase 1: connect to the learner (first time only), pause running requests, open the update.
 
-        Frozen requests lose their KV cache: once resumed they go on from their own tokens with the new weights. An
-        update that was begun but never finished is given up first.
-        `offer` comes from a Sender. Raises SyncError, or StallError past publish.deadline_s.
+        Paused requests lose their KV cache: once resumed they continue after their own tokens with the new weights. An
+        update that was begun but never finished is abandoned first. `transfer_info` is that of WeightSender.begin.
+        Raises WeightSyncError, or DeadlineError past timeouts.weight_sync_s.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
-        engine = self._alive()
-        async with self._deadline(self.settings.publish.deadline_s, "to begin a weight update"):
-            if self._adapter is not None:
-                self._greeting(offer)
+        engine = self._require_engine()
+        async with self._call_deadline(self.settings.timeouts.weight_sync_s, "to begin a weight update"):
+            if self._lora_request is not None:
+                # Only to check the transport: adapters are read from disk and need no connection.
+                self._build_init_info(transfer_info)
                 await engine.pause_generation(mode="keep", clear_cache=True)
                 return
-            if not self._greeted:
-                await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=self._greeting(offer)))
-                await self._raise_problem()
-                self._greeted = True
-            if self._updating:
-                logger.warning("%s: the last weight update was never finished; starting a new one", self.name)
+            if not self._transfer_initialized:
+                init_info = {"transfer_info": self._build_init_info(transfer_info)}
+                await engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init_info))
+                await self._raise_transfer_problem()
+                self._transfer_initialized = True
+            if self._is_updating:
+                logger.warning("%s: the previous weight update was not finished; starting a new one", self.name)
                 await engine.finish_weight_update()
-                self._updating = False
+                self._is_updating = False
+            # The cache is cleared, since its keys and values were computed with the old weights.
             await engine.pause_generation(mode="keep", clear_cache=True)
             await engine.start_weight_update()
-            self._updating = True
+            self._is_updating = True
 
-    async def update(self, bucket: dict[str, Any]) -> None:
-        """Phase 2, once a bucket: load the tensors that a Sender sent.
+    async def load_weight_bucket(self, bucket: dict[str, Any]) -> None:
+        """Phase 2, once per bucket: load the tensors; `bucket` is the bucket info of WeightSender.send_bucket.
 
-        Raises SyncError on a tensor that the model does not have, or of another shape; the engine then stays paused.
+        Raises WeightSyncError on a tensor that the model does not have, or of another shape; the engine then stays
+        paused.
         """
-        if self._adapter is not None:
-            check_adapter(Path(bucket["path"]), self._linear)
+        if self._lora_request is not None:
+            check_adapter(Path(bucket["path"]), self._linear_shapes)
             await self._load_adapter(str(bucket["path"]))
             return
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
-        engine = self._alive()
-        async with self._deadline(self.settings.publish.deadline_s, "to load a bucket of weights"):
-            await engine.update_weights(WeightTransferUpdateRequest(update_info=bucket))
-            await self._raise_problem(abandon=True)
+        engine = self._require_engine()
+        async with self._call_deadline(self.settings.timeouts.weight_sync_s, "to load a bucket of weights"):
+            await engine.update_weights(WeightTransferUpdateRequest(update_info={"bucket_info": bucket}))
+            # Closing a bad update restores the old weights of the layers that received none.
+            await self._raise_transfer_problem(abandon_update=True)
 
-    async def finish_update(self, version: int) -> None:
-        """Phases 3 and 4: put the weights in place under `version`, then go on generating.
+    async def finish_weight_update(self, weight_version: int) -> None:
+        """Phases 3 and 4: put the weights in place under `weight_version`, then resume generation.
 
-        Raises SyncError naming tensors that never came; the engine then stays paused, under its old version.
+        Raises WeightSyncError naming tensors that were not sent; the engine then stays paused, under its old version.
         """
-        engine = self._alive()
-        async with self._deadline(self.settings.publish.deadline_s, "to finish a weight update"):
-            if self._adapter is None:
+        engine = self._require_engine()
+        async with self._call_deadline(self.settings.timeouts.weight_sync_s, "to finish a weight update"):
+            if self._lora_request is None:
                 await engine.finish_weight_update()
-                self._updating = False
-                await self._raise_problem()
-            await engine.update_weight_version(str(version))
-            self.version = version
+                self._is_updating = False
+                await self._raise_transfer_problem()
+            await engine.update_weight_version(str(weight_version))
+            self.weight_version = weight_version
             await engine.resume_generation()
 
     @property
-    def tied(self) -> bool:
-        """Whether the running model's output head is its embeddings."""
-        return bool(getattr(self._alive().model_config.hf_config, "tie_word_embeddings", False))
+    def has_tied_embeddings(self) -> bool:
+        """Whether the output head of the running model is its embeddings."""
+        return bool(getattr(self._require_engine().model_config.hf_config, "tie_word_embeddings", False))
 
-    def health(self) -> dict[str, Any]:
-        """Name, weight version, samples running, and whether vLLM's core still lives."""
+    def get_health(self) -> dict[str, Any]:
+        """Name, weight version, running samples, and whether vLLM's core process is alive."""
         engine = self._engine
         alive = engine is not None and not engine.errored
-        return {"engine": self.name, "version": self.version, "running": self.running, "alive": alive}
+        return {"engine": self.name, "version": self.weight_version, "running": self.running_samples, "alive": alive}
 
     def shutdown(self) -> None:
-        """End the core process; harmless when it has ended or never started."""
+        """Stop the core process; harmless when it has ended or was never started."""
         if self._engine is not None:
-            self._engine.shutdown(timeout=SHUTDOWN_S)
+            self._engine.shutdown(timeout=SHUTDOWN_TIMEOUT_S)
             self._engine = None
 
-    async def _begin_adapter(self) -> None:
-        """Load an adapter that changes nothing, so that requests under way follow the first publish too."""
+    async def _load_zero_adapter(self) -> None:
+        """Load an adapter that changes nothing, so that requests running during the first sync follow it too."""
         settings = self.settings
-        if settings.publish.engine != "adapter":
+        if settings.weight_sync.transport != "lora":
             return
-        self._linear = linear_shapes(self.model)
+        self._linear_shapes = read_linear_shapes(self.model_folder)
+        dtype = getattr(torch, settings.policy_dtype)
         with tempfile.TemporaryDirectory() as folder:
-            path, dtype = Path(folder) / "adapter", getattr(torch, settings.policy_dtype)
-            write_adapter(path, no_change(self.model, settings.learner.lora_rank, dtype))
-            await self._load_adapter(str(path))
+            adapter_folder = Path(folder) / "adapter"
+            write_adapter(adapter_folder, build_zero_adapter(self.model_folder, settings.learner.lora_rank, dtype))
+            await self._load_adapter(str(adapter_folder))
 
-    async def _load_adapter(self, path: str) -> None:
-        """Replace the adapter in place: requests name it, not its files."""
+    async def _load_adapter(self, adapter_path: str) -> None:
+        """Replace the adapter in place: requests refer to it by name and id, not by its files."""
         from vllm.lora.request import LoRARequest
 
-        async with self._deadline(self.settings.publish.deadline_s, "to load an adapter"):
-            await self._alive().add_lora(LoRARequest("policy", 1, path, load_inplace=True))
-        self._adapter = LoRARequest("policy", 1, path)
+        async with self._call_deadline(self.settings.timeouts.weight_sync_s, "to load an adapter"):
+            await self._require_engine().add_lora(LoRARequest("policy", 1, adapter_path, load_inplace=True))
+        self._lora_request = LoRARequest("policy", 1, adapter_path)
 
-    def _arguments(self) -> AsyncEngineArgs:
+    def _build_engine_args(self) -> AsyncEngineArgs:
         from vllm.config.weight_transfer import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
 
-        from rluf.backends.vllm.worker import HouseExecutor, HouseExtension
+        from rluf.backends.vllm.worker import BACKEND_PREFIX, RlufUniProcExecutor, RlufWorkerExtension
 
         rollout, on_gpu = self.settings.rollout, self.settings.cluster.gpus_per_engine > 0
-        length = rollout.max_prompt_tokens + rollout.max_response_tokens + 1
-        device: dict[str, Any]
+        # One more, since compute_logprobs samples a token after the longest prompt and response.
+        max_model_tokens = rollout.max_prompt_tokens + rollout.max_response_tokens + 1
+        device_args: dict[str, Any]
         if on_gpu:
-            device = {"gpu_memory_utilization": rollout.gpu_memory_share}
+            device_args = {"gpu_memory_utilization": rollout.gpu_memory_share}
         else:
-            device = {
+            device_args = {
                 "kv_cache_memory_bytes": int(rollout.kv_cache_gib * 2**30),
-                "block_size": CPU_BLOCK_TOKENS,
+                "block_size": CPU_KV_BLOCK_TOKENS,
                 # A prompt cut into chunks rewinds its seeded generator, which vLLM's CPU build cannot: the core dies.
                 "enable_chunked_prefill": False,
-                "max_num_batched_tokens": max(CPU_STEP_TOKENS, length, rollout.concurrency),
+                "max_num_batched_tokens": max(MAX_CPU_STEP_TOKENS, max_model_tokens, rollout.concurrency),
             }
-        backend: dict[str, Any] = {
-            "weight_transfer_config": WeightTransferConfig(backend=f"rluf_{self.settings.publish.engine}")
+        transport = self.settings.weight_sync.transport
+        transfer_args: dict[str, Any] = {
+            "weight_transfer_config": WeightTransferConfig(backend=f"{BACKEND_PREFIX}{transport}")
         }
-        if self.settings.publish.engine == "adapter":
-            # Named so that the output head stays plain: vLLM's CPU build dies of prompt logprobs through a LoRA head.
-            backend = {
+        if transport == "lora":
+            # Modules are listed to leave out the output head: vLLM's CPU build crashes on prompt logprobs through a
+            # LoRA head.
+            transfer_args = {
                 "enable_lora": True,
-                "max_lora_rank": room_for(self.settings.learner.lora_rank),
-                "lora_target_modules": kinds_of(linear_shapes(self.model)),
+                "max_lora_rank": select_max_lora_rank(self.settings.learner.lora_rank),
+                "lora_target_modules": list_target_modules(read_linear_shapes(self.model_folder)),
             }
         return AsyncEngineArgs(
-            model=str(self.model),
+            model=str(self.model_folder),
             skip_tokenizer_init=True,
             load_format="safetensors",
             trust_remote_code=self.settings.model.trust_remote_code,
             dtype=self.settings.policy_dtype,
+            # Not the model's own generation settings: their top_p or repetition penalty would change the distribution
+            # that the learner assumes.
             generation_config="vllm",
-            max_model_len=length,
+            max_model_len=max_model_tokens,
             max_num_seqs=rollout.concurrency,
             enforce_eager=True,
+            # A cached prefix changes the batch that a prefill is computed in, and with it the last bits.
             enable_prefix_caching=not self.settings.run.deterministic,
+            # Logprobs of the distribution that was sampled from: after the temperature.
             logprobs_mode="processed_logprobs",
             tensor_parallel_size=rollout.tensor_parallel,
-            distributed_executor_backend=HouseExecutor if rollout.tensor_parallel == 1 else "mp",
-            worker_extension_cls=f"{HouseExtension.__module__}.{HouseExtension.__qualname__}",
-            enable_sleep_mode=shares_gpus(self.settings),
+            distributed_executor_backend=RlufUniProcExecutor if rollout.tensor_parallel == 1 else "mp",
+            worker_extension_cls=f"{RlufWorkerExtension.__module__}.{RlufWorkerExtension.__qualname__}",
+            enable_sleep_mode=is_colocated(self.settings),
             seed=self.settings.seed,
             disable_log_stats=True,
-            **device,
-            **backend,
+            **device_args,
+            **transfer_args,
         )
 
-    def _check_memory(self) -> None:
-        """Raise ResourceError if weights and KV cache of a CPU engine cannot fit in what is free now."""
+    def _check_free_memory(self) -> None:
+        """Raise ResourceError if weights and KV cache of a CPU engine do not fit into the memory that is free now."""
         if self.settings.cluster.gpus_per_engine > 0:
             return
-        weights = sum(file.stat().st_size for file in self.model.glob("*.safetensors"))
-        needed = weights + int(self.settings.rollout.kv_cache_gib * 2**30)
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        meminfo = Path("/proc/meminfo")
-        if meminfo.is_file():
-            lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-            free = int(lines["MemAvailable"].split()[0]) * 1024
-        if needed > free:
+        weight_bytes = sum(file.stat().st_size for file in self.model_folder.glob("*.safetensors"))
+        needed_bytes = weight_bytes + int(self.settings.rollout.kv_cache_gib * 2**30)
+        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        # MemAvailable also counts the page cache, which the system gives up on demand.
+        meminfo_file = Path("/proc/meminfo")
+        if meminfo_file.is_file():
+            fields = dict(line.split(":", 1) for line in meminfo_file.read_text().splitlines())
+            free_bytes = int(fields["MemAvailable"].split()[0]) * 1024
+        if needed_bytes > free_bytes:
             raise ResourceError(
-                f"{self.name} needs {needed / 2**30:.1f} GiB ({weights / 2**30:.1f} for weights, "
-                f"rollout.kv_cache_gib={self.settings.rollout.kv_cache_gib:g}), but {free / 2**30:.1f} GiB are free; "
-                "lower rollout.kv_cache_gib or use a smaller model"
+                f"{self.name} needs {needed_bytes / 2**30:.1f} GiB ({weight_bytes / 2**30:.1f} for weights, "
+                f"rollout.kv_cache_gib={self.settings.rollout.kv_cache_gib:g}), but {free_bytes / 2**30:.1f} GiB are "
+                "free; lower rollout.kv_cache_gib or use a smaller model"
             )
 
-    def _sampling(self, seed: int) -> SamplingParams:
+    def _build_sampling_params(self, seed: int) -> SamplingParams:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -374,117 +402,125 @@ class RolloutEngine:
             logprobs=0,
             flat_logprobs=True,
             detokenize=False,
-            stop_token_ids=self._stop_ids,
+            stop_token_ids=self._stop_token_ids,
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
 
-    async def _request(self, ids: list[int], params: SamplingParams) -> RequestOutput:
-        if self.settings.run.deterministic:  # a sample's last bits depend on what else is in its batch
-            async with self._alone:
-                return await self._answer(ids, params)
-        return await self._answer(ids, params)
+    async def _run_request(self, token_ids: list[int], sampling_params: SamplingParams) -> RequestOutput:
+        # The last bits of a sample depend on the other samples of its batch, so deterministic runs have batches of one.
+        if self.settings.run.deterministic:
+            async with self._deterministic_lock:
+                return await self._stream_request(token_ids, sampling_params)
+        return await self._stream_request(token_ids, sampling_params)
 
-    async def _answer(self, ids: list[int], params: SamplingParams) -> RequestOutput:
+    async def _stream_request(self, token_ids: list[int], sampling_params: SamplingParams) -> RequestOutput:
         from vllm.inputs import tokens_input
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        self._requests += 1
-        final: RequestOutput | None = None
+        self._request_count += 1
+        final_output: RequestOutput | None = None
         try:
-            name = f"{self.index}-{self._requests}"
-            async for output in self._alive().generate(tokens_input(ids), params, name, lora_request=self._adapter):
-                final = output
+            request_id = f"{self.engine_index}-{self._request_count}"
+            async for output in self._require_engine().generate(
+                tokens_input(token_ids), sampling_params, request_id, lora_request=self._lora_request
+            ):
+                final_output = output
         except EngineDeadError as error:
-            raise LostError(f"{self.name}: {self._died()}", self.name) from error
+            raise ActorLostError(f"{self.name}: {self._format_core_death()}", self.name) from error
         except EngineGenerateError as error:
-            raise ResourceError(f"{self.name}: vLLM failed on a request: {_first_line(error.__cause__)}") from error
-        if final is None or not final.finished:
+            raise ResourceError(
+                f"{self.name}: vLLM failed on a request: {_format_first_line(error.__cause__)}"
+            ) from error
+        if final_output is None or not final_output.finished:
             raise ResourceError(f"{self.name}: vLLM ended a request without a result")
-        return final
+        return final_output
 
-    def _draft(self, output: RequestOutput, text: str) -> Draft:
-        done = output.outputs[0]
-        flat: Any = done.logprobs
-        ids = tuple(done.token_ids)
-        if done.finish_reason not in ("stop", "length") or flat is None or tuple(flat.token_ids) != ids:
-            raise ResourceError(f"{self.name}: vLLM ended a request with {done.finish_reason!r} and {len(ids)} tokens")
-        spans = tuple((span.start, int(span.version)) for span in done.weight_versions or [])
-        return Draft(ids, tuple(flat.logprobs), spans or ((0, self.version),), done.finish_reason, text)
-
-    def _greeting(self, offer: dict[str, Any]) -> dict[str, Any]:
-        if offer.get("engine") != self.settings.publish.engine:
-            raise SyncError(
-                f"{self.name}: the learner offers {offer.get('engine')!r}, but publish.engine is "
-                f"{self.settings.publish.engine!r}"
+    def _build_generation(self, output: RequestOutput, text: str) -> Generation:
+        completion = output.outputs[0]
+        logprobs: Any = completion.logprobs
+        response_ids, finish_reason = tuple(completion.token_ids), completion.finish_reason
+        # An aborted request also arrives as finished. The logprobs must be of the sampled tokens, not of the top ones.
+        is_complete = finish_reason in ("stop", "length") and logprobs is not None
+        if not is_complete or tuple(logprobs.token_ids) != response_ids:
+            raise ResourceError(
+                f"{self.name}: vLLM ended a request with {finish_reason!r} and {len(response_ids)} tokens"
             )
-        kept = {key: value for key, value in offer.items() if key not in ("engine", "version")}
-        if offer["engine"] != "nccl":
-            return kept
-        return kept | {"rank_offset": 1 + self.index * self.settings.rollout.tensor_parallel}
+        spans = tuple((span.start, int(span.version)) for span in completion.weight_versions or [])
+        version_spans = spans or ((0, self.weight_version),)
+        return Generation(response_ids, tuple(logprobs.logprobs), version_spans, str(finish_reason), text)
 
-    async def _raise_problem(self, *, abandon: bool = False) -> None:
-        """Raise what a worker has noted; `abandon` first closes the update under way.
+    def _build_init_info(self, transfer_info: dict[str, Any]) -> dict[str, Any]:
+        """The transport's own part of the transfer info, with the ranks of this engine in the NCCL group."""
+        transport = self.settings.weight_sync.transport
+        if transfer_info.get("transport") != transport:
+            raise WeightSyncError(
+                f"{self.name}: the learner uses weight_sync.transport={transfer_info.get('transport')!r}, this engine "
+                f"{transport!r}"
+            )
+        init_info = {key: value for key, value in transfer_info.items() if key not in ("transport", "weight_version")}
+        if transport != "nccl":
+            return init_info
+        return init_info | {"rank_offset": 1 + self.engine_index * self.settings.rollout.tensor_parallel}
 
-        SyncError, or LostError where the learner was out of reach: another engine may reach it.
-        """
-        engine = self._alive()
-        problems = [p for p in await engine.collective_rpc("rluf_transfer_problem") if p is not None]
+    async def _raise_transfer_problem(self, *, abandon_update: bool = False) -> None:
+        """Raise the problem that a worker has recorded as WeightSyncError; `abandon_update` closes the update first."""
+        engine = self._require_engine()
+        problems = [problem for problem in await engine.collective_rpc("rluf_transfer_problem") if problem is not None]
         if problems:
-            if abandon:
+            if abandon_update:
                 await engine.finish_weight_update()
-                self._updating = False
-            text, unreachable = problems[0]
-            if unreachable:
-                raise LostError(f"{self.name}: {text}", self.name)
-            raise SyncError(f"{self.name} refused weights: {text}")
+                self._is_updating = False
+            raise WeightSyncError(f"{self.name} refused weights: {problems[0]}")
 
     @asynccontextmanager
-    async def _deadline(self, seconds: float, what: str) -> AsyncIterator[None]:
+    async def _call_deadline(self, timeout_s: float, action: str) -> AsyncIterator[None]:
+        """Limit a call to `timeout_s` and translate vLLM's error for a dead core process."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(timeout_s):
                 yield
         except TimeoutError as error:
-            raise StallError(f"{self.name} took longer than {seconds:g} s {what}") from error
+            raise DeadlineError(f"{self.name} took longer than {timeout_s:g} s {action}") from error
         except EngineDeadError as error:
-            raise LostError(f"{self.name}: {self._died()}", self.name) from error
+            raise ActorLostError(f"{self.name}: {self._format_core_death()}", self.name) from error
 
-    def _alive(self) -> AsyncLLM:
+    def _require_engine(self) -> AsyncLLM:
         if self._engine is None:
-            raise ResourceError(f"{self.name} is not running: start it, or it was shut down")
+            raise ResourceError(f"{self.name} is not running: it was not started, or was shut down")
         if self._engine.errored:
-            raise LostError(f"{self.name}: {self._died()}", self.name)
+            raise ActorLostError(f"{self.name}: {self._format_core_death()}", self.name)
         return self._engine
 
-    def _died(self) -> str:
+    def _format_core_death(self) -> str:
         return (
-            "vLLM's core process has died; its last words are in this actor's log (often it was killed for memory: "
+            "vLLM's core process has died; its last output is in this actor's log (often it was killed for memory: "
             "lower rollout.kv_cache_gib or rollout.concurrency)"
         )
 
 
-def core_pids(engine: AsyncLLM) -> list[int]:
+def list_core_pids(engine: AsyncLLM) -> list[int]:
     """Process ids of vLLM's engine core processes."""
     manager = engine.engine_core.resources.engine_manager
     return [process.pid for process in manager.processes] if manager is not None else []
 
 
-def _inspect_here(folder: Path) -> None:
-    """Let vLLM look at the model's class in this process.
+def _inspect_model_in_process(model_folder: Path) -> None:
+    """Let vLLM inspect the model's class in this process.
 
     By default it starts a process only for that (so as not to touch CUDA here), which costs 5 to 15 s on the first run
-    of a machine. An architecture that vLLM does not know is left to vLLM's own error.
+    on a machine. An architecture that vLLM does not know is left to vLLM's own error.
     """
     from vllm.model_executor.models.registry import ModelRegistry
 
-    for architecture in json.loads((folder / "config.json").read_text()).get("architectures") or []:
-        known = ModelRegistry.models.get(architecture)
-        if known is not None:
-            ModelRegistry.register_model(architecture, known.load_model_cls())
+    for architecture in json.loads((model_folder / "config.json").read_text()).get("architectures") or []:
+        registered_model = ModelRegistry.models.get(architecture)
+        if registered_model is not None:
+            ModelRegistry.register_model(architecture, registered_model.load_model_cls())
 
 
-def _first_line(error: BaseException | None) -> str:
+def _format_first_line(error: BaseException | None) -> str:
+    """Error type and the line that matters: pydantic's, which vLLM's configs raise, is not the first one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     detail = next((line for line in lines if line.startswith("Value error,")), lines[0] if lines else "no message")
     return f"{type(error).__name__}: {detail.removeprefix('Value error, ')[:300]}"

@@ -1,0 +1,145 @@
+"""Names say what a value is, and prose uses the terms of the field: words that neither may use."""
+
+from __future__ import annotations
+
+import ast
+import io
+import re
+import tokenize
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LIBRARY = ("rluf", "actors", "cluster")
+CODE = (*LIBRARY, "benchmarks")
+MIN_LONG_NAME_SHARE, MAX_ONE_WORD_CLASS_SHARE = 0.4, 0.2
+
+# Names that do not say what the value is. `scores`, `message`, `rows`, `index` or `checkpoint` do.
+VAGUE_NAMES = frozenset({
+    "ask", "asked", "drawn", "found", "fresh", "gang", "given", "goods", "half", "held", "kept", "learnt",
+    "mine", "one", "opinion", "opinions", "ours", "part", "piece", "pieces", "place",
+    "places", "reckoned", "shown", "side", "sides", "talk", "talks", "told", "twin", "twins", "whole",
+})  # fmt: skip
+# Words that are no term of the field, in prose or as a part of a name.
+UNUSUAL_WORDS = frozenset({
+    "alike", "amiss", "anew", "foresee", "foresees", "foreseen", "foretell", "foretells", "learnt", "mend",
+    "mended", "nobody", "noughts", "reckon", "reckons", "reckoned", "told", "whoever",
+})  # fmt: skip
+UNUSUAL_PROSE = re.compile(
+    rf"\b({'|'.join(sorted(UNUSUAL_WORDS))}|kept|held|beside|shall|goes on|go on|a lone|at hand|drawn)\b", re.IGNORECASE
+)
+# Uses that are terms: held-out data, a lock or a value that is held, the counts of a data card, Unicode surrogates.
+TERMS = re.compile(
+    r"held[- ]?out|locks?\b[^.]*\bheld|held at|lone surrogate"
+    r"|\bkept\b.*(dropped|quarantined)|(dropped|quarantined).*\bkept\b|\bkept \+",
+    re.IGNORECASE,
+)
+CODE_SPAN = re.compile(r"`[^`]*`")
+MESSAGE_CALLS = frozenset({
+    "debug", "info", "warning", "error", "critical", "exception",
+})  # fmt: skip
+
+ParseFolders = Callable[..., tuple[Any, ...]]
+
+
+def iter_names(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
+    """Line, kind and name of every class, function, argument, assigned variable and field."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            yield node.lineno, "class", node.name
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node.lineno, "function", node.name
+            arguments = node.args
+            for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs):
+                yield argument.lineno, "argument", argument.arg
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, "variable", node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            yield node.lineno, "attribute", node.attr
+
+
+def split_words(name: str) -> list[str]:
+    """Lower-case words of a snake_case or CamelCase name."""
+    return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z0-9]*|[a-z0-9]+", name)]
+
+
+def iter_prose(text: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
+    """Line and text of every docstring (of settings too), comment, log message and error message."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            yield node.lineno, node.value.value
+        elif isinstance(node, ast.Call) and _is_message_call(node.func):
+            for argument in node.args:
+                for part in ast.walk(argument):
+                    if isinstance(part, ast.Constant) and isinstance(part.value, str):
+                        yield node.lineno, part.value
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT:
+            yield token.start[0], token.string
+
+
+def _is_message_call(function: ast.expr) -> bool:
+    name = function.id if isinstance(function, ast.Name) else getattr(function, "attr", "")
+    return name in MESSAGE_CALLS or name.endswith("Error")
+
+
+def test_names_say_what_the_value_is(parse_folders: ParseFolders) -> None:
+    violations = [
+        f"{source.path}:{line} {kind} {name}"
+        for source in parse_folders(*CODE)
+        for line, kind, name in iter_names(source.tree)
+        if name.strip("_").lower() in VAGUE_NAMES or UNUSUAL_WORDS & set(split_words(name))
+    ]
+    assert not violations, "\n".join(violations)
+
+
+def test_prose_uses_the_terms_of_the_field(parse_folders: ParseFolders) -> None:
+    violations = [
+        f"{source.path}:{line + offset}: {match.group()}"
+        for source in parse_folders(*CODE)
+        for line, text in iter_prose(source.text, source.tree)
+        for offset, text_line in enumerate(text.splitlines())
+        for match in UNUSUAL_PROSE.finditer(TERMS.sub("", text_line))
+    ]
+    assert not violations, "\n".join(violations)
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs"])
+def test_documentation_uses_the_terms_of_the_field(name: str) -> None:
+    files = [ROOT / name] if name.endswith(".md") else sorted((ROOT / name).rglob("*.md"))
+    violations = [
+        f"{file.relative_to(ROOT)}:{number}: {match.group()}"
+        for file in files
+        if "transcripts" not in file.parts  # recorded output of commands
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1)
+        for match in UNUSUAL_PROSE.finditer(TERMS.sub("", CODE_SPAN.sub("", line)))
+    ]
+    assert not violations, "\n".join(violations)
+
+
+def test_first_docstring_lines_are_short_and_end_with_a_period(parse_folders: ParseFolders) -> None:
+    violations = []
+    for source in parse_folders(*LIBRARY):
+        for node in ast.walk(source.tree):
+            if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                first_paragraph = (ast.get_docstring(node) or "").split("\n\n")[0].strip()
+                if first_paragraph and not first_paragraph.endswith((".", ":", ")")):
+                    violations.append(f"{source.path}:{node.lineno} {node.name}: {first_paragraph[-40:]!r}")
+    assert not violations, "\n".join(violations)
+
+
+def test_most_names_have_two_words(parse_folders: ParseFolders) -> None:
+    names, classes = set(), set()
+    for source in parse_folders(*LIBRARY):
+        for _, kind, name in iter_names(source.tree):
+            if kind == "class":
+                classes.add((source.path, name))
+            if kind in ("class", "function", "argument", "variable") and not name.startswith("__"):
+                names.add((source.path, name))
+    long_name_share = sum(len(split_words(name)) > 1 for _, name in names) / len(names)
+    one_word_class_share = sum(len(split_words(name)) < 2 for _, name in classes) / len(classes)
+    assert long_name_share >= MIN_LONG_NAME_SHARE, f"{long_name_share:.0%} of {len(names)} names"
+    assert one_word_class_share <= MAX_ONE_WORD_CLASS_SHARE, f"{one_word_class_share:.0%} of {len(classes)} classes"
