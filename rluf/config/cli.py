@@ -16,7 +16,7 @@ from typing import NoReturn
 from pydantic import BaseModel
 
 from rluf.config.cpu_dtype import AUTO_DTYPE
-from rluf.config.load import DEFAULT_SOURCE, LoadedSettings, iter_setting_fields, load_settings, parse_yaml
+from rluf.config.load import DEFAULT_SOURCE, LoadedSettings, iter_setting_fields, list_further_objectives, load_settings, parse_yaml
 from rluf.errors import DISK_FULL_ERRNOS, ResourceError, RlufError, SettingsError, TerminatedError
 
 INTERRUPTED_EXIT_CODE = 130
@@ -185,7 +185,7 @@ def format_dry_run(loaded: LoadedSettings) -> str:
     lines: list[str] = []
     open_sections: list[str] = []
     values = flatten_settings(loaded)
-    for key, _ in iter_setting_fields():
+    for key, _ in iter_setting_fields(list_further_objectives(loaded.settings)):
         *sections, name = key.split(".")
         for depth, section in enumerate(sections):
             if sections[: depth + 1] != open_sections[: depth + 1]:

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, field_validator
 
 from rluf.config.base import SettingsSection
+from rluf.config.objectives import LABELS_KEY_PREFIX
 
 READER_PREFIX_PATTERN = re.compile(r"^([A-Za-z][A-Za-z0-9_]+):(?!//)(.+)$", re.DOTALL)
 """`reader:path` of earlier releases. URLs (s3://), drive letters (C:\\) and paths with a slash or dot do not match."""
@@ -34,10 +35,31 @@ class DataSettings(SettingsSection):
     """Pairs (messages, chosen, rejected) to train the helpfulness model on."""
     safety: tuple[DataSource | str, ...] = ("sample:safety",)
     """Labeled responses (messages, response, label; 1 safe, 0 unsafe) to train the safety model on."""
+    labels: dict[str, tuple[DataSource | str, ...]] = Field(default_factory=dict)
+    """Labeled responses (messages, response, label; 1 good, 0 bad) by objective, to train the models of further
+    objectives on."""
     prompts: tuple[DataSource | str, ...] = ("sample:prompts",)
     """Prompts for training and evaluation (id, messages, topic, split train or test)."""
 
-    @field_validator("*", mode="before")
+    @property
+    def sources_by_kind(self) -> dict[str, tuple[DataSource | str, ...]]:
+        """Entries by kind of data; the labeled rows of each further objective are a kind of their own."""
+        kinds: dict[str, tuple[DataSource | str, ...]] = {}
+        for key, value in self:
+            if isinstance(value, dict):
+                kinds |= {f"{LABELS_KEY_PREFIX}{name}": entries for name, entries in value.items()}
+            else:
+                kinds[key] = value
+        return kinds
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _wrap_single_entries(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {name: cls._wrap_single_entry(entries) for name, entries in value.items()}
+
+    @field_validator("feedback", "reactions", "preferences", "safety", "prompts", mode="before")
     @classmethod
     def _wrap_single_entry(cls, value: object) -> object:
         entries = (value,) if isinstance(value, (str, dict)) else value

@@ -141,7 +141,7 @@ def objectives_by_reward_pool(settings: Settings) -> tuple[tuple[str, ...], ...]
 
 def plan_actor_pools(settings: Settings) -> list[ActorPoolPlan]:
     """All actors of the training phase, then the reward training workers, which run before it."""
-    cluster, objectives, models = settings.cluster, settings.objectives.by_objective, settings.reward.by_objective
+    cluster, objectives, reward = settings.cluster, settings.objectives.by_objective, settings.reward
     pools = [
         ActorPoolPlan(
             role="rollout",
@@ -169,7 +169,7 @@ def plan_actor_pools(settings: Settings) -> list[ActorPoolPlan]:
             parameters = (
                 estimate_model_shape(objective.path).parameter_count
                 if objective.path
-                else count_scoring_parameters(models[name])
+                else count_scoring_parameters(reward.settings_for_head(name))
             )
             memory = {"weights": 4 * parameters}  # float32, as on CPUs
         pools.append(
@@ -191,10 +191,11 @@ def plan_actor_pools(settings: Settings) -> list[ActorPoolPlan]:
 
 def _plan_reward_training(settings: Settings, objectives: list[str]) -> ActorPoolPlan:
     """Workers of reward training, sized for the largest model and the largest batch of all `objectives`."""
-    cluster, reward, models = settings.cluster, settings.reward, settings.reward.by_objective
-    shapes = [estimate_model_shape(models[name].backbone) for name in objectives]
+    cluster, reward = settings.cluster, settings.reward
+    models = [reward.settings_for_head(name) for name in objectives]
+    shapes = [estimate_model_shape(model.backbone) for model in models]
     largest = max(shapes, key=lambda shape: shape.parameter_count)
-    tokens = max(models[name].batch_rows * models[name].max_tokens for name in objectives) // reward.max_workers
+    tokens = max(model.batch_rows * model.max_tokens for model in models) // reward.max_workers
     optimizer_shards = reward.max_workers if reward.zero_stage else 1
     return ActorPoolPlan(
         role="reward_training",

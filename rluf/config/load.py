@@ -10,7 +10,7 @@ import argparse
 import difflib
 import os
 import re
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from pydantic_core import ErrorDetails
 
 from rluf.config.cpu_dtype import Dtype, explain_auto_dtype
 from rluf.config.policy import ModelSettings
+from rluf.config.objectives import BUILTIN_OBJECTIVES
 from rluf.config.renamed import find_renamed_keys
-from rluf.config.reward import RewardSettings
+from rluf.config.reward import ObjectiveSettings, RewardModelSettings, RewardSettings, describe_unusable_name
 from rluf.config.settings import Settings
 from rluf.errors import SettingsError
 
@@ -92,20 +93,24 @@ def load_settings(config_path: Path | None, overrides: Sequence[str] = ()) -> Lo
     A file without `name` gets its own file name without the suffix. Raises SettingsError, with the dotted key, the
     value, its source and the fix, for an unknown key, an invalid value, or keys that conflict.
     """
-    known_keys = frozenset(key for key, _ in iter_setting_fields())
+    chain = [] if config_path is None else list(_load_extends_chain(config_path, ()))
+    # Otherwise the run folder would get the name of the extended file.
+    if config_path is not None and "name" not in chain[-1][1]:
+        chain[-1][1]["name"] = config_path.stem
+    parsed_overrides = [_parse_override(override) for override in overrides]
+    # Known keys depend on the objectives, which files and overrides may add to.
+    objective_names = _find_further_objectives(
+        [(values, str(path)) for path, values in chain]
+        + [(_nest_value(*parsed_override), OVERRIDE_SOURCE) for parsed_override in parsed_overrides]
+    )
+    known_keys = frozenset(key for key, _ in iter_setting_fields(objective_names))
     # Merging into the dumped defaults keeps the defaults of each section: reward.helpfulness has another loss than the
     # class RewardModelSettings, and a file that sets one key of it must not reset the loss.
-    draft = _SettingsDraft(Settings().model_dump(mode="json"), known_keys)
-    if config_path is not None:
-        chain = list(_load_extends_chain(config_path, ()))
-        # Otherwise the run folder would get the name of the extended file.
-        if "name" not in chain[-1][1]:
-            chain[-1][1]["name"] = config_path.stem
-        for path, values in chain:
-            _check_keys(values, str(path), known_keys)
-            draft.merge(values, str(path))
-    for override in overrides:
-        dotted_key, value = _parse_override(override)
+    draft = _SettingsDraft(_dump_defaults(objective_names), known_keys)
+    for path, values in chain:
+        _check_keys(values, str(path), known_keys)
+        draft.merge(values, str(path))
+    for dotted_key, value in parsed_overrides:
         values = _nest_value(dotted_key, value)
         _check_keys(values, OVERRIDE_SOURCE, known_keys)
         if any(dotted_key.startswith(f"{key}.") for key in known_keys):
@@ -116,7 +121,8 @@ def load_settings(config_path: Path | None, overrides: Sequence[str] = ()) -> Lo
     try:
         settings = Settings.model_validate(draft.tree)
     except ValidationError as error:
-        raise SettingsError(_format_validation_error(error, sources)) from None
+        fields = dict(iter_setting_fields(objective_names))
+        raise SettingsError(_format_validation_error(error, sources, fields)) from None
     return _resolve_auto_dtypes(settings, sources)
 
 
@@ -134,14 +140,60 @@ def _resolve_auto_dtypes(settings: Settings, sources: dict[str, str]) -> LoadedS
     return LoadedSettings(settings.model_copy(update=resolved_sections), sources)
 
 
-def iter_setting_fields(section: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Dotted key and field of every setting in tree order, without the sections themselves."""
+def iter_setting_fields(objective_names: Iterable[str] = ()) -> Iterator[tuple[str, FieldInfo]]:
+    """Dotted key and field of every setting in tree order, without the sections themselves.
+
+    `objective_names` are the objectives other than the built-in ones; each has a section in `objectives` and `reward`.
+    """
+    return _iter_section_fields(Settings, "", tuple(objective_names))
+
+
+def _iter_section_fields(
+    section: type[BaseModel], prefix: str, objective_names: tuple[str, ...]
+) -> Iterator[tuple[str, FieldInfo]]:
     for name, info in section.model_fields.items():
         annotation = info.annotation
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            yield from iter_setting_fields(annotation, f"{prefix}{name}.")
+            yield from _iter_section_fields(annotation, f"{prefix}{name}.", objective_names)
         else:
             yield f"{prefix}{name}", info
+    further_section: type[BaseModel] | None = getattr(section, "further_section", None)
+    if further_section is not None:
+        for name in objective_names:
+            yield from _iter_section_fields(further_section, f"{prefix}{name}.", objective_names)
+
+
+def list_further_objectives(settings: Settings) -> tuple[str, ...]:
+    """Names of the objectives that are not built in."""
+    return tuple(name for name in settings.objectives.by_objective if name not in BUILTIN_OBJECTIVES)
+
+
+def _find_further_objectives(trees: Iterable[tuple[Mapping[Any, Any], str]]) -> tuple[str, ...]:
+    """Names under `objectives` in any of the trees that are neither built in nor keys of earlier releases.
+
+    Each tree comes with its source. Raises SettingsError for a name that an objective cannot have.
+    """
+    names: dict[str, None] = {}
+    for values, source in trees:
+        section = values.get("objectives")
+        for name, value in section.items() if isinstance(section, Mapping) else ():
+            is_renamed = bool(find_renamed_keys({"objectives": {name: value}}))
+            if name in BUILTIN_OBJECTIVES or is_renamed or not isinstance(value, Mapping):
+                continue
+            problem = describe_unusable_name(str(name))
+            if problem is not None:
+                raise SettingsError(f"objectives.{name} ({source}) cannot name an objective: {problem}")
+            names[str(name)] = None
+    return tuple(names)
+
+
+def _dump_defaults(objective_names: Iterable[str]) -> dict[str, Any]:
+    """The tree of default settings, with a section in `objectives` and `reward` for each of these objectives."""
+    tree = Settings().model_dump(mode="json")
+    for name in objective_names:
+        tree["objectives"][name] = ObjectiveSettings().model_dump(mode="json")
+        tree["reward"][name] = RewardModelSettings().model_dump(mode="json")
+    return tree
 
 
 class _StrictYamlLoader(yaml.SafeLoader):
@@ -290,13 +342,15 @@ def _suggest_key(unknown_key: str, known_keys: frozenset[str]) -> str:
     return "--help lists all settings"
 
 
-def _format_validation_error(error: ValidationError, sources: Mapping[str, str]) -> str:
+def _format_validation_error(
+    error: ValidationError, sources: Mapping[str, str], fields: Mapping[str, FieldInfo]
+) -> str:
     """One message for all invalid values: dotted key, value, source, and the rule."""
-    lines = [_format_problem(problem, sources) for problem in error.errors(include_url=False)]
+    lines = [_format_problem(problem, sources, fields) for problem in error.errors(include_url=False)]
     return lines[0] if len(lines) == 1 else f"{len(lines)} settings are wrong:\n  " + "\n  ".join(lines)
 
 
-def _format_problem(problem: ErrorDetails, sources: Mapping[str, str]) -> str:
+def _format_problem(problem: ErrorDetails, sources: Mapping[str, str], fields: Mapping[str, FieldInfo]) -> str:
     message = problem["msg"].removeprefix("Value error, ")
     location = [str(item) for item in problem["loc"]]
     if not location:
@@ -310,7 +364,7 @@ def _format_problem(problem: ErrorDetails, sources: Mapping[str, str]) -> str:
         .replace("String should", "must")
         .replace(", unable to", "; could not")
     )
-    description = dict(iter_setting_fields())[dotted_key].description if dotted_key in sources else None
+    description = fields[dotted_key].description if dotted_key in fields else None
     return f"{dotted_key}={problem['input']!r} ({sources.get(dotted_key, DEFAULT_SOURCE)}): {rule}; change it" + (
         f" (meaning: {' '.join(description.split()).rstrip('.')})" if description else ""
     )

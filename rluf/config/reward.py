@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from dataclasses import replace
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from rluf.config.base import SettingsSection, mapping_from_entries, split_at_last_colon
+from rluf.config.objectives import GateRole, ObjectiveSpec, describe_invalid_name, find_objective_spec
 
 WorkerCount = Annotated[int, Field(ge=1)]
 
 HEAD_SETTING_KEYS = ("loss", "margin", "pu_class_prior", "calibration", "debias")
 """Keys of a reward model section that stay per head when several heads share one backbone."""
+REACTION_HEADS = ("continued", "thumbs")
+"""Heads of a shared backbone that are not objectives: labels in the reaction log next to love's."""
 
 
 class EnsembleMemberSpec(NamedTuple):
@@ -42,6 +46,16 @@ def _parse_member_string(entry: str) -> str:
     backbone, _, layers = entry.removesuffix(":response").rpartition(":")
     parts = [f"backbone: {backbone}"] * bool(backbone) + [f"layers: {layers}"]
     return f"{{{', '.join(parts + ['input: response'] * entry.endswith(':response'))}}}"
+
+
+def describe_unusable_name(name: str) -> str | None:
+    """Why a key of `objectives` cannot name an objective; None if it can.
+
+    An objective also names a section of `reward`, so it cannot be a setting there or an attribute of the sections.
+    """
+    if name in RewardSettings.model_fields or any(hasattr(s, name) for s in (RewardSettings, ObjectivesSettings)):
+        return "the name is a setting or an attribute of a settings section; choose another one"
+    return describe_invalid_name(name)
 
 
 class RewardModelSettings(SettingsSection):
@@ -131,7 +145,14 @@ class RewardModelSettings(SettingsSection):
 
 
 class RewardSettings(SettingsSection):
-    """Reward model training on Ray Train, and scoring by the trained models."""
+    """Reward model training on Ray Train, and scoring by the trained models.
+
+    Further objectives have further sections, which use the defaults of RewardModelSettings.
+    """
+
+    model_config = ConfigDict(extra="allow")
+    further_section: ClassVar[type[SettingsSection]] = RewardModelSettings
+    __pydantic_extra__: dict[str, RewardModelSettings] = Field(init=False)
 
     love: RewardModelSettings = RewardModelSettings()
     """P[Love], trained on reactions."""
@@ -139,9 +160,9 @@ class RewardSettings(SettingsSection):
     """Helpfulness, trained on preference pairs."""
     safety: RewardModelSettings = RewardModelSettings(epochs=6)
     """Safety, trained on labels."""
-    objectives: tuple[Literal["love", "helpfulness", "safety"], ...] = ()
+    objectives: tuple[str, ...] = ()
     """Objectives that python -m rluf.reward trains; empty means every objective whose source is a model."""
-    shared_backbone_heads: tuple[Literal["love", "continued", "thumbs", "helpfulness", "safety"], ...] = ()
+    shared_backbone_heads: tuple[str, ...] = ()
     """Heads trained together on one backbone and scored by one forward pass; empty means one model per objective. The
     first head's section sets backbone, lengths, epochs and rates; loss, calibration and debias are per head (continued
     and thumbs use love's)."""
@@ -160,8 +181,8 @@ class RewardSettings(SettingsSection):
 
     @property
     def by_objective(self) -> dict[str, RewardModelSettings]:
-        """Reward model settings by objective name, in a fixed order."""
-        return {"love": self.love, "helpfulness": self.helpfulness, "safety": self.safety}
+        """Reward model settings by objective name: the built-in objectives, then the others that have a section."""
+        return {name: value for name, value in self if isinstance(value, RewardModelSettings)}
 
     @property
     def max_workers(self) -> int:
@@ -169,8 +190,13 @@ class RewardSettings(SettingsSection):
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
     def settings_for_head(self, head: str) -> RewardModelSettings:
-        """Section that configures `head`. continued and thumbs are reaction labels, so they use love's section."""
-        return self.by_objective.get(head, self.love)
+        """Section that configures `head`: that of its objective, by default RewardModelSettings().
+
+        continued and thumbs are reaction labels, so they use love's section.
+        """
+        if head in REACTION_HEADS:
+            return self.love
+        return self.by_objective.get(head) or RewardModelSettings()
 
     def settings_on_shared_backbone(self, head: str, lead_head: str) -> RewardModelSettings:
         """Settings of `head` on a shared backbone: the section of `lead_head` with the head's own HEAD_SETTING_KEYS."""
@@ -193,10 +219,17 @@ class ObjectiveSettings(SettingsSection):
     """Rule judge when source is judge: a name of rluf.objectives.judges, or module:function."""
     replicas: int = Field(default=1, ge=1)
     """Reward actors in this objective's pool."""
+    gate: GateRole | Literal["auto"] = "auto"
+    """Release gate: must_rise (lift clear of zero), must_hold (no clear fall) or none; auto: must_rise for love,
+    must_hold for every other objective."""
 
 
 class ObjectivesSettings(SettingsSection):
-    """The objectives by name. They are combined by name, never by position."""
+    """The objectives by name: these three, and any other name. They are combined by name, never by position."""
+
+    model_config = ConfigDict(extra="allow")
+    further_section: ClassVar[type[SettingsSection]] = ObjectiveSettings
+    __pydantic_extra__: dict[str, ObjectiveSettings] = Field(init=False)
 
     love: ObjectiveSettings = ObjectiveSettings(weight=0.4)
     """P[Love]: the probability of a Love Reaction."""
@@ -207,8 +240,25 @@ class ObjectivesSettings(SettingsSection):
 
     @property
     def by_objective(self) -> dict[str, ObjectiveSettings]:
-        """Objective settings by name, in field order: a new objective is one more field."""
+        """Objective settings by name: the built-in ones, then the others in the order of the settings."""
         return {name: value for name, value in self if isinstance(value, ObjectiveSettings)}
+
+    @property
+    def specs(self) -> dict[str, ObjectiveSpec]:
+        """The table's entry of each objective, with the gate that the settings give it."""
+        specs = {}
+        for name, objective in self.by_objective.items():
+            spec = find_objective_spec(name)
+            specs[name] = spec if objective.gate == "auto" else replace(spec, gate=objective.gate)
+        return specs
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        for name in self.__pydantic_extra__ or ():
+            problem = describe_unusable_name(name)
+            if problem is not None:
+                raise ValueError(f"{name!r} cannot name an objective: {problem}")
+        return self
 
 
 class AggregationSettings(SettingsSection):

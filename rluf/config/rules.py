@@ -5,8 +5,12 @@ Each rule returns None, or the message for the first violation that it finds.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from rluf.config.objectives import BUILTIN_OBJECTIVES, find_objective_spec
+from rluf.config.reward import REACTION_HEADS
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
@@ -38,6 +42,45 @@ def check_objective_sources(settings: Settings) -> str | None:
                 f"{key}.source={objective.source} conflicts with {key}.path={objective.path}: source serve needs the "
                 "URL of a service in path, source model a folder; change one of them"
             )
+        needs_training = objective.source == "model" and objective.path is None
+        # A misspelled built-in name ends here too: it is an objective without data.
+        if needs_training and name not in BUILTIN_OBJECTIVES and not settings.data.labels.get(name):
+            similar_names = difflib.get_close_matches(name, BUILTIN_OBJECTIVES, 1)
+            return (
+                f"{key} has no scores: set data.labels.{name} to labeled rows, {key}.path to a reward model folder, "
+                f"or {key}.source=judge and {key}.judge"
+                + (f"; did you mean objectives.{similar_names[0]}?" if similar_names else "")
+            )
+    return None
+
+
+def check_objective_names(settings: Settings) -> str | None:
+    """Sections and lists that name objectives name existing ones."""
+    objectives = settings.objectives.by_objective
+    names_by_key = {
+        "reward": list(settings.reward.by_objective),
+        "reward.objectives": settings.reward.objectives,
+        "reward.shared_backbone_heads": settings.reward.shared_backbone_heads,
+        "serve.objectives": settings.serve.objectives,
+        "data.labels": list(settings.data.labels),
+    }
+    for key, names in names_by_key.items():
+        known_names = [*objectives, *(REACTION_HEADS if key == "reward.shared_backbone_heads" else ())]
+        for name in names:
+            if name not in known_names:
+                return f"{key} names {name!r}, which is not an objective; set it to {', '.join(known_names)}"
+    for name in (*settings.reward.objectives, *settings.reward.shared_backbone_heads):
+        is_labeled = name in (*BUILTIN_OBJECTIVES, *REACTION_HEADS) or settings.data.labels.get(name)
+        if not is_labeled:
+            return (
+                f"reward.objectives={list(settings.reward.objectives)} or reward.shared_backbone_heads="
+                f"{list(settings.reward.shared_backbone_heads)} trains {name}, which has no data; set "
+                f"data.labels.{name} to labeled rows, or remove it there"
+            )
+    for name in settings.data.labels:
+        if name in BUILTIN_OBJECTIVES:
+            data_key = find_objective_spec(name).data_key
+            return f"data.labels has rows of {name!r}, whose data is data.{data_key}; move them there"
     return None
 
 
@@ -140,13 +183,14 @@ def check_policy_ratio(settings: Settings) -> str | None:
 def check_reward_losses(settings: Settings) -> str | None:
     """Pairs train with bradley_terry, single responses with a loss of labels."""
     for name, model in settings.reward.by_objective.items():
-        has_pairs = name == "helpfulness"
+        spec = find_objective_spec(name)
+        has_pairs = spec.data_kind == "pairs"
         if (model.loss == "bradley_terry") != has_pairs:
-            if has_pairs:
-                data, loss = "pairs of responses", "bradley_terry"
-            else:
-                data, loss = "single responses with a label", "bce"
-            return f"reward.{name}.loss={model.loss} does not fit its data, {data}; set reward.{name}.loss={loss}"
+            data = "pairs of responses" if has_pairs else "single responses with a label"
+            return (
+                f"reward.{name}.loss={model.loss} does not fit its data, {data}; set "
+                f"reward.{name}.loss={spec.default_loss}"
+            )
         # A pair gives the difference of two logits only, so no single logit has a label to calibrate against.
         if has_pairs and model.calibration == "isotonic":
             return (
@@ -176,7 +220,8 @@ def check_trained_parts(settings: Settings) -> str | None:
 def check_debias(settings: Settings) -> str | None:
     """users and propensity correct for who reacts, so they apply to reactions, not to raters' labels and pairs."""
     for name, model in settings.reward.by_objective.items():
-        misplaced = [factor for factor in model.debias if factor in ("users", "propensity") and name != "love"]
+        has_reactions = find_objective_spec(name).data_kind == "reactions"
+        misplaced = [factor for factor in model.debias if factor in ("users", "propensity") and not has_reactions]
         if misplaced:
             return (
                 f"reward.{name}.debias={list(model.debias)}: {misplaced[0]} corrects for who reacts, but "
@@ -432,6 +477,7 @@ def check_serve(settings: Settings) -> str | None:
 
 SETTINGS_RULES: tuple[Callable[[Settings], str | None], ...] = (
     check_objective_sources,
+    check_objective_names,
     check_objective_weights,
     check_topic_objectives,
     check_aggregation,

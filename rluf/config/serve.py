@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, StringConstraints, field_validator
 
 from rluf.config.base import SettingsSection, mapping_from_entries, split_at_first_colon
+from rluf.config.objectives import BUILTIN_OBJECTIVES
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 """Addresses reachable from this machine only."""
@@ -22,7 +23,7 @@ class ServeSettings(SettingsSection):
     """Address to listen on; anything but loopback requires a token and a salt."""
     port: int = Field(default=8000, ge=1, le=65535)
     """Port to listen on."""
-    objectives: tuple[Literal["love", "helpfulness", "safety"], ...] = ("love", "helpfulness", "safety")
+    objectives: tuple[str, ...] = tuple(BUILTIN_OBJECTIVES)
     """Objectives to serve, configured by objectives.<name> (model folder, judge, or trained on the log)."""
     candidate: str | None = None
     """Folder with <objective>/ models of a candidate version (output of rluf.reward); canary_share sets its traffic."""
