@@ -17,6 +17,7 @@ sys.path.insert(0, str(ROOT))
 
 from rluf.config.cli import flatten_settings  # noqa: E402
 from rluf.config.load import iter_setting_fields, load_settings  # noqa: E402
+from rluf.config.objectives import BUILTIN_OBJECTIVES  # noqa: E402
 from rluf.tracking import metric_registry  # noqa: E402
 from rluf.tracking.gauges import gauge_and_labels  # noqa: E402
 
@@ -106,9 +107,9 @@ def metrics_page() -> str:
     for group, title in metric_registry.GROUP_TITLES.items():
         lines += ["", f"## {title}", "", "| key | W&B | Prometheus | meaning | axis | summary |",
                   "|---|---|---|---|---|---|"]  # fmt: skip
-        for spec in metric_registry.metric_specs(metric_registry.BUILTIN_OBJECTIVES):
+        for spec in metric_registry.metric_specs(BUILTIN_OBJECTIVES):
             if spec.group == group:
-                gauge, labels = gauge_and_labels(spec.key, metric_registry.BUILTIN_OBJECTIVES)
+                gauge, labels = gauge_and_labels(spec.key, BUILTIN_OBJECTIVES)
                 label_text = "".join(f"{{{key}={value}}}" for key, value in labels.items())
                 names = f"`{spec.key}` | `{spec.wandb_name}` | `ray_rluf_{gauge}{label_text}`"
                 lines.append(f"| {names} | {spec.title}: {spec.description} | {spec.axis} | {spec.summary_statistic} |")

@@ -23,7 +23,7 @@ def check_inputs(settings: Settings) -> None:
     # Imported here, since pyarrow and fsspec are slow to import.
     from rluf.prepare.readers.files import resolve_sources
 
-    for kind, entries in settings.data:
+    for kind, entries in settings.data.sources_by_kind.items():
         resolve_sources(entries, kind)
     for folder in (resolve_runs_root(settings), resolve_cache_folder(settings)):
         check_writable(folder)
@@ -43,7 +43,9 @@ def prepare_data_artifact(settings: Settings) -> Artifact:
     from rluf.prepare.readers.files import fingerprint_sources, resolve_sources
     from rluf.utils.hashing import read_user_salt, salt_fingerprint
 
-    sources = [source for kind, entries in settings.data for source in resolve_sources(entries, kind)]
+    sources = [
+        source for kind, entries in settings.data.sources_by_kind.items() for source in resolve_sources(entries, kind)
+    ]
     cache_inputs = {
         "files": fingerprint_sources(sources),
         "data": settings.data.model_dump(mode="json"),

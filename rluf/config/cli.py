@@ -16,7 +16,14 @@ from typing import NoReturn
 from pydantic import BaseModel
 
 from rluf.config.cpu_dtype import AUTO_DTYPE
-from rluf.config.load import DEFAULT_SOURCE, LoadedSettings, iter_setting_fields, list_further_objectives, load_settings, parse_yaml
+from rluf.config.load import (
+    DEFAULT_SOURCE,
+    LoadedSettings,
+    iter_setting_fields,
+    list_further_objectives,
+    load_settings,
+    parse_yaml,
+)
 from rluf.errors import DISK_FULL_ERRNOS, ResourceError, RlufError, SettingsError, TerminatedError
 
 INTERRUPTED_EXIT_CODE = 130

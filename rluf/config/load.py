@@ -21,8 +21,8 @@ from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from rluf.config.cpu_dtype import Dtype, explain_auto_dtype
-from rluf.config.policy import ModelSettings
 from rluf.config.objectives import BUILTIN_OBJECTIVES
+from rluf.config.policy import ModelSettings
 from rluf.config.renamed import find_renamed_keys
 from rluf.config.reward import ObjectiveSettings, RewardModelSettings, RewardSettings, describe_unusable_name
 from rluf.config.settings import Settings

@@ -30,8 +30,8 @@ RESERVED_OBJECTIVE_NAMES = frozenset({
     "ratio_max", "effective_sample_size", "mismatch_kl", "ratio_capped_fraction", "sync_logprob_gap", "staleness",
     "dropped_groups", "micro_batches", "gate_pass_rate", "liked_drift", "other_drift", "publish_s", "probe_s",
     "generate_s", "score_s", "learn_s", "step_s", "reference_s", "backward_s", "optimizer_s",
-    # Key of love's score in a summary.
-    "p_love",
+    # Key of love's score in a summary, and keys of a setting in the report of a sweep.
+    "p_love", "name", "weight", "seeds", "failed", "passed", "front", "by_seed",
 })  # fmt: skip
 """Names that would collide with another key of the same file or table."""
 

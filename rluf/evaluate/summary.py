@@ -9,17 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from rluf.config.objectives import BUILTIN_OBJECTIVES, ObjectiveSpec, find_objective_spec
 from rluf.errors import DataError
 from rluf.evaluate.gates import evaluate_gates
 from rluf.evaluate.intervals import IntervalEstimate, clustered_mean, paired_bootstrap, relative_lift
 from rluf.evaluate.monitors import MonitorSample, compare_monitors
-
-REACTION_FIELDS = {"love": "loved", "helpfulness": "helpful", "safety": "safe"}
-"""Field of ArmReactions that measures each objective."""
-SUMMARY_KEYS = {"love": "love_rate", "helpfulness": "helpfulness", "safety": "safety"}
-"""Key of the user results of each objective in the summary."""
-OFFLINE_SUMMARY_KEYS = {"love": "p_love"}
-"""Key of the reward model's mean under `offline`, if it differs from the name of the objective."""
 
 
 class ArmReactions(Protocol):
@@ -75,15 +69,23 @@ class RunFacts:
 
 
 def build_summary(
-    run_facts: RunFacts, base_arm: EvaluatedArm, aligned_arm: EvaluatedArm, *, resamples: int, margin: float, seed: int
+    run_facts: RunFacts,
+    base_arm: EvaluatedArm,
+    aligned_arm: EvaluatedArm,
+    *,
+    resamples: int,
+    margin: float,
+    seed: int,
+    specs: Mapping[str, ObjectiveSpec] = BUILTIN_OBJECTIVES,
 ) -> dict[str, Any]:
-    """Build the content of summary.json.
+    """Build the content of summary.json. `specs` have the gates of the objectives.
 
     With reactions in both arms: `love_rate`, `helpfulness`, `safety`, each {base, aligned, lift, lift_by_prompt}; base,
     aligned and lift have 95% intervals clustered by user. lift_by_prompt (the same reactions) has one by a bootstrap
     over prompts and shows whether the lift generalizes to other prompts. Always: `offline` with the reward models'
-    means on the same prompts. The gates use the users' lifts if there are any, else those of the reward models. A lift
-    is null if it is undefined (base mean not positive). DataError when an arm is empty or the arms' prompts differ.
+    means on the same prompts. The gates use the users' lifts if there are any, else those of the reward models; an
+    objective that users do not judge is always checked on its own scores. A lift is null if it is undefined (base mean
+    not positive). DataError when an arm is empty or the arms' prompts differ.
     """
     for name, arm in (("base", base_arm), ("aligned", aligned_arm)):
         if not arm.samples:
@@ -91,18 +93,27 @@ def build_summary(
     offline, lifts = _offline_results(base_arm, aligned_arm, resamples=resamples, seed=seed)
     summary: dict[str, Any] = {"name": run_facts.name, "seed": run_facts.seed}
     # Users decide if there are any: the reward models are what the policy was optimized against.
-    verdict_source = "reward models"
+    verdict_source, check_sources = "reward models", {}
     if base_arm.reactions is not None and aligned_arm.reactions is not None:
-        verdict_source = "simulated users"
-        online, lifts = _online_results(
+        online, user_lifts = _online_results(
             base_arm, base_arm.reactions, aligned_arm, aligned_arm.reactions, resamples=resamples, seed=seed
         )
+        check_sources = {name: verdict_source for name in lifts if find_objective_spec(name).simulated_verdict is None}
+        lifts = {**user_lifts, **{name: lifts[name] for name in check_sources}}
+        verdict_source = "simulated users"
         summary |= online
     monitors = compare_monitors(base_arm.samples, aligned_arm.samples)
     alarm_names = [name for name, item in monitors["items"].items() if item["alarm"]]
     summary |= {
         "offline": offline,
-        "gates": evaluate_gates(lifts, margin=margin, verdict_source=verdict_source, alarm_names=alarm_names),
+        "gates": evaluate_gates(
+            lifts,
+            margin=margin,
+            verdict_source=verdict_source,
+            alarm_names=alarm_names,
+            specs=specs,
+            check_sources=check_sources,
+        ),
         "monitors": monitors,
         "evaluated": {
             "prompts": len({sample.prompt_id for sample in base_arm.samples}),
@@ -154,14 +165,17 @@ def _online_results(
         for arm, reactions in ((base_arm, base_reactions), (aligned_arm, aligned_reactions))
     ]
     # Users of the two arms are different people, so the lifts are unpaired; prompts are shared, hence lift_by_prompt.
-    for objective, key in SUMMARY_KEYS.items():
+    for objective, spec in BUILTIN_OBJECTIVES.items():
+        verdict = spec.simulated_verdict
+        if verdict is None:
+            continue
         base_values, aligned_values = (
-            np.asarray(getattr(reactions, REACTION_FIELDS[objective]), dtype=np.float64)
+            np.asarray(getattr(reactions, verdict.reaction_field), dtype=np.float64)
             for reactions in (base_reactions, aligned_reactions)
         )
         lifts[objective] = relative_lift(base_values, base_reactions.user, aligned_values, aligned_reactions.user)
         lift_by_prompt = _lift_by_prompt(base_values, aligned_values, prompt_ids, resamples=resamples, seed=seed)
-        summary[key] = {
+        summary[verdict.summary_key] = {
             "base": clustered_mean(base_values, base_reactions.user, is_rate=True).as_dict(),
             "aligned": clustered_mean(aligned_values, aligned_reactions.user, is_rate=True).as_dict(),
             "lift": _estimate_dict(lifts[objective]),
@@ -210,7 +224,7 @@ def _offline_results(
             seed=seed,
         )
         lifts[objective] = estimate.lift
-        summary[OFFLINE_SUMMARY_KEYS.get(objective, objective)] = {
+        summary[find_objective_spec(objective).offline_key] = {
             "base": estimate.base.as_dict(),
             "aligned": estimate.aligned.as_dict(),
             "difference": estimate.difference.as_dict(),

@@ -21,7 +21,7 @@ from rluf.prepare import abuse, joins, near_duplicates, splits
 from rluf.prepare.card import love_statistics, topic_statistics
 from rluf.prepare.propensity import bin_by_octave, estimate_propensity
 from rluf.prepare.readers.files import read_line_batches
-from rluf.prepare.schema import DATA_KINDS, LOVE_REACTION, SPLIT_NAMES
+from rluf.prepare.schema import LOVE_REACTION, SPLIT_NAMES, find_data_kind
 from rluf.prepare.tables import RowCount, build_quarantine_table, read_table, write_table
 from rluf.utils.stats import Bools, Floats, Ints
 
@@ -293,7 +293,7 @@ def _build_feedback_columns(
 
 def assign_rows(task: AssignTask, source_paths: Mapping[int, str]) -> dict[str, Any]:
     """Run the second pass on one kind; `source_paths` are the logs by index. Returns counts, quotas, statistics."""
-    kind = DATA_KINDS[task.kind_name]
+    kind = find_data_kind(task.kind_name)
     table, files, file_rows = _load_index(task.work_folder, task.kind_name)
     if not files:
         return {"row_counts": [], "splits": [], "statistics": {}}
@@ -344,7 +344,7 @@ def _sample_rows(
     task: AssignTask, table: pa.Table, split_code: Ints, label: Ints, decisions: _RowDecisions
 ) -> tuple[Floats, list[dict[str, Any]]]:
     """Sampling weight of each row [N] (0 if dropped); and each split's quota, number of users or groups, and labels."""
-    kind = DATA_KINDS[task.kind_name]
+    kind = find_data_kind(task.kind_name)
     sampling = np.zeros(table.num_rows)
     split_summaries = []
     for code, split in enumerate(SPLIT_NAMES):

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rluf.errors import DataError
-from rluf.prepare.schema import DATA_KINDS, SCHEMA_VERSION, SPLIT_NAMES
+from rluf.prepare.schema import SCHEMA_VERSION, SPLIT_NAMES, find_data_kind, order_kinds
 from rluf.prepare.splits import SamplingQuota
 from rluf.prepare.tables import RowCount
 from rluf.utils.stats import Bools, Floats, Ints, wilson_interval
@@ -114,7 +114,7 @@ def count_rows_by_outcome(
     rluf, never a problem of the log.
     """
     counts: dict[str, dict[str, Any]] = {}
-    for kind in DATA_KINDS:
+    for kind in order_kinds(row_count.kind_name for row_count in row_counts):
         rows_by_outcome: dict[str, Counter[str]] = defaultdict(Counter)
         for row_count in row_counts:
             if row_count.kind_name == kind:
@@ -195,7 +195,7 @@ def build_data_card(
     """
     splits: dict[str, dict[str, Any]] = defaultdict(dict)
     for summary in split_summaries:
-        kind = DATA_KINDS[summary["kind"]]
+        kind = find_data_kind(summary["kind"])
         unit_name = {"user_id": "users", "group": "groups"}.get(kind.split_key)
         entry = {"rows": written_rows[kind.name, summary["split"]]}
         splits[kind.output_name][summary["split"]] = entry | ({unit_name: summary["units"]} if unit_name else {})
@@ -205,7 +205,7 @@ def build_data_card(
         "counts": count_rows_by_outcome(row_counts, written_rows),
         "splits": dict(splits),
         "topics": {
-            DATA_KINDS[kind].output_name: kind_statistics["topics"]
+            find_data_kind(kind).output_name: kind_statistics["topics"]
             for kind, kind_statistics in statistics.items()
             if "topics" in kind_statistics
         },

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import rluf
+from rluf.config.objectives import find_spec_by_data_key
 from rluf.config.settings import Settings
 from rluf.errors import DataError, ResourceError, RlufError
 from rluf.prepare.assign_pass import AssignTask, assign_rows
@@ -22,7 +23,7 @@ from rluf.prepare.card import build_data_card, format_card_lines, measure_drift
 from rluf.prepare.card_page import write_card_page
 from rluf.prepare.readers.files import LogSource, fingerprint_sources, resolve_sources
 from rluf.prepare.readers.products import build_column_reader
-from rluf.prepare.schema import DATA_KINDS, SCHEMA_VERSION
+from rluf.prepare.schema import SCHEMA_VERSION, find_data_kind, order_kinds
 from rluf.prepare.splits import SamplingQuota
 from rluf.prepare.tables import RowCount, group_row_counts
 from rluf.prepare.validate_pass import ValidateTask, validate_rows
@@ -67,7 +68,8 @@ def build_data_set(
     DataError for logs that are missing, empty or above the quarantine budget and for empty splits, ResourceError if
     the disk is full.
     """
-    sources = [source for kind in DATA_KINDS for source in resolve_sources(getattr(settings.data, kind), kind)]
+    entries_by_kind = settings.data.sources_by_kind
+    sources = [s for kind in order_kinds(entries_by_kind) for s in resolve_sources(entries_by_kind[kind], kind)]
     if not sources:
         raise DataError("data.feedback, data.preferences, data.safety and data.prompts are all empty; name a log")
     source_kinds = {source.kind_name for source in sources}
@@ -125,7 +127,7 @@ def _run_passes(
     row_counts = _collect_row_counts(validate_results)
     _check_not_empty(row_counts, sources)
     _check_quarantine_budget(row_counts, prepare.quarantine_budget)
-    kinds = [kind for kind in DATA_KINDS if any(source.kind_name == kind for source in sources)]
+    kinds = order_kinds(source.kind_name for source in sources)
     assign_tasks = _build_assign_tasks(settings, sources, workspace, kinds)
     assign_results = _run_pass(workspace, task_executor, "assign", assign_tasks)
     row_counts += _collect_row_counts(assign_results)
@@ -216,7 +218,7 @@ def _build_assign_tasks(
     assign_settings = settings.prepare.model_dump(include=_ASSIGN_SETTINGS)
     tasks = []
     for kind in kinds:
-        if DATA_KINDS[kind].split_names:
+        if find_data_kind(kind).split_names:
             task = AssignTask(
                 work_folder=str(workspace.root),
                 kind_name=kind,
@@ -233,7 +235,7 @@ def _build_write_tasks(workspace: PrepareWorkspace, kinds: Sequence[str]) -> lis
     """Tasks of the third pass: one per prepared file, and one for the quarantine."""
     root, data_folder = str(workspace.root), workspace.data_folder
     tasks = [
-        WriteTask(root, kind, split, str(data_folder / DATA_KINDS[kind].output_name / f"{split}.parquet"))
+        WriteTask(root, kind, split, str(data_folder / find_data_kind(kind).output_name / f"{split}.parquet"))
         for kind, split in list_output_splits(kinds)
     ]
     tasks.append(WriteTask(root, "quarantine", "", str(data_folder / "quarantine.parquet")))
@@ -293,18 +295,19 @@ def _check_splits(split_summaries: Sequence[Mapping[str, Any]]) -> None:
     for summary in split_summaries:
         kind, split = summary["kind"], summary["split"]
         if not summary["rows_before_sampling"]:
-            unit = {"user_id": "user", "group": "group"}.get(DATA_KINDS[kind].split_key)
+            unit = {"user_id": "user", "group": "group"}.get(find_data_kind(kind).split_key)
             fix = (
                 f"splits are assigned by the {unit}'s hash: add {unit}s, or change prepare.dev_share and test_share"
                 if unit
                 else f"mark some rows with split={split}"
             )
             raise DataError(f"data.{kind}: none of {kind_rows[kind]} valid rows is in the {split} split; {fix}")
-        if split == "train" and kind in ("feedback", "safety") and len(summary["labels"]) == 1:
-            label_names = {"feedback": ("unloved", "loved"), "safety": ("unsafe", "safe")}[kind]
+        spec = find_spec_by_data_key(kind)
+        if split == "train" and spec is not None and spec.label_column and len(summary["labels"]) == 1:
+            label_name = spec.label_names[summary["labels"][0]]
             raise DataError(
-                f"data.{kind}: all training rows are {label_names[summary['labels'][0]]}, so a model cannot learn to "
-                "tell the classes apart; provide a log with both"
+                f"data.{kind}: all training rows are {label_name}, so a model cannot learn to tell the classes apart; "
+                "provide a log with both"
             )
 
 

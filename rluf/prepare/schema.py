@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import types
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pyarrow as pa
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
+
+from rluf.config.objectives import LABELS_KEY_PREFIX, find_spec_by_data_key
 
 SCHEMA_VERSION = 2
 """Version of the record layout, in each Parquet file's metadata. Version 2 adds fields; logs of version 1 load too."""
@@ -127,7 +129,8 @@ class PreferenceRecord(LogRecord):
 
 
 class SafetyRecord(LogRecord):
-    """A response with a label, 1 safe and 0 unsafe. `group` names the prompt; rows split by it."""
+    """A response with a label, 1 safe and 0 unsafe, or of another objective. `group` names the prompt; rows split by
+    it."""
 
     id: NameText
     messages: MessageList
@@ -165,12 +168,18 @@ class DataKind:
 SPLIT_NAMES = ("train", "dev", "test")
 """Names of the splits; a split's position is its code."""
 
+
+def _objective_trained_on(kind_name: str) -> str:
+    spec = find_spec_by_data_key(kind_name)
+    return "" if spec is None else spec.name
+
+
 DATA_KINDS: dict[str, DataKind] = {
     kind.name: kind
     for kind in (
         DataKind(
             "feedback",
-            "love",
+            _objective_trained_on("feedback"),
             FeedbackRecord,
             "user_id",
             SPLIT_NAMES,
@@ -193,7 +202,7 @@ DATA_KINDS: dict[str, DataKind] = {
         ),
         DataKind(
             "preferences",
-            "helpfulness",
+            _objective_trained_on("preferences"),
             PreferenceRecord,
             "group",
             SPLIT_NAMES,
@@ -201,7 +210,7 @@ DATA_KINDS: dict[str, DataKind] = {
         ),
         DataKind(
             "safety",
-            "safety",
+            _objective_trained_on("safety"),
             SafetyRecord,
             "group",
             SPLIT_NAMES,
@@ -211,7 +220,23 @@ DATA_KINDS: dict[str, DataKind] = {
         DataKind("reactions", "", ReactionRecord, "response_id", (), ()),
     )
 }
-"""Kinds by name. Reactions are joined to feedback and have no file of their own."""
+"""Built-in kinds by name. Reactions are joined to feedback and have no file of their own."""
+
+
+def find_data_kind(name: str) -> DataKind:
+    """The kind of a name; labels.<objective> has the same rows as the safety data, in a folder of its own."""
+    if name.startswith(LABELS_KEY_PREFIX):
+        return replace(DATA_KINDS["safety"], name=name, output_name=_objective_trained_on(name))
+    return DATA_KINDS[name]
+
+
+def order_kinds(names: Iterable[str]) -> list[str]:
+    """Kinds in the order of DATA_KINDS, then those of labeled rows in theirs."""
+    distinct_names = dict.fromkeys(names)
+    return [kind for kind in DATA_KINDS if kind in distinct_names] + [
+        name for name in distinct_names if name not in DATA_KINDS
+    ]
+
 
 _ARROW_SCALARS: dict[Any, pa.DataType] = {
     str: pa.string(),

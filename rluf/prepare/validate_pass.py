@@ -25,7 +25,7 @@ from rluf.prepare.readers.datasets import ReaderOptions, SkippedRow
 from rluf.prepare.readers.files import RawLine, find_reader, parse_partition_fields, read_line_batches
 from rluf.prepare.readers.products import build_column_reader
 from rluf.prepare.redact import redact_array
-from rluf.prepare.schema import DATA_KINDS, SPLIT_NAMES
+from rluf.prepare.schema import SPLIT_NAMES, find_data_kind
 from rluf.prepare.splits import ROW_KEY_SALT, assign_split, normalize_context, sampling_salt, to_unit_interval
 from rluf.prepare.tables import RowCount, TableWriter, build_quarantine_table
 from rluf.prepare.validation import RejectedRow, build_arrow_table, validate_json_rows
@@ -87,7 +87,7 @@ class _ValidationWriter:
     """Writes the results of one task as they arrive, and counts them."""
 
     def __init__(self, task: ValidateTask) -> None:
-        self.task, self.kind = task, DATA_KINDS[task.kind_name]
+        self.task, self.kind = task, find_data_kind(task.kind_name)
         self.row_counts: Counter[tuple[str, str]] = Counter()
         self.example_locations: dict[tuple[str, str], str] = {}
         self.redaction_counts: Counter[str] = Counter()
@@ -206,7 +206,7 @@ def _build_adapter(
 ) -> Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any] | SkippedRow]] | None:
     """Function from a raw object to rows of rluf's schema; None if the file holds such rows already."""
     options = ReaderOptions(task.test_share)
-    field_names = DATA_KINDS[task.kind_name].record_type.model_fields
+    field_names = find_data_kind(task.kind_name).record_type.model_fields
     folder_fields = {
         name: value for name, value in parse_partition_fields(task.source_path).items() if name in field_names
     }
@@ -259,7 +259,7 @@ def _parse_lines(
 
 def validate_rows(task: ValidateTask) -> dict[str, Any]:
     """Run the first pass on one stripe. Returns row counts, and redactions by kind of personal data."""
-    kind, now = DATA_KINDS[task.kind_name], datetime.fromisoformat(task.current_time)
+    kind, now = find_data_kind(task.kind_name), datetime.fromisoformat(task.current_time)
     writer = _ValidationWriter(task)
     for lines in _rebatch_lines(read_line_batches(task.source_path, task.stripe_index, task.stripe_count)):
         items = list(_parse_lines(lines, task, writer))

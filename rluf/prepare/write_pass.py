@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from rluf.prepare.schema import DATA_KINDS, SPLIT_NAMES, FeedbackRecord, build_arrow_schema
+from rluf.prepare.schema import SPLIT_NAMES, FeedbackRecord, build_arrow_schema, find_data_kind
 from rluf.prepare.tables import QUARANTINE_SCHEMA, TableWriter, read_table
 
 _JOINED_COLUMNS = ("reaction", "continued", "returned")
@@ -35,7 +35,7 @@ def build_data_schema(kind_name: str) -> pa.Schema:
     `weight` = `sampling` (one over the share of the row's class that was sampled) x `trust` (weight after the abuse
     rules, 0.01 to 1); `propensity` is the probability that a row like this gets any reaction.
     """
-    kind = DATA_KINDS[kind_name]
+    kind = find_data_kind(kind_name)
     record_schema = build_arrow_schema(kind.record_type)
     fields = [record_schema.field(name) for name in kind.output_columns]
     if kind.record_type is FeedbackRecord:
@@ -51,7 +51,7 @@ def write_split_file(task: WriteTask) -> dict[str, Any]:
     """Run the third pass on one file and return its row count. Memory: the rows of one bucket at a time."""
     if task.kind_name == "quarantine":
         return {"rows": _write_quarantine(task)}
-    kind, work_folder = DATA_KINDS[task.kind_name], Path(task.work_folder)
+    kind, work_folder = find_data_kind(task.kind_name), Path(task.work_folder)
     schema = build_data_schema(task.kind_name)
     split_code, row_count = SPLIT_NAMES.index(task.split), 0
     writer = TableWriter(Path(task.output_path), schema)
@@ -107,4 +107,4 @@ def _write_quarantine(task: WriteTask) -> int:
 
 def list_output_splits(kind_names: Sequence[str]) -> list[tuple[str, str]]:
     """(kind, split) of every prepared file."""
-    return [(kind_name, split) for kind_name in kind_names for split in DATA_KINDS[kind_name].split_names]
+    return [(kind_name, split) for kind_name in kind_names for split in find_data_kind(kind_name).split_names]

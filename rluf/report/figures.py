@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rluf.config.objectives import PRIMARY_OBJECTIVE, find_objective_spec
 from rluf.tracking.metric_registry import MetricSpec, objective_title
 
 Figure = dict[str, Any]
@@ -260,23 +261,25 @@ def build_pareto_figure(
     rows = [
         row
         for row in step_rows
-        if all(row.get(name) is not None for name in (*objective_names, "love", other_objective))
+        if all(row.get(name) is not None for name in (*objective_names, PRIMARY_OBJECTIVE, other_objective))
     ]
     is_optimal = pareto_mask([[float(row[name]) for name in objective_names] for row in rows])
     traces: list[dict[str, Any]] = []
     if rows:
         traces.append({
             "type": "scatter", "mode": "lines+markers", "name": "steps",
-            "x": [row[other_objective] for row in rows], "y": [row["love"] for row in rows],
+            "x": [row[other_objective] for row in rows], "y": [row[PRIMARY_OBJECTIVE] for row in rows],
             "text": [f"step {row['step']}" + (", Pareto optimal" if optimal else "")
                      for row, optimal in zip(rows, is_optimal, strict=True)],
             "line": {"color": "@grid", "width": 1},
             "marker": {"size": 7, "color": ["@phase2" if optimal else "@card" for optimal in is_optimal],
                        "line": {"color": "@phase2", "width": 1.5}},
-            "hovertemplate": "%{text}: love %{y:.1%}, " + other_objective + " %{x:.1%}<extra></extra>",
+            "hovertemplate": f"%{{text}}: {PRIMARY_OBJECTIVE} %{{y:.1%}}, {other_objective} %{{x:.1%}}<extra></extra>",
         })  # fmt: skip
     # Separate traces: the arms are means over test prompts, the steps over training prompts.
-    love_scores, other_scores = offline_scores.get("p_love"), offline_scores.get(other_objective)
+    love_scores, other_scores = (
+        offline_scores.get(find_objective_spec(name).offline_key) for name in (PRIMARY_OBJECTIVE, other_objective)
+    )
     for arm in ("base", "aligned") if love_scores and other_scores else ():
         y, x = love_scores[arm], other_scores[arm]  # type: ignore[index]
         traces.append({
@@ -284,7 +287,7 @@ def build_pareto_figure(
             "error_x": build_error_bars([x]) | {"color": f"@{arm}"},
             "error_y": build_error_bars([y]) | {"color": f"@{arm}"},
             "marker": {"size": 13, "color": f"@{arm}", "symbol": "square" if arm == "base" else "circle"},
-            "hovertemplate": f"{arm}: love %{{y:.1%}}, {other_objective} %{{x:.1%}}<extra></extra>",
+            "hovertemplate": f"{arm}: {PRIMARY_OBJECTIVE} %{{y:.1%}}, {other_objective} %{{x:.1%}}<extra></extra>",
         })  # fmt: skip
     if not traces:
         return None
@@ -302,7 +305,10 @@ def build_pareto_figure(
                 zeroline=False,
             ),
             yaxis=build_axis(
-                title={"text": "P[Love]", **AXIS_TITLE_STYLE}, tickformat=".1~%", nticks=5, zeroline=False
+                title={"text": objective_title(PRIMARY_OBJECTIVE), **AXIS_TITLE_STYLE},
+                tickformat=".1~%",
+                nticks=5,
+                zeroline=False,
             ),
         ),
     }

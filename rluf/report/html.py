@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rluf.config.objectives import BUILTIN_OBJECTIVES, PRIMARY_OBJECTIVE, find_spec_by_offline_key
 from rluf.errors import DataError
 from rluf.report import figures, presentation
 from rluf.report.page import render_html_page
@@ -18,7 +19,7 @@ METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
 CARDS_FOLDER = "cards"
 DATA_CARD_NAME = "data"
 """Stem of the data card in cards/; every other card there is a reward card named after its objective."""
-CARD_ORDER = {name: index for index, name in enumerate(metric_registry.BUILTIN_OBJECTIVES)}
+CARD_ORDER = {name: index for index, name in enumerate(BUILTIN_OBJECTIVES)}
 """Order of the reward cards; cards of other objectives follow."""
 MAX_SHOWN_SAMPLES = 24
 FIRST_CURVES = ("kl", "response_length")
@@ -100,7 +101,7 @@ def _story_context(run_files: presentation.RunFiles, figures_by_id: Mapping[str,
             f"({presentation.format_interval(lift, with_sign=True)})"
             for name, judge, lift in presentation.lift_rows(summary)
         ),
-        "offline": presentation.offline_rows(summary) if "love_rate" in summary else [],
+        "offline": presentation.offline_rows(summary) if presentation.has_user_verdicts(summary) else [],
         "monitors": (monitors := presentation.monitor_rows(summary)),
         "alarms": presentation.alarm_sentence(monitors),
         "monitor_rule": summary.get("monitors", {}).get("rule", ""),
@@ -197,8 +198,8 @@ def _build_figures(run_files: presentation.RunFiles) -> dict[str, figures.Figure
         if _has_curve(metric_spec):
             optional_figures[f"curve_{metric_spec.key}"] = figures.build_curve_figure(metric_spec, run_files.metrics)
     names = list(dict.fromkeys(name for row in run_files.metrics for name in metric_registry.objectives_in_row(row)))
-    for name in names or [key for key in run_files.summary.get("offline", {}) if key != "p_love"]:
-        if name != "love":
+    for name in names or [find_spec_by_offline_key(key).name for key in run_files.summary.get("offline", {})]:
+        if name != PRIMARY_OBJECTIVE:
             optional_figures[f"pareto_{name}"] = figures.build_pareto_figure(
                 run_files.metrics, run_files.summary.get("offline", {}), name, names
             )

@@ -11,15 +11,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rluf.config.objectives import (
+    BUILTIN_OBJECTIVES,
+    PRIMARY_OBJECTIVE,
+    ObjectiveSpec,
+    find_objective_spec,
+    find_spec_by_offline_key,
+)
 from rluf.tracking import metric_registry
 from rluf.utils.stats import wilson_interval
 
-USER_MEASURES = (
-    ("love_rate", "Love", "share of responses that got a heart"),
-    ("helpfulness", "Helpfulness", "share of responses that served the user"),
-    ("safety", "Safety", "share of responses that users found harmless"),
-)
-OFFLINE_MEASURES = (("p_love", "P[Love]"), ("helpfulness", "Helpfulness"), ("safety", "Safety"))
+MODEL_DESCRIPTION = "mean score of the reward model on test prompts"
+UNJUDGED_DESCRIPTION = "mean score of its reward model or judge on test prompts"
+"""Of an objective that users do not judge."""
 CARD_ROWS = (
     ("n", "Test rows"),
     ("auroc", "AUROC"),
@@ -96,20 +100,26 @@ def report_headline(summary: Mapping[str, Any]) -> str:
     checks = {check["name"]: check for check in summary.get("gates", {}).get("checks", [])}
     if not checks:
         return "This run has not been evaluated yet."
-    lift = checks["love"]["lift"] if "love" in checks else None
+    lift = checks[PRIMARY_OBJECTIVE]["lift"] if PRIMARY_OBJECTIVE in checks else None
     love_rose = lift is not None and lift["low"] > 0
-    love_clause = _love_clause(lift, has_users="love_rate" in summary)
-    other_checks = [checks[name] for name in ("helpfulness", "safety") if name in checks]
-    failed_names = [check["name"] for check in other_checks if not check["passed"]]
+    love_clause = _love_clause(lift, has_users=has_user_verdicts(summary))
+    other_checks = [check for name, check in checks.items() if name != PRIMARY_OBJECTIVE]
+    failed_checks = [check for check in other_checks if not check["passed"]]
     if not other_checks:
         return f"{love_clause}."
-    if failed_names:
-        return f"{love_clause}{', but ' if love_rose else ', and '}{' and '.join(failed_names)} fell."
-    clauses = [f"{check['name']} {check_outcome(check)}" for check in other_checks]
-    if len({check_outcome(check) for check in other_checks}) == 1:
-        clauses = [f"{' and '.join(check['name'] for check in other_checks)} {check_outcome(other_checks[0])}"]
+    if failed_checks:
+        return f"{love_clause}{', but ' if love_rose else ', and '}{' and '.join(_outcome_clauses(failed_checks))}."
+    clauses = _outcome_clauses(other_checks)
     separator = ", " if love_rose and len(clauses) > 1 else ", and " if love_rose else "; "
     return f"{love_clause}{separator}{' and '.join(clauses)}."
+
+
+def _outcome_clauses(checks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A clause per outcome if all checks share it, otherwise one per check."""
+    verbs = ["did not clearly rise" if (outcome := check_outcome(c)) == "not clear" else outcome for c in checks]
+    if len(set(verbs)) == 1:
+        return [f"{' and '.join(check['name'] for check in checks)} {verbs[0]}"]
+    return [f"{check['name']} {verb}" for check, verb in zip(checks, verbs, strict=True)]
 
 
 def _love_clause(lift: Mapping[str, float] | None, *, has_users: bool) -> str:
@@ -127,10 +137,11 @@ def _love_clause(lift: Mapping[str, float] | None, *, has_users: bool) -> str:
 
 
 def check_outcome(check: Mapping[str, Any]) -> str:
-    """Outcome of a gate check in words; "not clear" is a love lift whose interval includes zero."""
-    lift = check.get("lift")
+    """Outcome of a gate check in words; "not clear": the lift must rise, and its interval includes zero."""
+    # Summaries of earlier releases do not say the gate of a check.
+    lift, gate = check.get("lift"), check.get("gate", find_objective_spec(check["name"]).gate)
     if not check["passed"]:
-        return "not clear" if check["name"] == "love" and (lift is None or lift["high"] >= 0) else "fell"
+        return "not clear" if gate == "must_rise" and (lift is None or lift["high"] >= 0) else "fell"
     return "rose" if lift is not None and lift["low"] > 0 else "did not fall"
 
 
@@ -142,20 +153,14 @@ def format_verdict(gates: Mapping[str, Any]) -> str:
 
 
 def measure_cards(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Cards of the main results: user verdicts if there are any, otherwise means of the reward models."""
+    """Cards of the main results: user verdicts if there are any, otherwise means of the reward models.
+
+    An objective that users do not judge has a card of its own scores.
+    """
     checks = {check["name"]: check for check in summary.get("gates", {}).get("checks", [])}
-    source: Mapping[str, Any] = summary
-    specs: list[tuple[str, str, str]] = list(USER_MEASURES)
-    if "love_rate" not in summary:
-        source = summary.get("offline", {})
-        specs = [(key, title, "mean score of the reward model on test prompts") for key, title in OFFLINE_MEASURES]
     cards = []
-    for key, title, description in specs:
-        if key not in source:
-            continue
-        measure = source[key]
-        lift_by_prompt = measure.get("lift_by_prompt")
-        check = checks.get("love" if key in ("love_rate", "p_love") else key)
+    for key, title, description, name, measure in _list_measures(summary):
+        lift_by_prompt, check = measure.get("lift_by_prompt"), checks.get(name)
         lift = measure.get("lift")
         cards.append({
             "key": key, "title": title, "about": description, "check": check, "measure": measure,
@@ -171,12 +176,50 @@ def measure_cards(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     return cards
 
 
+def _list_measures(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str, Mapping[str, Any]]]:
+    """Rows of (key, title, description, objective, measure) of the cards."""
+    offline = summary.get("offline", {})
+    if not has_user_verdicts(summary):
+        return [
+            (spec.offline_key, spec.title, MODEL_DESCRIPTION, spec.name, offline[spec.offline_key])
+            for spec in _offline_specs(summary)
+        ]
+    user_measures = [
+        (verdict.summary_key, verdict.title, verdict.description, spec.name, summary[verdict.summary_key])
+        for spec in BUILTIN_OBJECTIVES.values()
+        if (verdict := spec.simulated_verdict) is not None and verdict.summary_key in summary
+    ]
+    return user_measures + [
+        (spec.offline_key, spec.title, UNJUDGED_DESCRIPTION, spec.name, offline[spec.offline_key])
+        for spec in _offline_specs(summary)
+        if spec.simulated_verdict is None
+    ]
+
+
+def has_user_verdicts(summary: Mapping[str, Any]) -> bool:
+    """Whether users judged both policies."""
+    verdict = find_objective_spec(PRIMARY_OBJECTIVE).simulated_verdict
+    return verdict is not None and verdict.summary_key in summary
+
+
+def _offline_specs(summary: Mapping[str, Any]) -> list[ObjectiveSpec]:
+    """Objectives with a mean score in the summary: the built-in ones first, in the order of their table."""
+    specs = {spec.name: spec for spec in map(find_spec_by_offline_key, summary.get("offline", {}))}
+    further_names = [name for name in specs if name not in BUILTIN_OBJECTIVES]
+    return [specs[name] for name in (*BUILTIN_OBJECTIVES, *further_names) if name in specs]
+
+
 def lift_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, float]]]:
     """Rows of (measure, judged by, lift): users first, then reward models."""
-    user_rows = [(title, "new users", summary.get(key, {}).get("lift")) for key, title, _ in USER_MEASURES]
+    verdicts = [spec.simulated_verdict for spec in BUILTIN_OBJECTIVES.values() if spec.simulated_verdict is not None]
+    user_rows = [(v.title, "new users", summary.get(v.summary_key, {}).get("lift")) for v in verdicts]
     model_rows = [
-        ("Love" if key == "p_love" else title, "reward models", summary.get("offline", {}).get(key, {}).get("lift"))
-        for key, title in OFFLINE_MEASURES
+        (
+            spec.title if spec.simulated_verdict is None else spec.simulated_verdict.title,
+            "reward models",
+            summary["offline"][spec.offline_key].get("lift"),
+        )
+        for spec in _offline_specs(summary)
     ]
     return [(title, judge, lift) for title, judge, lift in user_rows + model_rows if lift]
 
@@ -184,12 +227,11 @@ def lift_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, f
 def offline_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     """Rows of (objective, base, aligned, difference, interval of the difference) of the reward models' means."""
     rows = []
-    titles = dict(OFFLINE_MEASURES)
     for key, comparison in summary.get("offline", {}).items():
         difference = comparison["difference"]
         interval = f"{format_points(difference['low'])} to {format_points(difference['high'])}".replace(" pp", "")
         rows.append((
-            titles.get(key, key), format_percent(comparison["base"]["mean"]),
+            find_spec_by_offline_key(key).title, format_percent(comparison["base"]["mean"]),
             format_percent(comparison["aligned"]["mean"]), format_points(difference["mean"]), interval,
         ))  # fmt: skip
     return rows

@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
+from rluf.config.reward import REACTION_HEADS
 from rluf.errors import DataError
 from rluf.reward.linear_probe import get_linear_head
 
 BACKBONE_FILE, HEAD_FILE, INDEX_FILE = "backbone.safetensors", "head.safetensors", "model.safetensors.index.json"
-HEAD_DATA_SOURCES: Mapping[str, str] = {"continued": "love", "thumbs": "love"}
+HEAD_DATA_SOURCES: Mapping[str, str] = dict.fromkeys(REACTION_HEADS, "love")
 """Heads that are trained on the data of another objective, with labels of their own."""
 THUMBS_UP_REACTIONS, THUMBS_DOWN_REACTIONS = ("love", "thumbs_up", "like"), ("thumbs_down", "dislike")
 

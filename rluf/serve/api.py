@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
+from rluf.config.objectives import OBJECTIVE_NAME_PATTERN, PRIMARY_OBJECTIVE
 from rluf.prepare.schema import MAX_MESSAGES, MAX_TEXT_CHARS, FeedbackRecord
 from rluf.prepare.schema import ChatMessage as LoggedMessage
 from rluf.serve.store import FeedbackEvent, StoreOutcome
@@ -43,7 +44,8 @@ IdentifierText = Annotated[str, StringConstraints(min_length=1, max_length=200),
 TopicText = Annotated[str, StringConstraints(min_length=1, max_length=100), AfterValidator(_check_unicode)]
 ReactionText = Annotated[str, StringConstraints(min_length=1, max_length=32), AfterValidator(_check_unicode)]
 LocaleText = Annotated[str, StringConstraints(min_length=1, max_length=35), AfterValidator(_check_unicode)]
-ObjectiveName = Literal["love", "helpfulness", "safety"]
+ObjectiveName = Annotated[str, StringConstraints(pattern=rf"^{OBJECTIVE_NAME_PATTERN.pattern}$")]
+"""Name of an objective; which ones are served depends on serve.objectives."""
 
 
 class RequestModel(BaseModel):
@@ -100,7 +102,7 @@ class RankRequest(RequestModel):
 
     messages: Conversation
     responses: Annotated[list[MessageText], Field(min_length=1, max_length=MAX_ITEMS_PER_REQUEST)]
-    objective: ObjectiveName = "love"
+    objective: ObjectiveName = PRIMARY_OBJECTIVE
 
 
 class ObjectiveScore(ResponseModel):

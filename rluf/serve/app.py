@@ -122,7 +122,7 @@ def _add_score_routes(app: FastAPI, backend: ServiceBackend) -> None:
 
     @app.post("/v1/score", tags=["scores"])
     async def score(body: api.ScoreRequest) -> api.ScoreReply:
-        """Score one response: calibrated P[Love], helpfulness and safety, with the version of the models."""
+        """Score one response: calibrated P[Love] and the other served objectives, with the version of the models."""
         scored_items = await score_items([(api.to_messages(body.messages), body.response)])
         return to_score_reply(scored_items[0])
 

@@ -12,6 +12,7 @@ from typing import TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from rluf.config.objectives import PRIMARY_OBJECTIVE
 from rluf.errors import ResourceError
 from rluf.reward.text import ScoringItem
 from rluf.serve import api
@@ -65,7 +66,9 @@ class RewardClient:
             scores.append(Score(objective, score.value, score.raw, score.spread))
         return scores
 
-    def rank(self, messages: Sequence[Message], responses: Sequence[str], objective: str = "love") -> api.RankReply:
+    def rank(
+        self, messages: Sequence[Message], responses: Sequence[str], objective: str = PRIMARY_OBJECTIVE
+    ) -> api.RankReply:
         """Order responses to one conversation from best to worst by an objective."""
         body = {"messages": list(messages), "responses": list(responses), "objective": objective}
         return self._post_json("/v1/rank", body, api.RankReply)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rluf.config.objectives import BUILTIN_OBJECTIVES, PRIMARY_OBJECTIVE, find_objective_spec
 from rluf.serve.api import MAX_ITEMS_PER_REQUEST, MessageText
 from rluf.serve.limits import ApiError
 from rluf.types import Message
@@ -30,7 +31,7 @@ SPECIAL_TOKEN_ENDS = re.compile(r"^(?:\s|<\|[a-z_]+\|>|</?s>)+|(?:\s|<\|[a-z_]+\
 CHATML_TURN = re.compile(r"<\|im_start\|>(system|user|assistant)\n(.*?)<\|im_end\|>", re.DOTALL)
 UNSAFE_THRESHOLD = 0.5
 """Moderation flags texts with a safety score below this."""
-DEFAULT_OBJECTIVE = "love"
+DEFAULT_OBJECTIVE, MODERATION_OBJECTIVE = PRIMARY_OBJECTIVE, "safety"
 
 TextList = Annotated[list[MessageText], Field(min_length=1, max_length=MAX_ITEMS_PER_REQUEST)]
 
@@ -124,7 +125,7 @@ class ModerationRequest(CompatRequest):
     """OpenAI's moderation: one text or several."""
 
     input: MessageText | TextList
-    model: MessageText = "safety"
+    model: MessageText = MODERATION_OBJECTIVE
 
 
 def add_compat_routes(app: FastAPI, backend: ServiceBackend) -> None:
@@ -171,7 +172,12 @@ def _add_vllm_routes(app: FastAPI, backend: ServiceBackend) -> None:
         """vLLM's classify: probability of each text's positive label under the objective named by `model`."""
         scored_items = await backend.score_items([_to_item("", text) for text in _as_list(body.input)])
         data = [
-            {"index": i, "label": _positive_label(body.model), "probs": [value], "num_classes": 1}
+            {
+                "index": i,
+                "label": _positive_label(body.model, scored_items[0].scores),
+                "probs": [value],
+                "num_classes": 1,
+            }
             for i, value in enumerate(_objective_values(scored_items, body.model))
         ]
         return _reply_envelope("classify", body.model, scored_items) | {"data": data}
@@ -228,7 +234,7 @@ def _add_moderation_routes(app: FastAPI, backend: ServiceBackend) -> None:
                 "category_scores": {"unsafe": 1 - value},
                 "category_applied_input_types": {"unsafe": ["text"]},
             }
-            for value in _objective_values(scored_items, "safety")
+            for value in _objective_values(scored_items, MODERATION_OBJECTIVE)
         ]
         return {"id": f"modr-{uuid.uuid4().hex}", "model": scored_items[0].model_version, "results": results}
 
@@ -266,13 +272,14 @@ def _objective_values(scored_items: Sequence[ScoredItem], objective: str) -> lis
     # Clients put their own model names there, so unknown names mean love. Only safety never falls back: a love score
     # would pass for a moderation result.
     name = objective if objective in scores else DEFAULT_OBJECTIVE
-    if name not in scores or (objective == "safety" and name != "safety"):
+    if name not in scores or (objective == MODERATION_OBJECTIVE and name != objective):
         raise ApiError(422, "invalid", f"model: {objective[:40]!r} is not served here, but {', '.join(scores)}")
     return [scored_item.scores[name].value for scored_item in scored_items]
 
 
-def _positive_label(objective: str) -> str:
-    return {"safety": "safe", "helpfulness": "helpful"}.get(objective, DEFAULT_OBJECTIVE)
+def _positive_label(objective: str, served_objectives: Iterable[str]) -> str:
+    is_known = objective in served_objectives or objective in BUILTIN_OBJECTIVES
+    return find_objective_spec(objective if is_known else DEFAULT_OBJECTIVE).positive_label
 
 
 def _reply_envelope(kind: str, model_name: str, scored_items: Sequence[ScoredItem]) -> dict[str, Any]:

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from rluf.config.objectives import BUILTIN_OBJECTIVES, find_objective_spec
+
 MetricAxis = Literal["step", "samples", "tokens", "version"]
 AXIS_TITLES: dict[MetricAxis, str] = {
     "step": "optimizer steps",
@@ -114,13 +116,10 @@ PHASE_KEYS = ("generate_s", "score_s", "learn_s", "publish_s")
 RENAMED_METRICS = {"probe": "sync_logprob_gap", "cap_share": "ratio_capped_fraction", "passed": "gate_pass_rate"}
 """Keys of the previous release -> present keys, so that reports of older run folders stay complete for one release."""
 
-BUILTIN_OBJECTIVES = ("love", "helpfulness", "safety")
-OBJECTIVE_TITLES = {"love": "P[Love]"}
-
 
 def objective_title(objective: str) -> str:
     """Display name of an objective."""
-    return OBJECTIVE_TITLES.get(objective, objective.replace("_", " ").capitalize())
+    return find_objective_spec(objective).title
 
 
 def objective_metrics(objective_names: Iterable[str]) -> tuple[MetricSpec, ...]:

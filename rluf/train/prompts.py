@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.parquet as pq
 
+from rluf.config.objectives import find_objective_spec
 from rluf.errors import DataError
 from rluf.models.hub import render_prompt
 from rluf.types import Group, Message, Prompt, Sample
@@ -18,14 +19,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 logger = logging.getLogger(__name__)
-
-POSITIVE_LABEL_COLUMNS = {
-    "love": ("response", "label"),
-    "safety": ("response", "label"),
-    "helpfulness": ("chosen", None),
-}
-"""Columns of an objective's data set: the response, and the label that is 1 where people judged it positively
-(None: every row is positive)."""
 
 
 def load_prompts(
@@ -76,14 +69,21 @@ def load_demonstrations(
 
     `topic_objectives` maps topics to objectives (aggregation.topic_objectives). Each response becomes a group of one
     sample without rollout log-probabilities and ends with the end-of-sequence token. Rows over the limits are skipped:
-    a truncated response would teach the policy to stop in the middle of a word.
+    a truncated response would teach the policy to stop in the middle of a word. Raises DataError for an objective
+    without prepared data.
     """
     demonstrations = []
     for topic, objective in topic_objectives.items():
-        response_column, label_column = POSITIVE_LABEL_COLUMNS[objective]
-        for row in pq.read_table(data_folder / objective / "train.parquet").to_pylist():
-            if row["topic"] == topic and (label_column is None or row[label_column] == 1):
-                group = _group_from_row(row, response_column, tokenizer)
+        spec, file = find_objective_spec(objective), data_folder / objective / "train.parquet"
+        if not file.is_file():
+            raise DataError(
+                f"algorithm.demonstrations needs data of {objective} for the topic {topic!r} "
+                f"(aggregation.topic_objectives), but data.{spec.data_key} is empty; name a log there, or set "
+                "algorithm.demonstrations=0"
+            )
+        for row in pq.read_table(file).to_pylist():
+            if row["topic"] == topic and (spec.label_column is None or row[spec.label_column] == 1):
+                group = _group_from_row(row, spec.response_column, tokenizer)
                 if _fits_limits(group, max_prompt_tokens, max_response_tokens):
                     demonstrations.append(group)
     return demonstrations
