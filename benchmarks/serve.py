@@ -11,8 +11,8 @@ The clients are one asyncio process on the same cores; their share of one core i
 Requests are encoded in advance; every answer is parsed and checked after the clock has stopped.
 
 --faults N runs at 80% of the peak for N seconds instead, kills a replica each minute (scorers and the feedback writer),
-changes models twice, and sends feedback throughout. It counts wrong answers, refusals by status, and acknowledged rows that are
-missing in the store. Prints one JSON line last.
+changes models twice, and sends feedback throughout. It counts wrong answers, refusals by status, and acknowledged rows
+that are missing in the store. Prints one JSON line last.
 
 python benchmarks/serve.py [--models minilm smollm2-135m-instruct] [--clients 1 8 64] [--seconds 8] [--vllm]
 python benchmarks/serve.py --models minilm --faults 600

@@ -189,9 +189,7 @@ def train_composer(
             sample_kl=[[SampleKL(value) for value in row] for row in sample_kl]
             if requires_reference_kl(algorithm)
             else (),
-            passed_judges=[scores_of_group.gate_verdicts for scores_of_group in group_scores]
-            if aggregation.gate_judges
-            else (),
+            passed_judges=[item.gate_verdicts for item in group_scores] if aggregation.gate_judges else (),
             objective_rewards=step_rewards.normalized_signals,
             objective_weights=step_rewards.objective_weights,
             kl_coef=algorithm.kl_coef if algorithm.kl_placement == "reward" else 0.0,

@@ -135,7 +135,7 @@ def claim_5(store: ResultStore) -> ClaimResult:
             )
     return ClaimResult("the score can gate releases", None,
                 ["seed", "policies", "regressions blocked", "others blocked", "lift unclear"], rows,
-                ["Blocked is what scores below the base offline; a regression is a policy whose measured love lift is "
+                ["Blocked means an offline score below the base; a regression is a policy whose measured love lift is "
                  "below zero."])  # fmt: skip
 
 

@@ -66,7 +66,7 @@ class ActorGroups:
     phase: GpuPhase = "generate"
     """Phase of the GPUs that engines and learners share; constant where each has GPUs of its own."""
     phase_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """The lock is held while the phase changes."""
+    """Acquired for each change of the phase."""
 
     @property
     def all_actors(self) -> list[ActorRef]:

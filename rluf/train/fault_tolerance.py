@@ -64,7 +64,7 @@ class ActorRestarter:
     def __init__(
         self, supervisor: ActorSupervisor, budget: RestartBudget, sync_engine: Callable[[ActorRef], Awaitable[None]]
     ) -> None:
-        """`sync_engine` brings a new rollout actor to the current weights; `weight_lock` is held while it runs."""
+        """`sync_engine` brings a new rollout actor to the current weights; `weight_lock` is locked while it runs."""
         self.weight_lock = asyncio.Lock()
         """Lock of the engine pool: from the start of an update to the end of the weight sync, and while a new engine
         gets its weights."""
@@ -101,7 +101,7 @@ class ActorRestarter:
     async def _restart_actor(self, lost_actor: ActorRef) -> None:
         start_time = time.monotonic()
         new_actor = await self._supervisor.replace_actor(lost_actor)
-        # The lock is held until the engine is in the pool: a weight sync in between would start without it, and the
+        # Locked until the engine is in the pool: a weight sync in between would start without it, and the
         # engine would serve old weights.
         async with self.weight_lock:
             if new_actor.role == "rollout":

@@ -130,7 +130,7 @@ class RewardHackingMonitor:
         is_frozen = self._love_frozen or action >= AlarmAction.FREEZE
         suspended = frozenset({"love"}) if is_frozen else frozenset()
         if suspended != controller.reward_aggregator.suspended_objectives:
-            change = "held at 0 while the alarm is active" if is_frozen else "restored"
+            change = "set to 0 while the alarm is active" if is_frozen else "restored"
             logger.warning("reward hacking monitor: objectives.love.weight %s", change)
         controller.reward_aggregator.suspended_objectives = suspended
 

@@ -111,7 +111,7 @@ async def run_training(
                     raise
                 resume_from, love_frozen = checkpoints.roll_back_to(error.rollback_step, str(error)), True
                 logger.warning(
-                    "run: %s; rolled back to the checkpoint of step %d, objectives.love.weight held at 0 from here on",
+                    "run: %s; rolled back to the checkpoint of step %d, objectives.love.weight set to 0 from here on",
                     error,
                     resume_from[0].step,
                 )

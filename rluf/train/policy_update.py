@@ -229,10 +229,12 @@ class PolicyUpdater:
         except ActorError as error:
             if not isinstance(error, ActorLostError):
                 # When one rank dies, another may fail first in a collective call. The loss is what a restart can fix,
-                # so look for it before the failure is raised.
-                await gather_calls(
-                    [(actor, actor.handle.health.remote()) for actor in learners], HEALTH_TIMEOUT_S, "health"
-                )
+                # so look for it before the failure is raised. Health checks have a thread of their own, so ranks that
+                # still hang in the call answer too.
+                checks = [
+                    (actor, actor.handle.health.options(concurrency_group="health").remote()) for actor in learners
+                ]
+                await gather_calls(checks, HEALTH_TIMEOUT_S, "health")
             raise
 
     async def save_policy(self, path: str) -> None:

@@ -54,7 +54,7 @@ def test_token_weights_by_hand() -> None:
 @given(LENGTHS)
 def test_weights_of_means_add_up_to_one(lengths: list[list[int]]) -> None:
     for loss_aggregation in ("sequence_mean", "token_mean"):
-        weights = compute_token_weights(loss_aggregation, lengths, 40)  # type: ignore[arg-type]
+        weights = compute_token_weights(loss_aggregation, lengths, 40)
         total = sum(w * n for row, sizes in zip(weights, lengths, strict=True) for w, n in zip(row, sizes, strict=True))
         assert total == pytest.approx(1.0)
 

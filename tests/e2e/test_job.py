@@ -82,7 +82,8 @@ def ray_head(job_env: JobEnvironment) -> Iterator[str]:
     """A Ray head with a dashboard of its own; yields the dashboard's address, to which jobs are submitted."""
     dashboard_port = find_open_port()
     command = [
-        str(BIN / "ray"), "start", "--head", "--block", f"--port={find_open_port()}", f"--dashboard-port={dashboard_port}",
+        str(BIN / "ray"), "start", "--head", "--block",
+        f"--port={find_open_port()}", f"--dashboard-port={dashboard_port}",
         f"--dashboard-agent-listen-port={find_open_port()}", "--num-cpus=2", "--object-store-memory=300000000",
         "--disable-usage-stats",
     ]  # fmt: skip
