@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from rluf.config.cli import flatten_settings  # noqa: E402
+from rluf.config.cli import flatten_settings, format_yaml_value  # noqa: E402
 from rluf.config.load import iter_setting_fields, load_settings  # noqa: E402
 from rluf.config.objectives import BUILTIN_OBJECTIVES  # noqa: E402
 from rluf.tracking import metric_registry  # noqa: E402
@@ -72,19 +72,22 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def settings_page() -> str:
     """Table of all settings: name, type, default, meaning."""
     defaults = flatten_settings(load_settings(None))
+    placeholder = "<name>"  # any other objective
     lines = [
         "# Settings", "",
         "All settings, generated from the code. Change one in a YAML file or with `key=value` on the command line;",
         "`--dry-run` prints the values a command would use and the source of each.",
     ]  # fmt: skip
     section = None
-    for key, info in iter_setting_fields():
+    for key, info in iter_setting_fields([placeholder]):
         key_section = key.rpartition(".")[0] or "The run"
         if key_section != section:
             section = key_section
-            lines += ["", f"## {section}", "", "| setting | type | default | meaning |", "|---|---|---|---|"]
+            lines += ["", f"## {html.escape(section)}", ""]
+            lines += ["| setting | type | default | meaning |", "|---|---|---|---|"]
         meaning = html.escape(" ".join((info.description or "").split()), quote=False).replace("|", "&#124;")
-        lines.append(f"| `{key}` | `{_type_name(info.annotation)}` | `{defaults[key]}` | {meaning} |")
+        default = defaults.get(key) or format_yaml_value(info.get_default(call_default_factory=True))
+        lines.append(f"| `{key}` | `{_type_name(info.annotation)}` | `{default}` | {meaning} |")
     return "\n".join(lines) + "\n"
 
 

@@ -150,6 +150,10 @@ def format_settings_help() -> str:
     for key, info in iter_setting_fields():
         description = " ".join((info.description or "").split())
         lines.append(f"  {key} = {defaults[key]}\n      {description}")
+    lines.append(
+        "  objectives.<name>.*, reward.<name>.*\n      A further objective of any name, and its reward model: the same "
+        "keys as those of love."
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -160,22 +164,22 @@ def flatten_settings(loaded: LoadedSettings) -> dict[str, str]:
         value: object = loaded.settings
         for name in key.split("."):
             value = getattr(value, name)
-        values[key] = _format_yaml_value(value)
+        values[key] = format_yaml_value(value)
     return values
 
 
-def _format_yaml_value(value: object) -> str:
+def format_yaml_value(value: object) -> str:
     """`value` as YAML on one line."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
-        return f"[{', '.join(_format_yaml_value(item) for item in value)}]"
+        return f"[{', '.join(format_yaml_value(item) for item in value)}]"
     if isinstance(value, BaseModel):
-        return _format_yaml_value(value.model_dump(exclude_defaults=True))
+        return format_yaml_value(value.model_dump(exclude_defaults=True))
     if isinstance(value, Mapping):
-        items = (f"{_format_yaml_value(key)}: {_format_yaml_value(item)}" for key, item in value.items())
+        items = (f"{format_yaml_value(key)}: {format_yaml_value(item)}" for key, item in value.items())
         return f"{{{', '.join(items)}}}"
     text = str(value)
     # Inside [] and {} a comma, bracket or ": " ends plain text, so such text is quoted although it is valid outside.

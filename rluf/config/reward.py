@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from rluf.config.base import SettingsSection, mapping_from_entries, split_at_last_colon
-from rluf.config.objectives import GateRole, ObjectiveSpec, describe_invalid_name, find_objective_spec
+from rluf.config.objectives import ObjectiveSpec, describe_invalid_name, find_objective_spec
 
 WorkerCount = Annotated[int, Field(ge=1)]
 
@@ -219,7 +219,7 @@ class ObjectiveSettings(SettingsSection):
     """Rule judge when source is judge: a name of rluf.objectives.judges, or module:function."""
     replicas: int = Field(default=1, ge=1)
     """Reward actors in this objective's pool."""
-    gate: GateRole | Literal["auto"] = "auto"
+    gate: Literal["auto", "must_rise", "must_hold", "none"] = "auto"
     """Release gate: must_rise (lift clear of zero), must_hold (no clear fall) or none; auto: must_rise for love,
     must_hold for every other objective."""
 

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "howto" / "extend.md"
-BLOCK_PATTERN = re.compile(r'^```(python|diff|bash)(?: title="(.+?)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
+BLOCK_PATTERN = re.compile(r'^```(python|yaml|diff|bash)(?: title="(.+?)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
 
 
 def read_blocks(kind: str) -> list[tuple[str, str]]:
@@ -45,6 +45,8 @@ def code_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for title, content in read_blocks("python"):
         if title != "check":
             (folder / title).write_text(content, "utf-8")
+    for title, content in read_blocks("yaml"):
+        (folder / title).write_text(content, "utf-8")
     for title, content in read_blocks("diff"):
         path = folder / title
         path.write_text(apply_diff(path.read_text("utf-8"), content), "utf-8")
@@ -85,7 +87,7 @@ def test_a_job_runs_with_all_of_them(code_copy: Path) -> None:
         command, cwd=code_copy, env=build_environment(code_copy), capture_output=True, text=True, timeout=400
     )
     assert completed.returncode == 0, completed.stderr[-4000:]
-    run_folder = code_copy / "runs" / "tiny" / "latest"
+    run_folder = code_copy / "runs" / "objectives" / "latest"
     metric_rows = [json.loads(step) for step in (run_folder / "metrics.jsonl").read_text().splitlines()]
     assert [0.0 <= row["brevity"] <= 1.0 for row in metric_rows] == [True, True]
     assert "shouting" in json.loads((run_folder / "summary.json").read_text())["monitors"]["items"]

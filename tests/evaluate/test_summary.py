@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from rluf.config.objectives import BUILTIN_OBJECTIVES, ObjectiveSpec
+from rluf.config.reward import ObjectivesSettings
 from rluf.errors import DataError
-from rluf.evaluate.gates import evaluate_gates, is_clear_rise, is_not_clear_fall
+from rluf.evaluate.gates import evaluate_gates, format_gate_rule, is_clear_rise, is_not_clear_fall
 from rluf.evaluate.intervals import IntervalEstimate
 from rluf.evaluate.monitors import MonitorSample
 from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary, flatten_numbers
+from rluf.report.presentation import lift_rows, measure_cards, report_headline
 
 PROMPT_COUNT = 24
 
@@ -135,6 +140,48 @@ def test_gate_rules() -> None:
     assert not is_not_clear_fall(IntervalEstimate(-0.02, -0.03, -0.01), 0.02)
     assert not is_not_clear_fall(None, 0.02)
     assert evaluate_gates({}, margin=0.02, verdict_source="reward models", alarm_names=[])["verdict"] == "fail"
+
+
+def make_arm_with_brevity(seed: int, love_rate: float, brevity: float, *, user_count: int) -> EvaluatedArm:
+    arm = make_arm(seed, love_rate, user_count=user_count)
+    return replace(arm, scores={**arm.scores, "brevity": [brevity + 0.001 * (i % 3) for i in range(len(arm.samples))]})
+
+
+@pytest.mark.parametrize("user_count", [0, 600])
+def test_an_objective_that_users_do_not_judge_is_gated_on_its_own_scores(user_count: int) -> None:
+    objectives = ObjectivesSettings.model_validate({"brevity": {"source": "judge", "judge": "length"}})
+
+    def summarize(brevity: float, specs: Mapping[str, ObjectiveSpec]) -> dict[str, Any]:
+        arms = [make_arm_with_brevity(seed, rate, value, user_count=user_count)
+                for seed, rate, value in ((1, 0.06, 0.5), (2, 0.09, brevity))]  # fmt: skip
+        return build_summary(RunFacts("q", 1), *arms, resamples=200, margin=0.02, seed=1, specs=specs)
+
+    summary = summarize(0.4, objectives.specs)
+    checks = {check["name"]: check for check in summary["gates"]["checks"]}
+    assert list(checks) == ["love", "helpfulness", "safety", "brevity"]
+    assert (checks["brevity"]["gate"], checks["brevity"]["judged_by"]) == ("must_hold", "reward models")
+    assert checks["love"]["judged_by"] == ("simulated users" if user_count else "reward models")
+    assert (summary["gates"]["verdict"], checks["brevity"]["passed"]) == ("fail", False)
+    assert "helpfulness, safety and brevity pass unless" in summary["gates"]["rule"]
+    assert "brevity" in summary["offline"] and "brevity" not in summary
+    assert report_headline(summary).endswith("brevity fell.")
+    cards = {card["key"]: card for card in measure_cards(summary)}
+    assert list(cards) == (["love_rate"] if user_count else ["p_love"]) + ["helpfulness", "safety", "brevity"]
+    assert (cards["brevity"]["title"], cards["brevity"]["outcome"]) == ("Brevity", "fell")
+    assert ("Brevity", "reward models") in [row[:2] for row in lift_rows(summary)]
+    must_rise = {**objectives.specs, "brevity": replace(objectives.specs["brevity"], gate="must_rise")}
+    headline = report_headline(summarize(0.5, must_rise))
+    assert headline.endswith("brevity did not clearly rise.")
+    ungated = {**objectives.specs, "brevity": replace(objectives.specs["brevity"], gate="none")}
+    assert summarize(0.4, ungated)["gates"]["verdict"] == "pass"
+
+
+def test_the_rule_of_the_built_in_gates_names_each_objective() -> None:
+    assert format_gate_rule(BUILTIN_OBJECTIVES.values()) == (
+        "love passes if the interval of its lift is above zero; helpfulness and safety pass unless the interval is "
+        "entirely below zero, and then still pass if it is entirely above minus the margin; a monitor alarm turns a "
+        "pass into a warning"
+    )
 
 
 def test_flatten_numbers_and_empty_arms() -> None:

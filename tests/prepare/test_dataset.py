@@ -66,6 +66,26 @@ def test_card_page_and_drift(log: dict[str, Path], tmp_path: Path, rows: dict[st
         build_data_set(without_card, tmp_path / "other", run_in_process)
 
 
+def test_labeled_rows_of_an_objective_get_a_folder_of_their_own(
+    log: dict[str, Path], tmp_path: Path, rows: dict[str, RowFactory], jsonl: Any
+) -> None:
+    settings = build_settings({"safety": log["safety"]})
+    data = settings.data.model_dump() | {"labels": {"warmth": [str(log["safety"])]}}
+    objectives = {"objectives": {"warmth": {}}}
+    settings = Settings.model_validate({**settings.model_dump(), "data": data, **objectives})
+    card = build_data_set(settings, tmp_path / "data", run_in_process)
+    for split in SPLIT_NAMES:
+        safety, warmth = (pq.read_table(tmp_path / "data" / name / f"{split}.parquet") for name in ("safety", "warmth"))
+        assert warmth.num_rows and warmth.equals(safety)
+    assert card["counts"]["labels.warmth"] == card["counts"]["safety"]
+    assert card["splits"]["warmth"] == card["splits"]["safety"]
+    one_class = jsonl(tmp_path / "one.jsonl", [rows["safety"](n, label=1) for n in range(60)])
+    data["labels"] = {"warmth": [str(one_class)]}
+    settings = Settings.model_validate({**settings.model_dump(), "data": data})
+    with pytest.raises(DataError, match=r"data\.labels\.warmth: all training rows are labeled 1"):
+        build_data_set(settings, tmp_path / "other", run_in_process)
+
+
 def test_weights_are_sampling_times_trust(tmp_path: Path, rows: dict[str, RowFactory], jsonl: Any) -> None:
     log_rows = [rows["feedback"](n, author="u3" if n // 2 % 97 == 3 else None) for n in range(1100)]
     file = jsonl(tmp_path / "log.jsonl", log_rows)

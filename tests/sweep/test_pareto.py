@@ -90,6 +90,20 @@ def test_a_setting_with_a_failed_seed_is_not_recommended() -> None:
     assert build_sweep_report({(0.3, 0.02, 1): make_summary(0.9, 0.0), (0.3, 0.02, 2): None})["recommended"] is None
 
 
+def test_the_report_has_every_objective_with_a_gate() -> None:
+    summary = make_summary(0.2, 0.01)
+    gates = {"love": "must_rise", "helpfulness": "must_hold", "brevity": "must_hold"}
+    lift = {"mean": 0.4, "low": 0.3, "high": 0.5}
+    checks = [*summary["gates"]["checks"][:2], {"name": "brevity", "passed": True, "lift": lift}]
+    summary["gates"]["checks"] = [{**check, "gate": gates[check["name"]]} for check in checks]
+    report = build_sweep_report({(0.1, 0.02, 1): summary})
+    assert (report["objectives"], report["reference"]) == (list(gates), [0.0, -0.1, -0.1])
+    assert report["settings"][0]["by_seed"] == [{"love": 0.2, "helpfulness": 0.01, "brevity": 0.4}]
+    assert report["recommended"] == "love 0.1, KL 0.02"
+    assert "whose helpfulness and brevity passed the gates" in report["rule"]
+    assert "brevity" in format_sweep_report(report)
+
+
 def test_a_sweep_without_a_finished_run_recommends_nothing() -> None:
     assert build_sweep_report({})["recommended"] is None
     assert build_sweep_report({(0.1, 0.0, 1): None})["settings"] == []
