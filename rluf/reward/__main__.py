@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rluf.config.cli import CommandOptions, parse_command_line, run_command
+from rluf.config.objectives import BUILTIN_OBJECTIVES
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
@@ -23,9 +24,12 @@ LEARNING_CURVE_SHARES = (0.125, 0.25, 0.5)
 
 
 def select_objectives(settings: Settings) -> tuple[str, ...]:
-    """Objectives to train: reward.objectives, else all with source model and the heads of the shared backbone."""
+    """Objectives to train: reward.objectives, else all with source model and data, and the heads of the shared
+    backbone."""
     from_models = tuple(
-        name for name, objective in settings.objectives.by_objective.items() if objective.source == "model"
+        name
+        for name, objective in settings.objectives.by_objective.items()
+        if objective.source == "model" and (name in BUILTIN_OBJECTIVES or settings.data.labels.get(name))
     )
     return settings.reward.objectives or tuple(dict.fromkeys((*from_models, *settings.reward.shared_backbone_heads)))
 

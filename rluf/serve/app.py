@@ -138,7 +138,8 @@ def _add_score_routes(app: FastAPI, backend: ServiceBackend) -> None:
         messages = api.to_messages(body.messages)
         scored_items = await score_items([(messages, response) for response in body.responses])
         if body.objective not in scored_items[0].scores:
-            raise ApiError(422, "invalid", f"objective: {body.objective} is not served here")
+            names = ", ".join(scored_items[0].scores)
+            raise ApiError(422, "invalid", f"objective: {body.objective} is not served here, but {names}")
         order = sorted(range(len(scored_items)), key=lambda i: -scored_items[i].scores[body.objective].value)
         ranking = [api.RankedResponse(index=i, scores=to_objective_scores(scored_items[i])) for i in order]
         return api.RankReply(

@@ -12,6 +12,7 @@ from rluf.config.load import load_settings
 from rluf.config.objectives import BUILTIN_OBJECTIVES, find_objective_spec, find_spec_by_data_key
 from rluf.config.settings import Settings
 from rluf.errors import SettingsError
+from rluf.reward.__main__ import select_objectives
 from rluf.tracking.metric_registry import STEP_METRICS
 
 BREVITY = ("objectives.brevity={source: judge, judge: length, weight: 0.2}",)
@@ -78,6 +79,11 @@ def test_labeled_rows_are_a_kind_of_data_of_their_own() -> None:
     assert [find_spec_by_data_key(spec.data_key) for spec in BUILTIN_OBJECTIVES.values()] == [
         *BUILTIN_OBJECTIVES.values()
     ]
+
+
+def test_rluf_reward_trains_the_objectives_that_have_data() -> None:
+    overrides = [*BREVITY, *WARMTH, "objectives.wit.path=models/wit"]
+    assert select_objectives(load_settings(None, overrides).settings) == ("love", "helpfulness", "safety", "warmth")
 
 
 @pytest.mark.parametrize(

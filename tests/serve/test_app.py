@@ -66,6 +66,20 @@ async def test_rank_orders_by_the_objective(http_client: httpx.AsyncClient, back
         assert reply["best"] == order[0]
 
 
+async def test_an_objective_of_any_name_is_served(http_client: httpx.AsyncClient, backend: LocalBackend) -> None:
+    body = {"messages": HELLO["messages"], "responses": ["Yes.", "No!"], "objective": "brevity"}
+    response = await http_client.post("/v1/rank", json=body)
+    assert assert_error(response) == (422, "invalid")
+    assert "brevity is not served here, but love, helpfulness, safety" in response.json()["error"]["message"]
+    backend.reward_models = {**backend.reward_models, "brevity": backend.reward_models["love"]}
+    reply = (await http_client.post("/v1/rank", json=body)).json()
+    by_love = (await http_client.post("/v1/rank", json={**body, "objective": "love"})).json()
+    assert (reply["objective"], reply["best"]) == ("brevity", by_love["best"])
+    for model, label in (("brevity", "brevity"), ("safety", "safe"), ("gpt-9", "love")):
+        classified = (await http_client.post("/classify", json={"model": model, "input": "Yes."})).json()
+        assert classified["data"][0]["label"] == label
+
+
 async def test_feedback_is_stored_once_and_users_are_hashed(
     http_client: httpx.AsyncClient, backend: LocalBackend
 ) -> None:
