@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from rluf.errors import ResourceError
 from rluf.reward.text import ScoringItem
 from rluf.serve import api
-from rluf.serve.limits import ApiError
+from rluf.serve.api import ApiError
 from rluf.types import Message, Score
 
 ReplyModel = TypeVar("ReplyModel", bound=BaseModel)

@@ -10,10 +10,17 @@ import pytest
 from numpy.typing import NDArray
 
 from rluf.errors import DataError
-from rluf.evaluate.gates import evaluate_gates, is_clear_rise, is_not_clear_fall
 from rluf.evaluate.intervals import IntervalEstimate
 from rluf.evaluate.monitors import MonitorSample
-from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary, flatten_numbers
+from rluf.evaluate.summary import (
+    EvaluatedArm,
+    RunFacts,
+    build_summary,
+    evaluate_gates,
+    flatten_numbers,
+    is_clear_rise,
+    is_not_clear_fall,
+)
 
 PROMPT_COUNT = 24
 
