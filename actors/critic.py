@@ -14,9 +14,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rluf.algorithms.advantages.gae import build_token_rewards, compute_gae, sum_moments, whiten_advantages
-from rluf.algorithms.batch import PackedBatch
-from rluf.algorithms.critic import CriticModel, compute_value_loss
+from rluf.algorithms.critic import (
+    CriticModel,
+    build_token_rewards,
+    compute_gae,
+    compute_value_loss,
+    sum_moments,
+    whiten_advantages,
+)
+from rluf.algorithms.packing import PackedBatch
 from rluf.algorithms.policy_io import load_policy
 from rluf.backends import deepspeed as ds
 from rluf.config.settings import Settings

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from actors.critic import CriticWorker
 from rluf.algorithms.advantages import SampleKL
-from rluf.algorithms.batch import PackedBatch
 from rluf.algorithms.debug_dump import POLICY_FOLDER as DUMP_POLICY_FOLDER
 from rluf.algorithms.debug_dump import StepDump, write_step_dump
 from rluf.algorithms.logprobs import compute_response_logprobs
@@ -31,18 +30,17 @@ from rluf.algorithms.losses import (
     compute_reference_kl,
     sum_kl_by_response,
 )
-from rluf.algorithms.packing import MicroBatch, list_packed_samples, pack_micro_batch
+from rluf.algorithms.packing import MicroBatch, PackedBatch, list_packed_samples, pack_micro_batch
 from rluf.algorithms.policy_io import copy_companion_files, load_policy
 from rluf.algorithms.registry import LearnerInputs, find_algorithm
-from rluf.backends import allocator
 from rluf.backends import deepspeed as ds
-from rluf.backends.colocation import WEIGHTS_TAG, is_colocated
+from rluf.backends.colocation import WEIGHTS_TAG, is_colocated, release_freed_memory
+from rluf.backends.weight_transfer import create_weight_sender
 from rluf.backends.weight_transfer.base import WeightSender
-from rluf.backends.weight_transfer.factory import create_weight_sender
 from rluf.checkpoint.format import POLICY_FOLDER, RunCheckpoint, optimizer_state_file
 from rluf.config.settings import Settings
 from rluf.errors import RlufError
-from rluf.tracking.profiler import TorchProfiler
+from rluf.tracking.timeline import TorchProfiler
 from rluf.types import Group, Prompt, Sample
 from rluf.utils.files import atomic_folder
 from rluf.utils.paths import resolve_cache_folder
@@ -218,7 +216,7 @@ class LearnerActor:
             metric_sums += result.metric_sums
             max_ratio = torch.maximum(max_ratio, result.max_ratio)
             # The allocator keeps freed activations for reuse within a micro-batch; over several they would add up.
-            allocator.release_freed_memory()
+            release_freed_memory()
         dist.all_reduce(metric_sums)
         dist.all_reduce(max_ratio, dist.ReduceOp.MAX)
         # Read before the step: the schedule then already points to the next step's rate.

@@ -38,8 +38,8 @@ from rluf.backends.deepspeed import join_process_group, leave_process_group
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.prepare.splits import compute_quota, compute_sampling_weights
-from rluf.reward.augment import SIGN_OFF_PHRASES
 from rluf.reward.backbone import enable_fast_cpu_matmul
+from rluf.reward.debias import SIGN_OFF_PHRASES
 from rluf.reward.export import export_models, read_split_rows
 from rluf.reward.fit import HeadData, train_ensemble
 from rluf.reward.metrics import auroc, expected_calibration_error, pearson_correlation

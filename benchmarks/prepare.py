@@ -183,7 +183,7 @@ def _index_rows(frame: Any) -> tuple[Any, Any]:
     """Redact, deduplicate, add keys and joined turns; returns the frame and the MinHash bands of its rows."""
     import polars as pl
 
-    from rluf.prepare import near_duplicates
+    from rluf.prepare import splits
 
     messages = frame.select("id", "messages").explode("messages").unnest("messages")
     messages = messages.with_columns(_redact_column(messages["content"]))
@@ -195,7 +195,7 @@ def _index_rows(frame: Any) -> tuple[Any, Any]:
     frame = frame.with_columns(key=pl.col("id").hash(1), rank=pl.col("id").hash(2), prompt=pl.col("text").hash(3))
     frame = frame.unique("key", keep="first", maintain_order=True)
     unique_prompts = frame.unique("prompt", keep="first", maintain_order=True).select("prompt", "text")
-    bands = near_duplicates.compute_band_hashes(unique_prompts["text"].to_list())
+    bands = splits.compute_band_hashes(unique_prompts["text"].to_list())
     indexed = unique_prompts.select("prompt").with_row_index("place")
     unique_index = frame.select("prompt").join(indexed, on="prompt", maintain_order="left")["place"].to_numpy()
     next_turn = pl.col("turn").shift(-1).over("conversation_id", order_by="turn")
@@ -212,8 +212,8 @@ def _assign_rows(frame: Any, bands: Any) -> tuple[Any, Any]:
     import numpy as np
     import polars as pl
 
-    from rluf.prepare import abuse, near_duplicates, splits
-    from rluf.prepare.propensity import bin_by_octave, estimate_propensity
+    from rluf.prepare import abuse, splits
+    from rluf.prepare.joins import bin_by_octave, estimate_propensity
 
     hash_point = (pl.col("user_id").hash(4) % 1000) / 1000
     split = frame.select(side=pl.when(hash_point < 0.15).then(2).when(hash_point < 0.25).then(1).otherwise(0))["side"]
@@ -223,7 +223,7 @@ def _assign_rows(frame: Any, bands: Any) -> tuple[Any, Any]:
     is_late, is_early, _ = splits.time_leaks(conversations, split, times, 0.15)
     is_kept = ~(splits.conversation_leaks(conversations, split, times) | is_late | is_early)
     is_near_duplicate = splits.near_duplicate_leaks(
-        near_duplicates.group_near_duplicates(prompts, bands)[is_kept],
+        splits.group_near_duplicates(prompts, bands)[is_kept],
         prompts[is_kept],
         split[is_kept],
         np.empty(0, np.int64),
@@ -237,7 +237,7 @@ def _assign_rows(frame: Any, bands: Any) -> tuple[Any, Any]:
     no_device = np.full(len(users), -1)
     abuse_log = abuse.AbuseLog(
         users,
-        near_duplicates.group_near_duplicates(prompts, bands[remaining]),
+        splits.group_near_duplicates(prompts, bands[remaining]),
         answers,
         no_device,
         times,

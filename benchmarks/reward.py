@@ -31,8 +31,13 @@ import torch
 from rluf.backends.deepspeed import init_deepspeed, join_process_group, leave_process_group
 from rluf.config.settings import Settings
 from rluf.models.hub import resolve_model
-from rluf.reward.backbone import build_text_encoder, enable_fast_cpu_matmul, freeze_lowest_layers, load_classifier
-from rluf.reward.frozen_prefix import FrozenPrefix
+from rluf.reward.backbone import (
+    FrozenPrefix,
+    build_text_encoder,
+    enable_fast_cpu_matmul,
+    freeze_lowest_layers,
+    load_classifier,
+)
 from rluf.reward.losses import bradley_terry_loss, weighted_bce_loss
 from rluf.reward.model import compute_logits
 from rluf.reward.text import EncodedItem, TextEncoder

@@ -332,7 +332,7 @@ def main() -> None:
     step_rows = results["ours"]["steps"][1:]
     fastest = min(step_rows, key=lambda row: row["step_s"])
     token_count = fastest["prompt_tokens"] + fastest["response_tokens"]
-    phase_seconds = {name: fastest[f"{name}_s"] for name in ("generate", "score", "learn", "publish")}
+    phase_seconds = {name: fastest[f"{name}_s"] for name in ("generate", "score", "learn", "weight_sync")}
     trl_seconds = min(results["trl"]["seconds"][1:])
     rollout_tokens_per_s = max(row["response_tokens"] / row["generate_s"] for row in step_rows)
     result = {
@@ -358,8 +358,8 @@ def main() -> None:
             3,
         ),
         "learner_tokens_per_s": round(token_count / fastest["learn_s"], 1),
-        "publish_over_memcpy": round(fastest["publish_s"] / results["bare_learner"]["memcpy_s"], 1),
-        "probe_share": round(fastest["probe_s"] / fastest["step_s"], 4),
+        "weight_sync_over_memcpy": round(fastest["weight_sync_s"] / results["bare_learner"]["memcpy_s"], 1),
+        "sync_check_share": round(fastest["sync_check_s"] / fastest["step_s"], 4),
         "phases": {
             **{name: round(seconds, 3) for name, seconds in phase_seconds.items()},
             "idle": round(fastest["step_s"] - sum(phase_seconds.values()), 3),

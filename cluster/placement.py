@@ -12,8 +12,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rluf.backends.allocator import KEEP_FREED_MALLOC_CONF
-from rluf.backends.colocation import is_colocated
+from rluf.backends.colocation import KEEP_FREED_MALLOC_CONF, is_colocated
 from rluf.errors import DeadlineError
 
 if TYPE_CHECKING:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import griffe
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
@@ -21,7 +23,8 @@ from rluf.config.objectives import BUILTIN_OBJECTIVES  # noqa: E402
 from rluf.tracking import metric_registry  # noqa: E402
 from rluf.tracking.gauges import gauge_and_labels  # noqa: E402
 
-GENERATED_PAGES = ("reference/settings.md", "reference/metrics.md", "reference/python.md")
+REFERENCE_PAGES = ("reference/settings.md", "reference/metrics.md", "reference/python.md")
+RESULTS_PAGE = "results.md"
 PACKAGE_TITLES = {
     "rluf.config": "Settings", "rluf.prepare": "Feedback logs", "rluf.reward": "Reward models",
     "rluf.objectives": "Objectives and judges", "rluf.algorithms": "Algorithms",
@@ -52,7 +55,7 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 def _existing_entry(entry: Any) -> Any:
     """The navigation entry without missing pages; None when the page itself is missing."""
     if isinstance(entry, str):
-        return entry if entry in GENERATED_PAGES or (ROOT / "docs" / entry).is_file() else None
+        return entry if entry in (*REFERENCE_PAGES, RESULTS_PAGE) or (ROOT / "docs" / entry).is_file() else None
     ((title, content),) = entry.items()
     if isinstance(content, str):
         return entry if _existing_entry(content) else None
@@ -61,12 +64,21 @@ def _existing_entry(entry: Any) -> Any:
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the generated pages."""
-    pages = dict(zip(GENERATED_PAGES, (settings_page(), metrics_page(), python_page()), strict=True))
+    pages = dict(zip(REFERENCE_PAGES, (settings_page(), metrics_page(), python_page()), strict=True))
+    results = (ROOT / "benchmarks" / "RESULTS.md").read_text(encoding="utf-8")
+    pages[RESULTS_PAGE] = results.replace("](../docs/", "](")
     for name, folder in iter_packages():
         pages[f"reference/python/{name}.md"] = package_page(name, folder)
     for path, content in pages.items():
         files.append(File.generated(config, path, content=content))
     return files
+
+
+def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
+    """Point links that leave the docs folder to the generated results page, or drop them where they lead to code."""
+    path_to_root = "../" * page.file.src_uri.count("/")
+    markdown = re.sub(r"\]\((?:\.\./)+benchmarks/RESULTS\.md", f"]({path_to_root}{RESULTS_PAGE}", markdown)
+    return re.sub(r"\[([^\]]+)\]\((?:\.\./)+(?:rluf|actors|cluster)/([^)]+)\)", r"\1 (`\2`)", markdown)
 
 
 def settings_page() -> str:

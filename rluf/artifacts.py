@@ -23,17 +23,18 @@ def check_inputs(settings: Settings) -> None:
     # Imported here, since pyarrow and fsspec are slow to import.
     from rluf.prepare.readers.files import resolve_sources
 
-    for kind, entries in settings.data.sources_by_kind.items():
-        resolve_sources(entries, kind)
+    for data_kind, log_entries in settings.data.sources_by_kind.items():
+        resolve_sources(log_entries, data_kind)
     for folder in (resolve_runs_root(settings), resolve_cache_folder(settings)):
         check_writable(folder)
-    for name, objective in settings.objectives.by_objective.items():
-        if objective.source == "serve":
+    for objective_name, objective_settings in settings.objectives.by_objective.items():
+        if objective_settings.source == "serve":
             continue  # the reward actors check at their start whether the service answers
-        if objective.path is not None and not (Path(objective.path).expanduser() / "config.json").is_file():
+        model_path = objective_settings.path
+        if model_path is not None and not (Path(model_path).expanduser() / "config.json").is_file():
             raise ModelError(
-                f"objectives.{name}.path={objective.path} has no config.json; set it to a reward model folder, or "
-                "remove the key to train a model on the log"
+                f"objectives.{objective_name}.path={model_path} has no config.json; set it to a reward model folder, "
+                "or remove the key to train a model on the log"
             )
 
 
@@ -43,11 +44,13 @@ def prepare_data_artifact(settings: Settings) -> Artifact:
     from rluf.prepare.readers.files import fingerprint_sources, resolve_sources
     from rluf.utils.hashing import read_user_salt, salt_fingerprint
 
-    sources = [
-        source for kind, entries in settings.data.sources_by_kind.items() for source in resolve_sources(entries, kind)
+    log_sources = [
+        log_source
+        for data_kind, log_entries in settings.data.sources_by_kind.items()
+        for log_source in resolve_sources(log_entries, data_kind)
     ]
     cache_inputs = {
-        "files": fingerprint_sources(sources),
+        "files": fingerprint_sources(log_sources),
         "data": settings.data.model_dump(mode="json"),
         # Neither the output folder nor the number of blocks changes the rows.
         "prepare": settings.prepare.model_dump(mode="json", exclude={"output", "ray_data_blocks"}),
@@ -70,49 +73,59 @@ def train_reward_artifacts(settings: Settings, data_artifact: Artifact) -> dict[
     """
     from rluf.reward.ray_trainer import group_by_backbone, train_reward_models
 
-    reward, objectives = settings.reward, settings.objectives.by_objective
-    trained = [name for name, value in objectives.items() if value.source == "model" and value.path is None]
-    extra_heads = [head for head in reward.shared_backbone_heads if head not in objectives]
+    reward_settings, settings_by_objective = settings.reward, settings.objectives.by_objective
+    trained_objectives = [
+        objective_name
+        for objective_name, objective_settings in settings_by_objective.items()
+        if objective_settings.source == "model" and objective_settings.path is None
+    ]
+    extra_heads = [
+        head_name for head_name in reward_settings.shared_backbone_heads if head_name not in settings_by_objective
+    ]
     heads_by_artifact = {
-        f"reward-{'-'.join(heads)}": heads for heads in group_by_backbone(settings, [*trained, *extra_heads])
+        f"reward-{'-'.join(head_names)}": head_names
+        for head_names in group_by_backbone(settings, [*trained_objectives, *extra_heads])
     }
     cache_inputs_by_name = {
-        name: reward_cache_inputs(settings, data_artifact, heads) for name, heads in heads_by_artifact.items()
+        artifact_name: reward_cache_inputs(settings, data_artifact, head_names)
+        for artifact_name, head_names in heads_by_artifact.items()
     }
 
     def build(folders: Mapping[str, Path]) -> None:
-        jobs = {
-            head: (data_artifact.folder, folder / head)
-            for name, folder in folders.items()
-            for head in heads_by_artifact[name]
+        training_jobs = {
+            head_name: (data_artifact.folder, folder / head_name)
+            for artifact_name, folder in folders.items()
+            for head_name in heads_by_artifact[artifact_name]
         }
-        train_reward_models(settings, jobs)
+        train_reward_models(settings, training_jobs)
 
     artifacts = build_or_reuse_all(
         resolve_cache_folder(settings), cache_inputs_by_name, build, reuse=settings.run.reuse
     )
     artifact_by_head = {
-        head: replace(artifacts[name], folder=artifacts[name].folder / head)
-        for name, heads in heads_by_artifact.items()
-        for head in heads
+        head_name: replace(artifacts[artifact_name], folder=artifacts[artifact_name].folder / head_name)
+        for artifact_name, head_names in heads_by_artifact.items()
+        for head_name in head_names
     }
     return {
-        name: artifact_by_head.get(name) or _wrap_model_folder(name, objective)
-        for name, objective in objectives.items()
+        objective_name: artifact_by_head.get(objective_name) or _wrap_model_folder(objective_name, objective_settings)
+        for objective_name, objective_settings in settings_by_objective.items()
     }
 
 
 def reward_cache_inputs(settings: Settings, data_artifact: Artifact, head_names: Sequence[str]) -> dict[str, object]:
     """Everything that the reward model of these heads depends on; a local backbone folder counts with its content."""
-    reward = settings.reward
-    backbones = sorted({member.backbone for member in reward.settings_for_head(head_names[0]).member_specs})
+    reward_settings = settings.reward
+    backbone_names = sorted(
+        {member.backbone for member in reward_settings.settings_for_head(head_names[0]).member_specs}
+    )
     return {
         "data": data_artifact.key,
-        "model": {head: reward.settings_for_head(head).model_dump(mode="json") for head in head_names},
-        "folders": {name: digest for name in backbones if (digest := _hash_backbone_folder(name)) is not None},
+        "model": {head: reward_settings.settings_for_head(head).model_dump(mode="json") for head in head_names},
+        "folders": {name: digest for name in backbone_names if (digest := _hash_backbone_folder(name)) is not None},
         "dtype": settings.reward_dtype,
-        "workers": reward.workers,  # the number of ranks changes the batches, and so the weights
-        "zero_stage": reward.zero_stage,
+        "workers": reward_settings.workers,  # the number of ranks changes the batches, and so the weights
+        "zero_stage": reward_settings.zero_stage,
         "seed": settings.seed,
         "code": hash_source_code("reward", "backends.deepspeed"),
     }
@@ -126,14 +139,17 @@ def _hash_backbone_folder(backbone: str) -> str | None:
     return hash_files(path for path in folder.iterdir() if path.is_file())[:12]
 
 
-def _wrap_model_folder(name: str, objective: ObjectiveSettings) -> Artifact | None:
+def _wrap_model_folder(objective_name: str, objective_settings: ObjectiveSettings) -> Artifact | None:
     """The configured reward model folder as an artifact; None for a judge or a service."""
-    if objective.path is None or objective.source == "serve":
+    if objective_settings.path is None or objective_settings.source == "serve":
         return None
-    folder = Path(objective.path).expanduser().resolve()
-    return Artifact(f"reward-{name}", folder, hash_files([folder])[:12], reused=True)
+    folder = Path(objective_settings.path).expanduser().resolve()
+    return Artifact(f"reward-{objective_name}", folder, hash_files([folder])[:12], reused=True)
 
 
 def reward_model_folders(reward_artifacts: Mapping[str, Artifact | None]) -> dict[str, Path | None]:
     """The reward model folder of each objective, None for a judge."""
-    return {name: None if artifact is None else artifact.folder for name, artifact in reward_artifacts.items()}
+    return {
+        objective_name: None if artifact is None else artifact.folder
+        for objective_name, artifact in reward_artifacts.items()
+    }

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rluf.algorithms.advantages import AdvantageInputs, SampleKL
-from rluf.algorithms.batch import PackedBatch
 from rluf.algorithms.losses import compute_policy_loss
+from rluf.algorithms.packing import PackedBatch
 from rluf.algorithms.registry import build_learner_inputs, requires_reference_kl
 from rluf.config.policy import AlgorithmSettings
 from rluf.config.reward import AggregationSettings, ObjectivesSettings

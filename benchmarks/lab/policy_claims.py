@@ -19,7 +19,7 @@ from rluf.errors import DataError
 from rluf.evaluate.correlation import PolicyResult, correlate_policies
 from rluf.evaluate.monitors import ALARM_FACTOR, ALARM_Z_SCORE
 from rluf.simulate.world import WORLD
-from rluf.sweep.pareto import compute_hypervolume, is_pareto_optimal
+from rluf.sweep.analysis import compute_hypervolume, is_pareto_optimal
 
 ResultPart = dict[str, Any]
 NON_INFERIORITY_MARGIN = 0.05

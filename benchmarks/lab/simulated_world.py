@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from scipy import sparse
 
-from rluf.reward.augment import SIGN_OFF_PHRASES
 from rluf.reward.calibration import Calibration, compute_prior_shift
+from rluf.reward.debias import SIGN_OFF_PHRASES
 from rluf.simulate.users import ResponseFeatures, UserPopulation, love_logits, simulate_reactions
 from rluf.simulate.world import WORLD, SimulatedWorld
 

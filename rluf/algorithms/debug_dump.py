@@ -23,7 +23,7 @@ from rluf.checkpoint.format import group_from_json, group_to_json
 from rluf.config.settings import Settings
 from rluf.errors import DataError
 from rluf.types import Group
-from rluf.utils.files import write_error
+from rluf.utils.files import build_write_error
 
 POLICY_FOLDER = "policy"
 """Folder of the policy's weights within a dump."""
@@ -54,7 +54,7 @@ class ReplayFinding:
 def write_step_dump(dump_folder: Path, rank: int, step_dump: StepDump) -> None:
     """Write one rank's share of a step into `dump_folder`; the caller writes the weights into POLICY_FOLDER.
 
-    Raises the error of `write_error` when the disk refuses.
+    Raises ResourceError on a full disk and ModelError on another write error.
     """
     content = {
         "settings": step_dump.settings.model_dump(mode="json"),
@@ -68,7 +68,7 @@ def write_step_dump(dump_folder: Path, rank: int, step_dump: StepDump) -> None:
         dump_folder.mkdir(parents=True, exist_ok=True)
         (dump_folder / f"rank-{rank}.json").write_text(json.dumps(content))
     except OSError as error:
-        raise write_error("the dump of a step with a non-finite gradient", dump_folder, error) from error
+        raise build_write_error("the dump of a step with a non-finite gradient", dump_folder, error) from error
 
 
 def read_step_dump(dump_folder: Path) -> StepDump:
@@ -104,7 +104,7 @@ def replay_step(dump_folder: Path) -> Iterator[ReplayFinding]:
         load_policy(folder, dtype=dtype) for folder in (dump_folder / POLICY_FOLDER, step_dump.reference_folder)
     )
     for micro_batch_index, micro_batch in enumerate(step_dump.micro_batches):
-        # Each micro-batch alone: in the sum of the step one sample would hide which of them is non-finite.
+        # Each micro-batch alone: in the gradient sum of the step, one non-finite sample would make everything non-finite.
         policy.zero_grad()
         prompt_ids = tuple(dict.fromkeys(step_dump.groups[group_index].prompt.id for group_index, _ in micro_batch))
         non_finite_names = tuple(_find_non_finite(step_dump, micro_batch, policy, reference))

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rluf.algorithms.batch import PackedBatch
+from rluf.algorithms.packing import PackedBatch
 
 CHUNK_TOKENS = 256
 """Tokens whose float32 logits exist at once."""
@@ -59,7 +59,7 @@ def compute_target_logprobs(logits: Tensor, target_ids: Tensor, temperature: flo
 def compute_response_logprobs(model: Any, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
     """Log-probabilities [K] of the response tokens of a packed batch.
 
-    `model` must use packed attention (rluf.algorithms.attention).
+    `model` must use packed attention (rluf.algorithms.policy_io).
     """
     output = model(
         input_ids=batch.input_ids,

@@ -9,15 +9,58 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
+from torch import Tensor
 
-from rluf.algorithms.batch import PackedBatch
 from rluf.types import Group
 
+
+@dataclass(frozen=True, slots=True)
+class PackedBatch:
+    """One packed micro-batch: T tokens, K response tokens, N samples of up to L tokens.
+
+    Each prompt appears once, followed by the responses of its samples; the `position_ids` of every response continue
+    from the end of the prompt. The beginning that a prompt shares with an earlier one is not repeated. Tensors over K
+    follow the order of the samples in the micro-batch.
+    """
+
+    input_ids: Tensor
+    """Token ids [1, T]."""
+    position_ids: Tensor
+    """Position of each token in its own sequence [1, T]."""
+    sequence_token_index: Tensor
+    """Token index of each sample's prompt and response, padded at the end with index 0 [N, L]."""
+    token_output_index: Tensor
+    """Index in the flattened [N * L] attention output that each token takes its result from [T]."""
+    logit_index: Tensor
+    """Index of the token whose logits predict each response token [K]."""
+    target_ids: Tensor
+    """Response token ids [K]."""
+    sequence_index: Tensor
+    """Sample (0..N-1) that each response token belongs to [K]."""
+    advantages: Tensor
+    """Advantage of the sample [K]."""
+    loss_weights: Tensor
+    """Weight of each token in the loss of the step [K]; 0 in an idle batch, which keeps ranks in lockstep."""
+    rollout_logprobs: Tensor
+    """Log-probability under the engine that sampled the token [K] (nats); NaN in demonstrations."""
+
+    @property
+    def token_count(self) -> int:
+        """Packed tokens that contribute to the loss (0 for an idle batch)."""
+        return self.input_ids.numel() if bool((self.loss_weights > 0).any()) else 0
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """The same batch on `device`."""
+        if self.input_ids.device == device:
+            return self
+        return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+
+
 MicroBatch = list[tuple[int, int]]
-"""(group index, sample index) pairs that are packed together; empty where a rank only keeps in lockstep."""
+"""(group index, sample index) pairs that are packed together; empty for a rank that only has to stay in lockstep."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +164,7 @@ def pack_micro_batch(
     so the sum over all micro-batches of all ranks does not depend on how the step was split; without `loss_weights` it
     is GRPO's mean over the tokens of each response, then over samples. Rollout logprobs of a demonstration are NaN.
     Samples without response tokens are left out. An empty micro-batch gives an idle batch of one token with weight 0,
-    with which a rank keeps in lockstep. Raises ValueError when a sample has another number of logprobs than response
-    tokens.
+    so that the rank stays in lockstep. Raises ValueError when a sample's logprobs and response tokens differ in number.
     """
     step_samples = sum(len(group_advantages) for group_advantages in advantages)
     samples_by_group: dict[int, list[int]] = {}

@@ -1,9 +1,9 @@
 """Verification of a weight sync: compare learner and engine logprobs of the same responses before and after it.
 
 An engine differs from the learner by rounding even when its weights are right, and a failed sync can look much like
-that: an engine with the previous weights is off by one small update only. Hence three tests: is the gap above the
-tolerance, did it suddenly grow far beyond all earlier gaps, and did the learner's logprobs move while the engine's did
-not?
+that: an engine with the previous weights differs by one small update. Hence three tests: whether the gap is above the
+tolerance, whether it grew far beyond all earlier gaps, and whether the learner's logprobs moved while the engine's did
+not.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def find_sync_problem(before: ProbeLogprobs, after: ProbeLogprobs, worst_gap: fl
     """Describe what is wrong with an engine after a weight sync; None if the checks pass.
 
     `before` was measured when the engine had the learner's weights of that time; `worst_gap` is the largest gap of any
-    engine so far, `tolerance` the largest one allowed. If the learner's logprobs did not change, nothing can be shown.
+    engine so far, `tolerance` the largest one allowed. If the learner's logprobs did not change, only the gaps are tested.
     """
     # Negated, so that a NaN gap fails too.
     if not after.mean_gap <= tolerance:

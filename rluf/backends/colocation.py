@@ -6,10 +6,12 @@ vLLM's sleep mode (level 1: weights in host memory, KV cache dropped), the learn
 a weight sync the weights of both are on the GPU, and neither the KV cache nor the optimizer state. Untested on GPUs.
 
 This module is pure: phase_transitions lists the actions in order, rluf/train/actor_groups.py executes them.
+The last function returns freed host memory to the operating system (jemalloc).
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -81,3 +83,16 @@ def phase_transitions(from_phase: GpuPhase, to_phase: GpuPhase) -> tuple[PhaseAc
         # Reverse alphabetical order puts the weights before the KV cache.
         actions.append(PhaseAction("wake", tuple(sorted(after.engine_components - engine, reverse=True))))
     return tuple(actions)
+
+
+JEMALLOC_ALL_ARENAS = 4096
+"""jemalloc's MALLCTL_ARENAS_ALL."""
+KEEP_FREED_MALLOC_CONF = "dirty_decay_ms:-1,muzzy_decay_ms:-1,narenas:2"
+"""MALLOC_CONF of a process that calls release_freed_memory: until then the next micro-batch reuses freed memory."""
+
+
+def release_freed_memory() -> bool:
+    """Return freed memory to the system if the process runs on jemalloc; returns whether it does."""
+    # jemalloc is preloaded, so its symbols are in the process itself; without it the lookup fails.
+    mallctl = getattr(ctypes.CDLL(None), "mallctl", None)
+    return mallctl is not None and mallctl(b"arena.%d.purge" % JEMALLOC_ALL_ARENAS, None, None, None, 0) == 0

@@ -24,11 +24,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rluf.algorithms.lora import LoraAdapter, find_lora_adapters, get_checkpoint_name
 from rluf.backends.colocation import OPTIMIZER_STATES_TAG, WEIGHTS_TAG
 from rluf.backends.weight_transfer.lora import get_lora_names
 from rluf.errors import ModelError, ResourceError
-from rluf.utils.files import write_error
+from rluf.models.lora import LoraAdapter, find_lora_adapters, get_checkpoint_name
+from rluf.utils.files import build_write_error
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -282,7 +282,7 @@ def reload_to_device(engine: DeepSpeedEngine) -> None:
 def save_hf_model(engine: DeepSpeedEngine, model_folder: Path) -> None:
     """Write the weights in `dtype` with config.json as a Hugging Face folder; all ranks call it, rank 0 writes.
 
-    Raises the error of `write_error` when the disk refuses.
+    Raises ResourceError on a full disk and ModelError on another write error.
     """
     is_writer = dist.get_rank() == 0
     # Tied weights have several names but are saved once: a safetensors file refuses tensors that share memory.
@@ -298,15 +298,15 @@ def save_hf_model(engine: DeepSpeedEngine, model_folder: Path) -> None:
     try:
         engine.module.save_pretrained(str(model_folder), state_dict=state_dict)
     except (OSError, SafetensorError) as error:
-        raise write_error("the policy", model_folder, error) from error
+        raise build_write_error("the policy", model_folder, error) from error
 
 
 def save_optimizer_state(engine: DeepSpeedEngine, file: Path, extra_tensors: dict[str, Tensor]) -> dict[str, Any]:
     """Write this rank's float32 master weights and AdamW state as safetensors; returns the LR schedule for JSON.
 
     DeepSpeed's own checkpoints are pickles, which run code when read; these are plain tensors. The file also contains
-    `extra_tensors`, and not the weights in `dtype`, which are the policy folder. Raises the error of `write_error` when
-    the disk refuses.
+    `extra_tensors`, and not the weights in `dtype`, which are the policy folder. Raises ResourceError on a full
+    disk and ModelError on another write error.
     """
     state: dict[str, Tensor] = {f"extra.{name}": tensor for name, tensor in extra_tensors.items()}
     for index, master in enumerate(_list_master_weights(engine)):
@@ -316,7 +316,7 @@ def save_optimizer_state(engine: DeepSpeedEngine, file: Path, extra_tensors: dic
     try:
         save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, file)
     except (OSError, SafetensorError) as error:
-        raise write_error("the optimizer state", file, error) from error
+        raise build_write_error("the optimizer state", file, error) from error
     lr_schedule: dict[str, Any] = engine.lr_scheduler.state_dict()
     return lr_schedule
 

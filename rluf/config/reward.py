@@ -24,8 +24,8 @@ class EnsembleMemberSpec(NamedTuple):
     backbone: str
     layers: int
     uses_section_backbone: bool
-    """Trained as the section says. A member on another backbone, or of responses only, gets a fitted head and is not
-    trained."""
+    """Trained as this section configures it. A member on another backbone, or of responses only, gets a fitted head
+    and is not trained."""
     response_only: bool = False
     """Reads the response without the conversation."""
 

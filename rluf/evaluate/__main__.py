@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rluf.evaluate")
 
-SUBCOMMANDS = {"score": "rluf.evaluate.score", "correlate": "rluf.evaluate.correlate", "abtest": "rluf.evaluate.abtest"}
+SUBCOMMANDS = {
+    "score": "rluf.evaluate.score",
+    "correlate": "rluf.evaluate.correlation",
+    "abtest": "rluf.evaluate.abtest",
+}
 """Sub-command -> module with main(arguments) -> exit code, imported on use to keep --help fast."""
 
 
@@ -37,11 +41,11 @@ def run_evaluation(settings: Settings) -> Path:
     from rluf.evaluate.compare import compare_policies, write_cards, write_results
     from rluf.models.hub import resolve_model
     from rluf.tracking.console import setup_logging
+    from rluf.tracking.timeline import PhaseTimer
     from rluf.tracking.wandb import WandbTracker
     from rluf.train.loop import evaluate_policies
     from rluf.utils.files import write_json
     from rluf.utils.paths import create_run_folder, resolve_cache_folder, resolve_runs_root
-    from rluf.utils.timing import PhaseTimer
 
     setup_logging()
     timer, cache_folder = PhaseTimer(), resolve_cache_folder(settings)

@@ -20,8 +20,8 @@ from rluf.errors import SettingsError
 
 if TYPE_CHECKING:
     from rluf.evaluate.ab_analysis import ExperimentDesign
+    from rluf.evaluate.effects import PowerQuery
     from rluf.evaluate.events import EventLog
-    from rluf.evaluate.power import PowerQuery
 
 SIMULATED_ARMS = ("base-cool", "base-warm")
 """Control and treatment of the simulated experiment: two model versions of the sample log."""
@@ -116,7 +116,7 @@ def build_design(args: argparse.Namespace) -> ExperimentDesign:
 
 def build_power_query(args: argparse.Namespace, measured_values: dict[str, float]) -> PowerQuery:
     """Planner inputs: the command line first, then values measured on the control arm, then the defaults."""
-    from rluf.evaluate.power import PowerQuery
+    from rluf.evaluate.effects import PowerQuery
 
     from_arguments = {
         "base_rate": args.base_rate, "responses": args.responses_per_user, "icc": args.icc,
@@ -136,12 +136,12 @@ def run_abtest(args: argparse.Namespace) -> dict[str, Any]:
     """Run the requested task; writes the table and returns the content of the JSON line. Raises RlufError."""
     if args.simulate:
         return simulate_experiment(args.simulate, args.users, args.seed)
-    from rluf.evaluate import ab_analysis, power, tables
+    from rluf.evaluate import ab_analysis, effects, tables
 
     design = build_design(args)
     if args.plan:
         measured_values = ab_analysis.measure_planning_inputs(load_events(args), design) if args.data else {}
-        plan = power.plan_experiment(build_power_query(args, measured_values))
+        plan = effects.plan_experiment(build_power_query(args, measured_values))
         sys.stdout.write(tables.format_plan(plan))
         return plan
     events = load_events(args)

@@ -23,9 +23,9 @@ from rluf.utils.cache import Artifact
 from rluf.utils.files import read_json, write_json, write_jsonl
 
 if TYPE_CHECKING:
+    from rluf.tracking.timeline import PhaseTimer
     from rluf.tracking.wandb import WandbTracker
     from rluf.types import EvalResponse, Prompt, Sample, TrainResult
-    from rluf.utils.timing import PhaseTimer
 
 logger = logging.getLogger(__name__)
 

@@ -1,13 +1,21 @@
-"""Correlation of the offline score and the online lift over policies, and the release gate that the score would make.
+"""Does the offline score predict the online lift: correlation over policies, and the release gate it would make.
 
-One row per policy. Both numbers carry noise, which pulls the correlation towards zero; the disattenuated correlation
+python -m rluf.evaluate correlate --data policies.jsonl [--control base]
+
+One row per policy: {"policy": "w0.3", "offline": 0.12, "offline_se": 0.004, "online": 0.28, "online_se": 0.02,
+"trained_on_love": true, "hacked": false}; offline is the mean score (a change, unless --control is given), online the
+relative change of the love rate.
+
+Both numbers carry noise, which pulls the correlation towards zero; the disattenuated correlation
 estimates the association without noise (Spearman 1904). The interval of r is Fisher's: atanh(r) +- 1.96 / sqrt(n - 3);
 that of Spearman's rho uses the variance (1 + rho^2 / 2) / (n - 3) (Bonett and Wright 2000).
 """
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +24,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from rluf.config.cli import run_command
 from rluf.errors import DataError
 from rluf.evaluate.intervals import CONFIDENCE_LEVEL
 from rluf.utils.stats import Floats
@@ -234,3 +243,27 @@ def _gate_performance(policies: Sequence[PolicyResult], is_blocked: Sequence[boo
         "false_blocks": _proportion_interval(sum(blocked_others), len(blocked_others)),
         "unclear": sum(abs(policy.online) <= Z_95 * policy.online_se for policy in policies),
     }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the sub-command; the last line of stdout is JSON, and an error is one message on stderr."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rluf.evaluate correlate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON lines, one policy per row")
+    parser.add_argument("--control", metavar="POLICY", help="policy whose offline mean the others are compared with")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the bootstrap over policies (default 1)")
+    args = parser.parse_args(arguments)
+
+    def run_and_print() -> None:
+        from rluf.evaluate.correlation import correlate_policies, read_policies
+        from rluf.evaluate.tables import format_correlation_report
+        from rluf.utils.files import to_jsonable
+
+        report = correlate_policies(read_policies(args.data, args.control), seed=args.seed)
+        sys.stdout.write(format_correlation_report(report))
+        sys.stdout.write(json.dumps(to_jsonable(report), allow_nan=False) + "\n")
+
+    return run_command(run_and_print)

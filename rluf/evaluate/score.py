@@ -1,6 +1,6 @@
 """Score a held-out file with a trained reward model and measure the quality of the scores.
 
-python -m rluf.evaluate score --model FOLDER --data FILE.jsonl[.gz] [--output SCORES.jsonl] [--actors N]
+    python -m rluf.evaluate score --model FOLDER --data FILE.jsonl[.gz] [--output SCORES.jsonl] [--actors N]
 
 Rows are {"id", "messages", "response", "label": 0|1, "group"} or {"id", "messages", "chosen", "rejected", "group"}.
 The last line on stdout is JSON: AUROC or pair accuracy with a 95% interval clustered by group, ECE, Brier score, n, and
@@ -59,10 +59,10 @@ def score_file(
     """Score a file with the reward model in `model_folder`; writes the scores and returns the metrics.
 
     `actor_count` None decides by the size of the file, 0 scores in this process, otherwise a Ray Data pool of that many
-    actors does (on a cluster, model and data must be on a path that all nodes see). Raises DataError or ModelError.
+    actors does (on a cluster, model and data must be on storage that all nodes can read). Raises DataError or ModelError.
     """
     from rluf.reward.calibration import Calibration
-    from rluf.reward.heldout import summarize_scores
+    from rluf.reward.card import summarize_scores
 
     start_time = time.monotonic()
     if not (model_folder / "config.json").is_file():
@@ -135,7 +135,7 @@ def split_into_parts(data_path: Path, rows_per_part: int) -> list[FilePart]:
 
 def read_part(data_path: Path, file_part: FilePart) -> list[Mapping[str, Any]]:
     """Read the rows of a part. DataError names file and line of the first invalid row."""
-    from rluf.reward.heldout import parse_heldout_row
+    from rluf.reward.card import parse_heldout_row
 
     rows: list[Mapping[str, Any]] = []
     with open_data_file(data_path) as stream:
@@ -150,7 +150,7 @@ def read_part(data_path: Path, file_part: FilePart) -> list[Mapping[str, Any]]:
 
 def _score_part(model: RewardModel, data_path: Path, file_part: FilePart) -> str:
     """Scores of one part as JSON lines."""
-    from rluf.reward.heldout import score_heldout_rows
+    from rluf.reward.card import score_heldout_rows
 
     scores = score_heldout_rows(model, read_part(data_path, file_part))
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scores)

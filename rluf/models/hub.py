@@ -39,10 +39,10 @@ def resolve_model(model_path: str, cache_folder: Path) -> Path:
         return _check_model_folder(folder)
     if HUB_ID_PATTERN.match(model_path):
         return _check_model_folder(_download_from_hub(model_path))
-    names = ", ".join(list_embedded_models())
+    embedded_names = ", ".join(list_embedded_models())
     raise ModelError(
-        f"model {model_path!r} is neither an embedded name ({names}), nor a folder, nor a hub id (owner/name); check "
-        "the path"
+        f"model {model_path!r} is neither an embedded name ({embedded_names}), nor a folder, nor a hub id "
+        "(owner/name); check the path"
     )
 
 
@@ -74,23 +74,25 @@ def render_prompt(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message
     # Templates may read any key of a message, so only the two known ones are passed on.
     conversation = [{"role": message["role"], "content": message["content"]} for message in messages]
     try:
-        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        prompt_text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
     except TemplateError as error:
         raise ModelError(f"the chat template of {tokenizer.name_or_path} rejected the messages: {error}") from error
     # The template has written the special tokens already; adding them again would double the BOS token.
-    return tuple(tokenizer(str(text), add_special_tokens=False)["input_ids"])
+    return tuple(tokenizer(str(prompt_text), add_special_tokens=False)["input_ids"])
 
 
 def _check_model_folder(folder: Path) -> Path:
     """`folder`, resolved, if it is a readable Hugging Face model; ModelError that lists the missing files otherwise."""
     if not folder.is_dir():
         raise ModelError(f"model {folder} is a file; name the folder with config.json and the safetensors")
-    missing = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
+    missing_files = [
+        file_name for file_name in ("config.json", "tokenizer_config.json") if not (folder / file_name).is_file()
+    ]
     if not any(folder.glob("*.safetensors")):
-        missing.append("*.safetensors")
-    if missing:
+        missing_files.append("*.safetensors")
+    if missing_files:
         raise ModelError(
-            f"model folder {folder} lacks {', '.join(missing)}; save the model and its tokenizer into it with "
+            f"model folder {folder} lacks {', '.join(missing_files)}; save the model and its tokenizer into it with "
             "save_pretrained"
         )
     return folder.resolve()

@@ -74,19 +74,21 @@ class PackedE5:
     def _parse_file(cls, file_bytes: bytes) -> PackedE5:
         if file_bytes[:4] != FILE_MAGIC:
             raise ValueError(f"expected it to start with {FILE_MAGIC!r}, got {file_bytes[:4]!r}")
-        sizes = struct.unpack_from("<7i", file_bytes, 8)
-        hidden, layers, heads, intermediate, vocabulary, positions, token_types = sizes
+        header_sizes = struct.unpack_from("<7i", file_bytes, 8)
+        hidden, layers, heads, intermediate, vocabulary, positions, token_types = header_sizes
         epsilon, block_size, token_count, _, _, _, unknown_id = struct.unpack_from("<f6i", file_bytes, 36)
         if block_size != WEIGHTS_PER_BLOCK:
             raise ValueError(f"expected blocks of {WEIGHTS_PER_BLOCK} weights, got {block_size}")
+        # 64 bytes of header, the size of the vocabulary's texts, then the start of each text and its score.
         (text_bytes,) = struct.unpack_from("<Q", file_bytes, 64)
         offset = 72
         text_starts = np.frombuffer(file_bytes, "<u4", token_count + 1, offset).tolist()
         offset += 4 * (token_count + 1)
-        scores = np.frombuffer(file_bytes, "<f4", token_count, offset).tolist()
+        unigram_scores = np.frombuffer(file_bytes, "<f4", token_count, offset).tolist()
         offset += 4 * token_count
-        texts = [
-            file_bytes[offset + start : offset + end].decode("utf-8") for start, end in itertools.pairwise(text_starts)
+        token_texts = [
+            file_bytes[offset + text_start : offset + text_end].decode("utf-8")
+            for text_start, text_end in itertools.pairwise(text_starts)
         ]
         offset += text_bytes
         # Skip the normalizer's table: it encodes NFKC, which the tokenizers package does itself.
@@ -96,11 +98,11 @@ class PackedE5:
         tensor_offsets = {}
         for _ in range(tensor_count):
             (name_bytes,) = struct.unpack_from("<H", file_bytes, offset)
-            name = file_bytes[offset + 2 : offset + 2 + name_bytes].decode("ascii")
+            tensor_name = file_bytes[offset + 2 : offset + 2 + name_bytes].decode("ascii")
             offset += 2 + name_bytes + 5  # 5 bytes of metadata: shapes follow from the config
-            (tensor_offsets[name],) = struct.unpack_from("<Q", file_bytes, offset)
+            (tensor_offsets[tensor_name],) = struct.unpack_from("<Q", file_bytes, offset)
             offset += 16
-        token_scores = list(zip(texts, scores, strict=True))
+        token_scores = list(zip(token_texts, unigram_scores, strict=True))
         return cls(
             file_bytes=file_bytes,
             hidden_size=hidden,
@@ -116,20 +118,20 @@ class PackedE5:
             tensor_offsets=tensor_offsets,
         )
 
-    def read_float32_tensor(self, name: str, *shape: int) -> torch.Tensor:
+    def read_float32_tensor(self, tensor_name: str, *shape: int) -> torch.Tensor:
         """A float32 tensor of this shape."""
         import torch
 
-        values = np.frombuffer(self.file_bytes, "<f4", int(np.prod(shape)), self.tensor_offsets[name])
+        values = np.frombuffer(self.file_bytes, "<f4", int(np.prod(shape)), self.tensor_offsets[tensor_name])
         return torch.tensor(values.reshape(shape).copy())
 
-    def read_quantized_tensor(self, name: str, *shape: int) -> torch.Tensor:
+    def read_quantized_tensor(self, tensor_name: str, *shape: int) -> torch.Tensor:
         """A 4-bit tensor in float32: (nibble - 8) * scale; a block's low nibbles come before its high ones."""
         import torch
 
         block_type = np.dtype([("scale", "<f2"), ("nibbles", "u1", WEIGHTS_PER_BLOCK // 2)])
         block_count = int(np.prod(shape)) // WEIGHTS_PER_BLOCK
-        blocks = np.frombuffer(self.file_bytes, block_type, block_count, self.tensor_offsets[name])
+        blocks = np.frombuffer(self.file_bytes, block_type, block_count, self.tensor_offsets[tensor_name])
         nibbles = np.concatenate([blocks["nibbles"] & 15, blocks["nibbles"] >> 4], axis=1).astype(np.float32) - 8
         return torch.tensor((nibbles * blocks["scale"].astype(np.float32)[:, None]).reshape(shape))
 
@@ -154,7 +156,7 @@ class PackedE5:
         import torch
 
         hidden = self.hidden_size
-        state = {
+        state_dict = {
             "embeddings.word_embeddings.weight": self.read_quantized_tensor("emb.word", self.vocabulary_size, hidden),
             "embeddings.position_embeddings.weight": self.read_float32_tensor("emb.pos", self.max_positions, hidden),
             "embeddings.token_type_embeddings.weight": self.read_float32_tensor(
@@ -165,32 +167,32 @@ class PackedE5:
             "pooler.dense.weight": torch.eye(hidden) * POOLER_SCALE,
             "pooler.dense.bias": torch.zeros(hidden),
         }
-        shapes = {"fi": (self.intermediate_size, hidden), "fo": (hidden, self.intermediate_size)}
+        feed_forward_shapes = {"fi": (self.intermediate_size, hidden), "fo": (hidden, self.intermediate_size)}
         layer_count = min(RETAINED_LAYERS, self.layer_count)
-        for layer in range(layer_count):
-            for name, short_name in LINEAR_LAYER_NAMES.items():
-                shape = shapes.get(short_name, (hidden, hidden))
-                prefix = f"encoder.layer.{layer}.{name}"
-                state[f"{prefix}.weight"] = self.read_quantized_tensor(f"l{layer}.{short_name}.w", *shape)
-                state[f"{prefix}.bias"] = self.read_float32_tensor(f"l{layer}.{short_name}.b", shape[0])
-            for name, short_name in NORM_LAYER_NAMES.items():
-                prefix = f"encoder.layer.{layer}.{name}"
-                state[f"{prefix}.weight"] = self.read_float32_tensor(f"l{layer}.{short_name}.w", hidden)
-                state[f"{prefix}.bias"] = self.read_float32_tensor(f"l{layer}.{short_name}.b", hidden)
-        return state | build_pooling_layer(layer_count, hidden, self.intermediate_size)
+        for layer_index in range(layer_count):
+            for layer_name, short_name in LINEAR_LAYER_NAMES.items():
+                shape = feed_forward_shapes.get(short_name, (hidden, hidden))
+                prefix = f"encoder.layer.{layer_index}.{layer_name}"
+                state_dict[f"{prefix}.weight"] = self.read_quantized_tensor(f"l{layer_index}.{short_name}.w", *shape)
+                state_dict[f"{prefix}.bias"] = self.read_float32_tensor(f"l{layer_index}.{short_name}.b", shape[0])
+            for layer_name, short_name in NORM_LAYER_NAMES.items():
+                prefix = f"encoder.layer.{layer_index}.{layer_name}"
+                state_dict[f"{prefix}.weight"] = self.read_float32_tensor(f"l{layer_index}.{short_name}.w", hidden)
+                state_dict[f"{prefix}.bias"] = self.read_float32_tensor(f"l{layer_index}.{short_name}.b", hidden)
+        return state_dict | build_pooling_layer(layer_count, hidden, self.intermediate_size)
 
     def build_tokenizer(self) -> PreTrainedTokenizerFast:
         """The XLM-R tokenizer: NFKC normalization, SentencePiece unigrams."""
         from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
         from transformers import PreTrainedTokenizerFast
 
-        backend = Tokenizer(models.Unigram(self.token_scores, unk_id=self.unknown_token_id))
+        backend_tokenizer = Tokenizer(models.Unigram(self.token_scores, unk_id=self.unknown_token_id))
         collapse_spaces = normalizers.Replace(Regex(" {2,}"), " ")
-        backend.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC(), collapse_spaces])
-        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-        backend.decoder = decoders.Metaspace(prepend_scheme="always")
+        backend_tokenizer.normalizer = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC(), collapse_spaces])
+        backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+        backend_tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
         return PreTrainedTokenizerFast(
-            tokenizer_object=backend,
+            tokenizer_object=backend_tokenizer,
             bos_token="<s>",
             cls_token="<s>",
             sep_token="</s>",
@@ -209,16 +211,16 @@ def build_pooling_layer(layer_index: int, hidden_size: int, intermediate_size: i
     """
     import torch
 
-    shapes = {"fi": (intermediate_size, hidden_size), "fo": (hidden_size, intermediate_size)}
+    feed_forward_shapes = {"fi": (intermediate_size, hidden_size), "fo": (hidden_size, intermediate_size)}
     prefix = f"encoder.layer.{layer_index}"
-    state: dict[str, Any] = {}
-    for name, short_name in LINEAR_LAYER_NAMES.items():
-        rows, columns = shapes.get(short_name, (hidden_size, hidden_size))
-        state[f"{prefix}.{name}.weight"] = torch.zeros(rows, columns)
-        state[f"{prefix}.{name}.bias"] = torch.zeros(rows)
-    state[f"{prefix}.attention.self.value.weight"] = torch.eye(hidden_size)
-    state[f"{prefix}.attention.output.dense.weight"] = torch.eye(hidden_size) * POOLING_MEAN_SCALE
-    for name in NORM_LAYER_NAMES:
-        state[f"{prefix}.{name}.weight"] = torch.ones(hidden_size)
-        state[f"{prefix}.{name}.bias"] = torch.zeros(hidden_size)
-    return state
+    state_dict: dict[str, Any] = {}
+    for layer_name, short_name in LINEAR_LAYER_NAMES.items():
+        rows, columns = feed_forward_shapes.get(short_name, (hidden_size, hidden_size))
+        state_dict[f"{prefix}.{layer_name}.weight"] = torch.zeros(rows, columns)
+        state_dict[f"{prefix}.{layer_name}.bias"] = torch.zeros(rows)
+    state_dict[f"{prefix}.attention.self.value.weight"] = torch.eye(hidden_size)
+    state_dict[f"{prefix}.attention.output.dense.weight"] = torch.eye(hidden_size) * POOLING_MEAN_SCALE
+    for layer_name in NORM_LAYER_NAMES:
+        state_dict[f"{prefix}.{layer_name}.weight"] = torch.ones(hidden_size)
+        state_dict[f"{prefix}.{layer_name}.bias"] = torch.zeros(hidden_size)
+    return state_dict

@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from rluf.prepare import abuse, joins, near_duplicates, splits
+from rluf.prepare import abuse, joins, splits
 from rluf.prepare.card import love_statistics, topic_statistics
-from rluf.prepare.propensity import bin_by_octave, estimate_propensity
+from rluf.prepare.joins import bin_by_octave, estimate_propensity
 from rluf.prepare.readers.files import read_line_batches
 from rluf.prepare.schema import LOVE_REACTION, SPLIT_NAMES, find_data_kind
-from rluf.prepare.tables import RowCount, build_quarantine_table, read_table, write_table
+from rluf.prepare.workspace import RowCount, build_quarantine_table, read_table, write_table
 from rluf.utils.stats import Bools, Floats, Ints
 
 
@@ -89,7 +89,7 @@ def _column_array(table: pa.Table, column_name: str) -> NDArray[Any]:
 
 def _band_hashes(table: pa.Table) -> splits.HashKeys:
     column = table["band_hashes"].combine_chunks()
-    return column.flatten().to_numpy().reshape(len(column), near_duplicates.BAND_COUNT)
+    return column.flatten().to_numpy().reshape(len(column), splits.BAND_COUNT)
 
 
 def _log_order(table: pa.Table) -> Ints:
@@ -149,7 +149,7 @@ def _load_test_prompts(work_folder: str) -> tuple[splits.HashKeys, splits.HashKe
     """Prompt keys [P] and band hashes [P, BAND_COUNT] of the test prompts of data.prompts."""
     table, files, _ = _load_index(work_folder, "prompts")
     if not files:
-        return np.empty(0, dtype=np.uint64), np.empty((0, near_duplicates.BAND_COUNT), dtype=np.uint64)
+        return np.empty(0, dtype=np.uint64), np.empty((0, splits.BAND_COUNT), dtype=np.uint64)
     table = table.filter(pc.equal(table["split"], splits.TEST_CODE))
     return _column_array(table, "prompt_key"), _band_hashes(table)
 
@@ -176,7 +176,7 @@ def _drop_split_leaks(task: AssignTask, table: pa.Table, split_code: Ints, decis
     if task.strict_splits:
         rows = np.flatnonzero(decisions.keep_mask)
         # Test prompts are grouped together with the rows, so that a near-duplicate of one is recognized.
-        prompt_group = near_duplicates.group_near_duplicates(
+        prompt_group = splits.group_near_duplicates(
             np.concatenate([prompt_key[rows], test_keys]), np.concatenate([_band_hashes(table)[rows], test_bands])
         )
         row_group, test_groups = prompt_group[: len(rows)], np.unique(prompt_group[len(rows) :])
@@ -250,7 +250,7 @@ def _build_abuse_log(task: AssignTask, table: pa.Table, loved: Bools) -> abuse.A
     _, response_code = np.unique(_column_array(table, "response_key"), return_inverse=True)
     # Grouping is the expensive part, and only this rule reads the groups.
     if "copies" in task.abuse_rules:
-        prompt_group = near_duplicates.group_near_duplicates(_column_array(table, "prompt_key"), _band_hashes(table))
+        prompt_group = splits.group_near_duplicates(_column_array(table, "prompt_key"), _band_hashes(table))
     else:
         prompt_group = np.zeros(len(user_code), dtype=np.int64)
     return abuse.AbuseLog(

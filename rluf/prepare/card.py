@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 from rluf.errors import DataError
 from rluf.prepare.schema import SCHEMA_VERSION, SPLIT_NAMES, find_data_kind, order_kinds
 from rluf.prepare.splits import SamplingQuota
-from rluf.prepare.tables import RowCount
+from rluf.prepare.workspace import RowCount
 from rluf.utils.stats import Bools, Floats, Ints, wilson_interval
 
 _MAX_LEVELS = 50

@@ -1,4 +1,4 @@
-"""User erasure: rewrite a data set without a user's rows, prove it, and exclude the user from later builds."""
+"""User erasure: rewrite a data set without a user's rows, verify it, and exclude the user from later builds."""
 
 from __future__ import annotations
 
@@ -17,8 +17,7 @@ import pyarrow.parquet as pq
 
 from rluf.errors import DataError
 from rluf.prepare.card_page import write_card_page
-from rluf.prepare.tables import write_table
-from rluf.prepare.workspace import CARD_FILE_NAME
+from rluf.prepare.workspace import CARD_FILE_NAME, write_table
 from rluf.utils.files import replace_folder
 from rluf.utils.hashing import list_user_id_forms, strip_user_id_tag
 

@@ -25,9 +25,16 @@ from rluf.prepare.readers.files import LogSource, fingerprint_sources, resolve_s
 from rluf.prepare.readers.products import build_column_reader
 from rluf.prepare.schema import SCHEMA_VERSION, find_data_kind, order_kinds
 from rluf.prepare.splits import SamplingQuota
-from rluf.prepare.tables import RowCount, group_row_counts
 from rluf.prepare.validate_pass import ValidateTask, validate_rows
-from rluf.prepare.workspace import CARD_FILE_NAME, PrepareWorkspace, hash_inputs, open_workspace, write_json_atomically
+from rluf.prepare.workspace import (
+    CARD_FILE_NAME,
+    PrepareWorkspace,
+    RowCount,
+    group_row_counts,
+    hash_inputs,
+    open_workspace,
+    write_json_atomically,
+)
 from rluf.prepare.write_pass import WriteTask, list_output_splits, write_split_file
 from rluf.utils.hashing import USER_SALT_VARIABLE, read_user_salt, salt_fingerprint
 

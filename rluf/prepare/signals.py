@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from rluf.errors import DataError
 from rluf.prepare.card_page import build_rate_figure, format_percent
-from rluf.prepare.propensity import bin_by_octave
+from rluf.prepare.joins import bin_by_octave
 from rluf.report.page import render_html_page
 from rluf.utils.stats import Bools, Floats, Ints
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rluf.prepare import near_duplicates
+from rluf.prepare import splits
 from rluf.prepare.erasure import ERASURE_REASON, match_erased_users
 from rluf.prepare.readers.datasets import ReaderOptions, SkippedRow
 from rluf.prepare.readers.files import RawLine, find_reader, parse_partition_fields, read_line_batches
@@ -27,8 +27,8 @@ from rluf.prepare.readers.products import build_column_reader
 from rluf.prepare.redact import redact_array
 from rluf.prepare.schema import SPLIT_NAMES, find_data_kind
 from rluf.prepare.splits import ROW_KEY_SALT, assign_split, normalize_context, sampling_salt, to_unit_interval
-from rluf.prepare.tables import RowCount, TableWriter, build_quarantine_table
 from rluf.prepare.validation import RejectedRow, build_arrow_table, validate_json_rows
+from rluf.prepare.workspace import RowCount, TableWriter, build_quarantine_table
 from rluf.utils.hashing import hash64, hash_user_id
 
 _ROWS_PER_BATCH = 4096
@@ -185,9 +185,9 @@ class _ValidationWriter:
         prompt_keys = np.fromiter((hash64(text, "rluf-prompt") for text in texts), dtype=np.uint64, count=len(texts))
         # MinHash costs far more than hash64, so each distinct context is hashed once.
         _, first_rows, unique_index = np.unique(prompt_keys, return_index=True, return_inverse=True)
-        band_hashes = near_duplicates.compute_band_hashes([texts[row] for row in first_rows])[unique_index]
+        band_hashes = splits.compute_band_hashes([texts[row] for row in first_rows])[unique_index]
         flat_hashes = pa.array(np.ascontiguousarray(band_hashes).reshape(-1))
-        band_column = pa.FixedSizeListArray.from_arrays(flat_hashes, near_duplicates.BAND_COUNT)
+        band_column = pa.FixedSizeListArray.from_arrays(flat_hashes, splits.BAND_COUNT)
         return {"prompt_key": pa.array(prompt_keys), "band_hashes": band_column}
 
     def _split_codes(self, table: pa.Table) -> pa.Array:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rluf.prepare.schema import SPLIT_NAMES, FeedbackRecord, build_arrow_schema, find_data_kind
-from rluf.prepare.tables import QUARANTINE_SCHEMA, TableWriter, read_table
+from rluf.prepare.workspace import QUARANTINE_SCHEMA, TableWriter, read_table
 
 _JOINED_COLUMNS = ("reaction", "continued", "returned")
 """Columns of feedback that the second pass may fill in: their values come from its decisions, not from the log."""

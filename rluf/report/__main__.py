@@ -20,6 +20,7 @@ WANDB_SPEC_FILE = "wandb-report.json"
 
 def write_html_report(run_folder: Path) -> None:
     """Write report.html into the run folder."""
+    # Imported here, so that --help and argument errors do not wait for Jinja and Plotly.
     from rluf.report.html import write_report
 
     logger.info("report: %s", write_report(run_folder))
@@ -35,13 +36,13 @@ def write_wandb_report(run_folder: Path, *, dry_run: bool) -> None:
     if dry_run:
         write_json(run_folder / WANDB_SPEC_FILE, spec)
         logger.info(
-            "W&B Report, not sent: %s, %d blocks, written to %s",
+            "%s: W&B Report not sent title=%r blocks=%d",
+            run_folder / WANDB_SPEC_FILE,
             report.title,
             len(spec["blocks"]),
-            run_folder / WANDB_SPEC_FILE,
         )
         return
-    logger.info("W&B Report: %s", report.save().url)
+    logger.info("%s: W&B Report saved url=%s", run_folder, report.save().url)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

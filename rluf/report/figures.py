@@ -1,4 +1,4 @@
-"""Plotly figures of reports and cards, as plain dictionaries; plotly.js draws them in the reader's browser.
+"""Plotly figures of reports and cards as plain dictionaries; plotly.js draws them in the reader's browser.
 
 Colors are names such as "@aligned", which the page replaces by the colors of its light or dark style.
 """
@@ -25,11 +25,11 @@ SMOOTHING_WEIGHT = 0.1
 """Weight of a new value in the running mean."""
 AXIS_TITLE_STYLE: Figure = {"standoff": 6, "font": {"size": 12}}
 
-PHASE_NAMES = {"generate_s": "generate", "score_s": "score", "learn_s": "learn", "publish_s": "sync weights"}
-STAGE_NAMES = {
+STEP_PHASE_TITLES = {"generate_s": "generate", "score_s": "score", "learn_s": "learn", "weight_sync_s": "sync weights"}
+JOB_PHASE_TITLES = {
     "model": "convert model", "ray": "start Ray", "prepare": "prepare data", "reward": "reward models",
     "start": "start actors", "evaluate_base": "evaluate base", "evaluate_aligned": "evaluate aligned",
-    "save": "save policy", "stop": "stop actors",
+    "align": "train policy", "compare": "compare policies", "save": "save policy", "stop": "stop actors",
 }  # fmt: skip
 """Display names of the phases of a job."""
 
@@ -57,6 +57,7 @@ def build_error_bars(estimates: Sequence[Mapping[str, float]]) -> Figure:
     return {
         "type": "data",
         "symmetric": False,
+        # Plotly expects distances from the point, not the ends of the interval.
         "array": [estimate["high"] - estimate["mean"] for estimate in estimates],
         "arrayminus": [estimate["mean"] - estimate["low"] for estimate in estimates],
         "thickness": 2,
@@ -64,16 +65,16 @@ def build_error_bars(estimates: Sequence[Mapping[str, float]]) -> Figure:
     }
 
 
-def build_arms_figure(measure: Mapping[str, Any]) -> Figure:
+def build_arms_figure(estimate_by_arm: Mapping[str, Any]) -> Figure:
     """Base and aligned as two points with intervals on one percent axis."""
     traces = []
-    for name in ("base", "aligned"):
-        estimate = measure[name]
+    for arm in ("base", "aligned"):
+        estimate = estimate_by_arm[arm]
         traces.append({
-            "type": "scatter", "mode": "markers", "x": [estimate["mean"]], "y": [name], "name": name,
-            "marker": {"size": 12, "color": f"@{name}"},
-            "error_x": build_error_bars([estimate]) | {"color": f"@{name}"},
-            "hovertemplate": f"{name} %{{x:.2%}}<extra></extra>",
+            "type": "scatter", "mode": "markers", "x": [estimate["mean"]], "y": [arm], "name": arm,
+            "marker": {"size": 12, "color": f"@{arm}"},
+            "error_x": build_error_bars([estimate]) | {"color": f"@{arm}"},
+            "hovertemplate": f"{arm} %{{x:.2%}}<extra></extra>",
         })  # fmt: skip
     return {
         "data": traces,
@@ -81,6 +82,7 @@ def build_arms_figure(measure: Mapping[str, Any]) -> Figure:
             height=120,
             margin={"l": 58, "r": 12, "t": 4, "b": 28},
             xaxis=build_axis(tickformat=".1~%", nticks=4, tickangle=0, zeroline=False),
+            # Reversed, so that base is above aligned as in the list below the figure.
             yaxis=build_axis(range=[1.6, -0.6], showgrid=False),
         ),
     }
@@ -88,37 +90,42 @@ def build_arms_figure(measure: Mapping[str, Any]) -> Figure:
 
 def build_lifts_figure(lift_rows: Sequence[tuple[str, str, Mapping[str, float]]]) -> Figure:
     """Relative lifts with intervals: rows of (measure, judged by, estimate), one color per judge."""
-    judges = list(dict.fromkeys(judge for _, judge, _ in lift_rows))
-    measures = list(dict.fromkeys(measure for measure, _, _ in lift_rows))
+    judge_names = list(dict.fromkeys(judge_name for _, judge_name, _ in lift_rows))
+    measure_names = list(dict.fromkeys(measure_name for measure_name, _, _ in lift_rows))
+    # Plotly counts upwards, so the first measure gets the largest y.
+    top_row = len(measure_names) - 1
     traces = []
-    for judge_index, judge in enumerate(judges):
-        judge_rows = [(measure, estimate) for measure, row_judge, estimate in lift_rows if row_judge == judge]
+    for judge_index, judge_name in enumerate(judge_names):
+        judge_rows = [
+            (measure_name, estimate) for measure_name, row_judge, estimate in lift_rows if row_judge == judge_name
+        ]
         is_first = judge_index == 0
-        color = "@aligned" if is_first else "@muted"
+        trace_color = "@aligned" if is_first else "@muted"
         # Judges of one measure are plotted next to each other, or their intervals would overlap.
-        y_shift = 0.0 if len(judges) == 1 else 0.15 - 0.3 * judge_index
+        y_shift = 0.0 if len(judge_names) == 1 else 0.15 - 0.3 * judge_index
         traces.append({
-            "type": "scatter", "mode": "markers", "name": judge,
+            "type": "scatter", "mode": "markers", "name": judge_name,
             "x": [estimate["mean"] for _, estimate in judge_rows],
-            "y": [len(measures) - 1 - measures.index(measure) + y_shift for measure, _ in judge_rows],
-            "marker": {"size": 12 if is_first else 9, "color": color, "symbol": "circle" if is_first else "diamond"},
-            "error_x": build_error_bars([estimate for _, estimate in judge_rows]) | {"color": color},
-            "text": [measure for measure, _ in judge_rows],
-            "hovertemplate": f"%{{text}}, {judge}: %{{x:+.1%}}<extra></extra>",
+            "y": [top_row - measure_names.index(measure_name) + y_shift for measure_name, _ in judge_rows],
+            "marker": {"size": 12 if is_first else 9, "color": trace_color,
+                       "symbol": "circle" if is_first else "diamond"},
+            "error_x": build_error_bars([estimate for _, estimate in judge_rows]) | {"color": trace_color},
+            "text": [measure_name for measure_name, _ in judge_rows],
+            "hovertemplate": f"%{{text}}, {judge_name}: %{{x:+.1%}}<extra></extra>",
         })  # fmt: skip
     zero_line = {"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper",
             "line": {"color": "@muted", "width": 1.5, "dash": "dot"}}  # fmt: skip
     return {
         "data": traces,
         "layout": build_layout(
-            height=130 + 62 * len(measures),
+            height=130 + 62 * len(measure_names),
             margin={"l": 96, "r": 16, "t": 8, "b": 40},
             shapes=[zero_line],
-            showlegend=len(judges) > 1,
+            showlegend=len(judge_names) > 1,
             legend=LEGEND_LAYOUT,
             xaxis=build_axis(tickformat="+.0%", zeroline=False, nticks=6, tickangle=0),
             yaxis=build_axis(
-                tickvals=list(range(len(measures))), ticktext=measures[::-1], range=[-0.6, len(measures) - 0.4],
+                tickvals=list(range(len(measure_names))), ticktext=measure_names[::-1], range=[-0.6, top_row + 0.6],
                 showgrid=False, zeroline=False,
             ),
         ),
@@ -128,17 +135,18 @@ def build_lifts_figure(lift_rows: Sequence[tuple[str, str, Mapping[str, float]]]
 def build_curve_figure(metric_spec: MetricSpec, step_rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     """One metric over the steps; None when no step has it."""
     points = [
-        (row["step"], row[metric_spec.key])
-        for row in step_rows
-        if row.get(metric_spec.key) is not None and "step" in row
+        (step_row["step"], step_row[metric_spec.key])
+        for step_row in step_rows
+        if step_row.get(metric_spec.key) is not None and "step" in step_row
     ]
     if not points:
         return None
-    steps, values = [step for step, _ in points], [float(value) for _, value in points]
+    steps, metric_values = [step for step, _ in points], [float(value) for _, value in points]
     number_format = ".2%" if metric_spec.is_percent else ".4~r"
-    is_smoothed = len(values) >= SMOOTH_FROM_STEPS
+    is_smoothed = len(metric_values) >= SMOOTH_FROM_STEPS
+    # Raw points stay visible behind the running mean: the mean alone would hide the noise of single steps.
     raw_trace = {
-        "type": "scatter", "mode": "markers" if is_smoothed else "lines+markers", "x": steps, "y": values,
+        "type": "scatter", "mode": "markers" if is_smoothed else "lines+markers", "x": steps, "y": metric_values,
         "line": {"color": "@aligned", "width": 2}, "opacity": 0.35 if is_smoothed else 1.0,
         "marker": {"color": "@aligned", "size": 4 if is_smoothed else 5},
         "hovertemplate": f"step %{{x}}: %{{y:{number_format}}}<extra></extra>",
@@ -146,7 +154,7 @@ def build_curve_figure(metric_spec: MetricSpec, step_rows: Sequence[Mapping[str,
     traces = [raw_trace]
     if is_smoothed:
         traces.append({
-            "type": "scatter", "mode": "lines", "x": steps, "y": running_mean(values), "hoverinfo": "skip",
+            "type": "scatter", "mode": "lines", "x": steps, "y": running_mean(metric_values), "hoverinfo": "skip",
             "line": {"color": "@aligned", "width": 2.5},
         })  # fmt: skip
     return {
@@ -157,7 +165,7 @@ def build_curve_figure(metric_spec: MetricSpec, step_rows: Sequence[Mapping[str,
                 title={"text": "step", "standoff": 4, "font": {"size": 12}}, **_integer_ticks(steps), zeroline=False
             ),
             yaxis=build_axis(
-                **_value_axis_range(values, is_percent=metric_spec.is_percent),
+                **_value_axis_range(metric_values, is_percent=metric_spec.is_percent),
                 nticks=5,
                 zeroline=False,
                 exponentformat="power",
@@ -168,46 +176,50 @@ def build_curve_figure(metric_spec: MetricSpec, step_rows: Sequence[Mapping[str,
 
 def _integer_ticks(steps: Sequence[float]) -> dict[str, Any]:
     """Ticks of a step axis at integers, also for a run of a few steps."""
+    # With nticks alone, Plotly labels a run of three steps with 1.5 and 2.5.
     return {"nticks": 6} if max(steps) - min(steps) > 6 else {"dtick": 1}
 
 
-def _value_axis_range(values: Sequence[float], *, is_percent: bool) -> dict[str, Any]:
+def _value_axis_range(metric_values: Sequence[float], *, is_percent: bool) -> dict[str, Any]:
     """Tick format and range of a value axis."""
-    axis: dict[str, Any] = {"tickformat": ".2~%"} if is_percent else {}
+    axis_settings: dict[str, Any] = {"tickformat": ".2~%"} if is_percent else {}
     # Plotly would zoom into the rounding noise of a constant; a range from 0 shows it as a level line.
-    if min(values) == max(values):
-        axis["range"] = [min(0.0, 2 * values[0]), max(0.01 if is_percent else 1.0, 2 * values[0])]
-    return axis
+    if min(metric_values) == max(metric_values):
+        axis_settings["range"] = [
+            min(0.0, 2 * metric_values[0]),
+            max(0.01 if is_percent else 1.0, 2 * metric_values[0]),
+        ]
+    return axis_settings
 
 
-def running_mean(values: Sequence[float], weight: float = SMOOTHING_WEIGHT) -> list[float]:
-    """Exponential running mean; `weight` is that of each new value."""
+def running_mean(values: Sequence[float], new_value_weight: float = SMOOTHING_WEIGHT) -> list[float]:
+    """Exponential running mean; `new_value_weight` is that of each new value."""
     means: list[float] = []
     for value in values:
-        means.append(value if not means else means[-1] + weight * (value - means[-1]))
+        means.append(value if not means else means[-1] + new_value_weight * (value - means[-1]))
     return means
 
 
-def build_stages_figure(phase_seconds: Mapping[str, float]) -> Figure:
+def build_job_phases_figure(phase_seconds: Mapping[str, float]) -> Figure:
     """Phases of the job as one bar each, from start to end, in seconds since the start of the job."""
-    names = [stage_title(name) for name in phase_seconds]
-    seconds = [float(value) for value in phase_seconds.values()]
+    phase_titles = [job_phase_title(name) for name in phase_seconds]
+    phase_durations = [float(value) for value in phase_seconds.values()]
     # The phases run one after another, so each starts at the sum of the earlier ones.
-    starts = list(itertools.accumulate(seconds, initial=0.0))
+    phase_starts = list(itertools.accumulate(phase_durations, initial=0.0))
     return {
         "data": [{
-            "type": "bar", "orientation": "h", "x": seconds, "base": starts[:-1], "y": names,
-            "marker": {"color": "@aligned"}, "customdata": seconds,
+            "type": "bar", "orientation": "h", "x": phase_durations, "base": phase_starts[:-1], "y": phase_titles,
+            "marker": {"color": "@aligned"}, "customdata": phase_durations,
             "hovertemplate": "%{y}: %{customdata:.1f} s<extra></extra>",
         }],
         "layout": build_layout(
-            height=60 + 30 * len(names),
+            height=60 + 30 * len(phase_titles),
             margin={"l": 116, "r": 60, "t": 8, "b": 36},
             bargap=0.35,
             annotations=[
                 {"x": end, "y": name, "text": format_duration(value), "showarrow": False, "xanchor": "left",
                  "xshift": 5, "font": {"size": 12}}
-                for name, end, value in zip(names, starts[1:], seconds, strict=True)
+                for name, end, value in zip(phase_titles, phase_starts[1:], phase_durations, strict=True)
             ],
             xaxis=build_axis(title={"text": "seconds since the start", "standoff": 4, "font": {"size": 12}}, nticks=6,
                         zeroline=False, rangemode="tozero"),
@@ -216,20 +228,25 @@ def build_stages_figure(phase_seconds: Mapping[str, float]) -> Figure:
     }  # fmt: skip
 
 
-def stage_title(phase: str) -> str:
+def job_phase_title(phase: str) -> str:
     """Display name of a phase of the job."""
-    return STAGE_NAMES.get(phase, phase.replace("_", " "))
+    return JOB_PHASE_TITLES.get(phase, phase.replace("_", " "))
 
 
-def build_timeline_figure(step_rows: Sequence[Mapping[str, Any]]) -> Figure | None:
+def build_step_phases_figure(step_rows: Sequence[Mapping[str, Any]]) -> Figure | None:
     """Seconds of each phase of every step, stacked; None when no step has them."""
     traces = []
-    for (key, name), color in zip(PHASE_NAMES.items(), PHASE_COLORS, strict=True):
-        points = [(row["step"], row[key]) for row in step_rows if row.get(key) is not None and "step" in row]
+    for (phase_key, phase_title), color in zip(STEP_PHASE_TITLES.items(), PHASE_COLORS, strict=True):
+        points = [
+            (step_row["step"], step_row[phase_key])
+            for step_row in step_rows
+            if step_row.get(phase_key) is not None and "step" in step_row
+        ]
         if points:
             traces.append({
-                "type": "bar", "name": name, "x": [step for step, _ in points], "y": [value for _, value in points],
-                "marker": {"color": color}, "hovertemplate": f"step %{{x}} {name}: %{{y:.1f}} s<extra></extra>",
+                "type": "bar", "name": phase_title,
+                "x": [step for step, _ in points], "y": [value for _, value in points],
+                "marker": {"color": color}, "hovertemplate": f"step %{{x}} {phase_title}: %{{y:.1f}} s<extra></extra>",
             })  # fmt: skip
     if not traces:
         return None
@@ -258,19 +275,20 @@ def build_pareto_figure(
     Steps that are Pareto optimal in `objective_names` are filled. None when neither the steps nor `offline_scores`
     have both objectives.
     """
-    rows = [
-        row
-        for row in step_rows
-        if all(row.get(name) is not None for name in (*objective_names, PRIMARY_OBJECTIVE, other_objective))
+    scored_rows = [
+        step_row
+        for step_row in step_rows
+        if all(step_row.get(name) is not None for name in (*objective_names, PRIMARY_OBJECTIVE, other_objective))
     ]
-    is_optimal = pareto_mask([[float(row[name]) for name in objective_names] for row in rows])
+    is_optimal = pareto_optimal_mask([[float(step_row[name]) for name in objective_names] for step_row in scored_rows])
     traces: list[dict[str, Any]] = []
-    if rows:
+    if scored_rows:
         traces.append({
             "type": "scatter", "mode": "lines+markers", "name": "steps",
-            "x": [row[other_objective] for row in rows], "y": [row[PRIMARY_OBJECTIVE] for row in rows],
-            "text": [f"step {row['step']}" + (", Pareto optimal" if optimal else "")
-                     for row, optimal in zip(rows, is_optimal, strict=True)],
+            "x": [step_row[other_objective] for step_row in scored_rows],
+            "y": [step_row[PRIMARY_OBJECTIVE] for step_row in scored_rows],
+            "text": [f"step {step_row['step']}" + (", Pareto optimal" if optimal else "")
+                     for step_row, optimal in zip(scored_rows, is_optimal, strict=True)],
             "line": {"color": "@grid", "width": 1},
             "marker": {"size": 7, "color": ["@phase2" if optimal else "@card" for optimal in is_optimal],
                        "line": {"color": "@phase2", "width": 1.5}},
@@ -314,8 +332,9 @@ def build_pareto_figure(
     }
 
 
-def pareto_mask(points: Sequence[Sequence[float]]) -> list[bool]:
+def pareto_optimal_mask(points: Sequence[Sequence[float]]) -> list[bool]:
     """Mask of the Pareto optimal points [N][objectives]: no other is at least as good in all and better in one."""
+    # Not rluf.sweep.analysis.is_pareto_optimal: the report is below the sweep in the import layers.
     return [
         not any(other != point and all(b >= a for a, b in zip(point, other, strict=True)) for other in points)
         for point in points
@@ -324,21 +343,27 @@ def pareto_mask(points: Sequence[Sequence[float]]) -> list[bool]:
 
 def build_reliability_figure(bins: Sequence[Mapping[str, Any]]) -> Figure:
     """Predicted against observed share of `presentation.reliability_bins`, with intervals and the diagonal."""
-    predicted = [float(item["predicted"]) for item in bins]
+    predicted_shares = [float(reliability_bin["predicted"]) for reliability_bin in bins]
     # Both axes end at the largest value, not at 1: love rates are a few percent.
-    values = [float(item[key]) for item in bins for key in ("predicted", "low", "high", "observed")]
-    axis_end = min(1.0, 1.05 * max(values))
-    diagonal = {"type": "scatter", "mode": "lines", "x": [0, axis_end], "y": [0, axis_end], "hoverinfo": "skip",
+    axis_values = [
+        float(reliability_bin[key]) for reliability_bin in bins for key in ("predicted", "low", "high", "observed")
+    ]
+    axis_end = min(1.0, 1.05 * max(axis_values))
+    diagonal_trace = {"type": "scatter", "mode": "lines", "x": [0, axis_end], "y": [0, axis_end], "hoverinfo": "skip",
                 "line": {"color": "@muted", "width": 1.5, "dash": "dot"}}  # fmt: skip
-    error_bars = build_error_bars([{**item, "mean": item["observed"]} for item in bins])
-    points = {
-        "type": "scatter", "mode": "markers", "x": predicted, "y": [float(item["observed"]) for item in bins],
+    error_bars = build_error_bars(
+        [{**reliability_bin, "mean": reliability_bin["observed"]} for reliability_bin in bins]
+    )
+    bin_trace = {
+        "type": "scatter", "mode": "markers", "x": predicted_shares,
+        "y": [float(reliability_bin["observed"]) for reliability_bin in bins],
         "error_y": error_bars | {"color": "@aligned", "thickness": 1.5},
-        "marker": {"size": 9, "color": "@aligned"}, "customdata": [item.get("n") for item in bins],
+        "marker": {"size": 9, "color": "@aligned"},
+        "customdata": [reliability_bin.get("n") for reliability_bin in bins],
         "hovertemplate": "predicted %{x:.1%}, observed %{y:.1%} of %{customdata:,} rows<extra></extra>",
     }  # fmt: skip
     return {
-        "data": [diagonal, points],
+        "data": [diagonal_trace, bin_trace],
         "layout": build_layout(
             height=270,
             margin={"l": 56, "r": 14, "t": 8, "b": 44},
@@ -354,21 +379,22 @@ def build_reliability_figure(bins: Sequence[Mapping[str, Any]]) -> Figure:
 
 def build_funnel_figure(counts_by_kind: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Kept, dropped and quarantined rows of each kind of data, as shares of its input rows."""
-    kinds = [kind for kind, counts in counts_by_kind.items() if counts.get("in")]
+    data_kinds = [data_kind for data_kind, counts in counts_by_kind.items() if counts.get("in")]
     # Shares instead of counts: the kinds differ in size by orders of magnitude.
     traces = []
     for outcome, color in (("kept", "@aligned"), ("dropped", "@base"), ("quarantined", "@warn")):
-        row_counts = [count_rows(counts_by_kind[kind].get(outcome, 0)) for kind in kinds]
+        row_counts = [count_rows(counts_by_kind[data_kind].get(outcome, 0)) for data_kind in data_kinds]
         traces.append({
-            "type": "bar", "orientation": "h", "name": outcome, "y": kinds,
-            "x": [count / counts_by_kind[kind]["in"] for count, kind in zip(row_counts, kinds, strict=True)],
+            "type": "bar", "orientation": "h", "name": outcome, "y": data_kinds,
+            "x": [row_count / counts_by_kind[data_kind]["in"]
+                  for row_count, data_kind in zip(row_counts, data_kinds, strict=True)],
             "customdata": row_counts, "marker": {"color": color},
             "hovertemplate": f"%{{y}}: %{{customdata:,}} {outcome} (%{{x:.1%}})<extra></extra>",
         })  # fmt: skip
     return {
         "data": traces,
         "layout": build_layout(
-            height=110 + 36 * len(kinds),
+            height=110 + 36 * len(data_kinds),
             margin={"l": 96, "r": 16, "t": 8, "b": 32},
             barmode="stack",
             bargap=0.4,
@@ -380,9 +406,9 @@ def build_funnel_figure(counts_by_kind: Mapping[str, Mapping[str, Any]]) -> Figu
     }
 
 
-def count_rows(count: int | Mapping[str, int]) -> int:
+def count_rows(outcome_rows: int | Mapping[str, int]) -> int:
     """Sum the rows of one outcome, which may be split by reason."""
-    return sum(count.values()) if isinstance(count, Mapping) else int(count)
+    return sum(outcome_rows.values()) if isinstance(outcome_rows, Mapping) else int(outcome_rows)
 
 
 def format_duration(seconds: float) -> str:

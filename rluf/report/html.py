@@ -29,7 +29,7 @@ CHARTED_METRICS = (
     "sync_logprob_gap", "demonstration_nll",
 )  # fmt: skip
 """Metrics with a curve in addition to the objectives; all others are in the table of numbers only."""
-MORE_CURVES_HEADING = "Is the learner healthy?"
+MORE_CURVES_HEADING = "Learner health:"
 
 
 def write_report(run_folder: Path) -> Path:
@@ -38,17 +38,18 @@ def write_report(run_folder: Path) -> Path:
     Reads summary.json, metrics.jsonl, samples.jsonl, config.json and cards/*.json. The section of a missing file is
     omitted, so that an unfinished run has a report too. Raises DataError if the folder has none of them.
     """
-    page = render_page(read_run_files(run_folder))
-    path = run_folder / "report.html"
-    with atomic_write(path) as temporary_path:
-        temporary_path.write_text(page, "utf-8")
-    return path
+    page_html = render_page(read_run_files(run_folder))
+    report_path = run_folder / "report.html"
+    with atomic_write(report_path) as temporary_path:
+        temporary_path.write_text(page_html, "utf-8")
+    return report_path
 
 
 def read_run_files(run_folder: Path) -> presentation.RunFiles:
     """Read the files of a run folder. Raises DataError if there is nothing to report on."""
     if not run_folder.is_dir():
         raise DataError(f"{run_folder} is not a folder; name a run folder such as runs/quickstart/latest")
+    # Objectives are named in the settings, so the cards are whatever files are there.
     card_paths = sorted(
         (run_folder / CARDS_FOLDER).glob("*.json"),
         key=lambda path: (CARD_ORDER.get(path.stem, len(CARD_ORDER)), path.stem),
@@ -86,20 +87,20 @@ def render_page(run_files: presentation.RunFiles) -> str:
 
 def _story_context(run_files: presentation.RunFiles, figures_by_id: Mapping[str, figures.Figure]) -> dict[str, Any]:
     summary = run_files.summary
-    _, seconds = presentation.phase_seconds(summary)
+    _, total_seconds = presentation.phase_seconds(summary)
     versions = summary.get("versions") or {}
     return {
         "name": run_files.name,
         "headline": presentation.report_headline(summary),
         "evaluation": presentation.evaluation_sentence(summary),
-        "facts": presentation.summary_facts(summary, figures.format_duration(seconds) if seconds else None),
+        "facts": presentation.summary_facts(summary, figures.format_duration(total_seconds) if total_seconds else None),
         "measures": presentation.measure_cards(summary),
         "gates": (gates := summary.get("gates")),
         "verdict": presentation.format_verdict(gates) if gates else "",
         "lift_text": "; ".join(
-            f"{name} by {judge} {presentation.format_percent(lift['mean'], with_sign=True)} "
+            f"{measure_name} by {judge} {presentation.format_percent(lift['mean'], with_sign=True)} "
             f"({presentation.format_interval(lift, with_sign=True)})"
-            for name, judge, lift in presentation.lift_rows(summary)
+            for measure_name, judge, lift in presentation.lift_rows(summary)
         ),
         "offline": presentation.offline_rows(summary) if presentation.has_user_verdicts(summary) else [],
         "monitors": (monitors := presentation.monitor_rows(summary)),
@@ -107,8 +108,8 @@ def _story_context(run_files: presentation.RunFiles, figures_by_id: Mapping[str,
         "monitor_rule": summary.get("monitors", {}).get("rule", ""),
         "samples": presentation.sample_views(run_files.samples),
         "tradeoffs": [
-            (name, metric_registry.objective_title(name.removeprefix("pareto_")))
-            for name in figures_by_id if name.startswith("pareto_")
+            (figure_id, metric_registry.objective_title(figure_id.removeprefix("pareto_")))
+            for figure_id in figures_by_id if figure_id.startswith("pareto_")
         ],
         "versions": [(key, presentation.format_number(value)) for key, value in versions.items()]
         if isinstance(versions, Mapping) else [("weight version", presentation.format_number(versions))],
@@ -129,8 +130,11 @@ def _has_curve(metric_spec: metric_registry.MetricSpec) -> bool:
 
 def _learning_context(run_files: presentation.RunFiles) -> dict[str, Any]:
     metric_specs = _run_metric_specs(run_files)
-    columns, rows = presentation.step_table(run_files.metrics, [metric_spec.key for metric_spec in metric_specs])
-    phases, seconds = presentation.phase_seconds(run_files.summary)
+    step_columns, step_rows = presentation.step_table(
+        run_files.metrics, [metric_spec.key for metric_spec in metric_specs]
+    )
+    phases, total_seconds = presentation.phase_seconds(run_files.summary)
+    # A metric without a value in any step gets no figure rather than an empty one.
     curve_specs = [
         metric_spec
         for metric_spec in metric_specs
@@ -154,11 +158,11 @@ def _learning_context(run_files: presentation.RunFiles) -> dict[str, Any]:
             for heading, section_specs in (("", first_specs), (MORE_CURVES_HEADING, more_specs))
             if section_specs
         ],
-        "step_columns": columns,
-        "step_rows": rows,
-        "total_time": figures.format_duration(seconds) if seconds else "",
-        "stage_text": "; ".join(
-            f"{figures.stage_title(name)} {figures.format_duration(value)}" for name, value in phases.items()
+        "step_columns": step_columns,
+        "step_rows": step_rows,
+        "total_time": figures.format_duration(total_seconds) if total_seconds else "",
+        "job_phase_text": "; ".join(
+            f"{figures.job_phase_title(phase)} {figures.format_duration(value)}" for phase, value in phases.items()
         ),
         "reused": presentation.reused_rows(run_files.summary),
     }
@@ -166,12 +170,13 @@ def _learning_context(run_files: presentation.RunFiles) -> dict[str, Any]:
 
 def _card_context(run_files: presentation.RunFiles) -> dict[str, Any]:
     reward_cards = {name: card for name, card in run_files.cards.items() if name != DATA_CARD_NAME}
+    # Every key may be missing: the card may be that of an earlier release.
     data_card = run_files.cards.get(DATA_CARD_NAME, {})
     base_rate = data_card.get("love", {}).get("base_rate")
-    titles, rows = presentation.card_table(reward_cards)
+    card_titles, card_rows = presentation.card_table(reward_cards)
     return {
-        "card_titles": titles,
-        "card_rows": rows,
+        "card_titles": card_titles,
+        "card_rows": card_rows,
         "reliability_plots": [
             (f"reliability_{name}", metric_registry.objective_title(name), len(card["reliability"]))
             for name, card in reward_cards.items()
@@ -192,40 +197,43 @@ def _build_figures(run_files: presentation.RunFiles) -> dict[str, figures.Figure
         f"arms_{card['key']}": figures.build_arms_figure(card["measure"])
         for card in presentation.measure_cards(run_files.summary)
     }
-    lifts = presentation.lift_rows(run_files.summary)
-    optional_figures["lifts"] = figures.build_lifts_figure(lifts) if lifts else None
+    lift_rows = presentation.lift_rows(run_files.summary)
+    optional_figures["lifts"] = figures.build_lifts_figure(lift_rows) if lift_rows else None
     for metric_spec in _run_metric_specs(run_files):
         if _has_curve(metric_spec):
             optional_figures[f"curve_{metric_spec.key}"] = figures.build_curve_figure(metric_spec, run_files.metrics)
-    names = list(dict.fromkeys(name for row in run_files.metrics for name in metric_registry.objectives_in_row(row)))
-    for name in names or [find_spec_by_offline_key(key).name for key in run_files.summary.get("offline", {})]:
-        if name != PRIMARY_OBJECTIVE:
-            optional_figures[f"pareto_{name}"] = figures.build_pareto_figure(
-                run_files.metrics, run_files.summary.get("offline", {}), name, names
+    offline_scores = run_files.summary.get("offline", {})
+    objective_names = list(
+        dict.fromkeys(objective for row in run_files.metrics for objective in metric_registry.objectives_in_row(row))
+    )
+    for objective in objective_names or [find_spec_by_offline_key(key).name for key in offline_scores]:
+        if objective != PRIMARY_OBJECTIVE:
+            optional_figures[f"pareto_{objective}"] = figures.build_pareto_figure(
+                run_files.metrics, offline_scores, objective, objective_names
             )
-    for name, card in run_files.cards.items():
+    for card_name, card in run_files.cards.items():
         bins = presentation.reliability_bins(card)
-        optional_figures[f"reliability_{name}"] = figures.build_reliability_figure(bins) if bins else None
+        optional_figures[f"reliability_{card_name}"] = figures.build_reliability_figure(bins) if bins else None
     phases, _ = presentation.phase_seconds(run_files.summary)
-    optional_figures["stages"] = figures.build_stages_figure(phases) if phases else None
-    optional_figures["timeline"] = figures.build_timeline_figure(run_files.metrics)
-    counts = run_files.cards.get(DATA_CARD_NAME, {}).get("counts")
-    optional_figures["funnel"] = figures.build_funnel_figure(counts) if counts else None
-    return {name: figure for name, figure in optional_figures.items() if figure is not None}
+    optional_figures["job_phases"] = figures.build_job_phases_figure(phases) if phases else None
+    optional_figures["step_phases"] = figures.build_step_phases_figure(run_files.metrics)
+    counts_by_kind = run_files.cards.get(DATA_CARD_NAME, {}).get("counts")
+    optional_figures["funnel"] = figures.build_funnel_figure(counts_by_kind) if counts_by_kind else None
+    return {figure_id: figure for figure_id, figure in optional_figures.items() if figure is not None}
 
 
 def _section_links(
     run_files: presentation.RunFiles, figures_by_id: Mapping[str, figures.Figure]
 ) -> list[tuple[str, str]]:
     """Build the links at the top: (anchor, title) of the sections that this page has."""
-    reward_names = [name for name in run_files.cards if name != DATA_CARD_NAME]
+    reward_names = [card_name for card_name in run_files.cards if card_name != DATA_CARD_NAME]
     sections = [
         ("story", "Story", True),
         ("monitors", "Monitors", bool(run_files.summary.get("monitors"))),
         ("samples", "Samples", bool(run_files.samples)),
-        ("tradeoff", "Trade-offs", any(name.startswith("pareto_") for name in figures_by_id)),
-        ("learning", "Learning", any(name.startswith("curve_") for name in figures_by_id)),
-        ("time", "Time", "stages" in figures_by_id or "timeline" in figures_by_id),
+        ("tradeoff", "Trade-offs", any(figure_id.startswith("pareto_") for figure_id in figures_by_id)),
+        ("learning", "Learning", any(figure_id.startswith("curve_") for figure_id in figures_by_id)),
+        ("time", "Time", "job_phases" in figures_by_id or "step_phases" in figures_by_id),
         ("rewards", "Reward models", bool(reward_names)),
         ("data", "Data", "funnel" in figures_by_id),
         ("config", "Configuration", bool(run_files.config or run_files.summary.get("versions"))),

@@ -21,28 +21,30 @@ PRIVATE_SECTIONS = ("run", "cluster")
 def read_code_version() -> str:
     """Return the git commit of the code, marked "dirty" if files differ from it, or a note outside a git checkout."""
     source_folder = Path(rluf.__file__).parent
-    version = subprocess.run(
+    git_describe = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=source_folder, capture_output=True, text=True
     )
     # An installed package may lie inside another project's repository, whose commit says nothing about this code.
     is_tracked = subprocess.run(
         ["git", "ls-files", "--error-unmatch", "errors.py"], cwd=source_folder, capture_output=True
     )
-    if version.returncode or is_tracked.returncode:
+    if git_describe.returncode or is_tracked.returncode:
         return "unknown (no git checkout)"
-    return version.stdout.strip()
+    return git_describe.stdout.strip()
 
 
 def write_model_card(run_folder: Path) -> Path:
     """Write policy/README.md and policy/rluf/*.json in the run folder, from its other files; returns the README."""
     policy_folder = run_folder / "policy"
     config, summary = read_json(run_folder / "config.json"), read_json(run_folder / "summary.json")
-    cards = {path.stem: read_json(path) for path in sorted((run_folder / "cards").glob("*.json"))}
-    data_card = cards.pop("data", {})
-    sources = [{**source, "file": Path(str(source["file"])).name} for source in data_card.get("sources", [])]
+    reward_cards = {path.stem: read_json(path) for path in sorted((run_folder / "cards").glob("*.json"))}
+    data_card = reward_cards.pop("data", {})
+    # The card is published with the weights, so paths of the training machine are removed from it.
+    public_sources = [{**source, "file": Path(str(source["file"])).name} for source in data_card.get("sources", [])]
     public_settings = {key: value for key, value in config.items() if key not in PRIVATE_SECTIONS}
-    for name, content in {"settings": public_settings, "data": {**data_card, "sources": sources}, **cards}.items():
-        write_json(policy_folder / CARD_FOLDER / f"{name}.json", content)
+    public_data_card = {**data_card, "sources": public_sources}
+    for card_name, card_content in {"settings": public_settings, "data": public_data_card, **reward_cards}.items():
+        write_json(policy_folder / CARD_FOLDER / f"{card_name}.json", card_content)
     base_model = str(config.get("model", {}).get("path", "unknown"))
     metadata = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["rlhf", "rluf"]}
     if base_model.count("/") == 1 and not base_model.startswith((".", "/", "~")):  # a hub id, not a folder
@@ -50,35 +52,37 @@ def write_model_card(run_folder: Path) -> Path:
     introduction = (
         f"{Path(base_model).name}, trained on user feedback with rluf {rluf.__version__}, code {read_code_version()}."
     )
-    limits = (
+    limits_text = (
         "The results hold for prompts like those of the log. Love is not usefulness: check the monitors in the report "
         "for\nflattery, farewells and length. Weights are safetensors; the folder contains no code."
     )
-    lines = ["---", yaml.safe_dump(metadata, sort_keys=False).rstrip(), "---", ""]
-    lines += [f"# {config.get('name', 'policy')}", "", introduction, ""]
-    for heading, section_lines in (
+    readme_lines = ["---", yaml.safe_dump(metadata, sort_keys=False).rstrip(), "---", ""]
+    readme_lines += [f"# {config.get('name', 'policy')}", "", introduction, ""]
+    for section_title, section_lines in (
         ("Training", _training_lines(config, summary)),
-        ("Data", _data_lines(sources)),
-        ("Reward models", _reward_lines(cards)),
+        ("Data", _data_lines(public_sources)),
+        ("Reward models", _reward_lines(reward_cards)),
         ("Results", _result_lines(summary)),
-        ("Limits", [limits]),
+        ("Limits", [limits_text]),
     ):
-        lines += [f"## {heading}", "", *section_lines, ""]
-    readme = policy_folder / "README.md"
-    readme.write_text("\n".join(lines).rstrip() + "\n", "utf-8")
-    return readme
+        readme_lines += [f"## {section_title}", "", *section_lines, ""]
+    readme_path = policy_folder / "README.md"
+    readme_path.write_text("\n".join(readme_lines).rstrip() + "\n", "utf-8")
+    return readme_path
 
 
 def _training_lines(config: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
     algorithm, learner = config.get("algorithm", {}), config.get("learner", {})
-    objectives = config.get("objectives", {})
-    weights = {name: values["weight"] for name, values in objectives.items() if isinstance(values, Mapping)}
+    objective_settings = config.get("objectives", {})
+    objective_weights = {
+        name: values["weight"] for name, values in objective_settings.items() if isinstance(values, Mapping)
+    }
     kl, versions = summary.get("kl"), summary.get("versions", {})
     return [
         f"- algorithm {algorithm.get('name')}, {algorithm.get('steps')} steps of {algorithm.get('prompts_per_step')} x "
         f"{algorithm.get('samples_per_prompt')} samples, learning rate {learner.get('learning_rate')}, "
         f"seed {config.get('seed')}",
-        f"- objectives and weights: {', '.join(f'{name} {weight}' for name, weight in weights.items())}",
+        f"- objectives and weights: {', '.join(f'{name} {weight}' for name, weight in objective_weights.items())}",
         f"- KL to the base policy at the end: {'unknown' if kl is None else f'{kl:.4f} nats per token'}",
         f"- {', '.join(f'{name} {version}' for name, version in versions.items() if name not in ('weights', 'rluf'))}",
         f"- all settings: {CARD_FOLDER}/settings.json",
@@ -86,29 +90,32 @@ def _training_lines(config: Mapping[str, Any], summary: Mapping[str, Any]) -> li
 
 
 def _data_lines(sources: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = [f"- {source['kind']}: {source['file']}, {source['rows']} rows" for source in sources]
-    return [*lines, f"- complete data card: {CARD_FOLDER}/data.json"]
+    source_lines = [f"- {source['kind']}: {source['file']}, {source['rows']} rows" for source in sources]
+    return [*source_lines, f"- complete data card: {CARD_FOLDER}/data.json"]
 
 
 def _reward_lines(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    lines = []
-    for name, card in cards.items():
-        metric = "auroc" if "auroc" in card else "pair_accuracy"
-        estimate, calibration_error = card.get(metric), card.get("ece")
+    card_lines = []
+    for objective, card in cards.items():
+        metric_key = "auroc" if "auroc" in card else "pair_accuracy"
+        estimate, calibration_error = card.get(metric_key), card.get("ece")
         if isinstance(estimate, Mapping):
             mean, low, high = (estimate[key] for key in ("mean", "low", "high"))
-            text = "unknown" if None in (mean, low, high) else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
-            lines.append(f"- {name}: {metric} {text} on n = {card.get('n')}, calibration error {calibration_error}")
-    return [*lines, f"- complete cards: {CARD_FOLDER}/<objective>.json"]
+            estimate_text = "unknown" if None in (mean, low, high) else f"{mean:.3f} [{low:.3f}, {high:.3f}]"
+            card_lines.append(
+                f"- {objective}: {metric_key} {estimate_text} on n = {card.get('n')}, "
+                f"calibration error {calibration_error}"
+            )
+    return [*card_lines, f"- complete cards: {CARD_FOLDER}/<objective>.json"]
 
 
 def _result_lines(summary: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for name, comparison in summary.get("offline", {}).items():
+    result_lines = []
+    for objective, comparison in summary.get("offline", {}).items():
         base, aligned, difference = comparison["base"], comparison["aligned"], comparison["difference"]
-        lines.append(
-            f"- {name} by the reward model on unseen prompts: {base['mean']:.3f} -> {aligned['mean']:.3f}, "
+        result_lines.append(
+            f"- {objective} by the reward model on unseen prompts: {base['mean']:.3f} -> {aligned['mean']:.3f}, "
             f"difference {difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
         )
     gates = summary.get("gates", {})
-    return [*lines, f"- gates: {gates.get('verdict')} (judged by {gates.get('judged_by')})"]
+    return [*result_lines, f"- gates: {gates.get('verdict')} (judged by {gates.get('judged_by')})"]

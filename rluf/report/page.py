@@ -22,9 +22,9 @@ def render_html_page(
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
     # The package comes first, so that a page can have its own template next to the code that fills it.
-    loader = ChoiceLoader([PackageLoader(package, ""), PackageLoader("rluf.report", "")])
+    template_loader = ChoiceLoader([PackageLoader(package, ""), PackageLoader("rluf.report", "")])
     # autoescape, because prompts, responses and user names of the log appear on the pages.
-    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment = Environment(loader=template_loader, autoescape=True, undefined=StrictUndefined)
     plotly_js = ""
     if figures:
         from plotly.offline import get_plotlyjs

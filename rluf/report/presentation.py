@@ -65,12 +65,12 @@ def format_percent(value: float | None, *, with_sign: bool = False) -> str:
     """Format a share with about three digits: 0.72%, 6.1%, 97.4%, +28%; minus is U+2212."""
     if value is None:
         return "–"
-    size = abs(value) * 100
+    percent_size = abs(value) * 100
     # The limits are where the next shorter format would round up to the same text (0.995 -> 1.0, 99.95 -> 100).
-    digits = 2 if size < 0.995 else 1 if size < (9.95 if with_sign else 99.95) else 0
+    digit_count = 2 if percent_size < 0.995 else 1 if percent_size < (9.95 if with_sign else 99.95) else 0
     if value == 0:
-        digits = 0
-    return f"{value * 100:{'+' if with_sign and value else ''}.{digits}f}%".replace("-", "−")
+        digit_count = 0
+    return f"{value * 100:{'+' if with_sign and value else ''}.{digit_count}f}%".replace("-", "−")
 
 
 def format_change(value: float) -> str:
@@ -97,21 +97,22 @@ def format_interval(estimate: Mapping[str, float], *, with_sign: bool = False) -
 
 def report_headline(summary: Mapping[str, Any]) -> str:
     """Summarize the run in one sentence, from the gate checks."""
-    checks = {check["name"]: check for check in summary.get("gates", {}).get("checks", [])}
-    if not checks:
+    check_by_name = {check["name"]: check for check in summary.get("gates", {}).get("checks", [])}
+    if not check_by_name:
         return "This run has not been evaluated yet."
-    lift = checks[PRIMARY_OBJECTIVE]["lift"] if PRIMARY_OBJECTIVE in checks else None
+    lift = check_by_name[PRIMARY_OBJECTIVE]["lift"] if PRIMARY_OBJECTIVE in check_by_name else None
+    # "rose" requires the interval's lower end above 0, not only a positive mean.
     love_rose = lift is not None and lift["low"] > 0
     love_clause = _love_clause(lift, has_users=has_user_verdicts(summary))
-    other_checks = [check for name, check in checks.items() if name != PRIMARY_OBJECTIVE]
+    other_checks = [check for name, check in check_by_name.items() if name != PRIMARY_OBJECTIVE]
     failed_checks = [check for check in other_checks if not check["passed"]]
     if not other_checks:
         return f"{love_clause}."
     if failed_checks:
         return f"{love_clause}{', but ' if love_rose else ', and '}{' and '.join(_outcome_clauses(failed_checks))}."
-    clauses = _outcome_clauses(other_checks)
-    separator = ", " if love_rose and len(clauses) > 1 else ", and " if love_rose else "; "
-    return f"{love_clause}{separator}{' and '.join(clauses)}."
+    outcome_clauses = _outcome_clauses(other_checks)
+    separator = ", " if love_rose and len(outcome_clauses) > 1 else ", and " if love_rose else "; "
+    return f"{love_clause}{separator}{' and '.join(outcome_clauses)}."
 
 
 def _outcome_clauses(checks: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -128,12 +129,12 @@ def _love_clause(lift: Mapping[str, float] | None, *, has_users: bool) -> str:
         return "Love could not be compared"
     if lift["low"] <= 0 <= lift["high"]:
         return "No clear change in love"
-    subject = f"{'New users love' if has_users else 'P[Love] rates'} the aligned policy"
+    clause_start = f"{'New users love' if has_users else 'P[Love] rates'} the aligned policy"
     if lift["high"] < 0:
-        return f"{subject} {format_change(lift['mean'])} {'less often' if has_users else 'lower'}"
+        return f"{clause_start} {format_change(lift['mean'])} {'less often' if has_users else 'lower'}"
     if lift["mean"] >= 1:
-        return f"{subject} {1 + lift['mean']:.1f} times as {'often' if has_users else 'high'}"
-    return f"{subject} {format_change(lift['mean'])} {'more often' if has_users else 'higher'}"
+        return f"{clause_start} {1 + lift['mean']:.1f} times as {'often' if has_users else 'high'}"
+    return f"{clause_start} {format_change(lift['mean'])} {'more often' if has_users else 'higher'}"
 
 
 def check_outcome(check: Mapping[str, Any]) -> str:
@@ -148,8 +149,8 @@ def check_outcome(check: Mapping[str, Any]) -> str:
 def format_verdict(gates: Mapping[str, Any]) -> str:
     """Format the gates' verdict, with the names of failed gates."""
     failed_names = [check["name"] for check in gates.get("checks", []) if not check["passed"]]
-    texts = {"pass": "✓ All gates pass", "warn": "! Gates pass, but a monitor raised an alarm"}
-    return texts.get(gates["verdict"]) or f"✕ Failed: {', '.join(failed_names) or 'gates'}"
+    verdict_texts = {"pass": "✓ All gates pass", "warn": "! Gates pass, but a monitor raised an alarm"}
+    return verdict_texts.get(gates["verdict"]) or f"✕ Failed: {', '.join(failed_names) or 'gates'}"
 
 
 def measure_cards(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -157,12 +158,12 @@ def measure_cards(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
     An objective that users do not judge has a card of its own scores.
     """
-    checks = {check["name"]: check for check in summary.get("gates", {}).get("checks", [])}
-    cards = []
-    for key, title, description, name, measure in _list_measures(summary):
-        lift_by_prompt, check = measure.get("lift_by_prompt"), checks.get(name)
+    check_by_name = {check["name"]: check for check in summary.get("gates", {}).get("checks", [])}
+    result_cards = []
+    for key, title, description, objective, measure in _list_measures(summary):
+        lift_by_prompt, check = measure.get("lift_by_prompt"), check_by_name.get(objective)
         lift = measure.get("lift")
-        cards.append({
+        result_cards.append({
             "key": key, "title": title, "about": description, "check": check, "measure": measure,
             "outcome": check_outcome(check) if check else "",
             "lift": "n/a" if lift is None else format_percent(lift["mean"], with_sign=True),
@@ -173,7 +174,7 @@ def measure_cards(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
                 for arm in ("base", "aligned")
             ],
         })  # fmt: skip
-    return cards
+    return result_cards
 
 
 def _list_measures(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str, Mapping[str, Any]]]:
@@ -221,26 +222,26 @@ def lift_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, f
         )
         for spec in _offline_specs(summary)
     ]
-    return [(title, judge, lift) for title, judge, lift in user_rows + model_rows if lift]
+    return [(title, judge_name, lift) for title, judge_name, lift in user_rows + model_rows if lift]
 
 
 def offline_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     """Rows of (objective, base, aligned, difference, interval of the difference) of the reward models' means."""
-    rows = []
-    for key, comparison in summary.get("offline", {}).items():
+    table_rows = []
+    for objective_key, comparison in summary.get("offline", {}).items():
         difference = comparison["difference"]
         interval = f"{format_points(difference['low'])} to {format_points(difference['high'])}".replace(" pp", "")
-        rows.append((
-            find_spec_by_offline_key(key).title, format_percent(comparison["base"]["mean"]),
+        table_rows.append((
+            find_spec_by_offline_key(objective_key).title, format_percent(comparison["base"]["mean"]),
             format_percent(comparison["aligned"]["mean"]), format_points(difference["mean"]), interval,
         ))  # fmt: skip
-    return rows
+    return table_rows
 
 
 def format_points(value: float) -> str:
     """Format a difference of two shares in percentage points; one that rounds to zero has no sign."""
-    text = f"{value * 100:+.2f}"
-    return f"{text[1:] if float(text) == 0 else text} pp".replace("-", "−")
+    points_text = f"{value * 100:+.2f}"
+    return f"{points_text[1:] if float(points_text) == 0 else points_text} pp".replace("-", "−")
 
 
 def evaluation_sentence(summary: Mapping[str, Any]) -> str:
@@ -248,42 +249,43 @@ def evaluation_sentence(summary: Mapping[str, Any]) -> str:
     evaluation = summary.get("evaluated", {})
     if not evaluation:
         return ""
-    responses, users = evaluation.get("responses", {}), evaluation.get("users", {})
-    text = (
-        f"{format_number(evaluation.get('prompts'))} unseen prompts, {format_number(responses.get('base'))} base and "
+    response_counts, user_counts = evaluation.get("responses", {}), evaluation.get("users", {})
+    sentence_start = (
+        f"{format_number(evaluation.get('prompts'))} unseen prompts, {format_number(response_counts.get('base'))} base "
+        f"and {format_number(response_counts.get('aligned'))} aligned responses"
     )
-    text += f"{format_number(responses.get('aligned'))} aligned responses"
-    method = "95% intervals from a bootstrap over prompts."
-    if base_users := users.get("base"):
-        aligned_users = users.get("aligned")
+    interval_note = "95% intervals from a bootstrap over prompts."
+    if base_users := user_counts.get("base"):
+        aligned_users = user_counts.get("aligned")
         if base_users == aligned_users:
-            text += f", each read by {format_number(base_users)} new simulated users"
+            sentence_start += f", each read by {format_number(base_users)} new simulated users"
         else:
-            text += f", read by {format_number(base_users)} and {format_number(aligned_users)} new simulated users"
-        method = "95% intervals clustered by user."
+            user_text = f"{format_number(base_users)} and {format_number(aligned_users)}"
+            sentence_start += f", read by {user_text} new simulated users"
+        interval_note = "95% intervals clustered by user."
     has_few_prompts = (evaluation.get("prompts") or 0) < MIN_RELIABLE_PROMPTS
-    warning = " With so few prompts the intervals themselves are unreliable." if has_few_prompts else ""
-    return f"{text}; {method}{warning}"
+    reliability_note = " With so few prompts the intervals themselves are unreliable." if has_few_prompts else ""
+    return f"{sentence_start}; {interval_note}{reliability_note}"
 
 
 def monitor_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per monitor, alarms first."""
-    rows = []
-    # Older summaries have no `unit`; there `kind` says whether the monitor is a share.
+    table_rows = []
+    # Older summaries have no `unit`; there `kind` is "share" for a share.
     for monitor in summary.get("monitors", {}).get("items", {}).values():
         format_value = format_percent if monitor.get("unit", monitor["kind"]) == "share" else _format_one_digit
         ratio = monitor.get("ratio")
-        rows.append({
+        table_rows.append({
             "label": monitor["label"], "base": format_value(monitor["base"]),
             "aligned": format_value(monitor["aligned"]), "ratio": "–" if ratio is None else f"× {ratio:.2f}",
             "z": _format_one_digit(monitor["z"], with_sign=True), "alarm": monitor["alarm"],
         })  # fmt: skip
-    return sorted(rows, key=lambda row: not row["alarm"])
+    return sorted(table_rows, key=lambda row: not row["alarm"])
 
 
 def _format_one_digit(value: float, *, with_sign: bool = False) -> str:
-    text = f"{value:{'+' if with_sign else ''},.1f}"
-    return "0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+    number_text = f"{value:{'+' if with_sign else ''},.1f}"
+    return "0.0" if number_text in ("+0.0", "-0.0") else number_text.replace("-", "−")
 
 
 def alarm_sentence(monitor_table: Sequence[Mapping[str, Any]]) -> str:
@@ -294,68 +296,68 @@ def alarm_sentence(monitor_table: Sequence[Mapping[str, Any]]) -> str:
     return f"{alarm_count} of {len(monitor_table)} monitors raised an alarm."
 
 
-def diff_runs(before: str, after: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]], bool]:
-    """Split both texts into runs of (text, only in this one), and return whether they are similar enough to compare.
+def diff_runs(base_text: str, aligned_text: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]], bool]:
+    """Split both texts into runs (text, whether it is only in this text); also return whether they are similar enough.
 
     The comparison is by word and ignores case (difflib); differences in white space alone do not count.
     """
-    tokens_before, tokens_after = _TEXT_TOKEN.findall(before), _TEXT_TOKEN.findall(after)
+    base_tokens, aligned_tokens = _TEXT_TOKEN.findall(base_text), _TEXT_TOKEN.findall(aligned_text)
     # autojunk off: it would treat frequent words of a long text as noise.
     matcher = difflib.SequenceMatcher(
-        None, [token.lower() for token in tokens_before], [token.lower() for token in tokens_after], autojunk=False
+        None, [token.lower() for token in base_tokens], [token.lower() for token in aligned_tokens], autojunk=False
     )
-    word_count = sum(bool(_WORD_CHARACTER.match(token)) for token in (*tokens_before, *tokens_after))
+    word_count = sum(bool(_WORD_CHARACTER.match(token)) for token in (*base_tokens, *aligned_tokens))
     shared_words = sum(
-        bool(_WORD_CHARACTER.match(tokens_before[start + offset]))
-        for start, _, size in matcher.get_matching_blocks()
-        for offset in range(size)
+        bool(_WORD_CHARACTER.match(base_tokens[match_start + offset]))
+        for match_start, _, match_size in matcher.get_matching_blocks()
+        for offset in range(match_size)
     )
     if not word_count or 2 * shared_words / word_count < MIN_TEXT_SIMILARITY:
-        return [(before, False)], [(after, False)], False
-    runs_before: list[tuple[str, bool]] = []
-    runs_after: list[tuple[str, bool]] = []
-    for operation, start_before, end_before, start_after, end_after in matcher.get_opcodes():
+        return [(base_text, False)], [(aligned_text, False)], False
+    base_runs: list[tuple[str, bool]] = []
+    aligned_runs: list[tuple[str, bool]] = []
+    for opcode_tag, base_start, base_end, aligned_start, aligned_end in matcher.get_opcodes():
         for text_runs, tokens in (
-            (runs_before, tokens_before[start_before:end_before]),
-            (runs_after, tokens_after[start_after:end_after]),
+            (base_runs, base_tokens[base_start:base_end]),
+            (aligned_runs, aligned_tokens[aligned_start:aligned_end]),
         ):
-            if text := "".join(tokens):
-                _append_run(text_runs, text, operation != "equal")
-    return runs_before, runs_after, True
+            if run_text := "".join(tokens):
+                _append_run(text_runs, run_text, opcode_tag != "equal")
+    return base_runs, aligned_runs, True
 
 
-def _append_run(text_runs: list[tuple[str, bool]], text: str, is_different: bool) -> None:
+def _append_run(text_runs: list[tuple[str, bool]], run_text: str, is_different: bool) -> None:
     """Append a run; only text with a word counts as different, and never the white space around it."""
-    if not (is_different and _WORD_CHARACTER.search(text)):
-        _merge_run(text_runs, text, False)
+    if not (is_different and _WORD_CHARACTER.search(run_text)):
+        _merge_run(text_runs, run_text, False)
         return
-    stripped_text = text.strip()
-    start = text.index(stripped_text)
-    end = start + len(stripped_text)
-    for segment, is_marked in ((text[:start], False), (stripped_text, True), (text[end:], False)):
+    stripped_text = run_text.strip()
+    marked_start = run_text.index(stripped_text)
+    marked_end = marked_start + len(stripped_text)
+    for segment, is_marked in ((run_text[:marked_start], False), (stripped_text, True), (run_text[marked_end:], False)):
         if segment:
             _merge_run(text_runs, segment, is_marked)
 
 
-def _merge_run(text_runs: list[tuple[str, bool]], text: str, is_different: bool) -> None:
+def _merge_run(text_runs: list[tuple[str, bool]], run_text: str, is_different: bool) -> None:
     """Append a run and merge it with the previous one of its kind, also across white space between two marked ones."""
     if text_runs and text_runs[-1][1] == is_different:
-        text_runs[-1] = (text_runs[-1][0] + text, is_different)
+        text_runs[-1] = (text_runs[-1][0] + run_text, is_different)
     elif is_different and len(text_runs) > 1 and not text_runs[-1][0].strip() and text_runs[-2][1]:
-        space, _ = text_runs.pop()
-        text_runs[-1] = (text_runs[-1][0] + space + text, True)
+        white_space, _ = text_runs.pop()
+        text_runs[-1] = (text_runs[-1][0] + white_space + run_text, True)
     else:
-        text_runs.append((text, is_different))
+        text_runs.append((run_text, is_different))
 
 
-def sample_views(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def sample_views(sample_rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Samples with highlighted differences and one score row per objective."""
-    views = []
-    for row in samples:
+    rendered_samples = []
+    for row in sample_rows:
         base, aligned = row.get("base", {}), row.get("aligned", {})
         base_runs, aligned_runs, is_similar = diff_runs(str(base.get("text", "")), str(aligned.get("text", "")))
         base_scores, aligned_scores = base.get("scores", {}), aligned.get("scores", {})
-        views.append({
+        rendered_samples.append({
             "topic": row.get("topic", ""), "prompt": row.get("prompt", ""), "base": base_runs, "aligned": aligned_runs,
             "is_similar": is_similar,
             "scores": [
@@ -367,37 +369,37 @@ def sample_views(samples: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 for arm, response in (("base", base), ("aligned", aligned)) if response.get("failed")
             ],
         })  # fmt: skip
-    return views
+    return rendered_samples
 
 
-def _score_row(name: str, base: float | None, aligned: float | None) -> dict[str, Any]:
+def _score_row(objective: str, base_score: float | None, aligned_score: float | None) -> dict[str, Any]:
     """One objective's scores of both policies; `rose` is None for a missing score or a small change."""
-    change = None if base is None or aligned is None else aligned - base
+    score_change = None if base_score is None or aligned_score is None else aligned_score - base_score
     return {
-        "name": metric_registry.objective_title(name),
-        "base": format_percent(base),
-        "aligned": format_percent(aligned),
-        "change": "–" if change is None else format_points(change),
-        "rose": None if change is None or abs(change) < MIN_COLORED_CHANGE else change > 0,
+        "name": metric_registry.objective_title(objective),
+        "base": format_percent(base_score),
+        "aligned": format_percent(aligned_score),
+        "change": "–" if score_change is None else format_points(score_change),
+        "rose": None if score_change is None or abs(score_change) < MIN_COLORED_CHANGE else score_change > 0,
     }
 
 
 def card_table(cards: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Titles of the reward cards, and one row per value that any of them has, with its interval if there is one."""
-    titles = [metric_registry.objective_title(name) for name in cards]
-    rows = []
-    for path, label in CARD_ROWS:
-        values = [_nested_value(card, path) for card in cards.values()]
+    card_titles = [metric_registry.objective_title(objective) for objective in cards]
+    table_rows = []
+    for value_path, label in CARD_ROWS:
+        values = [_nested_value(card, value_path) for card in cards.values()]
         if any(value is not None for value in values):
-            rows.append((label, [_format_with_interval(value) for value in values]))
-    return titles, rows
+            table_rows.append((label, [_format_with_interval(value) for value in values]))
+    return card_titles, table_rows
 
 
-def _nested_value(card: Mapping[str, Any], path: str) -> Any:
-    value: Any = card
-    for key in path.split("."):
-        value = value.get(key) if isinstance(value, Mapping) else None
-    return value
+def _nested_value(card: Mapping[str, Any], value_path: str) -> Any:
+    nested_value: Any = card
+    for key in value_path.split("."):
+        nested_value = nested_value.get(key) if isinstance(nested_value, Mapping) else None
+    return nested_value
 
 
 def _format_with_interval(value: Any) -> str:
@@ -415,99 +417,110 @@ def reliability_bins(card: Mapping[str, Any]) -> list[dict[str, float]]:
     The row count of a bin is its mass times the card's `n`. The interval is Wilson's at 95%. It assumes independent
     rows, so it is too narrow where users contributed several rows.
     """
-    bins = []
+    plot_bins = []
     for card_bin in card.get("reliability") or ():
         # A bin of a small split may have less than one row's mass; the interval needs at least one.
-        row_count, rate = max(1.0, card_bin["mass"] * (card.get("n") or 0)), card_bin["rate"]
-        low, high = wilson_interval(rate * row_count, row_count)
-        ends = {"low": max(0.0, float(low)), "high": min(1.0, float(high))}
-        bins.append({"predicted": card_bin["mean"], "observed": rate, **ends, "n": round(row_count)})
-    return bins
+        row_count, observed_share = max(1.0, card_bin["mass"] * (card.get("n") or 0)), card_bin["rate"]
+        low, high = wilson_interval(observed_share * row_count, row_count)
+        interval_ends = {"low": max(0.0, float(low)), "high": min(1.0, float(high))}
+        plot_bins.append(
+            {"predicted": card_bin["mean"], "observed": observed_share, **interval_ends, "n": round(row_count)}
+        )
+    return plot_bins
 
 
 def reliability_rows(cards: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str, str, str]]:
     """Rows of (objective, predicted, observed, interval of observed, rows), one per bin of the reliability plots."""
     return [
         (
-            metric_registry.objective_title(name),
+            metric_registry.objective_title(objective),
             format_percent(reliability_bin["predicted"]),
             format_percent(reliability_bin["observed"]),
             format_interval(reliability_bin),
             format_number(reliability_bin["n"]),
         )
-        for name, card in cards.items()
+        for objective, card in cards.items()
         for reliability_bin in reliability_bins(card)
     ]
 
 
 def funnel_rows(counts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
     """One row per kind of data: rows in, kept, dropped, quarantined, and the reasons for the last two."""
-    rows = []
-    for kind, kind_counts in counts.items():
-        excluded = {outcome: kind_counts.get(outcome, 0) for outcome in ("dropped", "quarantined")}
+    table_rows = []
+    for data_kind, kind_counts in counts.items():
+        excluded_counts = {outcome: kind_counts.get(outcome, 0) for outcome in ("dropped", "quarantined")}
         # Either a total or a mapping from reason to count, depending on the age of the card.
-        totals = {
-            outcome: sum(value.values()) if isinstance(value, Mapping) else value for outcome, value in excluded.items()
+        excluded_totals = {
+            outcome: sum(value.values()) if isinstance(value, Mapping) else value
+            for outcome, value in excluded_counts.items()
         }
-        reasons = [
+        reason_texts = [
             f"{reason} {format_number(row_count)}"
-            for value in excluded.values()
+            for value in excluded_counts.values()
             if isinstance(value, Mapping)
             for reason, row_count in value.items()
         ]
-        rows.append({
-            "kind": kind, "in": format_number(kind_counts.get("in")), "kept": format_number(kind_counts.get("kept")),
-            "dropped": format_number(totals["dropped"]), "quarantined": format_number(totals["quarantined"]),
-            "reasons": ", ".join(reasons) or "–",
+        table_rows.append({
+            "kind": data_kind, "in": format_number(kind_counts.get("in")),
+            "kept": format_number(kind_counts.get("kept")), "dropped": format_number(excluded_totals["dropped"]),
+            "quarantined": format_number(excluded_totals["quarantined"]),
+            "reasons": ", ".join(reason_texts) or "–",
         })  # fmt: skip
-    return rows
+    return table_rows
 
 
 def sort_by_step(step_rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Sort rows by step under present metric keys; of a step that was repeated after a restart, the last row counts."""
     row_by_step = {
-        row["step"]: metric_registry.rename_old_metrics(row)
-        for row in step_rows
-        if isinstance(row.get("step"), int | float)
+        step_row["step"]: metric_registry.rename_old_metrics(step_row)
+        for step_row in step_rows
+        if isinstance(step_row.get("step"), int | float)
     }
     return [row_by_step[step] for step in sorted(row_by_step)]
 
 
-def step_table(step_rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+def step_table(step_rows: Sequence[Mapping[str, Any]], metric_keys: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the table behind the curves; columns without any value are omitted."""
-    columns = [key for key in keys if any(row.get(key) is not None for row in step_rows)]
-    rows = [[format_number(row.get("step")), *(format_number(row.get(key)) for key in columns)] for row in step_rows]
-    return ["step", *columns], rows
+    present_keys = [
+        metric_key for metric_key in metric_keys if any(step_row.get(metric_key) is not None for step_row in step_rows)
+    ]
+    table_rows = [
+        [format_number(step_row.get(metric_key)) for metric_key in ("step", *present_keys)] for step_row in step_rows
+    ]
+    return ["step", *present_keys], table_rows
 
 
 def phase_seconds(summary: Mapping[str, Any]) -> tuple[dict[str, float], float]:
     """Seconds by phase, and their total (the sum if the summary has no total)."""
-    phases = {name: float(value) for name, value in (summary.get("phases") or {}).items() if value is not None}
-    total = phases.pop("total", None)
-    return phases, sum(phases.values()) if total is None else total
+    seconds_by_phase = {
+        phase: float(value) for phase, value in (summary.get("phases") or {}).items() if value is not None
+    }
+    total_seconds = seconds_by_phase.pop("total", None)
+    return seconds_by_phase, sum(seconds_by_phase.values()) if total_seconds is None else total_seconds
 
 
 def summary_facts(summary: Mapping[str, Any], duration_text: str | None) -> list[tuple[str, str]]:
     """Facts under the headline: seed, duration, training volume, KL."""
-    rows = [("Seed", format_number(summary["seed"]))] if "seed" in summary else []
+    fact_rows = [("Seed", format_number(summary["seed"]))] if "seed" in summary else []
     if duration_text:
-        rows.append(("Time", duration_text))
+        fact_rows.append(("Time", duration_text))
     if summary.get("samples"):
-        rows.append(("Training samples", format_number(summary["samples"])))
+        fact_rows.append(("Training samples", format_number(summary["samples"])))
     if summary.get("tokens"):
-        rows.append(("Training tokens", format_number(summary["tokens"])))
+        fact_rows.append(("Training tokens", format_number(summary["tokens"])))
     if summary.get("kl") is not None:
-        rows.append(("KL to base", f"{summary['kl']:.3g} nats/token"))
-    return rows
+        fact_rows.append(("KL to base", f"{summary['kl']:.3g} nats/token"))
+    return fact_rows
 
 
 def reused_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Rows of (artifact, how it was obtained): built in this run, or reused, with its hash."""
-    rows = []
-    for artifact, origin in summary.get("reused", {}).items():
+    artifact_rows = []
+    for artifact_name, origin in summary.get("reused", {}).items():
         if isinstance(origin, Mapping):
-            key, is_reused = origin.get("key") or origin.get("hash"), bool(origin.get("reused"))
+            cache_key, is_reused = origin.get("key") or origin.get("hash"), bool(origin.get("reused"))
         else:
-            key, is_reused = origin if isinstance(origin, str) else None, bool(origin)
-        rows.append((artifact, ("reused" if is_reused else "built") + (f" ({key})" if key else "")))
-    return rows
+            cache_key, is_reused = origin if isinstance(origin, str) else None, bool(origin)
+        hash_text = f" ({cache_key})" if cache_key else ""
+        artifact_rows.append((artifact_name, ("reused" if is_reused else "built") + hash_text))
+    return artifact_rows

@@ -53,29 +53,32 @@ def build_report(run_folder: Path, *, entity: str = "") -> Report:
         )
     runset = wr.Runset(name="run", query=id_file.read_text("utf-8").strip())
 
-    def build_grid(panels: Sequence[Any]) -> Any:
-        for index, panel in enumerate(panels):
+    def build_grid(plot_panels: Sequence[Any]) -> Any:
+        for index, panel in enumerate(plot_panels):
             row, column = divmod(index, GRID_COLUMNS)
             panel.layout = wr.Layout(PANEL_WIDTH * column, PANEL_HEIGHT * row, PANEL_WIDTH, PANEL_HEIGHT)
-        return wr.PanelGrid(runsets=[runset], panels=list(panels))
+        return wr.PanelGrid(runsets=[runset], panels=list(plot_panels))
 
-    specs = metric_registry.metric_specs(
+    metric_specs = metric_registry.metric_specs(
         dict.fromkeys(name for row in run_files.metrics for name in metric_registry.objectives_in_row(row))
     )
-    blocks: list[Any] = [wr.TableOfContents(), wr.MarkdownBlock(story_markdown(run_files))]
-    for heading, description, groups in REPORT_SECTIONS:
-        panels = [_line_plot(wr, spec) for spec in specs if spec.group in groups]
-        blocks += [wr.H2(heading), wr.P(description), build_grid(panels)]
+    report_blocks: list[Any] = [wr.TableOfContents(), wr.MarkdownBlock(story_markdown(run_files))]
+    for heading, description, metric_groups in REPORT_SECTIONS:
+        plot_panels = [_line_plot(wr, spec) for spec in metric_specs if spec.group in metric_groups]
+        report_blocks += [wr.H2(heading), wr.P(description), build_grid(plot_panels)]
     monitors = _monitor_items(run_files.summary)
-    blocks += [wr.H2("Reward hacking"), wr.P("Ways in which a policy pleases the reward model rather than the user.")]
-    blocks.append(build_grid([_monitor_bar_plot(wr, name, monitor) for name, monitor in monitors.items()]))
-    blocks += [wr.H2("Samples"), build_grid([wr.WeavePanelSummaryTable(table_name=name) for name in SAMPLE_TABLES])]
+    report_blocks.append(wr.H2("Reward hacking"))
+    report_blocks.append(wr.P("Ways in which a policy pleases the reward model rather than the user."))
+    report_blocks.append(build_grid([_monitor_bar_plot(wr, name, monitor) for name, monitor in monitors.items()]))
+    sample_panels = [wr.WeavePanelSummaryTable(table_name=name) for name in SAMPLE_TABLES]
+    report_blocks += [wr.H2("Samples"), build_grid(sample_panels)]
     return wr.Report(
         entity=entity,
         project=project,
+        # The title field of wandb-workspaces accepts at most 128 characters.
         title=f"{run_files.name}: {presentation.report_headline(run_files.summary)}"[:128],
         description=presentation.evaluation_sentence(run_files.summary) or "",
-        blocks=blocks,
+        blocks=report_blocks,
         width="fluid",
     )
 
@@ -83,14 +86,15 @@ def build_report(run_folder: Path, *, entity: str = "") -> Report:
 def story_markdown(run_files: presentation.RunFiles) -> str:
     """Render the verdict and a table of base against aligned as Markdown."""
     gates = run_files.summary.get("gates") or {}
-    lines = [f"**{presentation.report_headline(run_files.summary)}**", ""]
+    markdown_lines = [f"**{presentation.report_headline(run_files.summary)}**", ""]
     if gates:
-        lines += [f"Gates: **{gates['verdict']}**, judged by {gates['judged_by']}.", ""]
-    lines += ["| | base | aligned | lift | 95% interval |", "|---|---|---|---|---|"]
+        markdown_lines += [f"Gates: **{gates['verdict']}**, judged by {gates['judged_by']}.", ""]
+    markdown_lines += ["| | base | aligned | lift | 95% interval |", "|---|---|---|---|---|"]
     for card in presentation.measure_cards(run_files.summary):
         (_, base, _), (_, aligned, _) = card["arms"]
-        lines.append(f"| {card['title']} | {base} | {aligned} | {card['lift']} | {card['lift_interval'] or '–'} |")
-    return "\n".join(lines)
+        cells = (card["title"], base, aligned, card["lift"], card["lift_interval"] or "–")
+        markdown_lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(markdown_lines)
 
 
 def check_report(report: Report) -> dict[str, Any]:
@@ -98,11 +102,11 @@ def check_report(report: Report) -> dict[str, Any]:
     from pydantic import ValidationError
     from wandb_workspaces.reports.v2 import Report, internal
 
-    model = report._to_model()
-    spec: dict[str, Any] = json.loads(model.spec.model_dump_json(by_alias=True, exclude_none=True))
+    report_model = report._to_model()
+    spec: dict[str, Any] = json.loads(report_model.spec.model_dump_json(by_alias=True, exclude_none=True))
     try:
         parsed_spec = internal.Spec.model_validate(spec)
-        parsed_report = Report._from_model(model.model_copy(update={"spec": parsed_spec}))
+        parsed_report = Report._from_model(report_model.model_copy(update={"spec": parsed_spec}))
     except ValidationError as error:
         raise DataError(f"wandb-workspaces cannot read its own report back: {error}") from error
     # Unknown blocks are dropped without an error.
@@ -113,15 +117,15 @@ def check_report(report: Report) -> dict[str, Any]:
     return spec
 
 
-def _line_plot(wr: Any, spec: metric_registry.MetricSpec) -> Any:
+def _line_plot(wr: Any, metric_spec: metric_registry.MetricSpec) -> Any:
     # wandb-workspaces calls the metric "step" of the run "Step".
-    x_axis = "Step" if spec.axis == "step" else spec.axis
+    x_axis = "Step" if metric_spec.axis == "step" else metric_spec.axis
     return wr.LinePlot(
-        title=spec.title,
+        title=metric_spec.title,
         x=x_axis,
-        y=[spec.wandb_name],
-        title_x=metric_registry.AXIS_TITLES[spec.axis],
-        title_y=spec.description,
+        y=[metric_spec.wandb_name],
+        title_x=metric_registry.AXIS_TITLES[metric_spec.axis],
+        title_y=metric_spec.description,
         smoothing_factor=0.0,
     )
 

@@ -1,8 +1,15 @@
-"""Load and freeze a pretrained backbone with a one-logit classification head; CPU speed settings."""
+"""Backbone of a reward model: load with a one-logit head, freeze layers, and cache the output of frozen layers.
+
+The hidden states after the frozen layers never change, so running those layers again in every epoch (and for every dev
+evaluation) is wasted work. FrozenPrefix caches their output for every training row and replays it. The cache takes rows
+x tokens x hidden size x 2 bytes (bfloat16).
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +19,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from rluf.errors import ModelError
-from rluf.reward.text import TextEncoder
+from rluf.models.lora import add_lora_adapters
+from rluf.reward.text import EncodedItem, TextEncoder, plan_token_batches
 from rluf.types import Message
 
 logger = logging.getLogger(__name__)
+
+HEAD_MODULE_NAMES = ("score", "classifier")
+"""Names of the linear head in Hugging Face models for sequence classification."""
 
 DROPOUT_CONFIG_KEYS = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "attention_dropout")
 """Config keys under which Hugging Face backbones store their dropout rates."""
@@ -144,6 +155,40 @@ def freeze_lowest_layers(model: PreTrainedModel, layer_share: float) -> int:
     return frozen_count
 
 
+def get_linear_head(model: nn.Module) -> nn.Linear:
+    """The model's linear head, one row per logit. Raises ModelError when its head is another kind of module."""
+    for name in HEAD_MODULE_NAMES:
+        head = getattr(model, name, None)
+        if isinstance(head, nn.Linear):
+            return head
+    raise ModelError(
+        f"{type(model).__name__} has no linear head, so no probe can be fitted on it; set linear_probe=false"
+    )
+
+
+def final_norm_or_pooler(model: PreTrainedModel) -> nn.Module | None:
+    """The module between the last layer and the head: a decoder's last norm or an encoder's pooler; None if neither."""
+    for name in ("norm", "pooler"):
+        module = getattr(model.base_model, name, None)
+        if isinstance(module, nn.Module):
+            return module
+    return None
+
+
+def add_layer_adapters(model: PreTrainedModel, rank: int, frozen_layers: int, dropout: float) -> None:
+    """Add LoRA adapters to the linear layers above the lowest `frozen_layers`; only these and the head train."""
+    head, module_names = get_linear_head(model), {id(module): name for name, module in model.named_modules()}
+    target_modules = [
+        f"{module_names[id(layer)]}.{inner_name}"
+        for layer in list(get_layer_list(model))[frozen_layers:]
+        for inner_name, module in layer.named_modules()
+        if isinstance(module, nn.Linear)
+    ]
+    add_lora_adapters(model, rank, target_modules=target_modules, dropout=dropout)
+    # Adding adapters freezes all other weights; the new head has to train.
+    head.requires_grad_(requires_grad=True)
+
+
 def enable_fast_cpu_matmul() -> None:
     """Run the float32 matrix products of this process through oneDNN: twice as fast as MKL on AMD CPUs.
 
@@ -163,3 +208,110 @@ def get_hidden_states(output: Any) -> torch.Tensor:
     """Hidden states [B, T, H] of a layer output, which is a tensor or a tuple that starts with one."""
     tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
+
+
+MAX_CACHE_BYTES = 2 << 30
+"""Largest cache; above it the frozen layers run in every epoch."""
+
+
+class FrozenPrefix:
+    """Replay the cached output of a model's lowest `layer_count` layers for the rows of a batch."""
+
+    def __init__(self, model: PreTrainedModel, layer_count: int) -> None:
+        self.model = model
+        self.all_layers = get_layer_list(model)
+        self.layer_count = layer_count
+        self.batch_states: torch.Tensor | None = None
+        self._returns_tuple = False
+
+    @classmethod
+    def is_worthwhile(cls, model: PreTrainedModel, layer_count: int, token_count: int) -> bool:
+        """Whether any layer is frozen and the hidden states of `token_count` tokens fit in MAX_CACHE_BYTES."""
+        return layer_count > 0 and token_count * int(model.config.hidden_size) * 2 <= MAX_CACHE_BYTES
+
+    @torch.no_grad()
+    def compute_hidden_states(
+        self, encoder: TextEncoder, rows: Sequence[EncodedItem], batch_tokens: int
+    ) -> list[torch.Tensor]:
+        """Hidden states [T, H] of each row after the frozen layers, without dropout, on the CPU in bfloat16."""
+        states_by_row: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+        device = next(self.model.parameters()).device
+        captured_states: list[torch.Tensor] = []
+
+        def capture_output(_module: nn.Module, _args: Any, output: Any) -> None:
+            self._returns_tuple = isinstance(output, tuple)
+            captured_states.append(get_hidden_states(output))
+
+        hook = self.all_layers[self.layer_count - 1].register_forward_hook(capture_output)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            # The layers above are bypassed: only the frozen part of the model is computed here.
+            with _bypass_layers(self.all_layers[self.layer_count :]):
+                for batch in plan_token_batches([len(row) for row in rows], batch_tokens):
+                    inputs = encoder.collate([rows[index] for index in batch])
+                    self.model(**{name: tensor.to(device) for name, tensor in inputs.items()})
+                    batch_states = captured_states.pop().to("cpu", torch.bfloat16)
+                    for batch_index, row_index in enumerate(batch):
+                        # Cloned, so that a row does not keep the padded tensor of its whole batch in memory.
+                        states_by_row[row_index] = batch_states[batch_index, : len(rows[row_index])].clone()
+        finally:
+            hook.remove()
+            self.model.train(was_training)
+        return states_by_row
+
+    def load_batch(self, hidden_states: Sequence[torch.Tensor]) -> None:
+        """Set the batch to replay: hidden states of its rows, padded here on the right to [B, T, H]."""
+        parameter = next(self.model.parameters())
+        padded_states = nn.utils.rnn.pad_sequence(list(hidden_states), batch_first=True)
+        self.batch_states = padded_states.to(parameter.device, parameter.dtype)
+
+    @contextmanager
+    def replay_batch(self) -> Iterator[None]:
+        """Within the context, the frozen layers return the batch last passed to `load_batch`."""
+
+        def return_batch_states(_hidden: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:
+            return (self.batch_states,) if self._returns_tuple else self.batch_states
+
+        # Only forward methods are replaced: parameters and module names stay as DeepSpeed has registered them.
+        last_frozen_layer = self.all_layers[self.layer_count - 1]
+        with (
+            _bypass_layers(self.all_layers[: self.layer_count - 1]),
+            _override_forward(last_frozen_layer, return_batch_states),
+        ):
+            yield
+
+
+@contextmanager
+def _bypass_layers(layers: Sequence[nn.Module] | nn.ModuleList) -> Iterator[None]:
+    """Within the context, these layers return their input."""
+
+    def return_input(hidden: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+        return hidden
+
+    previous_forwards = [layer.__dict__.get("forward") for layer in layers]
+    for layer in layers:
+        layer.forward = return_input
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, previous_forwards, strict=True):
+            _restore_forward(layer, forward)
+
+
+@contextmanager
+def _override_forward(layer: nn.Module, forward: Any) -> Iterator[None]:
+    previous_forward = layer.__dict__.get("forward")
+    layer.forward = forward
+    try:
+        yield
+    finally:
+        _restore_forward(layer, previous_forward)
+
+
+def _restore_forward(layer: nn.Module, forward: Any) -> None:
+    # Without an override of its own, the instance attribute is deleted, so that the class's method is found again.
+    if forward is None:
+        del layer.forward
+    else:
+        layer.forward = forward

@@ -1,4 +1,4 @@
-"""Save and resume reward training in Ray Train's checkpoints, so that restarted workers continue from the last save.
+"""Save reward training in Ray Train's checkpoints, so that restarted workers resume from the last save.
 
 Plain tensors and JSON: optimizer state, best weights so far, epoch, and the rows that it has read. At ZeRO 0 every rank
 has the same state, so only rank 0 writes it and any number of ranks can resume from it.

@@ -17,12 +17,18 @@ import numpy as np
 
 from rluf.config.settings import Settings
 from rluf.errors import ModelError, RlufError
+from rluf.reward.backbone import HEAD_MODULE_NAMES
 from rluf.reward.calibration import Calibration, fit_member_weights
-from rluf.reward.card import build_reward_card, compare_models, fit_calibration, summarize_training
+from rluf.reward.card import (
+    build_reward_card,
+    compare_models,
+    compute_slices,
+    fit_calibration,
+    measure_robustness,
+    summarize_training,
+)
 from rluf.reward.card_page import CARD_FILE, CARD_PAGE_FILE, render_card_page
-from rluf.reward.linear_probe import HEAD_MODULE_NAMES
 from rluf.reward.model import RewardModel, get_member_folder
-from rluf.reward.robustness import compute_slices, measure_robustness
 from rluf.reward.shared_backbone import get_head_label, select_labeled_rows
 from rluf.reward.trainer import EVAL_BATCH_TOKENS, EncodedSplit, HeadTask, encode_split
 from rluf.utils.files import atomic_write, replace_folder

@@ -18,19 +18,25 @@ from rluf.config.reward import EnsembleMemberSpec, RewardModelSettings
 from rluf.config.settings import Settings
 from rluf.errors import DataError, ModelError
 from rluf.models.hub import load_tokenizer, resolve_model
-from rluf.reward.augment import SIGN_OFF_SHARE, add_sign_off_copies
-from rluf.reward.backbone import build_text_encoder, freeze_lowest_layers, load_classifier
-from rluf.reward.checkpoint import RewardCheckpointer
-from rluf.reward.debias import compute_propensity_weights, fit_label_nuisance, fit_pair_nuisance
-from rluf.reward.frozen_prefix import FrozenPrefix
-from rluf.reward.linear_probe import (
+from rluf.models.lora import merge_lora_weights
+from rluf.reward.backbone import (
     HEAD_MODULE_NAMES,
-    fit_probe,
-    fold_bias_into_weights,
+    FrozenPrefix,
+    add_layer_adapters,
+    build_text_encoder,
+    freeze_lowest_layers,
     get_linear_head,
-    set_head_weights,
+    load_classifier,
 )
-from rluf.reward.lora import add_lora_adapters, merge_lora_weights
+from rluf.reward.checkpoint import RewardCheckpointer
+from rluf.reward.debias import (
+    SIGN_OFF_SHARE,
+    add_sign_off_copies,
+    compute_propensity_weights,
+    fit_label_nuisance,
+    fit_pair_nuisance,
+)
+from rluf.reward.linear_probe import fit_probe, fold_bias_into_weights, set_head_weights
 from rluf.reward.losses import build_loss
 from rluf.reward.shared_backbone import save_head_folders, select_labeled_rows
 from rluf.reward.text import TextEncoder
@@ -226,7 +232,7 @@ def train_member(
         frozen_prefix = _build_frozen_prefix(settings, model, frozen_layers, tasks)
         trainer = RewardModelTrainer(model, encoder, plan, frozen_prefix)
         if lead_settings.lora_rank:
-            add_lora_adapters(model, lead_settings.lora_rank, frozen_layers, lead_settings.dropout)
+            add_layer_adapters(model, lead_settings.lora_rank, frozen_layers, lead_settings.dropout)
         progress = _train_epochs(
             settings, lead_settings, model, trainer, tasks, progress, weights, checkpointer, model_name
         )
@@ -330,7 +336,7 @@ def _train_epochs(
 def _build_task(
     settings: Settings, head_data: HeadData, encoder: TextEncoder, head_index: int, world_size: int
 ) -> HeadTask:
-    """Encode the head's rows and weight them as its own settings say."""
+    """Encode the head's rows and weight them by its own settings."""
     head_settings = settings.reward.settings_for_head(head_data.head)
     is_pairwise = head_settings.loss == "bradley_terry"
     train_source, dev_source = (f"{head_data.data_folder}/{split}.parquet" for split in ("train", "dev"))

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rluf.errors import ModelError
-from rluf.reward.backbone import get_hidden_states, get_layer_list
+from rluf.reward.backbone import final_norm_or_pooler, get_hidden_states, get_layer_list, get_linear_head
 from rluf.reward.calibration import fit_pair_scale, fit_platt
 from rluf.reward.metrics import log_loss
 from rluf.utils.stats import Floats, sigmoid
@@ -30,20 +30,7 @@ STRENGTH_PATIENCE = 2
 INVARIANCE_WEIGHT = 1.0
 """Weight, relative to the mean log-loss, of the mean squared change of the logit caused by sign-offs."""
 FOLD_COUNT = 4
-HEAD_MODULE_NAMES = ("score", "classifier")
-"""Names of the linear head in Hugging Face models for sequence classification."""
 FloatMatrix = NDArray[np.float64]
-
-
-def get_linear_head(model: nn.Module) -> nn.Linear:
-    """The model's linear head, one row per logit. Raises ModelError when its head is another kind of module."""
-    for name in HEAD_MODULE_NAMES:
-        head = getattr(model, name, None)
-        if isinstance(head, nn.Linear):
-            return head
-    raise ModelError(
-        f"{type(model).__name__} has no linear head, so no probe can be fitted on it; set linear_probe=false"
-    )
 
 
 class HeadInputCapture:
@@ -91,15 +78,6 @@ class HeadInputCapture:
         """Remove the hooks from the model."""
         for hook in self._hooks:
             hook.remove()
-
-
-def final_norm_or_pooler(model: PreTrainedModel) -> nn.Module | None:
-    """The module between the last layer and the head: a decoder's last norm or an encoder's pooler; None if neither."""
-    for name in ("norm", "pooler"):
-        module = getattr(model.base_model, name, None)
-        if isinstance(module, nn.Module):
-            return module
-    return None
 
 
 def assign_folds(clusters: Sequence[str], fold_count: int, *, seed: int = 0) -> NDArray[np.int64]:

@@ -18,8 +18,7 @@ import torch
 from rluf.errors import ModelError
 from rluf.reward.backbone import build_text_encoder, load_classifier
 from rluf.reward.calibration import Calibration
-from rluf.reward.ensemble_forward import compute_shared_logits, plan_forward_passes
-from rluf.reward.shared_backbone import load_heads
+from rluf.reward.shared_backbone import compute_shared_logits, load_heads, plan_forward_passes
 from rluf.reward.text import EncodedItem, ScoringItem, TextEncoder, plan_token_batches
 from rluf.types import Score
 from rluf.utils.stats import Floats

@@ -25,8 +25,8 @@ from torch import distributed
 from transformers import PreTrainedModel
 
 from rluf.errors import DataError, DeadlineError
+from rluf.reward.backbone import FrozenPrefix
 from rluf.reward.calibration import compute_prior_shift, fit_pair_scale, fit_platt
-from rluf.reward.frozen_prefix import FrozenPrefix
 from rluf.reward.linear_probe import HeadInputCapture
 from rluf.reward.losses import LossFunction, weighted_bce_loss
 from rluf.reward.metrics import binary_entropy, log_loss
@@ -86,7 +86,7 @@ class EncodedSplit:
     """Added to each sequence's logit in training, not in scoring: effects of length and user (rluf.reward.debias).
     Empty: none."""
     copy_sources: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """The last rows are copies with a sign-off (rluf.reward.augment): the index of the row each was copied from."""
+    """The last rows are copies with a sign-off (rluf.reward.debias): the index of the row each was copied from."""
 
     def __post_init__(self) -> None:
         """Use the row indices as keys if there are none."""

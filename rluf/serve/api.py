@@ -5,6 +5,7 @@ Server and client share the models.
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
 from rluf.config.objectives import OBJECTIVE_NAME_PATTERN, PRIMARY_OBJECTIVE
+from rluf.errors import RlufError
 from rluf.prepare.schema import MAX_MESSAGES, MAX_TEXT_CHARS, FeedbackRecord
 from rluf.prepare.schema import ChatMessage as LoggedMessage
 from rluf.serve.store import FeedbackEvent, StoreOutcome
@@ -26,6 +28,31 @@ if TYPE_CHECKING:
 
 MAX_ITEMS_PER_REQUEST = 256
 """Maximum number of responses in one request."""
+
+
+class ApiError(RlufError):
+    """Error response: HTTP status, machine-readable type, one-sentence message, optional seconds until a retry."""
+
+    def __init__(self, status: int, error_type: str, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.status, self.error_type, self.message, self.retry_after_s = status, error_type, message, retry_after_s
+
+    def __reduce__(self) -> tuple[type[ApiError], tuple[int, str, str, float | None]]:
+        # The default would call ApiError(message) in the process that unpickles it, which lacks two arguments.
+        return ApiError, (self.status, self.error_type, self.message, self.retry_after_s)
+
+    @property
+    def body(self) -> dict[str, object]:
+        """JSON body of the response."""
+        return {"error": {"message": self.message, "type": self.error_type, "code": self.status}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Response headers: Retry-After in whole seconds, at least 1, if a retry helps; the challenge for 401."""
+        headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
+        return headers
 
 
 def _check_unicode(text: str) -> str:

@@ -32,7 +32,7 @@ from rluf.serve.deployments import (
     GatewayDeployment,
     ScorerDeployment,
 )
-from rluf.serve.limits import hash_token
+from rluf.serve.middleware import hash_token
 from rluf.serve.policy_deployment import ENGINE_SETTING_KEYS, PolicyDeployment
 from rluf.utils.cache import compute_artifact_key, hash_files, hash_source_code
 from rluf.utils.hashing import LEGACY_SERVE_SALT_VARIABLE, USER_SALT_VARIABLE, read_user_salt

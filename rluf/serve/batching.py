@@ -17,7 +17,7 @@ from time import monotonic
 from typing import Generic, TypeVar
 
 from rluf.reward.text import MIN_FILL_SHARE, ScoringItem
-from rluf.serve.limits import ApiError
+from rluf.serve.api import ApiError
 
 ItemResult = TypeVar("ItemResult")
 

@@ -16,7 +16,7 @@ from rluf.config.objectives import PRIMARY_OBJECTIVE
 from rluf.errors import ResourceError
 from rluf.reward.text import ScoringItem
 from rluf.serve import api
-from rluf.serve.limits import ApiError
+from rluf.serve.api import ApiError
 from rluf.types import Message, Score
 
 ReplyModel = TypeVar("ReplyModel", bound=BaseModel)

@@ -17,8 +17,7 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rluf.config.objectives import BUILTIN_OBJECTIVES, PRIMARY_OBJECTIVE, find_objective_spec
-from rluf.serve.api import MAX_ITEMS_PER_REQUEST, MessageText
-from rluf.serve.limits import ApiError
+from rluf.serve.api import MAX_ITEMS_PER_REQUEST, ApiError, MessageText
 from rluf.types import Message
 from rluf.utils.stats import logit
 
@@ -273,7 +272,7 @@ def _objective_values(scored_items: Sequence[ScoredItem], objective: str) -> lis
     # would pass for a moderation result.
     name = objective if objective in scores else DEFAULT_OBJECTIVE
     if name not in scores or (objective == MODERATION_OBJECTIVE and name != objective):
-        raise ApiError(422, "invalid", f"model: {objective[:40]!r} is not served here, but {', '.join(scores)}")
+        raise ApiError(422, "invalid", f"model: expected one of {', '.join(scores)}, got {objective[:40]!r}")
     return [scored_item.scores[name].value for scored_item in scored_items]
 
 

@@ -25,6 +25,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from rluf.errors import RlufError
 from rluf.serve.api import (
+    ApiError,
     ChatReply,
     ChatRequest,
     FeedbackRequest,
@@ -37,10 +38,9 @@ from rluf.serve.api import (
     new_response_id,
     to_messages,
 )
+from rluf.serve.app import HttpServer
 from rluf.serve.batching import RequestBatcher
-from rluf.serve.limits import ApiError
 from rluf.serve.metrics import ServeMetrics
-from rluf.serve.server import HttpServer
 from rluf.serve.store import FeedbackEvent, FeedbackStore, StoreOutcome
 from rluf.types import Score
 

@@ -6,12 +6,17 @@ It wraps the whole app, so that a rejected request costs neither routing nor val
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import hmac
 import json
 import logging
 import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rluf.serve.limits import ApiError, ClientRateLimiter, is_authorized
+from rluf.serve.api import ApiError
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -27,6 +32,8 @@ PUBLIC_PATHS = ("/", "/page.js", "/page.css", "/healthz")
 """Paths served without a token. The page has no secrets and asks the user for the token."""
 RETRY_AFTER_S = 1.0
 """Retry-After while the service drains or after a request that was too slow."""
+MAX_TRACKED_CLIENTS = 10_000
+"""Client addresses with a rate limit state; beyond that the least recently seen one is dropped."""
 INTERNAL_ERROR = ApiError(500, "internal", "the service failed on this request; see its log")
 """Response for unhandled exceptions; the traceback is logged."""
 
@@ -119,7 +126,7 @@ class ServiceMiddleware:
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
         """Read the complete body and enforce the size limit, whatever Content-Length says; POST bodies must be UTF-8.
 
-        The whole body is read before the app runs, so a slow client cannot hold a model's time.
+        The whole body is read before the app runs, so a slow client does not occupy a model.
         """
         chunks, body_bytes, has_more = [], 0, True
         async with asyncio.timeout(self.backend.rules.deadline_s):
@@ -162,3 +169,47 @@ async def send_error(error: ApiError, send: Send) -> None:
     pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": pairs})
     await send({"type": "http.response.body", "body": json.dumps(error.body).encode()})
+
+
+def hash_token(token: str) -> str:
+    """SHA-256 of a bearer token. The service stores only this, so the token itself is in no process but the client."""
+    return hashlib.sha256(token.encode()).hexdigest()
+
+
+def is_authorized(authorization_header: str | None, expected_digest: str | None) -> bool:
+    """Return whether an Authorization header has the token of that digest (constant time); None accepts everyone."""
+    if expected_digest is None:
+        return True
+    scheme, _, token = (authorization_header or "").partition(" ")
+    return scheme.lower() == "bearer" and hmac.compare_digest(hash_token(token.strip()), expected_digest)
+
+
+@dataclass(slots=True)
+class _TokenBucket:
+    tokens_left: float
+    updated_at: float
+
+
+class ClientRateLimiter:
+    """A token bucket per client: `requests_per_s` on average, bursts of two seconds' worth."""
+
+    def __init__(self, requests_per_s: float, clock: Callable[[], float]) -> None:
+        """`clock` returns monotonic seconds."""
+        self.requests_per_s, self.burst_size, self.clock = requests_per_s, max(1.0, 2 * requests_per_s), clock
+        self._client_buckets: OrderedDict[str, _TokenBucket] = OrderedDict()
+
+    def acquire_token(self, client_address: str) -> float:
+        """Take one token; returns 0 if there was one, otherwise the seconds until the next one."""
+        now = self.clock()
+        bucket = self._client_buckets.setdefault(client_address, _TokenBucket(self.burst_size, now))
+        # Ordered by last use, so that the bound drops idle clients, which have a full bucket anyway.
+        self._client_buckets.move_to_end(client_address)
+        if len(self._client_buckets) > MAX_TRACKED_CLIENTS:
+            self._client_buckets.popitem(last=False)
+        refill = (now - bucket.updated_at) * self.requests_per_s
+        bucket.tokens_left = min(self.burst_size, bucket.tokens_left + refill)
+        bucket.updated_at = now
+        if bucket.tokens_left < 1:
+            return (1 - bucket.tokens_left) / self.requests_per_s
+        bucket.tokens_left -= 1
+        return 0.0

@@ -16,7 +16,7 @@ from rluf.config.policy import ModelSettings, RolloutSettings
 from rluf.config.run import ClusterSettings
 from rluf.config.settings import Settings
 from rluf.errors import ActorLostError, ModelError, RlufError
-from rluf.serve.limits import ApiError
+from rluf.serve.api import ApiError
 from rluf.types import Message
 
 if TYPE_CHECKING:

@@ -36,21 +36,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rluf.sweep", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add = parser.add_argument
-    add("--config", type=Path, metavar="FILE", help="settings of the training job (default: the quickstart)")
-    add("--weights", type=float, nargs="+", default=[0.0, 0.1, 0.3], help="love weights (default 0 0.1 0.3)")
-    add("--kl", type=float, nargs="+", default=[0.02], help="KL coefficients (default 0.02)")
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (default 1 2 3)")
-    add("--concurrent", type=int, default=1, help="maximum number of concurrent runs (default 1)")
-    add("overrides", nargs="*", metavar="key=value", help="override single settings of all runs")
+    add_argument = parser.add_argument
+    add_argument("--config", type=Path, metavar="FILE", help="settings of the training job (default: the quickstart)")
+    add_argument("--weights", type=float, nargs="+", default=[0.0, 0.1, 0.3], help="love weights (default 0 0.1 0.3)")
+    add_argument("--kl", type=float, nargs="+", default=[0.02], help="KL coefficients (default 0.02)")
+    add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3], help="seeds (default 1 2 3)")
+    add_argument("--concurrent", type=int, default=1, help="maximum number of concurrent runs (default 1)")
+    add_argument("overrides", nargs="*", metavar="key=value", help="override single settings of all runs")
     return parser
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     """Parse the command line; key=value words may be anywhere."""
     # Removed first: after --seeds, which takes any number of values, argparse would read them as seeds.
-    overrides = [word for word in arguments if "=" in word and not word.startswith("-")]
-    args = build_parser().parse_intermixed_args([word for word in arguments if word not in overrides])
+    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
+    args = build_parser().parse_intermixed_args([argument for argument in arguments if argument not in overrides])
     args.overrides += overrides
     return args
 
@@ -73,15 +73,19 @@ def run_sweep(args: argparse.Namespace) -> dict[str, Any]:
     sweep_folder = resolve_runs_root(settings) / f"{settings.name}-sweep"
     sweep_folder.mkdir(parents=True, exist_ok=True)
     grid = [(weight, kl_coef, seed) for weight in args.weights for kl_coef in args.kl for seed in args.seeds]
-    overrides = {point: _run_overrides(args, settings, sweep_folder, point) for point in grid}
-    commands = {_run_name(point): _train_command(args, overrides[point]) for point in grid}
+    overrides_by_point = {grid_point: _run_overrides(args, settings, sweep_folder, grid_point) for grid_point in grid}
+    command_by_run = {
+        _run_name(grid_point): _train_command(args, overrides_by_point[grid_point]) for grid_point in grid
+    }
     # Loading the settings of every point here refuses an invalid one before the first run starts.
-    expected_settings = {point: load_settings(args.config, overrides[point]).settings for point in grid}
+    expected_settings = {
+        grid_point: load_settings(args.config, overrides_by_point[grid_point]).settings for grid_point in grid
+    }
 
-    def find_summary(point: tuple[float, float, int]) -> dict[str, Any] | None:
-        return find_finished_run(sweep_folder / _run_name(point), expected_settings[point])
+    def find_summary(grid_point: tuple[float, float, int]) -> dict[str, Any] | None:
+        return find_finished_run(sweep_folder / _run_name(grid_point), expected_settings[grid_point])
 
-    pending_runs = [_run_name(point) for point in grid if not find_summary(point)]
+    pending_runs = [_run_name(grid_point) for grid_point in grid if not find_summary(grid_point)]
     logger.info(
         "%s: starting runs=%d finished_before=%d", sweep_folder, len(pending_runs), len(grid) - len(pending_runs)
     )
@@ -91,7 +95,9 @@ def run_sweep(args: argparse.Namespace) -> dict[str, Any]:
 
             def run_trial(config: dict[str, Any]) -> dict[str, float]:
                 run_name = config["run"]
-                return _run_training(commands[run_name], working_folder, ray_address, sweep_folder / f"{run_name}.log")
+                return _run_training(
+                    command_by_run[run_name], working_folder, ray_address, sweep_folder / f"{run_name}.log"
+                )
 
             # A trial reserves no CPU: it only waits for the run, whose actors reserve the resources themselves.
             tune.Tuner(
@@ -100,11 +106,11 @@ def run_sweep(args: argparse.Namespace) -> dict[str, Any]:
                 tune_config=tune.TuneConfig(max_concurrent_trials=args.concurrent),
                 run_config=tune.RunConfig(name="tune", storage_path=str(sweep_folder), verbose=1),
             ).fit()
-    summaries = {point: find_summary(point) for point in grid}
+    summaries = {grid_point: find_summary(grid_point) for grid_point in grid}
     report = build_sweep_report(summaries)
     report["failed"] = {
-        _run_name(point): str(sweep_folder / f"{_run_name(point)}.log")
-        for point, summary in summaries.items()
+        _run_name(grid_point): str(sweep_folder / f"{_run_name(grid_point)}.log")
+        for grid_point, summary in summaries.items()
         if not summary
     }
     write_json(sweep_folder / "sweep.json", to_jsonable(report))
@@ -112,21 +118,21 @@ def run_sweep(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _run_name(point: tuple[float, float, int]) -> str:
-    return f"love{point[0]:g}-kl{point[1]:g}-seed{point[2]}"
+def _run_name(grid_point: tuple[float, float, int]) -> str:
+    return f"love{grid_point[0]:g}-kl{grid_point[1]:g}-seed{grid_point[2]}"
 
 
 def _run_overrides(
-    args: argparse.Namespace, settings: Settings, sweep_folder: Path, point: tuple[float, float, int]
+    args: argparse.Namespace, settings: Settings, sweep_folder: Path, grid_point: tuple[float, float, int]
 ) -> list[str]:
-    love_weight, kl_coef, seed = point
+    love_weight, kl_coef, seed = grid_point
     helpfulness_weight = max(
         0.0, settings.objectives.love.weight + settings.objectives.helpfulness.weight - love_weight
     )
     return [
         *args.overrides, f"objectives.love.weight={love_weight:g}",
         f"objectives.helpfulness.weight={helpfulness_weight:g}", f"algorithm.kl_coef={kl_coef:g}", f"seed={seed}",
-        f"name={_run_name(point)}", f"run.root={sweep_folder}",
+        f"name={_run_name(grid_point)}", f"run.root={sweep_folder}",
     ]  # fmt: skip
 
 
@@ -135,11 +141,11 @@ def _train_command(args: argparse.Namespace, overrides: Sequence[str]) -> list[s
     return [sys.executable, "-m", "rluf.train", *config_arguments, *overrides]
 
 
-def find_finished_run(folder: Path, expected_settings: Settings) -> dict[str, Any] | None:
-    """summary.json of the newest finished run in `folder` with the expected settings; None if there is none."""
+def find_finished_run(point_folder: Path, expected_settings: Settings) -> dict[str, Any] | None:
+    """summary.json of the newest finished run in `point_folder` with the expected settings; None if there is none."""
     from rluf.utils.files import read_json
 
-    for summary_path in sorted(folder.glob("*/summary.json"), reverse=True):
+    for summary_path in sorted(point_folder.glob("*/summary.json"), reverse=True):
         run_folder = summary_path.parent
         # `latest` is a link to one of the other folders.
         if not run_folder.is_symlink() and has_same_settings(read_json(run_folder / "config.json"), expected_settings):
@@ -170,29 +176,29 @@ def has_same_settings(run_config: Mapping[str, Any], expected_settings: Settings
 
 def _run_training(command: Sequence[str], working_folder: Path, ray_address: str, log_path: Path) -> dict[str, float]:
     """Run one training job on the Ray cluster of the sweep, terminated with the trial; {"failed": 0 or 1}."""
-    with log_path.open("w", encoding="utf-8") as stream:
-        process = subprocess.Popen(
+    with log_path.open("w", encoding="utf-8") as log_stream:
+        training_process = subprocess.Popen(
             command,
             cwd=working_folder,
             env={**os.environ, "RAY_ADDRESS": ray_address},
-            stdout=stream,
+            stdout=log_stream,
             stderr=subprocess.STDOUT,
         )
         try:
-            return {"failed": float(process.wait() != 0)}
+            return {"failed": float(training_process.wait() != 0)}
         finally:
-            if process.poll() is None:
-                process.terminate()
+            if training_process.poll() is None:
+                training_process.terminate()
 
 
 def raise_for_failed_runs(report: Mapping[str, Any]) -> None:
     """Raise ActorError that names the failed runs of the sweep and their logs."""
     failed_runs = report["failed"]
     if failed_runs:
-        logs = ", ".join(f"{name} (see {log_path})" for name, log_path in failed_runs.items())
+        failure_texts = ", ".join(f"{name} (see {log_path})" for name, log_path in failed_runs.items())
         raise ActorError(
-            f"{len(failed_runs)} runs of the sweep failed: {logs}; fix the errors in the logs and run the sweep again, "
-            "finished runs are reused"
+            f"{len(failed_runs)} runs of the sweep failed: {failure_texts}; fix the errors in the logs and run the "
+            "sweep again, finished runs are reused"
         )
 
 

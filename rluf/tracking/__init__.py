@@ -1,1 +1,1 @@
-"""How a run is seen: console, metrics file, W&B and the HTML report."""
+"""Run tracking: console, W&B, Prometheus gauges, and the timeline of the actors."""

@@ -62,6 +62,7 @@ class BackgroundCaller:
 
     def wait_for_call(self, call: BackgroundCall, timeout_s: float) -> bool:
         """Wait at most `timeout_s` for a call and return whether it succeeded; a timeout stops the caller."""
+        # Polling instead of one long wait: a thread that dies of an unexpected error never sets `finished`.
         deadline = time.monotonic() + timeout_s
         while not call.finished.wait(0.02) and self._thread.is_alive() and time.monotonic() < deadline:
             pass
@@ -79,6 +80,7 @@ class BackgroundCaller:
     def _run_calls(self) -> None:
         while True:
             call = self._queued_calls.get()
+            # After a failure the queue is still emptied, so that waiters return and its calls free their data.
             if not self._stopped:
                 self._run_call(call)
             call.finished.set()
@@ -88,13 +90,13 @@ class BackgroundCaller:
             call.action()
             call.succeeded = True
         except self._expected_errors as error:
-            message = str(error).split("\n")[0]
+            first_line = str(error).split("\n")[0]
             logger.warning(
                 "%s could not %s (%s: %s); continuing without it",
                 self._service_name,
                 call.description,
                 type(error).__name__,
-                message,
+                first_line,
             )
         finally:
             self._stopped = not call.succeeded

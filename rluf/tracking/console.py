@@ -36,6 +36,7 @@ def setup_logging(run_log: Path | None = None, *, level: int = logging.INFO) -> 
     May be called again, for example once the run folder is known; it replaces the handlers of the earlier call.
     """
     root_logger = logging.getLogger()
+    # Only rluf's own handlers are removed: Ray and pytest have theirs on the root logger too.
     for handler in _installed_handlers:
         root_logger.removeHandler(handler)
         handler.close()
@@ -56,8 +57,8 @@ def setup_logging(run_log: Path | None = None, *, level: int = logging.INFO) -> 
     for handler in _installed_handlers:
         root_logger.addHandler(handler)
     root_logger.setLevel(level)
-    for name in QUIET_LOGGERS:
-        logging.getLogger(name).setLevel(logging.WARNING)
+    for logger_name in QUIET_LOGGERS:
+        logging.getLogger(logger_name).setLevel(logging.WARNING)
 
 
 class _RunLogHandler(logging.FileHandler):
@@ -139,10 +140,16 @@ class PhaseProgress:
 
     def _log_line(self) -> None:
         self._logged_at, self._logged_count = time.monotonic(), self._done_count
-        total = f"/{self._total}" if self._total is not None else ""
-        seconds = self._logged_at - self._started_at
+        total_text = f"/{self._total}" if self._total is not None else ""
+        elapsed_s = self._logged_at - self._started_at
         logger.info(
-            "%s: %s%s %s in %.0f s  %s", self._title, self._done_count, total, self._unit, seconds, self._note_text
+            "%s: %s%s %s in %.0f s  %s",
+            self._title,
+            self._done_count,
+            total_text,
+            self._unit,
+            elapsed_s,
+            self._note_text,
         )
 
 

@@ -27,17 +27,17 @@ GAUGE_LABELS = {"objective": "objective", "phase_seconds": "phase"}
 """Label name of the gauges that have one series per objective or phase."""
 
 
-def gauge_and_labels(key: str, objective_names: Iterable[str]) -> tuple[str, dict[str, str]]:
+def gauge_and_labels(metric_key: str, objective_names: Iterable[str]) -> tuple[str, dict[str, str]]:
     """Gauge name and labels of a metric, without prefix.
 
     kl is the gauge kl, love is objective{objective=love}, learn_s is phase_seconds{phase=learn}. One gauge for all
     objectives keeps the dashboard independent of their names.
     """
-    if key in objective_names:
-        return "objective", {"objective": key}
-    if key in metric_registry.PHASE_KEYS:
-        return "phase_seconds", {"phase": key.removesuffix("_s")}
-    return key, {}
+    if metric_key in objective_names:
+        return "objective", {"objective": metric_key}
+    if metric_key in metric_registry.PHASE_KEYS:
+        return "phase_seconds", {"phase": metric_key.removesuffix("_s")}
+    return metric_key, {}
 
 
 class RunGauges:
@@ -53,22 +53,22 @@ class RunGauges:
             metric_spec.key: f"{metric_spec.title}: {metric_spec.description}"
             for metric_spec in metric_registry.STEP_METRICS
         }
-        keys = (*descriptions, *self._objective_names)
-        gauge_names = {gauge_and_labels(key, self._objective_names)[0] for key in keys} | set(EXTRA_GAUGES)
+        metric_keys = (*descriptions, *self._objective_names)
+        gauge_names = {gauge_and_labels(key, self._objective_names)[0] for key in metric_keys} | set(EXTRA_GAUGES)
         self._gauges_by_name: dict[str, Gauge] = {
-            name: Gauge(
-                f"{GAUGE_PREFIX}{name}",
-                description=EXTRA_GAUGES.get(name) or descriptions[name],
-                tag_keys=("run", *([GAUGE_LABELS[name]] if name in GAUGE_LABELS else [])),
+            gauge_name: Gauge(
+                f"{GAUGE_PREFIX}{gauge_name}",
+                description=EXTRA_GAUGES.get(gauge_name) or descriptions[gauge_name],
+                tag_keys=("run", *([GAUGE_LABELS[gauge_name]] if gauge_name in GAUGE_LABELS else [])),
             )
-            for name in sorted(gauge_names)
+            for gauge_name in sorted(gauge_names)
         }
 
     def set_step(self, step_metrics: Mapping[str, float | None]) -> None:
         """Set the gauges to a step's metrics; missing and non-finite values leave their gauge unchanged."""
-        for key, value in step_metrics.items():
-            name, labels = gauge_and_labels(key, self._objective_names)
-            gauge = self._gauges_by_name.get(name)
+        for metric_key, value in step_metrics.items():
+            gauge_name, labels = gauge_and_labels(metric_key, self._objective_names)
+            gauge = self._gauges_by_name.get(gauge_name)
             if gauge is not None and value is not None and math.isfinite(value):
                 gauge.set(float(value), tags={**self._run_tag, **labels})
 
@@ -89,17 +89,18 @@ def build_dashboard() -> dict[str, Any]:
                 "targets": [
                     {
                         "refId": chr(ord("A") + series_index),
-                        "expr": f'ray_{GAUGE_PREFIX}{name}{{run=~"$run"}}',
+                        "expr": f'ray_{GAUGE_PREFIX}{gauge_name}{{run=~"$run"}}',
                         "legendFormat": legend,
                     }
-                    for series_index, (name, legend) in enumerate(series)
+                    for series_index, (gauge_name, legend) in enumerate(series)
                 ],
             }
         )
-    query = f"label_values(ray_{GAUGE_PREFIX}step, run)"
+    run_query = f"label_values(ray_{GAUGE_PREFIX}step, run)"
     variables = [
         {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Data source"},
-        {"name": "run", "type": "query", "datasource": "${datasource}", "query": query, "label": "Run", "multi": True,
+        {"name": "run", "type": "query", "datasource": "${datasource}", "query": run_query, "label": "Run",
+         "multi": True,
          "includeAll": True, "refresh": 2},
     ]  # fmt: skip
     return {
@@ -117,7 +118,7 @@ def build_dashboard() -> dict[str, Any]:
 
 def _dashboard_panels() -> list[tuple[str, str, list[tuple[str, str]]]]:
     """Return (title, unit, [(gauge, legend)]) of each panel."""
-    # The phases share one panel above, where they can be compared.
+    # The phases share one panel, where they can be compared.
     metric_panels = [
         (metric_spec.title, _grafana_unit(metric_spec), [(metric_spec.key, "{{run}}")])
         for metric_spec in metric_registry.STEP_METRICS

@@ -81,9 +81,9 @@ STEP_METRICS = (
                "weight_sync", "version", summary_statistic="max"),
     MetricSpec("staleness", "Staleness", "maximum weight versions between sampling and update", "weight_sync",
                "version", summary_statistic="max"),
-    MetricSpec("publish_s", "Weight sync time", "seconds until all engines have the new weights", "weight_sync",
+    MetricSpec("weight_sync_s", "Weight sync time", "seconds until all engines have the new weights", "weight_sync",
                "version", summary_statistic="mean"),
-    MetricSpec("probe_s", "Sync check time", "seconds of the weight sync spent on its check", "weight_sync", "version",
+    MetricSpec("sync_check_s", "Sync check time", "seconds of the weight sync spent on its check", "weight_sync", "version",
                summary_statistic="mean"),
     MetricSpec("generate_s", "Generation", "seconds of the step until the last response", "throughput", "tokens",
                summary_statistic="mean"),
@@ -111,9 +111,12 @@ STEP_METRICS = (
 )  # fmt: skip
 """Metrics of every run. A step may have more; W&B and metrics.jsonl record those over the step."""
 
-PHASE_KEYS = ("generate_s", "score_s", "learn_s", "publish_s")
+PHASE_KEYS = ("generate_s", "score_s", "learn_s", "weight_sync_s")
 """Phases that add up to a step, in order, in seconds."""
-RENAMED_METRICS = {"probe": "sync_logprob_gap", "cap_share": "ratio_capped_fraction", "passed": "gate_pass_rate"}
+RENAMED_METRICS = {
+    "probe": "sync_logprob_gap", "probe_s": "sync_check_s", "publish_s": "weight_sync_s",
+    "cap_share": "ratio_capped_fraction", "passed": "gate_pass_rate",
+}  # fmt: skip
 """Keys of the previous release -> present keys, so that reports of older run folders stay complete for one release."""
 
 

@@ -1,4 +1,4 @@
-"""Weights & Biases tracking: offline without a key, files in the run folder, failures never stop a run."""
+"""Weights & Biases tracking: offline without an API key, files in the run folder; failures never stop a run."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from rluf.config.settings import Settings
 from rluf.errors import DataError
 from rluf.tracking import metric_registry
 from rluf.tracking.background import BackgroundCaller
-from rluf.tracking.provenance import read_provenance
-from rluf.tracking.run_files import PromptComparison, RolloutSample
+from rluf.tracking.run_files import PromptComparison, RolloutSample, read_provenance
 from rluf.utils.files import read_json, read_jsonl, to_jsonable
 
 if TYPE_CHECKING:
@@ -62,6 +61,7 @@ class WandbTracker:
         self._run_name = run_name or f"{settings.name}-{run_folder.name}"
         self._objective_names = list(settings.objectives.by_objective)
         self._config_name = settings.name
+        # Sums by step, not one running total: a step that is repeated after a restart must count once.
         self._running_sums: dict[int, dict[str, float]] = {}
         with contextlib.suppress(DataError):  # the sums then start at 0: W&B must not stop a run
             for row in read_jsonl(run_folder / "metrics.jsonl"):
@@ -80,10 +80,10 @@ class WandbTracker:
         for mode in dict.fromkeys((self.mode, OFFLINE_MODE)):
             self.mode = mode
             self._background_caller.reset()
-            start = self._background_caller.submit(
+            start_call = self._background_caller.submit(
                 f"start {mode}", self._make_starter(mode, {**config, "origin": read_provenance()})
             )
-            if self._background_caller.wait_for_call(start, START_TIMEOUT_S + START_GRACE_S):
+            if self._background_caller.wait_for_call(start_call, START_TIMEOUT_S + START_GRACE_S):
                 break
 
     def __enter__(self) -> WandbTracker:
@@ -117,25 +117,25 @@ class WandbTracker:
         `sample_values` are values [N] of single samples by name; they become histograms.
         """
         self._add_to_sums(step, metrics)
-        row = self._wandb_step_row(step, metrics)
+        wandb_row = self._wandb_step_row(step, metrics)
 
         def record(run: Run) -> None:
             import numpy as np
             import wandb
 
-            histograms = {
+            wandb_histograms = {
                 f"distributions/{name}": wandb.Histogram(
                     np_histogram=np.histogram(np.asarray(values), bins=HISTOGRAM_BINS)
                 )
                 for name, values in (sample_values or {}).items()
                 if len(values) and all(map(math.isfinite, values))
             }
-            run.log({**row, **histograms})
+            run.log({**wandb_row, **wandb_histograms})
 
         self._submit_call("log", record)
-        skipped = metrics.get("skipped") or 0.0
-        if skipped > self._skipped_updates:
-            self._skipped_updates = skipped
+        skipped_updates = metrics.get("skipped") or 0.0
+        if skipped_updates > self._skipped_updates:
+            self._skipped_updates = skipped_updates
             self.send_alert(f"{self._config_name}: update skipped", f"The gradient of step {step} was not finite.")
 
     def send_alert(self, title: str, text: str) -> None:
@@ -149,9 +149,10 @@ class WandbTracker:
         def record(run: Run) -> None:
             import wandb
 
-            names = sorted({name for row in samples for name in row["scores"]})
-            columns = ["step", "version", "topic", "prompt", "response", *names, "reward", "kl", "verdicts"]
-            data = [
+            objective_names = sorted({objective for row in samples for objective in row["scores"]})
+            column_names = ["step", "version", "topic", "prompt", "response"]
+            column_names += [*objective_names, "reward", "kl", "verdicts"]
+            table_data = [
                 [
                     row["step"],
                     row["version"],
@@ -159,11 +160,11 @@ class WandbTracker:
                     _truncate_cell(row["prompt"]),
                     _truncate_cell(row["response"]),
                 ]
-                + [row["scores"].get(name) for name in names]
+                + [row["scores"].get(objective) for objective in objective_names]
                 + [row["reward"], row["kl"], _format_verdicts(row["failed"])]
                 for row in samples
             ]
-            run.log({"step": step, ROLLOUT_TABLE: wandb.Table(columns=columns, data=data)})
+            run.log({"step": step, ROLLOUT_TABLE: wandb.Table(columns=column_names, data=table_data)})
 
         if samples:
             self._submit_call("log rollout samples", record)
@@ -175,24 +176,25 @@ class WandbTracker:
         def record(run: Run) -> None:
             import wandb
 
-            names = sorted(
-                {name for row in comparisons for arm in (row["base"], row["aligned"]) for name in arm["scores"]}
+            arm_names: tuple[Literal["base", "aligned"], ...] = ("base", "aligned")
+            objective_names = sorted(
+                {objective for row in comparisons for arm in arm_names for objective in row[arm]["scores"]}
             )
-            arms: tuple[Literal["base", "aligned"], ...] = ("base", "aligned")
-            columns = ["topic", "prompt", "base", "aligned", *(f"{name}/{arm}" for name in names for arm in arms)]
-            columns += [f"verdicts/{arm}" for arm in arms]
-            data = [
+            column_names = ["topic", "prompt", "base", "aligned"]
+            column_names += [f"{objective}/{arm}" for objective in objective_names for arm in arm_names]
+            column_names += [f"verdicts/{arm}" for arm in arm_names]
+            table_data = [
                 [
                     row["topic"],
                     _truncate_cell(row["prompt"]),
                     _truncate_cell(row["base"]["text"]),
                     _truncate_cell(row["aligned"]["text"]),
                 ]
-                + [row[arm]["scores"].get(name) for name in names for arm in arms]
-                + [_format_verdicts(row[arm]["failed"]) for arm in arms]
+                + [row[arm]["scores"].get(objective) for objective in objective_names for arm in arm_names]
+                + [_format_verdicts(row[arm]["failed"]) for arm in arm_names]
                 for row in comparisons
             ]
-            run.log({COMPARISON_TABLE: wandb.Table(columns=columns, data=data)})
+            run.log({COMPARISON_TABLE: wandb.Table(columns=column_names, data=table_data)})
 
         self._submit_call("log comparisons", record)
 
@@ -204,23 +206,23 @@ class WandbTracker:
         that they reuse. The chain of single artifacts, log -> data -> reward -> policy, is in the metadata of each
         (`made_from`).
         """
-        card = read_json(data_artifact.folder / "data_card.json")
-        row_counts = {kind: counts.get("in") for kind, counts in card.get("counts", {}).items()}
-        log_facts = {"sources": card.get("sources", []), "rows": row_counts}
+        data_card = read_json(data_artifact.folder / "data_card.json")
+        row_counts = {kind: counts.get("in") for kind, counts in data_card.get("counts", {}).items()}
+        log_facts = {"sources": data_card.get("sources", []), "rows": row_counts}
         self._log_artifact("log", "log", data_artifact.key, log_facts, is_input=True)
         data_facts = {"reused": data_artifact.reused}
         self._log_artifact(
             "data", "data", data_artifact.key, data_facts, ("log",), "cards/data.json", is_input=data_artifact.reused
         )
-        for name, artifact in reward_artifacts.items():
+        for objective, artifact in reward_artifacts.items():
             if artifact is not None:
                 self._log_artifact(
-                    f"reward-{name}",
+                    f"reward-{objective}",
                     "reward-model",
                     artifact.key,
-                    {"reused": artifact.reused, "objective": name},
+                    {"reused": artifact.reused, "objective": objective},
                     ("data",),
-                    f"cards/{name}.json",
+                    f"cards/{objective}.json",
                     is_input=artifact.reused,
                 )
 
@@ -228,9 +230,9 @@ class WandbTracker:
         """Log the policy of the run folder as an artifact that refers to the folder, with the gate verdict."""
         if not (self._run_folder / "policy").is_dir():
             return
-        facts = {"gates": summary.get("gates", {}).get("verdict"), "kl": summary.get("kl")}
+        policy_facts = {"gates": summary.get("gates", {}).get("verdict"), "kl": summary.get("kl")}
         made_from = ("data", *(f"reward-{name}" for name in self._objective_names))
-        self._log_artifact("policy", "policy", "", facts, made_from, "policy")
+        self._log_artifact("policy", "policy", "", policy_facts, made_from, "policy")
 
     def update_summary(self, summary: Mapping[str, Any]) -> None:
         """Copy summary.json to the run's summary (love_rate.lift.mean ...); send alerts for alarms and failed gates."""
@@ -239,8 +241,8 @@ class WandbTracker:
         if gates.get("alarms"):
             self.send_alert(f"{self._config_name}: monitors", f"Alarms raised: {', '.join(gates['alarms'])}.")
         if gates.get("verdict") == "fail":
-            failed = ", ".join(check["name"] for check in gates.get("checks", []) if not check["passed"])
-            self.send_alert(f"{self._config_name}: gates", f"Failed: {failed}.")
+            failed_gates = ", ".join(check["name"] for check in gates.get("checks", []) if not check["passed"])
+            self.send_alert(f"{self._config_name}: gates", f"Failed: {failed_gates}.")
 
     def finish(self, *, failed: bool = False) -> None:
         """Finish the W&B run and wait until its files are complete; `failed` sets the exit code."""
@@ -263,13 +265,13 @@ class WandbTracker:
     def _wandb_step_row(self, step: int, metrics: Mapping[str, float | int | None]) -> dict[str, float]:
         """Build the row of a step for W&B: the axes, and each metric by its W&B name."""
         metric_specs = metric_registry.metric_specs(self._objective_names)
-        names = {metric_spec.key: metric_spec.wandb_name for metric_spec in metric_specs}
-        row = {
-            names.get(key, f"other/{key}"): float(value)
+        wandb_names = {metric_spec.key: metric_spec.wandb_name for metric_spec in metric_specs}
+        wandb_row = {
+            wandb_names.get(key, f"other/{key}"): float(value)
             for key, value in metrics.items()
             if key not in metric_registry.AXIS_TITLES and value is not None and math.isfinite(value)
         }
-        return {**row, "step": step, **self._running_sums[step], "version": metrics.get("version") or 0}
+        return {**wandb_row, "step": step, **self._running_sums[step], "version": metrics.get("version") or 0}
 
     def _add_to_sums(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Store the samples and tokens up to this step; a step that is repeated after a restart counts once."""
@@ -298,15 +300,15 @@ class WandbTracker:
         def record(run: Run) -> None:
             import wandb
 
-            sources = [f"{self._config_name}-{source_name}" for source_name in made_from]
-            metadata = to_jsonable({**facts, "key": cache_key, "made_from": sources})
+            source_names = [f"{self._config_name}-{source_name}" for source_name in made_from]
+            metadata = to_jsonable({**facts, "key": cache_key, "made_from": source_names})
             artifact = wandb.Artifact(f"{self._config_name}-{name}", type=artifact_type, metadata=metadata)
-            path = self._run_folder / relative_path
-            if relative_path and path.is_file():
-                artifact.add_file(str(path), policy="immutable", skip_cache=True)
-            elif relative_path and path.is_dir():
+            artifact_path = self._run_folder / relative_path
+            if relative_path and artifact_path.is_file():
+                artifact.add_file(str(artifact_path), policy="immutable", skip_cache=True)
+            elif relative_path and artifact_path.is_dir():
                 # Without a checksum, which would read all weights, and without an upload of them.
-                artifact.add_reference(path.resolve().as_uri(), checksum=False)
+                artifact.add_reference(artifact_path.resolve().as_uri(), checksum=False)
             aliases = ["latest", *([cache_key] if cache_key else [])]
             if is_input:
                 # run.use_artifact is refused offline and waits for the server online; this call, which it makes, is not
@@ -355,12 +357,12 @@ class WandbTracker:
 
     def _read_or_create_run_id(self) -> str:
         """Return the id of the W&B run. It is stored in the run folder, so a resumed run continues the same W&B run."""
-        path = self._run_folder / "wandb" / "id"
-        if path.is_file():
-            return path.read_text("utf-8").strip()
-        path.parent.mkdir(parents=True, exist_ok=True)
+        id_path = self._run_folder / "wandb" / "id"
+        if id_path.is_file():
+            return id_path.read_text("utf-8").strip()
+        id_path.parent.mkdir(parents=True, exist_ok=True)
         run_id = secrets.token_hex(4)
-        path.write_text(run_id, "utf-8")
+        id_path.write_text(run_id, "utf-8")
         return run_id
 
     def _submit_call(self, description: str, action: Callable[[Run], object]) -> None:

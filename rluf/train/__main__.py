@@ -37,12 +37,12 @@ def train(settings: Settings) -> Path:
     from rluf.models.hub import resolve_model
     from rluf.report.model_card import write_model_card
     from rluf.tracking.console import setup_logging
+    from rluf.tracking.timeline import PhaseTimer
     from rluf.tracking.wandb import WandbTracker
     from rluf.train.checkpoint_manager import find_resume_folder
     from rluf.train.loop import run_training
     from rluf.utils.files import write_json
     from rluf.utils.paths import create_run_folder, resolve_cache_folder, resolve_runs_root
-    from rluf.utils.timing import PhaseTimer
 
     setup_logging()
     phase_timer, cache_folder = PhaseTimer(), resolve_cache_folder(settings)

@@ -101,7 +101,7 @@ class CheckpointManager:
         """Write the checkpoint of `step` atomically, then delete superfluous ones; None if it exists already.
 
         `metric_rows` are the metrics of all steps so far, `monitor_state` that of the reward hacking monitor. Raises
-        ModelError when the disk refuses the files.
+        ModelError when the files cannot be written.
         """
         if step == self._last_saved_step:
             return None

@@ -153,7 +153,7 @@ class TrainController:
             self.version += 1
             with ray_timeline_span(f"weight sync v{self.version}"):
                 sync_metrics = await self.weight_sync.sync(self.version)
-            timer.record("publish_s", phase_start)
+            timer.record("weight_sync_s", phase_start)
         self.last_batch_refs = [scored_group.group_ref for scored_group in batch]
         self.sample_values = self._collect_sample_values(batch, step_rewards)
         self.snapshot = self.state()

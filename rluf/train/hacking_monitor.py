@@ -1,4 +1,4 @@
-"""Reward hacking monitor: measures the replies of each step and acts on alarms as `algorithm.hacking_alarms` says.
+"""Reward hacking monitor: measures the replies of each step and acts on alarms as `algorithm.hacking_alarms` selects.
 
 rluf.evaluate.alarms holds the tests and the escalation policy; this module applies their decisions to the run. Replies
 on topics with an objective of their own (refusals of harmful requests) are not measured: there training is meant to

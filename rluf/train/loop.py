@@ -272,13 +272,13 @@ async def generate_eval_responses(
 ) -> list[EvalResponse]:
     """Responses of the engines' policy to each prompt, in order of prompts, scored by every objective."""
     seed, start_time = settings.seed + EVALUATION_SEED_OFFSET, time.monotonic()
-    with PhaseProgress(f"answers of the {policy_name}", len(prompts), unit="prompt") as progress:
+    with PhaseProgress(f"responses of the {policy_name}", len(prompts), unit="prompt") as progress:
         responses = await controller.generate_and_score(
             prompts, settings.evaluate.samples_per_prompt, seed, progress.advance
         )
     end_time = time.monotonic()
     logger.info(
-        "answers of the %s: %.1f s, of which scoring after the last rollout took %.1f s",
+        "responses of the %s: %.1f s, of which scoring after the last rollout took %.1f s",
         policy_name,
         end_time - start_time,
         end_time - controller.last_generated_at,

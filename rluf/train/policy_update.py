@@ -167,7 +167,7 @@ class PolicyUpdater:
             group_refs[: len(groups)],
             self._plan_micro_batches(infos[: len(groups)]),
             learner_inputs,
-            metrics={"liked_drift": fmean(kl_by_label[1.0]), "other_drift": fmean(kl_by_label[0.0])},
+            metrics={"liked_kl": fmean(kl_by_label[1.0]), "other_kl": fmean(kl_by_label[0.0])},
         )
 
     async def apply_update(self, step: int, update: PlannedUpdate) -> dict[str, float]:

@@ -65,8 +65,8 @@ class WeightSync:
     async def sync(self, version: int) -> dict[str, float]:
         """Transfer the learners' weights as `version` and verify them, after `prepare_probe`.
 
-        Returns `sync_logprob_gap`, the mean absolute log-probability difference in nats per token, and `probe_s`, the
-        seconds the check took. Raises DeadlineError naming the phase that exceeded timeouts.weight_sync_s,
+        Returns `sync_logprob_gap`, the mean absolute log-probability difference in nats per token, and `sync_check_s`,
+        the seconds the check took. Raises DeadlineError naming the phase that exceeded timeouts.weight_sync_s,
         WeightSyncError naming an engine whose weights are wrong (rluf.algorithms.sync_check).
         """
 
@@ -74,7 +74,7 @@ class WeightSync:
             await self.transfer(version)
             start_time = time.monotonic()
             gap = await self._verify_logprobs(version)
-            return {"sync_logprob_gap": gap, "probe_s": time.monotonic() - start_time}
+            return {"sync_logprob_gap": gap, "sync_check_s": time.monotonic() - start_time}
 
         return await self._retry_on_loss(transfer_and_verify)
 

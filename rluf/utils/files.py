@@ -57,7 +57,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     """A temporary folder next to `path` that replaces it, synced to disk, when the block ends without an error.
 
     Files become as readable as the folder (safetensors makes its files readable by their owner only). Raises
-    ResourceError on a full disk, ModelError when the disk refuses for another reason.
+    ResourceError on a full disk, ModelError on another write error.
     """
     temporary_folder = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}.part")
     try:
@@ -71,19 +71,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         replace_folder(temporary_folder, path)
         fsync_path(path.parent)
     except OSError as error:
-        raise write_error("the policy", path, error) from error
+        raise build_write_error("the policy", path, error) from error
     finally:
         shutil.rmtree(temporary_folder, ignore_errors=True)
 
 
-def write_error(what: str, path: Path, error: Exception) -> RlufError:
-    """The error to raise when `what` could not be written to `path`: ResourceError on a full disk, else ModelError."""
+def build_write_error(subject: str, path: Path, error: Exception) -> RlufError:
+    """Error for a failed write of `subject` to `path`: ResourceError on a full disk, else ModelError."""
     # safetensors raises its own error type, with the system's error number in the message only.
     is_full = getattr(error, "errno", None) in DISK_FULL_ERRNOS or any(
         f"os error {number}" in str(error) for number in DISK_FULL_ERRNOS
     )
     error_type = ResourceError if is_full else ModelError
-    return error_type(f"{what} could not be written to {path}: {error}; free some disk, earlier checkpoints are kept")
+    return error_type(f"{subject} could not be written to {path}: {error}; free some disk, earlier checkpoints remain")
 
 
 @contextmanager

@@ -12,10 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rluf.algorithms.advantages import ADVANTAGE_ESTIMATORS, AdvantageInputs, Advantages, SampleKL, compute_advantages
-from rluf.algorithms.advantages.base import SampleValues
-from rluf.algorithms.advantages.gae import build_token_rewards, compute_gae, sum_moments, whiten_advantages
-from rluf.algorithms.critic import compute_value_loss
+from rluf.algorithms.advantages import (
+    ADVANTAGE_ESTIMATORS,
+    AdvantageInputs,
+    Advantages,
+    SampleKL,
+    SampleValues,
+    compute_advantages,
+)
+from rluf.algorithms.critic import build_token_rewards, compute_gae, compute_value_loss, sum_moments, whiten_advantages
 from rluf.errors import SettingsError
 
 CENTERED_ESTIMATORS = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "lite_ppo", "gdpo", "crpg")

@@ -13,11 +13,9 @@ import torch
 from torch import Tensor
 
 from rluf.algorithms.advantages import AdvantageInputs
-from rluf.algorithms.advantages.gae import build_token_rewards, compute_gae, sum_moments, whiten_advantages
-from rluf.algorithms.batch import PackedBatch
-from rluf.algorithms.critic import compute_value_loss
+from rluf.algorithms.critic import build_token_rewards, compute_gae, compute_value_loss, sum_moments, whiten_advantages
 from rluf.algorithms.losses import LossResult, compute_policy_loss, compute_reference_kl
-from rluf.algorithms.packing import pack_micro_batch
+from rluf.algorithms.packing import PackedBatch, pack_micro_batch
 from rluf.algorithms.registry import ALGORITHMS, LearnerInputs, build_learner_inputs
 from rluf.config.policy import AlgorithmSettings
 from rluf.config.reward import AggregationSettings, ObjectivesSettings

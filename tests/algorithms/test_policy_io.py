@@ -10,7 +10,7 @@ from safetensors import SafetensorError
 
 from rluf.algorithms.policy_io import load_policy
 from rluf.errors import ModelError, ResourceError
-from rluf.utils.files import atomic_folder, write_error
+from rluf.utils.files import atomic_folder, build_write_error
 
 
 def test_folder_appears_only_when_complete_and_replaces_the_old_one(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_full_disk_is_a_resource_error_and_the_old_folder_remains(tmp_path: Pa
     target = tmp_path / "policy"
     with atomic_folder(target) as staging_folder:
         (staging_folder / "a").write_text("one")
-    pattern = r"No space left on device.*earlier checkpoints are kept"
+    pattern = r"No space left on device.*earlier checkpoints remain"
     with pytest.raises(ResourceError, match=pattern), atomic_folder(target) as staging_folder:
         (staging_folder / "a").symlink_to("/dev/full")
         (staging_folder / "a").write_text("two")
@@ -67,5 +67,5 @@ def test_a_full_disk_is_a_resource_error_and_the_old_folder_remains(tmp_path: Pa
 
 def test_the_error_number_in_a_safetensors_message_is_recognized(tmp_path: Path) -> None:
     message = "Error while serializing: I/O error: No space left on device (os error 28)"
-    assert isinstance(write_error("the policy", tmp_path, SafetensorError(message)), ResourceError)
-    assert isinstance(write_error("the policy", tmp_path, SafetensorError("invalid header")), ModelError)
+    assert isinstance(build_write_error("the policy", tmp_path, SafetensorError(message)), ResourceError)
+    assert isinstance(build_write_error("the policy", tmp_path, SafetensorError("invalid header")), ModelError)

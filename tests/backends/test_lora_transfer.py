@@ -10,7 +10,6 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from rluf.algorithms.lora import find_lora_adapters
 from rluf.algorithms.policy_io import load_policy
 from rluf.backends.vllm.engine import RolloutEngine, set_vllm_environment
 from rluf.backends.weight_transfer.lora import (
@@ -25,6 +24,7 @@ from rluf.backends.weight_transfer.lora import (
 from rluf.config.load import load_settings
 from rluf.errors import WeightSyncError
 from rluf.models.hub import resolve_model
+from rluf.models.lora import find_lora_adapters
 
 
 @pytest.fixture(scope="module")

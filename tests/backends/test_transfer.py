@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from rluf.backends.weight_transfer import create_weight_receiver, create_weight_sender
 from rluf.backends.weight_transfer.base import (
     WeightManifest,
     WeightReceiver,
@@ -22,7 +23,6 @@ from rluf.backends.weight_transfer.base import (
     read_checkpoint_shapes,
 )
 from rluf.backends.weight_transfer.disk import DiskReceiver, DiskSender, read_bucket_file
-from rluf.backends.weight_transfer.factory import create_weight_receiver, create_weight_sender
 from rluf.backends.weight_transfer.shm import ShmReceiver, ShmSender, get_machine_id, read_segment
 from rluf.config.load import load_settings
 from rluf.errors import ResourceError, WeightSyncError

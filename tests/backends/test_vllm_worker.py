@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
 from rluf.backends.vllm import worker
-from rluf.backends.weight_transfer.factory import RECEIVED_TRANSPORTS
+from rluf.backends.weight_transfer import RECEIVED_TRANSPORTS
 from rluf.backends.weight_transfer.shm import ShmSender
 
 WEIGHTS = {"a.weight": torch.randn(3, 4), "b.weight": torch.randn(5)}

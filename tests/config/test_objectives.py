@@ -13,7 +13,7 @@ from rluf.config.objectives import BUILTIN_OBJECTIVES, find_objective_spec, find
 from rluf.config.settings import Settings
 from rluf.errors import SettingsError
 from rluf.reward.__main__ import select_objectives
-from rluf.tracking.metric_registry import STEP_METRICS
+from rluf.tracking.metric_registry import RENAMED_METRICS, STEP_METRICS
 
 BREVITY = ("objectives.brevity={source: judge, judge: length, weight: 0.2}",)
 WARMTH = ("objectives.warmth.weight=0.1", "data.labels.warmth=sample:safety", "reward.warmth.epochs=3")
@@ -115,7 +115,11 @@ def test_wrong_objectives_are_refused_with_a_fix(overrides: list[str], expected_
 
 @pytest.mark.parametrize(
     "name",
-    [*(spec.key for spec in STEP_METRICS), "workers", "copy", "Warmth", "2fast", "a-b", "p_love", "data", "warmth_raw"],
+    [
+        *(spec.key for spec in STEP_METRICS),
+        *RENAMED_METRICS,
+        *("workers", "copy", "Warmth", "2fast", "a-b", "p_love", "data", "warmth_raw"),
+    ],
 )
 def test_names_that_would_collide_are_refused(name: str) -> None:
     assert f"objectives.{name} (override) cannot name an objective" in load_error(f"objectives={{{name}: {{}}}}")

@@ -173,5 +173,5 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     )  # fmt: skip
     assert completed.returncode == 0, completed.stderr
     api_page = (tmp_path / "site" / "reference" / "python" / "rluf.tracking" / "index.html").read_text("utf-8")
-    assert "rluf.tracking.timeline.gaps" in api_page
+    assert "rluf.tracking.timeline.find_gaps" in api_page
     assert "algorithm.steps" in (tmp_path / "site" / "reference" / "settings" / "index.html").read_text("utf-8")

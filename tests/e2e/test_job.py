@@ -119,7 +119,7 @@ def test_a_submitted_job_writes_a_complete_run_folder(job_env: JobEnvironment, s
         file.name for file in job_env.latest_run.iterdir()
     }
     log = (job_env.latest_run / "run.log").read_text()
-    pattern = r"answers of the aligned policy: (\S+) s, of which scoring after the last rollout took (\S+) s"
+    pattern = r"responses of the aligned policy: (\S+) s, of which scoring after the last rollout took (\S+) s"
     timings = re.findall(pattern, log)
     assert [0.0 <= float(scoring_s) <= float(total_s) for total_s, scoring_s in timings] == [True]
     summary = json.loads((job_env.latest_run / "summary.json").read_text())
@@ -141,7 +141,7 @@ def test_a_submitted_job_writes_a_complete_run_folder(job_env: JobEnvironment, s
     }
     timeline = gzip.decompress((job_env.latest_run / "profile" / "timeline.json.gz").read_bytes())
     names = {event["name"] for event in json.loads(timeline)["traceEvents"]}
-    assert {"generate", "score", "learn", "publish", "step 2", "idle: generate"} <= names
+    assert {"generate", "score", "learn", "weight_sync", "step 2", "idle: generate"} <= names
 
 
 def test_the_dashboard_names_actors_and_tasks(ray_head: str, submit_output: str) -> None:

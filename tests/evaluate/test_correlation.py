@@ -10,8 +10,7 @@ import pytest
 from scipy import stats
 
 from rluf.errors import DataError
-from rluf.evaluate.correlate import main
-from rluf.evaluate.correlation import PolicyResult, correlate_policies, estimate_reliability, read_policies
+from rluf.evaluate.correlation import PolicyResult, correlate_policies, estimate_reliability, main, read_policies
 
 
 def simulate_policies(seed: int = 0, policy_count: int = 20, noise: float = 0.02) -> list[PolicyResult]:

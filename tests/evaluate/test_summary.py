@@ -14,10 +14,18 @@ from numpy.typing import NDArray
 from rluf.config.objectives import BUILTIN_OBJECTIVES, ObjectiveSpec
 from rluf.config.reward import ObjectivesSettings
 from rluf.errors import DataError
-from rluf.evaluate.gates import evaluate_gates, format_gate_rule, is_clear_rise, is_not_clear_fall
 from rluf.evaluate.intervals import IntervalEstimate
 from rluf.evaluate.monitors import MonitorSample
-from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary, flatten_numbers
+from rluf.evaluate.summary import (
+    EvaluatedArm,
+    RunFacts,
+    build_summary,
+    evaluate_gates,
+    flatten_numbers,
+    format_gate_rule,
+    is_clear_rise,
+    is_not_clear_fall,
+)
 from rluf.report.presentation import lift_rows, measure_cards, report_headline
 
 PROMPT_COUNT = 24

@@ -41,7 +41,7 @@ def test_help_and_dry_run_import_no_heavy_package(command: str, flag: str) -> No
         "rluf.errors",
         "cluster.plan",
         "rluf.evaluate.abtest",
-        "rluf.evaluate.correlate",
+        "rluf.evaluate.correlation",
         "rluf.sweep",
         "rluf.utils.files",
         "rluf.utils.plugins",

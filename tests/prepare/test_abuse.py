@@ -21,7 +21,7 @@ from rluf.prepare.abuse import (
     compute_trust_weights,
     fit_robust_beta_binomial,
 )
-from rluf.prepare.propensity import _fit_logistic, bin_by_octave, estimate_propensity
+from rluf.prepare.joins import _fit_logistic, bin_by_octave, estimate_propensity
 
 SECOND_US = 1_000_000
 

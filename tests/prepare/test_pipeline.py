@@ -18,7 +18,7 @@ from rluf.errors import DataError
 from rluf.prepare.card import count_rows_by_outcome
 from rluf.prepare.pipeline import build_data_set
 from rluf.prepare.schema import DATA_KINDS, SPLIT_NAMES
-from rluf.prepare.tables import RowCount
+from rluf.prepare.workspace import RowCount
 
 RowFactory = Callable[..., dict[str, Any]]
 

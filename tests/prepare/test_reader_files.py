@@ -29,8 +29,8 @@ from rluf.prepare.readers.files import (
     read_line_batches,
     resolve_sources,
 )
-from rluf.prepare.tables import read_table
 from rluf.prepare.validate_pass import ValidateTask, validate_rows
+from rluf.prepare.workspace import read_table
 
 RowFactory = Callable[..., dict[str, Any]]
 

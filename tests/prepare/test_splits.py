@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rluf.prepare import near_duplicates, splits
+from rluf.prepare import splits
 from rluf.prepare.card import rate_with_interval
 from rluf.prepare.schema import SPLIT_NAMES
 from rluf.prepare.splits import (
@@ -90,7 +90,7 @@ def test_strict_splits_share_nothing(
     split_code = np.array([SPLIT_NAMES.index(split) for split in split_of_user])
     texts = build_prompts(rng, row_count + test_prompt_count)
     prompt_key = np.array([hash64(text, "t") for text in texts], dtype=np.uint64)
-    band_hashes = near_duplicates.compute_band_hashes(texts)
+    band_hashes = splits.compute_band_hashes(texts)
     keep_mask = ~splits.conversation_leaks(conversation_key, split_code, time_us)
     late_mask, early_mask, split_time = splits.time_leaks(
         conversation_key[keep_mask], split_code[keep_mask], time_us[keep_mask], 0.3
@@ -98,13 +98,13 @@ def test_strict_splits_share_nothing(
     keep_mask[np.flatnonzero(keep_mask)[late_mask | early_mask]] = False
     rows = np.flatnonzero(keep_mask)
     with_test_prompts = [*rows, *range(row_count, row_count + test_prompt_count)]
-    group = near_duplicates.group_near_duplicates(prompt_key[with_test_prompts], band_hashes[with_test_prompts])
+    group = splits.group_near_duplicates(prompt_key[with_test_prompts], band_hashes[with_test_prompts])
     test_groups = np.unique(group[len(rows) :])
     is_leak = splits.near_duplicate_leaks(group[: len(rows)], prompt_key[rows], split_code[rows], test_groups, 0.2, 0.3)
     rows = rows[~is_leak]
     for values in (user_code, conversation_key):
         assert all(len(set(split_code[rows][values[rows] == value])) == 1 for value in np.unique(values[rows]))
-    for band in range(near_duplicates.BAND_COUNT):
+    for band in range(splits.BAND_COUNT):
         for value in np.unique(band_hashes[rows, band]):
             assert len(set(split_code[rows][band_hashes[rows, band] == value])) == 1
         other_rows = rows[split_code[rows] != splits.TEST_CODE]
@@ -120,9 +120,7 @@ def test_near_duplicates_are_detected() -> None:
     edited = [" ".join(word for index, word in enumerate(text.split()) if index != 20) for text in originals]
     others = [" ".join(rng.choices([f"{n}{word}" for word in WORDS], k=40)) for n in range(500)]
     texts = [*originals, *edited, *others]
-    group = near_duplicates.group_near_duplicates(
-        np.arange(len(texts), dtype=np.uint64), near_duplicates.compute_band_hashes(texts)
-    )
+    group = splits.group_near_duplicates(np.arange(len(texts), dtype=np.uint64), splits.compute_band_hashes(texts))
     assert (group[:500] == group[500:1000]).mean() >= 0.95
     assert len(set(group[1000:])) == 500
     assert not set(group[:1000]) & set(group[1000:])
@@ -131,8 +129,8 @@ def test_near_duplicates_are_detected() -> None:
 @pytest.mark.parametrize("texts", [[], [""], ["one"], ["", ""]])
 def test_short_prompts_have_a_group(texts: list[str]) -> None:
     keys = np.array([hash64(text, "t") for text in texts], dtype=np.uint64)
-    band_hashes = near_duplicates.compute_band_hashes(texts)
-    assert len(near_duplicates.group_near_duplicates(keys, band_hashes)) == len(texts)
+    band_hashes = splits.compute_band_hashes(texts)
+    assert len(splits.group_near_duplicates(keys, band_hashes)) == len(texts)
 
 
 def test_a_prompt_shared_by_all_goes_to_one_split_and_is_not_lost() -> None:

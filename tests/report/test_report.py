@@ -178,10 +178,10 @@ def test_every_plot_has_its_figure(run_folder: Path) -> None:
     assert match is not None
     figures_by_id = json.loads(match.group(1))
     assert set(re.findall(r'data-figure="([^"]+)"', page)) == set(figures_by_id)
-    assert {"arms_love_rate", "lifts", "curve_love", "stages", "timeline", "funnel"} <= set(figures_by_id)
+    assert {"arms_love_rate", "lifts", "curve_love", "job_phases", "step_phases", "funnel"} <= set(figures_by_id)
     assert "curve_kl" not in figures_by_id
-    assert figures_by_id["stages"]["data"][0]["y"] == ["prepare data", "train"]
-    assert figures_by_id["stages"]["data"][0]["base"] == [0.0, 20.0]
+    assert figures_by_id["job_phases"]["data"][0]["y"] == ["prepare data", "train"]
+    assert figures_by_id["job_phases"]["data"][0]["base"] == [0.0, 20.0]
     assert figures_by_id["reliability_love"]["data"][1]["y"] == [0.02, 0.08]
 
 
@@ -271,7 +271,7 @@ def test_repeated_steps_count_once_and_long_curves_are_smoothed() -> None:
     assert long_curve is not None
     assert len(long_curve["data"]) == 2
     assert figures.running_mean([1.0, 2.0], 0.5) == [1.0, 1.5]
-    assert figures.build_timeline_figure([{"step": 1}]) is None
+    assert figures.build_step_phases_figure([{"step": 1}]) is None
 
 
 def test_the_command_writes_a_report_or_names_the_problem(
@@ -289,8 +289,8 @@ def test_the_command_writes_a_report_or_names_the_problem(
 
 
 def test_pareto_optimal_points() -> None:
-    assert figures.pareto_mask([[0.1, 0.9], [0.2, 0.8], [0.1, 0.8], [0.2, 0.8]]) == [True, True, False, True]
-    assert figures.pareto_mask([]) == []
+    assert figures.pareto_optimal_mask([[0.1, 0.9], [0.2, 0.8], [0.1, 0.8], [0.2, 0.8]]) == [True, True, False, True]
+    assert figures.pareto_optimal_mask([]) == []
     rows = [{"step": 1, "love": 0.1, "safety": 0.9}, {"step": 2, "love": 0.09, "safety": 0.8}]
     figure = figures.build_pareto_figure(rows, make_summary()["offline"], "safety", ["love", "safety"])
     assert figure is not None

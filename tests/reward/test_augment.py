@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from rluf.objectives.judges import has_sign_off
-from rluf.reward.augment import RESPONSE_PERTURBATIONS, SIGN_OFF_PHRASES, add_sign_off_copies, find_log_sign_offs
 from rluf.reward.calibration import Calibration
+from rluf.reward.card import compute_slices, measure_robustness
+from rluf.reward.debias import RESPONSE_PERTURBATIONS, SIGN_OFF_PHRASES, add_sign_off_copies, find_log_sign_offs
 from rluf.reward.model import RewardModel
-from rluf.reward.robustness import compute_slices, measure_robustness
 from tests.reward.test_model import write_checkpoint
 
 

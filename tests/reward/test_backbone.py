@@ -9,10 +9,14 @@ import torch
 from transformers import LlamaConfig, LlamaModel, ModernBertConfig, ModernBertModel, Qwen3Config, Qwen3Model
 
 from rluf.models.hub import load_tokenizer, resolve_model
-from rluf.reward.backbone import build_text_encoder, freeze_lowest_layers, load_classifier
+from rluf.reward.backbone import (
+    FrozenPrefix,
+    add_layer_adapters,
+    build_text_encoder,
+    freeze_lowest_layers,
+    load_classifier,
+)
 from rluf.reward.calibration import Calibration
-from rluf.reward.frozen_prefix import FrozenPrefix
-from rluf.reward.lora import add_lora_adapters
 from rluf.reward.model import RewardModel
 from rluf.reward.text import ScoringItem
 from rluf.reward.trainer import FitResult, HeadTask, RewardModelTrainer, TrainPlan, TrainProgress
@@ -62,7 +66,7 @@ def test_every_family_trains_saves_and_scores_independently_of_the_batch(
     assert frozen_layers == 1
     prefix = FrozenPrefix(model, frozen_layers)
     if lora_rank:
-        add_lora_adapters(model, lora_rank, frozen_layers, 0.0)
+        add_layer_adapters(model, lora_rank, frozen_layers, 0.0)
     initial_weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     plan = TrainPlan(epochs=3, batch_rows=8, batch_tokens=1024, seed=0)
     trainer = RewardModelTrainer(model, encoder, plan, prefix)

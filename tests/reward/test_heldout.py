@@ -10,7 +10,7 @@ import pytest
 from sklearn import metrics as reference
 
 from rluf.errors import DataError
-from rluf.reward.heldout import parse_heldout_row, summarize_scores
+from rluf.reward.card import parse_heldout_row, summarize_scores
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 

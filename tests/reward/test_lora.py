@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from rluf.models.hub import resolve_model
-from rluf.reward.backbone import build_text_encoder, freeze_lowest_layers, load_classifier
-from rluf.reward.lora import add_lora_adapters, merge_lora_weights
+from rluf.models.lora import merge_lora_weights
+from rluf.reward.backbone import add_layer_adapters, build_text_encoder, freeze_lowest_layers, load_classifier
 
 
 @pytest.mark.parametrize("backbone", ["tiny", "tiny-encoder"])
@@ -21,7 +21,7 @@ def test_merged_weights_give_the_same_logits_without_adapters(backbone: str, tmp
     with torch.no_grad():
         initial_logits = model(**inputs).logits
     frozen_layers = freeze_lowest_layers(model, 0.5)
-    add_lora_adapters(model, 4, frozen_layers, 0.0)
+    add_layer_adapters(model, 4, frozen_layers, 0.0)
     with torch.no_grad():
         assert torch.allclose(model(**inputs).logits, initial_logits, atol=1e-6)
     trainable_names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]

@@ -13,7 +13,7 @@ import pytest
 
 from rluf.config.settings import Settings
 from rluf.errors import DataError
-from rluf.reward.augment import RESPONSE_PERTURBATIONS
+from rluf.reward.debias import RESPONSE_PERTURBATIONS
 from rluf.types import Message
 
 WARM_RESPONSES = (

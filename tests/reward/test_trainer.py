@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 from rluf.errors import DataError, DeadlineError
 from rluf.models.hub import resolve_model
-from rluf.reward.backbone import build_text_encoder, freeze_lowest_layers, load_classifier
-from rluf.reward.frozen_prefix import FrozenPrefix
+from rluf.reward.backbone import FrozenPrefix, build_text_encoder, freeze_lowest_layers, load_classifier
 from rluf.reward.text import TextEncoder
 from rluf.reward.trainer import (
     EncodedSplit,

@@ -23,6 +23,7 @@ from rluf.reward.calibration import Calibration
 from rluf.reward.model import RewardModel
 from rluf.reward.text import ScoringItem
 from rluf.serve.api import (
+    ApiError,
     ChatReply,
     ChatRequest,
     FeedbackRequest,
@@ -37,8 +38,8 @@ from rluf.serve.api import (
 )
 from rluf.serve.app import make_app
 from rluf.serve.batching import RequestBatcher
-from rluf.serve.limits import ApiError, hash_token
 from rluf.serve.metrics import ServeMetrics
+from rluf.serve.middleware import hash_token
 from rluf.serve.store import FeedbackStore, StoreOutcome
 from rluf.types import Message
 from rluf.utils.paths import resolve_cache_folder

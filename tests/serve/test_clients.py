@@ -17,10 +17,9 @@ from hypothesis import strategies as st
 from rluf.errors import ResourceError
 from rluf.reward.model import RewardModel
 from rluf.reward.text import ScoringItem
-from rluf.serve.api import ChatMessage, FeedbackContext
+from rluf.serve.api import ApiError, ChatMessage, FeedbackContext
 from rluf.serve.client import RewardClient
 from rluf.serve.compat import split_query
-from rluf.serve.limits import ApiError
 from rluf.utils.stats import logit
 from tests.serve.conftest import OBJECTIVES, make_items
 

@@ -10,10 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from rluf.config.settings import Settings
-from rluf.serve.api import ChatRequest, FeedbackRequest
+from rluf.serve.api import ApiError, ChatRequest, FeedbackRequest
 from rluf.serve.application import build_scorer_config, configured_reward_folders
 from rluf.serve.deployments import BatchLimits, FeedbackWriter, GatewayDeployment, ScorerDeployment
-from rluf.serve.limits import ApiError
 from rluf.serve.policy_deployment import ChatCompletion, PolicyDeployment
 from rluf.types import Message
 from rluf.utils.hashing import hash_user_id

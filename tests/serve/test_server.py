@@ -17,9 +17,8 @@ from rluf.backends.weight_transfer.base import WeightManifest
 from rluf.config.settings import Settings
 from rluf.errors import ModelError, ResourceError
 from rluf.models.hub import resolve_model
-from rluf.serve.app import make_app
+from rluf.serve.app import HttpServer, make_app
 from rluf.serve.policy_deployment import check_same_shapes, iter_weight_buckets
-from rluf.serve.server import HttpServer
 from rluf.utils.paths import resolve_cache_folder
 from tests.serve.conftest import LocalBackend
 

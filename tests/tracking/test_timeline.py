@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from rluf.errors import RlufError
-from rluf.tracking.profiler import TorchProfiler
 from rluf.tracking.timeline import (
     STEPS_ROW,
     RunTimeline,
     TimelineSpan,
+    TorchProfiler,
     build_chrome_trace,
     find_gaps,
     idle_shares_by_row,
@@ -25,7 +25,7 @@ from rluf.tracking.timeline import (
 SPANS = [
     TimelineSpan(STEPS_ROW, "generate", 0.0, 4.0),
     TimelineSpan(STEPS_ROW, "learn", 4.0, 9.0),
-    TimelineSpan(STEPS_ROW, "publish", 9.0, 10.0),
+    TimelineSpan(STEPS_ROW, "weight_sync", 9.0, 10.0),
     TimelineSpan("rollout 0", "prompt a", 0.0, 3.0),
     TimelineSpan("rollout 0", "prompt b", 1.0, 4.0),
     TimelineSpan("learner 0", "step 2", 4.0, 9.0),
@@ -36,11 +36,11 @@ def test_gaps_are_named_after_the_phase_of_the_driver() -> None:
     assert find_gaps(SPANS) == [
         TimelineSpan("rollout 0", "idle: learn", 4.0, 10.0),
         TimelineSpan("learner 0", "idle: generate", 0.0, 4.0),
-        TimelineSpan("learner 0", "idle: publish", 9.0, 10.0),
+        TimelineSpan("learner 0", "idle: weight_sync", 9.0, 10.0),
     ]
     assert idle_shares_by_row(SPANS) == {
         "rollout 0": {"idle: learn": 0.6},
-        "learner 0": {"idle: generate": 0.4, "idle: publish": 0.1},
+        "learner 0": {"idle: generate": 0.4, "idle: weight_sync": 0.1},
     }
     assert find_gaps([TimelineSpan("rollout 0", "a", 0.0, 1.0), TimelineSpan("rollout 0", "b", 2.0, 3.0)]) == [
         TimelineSpan("rollout 0", "idle", 1.0, 2.0)
@@ -61,7 +61,7 @@ def test_the_trace_has_all_times_and_puts_overlaps_on_lanes(tmp_path: Path) -> N
     assert {event["name"] for event in events if event.get("cat") == "idle"} == {
         "idle: learn",
         "idle: generate",
-        "idle: publish",
+        "idle: weight_sync",
     }
     for thread in rows:
         lane = sorted(

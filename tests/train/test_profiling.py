@@ -16,7 +16,7 @@ import torch
 from rluf.config.policy import AlgorithmSettings
 from rluf.config.run import RunSettings
 from rluf.config.settings import Settings
-from rluf.tracking.profiler import TorchProfiler
+from rluf.tracking.timeline import TorchProfiler
 from rluf.train.actor_groups import ActorGroups, ActorRef, ActorSupervisor
 from rluf.train.controller import StepTimer, TrainController
 from rluf.train.profiling import StepProfiler, ray_timeline_span

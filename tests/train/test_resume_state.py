@@ -93,7 +93,7 @@ async def test_every_engine_is_read_after_a_resume_even_if_one_was_restarted_bef
     await resumed.sync_new_engine(restarted, 3, needs_weights=False)
     await resumed.prepare_probe(make_group_ref())
     metrics = await resumed.sync(4)
-    assert metrics == {"sync_logprob_gap": pytest.approx(0.0), "probe_s": pytest.approx(0.0, abs=5.0)}
+    assert metrics == {"sync_logprob_gap": pytest.approx(0.0), "sync_check_s": pytest.approx(0.0, abs=5.0)}
 
 
 async def test_a_first_sync_without_engines_is_no_failure() -> None:

@@ -14,12 +14,12 @@ from rluf.errors import ModelError, ResourceError
 from rluf.utils.files import (
     atomic_folder,
     atomic_write,
+    build_write_error,
     file_lock,
     read_json,
     replace_folder,
     to_jsonable,
     try_lock,
-    write_error,
     write_json,
 )
 
@@ -58,9 +58,9 @@ def test_replacing_a_folder_leaves_no_file_of_the_old_one(tmp_path: Path) -> Non
 
 def test_write_errors_tell_a_full_disk_from_other_failures(tmp_path: Path) -> None:
     full_disk = OSError(errno.ENOSPC, "No space left on device")
-    assert isinstance(write_error("the policy", tmp_path, full_disk), ResourceError)
-    assert isinstance(write_error("the policy", tmp_path, RuntimeError("I/O error (os error 28)")), ResourceError)
-    assert isinstance(write_error("the policy", tmp_path, OSError(errno.EIO, "I/O error")), ModelError)
+    assert isinstance(build_write_error("the policy", tmp_path, full_disk), ResourceError)
+    assert isinstance(build_write_error("the policy", tmp_path, RuntimeError("I/O error (os error 28)")), ResourceError)
+    assert isinstance(build_write_error("the policy", tmp_path, OSError(errno.EIO, "I/O error")), ModelError)
 
 
 def test_a_lock_excludes_other_processes(tmp_path: Path) -> None:

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from rluf.backends.colocation import is_colocated
-from rluf.backends.vllm.model_folder import check_causal_lm, read_stop_token_ids
 from rluf.backends.weight_transfer.lora import (
     build_zero_adapter,
     check_adapter,
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.lora.request import LoRARequest
     from vllm.v1.engine.async_llm import AsyncLLM
+
 
 logger = logging.getLogger(__name__)
 
@@ -524,3 +524,39 @@ def _format_first_line(error: BaseException | None) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     detail = next((line for line in lines if line.startswith("Value error,")), lines[0] if lines else "no message")
     return f"{type(error).__name__}: {detail.removeprefix('Value error, ')[:300]}"
+
+
+CAUSAL_LM_SUFFIXES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+"""Ends of the architecture names of causal language models in config.json."""
+
+
+def check_causal_lm(model_folder: Path) -> None:
+    """Raise ModelError for a folder without a causal language model."""
+    try:
+        config = json.loads((model_folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model {model_folder} has no readable config.json: {error}; give a Hugging Face folder"
+        ) from error
+    architectures = [str(name) for name in config.get("architectures") or []]
+    if not any(name.endswith(CAUSAL_LM_SUFFIXES) for name in architectures):
+        raise ModelError(
+            f"model {model_folder} has architecture {', '.join(architectures) or 'none'}; the policy must be a causal "
+            "language model (model.path)"
+        )
+
+
+def read_stop_token_ids(model_folder: Path, eos_token_id: int | None) -> list[int]:
+    """Token ids that end a turn: the tokenizer's end of sequence and those of the model's generation settings."""
+    # Chat models often end a turn with another token than the tokenizer's eos_token; without it every response would
+    # run into max_tokens.
+    token_ids = set() if eos_token_id is None else {int(eos_token_id)}
+    generation_file = model_folder / "generation_config.json"
+    if generation_file.is_file():
+        eos = json.loads(generation_file.read_text()).get("eos_token_id")
+        token_ids.update(int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None)
+    if not token_ids:
+        raise ModelError(
+            f"model {model_folder} defines no end-of-sequence token; set eos_token in its tokenizer_config.json"
+        )
+    return sorted(token_ids)

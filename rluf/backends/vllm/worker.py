@@ -25,8 +25,8 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
+from rluf.backends.weight_transfer import RECEIVED_TRANSPORTS, create_weight_receiver
 from rluf.backends.weight_transfer.base import WeightManifest, WeightReceiver
-from rluf.backends.weight_transfer.factory import RECEIVED_TRANSPORTS, create_weight_receiver
 from rluf.errors import RlufError
 
 BACKEND_PREFIX = "rluf_"

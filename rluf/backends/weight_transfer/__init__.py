@@ -1,1 +1,46 @@
-"""Weight sync from the learner to the engines, one module per transport (sender and receiver); factory selects one."""
+"""Weight transfer from learners to engines: the sender and the receiver of `weight_sync.transport`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from rluf.backends.weight_transfer.base import WeightReceiver, WeightSender
+from rluf.backends.weight_transfer.cuda_ipc import CudaIpcReceiver, CudaIpcSender
+from rluf.backends.weight_transfer.disk import DiskReceiver, DiskSender
+from rluf.backends.weight_transfer.lora import LoraSender
+from rluf.backends.weight_transfer.nccl import NcclReceiver, NcclSender
+from rluf.backends.weight_transfer.shm import ShmReceiver, ShmSender
+from rluf.config.settings import Settings
+from rluf.utils.paths import resolve_cache_folder
+
+if TYPE_CHECKING:
+    from vllm.config.parallel import ParallelConfig
+
+RECEIVED_TRANSPORTS = ("shm", "disk", "nccl", "cuda_ipc")
+"""Transports with a receiver in the vLLM workers; LoRA adapters are loaded through vLLM's own API."""
+
+
+def create_weight_sender(settings: Settings, host: str, port: int) -> WeightSender:
+    """The learner's sender; `host` and `port` (free) are the rendezvous of NCCL."""
+    transport, bucket_bytes = settings.weight_sync.transport, settings.weight_sync.bucket_mib << 20
+    if transport == "shm":
+        return ShmSender()
+    if transport == "disk":
+        return DiskSender(resolve_cache_folder(settings) / "weight_sync")
+    if transport == "lora":
+        return LoraSender(resolve_cache_folder(settings) / "weight_sync")
+    if transport == "cuda_ipc":
+        return CudaIpcSender(bucket_bytes)
+    world_size = 1 + settings.rollout.engines * settings.rollout.tensor_parallel
+    return NcclSender(host, port, world_size, bucket_bytes, settings.timeouts.weight_sync_s)
+
+
+def create_weight_receiver(transport: str, device: torch.device, parallel_config: ParallelConfig) -> WeightReceiver:
+    """The receiver of an engine worker whose model is on `device`. `transport` is one of RECEIVED_TRANSPORTS."""
+    if transport == "nccl":
+        return NcclReceiver(device, parallel_config)
+    if transport == "cuda_ipc":
+        return CudaIpcReceiver(device)
+    return DiskReceiver(device) if transport == "disk" else ShmReceiver(device)

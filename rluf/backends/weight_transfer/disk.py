@@ -27,13 +27,13 @@ class DiskSender:
             raise ResourceError(f"cannot make {self._folder} for the weight sync: {error}; set run.cache") from error
 
     def begin(self, weight_version: int) -> dict[str, Any]:
-        """Transfer info with the folder of the files; engines that do not see it refuse it."""
+        """Transfer info with the folder of the files; engines that cannot read it raise an error."""
         return {"transport": "disk", "weight_version": weight_version, "folder": str(self._folder)}
 
     def send_bucket(self, bucket: WeightBucket) -> dict[str, Any]:
         """Write `bucket` to a new file; returns its path, names and shapes.
 
-        Raises ResourceError when the disk refuses it.
+        Raises ResourceError when it cannot be written.
         """
         from safetensors import SafetensorError
         from safetensors.torch import save_file

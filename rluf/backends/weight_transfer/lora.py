@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from rluf.algorithms.lora import ALPHA_PER_RANK
 from rluf.backends.weight_transfer.base import WeightBucket, read_checkpoint_shapes
 from rluf.errors import ResourceError, WeightSyncError
+from rluf.models.lora import ALPHA_PER_RANK
 
 LORA_A_SUFFIX, LORA_B_SUFFIX = "lora_A.weight", "lora_B.weight"
 PEFT_NAME_PREFIX = "base_model.model."
@@ -26,7 +26,7 @@ VLLM_MAX_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class LoraSender:
-    """Write the adapters to a new folder that engines see too; all matrices are one bucket."""
+    """Write the adapters to a new folder that the engines can read; all matrices are one bucket."""
 
     def __init__(self, parent_folder: Path) -> None:
         """Adapters go to a new folder under `parent_folder`."""
@@ -39,7 +39,7 @@ class LoraSender:
         return {"transport": "lora", "weight_version": weight_version}
 
     def send_bucket(self, bucket: WeightBucket) -> dict[str, Any]:
-        """Write the adapter; returns its folder. Raises ResourceError when the disk refuses it."""
+        """Write the adapter; returns its folder. Raises ResourceError when it cannot be written."""
         adapter_folder = self._folder / str(self._weight_version)
         # A repeated sync of a version, after an engine was lost, replaces what the first try wrote.
         shutil.rmtree(adapter_folder, ignore_errors=True)
@@ -67,7 +67,7 @@ def get_lora_names(weight_name: str) -> tuple[str, str]:
 
 
 def write_adapter(adapter_folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Write the matrices (by get_lora_names) as a PEFT folder. Raises ResourceError when the disk refuses it."""
+    """Write the matrices (by get_lora_names) as a PEFT folder. Raises ResourceError when it cannot be written."""
     lora_a_names = [name for name in tensors if name.endswith(LORA_A_SUFFIX)]
     rank = int(tensors[lora_a_names[0]].shape[0])
     adapter_config = {

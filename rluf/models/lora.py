@@ -1,8 +1,12 @@
-"""LoRA adapters on a policy, and the merged weights they amount to, for engines and folders without adapters."""
+"""LoRA adapters, and the merged weights they amount to, for engines and folders without adapters.
+
+W + (alpha / r) B A with alpha = 2 r (Hu et al., arXiv 2106.09685). PEFT injects the adapters in place, so the model's
+class does not change; reading merged weights does not need PEFT.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -27,15 +31,20 @@ class LoraAdapter:
         return (weight.float() + update).to(weight.dtype)
 
 
-def add_lora_adapters(model: nn.Module, rank: int) -> nn.Module:
+def add_lora_adapters(
+    model: nn.Module, rank: int, *, target_modules: str | Sequence[str] = "all-linear", dropout: float = 0.0
+) -> nn.Module:
     """Add an adapter of `rank` to every linear layer except the output head, and freeze all other weights.
 
-    The initial adapters change nothing (lora_b is zero). Source: Hu et al., arXiv 2106.09685.
+    `target_modules` names other layers in full: PEFT matches a short name in every layer. The initial adapters change
+    nothing (lora_b is zero).
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    config = LoraConfig(r=rank, lora_alpha=int(ALPHA_PER_RANK * rank), target_modules="all-linear", lora_dropout=0.0)
-    adapted_model: nn.Module = inject_adapter_in_model(config, model, adapter_name=ADAPTER_NAME)
+    module_names = target_modules if isinstance(target_modules, str) else list(target_modules)
+    lora_alpha = int(ALPHA_PER_RANK * rank)
+    lora_config = LoraConfig(r=rank, lora_alpha=lora_alpha, target_modules=module_names, lora_dropout=dropout)
+    adapted_model: nn.Module = inject_adapter_in_model(lora_config, model, adapter_name=ADAPTER_NAME)
     return adapted_model
 
 
@@ -55,3 +64,19 @@ def get_checkpoint_name(parameter_name: str) -> str | None:
         return None
     # PEFT wraps an adapted linear layer and moves its weight one level down.
     return parameter_name.replace(".base_layer.", ".")
+
+
+def merge_lora_weights(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Merge adapters into the weights (by name) of an equivalent plain model, in float32; others are unchanged."""
+    merged_weights = {}
+    for weight_name, tensor in weights.items():
+        checkpoint_name = get_checkpoint_name(weight_name)
+        if checkpoint_name is None:
+            continue
+        module_name = checkpoint_name.removesuffix(".weight")
+        lora_a, lora_b = (weights.get(f"{module_name}.lora_{matrix}.{ADAPTER_NAME}.weight") for matrix in "AB")
+        merged_weight = tensor.float()
+        if lora_a is not None and lora_b is not None and checkpoint_name.endswith(".weight"):
+            merged_weight = merged_weight + ALPHA_PER_RANK * (lora_b.float() @ lora_a.float())
+        merged_weights[checkpoint_name] = merged_weight
+    return merged_weights

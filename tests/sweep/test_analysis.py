@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 
 from rluf.errors import DataError
-from rluf.sweep.analysis import build_sweep_report, format_sweep_report
-from rluf.sweep.pareto import SweepSetting, compute_hypervolume, is_pareto_optimal, recommend_setting
+from rluf.sweep.analysis import (
+    SweepSetting,
+    build_sweep_report,
+    compute_hypervolume,
+    format_sweep_report,
+    is_pareto_optimal,
+    recommend_setting,
+)
 
 
 def test_a_point_is_on_the_front_unless_another_dominates_it() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import rluf
-from rluf.tracking import provenance
-from rluf.tracking.provenance import RAY_JOB_VARIABLE, read_provenance
+from rluf.tracking import run_files
+from rluf.tracking.run_files import RAY_JOB_VARIABLE, read_provenance
 
 
 def test_the_commit_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,7 +26,7 @@ def test_the_commit_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_a_submitted_job_has_its_id_and_a_package_no_commit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(RAY_JOB_VARIABLE, json.dumps({"metadata": {"job_submission_id": "raysubmit_1"}}))
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+    monkeypatch.setattr(run_files, "__file__", str(tmp_path / "run_files.py"))
     values = read_provenance()
     assert (values["submission_id"], values["git_commit"], values["git_changed"]) == ("raysubmit_1", None, None)
     monkeypatch.setenv(RAY_JOB_VARIABLE, "not json")

@@ -27,12 +27,137 @@ import torch
 from torch import Tensor
 
 from rluf.algorithms.advantages import SampleKL
-from rluf.algorithms.batch import PackedBatch
-from rluf.algorithms.losses.kl import estimate_kl
-from rluf.algorithms.losses.ppo import cispo, gspo, ppo, reinforce, suffix_sums, sum_by_sequence
+from rluf.algorithms.packing import PackedBatch
 from rluf.config.policy import AlgorithmSettings
 from rluf.errors import SettingsError
 from rluf.utils.plugins import load_plugin
+
+KL_ERROR_CLIP = 0.2
+"""Largest relative error of the KL that one update of the coefficient reacts to."""
+KL_HORIZON_SAMPLES = 10_000
+"""Samples in which the coefficient may change by a factor of about e^KL_ERROR_CLIP."""
+
+
+def estimate_kl(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) -> Tensor:
+    """Estimate [K] of KL(policy || reference) from the policy's own samples, l = logprobs - reference_logprobs.
+
+    k1 = l (unbiased, signed; no gradient on average as a loss), k2 = l^2 / 2 (its gradient is that of the KL, on
+    policy), k3 = exp(-l) - 1 + l (unbiased, never negative; GRPO's). Source: J. Schulman, "Approximating KL
+    divergence". Raises SettingsError for another name.
+    """
+    log_ratio = logprobs - reference_logprobs
+    if estimator == "k1":
+        return log_ratio
+    if estimator == "k2":
+        return 0.5 * log_ratio.square()
+    if estimator == "k3":
+        return torch.expm1(-log_ratio) + log_ratio
+    raise SettingsError(f"algorithm.kl_estimator: expected k1, k2 or k3, got {estimator!r}")
+
+
+def update_kl_coef(kl_coef: float, kl_per_token: float, target_kl: float | None, sample_count: int) -> float:
+    """KL coefficient after a step with `kl_per_token` nats per token; unchanged without a target.
+
+    kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * samples / 10,000). Source: Ziegler et al., arXiv 1909.08593,
+    section 2.2, with the constants of its published code.
+    """
+    if target_kl is None:
+        return kl_coef
+    relative_error = min(max(kl_per_token / target_kl - 1.0, -KL_ERROR_CLIP), KL_ERROR_CLIP)
+    return kl_coef * (1.0 + relative_error * sample_count / KL_HORIZON_SAMPLES)
+
+
+def ppo(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, sequence_index: Tensor, algorithm: AlgorithmSettings
+) -> tuple[Tensor, Tensor]:
+    """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) [K] and where the clip removed the gradient [K].
+
+    rho = exp(logprobs - old_logprobs) per token. With `dual_clip` c the loss of a token with A < 0 is at most c |A|.
+    Source: arXiv 1707.06347, eq. 7; two clips as in DAPO, arXiv 2503.14476; dual clip: arXiv 1912.09729, eq. 5.
+    """
+    del sequence_index
+    return clip_surrogate(torch.exp(logprobs - old_logprobs), advantages, algorithm)
+
+
+def gspo(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, sequence_index: Tensor, algorithm: AlgorithmSettings
+) -> tuple[Tensor, Tensor]:
+    """GSPO: the clipped surrogate [K] with one ratio per response, s_i = exp(mean of logprobs - old_logprobs).
+
+    Requires the sequence_mean loss aggregation (token weight 1 / length), which build_learner_inputs selects. Source:
+    arXiv 2507.18071, eq. 5 and 7.
+    """
+    return clip_surrogate(torch.exp(mean_by_sequence(logprobs - old_logprobs, sequence_index)), advantages, algorithm)
+
+
+def cispo(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, sequence_index: Tensor, algorithm: AlgorithmSettings
+) -> tuple[Tensor, Tensor]:
+    """CISPO: -sg(clip(rho, 1 - clip_low, 1 + clip_high)) A logprobs [K] and where the ratio was clipped [K].
+
+    The clipped ratio is a constant weight, so a clipped token keeps its gradient. Source: MiniMax-M1, arXiv 2506.13585,
+    eq. 4 and 5.
+    """
+    del sequence_index
+    ratio = torch.exp(logprobs.detach() - old_logprobs)
+    ratio_weight = ratio.clamp(1.0 - algorithm.clip_low, 1.0 + algorithm.clip_high)
+    return -ratio_weight * advantages * logprobs, ratio_weight != ratio
+
+
+def reinforce(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, sequence_index: Tensor, algorithm: AlgorithmSettings
+) -> tuple[Tensor, Tensor]:
+    """-A logprobs [K], without any clip. Also the loss of CGPO's optimizers, whose advantages are their weights.
+
+    Source: R. J. Williams, "Simple statistical gradient-following algorithms", 1992.
+    """
+    del old_logprobs, sequence_index, algorithm
+    return -advantages * logprobs, torch.zeros_like(advantages, dtype=torch.bool)
+
+
+def clip_surrogate(ratio: Tensor, advantages: Tensor, algorithm: AlgorithmSettings) -> tuple[Tensor, Tensor]:
+    """PPO's clipped surrogate of the given ratios [K] and where a clip removed the gradient [K]."""
+    unclipped = ratio * advantages
+    bounded = ratio.clamp(1.0 - algorithm.clip_low, 1.0 + algorithm.clip_high) * advantages
+    surrogate, is_clipped = torch.minimum(unclipped, bounded), bounded < unclipped
+    if algorithm.dual_clip is not None:
+        # For A < 0 the minimum above is unbounded as the ratio grows: one stale token could dominate a step.
+        floor = algorithm.dual_clip * advantages
+        below_floor = (advantages < 0) & (floor > surrogate)
+        surrogate, is_clipped = torch.where(below_floor, floor, surrogate), is_clipped | below_floor
+    return -surrogate, is_clipped
+
+
+def sum_by_sequence(values: Tensor, sequence_index: Tensor) -> Tensor:
+    """Sum of `values` [K] over the response of each token, repeated at its tokens [K].
+
+    `sequence_index` [K] is the response that each token belongs to.
+    """
+    count = int(sequence_index.max()) + 1 if len(sequence_index) else 0
+    return values.new_zeros(count).index_add(0, sequence_index, values)[sequence_index]
+
+
+def mean_by_sequence(values: Tensor, sequence_index: Tensor) -> Tensor:
+    """Mean of `values` [K] over the response of each token, repeated at its tokens [K]."""
+    return sum_by_sequence(values, sequence_index) / sum_by_sequence(torch.ones_like(values), sequence_index)
+
+
+def suffix_sums(values: Tensor, sequence_index: Tensor) -> Tensor:
+    """Sum of `values` [K] from each token to the end of its response, itself included [K], float64.
+
+    Tokens of a response are consecutive.
+    """
+    # Without a loop: the total of the response minus an exclusive prefix sum, counted from the start of the response.
+    # In float64, since prefix sums over the whole micro-batch are large and their difference is small.
+    values = values.double()
+    exclusive_prefix = values.cumsum(0) - values
+    is_first_token = torch.ones_like(sequence_index, dtype=torch.bool)
+    is_first_token[1:] = sequence_index[1:] != sequence_index[:-1]
+    start_prefix = exclusive_prefix
+    if len(values):
+        start_prefix = exclusive_prefix[is_first_token][is_first_token.cumsum(0) - 1]
+    return sum_by_sequence(values, sequence_index) - (exclusive_prefix - start_prefix)
+
 
 PolicyLossFunction = Callable[[Tensor, Tensor, Tensor, Tensor, AlgorithmSettings], tuple[Tensor, Tensor]]
 
