@@ -165,48 +165,19 @@ class DataKind:
 SPLIT_NAMES = ("train", "dev", "test")
 """Names of the splits; a split's position is its code."""
 
+_FEEDBACK_COLUMNS = (
+    "id", "user_id", "conversation_id", "turn", "time", "model_version", "topic", "locale", "interface", "messages",
+    "response", "reaction", "continued", "returned",
+)  # fmt: skip
+_PREFERENCE_COLUMNS = ("id", "group", "topic", "messages", "chosen", "rejected")
+_SAFETY_COLUMNS = ("id", "group", "topic", "messages", "response", "label")
+
 DATA_KINDS: dict[str, DataKind] = {
     kind.name: kind
     for kind in (
-        DataKind(
-            "feedback",
-            "love",
-            FeedbackRecord,
-            "user_id",
-            SPLIT_NAMES,
-            (
-                "id",
-                "user_id",
-                "conversation_id",
-                "turn",
-                "time",
-                "model_version",
-                "topic",
-                "locale",
-                "interface",
-                "messages",
-                "response",
-                "reaction",
-                "continued",
-                "returned",
-            ),
-        ),
-        DataKind(
-            "preferences",
-            "helpfulness",
-            PreferenceRecord,
-            "group",
-            SPLIT_NAMES,
-            ("id", "group", "topic", "messages", "chosen", "rejected"),
-        ),
-        DataKind(
-            "safety",
-            "safety",
-            SafetyRecord,
-            "group",
-            SPLIT_NAMES,
-            ("id", "group", "topic", "messages", "response", "label"),
-        ),
+        DataKind("feedback", "love", FeedbackRecord, "user_id", SPLIT_NAMES, _FEEDBACK_COLUMNS),
+        DataKind("preferences", "helpfulness", PreferenceRecord, "group", SPLIT_NAMES, _PREFERENCE_COLUMNS),
+        DataKind("safety", "safety", SafetyRecord, "group", SPLIT_NAMES, _SAFETY_COLUMNS),
         DataKind("prompts", "prompts", PromptRecord, "split", ("train", "test"), ("id", "topic", "messages")),
         DataKind("reactions", "", ReactionRecord, "response_id", (), ()),
     )
@@ -214,12 +185,8 @@ DATA_KINDS: dict[str, DataKind] = {
 """Kinds by name. Reactions are joined to feedback and have no file of their own."""
 
 _ARROW_SCALARS: dict[Any, pa.DataType] = {
-    str: pa.string(),
-    int: pa.int64(),
-    float: pa.float64(),
-    bool: pa.bool_(),
-    datetime: pa.timestamp("us", tz="UTC"),
-}
+    str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), datetime: pa.timestamp("us", tz="UTC"),
+}  # fmt: skip
 
 
 def _to_arrow_type(annotation: Any) -> tuple[pa.DataType, bool]:

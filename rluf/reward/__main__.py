@@ -24,9 +24,7 @@ LEARNING_CURVE_SHARES = (0.125, 0.25, 0.5)
 
 def select_objectives(settings: Settings) -> tuple[str, ...]:
     """Objectives to train: reward.objectives, else all with source model and the heads of the shared backbone."""
-    from_models = tuple(
-        name for name, objective in settings.objectives.by_objective.items() if objective.source == "model"
-    )
+    from_models = tuple(name for name, spec in settings.objectives.by_objective.items() if spec.source == "model")
     return settings.reward.objectives or tuple(dict.fromkeys((*from_models, *settings.reward.shared_backbone_heads)))
 
 

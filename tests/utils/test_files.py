@@ -14,12 +14,12 @@ from rluf.errors import ModelError, ResourceError
 from rluf.utils.files import (
     atomic_folder,
     atomic_write,
+    build_write_error,
     file_lock,
     read_json,
     replace_folder,
     to_jsonable,
     try_lock,
-    build_write_error,
     write_json,
 )
 
