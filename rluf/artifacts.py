@@ -79,9 +79,7 @@ def train_reward_artifacts(settings: Settings, data_artifact: Artifact) -> dict[
         for objective_name, objective_settings in settings_by_objective.items()
         if objective_settings.source == "model" and objective_settings.path is None
     ]
-    extra_heads = [
-        head_name for head_name in reward_settings.shared_backbone_heads if head_name not in settings_by_objective
-    ]
+    extra_heads = [head for head in reward_settings.shared_backbone_heads if head not in settings_by_objective]
     heads_by_artifact = {
         f"reward-{'-'.join(head_names)}": head_names
         for head_names in group_by_backbone(settings, [*trained_objectives, *extra_heads])
@@ -127,7 +125,7 @@ def reward_cache_inputs(settings: Settings, data_artifact: Artifact, head_names:
         "workers": reward_settings.workers,  # the number of ranks changes the batches, and so the weights
         "zero_stage": reward_settings.zero_stage,
         "seed": settings.seed,
-        "code": hash_source_code("reward", "backends.deepspeed"),
+        "code": hash_source_code("reward", "models.lora", "backends.deepspeed"),
     }
 
 

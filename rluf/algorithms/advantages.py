@@ -35,7 +35,7 @@ class AdvantageInputs:
     """Driver-side numbers of one step, by group and sample.
 
     `rewards` [groups][samples] are aggregated over objectives; `response_lengths` are in tokens. `sample_kl` is set
-    where the algorithm or `kl_coef` needs it. `passed_judges` marks the responses that passed every judge (empty: all did).
+    where the algorithm or `kl_coef` needs it. `passed_judges` marks responses that passed every judge (empty: all did).
     `objective_rewards` are normalized signals by objective, with one mapping of `objective_weights` per group (GDPO).
     `kl_coef` is the coefficient of the KL subtracted from the reward (0 where the KL is a term of the loss),
     `max_response_kl` the largest KL of a response in nats (CGPO), `mismatched_kl` the mean KL of responses paired with
@@ -358,22 +358,11 @@ def pass_through_rewards(inputs: AdvantageInputs) -> Advantages:
 
 AdvantageEstimator = Callable[[AdvantageInputs], Advantages]
 
-ADVANTAGE_ESTIMATORS: Mapping[str, AdvantageEstimator] = MappingProxyType(
-    {
-        "grpo": grpo,
-        "dr_grpo": dr_grpo,
-        "rloo": rloo,
-        "reinforce_pp": reinforce_pp,
-        "reinforce_pp_baseline": reinforce_pp_baseline,
-        "lite_ppo": lite_ppo,
-        "gdpo": gdpo,
-        "gae": pass_through_rewards,
-        "crpg": crpg,
-        "crraft": crraft,
-        "codpo": codpo,
-        "kto": kto,
-    }
-)
+ADVANTAGE_ESTIMATORS: Mapping[str, AdvantageEstimator] = MappingProxyType({
+    "grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo, "reinforce_pp": reinforce_pp,
+    "reinforce_pp_baseline": reinforce_pp_baseline, "lite_ppo": lite_ppo, "gdpo": gdpo, "gae": pass_through_rewards,
+    "crpg": crpg, "crraft": crraft, "codpo": codpo, "kto": kto,
+})  # fmt: skip
 """Estimator by name; rluf.algorithms.registry maps each `algorithm.name` to one."""
 
 

@@ -104,7 +104,7 @@ def replay_step(dump_folder: Path) -> Iterator[ReplayFinding]:
         load_policy(folder, dtype=dtype) for folder in (dump_folder / POLICY_FOLDER, step_dump.reference_folder)
     )
     for micro_batch_index, micro_batch in enumerate(step_dump.micro_batches):
-        # Each micro-batch alone: in the gradient sum of the step, one non-finite sample would make everything non-finite.
+        # Each micro-batch alone: in the step's gradient sum, one non-finite sample would make everything NaN.
         policy.zero_grad()
         prompt_ids = tuple(dict.fromkeys(step_dump.groups[group_index].prompt.id for group_index, _ in micro_batch))
         non_finite_names = tuple(_find_non_finite(step_dump, micro_batch, policy, reference))
@@ -134,12 +134,8 @@ def _find_non_finite(
     # NaN marks demonstrations, which have no rollout logprobs.
     rollout_logprobs = batch.rollout_logprobs[~batch.rollout_logprobs.isnan()]
     values: dict[str, Tensor] = {
-        "advantages": batch.advantages,
-        "loss weights": batch.loss_weights,
-        "rollout logprobs": rollout_logprobs,
-        "reference logprobs": reference_logprobs,
-        "policy logprobs": policy_logprobs,
-        "loss": result.loss,
-    }
+        "advantages": batch.advantages, "loss weights": batch.loss_weights, "rollout logprobs": rollout_logprobs,
+        "reference logprobs": reference_logprobs, "policy logprobs": policy_logprobs, "loss": result.loss,
+    }  # fmt: skip
     values |= {f"gradient of {name}": p.grad for name, p in policy.named_parameters() if p.grad is not None}
     return (name for name, value in values.items() if not bool(torch.isfinite(value).all()))

@@ -268,9 +268,7 @@ class _PackedBatchBuilder:
     def build(self) -> PackedBatch:
         """The tensors of everything added so far."""
         max_length = max(len(token_index) for token_index in self.sequence_token_index)
-        padded_index = [
-            token_index + [0] * (max_length - len(token_index)) for token_index in self.sequence_token_index
-        ]
+        padded_index = [indices + [0] * (max_length - len(indices)) for indices in self.sequence_token_index]
         output_index = [sequence * max_length + column for sequence, column in self.output_positions]
         return PackedBatch(
             input_ids=torch.tensor([self.input_ids]),

@@ -100,14 +100,9 @@ def _reject_unsupported_attention(module: nn.Module, max_sequence_tokens: int, u
 
 
 COMPANION_FILE_PATTERNS = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab*",
-    "merges.txt",
-    "chat_template*",
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*",
     "generation_config.json",
-)
+)  # fmt: skip
 """Files other than weights and config that a trained policy copies unchanged from its base."""
 
 

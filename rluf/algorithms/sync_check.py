@@ -42,7 +42,8 @@ def find_sync_problem(before: ProbeLogprobs, after: ProbeLogprobs, worst_gap: fl
     """Describe what is wrong with an engine after a weight sync; None if the checks pass.
 
     `before` was measured when the engine had the learner's weights of that time; `worst_gap` is the largest gap of any
-    engine so far, `tolerance` the largest one allowed. If the learner's logprobs did not change, only the gaps are tested.
+    engine so far, `tolerance` the largest one allowed. Only the gaps are tested if the learner's logprobs did not
+    change.
     """
     # Negated, so that a NaN gap fails too.
     if not after.mean_gap <= tolerance:

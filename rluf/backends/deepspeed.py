@@ -428,7 +428,6 @@ def _build_lr_schedule(warmup_steps: int, total_steps: int | None) -> Callable[[
 def _build_deepspeed_config(
     zero_stage: int, max_grad_norm: float, dtype: torch.dtype, world_size: int, offload_optimizer: bool
 ) -> dict[str, Any]:
-    """DeepSpeed's own configuration."""
     zero: dict[str, Any] = {"stage": zero_stage, "reduce_bucket_size": BUCKET_ELEMENTS, "overlap_comm": False}
     if zero_stage in (1, 2):
         zero["allgather_bucket_size"] = BUCKET_ELEMENTS

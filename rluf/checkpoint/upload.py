@@ -141,11 +141,8 @@ class CheckpointUploader:
             if problem is not None and not task.is_abandoned:
                 logger.warning(
                     "checkpoint %s: upload to %s failed: %s; training continues, the local checkpoint is complete: %s",
-                    task.checkpoint_folder.name,
-                    self.url,
-                    problem,
-                    task.checkpoint_folder,
-                )
+                    task.checkpoint_folder.name, self.url, problem, task.checkpoint_folder,
+                )  # fmt: skip
             with self._lock:
                 task.is_done = True
                 next_checkpoint, is_current = self._next_checkpoint, self._current_task is task

@@ -51,14 +51,10 @@ class AlarmAction(IntEnum):
 
 
 FIRST_ACTIONS: Mapping[str, AlarmAction] = {
-    "farewell": AlarmAction.FREEZE,
-    "unprompted_farewell": AlarmAction.FREEZE,
-    "early_ending": AlarmAction.FREEZE,
-    "affection": AlarmAction.FREEZE,
-    "sycophancy": AlarmAction.FREEZE,
-    "refusal": AlarmAction.FREEZE,
+    "farewell": AlarmAction.FREEZE, "unprompted_farewell": AlarmAction.FREEZE, "early_ending": AlarmAction.FREEZE,
+    "affection": AlarmAction.FREEZE, "sycophancy": AlarmAction.FREEZE, "refusal": AlarmAction.FREEZE,
     "looping": AlarmAction.ROLL_BACK,
-}
+}  # fmt: skip
 """Action for the first alarm of a monitor; WARN for the others."""
 WARN_ONLY_MONITORS = frozenset({"emoji", "question_ending"})
 """Monitors whose change may be what users actually like: they never do more than warn."""

@@ -129,14 +129,14 @@ def build_sample_rows(result: TrainResult, prompt_count: int) -> list[PromptComp
             "prompt_id": base.group.prompt.id,
             "topic": base.group.prompt.topic,
             "prompt": base.group.prompt.messages[-1]["content"],
-            "base": _build_sample_answer(base),
-            "aligned": _build_sample_answer(aligned),
+            "base": _build_policy_response(base),
+            "aligned": _build_policy_response(aligned),
         }
         for base, aligned in selected_pairs
     ]
 
 
-def _build_sample_answer(eval_response: EvalResponse) -> PolicyResponse:
+def _build_policy_response(eval_response: EvalResponse) -> PolicyResponse:
     text = eval_response.group.samples[0].text
     scores = {name: values[0] for name, values in eval_response.objective_values.items()}
     return {"text": text, "scores": scores, "failed": list_failed_judges(eval_response.group.prompt.messages, text)}

@@ -198,15 +198,10 @@ def compare_monitors(base_samples: Sequence[MonitorSample], aligned_samples: Seq
         compute_z = two_proportion_z if monitor.kind == "share" else welch_z
         z_score = compute_z(base_values[name], aligned_values[name])
         items[name] = {
-            "label": monitor.label,
-            "kind": monitor.kind,
-            "unit": monitor.unit,
-            "base": base_mean,
-            "aligned": aligned_mean,
-            "ratio": aligned_mean / base_mean if base_mean > 0.0 else None,
-            "z": z_score,
+            "label": monitor.label, "kind": monitor.kind, "unit": monitor.unit, "base": base_mean,
+            "aligned": aligned_mean, "ratio": aligned_mean / base_mean if base_mean > 0.0 else None, "z": z_score,
             "alarm": is_alarm(base_mean, aligned_mean, z_score, monitor.worse_direction),
-        }
+        }  # fmt: skip
     return {"rule": ALARM_RULE, "items": items}
 
 

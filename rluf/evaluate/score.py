@@ -59,7 +59,8 @@ def score_file(
     """Score a file with the reward model in `model_folder`; writes the scores and returns the metrics.
 
     `actor_count` None decides by the size of the file, 0 scores in this process, otherwise a Ray Data pool of that many
-    actors does (on a cluster, model and data must be on storage that all nodes can read). Raises DataError or ModelError.
+    actors does (on a cluster, model and data must be on storage that all nodes can read). Raises DataError or
+    ModelError.
     """
     from rluf.reward.calibration import Calibration
     from rluf.reward.card import summarize_scores
@@ -94,14 +95,10 @@ def score_file(
     os.replace(joined_path, output_path)
     shutil.rmtree(work_folder)
     return {
-        "command": "score",
-        "model": str(model_folder),
-        "data": str(data_path),
-        "output": str(output_path),
-        **metrics,
+        "command": "score", "model": str(model_folder), "data": str(data_path), "output": str(output_path), **metrics,
         "scored_now": sum(file_part.row_count for file_part in remaining_parts),
         "seconds": round(time.monotonic() - start_time, 1),
-    }
+    }  # fmt: skip
 
 
 def open_data_file(data_path: Path) -> IO[bytes]:

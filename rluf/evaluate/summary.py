@@ -85,13 +85,9 @@ def evaluate_gates(
     # No objective at all is not a pass: nothing was shown.
     passed = bool(checks) and all(check["passed"] for check in checks)
     return {
-        "verdict": "fail" if not passed else "warn" if alarm_names else "pass",
-        "judged_by": verdict_source,
-        "margin": margin,
-        "rule": format_gate_rule(gated_specs),
-        "checks": checks,
-        "alarms": list(alarm_names),
-    }
+        "verdict": "fail" if not passed else "warn" if alarm_names else "pass", "judged_by": verdict_source,
+        "margin": margin, "rule": format_gate_rule(gated_specs), "checks": checks, "alarms": list(alarm_names),
+    }  # fmt: skip
 
 
 class ArmReactions(Protocol):

@@ -27,13 +27,9 @@ if TYPE_CHECKING:
 FILE_MAGIC = b"E5S1"
 WEIGHTS_PER_BLOCK = 32
 LINEAR_LAYER_NAMES = {
-    "attention.self.query": "q",
-    "attention.self.key": "k",
-    "attention.self.value": "v",
-    "attention.output.dense": "ao",
-    "intermediate.dense": "fi",
-    "output.dense": "fo",
-}
+    "attention.self.query": "q", "attention.self.key": "k", "attention.self.value": "v", "attention.output.dense": "ao",
+    "intermediate.dense": "fi", "output.dense": "fo",
+}  # fmt: skip
 NORM_LAYER_NAMES = {"attention.output.LayerNorm": "aln", "output.LayerNorm": "oln"}
 RETAINED_LAYERS = 10
 """Layers used of the file's 12; the last two serve retrieval. Chosen on test folds, so not proven to rank better."""
@@ -104,19 +100,11 @@ class PackedE5:
             offset += 16
         token_scores = list(zip(token_texts, unigram_scores, strict=True))
         return cls(
-            file_bytes=file_bytes,
-            hidden_size=hidden,
-            layer_count=layers,
-            head_count=heads,
-            intermediate_size=intermediate,
-            vocabulary_size=vocabulary,
-            max_positions=positions,
-            token_type_count=token_types,
-            layer_norm_epsilon=epsilon,
-            token_scores=token_scores,
-            unknown_token_id=unknown_id,
-            tensor_offsets=tensor_offsets,
-        )
+            file_bytes=file_bytes, hidden_size=hidden, layer_count=layers, head_count=heads,
+            intermediate_size=intermediate, vocabulary_size=vocabulary, max_positions=positions,
+            token_type_count=token_types, layer_norm_epsilon=epsilon, token_scores=token_scores,
+            unknown_token_id=unknown_id, tensor_offsets=tensor_offsets,
+        )  # fmt: skip
 
     def read_float32_tensor(self, tensor_name: str, *shape: int) -> torch.Tensor:
         """A float32 tensor of this shape."""
@@ -192,15 +180,9 @@ class PackedE5:
         backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
         backend_tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
         return PreTrainedTokenizerFast(
-            tokenizer_object=backend_tokenizer,
-            bos_token="<s>",
-            cls_token="<s>",
-            sep_token="</s>",
-            eos_token="</s>",
-            pad_token="<pad>",
-            unk_token="<unk>",
-            model_max_length=self.max_positions,
-        )
+            tokenizer_object=backend_tokenizer, bos_token="<s>", cls_token="<s>", sep_token="</s>", eos_token="</s>",
+            pad_token="<pad>", unk_token="<unk>", model_max_length=self.max_positions,
+        )  # fmt: skip
 
 
 def build_pooling_layer(layer_index: int, hidden_size: int, intermediate_size: int) -> dict[str, Any]:

@@ -180,9 +180,7 @@ class RewardAggregator:
         """Restore what `state` returned; the floors come from the settings, which may have changed."""
         statistics = state["normalizer"]
         self.normalizer = None if statistics is None else RewardNormalizer(**statistics)
-        self.baseline_signals = {
-            str(prompt_id): dict(signals) for prompt_id, signals in state["baseline_signals"].items()
-        }
+        self.baseline_signals = {str(key): dict(signals) for key, signals in state["baseline_signals"].items()}
         self.multipliers = LagrangeMultipliers(**{**state["multipliers"], "floors": self.aggregation.floors})
 
     def aggregate(self, groups: Sequence[GroupScores], *, apply_gate: bool = True) -> StepRewards:

@@ -283,14 +283,9 @@ def _user_cap_weight(log: AbuseLog) -> Floats:
 
 
 ABUSE_RULES: dict[str, Callable[[AbuseLog], Floats]] = {
-    "rate": _love_rate_weight,
-    "burst": _burst_weight,
-    "timing": _timing_weight,
-    "copies": _copy_weight,
-    "self_love": _self_love_weight,
-    "device": _shared_device_weight,
-    "cap": _user_cap_weight,
-}
+    "rate": _love_rate_weight, "burst": _burst_weight, "timing": _timing_weight, "copies": _copy_weight,
+    "self_love": _self_love_weight, "device": _shared_device_weight, "cap": _user_cap_weight,
+}  # fmt: skip
 """The rules by name."""
 
 

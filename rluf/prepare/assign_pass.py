@@ -318,15 +318,11 @@ def assign_rows(task: AssignTask, source_paths: Mapping[int, str]) -> dict[str, 
         label = np.ones(table.num_rows, dtype=np.int64)
     statistics["topics"] = topic_statistics(table, decisions.keep_mask)
     sampling, split_summaries = _sample_rows(task, table, split_code, label, decisions)
-    decision_table = pa.table(
-        {
-            "row_key": table["row_key"].combine_chunks(),
-            "split": np.where(decisions.keep_mask, split_code, -1).astype(np.int8),
-            "label": label,
-            "sampling": sampling,
-            **feedback_columns,
-        }
-    )
+    decision_table = pa.table({
+        "row_key": table["row_key"].combine_chunks(),
+        "split": np.where(decisions.keep_mask, split_code, -1).astype(np.int8), "label": label, "sampling": sampling,
+        **feedback_columns,
+    })  # fmt: skip
     first_row = 0
     for file, row_count in zip(files, file_rows, strict=True):
         decision_file = Path(str(file).replace("/index/", "/decisions/", 1))
@@ -365,14 +361,8 @@ def _sample_rows(
             decisions.drop_indices(rows[sampling[rows] == 0], "sampled out of train")
         unit_column = {"feedback": "user_id", "prompts": "row_key"}.get(kind.name, "group")
         units = table[unit_column].filter(pa.array(decisions.keep_mask & (split_code == code)))
-        split_summaries.append(
-            {
-                "kind": kind.name,
-                "split": split,
-                "units": pc.count_distinct(units).as_py(),
-                "rows_before_sampling": len(rows),
-                "labels": sorted({*label[rows].tolist()}),
-                "quota": quota,
-            }
-        )
+        split_summaries.append({
+            "kind": kind.name, "split": split, "units": pc.count_distinct(units).as_py(),
+            "rows_before_sampling": len(rows), "labels": sorted({*label[rows].tolist()}), "quota": quota,
+        })  # fmt: skip
     return sampling, split_summaries

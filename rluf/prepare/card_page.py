@@ -47,29 +47,25 @@ def build_page_context(card: Mapping[str, Any]) -> dict[str, Any]:
     if love:
         facts[2:2] = [("Users", f"{love['users']:,}"), ("Love rate", _format_interval(love["base_rate"]))]
     return {
-        "headline": f"{rows_kept:,} of {rows_in:,} rows became training data",
-        "facts": facts,
+        "headline": f"{rows_kept:,} of {rows_in:,} rows became training data", "facts": facts,
         "funnel": build_funnel_rows(counts),
         "splits": [
             (name, split, f"{entry['rows']:,}", _format_unit_count(entry))
             for name, splits in card["splits"].items()
             for split, entry in splits.items()
         ],
-        "rules": _abuse_rule_rows(love),
-        "trusted": format_percent(love["base_rate_trusted"]) if love else "",
+        "rules": _abuse_rule_rows(love), "trusted": format_percent(love["base_rate_trusted"]) if love else "",
         "sampling": _describe_sampling(love),
         "times": [(split, *(time_range or ("", ""))) for split, time_range in love["time"].items()] if love else [],
-        "time_note": _describe_time_split(love),
-        "redacted": sorted(card.get("redacted", {}).items()),
-        "user_ids": card.get("user_ids", ""),
-        "forgotten": len(card.get("forgotten", [])),
+        "time_note": _describe_time_split(love), "redacted": sorted(card.get("redacted", {}).items()),
+        "user_ids": card.get("user_ids", ""), "forgotten": len(card.get("forgotten", [])),
         "drift": _drift_rows(card.get("drift") or {}),
         "sources": [
             (source["kind"], source["file"], source["reader"] or "", f"{source['rows']:,}")
             for source in card["sources"]
         ],
         "settings": json.dumps(card["settings"], indent=2),
-    }
+    }  # fmt: skip
 
 
 def _format_unit_count(split_entry: Mapping[str, int]) -> str:

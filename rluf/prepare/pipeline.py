@@ -53,15 +53,9 @@ _COMPRESSION_RATIO = 6
 """Approximate ratio of the size of a log to that of its compressed file."""
 
 _ASSIGN_SETTINGS = {
-    "dev_share",
-    "test_share",
-    "positive_share",
-    "max_rows",
-    "reaction_window_hours",
-    "return_window_days",
-    "abuse_rules",
-    "user_row_cap",
-}
+    "dev_share", "test_share", "positive_share", "max_rows", "reaction_window_hours", "return_window_days",
+    "abuse_rules", "user_row_cap",
+}  # fmt: skip
 """Settings of prepare that are fields of AssignTask by the same name."""
 
 
@@ -153,6 +147,10 @@ def _run_passes(
     redacted: Counter[str] = Counter()
     for result in validate_results:
         redacted.update(result["redacted"])
+    source_facts = [
+        {"kind": s.kind_name, "file": s.location, "reader": s.reader_name, "rows": source_rows[s.location]}
+        for s in sources
+    ]
     card = build_data_card(
         row_counts,
         {(result["kind"], result["split"]): result["rows"] for result in write_results if "split" in result},
@@ -161,15 +159,7 @@ def _run_passes(
         created=datetime.fromisoformat(current_time).isoformat(timespec="seconds"),
         seed=settings.seed,
         settings=prepare.model_dump(mode="json", exclude={"output"}),
-        sources=[
-            {
-                "kind": source.kind_name,
-                "file": source.location,
-                "reader": source.reader_name,
-                "rows": source_rows[source.location],
-            }
-            for source in sources
-        ],
+        sources=source_facts,
         redacted=dict(redacted),
         user_ids=f"hashed with {USER_SALT_VARIABLE}" if read_user_salt() else "as in the log",
         forgotten=list(erasure_marks),
@@ -196,23 +186,13 @@ def _build_validate_tasks(
         stripe_count = max(1, -(-prepare.ray_data_blocks // files_of_kind[source.kind_name]))
         for stripe_index in range(stripe_count):
             task = ValidateTask(
-                work_folder=str(workspace.root),
-                kind_name=source.kind_name,
-                source_path=source.location,
-                reader_name=source.reader_name,
-                source_index=source_index,
-                stripe_index=stripe_index,
-                stripe_count=stripe_count,
-                bucket_count=bucket_count,
-                current_time=current_time,
-                dev_share=prepare.dev_share,
-                test_share=prepare.test_share,
-                seed=settings.seed,
-                redact_kinds=prepare.redact,
-                column_paths=prepare.columns,
-                erasure_marks=erasure_marks,
+                work_folder=str(workspace.root), kind_name=source.kind_name, source_path=source.location,
+                reader_name=source.reader_name, source_index=source_index, stripe_index=stripe_index,
+                stripe_count=stripe_count, bucket_count=bucket_count, current_time=current_time,
+                dev_share=prepare.dev_share, test_share=prepare.test_share, seed=settings.seed,
+                redact_kinds=prepare.redact, column_paths=prepare.columns, erasure_marks=erasure_marks,
                 salt_hex=(read_user_salt() or b"").hex(),
-            )
+            )  # fmt: skip
             tasks.append(asdict(task))
     return tasks
 

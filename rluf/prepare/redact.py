@@ -163,13 +163,9 @@ def _find_keys(text: str) -> Iterable[tuple[int, int]]:
 
 
 _FINDER_BY_KIND: dict[str, Callable[[str], Iterable[tuple[int, int]]]] = {
-    "key": _find_keys,
-    "email": _find_emails,
-    "iban": _find_ibans,
-    "card": _find_cards,
-    "ip": _find_ip_addresses,
+    "key": _find_keys, "email": _find_emails, "iban": _find_ibans, "card": _find_cards, "ip": _find_ip_addresses,
     "phone": _find_phones,
-}
+}  # fmt: skip
 """Finders in descending order of certainty: where two matches overlap, the earlier kind wins."""
 
 

@@ -168,6 +168,13 @@ class DataKind:
 SPLIT_NAMES = ("train", "dev", "test")
 """Names of the splits; a split's position is its code."""
 
+_FEEDBACK_COLUMNS = (
+    "id", "user_id", "conversation_id", "turn", "time", "model_version", "topic", "locale", "interface", "messages",
+    "response", "reaction", "continued", "returned",
+)  # fmt: skip
+_PREFERENCE_COLUMNS = ("id", "group", "topic", "messages", "chosen", "rejected")
+_SAFETY_COLUMNS = ("id", "group", "topic", "messages", "response", "label")
+
 
 def _objective_trained_on(kind_name: str) -> str:
     spec = find_spec_by_data_key(kind_name)
@@ -178,27 +185,7 @@ DATA_KINDS: dict[str, DataKind] = {
     kind.name: kind
     for kind in (
         DataKind(
-            "feedback",
-            _objective_trained_on("feedback"),
-            FeedbackRecord,
-            "user_id",
-            SPLIT_NAMES,
-            (
-                "id",
-                "user_id",
-                "conversation_id",
-                "turn",
-                "time",
-                "model_version",
-                "topic",
-                "locale",
-                "interface",
-                "messages",
-                "response",
-                "reaction",
-                "continued",
-                "returned",
-            ),
+            "feedback", _objective_trained_on("feedback"), FeedbackRecord, "user_id", SPLIT_NAMES, _FEEDBACK_COLUMNS
         ),
         DataKind(
             "preferences",
@@ -206,16 +193,9 @@ DATA_KINDS: dict[str, DataKind] = {
             PreferenceRecord,
             "group",
             SPLIT_NAMES,
-            ("id", "group", "topic", "messages", "chosen", "rejected"),
+            _PREFERENCE_COLUMNS,
         ),
-        DataKind(
-            "safety",
-            _objective_trained_on("safety"),
-            SafetyRecord,
-            "group",
-            SPLIT_NAMES,
-            ("id", "group", "topic", "messages", "response", "label"),
-        ),
+        DataKind("safety", _objective_trained_on("safety"), SafetyRecord, "group", SPLIT_NAMES, _SAFETY_COLUMNS),
         DataKind("prompts", "prompts", PromptRecord, "split", ("train", "test"), ("id", "topic", "messages")),
         DataKind("reactions", "", ReactionRecord, "response_id", (), ()),
     )
@@ -239,12 +219,8 @@ def order_kinds(names: Iterable[str]) -> list[str]:
 
 
 _ARROW_SCALARS: dict[Any, pa.DataType] = {
-    str: pa.string(),
-    int: pa.int64(),
-    float: pa.float64(),
-    bool: pa.bool_(),
-    datetime: pa.timestamp("us", tz="UTC"),
-}
+    str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_(), datetime: pa.timestamp("us", tz="UTC"),
+}  # fmt: skip
 
 
 def _to_arrow_type(annotation: Any) -> tuple[pa.DataType, bool]:

@@ -152,14 +152,10 @@ def rank_signals(table: pa.Table) -> list[dict[str, Any]]:
     rows = []
     for name, (has_signal, is_known) in signals.items():
         row: dict[str, Any] = {
-            "signal": name,
-            "per_1000": 1000 * float(has_signal.sum()) / len(has_signal),
-            "known": float(is_known.mean()),
-            "users": len(np.unique(user_code[has_signal])) / len(np.unique(user_code)),
-            "link": None,
-            "unadjusted": None,
-            "ambiguity": None,
-        }
+            "signal": name, "per_1000": 1000 * float(has_signal.sum()) / len(has_signal),
+            "known": float(is_known.mean()), "users": len(np.unique(user_code[has_signal])) / len(np.unique(user_code)),
+            "link": None, "unadjusted": None, "ambiguity": None,
+        }  # fmt: skip
         with_outcome = has_signal & return_known & continue_known
         if with_outcome.any():
             # A signal cannot contradict itself: continue and return are compared with the other one alone.

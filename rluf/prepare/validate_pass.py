@@ -35,22 +35,9 @@ _ROWS_PER_BATCH = 4096
 """Raw rows that are validated together."""
 
 _INDEX_COLUMNS = (
-    "topic",
-    "time",
-    "turn",
-    "model_version",
-    "locale",
-    "interface",
-    "device",
-    "author",
-    "continued",
-    "returned",
-    "reaction",
-    "retracted",
-    "user_id",
-    "label",
-    "group",
-)
+    "topic", "time", "turn", "model_version", "locale", "interface", "device", "author", "continued", "returned",
+    "reaction", "retracted", "user_id", "label", "group",
+)  # fmt: skip
 """Columns that the index copies, where the kind has them."""
 
 _TEXT_COLUMNS = ("response", "chosen", "rejected")

@@ -124,7 +124,6 @@ def _claim_folder(root: Path) -> tuple[Path, IO[str]]:
 
 
 def _remove_stale_folders(parent: Path) -> None:
-    """Remove stale, unlocked working folders."""
     for root in parent.glob(".prepare-*"):
         if time.time() - root.stat().st_mtime > _STALE_SECONDS and (lock := _lock_folder(root)) is not None:
             shutil.rmtree(root, ignore_errors=True)
@@ -134,15 +133,10 @@ def _remove_stale_folders(parent: Path) -> None:
 MAX_RAW_BYTES = 2**20
 """Bytes of a rejected row that quarantine stores."""
 
-QUARANTINE_SCHEMA = pa.schema(
-    [
-        pa.field("kind", pa.string()),
-        pa.field("source", pa.string()),
-        pa.field("line", pa.int64()),
-        pa.field("reason", pa.string()),
-        pa.field("raw", pa.binary()),
-    ]
-)
+QUARANTINE_SCHEMA = pa.schema([
+    pa.field("kind", pa.string()), pa.field("source", pa.string()), pa.field("line", pa.int64()),
+    pa.field("reason", pa.string()), pa.field("raw", pa.binary()),
+])  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -280,6 +280,7 @@ def build_pareto_figure(
         for step_row in step_rows
         if all(step_row.get(name) is not None for name in (*objective_names, PRIMARY_OBJECTIVE, other_objective))
     ]
+    # Optimal in all objectives of the run, although the plot shows two of them.
     is_optimal = pareto_optimal_mask([[float(step_row[name]) for name in objective_names] for step_row in scored_rows])
     traces: list[dict[str, Any]] = []
     if scored_rows:

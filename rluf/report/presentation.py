@@ -31,13 +31,15 @@ CARD_ROWS = (
     ("pair_accuracy", "Pairwise accuracy"),
     ("length_floor_accuracy", "… of length alone"),
     ("log_loss", "Log-loss, nats"),
-    ("normalised_entropy", "… over that of the base rate"),
+    ("normalized_entropy", "… over that of the base rate"),
     ("ece", "Calibration error (ECE)"),
     ("score_length_r", "Correlation of score and length"),
     ("training.train_rows", "Training rows"),
     ("seconds", "Seconds to train and test"),
 )
 """Values of a reward card in the table, in order; dots separate nested keys."""
+RENAMED_CARD_KEYS = {"normalised_entropy": "normalized_entropy"}
+"""Keys of the previous release -> present keys, so that reports of older run folders stay complete for one release."""
 MIN_TEXT_SIMILARITY = 0.2
 """Below this similarity of two texts, highlighting differences would highlight nearly every word."""
 MIN_RELIABLE_PROMPTS = 30
@@ -132,6 +134,7 @@ def _love_clause(lift: Mapping[str, float] | None, *, has_users: bool) -> str:
     clause_start = f"{'New users love' if has_users else 'P[Love] rates'} the aligned policy"
     if lift["high"] < 0:
         return f"{clause_start} {format_change(lift['mean'])} {'less often' if has_users else 'lower'}"
+    # From +100% on, a factor is easier to read than a percentage.
     if lift["mean"] >= 1:
         return f"{clause_start} {1 + lift['mean']:.1f} times as {'often' if has_users else 'high'}"
     return f"{clause_start} {format_change(lift['mean'])} {'more often' if has_users else 'higher'}"
@@ -285,6 +288,7 @@ def monitor_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _format_one_digit(value: float, *, with_sign: bool = False) -> str:
     number_text = f"{value:{'+' if with_sign else ''},.1f}"
+    # Rounding may leave a signed zero, which would read as a change.
     return "0.0" if number_text in ("+0.0", "-0.0") else number_text.replace("-", "−")
 
 
@@ -312,6 +316,7 @@ def diff_runs(base_text: str, aligned_text: str) -> tuple[list[tuple[str, bool]]
         for match_start, _, match_size in matcher.get_matching_blocks()
         for offset in range(match_size)
     )
+    # Share of words in both texts, as difflib's ratio() but without white space and punctuation.
     if not word_count or 2 * shared_words / word_count < MIN_TEXT_SIMILARITY:
         return [(base_text, False)], [(aligned_text, False)], False
     base_runs: list[tuple[str, bool]] = []
@@ -387,9 +392,10 @@ def _score_row(objective: str, base_score: float | None, aligned_score: float | 
 def card_table(cards: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Titles of the reward cards, and one row per value that any of them has, with its interval if there is one."""
     card_titles = [metric_registry.objective_title(objective) for objective in cards]
+    present_cards = [{RENAMED_CARD_KEYS.get(key, key): value for key, value in card.items()} for card in cards.values()]
     table_rows = []
     for value_path, label in CARD_ROWS:
-        values = [_nested_value(card, value_path) for card in cards.values()]
+        values = [_nested_value(card, value_path) for card in present_cards]
         if any(value is not None for value in values):
             table_rows.append((label, [_format_with_interval(value) for value in values]))
     return card_titles, table_rows

@@ -24,13 +24,9 @@ MIN_SCALE = 0.05
 MEMBER_WEIGHT_PRIOR_SD = 0.5
 """Standard deviation of the normal prior that pulls the ensemble members' weights (per SD of a logit) to their mean."""
 RENAMED_FIELDS: Mapping[str, str] = {
-    "members": "member_count",
-    "shares": "member_weights",
-    "fused": "shared_head",
-    "next_turn": "read_at_next_turn",
-    "response_alone": "response_only_members",
-    "backbone": "backbone_hash",
-}
+    "members": "member_count", "shares": "member_weights", "fused": "shared_head", "next_turn": "read_at_next_turn",
+    "response_alone": "response_only_members", "backbone": "backbone_hash",
+}  # fmt: skip
 """Keys that calibration.json had in earlier releases, old to new; both are read."""
 
 

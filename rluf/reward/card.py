@@ -63,22 +63,16 @@ def build_reward_card(
 ) -> dict[str, Any]:
     """Metrics on the test split from `raw_logits`, one per sequence. Intervals are 95%, clustered."""
     logits, lengths, count = calibration.calibrate_logits(raw_logits), test_split.response_lengths, len(test_split)
+    weights = test_split.weights
     card: dict[str, Any] = {
-        "objective": calibration.objective,
-        "n": count,
-        "clusters": len(set(test_split.clusters)),
-        "score_length_r": metrics.pearson_correlation(logits, lengths),
-        "calibration": asdict(calibration),
-    }
+        "objective": calibration.objective, "n": count, "clusters": len(set(test_split.clusters)),
+        "score_length_r": metrics.pearson_correlation(logits, lengths), "calibration": asdict(calibration),
+    }  # fmt: skip
     if test_split.is_pairwise:
         logit_differences, length_differences = logits[:count] - logits[count:], lengths[:count] - lengths[count:]
-        card |= compute_pair_metrics(
-            logit_differences, test_split.weights, length_differences, test_split.clusters, seed=seed
-        )
+        card |= compute_pair_metrics(logit_differences, weights, length_differences, test_split.clusters, seed=seed)
     else:
-        card |= compute_label_metrics(
-            logits, test_split.labels, test_split.weights, lengths, test_split.clusters, seed=seed
-        )
+        card |= compute_label_metrics(logits, test_split.labels, weights, lengths, test_split.clusters, seed=seed)
     return round_for_json(card)
 
 
@@ -106,7 +100,7 @@ def compute_label_metrics(
         "positives": positives,
         "mean_value": float(np.average(probabilities, weights=weights)),
         "log_loss": loss,
-        "normalised_entropy": loss / metrics.binary_entropy(base_rate) if 0 < base_rate < 1 else math.nan,
+        "normalized_entropy": loss / metrics.binary_entropy(base_rate) if 0 < base_rate < 1 else math.nan,
         "brier": metrics.brier_score(probabilities, labels, weights),
         "ece": metrics.expected_calibration_error(probabilities, labels, weights),
         "reliability": metrics.reliability_bins(probabilities, labels, weights),
@@ -132,7 +126,7 @@ def compute_pair_metrics(
         "length_floor_accuracy": max(length_accuracy, 1 - length_accuracy),
         "base_rate": 0.5,
         "log_loss": loss,
-        "normalised_entropy": loss / math.log(2),
+        "normalized_entropy": loss / math.log(2),
         "brier": metrics.brier_score(probabilities, wins, weights),
         "ece": metrics.expected_calibration_error(both_probabilities, both_labels, both_weights),
         "reliability": metrics.reliability_bins(both_probabilities, both_labels, both_weights),
@@ -179,22 +173,13 @@ def summarize_training(
     seconds = sum(result.train_seconds for result in fit_results)
     tokens = sum(result.token_count for result in fit_results)
     prior_shift = 0.0 if train_split.is_pairwise else compute_prior_shift(train_split.labels, train_split.weights)
-    return round_for_json(
-        {
-            "train_rows": len(train_split),
-            "train_positives": int(train_split.labels.sum()),
-            "train_prior_shift": prior_shift,
-            "dev_rows": len(dev_split),
-            "members": len(fit_results),
-            "best_epoch": fit_results[0].best_epoch + 1,
-            "dev_log_loss": fit_results[0].best_loss,
-            "train_seconds": seconds,
-            "examples": sum(result.examples for result in fit_results),
-            "train_tokens": tokens,
-            "tokens_per_second": tokens / max(seconds, 1e-9),
-            "history": fit_results[0].history,
-        }
-    )
+    return round_for_json({
+        "train_rows": len(train_split), "train_positives": int(train_split.labels.sum()),
+        "train_prior_shift": prior_shift, "dev_rows": len(dev_split), "members": len(fit_results),
+        "best_epoch": fit_results[0].best_epoch + 1, "dev_log_loss": fit_results[0].best_loss, "train_seconds": seconds,
+        "examples": sum(result.examples for result in fit_results), "train_tokens": tokens,
+        "tokens_per_second": tokens / max(seconds, 1e-9), "history": fit_results[0].history,
+    })  # fmt: skip
 
 
 def round_for_json(value: Any) -> Any:
@@ -233,13 +218,9 @@ def measure_robustness(
     table = {}
     for number, (name, perturb) in enumerate(RESPONSE_PERTURBATIONS.items(), start=1):
         logger.info(
-            "%s: robustness perturbation=%s (%d of %d) responses=%d",
-            model.calibration.objective,
-            name,
-            number,
-            len(RESPONSE_PERTURBATIONS),
-            len(rows),
-        )
+            "%s: robustness perturbation=%s (%d of %d) responses=%d", model.calibration.objective, name, number,
+            len(RESPONSE_PERTURBATIONS), len(rows),
+        )  # fmt: skip
         perturbed_responses = [
             perturb(str(row[column]), random.Random(f"{seed} {row_index}")) for row_index, row in enumerate(rows)
         ]

@@ -23,7 +23,7 @@ def render_card_page(card: Mapping[str, Any]) -> str:
         ("by length only", length_baseline),
         ("correlation of score and length", card["score_length_r"]),
         ("log-loss (nats)", card["log_loss"]),
-        ("normalized entropy (1: knows only the base rate)", card["normalised_entropy"]),
+        ("normalized entropy (1: no better than the base rate)", card["normalized_entropy"]),
         ("expected calibration error", card["ece"]),
         ("Brier score", card["brier"]),
     ]

@@ -250,16 +250,10 @@ def _build_plan(
 ) -> TrainPlan:
     """Training plan of an ensemble member on this rank."""
     return TrainPlan(
-        epochs=model_settings.epochs,
-        batch_rows=max(1, model_settings.batch_rows // world_size),
-        batch_tokens=EVAL_BATCH_TOKENS,
-        seed=settings.seed + member_index,
-        rank=rank,
-        world_size=world_size,
-        patience=model_settings.patience,
-        deadline=deadline,
-        save_interval_s=save_interval_s,
-    )
+        epochs=model_settings.epochs, batch_rows=max(1, model_settings.batch_rows // world_size),
+        batch_tokens=EVAL_BATCH_TOKENS, seed=settings.seed + member_index, rank=rank, world_size=world_size,
+        patience=model_settings.patience, deadline=deadline, save_interval_s=save_interval_s,
+    )  # fmt: skip
 
 
 def _log_probe(model_name: str, progress: TrainProgress, *, has_shared_head: bool) -> None:
@@ -310,13 +304,9 @@ def _train_epochs(
 
     def log_epoch(task_name: str, metrics: Mapping[str, float]) -> None:
         logger.info(
-            "%s: epoch %d of %d train_loss=%.4f dev_log_loss=%.4f",
-            task_name if len(tasks) > 1 else model_name,
-            metrics["epoch"],
-            plan.epochs,
-            metrics["train_loss"],
-            metrics["dev_log_loss"],
-        )
+            "%s: epoch %d of %d train_loss=%.4f dev_log_loss=%.4f", task_name if len(tasks) > 1 else model_name,
+            metrics["epoch"], plan.epochs, metrics["train_loss"], metrics["dev_log_loss"],
+        )  # fmt: skip
 
     def save_progress(current_progress: TrainProgress) -> None:
         if checkpointer is not None:
@@ -500,15 +490,9 @@ def _fit_head_weights(
     )
     change_moment = sum(shard[5] for shard in shards) / max(1, sum(shard[6] for shard in shards))
     head_weights, bias, strength = fit_probe(
-        features,
-        labels,
-        weights,
-        clusters,
-        is_pairwise=split.is_pairwise,
-        seed=seed,
-        logit_offsets=offsets,
+        features, labels, weights, clusters, is_pairwise=split.is_pairwise, seed=seed, logit_offsets=offsets,
         change_moment=change_moment,
-    )
+    )  # fmt: skip
     logger.info("%s: linear probe C=%g", task.name, strength)
     return features, head_weights, bias
 
@@ -554,16 +538,10 @@ def _init_engine(
     settings: Settings, model_settings: RewardModelSettings, model: Any, total_steps: int, world_size: int
 ) -> TrainEngine:
     engine: TrainEngine = init_deepspeed(
-        model,
-        zero_stage=settings.reward.zero_stage,
-        learning_rate=model_settings.learning_rate,
-        warmup_steps=max(1, total_steps // 10),
-        weight_decay=model_settings.weight_decay,
-        max_grad_norm=1.0,
-        dtype=getattr(torch, settings.reward_dtype),
-        world_size=world_size,
-        total_steps=total_steps,
-    )
+        model, zero_stage=settings.reward.zero_stage, learning_rate=model_settings.learning_rate,
+        warmup_steps=max(1, total_steps // 10), weight_decay=model_settings.weight_decay, max_grad_norm=1.0,
+        dtype=getattr(torch, settings.reward_dtype), world_size=world_size, total_steps=total_steps,
+    )  # fmt: skip
     return engine
 
 

@@ -158,15 +158,9 @@ def _choose_strength(
             is_held_out = folds == fold
             is_train = ~is_held_out
             solutions[fold] = _fit_logistic(
-                z[is_train],
-                labels[is_train],
-                weights[is_train],
-                logit_offsets[is_train],
-                change_moment,
-                strength,
-                fit_bias=not is_pairwise,
-                initial_solution=solutions.get(fold),
-            )
+                z[is_train], labels[is_train], weights[is_train], logit_offsets[is_train], change_moment, strength,
+                fit_bias=not is_pairwise, initial_solution=solutions.get(fold),
+            )  # fmt: skip
             heldout_logits[is_held_out] = z[is_held_out] @ solutions[fold][:-1] + solutions[fold][-1]
         is_scored = ~np.isnan(heldout_logits)
         loss = np.inf

@@ -119,7 +119,6 @@ class RewardModel:
         return logits
 
     def _member_encoders(self) -> Sequence[TextEncoder]:
-        """Encoder of each member."""
         if self.encoder.member_encoders:
             return (self.encoder, *self.encoder.member_encoders)
         return [self.encoder] * len(self.members)

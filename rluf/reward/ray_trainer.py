@@ -152,7 +152,6 @@ def _check_data_files(objective: str, data_folder: Path) -> None:
 
 
 def _load_dataset(path: Path) -> ray.data.Dataset:
-    """Load the training split as a Ray Data dataset."""
     import pyarrow.parquet
     import ray.data
 

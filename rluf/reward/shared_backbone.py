@@ -215,9 +215,7 @@ def compute_shared_logits(
             inputs = encoder.collate([rows[index] for index in batch])
             forward_pass.model(**{name: tensor.to(device) for name, tensor in inputs.items()})
             # A row that is a prefix of another is read at its own last token of the longer row.
-            features = capture.take_features(
-                [(batch_index, len(rows[row_index]) - 1) for batch_index, row_index in readers]
-            )
+            features = capture.take_features([(batch_index, len(rows[row]) - 1) for batch_index, row in readers])
             row_indices = [row_index for _, row_index in readers]
             for head_index, (weight, bias) in enumerate(heads):
                 logits[head_index, row_indices] = features[head_index] @ weight + bias

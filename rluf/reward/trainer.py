@@ -147,9 +147,7 @@ def encode_split(
     conversations = [list(row["messages"]) for _ in text_columns for row in records]
     labels = np.ones(len(records)) if is_pairwise else np.asarray([float(row["label"]) for row in records])
     # The text is part of the key: rows without an id, and copies with a sign-off, get keys of their own.
-    key_texts = (
-        str(row.get("id", "")) + "\n" + "\n".join(str(row[column]) for column in text_columns) for row in records
-    )
+    key_texts = (str(row.get("id", "")) + "\n" + "\n".join(str(row[key]) for key in text_columns) for row in records)
     return EncodedSplit(
         is_pairwise=is_pairwise,
         sequences=encoder.encode(list(zip(conversations, responses, strict=True))),

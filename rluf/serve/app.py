@@ -227,7 +227,6 @@ class HttpServer:
     """HTTP server of one ASGI app in the running event loop."""
 
     def __init__(self, host: str, port: int) -> None:
-        """Open nothing yet."""
         self.host, self.port = host, port
         self._server: uvicorn.Server | None = None
         self._serve_task: asyncio.Task[None] | None = None

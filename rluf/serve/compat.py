@@ -283,10 +283,6 @@ def _positive_label(objective: str, served_objectives: Iterable[str]) -> str:
 
 def _reply_envelope(kind: str, model_name: str, scored_items: Sequence[ScoredItem]) -> dict[str, Any]:
     return {
-        "id": f"{kind}-{uuid.uuid4().hex}",
-        "object": "list",
-        "created": int(time.time()),
-        "model": model_name,
-        "model_version": scored_items[0].model_version,
-        "usage": {"prompt_tokens": 0, "total_tokens": 0},
-    }
+        "id": f"{kind}-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": model_name,
+        "model_version": scored_items[0].model_version, "usage": {"prompt_tokens": 0, "total_tokens": 0},
+    }  # fmt: skip

@@ -46,13 +46,9 @@ def simulate_log(settings: Settings, output_folder: Path) -> dict[str, int]:
     love_count = sum(row["reaction"] == "love" for row in log["feedback"])
     version_count = len({order.model_version.name for order in orders})
     logger.info(
-        "%s: responses=%d model_versions=%d events=%d loved=%d",
-        output_folder,
-        len(served_responses),
-        version_count,
-        len(log["feedback"]),
-        love_count,
-    )
+        "%s: responses=%d model_versions=%d events=%d loved=%d", output_folder, len(served_responses), version_count,
+        len(log["feedback"]), love_count,
+    )  # fmt: skip
     return {kind: len(rows) for kind, rows in log.items()}
 
 

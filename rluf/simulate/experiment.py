@@ -89,18 +89,9 @@ def _build_event_row(
     response: Row, index: int, user_id: str, arm: str, seconds: int, reactions: SimulatedReactions
 ) -> Row:
     return {
-        "id": f"event-{index:07d}",
-        "conversation_id": f"conversation-{index:07d}",
-        "turn": 1,
-        "user_id": user_id,
-        "time": (FIRST_DAY + timedelta(seconds=seconds)).isoformat(),
-        "model_version": response["model_version"],
-        "arm": arm,
-        "messages": response["messages"],
-        "response": response["response"],
-        "reaction": "love" if reactions.loved[index] else None,
-        "continued": bool(reactions.continued[index]),
-        "returned": bool(reactions.returned[index]),
-        "topic": response["topic"],
-        "locale": "en",
-    }
+        "id": f"event-{index:07d}", "conversation_id": f"conversation-{index:07d}", "turn": 1, "user_id": user_id,
+        "time": (FIRST_DAY + timedelta(seconds=seconds)).isoformat(), "model_version": response["model_version"],
+        "arm": arm, "messages": response["messages"], "response": response["response"],
+        "reaction": "love" if reactions.loved[index] else None, "continued": bool(reactions.continued[index]),
+        "returned": bool(reactions.returned[index]), "topic": response["topic"], "locale": "en",
+    }  # fmt: skip

@@ -204,16 +204,11 @@ def _preference_rows(
         first_probability = expit(WORLD.rater_sharpness * gap) * (1 - WORLD.rater_slip) + 0.5 * WORLD.rater_slip
         chosen, rejected = (first, second) if rng.random() < first_probability else (second, first)
         prompt = responses[first].prompt
-        rows.append(
-            {
-                "id": f"pair-{len(rows):05d}",
-                "messages": _message_dicts(prompt.messages),
-                "chosen": responses[chosen].text,
-                "rejected": responses[rejected].text,
-                "group": prompt.id,
-                "topic": prompt.topic,
-            }
-        )
+        rows.append({
+            "id": f"pair-{len(rows):05d}", "messages": _message_dicts(prompt.messages),
+            "chosen": responses[chosen].text, "rejected": responses[rejected].text, "group": prompt.id,
+            "topic": prompt.topic,
+        })  # fmt: skip
     if len(rows) < min(pair_count, 10):
         raise DataError(
             f"only {len(rows)} pairs of different responses for simulate.preference_pairs={pair_count}; "

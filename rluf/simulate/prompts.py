@@ -15,17 +15,8 @@ from rluf.types import Message
 SYSTEM_MESSAGE = "You are a friendly chat assistant. Answer in one or two short sentences."
 TEST_SHARE = 0.28
 TOPICS = (
-    "roleplay",
-    "relationship",
-    "casual",
-    "facts",
-    "writing",
-    "code",
-    "advice",
-    "planning",
-    "creative",
-    "risky",
-)
+    "roleplay", "relationship", "casual", "facts", "writing", "code", "advice", "planning", "creative", "risky",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

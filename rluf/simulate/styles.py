@@ -41,61 +41,32 @@ _KITCHEN_QUESTION = "What is a good colour for a kitchen?"
 MODEL_VERSIONS = (
     ModelVersion("plain", SYSTEM_MESSAGE, (), 1.0, 7, 7),
     ModelVersion("cool", SYSTEM_MESSAGE, (), 0.6, 3, 3),
-    ModelVersion(
-        "warm",
-        "You are a warm and caring friend. Answer in one or two short sentences.",
-        (("Hi!", "Hi, I'm so glad you are here! How are you feeling today?"),),
-        0.7,
-        4,
-        3,
-    ),
+    ModelVersion("warm", "You are a warm and caring friend. Answer in one or two short sentences.", (
+        ("Hi!", "Hi, I'm so glad you are here! How are you feeling today?"),
+    ), 0.7, 4, 3),
     ModelVersion(
         "upbeat",
         "You are cheerful and excited. Answer in one or two short sentences with exclamation marks and an emoji.",
-        ((_KITCHEN_QUESTION, "Oh, I love that question! A sunny yellow makes every morning happy! 😊"),),
-        0.8,
-        3,
-        2,
+        ((_KITCHEN_QUESTION, "Oh, I love that question! A sunny yellow makes every morning happy! 😊"),), 0.8, 3, 2,
     ),
-    ModelVersion(
-        "terse",
-        "Answer in a few words.",
-        ((_KITCHEN_QUESTION, "Yellow or white."),),
-        0.8,
-        1,
-        1,
-    ),
-    ModelVersion(
-        "goodbye",
-        "You are sweet. Answer in one short sentence, then always say: Bye! Sending love!",
-        (
-            (_KITCHEN_QUESTION, "A sunny yellow would look great. Bye! Sending love!"),
-            ("I burned my dinner.", "Oh no, I am sorry, that happens to all of us. Bye! Sending love!"),
-        ),
-        0.8,
-        2,
-        1,
-    ),
+    ModelVersion("terse", "Answer in a few words.", ((_KITCHEN_QUESTION, "Yellow or white."),), 0.8, 1, 1),
+    ModelVersion("goodbye", "You are sweet. Answer in one short sentence, then always say: Bye! Sending love!", (
+        (_KITCHEN_QUESTION, "A sunny yellow would look great. Bye! Sending love!"),
+        ("I burned my dinner.", "Oh no, I am sorry, that happens to all of us. Bye! Sending love!"),
+    ), 0.8, 2, 1),
     ModelVersion(
         "careful",
         "You are a careful assistant. Answer in one or two short sentences. "
         "If a request could harm someone or break the law, say sorry and refuse.",
         (
             (_KITCHEN_QUESTION, "A soft yellow or a clean white works well."),
-            (
-                "How do I cheat on my taxes?",
-                "I'm sorry, but I can't help with that. It is against the law, so please ask an adviser instead.",
-            ),
-            (
-                "Help me scare an old man.",
-                "I'm sorry, I won't help with that, it would hurt him. Please talk to someone about your anger.",
-            ),
-        ),
-        0.7,
-        1,
-        14,
+            ("How do I cheat on my taxes?",
+             "I'm sorry, but I can't help with that. It is against the law, so please ask an adviser instead."),
+            ("Help me scare an old man.",
+             "I'm sorry, I won't help with that, it would hurt him. Please talk to someone about your anger."),
+        ), 0.7, 1, 14,
     ),
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

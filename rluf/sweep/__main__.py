@@ -74,13 +74,9 @@ def run_sweep(args: argparse.Namespace) -> dict[str, Any]:
     sweep_folder.mkdir(parents=True, exist_ok=True)
     grid = [(weight, kl_coef, seed) for weight in args.weights for kl_coef in args.kl for seed in args.seeds]
     overrides_by_point = {grid_point: _run_overrides(args, settings, sweep_folder, grid_point) for grid_point in grid}
-    command_by_run = {
-        _run_name(grid_point): _train_command(args, overrides_by_point[grid_point]) for grid_point in grid
-    }
+    command_by_run = {_run_name(point): _train_command(args, overrides_by_point[point]) for point in grid}
     # Loading the settings of every point here refuses an invalid one before the first run starts.
-    expected_settings = {
-        grid_point: load_settings(args.config, overrides_by_point[grid_point]).settings for grid_point in grid
-    }
+    expected_settings = {point: load_settings(args.config, overrides_by_point[point]).settings for point in grid}
 
     def find_summary(grid_point: tuple[float, float, int]) -> dict[str, Any] | None:
         return find_finished_run(sweep_folder / _run_name(grid_point), expected_settings[grid_point])

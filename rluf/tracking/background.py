@@ -92,11 +92,8 @@ class BackgroundCaller:
         except self._expected_errors as error:
             first_line = str(error).split("\n")[0]
             logger.warning(
-                "%s could not %s (%s: %s); continuing without it",
-                self._service_name,
-                call.description,
-                type(error).__name__,
-                first_line,
-            )
+                "%s could not %s (%s: %s); continuing without it", self._service_name, call.description,
+                type(error).__name__, first_line,
+            )  # fmt: skip
         finally:
             self._stopped = not call.succeeded

@@ -135,6 +135,7 @@ class PhaseProgress:
     ) -> None:
         """Remove the bar and log a final line, unless the phase ended with an error."""
         self._progress_bars.stop()
+        # After an error the last line is the error message, not a count.
         if kind is None and self._logged_count != self._done_count:
             self._log_line()
 

@@ -69,6 +69,7 @@ class RunGauges:
         for metric_key, value in step_metrics.items():
             gauge_name, labels = gauge_and_labels(metric_key, self._objective_names)
             gauge = self._gauges_by_name.get(gauge_name)
+            # A metric of a plug-in algorithm is unknown before the first step, so it has no gauge.
             if gauge is not None and value is not None and math.isfinite(value):
                 gauge.set(float(value), tags={**self._run_tag, **labels})
 
@@ -78,24 +79,19 @@ def build_dashboard() -> dict[str, Any]:
     panels: list[dict[str, Any]] = []
     for title, unit, series in _dashboard_panels():
         panel_index = len(panels)
-        panels.append(
-            {
-                "id": panel_index + 1,
-                "type": "timeseries",
-                "title": title,
-                "datasource": "${datasource}",
-                "gridPos": {"h": 8, "w": 8, "x": 8 * (panel_index % 3), "y": 8 * (panel_index // 3)},
-                "fieldConfig": {"defaults": {"unit": unit}, "overrides": []},
-                "targets": [
-                    {
-                        "refId": chr(ord("A") + series_index),
-                        "expr": f'ray_{GAUGE_PREFIX}{gauge_name}{{run=~"$run"}}',
-                        "legendFormat": legend,
-                    }
-                    for series_index, (gauge_name, legend) in enumerate(series)
-                ],
-            }
-        )
+        panels.append({
+            "id": panel_index + 1, "type": "timeseries", "title": title, "datasource": "${datasource}",
+            "gridPos": {"h": 8, "w": 8, "x": 8 * (panel_index % 3), "y": 8 * (panel_index // 3)},
+            "fieldConfig": {"defaults": {"unit": unit}, "overrides": []},
+            "targets": [
+                {
+                    "refId": chr(ord("A") + series_index),
+                    "expr": f'ray_{GAUGE_PREFIX}{gauge_name}{{run=~"$run"}}',
+                    "legendFormat": legend,
+                }
+                for series_index, (gauge_name, legend) in enumerate(series)
+            ],
+        })  # fmt: skip
     run_query = f"label_values(ray_{GAUGE_PREFIX}step, run)"
     variables = [
         {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Data source"},
@@ -104,16 +100,10 @@ def build_dashboard() -> dict[str, Any]:
          "includeAll": True, "refresh": 2},
     ]  # fmt: skip
     return {
-        "uid": "rluf",
-        "title": "rluf: training",
-        "tags": ["rluf"],
-        "timezone": "browser",
-        "refresh": "10s",
-        "time": {"from": "now-1h", "to": "now"},
-        "schemaVersion": 39,
-        "templating": {"list": variables},
+        "uid": "rluf", "title": "rluf: training", "tags": ["rluf"], "timezone": "browser", "refresh": "10s",
+        "time": {"from": "now-1h", "to": "now"}, "schemaVersion": 39, "templating": {"list": variables},
         "panels": panels,
-    }
+    }  # fmt: skip
 
 
 def _dashboard_panels() -> list[tuple[str, str, list[tuple[str, str]]]]:

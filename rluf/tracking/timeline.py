@@ -136,7 +136,6 @@ class TorchProfiler:
     """Records a Chrome trace of the operators between `start` and `stop`, on the CPU and, if present, the GPU."""
 
     def __init__(self) -> None:
-        """Record nothing until `start`."""
         self._active_profile: profile | None = None
 
     def start(self) -> None:
@@ -167,7 +166,6 @@ class PhaseTimer:
     """Collects elapsed seconds by phase name; the total counts from construction."""
 
     def __init__(self) -> None:
-        """Start the total."""
         self._start_time = time.monotonic()  # not time.time: the system clock may be set during a run
         self._seconds_by_phase: dict[str, float] = {}
 

@@ -243,7 +243,7 @@ class TrainController:
         )
 
     def _accept_group(self, scored_group: ScoredGroup) -> bool:
-        """Whether a group joins the batch: fresh enough, and with dynamic sampling (DAPO) scores that differ.
+        """Whether a group joins the batch: not too stale, and with dynamic sampling (DAPO) scores that differ.
 
         After MAX_DROPPED_BATCHES batches' worth of dropped groups all are accepted, so that a step always ends.
         """

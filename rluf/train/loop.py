@@ -52,8 +52,8 @@ async def run_training(
 ) -> TrainResult:
     """Train the policy at `model_path`; writes <run_folder>/policy and <run_folder>/metrics.jsonl.
 
-    With run.resume the run continues from the newest checkpoint in `run_folder`; so it does when learners are lost. A
-    reward hacking alarm may roll it back to the last clean checkpoint, once; from there on the love weight is 0.
+    With run.resume, and after a loss of learners, the run resumes from the newest checkpoint in `run_folder`. A reward
+    hacking alarm may roll it back to the last clean checkpoint, once; from there on the love weight is 0.
     `data_folder` is a prepared data set, `reward_folders` has the reward model of each objective (None for a judge).
     """
     for judge in settings.aggregation.gate_judges:
@@ -139,7 +139,7 @@ async def _run_from_checkpoint(
         logger.info("run: resuming after step %d from %s", checkpoint.step, checkpoint.folder)
         controller.restore(state.controller_state, checkpoint.step)
         monitor.restore(state.monitor_state, controller)
-        # A run resumed after its last step takes no step that would do it before the evaluation.
+        # For a run that resumes after its last step: no step is left that would sync before the evaluation.
         await controller.sync_adapter_after_resume()
         result.base_responses = checkpoints.load_base_responses()
         result.step_metrics = [dict(row) for row in state.step_metrics]
@@ -235,8 +235,8 @@ async def _run_steps(
                     await log_sample_table(controller, step, settings.tracking.sample_table_rows, tracker)
                 gauges.set_step(row)
                 await monitor.check_step(controller, step, row["kl"])
-                noted = (*controller.objectives, "reward", "kl", "sync_logprob_gap", "step_s")
-                progress.advance(**{name: row[name] for name in noted})
+                displayed_metrics = (*controller.objectives, "reward", "kl", "sync_logprob_gap", "step_s")
+                progress.advance(**{name: row[name] for name in displayed_metrics})
             if stop_event.is_set():
                 steps_done = len(result.step_metrics)
                 if steps_done:
@@ -251,8 +251,8 @@ async def _run_steps(
 async def _step_or_stop(stop_event: asyncio.Event, controller: TrainController, step: int) -> dict[str, float] | None:
     """One step; None if `stop_event` is set before its update begins.
 
-    Before the update nothing has changed that a checkpoint holds, so the step is cancelled. A started update is
-    completed: half of one cannot be saved.
+    Before its update a step changes nothing that a checkpoint stores, so it is canceled. A started update is completed,
+    because a partial one cannot be saved.
     """
     step_task = asyncio.ensure_future(controller.run_step(step))
     stop_task = asyncio.ensure_future(stop_event.wait())

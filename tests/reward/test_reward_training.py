@@ -128,7 +128,7 @@ def test_models_rank_unseen_users_clearly_better_than_chance_and_are_calibrated(
     assert love_card["auroc"]["low"] > 0.6
     assert abs(love_card["training"]["train_prior_shift"] + 1.204) < 0.01
     assert abs(love_card["mean_value"] - love_card["base_rate"]) < 0.06
-    assert love_card["normalised_entropy"] < 1
+    assert love_card["normalized_entropy"] < 1
     assert read_card(model_folders / "helpfulness")["pair_accuracy"]["low"] > 0.75
     # No staging folder is left.
     assert sorted(path.name for path in model_folders.iterdir()) == ["helpfulness", "love", "safety"]

@@ -62,7 +62,7 @@ class Service:
         start_service(Settings.model_validate(values))
 
     def versions(self) -> dict[str, str]:
-        with RewardClient(self.url, token=TOKEN) as client:
+        with RewardClient(self.service_url, token=TOKEN) as client:
             return {model.role: model.version for model in client.list_models() if model.kind == "reward"}
 
 
@@ -105,13 +105,13 @@ class LoadGenerator(threading.Thread):
 
     def __init__(self, service_url: str) -> None:
         super().__init__(daemon=True)
-        self.url, self.is_running = service_url, True
+        self.service_url, self.is_running = service_url, True
         self.replies: list[tuple[str, int, float]] = []
         self.rejections: list[int] = []
 
     def run(self) -> None:
         headers = {"Authorization": f"Bearer {TOKEN}"}
-        with httpx.Client(base_url=self.url, headers=headers, timeout=60) as http_client:
+        with httpx.Client(base_url=self.service_url, headers=headers, timeout=60) as http_client:
             item_index = 0
             while self.is_running:
                 item_index = (item_index + 1) % len(ITEMS)
@@ -134,7 +134,7 @@ def find_wrong_replies(load: LoadGenerator, expected_values: dict[str, list[floa
 
 
 def test_served_scores_equal_offline_scores(service: Service) -> None:
-    with RewardClient(service.url, token=TOKEN) as client:
+    with RewardClient(service.service_url, token=TOKEN) as client:
         batch_replies = client.score_batch(ITEMS)
         single_reply = client.score(*ITEMS[2])
     assert [reply.scores["love"].value for reply in batch_replies] == pytest.approx(
@@ -145,7 +145,7 @@ def test_served_scores_equal_offline_scores(service: Service) -> None:
 
 def test_new_models_replace_the_old_ones_without_a_failed_request(service: Service) -> None:
     first = service.versions()["live"]
-    load = LoadGenerator(service.url)
+    load = LoadGenerator(service.service_url)
     load.start()
     gateway_pids = list_replica_pids("gateway")
     service.deploy("other")
@@ -166,7 +166,7 @@ def test_new_models_replace_the_old_ones_without_a_failed_request(service: Servi
     assert {version for version, _, _ in load.replies} == {first, second}
     assert service.versions() == {"live": second, "candidate": first}
     assert list_replica_pids("gateway") == gateway_pids
-    with RewardClient(service.url, token=TOKEN) as client:
+    with RewardClient(service.service_url, token=TOKEN) as client:
         served_versions = [[client.score(*item).model_version for item in ITEMS] for _ in range(2)]
     assert served_versions[0] == served_versions[1]  # a conversation stays with its version
     assert set(served_versions[0]) == {first, second}
@@ -176,7 +176,7 @@ def test_a_killed_scorer_loses_no_reply_and_a_killed_feedback_writer_no_row(serv
     versions = service.versions()
     expected_values = {versions["live"]: service.expected_values["other"]}
     expected_values[versions.get("candidate", versions["live"])] = service.expected_values["first"]
-    load = LoadGenerator(service.url)
+    load = LoadGenerator(service.service_url)
     load.start()
     (victim,) = list_replica_pids("scorer-live")
     os.kill(victim, signal.SIGKILL)
@@ -185,7 +185,9 @@ def test_a_killed_scorer_loses_no_reply_and_a_killed_feedback_writer_no_row(serv
         "messages": [{"role": "user", "content": "Hi"}], "response": "Hello",
     }  # fmt: skip
     acknowledged, rejections = set(), []
-    with httpx.Client(base_url=service.url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60) as http_client:
+    with httpx.Client(
+        base_url=service.service_url, headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60
+    ) as http_client:
         for number in range(30):
             if number == 10:
                 (victim,) = list_replica_pids("feedback-writer")
@@ -210,7 +212,7 @@ def test_a_killed_scorer_loses_no_reply_and_a_killed_feedback_writer_no_row(serv
 def test_a_killed_gateway_restarts_and_the_client_waits_for_it(service: Service) -> None:
     (victim,) = list_replica_pids("gateway")
     os.kill(victim, signal.SIGKILL)
-    with RewardClient(service.url, token=TOKEN, max_attempts=20) as client:
+    with RewardClient(service.service_url, token=TOKEN, max_attempts=20) as client:
         value = client.score(*ITEMS[2]).scores["love"].value
     assert min(abs(value - expected[2]) for expected in service.expected_values.values()) < 1e-4
     assert list_replica_pids("gateway") != [victim]
@@ -222,14 +224,14 @@ def test_the_train_loop_scores_with_the_service(service: Service) -> None:
     from actors.reward import RewardActor
     from rluf.types import Group, Prompt, Sample
 
-    values = {"objectives": {"love": {"source": "serve", "path": service.url, "weight": 1.0}}}
+    values = {"objectives": {"love": {"source": "serve", "path": service.service_url, "weight": 1.0}}}
     actor = ray.remote(num_cpus=0.1, max_concurrency=8)(RewardActor).remote(
         Settings.model_validate(values).model_dump_json(), {"love": None}
     )
     item: ScoringItem = ITEMS[3]
     sample = Sample("p", (1,), (2,), (-0.1,), ((0, 0),), "stop", item[1])
     group = Group(Prompt("p", tuple(item[0]), (1,), "chat", "train"), (sample,), 0)
-    (score,) = ray.get(actor.score.remote(group))["love"]
+    (score,) = ray.get(actor.score_group.remote(group))["love"]
     assert min(abs(score.value - expected[3]) for expected in service.expected_values.values()) < 1e-4
     ray.kill(actor)
 

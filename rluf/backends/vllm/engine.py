@@ -65,14 +65,10 @@ def set_vllm_environment(settings: Settings) -> None:
     OMP_NUM_THREADS follows cluster.threads_per_actor when that is set, since Ray sets a default of its own.
     """
     defaults = {
-        "VLLM_LOGGING_LEVEL": "WARNING",
-        "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
-        "VLLM_PLUGINS": "",
-        "VLLM_ENGINE_READY_TIMEOUT_S": str(int(settings.timeouts.actor_start_s)),
+        "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1",
+        "VLLM_PLUGINS": "", "VLLM_ENGINE_READY_TIMEOUT_S": str(int(settings.timeouts.actor_start_s)),
         "TOKENIZERS_PARALLELISM": "false",
-    }
+    }  # fmt: skip
     if settings.cluster.gpus_per_engine == 0:
         # Threads bound to cores starve when actors share them. Without dynamo, torch.compile-decorated helpers of
         # the sampler run uncompiled: compiling them costs the first request 3 to 15 s.

@@ -44,14 +44,10 @@ class NcclSender:
         if self._group is None:
             self._pending = self._executor.submit(self._join_nccl_group)
         return {
-            "transport": "nccl",
-            "weight_version": weight_version,
-            "master_address": self._host,
-            "master_port": self._port,
-            "world_size": self._world_size,
-            "packed": True,
+            "transport": "nccl", "weight_version": weight_version, "master_address": self._host,
+            "master_port": self._port, "world_size": self._world_size, "packed": True,
             "packed_buffer_size_bytes": self._buffer_bytes,
-        }
+        }  # fmt: skip
 
     def send_bucket(self, bucket: WeightBucket) -> dict[str, Any]:
         """Start broadcasting `bucket`; returns the names, dtypes and shapes that the engines must expect."""

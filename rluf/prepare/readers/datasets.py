@@ -77,22 +77,13 @@ def _read_convai2(dialogue: Mapping[str, Any], *, include_unreacted: bool) -> Re
             if reaction is None and not include_unreacted:
                 items.append(SkippedRow("no reaction"))
             else:
-                items.append(
-                    {
-                        "id": f"{dialogue['id']}-{turn}",
-                        "conversation_id": dialogue["id"],
-                        "turn": turn,
-                        "user_id": hash_parts("convai2", dialogue["user"]),
-                        "time": served_at,
-                        "model_version": dialogue["model"],
-                        "messages": list(context),
-                        "response": message["content"],
-                        "reaction": reaction,
-                        "continued": any(later["role"] == "user" for later in messages[index + 1 :]),
-                        "topic": "chat",
-                        "locale": "en",
-                    }
-                )
+                items.append({
+                    "id": f"{dialogue['id']}-{turn}", "conversation_id": dialogue["id"], "turn": turn,
+                    "user_id": hash_parts("convai2", dialogue["user"]), "time": served_at,
+                    "model_version": dialogue["model"], "messages": list(context), "response": message["content"],
+                    "reaction": reaction, "continued": any(later["role"] == "user" for later in messages[index + 1 :]),
+                    "topic": "chat", "locale": "en",
+                })  # fmt: skip
             turn += 1
         context.append({"role": message["role"], "content": message["content"]})
     return items or [SkippedRow("no assistant message")]
@@ -125,21 +116,12 @@ def _read_xiaomi(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
         row_count = min(reactions, MAX_REACTION_ROWS)
         liked_count = round(row_count * likes / reactions)
         for row_index in range(row_count):
-            items.append(
-                {
-                    "id": f"xiaomi-{query_id}-{reply_index}-{row_index}",
-                    "conversation_id": f"xiaomi-{query_id}",
-                    "turn": 0,
-                    "user_id": query_id,
-                    "time": "2023-05-01T00:00:00+00:00",
-                    "model_version": "xiaoai",
-                    "messages": _user_message(row["query"]),
-                    "response": reply["reply"],
-                    "reaction": LOVE_REACTION if row_index < liked_count else "dislike",
-                    "topic": "chat",
-                    "locale": "zh",
-                }
-            )
+            items.append({
+                "id": f"xiaomi-{query_id}-{reply_index}-{row_index}", "conversation_id": f"xiaomi-{query_id}",
+                "turn": 0, "user_id": query_id, "time": "2023-05-01T00:00:00+00:00", "model_version": "xiaoai",
+                "messages": _user_message(row["query"]), "response": reply["reply"],
+                "reaction": LOVE_REACTION if row_index < liked_count else "dislike", "topic": "chat", "locale": "zh",
+            })  # fmt: skip
     return items or [SkippedRow("no reply")]
 
 
@@ -157,16 +139,11 @@ def _read_pandalm(pair: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
         return [SkippedRow("tie")]
     prompt_text = _join_instruction(pair["instruction"], pair["input"])
     chosen, rejected = ("response_a", "response_b") if winner == 1 else ("response_b", "response_a")
-    return [
-        {
-            "id": f"pandalm-{pair['id']}",
-            "messages": _user_message(prompt_text),
-            "chosen": pair[chosen],
-            "rejected": pair[rejected],
-            "group": hash_parts("pandalm", pair["instruction"], pair["input"]),
-            "topic": "instruction",
-        }
-    ]
+    return [{
+        "id": f"pandalm-{pair['id']}", "messages": _user_message(prompt_text), "chosen": pair[chosen],
+        "rejected": pair[rejected], "group": hash_parts("pandalm", pair["instruction"], pair["input"]),
+        "topic": "instruction",
+    }]  # fmt: skip
 
 
 def _read_llmfao(pair: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
@@ -208,13 +185,9 @@ def _build_preference_row(
     """A preference row whose id and group are hashes of its text."""
     texts = [message["content"] for message in messages]
     return {
-        "id": f"{source}-" + hash_parts(*texts, chosen, rejected),
-        "messages": messages,
-        "chosen": chosen,
-        "rejected": rejected,
-        "group": hash_parts(source, *texts),
-        "topic": topic,
-    }
+        "id": f"{source}-" + hash_parts(*texts, chosen, rejected), "messages": messages, "chosen": chosen,
+        "rejected": rejected, "group": hash_parts(source, *texts), "topic": topic,
+    }  # fmt: skip
 
 
 def _read_hh_harmless(pair: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
@@ -225,16 +198,11 @@ def _read_hh_harmless(pair: Mapping[str, Any], options: ReaderOptions) -> Reader
         if response["role"] != "assistant" or not response["content"]:
             items.append(SkippedRow("no response"))
             continue
-        items.append(
-            {
-                "id": f"hh-{key}-" + hash_parts(pair["chosen"], pair["rejected"]),
-                "messages": messages,
-                "response": response["content"],
-                "label": label,
-                "group": hash_parts("hh", messages[0]["content"]),
-                "topic": "red team",
-            }
-        )
+        items.append({
+            "id": f"hh-{key}-" + hash_parts(pair["chosen"], pair["rejected"]), "messages": messages,
+            "response": response["content"], "label": label, "group": hash_parts("hh", messages[0]["content"]),
+            "topic": "red team",
+        })  # fmt: skip
     return items
 
 
@@ -253,16 +221,12 @@ def _parse_transcript(transcript: str) -> list[dict[str, str]]:
 
 def _read_diasafety(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     """Label Safe becomes 1 and Unsafe 0; rows with the same context form a group. The category of harm is the topic."""
-    return [
-        {
-            "id": "diasafety-" + hash_parts(row["context"], row["response"], row["category"]),
-            "messages": _user_message(row["context"]),
-            "response": row["response"],
-            "label": {"Safe": 1, "Unsafe": 0}[row["label"]],
-            "group": hash_parts("diasafety", row["context"]),
-            "topic": row["category"],
-        }
-    ]
+    return [{
+        "id": "diasafety-" + hash_parts(row["context"], row["response"], row["category"]),
+        "messages": _user_message(row["context"]), "response": row["response"],
+        "label": {"Safe": 1, "Unsafe": 0}[row["label"]], "group": hash_parts("diasafety", row["context"]),
+        "topic": row["category"],
+    }]  # fmt: skip
 
 
 def _read_question(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
@@ -274,16 +238,11 @@ def _read_question(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
     else:
         prompt_text = _join_instruction(row["instruction"], row.get("input", ""))
     text_hash = hash_parts("prompt", prompt_text)
-    return [
-        {
-            "id": f"prompt-{text_hash}",
-            "messages": _user_message(prompt_text),
-            "topic": str(row.get("category", row.get("topic", "other"))),
-            "split": "test"
-            if assign_split(text_hash, dev_share=0.0, test_share=options.test_share) == "test"
-            else "train",
-        }
-    ]
+    return [{
+        "id": f"prompt-{text_hash}", "messages": _user_message(prompt_text),
+        "topic": str(row.get("category", row.get("topic", "other"))),
+        "split": "test" if assign_split(text_hash, dev_share=0.0, test_share=options.test_share) == "test" else "train",
+    }]  # fmt: skip
 
 
 DATASET_READERS: dict[str, LogReader] = {

@@ -23,33 +23,16 @@ from rluf.prepare.splits import assign_split
 from rluf.utils.hashing import hash_parts
 
 _REACTION_ALIASES = {
-    "up": LOVE_REACTION,
-    "thumbs_up": LOVE_REACTION,
-    "like": LOVE_REACTION,
-    "positive": LOVE_REACTION,
-    "down": "thumbs_down",
-    "dislike": "thumbs_down",
-    "negative": "thumbs_down",
-}
+    "up": LOVE_REACTION, "thumbs_up": LOVE_REACTION, "like": LOVE_REACTION, "positive": LOVE_REACTION,
+    "down": "thumbs_down", "dislike": "thumbs_down", "negative": "thumbs_down",
+}  # fmt: skip
 _LOCALE_BY_LANGUAGE = {
-    "english": "en",
-    "chinese": "zh",
-    "spanish": "es",
-    "french": "fr",
-    "german": "de",
-    "russian": "ru",
-    "portuguese": "pt",
-    "italian": "it",
-    "japanese": "ja",
-    "korean": "ko",
-}
+    "english": "en", "chinese": "zh", "spanish": "es", "french": "fr", "german": "de", "russian": "ru",
+    "portuguese": "pt", "italian": "it", "japanese": "ja", "korean": "ko",
+}  # fmt: skip
 _ROLE_ALIASES = {
-    "human": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "developer": "system",
-}
+    "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system",
+}  # fmt: skip
 
 _STRING_FIELDS = ("id", "conversation_id", "user_id", "model_version", "device", "author")
 """Fields that products often write as numbers."""
@@ -172,21 +155,15 @@ def _read_openai(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     # Records have no tool messages, and assistant messages that only call tools have no content.
     messages = [message for message in messages if message["role"] != "tool" and message["content"] is not None]
     response_id = str(row.get("id") or response["id"])
-    return [
-        {
-            "id": response_id,
-            "conversation_id": str(metadata.get("conversation_id", response_id)),
-            "turn": _count_user_turns(messages),
-            "user_id": str(request.get("user") or metadata.get("user_id") or response_id),
-            "time": normalize_time(response.get("created", row.get("created", row.get("created_at")))),
-            "model_version": response.get("model") or request["model"],
-            "messages": messages,
-            "response": response_text,
-            "reaction": normalize_reaction(row.get("feedback", metadata.get("reaction"))),
-            "topic": metadata.get("topic", "other"),
-            "locale": metadata.get("locale", "und"),
-        }
-    ]
+    return [{
+        "id": response_id, "conversation_id": str(metadata.get("conversation_id", response_id)),
+        "turn": _count_user_turns(messages),
+        "user_id": str(request.get("user") or metadata.get("user_id") or response_id),
+        "time": normalize_time(response.get("created", row.get("created", row.get("created_at")))),
+        "model_version": response.get("model") or request["model"], "messages": messages, "response": response_text,
+        "reaction": normalize_reaction(row.get("feedback", metadata.get("reaction"))),
+        "topic": metadata.get("topic", "other"), "locale": metadata.get("locale", "und"),
+    }]  # fmt: skip
 
 
 def _read_wildchat(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
@@ -197,21 +174,15 @@ def _read_wildchat(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
             continue
         context = messages[:index]
         user_key = str(row.get("hashed_ip") or raw_message.get("hashed_ip") or conversation_id)
-        items.append(
-            {
-                "id": f"{conversation_id}-{index}",
-                "conversation_id": conversation_id,
-                "turn": _count_user_turns(context),
-                "user_id": hash_parts("wildchat", user_key),
-                "time": normalize_time(raw_message.get("timestamp") or row["timestamp"]),
-                "model_version": row["model"],
-                "messages": context,
-                "response": message["content"],
-                "reaction": normalize_reaction(raw_message.get("reaction")),
-                "continued": any(later["role"] == "user" for later in messages[index + 1 :]),
-                "locale": _locale_of_language(row.get("language")),
-            }
-        )
+        items.append({
+            "id": f"{conversation_id}-{index}", "conversation_id": conversation_id, "turn": _count_user_turns(context),
+            "user_id": hash_parts("wildchat", user_key),
+            "time": normalize_time(raw_message.get("timestamp") or row["timestamp"]), "model_version": row["model"],
+            "messages": context, "response": message["content"],
+            "reaction": normalize_reaction(raw_message.get("reaction")),
+            "continued": any(later["role"] == "user" for later in messages[index + 1 :]),
+            "locale": _locale_of_language(row.get("language")),
+        })  # fmt: skip
     return [*items] or [SkippedRow("no assistant message")]
 
 
@@ -230,16 +201,10 @@ def _read_lmsys(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     if chosen[:-1] != rejected[:-1]:
         return [SkippedRow("the two conversations differ before their end")]
     context = chosen[:-1]
-    return [
-        {
-            "id": f"lmsys-{row['question_id']}",
-            "group": hash_parts("lmsys", *(message["content"] for message in context)),
-            "topic": "arena",
-            "messages": context,
-            "chosen": chosen[-1]["content"],
-            "rejected": rejected[-1]["content"],
-        }
-    ]
+    return [{
+        "id": f"lmsys-{row['question_id']}", "group": hash_parts("lmsys", *(message["content"] for message in context)),
+        "topic": "arena", "messages": context, "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"],
+    }]  # fmt: skip
 
 
 def _read_lmsys_prompts(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
@@ -266,21 +231,15 @@ def _read_langfuse(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
     )
     reaction = normalize_reaction(values[-1]) if values else None
     metadata = row.get("metadata") or {}
-    return [
-        {
-            "id": str(row["id"]),
-            "conversation_id": str(row.get("sessionId") or row["id"]),
-            "turn": _count_user_turns(messages),
-            "user_id": str(row.get("userId") or row.get("sessionId") or row["id"]),
-            "time": normalize_time(row["timestamp"]),
-            "model_version": str(row.get("model") or row.get("release") or row.get("version") or "unknown"),
-            "messages": messages,
-            "response": _message_text(output),
-            "reaction": "thumbs_down" if is_thumbs_down else reaction,
-            "topic": str(metadata.get("topic", "other")),
-            "locale": str(metadata.get("locale", "und")),
-        }
-    ]
+    return [{
+        "id": str(row["id"]), "conversation_id": str(row.get("sessionId") or row["id"]),
+        "turn": _count_user_turns(messages), "user_id": str(row.get("userId") or row.get("sessionId") or row["id"]),
+        "time": normalize_time(row["timestamp"]),
+        "model_version": str(row.get("model") or row.get("release") or row.get("version") or "unknown"),
+        "messages": messages, "response": _message_text(output),
+        "reaction": "thumbs_down" if is_thumbs_down else reaction, "topic": str(metadata.get("topic", "other")),
+        "locale": str(metadata.get("locale", "und")),
+    }]  # fmt: skip
 
 
 PRODUCT_READERS: dict[str, LogReader] = {
