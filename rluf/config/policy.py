@@ -114,7 +114,8 @@ class AlgorithmSettings(SettingsSection):
     hacking_alarms: Literal["off", "warn", "act"] = "warn"
     """Reward-hacking alarms on each step: warn only logs; act also freezes love, rolls back a checkpoint, or stops."""
     hacking_baseline_prompts: int = Field(default=64, ge=16)
-    """Training prompts sampled once from the base policy before the first step, as the baseline of the alarms."""
+    """Training prompts answered by the base policy before the first step (samples_per_prompt replies each), as the
+    baseline of the alarms."""
 
     @field_validator("name")
     @classmethod

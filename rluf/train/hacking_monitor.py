@@ -14,20 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from rluf.config.settings import Settings
 from rluf.errors import ActorLostError, DataError, RewardHackingError
-from rluf.evaluate.alarms import (
-    AlarmAction,
-    AlarmBaseline,
-    BinaryMonitor,
-    MonitorAlarm,
-    MonitorCheck,
-    SequentialDetector,
-    decide_action,
-)
-from rluf.evaluate.monitors import MonitorSample, measure_monitors
+from rluf.evaluate.alarms import AlarmAction, MonitorAlarm, MonitorCheck, TrainingAlarms, decide_action
+from rluf.evaluate.monitors import MonitorSample
 from rluf.train.actor_calls import fetch_group
 from rluf.train.prompt_store import prompt_topics
 from rluf.train.work_buffer import prompt_order
@@ -52,24 +42,24 @@ class RewardHackingMonitor:
         """
         self._settings, self._tracker = settings, tracker
         self._act_on_alarms = settings.algorithm.hacking_alarms == "act"
-        self._detector: SequentialDetector | None = None
+        self._alarms: TrainingAlarms | None = None
         self._checks: list[MonitorCheck] = []
         self._last_action = AlarmAction.NONE
         self._love_frozen = love_frozen
 
     async def measure_baseline(self, controller: TrainController) -> None:
-        """Sample one reply of the base policy to each of `algorithm.hacking_baseline_prompts` training prompts.
+        """Sample replies of the base policy to `algorithm.hacking_baseline_prompts` training prompts.
 
-        Raises DataError where every training prompt is of a topic with an objective of its own.
+        Each gets as many as in training, so that prompts of both are comparable. Raises DataError where every training
+        prompt is of a topic with an objective of its own.
         """
         algorithm = self._settings.algorithm
-        if algorithm.hacking_alarms == "off" or self._detector is not None:
+        if algorithm.hacking_alarms == "off" or self._alarms is not None:
             return
         prompts = self._baseline_prompts(controller.prompts, algorithm.hacking_baseline_prompts)
         seed = self._settings.seed + BASELINE_SEED_OFFSET
-        responses = await controller.generate_and_score(prompts, 1, seed, lambda: None)
-        samples = _monitor_samples([group for group, _ in responses])
-        self._detector = SequentialDetector(AlarmBaseline.from_values(measure_monitors(samples)), algorithm.steps)
+        responses = await controller.generate_and_score(prompts, algorithm.samples_per_prompt, seed, lambda: None)
+        self._alarms = TrainingAlarms(_monitor_samples([group for group, _ in responses]), algorithm.steps)
 
     def _baseline_prompts(self, prompts: Sequence[Prompt], prompt_count: int) -> list[Prompt]:
         """Training prompts with the topic mix of training, in an order of their own."""
@@ -86,13 +76,13 @@ class RewardHackingMonitor:
         order = prompt_order(repeats, self._settings.seed + BASELINE_SEED_OFFSET)
         return [prompts[indices[position]] for position in itertools.islice(order, prompt_count)]
 
-    async def check_step(self, controller: TrainController, step: int, kl: float) -> None:
+    async def check_step(self, controller: TrainController, step: int) -> None:
         """Measure the replies of a step, then warn, freeze the love weight, roll back or stop.
 
-        A step whose replies were lost with their machine is not checked. Raises RewardHackingError, with the step to
+        A step whose replies were lost with their machine is not measured. Raises RewardHackingError, with the step to
         roll back to, for the last two actions where algorithm.hacking_alarms is act.
         """
-        if self._detector is None:
+        if self._alarms is None:
             return
         topic_objectives = self._settings.aggregation.topic_objectives
         try:
@@ -100,13 +90,15 @@ class RewardHackingMonitor:
         except ActorLostError as error:
             logger.warning("reward hacking monitor: step %d not checked: %s", step, error)
             return
-        samples = _monitor_samples([group for group in groups if group.prompt.topic not in topic_objectives])
-        if not samples:
+        groups = [group for group in groups if group.prompt.topic not in topic_objectives]
+        # Groups of weight version 0 are the base policy's: the first batch is more baseline for free.
+        self._alarms.base_samples += _monitor_samples([group for group in groups if group.weight_version == 0])
+        samples = _monitor_samples([group for group in groups if group.weight_version > 0])
+        # In a thread: reading all replies would delay health checks and running rollouts.
+        alarms = await asyncio.to_thread(self._alarms.add_step, step, samples)
+        if alarms is None:
             return
-        # In a thread: regular expressions over all replies would delay health checks and running rollouts.
-        monitor_values = await asyncio.to_thread(measure_monitors, samples)
-        self._detector = self._detector.after_step(monitor_values, [sample.prompt_id for sample in samples])
-        self._checks.append(MonitorCheck(step, self._detector.active_alarms(), kl))
+        self._checks.append(MonitorCheck(step, alarms))
         decision = decide_action(self._checks)
         reasons = "; ".join(decision.reasons)
         # Only an escalation is reported: an alarm that lasts would repeat its message at every step.
@@ -136,12 +128,10 @@ class RewardHackingMonitor:
 
     def state(self) -> dict[str, Any] | None:
         """State as plain JSON; None where nothing is monitored."""
-        if self._detector is None:
+        if self._alarms is None:
             return None
         return {
-            "baseline": asdict(self._detector.baseline),
-            "step_gains": [gains.tolist() for gains in self._detector.step_gains],
-            "last_rates": dict(self._detector.last_rates),
+            "alarms": asdict(self._alarms),
             "checks": [asdict(check) for check in self._checks],
             "love_frozen": self._love_frozen,
         }
@@ -152,14 +142,12 @@ class RewardHackingMonitor:
             if self._settings.algorithm.hacking_alarms != "off":
                 logger.warning("reward hacking monitor: checkpoint has no alarm state; continuing with alarms disabled")
             return
-        baseline = dict(state["baseline"])
-        monitors = {name: BinaryMonitor(**monitor) for name, monitor in baseline.pop("binary_monitors").items()}
-        self._detector = SequentialDetector(
-            AlarmBaseline(binary_monitors=monitors, **baseline),
-            self._settings.algorithm.steps,
-            step_gains=tuple(np.asarray(gains, dtype=np.float64) for gains in state["step_gains"]),
-            last_rates=state["last_rates"],
-        )
+        saved = dict(state["alarms"])
+        for samples in ("base_samples", "window"):
+            saved[samples] = [
+                MonitorSample(**{**sample, "messages": tuple(sample["messages"])}) for sample in saved[samples]
+            ]
+        self._alarms = TrainingAlarms(**{**saved, "total_steps": self._settings.algorithm.steps})
         self._checks = [
             MonitorCheck(**{**check, "alarms": [MonitorAlarm(**alarm) for alarm in check["alarms"]]})
             for check in state["checks"]
@@ -172,7 +160,7 @@ class RewardHackingMonitor:
 
 def _monitor_samples(groups: Sequence[Group]) -> list[MonitorSample]:
     return [
-        MonitorSample(group.prompt.id, group.prompt.messages, sample.text, len(sample.response_ids), group.prompt.topic)
+        MonitorSample.from_sample(sample, group.prompt.messages, group.prompt.topic)
         for group in groups
         for sample in group.samples
     ]

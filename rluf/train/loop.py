@@ -234,7 +234,7 @@ async def _run_steps(
                 if should_log_samples(step, last_step):
                     await log_sample_table(controller, step, settings.tracking.sample_table_rows, tracker)
                 gauges.set_step(row)
-                await monitor.check_step(controller, step, row["kl"])
+                await monitor.check_step(controller, step)
                 displayed_metrics = (*controller.objectives, "reward", "kl", "sync_logprob_gap", "step_s")
                 progress.advance(**{name: row[name] for name in displayed_metrics})
             if stop_event.is_set():
