@@ -45,7 +45,7 @@ def compare_policies(
     run_facts = RunFacts(
         name=settings.name,
         seed=settings.seed,
-        final_kl=steps[-1]["kl"] if steps else None,
+        final_kl=steps[-1].get("kl") if steps else None,
         sample_count=sum(int(row["samples"]) for row in steps),
         token_count=sum(int(row["response_tokens"]) for row in steps),
         versions={"weights": len(steps), **_package_versions()},
