@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rluf.config.objectives import BUILTIN_OBJECTIVES
 from rluf.config.settings import Settings
-from rluf.evaluate.monitors import MonitorSample
+from rluf.evaluate.monitors import MonitorSample, add_monitors
 from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary
 from rluf.objectives.judges import list_failed_judges
 from rluf.report.html import write_report
@@ -40,6 +40,7 @@ def compare_policies(
     settings: Settings, result: TrainResult, data_artifact: Artifact, reward_artifacts: Mapping[str, Artifact | None]
 ) -> dict[str, Any]:
     """Summary of base against aligned (content of summary.json without the phase times)."""
+    add_monitors(settings.evaluate.monitors)
     steps = result.step_metrics
     artifacts = [artifact for artifact in (data_artifact, *reward_artifacts.values()) if artifact is not None]
     run_facts = RunFacts(

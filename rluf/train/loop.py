@@ -15,6 +15,7 @@ from rluf.algorithms.registry import find_algorithm
 from rluf.checkpoint.format import RunCheckpoint, RunState
 from rluf.config.settings import Settings
 from rluf.errors import ActorLostError, RewardHackingError, TerminatedError
+from rluf.evaluate.monitors import add_monitors
 from rluf.models.hub import load_tokenizer
 from rluf.objectives.judges import load_judge
 from rluf.tracking.console import PhaseProgress
@@ -73,6 +74,7 @@ async def run_training(
     """
     for judge in settings.aggregation.gate_judges:
         load_judge(judge)  # refuse an unknown name before any actor starts
+    add_monitors(settings.evaluate.monitors)
     tokenizer, max_prompt_tokens = load_tokenizer(model_path), settings.rollout.max_prompt_tokens
     prompts = load_training_prompts(data_folder, model_path, max_prompt_tokens)
     test_prompts = load_prompts(
