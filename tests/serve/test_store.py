@@ -17,8 +17,7 @@ from hypothesis import strategies as st
 
 from rluf.errors import DataError, ResourceError
 from rluf.prepare.readers.files import read_line_batches, resolve_sources
-from rluf.prepare.schema import ChatMessage, FeedbackRecord, build_arrow_schema
-from rluf.prepare.validation import validate_json_row
+from rluf.prepare.schema import ChatMessage, FeedbackRecord, build_arrow_schema, validate_json_row
 from rluf.serve.store import FeedbackEvent, FeedbackStore
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
