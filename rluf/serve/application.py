@@ -86,7 +86,7 @@ def feedback_root(settings: Settings) -> str:
 
 
 def log_folder(settings: Settings) -> Path:
-    """Local folder of the write-ahead log: inside a local feedback folder, or in the runs folder if that is a URL."""
+    """Local folder of the open rows: inside a local feedback folder, or in the runs folder if that is a URL."""
     root = feedback_root(settings)
     if "://" not in root:
         return Path(root).expanduser().resolve() / ".log"
