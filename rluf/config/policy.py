@@ -111,6 +111,9 @@ class AlgorithmSettings(SettingsSection):
     """Maximum lag of a batch in weight versions: 0 synchronous, 1 one step off-policy, more asynchronous."""
     stale_policy: Literal["keep", "drop"] = "keep"
     """Samples that exceed max_staleness: train on them (keep), or discard and resample (drop)."""
+    truncated: Literal["penalize", "mask", "learn"] = "penalize"
+    """Responses cut at rollout.max_response_tokens: penalize lowers their reward below that of the group's finished
+    ones, mask leaves them out of the loss, learn treats them as finished."""
     hacking_alarms: Literal["off", "warn", "act"] = "warn"
     """Reward-hacking alarms on each step: warn only logs; act also freezes love, rolls back a checkpoint, or stops."""
     hacking_baseline_prompts: int = Field(default=64, ge=16)

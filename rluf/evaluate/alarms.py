@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
+from typing import Any
 
 from rluf.errors import DataError
 from rluf.evaluate.monitors import FALSE_ALARM_RATE, MonitorResult, MonitorSample, evaluate_monitors
@@ -71,6 +72,15 @@ class TrainingAlarms:
         """DataError without replies of the base policy."""
         if not self.base_samples:
             raise DataError("alarms need responses of the base policy, got none; sample them before the first step")
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], total_steps: int) -> TrainingAlarms:
+        """Restore what dataclasses.asdict returned, for a run that may now have another number of steps."""
+        base_samples, window = (
+            [MonitorSample(**{**sample, "messages": tuple(sample["messages"])}) for sample in state[name]]
+            for name in ("base_samples", "window")
+        )
+        return cls(base_samples, total_steps, window, state["unchecked_replies"])
 
     @property
     def check_count(self) -> int:

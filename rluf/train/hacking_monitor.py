@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from rluf.algorithms.registry import find_algorithm
 from rluf.config.settings import Settings
 from rluf.errors import ActorLostError, DataError, RewardHackingError
 from rluf.evaluate.alarms import AlarmAction, MonitorAlarm, MonitorCheck, TrainingAlarms, decide_action
@@ -36,12 +37,14 @@ class RewardHackingMonitor:
     """Alarms of one run: `measure_baseline` before the first step, `check_step` after each one."""
 
     def __init__(self, settings: Settings, tracker: WandbTracker, *, love_frozen: bool = False) -> None:
-        """Do nothing where algorithm.hacking_alarms is off.
+        """Do nothing where algorithm.hacking_alarms is off, or the steps of the algorithm sample no replies.
 
         `love_frozen` holds the love weight at 0 for good: the run was rolled back once and would take the same path.
         """
         self._settings, self._tracker = settings, tracker
-        self._act_on_alarms = settings.algorithm.hacking_alarms == "act"
+        is_offline = find_algorithm(settings.algorithm.name).offline
+        self._mode = "off" if is_offline else settings.algorithm.hacking_alarms
+        self._act_on_alarms = self._mode == "act"
         self._alarms: TrainingAlarms | None = None
         self._checks: list[MonitorCheck] = []
         self._last_action = AlarmAction.NONE
@@ -54,7 +57,7 @@ class RewardHackingMonitor:
         prompt is of a topic with an objective of its own.
         """
         algorithm = self._settings.algorithm
-        if algorithm.hacking_alarms == "off" or self._alarms is not None:
+        if self._mode == "off" or self._alarms is not None:
             return
         prompts = self._baseline_prompts(controller.prompts, algorithm.hacking_baseline_prompts)
         seed = self._settings.seed + BASELINE_SEED_OFFSET
@@ -103,9 +106,8 @@ class RewardHackingMonitor:
         reasons = "; ".join(decision.reasons)
         # Only an escalation is reported: an alarm that lasts would repeat its message at every step.
         if decision.action > self._last_action:
-            mode = self._settings.algorithm.hacking_alarms
             logger.warning(
-                "reward hacking monitor: alarm at step %d (algorithm.hacking_alarms=%s): %s", step, mode, reasons
+                "reward hacking monitor: alarm at step %d (algorithm.hacking_alarms=%s): %s", step, self._mode, reasons
             )
             self._tracker.send_alert("reward hacking", f"step {step}: {reasons}")
         self._last_action = decision.action
@@ -139,15 +141,10 @@ class RewardHackingMonitor:
     def restore(self, state: Mapping[str, Any] | None, controller: TrainController) -> None:
         """Restore `state`. Without one the run was not monitored, and is not from here on: it has no baseline."""
         if state is None:
-            if self._settings.algorithm.hacking_alarms != "off":
+            if self._mode != "off":
                 logger.warning("reward hacking monitor: checkpoint has no alarm state; continuing with alarms disabled")
             return
-        saved = dict(state["alarms"])
-        for samples in ("base_samples", "window"):
-            saved[samples] = [
-                MonitorSample(**{**sample, "messages": tuple(sample["messages"])}) for sample in saved[samples]
-            ]
-        self._alarms = TrainingAlarms(**{**saved, "total_steps": self._settings.algorithm.steps})
+        self._alarms = TrainingAlarms.from_state(state["alarms"], self._settings.algorithm.steps)
         self._checks = [
             MonitorCheck(**{**check, "alarms": [MonitorAlarm(**alarm) for alarm in check["alarms"]]})
             for check in state["checks"]

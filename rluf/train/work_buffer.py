@@ -33,13 +33,14 @@ class ScoredGroup:
     admission_index: int = 0
     """Position in the order of admission, which tells groups of one prompt apart."""
 
-    def group_scores(self, uncertainty_penalty: float) -> GroupScores:
+    def group_scores(self, uncertainty_penalty: float, *, penalize_truncated: bool = False) -> GroupScores:
         """The aggregator's view of this group; `uncertainty_penalty` see rluf.objectives.aggregator.compute_signal."""
         signals = {
             name: [compute_signal(score, uncertainty_penalty) for score in scores]
             for name, scores in self.scores.items()
         }
-        return GroupScores(self.info.prompt_id, self.info.topic, signals, self.info.passed_judges)
+        finished = self.info.finished if penalize_truncated else ()
+        return GroupScores(self.info.prompt_id, self.info.topic, signals, self.info.passed_judges, finished)
 
 
 class CountingIterator:
@@ -72,6 +73,28 @@ def prompt_order(repeats: Sequence[int], seed: int) -> Iterator[int]:
         # A generator per pass: the order of a pass does not depend on what was shuffled for earlier passes.
         random.Random(f"{seed}-{epoch}").shuffle(order)
         yield from order
+
+
+def compute_admission_capacity(
+    *,
+    concurrency: int,
+    running_groups: int,
+    accepted_groups: int,
+    weight_version: int,
+    groups_per_step: int,
+    max_staleness: int,
+) -> int:
+    """Groups that may start now: min(concurrency - running, (staleness + version + 1) * batch - (accepted + running)).
+
+    `concurrency` is the number of groups the engines run at once, `running_groups` those being generated or scored,
+    `accepted_groups` those finished since the run began, `weight_version` the optimizer steps done, `groups_per_step`
+    the groups of a step. Never negative. Source: AReaL, arXiv 2505.24298, section 5.1.
+    """
+    free_slots = concurrency - running_groups
+    # A group that starts now is trained on at version (accepted + running) // batch; this bound keeps that within
+    # max_staleness versions of now. With 0 nothing of the next batch starts before this version exists (synchronous).
+    allowed_by_staleness = (max_staleness + weight_version + 1) * groups_per_step - (accepted_groups + running_groups)
+    return max(0, min(free_slots, allowed_by_staleness))
 
 
 class WorkBuffer:
