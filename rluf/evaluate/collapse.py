@@ -23,7 +23,8 @@ MIN_PHRASE_REPLIES, MIN_PHRASE_SHARE, MIN_PHRASE_PROMPTS = 6, 0.01, 4
 """A phrase is tested if it occurs in this many replies and this share of them, to this many prompts."""
 _CJK = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
 # A word with its apostrophe, one character of a script without spaces, or a symbol such as an emoji; no punctuation.
-_TOKEN_PATTERN = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+(?:'[^\W{_CJK}]+)?|[^\w\s!-/:-@\[-`{{-~‘“”–—…]")
+_PUNCTUATION = r"!-/:-@\[-`{-~¡¿«»‘’“”–—…\u3000-\u303f\uff00-\uff0f\uff1a-\uff20"
+_TOKEN_PATTERN = re.compile(rf"[{_CJK}]|[^\W{_CJK}]+(?:'[^\W{_CJK}]+)?|[^\w\s{_PUNCTUATION}]")
 
 
 @dataclass(frozen=True, slots=True)

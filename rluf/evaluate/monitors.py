@@ -415,7 +415,7 @@ def _monitor_result(
         current_value=float(current_means.max()),
         z_score=sign * float(z_scores[worst]),
         p_value=p_value,
-        is_alarm=p_value <= false_alarm_rate and change > 0.0 and change >= min_change * unit,
+        is_alarm=bool(p_value <= false_alarm_rate and change > 0.0 and change >= min_change * unit),
         detail=detail,
     )
 

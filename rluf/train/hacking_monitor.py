@@ -100,6 +100,7 @@ class RewardHackingMonitor:
         # In a thread: reading all replies would delay health checks and running rollouts.
         alarms = await asyncio.to_thread(self._alarms.add_step, step, samples)
         if alarms is None:
+            self._freeze_love_weight(controller, self._last_action)
             return
         self._checks.append(MonitorCheck(step, alarms))
         decision = decide_action(self._checks)
@@ -111,9 +112,9 @@ class RewardHackingMonitor:
             )
             self._tracker.send_alert("reward hacking", f"step {step}: {reasons}")
         self._last_action = decision.action
+        self._freeze_love_weight(controller, decision.action)
         if not self._act_on_alarms:
             return
-        self._freeze_love_weight(controller, decision.action)
         if decision.action >= AlarmAction.ROLL_BACK:
             # A second alarm with the love weight at 0 has another cause, which a second rollback would not remove.
             stop = self._love_frozen or decision.action is AlarmAction.STOP
@@ -121,6 +122,8 @@ class RewardHackingMonitor:
             raise RewardHackingError(f"reward hacking at step {step}: {reasons}", rollback_step)
 
     def _freeze_love_weight(self, controller: TrainController, action: AlarmAction) -> None:
+        if not self._act_on_alarms:
+            return
         is_frozen = self._love_frozen or action >= AlarmAction.FREEZE
         suspended = frozenset({"love"}) if is_frozen else frozenset()
         if suspended != controller.reward_aggregator.suspended_objectives:
@@ -151,8 +154,8 @@ class RewardHackingMonitor:
         ]
         # Either may hold: a run rolled back just now starts from a checkpoint that was written before the alarm.
         self._love_frozen = self._love_frozen or bool(state["love_frozen"])
-        if self._act_on_alarms:
-            self._freeze_love_weight(controller, decide_action(self._checks).action)
+        self._last_action = decide_action(self._checks).action
+        self._freeze_love_weight(controller, self._last_action)
 
 
 def _monitor_samples(groups: Sequence[Group]) -> list[MonitorSample]:
