@@ -21,8 +21,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from rluf.evaluate.alarms import FALSE_ALARM_RATE, TrainingAlarms
-from rluf.evaluate.monitors import MonitorResult, MonitorSample, evaluate_monitors
+from rluf.evaluate.alarms import TrainingAlarms
+from rluf.evaluate.monitors import FALSE_ALARM_RATE, MonitorResult, MonitorSample, evaluate_monitors
 from rluf.objectives.judges import get_last_user_text
 from rluf.utils.paths import find_sample_log
 
