@@ -278,7 +278,7 @@ def format_derived_figures(settings: Settings) -> list[str]:
         f"{rollout.engines} engine(s)",
         kv_cache,
         f"weight sync: {format_bytes(estimate_policy_bytes(settings))} in buckets of "
-        f"{settings.weight_sync.bucket_mib} MiB",
+        f"{format_bytes(settings.weight_sync.bucket_bytes)}",
     ]
     if settings.weight_sync.transport == "cuda_ipc":
         lines.append("engines and learners are colocated: one of each on every GPU, active in turn")

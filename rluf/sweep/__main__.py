@@ -86,7 +86,7 @@ def run_sweep(args: argparse.Namespace) -> dict[str, Any]:
         "%s: starting runs=%d finished_before=%d", sweep_folder, len(pending_runs), len(grid) - len(pending_runs)
     )
     if pending_runs:
-        with ray_connection(settings):
+        with ray_connection():
             ray_address, working_folder = ray.get_runtime_context().gcs_address, Path.cwd()
 
             def run_trial(config: dict[str, Any]) -> dict[str, float]:
