@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 from pydantic import Field, field_validator
 
 from rluf.config.base import SettingsSection
 
-ActorRole = Literal["rollout", "reward", "learner"]
-CPUS_PER_CPU_ACTOR, CPUS_PER_CPU_REWARD, CPUS_PER_GPU = 0.5, 0.2, 1.0
-"""Ray CPUs reserved per engine or learner on a CPU, per reward actor on a CPU, and per GPU of any actor.
+ClusterRole = Literal["rollout", "reward", "learner"]
+MIN_CPUS_BY_ROLE: Mapping[str, float] = {"rollout": 0.5, "learner": 0.5, "reward": 0.2}
+CPUS_PER_GPU = 1.0
+"""Ray CPUs reserved per actor: one per GPU, at least those of its role.
 
 Reservations place actors and limit nothing. On CPUs the actors are active in turn, so a run fits on two cores.
 """
@@ -40,27 +42,12 @@ class ClusterSettings(SettingsSection):
     """GPUs per learner; 0 runs on the CPU with gloo."""
     gpus_per_reward: float = Field(default=0.0, ge=0)
     """GPUs per reward actor or reward training worker; fractions share a GPU."""
-    node_labels: dict[ActorRole, dict[str, str]] = Field(default_factory=dict)
+    node_labels: dict[ClusterRole, dict[str, str]] = Field(default_factory=dict)
     """Ray node labels required by role (rollout, reward, learner), such as {learner: {pool: gpu}}."""
     threads_per_actor: int = Field(default=0, ge=0)
     """Compute threads per actor; 0 divides the machine's cores by the number of learners."""
     max_restarts_per_hour: int = Field(default=3, ge=0)
     """Restarts per hour of one actor (or of all learners together) before the run stops."""
-
-    @property
-    def cpus_per_engine(self) -> float:
-        """Ray CPUs reserved per rollout actor."""
-        return max(CPUS_PER_CPU_ACTOR, CPUS_PER_GPU * self.gpus_per_engine)
-
-    @property
-    def cpus_per_learner(self) -> float:
-        """Ray CPUs reserved per learner."""
-        return max(CPUS_PER_CPU_ACTOR, CPUS_PER_GPU * self.gpus_per_learner)
-
-    @property
-    def cpus_per_reward(self) -> float:
-        """Ray CPUs reserved per reward actor."""
-        return max(CPUS_PER_CPU_REWARD, CPUS_PER_GPU * self.gpus_per_reward)
 
     @field_validator("node_labels", mode="before")
     @classmethod
@@ -73,6 +60,11 @@ class ClusterSettings(SettingsSection):
             labels.setdefault(role, []).append(": ".join(label.split("=", 1)))
         mapping = ", ".join(f"{role}: {{{', '.join(pairs)}}}" for role, pairs in labels.items())
         raise ValueError(f"expected a mapping by role, got a list; write {{{mapping}}}")
+
+    def resources_for_role(self, role: str) -> tuple[float, float]:
+        """Ray CPUs and GPUs that one actor of `role` reserves."""
+        gpus = {"rollout": self.gpus_per_engine, "learner": self.gpus_per_learner, "reward": self.gpus_per_reward}[role]
+        return max(MIN_CPUS_BY_ROLE[role], CPUS_PER_GPU * gpus), gpus
 
     def labels_for_role(self, role: str) -> dict[str, str]:
         """Labels required of the nodes that actors of `role` run on, value by key."""

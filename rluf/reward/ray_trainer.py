@@ -118,7 +118,7 @@ def _build_torch_trainer(
     ray.data.DataContext.get_current().enable_progress_bars = False
     datasets = {source: _load_dataset(folder / source / "train.parquet") for source, folder in data_folders.items()}
     uses_gpu = settings.cluster.gpus_per_reward > 0
-    resources = {"CPU": settings.cluster.cpus_per_reward, "GPU": settings.cluster.gpus_per_reward}
+    resources = dict(zip(("CPU", "GPU"), settings.cluster.resources_for_role("reward"), strict=True))
     environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(train_loop_config["threads"])}
     return TorchTrainer(
         train_worker,

@@ -243,7 +243,7 @@ def _with_content_version(deployment: serve.Deployment, *content: object) -> ser
 
 
 def _scorer_application(settings: Settings, role: str, scorer_config: dict[str, Any]) -> Application:
-    serve_settings, cluster = settings.serve, settings.cluster
+    serve_settings = settings.serve
     min_replicas, max_replicas = serve_settings.replica_limits
     scaling: dict[str, Any] = {"num_replicas": min_replicas}
     if max_replicas > min_replicas:
@@ -264,8 +264,7 @@ def _scorer_application(settings: Settings, role: str, scorer_config: dict[str, 
         health_check_period_s=2,
         graceful_shutdown_timeout_s=settings.timeouts.serve_request_s,
         ray_actor_options={
-            "num_cpus": cluster.cpus_per_reward,
-            "num_gpus": cluster.gpus_per_reward,
+            **_ray_resources(settings, "reward"),
             "runtime_env": {"env_vars": actor_environment(settings, "reward") | SERVE_THROUGHPUT_ENV},
         },
         **scaling,
@@ -273,12 +272,16 @@ def _scorer_application(settings: Settings, role: str, scorer_config: dict[str, 
     return _with_content_version(scorer).bind()
 
 
+def _ray_resources(settings: Settings, role: str) -> dict[str, float]:
+    """Ray options of a replica that needs what an actor of `role` needs."""
+    return dict(zip(("num_cpus", "num_gpus"), settings.cluster.resources_for_role(role), strict=True))
+
+
 def _policy_application(settings: Settings, policy_name: str, policy_folder: Path, version: str) -> Application:
     """Build a policy's deployment. New weights load in place; another architecture or vocabulary restarts the engine.
 
     Path and version are user_config and so not part of the deployment version; the fingerprint is.
     """
-    cluster = settings.cluster
     settings_json = settings.model_dump_json(include=ENGINE_SETTING_KEYS)
     policy = serve.deployment(
         PolicyDeployment,
@@ -288,8 +291,7 @@ def _policy_application(settings: Settings, policy_name: str, policy_folder: Pat
         user_config={"path": str(policy_folder), "version": version},
         graceful_shutdown_timeout_s=settings.timeouts.serve_request_s,
         ray_actor_options={
-            "num_cpus": cluster.cpus_per_engine,
-            "num_gpus": cluster.gpus_per_engine,
+            **_ray_resources(settings, "rollout"),
             "runtime_env": {"env_vars": actor_environment(settings, "rollout")},
         },
     )

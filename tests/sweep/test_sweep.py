@@ -11,7 +11,8 @@ import pytest
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.errors import ActorError
-from rluf.sweep.__main__ import find_finished_run, parse_arguments, raise_for_failed_runs
+from rluf.sweep.__main__ import parse_arguments
+from rluf.sweep.runs import find_finished_run, raise_for_failed_runs
 
 
 def load_overrides(*overrides: str) -> Settings:
