@@ -227,14 +227,13 @@ def train_member(
         probe_features = [
             _compute_probe_features(probe_trainer, task, member, depths, shared_features) for task in tasks
         ]
-        fit_head = (
-            _add_zero_head if lead_settings.ensemble.shared_head else partial(_fit_probe_head, seed=settings.seed)
-        )
+        has_shared_head = lead_settings.ensemble.shared_head
+        fit_head = _add_zero_head if has_shared_head else partial(_fit_probe_head, seed=settings.seed)
         progress.fit_results = [
             fit_head(probe_trainer, task, features, weights)
             for task, features in zip(tasks, probe_features, strict=True)
         ]
-        _log_probe(model_name, progress, has_shared_head=lead_settings.ensemble.shared_head)
+        _log_probe(model_name, progress, has_shared_head=has_shared_head)
     if lead_settings.epochs:
         model.to(getattr(torch, settings.reward_dtype))
         frozen_prefix = _build_frozen_prefix(settings, model, frozen_layers, tasks)
