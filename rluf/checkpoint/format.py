@@ -200,8 +200,8 @@ def hash_prompts(prompts: Iterable[Prompt]) -> str:
 CHANGEABLE_SECTIONS = ("run", "tracking", "cluster", "timeouts")
 """Settings sections that may change when a run is resumed, since they do not affect what is trained."""
 CHANGEABLE_KEYS = (
-    "name", "evaluate.users", "evaluate.responses_per_user", "algorithm.steps", "learner.checkpoint_every_steps",
-    "learner.keep_checkpoints", "weight_sync.logprob_tolerance", "reward.retries", "rollout.engines",
+    "name", "evaluate.simulated_users", "algorithm.steps", "learner.checkpoint_every_steps",
+    "learner.keep_checkpoints", "weight_sync.logprob_tolerance", "rollout.engines",
     "rollout.kv_cache_gib", "rollout.gpu_memory_share",
 )  # fmt: skip
 """Single settings that may change when a run is resumed."""
