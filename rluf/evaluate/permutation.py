@@ -1,9 +1,9 @@
 """Permutation tests of two policies: exact for any dependence between the features of a response.
 
-Under the null hypothesis both policies write in the same way, so labels may be exchanged between the units (responses or
-whole prompts) of a stratum. A block of features, such as one for every recurring phrase, is tested by its largest z-score;
-the permutations give the distribution of that maximum too. Sources: Westfall, Young 1993 (maxima); Phipson, Smyth 2010
-(p-values of sampled permutations).
+Under the null hypothesis both policies write in the same way, so labels may be exchanged between the units (responses
+or whole prompts) of a stratum. A block of features, such as one for every recurring phrase, is tested by its largest
+z-score; the permutations give the distribution of that maximum too. Sources: Westfall, Young 1993 (maxima); Phipson,
+Smyth 2010 (p-values of sampled permutations).
 """
 
 from __future__ import annotations

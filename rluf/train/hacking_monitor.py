@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BASELINE_SEED_OFFSET = 3_000_017
+BASELINE_PROMPTS = 64
+"""Training prompts that the base policy answers before the first step, as the baseline of the alarms."""
 
 
 class RewardHackingMonitor:
@@ -51,7 +53,7 @@ class RewardHackingMonitor:
         self._love_frozen = love_frozen
 
     async def measure_baseline(self, controller: TrainController) -> None:
-        """Sample replies of the base policy to `algorithm.hacking_baseline_prompts` training prompts.
+        """Sample replies of the base policy to BASELINE_PROMPTS training prompts.
 
         Each gets as many as in training, so that prompts of both are comparable. Raises DataError where every training
         prompt is of a topic with an objective of its own.
@@ -59,7 +61,7 @@ class RewardHackingMonitor:
         algorithm = self._settings.algorithm
         if self._mode == "off" or self._alarms is not None:
             return
-        prompts = self._baseline_prompts(controller.prompts, algorithm.hacking_baseline_prompts)
+        prompts = self._baseline_prompts(controller.prompts, BASELINE_PROMPTS)
         seed = self._settings.seed + BASELINE_SEED_OFFSET
         responses = await controller.generate_and_score(prompts, algorithm.samples_per_prompt, seed, lambda: None)
         self._alarms = TrainingAlarms(_monitor_samples([group for group, _ in responses]), algorithm.steps)
