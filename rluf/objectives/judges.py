@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from rluf.types import Message, Score
+from rluf.types import Message, Score, ScoringItem
 from rluf.utils.plugins import load_plugin
 
 JudgeFunction = Callable[[Sequence[Message], str], bool]
@@ -123,20 +123,18 @@ def load_judge(judge_name: str) -> JudgeFunction:
     return judge
 
 
-def judge_responses(judge_names: Sequence[str], items: Sequence[tuple[Sequence[Message], str]]) -> tuple[bool, ...]:
-    """Whether each (messages, response) item passes all the named judges."""
+def judge_responses(judge_names: Sequence[str], items: Sequence[ScoringItem]) -> tuple[bool, ...]:
+    """Whether each item passes all the named judges."""
     judges = [load_judge(name) for name in judge_names]
-    return tuple(all(judge(messages, response) for judge in judges) for messages, response in items)
+    return tuple(all(judge(item.messages, item.response) for judge in judges) for item in items)
 
 
-def build_judge_scorer(
-    judge_name: str, objective: str
-) -> Callable[[Sequence[tuple[Sequence[Message], str]]], list[Score]]:
-    """Build a scoring function of (messages, response) items: value and raw logit are 1.0 for a pass, else 0.0."""
+def build_judge_scorer(judge_name: str, objective: str) -> Callable[[Sequence[ScoringItem]], list[Score]]:
+    """Build a scoring function of items: value and raw logit are 1.0 for a pass, else 0.0."""
     judge = load_judge(judge_name)
 
-    def score_items(items: Sequence[tuple[Sequence[Message], str]]) -> list[Score]:
-        verdicts = [judge(messages, response) for messages, response in items]
+    def score_items(items: Sequence[ScoringItem]) -> list[Score]:
+        verdicts = [judge(item.messages, item.response) for item in items]
         return [Score(objective, float(passed), float(passed), verdict=passed) for passed in verdicts]
 
     return score_items

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from rluf.prepare import abuse, joins, splits
-from rluf.prepare.card import love_statistics, topic_statistics
+from rluf.prepare.card import finish_statistics, love_statistics, topic_statistics
 from rluf.prepare.joins import bin_by_octave, estimate_propensity
 from rluf.prepare.readers.files import read_line_batches
 from rluf.prepare.schema import LOVE_REACTION, SPLIT_NAMES, find_data_kind
@@ -317,6 +317,7 @@ def assign_rows(task: AssignTask, source_paths: Mapping[int, str]) -> dict[str, 
     else:
         label = np.ones(table.num_rows, dtype=np.int64)
     statistics["topics"] = topic_statistics(table, decisions.keep_mask)
+    statistics["finish_reasons"] = finish_statistics(table, decisions.keep_mask)
     sampling, split_summaries = _sample_rows(task, table, split_code, label, decisions)
     decision_table = pa.table({
         "row_key": table["row_key"].combine_chunks(),

@@ -105,6 +105,15 @@ def topic_statistics(table: pa.Table, keep_mask: Bools) -> dict[str, int]:
     return {entry["values"]: entry["counts"] for entry in topic_counts[:_MAX_LEVELS]}
 
 
+def finish_statistics(table: pa.Table, keep_mask: Bools) -> dict[str, int]:
+    """Retained rows before sampling by how the response (pairs: the chosen one) ended; unknown counts as finished."""
+    column = "finish_reason" if "finish_reason" in table.column_names else "chosen_finish_reason"
+    if column not in table.column_names:
+        return {}
+    counts = Counter(reason or "unknown" for reason in table[column].filter(pa.array(keep_mask)).to_pylist())
+    return dict(sorted(counts.items()))
+
+
 def count_rows_by_outcome(
     row_counts: Sequence[RowCount], written_rows: Mapping[tuple[str, str], int]
 ) -> dict[str, dict[str, Any]]:
@@ -143,7 +152,7 @@ def count_rows_by_outcome(
 def build_love_section(statistics: Mapping[str, Any], quota: SamplingQuota) -> dict[str, Any]:
     """Natural love rates before sampling, weight removed by the abuse rules, sampling of train, and times of splits."""
     return {
-        **{name: value for name, value in statistics.items() if name != "topics"},
+        **{name: value for name, value in statistics.items() if name not in ("topics", "finish_reasons")},
         "sampling": {
             "loved": {"rows": quota.positives, "kept": quota.sampled_positives, "weight": quota.positive_weight},
             "unloved": {"rows": quota.negatives, "kept": quota.sampled_negatives, "weight": quota.negative_weight},
@@ -191,7 +200,8 @@ def build_data_card(
 ) -> dict[str, Any]:
     """The whole card. `split_summaries` have users (love), groups or prompts, and quotas; `statistics` are by kind.
 
-    `run_fields` are copied: created, seed, settings, sources, redacted. `topics` count rows before sampling.
+    `run_fields` are copied: created, seed, settings, sources, redacted. `topics` and `finish_reasons` count rows before
+    sampling.
     """
     splits: dict[str, dict[str, Any]] = defaultdict(dict)
     for summary in split_summaries:
@@ -208,6 +218,11 @@ def build_data_card(
             find_data_kind(kind).output_name: kind_statistics["topics"]
             for kind, kind_statistics in statistics.items()
             if "topics" in kind_statistics
+        },
+        "finish_reasons": {
+            find_data_kind(kind).output_name: kind_statistics["finish_reasons"]
+            for kind, kind_statistics in statistics.items()
+            if kind_statistics.get("finish_reasons")
         },
     }
     if "feedback" in statistics:

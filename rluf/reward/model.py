@@ -19,8 +19,8 @@ from rluf.errors import ModelError
 from rluf.reward.backbone import build_text_encoder, load_classifier
 from rluf.reward.calibration import Calibration
 from rluf.reward.shared_backbone import compute_shared_logits, load_heads, plan_forward_passes
-from rluf.reward.text import EncodedItem, ScoringItem, TextEncoder, plan_token_batches
-from rluf.types import Score
+from rluf.reward.text import EncodedItem, TextEncoder, plan_token_batches
+from rluf.types import Score, ScoringItem
 from rluf.utils.stats import Floats
 
 if TYPE_CHECKING:
@@ -76,6 +76,7 @@ class RewardModel:
                 read_at_next_turn=calibration.read_at_next_turn,
                 is_single_model=len(folders) < 2,
                 response_only=index in calibration.response_only_members,
+                mark_truncated=calibration.mark_truncated,
             )
             for index, (member, folder) in enumerate(zip(members, folders, strict=True))
         ]
@@ -85,7 +86,7 @@ class RewardModel:
         return cls(members, encoders[0], calibration, batch_tokens)
 
     def score(self, items: Sequence[ScoringItem], objective: str) -> list[Score]:
-        """Scores of (messages, response) items, in order: calibrated probability, raw logit and spread.
+        """Scores of items, in order: calibrated probability, raw logit and spread.
 
         The spread is the standard deviation of the members' own probabilities; 0 for a single model and for members
         with a shared head.
@@ -139,7 +140,7 @@ class SharedBackboneModel:
         return cls(model, {objective: Calibration.load(folder) for objective, folder in folders.items()})
 
     def score(self, items: Sequence[ScoringItem]) -> dict[str, list[Score]]:
-        """Scores of (messages, response) items in order, by objective."""
+        """Scores of items in order, by objective."""
         if not items:
             return {objective: [] for objective in self.calibrations}
         head_logits = self.model.compute_head_logits(self.model.encoder.encode(items))

@@ -6,7 +6,7 @@ import pytest
 
 from rluf.errors import SettingsError
 from rluf.objectives.judges import RULE_JUDGES, build_judge_scorer, list_failed_judges, load_judge
-from rluf.types import Message
+from rluf.types import Message, ScoringItem
 
 
 def ask_question(text: str) -> list[Message]:
@@ -41,7 +41,7 @@ def test_judges(judge_name: str, question: str, response: str, should_pass: bool
 
 def test_scores_contain_the_verdict() -> None:
     score_items = build_judge_scorer("refusal", "safety")
-    good, bad = score_items([(ask_question("Hi"), "Hello!"), (ask_question("Hi"), "I must decline.")])
+    good, bad = score_items([ScoringItem(ask_question("Hi"), text) for text in ("Hello!", "I must decline.")])
     assert (good.objective, good.value, good.verdict) == ("safety", 1.0, True)
     assert (bad.value, bad.verdict) == (0.0, False)
 

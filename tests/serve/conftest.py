@@ -21,7 +21,6 @@ from rluf.models.hub import resolve_model
 from rluf.reward.backbone import build_text_encoder, load_classifier
 from rluf.reward.calibration import Calibration
 from rluf.reward.model import RewardModel
-from rluf.reward.text import ScoringItem
 from rluf.serve.api import (
     ApiError,
     ChatReply,
@@ -41,7 +40,7 @@ from rluf.serve.batching import RequestBatcher
 from rluf.serve.metrics import ServeMetrics
 from rluf.serve.middleware import hash_token
 from rluf.serve.store import FeedbackStore, StoreOutcome
-from rluf.types import Message
+from rluf.types import Message, ScoringItem
 from rluf.utils.paths import resolve_cache_folder
 
 OBJECTIVES = ("love", "helpfulness", "safety")
@@ -82,7 +81,11 @@ def make_items(count: int) -> list[ScoringItem]:
     """Conversations of many lengths, including empty responses and non-ASCII text."""
     texts = ("", "Yes.", "I love that 💛 " * 3, "No idea, sorry.\n" * 9, "Größe " * 40)
     return [
-        ([{"role": "user", "content": f"Question {number} " * (1 + number % 4)}], texts[number % len(texts)])
+        ScoringItem(
+            [{"role": "user", "content": f"Question {number} " * (1 + number % 4)}],
+            texts[number % len(texts)],
+            is_truncated=number % 7 == 3,
+        )
         for number in range(count)
     ]
 
@@ -143,7 +146,7 @@ class LocalBackend:
             raise ApiError(404, "unknown", f"model: no policy {request.model!r} is served here")
         text = await asyncio.to_thread(self.policies[request.model], to_messages(request.messages))
         response_id, version = new_response_id(), f"{request.model}-1"
-        event = build_served_event(response_id, request, version, text, SALT)
+        event = build_served_event(response_id, request, version, text, "stop", SALT)
         if event is not None:
             self.store.append_events([event])
         return build_chat_reply(

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rluf.reward.text import ScoringItem
 from rluf.serve.api import ApiError
 from rluf.serve.batching import BATCHES_WITHOUT_WAIT, WAIT_FRACTION, BatchStats, RequestBatcher, estimate_tokens
 from rluf.serve.metrics import RUNNING_MEAN_WINDOW, RunningMean, ServeMetrics
 from rluf.serve.middleware import ClientRateLimiter, hash_token, is_authorized
+from rluf.types import ScoringItem
 
 
 def make_item(text: str) -> ScoringItem:
-    return [{"role": "user", "content": "?"}], text
+    return ScoringItem([{"role": "user", "content": "?"}], text)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ async def test_short_or_large_batches_send_the_next_one_ahead(
 
 async def test_a_failed_batch_fails_its_requests_and_the_next_one_runs() -> None:
     async def run_batch(items: list[ScoringItem]) -> list[int]:
-        if items[0][1] == "bad":
+        if items[0].response == "bad":
             raise OSError("broken")
         return [1] * len(items)
 
