@@ -31,6 +31,7 @@ def render_card_page(card: Mapping[str, Any]) -> str:
         metric_rows += [("PR-AUC", card["pr_auc"]), ("base rate", card["base_rate"])]
         metric_rows += [("mean value", card["mean_value"])]
     training_rows = [(key.replace("_", " "), value) for key, value in card["training"].items() if key != "history"]
+    training_tables: list[tuple[str, Sequence[str], Sequence[Sequence[Any]]]]
     training_tables = [("Training", ("", "Value"), training_rows)]
     training_tables.append(_truncation_table(card.get("truncation", {})))
     training_tables.append(("Settings", ("Setting", "Value"), sorted(card["settings"].items())))
