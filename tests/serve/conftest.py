@@ -54,7 +54,7 @@ def write_models(folder: Path, seed: int) -> Path:
         torch.nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(seed + offset))
         build_text_encoder(model, backbone, 96).tokenizer.save_pretrained(str(folder / objective))
         model.save_pretrained(str(folder / objective))
-        Calibration(objective, "platt", -1.0, 0.7, 0.1 * offset, 96).save(folder / objective)
+        Calibration(objective, "platt", -1.0, 0.7, 0.1 * offset, 96, mark_truncated=True).save(folder / objective)
         (folder / objective / "reward_card.json").write_text('{"mean_value": 0.25}')
     return folder
 

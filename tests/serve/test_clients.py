@@ -159,7 +159,7 @@ def test_the_openrlhf_remote_reward_model(service_url: str, reward_models: dict[
 
 @given(st.text(min_size=1), st.text())
 def test_a_query_is_split_into_prompt_and_response(prompt: str, response: str) -> None:
-    messages, parsed_response = split_query(prompt + response, prompt)
+    messages, parsed_response, _ = split_query(prompt + response, prompt)
     assert messages == [{"role": "user", "content": prompt}] or "<|im_start|>" in prompt
     assert parsed_response in response
     assert (

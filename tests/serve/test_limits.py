@@ -59,7 +59,7 @@ def test_each_request_gets_its_own_results_and_batches_stay_in_the_budget(
 
     async def run_batch(items: list[ScoringItem]) -> list[str]:
         await asyncio.sleep(0)
-        return [response.upper() for _, response in items]
+        return [item.response.upper() for item in items]
 
     async def submit_all() -> list[list[str]]:
         batcher = RequestBatcher(
