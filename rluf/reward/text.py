@@ -40,6 +40,9 @@ RESPONSE_MARKER = "\u2063response\u2063"
 MIN_PROMPT_SHARE = 0.25
 """Share of `max_tokens` that the conversation keeps, if it is as long, however long the response is."""
 
+SCORING_BATCH_TOKENS = 8192
+"""Padded tokens that a reward actor or a service scores at once: bounds memory, and the wait of the next request."""
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedItem:
