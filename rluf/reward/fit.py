@@ -205,15 +205,11 @@ def train_member(
     depths = (member.layers,) if shared_features is None else lead_settings.shared_pass_depths(member)
     backbone_folder = resolve_model(member.backbone, resolve_cache_folder(settings))
     torch.manual_seed((settings.seed + member_index) * 1009 + rank)  # another dropout mask on every rank
+    device = f"cuda:{torch.cuda.current_device()}" if settings.cluster.gpus_per_reward > 0 else "cpu"
     model = load_classifier(
-        backbone_folder,
-        require_all_weights=False,
-        device=f"cuda:{torch.cuda.current_device()}" if settings.cluster.gpus_per_reward > 0 else "cpu",
-        dropout=DROPOUT_RATE,
-        seed=settings.seed + member_index,
-        layer_count=max(depths),
-        head_count=len(head_data),
-    )
+        backbone_folder, require_all_weights=False, device=device, dropout=DROPOUT_RATE,
+        seed=settings.seed + member_index, layer_count=max(depths), head_count=len(head_data),
+    )  # fmt: skip
     encoder = build_text_encoder(
         model,
         backbone_folder,
