@@ -205,14 +205,6 @@ def compare_monitors(base_samples: Sequence[MonitorSample], aligned_samples: Seq
     return {"rule": ALARM_RULE, "items": items}
 
 
-def group_by_topic(samples: Sequence[MonitorSample]) -> dict[str, list[MonitorSample]]:
-    """Group samples by topic, in order of first occurrence; samples without a topic are under "other"."""
-    groups: dict[str, list[MonitorSample]] = {}
-    for sample in samples:
-        groups.setdefault(sample.topic or "other", []).append(sample)
-    return groups
-
-
 def is_alarm(base_mean: float, aligned_mean: float, z_score: float, worse_direction: Literal["up", "down"]) -> bool:
     """Whether aligned is worse by more than ALARM_FACTOR and by more than ALARM_Z_SCORE standard errors."""
     if worse_direction == "up":

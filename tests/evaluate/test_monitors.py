@@ -14,7 +14,6 @@ from rluf.evaluate.monitors import (
     MonitorSample,
     compare_monitors,
     distinct_ngram_share,
-    group_by_topic,
     is_alarm,
     measure_monitors,
     repeated_ngram_share,
@@ -129,11 +128,6 @@ def test_ensemble_spread_is_measured_only_with_an_ensemble() -> None:
     item = compare_monitors(base_samples, aligned_samples)["items"]["ensemble_spread"]
     assert (item["base"], item["alarm"]) == (pytest.approx((50 * 0.01 + 0.2) / 51), True)
     assert "ensemble_spread" not in compare_monitors([low_spread], [make_sample("Fine.")])["items"]
-
-
-def test_samples_are_grouped_by_topic() -> None:
-    first, second = make_sample("Hi."), MonitorSample("p", (), "Hey.", 1, "casual")
-    assert group_by_topic([first, second, first]) == {"other": [first, first], "casual": [second]}
 
 
 def test_an_empty_arm_is_refused() -> None:
