@@ -48,7 +48,7 @@ FIRST_LOOK_USERS = 100
 MEAN_RESPONSES = 8.0
 RATE_CONCENTRATION = 0.3
 """First parameter of the beta distribution of rare love: most users hardly ever love, a few often do."""
-CANARY_USERS, CANARY_DAYS, CANARY_LOOKS = 3000, 14, 7
+CANARY_USERS, CANARY_DAYS, CANARY_LOOKS = 2000, 14, 7
 PLANNED_RATE, PLANNED_LIFT, PLANNED_ICC, PLANNED_POWER = 0.05, 0.15, 0.05, 0.8
 
 

@@ -111,6 +111,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="A/A check: number of splits of the control by --shares",
     )
     add("--seed", type=int, default=1, help="seed of the A/A splits and of --simulate (default 1)")
+    _add_planning_arguments(parser)
+    return parser
+
+
+def _add_planning_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--plan",
         action="store_true",
@@ -131,7 +137,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="write a log of simulated users on two model versions of the sample log",
     )
     add("--users", type=int, default=4000, help="simulate: users in both arms together (default 4000)")
-    return parser
 
 
 def build_design(args: argparse.Namespace) -> ExperimentDesign:

@@ -1,4 +1,4 @@
-"""Event logs as products write them: each odd form is read right, or refused with the column, the value and a remedy."""
+"""Event logs as products write them: odd forms are read right, or refused with column, value and remedy."""
 
 from __future__ import annotations
 
