@@ -1,11 +1,11 @@
 """Batching: rluf's RequestBatcher against Ray Serve's @serve.batch with a batch_size_fn that counts tokens.
 
 Both batch the same items for the same reward model (MiniLM with a random head, float32), in turns within one process,
-so that other programs slow both equally. N clients in that process each send their next item when the last is answered.
-Ray's decorator runs with waits of 0 and 10 ms. HTTP and the calls between processes, which are the same for both, are
-left out. Prints one JSON line last.
+so that other programs slow both equally. N clients in that process each send their next item up to --jitter-ms after
+the last is answered, as over a network. Ray's decorator runs with waits of 0 and 10 ms. HTTP and the calls between
+processes, which are the same for both, are left out. Prints one JSON line last.
 
-python benchmarks/serve_batching.py [--clients 1 4 16 64] [--seconds 6] [--rounds 2]
+python benchmarks/serve_batching.py [--clients 1 4 16 64] [--seconds 6] [--rounds 2] [--jitter-ms 10]
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ def count_tokens(items: list[ScoringItem]) -> int:
 class BatchingModel:
     """A reward model behind three batchers, and the clients that measure them."""
 
-    def __init__(self, backbone_folder: str) -> None:
+    def __init__(self, backbone_folder: str, jitter_s: float) -> None:
+        self.jitter_s = jitter_s
         from ray import serve
         from ray.serve._private.common import DeploymentID, ReplicaID
         from ray.serve._private.config import DeploymentConfig
@@ -103,6 +104,7 @@ class BatchingModel:
 
         async def send_repeatedly(index: int) -> None:
             while time.perf_counter() - start_time < seconds:
+                await asyncio.sleep(random.uniform(0.0, self.jitter_s))
                 sent_at = time.perf_counter()
                 await self.batchers[name](self.items[index % ITEM_COUNT])
                 latencies.append(time.perf_counter() - sent_at)
@@ -117,9 +119,11 @@ class BatchingModel:
         }
 
 
-async def measure_batchers(client_counts: list[int], seconds: float, rounds: int) -> dict[str, list[dict[str, float]]]:
+async def measure_batchers(
+    client_counts: list[int], seconds: float, rounds: int, jitter_s: float
+) -> dict[str, list[dict[str, float]]]:
     """Figures of each round by batcher and number of clients."""
-    model = BatchingModel(str(resolve_model("minilm", resolve_cache_folder(Settings()))))
+    model = BatchingModel(str(resolve_model("minilm", resolve_cache_folder(Settings()))), jitter_s)
     await model.measure("rluf", 4, 2.0)
     figures: dict[str, list[dict[str, float]]] = {}
     for _ in range(rounds):
@@ -136,8 +140,9 @@ def main() -> None:
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--jitter-ms", type=float, default=10.0, help="longest pause before a client sends again")
     args = parser.parse_args()
-    figures = asyncio.run(measure_batchers(args.clients, args.seconds, args.rounds))
+    figures = asyncio.run(measure_batchers(args.clients, args.seconds, args.rounds, args.jitter_ms / 1000))
     means = {
         key: {name: round(float(np.mean([row[name] for row in rows])), 1) for name in rows[0]}
         for key, rows in figures.items()
