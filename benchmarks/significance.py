@@ -175,7 +175,7 @@ def check_after_every_user(experiments: int, rng: np.random.Generator) -> dict[s
             variance = (running_arms[1][1] + running_arms[0][1])[:, FIRST_LOOK_USERS - 1 :]
             final_effect = ratio_effect(control, treatment)
             # The vectorized variance must agree with the library's at the end, which pools the arms where that is more.
-            np.testing.assert_allclose(variance[:, -1], final_effect.error**2, rtol=0.02)
+            np.testing.assert_allclose(variance[:, -1], final_effect.error**2, rtol=0.05)
             tau = mixture_variance(variance[:, :1] * FIRST_LOOK_USERS / USERS_PER_ARM, ALPHA)
             excludes_truth = (np.abs(difference - true_effect) > always_valid_margin(variance, tau, ALPHA)).any(-1)
             if lift == 1.0:
