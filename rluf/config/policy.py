@@ -147,8 +147,6 @@ class LearnerSettings(SettingsSection):
     """AdamW learning rate, constant after warm-up; 0 changes no weights (a control run)."""
     warmup_steps: int = Field(default=2, ge=0)
     """Optimizer steps of linear warm-up."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradient clipping: maximum global norm."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     critic_learning_rate: float | None = Field(default=None, ge=0)

@@ -104,8 +104,6 @@ class RunSettings(SettingsSection):
     """Folder of run folders; none means $RLUF_RUNS, else ./runs (~/rluf/runs in a packaged Ray job)."""
     cache: str | None = None
     """Folder of finished artifacts and converted models; none means $RLUF_CACHE, else ~/.cache/rluf."""
-    profile_steps: int = Field(default=0, ge=0)
-    """Steps to profile, from step 2 on, into <run folder>/profile: learner traces and a timeline of all actors."""
     resume: str | None = None
     """Resume from the newest complete checkpoint of this run folder or upload URL; latest (--resume) uses the newest
     run."""
