@@ -33,9 +33,9 @@ from rluf.prepare.workspace import (
     group_row_counts,
     hash_inputs,
     open_workspace,
-    write_json_atomically,
 )
 from rluf.prepare.write_pass import WriteTask, list_output_splits, write_split_file
+from rluf.utils.files import write_json
 from rluf.utils.hashing import USER_SALT_VARIABLE, read_user_salt, salt_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -317,7 +317,7 @@ def run_task(task_row: Mapping[str, Any]) -> list[dict[str, Any]]:
     else:
         result = write_split_file(WriteTask(**fields))
     result_json = json.dumps(result, default=_to_json_value)
-    write_json_atomically(Path(task_row["done"]), json.loads(result_json))
+    write_json(Path(task_row["done"]), json.loads(result_json))
     return [{"part": task_row["part"], "result": result_json}]
 
 

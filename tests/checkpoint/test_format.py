@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from rluf.checkpoint.format import (
     FORMAT_VERSION,
+    MANIFEST_FILE,
     ControllerState,
     RunState,
     diff_settings,
@@ -19,6 +20,7 @@ from rluf.checkpoint.format import (
     group_from_json,
     group_to_json,
     hash_prompts,
+    optimizer_state_file,
     prune_checkpoints,
     select_steps_to_delete,
     write_run_state,
@@ -54,7 +56,7 @@ def test_the_newest_complete_checkpoint_is_selected_with_its_state(tmp_path: Pat
     newest = find_newest_complete(tmp_path)
     assert newest is not None and (newest.step, newest.folder.name) == (10, "step-10")
     assert newest.read_state() == make_state(10)
-    assert newest.optimizer_file(0, 1).is_file() and newest.manifest_file.is_file()
+    assert optimizer_state_file(newest.folder, 0, 1).is_file() and (newest.folder / MANIFEST_FILE).is_file()
     assert find_newest_complete(tmp_path / "nothing") is None
 
 
