@@ -22,7 +22,7 @@ class SettingsSection(BaseModel):
     )
 
 
-def mapping_from_entries(value: object, split_entry: Callable[[str], tuple[str, str]]) -> object:
+def require_mapping(value: object, split_entry: Callable[[str], tuple[str, str]]) -> object:
     """Return a mapping unchanged; refuse the list of `name:value` strings that earlier releases used.
 
     The error shows the same entries as a mapping, so that a settings file can be corrected by copy and paste.

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from rluf.config.base import SettingsSection, mapping_from_entries, split_at_last_colon
+from rluf.config.base import SettingsSection, require_mapping, split_at_last_colon
 
 ALGORITHM_NAMES = (
     "grpo",
@@ -133,7 +133,7 @@ class AlgorithmSettings(SettingsSection):
     @field_validator("topic_weights", mode="before")
     @classmethod
     def _refuse_entry_strings(cls, value: object) -> object:
-        return mapping_from_entries(value, split_at_last_colon)
+        return require_mapping(value, split_at_last_colon)
 
 
 class LearnerSettings(SettingsSection):

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from rluf.config.base import ActorCount, SettingsSection, mapping_from_entries, split_at_last_colon
+from rluf.config.base import ActorCount, SettingsSection, require_mapping, split_at_last_colon
 from rluf.config.objectives import ObjectiveSpec, describe_invalid_name, find_objective_spec
 
 HEAD_SETTING_KEYS = ("loss", "debias")
@@ -121,7 +121,7 @@ class RewardModelSettings(SettingsSection):
             for member in self.ensemble.members or (EnsembleMemberSettings(),)
         )
 
-    def shared_pass_depths(self, member: EnsembleMemberSpec) -> tuple[int, ...]:
+    def list_shared_pass_depths(self, member: EnsembleMemberSpec) -> tuple[int, ...]:
         """Layer counts at which one forward pass is read for `member` and for the members that share it, ascending.
 
         Only frozen backbones (a linear probe without epochs) share a pass; otherwise the result is the member's own.
@@ -174,7 +174,7 @@ class RewardSettings(SettingsSection):
         """Number of workers when the cluster has room for all."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
-    def settings_for_head(self, head: str) -> RewardModelSettings:
+    def get_head_settings(self, head: str) -> RewardModelSettings:
         """Section that configures `head`: that of its objective, by default RewardModelSettings().
 
         continued and thumbs are reaction labels, so they use love's section.
@@ -183,10 +183,10 @@ class RewardSettings(SettingsSection):
             return self.love
         return self.by_objective.get(head) or RewardModelSettings()
 
-    def settings_on_shared_backbone(self, head: str, lead_head: str) -> RewardModelSettings:
+    def get_shared_backbone_settings(self, head: str, lead_head: str) -> RewardModelSettings:
         """Settings of `head` on a shared backbone: the section of `lead_head` with the head's own HEAD_SETTING_KEYS."""
-        head_settings = self.settings_for_head(head)
-        return self.settings_for_head(lead_head).model_copy(
+        head_settings = self.get_head_settings(head)
+        return self.get_head_settings(lead_head).model_copy(
             update={key: getattr(head_settings, key) for key in HEAD_SETTING_KEYS}
         )
 
@@ -269,9 +269,9 @@ class AggregationSettings(SettingsSection):
     @field_validator("topic_objectives", "floors", mode="before")
     @classmethod
     def _refuse_entry_strings(cls, value: object) -> object:
-        return mapping_from_entries(value, split_at_last_colon)
+        return require_mapping(value, split_at_last_colon)
 
-    def weights_for_topic(self, objectives: ObjectivesSettings, topic: str) -> dict[str, float]:
+    def get_topic_weights(self, objectives: ObjectivesSettings, topic: str) -> dict[str, float]:
         """Weight of each objective on prompts of `topic`: the configured ones, or 1 for the topic's objective only."""
         owner = self.topic_objectives.get(topic)
         if owner is None:

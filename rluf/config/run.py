@@ -61,12 +61,12 @@ class ClusterSettings(SettingsSection):
         mapping = ", ".join(f"{role}: {{{', '.join(pairs)}}}" for role, pairs in labels.items())
         raise ValueError(f"expected a mapping by role, got a list; write {{{mapping}}}")
 
-    def resources_for_role(self, role: str) -> tuple[float, float]:
+    def get_role_resources(self, role: str) -> tuple[float, float]:
         """Ray CPUs and GPUs that one actor of `role` reserves."""
         gpus = {"rollout": self.gpus_per_engine, "learner": self.gpus_per_learner, "reward": self.gpus_per_reward}[role]
         return max(MIN_CPUS_BY_ROLE[role], CPUS_PER_GPU * gpus), gpus
 
-    def labels_for_role(self, role: str) -> dict[str, str]:
+    def get_role_labels(self, role: str) -> dict[str, str]:
         """Labels required of the nodes that actors of `role` run on, value by key."""
         return next((dict(labels) for name, labels in self.node_labels.items() if name == role), {})
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints, field_validator
 
-from rluf.config.base import ActorCount, SettingsSection, mapping_from_entries, split_at_first_colon
+from rluf.config.base import ActorCount, SettingsSection, require_mapping, split_at_first_colon
 from rluf.config.objectives import BUILTIN_OBJECTIVES
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -43,7 +43,7 @@ class ServeSettings(SettingsSection):
     @field_validator("policies", mode="before")
     @classmethod
     def _refuse_entry_strings(cls, value: object) -> object:
-        return mapping_from_entries(value, split_at_first_colon)
+        return require_mapping(value, split_at_first_colon)
 
     @property
     def replica_limits(self) -> tuple[int, int]:

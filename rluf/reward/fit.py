@@ -131,7 +131,7 @@ def train_ensemble(
     save_interval_s: float = float("inf"),
 ) -> list[TrainedModel]:
     """Train the members of these heads' ensemble (often one), and their shared head if set; see train_member."""
-    lead_settings = settings.reward.settings_for_head(head_data[0].head)
+    lead_settings = settings.reward.get_head_settings(head_data[0].head)
     member_count = len(lead_settings.member_specs)
     backbones = {member.backbone for member in lead_settings.member_specs}
     if member_count > 1 and lead_settings.read_at_next_turn and not any(_is_decoder(settings, b) for b in backbones):
@@ -183,14 +183,14 @@ def train_member(
     `shared_features`, empty before the first member, lets members that differ only in depth share one pass over the
     rows. Epochs need an initialized process group. Raises DataError, ModelError, DeadlineError.
     """
-    lead_settings = settings.reward.settings_for_head(head_data[0].head)
+    lead_settings = settings.reward.get_head_settings(head_data[0].head)
     member_count = len(lead_settings.member_specs)
     member = lead_settings.member_specs[member_index]
     if not member.uses_section_backbone:
         # The section's epochs, learning rate and frozen share are tuned for its own backbone: only fit a head.
         probe_only = {"linear_probe": True, "epochs": 0, "frozen_share": 1, "lora_rank": 0}
         lead_settings = lead_settings.model_copy(update=probe_only)
-    depths = (member.layers,) if shared_features is None else lead_settings.shared_pass_depths(member)
+    depths = (member.layers,) if shared_features is None else lead_settings.list_shared_pass_depths(member)
     backbone_folder = resolve_model(member.backbone, resolve_cache_folder(settings))
     torch.manual_seed((settings.seed + member_index) * 1009 + rank)  # another dropout mask on every rank
     model = load_classifier(
@@ -334,7 +334,7 @@ def _build_task(
     settings: Settings, head_data: HeadData, encoder: TextEncoder, head_index: int, world_size: int
 ) -> HeadTask:
     """Encode the head's rows and weight them by its own settings."""
-    head_settings = settings.reward.settings_for_head(head_data.head)
+    head_settings = settings.reward.get_head_settings(head_data.head)
     is_pairwise = head_settings.loss == "bradley_terry"
     train_source, dev_source = (f"{head_data.data_folder}/{split}.parquet" for split in ("train", "dev"))
     records = select_labeled_rows(head_data.head, head_data.train_rows, train_source)

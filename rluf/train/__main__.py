@@ -100,7 +100,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _options_to_overrides(options: argparse.Namespace) -> list[str]:
+def _build_overrides(options: argparse.Namespace) -> list[str]:
     return ["run.resume=latest"] if options.resume else []
 
 
@@ -111,7 +111,7 @@ def _parse_profile_steps(text: str) -> int:
     return int(steps)
 
 
-COMMAND_OPTIONS = CommandOptions(_add_options, _options_to_overrides)
+COMMAND_OPTIONS = CommandOptions(_add_options, _build_overrides)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -212,9 +212,9 @@ def test_compatible_settings_are_accepted(overrides: list[str]) -> None:
 
 def test_a_topic_with_its_own_objective_ignores_the_weights() -> None:
     settings = load_settings(None, ["objectives.love.weight=0.3"]).settings
-    weights = settings.aggregation.weights_for_topic(settings.objectives, "risky")
+    weights = settings.aggregation.get_topic_weights(settings.objectives, "risky")
     assert weights == {"love": 0.0, "helpfulness": 0.0, "safety": 1.0}
-    assert settings.aggregation.weights_for_topic(settings.objectives, "casual")["love"] == 0.3
+    assert settings.aggregation.get_topic_weights(settings.objectives, "casual")["love"] == 0.3
 
 
 @pytest.mark.parametrize(
