@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from rluf.config.base import SettingsSection, require_mapping, split_at_last_colon
+from rluf.config.base import SettingsSection, refuse_list
 
 ALGORITHM_NAMES = (
     "grpo",
@@ -77,7 +77,9 @@ class AlgorithmSettings(SettingsSection):
     """Batch size 2: samples per prompt (the group size)."""
     micro_batch_tokens: int = Field(default=1024, ge=64)
     """Batch size 3: tokens of a packed micro-batch on one learner."""
-    topic_weights: dict[str, PositiveInt] = Field(default_factory=lambda: {"risky": 3})
+    topic_weights: Annotated[dict[str, PositiveInt], refuse_list("{risky: 3}")] = Field(
+        default_factory=lambda: {"risky": 3}
+    )
     """How often training prompts of a topic occur in one pass over the prompts; topics not listed occur once."""
     demonstrations: int = Field(default=3, ge=0)
     """Good logged responses, on topics of aggregation.topic_objectives, to imitate in step 1; the number then decays to
@@ -129,11 +131,6 @@ class AlgorithmSettings(SettingsSection):
         if loss is not None and loss not in POLICY_LOSS_NAMES and ":" not in loss:
             raise ValueError(f"Input should be {', '.join(POLICY_LOSS_NAMES)} or module:function")
         return loss
-
-    @field_validator("topic_weights", mode="before")
-    @classmethod
-    def _refuse_entry_strings(cls, value: object) -> object:
-        return require_mapping(value, split_at_last_colon)
 
 
 class LearnerSettings(SettingsSection):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from rluf.config.base import ActorCount, SettingsSection, require_mapping, split_at_last_colon
+from rluf.config.base import ActorCount, SettingsSection, refuse_list
 from rluf.config.objectives import ObjectiveSpec, describe_invalid_name, find_objective_spec
 
 HEAD_SETTING_KEYS = ("loss", "debias")
@@ -39,13 +39,6 @@ class EnsembleMemberSettings(SettingsSection):
     """What the member reads: the rendered conversation, or the response alone."""
 
 
-def _parse_member_string(entry: str) -> str:
-    """The mapping, as text, that replaces a member string `[backbone:]layers[:response]` of earlier releases."""
-    backbone, _, layers = entry.removesuffix(":response").rpartition(":")
-    parts = [f"backbone: {backbone}"] * bool(backbone) + [f"layers: {layers}"]
-    return f"{{{', '.join(parts + ['input: response'] * entry.endswith(':response'))}}}"
-
-
 class EnsembleSettings(SettingsSection):
     """An ensemble of reward models; by default a single model with all layers."""
 
@@ -59,10 +52,12 @@ class EnsembleSettings(SettingsSection):
     @field_validator("members", mode="before")
     @classmethod
     def _refuse_member_strings(cls, value: object) -> object:
-        entries = list(value) if isinstance(value, (list, tuple)) else [value]
+        entries = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(entry, (int, str)) for entry in entries):
-            mappings = ", ".join(_parse_member_string(str(e)) if isinstance(e, (int, str)) else str(e) for e in entries)
-            raise ValueError(f"expected a list of mappings, got {value!r}; write [{mappings}]")
+            raise ValueError(
+                f"expected a list of mappings, got {value!r}; write one such as "
+                "[{layers: 12}, {backbone: minilm, layers: 6, input: response}]"
+            )
         return value
 
 
@@ -257,19 +252,16 @@ class AggregationSettings(SettingsSection):
     method: Literal["linear", "calibrated", "gdpo", "constrained"] = "linear"
     """linear: weighted sum of normalized scores; calibrated: of scores relative to the base policy's response (CGPO);
     gdpo: of per-objective advantages; constrained: under floors with PID-controlled multipliers."""
-    topic_objectives: dict[str, str] = Field(default_factory=lambda: {"risky": "safety"})
+    topic_objectives: Annotated[dict[str, str], refuse_list("{risky: safety}")] = Field(
+        default_factory=lambda: {"risky": "safety"}
+    )
     """Objective by topic: on prompts of the topic only that objective counts (CGPO's task split)."""
-    floors: dict[str, float] = Field(default_factory=dict)
+    floors: Annotated[dict[str, float], refuse_list("{safety: 0}")] = Field(default_factory=dict)
     """Floor by objective for method=constrained; a mean score in standard deviations of the reference policy."""
     gate_judges: tuple[str, ...] = ()
     """Rule judges (rluf.objectives.judges) used as gates: a failing response gets the lowest reward of its step."""
     uncertainty_penalty: float = Field(default=0.0, ge=0)
     """Ensemble standard deviations subtracted from the mean score (lower confidence bound); 0 uses the mean."""
-
-    @field_validator("topic_objectives", "floors", mode="before")
-    @classmethod
-    def _refuse_entry_strings(cls, value: object) -> object:
-        return require_mapping(value, split_at_last_colon)
 
     def get_topic_weights(self, objectives: ObjectivesSettings, topic: str) -> dict[str, float]:
         """Weight of each objective on prompts of `topic`: the configured ones, or 1 for the topic's objective only."""
