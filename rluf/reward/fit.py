@@ -164,7 +164,7 @@ def train_ensemble(
 def _has_truncated_rows(settings: Settings, head_data: Sequence[HeadData], world_size: int) -> bool:
     """Whether any training row of any rank is cut at the token limit, so that the model can learn to read the end."""
     has_truncated = any(
-        "counterfactuals" in settings.reward.settings_for_head(data.head).debias
+        "counterfactuals" in settings.reward.get_head_settings(data.head).debias
         or any(is_truncated(row, column) for row in data.train_rows for column in ("response", "chosen", "rejected"))
         for data in head_data
     )
