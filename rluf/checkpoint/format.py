@@ -27,8 +27,6 @@ STATE_FILE = "state.json"
 POLICY_FOLDER = "policy"
 CHECKPOINTS_FOLDER = "checkpoints"
 """Folder of the checkpoints within a run folder."""
-BASE_RESPONSES_FILE = "base_answers.jsonl"
-"""The base policy's evaluation responses, in the run folder."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -168,9 +168,17 @@ class TrainController:
         }
 
     async def generate_and_score(
-        self, prompts: Sequence[Prompt], sample_count: int, seed: int, on_prompt_done: Callable[[], None]
+        self,
+        prompts: Sequence[Prompt],
+        sample_count: int,
+        seed: int,
+        on_prompt_done: Callable[[], None],
+        temperature: float | None = None,
     ) -> list[tuple[Group, ScoredGroup]]:
-        """Scored responses of the engines' policy to each prompt; `on_prompt_done` is called after each prompt."""
+        """Scored responses of the engines' policy to each prompt; `on_prompt_done` is called after each prompt.
+
+        `temperature` None is rollout.temperature.
+        """
         await switch_gpu_phase(self.settings, self.actor_groups, "generate")
         engine_count = len(self.actor_groups.rollout_actors)
         concurrent_prompts = max(1, self.settings.rollout.concurrency * engine_count // sample_count)
@@ -178,13 +186,15 @@ class TrainController:
 
         async def respond_to_prompt(index: int, prompt: Prompt) -> tuple[Group, ScoredGroup]:
             async with semaphore:
-                scored_group = await self.sample_and_score(prompt, sample_count, seed + index)
+                scored_group = await self.sample_and_score(prompt, sample_count, seed + index, temperature)
             on_prompt_done()
             return await fetch_group(scored_group.group_ref), scored_group
 
         return list(await asyncio.gather(*(respond_to_prompt(i, prompt) for i, prompt in enumerate(prompts))))
 
-    async def sample_and_score(self, prompt: Prompt, sample_count: int, seed: int) -> ScoredGroup:
+    async def sample_and_score(
+        self, prompt: Prompt, sample_count: int, seed: int, temperature: float | None = None
+    ) -> ScoredGroup:
         """Roll out one prompt on the least busy engine and score it by all objectives at once."""
         group_ref, info = await self.actor_calls.call(
             self.actor_groups.rollout_actors,
@@ -192,6 +202,7 @@ class TrainController:
             prompt,
             sample_count,
             seed,
+            temperature,
             timeout_s=self.settings.timeouts.rollout_s,
             task_name=f"generate v{self.version}",
             activity=f"prompt {prompt.id}",
