@@ -76,7 +76,8 @@ def build_data_set(
     source_kinds = {source.kind_name for source in sources}
     if "reactions" in source_kinds and "feedback" not in source_kinds:
         raise DataError("data.reactions has nothing to join: data.feedback is empty; name the log of the responses")
-    build_column_reader(settings.prepare.columns)  # raises for a wrong field name before any work starts
+    if settings.prepare.columns:
+        build_column_reader(settings.prepare.columns)  # raises for a wrong field name before any work starts
     previous_card = _load_previous_card(settings, output_folder)
     inputs = {
         "files": fingerprint_sources(sources),

@@ -25,9 +25,8 @@ from rluf.prepare.readers.datasets import ReaderOptions, SkippedRow
 from rluf.prepare.readers.files import RawLine, find_reader, parse_partition_fields, read_line_batches
 from rluf.prepare.readers.products import build_column_reader
 from rluf.prepare.redact import redact_array
-from rluf.prepare.schema import SPLIT_NAMES, find_data_kind
+from rluf.prepare.schema import SPLIT_NAMES, RejectedRow, build_arrow_table, find_data_kind, validate_json_rows
 from rluf.prepare.splits import ROW_KEY_SALT, assign_split, normalize_context, sampling_salt, to_unit_interval
-from rluf.prepare.validation import RejectedRow, build_arrow_table, validate_json_rows
 from rluf.prepare.workspace import RowCount, TableWriter, build_quarantine_table
 from rluf.utils.hashing import hash64, hash_user_id
 

@@ -23,7 +23,6 @@ from cluster.placement import actor_environment
 from rluf.config.load import load_settings
 from rluf.errors import ModelError, ResourceError, SettingsError
 from rluf.reward.calibration import Calibration
-from rluf.serve.api import ServiceRules
 from rluf.serve.deployments import (
     APPLICATION_NAME,
     FEEDBACK_WRITER_NAME,
@@ -32,7 +31,7 @@ from rluf.serve.deployments import (
     GatewayDeployment,
     ScorerDeployment,
 )
-from rluf.serve.middleware import hash_token
+from rluf.serve.middleware import ServiceRules, hash_token
 from rluf.serve.policy_deployment import ENGINE_SETTING_KEYS, PolicyDeployment
 from rluf.utils.cache import compute_artifact_key, hash_files, hash_source_code
 from rluf.utils.hashing import LEGACY_SERVE_SALT_VARIABLE, USER_SALT_VARIABLE, read_user_salt
@@ -87,7 +86,7 @@ def feedback_root(settings: Settings) -> str:
 
 
 def log_folder(settings: Settings) -> Path:
-    """Local folder of the write-ahead log: inside a local feedback folder, or in the runs folder if that is a URL."""
+    """Local folder of the open rows: inside a local feedback folder, or in the runs folder if that is a URL."""
     root = feedback_root(settings)
     if "://" not in root:
         return Path(root).expanduser().resolve() / ".log"

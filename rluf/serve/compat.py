@@ -23,7 +23,8 @@ from rluf.utils.stats import logit
 
 if TYPE_CHECKING:
     from rluf.reward.text import ScoringItem
-    from rluf.serve.api import ScoredItem, ServiceBackend
+    from rluf.serve.api import ScoredItem
+    from rluf.serve.middleware import ServiceBackend
 
 SPECIAL_TOKEN_ENDS = re.compile(r"^(?:\s|<\|[a-z_]+\|>|</?s>)+|(?:\s|<\|[a-z_]+\|>|</?s>)+$")
 """Special tokens and white space at both ends of a decoded response."""

@@ -31,7 +31,6 @@ from rluf.serve.api import (
     FeedbackRequest,
     ModelInfo,
     ScoredItem,
-    ServiceRules,
     build_chat_reply,
     build_reaction_event,
     build_served_event,
@@ -40,7 +39,7 @@ from rluf.serve.api import (
 )
 from rluf.serve.app import HttpServer
 from rluf.serve.batching import RequestBatcher
-from rluf.serve.metrics import ServeMetrics
+from rluf.serve.middleware import ServeMetrics, ServiceRules
 from rluf.serve.store import FeedbackEvent, FeedbackStore, StoreOutcome
 from rluf.types import Score
 
