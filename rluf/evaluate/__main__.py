@@ -3,6 +3,7 @@
 python -m rluf.evaluate offline --config configs/quickstart.yaml evaluate.candidate=runs/quickstart/latest/policy
 
 `offline` is the default and may be omitted. Other sub-commands, each with its own --help:
+python -m rluf.evaluate blind RUN   pages of shuffled pairs for human readers, and scores of their ratings
 python -m rluf.evaluate gate RUN   verdict of a run as text and exit code
 python -m rluf.evaluate score --model FOLDER --data FILE.jsonl[.gz]   score held-out rows with a reward model
 python -m rluf.evaluate correlate --data FILE.jsonl   correlation of offline scores and online lifts
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rluf.evaluate")
 
 SUBCOMMANDS = {
+    "blind": "rluf.evaluate.blind",
     "gate": "rluf.evaluate.gates",
     "score": "rluf.evaluate.score",
     "correlate": "rluf.evaluate.correlation",

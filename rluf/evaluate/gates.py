@@ -19,6 +19,7 @@ from rluf.config.cli import run_command
 from rluf.config.objectives import BUILTIN_OBJECTIVES, ObjectiveSpec
 from rluf.errors import DataError
 from rluf.evaluate.two_way import MAX_DATA_FACTOR, MoreData, PolicyComparison, plan_more_data
+from rluf.types import BASE_ARM
 from rluf.utils.files import read_json
 
 GateStatus = Literal["pass", "undecided", "fail"]
@@ -26,7 +27,7 @@ GateStatus = Literal["pass", "undecided", "fail"]
 NON_INFERIORITY_MARGIN = 0.05
 """Largest relative fall that the gates accept of an objective that must hold."""
 MAX_TRUNCATED_SHARE = 0.1
-"""With more of the aligned responses cut at the token limit, nobody has seen how they end: no pass."""
+"""With more of the aligned responses cut at the token limit, how they end is unknown: no pass."""
 GATE_EXIT_CODES: Mapping[str, int] = {"pass": 0, "fail": 10, "undecided": 11}
 """Exit codes of `python -m rluf.evaluate gate`."""
 
@@ -93,25 +94,37 @@ def evaluate_gates(evidence: GateEvidence, specs: Mapping[str, ObjectiveSpec] = 
             "lift": None if comparison.lift is None else comparison.lift.as_dict(),
             "more_prompts": more_data.prompts, "more_users": more_data.users, "more_data_factor": more_data.factor,
         })  # fmt: skip
-    is_truncated = evidence.truncated_share is not None and evidence.truncated_share > MAX_TRUNCATED_SHARE
+    gates: dict[str, Any] = {
+        "verdict": "undecided", "margin": margin, "rule": format_gate_rule(gated_specs, margin), "checks": checks,
+        "alarms": list(evidence.alarm_names), "truncated_share": evidence.truncated_share, "reasons": [],
+        "judged_by": " and ".join(dict.fromkeys(check["judged_by"] for check in checks)) or "nothing",
+    }  # fmt: skip
+    gates["verdict"], gates["reasons"] = decide_verdict(gates)
+    return gates
+
+
+def decide_verdict(
+    gates: Mapping[str, Any], blind_result: Mapping[str, Any] | None = None
+) -> tuple[GateStatus, list[str]]:
+    """Verdict and reasons from checks, alarms, truncation and, if there was one, the blind reading."""
+    checks, alarm_names, truncated_share = gates["checks"], gates["alarms"], gates["truncated_share"]
+    is_truncated = truncated_share is not None and truncated_share > MAX_TRUNCATED_SHARE
+    prefers_base = blind_result is not None and blind_result["preferred"] == BASE_ARM
     statuses = {check["status"] for check in checks}
     verdict: GateStatus = "pass"
-    if "fail" in statuses or evidence.alarm_names:
+    if "fail" in statuses or alarm_names or prefers_base:
         verdict = "fail"
     elif "undecided" in statuses or not checks or is_truncated:
         verdict = "undecided"
-    reasons = [_check_reason(check) for check in checks if check["status"] != "pass"]
-    reasons += [f"monitor alarm: {', '.join(evidence.alarm_names)}"] if evidence.alarm_names else []
+    reasons = ["blind readers prefer the base"] if prefers_base else []
+    reasons += [_check_reason(check) for check in checks if check["status"] != "pass"]
+    reasons += [f"monitor alarm: {', '.join(alarm_names)}"] if alarm_names else []
     if is_truncated:
         reasons.append(
-            f"{evidence.truncated_share:.0%} of the aligned responses are cut at the token limit; raise "
+            f"{truncated_share:.0%} of the aligned responses are cut at the token limit; raise "
             "rollout.max_response_tokens"
         )
-    return {
-        "verdict": verdict, "margin": margin, "rule": format_gate_rule(gated_specs, margin), "checks": checks,
-        "alarms": list(evidence.alarm_names), "truncated_share": evidence.truncated_share, "reasons": reasons,
-        "judged_by": " and ".join(dict.fromkeys(check["judged_by"] for check in checks)) or "nothing",
-    }  # fmt: skip
+    return verdict, reasons
 
 
 def _check_reason(check: Mapping[str, Any]) -> str:

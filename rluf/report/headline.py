@@ -24,6 +24,8 @@ def report_headline(summary: Mapping[str, Any]) -> str:
     if love_check is not None and love_check["lift"] is not None and love_check["lift"]["low"] > 0:
         clauses[0] += _control_clause(summary)
     clauses += _outcome_clauses(list(checks.values()))
+    if blind := summary.get("blind"):
+        clauses.append(blind_sentence(blind))
     if labels := alarm_labels(summary):
         clauses.append(f"{'alarms' if len(labels) > 1 else 'alarm'}: {', '.join(labels)}")
     if is_too_truncated(gates):
@@ -57,6 +59,18 @@ def has_user_verdicts(summary: Mapping[str, Any]) -> bool:
     """Whether users judged both policies."""
     verdict = BUILTIN_OBJECTIVES[PRIMARY_OBJECTIVE].simulated_verdict
     return verdict is not None and verdict.summary_key in summary
+
+
+def blind_sentence(blind: Mapping[str, Any]) -> str:
+    """Result of the blind reading: "readers preferred aligned in 21 of 30 decided pairs (70%, 51% to 85%), 4 ties"."""
+    decided, share = blind["aligned"] + blind["base"], blind["share"]
+    ties = f"{blind['ties']} tie{'' if blind['ties'] == 1 else 's'}"
+    if share is None:
+        return f"blind readers decided none of {blind['pairs']} pairs"
+    return (
+        f"blind readers preferred aligned in {blind['aligned']} of {decided} decided pairs ({share['mean']:.0%}, "
+        f"{share['low']:.0%} to {share['high']:.0%}), {ties}"
+    )
 
 
 def _love_clause(lift: Mapping[str, float] | None, *, has_users: bool) -> str:

@@ -110,7 +110,8 @@ def _story_context(run_files: presentation.RunFiles, figures_by_id: Mapping[str,
         "comparisons": comparison_table,
         "repeat_sentence": presentation.repeat_sentence(summary),
         "arm_rows": presentation.arm_rows(summary),
-        "blind": summary.get("blind"),
+        "blind_sentence": headline.blind_sentence(blind) if (blind := summary.get("blind")) else "",
+        "blind_rows": presentation.blind_rows(summary),
         "lift_text": "; ".join(
             f"{measure_name} by {judge} {formats.format_percent(lift['mean'], with_sign=True)} "
             f"({formats.format_interval(lift, with_sign=True)})"

@@ -215,6 +215,15 @@ def arm_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     ]  # fmt: skip
 
 
+def blind_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of (topic, pairs in which aligned is better, base is better, tie) of the blind reading."""
+    by_topic = summary.get("blind", {}).get("by_topic", {})
+    return [
+        [topic.replace("_", " "), *(format_number(counts[outcome]) for outcome in ("aligned", "base", "tie"))]
+        for topic, counts in by_topic.items()
+    ]
+
+
 def monitor_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """One row per monitor, alarms first."""
     table_rows = []
