@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from rluf.config.objectives import BUILTIN_OBJECTIVES
 from rluf.config.settings import Settings
 from rluf.evaluate.control import build_control_arm
+from rluf.evaluate.monitors import add_monitors
 from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary
 from rluf.report.html import write_report
 from rluf.report.presentation import pair_answers
-from rluf.simulate.ground_truth import true_scores
+from rluf.simulate.ground_truth import GroundTruth, true_scores
 from rluf.simulate.users import simulate_population
 from rluf.tracking.run_files import write_answers
 from rluf.types import ALIGNED_ARM, BASE_ARM, CONTROL_ARM, REPEAT_ARM, PolicyAnswer, mean_token_entropy
@@ -38,12 +39,13 @@ def compare_policies(
     settings: Settings, result: TrainResult, data_artifact: Artifact, reward_artifacts: Mapping[str, Artifact | None]
 ) -> dict[str, Any]:
     """Summary of base against aligned (content of summary.json without the phase times)."""
+    add_monitors(settings.evaluate.monitors)
     steps = result.step_metrics
     artifacts = [artifact for artifact in (data_artifact, *reward_artifacts.values()) if artifact is not None]
     run_facts = RunFacts(
         name=settings.name,
         seed=settings.seed,
-        final_kl=steps[-1]["kl"] if steps else None,
+        final_kl=steps[-1].get("kl") if steps else None,
         sample_count=sum(int(row["samples"]) for row in steps),
         token_count=sum(int(row["response_tokens"]) for row in steps),
         versions={"weights": len(steps), **_package_versions()},
@@ -81,16 +83,25 @@ def _build_arm(settings: Settings, answers: Sequence[PolicyAnswer], arm_index: i
     """Responses of one arm and, if enabled, reactions of new simulated users (different per arm)."""
     if not settings.evaluate.simulated_users:
         return EvaluatedArm(answers)
-    truths = [
-        true_scores(answer.messages, answer.topic, answer.text, answer.finish_reason == "stop") for answer in answers
-    ]
+    # Consecutive seeds per run seed: the arms have different users, and no run shares users with another.
+    return simulate_arm(settings, answers, score_truths(answers), seed=len(EVALUATED_ARMS) * settings.seed + arm_index)
+
+
+def score_truths(answers: Sequence[PolicyAnswer]) -> list[GroundTruth]:
+    """Ground truth of each response."""
+    return [true_scores(answer.messages, answer.topic, answer.text, answer.finish_reason == "stop") for answer in answers]
+
+
+def simulate_arm(
+    settings: Settings, answers: Sequence[PolicyAnswer], truths: Sequence[GroundTruth], seed: int
+) -> EvaluatedArm:
+    """An arm with the reactions of evaluate.users new users, who read random responses of it."""
     reactions = simulate_population(
         truths,
         [answer.topic for answer in answers],
         user_count=settings.evaluate.users,
         responses_per_user=settings.evaluate.responses_per_user,
-        # Consecutive seeds per run seed: the arms have different users, and no run shares users with another.
-        seed=len(EVALUATED_ARMS) * settings.seed + arm_index,
+        seed=seed,
     )
     return EvaluatedArm(answers, reactions)
 

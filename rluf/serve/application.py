@@ -114,7 +114,7 @@ def load_or_create_salt(settings: Settings) -> bytes:
 
 
 def build_scorer_config(settings: Settings, reward_folders: Mapping[str, Path | None]) -> dict[str, Any]:
-    """Build the user_config of a scorer: path or judge of each objective, facts from the reward cards, a version.
+    """Build the user_config of a scorer: source of each objective, facts from reward cards, a version.
 
     The version is a hash of the files, so the same models have the same version on every machine. Raises ModelError
     for a folder without a reward model.
@@ -128,9 +128,10 @@ def build_scorer_config(settings: Settings, reward_folders: Mapping[str, Path | 
                 raise ModelError(f"{folder} has no config.json; name a reward model folder written by rluf.reward")
             models[name] = {"path": str(folder)}
             facts[name] = {"version": hash_files([folder])[:12], **_read_card_facts(folder)}
-        elif objective.source == "judge":
-            models[name] = {"judge": str(objective.judge)}
-            facts[name] = {"version": f"judge {objective.judge}", "max_tokens": 1, "mean_value": None}
+        elif objective.source in ("judge", "function"):
+            key, rule = ("judge", objective.judge) if objective.source == "judge" else ("reward", objective.reward)
+            models[name] = {key: str(rule)}
+            facts[name] = {"version": f"{objective.source} {rule}", "max_tokens": 1, "mean_value": None}
         else:
             raise ModelError(
                 f"no reward model for {name}: set objectives.{name}.path, or leave it out of serve.objectives"
@@ -323,7 +324,7 @@ def configured_reward_folders(settings: Settings) -> dict[str, Path | None]:
     return {
         name: Path(str(objectives[name].path)).expanduser().resolve() if objectives[name].path is not None else None
         for name in settings.serve.objectives
-        if objectives[name].source == "judge" or objectives[name].path is not None
+        if objectives[name].source in ("judge", "function") or objectives[name].path is not None
     }
 
 

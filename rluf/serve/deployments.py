@@ -75,8 +75,8 @@ class LoadedModels:
     """One loaded version of the reward models: a scorer per objective, and facts from their cards."""
 
     def __init__(self, scorer_config: Mapping[str, Any]) -> None:
-        """Load the models of `scorer_config`: version, batch_tokens, device, and path or judge by objective."""
-        from rluf.objectives.judges import build_judge_scorer
+        """Load the models of `scorer_config`: version, batch_tokens, device, and sources by objective."""
+        from rluf.objectives.judges import build_rule_scorer
         from rluf.reward.backbone import build_warmup_items, enable_fast_cpu_matmul
         from rluf.reward.model import load_reward_scorer
 
@@ -85,10 +85,10 @@ class LoadedModels:
         if scorer_config["device"] == "cpu":
             enable_fast_cpu_matmul()
         sources: dict[str, dict[str, str]] = scorer_config["models"]
-        self._judge_scorers = {
-            name: build_judge_scorer(source["judge"], name) for name, source in sources.items() if "judge" in source
+        self._rule_scorers = {
+            name: build_rule_scorer(name, **source) for name, source in sources.items() if "path" not in source
         }
-        folders = {name: Path(source["path"]) for name, source in sources.items() if "judge" not in source}
+        folders = {name: Path(source["path"]) for name, source in sources.items() if "path" in source}
         self._score_models = load_reward_scorer(
             folders, batch_tokens=scorer_config["batch_tokens"], device=scorer_config["device"]
         )
@@ -98,7 +98,7 @@ class LoadedModels:
 
     def score_items(self, items: Sequence[ScoringItem]) -> BatchScores:
         """Score items by every objective."""
-        scores = self._score_models(items) | {name: judge(items) for name, judge in self._judge_scorers.items()}
+        scores = self._score_models(items) | {name: score(items) for name, score in self._rule_scorers.items()}
         return self.version, {
             name: [(score.value, score.raw_logit, score.spread) for score in scores[name]]
             for name in self._objective_names

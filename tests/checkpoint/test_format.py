@@ -14,14 +14,12 @@ from rluf.checkpoint.format import (
     RunState,
     diff_settings,
     find_newest_complete,
-    group_from_json,
-    group_to_json,
     hash_prompts,
     prune_checkpoints,
     select_steps_to_delete,
     write_run_state,
 )
-from rluf.types import Group, Message, Prompt, Sample
+from rluf.types import Message, Prompt
 
 PROMPT = Prompt("p", (Message(role="user", content="é?"),), (1, 2), "chat", "train")
 
@@ -126,12 +124,6 @@ def test_only_settings_that_affect_training_prevent_resuming() -> None:
     assert diff_settings(before, after) == []
     after["algorithm"] = {"steps": 2, "kl_coef": 0.2}
     assert diff_settings(before, after) == ["algorithm.kl_coef (then 0.1, now 0.2)"]
-
-
-def test_groups_survive_json() -> None:
-    sample = Sample("p", (1, 2), (3, 4), (-0.1, -1e-17), ((0, 3), (1, 4)), "stop", "hé")
-    group = Group(PROMPT, (sample, sample), 3)
-    assert group_from_json(group_to_json(group)) == group
 
 
 def test_the_prompt_hash_depends_on_the_order() -> None:
