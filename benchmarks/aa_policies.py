@@ -2,11 +2,11 @@
 
 python benchmarks/aa_policies.py ANSWERS [--comparisons 200] [--fall 0.1]
 
-ANSWERS is a run folder or its answers.jsonl (plain or .gz). The base arm is the pool: each comparison samples prompts of
-it with replacement, for each arm three of the pool's responses to each prompt, and new simulated users; then it builds
-the summary of a run from them, with the settings' defaults. Reported: how often a policy against another draw of itself
-differs (95% intervals: 5%), what the gates say, and what they say of helpfulness that truly fell by --fall. The last line
-is JSON.
+ANSWERS is a run folder or its answers.jsonl (plain or .gz). The base arm is the pool: each comparison samples prompts
+of it with replacement, for each arm three of the pool's responses to each prompt, and new simulated users; then it
+builds the summary of a run from them, with the settings' defaults. Reported: how often a policy against another draw of
+itself differs (95% intervals: 5%), what the gates say, and what they say of helpfulness that truly fell by --fall. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ logger = logging.getLogger("benchmarks.aa_policies")
 def read_pool(path: Path) -> list[PolicyAnswer]:
     """The base arm's responses. Files of other origin may lack scores and log-probabilities."""
     file = path / ANSWERS_FILE if path.is_dir() else path
-    with (gzip.open(file, "rt") if file.suffix == ".gz" else file.open()) as stream:
+    with gzip.open(file, "rt") if file.suffix == ".gz" else file.open() as stream:
         rows = [json.loads(line) for line in stream]
     names = {field.name for field in fields(PolicyAnswer)}
     return [
@@ -70,7 +70,9 @@ class PolicyPool:
             )
             # A prompt that is sampled twice counts as two prompts.
             numbers = np.repeat(np.arange(len(prompts)), settings.evaluate.samples_per_prompt)
-            answers = [replace(self.answers[row], arm=arm, prompt_id=f"{n:05d}") for n, row in zip(numbers, rows, strict=True)]
+            answers = [
+                replace(self.answers[row], arm=arm, prompt_id=f"{n:05d}") for n, row in zip(numbers, rows, strict=True)
+            ]
             arms[arm] = simulate_arm(settings, answers, [self.truths[row] for row in rows], seed=2 * seed + arm_index)
         return arms
 
@@ -126,7 +128,9 @@ def main(arguments: list[str] | None = None) -> None:
     result = run_comparisons(pool, Settings(), options.comparisons, options.fall)
     for name, share in result["differs"].items():
         logger.info("%s of one policy differs in %.1f%% of A/A comparisons", name, 100 * share)
-    sys.stdout.write(json.dumps({"benchmark": "aa_policies", **result, "seconds": round(time.monotonic() - start)}) + "\n")
+    sys.stdout.write(
+        json.dumps({"benchmark": "aa_policies", **result, "seconds": round(time.monotonic() - start)}) + "\n"
+    )
 
 
 if __name__ == "__main__":

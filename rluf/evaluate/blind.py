@@ -54,15 +54,15 @@ def build_pairs(
     for index in rng.permutation(len(prompt_ids)):
         arms = texts[prompt_ids[index]]
         base, aligned = (arms[arm][rng.integers(len(arms[arm]))] for arm in (BASE_ARM, ALIGNED_ARM))
-        sides = [base, aligned] if rng.random() < 0.5 else [aligned, base]
+        ordered = [base, aligned] if rng.random() < 0.5 else [aligned, base]
         if base.text.strip() == aligned.text.strip() or len(pairs) == pair_count:
             continue
         prompt = "\n\n".join(f"{message['role']}: {message['content']}" for message in base.messages)
         # A single user message needs no role.
         prompt = base.messages[0]["content"] if len(base.messages) == 1 else prompt
-        pairs.append({"pair": len(pairs) + 1, "prompt": prompt, "a": sides[0].text, "b": sides[1].text})
-        key.append({"pair": len(pairs), "prompt_id": base.prompt_id, "topic": base.topic, "a": sides[0].arm,
-                    "b": sides[1].arm})  # fmt: skip
+        pairs.append({"pair": len(pairs) + 1, "prompt": prompt, "a": ordered[0].text, "b": ordered[1].text})
+        key.append({"pair": len(pairs), "prompt_id": base.prompt_id, "topic": base.topic, "a": ordered[0].arm,
+                    "b": ordered[1].arm})  # fmt: skip
     if not pairs:
         raise DataError("base and aligned have no prompt with two different responses; evaluate on more prompts")
     return pairs, key
@@ -94,19 +94,19 @@ def score_ratings(key: Sequence[Mapping[str, Any]], ratings: Sequence[Mapping[st
     (1934), p the two-sided exact test of 1/2; ties are reported and, as usual for the sign test, left out of both.
     DataError for a pair or a choice that does not exist, and for a rater who rated a pair twice.
     """
-    sides = {row["pair"]: row for row in key}
+    key_by_pair = {row["pair"]: row for row in key}
     votes: dict[int, Counter[str]] = {}
     seen: set[tuple[Any, Any]] = set()
     for row in ratings:
         pair, choice, rater = row.get("pair"), row.get("choice"), row.get("rater", "")
-        if not isinstance(pair, int) or pair not in sides or choice not in CHOICES:
+        if not isinstance(pair, int) or pair not in key_by_pair or choice not in CHOICES:
             raise DataError(
-                f"rating {dict(row)} is not valid: expected a pair of 1 to {len(sides)} and a choice of a, b or tie"
+                f"rating {dict(row)} is invalid: expected a pair of 1 to {len(key_by_pair)} and a choice of a, b or tie"
             )
         if (rater, pair) in seen:
             raise DataError(f"pair {pair} was rated twice by {rater or 'the same rater'}; give each rater a name")
         seen.add((rater, pair))
-        votes.setdefault(pair, Counter())["tie" if choice == "tie" else sides[pair][choice]] += 1
+        votes.setdefault(pair, Counter())["tie" if choice == "tie" else key_by_pair[pair][choice]] += 1
     if not votes:
         raise DataError("the files have no ratings; download them from the page after rating")
     outcomes = {pair: _majority(counts) for pair, counts in votes.items()}
@@ -114,7 +114,7 @@ def score_ratings(key: Sequence[Mapping[str, Any]], ratings: Sequence[Mapping[st
     decided = counts[ALIGNED_ARM] + counts[BASE_ARM]
     by_topic: dict[str, Counter[str]] = {}
     for pair, outcome in outcomes.items():
-        by_topic.setdefault(sides[pair]["topic"] or "other", Counter())[outcome] += 1
+        by_topic.setdefault(key_by_pair[pair]["topic"] or "other", Counter())[outcome] += 1
     result: dict[str, Any] = {
         "pairs": len(outcomes), "raters": len({rater for rater, _ in seen}), "aligned": counts[ALIGNED_ARM],
         "base": counts[BASE_ARM], "ties": counts["tie"], "share": None, "p": None, "preferred": None,

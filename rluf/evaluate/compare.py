@@ -89,7 +89,9 @@ def _build_arm(settings: Settings, answers: Sequence[PolicyAnswer], arm_index: i
 
 def score_truths(answers: Sequence[PolicyAnswer]) -> list[GroundTruth]:
     """Ground truth of each response."""
-    return [true_scores(answer.messages, answer.topic, answer.text, answer.finish_reason == "stop") for answer in answers]
+    return [
+        true_scores(answer.messages, answer.topic, answer.text, answer.finish_reason == "stop") for answer in answers
+    ]
 
 
 def simulate_arm(
