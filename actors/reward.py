@@ -68,7 +68,7 @@ class RewardActor:
         if objective.source in ("judge", "function"):
             from rluf.objectives.judges import build_rule_scorer
 
-            rule_scorer = build_rule_scorer(objective_name, objective.judge, objective.reward)
+            rule_scorer = build_rule_scorer(objective_name, **objective.rule_arguments)
             return lambda items: {objective_name: rule_scorer(items)}
         if objective.source == "serve":
             return self._connect_service(objective_name, str(objective.path))
@@ -79,13 +79,12 @@ class RewardActor:
             )
         from rluf.reward.backbone import build_warmup_items, enable_fast_cpu_matmul
         from rluf.reward.model import load_reward_scorer
+        from rluf.reward.text import SCORING_BATCH_TOKENS
 
         on_gpu = self.settings.cluster.gpus_per_reward > 0
         if not on_gpu:
             enable_fast_cpu_matmul()
-        scorer = load_reward_scorer(
-            folders, batch_tokens=self.settings.reward.scoring_batch_tokens, device="cuda" if on_gpu else "cpu"
-        )
+        scorer = load_reward_scorer(folders, batch_tokens=SCORING_BATCH_TOKENS, device="cuda" if on_gpu else "cpu")
         scorer(build_warmup_items())
         return scorer
 

@@ -105,7 +105,7 @@ def run_comparisons(pool: PolicyPool, settings: Settings, count: int, fall: floa
         fall_statuses[check["status"]] += 1
     return {
         "comparisons": count, "prompts": len(pool.rows_by_prompt), "responses": len(pool.answers),
-        "users_per_arm": settings.evaluate.users,
+        "users_per_arm": settings.evaluate.simulated_users,
         "differs": {name: differs[name] / count for name in KEYS},
         "half_width": {name: round(float(np.mean(values)), 4) for name, values in widths.items() if values},
         "verdicts": {verdict: verdicts[verdict] / count for verdict in ("pass", "undecided", "fail")},

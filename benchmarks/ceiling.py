@@ -217,10 +217,10 @@ def measure_model(
 
 
 DEFAULT_OVERRIDES = (
-    "reward.dtype=float32",
+    "model.dtype=float32",
     "reward.love.max_tokens=64",
-    "reward.love.members=[{layers: 3}, {layers: 6}]",
-    "reward.love.shared_head=true",
+    "reward.love.ensemble.members=[{layers: 3}, {layers: 6}]",
+    "reward.love.ensemble.shared_head=true",
     "reward.love.linear_probe=true",
     "reward.love.epochs=0",
     "reward.love.debias=[sign_offs, length, users]",

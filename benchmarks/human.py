@@ -93,7 +93,7 @@ def compute_member_features(
             settings, f"{member.backbone} {depths}", model, encoder, encoded_rows, depths
         )
         features.append(features_by_depth[depths.index(member.layers)])
-    if model_settings.shared_head:
+    if model_settings.ensemble.shared_head:
         features = [np.concatenate(features, axis=1)]
     if first_encoded is None:
         raise DataError(f"reward.{objective} has no member")
@@ -217,7 +217,7 @@ def score_out_of_fold(
     calibrated = np.zeros_like(raw)
     for fold in range(fold_count):
         train_rows = select_rows(rows, np.flatnonzero(fold_by_row != fold), ())
-        calibration = fit_calibration(train_rows, raw[fold_by_sequence != fold], Calibration(), "platt")
+        calibration = fit_calibration(train_rows, raw[fold_by_sequence != fold], Calibration())
         calibrated[fold_by_sequence == fold] = calibration.calibrate_logits(raw[fold_by_sequence == fold])
     return raw, calibrated
 

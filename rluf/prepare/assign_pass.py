@@ -41,7 +41,6 @@ class AssignTask:
     reaction_window_hours: float
     return_window_days: float
     abuse_rules: Sequence[str]
-    user_row_cap: int
     seed: int
 
 
@@ -255,7 +254,7 @@ def _build_abuse_log(task: AssignTask, table: pa.Table, loved: Bools) -> abuse.A
     return abuse.AbuseLog(
         user_code=user_code, prompt_group=prompt_group, response_code=response_code.astype(np.int64),
         device_code=device_code, time_us=_column_array(table, "time"), loved=loved,
-        own_persona=own_persona.to_numpy(zero_copy_only=False), user_row_cap=task.user_row_cap,
+        own_persona=own_persona.to_numpy(zero_copy_only=False),
     )  # fmt: skip
 
 

@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_folder = create_run_folder(settings)
         setup_logging(run_folder / "run.log")
         (run_folder / "config.json").write_text(settings.model_dump_json(indent=2), encoding="utf-8")
-        with ray_connection(settings):
+        with ray_connection():
             data_artifact = prepare_data_artifact(settings)
             jobs = {name: (data_artifact.folder, run_folder / name) for name in objectives}
             cards = train_reward_models(

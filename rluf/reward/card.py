@@ -23,10 +23,8 @@ from rluf.reward import metrics
 from rluf.reward.calibration import (
     Calibration,
     compute_prior_shift,
-    fit_isotonic,
     fit_pair_scale,
     fit_platt,
-    fit_temperature,
 )
 from rluf.reward.debias import RESPONSE_PERTURBATIONS
 from rluf.reward.metrics import auroc
@@ -37,25 +35,19 @@ from rluf.types import Message
 from rluf.utils.stats import Floats, sigmoid
 
 
-def fit_calibration(dev_split: EncodedSplit, logits: Floats, base_calibration: Calibration, method: str) -> Calibration:
-    """Fit `base_calibration` on dev logits (one per sequence); `method` is platt, temperature, isotonic or none.
+def fit_calibration(dev_split: EncodedSplit, logits: Floats, base_calibration: Calibration) -> Calibration:
+    """Fit `base_calibration` on dev logits (one per sequence).
 
-    Labels: prior correction, then the method. Pairs: a scale that makes differences the log-odds of winning, and an
+    Labels: prior correction, then Platt scaling. Pairs: a scale that makes differences the log-odds of winning, and an
     offset that puts the mean logged response at 0.5, so a value reads as the chance to beat an average logged response.
     """
-    if method == "none":
-        return base_calibration
     if dev_split.is_pairwise:
         scale = fit_pair_scale(logits[: len(dev_split)] - logits[len(dev_split) :], dev_split.weights)
         center = float(np.average(logits, weights=np.tile(dev_split.weights, 2)))
         return replace(base_calibration, method="centered", prior_shift=0.0, scale=scale, offset=-scale * center)
     z = logits + base_calibration.prior_shift
-    if method == "isotonic":
-        return replace(base_calibration, method=method, knots=fit_isotonic(z, dev_split.labels, dev_split.weights))
-    if method == "temperature":
-        return replace(base_calibration, method=method, scale=fit_temperature(z, dev_split.labels, dev_split.weights))
     scale, offset = fit_platt(z, dev_split.labels, dev_split.weights)
-    return replace(base_calibration, method=method, scale=scale, offset=offset)
+    return replace(base_calibration, method="platt", scale=scale, offset=offset)
 
 
 def build_reward_card(

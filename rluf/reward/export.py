@@ -122,7 +122,7 @@ def export_models(
         )
         for head, (data_folder, output_folder) in outputs.items()
     ]
-    has_shared_head = settings.reward.settings_for_head(members[0].tasks[0].name).shared_head
+    has_shared_head = settings.reward.settings_for_head(members[0].tasks[0].name).ensemble.shared_head
     # The members' logits under a shared head are terms of one sum: scaling them apart would change the sum.
     if not has_shared_head:
         equalize_member_spreads(members)
@@ -137,7 +137,7 @@ def export_models(
             calibration.save(job.staging_folder)  # RewardModel.load reads it below
             if any(member.fit_results[head_index].best_epoch >= 0 for member in members):
                 _rescore_dev_split(settings, job, members, head_index)
-            _fit_head_calibration(settings, members, head_index, calibration).save(job.staging_folder)
+            _fit_head_calibration(members, head_index, calibration).save(job.staging_folder)
             _write_card(settings, job, members, head_index, start_time, full_card=full_card)
         for job in jobs:
             replace_folder(job.staging_folder, job.output_folder)
@@ -185,7 +185,7 @@ def _build_base_calibration(
 
 
 def _fit_head_calibration(
-    settings: Settings, members: Sequence[TrainedModel], head_index: int, base_calibration: Calibration
+    members: Sequence[TrainedModel], head_index: int, base_calibration: Calibration
 ) -> Calibration:
     """`base_calibration` with member weights and the map to probabilities, both fitted on dev."""
     task = members[0].tasks[head_index]
@@ -193,8 +193,7 @@ def _fit_head_calibration(
     if len(members) > 1 and not base_calibration.shared_head:
         member_weights = _fit_task_member_weights(task, member_logits)
         base_calibration = replace(base_calibration, member_weights=member_weights)
-    method = settings.reward.settings_for_head(task.name).calibration
-    return fit_calibration(task.dev_split, base_calibration.pool_members(member_logits), base_calibration, method)
+    return fit_calibration(task.dev_split, base_calibration.pool_members(member_logits), base_calibration)
 
 
 def _fit_task_member_weights(task: HeadTask, member_logits: Floats) -> tuple[float, ...]:

@@ -59,6 +59,12 @@ from rluf.utils.stats import Floats
 
 logger = logging.getLogger(__name__)
 
+DROPOUT_RATE = 0.1
+"""Dropout in training, as BERT was trained; it replaces the backbone's own rate."""
+WEIGHT_DECAY = 0.01
+"""Weight decay of AdamW, its usual value."""
+EARLY_STOPPING_EPOCHS = 2
+"""Epochs without a lower dev log-loss before training stops early; one alone is often noise."""
 SNAPSHOT_BUCKET_BYTES = 64 << 20
 """Size of the buckets in which the best weights are copied to the host."""
 
@@ -148,7 +154,7 @@ def train_ensemble(
         )
         for member_index in range(member_count)
     ]
-    if lead_settings.shared_head:
+    if lead_settings.ensemble.shared_head:
         _fit_shared_head(members, seed=settings.seed, world_size=world_size)
     return members
 
@@ -191,7 +197,7 @@ def train_member(
         backbone_folder,
         require_all_weights=False,
         device=f"cuda:{torch.cuda.current_device()}" if settings.cluster.gpus_per_reward > 0 else "cpu",
-        dropout=lead_settings.dropout,
+        dropout=DROPOUT_RATE,
         seed=settings.seed + member_index,
         layer_count=max(depths),
         head_count=len(head_data),
@@ -221,18 +227,19 @@ def train_member(
         probe_features = [
             _compute_probe_features(probe_trainer, task, member, depths, shared_features) for task in tasks
         ]
-        fit_head = _add_zero_head if lead_settings.shared_head else partial(_fit_probe_head, seed=settings.seed)
+        has_shared_head = lead_settings.ensemble.shared_head
+        fit_head = _add_zero_head if has_shared_head else partial(_fit_probe_head, seed=settings.seed)
         progress.fit_results = [
             fit_head(probe_trainer, task, features, weights)
             for task, features in zip(tasks, probe_features, strict=True)
         ]
-        _log_probe(model_name, progress, has_shared_head=lead_settings.shared_head)
+        _log_probe(model_name, progress, has_shared_head=has_shared_head)
     if lead_settings.epochs:
         model.to(getattr(torch, settings.reward_dtype))
         frozen_prefix = _build_frozen_prefix(settings, model, frozen_layers, tasks)
         trainer = RewardModelTrainer(model, encoder, plan, frozen_prefix)
         if lead_settings.lora_rank:
-            add_layer_adapters(model, lead_settings.lora_rank, frozen_layers, lead_settings.dropout)
+            add_layer_adapters(model, lead_settings.lora_rank, frozen_layers, DROPOUT_RATE)
         progress = _train_epochs(
             settings, lead_settings, model, trainer, tasks, progress, weights, checkpointer, model_name
         )
@@ -252,7 +259,7 @@ def _build_plan(
     return TrainPlan(
         epochs=model_settings.epochs, batch_rows=max(1, model_settings.batch_rows // world_size),
         batch_tokens=EVAL_BATCH_TOKENS, seed=settings.seed + member_index, rank=rank, world_size=world_size,
-        patience=model_settings.patience, deadline=deadline, save_interval_s=save_interval_s,
+        patience=EARLY_STOPPING_EPOCHS, deadline=deadline, save_interval_s=save_interval_s,
     )  # fmt: skip
 
 
@@ -539,7 +546,7 @@ def _init_engine(
 ) -> TrainEngine:
     engine: TrainEngine = init_deepspeed(
         model, zero_stage=settings.reward.zero_stage, learning_rate=model_settings.learning_rate,
-        warmup_steps=max(1, total_steps // 10), weight_decay=model_settings.weight_decay, max_grad_norm=1.0,
+        warmup_steps=max(1, total_steps // 10), weight_decay=WEIGHT_DECAY, max_grad_norm=1.0,
         dtype=getattr(torch, settings.reward_dtype), world_size=world_size, total_steps=total_steps,
     )  # fmt: skip
     return engine

@@ -25,6 +25,9 @@ NEXT_TURN_MARKER = "\u2063next\u2063"
 EMPTY_CONVERSATION: Sequence[Message] = ({"role": "user", "content": ""},)
 """Conversation in front of a response that is read without its context."""
 
+SCORING_BATCH_TOKENS = 8192
+"""Padded tokens that a reward actor or a service scores at once: bounds memory, and the wait of the next request."""
+
 ScoringItem = tuple[Sequence[Message], str]
 """A conversation that ends with a user message, and one response to it."""
 

@@ -1,6 +1,6 @@
-"""HTTP API version 1: request and response models, errors, and rows of the feedback log.
+"""HTTP API version 1: requests, replies, errors, and rows of the feedback log. Server and client share the models.
 
-Server and client share the models.
+A reply is what the service sends back; a response is a text that a policy generated.
 """
 
 from __future__ import annotations

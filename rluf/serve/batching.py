@@ -32,6 +32,8 @@ WAIT_FRACTION, MAX_BATCH_WAIT_S = 0.2, 0.02
 """A batch waits for the clients of the last one: this fraction of the last batch's time, and at most this many s."""
 BATCHES_WITHOUT_WAIT = 16
 """Number of batches that do not wait after one that waited in vain."""
+MAX_QUEUED_RESPONSES = 1024
+"""Responses waiting to be scored before requests get 429: seconds of work, more would only time out later."""
 NEW_SAMPLE_WEIGHT = 0.2
 """Weight of the newest batch in the exponential means of throughput and batch time."""
 
@@ -95,7 +97,7 @@ class RequestBatcher(Generic[ItemResult]):
                 429,
                 "busy",
                 f"{self.queued_items} responses are already queued "
-                f"(serve.max_queued_responses={self.max_queued_responses}); try again later",
+                f"(the limit is {self.max_queued_responses}); try again later",
                 self.queued_items / self._items_per_s,
             )
         tokens = sum(estimate_tokens(item, self.max_item_tokens) for item in items)

@@ -40,7 +40,7 @@ class RewardClient:
 
     def score(self, messages: Sequence[Message], response: str) -> api.ScoreReply:
         """Score one response. Raises ApiError if the service rejects it, ResourceError if it stays unreachable."""
-        return self._post_json("/v1/score", {"messages": list(messages), "response": response}, api.ScoreReply)
+        return self._send("POST", "/v1/score", {"messages": list(messages), "response": response}, api.ScoreReply)
 
     def score_batch(self, items: Sequence[ScoringItem]) -> list[api.ScoreReply]:
         """Score many responses in order, in requests of at most MAX_ITEMS_PER_REQUEST."""
@@ -50,7 +50,7 @@ class RewardClient:
                 {"messages": list(messages), "response": response}
                 for messages, response in items[start : start + api.MAX_ITEMS_PER_REQUEST]
             ]
-            replies += self._post_json("/v1/score/batch", {"items": batch}, api.ScoreBatchReply).results
+            replies += self._send("POST", "/v1/score/batch", {"items": batch}, api.ScoreBatchReply).results
         return replies
 
     def score_objective(self, items: Sequence[ScoringItem], objective: str) -> list[Score]:
@@ -71,16 +71,15 @@ class RewardClient:
     ) -> api.RankReply:
         """Order responses to one conversation from best to worst by an objective."""
         body = {"messages": list(messages), "responses": list(responses), "objective": objective}
-        return self._post_json("/v1/rank", body, api.RankReply)
+        return self._send("POST", "/v1/rank", body, api.RankReply)
 
     def send_feedback(
         self, response_id: str, reaction: str | None, record: api.FeedbackContext | None = None
     ) -> api.FeedbackReply:
         """Store a reaction; it is on the service's disk when this returns."""
         record_json = None if record is None else record.model_dump(mode="json")
-        return self._post_json(
-            "/v1/feedback", {"id": response_id, "reaction": reaction, "record": record_json}, api.FeedbackReply
-        )
+        body = {"id": response_id, "reaction": reaction, "record": record_json}
+        return self._send("POST", "/v1/feedback", body, api.FeedbackReply)
 
     def chat(
         self,
@@ -92,11 +91,11 @@ class RewardClient:
     ) -> api.ChatReply:
         """Sample one response from a served policy, by default the first one."""
         body = {"messages": list(messages), "model": model, "user": user, "conversation_id": conversation_id}
-        return self._post_json("/v1/chat/completions", body, api.ChatReply)
+        return self._send("POST", "/v1/chat/completions", body, api.ChatReply)
 
     def list_models(self) -> list[api.ModelInfo]:
         """Return the served reward models and policies."""
-        return self._send_with_retries("GET", "/v1/models", None, api.ModelsReply).data
+        return self._send("GET", "/v1/models", None, api.ModelsReply).data
 
     def close(self) -> None:
         """Close the connections."""
@@ -108,10 +107,7 @@ class RewardClient:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
 
-    def _post_json(self, path: str, body: Mapping[str, object], reply_type: type[ReplyModel]) -> ReplyModel:
-        return self._send_with_retries("POST", path, body, reply_type)
-
-    def _send_with_retries(
+    def _send(
         self, method: str, path: str, body: Mapping[str, object] | None, reply_type: type[ReplyModel]
     ) -> ReplyModel:
         """Send one request; retry with exponential waits while the service is busy, restarting or unreachable."""
@@ -128,7 +124,7 @@ class RewardClient:
                 problem = f"{type(error).__name__}: {error}"
                 continue
             if http_response.is_success:
-                return self._parse_reply(http_response, reply_type)
+                return _parse_reply(http_response, reply_type)
             api_error = _error_from_response(http_response)
             if http_response.status_code not in RETRYABLE_STATUSES:
                 raise api_error
@@ -139,14 +135,13 @@ class RewardClient:
             "it is running and that the address is right"
         )
 
-    def _parse_reply(self, http_response: httpx.Response, reply_type: type[ReplyModel]) -> ReplyModel:
-        try:
-            return reply_type.model_validate_json(http_response.content)
-        except ValidationError as error:
-            raise ResourceError(
-                f"{http_response.url} did not answer as an rluf service does ({error.errors()[0]['msg']}); check the "
-                "address"
-            ) from error
+
+def _parse_reply(http_response: httpx.Response, reply_type: type[ReplyModel]) -> ReplyModel:
+    try:
+        return reply_type.model_validate_json(http_response.content)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise ResourceError(f"{http_response.url} is not an rluf service ({reason}); check the address") from error
 
 
 def _error_from_response(http_response: httpx.Response) -> ApiError:

@@ -14,6 +14,9 @@ from rluf.errors import DataError
 from rluf.types import ANSWERS_FILE, PolicyAnswer
 from rluf.utils.files import read_jsonl, write_jsonl
 
+SAMPLE_TABLE_ROWS = 16
+"""Rows of each table of samples in the report and in W&B: as many as a person reads."""
+
 
 class PolicyResponse(TypedDict):
     """One policy's response of a comparison: text, calibrated scores by objective, judges that it fails."""

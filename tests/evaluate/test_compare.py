@@ -31,7 +31,7 @@ ANSWERS = [
 
 
 def test_every_arm_is_compared_and_the_control_has_the_entropy_of_aligned(tmp_path: Path) -> None:
-    settings = Settings.model_validate({"evaluate": {"users": 50, "responses_per_user": 5}})
+    settings = Settings.model_validate({"evaluate": {"simulated_users": 50}})
     result = TrainResult(answers=list(ANSWERS))
     summary = compare_policies(settings, result, Artifact("data", tmp_path, "key", False), {})
     assert list(summary["arms"]) == ["base", "aligned", "base_repeat", "control"]

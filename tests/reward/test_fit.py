@@ -32,8 +32,8 @@ TWO_DEPTHS = ({"layers": 1}, {"layers": 2})
 def build_settings(cache: Path, *, dtype: str = "float32", **model: Any) -> Settings:
     section = {"backbone": "tiny", "linear_probe": True, "epochs": 0, "frozen_share": 1, "max_tokens": 120, **model}
     pair_section = {**section, "loss": "bradley_terry"}
-    reward = {"dtype": dtype, "safety": section, "love": section, "helpfulness": pair_section}
-    return Settings.model_validate({"run": {"cache": str(cache)}, "reward": reward})
+    reward = {"safety": section, "love": section, "helpfulness": pair_section}
+    return Settings.model_validate({"run": {"cache": str(cache)}, "model": {"dtype": dtype}, "reward": reward})
 
 
 def load_head_data(data_folder: Path, objective: str) -> HeadData:
@@ -73,7 +73,7 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_ensemble_of_probes_ranks_is_calibrated_and_has_a_card(
     data_folder: Path, tmp_path: Path, dtype: str
 ) -> None:
-    settings = build_settings(tmp_path, dtype=dtype, members=TWO_DEPTHS)
+    settings = build_settings(tmp_path, dtype=dtype, ensemble={"members": TWO_DEPTHS})
     head_data = [load_head_data(data_folder, "love")]
     shared_features: dict[tuple[str, str], Any] = {}
     members = [
@@ -105,7 +105,7 @@ def test_the_mean_of_members_with_a_shared_head_is_its_logit_and_has_no_spread(
     data_folder: Path, tmp_path: Path, objective: str, dtype: str
 ) -> None:
     member_settings = [*TWO_DEPTHS, {"backbone": "tiny-encoder", "layers": 1}]
-    settings = build_settings(tmp_path, dtype=dtype, members=member_settings, shared_head=True)
+    settings = build_settings(tmp_path, dtype=dtype, ensemble={"members": member_settings, "shared_head": True})
     members = train_ensemble(settings, [load_head_data(data_folder, objective)], math.inf)
     task, features = members[0].tasks[0], [member.probe_features[0] for member in members]
     train_split = task.train_split
@@ -150,7 +150,7 @@ def test_a_trained_model_is_calibrated_on_the_logits_that_it_scores_with(
     dev_items = [(row["messages"], row["response"]) for row in read_rows(data_folder, "love", "dev")]
     logits = model.compute_raw_logits(model.encoder.encode(dev_items))
     assert logits == pytest.approx(member.fit_results[0].dev_logits, abs=1e-3)
-    refitted = fit_calibration(member.tasks[0].dev_split, np.asarray(logits), model.calibration, "platt")
+    refitted = fit_calibration(member.tasks[0].dev_split, np.asarray(logits), model.calibration)
     assert (refitted.scale, refitted.offset) == pytest.approx(
         (model.calibration.scale, model.calibration.offset), abs=1e-2
     )
@@ -179,7 +179,9 @@ def test_members_on_two_backbones_encode_text_their_own_way_and_have_equal_sprea
 ) -> None:
     """Encoders cannot predict a next message, so read_at_next_turn applies to the decoder, wherever it is listed."""
     member_settings = [{"layers": 2}, {"backbone": other_backbone, "layers": 2}]
-    settings = build_settings(tmp_path, dtype=dtype, backbone=backbone, members=member_settings, read_at_next_turn=True)
+    settings = build_settings(
+        tmp_path, dtype=dtype, backbone=backbone, ensemble={"members": member_settings}, read_at_next_turn=True
+    )
     head_data = [load_head_data(data_folder, "love")]
     members = [train_member(settings, head_data, index, math.inf) for index in range(2)]
     model = export_and_load(settings, data_folder, "love", members, tmp_path / "out")
@@ -208,7 +210,10 @@ def test_members_that_read_only_the_response_have_a_forward_pass_of_their_own(
 ) -> None:
     response_members = [{"layers": layers, "input": "response"} for layers in (1, 2)]
     settings = build_settings(
-        tmp_path, dtype=dtype, backbone=backbone, members=[*TWO_DEPTHS, *response_members], shared_head=True
+        tmp_path,
+        dtype=dtype,
+        backbone=backbone,
+        ensemble={"members": [*TWO_DEPTHS, *response_members], "shared_head": True},
     )
     members = train_ensemble(settings, [load_head_data(data_folder, "love")], math.inf)
     model = export_and_load(settings, data_folder, "love", members, tmp_path / "out")
@@ -231,7 +236,9 @@ def test_members_that_read_only_the_response_have_a_forward_pass_of_their_own(
 def test_read_at_next_turn_without_a_decoder_is_refused_before_any_row_is_encoded(
     data_folder: Path, tmp_path: Path
 ) -> None:
-    settings = build_settings(tmp_path, backbone="tiny-encoder", members=TWO_DEPTHS, read_at_next_turn=True)
+    settings = build_settings(
+        tmp_path, backbone="tiny-encoder", ensemble={"members": TWO_DEPTHS}, read_at_next_turn=True
+    )
     with pytest.raises(ModelError, match=r"tiny-encoder\) are encoders"):
         train_ensemble(settings, [load_head_data(data_folder, "love")], math.inf)
 

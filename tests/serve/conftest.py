@@ -151,9 +151,7 @@ class LocalBackend:
 
 def make_rules(*, token: str | None = None, requests_per_s: float = 1e6) -> ServiceRules:
     digest = hash_token(token) if token else None
-    return ServiceRules(
-        digest, 64 * 1024, requests_per_s, 20.0, log_text=False, allowed_hosts=None if token else ("testserver",)
-    )
+    return ServiceRules(digest, 64 * 1024, requests_per_s, 20.0, allowed_hosts=None if token else ("testserver",))
 
 
 @pytest.fixture

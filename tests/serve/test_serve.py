@@ -81,8 +81,6 @@ def service(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             "serve": {
                 "port": port,
                 "reaction_window_s": 600,
-                "flush_interval_s": 1,
-                "request_timeout_s": 20,
                 "feedback_path": str(folder / "log"),
             },
         }
