@@ -12,16 +12,12 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rluf.config.settings import Settings
 from rluf.errors import ModelError
-from rluf.types import Group, Score
+from rluf.types import Group, Message, Score, ScoringItem
 
-if TYPE_CHECKING:
-    from rluf.reward.text import ScoringItem
-
-BatchScorer = Callable[[Sequence["ScoringItem"]], dict[str, list[Score]]]
+BatchScorer = Callable[[Sequence[ScoringItem]], dict[str, list[Score]]]
 """Scores of items in order, by objective."""
 ScoresByObjective = dict[str, list[Score]]
 
@@ -94,7 +90,8 @@ class RewardActor:
 
         client = RewardClient(url)
         # One request now, so that a wrong URL or an unknown objective is reported before training starts.
-        client.score_objective([([{"role": "user", "content": "How are you?"}], "Well, thank you.")], objective_name)
+        question = [Message(role="user", content="How are you?")]
+        client.score_objective([ScoringItem(question, "Well, thank you.")], objective_name)
         return lambda items: {objective_name: client.score_objective(items, objective_name)}
 
     async def score_group(self, group: Group) -> ScoresByObjective:
@@ -127,8 +124,10 @@ class RewardActor:
 
     def _score_batch(self, groups: Sequence[Group]) -> list[ScoresByObjective]:
         start_time = time.monotonic()
-        items: list[ScoringItem] = [
-            (group.prompt.messages, sample.text) for group in groups for sample in group.samples
+        items = [
+            ScoringItem(group.prompt.messages, sample.text, sample.finish_reason == "length")
+            for group in groups
+            for sample in group.samples
         ]
         if self._scorer is None:
             raise ModelError(f"the scorer of {self.objective_names} was used before it was loaded; call ready first")

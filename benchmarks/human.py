@@ -38,10 +38,10 @@ from rluf.prepare.readers.datasets import DATASET_READERS, ReaderOptions, Skippe
 from rluf.prepare.readers.files import read_line_batches, resolve_sources
 from rluf.reward.backbone import build_text_encoder, enable_fast_cpu_matmul, load_classifier
 from rluf.reward.calibration import Calibration
-from rluf.reward.card import compute_label_metrics, compute_pair_metrics, fit_calibration, round_for_json
+from rluf.reward.card import compute_label_metrics, compute_pair_metrics, fit_calibration
 from rluf.reward.fit import fit_nuisance_offsets
 from rluf.reward.linear_probe import assign_folds, fit_probe
-from rluf.reward.metrics import accuracy_interval
+from rluf.reward.metrics import accuracy_interval, round_for_json
 from rluf.reward.text import TextEncoder
 from rluf.reward.trainer import EncodedSplit, RewardModelTrainer, TrainPlan, encode_split
 from rluf.utils.paths import resolve_cache_folder

@@ -52,7 +52,8 @@ from rluf.models.hub import resolve_model
 from rluf.reward.backbone import build_text_encoder, enable_fast_cpu_matmul, load_classifier
 from rluf.reward.calibration import Calibration
 from rluf.reward.model import RewardModel
-from rluf.reward.text import SCORING_BATCH_TOKENS, ScoringItem, render_context
+from rluf.reward.text import SCORING_BATCH_TOKENS, render_context
+from rluf.types import Message, ScoringItem
 from rluf.utils.paths import resolve_cache_folder
 
 ITEM_COUNT = 512
@@ -84,7 +85,7 @@ def random_items(seed: int = 0) -> list[ScoringItem]:
         return " ".join(rng.choice(VOCABULARY) for _ in range(word_count))
 
     return [
-        ([{"role": "user", "content": random_text(rng.randint(4, 20))}], random_text(rng.randint(5, 60)))
+        ScoringItem([Message(role="user", content=random_text(rng.randint(4, 20)))], random_text(rng.randint(5, 60)))
         for _ in range(ITEM_COUNT)
     ]
 
@@ -157,7 +158,7 @@ class RequestSet:
 
 def build_service_requests(url: str, items: list[ScoringItem]) -> RequestSet:
     """Requests to the service."""
-    bodies = [json.dumps({"messages": messages, "response": response}).encode() for messages, response in items]
+    bodies = [json.dumps({"messages": item.messages, "response": item.response}).encode() for item in items]
     return RequestSet(f"{url}/v1/score", bodies)
 
 
@@ -368,7 +369,7 @@ def build_vllm_requests(url: str, folder: Path, items: list[ScoringItem]) -> Req
     """Equivalent requests for vLLM: pairs of texts for an encoder, token ids for a decoder."""
     model = RewardModel.load(folder, batch_tokens=SCORING_BATCH_TOKENS)
     if model.encoder.uses_text_pairs:
-        pairs = [{"text_1": render_context(messages), "text_2": response} for messages, response in items]
+        pairs = [{"text_1": render_context(item.messages), "text_2": item.response} for item in items]
         return RequestSet(f"{url}/score", [json.dumps(pair).encode() for pair in pairs])
     rows = model.encoder.encode(items)
     return RequestSet(f"{url}/classify", [json.dumps({"input": list(row.token_ids)}).encode() for row in rows])

@@ -25,6 +25,7 @@ from rluf.config.policy import AlgorithmSettings
 from rluf.config.reward import AggregationSettings, ObjectivesSettings
 from rluf.objectives.aggregator import GroupScores, RewardAggregator
 from rluf.objectives.judges import judge_responses
+from rluf.types import ScoringItem
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -174,7 +175,7 @@ def train_composer(
         group_scores = []
         for group, prompt in enumerate(step_prompts.tolist()):
             group_slice = slice(group * group_size, (group + 1) * group_size)
-            conversations = [(dataset.entries[prompt].messages, text) for text in reply_texts[group_slice]]
+            conversations = [ScoringItem(dataset.entries[prompt].messages, text) for text in reply_texts[group_slice]]
             verdicts = judge_responses(aggregation.gate_judges, conversations) if aggregation.gate_judges else ()
             group_scores.append(
                 GroupScores(

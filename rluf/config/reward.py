@@ -92,7 +92,8 @@ class RewardModelSettings(SettingsSection):
     """Decoders only: append the user-turn header and read the hidden state there. Encoders in an ensemble ignore it; an
     encoder on its own refuses it."""
     max_tokens: int = Field(default=96, ge=8)
-    """Maximum tokens of the rendered conversation; the oldest text is truncated first."""
+    """Maximum tokens that the model reads. The oldest text of the conversation is left out first, down to a quarter of
+    the tokens, then the middle of the response."""
     epochs: int = Field(default=2, ge=0)
     """Passes over the training split; the epoch with the lowest dev log-loss is saved. 0 stops at the linear probe."""
     learning_rate: float = Field(default=1e-3, gt=0)
@@ -103,10 +104,11 @@ class RewardModelSettings(SettingsSection):
     """Share of the layers, lowest first, that stays frozen together with the embeddings; 0 trains everything."""
     lora_rank: int = Field(default=0, ge=0)
     """Rank of LoRA adapters on the trained layers, merged into the checkpoint; 0 trains the full weights."""
-    debias: tuple[Literal["sign_offs", "propensity", "length", "users"], ...] = ()
-    """Nuisance factors to remove. sign_offs adds copies of rows with a farewell or an affectionate close and the same
-    label; propensity weights reactions by the inverse reaction rate; length and users (per-user reaction rate) are
-    fitted first as offsets and left out of the score."""
+    debias: tuple[Literal["counterfactuals", "sign_offs", "propensity", "length", "users"], ...] = ()
+    """Nuisance factors to remove. counterfactuals (default of love and helpfulness) adds rows whose response does not
+    fit the prompt, is generic, echoes the user or is cut, labeled as worse; sign_offs adds copies of rows with a
+    farewell or an affectionate close and the same label; propensity weights reactions by the inverse reaction rate;
+    length and users (per-user reaction rate) are fitted first as offsets and left out of the score."""
 
     @property
     def member_specs(self) -> tuple[EnsembleMemberSpec, ...]:
@@ -147,9 +149,9 @@ class RewardSettings(SettingsSection):
     further_section: ClassVar[type[SettingsSection]] = RewardModelSettings
     __pydantic_extra__: dict[str, RewardModelSettings] = Field(init=False)
 
-    love: RewardModelSettings = RewardModelSettings()
+    love: RewardModelSettings = RewardModelSettings(debias=("counterfactuals",))
     """P[Love], trained on reactions."""
-    helpfulness: RewardModelSettings = RewardModelSettings(loss="bradley_terry")
+    helpfulness: RewardModelSettings = RewardModelSettings(loss="bradley_terry", debias=("counterfactuals",))
     """Helpfulness, trained on preference pairs."""
     safety: RewardModelSettings = RewardModelSettings(epochs=6)
     """Safety, trained on labels."""

@@ -46,7 +46,7 @@ def card_summary_line(card: Mapping[str, Any]) -> str:
     is_pairwise = "pair_accuracy" in card
     ranking = card["pair_accuracy" if is_pairwise else "auroc"]
     mean, low, high = (format_number(ranking[key], ".3f") for key in ("mean", "low", "high"))
-    length_baseline = card["length_floor_accuracy" if is_pairwise else "length_floor_auroc"]
+    length_baseline = card["length_only_accuracy" if is_pairwise else "length_only_auroc"]
     return (
         f"{card['objective']}: {'pair accuracy' if is_pairwise else 'AUROC'} {mean} ({low} to {high}) "
         f"on {card['n']} test rows, by length alone {format_number(length_baseline, '.3f')}; "

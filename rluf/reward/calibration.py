@@ -52,6 +52,8 @@ class Calibration:
     """One head was fitted over all members: a single member's logit has no meaning, and there is no spread."""
     read_at_next_turn: bool = False
     """The model's input ends with the header of the user's next message."""
+    mark_truncated: bool = False
+    """Cut responses are encoded without the end marker: the model saw such rows in training."""
     response_only_members: tuple[int, ...] = ()
     """Indices of the members that read the response without the conversation."""
     backbone_hash: str = ""

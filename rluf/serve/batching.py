@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Generic, TypeVar
 
-from rluf.reward.text import MIN_FILL_SHARE, ScoringItem
+from rluf.reward.text import MIN_FILL_SHARE
 from rluf.serve.api import ApiError
+from rluf.types import ScoringItem
 
 ItemResult = TypeVar("ItemResult")
 
@@ -40,8 +41,7 @@ NEW_SAMPLE_WEIGHT = 0.2
 
 def estimate_tokens(item: ScoringItem, max_item_tokens: int) -> int:
     """Estimate from its characters how many tokens a reward model reads of an item, at most `max_item_tokens`."""
-    messages, response = item
-    char_count = len(response) + sum(len(message["content"]) for message in messages)
+    char_count = len(item.response) + sum(len(message["content"]) for message in item.messages)
     return min(max_item_tokens, 4 + char_count // CHARS_PER_TOKEN)  # 4: special tokens of the template
 
 

@@ -14,10 +14,9 @@ from pydantic import BaseModel, ValidationError
 
 from rluf.config.objectives import PRIMARY_OBJECTIVE
 from rluf.errors import ResourceError
-from rluf.reward.text import ScoringItem
 from rluf.serve import api
 from rluf.serve.api import ApiError
-from rluf.types import Message, Score
+from rluf.types import Message, Score, ScoringItem
 
 ReplyModel = TypeVar("ReplyModel", bound=BaseModel)
 
@@ -38,18 +37,16 @@ class RewardClient:
         # trust_env off: a proxy set for downloads must not see conversations.
         self._http_client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False)
 
-    def score(self, messages: Sequence[Message], response: str) -> api.ScoreReply:
+    def score(self, messages: Sequence[Message], response: str, is_truncated: bool = False) -> api.ScoreReply:
         """Score one response. Raises ApiError if the service rejects it, ResourceError if it stays unreachable."""
-        return self._send("POST", "/v1/score", {"messages": list(messages), "response": response}, api.ScoreReply)
+        item = ScoringItem(messages, response, is_truncated)
+        return self._send("POST", "/v1/score", _to_request_json(item), api.ScoreReply)
 
     def score_batch(self, items: Sequence[ScoringItem]) -> list[api.ScoreReply]:
         """Score many responses in order, in requests of at most MAX_ITEMS_PER_REQUEST."""
         replies: list[api.ScoreReply] = []
         for start in range(0, len(items), api.MAX_ITEMS_PER_REQUEST):
-            batch = [
-                {"messages": list(messages), "response": response}
-                for messages, response in items[start : start + api.MAX_ITEMS_PER_REQUEST]
-            ]
+            batch = [_to_request_json(item) for item in items[start : start + api.MAX_ITEMS_PER_REQUEST]]
             replies += self._send("POST", "/v1/score/batch", {"items": batch}, api.ScoreBatchReply).results
         return replies
 
@@ -155,3 +152,9 @@ def _error_from_response(http_response: httpx.Response) -> ApiError:
         message = http_response.text[:200] or http_response.reason_phrase
         return ApiError(http_response.status_code, "http", message, retry_after_s)
     return ApiError(http_response.status_code, detail.type, detail.message, retry_after_s)
+
+
+def _to_request_json(item: ScoringItem) -> dict[str, object]:
+    body: dict[str, object] = {"messages": list(item.messages), "response": item.response}
+    # Only if it says something: services of earlier releases reject the field.
+    return body | ({"finish_reason": "length"} if item.is_truncated else {})

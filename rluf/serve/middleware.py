@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from rluf.serve.api import ApiError, ChatReply, ChatRequest, FeedbackRequest, ModelInfo, ScoredItem
 from rluf.serve.batching import BatchStats
 from rluf.serve.store import StoreOutcome
+from rluf.types import ScoringItem
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-    from rluf.reward.text import ScoringItem
 
 logger = logging.getLogger("rluf.serve")
 

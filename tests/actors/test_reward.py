@@ -17,7 +17,7 @@ from rluf.models.hub import resolve_model
 from rluf.reward.backbone import build_text_encoder, load_classifier
 from rluf.reward.calibration import Calibration
 from rluf.reward.model import RewardModel
-from rluf.types import Group, Prompt, Sample
+from rluf.types import Group, Prompt, Sample, ScoringItem
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ def test_concurrent_groups_are_batched_with_the_scores_of_single_groups(reward_f
     results = ray.get([actor.score_group.remote(group) for group in groups])
     model = RewardModel.load(reward_folder, batch_tokens=512)
     for group, scores in zip(groups, results, strict=True):
-        expected = model.score([(group.prompt.messages, sample.text) for sample in group.samples], "love")
+        expected = model.score([ScoringItem(group.prompt.messages, sample.text) for sample in group.samples], "love")
         for field in ("raw_logit", "value"):
             assert [getattr(score, field) for score in scores["love"]] == pytest.approx(
                 [getattr(score, field) for score in expected], abs=1e-4

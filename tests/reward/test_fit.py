@@ -19,9 +19,8 @@ from rluf.reward.export import export_models, subsample_rows
 from rluf.reward.fit import HeadData, TrainedModel, train_ensemble, train_member
 from rluf.reward.linear_probe import fit_probe
 from rluf.reward.model import RewardModel, compute_logits
-from rluf.reward.text import ScoringItem
 from rluf.reward.trainer import compute_dev_log_loss, encode_split
-from rluf.types import Message
+from rluf.types import Message, ScoringItem
 from tests.reward.test_reward_training import COLD_RESPONSES, WARM_RESPONSES, write_prepared_data
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -61,7 +60,7 @@ def read_card(model_folder: Path) -> dict[str, Any]:
 
 def build_items(*texts: str) -> list[ScoringItem]:
     question: list[Message] = [{"role": "user", "content": "How was the day?"}]
-    return [(question, text) for text in texts]
+    return [ScoringItem(question, text) for text in texts]
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +146,7 @@ def test_a_trained_model_is_calibrated_on_the_logits_that_it_scores_with(
     member = train_member(settings, [load_head_data(data_folder, "love")], 0, math.inf)
     assert member.fit_results[0].best_epoch >= 0
     model = export_and_load(settings, data_folder, "love", [member], tmp_path / "out")
-    dev_items = [(row["messages"], row["response"]) for row in read_rows(data_folder, "love", "dev")]
+    dev_items = [ScoringItem(row["messages"], row["response"]) for row in read_rows(data_folder, "love", "dev")]
     logits = model.compute_raw_logits(model.encoder.encode(dev_items))
     assert logits == pytest.approx(member.fit_results[0].dev_logits, abs=1e-3)
     refitted = fit_calibration(member.tasks[0].dev_split, np.asarray(logits), model.calibration)
@@ -223,11 +222,11 @@ def test_members_that_read_only_the_response_have_a_forward_pass_of_their_own(
     first_question: list[Message] = [{"role": "user", "content": "How was the day?"}]
     other_question: list[Message] = [{"role": "user", "content": "Tell me of ships, and of the sea that they sail."}]
     response = WARM_RESPONSES[0]
-    rows = model.encoder.encode([(first_question, response), (other_question, response)])
+    rows = model.encoder.encode([ScoringItem(first_question, response), ScoringItem(other_question, response)])
     logits = model.compute_member_logits(rows)
     assert logits[2:, 0] == pytest.approx(logits[2:, 1], abs=1e-9)
     assert (abs(logits[:2, 0] - logits[:2, 1]) > 1e-6).all()
-    dev_items = [(row["messages"], row["response"]) for row in read_rows(data_folder, "love", "dev")]
+    dev_items = [ScoringItem(row["messages"], row["response"]) for row in read_rows(data_folder, "love", "dev")]
     fitted_logits = np.mean([member.fit_results[0].dev_logits for member in members], axis=0)
     assert len(members[0].tasks[0].dev_split) == len(dev_items)
     assert model.compute_raw_logits(model.encoder.encode(dev_items)) == pytest.approx(fitted_logits, abs=1e-3)

@@ -14,7 +14,7 @@ import pytest
 from rluf.config.settings import Settings
 from rluf.errors import DataError
 from rluf.reward.debias import RESPONSE_PERTURBATIONS
-from rluf.types import Message
+from rluf.types import Message, ScoringItem
 
 WARM_RESPONSES = (
     "Oh wonderful, I love that idea!", "You are so kind, that is lovely.", "I am really happy for you, friend.",
@@ -148,7 +148,7 @@ def test_an_ensemble_of_probes_on_a_decoder_scores_with_a_spread(model_folders: 
     assert card["training"]["members"] == 2
     model = RewardModel.load(model_folders / "safety", batch_tokens=512)
     question: list[Message] = [{"role": "user", "content": "How was the day?"}]
-    item = (question, WARM_RESPONSES[0])
+    item = ScoringItem(question, WARM_RESPONSES[0])
     score = model.score([item], "safety")[0]
     inputs = model.encoder.collate(model.encoder.encode([item]))
     logits = []
@@ -199,7 +199,7 @@ def test_a_checkpoint_loads_in_plain_transformers_with_the_same_logits(model_fol
         logit = float(classifier(**tokenizer("How was the day?", "I love it!", return_tensors="pt")).logits)
     question: list[Message] = [{"role": "user", "content": "How was the day?"}]
     model = RewardModel.load(model_folders / "love", batch_tokens=512)
-    assert abs(model.score([(question, "I love it!")], "love")[0].raw_logit - logit) < 1e-4
+    assert abs(model.score([ScoringItem(question, "I love it!")], "love")[0].raw_logit - logit) < 1e-4
 
 
 def test_a_missing_split_is_a_data_error(tmp_path: Path) -> None:

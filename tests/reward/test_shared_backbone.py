@@ -23,7 +23,8 @@ from rluf.reward.export import export_models
 from rluf.reward.fit import HeadData, train_member
 from rluf.reward.model import RewardModel, SharedBackboneModel, load_reward_scorer
 from rluf.reward.shared_backbone import BACKBONE_FILE, get_data_objective, select_labeled_rows
-from rluf.reward.text import ScoringItem, render_context
+from rluf.reward.text import render_context
+from rluf.types import ScoringItem
 from tests.reward.test_reward_training import COLD_RESPONSES, WARM_RESPONSES, write_prepared_data
 
 HEADS = ("love", "continued", "helpfulness", "safety")
@@ -38,7 +39,7 @@ def load_head_data(data_folder: Path, head: str) -> HeadData:
 
 def build_items() -> list[ScoringItem]:
     texts = (*WARM_RESPONSES, *COLD_RESPONSES, "")
-    return [([{"role": "user", "content": "How was the day?"}], text) for text in texts]
+    return [ScoringItem([{"role": "user", "content": "How was the day?"}], text) for text in texts]
 
 
 @pytest.fixture(scope="module", params=[("tiny", "float32"), ("tiny-encoder", "float32"), ("tiny", "bfloat16")])
