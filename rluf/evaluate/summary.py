@@ -60,9 +60,12 @@ class EvaluatedArm:
     def monitor_samples(self) -> list[MonitorSample]:
         """The responses as input of the monitors."""
         return [
-            MonitorSample(answer.prompt_id, answer.messages, answer.text, answer.tokens, answer.topic)
+            MonitorSample(
+                answer.prompt_id, answer.messages, answer.text, answer.tokens, answer.topic, answer.finish_reason,
+                None if answer.logprob is None else -answer.logprob,
+            )
             for answer in self.answers
-        ]
+        ]  # fmt: skip
 
     @property
     def truncated_share(self) -> float:
