@@ -121,8 +121,11 @@ def build_sweep_report(summary_by_point: Mapping[GridPoint, Mapping[str, Any] | 
         check_by_name = {check["name"]: check for check in run_summary["gates"]["checks"]}
         # A setting is accepted on the other objectives here; love is judged over all seeds by recommend_setting.
         objective_lifts = [(check_by_name.get(name) or {}).get("lift") for name in gates]
-        gates_passed = run_summary["gates"]["verdict"] != "fail" or all(
-            check_by_name[name]["passed"] for name in gates if name in check_by_name and name != PRIMARY_OBJECTIVE
+        # Summaries of earlier releases have no status, and passed without evidence.
+        gates_passed = all(
+            check_by_name[name].get("status") == "pass"
+            for name in gates
+            if name in check_by_name and name != PRIMARY_OBJECTIVE
         )
         is_defined = all(lift is not None for lift in objective_lifts)
         run_lifts = tuple(0.0 if lift is None else float(lift["mean"]) for lift in objective_lifts)

@@ -183,9 +183,17 @@ class TrainController:
         return metrics
 
     async def generate_and_score(
-        self, prompts: Sequence[Prompt], sample_count: int, seed: int, on_prompt_done: Callable[[], None]
+        self,
+        prompts: Sequence[Prompt],
+        sample_count: int,
+        seed: int,
+        on_prompt_done: Callable[[], None],
+        temperature: float | None = None,
     ) -> list[tuple[Group, ScoredGroup]]:
-        """Scored responses of the engines' policy to each prompt; `on_prompt_done` is called after each prompt."""
+        """Scored responses of the engines' policy to each prompt; `on_prompt_done` is called after each prompt.
+
+        `temperature` None is rollout.temperature.
+        """
         await switch_gpu_phase(self.settings, self.actor_groups, "generate")
         engine_count = len(self.actor_groups.rollout_actors)
         concurrent_prompts = max(1, self.settings.rollout.concurrency * engine_count // sample_count)
@@ -193,13 +201,15 @@ class TrainController:
 
         async def respond_to_prompt(index: int, prompt: Prompt) -> tuple[Group, ScoredGroup]:
             async with semaphore:
-                scored_group = await self.sample_and_score(prompt, sample_count, seed + index)
+                scored_group = await self.sample_and_score(prompt, sample_count, seed + index, temperature)
             on_prompt_done()
             return await fetch_group(scored_group.group_ref), scored_group
 
         return list(await asyncio.gather(*(respond_to_prompt(i, prompt) for i, prompt in enumerate(prompts))))
 
-    async def sample_and_score(self, prompt: Prompt, sample_count: int, seed: int) -> ScoredGroup:
+    async def sample_and_score(
+        self, prompt: Prompt, sample_count: int, seed: int, temperature: float | None = None
+    ) -> ScoredGroup:
         """Roll out one prompt on the least busy engine and score it by all objectives at once."""
         group_ref, info = await self.actor_calls.call(
             self.actor_groups.rollout_actors,
@@ -207,6 +217,7 @@ class TrainController:
             prompt,
             sample_count,
             seed,
+            temperature,
             timeout_s=self.settings.timeouts.call_s,
             task_name=f"generate v{self.version}",
             activity=f"prompt {prompt.id}",
@@ -274,7 +285,10 @@ class TrainController:
         return has_reward_variance(group_scores.signals, weights) or has_mixed_verdicts(group_scores.gate_verdicts)
 
     def _group_scores(self, scored_group: ScoredGroup) -> GroupScores:
-        return scored_group.group_scores(self.settings.aggregation.uncertainty_penalty)
+        return scored_group.group_scores(
+            self.settings.aggregation.uncertainty_penalty,
+            penalize_truncated=self.settings.algorithm.truncated == "penalize",
+        )
 
     async def _score_baseline_replies(self) -> None:
         """Before the first step, score one reply of the base policy per prompt where rewards are calibrated by it."""
@@ -321,6 +335,7 @@ class TrainController:
             "reward": fmean(reward for row in step_rewards.rewards for reward in row),
             "response_tokens": sum(response_lengths),
             "response_length": fmean(response_lengths),
+            "truncated_share": fmean(not finished for group in batch for finished in group.info.finished),
             "prompt_tokens": sum(g.info.prompt_token_count * len(g.info.response_token_counts) for g in batch),
             "samples": len(response_lengths),
             # The update has raised the version by one since the batch was trained on.

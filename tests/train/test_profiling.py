@@ -29,7 +29,9 @@ PROMPT = Prompt("p1", ({"role": "user", "content": "hi"},), (1, 2), "chat", "tra
 class OneTokenEngine:
     """Responds to every prompt with one token."""
 
-    def generate_group(self, prompt: Prompt, sample_count: int, seed: int) -> tuple[Group, GroupInfo]:
+    def generate_group(
+        self, prompt: Prompt, sample_count: int, seed: int, temperature: float | None = None
+    ) -> tuple[Group, GroupInfo]:
         sample = Sample(prompt.id, prompt.token_ids, (3,), (-1.0,), ((0, 0),), "stop", str(seed))
         group = Group(prompt, (sample,) * sample_count, 0)
         return group, group.info
