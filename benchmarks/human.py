@@ -6,10 +6,10 @@ Uses backbone, members and linear probe of the config's one objective. It fits t
 that one: five times, split by user (love) or by prompt. The backbone stays frozen, so epochs of the config have no
 effect; measure theirs on a held-out file (see docs/reward.md). Prints AUROC or pair accuracy of the out-of-fold scores
 with an interval clustered by user or prompt, what length alone reaches, and ECE after a calibration fitted on other
-folds. With counterfactuals in the config's debias, the training folds have such rows too, made from rows of these folds
-only. `prompt_fit` is the share of good rows that score higher than a row made from them and another row of their fold,
-by kind (rluf.reward.counterfactuals). --splits N repeats with N random fold assignments; `by_split` shows how far the
-figure depends on them, and all other figures are from the first assignment.
+folds. With counterfactuals in the config's debias, the training folds of pairs have such rows too, made from rows of
+these folds only. `prompt_fit` is the share of good rows that score higher than a row made from them and another row of
+their fold, by kind (rluf.reward.counterfactuals). --splits N repeats with N random fold assignments; `by_split` shows
+how far the figure depends on them, and all other figures are from the first assignment.
 """
 
 from __future__ import annotations
@@ -193,7 +193,10 @@ def select_training_rows(
     copies = [
         (rows.original_count + index, position_by_row[copy.source_index])
         for index, copy in enumerate(counterfactuals)
-        if "counterfactuals" in debias and is_train[copy.source_index] and is_train[copy.partner_index]
+        if rows.is_pairwise
+        and "counterfactuals" in debias
+        and is_train[copy.source_index]
+        and is_train[copy.partner_index]
     ]
     indices = [*log_indices, *(index for index, _ in copies)]
     sources = np.asarray([source for _, source in copies], dtype=np.int64)

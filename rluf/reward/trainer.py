@@ -126,6 +126,18 @@ class EncodedSplit:
             self.logit_offsets[sequences] if self.logit_offsets.size else self.logit_offsets,
         )
 
+    def find_contrasts(self, row_indices: Sequence[int]) -> list[tuple[int, int]]:
+        """(position among `row_indices`, source row) of the counterfactual copies of a labeled split.
+
+        Empty for pairs, whose loss compares the copy with its source already.
+        """
+        first_copy = len(self) - self.counterfactual_count
+        return [
+            (position, int(self.copy_sources[row - self.original_count]))
+            for position, row in enumerate(row_indices)
+            if row >= first_copy and not self.is_pairwise
+        ]
+
     @property
     def source_ids(self) -> NDArray[np.int64]:
         """[N] the same number for a row and its copies."""
@@ -427,14 +439,17 @@ class RewardModelTrainer:
         self, engine: TrainEngine, task: HeadTask, loss_weights: Floats, row_indices: Sequence[int]
     ) -> torch.Tensor:
         """One optimizer step on these rows of the task; returns its loss."""
-        split, sequence_indices = task.train_split, task.train_split.sequence_indices(row_indices)
+        split, contrasts = task.train_split, task.train_split.find_contrasts(row_indices)
+        sequence_indices = [*split.sequence_indices(row_indices), *(source for _, source in contrasts)]
         frozen_states = self._get_frozen_states(split)
         with self._replay_prefix(frozen_states):
             logits = self._compute_logits(engine, split, sequence_indices, frozen_states)[:, task.head_index]
             if split.logit_offsets.size:
                 logits = logits + self._to_tensor(split.logit_offsets[sequence_indices])
             labels, weights = self._to_tensor(split.labels[row_indices]), self._to_tensor(loss_weights[row_indices])
-            loss = task.loss_function(logits, labels, weights)
+            loss = compute_step_loss(
+                task.loss_function, logits, labels, weights, [position for position, _ in contrasts]
+            )
             engine.backward(loss)
         engine.step()
         return loss.detach()
@@ -535,6 +550,32 @@ class RewardModelTrainer:
         prefix = None if frozen_states is None else self.frozen_prefix
         with nullcontext() if prefix is None else prefix.replay_batch():
             yield
+
+
+def compute_step_loss(
+    loss_function: LossFunction,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor,
+    copy_positions: Sequence[int],
+) -> torch.Tensor:
+    """Loss of a step: `loss_function` on its rows, and a comparison with the source for the rows at `copy_positions`.
+
+    `logits` are those of the rows, then those of the sources of the copies. A copy with label 0 would teach that its
+    text is bad, and it is the text of a good row. The comparison -log sigmoid(source - copy) cancels out over prompts
+    for a model that ignores them, so only reading the prompt lowers it.
+    """
+    if not copy_positions:
+        return loss_function(logits, labels, weights)
+    is_copy = torch.zeros(len(labels), dtype=torch.bool, device=logits.device)
+    is_copy[list(copy_positions)] = True
+    row_logits, source_logits = logits[: len(labels)], logits[len(labels) :]
+    comparison = -torch.nn.functional.logsigmoid(source_logits - row_logits[is_copy])
+    total = (weights[is_copy] * comparison).sum()
+    if not is_copy.all():
+        label_loss = loss_function(row_logits[~is_copy], labels[~is_copy], weights[~is_copy])
+        total = total + label_loss * (~is_copy).sum()
+    return total / len(labels)
 
 
 def compute_dev_log_loss(logits: Floats, split: EncodedSplit, prior_shift: float) -> float:
