@@ -498,7 +498,7 @@ def _fit_head_weights(
     """Gather the features [N, H] of all ranks and fit a head; returns features, weights [H] and bias.
 
     Copies with a sign-off are not rows of the fit: the change of the logit that a sign-off causes is penalized.
-    Counterfactual copies are rows of a fit of pairs only: see rluf.reward.trainer.compute_step_loss.
+    Counterfactual copies are rows of a fit of pairs only: see rluf.reward.losses.compute_step_loss.
     """
     split = task.train_split
     first_counterfactual = len(split) - split.counterfactual_count

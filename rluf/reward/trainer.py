@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from rluf.errors import DataError, DeadlineError
 from rluf.reward.backbone import FrozenPrefix, HeadInputCapture
 from rluf.reward.calibration import compute_prior_shift, fit_pair_scale, fit_platt
-from rluf.reward.losses import LossFunction, weighted_bce_loss
+from rluf.reward.losses import LossFunction, compute_step_loss, weighted_bce_loss
 from rluf.reward.metrics import binary_entropy, log_loss
 from rluf.reward.text import EncodedItem, TextEncoder, is_truncated, iter_shared_batches, plan_token_batches
 from rluf.types import ScoringItem
@@ -550,32 +550,6 @@ class RewardModelTrainer:
         prefix = None if frozen_states is None else self.frozen_prefix
         with nullcontext() if prefix is None else prefix.replay_batch():
             yield
-
-
-def compute_step_loss(
-    loss_function: LossFunction,
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    weights: torch.Tensor,
-    copy_positions: Sequence[int],
-) -> torch.Tensor:
-    """Loss of a step: `loss_function` on its rows, and a comparison with the source for the rows at `copy_positions`.
-
-    `logits` are those of the rows, then those of the sources of the copies. A copy with label 0 would teach that its
-    text is bad, and it is the text of a good row. The comparison -log sigmoid(source - copy) cancels out over prompts
-    for a model that ignores them, so only reading the prompt lowers it.
-    """
-    if not copy_positions:
-        return loss_function(logits, labels, weights)
-    is_copy = torch.zeros(len(labels), dtype=torch.bool, device=logits.device)
-    is_copy[list(copy_positions)] = True
-    row_logits, source_logits = logits[: len(labels)], logits[len(labels) :]
-    comparison = -torch.nn.functional.logsigmoid(source_logits - row_logits[is_copy])
-    total = (weights[is_copy] * comparison).sum()
-    if not is_copy.all():
-        label_loss = loss_function(row_logits[~is_copy], labels[~is_copy], weights[~is_copy])
-        total = total + label_loss * (~is_copy).sum()
-    return total / len(labels)
 
 
 def compute_dev_log_loss(logits: Floats, split: EncodedSplit, prior_shift: float) -> float:
