@@ -10,6 +10,10 @@ from torch import Tensor, nn
 
 from rluf.errors import ModelError
 
+GAMMA = 1.0
+"""Discount factor: responses are short and their reward arrives at the end."""
+VARIANCE_EPSILON = 1e-8
+
 
 class CriticModel(nn.Module):
     """Value model over packed batches, initialized from the policy with a zero head, so its first values are 0."""
@@ -59,11 +63,6 @@ def compute_value_loss(values: Tensor, returns: Tensor, loss_weights: Tensor) ->
     # Masked before the square and the weights: 0 * NaN is NaN, in the sum and in the gradient.
     errors = torch.where(counted, values - returns, torch.zeros_like(values))
     return 0.5 * (loss_weights * errors.square()).sum()
-
-
-GAMMA = 1.0
-"""Discount factor: responses are short and their reward arrives at the end."""
-VARIANCE_EPSILON = 1e-8
 
 
 def build_token_rewards(rewards: Tensor, token_kl: Tensor, sequence_index: Tensor, kl_coef: float) -> Tensor:

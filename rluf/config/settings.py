@@ -70,6 +70,11 @@ class Settings(SettingsSection):
         return "bfloat16" if self.policy_gpus > 0 else detect_cpu_dtype()
 
     @property
+    def is_colocated(self) -> bool:
+        """Whether engines and learners share the same GPUs."""
+        return self.weight_sync.transport == "cuda_ipc"
+
+    @property
     def policy_gpus(self) -> float:
         """GPUs per engine or learner, whichever is larger; 0 when both run on CPUs."""
         return max(self.cluster.gpus_per_engine, self.cluster.gpus_per_learner)

@@ -27,11 +27,11 @@ from rluf.checkpoint.format import ControllerState
 from rluf.config.derived import objectives_by_reward_pool
 from rluf.objectives.aggregator import GroupScores, RewardAggregator, StepRewards
 from rluf.tracking.timeline import STEPS_ROW, RunTimeline, ray_timeline_span
-from rluf.train.actor_calls import ActorRef, fetch_group
-from rluf.train.actor_groups import ActorSupervisor, switch_gpu_phase
+from rluf.train.actor_calls import ActorRef, fetch_group, switch_gpu_phase
+from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.fault_tolerance import ActorCalls, ActorRestarter, RestartBudget
 from rluf.train.policy_update import PlannedUpdate, PolicyUpdater
-from rluf.train.prompt_store import prompt_topics
+from rluf.train.prompts import prompt_topics
 from rluf.train.weight_sync import WeightSync
 from rluf.train.work_buffer import CountingIterator, ScoredGroup, WorkBuffer, compute_admission_capacity, prompt_order
 

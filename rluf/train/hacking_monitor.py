@@ -30,7 +30,7 @@ from rluf.evaluate.alarms import (
 )
 from rluf.evaluate.monitors import MonitorSample, measure_monitors
 from rluf.train.actor_calls import fetch_group
-from rluf.train.prompt_store import prompt_topics
+from rluf.train.prompts import prompt_topics
 from rluf.train.work_buffer import prompt_order
 from rluf.types import Group, Prompt
 

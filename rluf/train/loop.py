@@ -22,15 +22,14 @@ from rluf.tracking.console import PhaseProgress
 from rluf.tracking.gauges import RunGauges
 from rluf.tracking.metric_registry import add_token_rate
 from rluf.tracking.wandb import WandbTracker
-from rluf.train.actor_groups import ActorSupervisor
+from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.checkpoint_manager import CheckpointManager, sigterm_event
 from rluf.train.controller import TrainController
 from rluf.train.fault_tolerance import RestartBudget
 from rluf.train.hacking_monitor import RewardHackingMonitor
 from rluf.train.offline import OfflineTrainer, load_reactions
 from rluf.train.profiling import StepProfiler
-from rluf.train.prompt_store import load_training_prompts
-from rluf.train.prompts import load_demonstrations, load_prompts
+from rluf.train.prompts import load_demonstrations, load_prompts, load_training_prompts
 from rluf.train.sample_table import log_sample_table, should_log_samples
 from rluf.train.work_buffer import ScoredGroup
 from rluf.types import EvalResponse, Group, Prompt, TrainResult

@@ -14,8 +14,7 @@ from rluf.algorithms.packing import MicroBatch, plan_micro_batches
 from rluf.algorithms.registry import LearnerInputs, build_learner_inputs, requires_reference_kl
 from rluf.checkpoint.format import POLICY_FOLDER
 from rluf.errors import ActorError, ActorLostError
-from rluf.train.actor_calls import gather_calls, put_object
-from rluf.train.actor_groups import switch_gpu_phase
+from rluf.train.actor_calls import gather_calls, put_object, switch_gpu_phase
 from rluf.train.work_buffer import CountingIterator, prompt_order
 
 if TYPE_CHECKING:
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
     from rluf.config.settings import Settings
     from rluf.objectives.aggregator import StepRewards
     from rluf.tracking.timeline import RunTimeline
-    from rluf.train.actor_calls import ActorRef
-    from rluf.train.actor_groups import ActorGroups
+    from rluf.train.actor_calls import ActorGroups, ActorRef
     from rluf.train.work_buffer import ScoredGroup
     from rluf.types import Group, GroupInfo
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rluf.errors import DeadlineError
 from rluf.objectives.aggregator import GroupScores, compute_signal
-from rluf.train.prompt_store import prompt_ids
+from rluf.train.prompts import prompt_ids
 
 if TYPE_CHECKING:
     from ray import ObjectRef
