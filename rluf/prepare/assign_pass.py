@@ -203,9 +203,8 @@ def _join_user_actions(task: AssignTask, table: pa.Table, decisions: _RowDecisio
         event_table, files, _ = _load_index(task.work_folder, "reactions")
         if files:
             table, drop_counts, joined_rows = _apply_reactions(task, table, event_table, decisions)
-            row_counts += [
-                RowCount("reactions", "dropped", rows, reason=reason) for reason, rows in drop_counts.items() if rows
-            ]
+            dropped = [(reason, rows) for reason, rows in drop_counts.items() if rows]
+            row_counts += [RowCount("reactions", "dropped", rows, reason=reason) for reason, rows in dropped]
             row_counts.append(RowCount("reactions", "joined", joined_rows))
     return table, row_counts
 
@@ -254,15 +253,10 @@ def _build_abuse_log(task: AssignTask, table: pa.Table, loved: Bools) -> abuse.A
     else:
         prompt_group = np.zeros(len(user_code), dtype=np.int64)
     return abuse.AbuseLog(
-        user_code=user_code,
-        prompt_group=prompt_group,
-        response_code=response_code.astype(np.int64),
-        device_code=device_code,
-        time_us=_column_array(table, "time"),
-        loved=loved,
-        own_persona=own_persona.to_numpy(zero_copy_only=False),
-        user_row_cap=task.user_row_cap,
-    )
+        user_code=user_code, prompt_group=prompt_group, response_code=response_code.astype(np.int64),
+        device_code=device_code, time_us=_column_array(table, "time"), loved=loved,
+        own_persona=own_persona.to_numpy(zero_copy_only=False), user_row_cap=task.user_row_cap,
+    )  # fmt: skip
 
 
 def _build_feedback_columns(

@@ -180,11 +180,11 @@ _FEEDBACK_COLUMNS = (
     "id", "user_id", "conversation_id", "turn", "time", "model_version", "topic", "locale", "interface", "messages",
     "response", "reaction", "continued", "returned",
 )  # fmt: skip
-_PREFERENCE_COLUMNS = ("id", "group", "topic", "messages", "chosen", "rejected")
+_PAIR_COLUMNS = ("id", "group", "topic", "messages", "chosen", "rejected")
 _SAFETY_COLUMNS = ("id", "group", "topic", "messages", "response", "label")
 
 
-def _objective_trained_on(kind_name: str) -> str:
+def _trained_on(kind_name: str) -> str:
     spec = find_spec_by_data_key(kind_name)
     return "" if spec is None else spec.name
 
@@ -192,18 +192,9 @@ def _objective_trained_on(kind_name: str) -> str:
 DATA_KINDS: dict[str, DataKind] = {
     kind.name: kind
     for kind in (
-        DataKind(
-            "feedback", _objective_trained_on("feedback"), FeedbackRecord, "user_id", SPLIT_NAMES, _FEEDBACK_COLUMNS
-        ),
-        DataKind(
-            "preferences",
-            _objective_trained_on("preferences"),
-            PreferenceRecord,
-            "group",
-            SPLIT_NAMES,
-            _PREFERENCE_COLUMNS,
-        ),
-        DataKind("safety", _objective_trained_on("safety"), SafetyRecord, "group", SPLIT_NAMES, _SAFETY_COLUMNS),
+        DataKind("feedback", _trained_on("feedback"), FeedbackRecord, "user_id", SPLIT_NAMES, _FEEDBACK_COLUMNS),
+        DataKind("preferences", _trained_on("preferences"), PreferenceRecord, "group", SPLIT_NAMES, _PAIR_COLUMNS),
+        DataKind("safety", _trained_on("safety"), SafetyRecord, "group", SPLIT_NAMES, _SAFETY_COLUMNS),
         DataKind("prompts", "prompts", PromptRecord, "split", ("train", "test"), ("id", "topic", "messages")),
         DataKind("reactions", "", ReactionRecord, "response_id", (), ()),
     )
@@ -214,16 +205,15 @@ DATA_KINDS: dict[str, DataKind] = {
 def find_data_kind(name: str) -> DataKind:
     """The kind of a name; labels.<objective> has the same rows as the safety data, in a folder of its own."""
     if name.startswith(LABELS_KEY_PREFIX):
-        return replace(DATA_KINDS["safety"], name=name, output_name=_objective_trained_on(name))
+        return replace(DATA_KINDS["safety"], name=name, output_name=_trained_on(name))
     return DATA_KINDS[name]
 
 
 def order_kinds(names: Iterable[str]) -> list[str]:
     """Kinds in the order of DATA_KINDS, then those of labeled rows in theirs."""
     distinct_names = dict.fromkeys(names)
-    return [kind for kind in DATA_KINDS if kind in distinct_names] + [
-        name for name in distinct_names if name not in DATA_KINDS
-    ]
+    labeled_kinds = [name for name in distinct_names if name not in DATA_KINDS]
+    return [kind for kind in DATA_KINDS if kind in distinct_names] + labeled_kinds
 
 
 _ARROW_SCALARS: dict[Any, pa.DataType] = {
@@ -279,6 +269,10 @@ EARLIEST_TIME = datetime(2000, 1, 1, tzinfo=UTC)
 """Earlier times come from a broken clock (often zero seconds since 1970)."""
 
 _BOUND_NAMES = ("min_length", "max_length", "ge", "le")
+_BAD_VALUE_ERRORS = {
+    "literal_error", "greater_than_equal", "less_than_equal",
+    "datetime_parsing", "datetime_from_date_parsing",
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,13 +316,7 @@ def _rejection_reason(error: ErrorDetails, raw: bytes) -> str:
         return f"empty {field_name}"
     if error_type == "timezone_aware":
         return "time without zone"
-    if error_type in (
-        "literal_error",
-        "greater_than_equal",
-        "less_than_equal",
-        "datetime_parsing",
-        "datetime_from_date_parsing",
-    ):
+    if error_type in _BAD_VALUE_ERRORS:
         return f"bad value: {field_name}"
     if error_type in ("empty", "order", "same"):
         return error["msg"]

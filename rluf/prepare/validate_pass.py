@@ -193,9 +193,8 @@ def _build_adapter(
     """Function from a raw object to rows of rluf's schema; None if the file holds such rows already."""
     options = ReaderOptions(task.test_share)
     field_names = find_data_kind(task.kind_name).record_type.model_fields
-    folder_fields = {
-        name: value for name, value in parse_partition_fields(task.source_path).items() if name in field_names
-    }
+    partitions = parse_partition_fields(task.source_path)
+    folder_fields = {name: value for name, value in partitions.items() if name in field_names}
     if task.reader_name is not None:
         read_item = find_reader(task.reader_name, task.kind_name).read_item
         return lambda row: read_item({**folder_fields, **row}, options)
@@ -262,16 +261,9 @@ def validate_rows(task: ValidateTask) -> dict[str, Any]:
             writer.write_accepted([rows[index] for index in accepted], [items[index][:2] for index in accepted])
     writer.close()
     row_counts = [
-        RowCount(
-            task.kind_name,
-            outcome,
-            row_count,
-            source_path=task.source_path,
-            reason=reason,
-            example_location=writer.example_locations.get((outcome, reason), ""),
-        )
-        for (outcome, reason), row_count in writer.row_counts.items()
-        if row_count
+        RowCount(task.kind_name, key[0], rows, task.source_path, key[1], writer.example_locations.get(key, ""))
+        for key, rows in writer.row_counts.items()
+        if rows
     ]
     return {"row_counts": row_counts, "redacted": dict(writer.redaction_counts)}
 

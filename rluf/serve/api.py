@@ -326,16 +326,12 @@ def build_served_event(
     if not response_text.strip():
         return None
     record = FeedbackRecord(
-        id=response_id,
-        conversation_id=request.conversation_id or response_id,
-        turn=sum(message.role == "assistant" for message in request.messages),
-        user_id=hash_user_id(request.user, salt),
-        time=datetime.now(UTC),
-        model_version=policy_version,
+        id=response_id, conversation_id=request.conversation_id or response_id,
+        turn=sum(message.role == "assistant" for message in request.messages), user_id=hash_user_id(request.user, salt),
+        time=datetime.now(UTC), model_version=policy_version,
         messages=[LoggedMessage(role=message.role, content=message.content) for message in request.messages],
-        response=response_text,
-        reaction=None,
-    )
+        response=response_text, reaction=None,
+    )  # fmt: skip
     return FeedbackEvent(response_id, None, record)
 
 

@@ -133,9 +133,7 @@ def build_scorer_config(settings: Settings, reward_folders: Mapping[str, Path | 
             models[name] = {key: str(rule)}
             facts[name] = {"version": f"{objective.source} {rule}", "max_tokens": 1, "mean_value": None}
         else:
-            raise ModelError(
-                f"no reward model for {name}: set objectives.{name}.path, or leave it out of serve.objectives"
-            )
+            raise ModelError(f"no reward model for {name}: set objectives.{name}.path, or omit it in serve.objectives")
     versions = json.dumps({name: model_facts["version"] for name, model_facts in facts.items()}, sort_keys=True)
     return {
         "version": hashlib.sha256(versions.encode()).hexdigest()[:12],
@@ -164,9 +162,8 @@ def find_candidate_folders(settings: Settings) -> dict[str, Path] | None:
         name: root / name for name in settings.serve.objectives if (root / name / "config.json").is_file()
     }
     if not folders:
-        raise ModelError(
-            f"serve.candidate={root} has no reward model; name a folder with {', '.join(settings.serve.objectives)}"
-        )
+        names = ", ".join(settings.serve.objectives)
+        raise ModelError(f"serve.candidate={root} has no reward model; name a folder with {names}")
     return folders
 
 
@@ -215,22 +212,15 @@ def build_application(
         serve_settings.flush_interval_s,
     )
     gateway = serve.deployment(
-        serve.ingress()(GatewayDeployment),
-        name="gateway",
-        num_replicas=1,
-        max_ongoing_requests=MAX_GATEWAY_REQUESTS,
+        serve.ingress()(GatewayDeployment), name="gateway", num_replicas=1, max_ongoing_requests=MAX_GATEWAY_REQUESTS,
         graceful_shutdown_timeout_s=serve_settings.request_timeout_s,
         ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": SERVE_THROUGHPUT_ENV}},
         user_config={"roles": list(scorers), "share": serve_settings.canary_share, "policies": policy_versions},
-    )
+    )  # fmt: skip
     feedback_writer = serve.deployment(
-        FeedbackWriter,
-        name=FEEDBACK_WRITER_NAME,
-        num_replicas=1,
-        max_ongoing_requests=MAX_GATEWAY_REQUESTS,
-        health_check_period_s=2,
-        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": SERVE_THROUGHPUT_ENV}},
-    )
+        FeedbackWriter, name=FEEDBACK_WRITER_NAME, num_replicas=1, max_ongoing_requests=MAX_GATEWAY_REQUESTS,
+        health_check_period_s=2, ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": SERVE_THROUGHPUT_ENV}},
+    )  # fmt: skip
     gateway_arguments = (rules, batch_limits, load_or_create_salt(settings))
     return _with_content_version(gateway, *gateway_arguments).bind(
         *gateway_arguments,

@@ -138,9 +138,7 @@ class ScorerDeployment:
             try:
                 models = await asyncio.to_thread(LoadedModels, scorer_config)
             except RlufError:
-                logger.exception(
-                    "scorer: version %s cannot be loaded; the present version stays", scorer_config["version"]
-                )
+                logger.exception("scorer: version %s cannot be loaded; the old one stays", scorer_config["version"])
                 return
             if scorer_config is self._wanted_config:
                 self._loaded_models = models
@@ -218,10 +216,8 @@ class FeedbackWriter:
             try:
                 await self.flush_settled()
             except (OSError, RlufError):
-                logger.exception(
-                    "feedback store %s: settled rows could not be written; they stay in the log",
-                    self._feedback_store.root,
-                )
+                store_root = self._feedback_store.root
+                logger.exception("feedback store %s: settled rows not written; they stay in the log", store_root)
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,18 +263,14 @@ class GatewayDeployment:
             if role not in self._scorer_handles:
                 self._scorer_handles[role] = serve.get_deployment_handle(f"scorer-{role}", APPLICATION_NAME)
                 self._batchers[role] = RequestBatcher(
-                    self._make_batch_runner(role),
-                    batch_tokens=self.batch_limits.batch_tokens,
-                    max_item_tokens=DEFAULT_ITEM_TOKENS,
-                    max_queued_responses=self.batch_limits.max_queued_responses,
-                    replica_count=self.batch_limits.max_replicas,
-                    on_batch_end=self.metrics.record_batch,
-                )
+                    self._make_batch_runner(role), batch_tokens=self.batch_limits.batch_tokens,
+                    max_item_tokens=DEFAULT_ITEM_TOKENS, max_queued_responses=self.batch_limits.max_queued_responses,
+                    replica_count=self.batch_limits.max_replicas, on_batch_end=self.metrics.record_batch,
+                )  # fmt: skip
                 if role == "candidate":
                     self._warmup_tasks[role] = asyncio.create_task(self._wait_for_scorer(role))
-        self._scorer_handles = {
-            role: handle for role, handle in self._scorer_handles.items() if role in user_config["roles"]
-        }
+        roles = user_config["roles"]
+        self._scorer_handles = {role: handle for role, handle in self._scorer_handles.items() if role in roles}
         self._candidate_share = float(user_config["share"])
         self._policy_handles = {
             name: (serve.get_deployment_handle(f"policy-{name}", APPLICATION_NAME), version)
@@ -441,23 +433,16 @@ class GatewayDeployment:
             raise ApiError(error.status, error.error_type, error.message) from error
         except (*REPLICA_LOST_ERRORS, RlufError) as error:
             logger.error("policy %s: chat failed: %s", policy_name, error)
-            raise ApiError(
-                503, "unavailable", f"policy {policy_name} is not available; try again later", 2.0
-            ) from error
+            raise ApiError(503, "unavailable", f"policy {policy_name} is not available now; retry", 2.0) from error
         text, finish_reason, prompt_tokens, response_tokens, version = completion
         response_id = new_response_id()
         event = build_served_event(response_id, request, version, text, self._user_salt)
         if event is not None:
             await self._store_event(event)
         return build_chat_reply(
-            response_id,
-            policy_name,
-            version,
-            text,
-            finish_reason,
-            prompt_tokens=prompt_tokens,
+            response_id, policy_name, version, text, finish_reason, prompt_tokens=prompt_tokens,
             response_tokens=response_tokens,
-        )
+        )  # fmt: skip
 
     async def drain_requests(self, timeout_s: float) -> int:
         """Reject new requests and wait for running ones; returns how many still run after `timeout_s`."""

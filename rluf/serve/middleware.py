@@ -72,12 +72,9 @@ class ServeMetrics:
         self.registry = CollectorRegistry()
         registry, by_route, by_model = self.registry, ("route", "status"), ("objective", "version")
         self.request_seconds = Histogram(
-            "rluf_request_seconds",
-            "Seconds from request to response",
-            by_route,
-            registry=registry,
+            "rluf_request_seconds", "Seconds from request to response", by_route, registry=registry,
             buckets=SECONDS_BUCKETS,
-        )
+        )  # fmt: skip
         self.batch_items = Histogram("rluf_batch_items", "Responses per batch", registry=registry, buckets=ITEM_BUCKETS)
         self.batch_tokens = Histogram(
             "rluf_batch_tokens", "Tokens per batch (estimated)", registry=registry, buckets=TOKEN_BUCKETS
@@ -92,12 +89,8 @@ class ServeMetrics:
         self.score_drift = Gauge(
             "rluf_score_drift", "Running mean of served values minus the reward card's", by_model, registry=registry
         )
-        self.feedback_requests = Counter(
-            "rluf_feedback", "Feedback requests by outcome", ("outcome",), registry=registry
-        )
-        self.scorer_retries = Counter(
-            "rluf_scorer_retries", "Batches sent again because their replica died", registry=registry
-        )
+        self.feedback_requests = Counter("rluf_feedback", "Feedback requests", ("outcome",), registry=registry)
+        self.scorer_retries = Counter("rluf_scorer_retries", "Batches repeated after a replica died", registry=registry)
         self._running_means: dict[tuple[str, str], RunningMean] = {}
 
     def record_batch(self, batch_stats: BatchStats) -> None:
@@ -247,9 +240,7 @@ class ServiceMiddleware:
 
     def _body_too_large_error(self) -> ApiError:
         limit_kib = self.backend.rules.max_body_bytes // 1024
-        return ApiError(
-            413, "too_large", f"the body is longer than {limit_kib} KiB (serve.max_body_kib); split the request"
-        )
+        return ApiError(413, "too_large", f"the body exceeds {limit_kib} KiB (serve.max_body_kib); split the request")
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
         """Read the complete body and enforce the size limit, whatever Content-Length says; POST bodies must be UTF-8.
