@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import ray
 
 from rluf.config.load import load_settings
 from rluf.models.hub import load_tokenizer, resolve_model
-from rluf.prepare.pipeline import build_data_set, run_task
+from rluf.prepare import pipeline
+from rluf.prepare.card import build_data_card
 from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.controller import TrainController
 from rluf.train.prompts import load_prompts
@@ -55,25 +56,28 @@ def write_log(folder: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
-    """A data set, and the files that its rows entered in the tasks of the three passes."""
-    folder = tmp_path_factory.mktemp("walk")
-    log, entered = write_log(folder), set()
-    overrides = [f"data.{kind}=[{path}]" for kind, path in log.items()]
-    empty = ["data.preferences=[]", "data.safety=[]", "data.reactions=[]"]
+    """A data set, and the files that its rows entered until they were written."""
+    folder, entered = tmp_path_factory.mktemp("walk"), set()
 
-    def run_recorded(task_rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        start_recording()
-        results = [result for task_row in task_rows for result in run_task(task_row)]
+    def stop_and_build_card(*arguments: Any, **options: Any) -> dict[str, Any]:
         entered.update(stop_recording())
-        return results
+        return build_data_card(*arguments, **options)
 
-    build_data_set(load_settings(None, [*OVERRIDES, *overrides, *empty]).settings, folder / "data", run_recorded)
+    overrides = [f"data.{kind}=[{path}]" for kind, path in write_log(folder).items()]
+    empty = ["data.preferences=[]", "data.safety=[]", "data.reactions=[]"]
+    settings = load_settings(None, [*OVERRIDES, *overrides, *empty]).settings
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "build_data_card", stop_and_build_card)
+        start_recording()
+        pipeline.build_data_set(
+            settings, folder / "data", lambda rows: [result for row in rows for result in pipeline.run_task(row)]
+        )
     return folder / "data", list_walk(sorted(entered))
 
 
 def test_a_log_row_enters_the_files_of_the_page(prepared: tuple[Path, set[str]]) -> None:
     _, walk = prepared
-    assert sorted(walk) == sorted(read_walk("From log row to training row"))
+    assert sorted(walk) == sorted(read_walk("A log row until it is a training row"))
     assert len(walk) <= MAX_ROW_FILES
 
 
@@ -131,5 +135,5 @@ async def record_step(data_folder: Path, model_path: Path, reward_folder: Path) 
 def test_a_prompt_enters_the_files_of_the_page(prepared: tuple[Path, set[str]], tmp_path: Path) -> None:
     model_path, data_folder = resolve_model("tiny", tmp_path), prepared[0]
     walk = asyncio.run(record_step(data_folder, model_path, write_models(tmp_path / "reward", 1) / "love"))
-    assert sorted(walk) == sorted(read_walk("From prompt to gradient"))
+    assert sorted(walk) == sorted(read_walk("A prompt until its gradient"))
     assert len(walk) <= MAX_PROMPT_FILES
