@@ -271,9 +271,8 @@ class LearnerActor:
         # Advantages are whitened over the whole step, so all micro-batches must be in memory before the first update.
         batches = list(pack_with_reference())
         batches_with_advantages = self._critic.compute_advantages(batches, learner_inputs.reward_kl_coef)
-        yield from (
-            (batch, ref_logprobs) for batch, (_, ref_logprobs) in zip(batches_with_advantages, batches, strict=True)
-        )
+        all_ref_logprobs = (ref_logprobs for _, ref_logprobs in batches)
+        yield from zip(batches_with_advantages, all_ref_logprobs, strict=True)
 
     def _accumulate_gradient(
         self,

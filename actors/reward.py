@@ -75,7 +75,7 @@ class RewardActor:
         folders = {name: Path(path) for name, path in self.model_folders.items() if path is not None}
         if len(folders) < len(self.model_folders):
             raise ModelError(
-                f"objective {self.objective_names} has source model but no reward model folder; train one first"
+                f"objective {self.objective_names}: source model needs a reward model folder; train one first"
             )
         from rluf.reward.backbone import build_warmup_items, enable_fast_cpu_matmul
         from rluf.reward.model import load_reward_scorer
@@ -128,9 +128,7 @@ class RewardActor:
 
     def _score_batch(self, groups: Sequence[Group]) -> list[ScoresByObjective]:
         start_time = time.monotonic()
-        items: list[ScoringItem] = [
-            (group.prompt.messages, sample.text) for group in groups for sample in group.samples
-        ]
+        items: list[ScoringItem] = [(group.prompt.messages, s.text) for group in groups for s in group.samples]
         if self._scorer is None:
             raise ModelError(f"the scorer of {self.objective_names} was used before it was loaded; call ready first")
         # Scores of all items in order; each group takes the next ones from these iterators.

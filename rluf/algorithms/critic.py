@@ -24,7 +24,7 @@ class CriticModel(nn.Module):
         backbone = getattr(model, "base_model", model)
         if backbone is model:
             raise ModelError(
-                f"{type(model).__name__} has no backbone separate from its head, which algorithm.name=ppo needs"
+                f"{type(model).__name__} has no backbone separate from its head; algorithm.name=ppo needs one"
             )
         self.backbone = backbone
         self.value_head = nn.Linear(int(model.config.hidden_size), 1)

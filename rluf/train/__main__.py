@@ -85,12 +85,8 @@ def train(settings: Settings) -> Path:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--resume", action="store_true", help="resume from the newest checkpoint; the same as run.resume=latest"
-    )
-    parser.add_argument(
-        "--profile", metavar="steps=N", help="profile N steps, from step 2 on; the same as run.profile_steps=N"
-    )
+    parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint (run.resume=latest)")
+    parser.add_argument("--profile", metavar="steps=N", help="profile N steps, from step 2 on (run.profile_steps=N)")
 
 
 def _options_to_overrides(options: argparse.Namespace) -> list[str]:

@@ -56,9 +56,8 @@ class ActorSupervisor:
         self.on_loss: Callable[[ActorLostError], None] | None = None
         self._model_path = model_path
         self._reward_folders = dict(reward_folders)
-        self._pool_objectives = {
-            pool[0]: pool for pool in objectives_by_reward_pool(settings) if pool[0] in reward_folders
-        }
+        reward_pools = objectives_by_reward_pool(settings)
+        self._pool_objectives = {pool[0]: pool for pool in reward_pools if pool[0] in reward_folders}
         self._with_learners = with_learners
         self._checkpoint = checkpoint
         self._placement_groups: PlacementGroups | None = None

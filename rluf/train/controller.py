@@ -331,9 +331,7 @@ class TrainController:
     def _collect_sample_values(
         self, batch: Sequence[ScoredGroup], step_rewards: StepRewards
     ) -> dict[str, list[list[float]]]:
-        sample_values = {
-            name: [[score.value for score in group.scores[name]] for group in batch] for name in batch[0].scores
-        }
+        sample_values = {name: [[s.value for s in group.scores[name]] for group in batch] for name in batch[0].scores}
         sample_values["reward"] = [list(row) for row in step_rewards.rewards]
         sample_values["response_length"] = [[*map(float, group.info.response_token_counts)] for group in batch]
         sample_kl = self.policy_updater.sample_kl

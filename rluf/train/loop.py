@@ -98,10 +98,8 @@ async def run_training(
                 ) as supervisor:
                     _record_phase(result, "start", phase_start)
                     controller = TrainController(settings, supervisor, prompts, demonstrations, restart_budget=budget)
-                    run_step = (
-                        controller.run_step if reactions is None else OfflineTrainer(controller, reactions).run_step
-                    )
-                    run = TrainingRun(settings, controller, run_step, checkpoints, tracker, result, monitor)
+                    trainer = controller if reactions is None else OfflineTrainer(controller, reactions)
+                    run = TrainingRun(settings, controller, trainer.run_step, checkpoints, tracker, result, monitor)
                     try:
                         await supervisor.run_monitored(_run_from_checkpoint(run, resume_from, test_prompts))
                     finally:
@@ -268,10 +266,9 @@ async def generate_eval_responses(
 ) -> list[EvalResponse]:
     """Responses of the engines' policy to each prompt, in order of prompts, scored by every objective."""
     seed, start_time = settings.seed + EVALUATION_SEED_OFFSET, time.monotonic()
+    sample_count = settings.evaluate.samples_per_prompt
     with PhaseProgress(f"responses of the {policy_name}", len(prompts), unit="prompt") as progress:
-        responses = await controller.generate_and_score(
-            prompts, settings.evaluate.samples_per_prompt, seed, progress.advance
-        )
+        responses = await controller.generate_and_score(prompts, sample_count, seed, progress.advance)
     end_time = time.monotonic()
     logger.info(
         "responses of the %s: %.1f s, of which scoring after the last rollout took %.1f s",

@@ -138,9 +138,8 @@ class PolicyUpdater:
         kl_by_rank = await self.call_learners("reading each sample's KL", lambda actor: actor.handle.sample_kl.remote())
         self.sample_kl = {(group, sample): kl for rank in kl_by_rank for group, sample, kl in rank}
         metrics["kl_coef"] = self.kl_coef
-        self.kl_coef = update_kl_coef(
-            self.kl_coef, metrics["kl"], self._settings.algorithm.kl_target, update.response_count
-        )
+        target = self._settings.algorithm.kl_target
+        self.kl_coef = update_kl_coef(self.kl_coef, metrics["kl"], target, update.response_count)
         return metrics
 
     def plan_micro_batches(self, infos: Sequence[GroupInfo]) -> list[list[MicroBatch]]:
@@ -183,9 +182,7 @@ class PolicyUpdater:
                 # When one rank dies, another may fail first in a collective call. The loss is what a restart can fix,
                 # so look for it before the failure is raised. Health checks have a thread of their own, so ranks that
                 # still hang in the call answer too.
-                checks = [
-                    (actor, actor.handle.health.options(concurrency_group="health").remote()) for actor in learners
-                ]
+                checks = [(a, a.handle.health.options(concurrency_group="health").remote()) for a in learners]
                 await gather_calls(checks, HEALTH_TIMEOUT_S, "health")
             raise
 

@@ -172,9 +172,8 @@ class WeightSync:
 
     async def _engine_logprobs(self) -> list[list[Any]]:
         """The engines' log-probabilities [responses][engines][tokens]."""
-        calls = (
-            self._call_engines("probe_logprobs", self._probe_prompt_ids, response) for response in self._probe_responses
-        )
+        prompt_ids, responses = self._probe_prompt_ids, self._probe_responses
+        calls = (self._call_engines("probe_logprobs", prompt_ids, response) for response in responses)
         return list(await asyncio.gather(*calls))
 
     async def _call_learners(self, method: str, *args: object) -> list[Any]:

@@ -36,8 +36,7 @@ class ScoredGroup:
     def group_scores(self, uncertainty_penalty: float) -> GroupScores:
         """The aggregator's view of this group; `uncertainty_penalty` see rluf.objectives.aggregator.compute_signal."""
         signals = {
-            name: [compute_signal(score, uncertainty_penalty) for score in scores]
-            for name, scores in self.scores.items()
+            name: [compute_signal(s, uncertainty_penalty) for s in scores] for name, scores in self.scores.items()
         }
         return GroupScores(self.info.prompt_id, self.info.topic, signals, self.info.passed_judges)
 
