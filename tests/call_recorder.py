@@ -12,7 +12,6 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PACKAGES = tuple(f"{ROOT / name}/" for name in ("rluf", "actors", "cluster"))
 NOT_PART_OF_A_WALK = ("rluf/config/", "rluf/tracking/", "rluf/utils/", "rluf/errors.py", "rluf/types.py")
-COUNTED_UTILITIES = ("rluf/utils/hashing.py", "rluf/utils/stats.py")
 """docs/architecture.md states this rule."""
 WALK_ROW = re.compile(r"^\| *\d+ *\| *`([^`]+)` *\|", re.MULTILINE)
 
@@ -63,4 +62,4 @@ def read_walk(heading: str) -> set[str]:
 
 def list_walk(entered: list[str]) -> set[str]:
     """The entered files that belong to a walk."""
-    return {path for path in entered if path in COUNTED_UTILITIES or not path.startswith(NOT_PART_OF_A_WALK)}
+    return {path for path in entered if not path.startswith(NOT_PART_OF_A_WALK)}

@@ -120,7 +120,7 @@ class TrainController:
         self.last_batch_refs: list[ObjectRef[Group]] = []
         """The groups of the last step, in the object store."""
         self._engine_start_version = 0
-        self._adapter_sync_pending = False
+        self._adapter_sync_pending = self._is_probe_ready = False
         self.snapshot = self.state()
         """State after the last whole step: what a checkpoint stores, whatever has been admitted since."""
 
@@ -171,7 +171,9 @@ class TrainController:
         Responses of the first step's `probe_ref` are those on which every sync compares learner and engines.
         """
         phase_start = time.monotonic()
-        await self.weight_sync.prepare_probe(probe_ref)
+        if not self._is_probe_ready:
+            await self.weight_sync.prepare_probe(probe_ref)
+            self._is_probe_ready = True  # engines that join later are measured when they get their weights
         async with self._engine_restarts_blocked():
             with ray_timeline_span(f"learn, step {step}"):
                 metrics = await self.policy_updater.apply_update(step, await plan_update())
