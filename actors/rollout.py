@@ -9,7 +9,7 @@ from typing import Any
 from rluf.backends.vllm.engine import RolloutEngine, derive_sample_seed, set_vllm_environment
 from rluf.config.settings import Settings
 from rluf.objectives.judges import judge_responses
-from rluf.types import Group, GroupInfo, Prompt, Sample
+from rluf.types import Group, GroupInfo, Prompt, Sample, ScoringItem
 
 
 class RolloutActor:
@@ -52,7 +52,7 @@ class RolloutActor:
         judge_names = self._settings.aggregation.gate_judges
         if not judge_names:
             return group, group.info
-        items = [(prompt.messages, sample.text) for sample in group.samples]
+        items = [ScoringItem(prompt.messages, sample.text) for sample in group.samples]
         return group, replace(group.info, passed_judges=judge_responses(judge_names, items))
 
     async def probe_logprobs(self, prompt_ids: list[int], response_ids: list[int]) -> list[float]:

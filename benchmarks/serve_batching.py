@@ -24,8 +24,8 @@ from rluf.models.hub import resolve_model
 from rluf.reward.backbone import build_text_encoder, enable_fast_cpu_matmul, load_classifier
 from rluf.reward.calibration import Calibration
 from rluf.reward.model import RewardModel
-from rluf.reward.text import ScoringItem
 from rluf.serve.batching import RequestBatcher, estimate_tokens
+from rluf.types import Message, ScoringItem
 from rluf.utils.paths import resolve_cache_folder
 
 BATCH_TOKENS, MAX_ITEM_TOKENS, ITEM_COUNT = 8192, 128, 512
@@ -39,7 +39,9 @@ def random_items() -> list[ScoringItem]:
     def random_text(fewest: int, most: int) -> str:
         return " ".join(rng.choices(WORDS, k=rng.randint(fewest, most)))
 
-    return [([{"role": "user", "content": random_text(4, 20)}], random_text(5, 60)) for _ in range(ITEM_COUNT)]
+    return [
+        ScoringItem([Message(role="user", content=random_text(4, 20))], random_text(5, 60)) for _ in range(ITEM_COUNT)
+    ]
 
 
 def count_tokens(items: list[ScoringItem]) -> int:

@@ -28,12 +28,7 @@ PASSIVE_OPENMP_ENV = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_
 def actor_options(settings: Settings, role: str) -> dict[str, Any]:
     """Options for `ray.remote(...).options(**...)` of one actor of `role` (rollout, reward or learner)."""
     cluster = settings.cluster
-    resources_by_role = {
-        "rollout": (cluster.cpus_per_engine, cluster.gpus_per_engine),
-        "reward": (cluster.cpus_per_reward, cluster.gpus_per_reward),
-        "learner": (cluster.cpus_per_learner, cluster.gpus_per_learner),
-    }
-    cpus, gpus = resources_by_role[role]
+    cpus, gpus = cluster.resources_for_role(role)
     # Labels of the other roles are in their placement groups.
     node_labels = cluster.labels_for_role(role) if role == "reward" else {}
     return {
@@ -137,10 +132,9 @@ class PlacementGroups:
 
 def placement_bundles(settings: Settings, *, with_learners: bool) -> dict[str, tuple[list[dict[str, float]], str]]:
     """Bundles and Ray strategy of each placement group by name."""
-    options = {role: actor_options(settings, role) for role in ("rollout", "learner")}
 
     def role_bundle(*roles: str) -> dict[str, float]:
-        cpus, gpus = (sum(options[role][kind] for role in roles) for kind in ("num_cpus", "num_gpus"))
+        cpus, gpus = (sum(amounts) for amounts in zip(*map(settings.cluster.resources_for_role, roles), strict=True))
         return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
 
     engine_count = settings.rollout.engines

@@ -6,9 +6,9 @@ out; text is derived and never re-encoded for training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 
 class Message(TypedDict):
@@ -16,6 +16,15 @@ class Message(TypedDict):
 
     role: str
     content: str
+
+
+class ScoringItem(NamedTuple):
+    """A conversation that ends with a user message, and one response to it."""
+
+    messages: Sequence[Message]
+    response: str
+    is_truncated: bool = False
+    """The response was cut at the token limit. False if it ended by itself, and if the log does not say."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -91,8 +91,7 @@ def build_recipe(
         "prompts_per_step": PROMPTS_PER_STEP,
         "samples_per_prompt": SAMPLES_PER_PROMPT,
         "kl_coef": kl_coef,
-        "kl_placement": "reward",
-        "max_response_kl": 6.0,
+        "kl_penalty": "reward",
     }
     weights = {"love": weight, "helpfulness": max(0.0, 1.0 - SAFETY_WEIGHT - weight), "safety": SAFETY_WEIGHT}
     objectives = {objective: {"weight": objective_weight} for objective, objective_weight in weights.items()}

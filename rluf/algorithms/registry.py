@@ -93,7 +93,7 @@ def requires_reference_kl(algorithm: AlgorithmSettings) -> bool:
     spec = find_algorithm(algorithm.name)
     # With a critic the KL in the reward is applied per token by the learners, which have the reference logprobs.
     return spec.needs_reference_kl or (
-        algorithm.kl_placement == "reward" and algorithm.kl_coef > 0 and not spec.uses_critic
+        algorithm.kl_penalty == "reward" and algorithm.kl_coef > 0 and not spec.uses_critic
     )
 
 
@@ -121,10 +121,10 @@ def build_learner_inputs(
         advantages=[*advantages.sample_advantages, *([1.0] for _ in demonstration_lengths)],
         loss_weights=compute_token_weights(loss_aggregation, lengths, max_response_tokens),
         policy_loss=policy_loss,
-        loss_kl_coef=kl_coef if algorithm.kl_placement == "loss" else 0.0,
+        loss_kl_coef=kl_coef if algorithm.kl_penalty != "reward" else 0.0,
         kl_to_go_coef=advantages.kl_to_go_coef,
         uses_critic=spec.uses_critic,
-        reward_kl_coef=kl_coef if spec.uses_critic and algorithm.kl_placement == "reward" else 0.0,
+        reward_kl_coef=kl_coef if spec.uses_critic and algorithm.kl_penalty == "reward" else 0.0,
     )
 
 

@@ -71,7 +71,7 @@ class CheckpointUploader:
         if settings.run.checkpoint_upload_url is None:
             return None
         url = f"{settings.run.checkpoint_upload_url.rstrip('/')}/{settings.name}/{run_folder.name}"
-        return cls(url, run_folder, settings.timeouts.learner_step_s)
+        return cls(url, run_folder, settings.timeouts.call_s)
 
     def check_storage(self) -> None:
         """Upload the run's settings, which shows whether the storage is writable. Raises ResourceError if not."""
@@ -120,7 +120,7 @@ class CheckpointUploader:
         return (
             f"checkpoint {task.checkpoint_folder.name}: upload to {self.url} abandoned after "
             f"{time.monotonic() - task.start_time:.0f} s (at {task.current_file or 'its start'}), more than "
-            f"timeouts.learner_step_s={self._timeout_s:g}; the checkpoint on disk is complete: {task.checkpoint_folder}"
+            f"timeouts.call_s={self._timeout_s:g}; the checkpoint on disk is complete: {task.checkpoint_folder}"
         )
 
     def _start_task(self, checkpoint_folder: Path) -> None:

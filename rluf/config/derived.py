@@ -6,11 +6,12 @@ Pure arithmetic, so that `--dry-run` shows it without torch, ray or a cluster.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from rluf.config.model_shape import estimate_model_shape
 from rluf.config.reward import RewardModelSettings
+from rluf.config.run import ClusterRole
 from rluf.config.settings import Settings
 
 BYTES_PER_GIB = 1 << 30
@@ -20,7 +21,7 @@ ACTIVATION_BYTES_PER_HIDDEN_UNIT = 34
 PROCESS_BYTES = int(0.8 * BYTES_PER_GIB)
 """Host memory of an actor process without its model: Python, torch, Ray."""
 
-ActorRole = Literal["rollout", "reward", "learner", "reward_training"]
+ActorRole = Literal[ClusterRole, "reward_training"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,26 +142,10 @@ def objectives_by_reward_pool(settings: Settings) -> tuple[tuple[str, ...], ...]
 
 def plan_actor_pools(settings: Settings) -> list[ActorPoolPlan]:
     """All actors of the training phase, then the reward training workers, which run before it."""
-    cluster, objectives, reward = settings.cluster, settings.objectives.by_objective, settings.reward
+    objectives, reward = settings.objectives.by_objective, settings.reward
     pools = [
-        ActorPoolPlan(
-            role="rollout",
-            name="rollout",
-            actor_count=settings.rollout.engines,
-            cpus_per_actor=cluster.cpus_per_engine,
-            gpus_per_actor=cluster.gpus_per_engine,
-            memory_bytes=estimate_engine_memory(settings),
-            node_labels=cluster.labels_for_role("rollout"),
-        ),
-        ActorPoolPlan(
-            role="learner",
-            name="learner",
-            actor_count=settings.learner.workers,
-            cpus_per_actor=cluster.cpus_per_learner,
-            gpus_per_actor=cluster.gpus_per_learner,
-            memory_bytes=estimate_learner_memory(settings),
-            node_labels=cluster.labels_for_role("learner"),
-        ),
+        _plan_pool(settings, "rollout", "rollout", settings.rollout.engines, estimate_engine_memory(settings)),
+        _plan_pool(settings, "learner", "learner", settings.learner.workers, estimate_learner_memory(settings)),
     ]
     for name, *_ in objectives_by_reward_pool(settings):
         objective = objectives[name]
@@ -172,44 +157,38 @@ def plan_actor_pools(settings: Settings) -> list[ActorPoolPlan]:
                 else count_scoring_parameters(reward.settings_for_head(name))
             )
             memory = {"weights": 4 * parameters}  # float32, as on CPUs
-        pools.append(
-            ActorPoolPlan(
-                role="reward",
-                name=f"{name} reward",
-                actor_count=objective.replicas,
-                cpus_per_actor=cluster.cpus_per_reward,
-                gpus_per_actor=cluster.gpus_per_reward if objective.source == "model" else 0.0,
-                memory_bytes=memory,
-                node_labels=cluster.labels_for_role("reward"),
-            )
-        )
+        pool = _plan_pool(settings, "reward", f"{name} reward", objective.replicas, memory)
+        pools.append(pool if objective.source == "model" else replace(pool, gpus_per_actor=0.0))
     trained = [name for name, value in objectives.items() if value.source == "model" and value.path is None]
     if trained:
         pools.append(_plan_reward_training(settings, trained))
     return pools
 
 
+def _plan_pool(
+    settings: Settings, role: ClusterRole, name: str, actor_count: int, memory_bytes: dict[str, int]
+) -> ActorPoolPlan:
+    """Pool of `actor_count` actors with the resources and node labels of `role`."""
+    cpus, gpus = settings.cluster.resources_for_role(role)
+    return ActorPoolPlan(role, name, actor_count, cpus, gpus, memory_bytes, settings.cluster.labels_for_role(role))
+
+
 def _plan_reward_training(settings: Settings, objectives: list[str]) -> ActorPoolPlan:
     """Workers of reward training, sized for the largest model and the largest batch of all `objectives`."""
-    cluster, reward = settings.cluster, settings.reward
+    reward = settings.reward
     models = [reward.settings_for_head(name) for name in objectives]
     shapes = [estimate_model_shape(model.backbone) for model in models]
     largest = max(shapes, key=lambda shape: shape.parameter_count)
     tokens = max(model.batch_rows * model.max_tokens for model in models) // reward.max_workers
     optimizer_shards = reward.max_workers if reward.zero_stage else 1
-    return ActorPoolPlan(
-        role="reward_training",
-        name="reward training",
-        actor_count=reward.max_workers,
-        cpus_per_actor=cluster.cpus_per_reward,
-        gpus_per_actor=cluster.gpus_per_reward,
-        memory_bytes={
-            "weights": 4 * largest.parameter_count,
-            "gradients": 4 * largest.parameter_count,
-            "optimizer": ADAM_STATE_BYTES * largest.parameter_count // optimizer_shards,
-            "activations": 2 * ACTIVATION_BYTES_PER_HIDDEN_UNIT * tokens * largest.hidden_size * largest.layer_count,
-        },
-    )
+    memory_bytes = {
+        "weights": 4 * largest.parameter_count,
+        "gradients": 4 * largest.parameter_count,
+        "optimizer": ADAM_STATE_BYTES * largest.parameter_count // optimizer_shards,
+        "activations": 2 * ACTIVATION_BYTES_PER_HIDDEN_UNIT * tokens * largest.hidden_size * largest.layer_count,
+    }
+    pool = _plan_pool(settings, "reward", "reward training", reward.max_workers, memory_bytes)
+    return replace(pool, role="reward_training", node_labels={})
 
 
 def count_scoring_parameters(model_settings: RewardModelSettings) -> int:
@@ -278,7 +257,7 @@ def format_derived_figures(settings: Settings) -> list[str]:
         f"{rollout.engines} engine(s)",
         kv_cache,
         f"weight sync: {format_bytes(estimate_policy_bytes(settings))} in buckets of "
-        f"{settings.weight_sync.bucket_mib} MiB",
+        f"{format_bytes(settings.weight_sync.bucket_bytes)}",
     ]
     if settings.weight_sync.transport == "cuda_ipc":
         lines.append("engines and learners are colocated: one of each on every GPU, active in turn")

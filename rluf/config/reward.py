@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Annotated, ClassVar, Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from rluf.config.base import SettingsSection, mapping_from_entries, split_at_last_colon
+from rluf.config.base import ActorCount, SettingsSection, mapping_from_entries, split_at_last_colon
 from rluf.config.objectives import ObjectiveSpec, describe_invalid_name, find_objective_spec
 
-WorkerCount = Annotated[int, Field(ge=1)]
-
-HEAD_SETTING_KEYS = ("loss", "margin", "pu_class_prior", "calibration", "debias")
+HEAD_SETTING_KEYS = ("loss", "debias")
 """Keys of a reward model section that stay per head when several heads share one backbone."""
 REACTION_HEADS = ("continued", "thumbs")
 """Heads of a shared backbone that are not objectives: labels in the reaction log next to love's."""
@@ -48,6 +46,26 @@ def _parse_member_string(entry: str) -> str:
     return f"{{{', '.join(parts + ['input: response'] * entry.endswith(':response'))}}}"
 
 
+class EnsembleSettings(SettingsSection):
+    """An ensemble of reward models; by default a single model with all layers."""
+
+    members: tuple[EnsembleMemberSettings, ...] = ()
+    """Ensemble members, such as [{layers: 12}, {backbone: minilm, layers: 6, input: response}]; empty means one model
+    with all layers. Members on another backbone, or of responses only, stay frozen and get a fitted head."""
+    shared_head: bool = False
+    """Fit one linear head on the concatenated features of all members instead of averaging one logit per member. Ranks
+    better on small data, but gives no ensemble spread. Requires epochs=0 and linear_probe=true."""
+
+    @field_validator("members", mode="before")
+    @classmethod
+    def _refuse_member_strings(cls, value: object) -> object:
+        entries = list(value) if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(entry, (int, str)) for entry in entries):
+            mappings = ", ".join(_parse_member_string(str(e)) if isinstance(e, (int, str)) else str(e) for e in entries)
+            raise ValueError(f"expected a list of mappings, got {value!r}; write [{mappings}]")
+        return value
+
+
 def describe_unusable_name(name: str) -> str | None:
     """Why a key of `objectives` cannot name an objective; None if it can.
 
@@ -66,58 +84,35 @@ class RewardModelSettings(SettingsSection):
     loss: Literal["bce", "focal", "nnpu", "hinge", "bradley_terry"] = "bce"
     """For reactions and labels: bce, focal (down-weights easy rows), nnpu (positive-unlabeled), hinge. For pairs:
     bradley_terry."""
-    margin: float = Field(default=0.0, ge=0)
-    """Target margin in logits: chosen over rejected (bradley_terry), or distance to the boundary (hinge, 0 means 1)."""
-    pu_class_prior: float = Field(default=0.2, gt=0, lt=1)
-    """Share of responses that are truly liked, with or without a reaction; used by loss nnpu only."""
-    members: tuple[EnsembleMemberSettings, ...] = ()
-    """Ensemble members, such as [{layers: 12}, {backbone: minilm, layers: 6, input: response}]; empty means one model
-    with all layers. Members on another backbone, or of responses only, stay frozen and get a fitted head."""
-    shared_head: bool = False
-    """Fit one linear head on the concatenated features of all members instead of averaging one logit per member. Ranks
-    better on small data, but gives no ensemble spread. Requires epochs=0 and linear_probe=true."""
+    ensemble: EnsembleSettings = EnsembleSettings()
+    """Members of an ensemble, and how they are combined."""
     linear_probe: bool = False
     """Start from a head fitted by regularized logistic regression on the frozen backbone; for small data."""
     read_at_next_turn: bool = False
     """Decoders only: append the user-turn header and read the hidden state there. Encoders in an ensemble ignore it; an
     encoder on its own refuses it."""
     max_tokens: int = Field(default=96, ge=8)
-    """Maximum tokens of the rendered conversation; the oldest text is truncated first."""
+    """Maximum tokens that the model reads. The oldest text of the conversation is left out first, down to a quarter of
+    the tokens, then the middle of the response."""
     epochs: int = Field(default=2, ge=0)
     """Passes over the training split; the epoch with the lowest dev log-loss is saved. 0 stops at the linear probe."""
-    patience: int = Field(default=2, ge=0)
-    """Epochs without a lower dev log-loss before training stops early; 0 disables early stopping."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak AdamW learning rate (linear warm-up over the first tenth, then linear decay)."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW weight decay."""
     batch_rows: int = Field(default=32, ge=1)
     """Rows (or pairs) per optimizer step, over all workers."""
     frozen_share: float = Field(default=0.5, ge=0, le=1)
     """Share of the layers, lowest first, that stays frozen together with the embeddings; 0 trains everything."""
     lora_rank: int = Field(default=0, ge=0)
     """Rank of LoRA adapters on the trained layers, merged into the checkpoint; 0 trains the full weights."""
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Dropout during training; replaces the backbone's own rate."""
-    calibration: Literal["platt", "temperature", "isotonic", "none"] = "platt"
-    """Calibration fitted on the dev split after prior correction; isotonic requires 1000 positive dev rows."""
-    debias: tuple[Literal["sign_offs", "propensity", "length", "users"], ...] = ()
-    """Nuisance factors to remove. sign_offs adds copies of rows with a farewell or an affectionate close and the same
-    label; propensity weights reactions by the inverse reaction rate; length and users (per-user reaction rate) are
-    fitted first as offsets and left out of the score."""
-
-    @field_validator("members", mode="before")
-    @classmethod
-    def _refuse_member_strings(cls, value: object) -> object:
-        entries = list(value) if isinstance(value, (list, tuple)) else [value]
-        if any(isinstance(entry, (int, str)) for entry in entries):
-            mappings = ", ".join(_parse_member_string(str(e)) if isinstance(e, (int, str)) else str(e) for e in entries)
-            raise ValueError(f"expected a list of mappings, got {value!r}; write [{mappings}]")
-        return value
+    debias: tuple[Literal["counterfactuals", "sign_offs", "propensity", "length", "users"], ...] = ()
+    """Nuisance factors to remove. counterfactuals (default of love and helpfulness) adds rows whose response does not
+    fit the prompt, is generic, echoes the user or is cut, labeled as worse; sign_offs adds copies of rows with a
+    farewell or an affectionate close and the same label; propensity weights reactions by the inverse reaction rate;
+    length and users (per-user reaction rate) are fitted first as offsets and left out of the score."""
 
     @property
     def member_specs(self) -> tuple[EnsembleMemberSpec, ...]:
-        """The models to train, in order; a single one with all layers when `members` is empty."""
+        """The models to train, in order; a single one with all layers when `ensemble.members` is empty."""
         return tuple(
             EnsembleMemberSpec(
                 backbone=member.backbone or self.backbone,
@@ -125,7 +120,7 @@ class RewardModelSettings(SettingsSection):
                 uses_section_backbone=member.backbone is None and member.input == "conversation",
                 response_only=member.input == "response",
             )
-            for member in self.members or (EnsembleMemberSettings(),)
+            for member in self.ensemble.members or (EnsembleMemberSettings(),)
         )
 
     def shared_pass_depths(self, member: EnsembleMemberSpec) -> tuple[int, ...]:
@@ -154,9 +149,9 @@ class RewardSettings(SettingsSection):
     further_section: ClassVar[type[SettingsSection]] = RewardModelSettings
     __pydantic_extra__: dict[str, RewardModelSettings] = Field(init=False)
 
-    love: RewardModelSettings = RewardModelSettings()
+    love: RewardModelSettings = RewardModelSettings(debias=("counterfactuals",))
     """P[Love], trained on reactions."""
-    helpfulness: RewardModelSettings = RewardModelSettings(loss="bradley_terry")
+    helpfulness: RewardModelSettings = RewardModelSettings(loss="bradley_terry", debias=("counterfactuals",))
     """Helpfulness, trained on preference pairs."""
     safety: RewardModelSettings = RewardModelSettings(epochs=6)
     """Safety, trained on labels."""
@@ -166,18 +161,10 @@ class RewardSettings(SettingsSection):
     """Heads trained together on one backbone and scored by one forward pass; empty means one model per objective. The
     first head's section sets backbone, lengths, epochs and rates; loss, calibration and debias are per head (continued
     and thumbs use love's)."""
-    workers: WorkerCount | tuple[WorkerCount, WorkerCount] = 1
+    workers: ActorCount | tuple[ActorCount, ActorCount] = 1
     """Ray Train workers (data-parallel ranks) per reward model; [min, max] makes training elastic."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage of reward training."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Compute dtype of reward training (auto as in model.dtype); master weights are always float32. Scoring on CPUs is
-    always float32."""
-    retries: int = Field(default=1, ge=0)
-    """Restarts of failed training workers; they resume from the last checkpoint, saved once per minute (an ensemble
-    restarts with its first member)."""
-    scoring_batch_tokens: int = Field(default=8192, ge=128)
-    """Maximum tokens that a reward actor scores in one batch."""
 
     @property
     def by_objective(self) -> dict[str, RewardModelSettings]:
@@ -212,20 +199,21 @@ class ObjectiveSettings(SettingsSection):
     weight: float = Field(default=0.0, ge=0)
     """Weight of the score normalized on the reference policy; 0 measures the objective without optimizing it."""
     source: Literal["model", "judge", "function", "serve"] = "model"
-    """model: a trained reward model; judge: the rule `judge`; function: your function `reward`; serve: a service of
-    rluf.serve at `path`."""
+    """Source of the scores: a trained reward model, a rule judge, your own function, or a service of rluf.serve."""
     path: str | None = None
-    """Reward model folder to use without training (source serve: URL of the service); none trains or reuses one."""
-    judge: str | None = None
-    """Rule judge when source is judge: a name of rluf.objectives.judges, or module:function."""
-    reward: str | None = None
-    """Reward function when source is function: module:function of a list of (messages, response) pairs that returns one
-    number each."""
+    """Source model: reward model folder to use without training; none trains or reuses one. Source judge: a name of
+    rluf.objectives.judges, or module:function. Source function: module:function of a list of (messages, response) pairs
+    that returns one number each. Source serve: URL of the service."""
     replicas: int = Field(default=1, ge=1)
     """Reward actors in this objective's pool."""
     gate: Literal["auto", "must_rise", "must_hold", "none"] = "auto"
     """Release gate: must_rise (lift clear of zero), must_hold (no clear fall) or none; auto: must_rise for love,
     must_hold for every other objective."""
+
+    @property
+    def rule_arguments(self) -> dict[str, str]:
+        """Arguments of rluf.objectives.judges.build_rule_scorer, for the sources judge and function."""
+        return {"judge" if self.source == "judge" else "reward": str(self.path)}
 
 
 class ObjectivesSettings(SettingsSection):

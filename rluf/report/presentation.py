@@ -27,9 +27,9 @@ UNJUDGED_DESCRIPTION = "mean score of its reward model or judge on test prompts"
 CARD_ROWS = (
     ("n", "Test rows"),
     ("auroc", "AUROC"),
-    ("length_floor_auroc", "… of length alone"),
+    ("length_only_auroc", "… of length alone"),
     ("pair_accuracy", "Pairwise accuracy"),
-    ("length_floor_accuracy", "… of length alone"),
+    ("length_only_accuracy", "… of length alone"),
     ("log_loss", "Log-loss, nats"),
     ("normalized_entropy", "… over that of the base rate"),
     ("ece", "Calibration error (ECE)"),

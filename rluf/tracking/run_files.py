@@ -8,6 +8,9 @@ import subprocess
 from pathlib import Path
 from typing import TypedDict
 
+SAMPLE_TABLE_ROWS = 16
+"""Rows of each table of samples in the report and in W&B: as many as a person reads."""
+
 
 class PolicyResponse(TypedDict):
     """One policy's response in a samples.jsonl row: text, calibrated scores by objective, judges that it fails."""

@@ -52,7 +52,7 @@ def train(settings: Settings) -> Path:
     model_path = phase_timer.time_call("model", resolve_model, settings.model.path, cache_folder)
 
     with ExitStack() as stack:
-        phase_timer.time_call("ray", stack.enter_context, ray_connection(settings))
+        phase_timer.time_call("ray", stack.enter_context, ray_connection())
         resource_plan = plan_resources(settings)
         logger.info("actors:\n%s", format_plan(resource_plan, use_rich=False))
         stack.enter_context(ensure_capacity(resource_plan, settings.timeouts.autoscale_s))

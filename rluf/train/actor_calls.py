@@ -147,7 +147,7 @@ async def gather_calls(
 async def switch_gpu_phase(settings: Settings, actor_groups: ActorGroups, phase: GpuPhase) -> float:
     """Offload one side of colocated GPUs and load the other for `phase`; returns the seconds it took.
 
-    Does nothing where engines and learners have GPUs of their own. Raises DeadlineError past timeouts.weight_sync_s,
+    Does nothing where engines and learners have GPUs of their own. Raises DeadlineError past timeouts.call_s,
     naming the actor and what it was doing.
     """
     if not settings.is_colocated:
@@ -166,7 +166,7 @@ async def _run_phase_action(settings: Settings, actor_groups: ActorGroups, phase
     arguments = (phase_action.components,) if phase_action.components else ()
     calls = [(actor, getattr(actor.handle, phase_action.action).remote(*arguments)) for actor in actors]
     activity = f"GPU phase: {phase_action.action} {' '.join(phase_action.components)}".rstrip()
-    await gather_calls(calls, settings.timeouts.weight_sync_s, activity)
+    await gather_calls(calls, settings.timeouts.call_s, activity)
 
 
 async def fetch_group(group_ref: Any) -> Any:

@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 STOP_TIMEOUT_S = 10.0
+HEALTH_CHECK_INTERVAL_S = 30.0
+"""Seconds between health checks; loading a large model may keep an actor from answering for longer than ten."""
 MAX_MISSED_HEALTH_CHECKS = 2
 """Missed checks in a row after which an actor counts as lost: one alone may be a machine that is busy for a moment."""
 ACTOR_CLASSES: dict[str, type] = {"rollout": RolloutActor, "reward": RewardActor, "learner": LearnerActor}
@@ -170,12 +172,12 @@ class ActorSupervisor:
             await asyncio.gather(work_task, watch_task, return_exceptions=True)
 
     async def watch_health(self) -> None:
-        """Check every actor's health each `cluster.health_check_interval_s` seconds.
+        """Check every actor's health each HEALTH_CHECK_INTERVAL_S seconds.
 
         An actor that is gone or misses MAX_MISSED_HEALTH_CHECKS checks in a row is reported to `on_loss`; without
         `on_loss` it is raised as ActorLostError.
         """
-        interval_s = self.settings.cluster.health_check_interval_s
+        interval_s = HEALTH_CHECK_INTERVAL_S
         missed_checks: dict[str, int] = {}
         while True:
             await asyncio.sleep(interval_s)

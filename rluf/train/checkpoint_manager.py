@@ -25,6 +25,7 @@ from rluf.checkpoint.format import (
     write_run_state,
 )
 from rluf.checkpoint.upload import CheckpointUploader, download_newest_checkpoint, find_newest_upload
+from rluf.config.renamed import describe_old_keys
 from rluf.config.settings import Settings
 from rluf.errors import DataError, ModelError, RewardHackingError, SettingsError
 from rluf.types import EvalResponse, Prompt
@@ -66,6 +67,13 @@ class CheckpointManager:
             return None
         state = checkpoint.read_state()
         self._last_saved_step = checkpoint.step
+        replaced_keys = describe_old_keys(state.settings)
+        if replaced_keys:
+            raise SettingsError(
+                f"run.resume={self.settings.run.resume}: an earlier release wrote checkpoint {checkpoint.folder}, "
+                f"whose settings have old names ({', '.join(sorted(replaced_keys)[:3])} ...); resume it with that "
+                "release, or start a new run without run.resume"
+            )
         changes = diff_settings(state.settings, self.settings.model_dump(mode="json"))
         if state.prompts_digest != self._prompts_digest:
             # The state holds positions in the shuffled prompts and ids in flight: with other prompts both are invalid.

@@ -209,7 +209,7 @@ class TrainController:
             prompt,
             sample_count,
             seed,
-            timeout_s=self.settings.timeouts.rollout_s,
+            timeout_s=self.settings.timeouts.call_s,
             task_name=f"generate v{self.version}",
             activity=f"prompt {prompt.id}",
             prompt_id=prompt.id,
@@ -225,7 +225,7 @@ class TrainController:
                 pool,
                 "score_group",
                 group_ref,
-                timeout_s=self.settings.timeouts.rollout_s,
+                timeout_s=self.settings.timeouts.call_s,
                 task_name=f"score v{info.weight_version}",
                 activity=f"scoring prompt {info.prompt_id}",
                 prompt_id=info.prompt_id,
@@ -254,7 +254,7 @@ class TrainController:
     async def _collect_batch(self, step: int) -> list[ScoredGroup]:
         await switch_gpu_phase(self.settings, self.actor_groups, "generate")
         # As long as sampling, scoring and starting an actor again may take.
-        timeout_s = 2 * self.settings.timeouts.rollout_s + self.settings.timeouts.actor_start_s
+        timeout_s = 2 * self.settings.timeouts.call_s + self.settings.timeouts.actor_start_s
         return await self.work_buffer.collect_batch(
             step, self.settings.algorithm.prompts_per_step, accept_group=self._accept_group, timeout_s=timeout_s
         )
@@ -268,7 +268,7 @@ class TrainController:
         if self.work_buffer.dropped_count >= MAX_DROPPED_BATCHES * algorithm.prompts_per_step:
             return True
         staleness = self.version - scored_group.info.weight_version
-        if algorithm.stale_policy == "drop" and staleness > algorithm.max_staleness:
+        if staleness > algorithm.max_staleness:
             return False
         if not find_algorithm(algorithm.name).dynamic_sampling:
             return True

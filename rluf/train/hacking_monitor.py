@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BASELINE_SEED_OFFSET = 3_000_017
+BASELINE_PROMPTS = 64
+"""Training prompts that the base policy answers before the first step, as the baseline of the alarms."""
 
 
 class RewardHackingMonitor:
@@ -61,14 +63,14 @@ class RewardHackingMonitor:
         self._love_frozen = love_frozen
 
     async def measure_baseline(self, controller: TrainController) -> None:
-        """Sample one reply of the base policy to each of `algorithm.hacking_baseline_prompts` training prompts.
+        """Sample one reply of the base policy to each of BASELINE_PROMPTS training prompts.
 
         Raises DataError where every training prompt is of a topic with an objective of its own.
         """
         algorithm = self._settings.algorithm
         if self._mode == "off" or self._detector is not None:
             return
-        prompts = self._baseline_prompts(controller.prompts, algorithm.hacking_baseline_prompts)
+        prompts = self._baseline_prompts(controller.prompts, BASELINE_PROMPTS)
         seed = self._settings.seed + BASELINE_SEED_OFFSET
         responses = await controller.generate_and_score(prompts, 1, seed, lambda: None)
         samples = _monitor_samples([group for group, _ in responses])

@@ -226,7 +226,7 @@ async def _run_steps(run: TrainingRun) -> None:
                 sample_values = {name: list(chain(*rows)) for name, rows in controller.sample_values.items()}
                 run.tracker.log_step(step, row, sample_values)
                 if should_log_samples(step, last_step):
-                    await log_sample_table(controller, step, settings.tracking.sample_table_rows, run.tracker)
+                    await log_sample_table(controller, step, run.tracker)
                 gauges.set_step(row)
                 await run.monitor.check_step(controller, step, row.get("kl", 0.0))
                 displayed_metrics = (*controller.objectives, "reward", "kl", "sync_logprob_gap", "step_s")

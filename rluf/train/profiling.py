@@ -26,7 +26,7 @@ class StepProfiler:
         """Do nothing where `run.profile_steps` is 0."""
         self._controller, self._profile_folder = controller, folder / "profile"
         settings = controller.settings
-        self._timeout_s, self._last_step = settings.timeouts.learner_step_s, settings.algorithm.steps
+        self._timeout_s, self._last_step = settings.timeouts.call_s, settings.algorithm.steps
         self._profile_steps, self._first_step = settings.run.profile_steps, 0
 
     async def start_if_due(self, step: int) -> None:

@@ -197,7 +197,7 @@ class WorkBuffer:
                 raise DeadlineError(
                     f"waited {timeout_s:g} s for a group of step {step}: {len(batch)} of {group_count} are complete, "
                     f"{len(self._running_tasks)} in flight; check the rollout and reward actors' logs in the Ray "
-                    "dashboard, or raise timeouts.rollout_s"
+                    "dashboard, or raise timeouts.call_s"
                 )
             for task in done_tasks - {get_task}:
                 task.result()

@@ -83,7 +83,7 @@ def test_the_default_is_grpo_with_a_mean_over_tokens_then_samples() -> None:
 
 
 def test_kl_in_the_reward_leaves_the_loss() -> None:
-    algorithm = make_settings("reinforce_pp", kl_placement="reward")
+    algorithm = make_settings("reinforce_pp", kl_penalty="reward")
     inputs = AdvantageInputs([[0.0, 1.0]], [[3, 5]], [[SampleKL(0.1, 0.2, 0.1), SampleKL(0.2, 0.3, 0.2)]], kl_coef=0.5)
     learner_inputs = build_learner_inputs(algorithm, inputs, max_response_tokens=10, kl_coef=0.5)
     assert (

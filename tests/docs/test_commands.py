@@ -93,7 +93,7 @@ REQUIREMENT_PATTERNS = {
     "needs a cluster": r"cluster|Kubernetes",
 }
 """Text that the page of a command must contain, by the reason why it is not run."""
-FLOAT32_OVERRIDES = ("model.dtype=float32", "reward.dtype=float32")
+FLOAT32_OVERRIDES = ("model.dtype=float32",)
 
 
 def find_test(line: str) -> str:

@@ -157,7 +157,7 @@ def make_arm_with_brevity(seed: int, love_rate: float, brevity: float, *, user_c
 
 @pytest.mark.parametrize("user_count", [0, 600])
 def test_an_objective_that_users_do_not_judge_is_gated_on_its_own_scores(user_count: int) -> None:
-    objectives = ObjectivesSettings.model_validate({"brevity": {"source": "judge", "judge": "length"}})
+    objectives = ObjectivesSettings.model_validate({"brevity": {"source": "judge", "path": "length"}})
 
     def summarize(brevity: float, specs: Mapping[str, ObjectiveSpec]) -> dict[str, Any]:
         arms = [make_arm_with_brevity(seed, rate, value, user_count=user_count)

@@ -34,7 +34,7 @@ SERVED_RESPONSES = [
         [prompt for prompt in PROMPTS if prompt.split == "train"][::12], MODEL_VERSIONS[:2], TEXTS
     )
 ]
-SETTINGS = SimulateSettings(users=200, log_rows=600, preference_pairs=80, safety_labels=60)
+SETTINGS = SimulateSettings(log_rows=600)
 
 
 def read_sample_log(kind: str) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def test_a_log_is_reproducible_and_near_its_base_rate() -> None:
     log, repeated, other_seed = (build_log(SERVED_RESPONSES, SETTINGS, seed) for seed in (1, 1, 2))
     assert log == repeated
     assert log["feedback"] != other_seed["feedback"]
-    assert [len(log[kind]) for kind in ("feedback", "preferences", "safety")] == [600, 80, 60]
+    assert [len(log[kind]) for kind in ("feedback", "preferences", "safety")] == [600, 120, 90]
     assert 0.02 < sum(row["reaction"] == "love" for row in log["feedback"]) / 600 < 0.11
     times = [row["time"] for row in log["feedback"]]
     assert times == sorted(times)

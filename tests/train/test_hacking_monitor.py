@@ -18,7 +18,7 @@ from rluf.errors import DataError, RewardHackingError
 from rluf.objectives.aggregator import RewardAggregator
 from rluf.tracking.wandb import WandbTracker
 from rluf.train.controller import TrainController
-from rluf.train.hacking_monitor import RewardHackingMonitor
+from rluf.train.hacking_monitor import BASELINE_PROMPTS, RewardHackingMonitor
 from rluf.train.sample_table import log_sample_table
 from rluf.types import Group, Prompt, Sample
 
@@ -130,7 +130,7 @@ async def test_refusals_are_no_hack_on_topics_with_an_objective_of_their_own(tra
     topic = next(iter(settings.aggregation.topic_objectives))
     controller = FakeController(("chat", topic))
     monitor = await start_monitor("act", tracker, controller)
-    assert len(controller.baseline_prompts) == settings.algorithm.hacking_baseline_prompts
+    assert len(controller.baseline_prompts) == BASELINE_PROMPTS
     assert {prompt.topic for prompt in controller.baseline_prompts} == {"chat"}
     for step in range(1, 10):
         await monitor.check_step(controller.train_on(REFUSAL, topic), step, 0.0)
@@ -179,7 +179,7 @@ async def test_lost_replies_do_not_end_the_run(tracker: WandbTracker, caplog: py
     assert monitor.state() == state
     controller.last_batch_refs[3] = read_lost_object()
     controller.sample_values = {name: [[0.5]] * 8 for name in ("love", "reward", "kl")}
-    await log_sample_table(cast(TrainController, controller), 2, 8, tracker)
+    await log_sample_table(cast(TrainController, controller), 2, tracker)
     messages = [record.message for record in caplog.records]
     assert messages[0].startswith("reward hacking monitor: step 2 not checked: ")
     assert messages[1].startswith("sample table: step 2 has none: ")

@@ -44,8 +44,8 @@ BASE_OVERRIDES = (
     "objectives.helpfulness.weight=0.5", "objectives.safety.weight=0.2",
 )  # fmt: skip
 ALGORITHM_OVERRIDES = {
-    "ppo": ["algorithm.kl_placement=reward"],
-    "rloo": ["algorithm.kl_placement=reward"],
+    "ppo": ["algorithm.kl_penalty=reward"],
+    "rloo": ["algorithm.kl_penalty=reward"],
     **{name: ["aggregation.method=calibrated"] for name in ("crpg", "crraft", "codpo")},
     "grpo": ["aggregation.method=constrained", "aggregation.floors={safety: 0}"],
 }
