@@ -1,4 +1,4 @@
-"""Error rates and coverage of the statistics: A/B tests, CUPED, repeated checks, and alarms on planted hacks.
+"""Error rates and coverage of the statistics: A/B tests, CUPED and repeated checks.
 
 Everything is simulated with a known truth and evaluated with the library's own functions. Users differ in how easily
 they love and in how much they read, and users who love more read more. Prints one JSON line last, with its seed.
@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from planted import measure_alarms  # benchmarks/planted.py
 from scipy import integrate, stats
 
 from rluf.evaluate.correlation import PolicyResult, measure_association
@@ -260,7 +259,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=10_000, help="experiments behind each fixed-horizon figure")
     parser.add_argument("--sequential-runs", type=int, default=2000, help="experiments behind each sequential figure")
-    parser.add_argument("--unhacked", type=int, default=1000, help="runs behind the false-alarm rates")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
     rngs = [np.random.default_rng(sequence) for sequence in np.random.SeedSequence(args.seed).spawn(6)]
@@ -279,7 +277,6 @@ def main() -> None:
         ("daily_looks_at_returning_users", lambda: check_returning_users(args.sequential_runs, rngs[2])),
         ("cuped_variance_left", lambda: check_cuped_variance(args.runs, rngs[3])),
         ("coverage_of_correlations", lambda: check_correlation_coverage(args.sequential_runs, rngs[5])),
-        ("alarms", lambda: measure_alarms(args.unhacked, rngs[4])),
     )
     for name, run_check in checks:
         report[name] = run_check()

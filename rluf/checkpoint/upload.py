@@ -156,21 +156,17 @@ class CheckpointUploader:
             try:
                 if self._upload_once(task):
                     seconds = time.monotonic() - task.start_time
-                    logger.info(
-                        "checkpoint %s: uploaded to %s seconds=%.1f", task.checkpoint_folder.name, self.url, seconds
-                    )
+                    name = task.checkpoint_folder.name
+                    logger.info("checkpoint %s: uploaded to %s seconds=%.1f", name, self.url, seconds)
                     self.uploaded_steps.append(int(parse_step(task.checkpoint_folder) or 0))
                 return None
             except (OSError, ValueError, RuntimeError) as error:
                 if not (task.checkpoint_folder / MANIFEST_FILE).exists():
-                    logger.info(
-                        "checkpoint %s: not uploaded, it was deleted meanwhile and newer ones exist",
-                        task.checkpoint_folder.name,
-                    )
+                    name = task.checkpoint_folder.name
+                    logger.info("checkpoint %s: not uploaded, it was deleted meanwhile", name)
                     return None
-                problem = (
-                    f"{type(error).__name__}: {error} (at {task.current_file}, attempt {attempt + 1} of {MAX_ATTEMPTS})"
-                )
+                attempts = f"attempt {attempt + 1} of {MAX_ATTEMPTS}"
+                problem = f"{type(error).__name__}: {error} (at {task.current_file}, {attempts})"
             if task.is_abandoned or attempt + 1 == MAX_ATTEMPTS:
                 break
             name = task.checkpoint_folder.name

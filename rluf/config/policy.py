@@ -98,6 +98,9 @@ class AlgorithmSettings(SettingsSection):
     """Maximum ratio of learner to engine probability; mask also drops tokens below its inverse."""
     max_staleness: int = Field(default=0, ge=0)
     """Maximum lag of a batch in weight versions: 0 synchronous, 1 one step off-policy, more asynchronous."""
+    truncated: Literal["penalize", "mask", "learn"] = "penalize"
+    """Responses cut at rollout.max_response_tokens: penalize lowers their reward below that of the group's finished
+    ones, mask leaves them out of the loss, learn treats them as finished."""
     hacking_alarms: Literal["off", "warn", "act"] = "warn"
     """Reward-hacking alarms on each step: warn only logs; act also freezes love, rolls back a checkpoint, or stops."""
 

@@ -86,7 +86,7 @@ def _package_versions() -> dict[str, str]:
 def _build_arm(settings: Settings, eval_responses: Sequence[EvalResponse], arm_index: int) -> EvaluatedArm:
     """Samples and scores of one policy and, if enabled, reactions of new simulated users (different per arm)."""
     monitor_samples = [
-        MonitorSample(prompt.id, prompt.messages, sample.text, len(sample.response_ids), prompt.topic)
+        MonitorSample.from_sample(sample, prompt.messages, prompt.topic)
         for prompt, sample in _prompt_samples(eval_responses)
     ]
     scores = {

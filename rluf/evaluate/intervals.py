@@ -182,23 +182,6 @@ def paired_bootstrap(
     )
 
 
-def two_proportion_z(base_values: ArrayLike, aligned_values: ArrayLike) -> float:
-    """z of aligned against base for two shares (values 0 or 1) with the pooled rate; 0.0 when neither arm varies."""
-    base, aligned = np.asarray(base_values, dtype=np.float64), np.asarray(aligned_values, dtype=np.float64)
-    pooled = float((base.sum() + aligned.sum()) / (base.size + aligned.size))
-    error = float(np.sqrt(pooled * (1.0 - pooled) * (1.0 / base.size + 1.0 / aligned.size)))
-    return float((aligned.mean() - base.mean()) / error) if error > 0.0 else 0.0
-
-
-def welch_z(base_values: ArrayLike, aligned_values: ArrayLike) -> float:
-    """z of aligned against base for two means with unequal variances; 0.0 when neither arm varies."""
-    base, aligned = np.asarray(base_values, dtype=np.float64), np.asarray(aligned_values, dtype=np.float64)
-    if min(base.size, aligned.size) < 2:
-        return 0.0
-    error = float(np.sqrt(base.var(ddof=1) / base.size + aligned.var(ddof=1) / aligned.size))
-    return float((aligned.mean() - base.mean()) / error) if error > 0.0 else 0.0
-
-
 def _student_t_quantile(cluster_count: int, confidence: float) -> float:
     return float(stats.t.ppf(0.5 + confidence / 2.0, cluster_count - 1))
 

@@ -261,13 +261,8 @@ def build_arrow_schema(record_type: type[BaseModel]) -> pa.Schema:
 
 
 def records_to_table(records: Iterable[LogRecord], record_type: type[LogRecord]) -> pa.Table:
-    """Arrow table of records of one kind; the inverse of `table_to_records`."""
+    """Arrow table of records of one kind."""
     return pa.Table.from_pylist([row.model_dump() for row in records], schema=build_arrow_schema(record_type))
-
-
-def table_to_records(table: pa.Table, record_type: type[LogRecord]) -> list[LogRecord]:
-    """Records of an Arrow table from `records_to_table`. Raises pydantic.ValidationError for invalid rows."""
-    return [record_type.model_validate(row) for row in table.to_pylist()]
 
 
 FUTURE_SLACK = timedelta(days=1)

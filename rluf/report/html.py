@@ -26,7 +26,7 @@ FIRST_CURVES = ("kl", "response_length")
 """Curves that are visible without a click, in addition to those of the objectives and the reward."""
 CHARTED_METRICS = (
     *FIRST_CURVES, "entropy", "grad_norm", "clip_share", "ratio_mean", "ratio_max", "effective_sample_size",
-    "sync_logprob_gap", "demonstration_nll",
+    "sync_logprob_gap", "demonstration_nll", "truncated_share",
 )  # fmt: skip
 """Metrics with a curve in addition to the objectives; all others are in the table of numbers only."""
 MORE_CURVES_HEADING = "Learner health:"

@@ -455,7 +455,5 @@ def _to_scored_items(batch_scores: BatchScores) -> list[ScoredItem]:
     version, scores_by_objective = batch_scores
     names = list(scores_by_objective)
     rows = zip(*scores_by_objective.values(), strict=True)
-    return [
-        ScoredItem(version, {name: Score(name, *values) for name, values in zip(names, row, strict=True)})
-        for row in rows
-    ]
+    score_rows = ({name: Score(name, *values) for name, values in zip(names, row, strict=True)} for row in rows)
+    return [ScoredItem(version, scores) for scores in score_rows]

@@ -276,7 +276,10 @@ class TrainController:
         return has_reward_variance(group_scores.signals, weights) or has_mixed_verdicts(group_scores.gate_verdicts)
 
     def _group_scores(self, scored_group: ScoredGroup) -> GroupScores:
-        return scored_group.group_scores(self.settings.aggregation.uncertainty_penalty)
+        return scored_group.group_scores(
+            self.settings.aggregation.uncertainty_penalty,
+            penalize_truncated=self.settings.algorithm.truncated == "penalize",
+        )
 
     async def _score_baseline_replies(self) -> None:
         """Before the first step, score one reply of the base policy per prompt where rewards are calibrated by it."""
@@ -323,6 +326,7 @@ class TrainController:
             "reward": fmean(reward for row in step_rewards.rewards for reward in row),
             "response_tokens": sum(response_lengths),
             "response_length": fmean(response_lengths),
+            "truncated_share": fmean(not finished for group in batch for finished in group.info.finished),
             "prompt_tokens": sum(g.info.prompt_token_count * len(g.info.response_token_counts) for g in batch),
             "samples": len(response_lengths),
             # The update has raised the version by one since the batch was trained on.

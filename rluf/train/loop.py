@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+DISPLAYED_METRICS = ("reward", "kl", "truncated_share", "sync_logprob_gap", "step_s")
+MAX_TRUNCATED_SHARE = 0.2
+"""A larger share of truncated responses in the first step is worth a warning."""
 EVALUATION_SEED_OFFSET = 1_000_003
 """Both policies are evaluated with the same seeds, which training does not use."""
 
@@ -228,8 +231,17 @@ async def _run_steps(run: TrainingRun) -> None:
                 if should_log_samples(step, last_step):
                     await log_sample_table(controller, step, run.tracker)
                 gauges.set_step(row)
-                await run.monitor.check_step(controller, step, row.get("kl", 0.0))
-                displayed_metrics = (*controller.objectives, "reward", "kl", "sync_logprob_gap", "step_s")
+                await run.monitor.check_step(controller, step)
+                if step == 1:
+                    _warn_if_truncated(settings, row.get("truncated_share", 0.0))
+                displayed_metrics = (
+                    *controller.objectives,
+                    "reward",
+                    "kl",
+                    "truncated_share",
+                    "sync_logprob_gap",
+                    "step_s",
+                )
                 progress.advance(**{name: row[name] for name in displayed_metrics if name in row})
             if stop_event.is_set():
                 steps_done = len(result.step_metrics)
@@ -287,3 +299,14 @@ def _record_phase(result: TrainResult, phase: str, start_time: float) -> float:
     end_time = time.monotonic()
     result.phase_seconds[phase] = end_time - start_time
     return end_time
+
+
+def _warn_if_truncated(settings: Settings, truncated_share: float) -> None:
+    """Warn if the token limit cuts many responses of the base policy, whose rewards then say little."""
+    if truncated_share > MAX_TRUNCATED_SHARE:
+        logger.warning(
+            "rollout: %.0f%% of the responses of step 1 were cut at rollout.max_response_tokens=%d; raise the limit or "
+            "ask for shorter answers in the system prompt of the data",
+            100.0 * truncated_share,
+            settings.rollout.max_response_tokens,
+        )

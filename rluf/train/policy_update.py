@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rluf.algorithms.advantages import MAX_KL_PER_TOKEN, AdvantageInputs, SampleKL
 from rluf.algorithms.losses import update_kl_coef
 from rluf.algorithms.packing import MicroBatch, plan_micro_batches
-from rluf.algorithms.registry import LearnerInputs, build_learner_inputs, requires_reference_kl
+from rluf.algorithms.registry import LearnerInputs, build_learner_inputs, mask_truncated, requires_reference_kl
 from rluf.checkpoint.format import POLICY_FOLDER
 from rluf.errors import ActorError, ActorLostError
 from rluf.train.actor_calls import gather_calls, put_object, switch_gpu_phase
@@ -118,6 +118,8 @@ class PolicyUpdater:
             use_gdpo=self._settings.aggregation.method == "gdpo",
             demonstration_lengths=[info.response_token_counts[0] for info in infos[len(batch) :]],
         )
+        if algorithm.truncated == "mask":
+            learner_inputs = mask_truncated(learner_inputs, [info.finished for info in infos])
         response_count = sum(len(scored.info.response_token_counts) for scored in batch)
         return PlannedUpdate(group_refs, micro_batches, learner_inputs, response_count)
 

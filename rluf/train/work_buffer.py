@@ -33,12 +33,13 @@ class ScoredGroup:
     admission_index: int = 0
     """Position in the order of admission, which tells groups of one prompt apart."""
 
-    def group_scores(self, uncertainty_penalty: float) -> GroupScores:
+    def group_scores(self, uncertainty_penalty: float, *, penalize_truncated: bool = False) -> GroupScores:
         """The aggregator's view of this group; `uncertainty_penalty` see rluf.objectives.aggregator.compute_signal."""
         signals = {
             name: [compute_signal(s, uncertainty_penalty) for s in scores] for name, scores in self.scores.items()
         }
-        return GroupScores(self.info.prompt_id, self.info.topic, signals, self.info.passed_judges)
+        finished = self.info.finished if penalize_truncated else ()
+        return GroupScores(self.info.prompt_id, self.info.topic, signals, self.info.passed_judges, finished)
 
 
 class CountingIterator:

@@ -18,6 +18,7 @@ from rluf.algorithms.registry import (
     compute_token_weights,
     find_algorithm,
     has_reward_variance,
+    mask_truncated,
     requires_reference_kl,
 )
 from rluf.config.policy import ALGORITHM_NAMES, POLICY_LOSS_NAMES, AlgorithmSettings
@@ -57,6 +58,18 @@ def test_weights_of_means_add_up_to_one(lengths: list[list[int]]) -> None:
         weights = compute_token_weights(loss_aggregation, lengths, 40)
         total = sum(w * n for row, sizes in zip(weights, lengths, strict=True) for w, n in zip(row, sizes, strict=True))
         assert total == pytest.approx(1.0)
+
+
+def test_masked_truncated_responses_have_no_loss_and_the_others_keep_theirs() -> None:
+    inputs = build_learner_inputs(
+        make_settings("grpo", truncated="mask"),
+        AdvantageInputs(rewards=[[1.0, 0.0], [2.0, 0.0]], response_lengths=[[2, 5], [4, 5]]),
+        max_response_tokens=5,
+        kl_coef=0.0,
+    )
+    masked = mask_truncated(inputs, [(True, False), (False, False)])
+    assert masked.loss_weights == [[1 / 8, 0.0], [0.0, 0.0]]
+    assert masked.advantages == inputs.advantages
 
 
 def test_a_demonstration_is_added_with_advantage_one_by_every_algorithm() -> None:

@@ -16,8 +16,6 @@ from rluf.evaluate.intervals import (
     paired_bootstrap,
     relative_lift,
     sum_by_cluster,
-    two_proportion_z,
-    welch_z,
 )
 
 
@@ -144,14 +142,3 @@ def test_invalid_input_is_refused() -> None:
         clustered_mean([1.0, float("nan")], ["a", "b"])
     with pytest.raises(DataError, match="got 2 values, 3 labels"):
         clustered_mean([1, 0], ["a", "b", "c"])
-
-
-def test_z_statistics() -> None:
-    base, aligned = np.repeat([1, 0], [7, 993]), np.repeat([1, 0], [28, 972])
-    table = stats.contingency.chi2_contingency([[7, 993], [28, 972]], correction=False)
-    assert two_proportion_z(base, aligned) ** 2 == pytest.approx(table.statistic, rel=1e-9)
-    assert two_proportion_z([0, 0], [0, 0]) == 0.0
-    rng = np.random.default_rng(4)
-    first, second = rng.normal(0, 1, 50), rng.normal(1, 2, 70)
-    assert welch_z(first, second) == pytest.approx(stats.ttest_ind(second, first, equal_var=False).statistic, rel=1e-9)
-    assert welch_z([1.0], [2.0]) == 0.0
