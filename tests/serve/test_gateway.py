@@ -94,13 +94,13 @@ async def test_the_gateway_scores_with_the_live_scorer(gateway: GatewayDeploymen
 
 
 async def test_a_served_request_enters_the_files_of_the_page(gateway: GatewayDeployment) -> None:
-    (messages, response), *_ = make_items(1)
+    (item,) = make_items(1)
     transport = httpx.ASGITransport(make_app(gateway))
     async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
         # The scorer's thread pool has threads from before; those of a new pool start with the recorder.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor())
         start_recording()
-        reply = await client.post("/v1/score", json={"messages": messages, "response": response})
+        reply = await client.post("/v1/score", json={"messages": item.messages, "response": item.response})
         walk = list_walk(stop_recording())
     assert set(reply.json()["scores"]) == set(OBJECTIVES)
     assert sorted(walk) == sorted(read_walk("A served request"))
