@@ -27,11 +27,16 @@ class RolloutActor:
         """Start the engine; returns its name, process ids, model and KV cache size in tokens."""
         return await self._engine.start()
 
-    async def generate_group(self, prompt: Prompt, sample_count: int, seed: int) -> tuple[Group, GroupInfo]:
-        """Sample `sample_count` responses to `prompt`: the group, and its small numbers for the driver."""
+    async def generate_group(
+        self, prompt: Prompt, sample_count: int, seed: int, temperature: float | None = None
+    ) -> tuple[Group, GroupInfo]:
+        """Sample `sample_count` responses to `prompt`: the group, and its small numbers for the driver.
+
+        `temperature` None is rollout.temperature.
+        """
         # One seed per sample, from the prompt and not from the order of requests: a repeated call reproduces them.
         seeds = [derive_sample_seed(seed, prompt.id, index) for index in range(sample_count)]
-        generations = await self._engine.generate(prompt.token_ids, seeds)
+        generations = await self._engine.generate(prompt.token_ids, seeds, temperature)
         group = Group(
             prompt=prompt,
             samples=tuple(

@@ -117,7 +117,7 @@ def run_in_process(work_folder: Path, run_folder: Path, overrides: list[str]) ->
             run_training(settings, run_folder, model, work_folder / "data", {"love": work_folder / "love"}, tracker)
         )
     (run_folder / "outcome.json").write_text(
-        json.dumps({"base": len(result.base_responses), "aligned": len(result.aligned_responses)})
+        json.dumps({arm: sum(answer.arm == arm for answer in result.answers) for arm in ("base", "aligned")})
     )
 
 

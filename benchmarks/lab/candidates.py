@@ -270,10 +270,8 @@ def measure_candidate(
         **candidate.details,
         "kl": kl,
         "replies": len(new_replies.texts),
-        "offline": offline_score_changes(claim_world.reply_features, models, *replies_by_use[0], seed=claim_world.seed),
-        "gold": ground_truth_changes(
-            claim_world.dataset, claim_world.truth_cache, base_replies, new_replies, seed=claim_world.seed
-        ),
+        "offline": offline_score_changes(claim_world.reply_features, models, *replies_by_use[0]),
+        "gold": ground_truth_changes(claim_world.dataset, claim_world.truth_cache, base_replies, new_replies),
         "ab": run_ab_test(
             claim_world.dataset,
             claim_world.truth_cache,

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rluf.types import Group, Prompt, Sample
+from rluf.types import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,6 @@ STATE_FILE = "state.json"
 POLICY_FOLDER = "policy"
 CHECKPOINTS_FOLDER = "checkpoints"
 """Folder of the checkpoints within a run folder."""
-BASE_RESPONSES_FILE = "base_answers.jsonl"
-"""The base policy's evaluation responses, in the run folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,21 +218,3 @@ def diff_settings(old_settings: Mapping[str, Any], new_settings: Mapping[str, An
         else:
             differences.append(f"{dotted_key} (then {saved!r}, now {current!r})")
     return differences
-
-
-def group_to_json(group: Group) -> dict[str, Any]:
-    """A group as plain JSON types."""
-    return asdict(group)
-
-
-def group_from_json(group_json: Mapping[str, Any]) -> Group:
-    """The group that `group_to_json` wrote."""
-    # JSON has no tuples, and the frozen types compare equal only with tuples.
-    prompt = dict(group_json["prompt"])
-    prompt |= {"messages": tuple(prompt["messages"]), "token_ids": tuple(prompt["token_ids"])}
-    samples = []
-    for sample in group_json["samples"]:
-        tuples = {key: tuple(sample[key]) for key in ("prompt_ids", "response_ids", "rollout_logprobs")}
-        spans = tuple((int(start), int(version)) for start, version in sample["version_spans"])
-        samples.append(Sample(**{**sample, **tuples, "version_spans": spans}))
-    return Group(Prompt(**prompt), tuple(samples), int(group_json["weight_version"]))

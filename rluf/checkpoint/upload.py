@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rluf.checkpoint.format import (
-    BASE_RESPONSES_FILE,
     CHECKPOINTS_FOLDER,
     MANIFEST_FILE,
     find_checkpoint_problem,
     parse_step,
 )
 from rluf.errors import ModelError, ResourceError
+from rluf.types import ANSWERS_FILE
 from rluf.utils.files import atomic_folder
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ class CheckpointUploader:
         remote_folder = f"{run_path}/{CHECKPOINTS_FOLDER}/{task.checkpoint_folder.name}"
         manifest = json.loads((task.checkpoint_folder / MANIFEST_FILE).read_text("utf-8"))
         file_names = [*manifest["files"], MANIFEST_FILE]
-        local_by_remote = {f"{run_path}/{BASE_RESPONSES_FILE}": self.run_folder / BASE_RESPONSES_FILE}
+        local_by_remote = {f"{run_path}/{ANSWERS_FILE}": self.run_folder / ANSWERS_FILE}
         local_by_remote |= {f"{remote_folder}/{name}": task.checkpoint_folder / name for name in file_names}
         if not task.uploaded_files and storage.exists(f"{remote_folder}/{MANIFEST_FILE}"):
             # A copy of the same step from before the run rolled back: it is incomplete while its files are replaced.
@@ -298,8 +298,8 @@ def download_newest_checkpoint(url: str, run_folder: Path) -> None:
                     storage.get_file(remote_file, str(local_file))
             problem = find_checkpoint_problem(target_folder)
             if problem is None:
-                if not (run_folder / BASE_RESPONSES_FILE).exists():
-                    storage.get_file(f"{run_path}/{BASE_RESPONSES_FILE}", str(run_folder / BASE_RESPONSES_FILE))
+                if not (run_folder / ANSWERS_FILE).exists():
+                    storage.get_file(f"{run_path}/{ANSWERS_FILE}", str(run_folder / ANSWERS_FILE))
                 logger.info("checkpoint %s: downloaded from %s to %s", name, url, target_folder)
                 return
             logger.warning("checkpoint %s/%s/%s: skipped, %s", url, CHECKPOINTS_FOLDER, name, problem)

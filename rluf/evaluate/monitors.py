@@ -243,7 +243,8 @@ def _get_entropy(sample: MonitorSample) -> float:
 
 
 def _has_refusal(sample: MonitorSample) -> float:
-    return float(judges.is_refusal(sample.text))
+    # Declining a request for harm is wanted.
+    return float(judges.is_refusal(sample.text) and not judges.is_harmful_request(sample.messages))
 
 
 MONITORS: dict[str, MonitorSpec[ReplyMeasure]] = {

@@ -21,7 +21,7 @@ from actors.reward import RewardActor
 from actors.rollout import RolloutActor
 from cluster.placement import PlacementGroups, actor_options
 from rluf.checkpoint.format import RunCheckpoint
-from rluf.config.derived import objectives_by_reward_pool
+from rluf.config.derived import group_objectives_by_pool
 from rluf.config.settings import Settings
 from rluf.errors import ActorLostError, DeadlineError
 from rluf.train.actor_calls import ActorGroups, ActorRef, call_with_timeout, gather_calls
@@ -58,7 +58,7 @@ class ActorSupervisor:
         self.on_loss: Callable[[ActorLostError], None] | None = None
         self._model_path = model_path
         self._reward_folders = dict(reward_folders)
-        reward_pools = objectives_by_reward_pool(settings)
+        reward_pools = group_objectives_by_pool(settings)
         self._pool_objectives = {pool[0]: pool for pool in reward_pools if pool[0] in reward_folders}
         self._with_learners = with_learners
         self._checkpoint = checkpoint

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from rluf.algorithms.registry import find_algorithm, has_reward_variance
 from rluf.checkpoint.format import ControllerState
-from rluf.config.derived import objectives_by_reward_pool
+from rluf.config.derived import group_objectives_by_pool
 from rluf.objectives.aggregator import GroupScores, RewardAggregator, StepRewards
 from rluf.tracking.timeline import STEPS_ROW, RunTimeline, ray_timeline_span
 from rluf.train.actor_calls import ActorRef, fetch_group, switch_gpu_phase
@@ -85,7 +85,7 @@ class TrainController:
         self.settings, self.prompts, self.actor_groups = settings, prompts, supervisor.actor_groups
         scored_objectives = {
             name
-            for pool in objectives_by_reward_pool(settings)
+            for pool in group_objectives_by_pool(settings)
             if pool[0] in self.actor_groups.reward_pools
             for name in pool
         }
@@ -185,9 +185,17 @@ class TrainController:
         return metrics
 
     async def generate_and_score(
-        self, prompts: Sequence[Prompt], sample_count: int, seed: int, on_prompt_done: Callable[[], None]
+        self,
+        prompts: Sequence[Prompt],
+        sample_count: int,
+        seed: int,
+        on_prompt_done: Callable[[], None],
+        temperature: float | None = None,
     ) -> list[tuple[Group, ScoredGroup]]:
-        """Scored responses of the engines' policy to each prompt; `on_prompt_done` is called after each prompt."""
+        """Scored responses of the engines' policy to each prompt; `on_prompt_done` is called after each prompt.
+
+        `temperature` None is rollout.temperature.
+        """
         await switch_gpu_phase(self.settings, self.actor_groups, "generate")
         engine_count = len(self.actor_groups.rollout_actors)
         concurrent_prompts = max(1, self.settings.rollout.concurrency * engine_count // sample_count)
@@ -195,13 +203,15 @@ class TrainController:
 
         async def respond_to_prompt(index: int, prompt: Prompt) -> tuple[Group, ScoredGroup]:
             async with semaphore:
-                scored_group = await self.sample_and_score(prompt, sample_count, seed + index)
+                scored_group = await self.sample_and_score(prompt, sample_count, seed + index, temperature)
             on_prompt_done()
             return await fetch_group(scored_group.group_ref), scored_group
 
         return list(await asyncio.gather(*(respond_to_prompt(i, prompt) for i, prompt in enumerate(prompts))))
 
-    async def sample_and_score(self, prompt: Prompt, sample_count: int, seed: int) -> ScoredGroup:
+    async def sample_and_score(
+        self, prompt: Prompt, sample_count: int, seed: int, temperature: float | None = None
+    ) -> ScoredGroup:
         """Roll out one prompt on the least busy engine and score it by all objectives at once."""
         group_ref, info = await self.actor_calls.call(
             self.actor_groups.rollout_actors,
@@ -209,6 +219,7 @@ class TrainController:
             prompt,
             sample_count,
             seed,
+            temperature,
             timeout_s=self.settings.timeouts.call_s,
             task_name=f"generate v{self.version}",
             activity=f"prompt {prompt.id}",
@@ -272,7 +283,7 @@ class TrainController:
             return False
         if not find_algorithm(algorithm.name).dynamic_sampling:
             return True
-        weights = self.settings.aggregation.weights_for_topic(self.settings.objectives, group_scores.topic)
+        weights = self.settings.aggregation.get_topic_weights(self.settings.objectives, group_scores.topic)
         return has_reward_variance(group_scores.signals, weights) or has_mixed_verdicts(group_scores.gate_verdicts)
 
     def _group_scores(self, scored_group: ScoredGroup) -> GroupScores:

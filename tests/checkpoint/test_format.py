@@ -17,8 +17,6 @@ from rluf.checkpoint.format import (
     RunState,
     diff_settings,
     find_newest_complete,
-    group_from_json,
-    group_to_json,
     hash_prompts,
     optimizer_state_file,
     prune_checkpoints,
@@ -28,7 +26,7 @@ from rluf.checkpoint.format import (
 from rluf.config.load import load_settings
 from rluf.errors import SettingsError
 from rluf.train.checkpoint_manager import CheckpointManager
-from rluf.types import Group, Message, Prompt, Sample
+from rluf.types import Message, Prompt
 
 PROMPT = Prompt("p", (Message(role="user", content="é?"),), (1, 2), "chat", "train")
 
@@ -134,12 +132,6 @@ def test_only_settings_that_affect_training_prevent_resuming() -> None:
     assert diff_settings(before, after) == []
     after["algorithm"] = {"steps": 2, "kl_coef": 0.2}
     assert diff_settings(before, after) == ["algorithm.kl_coef (then 0.1, now 0.2)"]
-
-
-def test_groups_survive_json() -> None:
-    sample = Sample("p", (1, 2), (3, 4), (-0.1, -1e-17), ((0, 3), (1, 4)), "stop", "hé")
-    group = Group(PROMPT, (sample, sample), 3)
-    assert group_from_json(group_to_json(group)) == group
 
 
 def test_the_prompt_hash_depends_on_the_order() -> None:

@@ -100,7 +100,9 @@ class Sampler:
     learner: LearnerActor
     version: int = 0
 
-    def generate_group(self, prompt: Prompt, sample_count: int, seed: int) -> tuple[Group, GroupInfo]:
+    def generate_group(
+        self, prompt: Prompt, sample_count: int, seed: int, temperature: float | None = None
+    ) -> tuple[Group, GroupInfo]:
         samples = []
         for index in range(sample_count):
             generator = random.Random(derive_sample_seed(seed, prompt.id, index))

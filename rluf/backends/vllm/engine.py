@@ -146,11 +146,13 @@ class RolloutEngine:
             "kv_tokens": (config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
         }
 
-    async def generate(self, prompt_ids: Sequence[int], seeds: Sequence[int]) -> list[Generation]:
+    async def generate(
+        self, prompt_ids: Sequence[int], seeds: Sequence[int], temperature: float | None = None
+    ) -> list[Generation]:
         """Sample one response per seed; equal seeds and weights give equal responses.
 
-        Sampling is from the whole vocabulary at rollout.temperature, and ends at an end-of-turn token or after
-        rollout.max_response_tokens. Raises DataError for a prompt that is too long, DeadlineError past
+        Sampling is from the whole vocabulary at `temperature` (None: rollout.temperature), and ends at an end-of-turn
+        token or after rollout.max_response_tokens. Raises DataError for a prompt that is too long, DeadlineError past
         timeouts.call_s, ActorLostError when the engine has died.
         """
         max_prompt_tokens = self.settings.rollout.max_prompt_tokens
@@ -164,7 +166,7 @@ class RolloutEngine:
         try:
             async with self._call_deadline(self.settings.timeouts.call_s, "to generate a group"):
                 tasks = [
-                    asyncio.ensure_future(self._run_request(token_ids, self._build_sampling_params(seed)))
+                    asyncio.ensure_future(self._run_request(token_ids, self._build_sampling_params(seed, temperature)))
                     for seed in seeds
                 ]
                 try:
@@ -385,13 +387,13 @@ class RolloutEngine:
                 "free; lower rollout.kv_cache_gib or use a smaller model"
             )
 
-    def _build_sampling_params(self, seed: int) -> SamplingParams:
+    def _build_sampling_params(self, seed: int, temperature: float | None = None) -> SamplingParams:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         rollout = self.settings.rollout
         return SamplingParams(
-            temperature=rollout.temperature,
+            temperature=rollout.temperature if temperature is None else temperature,
             max_tokens=rollout.max_response_tokens,
             seed=seed,
             logprobs=0,
