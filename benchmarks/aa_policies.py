@@ -26,7 +26,8 @@ import numpy as np
 
 from rluf.config.settings import Settings
 from rluf.evaluate.compare import score_truths, simulate_arm
-from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary
+from rluf.evaluate.gates import NON_INFERIORITY_MARGIN, decide_check
+from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary, compare_reactions
 from rluf.types import ALIGNED_ARM, ANSWERS_FILE, BASE_ARM, PolicyAnswer
 
 KEYS = {"love": "love_rate", "helpfulness": "helpfulness", "safety": "safety"}
@@ -100,9 +101,8 @@ def run_comparisons(pool: PolicyPool, settings: Settings, count: int, fall: floa
                 widths[name].append((lift["high"] - lift["low"]) / 2)
         verdicts[summary["gates"]["verdict"]] += 1
         alarm_count += bool(summary["gates"]["alarms"])
-        worse = build_summary(RunFacts("fall", seed), arms | {ALIGNED_ARM: lower_helpfulness(arms[ALIGNED_ARM], fall)})
-        check = next(check for check in worse["gates"]["checks"] if check["name"] == "helpfulness")
-        fall_statuses[check["status"]] += 1
+        worse = compare_reactions(arms[BASE_ARM], lower_helpfulness(arms[ALIGNED_ARM], fall))
+        fall_statuses[decide_check(worse["helpfulness"], -NON_INFERIORITY_MARGIN)] += 1
     return {
         "comparisons": count, "prompts": len(pool.rows_by_prompt), "responses": len(pool.answers),
         "users_per_arm": settings.evaluate.simulated_users,
