@@ -60,7 +60,6 @@ class CriticWorker:
             zero_stage=learner.zero_stage,
             learning_rate=learning_rate,
             warmup_steps=learner.warmup_steps,
-            max_grad_norm=learner.max_grad_norm,
             dtype=dtype,
             world_size=world_size,
             offload_optimizer=learner.offload_optimizer,

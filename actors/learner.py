@@ -127,7 +127,6 @@ class LearnerActor:
             zero_stage=learner.zero_stage,
             learning_rate=learner.learning_rate,
             warmup_steps=learner.warmup_steps,
-            max_grad_norm=learner.max_grad_norm,
             dtype=dtype,
             world_size=self.world_size,
             offload_optimizer=learner.offload_optimizer,

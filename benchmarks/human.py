@@ -75,7 +75,7 @@ def compute_member_features(
     is_pairwise = model_settings.loss == "bradley_terry"
     features, first_encoded = [], None
     for member in model_settings.member_specs:
-        depths = model_settings.model_copy(update={"linear_probe": True, "epochs": 0}).shared_pass_depths(member)
+        depths = model_settings.model_copy(update={"linear_probe": True, "epochs": 0}).list_shared_pass_depths(member)
         folder = resolve_model(member.backbone, resolve_cache_folder(settings))
         model = load_classifier(folder, require_all_weights=False, layer_count=max(depths))
         is_single_model = len(model_settings.member_specs) < 2

@@ -82,7 +82,6 @@ def train_with_rluf(folder: Path, rows: EncodedSplit, frozen_share: float, epoch
         learning_rate=LEARNING_RATE,
         warmup_steps=1,
         weight_decay=0.01,
-        max_grad_norm=1.0,
         dtype=DTYPE,
         world_size=1,
         total_steps=steps_per_epoch * epochs,

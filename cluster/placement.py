@@ -28,9 +28,9 @@ PASSIVE_OPENMP_ENV = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_
 def actor_options(settings: Settings, role: str) -> dict[str, Any]:
     """Options for `ray.remote(...).options(**...)` of one actor of `role` (rollout, reward or learner)."""
     cluster = settings.cluster
-    cpus, gpus = cluster.resources_for_role(role)
+    cpus, gpus = cluster.get_role_resources(role)
     # Labels of the other roles are in their placement groups.
-    node_labels = cluster.labels_for_role(role) if role == "reward" else {}
+    node_labels = cluster.get_role_labels(role) if role == "reward" else {}
     return {
         **({"label_selector": node_labels} if node_labels else {}),
         "num_cpus": cpus,
@@ -134,7 +134,7 @@ def placement_bundles(settings: Settings, *, with_learners: bool) -> dict[str, t
     """Bundles and Ray strategy of each placement group by name."""
 
     def role_bundle(*roles: str) -> dict[str, float]:
-        cpus, gpus = (sum(amounts) for amounts in zip(*map(settings.cluster.resources_for_role, roles), strict=True))
+        cpus, gpus = (sum(amounts) for amounts in zip(*map(settings.cluster.get_role_resources, roles), strict=True))
         return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
 
     engine_count = settings.rollout.engines
@@ -155,7 +155,7 @@ def _group_node_labels(settings: Settings, group_name: str) -> dict[str, str]:
     """Node labels that a placement group requests: those of every role in it."""
     roles_by_group = {LEARNERS_GROUP_NAME: ("learner",), SHARED_GROUP_NAME: ("rollout", "learner")}
     roles = roles_by_group.get(group_name, ("rollout",))
-    return {label: value for role in roles for label, value in settings.cluster.labels_for_role(role).items()}
+    return {label: value for role in roles for label, value in settings.cluster.get_role_labels(role).items()}
 
 
 async def _wait_for_group(group: PlacementGroup) -> None:

@@ -265,7 +265,7 @@ def cache_disk_bytes(settings: Settings) -> int:
     """Bytes a run may write to its cache: the converted policy, and each reward model with its best epoch."""
     objectives = settings.objectives.by_objective
     trained = [name for name, o in objectives.items() if o.source == "model" and o.path is None]
-    backbones = [settings.reward.settings_for_head(name).backbone for name in trained]
+    backbones = [settings.reward.get_head_settings(name).backbone for name in trained]
     # Two copies (the current and the best epoch) of float32 weights.
     bytes_per_parameter = 2 * 4
     return estimate_policy_bytes(settings) + sum(

@@ -117,11 +117,11 @@ def reward_cache_inputs(settings: Settings, data_artifact: Artifact, head_names:
     """Everything that the reward model of these heads depends on; a local backbone folder counts with its content."""
     reward_settings = settings.reward
     backbone_names = sorted(
-        {member.backbone for member in reward_settings.settings_for_head(head_names[0]).member_specs}
+        {member.backbone for member in reward_settings.get_head_settings(head_names[0]).member_specs}
     )
     return {
         "data": data_artifact.key,
-        "model": {head: reward_settings.settings_for_head(head).model_dump(mode="json") for head in head_names},
+        "model": {head: reward_settings.get_head_settings(head).model_dump(mode="json") for head in head_names},
         "folders": {name: digest for name in backbone_names if (digest := _hash_backbone_folder(name)) is not None},
         "dtype": settings.reward_dtype,
         "workers": reward_settings.workers,  # the number of ranks changes the batches, and so the weights

@@ -19,7 +19,8 @@ from lab.features import ObjectiveModel, ReplyFeatures
 from lab.replies import GroundTruthCache, compose_texts
 from numpy.typing import NDArray
 
-from rluf.evaluate.ab_analysis import ExperimentDesign, analyze_experiment
+from rluf.evaluate.ab_analysis import analyze_experiment
+from rluf.evaluate.ab_design import ExperimentDesign
 from rluf.evaluate.events import EventLog, assign_users
 from rluf.evaluate.monitors import MONITORS, MonitorSample, measure_monitors, split_words
 from rluf.evaluate.two_way import ArmValues, compare_arms

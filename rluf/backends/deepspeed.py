@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ForwardResult = TypeVar("ForwardResult")
+MAX_GRAD_NORM = 1.0
+"""Gradient clipping: maximum global norm, the usual default of trainers."""
 BUCKET_ELEMENTS = 50_000_000
 """Elements that ranks reduce or gather in one collective."""
 SAVE_BUCKET_BYTES = 256 << 20
@@ -98,9 +100,9 @@ def init_deepspeed(
     zero_stage: int,
     learning_rate: float,
     warmup_steps: int,
-    max_grad_norm: float,
     dtype: torch.dtype,
     world_size: int,
+    max_grad_norm: float = MAX_GRAD_NORM,
     weight_decay: float = 0.0,
     offload_optimizer: bool = False,
     total_steps: int | None = None,

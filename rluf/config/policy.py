@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from rluf.config.base import SettingsSection, mapping_from_entries, split_at_last_colon
+from rluf.config.base import SettingsSection, refuse_list
 
 ALGORITHM_NAMES = (
     "grpo",
@@ -77,7 +77,9 @@ class AlgorithmSettings(SettingsSection):
     """Batch size 2: samples per prompt (the group size)."""
     micro_batch_tokens: int = Field(default=1024, ge=64)
     """Batch size 3: tokens of a packed micro-batch on one learner."""
-    topic_weights: dict[str, PositiveInt] = Field(default_factory=lambda: {"risky": 3})
+    topic_weights: Annotated[dict[str, PositiveInt], refuse_list("{risky: 3}")] = Field(
+        default_factory=lambda: {"risky": 3}
+    )
     """How often training prompts of a topic occur in one pass over the prompts; topics not listed occur once."""
     demonstrations: int = Field(default=3, ge=0)
     """Good logged responses, on topics of aggregation.topic_objectives, to imitate in step 1; the number then decays to
@@ -133,11 +135,6 @@ class AlgorithmSettings(SettingsSection):
             raise ValueError(f"Input should be {', '.join(POLICY_LOSS_NAMES)} or module:function")
         return loss
 
-    @field_validator("topic_weights", mode="before")
-    @classmethod
-    def _refuse_entry_strings(cls, value: object) -> object:
-        return mapping_from_entries(value, split_at_last_colon)
-
 
 class LearnerSettings(SettingsSection):
     """DeepSpeed learner actors, one data-parallel rank each."""
@@ -150,8 +147,6 @@ class LearnerSettings(SettingsSection):
     """AdamW learning rate, constant after warm-up; 0 changes no weights (a control run)."""
     warmup_steps: int = Field(default=2, ge=0)
     """Optimizer steps of linear warm-up."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradient clipping: maximum global norm."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     critic_learning_rate: float | None = Field(default=None, ge=0)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from rluf.config.base import ActorCount, SettingsSection, mapping_from_entries, split_at_last_colon
+from rluf.config.base import ActorCount, SettingsSection, refuse_list
 from rluf.config.objectives import ObjectiveSpec, describe_invalid_name, find_objective_spec
 
 HEAD_SETTING_KEYS = ("loss", "debias")
@@ -39,13 +39,6 @@ class EnsembleMemberSettings(SettingsSection):
     """What the member reads: the rendered conversation, or the response alone."""
 
 
-def _parse_member_string(entry: str) -> str:
-    """The mapping, as text, that replaces a member string `[backbone:]layers[:response]` of earlier releases."""
-    backbone, _, layers = entry.removesuffix(":response").rpartition(":")
-    parts = [f"backbone: {backbone}"] * bool(backbone) + [f"layers: {layers}"]
-    return f"{{{', '.join(parts + ['input: response'] * entry.endswith(':response'))}}}"
-
-
 class EnsembleSettings(SettingsSection):
     """An ensemble of reward models; by default a single model with all layers."""
 
@@ -59,10 +52,12 @@ class EnsembleSettings(SettingsSection):
     @field_validator("members", mode="before")
     @classmethod
     def _refuse_member_strings(cls, value: object) -> object:
-        entries = list(value) if isinstance(value, (list, tuple)) else [value]
+        entries = value if isinstance(value, (list, tuple)) else [value]
         if any(isinstance(entry, (int, str)) for entry in entries):
-            mappings = ", ".join(_parse_member_string(str(e)) if isinstance(e, (int, str)) else str(e) for e in entries)
-            raise ValueError(f"expected a list of mappings, got {value!r}; write [{mappings}]")
+            raise ValueError(
+                f"expected a list of mappings, got {value!r}; write one such as "
+                "[{layers: 12}, {backbone: minilm, layers: 6, input: response}]"
+            )
         return value
 
 
@@ -123,7 +118,7 @@ class RewardModelSettings(SettingsSection):
             for member in self.ensemble.members or (EnsembleMemberSettings(),)
         )
 
-    def shared_pass_depths(self, member: EnsembleMemberSpec) -> tuple[int, ...]:
+    def list_shared_pass_depths(self, member: EnsembleMemberSpec) -> tuple[int, ...]:
         """Layer counts at which one forward pass is read for `member` and for the members that share it, ascending.
 
         Only frozen backbones (a linear probe without epochs) share a pass; otherwise the result is the member's own.
@@ -176,7 +171,7 @@ class RewardSettings(SettingsSection):
         """Number of workers when the cluster has room for all."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
-    def settings_for_head(self, head: str) -> RewardModelSettings:
+    def get_head_settings(self, head: str) -> RewardModelSettings:
         """Section that configures `head`: that of its objective, by default RewardModelSettings().
 
         continued and thumbs are reaction labels, so they use love's section.
@@ -185,10 +180,10 @@ class RewardSettings(SettingsSection):
             return self.love
         return self.by_objective.get(head) or RewardModelSettings()
 
-    def settings_on_shared_backbone(self, head: str, lead_head: str) -> RewardModelSettings:
+    def get_shared_backbone_settings(self, head: str, lead_head: str) -> RewardModelSettings:
         """Settings of `head` on a shared backbone: the section of `lead_head` with the head's own HEAD_SETTING_KEYS."""
-        head_settings = self.settings_for_head(head)
-        return self.settings_for_head(lead_head).model_copy(
+        head_settings = self.get_head_settings(head)
+        return self.get_head_settings(lead_head).model_copy(
             update={key: getattr(head_settings, key) for key in HEAD_SETTING_KEYS}
         )
 
@@ -259,21 +254,18 @@ class AggregationSettings(SettingsSection):
     method: Literal["linear", "calibrated", "gdpo", "constrained"] = "linear"
     """linear: weighted sum of normalized scores; calibrated: of scores relative to the base policy's response (CGPO);
     gdpo: of per-objective advantages; constrained: under floors with PID-controlled multipliers."""
-    topic_objectives: dict[str, str] = Field(default_factory=lambda: {"risky": "safety"})
+    topic_objectives: Annotated[dict[str, str], refuse_list("{risky: safety}")] = Field(
+        default_factory=lambda: {"risky": "safety"}
+    )
     """Objective by topic: on prompts of the topic only that objective counts (CGPO's task split)."""
-    floors: dict[str, float] = Field(default_factory=dict)
+    floors: Annotated[dict[str, float], refuse_list("{safety: 0}")] = Field(default_factory=dict)
     """Floor by objective for method=constrained; a mean score in standard deviations of the reference policy."""
     gate_judges: tuple[str, ...] = ()
     """Rule judges (rluf.objectives.judges) used as gates: a failing response gets the lowest reward of its step."""
     uncertainty_penalty: float = Field(default=0.0, ge=0)
     """Ensemble standard deviations subtracted from the mean score (lower confidence bound); 0 uses the mean."""
 
-    @field_validator("topic_objectives", "floors", mode="before")
-    @classmethod
-    def _refuse_entry_strings(cls, value: object) -> object:
-        return mapping_from_entries(value, split_at_last_colon)
-
-    def weights_for_topic(self, objectives: ObjectivesSettings, topic: str) -> dict[str, float]:
+    def get_topic_weights(self, objectives: ObjectivesSettings, topic: str) -> dict[str, float]:
         """Weight of each objective on prompts of `topic`: the configured ones, or 1 for the topic's objective only."""
         owner = self.topic_objectives.get(topic)
         if owner is None:

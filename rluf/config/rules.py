@@ -220,7 +220,7 @@ def check_members(settings: SettingsTree) -> str | None:
             )
         # Heads share one forward pass, which a member on another backbone cannot use.
         foreign = [member for member in model.member_specs if not member.uses_section_backbone]
-        if foreign and shared_heads and model is settings.reward.settings_for_head(shared_heads[0]):
+        if foreign and shared_heads and model is settings.reward.get_head_settings(shared_heads[0]):
             return (
                 f"reward.shared_backbone_heads={list(shared_heads)} share one backbone, but "
                 f"reward.{name}.ensemble.members adds {foreign[0].backbone} ({foreign[0].layers} layers); keep members "
@@ -474,6 +474,6 @@ SETTINGS_RULES: tuple[Callable[[SettingsTree], str | None], ...] = (
 )
 
 
-def first_violation(settings: SettingsTree) -> str | None:
+def find_first_violation(settings: SettingsTree) -> str | None:
     """Message of the first violated rule; None when all hold."""
     return next((problem for rule in SETTINGS_RULES if (problem := rule(settings)) is not None), None)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
-from rluf.config.base import SettingsSection
+from rluf.config.base import SettingsSection, refuse_list
 
 ClusterRole = Literal["rollout", "reward", "learner"]
 MIN_CPUS_BY_ROLE: Mapping[str, float] = {"rollout": 0.5, "learner": 0.5, "reward": 0.2}
@@ -42,31 +42,21 @@ class ClusterSettings(SettingsSection):
     """GPUs per learner; 0 runs on the CPU with gloo."""
     gpus_per_reward: float = Field(default=0.0, ge=0)
     """GPUs per reward actor or reward training worker; fractions share a GPU."""
-    node_labels: dict[ClusterRole, dict[str, str]] = Field(default_factory=dict)
+    node_labels: Annotated[dict[ClusterRole, dict[str, str]], refuse_list("{learner: {pool: gpu}}")] = Field(
+        default_factory=dict
+    )
     """Ray node labels required by role (rollout, reward, learner), such as {learner: {pool: gpu}}."""
     threads_per_actor: int = Field(default=0, ge=0)
     """Compute threads per actor; 0 divides the machine's cores by the number of learners."""
     max_restarts_per_hour: int = Field(default=3, ge=0)
     """Restarts per hour of one actor (or of all learners together) before the run stops."""
 
-    @field_validator("node_labels", mode="before")
-    @classmethod
-    def _refuse_entry_strings(cls, value: object) -> object:
-        if not isinstance(value, (list, tuple)):
-            return value
-        labels: dict[str, list[str]] = {}
-        for entry in value:
-            role, _, label = str(entry).partition(":")
-            labels.setdefault(role, []).append(": ".join(label.split("=", 1)))
-        mapping = ", ".join(f"{role}: {{{', '.join(pairs)}}}" for role, pairs in labels.items())
-        raise ValueError(f"expected a mapping by role, got a list; write {{{mapping}}}")
-
-    def resources_for_role(self, role: str) -> tuple[float, float]:
+    def get_role_resources(self, role: str) -> tuple[float, float]:
         """Ray CPUs and GPUs that one actor of `role` reserves."""
         gpus = {"rollout": self.gpus_per_engine, "learner": self.gpus_per_learner, "reward": self.gpus_per_reward}[role]
         return max(MIN_CPUS_BY_ROLE[role], CPUS_PER_GPU * gpus), gpus
 
-    def labels_for_role(self, role: str) -> dict[str, str]:
+    def get_role_labels(self, role: str) -> dict[str, str]:
         """Labels required of the nodes that actors of `role` run on, value by key."""
         return next((dict(labels) for name, labels in self.node_labels.items() if name == role), {})
 
@@ -104,8 +94,6 @@ class RunSettings(SettingsSection):
     """Folder of run folders; none means $RLUF_RUNS, else ./runs (~/rluf/runs in a packaged Ray job)."""
     cache: str | None = None
     """Folder of finished artifacts and converted models; none means $RLUF_CACHE, else ~/.cache/rluf."""
-    profile_steps: int = Field(default=0, ge=0)
-    """Steps to profile, from step 2 on, into <run folder>/profile: learner traces and a timeline of all actors."""
     resume: str | None = None
     """Resume from the newest complete checkpoint of this run folder or upload URL; latest (--resume) uses the newest
     run."""

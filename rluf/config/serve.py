@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, StringConstraints, field_validator
+from pydantic import Field, StringConstraints
 
-from rluf.config.base import ActorCount, SettingsSection, mapping_from_entries, split_at_first_colon
+from rluf.config.base import ActorCount, SettingsSection, refuse_list
 from rluf.config.objectives import BUILTIN_OBJECTIVES
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -31,7 +31,9 @@ class ServeSettings(SettingsSection):
     """Share of conversations scored by the candidate; a conversation always goes to the same version."""
     replicas: ActorCount | tuple[ActorCount, ActorCount] = 1
     """Scorer replicas per version; [min, max] scales them with the load. Each reserves cluster.gpus_per_reward."""
-    policies: dict[PolicyName, str] = Field(default_factory=dict)
+    policies: Annotated[dict[PolicyName, str], refuse_list("{base: smollm2-135m-instruct}")] = Field(
+        default_factory=dict
+    )
     """Policies to chat with, path by name, such as {base: smollm2-135m-instruct}; the first is the default."""
     client_requests_per_s: float = Field(default=500.0, gt=0)
     """Requests per second and client address (bursts of two seconds' worth); more get 429."""
@@ -39,11 +41,6 @@ class ServeSettings(SettingsSection):
     """Folder or URL (s3://, gs://) of the feedback log; none means <run.root>/<name>/feedback."""
     reaction_window_s: float = Field(default=300.0, ge=0)
     """Seconds during which a reaction may change; afterwards the row is written to Parquet."""
-
-    @field_validator("policies", mode="before")
-    @classmethod
-    def _refuse_entry_strings(cls, value: object) -> object:
-        return mapping_from_entries(value, split_at_first_colon)
 
     @property
     def replica_limits(self) -> tuple[int, int]:

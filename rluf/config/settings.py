@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import model_validator
 
-from rluf.config.rules import first_violation
+from rluf.config.rules import find_first_violation
 from rluf.config.tree import SettingsTree
 
 
@@ -15,7 +15,7 @@ class Settings(SettingsTree):
 
     @model_validator(mode="after")
     def _check_rules(self) -> Self:
-        problem = first_violation(self)
+        problem = find_first_violation(self)
         if problem is not None:
             raise ValueError(problem)
         return self

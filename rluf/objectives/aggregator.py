@@ -244,7 +244,7 @@ class RewardAggregator:
         """Weight of each objective on prompts of the topic; 0 for suspended objectives."""
         return {
             name: 0.0 if name in self.suspended_objectives else weight
-            for name, weight in self.aggregation.weights_for_topic(self.objectives, topic).items()
+            for name, weight in self.aggregation.get_topic_weights(self.objectives, topic).items()
         }
 
     def _compute_calibrated_rewards(self, group: GroupScores, weights: Mapping[str, float]) -> list[float]:

@@ -124,7 +124,7 @@ def export_models(
         )
         for head, (data_folder, output_folder) in outputs.items()
     ]
-    has_shared_head = settings.reward.settings_for_head(members[0].tasks[0].name).ensemble.shared_head
+    has_shared_head = settings.reward.get_head_settings(members[0].tasks[0].name).ensemble.shared_head
     # The members' logits under a shared head are terms of one sum: scaling them apart would change the sum.
     if not has_shared_head:
         equalize_member_spreads(members)
@@ -163,7 +163,7 @@ def _rescore_dev_split(settings: Settings, job: ExportJob, members: Sequence[Tra
     dev_split = encode_split(
         select_labeled_rows(job.head, read_split_rows(path), str(path)),
         model.encoder,
-        is_pairwise=settings.reward.settings_for_head(job.head).loss == "bradley_terry",
+        is_pairwise=settings.reward.get_head_settings(job.head).loss == "bradley_terry",
         source_name=str(path),
     )
     for member, dev_logits in zip(members, model.compute_member_logits(dev_split.sequences), strict=True):
@@ -222,7 +222,7 @@ def _write_card(
 ) -> None:
     """Evaluate the written model on the test split and write its card, with `full_card` also the HTML page."""
     model = RewardModel.load(job.staging_folder, batch_tokens=EVAL_BATCH_TOKENS)
-    head_settings = settings.reward.settings_on_shared_backbone(job.head, members[0].tasks[0].name)
+    head_settings = settings.reward.get_shared_backbone_settings(job.head, members[0].tasks[0].name)
     is_pairwise = head_settings.loss == "bradley_terry"
     path = job.data_folder / "test.parquet"
     records = select_labeled_rows(job.head, read_split_rows(path), str(path))

@@ -133,7 +133,7 @@ def train_ensemble(
     save_interval_s: float = float("inf"),
 ) -> list[TrainedModel]:
     """Train the members of these heads' ensemble (often one), and their shared head if set; see train_member."""
-    lead_settings = settings.reward.settings_for_head(head_data[0].head)
+    lead_settings = settings.reward.get_head_settings(head_data[0].head)
     member_count = len(lead_settings.member_specs)
     backbones = {member.backbone for member in lead_settings.member_specs}
     if member_count > 1 and lead_settings.read_at_next_turn and not any(_is_decoder(settings, b) for b in backbones):
@@ -164,7 +164,7 @@ def train_ensemble(
 def _has_truncated_rows(settings: Settings, head_data: Sequence[HeadData], world_size: int) -> bool:
     """Whether any training row of any rank is cut at the token limit, so that the model can learn to read the end."""
     has_truncated = any(
-        "counterfactuals" in settings.reward.settings_for_head(data.head).debias
+        "counterfactuals" in settings.reward.get_head_settings(data.head).debias
         or any(is_truncated(row, column) for row in data.train_rows for column in ("response", "chosen", "rejected"))
         for data in head_data
     )
@@ -195,14 +195,14 @@ def train_member(
     `shared_features`, empty before the first member, lets members that differ only in depth share one pass over the
     rows. Epochs need an initialized process group. Raises DataError, ModelError, DeadlineError.
     """
-    lead_settings = settings.reward.settings_for_head(head_data[0].head)
+    lead_settings = settings.reward.get_head_settings(head_data[0].head)
     member_count = len(lead_settings.member_specs)
     member = lead_settings.member_specs[member_index]
     if not member.uses_section_backbone:
         # The section's epochs, learning rate and frozen share are tuned for its own backbone: only fit a head.
         probe_only = {"linear_probe": True, "epochs": 0, "frozen_share": 1, "lora_rank": 0}
         lead_settings = lead_settings.model_copy(update=probe_only)
-    depths = (member.layers,) if shared_features is None else lead_settings.shared_pass_depths(member)
+    depths = (member.layers,) if shared_features is None else lead_settings.list_shared_pass_depths(member)
     backbone_folder = resolve_model(member.backbone, resolve_cache_folder(settings))
     torch.manual_seed((settings.seed + member_index) * 1009 + rank)  # another dropout mask on every rank
     device = f"cuda:{torch.cuda.current_device()}" if settings.cluster.gpus_per_reward > 0 else "cpu"
@@ -343,7 +343,7 @@ def _build_task(
     settings: Settings, head_data: HeadData, encoder: TextEncoder, head_index: int, world_size: int
 ) -> HeadTask:
     """Encode the head's rows and weight them by its own settings."""
-    head_settings = settings.reward.settings_for_head(head_data.head)
+    head_settings = settings.reward.get_head_settings(head_data.head)
     is_pairwise = head_settings.loss == "bradley_terry"
     train_source, dev_source = (f"{head_data.data_folder}/{split}.parquet" for split in ("train", "dev"))
     records = select_labeled_rows(head_data.head, head_data.train_rows, train_source)
@@ -573,7 +573,7 @@ def _init_engine(
 ) -> TrainEngine:
     engine: TrainEngine = init_deepspeed(
         model, zero_stage=settings.reward.zero_stage, learning_rate=model_settings.learning_rate,
-        warmup_steps=max(1, total_steps // 10), weight_decay=WEIGHT_DECAY, max_grad_norm=1.0,
+        warmup_steps=max(1, total_steps // 10), weight_decay=WEIGHT_DECAY,
         dtype=getattr(torch, settings.reward_dtype), world_size=world_size, total_steps=total_steps,
     )  # fmt: skip
     return engine

@@ -71,7 +71,7 @@ def train_reward_models(
 
     groups = group_by_backbone(settings, tuple(jobs))
     for group in groups:
-        for member in settings.reward.settings_for_head(group[0]).member_specs:
+        for member in settings.reward.get_head_settings(group[0]).member_specs:
             # Downloaded here once, before several workers would download it at the same time.
             resolve_model(member.backbone, resolve_cache_folder(settings))
     for objective, (data_folder, output_folder) in jobs.items():
@@ -118,7 +118,7 @@ def _build_torch_trainer(
     ray.data.DataContext.get_current().enable_progress_bars = False
     datasets = {source: _load_dataset(folder / source / "train.parquet") for source, folder in data_folders.items()}
     uses_gpu = settings.cluster.gpus_per_reward > 0
-    resources = dict(zip(("CPU", "GPU"), settings.cluster.resources_for_role("reward"), strict=True))
+    resources = dict(zip(("CPU", "GPU"), settings.cluster.get_role_resources("reward"), strict=True))
     environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(train_loop_config["threads"])}
     return TorchTrainer(
         train_worker,

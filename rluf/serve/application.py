@@ -274,7 +274,7 @@ def _scorer_application(settings: Settings, role: str, scorer_config: dict[str, 
 
 def _ray_resources(settings: Settings, role: str) -> dict[str, float]:
     """Ray options of a replica that needs what an actor of `role` needs."""
-    return dict(zip(("num_cpus", "num_gpus"), settings.cluster.resources_for_role(role), strict=True))
+    return dict(zip(("num_cpus", "num_gpus"), settings.cluster.get_role_resources(role), strict=True))
 
 
 def _policy_application(settings: Settings, policy_name: str, policy_folder: Path, version: str) -> Application:

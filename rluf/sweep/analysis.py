@@ -41,10 +41,10 @@ def compute_hypervolume(points: ArrayLike, reference_point: Sequence[float]) -> 
         raise DataError(
             f"expected a reference point with {values.shape[1]} objectives like the points, got {reference.size}"
         )
-    return _recursive_volume(values[(values > reference).all(1)], reference)
+    return _compute_volume(values[(values > reference).all(1)], reference)
 
 
-def _recursive_volume(values: Floats, reference_point: Floats) -> float:
+def _compute_volume(values: Floats, reference_point: Floats) -> float:
     if not len(values):
         return 0.0
     if values.shape[1] == 1:
@@ -54,7 +54,7 @@ def _recursive_volume(values: Floats, reference_point: Floats) -> float:
     total = 0.0
     levels = np.unique(values[:, -1])
     for low, high in zip(np.concatenate([reference_point[-1:], levels[:-1]]), levels, strict=True):
-        total += (high - low) * _recursive_volume(values[values[:, -1] >= high][:, :-1], reference_point[:-1])
+        total += (high - low) * _compute_volume(values[values[:, -1] >= high][:, :-1], reference_point[:-1])
     return float(total)
 
 

@@ -24,7 +24,7 @@ from actors.rollout import RolloutActor
 from cluster.placement import PlacementGroups, actor_options
 from rluf.backends.colocation import GpuPhase, PhaseAction, is_colocated, phase_transitions
 from rluf.checkpoint.format import RunCheckpoint
-from rluf.config.derived import objectives_by_reward_pool
+from rluf.config.derived import group_objectives_by_pool
 from rluf.config.settings import Settings
 from rluf.errors import ActorLostError, DeadlineError
 from rluf.train.actor_calls import ActorRef, call_with_timeout, gather_calls
@@ -115,7 +115,7 @@ class ActorSupervisor:
         self._model_path = model_path
         self._reward_folders = dict(reward_folders)
         self._pool_objectives = {
-            pool[0]: pool for pool in objectives_by_reward_pool(settings) if pool[0] in reward_folders
+            pool[0]: pool for pool in group_objectives_by_pool(settings) if pool[0] in reward_folders
         }
         self._with_learners = with_learners
         self._checkpoint = checkpoint

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from rluf.algorithms.registry import find_algorithm, has_reward_variance
 from rluf.checkpoint.format import ControllerState
-from rluf.config.derived import objectives_by_reward_pool
+from rluf.config.derived import group_objectives_by_pool
 from rluf.objectives.aggregator import GroupScores, RewardAggregator, StepRewards
 from rluf.tracking.timeline import STEPS_ROW, RunTimeline, ray_timeline_span
 from rluf.train.actor_calls import ActorRef, fetch_group
@@ -85,7 +85,7 @@ class TrainController:
         self.settings, self.prompts, self.actor_groups = settings, prompts, supervisor.actor_groups
         scored_objectives = {
             name
-            for pool in objectives_by_reward_pool(settings)
+            for pool in group_objectives_by_pool(settings)
             if pool[0] in self.actor_groups.reward_pools
             for name in pool
         }
@@ -281,7 +281,7 @@ class TrainController:
             return False
         if not find_algorithm(algorithm.name).dynamic_sampling:
             return True
-        weights = self.settings.aggregation.weights_for_topic(self.settings.objectives, group_scores.topic)
+        weights = self.settings.aggregation.get_topic_weights(self.settings.objectives, group_scores.topic)
         return has_reward_variance(group_scores.signals, weights) or has_mixed_verdicts(group_scores.gate_verdicts)
 
     def _group_scores(self, scored_group: ScoredGroup) -> GroupScores:

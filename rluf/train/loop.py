@@ -57,6 +57,7 @@ class TrainingRun:
     tracker: WandbTracker
     result: TrainResult
     monitor: RewardHackingMonitor
+    profile_steps: int = 0
 
 
 async def run_training(
@@ -66,6 +67,7 @@ async def run_training(
     data_folder: Path,
     reward_folders: Mapping[str, Path | None],
     tracker: WandbTracker,
+    profile_steps: int = 0,
 ) -> TrainResult:
     """Train the policy at `model_path`; writes <run_folder>/policy and <run_folder>/metrics.jsonl.
 
@@ -103,7 +105,9 @@ async def run_training(
                     run_step = (
                         controller.run_step if reactions is None else OfflineTrainer(controller, reactions).run_step
                     )
-                    run = TrainingRun(settings, controller, run_step, checkpoints, tracker, result, monitor)
+                    run = TrainingRun(
+                        settings, controller, run_step, checkpoints, tracker, result, monitor, profile_steps
+                    )
                     try:
                         await supervisor.run_monitored(_run_from_checkpoint(run, resume_from, test_prompts))
                     finally:
@@ -191,7 +195,7 @@ async def _run_steps(run: TrainingRun) -> None:
         sigterm_event() as stop_event,
     ):
         progress.advance(steps_done)
-        profiler = StepProfiler(controller, checkpoints.run_folder)
+        profiler = StepProfiler(controller, checkpoints.run_folder, run.profile_steps)
         gauges = RunGauges(settings.name, controller.objectives)
         for step in range(steps_done + 1, last_step + 1):
             await profiler.start_if_due(step)

@@ -12,7 +12,7 @@ from rluf.config.derived import (
     estimate_learner_memory,
     format_bytes,
     format_derived_figures,
-    objectives_by_reward_pool,
+    group_objectives_by_pool,
     plan_actor_pools,
 )
 from rluf.config.load import load_settings
@@ -165,14 +165,14 @@ def test_loaded_settings_resolve_auto_and_explain_it() -> None:
 
 
 def test_heads_of_one_backbone_are_one_pool_and_judges_have_their_own() -> None:
-    assert objectives_by_reward_pool(settings()) == (("love",), ("helpfulness",), ("safety",))
+    assert group_objectives_by_pool(settings()) == (("love",), ("helpfulness",), ("safety",))
     shared = settings("reward.shared_backbone_heads=[love, continued, safety]")
-    assert objectives_by_reward_pool(shared) == (("love", "safety"), ("helpfulness",))
+    assert group_objectives_by_pool(shared) == (("love", "safety"), ("helpfulness",))
     assert sum(pool.role == "reward" for pool in plan_actor_pools(shared)) == 2
     judged = settings(
         "reward.shared_backbone_heads=[love, helpfulness, safety]", "objectives.safety={source: judge, path: refusal}"
     )
-    assert objectives_by_reward_pool(judged) == (("love", "helpfulness"), ("safety",))
+    assert group_objectives_by_pool(judged) == (("love", "helpfulness"), ("safety",))
 
 
 def test_memory_of_an_ensemble_counts_each_backbone_once_a_pass() -> None:

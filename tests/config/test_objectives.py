@@ -41,7 +41,7 @@ def test_a_file_adds_objectives_and_another_one_changes_them(tmp_path: Path) -> 
     assert (brevity.weight, brevity.path) == (0.5, "length")
     assert (warmth.weight, warmth.source, warmth.replicas) == (0.0, "model", 1)
     assert settings.objectives.helpfulness == Settings().objectives.helpfulness
-    model = settings.reward.settings_for_head("warmth")
+    model = settings.reward.get_head_settings("warmth")
     assert (model.backbone, model.epochs, model.loss) == ("tiny-encoder", 1, "bce")
     assert {name: spec.gate for name, spec in settings.objectives.specs.items()} == {
         "love": "must_rise",

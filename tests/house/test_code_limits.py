@@ -14,7 +14,7 @@ ParseFolders = Callable[..., tuple[Any, ...]]
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("rluf", "actors", "cluster")
-MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_COMMAND_LINES, MAX_SETTINGS = 600, 80, 150, 123
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_COMMAND_LINES, MAX_SETTINGS = 600, 80, 150, 121
 BROAD_EXCEPTIONS = {"Exception", "BaseException"}
 
 
