@@ -10,6 +10,8 @@ from typing import Any
 import yaml
 
 import rluf
+from rluf.report.headline import has_user_verdicts, report_headline
+from rluf.report.presentation import measure_cards
 from rluf.utils.files import read_json, write_json
 
 CARD_FOLDER = "rluf"
@@ -110,7 +112,14 @@ def _reward_lines(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _result_lines(summary: Mapping[str, Any]) -> list[str]:
-    result_lines = []
+    result_lines = [f"- {report_headline(summary)}"] if summary.get("gates", {}).get("checks") else []
+    if has_user_verdicts(summary):
+        for card in measure_cards(summary):
+            (_, base_share, _), (_, aligned_share, _) = card["arms"]
+            result_lines.append(
+                f"- {card['title']}: {base_share} -> {aligned_share}, relative lift {card['lift']} "
+                f"({card['lift_interval'] or 'undefined'})"
+            )
     for objective, comparison in summary.get("offline", {}).items():
         base, aligned, difference = comparison["base"], comparison["aligned"], comparison["difference"]
         result_lines.append(

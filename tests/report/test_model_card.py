@@ -49,6 +49,20 @@ def test_the_card_has_data_rewards_settings_and_results(tmp_path: Path) -> None:
     assert json.loads(card_files["settings.json"])["algorithm"]["steps"] == 5
 
 
+def test_results_of_simulated_users_say_so(tmp_path: Path) -> None:
+    run_folder = write_run_folder(tmp_path, "org/model")
+    lift = {"mean": 0.2, "low": 0.1, "high": 0.3}
+    check = {"name": "love", "status": "pass", "limit": 0.0, "judged_by": "simulated users", "lift": lift}
+    summary = {
+        "love_rate": {"base": INTERVAL, "aligned": INTERVAL, "difference": INTERVAL, "lift": lift},
+        "gates": {"verdict": "pass", "judged_by": "simulated users", "checks": [check]},
+    }
+    write_json(run_folder / "summary.json", summary)
+    text = write_model_card(run_folder).read_text("utf-8")
+    assert "- Pass: new simulated users love the aligned policy 20% more often." in text
+    assert "- Simulated love: 70.0% -> 70.0%, relative lift +20% (+10% to +30%)" in text
+
+
 def test_a_model_folder_is_not_a_hub_id(tmp_path: Path) -> None:
     text = write_model_card(write_run_folder(tmp_path, "./models/mine")).read_text("utf-8")
     assert "base_model" not in text.split("---")[1]
