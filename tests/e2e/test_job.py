@@ -119,7 +119,7 @@ def test_a_submitted_job_writes_a_complete_run_folder(job_env: JobEnvironment, s
         file.name for file in job_env.latest_run.iterdir()
     }
     log = (job_env.latest_run / "run.log").read_text()
-    pattern = r"responses of the aligned policy: (\S+) s, of which scoring after the last rollout took (\S+) s"
+    pattern = r"responses of aligned: seconds=(\S+) scoring_after_last_rollout=(\S+)"
     timings = re.findall(pattern, log)
     assert [0.0 <= float(scoring_s) <= float(total_s) for total_s, scoring_s in timings] == [True]
     summary = json.loads((job_env.latest_run / "summary.json").read_text())

@@ -22,7 +22,6 @@ objectives:
   brevity: {{source: judge, path: length, weight: 0.2}}
   warmth: {{weight: 0.1, gate: must_rise}}
 reward:
-  dtype: float32
   warmth: {{backbone: tiny-encoder, epochs: 1}}
 aggregation: {{topic_objectives: {{risky: warmth}}}}
 algorithm: {{demonstrations: 1, steps: 1}}
