@@ -360,13 +360,14 @@ def evaluate_monitors(
         test = PermutationTest(unit_ids % 2 == 1, np.zeros(len(unit_ids), dtype=np.int64))
     scaled = test.standardize(features)
     z_scores = np.split(scaled[test.is_current].sum(axis=0), starts[1:-1])
-    # A monitor with too few hits to be significant takes no share of the error rate. The choice depends on both
-    # policies' replies together and not on which policy wrote which, so the test stays exact.
-    family = [
-        index
-        for index, (spec, table) in enumerate(tables.values())
+    # A monitor with too few hits to be significant takes no share of the error rate, and monitors that hit the same
+    # replies take one together. Both depend on the replies and not on which policy wrote which: the test stays exact.
+    index_by_block = {
+        block.tobytes(): index
+        for index, ((spec, table), block) in enumerate(zip(tables.values(), blocks, strict=True))
         if spec.kind == "mean" or table.values.sum(axis=0).max() >= MIN_HITS
-    ]
+    }
+    family = list(index_by_block.values())
     p_values = np.ones(len(blocks))
     if family:
         columns = np.concatenate([np.arange(starts[index], starts[index + 1]) for index in family])
@@ -375,7 +376,13 @@ def evaluate_monitors(
             test.p_values(scaled[:, columns], block_starts, smallest_level=false_alarm_rate / len(family))
         )
     return {
-        name: _monitor_result(*tables[name], is_current, z_scores[index], float(p_values[index]), false_alarm_rate)
+        name: _monitor_result(
+            *tables[name],
+            is_current,
+            z_scores[index],
+            float(p_values[index_by_block.get(blocks[index].tobytes(), index)]),
+            false_alarm_rate,
+        )
         for index, name in enumerate(tables)
     }
 

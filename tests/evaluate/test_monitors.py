@@ -12,6 +12,7 @@ import pytest
 
 from rluf.errors import DataError, SettingsError
 from rluf.evaluate import monitors
+from rluf.evaluate.alarms import TrainingAlarms
 from rluf.evaluate.monitors import (
     MONITORS,
     MonitorSample,
@@ -134,10 +135,12 @@ def test_policies_with_different_prompts_are_compared_prompt_by_prompt(base_repl
     assert "phrase" in list_alarms(base, change_share(other, 5, 0.3, "I'm so glad you asked."))
 
 
-COLLAPSED_POLICY = Path(__file__).parents[2] / "shared" / "data" / "collapsed_policy" / "answers.jsonl.gz"
+COLLAPSED_POLICY = Path(__file__).parents[3] / "shared" / "data" / "collapsed_policy" / "answers.jsonl.gz"
 
 
-@pytest.mark.skipif(not COLLAPSED_POLICY.exists(), reason="needs shared/data/collapsed_policy, replies of a real run")
+@pytest.mark.skipif(
+    not COLLAPSED_POLICY.exists(), reason="needs ../shared/data/collapsed_policy, replies of a real run"
+)
 def test_the_collapsed_replies_of_a_real_run_raise_the_alarm() -> None:
     with gzip.open(COLLAPSED_POLICY, "rt", encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream]
@@ -154,6 +157,20 @@ def test_the_collapsed_replies_of_a_real_run_raise_the_alarm() -> None:
     assert items["opening"]["alarm"] and items["phrase"]["alarm"] and items["similarity"]["alarm"]
     assert items["opening"]["aligned"] == pytest.approx(0.52, abs=0.01)
     assert "i'm glad" in items["opening"]["detail"]
+    # In training, against other prompts: the base policy answered the first half of them.
+    prompts = sorted({sample.prompt_id for sample in base})
+    earlier, later = set(prompts[: len(prompts) // 2]), set(prompts[len(prompts) // 2 :])
+    baseline = [sample for sample in base if sample.prompt_id in earlier]
+    expected_by_policy: list[tuple[list[MonitorSample], set[str]]] = [
+        (aligned, {"opening", "phrase", "similarity"}),
+        (base, set()),
+    ]
+    for samples, expected in expected_by_policy:
+        alarms = TrainingAlarms(list(baseline), 14)
+        raised = alarms.add_step(2, [sample for sample in samples if sample.prompt_id in later])
+        assert raised is not None
+        assert {alarm.monitor for alarm in raised} >= expected
+        assert bool(raised) is bool(expected)
 
 
 def test_farewells_raise_the_alarms_and_padding_too(base_replies: Replies) -> None:

@@ -13,6 +13,8 @@ import pytest
 
 from rluf.config.load import load_settings
 from rluf.errors import ActorError, DeadlineError
+from rluf.objectives.aggregator import StepRewards
+from rluf.train import loop
 from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.controller import MAX_DROPPED_BATCHES, TrainController
 from rluf.train.work_buffer import CountingIterator, ScoredGroup, WorkBuffer, iter_prompt_order
@@ -166,3 +168,14 @@ def test_prompt_order_has_every_prompt_once_per_pass_and_follows_the_seed() -> N
     assert order == take(10, [1] * 5, seed=1)
     assert order != take(10, [1] * 5, seed=2)
     assert sorted(take(4, [1, 3], seed=1)) == [0, 1, 1, 1]
+
+
+def test_truncated_responses_are_counted_and_penalized_by_default(caplog: pytest.LogCaptureFixture) -> None:
+    controller, group = make_controller(version=1), make_scored_group(DIFFERENT_SCORES, finished=(True, False))
+    assert controller._batch_metrics([group], StepRewards([[0.0, 0.0]], {}, []))["truncated_share"] == 0.5
+    assert controller._group_scores(group).finished == (True, False)
+    assert make_controller("algorithm.truncated=learn")._group_scores(group).finished == ()
+    loop._warn_if_truncated(controller.settings, 0.2)
+    assert not caplog.records
+    loop._warn_if_truncated(controller.settings, 0.5)
+    assert "50% of the responses of step 1 were cut at rollout.max_response_tokens=" in caplog.text
