@@ -143,7 +143,8 @@ class TrainController:
         timer.record("score_s", generated_at)
         algorithm = find_algorithm(self.settings.algorithm.name)
         step_rewards = self.reward_aggregator.aggregate(
-            [self._build_group_scores(scored_group) for scored_group in batch], apply_gate=not algorithm.needs_reference_kl
+            [self._build_group_scores(scored_group) for scored_group in batch],
+            apply_gate=not algorithm.needs_reference_kl,
         )
         update_metrics = await self.update_and_sync(
             step, batch[0].group_ref, lambda: self.policy_updater.plan_update(step, batch, step_rewards), timer

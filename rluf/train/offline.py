@@ -20,7 +20,7 @@ from rluf.algorithms.registry import build_learner_inputs
 from rluf.errors import DataError
 from rluf.train.actor_calls import put_object
 from rluf.train.policy_update import PlannedUpdate
-from rluf.train.prompts import fits_limits, build_group_from_row
+from rluf.train.prompts import build_group_from_row, fits_limits
 from rluf.train.work_buffer import CountingIterator, iter_prompt_order
 from rluf.types import Group
 

@@ -137,7 +137,9 @@ class PolicyUpdater:
         metrics: dict[str, float] = results[0]
         if not update.response_count:
             return metrics
-        kl_by_rank = await self.call_learners("reading each sample's KL", lambda actor: actor.handle.get_sample_kl.remote())
+        kl_by_rank = await self.call_learners(
+            "reading each sample's KL", lambda actor: actor.handle.get_sample_kl.remote()
+        )
         self.sample_kl = {(group, sample): kl for rank in kl_by_rank for group, sample, kl in rank}
         metrics["kl_coef"] = self.kl_coef
         target = self._settings.algorithm.kl_target

@@ -22,9 +22,9 @@ from rluf.serve.application import (
     build_scorer_config,
     find_candidate_folders,
     get_feedback_root,
+    get_log_folder,
     list_configured_reward_folders,
     load_or_create_salt,
-    get_log_folder,
 )
 from rluf.serve.deployments import ScorerDeployment
 from rluf.serve.policy_deployment import PolicyDeployment
