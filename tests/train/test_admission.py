@@ -173,8 +173,8 @@ def test_prompt_order_has_every_prompt_once_per_pass_and_follows_the_seed() -> N
 def test_truncated_responses_are_counted_and_penalized_by_default(caplog: pytest.LogCaptureFixture) -> None:
     controller, group = make_controller(version=1), make_scored_group(DIFFERENT_SCORES, finished=(True, False))
     assert controller._compute_batch_metrics([group], StepRewards([[0.0, 0.0]], {}, []))["truncated_share"] == 0.5
-    assert controller._group_scores(group).finished == (True, False)
-    assert make_controller("algorithm.truncated=learn")._group_scores(group).finished == ()
+    assert controller._build_group_scores(group).finished == (True, False)
+    assert make_controller("algorithm.truncated=learn")._build_group_scores(group).finished == ()
     loop._warn_if_truncated(controller.settings, 0.2)
     assert not caplog.records
     loop._warn_if_truncated(controller.settings, 0.5)
