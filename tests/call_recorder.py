@@ -45,9 +45,10 @@ def _record_call(frame: FrameType, event: str, _: Any) -> None:
 
 
 def _is_importing(frame: FrameType | None) -> bool:
-    """Whether a module is being imported: its decorators and class bodies are no step of a walk."""
+    """Whether a module of the repository is being imported: its decorators and class bodies are not part of a walk."""
     while frame is not None:
-        if frame.f_code.co_name == "<module>" and frame.f_globals.get("__name__") != "__main__":
+        # Test workers run below a module frame of their own launcher, which does not count.
+        if frame.f_code.co_name == "<module>" and frame.f_code.co_filename.startswith(PACKAGES):
             return True
         frame = frame.f_back
     return False

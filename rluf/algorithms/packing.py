@@ -97,7 +97,15 @@ def plan_micro_batches(
         )
         for chunk in _split_group(group_index, prompt_tokens, response_tokens, max_chunk_tokens)
     ]
-    chunks.sort(key=lambda chunk: (-chunk.token_count, chunk.sample_indices))
+
+    def sort_key(chunk: _GroupChunk) -> tuple[object, ...]:
+        """Longest first; ties by lengths before indices, so that the loads do not depend on the order of groups."""
+        group_index = chunk.sample_indices[0][0]
+        sample_positions = [sample for _, sample in chunk.sample_indices]
+        lengths = (prompt_token_counts[group_index], tuple(response_token_counts[group_index]))
+        return (-chunk.token_count, *lengths, sample_positions, group_index)
+
+    chunks.sort(key=sort_key)
     # Lower bound by tokens. Chunks cannot be divided, so the bound may be too low and one more round is tried.
     bins_per_rank = max(1, -(-sum(chunk.token_count for chunk in chunks) // (world_size * token_budget)))
     while (bins := _fill_bins(chunks, bins_per_rank * world_size, token_budget)) is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -49,6 +49,7 @@ def test_plan_covers_each_sample_once_with_equal_counts_within_budget(
         assert count_tokens(micro_batch, lengths) <= budget or len(micro_batch) == 1
 
 
+@example(lengths=[(1, [1, 2]), (2, [1, 1, 1])], world_size=4, seed=0)  # chunks of equal length, other prompt lengths
 @given(lengths=LENGTHS, world_size=st.integers(1, 4), seed=st.integers(0, 5))
 def test_loads_do_not_depend_on_the_order_of_groups(
     lengths: list[tuple[int, list[int]]], world_size: int, seed: int

@@ -194,7 +194,7 @@ def test_vllms_pooling_runner_gives_the_same_logit(head_folders: dict[str, Path]
     items = build_items()[:-1]  # vLLM rejects an empty text
     rows = model.encoder.encode(items)
     if model.encoder.uses_text_pairs:
-        inputs: list[Any] = [{"first": render_context(messages), "second": text} for messages, text in items]
+        inputs: list[Any] = [{"first": render_context(item.messages), "second": item.response} for item in items]
     else:
         inputs = [{"ids": row.token_ids} for row in rows]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
