@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import inspect
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,12 +17,14 @@ from rluf.config.load import load_settings
 from rluf.models.hub import load_tokenizer, resolve_model
 from rluf.prepare import pipeline
 from rluf.prepare.card import build_data_card
+from rluf.train import actor_supervisor
 from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.controller import TrainController
 from rluf.train.prompts import load_prompts
 from tests.call_recorder import ROOT, list_walk, read_walk, start_recording, stop_recording
 from tests.serve.conftest import write_models
 
+build_remote_class = actor_supervisor._build_remote_class
 MAX_ROW_FILES, MAX_PROMPT_FILES = 15, 22
 OVERRIDES = (
     "model.path=tiny", "model.dtype=float32", "rollout.max_prompt_tokens=64", "rollout.max_response_tokens=12",
@@ -96,11 +98,27 @@ def _ray() -> Iterator[None]:
     ray.shutdown()
 
 
-def start_in_actor(_: Any) -> None:
-    # The thread pool of to_thread has threads from before; those of a new pool start with the recorder.
-    with contextlib.suppress(RuntimeError):  # an actor without an event loop
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor())
-    start_recording()
+def build_recorded_class(actor_class: type) -> Any:
+    """The actor class with two more methods; they run on the thread that runs the actor's other calls."""
+    has_event_loop = any(inspect.iscoroutinefunction(method) for method in vars(actor_class).values())
+
+    class SyncRecorder(actor_class):  # type: ignore[misc]
+        def start_recording(self) -> None:
+            start_recording()
+
+        def stop_recording(self) -> list[str]:
+            return stop_recording()
+
+    class AsyncRecorder(actor_class):  # type: ignore[misc]
+        async def start_recording(self) -> None:
+            # The thread pool of to_thread has threads from before; those of a new pool start with the recorder.
+            asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor())
+            start_recording()
+
+        async def stop_recording(self) -> list[str]:
+            return stop_recording()
+
+    return build_remote_class(AsyncRecorder if has_event_loop else SyncRecorder)
 
 
 async def record_step(data_folder: Path, model_path: Path, reward_folder: Path) -> set[str]:
@@ -118,12 +136,12 @@ async def record_step(data_folder: Path, model_path: Path, reward_folder: Path) 
             # The gradient is applied: the walk ends here.
             entered.update(stop_recording())
             for actor in actors:
-                entered.update(await actor.handle.__ray_call__.remote(lambda _: stop_recording()))
+                entered.update(await actor.handle.stop_recording.remote())
             return await sync(version)
 
         controller.weight_sync.sync = stop_and_sync  # type: ignore[method-assign]
         for actor in actors:
-            await actor.handle.__ray_call__.remote(start_in_actor)
+            await actor.handle.start_recording.remote()
         start_recording()
         await controller.run_step(2)
         await controller.close()
@@ -132,8 +150,12 @@ async def record_step(data_folder: Path, model_path: Path, reward_folder: Path) 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_ray")
-def test_a_prompt_enters_the_files_of_the_page(prepared: tuple[Path, set[str]], tmp_path: Path) -> None:
+def test_a_prompt_enters_the_files_of_the_page(
+    prepared: tuple[Path, set[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(actor_supervisor, "_build_remote_class", build_recorded_class)
     model_path, data_folder = resolve_model("tiny", tmp_path), prepared[0]
     walk = asyncio.run(record_step(data_folder, model_path, write_models(tmp_path / "reward", 1) / "love"))
-    assert sorted(walk) == sorted(read_walk("A prompt until its gradient"))
+    page = read_walk("A prompt until its gradient")
+    assert (sorted(walk - page), sorted(page - walk)) == ([], [])
     assert len(walk) <= MAX_PROMPT_FILES
