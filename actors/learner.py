@@ -34,7 +34,7 @@ from rluf.backends import deepspeed as ds
 from rluf.backends.colocation import WEIGHTS_TAG
 from rluf.backends.weight_transfer import create_weight_sender
 from rluf.backends.weight_transfer.base import WeightSender
-from rluf.checkpoint.format import POLICY_FOLDER, RunCheckpoint, optimizer_state_file
+from rluf.checkpoint.format import POLICY_FOLDER, RunCheckpoint, get_optimizer_state_path
 from rluf.config.settings import Settings
 from rluf.errors import RlufError
 from rluf.tracking.timeline import TorchProfiler
@@ -58,8 +58,8 @@ PROBE_TEMPERATURE = 1.0
 class LearnerActor:
     """A learner rank.
 
-    Call `rendezvous_address` on rank 0, then `setup` on all ranks; after that every call must reach all ranks, since
-    most of them contain collective operations.
+    Call `find_rendezvous_address` on rank 0, then `setup` on all ranks; after that every call must reach all ranks,
+    since most of them contain collective operations.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class LearnerActor:
         self._sample_kl: list[tuple[list[tuple[int, int]], Tensor]] = []
         self._step_count = self._skipped_count = self._skipped_in_a_row = 0
 
-    def rendezvous_address(self) -> tuple[str, int]:
+    def find_rendezvous_address(self) -> tuple[str, int]:
         """Host of this rank and a port that is free there now, for the process group's store."""
         host = ray.util.get_node_ip_address()
-        return host, _free_port(host)
+        return host, _find_free_port(host)
 
     def setup(self, host: str, port: int) -> dict[str, float]:
         """Join the process group at `host`:`port`, load the policy and its frozen reference. All ranks call it.
@@ -152,7 +152,7 @@ class LearnerActor:
         return self._engine
 
     @torch.no_grad()
-    def reference_kl(
+    def measure_reference_kl(
         self,
         groups: Sequence[ObjectRef[Group] | Group],
         micro_batches: list[MicroBatch],
@@ -205,7 +205,7 @@ class LearnerActor:
         max_ratio = torch.zeros((), dtype=torch.float64, device=self.device)
         self._reference_seconds, self._sample_kl = 0.0, []
         batch_losses: list[Tensor] = []
-        packed_batches = self._packed_batches(groups_by_index, learner_inputs, micro_batches)
+        packed_batches = self._iter_packed_batches(groups_by_index, learner_inputs, micro_batches)
         for batch_number, (batch, ref_logprobs) in enumerate(packed_batches):
             sample_indices = list_packed_samples(micro_batches[batch_number], groups_by_index)
             is_last = batch_number == len(micro_batches) - 1
@@ -238,7 +238,7 @@ class LearnerActor:
             / (end_time - start_time),
         }
 
-    def sample_kl(self) -> list[tuple[int, int, float]]:
+    def get_sample_kl(self) -> list[tuple[int, int, float]]:
         """KL to the reference (nats, k1) of each sample of the last step before its update, as (group, sample, KL)."""
         return [
             (*indices, kl)
@@ -246,7 +246,7 @@ class LearnerActor:
             for indices, kl in zip(sample_indices, batch_kl.tolist(), strict=True)
         ]
 
-    def _packed_batches(
+    def _iter_packed_batches(
         self, groups_by_index: dict[int, Group], learner_inputs: LearnerInputs, micro_batches: list[MicroBatch]
     ) -> Iterator[tuple[PackedBatch, Tensor]]:
         """Each micro-batch with its reference log-probabilities [K]; a critic replaces the rewards by advantages."""
@@ -350,11 +350,11 @@ class LearnerActor:
         if self.rank > 0 and not self.settings.is_colocated:
             return {}
         if self._weight_sender is None:
-            host, port = self.rendezvous_address()
+            host, port = self.find_rendezvous_address()
             self._weight_sender = create_weight_sender(self.settings, host, port)
         return self._weight_sender.begin(version)
 
-    def next_weight_bucket(self) -> dict[str, Any] | None:
+    def send_next_weight_bucket(self) -> dict[str, Any] | None:
         """Gather and send the next bucket; rank 0 returns the argument of load_weight_bucket. None after the last."""
         # Every rank advances the iterator, sender or not: gathering sharded parameters is a collective operation.
         bucket = next(self._weight_buckets, None)
@@ -373,7 +373,7 @@ class LearnerActor:
 
         See rluf.backends.colocation.
         """
-        for engine in self._all_engines():
+        for engine in self._list_engines():
             ds.offload_to_host(engine, components)
         if WEIGHTS_TAG in components and self._reference_model is not None:
             self._reference_model.to("cpu")
@@ -381,12 +381,12 @@ class LearnerActor:
 
     def reload(self) -> None:
         """Move everything that `offload` has moved back to the GPU."""
-        for engine in self._all_engines():
+        for engine in self._list_engines():
             ds.reload_to_device(engine)
         if self._reference_model is not None:
             self._reference_model.to(self.device)
 
-    def _all_engines(self) -> list[DeepSpeedEngine]:
+    def _list_engines(self) -> list[DeepSpeedEngine]:
         return [self.engine, *([] if self._critic is None else [self._critic.engine])]
 
     def save_policy(self, policy_path: str) -> None:
@@ -411,11 +411,11 @@ class LearnerActor:
 
     def save_optimizer_state(self, folder: str) -> dict[str, Any]:
         """Write this rank's optimizer state and random state into a checkpoint; returns its schedule and counters."""
-        state_file = optimizer_state_file(Path(folder), self.rank, self.world_size)
+        state_file = get_optimizer_state_path(Path(folder), self.rank, self.world_size)
         schedule = ds.save_optimizer_state(self.engine, state_file, {"random": torch.get_rng_state()})
         rank_state = {"learning_rate": schedule, "steps": self._step_count, "skipped": self._skipped_count}
         if self._critic is not None:
-            critic_file = optimizer_state_file(Path(folder), self.rank, self.world_size, "critic")
+            critic_file = get_optimizer_state_path(Path(folder), self.rank, self.world_size, "critic")
             rank_state["critic"] = ds.save_optimizer_state(self._critic.engine, critic_file, {})
         return rank_state
 
@@ -430,15 +430,15 @@ class LearnerActor:
     def _restore_optimizer_state(self, folder: Path) -> None:
         """Load optimizer and random state of a checkpoint."""
         rank_state = RunCheckpoint(folder, 0).read_state().lr_schedules[self.rank]
-        state_file = optimizer_state_file(folder, self.rank, self.world_size)
+        state_file = get_optimizer_state_path(folder, self.rank, self.world_size)
         extra_tensors = ds.load_optimizer_state(self.engine, state_file, dict(rank_state["learning_rate"]))
         torch.set_rng_state(extra_tensors["random"])
         if self._critic is not None:
-            critic_file = optimizer_state_file(folder, self.rank, self.world_size, "critic")
+            critic_file = get_optimizer_state_path(folder, self.rank, self.world_size, "critic")
             ds.load_optimizer_state(self._critic.engine, critic_file, dict(rank_state["critic"]))
         self._step_count, self._skipped_count = int(rank_state["steps"]), int(rank_state["skipped"])
 
-    def health(self) -> dict[str, float]:
+    def get_health(self) -> dict[str, float]:
         """Rank, process id, steps done, and peak memory in bytes."""
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux reports KiB
         return {
@@ -457,7 +457,7 @@ class LearnerActor:
         ds.leave_process_group()
 
 
-def _free_port(host: str) -> int:
+def _find_free_port(host: str) -> int:
     with socket.socket() as listener:
         listener.bind((host, 0))
         return int(listener.getsockname()[1])

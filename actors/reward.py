@@ -26,7 +26,7 @@ class RewardActor:
     """Scores samples for its objectives. A plain class; the driver wraps it with ray.remote."""
 
     def __init__(self, settings_json: str, model_folders: Mapping[str, str | None]) -> None:
-        """Store the arguments; loading is left to `ready`.
+        """Store the arguments; loading is left to `start`.
 
         `model_folders` has the reward model folder of each objective, None for a judge. Several objectives are heads of
         one backbone, scored by one forward pass.
@@ -41,7 +41,7 @@ class RewardActor:
         self._batch_count = 0
         self._busy_seconds = 0.0
 
-    async def ready(self) -> dict[str, object]:
+    async def start(self) -> dict[str, object]:
         """Load the model or judge and score two short items as a warm-up.
 
         Returns objectives, source, process id and the seconds it took. Raises ModelError or SettingsError naming what
@@ -97,7 +97,7 @@ class RewardActor:
     async def score_group(self, group: Group) -> ScoresByObjective:
         """Scores of the group's samples, in order, by objective. Groups that wait together are scored together."""
         if self._scorer is None:
-            await self.ready()
+            await self.start()
         future: asyncio.Future[ScoresByObjective] = asyncio.get_running_loop().create_future()
         self._pending_groups.append((group, future))
         if self._drain_task is None or self._drain_task.done():
@@ -130,7 +130,7 @@ class RewardActor:
             for sample in group.samples
         ]
         if self._scorer is None:
-            raise ModelError(f"the scorer of {self.objective_names} was used before it was loaded; call ready first")
+            raise ModelError(f"the scorer of {self.objective_names} was used before it was loaded; call start first")
         # Scores of all items in order; each group takes the next ones from these iterators.
         score_iterators = {name: iter(scores) for name, scores in self._scorer(items).items()}
         scores_by_group = [
@@ -142,7 +142,7 @@ class RewardActor:
         self._busy_seconds += time.monotonic() - start_time
         return scores_by_group
 
-    def health(self) -> dict[str, object]:
+    def get_health(self) -> dict[str, object]:
         """Counters since the start: samples scored, batches, seconds busy, and groups waiting now."""
         return {
             "objective": self.objective_names,

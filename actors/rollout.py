@@ -16,14 +16,14 @@ class RolloutActor:
     """One engine. Many calls may run concurrently; only the weight update phases must come in order."""
 
     def __init__(self, index: int, settings_json: str, model_path: str, version: int = 0) -> None:
-        """Prepare engine `index`; `ready` starts it. `version` is the weight version of the model at `model_path`."""
+        """Prepare engine `index`; `start` starts it. `version` is the weight version of the model at `model_path`."""
         self._settings = settings = Settings.model_validate_json(settings_json)
         # vLLM reads its environment variables at import, and its core process inherits them. This constructor runs
         # before anything in the process imports vLLM. Variables of the actor's runtime_env take precedence.
         set_vllm_environment(settings)
         self._engine = RolloutEngine(f"rollout {index}", index, settings, Path(model_path), version)
 
-    async def ready(self) -> dict[str, Any]:
+    async def start(self) -> dict[str, Any]:
         """Start the engine; returns its name, process ids, model and KV cache size in tokens."""
         return await self._engine.start()
 
@@ -87,11 +87,11 @@ class RolloutActor:
         """Load the components `tags` into GPU memory again (rluf.backends.colocation)."""
         await self._engine.wake(tags)
 
-    async def weight_version(self) -> int:
+    async def get_weight_version(self) -> int:
         """The weight version that new tokens are sampled with."""
         return self._engine.weight_version
 
-    def health(self) -> dict[str, Any]:
+    def get_health(self) -> dict[str, Any]:
         """Engine name, weight version, number of running samples, whether vLLM's core process is alive."""
         return self._engine.get_health()
 

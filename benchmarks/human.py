@@ -41,10 +41,10 @@ from rluf.prepare.readers.files import read_line_batches, resolve_sources
 from rluf.reward.backbone import build_text_encoder, enable_fast_cpu_matmul, load_classifier
 from rluf.reward.calibration import Calibration
 from rluf.reward.card import compute_label_metrics, compute_pair_metrics, fit_calibration
-from rluf.reward.counterfactuals import Counterfactual, make_training_copies, measures_prompt_fit
+from rluf.reward.counterfactuals import Counterfactual, make_training_copies, should_measure_prompt_fit
 from rluf.reward.fit import fit_nuisance_offsets
 from rluf.reward.linear_probe import assign_folds, fit_probe
-from rluf.reward.metrics import accuracy_interval, round_for_json
+from rluf.reward.metrics import compute_accuracy_interval, round_for_json
 from rluf.reward.text import TextEncoder
 from rluf.reward.trainer import EncodedSplit, RewardModelTrainer, TrainPlan, encode_split
 from rluf.utils.paths import resolve_cache_folder
@@ -175,7 +175,7 @@ def measure_within_prompts(records: list[dict[str, Any]], rows: EncodedSplit, lo
         "oracle": float(np.mean(oracle_rates)),
     }
     if margins:
-        metrics["accuracy"] = accuracy_interval(np.asarray(margins), np.ones(len(margins)), clusters)
+        metrics["accuracy"] = compute_accuracy_interval(np.asarray(margins), np.ones(len(margins)), clusters)
         metrics["pairs"] = len(margins)
     return {"same_prompt": metrics}
 
@@ -227,12 +227,12 @@ def score_out_of_fold(
     ]
     fold_by_any_row = np.concatenate([fold_by_row, np.asarray(copy_folds, dtype=np.int64)])
     fold_by_any_sequence = np.tile(fold_by_any_row, 2) if rows.is_pairwise else fold_by_any_row
-    log_sequences = all_rows.sequence_indices(range(len(rows)))
+    log_sequences = all_rows.list_sequence_indices(range(len(rows)))
     all_raw = np.where(fold_by_any_sequence < 0, np.nan, 0.0)
     for fold in range(fold_count):
         is_test = fold_by_any_sequence == fold
         train_rows, indices = select_training_rows(all_rows, counterfactuals, fold_by_row != fold, debias)
-        train_sequences = all_rows.sequence_indices(indices)
+        train_sequences = all_rows.list_sequence_indices(indices)
         # Offsets are fitted on the training folds only, so they know nothing of the scored fold.
         offsets = train_rows.logit_offsets if train_rows.logit_offsets.size else None
         for features in member_features:
@@ -265,7 +265,7 @@ def summarize_prompt_fit(
             differences_by_kind.setdefault(copy.kind, []).append((difference, all_rows.clusters[copy.source_index]))
     return {
         kind: {"n": len(entries)}
-        | accuracy_interval(np.asarray([d for d, _ in entries]), np.ones(len(entries)), [c for _, c in entries])
+        | compute_accuracy_interval(np.asarray([d for d, _ in entries]), np.ones(len(entries)), [c for _, c in entries])
         for kind, entries in differences_by_kind.items()
     }
 
@@ -303,7 +303,7 @@ def main() -> None:
     is_pairwise = settings.reward.by_objective[objective].loss == "bradley_terry"
     copies: list[Mapping[str, Any]] = []
     counterfactuals: list[Counterfactual] = []
-    if measures_prompt_fit(objective, is_pairwise=is_pairwise, debias=debias):
+    if should_measure_prompt_fit(objective, is_pairwise=is_pairwise, debias=debias):
         copies, counterfactuals = make_training_copies(records, is_pairwise=is_pairwise, seed=settings.seed)
     member_features, all_rows = compute_member_features(settings, objective, [*records, *copies])
     sources = np.asarray([copy.source_index for copy in counterfactuals], dtype=np.int64)

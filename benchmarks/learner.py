@@ -89,7 +89,7 @@ def time_learner_step(settings: Settings, folder: Path, groups: list[Group]) -> 
         .options(**actor_options(settings, "learner"))
         .remote(0, 1, settings.model_dump_json(), str(folder))
     )
-    ray.get(actor.setup.remote(*ray.get(actor.rendezvous_address.remote())))
+    ray.get(actor.setup.remote(*ray.get(actor.find_rendezvous_address.remote())))
     plan = plan_micro_batches(
         [PROMPT_TOKENS] * GROUP_COUNT,
         [[RESPONSE_TOKENS] * SAMPLES_PER_GROUP] * GROUP_COUNT,
@@ -104,7 +104,7 @@ def time_learner_step(settings: Settings, folder: Path, groups: list[Group]) -> 
         settings.algorithm, advantage_inputs, max_response_tokens=RESPONSE_TOKENS, kl_coef=settings.algorithm.kl_coef
     )
     seconds, metrics = time_fastest(lambda: ray.get(actor.train_step.remote(group_refs, learner_inputs, plan[0], 0)))
-    metrics["peak_bytes"] = ray.get(actor.health.remote())["peak_bytes"]
+    metrics["peak_bytes"] = ray.get(actor.get_health.remote())["peak_bytes"]
     ray.get(actor.shutdown.remote())
     ray.kill(actor)
     return seconds, metrics

@@ -139,7 +139,7 @@ def measure_shape(shape: str, host: str, port: int) -> dict[str, Any]:
 
     def sync_weights() -> None:
         actor.begin_weight_sync(1)
-        while actor.next_weight_bucket() is not None:
+        while actor.send_next_weight_bucket() is not None:
             pass
         actor.end_weight_sync()
 

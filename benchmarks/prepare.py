@@ -220,9 +220,9 @@ def _assign_rows(frame: Any, bands: Any) -> tuple[Any, Any]:
     split = split.to_numpy().astype(np.int64)
     conversations, prompts = frame["conversation_id"].hash(5).to_numpy(), frame["prompt"].to_numpy()
     times = frame["time"].to_physical().to_numpy()
-    is_late, is_early, _ = splits.time_leaks(conversations, split, times, 0.15)
-    is_kept = ~(splits.conversation_leaks(conversations, split, times) | is_late | is_early)
-    is_near_duplicate = splits.near_duplicate_leaks(
+    is_late, is_early, _ = splits.find_time_leaks(conversations, split, times, 0.15)
+    is_kept = ~(splits.find_conversation_leaks(conversations, split, times) | is_late | is_early)
+    is_near_duplicate = splits.find_near_duplicate_leaks(
         splits.group_near_duplicates(prompts, bands)[is_kept],
         prompts[is_kept],
         split[is_kept],

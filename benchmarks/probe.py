@@ -55,7 +55,7 @@ class FaultyLearner(LearnerActor):
             [name for name, parameter in named_parameters if parameter.dim() == 2]
         )
 
-    def next_weight_bucket(self) -> dict[str, Any] | None:
+    def send_next_weight_bucket(self) -> dict[str, Any] | None:
         """The next bucket, with the fault injected."""
         bucket = next(self._weight_buckets, None)
         if bucket is None or self._weight_sender is None:
@@ -78,8 +78,8 @@ def start_actors(settings: Settings, model: Path) -> ActorGroups:
     learner_class = ray.remote(concurrency_groups={"health": 1})(FaultyLearner)
     rollout = engine_class.options(**actor_options(settings, "rollout")).remote(0, settings_json, str(model))
     learner = learner_class.options(**actor_options(settings, "learner")).remote(0, 1, settings_json, str(model))
-    ray.get(learner.setup.remote(*ray.get(learner.rendezvous_address.remote())))
-    ray.get(rollout.ready.remote())
+    ray.get(learner.setup.remote(*ray.get(learner.find_rendezvous_address.remote())))
+    ray.get(rollout.start.remote())
     return ActorGroups([ActorRef("rollout", 0, rollout)], {}, [ActorRef("learner", 0, learner)])
 
 

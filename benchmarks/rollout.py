@@ -55,7 +55,7 @@ def measure_actor(settings: Settings, model: Path) -> dict[str, float]:
     try:
         started = time.perf_counter()
         actor: Any = ray.remote(RolloutActor).options(num_cpus=1).remote(0, settings.model_dump_json(), str(model))
-        ray.get(actor.ready.remote())
+        ray.get(actor.start.remote())
         startup_s = time.perf_counter() - started
         prompts, speeds = build_prompts(model), []
         for seed in range(ROUND_COUNT + 1):

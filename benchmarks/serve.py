@@ -286,11 +286,11 @@ class BenchmarkService:
     def deploy(self, model_folder: Path) -> str:
         """Deploy the model of a folder; returns its version once it answers."""
         from rluf.serve.__main__ import start_service
-        from rluf.serve.application import build_scorer_config, configured_reward_folders
+        from rluf.serve.application import build_scorer_config, list_configured_reward_folders
 
         self.settings_tree["objectives"] = {"love": {"path": str(model_folder), "weight": 1.0}}
         settings = Settings.model_validate(self.settings_tree)
-        expected_version = str(build_scorer_config(settings, configured_reward_folders(settings))["version"])
+        expected_version = str(build_scorer_config(settings, list_configured_reward_folders(settings))["version"])
         start_service(settings)
         body = {"messages": [{"role": "user", "content": "Hi"}], "response": "Hello"}
         deadline = time.monotonic() + 120

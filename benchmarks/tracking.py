@@ -23,7 +23,7 @@ import ray
 
 from rluf.config.settings import Settings
 from rluf.tracking.gauges import RunGauges
-from rluf.tracking.metric_registry import add_token_rate, metric_specs
+from rluf.tracking.metric_registry import add_token_rate, list_metric_specs
 from rluf.tracking.run_files import SAMPLE_TABLE_ROWS, RolloutSample
 from rluf.tracking.wandb import WandbTracker
 from rluf.train.sample_table import NON_OBJECTIVE_VALUES, should_log_samples
@@ -62,7 +62,7 @@ def measure_overhead(folder: Path) -> dict[str, float]:
     wall_seconds, cpu_before = [], cpu_seconds()
     with JsonlWriter(folder / "metrics.jsonl") as metrics_writer:
         for step in range(1, STEP_COUNT + 1):
-            metrics_row = {spec.key: rng.random() for spec in metric_specs(objectives)}
+            metrics_row = {spec.key: rng.random() for spec in list_metric_specs(objectives)}
             values = {
                 name: [rng.random() for _ in range(SAMPLES_PER_STEP)] for name in (*objectives, *NON_OBJECTIVE_VALUES)
             }

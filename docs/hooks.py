@@ -21,7 +21,7 @@ from rluf.config.cli import flatten_settings, format_yaml_value  # noqa: E402
 from rluf.config.load import iter_setting_fields, load_settings  # noqa: E402
 from rluf.config.objectives import BUILTIN_OBJECTIVES  # noqa: E402
 from rluf.tracking import metric_registry  # noqa: E402
-from rluf.tracking.gauges import gauge_and_labels  # noqa: E402
+from rluf.tracking.gauges import parse_metric_key  # noqa: E402
 
 REFERENCE_PAGES = ("reference/settings.md", "reference/metrics.md", "reference/python.md")
 RESULTS_PAGE = "results.md"
@@ -122,9 +122,9 @@ def metrics_page() -> str:
     for group, title in metric_registry.GROUP_TITLES.items():
         lines += ["", f"## {title}", "", "| key | W&B | Prometheus | meaning | axis | summary |",
                   "|---|---|---|---|---|---|"]  # fmt: skip
-        for spec in metric_registry.metric_specs(BUILTIN_OBJECTIVES):
+        for spec in metric_registry.list_metric_specs(BUILTIN_OBJECTIVES):
             if spec.group == group:
-                gauge, labels = gauge_and_labels(spec.key, BUILTIN_OBJECTIVES)
+                gauge, labels = parse_metric_key(spec.key, BUILTIN_OBJECTIVES)
                 label_text = "".join(f"{{{key}={value}}}" for key, value in labels.items())
                 names = f"`{spec.key}` | `{spec.wandb_name}` | `ray_rluf_{gauge}{label_text}`"
                 lines.append(f"| {names} | {spec.title}: {spec.description} | {spec.axis} | {spec.summary_statistic} |")

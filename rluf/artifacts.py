@@ -46,7 +46,7 @@ def prepare_data_artifact(settings: Settings) -> Artifact:
     """The prepared data set: built with Ray Data, or reused if log, settings and code are the same."""
     from rluf.prepare.pipeline import build_data_set
     from rluf.prepare.readers.files import fingerprint_sources, resolve_sources
-    from rluf.utils.hashing import read_user_salt, salt_fingerprint
+    from rluf.utils.hashing import fingerprint_salt, read_user_salt
 
     log_sources = [
         log_source
@@ -60,7 +60,7 @@ def prepare_data_artifact(settings: Settings) -> Artifact:
         "prepare": settings.prepare.model_dump(mode="json", exclude={"output"}),
         "seed": settings.seed,
         # Another salt gives other user ids; its fingerprint is stored, never the salt.
-        "salt": salt_fingerprint(read_user_salt()),
+        "salt": fingerprint_salt(read_user_salt()),
         "code": hash_source_code("prepare", "utils.hashing"),
     }
 
@@ -89,7 +89,7 @@ def train_reward_artifacts(settings: Settings, data_artifact: Artifact) -> dict[
         for head_names in group_by_backbone(settings, [*trained_objectives, *extra_heads])
     }
     cache_inputs_by_name = {
-        artifact_name: reward_cache_inputs(settings, data_artifact, head_names)
+        artifact_name: list_reward_cache_inputs(settings, data_artifact, head_names)
         for artifact_name, head_names in heads_by_artifact.items()
     }
 
@@ -113,7 +113,9 @@ def train_reward_artifacts(settings: Settings, data_artifact: Artifact) -> dict[
     }
 
 
-def reward_cache_inputs(settings: Settings, data_artifact: Artifact, head_names: Sequence[str]) -> dict[str, object]:
+def list_reward_cache_inputs(
+    settings: Settings, data_artifact: Artifact, head_names: Sequence[str]
+) -> dict[str, object]:
     """Everything that the reward model of these heads depends on; a local backbone folder counts with its content."""
     reward_settings = settings.reward
     backbone_names = sorted(
@@ -147,7 +149,7 @@ def _wrap_model_folder(objective_name: str, objective_settings: ObjectiveSetting
     return Artifact(f"reward-{objective_name}", folder, hash_files([folder])[:12], reused=True)
 
 
-def reward_model_folders(reward_artifacts: Mapping[str, Artifact | None]) -> dict[str, Path | None]:
+def list_reward_model_folders(reward_artifacts: Mapping[str, Artifact | None]) -> dict[str, Path | None]:
     """The reward model folder of each objective, None for a judge."""
     return {
         objective_name: None if artifact is None else artifact.folder

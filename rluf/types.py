@@ -138,7 +138,7 @@ class PolicyAnswer:
     temperature: float | None = None
 
 
-def mean_token_entropy(answers: Sequence[PolicyAnswer]) -> float | None:
+def compute_mean_token_entropy(answers: Sequence[PolicyAnswer]) -> float | None:
     """Entropy in nats per token: the mean negative log-probability of the sampled tokens; None if not recorded."""
     logprobs = [answer.logprob for answer in answers if answer.logprob is not None]
     token_count = sum(answer.tokens for answer in answers)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from rluf.artifacts import reward_cache_inputs
+from rluf.artifacts import list_reward_cache_inputs
 from rluf.config.load import load_settings
 from rluf.utils.cache import Artifact, compute_artifact_key
 
@@ -14,7 +14,7 @@ DATA = Artifact("data", Path("data"), "0123456789ab", reused=True)
 
 
 def reward_key(*overrides: str, heads: tuple[str, ...] = ("love",)) -> str:
-    return compute_artifact_key(reward_cache_inputs(load_settings(None, overrides).settings, DATA, heads))
+    return compute_artifact_key(list_reward_cache_inputs(load_settings(None, overrides).settings, DATA, heads))
 
 
 def test_the_dtype_of_training_is_part_of_the_key() -> None:
@@ -49,4 +49,4 @@ def test_an_embedded_name_wins_over_a_local_folder_of_that_name(
 ) -> None:
     (tmp_path / "minilm").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert reward_cache_inputs(load_settings(None).settings, DATA, ("love",))["folders"] == {}
+    assert list_reward_cache_inputs(load_settings(None).settings, DATA, ("love",))["folders"] == {}

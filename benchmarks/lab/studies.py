@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from scipy.special import expit
 
 from rluf.prepare.signals import rank_signals
-from rluf.reward.metrics import auroc, auroc_interval, hanley_mcneil_std_error, pearson_correlation
+from rluf.reward.metrics import auroc, compute_auroc_interval, compute_hanley_mcneil_std_error, pearson_correlation
 from rluf.simulate.users import (
     ResponseFeatures,
     UserPopulation,
@@ -75,12 +75,12 @@ def study_learnability(world: ClaimWorld, _: CandidateSet) -> dict[str, Any]:
     for name, rng_part, unseen in (("unseen_prompts", 9, True), ("known_prompts", 10, False)):
         log = world.simulate_log(TEST_ROWS, rng_part=rng_part, unseen=unseen)
         score, probabilities = world.love_model.mean_logits(log_features(world, log)), true_probabilities(world, log)
-        ones = np.ones(len(score))
+        ones, positives = np.ones(len(score)), int(log.loved.sum())
         result[name] = {
-            "auroc": auroc_interval(score, log.loved, ones, [str(item) for item in log.user_index]),
+            "auroc": compute_auroc_interval(score, log.loved, ones, [str(item) for item in log.user_index]),
             "auroc_of_the_truth": auroc(probabilities, log.loved), "ceiling": bayes_auroc(probabilities),
             "against_true_chances": auroc(score, probabilities), "rate": float(log.loved.mean()),
-            "error": hanley_mcneil_std_error(auroc(score, log.loved), int(log.loved.sum()), int((1 - log.loved).sum())),
+            "error": compute_hanley_mcneil_std_error(auroc(score, log.loved), positives, len(score) - positives),
             "calibration_ratio": float((1 / (1 + np.exp(-score))).mean() / log.loved.mean()),
         }  # fmt: skip
         if not unseen:
@@ -131,7 +131,7 @@ def study_log_size(world: ClaimWorld, _: CandidateSet) -> dict[str, Any]:
         result["rows"][str(row_count)] = {
             "against_true_chances": auroc(score, probabilities),
             "auroc": auroc(score, test_log.loved),
-            "error": hanley_mcneil_std_error(
+            "error": compute_hanley_mcneil_std_error(
                 auroc(score, test_log.loved), int(test_log.loved.sum()), int((1 - test_log.loved).sum())
             ),
         }

@@ -95,7 +95,9 @@ def gspo(
     Requires the sequence_mean loss aggregation (token weight 1 / length), which build_learner_inputs selects. Source:
     arXiv 2507.18071, eq. 5 and 7.
     """
-    return clip_surrogate(torch.exp(mean_by_sequence(logprobs - old_logprobs, sequence_index)), advantages, algorithm)
+    return clip_surrogate(
+        torch.exp(average_by_sequence(logprobs - old_logprobs, sequence_index)), advantages, algorithm
+    )
 
 
 def cispo(
@@ -143,12 +145,12 @@ def sum_by_sequence(values: Tensor, sequence_index: Tensor) -> Tensor:
     return values.new_zeros(count).index_add(0, sequence_index, values)[sequence_index]
 
 
-def mean_by_sequence(values: Tensor, sequence_index: Tensor) -> Tensor:
+def average_by_sequence(values: Tensor, sequence_index: Tensor) -> Tensor:
     """Mean of `values` [K] over the response of each token, repeated at its tokens [K]."""
     return sum_by_sequence(values, sequence_index) / sum_by_sequence(torch.ones_like(values), sequence_index)
 
 
-def suffix_sums(values: Tensor, sequence_index: Tensor) -> Tensor:
+def compute_suffix_sums(values: Tensor, sequence_index: Tensor) -> Tensor:
     """Sum of `values` [K] from each token to the end of its response, itself included [K], float64.
 
     Tokens of a response are consecutive.
@@ -299,7 +301,7 @@ def compute_kl_to_go(reference_logprobs: Tensor, batch: PackedBatch) -> Tensor:
     """KL to go [K], float64: k1 of the engine's logprobs from each token to its response's end; 0 in demonstrations."""
     # Demonstrations have NaN rollout logprobs, which would spread through the cumulative sum to every later token.
     token_kl = (batch.rollout_logprobs - reference_logprobs).nan_to_num(0.0)
-    return suffix_sums(token_kl, batch.sequence_index)
+    return compute_suffix_sums(token_kl, batch.sequence_index)
 
 
 def compute_reference_kl(
@@ -308,7 +310,7 @@ def compute_reference_kl(
     """KL statistics of each response of a packed micro-batch [N], from `logprobs` [K] or else the engine's."""
     own_logprobs = batch.rollout_logprobs if logprobs is None else logprobs
     token_kl = (own_logprobs - reference_logprobs).nan_to_num(0.0).double()
-    kl_to_go = suffix_sums(token_kl, batch.sequence_index)
+    kl_to_go = compute_suffix_sums(token_kl, batch.sequence_index)
     response_count = int(batch.sequence_index[-1]) + 1
     sums = [
         token_kl.new_zeros(response_count).index_add(0, batch.sequence_index, values).tolist()

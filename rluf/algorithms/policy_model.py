@@ -37,13 +37,13 @@ LOGPROB_CHUNK_TOKENS = 256
 
 
 def register_packed_attention() -> None:
-    """Register packed_attention with transformers. Calling it again is harmless."""
+    """Register compute_packed_attention with transformers. Calling it again is harmless."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(PACKED_ATTENTION, packed_attention)
+    AttentionInterface.register(PACKED_ATTENTION, compute_packed_attention)
 
 
-def packed_attention(
+def compute_packed_attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,

@@ -5,7 +5,7 @@ on each GPU. They never work at once, so each moves to host memory what would ta
 vLLM's sleep mode (level 1: weights in host memory, KV cache dropped), the learner by DeepSpeed's offload_states. During
 a weight sync the weights of both are on the GPU, and neither the KV cache nor the optimizer state. Untested on GPUs.
 
-This module is pure: phase_transitions lists the actions in order, rluf/train/actor_calls.py executes them.
+This module is pure: list_phase_transitions lists the actions in order, rluf/train/actor_calls.py executes them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ RESIDENCY_BY_PHASE: Mapping[GpuPhase, GpuResidency] = MappingProxyType(
 """Components in GPU memory in each phase."""
 
 
-def phase_transitions(from_phase: GpuPhase, to_phase: GpuPhase) -> tuple[PhaseAction, ...]:
+def list_phase_transitions(from_phase: GpuPhase, to_phase: GpuPhase) -> tuple[PhaseAction, ...]:
     """Actions that lead from one phase to another, in order.
 
     vLLM's sleep offloads a whole engine and its wake-up restores single components; DeepSpeed's reload restores a whole

@@ -418,14 +418,14 @@ def _merge_adapter(weight: Tensor, lora_adapter: LoraAdapter | None) -> Tensor:
 def _build_lr_schedule(warmup_steps: int, total_steps: int | None) -> Callable[[torch.optim.Optimizer], Any]:
     """Factory of the LR schedule, which DeepSpeed calls with the optimizer: warm-up, then constant or linear decay."""
 
-    def lr_factor(step: int) -> float:
+    def compute_lr_factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         if total_steps is None:
             return 1.0
         return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
 
-    return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
+    return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, compute_lr_factor)
 
 
 def _build_deepspeed_config(

@@ -89,7 +89,7 @@ class RunCheckpoint:
         return RunState(controller_state=controller_state, **content)
 
 
-def optimizer_state_file(folder: Path, rank: int, world_size: int, model_name: str = "learner") -> Path:
+def get_optimizer_state_path(folder: Path, rank: int, world_size: int, model_name: str = "learner") -> Path:
     """Master weights and AdamW state of one learner rank, of the policy (`learner`) or of PPO's `critic`."""
     # The number of ranks is part of the name: a ZeRO shard fits only the same rank of the same number.
     return folder / f"{model_name}-{rank}-of-{world_size}.safetensors"

@@ -41,7 +41,7 @@ SUBCOMMANDS = {
 def run_evaluation(settings: Settings) -> Path:
     """Compare two policies and report; returns the run folder <run.root>/<name>-evaluate/<time>. Raises RlufError."""
     from cluster.connect import ray_connection
-    from rluf.artifacts import check_inputs, prepare_data_artifact, reward_model_folders, train_reward_artifacts
+    from rluf.artifacts import check_inputs, list_reward_model_folders, prepare_data_artifact, train_reward_artifacts
     from rluf.evaluate.compare import compare_policies, write_cards, write_results
     from rluf.models.hub import resolve_model
     from rluf.tracking.console import setup_logging
@@ -70,7 +70,7 @@ def run_evaluation(settings: Settings) -> Path:
         write_cards(run_folder, data_artifact, reward_artifacts)
 
         tracker = stack.enter_context(WandbTracker(settings, run_folder))
-        reward_folders = reward_model_folders(reward_artifacts)
+        reward_folders = list_reward_model_folders(reward_artifacts)
         result = asyncio.run(
             evaluate_policies(settings, base_path, candidate_path, data_artifact.folder, reward_folders)
         )

@@ -20,7 +20,7 @@ from rluf.report.presentation import pair_answers
 from rluf.simulate.ground_truth import GroundTruth, true_scores
 from rluf.simulate.users import simulate_population
 from rluf.tracking.run_files import SAMPLE_TABLE_ROWS, write_answers
-from rluf.types import ALIGNED_ARM, BASE_ARM, CONTROL_ARM, REPEAT_ARM, PolicyAnswer, mean_token_entropy
+from rluf.types import ALIGNED_ARM, BASE_ARM, CONTROL_ARM, REPEAT_ARM, PolicyAnswer, compute_mean_token_entropy
 from rluf.utils.cache import Artifact
 from rluf.utils.files import read_json, write_json
 
@@ -58,7 +58,7 @@ def compare_policies(
             if artifact is not None
         },
     )
-    aligned_entropy = mean_token_entropy(_select_arm(result, ALIGNED_ARM))
+    aligned_entropy = compute_mean_token_entropy(_select_arm(result, ALIGNED_ARM))
     result.answers += build_control_arm(result.answers, aligned_entropy, settings.seed)
     arms = {
         name: _build_arm(settings, answers, arm_index)

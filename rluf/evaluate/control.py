@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from rluf.types import BASE_ARM, CONTROL_ARM, REPEAT_ARM, PolicyAnswer, mean_token_entropy
+from rluf.types import BASE_ARM, CONTROL_ARM, REPEAT_ARM, PolicyAnswer, compute_mean_token_entropy
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def build_control_arm(answers: Sequence[PolicyAnswer], target_entropy: float | N
             draws.setdefault(answer.temperature, []).append(answer)
     if target_entropy is None or len(draws) < 2:
         return []
-    entropies = {temperature: mean_token_entropy(answers) or 0.0 for temperature, answers in draws.items()}
+    entropies = {temperature: compute_mean_token_entropy(answers) or 0.0 for temperature, answers in draws.items()}
     by_entropy = sorted(draws, key=entropies.__getitem__)
     cooler = [temperature for temperature in by_entropy if entropies[temperature] <= target_entropy]
     cool = cooler[-1] if cooler else by_entropy[0]

@@ -15,7 +15,7 @@ from rluf.evaluate.gates import GateEvidence, evaluate_gates
 from rluf.evaluate.intervals import IntervalEstimate
 from rluf.evaluate.monitors import MonitorSample, compare_monitors
 from rluf.evaluate.two_way import ArmValues, PolicyComparison, compare_arms
-from rluf.types import ALIGNED_ARM, BASE_ARM, CONTROL_ARM, REPEAT_ARM, PolicyAnswer, mean_token_entropy
+from rluf.types import ALIGNED_ARM, BASE_ARM, CONTROL_ARM, REPEAT_ARM, PolicyAnswer, compute_mean_token_entropy
 
 COMPARISONS = (
     ("aligned_vs_base", "Aligned against base", BASE_ARM, ALIGNED_ARM),
@@ -80,7 +80,7 @@ class EvaluatedArm:
             "users": 0 if self.reactions is None else len(np.unique(self.reactions.user)),
             "tokens": float(np.mean([answer.tokens for answer in self.answers])),
             "truncated_share": self.truncated_share,
-            "entropy": mean_token_entropy(self.answers),
+            "entropy": compute_mean_token_entropy(self.answers),
         }
 
 

@@ -175,7 +175,7 @@ class RewardAggregator:
         """Record the mean signals of the base policy's responses to a prompt, as the baseline to calibrate against."""
         self.baseline_signals[prompt_id] = {objective: fmean(values) for objective, values in signals.items()}
 
-    def state(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, Any]:
         """The complete state as plain JSON, for a checkpoint."""
         return {
             "normalizer": None if self.normalizer is None else asdict(self.normalizer),
@@ -231,9 +231,9 @@ class RewardAggregator:
             }
         if apply_gate:
             # Calibrated rewards lie in (0, 1), so 0 is below all of them.
-            rewards = _gate_groups(rewards, groups, 0.0 if is_calibrated else min(map(min, rewards)))
+            rewards = _apply_gate_to_groups(rewards, groups, 0.0 if is_calibrated else min(map(min, rewards)))
             normalized_signals = {
-                name: _gate_groups(group_signals, groups, min(map(min, group_signals)))
+                name: _apply_gate_to_groups(group_signals, groups, min(map(min, group_signals)))
                 for name, group_signals in normalized_signals.items()
             }
         if any(group.gate_verdicts for group in groups):
@@ -299,7 +299,7 @@ class RewardAggregator:
         ]
 
 
-def _gate_groups(
+def _apply_gate_to_groups(
     values: Sequence[Sequence[float]], groups: Sequence[GroupScores], failed_value: float
 ) -> list[list[float]]:
     return [

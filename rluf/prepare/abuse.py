@@ -52,7 +52,7 @@ class AbuseLog:
     own_persona: Bools
 
 
-def _beta_binomial_log_pmf(trials: Floats, hits: Floats, alpha: float, beta: float) -> Floats:
+def _compute_beta_binomial_log_pmf(trials: Floats, hits: Floats, alpha: float, beta: float) -> Floats:
     """Log of the beta-binomial probability of `hits` in `trials`."""
     # Not scipy.stats.betabinom: its import takes seconds in each worker.
     from scipy.special import betaln
@@ -62,13 +62,13 @@ def _beta_binomial_log_pmf(trials: Floats, hits: Floats, alpha: float, beta: flo
     return log_pmf
 
 
-def _beta_binomial_upper_tail(trials: Ints, hits: Ints, alpha: float, beta: float) -> Floats:
+def _compute_beta_binomial_upper_tail(trials: Ints, hits: Ints, alpha: float, beta: float) -> Floats:
     """Probability of `hits` or more in `trials` [M]."""
     # The sum from hits to trials of all M units, flattened into one array: `unit` is the unit of each term.
     term_count = trials - hits + 1
     unit = np.repeat(np.arange(len(trials)), term_count)
     term_hits = np.arange(term_count.sum()) - np.repeat(np.cumsum(term_count) - term_count, term_count) + hits[unit]
-    log_pmf = _beta_binomial_log_pmf(trials[unit].astype(np.float64), term_hits.astype(np.float64), alpha, beta)
+    log_pmf = _compute_beta_binomial_log_pmf(trials[unit].astype(np.float64), term_hits.astype(np.float64), alpha, beta)
     return np.minimum(np.bincount(unit, weights=np.exp(log_pmf), minlength=len(trials)), 1.0)
 
 
@@ -87,14 +87,14 @@ def _fit_beta_binomial(trials: Ints, hits: Ints, unit_counts: Floats) -> tuple[f
         rate, strength = 1 / (1 + np.exp(-theta[0])), np.exp(min(theta[1], 12.0))
         return float(rate * strength) + 1e-9, float((1 - rate) * strength) + 1e-9
 
-    def penalized_loss(theta: Floats) -> float:
-        log_likelihood = _beta_binomial_log_pmf(n, k, *to_alpha_beta(theta))
+    def compute_penalized_loss(theta: Floats) -> float:
+        log_likelihood = _compute_beta_binomial_log_pmf(n, k, *to_alpha_beta(theta))
         # exp(3) is about 20.
         return -float((log_likelihood * unit_counts).sum() / unit_counts.sum()) + 1e-4 * float(theta[1] - 3) ** 2
 
     start = np.array([np.log(mean / (1 - mean)), 3.0])
     options = {"xatol": 0.01, "fatol": 1e-7, "maxiter": 200}
-    return to_alpha_beta(minimize(penalized_loss, start, method="Nelder-Mead", options=options).x)
+    return to_alpha_beta(minimize(compute_penalized_loss, start, method="Nelder-Mead", options=options).x)
 
 
 def fit_robust_beta_binomial(trials: Ints, hits: Ints) -> tuple[float, float] | None:
@@ -118,13 +118,13 @@ def fit_robust_beta_binomial(trials: Ints, hits: Ints) -> tuple[float, float] | 
             is_ordinary = np.ones(len(n), dtype=np.bool_)
         alpha_beta = _fit_beta_binomial(n[is_ordinary], k[is_ordinary], unit_counts[is_ordinary])
         previous = is_ordinary
-        is_ordinary = _beta_binomial_upper_tail(n, k, *alpha_beta) > 1e-3
+        is_ordinary = _compute_beta_binomial_upper_tail(n, k, *alpha_beta) > 1e-3
         if np.array_equal(previous, is_ordinary):
             break
     return alpha_beta
 
 
-def adjusted_tail_probability(trials: Ints, hits: Ints, alpha_beta: tuple[float, float] | None) -> Floats:
+def compute_adjusted_tail_probability(trials: Ints, hits: Ints, alpha_beta: tuple[float, float] | None) -> Floats:
     """Probability [U] of as many hits or more for each unit, adjusted for the number of units. All ones for None.
 
     The adjustment is Benjamini and Hochberg's (1995).
@@ -133,7 +133,7 @@ def adjusted_tail_probability(trials: Ints, hits: Ints, alpha_beta: tuple[float,
         return np.ones(len(trials))
     rows = np.stack([trials, hits], 1)
     pairs, pair_index, pair_counts = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
-    probability = _beta_binomial_upper_tail(pairs[:, 0], pairs[:, 1], *alpha_beta)
+    probability = _compute_beta_binomial_upper_tail(pairs[:, 0], pairs[:, 1], *alpha_beta)
     order = np.argsort(probability)
     rank = np.cumsum(pair_counts[order])
     # Step-up procedure: the minimum from the largest probability downwards makes the adjusted values monotone.
@@ -148,14 +148,14 @@ def _count_user_rows(log: AbuseLog) -> tuple[Ints, Ints]:
     return np.bincount(log.user_code), np.bincount(log.user_code, weights=log.loved).astype(np.int64)
 
 
-def _love_rate_weight(log: AbuseLog) -> Floats:
+def _compute_love_rate_weight(log: AbuseLog) -> Floats:
     """Users who love a far larger share of their responses than ordinary users."""
     trials, hits = _count_user_rows(log)
-    tail_probability = adjusted_tail_probability(trials, hits, fit_robust_beta_binomial(trials, hits))
+    tail_probability = compute_adjusted_tail_probability(trials, hits, fit_robust_beta_binomial(trials, hits))
     return (tail_probability / TAIL_PROBABILITY_THRESHOLD)[log.user_code]
 
 
-def _distinct_moments(log: AbuseLog) -> tuple[Ints, Ints, Ints]:
+def _find_distinct_moments(log: AbuseLog) -> tuple[Ints, Ints, Ints]:
     """Row order by user and time, position in it of the first row of each moment, and each position's moment.
 
     Rows of one user at one time are one moment: some logs have a single time for a whole conversation.
@@ -167,9 +167,9 @@ def _distinct_moments(log: AbuseLog) -> tuple[Ints, Ints, Ints]:
     return order, np.flatnonzero(is_first), np.cumsum(is_first) - 1
 
 
-def _burst_weight(log: AbuseLog) -> Floats:
+def _compute_burst_weight(log: AbuseLog) -> Floats:
     """Users who received more responses in a minute than a person can read, in the minute around each row."""
-    order, first_rows, moment_index = _distinct_moments(log)
+    order, first_rows, moment_index = _find_distinct_moments(log)
     user_code, time_us = log.user_code[order][first_rows], log.time_us[order][first_rows]
     start_us = int(time_us.min(initial=0))
     # One number line for all users: a user's segment is as long as the log plus four minutes, so a window of a minute
@@ -184,9 +184,9 @@ def _burst_weight(log: AbuseLog) -> Floats:
     return weight
 
 
-def _timing_weight(log: AbuseLog) -> Floats:
+def _compute_timing_weight(log: AbuseLog) -> Floats:
     """Users with 20 or more distinct times at regular intervals: entropy of pauses in half octaves below 2 bits."""
-    order, first_rows, _ = _distinct_moments(log)
+    order, first_rows, _ = _find_distinct_moments(log)
     user_code, time_us = log.user_code[order][first_rows], log.time_us[order][first_rows]
     is_same_user = user_code[1:] == user_code[:-1]
     pause_us, pause_user = np.diff(time_us)[is_same_user], user_code[1:][is_same_user]
@@ -205,17 +205,17 @@ def _timing_weight(log: AbuseLog) -> Floats:
     return weight[log.user_code]
 
 
-def _copy_weight(log: AbuseLog) -> Floats:
+def _compute_copy_weight(log: AbuseLog) -> Floats:
     """Copy-paste: a prompt that a user repeats often, and prompts or responses that many users love in unison."""
     user_prompt = log.user_code * (int(log.prompt_group.max(initial=0)) + 1) + log.prompt_group
     _, pair_index, pair_counts = np.unique(user_prompt, return_inverse=True, return_counts=True)
     weight = np.minimum(1.0, MAX_PROMPT_REPEATS / pair_counts[pair_index])
     for text_code in (log.prompt_group, log.response_code):
-        weight = np.where(log.loved, np.minimum(weight, _crowd_weight(log, text_code)), weight)
+        weight = np.where(log.loved, np.minimum(weight, _compute_crowd_weight(log, text_code)), weight)
     return weight
 
 
-def _crowd_weight(log: AbuseLog, text_code: Ints) -> Floats:
+def _compute_crowd_weight(log: AbuseLog, text_code: Ints) -> Floats:
     """Weight [N] of rows whose text [N] many users share, by how much more often it is loved than others.
 
     If a tenth or more of the rows share texts, as where all users answer the same prompts, shared texts are compared
@@ -232,17 +232,17 @@ def _crowd_weight(log: AbuseLog, text_code: Ints) -> Floats:
     if trials[crowd_codes].sum() >= 0.1 * len(text_code):
         crowd_trials, crowd_hits = trials[crowd_codes], hits[crowd_codes]
         crowd_fit = fit_robust_beta_binomial(crowd_trials, crowd_hits)
-        tail_probability[crowd_codes] = adjusted_tail_probability(crowd_trials, crowd_hits, crowd_fit)
+        tail_probability[crowd_codes] = compute_adjusted_tail_probability(crowd_trials, crowd_hits, crowd_fit)
     else:
-        group_ids = _linked_group_ids(log.user_code, text_code, crowd_codes)
+        group_ids = _assign_linked_groups(log.user_code, text_code, crowd_codes)
         group_trials = np.bincount(group_ids, weights=trials[crowd_codes]).astype(np.int64)
         group_hits = np.bincount(group_ids, weights=hits[crowd_codes]).astype(np.int64)
         user_fit = fit_robust_beta_binomial(*_count_user_rows(log))
-        tail_probability[crowd_codes] = adjusted_tail_probability(group_trials, group_hits, user_fit)[group_ids]
+        tail_probability[crowd_codes] = compute_adjusted_tail_probability(group_trials, group_hits, user_fit)[group_ids]
     return (tail_probability / TAIL_PROBABILITY_THRESHOLD)[text_code]
 
 
-def _linked_group_ids(user_code: Ints, text_code: Ints, crowd_codes: Ints) -> Ints:
+def _assign_linked_groups(user_code: Ints, text_code: Ints, crowd_codes: Ints) -> Ints:
     """Linked group, from 0, of each shared text [C]: texts that share a user are in one group."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -259,12 +259,12 @@ def _linked_group_ids(user_code: Ints, text_code: Ints, crowd_codes: Ints) -> In
     return group_ids
 
 
-def _self_love_weight(log: AbuseLog) -> Floats:
+def _compute_self_love_weight(log: AbuseLog) -> Floats:
     """Users who rate a persona that they created themselves."""
     return np.where(log.own_persona, 0.0, 1.0)
 
 
-def _shared_device_weight(log: AbuseLog) -> Floats:
+def _compute_shared_device_weight(log: AbuseLog) -> Floats:
     """Users of a device that is shared by more users than a family has."""
     weight = np.ones(len(log.user_code))
     has_device = log.device_code >= 0
@@ -276,14 +276,15 @@ def _shared_device_weight(log: AbuseLog) -> Floats:
     return weight
 
 
-def _user_cap_weight(log: AbuseLog) -> Floats:
+def _compute_user_cap_weight(log: AbuseLog) -> Floats:
     """Users with more rows than the cap: their total weight is the cap."""
     return np.minimum(1.0, USER_ROW_CAP / np.bincount(log.user_code)[log.user_code])
 
 
 ABUSE_RULES: dict[str, Callable[[AbuseLog], Floats]] = {
-    "rate": _love_rate_weight, "burst": _burst_weight, "timing": _timing_weight, "copies": _copy_weight,
-    "self_love": _self_love_weight, "device": _shared_device_weight, "cap": _user_cap_weight,
+    "rate": _compute_love_rate_weight, "burst": _compute_burst_weight, "timing": _compute_timing_weight,
+    "copies": _compute_copy_weight, "self_love": _compute_self_love_weight, "device": _compute_shared_device_weight,
+    "cap": _compute_user_cap_weight,
 }  # fmt: skip
 """The rules by name."""
 

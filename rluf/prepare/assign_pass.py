@@ -80,28 +80,28 @@ def _encode_column(column: pa.ChunkedArray) -> tuple[Ints, list[Any]]:
     return codes.to_numpy(zero_copy_only=False), encoded.dictionary.to_pylist()
 
 
-def _column_array(table: pa.Table, column_name: str) -> NDArray[Any]:
+def _read_column(table: pa.Table, column_name: str) -> NDArray[Any]:
     """A column as an array [N]; times in microseconds."""
     column = table[column_name]
     return column.cast(pa.int64()).to_numpy() if pa.types.is_timestamp(column.type) else column.to_numpy()
 
 
-def _band_hashes(table: pa.Table) -> splits.HashKeys:
+def _read_band_hashes(table: pa.Table) -> splits.HashKeys:
     column = table["band_hashes"].combine_chunks()
     return column.flatten().to_numpy().reshape(len(column), splits.BAND_COUNT)
 
 
-def _log_order(table: pa.Table) -> Ints:
+def _order_by_log_position(table: pa.Table) -> Ints:
     """Indices that sort the index by position in the log (its own order is by bucket)."""
-    positions = [_column_array(table, name) for name in ("item_index", "line_number", "source_index")]
+    positions = [_read_column(table, name) for name in ("item_index", "line_number", "source_index")]
     order: Ints = np.lexsort(positions)
     return order
 
 
-def _duplicate_ids(table: pa.Table) -> Bools:
+def _find_duplicate_ids(table: pa.Table) -> Bools:
     """Rows [N] whose id an earlier row of the log has."""
-    order = _log_order(table)
-    _, first_rows = np.unique(_column_array(table, "row_key")[order], return_index=True)
+    order = _order_by_log_position(table)
+    _, first_rows = np.unique(_read_column(table, "row_key")[order], return_index=True)
     is_duplicate = np.ones(table.num_rows, dtype=np.bool_)
     is_duplicate[order[first_rows]] = False
     return is_duplicate
@@ -115,8 +115,8 @@ def _quarantine_duplicates(
         return []
     duplicate_lines: dict[int, list[int]] = defaultdict(list)
     for source_index, line_number in zip(
-        _column_array(table, "source_index")[is_duplicate].tolist(),
-        _column_array(table, "line_number")[is_duplicate].tolist(),
+        _read_column(table, "source_index")[is_duplicate].tolist(),
+        _read_column(table, "line_number")[is_duplicate].tolist(),
         strict=True,
     ):
         duplicate_lines[source_index].append(line_number)
@@ -150,23 +150,23 @@ def _load_test_prompts(work_folder: str) -> tuple[splits.HashKeys, splits.HashKe
     if not files:
         return np.empty(0, dtype=np.uint64), np.empty((0, splits.BAND_COUNT), dtype=np.uint64)
     table = table.filter(pc.equal(table["split"], splits.TEST_CODE))
-    return _column_array(table, "prompt_key"), _band_hashes(table)
+    return _read_column(table, "prompt_key"), _read_band_hashes(table)
 
 
 def _drop_split_leaks(task: AssignTask, table: pa.Table, split_code: Ints, decisions: _RowDecisions) -> dict[str, Any]:
     """Drop rows that would put one conversation, prompt or (strict) time in two splits; returns card statistics."""
-    prompt_key = _column_array(table, "prompt_key")
+    prompt_key = _read_column(table, "prompt_key")
     test_keys, test_bands = _load_test_prompts(task.work_folder)
     is_test_prompt = np.isin(prompt_key, test_keys)
     decisions.drop_rows((split_code != splits.TEST_CODE) & is_test_prompt, "context is a test prompt")
     statistics: dict[str, Any] = {}
     if task.kind_name == "feedback":
-        conversation_key, time_us = _column_array(table, "conversation_key"), _column_array(table, "time")
-        is_leak = splits.conversation_leaks(conversation_key, split_code, time_us)
+        conversation_key, time_us = _read_column(table, "conversation_key"), _read_column(table, "time")
+        is_leak = splits.find_conversation_leaks(conversation_key, split_code, time_us)
         decisions.drop_rows(is_leak, "conversation is in another split")
         if task.strict_splits and decisions.keep_mask.any():
             rows = np.flatnonzero(decisions.keep_mask)
-            late_mask, early_mask, split_time = splits.time_leaks(
+            late_mask, early_mask, split_time = splits.find_time_leaks(
                 conversation_key[rows], split_code[rows], time_us[rows], task.test_share
             )
             decisions.drop_indices(rows[late_mask], "after the time split")
@@ -176,10 +176,10 @@ def _drop_split_leaks(task: AssignTask, table: pa.Table, split_code: Ints, decis
         rows = np.flatnonzero(decisions.keep_mask)
         # Test prompts are grouped together with the rows, so that a near-duplicate of one is recognized.
         prompt_group = splits.group_near_duplicates(
-            np.concatenate([prompt_key[rows], test_keys]), np.concatenate([_band_hashes(table)[rows], test_bands])
+            np.concatenate([prompt_key[rows], test_keys]), np.concatenate([_read_band_hashes(table)[rows], test_bands])
         )
         row_group, test_groups = prompt_group[: len(rows)], np.unique(prompt_group[len(rows) :])
-        leak_mask = splits.near_duplicate_leaks(
+        leak_mask = splits.find_near_duplicate_leaks(
             row_group, prompt_key[rows], split_code[rows], test_groups, task.dev_share, task.test_share
         )
         decisions.drop_indices(rows[leak_mask], "near-duplicate prompt is in another split")
@@ -188,10 +188,10 @@ def _drop_split_leaks(task: AssignTask, table: pa.Table, split_code: Ints, decis
 
 def _join_user_actions(task: AssignTask, table: pa.Table, decisions: _RowDecisions) -> tuple[pa.Table, list[RowCount]]:
     """Join reactions, and fill in `continued` and `returned` where the log does not state them."""
-    time_us = _column_array(table, "time")
+    time_us = _read_column(table, "time")
     user_code, _ = _encode_column(table["user_id"])
-    turn = _column_array(table, "turn").astype(np.int64)
-    continued = joins.detect_continued(_column_array(table, "conversation_key"), turn, time_us)
+    turn = _read_column(table, "turn").astype(np.int64)
+    continued = joins.detect_continued(_read_column(table, "conversation_key"), turn, time_us)
     returned = joins.detect_returned(user_code, time_us, task.return_window_days)
     for name, (values, is_known) in (("continued", continued), ("returned", returned)):
         detected = pc.if_else(pa.array(is_known), pa.array(values), pa.nulls(len(values), pa.bool_()))
@@ -213,18 +213,18 @@ def _apply_reactions(
 ) -> tuple[pa.Table, Counter[str], int]:
     """Join reaction events to their rows. Returns the table, dropped events by reason, and the number joined."""
     reaction_code, reaction_names = _encode_column(event_table["reaction"])
-    order = _log_order(event_table)
+    order = _order_by_log_position(event_table)
     events = joins.ReactionEvents(
-        event_key=_column_array(event_table, "event_key")[order],
-        response_key=_column_array(event_table, "row_key")[order],
-        time_us=_column_array(event_table, "time")[order],
+        event_key=_read_column(event_table, "event_key")[order],
+        response_key=_read_column(event_table, "row_key")[order],
+        time_us=_read_column(event_table, "time")[order],
         reaction_code=reaction_code[order],
-        retracted=_column_array(event_table, "retracted")[order],
+        retracted=_read_column(event_table, "retracted")[order],
     )
     rows = np.flatnonzero(decisions.keep_mask)
     window_us = int(task.reaction_window_hours * joins.HOUR_US)
     attributed = joins.attribute_reactions(
-        events, _column_array(table, "row_key")[rows], _column_array(table, "time")[rows], window_us
+        events, _read_column(table, "row_key")[rows], _read_column(table, "time")[rows], window_us
     )
     reaction = np.array(table["reaction"].to_pylist(), dtype=object)
     names = np.array(reaction_names, dtype=object)
@@ -245,15 +245,15 @@ def _build_abuse_log(task: AssignTask, table: pa.Table, loved: Bools) -> abuse.A
     user_code, _ = _encode_column(table["user_id"])
     device_code, _ = _encode_column(table["device"])
     own_persona = pc.fill_null(pc.equal(table["author"].combine_chunks(), table["user_id"].combine_chunks()), False)
-    _, response_code = np.unique(_column_array(table, "response_key"), return_inverse=True)
+    _, response_code = np.unique(_read_column(table, "response_key"), return_inverse=True)
     # Grouping is the expensive part, and only this rule reads the groups.
     if "copies" in task.abuse_rules:
-        prompt_group = splits.group_near_duplicates(_column_array(table, "prompt_key"), _band_hashes(table))
+        prompt_group = splits.group_near_duplicates(_read_column(table, "prompt_key"), _read_band_hashes(table))
     else:
         prompt_group = np.zeros(len(user_code), dtype=np.int64)
     return abuse.AbuseLog(
         user_code=user_code, prompt_group=prompt_group, response_code=response_code.astype(np.int64),
-        device_code=device_code, time_us=_column_array(table, "time"), loved=loved,
+        device_code=device_code, time_us=_read_column(table, "time"), loved=loved,
         own_persona=own_persona.to_numpy(zero_copy_only=False),
     )  # fmt: skip
 
@@ -270,7 +270,7 @@ def _build_feedback_columns(
     user_code = abuse_log.user_code
     # No feature comes from the response's text: the propensity must not depend on what a loss wants to learn.
     features = {
-        "turn": bin_by_octave(_column_array(kept_table, "turn").astype(np.int64) + 1),
+        "turn": bin_by_octave(_read_column(kept_table, "turn").astype(np.int64) + 1),
         "locale": _encode_column(kept_table["locale"])[0],
         "interface": _encode_column(kept_table["interface"])[0],
         "activity": bin_by_octave(np.bincount(user_code)[user_code]) if len(user_code) else user_code,
@@ -280,7 +280,7 @@ def _build_feedback_columns(
     for name, values in (("trust", trust_weight), ("propensity", propensity)):
         columns[name] = np.ones(table.num_rows)
         columns[name][rows] = values
-    statistics |= love_statistics(kept_table, loved, user_code, split_code[rows], trust_weight, rule_weights)
+    statistics |= compute_love_statistics(kept_table, loved, user_code, split_code[rows], trust_weight, rule_weights)
     return columns | {name: table[name].combine_chunks() for name in ("reaction", "continued", "returned")}
 
 
@@ -292,11 +292,11 @@ def assign_rows(task: AssignTask, source_paths: Mapping[int, str]) -> dict[str, 
         return {"row_counts": [], "splits": [], "statistics": {}}
     decisions = _RowDecisions(table.num_rows)
     statistics: dict[str, Any] = {}
-    is_duplicate = _duplicate_ids(table)
+    is_duplicate = _find_duplicate_ids(table)
     decisions.keep_mask &= ~is_duplicate
     row_counts = _quarantine_duplicates(task, table, is_duplicate, source_paths)
     feedback_columns: dict[str, Any] = {}
-    split_code = _column_array(table, "split").astype(np.int64)
+    split_code = _read_column(table, "split").astype(np.int64)
     # Joins come before leaks are dropped: an event of a row that is dropped later still counts as joined.
     if task.kind_name == "feedback":
         table, join_counts = _join_user_actions(task, table, decisions)
@@ -306,10 +306,10 @@ def assign_rows(task: AssignTask, source_paths: Mapping[int, str]) -> dict[str, 
         feedback_columns = _build_feedback_columns(task, table, split_code, decisions, statistics)
         label = pc.fill_null(pc.equal(table["reaction"], LOVE_REACTION), False).to_numpy().astype(np.int64)
     elif "label" in table.column_names:
-        label = _column_array(table, "label")
+        label = _read_column(table, "label")
     else:
         label = np.ones(table.num_rows, dtype=np.int64)
-    statistics["topics"] = topic_statistics(table, decisions.keep_mask)
+    statistics["topics"] = count_rows_by_topic(table, decisions.keep_mask)
     statistics["finish_reasons"] = finish_statistics(table, decisions.keep_mask)
     sampling, split_summaries = _sample_rows(task, table, split_code, label, decisions)
     decision_table = pa.table({
@@ -350,7 +350,7 @@ def _sample_rows(
         if split == "train" and kind.name != "prompts" and len(rows):
             positive_share = task.positive_share if kind.name == "feedback" else None
             quota = splits.compute_quota(positives, negatives, positive_share=positive_share, max_rows=task.max_rows)
-            rank = splits.to_unit_interval(_column_array(table, "sampling_hash")[rows])
+            rank = splits.to_unit_interval(_read_column(table, "sampling_hash")[rows])
             sampling[rows] = splits.compute_sampling_weights(rank, is_positive, quota)
             decisions.drop_indices(rows[sampling[rows] == 0], "sampled out of train")
         unit_column = {"feedback": "user_id", "prompts": "row_key"}.get(kind.name, "group")
@@ -369,7 +369,7 @@ _MAX_DAYS = 400
 """Latest days that the card lists."""
 
 
-def rate_with_interval(hits: int, rows: int) -> dict[str, float]:
+def compute_rate_with_interval(hits: int, rows: int) -> dict[str, float]:
     """Share of hits with its 95% Wilson score interval; all of [0, 1] without rows.
 
     It assumes independent rows: where a few users give many rows the true interval is wider.
@@ -380,23 +380,23 @@ def rate_with_interval(hits: int, rows: int) -> dict[str, float]:
     return {"mean": hits / rows, "low": max(0.0, low), "high": min(1.0, high), "rows": rows, "hits": hits}
 
 
-def _love_rate(loved: Bools) -> dict[str, float]:
-    return rate_with_interval(int(loved.sum()), len(loved))
+def _compute_love_rate(loved: Bools) -> dict[str, float]:
+    return compute_rate_with_interval(int(loved.sum()), len(loved))
 
 
-def _love_rate_by_value(values: pa.ChunkedArray, loved: Bools, max_values: int) -> dict[str, dict[str, float]]:
+def _compute_love_rate_by_value(values: pa.ChunkedArray, loved: Bools, max_values: int) -> dict[str, dict[str, float]]:
     """Love rate by value, the most frequent first."""
     table = pa.table({"value": values, "loved": pa.array(loved).cast(pa.int64())})
     rows = table.group_by("value").aggregate([("loved", "count"), ("loved", "sum")]).to_pylist()
     rows.sort(key=lambda row: (-row["loved_count"], row["value"]))
-    return {row["value"]: rate_with_interval(row["loved_sum"], row["loved_count"]) for row in rows[:max_values]}
+    return {row["value"]: compute_rate_with_interval(row["loved_sum"], row["loved_count"]) for row in rows[:max_values]}
 
 
 def _format_time(time_us: int) -> str:
     return datetime.fromtimestamp(time_us / 1e6, UTC).isoformat()
 
 
-def love_statistics(
+def compute_love_statistics(
     table: pa.Table,
     loved: Bools,
     user_code: Ints,
@@ -408,7 +408,7 @@ def love_statistics(
     time_us = table["time"].cast(pa.int64()).to_numpy()
     split_masks = {split: split_code == code for code, split in enumerate(SPLIT_NAMES)}
     days = table["time"].cast(pa.date32(), safe=False).cast(pa.string())
-    rate_by_day = _love_rate_by_value(days, loved, 10**6)
+    rate_by_day = _compute_love_rate_by_value(days, loved, 10**6)
     split_times = {split: time_us[mask] for split, mask in split_masks.items()}
     time_ranges = {
         split: [_format_time(times.min()), _format_time(times.max())] if len(times) else None
@@ -416,12 +416,12 @@ def love_statistics(
     }
     has_both = len(split_times["train"]) and len(split_times["test"])
     return {
-        "base_rate": _love_rate(loved),
+        "base_rate": _compute_love_rate(loved),
         "base_rate_trusted": float((trust_weight * loved).sum() / trust_weight.sum()) if len(loved) else 0.0,
-        "base_rate_by_split": {split: _love_rate(loved[mask]) for split, mask in split_masks.items()},
-        "base_rate_by_topic": _love_rate_by_value(table["topic"], loved, _MAX_LEVELS),
-        "base_rate_by_model": _love_rate_by_value(table["model_version"], loved, _MAX_LEVELS),
-        "base_rate_by_locale": _love_rate_by_value(table["locale"], loved, _MAX_LEVELS),
+        "base_rate_by_split": {split: _compute_love_rate(loved[mask]) for split, mask in split_masks.items()},
+        "base_rate_by_topic": _compute_love_rate_by_value(table["topic"], loved, _MAX_LEVELS),
+        "base_rate_by_model": _compute_love_rate_by_value(table["model_version"], loved, _MAX_LEVELS),
+        "base_rate_by_locale": _compute_love_rate_by_value(table["locale"], loved, _MAX_LEVELS),
         "base_rate_by_day": {day: rate_by_day[day] for day in sorted(rate_by_day)[-_MAX_DAYS:]},
         "users": len(np.unique(user_code)),
         "time": time_ranges,
@@ -451,7 +451,7 @@ def finish_statistics(table: pa.Table, keep_mask: Bools) -> dict[str, int]:
     return dict(sorted(counts.items()))
 
 
-def topic_statistics(table: pa.Table, keep_mask: Bools) -> dict[str, int]:
+def count_rows_by_topic(table: pa.Table, keep_mask: Bools) -> dict[str, int]:
     """Retained rows by topic before sampling, the most frequent first."""
     topic_counts = pc.value_counts(table["topic"].filter(pa.array(keep_mask))).to_pylist()
     topic_counts.sort(key=lambda entry: (-entry["counts"], entry["values"]))

@@ -79,12 +79,12 @@ def measure_drift(card: Mapping[str, Any], previous_card: Mapping[str, Any]) -> 
         if not rates or not previous_rates:
             continue
         levels = {*previous_rates, *rates}
-        shares = [(_level_share(rates, level), _level_share(previous_rates, level)) for level in levels]
+        shares = [(_compute_level_share(rates, level), _compute_level_share(previous_rates, level)) for level in levels]
         drift[f"{name}_psi"] = sum((p - q) * math.log(p / q) for p, q in shares)
     return drift
 
 
-def _level_share(rates: Mapping[str, Mapping[str, float]], level: str) -> float:
+def _compute_level_share(rates: Mapping[str, Mapping[str, float]], level: str) -> float:
     rows = rates[level]["rows"] if level in rates else 0.0
     # The lower bound makes the logarithm finite for a level that only one of the cards has.
     return max(rows / sum(rate["rows"] for rate in rates.values()), 1e-4)

@@ -53,12 +53,12 @@ def build_page_context(card: Mapping[str, Any]) -> dict[str, Any]:
             for name, splits in card["splits"].items()
             for split, entry in splits.items()
         ],
-        "rules": _abuse_rule_rows(love), "trusted": format_percent(love["base_rate_trusted"]) if love else "",
+        "rules": _build_abuse_rule_rows(love), "trusted": format_percent(love["base_rate_trusted"]) if love else "",
         "sampling": _describe_sampling(love),
         "times": [(split, *(time_range or ("", ""))) for split, time_range in love["time"].items()] if love else [],
         "time_note": _describe_time_split(love), "redacted": sorted(card.get("redacted", {}).items()),
         "user_ids": card.get("user_ids", ""), "forgotten": len(card.get("forgotten", [])),
-        "drift": _drift_rows(card.get("drift") or {}),
+        "drift": _build_drift_rows(card.get("drift") or {}),
         "sources": [
             (source["kind"], source["file"], source["reader"] or "", f"{source['rows']:,}")
             for source in card["sources"]
@@ -87,7 +87,7 @@ def build_funnel_rows(
     return rows  # type: ignore[return-value]
 
 
-def _abuse_rule_rows(love: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def _build_abuse_rule_rows(love: Mapping[str, Any]) -> list[tuple[str, ...]]:
     from rluf.prepare.abuse import ABUSE_RULES
 
     return [
@@ -123,7 +123,7 @@ def _describe_time_split(love: Mapping[str, Any]) -> str:
     return "Splits share no user but overlap in time (prepare.split=strict makes test later than train)."
 
 
-def _drift_rows(drift: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _build_drift_rows(drift: Mapping[str, Any]) -> list[tuple[str, str]]:
     if not drift:
         return []
     previous_rate, current_rate = drift["base_rate"]
@@ -160,12 +160,12 @@ def build_figures(card: Mapping[str, Any]) -> dict[str, PlotlyFigure]:
     return figures
 
 
-def _rate_layout(height: int, **overrides: Any) -> PlotlyFigure:
+def _build_rate_layout(height: int, **overrides: Any) -> PlotlyFigure:
     # The wide left margin is for the names of topics, versions and rules.
     return build_layout(height=height, margin={"l": 120, "r": 16, "t": 8, "b": 36}) | overrides
 
 
-def _rate_error_bars(rates: Sequence[Mapping[str, float]]) -> PlotlyFigure:
+def _build_rate_error_bars(rates: Sequence[Mapping[str, float]]) -> PlotlyFigure:
     return build_error_bars(rates) | {"color": "@aligned", "width": 4}
 
 
@@ -174,7 +174,7 @@ def build_rate_figure(rates: Sequence[tuple[str, Mapping[str, float]]], overall_
     names = [name for name, _ in rates]
     dots: PlotlyFigure = {
         "type": "scatter", "mode": "markers", "y": names, "x": [rate["mean"] for _, rate in rates],
-        "error_x": _rate_error_bars([rate for _, rate in rates]), "marker": {"color": "@aligned", "size": 9},
+        "error_x": _build_rate_error_bars([rate for _, rate in rates]), "marker": {"color": "@aligned", "size": 9},
         "customdata": [rate["rows"] for _, rate in rates],
         "hovertemplate": "%{y}: %{x:.2%} of %{customdata:,} rows<extra></extra>",
     }  # fmt: skip
@@ -182,7 +182,7 @@ def build_rate_figure(rates: Sequence[tuple[str, Mapping[str, float]]], overall_
             "line": {"color": "@base", "width": 1, "dash": "dot"}}  # fmt: skip
     return {
         "data": [dots],
-        "layout": _rate_layout(
+        "layout": _build_rate_layout(
             70 + 26 * len(names), shapes=[line],
             xaxis=build_axis(tickformat=".1~%", rangemode="tozero", zeroline=False),
             yaxis=build_axis(autorange="reversed", showgrid=False, type="category", automargin=True),
@@ -193,13 +193,13 @@ def build_rate_figure(rates: Sequence[tuple[str, Mapping[str, float]]], overall_
 def _build_day_figure(rates: Mapping[str, Mapping[str, float]]) -> PlotlyFigure:
     dots: PlotlyFigure = {
         "type": "scatter", "mode": "lines+markers", "x": list(rates), "y": [rate["mean"] for rate in rates.values()],
-        "error_y": _rate_error_bars(list(rates.values())), "marker": {"color": "@aligned", "size": 6},
+        "error_y": _build_rate_error_bars(list(rates.values())), "marker": {"color": "@aligned", "size": 6},
         "line": {"color": "@aligned", "width": 1}, "customdata": [rate["rows"] for rate in rates.values()],
         "hovertemplate": "%{x}: %{y:.2%} of %{customdata:,} rows<extra></extra>",
     }  # fmt: skip
     return {
         "data": [dots],
-        "layout": _rate_layout(
+        "layout": _build_rate_layout(
             260, margin={"l": 56, "r": 16, "t": 8, "b": 40}, xaxis=build_axis(showgrid=False),
             yaxis=build_axis(tickformat=".1~%", rangemode="tozero"),
         ),
@@ -214,7 +214,7 @@ def _build_abuse_figure(weight_by_rule: Mapping[str, float]) -> PlotlyFigure:
                 "marker": {"color": "@warn"}, "hovertemplate": "%{y}: %{x:,.1f} rows of weight<extra></extra>",
             }
         ],
-        "layout": _rate_layout(
+        "layout": _build_rate_layout(
             60 + 26 * len(weight_by_rule), xaxis=build_axis(rangemode="tozero", zeroline=False),
             yaxis=build_axis(autorange="reversed", showgrid=False),
         ),

@@ -47,7 +47,7 @@ def erase_users(data_folder: Path, user_ids: Sequence[str]) -> dict[str, Any]:
                 shutil.copyfile(path, new_folder / relative_path)
                 continue
             old_table = pq.read_table(path)
-            new_table = old_table.filter(pc.invert(_user_row_mask(old_table, id_forms)))
+            new_table = old_table.filter(pc.invert(_find_user_rows(old_table, id_forms)))
             write_table(new_folder / relative_path, new_table)
             _verify_file(new_folder / relative_path, new_table, id_forms)
             removed_rows[str(relative_path)] = old_table.num_rows - new_table.num_rows
@@ -64,7 +64,7 @@ def erase_users(data_folder: Path, user_ids: Sequence[str]) -> dict[str, Any]:
     return proof
 
 
-def _user_row_mask(table: pa.Table, user_ids: Sequence[str]) -> pa.Array:
+def _find_user_rows(table: pa.Table, user_ids: Sequence[str]) -> pa.Array:
     """Rows of these users; in quarantine, rows whose raw bytes name one of them."""
     if "user_id" in table.column_names:
         return pc.is_in(table["user_id"], pa.array(user_ids, pa.string()))
@@ -79,7 +79,7 @@ def _user_row_mask(table: pa.Table, user_ids: Sequence[str]) -> pa.Array:
 def _verify_file(path: Path, expected_table: pa.Table, user_ids: Sequence[str]) -> None:
     """Read a new file back. Raises DataError when it has a row of these users or differs from the expected table."""
     actual_table = pq.read_table(path)
-    if pc.any(_user_row_mask(actual_table, user_ids)).as_py() or not actual_table.equals(expected_table):
+    if pc.any(_find_user_rows(actual_table, user_ids)).as_py() or not actual_table.equals(expected_table):
         raise DataError(
             f"{path} reads back with rows of the erased users or with other rows changed; the data set is unchanged: "
             "check the disk and run again"
@@ -94,9 +94,9 @@ def _update_card(new_folder: Path, user_ids: Sequence[str], removed_rows: dict[s
         "rows_removed": removed_rows,
         "rows_left": {name: pq.read_metadata(new_folder / name).num_rows for name in removed_rows},
         "rows_of_these_users_left": 0,
-        "sha256": {name: _file_sha256(new_folder / name) for name in removed_rows},
+        "sha256": {name: _hash_file(new_folder / name) for name in removed_rows},
     }
-    card["forgotten"] = sorted({*card.get("forgotten", []), *(erasure_mark(user_id) for user_id in user_ids)})
+    card["forgotten"] = sorted({*card.get("forgotten", []), *(compute_erasure_mark(user_id) for user_id in user_ids)})
     card["deletions"] = [*card.get("deletions", []), proof]
     love_rows = sum(count for name, count in removed_rows.items() if name.startswith("love/"))
     if love_rows:
@@ -112,12 +112,12 @@ def _update_card(new_folder: Path, user_ids: Sequence[str], removed_rows: dict[s
     return proof
 
 
-def _file_sha256(path: Path) -> str:
+def _hash_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def erasure_mark(user_id: str) -> str:
+def compute_erasure_mark(user_id: str) -> str:
     """One-way mark of an erased user (raw or hashed id) in the card: it recognizes the id and reveals nothing else."""
     data = user_id.encode("utf-8", "surrogatepass")
     return hashlib.blake2b(data, digest_size=16, person=b"rluf-forgotten").hexdigest()
@@ -131,5 +131,5 @@ def match_erased_users(user_ids: Sequence[str], erasure_marks: Sequence[str]) ->
         if user_id not in is_erased:
             # Cards of earlier releases mark the hash without its tag.
             forms = (user_id, strip_user_id_tag(user_id))
-            is_erased[user_id] = any(erasure_mark(form) in known_marks for form in forms)
+            is_erased[user_id] = any(compute_erasure_mark(form) in known_marks for form in forms)
     return [is_erased[user_id] for user_id in user_ids]

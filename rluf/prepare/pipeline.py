@@ -36,7 +36,7 @@ from rluf.prepare.workspace import (
 )
 from rluf.prepare.write_pass import WriteTask, list_output_splits, write_split_file
 from rluf.utils.files import write_json
-from rluf.utils.hashing import USER_SALT_VARIABLE, read_user_salt, salt_fingerprint
+from rluf.utils.hashing import USER_SALT_VARIABLE, fingerprint_salt, read_user_salt
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ def build_data_set(
     inputs = {
         "files": fingerprint_sources(sources), "data": settings.data.model_dump(mode="json"),
         "prepare": settings.prepare.model_dump(mode="json", exclude={"output"}), "seed": settings.seed,
-        "code": [rluf.__version__, SCHEMA_VERSION, _WORKSPACE_LAYOUT], "salt": salt_fingerprint(read_user_salt()),
+        "code": [rluf.__version__, SCHEMA_VERSION, _WORKSPACE_LAYOUT], "salt": fingerprint_salt(read_user_salt()),
         "forgotten": previous_card.get("forgotten", []),
     }  # fmt: skip
     with open_workspace(output_folder, hash_inputs(inputs)) as workspace:
@@ -328,7 +328,7 @@ def _run_pass(
     results: dict[int, dict[str, Any]] = {}
     task_rows = []
     for index, task in enumerate(tasks):
-        result_path = workspace.result_path(f"{pass_name}-{index:05d}")
+        result_path = workspace.get_result_path(f"{pass_name}-{index:05d}")
         if result_path.is_file():
             results[index] = json.loads(result_path.read_text(encoding="utf-8"))
         else:

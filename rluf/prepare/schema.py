@@ -192,7 +192,7 @@ _PAIR_COLUMNS = (
 _SAFETY_COLUMNS = ("id", "group", "topic", "messages", "response", "finish_reason", "label")
 
 
-def _trained_on(kind_name: str) -> str:
+def _find_objective(kind_name: str) -> str:
     spec = find_spec_by_data_key(kind_name)
     return "" if spec is None else spec.name
 
@@ -200,9 +200,9 @@ def _trained_on(kind_name: str) -> str:
 DATA_KINDS: dict[str, DataKind] = {
     kind.name: kind
     for kind in (
-        DataKind("feedback", _trained_on("feedback"), FeedbackRecord, "user_id", SPLIT_NAMES, _FEEDBACK_COLUMNS),
-        DataKind("preferences", _trained_on("preferences"), PreferenceRecord, "group", SPLIT_NAMES, _PAIR_COLUMNS),
-        DataKind("safety", _trained_on("safety"), SafetyRecord, "group", SPLIT_NAMES, _SAFETY_COLUMNS),
+        DataKind("feedback", _find_objective("feedback"), FeedbackRecord, "user_id", SPLIT_NAMES, _FEEDBACK_COLUMNS),
+        DataKind("preferences", _find_objective("preferences"), PreferenceRecord, "group", SPLIT_NAMES, _PAIR_COLUMNS),
+        DataKind("safety", _find_objective("safety"), SafetyRecord, "group", SPLIT_NAMES, _SAFETY_COLUMNS),
         DataKind("prompts", "prompts", PromptRecord, "split", ("train", "test"), ("id", "topic", "messages")),
         DataKind("reactions", "", ReactionRecord, "response_id", (), ()),
     )
@@ -213,7 +213,7 @@ DATA_KINDS: dict[str, DataKind] = {
 def find_data_kind(name: str) -> DataKind:
     """The kind of a name; labels.<objective> has the same rows as the safety data, in a folder of its own."""
     if name.startswith(LABELS_KEY_PREFIX):
-        return replace(DATA_KINDS["safety"], name=name, output_name=_trained_on(name))
+        return replace(DATA_KINDS["safety"], name=name, output_name=_find_objective(name))
     return DATA_KINDS[name]
 
 
@@ -260,7 +260,7 @@ def build_arrow_schema(record_type: type[BaseModel]) -> pa.Schema:
     return pa.schema(fields, metadata={"rluf.schema_version": str(SCHEMA_VERSION)})
 
 
-def records_to_table(records: Iterable[LogRecord], record_type: type[LogRecord]) -> pa.Table:
+def build_records_table(records: Iterable[LogRecord], record_type: type[LogRecord]) -> pa.Table:
     """Arrow table of records of one kind."""
     return pa.Table.from_pylist([row.model_dump() for row in records], schema=build_arrow_schema(record_type))
 
@@ -297,7 +297,7 @@ def validate_json_row(raw: bytes, record_type: type[LogRecord], now: datetime) -
     try:
         record = record_type.model_validate_json(raw)
     except ValidationError as error:
-        return RejectedRow(_rejection_reason(error.errors(include_url=False, include_input=False)[0], raw))
+        return RejectedRow(_explain_rejection(error.errors(include_url=False, include_input=False)[0], raw))
     if isinstance(record, FeedbackRecord):
         if record.time > now + FUTURE_SLACK:
             return RejectedRow("future time")
@@ -306,7 +306,7 @@ def validate_json_row(raw: bytes, record_type: type[LogRecord], now: datetime) -
     return record
 
 
-def _rejection_reason(error: ErrorDetails, raw: bytes) -> str:
+def _explain_rejection(error: ErrorDetails, raw: bytes) -> str:
     field_name = ".".join(str(key) for key in error["loc"] if isinstance(key, str))
     error_type = error["type"]
     if error_type == "json_invalid":

@@ -56,7 +56,9 @@ class ReturnAssociation:
         return self.log_odds + _Z95 * self.standard_error
 
 
-def return_association(has_signal: Bools, returned: Bools, controls: Floats, user_code: Ints) -> ReturnAssociation:
+def estimate_return_association(
+    has_signal: Bools, returned: Bools, controls: Floats, user_code: Ints
+) -> ReturnAssociation:
     """Association of a signal [N] with return [N] given controls [N, C]; rows of one user [N] are dependent."""
     inputs = np.column_stack([has_signal.astype(np.float64), controls])
     # A small ridge makes rare or collinear controls estimable; signal and intercept have none.
@@ -117,7 +119,7 @@ def _find_positive_follow_ups(table: pa.Table) -> tuple[Bools, Bools]:
     return is_pleased, has_follow_up
 
 
-def _optional_bool_column(table: pa.Table, column_name: str) -> tuple[Bools, Bools]:
+def _read_optional_bool_column(table: pa.Table, column_name: str) -> tuple[Bools, Bools]:
     values = table[column_name].to_pylist()
     return np.array([value is True for value in values]), np.array([value is not None for value in values])
 
@@ -130,9 +132,9 @@ def collect_signals(table: pa.Table) -> dict[str, tuple[Bools, Bools]]:
         "love": (reaction == "love", all_rows),
         "thumbs up": (np.isin(reaction, ["thumbs_up", "like"]), all_rows),
         "thumbs down": (np.isin(reaction, ["thumbs_down", "dislike"]), all_rows),
-        "continue": _optional_bool_column(table, "continued"),
+        "continue": _read_optional_bool_column(table, "continued"),
         "pleased follow-up": _find_positive_follow_ups(table),
-        "return": _optional_bool_column(table, "returned"),
+        "return": _read_optional_bool_column(table, "returned"),
     }
 
 
@@ -161,17 +163,17 @@ def rank_signals(table: pa.Table) -> list[dict[str, Any]]:
         if name != "return" and has_both and 0 < returned[usable].mean() < 1:
             usable_rows = int(usable.sum())
             inputs = has_signal[usable], returned[usable]
-            adjusted = return_association(*inputs, controls[usable], user_code[usable])
-            unadjusted = return_association(*inputs, np.empty((usable_rows, 0)), user_code[usable])
+            adjusted = estimate_return_association(*inputs, controls[usable], user_code[usable])
+            unadjusted = estimate_return_association(*inputs, np.empty((usable_rows, 0)), user_code[usable])
             row["link"] = {
                 "mean": adjusted.log_odds, "low": adjusted.low, "high": adjusted.high, "rows": usable_rows,
             }  # fmt: skip
             row["unadjusted"] = {"mean": unadjusted.log_odds, "low": unadjusted.low, "high": unadjusted.high}
         rows.append(row)
-    return sorted(rows, key=_ranking_key, reverse=True)
+    return sorted(rows, key=_build_ranking_key, reverse=True)
 
 
-def _ranking_key(row: Mapping[str, Any]) -> tuple[bool, float]:
+def _build_ranking_key(row: Mapping[str, Any]) -> tuple[bool, float]:
     lower_end = row["link"]["low"] if row["link"] else 0.0
     is_positive = lower_end > 0
     return is_positive, lower_end * (1 - (row["ambiguity"] or 0.0)) if is_positive else row["per_1000"]

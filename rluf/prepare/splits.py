@@ -58,7 +58,7 @@ def normalize_context(messages: Iterable[tuple[str, str]]) -> str:
     return "\x1f".join(f"{role} {' '.join(content.casefold().split())}" for role, content in messages)
 
 
-def _group_ranges(group_code: Ints, values: Ints) -> tuple[Ints, Ints]:
+def _find_group_ranges(group_code: Ints, values: Ints) -> tuple[Ints, Ints]:
     """Smallest and largest value of each row's group [N]."""
     group_count = int(group_code.max(initial=-1)) + 1
     lowest = np.full(group_count, np.iinfo(np.int64).max)
@@ -68,7 +68,7 @@ def _group_ranges(group_code: Ints, values: Ints) -> tuple[Ints, Ints]:
     return lowest[group_code], highest[group_code]
 
 
-def conversation_leaks(conversation_key: HashKeys, split_code: Ints, time_us: Ints) -> Bools:
+def find_conversation_leaks(conversation_key: HashKeys, split_code: Ints, time_us: Ints) -> Bools:
     """Rows [N] to drop because their conversation, shared by users, belongs to the split of its first row."""
     order = np.lexsort((time_us, conversation_key))
     is_first = np.ones(len(order), dtype=np.bool_)
@@ -79,7 +79,7 @@ def conversation_leaks(conversation_key: HashKeys, split_code: Ints, time_us: In
     return is_leak
 
 
-def time_leaks(
+def find_time_leaks(
     conversation_key: HashKeys, split_code: Ints, time_us: Ints, test_share: float
 ) -> tuple[Bools, Bools, int]:
     """Rows [N] to drop so that test is strictly later: (late train or dev rows, early test rows, the split time).
@@ -88,13 +88,13 @@ def time_leaks(
     1 - 2 x test_share. A conversation that spans the split time is dropped as a whole.
     """
     _, conversation_code = np.unique(conversation_key, return_inverse=True)
-    begin, end = _group_ranges(conversation_code, time_us)
+    begin, end = _find_group_ranges(conversation_code, time_us)
     split_time = int(np.quantile(time_us, 1 - min(2 * test_share, 0.5), method="higher"))
     is_test = split_code == TEST_CODE
     return ~is_test & (end >= split_time), is_test & (begin < split_time), split_time
 
 
-def near_duplicate_leaks(
+def find_near_duplicate_leaks(
     prompt_group: Ints, prompt_key: HashKeys, split_code: Ints, test_groups: Ints, dev_share: float, test_share: float
 ) -> Bools:
     """Rows [N] to drop so that each group of near-duplicate prompts is in one split.
@@ -102,7 +102,7 @@ def near_duplicate_leaks(
     A group in several splits goes where the hash of its lowest prompt key says. One in `test_groups` (test prompts of
     data.prompts) goes to test, and its other rows are dropped even where it is in one split only.
     """
-    lowest_split, highest_split = _group_ranges(prompt_group, split_code)
+    lowest_split, highest_split = _find_group_ranges(prompt_group, split_code)
     group_count = int(prompt_group.max(initial=-1)) + 1
     lowest_key = np.full(group_count, np.iinfo(np.uint64).max, dtype=np.uint64)
     np.minimum.at(lowest_key, prompt_group, prompt_key)
@@ -112,13 +112,13 @@ def near_duplicate_leaks(
     target_code = np.where(point < test_share + dev_share, DEV_CODE, TRAIN_CODE)
     target_code = np.where(point < test_share, TEST_CODE, target_code)
     target_code = np.where(lowest_split == highest_split, split_code, target_code)
-    target_code = np.where(_group_has_split(prompt_group, split_code, target_code), target_code, lowest_split)
+    target_code = np.where(_has_row_in_target_split(prompt_group, split_code, target_code), target_code, lowest_split)
     target_code = np.where(np.isin(prompt_group, test_groups), TEST_CODE, target_code)
     is_leak: Bools = split_code != target_code
     return is_leak
 
 
-def _group_has_split(prompt_group: Ints, split_code: Ints, target_code: Ints) -> Bools:
+def _has_row_in_target_split(prompt_group: Ints, split_code: Ints, target_code: Ints) -> Bools:
     """Whether some row of the group [N] is in its target split."""
     # group * 4 + code is one number for each pair of group and split, since there are three splits.
     has_split: Bools = np.isin(prompt_group * 4 + target_code, prompt_group * 4 + split_code)
@@ -163,7 +163,7 @@ def compute_quota(positives: int, negatives: int, *, positive_share: float | Non
     return SamplingQuota(positives, negatives, sampled_positives, sampled_negatives)
 
 
-def sampling_salt(seed: int) -> str:
+def derive_sampling_salt(seed: int) -> str:
     """Salt of the hash of row ids that ranks rows for sampling."""
     return f"sample-{seed % 10**9}"
 

@@ -26,7 +26,7 @@ from rluf.prepare.readers.files import RawLine, find_reader, parse_partition_fie
 from rluf.prepare.readers.products import build_column_reader
 from rluf.prepare.redact import redact_array
 from rluf.prepare.schema import SPLIT_NAMES, RejectedRow, build_arrow_table, find_data_kind, validate_json_rows
-from rluf.prepare.splits import ROW_KEY_SALT, assign_split, normalize_context, sampling_salt, to_unit_interval
+from rluf.prepare.splits import ROW_KEY_SALT, assign_split, derive_sampling_salt, normalize_context, to_unit_interval
 from rluf.prepare.workspace import RowCount, TableWriter, build_quarantine_table
 from rluf.utils.hashing import hash64, hash_user_id
 
@@ -142,7 +142,7 @@ class _ValidationWriter:
     def _build_index(self, rows: Sequence[Any], table: pa.Table, positions: Sequence[tuple[int, int]]) -> pa.Table:
         kind, row_count = self.kind, len(rows)
         id_field = "response_id" if kind.name == "reactions" else "id"
-        salt = sampling_salt(self.task.seed)
+        salt = derive_sampling_salt(self.task.seed)
         columns: dict[str, Any] = {
             "row_key": pa.array([hash64(getattr(row, id_field), ROW_KEY_SALT) for row in rows], pa.uint64()),
             "source_index": pa.array(np.full(row_count, self.task.source_index, dtype=np.int32)),
@@ -160,12 +160,12 @@ class _ValidationWriter:
             columns["conversation_key"] = pa.array(conversation_keys, pa.uint64())
             columns["response_key"] = pa.array(response_keys, pa.uint64())
         if "messages" in kind.record_type.model_fields:
-            columns |= self._prompt_columns(rows)
+            columns |= self._build_prompt_columns(rows)
             columns["split"] = self._split_codes(table)
         columns |= {name: table[name].combine_chunks() for name in _INDEX_COLUMNS if name in table.column_names}
         return pa.table(columns)
 
-    def _prompt_columns(self, rows: Sequence[Any]) -> dict[str, Any]:
+    def _build_prompt_columns(self, rows: Sequence[Any]) -> dict[str, Any]:
         """Prompt keys [N] and near-duplicate band hashes [N, BAND_COUNT] of the contexts before redaction."""
         texts = [normalize_context((message.role, message.content) for message in row.messages) for row in rows]
         prompt_keys = np.fromiter((hash64(text, "rluf-prompt") for text in texts), dtype=np.uint64, count=len(texts))

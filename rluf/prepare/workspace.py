@@ -38,13 +38,13 @@ class PrepareWorkspace:
     def __init__(self, root: Path) -> None:
         self.root, self.data_folder = root, root / "data"
 
-    def result_path(self, name: str) -> Path:
+    def get_result_path(self, name: str) -> Path:
         """File of a finished task's result."""
         return self.root / "done" / f"{name}.json"
 
     def load_or_store(self, name: str, value: object) -> Any:
         """The value that an earlier, killed job with the same inputs stored under `name`; else store this one."""
-        path = self.result_path(name)
+        path = self.get_result_path(name)
         if not path.is_file():
             write_json(path, value)
         return json.loads(path.read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rluf.config.objectives import PRIMARY_OBJECTIVE, find_objective_spec
-from rluf.tracking.metric_registry import MetricSpec, objective_title
+from rluf.tracking.metric_registry import MetricSpec, format_objective_title
 
 Figure = dict[str, Any]
 
@@ -318,13 +318,13 @@ def build_pareto_figure(
             showlegend=True,
             legend=LEGEND_LAYOUT,
             xaxis=build_axis(
-                title={"text": objective_title(other_objective), **AXIS_TITLE_STYLE},
+                title={"text": format_objective_title(other_objective), **AXIS_TITLE_STYLE},
                 tickformat=".1~%",
                 nticks=5,
                 zeroline=False,
             ),
             yaxis=build_axis(
-                title={"text": objective_title(PRIMARY_OBJECTIVE), **AXIS_TITLE_STYLE},
+                title={"text": format_objective_title(PRIMARY_OBJECTIVE), **AXIS_TITLE_STYLE},
                 tickformat=".1~%",
                 nticks=5,
                 zeroline=False,

@@ -123,7 +123,7 @@ def _story_context(run_files: presentation.RunFiles, figures_by_id: Mapping[str,
         "monitor_rule": summary.get("monitors", {}).get("rule", ""),
         "samples": presentation.sample_views(run_files.samples),
         "tradeoffs": [
-            (figure_id, metric_registry.objective_title(figure_id.removeprefix("pareto_")))
+            (figure_id, metric_registry.format_objective_title(figure_id.removeprefix("pareto_")))
             for figure_id in figures_by_id if figure_id.startswith("pareto_")
         ],
         "versions": [(key, formats.format_number(value)) for key, value in versions.items()]
@@ -134,8 +134,8 @@ def _story_context(run_files: presentation.RunFiles, figures_by_id: Mapping[str,
 
 def _run_metric_specs(run_files: presentation.RunFiles) -> tuple[metric_registry.MetricSpec, ...]:
     """All metrics that the steps of this run can have."""
-    return metric_registry.metric_specs(
-        dict.fromkeys(name for row in run_files.metrics for name in metric_registry.objectives_in_row(row))
+    return metric_registry.list_metric_specs(
+        dict.fromkeys(name for row in run_files.metrics for name in metric_registry.find_row_objectives(row))
     )
 
 
@@ -193,7 +193,7 @@ def _card_context(run_files: presentation.RunFiles) -> dict[str, Any]:
         "card_titles": card_titles,
         "card_rows": card_rows,
         "reliability_plots": [
-            (f"reliability_{name}", metric_registry.objective_title(name), len(card["reliability"]))
+            (f"reliability_{name}", metric_registry.format_objective_title(name), len(card["reliability"]))
             for name, card in reward_cards.items()
             if card.get("reliability")
         ],
@@ -219,7 +219,7 @@ def _build_figures(run_files: presentation.RunFiles) -> dict[str, figures.Figure
             optional_figures[f"curve_{metric_spec.key}"] = figures.build_curve_figure(metric_spec, run_files.metrics)
     offline_scores = run_files.summary.get("offline", {})
     objective_names = list(
-        dict.fromkeys(objective for row in run_files.metrics for objective in metric_registry.objectives_in_row(row))
+        dict.fromkeys(objective for row in run_files.metrics for objective in metric_registry.find_row_objectives(row))
     )
     for objective in objective_names or [find_spec_by_offline_key(key).name for key in offline_scores]:
         if objective != PRIMARY_OBJECTIVE:

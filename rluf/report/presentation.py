@@ -387,7 +387,7 @@ def _score_row(objective: str, base_score: float | None, aligned_score: float | 
     """One objective's scores of both policies; `rose` is None for a missing score or a small change."""
     score_change = None if base_score is None or aligned_score is None else aligned_score - base_score
     return {
-        "name": metric_registry.objective_title(objective),
+        "name": metric_registry.format_objective_title(objective),
         "base": format_percent(base_score),
         "aligned": format_percent(aligned_score),
         "change": "–" if score_change is None else format_points(score_change),
@@ -397,7 +397,7 @@ def _score_row(objective: str, base_score: float | None, aligned_score: float | 
 
 def card_table(cards: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Titles of the reward cards, and one row per value that any of them has, with its interval if there is one."""
-    card_titles = [metric_registry.objective_title(objective) for objective in cards]
+    card_titles = [metric_registry.format_objective_title(objective) for objective in cards]
     present_cards = [{RENAMED_CARD_KEYS.get(key, key): value for key, value in card.items()} for card in cards.values()]
     table_rows = []
     for value_path, label in CARD_ROWS:
@@ -445,7 +445,7 @@ def reliability_rows(cards: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, 
     """Rows of (objective, predicted, observed, interval of observed, rows), one per bin of the reliability plots."""
     return [
         (
-            metric_registry.objective_title(objective),
+            metric_registry.format_objective_title(objective),
             format_percent(reliability_bin["predicted"]),
             format_percent(reliability_bin["observed"]),
             format_interval(reliability_bin),

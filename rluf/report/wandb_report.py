@@ -59,8 +59,8 @@ def build_report(run_folder: Path, *, entity: str = "") -> Report:
             panel.layout = wr.Layout(PANEL_WIDTH * column, PANEL_HEIGHT * row, PANEL_WIDTH, PANEL_HEIGHT)
         return wr.PanelGrid(runsets=[runset], panels=list(plot_panels))
 
-    metric_specs = metric_registry.metric_specs(
-        dict.fromkeys(name for row in run_files.metrics for name in metric_registry.objectives_in_row(row))
+    metric_specs = metric_registry.list_metric_specs(
+        dict.fromkeys(name for row in run_files.metrics for name in metric_registry.find_row_objectives(row))
     )
     report_blocks: list[Any] = [wr.TableOfContents(), wr.MarkdownBlock(story_markdown(run_files))]
     for heading, description, metric_groups in REPORT_SECTIONS:

@@ -34,7 +34,7 @@ def select_objectives(settings: Settings) -> tuple[str, ...]:
     return settings.reward.objectives or tuple(dict.fromkeys((*from_models, *settings.reward.shared_backbone_heads)))
 
 
-def card_summary_line(card: Mapping[str, Any]) -> str:
+def format_card_summary(card: Mapping[str, Any]) -> str:
     """One-line summary of a reward card: ranking with interval, length baseline, calibration.
 
     Metrics that a test split of one label, or of one user, does not define are shown as unknown.
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 settings, jobs, full_card=True, earlier_models=earlier_models, curve_shares=curve_shares
             )
         for card in cards.values():
-            logger.info("%s", card_summary_line(card))
+            logger.info("%s", format_card_summary(card))
         logger.info("reward models: written to %s", run_folder)
 
     run_command(train_and_report)

@@ -170,7 +170,7 @@ def get_linear_head(model: nn.Module) -> nn.Linear:
     )
 
 
-def final_norm_or_pooler(model: PreTrainedModel) -> nn.Module | None:
+def find_final_norm_or_pooler(model: PreTrainedModel) -> nn.Module | None:
     """The module between the last layer and the head: a decoder's last norm or an encoder's pooler; None if neither."""
     for name in ("norm", "pooler"):
         module = getattr(model.base_model, name, None)
@@ -229,7 +229,7 @@ class HeadInputCapture:
         # each layer's output goes through the final norm or pooler here, as in a model truncated after that layer.
         self._hooks = [get_linear_head(model).register_forward_pre_hook(self._capture_head_input)] if not depths else []
         if depths:
-            self._final_module = final_norm_or_pooler(model)
+            self._final_module = find_final_norm_or_pooler(model)
             if self._final_module is None:
                 raise ModelError(
                     f"{type(model).__name__} has neither a last norm nor a pooler, so one pass cannot "
@@ -321,14 +321,14 @@ class FrozenPrefix:
     def replay_batch(self) -> Iterator[None]:
         """Within the context, the frozen layers return the batch last passed to `load_batch`."""
 
-        def return_batch_states(_hidden: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:
+        def replay_batch_states(_hidden: torch.Tensor, *_args: Any, **_kwargs: Any) -> Any:
             return (self.batch_states,) if self._returns_tuple else self.batch_states
 
         # Only forward methods are replaced: parameters and module names stay as DeepSpeed has registered them.
         last_frozen_layer = self.all_layers[self.layer_count - 1]
         with (
             _bypass_layers(self.all_layers[: self.layer_count - 1]),
-            _override_forward(last_frozen_layer, return_batch_states),
+            _override_forward(last_frozen_layer, replay_batch_states),
         ):
             yield
 
@@ -337,12 +337,12 @@ class FrozenPrefix:
 def _bypass_layers(layers: Sequence[nn.Module] | nn.ModuleList) -> Iterator[None]:
     """Within the context, these layers return their input."""
 
-    def return_input(hidden: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
+    def pass_input(hidden: torch.Tensor, *_args: Any, **_kwargs: Any) -> torch.Tensor:
         return hidden
 
     previous_forwards = [layer.__dict__.get("forward") for layer in layers]
     for layer in layers:
-        layer.forward = return_input
+        layer.forward = pass_input
     try:
         yield
     finally:

@@ -160,7 +160,7 @@ def fit_member_weights(
     # Fit on logits of unit spread, so that the prior treats members of different scale equally.
     x = (member_logits / spreads[:, None]).T
 
-    def penalized_loss(parameters: Floats) -> tuple[float, Floats]:
+    def compute_penalized_loss(parameters: Floats) -> tuple[float, Floats]:
         w, z = parameters[:-1], x @ parameters[:-1] + parameters[-1]
         prior_gradient = (w - w.mean()) / MEMBER_WEIGHT_PRIOR_SD**2
         residuals = weights * (sigmoid(z) - labels)
@@ -169,7 +169,7 @@ def fit_member_weights(
 
     start = np.append(np.full(count, 1 / count), 0.0)
     bounds = [(0, None)] * count + [(None, None)]
-    solution = minimize(penalized_loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
+    solution = minimize(compute_penalized_loss, start, jac=True, method="L-BFGS-B", bounds=bounds)
     member_weights = np.asarray(solution.x[:-1], dtype=np.float64) / spreads
     total = member_weights.sum()
     return tuple((member_weights / total).tolist()) if total > 0 else (1 / count,) * count
@@ -181,12 +181,12 @@ def _fit_by_newton(
     """Weighted logistic regression with a normal prior around `prior_mean`; returns (scale, offset or 0)."""
     beta = prior_mean.copy()
 
-    def penalized_loss(coefficients: Floats) -> float:
+    def compute_penalized_loss(coefficients: Floats) -> float:
         z = features @ coefficients
         losses = np.logaddexp(0.0, z) - targets * z
         return float((weights * losses).sum() + 0.5 * ridge * ((coefficients - prior_mean) ** 2).sum())
 
-    loss = penalized_loss(beta)
+    loss = compute_penalized_loss(beta)
     for _ in range(100):
         p = sigmoid(features @ beta)
         gradient = features.T @ (weights * (p - targets)) + ridge * (beta - prior_mean)
@@ -194,10 +194,10 @@ def _fit_by_newton(
         step = np.linalg.solve(hessian, gradient)
         # A full Newton step overshoots where the sigmoid saturates: halve it until the loss does not increase.
         step_size = 1.0
-        while penalized_loss(beta - step_size * step) > loss and step_size > 1e-6:
+        while compute_penalized_loss(beta - step_size * step) > loss and step_size > 1e-6:
             step_size /= 2
         beta = beta - step_size * step
-        previous_loss, loss = loss, penalized_loss(beta)
+        previous_loss, loss = loss, compute_penalized_loss(beta)
         if previous_loss - loss < 1e-12 * max(1.0, abs(loss)):
             break
     return max(float(beta[0]), MIN_SCALE), float(beta[1]) if beta.size > 1 else 0.0

@@ -89,10 +89,12 @@ def compute_label_metrics(
     positives = int(labels.sum())
     loss = metrics.log_loss(probabilities, labels, weights)
     length_auroc = metrics.auroc(lengths, labels, weights)
-    auroc = metrics.auroc_interval(logits, labels, weights, clusters, seed=seed)
+    auroc = metrics.compute_auroc_interval(logits, labels, weights, clusters, seed=seed)
     return {
         "auroc": auroc,
-        "auroc_se_hanley_mcneil": metrics.hanley_mcneil_std_error(auroc["mean"], positives, len(labels) - positives),
+        "auroc_se_hanley_mcneil": metrics.compute_hanley_mcneil_std_error(
+            auroc["mean"], positives, len(labels) - positives
+        ),
         # The baseline may prefer short or long responses, whichever ranks better.
         "length_only_auroc": max(length_auroc, 1 - length_auroc),
         "pr_auc": metrics.average_precision(logits, labels, weights),
@@ -103,7 +105,7 @@ def compute_label_metrics(
         "normalized_entropy": loss / metrics.binary_entropy(base_rate) if 0 < base_rate < 1 else math.nan,
         "brier": metrics.brier_score(probabilities, labels, weights),
         "ece": metrics.expected_calibration_error(probabilities, labels, weights),
-        "reliability": metrics.reliability_bins(probabilities, labels, weights),
+        "reliability": metrics.compute_reliability_bins(probabilities, labels, weights),
     }
 
 
@@ -116,20 +118,20 @@ def compute_pair_metrics(
     """
     probabilities = sigmoid(differences)
     wins = np.ones_like(probabilities)
-    length_accuracy = metrics.accuracy_interval(length_differences, weights, clusters, seed=seed)["mean"]
+    length_accuracy = metrics.compute_accuracy_interval(length_differences, weights, clusters, seed=seed)["mean"]
     loss = metrics.log_loss(probabilities, wins, weights)
     # Every pair counts from both sides: with the chosen side alone all labels are 1 and calibration is undefined.
     both_probabilities = np.concatenate([probabilities, 1 - probabilities])
     both_labels, both_weights = np.concatenate([wins, 1 - wins]), np.tile(weights, 2)
     return {
-        "pair_accuracy": metrics.accuracy_interval(differences, weights, clusters, seed=seed),
+        "pair_accuracy": metrics.compute_accuracy_interval(differences, weights, clusters, seed=seed),
         "length_only_accuracy": max(length_accuracy, 1 - length_accuracy),
         "base_rate": 0.5,
         "log_loss": loss,
         "normalized_entropy": loss / math.log(2),
         "brier": metrics.brier_score(probabilities, wins, weights),
         "ece": metrics.expected_calibration_error(both_probabilities, both_labels, both_weights),
-        "reliability": metrics.reliability_bins(both_probabilities, both_labels, both_weights),
+        "reliability": metrics.compute_reliability_bins(both_probabilities, both_labels, both_weights),
     }
 
 
@@ -141,7 +143,7 @@ def compare_models(test_split: EncodedSplit, logits: Floats, earlier_logits: Flo
     count = len(test_split)
     models = (logits, earlier_logits)
 
-    def ranking_metric(model_index: int, row_counts: Floats) -> float:
+    def compute_ranking_metric(model_index: int, row_counts: Floats) -> float:
         z, weights = models[model_index], test_split.weights * row_counts
         if not test_split.is_pairwise:
             return metrics.auroc(z, test_split.labels, weights)
@@ -150,16 +152,16 @@ def compare_models(test_split: EncodedSplit, logits: Floats, earlier_logits: Flo
         return float(np.average(is_correct, weights=weights)) if row_counts.any() else math.nan
 
     ones = np.ones(count)
-    low, high = metrics.clustered_bootstrap_interval(
-        lambda row_counts: ranking_metric(0, row_counts) - ranking_metric(1, row_counts),
+    low, high = metrics.bootstrap_clustered_interval(
+        lambda row_counts: compute_ranking_metric(0, row_counts) - compute_ranking_metric(1, row_counts),
         test_split.clusters,
         seed=seed,
     )
-    difference = {"mean": ranking_metric(0, ones) - ranking_metric(1, ones), "low": low, "high": high}
+    difference = {"mean": compute_ranking_metric(0, ones) - compute_ranking_metric(1, ones), "low": low, "high": high}
     metric_name = "pair_accuracy" if test_split.is_pairwise else "auroc"
     return round_for_json(
         {
-            metric_name: ranking_metric(1, ones),
+            metric_name: compute_ranking_metric(1, ones),
             f"{metric_name}_difference": difference,
             "score_r": metrics.pearson_correlation(logits, earlier_logits),
         }
@@ -212,7 +214,7 @@ def measure_robustness(
         table[name] = {
             "mean_shift_sd": float(shifts.mean()) / logit_sd,
             "raised_share": float((shifts > 0).mean()),
-            "order_preserved_share": _rank_agreement(original_logits, perturbed_logits),
+            "order_preserved_share": _compute_rank_agreement(original_logits, perturbed_logits),
         }
     return round_for_json({"rows": len(rows), "logit_sd": logit_sd, "changes": table})
 
@@ -228,13 +230,13 @@ def _format_count_range(count: int) -> str:
     return "1" if count == 1 else f"{low}-{2 * low - 1}"
 
 
-def _numeric_sort_key(name: str) -> tuple[int, str]:
+def _build_numeric_sort_key(name: str) -> tuple[int, str]:
     """Sort key that puts 8-15 before 16-31; names without a leading number come first, by name."""
     leading_part = name.partition("-")[0]
     return int(leading_part) if name[:1].isdigit() and leading_part.isdecimal() else 0, name
 
 
-def _rank_agreement(before: Floats, after: Floats) -> float:
+def _compute_rank_agreement(before: Floats, after: Floats) -> float:
     """Share of pairs of rows that have the same order in both."""
     order_before = np.sign(before[:, None] - before[None])
     order_after = np.sign(after[:, None] - after[None])
@@ -257,7 +259,7 @@ def compute_slices(records: Sequence[Mapping[str, Any]], logits: Floats, labels:
             continue
         column_values = np.asarray([str(row[column]) for row in records])
         metrics_by_value = {}
-        for value in sorted(set(column_values.tolist()), key=_numeric_sort_key):
+        for value in sorted(set(column_values.tolist()), key=_build_numeric_sort_key):
             in_slice = column_values == value
             if in_slice.sum() < MIN_SLICE_ROWS:
                 continue

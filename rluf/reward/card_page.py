@@ -33,14 +33,14 @@ def render_card_page(card: Mapping[str, Any]) -> str:
     training_rows = [(key.replace("_", " "), value) for key, value in card["training"].items() if key != "history"]
     training_tables: list[tuple[str, Sequence[str], Sequence[Sequence[Any]]]]
     training_tables = [("Training", ("", "Value"), training_rows)]
-    training_tables.append(_truncation_table(card.get("truncation", {})))
+    training_tables.append(_build_truncation_table(card.get("truncation", {})))
     training_tables.append(("Settings", ("Setting", "Value"), sorted(card["settings"].items())))
     sections = [
-        _slice_section(card.get("slices", {})),
-        _prompt_fit_section(card.get("prompt_fit", {})),
-        _robustness_section(card.get("robustness", {})),
-        _learning_curve_section(card.get("learning_curve", [])),
-        _comparison_section(card.get("previous", {})),
+        _build_slice_section(card.get("slices", {})),
+        _build_prompt_fit_section(card.get("prompt_fit", {})),
+        _build_robustness_section(card.get("robustness", {})),
+        _build_learning_curve_section(card.get("learning_curve", [])),
+        _build_comparison_section(card.get("previous", {})),
         _build_section("Training", "", training_tables),
     ]
     return render_html_page(
@@ -87,7 +87,7 @@ def _build_reliability_plot(bins: Sequence[Mapping[str, float]]) -> dict[str, An
     return {"size": size, "axis_max": axis_max, "points": points}
 
 
-def _slice_section(slices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any] | None:
+def _build_slice_section(slices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Any] | None:
     tables = []
     for slice_column, metrics_by_value in slices.items():
         metric_names = list(next(iter(metrics_by_value.values())))
@@ -96,7 +96,7 @@ def _slice_section(slices: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dic
     return _build_section("Slices", "", tables) if tables else None
 
 
-def _learning_curve_section(curve_points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+def _build_learning_curve_section(curve_points: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
     if not curve_points:
         return None
     metric_name = "pair_accuracy" if "pair_accuracy" in curve_points[0] else "auroc"
@@ -106,7 +106,7 @@ def _learning_curve_section(curve_points: Sequence[Mapping[str, Any]]) -> dict[s
     return _build_section("Learning curve", text, [("Learning curve", columns, rows)])
 
 
-def _comparison_section(comparison: Mapping[str, Any]) -> dict[str, Any] | None:
+def _build_comparison_section(comparison: Mapping[str, Any]) -> dict[str, Any] | None:
     if not comparison:
         return None
     metric_name = "pair_accuracy" if "pair_accuracy" in comparison else "auroc"
@@ -120,7 +120,7 @@ def _comparison_section(comparison: Mapping[str, Any]) -> dict[str, Any] | None:
     )
 
 
-def _truncation_table(shares_by_split: Mapping[str, Mapping[str, float]]) -> tuple[str, Sequence[str], list[Any]]:
+def _build_truncation_table(shares_by_split: Mapping[str, Mapping[str, float]]) -> tuple[str, Sequence[str], list[Any]]:
     rows = [
         (split, shares["cut_share"], shares["prompt_cut_share"], shares["response_cut_share"])
         for split, shares in shares_by_split.items()
@@ -128,7 +128,7 @@ def _truncation_table(shares_by_split: Mapping[str, Mapping[str, float]]) -> tup
     return "Share of rows longer than max_tokens", ("split", "cut", "of the conversation", "of the response"), rows
 
 
-def _prompt_fit_section(prompt_fit: Mapping[str, Any]) -> dict[str, Any] | None:
+def _build_prompt_fit_section(prompt_fit: Mapping[str, Any]) -> dict[str, Any] | None:
     if not prompt_fit:
         return None
     rows = [(kind, _format_interval(share), share["n"]) for kind, share in prompt_fit["shares"].items()]
@@ -145,7 +145,7 @@ def _prompt_fit_section(prompt_fit: Mapping[str, Any]) -> dict[str, Any] | None:
     return _build_section("Prompt fit", text, [("Good response preferred", ("alternative", "share", "pairs"), rows)])
 
 
-def _robustness_section(robustness: Mapping[str, Any]) -> dict[str, Any] | None:
+def _build_robustness_section(robustness: Mapping[str, Any]) -> dict[str, Any] | None:
     if not robustness:
         return None
     rows = [

@@ -45,7 +45,7 @@ class RewardCheckpointer:
         with tempfile.TemporaryDirectory(prefix="rluf-reward-checkpoint-") as temporary_folder:
             folder = Path(temporary_folder)
             if self.state_rank == self.rank:
-                schedule = save_optimizer_state(engine, self._optimizer_file(folder), {})
+                schedule = save_optimizer_state(engine, self._get_optimizer_path(folder), {})
                 self._schedule_file(folder).write_text(json.dumps(schedule), encoding="utf-8")
             if self.rank == 0:
                 _write_progress(folder, model_name, progress, best_weights)
@@ -65,7 +65,7 @@ class RewardCheckpointer:
             if progress_record["name"] != model_name:
                 return progress
             schedule = json.loads(self._schedule_file(folder).read_text(encoding="utf-8"))
-            load_optimizer_state(engine, self._optimizer_file(folder), schedule)
+            load_optimizer_state(engine, self._get_optimizer_path(folder), schedule)
             if self.rank == 0 and (folder / BEST_WEIGHTS_FILE).is_file():
                 best_weights.update(load_file(folder / BEST_WEIGHTS_FILE))
             restored_progress = _read_progress(folder, progress_record)
@@ -73,7 +73,7 @@ class RewardCheckpointer:
         logger.info("%s: resuming epoch %d after %d rows", model_name, restored_progress.epoch + 1, row_count)
         return restored_progress
 
-    def _optimizer_file(self, folder: Path) -> Path:
+    def _get_optimizer_path(self, folder: Path) -> Path:
         return folder / f"optimizer-{self.state_rank}.safetensors"
 
     def _schedule_file(self, folder: Path) -> Path:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from rluf.reward.metrics import accuracy_interval, round_for_json
+from rluf.reward.metrics import compute_accuracy_interval, round_for_json
 from rluf.reward.text import is_truncated
 from rluf.types import ScoringItem
 
@@ -200,7 +200,7 @@ def make_training_copies(
     return copies, counterfactuals
 
 
-def measures_prompt_fit(head: str, *, is_pairwise: bool, debias: Sequence[str]) -> bool:
+def should_measure_prompt_fit(head: str, *, is_pairwise: bool, debias: Sequence[str]) -> bool:
     """Whether a head should prefer responses that fit the prompt: love, thumbs, pairs, and heads trained to.
 
     Safety should not: a harmless response is as safe under another prompt. A user may well continue after a bad one.
@@ -238,7 +238,10 @@ def measure_prompt_fit(
         )
         differences = np.asarray([logit_by_row[variant.source_index] for variant in pairs]) - logits
         clusters = [str(records[variant.source_index][cluster_column]) for variant in pairs]
-        shares[kind] = {"n": len(pairs), **accuracy_interval(differences, np.ones(len(pairs)), clusters, seed=seed)}
+        shares[kind] = {
+            "n": len(pairs),
+            **compute_accuracy_interval(differences, np.ones(len(pairs)), clusters, seed=seed),
+        }
     weak_kinds = [kind for kind, share in shares.items() if share["mean"] < MIN_PREFERENCE_SHARE]
     if weak_kinds:
         logger.warning(

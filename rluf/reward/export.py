@@ -28,7 +28,7 @@ from rluf.reward.card import (
     summarize_training,
 )
 from rluf.reward.card_page import CARD_FILE, CARD_PAGE_FILE, render_card_page
-from rluf.reward.counterfactuals import measure_prompt_fit, measures_prompt_fit
+from rluf.reward.counterfactuals import measure_prompt_fit, should_measure_prompt_fit
 from rluf.reward.model import RewardModel, get_member_folder
 from rluf.reward.shared_backbone import get_head_label, select_labeled_rows
 from rluf.reward.text import summarize_truncation
@@ -246,7 +246,7 @@ def _write_card(
         "heads": [head_task.name for head_task in members[0].tasks],
         "seconds": round(time.monotonic() - start_time, 3),
     }
-    if measures_prompt_fit(job.head, is_pairwise=is_pairwise, debias=head_settings.debias):
+    if should_measure_prompt_fit(job.head, is_pairwise=is_pairwise, debias=head_settings.debias):
         card["prompt_fit"] = measure_prompt_fit(model, records, is_pairwise=is_pairwise, seed=settings.seed)
     if job.earlier_model is not None:
         card |= _compare_with_earlier(job, job.earlier_model, records, test_split, logits, settings.seed)

@@ -51,10 +51,10 @@ from rluf.reward.trainer import (
     TrainEngine,
     TrainPlan,
     TrainProgress,
-    all_gather_object,
     compute_dev_log_loss,
     count_steps,
     encode_split,
+    gather_objects,
 )
 from rluf.utils.paths import resolve_cache_folder
 from rluf.utils.stats import Floats
@@ -161,7 +161,7 @@ def train_ensemble(
     return members
 
 
-def _uses_counterfactuals(model_settings: RewardModelSettings) -> bool:
+def _should_build_counterfactuals(model_settings: RewardModelSettings) -> bool:
     """Whether counterfactual rows are made: a fitted head (no epochs) on labels has no use for them."""
     can_compare = model_settings.epochs > 0 or model_settings.loss == "bradley_terry"
     return can_compare and "counterfactuals" in model_settings.debias
@@ -170,11 +170,11 @@ def _uses_counterfactuals(model_settings: RewardModelSettings) -> bool:
 def _has_truncated_rows(settings: Settings, head_data: Sequence[HeadData], world_size: int) -> bool:
     """Whether any training row of any rank is cut at the token limit, so that the model can learn to read the end."""
     has_truncated = any(
-        _uses_counterfactuals(settings.reward.get_head_settings(data.head))
+        _should_build_counterfactuals(settings.reward.get_head_settings(data.head))
         or any(is_truncated(row, column) for row in data.train_rows for column in ("response", "chosen", "rejected"))
         for data in head_data
     )
-    return any(all_gather_object(has_truncated, world_size))
+    return any(gather_objects(has_truncated, world_size))
 
 
 def _is_decoder(settings: Settings, backbone: str) -> bool:
@@ -356,7 +356,7 @@ def _build_task(
     log_rows, sign_off_share = records, SIGN_OFF_SHARE if "sign_offs" in head_settings.debias else 0.0
     records, copy_sources = add_sign_off_copies(log_rows, sign_off_share, is_pairwise=is_pairwise, seed=settings.seed)
     counterfactuals: list[Counterfactual] = []
-    if _uses_counterfactuals(head_settings):
+    if _should_build_counterfactuals(head_settings):
         copies, counterfactuals = make_training_copies(log_rows, is_pairwise=is_pairwise, seed=settings.seed)
         records = [*records, *copies]
         counts = Counter(counterfactual.kind for counterfactual in counterfactuals)
@@ -395,7 +395,7 @@ def fit_nuisance_offsets(
     """
     all_rows, split = split, split.select_originals()  # copies add no evidence about user or length
     weights = split.loss_weights
-    shards = all_gather_object((split.labels, weights, split.response_lengths, split.clusters), world_size)
+    shards = gather_objects((split.labels, weights, split.response_lengths, split.clusters), world_size)
     all_weights = np.concatenate([shard[1] for shard in shards])
     if split.is_pairwise:
         # Each rank has its chosen responses first; the fit needs those of all ranks before any rejected one.
@@ -419,7 +419,7 @@ def fit_nuisance_offsets(
         "%s: debias length_slope=%.2f log-odds per standard deviation of log length", head, nuisance.length_slope
     )
     # A copy has the user of its source, but a length of its own.
-    sources = split.sequence_indices(all_rows.source_ids.tolist())
+    sources = split.list_sequence_indices(all_rows.source_ids.tolist())
     length_offsets = nuisance.compute_length_offsets(all_rows.response_lengths)
     source_length_offsets = nuisance.compute_length_offsets(split.response_lengths)[sources]
     return np.asarray(offsets[sources] - source_length_offsets + length_offsets, dtype=np.float64)
@@ -503,11 +503,12 @@ def _fit_head_weights(
     split = task.train_split
     first_counterfactual = len(split) - split.counterfactual_count
     fit_rows = [*range(split.original_count), *(range(first_counterfactual, len(split)) if split.is_pairwise else ())]
-    fit_sequences = split.sequence_indices(fit_rows)
+    fit_sequences = split.list_sequence_indices(fit_rows)
     sign_off_rows = range(split.original_count, first_counterfactual)
     sign_off_sources = split.copy_sources[: len(sign_off_rows)].tolist()
     changes = (
-        train_features[split.sequence_indices(sign_off_rows)] - train_features[split.sequence_indices(sign_off_sources)]
+        train_features[split.list_sequence_indices(sign_off_rows)]
+        - train_features[split.list_sequence_indices(sign_off_sources)]
     )
     offsets = split.logit_offsets if split.logit_offsets.size else np.zeros(len(train_features))
     local_shard = (
@@ -520,7 +521,7 @@ def _fit_head_weights(
         changes.T @ changes,
         len(changes),
     )
-    shards = all_gather_object(local_shard, world_size)
+    shards = gather_objects(local_shard, world_size)
     labels, weights = (np.concatenate([shard[column] for shard in shards]) for column in (0, 1))
     clusters = [cluster for shard in shards for cluster in shard[2]]
     # For pairs, each rank has chosen before rejected; the fit needs the chosen responses of all ranks first.

@@ -22,10 +22,10 @@ def auroc(scores: Floats, labels: Floats, weights: Floats | None = None) -> floa
     """Weighted area under the ROC curve, ties counted half; NaN when a class is missing."""
     w = np.ones_like(scores) if weights is None else weights
     _, ranks = np.unique(scores, return_inverse=True)
-    return _auroc_from_ranks(ranks, labels, w)
+    return _compute_auroc_from_ranks(ranks, labels, w)
 
 
-def _auroc_from_ranks(ranks: NDArray[np.int64], labels: Floats, weights: Floats) -> float:
+def _compute_auroc_from_ranks(ranks: NDArray[np.int64], labels: Floats, weights: Floats) -> float:
     """AUROC from dense ranks: the bootstrap changes only the weights, so the scores are sorted once."""
     positive = np.bincount(ranks, weights * labels)
     negative = np.bincount(ranks, weights * (1 - labels))
@@ -49,7 +49,7 @@ def average_precision(scores: Floats, labels: Floats, weights: Floats) -> float:
     return float((positive * precision).sum() / positive.sum())
 
 
-def hanley_mcneil_std_error(area: float, positives: int, negatives: int) -> float:
+def compute_hanley_mcneil_std_error(area: float, positives: int, negatives: int) -> float:
     """Standard error of an AUROC from counts alone (Hanley and McNeil 1982, formula 1)."""
     if positives < 1 or negatives < 1:
         return math.nan
@@ -58,7 +58,7 @@ def hanley_mcneil_std_error(area: float, positives: int, negatives: int) -> floa
     return math.sqrt(max(variance, 0.0) / (positives * negatives))
 
 
-def clustered_bootstrap_interval(
+def bootstrap_clustered_interval(
     statistic: Callable[[Floats], float], clusters: Sequence[str], *, resamples: int = 400, seed: int = 0
 ) -> tuple[float, float]:
     """95% percentile bootstrap over clusters. `statistic` takes each row's resampled count [N]; NaNs are dropped."""
@@ -78,29 +78,29 @@ def clustered_bootstrap_interval(
     return float(low), float(high)
 
 
-def auroc_interval(
+def compute_auroc_interval(
     scores: Floats, labels: Floats, weights: Floats, clusters: Sequence[str], *, seed: int = 0
 ) -> dict[str, float]:
     """AUROC with its clustered 95% interval as mean, low, high."""
     _, ranks = np.unique(scores, return_inverse=True)
-    low, high = clustered_bootstrap_interval(
-        lambda row_counts: _auroc_from_ranks(ranks, labels, weights * row_counts), clusters, seed=seed
+    low, high = bootstrap_clustered_interval(
+        lambda row_counts: _compute_auroc_from_ranks(ranks, labels, weights * row_counts), clusters, seed=seed
     )
-    return {"mean": _auroc_from_ranks(ranks, labels, weights), "low": low, "high": high}
+    return {"mean": _compute_auroc_from_ranks(ranks, labels, weights), "low": low, "high": high}
 
 
-def accuracy_interval(
+def compute_accuracy_interval(
     differences: Floats, weights: Floats, clusters: Sequence[str], *, seed: int = 0
 ) -> dict[str, float]:
     """Share of pairs whose chosen side scores higher (ties count half) with its clustered 95% interval."""
     is_correct = (differences > 0) + 0.5 * (differences == 0)
 
-    def weighted_accuracy(row_counts: Floats) -> float:
+    def compute_weighted_accuracy(row_counts: Floats) -> float:
         total = float((weights * row_counts).sum())
         return float((weights * row_counts * is_correct).sum()) / total if total > 0 else math.nan
 
-    low, high = clustered_bootstrap_interval(weighted_accuracy, clusters, seed=seed)
-    return {"mean": weighted_accuracy(np.ones_like(differences)), "low": low, "high": high}
+    low, high = bootstrap_clustered_interval(compute_weighted_accuracy, clusters, seed=seed)
+    return {"mean": compute_weighted_accuracy(np.ones_like(differences)), "low": low, "high": high}
 
 
 def log_loss(probabilities: Floats, labels: Floats, weights: Floats) -> float:
@@ -119,7 +119,7 @@ def brier_score(probabilities: Floats, labels: Floats, weights: Floats) -> float
     return float(np.average((probabilities - labels) ** 2, weights=weights))
 
 
-def reliability_bins(
+def compute_reliability_bins(
     probabilities: Floats, labels: Floats, weights: Floats, *, bin_count: int = 10
 ) -> list[dict[str, float]]:
     """Bins of equal mass, lowest first, each with its share of the mass, mean probability and rate of label 1.
@@ -145,7 +145,7 @@ def reliability_bins(
 
 def expected_calibration_error(probabilities: Floats, labels: Floats, weights: Floats, *, bin_count: int = 10) -> float:
     """Expected calibration error over bins of equal mass: sum_b mass_b * |mean p - mean y|."""
-    bins = reliability_bins(probabilities, labels, weights, bin_count=bin_count)
+    bins = compute_reliability_bins(probabilities, labels, weights, bin_count=bin_count)
     return sum(b["mass"] * abs(b["mean"] - b["rate"]) for b in bins)
 
 

@@ -24,7 +24,7 @@ from rluf.reward.backbone import (
     HEAD_MODULE_NAMES,
     HeadInputCapture,
     build_text_encoder,
-    final_norm_or_pooler,
+    find_final_norm_or_pooler,
     get_layer_list,
     get_linear_head,
     load_classifier,
@@ -102,7 +102,7 @@ def _find_linear_head(model: PreTrainedModel) -> torch.nn.Linear | None:
 
 def _is_truncation_of(deep_model: PreTrainedModel, shallow_model: PreTrainedModel) -> bool:
     """Whether `shallow_model` consists of the lowest layers of `deep_model` with another head."""
-    if type(deep_model) is not type(shallow_model) or final_norm_or_pooler(deep_model) is None:
+    if type(deep_model) is not type(shallow_model) or find_final_norm_or_pooler(deep_model) is None:
         return False
     if len(get_layer_list(shallow_model)) >= len(get_layer_list(deep_model)):
         return False
@@ -157,7 +157,7 @@ class RewardModel:
         self.members = [member.eval() for member in members]
         self.encoder = encoder
         self._forward_passes = plan_forward_passes(
-            self.members, [member_encoder.response_only for member_encoder in self._member_encoders()]
+            self.members, [member_encoder.response_only for member_encoder in self._list_member_encoders()]
         )
         self.calibration = calibration
         self.batch_tokens = batch_tokens
@@ -217,7 +217,7 @@ class RewardModel:
         for forward_pass in self._forward_passes:
             # The deepest member of a pass comes last; it runs, so the text is encoded as it reads it.
             member_index = forward_pass.member_indices[-1]
-            encoder = self._member_encoders()[member_index]
+            encoder = self._list_member_encoders()[member_index]
             member_rows = [
                 row.member_encodings[member_index - 1] if member_index and row.member_encodings else row for row in rows
             ]
@@ -228,7 +228,7 @@ class RewardModel:
                 logits[member_index] = compute_logits(forward_pass.model, encoder, member_rows, self.batch_tokens)
         return logits
 
-    def _member_encoders(self) -> Sequence[TextEncoder]:
+    def _list_member_encoders(self) -> Sequence[TextEncoder]:
         if self.encoder.member_encoders:
             return (self.encoder, *self.encoder.member_encoders)
         return [self.encoder] * len(self.members)

@@ -98,7 +98,7 @@ class EncodedSplit:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def sequence_indices(self, row_indices: Sequence[int]) -> list[int]:
+    def list_sequence_indices(self, row_indices: Sequence[int]) -> list[int]:
         """Indices of the sequences of these rows: chosen, then rejected for pairs."""
         return [*row_indices, *(row + len(self) for row in row_indices)] if self.is_pairwise else list(row_indices)
 
@@ -113,7 +113,7 @@ class EncodedSplit:
 
     def select_rows(self, row_indices: Sequence[int]) -> EncodedSplit:
         """Some rows of the split, as rows without copies among them."""
-        rows, sequences = list(row_indices), self.sequence_indices(row_indices)
+        rows, sequences = list(row_indices), self.list_sequence_indices(row_indices)
         return EncodedSplit(
             self.is_pairwise,
             [self.sequences[index] for index in sequences],
@@ -268,7 +268,7 @@ class TrainProgress:
 
 def count_steps(row_count: int, plan: TrainPlan) -> int:
     """Number of steps that every rank runs: enough for the rank with the most rows."""
-    return -(-max(all_gather_object(row_count, plan.world_size)) // plan.batch_rows)
+    return -(-max(gather_objects(row_count, plan.world_size)) // plan.batch_rows)
 
 
 def plan_epoch_steps(lengths: Sequence[int], plan: TrainPlan, step_count: int, epoch: int) -> list[list[int]]:
@@ -329,7 +329,7 @@ class RewardModelTrainer:
             self._get_frozen_states(task.train_split)
             self._get_frozen_states(task.dev_split)
             result.train_seconds += time.monotonic() - start_time
-        best_mean_loss = _mean_normalized_loss([result.best_loss for result in results], tasks)
+        best_mean_loss = _average_normalized_losses([result.best_loss for result in results], tasks)
         for epoch in range(progress.epoch, self.plan.epochs):
             progress.epoch = epoch
             train_losses = self._run_epoch(engine, tasks, progress, on_save)
@@ -339,7 +339,7 @@ class RewardModelTrainer:
                 for logits, task, result in zip(dev_logits, tasks, results, strict=True)
             ]
             # One epoch is chosen for all heads: they share the backbone's weights.
-            mean_loss = _mean_normalized_loss(dev_losses, tasks)
+            mean_loss = _average_normalized_losses(dev_losses, tasks)
             if mean_loss < best_mean_loss:
                 best_mean_loss = mean_loss
                 for result, dev_loss, logits in zip(results, dev_losses, dev_logits, strict=True):
@@ -389,7 +389,7 @@ class RewardModelTrainer:
     def gather_prior_shift(self, split: EncodedSplit) -> float:
         """Prior shift over the rows of the log on all ranks; copies say nothing about the base rate."""
         count = split.original_count
-        shards = all_gather_object((split.labels[:count], split.weights[:count]), self.plan.world_size)
+        shards = gather_objects((split.labels[:count], split.weights[:count]), self.plan.world_size)
         return compute_prior_shift(
             np.concatenate([labels for labels, _ in shards]), np.concatenate([weights for _, weights in shards])
         )
@@ -416,7 +416,7 @@ class RewardModelTrainer:
             losses_by_task[task_index].append(self._train_step(engine, task, loss_weights[task_index], row_indices))
             rows_read[task_index].update(row_indices)
             split = task.train_split
-            result.token_count += sum(len(split.sequences[index]) for index in split.sequence_indices(row_indices))
+            result.token_count += sum(len(split.sequences[index]) for index in split.list_sequence_indices(row_indices))
             result.train_seconds += time.monotonic() - start_time
             self._check_deadline(f"epoch {progress.epoch + 1}")
             if time.monotonic() - self._last_log_time > LOG_INTERVAL_S:
@@ -440,7 +440,7 @@ class RewardModelTrainer:
     ) -> torch.Tensor:
         """One optimizer step on these rows of the task; returns its loss."""
         split, contrasts = task.train_split, task.train_split.find_contrasts(row_indices)
-        sequence_indices = [*split.sequence_indices(row_indices), *(source for _, source in contrasts)]
+        sequence_indices = [*split.list_sequence_indices(row_indices), *(source for _, source in contrasts)]
         frozen_states = self._get_frozen_states(split)
         with self._replay_prefix(frozen_states):
             logits = self._compute_logits(engine, split, sequence_indices, frozen_states)[:, task.head_index]
@@ -468,7 +468,7 @@ class RewardModelTrainer:
             step_count = count_steps(len(unread_rows), self.plan)
             # A rank that has read all its rows repeats them while other ranks still have unread ones.
             unread_rows = unread_rows or list(range(len(split)))
-            lengths = [max(len(split.sequences[i]) for i in split.sequence_indices([row])) for row in unread_rows]
+            lengths = [max(len(split.sequences[i]) for i in split.list_sequence_indices([row])) for row in unread_rows]
             task_steps = plan_epoch_steps(lengths, self.plan, step_count, epoch)
             steps += [(task_index, [unread_rows[i] for i in step]) for step in task_steps]
         if len(tasks) > 1:
@@ -481,7 +481,7 @@ class RewardModelTrainer:
     ) -> list[RowKeys]:
         """For each task, the keys of the rows that any rank has read in this epoch, before and after a resume."""
         new_keys = [task.train_split.row_keys[sorted(rows)] for task, rows in zip(tasks, rows_read, strict=True)]
-        keys_by_rank = all_gather_object(new_keys, self.plan.world_size)
+        keys_by_rank = gather_objects(new_keys, self.plan.world_size)
         return [
             np.unique(np.concatenate([earlier_keys, *(rank_keys[task_index] for rank_keys in keys_by_rank)]))
             for task_index, earlier_keys in enumerate(read_keys)
@@ -492,7 +492,7 @@ class RewardModelTrainer:
         if self.plan.save_interval_s == float("inf"):
             return False
         is_due = time.monotonic() - self._last_save_time >= self.plan.save_interval_s
-        is_due = bool(all_gather_object(is_due, self.plan.world_size)[0])
+        is_due = bool(gather_objects(is_due, self.plan.world_size)[0])
         if is_due:
             self._last_save_time = time.monotonic()
         return is_due
@@ -531,7 +531,7 @@ class RewardModelTrainer:
                 batch = batches[min(round_index * self.plan.world_size + self.plan.rank, len(batches) - 1)]
                 logits = self._compute_logits(engine, split, batch, frozen_states)[:, task.head_index]
                 logit_by_sequence.update(zip(batch, logits.tolist(), strict=True))
-        for rank_logits in all_gather_object(logit_by_sequence, self.plan.world_size):
+        for rank_logits in gather_objects(logit_by_sequence, self.plan.world_size):
             logit_by_sequence.update(rank_logits)
         return np.asarray([logit_by_sequence[index] for index in range(len(split.sequences))])
 
@@ -566,7 +566,7 @@ def compute_dev_log_loss(logits: Floats, split: EncodedSplit, prior_shift: float
     return log_loss(probabilities, split.labels, split.weights)
 
 
-def _mean_normalized_loss(losses: Sequence[float], tasks: Sequence[HeadTask]) -> float:
+def _average_normalized_losses(losses: Sequence[float], tasks: Sequence[HeadTask]) -> float:
     """Mean over the tasks of dev log-loss / entropy of the base rate, by which epochs are compared."""
     # A head with a rare label has a small log-loss. Dividing by the entropy of the base rate (ln 2 for pairs) makes
     # heads with different base rates comparable.
@@ -580,10 +580,10 @@ def _mean_normalized_loss(losses: Sequence[float], tasks: Sequence[HeadTask]) ->
     return float(np.mean([loss / (entropy or 1.0) for loss, entropy in zip(losses, entropies, strict=True)]))
 
 
-def all_gather_object(value: Any, world_size: int) -> list[Any]:
+def gather_objects(value: Any, world_size: int) -> list[Any]:
     """Values of all `world_size` ranks, in rank order."""
     if world_size == 1:
         return [value]
     values: list[Any] = [None] * world_size
-    distributed.all_gather_object(values, value)
+    distributed.gather_objects(values, value)
     return values

@@ -32,24 +32,24 @@ def resolve_reward_folders(settings: Settings) -> dict[str, Path | None]:
 
     Training requires a connected Ray.
     """
-    from rluf.artifacts import prepare_data_artifact, reward_model_folders, train_reward_artifacts
-    from rluf.serve.application import configured_reward_folders
+    from rluf.artifacts import list_reward_model_folders, prepare_data_artifact, train_reward_artifacts
+    from rluf.serve.application import list_configured_reward_folders
 
-    configured_folders = configured_reward_folders(settings)
+    configured_folders = list_configured_reward_folders(settings)
     if set(configured_folders) == set(settings.serve.objectives):
         return configured_folders
-    trained_folders = reward_model_folders(train_reward_artifacts(settings, prepare_data_artifact(settings)))
+    trained_folders = list_reward_model_folders(train_reward_artifacts(settings, prepare_data_artifact(settings)))
     return {name: trained_folders[name] for name in settings.serve.objectives}
 
 
 def start_service(settings: Settings) -> Any:
     """Deploy the service on the connected Ray; returns the gateway's handle. Raises RlufError."""
-    from rluf.serve.application import deploy_service, feedback_root
+    from rluf.serve.application import deploy_service, get_feedback_root
 
     handle = deploy_service(settings, resolve_reward_folders(settings))
     objectives, host, port = settings.serve.objectives, settings.serve.host, settings.serve.port
     logger.info("service: serving %s at http://%s:%d (docs at /docs)", ", ".join(objectives), host, port)
-    logger.info("service: feedback log is %s", feedback_root(settings))
+    logger.info("service: feedback log is %s", get_feedback_root(settings))
     return handle
 
 

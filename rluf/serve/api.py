@@ -341,7 +341,7 @@ def build_reaction_event(request: FeedbackRequest, salt: bytes) -> FeedbackEvent
     return FeedbackEvent(request.id, request.reaction, record)
 
 
-def new_response_id() -> str:
+def create_response_id() -> str:
     """Return a new response id in OpenAI's format; feedback refers to it."""
     return f"chatcmpl-{uuid.uuid4().hex}"
 

@@ -80,7 +80,7 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def _handle_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
         problems = error.errors()
         first_problem = problems[0] if problems else {"loc": (), "msg": "the request is not valid", "type": ""}
-        message = _validation_message(first_problem, len(problems))
+        message = _format_request_error(first_problem, len(problems))
         is_bad_json = first_problem["type"] == "json_invalid"
         api_error = ApiError(400, "bad_json", message) if is_bad_json else ApiError(422, "invalid", message)
         return JSONResponse(api_error.body, api_error.status)
@@ -98,7 +98,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         return JSONResponse(api_error.body, api_error.status, error.headers)
 
 
-def _validation_message(error: Mapping[str, Any], error_count: int) -> str:
+def _format_request_error(error: Mapping[str, Any], error_count: int) -> str:
     # loc[0] is always "body"; the input itself stays out of the message, since it may be personal data.
     field_path = ".".join(str(key) for key in error["loc"][1:]) or "body"
     suffix = f" (and {error_count - 1} more)" if error_count > 1 else ""
@@ -193,10 +193,10 @@ def _add_service_routes(app: FastAPI, backend: ServiceBackend) -> None:
 
 def _add_web_page(app: FastAPI) -> None:
     for path, file_name in (("/", "index.html"), ("/page.js", "page.js"), ("/page.css", "page.css")):
-        app.add_api_route(path, _static_file_route(file_name), include_in_schema=False)
+        app.add_api_route(path, _build_static_file_route(file_name), include_in_schema=False)
 
 
-def _static_file_route(file_name: str) -> Any:
+def _build_static_file_route(file_name: str) -> Any:
     async def send_file() -> FileResponse:
         return FileResponse(WEB_FOLDER / file_name, headers=PAGE_HEADERS)
 

@@ -84,14 +84,14 @@ def check_secrets(settings: Settings) -> None:
             )
 
 
-def feedback_root(settings: Settings) -> str:
+def get_feedback_root(settings: Settings) -> str:
     """Folder or URL of the feedback log."""
     return settings.serve.feedback_path or str(resolve_runs_root(settings) / settings.name / "feedback")
 
 
-def log_folder(settings: Settings) -> Path:
+def get_log_folder(settings: Settings) -> Path:
     """Local folder of the open rows: inside a local feedback folder, or in the runs folder if that is a URL."""
-    root = feedback_root(settings)
+    root = get_feedback_root(settings)
     if "://" not in root:
         return Path(root).expanduser().resolve() / ".log"
     return (
@@ -108,7 +108,7 @@ def load_or_create_salt(settings: Settings) -> bytes:
     if legacy_salt := os.environ.get(LEGACY_SERVE_SALT_VARIABLE):
         logger.warning("service: %s is deprecated; set %s instead", LEGACY_SERVE_SALT_VARIABLE, USER_SALT_VARIABLE)
         return legacy_salt.encode()
-    salt_file = log_folder(settings) / "salt"
+    salt_file = get_log_folder(settings) / "salt"
     if not salt_file.is_file():
         salt_file.parent.mkdir(parents=True, exist_ok=True)
         # O_EXCL and mode 0600 from the start: no moment at which others can read the salt or two starts write two.
@@ -185,10 +185,10 @@ def build_application(
     """
     check_secrets(settings)
     serve_settings, token = settings.serve, os.environ.get(TOKEN_VARIABLE)
-    scorers = {"live": _scorer_application(settings, "live", build_scorer_config(settings, reward_folders))}
+    scorers = {"live": _build_scorer_application(settings, "live", build_scorer_config(settings, reward_folders))}
     candidate_folders = find_candidate_folders(settings)
     if candidate_folders is not None:
-        scorers["candidate"] = _scorer_application(
+        scorers["candidate"] = _build_scorer_application(
             settings, "candidate", build_scorer_config(settings, {**reward_folders, **candidate_folders})
         )
     policy_versions = {name: hash_files([path])[:12] for name, path in policy_paths.items()}
@@ -208,8 +208,8 @@ def build_application(
         listen_address=(serve_settings.host, serve_settings.port) if listen_directly else None,
     )
     writer_arguments = (
-        feedback_root(settings),
-        str(log_folder(settings)),
+        get_feedback_root(settings),
+        str(get_log_folder(settings)),
         serve_settings.reaction_window_s,
         min(max(serve_settings.reaction_window_s, MIN_FLUSH_INTERVAL_S), MAX_FLUSH_INTERVAL_S),
     )
@@ -228,7 +228,10 @@ def build_application(
         *gateway_arguments,
         *scorers.values(),
         _with_content_version(feedback_writer, *writer_arguments).bind(*writer_arguments),
-        *(_policy_application(settings, name, path, policy_versions[name]) for name, path in policy_paths.items()),
+        *(
+            _build_policy_application(settings, name, path, policy_versions[name])
+            for name, path in policy_paths.items()
+        ),
     )
 
 
@@ -242,7 +245,7 @@ def _with_content_version(deployment: serve.Deployment, *content: object) -> ser
     return deployment.options(version=compute_artifact_key(version_inputs), _internal=True)
 
 
-def _scorer_application(settings: Settings, role: str, scorer_config: dict[str, Any]) -> Application:
+def _build_scorer_application(settings: Settings, role: str, scorer_config: dict[str, Any]) -> Application:
     serve_settings = settings.serve
     min_replicas, max_replicas = serve_settings.replica_limits
     scaling: dict[str, Any] = {"num_replicas": min_replicas}
@@ -264,7 +267,7 @@ def _scorer_application(settings: Settings, role: str, scorer_config: dict[str, 
         health_check_period_s=2,
         graceful_shutdown_timeout_s=settings.timeouts.serve_request_s,
         ray_actor_options={
-            **_ray_resources(settings, "reward"),
+            **_build_ray_resources(settings, "reward"),
             "runtime_env": {"env_vars": actor_environment(settings, "reward") | SERVE_THROUGHPUT_ENV},
         },
         **scaling,
@@ -272,12 +275,12 @@ def _scorer_application(settings: Settings, role: str, scorer_config: dict[str, 
     return _with_content_version(scorer).bind()
 
 
-def _ray_resources(settings: Settings, role: str) -> dict[str, float]:
+def _build_ray_resources(settings: Settings, role: str) -> dict[str, float]:
     """Ray options of a replica that needs what an actor of `role` needs."""
     return dict(zip(("num_cpus", "num_gpus"), settings.cluster.get_role_resources(role), strict=True))
 
 
-def _policy_application(settings: Settings, policy_name: str, policy_folder: Path, version: str) -> Application:
+def _build_policy_application(settings: Settings, policy_name: str, policy_folder: Path, version: str) -> Application:
     """Build a policy's deployment. New weights load in place; another architecture or vocabulary restarts the engine.
 
     Path and version are user_config and so not part of the deployment version; the fingerprint is.
@@ -291,14 +294,14 @@ def _policy_application(settings: Settings, policy_name: str, policy_folder: Pat
         user_config={"path": str(policy_folder), "version": version},
         graceful_shutdown_timeout_s=settings.timeouts.serve_request_s,
         ray_actor_options={
-            **_ray_resources(settings, "rollout"),
+            **_build_ray_resources(settings, "rollout"),
             "runtime_env": {"env_vars": actor_environment(settings, "rollout")},
         },
     )
-    return _with_content_version(policy, settings_json, _engine_fingerprint(policy_folder)).bind(settings_json)
+    return _with_content_version(policy, settings_json, _fingerprint_engine(policy_folder)).bind(settings_json)
 
 
-def _engine_fingerprint(policy_folder: Path) -> str:
+def _fingerprint_engine(policy_folder: Path) -> str:
     """Fingerprint of what an engine reads only once, at its start: configuration and tokenizer, not the weights.
 
     Raises ModelError for a folder without a policy.
@@ -313,7 +316,7 @@ def _engine_fingerprint(policy_folder: Path) -> str:
     return json.dumps(engine_config, sort_keys=True) + hash_files(companion_files)
 
 
-def configured_reward_folders(settings: Settings) -> dict[str, Path | None]:
+def list_configured_reward_folders(settings: Settings) -> dict[str, Path | None]:
     """Reward model folders given in the settings, by served objective; None for judges."""
     objectives = settings.objectives.by_objective
     return {
@@ -336,7 +339,7 @@ def build(args: dict[str, Any]) -> Application:
     config_path = args.get("config")
     settings = load_settings(None if config_path is None else Path(config_path), args.get("overrides", [])).settings
     return build_application(
-        settings, configured_reward_folders(settings), resolve_policy_folders(settings), listen_directly=False
+        settings, list_configured_reward_folders(settings), resolve_policy_folders(settings), listen_directly=False
     )
 
 
@@ -350,7 +353,7 @@ def deploy_service(settings: Settings, reward_folders: Mapping[str, Path | None]
     host, port = serve_settings.host, serve_settings.port
     app = build_application(settings, reward_folders, resolve_policy_folders(settings), listen_directly=is_local)
     # An update finds its own gateway on the port, so only a first start can check it.
-    if is_local and APPLICATION_NAME not in _running_applications():
+    if is_local and APPLICATION_NAME not in _list_running_applications():
         check_port_free(host, port)
     logging_config = {"log_level": "WARNING", "enable_access_log": False}
     # 5 s longer than the gateway's own deadline, so that the client gets the gateway's error rather than the proxy's.
@@ -376,7 +379,7 @@ def is_local_ray() -> bool:
     return not os.environ.get("RAY_ADDRESS")
 
 
-def _running_applications() -> Collection[str]:
+def _list_running_applications() -> Collection[str]:
     return serve.status().applications
 
 

@@ -122,7 +122,7 @@ class RewardClient:
                 continue
             if http_response.is_success:
                 return _parse_reply(http_response, reply_type)
-            api_error = _error_from_response(http_response)
+            api_error = _parse_error_response(http_response)
             if http_response.status_code not in RETRYABLE_STATUSES:
                 raise api_error
             problem = f"{api_error.status} {api_error.message}"
@@ -141,7 +141,7 @@ def _parse_reply(http_response: httpx.Response, reply_type: type[ReplyModel]) ->
         raise ResourceError(f"{http_response.url} is not an rluf service ({reason}); check the address") from error
 
 
-def _error_from_response(http_response: httpx.Response) -> ApiError:
+def _parse_error_response(http_response: httpx.Response) -> ApiError:
     """Convert an error response of the service, or of a proxy in front of it, to an ApiError."""
     retry_after = http_response.headers.get("Retry-After", "")
     # The header may also be an HTTP date, which only proxies send.

@@ -66,7 +66,7 @@ class PairScoreRequest(CompatRequest):
     documents: MessageText | TextList | None = None
     model: MessageText = DEFAULT_OBJECTIVE
 
-    def text_pairs(self) -> list[tuple[str, str]]:
+    def list_text_pairs(self) -> list[tuple[str, str]]:
         """Return the pairs in order. Raises ApiError when a side is missing or the lengths differ."""
         left = self.text_1 if self.text_1 is not None else self.queries
         right = self.text_2 if self.text_2 is not None else self.documents
@@ -94,7 +94,7 @@ class RerankRequest(CompatRequest):
     raw_scores: bool = False
     model: MessageText = DEFAULT_OBJECTIVE
 
-    def response_texts(self) -> list[str]:
+    def list_response_texts(self) -> list[str]:
         """Return the texts to order. Raises ApiError when there are none, or a document has no text."""
         if self.texts is not None:
             return list(self.texts)
@@ -144,7 +144,7 @@ def _add_openrlhf_routes(app: FastAPI, backend: ServiceBackend) -> None:
         scored_items = await backend.score_items(items)
         names = list(scored_items[0].scores)
         values_by_objective = {name: [item.scores[name].value for item in scored_items] for name in names}
-        love_values = _objective_values(scored_items, DEFAULT_OBJECTIVE)
+        love_values = _select_objective_values(scored_items, DEFAULT_OBJECTIVE)
         # Logits as rewards: probabilities near 0 and 1 would give almost no advantage.
         rewards = [logit(value) for value in love_values]
         return {"rewards": rewards, "scores": love_values, "extra_logs": values_by_objective}
@@ -154,30 +154,30 @@ def _add_vllm_routes(app: FastAPI, backend: ServiceBackend) -> None:
     @app.post("/score", tags=["compatible"])
     async def score(body: PairScoreRequest) -> dict[str, Any]:
         """vLLM's score of text pairs; `model` names the objective (default love)."""
-        pairs = body.text_pairs()
+        pairs = body.list_text_pairs()
         scored_items = await backend.score_items([_to_item(left, right) for left, right in pairs])
         data = [
             {"index": i, "object": "score", "score": value}
-            for i, value in enumerate(_objective_values(scored_items, body.model))
+            for i, value in enumerate(_select_objective_values(scored_items, body.model))
         ]
-        return _reply_envelope("score", body.model, scored_items) | {"data": data}
+        return _build_reply_envelope("score", body.model, scored_items) | {"data": data}
 
     @app.post("/classify", tags=["compatible"])
     async def classify(body: ClassifyRequest) -> dict[str, Any]:
         """vLLM's classify: probability of each text's positive label under the objective named by `model`."""
         scored_items = await backend.score_items([_to_item("", text) for text in _as_list(body.input)])
-        label = _positive_label(body.model, scored_items[0].scores)
+        label = _get_positive_label(body.model, scored_items[0].scores)
         data = [
             {"index": i, "label": label, "probs": [value], "num_classes": 1}
-            for i, value in enumerate(_objective_values(scored_items, body.model))
+            for i, value in enumerate(_select_objective_values(scored_items, body.model))
         ]
-        return _reply_envelope("classify", body.model, scored_items) | {"data": data}
+        return _build_reply_envelope("classify", body.model, scored_items) | {"data": data}
 
     async def rerank(body: RerankRequest) -> Any:
         """Order texts by their score as responses to the query: vLLM's (Jina's, Cohere's) format, or TEI's."""
-        texts = body.response_texts()
+        texts = body.list_response_texts()
         scored_items = await backend.score_items([_to_item(body.query, text) for text in texts])
-        values = _objective_values(scored_items, body.model)
+        values = _select_objective_values(scored_items, body.model)
         order = sorted(range(len(texts)), key=lambda i: -values[i])
         if body.texts is not None:
             scores = [logit(value) for value in values] if body.raw_scores else values
@@ -186,7 +186,7 @@ def _add_vllm_routes(app: FastAPI, backend: ServiceBackend) -> None:
             {"index": i, "document": {"text": texts[i]}, "relevance_score": values[i]}
             for i in order[: body.top_n or None]
         ]
-        envelope = _reply_envelope("rerank", body.model, scored_items)
+        envelope = _build_reply_envelope("rerank", body.model, scored_items)
         del envelope["object"]  # rerank replies have none
         return envelope | {"results": results}
 
@@ -206,7 +206,7 @@ def _add_tei_routes(app: FastAPI, backend: ServiceBackend) -> None:
         scored_items = await backend.score_items(
             [_to_item(*entry) if len(entry) == 2 else _to_item("", entry[0]) for entry in entries]
         )
-        values = _objective_values(scored_items, DEFAULT_OBJECTIVE)
+        values = _select_objective_values(scored_items, DEFAULT_OBJECTIVE)
         scores = [logit(value) if body.raw_scores else value for value in values]
         predictions = [[{"label": DEFAULT_OBJECTIVE, "score": score}] for score in scores]
         return predictions[0] if is_single or isinstance(body.inputs, str) else predictions
@@ -224,7 +224,7 @@ def _add_moderation_routes(app: FastAPI, backend: ServiceBackend) -> None:
                 "category_scores": {"unsafe": 1 - value},
                 "category_applied_input_types": {"unsafe": ["text"]},
             }
-            for value in _objective_values(scored_items, MODERATION_OBJECTIVE)
+            for value in _select_objective_values(scored_items, MODERATION_OBJECTIVE)
         ]
         return {"id": f"modr-{uuid.uuid4().hex}", "model": scored_items[0].model_version, "results": results}
 
@@ -256,7 +256,7 @@ def _as_list(texts: str | list[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
 
 
-def _objective_values(scored_items: Sequence[ScoredItem], objective: str) -> list[float]:
+def _select_objective_values(scored_items: Sequence[ScoredItem], objective: str) -> list[float]:
     """Return the values of the objective named by a `model` field, or of love for any other model name."""
     scores = scored_items[0].scores
     # Clients put their own model names there, so unknown names mean love. Only safety never falls back: a love score
@@ -267,12 +267,12 @@ def _objective_values(scored_items: Sequence[ScoredItem], objective: str) -> lis
     return [scored_item.scores[name].value for scored_item in scored_items]
 
 
-def _positive_label(objective: str, served_objectives: Iterable[str]) -> str:
+def _get_positive_label(objective: str, served_objectives: Iterable[str]) -> str:
     is_known = objective in served_objectives or objective in BUILTIN_OBJECTIVES
     return find_objective_spec(objective if is_known else DEFAULT_OBJECTIVE).positive_label
 
 
-def _reply_envelope(kind: str, model_name: str, scored_items: Sequence[ScoredItem]) -> dict[str, Any]:
+def _build_reply_envelope(kind: str, model_name: str, scored_items: Sequence[ScoredItem]) -> dict[str, Any]:
     return {
         "id": f"{kind}-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": model_name,
         "model_version": scored_items[0].model_version, "usage": {"prompt_tokens": 0, "total_tokens": 0},

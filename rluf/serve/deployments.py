@@ -34,7 +34,7 @@ from rluf.serve.api import (
     build_chat_reply,
     build_reaction_event,
     build_served_event,
-    new_response_id,
+    create_response_id,
     to_messages,
 )
 from rluf.serve.app import HttpServer
@@ -432,7 +432,7 @@ class GatewayDeployment:
             logger.error("policy %s: chat failed: %s", policy_name, error)
             raise ApiError(503, "unavailable", f"policy {policy_name} is not available now; retry", 2.0) from error
         text, finish_reason, prompt_tokens, response_tokens, version = completion
-        response_id = new_response_id()
+        response_id = create_response_id()
         event = build_served_event(response_id, request, version, text, finish_reason, self._user_salt)
         if event is not None:
             await self._store_event(event)

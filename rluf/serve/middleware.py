@@ -236,9 +236,9 @@ class ServiceMiddleware:
                 raise ApiError(429, "rate", f"more than {rules.requests_per_s:g} requests per second from you", wait_s)
         content_length = headers.get(b"content-length", "0")
         if not content_length.isdigit() or int(content_length) > rules.max_body_bytes:
-            raise self._body_too_large_error()
+            raise self._build_body_too_large_error()
 
-    def _body_too_large_error(self) -> ApiError:
+    def _build_body_too_large_error(self) -> ApiError:
         limit_kib = self.backend.rules.max_body_bytes // 1024
         return ApiError(413, "too_large", f"the body exceeds {limit_kib} KiB; split the request")
 
@@ -256,7 +256,7 @@ class ServiceMiddleware:
                 chunk = message.get("body", b"")
                 body_bytes += len(chunk)
                 if body_bytes > self.backend.rules.max_body_bytes:
-                    raise self._body_too_large_error()
+                    raise self._build_body_too_large_error()
                 chunks.append(chunk)
                 has_more = message.get("more_body", False)
         body = b"".join(chunks)

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from rluf.errors import DataError, ResourceError
-from rluf.prepare.schema import FeedbackRecord, records_to_table
+from rluf.prepare.schema import FeedbackRecord, build_records_table
 from rluf.utils.files import atomic_write, fsync_path
 
 StoreOutcome = Literal["stored", "duplicate", "unknown", "settled"]
@@ -123,7 +123,7 @@ class FeedbackStore:
         timestamp = datetime.fromtimestamp(self.clock(), UTC).strftime("%Y%m%dT%H%M%S%f")
         file_name = f"feedback-{timestamp}-{uuid.uuid4().hex[:8]}.parquet"
         # Parquet before the database: a crash in between leaves rows in both, and `start` then marks them as settled.
-        self._write_parquet(file_name, records_to_table(records, FeedbackRecord))
+        self._write_parquet(file_name, build_records_table(records, FeedbackRecord))
         with connection:
             connection.executemany("UPDATE rows SET record = NULL WHERE id = ?", [(record.id,) for record in records])
         return len(records)

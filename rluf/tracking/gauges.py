@@ -27,7 +27,7 @@ GAUGE_LABELS = {"objective": "objective", "phase_seconds": "phase"}
 """Label name of the gauges that have one series per objective or phase."""
 
 
-def gauge_and_labels(metric_key: str, objective_names: Iterable[str]) -> tuple[str, dict[str, str]]:
+def parse_metric_key(metric_key: str, objective_names: Iterable[str]) -> tuple[str, dict[str, str]]:
     """Gauge name and labels of a metric, without prefix.
 
     kl is the gauge kl, love is objective{objective=love}, learn_s is phase_seconds{phase=learn}. One gauge for all
@@ -54,7 +54,7 @@ class RunGauges:
             for metric_spec in metric_registry.STEP_METRICS
         }
         metric_keys = (*descriptions, *self._objective_names)
-        gauge_names = {gauge_and_labels(key, self._objective_names)[0] for key in metric_keys} | set(EXTRA_GAUGES)
+        gauge_names = {parse_metric_key(key, self._objective_names)[0] for key in metric_keys} | set(EXTRA_GAUGES)
         self._gauges_by_name: dict[str, Gauge] = {
             gauge_name: Gauge(
                 f"{GAUGE_PREFIX}{gauge_name}",
@@ -67,7 +67,7 @@ class RunGauges:
     def set_step(self, step_metrics: Mapping[str, float | None]) -> None:
         """Set the gauges to a step's metrics; missing and non-finite values leave their gauge unchanged."""
         for metric_key, value in step_metrics.items():
-            gauge_name, labels = gauge_and_labels(metric_key, self._objective_names)
+            gauge_name, labels = parse_metric_key(metric_key, self._objective_names)
             gauge = self._gauges_by_name.get(gauge_name)
             # A metric of a plug-in algorithm is unknown before the first step, so it has no gauge.
             if gauge is not None and value is not None and math.isfinite(value):
@@ -77,7 +77,7 @@ class RunGauges:
 def build_dashboard() -> dict[str, Any]:
     """Build the Grafana dashboard of these gauges, with variables for data source and run."""
     panels: list[dict[str, Any]] = []
-    for title, unit, series in _dashboard_panels():
+    for title, unit, series in _list_dashboard_panels():
         panel_index = len(panels)
         panels.append({
             "id": panel_index + 1, "type": "timeseries", "title": title, "datasource": "${datasource}",
@@ -106,11 +106,11 @@ def build_dashboard() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _dashboard_panels() -> list[tuple[str, str, list[tuple[str, str]]]]:
+def _list_dashboard_panels() -> list[tuple[str, str, list[tuple[str, str]]]]:
     """Return (title, unit, [(gauge, legend)]) of each panel."""
     # The phases share one panel, where they can be compared.
     metric_panels = [
-        (metric_spec.title, _grafana_unit(metric_spec), [(metric_spec.key, "{{run}}")])
+        (metric_spec.title, _get_grafana_unit(metric_spec), [(metric_spec.key, "{{run}}")])
         for metric_spec in metric_registry.STEP_METRICS
         if metric_spec.key not in metric_registry.PHASE_KEYS
     ]
@@ -122,7 +122,7 @@ def _dashboard_panels() -> list[tuple[str, str, list[tuple[str, str]]]]:
     ]
 
 
-def _grafana_unit(metric_spec: metric_registry.MetricSpec) -> str:
+def _get_grafana_unit(metric_spec: metric_registry.MetricSpec) -> str:
     if metric_spec.is_percent:
         return "percentunit"
     # Rates end in tokens_per_s, which is not a duration.

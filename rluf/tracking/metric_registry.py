@@ -1,6 +1,6 @@
 """Registry of the metrics of a training step: the source for the report, W&B, Prometheus, Grafana and the docs.
 
-The keys are those of a row of metrics.jsonl. Objectives come from the settings, so `objective_metrics` builds theirs.
+The keys are those of a row of metrics.jsonl. Objectives come from the settings, see `build_objective_metrics`.
 """
 
 from __future__ import annotations
@@ -122,26 +122,26 @@ RENAMED_METRICS = {
 """Keys of the previous release -> present keys, so that reports of older run folders stay complete for one release."""
 
 
-def objective_title(objective: str) -> str:
+def format_objective_title(objective: str) -> str:
     """Display name of an objective."""
     return find_objective_spec(objective).title
 
 
-def objective_metrics(objective_names: Iterable[str]) -> tuple[MetricSpec, ...]:
+def build_objective_metrics(objective_names: Iterable[str]) -> tuple[MetricSpec, ...]:
     """Build the metric of each objective: the mean calibrated score."""
     description = "mean calibrated score of the step's samples"
     return tuple(
-        MetricSpec(name, objective_title(name), description, "objectives", "samples", is_percent=True)
+        MetricSpec(name, format_objective_title(name), description, "objectives", "samples", is_percent=True)
         for name in objective_names
     )
 
 
-def metric_specs(objective_names: Iterable[str]) -> tuple[MetricSpec, ...]:
+def list_metric_specs(objective_names: Iterable[str]) -> tuple[MetricSpec, ...]:
     """All metrics of a run with these objectives."""
-    return (*objective_metrics(objective_names), *STEP_METRICS)
+    return (*build_objective_metrics(objective_names), *STEP_METRICS)
 
 
-def objectives_in_row(row: Mapping[str, Any]) -> list[str]:
+def find_row_objectives(row: Mapping[str, Any]) -> list[str]:
     """Objectives of a row of metrics.jsonl: keys with a raw score next to the calibrated one, and the built-in ones."""
     return [key for key in row if f"{key}_raw" in row or key in BUILTIN_OBJECTIVES]
 

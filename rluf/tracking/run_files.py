@@ -83,8 +83,8 @@ def read_provenance() -> dict[str, str | bool | None]:
     return {
         "git_commit": commit or None,
         "git_changed": None if changes is None else bool(changes),
-        "ray_job_id": _ray_job_id(),
-        "submission_id": _submission_id(os.environ.get(RAY_JOB_VARIABLE, "")),
+        "ray_job_id": _get_ray_job_id(),
+        "submission_id": _parse_submission_id(os.environ.get(RAY_JOB_VARIABLE, "")),
     }
 
 
@@ -104,13 +104,13 @@ def _run_git(*arguments: str) -> str | None:
     return result.stdout.strip()
 
 
-def _ray_job_id() -> str | None:
+def _get_ray_job_id() -> str | None:
     import ray
 
     return str(ray.get_runtime_context().get_job_id()) if ray.is_initialized() else None
 
 
-def _submission_id(job_config_json: str) -> str | None:
+def _parse_submission_id(job_config_json: str) -> str | None:
     try:
         submission_id = json.loads(job_config_json)["metadata"]["job_submission_id"]
     except (ValueError, KeyError, TypeError):

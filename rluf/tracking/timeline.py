@@ -63,15 +63,15 @@ def find_gaps(spans: Sequence[TimelineSpan]) -> list[TimelineSpan]:
         busy_until = first_start
         for span in sorted((span for span in spans if span.row == row), key=lambda span: span.start):
             if span.start - busy_until > MIN_GAP_S:
-                gaps.append(TimelineSpan(row, _gap_name(driver_phases, busy_until, span.start), busy_until, span.start))
+                gaps.append(TimelineSpan(row, _name_gap(driver_phases, busy_until, span.start), busy_until, span.start))
             # max, because spans of one row may overlap: an engine answers several prompts at once.
             busy_until = max(busy_until, span.end)
         if last_end - busy_until > MIN_GAP_S:
-            gaps.append(TimelineSpan(row, _gap_name(driver_phases, busy_until, last_end), busy_until, last_end))
+            gaps.append(TimelineSpan(row, _name_gap(driver_phases, busy_until, last_end), busy_until, last_end))
     return gaps
 
 
-def _gap_name(driver_phases: Iterable[TimelineSpan], gap_start: float, gap_end: float) -> str:
+def _name_gap(driver_phases: Iterable[TimelineSpan], gap_start: float, gap_end: float) -> str:
     overlap_s: dict[str, float] = {}
     for phase in driver_phases:
         overlap = max(0.0, min(gap_end, phase.end) - max(gap_start, phase.start))
@@ -80,7 +80,7 @@ def _gap_name(driver_phases: Iterable[TimelineSpan], gap_start: float, gap_end: 
     return f"idle: {longest_phase}" if longest_phase and overlap_s[longest_phase] > 0 else "idle"
 
 
-def idle_shares_by_row(spans: Sequence[TimelineSpan]) -> dict[str, dict[str, float]]:
+def compute_idle_shares(spans: Sequence[TimelineSpan]) -> dict[str, dict[str, float]]:
     """Share of the total time that each row was idle, by gap name."""
     if not spans:
         return {}
@@ -116,13 +116,13 @@ def build_chrome_trace(spans: Sequence[TimelineSpan]) -> dict[str, Any]:
             })  # fmt: skip
         next_thread += len(lane_ends)
         trace_events += [
-            _thread_name_event(first_thread + lane, row if not lane else f"{row} ({lane + 1})")
+            _build_thread_name_event(first_thread + lane, row if not lane else f"{row} ({lane + 1})")
             for lane in range(len(lane_ends))
         ]
     return {"traceEvents": trace_events, "displayTimeUnit": "ms"}
 
 
-def _thread_name_event(thread_id: int, name: str) -> dict[str, Any]:
+def _build_thread_name_event(thread_id: int, name: str) -> dict[str, Any]:
     return {"name": "thread_name", "ph": "M", "pid": 1, "tid": thread_id, "args": {"name": name}}
 
 
@@ -188,7 +188,7 @@ class PhaseTimer:
         return {**self._seconds_by_phase, "total": time.monotonic() - self._start_time}
 
 
-def ray_timeline_span(span_name: str) -> AbstractContextManager[object]:
+def record_ray_span(span_name: str) -> AbstractContextManager[object]:
     """An event on Ray's own timeline (`ray timeline`), in the driver's row, next to the tasks of the actors.
 
     No event where this process is not connected to Ray.

@@ -123,7 +123,7 @@ class WandbTracker:
         for tracker in self._plugin_trackers:
             tracker.log_step(step, metrics)
         self._add_to_sums(step, metrics)
-        wandb_row = self._wandb_step_row(step, metrics)
+        wandb_row = self._build_wandb_step_row(step, metrics)
 
         def record(run: Run) -> None:
             import numpy as np
@@ -269,9 +269,9 @@ class WandbTracker:
                 )
         self._wandb_run = None
 
-    def _wandb_step_row(self, step: int, metrics: Mapping[str, float | int | None]) -> dict[str, float]:
+    def _build_wandb_step_row(self, step: int, metrics: Mapping[str, float | int | None]) -> dict[str, float]:
         """Build the row of a step for W&B: the axes, and each metric by its W&B name."""
-        metric_specs = metric_registry.metric_specs(self._objective_names)
+        metric_specs = metric_registry.list_metric_specs(self._objective_names)
         wandb_names = {metric_spec.key: metric_spec.wandb_name for metric_spec in metric_specs}
         wandb_row = {
             wandb_names.get(key, f"other/{key}"): float(value)
@@ -356,7 +356,7 @@ class WandbTracker:
         for axis in metric_registry.AXIS_TITLES:
             run.define_metric(axis, hidden=axis != "step")
         run.define_metric("*", step_metric="step")
-        for metric_spec in metric_registry.metric_specs(self._objective_names):
+        for metric_spec in metric_registry.list_metric_specs(self._objective_names):
             run.define_metric(
                 metric_spec.wandb_name, step_metric=metric_spec.axis, summary=metric_spec.summary_statistic
             )

@@ -34,7 +34,7 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
     from cluster.autoscaling import ensure_capacity
     from cluster.connect import ray_connection
     from cluster.plan import check_host_disk, format_plan, plan_resources
-    from rluf.artifacts import check_inputs, prepare_data_artifact, reward_model_folders, train_reward_artifacts
+    from rluf.artifacts import check_inputs, list_reward_model_folders, prepare_data_artifact, train_reward_artifacts
     from rluf.checkpoint.upload import CheckpointUploader
     from rluf.evaluate.compare import compare_policies, write_cards, write_results
     from rluf.models.hub import resolve_model
@@ -75,7 +75,7 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
 
         tracker = stack.enter_context(WandbTracker(settings, run_folder))
         tracker.log_artifacts(data_artifact, reward_artifacts)
-        reward_folders = reward_model_folders(reward_artifacts)
+        reward_folders = list_reward_model_folders(reward_artifacts)
         result = asyncio.run(
             run_training(settings, run_folder, model_path, data_artifact.folder, reward_folders, tracker, profile_steps)
         )

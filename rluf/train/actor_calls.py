@@ -23,7 +23,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from rluf.backends.colocation import GpuPhase, PhaseAction, phase_transitions
+from rluf.backends.colocation import GpuPhase, PhaseAction, list_phase_transitions
 from rluf.config.settings import Settings
 from rluf.errors import ActorError, ActorLostError, DeadlineError, ResourceError, RlufError
 
@@ -70,7 +70,7 @@ class ActorGroups:
         reward_actors = [actor for pool in self.reward_pools.values() for actor in pool]
         return [*self.rollout_actors, *reward_actors, *self.learner_actors]
 
-    def pool_of(self, actor: ActorRef) -> list[ActorRef]:
+    def get_pool(self, actor: ActorRef) -> list[ActorRef]:
         """The list of interchangeable actors that `actor` belongs to; changes to it are seen by every user."""
         if actor.objective:
             return self.reward_pools[actor.objective]
@@ -99,19 +99,21 @@ async def call_with_timeout(call: Awaitable[Any], timeout_s: float, caller_label
     except OutOfMemoryError as error:
         logger.debug("%s: out of memory:\n%s", caller_label, error)
         raise ResourceError(
-            f"{caller_label} was killed by Ray because its machine ran out of memory ({_first_sentence(error)}); stop "
-            "other programs there, or lower algorithm.micro_batch_tokens, rollout.kv_cache_gib or learner.workers"
+            f"{caller_label} was killed by Ray because its machine ran out of memory ({_take_first_sentence(error)}); "
+            "stop other programs there, or lower algorithm.micro_batch_tokens, rollout.kv_cache_gib or learner.workers"
         ) from error
     except RayActorError as error:
         logger.debug("%s: died:\n%s", caller_label, error)
-        message = f"{caller_label} died: {_death_reason(error)}; see its log in the Ray dashboard"
+        message = f"{caller_label} died: {_explain_actor_death(error)}; see its log in the Ray dashboard"
         # Ray reports a failing constructor as a dead actor. A restart would fail in the same way, so it is no loss.
         constructor_failed = "The actor died because of an error raised in its creation task" in str(error)
         raise (ActorError(message) if constructor_failed else ActorLostError(message, actor_name)) from error
     except ObjectLostError as error:
-        raise ActorLostError(f"{caller_label} lost an object: {_first_sentence(error)}") from error
+        raise ActorLostError(f"{caller_label} lost an object: {_take_first_sentence(error)}") from error
     except RayError as error:
-        raise ActorError(f"{caller_label} failed: {_death_reason(error)}; see its log in the Ray dashboard") from error
+        raise ActorError(
+            f"{caller_label} failed: {_explain_actor_death(error)}; see its log in the Ray dashboard"
+        ) from error
 
 
 def _translate_task_error(error: RayTaskError, caller_label: str, actor_name: str) -> RlufError:
@@ -122,9 +124,9 @@ def _translate_task_error(error: RayTaskError, caller_label: str, actor_name: st
     if isinstance(cause, RlufError):
         return cause
     if isinstance(cause, ObjectStoreFullError | OutOfDiskError):
-        return _object_store_full_error(caller_label, cause)
+        return _build_object_store_full_error(caller_label, cause)
     if isinstance(cause, ObjectLostError):
-        return ActorLostError(f"{caller_label} could not read an object: {_first_sentence(error)}")
+        return ActorLostError(f"{caller_label} could not read an object: {_take_first_sentence(error)}")
     logger.debug("%s: failed:\n%s", caller_label, error)
     return ActorError(f"{caller_label} failed: {type(cause).__name__}: {cause}; run.log has the traceback")
 
@@ -154,7 +156,7 @@ async def switch_gpu_phase(settings: Settings, actor_groups: ActorGroups, phase:
         return 0.0
     start_time = time.monotonic()
     async with actor_groups.phase_lock:
-        for phase_action in phase_transitions(actor_groups.phase, phase):
+        for phase_action in list_phase_transitions(actor_groups.phase, phase):
             await _run_phase_action(settings, actor_groups, phase_action)
         actor_groups.phase = phase
     return time.monotonic() - start_time
@@ -179,21 +181,21 @@ def put_object(value: T) -> ObjectRef[T]:
     try:
         return ray.put(value)
     except (ObjectStoreFullError, OutOfDiskError) as error:
-        raise _object_store_full_error("the driver", error) from None
+        raise _build_object_store_full_error("the driver", error) from None
 
 
-def _object_store_full_error(caller_label: str, error: RayError) -> ResourceError:
+def _build_object_store_full_error(caller_label: str, error: RayError) -> ResourceError:
     return ResourceError(
-        f"{caller_label} found Ray's object store full, with no disk to spill to ({_first_sentence(error)}); free the "
-        "disk that holds Ray's folder, or lower algorithm.prompts_per_step or algorithm.max_staleness"
+        f"{caller_label} found Ray's object store full, with no disk to spill to ({_take_first_sentence(error)}); free "
+        "the disk that holds Ray's folder, or lower algorithm.prompts_per_step or algorithm.max_staleness"
     )
 
 
-def _first_sentence(error: RayError) -> str:
+def _take_first_sentence(error: RayError) -> str:
     return str(error).strip().partition(", which exceeds")[0].splitlines()[0]
 
 
-def _death_reason(error: RayError) -> str:
+def _explain_actor_death(error: RayError) -> str:
     """Why an actor died, in one line: the exception of its constructor, else Ray's description of its process."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # The first line is Ray's summary; an exception line further down is the cause, and the last one the innermost.

@@ -115,7 +115,7 @@ class ActorSupervisor:
         else:
             checkpoint_path = None if checkpoint is None else str(checkpoint.folder)
             arguments = (index, self.settings.learner.workers, settings_json, model_path, checkpoint_path)
-        handle = _remote_class(ACTOR_CLASSES[role]).options(**options).remote(*arguments)
+        handle = _build_remote_class(ACTOR_CLASSES[role]).options(**options).remote(*arguments)
         return ActorRef(f"{objective} reward" if objective else role, index, handle, objective, restarts)
 
     async def replace_actor(self, lost_actor: ActorRef) -> ActorRef:
@@ -127,7 +127,7 @@ class ActorSupervisor:
         ray.kill(lost_actor.handle)
         role = "reward" if lost_actor.objective else lost_actor.role
         new_actor = self._create_actor(role, lost_actor.index, lost_actor.objective, lost_actor.restarts + 1)
-        ready_call = new_actor.handle.ready.remote()
+        ready_call = new_actor.handle.start.remote()
         await call_with_timeout(ready_call, self.settings.timeouts.actor_start_s, f"{new_actor} (starting)")
         return new_actor
 
@@ -135,7 +135,7 @@ class ActorSupervisor:
         timeout_s, actor_groups = self.settings.timeouts.actor_start_s, self.actor_groups
         all_actors, engines = actor_groups.all_actors, actor_groups.rollout_actors
         logger.info("actors: waiting for %d to be placed and ready (deadline %g s)", len(all_actors), timeout_s)
-        ready_calls = [(actor, actor.handle.ready.remote()) for actor in all_actors if actor.role != "learner"]
+        ready_calls = [(actor, actor.handle.start.remote()) for actor in all_actors if actor.role != "learner"]
         ready_wait = gather_calls(ready_calls, timeout_s, "starting")
         if self._with_learners and self.settings.is_colocated:
             # Engine and learner together do not fit into a shared GPU: the engine sleeps before the learner loads.
@@ -153,7 +153,7 @@ class ActorSupervisor:
         learners = self.actor_groups.learner_actors
         if not learners:
             return
-        address_call = learners[0].handle.rendezvous_address.remote()
+        address_call = learners[0].handle.find_rendezvous_address.remote()
         host, port = await call_with_timeout(address_call, timeout_s, f"{learners[0]} (address)")
         setup_calls = [(actor, actor.handle.setup.remote(host, port)) for actor in learners]
         await gather_calls(setup_calls, timeout_s, "joining the process group")
@@ -193,7 +193,7 @@ class ActorSupervisor:
 
     async def _is_alive(self, actor: ActorRef, timeout_s: float) -> bool:
         try:
-            check = actor.handle.health.options(concurrency_group="health").remote()
+            check = actor.handle.get_health.options(concurrency_group="health").remote()
             await call_with_timeout(check, timeout_s, f"{actor} (health)")
         except DeadlineError:
             logger.warning("%s: missed a health check of %g s", actor, timeout_s)
@@ -221,7 +221,7 @@ class ActorSupervisor:
             self._placement_groups.release()
 
 
-def _remote_class(actor_class: type) -> Any:
+def _build_remote_class(actor_class: type) -> Any:
     """A Ray actor class whose health check has a thread of its own, so that a long step does not block it."""
     return ray.remote(concurrency_groups={"health": 1})(actor_class)
 

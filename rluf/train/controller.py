@@ -26,14 +26,20 @@ from rluf.algorithms.registry import find_algorithm, has_reward_variance
 from rluf.checkpoint.format import ControllerState
 from rluf.config.derived import group_objectives_by_pool
 from rluf.objectives.aggregator import GroupScores, RewardAggregator, StepRewards
-from rluf.tracking.timeline import STEPS_ROW, RunTimeline, ray_timeline_span
+from rluf.tracking.timeline import STEPS_ROW, RunTimeline, record_ray_span
 from rluf.train.actor_calls import ActorRef, fetch_group, switch_gpu_phase
 from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.fault_tolerance import ActorCalls, ActorRestarter, RestartBudget
 from rluf.train.policy_update import PlannedUpdate, PolicyUpdater
-from rluf.train.prompts import prompt_topics
+from rluf.train.prompts import list_prompt_topics
 from rluf.train.weight_sync import WeightSync
-from rluf.train.work_buffer import CountingIterator, ScoredGroup, WorkBuffer, compute_admission_capacity, prompt_order
+from rluf.train.work_buffer import (
+    CountingIterator,
+    ScoredGroup,
+    WorkBuffer,
+    compute_admission_capacity,
+    iter_prompt_order,
+)
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -101,14 +107,14 @@ class TrainController:
         self.reward_aggregator = RewardAggregator(settings.objectives, settings.aggregation)
         self.policy_updater = PolicyUpdater(settings, self.actor_groups, self.timeline, demonstrations)
         weights = settings.algorithm.topic_weights
-        repeats = [weights.get(topic, 1) for topic in prompt_topics(prompts)]
+        repeats = [weights.get(topic, 1) for topic in list_prompt_topics(prompts)]
         self.work_buffer = WorkBuffer(
             prompts,
-            CountingIterator(prompt_order(repeats, settings.seed)),
+            CountingIterator(iter_prompt_order(repeats, settings.seed)),
             seed=settings.seed,
             group_limit=settings.algorithm.steps * settings.algorithm.prompts_per_step,
             run_group=self._run_group,
-            admission_capacity=self._admission_capacity,
+            admission_capacity=self._compute_admission_capacity,
         )
         self.update_in_progress = False
         """Whether a step is between the start of its update and the end of its weight sync."""
@@ -121,7 +127,7 @@ class TrainController:
         """The groups of the last step, in the object store."""
         self._engine_start_version = 0
         self._adapter_sync_pending = self._is_probe_ready = False
-        self.snapshot = self.state()
+        self.snapshot = self.get_state()
         """State after the last whole step: what a checkpoint stores, whatever has been admitted since."""
 
     async def run_step(self, step: int) -> dict[str, float]:
@@ -129,7 +135,7 @@ class TrainController:
         await self.sync_adapter_after_resume()
         timer = self.start_timer()
         await self._score_baseline_replies()
-        with ray_timeline_span(f"generate and score, step {step}"):
+        with record_ray_span(f"generate and score, step {step}"):
             batch = await self._collect_batch(step)
         # With staleness the batch may have been sampled during the last step; generation then took no time of this one.
         generated_at = max(self.last_generated_at, timer.start_time)
@@ -137,7 +143,8 @@ class TrainController:
         timer.record("score_s", generated_at)
         algorithm = find_algorithm(self.settings.algorithm.name)
         step_rewards = self.reward_aggregator.aggregate(
-            [self._group_scores(scored_group) for scored_group in batch], apply_gate=not algorithm.needs_reference_kl
+            [self._build_group_scores(scored_group) for scored_group in batch],
+            apply_gate=not algorithm.needs_reference_kl,
         )
         update_metrics = await self.update_and_sync(
             step, batch[0].group_ref, lambda: self.policy_updater.plan_update(step, batch, step_rewards), timer
@@ -145,11 +152,11 @@ class TrainController:
         self.work_buffer.mark_trained(batch)
         self.last_batch_refs = [scored_group.group_ref for scored_group in batch]
         self.sample_values = self._collect_sample_values(batch, step_rewards)
-        self.snapshot = self.state()
+        self.snapshot = self.get_state()
         return {
             "step": step,
             "version": self.version,
-            **self._batch_metrics(batch, step_rewards),
+            **self._compute_batch_metrics(batch, step_rewards),
             **update_metrics,
             **timer.phase_seconds,
             "step_s": time.monotonic() - timer.start_time,
@@ -175,11 +182,11 @@ class TrainController:
             await self.weight_sync.prepare_probe(probe_ref)
             self._is_probe_ready = True  # engines that join later are measured when they get their weights
         async with self._engine_restarts_blocked():
-            with ray_timeline_span(f"learn, step {step}"):
+            with record_ray_span(f"learn, step {step}"):
                 metrics = await self.policy_updater.apply_update(step, await plan_update())
             phase_start = timer.record("learn_s", phase_start)
             self.version += 1
-            with ray_timeline_span(f"weight sync v{self.version}"):
+            with record_ray_span(f"weight sync v{self.version}"):
                 metrics |= await self.weight_sync.sync(self.version)
             timer.record("weight_sync_s", phase_start)
         return metrics
@@ -249,7 +256,7 @@ class TrainController:
     async def _run_group(self, prompt: Prompt, seed: int) -> ScoredGroup:
         return await self.sample_and_score(prompt, self.settings.algorithm.samples_per_prompt, seed)
 
-    def _admission_capacity(self, running_count: int, accepted_count: int) -> int:
+    def _compute_admission_capacity(self, running_count: int, accepted_count: int) -> int:
         """Groups that may start now by the staleness rule."""
         algorithm, rollout = self.settings.algorithm, self.settings.rollout
         engine_slots = rollout.concurrency * len(self.actor_groups.rollout_actors) // algorithm.samples_per_prompt
@@ -275,7 +282,7 @@ class TrainController:
 
         After MAX_DROPPED_BATCHES batches' worth of dropped groups all are accepted, so that a step always ends.
         """
-        algorithm, group_scores = self.settings.algorithm, self._group_scores(scored_group)
+        algorithm, group_scores = self.settings.algorithm, self._build_group_scores(scored_group)
         if self.work_buffer.dropped_count >= MAX_DROPPED_BATCHES * algorithm.prompts_per_step:
             return True
         staleness = self.version - scored_group.info.weight_version
@@ -286,8 +293,8 @@ class TrainController:
         weights = self.settings.aggregation.get_topic_weights(self.settings.objectives, group_scores.topic)
         return has_reward_variance(group_scores.signals, weights) or has_mixed_verdicts(group_scores.gate_verdicts)
 
-    def _group_scores(self, scored_group: ScoredGroup) -> GroupScores:
-        return scored_group.group_scores(
+    def _build_group_scores(self, scored_group: ScoredGroup) -> GroupScores:
+        return scored_group.build_group_scores(
             self.settings.aggregation.uncertainty_penalty,
             penalize_truncated=self.settings.algorithm.truncated == "penalize",
         )
@@ -298,7 +305,7 @@ class TrainController:
             return
         seed = self.settings.seed + BASELINE_SEED_OFFSET
         for _, scored_group in await self.generate_and_score(self.prompts, 1, seed, lambda: None):
-            signals = self._group_scores(scored_group).signals
+            signals = self._build_group_scores(scored_group).signals
             self.reward_aggregator.record_baseline(scored_group.info.prompt_id, signals)
 
     @contextlib.asynccontextmanager
@@ -326,7 +333,7 @@ class TrainController:
             needs_weights = self.version > self._engine_start_version
             await self.weight_sync.sync_new_engine(engine, self.version, needs_weights=needs_weights)
 
-    def _batch_metrics(self, batch: Sequence[ScoredGroup], step_rewards: StepRewards) -> dict[str, float]:
+    def _compute_batch_metrics(self, batch: Sequence[ScoredGroup], step_rewards: StepRewards) -> dict[str, float]:
         """Metrics of the samples of a step: scores, rewards, lengths, staleness."""
         scores = {name: [score for group in batch for score in group.scores[name]] for name in self.objectives}
         response_lengths = [length for group in batch for length in group.info.response_token_counts]
@@ -358,13 +365,13 @@ class TrainController:
         ]
         return sample_values
 
-    def state(self) -> ControllerState:
+    def get_state(self) -> ControllerState:
         """Position of the run between two steps, for a checkpoint."""
         return ControllerState(
-            work_buffer=self.work_buffer.state(),
-            policy_updater=self.policy_updater.state(),
-            reward_aggregator=self.reward_aggregator.state(),
-            weight_sync=self.weight_sync.state(),
+            work_buffer=self.work_buffer.get_state(),
+            policy_updater=self.policy_updater.get_state(),
+            reward_aggregator=self.reward_aggregator.get_state(),
+            weight_sync=self.weight_sync.get_state(),
         )
 
     def restore(self, state: ControllerState, step: int) -> None:
@@ -378,7 +385,7 @@ class TrainController:
         self.weight_sync.restore(state.weight_sync)
         self._adapter_sync_pending = self.settings.weight_sync.transport == "lora"
         self.version, self._engine_start_version = step, 0 if self._adapter_sync_pending else step
-        self.snapshot = self.state()
+        self.snapshot = self.get_state()
 
     async def save_policy(self, path: str) -> None:
         """Let the learners write the policy as a Hugging Face folder."""

@@ -100,7 +100,7 @@ class ActorRestarter:
         if lost_actor in actor_groups.learner_actors or (is_engine and self._engines_fixed):
             raise error
         self._budget.record_failure(actor_name, str(error), time.monotonic())
-        actor_groups.pool_of(lost_actor).remove(lost_actor)
+        actor_groups.get_pool(lost_actor).remove(lost_actor)
         logger.warning("%s: lost: %s; restarting it and retrying its in-flight work", lost_actor, error)
         self._restart_tasks[actor_name] = asyncio.create_task(self._restart_actor(lost_actor))
 
@@ -112,7 +112,7 @@ class ActorRestarter:
         async with self.weight_lock:
             if new_actor.role == "rollout":
                 await self._sync_engine(new_actor)
-            pool = self._supervisor.actor_groups.pool_of(new_actor)
+            pool = self._supervisor.actor_groups.get_pool(new_actor)
             pool.append(new_actor)
             pool.sort(key=lambda actor: actor.index)
         self.restart_seconds.append(time.monotonic() - start_time)

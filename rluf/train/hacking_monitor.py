@@ -20,8 +20,8 @@ from rluf.errors import ActorLostError, DataError, RewardHackingError
 from rluf.evaluate.alarms import AlarmAction, MonitorAlarm, MonitorCheck, TrainingAlarms, decide_action
 from rluf.evaluate.monitors import MonitorSample
 from rluf.train.actor_calls import fetch_group
-from rluf.train.prompts import prompt_topics
-from rluf.train.work_buffer import prompt_order
+from rluf.train.prompts import list_prompt_topics
+from rluf.train.work_buffer import iter_prompt_order
 from rluf.types import Group, Prompt
 
 if TYPE_CHECKING:
@@ -61,14 +61,14 @@ class RewardHackingMonitor:
         algorithm = self._settings.algorithm
         if self._mode == "off" or self._alarms is not None:
             return
-        prompts = self._baseline_prompts(controller.prompts, BASELINE_PROMPTS)
+        prompts = self._select_baseline_prompts(controller.prompts, BASELINE_PROMPTS)
         seed = self._settings.seed + BASELINE_SEED_OFFSET
         responses = await controller.generate_and_score(prompts, algorithm.samples_per_prompt, seed, lambda: None)
         self._alarms = TrainingAlarms(_monitor_samples([group for group, _ in responses]), algorithm.steps)
 
-    def _baseline_prompts(self, prompts: Sequence[Prompt], prompt_count: int) -> list[Prompt]:
+    def _select_baseline_prompts(self, prompts: Sequence[Prompt], prompt_count: int) -> list[Prompt]:
         """Training prompts with the topic mix of training, in an order of their own."""
-        topic_objectives, topics = self._settings.aggregation.topic_objectives, prompt_topics(prompts)
+        topic_objectives, topics = self._settings.aggregation.topic_objectives, list_prompt_topics(prompts)
         indices = [index for index, topic in enumerate(topics) if topic not in topic_objectives]
         if not indices:
             raise DataError(
@@ -78,7 +78,7 @@ class RewardHackingMonitor:
             )
         topic_weights = self._settings.algorithm.topic_weights
         repeats = [topic_weights.get(topics[index], 1) for index in indices]
-        order = prompt_order(repeats, self._settings.seed + BASELINE_SEED_OFFSET)
+        order = iter_prompt_order(repeats, self._settings.seed + BASELINE_SEED_OFFSET)
         return [prompts[indices[position]] for position in itertools.islice(order, prompt_count)]
 
     async def check_step(self, controller: TrainController, step: int) -> None:
@@ -133,7 +133,7 @@ class RewardHackingMonitor:
             logger.warning("reward hacking monitor: objectives.love.weight %s", change)
         controller.reward_aggregator.suspended_objectives = suspended
 
-    def state(self) -> dict[str, Any] | None:
+    def get_state(self) -> dict[str, Any] | None:
         """State as plain JSON; None where nothing is monitored."""
         if self._alarms is None:
             return None

@@ -222,12 +222,14 @@ async def _run_steps(run: TrainingRun) -> None:
             if stop_event.is_set():
                 steps_done = len(result.step_metrics)
                 if steps_done:
-                    await checkpoints.save_checkpoint(controller, steps_done, result.step_metrics, run.monitor.state())
+                    await checkpoints.save_checkpoint(
+                        controller, steps_done, result.step_metrics, run.monitor.get_state()
+                    )
                 raise TerminatedError(
                     f"stopped after step {steps_done} of {last_step}; add --resume to the same command to continue"
                 )
             if checkpoint_every and (step % checkpoint_every == 0 or step == last_step):
-                await checkpoints.save_checkpoint(controller, step, result.step_metrics, run.monitor.state())
+                await checkpoints.save_checkpoint(controller, step, result.step_metrics, run.monitor.get_state())
 
 
 async def _step_or_stop(stop_event: asyncio.Event, run: TrainingRun, step: int) -> dict[str, float] | None:

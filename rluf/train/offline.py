@@ -20,8 +20,8 @@ from rluf.algorithms.registry import build_learner_inputs
 from rluf.errors import DataError
 from rluf.train.actor_calls import put_object
 from rluf.train.policy_update import PlannedUpdate
-from rluf.train.prompts import fits_limits, group_from_row
-from rluf.train.work_buffer import CountingIterator, prompt_order
+from rluf.train.prompts import build_group_from_row, fits_limits
+from rluf.train.work_buffer import CountingIterator, iter_prompt_order
 from rluf.types import Group
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def load_reactions(data_folder: Path, tokenizer: PreTrainedTokenizerFast, settin
     """Responses of the training split by whether they were loved; rows over the limits of `rollout` are skipped."""
     groups_by_label: dict[bool, list[Group]] = {True: [], False: []}
     for row in pq.read_table(data_folder / "love" / "train.parquet").to_pylist():
-        group = group_from_row(row, "response", tokenizer)
+        group = build_group_from_row(row, "response", tokenizer)
         if fits_limits(group, settings.rollout.max_prompt_tokens, settings.rollout.max_response_tokens):
             groups_by_label[row["label"] == 1].append(group)
     return ReactionGroups(groups_by_label[True], groups_by_label[False])
@@ -72,7 +72,7 @@ class OfflineTrainer:
         algorithm = self._settings.algorithm
         self._batch_size = algorithm.prompts_per_step * algorithm.samples_per_prompt
         self._liked_cursor, self._other_cursor = (
-            CountingIterator(prompt_order([1] * len(groups), self._settings.seed))
+            CountingIterator(iter_prompt_order([1] * len(groups), self._settings.seed))
             for groups in (reactions.liked, reactions.others)
         )
 
@@ -81,7 +81,7 @@ class OfflineTrainer:
         controller = self._controller
         timer = controller.start_timer()
         groups, labels = self.collect_batch(step)
-        all_groups = [*groups, *mismatched_pairs(groups)]
+        all_groups = [*groups, *build_mismatched_pairs(groups)]
         group_refs, infos = [put_object(group) for group in all_groups], [group.info for group in all_groups]
         policy_updater, kl_metrics = controller.policy_updater, {}
 
@@ -92,7 +92,7 @@ class OfflineTrainer:
             )
             learner_inputs = build_learner_inputs(
                 self._settings.algorithm,
-                offline_advantage_inputs(groups, labels, [row[0] for row in sample_kl]),
+                build_offline_advantage_inputs(groups, labels, [row[0] for row in sample_kl]),
                 max_response_tokens=self._settings.rollout.max_response_tokens,
                 kl_coef=0.0,
             )
@@ -103,7 +103,7 @@ class OfflineTrainer:
             return PlannedUpdate(group_refs[: len(groups)], micro_batches, learner_inputs)
 
         metrics = await controller.update_and_sync(step, group_refs[0], plan_update, timer)
-        controller.snapshot = controller.state()
+        controller.snapshot = controller.get_state()
         return {
             "step": step,
             "version": controller.version,
@@ -132,7 +132,7 @@ class OfflineTrainer:
         return groups, labels
 
 
-def mismatched_pairs(groups: Sequence[Group]) -> list[Group]:
+def build_mismatched_pairs(groups: Sequence[Group]) -> list[Group]:
     """Each prompt with the next group's response; their KL estimates how far the policy has moved in general.
 
     Source: the estimate of the reference point z_0 in KTO, arXiv 2402.01306.
@@ -144,7 +144,7 @@ def mismatched_pairs(groups: Sequence[Group]) -> list[Group]:
     return pairs
 
 
-def offline_advantage_inputs(
+def build_offline_advantage_inputs(
     groups: Sequence[Group], labels: Sequence[float], sample_kl: Sequence[SampleKL]
 ) -> AdvantageInputs:
     """Advantage inputs of logged groups; `sample_kl` is that of the groups, then of their mismatched pairs."""

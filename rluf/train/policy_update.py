@@ -15,7 +15,7 @@ from rluf.algorithms.registry import LearnerInputs, build_learner_inputs, mask_t
 from rluf.checkpoint.format import POLICY_FOLDER
 from rluf.errors import ActorError, ActorLostError
 from rluf.train.actor_calls import gather_calls, put_object, switch_gpu_phase
-from rluf.train.work_buffer import CountingIterator, prompt_order
+from rluf.train.work_buffer import CountingIterator, iter_prompt_order
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -44,7 +44,7 @@ class PlannedUpdate:
     response_count: int = 0
 
 
-def demonstration_count(step: int, algorithm: AlgorithmSettings) -> int:
+def count_demonstrations(step: int, algorithm: AlgorithmSettings) -> int:
     """Demonstrations of a step (counted from 1): all of them at first, decaying linearly to none.
 
     Source: the decaying weight of demonstrations in DAPG, arXiv 1709.10087, section IV-B.
@@ -71,9 +71,9 @@ class PolicyUpdater:
         """KL to the reference (nats) of each sample of the last step, by (group, sample)."""
         self._settings, self._actor_groups, self._timeline = settings, actor_groups, timeline
         self._demonstrations = [(put_object(group), group.info) for group in demonstrations]
-        self._demonstration_cursor = CountingIterator(prompt_order([1] * len(demonstrations), settings.seed))
+        self._demonstration_cursor = CountingIterator(iter_prompt_order([1] * len(demonstrations), settings.seed))
 
-    def state(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, Any]:
         """KL coefficient and position in the demonstrations, as plain JSON."""
         return {"kl_coef": self.kl_coef, "demonstration_cursor": self._demonstration_cursor.count}
 
@@ -91,7 +91,7 @@ class PolicyUpdater:
         algorithm = self._settings.algorithm
         groups = [(scored.group_ref, scored.info) for scored in batch]
         if self._demonstrations:
-            count = demonstration_count(step, algorithm)
+            count = count_demonstrations(step, algorithm)
             groups += [self._demonstrations[next(self._demonstration_cursor)] for _ in range(count)]
         infos, group_refs = [info for _, info in groups], [group_ref for group_ref, _ in groups]
         micro_batches = self.plan_micro_batches(infos)
@@ -137,7 +137,9 @@ class PolicyUpdater:
         metrics: dict[str, float] = results[0]
         if not update.response_count:
             return metrics
-        kl_by_rank = await self.call_learners("reading each sample's KL", lambda actor: actor.handle.sample_kl.remote())
+        kl_by_rank = await self.call_learners(
+            "reading each sample's KL", lambda actor: actor.handle.get_sample_kl.remote()
+        )
         self.sample_kl = {(group, sample): kl for rank in kl_by_rank for group, sample, kl in rank}
         metrics["kl_coef"] = self.kl_coef
         target = self._settings.algorithm.kl_target
@@ -164,7 +166,7 @@ class PolicyUpdater:
         """KL of each sample to the reference policy [groups][samples]; 0 for an empty response."""
         kl_by_rank = await self.call_learners(
             "computing the KL to the reference policy",
-            lambda actor: actor.handle.reference_kl.remote(
+            lambda actor: actor.handle.measure_reference_kl.remote(
                 group_refs, micro_batches[actor.index], use_learner_policy=use_learner_policy
             ),
         )
@@ -184,7 +186,7 @@ class PolicyUpdater:
                 # When one rank dies, another may fail first in a collective call. The loss is what a restart can fix,
                 # so look for it before the failure is raised. Health checks have a thread of their own, so ranks that
                 # still hang in the call answer too.
-                checks = [(a, a.handle.health.options(concurrency_group="health").remote()) for a in learners]
+                checks = [(a, a.handle.get_health.options(concurrency_group="health").remote()) for a in learners]
                 await gather_calls(checks, HEALTH_TIMEOUT_S, "health")
             raise
 

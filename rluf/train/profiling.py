@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rluf.tracking.timeline import idle_shares_by_row, write_trace
+from rluf.tracking.timeline import compute_idle_shares, write_trace
 from rluf.train.actor_calls import gather_calls
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class StepProfiler:
             trace_path = self._profile_folder / f"learner-{actor.index}.json.gz"
             calls.append((actor, actor.handle.stop_profiler.remote(str(trace_path))))
         await gather_calls(calls, self._timeout_s, "writing its profile")
-        for row, shares in idle_shares_by_row(timeline.spans).items():
+        for row, shares in compute_idle_shares(timeline.spans).items():
             reasons = ", ".join(f"{name.removeprefix('idle: ')} {share:.0%}" for name, share in shares.items())
             logger.info("profile: %s idle %.0f%% (%s)", row, 100 * sum(shares.values()), reasons)
         logger.info("profile: steps %d to %d written to %s", self._first_step, step, self._profile_folder)

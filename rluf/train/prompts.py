@@ -49,7 +49,7 @@ def load_prompts(
     rows = pq.read_table(data_folder / "prompts" / f"{split}.parquet").to_pylist()
     prompts = []
     for row in rows:
-        messages = messages_from_row(row)
+        messages = parse_row_messages(row)
         token_ids = render_prompt(tokenizer, messages)
         if len(token_ids) <= max_tokens:
             prompts.append(Prompt(row["id"], messages, token_ids, row["topic"] or "", split))
@@ -100,20 +100,20 @@ def load_demonstrations(
             )
         for row in pq.read_table(file).to_pylist():
             if row["topic"] == topic and (spec.label_column is None or row[spec.label_column] == 1):
-                group = group_from_row(row, spec.response_column, tokenizer)
+                group = build_group_from_row(row, spec.response_column, tokenizer)
                 if fits_limits(group, max_prompt_tokens, max_response_tokens):
                     demonstrations.append(group)
     return demonstrations
 
 
-def messages_from_row(row: Mapping[str, Any]) -> tuple[Message, ...]:
+def parse_row_messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
     """The messages of a row that Arrow returned as plain dictionaries."""
     return tuple(Message(role=message["role"], content=message["content"]) for message in row["messages"])
 
 
-def group_from_row(row: Mapping[str, Any], response_column: str, tokenizer: PreTrainedTokenizerFast) -> Group:
+def build_group_from_row(row: Mapping[str, Any], response_column: str, tokenizer: PreTrainedTokenizerFast) -> Group:
     """A data set row as a group of one sample; its response ends with the end-of-sequence token."""
-    messages, response_text = messages_from_row(row), row[response_column]
+    messages, response_text = parse_row_messages(row), row[response_column]
     prompt = Prompt(row["id"], messages, render_prompt(tokenizer, messages), row["topic"] or "", "train")
     # The log has text only. Without the end token a demonstration would teach the policy never to stop.
     response_ids = (*tokenizer.encode(response_text, add_special_tokens=False), tokenizer.eos_token_id)
@@ -163,7 +163,7 @@ class PromptStore(Sequence[Prompt]):
         block_index = bisect.bisect_right(self._block_ends, prompt_index)
         block_start = self._block_ends[block_index - 1] if block_index else 0
         (row,) = self._load_block(block_index).slice(prompt_index - block_start, 1).to_pylist()
-        return Prompt(row["id"], messages_from_row(row), tuple(row["token_ids"]), row["topic"] or "", self._split)
+        return Prompt(row["id"], parse_row_messages(row), tuple(row["token_ids"]), row["topic"] or "", self._split)
 
     def __iter__(self) -> Iterator[Prompt]:
         """All prompts in order, block by block."""
@@ -180,12 +180,12 @@ class PromptStore(Sequence[Prompt]):
         return self._block_cache[block_index]
 
 
-def prompt_topics(prompts: Sequence[Prompt]) -> list[str]:
+def list_prompt_topics(prompts: Sequence[Prompt]) -> list[str]:
     """The topic of each prompt, without fetching the prompts of a store."""
     return prompts.topics if isinstance(prompts, PromptStore) else [prompt.topic for prompt in prompts]
 
 
-def prompt_ids(prompts: Sequence[Prompt]) -> list[str]:
+def list_prompt_ids(prompts: Sequence[Prompt]) -> list[str]:
     """The id of each prompt, without fetching the prompts of a store."""
     return prompts.ids if isinstance(prompts, PromptStore) else [prompt.id for prompt in prompts]
 
@@ -217,7 +217,7 @@ class _PromptRenderer:
         """Rows with token_ids."""
         rendered_rows = []
         for row in table.to_pylist():
-            token_ids = render_prompt(self._tokenizer, messages_from_row(row))
+            token_ids = render_prompt(self._tokenizer, parse_row_messages(row))
             if len(token_ids) <= self._max_tokens:
                 rendered_rows.append({**{key: row[key] for key in PROMPT_COLUMNS}, "token_ids": list(token_ids)})
         # An explicit schema: a block whose rows were all dropped must have the same columns as the others.

@@ -83,7 +83,7 @@ class WeightSync:
         # Rank 0's replies describe the transfer and each bucket; the other ranks only take part in gathering.
         transfer_info = await self._call_learners("begin_weight_sync", version)
         await self._call_engines("begin_weight_update", transfer_info[0])
-        while (buckets := await self._call_learners("next_weight_bucket"))[0] is not None:
+        while (buckets := await self._call_learners("send_next_weight_bucket"))[0] is not None:
             await self._call_engines("load_weight_bucket", buckets[0])
         await self._call_engines("finish_weight_update", version)
         await self._call_learners("end_weight_sync")
@@ -93,7 +93,7 @@ class WeightSync:
         actor_groups = ActorGroups(rollout_actors=[engine], learner_actors=self._actor_groups.learner_actors)
         # One engine alone and no retry: if it dies again, its restart task fails and the budget decides.
         engine_sync = WeightSync(self._settings, actor_groups)
-        engine_sync.restore(self.state())
+        engine_sync.restore(self.get_state())
         if self._probe_responses:
             engine_sync._probe_logprobs = await engine_sync._read_probe_logprobs()
             # The jump test needs some gap to compare with. That of an engine with older weights includes more than
@@ -104,7 +104,7 @@ class WeightSync:
             await engine_sync.sync(version)
         self._record_probe(engine_sync._probe_logprobs)
 
-    def state(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, Any]:
         """Probe and largest gap so far, as plain JSON."""
         return {
             "probe_prompt_ids": self._probe_prompt_ids,
@@ -150,27 +150,29 @@ class WeightSync:
         """Log-probabilities of the probe by the learner and by each engine; in turn where they share GPUs."""
         settings, actor_groups = self._settings, self._actor_groups
         if not settings.is_colocated:
-            learner_rows, engine_rows = await asyncio.gather(self._learner_logprobs(), self._engine_logprobs())
+            learner_rows, engine_rows = await asyncio.gather(
+                self._compute_learner_logprobs(), self._compute_engine_logprobs()
+            )
         elif actor_groups.phase == "generate":
             # Start with the side that is on the GPUs now: one phase switch instead of two.
-            engine_rows = await self._engine_logprobs()
+            engine_rows = await self._compute_engine_logprobs()
             await switch_gpu_phase(settings, actor_groups, "learn")
-            learner_rows = await self._learner_logprobs()
+            learner_rows = await self._compute_learner_logprobs()
         else:
-            learner_rows = await self._learner_logprobs()
+            learner_rows = await self._compute_learner_logprobs()
             await switch_gpu_phase(settings, actor_groups, "generate")
-            engine_rows = await self._engine_logprobs()
+            engine_rows = await self._compute_engine_logprobs()
         learner_logprobs = tuple(logprob for row in learner_rows[0] for logprob in row)
         return {
             str(engine): ProbeLogprobs(learner_logprobs, tuple(logprob for rows in engine_rows for logprob in rows[i]))
             for i, engine in enumerate(actor_groups.rollout_actors)
         }
 
-    async def _learner_logprobs(self) -> list[Any]:
+    async def _compute_learner_logprobs(self) -> list[Any]:
         """Each rank's log-probabilities [responses][tokens]."""
         return await self._call_learners("probe_logprobs", self._probe_prompt_ids, self._probe_responses)
 
-    async def _engine_logprobs(self) -> list[list[Any]]:
+    async def _compute_engine_logprobs(self) -> list[list[Any]]:
         """The engines' log-probabilities [responses][engines][tokens]."""
         prompt_ids, responses = self._probe_prompt_ids, self._probe_responses
         calls = (self._call_engines("probe_logprobs", prompt_ids, response) for response in responses)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rluf.errors import DeadlineError
 from rluf.objectives.aggregator import GroupScores, compute_signal
-from rluf.train.prompts import prompt_ids
+from rluf.train.prompts import list_prompt_ids
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -33,7 +33,7 @@ class ScoredGroup:
     admission_index: int = 0
     """Position in the order of admission, which tells groups of one prompt apart."""
 
-    def group_scores(self, uncertainty_penalty: float, *, penalize_truncated: bool = False) -> GroupScores:
+    def build_group_scores(self, uncertainty_penalty: float, *, penalize_truncated: bool = False) -> GroupScores:
         """The aggregator's view of this group; `uncertainty_penalty` see rluf.objectives.aggregator.compute_signal."""
         signals = {
             name: [compute_signal(s, uncertainty_penalty) for s in scores] for name, scores in self.scores.items()
@@ -65,7 +65,7 @@ class CountingIterator:
             next(self)
 
 
-def prompt_order(repeats: Sequence[int], seed: int) -> Iterator[int]:
+def iter_prompt_order(repeats: Sequence[int], seed: int) -> Iterator[int]:
     """Endless order of prompt indices: each pass is a new shuffle from `seed` with prompt i repeats[i] times."""
     for epoch in itertools.count():
         order = [index for index, repeat_count in enumerate(repeats) for _ in range(repeat_count)]
@@ -126,14 +126,14 @@ class WorkBuffer:
         """Groups dropped since the last call of `collect_batch` began."""
         self._prompts, self._seed, self._group_limit = prompts, seed, group_limit
         self._run_group, self._admission_capacity = run_group, admission_capacity
-        self._index_by_prompt_id = {prompt_id: index for index, prompt_id in enumerate(prompt_ids(prompts))}
+        self._index_by_prompt_id = {prompt_id: index for index, prompt_id in enumerate(list_prompt_ids(prompts))}
         self._admitted_count = 0
         self._running_tasks: set[asyncio.Task[None]] = set()
         self._scored_groups: asyncio.Queue[ScoredGroup] = asyncio.Queue()
         self._in_flight: dict[int, tuple[str, int]] = {}
         self._to_resend: dict[int, tuple[str, int]] = {}
 
-    def state(self) -> dict[str, Any]:
+    def get_state(self) -> dict[str, Any]:
         """Position in the prompt order, and prompts in flight as [admission index, prompt id, seed], as plain JSON."""
         in_flight = self._to_resend | self._in_flight
         return {

@@ -66,7 +66,7 @@ def strip_user_id_tag(user_id: str) -> str:
     return user_id.removeprefix(USER_ID_TAG) if _HASHED_USER_ID.fullmatch(user_id) else user_id
 
 
-def salt_fingerprint(salt: bytes | None) -> str:
+def fingerprint_salt(salt: bytes | None) -> str:
     """Digest that tells two salts apart without revealing either (for cache keys); empty without a salt."""
     return hashlib.blake2b(salt, digest_size=8, person=b"rluf-salt-mark").hexdigest() if salt else ""
 

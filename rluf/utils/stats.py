@@ -59,7 +59,7 @@ def fit_logistic(
     # Scaled with the ridge: where strong regularization shrinks the weights, the extra penalty must not vanish.
     penalty = (1 + ridge) * quadratic_penalty if quadratic_penalty is not None and quadratic_penalty.size else None
 
-    def penalized_loss(parameters: Floats) -> tuple[float, Floats]:
+    def compute_penalized_loss(parameters: Floats) -> tuple[float, Floats]:
         w, z = parameters[:-1], x @ parameters[:-1] + parameters[-1] + logit_offsets
         penalty_gradient = ridge * w + (0.0 if penalty is None else penalty @ w)
         residuals = weights * (sigmoid(z) - y) / total_weight
@@ -68,5 +68,5 @@ def fit_logistic(
 
     start = np.zeros(x.shape[1] + 1) if initial_solution is None else initial_solution
     options = {"maxiter": 500, "gtol": 1e-5}
-    solution = minimize(penalized_loss, start, jac=True, method="L-BFGS-B", options=options)
+    solution = minimize(compute_penalized_loss, start, jac=True, method="L-BFGS-B", options=options)
     return np.asarray(solution.x, dtype=np.float64)

@@ -90,7 +90,7 @@ def start_learners(settings: Settings, model_path: Path) -> Iterator[list[Any]]:
     remote_class = make_actor_class().options(runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
     ranks = [remote_class.remote(rank, world_size, settings_json, str(model_path)) for rank in range(world_size)]
     try:
-        host, port = ray.get(ranks[0].rendezvous_address.remote(), timeout=60)
+        host, port = ray.get(ranks[0].find_rendezvous_address.remote(), timeout=60)
         ray.get([rank.setup.remote(host, port) for rank in ranks], timeout=120)
         yield ranks
         ray.get([rank.shutdown.remote() for rank in ranks], timeout=30)
@@ -197,7 +197,7 @@ def check_synced_weights(ranks: Sequence[Any], policy_path: Path) -> None:
     transfer_info = ray.get([rank.begin_weight_sync.remote(3) for rank in ranks])
     assert transfer_info[0]["weight_version"] == 3
     received: dict[str, torch.Tensor] = {}
-    while (buckets := ray.get([rank.next_weight_bucket.remote() for rank in ranks]))[0] is not None:
+    while (buckets := ray.get([rank.send_next_weight_bucket.remote() for rank in ranks]))[0] is not None:
         received.update(read_segment(**buckets[0]))
     ray.get([rank.end_weight_sync.remote() for rank in ranks])
     expected = AutoModelForCausalLM.from_pretrained(policy_path).state_dict()
@@ -221,13 +221,13 @@ def test_learning_rate_zero_keeps_weights_and_non_finite_gradients_stop_the_run(
         with pytest.raises(RlufError, match=r"gradient of prompt 1 was not finite in 3 steps in a row"):
             run_train_step([actor], groups, REWARDS, advantages=infinite_advantages)
         assert ray.get(actor.hash_weights.remote()) == before
-        assert ray.get(actor.health.remote())["skipped"] == 3.0
+        assert ray.get(actor.get_health.remote())["skipped"] == 3.0
 
 
 def test_missing_rank_is_named(model_path: Path) -> None:
     settings = make_settings(workers=2).model_copy(update={"timeouts": TimeoutSettings(call_s=2.0, actor_start_s=2.0)})
     actor = make_actor_class().remote(0, 2, settings.model_dump_json(), str(model_path))
-    host, port = ray.get(actor.rendezvous_address.remote(), timeout=60)
+    host, port = ray.get(actor.find_rendezvous_address.remote(), timeout=60)
     with pytest.raises(ResourceError, match="rank 0 of 2"):
         ray.get(actor.setup.remote(host, port), timeout=60)
     ray.kill(actor)

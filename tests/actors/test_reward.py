@@ -59,7 +59,7 @@ def make_group(index: int, texts: tuple[str, ...]) -> Group:
 
 def test_concurrent_groups_are_batched_with_the_scores_of_single_groups(reward_folder: Path, start_actor: Any) -> None:
     actor = start_actor("love", Settings(), reward_folder)
-    report = ray.get(actor.ready.remote())
+    report = ray.get(actor.start.remote())
     assert (report["objective"], report["source"]) == ("love", "model")
     groups = [make_group(index, ("", "yes " * index, f"text {index}")) for index in range(12)]
     results = ray.get([actor.score_group.remote(group) for group in groups])
@@ -70,7 +70,7 @@ def test_concurrent_groups_are_batched_with_the_scores_of_single_groups(reward_f
             assert [getattr(score, field) for score in scores["love"]] == pytest.approx(
                 [getattr(score, field) for score in expected], abs=1e-4
             )
-    health = ray.get(actor.health.remote())
+    health = ray.get(actor.get_health.remote())
     assert health["scored"] == 36
     assert health["batches"] <= 12
     assert health["waiting"] == 0
@@ -78,11 +78,11 @@ def test_concurrent_groups_are_batched_with_the_scores_of_single_groups(reward_f
 
 def test_a_bad_folder_and_an_unknown_judge_are_clear_errors_and_judges_score(tmp_path: Path, start_actor: Any) -> None:
     with pytest.raises(ModelError, match=r"config\.json"):
-        ray.get(start_actor("love", Settings(), tmp_path).ready.remote())
+        ray.get(start_actor("love", Settings(), tmp_path).start.remote())
     overrides = {"objectives": {"safety": {"weight": 0.2, "source": "judge", "path": "refusal"}}}
     actor = start_actor("safety", Settings.model_validate(overrides), None)
     scores = ray.get(actor.score_group.remote(make_group(0, ("Hello!", "I cannot help with that."))))
     assert [score.value for score in scores["safety"]] == [1.0, 0.0]
     overrides["objectives"]["safety"]["judge"] = "unknown"
     with pytest.raises(SettingsError, match="repetition"):
-        ray.get(start_actor("safety", Settings.model_validate(overrides), None).ready.remote())
+        ray.get(start_actor("safety", Settings.model_validate(overrides), None).start.remote())

@@ -122,7 +122,7 @@ def engine() -> Iterator[RunningEngine]:
     )
     try:
         actor = ray.remote(RolloutActor).options(num_cpus=1).remote(0, SETTINGS.model_dump_json(), str(model_path))
-        start_report = ray.get(actor.ready.remote(), timeout=180)
+        start_report = ray.get(actor.start.remote(), timeout=180)
         reference_model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
         yield RunningEngine(actor, start_report, reference_model, prompts)
     finally:
@@ -170,7 +170,7 @@ def test_the_engine_samples_with_synced_weights(engine: RunningEngine) -> None:
     measured = engine.call("probe_logprobs", list(sample.prompt_ids), list(sample.response_ids))
     assert mean_gap(after, measured) < 0.02
     group = engine.sample_groups(1, 2)[0]
-    assert group.weight_version == 1 == engine.call("weight_version")
+    assert group.weight_version == 1 == engine.call("get_weight_version")
     assert all(sample.version_spans == ((0, 1),) for sample in group.samples)
     sample = group.samples[0]
     assert mean_gap(engine.reference_logprobs(sample.prompt_ids, sample.response_ids), sample.rollout_logprobs) < 0.02
@@ -199,7 +199,7 @@ def test_samples_generated_during_a_sync_have_two_version_spans_and_lose_nothing
 
 
 def test_a_partial_or_wrong_update_is_refused_and_the_next_complete_one_repairs(engine: RunningEngine) -> None:
-    version = engine.call("weight_version")
+    version = engine.call("get_weight_version")
     weights = get_weights(engine.reference_model)
     without_head = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
     with pytest.raises(
@@ -213,15 +213,15 @@ def test_a_partial_or_wrong_update_is_refused_and_the_next_complete_one_repairs(
         engine.sync_weights(weights | {name: weights[name].t().contiguous()}, version + 1)
     with pytest.raises(WeightSyncError, match=r"the learner sent model\.extra\.weight, which"):
         engine.sync_weights({"model.extra.weight": torch.zeros(3)} | weights, version + 1)
-    assert engine.call("weight_version") == version
+    assert engine.call("get_weight_version") == version
     engine.sync_weights(weights, version + 1)
     sample = engine.sample_groups(1, 9)[0].samples[0]
     assert mean_gap(engine.reference_logprobs(sample.prompt_ids, sample.response_ids), sample.rollout_logprobs) < 0.02
-    assert engine.call("health") == {"engine": "rollout 0", "version": version + 1, "running": 0, "alive": True}
+    assert engine.call("get_health") == {"engine": "rollout 0", "version": version + 1, "running": 0, "alive": True}
 
 
 def test_a_stalled_engine_is_named_and_an_unfinished_update_can_be_begun_again(engine: RunningEngine) -> None:
-    version = engine.call("weight_version")
+    version = engine.call("get_weight_version")
     sender = ShmSender()
     engine.call("begin_weight_update", sender.begin(version + 1))
     sender.close()

@@ -15,7 +15,7 @@ from rluf.backends.colocation import (
     GpuPhase,
     GpuResidency,
     PhaseAction,
-    phase_transitions,
+    list_phase_transitions,
 )
 
 PHASES: tuple[GpuPhase, ...] = tuple(RESIDENCY_BY_PHASE)
@@ -35,13 +35,13 @@ def apply_action(residency: GpuResidency, action: PhaseAction) -> GpuResidency:
 @pytest.mark.parametrize(("before", "after"), list(itertools.product(PHASES, PHASES)))
 def test_transitions_lead_to_the_phase_and_never_load_both_large_components(before: GpuPhase, after: GpuPhase) -> None:
     residency = RESIDENCY_BY_PHASE[before]
-    for action in phase_transitions(before, after):
+    for action in list_phase_transitions(before, after):
         residency = apply_action(residency, action)
         assert not (
             KV_CACHE_TAG in residency.engine_components and OPTIMIZER_STATES_TAG in residency.learner_components
         ), action
     assert residency == RESIDENCY_BY_PHASE[after]
-    assert bool(phase_transitions(before, after)) == (before != after)
+    assert bool(list_phase_transitions(before, after)) == (before != after)
 
 
 def test_the_transitions_of_one_step() -> None:
@@ -50,7 +50,7 @@ def test_the_transitions_of_one_step() -> None:
         ("learn", "sync"),
         ("sync", "generate"),
     ]
-    actions = [phase_action for transition in transitions for phase_action in phase_transitions(*transition)]
+    actions = [phase_action for transition in transitions for phase_action in list_phase_transitions(*transition)]
     assert [(phase_action.action, phase_action.components) for phase_action in actions] == [
         ("sleep", ()),
         ("reload", ()),
@@ -66,6 +66,6 @@ def test_random_transitions_end_in_the_right_residency(seed: int) -> None:
     rng, phase, residency = random.Random(seed), PHASES[0], RESIDENCY_BY_PHASE[PHASES[0]]
     for _ in range(50):
         phase, before = rng.choice(PHASES), phase
-        for action in phase_transitions(before, phase):
+        for action in list_phase_transitions(before, phase):
             residency = apply_action(residency, action)
     assert residency == RESIDENCY_BY_PHASE[phase]

@@ -17,8 +17,8 @@ from rluf.checkpoint.format import (
     RunState,
     diff_settings,
     find_newest_complete,
+    get_optimizer_state_path,
     hash_prompts,
-    optimizer_state_file,
     prune_checkpoints,
     select_steps_to_delete,
     write_run_state,
@@ -54,7 +54,7 @@ def test_the_newest_complete_checkpoint_is_selected_with_its_state(tmp_path: Pat
     newest = find_newest_complete(tmp_path)
     assert newest is not None and (newest.step, newest.folder.name) == (10, "step-10")
     assert newest.read_state() == make_state(10)
-    assert optimizer_state_file(newest.folder, 0, 1).is_file() and (newest.folder / MANIFEST_FILE).is_file()
+    assert get_optimizer_state_path(newest.folder, 0, 1).is_file() and (newest.folder / MANIFEST_FILE).is_file()
     assert find_newest_complete(tmp_path / "nothing") is None
 
 

@@ -210,11 +210,11 @@ def test_a_restored_aggregator_gives_the_same_rewards() -> None:
         aggregator.aggregate(batch)
     assert aggregator.multipliers.values["safety"] > 0
     restored = RewardAggregator(aggregator.objectives, aggregation)
-    restored.restore(json.loads(json.dumps(aggregator.state())))
+    restored.restore(json.loads(json.dumps(aggregator.get_state())))
     assert restored.baseline_signals == aggregator.baseline_signals
     for batch in batches[2:]:
         assert restored.aggregate(batch) == aggregator.aggregate(batch)
-    assert restored.state() == aggregator.state()
+    assert restored.get_state() == aggregator.get_state()
 
 
 def test_truncated_responses_get_less_than_every_finished_one_of_their_group() -> None:

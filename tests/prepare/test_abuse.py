@@ -15,9 +15,9 @@ from rluf.prepare.abuse import (
     ABUSE_RULES,
     MIN_ROW_WEIGHT,
     AbuseLog,
-    _beta_binomial_log_pmf,
-    _beta_binomial_upper_tail,
-    adjusted_tail_probability,
+    _compute_beta_binomial_log_pmf,
+    _compute_beta_binomial_upper_tail,
+    compute_adjusted_tail_probability,
     compute_trust_weights,
     fit_robust_beta_binomial,
 )
@@ -122,7 +122,7 @@ def test_a_tenth_of_bots_cannot_hide_by_stretching_the_fit() -> None:
     trials = rng.integers(20, 60, 1000)
     is_bot = np.arange(1000) < 100
     hits = np.where(is_bot, rng.binomial(trials, 0.8), rng.binomial(trials, rng.beta(2, 30, 1000)))
-    probability = adjusted_tail_probability(trials, hits, fit_robust_beta_binomial(trials, hits))
+    probability = compute_adjusted_tail_probability(trials, hits, fit_robust_beta_binomial(trials, hits))
     assert (probability[is_bot] < 1e-4).all()
     assert (probability[~is_bot] < 0.01).sum() <= 3
 
@@ -132,10 +132,10 @@ def test_a_tenth_of_bots_cannot_hide_by_stretching_the_fit() -> None:
 def test_beta_binomial_agrees_with_scipy(trials: int, data: st.DataObject, alpha: float, beta: float) -> None:
     hits = data.draw(st.integers(0, trials))
     n, k = np.array([trials]), np.array([hits])
-    assert _beta_binomial_log_pmf(n, k, alpha, beta)[0] == pytest.approx(
+    assert _compute_beta_binomial_log_pmf(n, k, alpha, beta)[0] == pytest.approx(
         betabinom.logpmf(hits, trials, alpha, beta), abs=1e-6
     )
-    assert _beta_binomial_upper_tail(n, k, alpha, beta)[0] == pytest.approx(
+    assert _compute_beta_binomial_upper_tail(n, k, alpha, beta)[0] == pytest.approx(
         betabinom.sf(hits - 1, trials, alpha, beta), abs=1e-6
     )
 

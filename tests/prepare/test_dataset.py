@@ -18,10 +18,10 @@ import pytest
 
 from rluf.config.settings import Settings
 from rluf.errors import DataError, SettingsError
-from rluf.prepare.erasure import erase_users, erasure_mark, match_erased_users
+from rluf.prepare.erasure import compute_erasure_mark, erase_users, match_erased_users
 from rluf.prepare.pipeline import build_data_set, run_task
 from rluf.prepare.schema import DATA_KINDS, SPLIT_NAMES
-from rluf.prepare.signals import format_signal_lines, rank_signals, return_association, write_signal_report
+from rluf.prepare.signals import estimate_return_association, format_signal_lines, rank_signals, write_signal_report
 from rluf.utils.hashing import hash_user_id, hash_user_id_legacy
 
 RowFactory = Callable[..., dict[str, Any]]
@@ -157,10 +157,10 @@ def test_a_user_of_the_service_is_erased_by_the_id_that_the_user_has(
 
 
 def test_marks_of_earlier_releases_match_tagged_ids() -> None:
-    old_mark = erasure_mark(hash_user_id("alice", b"pepper").removeprefix("u1_"))
+    old_mark = compute_erasure_mark(hash_user_id("alice", b"pepper").removeprefix("u1_"))
     user_ids = [hash_user_id(user, b"pepper") for user in ("alice", "bob")]
     assert match_erased_users(user_ids, [old_mark]) == [True, False]
-    assert erasure_mark("bob") not in ("bob", erasure_mark("eve"))
+    assert compute_erasure_mark("bob") not in ("bob", compute_erasure_mark("eve"))
 
 
 def test_an_erased_user_stays_out_of_later_builds(
@@ -205,11 +205,11 @@ def test_the_association_is_adjusted_for_a_confounder() -> None:
     has_signal = rng.random(4000) < 1 / (1 + np.exp(1 - 1.5 * activity))
     returned = rng.random(4000) < 1 / (1 + np.exp(-1.5 * activity))
     no_controls, controls = np.empty((4000, 0)), activity[:, None]
-    unadjusted = return_association(has_signal, returned, no_controls, user_code)
-    adjusted = return_association(has_signal, returned, controls, user_code)
+    unadjusted = estimate_return_association(has_signal, returned, no_controls, user_code)
+    adjusted = estimate_return_association(has_signal, returned, controls, user_code)
     assert unadjusted.low > 0.5 and adjusted.low < 0 < adjusted.high
     returned_by_signal = rng.random(4000) < 1 / (1 + np.exp(-1.5 * activity - 1.0 * has_signal))
-    association = return_association(has_signal, returned_by_signal, controls, user_code)
+    association = estimate_return_association(has_signal, returned_by_signal, controls, user_code)
     assert association.low < 1.0 < association.high and association.low > 0.5
 
 

@@ -18,7 +18,7 @@ from rluf.prepare.schema import (
     LogRecord,
     RejectedRow,
     build_arrow_schema,
-    records_to_table,
+    build_records_table,
     validate_json_row,
 )
 
@@ -80,7 +80,7 @@ def test_round_trip_json_record_parquet(kind: str) -> None:
         records = [record_type.model_validate(row) for row in raw_rows]
         assert [validate_json_row(record.model_dump_json().encode(), record_type, NOW) for record in records] == records
         file = io.BytesIO()
-        pq.write_table(records_to_table(records, record_type), file)
+        pq.write_table(build_records_table(records, record_type), file)
         assert [record_type.model_validate(row) for row in pq.read_table(file).to_pylist()] == records
 
     compare()

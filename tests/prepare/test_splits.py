@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rluf.prepare import splits
-from rluf.prepare.assign_pass import rate_with_interval
+from rluf.prepare.assign_pass import compute_rate_with_interval
 from rluf.prepare.schema import SPLIT_NAMES
 from rluf.prepare.splits import (
     assign_split,
     compute_quota,
     compute_sampling_weights,
+    derive_sampling_salt,
     normalize_context,
-    sampling_salt,
     to_unit_interval,
 )
 from rluf.utils.hashing import hash64, hash_to_unit_interval
@@ -91,8 +91,8 @@ def test_strict_splits_share_nothing(
     texts = build_prompts(rng, row_count + test_prompt_count)
     prompt_key = np.array([hash64(text, "t") for text in texts], dtype=np.uint64)
     band_hashes = splits.compute_band_hashes(texts)
-    keep_mask = ~splits.conversation_leaks(conversation_key, split_code, time_us)
-    late_mask, early_mask, split_time = splits.time_leaks(
+    keep_mask = ~splits.find_conversation_leaks(conversation_key, split_code, time_us)
+    late_mask, early_mask, split_time = splits.find_time_leaks(
         conversation_key[keep_mask], split_code[keep_mask], time_us[keep_mask], 0.3
     )
     keep_mask[np.flatnonzero(keep_mask)[late_mask | early_mask]] = False
@@ -100,7 +100,9 @@ def test_strict_splits_share_nothing(
     with_test_prompts = [*rows, *range(row_count, row_count + test_prompt_count)]
     group = splits.group_near_duplicates(prompt_key[with_test_prompts], band_hashes[with_test_prompts])
     test_groups = np.unique(group[len(rows) :])
-    is_leak = splits.near_duplicate_leaks(group[: len(rows)], prompt_key[rows], split_code[rows], test_groups, 0.2, 0.3)
+    is_leak = splits.find_near_duplicate_leaks(
+        group[: len(rows)], prompt_key[rows], split_code[rows], test_groups, 0.2, 0.3
+    )
     rows = rows[~is_leak]
     for values in (user_code, conversation_key):
         assert all(len(set(split_code[rows][values[rows] == value])) == 1 for value in np.unique(values[rows]))
@@ -137,7 +139,7 @@ def test_a_prompt_shared_by_all_goes_to_one_split_and_is_not_lost() -> None:
     split_code = np.array([0] * 70 + [1] * 10 + [2] * 20)
     prompt_key = np.full(100, 7, dtype=np.uint64)
     one_group, no_test_groups = np.zeros(100, dtype=np.int64), np.empty(0, dtype=np.int64)
-    is_leak = splits.near_duplicate_leaks(one_group, prompt_key, split_code, no_test_groups, 0.1, 0.2)
+    is_leak = splits.find_near_duplicate_leaks(one_group, prompt_key, split_code, no_test_groups, 0.1, 0.2)
     assert len(set(split_code[~is_leak])) == 1
 
 
@@ -169,7 +171,9 @@ def test_negatives_are_cut_to_the_share_and_no_further() -> None:
 
 
 def test_the_sample_depends_on_the_seed_and_not_on_the_order() -> None:
-    ranks = [np.array([hash_to_unit_interval(f"row-{i}", sampling_salt(seed)) for i in range(500)]) for seed in (1, 2)]
+    ranks = [
+        np.array([hash_to_unit_interval(f"row-{i}", derive_sampling_salt(seed)) for i in range(500)]) for seed in (1, 2)
+    ]
     labels = np.arange(500) % 10 == 0
     quota = compute_quota(50, 450, positive_share=0.5, max_rows=4000)
     weight = compute_sampling_weights(ranks[0], labels, quota)
@@ -179,9 +183,9 @@ def test_the_sample_depends_on_the_seed_and_not_on_the_order() -> None:
 
 def test_wilson_matches_a_textbook_value() -> None:
     # Newcombe 1998, table I: 15 of 148 gives 0.0624 to 0.1605
-    interval = rate_with_interval(15, 148)
+    interval = compute_rate_with_interval(15, 148)
     assert interval["low"] == pytest.approx(0.0624, abs=5e-5)
     assert interval["high"] == pytest.approx(0.1605, abs=5e-5)
-    no_hits = rate_with_interval(0, 20)
+    no_hits = compute_rate_with_interval(0, 20)
     assert no_hits["low"] == 0.0 and no_hits["high"] == pytest.approx(0.1611, abs=5e-5)
-    assert rate_with_interval(0, 0)["high"] == 1.0
+    assert compute_rate_with_interval(0, 0)["high"] == 1.0

@@ -17,7 +17,7 @@ from rluf.prepare.schema import (
     FeedbackRecord,
     RejectedRow,
     build_arrow_table,
-    records_to_table,
+    build_records_table,
     validate_json_row,
     validate_json_rows,
 )
@@ -151,7 +151,7 @@ def test_bulk_validation_agrees_with_pydantic(kind: str, rows: dict[str, RowFact
                 assert result == expected
             else:
                 table = build_arrow_table([result], record_type)
-                assert table.equals(records_to_table([expected], record_type))
+                assert table.equals(build_records_table([expected], record_type))
 
     compare()
 

@@ -18,7 +18,7 @@ from rluf.errors import DataError
 from rluf.report import figures, formats, headline, presentation
 from rluf.report.__main__ import main
 from rluf.report.html import write_report
-from rluf.tracking.metric_registry import STEP_METRICS, objective_metrics
+from rluf.tracking.metric_registry import STEP_METRICS, build_objective_metrics
 from rluf.tracking.run_files import write_answers
 from rluf.types import ANSWERS_FILE, PolicyAnswer
 from rluf.utils.files import JsonlWriter, write_json
@@ -311,7 +311,7 @@ def test_repeated_steps_count_once_and_long_curves_are_smoothed() -> None:
         [{"step": 1, "love": 0.1}, {"step": 2, "love": 0.2}, {"step": 2, "love": 0.3}, {"love": 9}]
     )
     assert [row["love"] for row in rows] == [0.1, 0.3]
-    spec = objective_metrics(["love"])[0]
+    spec = build_objective_metrics(["love"])[0]
     long_curve = figures.build_curve_figure(
         spec, [{"step": step, "love": 0.1} for step in range(figures.SMOOTH_FROM_STEPS)]
     )

@@ -11,7 +11,7 @@ import pytest
 from rluf.errors import DataError
 from rluf.report.__main__ import main
 from rluf.report.wandb_report import build_report, check_report
-from rluf.tracking.metric_registry import AXIS_TITLES, metric_specs
+from rluf.tracking.metric_registry import AXIS_TITLES, list_metric_specs
 from rluf.utils.files import write_json, write_jsonl
 
 pytest.importorskip("wandb_workspaces", reason="wandb-workspaces is not installed: no W&B Report was made")
@@ -58,7 +58,7 @@ def test_dry_run_writes_a_specification_that_wandb_reads_back(run_folder: Path) 
         for panel in panels
         if panel["viewType"] == "Run History Line Plot"
     }
-    specs_by_name = {spec.wandb_name: spec for spec in metric_specs(["love", "helpfulness"])}
+    specs_by_name = {spec.wandb_name: spec for spec in list_metric_specs(["love", "helpfulness"])}
     assert set(lines) == set(specs_by_name)
     assert all(lines[name].get("xAxis", "_step") in (spec.axis, "_step") for name, spec in specs_by_name.items())
     assert {line.get("xAxis") for line in lines.values()} >= set(AXIS_TITLES) - {"step"}

@@ -19,7 +19,7 @@ from rluf.reward.counterfactuals import (
     find_generic_rows,
     make_training_copies,
     measure_prompt_fit,
-    measures_prompt_fit,
+    should_measure_prompt_fit,
 )
 from rluf.reward.fit import fit_nuisance_offsets
 from rluf.reward.losses import compute_step_loss, weighted_bce_loss
@@ -167,7 +167,7 @@ def test_a_copy_has_the_offset_of_its_source_at_its_own_length() -> None:
     ],
 )  # fmt: skip
 def test_safety_need_not_fit_the_prompt(head: str, is_pairwise: bool, debias: tuple[str, ...], expected: bool) -> None:
-    assert measures_prompt_fit(head, is_pairwise=is_pairwise, debias=debias) is expected
+    assert should_measure_prompt_fit(head, is_pairwise=is_pairwise, debias=debias) is expected
 
 
 class PromptReader:

@@ -31,8 +31,8 @@ def test_auroc_without_positives_is_nan() -> None:
 
 
 def test_hanley_mcneil_as_in_the_method_notes() -> None:
-    assert round(metrics.hanley_mcneil_std_error(0.85, 50, 4950), 3) == 0.034
-    assert round(metrics.hanley_mcneil_std_error(0.85, 100, 4900), 3) == 0.024
+    assert round(metrics.compute_hanley_mcneil_std_error(0.85, 50, 4950), 3) == 0.034
+    assert round(metrics.compute_hanley_mcneil_std_error(0.85, 100, 4900), 3) == 0.024
 
 
 def test_log_loss_and_brier_score_equal_scikit_learns() -> None:
@@ -61,14 +61,14 @@ def test_clusters_widen_the_interval() -> None:
     scores = np.repeat(rng.normal(size=40), 25)
     labels = (np.repeat(rng.random(40), 25) < 0.5).astype(float)
     ones = np.ones(1000)
-    row_interval = metrics.auroc_interval(scores, labels, ones, [str(i) for i in range(1000)])
-    user_interval = metrics.auroc_interval(scores, labels, ones, [str(i // 25) for i in range(1000)])
+    row_interval = metrics.compute_auroc_interval(scores, labels, ones, [str(i) for i in range(1000)])
+    user_interval = metrics.compute_auroc_interval(scores, labels, ones, [str(i // 25) for i in range(1000)])
     assert row_interval["mean"] == user_interval["mean"]
     assert user_interval["high"] - user_interval["low"] > 2 * (row_interval["high"] - row_interval["low"])
 
 
 def test_pair_accuracy_counts_ties_half() -> None:
-    interval = metrics.accuracy_interval(np.asarray([1.0, -1.0, 0.0, 2.0]), np.ones(4), list("abcd"))
+    interval = metrics.compute_accuracy_interval(np.asarray([1.0, -1.0, 0.0, 2.0]), np.ones(4), list("abcd"))
     assert interval["mean"] == 0.625
     assert interval["low"] <= 0.625 <= interval["high"]
 

@@ -31,7 +31,7 @@ from rluf.serve.api import (
     build_chat_reply,
     build_reaction_event,
     build_served_event,
-    new_response_id,
+    create_response_id,
     to_messages,
 )
 from rluf.serve.app import make_app
@@ -143,7 +143,7 @@ class LocalBackend:
         if request.model not in self.policies:
             raise ApiError(404, "unknown", f"model: no policy {request.model!r} is served here")
         text = await asyncio.to_thread(self.policies[request.model], to_messages(request.messages))
-        response_id, version = new_response_id(), f"{request.model}-1"
+        response_id, version = create_response_id(), f"{request.model}-1"
         event = build_served_event(response_id, request, version, text, "stop", SALT)
         if event is not None:
             self.store.append_events([event])

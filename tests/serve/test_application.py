@@ -17,14 +17,14 @@ from rluf.config.settings import Settings
 from rluf.errors import ModelError
 from rluf.models.hub import resolve_model
 from rluf.serve.application import (
-    _engine_fingerprint,
-    _policy_application,
+    _build_policy_application,
+    _fingerprint_engine,
     build_scorer_config,
-    configured_reward_folders,
-    feedback_root,
     find_candidate_folders,
+    get_feedback_root,
+    get_log_folder,
+    list_configured_reward_folders,
     load_or_create_salt,
-    log_folder,
 )
 from rluf.serve.deployments import ScorerDeployment
 from rluf.serve.policy_deployment import PolicyDeployment
@@ -39,34 +39,34 @@ def make_settings(folder: Path, root: Path, **serve: object) -> Settings:
 
 def test_the_version_depends_on_the_files_and_facts_come_from_the_cards(model_folder: Path, tmp_path: Path) -> None:
     settings = make_settings(model_folder, tmp_path)
-    first_config = build_scorer_config(settings, configured_reward_folders(settings))
+    first_config = build_scorer_config(settings, list_configured_reward_folders(settings))
     assert first_config["facts"]["love"]["mean_value"] == 0.25
     assert first_config["facts"]["love"]["max_tokens"] == 96
     copied_settings = make_settings(shutil.copytree(model_folder, tmp_path / "copy"), tmp_path)
     assert (
-        build_scorer_config(copied_settings, configured_reward_folders(copied_settings))["version"]
+        build_scorer_config(copied_settings, list_configured_reward_folders(copied_settings))["version"]
         == first_config["version"]
     )
     (tmp_path / "copy" / "love" / "calibration.json").write_text('{"scale": 2.0}')
     assert (
-        build_scorer_config(copied_settings, configured_reward_folders(copied_settings))["version"]
+        build_scorer_config(copied_settings, list_configured_reward_folders(copied_settings))["version"]
         != first_config["version"]
     )
     shutil.rmtree(tmp_path / "copy" / "love")
     with pytest.raises(ModelError, match=r"copy/love has no config\.json"):
-        build_scorer_config(copied_settings, configured_reward_folders(copied_settings))
+        build_scorer_config(copied_settings, list_configured_reward_folders(copied_settings))
 
 
 def test_a_judge_can_be_served_and_a_missing_model_is_named_in_the_error(model_folder: Path, tmp_path: Path) -> None:
     tree = make_settings(model_folder, tmp_path).model_dump(mode="json")
     tree["objectives"]["safety"] = {"source": "judge", "path": "refusal", "weight": 0.2}
     judge_settings = Settings.model_validate(tree)
-    scorer_config = build_scorer_config(judge_settings, configured_reward_folders(judge_settings))
+    scorer_config = build_scorer_config(judge_settings, list_configured_reward_folders(judge_settings))
     assert scorer_config["models"]["safety"] == {"judge": "refusal"}
     tree["objectives"]["love"]["path"] = None
     settings_without_model = Settings.model_validate(tree)
     with pytest.raises(ModelError, match=r"objectives\.love\.path"):
-        build_scorer_config(settings_without_model, configured_reward_folders(settings_without_model))
+        build_scorer_config(settings_without_model, list_configured_reward_folders(settings_without_model))
 
 
 def test_candidate_models_are_those_in_its_folder(model_folder: Path, tmp_path: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_policy_replica_accepts_all_settings_that_the_driver_accepts(
 ) -> None:
     settings = load_settings(config, overrides).settings
     folder = resolve_model("tiny", resolve_cache_folder(settings))
-    (settings_json,) = _policy_application(settings, "some", folder, "1")._bound_deployment.init_args
+    (settings_json,) = _build_policy_application(settings, "some", folder, "1")._bound_deployment.init_args
     replica_settings = PolicyDeployment(settings_json)._settings
     assert (replica_settings.model, replica_settings.rollout, replica_settings.cluster, replica_settings.seed) == (
         settings.model, settings.rollout, settings.cluster, settings.seed
@@ -111,17 +111,17 @@ def test_a_policy_replica_accepts_all_settings_that_the_driver_accepts(
 
 def test_the_engine_fingerprint_covers_all_files_but_the_weights(tmp_path: Path) -> None:
     folder = Path(shutil.copytree(resolve_model("tiny", resolve_cache_folder(Settings())), tmp_path / "policy"))
-    fingerprints = [_engine_fingerprint(folder)]
+    fingerprints = [_fingerprint_engine(folder)]
     (folder / "model.safetensors").write_bytes(b"other weights")
-    assert _engine_fingerprint(folder) == fingerprints[0]
+    assert _fingerprint_engine(folder) == fingerprints[0]
     for name in ("generation_config.json", "chat_template.jinja", "tokenizer_config.json", "tokenizer.json"):
         (folder / name).write_text(f"another {name}")
-        fingerprints.append(_engine_fingerprint(folder))
+        fingerprints.append(_fingerprint_engine(folder))
     (folder / "tokenizer.json").unlink()  # some tokenizers have another file
-    assert len({*fingerprints, _engine_fingerprint(folder)}) == 6
+    assert len({*fingerprints, _fingerprint_engine(folder)}) == 6
     (folder / "config.json").unlink()
     with pytest.raises(ModelError, match=r"policy has no config\.json"):
-        _engine_fingerprint(folder)
+        _fingerprint_engine(folder)
 
 
 def test_the_salt_and_the_log_folder_survive_a_restart(
@@ -132,10 +132,10 @@ def test_the_salt_and_the_log_folder_survive_a_restart(
     settings = make_settings(model_folder, tmp_path)
     assert load_or_create_salt(settings) == load_or_create_salt(settings)
     assert len(load_or_create_salt(settings)) == 32
-    assert (log_folder(settings) / "salt").stat().st_mode & 0o077 == 0
-    assert log_folder(settings) == Path(feedback_root(settings)) / ".log"
+    assert (get_log_folder(settings) / "salt").stat().st_mode & 0o077 == 0
+    assert get_log_folder(settings) == Path(get_feedback_root(settings)) / ".log"
     remote_settings = make_settings(model_folder, tmp_path, feedback_path="s3://bucket/log")
-    assert log_folder(remote_settings).parent == tmp_path / "quickstart"
+    assert get_log_folder(remote_settings).parent == tmp_path / "quickstart"
     monkeypatch.setenv("RLUF_SERVE_SALT", "legacy")
     assert load_or_create_salt(settings) == b"legacy"
     monkeypatch.setenv("RLUF_USER_SALT", "salt")
@@ -148,8 +148,8 @@ async def test_a_scorer_replaces_models_between_batches_and_keeps_them_if_loadin
     items = make_items(6)
     other_folder = write_models(tmp_path / "other", 5)
     first_settings, other_settings = make_settings(model_folder, tmp_path), make_settings(other_folder, tmp_path)
-    first_config = build_scorer_config(first_settings, configured_reward_folders(first_settings))
-    other_config = build_scorer_config(other_settings, configured_reward_folders(other_settings))
+    first_config = build_scorer_config(first_settings, list_configured_reward_folders(first_settings))
+    other_config = build_scorer_config(other_settings, list_configured_reward_folders(other_settings))
     scorer = ScorerDeployment()
     await scorer.reconfigure(first_config)
     await scorer.reconfigure({**first_config, "version": "broken", "models": {"love": {"path": str(tmp_path)}}})

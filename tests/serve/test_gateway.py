@@ -15,7 +15,7 @@ import pytest
 from rluf.config.settings import Settings
 from rluf.serve.api import ApiError, ChatRequest, FeedbackRequest
 from rluf.serve.app import make_app
-from rluf.serve.application import build_scorer_config, configured_reward_folders
+from rluf.serve.application import build_scorer_config, list_configured_reward_folders
 from rluf.serve.deployments import BatchLimits, FeedbackWriter, GatewayDeployment, ScorerDeployment
 from rluf.serve.policy_deployment import ChatCompletion, PolicyDeployment
 from rluf.types import Message
@@ -74,7 +74,7 @@ async def gateway(model_folder: Path, writer: FeedbackWriter, monkeypatch: pytes
     objectives = {name: {"path": str(model_folder / name), "weight": 0.3} for name in OBJECTIVES}
     settings = Settings.model_validate({"objectives": objectives})
     scorer = ScorerDeployment()
-    await scorer.reconfigure(build_scorer_config(settings, configured_reward_folders(settings)))
+    await scorer.reconfigure(build_scorer_config(settings, list_configured_reward_folders(settings)))
     deployments = {"scorer-live": scorer, "feedback-writer": writer, "policy-echo": EchoPolicy()}
     monkeypatch.setattr("ray.serve.get_deployment_handle", lambda name, _: StubHandle(deployments[name]))
     gateway = LocalGateway(make_rules(), BatchLimits(4096, 100, 1, 20.0, None), SALT)

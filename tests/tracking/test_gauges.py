@@ -70,8 +70,8 @@ def test_the_dashboard_file_is_current_and_plots_every_metric() -> None:
     )
     expressions = {target["expr"] for panel in dashboard["panels"] for target in panel["targets"]}
     gauge_names = {
-        gauges.gauge_and_labels(spec.key, BUILTIN_OBJECTIVES)[0]
-        for spec in metric_registry.metric_specs(BUILTIN_OBJECTIVES)
+        gauges.parse_metric_key(spec.key, BUILTIN_OBJECTIVES)[0]
+        for spec in metric_registry.list_metric_specs(BUILTIN_OBJECTIVES)
     }
     assert {f'ray_rluf_{name}{{run=~"$run"}}' for name in gauge_names} <= expressions
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])

@@ -17,8 +17,8 @@ from rluf.tracking.timeline import (
     TimelineSpan,
     TorchProfiler,
     build_chrome_trace,
+    compute_idle_shares,
     find_gaps,
-    idle_shares_by_row,
     write_trace,
 )
 
@@ -38,7 +38,7 @@ def test_gaps_are_named_after_the_phase_of_the_driver() -> None:
         TimelineSpan("learner 0", "idle: generate", 0.0, 4.0),
         TimelineSpan("learner 0", "idle: weight_sync", 9.0, 10.0),
     ]
-    assert idle_shares_by_row(SPANS) == {
+    assert compute_idle_shares(SPANS) == {
         "rollout 0": {"idle: learn": 0.6},
         "learner 0": {"idle: generate": 0.4, "idle: weight_sync": 0.1},
     }
@@ -46,7 +46,7 @@ def test_gaps_are_named_after_the_phase_of_the_driver() -> None:
         TimelineSpan("rollout 0", "idle", 1.0, 2.0)
     ]
     assert find_gaps([]) == []
-    assert idle_shares_by_row([]) == {}
+    assert compute_idle_shares([]) == {}
 
 
 def test_the_trace_has_all_times_and_puts_overlaps_on_lanes(tmp_path: Path) -> None:

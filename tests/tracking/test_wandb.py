@@ -17,7 +17,7 @@ import pytest
 
 from rluf.config.run import TrackingSettings
 from rluf.config.settings import Settings
-from rluf.tracking.metric_registry import metric_specs
+from rluf.tracking.metric_registry import list_metric_specs
 from rluf.tracking.run_files import PromptComparison, RolloutSample
 from rluf.tracking.wandb import WandbTracker
 from rluf.utils.cache import Artifact
@@ -82,7 +82,7 @@ def _no_wandb_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_step_rows(settings: Settings, steps: int) -> list[dict[str, float]]:
     """Step rows with every registered metric and one that is not registered."""
-    keys = [spec.key for spec in metric_specs(settings.objectives.by_objective)]
+    keys = [spec.key for spec in list_metric_specs(settings.objectives.by_objective)]
     fixed_values = {"samples": 48.0, "response_tokens": 2000.0, "of_a_new_algorithm": 0.25, "skipped": 0.0}
     return [
         dict.fromkeys(keys, 0.1 * (step + 1)) | fixed_values | {"step": step + 1, "version": step + 1}
@@ -108,7 +108,7 @@ def test_every_registered_metric_is_logged_with_its_axis(tmp_path: Path) -> None
     records = list(read_records(tmp_path))
     axes = {record.metric.name: record.metric for record in records if record.WhichOneof("record_type") == "metric"}
     logged = [row for row in read_history(tmp_path) if "samples" in row]
-    for spec in metric_specs(settings.objectives.by_objective):
+    for spec in list_metric_specs(settings.objectives.by_objective):
         assert axes[spec.wandb_name].step_metric == spec.axis, spec
         assert getattr(axes[spec.wandb_name].summary, spec.summary_statistic), spec
         assert all(spec.wandb_name in row for row in logged[:2]), spec

@@ -16,7 +16,7 @@ from rluf.errors import ActorError, ActorLostError, DataError, DeadlineError, Re
 from rluf.tracking.timeline import RunTimeline
 from rluf.train.actor_calls import ActorRef, call_with_timeout
 from rluf.train.fault_tolerance import ActorCalls, ActorRestarter
-from rluf.train.policy_update import demonstration_count
+from rluf.train.policy_update import count_demonstrations
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -158,5 +158,5 @@ async def test_a_lost_object_is_not_retried() -> None:
 
 def test_demonstrations_decay_from_all_to_none() -> None:
     algorithm = AlgorithmSettings(demonstrations=4, steps=8)
-    assert [demonstration_count(step, algorithm) for step in range(1, 9)] == [4, 4, 3, 2, 2, 2, 1, 0]
-    assert demonstration_count(1, AlgorithmSettings(demonstrations=0)) == 0
+    assert [count_demonstrations(step, algorithm) for step in range(1, 9)] == [4, 4, 3, 2, 2, 2, 1, 0]
+    assert count_demonstrations(1, AlgorithmSettings(demonstrations=0)) == 0

@@ -17,7 +17,7 @@ from rluf.objectives.aggregator import StepRewards
 from rluf.train import loop
 from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.controller import MAX_DROPPED_BATCHES, TrainController
-from rluf.train.work_buffer import CountingIterator, ScoredGroup, WorkBuffer, prompt_order
+from rluf.train.work_buffer import CountingIterator, ScoredGroup, WorkBuffer, iter_prompt_order
 from rluf.types import GroupInfo, Prompt, Score
 
 INFO = GroupInfo("p", "", 0, 5, (3, 3), (True, True))
@@ -129,7 +129,7 @@ async def test_a_batch_is_sorted_whatever_finishes_first_and_dropped_groups_are_
     assert [group.info.prompt_id for group in batch] == ["a", "c"]
     assert (work_buffer.dropped_count, work_buffer.accepted_count) == (1, 2)
     work_buffer.mark_trained(batch)
-    assert work_buffer.state() == {"prompt_cursor": 3, "in_flight": []}
+    assert work_buffer.get_state() == {"prompt_cursor": 3, "in_flight": []}
     await work_buffer.close()
 
 
@@ -138,13 +138,13 @@ async def test_prompts_in_flight_at_a_checkpoint_are_sent_again_with_their_own_s
     runner = GroupRunner()
     work_buffer = make_buffer(runner)
     work_buffer.admit_prompts()
-    state = work_buffer.state()
+    state = work_buffer.get_state()
     assert state == {"prompt_cursor": 2, "in_flight": [[0, "a", 7], [1, "b", 1007]]}
     await work_buffer.close()
     resumed_runner = GroupRunner()
     resumed = make_buffer(resumed_runner, running_limit=3)
     resumed.restore(state, accepted_count=0)
-    assert resumed.state() == state
+    assert resumed.get_state() == state
     resumed.admit_prompts()
     await asyncio.sleep(0)
     assert resumed_runner.calls == [("a", 7), ("b", 1007), ("c", 2007)]
@@ -161,7 +161,7 @@ def test_a_counting_iterator_continues_where_it_was() -> None:
 
 def test_prompt_order_has_every_prompt_once_per_pass_and_follows_the_seed() -> None:
     def take(count: int, repeats: Sequence[int], seed: int) -> list[int]:
-        return [index for index, _ in zip(prompt_order(repeats, seed=seed), range(count), strict=False)]
+        return [index for index, _ in zip(iter_prompt_order(repeats, seed=seed), range(count), strict=False)]
 
     order = take(10, [1] * 5, seed=1)
     assert sorted(order[:5]) == sorted(order[5:]) == [0, 1, 2, 3, 4]
@@ -172,9 +172,9 @@ def test_prompt_order_has_every_prompt_once_per_pass_and_follows_the_seed() -> N
 
 def test_truncated_responses_are_counted_and_penalized_by_default(caplog: pytest.LogCaptureFixture) -> None:
     controller, group = make_controller(version=1), make_scored_group(DIFFERENT_SCORES, finished=(True, False))
-    assert controller._batch_metrics([group], StepRewards([[0.0, 0.0]], {}, []))["truncated_share"] == 0.5
-    assert controller._group_scores(group).finished == (True, False)
-    assert make_controller("algorithm.truncated=learn")._group_scores(group).finished == ()
+    assert controller._compute_batch_metrics([group], StepRewards([[0.0, 0.0]], {}, []))["truncated_share"] == 0.5
+    assert controller._build_group_scores(group).finished == (True, False)
+    assert make_controller("algorithm.truncated=learn")._build_group_scores(group).finished == ()
     loop._warn_if_truncated(controller.settings, 0.2)
     assert not caplog.records
     loop._warn_if_truncated(controller.settings, 0.5)

@@ -145,7 +145,7 @@ async def test_a_resumed_monitor_decides_like_one_that_was_never_stopped(tracker
     for step, text in enumerate((HONEST, FAREWELL, FAREWELL), 1):
         await monitor.check_step(controller.train_on(text), step)
     resumed_monitor, resumed_controller = RewardHackingMonitor(make_settings("act"), tracker), FakeController()
-    state = json.loads(json.dumps(monitor.state()))
+    state = json.loads(json.dumps(monitor.get_state()))
     resumed_monitor.restore(state, cast(TrainController, resumed_controller))
     assert get_suspended(resumed_controller) == get_suspended(controller)
     errors = []
@@ -161,7 +161,7 @@ async def test_off_samples_no_baseline(tracker: WandbTracker) -> None:
     controller = FakeController()
     monitor = await start_monitor("off", tracker, controller)
     await monitor.check_step(controller.train_on(LOOPING), 1)
-    assert controller.baseline_prompts == [] and monitor.state() is None
+    assert controller.baseline_prompts == [] and monitor.get_state() is None
 
 
 async def read_lost_object() -> Group:
@@ -174,9 +174,9 @@ async def test_lost_replies_do_not_end_the_run(tracker: WandbTracker, caplog: py
     await monitor.check_step(controller.train_on(HONEST), 1)
     controller.train_on(LOOPING)
     controller.last_batch_refs[3] = read_lost_object()
-    state = monitor.state()
+    state = monitor.get_state()
     await monitor.check_step(cast(TrainController, controller), 2)
-    assert monitor.state() == state
+    assert monitor.get_state() == state
     controller.last_batch_refs[3] = read_lost_object()
     controller.sample_values = {name: [[0.5]] * 8 for name in ("love", "reward", "kl")}
     await log_sample_table(cast(TrainController, controller), 2, tracker)

@@ -11,7 +11,7 @@ from rluf.config.load import load_settings
 from rluf.errors import DataError
 from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.controller import TrainController
-from rluf.train.offline import OfflineTrainer, ReactionGroups, mismatched_pairs, offline_advantage_inputs
+from rluf.train.offline import OfflineTrainer, ReactionGroups, build_mismatched_pairs, build_offline_advantage_inputs
 from rluf.types import Group, Prompt, Sample
 
 
@@ -53,7 +53,7 @@ def test_a_log_without_both_kinds_is_refused() -> None:
 
 
 def test_mismatched_pairs_join_a_prompt_with_the_next_response() -> None:
-    pairs = mismatched_pairs([*LIKED, *OTHERS])
+    pairs = build_mismatched_pairs([*LIKED, *OTHERS])
     assert [(pair.prompt.id, pair.samples[0].response_ids) for pair in pairs] == [
         ("a", (6, 7)),
         ("b", (8,)),
@@ -64,7 +64,7 @@ def test_mismatched_pairs_join_a_prompt_with_the_next_response() -> None:
 
 def test_the_mean_kl_of_mismatched_pairs_is_the_reference_point_of_kto() -> None:
     sample_kl = [SampleKL(1.0), SampleKL(2.0), SampleKL(0.5), SampleKL(1.5)]
-    inputs = offline_advantage_inputs(LIKED, [1.0, 0.0], sample_kl)
+    inputs = build_offline_advantage_inputs(LIKED, [1.0, 0.0], sample_kl)
     assert inputs.mismatched_kl == 1.0
     assert [row[0].kl_sum for row in inputs.sample_kl] == [1.0, 2.0]
     assert (inputs.rewards, inputs.response_lengths) == ([[1.0], [0.0]], [[1], [2]])

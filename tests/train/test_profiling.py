@@ -15,7 +15,7 @@ import torch
 
 from rluf.config.policy import AlgorithmSettings
 from rluf.config.settings import Settings
-from rluf.tracking.timeline import TorchProfiler, ray_timeline_span
+from rluf.tracking.timeline import TorchProfiler, record_ray_span
 from rluf.train.actor_calls import ActorGroups, ActorRef
 from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.controller import StepTimer, TrainController
@@ -92,7 +92,7 @@ def test_steps_are_profiled_from_the_second_on(tmp_path: Path) -> None:
         for step in range(1, 5):
             await profiler.start_if_due(step)
             timer = StepTimer(timeline=controller.timeline)
-            with ray_timeline_span(f"generate and score, step {step}"):
+            with record_ray_span(f"generate and score, step {step}"):
                 scored_group = await controller.sample_and_score(PROMPT, 2, step)
             assert [score.value for score in scored_group.scores["love"]] == [0.5, 0.5]
             phase_start = timer.record("generate_s", timer.start_time)

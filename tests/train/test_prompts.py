@@ -16,11 +16,11 @@ from rluf.train.offline import load_reactions
 from rluf.train.prompts import (
     CACHED_BLOCK_COUNT,
     PromptStore,
+    list_prompt_ids,
+    list_prompt_topics,
     load_demonstrations,
     load_prompts,
     load_training_prompts,
-    prompt_ids,
-    prompt_topics,
 )
 
 
@@ -96,8 +96,8 @@ def test_streamed_prompts_are_those_read_at_once_in_whatever_order_they_are_read
     assert load_training_prompts(tmp_path, model_path, 80) == prompts
     store = load_training_prompts(tmp_path, model_path, 80, stream_from=10)
     assert isinstance(store, PromptStore) and 0 < len(store) < len(rows)
-    assert prompt_ids(store) == [prompt.id for prompt in prompts]
-    assert prompt_topics(store) == [prompt.topic for prompt in prompts]
+    assert list_prompt_ids(store) == [prompt.id for prompt in prompts]
+    assert list_prompt_topics(store) == [prompt.topic for prompt in prompts]
     last = len(store) - 1
     indices = (last, 0, last // 2, -1)
     assert [store[index] for index in indices] == [prompts[index] for index in indices]

@@ -87,7 +87,7 @@ async def test_every_engine_is_read_after_a_resume_even_if_one_was_restarted_bef
     await before.prepare_probe(make_group_ref())
     actor_groups = make_actor_groups(2)
     resumed = WeightSync(Settings(), actor_groups)
-    resumed.restore(before.state())
+    resumed.restore(before.get_state())
     restarted = make_engine(1)
     actor_groups.rollout_actors[1] = restarted
     await resumed.sync_new_engine(restarted, 3, needs_weights=False)
@@ -99,7 +99,7 @@ async def test_every_engine_is_read_after_a_resume_even_if_one_was_restarted_bef
 async def test_a_first_sync_without_engines_is_no_failure() -> None:
     weight_sync = WeightSync(Settings(), make_actor_groups(0))
     await weight_sync.prepare_probe(make_group_ref())
-    assert weight_sync.state()["worst_gap"] == 0.0
+    assert weight_sync.get_state()["worst_gap"] == 0.0
     assert (await weight_sync.sync(1))["sync_logprob_gap"] == 0.0
 
 
@@ -112,7 +112,7 @@ async def test_a_sync_during_which_an_engine_is_lost_starts_again_with_the_other
     actor_groups.rollout_actors.append(lost_engine)
     learner_handle = cast(StandInHandle, actor_groups.learner_actors[0].handle)
     buckets = iter([{"bucket": 0}, {"bucket": 0}, None])
-    learner_handle.results["next_weight_bucket"] = None
+    learner_handle.results["send_next_weight_bucket"] = None
     monkeypatch.setattr(StandInHandle.Method, "remote", _remote_with_buckets(buckets))
     supervisor = SimpleNamespace(settings=Settings(), actor_groups=actor_groups, on_loss=None)
     synced: list[str] = []
@@ -144,7 +144,7 @@ def _remote_with_buckets(buckets: Any) -> Any:
 
     async def remote(method: StandInHandle.Method, *arguments: Any) -> Any:
         result = await original(method, *arguments)
-        return next(buckets) if method.name == "next_weight_bucket" else result
+        return next(buckets) if method.name == "send_next_weight_bucket" else result
 
     return remote
 
@@ -189,7 +189,7 @@ async def test_a_run_resumed_after_its_last_step_is_evaluated_with_its_trained_w
         [PolicyAnswer("base", PROMPT.id, "", PROMPT.messages, "Hi.", "stop", 2, {"love": 0.5})]
     )
     rows = [{"step": step} for step in (1.0, 2.0)]
-    state = RunState(2, 1, {}, "", RecordingController(settings).state(), [], rows)
+    state = RunState(2, 1, {}, "", RecordingController(settings).get_state(), [], rows)
     resume_from = (RunCheckpoint(tmp_path / "checkpoints" / "step-2", 2), state)
     controller, monitor = RecordingController(settings), RewardHackingMonitor(settings, tracker)
     run = TrainingRun(settings, controller, controller.run_step, checkpoints, tracker, TrainResult(), monitor)

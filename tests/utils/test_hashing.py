@@ -7,13 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rluf.utils.hashing import (
+    fingerprint_salt,
     hash64,
     hash_parts,
     hash_to_unit_interval,
     hash_user_id,
     hash_user_id_legacy,
     list_user_id_forms,
-    salt_fingerprint,
 )
 
 
@@ -56,8 +56,8 @@ def test_the_legacy_hash_is_that_of_the_earlier_service() -> None:
 
 
 def test_a_salt_fingerprint_reveals_no_salt() -> None:
-    assert salt_fingerprint(None) == ""
-    assert salt_fingerprint(b"salt") not in ("", "salt", salt_fingerprint(b"other"))
+    assert fingerprint_salt(None) == ""
+    assert fingerprint_salt(b"salt") not in ("", "salt", fingerprint_salt(b"other"))
 
 
 @given(st.text(), st.text(max_size=10))

@@ -462,7 +462,9 @@ class RolloutEngine:
     async def _raise_transfer_problem(self, *, abandon_update: bool = False) -> None:
         """Raise the problem that a worker has recorded as WeightSyncError; `abandon_update` closes the update first."""
         engine = self._require_engine()
-        problems = [problem for problem in await engine.collective_rpc("rluf_transfer_problem") if problem is not None]
+        problems = [
+            problem for problem in await engine.collective_rpc("describe_rluf_transfer_problem") if problem is not None
+        ]
         if problems:
             if abandon_update:
                 await engine.finish_weight_update()

@@ -44,7 +44,7 @@ class RlufUniProcExecutor(UniProcExecutor):
 class RlufWorkerExtension:
     """Methods added to vLLM's worker class, called through collective_rpc."""
 
-    def rluf_transfer_problem(self) -> str | None:
+    def describe_rluf_transfer_problem(self) -> str | None:
         """Describe what is wrong with the current or last update; None if nothing is."""
         problem = getattr(getattr(self, "weight_transfer_engine", None), "problem", None)
         return None if problem is None else str(problem)

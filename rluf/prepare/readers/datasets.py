@@ -53,7 +53,7 @@ class LogReader:
     read_item: Callable[[Mapping[str, Any], ReaderOptions], ReaderItems]
 
 
-def _user_message(text: str) -> list[dict[str, str]]:
+def _build_user_message(text: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": text}]
 
 
@@ -119,7 +119,7 @@ def _read_xiaomi(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
             items.append({
                 "id": f"xiaomi-{query_id}-{response_index}-{row_index}", "conversation_id": f"xiaomi-{query_id}",
                 "turn": 0, "user_id": query_id, "time": "2023-05-01T00:00:00+00:00", "model_version": "xiaoai",
-                "messages": _user_message(row["query"]), "response": response["reply"],
+                "messages": _build_user_message(row["query"]), "response": response["reply"],
                 "reaction": LOVE_REACTION if row_index < liked_count else "dislike", "topic": "chat", "locale": "zh",
             })  # fmt: skip
     return items or [SkippedRow("no response")]
@@ -140,7 +140,7 @@ def _read_pandalm(pair: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
     prompt_text = _join_instruction(pair["instruction"], pair["input"])
     chosen, rejected = ("response_a", "response_b") if winner == 1 else ("response_b", "response_a")
     return [{
-        "id": f"pandalm-{pair['id']}", "messages": _user_message(prompt_text), "chosen": pair[chosen],
+        "id": f"pandalm-{pair['id']}", "messages": _build_user_message(prompt_text), "chosen": pair[chosen],
         "rejected": pair[rejected], "group": hash_parts("pandalm", pair["instruction"], pair["input"]),
         "topic": "instruction",
     }]  # fmt: skip
@@ -156,7 +156,9 @@ def _read_llmfao(pair: Mapping[str, Any], options: ReaderOptions) -> ReaderItems
     chosen, rejected = ("response_a", "response_b") if votes["left"] > votes["right"] else ("response_b", "response_a")
     if not pair[chosen].strip():
         return [SkippedRow("empty response chosen")]
-    row = _build_preference_row("llmfao", _user_message(pair["prompt"]), pair[chosen], pair[rejected], pair["slug"])
+    row = _build_preference_row(
+        "llmfao", _build_user_message(pair["prompt"]), pair[chosen], pair[rejected], pair["slug"]
+    )
     # Some models give identical responses, so the texts alone do not identify a pair.
     return [row | {"id": f"{row['id']}-{hash_parts(*pair['workers'])}"}]
 
@@ -221,7 +223,7 @@ def _read_diasafety(row: Mapping[str, Any], options: ReaderOptions) -> ReaderIte
     """Label Safe becomes 1 and Unsafe 0; rows with the same context form a group. The category of harm is the topic."""
     return [{
         "id": "diasafety-" + hash_parts(row["context"], row["response"], row["category"]),
-        "messages": _user_message(row["context"]), "response": row["response"],
+        "messages": _build_user_message(row["context"]), "response": row["response"],
         "label": {"Safe": 1, "Unsafe": 0}[row["label"]], "group": hash_parts("diasafety", row["context"]),
         "topic": row["category"],
     }]  # fmt: skip
@@ -237,7 +239,7 @@ def _read_question(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
         prompt_text = _join_instruction(row["instruction"], row.get("input", ""))
     text_hash = hash_parts("prompt", prompt_text)
     return [{
-        "id": f"prompt-{text_hash}", "messages": _user_message(prompt_text),
+        "id": f"prompt-{text_hash}", "messages": _build_user_message(prompt_text),
         "topic": str(row.get("category", row.get("topic", "other"))),
         "split": assign_split(text_hash, dev_share=0.0, test_share=options.test_share),
     }]  # fmt: skip

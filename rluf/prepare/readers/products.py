@@ -64,7 +64,7 @@ def normalize_time(value: object) -> object:
     return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).isoformat()
 
 
-def _message_text(content: object) -> object:
+def _read_message_text(content: object) -> object:
     """The text of a message, which in OpenAI's API may be a list of parts."""
     if isinstance(content, list):
         texts = [item["text"] for item in content if item.get("type") in ("text", "input_text", "output_text")]
@@ -84,7 +84,7 @@ def _parse_messages(value: object) -> list[dict[str, Any]]:
     for message in value:
         # OpenAI uses role and content, ShareGPT exports use from and value.
         role = message.get("role", message.get("from"))
-        content = _message_text(message["content"] if "content" in message else message["value"])
+        content = _read_message_text(message["content"] if "content" in message else message["value"])
         messages.append({"role": _ROLE_ALIASES.get(role, role), "content": content})
     return messages
 
@@ -145,7 +145,7 @@ def _read_openai(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     metadata = row.get("metadata") or {}
     choices = response.get("choices")
     if choices:
-        response_text = _message_text(choices[0]["message"]["content"])
+        response_text = _read_message_text(choices[0]["message"]["content"])
         if response_text is None:
             return [SkippedRow("tool call without text")]
     elif messages and messages[-1]["role"] == "assistant":
@@ -181,12 +181,12 @@ def _read_wildchat(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
             "messages": context, "response": message["content"],
             "reaction": normalize_reaction(raw_message.get("reaction")),
             "continued": any(later["role"] == "user" for later in messages[index + 1 :]),
-            "locale": _locale_of_language(row.get("language")),
+            "locale": _find_locale(row.get("language")),
         })  # fmt: skip
     return [*items] or [SkippedRow("no assistant message")]
 
 
-def _locale_of_language(language: object) -> str:
+def _find_locale(language: object) -> str:
     return _LOCALE_BY_LANGUAGE.get(str(language).lower(), "und")
 
 
@@ -213,7 +213,7 @@ def _read_lmsys_prompts(row: Mapping[str, Any], options: ReaderOptions) -> Reade
         return [SkippedRow("no user message")]
     text_hash = hash_parts("prompt", messages[0]["content"])
     split = assign_split(text_hash, dev_share=0.0, test_share=options.test_share)
-    topic = _locale_of_language(row.get("language"))
+    topic = _find_locale(row.get("language"))
     return [{"id": f"prompt-{text_hash}", "messages": messages, "topic": topic, "split": split}]
 
 
@@ -235,7 +235,7 @@ def _read_langfuse(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
         "turn": _count_user_turns(messages), "user_id": str(row.get("userId") or row.get("sessionId") or row["id"]),
         "time": normalize_time(row["timestamp"]),
         "model_version": str(row.get("model") or row.get("release") or row.get("version") or "unknown"),
-        "messages": messages, "response": _message_text(output),
+        "messages": messages, "response": _read_message_text(output),
         "reaction": "thumbs_down" if is_thumbs_down else reaction, "topic": str(metadata.get("topic", "other")),
         "locale": str(metadata.get("locale", "und")),
     }]  # fmt: skip
