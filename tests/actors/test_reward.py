@@ -83,6 +83,6 @@ def test_a_bad_folder_and_an_unknown_judge_are_clear_errors_and_judges_score(tmp
     actor = start_actor("safety", Settings.model_validate(overrides), None)
     scores = ray.get(actor.score_group.remote(make_group(0, ("Hello!", "I cannot help with that."))))
     assert [score.value for score in scores["safety"]] == [1.0, 0.0]
-    overrides["objectives"]["safety"]["judge"] = "unknown"
+    overrides["objectives"]["safety"]["path"] = "unknown"
     with pytest.raises(SettingsError, match="repetition"):
         ray.get(start_actor("safety", Settings.model_validate(overrides), None).start.remote())
