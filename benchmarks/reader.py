@@ -48,7 +48,7 @@ from numpy.typing import NDArray
 
 from rluf.config.settings import Settings
 from rluf.models.hub import resolve_model
-from rluf.reward.metrics import accuracy_interval, auroc, auroc_interval, round_for_json
+from rluf.reward.metrics import auroc, compute_accuracy_interval, compute_auroc_interval, round_for_json
 from rluf.simulate import reader_features
 from rluf.simulate.ground_truth import true_scores
 from rluf.simulate.reader import Reader, ReaderInput
@@ -267,7 +267,7 @@ def _summarize_folds(fit: ReaderFit, scores: Mapping[str, Mapping[str, Floats]])
     for head, by_set in scores.items():
         kinds = np.array(validity.kinds)
         figures[head] = {
-            "thumbs_auroc": auroc_interval(by_set["thumbs"], labels, ones, thumbs.groups, seed=0),
+            "thumbs_auroc": compute_auroc_interval(by_set["thumbs"], labels, ones, thumbs.groups, seed=0),
             "preferences_accuracy": _accuracy(by_set["preferences"], preferences.groups),
             "validity_accuracy": _accuracy(by_set["validity"], validity.groups),
             "validity_by_kind": {
@@ -279,7 +279,7 @@ def _summarize_folds(fit: ReaderFit, scores: Mapping[str, Mapping[str, Floats]])
 
 
 def _accuracy(margins: Floats, groups: Sequence[str]) -> dict[str, float]:
-    return accuracy_interval(margins, np.ones(len(margins)), groups, seed=0)
+    return compute_accuracy_interval(margins, np.ones(len(margins)), groups, seed=0)
 
 
 def write_weights(fit: ReaderFit, heads: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
