@@ -5,7 +5,8 @@ python benchmarks/reader.py arms --data ../shared/data                    mean s
 
 `fit` first reads every response with the frozen model (minutes on two idle cores) and keeps what it measured in FOLDER:
 an interrupted run resumes, and a second fit takes seconds. The last line is JSON: the out-of-fold figures that the
-weights file records as its provenance.
+weights file records as its provenance. With `--partial` nothing is read: responses that FOLDER does not have are left
+out, and the provenance counts them.
 """
 
 from __future__ import annotations
