@@ -1,4 +1,7 @@
-"""The shipped reader on data that it was not fitted to: pairs that any reader decides, and a real reward hack."""
+"""The shipped reader on data that it was not fitted to: pairs that any reader decides, and a real reward hack.
+
+Settings of the reader were looked at on the pairs while it was designed, so they are a regression test and no proof.
+"""
 
 from __future__ import annotations
 
