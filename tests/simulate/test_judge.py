@@ -98,4 +98,6 @@ def test_the_command_prints_figures_last(tmp_path: Path, capsys: pytest.CaptureF
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["command"], result["kind"], result["n"]) == ("judge", "pairs", 2)
     assert result["by_kind"] == {kind: {"n": 1, "pair_accuracy": 1.0} for kind in ("cut", "generic")}
-    assert main(["judge", "--data", str(tmp_path / "missing.jsonl")]) != 0
+    with pytest.raises(SystemExit) as exit_info:
+        main(["judge", "--data", str(tmp_path / "missing.jsonl")])
+    assert exit_info.value.code == DataError.exit_code
