@@ -2,12 +2,14 @@
 
 Writes feedback, preferences, safety and prompts files that rluf.prepare reads like any other log.
 python -m rluf.simulate --config configs/simulate.yaml
+python -m rluf.simulate judge --data FILE.jsonl[.gz]   agreement of the reader with labels or pairs
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,8 +29,7 @@ logger = logging.getLogger("rluf.simulate")
 def simulate_log(settings: Settings, output_folder: Path) -> dict[str, int]:
     """Write a log to `output_folder`; returns the number of rows by kind. Ray must be initialized.
 
-    Raises DataError if the folder contains other files, ModelError, ResourceError, DeadlineError; no partial log
-    remains.
+    No partial log remains on DataError (the folder contains other files), ModelError, ResourceError, DeadlineError.
     """
     from rluf.models.hub import resolve_model
     from rluf.simulate.log import build_log, build_prompt_rows, check_output_folder, write_log
@@ -43,13 +44,13 @@ def simulate_log(settings: Settings, output_folder: Path) -> dict[str, int]:
     served_responses = asyncio.run(sample_responses(settings, model_path, orders))
     log = build_log(served_responses, settings.simulate, settings.seed) | {"prompts": build_prompt_rows(prompts)}
     write_log(log, output_folder)
-    love_count = sum(row["reaction"] == "love" for row in log["feedback"])
-    version_count = len({order.model_version.name for order in orders})
+    counts = {kind: len(rows) for kind, rows in log.items()}
     logger.info(
-        "%s: responses=%d model_versions=%d events=%d loved=%d", output_folder, len(served_responses), version_count,
-        len(log["feedback"]), love_count,
+        "%s: responses=%d model_versions=%d loved=%d rows written: %s", output_folder, len(served_responses),
+        len({order.model_version.name for order in orders}), sum(row["reaction"] == "love" for row in log["feedback"]),
+        " ".join(f"{kind}={count}" for kind, count in counts.items()),
     )  # fmt: skip
-    return {kind: len(rows) for kind, rows in log.items()}
+    return counts
 
 
 async def sample_responses(
@@ -125,7 +126,12 @@ async def generate_responses(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code, and an error is one message on stderr."""
-    settings = parse_command_line("simulate", __doc__ or "", arguments).settings
+    argument_list = sys.argv[1:] if arguments is None else list(arguments)
+    if argument_list[:1] == ["judge"]:
+        from rluf.simulate import judge
+
+        return judge.main(argument_list[1:])
+    settings = parse_command_line("simulate", __doc__ or "", argument_list).settings
 
     def run() -> None:
         from cluster.connect import ray_connection
@@ -135,10 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setup_logging()
         output_folder = resolve_runs_root(settings) / settings.name / "log"
         with ray_connection():
-            counts = simulate_log(settings, output_folder)
-        logger.info(
-            "%s: rows written: %s", output_folder, " ".join(f"{kind}={count}" for kind, count in counts.items())
-        )
+            simulate_log(settings, output_folder)
 
     return run_command(run)
 

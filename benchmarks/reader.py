@@ -1,0 +1,356 @@
+"""Fit of the reader (rluf/simulate/reader.py), and its agreement with people.
+
+python benchmarks/reader.py fit --data ../shared/data --readings FOLDER   writes rluf/simulate/reader_weights.json
+python benchmarks/reader.py arms --data ../shared/data                    mean scores of the arms of collapsed_policy
+
+`fit` first reads every response with the frozen model (minutes on two idle cores) and keeps what it measured in FOLDER:
+an interrupted run resumes, and a second fit takes seconds. The last line is JSON: the out-of-fold figures that the
+weights file records as its provenance. With `--partial` nothing is read: responses that FOLDER does not have are left
+out, and the provenance counts them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lab.reader_data import (
+    EXAMPLES_PATH,
+    LabeledSet,
+    PairSet,
+    build_requests,
+    build_validity_pairs,
+    load_offenses,
+    load_preferences,
+    load_thumbs,
+    read_rows,
+)
+from lab.reader_fit import (
+    FOLD_COUNT,
+    Floats,
+    HeadRows,
+    Ints,
+    Probe,
+    describe_weights,
+    fit_head,
+    fit_probe,
+    probe_out_of_fold,
+    split_groups,
+)
+from numpy.typing import NDArray
+
+from rluf.config.settings import Settings
+from rluf.models.hub import resolve_model
+from rluf.reward.metrics import auroc, compute_accuracy_interval, compute_auroc_interval, round_for_json
+from rluf.simulate import reader_features
+from rluf.simulate.ground_truth import true_scores
+from rluf.simulate.reader import Reader, ReaderInput
+from rluf.simulate.reader_features import PROBE_SOURCES, ReadingScores, build_features
+from rluf.simulate.reader_model import READER_MODEL, ReaderModel, Reading
+from rluf.utils.cache import hash_files
+from rluf.utils.paths import resolve_cache_folder
+
+WEIGHTS_PATH = Path(reader_features.__file__).with_name("reader_weights.json")
+DATA_FILES = (
+    "convai2_reactions/dialogs.jsonl.gz", "pandalm_test/pairs.jsonl.gz", "diasafety/train.jsonl.gz",
+    "prompts/harmfulqa.jsonl.gz", "prompts/mt_bench.jsonl.gz", "prompts/self_instruct_seed_tasks.jsonl.gz",
+    "topical_chat_ratings/valid_rare.jsonl.gz",
+)  # fmt: skip
+INPUTS_PER_BATCH = 200
+PROBE_STRENGTHS = {"taste": 1e-4, "misfit": 1e-3, "offense": 1e-4, "stock": 1e-3, "refusal": 1e-3, "harm": 1e-3}
+"""Inverse ridge penalty of each probe on 576 standardized hidden values; smaller where labels are noisy."""
+HEAD_RIDGE = 1e-2
+SET_WEIGHTS = {"validity": 1.0, "thumbs": 1.0, "preferences": 0.5}
+"""Weight of the mean log-likelihood of each set in the heads."""
+STOCK_KINDS = ("generic", "flattery", "signoff", "loop", "echo")
+MISFIT_KINDS = ("mismatch", "contradict", "generic", "echo", "flattery", "signoff")
+READING_FIELDS = tuple(Reading.__dataclass_fields__)
+HIDDEN_FIELDS = tuple(name for name in READING_FIELDS if name.endswith("hidden"))
+
+
+class ReadingStore:
+    """Readings by key in FOLDER/readings.npz; what is missing is read in parts, so an interrupted run resumes."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load the readings of earlier runs."""
+        self._path = folder / "readings.npz"
+        self._model: ReaderModel | None = None
+        self.readings: dict[str, Reading] = {}
+        if self._path.is_file():
+            with np.load(self._path) as stored:
+                columns = {field: stored[field].astype(np.float64) for field in READING_FIELDS}
+                for index, key in enumerate(stored["keys"].tolist()):
+                    values = {field: column[index] for field, column in columns.items()}
+                    self.readings[key] = Reading(**{**values, "token_count": int(values["token_count"])})
+
+    def read(self, inputs: Sequence[ReaderInput]) -> None:
+        """Add the readings of new inputs; those of one prompt are read together."""
+        missing = list({item.key: item for item in inputs if item.key not in self.readings}.values())
+        missing.sort(key=lambda item: json.dumps(item.messages))
+        for first in range(0, len(missing), INPUTS_PER_BATCH):
+            batch = missing[first : first + INPUTS_PER_BATCH]
+            self._model = self._model or ReaderModel(resolve_model(READER_MODEL, resolve_cache_folder(Settings())))
+            readings = self._model.read([item.messages for item in batch], [item.response for item in batch])
+            self.readings |= {item.key: reading for item, reading in zip(batch, readings, strict=True)}
+            self._save()
+            sys.stderr.write(f"read {first + len(batch)} of {len(missing)} responses\n")
+
+    def _save(self) -> None:
+        columns = {name: np.array([getattr(r, name) for r in self.readings.values()]) for name in READING_FIELDS}
+        arrays: dict[str, Any] = {
+            name: column.astype(np.float16) if name in HIDDEN_FIELDS else column for name, column in columns.items()
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary_path = self._path.with_name("partial.npz")
+        np.savez(temporary_path, keys=np.array(list(self.readings)), **arrays)
+        temporary_path.replace(self._path)
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeRows:
+    """Rows that a probe is fitted to: hidden states [N, H], labels [N] and groups, and the keys of the inputs."""
+
+    hidden: Floats
+    labels: Floats
+    groups: list[str]
+    keys: list[str]
+
+
+class ReaderFit:
+    """All sets with their readings, the fitted probes and heads, and the out-of-fold figures."""
+
+    def __init__(self, data: Path, folder: Path, *, is_partial: bool) -> None:
+        """Read all sets, or with `is_partial` leave out the responses without a reading in `folder`."""
+        self.labeled: dict[str, LabeledSet] = {
+            "thumbs": load_thumbs(data), "offenses": load_offenses(data), "requests": build_requests(data),
+        }  # fmt: skip
+        self.pairs: dict[str, PairSet] = {
+            "validity": build_validity_pairs(data), "preferences": load_preferences(data),
+        }  # fmt: skip
+        store = ReadingStore(folder)
+        all_counts = {name: len(inputs) for name, inputs in self.inputs_of_set.items()}
+        if is_partial:
+            self.labeled = {name: rows.select(store.readings) for name, rows in self.labeled.items()}
+            self.pairs = {name: pairs.select(store.readings) for name, pairs in self.pairs.items()}
+        for inputs in self.inputs_of_set.values():
+            store.read(inputs)
+        self.readings = store.readings
+        self.left_out = {name: all_counts[name] - len(inputs) for name, inputs in self.inputs_of_set.items()}
+        self.probe_rows = {name: self._probe_rows(name) for name in PROBE_SOURCES}
+        self.probes: dict[str, Probe] = {}
+        self.probe_aurocs: dict[str, float] = {}
+        self.out_of_fold: dict[str, dict[str, float]] = {}
+        for name, rows in self.probe_rows.items():
+            scores = probe_out_of_fold(rows.hidden, rows.labels, split_groups(rows.groups), PROBE_STRENGTHS[name])
+            self.out_of_fold[name] = dict(zip(rows.keys, scores.tolist(), strict=True))
+            self.probe_aurocs[name] = auroc(scores, rows.labels)
+            self.probes[name] = fit_probe(rows.hidden, rows.labels, PROBE_STRENGTHS[name])
+
+    @property
+    def inputs_of_set(self) -> dict[str, list[ReaderInput]]:
+        """All responses of each set."""
+        labeled = {name: rows.inputs for name, rows in self.labeled.items()}
+        return labeled | {name: pairs.inputs for name, pairs in self.pairs.items()}
+
+    def _probe_rows(self, name: str) -> ProbeRows:
+        labels: dict[str, float] = {}
+        groups: dict[str, str] = {}
+
+        def add(inputs: Sequence[ReaderInput], values: Sequence[float], names: Sequence[str]) -> None:
+            for item, value, group in zip(inputs, values, names, strict=True):
+                labels[item.key], groups[item.key] = value, group
+
+        sets = {"taste": "thumbs", "offense": "offenses", "harm": "requests"}
+        if name in sets:
+            rows = self.labeled[sets[name]]
+            add(rows.inputs, rows.labels, rows.groups)
+        else:
+            pairs = self.pairs["validity"]
+            positive_kinds = {"stock": STOCK_KINDS, "misfit": MISFIT_KINDS, "refusal": ("comply",)}[name]
+            for chosen, rejected, group, kind in zip(
+                pairs.chosen, pairs.rejected, pairs.groups, pairs.kinds, strict=True
+            ):
+                # A phrase that stands under many prompts is one group for the probe that sees only the phrase.
+                names = [group, group] if name == "misfit" else [chosen.response, rejected.response]
+                if name == "refusal":
+                    add((chosen, rejected), (float(kind == "comply"), 0.0), names)
+                elif kind in positive_kinds:
+                    add((chosen, rejected), (0.0, 1.0), names)
+        keys = list(labels)
+        hidden = np.array([getattr(self.readings[key], PROBE_SOURCES[name]) for key in keys])
+        return ProbeRows(hidden, np.array([labels[key] for key in keys]), [groups[key] for key in keys], keys)
+
+    def features(self, inputs: Sequence[ReaderInput]) -> Floats:
+        """Features [N, F]; a probe's score of a row that it was fitted to is the out-of-fold one."""
+        rows = []
+        for item in inputs:
+            reading = self.readings[item.key]
+            probe_scores = {
+                name: self.out_of_fold[name].get(
+                    item.key, float(self.probes[name].apply(getattr(reading, PROBE_SOURCES[name])))
+                )
+                for name in PROBE_SOURCES
+            }
+            scores = ReadingScores(
+                token_count=reading.token_count, prompt_logprob=reading.prompt_logprob,
+                neutral_logprob=reading.neutral_logprob, end_logprob=reading.end_logprob, **probe_scores,
+            )  # fmt: skip
+            rows.append(build_features(item.messages, item.response, scores, is_finished=item.is_finished))
+        return np.array(rows)
+
+    def head_rows(self) -> dict[str, tuple[HeadRows, Ints]]:
+        """Rows of each set for the heads, and the fold of each row."""
+        rows: dict[str, tuple[HeadRows, Ints]] = {}
+        for name, pairs in self.pairs.items():
+            features = self.features(pairs.chosen) - self.features(pairs.rejected)
+            # Every kind counts equally: the heads must not pay for the most frequent one with the others.
+            counts = Counter(pairs.kinds)
+            kind_weights = np.array([1.0 / counts[kind] for kind in pairs.kinds])
+            rows[name] = (HeadRows(features, None, SET_WEIGHTS[name], kind_weights), split_groups(pairs.groups))
+        thumbs = self.labeled["thumbs"]
+        labels = np.array(thumbs.labels, dtype=np.float64)
+        features = self.features(thumbs.inputs)
+        rows["thumbs"] = (
+            HeadRows(features, labels, SET_WEIGHTS["thumbs"], np.ones(len(labels))),
+            split_groups(thumbs.groups),
+        )
+        return rows
+
+
+def fit_reader(fit: ReaderFit) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Heads fitted to all rows, and the figures of each set out of fold."""
+    rows = fit.head_rows()
+    heads = {}
+    scores: dict[str, dict[str, Floats]] = {head: {} for head in HEADS}
+    for head, (set_names, excluded) in HEADS.items():
+        for name in rows:
+            scores[head][name] = np.zeros(len(rows[name][1]))
+        for fold in range(FOLD_COUNT):
+            weights, _ = fit_head(
+                [_select(rows[name][0], rows[name][1] != fold) for name in set_names], HEAD_RIDGE, excluded
+            )
+            for name, (head_rows, folds) in rows.items():
+                scores[head][name][folds == fold] = head_rows.features[folds == fold] @ weights
+        weights, _ = fit_head([rows[name][0] for name in set_names], HEAD_RIDGE, excluded)
+        heads[head] = {"weights": describe_weights(weights), "bias": _head_bias(fit, weights)}
+    return heads, {"probes": fit.probe_aurocs, **_summarize_folds(fit, scores)}
+
+
+HEADS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
+    "fit": (("validity", "preferences"), frozenset({"taste", "length"})),
+    "value": (("validity", "preferences", "thumbs"), frozenset({"length"})),
+}
+"""Head -> sets that it is fitted to, and features that it may not use: a longer response is not better for its length,
+and whether a response fits its prompt is no matter of taste."""
+
+
+def _select(rows: HeadRows, mask: NDArray[np.bool_]) -> HeadRows:
+    labels = None if rows.labels is None else rows.labels[mask]
+    return HeadRows(rows.features[mask], labels, rows.set_weight, rows.row_weights[mask])
+
+
+def _head_bias(fit: ReaderFit, weights: Floats) -> float:
+    """Bias with which a fitting and an unfitting response of the validity pairs have opposite mean log-odds."""
+    pairs = fit.pairs["validity"]
+    middle = np.mean([np.median(fit.features(inputs) @ weights) for inputs in (pairs.chosen, pairs.rejected)])
+    return float(f"{-middle:.4g}")
+
+
+def _summarize_folds(fit: ReaderFit, scores: Mapping[str, Mapping[str, Floats]]) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    thumbs, preferences, validity = fit.labeled["thumbs"], fit.pairs["preferences"], fit.pairs["validity"]
+    labels, ones = np.array(thumbs.labels, dtype=np.float64), np.ones(len(thumbs.labels))
+    lengths = [np.array([len(item.response) for item in inputs], dtype=np.float64)
+               for inputs in (preferences.chosen, preferences.rejected)]  # fmt: skip
+    for head, by_set in scores.items():
+        kinds = np.array(validity.kinds)
+        figures[head] = {
+            "thumbs_auroc": compute_auroc_interval(by_set["thumbs"], labels, ones, thumbs.groups, seed=0),
+            "preferences_accuracy": _accuracy(by_set["preferences"], preferences.groups),
+            "validity_accuracy": _accuracy(by_set["validity"], validity.groups),
+            "validity_by_kind": {
+                kind: float((by_set["validity"][kinds == kind] > 0).mean()) for kind in sorted(set(kinds))
+            },
+        }
+    figures["length_alone"] = {"preferences_accuracy": _accuracy(lengths[0] - lengths[1], preferences.groups)}
+    return figures
+
+
+def _accuracy(margins: Floats, groups: Sequence[str]) -> dict[str, float]:
+    return compute_accuracy_interval(margins, np.ones(len(margins)), groups, seed=0)
+
+
+def write_weights(fit: ReaderFit, heads: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+    """Write reader_weights.json: provenance, probes and heads."""
+    probes = {
+        name: {"weights": [float(f"{weight:.4g}") for weight in probe.weights], "bias": float(f"{probe.bias:.4g}")}
+        for name, probe in fit.probes.items()
+    }
+    content = {"provenance": provenance, "heads": heads, "probes": probes}
+    text = json.dumps(content, indent=1)
+    # One line per probe instead of one per number.
+    text = re.sub(r"\[\s+([^\]]*?)\s+\]", lambda match: "[" + re.sub(r"\s+", " ", match[1]) + "]", text)
+    WEIGHTS_PATH.write_text(text + "\n", "utf-8")
+
+
+def print_arms(data: Path, responses_per_arm: int) -> None:
+    """Print mean scores of each arm of collapsed_policy by the reader and by the rules of ground_truth.py."""
+    rows_of_arm: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in read_rows(data / "collapsed_policy/answers.jsonl.gz"):
+        rows_of_arm[row["arm"]].append(row)
+    reader = Reader(resolve_cache_folder(Settings()))
+    means: dict[str, Any] = {}
+    for arm, all_rows in rows_of_arm.items():
+        rows = all_rows[:: max(1, len(all_rows) // responses_per_arm)]
+        inputs = [ReaderInput(tuple(row["messages"]), row["text"], row["finish_reason"] == "stop") for row in rows]
+        scores = {
+            "reader": reader.score_responses(inputs),
+            "rules": [
+                true_scores(item.messages, row["topic"], item.response, item.is_finished)
+                for item, row in zip(inputs, rows, strict=True)
+            ],
+        }
+        means[arm] = {"responses": len(rows)} | {
+            name: {key: float(np.mean([asdict(truth)[key] for truth in truths])) for key in asdict(truths[0])}
+            for name, truths in scores.items()
+        }
+    sys.stdout.write(json.dumps(round_for_json(means)) + "\n")
+
+
+def main() -> None:
+    """Run one of the commands."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("fit", "arms"))
+    parser.add_argument("--data", type=Path, required=True, help="folder of the shared data sets")
+    parser.add_argument("--partial", action="store_true", help="fit to the readings that the folder has (fit)")
+    parser.add_argument("--readings", type=Path, help="folder for the readings (fit)")
+    parser.add_argument("--responses", type=int, default=100, help="about this many responses of each arm (arms)")
+    args = parser.parse_args()
+    if args.command == "arms":
+        print_arms(args.data, args.responses)
+        return
+    if args.readings is None:
+        parser.error("fit needs --readings")
+    fit = ReaderFit(args.data, args.readings, is_partial=args.partial)
+    heads, figures = fit_reader(fit)
+    digest = hash_files([args.data / name for name in DATA_FILES] + [EXAMPLES_PATH])
+    counts = {name: len(inputs) for name, inputs in fit.inputs_of_set.items()}
+    provenance = {
+        "command": "python benchmarks/reader.py fit" + " --partial" * args.partial, "model": READER_MODEL,
+        "data": list(DATA_FILES), "data_digest": digest, "responses": counts, "responses_without_reading": fit.left_out,
+        "out_of_fold": round_for_json(figures),
+    }  # fmt: skip
+    write_weights(fit, heads, provenance)
+    sys.stdout.write(json.dumps(provenance) + "\n")
+
+
+if __name__ == "__main__":
+    main()
