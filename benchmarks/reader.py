@@ -5,8 +5,7 @@ python benchmarks/reader.py arms --data ../shared/data                    mean s
 
 `fit` first reads every response with the frozen model (minutes on two idle cores) and keeps what it measured in FOLDER:
 an interrupted run resumes, and a second fit takes seconds. The last line is JSON: the out-of-fold figures that the
-weights file records as its provenance. With `--partial` nothing is read: responses that FOLDER does not have are left
-out, and the provenance counts them.
+weights file records as its provenance.
 """
 
 from __future__ import annotations
@@ -127,8 +126,8 @@ class ProbeRows:
 class ReaderFit:
     """All sets with their readings, the fitted probes and heads, and the out-of-fold figures."""
 
-    def __init__(self, data: Path, folder: Path, *, is_partial: bool) -> None:
-        """Read all sets, or with `is_partial` leave out the responses without a reading in `folder`."""
+    def __init__(self, data: Path, folder: Path) -> None:
+        """Read all sets; readings that `folder` has are reused."""
         self.labeled: dict[str, LabeledSet] = {
             "thumbs": load_thumbs(data), "offenses": load_offenses(data), "requests": build_requests(data),
         }  # fmt: skip
@@ -136,14 +135,9 @@ class ReaderFit:
             "validity": build_validity_pairs(data), "preferences": load_preferences(data),
         }  # fmt: skip
         store = ReadingStore(folder)
-        all_counts = {name: len(inputs) for name, inputs in self.inputs_of_set.items()}
-        if is_partial:
-            self.labeled = {name: rows.select(store.readings) for name, rows in self.labeled.items()}
-            self.pairs = {name: pairs.select(store.readings) for name, pairs in self.pairs.items()}
         for inputs in self.inputs_of_set.values():
             store.read(inputs)
         self.readings = store.readings
-        self.left_out = {name: all_counts[name] - len(inputs) for name, inputs in self.inputs_of_set.items()}
         self.probe_rows = {name: self._probe_rows(name) for name in PROBE_SOURCES}
         self.probes: dict[str, Probe] = {}
         self.probe_aurocs: dict[str, float] = {}
@@ -330,7 +324,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("fit", "arms"))
     parser.add_argument("--data", type=Path, required=True, help="folder of the shared data sets")
-    parser.add_argument("--partial", action="store_true", help="fit to the readings that the folder has (fit)")
     parser.add_argument("--readings", type=Path, help="folder for the readings (fit)")
     parser.add_argument("--responses", type=int, default=100, help="about this many responses of each arm (arms)")
     args = parser.parse_args()
@@ -339,14 +332,13 @@ def main() -> None:
         return
     if args.readings is None:
         parser.error("fit needs --readings")
-    fit = ReaderFit(args.data, args.readings, is_partial=args.partial)
+    fit = ReaderFit(args.data, args.readings)
     heads, figures = fit_reader(fit)
     digest = hash_files([args.data / name for name in DATA_FILES] + [EXAMPLES_PATH])
     counts = {name: len(inputs) for name, inputs in fit.inputs_of_set.items()}
     provenance = {
-        "command": "python benchmarks/reader.py fit" + " --partial" * args.partial, "model": READER_MODEL,
-        "data": list(DATA_FILES), "data_digest": digest, "responses": counts, "responses_without_reading": fit.left_out,
-        "out_of_fold": round_for_json(figures),
+        "command": "python benchmarks/reader.py fit", "model": READER_MODEL, "data": list(DATA_FILES),
+        "data_digest": digest, "responses": counts, "out_of_fold": round_for_json(figures),
     }  # fmt: skip
     write_weights(fit, heads, provenance)
     sys.stdout.write(json.dumps(provenance) + "\n")

