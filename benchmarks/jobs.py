@@ -23,7 +23,7 @@ from newcomer import ROOT, Session, describe_machine, format_timestamp
 
 BIN_FOLDER = Path(sys.executable).parent
 JOB_COMMAND = "python -m rluf.train --config configs/tiny.yaml algorithm.steps=60 learner.checkpoint_every_steps=10"
-STEPS_BEFORE_STOP = "align: 12/60"
+STEPS_BEFORE_STOP = "train: 12/60"
 DEADLINE_S = 420.0
 MAX_LINE_CHARS = 240
 """Longer lines are cut in the transcript; `ray stop` prints processes with all of their arguments."""

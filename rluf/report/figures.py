@@ -29,7 +29,7 @@ STEP_PHASE_TITLES = {"generate_s": "generate", "score_s": "score", "learn_s": "l
 JOB_PHASE_TITLES = {
     "model": "convert model", "ray": "start Ray", "prepare": "prepare data", "reward": "reward models",
     "start": "start actors", "evaluate_base": "evaluate base", "evaluate_aligned": "evaluate aligned",
-    "align": "train policy", "compare": "compare policies", "save": "save policy", "stop": "stop actors",
+    "train": "train policy", "compare": "compare policies", "save": "save policy", "stop": "stop actors",
 }  # fmt: skip
 """Display names of the phases of a job."""
 

@@ -150,7 +150,7 @@ async def _run_from_checkpoint(
         result.step_metrics = [dict(row) for row in state.step_metrics]
     phase_start = _record_phase(result, "evaluate_base", phase_start)
     await _run_steps(run)
-    phase_start = _record_phase(result, "align", phase_start)
+    phase_start = _record_phase(result, "train", phase_start)
     result.answers += await generate_aligned_arm(settings, controller, test_prompts)
     phase_start = _record_phase(result, "evaluate_aligned", phase_start)
     await controller.save_policy(str(checkpoints.run_folder / "policy"))
@@ -188,7 +188,7 @@ async def _run_steps(run: TrainingRun) -> None:
     write_jsonl(metrics_file, result.step_metrics)
     with (
         JsonlWriter(metrics_file) as metrics_writer,
-        PhaseProgress("align", last_step, log_every_step=True) as progress,
+        PhaseProgress("train", last_step, log_every_step=True) as progress,
         sigterm_event() as stop_event,
     ):
         progress.advance(steps_done)

@@ -229,7 +229,7 @@ def test_a_signal_during_training_ends_every_process(
     lines: list[str] = []
     for line in process.stdout:
         lines.append(line)
-        if "align: 2/500" in line:
+        if "train: 2/500" in line:
             break
     children = descendant_pids(process.pid)
     assert len(children) > 5, "".join(lines)

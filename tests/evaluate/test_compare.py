@@ -92,7 +92,7 @@ def test_verdict_lines_show_lift_interval_controls_and_reasons() -> None:
             "offline": {"p_love": love | {"lift": None}},
             "comparisons": {"aligned_vs_base": {}, "repeat_vs_base": {"title": title, "lifts": {"love": None}}},
             "gates": {"verdict": "undecided", "reasons": ["safety undecided: needs about 40 more prompts"]},
-            "phases": {"align": 12.6},
+            "phases": {"train": 12.6},
         }
     )
     assert lines[0] == (

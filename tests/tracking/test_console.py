@@ -45,7 +45,7 @@ with PhaseProgress("answers", total=2, unit="prompt") as progress:
     logging.getLogger("rluf.train").info("between")
     progress.advance(2, love=0.061)
 many = {f"objective_{number}": 0.25 for number in range(9)}
-with PhaseProgress("align", total=3, log_every_step=True) as progress:
+with PhaseProgress("train", total=3, log_every_step=True) as progress:
     for _ in range(3):
         progress.advance(**many)
 """
@@ -71,7 +71,7 @@ def test_a_terminal_gets_a_bar_and_run_log_the_lines(tmp_path: Path) -> None:
     assert bar_counts and bar_counts[-1] == "3/3"  # the bar is visible however long the notes are
     lines = (tmp_path / "run.log").read_text().splitlines()
     assert [line.split("INFO")[1].split(" in ")[0].strip() for line in lines] == [
-        "between", "answers: 2/2 prompt", "align: 1/3 step", "align: 2/3 step", "align: 3/3 step",
+        "between", "answers: 2/2 prompt", "train: 1/3 step", "train: 2/3 step", "train: 3/3 step",
     ]  # fmt: skip
     assert all("objective_8 0.25" in line for line in lines[2:])
 
