@@ -194,7 +194,7 @@ def test_every_plot_has_its_figure(run_folder: Path) -> None:
     assert set(re.findall(r'data-figure="([^"]+)"', page)) == set(figures_by_id)
     assert {"arms_love_rate", "lifts", "curve_love", "job_phases", "step_phases", "funnel"} <= set(figures_by_id)
     assert "curve_kl" not in figures_by_id
-    assert figures_by_id["job_phases"]["data"][0]["y"] == ["prepare data", "train"]
+    assert figures_by_id["job_phases"]["data"][0]["y"] == ["prepare data", "train policy"]
     assert figures_by_id["job_phases"]["data"][0]["base"] == [0.0, 20.0]
     assert figures_by_id["reliability_love"]["data"][1]["y"] == [0.02, 0.08]
 

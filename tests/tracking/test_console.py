@@ -67,7 +67,7 @@ def test_a_terminal_gets_a_bar_and_run_log_the_lines(tmp_path: Path) -> None:
     assert "2/2" in terminal_text
     assert "love 0.061" in terminal_text
     assert "between" in terminal_text
-    bar_counts = re.findall(r"align \S*\u2501\S* (\d/3)", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal_text))
+    bar_counts = re.findall(r"train \S*\u2501\S* (\d/3)", re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", terminal_text))
     assert bar_counts and bar_counts[-1] == "3/3"  # the bar is visible however long the notes are
     lines = (tmp_path / "run.log").read_text().splitlines()
     assert [line.split("INFO")[1].split(" in ")[0].strip() for line in lines] == [
