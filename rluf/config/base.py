@@ -5,8 +5,12 @@ from __future__ import annotations
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 ActorCount = Annotated[int, Field(ge=1)]
+
+ADVANCED = "advanced"
+"""Marker of a setting that few runs change: `name: Annotated[float, ADVANCED] = 0.5`. The help lists these last."""
 
 
 class SettingsSection(BaseModel):
@@ -30,3 +34,8 @@ def refuse_list(example: str) -> BeforeValidator:
         return value
 
     return BeforeValidator(check_value)
+
+
+def is_advanced(field: FieldInfo) -> bool:
+    """Whether the setting carries the marker ADVANCED."""
+    return any(item is ADVANCED for item in field.metadata)

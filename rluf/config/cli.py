@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from pydantic import BaseModel
 
+from rluf.config.base import is_advanced
 from rluf.config.cpu_dtype import AUTO_DTYPE
 from rluf.config.load import (
     DEFAULT_SOURCE,
@@ -144,12 +145,14 @@ def _handle_sigterm(signum: int, _: FrameType | None) -> NoReturn:
 
 
 def format_settings_help() -> str:
-    """Every setting with its default and its description."""
+    """Every setting with its default and its description, the advanced ones last."""
     defaults = flatten_settings(load_settings(None))
-    lines = ["settings (key = default: meaning):"]
+    sections: dict[bool, list[str]] = {False: [], True: []}
     for key, info in iter_setting_fields():
         description = " ".join((info.description or "").split())
-        lines.append(f"  {key} = {defaults[key]}\n      {description}")
+        sections[is_advanced(info)].append(f"  {key} = {defaults[key]}\n      {description}")
+    lines = ["settings (key = default: meaning):", *sections[False]]
+    lines += ["", "advanced settings, whose defaults suit most runs:", *sections[True]]
     lines.append(
         "  objectives.<name>.*, reward.<name>.*\n      A further objective of any name, and its reward model: the same "
         "keys as those of love."

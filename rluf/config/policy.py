@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from rluf.config.base import SettingsSection, refuse_list
+from rluf.config.base import ADVANCED, SettingsSection, refuse_list
 
 ALGORITHM_NAMES = (
     "grpo",
@@ -96,7 +96,7 @@ class AlgorithmSettings(SettingsSection):
     importance_correction: Literal["token", "sequence", "mask", "sequence_mask", "off"] = "token"
     """Correction of the mismatch between engine and learner probabilities: truncate or mask ratios, per token or
     sequence."""
-    importance_correction_cap: float = Field(default=2.0, ge=1)
+    importance_correction_cap: Annotated[float, ADVANCED] = Field(default=2.0, ge=1)
     """Maximum ratio of learner to engine probability; mask also drops tokens below its inverse."""
     max_staleness: int = Field(default=0, ge=0)
     """Maximum lag of a batch in weight versions: 0 synchronous, 1 one step off-policy, more asynchronous."""

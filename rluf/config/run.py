@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from rluf.config.base import SettingsSection, refuse_list
+from rluf.config.base import ADVANCED, SettingsSection, refuse_list
 
 ClusterRole = Literal["rollout", "reward", "learner"]
 MIN_CPUS_BY_ROLE: Mapping[str, float] = {"rollout": 0.5, "learner": 0.5, "reward": 0.2}
@@ -46,7 +46,7 @@ class ClusterSettings(SettingsSection):
         default_factory=dict
     )
     """Ray node labels required by role (rollout, reward, learner), such as {learner: {pool: gpu}}."""
-    threads_per_actor: int = Field(default=0, ge=0)
+    threads_per_actor: Annotated[int, ADVANCED] = Field(default=0, ge=0)
     """Compute threads per actor; 0 divides the machine's cores by the number of learners."""
     max_restarts_per_hour: int = Field(default=3, ge=0)
     """Restarts per hour of one actor (or of all learners together) before the run stops."""
@@ -70,7 +70,7 @@ class TimeoutSettings(SettingsSection):
     """Training of all reward models."""
     actor_start_s: float = Field(default=180.0, gt=0)
     """Placement and start of the actors."""
-    autoscale_s: float = Field(default=0.0, ge=0)
+    autoscale_s: Annotated[float, ADVANCED] = Field(default=0.0, ge=0)
     """Growth of an autoscaling cluster to the planned size; 0 refuses at once when resources are missing."""
     serve_request_s: float = Field(default=30.0, gt=0)
     """One request to the service before it gets 503; also the grace period of running requests at shutdown."""
