@@ -222,7 +222,7 @@ def _apply_reactions(
         retracted=_read_column(event_table, "retracted")[order],
     )
     rows = np.flatnonzero(decisions.keep_mask)
-    window_us = int(task.reaction_window_hours * joins.HOUR_US)
+    window_us = joins.to_microseconds(task.reaction_window_hours)
     attributed = joins.attribute_reactions(
         events, _read_column(table, "row_key")[rows], _read_column(table, "time")[rows], window_us
     )

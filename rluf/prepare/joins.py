@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +21,16 @@ from rluf.utils.stats import Bools, Floats, Ints, fit_logistic, sigmoid
 HOUR_US = 3_600_000_000
 """An hour in microseconds, the unit of all times here."""
 
+_MAX_DURATION_US = 2**61
+"""Longest duration in microseconds, 73,000 years: added to any time it stays within int64."""
+
 _RETURN_GAP_US = 6 * HOUR_US
 """Gap after which a user has returned; activity before it belongs to the same visit."""
+
+
+def to_microseconds(hours: float) -> int:
+    """Hours in microseconds, at most _MAX_DURATION_US."""
+    return int(min(hours * HOUR_US, _MAX_DURATION_US))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,25 +107,48 @@ def detect_continued(conversation_key: HashKeys, turn: Ints, time_us: Ints) -> t
     is_same = conversation_key[order][1:] == conversation_key[order][:-1]
     has_next[order[:-1]] = is_same & (turn[order][1:] > turn[order][:-1])
     log_has_conversations = np.full(len(turn), bool(is_same.any()))
-    before_end = time_us <= time_us.max(initial=0) - _RETURN_GAP_US
+    before_end = time_us <= (time_us.max() if len(time_us) else 0) - _RETURN_GAP_US
     return has_next, log_has_conversations & (before_end | has_next)
+
+
+def search_within_users(user_code: Ints, time_us: Ints, query_us: Ints, side: Literal["left", "right"]) -> Ints:
+    """Position [N] of each row's query time among the times of its user; rows are sorted by user and time.
+
+    As numpy.searchsorted within each user's rows. Positions count from the first row of all users.
+    """
+    positions = np.empty(len(user_code), dtype=np.int64)
+    is_first = np.ones(len(user_code), dtype=np.bool_)
+    is_first[1:] = user_code[1:] != user_code[:-1]
+    first_rows, user_index = np.flatnonzero(is_first), np.cumsum(is_first) - 1
+    first_us = time_us[first_rows]
+    # Each user gets a segment of a number line: the user's own span of time and a microsecond on either side, where
+    # queries before and after it go. All users on one line would overflow int64 from 290,000 user-years on, so users
+    # are searched in blocks whose segments add up to about 2**61.
+    segment_us = time_us[np.append(first_rows[1:], len(time_us)) - 1] - first_us + 2
+    block = np.floor(np.cumsum(segment_us.astype(np.float64)) / 2.0**61)
+    block_starts = np.flatnonzero(np.diff(block, prepend=-1.0))
+    for first_user, end_user in zip(block_starts, np.append(block_starts[1:], len(first_rows)), strict=True):
+        start, end = first_rows[first_user], first_rows[end_user] if end_user < len(first_rows) else len(user_code)
+        user = user_index[start:end]
+        segment_start = np.cumsum(segment_us[first_user:end_user]) - segment_us[first_user:end_user]
+        origin = segment_start[user - first_user] - first_us[user]
+        query = np.clip(query_us[start:end], first_us[user] - 1, first_us[user] + segment_us[user] - 1)
+        positions[start:end] = start + np.searchsorted(time_us[start:end] + origin, query + origin, side=side)
+    return positions
 
 
 def detect_returned(user_code: Ints, time_us: Ints, window_days: float) -> tuple[Bools, Bools]:
     """Whether the user is active six hours to `window_days` later [N], and whether the log can show it [N]."""
-    window_us = int(window_days * 24 * HOUR_US)
+    if not len(user_code):
+        return np.zeros(0, dtype=np.bool_), np.zeros(0, dtype=np.bool_)
+    window_us = to_microseconds(window_days * 24)
     order = np.lexsort((time_us, user_code))
     sorted_users, sorted_times = user_code[order], time_us[order]
-    start_us = sorted_times.min(initial=0)
-    # One number line for all users: a segment longer than the log plus the window, so that a search never reaches the
-    # next user's rows. int64 allows number of users times segment up to about 290,000 user-years.
-    segment_us = np.int64(sorted_times.max(initial=0) - start_us + window_us + 2 * _RETURN_GAP_US)
-    line = sorted_users * segment_us + (sorted_times - start_us)
-    next_index = np.searchsorted(line, line + _RETURN_GAP_US, side="left")
+    first_return = search_within_users(sorted_users, sorted_times, sorted_times + _RETURN_GAP_US, "left")
+    window_end = search_within_users(sorted_users, sorted_times, sorted_times + window_us, "right")
     returned = np.zeros(len(user_code), dtype=np.bool_)
-    has_next = next_index < len(line)
-    returned[order[has_next]] = line[next_index[has_next]] <= line[has_next] + window_us
-    return returned, returned | (time_us + window_us <= time_us.max(initial=0))
+    returned[order] = first_return < window_end
+    return returned, returned | (time_us + window_us <= time_us.max())
 
 
 _MAX_LEVELS = 20
