@@ -37,7 +37,8 @@ from rluf.config.settings import Settings
 from rluf.errors import DataError
 from rluf.models.hub import resolve_model
 from rluf.prepare.readers.datasets import DATASET_READERS, ReaderOptions, SkippedRow
-from rluf.prepare.readers.files import read_line_batches, resolve_sources
+from rluf.prepare.readers.files import read_line_batches
+from rluf.prepare.readers.sources import resolve_sources
 from rluf.reward.backbone import build_text_encoder, enable_fast_cpu_matmul, load_classifier
 from rluf.reward.calibration import Calibration
 from rluf.reward.card import compute_label_metrics, compute_pair_metrics, fit_calibration

@@ -15,11 +15,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rluf.prepare.labels import LOVED, NOT_LOVED
 from rluf.prepare.splits import HashKeys
 from rluf.utils.stats import Bools, Floats, Ints, fit_logistic, sigmoid
 
 HOUR_US = 3_600_000_000
 """An hour in microseconds, the unit of all times here."""
+
+CLOCK_SKEW_US = 60_000_000
+"""How far a reaction may be logged before its response: two machines, two clocks."""
 
 _MAX_DURATION_US = 2**61
 """Longest duration in microseconds, 73,000 years: added to any time it stays within int64."""
@@ -46,15 +50,15 @@ class ReactionEvents:
 
 @dataclass(frozen=True, slots=True)
 class AttributedReactions:
-    """Active and retracted reactions, as rows and reaction codes of equal length, and dropped events by reason.
+    """Active and retracted reactions, as rows and events of equal length, and dropped events by reason.
 
     `drop_counts` has every event except those of active reactions.
     """
 
     active_rows: Ints
-    active_codes: Ints
+    active_events: Ints
     retracted_rows: Ints
-    retracted_codes: Ints
+    retracted_events: Ints
     drop_counts: Counter[str]
 
 
@@ -63,9 +67,9 @@ def attribute_reactions(
 ) -> AttributedReactions:
     """Assign reaction events to rows, whose response keys and times are [N].
 
-    Of events with the same id the first counts. An event before its response, or more than `window_us` after it, is
-    dropped. Of the events of one response and reaction, the latest decides whether the reaction is active (a
-    retraction ends it; at equal times the retraction counts as later).
+    Of events with the same id the first counts. An event more than CLOCK_SKEW_US before its response, or more than
+    `window_us` after it, is dropped. Of the events of one response and reaction, the latest decides whether the
+    reaction is active (a retraction ends it; at equal times the retraction counts as later).
     """
     drop_counts: Counter[str] = Counter()
     _, event_index = np.unique(events.event_key, return_index=True)
@@ -81,19 +85,40 @@ def attribute_reactions(
     drop_counts["no such response"] = int((~has_row).sum())
     event_index, row = event_index[has_row], row[has_row]
     delay_us = events.time_us[event_index] - served_us[row]
-    in_window = (delay_us >= 0) & (delay_us <= window_us)
+    in_window = (delay_us >= -CLOCK_SKEW_US) & (delay_us <= window_us)
     drop_counts["outside the attribution window"] = int((~in_window).sum())
     event_index, row = event_index[in_window], row[in_window]
     code, is_retraction = events.reaction_code[event_index], events.retracted[event_index]
     # Sorted by row, reaction, time and retraction, the last event of each (row, reaction) decides.
     order = np.lexsort((is_retraction, events.time_us[event_index], code, row))
-    row, code, is_retraction = row[order], code[order], is_retraction[order]
+    row, code, is_retraction, event_index = row[order], code[order], is_retraction[order], event_index[order]
     is_last = np.ones(len(row), dtype=np.bool_)
     is_last[:-1] = (row[1:] != row[:-1]) | (code[1:] != code[:-1])
     drop_counts["superseded by a later event"] = int((~is_last).sum())
     drop_counts["retracted"] = int((is_last & is_retraction).sum())
     is_active, is_retracted = is_last & ~is_retraction, is_last & is_retraction
-    return AttributedReactions(row[is_active], code[is_active], row[is_retracted], code[is_retracted], drop_counts)
+    active_events, retracted_events = event_index[is_active], event_index[is_retracted]
+    return AttributedReactions(row[is_active], active_events, row[is_retracted], retracted_events, drop_counts)
+
+
+def choose_active_reactions(
+    rows: Ints, time_us: Ints, label_code: Ints, row_count: int, contradictions: str
+) -> tuple[Ints, Bools]:
+    """Index [row_count] of the active reaction that counts on each row, -1 for none; and whether [row_count] a row has
+    both loved and not loved ones.
+
+    The latest counts, those with the label of `contradictions` first; ignored ones count only where they are alone.
+    """
+    is_counted = (label_code == LOVED) | (label_code == NOT_LOVED)
+    preferred_code = {"loved": LOVED, "not_loved": NOT_LOVED}.get(contradictions)
+    is_preferred = is_counted & (label_code == preferred_code) if preferred_code is not None else is_counted
+    order = np.lexsort((time_us, is_preferred, is_counted))
+    chosen = np.full(row_count, -1, dtype=np.int64)
+    chosen[rows[order]] = order  # of several assignments to a row the last one stays
+    has_label = [np.zeros(row_count, dtype=np.bool_) for _ in range(2)]
+    for has_code, code in zip(has_label, (LOVED, NOT_LOVED), strict=True):
+        has_code[rows[label_code == code]] = True
+    return chosen, has_label[0] & has_label[1]
 
 
 def detect_continued(conversation_key: HashKeys, turn: Ints, time_us: Ints) -> tuple[Bools, Bools]:
