@@ -10,9 +10,10 @@ FROM python:${PYTHON_VERSION}-slim-bookworm
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ git libgomp1 libnuma1 make wget \
     && rm -rf /var/lib/apt/lists/*
-RUN useradd --create-home --uid 1000 rluf && mkdir /runs /cache && chown rluf /runs /cache
+RUN useradd --create-home --uid 1000 rluf && mkdir /app /cache /runs \
+    && chown rluf /app /cache /runs
 USER rluf
-WORKDIR /home/rluf/rluf
+WORKDIR /app
 
 # The environment alone first: a change of rluf's code does not install it again.
 ARG EXTRA=cpu
@@ -24,7 +25,7 @@ RUN mkdir rluf actors cluster && touch rluf/__init__.py actors/__init__.py clust
 COPY --chown=rluf . .
 
 # NVIDIA's container runtime refuses to start the image on an older driver; ignored where there is no GPU.
-ENV PATH=/home/rluf/rluf/.venv/bin:$PATH \
+ENV PATH=/app/.venv/bin:$PATH \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility \
     NVIDIA_REQUIRE_CUDA=cuda>=13.0 \
     RAY_AUTH_MODE=token \

@@ -29,10 +29,7 @@ LORA = {"learner": {"lora_rank": 2, "learning_rate": 1e-2}}
 CRITIC = {"algorithm": {"name": "ppo"}}
 BFLOAT16 = {"model": {"dtype": "bfloat16"}}
 QUICK_CASES = [(3, CHECKPOINTED)]
-ALL_CASES = [
-    *((stage, options) for stage in (1, 2, 3) for options in (PLAIN, CHECKPOINTED, LORA, CRITIC, BFLOAT16)),
-    (3, {"learner": {"offload_optimizer": True}}),
-]
+ALL_CASES = [(stage, options) for stage in (1, 2, 3) for options in (PLAIN, CHECKPOINTED, LORA, CRITIC, BFLOAT16)]
 
 
 def make_settings(options: dict[str, Any], *, zero_stage: int, workers: int) -> Settings:

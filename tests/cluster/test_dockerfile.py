@@ -72,7 +72,7 @@ def test_the_first_layer_installs_packages_that_the_whole_checkout_then_fills(tm
 
 def test_the_image_is_the_one_that_the_launch_files_expect() -> None:
     values = dict(read_instructions())
-    assert values["WORKDIR"] == "/home/rluf/rluf"  # entry points name configs relative to it
+    assert values["WORKDIR"] == "/app"  # entry points name configs relative to it
     environment = dict(shlex.split(part)[0].split("=", 1) for part in values["ENV"].split() if "=" in part)
     assert environment["PATH"].startswith(f"{values['WORKDIR']}/.venv/bin:")
     assert environment["RAY_AUTH_MODE"] == "token"
