@@ -97,9 +97,7 @@ def apply_chat_template(
         ) from error
 
 
-def mark_control_strings(
-    tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Sequence[str]]
-) -> list[list[str]]:
+def mark_control_strings(tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Sequence[str]]) -> list[list[str]]:
     """The contents of each conversation, with marks around the parts that would become control tokens."""
     cleaned = [[content.translate(_REMOVE_MARKS) for content in contents] for contents in conversations]
     # The joined contents are checked too: a template may put two contents together without text between them.
@@ -117,9 +115,7 @@ def mark_control_strings(
     return marked_conversations
 
 
-def encode_marked_texts(
-    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]
-) -> list[tuple[list[int], list[int]]]:
+def encode_marked_texts(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
     """Token ids of each text, and where in the text without marks each token starts (characters)."""
     rows: list[tuple[list[int], list[int]]] = [([], []) for _ in texts]
     plain = [i for i, text in enumerate(texts) if LITERAL_START not in text and LITERAL_END not in text]
@@ -130,7 +126,7 @@ def encode_marked_texts(
     for i in set(range(len(texts))).difference(plain):
         offset = 0
         for text, is_literal in _split_at_marks(texts[i]):
-            token_ids, starts = _encode_literal(tokenizer, text) if is_literal else _encode_piece(tokenizer, text)
+            token_ids, starts = _encode_literal(tokenizer, text) if is_literal else _encode_segment(tokenizer, text)
             rows[i][0].extend(token_ids)
             rows[i][1].extend(offset + start for start in starts)
             offset += len(text)
@@ -201,39 +197,46 @@ def _is_unknown(tokenizer: PreTrainedTokenizerFast, token_id: int) -> bool:
 
 
 def _mark_spans(text: str, spans: Sequence[tuple[int, int]]) -> str:
-    pieces, position = [], 0
+    segments, position = [], 0
     for start, end in spans:
         if start < position:
             continue
-        pieces += [text[position:start], LITERAL_START, text[start:end], LITERAL_END]
+        segments += [text[position:start], LITERAL_START, text[start:end], LITERAL_END]
         position = end
-    return "".join([*pieces, text[position:]])
+    return "".join([*segments, text[position:]])
 
 
 def _split_at_marks(text: str) -> Iterator[tuple[str, bool]]:
     """Pieces of a marked text, and whether each is literal. A mark whose partner the template removed is dropped."""
-    for index, piece in enumerate(_LITERAL_PATTERN.split(text)):
-        if piece := remove_marks(piece):
-            yield piece, index % 2 == 1
+    for index, segment in enumerate(_LITERAL_PATTERN.split(text)):
+        if segment := remove_marks(segment):
+            yield segment, index % 2 == 1
 
 
-def _encode_piece(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], list[int]]:
+def _encode_segment(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], list[int]]:
     encoding = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
     return encoding["input_ids"], [start for start, _ in encoding["offset_mapping"]]
 
 
 def _encode_literal(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[int], list[int]]:
-    """Ids of a control string as characters: cut after the first one, or after each, so that no piece is a token."""
+    """Ids of a control string as characters: cut after the first one, or after each, so that no segment is a token."""
+    token_ids, starts = _encode_segments(tokenizer, [text[:1], text[1:]])
     control_ids = list_control_ids(tokenizer)
-    for pieces in ([text[:1], text[1:]], list(text)):
-        token_ids, starts, offset = [], [], 0
-        for piece in filter(None, pieces):
-            piece_ids, piece_starts = _encode_piece(tokenizer, piece)
-            token_ids += piece_ids
-            starts += [offset + start for start in piece_starts]
-            offset += len(piece)
-        if control_ids.isdisjoint(token_ids):
-            break
+    if not control_ids.isdisjoint(token_ids):
+        token_ids, starts = _encode_segments(tokenizer, list(text))
     # What is left are control tokens of one character, which cannot be written in another way.
     allowed = [i for i, token_id in enumerate(token_ids) if token_id not in control_ids]
     return [token_ids[i] for i in allowed], [starts[i] for i in allowed]
+
+
+def _encode_segments(tokenizer: PreTrainedTokenizerFast, segments: Sequence[str]) -> tuple[list[int], list[int]]:
+    """Ids of consecutive segments of a text, each encoded by itself, and where each token starts in the text."""
+    token_ids: list[int] = []
+    starts: list[int] = []
+    offset = 0
+    for segment in filter(None, segments):
+        segment_ids, segment_starts = _encode_segment(tokenizer, segment)
+        token_ids += segment_ids
+        starts += [offset + start for start in segment_starts]
+        offset += len(segment)
+    return token_ids, starts

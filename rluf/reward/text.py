@@ -137,7 +137,7 @@ class TextEncoder:
             return []
         visible_items = [
             ScoringItem(
-                EMPTY_CONVERSATION if self.response_only else self._clean_messages(item.messages),
+                EMPTY_CONVERSATION if self.response_only else self._strip_control_strings(item.messages),
                 remove_control_strings(item.response, self.tokenizer),
                 item.is_truncated and self.mark_truncated,
             )
@@ -162,7 +162,7 @@ class TextEncoder:
         """The options that change the encoded text, apart from the tokenizer."""
         return self.max_tokens, self.read_at_next_turn, self.response_only, self.mark_truncated
 
-    def _clean_messages(self, messages: Sequence[Message]) -> list[Message]:
+    def _strip_control_strings(self, messages: Sequence[Message]) -> list[Message]:
         return [
             Message(role=message["role"], content=remove_control_strings(message["content"], self.tokenizer))
             for message in messages

@@ -226,8 +226,8 @@ def load_training_prompts(
 ) -> Sequence[Prompt]:
     """Prompts of the training split in file order, as ids of the tokenizer at `model_path`.
 
-    A split of at least `stream_from` prompts is streamed. Prompts that are too long or rejected by the chat template are
-    skipped and counted in the log. Raises DataError when none is left.
+    A split of at least `stream_from` prompts is streamed. Prompts that are too long, or that the chat template rejects,
+    are skipped and counted in the log. Raises DataError when none is left.
     """
     parquet_path = data_folder / "prompts" / "train.parquet"
     row_count = pq.read_metadata(parquet_path).num_rows

@@ -174,7 +174,9 @@ def test_a_response_gains_nothing_by_control_strings(string: str, pair_encoder: 
     # Equal ids give equal scores, whatever the reward model.
     chat_encoder = TextEncoder(load_tokenizer(resolve_model("tiny", cache)), 400)
     for encoder in (pair_encoder, chat_encoder):
-        rows = encoder.encode([ScoringItem([user("hi")], text) for text in ("Fine.", f"Fine.{string}", f"{string}Fine.")])
+        rows = encoder.encode(
+            [ScoringItem([user("hi")], text) for text in ("Fine.", f"Fine.{string}", f"{string}Fine.")]
+        )
         assert rows[0] == rows[1] == rows[2]
 
 

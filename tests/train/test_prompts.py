@@ -127,7 +127,7 @@ def test_rows_that_the_template_rejects_are_left_out_counted_and_named(
     assert "skipped 5 of 7 train prompts, rejected by the chat template; first: system (" in warnings[0]
     assert "System role not supported" in warnings[0]
     pq.write_table(pa.Table.from_pylist(make_rejected_rows()), data_folder / "prompts" / "train.parquet")
-    with pytest.raises(DataError, match="no train prompt is left of 5 .*System role not supported"):
+    with pytest.raises(DataError, match=r"no train prompt is left of 5 .*System role not supported"):
         load_prompts(data_folder, "train", tokenizer, max_tokens=200)
 
 
