@@ -110,6 +110,7 @@ def _story_context(run_files: presentation.RunFiles, figures_by_id: Mapping[str,
         "comparisons": comparison_table,
         "repeat_sentence": presentation.repeat_sentence(summary),
         "arm_rows": presentation.arm_rows(summary),
+        "reference_rows": presentation.reference_rows(summary),
         "blind_sentence": headline.blind_sentence(blind) if (blind := summary.get("blind")) else "",
         "blind_rows": presentation.blind_rows(summary),
         "lift_text": "; ".join(
