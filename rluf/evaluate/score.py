@@ -71,7 +71,7 @@ def score_file(
     Calibration.load(model_folder)  # a missing calibration is an error now, not after an hour of scoring
     parts = split_into_parts(data_path, part_rows)
     work_folder = prepare_work_folder(model_folder, data_path, output_path, part_rows)
-    remaining_parts = [file_part for file_part in parts if not _part_path(work_folder, file_part).is_file()]
+    remaining_parts = [file_part for file_part in parts if not _name_part_file(work_folder, file_part).is_file()]
     if len(remaining_parts) < len(parts):
         logger.info("%s: resuming reused=%d of %d parts", data_path, len(parts) - len(remaining_parts), len(parts))
     use_pool = (len(remaining_parts) > MIN_POOL_PARTS) if actor_count is None else actor_count > 0
@@ -89,7 +89,7 @@ def score_file(
     joined_path = output_path.with_name(f".{output_path.name}.whole")
     with joined_path.open("wb") as stream:
         for file_part in parts:
-            stream.write(_part_path(work_folder, file_part).read_bytes())
+            stream.write(_name_part_file(work_folder, file_part).read_bytes())
     with joined_path.open(encoding="utf-8") as stream:
         metrics = summarize_scores(json.loads(line) for line in stream)
     os.replace(joined_path, output_path)
@@ -247,7 +247,7 @@ def prepare_work_folder(model_folder: Path, data_path: Path, output_path: Path, 
     return work_folder
 
 
-def _part_path(work_folder: Path, file_part: FilePart) -> Path:
+def _name_part_file(work_folder: Path, file_part: FilePart) -> Path:
     return work_folder / f"{file_part.index:06d}.jsonl"
 
 
