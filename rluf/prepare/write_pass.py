@@ -54,7 +54,7 @@ def write_split_file(task: WriteTask) -> dict[str, Any]:
     """Run the third pass on one file and return its row count. Memory: the rows of one bucket at a time."""
     if task.kind_name == "quarantine":
         return {"rows": _write_quarantine(task)}
-    kind, work_folder = find_data_kind(task.kind_name), Path(task.work_folder)
+    work_folder = Path(task.work_folder)
     schema = build_data_schema(task.kind_name)
     split_code, row_count = SPLIT_NAMES.index(task.split), 0
     writer = TableWriter(Path(task.output_path), schema)
