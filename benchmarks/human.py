@@ -61,10 +61,11 @@ def read_raw_rows(settings: Settings, objective: str) -> list[dict[str, Any]]:
     kind = DATA_KIND_BY_OBJECTIVE[objective]
     rows: list[dict[str, Any]] = []
     for source in resolve_sources(getattr(settings.data, kind), kind):
-        if source.reader_name is None:
+        reader = DATASET_READERS.get(source.entry.reader or "")
+        if reader is None or reader.read_item is None:
             raise DataError(f"{source.local_path} needs a reader; this benchmark reads public data sets only")
         for line in itertools.chain.from_iterable(read_line_batches(source.location)):
-            parsed_rows = DATASET_READERS[source.reader_name].read_item(json.loads(line.raw), ReaderOptions(0.0))
+            parsed_rows = reader.read_item(json.loads(line.raw), ReaderOptions(0.0))
             rows += [{**row, "weight": 1.0} for row in parsed_rows if not isinstance(row, SkippedRow)]
     if kind == "feedback":
         rows = [{**row, "label": int(row["reaction"] == "love")} for row in rows]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rluf.prepare.joins import search_within_users
+from rluf.prepare.joins import find_within_users
 from rluf.utils.stats import Bools, Floats, Ints
 
 MIN_ROW_WEIGHT = 0.01
@@ -172,8 +172,8 @@ def _compute_burst_weight(log: AbuseLog) -> Floats:
     """Users who received more responses in a minute than a person can read, in the minute around each row."""
     order, first_rows, moment_index = _find_distinct_moments(log)
     user_code, time_us = log.user_code[order][first_rows], log.time_us[order][first_rows]
-    window_end = search_within_users(user_code, time_us, time_us + MINUTE_US // 2, "right")
-    window_start = search_within_users(user_code, time_us, time_us - MINUTE_US // 2, "left")
+    window_end = find_within_users(user_code, time_us, time_us + MINUTE_US // 2, "right")
+    window_start = find_within_users(user_code, time_us, time_us - MINUTE_US // 2, "left")
     moments_in_window = window_end - window_start
     weight = np.ones(len(log.user_code))
     weight[order] = np.minimum(1.0, (MAX_RESPONSES_PER_MINUTE / moments_in_window[moment_index]) ** 2)

@@ -289,7 +289,7 @@ def _name_loved_reactions(table: pa.Table) -> pa.Table:
     return table.set_column(table.column_names.index("reaction"), "reaction", column)
 
 
-def _scope_conversations(table: pa.Table) -> tuple[pa.Table, int]:
+def _assign_conversation_keys(table: pa.Table) -> tuple[pa.Table, int]:
     """The table with a conversation key of each user where users share an id but not the chat; rows so changed.
 
     Some products number conversations within a user (1, 2, default). A chat that users really share begins with the
@@ -370,7 +370,7 @@ def assign_rows(task: AssignTask, source_paths: Mapping[int, tuple[str, str | No
     split_code = _read_column(table, "split").astype(np.int64)
     # Joins come before leaks are dropped: an event of a row that is dropped later still counts as joined.
     if task.kind_name == "feedback":
-        table, statistics["rows_of_reused_conversation_ids"] = _scope_conversations(table)
+        table, statistics["rows_of_reused_conversation_ids"] = _assign_conversation_keys(table)
         table, join_counts = _join_user_actions(task, table, decisions)
         row_counts += join_counts
         statistics["contradictory_rows"] = decisions.contradictory_rows

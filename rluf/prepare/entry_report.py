@@ -93,7 +93,7 @@ class EntryReport:
             "kind": self.source.kind_name, "path": entry.path, "rows": self.rows, "valid_rows": self.valid_rows,
             "paths": paths, "uneven_paths": uneven,
             "reactions": [
-                {"name": name, "rows": rows, "label": "none" if rules.means_no_reaction(name)
+                {"name": name, "rows": rows, "label": "none" if rules.is_no_reaction(name)
                  else LABEL_NAMES[rules.find_code(name)]}
                 for name, rows in self.reactions.most_common()
             ],

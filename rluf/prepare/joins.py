@@ -136,7 +136,7 @@ def detect_continued(conversation_key: HashKeys, turn: Ints, time_us: Ints) -> t
     return has_next, log_has_conversations & (before_end | has_next)
 
 
-def search_within_users(user_code: Ints, time_us: Ints, query_us: Ints, side: Literal["left", "right"]) -> Ints:
+def find_within_users(user_code: Ints, time_us: Ints, query_us: Ints, boundary: Literal["left", "right"]) -> Ints:
     """Position [N] of each row's query time among the times of its user; rows are sorted by user and time.
 
     As numpy.searchsorted within each user's rows. Positions count from the first row of all users.
@@ -158,7 +158,7 @@ def search_within_users(user_code: Ints, time_us: Ints, query_us: Ints, side: Li
         segment_start = np.cumsum(segment_us[first_user:end_user]) - segment_us[first_user:end_user]
         origin = segment_start[user - first_user] - first_us[user]
         query = np.clip(query_us[start:end], first_us[user] - 1, first_us[user] + segment_us[user] - 1)
-        positions[start:end] = start + np.searchsorted(time_us[start:end] + origin, query + origin, side=side)
+        positions[start:end] = start + np.searchsorted(time_us[start:end] + origin, query + origin, side=boundary)
     return positions
 
 
@@ -169,8 +169,8 @@ def detect_returned(user_code: Ints, time_us: Ints, window_days: float) -> tuple
     window_us = to_microseconds(window_days * 24)
     order = np.lexsort((time_us, user_code))
     sorted_users, sorted_times = user_code[order], time_us[order]
-    first_return = search_within_users(sorted_users, sorted_times, sorted_times + _RETURN_GAP_US, "left")
-    window_end = search_within_users(sorted_users, sorted_times, sorted_times + window_us, "right")
+    first_return = find_within_users(sorted_users, sorted_times, sorted_times + _RETURN_GAP_US, "left")
+    window_end = find_within_users(sorted_users, sorted_times, sorted_times + window_us, "right")
     returned = np.zeros(len(user_code), dtype=np.bool_)
     returned[order] = first_return < window_end
     return returned, returned | (time_us + window_us <= time_us.max())

@@ -71,7 +71,7 @@ class _NumberRange:
     excludes_bound: bool
     code: int
 
-    def contains(self, number: float) -> bool:
+    def has_number(self, number: float) -> bool:
         if self.excludes_bound:
             return self.low < number < self.high
         return self.low <= number <= self.high
@@ -122,7 +122,7 @@ class LabelRules:
         bounds = {bound for item in self._ranges for bound in (item.low, item.high) if math.isfinite(bound)}
         for bound in bounds:
             for number in (bound - 1e-6, bound, bound + 1e-6):
-                if number not in self._numbers and len({r.code for r in self._ranges if r.contains(number)}) > 1:
+                if number not in self._numbers and len({r.code for r in self._ranges if r.has_number(number)}) > 1:
                     raise SettingsError(f"{self.setting}: ranges of different labels overlap at {bound:g}")
 
     @property
@@ -142,14 +142,14 @@ class LabelRules:
             return _DEFAULT_CODES.get(f"{number:g}", LOVED if number == 1 else UNKNOWN)
         if number in self._numbers:
             return self._numbers[number]
-        codes = [item.code for item in self._ranges if item.contains(number)]
+        codes = [item.code for item in self._ranges if item.has_number(number)]
         if codes:
             return codes[0]
         # Rules that only say which numbers are loved leave the others not loved; rules for both leave no room for it.
         rule_codes = {*self._numbers.values(), *(item.code for item in self._ranges)}
         return NOT_LOVED if NOT_LOVED not in rule_codes and LOVED in rule_codes else UNKNOWN
 
-    def means_no_reaction(self, name: str | None) -> bool:
+    def is_no_reaction(self, name: str | None) -> bool:
         """Whether a value says that there is no reaction: null, and 0 and false unless a rule names them."""
         if name is None:
             return True

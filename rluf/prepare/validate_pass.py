@@ -24,7 +24,7 @@ from rluf.prepare import splits
 from rluf.prepare.erasure import ERASURE_REASON, match_erased_users
 from rluf.prepare.labels import LabelRules
 from rluf.prepare.readers.chats import RowShapeError
-from rluf.prepare.readers.columns import NOTES_KEY, RowConverter, build_converter, find_failed_condition, row_kind
+from rluf.prepare.readers.columns import NOTES_KEY, RowConverter, build_converter, find_failed_condition, get_row_kind
 from rluf.prepare.readers.datasets import ReaderOptions, SkippedRow
 from rluf.prepare.readers.files import RawLine, detect_format, read_line_batches
 from rluf.prepare.readers.sources import find_reader, parse_partition_fields
@@ -152,7 +152,7 @@ class _ValidationWriter:
         """Label code of each reaction [N], null where there is none; also counts reactions by name."""
         encoded = column.combine_chunks().dictionary_encode()
         names = encoded.dictionary.to_pylist()
-        codes = [None if self.rules.means_no_reaction(name) else self.rules.find_code(name) for name in names]
+        codes = [None if self.rules.is_no_reaction(name) else self.rules.find_code(name) for name in names]
         for entry in pc.value_counts(encoded.indices.drop_null()).to_pylist():
             self.reaction_counts[names[entry["values"]]] += entry["counts"]
         return pa.array(codes, pa.int8()).take(encoded.indices)
@@ -200,7 +200,7 @@ class _ValidationWriter:
             openings = [row.messages[0].content for row in rows]
             columns["conversation_key"] = pa.array(conversation_keys, pa.uint64())
             columns["opening_key"] = pa.array([hash64(text, "rluf-opening") for text in openings], pa.uint64())
-        content_fields = _CONTENT_FIELDS[row_kind(kind.name)]
+        content_fields = _CONTENT_FIELDS[get_row_kind(kind.name)]
         contents = ["\x1f".join(str(getattr(row, name)) for name in content_fields) for row in rows]
         columns["response_key"] = pa.array([hash64(text, "rluf-answer") for text in contents], pa.uint64())
         if "reaction" in table.column_names:
@@ -248,12 +248,12 @@ def _build_adapter(task: ValidateTask, source_path: str, converter: RowConverter
         folder_fields = {name: value for name, value in partitions.items() if name in field_names}
         return (lambda row: [{**folder_fields, **row}]) if folder_fields else None
 
-    def adapt_row(raw_row: Mapping[str, Any]) -> list[Mapping[str, Any] | SkippedRow]:
+    def read_row(raw_row: Mapping[str, Any]) -> list[Mapping[str, Any] | SkippedRow]:
         row = {**partitions, **raw_row} if partitions else raw_row
-        items = [converter.convert(row)] if read_item is None else read_item(row, options)
-        return [_filter_row(_name_one_reaction(item, converter), row, entry.where) for item in items]
+        items = [converter.read_row(row)] if read_item is None else read_item(row, options)
+        return [_apply_conditions(_name_one_reaction(item, converter), row, entry.where) for item in items]
 
-    return adapt_row
+    return read_row
 
 
 def _name_one_reaction(item: Mapping[str, Any] | SkippedRow, converter: RowConverter) -> Mapping[str, Any] | SkippedRow:
@@ -263,7 +263,7 @@ def _name_one_reaction(item: Mapping[str, Any] | SkippedRow, converter: RowConve
     return {**item, "reaction": converter.choose_reaction(item["reaction"])}
 
 
-def _filter_row(
+def _apply_conditions(
     item: Mapping[str, Any] | SkippedRow, raw_row: Mapping[str, Any], where: Mapping[str, Any]
 ) -> Mapping[str, Any] | SkippedRow:
     if isinstance(item, SkippedRow) or not where:
@@ -276,7 +276,7 @@ _RawItem = tuple[int, int, bytes, bytes]
 """Line number, item of the line, row as JSON, raw bytes."""
 
 
-def _adapt_line(line: RawLine, adapt: RowAdapter, reader_name: str) -> Sequence[Mapping[str, Any] | SkippedRow] | str:
+def _read_line(line: RawLine, adapt: RowAdapter, reader_name: str) -> Sequence[Mapping[str, Any] | SkippedRow] | str:
     """Rows of a line; the reason if it has another shape."""
     try:
         raw_row = json.loads(line.raw)
@@ -310,7 +310,7 @@ def _parse_lines(
             else:
                 yield line.line_number, 0, line.raw, line.raw
             continue
-        items = _adapt_line(line, adapt, reader_name)
+        items = _read_line(line, adapt, reader_name)
         if isinstance(items, str):
             writer.count_rows("in", "")
             rejected_rows.append((line.line_number, items, line.raw))

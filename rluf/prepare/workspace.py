@@ -176,7 +176,7 @@ _MAX_BUFFER_BYTES = 64 * 2**20
 class BucketWriter:
     """Writes tables of equal rows to one file each, in which every record batch has the rows of one bucket.
 
-    One file for all buckets, and a bound on what is held in memory: a task has the same few files open, and writes as
+    One file for all buckets, and a bound on the rows in memory: a task has the same few files open, and writes as
     many, for any number of buckets.
     """
 

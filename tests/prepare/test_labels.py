@@ -54,7 +54,7 @@ def test_rules_come_before_the_default_list() -> None:
     rules = LabelRules({"like": "not_loved", "🔖": "ignored", "Claps": "loved"})
     names = ("LIKE", "🔖", ":claps:", "love")
     assert [rules.find_code(name) for name in names] == [NOT_LOVED, IGNORED, LOVED, LOVED]
-    assert not LabelRules({"0": "loved"}).means_no_reaction("0") and NO_RULES.means_no_reaction("false")
+    assert not LabelRules({"0": "loved"}).is_no_reaction("0") and NO_RULES.is_no_reaction("false")
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ def convert_row(kind_name: str, row: dict[str, Any], **entry: Any) -> Any:
     """A raw row in rluf's schema, without its notes."""
     source = DataSource(path="log.jsonl", **entry)
     converter = build_converter(kind_name, source, {}, LabelRules(source.labels), "latest", 0.2)
-    item = converter.convert(row)
+    item = converter.read_row(row)
     return item if isinstance(item, SkippedRow) else {name: item[name] for name in item if name != NOTES_KEY}
 
 

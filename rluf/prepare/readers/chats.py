@@ -233,10 +233,10 @@ def _read_value(value: object, notes: Counter[str]) -> str | None:
     if isinstance(value, str):
         # A warehouse that stringifies a column stringifies the parts in it, too.
         decoded = decode_json_text(value) if value.startswith("[{") and '"type"' in value[:200] else value
-        is_parts = isinstance(decoded, list) and all(isinstance(part, Mapping) and "type" in part for part in decoded)
+        is_parts = isinstance(decoded, list) and all(isinstance(item, Mapping) and "type" in item for item in decoded)
         return _read_value(decoded, notes) if is_parts else value
     if isinstance(value, list):
-        texts = [text for part in value if (text := _read_part(part, notes)) is not None]
+        texts = [text for item in value if (text := _read_part(item, notes)) is not None]
         return "".join(texts) if texts else None
     if isinstance(value, Mapping):
         inner = next((value[key] for key in ("parts", "text", "value", "content") if value.get(key) is not None), None)
@@ -244,15 +244,15 @@ def _read_value(value: object, notes: Counter[str]) -> str | None:
     return None
 
 
-def _read_part(part: object, notes: Counter[str]) -> str | None:
-    """Text of one part of a content; None, counted by kind, for a part that is not text."""
-    if isinstance(part, str):
-        return part
-    if not isinstance(part, Mapping):
-        raise RowShapeError(f"expected a part of a message, got {type(part).__name__}")
-    kind = str(part.get("type", part.get("content_type", "text" if "text" in part else ""))).lower()
+def _read_part(item: object, notes: Counter[str]) -> str | None:
+    """Text of one part of a content; None, counted by kind, for a item that is not text."""
+    if isinstance(item, str):
+        return item
+    if not isinstance(item, Mapping):
+        raise RowShapeError(f"expected a part of a message, got {type(item).__name__}")
+    kind = str(item.get("type", item.get("content_type", "text" if "text" in item else ""))).lower()
     if kind in _TEXT_PARTS:
-        return _read_value(part.get("text", part.get("content", part.get("value"))), notes)
+        return _read_value(item.get("text", item.get("content", item.get("value"))), notes)
     if kind in _REASONING_PARTS:
         notes["reasoning"] += 1
     elif "tool" in kind or "function" in kind:
@@ -264,7 +264,7 @@ def _read_part(part: object, notes: Counter[str]) -> str | None:
     return None
 
 
-def follow_thread(messages: Sequence[ChatMessage], last: ChatMessage) -> list[ChatMessage]:
+def collect_thread(messages: Sequence[ChatMessage], last: ChatMessage) -> list[ChatMessage]:
     """Messages that lead to `last`, inclusive: by parent where messages name one, else those before it in the list."""
     by_id = {message_id: message for message in messages for message_id in message.ids}
     if not any(message.parent in by_id for message in messages):
@@ -299,7 +299,7 @@ def split_at_response(
             raise RowShapeError("the rated message is not an assistant's")
         if last.content is None:
             raise RowShapeError("the rated message has no text")
-    thread = follow_thread(messages, last)
+    thread = collect_thread(messages, last)
     is_continued = any(message.role == "user" for message in messages[messages.index(last) + 1 :])
     return thread[:-1], last.content, is_continued and thread == list(messages[: len(thread)])
 

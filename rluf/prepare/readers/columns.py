@@ -63,7 +63,7 @@ UNKNOWN_TIME = "2000-01-01T00:00:00+00:00"
 """Time of rows of data sets that have none."""
 
 
-def row_kind(kind_name: str) -> str:
+def get_row_kind(kind_name: str) -> str:
     """Kind whose rows these are: labels.<objective> has the rows of the safety data."""
     return "safety" if kind_name.startswith(LABELS_KEY_PREFIX) else kind_name
 
@@ -73,13 +73,13 @@ def get_by_path(row: Any, path: str) -> Any:
     if path.startswith("="):
         return path[1:]
     for alternative in path.split("|"):
-        value = alternative[1:] if alternative.startswith("=") else _follow(row, alternative.split("."))
+        value = alternative[1:] if alternative.startswith("=") else _get_by_steps(row, alternative.split("."))
         if value is not None:
             return value
     return None
 
 
-def _follow(value: Any, steps: Sequence[str]) -> Any:
+def _get_by_steps(value: Any, steps: Sequence[str]) -> Any:
     if not steps:
         return value
     if isinstance(value, str):
@@ -94,20 +94,20 @@ def _follow(value: Any, steps: Sequence[str]) -> Any:
     if isinstance(value, Mapping):
         for end in range(1, len(steps) + 1):
             key = ".".join(steps[:end])
-            if key in value and (result := _follow(value[key], steps[end:])) is not None:
+            if key in value and (result := _get_by_steps(value[key], steps[end:])) is not None:
                 return result
         return None
     if not isinstance(value, list):
         return None
     step, rest = steps[0], steps[1:]
     if step == "*":
-        return [result for item in value if (result := _follow(item, rest)) is not None] or None
+        return [result for item in value if (result := _get_by_steps(item, rest)) is not None] or None
     if "=" in step:
         key, _, wanted = step.partition("=")
         matches = [item for item in value if isinstance(item, Mapping) and str(item.get(key)) == wanted]
-        return _follow(matches[-1], rest) if matches else None
+        return _get_by_steps(matches[-1], rest) if matches else None
     if re.fullmatch(r"-?\d+", step) and -len(value) <= int(step) < len(value):
-        return _follow(value[int(step)], rest)
+        return _get_by_steps(value[int(step)], rest)
     return None
 
 
@@ -178,7 +178,7 @@ def hash_row(row: Mapping[str, Any]) -> str:
     return "row-" + hash_parts("row", json.dumps(row, sort_keys=True, default=str))
 
 
-def coerce_value(name: str, value: Any, record_type: type[LogRecord], notes: Counter[str]) -> Any:
+def normalize_value(name: str, value: Any, record_type: type[LogRecord], notes: Counter[str]) -> Any:
     """A value in the type of a record's field, where the conversion is plain (12.0 is the id "12")."""
     annotation = str(record_type.model_fields[name].annotation)
     if name == "time":
@@ -219,7 +219,7 @@ class RowConverter:
         """Record of the kind."""
         return find_data_kind(self.kind_name).record_type
 
-    def convert(self, row: Mapping[str, Any]) -> ReaderRow | SkippedRow:
+    def read_row(self, row: Mapping[str, Any]) -> ReaderRow | SkippedRow:
         """The row in rluf's schema; what it lacks stays absent. Raises RowShapeError."""
         notes: Counter[str] = Counter()
         field_names = (*self.record_type.model_fields, *_PROMPT_COLUMNS, *_CHAT_COLUMNS)
@@ -233,11 +233,11 @@ class RowConverter:
         is_missing_message = "message" in self.columns and "message" not in fields
         if is_missing_message:
             raise RowShapeError("missing field: message")
-        result = getattr(self, f"_convert_{row_kind(self.kind_name)}")(fields, row, notes)
+        result = getattr(self, f"_read_{get_row_kind(self.kind_name)}")(fields, row, notes)
         if isinstance(result, SkippedRow):
             return result
         typed = {
-            name: coerce_value(name, value, self.record_type, notes)
+            name: normalize_value(name, value, self.record_type, notes)
             for name, value in result.items()
             if name in self.record_type.model_fields
         }
@@ -255,7 +255,7 @@ class RowConverter:
                 return None, notes
             is_pair_of_chats = any(isinstance(row.get(name), list) for name in ("chosen", "rejected"))
             if ("messages" not in row and ("prompt" in row or "chosen" in row)) or is_pair_of_chats:
-                converted = self.convert(row)
+                converted = self.read_row(row)
                 if isinstance(converted, SkippedRow):
                     return None, notes
                 return json.dumps(converted).encode(), Counter(converted.pop(NOTES_KEY))
@@ -268,7 +268,7 @@ class RowConverter:
         }  # fmt: skip
         for name in _ID_FIELDS & repaired.keys():
             if isinstance(value := repaired[name], int | float) and not isinstance(value, bool):
-                repaired[name] = coerce_value(name, value, self.record_type, notes)
+                repaired[name] = normalize_value(name, value, self.record_type, notes)
         messages = repaired.get("messages")
         if "turn" in model_fields and "turn" not in repaired and isinstance(messages, list):
             roles = [message.get("role") for message in messages if isinstance(message, dict)]
@@ -280,9 +280,7 @@ class RowConverter:
         names = name_reactions(value)
         return choose_reaction(names, self.rules, self.contradictions) if names else None
 
-    def _convert_feedback(
-        self, fields: ReaderRow, row: Mapping[str, Any], notes: Counter[str]
-    ) -> ReaderRow | SkippedRow:
+    def _read_feedback(self, fields: ReaderRow, row: Mapping[str, Any], notes: Counter[str]) -> ReaderRow | SkippedRow:
         if "prompt" in fields and "messages" not in fields:
             # A row of TRL's KTO data: a prompt, a completion and a label; without user, each row is a user of its own.
             row_id = hash_row(row)
@@ -316,9 +314,7 @@ class RowConverter:
         self._derive(fields, derived, notes)
         return {"reaction": None} | fields
 
-    def _convert_reactions(
-        self, fields: ReaderRow, row: Mapping[str, Any], notes: Counter[str]
-    ) -> ReaderRow | SkippedRow:
+    def _read_reactions(self, fields: ReaderRow, row: Mapping[str, Any], notes: Counter[str]) -> ReaderRow | SkippedRow:
         names = name_reactions(fields.pop("reaction", None))
         if not names:
             return SkippedRow("no reaction")
@@ -326,7 +322,7 @@ class RowConverter:
         self._derive(fields, {"id": lambda: hash_row(row)}, notes)
         return fields
 
-    def _convert_preferences(
+    def _read_preferences(
         self, fields: ReaderRow, row: Mapping[str, Any], notes: Counter[str]
     ) -> ReaderRow | SkippedRow:
         chats = {name: self._read_reply(fields.get(name), notes) for name in ("chosen", "rejected")}
@@ -341,7 +337,7 @@ class RowConverter:
         self._derive_text_fields(fields, (chosen, rejected), notes)
         return fields
 
-    def _convert_safety(self, fields: ReaderRow, row: Mapping[str, Any], notes: Counter[str]) -> ReaderRow | SkippedRow:
+    def _read_safety(self, fields: ReaderRow, row: Mapping[str, Any], notes: Counter[str]) -> ReaderRow | SkippedRow:
         context = self._read_context(fields, notes)
         response = fields.get("response", fields.get("completion"))
         if response is None:
@@ -352,9 +348,7 @@ class RowConverter:
         self._derive_text_fields(fields, (fields["response"], str(fields.get("label"))), notes)
         return fields
 
-    def _convert_prompts(
-        self, fields: ReaderRow, row: Mapping[str, Any], notes: Counter[str]
-    ) -> ReaderRow | SkippedRow:
+    def _read_prompts(self, fields: ReaderRow, row: Mapping[str, Any], notes: Counter[str]) -> ReaderRow | SkippedRow:
         context, response, _ = split_at_response(self._read_context(fields, notes))
         if response is not None:
             notes["last responses of prompts"] += 1
@@ -451,20 +445,20 @@ def _is_met(condition: Any, value: Any) -> bool:
         return isinstance(condition, str) and condition.startswith("!=") and condition[2:].strip() != "null"
     match = _CONDITION.fullmatch(condition) if isinstance(condition, str) else None
     if match is None:
-        return _matches(_to_text(condition), value)
+        return _is_match(_to_text(condition), value)
     sign, text = match.groups()
     if sign == "!=":
-        return not _matches(text, value)
+        return not _is_match(text, value)
     left, right = _to_comparable(value), _to_comparable(text)
     if type(left) is not type(right):
         return False
     return bool({">=": left >= right, "<=": left <= right, ">": left > right, "<": left < right}[sign])
 
 
-def _matches(pattern: str, value: Any) -> bool:
+def _is_match(pattern: str, value: Any) -> bool:
     """Whether a value is the pattern, in which * stands for any text; of an array, whether an item is."""
     if isinstance(value, list):
-        return any(_matches(pattern, item) for item in value)
+        return any(_is_match(pattern, item) for item in value)
     if pattern == "null":
         return value is None
     return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), _to_text(value), re.DOTALL) is not None

@@ -219,12 +219,12 @@ def _read_hh_harmless(pair: Mapping[str, Any], options: ReaderOptions) -> Reader
 
 def _read_beavertails(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     """BeaverTails (prompt, response, is_safe) and PKU-SafeRLHF (response_0, is_response_0_safe, ...)."""
-    sides = [("response", "is_safe")] if "response" in row else [
-        (f"response_{side}", f"is_response_{side}_safe") for side in (0, 1)
+    key_pairs = [("response", "is_safe")] if "response" in row else [
+        (f"response_{index}", f"is_response_{index}_safe") for index in (0, 1)
     ]  # fmt: skip
     items: ReaderItems = []
     categories = [name for name, is_harm in (row.get("category") or {}).items() if is_harm]
-    for response_key, label_key in sides:
+    for response_key, label_key in key_pairs:
         if not isinstance(label := row[label_key], bool | int):
             raise TypeError("a label of safety must be true or false")
         topic = categories[0] if categories else "safe" if label else "other"

@@ -16,9 +16,9 @@ from typing import Any
 from rluf.prepare.readers.chats import (
     ChatMessage,
     RowShapeError,
+    collect_thread,
     count_user_turns,
     decode_json_text,
-    follow_thread,
     read_chat,
     read_choices,
     read_text,
@@ -56,7 +56,7 @@ def _expand_chat(
     for index, (message, raw_message) in enumerate(zip(messages, decoded, strict=True)):
         if message.role != "assistant" or message.content is None:
             continue
-        context = follow_thread(messages, message)[:-1]
+        context = collect_thread(messages, message)[:-1]
         is_last = not any(later.role == "user" for later in messages[index + 1 :])
         items.append({
             "turn": max(0, count_user_turns(context) - 1), "messages": to_records(context), "response": message.content,
@@ -360,16 +360,19 @@ def _strip_html(text: str | None) -> str | None:
 def _read_intercom(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     """The last reply of a bot or teammate to the customer, with the conversation's rating from 1 to 5."""
     source = row["source"]
-    parts = [{"body": source.get("body"), "author": source["author"]}, *row["conversation_parts"]["conversation_parts"]]
+    entries = [
+        {"body": source.get("body"), "author": source["author"]},
+        *row["conversation_parts"]["conversation_parts"],
+    ]
     notes: Counter[str] = Counter()
     messages: list[ChatMessage] = []
-    for part in parts:
-        body = _strip_html(part.get("body"))
-        if not body or part.get("part_type") == "note":
+    for entry in entries:
+        body = _strip_html(entry.get("body"))
+        if not body or entry.get("part_type") == "note":
             notes["internal notes and events"] += 1
             continue
-        notes["images and files"] += len(part.get("attachments") or ())
-        messages += read_chat([{"role": part["author"]["type"], "content": body}], notes)
+        notes["images and files"] += len(entry.get("attachments") or ())
+        messages += read_chat([{"role": entry["author"]["type"], "content": body}], notes)
     while messages and messages[-1].role == "user":
         messages.pop()
         notes["customer messages after the last reply"] += 1

@@ -134,20 +134,20 @@ def find_reader(reader_name: str, kind_name: str = "*") -> LogReader:
     """
     readers = DATASET_READERS | PRODUCT_READERS
     # Readers of labeled rows serve every objective that is trained on labels.
-    row_kind = "safety" if kind_name.startswith(LABELS_KEY_PREFIX) else kind_name
+    get_row_kind = "safety" if kind_name.startswith(LABELS_KEY_PREFIX) else kind_name
     if ":" in reader_name:
         read_item = load_plugin(reader_name, kind="reader", known_names=readers)
         return LogReader(reader_name, kind_name, read_item)
     if reader_name not in readers:
-        known_names = [reader.name for reader in readers.values() if row_kind in (reader.kind_name, "*")]
+        known_names = [reader.name for reader in readers.values() if get_row_kind in (reader.kind_name, "*")]
         close_names = difflib.get_close_matches(reader_name, known_names, n=1)
         readers_hint = f"readers of data.{kind_name}: {', '.join(known_names)}, or package.module:function"
         hint = f"did you mean {close_names[0]}?" if close_names else readers_hint
         raise DataError(f"data.{kind_name}: no reader is called {reader_name!r}; {hint}")
     reader = readers[reader_name]
-    if row_kind not in (reader.kind_name, "*"):
+    if get_row_kind not in (reader.kind_name, "*"):
         raise DataError(
-            f"data.{kind_name}: reader {reader_name} returns {reader.kind_name} rows, expected {row_kind}; "
+            f"data.{kind_name}: reader {reader_name} returns {reader.kind_name} rows, expected {get_row_kind}; "
             f"move the entry to data.{reader.kind_name}"
         )
     return reader
