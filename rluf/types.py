@@ -110,6 +110,8 @@ class Score:
     raw_logit: float
     spread: float = 0.0
     is_probability: bool = True
+    exact_logit: float | None = None
+    """Logit that rewards use in place of that of `value`: without a calibration `value` may round to 0 or 1."""
 
 
 ANSWERS_FILE = "answers.jsonl"

@@ -36,6 +36,8 @@ def compute_signal(score: Score, uncertainty_penalty: float = 0.0) -> float:
     """
     if not score.is_probability:
         return score.value
+    if score.exact_logit is not None:
+        return score.exact_logit
     lower_bound = score.value - uncertainty_penalty * score.spread
     return logit(min(max(lower_bound, PROBABILITY_CLIP), 1 - PROBABILITY_CLIP))
 
