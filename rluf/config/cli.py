@@ -77,7 +77,12 @@ def _parse_arguments(
         formatter_class=argparse.RawDescriptionHelpFormatter,
         add_help=False,  # --help also prints all settings, which argparse's own action cannot
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="YAML settings file; without it: the quickstart")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="YAML settings file, or the name of a shipped one (tiny, human); without it: the quickstart",
+    )
     parser.add_argument(
         "--dry-run", action="store_true", help="print all settings and the figures derived from them, then exit"
     )

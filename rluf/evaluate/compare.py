@@ -48,6 +48,7 @@ def compare_policies(
         name=settings.name,
         seed=settings.seed,
         final_kl=steps[-1].get("kl") if steps else None,
+        reference_statistics=result.reference_statistics,
         sample_count=sum(int(row["samples"]) for row in steps),
         token_count=sum(int(row["response_tokens"]) for row in steps),
         versions={"weights": len(steps), **_read_package_versions()},

@@ -86,7 +86,7 @@ class EvaluatedArm:
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """Facts of the run: time, KL, size, versions, cache hits, reward cards.
+    """Facts of the run: time, KL, size, versions, cache hits, reward cards, scores of the base policy in training.
 
     `final_kl` is in nats per token at the last step, `sample_count` and `token_count` were generated in training,
     `versions` are of packages or weights, `reused_artifacts` by artifact name, `reward_cards` by objective.
@@ -101,6 +101,7 @@ class RunFacts:
     versions: Mapping[str, Any] = field(default_factory=dict)
     reused_artifacts: Mapping[str, Any] = field(default_factory=dict)
     reward_cards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    reference_statistics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def build_summary(
@@ -145,6 +146,7 @@ def build_summary(
         "monitors": monitors,
         "phases": dict(run_facts.phase_seconds),
         "kl": run_facts.final_kl,
+        "reference": {name: dict(row) for name, row in run_facts.reference_statistics.items()},
         "samples": run_facts.sample_count,
         "tokens": run_facts.token_count,
         "versions": dict(run_facts.versions),

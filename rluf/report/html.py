@@ -114,6 +114,7 @@ def _build_story_context(
         "comparisons": comparison_table,
         "repeat_sentence": presentation.format_repeat_sentence(summary),
         "arm_rows": presentation.build_arm_rows(summary),
+        "reference_rows": presentation.build_reference_rows(summary),
         "blind_sentence": headline.format_blind_sentence(blind) if (blind := summary.get("blind")) else "",
         "blind_rows": presentation.build_blind_rows(summary),
         "lift_text": "; ".join(

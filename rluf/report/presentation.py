@@ -224,6 +224,20 @@ def build_arm_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     ]  # fmt: skip
 
 
+def build_reference_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Weights and scores of the base policy before training, one row by objective."""
+    return [
+        [
+            metric_registry.format_objective_title(name),
+            f"{row['weight']:.3g}",
+            f"{row['effective_weight']:.2g}",
+            *(f"{row[key]:.2f}" for key in ("mean", "within_sd", "pooled_sd", "scale")),
+            f"{row['prompt_count']:.0f} x {row['sample_count'] / max(1, row['prompt_count']):.0f}",
+        ]
+        for name, row in summary.get("reference", {}).items()
+    ]
+
+
 def build_blind_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     """Rows of (topic, pairs in which aligned is better, base is better, tie) of the blind reading."""
     by_topic = summary.get("blind", {}).get("by_topic", {})

@@ -34,7 +34,7 @@ from rluf.reward.external import check_label_count
 from rluf.reward.shared_backbone import load_heads
 from rluf.reward.text import EncodedItem, TextEncoder, iter_shared_batches, plan_token_batches
 from rluf.types import Score, ScoringItem
-from rluf.utils.stats import Floats
+from rluf.utils.stats import Floats, sigmoid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -210,8 +210,8 @@ class RewardModel:
     def score(self, items: Sequence[ScoringItem], objective: str) -> list[Score]:
         """Scores of items, in order: calibrated probability, raw logit and spread.
 
-        The spread is the standard deviation of the members' own probabilities; 0 for a single model and for members
-        with a shared head.
+        The spreads are the standard deviations of the members' own probabilities and calibrated logits; 0 for a single
+        model and for members with a shared head.
         """
         return _build_scores(objective, self.calibration, self.compute_member_logits(self.encoder.encode(items)))
 
@@ -299,18 +299,21 @@ def _build_scores(objective: str, calibration: Calibration, member_logits: Float
     """Scores from the members' logits [members, N]."""
     raw_logits = calibration.pool_members(member_logits)
     probabilities = calibration.compute_probabilities(raw_logits)
-    spreads = np.zeros_like(probabilities)
+    spreads = logit_spreads = np.zeros_like(probabilities)
     if not calibration.shared_head:
-        spreads = calibration.compute_probabilities(member_logits).std(0)
+        member_calibrated = calibration.calibrate_logits(member_logits)
+        spreads, logit_spreads = sigmoid(member_calibrated).std(0), member_calibrated.std(0)
+    columns = zip(probabilities.tolist(), raw_logits.tolist(), spreads.tolist(), logit_spreads.tolist(), strict=True)
     return [
         Score(
             objective,
-            float(probability),
-            float(raw_logit),
-            float(spread),
-            exact_logit=float(raw_logit) if calibration.is_external else None,
+            probability,
+            raw_logit,
+            spread,
+            logit_spread=logit_spread,
+            exact_logit=raw_logit if calibration.is_external else None,
         )
-        for probability, raw_logit, spread in zip(probabilities, raw_logits, spreads, strict=True)
+        for probability, raw_logit, spread, logit_spread in columns
     ]
 
 

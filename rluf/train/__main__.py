@@ -9,7 +9,6 @@ report. Without --config it runs the quickstart.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -44,6 +43,7 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
     from rluf.tracking.wandb import WandbTracker
     from rluf.train.checkpoint_manager import find_resume_folder, is_finished
     from rluf.train.loop import run_training
+    from rluf.utils.event_loop import run_coroutine
     from rluf.utils.files import write_json
     from rluf.utils.paths import create_run_folder, resolve_cache_folder, resolve_runs_root
 
@@ -81,7 +81,7 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
         tracker = stack.enter_context(WandbTracker(settings, run_folder))
         tracker.log_artifacts(data_artifact, reward_artifacts)
         reward_folders = list_reward_model_folders(reward_artifacts)
-        result = asyncio.run(
+        result = run_coroutine(
             run_training(settings, run_folder, model_path, data_artifact.folder, reward_folders, tracker, profile_steps)
         )
         phase_timer.add_seconds(result.phase_seconds)

@@ -138,7 +138,8 @@ async def _run_from_checkpoint(
         result.answers = await generate_base_arms(settings, controller, test_prompts)
         # Saved at once: a resumed run has no engine with the base policy any more.
         checkpoints.save_base_answers(result.answers)
-        await run.monitor.measure_baseline(controller)
+        if not find_algorithm(settings.algorithm.name).offline:
+            run.monitor.set_baseline(await controller.sample_reference())
     else:
         checkpoint, state = resume_from
         logger.info("run: resuming after step %d from %s", checkpoint.step, checkpoint.folder)
@@ -148,6 +149,7 @@ async def _run_from_checkpoint(
         await controller.sync_adapter_after_resume()
         result.answers = checkpoints.load_base_answers()
         result.step_metrics = [dict(row) for row in state.step_metrics]
+    result.reference_statistics = controller.reward_aggregator.describe_reference()
     phase_start = _record_phase(result, "evaluate_base", phase_start)
     await _run_steps(run)
     phase_start = _record_phase(result, "train", phase_start)

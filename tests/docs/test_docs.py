@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
@@ -175,3 +176,15 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     api_page = (tmp_path / "site" / "reference" / "python" / "rluf.tracking" / "index.html").read_text("utf-8")
     assert "rluf.tracking.timeline.find_gaps" in api_page
     assert "algorithm.steps" in (tmp_path / "site" / "reference" / "settings" / "index.html").read_text("utf-8")
+
+
+def test_the_names_of_trl_in_the_migration_guide_exist() -> None:
+    # Read, not imported: importing the trainer takes a quarter of a minute.
+    folders = [Path(str(find_spec(name).origin)).parent for name in ("trl", "transformers")]  # type: ignore[union-attr]
+    files = ("trainer/grpo_config.py", "trainer/grpo_trainer.py", "training_args.py")
+    source = "".join((folder / file).read_text() for folder in folders for file in files if (folder / file).is_file())
+    page = (ROOT / "docs/howto/migrate.md").read_text("utf-8")
+    rows = page.partition("## From TRL")[2].partition("## From verl")[0].splitlines()[4:]
+    names = {row.split("`")[1] for row in rows if row.startswith("| `")}
+    assert len(names) > 10
+    assert names <= set(re.findall(r"^ {4,8}(\w+):", source, re.MULTILINE))

@@ -177,8 +177,12 @@ class RolloutEngine:
                         task.cancel()
         finally:
             self.running_samples -= len(seeds)
+        # Control tokens stay visible, except for the one that ends the turn: monitors count them.
         response_ids = [list(output.outputs[0].token_ids) for output in outputs]
-        texts = self._tokenizer.batch_decode(response_ids, skip_special_tokens=True)
+        for token_ids in response_ids:
+            if token_ids and token_ids[-1] in self._stop_token_ids:
+                del token_ids[-1]
+        texts = self._tokenizer.batch_decode(response_ids, skip_special_tokens=False)
         return [self._build_generation(output, text) for output, text in zip(outputs, texts, strict=True)]
 
     async def compute_logprobs(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:
