@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,10 @@ def test_the_shipped_configs_pass_the_dry_run(
     config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("RLUF_DATA", str(tmp_path))
+    for file in re.findall(r"RLUF_DATA:-[^}]*}/([^\s\"]+)", config.read_text()):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
     with pytest.raises(SystemExit) as caught:
         train_command.main(["--dry-run", "--config", str(config), f"run.root={tmp_path}", f"run.cache={tmp_path}"])
     assert caught.value.code == 0, capsys.readouterr().err
