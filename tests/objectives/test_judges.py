@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import pytest
 
 from rluf.errors import SettingsError
-from rluf.objectives.aggregator import compute_signal
 from rluf.objectives.judges import RULE_JUDGES, build_rule_scorer, list_failed_judges, load_judge
 from rluf.types import Message, ScoringItem
 
