@@ -8,18 +8,26 @@ over test users on the reward card: the first sign of traffic that differs from 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import json
 import logging
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from rluf.serve.access import (
+    ALL_SCOPES,
+    PROBE_PATHS,
+    PUBLIC_PATHS,
+    WRONG_TOKENS_PER_S,
+    AccessToken,
+    ClientRateLimiter,
+    check_scope,
+    find_access_token,
+    read_host_name,
+)
 from rluf.serve.api import ApiError, ChatReply, ChatRequest, FeedbackRequest, ModelInfo, ScoredItem
 from rluf.serve.batching import BatchStats
 from rluf.serve.store import StoreOutcome
@@ -34,14 +42,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rluf.serve")
 
-PUBLIC_PATHS = ("/", "/page.js", "/page.css", "/healthz")
-"""Paths served without a token. The page has no secrets and asks the user for the token."""
 RETRY_AFTER_S = 1.0
 """Retry-After while the service drains or after a request that was too slow."""
 MAX_BODY_BYTES = 1 << 20
 """Maximum request body: a full request of items of average length."""
-MAX_TRACKED_CLIENTS = 10_000
-"""Client addresses with a rate limit state; beyond that the least recently seen one is dropped."""
+BODY_TIMEOUT_S = 30.0
+"""Maximum seconds for the body of a request to arrive, or the request's deadline if that is shorter."""
+SCOPES_KEY = "rluf.scopes"
+"""Key of the ASGI scope with the scopes of the request's token."""
 INTERNAL_ERROR = ApiError(500, "internal", "the service failed on this request; see its log")
 """Response for unhandled exceptions; the traceback is logged."""
 
@@ -124,15 +132,18 @@ class ServeMetrics:
 class ServiceRules:
     """Limits that the middleware enforces.
 
-    `token_digest` is None for a service without authentication. `allowed_hosts` are the accepted Host header names
-    (None: any); a service without a token needs them against DNS rebinding by web pages.
+    `tokens` is empty for a service without authentication. `allowed_hosts` are the accepted Host header names (None:
+    any); a service without a token needs them against DNS rebinding by web pages. `trusted_proxies` are addresses and
+    networks whose X-Forwarded-For header names the client. `listen_host` is serve.host.
     """
 
-    token_digest: str | None
+    tokens: tuple[AccessToken, ...]
     max_body_bytes: int
     requests_per_s: float
     deadline_s: float
     allowed_hosts: tuple[str, ...] | None
+    trusted_proxies: tuple[str, ...] = ()
+    listen_host: str = "127.0.0.1"
 
 
 class ServiceBackend(Protocol):
@@ -165,6 +176,7 @@ class ServiceMiddleware:
     def __init__(self, app: ASGIApp, backend: ServiceBackend) -> None:
         self.app, self.backend = app, backend
         self.rate_limiter = ClientRateLimiter(backend.rules.requests_per_s, time.monotonic)
+        self.wrong_token_limiter = ClientRateLimiter(WRONG_TOKENS_PER_S, time.monotonic)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; lifespan events pass through."""
@@ -178,8 +190,13 @@ class ServiceMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif is_head:
+                message = {**message, "body": b""}
             await send(message)
 
+        is_head = scope["method"] == "HEAD"
+        if is_head:
+            scope = {**scope, "method": "GET"}
         self.backend.running_requests += 1
         metrics.running_requests.set(self.backend.running_requests)
         try:
@@ -201,7 +218,7 @@ class ServiceMiddleware:
             await send(message)
 
         try:
-            self._check_request(scope)
+            scope[SCOPES_KEY] = self._check_request(scope)
             body = await self._read_body(scope, receive)
             async with asyncio.timeout(self.backend.rules.deadline_s):
                 await self.app(scope, _replay_body(body, receive), send_and_mark_started)
@@ -217,26 +234,41 @@ class ServiceMiddleware:
         if not has_started:
             await send_error(api_error, send)
 
-    def _check_request(self, scope: Scope) -> None:
+    def _check_request(self, scope: Scope) -> frozenset[str]:
+        """Refuse a request by rate, host, token or declared size; returns the scopes of its token."""
         rules, path = self.backend.rules, scope["path"]
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         if self.backend.is_draining:
             raise ApiError(503, "draining", "the service is shutting down; try again later", RETRY_AFTER_S)
-        host = headers.get(b"host", "")
-        if not host.endswith("]"):  # "[::1]" is an IPv6 address without a port
-            host = host.rsplit(":", 1)[0]
-        if rules.allowed_hosts is not None and host not in rules.allowed_hosts:
-            raise ApiError(403, "host", f"this service is available on this machine only, not as host {host[:100]!r}")
-        if path not in PUBLIC_PATHS and not is_authorized(headers.get(b"authorization"), rules.token_digest):
-            raise ApiError(401, "unauthorized", "send the service's token as 'Authorization: Bearer <token>'")
-        if path != "/healthz":  # probes of load balancers share one address and must never be limited
-            client_address = str((scope.get("client") or ("unknown",))[0])
+        client_address = str((scope.get("client") or ("unknown",))[0])
+        if path not in PROBE_PATHS:
             wait_s = self.rate_limiter.acquire_token(client_address)
             if wait_s:
                 raise ApiError(429, "rate", f"more than {rules.requests_per_s:g} requests per second from you", wait_s)
+        host_headers = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        host = read_host_name(host_headers, scope["http_version"])
+        if rules.allowed_hosts is not None and host not in rules.allowed_hosts:
+            raise ApiError(403, "host", f"this service is available on this machine only, not as host {host[:100]!r}")
+        scopes = ALL_SCOPES
+        if rules.tokens and path not in PUBLIC_PATHS:
+            token = find_access_token(headers.get(b"authorization"), rules.tokens)
+            if token is None:
+                raise self._build_wrong_token_error(client_address)
+            check_scope(token, path)
+            scopes = token.scopes
         content_length = headers.get(b"content-length", "0")
-        if not content_length.isdigit() or int(content_length) > rules.max_body_bytes:
+        is_number = content_length.isascii() and content_length.isdigit()
+        # The length of the text is checked first: int() refuses texts of thousands of digits.
+        if not is_number or len(content_length) > 18 or int(content_length) > rules.max_body_bytes:
             raise self._build_body_too_large_error()
+        return scopes
+
+    def _build_wrong_token_error(self, client_address: str) -> ApiError:
+        """401; 429 for an address that sent too many wrong tokens (a right one is still accepted from there)."""
+        wait_s = self.wrong_token_limiter.acquire_token(client_address)
+        if wait_s:
+            return ApiError(429, "rate", "too many requests with a missing or wrong token from you", wait_s)
+        return ApiError(401, "unauthorized", "send the service's token as 'Authorization: Bearer <token>'")
 
     def _build_body_too_large_error(self) -> ApiError:
         limit_kib = self.backend.rules.max_body_bytes // 1024
@@ -248,17 +280,21 @@ class ServiceMiddleware:
         The whole body is read before the app runs, so a slow client does not occupy a model.
         """
         chunks, body_bytes, has_more = [], 0, True
-        async with asyncio.timeout(self.backend.rules.deadline_s):
-            while has_more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ApiError(400, "gone", "the client disconnected before its request was complete")
-                chunk = message.get("body", b"")
-                body_bytes += len(chunk)
-                if body_bytes > self.backend.rules.max_body_bytes:
-                    raise self._build_body_too_large_error()
-                chunks.append(chunk)
-                has_more = message.get("more_body", False)
+        timeout_s = min(BODY_TIMEOUT_S, self.backend.rules.deadline_s)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while has_more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError(400, "gone", "the client disconnected before its request was complete")
+                    chunk = message.get("body", b"")
+                    body_bytes += len(chunk)
+                    if body_bytes > self.backend.rules.max_body_bytes:
+                        raise self._build_body_too_large_error()
+                    chunks.append(chunk)
+                    has_more = message.get("more_body", False)
+        except TimeoutError:
+            raise ApiError(408, "timeout", f"the body did not arrive within {timeout_s:g} s") from None
         body = b"".join(chunks)
         if scope["method"] == "POST":
             try:
@@ -284,51 +320,8 @@ def _replay_body(body: bytes, receive: Receive) -> Receive:
 
 async def send_error(error: ApiError, send: Send) -> None:
     """Send an error as JSON."""
-    headers = {"content-type": "application/json", **error.headers}
+    body = json.dumps(error.body).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
     pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": json.dumps(error.body).encode()})
-
-
-def hash_token(token: str) -> str:
-    """SHA-256 of a bearer token. The service stores only this, so the token itself is in no process but the client."""
-    return hashlib.sha256(token.encode()).hexdigest()
-
-
-def is_authorized(authorization_header: str | None, expected_digest: str | None) -> bool:
-    """Return whether an Authorization header has the token of that digest (constant time); None accepts everyone."""
-    if expected_digest is None:
-        return True
-    scheme, _, token = (authorization_header or "").partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(hash_token(token.strip()), expected_digest)
-
-
-@dataclass(slots=True)
-class _TokenBucket:
-    tokens_left: float
-    updated_at: float
-
-
-class ClientRateLimiter:
-    """A token bucket per client: `requests_per_s` on average, bursts of two seconds' worth."""
-
-    def __init__(self, requests_per_s: float, clock: Callable[[], float]) -> None:
-        """`clock` returns monotonic seconds."""
-        self.requests_per_s, self.burst_size, self.clock = requests_per_s, max(1.0, 2 * requests_per_s), clock
-        self._client_buckets: OrderedDict[str, _TokenBucket] = OrderedDict()
-
-    def acquire_token(self, client_address: str) -> float:
-        """Take one token; returns 0 if there was one, otherwise the seconds until the next one."""
-        now = self.clock()
-        bucket = self._client_buckets.setdefault(client_address, _TokenBucket(self.burst_size, now))
-        # Ordered by last use, so that the bound drops idle clients, which have a full bucket anyway.
-        self._client_buckets.move_to_end(client_address)
-        if len(self._client_buckets) > MAX_TRACKED_CLIENTS:
-            self._client_buckets.popitem(last=False)
-        refill = (now - bucket.updated_at) * self.requests_per_s
-        bucket.tokens_left = min(self.burst_size, bucket.tokens_left + refill)
-        bucket.updated_at = now
-        if bucket.tokens_left < 1:
-            return (1 - bucket.tokens_left) / self.requests_per_s
-        bucket.tokens_left -= 1
-        return 0.0
+    await send({"type": "http.response.body", "body": body})

@@ -169,3 +169,48 @@ def test_no_launch_file_contains_a_secret(file: Path) -> None:
     text = file.read_text()
     assert "TOKEN=" not in text and "KEY=" not in text
     assert "RAY_AUTH_MODE: disabled" not in text and "mode: disabled" not in text
+
+
+def list_ray_clusters(node: Any) -> list[dict[str, Any]]:
+    """Every RayCluster specification inside a manifest."""
+    children = node.values() if isinstance(node, dict) else node if isinstance(node, list) else []
+    clusters = [cluster for child in children for cluster in list_ray_clusters(child)]
+    return clusters + ([node] if isinstance(node, dict) and "headGroupSpec" in node else [])
+
+
+@pytest.mark.parametrize("file", sorted(LAUNCH.iterdir()), ids=lambda file: file.name)
+def test_every_launch_file_that_starts_ray_turns_on_its_token_authentication(file: Path) -> None:
+    text = file.read_text()
+    content = yaml.safe_load(text) if file.suffix == ".yaml" else {}
+    clusters = list_ray_clusters(content)
+    assert all(cluster.get("authOptions") == {"mode": "token"} for cluster in clusters)
+    # Without a Kubernetes operator the nodes are started by commands: the mode is exported first, or set in each.
+    commands = [line for line in text.splitlines() if "ray start" in line and not line.lstrip().startswith("#")]
+    exported = "export RAY_AUTH_MODE=token" in text
+    assert all(exported or "RAY_AUTH_MODE=token" in command for command in commands)
+    starts_ray = bool(clusters or commands)
+    assert starts_ray == (file.name in ("aws.yaml", "raycluster.yaml", "rayjob.yaml", "rayservice.yaml", "slurm.sh"))
+    assert starts_ray or file.name == "nginx.conf" or "RAY_AUTH_MODE=token" in text
+
+
+def test_the_rayservice_scales_and_is_upgraded_in_place() -> None:
+    spec = yaml.safe_load((LAUNCH / "rayservice.yaml").read_text())["spec"]
+    assert spec["upgradeStrategy"] == {"type": "None"}
+    assert spec["rayClusterConfig"]["enableInTreeAutoscaling"] is True
+
+
+def test_the_reverse_proxy_has_the_limits_of_the_listener() -> None:
+    from rluf.serve import listener
+    from rluf.serve.middleware import BODY_TIMEOUT_S, MAX_BODY_BYTES
+
+    lines = [line.partition("#")[0].strip().rstrip(";") for line in (LAUNCH / "nginx.conf").read_text().splitlines()]
+    directives = dict(line.partition(" ")[::2] for line in lines if line)
+    assert directives["client_header_timeout"] == f"{listener.HEADERS_TIMEOUT_S:g}s"
+    assert directives["client_body_timeout"] == f"{BODY_TIMEOUT_S:g}s"
+    assert directives["keepalive_timeout"] == f"{listener.KEEP_ALIVE_S}s"
+    assert directives["send_timeout"] == f"{listener.WRITE_TIMEOUT_S:g}s"
+    assert directives["client_max_body_size"] == f"{MAX_BODY_BYTES >> 20}m"
+    buffer_count, buffer_kib = directives["large_client_header_buffers"].rstrip("k").split()
+    assert int(buffer_count) * int(buffer_kib) << 10 == listener.MAX_HEADER_BYTES
+    assert "proxy_set_header X-Forwarded-For $remote_addr" in lines
+    assert any(line.startswith("limit_conn connections") for line in lines)

@@ -17,16 +17,11 @@ from rluf.backends.weight_transfer.base import WeightManifest
 from rluf.config.settings import Settings
 from rluf.errors import ModelError, ResourceError
 from rluf.models.hub import resolve_model
-from rluf.serve.app import HttpServer, make_app
+from rluf.serve.app import make_app
+from rluf.serve.listener import HttpServer
 from rluf.serve.policy_deployment import check_same_shapes, iter_weight_buckets
 from rluf.utils.paths import resolve_cache_folder
-from tests.serve.conftest import LocalBackend
-
-
-def find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.serve.conftest import LocalBackend, find_free_port
 
 
 async def is_healthy(port: int) -> bool:
