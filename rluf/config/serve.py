@@ -16,7 +16,7 @@ PolicyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]*[A-Za-z0-
 
 
 class ServeSettings(SettingsSection):
-    """The service. Secrets come from the environment: RLUF_SERVE_TOKEN (bearer token; RLUF_SERVE_TOKENS for several with
+    """The service. Secrets come from the environment: RLUF_SERVE_TOKEN (bearer token; RLUF_SERVE_TOKENS: several, with
     scopes) and RLUF_USER_SALT (key of the user id hash); both are required when other machines can reach `host`."""
 
     host: str = "127.0.0.1"

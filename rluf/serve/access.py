@@ -47,7 +47,7 @@ _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]{
 
 @dataclass(frozen=True, slots=True)
 class AccessToken:
-    """A bearer token: its name for logs and errors, its SHA-256 (the token itself stays with the client), its scopes."""
+    """A bearer token: its name for logs and errors, its SHA-256 (only the client has the token), its scopes."""
 
     name: str
     digest: str
@@ -77,7 +77,9 @@ def read_access_tokens(environment: Mapping[str, str], *, min_chars: int = 1) ->
         entries.append((source, name, scopes, words[2]))
     for source, _, _, token in entries:
         if len(token) < min_chars:
-            raise SettingsError(f"{source}: the token has {len(token)} characters, use at least {min_chars} random ones")
+            raise SettingsError(
+                f"{source}: the token has {len(token)} characters, use at least {min_chars} random ones"
+            )
     tokens = tuple(AccessToken(name, hash_token(token), scopes) for _, name, scopes, token in entries)
     for key in ("name", "digest"):
         values = [getattr(token, key) for token in tokens]

@@ -138,7 +138,8 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     @property
     def _is_waiting(self) -> bool:
         """Whether no request is in progress."""
-        return not self._is_reading_body and (self.cycle is None or self.cycle.response_complete)
+        cycle: Any = self.cycle  # None before the first request, whatever uvicorn's annotation says
+        return not self._is_reading_body and (cycle is None or cycle.response_complete)
 
     def _make_room(self) -> None:
         waiting = [other for other in self.connections if isinstance(other, GuardedHttpProtocol) and other._is_waiting]
@@ -171,8 +172,8 @@ class GuardedHttpProtocol(HttpToolsProtocol):
     def _send_error(self, error: ApiError) -> None:
         # Unread bytes of the client must not grow in memory, nor a response that it does not read.
         self.loop.call_later(ABORT_WAIT_S, self.transport.abort)
-        has_started_response = self.cycle is not None and self.cycle.response_started
-        if not self.pipeline and (not has_started_response or self.cycle.response_complete):
+        cycle: Any = self.cycle
+        if not self.pipeline and (cycle is None or cycle.response_complete or not cycle.response_started):
             body = json.dumps(error.body).encode()
             head = b"content-type: application/json\r\ncontent-length: %d\r\nconnection: close\r\n\r\n" % len(body)
             self.transport.write(STATUS_LINE[error.status] + head + body)
@@ -196,7 +197,8 @@ class HttpServer:
         listening_socket = await self._open_socket(timeout_s)
         config = uvicorn.Config(
             app, http=GuardedHttpProtocol, lifespan="off", ws="none", log_level="error", access_log=False,
-            server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=int(timeout_s) + 1,
+            server_header=False, proxy_headers=False, timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=int(timeout_s) + 1,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
         self._serve_task = asyncio.create_task(self._server.serve(sockets=[listening_socket]))

@@ -68,7 +68,7 @@ def assert_healthy(address: Address) -> None:
     assert response.status_code == 200
 
 
-def exchange(address: Address, data: bytes, repeat: int = 1, *, ends: bool = False, timeout_s: float = 3.0) -> bytes:
+def exchange(address: Address, data: bytes, repeat: int = 1, *, ends: bool = False, timeout_s: float = 10.0) -> bytes:
     """Send bytes, then read until the service closes, falls silent or (at the latest) `timeout_s` have passed."""
     received, deadline = b"", time.monotonic() + timeout_s
     with socket.create_connection(address, timeout=timeout_s) as connection:
@@ -107,6 +107,10 @@ def post(
     length_line = b"Content-Length: " + (str(len(body)).encode() if length is None else length)
     lines = [b"POST " + path + b" HTTP/1.1", b"Host: " + host, AUTHORIZATION, b"Content-Type: application/json"]
     return b"\r\n".join([*lines, length_line, *headers, b"", b""]) + body
+
+
+def post_chunked(body: bytes) -> bytes:
+    return post(body, b"Transfer-Encoding: chunked").replace(b"Content-Length: %d\r\n" % len(body), b"")
 
 
 def get(path: bytes = b"/v1/models", *headers: bytes, host: bytes = b"Host: localhost") -> bytes:
@@ -168,8 +172,7 @@ RAW: dict[str, tuple[bytes, set[int]]] = {
     "CL with a superscript": (post(GOOD, length=b"\xb2"), {400, 413}),
     "CL list": (post(GOOD, length=b"1, 1"), {400}),
     "empty CL": (post(GOOD, length=b""), {400, 422}),
-    "bad chunk size": (post(b"xyz\r\n", b"Transfer-Encoding: chunked", length=b"").replace(b"Content-Length: \r\n", b""),
-                       {400, 413}),
+    "bad chunk size": (post_chunked(b"xyz\r\n"), {400, 413}),
     "TE twice": (post(b"", b"Transfer-Encoding: gzip, chunked", b"Transfer-Encoding: x"), {400}),
     "unknown TE": (post(GOOD, b"Transfer-Encoding: rot13"), {400}),
     "space before colon": (get(b"/v1/models", b"X-A : b"), {400, 401}),
@@ -200,7 +203,7 @@ RAW: dict[str, tuple[bytes, set[int]]] = {
     "CONNECT": (b"CONNECT localhost:80 HTTP/1.1\r\nHost: localhost\r\n\r\n", {400, 401, 404}),
     "OPTIONS *": (b"OPTIONS * HTTP/1.1\r\nHost: localhost\r\n\r\n", {400, 401, 404, 405}),
     "websocket": (get(b"/", b"Connection: Upgrade", b"Upgrade: websocket", b"Sec-WebSocket-Key: x"), {200, 400, 426}),
-    "h2c": (get(b"/", b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMAAABk"), {200, 400}),
+    "h2c": (get(b"/", b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMA"), {200, 400}),
     "expect": (post(GOOD, b"Expect: 200-maybe"), {200, 417}),
     "path traversal": (get(b"/../../etc/passwd", AUTHORIZATION), {404, 400}),
     "encoded traversal": (get(b"/%2e%2e/%2e%2e/etc/passwd", AUTHORIZATION), {404}),
@@ -221,15 +224,16 @@ RAW: dict[str, tuple[bytes, set[int]]] = {
     "long header name": (get(b"/", b"a" * 70_000 + b": b"), {431}),
     "many cookies": (get(b"/", *[b"Cookie: " + b"c" * 4_000] * 20), {431}),
     "trailers over the limit": (
-        post(b"0\r\n" + b"X: " + b"a" * 70_000, b"Transfer-Encoding: chunked").replace(b"Content-Length: 70005\r\n", b""),
-        {0, 400, 401, 413, 422, 431},
+        post_chunked(b"0\r\n" + b"X: " + b"a" * 70_000),
+        {400, 408, 431},
     ),
     "blank lines": (b"\r\n" * 40_000, {431, 400}),
 }  # fmt: skip
 
 HOSTS = (
-    b"evil.example", b"evil.example]", b"[::1", b"localhost.evil.example", b"localhost@evil.example", b"localhost:80:80",
-    b"localhost/", b"localhost\t", b" ", b"[evil]", b"127.0.0.1.evil.example", b"0x7f.1", b"2130706433", b"127.1",
+    b"evil.example", b"evil.example]", b"[::1", b"localhost.evil.example", b"localhost@evil.example",
+    b"localhost:80:80", b"localhost/", b"localhost\t", b" ", b"[evil]", b"127.0.0.1.evil.example", b"0x7f.1",
+    b"2130706433", b"127.1",
     b"LOCALHOST.", b"localhost,evil.example", b"\xfc", b"a" * 3000, b"[::ffff:127.0.0.1]", b"localhost:99999999",
     b"http://localhost", b"localhost#", b"localhost?", b"localhost;", b"%6cocalhost",
 )  # fmt: skip
@@ -303,9 +307,7 @@ def test_a_silent_connection_is_closed(address: Address, data: bytes) -> None:
     assert time.monotonic() - start_time < 5 * SHORT_TIMEOUT_S
 
 
-@pytest.mark.parametrize(
-    "head", [post(b"", length=b"500"), post(b"", b"Transfer-Encoding: chunked").replace(b"Content-Length: 0\r\n", b"")]
-)
+@pytest.mark.parametrize("head", [post(b"", length=b"500"), post_chunked(b"")], ids=["length", "chunked"])
 def test_a_slow_body_gets_408_and_its_connection_is_closed(address: Address, head: bytes) -> None:
     received = b""
     with socket.create_connection(address, timeout=5) as connection:

@@ -69,7 +69,7 @@ async def test_a_server_that_stops_before_it_accepts_requests_is_an_error(
         monkeypatch.setattr(failing_server, "_open_socket", open_closed_socket)
     else:
 
-        async def startup(server: uvicorn.Server, sockets: list[socket.socket] | None = None) -> None:
+        async def startup(server: uvicorn.Server, **_: object) -> None:
             server.should_exit = True
 
         monkeypatch.setattr("uvicorn.Server.startup", startup)
