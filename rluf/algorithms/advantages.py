@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from types import MappingProxyType
+from typing import Any
 
 from rluf.utils.plugins import load_plugin
 
@@ -31,6 +32,11 @@ MAX_EXPONENT = 700.0
 """Largest argument of exp() that does not overflow a float64."""
 KTO_BETA = 0.1
 """Inverse temperature of KTO's loss."""
+GATE_PENALTY = 2.0
+"""Advantage by which a response that failed a judge differs from those that passed, in the unit of the estimator. For
+GRPO that unit is a standard deviation: the worst of four responses that differ evenly is 1.3 below their mean."""
+JUDGE_AWARE_ESTIMATORS = ("crpg", "crraft", "codpo", "kto", "gae")
+"""Estimators that read the verdicts themselves, that have none (kto), or whose critic gets the gate as reward (gae)."""
 LIKED_THRESHOLD = 0.5
 """Rewards of logged responses are 1 (liked) or 0 (not liked)."""
 
@@ -374,5 +380,43 @@ def compute_advantages(estimator_name: str, inputs: AdvantageInputs) -> Advantag
             known_names=ADVANTAGE_ESTIMATORS,
             signature="a function (AdvantageInputs) -> Advantages",
         )
-    advantages: Advantages = estimator(inputs)
-    return advantages
+    if estimator_name in JUDGE_AWARE_ESTIMATORS or all(map(all, inputs.passed_judges)):
+        return estimator(inputs)
+    return apply_judge_gate(estimator, inputs)
+
+
+def apply_judge_gate(estimator: AdvantageEstimator, inputs: AdvantageInputs) -> Advantages:
+    """Advantages of the responses that passed all judges, computed among themselves, and a penalty for the others.
+
+    A failure's reward is no number on the scale of the others: replaced by a low one it would dominate the group's
+    standard deviation and shrink every difference between the responses that passed. Instead a response gets its
+    advantage among those that passed (0 if it failed) - GATE_PENALTY * (failed - share of failures in the group). A
+    group in which all fail or all pass has no penalty.
+    """
+    passing = [[index for index, passed in enumerate(flags) if passed] for flags in inputs.passed_judges]
+    groups = [index for index, samples in enumerate(passing) if samples]
+
+    def select(values: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        return [[values[group][sample] for sample in passing[group]] for group in groups] if values else []
+
+    kl_to_go_coef, sample_advantages = 0.0, [[0.0] * len(flags) for flags in inputs.passed_judges]
+    if groups:
+        passed_inputs = replace(
+            inputs,
+            rewards=select(inputs.rewards),
+            response_lengths=select(inputs.response_lengths),
+            sample_kl=select(inputs.sample_kl),
+            passed_judges=(),
+            objective_rewards={name: select(rewards) for name, rewards in inputs.objective_rewards.items()},
+            objective_weights=[inputs.objective_weights[group] for group in groups] if inputs.objective_weights else (),
+        )
+        passed_advantages = estimator(passed_inputs)
+        kl_to_go_coef = passed_advantages.kl_to_go_coef
+        for group, values in zip(groups, passed_advantages.sample_advantages, strict=True):
+            for sample, value in zip(passing[group], values, strict=True):
+                sample_advantages[group][sample] = value
+    for group_advantages, flags in zip(sample_advantages, inputs.passed_judges, strict=True):
+        failed_share = 1.0 - fmean(map(float, flags))
+        for index, passed in enumerate(flags):
+            group_advantages[index] -= GATE_PENALTY * ((not passed) - failed_share)
+    return Advantages(sample_advantages, kl_to_go_coef)

@@ -160,13 +160,14 @@ class ObjectiveScore(ResponseModel):
     """Score of one objective.
 
     `value` is the calibrated probability, `logit` its log-odds, `raw` the model's logit before calibration, `spread`
-    the standard deviation over the ensemble members (0 for a single model).
+    the standard deviation over the ensemble members and `logit_spread` that of their log-odds (0 for a single model).
     """
 
     value: float
     logit: float
     raw: float
     spread: float
+    logit_spread: float = 0.0
 
 
 class ScoreReply(ResponseModel):

@@ -104,7 +104,13 @@ def _format_request_error(error: Mapping[str, Any], error_count: int) -> str:
 def to_objective_scores(scored_item: ScoredItem) -> dict[str, api.ObjectiveScore]:
     """Convert the scores of one item to the API's model, by objective."""
     return {
-        name: api.ObjectiveScore(value=score.value, logit=logit(score.value), raw=score.raw_logit, spread=score.spread)
+        name: api.ObjectiveScore(
+            value=score.value,
+            logit=logit(score.value),
+            raw=score.raw_logit,
+            spread=score.spread,
+            logit_spread=score.logit_spread,
+        )
         for name, score in scored_item.scores.items()
     }
 

@@ -24,7 +24,6 @@ from rluf.config.load import load_settings
 from rluf.errors import ModelError, ResourceError, SettingsError
 from rluf.reward.calibration import Calibration
 from rluf.reward.text import SCORING_BATCH_TOKENS
-from rluf.serve.access import MIN_TOKEN_CHARS, TOKEN_LIST_VARIABLE, TOKEN_VARIABLE, read_access_tokens
 from rluf.serve.batching import MAX_QUEUED_RESPONSES
 from rluf.serve.deployments import (
     APPLICATION_NAME,
@@ -35,7 +34,14 @@ from rluf.serve.deployments import (
     ScorerDeployment,
     check_ray_token,
 )
-from rluf.serve.middleware import MAX_BODY_BYTES, ServiceRules
+from rluf.serve.middleware import (
+    MAX_BODY_BYTES,
+    MIN_TOKEN_CHARS,
+    TOKEN_LIST_VARIABLE,
+    TOKEN_VARIABLE,
+    ServiceRules,
+    read_access_tokens,
+)
 from rluf.serve.policy_deployment import ENGINE_SETTING_KEYS, PolicyDeployment
 from rluf.utils.cache import compute_artifact_key, hash_files, hash_source_code
 from rluf.utils.hashing import LEGACY_SERVE_SALT_VARIABLE, USER_SALT_VARIABLE, read_user_salt

@@ -50,8 +50,8 @@ APPLICATION_NAME = "rluf"
 """Name of the application in Ray Serve."""
 FEEDBACK_WRITER_NAME = "feedback-writer"
 """Name of the feedback writer's deployment; scorers are scorer-<role>, policies policy-<name>."""
-BatchScores = tuple[str, dict[str, list[tuple[float, float, float]]]]
-"""Model version, and per objective (value, raw logit, spread) of each item: plain tuples are cheap to send."""
+BatchScores = tuple[str, dict[str, list[tuple[float, float, float, float]]]]
+"""Model version, and per objective (value, raw logit, spread, logit spread) by item: tuples are cheap to send."""
 REPLICA_LOST_ERRORS = (RayActorError, DeploymentUnavailableError, TaskCancelledError, grpc.RpcError)
 """Errors of a call whose replica died or is being replaced. grpc's appear since calls use gRPC, not Ray's transport."""
 DEFAULT_ITEM_TOKENS = 512
@@ -118,7 +118,7 @@ class LoadedModels:
         """Score items by every objective."""
         scores = self._score_models(items) | {name: score(items) for name, score in self._rule_scorers.items()}
         return self.version, {
-            name: [(score.value, score.raw_logit, score.spread) for score in scores[name]]
+            name: [(score.value, score.raw_logit, score.spread, score.logit_spread) for score in scores[name]]
             for name in self._objective_names
         }
 
@@ -478,5 +478,11 @@ def _to_scored_items(batch_scores: BatchScores) -> list[ScoredItem]:
     version, scores_by_objective = batch_scores
     names = list(scores_by_objective)
     rows = zip(*scores_by_objective.values(), strict=True)
-    score_rows = ({name: Score(name, *values) for name, values in zip(names, row, strict=True)} for row in rows)
+    score_rows = (
+        {
+            name: Score(name, value, raw_logit, spread, logit_spread=logit_spread)
+            for name, (value, raw_logit, spread, logit_spread) in zip(names, row, strict=True)
+        }
+        for row in rows
+    )
     return [ScoredItem(version, scores) for scores in score_rows]

@@ -138,7 +138,8 @@ async def _run_from_checkpoint(
         result.answers = await generate_base_arms(settings, controller, test_prompts)
         # Saved at once: a resumed run has no engine with the base policy any more.
         checkpoints.save_base_answers(result.answers)
-        await run.monitor.measure_baseline(controller)
+        if not find_algorithm(settings.algorithm.name).offline:
+            run.monitor.set_baseline(await controller.sample_reference())
     else:
         checkpoint, state = resume_from
         logger.info("run: resuming after step %d from %s", checkpoint.step, checkpoint.folder)
@@ -148,6 +149,7 @@ async def _run_from_checkpoint(
         await controller.sync_adapter_after_resume()
         result.answers = checkpoints.load_base_answers()
         result.step_metrics = [dict(row) for row in state.step_metrics]
+    result.reference_statistics = controller.reward_aggregator.describe_reference()
     phase_start = _record_phase(result, "evaluate_base", phase_start)
     await _run_steps(run)
     phase_start = _record_phase(result, "train", phase_start)
@@ -188,10 +190,9 @@ async def _run_steps(run: TrainingRun) -> None:
     write_jsonl(metrics_file, result.step_metrics)
     with (
         JsonlWriter(metrics_file) as metrics_writer,
-        PhaseProgress("train", last_step, log_every_step=True) as progress,
+        PhaseProgress("train", last_step, log_every_step=True, done_count=steps_done) as progress,
         sigterm_event() as stop_event,
     ):
-        progress.advance(steps_done)
         profiler = StepProfiler(controller, checkpoints.run_folder, run.profile_steps)
         gauges = RunGauges(settings.name, controller.objectives)
         for step in range(steps_done + 1, last_step + 1):

@@ -20,7 +20,7 @@ from rluf.algorithms.registry import build_learner_inputs
 from rluf.errors import DataError
 from rluf.train.actor_calls import put_object
 from rluf.train.policy_update import PlannedUpdate
-from rluf.train.prompts import build_group_from_row, fits_limits
+from rluf.train.prompts import SkippedRows, build_group_from_row
 from rluf.train.work_buffer import CountingIterator, iter_prompt_order
 from rluf.types import Group
 
@@ -56,11 +56,14 @@ class ReactionGroups:
 def load_reactions(data_folder: Path, tokenizer: PreTrainedTokenizerFast, settings: Settings) -> ReactionGroups:
     """Responses of the training split by whether they were loved; rows over the limits of `rollout` are skipped."""
     groups_by_label: dict[bool, list[Group]] = {True: [], False: []}
+    skipped = SkippedRows("logged response", settings.rollout.max_prompt_tokens)
     for row in pq.read_table(data_folder / "love" / "train.parquet").to_pylist():
-        group = build_group_from_row(row, "response", tokenizer)
-        if fits_limits(group, settings.rollout.max_prompt_tokens, settings.rollout.max_response_tokens):
+        group = build_group_from_row(row, "response", tokenizer, skipped)
+        if group is not None and len(group.samples[0].response_ids) <= settings.rollout.max_response_tokens:
             groups_by_label[row["label"] == 1].append(group)
-    return ReactionGroups(groups_by_label[True], groups_by_label[False])
+    reactions = ReactionGroups(groups_by_label[True], groups_by_label[False])
+    skipped.report(len(reactions.liked) + len(reactions.others))
+    return reactions
 
 
 class OfflineTrainer:

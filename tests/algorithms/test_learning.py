@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
@@ -109,6 +109,12 @@ def compute_reference_logprobs(batch: PackedBatch) -> Tensor:
     return torch.full_like(batch.rollout_logprobs, -torch.log(torch.tensor(float(VOCABULARY))).item())
 
 
+def score_groups(groups: Iterable[Group], compute_signals: SignalFunction) -> Iterator[GroupScores]:
+    for group in groups:
+        rows = [compute_signals(group.samples[0].prompt_ids[0], sample.response_ids) for sample in group.samples]
+        yield GroupScores(group.prompt.id, "", {name: [row[name] for row in rows] for name in rows[0]})
+
+
 def train(
     policy: TablePolicy,
     algorithm: AlgorithmSettings,
@@ -116,21 +122,13 @@ def train(
     compute_signals: SignalFunction,
     steps: int,
 ) -> list[dict[str, float]]:
-    """Mean signals of each step's samples, by objective."""
+    """Mean signals of each step's samples, by objective. The untrained policy gives the reference sample."""
+    reference_groups = [group for _ in range(24) for group in policy.sample_groups().values()]
+    aggregator.fit_reference(list(score_groups(reference_groups, compute_signals)))
     history = []
     for _ in range(steps):
         groups = policy.sample_groups()
-        group_signals = [
-            [compute_signals(group.samples[0].prompt_ids[0], sample.response_ids) for sample in group.samples]
-            for group in groups.values()
-        ]
-        objectives = list(group_signals[0][0])
-        scores = [
-            GroupScores(
-                group.prompt.id, "", {name: [signals[name] for signals in sample_signals] for name in objectives}
-            )
-            for group, sample_signals in zip(groups.values(), group_signals, strict=True)
-        ]
+        scores = list(score_groups(groups.values(), compute_signals))
         step_rewards = aggregator.aggregate(scores)
         zeros = [[0.0] * SAMPLES] * len(groups)
         batch = pack_micro_batch(MICRO_BATCH, groups, zeros, zeros)
@@ -152,8 +150,8 @@ def train(
             use_gdpo=aggregator.aggregation.method == "gdpo",
         )
         policy.update(algorithm, groups, learner_inputs)
-        all_signals = [signals for sample_signals in group_signals for signals in sample_signals]
-        history.append({name: fmean(signals[name] for signals in all_signals) for name in objectives})
+        objectives = scores[0].signals
+        history.append({name: fmean(value for row in scores for value in row.signals[name]) for name in objectives})
     return history
 
 

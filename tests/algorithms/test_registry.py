@@ -118,6 +118,13 @@ def test_dapo_drops_groups_without_variance_in_a_weighted_objective() -> None:
     assert has_reward_variance(objective_rewards, {"love": 1.0, "safety": 0.1})
 
 
+@pytest.mark.parametrize(("difference", "is_dropped"), [(1e-9, True), (0.1, True), (0.3, False), (2.0, False)])
+def test_scores_that_hardly_differ_count_as_equal_for_dapo(difference: float, is_dropped: bool) -> None:
+    scores = {"love": [0.4, 0.4 + difference, 0.4, 0.4 + difference]}
+    assert has_reward_variance(scores, {"love": 1.0}, AlgorithmSettings().min_reward_spread) is not is_dropped
+    assert has_reward_variance(scores, {"love": 1.0})
+
+
 CUSTOM_ALGORITHM = AlgorithmSpec("rloo", "reinforce", "sequence_sum", needs_reference_kl=True)
 
 

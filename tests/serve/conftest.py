@@ -20,7 +20,6 @@ from rluf.models.hub import resolve_model
 from rluf.reward.backbone import build_text_encoder, load_classifier
 from rluf.reward.calibration import Calibration
 from rluf.reward.model import RewardModel
-from rluf.serve.access import AccessToken, hash_token
 from rluf.serve.api import (
     ApiError,
     ChatReply,
@@ -37,7 +36,7 @@ from rluf.serve.api import (
 from rluf.serve.app import make_app
 from rluf.serve.batching import RequestBatcher
 from rluf.serve.listener import HttpServer
-from rluf.serve.middleware import ServeMetrics, ServiceRules
+from rluf.serve.middleware import AccessToken, ServeMetrics, ServiceRules, hash_token
 from rluf.serve.store import FeedbackStore, StoreOutcome
 from rluf.types import Message, ScoringItem
 from rluf.utils.paths import resolve_cache_folder

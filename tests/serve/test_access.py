@@ -9,7 +9,10 @@ import pytest
 
 from rluf.config.settings import Settings
 from rluf.errors import SettingsError
-from rluf.serve.access import (
+from rluf.serve.api import ApiError
+from rluf.serve.app import make_app
+from rluf.serve.application import check_secrets
+from rluf.serve.middleware import (
     ALL_SCOPES,
     AccessToken,
     ClientRateLimiter,
@@ -18,9 +21,6 @@ from rluf.serve.access import (
     read_access_tokens,
     read_host_name,
 )
-from rluf.serve.api import ApiError
-from rluf.serve.app import make_app
-from rluf.serve.application import check_secrets
 from tests.serve.conftest import LocalBackend, make_rules
 
 HELLO = {"messages": [{"role": "user", "content": "Hello?"}], "response": "Hello, friend!"}

@@ -17,7 +17,7 @@ import pytest
 
 from rluf.reward.model import RewardModel
 from rluf.serve import listener, middleware
-from rluf.serve.access import AccessToken, hash_token
+from rluf.serve.middleware import AccessToken, hash_token
 from rluf.serve.store import FeedbackStore
 from tests.serve.conftest import TOKEN, LocalBackend, make_rules, run_http_server
 
