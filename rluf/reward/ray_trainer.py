@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from rluf.config.settings import Settings
 from rluf.errors import DataError, DeadlineError, ResourceError, RlufError
 from rluf.models.hub import resolve_model
-from rluf.reward.card_page import CARD_FILE
+from rluf.reward.calibration import CARD_FILE
 from rluf.utils.devices import build_device_environment
 from rluf.utils.paths import resolve_cache_folder
 
