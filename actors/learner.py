@@ -131,7 +131,7 @@ class LearnerActor:
         dtype = getattr(torch, self.settings.policy_dtype)
         algorithm = self.settings.algorithm
         self._has_reference = requires_reference(algorithm)
-        with ds.sharded_loading(learner.zero_stage, dtype, self.world_size):
+        with ds.sharded_loading(learner.zero_stage, dtype, self.world_size, self.device):
             # With LoRA the policy without its adapters is the reference.
             has_reference_copy = self._has_reference and not learner.lora_rank
             policy, *references = (
@@ -153,6 +153,7 @@ class LearnerActor:
             warmup_steps=learner.warmup_steps,
             dtype=dtype,
             world_size=self.world_size,
+            device=self.device,
             offload_optimizer=learner.offload_optimizer,
             total_steps=None if decay == "none" else algorithm.steps * algorithm.update_count,
             has_cosine_decay=decay == "cosine",

@@ -30,6 +30,7 @@ from rluf.evaluate.collapse import (
 )
 from rluf.evaluate.effects import adjust_by_holm
 from rluf.evaluate.permutation import PermutationTest, sum_rows
+from rluf.models.chat import CONTROL_STRING_PATTERN
 from rluf.objectives import judges
 from rluf.types import Message, Sample
 from rluf.utils.plugins import load_plugin
@@ -75,7 +76,7 @@ CLOSING_PATTERN = re.compile(
 """Words that end a conversation without a farewell."""
 
 CONTROL_PATTERN = re.compile(
-    r"<\|\w+\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
+    rf"{CONTROL_STRING_PATTERN.pattern}"
     r"|^\W*(?:user|human|assistant|system|bot|chatbot|ai)\W*(?::|$)",
     re.IGNORECASE | re.MULTILINE,
 )

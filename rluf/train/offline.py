@@ -20,7 +20,7 @@ from rluf.algorithms.registry import build_learner_inputs
 from rluf.errors import DataError
 from rluf.train.actor_calls import put_object
 from rluf.train.policy_update import PlannedUpdate
-from rluf.train.prompts import build_group_from_row, fits_limits
+from rluf.train.prompts import SkippedRows, build_group_from_row
 from rluf.train.work_buffer import CountingIterator, iter_prompt_order
 from rluf.types import Group
 
@@ -66,11 +66,15 @@ def load_offline_data(data_folder: Path, tokenizer: PreTrainedTokenizerFast, set
     file = data_folder / ("helpfulness" if name == "dpo" else "love") / "train.parquet"
     columns = ("chosen", "rejected") if name == "dpo" else ("response",)
     groups_by_label: dict[bool, list[Group]] = {True: [], False: []}
+    skipped = SkippedRows("logged response", rollout.max_prompt_tokens)
     for row in pq.read_table(file).to_pylist() if file.is_file() else []:
-        groups = [build_group_from_row(row, column, tokenizer) for column in columns]
-        if all(fits_limits(group, rollout.max_prompt_tokens, rollout.max_response_tokens) for group in groups):
-            pair = replace(groups[0], samples=tuple(group.samples[0] for group in groups))
-            groups_by_label[name == "dpo" or row["label"] == 1].append(pair)
+        groups = [build_group_from_row(row, column, tokenizer, skipped) for column in columns]
+        samples = tuple(group.samples[0] for group in groups if group is not None)
+        is_short = all(len(sample.response_ids) <= rollout.max_response_tokens for sample in samples)
+        if groups[0] is not None and len(samples) == len(columns) and is_short:
+            groups_by_label[name == "dpo" or row["label"] == 1].append(replace(groups[0], samples=samples))
+    if usable_count := sum(map(len, groups_by_label.values())):
+        skipped.report(usable_count)
     if name == "kto":
         return ReactionGroups(groups_by_label[True], groups_by_label[False])
     if not groups_by_label[True]:
