@@ -179,9 +179,9 @@ def scale_mini_batch_weights(
     total = sum_weights(range(len(response_lengths)))
     loss_weights = [list(weights) for weights in learner_inputs.loss_weights]
     for groups in mini_batches:
-        part = sum_weights(groups)
+        own_total = sum_weights(groups)
         for group in groups:
-            loss_weights[group] = [weight * total / part if part else 0.0 for weight in loss_weights[group]]
+            loss_weights[group] = [weight * total / own_total if own_total else 0.0 for weight in loss_weights[group]]
     return replace(learner_inputs, loss_weights=loss_weights)
 
 

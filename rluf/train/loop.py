@@ -196,7 +196,7 @@ async def _run_steps(run: TrainingRun) -> None:
         profiler = StepProfiler(controller, checkpoints.run_folder, run.profile_steps)
         gauges = RunGauges(settings.name, controller.objectives)
         for step in range(steps_done + 1, last_step + 1):
-            if result.step_metrics and _exceeds_kl_budget(settings, result.step_metrics[-1]):
+            if result.step_metrics and _is_over_kl_budget(settings, result.step_metrics[-1]):
                 break
             await profiler.start_if_due(step)
             step_metrics = await _step_or_stop(stop_event, run, step)
@@ -260,7 +260,7 @@ def _record_phase(result: TrainResult, phase: str, start_time: float) -> float:
     return end_time
 
 
-def _exceeds_kl_budget(settings: Settings, step_metrics: Mapping[str, float]) -> bool:
+def _is_over_kl_budget(settings: Settings, step_metrics: Mapping[str, float]) -> bool:
     """Whether the KL of the last step ends training (algorithm.kl_budget)."""
     kl, budget = step_metrics.get("kl", 0.0), settings.algorithm.kl_budget
     if budget is None or kl <= budget:
