@@ -67,6 +67,8 @@ class RolloutSettings(SettingsSection):
     """KV cache of a CPU engine in GiB (GPU engines use gpu_memory_share)."""
     gpu_memory_share: float = Field(default=0.85, gt=0, le=1)
     """Share of GPU memory that a GPU engine may use."""
+    eager: Annotated[bool, ADVANCED] = False
+    """Run GPU engines without CUDA graphs: starts faster, decodes slower. CPU engines always do."""
 
 
 class AlgorithmSettings(SettingsSection):

@@ -306,6 +306,20 @@ def check_gpu_shares(settings: SettingsTree) -> str | None:
             f"cluster.gpus_per_reward={settings.cluster.gpus_per_reward:g}: a reward actor uses at most one GPU; "
             f"for more raise objectives.*.replicas, or reward.workers={settings.reward.workers} for training"
         )
+    training_gpus = settings.cluster.reward_training_gpus
+    if training_gpus > 1 or (0 < training_gpus < 1 and settings.reward.max_workers > 1):
+        # NCCL refuses two ranks on one GPU.
+        return (
+            f"cluster.gpus_per_reward_worker={training_gpus:g}: each of {settings.reward.max_workers} reward training "
+            "workers needs a GPU of its own or none; set cluster.gpus_per_reward_worker to 1 or 0, or reward.workers=1"
+        )
+    policy_share = gpus_per_engine + (settings.cluster.gpus_per_learner if settings.is_colocated else 0)
+    if settings.cluster.gpus_per_reward > 0 and 0 < gpus_per_engine < 1 and policy_share < 1:
+        return (
+            f"cluster.gpus_per_reward={settings.cluster.gpus_per_reward:g} could place a reward actor on the GPU of an "
+            f"engine (cluster.gpus_per_engine={gpus_per_engine:g}), which starts only if its share of the memory is "
+            "free; let engines and learners fill their GPUs, and set cluster.gpus_per_reward=0 or add GPUs for it"
+        )
     return None
 
 
