@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from rluf.config.objectives import BUILTIN_OBJECTIVES, find_objective_spec
 from rluf.config.reward import REACTION_HEADS
+from rluf.config.run import READER_MODEL
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
@@ -302,6 +303,24 @@ def check_shared_backbone(settings: Settings) -> str | None:
     return None
 
 
+def check_reader_independence(settings: Settings) -> str | None:
+    """No reward model of a run stands on the model that judges the run for the simulated users.
+
+    There is no setting to allow it: a policy trained on the judge's own features scores well whatever it says, so the
+    comparison by simulated users would not be evidence. The report's other parts do not need them.
+    """
+    if not settings.evaluate.simulated_users:
+        return None
+    for name, model in settings.reward.by_objective.items():
+        if any(READER_MODEL in member.backbone.lower() for member in model.member_specs):
+            return (
+                f"reward.{name} uses backbone {READER_MODEL}, which is also the reader behind "
+                "evaluate.simulated_users=true: the run would be judged by its own reward features; set "
+                f"evaluate.simulated_users=false, or reward.{name}.backbone and members to another model such as minilm"
+            )
+    return None
+
+
 def check_tensor_parallel(settings: Settings) -> str | None:
     """An engine with tensor parallelism n needs n GPUs."""
     tensor_parallel, gpus = settings.rollout.tensor_parallel, settings.cluster.gpus_per_engine
@@ -490,6 +509,7 @@ SETTINGS_RULES: tuple[Callable[[Settings], str | None], ...] = (
     check_members,
     check_shared_head,
     check_shared_backbone,
+    check_reader_independence,
     check_tensor_parallel,
     check_gpu_shares,
     check_nccl,

@@ -9,6 +9,8 @@ from pydantic import Field, field_validator
 from rluf.config.base import SettingsSection
 
 ActorRole = Literal["rollout", "reward", "learner"]
+READER_MODEL = "smollm2-135m-instruct"
+"""Frozen model behind the ground truth of the simulated users (rluf.simulate.reader_model)."""
 
 
 class EvaluateSettings(SettingsSection):

@@ -16,11 +16,12 @@ from rluf.evaluate.monitors import MonitorSample
 from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary
 from rluf.objectives.judges import list_failed_judges
 from rluf.report.html import write_report
-from rluf.simulate.ground_truth import true_scores
+from rluf.simulate.ground_truth import ReaderInput, load_reader
 from rluf.simulate.users import SimulatedReactions, simulate_population
 from rluf.tracking.run_files import PolicyResponse, PromptComparison
 from rluf.utils.cache import Artifact
 from rluf.utils.files import read_json, write_json, write_jsonl
+from rluf.utils.paths import resolve_cache_folder
 
 if TYPE_CHECKING:
     from rluf.tracking.timeline import PhaseTimer
@@ -105,10 +106,10 @@ def _simulate_arm_reactions(
     settings: Settings, eval_responses: Sequence[EvalResponse], arm_index: int
 ) -> SimulatedReactions:
     prompt_samples = _prompt_samples(eval_responses)
-    truths = [
-        true_scores(prompt.messages, prompt.topic, sample.text, sample.finish_reason == "stop")
-        for prompt, sample in prompt_samples
+    inputs = [
+        ReaderInput(prompt.messages, sample.text, sample.finish_reason == "stop") for prompt, sample in prompt_samples
     ]
+    truths = load_reader(resolve_cache_folder(settings)).score_responses(inputs)
     return simulate_population(
         truths,
         [prompt.topic for prompt, _ in prompt_samples],

@@ -2,12 +2,18 @@
 
 Writes feedback, preferences, safety and prompts files that rluf.prepare reads like any other log.
 python -m rluf.simulate --config configs/simulate.yaml simulate.output=runs/simulated
+
+Sub-commands:
+python -m rluf.simulate rescore --log FOLDER [...]     the same from the first responses of an earlier log
+python -m rluf.simulate judge --data FILE.jsonl[.gz]   agreement of the reader behind the users with labels or pairs
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,30 +30,48 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rluf.simulate")
 
 
-def simulate_log(settings: Settings, output_folder: Path) -> dict[str, int]:
+def simulate_log(settings: Settings, output_folder: Path, earlier_log: Path | None = None) -> dict[str, int]:
     """Write a log to `output_folder`; returns the number of rows by kind. Ray must be initialized.
 
+    The model answers the training prompts, unless the first turns of an earlier log are used, and all second turns.
     Raises DataError if the folder contains other files, ModelError, ResourceError, DeadlineError; no partial log
     remains.
     """
     from rluf.models.hub import resolve_model
-    from rluf.simulate.log import build_log, build_prompt_rows, check_output_folder, write_log
+    from rluf.simulate.ground_truth import load_reader
+    from rluf.simulate.log import (
+        build_log,
+        build_prompt_rows,
+        check_output_folder,
+        read_first_turns,
+        write_log,
+    )
     from rluf.simulate.prompts import load_prompts
-    from rluf.simulate.styles import plan_traffic
+    from rluf.simulate.styles import MODEL_VERSIONS, ServingOrder, plan_traffic
     from rluf.utils.paths import resolve_cache_folder
 
     check_output_folder(output_folder)
     prompts = load_prompts()
-    orders = plan_traffic(prompts, settings.simulate.responses_per_prompt)
-    model_path = resolve_model(settings.model.path, resolve_cache_folder(settings))
-    served_responses = asyncio.run(sample_responses(settings, model_path, orders))
-    log = build_log(served_responses, settings.simulate, settings.seed) | {"prompts": build_prompt_rows(prompts)}
+    cache_folder = resolve_cache_folder(settings)
+    model_path = resolve_model(settings.model.path, cache_folder)
+    versions = {version.name: version for version in MODEL_VERSIONS}
+
+    def answer_second_turns(requests: Sequence[ServedResponse]) -> list[ServedResponse]:
+        orders = [ServingOrder(request.prompt, versions[request.model_version], 1) for request in requests]
+        return asyncio.run(sample_responses(settings, model_path, orders))
+
+    if earlier_log is None:
+        orders = plan_traffic(prompts, settings.simulate.responses_per_prompt)
+        first_responses = asyncio.run(sample_responses(settings, model_path, orders))
+    else:
+        first_responses = read_first_turns(earlier_log, [prompt for prompt in prompts if prompt.split == "train"])
+    log = build_log(first_responses, settings.simulate, settings.seed, load_reader(cache_folder), answer_second_turns)
+    log |= {"prompts": build_prompt_rows(prompts)}
     write_log(log, output_folder)
     love_count = sum(row["reaction"] == "love" for row in log["feedback"])
-    version_count = len({order.model_version.name for order in orders})
     logger.info(
-        "%s: responses=%d model_versions=%d events=%d loved=%d", output_folder, len(served_responses), version_count,
-        len(log["feedback"]), love_count,
+        "%s: first_responses=%d events=%d loved=%d", output_folder, len(first_responses), len(log["feedback"]),
+        love_count,
     )  # fmt: skip
     return {kind: len(rows) for kind, rows in log.items()}
 
@@ -125,7 +149,18 @@ async def generate_responses(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code, and an error is one message on stderr."""
-    settings = parse_command_line("simulate", __doc__ or "", arguments).settings
+    argument_list = sys.argv[1:] if arguments is None else list(arguments)
+    if argument_list[:1] == ["judge"]:
+        from rluf.simulate import judge
+
+        return judge.main(argument_list[1:])
+    earlier_log: Path | None = None
+    if argument_list[:1] == ["rescore"]:
+        parser = argparse.ArgumentParser(prog="python -m rluf.simulate rescore", add_help=False, allow_abbrev=False)
+        parser.add_argument("--log", type=Path, required=True, metavar="FOLDER", help="folder of a simulated log")
+        args, argument_list = parser.parse_known_args(argument_list[1:])
+        earlier_log = args.log
+    settings = parse_command_line("simulate", __doc__ or "", argument_list).settings
 
     def run() -> None:
         from cluster.connect import ray_connection
@@ -134,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setup_logging()
         output_folder = Path(settings.simulate.output).expanduser().resolve()
         with ray_connection(settings):
-            counts = simulate_log(settings, output_folder)
+            counts = simulate_log(settings, output_folder, earlier_log)
         logger.info(
             "%s: rows written: %s", output_folder, " ".join(f"{kind}={count}" for kind, count in counts.items())
         )

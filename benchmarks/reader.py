@@ -1,0 +1,323 @@
+"""Fit of the reader behind the simulated users, and its agreement with people.
+
+python benchmarks/reader.py fit --data ../shared/data --readings FOLDER   writes rluf/simulate/reader_weights.json
+python benchmarks/reader.py phrases                                       writes benchmarks/lab/phrase_readings.json
+
+`fit` reads every response with the frozen model first (about 20 minutes on two cores) and keeps what it measured in
+FOLDER, one file per set, so that a second fit takes seconds. The last line is JSON: the out-of-fold figures that the
+weights file records as its provenance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lab.reader_data import (
+    EXAMPLES_PATH,
+    LabeledSet,
+    PairSet,
+    build_requests,
+    build_validity_pairs,
+    load_offenses,
+    load_preferences,
+    load_thumbs,
+)
+from lab.reader_fit import (
+    FOLD_COUNT,
+    Floats,
+    HeadRows,
+    Ints,
+    Probe,
+    describe_weights,
+    fit_head,
+    fit_probe,
+    probe_out_of_fold,
+    split_groups,
+)
+from lab.replies import CLOSINGS, MIDDLES, OPENERS, PHRASE_READINGS
+from numpy.typing import NDArray
+
+from rluf.config.run import READER_MODEL
+from rluf.config.settings import Settings
+from rluf.models.hub import resolve_model
+from rluf.reward.card import round_for_json
+from rluf.reward.metrics import accuracy_interval, auroc, auroc_interval
+from rluf.simulate import reader_features
+from rluf.simulate.ground_truth import ReaderInput, load_reader
+from rluf.simulate.prompts import SimulatedPrompt, load_prompts
+from rluf.simulate.reader_features import PROBE_SOURCES, ReadingScores, build_features
+from rluf.simulate.reader_model import ReaderModel, Reading
+from rluf.utils.cache import hash_files
+from rluf.utils.paths import resolve_cache_folder
+
+WEIGHTS_PATH = Path(reader_features.__file__).with_name("reader_weights.json")
+DATA_FILES = (
+    "convai2_reactions/dialogs.jsonl.gz", "pandalm_test/pairs.jsonl.gz", "diasafety/train.jsonl.gz",
+    "prompts/harmfulqa.jsonl.gz", "prompts/mt_bench.jsonl.gz", "prompts/self_instruct_seed_tasks.jsonl.gz",
+    "topical_chat_ratings/valid_rare.jsonl.gz",
+)  # fmt: skip
+PHRASE_PROMPTS = 4
+"""Prompts per topic over which the reading of a phrase is averaged."""
+PROBE_STRENGTH = 1e-4
+"""Inverse ridge penalty of the probes on 576 standardized hidden values."""
+HEAD_RIDGE = 1e-3
+SET_WEIGHTS = {"validity": 1.0, "thumbs": 1.0, "preferences": 0.5}
+"""Weight of the mean log-likelihood of each set in the heads."""
+STOCK_KINDS = ("generic", "flattery", "signoff", "loop", "echo")
+MISFIT_KINDS = ("mismatch", "contradict", "generic")
+READING_FIELDS = tuple(Reading.__dataclass_fields__)
+HIDDEN_FIELDS = tuple(name for name in READING_FIELDS if name.endswith("hidden"))
+
+
+def read_set(name: str, inputs: list[ReaderInput], folder: Path, models: list[ReaderModel]) -> list[Reading]:
+    """Readings of the inputs, from FOLDER/<name>.npz if it has the same inputs; `models` receives the loaded model."""
+    path = folder / f"{name}.npz"
+    keys = np.array([item.key for item in inputs])
+    if path.is_file():
+        with np.load(path) as stored:
+            if np.array_equal(stored["keys"], keys):
+                columns = {field: stored[field].astype(np.float64) for field in READING_FIELDS}
+                return [Reading(**{field: column[i] for field, column in columns.items()}) for i in range(len(keys))]
+    if not models:
+        models.append(ReaderModel(resolve_model(READER_MODEL, resolve_cache_folder(Settings()))))
+    readings = models[0].read([item.messages for item in inputs], [item.response for item in inputs])
+    stacked = {field: np.array([getattr(reading, field) for reading in readings]) for field in READING_FIELDS}
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {
+        name: column.astype(np.float16) if name in HIDDEN_FIELDS else column for name, column in stacked.items()
+    }
+    np.savez_compressed(path, keys=keys, **arrays)
+    return readings
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeRows:
+    """Rows that a probe is fitted to: hidden states [N, H], labels [N] and groups, and the keys of the inputs."""
+
+    hidden: Floats
+    labels: Floats
+    groups: list[str]
+    keys: list[str]
+
+
+class ReaderFit:
+    """All sets with their readings, the fitted probes and heads, and the out-of-fold figures."""
+
+    def __init__(self, data: Path, folder: Path) -> None:
+        """Read all sets."""
+        models: list[ReaderModel] = []
+        self.labeled: dict[str, LabeledSet] = {
+            "thumbs": load_thumbs(data), "offenses": load_offenses(data), "requests": build_requests(data),
+        }  # fmt: skip
+        self.pairs: dict[str, PairSet] = {
+            "validity": build_validity_pairs(data), "preferences": load_preferences(data),
+        }  # fmt: skip
+        self.readings: dict[str, Reading] = {}
+        for name, inputs in self.inputs_of_set.items():
+            readings = read_set(name, inputs, folder, models)
+            self.readings |= {item.key: reading for item, reading in zip(inputs, readings, strict=True)}
+        self.probe_rows = {name: self._probe_rows(name) for name in PROBE_SOURCES}
+        self.probes: dict[str, Probe] = {}
+        self.probe_aurocs: dict[str, float] = {}
+        self.out_of_fold: dict[str, dict[str, float]] = {}
+        for name, rows in self.probe_rows.items():
+            scores = probe_out_of_fold(rows.hidden, rows.labels, split_groups(rows.groups), PROBE_STRENGTH)
+            self.out_of_fold[name] = dict(zip(rows.keys, scores.tolist(), strict=True))
+            self.probe_aurocs[name] = auroc(scores, rows.labels)
+            self.probes[name] = fit_probe(rows.hidden, rows.labels, PROBE_STRENGTH)
+
+    @property
+    def inputs_of_set(self) -> dict[str, list[ReaderInput]]:
+        """All responses of each set."""
+        labeled = {name: rows.inputs for name, rows in self.labeled.items()}
+        return labeled | {name: pairs.inputs for name, pairs in self.pairs.items()}
+
+    def _probe_rows(self, name: str) -> ProbeRows:
+        labels: dict[str, float] = {}
+        groups: dict[str, str] = {}
+
+        def add(inputs: Sequence[ReaderInput], values: Sequence[float], names: Sequence[str]) -> None:
+            for item, value, group in zip(inputs, values, names, strict=True):
+                labels[item.key], groups[item.key] = value, group
+
+        sets = {"taste": "thumbs", "offense": "offenses", "harm": "requests"}
+        if name in sets:
+            rows = self.labeled[sets[name]]
+            add(rows.inputs, rows.labels, rows.groups)
+        else:
+            pairs = self.pairs["validity"]
+            positive_kinds = {"stock": STOCK_KINDS, "misfit": MISFIT_KINDS, "refusal": ("comply",)}[name]
+            for chosen, rejected, group, kind in zip(
+                pairs.chosen, pairs.rejected, pairs.groups, pairs.kinds, strict=True
+            ):
+                # A phrase that stands under many prompts is one group for the probe that sees only the phrase.
+                names = [group, group] if name == "misfit" else [chosen.response, rejected.response]
+                if name == "refusal":
+                    add((chosen, rejected), (float(kind == "comply"), 0.0), names)
+                elif kind in positive_kinds:
+                    add((chosen, rejected), (0.0, 1.0), names)
+        keys = list(labels)
+        hidden = np.array([getattr(self.readings[key], PROBE_SOURCES[name]) for key in keys])
+        return ProbeRows(hidden, np.array([labels[key] for key in keys]), [groups[key] for key in keys], keys)
+
+    def features(self, inputs: Sequence[ReaderInput]) -> Floats:
+        """Features [N, F]; a probe's score of a row that it was fitted to is the out-of-fold one."""
+        rows = []
+        for item in inputs:
+            reading = self.readings[item.key]
+            probe_scores = {
+                name: self.out_of_fold[name].get(
+                    item.key, float(self.probes[name].apply(getattr(reading, PROBE_SOURCES[name])))
+                )
+                for name in PROBE_SOURCES
+            }
+            scores = ReadingScores(
+                token_count=reading.token_count, prompt_logprob=reading.prompt_logprob,
+                other_logprob=float(reading.other_logprobs.mean()), end_logprob=reading.end_logprob, **probe_scores,
+            )  # fmt: skip
+            rows.append(build_features(item.messages, item.response, scores, is_finished=item.is_finished))
+        return np.array(rows)
+
+    def head_rows(self) -> dict[str, tuple[HeadRows, Ints]]:
+        """Rows of each set for the heads, and the fold of each row."""
+        rows: dict[str, tuple[HeadRows, Ints]] = {}
+        for name, pairs in self.pairs.items():
+            features = self.features(pairs.chosen) - self.features(pairs.rejected)
+            rows[name] = (HeadRows(features, None, SET_WEIGHTS[name]), split_groups(pairs.groups))
+        thumbs = self.labeled["thumbs"]
+        labels = np.array(thumbs.labels, dtype=np.float64)
+        features = self.features(thumbs.inputs)
+        rows["thumbs"] = (HeadRows(features, labels, SET_WEIGHTS["thumbs"]), split_groups(thumbs.groups))
+        return rows
+
+
+def fit_reader(fit: ReaderFit) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Heads fitted to all rows, and the figures of each set out of fold."""
+    rows = fit.head_rows()
+    heads = {}
+    scores: dict[str, dict[str, Floats]] = {head: {} for head in HEADS}
+    for head, (set_names, excluded) in HEADS.items():
+        for name in rows:
+            scores[head][name] = np.zeros(len(rows[name][1]))
+        for fold in range(FOLD_COUNT):
+            weights, _ = fit_head(
+                [_select(rows[name][0], rows[name][1] != fold) for name in set_names], HEAD_RIDGE, excluded
+            )
+            for name, (head_rows, folds) in rows.items():
+                scores[head][name][folds == fold] = head_rows.features[folds == fold] @ weights
+        weights, _ = fit_head([rows[name][0] for name in set_names], HEAD_RIDGE, excluded)
+        heads[head] = {"weights": describe_weights(weights), "bias": _head_bias(fit, weights)}
+    return heads, {"probes": fit.probe_aurocs, **_summarize_folds(fit, scores)}
+
+
+HEADS: dict[str, tuple[tuple[str, ...], frozenset[str]]] = {
+    "fit": (("validity", "preferences"), frozenset({"taste", "length"})),
+    "value": (("validity", "preferences", "thumbs"), frozenset({"length"})),
+}
+"""Head -> sets that it is fitted to, and features that it may not use: a longer response is not better for its length,
+and whether a response fits its prompt is no matter of taste."""
+
+
+def _select(rows: HeadRows, mask: NDArray[np.bool_]) -> HeadRows:
+    return HeadRows(rows.features[mask], None if rows.labels is None else rows.labels[mask], rows.weight)
+
+
+def _head_bias(fit: ReaderFit, weights: Floats) -> float:
+    """Bias with which a fitting and an unfitting response of the validity pairs have opposite mean log-odds."""
+    pairs = fit.pairs["validity"]
+    middle = np.mean([np.median(fit.features(inputs) @ weights) for inputs in (pairs.chosen, pairs.rejected)])
+    return float(f"{-middle:.4g}")
+
+
+def _summarize_folds(fit: ReaderFit, scores: Mapping[str, Mapping[str, Floats]]) -> dict[str, Any]:
+    figures: dict[str, Any] = {}
+    thumbs, preferences, validity = fit.labeled["thumbs"], fit.pairs["preferences"], fit.pairs["validity"]
+    labels, ones = np.array(thumbs.labels, dtype=np.float64), np.ones(len(thumbs.labels))
+    lengths = [np.array([len(item.response) for item in inputs], dtype=np.float64)
+               for inputs in (preferences.chosen, preferences.rejected)]  # fmt: skip
+    for head, by_set in scores.items():
+        kinds = np.array(validity.kinds)
+        figures[head] = {
+            "thumbs_auroc": auroc_interval(by_set["thumbs"], labels, ones, thumbs.groups, seed=0),
+            "preferences_accuracy": _accuracy(by_set["preferences"], preferences.groups),
+            "validity_accuracy": _accuracy(by_set["validity"], validity.groups),
+            "validity_by_kind": {
+                kind: float((by_set["validity"][kinds == kind] > 0).mean()) for kind in sorted(set(kinds))
+            },
+        }
+    figures["length_alone"] = {"preferences_accuracy": _accuracy(lengths[0] - lengths[1], preferences.groups)}
+    return figures
+
+
+def _accuracy(margins: Floats, groups: Sequence[str]) -> dict[str, float]:
+    return accuracy_interval(margins, np.ones(len(margins)), groups, seed=0)
+
+
+def write_weights(fit: ReaderFit, heads: Mapping[str, Any], provenance: Mapping[str, Any]) -> None:
+    """Write reader_weights.json: provenance, probes and heads."""
+    probes = {
+        name: {"weights": [float(f"{weight:.4g}") for weight in probe.weights], "bias": float(f"{probe.bias:.4g}")}
+        for name, probe in fit.probes.items()
+    }
+    content = {"provenance": provenance, "heads": heads, "probes": probes}
+    text = json.dumps(content, indent=1)
+    # One line per probe instead of one per number.
+    text = re.sub(r"\[\s+([^\]]*?)\s+\]", lambda match: "[" + re.sub(r"\s+", " ", match[1]) + "]", text)
+    WEIGHTS_PATH.write_text(text + "\n", "utf-8")
+
+
+def read_phrases() -> None:
+    """Read each phrase of the claims' composer after a few prompts of each topic and write the mean readings."""
+    prompts_of_topic: defaultdict[str, list[SimulatedPrompt]] = defaultdict(list)
+    for prompt in load_prompts():
+        if prompt.split == "train" and len(prompts_of_topic[prompt.topic]) < PHRASE_PROMPTS:
+            prompts_of_topic[prompt.topic].append(prompt)
+    reader = load_reader(resolve_cache_folder(Settings()))
+    phrases = [phrase for phrase in dict.fromkeys((*OPENERS, *MIDDLES, *CLOSINGS)) if phrase]
+    content: dict[str, dict[str, Any]] = {}
+    for topic, prompts in prompts_of_topic.items():
+        content[topic] = {}
+        for phrase in phrases:
+            readings = reader.read([ReaderInput(prompt.messages, phrase, True) for prompt in prompts])
+            columns = {name: [asdict(reading)[name] for reading in readings] for name in asdict(readings[0])}
+            means = {name: round(float(np.mean(values)), 4) for name, values in columns.items()}
+            content[topic][phrase] = {**means, "token_count": readings[0].token_count}
+    lines = ",\n".join(f'"{topic}": {json.dumps(rows, ensure_ascii=False)}' for topic, rows in content.items())
+    PHRASE_READINGS.write_text("{\n" + lines + "\n}\n", "utf-8")
+
+
+def main() -> None:
+    """Run one of the commands."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("fit", "phrases"))
+    parser.add_argument("--data", type=Path, help="folder of the shared data sets (fit)")
+    parser.add_argument("--readings", type=Path, help="folder for the readings (fit)")
+    args = parser.parse_args()
+    if args.command == "phrases":
+        read_phrases()
+        return
+    if args.data is None or args.readings is None:
+        parser.error("fit needs --data and --readings")
+    fit = ReaderFit(args.data, args.readings)
+    heads, figures = fit_reader(fit)
+    digest = hash_files([args.data / name for name in DATA_FILES] + [EXAMPLES_PATH])
+    counts = {name: len(inputs) for name, inputs in fit.inputs_of_set.items()}
+    provenance = {
+        "command": "python benchmarks/reader.py fit", "model": READER_MODEL, "data": list(DATA_FILES),
+        "data_digest": digest, "responses": counts, "out_of_fold": round_for_json(figures),
+    }  # fmt: skip
+    write_weights(fit, heads, provenance)
+    sys.stdout.write(json.dumps(provenance) + "\n")
+
+
+if __name__ == "__main__":
+    main()
