@@ -19,8 +19,6 @@ from torch import Tensor
 
 from actors.critic import CriticWorker
 from rluf.algorithms.advantages import SampleKL
-from rluf.algorithms.debug_dump import POLICY_FOLDER as DUMP_POLICY_FOLDER
-from rluf.algorithms.debug_dump import StepDump, write_step_dump
 from rluf.algorithms.logprobs import compute_response_logprobs
 from rluf.algorithms.losses import (
     METRIC_SUM_NAMES,
@@ -43,7 +41,6 @@ from rluf.errors import RlufError
 from rluf.tracking.timeline import TorchProfiler
 from rluf.types import Group, Prompt, Sample
 from rluf.utils.files import atomic_folder
-from rluf.utils.paths import resolve_cache_folder
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -53,6 +50,7 @@ logger = logging.getLogger(__name__)
 MAX_SKIPPED_IN_A_ROW = 3
 """Consecutive updates skipped for non-finite gradients before the run stops: one may be an outlier, three mean that all
 further steps would be skipped too."""
+MAX_NAMED_PROMPTS = 3
 PROBE_TEMPERATURE = 1.0
 """Temperature at which engines report log-probabilities of given tokens."""
 
@@ -208,12 +206,14 @@ class LearnerActor:
         metric_sums = torch.zeros(len(METRIC_SUM_NAMES), dtype=torch.float64, device=self.device)
         max_ratio = torch.zeros((), dtype=torch.float64, device=self.device)
         self._reference_seconds, self._sample_kl = 0.0, []
+        batch_losses: list[Tensor] = []
         packed_batches = self._packed_batches(groups_by_index, learner_inputs, micro_batches)
         for batch_number, (batch, ref_logprobs) in enumerate(packed_batches):
             sample_indices = list_packed_samples(micro_batches[batch_number], groups_by_index)
             is_last = batch_number == len(micro_batches) - 1
             result = self._accumulate_gradient(batch, ref_logprobs, learner_inputs, sample_indices, is_last=is_last)
             metric_sums += result.metric_sums
+            batch_losses.append(result.metric_sums[0])
             max_ratio = torch.maximum(max_ratio, result.max_ratio)
             # The allocator keeps freed activations for reuse within a micro-batch; over several they would add up.
             release_freed_memory()
@@ -223,9 +223,8 @@ class LearnerActor:
         learning_rate, backward_end = ds.get_learning_rate(self.engine), time.monotonic()
         is_applied, grad_norm = ds.apply_optimizer_step(self.engine)
         end_time = time.monotonic()
-        self._count_skipped_update(
-            is_applied, step, float(metric_sums[0]), groups_by_index, learner_inputs, micro_batches
-        )
+        bad_prompt_ids = [] if is_applied else _find_bad_prompts(batch_losses, micro_batches, groups_by_index)
+        self._count_skipped_update(is_applied, step, float(metric_sums[0]), bad_prompt_ids)
         critic_metrics = {} if self._critic is None or not learner_inputs.uses_critic else self._critic.train_step()
         return {
             **compute_loss_metrics(metric_sums, float(max_ratio)),
@@ -311,37 +310,26 @@ class LearnerActor:
             raise RlufError(f"learner {self.rank} was used before setup; call setup on all ranks first")
         return compute_response_logprobs(self._reference_model, batch, self.settings.rollout.temperature)
 
-    def _count_skipped_update(
-        self,
-        is_applied: bool,
-        step: int,
-        loss: float,
-        groups_by_index: dict[int, Group],
-        learner_inputs: LearnerInputs,
-        micro_batches: list[MicroBatch],
-    ) -> None:
-        """Count a skipped update; after MAX_SKIPPED_IN_A_ROW write the step to a dump folder and raise RlufError."""
+    def _count_skipped_update(self, is_applied: bool, step: int, loss: float, bad_prompt_ids: list[str]) -> None:
+        """Count a skipped update and name its bad prompts; raise RlufError after MAX_SKIPPED_IN_A_ROW in a row."""
         self._step_count += 1
         self._skipped_in_a_row = 0 if is_applied else self._skipped_in_a_row + 1
         if is_applied:
             return
         self._skipped_count += 1
+        source = f"of prompt {', '.join(bad_prompt_ids[:MAX_NAMED_PROMPTS])} " if bad_prompt_ids else ""
         logger.warning(
-            "learner %d: step %d: non-finite gradient (loss %g), update skipped, weights unchanged",
+            "learner %d: step %d: non-finite gradient %s(loss %g), update skipped, weights unchanged",
             self.rank,
             step,
+            source,
             loss,
         )
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
-            dump_folder = resolve_cache_folder(self.settings) / "dumps" / f"{self.settings.name}-step-{step}"
-            dump = StepDump(self.settings, self.base_model_path, step, groups_by_index, learner_inputs, micro_batches)
-            write_step_dump(dump_folder, self.rank, dump)
-            ds.save_hf_model(self.engine, dump_folder / DUMP_POLICY_FOLDER)
-            dist.barrier()  # no rank may raise, and end the run, while another one still writes
             raise RlufError(
-                f"step {step}: the gradient was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row (loss {loss:g}); "
-                f"python -m rluf.train.replay {dump_folder} names the samples that caused it; or lower "
-                f"learner.learning_rate ({self.settings.learner.learning_rate:g})"
+                f"step {step}: the gradient {source}was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row (loss "
+                f"{loss:g}); run.log names the prompts of each; check their data, or lower learner.learning_rate "
+                f"({self.settings.learner.learning_rate:g})"
             )
 
     @torch.no_grad()
@@ -488,6 +476,14 @@ def _fetch_groups(groups: Sequence[ObjectRef[Group] | Group], micro_batches: lis
         fetched = ray.get([groups[index] for index in remote_indices])
         groups_by_index |= dict(zip(remote_indices, fetched, strict=True))
     return groups_by_index
+
+
+def _find_bad_prompts(
+    batch_losses: Sequence[Tensor], micro_batches: Sequence[MicroBatch], groups_by_index: dict[int, Group]
+) -> list[str]:
+    """Ids of the prompts in micro-batches whose loss is not finite."""
+    bad_batches = [mb for loss, mb in zip(batch_losses, micro_batches, strict=True) if not torch.isfinite(loss)]
+    return list(dict.fromkeys(groups_by_index[index].prompt.id for batch in bad_batches for index, _ in batch))
 
 
 def _pack_probe_batch(prompt_ids: list[int], responses: list[list[int]]) -> PackedBatch:

@@ -1,4 +1,4 @@
-"""The reward actor: one objective's reward model, judge or scoring service, or several objectives on one backbone.
+"""The reward actor: one objective's reward model, judge, function or service, or several objectives on one backbone.
 
 Groups are scored as they finish. Groups that wait while a batch is being scored form the next batch, so that the model
 runs on few large batches under load and answers at once when idle. Scoring runs in a thread, so that health checks are
@@ -65,11 +65,11 @@ class RewardActor:
         # Objectives of one actor share their source: only reward models on one backbone come in groups.
         objective_name = next(iter(self.model_folders))
         objective = self.settings.objectives.by_objective[objective_name]
-        if objective.source == "judge":
-            from rluf.objectives.judges import build_judge_scorer
+        if objective.source in ("judge", "function"):
+            from rluf.objectives.judges import build_rule_scorer
 
-            judge = build_judge_scorer(str(objective.judge), objective_name)
-            return lambda items: {objective_name: judge(items)}
+            rule_scorer = build_rule_scorer(objective_name, objective.judge, objective.reward)
+            return lambda items: {objective_name: rule_scorer(items)}
         if objective.source == "serve":
             return self._connect_service(objective_name, str(objective.path))
         folders = {name: Path(path) for name, path in self.model_folders.items() if path is not None}

@@ -1,6 +1,6 @@
 """Idle time of engines and learners at staleness 0, 1 and 4 with 8 to 1,024 engines, on a simulated clock.
 
-Groups are admitted and trained on by the rule of a run (rluf.algorithms.staleness.compute_admission_capacity).
+Groups are admitted and trained on by the rule of a run (rluf.train.work_buffer.compute_admission_capacity).
 Response lengths are sampled from real SmolLM2-135M-Instruct responses in the sample log. Assumptions: an engine runs 64
 samples and generates a token for each every TOKEN_S, independent of load; a sample takes the first free slot; a step
 trains on one wave (16 groups of 4 per engine); the number of learners is such that they finish a step in the time that
@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from importlib.resources import files
 from statistics import fmean
 
-from rluf.algorithms.staleness import compute_admission_capacity
 from rluf.config.settings import Settings
 from rluf.models.hub import load_tokenizer, resolve_model
 from rluf.train.controller import ENGINE_QUEUE_FACTOR
+from rluf.train.work_buffer import compute_admission_capacity
 from rluf.utils.paths import resolve_cache_folder
 
 ENGINE_COUNTS, STALENESS_VALUES, STEP_COUNT, WARMUP_STEPS = (8, 64, 256, 1024), (0, 1, 4), 24, 6

@@ -10,15 +10,16 @@ from rluf.config.reward import ObjectiveSettings
 from rluf.config.settings import Settings
 from rluf.errors import ModelError
 from rluf.models.hub import list_embedded_models
+from rluf.objectives.judges import build_rule_scorer
 from rluf.utils.cache import Artifact, build_or_reuse, build_or_reuse_all, hash_files, hash_source_code
 from rluf.utils.paths import check_writable, resolve_cache_folder, resolve_runs_root
 
 
 def check_inputs(settings: Settings) -> None:
-    """Check every log, reward model folder and output folder of the job before anything starts.
+    """Check every log, reward model folder, judge, reward function and output folder before anything starts.
 
-    Raises DataError for a missing log, ModelError for a missing reward model folder, ResourceError for a folder that
-    is not writable.
+    Raises DataError for a missing log, ModelError for a missing reward model folder, SettingsError for a judge or
+    function that cannot be imported, ResourceError for a folder that is not writable.
     """
     # Imported here, since pyarrow and fsspec are slow to import.
     from rluf.prepare.readers.files import resolve_sources
@@ -30,6 +31,8 @@ def check_inputs(settings: Settings) -> None:
     for objective_name, objective_settings in settings.objectives.by_objective.items():
         if objective_settings.source == "serve":
             continue  # the reward actors check at their start whether the service answers
+        if objective_settings.source in ("judge", "function"):
+            build_rule_scorer(objective_name, objective_settings.judge, objective_settings.reward)
         model_path = objective_settings.path
         if model_path is not None and not (Path(model_path).expanduser() / "config.json").is_file():
             raise ModelError(

@@ -91,15 +91,16 @@ class Group:
 class Score:
     """One objective's score of one sample.
 
-    `value` is calibrated (a probability for a reward model, 0 or 1 for a judge), `raw_logit` the uncalibrated logit,
-    `spread` the standard deviation over an ensemble (0.0 for one member), `verdict` a judge's pass (None for models).
+    `value` is calibrated (a probability for a reward model, 0 or 1 for a judge, any number for a reward function),
+    `raw_logit` the uncalibrated logit, `spread` the standard deviation over an ensemble (0.0 for one member).
+    `is_probability`: whether rewards are computed from the logit of `value`; else from `value` as is.
     """
 
     objective: str
     value: float
     raw_logit: float
     spread: float = 0.0
-    verdict: bool | None = None
+    is_probability: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,9 +98,7 @@ class CheckpointUploader:
                 task = None
             if task is not None and not task.is_done:
                 if self._next_checkpoint is not None:
-                    logger.info(
-                        "checkpoint %s: not uploaded, a newer checkpoint replaced it", self._next_checkpoint.name
-                    )
+                    logger.info("checkpoint %s: not uploaded, a newer one replaced it", self._next_checkpoint.name)
                 self._next_checkpoint = checkpoint_folder
                 return
             self._start_task(checkpoint_folder)
@@ -175,9 +173,8 @@ class CheckpointUploader:
                 )
             if task.is_abandoned or attempt + 1 == MAX_ATTEMPTS:
                 break
-            logger.warning(
-                "checkpoint %s: upload to %s failed, retrying: %s", task.checkpoint_folder.name, self.url, problem
-            )
+            name = task.checkpoint_folder.name
+            logger.warning("checkpoint %s: upload to %s failed, retrying: %s", name, self.url, problem)
             time.sleep(self._retry_pause_s * 4**attempt)
         return problem
 

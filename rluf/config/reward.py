@@ -211,12 +211,16 @@ class ObjectiveSettings(SettingsSection):
 
     weight: float = Field(default=0.0, ge=0)
     """Weight of the score normalized on the reference policy; 0 measures the objective without optimizing it."""
-    source: Literal["model", "judge", "serve"] = "model"
-    """model: a trained reward model; judge: a rule named by `judge`; serve: a service of rluf.serve at `path`."""
+    source: Literal["model", "judge", "function", "serve"] = "model"
+    """model: a trained reward model; judge: the rule `judge`; function: your function `reward`; serve: a service of
+    rluf.serve at `path`."""
     path: str | None = None
     """Reward model folder to use without training (source serve: URL of the service); none trains or reuses one."""
     judge: str | None = None
     """Rule judge when source is judge: a name of rluf.objectives.judges, or module:function."""
+    reward: str | None = None
+    """Reward function when source is function: module:function of a list of (messages, response) pairs that returns one
+    number each."""
     replicas: int = Field(default=1, ge=1)
     """Reward actors in this objective's pool."""
     gate: Literal["auto", "must_rise", "must_hold", "none"] = "auto"

@@ -23,21 +23,23 @@ REINFORCE_LOSS_ALGORITHMS = ("rloo", *CGPO_ALGORITHMS, "kto")
 
 
 def check_objective_sources(settings: Settings) -> str | None:
-    """A judge needs a name and no model folder; a model needs no judge; a service needs a URL."""
+    """A judge or function needs a name and no model folder; a model needs neither; a service needs a URL."""
     for name, objective in settings.objectives.by_objective.items():
         key = f"objectives.{name}"
-        if objective.source == "judge" and objective.judge is None:
-            return f"{key}.source=judge needs {key}.judge (now none); name a rule judge or set {key}.source=model"
-        if objective.source == "judge" and objective.path is not None:
-            return (
-                f"{key}.source=judge would leave {key}.path={objective.path} unused; "
-                f"set {key}.path=null or {key}.source=model"
-            )
-        if objective.source != "judge" and objective.judge is not None:
-            return (
-                f"{key}.source={objective.source} would leave {key}.judge={objective.judge} unused; "
-                f"set {key}.judge=null or {key}.source=judge"
-            )
+        for source, field in (("judge", "judge"), ("function", "reward")):
+            value = getattr(objective, field)
+            if objective.source == source and value is None:
+                return f"{key}.source={source} needs {key}.{field} (now none); name one or set {key}.source=model"
+            if objective.source == source and objective.path is not None:
+                return (
+                    f"{key}.source={source} would leave {key}.path={objective.path} unused; "
+                    f"set {key}.path=null or {key}.source=model"
+                )
+            if objective.source != source and value is not None:
+                return (
+                    f"{key}.source={objective.source} would leave {key}.{field}={value} unused; "
+                    f"set {key}.{field}=null or {key}.source={source}"
+                )
         if (objective.source == "serve") != (objective.path or "").startswith(("http://", "https://")):
             return (
                 f"{key}.source={objective.source} conflicts with {key}.path={objective.path}: source serve needs the "
@@ -49,7 +51,7 @@ def check_objective_sources(settings: Settings) -> str | None:
             similar_names = difflib.get_close_matches(name, BUILTIN_OBJECTIVES, 1)
             return (
                 f"{key} has no scores: set data.labels.{name} to labeled rows, {key}.path to a reward model folder, "
-                f"or {key}.source=judge and {key}.judge"
+                f"or {key}.source=judge and {key}.judge, or {key}.source=function and {key}.reward"
                 + (f"; did you mean objectives.{similar_names[0]}?" if similar_names else "")
             )
     return None

@@ -28,6 +28,8 @@ class EvaluateSettings(SettingsSection):
     """Responses that each new user reads."""
     simulated_users: bool = True
     """Compare by the reactions of simulated users (rluf.simulate); turn it off for logs of real users."""
+    monitors: tuple[str, ...] = ()
+    """Further monitors of the replies as module:name, with alarms in training and in the comparison."""
 
 
 class ClusterSettings(SettingsSection):
@@ -99,6 +101,8 @@ class TrackingSettings(SettingsSection):
     """W&B project."""
     sample_table_rows: int = Field(default=16, ge=0)
     """Rows of the sample table in the report and in W&B."""
+    trackers: tuple[str, ...] = ()
+    """Further trackers of step metrics and summary: module:function (settings, run folder) -> tracker."""
 
 
 class RunSettings(SettingsSection):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from rluf.config.objectives import BUILTIN_OBJECTIVES
 from rluf.config.settings import Settings
-from rluf.evaluate.monitors import MonitorSample
+from rluf.evaluate.monitors import MonitorSample, add_monitors
 from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary
 from rluf.objectives.judges import list_failed_judges
 from rluf.report.html import write_report
@@ -41,12 +41,13 @@ def compare_policies(
     settings: Settings, result: TrainResult, data_artifact: Artifact, reward_artifacts: Mapping[str, Artifact | None]
 ) -> dict[str, Any]:
     """Summary of base against aligned (content of summary.json without the phase times)."""
+    add_monitors(settings.evaluate.monitors)
     steps = result.step_metrics
     artifacts = [artifact for artifact in (data_artifact, *reward_artifacts.values()) if artifact is not None]
     run_facts = RunFacts(
         name=settings.name,
         seed=settings.seed,
-        final_kl=steps[-1]["kl"] if steps else None,
+        final_kl=steps[-1].get("kl") if steps else None,
         sample_count=sum(int(row["samples"]) for row in steps),
         token_count=sum(int(row["response_tokens"]) for row in steps),
         versions={"weights": len(steps), **_package_versions()},

@@ -15,10 +15,11 @@ import emoji
 import numpy as np
 from numpy.typing import NDArray
 
-from rluf.errors import DataError
+from rluf.errors import DataError, SettingsError
 from rluf.evaluate.intervals import two_proportion_z, welch_z
 from rluf.objectives import judges
 from rluf.types import Message
+from rluf.utils.plugins import load_plugin
 
 ALARM_FACTOR = 2.0
 """An alarm needs the base value doubled (or halved, if lower is worse) ..."""
@@ -167,7 +168,25 @@ MONITORS: dict[str, MonitorSpec] = {
     ),
     "ensemble_spread": MonitorSpec("Reward models disagree", "mean", "share", "up", _get_ensemble_spread),
 }
-"""Monitors by name; add an entry to add a monitor."""
+"""Monitors by name; `add_monitors` adds those of the settings."""
+
+
+def add_monitors(references: Sequence[str]) -> None:
+    """Add the monitors of `evaluate.monitors` to MONITORS under the name after the colon; again changes nothing.
+
+    Each module:name is a MonitorSpec, or a function of a MonitorSample whose share or mean must not rise: of kind share
+    if it is annotated to return bool. Raises SettingsError for one that cannot be loaded or has a built-in name.
+    """
+    for reference in references:
+        signature = "a MonitorSpec or a function (MonitorSample) -> bool or float"
+        plugin = load_plugin(reference, (MonitorSpec, Callable), kind="monitor", signature=signature)
+        name = reference.rpartition(":")[2]
+        if not isinstance(plugin, MonitorSpec):
+            is_share = getattr(plugin, "__annotations__", {}).get("return") in (bool, "bool")
+            kind: Literal["share", "mean"] = "share" if is_share else "mean"
+            plugin = MonitorSpec(name.replace("_", " ").capitalize(), kind, "share", "up", plugin)
+        if MONITORS.setdefault(name, plugin).measure is not plugin.measure:
+            raise SettingsError(f"evaluate.monitors: {reference!r} has the name of another monitor; rename {name}")
 
 
 def measure_monitors(samples: Sequence[MonitorSample]) -> dict[str, NDArray[np.float64]]:

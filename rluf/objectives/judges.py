@@ -1,4 +1,4 @@
-"""Rule-based pass/fail checks on the text; not susceptible to prompt injection.
+"""Rule-based pass/fail checks on the text, not susceptible to prompt injection; reward functions as plug-ins.
 
 A judge takes the conversation and the response and returns True when the response passes. A judge is named after what
 it detects, so `refusal` passes a response that does not refuse. English only.
@@ -6,14 +6,18 @@ it detects, so `refusal` passes a response that does not refuse. English only.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
+from rluf.errors import SettingsError
 from rluf.types import Message, Score
 from rluf.utils.plugins import load_plugin
 
+ScoringItem = tuple[Sequence[Message], str]
 JudgeFunction = Callable[[Sequence[Message], str], bool]
+RewardFunction = Callable[[Sequence[ScoringItem]], Sequence[float]]
 
 REFUSAL_PATTERN = re.compile(
     r"\b(i (can(no|')t|can not|am unable to|am not able to|won't|will not|must decline to)"
@@ -123,20 +127,36 @@ def load_judge(judge_name: str) -> JudgeFunction:
     return judge
 
 
-def judge_responses(judge_names: Sequence[str], items: Sequence[tuple[Sequence[Message], str]]) -> tuple[bool, ...]:
+def judge_responses(judge_names: Sequence[str], items: Sequence[ScoringItem]) -> tuple[bool, ...]:
     """Whether each (messages, response) item passes all the named judges."""
     judges = [load_judge(name) for name in judge_names]
     return tuple(all(judge(messages, response) for judge in judges) for messages, response in items)
 
 
-def build_judge_scorer(
-    judge_name: str, objective: str
-) -> Callable[[Sequence[tuple[Sequence[Message], str]]], list[Score]]:
-    """Build a scoring function of (messages, response) items: value and raw logit are 1.0 for a pass, else 0.0."""
-    judge = load_judge(judge_name)
+def build_rule_scorer(
+    objective: str, judge: str | None = None, reward: str | None = None
+) -> Callable[[Sequence[ScoringItem]], list[Score]]:
+    """Build a scoring function of (messages, response) items from a judge (1.0 for a pass, else 0.0) or a function.
 
-    def score_items(items: Sequence[tuple[Sequence[Message], str]]) -> list[Score]:
-        verdicts = [judge(messages, response) for messages, response in items]
-        return [Score(objective, float(passed), float(passed), verdict=passed) for passed in verdicts]
+    `reward` is the module:function of a reward function. Raises SettingsError where it or the judge cannot be loaded.
+    The scoring function raises SettingsError where a reward function does not return one finite number per item.
+    """
+    if reward is None:
+        passes = load_judge(str(judge))
+        return lambda items: [
+            Score(objective, value, value, is_probability=False)
+            for value in (float(passes(messages, response)) for messages, response in items)
+        ]
+    signature = "a function of a list of (messages, response) pairs that returns a list of numbers"
+    function: RewardFunction = load_plugin(reward, kind="reward function", signature=signature)
+
+    def score_items(items: Sequence[ScoringItem]) -> list[Score]:
+        values = [float(value) for value in function(items)]
+        if len(values) != len(items) or not all(map(math.isfinite, values)):
+            raise SettingsError(
+                f"reward function {reward!r} of objective {objective}: expected one finite number for each of "
+                f"{len(items)} responses, got {values}"
+            )
+        return [Score(objective, value, value, is_probability=False) for value in values]
 
     return score_items

@@ -131,9 +131,8 @@ def adjusted_tail_probability(trials: Ints, hits: Ints, alpha_beta: tuple[float,
     """
     if alpha_beta is None or not len(trials):
         return np.ones(len(trials))
-    pairs, pair_index, pair_counts = np.unique(
-        np.stack([trials, hits], 1), axis=0, return_inverse=True, return_counts=True
-    )
+    rows = np.stack([trials, hits], 1)
+    pairs, pair_index, pair_counts = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
     probability = _beta_binomial_upper_tail(pairs[:, 0], pairs[:, 1], *alpha_beta)
     order = np.argsort(probability)
     rank = np.cumsum(pair_counts[order])

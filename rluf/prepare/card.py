@@ -5,104 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-
 from rluf.errors import DataError
-from rluf.prepare.schema import SCHEMA_VERSION, SPLIT_NAMES, find_data_kind, order_kinds
+from rluf.prepare.schema import SCHEMA_VERSION, find_data_kind, order_kinds
 from rluf.prepare.splits import SamplingQuota
 from rluf.prepare.workspace import RowCount
-from rluf.utils.stats import Bools, Floats, Ints, wilson_interval
-
-_MAX_LEVELS = 50
-"""Most frequent topics, versions and locales that the card lists."""
-
-_MAX_DAYS = 400
-"""Latest days that the card lists."""
-
-
-def rate_with_interval(hits: int, rows: int) -> dict[str, float]:
-    """Share of hits with its 95% Wilson score interval; all of [0, 1] without rows.
-
-    It assumes independent rows: where a few users give many rows the true interval is wider.
-    """
-    if not rows:
-        return {"mean": 0.0, "low": 0.0, "high": 1.0, "rows": 0, "hits": 0}
-    low, high = (float(limit) for limit in wilson_interval(hits, rows))
-    return {"mean": hits / rows, "low": max(0.0, low), "high": min(1.0, high), "rows": rows, "hits": hits}
-
-
-def _love_rate(loved: Bools) -> dict[str, float]:
-    return rate_with_interval(int(loved.sum()), len(loved))
-
-
-def _love_rate_by_value(values: pa.ChunkedArray, loved: Bools, max_values: int) -> dict[str, dict[str, float]]:
-    """Love rate by value, the most frequent first."""
-    table = pa.table({"value": values, "loved": pa.array(loved).cast(pa.int64())})
-    rows = table.group_by("value").aggregate([("loved", "count"), ("loved", "sum")]).to_pylist()
-    rows.sort(key=lambda row: (-row["loved_count"], row["value"]))
-    return {row["value"]: rate_with_interval(row["loved_sum"], row["loved_count"]) for row in rows[:max_values]}
-
-
-def _format_time(time_us: int) -> str:
-    return datetime.fromtimestamp(time_us / 1e6, UTC).isoformat()
-
-
-def love_statistics(
-    table: pa.Table,
-    loved: Bools,
-    user_code: Ints,
-    split_code: Ints,
-    trust_weight: Floats,
-    rule_weights: Mapping[str, Floats],
-) -> dict[str, Any]:
-    """Natural love rates before sampling, and the weight removed by each abuse rule. Arrays [N] omit dropped rows."""
-    time_us = table["time"].cast(pa.int64()).to_numpy()
-    split_masks = {split: split_code == code for code, split in enumerate(SPLIT_NAMES)}
-    days = table["time"].cast(pa.date32(), safe=False).cast(pa.string())
-    rate_by_day = _love_rate_by_value(days, loved, 10**6)
-    split_times = {split: time_us[mask] for split, mask in split_masks.items()}
-    time_ranges = {
-        split: [_format_time(times.min()), _format_time(times.max())] if len(times) else None
-        for split, times in split_times.items()
-    }
-    has_both = len(split_times["train"]) and len(split_times["test"])
-    return {
-        "base_rate": _love_rate(loved),
-        "base_rate_trusted": float((trust_weight * loved).sum() / trust_weight.sum()) if len(loved) else 0.0,
-        "base_rate_by_split": {split: _love_rate(loved[mask]) for split, mask in split_masks.items()},
-        "base_rate_by_topic": _love_rate_by_value(table["topic"], loved, _MAX_LEVELS),
-        "base_rate_by_model": _love_rate_by_value(table["model_version"], loved, _MAX_LEVELS),
-        "base_rate_by_locale": _love_rate_by_value(table["locale"], loved, _MAX_LEVELS),
-        "base_rate_by_day": {day: rate_by_day[day] for day in sorted(rate_by_day)[-_MAX_DAYS:]},
-        "users": len(np.unique(user_code)),
-        "time": time_ranges,
-        "test_later_than_train": bool(has_both and split_times["test"].min() > split_times["train"].max()),
-        "abuse": {
-            rule: {
-                "rows": int((weight < 1).sum()),
-                "users": len(np.unique(user_code[weight < 1])),
-                "weight_taken": float((1 - weight).sum()),
-                "loved_weight_taken": float((1 - weight)[loved].sum()),
-            }
-            for rule, weight in rule_weights.items()
-        },
-        "trust": {
-            "mean": float(trust_weight.mean()) if len(trust_weight) else 1.0,
-            "rows_below_one": int((trust_weight < 1).sum()),
-        },
-    }
-
-
-def topic_statistics(table: pa.Table, keep_mask: Bools) -> dict[str, int]:
-    """Retained rows by topic before sampling, the most frequent first."""
-    topic_counts = pc.value_counts(table["topic"].filter(pa.array(keep_mask))).to_pylist()
-    topic_counts.sort(key=lambda entry: (-entry["counts"], entry["values"]))
-    return {entry["values"]: entry["counts"] for entry in topic_counts[:_MAX_LEVELS]}
 
 
 def count_rows_by_outcome(

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rluf.prepare.splits import HashKeys
-from rluf.utils.stats import Bools, Floats, Ints
+from rluf.utils.stats import Bools, Floats, Ints, fit_logistic, sigmoid
 
 HOUR_US = 3_600_000_000
 """An hour in microseconds, the unit of all times here."""
@@ -151,31 +150,9 @@ def estimate_propensity(features: Mapping[str, Ints], reacted: NDArray[np.bool_]
         cell_code = cell_code * (_MAX_LEVELS + 1) + levels
     _, first_rows, cell_index = np.unique(cell_code, return_index=True, return_inverse=True)
     design_matrix = np.concatenate([np.eye(_MAX_LEVELS + 1)[levels[first_rows]] for levels in level_arrays], axis=1)
-    hits = np.bincount(cell_index, weights=reacted)
-    logits, coefficients = _fit_logistic(design_matrix, hits, np.bincount(cell_index) - hits)
-    propensity = 1 / (1 + np.exp(-logits))[cell_index]
-    feature_coefficients = np.split(coefficients, len(level_arrays))
+    cell_rows = np.bincount(cell_index).astype(np.float64)
+    cell_rates = np.bincount(cell_index, weights=reacted) / cell_rows
+    coefficients = fit_logistic(design_matrix, cell_rates, cell_rows, 1.0)
+    propensity = sigmoid(design_matrix @ coefficients[:-1] + coefficients[-1])[cell_index]
+    feature_coefficients = np.split(coefficients[:-1], len(level_arrays))
     return np.maximum(propensity, _MIN_PROPENSITY), dict(zip(features, feature_coefficients, strict=True))
-
-
-def _fit_logistic(design_matrix: Floats, hits: NDArray[Any], misses: NDArray[Any]) -> tuple[Floats, Floats]:
-    """Log-odds [M] and coefficients of a logistic regression on M cells, with half the squared norm as penalty.
-
-    Equal to scikit-learn's LogisticRegression at C = 1 (a test compares them).
-    """
-    # Not scikit-learn itself: its import takes seconds in each worker.
-    from scipy.optimize import minimize
-    from scipy.special import expit
-
-    def penalized_loss(theta: Floats) -> tuple[float, Floats]:
-        intercept, weights = theta[0], theta[1:]
-        logits = design_matrix @ weights + intercept
-        log_loss = (hits * np.logaddexp(0, -logits) + misses * np.logaddexp(0, logits)).sum()
-        gradient = (hits + misses) * expit(logits) - hits
-        # The intercept has no penalty.
-        value = log_loss + weights @ weights / 2
-        return float(value), np.concatenate([[gradient.sum()], design_matrix.T @ gradient + weights])
-
-    start = np.zeros(design_matrix.shape[1] + 1)
-    theta = minimize(penalized_loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 500}).x
-    return design_matrix @ theta[1:] + theta[0], theta[1:]

@@ -76,17 +76,15 @@ def build_data_set(
     source_kinds = {source.kind_name for source in sources}
     if "reactions" in source_kinds and "feedback" not in source_kinds:
         raise DataError("data.reactions has nothing to join: data.feedback is empty; name the log of the responses")
-    build_column_reader(settings.prepare.columns)  # raises for a wrong field name before any work starts
+    if settings.prepare.columns:
+        build_column_reader(settings.prepare.columns)  # raises for a wrong field name before any work starts
     previous_card = _load_previous_card(settings, output_folder)
     inputs = {
-        "files": fingerprint_sources(sources),
-        "data": settings.data.model_dump(mode="json"),
-        "prepare": settings.prepare.model_dump(mode="json", exclude={"output"}),
-        "seed": settings.seed,
-        "code": [rluf.__version__, SCHEMA_VERSION, _WORKSPACE_LAYOUT],
-        "salt": salt_fingerprint(read_user_salt()),
+        "files": fingerprint_sources(sources), "data": settings.data.model_dump(mode="json"),
+        "prepare": settings.prepare.model_dump(mode="json", exclude={"output"}), "seed": settings.seed,
+        "code": [rluf.__version__, SCHEMA_VERSION, _WORKSPACE_LAYOUT], "salt": salt_fingerprint(read_user_salt()),
         "forgotten": previous_card.get("forgotten", []),
-    }
+    }  # fmt: skip
     with open_workspace(output_folder, hash_inputs(inputs)) as workspace:
         card = _run_passes(settings, sources, workspace, previous_card, task_executor or execute_on_ray)
     for line in format_card_lines(card):
@@ -100,9 +98,7 @@ def _load_previous_card(settings: Settings, output_folder: Path) -> dict[str, An
     path = (Path(previous_dataset).expanduser() if previous_dataset else output_folder) / CARD_FILE_NAME
     if not path.is_file():
         if previous_dataset:
-            raise DataError(
-                f"prepare.previous_dataset={previous_dataset} has no {CARD_FILE_NAME}; name the folder of a data set"
-            )
+            raise DataError(f"prepare.previous_dataset={previous_dataset} has no {CARD_FILE_NAME}; name a data set")
         return {}
     try:
         card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -156,14 +152,11 @@ def _run_passes(
         {(result["kind"], result["split"]): result["rows"] for result in write_results if "split" in result},
         split_summaries,
         {kind: statistics for result in assign_results for kind, statistics in result["statistics"].items()},
-        created=datetime.fromisoformat(current_time).isoformat(timespec="seconds"),
-        seed=settings.seed,
-        settings=prepare.model_dump(mode="json", exclude={"output"}),
-        sources=source_facts,
-        redacted=dict(redacted),
+        created=datetime.fromisoformat(current_time).isoformat(timespec="seconds"), seed=settings.seed,
+        settings=prepare.model_dump(mode="json", exclude={"output"}), sources=source_facts, redacted=dict(redacted),
         user_ids=f"hashed with {USER_SALT_VARIABLE}" if read_user_salt() else "as in the log",
         forgotten=list(erasure_marks),
-    )
+    )  # fmt: skip
     card["drift"] = measure_drift(card, previous_card)
     card_text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
     (workspace.data_folder / CARD_FILE_NAME).write_text(card_text, encoding="utf-8")
@@ -207,13 +200,9 @@ def _build_assign_tasks(
     for kind in kinds:
         if find_data_kind(kind).split_names:
             task = AssignTask(
-                work_folder=str(workspace.root),
-                kind_name=kind,
-                has_reactions="reactions" in kinds,
-                strict_splits=settings.prepare.split == "strict",
-                seed=settings.seed,
-                **assign_settings,
-            )
+                work_folder=str(workspace.root), kind_name=kind, has_reactions="reactions" in kinds,
+                strict_splits=settings.prepare.split == "strict", seed=settings.seed, **assign_settings,
+            )  # fmt: skip
             tasks.append({"task": asdict(task), "sources": source_paths})
     return tasks
 
@@ -375,9 +364,7 @@ def _unwrap_error(error: BaseException) -> BaseException:
         if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
             return ResourceError(f"disk full while writing the data set: {cause}; free some space and run again")
         if isinstance(cause, OSError) and cause.filename:
-            return DataError(
-                f"cannot read or write {cause.filename}: {cause.strerror}; check that it exists and its permissions"
-            )
+            return DataError(f"cannot read or write {cause.filename}: {cause.strerror}; check path and permissions")
         # Ray's task errors have the original in `cause`, not in `__cause__`.
         cause = cause.__cause__ or getattr(cause, "cause", None)
     return error

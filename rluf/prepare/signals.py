@@ -21,7 +21,7 @@ from rluf.errors import DataError
 from rluf.prepare.card_page import build_rate_figure, format_percent
 from rluf.prepare.joins import bin_by_octave
 from rluf.report.page import render_html_page
-from rluf.utils.stats import Bools, Floats, Ints
+from rluf.utils.stats import Bools, Floats, Ints, fit_logistic, sigmoid
 
 _Z95 = 1.959963984540054
 _MIN_POSITIVE_SENTIMENT = 0.3
@@ -58,22 +58,17 @@ class ReturnAssociation:
 
 def return_association(has_signal: Bools, returned: Bools, controls: Floats, user_code: Ints) -> ReturnAssociation:
     """Association of a signal [N] with return [N] given controls [N, C]; rows of one user [N] are dependent."""
-    from scipy.optimize import minimize
-    from scipy.special import expit
-
-    design_matrix = np.column_stack([has_signal.astype(np.float64), np.ones(len(has_signal)), controls])
+    inputs = np.column_stack([has_signal.astype(np.float64), controls])
     # A small ridge makes rare or collinear controls estimable; signal and intercept have none.
-    ridge = np.full(design_matrix.shape[1], 1e-3)
-    ridge[:2] = 0
-
-    def penalized_loss(theta: Floats) -> tuple[float, Floats]:
-        logits = design_matrix @ theta
-        value = np.logaddexp(0, np.where(returned, -logits, logits)).sum() + (ridge * theta**2).sum() / 2
-        return float(value), design_matrix.T @ (expit(logits) - returned) + ridge * theta
-
-    start = np.zeros(design_matrix.shape[1])
-    theta = minimize(penalized_loss, start, jac=True, method="L-BFGS-B", options={"maxiter": 500}).x
-    probability = expit(design_matrix @ theta)
+    ridge = np.full(inputs.shape[1] + 1, 1e-3)
+    ridge[[0, -1]] = 0
+    row_count = len(inputs)
+    theta = fit_logistic(
+        inputs, returned.astype(np.float64), np.ones(row_count), np.inf,
+        quadratic_penalty=np.diag(ridge[:-1]) / row_count,
+    )  # fmt: skip
+    design_matrix = np.column_stack([inputs, np.ones(row_count)])
+    probability = sigmoid(design_matrix @ theta)
     # Sandwich: inverse Hessian ("bread") around the outer product of the scores, summed by user ("meat").
     row_information = (design_matrix * (probability * (1 - probability))[:, None]).T @ design_matrix
     bread = np.linalg.pinv(row_information + np.diag(ridge))
@@ -169,11 +164,8 @@ def rank_signals(table: pa.Table) -> list[dict[str, Any]]:
             adjusted = return_association(*inputs, controls[usable], user_code[usable])
             unadjusted = return_association(*inputs, np.empty((usable_rows, 0)), user_code[usable])
             row["link"] = {
-                "mean": adjusted.log_odds,
-                "low": adjusted.low,
-                "high": adjusted.high,
-                "rows": usable_rows,
-            }
+                "mean": adjusted.log_odds, "low": adjusted.low, "high": adjusted.high, "rows": usable_rows,
+            }  # fmt: skip
             row["unadjusted"] = {"mean": unadjusted.log_odds, "low": unadjusted.low, "high": unadjusted.high}
         rows.append(row)
     return sorted(rows, key=_ranking_key, reverse=True)
@@ -204,13 +196,9 @@ def write_signal_report(data_folder: Path) -> list[dict[str, Any]]:
         figure["layout"]["xaxis"] |= {"tickformat": ".1f", "rangemode": "normal"}
         figure["data"][0]["hovertemplate"] = "%{y}: %{x:.2f} in log-odds, %{customdata:,} rows<extra></extra>"
     page = render_html_page(
-        "signals.html.j2",
-        package="rluf.prepare",
-        figures={"associations": figure} if figure else {},
-        rule=RANKING_RULE,
-        row_count=f"{table.num_rows:,}",
-        rows=[_format_cells(row) for row in rows],
-    )
+        "signals.html.j2", package="rluf.prepare", figures={"associations": figure} if figure else {},
+        rule=RANKING_RULE, row_count=f"{table.num_rows:,}", rows=[_format_cells(row) for row in rows],
+    )  # fmt: skip
     (data_folder / "signals.html").write_text(page, encoding="utf-8")
     return rows
 

@@ -109,9 +109,8 @@ def near_duplicate_leaks(
     point = to_unit_interval(lowest_key)[prompt_group]
     # Four rules, later ones win: hash of the lowest prompt key; the only split present; a split that has a row (else
     # the group would lose all its rows); test prompts.
-    target_code = np.where(
-        point < test_share, TEST_CODE, np.where(point < test_share + dev_share, DEV_CODE, TRAIN_CODE)
-    )
+    target_code = np.where(point < test_share + dev_share, DEV_CODE, TRAIN_CODE)
+    target_code = np.where(point < test_share, TEST_CODE, target_code)
     target_code = np.where(lowest_split == highest_split, split_code, target_code)
     target_code = np.where(_group_has_split(prompt_group, split_code, target_code), target_code, lowest_split)
     target_code = np.where(np.isin(prompt_group, test_groups), TEST_CODE, target_code)

@@ -25,9 +25,8 @@ from rluf.prepare.readers.datasets import ReaderOptions, SkippedRow
 from rluf.prepare.readers.files import RawLine, find_reader, parse_partition_fields, read_line_batches
 from rluf.prepare.readers.products import build_column_reader
 from rluf.prepare.redact import redact_array
-from rluf.prepare.schema import SPLIT_NAMES, find_data_kind
+from rluf.prepare.schema import SPLIT_NAMES, RejectedRow, build_arrow_table, find_data_kind, validate_json_rows
 from rluf.prepare.splits import ROW_KEY_SALT, assign_split, normalize_context, sampling_salt, to_unit_interval
-from rluf.prepare.validation import RejectedRow, build_arrow_table, validate_json_rows
 from rluf.prepare.workspace import RowCount, TableWriter, build_quarantine_table
 from rluf.utils.hashing import hash64, hash_user_id
 
@@ -194,9 +193,8 @@ def _build_adapter(
     """Function from a raw object to rows of rluf's schema; None if the file holds such rows already."""
     options = ReaderOptions(task.test_share)
     field_names = find_data_kind(task.kind_name).record_type.model_fields
-    folder_fields = {
-        name: value for name, value in parse_partition_fields(task.source_path).items() if name in field_names
-    }
+    partitions = parse_partition_fields(task.source_path)
+    folder_fields = {name: value for name, value in partitions.items() if name in field_names}
     if task.reader_name is not None:
         read_item = find_reader(task.reader_name, task.kind_name).read_item
         return lambda row: read_item({**folder_fields, **row}, options)
@@ -263,16 +261,9 @@ def validate_rows(task: ValidateTask) -> dict[str, Any]:
             writer.write_accepted([rows[index] for index in accepted], [items[index][:2] for index in accepted])
     writer.close()
     row_counts = [
-        RowCount(
-            task.kind_name,
-            outcome,
-            row_count,
-            source_path=task.source_path,
-            reason=reason,
-            example_location=writer.example_locations.get((outcome, reason), ""),
-        )
-        for (outcome, reason), row_count in writer.row_counts.items()
-        if row_count
+        RowCount(task.kind_name, key[0], rows, task.source_path, key[1], writer.example_locations.get(key, ""))
+        for key, rows in writer.row_counts.items()
+        if rows
     ]
     return {"row_counts": row_counts, "redacted": dict(writer.redaction_counts)}
 

@@ -104,9 +104,7 @@ def open_workspace(output_folder: Path, digest: str) -> Iterator[PrepareWorkspac
 
 
 def _write_failure(output_folder: Path, error: OSError) -> ResourceError:
-    return ResourceError(
-        f"cannot write the data set {output_folder}: {error.strerror or error}; check its disk and permissions"
-    )
+    return ResourceError(f"cannot write the data set {output_folder}: {error.strerror or error}; check its disk")
 
 
 def _lock_folder(root: Path) -> IO[str] | None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
@@ -22,6 +23,7 @@ from rluf.errors import ModelError
 from rluf.models.lora import add_lora_adapters
 from rluf.reward.text import EncodedItem, TextEncoder, plan_token_batches
 from rluf.types import Message
+from rluf.utils.stats import Floats
 
 logger = logging.getLogger(__name__)
 
@@ -208,6 +210,53 @@ def get_hidden_states(output: Any) -> torch.Tensor:
     """Hidden states [B, T, H] of a layer output, which is a tensor or a tuple that starts with one."""
     tensor: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return tensor
+
+
+class HeadInputCapture:
+    """Capture the input of the head during forward passes: the last token (decoders) or the pooler (encoders).
+
+    With `depths`, capture what the head would read if only so many of the lowest layers existed, so that one pass
+    serves several members of an ensemble.
+    """
+
+    def __init__(self, model: PreTrainedModel, depths: Sequence[int] = ()) -> None:
+        """Raises ModelError when the model has no linear head, or `depths` are given and it cannot be read at them."""
+        self.captured_states: list[torch.Tensor] = []
+        self._final_module: Any = None
+        # Without depths the hook on the head sees exactly what the head reads. With depths the head is not involved:
+        # each layer's output goes through the final norm or pooler here, as in a model truncated after that layer.
+        self._hooks = [get_linear_head(model).register_forward_pre_hook(self._capture_head_input)] if not depths else []
+        if depths:
+            self._final_module = final_norm_or_pooler(model)
+            if self._final_module is None:
+                raise ModelError(
+                    f"{type(model).__name__} has neither a last norm nor a pooler, so one pass cannot "
+                    "read it at several depths; set a single entry in members"
+                )
+            layers = get_layer_list(model)
+            # Layers run lowest first, so the captured states are in ascending order of depth.
+            self._hooks = [
+                layers[depth - 1].register_forward_hook(self._capture_layer_output) for depth in sorted(depths)
+            ]
+
+    def _capture_head_input(self, _module: nn.Module, args: Any) -> None:
+        self.captured_states.append(args[0].detach())
+
+    def _capture_layer_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        self.captured_states.append(self._final_module(get_hidden_states(output)).detach())
+
+    def take_features(self, row_positions: Sequence[tuple[int, int]]) -> Floats:
+        """Features [depths, N, H] of the last forward pass at (row, position) pairs; encoders have one per row."""
+        rows, positions = (torch.tensor(column) for column in zip(*row_positions, strict=True))
+        # Decoders apply the head to every token [B, T, H], encoders to the pooled output [B, H].
+        features = [states[rows, positions] if states.dim() == 3 else states[rows] for states in self.captured_states]
+        self.captured_states.clear()
+        return torch.stack(features).float().cpu().numpy().astype(np.float64)
+
+    def close(self) -> None:
+        """Remove the hooks from the model."""
+        for hook in self._hooks:
+            hook.remove()
 
 
 MAX_CACHE_BYTES = 2 << 30

@@ -9,19 +9,16 @@ split.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from transformers import PreTrainedModel
 
-from rluf.errors import ModelError
-from rluf.reward.backbone import final_norm_or_pooler, get_hidden_states, get_layer_list, get_linear_head
+from rluf.reward.backbone import get_linear_head
 from rluf.reward.calibration import fit_pair_scale, fit_platt
 from rluf.reward.metrics import log_loss
-from rluf.utils.stats import Floats, sigmoid
+from rluf.utils.stats import Floats, fit_logistic, sigmoid
 
 INVERSE_STRENGTHS = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0)
 """Inverse regularization strengths tried in turn, on standardized features; C of scikit-learn."""
@@ -31,53 +28,6 @@ INVARIANCE_WEIGHT = 1.0
 """Weight, relative to the mean log-loss, of the mean squared change of the logit caused by sign-offs."""
 FOLD_COUNT = 4
 FloatMatrix = NDArray[np.float64]
-
-
-class HeadInputCapture:
-    """Capture the input of the head during forward passes: the last token (decoders) or the pooler (encoders).
-
-    With `depths`, capture what the head would read if only so many of the lowest layers existed, so that one pass
-    serves several members of an ensemble.
-    """
-
-    def __init__(self, model: PreTrainedModel, depths: Sequence[int] = ()) -> None:
-        """Raises ModelError when the model has no linear head, or `depths` are given and it cannot be read at them."""
-        self.captured_states: list[torch.Tensor] = []
-        self._final_module: Any = None
-        # Without depths the hook on the head sees exactly what the head reads. With depths the head is not involved:
-        # each layer's output goes through the final norm or pooler here, as in a model truncated after that layer.
-        self._hooks = [get_linear_head(model).register_forward_pre_hook(self._capture_head_input)] if not depths else []
-        if depths:
-            self._final_module = final_norm_or_pooler(model)
-            if self._final_module is None:
-                raise ModelError(
-                    f"{type(model).__name__} has neither a last norm nor a pooler, so one pass cannot "
-                    "read it at several depths; set a single entry in members"
-                )
-            layers = get_layer_list(model)
-            # Layers run lowest first, so the captured states are in ascending order of depth.
-            self._hooks = [
-                layers[depth - 1].register_forward_hook(self._capture_layer_output) for depth in sorted(depths)
-            ]
-
-    def _capture_head_input(self, _module: nn.Module, args: Any) -> None:
-        self.captured_states.append(args[0].detach())
-
-    def _capture_layer_output(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        self.captured_states.append(self._final_module(get_hidden_states(output)).detach())
-
-    def take_features(self, row_positions: Sequence[tuple[int, int]]) -> Floats:
-        """Features [depths, N, H] of the last forward pass at (row, position) pairs; encoders have one per row."""
-        rows, positions = (torch.tensor(column) for column in zip(*row_positions, strict=True))
-        # Decoders apply the head to every token [B, T, H], encoders to the pooled output [B, H].
-        features = [states[rows, positions] if states.dim() == 3 else states[rows] for states in self.captured_states]
-        self.captured_states.clear()
-        return torch.stack(features).float().cpu().numpy().astype(np.float64)
-
-    def close(self) -> None:
-        """Remove the hooks from the model."""
-        for hook in self._hooks:
-            hook.remove()
 
 
 def assign_folds(clusters: Sequence[str], fold_count: int, *, seed: int = 0) -> NDArray[np.int64]:
@@ -132,7 +82,10 @@ def fit_probe(
     strength = _choose_strength(
         (z, labels, weights, logit_offsets, change_moment), clusters, is_pairwise=is_pairwise, seed=seed
     )
-    solution = _fit_logistic(z, labels, weights, logit_offsets, change_moment, strength, fit_bias=not is_pairwise)
+    solution = fit_logistic(
+        z, labels, weights, strength,
+        logit_offsets=logit_offsets, quadratic_penalty=change_moment, fit_bias=not is_pairwise,
+    )  # fmt: skip
     # Undo the standardization, so that the head applies to the features as the backbone gives them.
     head_weights = solution[:-1] / spread
     return head_weights, 0.0 if is_pairwise else float(solution[-1] - mean @ head_weights), strength
@@ -157,8 +110,9 @@ def _choose_strength(
         for fold in usable_folds:
             is_held_out = folds == fold
             is_train = ~is_held_out
-            solutions[fold] = _fit_logistic(
-                z[is_train], labels[is_train], weights[is_train], logit_offsets[is_train], change_moment, strength,
+            solutions[fold] = fit_logistic(
+                z[is_train], labels[is_train], weights[is_train], strength,
+                logit_offsets=logit_offsets[is_train], quadratic_penalty=change_moment,
                 fit_bias=not is_pairwise, initial_solution=solutions.get(fold),
             )  # fmt: skip
             heldout_logits[is_held_out] = z[is_held_out] @ solutions[fold][:-1] + solutions[fold][-1]
@@ -210,42 +164,6 @@ def _compute_calibrated_loss(logits: Floats, labels: Floats, weights: Floats, *,
         return log_loss(sigmoid(fit_pair_scale(logits, weights) * logits), labels, weights)
     scale, offset = fit_platt(logits, labels, weights)
     return log_loss(sigmoid(scale * logits + offset), labels, weights)
-
-
-def _fit_logistic(
-    x: FloatMatrix,
-    y: Floats,
-    weights: Floats,
-    logit_offsets: Floats,
-    change_moment: FloatMatrix,
-    strength: float,
-    *,
-    fit_bias: bool,
-    initial_solution: Floats | None = None,
-) -> Floats:
-    """Weights and, last, the bias [H + 1] of L2 logistic regression of y [N] in [0, 1] on x [N, H].
-
-    The mean loss is scikit-learn's objective divided by the total weight, plus half of w^T change_moment w. The latter,
-    offsets and ties (y = 0.5) are not supported by its LogisticRegression. `initial_solution` is a warm start.
-    """
-    from scipy.optimize import minimize
-
-    total_weight = float(weights.sum())
-    ridge = 1 / (strength * total_weight)
-    # Scaled with the ridge: where strong regularization shrinks the weights, the invariance term must not vanish.
-    change_moment = (1 + ridge) * change_moment
-
-    def penalized_loss(parameters: Floats) -> tuple[float, Floats]:
-        w, z = parameters[:-1], x @ parameters[:-1] + parameters[-1] + logit_offsets
-        penalty_gradient = ridge * w + (change_moment @ w if change_moment.size else 0.0)
-        residuals = weights * (sigmoid(z) - y) / total_weight
-        loss = float(weights @ (np.logaddexp(0, z) - y * z)) / total_weight + 0.5 * float(w @ penalty_gradient)
-        return loss, np.append(residuals @ x + penalty_gradient, residuals.sum() if fit_bias else 0.0)
-
-    start = np.zeros(x.shape[1] + 1) if initial_solution is None else initial_solution
-    options = {"maxiter": 500, "gtol": 1e-5}
-    solution = minimize(penalized_loss, start, jac=True, method="L-BFGS-B", options=options)
-    return np.asarray(solution.x, dtype=np.float64)
 
 
 def fold_bias_into_weights(features: FloatMatrix, head_weights: Floats, bias: float) -> tuple[Floats, float]:

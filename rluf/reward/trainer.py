@@ -25,9 +25,8 @@ from torch import distributed
 from transformers import PreTrainedModel
 
 from rluf.errors import DataError, DeadlineError
-from rluf.reward.backbone import FrozenPrefix
+from rluf.reward.backbone import FrozenPrefix, HeadInputCapture
 from rluf.reward.calibration import compute_prior_shift, fit_pair_scale, fit_platt
-from rluf.reward.linear_probe import HeadInputCapture
 from rluf.reward.losses import LossFunction, weighted_bce_loss
 from rluf.reward.metrics import binary_entropy, log_loss
 from rluf.reward.text import EncodedItem, TextEncoder, iter_shared_batches, plan_token_batches

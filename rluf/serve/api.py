@@ -1,4 +1,4 @@
-"""HTTP API version 1: request and response models, the backend protocol behind the app, and rows of the feedback log.
+"""HTTP API version 1: request and response models, errors, and rows of the feedback log.
 
 Server and client share the models.
 """
@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
 
@@ -18,13 +18,9 @@ from rluf.config.objectives import OBJECTIVE_NAME_PATTERN, PRIMARY_OBJECTIVE
 from rluf.errors import RlufError
 from rluf.prepare.schema import MAX_MESSAGES, MAX_TEXT_CHARS, FeedbackRecord
 from rluf.prepare.schema import ChatMessage as LoggedMessage
-from rluf.serve.store import FeedbackEvent, StoreOutcome
+from rluf.serve.store import FeedbackEvent
 from rluf.types import Message, Score
 from rluf.utils.hashing import hash_user_id
-
-if TYPE_CHECKING:
-    from rluf.reward.text import ScoringItem
-    from rluf.serve.metrics import ServeMetrics
 
 MAX_ITEMS_PER_REQUEST = 256
 """Maximum number of responses in one request."""
@@ -308,47 +304,6 @@ class ScoredItem:
     scores: Mapping[str, Score]
 
 
-@dataclass(frozen=True, slots=True)
-class ServiceRules:
-    """Limits that the middleware enforces.
-
-    `token_digest` is None for a service without authentication. `allowed_hosts` are the accepted Host header names
-    (None: any); a service without a token needs them against DNS rebinding by web pages. `log_text` allows message
-    text in the service log.
-    """
-
-    token_digest: str | None
-    max_body_bytes: int
-    requests_per_s: float
-    deadline_s: float
-    log_text: bool
-    allowed_hosts: tuple[str, ...] | None
-
-
-class ServiceBackend(Protocol):
-    """Models and feedback store behind the HTTP app. Every method raises ApiError for errors the client must see."""
-
-    rules: ServiceRules
-    metrics: ServeMetrics
-    is_draining: bool
-    running_requests: int
-
-    async def is_ready(self) -> bool:
-        """Return whether every model has answered."""
-
-    async def score_items(self, items: Sequence[ScoringItem]) -> list[ScoredItem]:
-        """Score items; results are in order and all from one model version."""
-
-    async def store_feedback(self, request: FeedbackRequest) -> StoreOutcome:
-        """Store a reaction; it is on disk when this returns."""
-
-    async def list_models(self) -> list[ModelInfo]:
-        """Return all served reward models and policies."""
-
-    async def complete_chat(self, request: ChatRequest) -> ChatReply:
-        """Sample one response from a policy; it is logged before this returns."""
-
-
 def build_reaction_event(request: FeedbackRequest, salt: bytes) -> FeedbackEvent:
     """Convert a feedback request to a store event, with a full row when another system served the response."""
     if request.record is None:
@@ -371,16 +326,12 @@ def build_served_event(
     if not response_text.strip():
         return None
     record = FeedbackRecord(
-        id=response_id,
-        conversation_id=request.conversation_id or response_id,
-        turn=sum(message.role == "assistant" for message in request.messages),
-        user_id=hash_user_id(request.user, salt),
-        time=datetime.now(UTC),
-        model_version=policy_version,
+        id=response_id, conversation_id=request.conversation_id or response_id,
+        turn=sum(message.role == "assistant" for message in request.messages), user_id=hash_user_id(request.user, salt),
+        time=datetime.now(UTC), model_version=policy_version,
         messages=[LoggedMessage(role=message.role, content=message.content) for message in request.messages],
-        response=response_text,
-        reaction=None,
-    )
+        response=response_text, reaction=None,
+    )  # fmt: skip
     return FeedbackEvent(response_id, None, record)
 
 

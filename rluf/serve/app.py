@@ -22,9 +22,9 @@ from starlette.exceptions import HTTPException
 
 from rluf.errors import ResourceError
 from rluf.serve import api
-from rluf.serve.api import ApiError, ScoredItem, ServiceBackend
+from rluf.serve.api import ApiError, ScoredItem
 from rluf.serve.compat import add_compat_routes
-from rluf.serve.middleware import INTERNAL_ERROR, ServiceMiddleware
+from rluf.serve.middleware import INTERNAL_ERROR, ServiceBackend, ServiceMiddleware
 from rluf.utils.stats import logit
 
 if TYPE_CHECKING:

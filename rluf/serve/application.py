@@ -23,7 +23,6 @@ from cluster.placement import actor_environment
 from rluf.config.load import load_settings
 from rluf.errors import ModelError, ResourceError, SettingsError
 from rluf.reward.calibration import Calibration
-from rluf.serve.api import ServiceRules
 from rluf.serve.deployments import (
     APPLICATION_NAME,
     FEEDBACK_WRITER_NAME,
@@ -32,7 +31,7 @@ from rluf.serve.deployments import (
     GatewayDeployment,
     ScorerDeployment,
 )
-from rluf.serve.middleware import hash_token
+from rluf.serve.middleware import ServiceRules, hash_token
 from rluf.serve.policy_deployment import ENGINE_SETTING_KEYS, PolicyDeployment
 from rluf.utils.cache import compute_artifact_key, hash_files, hash_source_code
 from rluf.utils.hashing import LEGACY_SERVE_SALT_VARIABLE, USER_SALT_VARIABLE, read_user_salt
@@ -87,7 +86,7 @@ def feedback_root(settings: Settings) -> str:
 
 
 def log_folder(settings: Settings) -> Path:
-    """Local folder of the write-ahead log: inside a local feedback folder, or in the runs folder if that is a URL."""
+    """Local folder of the open rows: inside a local feedback folder, or in the runs folder if that is a URL."""
     root = feedback_root(settings)
     if "://" not in root:
         return Path(root).expanduser().resolve() / ".log"
@@ -115,7 +114,7 @@ def load_or_create_salt(settings: Settings) -> bytes:
 
 
 def build_scorer_config(settings: Settings, reward_folders: Mapping[str, Path | None]) -> dict[str, Any]:
-    """Build the user_config of a scorer: path or judge of each objective, facts from the reward cards, a version.
+    """Build the user_config of a scorer: source of each objective, facts from reward cards, a version.
 
     The version is a hash of the files, so the same models have the same version on every machine. Raises ModelError
     for a folder without a reward model.
@@ -129,13 +128,12 @@ def build_scorer_config(settings: Settings, reward_folders: Mapping[str, Path | 
                 raise ModelError(f"{folder} has no config.json; name a reward model folder written by rluf.reward")
             models[name] = {"path": str(folder)}
             facts[name] = {"version": hash_files([folder])[:12], **_read_card_facts(folder)}
-        elif objective.source == "judge":
-            models[name] = {"judge": str(objective.judge)}
-            facts[name] = {"version": f"judge {objective.judge}", "max_tokens": 1, "mean_value": None}
+        elif objective.source in ("judge", "function"):
+            key, rule = ("judge", objective.judge) if objective.source == "judge" else ("reward", objective.reward)
+            models[name] = {key: str(rule)}
+            facts[name] = {"version": f"{objective.source} {rule}", "max_tokens": 1, "mean_value": None}
         else:
-            raise ModelError(
-                f"no reward model for {name}: set objectives.{name}.path, or leave it out of serve.objectives"
-            )
+            raise ModelError(f"no reward model for {name}: set objectives.{name}.path, or omit it in serve.objectives")
     versions = json.dumps({name: model_facts["version"] for name, model_facts in facts.items()}, sort_keys=True)
     return {
         "version": hashlib.sha256(versions.encode()).hexdigest()[:12],
@@ -164,9 +162,8 @@ def find_candidate_folders(settings: Settings) -> dict[str, Path] | None:
         name: root / name for name in settings.serve.objectives if (root / name / "config.json").is_file()
     }
     if not folders:
-        raise ModelError(
-            f"serve.candidate={root} has no reward model; name a folder with {', '.join(settings.serve.objectives)}"
-        )
+        names = ", ".join(settings.serve.objectives)
+        raise ModelError(f"serve.candidate={root} has no reward model; name a folder with {names}")
     return folders
 
 
@@ -215,22 +212,15 @@ def build_application(
         serve_settings.flush_interval_s,
     )
     gateway = serve.deployment(
-        serve.ingress()(GatewayDeployment),
-        name="gateway",
-        num_replicas=1,
-        max_ongoing_requests=MAX_GATEWAY_REQUESTS,
+        serve.ingress()(GatewayDeployment), name="gateway", num_replicas=1, max_ongoing_requests=MAX_GATEWAY_REQUESTS,
         graceful_shutdown_timeout_s=serve_settings.request_timeout_s,
         ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": SERVE_THROUGHPUT_ENV}},
         user_config={"roles": list(scorers), "share": serve_settings.canary_share, "policies": policy_versions},
-    )
+    )  # fmt: skip
     feedback_writer = serve.deployment(
-        FeedbackWriter,
-        name=FEEDBACK_WRITER_NAME,
-        num_replicas=1,
-        max_ongoing_requests=MAX_GATEWAY_REQUESTS,
-        health_check_period_s=2,
-        ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": SERVE_THROUGHPUT_ENV}},
-    )
+        FeedbackWriter, name=FEEDBACK_WRITER_NAME, num_replicas=1, max_ongoing_requests=MAX_GATEWAY_REQUESTS,
+        health_check_period_s=2, ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": SERVE_THROUGHPUT_ENV}},
+    )  # fmt: skip
     gateway_arguments = (rules, batch_limits, load_or_create_salt(settings))
     return _with_content_version(gateway, *gateway_arguments).bind(
         *gateway_arguments,
@@ -324,7 +314,7 @@ def configured_reward_folders(settings: Settings) -> dict[str, Path | None]:
     return {
         name: Path(str(objectives[name].path)).expanduser().resolve() if objectives[name].path is not None else None
         for name in settings.serve.objectives
-        if objectives[name].source == "judge" or objectives[name].path is not None
+        if objectives[name].source in ("judge", "function") or objectives[name].path is not None
     }
 
 

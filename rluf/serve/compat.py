@@ -23,7 +23,8 @@ from rluf.utils.stats import logit
 
 if TYPE_CHECKING:
     from rluf.reward.text import ScoringItem
-    from rluf.serve.api import ScoredItem, ServiceBackend
+    from rluf.serve.api import ScoredItem
+    from rluf.serve.middleware import ServiceBackend
 
 SPECIAL_TOKEN_ENDS = re.compile(r"^(?:\s|<\|[a-z_]+\|>|</?s>)+|(?:\s|<\|[a-z_]+\|>|</?s>)+$")
 """Special tokens and white space at both ends of a decoded response."""
@@ -142,16 +143,12 @@ def _add_openrlhf_routes(app: FastAPI, backend: ServiceBackend) -> None:
         prompts = body.prompts if body.prompts is not None else [""] * len(body.query)
         items = [split_query(query, prompt) for query, prompt in zip(body.query, prompts, strict=True)]
         scored_items = await backend.score_items(items)
-        values_by_objective = {
-            name: [item.scores[name].value for item in scored_items] for name in scored_items[0].scores
-        }
+        names = list(scored_items[0].scores)
+        values_by_objective = {name: [item.scores[name].value for item in scored_items] for name in names}
         love_values = _objective_values(scored_items, DEFAULT_OBJECTIVE)
         # Logits as rewards: probabilities near 0 and 1 would give almost no advantage.
-        return {
-            "rewards": [logit(value) for value in love_values],
-            "scores": love_values,
-            "extra_logs": values_by_objective,
-        }
+        rewards = [logit(value) for value in love_values]
+        return {"rewards": rewards, "scores": love_values, "extra_logs": values_by_objective}
 
 
 def _add_vllm_routes(app: FastAPI, backend: ServiceBackend) -> None:
@@ -170,13 +167,9 @@ def _add_vllm_routes(app: FastAPI, backend: ServiceBackend) -> None:
     async def classify(body: ClassifyRequest) -> dict[str, Any]:
         """vLLM's classify: probability of each text's positive label under the objective named by `model`."""
         scored_items = await backend.score_items([_to_item("", text) for text in _as_list(body.input)])
+        label = _positive_label(body.model, scored_items[0].scores)
         data = [
-            {
-                "index": i,
-                "label": _positive_label(body.model, scored_items[0].scores),
-                "probs": [value],
-                "num_classes": 1,
-            }
+            {"index": i, "label": label, "probs": [value], "num_classes": 1}
             for i, value in enumerate(_objective_values(scored_items, body.model))
         ]
         return _reply_envelope("classify", body.model, scored_items) | {"data": data}
@@ -214,10 +207,9 @@ def _add_tei_routes(app: FastAPI, backend: ServiceBackend) -> None:
         scored_items = await backend.score_items(
             [_to_item(*entry) if len(entry) == 2 else _to_item("", entry[0]) for entry in entries]
         )
-        values = [
-            logit(value) if body.raw_scores else value for value in _objective_values(scored_items, DEFAULT_OBJECTIVE)
-        ]
-        predictions = [[{"label": DEFAULT_OBJECTIVE, "score": value}] for value in values]
+        values = _objective_values(scored_items, DEFAULT_OBJECTIVE)
+        scores = [logit(value) if body.raw_scores else value for value in values]
+        predictions = [[{"label": DEFAULT_OBJECTIVE, "score": score}] for score in scores]
         return predictions[0] if is_single or isinstance(body.inputs, str) else predictions
 
 

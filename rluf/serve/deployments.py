@@ -31,7 +31,6 @@ from rluf.serve.api import (
     FeedbackRequest,
     ModelInfo,
     ScoredItem,
-    ServiceRules,
     build_chat_reply,
     build_reaction_event,
     build_served_event,
@@ -40,7 +39,7 @@ from rluf.serve.api import (
 )
 from rluf.serve.app import HttpServer
 from rluf.serve.batching import RequestBatcher
-from rluf.serve.metrics import ServeMetrics
+from rluf.serve.middleware import ServeMetrics, ServiceRules
 from rluf.serve.store import FeedbackEvent, FeedbackStore, StoreOutcome
 from rluf.types import Score
 
@@ -76,8 +75,8 @@ class LoadedModels:
     """One loaded version of the reward models: a scorer per objective, and facts from their cards."""
 
     def __init__(self, scorer_config: Mapping[str, Any]) -> None:
-        """Load the models of `scorer_config`: version, batch_tokens, device, and path or judge by objective."""
-        from rluf.objectives.judges import build_judge_scorer
+        """Load the models of `scorer_config`: version, batch_tokens, device, and sources by objective."""
+        from rluf.objectives.judges import build_rule_scorer
         from rluf.reward.backbone import build_warmup_items, enable_fast_cpu_matmul
         from rluf.reward.model import load_reward_scorer
 
@@ -86,10 +85,10 @@ class LoadedModels:
         if scorer_config["device"] == "cpu":
             enable_fast_cpu_matmul()
         sources: dict[str, dict[str, str]] = scorer_config["models"]
-        self._judge_scorers = {
-            name: build_judge_scorer(source["judge"], name) for name, source in sources.items() if "judge" in source
+        self._rule_scorers = {
+            name: build_rule_scorer(name, **source) for name, source in sources.items() if "path" not in source
         }
-        folders = {name: Path(source["path"]) for name, source in sources.items() if "judge" not in source}
+        folders = {name: Path(source["path"]) for name, source in sources.items() if "path" in source}
         self._score_models = load_reward_scorer(
             folders, batch_tokens=scorer_config["batch_tokens"], device=scorer_config["device"]
         )
@@ -99,7 +98,7 @@ class LoadedModels:
 
     def score_items(self, items: Sequence[ScoringItem]) -> BatchScores:
         """Score items by every objective."""
-        scores = self._score_models(items) | {name: judge(items) for name, judge in self._judge_scorers.items()}
+        scores = self._score_models(items) | {name: score(items) for name, score in self._rule_scorers.items()}
         return self.version, {
             name: [(score.value, score.raw_logit, score.spread) for score in scores[name]]
             for name in self._objective_names
@@ -139,9 +138,7 @@ class ScorerDeployment:
             try:
                 models = await asyncio.to_thread(LoadedModels, scorer_config)
             except RlufError:
-                logger.exception(
-                    "scorer: version %s cannot be loaded; the present version stays", scorer_config["version"]
-                )
+                logger.exception("scorer: version %s cannot be loaded; the old one stays", scorer_config["version"])
                 return
             if scorer_config is self._wanted_config:
                 self._loaded_models = models
@@ -219,10 +216,8 @@ class FeedbackWriter:
             try:
                 await self.flush_settled()
             except (OSError, RlufError):
-                logger.exception(
-                    "feedback store %s: settled rows could not be written; they stay in the log",
-                    self._feedback_store.root,
-                )
+                store_root = self._feedback_store.root
+                logger.exception("feedback store %s: settled rows not written; they stay in the log", store_root)
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,18 +263,14 @@ class GatewayDeployment:
             if role not in self._scorer_handles:
                 self._scorer_handles[role] = serve.get_deployment_handle(f"scorer-{role}", APPLICATION_NAME)
                 self._batchers[role] = RequestBatcher(
-                    self._make_batch_runner(role),
-                    batch_tokens=self.batch_limits.batch_tokens,
-                    max_item_tokens=DEFAULT_ITEM_TOKENS,
-                    max_queued_responses=self.batch_limits.max_queued_responses,
-                    replica_count=self.batch_limits.max_replicas,
-                    on_batch_end=self.metrics.record_batch,
-                )
+                    self._make_batch_runner(role), batch_tokens=self.batch_limits.batch_tokens,
+                    max_item_tokens=DEFAULT_ITEM_TOKENS, max_queued_responses=self.batch_limits.max_queued_responses,
+                    replica_count=self.batch_limits.max_replicas, on_batch_end=self.metrics.record_batch,
+                )  # fmt: skip
                 if role == "candidate":
                     self._warmup_tasks[role] = asyncio.create_task(self._wait_for_scorer(role))
-        self._scorer_handles = {
-            role: handle for role, handle in self._scorer_handles.items() if role in user_config["roles"]
-        }
+        roles = user_config["roles"]
+        self._scorer_handles = {role: handle for role, handle in self._scorer_handles.items() if role in roles}
         self._candidate_share = float(user_config["share"])
         self._policy_handles = {
             name: (serve.get_deployment_handle(f"policy-{name}", APPLICATION_NAME), version)
@@ -442,23 +433,16 @@ class GatewayDeployment:
             raise ApiError(error.status, error.error_type, error.message) from error
         except (*REPLICA_LOST_ERRORS, RlufError) as error:
             logger.error("policy %s: chat failed: %s", policy_name, error)
-            raise ApiError(
-                503, "unavailable", f"policy {policy_name} is not available; try again later", 2.0
-            ) from error
+            raise ApiError(503, "unavailable", f"policy {policy_name} is not available now; retry", 2.0) from error
         text, finish_reason, prompt_tokens, response_tokens, version = completion
         response_id = new_response_id()
         event = build_served_event(response_id, request, version, text, self._user_salt)
         if event is not None:
             await self._store_event(event)
         return build_chat_reply(
-            response_id,
-            policy_name,
-            version,
-            text,
-            finish_reason,
-            prompt_tokens=prompt_tokens,
+            response_id, policy_name, version, text, finish_reason, prompt_tokens=prompt_tokens,
             response_tokens=response_tokens,
-        )
+        )  # fmt: skip
 
     async def drain_requests(self, timeout_s: float) -> int:
         """Reject new requests and wait for running ones; returns how many still run after `timeout_s`."""

@@ -1,6 +1,8 @@
-"""ASGI middleware: host check, authentication, rate limit, body size, deadline, uniform errors.
+"""ASGI middleware: host check, authentication, rate limit, body size, deadline, uniform errors, Prometheus metrics.
 
-It wraps the whole app, so that a rejected request costs neither routing nor validation.
+It wraps the whole app, so that a rejected request costs neither routing nor validation. The metrics (/metrics) cover
+latency, batches, queue, rejections, feedback and score drift. Drift is the running mean of served values minus the mean
+over test users on the reward card: the first sign of traffic that differs from the data that the model was tested on.
 """
 
 from __future__ import annotations
@@ -12,11 +14,15 @@ import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
-from rluf.serve.api import ApiError
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from rluf.serve.api import ApiError, ChatReply, ChatRequest, FeedbackRequest, ModelInfo, ScoredItem
+from rluf.serve.batching import BatchStats
+from rluf.serve.store import StoreOutcome
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -24,7 +30,7 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-    from rluf.serve.api import ServiceBackend
+    from rluf.reward.text import ScoringItem
 
 logger = logging.getLogger("rluf.serve")
 
@@ -36,6 +42,121 @@ MAX_TRACKED_CLIENTS = 10_000
 """Client addresses with a rate limit state; beyond that the least recently seen one is dropped."""
 INTERNAL_ERROR = ApiError(500, "internal", "the service failed on this request; see its log")
 """Response for unhandled exceptions; the traceback is logged."""
+
+
+RUNNING_MEAN_WINDOW = 500
+"""Time constant of the running mean in scores: the newest has a weight of 1 / window, or more while there are fewer."""
+SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+ITEM_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+TOKEN_BUCKETS = (64, 256, 1024, 2048, 4096, 8192, 16384, 32768)
+
+
+class RunningMean:
+    """Running mean: arithmetic over the first RUNNING_MEAN_WINDOW values, exponential after that."""
+
+    def __init__(self) -> None:
+        self.count, self.mean = 0, 0.0
+
+    def add_value(self, value: float) -> float:
+        """Add one value and return the mean."""
+        self.count += 1
+        self.mean += (value - self.mean) / min(self.count, RUNNING_MEAN_WINDOW)
+        return self.mean
+
+
+class ServeMetrics:
+    """Metrics of one gateway."""
+
+    def __init__(self) -> None:
+        # Not the global registry: tests and a restarted gateway would register the same names twice.
+        self.registry = CollectorRegistry()
+        registry, by_route, by_model = self.registry, ("route", "status"), ("objective", "version")
+        self.request_seconds = Histogram(
+            "rluf_request_seconds", "Seconds from request to response", by_route, registry=registry,
+            buckets=SECONDS_BUCKETS,
+        )  # fmt: skip
+        self.batch_items = Histogram("rluf_batch_items", "Responses per batch", registry=registry, buckets=ITEM_BUCKETS)
+        self.batch_tokens = Histogram(
+            "rluf_batch_tokens", "Tokens per batch (estimated)", registry=registry, buckets=TOKEN_BUCKETS
+        )
+        self.batch_seconds = Histogram(
+            "rluf_batch_seconds", "Seconds per batch", registry=registry, buckets=SECONDS_BUCKETS
+        )
+        self.queued_items = Gauge("rluf_waiting_items", "Queued responses", registry=registry)
+        self.running_requests = Gauge("rluf_running_requests", "Requests in progress", registry=registry)
+        self.scored_responses = Counter("rluf_scores", "Scored responses", by_model, registry=registry)
+        self.score_mean = Gauge("rluf_score_mean", "Running mean of served values", by_model, registry=registry)
+        self.score_drift = Gauge(
+            "rluf_score_drift", "Running mean of served values minus the reward card's", by_model, registry=registry
+        )
+        self.feedback_requests = Counter("rluf_feedback", "Feedback requests", ("outcome",), registry=registry)
+        self.scorer_retries = Counter("rluf_scorer_retries", "Batches repeated after a replica died", registry=registry)
+        self._running_means: dict[tuple[str, str], RunningMean] = {}
+
+    def record_batch(self, batch_stats: BatchStats) -> None:
+        """Record a scored batch."""
+        self.batch_items.observe(batch_stats.item_count)
+        self.batch_tokens.observe(batch_stats.token_count)
+        self.batch_seconds.observe(batch_stats.seconds)
+
+    def record_scores(
+        self, objective: str, version: str, values: Iterable[float], expected_means: Mapping[str, float]
+    ) -> None:
+        """Record served values of one objective; `expected_means` are the reward cards' mean values by objective."""
+        running_mean = self._running_means.setdefault((objective, version), RunningMean())
+        value_count = 0
+        for value in values:
+            running_mean.add_value(value)
+            value_count += 1
+        self.scored_responses.labels(objective, version).inc(value_count)
+        self.score_mean.labels(objective, version).set(running_mean.mean)
+        if objective in expected_means:
+            self.score_drift.labels(objective, version).set(running_mean.mean - expected_means[objective])
+
+    def to_prometheus_text(self) -> bytes:
+        """Return all metrics in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+@dataclass(frozen=True, slots=True)
+class ServiceRules:
+    """Limits that the middleware enforces.
+
+    `token_digest` is None for a service without authentication. `allowed_hosts` are the accepted Host header names
+    (None: any); a service without a token needs them against DNS rebinding by web pages. `log_text` allows message
+    text in the service log.
+    """
+
+    token_digest: str | None
+    max_body_bytes: int
+    requests_per_s: float
+    deadline_s: float
+    log_text: bool
+    allowed_hosts: tuple[str, ...] | None
+
+
+class ServiceBackend(Protocol):
+    """Models and feedback store behind the HTTP app. Every method raises ApiError for errors the client must see."""
+
+    rules: ServiceRules
+    metrics: ServeMetrics
+    is_draining: bool
+    running_requests: int
+
+    async def is_ready(self) -> bool:
+        """Return whether every model has answered."""
+
+    async def score_items(self, items: Sequence[ScoringItem]) -> list[ScoredItem]:
+        """Score items; results are in order and all from one model version."""
+
+    async def store_feedback(self, request: FeedbackRequest) -> StoreOutcome:
+        """Store a reaction; it is on disk when this returns."""
+
+    async def list_models(self) -> list[ModelInfo]:
+        """Return all served reward models and policies."""
+
+    async def complete_chat(self, request: ChatRequest) -> ChatReply:
+        """Sample one response from a policy; it is logged before this returns."""
 
 
 class ServiceMiddleware:
@@ -119,9 +240,7 @@ class ServiceMiddleware:
 
     def _body_too_large_error(self) -> ApiError:
         limit_kib = self.backend.rules.max_body_bytes // 1024
-        return ApiError(
-            413, "too_large", f"the body is longer than {limit_kib} KiB (serve.max_body_kib); split the request"
-        )
+        return ApiError(413, "too_large", f"the body exceeds {limit_kib} KiB (serve.max_body_kib); split the request")
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
         """Read the complete body and enforce the size limit, whatever Content-Length says; POST bodies must be UTF-8.

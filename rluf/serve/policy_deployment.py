@@ -90,9 +90,8 @@ class PolicyDeployment:
         """Raise ActorLostError once the engine is unusable; Ray Serve then restarts the replica."""
         engine = self._engine
         if engine is not None and (self._failure or not engine.get_health()["alive"]):
-            raise ActorLostError(
-                self._failure or f"the engine of policy {self._served_version} has died", self._served_version
-            )
+            message = self._failure or f"the engine of policy {self._served_version} has died"
+            raise ActorLostError(message, self._served_version)
 
     async def describe(self) -> str:
         """Return the served policy version."""

@@ -10,6 +10,7 @@ import gzip
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -185,3 +186,17 @@ class PhaseTimer:
     def as_dict(self) -> dict[str, float]:
         """Seconds by phase, in order, and their `total` since construction."""
         return {**self._seconds_by_phase, "total": time.monotonic() - self._start_time}
+
+
+def ray_timeline_span(span_name: str) -> AbstractContextManager[object]:
+    """An event on Ray's own timeline (`ray timeline`), in the driver's row, next to the tasks of the actors.
+
+    No event where this process is not connected to Ray.
+    """
+    # Ray's own wrapper, ray._private.profiling, records only when an environment variable is set.
+    from ray._private.worker import global_worker
+
+    if not global_worker.connected:
+        return nullcontext()
+    event: AbstractContextManager[object] = global_worker.core_worker.profile_event(b"step", {"name": span_name})
+    return event

@@ -16,6 +16,7 @@ from rluf.config.settings import Settings
 from rluf.errors import DataError
 from rluf.tracking import metric_registry
 from rluf.tracking.background import BackgroundCaller
+from rluf.tracking.plugin_tracker import PluginTracker
 from rluf.tracking.run_files import PromptComparison, RolloutSample, read_provenance
 from rluf.utils.files import read_json, read_jsonl, to_jsonable
 
@@ -42,7 +43,9 @@ ROLLOUT_TABLE, COMPARISON_TABLE = "rollout_samples", "side_by_side"
 
 
 class WandbTracker:
-    """The W&B run of one rluf run. After a failure it logs one warning and every later call does nothing.
+    """The W&B run of one rluf run, and the trackers of `tracking.trackers`.
+
+    After a failure W&B or a tracker logs one warning, and every later call of it does nothing.
 
     The files are in <run folder>/wandb; `wandb sync <run folder>/wandb/offline-run-*` uploads an offline run later. A
     run that is restarted in the same folder continues the same W&B run.
@@ -57,6 +60,7 @@ class WandbTracker:
         """
         self._wandb_run: Run | None = None
         self._background_caller: BackgroundCaller | None = None
+        self._plugin_trackers = [PluginTracker(name, settings, run_folder) for name in settings.tracking.trackers]
         self._project_name, self._run_folder = settings.tracking.project, run_folder
         self._run_name = run_name or f"{settings.name}-{run_folder.name}"
         self._objective_names = list(settings.objectives.by_objective)
@@ -116,6 +120,8 @@ class WandbTracker:
         Each metric is plotted over its axis in `metric_registry`; the axes `samples` and `tokens` are running sums.
         `sample_values` are values [N] of single samples by name; they become histograms.
         """
+        for tracker in self._plugin_trackers:
+            tracker.log_step(step, metrics)
         self._add_to_sums(step, metrics)
         wandb_row = self._wandb_step_row(step, metrics)
 
@@ -236,6 +242,8 @@ class WandbTracker:
 
     def update_summary(self, summary: Mapping[str, Any]) -> None:
         """Copy summary.json to the run's summary (love_rate.lift.mean ...); send alerts for alarms and failed gates."""
+        for tracker in self._plugin_trackers:
+            tracker.update_summary(summary)
         self._submit_call("update the summary", lambda run: run.summary.update(to_jsonable(summary)))
         gates = summary.get("gates", {})
         if gates.get("alarms"):
@@ -254,6 +262,8 @@ class WandbTracker:
             # finish returns some milliseconds before W&B's service has written the last records; teardown waits for it.
             wandb.teardown()
 
+        for tracker in self._plugin_trackers:
+            tracker.finish(failed=failed)
         if self._background_caller is not None and self.is_active:
             run = self._wandb_run
             if run is not None:

@@ -1,17 +1,17 @@
-"""Calls to actors: deadline, translation of Ray's errors, selection of an actor, and retry after a lost actor."""
+"""Calls to actors with a deadline, and translation of Ray's errors."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import re
-import time
-from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Awaitable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import ray
 from ray import ObjectRef
+from ray.actor import ActorHandle
 from ray.exceptions import (
     ObjectLostError,
     ObjectStoreFullError,
@@ -24,11 +24,6 @@ from ray.exceptions import (
 
 from rluf.errors import ActorError, ActorLostError, DeadlineError, ResourceError, RlufError
 
-if TYPE_CHECKING:
-    from rluf.tracking.timeline import RunTimeline
-    from rluf.train.actor_groups import ActorRef
-    from rluf.train.fault_tolerance import ActorRestarter
-
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -37,69 +32,18 @@ FETCH_TIMEOUT_S = 60.0
 OBJECT_STORE_LABEL = "the object store"
 
 
-class ActorCalls:
-    """Calls to pools of interchangeable actors; a call whose actor is lost is repeated on another actor."""
+@dataclass(frozen=True, slots=True)
+class ActorRef:
+    """One actor: role and index (for messages), handle, objective of a reward actor, number of restarts."""
 
-    def __init__(self, restarter: ActorRestarter, timeline: RunTimeline) -> None:
-        """`restarter` replaces lost actors; a span of every successful call is added to `timeline`."""
-        self._restarter, self._timeline = restarter, timeline
-        self._pending_work: defaultdict[str, int] = defaultdict(int)
+    role: str
+    index: int
+    handle: ActorHandle[Any]
+    objective: str = ""
+    restarts: int = 0
 
-    async def call(
-        self,
-        pool: Sequence[ActorRef],
-        method: str,
-        *args: object,
-        timeout_s: float,
-        task_name: str,
-        activity: str,
-        prompt_id: str,
-        work_units: int = 1,
-        keep_first_ref: bool = False,
-    ) -> Any:
-        """Call `method` on the least busy actor of `pool`; repeat on another one as long as actors are lost.
-
-        `work_units` is the load the call adds to its actor, `task_name` names the task in Ray's dashboard, `activity`
-        stands in errors, `prompt_id` is reported as in flight when the actor is lost. With `keep_first_ref` the method
-        returns a pair: its first value stays in the object store and its reference is returned in its place.
-        """
-
-        async def call_once() -> Any:
-            # `pool` is the live list of the actor groups: a retry sees replaced actors. Ties go to the lowest index.
-            actor = min(pool, key=lambda candidate: (self._pending_work[str(candidate)], candidate.index))
-            self._pending_work[str(actor)] += work_units
-            start_time = time.monotonic()
-            try:
-                options = {"name": f"{actor}: {task_name}", "num_returns": 2 if keep_first_ref else 1}
-                refs = getattr(actor.handle, method).options(**options).remote(*args)
-                first_ref, value_ref = refs if keep_first_ref else (None, refs)
-                value = await call_with_timeout(value_ref, timeout_s, f"{actor} ({activity})")
-            finally:
-                self._pending_work[str(actor)] -= work_units
-            self._timeline.add_span(str(actor), f"prompt {prompt_id}", start_time, time.monotonic())
-            return (first_ref, value) if keep_first_ref else value
-
-        return await self.retry_on_loss(call_once, prompt_id=prompt_id)
-
-    async def retry_on_loss(
-        self, operation: Callable[[], Awaitable[T]], *, prompt_id: str = "", wait_until_healthy: bool = True
-    ) -> T:
-        """Await `operation`, again for as long as it ends with a lost actor that can be replaced.
-
-        Before each attempt, wait until every pool has an actor; not so with `wait_until_healthy` False, for operations
-        that work with the actors that are left. Raises ActorLostError for a learner and for a lost object, ActorError
-        when the actor's restart budget is spent.
-        """
-        while True:
-            if wait_until_healthy:
-                await self._restarter.wait_until_healthy()
-            try:
-                return await operation()
-            except ActorLostError as error:
-                # Without an actor name an object was lost: repeating the same call would miss it again, forever.
-                if not error.actor_name:
-                    raise
-                self._restarter.handle_loss(error, prompt_id)
+    def __str__(self) -> str:
+        return f"{self.role} {self.index}" + (f", start {self.restarts + 1}" if self.restarts else "")
 
 
 async def call_with_timeout(call: Awaitable[Any], timeout_s: float, caller_label: str) -> Any:

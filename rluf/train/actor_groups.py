@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
-from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayError
 
 from actors.learner import LearnerActor
@@ -28,7 +27,7 @@ from rluf.checkpoint.format import RunCheckpoint
 from rluf.config.derived import objectives_by_reward_pool
 from rluf.config.settings import Settings
 from rluf.errors import ActorLostError, DeadlineError
-from rluf.train.actor_calls import call_with_timeout, gather_calls
+from rluf.train.actor_calls import ActorRef, call_with_timeout, gather_calls
 
 logger = logging.getLogger(__name__)
 
@@ -37,20 +36,6 @@ STOP_TIMEOUT_S = 10.0
 MAX_MISSED_HEALTH_CHECKS = 2
 """Missed checks in a row after which an actor counts as lost: one alone may be a machine that is busy for a moment."""
 ACTOR_CLASSES: dict[str, type] = {"rollout": RolloutActor, "reward": RewardActor, "learner": LearnerActor}
-
-
-@dataclass(frozen=True, slots=True)
-class ActorRef:
-    """One actor: role and index (for messages), handle, objective of a reward actor, number of restarts."""
-
-    role: str
-    index: int
-    handle: ActorHandle[Any]
-    objective: str = ""
-    restarts: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.role} {self.index}" + (f", start {self.restarts + 1}" if self.restarts else "")
 
 
 @dataclass(slots=True)

@@ -122,7 +122,8 @@ class CheckpointManager:
             await asyncio.to_thread(write_run_state, temporary_folder, state)
         self._last_saved_step = step
         logger.info("checkpoint of step %d: saved to %s", step, target)
-        reward_by_step = {int(row["step"]): float(row["reward"]) for row in metric_rows}
+        # Steps of an offline algorithm have no reward.
+        reward_by_step = {int(row["step"]): float(row["reward"]) for row in metric_rows if "reward" in row}
         prune_checkpoints(self._checkpoints_folder, reward_by_step, self.settings.learner.keep_checkpoints)
         if self.uploader is not None:
             self.uploader.add_checkpoint(target)

@@ -16,32 +16,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rluf.algorithms.registry import find_algorithm, has_reward_variance
-from rluf.algorithms.staleness import compute_admission_capacity
 from rluf.checkpoint.format import ControllerState
 from rluf.config.derived import objectives_by_reward_pool
 from rluf.objectives.aggregator import GroupScores, RewardAggregator, StepRewards
-from rluf.tracking.timeline import STEPS_ROW, RunTimeline
-from rluf.train.actor_calls import ActorCalls, fetch_group
-from rluf.train.actor_groups import ActorRef, ActorSupervisor, switch_gpu_phase
-from rluf.train.fault_tolerance import ActorRestarter, RestartBudget
-from rluf.train.policy_update import PolicyUpdater
-from rluf.train.profiling import ray_timeline_span
+from rluf.tracking.timeline import STEPS_ROW, RunTimeline, ray_timeline_span
+from rluf.train.actor_calls import ActorRef, fetch_group
+from rluf.train.actor_groups import ActorSupervisor, switch_gpu_phase
+from rluf.train.fault_tolerance import ActorCalls, ActorRestarter, RestartBudget
+from rluf.train.policy_update import PlannedUpdate, PolicyUpdater
 from rluf.train.prompt_store import prompt_topics
 from rluf.train.weight_sync import WeightSync
-from rluf.train.work_buffer import CountingIterator, ScoredGroup, WorkBuffer, prompt_order
+from rluf.train.work_buffer import CountingIterator, ScoredGroup, WorkBuffer, compute_admission_capacity, prompt_order
 
 if TYPE_CHECKING:
     from ray import ObjectRef
 
     from rluf.config.settings import Settings
-    from rluf.train.prompts import ReactionGroups
     from rluf.types import Group, GroupInfo, Prompt
 
 MAX_DROPPED_BATCHES = 10
@@ -77,14 +74,13 @@ class TrainController:
         supervisor: ActorSupervisor,
         prompts: Sequence[Prompt],
         demonstrations: Sequence[Group] = (),
-        reaction_groups: ReactionGroups | None = None,
         *,
         restart_budget: RestartBudget | None = None,
     ) -> None:
         """Train on `prompts` with the actors of `supervisor`.
 
-        A few of `demonstrations` are added to each step; offline algorithms train on `reaction_groups` instead of the
-        policy's own samples. `restart_budget` outlives the controller where a run starts again from a checkpoint.
+        A few of `demonstrations` are added to each step. `restart_budget` outlives the controller where a run starts
+        again from a checkpoint.
         """
         self.settings, self.prompts, self.actor_groups = settings, prompts, supervisor.actor_groups
         scored_objectives = {
@@ -103,7 +99,7 @@ class TrainController:
         self.actor_calls = ActorCalls(self.actor_restarter, self.timeline)
         self.weight_sync = WeightSync(settings, self.actor_groups, self.actor_calls)
         self.reward_aggregator = RewardAggregator(settings.objectives, settings.aggregation)
-        self.policy_updater = PolicyUpdater(settings, self.actor_groups, self.timeline, demonstrations, reaction_groups)
+        self.policy_updater = PolicyUpdater(settings, self.actor_groups, self.timeline, demonstrations)
         weights = settings.algorithm.topic_weights
         repeats = [weights.get(topic, 1) for topic in prompt_topics(prompts)]
         self.work_buffer = WorkBuffer(
@@ -120,7 +116,7 @@ class TrainController:
         """Time of the last completed rollout (time.monotonic)."""
         self.sample_values: dict[str, list[list[float]]] = {}
         """Values of the last step's samples [groups][samples]: of each objective, reward, response_length, and kl to
-        the reference (nats; absent where the step trained on the log instead)."""
+        the reference (nats)."""
         self.last_batch_refs: list[ObjectRef[Group]] = []
         """The groups of the last step, in the object store."""
         self._engine_start_version = 0
@@ -131,29 +127,22 @@ class TrainController:
     async def run_step(self, step: int) -> dict[str, float]:
         """One optimizer step; returns its metrics."""
         await self.sync_adapter_after_resume()
-        timer = StepTimer(timeline=self.timeline)
+        timer = self.start_timer()
         await self._score_baseline_replies()
         with ray_timeline_span(f"generate and score, step {step}"):
             batch = await self._collect_batch(step)
         # With staleness the batch may have been sampled during the last step; generation then took no time of this one.
         generated_at = max(self.last_generated_at, timer.start_time)
         timer.record("generate_s", timer.start_time, generated_at)
-        phase_start = timer.record("score_s", generated_at)
+        timer.record("score_s", generated_at)
         algorithm = find_algorithm(self.settings.algorithm.name)
         step_rewards = self.reward_aggregator.aggregate(
             [self._group_scores(scored_group) for scored_group in batch], apply_gate=not algorithm.needs_reference_kl
         )
-        await self.weight_sync.prepare_probe(batch[0].group_ref)
-        async with self._engine_restarts_blocked():
-            with ray_timeline_span(f"learn, step {step}"):
-                update = await self.policy_updater.plan_update(step, batch, step_rewards)
-                update_metrics = await self.policy_updater.apply_update(step, update)
-            self.work_buffer.mark_trained(batch)
-            phase_start = timer.record("learn_s", phase_start)
-            self.version += 1
-            with ray_timeline_span(f"weight sync v{self.version}"):
-                sync_metrics = await self.weight_sync.sync(self.version)
-            timer.record("weight_sync_s", phase_start)
+        update_metrics = await self.update_and_sync(
+            step, batch[0].group_ref, lambda: self.policy_updater.plan_update(step, batch, step_rewards), timer
+        )
+        self.work_buffer.mark_trained(batch)
         self.last_batch_refs = [scored_group.group_ref for scored_group in batch]
         self.sample_values = self._collect_sample_values(batch, step_rewards)
         self.snapshot = self.state()
@@ -162,10 +151,36 @@ class TrainController:
             "version": self.version,
             **self._batch_metrics(batch, step_rewards),
             **update_metrics,
-            **sync_metrics,
             **timer.phase_seconds,
             "step_s": time.monotonic() - timer.start_time,
         }
+
+    def start_timer(self) -> StepTimer:
+        """A timer for a step that begins now; it adds its phases to the timeline."""
+        return StepTimer(timeline=self.timeline)
+
+    async def update_and_sync(
+        self,
+        step: int,
+        probe_ref: ObjectRef[Group],
+        plan_update: Callable[[], Awaitable[PlannedUpdate]],
+        timer: StepTimer,
+    ) -> dict[str, float]:
+        """Plan and apply an update on the learners, then send the weights to the engines; returns the metrics of both.
+
+        Responses of the first step's `probe_ref` are those on which every sync compares learner and engines.
+        """
+        phase_start = time.monotonic()
+        await self.weight_sync.prepare_probe(probe_ref)
+        async with self._engine_restarts_blocked():
+            with ray_timeline_span(f"learn, step {step}"):
+                metrics = await self.policy_updater.apply_update(step, await plan_update())
+            phase_start = timer.record("learn_s", phase_start)
+            self.version += 1
+            with ray_timeline_span(f"weight sync v{self.version}"):
+                metrics |= await self.weight_sync.sync(self.version)
+            timer.record("weight_sync_s", phase_start)
+        return metrics
 
     async def generate_and_score(
         self, prompts: Sequence[Prompt], sample_count: int, seed: int, on_prompt_done: Callable[[], None]
@@ -321,11 +336,11 @@ class TrainController:
         }
         sample_values["reward"] = [list(row) for row in step_rewards.rewards]
         sample_values["response_length"] = [[*map(float, group.info.response_token_counts)] for group in batch]
-        if sample_kl := self.policy_updater.sample_kl:
-            sample_values["kl"] = [
-                [sample_kl.get((group_index, i), 0.0) for i in range(len(group.info.response_token_counts))]
-                for group_index, group in enumerate(batch)
-            ]
+        sample_kl = self.policy_updater.sample_kl
+        sample_values["kl"] = [
+            [sample_kl.get((group_index, i), 0.0) for i in range(len(group.info.response_token_counts))]
+            for group_index, group in enumerate(batch)
+        ]
         return sample_values
 
     def state(self) -> ControllerState:

@@ -1,7 +1,7 @@
-"""Actor fault tolerance: restart policy, weight restore, and which prompts were in flight on a lost actor.
+"""Actor fault tolerance: restart policy, weight restore, calls that are repeated after a lost actor.
 
-A rollout or reward actor is replaced while the others continue; its calls are repeated by rluf.train.actor_calls with
-their own seeds, so that no sample is lost or counted twice. Learners hold the weights and their optimizer state: losing
+A rollout or reward actor is replaced while the others continue; its calls are repeated by `ActorCalls` with their own
+seeds, so that no sample is lost or counted twice. Learners hold the weights and their optimizer state: losing
 one ends the attempt with ActorLostError, and the loop resumes from the last checkpoint.
 """
 
@@ -11,13 +11,19 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from rluf.errors import ActorError, ActorLostError
-from rluf.train.actor_groups import ActorRef, ActorSupervisor
+from rluf.train.actor_calls import ActorRef, call_with_timeout
+from rluf.train.actor_groups import ActorSupervisor
+
+if TYPE_CHECKING:
+    from rluf.tracking.timeline import RunTimeline
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
 RESTART_WINDOW_S = 3600.0
 """Restarts are counted within this many seconds."""
 MAX_NAMED_PROMPTS = 3
@@ -130,3 +136,68 @@ class ActorRestarter:
         for task in self._restart_tasks.values():
             task.cancel()
         await asyncio.gather(*self._restart_tasks.values(), return_exceptions=True)
+
+
+class ActorCalls:
+    """Calls to pools of interchangeable actors; a call whose actor is lost is repeated on another actor."""
+
+    def __init__(self, restarter: ActorRestarter, timeline: RunTimeline) -> None:
+        """`restarter` replaces lost actors; a span of every successful call is added to `timeline`."""
+        self._restarter, self._timeline = restarter, timeline
+        self._pending_work: defaultdict[str, int] = defaultdict(int)
+
+    async def call(
+        self,
+        pool: Sequence[ActorRef],
+        method: str,
+        *args: object,
+        timeout_s: float,
+        task_name: str,
+        activity: str,
+        prompt_id: str,
+        work_units: int = 1,
+        keep_first_ref: bool = False,
+    ) -> Any:
+        """Call `method` on the least busy actor of `pool`; repeat on another one as long as actors are lost.
+
+        `work_units` is the load the call adds to its actor, `task_name` names the task in Ray's dashboard, `activity`
+        stands in errors, `prompt_id` is reported as in flight when the actor is lost. With `keep_first_ref` the method
+        returns a pair: its first value stays in the object store and its reference is returned in its place.
+        """
+
+        async def call_once() -> Any:
+            # `pool` is the live list of the actor groups: a retry sees replaced actors. Ties go to the lowest index.
+            actor = min(pool, key=lambda candidate: (self._pending_work[str(candidate)], candidate.index))
+            self._pending_work[str(actor)] += work_units
+            start_time = time.monotonic()
+            try:
+                options = {"name": f"{actor}: {task_name}", "num_returns": 2 if keep_first_ref else 1}
+                refs = getattr(actor.handle, method).options(**options).remote(*args)
+                first_ref, value_ref = refs if keep_first_ref else (None, refs)
+                value = await call_with_timeout(value_ref, timeout_s, f"{actor} ({activity})")
+            finally:
+                self._pending_work[str(actor)] -= work_units
+            self._timeline.add_span(str(actor), f"prompt {prompt_id}", start_time, time.monotonic())
+            return (first_ref, value) if keep_first_ref else value
+
+        return await self.retry_on_loss(call_once, prompt_id=prompt_id)
+
+    async def retry_on_loss(
+        self, operation: Callable[[], Awaitable[T]], *, prompt_id: str = "", wait_until_healthy: bool = True
+    ) -> T:
+        """Await `operation`, again for as long as it ends with a lost actor that can be replaced.
+
+        Before each attempt, wait until every pool has an actor; not so with `wait_until_healthy` False, for operations
+        that work with the actors that are left. Raises ActorLostError for a learner and for a lost object, ActorError
+        when the actor's restart budget is spent.
+        """
+        while True:
+            if wait_until_healthy:
+                await self._restarter.wait_until_healthy()
+            try:
+                return await operation()
+            except ActorLostError as error:
+                # Without an actor name an object was lost: repeating the same call would miss it again, forever.
+                if not error.actor_name:
+                    raise
+                self._restarter.handle_loss(error, prompt_id)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rluf.algorithms.registry import find_algorithm
 from rluf.config.settings import Settings
 from rluf.errors import ActorLostError, DataError, RewardHackingError
 from rluf.evaluate.alarms import (
@@ -46,12 +47,14 @@ class RewardHackingMonitor:
     """Alarms of one run: `measure_baseline` before the first step, `check_step` after each one."""
 
     def __init__(self, settings: Settings, tracker: WandbTracker, *, love_frozen: bool = False) -> None:
-        """Do nothing where algorithm.hacking_alarms is off.
+        """Do nothing where algorithm.hacking_alarms is off, or the steps of the algorithm sample no replies.
 
         `love_frozen` holds the love weight at 0 for good: the run was rolled back once and would take the same path.
         """
         self._settings, self._tracker = settings, tracker
-        self._act_on_alarms = settings.algorithm.hacking_alarms == "act"
+        is_offline = find_algorithm(settings.algorithm.name).offline
+        self._mode = "off" if is_offline else settings.algorithm.hacking_alarms
+        self._act_on_alarms = self._mode == "act"
         self._detector: SequentialDetector | None = None
         self._checks: list[MonitorCheck] = []
         self._last_action = AlarmAction.NONE
@@ -63,7 +66,7 @@ class RewardHackingMonitor:
         Raises DataError where every training prompt is of a topic with an objective of its own.
         """
         algorithm = self._settings.algorithm
-        if algorithm.hacking_alarms == "off" or self._detector is not None:
+        if self._mode == "off" or self._detector is not None:
             return
         prompts = self._baseline_prompts(controller.prompts, algorithm.hacking_baseline_prompts)
         seed = self._settings.seed + BASELINE_SEED_OFFSET
@@ -111,9 +114,8 @@ class RewardHackingMonitor:
         reasons = "; ".join(decision.reasons)
         # Only an escalation is reported: an alarm that lasts would repeat its message at every step.
         if decision.action > self._last_action:
-            mode = self._settings.algorithm.hacking_alarms
             logger.warning(
-                "reward hacking monitor: alarm at step %d (algorithm.hacking_alarms=%s): %s", step, mode, reasons
+                "reward hacking monitor: alarm at step %d (algorithm.hacking_alarms=%s): %s", step, self._mode, reasons
             )
             self._tracker.send_alert("reward hacking", f"step {step}: {reasons}")
         self._last_action = decision.action
@@ -149,7 +151,7 @@ class RewardHackingMonitor:
     def restore(self, state: Mapping[str, Any] | None, controller: TrainController) -> None:
         """Restore `state`. Without one the run was not monitored, and is not from here on: it has no baseline."""
         if state is None:
-            if self._settings.algorithm.hacking_alarms != "off":
+            if self._mode != "off":
                 logger.warning("reward hacking monitor: checkpoint has no alarm state; continuing with alarms disabled")
             return
         baseline = dict(state["baseline"])

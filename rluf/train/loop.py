@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from rluf.algorithms.registry import find_algorithm
 from rluf.checkpoint.format import RunCheckpoint, RunState
 from rluf.config.settings import Settings
 from rluf.errors import ActorLostError, RewardHackingError, TerminatedError
+from rluf.evaluate.monitors import add_monitors
 from rluf.models.hub import load_tokenizer
 from rluf.objectives.judges import load_judge
 from rluf.tracking.console import PhaseProgress
@@ -25,9 +27,10 @@ from rluf.train.checkpoint_manager import CheckpointManager, sigterm_event
 from rluf.train.controller import TrainController
 from rluf.train.fault_tolerance import RestartBudget
 from rluf.train.hacking_monitor import RewardHackingMonitor
+from rluf.train.offline import OfflineTrainer, load_reactions
 from rluf.train.profiling import StepProfiler
 from rluf.train.prompt_store import load_training_prompts
-from rluf.train.prompts import load_demonstrations, load_prompts, load_reactions
+from rluf.train.prompts import load_demonstrations, load_prompts
 from rluf.train.sample_table import log_sample_table, should_log_samples
 from rluf.train.work_buffer import ScoredGroup
 from rluf.types import EvalResponse, Group, Prompt, TrainResult
@@ -40,6 +43,19 @@ logger = logging.getLogger(__name__)
 
 EVALUATION_SEED_OFFSET = 1_000_003
 """Both policies are evaluated with the same seeds, which training does not use."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRun:
+    """What one attempt of a run works with; `run_step` is that of the controller or of the offline trainer."""
+
+    settings: Settings
+    controller: TrainController
+    run_step: Callable[[int], Awaitable[dict[str, float]]]
+    checkpoints: CheckpointManager
+    tracker: WandbTracker
+    result: TrainResult
+    monitor: RewardHackingMonitor
 
 
 async def run_training(
@@ -58,20 +74,15 @@ async def run_training(
     """
     for judge in settings.aggregation.gate_judges:
         load_judge(judge)  # refuse an unknown name before any actor starts
+    add_monitors(settings.evaluate.monitors)
     tokenizer, max_prompt_tokens = load_tokenizer(model_path), settings.rollout.max_prompt_tokens
     prompts = load_training_prompts(data_folder, model_path, max_prompt_tokens)
     test_prompts = load_prompts(
         data_folder, "test", tokenizer, max_tokens=max_prompt_tokens, limit=settings.evaluate.prompts
     )
     demonstrations = _load_demonstrations(settings, data_folder, tokenizer)
-    reaction_groups = None
-    if find_algorithm(settings.algorithm.name).offline:
-        reaction_groups = load_reactions(
-            data_folder,
-            tokenizer,
-            max_prompt_tokens=max_prompt_tokens,
-            max_response_tokens=settings.rollout.max_response_tokens,
-        )
+    is_offline = find_algorithm(settings.algorithm.name).offline
+    reactions = load_reactions(data_folder, tokenizer, settings) if is_offline else None
     checkpoints = CheckpointManager(settings, run_folder, prompts)
     # One budget for all attempts: an actor that kills every attempt must not restart the run forever.
     budget = RestartBudget(settings.cluster.max_restarts_per_hour)
@@ -87,15 +98,13 @@ async def run_training(
                     settings, model_path, reward_folders, with_learners=True, checkpoint=checkpoint
                 ) as supervisor:
                     _record_phase(result, "start", phase_start)
-                    controller = TrainController(
-                        settings, supervisor, prompts, demonstrations, reaction_groups, restart_budget=budget
+                    controller = TrainController(settings, supervisor, prompts, demonstrations, restart_budget=budget)
+                    run_step = (
+                        controller.run_step if reactions is None else OfflineTrainer(controller, reactions).run_step
                     )
+                    run = TrainingRun(settings, controller, run_step, checkpoints, tracker, result, monitor)
                     try:
-                        await supervisor.run_monitored(
-                            _run_from_checkpoint(
-                                settings, controller, checkpoints, resume_from, test_prompts, tracker, result, monitor
-                            )
-                        )
+                        await supervisor.run_monitored(_run_from_checkpoint(run, resume_from, test_prompts))
                     finally:
                         await controller.close()
                     phase_start = time.monotonic()
@@ -118,33 +127,27 @@ async def run_training(
 
 
 async def _run_from_checkpoint(
-    settings: Settings,
-    controller: TrainController,
-    checkpoints: CheckpointManager,
-    resume_from: tuple[RunCheckpoint, RunState] | None,
-    test_prompts: Sequence[Prompt],
-    tracker: WandbTracker,
-    result: TrainResult,
-    monitor: RewardHackingMonitor,
+    run: TrainingRun, resume_from: tuple[RunCheckpoint, RunState] | None, test_prompts: Sequence[Prompt]
 ) -> None:
-    """Run from the start or from a checkpoint to the saved policy; fills `result`."""
+    """Run from the start or from a checkpoint to the saved policy; fills `run.result`."""
+    settings, controller, checkpoints, result = run.settings, run.controller, run.checkpoints, run.result
     phase_start = time.monotonic()
     if resume_from is None:
         result.base_responses = await generate_eval_responses(settings, controller, test_prompts, "base policy")
         # Saved at once: a resumed run has no engine with the base policy any more.
         checkpoints.save_base_responses(result.base_responses)
-        await monitor.measure_baseline(controller)
+        await run.monitor.measure_baseline(controller)
     else:
         checkpoint, state = resume_from
         logger.info("run: resuming after step %d from %s", checkpoint.step, checkpoint.folder)
         controller.restore(state.controller_state, checkpoint.step)
-        monitor.restore(state.monitor_state, controller)
+        run.monitor.restore(state.monitor_state, controller)
         # For a run that resumes after its last step: no step is left that would sync before the evaluation.
         await controller.sync_adapter_after_resume()
         result.base_responses = checkpoints.load_base_responses()
         result.step_metrics = [dict(row) for row in state.step_metrics]
     phase_start = _record_phase(result, "evaluate_base", phase_start)
-    await _run_steps(settings, controller, checkpoints, tracker, result, monitor)
+    await _run_steps(run)
     phase_start = _record_phase(result, "align", phase_start)
     result.aligned_responses = await generate_eval_responses(settings, controller, test_prompts, "aligned policy")
     phase_start = _record_phase(result, "evaluate_aligned", phase_start)
@@ -200,15 +203,9 @@ async def evaluate_policies(
     return result
 
 
-async def _run_steps(
-    settings: Settings,
-    controller: TrainController,
-    checkpoints: CheckpointManager,
-    tracker: WandbTracker,
-    result: TrainResult,
-    monitor: RewardHackingMonitor,
-) -> None:
+async def _run_steps(run: TrainingRun) -> None:
     """Optimizer steps up to algorithm.steps. On SIGTERM, save the last whole step and raise TerminatedError."""
+    settings, controller, checkpoints, result = run.settings, run.controller, run.checkpoints, run.result
     last_step, checkpoint_every = settings.algorithm.steps, settings.learner.checkpoint_every_steps
     steps_done, metrics_file = len(result.step_metrics), checkpoints.run_folder / "metrics.jsonl"
     # Rewritten from the checkpoint: steps after it, which are repeated now, must not occur twice.
@@ -223,42 +220,42 @@ async def _run_steps(
         gauges = RunGauges(settings.name, controller.objectives)
         for step in range(steps_done + 1, last_step + 1):
             await profiler.start_if_due(step)
-            step_metrics = await _step_or_stop(stop_event, controller, step)
+            step_metrics = await _step_or_stop(stop_event, run, step)
             if step_metrics is not None:
                 row = add_token_rate(step_metrics)
                 await profiler.stop_if_due(step)
                 result.step_metrics.append(row)
                 metrics_writer.append_row(row)
                 sample_values = {name: list(chain(*rows)) for name, rows in controller.sample_values.items()}
-                tracker.log_step(step, row, sample_values)
+                run.tracker.log_step(step, row, sample_values)
                 if should_log_samples(step, last_step):
-                    await log_sample_table(controller, step, settings.tracking.sample_table_rows, tracker)
+                    await log_sample_table(controller, step, settings.tracking.sample_table_rows, run.tracker)
                 gauges.set_step(row)
-                await monitor.check_step(controller, step, row["kl"])
+                await run.monitor.check_step(controller, step, row.get("kl", 0.0))
                 displayed_metrics = (*controller.objectives, "reward", "kl", "sync_logprob_gap", "step_s")
-                progress.advance(**{name: row[name] for name in displayed_metrics})
+                progress.advance(**{name: row[name] for name in displayed_metrics if name in row})
             if stop_event.is_set():
                 steps_done = len(result.step_metrics)
                 if steps_done:
-                    await checkpoints.save_checkpoint(controller, steps_done, result.step_metrics, monitor.state())
+                    await checkpoints.save_checkpoint(controller, steps_done, result.step_metrics, run.monitor.state())
                 raise TerminatedError(
                     f"stopped after step {steps_done} of {last_step}; add --resume to the same command to continue"
                 )
             if checkpoint_every and (step % checkpoint_every == 0 or step == last_step):
-                await checkpoints.save_checkpoint(controller, step, result.step_metrics, monitor.state())
+                await checkpoints.save_checkpoint(controller, step, result.step_metrics, run.monitor.state())
 
 
-async def _step_or_stop(stop_event: asyncio.Event, controller: TrainController, step: int) -> dict[str, float] | None:
+async def _step_or_stop(stop_event: asyncio.Event, run: TrainingRun, step: int) -> dict[str, float] | None:
     """One step; None if `stop_event` is set before its update begins.
 
     Before its update a step changes nothing that a checkpoint stores, so it is canceled. A started update is completed,
     because a partial one cannot be saved.
     """
-    step_task = asyncio.ensure_future(controller.run_step(step))
+    step_task = asyncio.ensure_future(run.run_step(step))
     stop_task = asyncio.ensure_future(stop_event.wait())
     try:
         await asyncio.wait({step_task, stop_task}, return_when=asyncio.FIRST_COMPLETED)
-        if not step_task.done() and not controller.update_in_progress:
+        if not step_task.done() and not run.controller.update_in_progress:
             return None
         return await step_task
     finally:

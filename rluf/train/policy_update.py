@@ -1,24 +1,21 @@
-"""The learners' part of a step: learner inputs from rewards or from the log, one optimizer step, saving the policy."""
+"""The learners' part of a step: learner inputs from rewards, one optimizer step, saving the policy."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from rluf.algorithms.advantages import AdvantageInputs, SampleKL
 from rluf.algorithms.losses import update_kl_coef
 from rluf.algorithms.packing import MicroBatch, plan_micro_batches
-from rluf.algorithms.registry import LearnerInputs, build_learner_inputs, find_algorithm, requires_reference_kl
+from rluf.algorithms.registry import LearnerInputs, build_learner_inputs, requires_reference_kl
 from rluf.checkpoint.format import POLICY_FOLDER
 from rluf.errors import ActorError, ActorLostError
 from rluf.train.actor_calls import gather_calls, put_object
 from rluf.train.actor_groups import switch_gpu_phase
-from rluf.train.offline_batches import OfflineBatches, mismatched_pairs, offline_advantage_inputs
-from rluf.train.prompts import ReactionGroups
 from rluf.train.work_buffer import CountingIterator, prompt_order
 
 if TYPE_CHECKING:
@@ -28,7 +25,8 @@ if TYPE_CHECKING:
     from rluf.config.settings import Settings
     from rluf.objectives.aggregator import StepRewards
     from rluf.tracking.timeline import RunTimeline
-    from rluf.train.actor_groups import ActorGroups, ActorRef
+    from rluf.train.actor_calls import ActorRef
+    from rluf.train.actor_groups import ActorGroups
     from rluf.train.work_buffer import ScoredGroup
     from rluf.types import Group, GroupInfo
 
@@ -39,15 +37,13 @@ HEALTH_TIMEOUT_S = 30.0
 class PlannedUpdate:
     """One optimizer step before it runs: groups, micro-batches of each rank, and per-step learner inputs.
 
-    `response_count` is the number of responses sampled for it (0 for a step on logged responses), `metrics` are those
-    known before the update.
+    `response_count` is the number of responses that engines sampled for it.
     """
 
     group_refs: list[ObjectRef[Group]]
     micro_batches: list[list[MicroBatch]]
     learner_inputs: LearnerInputs
     response_count: int = 0
-    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 def demonstration_count(step: int, algorithm: AlgorithmSettings) -> int:
@@ -70,55 +66,41 @@ class PolicyUpdater:
         actor_groups: ActorGroups,
         timeline: RunTimeline,
         demonstrations: Sequence[Group] = (),
-        reaction_groups: ReactionGroups | None = None,
     ) -> None:
-        """Add a few of `demonstrations` to each step; offline algorithms train on `reaction_groups` instead."""
+        """Add a few of `demonstrations` to each step."""
         self.kl_coef = settings.algorithm.kl_coef
         self.sample_kl: dict[tuple[int, int], float] = {}
-        """KL to the reference (nats) of each sample of the last step, by (group, sample); empty for offline steps."""
+        """KL to the reference (nats) of each sample of the last step, by (group, sample)."""
         self._settings, self._actor_groups, self._timeline = settings, actor_groups, timeline
         self._demonstrations = [(put_object(group), group.info) for group in demonstrations]
-        self._demonstration_cursor = _shuffled_cursor(len(demonstrations), settings.seed)
-        self._reaction_groups = reaction_groups or ReactionGroups((), ())
-        self._liked_cursor = _shuffled_cursor(len(self._reaction_groups.liked), settings.seed)
-        self._other_cursor = _shuffled_cursor(len(self._reaction_groups.others), settings.seed)
-        self._offline_batches: OfflineBatches | None = None
+        self._demonstration_cursor = CountingIterator(prompt_order([1] * len(demonstrations), settings.seed))
 
     def state(self) -> dict[str, Any]:
-        """KL coefficient and positions in the demonstrations and the log, as plain JSON."""
-        return {
-            "kl_coef": self.kl_coef,
-            "demonstration_cursor": self._demonstration_cursor.count,
-            "reaction_cursors": [self._liked_cursor.count, self._other_cursor.count],
-        }
+        """KL coefficient and position in the demonstrations, as plain JSON."""
+        return {"kl_coef": self.kl_coef, "demonstration_cursor": self._demonstration_cursor.count}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
         self.kl_coef = float(state["kl_coef"])
         self._demonstration_cursor.skip(int(state["demonstration_cursor"]))
-        for cursor, count in zip((self._liked_cursor, self._other_cursor), state["reaction_cursors"], strict=True):
-            cursor.skip(int(count))
 
     async def plan_update(self, step: int, batch: Sequence[ScoredGroup], step_rewards: StepRewards) -> PlannedUpdate:
         """Advantages and micro-batches of a step.
 
         Where advantages depend on the KL of each response, the learners compute it first. A demonstration joins as a
-        group of one sample with advantage 1. Offline algorithms take their groups from the log; the batch is only
-        monitored.
+        group of one sample with advantage 1.
         """
         algorithm = self._settings.algorithm
-        if find_algorithm(algorithm.name).offline:
-            return await self._plan_offline_update()
         groups = [(scored.group_ref, scored.info) for scored in batch]
         if self._demonstrations:
             count = demonstration_count(step, algorithm)
             groups += [self._demonstrations[next(self._demonstration_cursor)] for _ in range(count)]
         infos, group_refs = [info for _, info in groups], [group_ref for group_ref, _ in groups]
-        micro_batches = self._plan_micro_batches(infos)
+        micro_batches = self.plan_micro_batches(infos)
         sample_kl: list[list[SampleKL]] = []
         if requires_reference_kl(algorithm):
             # With the micro-batches of the update: the learners cache the reference log-probabilities by their number.
-            sample_kl = (await self._compute_reference_kl(group_refs, infos, micro_batches))[: len(batch)]
+            sample_kl = (await self.compute_reference_kl(group_refs, infos, micro_batches))[: len(batch)]
         has_gate = bool(self._settings.aggregation.gate_judges)
         advantage_inputs = AdvantageInputs(
             rewards=step_rewards.rewards,
@@ -141,35 +123,6 @@ class PolicyUpdater:
         response_count = sum(len(scored.info.response_token_counts) for scored in batch)
         return PlannedUpdate(group_refs, micro_batches, learner_inputs, response_count)
 
-    async def _plan_offline_update(self) -> PlannedUpdate:
-        """A step on logged responses in place of the policy's own."""
-        algorithm = self._settings.algorithm
-        if self._offline_batches is None:
-            # Not in the constructor: it refuses a log without one of the two kinds, which only offline runs need.
-            self._offline_batches = OfflineBatches(self._reaction_groups, self._liked_cursor, self._other_cursor)
-        groups, labels = self._offline_batches.next_batch(algorithm.prompts_per_step * algorithm.samples_per_prompt)
-        all_groups = [*groups, *mismatched_pairs(groups)]
-        group_refs, infos = [put_object(group) for group in all_groups], [group.info for group in all_groups]
-        # No engine sampled these responses: their KL is that of the learner's policy, not of rollout log-probabilities.
-        sample_kl = await self._compute_reference_kl(
-            group_refs, infos, self._plan_micro_batches(infos), use_learner_policy=True
-        )
-        learner_inputs = build_learner_inputs(
-            algorithm,
-            offline_advantage_inputs(groups, labels, [row[0] for row in sample_kl]),
-            max_response_tokens=self._settings.rollout.max_response_tokens,
-            kl_coef=self.kl_coef,
-        )
-        kl_by_label: dict[float, list[float]] = {1.0: [], 0.0: []}
-        for label, row in zip(labels, sample_kl, strict=False):
-            kl_by_label[label].append(row[0].kl_sum)
-        return PlannedUpdate(
-            group_refs[: len(groups)],
-            self._plan_micro_batches(infos[: len(groups)]),
-            learner_inputs,
-            metrics={"liked_kl": fmean(kl_by_label[1.0]), "other_kl": fmean(kl_by_label[0.0])},
-        )
-
     async def apply_update(self, step: int, update: PlannedUpdate) -> dict[str, float]:
         """One optimizer step on all ranks; returns its metrics and adapts the KL coefficient."""
         start_time = time.monotonic()
@@ -181,7 +134,7 @@ class PolicyUpdater:
         )
         for actor in self._actor_groups.learner_actors:
             self._timeline.add_span(str(actor), f"step {step}", start_time, time.monotonic())
-        metrics: dict[str, float] = results[0] | update.metrics
+        metrics: dict[str, float] = results[0]
         if not update.response_count:
             return metrics
         kl_by_rank = await self.call_learners("reading each sample's KL", lambda actor: actor.handle.sample_kl.remote())
@@ -192,7 +145,8 @@ class PolicyUpdater:
         )
         return metrics
 
-    def _plan_micro_batches(self, infos: Sequence[GroupInfo]) -> list[list[MicroBatch]]:
+    def plan_micro_batches(self, infos: Sequence[GroupInfo]) -> list[list[MicroBatch]]:
+        """Micro-batches of each rank, for the groups that `infos` describe."""
         return plan_micro_batches(
             [info.prompt_token_count for info in infos],
             [info.response_token_counts for info in infos],
@@ -200,7 +154,7 @@ class PolicyUpdater:
             token_budget=self._settings.algorithm.micro_batch_tokens,
         )
 
-    async def _compute_reference_kl(
+    async def compute_reference_kl(
         self,
         group_refs: list[ObjectRef[Group]],
         infos: Sequence[GroupInfo],
@@ -247,7 +201,3 @@ class PolicyUpdater:
         return await self.call_learners(
             f"saving to {folder}", lambda actor: actor.handle.save_optimizer_state.remote(str(folder))
         )
-
-
-def _shuffled_cursor(item_count: int, seed: int) -> CountingIterator:
-    return CountingIterator(prompt_order([1] * item_count, seed))

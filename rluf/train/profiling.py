@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,20 +13,6 @@ if TYPE_CHECKING:
     from rluf.train.controller import TrainController
 
 logger = logging.getLogger(__name__)
-
-
-def ray_timeline_span(span_name: str) -> AbstractContextManager[object]:
-    """An event on Ray's own timeline (`ray timeline`), in the driver's row, next to the tasks of the actors.
-
-    No event where this process is not connected to Ray.
-    """
-    # Ray's own wrapper, ray._private.profiling, records only when an environment variable is set.
-    from ray._private.worker import global_worker
-
-    if not global_worker.connected:
-        return nullcontext()
-    event: AbstractContextManager[object] = global_worker.core_worker.profile_event(b"step", {"name": span_name})
-    return event
 
 
 class StepProfiler:

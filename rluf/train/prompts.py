@@ -1,10 +1,9 @@
-"""Prompts, demonstrations and logged responses of a prepared data set, as token ids of the policy's tokenizer."""
+"""Prompts and demonstrations of a prepared data set, as token ids of the policy's tokenizer."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,31 +82,10 @@ def load_demonstrations(
             )
         for row in pq.read_table(file).to_pylist():
             if row["topic"] == topic and (spec.label_column is None or row[spec.label_column] == 1):
-                group = _group_from_row(row, spec.response_column, tokenizer)
-                if _fits_limits(group, max_prompt_tokens, max_response_tokens):
+                group = group_from_row(row, spec.response_column, tokenizer)
+                if fits_limits(group, max_prompt_tokens, max_response_tokens):
                     demonstrations.append(group)
     return demonstrations
-
-
-@dataclass(frozen=True, slots=True)
-class ReactionGroups:
-    """Logged responses as groups of one sample without rollout log-probabilities, by whether users loved them."""
-
-    liked: Sequence[Group]
-    others: Sequence[Group]
-
-
-def load_reactions(
-    data_folder: Path, tokenizer: PreTrainedTokenizerFast, *, max_prompt_tokens: int, max_response_tokens: int
-) -> ReactionGroups:
-    """Responses of the training split by whether they were loved; rows over the limits are skipped."""
-    liked: list[Group] = []
-    others: list[Group] = []
-    for row in pq.read_table(data_folder / "love" / "train.parquet").to_pylist():
-        group = _group_from_row(row, "response", tokenizer)
-        if _fits_limits(group, max_prompt_tokens, max_response_tokens):
-            (liked if row["label"] == 1 else others).append(group)
-    return ReactionGroups(liked, others)
 
 
 def messages_from_row(row: Mapping[str, Any]) -> tuple[Message, ...]:
@@ -115,7 +93,7 @@ def messages_from_row(row: Mapping[str, Any]) -> tuple[Message, ...]:
     return tuple(Message(role=message["role"], content=message["content"]) for message in row["messages"])
 
 
-def _group_from_row(row: Mapping[str, Any], response_column: str, tokenizer: PreTrainedTokenizerFast) -> Group:
+def group_from_row(row: Mapping[str, Any], response_column: str, tokenizer: PreTrainedTokenizerFast) -> Group:
     """A data set row as a group of one sample; its response ends with the end-of-sequence token."""
     messages, response_text = messages_from_row(row), row[response_column]
     prompt = Prompt(row["id"], messages, render_prompt(tokenizer, messages), row["topic"] or "", "train")
@@ -125,6 +103,7 @@ def _group_from_row(row: Mapping[str, Any], response_column: str, tokenizer: Pre
     return Group(prompt, (sample,), 0)
 
 
-def _fits_limits(group: Group, max_prompt_tokens: int, max_response_tokens: int) -> bool:
+def fits_limits(group: Group, max_prompt_tokens: int, max_response_tokens: int) -> bool:
+    """Whether prompt and response of a group of one sample are within the limits, in tokens."""
     response_ids = group.samples[0].response_ids
     return len(group.prompt.token_ids) <= max_prompt_tokens and len(response_ids) <= max_response_tokens

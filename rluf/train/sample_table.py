@@ -56,7 +56,7 @@ async def collect_samples(controller: TrainController, step: int, sample_count: 
                 "response": response_text,
                 "scores": {name: value for name, value in values.items() if name not in NON_OBJECTIVE_VALUES},
                 "reward": values["reward"],
-                "kl": values.get("kl"),
+                "kl": values["kl"],
                 "failed": list_failed_judges(group.prompt.messages, response_text),
             }
         )

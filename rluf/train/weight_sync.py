@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from ray import ObjectRef
 
     from rluf.config.settings import Settings
-    from rluf.train.actor_calls import ActorCalls
-    from rluf.train.actor_groups import ActorRef
+    from rluf.train.actor_calls import ActorRef
+    from rluf.train.fault_tolerance import ActorCalls
     from rluf.types import Group
 
 T = TypeVar("T")

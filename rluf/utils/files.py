@@ -165,9 +165,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
         except ValueError as error:
             if line_number == len(lines):
                 break
-            raise DataError(
-                f"{path} line {line_number} is not JSON ({error}); restore the file or run again"
-            ) from error
+            raise DataError(f"{path} line {line_number} is not JSON ({error}); restore it or run again") from error
     return rows
 
 
@@ -203,8 +201,6 @@ class JsonlWriter:
         """Use as a context manager that closes the file."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         """Close the file."""
         self.close()

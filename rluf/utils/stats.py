@@ -33,3 +33,40 @@ def wilson_interval(hits: ArrayLike, totals: ArrayLike, *, confidence: float = 0
     center = (share + z**2 / (2.0 * n)) / (1.0 + z**2 / n)
     margin = z / (1.0 + z**2 / n) * np.sqrt(share * (1.0 - share) / n + z**2 / (4.0 * n**2))
     return center - margin, center + margin
+
+
+def fit_logistic(
+    x: Floats,
+    y: Floats,
+    weights: Floats,
+    inverse_strength: float,
+    *,
+    logit_offsets: Floats | float = 0.0,
+    quadratic_penalty: Floats | None = None,
+    fit_bias: bool = True,
+    initial_solution: Floats | None = None,
+) -> Floats:
+    """Weights and, last, the bias [H + 1] of L2 logistic regression of y [N] in [0, 1] on x [N, H].
+
+    The mean loss is scikit-learn's objective (C = `inverse_strength`) divided by the total weight, plus half of
+    w^T P w for the `quadratic_penalty` P [H, H]. That term, offsets and soft labels are not supported by its
+    LogisticRegression, and its import takes seconds in each worker. `initial_solution` is a warm start.
+    """
+    from scipy.optimize import minimize
+
+    total_weight = float(weights.sum())
+    ridge = 1 / (inverse_strength * total_weight)
+    # Scaled with the ridge: where strong regularization shrinks the weights, the extra penalty must not vanish.
+    penalty = (1 + ridge) * quadratic_penalty if quadratic_penalty is not None and quadratic_penalty.size else None
+
+    def penalized_loss(parameters: Floats) -> tuple[float, Floats]:
+        w, z = parameters[:-1], x @ parameters[:-1] + parameters[-1] + logit_offsets
+        penalty_gradient = ridge * w + (0.0 if penalty is None else penalty @ w)
+        residuals = weights * (sigmoid(z) - y) / total_weight
+        loss = float(weights @ (np.logaddexp(0, z) - y * z)) / total_weight + 0.5 * float(w @ penalty_gradient)
+        return loss, np.append(residuals @ x + penalty_gradient, residuals.sum() if fit_bias else 0.0)
+
+    start = np.zeros(x.shape[1] + 1) if initial_solution is None else initial_solution
+    options = {"maxiter": 500, "gtol": 1e-5}
+    solution = minimize(penalized_loss, start, jac=True, method="L-BFGS-B", options=options)
+    return np.asarray(solution.x, dtype=np.float64)

@@ -82,7 +82,7 @@ def test_a_bad_folder_and_an_unknown_judge_are_clear_errors_and_judges_score(tmp
     overrides = {"objectives": {"safety": {"weight": 0.2, "source": "judge", "judge": "refusal"}}}
     actor = start_actor("safety", Settings.model_validate(overrides), None)
     scores = ray.get(actor.score_group.remote(make_group(0, ("Hello!", "I cannot help with that."))))
-    assert [score.verdict for score in scores["safety"]] == [True, False]
+    assert [score.value for score in scores["safety"]] == [1.0, 0.0]
     overrides["objectives"]["safety"]["judge"] = "unknown"
     with pytest.raises(SettingsError, match="repetition"):
         ray.get(start_actor("safety", Settings.model_validate(overrides), None).ready.remote())

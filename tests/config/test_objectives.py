@@ -125,3 +125,21 @@ def test_names_that_would_collide_are_refused(name: str) -> None:
     assert f"objectives.{name} (override) cannot name an objective" in load_error(f"objectives={{{name}: {{}}}}")
     with pytest.raises(ValueError, match="cannot name an objective"):
         Settings.model_validate({"objectives": {name: {}}})
+
+
+def test_a_judge_or_a_function_belongs_to_its_source() -> None:
+    settings = load_settings(None, ["objectives.lists={source: function, reward: 'mine:score', weight: 0.1}"]).settings
+    assert settings.objectives.by_objective["lists"].reward == "mine:score"
+    for overrides, message in (
+        ("{source: function}", "objectives.lists.source=function needs objectives.lists.reward (now none)"),
+        (
+            "{source: judge, reward: 'mine:score', judge: length}",
+            "leave objectives.lists.reward=mine:score unused",
+        ),
+        (
+            "{reward: 'mine:score', path: models/x}",
+            "reward=null or objectives.lists.source=function",
+        ),
+        ("{source: function, reward: 'mine:score', path: x}", "would leave objectives.lists.path=x unused"),
+    ):
+        assert message in load_error(f"objectives.lists={overrides}")

@@ -8,10 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rluf.errors import DataError
+from rluf.errors import DataError, SettingsError
+from rluf.evaluate import monitors
 from rluf.evaluate.monitors import (
     MONITORS,
     MonitorSample,
+    add_monitors,
     compare_monitors,
     distinct_ngram_share,
     group_by_topic,
@@ -139,3 +141,25 @@ def test_samples_are_grouped_by_topic() -> None:
 def test_an_empty_arm_is_refused() -> None:
     with pytest.raises(DataError, match="one gave no responses"):
         compare_monitors([], [make_sample("Hi.")])
+
+
+def shouts(sample: MonitorSample) -> bool:
+    return "!!" in sample.text
+
+
+def comma_count(sample: MonitorSample) -> float:
+    return sample.text.count(",")
+
+
+def test_monitors_of_the_settings_are_measured_and_need_a_name_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitors, "MONITORS", dict(MONITORS))
+    for _ in range(2):  # a restarted attempt adds them again
+        add_monitors([f"{__name__}:shouts", f"{__name__}:comma_count"])
+    assert [monitors.MONITORS[name].kind for name in ("shouts", "comma_count")] == ["share", "mean"]
+    items = compare_monitors([make_sample("Hi.")] * 50, [make_sample("Hi!!, you")] * 50)["items"]
+    assert items["shouts"]["alarm"] and items["comma_count"]["aligned"] == 1.0
+    monkeypatch.setattr(monitors, "MONITORS", {"shouts": MONITORS["emoji"]})
+    with pytest.raises(SettingsError, match="name of another monitor; rename shouts"):
+        add_monitors([f"{__name__}:shouts"])
+    with pytest.raises(SettingsError, match="monitor 'shouts'; write package"):
+        add_monitors(["shouts"])

@@ -47,7 +47,7 @@ def build_group(
 
 def test_the_signal_is_the_logit_of_a_model_and_the_value_of_a_judge() -> None:
     assert math.isclose(compute_signal(Score("love", 0.05, -9.0)), math.log(0.05 / 0.95))
-    assert compute_signal(Score("safety", 1.0, 1.0, verdict=True)) == 1.0
+    assert compute_signal(Score("safety", 1.0, 1.0, is_probability=False)) == 1.0
     assert math.isclose(compute_signal(Score("love", 0.5, 0.0, spread=0.2), 1.5), math.log(0.2 / 0.8))
     assert math.isfinite(compute_signal(Score("love", 0.1, 0.0, spread=0.3), 1.0))
     assert math.isfinite(compute_signal(Score("love", 0.0, -900.0)))

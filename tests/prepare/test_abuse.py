@@ -21,7 +21,8 @@ from rluf.prepare.abuse import (
     compute_trust_weights,
     fit_robust_beta_binomial,
 )
-from rluf.prepare.joins import _fit_logistic, bin_by_octave, estimate_propensity
+from rluf.prepare.joins import bin_by_octave, estimate_propensity
+from rluf.utils.stats import fit_logistic
 
 SECOND_US = 1_000_000
 
@@ -158,13 +159,15 @@ def test_weights_are_in_range_for_any_log(rows: list[tuple[int, int, int, bool]]
 def test_the_logistic_regression_agrees_with_scikit_learn() -> None:
     rng = np.random.default_rng(0)
     design_matrix = np.eye(6)[rng.integers(0, 6, 40)]
-    hits, misses = rng.integers(0, 30, 40).astype(float), rng.integers(0, 90, 40).astype(float)
-    logits, coefficients = _fit_logistic(design_matrix, hits, misses)
+    hits, misses = rng.integers(0, 30, 40).astype(float), rng.integers(1, 90, 40).astype(float)
+    solution = fit_logistic(design_matrix, hits / (hits + misses), hits + misses, 1.0)
     reference = LogisticRegression(C=1.0, tol=1e-10, max_iter=5000)
     labels, weights = [1] * 40 + [0] * 40, np.concatenate([hits, misses])
     reference.fit(np.concatenate([design_matrix, design_matrix]), labels, sample_weight=weights)
-    assert coefficients == pytest.approx(reference.coef_[0], abs=2e-3)
-    assert logits == pytest.approx(reference.decision_function(design_matrix), abs=2e-3)
+    assert solution[:-1] == pytest.approx(reference.coef_[0], abs=2e-3)
+    assert design_matrix @ solution[:-1] + solution[-1] == pytest.approx(
+        reference.decision_function(design_matrix), abs=2e-3
+    )
 
 
 def test_propensity_recovers_the_true_probabilities() -> None:

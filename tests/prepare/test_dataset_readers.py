@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 
 from rluf.prepare.readers.datasets import DATASET_READERS, EMPTY_TURN_TEXT, ReaderOptions, SkippedRow
-from rluf.prepare.schema import DATA_KINDS, FeedbackRecord
-from rluf.prepare.validation import validate_json_row
+from rluf.prepare.schema import DATA_KINDS, FeedbackRecord, validate_json_row
 
 OPTIONS = ReaderOptions(test_share=0.2)
 NOW = datetime(2026, 1, 1, tzinfo=UTC)

@@ -17,8 +17,7 @@ from rluf.prepare.readers.products import (
     normalize_reaction,
     normalize_time,
 )
-from rluf.prepare.schema import DATA_KINDS, LogRecord
-from rluf.prepare.validation import validate_json_row
+from rluf.prepare.schema import DATA_KINDS, LogRecord, validate_json_row
 
 NOW = datetime(2026, 6, 1, tzinfo=UTC)
 OPTIONS = ReaderOptions(test_share=0.2)

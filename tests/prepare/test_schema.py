@@ -16,11 +16,12 @@ from rluf.prepare.schema import (
     DATA_KINDS,
     FeedbackRecord,
     LogRecord,
+    RejectedRow,
     build_arrow_schema,
     records_to_table,
     table_to_records,
+    validate_json_row,
 )
-from rluf.prepare.validation import RejectedRow, validate_json_row
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rluf.prepare import splits
-from rluf.prepare.card import rate_with_interval
+from rluf.prepare.assign_pass import rate_with_interval
 from rluf.prepare.schema import SPLIT_NAMES
 from rluf.prepare.splits import (
     assign_split,

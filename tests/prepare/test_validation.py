@@ -11,8 +11,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rluf.prepare.schema import DATA_KINDS, MAX_TEXT_CHARS, FeedbackRecord, records_to_table
-from rluf.prepare.validation import RejectedRow, build_arrow_table, validate_json_row, validate_json_rows
+from rluf.prepare.schema import (
+    DATA_KINDS,
+    MAX_TEXT_CHARS,
+    FeedbackRecord,
+    RejectedRow,
+    build_arrow_table,
+    records_to_table,
+    validate_json_row,
+    validate_json_rows,
+)
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 RowFactory = Callable[..., dict[str, Any]]

@@ -15,10 +15,8 @@ from sklearn.linear_model import LogisticRegression
 
 from rluf.errors import ModelError
 from rluf.models.hub import resolve_model
-from rluf.reward.backbone import build_text_encoder, load_classifier
+from rluf.reward.backbone import HeadInputCapture, build_text_encoder, load_classifier
 from rluf.reward.linear_probe import (
-    HeadInputCapture,
-    _fit_logistic,
     _merge_equal_rows,
     assign_folds,
     fit_probe,
@@ -29,7 +27,7 @@ from rluf.reward.linear_probe import (
 from rluf.reward.metrics import auroc
 from rluf.reward.text import EncodedItem
 from rluf.reward.trainer import RewardModelTrainer, TrainPlan, encode_split
-from rluf.utils.stats import sigmoid
+from rluf.utils.stats import fit_logistic, sigmoid
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +69,7 @@ def test_the_fit_equals_scikit_learns(strength: float) -> None:
     y = (rng.random(400) < sigmoid(x[:, 0] - 1)).astype(float)
     weights = rng.uniform(0.5, 2, 400)
     reference = LogisticRegression(C=strength, tol=1e-8, max_iter=2000).fit(x, y, weights)
-    solution = _fit_logistic(x, y, weights, np.zeros(400), np.zeros((0, 0)), strength, fit_bias=True)
+    solution = fit_logistic(x, y, weights, strength)
     assert np.allclose(solution[:-1], reference.coef_[0], atol=1e-3)
     assert solution[-1] == pytest.approx(float(reference.intercept_[0]), abs=1e-3)
 

@@ -29,7 +29,6 @@ from rluf.serve.api import (
     FeedbackRequest,
     ModelInfo,
     ScoredItem,
-    ServiceRules,
     build_chat_reply,
     build_reaction_event,
     build_served_event,
@@ -38,8 +37,7 @@ from rluf.serve.api import (
 )
 from rluf.serve.app import make_app
 from rluf.serve.batching import RequestBatcher
-from rluf.serve.metrics import ServeMetrics
-from rluf.serve.middleware import hash_token
+from rluf.serve.middleware import ServeMetrics, ServiceRules, hash_token
 from rluf.serve.store import FeedbackStore, StoreOutcome
 from rluf.types import Message
 from rluf.utils.paths import resolve_cache_folder

@@ -12,8 +12,14 @@ from hypothesis import strategies as st
 from rluf.reward.text import ScoringItem
 from rluf.serve.api import ApiError
 from rluf.serve.batching import BATCHES_WITHOUT_WAIT, WAIT_FRACTION, BatchStats, RequestBatcher, estimate_tokens
-from rluf.serve.metrics import RUNNING_MEAN_WINDOW, RunningMean, ServeMetrics
-from rluf.serve.middleware import ClientRateLimiter, hash_token, is_authorized
+from rluf.serve.middleware import (
+    RUNNING_MEAN_WINDOW,
+    ClientRateLimiter,
+    RunningMean,
+    ServeMetrics,
+    hash_token,
+    is_authorized,
+)
 
 
 def make_item(text: str) -> ScoringItem:

@@ -204,7 +204,8 @@ def test_a_killed_scorer_loses_no_reply_and_a_killed_feedback_writer_no_row(serv
     assert find_wrong_replies(load, expected_values) == []
     assert len(acknowledged) >= 10
     log_bytes = b"".join(
-        path.read_bytes() for path in (Path(str(service.settings.serve.feedback_path)) / ".log").glob("*.wal")
+        path.read_bytes()
+        for path in (Path(str(service.settings.serve.feedback_path)) / ".log").glob("open_rows.sqlite3*")
     )
     assert [row_id for row_id in sorted(acknowledged) if f'"{row_id}"'.encode() not in log_bytes] == []
 

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 
 from rluf.errors import DataError, ResourceError
 from rluf.prepare.readers.files import read_line_batches, resolve_sources
-from rluf.prepare.schema import ChatMessage, FeedbackRecord, build_arrow_schema
-from rluf.prepare.validation import validate_json_row
-from rluf.serve.store import FeedbackEvent, FeedbackStore
+from rluf.prepare.schema import ChatMessage, FeedbackRecord, build_arrow_schema, validate_json_row
+from rluf.serve.store import DATABASE_FILE, FeedbackEvent, FeedbackStore
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
@@ -90,7 +89,7 @@ def test_a_reaction_changes_its_row_until_it_settles(tmp_path: Path) -> None:
         "settled",
         "duplicate",
     ]
-    assert store.open_row_count == 0
+    assert store.flush_settled(all_rows=True) == 0
 
 
 def test_rows_pass_the_validation_of_prepare_while_the_store_is_open(tmp_path: Path) -> None:
@@ -123,19 +122,54 @@ def test_a_store_by_url_has_the_same_rows(tmp_path: Path) -> None:
     assert reopened_store.append_events([make_served_event("a")]) == ["duplicate"]
 
 
-def test_an_incomplete_last_line_is_skipped_and_the_others_stay(tmp_path: Path) -> None:
+def test_a_torn_write_loses_only_the_event_that_was_not_acknowledged(tmp_path: Path) -> None:
     clock = FakeClock()
     store = open_store(tmp_path, clock)
-    store.append_events([make_served_event("a"), make_served_event("b", "d")])
-    store.close()
-    (log_file,) = (tmp_path / ".log").glob("*.wal")
+    store.append_events([make_served_event("a")])
+    store.append_events([make_served_event("b", "d")])
+    shutil.copytree(tmp_path / ".log", tmp_path / "copy" / ".log")
+    log_file = tmp_path / "copy" / ".log" / f"{DATABASE_FILE}-wal"
     log_file.write_bytes(log_file.read_bytes()[:-7])
-    reopened_store = open_store(tmp_path, clock)
-    assert reopened_store.open_row_count == 1
+    reopened_store = FeedbackStore(
+        str(tmp_path / "copy"), tmp_path / "copy" / ".log", reaction_window_s=60, clock=clock
+    )
+    assert reopened_store.start() == 1
     assert reopened_store.append_events([make_served_event("b", "d"), make_served_event("a")]) == [
         "stored",
         "duplicate",
     ]
+
+
+def test_a_failed_write_stores_none_of_its_events(tmp_path: Path) -> None:
+    store = open_store(tmp_path, FakeClock())
+    assert store.append_events([make_served_event("a")]) == ["stored"]
+    connection = store._connection
+    assert connection is not None
+    (page_count,) = connection.execute("PRAGMA page_count").fetchone()
+    connection.execute(f"PRAGMA max_page_count = {page_count}")
+    long_record = make_record("c", "e").model_copy(update={"response": "word " * 10_000})
+    with pytest.raises(OSError, match="full"):
+        store.append_events([FeedbackEvent("a", "love"), FeedbackEvent("c", None, long_record)])
+    connection.execute("PRAGMA max_page_count = 1000000")
+    assert store.append_events([FeedbackEvent("a", None), FeedbackEvent("c", "love")]) == ["duplicate", "unknown"]
+
+
+def test_a_store_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rluf.serve.store.LOCK_TIMEOUT_S", 0.2)
+    store = open_store(tmp_path, FakeClock())
+    with pytest.raises(ResourceError, match="locked"):
+        open_store(tmp_path, FakeClock())
+    store.append_events([make_served_event("a")])
+    store.close()
+    assert open_store(tmp_path, FakeClock()).append_events([make_served_event("a")]) == ["duplicate"]
+
+
+def test_a_later_turn_marks_the_earlier_ones_as_continued(tmp_path: Path) -> None:
+    store = open_store(tmp_path, FakeClock())
+    store.append_events([make_served_event("a", turn=0), make_served_event("b", turn=2), make_served_event("c", "d")])
+    store.append_events([make_served_event("late", turn=1)])
+    store.flush_settled(all_rows=True)
+    assert read_rows(tmp_path) == {"a": (None, True), "b": (None, None), "c": (None, None), "late": (None, None)}
 
 
 def test_a_crash_between_parquet_and_the_new_log_duplicates_no_row(tmp_path: Path) -> None:
@@ -147,8 +181,8 @@ def test_a_crash_between_parquet_and_the_new_log_duplicates_no_row(tmp_path: Pat
     store.close()
     shutil.rmtree(tmp_path / ".log")
     shutil.move(old_log, tmp_path / ".log")
-    reopened_store = open_store(tmp_path, clock)
-    assert reopened_store.open_row_count == 0
+    reopened_store = FeedbackStore(str(tmp_path), tmp_path / ".log", reaction_window_s=60, clock=clock)
+    assert reopened_store.start() == 0
     assert reopened_store.append_events([FeedbackEvent("a", "love")]) == ["duplicate"]
     reopened_store.flush_settled(all_rows=True)
     assert read_rows(tmp_path) == {"a": ("love", None), "b": (None, None)}
@@ -235,3 +269,7 @@ def test_unusable_folders_are_clear_errors(tmp_path: Path) -> None:
     (tmp_path / "bad" / "x.parquet").write_text("not parquet")
     with pytest.raises(DataError, match=r"x\.parquet"):
         open_store(tmp_path / "bad", FakeClock())
+    (tmp_path / "old" / ".log").mkdir(parents=True)
+    (tmp_path / "old" / ".log" / "00000003.wal").write_text("{}")
+    with pytest.raises(DataError, match=r"00000003\.wal has rows of an earlier release"):
+        open_store(tmp_path / "old", FakeClock())

@@ -14,9 +14,8 @@ from ray.exceptions import ObjectStoreFullError
 from rluf.config.policy import AlgorithmSettings
 from rluf.errors import ActorError, ActorLostError, DataError, DeadlineError, ResourceError, RlufError
 from rluf.tracking.timeline import RunTimeline
-from rluf.train.actor_calls import ActorCalls, call_with_timeout
-from rluf.train.actor_groups import ActorRef
-from rluf.train.fault_tolerance import ActorRestarter
+from rluf.train.actor_calls import ActorRef, call_with_timeout
+from rluf.train.fault_tolerance import ActorCalls, ActorRestarter
 from rluf.train.policy_update import demonstration_count
 
 pytestmark = pytest.mark.usefixtures("local_ray")

@@ -1,4 +1,4 @@
-"""Groups that a step trains on: fresh enough, with DAPO of differing scores, with KTO from the log."""
+"""Groups that a step trains on: fresh enough, and with DAPO of differing scores."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from typing import Any
 
 import pytest
 
-from rluf.algorithms.advantages import SampleKL
 from rluf.config.load import load_settings
-from rluf.errors import ActorError, DataError, DeadlineError
+from rluf.errors import ActorError, DeadlineError
 from rluf.train.actor_groups import ActorSupervisor
 from rluf.train.controller import MAX_DROPPED_BATCHES, TrainController
-from rluf.train.offline_batches import OfflineBatches, mismatched_pairs, offline_advantage_inputs
-from rluf.train.prompts import ReactionGroups
 from rluf.train.work_buffer import CountingIterator, ScoredGroup, WorkBuffer, prompt_order
-from rluf.types import Group, GroupInfo, Prompt, Sample, Score
+from rluf.types import GroupInfo, Prompt, Score
 
 INFO = GroupInfo("p", "", 0, 5, (3, 3), (True, True))
 EQUAL_SCORES, DIFFERENT_SCORES = (0.5, 0.5), (0.5, 0.6)
@@ -171,38 +168,3 @@ def test_prompt_order_has_every_prompt_once_per_pass_and_follows_the_seed() -> N
     assert order == take(10, [1] * 5, seed=1)
     assert order != take(10, [1] * 5, seed=2)
     assert sorted(take(4, [1, 3], seed=1)) == [0, 1, 1, 1]
-
-
-def make_logged_group(name: str, response: tuple[int, ...]) -> Group:
-    sample = Sample(name, (1, ord(name)), response, (), (), "stop", "")
-    return Group(Prompt(name, (), (1, ord(name)), "", "train"), (sample,), 0)
-
-
-LIKED = [make_logged_group("a", (5,)), make_logged_group("b", (6, 7))]
-OTHERS = [make_logged_group("c", (8,))]
-
-
-def test_offline_batches_alternate_between_both_kinds() -> None:
-    groups, labels = OfflineBatches(ReactionGroups(LIKED, OTHERS), cycle([0, 1]), cycle([0])).next_batch(5)
-    assert [group.prompt.id for group in groups] == ["a", "c", "b", "c", "a"]
-    assert labels == [1.0, 0.0, 1.0, 0.0, 1.0]
-    with pytest.raises(DataError, match="found 2 and 0"):
-        OfflineBatches(ReactionGroups(LIKED, []), cycle([0]), cycle([0]))
-
-
-def test_mismatched_pairs_join_a_prompt_with_the_next_response() -> None:
-    pairs = mismatched_pairs([*LIKED, *OTHERS])
-    assert [(pair.prompt.id, pair.samples[0].response_ids) for pair in pairs] == [
-        ("a", (6, 7)),
-        ("b", (8,)),
-        ("c", (5,)),
-    ]
-    assert all(pair.samples[0].prompt_ids == pair.prompt.token_ids for pair in pairs)
-
-
-def test_the_mean_kl_of_mismatched_pairs_is_the_reference_point_of_kto() -> None:
-    sample_kl = [SampleKL(1.0), SampleKL(2.0), SampleKL(0.5), SampleKL(1.5)]
-    inputs = offline_advantage_inputs(LIKED, [1.0, 0.0], sample_kl)
-    assert inputs.mismatched_kl == 1.0
-    assert [row[0].kl_sum for row in inputs.sample_kl] == [1.0, 2.0]
-    assert (inputs.rewards, inputs.response_lengths) == ([[1.0], [0.0]], [[1], [2]])

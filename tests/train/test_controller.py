@@ -10,13 +10,14 @@ from statistics import fmean
 
 import pytest
 
+from rluf.algorithms.registry import find_algorithm
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.models.hub import load_tokenizer, render_prompt, resolve_model
 from rluf.objectives.judges import list_failed_judges
 from rluf.train.actor_groups import ActorSupervisor
 from rluf.train.controller import TrainController
-from rluf.train.prompts import ReactionGroups
+from rluf.train.offline import OfflineTrainer, ReactionGroups
 from rluf.train.sample_table import collect_samples
 from rluf.types import Group, Message, Prompt, Sample
 
@@ -74,19 +75,23 @@ async def run_steps(
     settings: Settings, supervisor: ActorSupervisor, prompts: Sequence[Prompt], step_count: int
 ) -> list[dict[str, float]]:
     logged = [make_demonstration(prompt) for prompt in prompts]
-    reaction_groups = ReactionGroups(logged[:3], logged[3:])
-    controller = TrainController(settings, supervisor, prompts, logged[:1], reaction_groups)
+    controller = TrainController(settings, supervisor, prompts, logged[:1])
+    trainer = OfflineTrainer(controller, ReactionGroups(logged[:3], logged[3:]))
+    is_offline = find_algorithm(settings.algorithm.name).offline
+    run_step = trainer.run_step if is_offline else controller.run_step
     try:
-        rows = [await controller.run_step(step) for step in range(1, step_count + 1)]
+        rows = [await run_step(step) for step in range(1, step_count + 1)]
+        if is_offline:
+            return rows
         samples = await collect_samples(controller, step_count, 2)
-        kl_by_group = controller.sample_values.get("kl", [[None]] * 4)
+        kl_by_group = controller.sample_values["kl"]
         assert [sample["kl"] for sample in samples] == [group_kl[0] for group_kl in kl_by_group[::2]]
         assert all(set(sample["scores"]) == set(OBJECTIVES) for sample in samples)
         for sample in samples:
             assert sample["failed"] == list_failed_judges(prompts[0].messages, sample["response"])
-        if "kl" in controller.sample_values:  # the step's metric is the mean over its samples
-            sample_kl = [kl for row in controller.sample_values["kl"] for kl in row]
-            assert fmean(sample_kl) == pytest.approx(rows[-1]["kl_sequence"], rel=1e-3, abs=1e-5)
+        # The step's metric is the mean over its samples.
+        sample_kl = [kl for row in kl_by_group for kl in row]
+        assert fmean(sample_kl) == pytest.approx(rows[-1]["kl_sequence"], rel=1e-3, abs=1e-5)
         return rows
     finally:
         await controller.close()

@@ -178,7 +178,7 @@ async def test_lost_replies_do_not_end_the_run(tracker: WandbTracker, caplog: py
     await monitor.check_step(cast(TrainController, controller), 2, 0.0)
     assert monitor.state() == state
     controller.last_batch_refs[3] = read_lost_object()
-    controller.sample_values = {"love": [[0.5]] * 8, "reward": [[0.5]] * 8}
+    controller.sample_values = {name: [[0.5]] * 8 for name in ("love", "reward", "kl")}
     await log_sample_table(cast(TrainController, controller), 2, 8, tracker)
     messages = [record.message for record in caplog.records]
     assert messages[0].startswith("reward hacking monitor: step 2 not checked: ")

@@ -16,10 +16,11 @@ import torch
 from rluf.config.policy import AlgorithmSettings
 from rluf.config.run import RunSettings
 from rluf.config.settings import Settings
-from rluf.tracking.timeline import TorchProfiler
-from rluf.train.actor_groups import ActorGroups, ActorRef, ActorSupervisor
+from rluf.tracking.timeline import TorchProfiler, ray_timeline_span
+from rluf.train.actor_calls import ActorRef
+from rluf.train.actor_groups import ActorGroups, ActorSupervisor
 from rluf.train.controller import StepTimer, TrainController
-from rluf.train.profiling import StepProfiler, ray_timeline_span
+from rluf.train.profiling import StepProfiler
 from rluf.types import Group, GroupInfo, Prompt, Sample, Score
 
 pytestmark = pytest.mark.usefixtures("local_ray")

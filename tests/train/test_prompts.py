@@ -9,10 +9,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rluf.config.settings import Settings
 from rluf.errors import DataError
 from rluf.models.hub import load_tokenizer, resolve_model
+from rluf.train.offline import load_reactions
 from rluf.train.prompt_store import CACHED_BLOCK_COUNT, PromptStore, load_training_prompts, prompt_ids, prompt_topics
-from rluf.train.prompts import load_demonstrations, load_prompts, load_reactions
+from rluf.train.prompts import load_demonstrations, load_prompts
 
 
 def make_row(name: str, topic: str, response: str, label: int) -> dict[str, Any]:
@@ -60,10 +62,11 @@ def test_responses_with_a_positive_label_on_owned_topics_become_demonstrations(
 
 def test_logged_responses_of_every_topic_are_split_by_reaction(data_folder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(resolve_model("tiny", tmp_path / "cache"))
-    reaction_groups = load_reactions(data_folder, tokenizer, max_prompt_tokens=200, max_response_tokens=100)
-    assert [group.prompt.id for group in reaction_groups.liked] == ["refusal", "casual"]
-    assert [group.prompt.id for group in reaction_groups.others] == ["bad"]
-    assert load_reactions(data_folder, tokenizer, max_prompt_tokens=2, max_response_tokens=100).liked == []
+    reactions = load_reactions(data_folder, tokenizer, Settings())
+    assert [group.prompt.id for group in reactions.liked] == ["refusal", "casual"]
+    assert [group.prompt.id for group in reactions.others] == ["bad"]
+    with pytest.raises(DataError, match="found 0 and 0 short enough"):
+        load_reactions(data_folder, tokenizer, Settings.model_validate({"rollout": {"max_prompt_tokens": 8}}))
 
 
 @pytest.mark.slow

@@ -19,17 +19,18 @@ import pytest
 import torch
 
 from actors.learner import LearnerActor
-from rluf.algorithms.registry import ALGORITHMS
+from rluf.algorithms.registry import ALGORITHMS, find_algorithm
 from rluf.backends import deepspeed as ds
 from rluf.backends.vllm.engine import derive_sample_seed
 from rluf.checkpoint.format import RunCheckpoint
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.models.hub import load_tokenizer, render_prompt, resolve_model
-from rluf.train.actor_groups import ActorGroups, ActorRef, ActorSupervisor
+from rluf.train.actor_calls import ActorRef
+from rluf.train.actor_groups import ActorGroups, ActorSupervisor
 from rluf.train.checkpoint_manager import CheckpointManager
 from rluf.train.controller import TrainController
-from rluf.train.prompts import ReactionGroups
+from rluf.train.offline import OfflineTrainer, ReactionGroups
 from rluf.types import Group, GroupInfo, Message, Prompt, Sample, Score
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("process_group")]
@@ -171,16 +172,16 @@ class LocalRun:
             [ActorRef("learner", 0, LocalHandle(self.learner))],  # type: ignore[arg-type]
         )
         logged = [make_demonstration(prompt) for prompt in self.prompts]
-        controller = TrainController(
-            self.settings, supervisor, self.prompts, logged[:2], ReactionGroups(logged[:3], logged[3:])
-        )
+        controller, run_step = TrainController(self.settings, supervisor, self.prompts, logged[:2]), None
+        if find_algorithm(self.settings.algorithm.name).offline:
+            run_step = OfflineTrainer(controller, ReactionGroups(logged[:3], logged[3:])).run_step
         checkpoints, steps_done = CheckpointManager(self.settings, self.folder, self.prompts), 0
         if self.checkpoint is not None:
             state = self.checkpoint.read_state()
             controller.restore(state.controller_state, state.step)
             self.metric_rows, steps_done = [dict(row) for row in state.step_metrics], state.step
         for step in range(steps_done + 1, last_step + 1):
-            self.metric_rows.append(await controller.run_step(step))
+            self.metric_rows.append(await (run_step or controller.run_step)(step))
         await checkpoints.save_checkpoint(controller, last_step, self.metric_rows)
         await controller.close()
         return checkpoints
@@ -222,6 +223,7 @@ def test_a_resumed_run_equals_one_that_was_never_stopped(
     name: str, model_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rluf.train.policy_update.put_object", LocalRef)
+    monkeypatch.setattr("rluf.train.offline.put_object", LocalRef)
     monkeypatch.setattr(ds, "join_process_group", lambda **_: None)
     overrides = [*BASE_OVERRIDES, f"algorithm.name={name}", *ALGORITHM_OVERRIDES.get(name, [])]
     settings = load_settings(None, overrides).settings

@@ -15,13 +15,13 @@ from rluf.checkpoint.format import RunCheckpoint, RunState
 from rluf.config.settings import Settings
 from rluf.errors import ActorLostError
 from rluf.tracking.wandb import WandbTracker
-from rluf.train.actor_calls import ActorCalls
-from rluf.train.actor_groups import ActorGroups, ActorRef, ActorSupervisor
+from rluf.train.actor_calls import ActorRef
+from rluf.train.actor_groups import ActorGroups, ActorSupervisor
 from rluf.train.checkpoint_manager import CheckpointManager
 from rluf.train.controller import TrainController
-from rluf.train.fault_tolerance import ActorRestarter, RestartBudget
+from rluf.train.fault_tolerance import ActorCalls, ActorRestarter, RestartBudget
 from rluf.train.hacking_monitor import RewardHackingMonitor
-from rluf.train.loop import _run_from_checkpoint
+from rluf.train.loop import TrainingRun, _run_from_checkpoint
 from rluf.train.weight_sync import WeightSync
 from rluf.train.work_buffer import ScoredGroup
 from rluf.types import EvalResponse, Group, Prompt, Sample, TrainResult
@@ -190,9 +190,8 @@ async def test_a_run_resumed_after_its_last_step_is_evaluated_with_its_trained_w
     state = RunState(2, 1, {}, "", RecordingController(settings).state(), [], rows)
     resume_from = (RunCheckpoint(tmp_path / "checkpoints" / "step-2", 2), state)
     controller, monitor = RecordingController(settings), RewardHackingMonitor(settings, tracker)
-    await _run_from_checkpoint(
-        settings, controller, checkpoints, resume_from, [PROMPT], tracker, TrainResult(), monitor
-    )
+    run = TrainingRun(settings, controller, controller.run_step, checkpoints, tracker, TrainResult(), monitor)
+    await _run_from_checkpoint(run, resume_from, [PROMPT])
     assert controller.events == events
     await controller.sync_adapter_after_resume()
     assert controller.events == events

@@ -210,10 +210,8 @@ def _parse_transcript(transcript: str) -> list[dict[str, str]]:
     """Messages of a text in which "Human:" or "Assistant:" after an empty line begins a turn."""
     parts = re.split(r"(?:^|\n)\n(Human|Assistant):", transcript.strip("\n").join(("\n\n", "")))
     roles = {"Human": "user", "Assistant": "assistant"}
-    turns = [
-        {"role": roles[role], "content": content.strip()}
-        for role, content in zip(parts[1::2], parts[2::2], strict=True)
-    ]
+    pairs = zip(parts[1::2], parts[2::2], strict=True)
+    turns = [{"role": roles[role], "content": content.strip()} for role, content in pairs]
     if len(turns) < 2:
         raise ValueError("fewer than two turns")
     return turns
@@ -241,22 +239,24 @@ def _read_question(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
     return [{
         "id": f"prompt-{text_hash}", "messages": _user_message(prompt_text),
         "topic": str(row.get("category", row.get("topic", "other"))),
-        "split": "test" if assign_split(text_hash, dev_share=0.0, test_share=options.test_share) == "test" else "train",
+        "split": assign_split(text_hash, dev_share=0.0, test_share=options.test_share),
     }]  # fmt: skip
 
 
-DATASET_READERS: dict[str, LogReader] = {
-    reader.name: reader
-    for reader in (
-        LogReader("convai2", "feedback", _read_convai2_reacted),
-        LogReader("convai2_sparse", "feedback", _read_convai2_sparse),
-        LogReader("xiaomi", "feedback", _read_xiaomi),
-        LogReader("pandalm", "preferences", _read_pandalm),
-        LogReader("llmfao", "preferences", _read_llmfao),
-        LogReader("oasst", "preferences", _read_oasst),
-        LogReader("diasafety", "safety", _read_diasafety),
-        LogReader("hh_harmless", "safety", _read_hh_harmless),
-        LogReader("mt_bench", "prompts", _read_question),
-    )
-}
+def index_readers(*readers: LogReader) -> dict[str, LogReader]:
+    """Readers by name."""
+    return {reader.name: reader for reader in readers}
+
+
+DATASET_READERS = index_readers(
+    LogReader("convai2", "feedback", _read_convai2_reacted),
+    LogReader("convai2_sparse", "feedback", _read_convai2_sparse),
+    LogReader("xiaomi", "feedback", _read_xiaomi),
+    LogReader("pandalm", "preferences", _read_pandalm),
+    LogReader("llmfao", "preferences", _read_llmfao),
+    LogReader("oasst", "preferences", _read_oasst),
+    LogReader("diasafety", "safety", _read_diasafety),
+    LogReader("hh_harmless", "safety", _read_hh_harmless),
+    LogReader("mt_bench", "prompts", _read_question),
+)
 """Readers by name. `mt_bench` reads any file of prompts with turns, prompt, or instruction and input."""

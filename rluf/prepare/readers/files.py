@@ -281,9 +281,7 @@ def _split_lines(path: str, stream: BinaryIO) -> Iterator[list[tuple[bytes, str 
             rest = raw_lines.pop()
             lines: list[tuple[bytes, str | None]] = [(raw, None) for raw in raw_lines]
             if any(len(raw) > MAX_LINE_BYTES for raw in raw_lines):
-                lines = [
-                    (raw[:MAX_LINE_BYTES], _LINE_TOO_LONG if len(raw) > MAX_LINE_BYTES else None) for raw in raw_lines
-                ]
+                lines = [(raw[:MAX_LINE_BYTES], _LINE_TOO_LONG if raw[MAX_LINE_BYTES:] else None) for raw in raw_lines]
             if lines and is_cut:
                 lines[0], is_cut = (lines[0][0][:MAX_LINE_BYTES], _LINE_TOO_LONG), False
             if len(rest) > MAX_LINE_BYTES:

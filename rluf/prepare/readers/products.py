@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rluf.errors import SettingsError
-from rluf.prepare.readers.datasets import LogReader, ReaderItems, ReaderOptions, SkippedRow
+from rluf.prepare.readers.datasets import LogReader, ReaderItems, ReaderOptions, SkippedRow, index_readers
 from rluf.prepare.schema import LOVE_REACTION, FeedbackRecord
 from rluf.prepare.splits import assign_split
 from rluf.utils.hashing import hash_parts
@@ -242,14 +242,11 @@ def _read_langfuse(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
     }]  # fmt: skip
 
 
-PRODUCT_READERS: dict[str, LogReader] = {
-    reader.name: reader
-    for reader in (
-        LogReader("openai", "feedback", _read_openai),
-        LogReader("wildchat", "feedback", _read_wildchat),
-        LogReader("lmsys", "preferences", _read_lmsys),
-        LogReader("lmsys_prompts", "prompts", _read_lmsys_prompts),
-        LogReader("langfuse", "feedback", _read_langfuse),
-    )
-}
+PRODUCT_READERS = index_readers(
+    LogReader("openai", "feedback", _read_openai),
+    LogReader("wildchat", "feedback", _read_wildchat),
+    LogReader("lmsys", "preferences", _read_lmsys),
+    LogReader("lmsys_prompts", "prompts", _read_lmsys_prompts),
+    LogReader("langfuse", "feedback", _read_langfuse),
+)
 """Readers by name."""

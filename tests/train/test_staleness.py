@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rluf.algorithms.staleness import compute_admission_capacity
+from rluf.train.work_buffer import compute_admission_capacity
 
 
 @pytest.mark.parametrize(

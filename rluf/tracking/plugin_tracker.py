@@ -1,0 +1,58 @@
+"""A tracker of the user's own: step metrics and the summary, on a background thread, so that it never stops a run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rluf.config.settings import Settings
+from rluf.tracking.background import BackgroundCaller
+from rluf.utils.files import to_jsonable
+from rluf.utils.plugins import load_plugin
+
+CALL_TIMEOUT_S = 60.0
+"""Seconds that a tracker may take to finish; then the run ends without it."""
+
+
+class Tracker(Protocol):
+    """What a function of `tracking.trackers` returns; its methods are called one after the other on one thread."""
+
+    def log_step(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
+        """Record the metrics of an optimizer step. A step that is repeated after a restart comes again."""
+
+    def update_summary(self, summary: Mapping[str, Any]) -> None:
+        """Record the content of summary.json."""
+
+    def finish(self, *, failed: bool) -> None:
+        """Complete the record; `failed` where the run ended with an error."""
+
+
+class PluginTracker:
+    """Calls one tracker in the background. After a failure it logs one warning, and later calls do nothing."""
+
+    def __init__(self, reference: str, settings: Settings, run_folder: Path) -> None:
+        """Load the factory `reference` (module:function) and call it; SettingsError where it cannot be imported."""
+        signature = "a function (settings, run folder) -> tracker"
+        create_tracker: Callable[[Settings, Path], Tracker] = load_plugin(
+            reference, kind="tracker", signature=signature
+        )
+        # Any exception: what a tracker of the user's may raise is unknown, and none may end the run.
+        self._background_caller = BackgroundCaller(f"tracker {reference}", (Exception,))
+        self._trackers: list[Tracker] = []
+        self._background_caller.submit("start", lambda: self._trackers.append(create_tracker(settings, run_folder)))
+
+    def log_step(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
+        """Queue the metrics of a step."""
+        row = dict(metrics)
+        self._background_caller.submit(f"log step {step}", lambda: self._trackers[0].log_step(step, row))
+
+    def update_summary(self, summary: Mapping[str, Any]) -> None:
+        """Queue the summary."""
+        content = to_jsonable(summary)
+        self._background_caller.submit("record the summary", lambda: self._trackers[0].update_summary(content))
+
+    def finish(self, *, failed: bool) -> None:
+        """Let the tracker finish; wait for it at most CALL_TIMEOUT_S seconds."""
+        call = self._background_caller.submit("finish", lambda: self._trackers[0].finish(failed=failed))
+        self._background_caller.wait_for_call(call, CALL_TIMEOUT_S)
