@@ -29,7 +29,7 @@ EXAMPLES_PATH = Path(__file__).parents[1] / "reader_examples.yaml"
 MAX_CONTEXT_MESSAGES = 3
 MAX_CONTEXT_CHARACTERS = 200
 """Limits of a dialogue's context: most of the cost of reading a short message."""
-EXCHANGES_PER_SOURCE = 30
+EXCHANGES_PER_SOURCE = 12
 """Exchanges from self-instruct, from Topical-Chat and from the sample log; reader_examples.yaml is used in full."""
 SEED = 5
 _REFUSAL_PATTERN = re.compile(
