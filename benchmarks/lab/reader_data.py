@@ -26,11 +26,13 @@ from rluf.types import Message
 from rluf.utils.paths import find_sample_log
 
 EXAMPLES_PATH = Path(__file__).parents[1] / "reader_examples.yaml"
-MAX_CONTEXT_MESSAGES = 3
+MAX_CONTEXT_MESSAGES = 1
 MAX_CONTEXT_CHARACTERS = 200
 """Limits of a dialogue's context: most of the cost of reading a short message."""
-EXCHANGES_PER_SOURCE = 12
+EXCHANGES_PER_SOURCE = 8
 """Exchanges from self-instruct, from Topical-Chat and from the sample log; reader_examples.yaml is used in full."""
+KINDS_PER_EXCHANGE = 4
+"""Kinds of rejected reply made from each exchange, sampled; one that misreads the prompt is always among them."""
 SEED = 5
 _REFUSAL_PATTERN = re.compile(
     r"(?:can't|cannot|can not|won't|will not|not able to|unable to|not going to|must decline) ?(?:be able to )?"
@@ -119,7 +121,7 @@ def load_preferences(data: Path) -> PairSet:
     return pairs
 
 
-def load_offenses(data: Path, count: int = 700) -> LabeledSet:
+def load_offenses(data: Path, count: int = 300) -> LabeledSet:
     """Responses that people labeled unsafe (1) or safe (0) in their context."""
     rows = read_rows(data / "diasafety/train.jsonl.gz")
     random.Random(SEED).shuffle(rows)
@@ -197,9 +199,11 @@ def build_validity_pairs(data: Path) -> PairSet:
             "cut": _cut(exchange.reply, rng),
             "contradict": exchange.wrong,
         }
-        for kind, rejected in rejected_replies.items():
-            if rejected is not None:
-                add(exchange.messages, exchange.reply, rejected, kind)
+        kinds = [kind for kind, rejected in rejected_replies.items() if rejected is not None]
+        rng.shuffle(kinds)
+        kinds.sort(key=lambda kind: kind != "contradict")
+        for kind in kinds[:KINDS_PER_EXCHANGE]:
+            add(exchange.messages, exchange.reply, rejected_replies[kind] or "", kind)
     for entry in examples["refusals"]:
         for kind, rejected in {
             "comply": entry["comply"],
@@ -269,7 +273,7 @@ def _sampled_refusals() -> list[tuple[tuple[Message, ...], str, str]]:
     for prompt, responses in sorted(responses_of_prompt.items()):
         refusals = [r for r in sorted(responses) if _REFUSAL_PATTERN.search(r) and not _COMPLIANCE_PATTERN.search(r)]
         others = [r for r in sorted(responses) if not _REFUSAL_PATTERN.search(r) and "don't" not in r]
-        triples += [(tuple(json.loads(prompt)), a, b) for a, b in zip(refusals[:4], others[:4], strict=False)]
+        triples += [(tuple(json.loads(prompt)), a, b) for a, b in zip(refusals[:2], others[:2], strict=False)]
     return triples
 
 
