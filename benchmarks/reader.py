@@ -3,8 +3,8 @@
 python benchmarks/reader.py fit --data ../shared/data --readings FOLDER   writes rluf/simulate/reader_weights.json
 python benchmarks/reader.py phrases                                       writes benchmarks/lab/phrase_readings.json
 
-`fit` reads every response with the frozen model first (about 20 minutes on two cores) and keeps what it measured in
-FOLDER, one file per set, so that a second fit takes seconds. The last line is JSON: the out-of-fold figures that the
+`fit` first reads every response with the frozen model (minutes on two idle cores) and keeps what it measured in FOLDER:
+an interrupted run resumes, and a second fit takes seconds. The last line is JSON: the out-of-fold figures that the
 weights file records as its provenance.
 """
 
@@ -67,6 +67,7 @@ DATA_FILES = (
 )  # fmt: skip
 PHRASE_PROMPTS = 4
 """Prompts per topic over which the reading of a phrase is averaged."""
+INPUTS_PER_PART = 200
 PROBE_STRENGTH = 1e-4
 """Inverse ridge penalty of the probes on 576 standardized hidden values."""
 HEAD_RIDGE = 1e-3
@@ -78,25 +79,42 @@ READING_FIELDS = tuple(Reading.__dataclass_fields__)
 HIDDEN_FIELDS = tuple(name for name in READING_FIELDS if name.endswith("hidden"))
 
 
-def read_set(name: str, inputs: list[ReaderInput], folder: Path, models: list[ReaderModel]) -> list[Reading]:
-    """Readings of the inputs, from FOLDER/<name>.npz if it has the same inputs; `models` receives the loaded model."""
-    path = folder / f"{name}.npz"
-    keys = np.array([item.key for item in inputs])
-    if path.is_file():
-        with np.load(path) as stored:
-            if np.array_equal(stored["keys"], keys):
+class ReadingStore:
+    """Readings by key in FOLDER/readings.npz; what is missing is read in parts, so an interrupted run resumes."""
+
+    def __init__(self, folder: Path) -> None:
+        """Load the readings of earlier runs."""
+        self._path = folder / "readings.npz"
+        self._model: ReaderModel | None = None
+        self.readings: dict[str, Reading] = {}
+        if self._path.is_file():
+            with np.load(self._path) as stored:
                 columns = {field: stored[field].astype(np.float64) for field in READING_FIELDS}
-                return [Reading(**{field: column[i] for field, column in columns.items()}) for i in range(len(keys))]
-    if not models:
-        models.append(ReaderModel(resolve_model(READER_MODEL, resolve_cache_folder(Settings()))))
-    readings = models[0].read([item.messages for item in inputs], [item.response for item in inputs])
-    stacked = {field: np.array([getattr(reading, field) for reading in readings]) for field in READING_FIELDS}
-    folder.mkdir(parents=True, exist_ok=True)
-    arrays: dict[str, Any] = {
-        name: column.astype(np.float16) if name in HIDDEN_FIELDS else column for name, column in stacked.items()
-    }
-    np.savez_compressed(path, keys=keys, **arrays)
-    return readings
+                for index, key in enumerate(stored["keys"].tolist()):
+                    values = {field: column[index] for field, column in columns.items()}
+                    self.readings[key] = Reading(**{**values, "token_count": int(values["token_count"])})
+
+    def read(self, inputs: Sequence[ReaderInput]) -> None:
+        """Add the readings of new inputs; those of one prompt are read together."""
+        missing = list({item.key: item for item in inputs if item.key not in self.readings}.values())
+        missing.sort(key=lambda item: json.dumps(item.messages))
+        for first in range(0, len(missing), INPUTS_PER_PART):
+            part = missing[first : first + INPUTS_PER_PART]
+            self._model = self._model or ReaderModel(resolve_model(READER_MODEL, resolve_cache_folder(Settings())))
+            readings = self._model.read([item.messages for item in part], [item.response for item in part])
+            self.readings |= {item.key: reading for item, reading in zip(part, readings, strict=True)}
+            self._save()
+            sys.stderr.write(f"read {first + len(part)} of {len(missing)} responses\n")
+
+    def _save(self) -> None:
+        columns = {name: np.array([getattr(r, name) for r in self.readings.values()]) for name in READING_FIELDS}
+        arrays: dict[str, Any] = {
+            name: column.astype(np.float16) if name in HIDDEN_FIELDS else column for name, column in columns.items()
+        }
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        temporary_path = self._path.with_name("partial.npz")
+        np.savez(temporary_path, keys=np.array(list(self.readings)), **arrays)
+        temporary_path.replace(self._path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,17 +132,16 @@ class ReaderFit:
 
     def __init__(self, data: Path, folder: Path) -> None:
         """Read all sets."""
-        models: list[ReaderModel] = []
         self.labeled: dict[str, LabeledSet] = {
             "thumbs": load_thumbs(data), "offenses": load_offenses(data), "requests": build_requests(data),
         }  # fmt: skip
         self.pairs: dict[str, PairSet] = {
             "validity": build_validity_pairs(data), "preferences": load_preferences(data),
         }  # fmt: skip
-        self.readings: dict[str, Reading] = {}
-        for name, inputs in self.inputs_of_set.items():
-            readings = read_set(name, inputs, folder, models)
-            self.readings |= {item.key: reading for item, reading in zip(inputs, readings, strict=True)}
+        store = ReadingStore(folder)
+        for inputs in self.inputs_of_set.values():
+            store.read(inputs)
+        self.readings = store.readings
         self.probe_rows = {name: self._probe_rows(name) for name in PROBE_SOURCES}
         self.probes: dict[str, Probe] = {}
         self.probe_aurocs: dict[str, float] = {}

@@ -41,6 +41,9 @@ from rluf.utils.paths import find_sample_log
 
 logger = logging.getLogger(__name__)
 
+INPUTS_PER_PART = 500
+"""Responses per pass over the model and per progress line."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReaderInput:
@@ -109,14 +112,15 @@ class Reader:
 
     def read(self, inputs: Sequence[ReaderInput]) -> list[ReadingScores]:
         """Reading of each input; the model reads those that are new."""
-        new_inputs = {item.key: item for item in inputs if item.key not in self._readings}
-        if new_inputs:
+        new_inputs = list({item.key: item for item in inputs if item.key not in self._readings}.values())
+        # Responses of one prompt stay together: they share its keys and values.
+        new_inputs.sort(key=lambda item: json.dumps(item.messages))
+        for first in range(0, len(new_inputs), INPUTS_PER_PART):
+            part = new_inputs[first : first + INPUTS_PER_PART]
+            readings = self.model.read([item.messages for item in part], [item.response for item in part])
             weights = load_reader_weights()
-            items = list(new_inputs.values())
-            logger.info("reader: reading responses=%d", len(items))
-            readings = self.model.read([item.messages for item in items], [item.response for item in items])
-            scores = (weights.project(reading) for reading in readings)
-            self._readings |= dict(zip(new_inputs, scores, strict=True))
+            self._readings |= {item.key: weights.project(reading) for item, reading in zip(part, readings, strict=True)}
+            logger.info("reader: responses=%d of %d", first + len(part), len(new_inputs))
         return [self._readings[item.key] for item in inputs]
 
     def export_readings(self, inputs: Sequence[ReaderInput]) -> list[dict[str, Any]]:

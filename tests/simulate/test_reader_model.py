@@ -1,0 +1,80 @@
+"""The frozen reader: log-probabilities agree with a plain forward pass and do not depend on the batch."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+
+from rluf.config.settings import Settings
+from rluf.models.hub import render_prompt, resolve_model
+from rluf.simulate.reader_model import (
+    MAX_PROMPT_TOKENS,
+    MAX_RESPONSE_TOKENS,
+    OTHER_PROMPTS,
+    READER_SYSTEM_MESSAGE,
+    ReaderModel,
+    Reading,
+)
+from rluf.types import Message
+from rluf.utils.paths import resolve_cache_folder
+
+CONVERSATIONS = [
+    (Message(role="system", content="Be kind."), Message(role="user", content="How are you?")),
+    (Message(role="user", content="Hello there, what is new?"), Message(role="assistant", content="Not much."),
+     Message(role="user", content="Why?")),
+    (Message(role="user", content="x" * 300),),
+]  # fmt: skip
+RESPONSES = ["I am well.", "Because it rained all day, and nobody came to see me.", "y" * 200]
+
+
+@pytest.fixture(scope="module")
+def model() -> ReaderModel:
+    return ReaderModel(resolve_model("tiny", resolve_cache_folder(Settings())))
+
+
+def plain_logprobs(
+    model: ReaderModel, messages: tuple[Message, ...], response: str
+) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    """Log-probabilities of the response's tokens and the end of the turn, one sequence in one pass."""
+    turns = [message for message in messages if message["role"] != "system"]
+    prompt = render_prompt(model.tokenizer, (READER_SYSTEM_MESSAGE, *turns))[-MAX_PROMPT_TOKENS:]
+    tokens = model.tokenizer(response, add_special_tokens=False).input_ids[:MAX_RESPONSE_TOKENS]
+    sequence = torch.tensor([[*prompt, *tokens, model.end_token]])
+    with torch.inference_mode():
+        logprobs = model.model(sequence).logits.log_softmax(-1)
+    positions = range(len(prompt), sequence.shape[1])
+    return np.array([float(logprobs[0, i - 1, sequence[0, i]]) for i in positions])
+
+
+def test_readings_agree_with_a_plain_forward_pass(model: ReaderModel) -> None:
+    for messages, response, reading in zip(CONVERSATIONS, RESPONSES, model.read(CONVERSATIONS, RESPONSES), strict=True):
+        expected = plain_logprobs(model, messages, response)
+        assert reading.token_count == len(expected) - 1
+        assert reading.prompt_logprob == pytest.approx(expected[:-1].sum(), abs=1e-3)
+        assert reading.end_logprob == pytest.approx(expected[-1], abs=1e-4)
+        others = [plain_logprobs(model, (Message(role="user", content=text),), response) for text in OTHER_PROMPTS]
+        assert reading.other_logprobs == pytest.approx([other[:-1].sum() for other in others], abs=1e-3)
+
+
+def test_a_reading_does_not_depend_on_the_other_responses(model: ReaderModel) -> None:
+    together = model.read([*CONVERSATIONS, CONVERSATIONS[0]], [*RESPONSES, RESPONSES[1]])
+    for index, (messages, response) in enumerate(zip(CONVERSATIONS, RESPONSES, strict=True)):
+        assert_close(model.read([messages], [response])[0], together[index])
+    # The same text under another prompt is another reading, with the same log-probability under the other prompts.
+    assert together[3].other_logprobs == pytest.approx(together[1].other_logprobs, abs=1e-3)
+    assert abs(together[3].prompt_logprob - together[1].prompt_logprob) > 0.01
+
+
+def test_an_empty_response_has_no_tokens_and_only_an_end(model: ReaderModel) -> None:
+    (reading,) = model.read([CONVERSATIONS[0]], [""])
+    assert (reading.token_count, reading.prompt_logprob) == (0, 0.0)
+    assert reading.end_logprob == pytest.approx(plain_logprobs(model, CONVERSATIONS[0], "")[-1], abs=1e-4)
+    assert model.read([], []) == []
+
+
+def assert_close(first: Reading, second: Reading) -> None:
+    for field in fields(Reading):
+        np.testing.assert_allclose(getattr(first, field.name), getattr(second, field.name), atol=1e-3)
