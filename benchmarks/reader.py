@@ -14,7 +14,7 @@ import argparse
 import json
 import re
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,7 +74,7 @@ HEAD_RIDGE = 1e-3
 SET_WEIGHTS = {"validity": 1.0, "thumbs": 1.0, "preferences": 0.5}
 """Weight of the mean log-likelihood of each set in the heads."""
 STOCK_KINDS = ("generic", "flattery", "signoff", "loop", "echo")
-MISFIT_KINDS = ("mismatch", "contradict", "generic")
+MISFIT_KINDS = ("mismatch", "contradict", "generic", "echo", "flattery", "signoff")
 READING_FIELDS = tuple(Reading.__dataclass_fields__)
 HIDDEN_FIELDS = tuple(name for name in READING_FIELDS if name.endswith("hidden"))
 
@@ -199,7 +199,7 @@ class ReaderFit:
             }
             scores = ReadingScores(
                 token_count=reading.token_count, prompt_logprob=reading.prompt_logprob,
-                other_logprob=float(reading.other_logprobs.mean()), end_logprob=reading.end_logprob, **probe_scores,
+                neutral_logprob=reading.neutral_logprob, end_logprob=reading.end_logprob, **probe_scores,
             )  # fmt: skip
             rows.append(build_features(item.messages, item.response, scores, is_finished=item.is_finished))
         return np.array(rows)
@@ -209,11 +209,17 @@ class ReaderFit:
         rows: dict[str, tuple[HeadRows, Ints]] = {}
         for name, pairs in self.pairs.items():
             features = self.features(pairs.chosen) - self.features(pairs.rejected)
-            rows[name] = (HeadRows(features, None, SET_WEIGHTS[name]), split_groups(pairs.groups))
+            # Every kind counts equally: the heads must not pay for the most frequent one with the others.
+            counts = Counter(pairs.kinds)
+            kind_weights = np.array([1.0 / counts[kind] for kind in pairs.kinds])
+            rows[name] = (HeadRows(features, None, SET_WEIGHTS[name], kind_weights), split_groups(pairs.groups))
         thumbs = self.labeled["thumbs"]
         labels = np.array(thumbs.labels, dtype=np.float64)
         features = self.features(thumbs.inputs)
-        rows["thumbs"] = (HeadRows(features, labels, SET_WEIGHTS["thumbs"]), split_groups(thumbs.groups))
+        rows["thumbs"] = (
+            HeadRows(features, labels, SET_WEIGHTS["thumbs"], np.ones(len(labels))),
+            split_groups(thumbs.groups),
+        )
         return rows
 
 
@@ -245,7 +251,8 @@ and whether a response fits its prompt is no matter of taste."""
 
 
 def _select(rows: HeadRows, mask: NDArray[np.bool_]) -> HeadRows:
-    return HeadRows(rows.features[mask], None if rows.labels is None else rows.labels[mask], rows.weight)
+    labels = None if rows.labels is None else rows.labels[mask]
+    return HeadRows(rows.features[mask], labels, rows.set_weight, rows.row_weights[mask])
 
 
 def _head_bias(fit: ReaderFit, weights: Floats) -> float:

@@ -44,11 +44,15 @@ class Probe:
 
 @dataclass(frozen=True, slots=True)
 class HeadRows:
-    """Rows of one set for fitting a head: differences of pairs [N, F] (label 1), or features with labels [N]."""
+    """Rows of one set for fitting a head: differences of pairs [N, F] (label 1), or features with labels [N].
+
+    `row_weights` [N] are relative within the set, `set_weight` is that of its mean log-likelihood.
+    """
 
     features: Floats
     labels: Floats | None
-    weight: float
+    set_weight: float
+    row_weights: Floats
 
 
 def fit_probe(hidden: Floats, labels: Floats, strength: float) -> Probe:
@@ -106,8 +110,9 @@ def fit_head(sets: Sequence[HeadRows], ridge: float, excluded: frozenset[str] = 
             bias = biases[labeled.index(index)] if index in labeled else 0.0
             signs = np.ones(len(scaled)) if rows.labels is None else 2 * rows.labels - 1
             margins = signs * (scaled @ weights + bias)
-            loss -= rows.weight * float(log_expit(margins).mean())
-            pull = -rows.weight * signs * expit(-margins) / len(margins)
+            shares = rows.set_weight * rows.row_weights / rows.row_weights.sum()
+            loss -= float(shares @ log_expit(margins))
+            pull = -shares * signs * expit(-margins)
             gradient[:feature_count] += scaled.T @ pull
             if index in labeled:
                 gradient[feature_count + labeled.index(index)] += pull.sum()

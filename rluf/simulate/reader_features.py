@@ -21,8 +21,8 @@ from rluf.types import Message
 from rluf.utils.stats import Floats
 
 PROBE_SOURCES = {
-    "taste": "hidden", "misfit": "hidden", "offense": "hidden", "stock": "other_hidden", "refusal": "other_hidden",
-    "harm": "prompt_hidden",
+    "taste": "last_hidden", "misfit": "last_hidden", "offense": "last_hidden", "stock": "neutral_hidden",
+    "refusal": "neutral_hidden", "harm": "prompt_hidden",
 }  # fmt: skip
 """Linear probes, and the hidden states of Reading that each reads. All are log-odds: that people gave a thumbs up, that
 the response misreads the prompt, that it offends, that it is a stock phrase, that it refuses, and that the request is
@@ -53,7 +53,7 @@ class ReadingScores:
 
     token_count: int
     prompt_logprob: float
-    other_logprob: float
+    neutral_logprob: float
     end_logprob: float
     taste: float
     misfit: float
@@ -69,11 +69,11 @@ class ReadingScores:
         Log-probabilities add up and probes average over tokens, as if the parts did not depend on each other.
         """
         token_counts = np.array([part.token_count for part in parts], dtype=np.float64)
-        prompt_logprob, other_logprob = np.array([[p.prompt_logprob, p.other_logprob] for p in parts]).sum(0)
+        prompt_logprob, neutral_logprob = np.array([[p.prompt_logprob, p.neutral_logprob] for p in parts]).sum(0)
         probes = np.array([astuple(part)[4:] for part in parts])
         probe_means = token_counts @ probes / max(1.0, token_counts.sum())
         return ReadingScores(
-            int(token_counts.sum()), float(prompt_logprob), float(other_logprob), parts[-1].end_logprob,
+            int(token_counts.sum()), float(prompt_logprob), float(neutral_logprob), parts[-1].end_logprob,
             *map(float, probe_means),
         )  # fmt: skip
 
@@ -93,7 +93,7 @@ class ReaderWeights:
             probe_scores[name] = float(getattr(reading, source) @ probe_weights + bias)
         return ReadingScores(
             token_count=reading.token_count, prompt_logprob=reading.prompt_logprob,
-            other_logprob=float(reading.other_logprobs.mean()), end_logprob=reading.end_logprob, **probe_scores,
+            neutral_logprob=reading.neutral_logprob, end_logprob=reading.end_logprob, **probe_scores,
         )  # fmt: skip
 
     def apply_head(self, name: str, features: Floats) -> Floats:
@@ -121,18 +121,18 @@ def build_features(
     """Features [F] in the order of FEATURE_NAMES.
 
     `specificity` is the pointwise mutual information of response and prompt in nats, log p(response | prompt) minus
-    its mean over other prompts, divided by the square root of the token count, so that length alone gains little.
+    log p(response | neutral prompt), divided by the square root of the token count, so that length alone gains little.
     """
     lower_text = response.lower().replace("’", "'")
     words = _WORD_PATTERN.findall(lower_text)
     token_count = max(1, reading.token_count)
-    information = reading.prompt_logprob - reading.other_logprob
+    information = reading.prompt_logprob - reading.neutral_logprob
     harm, refusal = expit(reading.harm), expit(reading.refusal)
     return [
         float(np.clip(information / math.sqrt(token_count), -MAX_SPECIFICITY, MAX_SPECIFICITY)),
         float(np.clip(information / token_count, -MAX_SPECIFICITY, MAX_SPECIFICITY)),
         max(reading.end_logprob, MIN_END_LOGPROB),
-        reading.other_logprob / token_count,
+        reading.neutral_logprob / token_count,
         _repetition_score(words),
         _echo_score(messages[-1]["content"] if messages else "", words),
         math.log1p(len(words)),

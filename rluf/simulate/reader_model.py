@@ -23,8 +23,9 @@ if TYPE_CHECKING:
 
 READER_SYSTEM_MESSAGE = Message(role="system", content="You are a helpful AI assistant.")
 """Replaces the system messages of a conversation, so that the score does not depend on the served instruction."""
-OTHER_PROMPTS = ("Say something.", "What is a good name for a small grey cat?")
-"""Fixed prompts of other conversations: what is as likely after these does not answer the prompt."""
+NEUTRAL_PROMPT = "Say something."
+"""What is as likely after this prompt as after its own does not answer its own. A second fixed prompt decided no more
+of the validity pairs (benchmarks/lab/reader_data.py), and each costs one more pass over every response."""
 MAX_PROMPT_TOKENS = 160
 MAX_RESPONSE_TOKENS = 80
 """Longer texts are read in part: the end of a prompt, the start of a response."""
@@ -37,21 +38,19 @@ TokenIds = tuple[int, ...]
 class Reading:
     """What the model measured of one response with T tokens.
 
-    `prompt_logprob` is log p(response | prompt) and `other_logprobs` [K] the same after each of OTHER_PROMPTS, in nats
-    and summed over T; `end_logprob` is the log-probability of the end of the turn after the response. Of the last
-    layer, `hidden` [H] is the mean over the response's tokens, `last_hidden` [H] the value at its last token,
-    `prompt_hidden` [H] at the end of the prompt, and `other_hidden` [H] the mean over the response's tokens after the
-    first of OTHER_PROMPTS.
+    `prompt_logprob` is log p(response | prompt) and `neutral_logprob` the same after NEUTRAL_PROMPT, both in nats and
+    summed over T; `end_logprob` is the log-probability of the end of the turn after the response. Of the last layer,
+    `last_hidden` [H] is the value at the response's last token and `prompt_hidden` [H] at the end of the prompt, and
+    `neutral_hidden` [H] is the mean over the response's tokens after NEUTRAL_PROMPT.
     """
 
     token_count: int
     prompt_logprob: float
-    other_logprobs: Floats
+    neutral_logprob: float
     end_logprob: float
-    hidden: Floats
     last_hidden: Floats
     prompt_hidden: Floats
-    other_hidden: Floats
+    neutral_hidden: Floats
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,7 @@ class _Continuation:
     """Log-probabilities [T + 1] of a response and the end of the turn, and hidden states [H] (see Reading)."""
 
     logprobs: Floats
-    hidden: Floats
+    mean_hidden: Floats
     last_hidden: Floats
     prompt_hidden: Floats
 
@@ -76,7 +75,7 @@ class ReaderModel:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).to(self.device).eval()
         self.end_token = int(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))
-        self.other_prompts = [self._encode_prompt((Message(role="user", content=text),)) for text in OTHER_PROMPTS]
+        self.neutral_prompt = self._encode_prompt((Message(role="user", content=NEUTRAL_PROMPT),))
 
     def read(self, conversations: Sequence[Sequence[Message]], responses: Sequence[str]) -> list[Reading]:
         """Read response i as the answer to conversation i. Batches change the result by rounding only.
@@ -88,24 +87,22 @@ class ReaderModel:
             (self._encode_prompt(messages), tokens)
             for messages, tokens in zip(conversations, response_ids, strict=True)
         ]
-        all_jobs = {*own_jobs, *((prompt, tokens) for prompt in self.other_prompts for tokens in response_ids)}
+        all_jobs = {*own_jobs, *((self.neutral_prompt, tokens) for tokens in response_ids)}
         results = dict(self._score_jobs(all_jobs))
         return [self._build_reading(results, job) for job in own_jobs]
 
     def _build_reading(
         self, results: dict[tuple[TokenIds, TokenIds], _Continuation], job: tuple[TokenIds, TokenIds]
     ) -> Reading:
-        own, tokens = results[job], job[1]
-        others = [results[prompt, tokens] for prompt in self.other_prompts]
+        own, neutral = results[job], results[self.neutral_prompt, job[1]]
         return Reading(
-            token_count=len(tokens),
+            token_count=len(job[1]),
             prompt_logprob=float(own.logprobs[:-1].sum()),
-            other_logprobs=np.array([other.logprobs[:-1].sum() for other in others]),
+            neutral_logprob=float(neutral.logprobs[:-1].sum()),
             end_logprob=float(own.logprobs[-1]),
-            hidden=own.hidden,
             last_hidden=own.last_hidden,
             prompt_hidden=own.prompt_hidden,
-            other_hidden=others[0].hidden,
+            neutral_hidden=neutral.mean_hidden,
         )
 
     def _encode(self, text: str) -> TokenIds:
@@ -191,8 +188,8 @@ class ReaderModel:
         results = []
         for index, (_, tokens) in enumerate(jobs):
             length = len(tokens)
-            response_hidden = hidden[index, 1 : 1 + length].mean(0) if length else hidden[index, 0]
-            arrays = (logprobs[index, : length + 1], response_hidden, hidden[index, length], hidden[index, 0])
+            mean_hidden = hidden[index, 1 : 1 + length].mean(0) if length else hidden[index, 0]
+            arrays = (logprobs[index, : length + 1], mean_hidden, hidden[index, length], hidden[index, 0])
             results.append(_Continuation(*(array.cpu().numpy().astype(np.float64) for array in arrays)))
         return results
 

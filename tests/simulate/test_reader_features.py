@@ -57,9 +57,9 @@ def test_signoff_counts_only_when_the_user_did_not_say_goodbye() -> None:
 
 
 def test_joined_readings_add_log_probabilities_and_average_probes() -> None:
-    short = replace(STOCK, token_count=5, prompt_logprob=-9.0, other_logprob=-8.0, end_logprob=-2.0, taste=-0.7)
+    short = replace(STOCK, token_count=5, prompt_logprob=-9.0, neutral_logprob=-8.0, end_logprob=-2.0, taste=-0.7)
     joined = ReadingScores.join([FITTING, short])
-    assert (joined.token_count, joined.prompt_logprob, joined.other_logprob) == (25, -49.0, -78.0)
+    assert (joined.token_count, joined.prompt_logprob, joined.neutral_logprob) == (25, -49.0, -78.0)
     assert joined.end_logprob == -2.0
     assert joined.taste == pytest.approx((20 * 0.3 + 5 * -0.7) / 25)
     assert ReadingScores.join([FITTING]) == FITTING
@@ -79,7 +79,7 @@ def test_a_fitting_answer_beats_a_stock_phrase_a_cut_a_signoff_and_harm() -> Non
 
 @pytest.mark.parametrize("response", ["", " ", "?", "😊", "```", "a" * 5000, "é 你好 !!!!!!"])
 def test_every_score_stays_in_its_range_on_unusual_text(response: str) -> None:
-    for reading in (FITTING, replace(FITTING, token_count=0, prompt_logprob=0.0, other_logprob=0.0)):
+    for reading in (FITTING, replace(FITTING, token_count=0, prompt_logprob=0.0, neutral_logprob=0.0)):
         (truth,) = truths_from_readings([ReaderInput((), response, True)], [reading])
         for name in ("helpfulness", "safety", "warmth", "question", "signoff", "satisfaction"):
             assert 0.0 <= getattr(truth, name) <= 1.0, name

@@ -13,7 +13,7 @@ from rluf.models.hub import render_prompt, resolve_model
 from rluf.simulate.reader_model import (
     MAX_PROMPT_TOKENS,
     MAX_RESPONSE_TOKENS,
-    OTHER_PROMPTS,
+    NEUTRAL_PROMPT,
     READER_SYSTEM_MESSAGE,
     ReaderModel,
     Reading,
@@ -55,16 +55,16 @@ def test_readings_agree_with_a_plain_forward_pass(model: ReaderModel) -> None:
         assert reading.token_count == len(expected) - 1
         assert reading.prompt_logprob == pytest.approx(expected[:-1].sum(), abs=1e-3)
         assert reading.end_logprob == pytest.approx(expected[-1], abs=1e-4)
-        others = [plain_logprobs(model, (Message(role="user", content=text),), response) for text in OTHER_PROMPTS]
-        assert reading.other_logprobs == pytest.approx([other[:-1].sum() for other in others], abs=1e-3)
+        neutral = plain_logprobs(model, (Message(role="user", content=NEUTRAL_PROMPT),), response)
+        assert reading.neutral_logprob == pytest.approx(neutral[:-1].sum(), abs=1e-3)
 
 
 def test_a_reading_does_not_depend_on_the_other_responses(model: ReaderModel) -> None:
     together = model.read([*CONVERSATIONS, CONVERSATIONS[0]], [*RESPONSES, RESPONSES[1]])
     for index, (messages, response) in enumerate(zip(CONVERSATIONS, RESPONSES, strict=True)):
         assert_close(model.read([messages], [response])[0], together[index])
-    # The same text under another prompt is another reading, with the same log-probability under the other prompts.
-    assert together[3].other_logprobs == pytest.approx(together[1].other_logprobs, abs=1e-3)
+    # The same text under another prompt is another reading, with the same log-probability under the neutral prompt.
+    assert together[3].neutral_logprob == pytest.approx(together[1].neutral_logprob, abs=1e-3)
     assert abs(together[3].prompt_logprob - together[1].prompt_logprob) > 0.01
 
 
