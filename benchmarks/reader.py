@@ -2,6 +2,7 @@
 
 python benchmarks/reader.py fit --data ../shared/data --readings FOLDER   writes rluf/simulate/reader_weights.json
 python benchmarks/reader.py phrases                                       writes benchmarks/lab/phrase_readings.json
+python benchmarks/reader.py rates [--target 0.02]                         love rates of the sample log's versions
 
 `fit` first reads every response with the frozen model (minutes on two idle cores) and keeps what it measured in FOLDER:
 an interrupted run resumes, and a second fit takes seconds. The last line is JSON: the out-of-fold figures that the
@@ -52,12 +53,13 @@ from rluf.models.hub import resolve_model
 from rluf.reward.card import round_for_json
 from rluf.reward.metrics import accuracy_interval, auroc, auroc_interval
 from rluf.simulate import reader_features
+from rluf.simulate.experiment import read_served_responses
 from rluf.simulate.ground_truth import ReaderInput, load_reader
 from rluf.simulate.prompts import SimulatedPrompt, load_prompts
 from rluf.simulate.reader_features import PROBE_SOURCES, ReadingScores, build_features
 from rluf.simulate.reader_model import ReaderModel, Reading
 from rluf.utils.cache import hash_files
-from rluf.utils.paths import resolve_cache_folder
+from rluf.utils.paths import find_sample_log, resolve_cache_folder
 
 WEIGHTS_PATH = Path(reader_features.__file__).with_name("reader_weights.json")
 DATA_FILES = (
@@ -68,9 +70,9 @@ DATA_FILES = (
 PHRASE_PROMPTS = 4
 """Prompts per topic over which the reading of a phrase is averaged."""
 INPUTS_PER_PART = 200
-PROBE_STRENGTH = 1e-4
-"""Inverse ridge penalty of the probes on 576 standardized hidden values."""
-HEAD_RIDGE = 1e-3
+PROBE_STRENGTHS = {"taste": 1e-4, "misfit": 1e-3, "offense": 1e-4, "stock": 1e-3, "refusal": 1e-3, "harm": 1e-3}
+"""Inverse ridge penalty of each probe on 576 standardized hidden values; smaller where labels are noisy."""
+HEAD_RIDGE = 1e-2
 SET_WEIGHTS = {"validity": 1.0, "thumbs": 1.0, "preferences": 0.5}
 """Weight of the mean log-likelihood of each set in the heads."""
 STOCK_KINDS = ("generic", "flattery", "signoff", "loop", "echo")
@@ -147,10 +149,10 @@ class ReaderFit:
         self.probe_aurocs: dict[str, float] = {}
         self.out_of_fold: dict[str, dict[str, float]] = {}
         for name, rows in self.probe_rows.items():
-            scores = probe_out_of_fold(rows.hidden, rows.labels, split_groups(rows.groups), PROBE_STRENGTH)
+            scores = probe_out_of_fold(rows.hidden, rows.labels, split_groups(rows.groups), PROBE_STRENGTHS[name])
             self.out_of_fold[name] = dict(zip(rows.keys, scores.tolist(), strict=True))
             self.probe_aurocs[name] = auroc(scores, rows.labels)
-            self.probes[name] = fit_probe(rows.hidden, rows.labels, PROBE_STRENGTH)
+            self.probes[name] = fit_probe(rows.hidden, rows.labels, PROBE_STRENGTHS[name])
 
     @property
     def inputs_of_set(self) -> dict[str, list[ReaderInput]]:
@@ -319,15 +321,33 @@ def read_phrases() -> None:
     PHRASE_READINGS.write_text("{\n" + lines + "\n}\n", "utf-8")
 
 
+def print_rates(target: float) -> None:
+    """Print the natural love rate and mean scores of each version, and the intercept with which plain has `target`."""
+    version_names = [f"base-{version.name}" for version in MODEL_VERSIONS]
+    served_rows = read_served_responses(find_sample_log("feedback"), version_names)
+    reader = load_reader(resolve_cache_folder(Settings()))
+    rates: dict[str, Any] = {}
+    for version, rows in zip(MODEL_VERSIONS, served_rows, strict=True):
+        truths = reader.score_responses([ReaderInput.from_row(row) for row in rows])
+        topics = [row["topic"] for row in rows]
+        scores = {name: float(np.mean([asdict(truth)[name] for truth in truths])) for name in asdict(truths[0])}
+        rates[version.name] = {"love": float(expected_love_probability(truths, topics).mean()), **scores}
+        if version.name == "plain":
+            logits = love_logits_by_user(truths, topics, user_count=400)
+            rates["love_intercept_for_target"] = WORLD.love_intercept + find_logit_shift(logits, target)
+    sys.stdout.write(json.dumps(round_for_json(rates)) + "\n")
+
+
 def main() -> None:
     """Run one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("fit", "phrases"))
+    parser.add_argument("command", choices=("fit", "phrases", "rates"))
     parser.add_argument("--data", type=Path, help="folder of the shared data sets (fit)")
     parser.add_argument("--readings", type=Path, help="folder for the readings (fit)")
+    parser.add_argument("--target", type=float, default=0.02, help="love rate of the plain version (rates)")
     args = parser.parse_args()
-    if args.command == "phrases":
-        read_phrases()
+    if args.command != "fit":
+        read_phrases() if args.command == "phrases" else print_rates(args.target)
         return
     if args.data is None or args.readings is None:
         parser.error("fit needs --data and --readings")
