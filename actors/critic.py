@@ -53,15 +53,13 @@ class CriticWorker:
         learning_rate = learner.critic_learning_rate
         if learning_rate is None:
             learning_rate = CRITIC_LEARNING_RATE_FACTOR * learner.learning_rate
-        self._gae_lambda, self._world_size = settings.algorithm.gae_lambda, world_size
+        self._world_size = world_size
         self._return_batches: list[tuple[PackedBatch, Tensor]] = []
         self.engine: DeepSpeedEngine = ds.init_deepspeed(
             model.to(device) if learner.zero_stage < 3 else model,
             zero_stage=learner.zero_stage,
             learning_rate=learning_rate,
             warmup_steps=learner.warmup_steps,
-            weight_decay=learner.weight_decay,
-            max_grad_norm=learner.max_grad_norm,
             dtype=dtype,
             world_size=world_size,
             offload_optimizer=learner.offload_optimizer,
@@ -85,7 +83,7 @@ class CriticWorker:
             with torch.no_grad():
                 values = self._predict_values(batch)
             rewards = build_token_rewards(batch.advantages, token_kl, batch.sequence_index, reward_kl_coef)
-            advantages = compute_gae(rewards, values, batch.sequence_index, self._gae_lambda)
+            advantages = compute_gae(rewards, values, batch.sequence_index)
             # NaN marks tokens of demonstrations, which have no return; compute_value_loss leaves them out.
             returns = torch.where(is_sampled, advantages + values, torch.full_like(values, torch.nan))
             self._return_batches.append((batch, returns))

@@ -107,7 +107,7 @@ class LearnerActor:
             port=port,
             device=self.device,
             # Collective operations of a step and those of slow model loading share this timeout.
-            timeout_s=max(self.settings.timeouts.learner_step_s, self.settings.timeouts.actor_start_s),
+            timeout_s=max(self.settings.timeouts.call_s, self.settings.timeouts.actor_start_s),
         )
         dtype = getattr(torch, self.settings.policy_dtype)
         with ds.sharded_loading(learner.zero_stage, dtype, self.world_size):
@@ -127,8 +127,6 @@ class LearnerActor:
             zero_stage=learner.zero_stage,
             learning_rate=learner.learning_rate,
             warmup_steps=learner.warmup_steps,
-            weight_decay=learner.weight_decay,
-            max_grad_norm=learner.max_grad_norm,
             dtype=dtype,
             world_size=self.world_size,
             offload_optimizer=learner.offload_optimizer,
@@ -348,7 +346,7 @@ class LearnerActor:
         if weight_sync.transport == "lora":
             self._weight_buckets = ds.gather_lora_matrices(self.engine)
         else:
-            self._weight_buckets = ds.gather_parameters(self.engine, weight_sync.bucket_mib << 20)
+            self._weight_buckets = ds.gather_parameters(self.engine, weight_sync.bucket_bytes)
         # Colocated ranks each share memory with the engine on their GPU; else rank 0 sends for all.
         if self.rank > 0 and not is_colocated(self.settings):
             return {}

@@ -12,16 +12,12 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rluf.config.settings import Settings
 from rluf.errors import ModelError
-from rluf.types import Group, Score
+from rluf.types import Group, Message, Score, ScoringItem
 
-if TYPE_CHECKING:
-    from rluf.reward.text import ScoringItem
-
-BatchScorer = Callable[[Sequence["ScoringItem"]], dict[str, list[Score]]]
+BatchScorer = Callable[[Sequence[ScoringItem]], dict[str, list[Score]]]
 """Scores of items in order, by objective."""
 ScoresByObjective = dict[str, list[Score]]
 
@@ -68,7 +64,7 @@ class RewardActor:
         if objective.source in ("judge", "function"):
             from rluf.objectives.judges import build_rule_scorer
 
-            rule_scorer = build_rule_scorer(objective_name, objective.judge, objective.reward)
+            rule_scorer = build_rule_scorer(objective_name, **objective.rule_arguments)
             return lambda items: {objective_name: rule_scorer(items)}
         if objective.source == "serve":
             return self._connect_service(objective_name, str(objective.path))
@@ -79,13 +75,12 @@ class RewardActor:
             )
         from rluf.reward.backbone import build_warmup_items, enable_fast_cpu_matmul
         from rluf.reward.model import load_reward_scorer
+        from rluf.reward.text import SCORING_BATCH_TOKENS
 
         on_gpu = self.settings.cluster.gpus_per_reward > 0
         if not on_gpu:
             enable_fast_cpu_matmul()
-        scorer = load_reward_scorer(
-            folders, batch_tokens=self.settings.reward.scoring_batch_tokens, device="cuda" if on_gpu else "cpu"
-        )
+        scorer = load_reward_scorer(folders, batch_tokens=SCORING_BATCH_TOKENS, device="cuda" if on_gpu else "cpu")
         scorer(build_warmup_items())
         return scorer
 
@@ -95,7 +90,8 @@ class RewardActor:
 
         client = RewardClient(url)
         # One request now, so that a wrong URL or an unknown objective is reported before training starts.
-        client.score_objective([([{"role": "user", "content": "How are you?"}], "Well, thank you.")], objective_name)
+        question = [Message(role="user", content="How are you?")]
+        client.score_objective([ScoringItem(question, "Well, thank you.")], objective_name)
         return lambda items: {objective_name: client.score_objective(items, objective_name)}
 
     async def score_group(self, group: Group) -> ScoresByObjective:
@@ -128,8 +124,10 @@ class RewardActor:
 
     def _score_batch(self, groups: Sequence[Group]) -> list[ScoresByObjective]:
         start_time = time.monotonic()
-        items: list[ScoringItem] = [
-            (group.prompt.messages, sample.text) for group in groups for sample in group.samples
+        items = [
+            ScoringItem(group.prompt.messages, sample.text, sample.finish_reason == "length")
+            for group in groups
+            for sample in group.samples
         ]
         if self._scorer is None:
             raise ModelError(f"the scorer of {self.objective_names} was used before it was loaded; call ready first")

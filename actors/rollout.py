@@ -9,7 +9,7 @@ from typing import Any
 from rluf.backends.vllm.engine import RolloutEngine, derive_sample_seed, set_vllm_environment
 from rluf.config.settings import Settings
 from rluf.objectives.judges import judge_responses
-from rluf.types import Group, GroupInfo, Prompt, Sample
+from rluf.types import Group, GroupInfo, Prompt, Sample, ScoringItem
 
 
 class RolloutActor:
@@ -27,11 +27,16 @@ class RolloutActor:
         """Start the engine; returns its name, process ids, model and KV cache size in tokens."""
         return await self._engine.start()
 
-    async def generate_group(self, prompt: Prompt, sample_count: int, seed: int) -> tuple[Group, GroupInfo]:
-        """Sample `sample_count` responses to `prompt`: the group, and its small numbers for the driver."""
+    async def generate_group(
+        self, prompt: Prompt, sample_count: int, seed: int, temperature: float | None = None
+    ) -> tuple[Group, GroupInfo]:
+        """Sample `sample_count` responses to `prompt`: the group, and its small numbers for the driver.
+
+        `temperature` None is rollout.temperature.
+        """
         # One seed per sample, from the prompt and not from the order of requests: a repeated call reproduces them.
         seeds = [derive_sample_seed(seed, prompt.id, index) for index in range(sample_count)]
-        generations = await self._engine.generate(prompt.token_ids, seeds)
+        generations = await self._engine.generate(prompt.token_ids, seeds, temperature)
         group = Group(
             prompt=prompt,
             samples=tuple(
@@ -52,7 +57,7 @@ class RolloutActor:
         judge_names = self._settings.aggregation.gate_judges
         if not judge_names:
             return group, group.info
-        items = [(prompt.messages, sample.text) for sample in group.samples]
+        items = [ScoringItem(prompt.messages, sample.text) for sample in group.samples]
         return group, replace(group.info, passed_judges=judge_responses(judge_names, items))
 
     async def probe_logprobs(self, prompt_ids: list[int], response_ids: list[int]) -> list[float]:

@@ -45,6 +45,7 @@ from rluf.reward.fit import HeadData, train_ensemble
 from rluf.reward.metrics import auroc, expected_calibration_error, pearson_correlation
 from rluf.reward.model import RewardModel
 from rluf.simulate.users import find_logit_shift
+from rluf.types import ScoringItem
 from rluf.utils.stats import Floats
 
 BASE_RATE, POSITIVE_SHARE, USER_LOGIT_SD, FAREWELL_SHARE = 0.01, 0.25, 0.7, 0.03
@@ -183,7 +184,7 @@ def measure_model(
     rows = read_split_rows(data_folder / "love" / "test.parquet")
 
     def compute_logits(responses: Sequence[str], context_rows: Sequence[dict[str, Any]]) -> Floats:
-        items = [(row["messages"], text) for row, text in zip(context_rows, responses, strict=True)]
+        items = [ScoringItem(row["messages"], text) for row, text in zip(context_rows, responses, strict=True)]
         return model.calibration.calibrate_logits(model.compute_raw_logits(model.encoder.encode(items)))
 
     model_logits = compute_logits([row["response"] for row in rows], rows)
@@ -217,10 +218,10 @@ def measure_model(
 
 
 DEFAULT_OVERRIDES = (
-    "reward.dtype=float32",
+    "model.dtype=float32",
     "reward.love.max_tokens=64",
-    "reward.love.members=[{layers: 3}, {layers: 6}]",
-    "reward.love.shared_head=true",
+    "reward.love.ensemble.members=[{layers: 3}, {layers: 6}]",
+    "reward.love.ensemble.shared_head=true",
     "reward.love.linear_probe=true",
     "reward.love.epochs=0",
     "reward.love.debias=[sign_offs, length, users]",

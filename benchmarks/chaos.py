@@ -92,13 +92,11 @@ def load_run_settings(*overrides: str) -> Any:
         "algorithm.prompts_per_step=3",
         "rollout.max_prompt_tokens=256",
         "rollout.max_response_tokens=12",
-        "cluster.health_check_interval_s=2",
         "timeouts.actor_start_s=600",
         "cluster.threads_per_actor=1",
         "cluster.max_restarts_per_hour=50",
         "evaluate.prompts=4",
         "model.dtype=float32",
-        "reward.dtype=float32",
     ]
     return load_settings(ROOT / "configs" / "tiny.yaml", [*base_overrides, *overrides]).settings
 
@@ -114,12 +112,12 @@ def run_in_process(work_folder: Path, run_folder: Path, overrides: list[str]) ->
     settings = load_run_settings(*overrides)
     setup_logging(run_folder / "run.log")
     model = resolve_model("tiny", work_folder / "cache")
-    with ray_connection(settings), WandbTracker(settings, run_folder) as tracker:
+    with ray_connection(), WandbTracker(settings, run_folder) as tracker:
         result = asyncio.run(
             run_training(settings, run_folder, model, work_folder / "data", {"love": work_folder / "love"}, tracker)
         )
     (run_folder / "outcome.json").write_text(
-        json.dumps({"base": len(result.base_responses), "aligned": len(result.aligned_responses)})
+        json.dumps({arm: sum(answer.arm == arm for answer in result.answers) for arm in ("base", "aligned")})
     )
 
 
@@ -173,10 +171,10 @@ def wait_until_started(process: subprocess.Popen[bytes], output: IO[str]) -> boo
     return False
 
 
-def start_run(work_folder: Path, run_folder: Path, *overrides: str) -> subprocess.Popen[str]:
-    """Start `run_in_process` in a separate process."""
+def start_run(work_folder: Path, run_folder: Path, ray_address: str, *overrides: str) -> subprocess.Popen[str]:
+    """Start `run_in_process` in a separate process, on the Ray cluster at `ray_address`."""
     command = [sys.executable, str(Path(__file__).resolve()), "--run", str(work_folder), str(run_folder), *overrides]
-    env = build_environment()
+    env = {**build_environment(), "RAY_ADDRESS": ray_address}
     run_folder.mkdir(parents=True, exist_ok=True)
     with (run_folder / "output.txt").open("a") as output:
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, text=True)
@@ -262,16 +260,16 @@ def run_trial(
     work_folder: Path, run_folder: Path, ray_head: RayHead, kills: Sequence[tuple[str, float]], steps: int
 ) -> dict[str, Any]:
     """Run `steps` steps and kill a process of each kind in `kills` after the given number of steps."""
-    overrides = [f"algorithm.steps={steps}", f"cluster.address={ray_head.address}"]
+    overrides = [f"algorithm.steps={steps}"]
     started, recovery_seconds = time.monotonic(), []
-    process = start_run(work_folder, run_folder, *overrides)
+    process = start_run(work_folder, run_folder, ray_head.address, *overrides)
     try:
         for kind, kill_step in kills:
             wait_for_kill_time(process, run_folder, ray_head, kind, kill_step)
             steps_done, killed_at = len(read_metrics(run_folder)), time.monotonic()
             kill_process(process, kind, ray_head.pid)
             if kind == "driver":
-                process = start_run(work_folder, run_folder, *overrides, f"run.resume={run_folder}")
+                process = start_run(work_folder, run_folder, ray_head.address, *overrides, f"run.resume={run_folder}")
             while process.poll() is None and (
                 not read_metrics(run_folder) or read_metrics(run_folder)[-1]["step"] <= steps_done
             ):
@@ -311,9 +309,7 @@ def plan_kills(trials: int, kills_per_trial: int, steps: int, seed: int) -> list
 def run_undisturbed(work_folder: Path, ray_head: RayHead, steps: int) -> dict[str, Any]:
     """Run without kills, as the reference for weights and samples."""
     started = time.monotonic()
-    process = start_run(
-        work_folder, work_folder / "calm", f"algorithm.steps={steps}", f"cluster.address={ray_head.address}"
-    )
+    process = start_run(work_folder, work_folder / "calm", ray_head.address, f"algorithm.steps={steps}")
     if process.wait(900):
         sys.exit((work_folder / "calm" / "output.txt").read_text()[-3000:])
     samples = sum(row["samples"] for row in read_metrics(work_folder / "calm"))

@@ -38,10 +38,10 @@ from rluf.prepare.readers.datasets import DATASET_READERS, ReaderOptions, Skippe
 from rluf.prepare.readers.files import read_line_batches, resolve_sources
 from rluf.reward.backbone import build_text_encoder, enable_fast_cpu_matmul, load_classifier
 from rluf.reward.calibration import Calibration
-from rluf.reward.card import compute_label_metrics, compute_pair_metrics, fit_calibration, round_for_json
+from rluf.reward.card import compute_label_metrics, compute_pair_metrics, fit_calibration
 from rluf.reward.fit import fit_nuisance_offsets
 from rluf.reward.linear_probe import assign_folds, fit_probe
-from rluf.reward.metrics import accuracy_interval
+from rluf.reward.metrics import accuracy_interval, round_for_json
 from rluf.reward.text import TextEncoder
 from rluf.reward.trainer import EncodedSplit, RewardModelTrainer, TrainPlan, encode_split
 from rluf.utils.paths import resolve_cache_folder
@@ -75,7 +75,7 @@ def compute_member_features(
     is_pairwise = model_settings.loss == "bradley_terry"
     features, first_encoded = [], None
     for member in model_settings.member_specs:
-        depths = model_settings.model_copy(update={"linear_probe": True, "epochs": 0}).shared_pass_depths(member)
+        depths = model_settings.model_copy(update={"linear_probe": True, "epochs": 0}).list_shared_pass_depths(member)
         folder = resolve_model(member.backbone, resolve_cache_folder(settings))
         model = load_classifier(folder, require_all_weights=False, layer_count=max(depths))
         is_single_model = len(model_settings.member_specs) < 2
@@ -93,7 +93,7 @@ def compute_member_features(
             settings, f"{member.backbone} {depths}", model, encoder, encoded_rows, depths
         )
         features.append(features_by_depth[depths.index(member.layers)])
-    if model_settings.shared_head:
+    if model_settings.ensemble.shared_head:
         features = [np.concatenate(features, axis=1)]
     if first_encoded is None:
         raise DataError(f"reward.{objective} has no member")
@@ -217,7 +217,7 @@ def score_out_of_fold(
     calibrated = np.zeros_like(raw)
     for fold in range(fold_count):
         train_rows = select_rows(rows, np.flatnonzero(fold_by_row != fold), ())
-        calibration = fit_calibration(train_rows, raw[fold_by_sequence != fold], Calibration(), "platt")
+        calibration = fit_calibration(train_rows, raw[fold_by_sequence != fold], Calibration())
         calibrated[fold_by_sequence == fold] = calibration.calibrate_logits(raw[fold_by_sequence == fold])
     return raw, calibrated
 

@@ -243,7 +243,6 @@ def _assign_rows(frame: Any, bands: Any) -> tuple[Any, Any]:
         times,
         loved,
         no_device > 0,
-        200,
     )
     weight, _ = abuse.compute_trust_weights(abuse_log, list(abuse.ABUSE_RULES))
     levels = {name: frame[name].rank("dense").cast(pl.Int64).to_numpy() - 1 for name in ("locale", "turn")}

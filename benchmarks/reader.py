@@ -50,14 +50,16 @@ from numpy.typing import NDArray
 from rluf.config.run import READER_MODEL
 from rluf.config.settings import Settings
 from rluf.models.hub import resolve_model
-from rluf.reward.card import round_for_json
-from rluf.reward.metrics import accuracy_interval, auroc, auroc_interval
+from rluf.reward.metrics import accuracy_interval, auroc, auroc_interval, round_for_json
 from rluf.simulate import reader_features
 from rluf.simulate.experiment import read_served_responses
 from rluf.simulate.ground_truth import ReaderInput, load_reader
 from rluf.simulate.prompts import SimulatedPrompt, load_prompts
 from rluf.simulate.reader_features import PROBE_SOURCES, ReadingScores, build_features
 from rluf.simulate.reader_model import ReaderModel, Reading
+from rluf.simulate.styles import MODEL_VERSIONS
+from rluf.simulate.users import expected_love_probability, find_logit_shift, love_logits_by_user
+from rluf.simulate.world import WORLD
 from rluf.utils.cache import hash_files
 from rluf.utils.paths import find_sample_log, resolve_cache_folder
 

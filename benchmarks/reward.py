@@ -42,6 +42,7 @@ from rluf.reward.losses import bradley_terry_loss, weighted_bce_loss
 from rluf.reward.model import compute_logits
 from rluf.reward.text import EncodedItem, TextEncoder
 from rluf.reward.trainer import EncodedSplit, FitResult, HeadTask, RewardModelTrainer, TrainPlan, TrainProgress
+from rluf.types import Message, ScoringItem
 from rluf.utils.paths import resolve_cache_folder
 
 BATCH_ROWS, LEARNING_RATE, DTYPE = 32, 3e-4, torch.float32
@@ -81,7 +82,6 @@ def train_with_rluf(folder: Path, rows: EncodedSplit, frozen_share: float, epoch
         learning_rate=LEARNING_RATE,
         warmup_steps=1,
         weight_decay=0.01,
-        max_grad_norm=1.0,
         dtype=DTYPE,
         world_size=1,
         total_steps=steps_per_epoch * epochs,
@@ -178,7 +178,9 @@ def score_texts(folder: Path, texts: list[tuple[str, str]], encoder: TextEncoder
 
     model = load_classifier(folder, require_all_weights=False).eval()
     started = time.perf_counter()
-    encoded_rows = encoder.encode([([{"role": "user", "content": question}], response) for question, response in texts])
+    encoded_rows = encoder.encode(
+        [ScoringItem([Message(role="user", content=question)], response) for question, response in texts]
+    )
     compute_logits(model, encoder, encoded_rows, 8192)
     rluf_seconds = time.perf_counter() - started
     pipeline_inputs = [{"text": question, "text_pair": response} for question, response in texts]

@@ -54,7 +54,7 @@ PROMPT_TEXTS = (
 
 def build_settings(steps: int, dtype: str) -> Settings:
     """Settings of the benchmark: one engine, one learner rank, one rule judge."""
-    judge = {"source": "judge", "judge": JUDGE_NAME}
+    judge = {"source": "judge", "path": JUDGE_NAME}
     return Settings.model_validate(
         {
             "name": "rl-step",

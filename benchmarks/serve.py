@@ -52,11 +52,11 @@ from rluf.models.hub import resolve_model
 from rluf.reward.backbone import build_text_encoder, enable_fast_cpu_matmul, load_classifier
 from rluf.reward.calibration import Calibration
 from rluf.reward.model import RewardModel
-from rluf.reward.text import ScoringItem, render_context
+from rluf.reward.text import SCORING_BATCH_TOKENS, render_context
+from rluf.types import Message, ScoringItem
 from rluf.utils.paths import resolve_cache_folder
 
 ITEM_COUNT = 512
-BATCH_TOKENS = 8192
 JSON_HEADERS = {"Content-Type": "application/json"}
 VOCABULARY = (
     "the",
@@ -85,7 +85,7 @@ def random_items(seed: int = 0) -> list[ScoringItem]:
         return " ".join(rng.choice(VOCABULARY) for _ in range(word_count))
 
     return [
-        ([{"role": "user", "content": random_text(rng.randint(4, 20))}], random_text(rng.randint(5, 60)))
+        ScoringItem([Message(role="user", content=random_text(rng.randint(4, 20)))], random_text(rng.randint(5, 60)))
         for _ in range(ITEM_COUNT)
     ]
 
@@ -105,7 +105,7 @@ class BareLoop:
 
     def __init__(self, folder: Path, items: list[ScoringItem]) -> None:
         enable_fast_cpu_matmul()
-        self.model, self.items = RewardModel.load(folder, batch_tokens=BATCH_TOKENS), items
+        self.model, self.items = RewardModel.load(folder, batch_tokens=SCORING_BATCH_TOKENS), items
 
     def score_values(self) -> list[float]:
         """Values of all texts."""
@@ -158,7 +158,7 @@ class RequestSet:
 
 def build_service_requests(url: str, items: list[ScoringItem]) -> RequestSet:
     """Requests to the service."""
-    bodies = [json.dumps({"messages": messages, "response": response}).encode() for messages, response in items]
+    bodies = [json.dumps({"messages": item.messages, "response": item.response}).encode() for item in items]
     return RequestSet(f"{url}/v1/score", bodies)
 
 
@@ -274,13 +274,11 @@ class BenchmarkService:
             "name": "bench",
             "run": {"root": str(root)},
             "cluster": {"threads_per_actor": threads},
-            "reward": {"scoring_batch_tokens": BATCH_TOKENS},
             "serve": {
                 "port": port,
                 "objectives": ["love"],
                 "client_requests_per_s": 1e6,
                 "reaction_window_s": 5,
-                "flush_interval_s": 2,
             },
         }
         self.feedback_folder = root / "bench" / "feedback"
@@ -369,9 +367,9 @@ def _sigmoid(logit: float) -> float:
 
 def build_vllm_requests(url: str, folder: Path, items: list[ScoringItem]) -> RequestSet:
     """Equivalent requests for vLLM: pairs of texts for an encoder, token ids for a decoder."""
-    model = RewardModel.load(folder, batch_tokens=BATCH_TOKENS)
+    model = RewardModel.load(folder, batch_tokens=SCORING_BATCH_TOKENS)
     if model.encoder.uses_text_pairs:
-        pairs = [{"text_1": render_context(messages), "text_2": response} for messages, response in items]
+        pairs = [{"text_1": render_context(item.messages), "text_2": item.response} for item in items]
         return RequestSet(f"{url}/score", [json.dumps(pair).encode() for pair in pairs])
     rows = model.encoder.encode(items)
     return RequestSet(f"{url}/classify", [json.dumps({"input": list(row.token_ids)}).encode() for row in rows])
@@ -390,7 +388,8 @@ def vllm_pooling_server(model_folder: Path, threads: int) -> Iterator[str]:
     command = [
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model_folder), "--runner", "pooling",
         "--dtype", "float32", "--max-model-len", "128", "--enforce-eager", "--port", str(port), "--host", "127.0.0.1",
-        "--disable-uvicorn-access-log", "--max-num-batched-tokens", str(BATCH_TOKENS), "--no-enable-log-requests",
+        "--disable-uvicorn-access-log", "--no-enable-log-requests",
+        "--max-num-batched-tokens", str(SCORING_BATCH_TOKENS),
     ]  # fmt: skip
     environment = {
         **os.environ, "OMP_NUM_THREADS": str(threads), "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING",
@@ -453,9 +452,7 @@ def measure_faults(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     expected_by_version = {service.deploy(folder): BareLoop(folder, items).score_values() for folder in model_folders}
     service.deploy(model_folders[0])
     record, kill_count, swap_count = asyncio.run(_run_with_faults(service, items, model_folders, args))
-    time.sleep(
-        service.settings_tree["serve"]["reaction_window_s"] + 3 * service.settings_tree["serve"]["flush_interval_s"]
-    )
+    time.sleep(4 * service.settings_tree["serve"]["reaction_window_s"])
     row_ids = [
         row_id
         for parquet_file in service.feedback_folder.glob("*.parquet")

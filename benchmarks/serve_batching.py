@@ -1,10 +1,11 @@
-"""Batching inside one replica: rluf's RequestBatcher against Ray Serve's @serve.batch with a batch_size_fn in tokens.
+"""Batching: rluf's RequestBatcher against Ray Serve's @serve.batch with a batch_size_fn that counts tokens.
 
-Both batch the same items for the same reward model (MiniLM with a random head, float32) in one Serve replica, in turns
-within one run, so that other programs slow both equally. N clients in the replica each send their next item when the
-last is answered. Ray's decorator runs with waits of 0 and 10 ms. Prints one JSON line last.
+Both batch the same items for the same reward model (MiniLM with a random head, float32), in turns within one process,
+so that other programs slow both equally. N clients in that process each send their next item up to --jitter-ms after
+the last is answered, as over a network. Ray's decorator runs with waits of 0 and 10 ms. HTTP and the calls between
+processes, which are the same for both, are left out. Prints one JSON line last.
 
-python benchmarks/serve_batching.py [--clients 1 4 16 64] [--seconds 6] [--rounds 2]
+python benchmarks/serve_batching.py [--clients 1 4 16 64] [--seconds 6] [--rounds 2] [--jitter-ms 10]
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from rluf.models.hub import resolve_model
 from rluf.reward.backbone import build_text_encoder, enable_fast_cpu_matmul, load_classifier
 from rluf.reward.calibration import Calibration
 from rluf.reward.model import RewardModel
-from rluf.reward.text import ScoringItem
 from rluf.serve.batching import RequestBatcher, estimate_tokens
+from rluf.types import Message, ScoringItem
 from rluf.utils.paths import resolve_cache_folder
 
 BATCH_TOKENS, MAX_ITEM_TOKENS, ITEM_COUNT = 8192, 128, 512
@@ -39,7 +40,9 @@ def random_items() -> list[ScoringItem]:
     def random_text(fewest: int, most: int) -> str:
         return " ".join(rng.choices(WORDS, k=rng.randint(fewest, most)))
 
-    return [([{"role": "user", "content": random_text(4, 20)}], random_text(5, 60)) for _ in range(ITEM_COUNT)]
+    return [
+        ScoringItem([Message(role="user", content=random_text(4, 20))], random_text(5, 60)) for _ in range(ITEM_COUNT)
+    ]
 
 
 def count_tokens(items: list[ScoringItem]) -> int:
@@ -47,12 +50,23 @@ def count_tokens(items: list[ScoringItem]) -> int:
     return sum(estimate_tokens(item, MAX_ITEM_TOKENS) for item in items)
 
 
-class BatchingReplica:
+class BatchingModel:
     """A reward model behind three batchers, and the clients that measure them."""
 
-    def __init__(self, backbone_folder: str) -> None:
-        from ray import serve  # after rluf, which sets Ray's authentication
+    def __init__(self, backbone_folder: str, jitter_s: float) -> None:
+        self.jitter_s = jitter_s
+        from ray import serve
+        from ray.serve._private.common import DeploymentID, ReplicaID
+        from ray.serve._private.config import DeploymentConfig
+        from ray.serve.context import _set_internal_replica_context
+        from ray.serve.schema import ReplicaRank
 
+        # @serve.batch refuses to run outside a replica, although it needs nothing else of one.
+        _set_internal_replica_context(
+            replica_id=ReplicaID("0", DeploymentID("batching")), servable_object=self,
+            _deployment_config=DeploymentConfig(max_ongoing_requests=BATCH_TOKENS),
+            rank=ReplicaRank(rank=0, node_rank=0, local_rank=0), world_size=1,
+        )  # fmt: skip
         enable_fast_cpu_matmul()
         folder = Path(backbone_folder)
         member = load_classifier(folder, require_all_weights=False)
@@ -92,6 +106,7 @@ class BatchingReplica:
 
         async def send_repeatedly(index: int) -> None:
             while time.perf_counter() - start_time < seconds:
+                await asyncio.sleep(random.uniform(0.0, self.jitter_s))
                 sent_at = time.perf_counter()
                 await self.batchers[name](self.items[index % ITEM_COUNT])
                 latencies.append(time.perf_counter() - sent_at)
@@ -106,31 +121,30 @@ class BatchingReplica:
         }
 
 
+async def measure_batchers(
+    client_counts: list[int], seconds: float, rounds: int, jitter_s: float
+) -> dict[str, list[dict[str, float]]]:
+    """Figures of each round by batcher and number of clients."""
+    model = BatchingModel(str(resolve_model("minilm", resolve_cache_folder(Settings()))), jitter_s)
+    await model.measure("rluf", 4, 2.0)
+    figures: dict[str, list[dict[str, float]]] = {}
+    for _ in range(rounds):
+        for client_count in client_counts:
+            for name in model.batchers:
+                result = await model.measure(name, client_count, seconds)
+                figures.setdefault(f"{name}, {client_count} clients", []).append(result)
+    return figures
+
+
 def main() -> None:
     """Measure the batchers in turns and print the JSON line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 16, 64])
     parser.add_argument("--seconds", type=float, default=6.0)
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--jitter-ms", type=float, default=10.0, help="longest pause before a client sends again")
     args = parser.parse_args()
-    import ray
-    from ray import serve
-
-    ray.init(address="local", include_dashboard=False, log_to_driver=False, object_store_memory=128 << 20)
-    figures: dict[str, list[dict[str, float]]] = {}
-    try:
-        replica = serve.deployment(BatchingReplica, max_ongoing_requests=BATCH_TOKENS)
-        folder = str(resolve_model("minilm", resolve_cache_folder(Settings())))
-        handle = serve.run(replica.bind(folder), name="batching", route_prefix=None)
-        handle.measure.remote("rluf", 4, 2.0).result()
-        for _ in range(args.rounds):
-            for client_count in args.clients:
-                for name in ("rluf", "ray 0 ms", "ray 10 ms"):
-                    result = handle.measure.remote(name, client_count, args.seconds).result()
-                    figures.setdefault(f"{name}, {client_count} clients", []).append(result)
-        serve.shutdown()
-    finally:
-        ray.shutdown()
+    figures = asyncio.run(measure_batchers(args.clients, args.seconds, args.rounds, args.jitter_ms / 1000))
     means = {
         key: {name: round(float(np.mean([row[name] for row in rows])), 1) for name in rows[0]}
         for key, rows in figures.items()

@@ -24,7 +24,7 @@ import ray
 from rluf.config.settings import Settings
 from rluf.tracking.gauges import RunGauges
 from rluf.tracking.metric_registry import add_token_rate, metric_specs
-from rluf.tracking.run_files import RolloutSample
+from rluf.tracking.run_files import SAMPLE_TABLE_ROWS, RolloutSample
 from rluf.tracking.wandb import WandbTracker
 from rluf.train.sample_table import NON_OBJECTIVE_VALUES, should_log_samples
 from rluf.utils.files import JsonlWriter, read_jsonl
@@ -74,7 +74,7 @@ def measure_overhead(folder: Path) -> dict[str, float]:
             tracker.log_step(step, metrics_row, values)
             if should_log_samples(step, STEP_COUNT):
                 tracker.log_rollout_samples(
-                    step, [build_sample_row(step, objectives) for _ in range(settings.tracking.sample_table_rows)]
+                    step, [build_sample_row(step, objectives) for _ in range(SAMPLE_TABLE_ROWS)]
                 )
             gauges.set_step(metrics_row)
             wall_seconds.append(time.perf_counter() - call_started)

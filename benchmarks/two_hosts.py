@@ -36,7 +36,6 @@ STEPS = 10
 RUN_OVERRIDES = [
     f"algorithm.steps={STEPS}",
     "learner.checkpoint_every_steps=4",
-    "cluster.health_check_interval_s=5",
 ]
 TWO_HOST_OVERRIDES = [
     "weight_sync.transport=disk",
@@ -122,7 +121,12 @@ class TwoHosts:
         setup += "mount --bind /tmp/hosts /etc/hosts && "
         wrapper = ["ip", "netns", "exec", self.namespaces[host], "unshare", "--mount", "--pid", "--fork"]
         wrapper += ["--kill-child", "--mount-proc", "--uts", "bash", "-c", f"hostname host-{host}; {setup}{command}"]
-        env = {**chaos.build_environment(), **RAY_HEALTH_CHECKS, "RAY_TMPDIR": "/tmp/r"}
+        env = {
+            **chaos.build_environment(),
+            **RAY_HEALTH_CHECKS,
+            "RAY_TMPDIR": "/tmp/r",
+            "RAY_ADDRESS": f"{HEAD_ADDRESS}:{RAY_PORT}",
+        }
         with self._output_file(host).open("wb") as output:
             process = subprocess.Popen(wrapper, env=env, stdout=output, stderr=subprocess.STDOUT)
         self.init_processes[host] = process
@@ -147,9 +151,9 @@ class TwoHosts:
         command = ["nsenter", "--target", str(ray_pid), "--net", "--mount", "--pid", "--uts", sys.executable]
         command += [str(Path(chaos.__file__).resolve()), "--run", str(self.work_folder), str(run_folder)]
         command += [*RUN_OVERRIDES, *TWO_HOST_OVERRIDES, f"run.cache={self.work_folder / 'cache'}"]
-        command += [f"cluster.address={HEAD_ADDRESS}:{RAY_PORT}", *overrides]
+        command += overrides
         run_folder.mkdir(parents=True, exist_ok=True)
-        env = {**chaos.build_environment(), "RAY_TMPDIR": "/tmp/r"}
+        env = {**chaos.build_environment(), "RAY_TMPDIR": "/tmp/r", "RAY_ADDRESS": f"{HEAD_ADDRESS}:{RAY_PORT}"}
         with (run_folder / "output.txt").open("a") as output:
             return subprocess.Popen(command, env=env, stdout=output, stderr=subprocess.STDOUT, text=True)
 
@@ -169,7 +173,7 @@ def run_on_single_host(work_folder: Path) -> dict[str, Any]:
     """On one host, through shared memory."""
     run_folder = work_folder / "single"
     with chaos.ray_head() as head:
-        process = chaos.start_run(work_folder, run_folder, *RUN_OVERRIDES, f"cluster.address={head.address}")
+        process = chaos.start_run(work_folder, run_folder, head.address, *RUN_OVERRIDES)
         exit_code = process.wait(600)
     return {"exit_code": exit_code, "weights": chaos.hash_policy(run_folder) if exit_code == 0 else ""}
 

@@ -1,4 +1,4 @@
-"""Connection to Ray: the cluster named in the settings, the one this job runs on, or one started on this machine."""
+"""Connection to Ray: the cluster named by RAY_ADDRESS, which a submitted job has, or one started on this machine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from contextlib import contextmanager
 
 import ray
 
-from rluf.config.settings import Settings
 from rluf.errors import ResourceError
 
 logger = logging.getLogger(__name__)
@@ -26,14 +25,14 @@ READER_JOIN_TIMEOUT_S = 20.0
 
 
 @contextmanager
-def ray_connection(settings: Settings) -> Iterator[dict[str, float]]:
+def ray_connection() -> Iterator[dict[str, float]]:
     """Connect to Ray and yield the cluster's total resources; disconnect (and end a local Ray) on leaving.
 
-    Connects to `cluster.address`, else RAY_ADDRESS, else starts Ray on this machine for this run alone. Token
+    Connects to RAY_ADDRESS, else starts Ray on this machine for this run alone. Token
     authentication stays on. Raises ResourceError when the named cluster does not answer or a local one cannot start
     (ports, memory, /tmp).
     """
-    address = settings.cluster.address or os.environ.get("RAY_ADDRESS")
+    address = os.environ.get("RAY_ADDRESS")
     common_options = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
     if address:
         _check_port_open(address)
@@ -57,7 +56,7 @@ def ray_connection(settings: Settings) -> Iterator[dict[str, float]]:
         target = f"the Ray cluster at {address}" if address else "Ray on this machine"
         raise ResourceError(
             f"cannot reach or start {target}: {error}; check that its head runs and its token and ports are right "
-            "(ray status), or unset cluster.address and RAY_ADDRESS to start one here"
+            "(ray status), or unset RAY_ADDRESS to start one here"
         ) from error
     if threading.current_thread() is threading.main_thread():
         # ray.init installs a handler that aborts without unwinding: no checkpoint, no upload, no cleanup.
@@ -92,6 +91,6 @@ def _check_port_open(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=PORT_CHECK_TIMEOUT_S).close()
     except OSError as error:
         raise ResourceError(
-            f"no Ray cluster answers at {address} ({error}); check cluster.address or RAY_ADDRESS and that its head "
+            f"no Ray cluster answers at {address} ({error}); check RAY_ADDRESS and that its head "
             "runs (ray status), or unset both to start one here"
         ) from error

@@ -28,14 +28,9 @@ PASSIVE_OPENMP_ENV = {"KMP_BLOCKTIME": "0", "OMP_WAIT_POLICY": "PASSIVE", "GOMP_
 def actor_options(settings: Settings, role: str) -> dict[str, Any]:
     """Options for `ray.remote(...).options(**...)` of one actor of `role` (rollout, reward or learner)."""
     cluster = settings.cluster
-    resources_by_role = {
-        "rollout": (cluster.cpus_per_engine, cluster.gpus_per_engine),
-        "reward": (cluster.cpus_per_reward, cluster.gpus_per_reward),
-        "learner": (cluster.cpus_per_learner, cluster.gpus_per_learner),
-    }
-    cpus, gpus = resources_by_role[role]
+    cpus, gpus = cluster.get_role_resources(role)
     # Labels of the other roles are in their placement groups.
-    node_labels = cluster.labels_for_role(role) if role == "reward" else {}
+    node_labels = cluster.get_role_labels(role) if role == "reward" else {}
     return {
         **({"label_selector": node_labels} if node_labels else {}),
         "num_cpus": cpus,
@@ -137,10 +132,9 @@ class PlacementGroups:
 
 def placement_bundles(settings: Settings, *, with_learners: bool) -> dict[str, tuple[list[dict[str, float]], str]]:
     """Bundles and Ray strategy of each placement group by name."""
-    options = {role: actor_options(settings, role) for role in ("rollout", "learner")}
 
     def role_bundle(*roles: str) -> dict[str, float]:
-        cpus, gpus = (sum(options[role][kind] for role in roles) for kind in ("num_cpus", "num_gpus"))
+        cpus, gpus = (sum(amounts) for amounts in zip(*map(settings.cluster.get_role_resources, roles), strict=True))
         return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
 
     engine_count = settings.rollout.engines
@@ -161,7 +155,7 @@ def _group_node_labels(settings: Settings, group_name: str) -> dict[str, str]:
     """Node labels that a placement group requests: those of every role in it."""
     roles_by_group = {LEARNERS_GROUP_NAME: ("learner",), SHARED_GROUP_NAME: ("rollout", "learner")}
     roles = roles_by_group.get(group_name, ("rollout",))
-    return {label: value for role in roles for label, value in settings.cluster.labels_for_role(role).items()}
+    return {label: value for role in roles for label, value in settings.cluster.get_role_labels(role).items()}
 
 
 async def _wait_for_group(group: PlacementGroup) -> None:

@@ -151,7 +151,7 @@ def check_plan(
 ) -> None:
     """Compare a plan with the cluster's total resources (`ray.cluster_resources()`), and with each node's when given.
 
-    Raises ResourceError naming what is missing, which actors request it, and three ways out. Memory is an estimate, so
+    Raises ResourceError naming what is missing, which actors request it, and the ways out. Memory is an estimate, so
     a shortage of it is only logged as a warning.
     """
     for kind, needed in (("GPU", resource_plan.gpu_count), ("CPU", resource_plan.cpu_count)):
@@ -191,8 +191,7 @@ def _check_bundle_fits(
     largest = max(node.get(kind, 0.0) for node in labeled_nodes)
     raise ResourceError(
         f"one actor needs {requested} on one node, but the largest node {_label_phrase(node_labels)}has {largest:g} "
-        f"{kind}s; lower rollout.tensor_parallel with cluster.gpus_per_engine, lower cluster.cpus_per_engine or "
-        "cluster.cpus_per_learner, or add a larger node"
+        f"{kind}s; lower cluster.gpus_per_engine, or add a larger node"
     )
 
 
@@ -235,7 +234,7 @@ def _gpu_shortage_advice(needed: float, available: float) -> str:
     if available == 0:
         return (
             "set cluster.gpus_per_engine=0, cluster.gpus_per_learner=0 and cluster.gpus_per_reward=0 to run on CPUs; "
-            f"or set cluster.address to a cluster with {math.ceil(needed)} GPUs; or, if this machine has GPUs, check "
+            f"or set RAY_ADDRESS to a cluster with {math.ceil(needed)} GPUs; or, if this machine has GPUs, check "
             "that nvidia-smi lists them and CUDA_VISIBLE_DEVICES does not hide them"
         )
     return (
@@ -246,9 +245,8 @@ def _gpu_shortage_advice(needed: float, available: float) -> str:
 
 def _cpu_shortage_advice(needed: float) -> str:
     return (
-        "lower rollout.engines, learner.workers or objectives.*.replicas; or reserve less for each actor "
-        "(cluster.cpus_per_engine, cluster.cpus_per_learner, cluster.cpus_per_reward); or use a cluster with "
-        f"{math.ceil(needed)} CPUs (cluster.address)"
+        "lower rollout.engines, learner.workers or objectives.*.replicas; or use a cluster with "
+        f"{math.ceil(needed)} CPUs (RAY_ADDRESS)"
     )
 
 
@@ -267,7 +265,7 @@ def cache_disk_bytes(settings: Settings) -> int:
     """Bytes a run may write to its cache: the converted policy, and each reward model with its best epoch."""
     objectives = settings.objectives.by_objective
     trained = [name for name, o in objectives.items() if o.source == "model" and o.path is None]
-    backbones = [settings.reward.settings_for_head(name).backbone for name in trained]
+    backbones = [settings.reward.get_head_settings(name).backbone for name in trained]
     # Two copies (the current and the best epoch) of float32 weights.
     bytes_per_parameter = 2 * 4
     return estimate_policy_bytes(settings) + sum(

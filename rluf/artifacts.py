@@ -32,7 +32,8 @@ def check_inputs(settings: Settings) -> None:
         if objective_settings.source == "serve":
             continue  # the reward actors check at their start whether the service answers
         if objective_settings.source in ("judge", "function"):
-            build_rule_scorer(objective_name, objective_settings.judge, objective_settings.reward)
+            build_rule_scorer(objective_name, **objective_settings.rule_arguments)
+            continue
         model_path = objective_settings.path
         if model_path is not None and not (Path(model_path).expanduser() / "config.json").is_file():
             raise ModelError(
@@ -55,8 +56,8 @@ def prepare_data_artifact(settings: Settings) -> Artifact:
     cache_inputs = {
         "files": fingerprint_sources(log_sources),
         "data": settings.data.model_dump(mode="json"),
-        # Neither the output folder nor the number of blocks changes the rows.
-        "prepare": settings.prepare.model_dump(mode="json", exclude={"output", "ray_data_blocks"}),
+        # The output folder does not change the rows.
+        "prepare": settings.prepare.model_dump(mode="json", exclude={"output"}),
         "seed": settings.seed,
         # Another salt gives other user ids; its fingerprint is stored, never the salt.
         "salt": salt_fingerprint(read_user_salt()),
@@ -66,7 +67,7 @@ def prepare_data_artifact(settings: Settings) -> Artifact:
     def build(folder: Path) -> None:
         build_data_set(settings, folder)
 
-    return build_or_reuse(resolve_cache_folder(settings), "data", cache_inputs, build, reuse=settings.run.reuse)
+    return build_or_reuse(resolve_cache_folder(settings), "data", cache_inputs, build)
 
 
 def train_reward_artifacts(settings: Settings, data_artifact: Artifact) -> dict[str, Artifact | None]:
@@ -100,9 +101,7 @@ def train_reward_artifacts(settings: Settings, data_artifact: Artifact) -> dict[
         }
         train_reward_models(settings, training_jobs)
 
-    artifacts = build_or_reuse_all(
-        resolve_cache_folder(settings), cache_inputs_by_name, build, reuse=settings.run.reuse
-    )
+    artifacts = build_or_reuse_all(resolve_cache_folder(settings), cache_inputs_by_name, build)
     artifact_by_head = {
         head_name: replace(artifacts[artifact_name], folder=artifacts[artifact_name].folder / head_name)
         for artifact_name, head_names in heads_by_artifact.items()
@@ -118,11 +117,11 @@ def reward_cache_inputs(settings: Settings, data_artifact: Artifact, head_names:
     """Everything that the reward model of these heads depends on; a local backbone folder counts with its content."""
     reward_settings = settings.reward
     backbone_names = sorted(
-        {member.backbone for member in reward_settings.settings_for_head(head_names[0]).member_specs}
+        {member.backbone for member in reward_settings.get_head_settings(head_names[0]).member_specs}
     )
     return {
         "data": data_artifact.key,
-        "model": {head: reward_settings.settings_for_head(head).model_dump(mode="json") for head in head_names},
+        "model": {head: reward_settings.get_head_settings(head).model_dump(mode="json") for head in head_names},
         "folders": {name: digest for name in backbone_names if (digest := _hash_backbone_folder(name)) is not None},
         "dtype": settings.reward_dtype,
         "workers": reward_settings.workers,  # the number of ranks changes the batches, and so the weights
@@ -142,7 +141,7 @@ def _hash_backbone_folder(backbone: str) -> str | None:
 
 def _wrap_model_folder(objective_name: str, objective_settings: ObjectiveSettings) -> Artifact | None:
     """The configured reward model folder as an artifact; None for a judge or a service."""
-    if objective_settings.path is None or objective_settings.source == "serve":
+    if objective_settings.path is None or objective_settings.source != "model":
         return None
     folder = Path(objective_settings.path).expanduser().resolve()
     return Artifact(f"reward-{objective_name}", folder, hash_files([folder])[:12], reused=True)

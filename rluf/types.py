@@ -6,9 +6,9 @@ out; text is derived and never re-encoded for training.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
 
 class Message(TypedDict):
@@ -16,6 +16,15 @@ class Message(TypedDict):
 
     role: str
     content: str
+
+
+class ScoringItem(NamedTuple):
+    """A conversation that ends with a user message, and one response to it."""
+
+    messages: Sequence[Message]
+    response: str
+    is_truncated: bool = False
+    """The response was cut at the token limit. False if it ended by itself, and if the log does not say."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,19 +112,45 @@ class Score:
     is_probability: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class EvalResponse:
-    """One policy's responses to one test prompt, with each objective's calibrated values [samples]."""
+ANSWERS_FILE = "answers.jsonl"
+"""Responses of every arm to the test prompts, in the run folder; a resumed run reads those of the base policy."""
+BASE_ARM, REPEAT_ARM, CONTROL_ARM, ALIGNED_ARM = "base", "base_repeat", "control", "aligned"
+"""Arms of an evaluation: the base policy, another draw of it (A/A), the base at the entropy of aligned, the policy."""
 
-    group: Group
-    objective_values: Mapping[str, tuple[float, ...]]
+
+@dataclass(frozen=True, slots=True)
+class PolicyAnswer:
+    """One response of an arm to a test prompt: a row of answers.jsonl.
+
+    `tokens` is its length, `logprob` the mean log-probability per token (nats) under the distribution that it was
+    sampled from, at `temperature`. `scores` are calibrated, by objective.
+    """
+
+    arm: str
+    prompt_id: str
+    topic: str
+    messages: tuple[Message, ...]
+    text: str
+    finish_reason: str
+    tokens: int
+    scores: Mapping[str, float]
+    logprob: float | None = None
+    temperature: float | None = None
+
+
+def mean_token_entropy(answers: Sequence[PolicyAnswer]) -> float | None:
+    """Entropy in nats per token: the mean negative log-probability of the sampled tokens; None if not recorded."""
+    logprobs = [answer.logprob for answer in answers if answer.logprob is not None]
+    token_count = sum(answer.tokens for answer in answers)
+    if len(logprobs) < len(answers) or not token_count:
+        return None
+    return -sum(logprob * answer.tokens for logprob, answer in zip(logprobs, answers, strict=True)) / token_count
 
 
 @dataclass(slots=True)
 class TrainResult:
-    """Result of a training run: both policies' responses to the same prompts, metrics by step, seconds by phase."""
+    """Result of a training run: responses of every arm to the same prompts, metrics by step, seconds by phase."""
 
-    base_responses: list[EvalResponse] = field(default_factory=list)
-    aligned_responses: list[EvalResponse] = field(default_factory=list)
+    answers: list[PolicyAnswer] = field(default_factory=list)
     step_metrics: list[dict[str, float]] = field(default_factory=list)
     phase_seconds: dict[str, float] = field(default_factory=dict)

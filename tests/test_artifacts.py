@@ -18,8 +18,8 @@ def reward_key(*overrides: str, heads: tuple[str, ...] = ("love",)) -> str:
 
 
 def test_the_dtype_of_training_is_part_of_the_key() -> None:
-    assert reward_key("reward.dtype=float32") != reward_key("reward.dtype=bfloat16")
-    assert reward_key() in (reward_key("reward.dtype=float32"), reward_key("reward.dtype=bfloat16"))
+    assert reward_key("model.dtype=float32") != reward_key("model.dtype=bfloat16")
+    assert reward_key() in (reward_key("model.dtype=float32"), reward_key("model.dtype=bfloat16"))
 
 
 def test_a_backbone_folder_counts_with_its_files(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_a_backbone_folder_counts_with_its_files(tmp_path: Path) -> None:
 
 def test_the_folder_of_a_members_backbone_counts_too(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
-    override = f"reward.love={{members: [{{layers: 6}}, {{backbone: '{tmp_path}', layers: 2}}], linear_probe: true}}"
+    override = f"reward.love.ensemble.members=[{{layers: 6}}, {{backbone: '{tmp_path}', layers: 2}}]"
     before = reward_key(override)
     (tmp_path / "model.safetensors").write_bytes(b"WEIGHTS")
     assert reward_key(override) != before

@@ -91,8 +91,7 @@ def build_recipe(
         "prompts_per_step": PROMPTS_PER_STEP,
         "samples_per_prompt": SAMPLES_PER_PROMPT,
         "kl_coef": kl_coef,
-        "kl_placement": "reward",
-        "max_response_kl": 6.0,
+        "kl_penalty": "reward",
     }
     weights = {"love": weight, "helpfulness": max(0.0, 1.0 - SAFETY_WEIGHT - weight), "safety": SAFETY_WEIGHT}
     objectives = {objective: {"weight": objective_weight} for objective, objective_weight in weights.items()}
@@ -271,10 +270,8 @@ def measure_candidate(
         **candidate.details,
         "kl": kl,
         "replies": len(new_replies.texts),
-        "offline": offline_score_changes(claim_world.reply_features, models, *replies_by_use[0], seed=claim_world.seed),
-        "gold": ground_truth_changes(
-            claim_world.dataset, claim_world.truth_cache, base_replies, new_replies, seed=claim_world.seed
-        ),
+        "offline": offline_score_changes(claim_world.reply_features, models, *replies_by_use[0]),
+        "gold": ground_truth_changes(claim_world.dataset, claim_world.truth_cache, base_replies, new_replies),
         "ab": run_ab_test(
             claim_world.dataset,
             claim_world.truth_cache,

@@ -25,11 +25,14 @@ from rluf.config.policy import AlgorithmSettings
 from rluf.config.reward import AggregationSettings, ObjectivesSettings
 from rluf.objectives.aggregator import GroupScores, RewardAggregator
 from rluf.objectives.judges import judge_responses
+from rluf.types import ScoringItem
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
 SignalFunction = Callable[[Ints, Sequence[str]], Mapping[str, Floats]]
 """(prompt indices [N], texts [N]) -> signal [N] by objective."""
+MAX_RESPONSE_KL = 6.0
+"""Largest KL of a reply in nats (CGPO)."""
 WIDE = 64
 
 
@@ -172,7 +175,7 @@ def train_composer(
         group_scores = []
         for group, prompt in enumerate(step_prompts.tolist()):
             group_slice = slice(group * group_size, (group + 1) * group_size)
-            conversations = [(dataset.entries[prompt].messages, text) for text in reply_texts[group_slice]]
+            conversations = [ScoringItem(dataset.entries[prompt].messages, text) for text in reply_texts[group_slice]]
             verdicts = judge_responses(aggregation.gate_judges, conversations) if aggregation.gate_judges else ()
             group_scores.append(
                 GroupScores(
@@ -192,8 +195,8 @@ def train_composer(
             passed_judges=[item.gate_verdicts for item in group_scores] if aggregation.gate_judges else (),
             objective_rewards=step_rewards.normalized_signals,
             objective_weights=step_rewards.objective_weights,
-            kl_coef=algorithm.kl_coef if algorithm.kl_placement == "reward" else 0.0,
-            max_response_kl=algorithm.max_response_kl,
+            kl_coef=algorithm.kl_coef if algorithm.kl_penalty == "reward" else 0.0,
+            max_response_kl=MAX_RESPONSE_KL,
         )
         learner_inputs = build_learner_inputs(
             algorithm,

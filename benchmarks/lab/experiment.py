@@ -19,10 +19,11 @@ from lab.features import ObjectiveModel, ReplyFeatures
 from lab.replies import GroundTruthCache, compose_texts
 from numpy.typing import NDArray
 
-from rluf.evaluate.ab_analysis import ExperimentDesign, analyze_experiment
+from rluf.evaluate.ab_analysis import analyze_experiment
+from rluf.evaluate.ab_design import ExperimentDesign
 from rluf.evaluate.events import EventLog, assign_users
-from rluf.evaluate.intervals import paired_bootstrap
 from rluf.evaluate.monitors import MONITORS, MonitorSample, measure_monitors, split_words
+from rluf.evaluate.two_way import ArmValues, compare_arms
 from rluf.objectives.judges import RULE_JUDGES, list_failed_judges
 from rluf.simulate.users import ResponseFeatures, UserPopulation, expected_love_probability, simulate_reactions
 from rluf.simulate.world import WORLD, SimulatedWorld
@@ -62,8 +63,6 @@ def offline_score_changes(
     objective_models: Mapping[str, ObjectiveModel],
     base_replies: ReplyBatch,
     new_replies: ReplyBatch,
-    *,
-    seed: int,
 ) -> dict[str, dict[str, float]]:
     """Change of each objective's mean calibrated probability from the base, with its interval over prompts."""
     changes, features_of_sides = (
@@ -72,13 +71,9 @@ def offline_score_changes(
     )
     for name, model in objective_models.items():
         probabilities = [_sigmoid(model.mean_logits(side_features)) for side_features in features_of_sides]
-        comparison = paired_bootstrap(
-            probabilities[0],
-            base_replies.prompt_index,
-            probabilities[1],
-            new_replies.prompt_index,
-            resamples=400,
-            seed=seed,
+        comparison = compare_arms(
+            ArmValues(probabilities[0], base_replies.prompt_index),
+            ArmValues(probabilities[1], new_replies.prompt_index),
         )
         changes[name] = comparison.difference.as_dict() | {"base": comparison.base.mean, "new": comparison.aligned.mean}
     return changes
@@ -116,8 +111,6 @@ def ground_truth_changes(
     truth_cache: GroundTruthCache,
     base_replies: ReplyBatch,
     new_replies: ReplyBatch,
-    *,
-    seed: int,
 ) -> dict[str, dict[str, float]]:
     """Relative change of true helpfulness, safety, warmth, satisfaction and sign-off, with intervals over prompts."""
     truths = (
@@ -127,8 +120,8 @@ def ground_truth_changes(
     changes = {}
     for name in ("helpfulness", "safety", "warmth", "satisfaction", "signoff"):
         values = [[getattr(truth, name) for truth in reply_truths] for reply_truths in truths]
-        comparison = paired_bootstrap(
-            values[0], base_replies.prompt_index, values[1], new_replies.prompt_index, resamples=400, seed=seed
+        comparison = compare_arms(
+            ArmValues(values[0], base_replies.prompt_index), ArmValues(values[1], new_replies.prompt_index)
         )
         lift = None if comparison.lift is None else comparison.lift.as_dict()
         changes[name] = {"base": comparison.base.mean, "new": comparison.aligned.mean, **({} if lift is None else lift)}

@@ -13,6 +13,9 @@ from types import MappingProxyType
 
 from rluf.utils.plugins import load_plugin
 
+MAX_KL_PER_TOKEN = 0.2
+"""KL to the reference policy in nats, per token of the longest response, above which CGPO gives no reward."""
+
 SampleValues = Sequence[Sequence[float]]
 """One number per sample: [groups][samples]."""
 

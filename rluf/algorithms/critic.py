@@ -63,6 +63,8 @@ def compute_value_loss(values: Tensor, returns: Tensor, loss_weights: Tensor) ->
 
 GAMMA = 1.0
 """Discount factor: responses are short and their reward arrives at the end."""
+GAE_LAMBDA = 0.95
+"""Lambda of generalized advantage estimation, as in PPO's paper; 1 is the Monte Carlo return."""
 VARIANCE_EPSILON = 1e-8
 
 
@@ -77,7 +79,7 @@ def build_token_rewards(rewards: Tensor, token_kl: Tensor, sequence_index: Tenso
     return rewards * is_last_token - kl_coef * token_kl
 
 
-def compute_gae(rewards: Tensor, values: Tensor, sequence_index: Tensor, gae_lambda: float) -> Tensor:
+def compute_gae(rewards: Tensor, values: Tensor, sequence_index: Tensor, gae_lambda: float = GAE_LAMBDA) -> Tensor:
     """Advantages [K]: sum_l (GAMMA lambda)^l d_(t+l), d_t = r_t + GAMMA V_(t+1) - V_t, with V = 0 after the end.
 
     `values` [K] are the critic's before each token. Tokens of a response are consecutive. Source: arXiv 1506.02438,

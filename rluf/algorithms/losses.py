@@ -32,6 +32,8 @@ from rluf.config.policy import AlgorithmSettings
 from rluf.errors import SettingsError
 from rluf.utils.plugins import load_plugin
 
+DUAL_CLIP = 3.0
+"""Bound of the clipped loss in units of |advantage| where that is negative, as in verl (clip_ratio_c)."""
 KL_ERROR_CLIP = 0.2
 """Largest relative error of the KL that one update of the coefficient reacts to."""
 KL_HORIZON_SAMPLES = 10_000
@@ -52,7 +54,7 @@ def estimate_kl(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) ->
         return 0.5 * log_ratio.square()
     if estimator == "k3":
         return torch.expm1(-log_ratio) + log_ratio
-    raise SettingsError(f"algorithm.kl_estimator: expected k1, k2 or k3, got {estimator!r}")
+    raise SettingsError(f"algorithm.kl_penalty: expected k1, k2 or k3, got {estimator!r}")
 
 
 def update_kl_coef(kl_coef: float, kl_per_token: float, target_kl: float | None, sample_count: int) -> float:
@@ -72,7 +74,7 @@ def ppo(
 ) -> tuple[Tensor, Tensor]:
     """-min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) [K] and where the clip removed the gradient [K].
 
-    rho = exp(logprobs - old_logprobs) per token. With `dual_clip` c the loss of a token with A < 0 is at most c |A|.
+    rho = exp(logprobs - old_logprobs) per token. The loss of a token with A < 0 is at most DUAL_CLIP |A|.
     Source: arXiv 1707.06347, eq. 7; two clips as in DAPO, arXiv 2503.14476; dual clip: arXiv 1912.09729, eq. 5.
     """
     del sequence_index
@@ -120,12 +122,10 @@ def clip_surrogate(ratio: Tensor, advantages: Tensor, algorithm: AlgorithmSettin
     unclipped = ratio * advantages
     bounded = ratio.clamp(1.0 - algorithm.clip_low, 1.0 + algorithm.clip_high) * advantages
     surrogate, is_clipped = torch.minimum(unclipped, bounded), bounded < unclipped
-    if algorithm.dual_clip is not None:
-        # For A < 0 the minimum above is unbounded as the ratio grows: one stale token could dominate a step.
-        floor = algorithm.dual_clip * advantages
-        below_floor = (advantages < 0) & (floor > surrogate)
-        surrogate, is_clipped = torch.where(below_floor, floor, surrogate), is_clipped | below_floor
-    return -surrogate, is_clipped
+    # For A < 0 the minimum above is unbounded as the ratio grows: one stale token could dominate a step.
+    floor = DUAL_CLIP * advantages
+    below_floor = (advantages < 0) & (floor > surrogate)
+    return -torch.where(below_floor, floor, surrogate), is_clipped | below_floor
 
 
 def sum_by_sequence(values: Tensor, sequence_index: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal
 
@@ -93,7 +93,7 @@ def requires_reference_kl(algorithm: AlgorithmSettings) -> bool:
     spec = find_algorithm(algorithm.name)
     # With a critic the KL in the reward is applied per token by the learners, which have the reference logprobs.
     return spec.needs_reference_kl or (
-        algorithm.kl_placement == "reward" and algorithm.kl_coef > 0 and not spec.uses_critic
+        algorithm.kl_penalty == "reward" and algorithm.kl_coef > 0 and not spec.uses_critic
     )
 
 
@@ -121,11 +121,24 @@ def build_learner_inputs(
         advantages=[*advantages.sample_advantages, *([1.0] for _ in demonstration_lengths)],
         loss_weights=compute_token_weights(loss_aggregation, lengths, max_response_tokens),
         policy_loss=policy_loss,
-        loss_kl_coef=kl_coef if algorithm.kl_placement == "loss" else 0.0,
+        loss_kl_coef=kl_coef if algorithm.kl_penalty != "reward" else 0.0,
         kl_to_go_coef=advantages.kl_to_go_coef,
         uses_critic=spec.uses_critic,
-        reward_kl_coef=kl_coef if spec.uses_critic and algorithm.kl_placement == "reward" else 0.0,
+        reward_kl_coef=kl_coef if spec.uses_critic and algorithm.kl_penalty == "reward" else 0.0,
     )
+
+
+def mask_truncated(learner_inputs: LearnerInputs, finished: Sequence[Sequence[bool]]) -> LearnerInputs:
+    """Learner inputs in which truncated responses have no loss; `finished` [groups][samples].
+
+    The other weights stay as they are, and the advantages too: a truncated response still counts in the mean of its
+    group. As TRL's mask_truncated_completions and the overlong filtering of DAPO, arXiv 2503.14476, section 3.4.
+    """
+    loss_weights = [
+        [weight if is_finished else 0.0 for weight, is_finished in zip(weights, flags, strict=True)]
+        for weights, flags in zip(learner_inputs.loss_weights, finished, strict=True)
+    ]
+    return replace(learner_inputs, loss_weights=loss_weights)
 
 
 def compute_token_weights(

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 ForwardResult = TypeVar("ForwardResult")
+MAX_GRAD_NORM = 1.0
+"""Gradient clipping: maximum global norm, the usual default of trainers."""
 BUCKET_ELEMENTS = 50_000_000
 """Elements that ranks reduce or gather in one collective."""
 SAVE_BUCKET_BYTES = 256 << 20
@@ -98,10 +100,10 @@ def init_deepspeed(
     zero_stage: int,
     learning_rate: float,
     warmup_steps: int,
-    weight_decay: float,
-    max_grad_norm: float,
     dtype: torch.dtype,
     world_size: int,
+    max_grad_norm: float = MAX_GRAD_NORM,
+    weight_decay: float = 0.0,
     offload_optimizer: bool = False,
     total_steps: int | None = None,
 ) -> DeepSpeedEngine:
@@ -109,8 +111,9 @@ def init_deepspeed(
 
     The learning rate rises linearly over `warmup_steps` optimizer steps (the first step is not zero), then stays
     constant, or with `total_steps` falls linearly to zero at that step. `max_grad_norm` bounds the global gradient
-    norm. `offload_optimizer` places the optimizer state in host memory. `dtype` is bfloat16 or float32. Gradients are
-    averaged over ranks. Raises ResourceError when the size of the process group is not `world_size`.
+    norm. `weight_decay` is 0 for a policy, which its KL term keeps near the reference. `offload_optimizer` places the
+    optimizer state in host memory. `dtype` is bfloat16 or float32. Gradients are averaged over ranks. Raises
+    ResourceError when the size of the process group is not `world_size`.
     """
     deepspeed = _import_deepspeed()
     if not dist.is_initialized() or dist.get_world_size() != world_size:

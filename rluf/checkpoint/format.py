@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rluf.types import Group, Prompt, Sample
+from rluf.types import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +27,6 @@ STATE_FILE = "state.json"
 POLICY_FOLDER = "policy"
 CHECKPOINTS_FOLDER = "checkpoints"
 """Folder of the checkpoints within a run folder."""
-BASE_RESPONSES_FILE = "base_answers.jsonl"
-"""The base policy's evaluation responses, in the run folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,15 +81,6 @@ class RunCheckpoint:
         """The RunState as JSON."""
         return self.folder / STATE_FILE
 
-    @property
-    def manifest_file(self) -> Path:
-        """Names and sizes of all other files; written last."""
-        return self.folder / MANIFEST_FILE
-
-    def optimizer_file(self, rank: int, world_size: int, model_name: str = "learner") -> Path:
-        """Master weights and AdamW state of one rank, of the policy (`learner`) or of PPO's `critic`."""
-        return optimizer_state_file(self.folder, rank, world_size, model_name)
-
     def read_state(self) -> RunState:
         """The run state that was written with it."""
         content = json.loads(self.state_file.read_text("utf-8"))
@@ -101,7 +90,7 @@ class RunCheckpoint:
 
 
 def optimizer_state_file(folder: Path, rank: int, world_size: int, model_name: str = "learner") -> Path:
-    """File of one learner rank's optimizer state, of the policy (`learner`) or of PPO's `critic`."""
+    """Master weights and AdamW state of one learner rank, of the policy (`learner`) or of PPO's `critic`."""
     # The number of ranks is part of the name: a ZeRO shard fits only the same rank of the same number.
     return folder / f"{model_name}-{rank}-of-{world_size}.safetensors"
 
@@ -209,21 +198,19 @@ def hash_prompts(prompts: Iterable[Prompt]) -> str:
 CHANGEABLE_SECTIONS = ("run", "tracking", "cluster", "timeouts")
 """Settings sections that may change when a run is resumed, since they do not affect what is trained."""
 CHANGEABLE_KEYS = (
-    "name", "evaluate.users", "evaluate.responses_per_user", "algorithm.steps", "learner.checkpoint_every_steps",
-    "learner.keep_checkpoints", "weight_sync.logprob_tolerance", "reward.retries", "rollout.engines",
+    "name", "evaluate.simulated_users", "algorithm.steps", "learner.checkpoint_every_steps",
+    "learner.keep_checkpoints", "weight_sync.logprob_tolerance", "rollout.engines",
     "rollout.kv_cache_gib", "rollout.gpu_memory_share",
 )  # fmt: skip
 """Single settings that may change when a run is resumed."""
 
 
-def diff_settings(
-    saved_settings: Mapping[str, Any], current_settings: Mapping[str, Any], key_prefix: str = ""
-) -> list[str]:
+def diff_settings(old_settings: Mapping[str, Any], new_settings: Mapping[str, Any], key_prefix: str = "") -> list[str]:
     """Dotted keys whose values differ and affect training, each with both values."""
     differences: list[str] = []
-    for key in sorted({*saved_settings, *current_settings}):
+    for key in sorted({*old_settings, *new_settings}):
         dotted_key = f"{key_prefix}{key}"
-        saved, current = saved_settings.get(key), current_settings.get(key)
+        saved, current = old_settings.get(key), new_settings.get(key)
         if dotted_key in CHANGEABLE_SECTIONS or dotted_key in CHANGEABLE_KEYS or saved == current:
             continue
         if isinstance(saved, Mapping) and isinstance(current, Mapping):
@@ -231,21 +218,3 @@ def diff_settings(
         else:
             differences.append(f"{dotted_key} (then {saved!r}, now {current!r})")
     return differences
-
-
-def group_to_json(group: Group) -> dict[str, Any]:
-    """A group as plain JSON types."""
-    return asdict(group)
-
-
-def group_from_json(group_json: Mapping[str, Any]) -> Group:
-    """The group that `group_to_json` wrote."""
-    # JSON has no tuples, and the frozen types compare equal only with tuples.
-    prompt = dict(group_json["prompt"])
-    prompt |= {"messages": tuple(prompt["messages"]), "token_ids": tuple(prompt["token_ids"])}
-    samples = []
-    for sample in group_json["samples"]:
-        tuples = {key: tuple(sample[key]) for key in ("prompt_ids", "response_ids", "rollout_logprobs")}
-        spans = tuple((int(start), int(version)) for start, version in sample["version_spans"])
-        samples.append(Sample(**{**sample, **tuples, "version_spans": spans}))
-    return Group(Prompt(**prompt), tuple(samples), int(group_json["weight_version"]))

@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rluf.checkpoint.format import (
-    BASE_RESPONSES_FILE,
     CHECKPOINTS_FOLDER,
     MANIFEST_FILE,
     find_checkpoint_problem,
     parse_step,
 )
 from rluf.errors import ModelError, ResourceError
+from rluf.types import ANSWERS_FILE
 from rluf.utils.files import atomic_folder
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class CheckpointUploader:
         if settings.run.checkpoint_upload_url is None:
             return None
         url = f"{settings.run.checkpoint_upload_url.rstrip('/')}/{settings.name}/{run_folder.name}"
-        return cls(url, run_folder, settings.timeouts.learner_step_s)
+        return cls(url, run_folder, settings.timeouts.call_s)
 
     def check_storage(self) -> None:
         """Upload the run's settings, which shows whether the storage is writable. Raises ResourceError if not."""
@@ -120,7 +120,7 @@ class CheckpointUploader:
         return (
             f"checkpoint {task.checkpoint_folder.name}: upload to {self.url} abandoned after "
             f"{time.monotonic() - task.start_time:.0f} s (at {task.current_file or 'its start'}), more than "
-            f"timeouts.learner_step_s={self._timeout_s:g}; the checkpoint on disk is complete: {task.checkpoint_folder}"
+            f"timeouts.call_s={self._timeout_s:g}; the checkpoint on disk is complete: {task.checkpoint_folder}"
         )
 
     def _start_task(self, checkpoint_folder: Path) -> None:
@@ -156,21 +156,17 @@ class CheckpointUploader:
             try:
                 if self._upload_once(task):
                     seconds = time.monotonic() - task.start_time
-                    logger.info(
-                        "checkpoint %s: uploaded to %s seconds=%.1f", task.checkpoint_folder.name, self.url, seconds
-                    )
+                    name = task.checkpoint_folder.name
+                    logger.info("checkpoint %s: uploaded to %s seconds=%.1f", name, self.url, seconds)
                     self.uploaded_steps.append(int(parse_step(task.checkpoint_folder) or 0))
                 return None
             except (OSError, ValueError, RuntimeError) as error:
                 if not (task.checkpoint_folder / MANIFEST_FILE).exists():
-                    logger.info(
-                        "checkpoint %s: not uploaded, it was deleted meanwhile and newer ones exist",
-                        task.checkpoint_folder.name,
-                    )
+                    name = task.checkpoint_folder.name
+                    logger.info("checkpoint %s: not uploaded, it was deleted meanwhile", name)
                     return None
-                problem = (
-                    f"{type(error).__name__}: {error} (at {task.current_file}, attempt {attempt + 1} of {MAX_ATTEMPTS})"
-                )
+                attempts = f"attempt {attempt + 1} of {MAX_ATTEMPTS}"
+                problem = f"{type(error).__name__}: {error} (at {task.current_file}, {attempts})"
             if task.is_abandoned or attempt + 1 == MAX_ATTEMPTS:
                 break
             name = task.checkpoint_folder.name
@@ -187,7 +183,7 @@ class CheckpointUploader:
         remote_folder = f"{run_path}/{CHECKPOINTS_FOLDER}/{task.checkpoint_folder.name}"
         manifest = json.loads((task.checkpoint_folder / MANIFEST_FILE).read_text("utf-8"))
         file_names = [*manifest["files"], MANIFEST_FILE]
-        local_by_remote = {f"{run_path}/{BASE_RESPONSES_FILE}": self.run_folder / BASE_RESPONSES_FILE}
+        local_by_remote = {f"{run_path}/{ANSWERS_FILE}": self.run_folder / ANSWERS_FILE}
         local_by_remote |= {f"{remote_folder}/{name}": task.checkpoint_folder / name for name in file_names}
         if not task.uploaded_files and storage.exists(f"{remote_folder}/{MANIFEST_FILE}"):
             # A copy of the same step from before the run rolled back: it is incomplete while its files are replaced.
@@ -302,8 +298,8 @@ def download_newest_checkpoint(url: str, run_folder: Path) -> None:
                     storage.get_file(remote_file, str(local_file))
             problem = find_checkpoint_problem(target_folder)
             if problem is None:
-                if not (run_folder / BASE_RESPONSES_FILE).exists():
-                    storage.get_file(f"{run_path}/{BASE_RESPONSES_FILE}", str(run_folder / BASE_RESPONSES_FILE))
+                if not (run_folder / ANSWERS_FILE).exists():
+                    storage.get_file(f"{run_path}/{ANSWERS_FILE}", str(run_folder / ANSWERS_FILE))
                 logger.info("checkpoint %s: downloaded from %s to %s", name, url, target_folder)
                 return
             logger.warning("checkpoint %s/%s/%s: skipped, %s", url, CHECKPOINTS_FOLDER, name, problem)

@@ -1,10 +1,12 @@
-"""Base class of every settings section, and the validator that refuses the old `name:value` strings."""
+"""Base class of every settings section, and the validator that refuses the lists of earlier releases."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+ActorCount = Annotated[int, Field(ge=1)]
 
 
 class SettingsSection(BaseModel):
@@ -19,27 +21,12 @@ class SettingsSection(BaseModel):
     )
 
 
-def mapping_from_entries(value: object, split_entry: Callable[[str], tuple[str, str]]) -> object:
-    """Return a mapping unchanged; refuse the list of `name:value` strings that earlier releases used.
+def refuse_list(example: str) -> BeforeValidator:
+    """Validator of a mapping that refuses the list of strings of earlier releases, and shows `example` in its place."""
 
-    The error shows the same entries as a mapping, so that a settings file can be corrected by copy and paste.
-    """
-    if not isinstance(value, (list, tuple)):
+    def check_value(value: object) -> object:
+        if isinstance(value, (list, tuple)):
+            raise ValueError(f"expected a mapping, got a list; write one such as {example}")
         return value
-    if not value:
-        raise ValueError("expected a mapping, got an empty list; write {}")
-    pairs = [split_entry(str(entry)) for entry in value]
-    mapping = ", ".join(f"{name}: {rest}" for name, rest in pairs)
-    raise ValueError(f"expected a mapping, got a list; write {{{mapping}}}")
 
-
-def split_at_last_colon(entry: str) -> tuple[str, str]:
-    """`name` and `value` of an entry `name:value`; the name itself may contain colons."""
-    name, _, rest = entry.rpartition(":")
-    return name, rest
-
-
-def split_at_first_colon(entry: str) -> tuple[str, str]:
-    """`name` and `value` of an entry `name:value`; the value itself may contain colons, as URLs do."""
-    name, _, rest = entry.partition(":")
-    return name, rest
+    return BeforeValidator(check_value)

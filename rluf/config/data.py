@@ -75,20 +75,8 @@ class DataSettings(SettingsSection):
 class SimulateSettings(SettingsSection):
     """Simulated users who react to responses; the ground truth of the quickstart."""
 
-    users: int = Field(default=1500, ge=1)
-    """Users in the population that writes the log."""
-    responses_per_prompt: int = Field(default=21, ge=1)
-    """Responses sampled per training prompt, divided among the served model versions (risky prompts get more)."""
     log_rows: int = Field(default=6000, ge=1)
-    """Served responses (rows) to write to the log."""
-    base_love_rate: float = Field(default=0.06, gt=0, lt=1)
-    """Share of served responses with a heart in the log; the intercept is calibrated to it."""
-    preference_pairs: int = Field(default=1200, ge=1)
-    """Pairs rated for helpfulness by simulated raters."""
-    safety_labels: int = Field(default=900, ge=1)
-    """Responses labeled safe or unsafe by simulated raters."""
-    output: str = "runs/simulated"
-    """Output folder for the feedback, preferences, safety and prompts files."""
+    """Served responses (rows) to write to the log; the numbers of users, rated pairs and labels follow from it."""
 
 
 class PrepareSettings(SettingsSection):
@@ -132,11 +120,5 @@ class PrepareSettings(SettingsSection):
         "cap",
     )
     """Rules that down-weight rows of bots, brigades and farms (docs/data.md); a row gets its smallest weight."""
-    user_row_cap: int = Field(default=200, ge=1)
-    """Rows per user that count fully; the rows of a user with more share this total weight (rule cap)."""
-    previous_dataset: str | None = None
-    """Data set that the data card compares with; none means the one being replaced."""
-    ray_data_blocks: int = Field(default=2, ge=1)
-    """Ray Data blocks (read and map parallelism)."""
     output: str | None = None
     """Data set folder written by `python -m rluf.prepare`; none means <run.root>/<name>/data."""

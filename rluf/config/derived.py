@@ -6,11 +6,12 @@ Pure arithmetic, so that `--dry-run` shows it without torch, ray or a cluster.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from rluf.config.model_shape import estimate_model_shape
 from rluf.config.reward import RewardModelSettings
+from rluf.config.run import ClusterRole
 from rluf.config.settings import Settings
 
 BYTES_PER_GIB = 1 << 30
@@ -20,7 +21,7 @@ ACTIVATION_BYTES_PER_HIDDEN_UNIT = 34
 PROCESS_BYTES = int(0.8 * BYTES_PER_GIB)
 """Host memory of an actor process without its model: Python, torch, Ray."""
 
-ActorRole = Literal["rollout", "reward", "learner", "reward_training"]
+ActorRole = Literal[ClusterRole, "reward_training"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,24 +82,24 @@ def estimate_learner_memory(settings: Settings) -> dict[str, int]:
     copies.
     """
     shape, learner = estimate_model_shape(settings.model.path), settings.learner
-    bytes_per_weight = _policy_bytes_per_weight(settings)
+    bytes_per_weight = _get_policy_bytes_per_weight(settings)
     tokens = settings.algorithm.micro_batch_tokens
 
-    def shard_count(first_sharded_stage: int) -> int:
+    def count_shards(first_sharded_stage: int) -> int:
         return learner.workers if learner.zero_stage >= first_sharded_stage else 1
 
     # With recomputation only the input of each layer is stored: hidden size values of 2 bytes.
     activation_bytes = 2 if learner.gradient_checkpointing else ACTIVATION_BYTES_PER_HIDDEN_UNIT
     memory = {
-        "weights": bytes_per_weight * shape.parameter_count // shard_count(3),
-        "gradients": 4 * shape.parameter_count // shard_count(2),
-        "optimizer": (MASTER_WEIGHT_BYTES + ADAM_STATE_BYTES) * shape.parameter_count // shard_count(1),
+        "weights": bytes_per_weight * shape.parameter_count // count_shards(3),
+        "gradients": 4 * shape.parameter_count // count_shards(2),
+        "optimizer": (MASTER_WEIGHT_BYTES + ADAM_STATE_BYTES) * shape.parameter_count // count_shards(1),
         # The 34 bytes assume 2-byte activations.
         "activations": activation_bytes * tokens * shape.hidden_size * shape.layer_count * bytes_per_weight // 2,
         "logits": 3 * 4 * tokens * shape.vocabulary_size,
     }
     if settings.algorithm.kl_coef > 0:  # without a KL term no reference policy is loaded
-        memory["reference"] = bytes_per_weight * shape.parameter_count // shard_count(3)
+        memory["reference"] = bytes_per_weight * shape.parameter_count // count_shards(3)
     if settings.algorithm.name == "ppo":
         # The critic has the policy's architecture with a value head.
         memory["critic"] = memory["weights"] + memory["gradients"] + memory["optimizer"]
@@ -114,17 +115,17 @@ def estimate_engine_memory(settings: Settings) -> dict[str, int]:
         kv_cache_bytes = int(settings.rollout.kv_cache_gib * BYTES_PER_GIB)
     else:
         kv_cache_bytes = estimate_kv_cache_bytes(settings)
-    return {"weights": _policy_bytes_per_weight(settings) * shape.parameter_count, "kv cache": kv_cache_bytes}
+    return {"weights": _get_policy_bytes_per_weight(settings) * shape.parameter_count, "kv cache": kv_cache_bytes}
 
 
 def estimate_kv_cache_bytes(settings: Settings) -> int:
     """Bytes of KV cache for `rollout.concurrency` samples of maximum length on one engine."""
     shape, rollout = estimate_model_shape(settings.model.path), settings.rollout
-    bytes_per_token = 2 * shape.layer_count * shape.kv_width * _policy_bytes_per_weight(settings)
+    bytes_per_token = 2 * shape.layer_count * shape.kv_width * _get_policy_bytes_per_weight(settings)
     return bytes_per_token * rollout.concurrency * (rollout.max_prompt_tokens + rollout.max_response_tokens)
 
 
-def objectives_by_reward_pool(settings: Settings) -> tuple[tuple[str, ...], ...]:
+def group_objectives_by_pool(settings: Settings) -> tuple[tuple[str, ...], ...]:
     """Objectives grouped by reward pool: one pool for all heads of reward.shared_backbone_heads, one per other
     objective."""
     objectives, heads = settings.objectives.by_objective, settings.reward.shared_backbone_heads
@@ -141,75 +142,53 @@ def objectives_by_reward_pool(settings: Settings) -> tuple[tuple[str, ...], ...]
 
 def plan_actor_pools(settings: Settings) -> list[ActorPoolPlan]:
     """All actors of the training phase, then the reward training workers, which run before it."""
-    cluster, objectives, reward = settings.cluster, settings.objectives.by_objective, settings.reward
+    objectives, reward = settings.objectives.by_objective, settings.reward
     pools = [
-        ActorPoolPlan(
-            role="rollout",
-            name="rollout",
-            actor_count=settings.rollout.engines,
-            cpus_per_actor=cluster.cpus_per_engine,
-            gpus_per_actor=cluster.gpus_per_engine,
-            memory_bytes=estimate_engine_memory(settings),
-            node_labels=cluster.labels_for_role("rollout"),
-        ),
-        ActorPoolPlan(
-            role="learner",
-            name="learner",
-            actor_count=settings.learner.workers,
-            cpus_per_actor=cluster.cpus_per_learner,
-            gpus_per_actor=cluster.gpus_per_learner,
-            memory_bytes=estimate_learner_memory(settings),
-            node_labels=cluster.labels_for_role("learner"),
-        ),
+        _plan_pool(settings, "rollout", "rollout", settings.rollout.engines, estimate_engine_memory(settings)),
+        _plan_pool(settings, "learner", "learner", settings.learner.workers, estimate_learner_memory(settings)),
     ]
-    for name, *_ in objectives_by_reward_pool(settings):
+    for name, *_ in group_objectives_by_pool(settings):
         objective = objectives[name]
         memory: dict[str, int] = {}
         if objective.source == "model":
             parameters = (
                 estimate_model_shape(objective.path).parameter_count
                 if objective.path
-                else count_scoring_parameters(reward.settings_for_head(name))
+                else count_scoring_parameters(reward.get_head_settings(name))
             )
             memory = {"weights": 4 * parameters}  # float32, as on CPUs
-        pools.append(
-            ActorPoolPlan(
-                role="reward",
-                name=f"{name} reward",
-                actor_count=objective.replicas,
-                cpus_per_actor=cluster.cpus_per_reward,
-                gpus_per_actor=cluster.gpus_per_reward if objective.source == "model" else 0.0,
-                memory_bytes=memory,
-                node_labels=cluster.labels_for_role("reward"),
-            )
-        )
+        pool = _plan_pool(settings, "reward", f"{name} reward", objective.replicas, memory)
+        pools.append(pool if objective.source == "model" else replace(pool, gpus_per_actor=0.0))
     trained = [name for name, value in objectives.items() if value.source == "model" and value.path is None]
     if trained:
         pools.append(_plan_reward_training(settings, trained))
     return pools
 
 
+def _plan_pool(
+    settings: Settings, role: ClusterRole, name: str, actor_count: int, memory_bytes: dict[str, int]
+) -> ActorPoolPlan:
+    """Pool of `actor_count` actors with the resources and node labels of `role`."""
+    cpus, gpus = settings.cluster.get_role_resources(role)
+    return ActorPoolPlan(role, name, actor_count, cpus, gpus, memory_bytes, settings.cluster.get_role_labels(role))
+
+
 def _plan_reward_training(settings: Settings, objectives: list[str]) -> ActorPoolPlan:
     """Workers of reward training, sized for the largest model and the largest batch of all `objectives`."""
-    cluster, reward = settings.cluster, settings.reward
-    models = [reward.settings_for_head(name) for name in objectives]
+    reward = settings.reward
+    models = [reward.get_head_settings(name) for name in objectives]
     shapes = [estimate_model_shape(model.backbone) for model in models]
     largest = max(shapes, key=lambda shape: shape.parameter_count)
     tokens = max(model.batch_rows * model.max_tokens for model in models) // reward.max_workers
     optimizer_shards = reward.max_workers if reward.zero_stage else 1
-    return ActorPoolPlan(
-        role="reward_training",
-        name="reward training",
-        actor_count=reward.max_workers,
-        cpus_per_actor=cluster.cpus_per_reward,
-        gpus_per_actor=cluster.gpus_per_reward,
-        memory_bytes={
-            "weights": 4 * largest.parameter_count,
-            "gradients": 4 * largest.parameter_count,
-            "optimizer": ADAM_STATE_BYTES * largest.parameter_count // optimizer_shards,
-            "activations": 2 * ACTIVATION_BYTES_PER_HIDDEN_UNIT * tokens * largest.hidden_size * largest.layer_count,
-        },
-    )
+    memory_bytes = {
+        "weights": 4 * largest.parameter_count,
+        "gradients": 4 * largest.parameter_count,
+        "optimizer": ADAM_STATE_BYTES * largest.parameter_count // optimizer_shards,
+        "activations": 2 * ACTIVATION_BYTES_PER_HIDDEN_UNIT * tokens * largest.hidden_size * largest.layer_count,
+    }
+    pool = _plan_pool(settings, "reward", "reward training", reward.max_workers, memory_bytes)
+    return replace(pool, role="reward_training", node_labels={})
 
 
 def count_scoring_parameters(model_settings: RewardModelSettings) -> int:
@@ -218,7 +197,7 @@ def count_scoring_parameters(model_settings: RewardModelSettings) -> int:
     A backbone without its upper layers counts fully.
     """
     forward_passes = {
-        (member.backbone, member.response_only, model_settings.shared_pass_depths(member))
+        (member.backbone, member.response_only, model_settings.list_shared_pass_depths(member))
         for member in model_settings.member_specs
     }
     return sum(estimate_model_shape(backbone).parameter_count for backbone, _, _ in forward_passes)
@@ -235,7 +214,7 @@ def estimate_host_bytes(settings: Settings) -> int:
 
 def estimate_policy_bytes(settings: Settings) -> int:
     """Bytes of the policy's weights in its compute dtype: the size of a weight sync and of a saved policy."""
-    return _policy_bytes_per_weight(settings) * estimate_model_shape(settings.model.path).parameter_count
+    return _get_policy_bytes_per_weight(settings) * estimate_model_shape(settings.model.path).parameter_count
 
 
 def estimate_checkpoint_bytes(settings: Settings) -> int:
@@ -245,7 +224,7 @@ def estimate_checkpoint_bytes(settings: Settings) -> int:
     return estimate_policy_bytes(settings) + trained_bytes * (2 if settings.algorithm.name == "ppo" else 1)
 
 
-def _policy_bytes_per_weight(settings: Settings) -> int:
+def _get_policy_bytes_per_weight(settings: Settings) -> int:
     return 2 if settings.policy_dtype == "bfloat16" else 4
 
 
@@ -278,7 +257,7 @@ def format_derived_figures(settings: Settings) -> list[str]:
         f"{rollout.engines} engine(s)",
         kv_cache,
         f"weight sync: {format_bytes(estimate_policy_bytes(settings))} in buckets of "
-        f"{settings.weight_sync.bucket_mib} MiB",
+        f"{format_bytes(settings.weight_sync.bucket_bytes)}",
     ]
     if settings.weight_sync.transport == "cuda_ipc":
         lines.append("engines and learners are colocated: one of each on every GPU, active in turn")

@@ -20,11 +20,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from rluf.config.cpu_dtype import Dtype, explain_auto_dtype
+from rluf.config.cpu_dtype import explain_auto_dtype
 from rluf.config.objectives import BUILTIN_OBJECTIVES
-from rluf.config.policy import ModelSettings
-from rluf.config.renamed import find_renamed_keys
-from rluf.config.reward import ObjectiveSettings, RewardModelSettings, RewardSettings, describe_unusable_name
+from rluf.config.renamed import describe_old_keys
+from rluf.config.reward import ObjectiveSettings, RewardModelSettings, describe_unusable_name
 from rluf.config.settings import Settings
 from rluf.errors import SettingsError
 
@@ -128,16 +127,11 @@ def load_settings(config_path: Path | None, overrides: Sequence[str] = ()) -> Lo
 
 def _resolve_auto_dtypes(settings: Settings, sources: dict[str, str]) -> LoadedSettings:
     """Replace dtype=auto by this machine's dtype, once on the driver: the processes of a run may have other CPUs."""
-    sections: dict[str, tuple[ModelSettings | RewardSettings, Dtype, float]] = {
-        "model": (settings.model, settings.policy_dtype, settings.policy_gpus),
-        "reward": (settings.reward, settings.reward_dtype, settings.cluster.gpus_per_reward),
-    }
-    resolved_sections: dict[str, BaseModel] = {}
-    for name, (section, dtype, gpu_count) in sections.items():
-        if section.dtype == "auto":
-            resolved_sections[name] = section.model_copy(update={"dtype": dtype})
-            sources[f"{name}.dtype"] = explain_auto_dtype(dtype, gpu_count=gpu_count)
-    return LoadedSettings(settings.model_copy(update=resolved_sections), sources)
+    dtype = settings.policy_dtype
+    if settings.model.dtype == "auto":
+        sources["model.dtype"] = explain_auto_dtype(dtype, gpu_count=settings.policy_gpus)
+    model_settings = settings.model.model_copy(update={"dtype": dtype})
+    return LoadedSettings(settings.model_copy(update={"model": model_settings}), sources)
 
 
 def iter_setting_fields(objective_names: Iterable[str] = ()) -> Iterator[tuple[str, FieldInfo]]:
@@ -177,8 +171,8 @@ def _find_further_objectives(trees: Iterable[tuple[Mapping[Any, Any], str]]) -> 
     for values, source in trees:
         section = values.get("objectives")
         for name, value in section.items() if isinstance(section, Mapping) else ():
-            is_renamed = bool(find_renamed_keys({"objectives": {name: value}}))
-            if name in BUILTIN_OBJECTIVES or is_renamed or not isinstance(value, Mapping):
+            is_old_key = bool(describe_old_keys({"objectives": {name: value}}))
+            if name in BUILTIN_OBJECTIVES or is_old_key or not isinstance(value, Mapping):
                 continue
             problem = describe_unusable_name(str(name))
             if problem is not None:
@@ -303,11 +297,13 @@ def _nest_value(dotted_key: str, value: Any) -> dict[str, Any]:
 
 
 def _check_keys(values: Mapping[Any, Any], source: str, known_keys: frozenset[str]) -> None:
-    """Refuse renamed keys, all in one message, and then the first unknown key."""
-    renamed = {key: new for key, new in find_renamed_keys(values).items() if key not in known_keys}
-    if renamed:
-        changes = "; ".join(f"{old} is now {new}" for old, new in renamed.items())
-        raise SettingsError(f"settings were renamed: {changes} ({source}); write the new names")
+    """Refuse the keys of earlier releases, all in one message, and then the first unknown key."""
+    changes = [f"{key} is now {text}" for key, text in describe_old_keys(values).items() if key not in known_keys]
+    if changes:
+        raise SettingsError(
+            f"settings were renamed or removed: {'; '.join(changes)} ({source}); write the new names, and remove keys "
+            "that are constants now"
+        )
     _check_known(values, source, known_keys, "")
 
 

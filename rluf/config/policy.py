@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
-from rluf.config.base import SettingsSection, mapping_from_entries, split_at_last_colon
+from rluf.config.base import SettingsSection, refuse_list
 
 ALGORITHM_NAMES = (
     "grpo",
@@ -37,8 +37,8 @@ class ModelSettings(SettingsSection):
     path: str = "smollm2-135m-instruct"
     """Embedded name (smollm2-135m-instruct, tiny), Hugging Face folder, or hub id."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Compute dtype of engines and learners; master weights are always float32. auto: bfloat16 on GPUs and on CPUs with
-    bfloat16 instructions, else float32, which is several times as fast there."""
+    """Compute dtype of engines, learners and reward training; master weights are always float32. auto: bfloat16 on GPUs
+    and on CPUs with bfloat16 instructions, else float32, which is several times as fast there."""
     trust_remote_code: bool = False
     """Run Python code shipped with the model. Leave it off unless you trust the author."""
 
@@ -48,8 +48,6 @@ class RolloutSettings(SettingsSection):
 
     engines: int = Field(default=1, ge=1)
     """Rollout actors, one vLLM engine each."""
-    tensor_parallel: int = Field(default=1, ge=1)
-    """Tensor-parallel GPUs per engine."""
     max_prompt_tokens: int = Field(default=192, ge=8)
     """Maximum tokens of a rendered prompt; longer prompts are quarantined, never truncated."""
     max_response_tokens: int = Field(default=48, ge=1)
@@ -79,29 +77,22 @@ class AlgorithmSettings(SettingsSection):
     """Batch size 2: samples per prompt (the group size)."""
     micro_batch_tokens: int = Field(default=1024, ge=64)
     """Batch size 3: tokens of a packed micro-batch on one learner."""
-    topic_weights: dict[str, PositiveInt] = Field(default_factory=lambda: {"risky": 3})
+    topic_weights: Annotated[dict[str, PositiveInt], refuse_list("{risky: 3}")] = Field(
+        default_factory=lambda: {"risky": 3}
+    )
     """How often training prompts of a topic occur in one pass over the prompts; topics not listed occur once."""
     demonstrations: int = Field(default=3, ge=0)
     """Good logged responses, on topics of aggregation.topic_objectives, to imitate in step 1; the number then decays to
     0."""
-    clip_low: float = Field(default=0.2, gt=0, lt=1)
-    """Lower PPO clip: no gradient below a ratio of 1 - clip_low."""
-    clip_high: float = Field(default=0.2, gt=0)
-    """Upper PPO clip: no gradient above a ratio of 1 + clip_high."""
-    dual_clip: float | None = Field(default=None, gt=1)
-    """Dual clip c: bounds the PPO loss at c * |advantage| for negative advantages; none disables it."""
-    gae_lambda: float = Field(default=0.95, ge=0, le=1)
-    """GAE lambda of PPO's advantages (1: Monte Carlo return, 0: one-step TD error)."""
+    clip: PositiveFloat | tuple[PositiveFloat, PositiveFloat] = 0.2
+    """PPO clip, or [low, high] as DAPO's [0.2, 0.28]: no gradient below a ratio of 1 - low or above 1 + high."""
     kl_coef: float = Field(default=0.02, ge=0)
-    """KL penalty coefficient; kl_placement selects loss or reward."""
-    kl_placement: Literal["loss", "reward"] = "loss"
-    """loss: a loss term; reward: subtracted from the reward before advantages (k1, as in RLOO and REINFORCE++)."""
+    """KL penalty coefficient; 0 loads no reference policy."""
+    kl_penalty: Literal["k1", "k2", "k3", "reward"] = "k3"
+    """k1, k2 or k3: a loss term with that estimator (k2 has the on-policy gradient, k3 is GRPO's); reward: k1
+    subtracted from the reward before advantages (as in RLOO and REINFORCE++)."""
     kl_target: float | None = Field(default=None, gt=0)
     """Target KL in nats per token; kl_coef is adapted towards it after each step. none keeps kl_coef fixed."""
-    max_response_kl: float = Field(default=10.0, gt=0)
-    """Maximum KL of a response in nats; a response above it gets no reward (CGPO's crpg and crraft only)."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """KL estimator of the loss term (k2 has the on-policy gradient, k3 is GRPO's)."""
     importance_correction: Literal["token", "sequence", "mask", "sequence_mask", "off"] = "token"
     """Correction of the mismatch between engine and learner probabilities: truncate or mask ratios, per token or
     sequence."""
@@ -109,12 +100,26 @@ class AlgorithmSettings(SettingsSection):
     """Maximum ratio of learner to engine probability; mask also drops tokens below its inverse."""
     max_staleness: int = Field(default=0, ge=0)
     """Maximum lag of a batch in weight versions: 0 synchronous, 1 one step off-policy, more asynchronous."""
-    stale_policy: Literal["keep", "drop"] = "keep"
-    """Samples that exceed max_staleness: train on them (keep), or discard and resample (drop)."""
+    truncated: Literal["penalize", "mask", "learn"] = "penalize"
+    """Responses cut at rollout.max_response_tokens: penalize lowers their reward below that of the group's finished
+    ones, mask leaves them out of the loss, learn treats them as finished."""
     hacking_alarms: Literal["off", "warn", "act"] = "warn"
     """Reward-hacking alarms on each step: warn only logs; act also freezes love, rolls back a checkpoint, or stops."""
-    hacking_baseline_prompts: int = Field(default=64, ge=16)
-    """Training prompts sampled once from the base policy before the first step, as the baseline of the alarms."""
+
+    @property
+    def clip_low(self) -> float:
+        """Lower PPO clip: no gradient below a ratio of 1 - clip_low."""
+        return self.clip if isinstance(self.clip, float) else self.clip[0]
+
+    @property
+    def clip_high(self) -> float:
+        """Upper PPO clip: no gradient above a ratio of 1 + clip_high."""
+        return self.clip if isinstance(self.clip, float) else self.clip[1]
+
+    @property
+    def kl_estimator(self) -> str:
+        """Estimator of the KL that a step reports and, as a loss term, minimizes."""
+        return "k3" if self.kl_penalty == "reward" else self.kl_penalty
 
     @field_validator("name")
     @classmethod
@@ -130,11 +135,6 @@ class AlgorithmSettings(SettingsSection):
             raise ValueError(f"Input should be {', '.join(POLICY_LOSS_NAMES)} or module:function")
         return loss
 
-    @field_validator("topic_weights", mode="before")
-    @classmethod
-    def _refuse_entry_strings(cls, value: object) -> object:
-        return mapping_from_entries(value, split_at_last_colon)
-
 
 class LearnerSettings(SettingsSection):
     """DeepSpeed learner actors, one data-parallel rank each."""
@@ -147,10 +147,6 @@ class LearnerSettings(SettingsSection):
     """AdamW learning rate, constant after warm-up; 0 changes no weights (a control run)."""
     warmup_steps: int = Field(default=2, ge=0)
     """Optimizer steps of linear warm-up."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """AdamW weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradient clipping: maximum global norm."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     critic_learning_rate: float | None = Field(default=None, ge=0)
@@ -171,11 +167,14 @@ class WeightSyncSettings(SettingsSection):
     transport: Literal["shm", "nccl", "disk", "cuda_ipc", "lora"] = "shm"
     """shm: shared memory on one host; nccl: between GPUs; disk: a file system that all hosts share; cuda_ipc: learners
     and engines colocated on the same GPUs; lora: only the LoRA adapters, through run.cache."""
-    bucket_mib: int = Field(default=64, ge=1)
-    """Size of a weight bucket in MiB."""
     logprob_tolerance: float = Field(default=0.15, gt=0)
     """Maximum mean absolute logprob difference of engine and learner in nats per token; a larger one, or a sudden jump,
     stops the run."""
+
+    @property
+    def bucket_bytes(self) -> int:
+        """Size of a weight bucket, of which each side buffers one; a larger tensor has its own bucket."""
+        return (512 if self.transport in ("nccl", "cuda_ipc") else 64) << 20
 
     @field_validator("transport", mode="before")
     @classmethod

@@ -7,12 +7,10 @@ from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from rluf.config.base import SettingsSection, mapping_from_entries, split_at_last_colon
+from rluf.config.base import ActorCount, SettingsSection, refuse_list
 from rluf.config.objectives import ObjectiveSpec, describe_invalid_name, find_objective_spec
 
-WorkerCount = Annotated[int, Field(ge=1)]
-
-HEAD_SETTING_KEYS = ("loss", "margin", "pu_class_prior", "calibration", "debias")
+HEAD_SETTING_KEYS = ("loss", "debias")
 """Keys of a reward model section that stay per head when several heads share one backbone."""
 REACTION_HEADS = ("continued", "thumbs")
 """Heads of a shared backbone that are not objectives: labels in the reaction log next to love's."""
@@ -41,11 +39,26 @@ class EnsembleMemberSettings(SettingsSection):
     """What the member reads: the rendered conversation, or the response alone."""
 
 
-def _parse_member_string(entry: str) -> str:
-    """The mapping, as text, that replaces a member string `[backbone:]layers[:response]` of earlier releases."""
-    backbone, _, layers = entry.removesuffix(":response").rpartition(":")
-    parts = [f"backbone: {backbone}"] * bool(backbone) + [f"layers: {layers}"]
-    return f"{{{', '.join(parts + ['input: response'] * entry.endswith(':response'))}}}"
+class EnsembleSettings(SettingsSection):
+    """An ensemble of reward models; by default a single model with all layers."""
+
+    members: tuple[EnsembleMemberSettings, ...] = ()
+    """Ensemble members, such as [{layers: 12}, {backbone: minilm, layers: 6, input: response}]; empty means one model
+    with all layers. Members on another backbone, or of responses only, stay frozen and get a fitted head."""
+    shared_head: bool = False
+    """Fit one linear head on the concatenated features of all members instead of averaging one logit per member. Ranks
+    better on small data, but gives no ensemble spread. Requires epochs=0 and linear_probe=true."""
+
+    @field_validator("members", mode="before")
+    @classmethod
+    def _refuse_member_strings(cls, value: object) -> object:
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        if any(isinstance(entry, (int, str)) for entry in entries):
+            raise ValueError(
+                f"expected a list of mappings, got {value!r}; write one such as "
+                "[{layers: 12}, {backbone: minilm, layers: 6, input: response}]"
+            )
+        return value
 
 
 def describe_unusable_name(name: str) -> str | None:
@@ -66,58 +79,35 @@ class RewardModelSettings(SettingsSection):
     loss: Literal["bce", "focal", "nnpu", "hinge", "bradley_terry"] = "bce"
     """For reactions and labels: bce, focal (down-weights easy rows), nnpu (positive-unlabeled), hinge. For pairs:
     bradley_terry."""
-    margin: float = Field(default=0.0, ge=0)
-    """Target margin in logits: chosen over rejected (bradley_terry), or distance to the boundary (hinge, 0 means 1)."""
-    pu_class_prior: float = Field(default=0.2, gt=0, lt=1)
-    """Share of responses that are truly liked, with or without a reaction; used by loss nnpu only."""
-    members: tuple[EnsembleMemberSettings, ...] = ()
-    """Ensemble members, such as [{layers: 12}, {backbone: minilm, layers: 6, input: response}]; empty means one model
-    with all layers. Members on another backbone, or of responses only, stay frozen and get a fitted head."""
-    shared_head: bool = False
-    """Fit one linear head on the concatenated features of all members instead of averaging one logit per member. Ranks
-    better on small data, but gives no ensemble spread. Requires epochs=0 and linear_probe=true."""
+    ensemble: EnsembleSettings = EnsembleSettings()
+    """Members of an ensemble, and how they are combined."""
     linear_probe: bool = False
     """Start from a head fitted by regularized logistic regression on the frozen backbone; for small data."""
     read_at_next_turn: bool = False
     """Decoders only: append the user-turn header and read the hidden state there. Encoders in an ensemble ignore it; an
     encoder on its own refuses it."""
     max_tokens: int = Field(default=96, ge=8)
-    """Maximum tokens of the rendered conversation; the oldest text is truncated first."""
+    """Maximum tokens that the model reads. The oldest text of the conversation is left out first, down to a quarter of
+    the tokens, then the middle of the response."""
     epochs: int = Field(default=2, ge=0)
     """Passes over the training split; the epoch with the lowest dev log-loss is saved. 0 stops at the linear probe."""
-    patience: int = Field(default=2, ge=0)
-    """Epochs without a lower dev log-loss before training stops early; 0 disables early stopping."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak AdamW learning rate (linear warm-up over the first tenth, then linear decay)."""
-    weight_decay: float = Field(default=0.01, ge=0)
-    """AdamW weight decay."""
     batch_rows: int = Field(default=32, ge=1)
     """Rows (or pairs) per optimizer step, over all workers."""
     frozen_share: float = Field(default=0.5, ge=0, le=1)
     """Share of the layers, lowest first, that stays frozen together with the embeddings; 0 trains everything."""
     lora_rank: int = Field(default=0, ge=0)
     """Rank of LoRA adapters on the trained layers, merged into the checkpoint; 0 trains the full weights."""
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    """Dropout during training; replaces the backbone's own rate."""
-    calibration: Literal["platt", "temperature", "isotonic", "none"] = "platt"
-    """Calibration fitted on the dev split after prior correction; isotonic requires 1000 positive dev rows."""
-    debias: tuple[Literal["sign_offs", "propensity", "length", "users"], ...] = ()
-    """Nuisance factors to remove. sign_offs adds copies of rows with a farewell or an affectionate close and the same
-    label; propensity weights reactions by the inverse reaction rate; length and users (per-user reaction rate) are
-    fitted first as offsets and left out of the score."""
-
-    @field_validator("members", mode="before")
-    @classmethod
-    def _refuse_member_strings(cls, value: object) -> object:
-        entries = list(value) if isinstance(value, (list, tuple)) else [value]
-        if any(isinstance(entry, (int, str)) for entry in entries):
-            mappings = ", ".join(_parse_member_string(str(e)) if isinstance(e, (int, str)) else str(e) for e in entries)
-            raise ValueError(f"expected a list of mappings, got {value!r}; write [{mappings}]")
-        return value
+    debias: tuple[Literal["counterfactuals", "sign_offs", "propensity", "length", "users"], ...] = ()
+    """Nuisance factors to remove. counterfactuals (default of love and helpfulness) adds rows whose response does not
+    fit the prompt, is generic, echoes the user or is cut, labeled as worse; sign_offs adds copies of rows with a
+    farewell or an affectionate close and the same label; propensity weights reactions by the inverse reaction rate;
+    length and users (per-user reaction rate) are fitted first as offsets and left out of the score."""
 
     @property
     def member_specs(self) -> tuple[EnsembleMemberSpec, ...]:
-        """The models to train, in order; a single one with all layers when `members` is empty."""
+        """The models to train, in order; a single one with all layers when `ensemble.members` is empty."""
         return tuple(
             EnsembleMemberSpec(
                 backbone=member.backbone or self.backbone,
@@ -125,10 +115,10 @@ class RewardModelSettings(SettingsSection):
                 uses_section_backbone=member.backbone is None and member.input == "conversation",
                 response_only=member.input == "response",
             )
-            for member in self.members or (EnsembleMemberSettings(),)
+            for member in self.ensemble.members or (EnsembleMemberSettings(),)
         )
 
-    def shared_pass_depths(self, member: EnsembleMemberSpec) -> tuple[int, ...]:
+    def list_shared_pass_depths(self, member: EnsembleMemberSpec) -> tuple[int, ...]:
         """Layer counts at which one forward pass is read for `member` and for the members that share it, ascending.
 
         Only frozen backbones (a linear probe without epochs) share a pass; otherwise the result is the member's own.
@@ -154,9 +144,9 @@ class RewardSettings(SettingsSection):
     further_section: ClassVar[type[SettingsSection]] = RewardModelSettings
     __pydantic_extra__: dict[str, RewardModelSettings] = Field(init=False)
 
-    love: RewardModelSettings = RewardModelSettings()
+    love: RewardModelSettings = RewardModelSettings(debias=("counterfactuals",))
     """P[Love], trained on reactions."""
-    helpfulness: RewardModelSettings = RewardModelSettings(loss="bradley_terry")
+    helpfulness: RewardModelSettings = RewardModelSettings(loss="bradley_terry", debias=("counterfactuals",))
     """Helpfulness, trained on preference pairs."""
     safety: RewardModelSettings = RewardModelSettings(epochs=6)
     """Safety, trained on labels."""
@@ -166,18 +156,10 @@ class RewardSettings(SettingsSection):
     """Heads trained together on one backbone and scored by one forward pass; empty means one model per objective. The
     first head's section sets backbone, lengths, epochs and rates; loss, calibration and debias are per head (continued
     and thumbs use love's)."""
-    workers: WorkerCount | tuple[WorkerCount, WorkerCount] = 1
+    workers: ActorCount | tuple[ActorCount, ActorCount] = 1
     """Ray Train workers (data-parallel ranks) per reward model; [min, max] makes training elastic."""
     zero_stage: Literal[0, 1, 2, 3] = 0
     """DeepSpeed ZeRO stage of reward training."""
-    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Compute dtype of reward training (auto as in model.dtype); master weights are always float32. Scoring on CPUs is
-    always float32."""
-    retries: int = Field(default=1, ge=0)
-    """Restarts of failed training workers; they resume from the last checkpoint, saved once per minute (an ensemble
-    restarts with its first member)."""
-    scoring_batch_tokens: int = Field(default=8192, ge=128)
-    """Maximum tokens that a reward actor scores in one batch."""
 
     @property
     def by_objective(self) -> dict[str, RewardModelSettings]:
@@ -189,7 +171,7 @@ class RewardSettings(SettingsSection):
         """Number of workers when the cluster has room for all."""
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
-    def settings_for_head(self, head: str) -> RewardModelSettings:
+    def get_head_settings(self, head: str) -> RewardModelSettings:
         """Section that configures `head`: that of its objective, by default RewardModelSettings().
 
         continued and thumbs are reaction labels, so they use love's section.
@@ -198,10 +180,10 @@ class RewardSettings(SettingsSection):
             return self.love
         return self.by_objective.get(head) or RewardModelSettings()
 
-    def settings_on_shared_backbone(self, head: str, lead_head: str) -> RewardModelSettings:
+    def get_shared_backbone_settings(self, head: str, lead_head: str) -> RewardModelSettings:
         """Settings of `head` on a shared backbone: the section of `lead_head` with the head's own HEAD_SETTING_KEYS."""
-        head_settings = self.settings_for_head(head)
-        return self.settings_for_head(lead_head).model_copy(
+        head_settings = self.get_head_settings(head)
+        return self.get_head_settings(lead_head).model_copy(
             update={key: getattr(head_settings, key) for key in HEAD_SETTING_KEYS}
         )
 
@@ -212,20 +194,21 @@ class ObjectiveSettings(SettingsSection):
     weight: float = Field(default=0.0, ge=0)
     """Weight of the score normalized on the reference policy; 0 measures the objective without optimizing it."""
     source: Literal["model", "judge", "function", "serve"] = "model"
-    """model: a trained reward model; judge: the rule `judge`; function: your function `reward`; serve: a service of
-    rluf.serve at `path`."""
+    """Source of the scores: a trained reward model, a rule judge, your own function, or a service of rluf.serve."""
     path: str | None = None
-    """Reward model folder to use without training (source serve: URL of the service); none trains or reuses one."""
-    judge: str | None = None
-    """Rule judge when source is judge: a name of rluf.objectives.judges, or module:function."""
-    reward: str | None = None
-    """Reward function when source is function: module:function of a list of (messages, response) pairs that returns one
-    number each."""
+    """Source model: reward model folder to use without training; none trains or reuses one. Source judge: a name of
+    rluf.objectives.judges, or module:function. Source function: module:function of a list of (messages, response) pairs
+    that returns one number each. Source serve: URL of the service."""
     replicas: int = Field(default=1, ge=1)
     """Reward actors in this objective's pool."""
     gate: Literal["auto", "must_rise", "must_hold", "none"] = "auto"
     """Release gate: must_rise (lift clear of zero), must_hold (no clear fall) or none; auto: must_rise for love,
     must_hold for every other objective."""
+
+    @property
+    def rule_arguments(self) -> dict[str, str]:
+        """Arguments of rluf.objectives.judges.build_rule_scorer, for the sources judge and function."""
+        return {"judge" if self.source == "judge" else "reward": str(self.path)}
 
 
 class ObjectivesSettings(SettingsSection):
@@ -271,21 +254,18 @@ class AggregationSettings(SettingsSection):
     method: Literal["linear", "calibrated", "gdpo", "constrained"] = "linear"
     """linear: weighted sum of normalized scores; calibrated: of scores relative to the base policy's response (CGPO);
     gdpo: of per-objective advantages; constrained: under floors with PID-controlled multipliers."""
-    topic_objectives: dict[str, str] = Field(default_factory=lambda: {"risky": "safety"})
+    topic_objectives: Annotated[dict[str, str], refuse_list("{risky: safety}")] = Field(
+        default_factory=lambda: {"risky": "safety"}
+    )
     """Objective by topic: on prompts of the topic only that objective counts (CGPO's task split)."""
-    floors: dict[str, float] = Field(default_factory=dict)
+    floors: Annotated[dict[str, float], refuse_list("{safety: 0}")] = Field(default_factory=dict)
     """Floor by objective for method=constrained; a mean score in standard deviations of the reference policy."""
     gate_judges: tuple[str, ...] = ()
     """Rule judges (rluf.objectives.judges) used as gates: a failing response gets the lowest reward of its step."""
     uncertainty_penalty: float = Field(default=0.0, ge=0)
     """Ensemble standard deviations subtracted from the mean score (lower confidence bound); 0 uses the mean."""
 
-    @field_validator("topic_objectives", "floors", mode="before")
-    @classmethod
-    def _refuse_entry_strings(cls, value: object) -> object:
-        return mapping_from_entries(value, split_at_last_colon)
-
-    def weights_for_topic(self, objectives: ObjectivesSettings, topic: str) -> dict[str, float]:
+    def get_topic_weights(self, objectives: ObjectivesSettings, topic: str) -> dict[str, float]:
         """Weight of each objective on prompts of `topic`: the configured ones, or 1 for the topic's objective only."""
         owner = self.topic_objectives.get(topic)
         if owner is None:

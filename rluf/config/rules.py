@@ -6,15 +6,13 @@ Each rule returns None, or the message for the first violation that it finds.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from rluf.config.objectives import BUILTIN_OBJECTIVES, find_objective_spec
 from rluf.config.reward import REACTION_HEADS
 from rluf.config.run import READER_MODEL
-
-if TYPE_CHECKING:
-    from rluf.config.settings import Settings
+from rluf.config.tree import SettingsTree
 
 CGPO_ALGORITHMS = ("crpg", "crraft", "codpo")
 """Algorithms that expect calibrated rewards and bound the KL themselves."""
@@ -22,24 +20,12 @@ REINFORCE_LOSS_ALGORITHMS = ("rloo", *CGPO_ALGORITHMS, "kto")
 """Algorithms whose own loss is reinforce (see rluf.algorithms.registry)."""
 
 
-def check_objective_sources(settings: Settings) -> str | None:
-    """A judge or function needs a name and no model folder; a model needs neither; a service needs a URL."""
+def check_objective_sources(settings: SettingsTree) -> str | None:
+    """A judge or function needs a name, a service a URL, a model a folder or data."""
     for name, objective in settings.objectives.by_objective.items():
         key = f"objectives.{name}"
-        for source, field in (("judge", "judge"), ("function", "reward")):
-            value = getattr(objective, field)
-            if objective.source == source and value is None:
-                return f"{key}.source={source} needs {key}.{field} (now none); name one or set {key}.source=model"
-            if objective.source == source and objective.path is not None:
-                return (
-                    f"{key}.source={source} would leave {key}.path={objective.path} unused; "
-                    f"set {key}.path=null or {key}.source=model"
-                )
-            if objective.source != source and value is not None:
-                return (
-                    f"{key}.source={objective.source} would leave {key}.{field}={value} unused; "
-                    f"set {key}.{field}=null or {key}.source={source}"
-                )
+        if objective.source in ("judge", "function") and objective.path is None:
+            return f"{key}.source={objective.source} needs {key}.path (now none); name one or set {key}.source=model"
         if (objective.source == "serve") != (objective.path or "").startswith(("http://", "https://")):
             return (
                 f"{key}.source={objective.source} conflicts with {key}.path={objective.path}: source serve needs the "
@@ -51,13 +37,13 @@ def check_objective_sources(settings: Settings) -> str | None:
             similar_names = difflib.get_close_matches(name, BUILTIN_OBJECTIVES, 1)
             return (
                 f"{key} has no scores: set data.labels.{name} to labeled rows, {key}.path to a reward model folder, "
-                f"or {key}.source=judge and {key}.judge, or {key}.source=function and {key}.reward"
+                f"or {key}.source to judge or function and {key}.path to one"
                 + (f"; did you mean objectives.{similar_names[0]}?" if similar_names else "")
             )
     return None
 
 
-def check_objective_names(settings: Settings) -> str | None:
+def check_objective_names(settings: SettingsTree) -> str | None:
     """Sections and lists that name objectives name existing ones."""
     objectives = settings.objectives.by_objective
     names_by_key = {
@@ -87,7 +73,7 @@ def check_objective_names(settings: Settings) -> str | None:
     return None
 
 
-def check_topic_objectives(settings: Settings) -> str | None:
+def check_topic_objectives(settings: SettingsTree) -> str | None:
     """aggregation.topic_objectives names existing objectives."""
     objectives = settings.objectives.by_objective
     for topic, objective in settings.aggregation.topic_objectives.items():
@@ -99,14 +85,14 @@ def check_topic_objectives(settings: Settings) -> str | None:
     return None
 
 
-def check_objective_weights(settings: Settings) -> str | None:
+def check_objective_weights(settings: SettingsTree) -> str | None:
     """At least one objective has a weight."""
     if any(objective.weight > 0 for objective in settings.objectives.by_objective.values()):
         return None
     return "objectives.*.weight are all 0, so there is nothing to optimize; set at least one weight above 0"
 
 
-def check_aggregation(settings: Settings) -> str | None:
+def check_aggregation(settings: SettingsTree) -> str | None:
     """Floors require method=constrained and existing objectives; gdpo requires GRPO; CGPO requires calibrated."""
     objectives, algorithm = settings.objectives.by_objective, settings.algorithm.name
     method, floors = settings.aggregation.method, settings.aggregation.floors
@@ -132,7 +118,7 @@ def check_aggregation(settings: Settings) -> str | None:
     return None
 
 
-def check_kl(settings: Settings) -> str | None:
+def check_kl(settings: SettingsTree) -> str | None:
     """A KL target or a KL penalty in the reward needs a coefficient; CGPO and KTO bound the KL in another way."""
     algorithm = settings.algorithm
     if algorithm.kl_coef == 0 and algorithm.kl_target is not None:
@@ -140,20 +126,20 @@ def check_kl(settings: Settings) -> str | None:
             f"algorithm.kl_target={algorithm.kl_target:g} has no KL to control, as algorithm.kl_coef=0 loads no "
             "reference policy; set algorithm.kl_coef above 0 or algorithm.kl_target=null"
         )
-    if algorithm.kl_coef == 0 and algorithm.kl_placement == "reward":
+    if algorithm.kl_coef == 0 and algorithm.kl_penalty == "reward":
         return (
-            "algorithm.kl_placement=reward has no KL to subtract, as algorithm.kl_coef=0 loads no reference policy; "
-            "set algorithm.kl_coef above 0 or algorithm.kl_placement=loss"
+            "algorithm.kl_penalty=reward has no KL to subtract, as algorithm.kl_coef=0 loads no reference policy; "
+            "set algorithm.kl_coef above 0 or algorithm.kl_penalty=k3"
         )
-    if algorithm.kl_placement == "reward" and algorithm.name in (*CGPO_ALGORITHMS, "kto"):
+    if algorithm.kl_penalty == "reward" and algorithm.name in (*CGPO_ALGORITHMS, "kto"):
         return (
-            f"algorithm.kl_placement=reward conflicts with algorithm.name={algorithm.name}, which bounds the distance "
-            "to the reference policy itself; set algorithm.kl_placement=loss"
+            f"algorithm.kl_penalty=reward conflicts with algorithm.name={algorithm.name}, which bounds the distance "
+            "to the reference policy itself; set algorithm.kl_penalty=k3"
         )
     return None
 
 
-def check_critic(settings: Settings) -> str | None:
+def check_critic(settings: SettingsTree) -> str | None:
     """Only PPO has a critic."""
     name, rate = settings.algorithm.name, settings.learner.critic_learning_rate
     if rate is None or name == "ppo":
@@ -164,15 +150,10 @@ def check_critic(settings: Settings) -> str | None:
     )
 
 
-def check_policy_ratio(settings: Settings) -> str | None:
+def check_policy_ratio(settings: SettingsTree) -> str | None:
     """Settings of the policy ratio need a loss that has one."""
     algorithm = settings.algorithm
     loss = algorithm.loss or ("reinforce" if algorithm.name in REINFORCE_LOSS_ALGORITHMS else "ppo")
-    if algorithm.dual_clip is not None and loss not in ("ppo", "gspo"):
-        return (
-            f"algorithm.dual_clip={algorithm.dual_clip:g} bounds a clipped ratio, which algorithm.loss={loss} does not "
-            "have; set algorithm.dual_clip=null or algorithm.loss=ppo"
-        )
     # With stale samples the ratio's denominator is the engine's own logprob, so nothing is left to correct.
     if algorithm.max_staleness and loss != "reinforce" and algorithm.importance_correction not in ("token", "off"):
         return (
@@ -183,7 +164,7 @@ def check_policy_ratio(settings: Settings) -> str | None:
     return None
 
 
-def check_reward_losses(settings: Settings) -> str | None:
+def check_reward_losses(settings: SettingsTree) -> str | None:
     """Pairs train with bradley_terry, single responses with a loss of labels."""
     for name, model in settings.reward.by_objective.items():
         spec = find_objective_spec(name)
@@ -194,16 +175,10 @@ def check_reward_losses(settings: Settings) -> str | None:
                 f"reward.{name}.loss={model.loss} does not fit its data, {data}; set "
                 f"reward.{name}.loss={spec.default_loss}"
             )
-        # A pair gives the difference of two logits only, so no single logit has a label to calibrate against.
-        if has_pairs and model.calibration == "isotonic":
-            return (
-                f"reward.{name}.loss={model.loss} trains on differences, which reward.{name}.calibration=isotonic "
-                f"cannot calibrate; set reward.{name}.calibration=platt"
-            )
     return None
 
 
-def check_trained_parts(settings: Settings) -> str | None:
+def check_trained_parts(settings: SettingsTree) -> str | None:
     """Without epochs and linear probe the head would stay random; LoRA needs trained layers."""
     for name, model in settings.reward.by_objective.items():
         if model.epochs == 0 and not model.linear_probe:
@@ -220,7 +195,7 @@ def check_trained_parts(settings: Settings) -> str | None:
     return None
 
 
-def check_debias(settings: Settings) -> str | None:
+def check_debias(settings: SettingsTree) -> str | None:
     """users and propensity correct for who reacts, so they apply to reactions, not to raters' labels and pairs."""
     for name, model in settings.reward.by_objective.items():
         has_reactions = find_objective_spec(name).data_kind == "reactions"
@@ -233,54 +208,54 @@ def check_debias(settings: Settings) -> str | None:
     return None
 
 
-def check_members(settings: Settings) -> str | None:
+def check_members(settings: SettingsTree) -> str | None:
     """An ensemble's first member is on the section's own backbone; shared heads allow no other backbone."""
     shared_heads = settings.reward.shared_backbone_heads
     for name, model in settings.reward.by_objective.items():
         first_member = model.member_specs[0]
         if not first_member.uses_section_backbone:
             return (
-                f"reward.{name}.members starts with backbone {first_member.backbone}, but "
+                f"reward.{name}.ensemble.members starts with backbone {first_member.backbone}, but "
                 f"reward.{name}.backbone={model.backbone}; put a member without `backbone` and `input` first, or set "
                 f"reward.{name}.backbone to the other one"
             )
         # Heads share one forward pass, which a member on another backbone cannot use.
         foreign = [member for member in model.member_specs if not member.uses_section_backbone]
-        if foreign and shared_heads and model is settings.reward.settings_for_head(shared_heads[0]):
+        if foreign and shared_heads and model is settings.reward.get_head_settings(shared_heads[0]):
             return (
-                f"reward.shared_backbone_heads={list(shared_heads)} share one backbone, but reward.{name}.members "
-                f"adds {foreign[0].backbone} ({foreign[0].layers} layers); keep members without `backbone` and `input`"
-                " only, or set reward.shared_backbone_heads=[]"
+                f"reward.shared_backbone_heads={list(shared_heads)} share one backbone, but "
+                f"reward.{name}.ensemble.members adds {foreign[0].backbone} ({foreign[0].layers} layers); keep members "
+                "without `backbone` and `input` only, or set reward.shared_backbone_heads=[]"
             )
     return None
 
 
-def check_shared_head(settings: Settings) -> str | None:
+def check_shared_head(settings: SettingsTree) -> str | None:
     """One head over several members is fitted, not trained, and has no ensemble spread."""
     for name, model in settings.reward.by_objective.items():
-        if not model.shared_head:
+        if not model.ensemble.shared_head:
             continue
         member_count = len(model.member_specs)
         if member_count < 2:
             return (
-                f"reward.{name}.shared_head=true needs several members, but reward.{name}.members has {member_count}; "
-                f"add members, or set reward.{name}.shared_head=false"
+                f"reward.{name}.ensemble.shared_head=true needs several members, but reward.{name}.ensemble.members "
+                f"has {member_count}; add members, or set reward.{name}.ensemble.shared_head=false"
             )
         if model.epochs or not model.linear_probe:
             return (
-                f"reward.{name}.shared_head=true fits one head on frozen members, but reward.{name}.epochs="
+                f"reward.{name}.ensemble.shared_head=true fits one head on frozen members, but reward.{name}.epochs="
                 f"{model.epochs} and reward.{name}.linear_probe={str(model.linear_probe).lower()}; set epochs=0 and "
-                f"linear_probe=true, or reward.{name}.shared_head=false"
+                f"linear_probe=true, or reward.{name}.ensemble.shared_head=false"
             )
         if settings.aggregation.uncertainty_penalty:
             return (
                 f"aggregation.uncertainty_penalty={settings.aggregation.uncertainty_penalty:g} needs the spread of an "
-                f"ensemble, which reward.{name}.shared_head=true does not have; set one of them to its default"
+                f"ensemble, which reward.{name}.ensemble.shared_head=true does not have; set one of them to its default"
             )
     return None
 
 
-def check_shared_backbone(settings: Settings) -> str | None:
+def check_shared_backbone(settings: SettingsTree) -> str | None:
     """Shared heads are two or more, each once, and trained together; elastic workers exclude ZeRO."""
     reward = settings.reward
     heads = reward.shared_backbone_heads
@@ -305,7 +280,7 @@ def check_shared_backbone(settings: Settings) -> str | None:
     return None
 
 
-def check_reader_independence(settings: Settings) -> str | None:
+def check_reader_independence(settings: SettingsTree) -> str | None:
     """No reward model of a run stands on the model that judges the run for the simulated users.
 
     There is no setting to allow it: a policy trained on the judge's own features scores well whatever it says, so the
@@ -316,26 +291,21 @@ def check_reader_independence(settings: Settings) -> str | None:
     for name, model in settings.reward.by_objective.items():
         if any(READER_MODEL in member.backbone.lower() for member in model.member_specs):
             return (
-                f"reward.{name} uses backbone {READER_MODEL}, which is also the reader behind "
-                "evaluate.simulated_users=true: the run would be judged by its own reward features; set "
-                f"evaluate.simulated_users=false, or reward.{name}.backbone and members to another model such as minilm"
+                f"reward.{name} uses backbone {READER_MODEL}, which also reads for evaluate.simulated_users="
+                f"{settings.evaluate.simulated_users}: the run would be judged by its own reward features; set "
+                f"evaluate.simulated_users=0, or reward.{name}.backbone and members to another model such as minilm"
             )
     return None
 
 
-def check_tensor_parallel(settings: Settings) -> str | None:
-    """An engine with tensor parallelism n needs n GPUs."""
-    tensor_parallel, gpus = settings.rollout.tensor_parallel, settings.cluster.gpus_per_engine
-    if (tensor_parallel == 1 and gpus <= 1) or tensor_parallel == gpus:
-        return None
-    return (
-        f"rollout.tensor_parallel={tensor_parallel} needs cluster.gpus_per_engine={tensor_parallel} (now {gpus:g}); "
-        "set both to the same number"
-    )
-
-
-def check_gpu_shares(settings: Settings) -> str | None:
-    """A learner uses one GPU or none; a reward actor uses at most one."""
+def check_gpu_shares(settings: SettingsTree) -> str | None:
+    """An engine shares one GPU or has whole ones, a learner has one or none, a reward actor at most one."""
+    gpus_per_engine = settings.cluster.gpus_per_engine
+    if gpus_per_engine > 1 and gpus_per_engine != int(gpus_per_engine):
+        return (
+            f"cluster.gpus_per_engine={gpus_per_engine:g}: an engine shares one GPU or spans whole ones; set "
+            f"cluster.gpus_per_engine={math.ceil(gpus_per_engine)}"
+        )
     if settings.cluster.gpus_per_learner not in (0, 1) and settings.weight_sync.transport != "cuda_ipc":
         return (
             f"cluster.gpus_per_learner={settings.cluster.gpus_per_learner:g}: a learner runs on one GPU (1) or on the "
@@ -349,7 +319,7 @@ def check_gpu_shares(settings: Settings) -> str | None:
     return None
 
 
-def check_nccl(settings: Settings) -> str | None:
+def check_nccl(settings: SettingsTree) -> str | None:
     """NCCL needs a whole GPU on both sides."""
     cluster = settings.cluster
     # NCCL allows one rank per GPU, so a GPU cannot be shared by an engine and a learner.
@@ -362,7 +332,7 @@ def check_nccl(settings: Settings) -> str | None:
     )
 
 
-def check_colocation(settings: Settings) -> str | None:
+def check_colocation(settings: SettingsTree) -> str | None:
     """Colocated learners and engines: one of each per GPU, active in turn."""
     cluster, workers, engines = settings.cluster, settings.learner.workers, settings.rollout.engines
     if settings.weight_sync.transport != "cuda_ipc":
@@ -374,11 +344,11 @@ def check_colocation(settings: Settings) -> str | None:
             f"{gpu_shares[0]:g} and cluster.gpus_per_learner={gpu_shares[1]:g}; set both to 0.5 on GPUs, or "
             "weight_sync.transport=shm on CPUs"
         )
-    if workers != engines or settings.rollout.tensor_parallel > 1:
+    if workers != engines:
         return (
             f"weight_sync.transport=cuda_ipc places one learner and one engine on each GPU, but learner.workers="
-            f"{workers}, rollout.engines={engines} and rollout.tensor_parallel={settings.rollout.tensor_parallel}; set "
-            "the first two to the same number and the third to 1, or weight_sync.transport=nccl with separate GPUs"
+            f"{workers} and rollout.engines={engines}; set both to the same number, or weight_sync.transport=nccl with "
+            "separate GPUs"
         )
     if settings.algorithm.max_staleness:
         return (
@@ -398,7 +368,7 @@ def check_colocation(settings: Settings) -> str | None:
     return None
 
 
-def check_lora_sync(settings: Settings) -> str | None:
+def check_lora_sync(settings: SettingsTree) -> str | None:
     """Adapters can be synced only when adapters are trained."""
     if settings.weight_sync.transport != "lora" or settings.learner.lora_rank:
         return None
@@ -408,7 +378,7 @@ def check_lora_sync(settings: Settings) -> str | None:
     )
 
 
-def check_optimizer_offload(settings: Settings) -> str | None:
+def check_optimizer_offload(settings: SettingsTree) -> str | None:
     """Optimizer offload needs a GPU to offload from."""
     if not settings.learner.offload_optimizer or settings.cluster.gpus_per_learner > 0:
         return None
@@ -418,7 +388,7 @@ def check_optimizer_offload(settings: Settings) -> str | None:
     )
 
 
-def check_micro_batch(settings: Settings) -> str | None:
+def check_micro_batch(settings: SettingsTree) -> str | None:
     """The longest sample fits into one micro-batch."""
     rollout, micro_batch_tokens = settings.rollout, settings.algorithm.micro_batch_tokens
     max_sample_tokens = rollout.max_prompt_tokens + rollout.max_response_tokens
@@ -432,7 +402,7 @@ def check_micro_batch(settings: Settings) -> str | None:
     )
 
 
-def check_learner_workers(settings: Settings) -> str | None:
+def check_learner_workers(settings: SettingsTree) -> str | None:
     """Every learner gets at least one sample per step."""
     algorithm, workers = settings.algorithm, settings.learner.workers
     samples = algorithm.prompts_per_step * algorithm.samples_per_prompt
@@ -446,7 +416,7 @@ def check_learner_workers(settings: Settings) -> str | None:
     )
 
 
-def check_concurrency(settings: Settings) -> str | None:
+def check_concurrency(settings: SettingsTree) -> str | None:
     """A whole group fits into one engine at once."""
     group_size, concurrency = settings.algorithm.samples_per_prompt, settings.rollout.concurrency
     # Prompts are admitted as whole groups, so a larger group would never be admitted.
@@ -458,7 +428,7 @@ def check_concurrency(settings: Settings) -> str | None:
     )
 
 
-def check_checkpoint_upload_url(settings: Settings) -> str | None:
+def check_checkpoint_upload_url(settings: SettingsTree) -> str | None:
     """Checkpoints are uploaded to a URL; run.root is the setting for a folder."""
     url = settings.run.checkpoint_upload_url
     if url is None or "://" in url:
@@ -469,7 +439,7 @@ def check_checkpoint_upload_url(settings: Settings) -> str | None:
     )
 
 
-def check_split_shares(settings: Settings) -> str | None:
+def check_split_shares(settings: SettingsTree) -> str | None:
     """The training split is not empty."""
     prepare = settings.prepare
     if prepare.dev_share + prepare.test_share < 1:
@@ -480,14 +450,12 @@ def check_split_shares(settings: Settings) -> str | None:
     )
 
 
-def check_serve(settings: Settings) -> str | None:
+def check_serve(settings: SettingsTree) -> str | None:
     """The service's replica limits are ordered, and canary traffic has a candidate."""
     serve = settings.serve
-    if serve.min_replicas > serve.max_replicas:
-        return (
-            f"serve.min_replicas={serve.min_replicas} is more than serve.max_replicas={serve.max_replicas}; "
-            f"set serve.max_replicas={serve.min_replicas} or more"
-        )
+    min_replicas, max_replicas = serve.replica_limits
+    if min_replicas > max_replicas:
+        return f"serve.replicas={[min_replicas, max_replicas]} has its minimum above its maximum; set the smaller first"
     if serve.canary_share > 0 and serve.candidate is None:
         return (
             f"serve.canary_share={serve.canary_share:g} needs a candidate (serve.candidate=null); name the candidate's "
@@ -496,7 +464,7 @@ def check_serve(settings: Settings) -> str | None:
     return None
 
 
-SETTINGS_RULES: tuple[Callable[[Settings], str | None], ...] = (
+SETTINGS_RULES: tuple[Callable[[SettingsTree], str | None], ...] = (
     check_objective_sources,
     check_objective_names,
     check_objective_weights,
@@ -512,7 +480,6 @@ SETTINGS_RULES: tuple[Callable[[Settings], str | None], ...] = (
     check_shared_head,
     check_shared_backbone,
     check_reader_independence,
-    check_tensor_parallel,
     check_gpu_shares,
     check_nccl,
     check_colocation,
@@ -527,6 +494,6 @@ SETTINGS_RULES: tuple[Callable[[Settings], str | None], ...] = (
 )
 
 
-def first_violation(settings: Settings) -> str | None:
+def find_first_violation(settings: SettingsTree) -> str | None:
     """Message of the first violated rule; None when all hold."""
     return next((problem for rule in SETTINGS_RULES if (problem := rule(settings)) is not None), None)

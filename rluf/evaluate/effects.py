@@ -3,40 +3,33 @@
 Every function works along the last axis (users) and broadcasts over leading axes (experiments), so a simulation of
 2,000 A/A tests runs the same code as the analysis of a real experiment. Users are the independent unit throughout.
 
-Fixed-horizon tests. Ratio metrics: delta method (Deng, Knoblich, Lu 2018). Unequal variances: Welch (1947).
-Proportions: pooled two-sample test with Newcombe's hybrid score interval (1998, method 10). CUPED: Deng, Xu, Kohavi,
-Walker (2013).
-
-Always-valid tests hold at every look, so an experiment may be monitored and stopped at any time. The estimate of an
-experiment that gathers users behaves like Brownian motion in information time (1 / variance), and a normal mixture over
-the effect size gives a martingale: by Ville's inequality the probability that an interval ever misses the truth is at
-most alpha, whatever the number of looks. This is the mixture sequential probability ratio test (Robbins 1970; Johari,
-Koomen, Pekelis, Walsh 2017) and, in terms of n, the asymptotic confidence sequence of Waudby-Smith, Arbour, Sinha,
-Kennedy, Ramdas (2021), theorem 2.2. It is asymptotic: the first look needs enough users.
-
-Sample size (plan_experiment) is that of the two-sided normal test (statsmodels' NormalIndPower). Responses of one user
-are correlated, so the variance of a user's rate is p (1 - p) (1 + (m - 1) ICC) / m for m responses; CUPED reduces it by
-the squared correlation; always-valid intervals cost the squared ratio of the boundaries.
+Ratio metrics: delta method (Deng, Knoblich, Lu 2018) with the variance of ratio_variances(), which does not vanish in a
+small arm without hearts; with few carriers of the variance the quantiles of Student's t are replaced by those of
+re-randomized arms (Fisher's randomization test of the studentized difference: Chung, Romano 2013), whose error rate is
+alpha for any distribution. Lifts: Fieller's interval (1954), none where the control is not clear of zero. Proportions:
+pooled two-sample test with Newcombe's hybrid score interval (1998, method 10). CUPED: Deng, Xu, Kohavi, Walker (2013).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
 from scipy import stats
-from scipy.special import lambertw
 
-from rluf.errors import DataError, SettingsError
+from rluf.errors import DataError
 from rluf.evaluate.intervals import CONFIDENCE_LEVEL
 from rluf.utils.stats import Floats, wilson_interval
 
-MIN_USERS_PER_ARM = 100
-"""Minimum users in each arm at a look; with fewer the estimate is not close enough to normal for these intervals."""
+RERANDOMIZATION_COUNT = 1998
+"""Re-randomized arms; no multiple of 2 / 1,999 equals 0.05, so p and interval never disagree by a tie."""
+MIN_NORMAL_INFORMATION = 200.0
+"""Information in the smaller arm from which the estimate is close enough to normal for Student's t."""
+_CELLS_PER_CHUNK = 4_000_000
+"""Users times re-randomizations in memory at a time (32 MB)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +69,39 @@ class UserTotals:
 
 
 @dataclass(frozen=True, slots=True)
+class TestQuantiles:
+    """Quantiles of the studentized difference without an effect: `low` below zero, `high` above.
+
+    `sorted_statistics` [B] are those of re-randomized arms; None means Student's t.
+    """
+
+    low: Floats
+    high: Floats
+    sorted_statistics: Floats | None = None
+
+    def tail_shares(self, statistic: Floats, df: Floats) -> tuple[Floats, Floats]:
+        """P(T <= statistic) and P(T >= statistic) [...] without an effect."""
+        tails = stats.t.cdf(statistic, df), stats.t.sf(statistic, df)
+        if self.sorted_statistics is None:
+            return tails
+        count = len(self.sorted_statistics)
+        below = np.searchsorted(self.sorted_statistics, statistic, side="right")
+        above = count - np.searchsorted(self.sorted_statistics, statistic, side="left")
+        # Beyond all re-randomized arms only the resolution is known: Student's t decides below it.
+        shares = [
+            np.where(hits > 0, (hits + 1) / (count + 1), np.minimum(tail, 1 / (count + 1)))
+            for hits, tail in ((below, tails[0]), (above, tails[1]))
+        ]
+        return shares[0], shares[1]
+
+
+@dataclass(frozen=True, slots=True)
 class EffectEstimate:
     """Treatment minus control, all [...] (scalars as 0-d arrays). `error` is a standard error, `df` of Student's t.
 
-    `lift` is treatment over control minus 1 with its own interval (delta method on the log), nan where undefined.
+    `lift` is treatment over control minus 1 with Fieller's interval; nan where undefined. `control_variance`,
+    `treatment_variance` and `covariance` are those of the two means, `quantile_low` and `quantile_high` the quantiles
+    behind the intervals.
     """
 
     control: Floats
@@ -93,6 +115,11 @@ class EffectEstimate:
     lift: Floats
     lift_low: Floats
     lift_high: Floats
+    control_variance: Floats
+    treatment_variance: Floats
+    covariance: Floats
+    quantile_low: Floats
+    quantile_high: Floats
 
     def as_dict(self) -> dict[str, float]:
         """Plain numbers of a single experiment."""
@@ -104,20 +131,146 @@ def mean_effect(control: Floats, treatment: Floats, *, confidence: float = CONFI
 
     DataError for fewer than two users in an arm.
     """
-    if min(control.shape[-1], treatment.shape[-1]) < 2:
+    _check_user_counts(control.shape[-1], treatment.shape[-1])
+    user_counts = control.shape[-1], treatment.shape[-1]
+    variances = control.var(-1, ddof=1) / user_counts[0], treatment.var(-1, ddof=1) / user_counts[1]
+    df = _satterthwaite_df(variances, user_counts)
+    return _build_effect((control.mean(-1), treatment.mean(-1)), variances, df, confidence=confidence)
+
+
+def _check_user_counts(control_users: int, treatment_users: int) -> None:
+    if min(control_users, treatment_users) < 2:
         raise DataError(
-            f"expected 2 or more users in each arm, got {control.shape[-1]} in control and {treatment.shape[-1]} in "
+            f"expected 2 or more users in each arm, got {control_users} in control and {treatment_users} in "
             "treatment; collect more users"
         )
-    means = control.mean(-1), treatment.mean(-1)
-    user_counts = control.shape[-1], treatment.shape[-1]
-    mean_variances = control.var(-1, ddof=1) / user_counts[0], treatment.var(-1, ddof=1) / user_counts[1]
-    return _welch_effect(means, mean_variances, user_counts, confidence)
 
 
-def ratio_effect(control: UserTotals, treatment: UserTotals, *, confidence: float = CONFIDENCE_LEVEL) -> EffectEstimate:
-    """Difference of two ratios (love per response), clustered by user (delta method); Welch's test for counts of 1."""
-    return mean_effect(control.linearize(), treatment.linearize(), confidence=confidence)
+def ratio_effect(
+    control: UserTotals,
+    treatment: UserTotals,
+    *,
+    confidence: float = CONFIDENCE_LEVEL,
+    quantiles: TestQuantiles | None = None,
+) -> EffectEstimate:
+    """Difference of two ratios (love per response) of users [..., U] in separate arms; Student's t by default."""
+    _check_user_counts(control.user_count, treatment.user_count)
+    means = control.ratio, treatment.ratio
+    variances = ratio_variances(*(_residual_moments(totals) for totals in _center(control, treatment)))
+    df = _satterthwaite_df(variances, (control.user_count, treatment.user_count))
+    return _build_effect(means, variances, df, confidence=confidence, quantiles=quantiles)
+
+
+def _center(control: UserTotals, treatment: UserTotals) -> tuple[UserTotals, UserTotals]:
+    """Totals with the ratio of both arms together subtracted: sums become residuals."""
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratio = (control.sums.sum(-1) + treatment.sums.sum(-1)) / (control.counts.sum(-1) + treatment.counts.sum(-1))
+    ratio = ratio[..., None]
+    centered = [UserTotals(totals.sums - ratio * totals.counts, totals.counts) for totals in (control, treatment)]
+    return centered[0], centered[1]
+
+
+def _user_moments(centered: UserTotals) -> tuple[Floats, ...]:
+    """e, N, e^2, e N and N^2 of each user [..., U], for residuals e and counts N."""
+    e, n = centered.sums, centered.counts
+    return e, n, e * e, e * n, n * n
+
+
+def _residual_moments(centered: UserTotals) -> tuple[Floats, ...]:
+    """Number of users, and the sums over users [...] of _user_moments()."""
+    moments = [values.sum(-1) for values in _user_moments(centered)]
+    return np.full(moments[0].shape, float(centered.user_count)), *moments
+
+
+def ratio_variances(control: tuple[Floats, ...], treatment: tuple[Floats, ...]) -> tuple[Floats, Floats]:
+    """Variance [...] of the ratio of each arm, from the moments of _residual_moments().
+
+    The larger of two sums: the delta method within each arm, and the same with the residuals of both arms pooled, as
+    if there were no effect. A small arm with no heart has a variance of zero by the first alone, and its interval would
+    exclude any other rate.
+    """
+    moments = control, treatment
+    user_count = control[0] + treatment[0]
+    pooled_square = (control[3] + treatment[3]) / (user_count - 1.0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        within, pooled = [], []
+        for users, e, n, ee, en, nn in moments:
+            shift = e / n
+            within.append(users / (users - 1.0) * (ee - 2.0 * shift * en + shift**2 * nn) / n**2)
+            pooled.append(users * pooled_square / n**2)
+        use_pooled = sum(pooled) > sum(within)
+    variances = [np.where(use_pooled, second, first) for first, second in zip(within, pooled, strict=True)]
+    return variances[0], variances[1]
+
+
+def measure_information(control: UserTotals, treatment: UserTotals) -> float:
+    """Effective number of users of the smaller arm that carry the variance of a single experiment.
+
+    Kish's (sum e^2)^2 / sum e^4 over the residuals e of both arms, times the smaller arm's share of users: about the
+    number of users with a heart if hearts are rare, and few if some users are far more active than others.
+    """
+    squares = np.concatenate([totals.sums for totals in _center(control, treatment)]) ** 2
+    largest = squares.max(initial=0.0)
+    if largest <= 0.0:
+        return 0.0
+    share = min(control.user_count, treatment.user_count) / len(squares)
+    return float(share * squares.sum() ** 2 / np.square(squares / largest).sum() / largest**2)
+
+
+def rerandomize_quantiles(
+    arm_totals: Sequence[tuple[UserTotals, UserTotals]], *, confidence: float = CONFIDENCE_LEVEL, seed: int = 0
+) -> list[TestQuantiles]:
+    """Quantiles of the studentized difference of each metric (control, treatment) over re-randomized arms.
+
+    All metrics are of the same users, whose arms are permuted RERANDOMIZATION_COUNT times.
+    """
+    pooled = [
+        UserTotals(np.concatenate([control.sums, treatment.sums]), np.concatenate([control.counts, treatment.counts]))
+        for control, treatment in arm_totals
+    ]
+    treated_count = arm_totals[0][1].user_count
+    all_statistics = rerandomize_statistics(pooled, treated_count, count=RERANDOMIZATION_COUNT, seed=seed)
+    return [_select_quantiles(np.sort(statistics), confidence) for statistics in all_statistics]
+
+
+def rerandomize_statistics(
+    metric_totals: Sequence[UserTotals], treated_count: int, *, count: int, seed: int
+) -> list[Floats]:
+    """Studentized differences [count] of each metric, with `treated_count` of the users [U] treated at random."""
+    moments = []
+    for totals in metric_totals:
+        residuals = _center(totals, UserTotals(totals.sums[:0], totals.counts[:0]))[0]
+        moments.append(np.stack(_user_moments(residuals), axis=-1))
+    columns = np.concatenate(moments, axis=-1)
+    user_count = len(columns)
+    is_treated = np.arange(user_count) < treated_count
+    rng = np.random.default_rng(seed)
+    chunk_size = max(1, _CELLS_PER_CHUNK // user_count)
+    treated_sums = np.concatenate([
+        rng.permuted(np.tile(is_treated, (min(chunk_size, count - start), 1)), axis=1).astype(float) @ columns
+        for start in range(0, count, chunk_size)
+    ])  # fmt: skip
+    control_sums = columns.sum(0) - treated_sums
+    statistics = []
+    for first in range(0, columns.shape[-1], 5):
+        treated, control = (
+            (np.full(count, float(users)), *sums[:, first : first + 5].T)
+            for users, sums in ((treated_count, treated_sums), (user_count - treated_count, control_sums))
+        )
+        variances = ratio_variances(control, treated)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            values = (treated[1] / treated[2] - control[1] / control[2]) / np.sqrt(variances[0] + variances[1])
+        # No variance, or an arm without rows, is no evidence of an effect.
+        statistics.append(np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0))
+    return statistics
+
+
+def _select_quantiles(statistics: Floats, confidence: float) -> TestQuantiles:
+    # An interval excludes zero exactly when fewer than this many statistics are as extreme as the observed one.
+    count = len(statistics)
+    rank = min(max(math.floor((1.0 - confidence) / 2.0 * (count + 1)) - 1, 0), count - 1)
+    low, high = min(statistics[rank], 0.0), max(statistics[count - 1 - rank], 0.0)
+    return TestQuantiles(np.asarray(low), np.asarray(high), statistics)
 
 
 def crossed_effect(
@@ -135,58 +288,77 @@ def crossed_effect(
         )
     means = control.ratio, treatment.ratio
     with np.errstate(invalid="ignore", divide="ignore"):
-        absolute = [
+        # Linearized contributions, each already divided by the total count, so no division by U is left;
+        # U / (U - 1) makes the variances unbiased.
+        first, second = (
             (totals.sums - mean[..., None] * totals.counts) / totals.counts.sum(-1, keepdims=True)
             for totals, mean in zip((control, treatment), means, strict=True)
-        ]
-        relative = [residual / mean[..., None] for residual, mean in zip(absolute, means, strict=True)]
-        # Sum of squared linearized contributions, each already divided by the total count, so no division by U is left;
-        # U / (U - 1) makes the variance unbiased.
-        standard_errors = [
-            np.sqrt(user_count / (user_count - 1) * np.square(second - first).sum(-1))
-            for first, second in (absolute, relative)
-        ]
-    df = np.full(np.shape(standard_errors[0]), user_count - 1.0)
-    return _student_t_effect(means, standard_errors[0], standard_errors[1], df, confidence)
-
-
-def _welch_effect(
-    means: tuple[Floats, Floats], mean_variances: tuple[Floats, Floats], user_counts: tuple[int, int], confidence: float
-) -> EffectEstimate:
-    """Welch's effect from the means and their variances; for arms without variance p is 1 if equal, else 0."""
-    total = mean_variances[0] + mean_variances[1]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        df = total**2 / (mean_variances[0] ** 2 / (user_counts[0] - 1) + mean_variances[1] ** 2 / (user_counts[1] - 1))
-        # 0 / 0 when neither arm varies: fall back to the pooled degrees of freedom.
-        df = np.where(np.isfinite(df), df, sum(user_counts) - 2.0)
-        log_standard_error = np.sqrt(mean_variances[0] / means[0] ** 2 + mean_variances[1] / means[1] ** 2)
-    return _student_t_effect(means, np.sqrt(total), log_standard_error, df, confidence)
-
-
-def _student_t_effect(
-    means: tuple[Floats, Floats], standard_error: Floats, log_standard_error: Floats, df: Floats, confidence: float
-) -> EffectEstimate:
-    """Student's t on the difference, and on the log of the ratio for the lift."""
-    difference = means[1] - means[0]
-    with np.errstate(invalid="ignore", divide="ignore"):
-        p_value = np.where(
-            standard_error > 0.0, 2.0 * stats.t.sf(np.abs(difference) / standard_error, df), difference == 0.0
         )
-        quantile = stats.t.ppf(0.5 + confidence / 2.0, df)
-        positive = (means[0] > 0.0) & (means[1] > 0.0)
-        # The inner where keeps log() away from ratios that the outer where replaces by nan anyway.
-        log_ratio = np.where(positive, np.log(np.where(positive, means[1] / means[0], 1.0)), np.nan)
-    with np.errstate(invalid="ignore", over="ignore"):
-        # Sign 0 skips the margin: 0 * inf would turn a defined lift into nan.
-        lifts = [
-            np.expm1(log_ratio + sign * quantile * log_standard_error) if sign else np.expm1(log_ratio)
-            for sign in (0, -1, 1)
-        ]
+    correction = user_count / (user_count - 1)
+    variances = correction * np.square(first).sum(-1), correction * np.square(second).sum(-1)
+    covariance = correction * (first * second).sum(-1)
+    df = np.full(np.shape(covariance), user_count - 1.0)
+    return _build_effect(means, variances, df, covariance=covariance, confidence=confidence)
+
+
+def _satterthwaite_df(variances: tuple[Floats, Floats], user_counts: tuple[int, int]) -> Floats:
+    with np.errstate(invalid="ignore", divide="ignore"):
+        df = (variances[0] + variances[1]) ** 2 / (
+            variances[0] ** 2 / (user_counts[0] - 1) + variances[1] ** 2 / (user_counts[1] - 1)
+        )
+    # 0 / 0 when neither arm varies: fall back to the pooled degrees of freedom.
+    return np.where(np.isfinite(df), df, sum(user_counts) - 2.0)
+
+
+def _build_effect(
+    means: tuple[Floats, Floats],
+    variances: tuple[Floats, Floats],
+    df: Floats,
+    *,
+    confidence: float,
+    covariance: Floats | None = None,
+    quantiles: TestQuantiles | None = None,
+) -> EffectEstimate:
+    """Effect from means and their variances; p is 1 if the arms are equal and have no variance, else 0."""
+    covariance = np.zeros(np.shape(df)) if covariance is None else covariance
+    difference = means[1] - means[0]
+    if quantiles is None:
+        quantile = np.asarray(stats.t.ppf(0.5 + confidence / 2.0, df))
+        quantiles = TestQuantiles(-quantile, quantile)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        # Rounding may leave a tiny negative number when the arms are perfectly correlated.
+        error = np.sqrt(np.maximum(variances[0] + variances[1] - 2.0 * covariance, 0.0))
+        tails = quantiles.tail_shares(difference / error, df)
+        p_value = np.where(error > 0.0, np.minimum(1.0, 2.0 * np.minimum(*tails)), difference == 0.0)
+        lift = np.where(means[0] > 0.0, means[1] / means[0] - 1.0, np.nan)
+    lift_low = _fieller_limit(means, variances, covariance, quantiles.high, -1.0)
+    lift_high = _fieller_limit(means, variances, covariance, quantiles.low, 1.0)
+    # One limit alone would read as a proven lift.
+    has_limits = np.isfinite(lift_low) & np.isfinite(lift_high)
     return EffectEstimate(
-        control=means[0], treatment=means[1], difference=difference, error=standard_error, df=df, p=p_value,
-        low=difference - quantile * standard_error, high=difference + quantile * standard_error,
-        lift=lifts[0], lift_low=lifts[1], lift_high=lifts[2],
+        control=means[0], treatment=means[1], difference=difference, error=error, df=df, p=p_value,
+        low=difference - quantiles.high * error, high=difference - quantiles.low * error,
+        lift=lift, lift_low=np.where(has_limits, lift_low, np.nan), lift_high=np.where(has_limits, lift_high, np.nan),
+        control_variance=variances[0], treatment_variance=variances[1], covariance=covariance,
+        quantile_low=quantiles.low, quantile_high=quantiles.high,
     )  # fmt: skip
+
+
+def _fieller_limit(
+    means: tuple[Floats, Floats], variances: tuple[Floats, Floats], covariance: Floats, quantile: Floats, sign: float
+) -> Floats:
+    """Limit of the lift [...]: where m1 - ratio m0 lies `quantile` standard errors from zero (Fieller 1954).
+
+    nan where the control mean is not clear of zero: the set of ratios that the data allow is then unbounded.
+    """
+    square = np.square(quantile)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        a = means[0] ** 2 - square * variances[0]
+        b = means[0] * means[1] - square * covariance
+        c = means[1] ** 2 - square * variances[1]
+        ratio = (b + sign * np.sqrt(np.maximum(b**2 - a * c, 0.0))) / a
+    limit: Floats = np.where((a > 0.0) & (means[0] > 0.0), np.maximum(ratio, 0.0) - 1.0, np.nan)
+    return limit
 
 
 def proportion_effect(
@@ -215,7 +387,7 @@ def proportion_effect(
         log_ratio = np.where((k0 > 0) & (k1 > 0), np.log(p1 / p0), np.nan)
     low0, high0 = wilson_interval(k0, n0, confidence=confidence)
     low1, high1 = wilson_interval(k1, n1, confidence=confidence)
-    quantile = stats.norm.ppf(0.5 + confidence / 2.0)
+    quantile = np.asarray(stats.norm.ppf(0.5 + confidence / 2.0))
     return EffectEstimate(
         control=p0, treatment=p1, difference=difference, p=p_value, df=np.full(np.shape(p_value), np.inf),
         error=np.sqrt(p0 * (1.0 - p0) / n0 + p1 * (1.0 - p1) / n1),
@@ -223,29 +395,31 @@ def proportion_effect(
         high=difference + np.sqrt((high1 - p1) ** 2 + (p0 - low0) ** 2),
         lift=np.expm1(log_ratio), lift_low=np.expm1(log_ratio - quantile * log_error),
         lift_high=np.expm1(log_ratio + quantile * log_error),
+        control_variance=p0 * (1.0 - p0) / n0, treatment_variance=p1 * (1.0 - p1) / n1, covariance=np.zeros_like(p0),
+        quantile_low=-quantile, quantile_high=quantile,
     )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
-class CupedEffect:
-    """Effect after CUPED: `theta` [...] of the covariate, `correlation` [...] of values and covariate over users."""
+class CupedTotals:
+    """Totals after CUPED, control first; `theta` [...] of the covariate, `correlation` [...] with it over users."""
 
-    effect: EffectEstimate
+    totals: tuple[UserTotals, UserTotals]
     theta: Floats
     correlation: Floats
 
 
-def cuped_effect(
-    values: tuple[Floats, Floats], pre_period_values: tuple[Floats, Floats], *, confidence: float = CONFIDENCE_LEVEL
-) -> CupedEffect:
-    """Effect on per-user values [..., U] after regressing out the pre-period values [..., U]; control first.
+def cuped_totals(arm_totals: tuple[UserTotals, UserTotals], covariates: tuple[Floats, Floats]) -> CupedTotals:
+    """Totals with the pre-period covariate [..., U] regressed out of their sums; control first.
 
-    Y' = Y - theta (X - mean X) with theta = cov(X, Y) / var(X), both pooled within arms; the variance of the difference
-    falls by the squared correlation. X must predate the experiment: then it cannot carry any of the effect.
+    S' = S - mean(N) theta (X - mean X), so that ratios, variances and re-randomized arms work as without CUPED.
+    theta = cov(X, Y) / var(X) within arms, Y the linearized values; the variance of the difference falls by the squared
+    correlation. X must predate the experiment: then it cannot carry any of the effect.
     """
-    xx, xy, yy = (np.zeros(values[0].shape[:-1]) for _ in range(3))
+    xx, xy, yy = (np.zeros(arm_totals[0].sums.shape[:-1]) for _ in range(3))
     # Center within each arm: centering on the common mean would let the treatment effect leak into theta.
-    for y, x in zip(values, pre_period_values, strict=True):
+    for totals, x in zip(arm_totals, covariates, strict=True):
+        y = totals.linearize()
         centered_x, centered_y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
         xx = xx + np.square(centered_x).sum(-1)
         xy = xy + (centered_x * centered_y).sum(-1)
@@ -253,9 +427,13 @@ def cuped_effect(
     with np.errstate(invalid="ignore", divide="ignore"):
         theta = np.where(xx > 0.0, xy / xx, 0.0)
         correlation = np.where((xx > 0.0) & (yy > 0.0), xy / np.sqrt(xx * yy), 0.0)
-    center = np.concatenate(pre_period_values, axis=-1).mean(-1, keepdims=True)
-    adjusted = [y - theta[..., None] * (x - center) for y, x in zip(values, pre_period_values, strict=True)]
-    return CupedEffect(mean_effect(adjusted[0], adjusted[1], confidence=confidence), theta, correlation)
+    center = np.concatenate(covariates, axis=-1).mean(-1, keepdims=True)
+    mean_count = np.concatenate([totals.counts for totals in arm_totals], axis=-1).mean(-1, keepdims=True)
+    adjusted = [
+        UserTotals(totals.sums - mean_count * theta[..., None] * (x - center), totals.counts)
+        for totals, x in zip(arm_totals, covariates, strict=True)
+    ]
+    return CupedTotals((adjusted[0], adjusted[1]), theta, correlation)
 
 
 def pre_period_covariate(pre_period_totals: tuple[UserTotals, UserTotals]) -> tuple[Floats, Floats]:
@@ -298,153 +476,3 @@ def holm_adjust(p_values: ArrayLike) -> Floats:
     # The running maximum keeps adjusted p-values in the order of the raw ones.
     np.put_along_axis(adjusted, order, np.minimum(np.maximum.accumulate(scaled, axis=-1), 1.0), -1)
     return adjusted
-
-
-def mixture_variance(planned_variance: ArrayLike, alpha: float) -> Floats:
-    """Mixture variance tau^2 for which the always-valid interval is tightest at `planned_variance` [...].
-
-    The squared margin at variance V is V (1 + 1/x) log((1 + x) / alpha^2) with x = tau^2 / V; its minimum is where
-    log((1 + x) / alpha^2) = x, so 1 + x = -W(-alpha^2 / e) on the lower branch of Lambert's W.
-    """
-    if not 0.0 < alpha < 1.0:
-        raise DataError(f"expected a false-positive rate alpha between 0 and 1, got {alpha}; use for example 0.05")
-    best_ratio = -float(lambertw(-(alpha**2) / np.e, k=-1).real) - 1.0
-    tau: Floats = best_ratio * np.asarray(planned_variance, dtype=np.float64)
-    return tau
-
-
-def always_valid_margin(variance: ArrayLike, tau: ArrayLike, alpha: float) -> Floats:
-    """Half-width [...] of the interval at a look where the estimate has that `variance`; `tau` is the mixture's."""
-    v, mixture = np.asarray(variance, dtype=np.float64), np.asarray(tau, dtype=np.float64)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        squared = v * (v + mixture) / mixture * np.log((v + mixture) / (v * alpha**2))
-    # No variance yet means no information: the interval is unbounded rather than empty.
-    margin: Floats = np.where(v > 0.0, np.sqrt(squared), np.inf)
-    return margin
-
-
-def always_valid_p_values(difference: ArrayLike, variance: ArrayLike, tau: ArrayLike) -> Floats:
-    """Non-increasing p-values [..., looks]: at any look the probability of one at or below alpha is at most alpha.
-
-    The running minimum of 1 / likelihood ratio; below alpha exactly when an interval up to now has excluded zero.
-    """
-    d, v, mixture = (np.asarray(array, dtype=np.float64) for array in (difference, variance, tau))
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        log_ratio = 0.5 * np.log(v / (v + mixture)) + mixture * d**2 / (2.0 * v * (v + mixture))
-    log_ratio = np.where(v > 0.0, log_ratio, 0.0)
-    p_values: Floats = np.exp(-np.maximum.accumulate(np.maximum(log_ratio, 0.0), axis=-1))
-    return p_values
-
-
-def sequential_width_factor(alpha: float) -> float:
-    """Margin over standard error at the planned end (3.03 for alpha 0.05; a single look has 1.96)."""
-    return float(always_valid_margin(1.0, mixture_variance(1.0, alpha), alpha))
-
-
-DAYS_PER_WEEK = 7
-
-
-@dataclass(frozen=True, slots=True)
-class PowerQuery:
-    """Inputs of the planner.
-
-    `base_rate` is the love rate per response of the control, `lift` the relative change to detect, `responses` per user
-    during the experiment, `icc` the correlation of hearts on two responses within a user, `correlation` that of user
-    rates with the pre-period (0: no CUPED), `metrics` the number of metrics that share alpha (the first of Holm's
-    levels), `daily_users` new users per day over both arms, `treated` the share of users in the treatment arm.
-    """
-
-    base_rate: float
-    lift: float
-    responses: float = 1.0
-    icc: float = 0.0
-    correlation: float = 0.0
-    alpha: float = 0.05
-    power: float = 0.8
-    metrics: int = 1
-    treated: float = 0.5
-    daily_users: float | None = None
-
-
-def check_query(query: PowerQuery) -> None:
-    """Raise SettingsError that names an invalid value and its range."""
-    limits = (
-        ("base-rate", query.base_rate, 0.0, 1.0), ("alpha", query.alpha, 0.0, 1.0), ("power", query.power, 0.0, 1.0),
-        ("treated", query.treated, 0.0, 1.0),
-    )  # fmt: skip
-    for name, value, low, high in limits:
-        if not low < value < high:
-            raise SettingsError(f"--{name} {value:g} must be between {low:g} and {high:g}")
-    if query.lift == 0.0 or not 0.0 < query.base_rate * (1.0 + query.lift) < 1.0:
-        raise SettingsError(
-            f"--lift {query.lift:g} would move the rate from {query.base_rate:g} to "
-            f"{query.base_rate * (1 + query.lift):g}; choose a lift other than 0 with a rate between 0 and 1"
-        )
-    if query.responses < 1.0 or query.metrics < 1:
-        raise SettingsError(
-            f"--responses-per-user {query.responses:g} and the {query.metrics} metrics must be 1 or more"
-        )
-    if not 0.0 <= query.icc <= 1.0 or not -1.0 < query.correlation < 1.0:
-        raise SettingsError(f"--icc {query.icc:g} must be in [0, 1] and --correlation {query.correlation:g} in (-1, 1)")
-    if query.daily_users is not None and query.daily_users <= 0.0:
-        raise SettingsError(f"--daily-users {query.daily_users:g} must be above 0")
-
-
-def required_users(effect: float, variance: float, *, alpha: float, power: float, treated_share: float = 0.5) -> float:
-    """Users over both arms to detect a difference `effect` of means when the value of a user has that `variance`."""
-    from statsmodels.stats.power import NormalIndPower
-
-    treatment_ratio = treated_share / (1.0 - treated_share)
-    control_users: float = NormalIndPower().solve_power(
-        effect_size=abs(effect) / math.sqrt(variance), alpha=alpha, power=power, ratio=treatment_ratio
-    )
-    return control_users * (1.0 + treatment_ratio)
-
-
-def compute_design_effect(responses: float, icc: float) -> float:
-    """Factor by which correlated responses of a user inflate the variance: 1 + (m - 1) ICC (Kish 1965)."""
-    return 1.0 + (responses - 1.0) * icc
-
-
-def plan_experiment(query: PowerQuery) -> dict[str, Any]:
-    """Users and days for three designs: one look, one look with CUPED, always valid with CUPED.
-
-    Days are rounded up, and given in full weeks as well, because users differ by day of the week. SettingsError for
-    invalid inputs.
-    """
-    check_query(query)
-    alpha = query.alpha / query.metrics
-    rates = query.base_rate, query.base_rate * (1.0 + query.lift)
-    noise = sum(rate * (1.0 - rate) for rate in rates) / 2.0
-    variance = noise * compute_design_effect(query.responses, query.icc) / query.responses
-    # CUPED and sequential looks change the sample size in proportion to the variance and the squared boundary.
-    single = required_users(rates[1] - rates[0], variance, alpha=alpha, power=query.power, treated_share=query.treated)
-    adjusted = single * (1.0 - query.correlation**2)
-    z_power = float(stats.norm.ppf(query.power))
-    single_look_factor = float(stats.norm.isf(alpha / 2.0)) + z_power
-    inflation = ((sequential_width_factor(alpha) + z_power) / single_look_factor) ** 2
-    designs = {"one_look": single, "one_look_cuped": adjusted, "always_valid_cuped": adjusted * inflation}
-    return {
-        "question": asdict(query),
-        "rates": list(rates),
-        "alpha_each": alpha,
-        "design_effect": compute_design_effect(query.responses, query.icc),
-        "sequential_inflation": inflation,
-        "designs": {name: _design_cost(user_count, query) for name, user_count in designs.items()},
-    }
-
-
-def _design_cost(user_count: float, query: PowerQuery) -> dict[str, Any]:
-    # Whole users per arm first: rounding the total would leave the smaller arm short.
-    control = math.ceil(user_count * (1.0 - query.treated))
-    treated = math.ceil(user_count * query.treated)
-    total = control + treated
-    days = None if query.daily_users is None else math.ceil(total / query.daily_users)
-    weeks = None if days is None else math.ceil(days / DAYS_PER_WEEK)
-    return {
-        "control_users": control,
-        "treatment_users": treated,
-        "responses": math.ceil(total * query.responses),
-        "days": days,
-        "weeks": weeks,
-    }

@@ -1,34 +1,48 @@
-"""Event logs of an experiment: read served responses with their arm and reactions, and total them per user.
+"""Event logs of an experiment: served responses with their arm and reactions, and totals of them per user.
 
 Rows are FeedbackRecords (rluf.prepare.schema) with one more column that names the arm; only the columns that an
-experiment needs are read, so a log of millions of responses fits in memory. JSON lines (.gz too) and Parquet.
+experiment needs are read, so a log of millions of responses fits in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.json
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from rluf.errors import DataError
 from rluf.evaluate.effects import UserTotals
+from rluf.evaluate.event_columns import (
+    PLACEHOLDER_USERS,
+    Columns,
+    ColumnSource,
+    parse_numbers,
+    parse_reactions,
+    parse_texts,
+    parse_times,
+    read_columns,
+)
 from rluf.prepare.schema import LOVE_REACTION
 from rluf.utils.stats import Floats, Ints
 
 DEFAULT_ARM_COLUMNS = ("arm", "model_version")
 """Arm column when none is named: the first of these that the log has."""
-_TEXT_COLUMNS = ("id", "conversation_id", "user_id", "time", "reaction", *DEFAULT_ARM_COLUMNS)
-_FLAG_COLUMNS = ("continued", "returned")
+REACTION_COLUMNS = ("reaction", "reactions")
+SEGMENT_COLUMNS = ("topic", "locale")
 SECONDS_PER_DAY = 86_400.0
+MAX_MISSING_USER_SHARE = 0.05
+"""Maximum share of rows without a user id. They are dropped; with more of them the users are not those of the test."""
+MAX_USER_SHARE = 0.05
+"""A single user with more of the rows is named: it may be a placeholder that stands for many people."""
+_MIN_USERS_FOR_SHARE = 100
+_FLAG_COLUMNS = ("continued", "returned")
+_MAX_REACTION_METRICS = 20
+"""Reactions beyond love that become metrics, the commonest first: free text would give one column per row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +51,9 @@ class EventLog:
 
     `user_index`, `conversation_index` and `arm_index` [N] are indices (into `user_ids` and `arm_names`), `timestamps`
     [N] are seconds since 1970; `metric_values` maps a metric name to the value of each response [N], nan if missing.
-    `duplicate_count` rows were dropped.
+    `duplicate_count` rows were dropped, and `missing_user_count` rows without a user id. `reaction_counts` are the
+    rows with each reaction, `love_spellings` those that were read as love by the spelling of the log. `segments` maps
+    a column to an index [N] and its names. `notes` say what else the reader should know of the log.
     """
 
     user_index: Ints
@@ -48,122 +64,214 @@ class EventLog:
     timestamps: Floats
     metric_values: dict[str, Floats]
     duplicate_count: int
+    missing_user_count: int = 0
+    reaction_counts: dict[str, int] = field(default_factory=dict)
+    love_spellings: dict[str, int] = field(default_factory=dict)
+    segments: dict[str, tuple[Ints, tuple[str, ...]]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def is_yes_no(self, metric: str) -> bool:
+        """Whether all values of a metric are 0 or 1 (or missing)."""
+        values = self.metric_values[metric]
+        return bool((np.isnan(values) | (values == 0.0) | (values == 1.0)).all())
 
 
 def read_event_log(
-    paths: Sequence[Path], *, arm_column: str | None = None, metric_columns: Sequence[str] = ()
+    paths: Sequence[Path],
+    *,
+    arm_column: str | None = None,
+    metric_columns: Sequence[str] = (),
+    love_names: Sequence[str] = (),
 ) -> EventLog:
     """Read event logs; `metric_columns` are additional numeric or yes/no columns to test.
 
-    DataError when a file is missing, broken or empty, when a row lacks user, time or arm, or a column is absent.
+    `love_names` are the reactions that mean love (default: the usual spellings). DataError when a file is missing,
+    broken or empty, when a value is not understood, a row lacks time or arm, or a column is absent.
     """
-    tables = [_read_table(path, arm_column, metric_columns) for path in paths]
-    table = pa.concat_tables(tables, promote_options="permissive")
-    if table.num_rows == 0:
-        raise DataError(f"{', '.join(map(str, paths))}: no rows; expected a log with one served response per row")
-    arm_column = arm_column or next((name for name in DEFAULT_ARM_COLUMNS if _has_values(table, name)), "arm")
-    for column in ("user_id", "time", arm_column):
-        missing = table.num_rows if column not in table.column_names else table.column(column).null_count
-        if missing:
+    columns, available = _read_all(paths, arm_column, metric_columns)
+    source_path = paths[0]
+    arm_column = arm_column or next((name for name in DEFAULT_ARM_COLUMNS if _has_values(columns, name)), "arm")
+    arms = parse_texts(columns[arm_column], ColumnSource(source_path, arm_column))
+    for column in ("time", arm_column):
+        missing_count = sum(value is None for value in (arms if column == arm_column else columns[column]))
+        if missing_count:
             raise DataError(
-                f"{paths[0]}: {missing} of {table.num_rows} rows have no {column}; every row needs user_id, time and "
-                "its arm (--arm names the column)"
+                f"{source_path}: {missing_count} of {len(arms)} rows have no {column}; every row needs user_id, time "
+                "and its arm (--arm names the column)"
             )
-    row_count = table.num_rows
-    if _has_values(table, "id"):
-        table = _drop_duplicates(table)
+    user_ids = parse_texts(columns["user_id"], ColumnSource(source_path, "user_id"))
+    has_user = _select_rows_with_user(user_ids, source_path)
+    times = parse_times(columns["time"], ColumnSource(source_path, "time"))
+    notes: list[str] = []
+    is_first = _select_first_rows(columns, user_ids, arms, times, source_path, notes)
+    rows = np.flatnonzero(has_user & is_first)
     # A stable sort keeps rows of equal time in file order, so results do not depend on the sort algorithm.
-    order = np.argsort(_parse_timestamps(table.column("time"), paths[0]), kind="stable")
-    table = table.take(pa.array(order))
-    user_index, user_ids = _encode_column(table.column("user_id"))
-    arm_index, arm_names = _encode_column(table.column(arm_column))
-    if _has_values(table, "conversation_id"):
-        conversation_index = _encode_column(table.column("conversation_id"))[0]
-    else:
-        conversation_index = np.arange(len(user_index))
+    rows = rows[np.argsort(times[rows], kind="stable")]
+    user_index, user_names = _encode_values([user_ids[row] for row in rows])
+    arm_index, arm_names = _encode_values([arms[row] for row in rows])
+    conversation_index = np.arange(len(rows))
+    if _has_values(columns, "conversation_id"):
+        conversations = parse_texts(columns["conversation_id"], ColumnSource(source_path, "conversation_id"))
+        conversation_index = _encode_values([conversations[row] for row in rows])[0]
+    row_counts = np.bincount(user_index, minlength=len(user_names))
+    busiest = int(row_counts.argmax())
+    if len(user_names) >= _MIN_USERS_FOR_SHARE and row_counts[busiest] > MAX_USER_SHARE * len(rows):
+        notes.append(
+            f"user {user_names[busiest]!r} has {row_counts[busiest]} of {len(rows)} responses; if the id stands for "
+            "several people, remove these rows"
+        )
+    reaction_column = next((name for name in REACTION_COLUMNS if name in available), None)
+    reaction_values, rows_by_spelling = _read_reactions(columns, reaction_column, source_path, love_names)
+    values = reaction_values | _read_numbers(columns, source_path, metric_columns)
+    segments = {}
+    for name in (name for name in SEGMENT_COLUMNS if _has_values(columns, name)):
+        labels = parse_texts(columns[name], ColumnSource(source_path, name))
+        segments[name] = _encode_values([labels[row] or "missing" for row in rows])
     return EventLog(
-        user_index=user_index, user_ids=user_ids, arm_index=arm_index, arm_names=arm_names,
-        conversation_index=conversation_index, timestamps=_parse_timestamps(table.column("time"), paths[0]),
-        metric_values=_read_metric_values(table, metric_columns), duplicate_count=row_count - table.num_rows,
+        user_index=user_index, user_ids=user_names, arm_index=arm_index, arm_names=arm_names,
+        conversation_index=conversation_index, timestamps=times[rows],
+        metric_values={name: column_values[rows] for name, column_values in values.items()},
+        duplicate_count=int((has_user & ~is_first).sum()), missing_user_count=int((~has_user).sum()),
+        reaction_counts={name: int(column_values[rows].sum()) for name, column_values in reaction_values.items()},
+        love_spellings={name: int(np.isin(rows, spelled).sum()) for name, spelled in rows_by_spelling.items()},
+        segments=segments, notes=tuple(notes),
     )  # fmt: skip
 
 
-def _read_table(path: Path, arm_column: str | None, metric_columns: Sequence[str]) -> pa.Table:
-    columns = list(
-        dict.fromkeys([*_TEXT_COLUMNS, *_FLAG_COLUMNS, *metric_columns, *([arm_column] if arm_column else [])])
-    )
-    if not path.is_file():
-        raise DataError(f"{path} is not a file; expected JSON lines (.jsonl, .jsonl.gz) or .parquet")
-    try:
-        if path.suffix == ".parquet":
-            available = set(pq.read_schema(path).names)
-            return pq.read_table(path, columns=[name for name in columns if name in available])
-        # With an explicit schema only these columns are parsed, and a block of nulls does not infer another type.
-        column_types = {name: pa.string() for name in (*_TEXT_COLUMNS, *([arm_column] if arm_column else []))}
-        column_types |= {name: pa.bool_() for name in _FLAG_COLUMNS}
-        options = pyarrow.json.ParseOptions(
-            explicit_schema=pa.schema(list(column_types.items())),
-            unexpected_field_behavior="infer" if metric_columns else "ignore",
-        )
-        with pa.input_stream(str(path)) as stream:
-            table = pyarrow.json.read_json(stream, pyarrow.json.ReadOptions(block_size=2**24), parse_options=options)
-        return table.select([name for name in columns if name in table.column_names])
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: {error}; expected JSON lines or Parquet with one served response per row") from error
+def _read_all(paths: Sequence[Path], arm_column: str | None, metric_columns: Sequence[str]) -> tuple[Columns, set[str]]:
+    """All wanted columns of all files, None where a file lacks one, and the names that occur. DataError if empty."""
+    arm_columns = (arm_column,) if arm_column else DEFAULT_ARM_COLUMNS
+    names = list(dict.fromkeys([
+        "id", "conversation_id", "turn", "user_id", "time", *REACTION_COLUMNS, *_FLAG_COLUMNS, *SEGMENT_COLUMNS,
+        *arm_columns, *metric_columns,
+    ]))  # fmt: skip
+    merged: Columns = {name: [] for name in names}
+    all_available: set[str] = set()
+    for path in paths:
+        columns, available = read_columns(path, names)
+        row_count = max((len(values) for values in columns.values()), default=0)
+        for name in names:
+            merged[name] += columns.get(name, [None] * row_count)
+        all_available |= set(available)
+        for required, choices in (("user_id", ("user_id",)), ("time", ("time",)), ("arm", arm_columns)):
+            if available and not set(choices) & set(available):
+                hint = "--arm names the column of the arm" if required == "arm" else f"rename one of them {required}"
+                raise DataError(f"{path}: no column {' or '.join(choices)}; it has {', '.join(available)}; {hint}")
+    if not merged["time"]:
+        raise DataError(f"{', '.join(map(str, paths))}: no rows; expected a log with one served response per row")
+    return merged, all_available
 
 
-def _has_values(table: pa.Table, column: str) -> bool:
-    return column in table.column_names and table.column(column).null_count < table.num_rows
+def _has_values(columns: Columns, name: str) -> bool:
+    return any(value is not None and value != "" for value in columns.get(name, ()))
 
 
-def _drop_duplicates(table: pa.Table) -> pa.Table:
-    """The first row of each id; rows without an id are all retained."""
-    index, _ = _encode_column(table.column("id"))
-    is_first = np.zeros(len(index), dtype=bool)
-    is_first[np.unique(index, return_index=True)[1]] = True
-    return table.filter(pa.array(is_first | np.asarray(pc.is_null(table.column("id")))))
+def _encode_values(values: Sequence[str | None]) -> tuple[Ints, tuple[str, ...]]:
+    """Indices [N] into the distinct texts, in order of first occurrence; None is the empty text."""
+    positions: dict[str, int] = {}
+    index = [positions.setdefault(value or "", len(positions)) for value in values]
+    return np.array(index, dtype=np.int64), tuple(positions)
 
 
-def _encode_column(column: pa.ChunkedArray) -> tuple[Ints, tuple[str, ...]]:
-    """Indices [N] into the distinct texts of a column, in order of first occurrence; null is the empty text."""
-    encoded = pc.fill_null(pc.cast(column, pa.string()), "").combine_chunks().dictionary_encode()
-    return encoded.indices.to_numpy(zero_copy_only=False).astype(np.int64), tuple(encoded.dictionary.to_pylist())
-
-
-def _parse_timestamps(column: pa.ChunkedArray, path: Path) -> Floats:
-    """Seconds since 1970 [N]."""
-    try:
-        times = column if pa.types.is_timestamp(column.type) else pc.cast(column, pa.timestamp("us", tz="UTC"))
-    except pa.ArrowException as error:
+def _select_rows_with_user(user_ids: Sequence[str | None], path: Path) -> NDArray[np.bool_]:
+    """Mask [N] of the rows with a user id. DataError if more than MAX_MISSING_USER_SHARE lack one."""
+    has_user = np.array([value is not None and value.lower() not in PLACEHOLDER_USERS for value in user_ids], bool)
+    missing_count = int((~has_user).sum())
+    if missing_count > MAX_MISSING_USER_SHARE * len(has_user):
         raise DataError(
-            f"{path}: {error}; expected times with a time zone, such as 2026-01-31T12:00:00+00:00"
-        ) from error
-    seconds: Floats = pc.cast(pc.cast(times, pa.timestamp("us")), pa.int64()).to_numpy().astype(np.float64) / 1e6
-    return seconds
+            f"{path}: {missing_count} of {len(has_user)} rows have no user_id; every row needs user_id, time and its "
+            f"arm, and more than {MAX_MISSING_USER_SHARE:.0%} without a user cannot be dropped without bias"
+        )
+    return has_user
 
 
-def _read_metric_values(table: pa.Table, metric_columns: Sequence[str]) -> dict[str, Floats]:
-    """Value of each response [N] for each metric of the log."""
-    metric_values: dict[str, Floats] = {}
-    if "reaction" in table.column_names:
-        index, reactions = _encode_column(table.column("reaction"))
-        # The love reaction is always a metric: a log without any heart has a love rate of 0, not none.
-        for reaction in sorted({LOVE_REACTION, *reactions} - {""}):
-            has_reaction = index == reactions.index(reaction) if reaction in reactions else np.zeros(len(index))
-            metric_values[reaction] = has_reaction.astype(np.float64)
-    for column in dict.fromkeys((*_FLAG_COLUMNS, *metric_columns)):
-        if not _has_values(table, column):
-            if column in metric_columns:
-                raise DataError(f"column {column!r} of the log has no values; name another one with --column")
-            continue
-        try:
-            numbers = pc.cast(table.column(column), pa.float64())
-        except pa.ArrowException as error:
-            raise DataError(
-                f"column {column!r}: expected numbers or yes/no, got {table.column(column).type} ({error})"
-            ) from error
-        metric_values[column] = pc.fill_null(numbers, float("nan")).to_numpy()
-    return metric_values
+def _select_first_rows(
+    columns: Columns,
+    user_ids: Sequence[str | None],
+    arms: Sequence[str | None],
+    times: Floats,
+    path: Path,
+    notes: list[str],
+) -> NDArray[np.bool_]:
+    """Mask [N] of the rows that repeat no earlier one; appends to `notes` what cannot be decided.
+
+    With ids a repeat has the same id and user. Without ids, or for rows without one, it has the same user, time, arm,
+    conversation and turn. The same under another id stays, but is reported.
+    """
+    row_count = len(user_ids)
+    ids = parse_texts(columns["id"], ColumnSource(path, "id"))
+    details = list(zip(user_ids, times.tolist(), arms, map(str, columns["conversation_id"]), map(str, columns["turn"]),
+                       strict=True))  # fmt: skip
+    seen_ids: set[tuple[str | None, str | None]] = set()
+    seen_details: set[tuple[Any, ...]] = set()
+    is_first = np.ones(row_count, dtype=bool)
+    repeated_count = 0
+    for row, (response_id, user_id) in enumerate(zip(ids, user_ids, strict=True)):
+        is_repeat = details[row] in seen_details
+        if response_id is None:
+            is_first[row] = not is_repeat
+        elif (response_id, user_id) in seen_ids:
+            is_first[row] = False
+        elif is_repeat:
+            repeated_count += 1
+        seen_ids.add((response_id, user_id))
+        seen_details.add(details[row])
+    missing_count = sum(value is None for value in ids)
+    if missing_count:
+        notes.append(
+            f"{missing_count} rows have no id: of these, rows with the same user, time, arm, conversation and turn as "
+            "an earlier one count as duplicates"
+        )
+    if repeated_count:
+        notes.append(
+            f"{repeated_count} rows repeat user, time, arm, conversation and turn of an earlier row under another id "
+            "and count again; if they were sent twice, remove them"
+        )
+    present = [value for value in ids if value is not None]
+    shared = len({pair for pair in seen_ids if pair[0] is not None}) - len(set(present))
+    if shared:
+        notes.append(f"{shared} ids occur with more than one user, so they are not ids of responses")
+    return is_first
+
+
+def _read_reactions(
+    columns: Columns, column: str | None, path: Path, love_names: Sequence[str]
+) -> tuple[dict[str, Floats], dict[str, list[int]]]:
+    """1 or 0 for each row of the log and each reaction, and the rows of each spelling of love."""
+    if column is None:
+        if love_names:
+            raise DataError(f"{path}: no column {' or '.join(REACTION_COLUMNS)}, so --love has nothing to name")
+        return {}, {}
+    reactions = parse_reactions(columns[column], ColumnSource(path, column), love_names)
+    other_names = sorted(
+        reactions.rows_by_name.keys() - {LOVE_REACTION}, key=lambda name: -len(reactions.rows_by_name[name])
+    )
+    values = {}
+    # The love reaction is always a metric: a log without any heart has a love rate of 0, not none.
+    for name in (LOVE_REACTION, *other_names[:_MAX_REACTION_METRICS]):
+        values[name] = np.zeros(len(columns[column]))
+        values[name][reactions.rows_by_name.get(name, [])] = 1.0
+    return values, reactions.rows_by_spelling
+
+
+def _read_numbers(columns: Columns, path: Path, metric_columns: Sequence[str]) -> dict[str, Floats]:
+    """Value of each row of the log for each flag and each additional column."""
+    values = {}
+    for name in dict.fromkeys((*_FLAG_COLUMNS, *metric_columns)):
+        if _has_values(columns, name):
+            values[name] = parse_numbers(columns[name], ColumnSource(path, name), is_flag=name in _FLAG_COLUMNS)
+        elif name in metric_columns:
+            raise DataError(f"column {name!r} of the log has no values; name another one with --column")
+    return values
+
+
+def cap_values(events: EventLog, quantile: float) -> EventLog:
+    """The log with the numeric (not yes/no) values of each metric capped at their quantile over all rows."""
+    capped = {
+        name: values if events.is_yes_no(name) else np.minimum(values, np.nanquantile(values, quantile, method="lower"))
+        for name, values in events.metric_values.items()
+    }
+    return replace(events, metric_values=capped)
 
 
 def hash_to_unit_interval(user_id: str, salt: str) -> float:

@@ -204,9 +204,8 @@ def _score_with_actors(
     from ray.exceptions import RayError
 
     from cluster.connect import ray_connection
-    from rluf.config.settings import Settings
 
-    with ray_connection(Settings()) as resources:
+    with ray_connection() as resources:
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         gpu_count = int(resources.get("GPU", 0))

@@ -1,8 +1,8 @@
-"""Content of summary.json (results, monitors, facts of a run as one plain dictionary) and the release gates."""
+"""Content of summary.json: results, gates, monitors and facts of a run as one plain dictionary."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,83 +11,18 @@ from numpy.typing import NDArray
 
 from rluf.config.objectives import BUILTIN_OBJECTIVES, ObjectiveSpec, find_objective_spec
 from rluf.errors import DataError
-from rluf.evaluate.intervals import IntervalEstimate, clustered_mean, paired_bootstrap, relative_lift
+from rluf.evaluate.gates import GateEvidence, evaluate_gates
+from rluf.evaluate.intervals import IntervalEstimate
 from rluf.evaluate.monitors import MonitorSample, compare_monitors
+from rluf.evaluate.two_way import ArmValues, PolicyComparison, compare_arms
+from rluf.types import ALIGNED_ARM, BASE_ARM, CONTROL_ARM, REPEAT_ARM, PolicyAnswer, mean_token_entropy
 
-
-def is_clear_rise(lift: IntervalEstimate | None) -> bool:
-    """Whether the whole interval is above zero. An undefined lift has not risen."""
-    return lift is not None and lift.low > 0.0
-
-
-def is_not_clear_fall(lift: IntervalEstimate | None, margin: float) -> bool:
-    """Whether there is no significant fall, or one smaller than `margin` (relative). An undefined lift fails.
-
-    The first half is absence of evidence, not evidence of absence: with few users everything passes. `proven` in the
-    verdict shows where the interval also excludes a fall by the margin, which is non-inferiority proper.
-    """
-    return lift is not None and (lift.high >= 0.0 or lift.low >= -margin)
-
-
-def format_gate_rule(specs: Iterable[ObjectiveSpec]) -> str:
-    """The rule of the gates of these objectives in one sentence."""
-    rising = [spec.name for spec in specs if spec.gate == "must_rise"]
-    holding = [spec.name for spec in specs if spec.gate == "must_hold"]
-    clauses = []
-    if rising:
-        verb = "passes" if len(rising) == 1 else "pass"
-        clauses.append(f"{_join_names(rising)} {verb} if the interval of its lift is above zero")
-    if holding:
-        verb = "passes" if len(holding) == 1 else "pass"
-        clauses.append(
-            f"{_join_names(holding)} {verb} unless the interval is entirely below zero, and then still pass if it is "
-            "entirely above minus the margin"
-        )
-    return "; ".join([*clauses, "a monitor alarm turns a pass into a warning"])
-
-
-def _join_names(names: Sequence[str]) -> str:
-    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
-
-
-def evaluate_gates(
-    lifts: Mapping[str, IntervalEstimate | None],
-    *,
-    margin: float,
-    verdict_source: str,
-    alarm_names: Sequence[str],
-    specs: Mapping[str, ObjectiveSpec] = BUILTIN_OBJECTIVES,
-    check_sources: Mapping[str, str] | None = None,
-) -> dict[str, Any]:
-    """Gate checks and verdict of one comparison: pass, warn (passes, but with monitor alarms) or fail.
-
-    `lifts` are relative lifts by objective, `margin` is the largest relative fall that a must_hold objective may have,
-    `verdict_source` names whose reactions or scores the lifts are of, and `check_sources` another source for single
-    objectives. `specs` have the gate of each objective.
-    """
-    checks: list[dict[str, Any]] = []
-    gated_specs = [spec for spec in specs.values() if spec.gate != "none"]
-    for spec in sorted(gated_specs, key=lambda spec: spec.gate != "must_rise"):
-        if spec.name not in lifts:
-            continue
-        lift = lifts[spec.name]
-        if spec.gate == "must_rise":
-            criterion, passed = "up, clear of zero", is_clear_rise(lift)
-            proven = passed
-        else:
-            criterion, passed = f"not below, margin {margin:.0%}", is_not_clear_fall(lift, margin)
-            proven = lift is not None and lift.low >= -margin
-        checks.append({
-            "name": spec.name, "gate": spec.gate, "wanted": criterion, "passed": passed, "proven": proven,
-            "judged_by": (check_sources or {}).get(spec.name, verdict_source),
-            "lift": None if lift is None else lift.as_dict(),
-        })  # fmt: skip
-    # No objective at all is not a pass: nothing was shown.
-    passed = bool(checks) and all(check["passed"] for check in checks)
-    return {
-        "verdict": "fail" if not passed else "warn" if alarm_names else "pass", "judged_by": verdict_source,
-        "margin": margin, "rule": format_gate_rule(gated_specs), "checks": checks, "alarms": list(alarm_names),
-    }  # fmt: skip
+COMPARISONS = (
+    ("aligned_vs_base", "Aligned against base", BASE_ARM, ALIGNED_ARM),
+    ("aligned_vs_control", "Aligned against control: the base, sharpened to equal entropy", CONTROL_ARM, ALIGNED_ARM),
+    ("repeat_vs_base", "A/A: another draw of the base against base", BASE_ARM, REPEAT_ARM),
+)
+"""Key, title and both arms of the comparisons in summary.json; one without its arms is omitted."""
 
 
 class ArmReactions(Protocol):
@@ -116,11 +51,37 @@ class ArmReactions(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EvaluatedArm:
-    """One policy on the test prompts: samples, calibrated scores [N] by objective, user reactions if there are any."""
+    """One arm on the test prompts: its responses with calibrated scores, and reactions of new users if any."""
 
-    samples: Sequence[MonitorSample]
-    scores: Mapping[str, Sequence[float]]
+    answers: Sequence[PolicyAnswer]
     reactions: ArmReactions | None = None
+
+    @property
+    def monitor_samples(self) -> list[MonitorSample]:
+        """The responses as input of the monitors."""
+        return [
+            MonitorSample(
+                answer.prompt_id, answer.messages, answer.text, answer.tokens, answer.topic, answer.finish_reason,
+                None if answer.logprob is None else -answer.logprob,
+            )
+            for answer in self.answers
+        ]  # fmt: skip
+
+    @property
+    def truncated_share(self) -> float:
+        """Share of responses that were cut at the token limit."""
+        return float(np.mean([answer.finish_reason == "length" for answer in self.answers]))
+
+    def facts(self) -> dict[str, float | None]:
+        """Size and text statistics of the arm; `entropy` is in nats per token."""
+        return {
+            "prompts": len({answer.prompt_id for answer in self.answers}),
+            "responses": len(self.answers),
+            "users": 0 if self.reactions is None else len(np.unique(self.reactions.user)),
+            "tokens": float(np.mean([answer.tokens for answer in self.answers])),
+            "truncated_share": self.truncated_share,
+            "entropy": mean_token_entropy(self.answers),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,59 +104,44 @@ class RunFacts:
 
 
 def build_summary(
-    run_facts: RunFacts,
-    base_arm: EvaluatedArm,
-    aligned_arm: EvaluatedArm,
-    *,
-    resamples: int,
-    margin: float,
-    seed: int,
-    specs: Mapping[str, ObjectiveSpec] = BUILTIN_OBJECTIVES,
+    run_facts: RunFacts, arms: Mapping[str, EvaluatedArm], specs: Mapping[str, ObjectiveSpec] = BUILTIN_OBJECTIVES
 ) -> dict[str, Any]:
     """Build the content of summary.json. `specs` have the gates of the objectives.
 
-    With reactions in both arms: `love_rate`, `helpfulness`, `safety`, each {base, aligned, lift, lift_by_prompt}; base,
-    aligned and lift have 95% intervals clustered by user. lift_by_prompt (the same reactions) has one by a bootstrap
-    over prompts and shows whether the lift generalizes to other prompts. Always: `offline` with the reward models'
-    means on the same prompts. The gates use the users' lifts if there are any, else those of the reward models; an
-    objective that users do not judge is always checked on its own scores. A lift is null if it is undefined (base mean
-    not positive). DataError when an arm is empty or the arms' prompts differ.
+    `arms` are `base` and `aligned`, and optionally `base_repeat` (another draw of the base, the A/A test) and `control`
+    (the base at the entropy of aligned). With reactions in both: `love_rate`, `helpfulness`, `safety`, each {base,
+    aligned, difference, lift}. Always: `offline`, the same of the scores of reward models and judges, `comparisons`
+    with the lifts of every pair of arms, and `arms` with the facts of each. All 95% intervals are compare_arms'. The
+    gates use the users' verdicts if there are any, else the scores; an objective that users do not judge is always
+    checked on its own scores. A lift is null if it is undefined (a mean not positive). DataError when base or aligned
+    is empty or their prompts differ.
     """
-    for name, arm in (("base", base_arm), ("aligned", aligned_arm)):
-        if not arm.samples:
-            raise DataError(f"the {name} policy gave no responses to compare; set evaluate.prompts to 2 or more")
-    offline, lifts = _offline_results(base_arm, aligned_arm, resamples=resamples, seed=seed)
-    summary: dict[str, Any] = {"name": run_facts.name, "seed": run_facts.seed}
+    base_arm, aligned_arm = _require_paired_arms(arms)
+    offline = _compare_scores(base_arm, aligned_arm)
+    by_users = _compare_reactions(base_arm, aligned_arm)
     # Users decide if there are any: the reward models are what the policy was optimized against.
-    verdict_source, check_sources = "reward models", {}
-    if base_arm.reactions is not None and aligned_arm.reactions is not None:
-        online, user_lifts = _online_results(
-            base_arm, base_arm.reactions, aligned_arm, aligned_arm.reactions, resamples=resamples, seed=seed
-        )
-        check_sources = {name: verdict_source for name in lifts if find_objective_spec(name).simulated_verdict is None}
-        lifts = {**user_lifts, **{name: lifts[name] for name in check_sources}}
-        verdict_source = "simulated users"
-        summary |= online
-    monitors = compare_monitors(base_arm.samples, aligned_arm.samples)
+    compared = {**offline, **by_users}
+    judged_by = {name: "simulated users" if name in by_users else "reward models" for name in compared}
+    monitors = compare_monitors(base_arm.monitor_samples, aligned_arm.monitor_samples)
     alarm_names = [name for name, item in monitors["items"].items() if item["alarm"]]
-    summary |= {
-        "offline": offline,
-        "gates": evaluate_gates(
-            lifts,
-            margin=margin,
-            verdict_source=verdict_source,
-            alarm_names=alarm_names,
-            specs=specs,
-            check_sources=check_sources,
-        ),
-        "monitors": monitors,
-        "evaluated": {
-            "prompts": len({sample.prompt_id for sample in base_arm.samples}),
-            "responses": {"base": len(base_arm.samples), "aligned": len(aligned_arm.samples)},
-            "users": {
-                name: _count_users(arm.reactions) for name, arm in (("base", base_arm), ("aligned", aligned_arm))
-            },
+    evidence = GateEvidence(compared, judged_by, alarm_names, aligned_arm.truncated_share)
+    arm_facts = {name: arm.facts() for name, arm in arms.items()}
+    verdicts = {name: spec.simulated_verdict for name, spec in BUILTIN_OBJECTIVES.items()}
+    return {
+        "name": run_facts.name,
+        "seed": run_facts.seed,
+        **{
+            verdict.summary_key: _comparison_dict(by_users[name])
+            for name, verdict in verdicts.items()
+            if name in by_users and verdict is not None
         },
+        "offline": {
+            find_objective_spec(name).offline_key: _comparison_dict(comparison) for name, comparison in offline.items()
+        },
+        "gates": evaluate_gates(evidence, specs),
+        "comparisons": _list_comparisons(arms),
+        "arms": arm_facts,
+        "monitors": monitors,
         "phases": dict(run_facts.phase_seconds),
         "kl": run_facts.final_kl,
         "samples": run_facts.sample_count,
@@ -204,7 +150,21 @@ def build_summary(
         "reused": dict(run_facts.reused_artifacts),
         "reward_cards": {name: flatten_numbers(card) for name, card in run_facts.reward_cards.items()},
     }
-    return summary
+
+
+def _require_paired_arms(arms: Mapping[str, EvaluatedArm]) -> tuple[EvaluatedArm, EvaluatedArm]:
+    """Base and aligned. DataError when one has no responses or they answered different prompts."""
+    prompt_ids = []
+    for name in (BASE_ARM, ALIGNED_ARM):
+        if name not in arms or not arms[name].answers:
+            raise DataError(f"the {name} policy gave no responses to compare; set evaluate.prompts to 2 or more")
+        prompt_ids.append({answer.prompt_id for answer in arms[name].answers})
+    if unpaired := sorted(prompt_ids[0] ^ prompt_ids[1]):
+        raise DataError(
+            f"{len(unpaired)} prompts were answered by one arm only (first: {unpaired[0]}); evaluate both arms on the "
+            "same prompts"
+        )
+    return arms[BASE_ARM], arms[ALIGNED_ARM]
 
 
 def flatten_numbers(card: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -219,92 +179,55 @@ def flatten_numbers(card: Mapping[str, Any], prefix: str = "") -> dict[str, floa
     return numbers
 
 
-def _count_users(reactions: ArmReactions | None) -> int:
-    return 0 if reactions is None else len(np.unique(reactions.user))
+def _compare_scores(base_arm: EvaluatedArm, other_arm: EvaluatedArm) -> dict[str, PolicyComparison]:
+    """Comparison of the scores of reward models and judges, by objective."""
+    return {
+        objective: compare_arms(*(
+            ArmValues([answer.scores[objective] for answer in arm.answers], [a.prompt_id for a in arm.answers])
+            for arm in (base_arm, other_arm)
+        ))
+        for objective in base_arm.answers[0].scores
+    }  # fmt: skip
 
 
-def _online_results(
-    base_arm: EvaluatedArm,
-    base_reactions: ArmReactions,
-    aligned_arm: EvaluatedArm,
-    aligned_reactions: ArmReactions,
-    *,
-    resamples: int,
-    seed: int,
-) -> tuple[dict[str, Any], dict[str, IntervalEstimate | None]]:
-    summary: dict[str, Any] = {}
-    lifts: dict[str, IntervalEstimate | None] = {}
-    prompt_ids = [
-        np.asarray([sample.prompt_id for sample in arm.samples])[reactions.item]
-        for arm, reactions in ((base_arm, base_reactions), (aligned_arm, aligned_reactions))
+def _compare_reactions(base_arm: EvaluatedArm, other_arm: EvaluatedArm) -> dict[str, PolicyComparison]:
+    """Comparison of the users' verdicts by objective; empty without users in both arms."""
+    arm_reactions = [(arm, arm.reactions) for arm in (base_arm, other_arm) if arm.reactions is not None]
+    if len(arm_reactions) < 2:
+        return {}
+    prompts = [
+        np.asarray([answer.prompt_id for answer in arm.answers])[reactions.item] for arm, reactions in arm_reactions
     ]
-    # Users of the two arms are different people, so the lifts are unpaired; prompts are shared, hence lift_by_prompt.
-    for objective, spec in BUILTIN_OBJECTIVES.items():
-        verdict = spec.simulated_verdict
-        if verdict is None:
+    return {
+        objective: compare_arms(*(
+            ArmValues(getattr(reactions, spec.simulated_verdict.reaction_field), prompt_ids, reactions.user)
+            for (_, reactions), prompt_ids in zip(arm_reactions, prompts, strict=True)
+        ))
+        for objective, spec in BUILTIN_OBJECTIVES.items()
+        if spec.simulated_verdict is not None
+    }  # fmt: skip
+
+
+def _list_comparisons(arms: Mapping[str, EvaluatedArm]) -> dict[str, dict[str, Any]]:
+    """Lifts by objective of every pair of arms in COMPARISONS: by users if there are any, else by scores."""
+    comparisons = {}
+    for key, title, reference_name, arm_name in COMPARISONS:
+        if reference_name not in arms or arm_name not in arms:
             continue
-        base_values, aligned_values = (
-            np.asarray(getattr(reactions, verdict.reaction_field), dtype=np.float64)
-            for reactions in (base_reactions, aligned_reactions)
-        )
-        lifts[objective] = relative_lift(base_values, base_reactions.user, aligned_values, aligned_reactions.user)
-        lift_by_prompt = _lift_by_prompt(base_values, aligned_values, prompt_ids, resamples=resamples, seed=seed)
-        summary[verdict.summary_key] = {
-            "base": clustered_mean(base_values, base_reactions.user, is_rate=True).as_dict(),
-            "aligned": clustered_mean(aligned_values, aligned_reactions.user, is_rate=True).as_dict(),
-            "lift": _estimate_dict(lifts[objective]),
-            "lift_by_prompt": _estimate_dict(lift_by_prompt),
-        }
-    return summary, lifts
+        pair = arms[reference_name], arms[arm_name]
+        compared = {**_compare_scores(*pair), **_compare_reactions(*pair)}
+        lifts = {name: _estimate_dict(comparison.lift) for name, comparison in compared.items()}
+        comparisons[key] = {"title": title, "reference": reference_name, "arm": arm_name, "lifts": lifts}
+    return comparisons
 
 
-def _lift_by_prompt(
-    base_values: NDArray[np.float64],
-    aligned_values: NDArray[np.float64],
-    prompt_ids: Sequence[NDArray[Any]],
-    *,
-    resamples: int,
-    seed: int,
-) -> IntervalEstimate | None:
-    """Lift on the prompts that users of both arms read; None with fewer than two of them."""
-    # Users read random responses: with few users some prompts are read in one arm only.
-    shared_prompts = np.intersect1d(prompt_ids[0], prompt_ids[1])
-    if len(shared_prompts) < 2:
-        return None
-    base_rows, aligned_rows = (np.isin(labels, shared_prompts) for labels in prompt_ids)
-    return paired_bootstrap(
-        base_values[base_rows],
-        prompt_ids[0][base_rows],
-        aligned_values[aligned_rows],
-        prompt_ids[1][aligned_rows],
-        resamples=resamples,
-        seed=seed,
-    ).lift
-
-
-def _offline_results(
-    base_arm: EvaluatedArm, aligned_arm: EvaluatedArm, *, resamples: int, seed: int
-) -> tuple[dict[str, Any], dict[str, IntervalEstimate | None]]:
-    summary: dict[str, Any] = {}
-    lifts: dict[str, IntervalEstimate | None] = {}
-    prompt_ids = [[sample.prompt_id for sample in arm.samples] for arm in (base_arm, aligned_arm)]
-    for objective in base_arm.scores:
-        estimate = paired_bootstrap(
-            base_arm.scores[objective],
-            prompt_ids[0],
-            aligned_arm.scores[objective],
-            prompt_ids[1],
-            resamples=resamples,
-            seed=seed,
-        )
-        lifts[objective] = estimate.lift
-        summary[find_objective_spec(objective).offline_key] = {
-            "base": estimate.base.as_dict(),
-            "aligned": estimate.aligned.as_dict(),
-            "difference": estimate.difference.as_dict(),
-            "lift": _estimate_dict(estimate.lift),
-        }
-    return summary, lifts
+def _comparison_dict(comparison: PolicyComparison) -> dict[str, Any]:
+    return {
+        "base": comparison.base.as_dict(),
+        "aligned": comparison.aligned.as_dict(),
+        "difference": comparison.difference.as_dict(),
+        "lift": _estimate_dict(comparison.lift),
+    }
 
 
 def _estimate_dict(estimate: IntervalEstimate | None) -> dict[str, float] | None:

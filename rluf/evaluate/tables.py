@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-MAX_TABLE_LOOKS = 10
-"""Maximum number of looks in a table; of more looks, evenly spaced ones up to the last."""
-
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Format columns two spaces apart, the first aligned left and the others right; ends with a line break."""
@@ -36,86 +33,6 @@ def format_p_value(p_value: float) -> str:
 def format_interval(low: float | None, high: float | None, digits: int = 4) -> str:
     """Format [low, high]; None becomes a dash."""
     return "-" if low is None or high is None else f"[{low:+.{digits}f}, {high:+.{digits}f}]"
-
-
-def format_abtest_report(report: Mapping[str, Any]) -> str:
-    """Format the report of analyze_experiment()."""
-    srm, rows = report["srm"], []
-    for metric, result in report["metrics"].items():
-        effect, always_valid = result["cuped"] or result["effect"], result["always_valid"] or {}
-        lift_limits = f"[{format_percent(effect['lift_low'])}, {format_percent(effect['lift_high'])}]"
-        rows.append([
-            metric, f"{result['effect']['control']:.4f}", f"{result['effect']['treatment']:.4f}",
-            f"{effect['difference']:+.4f}", format_interval(effect["low"], effect["high"]),
-            f"{format_percent(effect['lift'])} {lift_limits}",
-            format_p_value(result["p"]), format_p_value(result["p_holm"]),
-            format_interval(always_valid.get("low"), always_valid.get("high")),
-            format_percent(-result["cuped"]["variance_cut"]) if result["cuped"] else "-",
-            "yes" if result["significant"] else "no",
-        ])  # fmt: skip
-    header = ["metric", "control", "treatment", "difference", "interval", "lift", "p", "p (Holm)", "always-valid",
-              "CUPED variance", "significant"]  # fmt: skip
-    sections = [
-        f"{report['control']} ({report['users'][0]} users, {report['responses'][0]} responses) vs "
-        f"{report['treatment']} ({report['users'][1]} users, {report['responses'][1]} responses), {report['start']} to "
-        f"{report['end']}",
-        f"sample ratio: p = {format_p_value(srm['p'])}, " + (
-            "matches the planned shares" if srm["ok"] else
-            "does NOT match the planned shares: the assignment or the log is broken, do not trust any figure below"),
-        f"users in both arms{'' if report['crossed'] else ', excluded'}: {report['crossed_users']}; duplicate rows: "
-        f"{report['duplicate_rows']}; pre-period: " + ("yes" if report["pre_period"] else "no, so no CUPED"),
-        "",
-        format_table(header, rows),
-    ]  # fmt: skip
-    sections += [_format_looks(metric, looks) for metric, looks in list(report["looks"].items())[:1]]
-    if "aa" in report:
-        sections.append(_format_aa_check(report["aa"]))
-    return "\n".join(sections) + "\n"
-
-
-def _format_looks(metric: str, looks: Sequence[Mapping[str, Any]]) -> str:
-    step = -(-len(looks) // MAX_TABLE_LOOKS)
-    # Step backwards from the end, so that the last look is always in the table.
-    selected_looks = [*looks[-1::-step]][::-1]
-    rows = [
-        [
-            look["time"],
-            str(look["users"]),
-            f"{look['difference']:+.4f}",
-            format_interval(look["low"], look["high"]),
-            format_p_value(look["p"]),
-        ]
-        for look in selected_looks
-    ]
-    return f"{metric}, sequential looks (these intervals are valid at all looks together):\n" + format_table(
-        ["until", "users", "difference", "always-valid", "p"], rows
-    )
-
-
-def _format_aa_check(aa_report: Mapping[str, Any]) -> str:
-    rows = [[metric, f"{rate:.1%}"] for metric, rate in aa_report["false_positives"].items()]
-    verdict = f"suspect: {', '.join(aa_report['suspect'])}" if aa_report["suspect"] else "all within the limits"
-    return (
-        f"A/A: {aa_report['splits']} random splits of {aa_report['users']} control users; limits of a valid test "
-        f"{aa_report['low']:.1%} to {aa_report['high']:.1%}: {verdict}\n"
-        + format_table(["metric", "false positives"], rows)
-    )
-
-
-def format_plan(plan: Mapping[str, Any]) -> str:
-    """Format the result of plan_experiment()."""
-    query = plan["question"]
-    rows = [
-        [name.replace("_", " "), f"{cost['control_users']:,}", f"{cost['treatment_users']:,}", f"{cost['responses']:,}",
-         "-" if cost["days"] is None else f"{cost['days']} days, {cost['weeks']} weeks"]
-        for name, cost in plan["designs"].items()
-    ]  # fmt: skip
-    return (
-        f"to detect a change from {plan['rates'][0]:.3%} to {plan['rates'][1]:.3%} (lift {query['lift']:+.1%}) with "
-        f"power {query['power']:.0%} at alpha {plan['alpha_each']:.3g}, {query['responses']:.1f} responses per user, "
-        f"design effect {plan['design_effect']:.2f}, pre-period correlation {query['correlation']:.2f}:\n\n"
-        + format_table(["design", "control users", "treatment users", "responses", "duration"], rows)
-    )
 
 
 def format_correlation_report(report: Mapping[str, Any]) -> str:

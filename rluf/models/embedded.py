@@ -8,16 +8,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rluf.errors import ModelError
-from rluf.utils.files import file_lock
+from rluf.utils.files import atomic_folder, file_lock
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -62,18 +60,9 @@ def _build_embedded_model(model_name: str, models_folder: Path) -> Path:
                 return target_folder
             for stale_folder in models_folder.glob(f".{model_name}-*"):
                 shutil.rmtree(stale_folder, ignore_errors=True)
-            temporary_folder = Path(tempfile.mkdtemp(prefix=f".{model_name}-", dir=models_folder))
-            try:
-                logger.info("model %s: building in %s (once)", model_name, target_folder)
-                with _hide_progress_bars():
-                    _EMBEDDED_MODEL_BUILDERS[model_name](temporary_folder)
-                # mkdtemp and safetensors make files private, but other users' actors may share the cache.
-                temporary_folder.chmod(0o755)
-                for model_file in temporary_folder.iterdir():
-                    model_file.chmod(0o644)
-                os.replace(temporary_folder, target_folder)
-            finally:
-                shutil.rmtree(temporary_folder, ignore_errors=True)
+            logger.info("model %s: building in %s (once)", model_name, target_folder)
+            with atomic_folder(target_folder, f"model {model_name}") as temporary_folder, _hide_progress_bars():
+                _EMBEDDED_MODEL_BUILDERS[model_name](temporary_folder)
     except OSError as error:
         raise ModelError(
             f"model {model_name} could not be built in {models_folder}: {error}; free some disk or set run.cache"

@@ -85,9 +85,7 @@ def _check_model_folder(folder: Path) -> Path:
     """`folder`, resolved, if it is a readable Hugging Face model; ModelError that lists the missing files otherwise."""
     if not folder.is_dir():
         raise ModelError(f"model {folder} is a file; name the folder with config.json and the safetensors")
-    missing_files = [
-        file_name for file_name in ("config.json", "tokenizer_config.json") if not (folder / file_name).is_file()
-    ]
+    missing_files = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
     if not any(folder.glob("*.safetensors")):
         missing_files.append("*.safetensors")
     if missing_files:

@@ -8,6 +8,7 @@ frozen on responses of the reference policy, so a weight has the same meaning th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, pstdev
@@ -22,6 +23,9 @@ PROBABILITY_CLIP = 1e-6
 PROPORTIONAL_GAIN = 1.0
 INTEGRAL_GAIN = 0.5
 DERIVATIVE_GAIN = 0.5
+TRUNCATION_PENALTY = 0.5
+"""Distance of a truncated response below the worst finished one of its group, in the unit of the rewards (standard
+deviations of the reference policy; with method calibrated half of the range)."""
 
 
 def compute_signal(score: Score, uncertainty_penalty: float = 0.0) -> float:
@@ -137,6 +141,8 @@ class GroupScores:
     topic: str
     signals: Mapping[str, Sequence[float]]
     gate_verdicts: Sequence[bool] = ()
+    finished: Sequence[bool] = ()
+    """Whether each response ended by itself; empty where truncation does not count."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +193,8 @@ class RewardAggregator:
     def aggregate(self, groups: Sequence[GroupScores], *, apply_gate: bool = True) -> StepRewards:
         """Rewards of a batch.
 
-        With `apply_gate`, a response that failed a judge gets the lowest reward of the step (0 with method calibrated).
+        Truncated responses get less than the finished ones of their group (`lower_truncated`). With `apply_gate`, a
+        response that failed a judge gets the lowest reward of the step (0 with method calibrated).
         Raises SettingsError when objectives and scores do not match.
         """
         objectives = list(groups[0].signals)
@@ -215,10 +222,16 @@ class RewardAggregator:
                 sum_weighted_signals(group.signals, group_weights, normalizer)
                 for group, group_weights in zip(groups, weights, strict=True)
             ]
+        if any(not all(group.finished) for group in groups):
+            rewards = [lower_truncated(row, group.finished) for row, group in zip(rewards, groups, strict=True)]
+            # The signals as well: gdpo computes advantages from them and not from the rewards.
+            normalized_signals = {
+                name: [lower_truncated(row, group.finished) for row, group in zip(rows, groups, strict=True)]
+                for name, rows in normalized_signals.items()
+            }
         if apply_gate:
             # Calibrated rewards lie in (0, 1), so 0 is below all of them.
             rewards = _gate_groups(rewards, groups, 0.0 if is_calibrated else min(map(min, rewards)))
-            # The signals as well: gdpo computes advantages from them and not from the rewards.
             normalized_signals = {
                 name: _gate_groups(group_signals, groups, min(map(min, group_signals)))
                 for name, group_signals in normalized_signals.items()
@@ -231,7 +244,7 @@ class RewardAggregator:
         """Weight of each objective on prompts of the topic; 0 for suspended objectives."""
         return {
             name: 0.0 if name in self.suspended_objectives else weight
-            for name, weight in self.aggregation.weights_for_topic(self.objectives, topic).items()
+            for name, weight in self.aggregation.get_topic_weights(self.objectives, topic).items()
         }
 
     def _compute_calibrated_rewards(self, group: GroupScores, weights: Mapping[str, float]) -> list[float]:
@@ -300,3 +313,18 @@ def apply_judge_gate(values: Sequence[float], verdicts: Sequence[bool], failed_v
     if not verdicts:
         return list(values)
     return [value if passed else failed_value for value, passed in zip(values, verdicts, strict=True)]
+
+
+def lower_truncated(values: Sequence[float], finished: Sequence[bool]) -> list[float]:
+    """Lower the value of each truncated response to TRUNCATION_PENALTY below the group's worst finished one.
+
+    min(own value, lowest finished value) - TRUNCATION_PENALTY: a reward model reads a cut text as if it had ended, so
+    its score must not outrank a finished response; among each other truncated responses keep an order by score. The
+    fixed distance is that of the overlong penalty of DAPO, arXiv 2503.14476, section 3.4, without its buffer. Without
+    `finished` nothing changes.
+    """
+    lowest = min((value for value, is_finished in zip(values, finished, strict=False) if is_finished), default=math.inf)
+    return [
+        value if is_finished else min(value, lowest) - TRUNCATION_PENALTY
+        for value, is_finished in zip(values, finished or [True] * len(values), strict=True)
+    ]

@@ -12,12 +12,11 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from rluf.errors import SettingsError
-from rluf.types import Message, Score
+from rluf.types import Message, Score, ScoringItem
 from rluf.utils.plugins import load_plugin
 
-ScoringItem = tuple[Sequence[Message], str]
 JudgeFunction = Callable[[Sequence[Message], str], bool]
-RewardFunction = Callable[[Sequence[ScoringItem]], Sequence[float]]
+RewardFunction = Callable[[Sequence[tuple[Sequence[Message], str]]], Sequence[float]]
 
 REFUSAL_PATTERN = re.compile(
     r"\b(i (can(no|')t|can not|am unable to|am not able to|won't|will not|must decline to)"
@@ -128,15 +127,15 @@ def load_judge(judge_name: str) -> JudgeFunction:
 
 
 def judge_responses(judge_names: Sequence[str], items: Sequence[ScoringItem]) -> tuple[bool, ...]:
-    """Whether each (messages, response) item passes all the named judges."""
+    """Whether each item passes all the named judges."""
     judges = [load_judge(name) for name in judge_names]
-    return tuple(all(judge(messages, response) for judge in judges) for messages, response in items)
+    return tuple(all(judge(item.messages, item.response) for judge in judges) for item in items)
 
 
 def build_rule_scorer(
     objective: str, judge: str | None = None, reward: str | None = None
 ) -> Callable[[Sequence[ScoringItem]], list[Score]]:
-    """Build a scoring function of (messages, response) items from a judge (1.0 for a pass, else 0.0) or a function.
+    """Build a scoring function of items from a judge (1.0 for a pass, else 0.0) or a function.
 
     `reward` is the module:function of a reward function. Raises SettingsError where it or the judge cannot be loaded.
     The scoring function raises SettingsError where a reward function does not return one finite number per item.
@@ -145,13 +144,13 @@ def build_rule_scorer(
         passes = load_judge(str(judge))
         return lambda items: [
             Score(objective, value, value, is_probability=False)
-            for value in (float(passes(messages, response)) for messages, response in items)
+            for value in (float(passes(item.messages, item.response)) for item in items)
         ]
     signature = "a function of a list of (messages, response) pairs that returns a list of numbers"
     function: RewardFunction = load_plugin(reward, kind="reward function", signature=signature)
 
     def score_items(items: Sequence[ScoringItem]) -> list[Score]:
-        values = [float(value) for value in function(items)]
+        values = [float(value) for value in function([(item.messages, item.response) for item in items])]
         if len(values) != len(items) or not all(map(math.isfinite, values)):
             raise SettingsError(
                 f"reward function {reward!r} of objective {objective}: expected one finite number for each of "

@@ -40,7 +40,7 @@ def run_build(settings: Settings, output_folder: Path) -> None:
     # Before Ray starts, so that a wrong path fails in milliseconds.
     for kind, entries in settings.data:
         resolve_sources(entries, kind)
-    with ray_connection(settings):
+    with ray_connection():
         build_data_set(settings, output_folder)
     logger.info("data set %s: written", output_folder)
 

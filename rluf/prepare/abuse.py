@@ -29,6 +29,8 @@ MAX_PROMPT_REPEATS = 20
 MIN_CROWD_USERS = 5
 """Number of users from which a shared prompt or response is tested as a group."""
 
+USER_ROW_CAP = 200
+"""Rows of a user that count in full; the rows of a user with more share this weight."""
 MAX_USERS_PER_DEVICE = 3
 """Users of one device that count in full (a family)."""
 
@@ -38,8 +40,7 @@ MINUTE_US = 60_000_000
 @dataclass(frozen=True, slots=True)
 class AbuseLog:
     """N rows: codes of user, near-duplicate prompt group, response text and device (-1: not in the log), time in
-    microseconds, whether loved, and whether the user created the persona that replied. `user_row_cap` rows of a user
-    count in full.
+    microseconds, whether loved, and whether the user created the persona that replied.
     """
 
     user_code: Ints
@@ -49,7 +50,6 @@ class AbuseLog:
     time_us: Ints
     loved: Bools
     own_persona: Bools
-    user_row_cap: int
 
 
 def _beta_binomial_log_pmf(trials: Floats, hits: Floats, alpha: float, beta: float) -> Floats:
@@ -278,7 +278,7 @@ def _shared_device_weight(log: AbuseLog) -> Floats:
 
 def _user_cap_weight(log: AbuseLog) -> Floats:
     """Users with more rows than the cap: their total weight is the cap."""
-    return np.minimum(1.0, log.user_row_cap / np.bincount(log.user_code)[log.user_code])
+    return np.minimum(1.0, USER_ROW_CAP / np.bincount(log.user_code)[log.user_code])
 
 
 ABUSE_RULES: dict[str, Callable[[AbuseLog], Floats]] = {

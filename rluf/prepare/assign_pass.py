@@ -41,7 +41,6 @@ class AssignTask:
     reaction_window_hours: float
     return_window_days: float
     abuse_rules: Sequence[str]
-    user_row_cap: int
     seed: int
 
 
@@ -255,7 +254,7 @@ def _build_abuse_log(task: AssignTask, table: pa.Table, loved: Bools) -> abuse.A
     return abuse.AbuseLog(
         user_code=user_code, prompt_group=prompt_group, response_code=response_code.astype(np.int64),
         device_code=device_code, time_us=_column_array(table, "time"), loved=loved,
-        own_persona=own_persona.to_numpy(zero_copy_only=False), user_row_cap=task.user_row_cap,
+        own_persona=own_persona.to_numpy(zero_copy_only=False),
     )  # fmt: skip
 
 
@@ -311,6 +310,7 @@ def assign_rows(task: AssignTask, source_paths: Mapping[int, str]) -> dict[str, 
     else:
         label = np.ones(table.num_rows, dtype=np.int64)
     statistics["topics"] = topic_statistics(table, decisions.keep_mask)
+    statistics["finish_reasons"] = finish_statistics(table, decisions.keep_mask)
     sampling, split_summaries = _sample_rows(task, table, split_code, label, decisions)
     decision_table = pa.table({
         "row_key": table["row_key"].combine_chunks(),
@@ -440,6 +440,15 @@ def love_statistics(
             "rows_below_one": int((trust_weight < 1).sum()),
         },
     }
+
+
+def finish_statistics(table: pa.Table, keep_mask: Bools) -> dict[str, int]:
+    """Retained rows before sampling by how the response (pairs: the chosen one) ended; unknown counts as finished."""
+    column = "finish_reason" if "finish_reason" in table.column_names else "chosen_finish_reason"
+    if column not in table.column_names:
+        return {}
+    counts = Counter(reason or "unknown" for reason in table[column].filter(pa.array(keep_mask)).to_pylist())
+    return dict(sorted(counts.items()))
 
 
 def topic_statistics(table: pa.Table, keep_mask: Bools) -> dict[str, int]:

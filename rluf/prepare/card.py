@@ -51,7 +51,7 @@ def count_rows_by_outcome(
 def build_love_section(statistics: Mapping[str, Any], quota: SamplingQuota) -> dict[str, Any]:
     """Natural love rates before sampling, weight removed by the abuse rules, sampling of train, and times of splits."""
     return {
-        **{name: value for name, value in statistics.items() if name != "topics"},
+        **{name: value for name, value in statistics.items() if name not in ("topics", "finish_reasons")},
         "sampling": {
             "loved": {"rows": quota.positives, "kept": quota.sampled_positives, "weight": quota.positive_weight},
             "unloved": {"rows": quota.negatives, "kept": quota.sampled_negatives, "weight": quota.negative_weight},
@@ -99,7 +99,8 @@ def build_data_card(
 ) -> dict[str, Any]:
     """The whole card. `split_summaries` have users (love), groups or prompts, and quotas; `statistics` are by kind.
 
-    `run_fields` are copied: created, seed, settings, sources, redacted. `topics` count rows before sampling.
+    `run_fields` are copied: created, seed, settings, sources, redacted. `topics` and `finish_reasons` count rows before
+    sampling.
     """
     splits: dict[str, dict[str, Any]] = defaultdict(dict)
     for summary in split_summaries:
@@ -116,6 +117,11 @@ def build_data_card(
             find_data_kind(kind).output_name: kind_statistics["topics"]
             for kind, kind_statistics in statistics.items()
             if "topics" in kind_statistics
+        },
+        "finish_reasons": {
+            find_data_kind(kind).output_name: kind_statistics["finish_reasons"]
+            for kind, kind_statistics in statistics.items()
+            if kind_statistics.get("finish_reasons")
         },
     }
     if "feedback" in statistics:

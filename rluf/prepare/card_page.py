@@ -20,9 +20,8 @@ PlotlyFigure = dict[str, Any]
 
 def write_card_page(card: Mapping[str, Any], folder: Path) -> Path:
     """Write the page of a card to `folder` and return its path. It needs no network and no other file."""
-    page = render_html_page(
-        "card.html.j2", package="rluf.prepare", figures=build_figures(card), **build_page_context(card)
-    )
+    context = {"package": "rluf.prepare", "figures": build_figures(card), **build_page_context(card)}
+    page = render_html_page("card.html.j2", **context)
     path = folder / CARD_PAGE_NAME
     path.write_text(page, encoding="utf-8")
     return path

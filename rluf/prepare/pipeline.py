@@ -33,15 +33,18 @@ from rluf.prepare.workspace import (
     group_row_counts,
     hash_inputs,
     open_workspace,
-    write_json_atomically,
 )
 from rluf.prepare.write_pass import WriteTask, list_output_splits, write_split_file
+from rluf.utils.files import write_json
 from rluf.utils.hashing import USER_SALT_VARIABLE, read_user_salt, salt_fingerprint
 
 logger = logging.getLogger(__name__)
 
 TaskExecutor = Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]]
 """Runs `run_task` on each row of a pass and returns the results, in any order."""
+
+MIN_READ_TASKS, MAX_READ_TASKS = 2, 32
+"""Limits of the tasks that read one kind of log: each of several tasks on one file decompresses all of it."""
 
 _WORKSPACE_LAYOUT = 2
 """Version of the files in the working folder: a job does not resume from the folder of another layout."""
@@ -54,7 +57,7 @@ _COMPRESSION_RATIO = 6
 
 _ASSIGN_SETTINGS = {
     "dev_share", "test_share", "positive_share", "max_rows", "reaction_window_hours", "return_window_days",
-    "abuse_rules", "user_row_cap",
+    "abuse_rules",
 }  # fmt: skip
 """Settings of prepare that are fields of AssignTask by the same name."""
 
@@ -78,7 +81,7 @@ def build_data_set(
         raise DataError("data.reactions has nothing to join: data.feedback is empty; name the log of the responses")
     if settings.prepare.columns:
         build_column_reader(settings.prepare.columns)  # raises for a wrong field name before any work starts
-    previous_card = _load_previous_card(settings, output_folder)
+    previous_card = _load_previous_card(output_folder)
     inputs = {
         "files": fingerprint_sources(sources), "data": settings.data.model_dump(mode="json"),
         "prepare": settings.prepare.model_dump(mode="json", exclude={"output"}), "seed": settings.seed,
@@ -92,13 +95,10 @@ def build_data_set(
     return card
 
 
-def _load_previous_card(settings: Settings, output_folder: Path) -> dict[str, Any]:
-    """Card to compare with: that of prepare.previous_dataset, else of the data set to replace; empty without one."""
-    previous_dataset = settings.prepare.previous_dataset
-    path = (Path(previous_dataset).expanduser() if previous_dataset else output_folder) / CARD_FILE_NAME
+def _load_previous_card(output_folder: Path) -> dict[str, Any]:
+    """Card to compare with: that of the data set to replace; empty without one."""
+    path = output_folder / CARD_FILE_NAME
     if not path.is_file():
-        if previous_dataset:
-            raise DataError(f"prepare.previous_dataset={previous_dataset} has no {CARD_FILE_NAME}; name a data set")
         return {}
     try:
         card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -119,7 +119,8 @@ def _run_passes(
     # A resumed job uses the clock of the first one, so that both reject the same future times.
     current_time = workspace.load_or_store("now", datetime.now(UTC).isoformat())
     erasure_marks = previous_card.get("forgotten", [])
-    validate_tasks = _build_validate_tasks(settings, sources, workspace, current_time, erasure_marks)
+    read_task_count = workspace.load_or_store("read_tasks", _count_read_tasks())
+    validate_tasks = _build_validate_tasks(settings, sources, workspace, current_time, erasure_marks, read_task_count)
     validate_results = _run_pass(workspace, task_executor, "validate", validate_tasks)
     row_counts = _collect_row_counts(validate_results)
     _check_not_empty(row_counts, sources)
@@ -164,19 +165,28 @@ def _run_passes(
     return card
 
 
+def _count_read_tasks() -> int:
+    """CPUs of the Ray cluster: how many tasks may read a log at once."""
+    import ray
+
+    cpu_count = int(ray.cluster_resources().get("CPU", 0)) if ray.is_initialized() else 0
+    return min(max(cpu_count, MIN_READ_TASKS), MAX_READ_TASKS)
+
+
 def _build_validate_tasks(
     settings: Settings,
     sources: Sequence[LogSource],
     workspace: PrepareWorkspace,
     current_time: str,
     erasure_marks: Sequence[str],
+    read_task_count: int,
 ) -> list[dict[str, Any]]:
-    """Tasks of the first pass; a file is read in several stripes if there are fewer files than blocks."""
+    """Tasks of the first pass; files are read in several stripes if there are fewer of them than `read_task_count`."""
     prepare, bucket_count = settings.prepare, _count_buckets(sources)
     files_of_kind = Counter(source.kind_name for source in sources)
     tasks = []
     for source_index, source in enumerate(sources):
-        stripe_count = max(1, -(-prepare.ray_data_blocks // files_of_kind[source.kind_name]))
+        stripe_count = max(1, -(-read_task_count // files_of_kind[source.kind_name]))
         for stripe_index in range(stripe_count):
             task = ValidateTask(
                 work_folder=str(workspace.root), kind_name=source.kind_name, source_path=source.location,
@@ -307,7 +317,7 @@ def run_task(task_row: Mapping[str, Any]) -> list[dict[str, Any]]:
     else:
         result = write_split_file(WriteTask(**fields))
     result_json = json.dumps(result, default=_to_json_value)
-    write_json_atomically(Path(task_row["done"]), json.loads(result_json))
+    write_json(Path(task_row["done"]), json.loads(result_json))
     return [{"part": task_row["part"], "result": result_json}]
 
 

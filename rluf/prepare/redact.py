@@ -31,6 +31,13 @@ _NOT_PHONE_PATTERN = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}|\d+\.\d+")
 _PHONE_REGIONS = ("US", "GB", "DE", "FR", "IN")
 """Countries whose numbers are also recognized without their +code."""
 _PRIVATE_KEY_PATTERN = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)")
+_KEY_DETECTORS = (
+    "AWSKeyDetector", "AzureStorageKeyDetector", "BasicAuthDetector", "DiscordBotTokenDetector", "GitHubTokenDetector",
+    "GitLabTokenDetector", "JwtTokenDetector", "MailchimpDetector", "NpmDetector", "OpenAIDetector",
+    "PypiTokenDetector", "SendGridDetector", "SlackDetector", "SquareOAuthDetector", "StripeDetector",
+    "TelegramBotTokenDetector", "TwilioKeyDetector",
+)  # fmt: skip
+"""Classes of detect-secrets that know a format; those that judge by entropy or key words are left out."""
 _PREFILTER_PATTERN = (
     r"@|\d(?:[ ().\-/]{0,2}\d){6}|[A-Z]{2}\d{2} ?[A-Z0-9]{2}|\d\.\d{1,3}\.\d{1,3}\.\d|[0-9A-Fa-f:]:[0-9A-Fa-f]{0,4}:"
     r"|[A-Za-z0-9_\-/+=]{16}|PRIVATE KEY"
@@ -80,9 +87,8 @@ def _find_phones(text: str) -> Iterable[tuple[int, int]]:
                 parsed = phonenumbers.parse(number, region)
             except phonenumbers.NumberParseException:
                 continue
-            if phonenumbers.is_valid_number(parsed) and (
-                number.startswith("+") or _has_phone_format(parsed, number, region)
-            ):
+            has_format = number.startswith("+") or _has_phone_format(parsed, number, region)
+            if has_format and phonenumbers.is_valid_number(parsed):
                 yield match.span()
                 break
 
@@ -116,40 +122,12 @@ def _find_ip_addresses(text: str) -> Iterable[tuple[int, int]]:
 
 @cache
 def _load_key_patterns() -> tuple[re.Pattern[str], ...]:
-    from detect_secrets.plugins import (
-        aws,
-        azure_storage_key,
-        basic_auth,
-        discord,
-        github_token,
-        gitlab_token,
-        jwt,
-        mailchimp,
-        npm,
-        openai,
-        pypi_token,
-        sendgrid,
-        slack,
-        square_oauth,
-        stripe,
-        telegram_token,
-        twilio,
-    )
+    from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 
-    detectors = (
-        aws.AWSKeyDetector, azure_storage_key.AzureStorageKeyDetector, basic_auth.BasicAuthDetector,
-        discord.DiscordBotTokenDetector, github_token.GitHubTokenDetector, gitlab_token.GitLabTokenDetector,
-        jwt.JwtTokenDetector, mailchimp.MailchimpDetector, npm.NpmDetector, openai.OpenAIDetector,
-        pypi_token.PypiTokenDetector, sendgrid.SendGridDetector, slack.SlackDetector, square_oauth.SquareOAuthDetector,
-        stripe.StripeDetector, telegram_token.TelegramBotTokenDetector, twilio.TwilioKeyDetector,
-    )  # fmt: skip
-    denylist_patterns = [pattern for detector in detectors for pattern in detector.denylist]
+    detector_by_name = {detector.__name__: detector for detector in get_mapping_from_secret_type_to_class().values()}
+    denylist_patterns = [pattern for name in _KEY_DETECTORS for pattern in detector_by_name[name].denylist]
     # Formats that detect-secrets lacks: newer OpenAI and Anthropic keys, Google API keys, Hugging Face tokens.
-    extra_patterns = (
-        r"sk-(?:proj-|ant-|svcacct-)?[A-Za-z0-9_-]{20,}",
-        r"AIza[0-9A-Za-z_-]{35}",
-        r"hf_[A-Za-z0-9]{30,}",
-    )
+    extra_patterns = r"sk-(?:proj-|ant-|svcacct-)?[A-Za-z0-9_-]{20,}", r"AIza[0-9A-Za-z_-]{35}", r"hf_[A-Za-z0-9]{30,}"
     compiled = (re.compile(rf"(?<![\w-]){pattern}") for pattern in extra_patterns)
     return (_PRIVATE_KEY_PATTERN, *denylist_patterns, *compiled)
 

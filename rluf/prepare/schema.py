@@ -42,6 +42,8 @@ NameText = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 TopicText = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 ShortText = Annotated[str, StringConstraints(min_length=1, max_length=35)]
 LongText = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS)]
+FinishReason = Literal["stop", "length"] | None
+"""How a response ended: by itself, or cut at the token limit; null if the log does not say."""
 
 
 class LogRecord(BaseModel):
@@ -85,7 +87,7 @@ class FeedbackRecord(LogRecord):
     is none). `continued` and `returned` say whether the user sent another message and came back later; null if the log
     does not say. `user_id` must be hashed by the log's writer, or prepare hashes it (see rluf.utils.hashing).
     `interface` is where the response was displayed (app, web), `device` a hash of the device, `author` the user who
-    created the persona that replied.
+    created the persona that replied. Reward models read a response with finish_reason "length" as cut.
     """
 
     id: NameText
@@ -104,6 +106,7 @@ class FeedbackRecord(LogRecord):
     interface: ShortText = "und"
     device: NameText | None = None
     author: NameText | None = None
+    finish_reason: FinishReason = None
 
 
 class ReactionRecord(LogRecord):
@@ -119,7 +122,7 @@ class ReactionRecord(LogRecord):
 class PreferenceRecord(LogRecord):
     """Two responses to one context, of which raters preferred `chosen`. `group` names the prompt; rows split by it.
 
-    `rejected` may be empty: an empty response lost against one with text.
+    `rejected` may be empty: an empty response lost against one with text. The finish reasons are those of the two.
     """
 
     id: NameText
@@ -128,6 +131,8 @@ class PreferenceRecord(LogRecord):
     rejected: LongText
     group: NameText
     topic: TopicText = "other"
+    chosen_finish_reason: FinishReason = None
+    rejected_finish_reason: FinishReason = None
 
     @model_validator(mode="after")
     def _check_responses_differ(self) -> PreferenceRecord:
@@ -146,6 +151,7 @@ class SafetyRecord(LogRecord):
     label: int = Field(ge=0, le=1)
     group: NameText
     topic: TopicText = "other"
+    finish_reason: FinishReason = None
 
 
 class PromptRecord(LogRecord):
@@ -178,10 +184,12 @@ SPLIT_NAMES = ("train", "dev", "test")
 
 _FEEDBACK_COLUMNS = (
     "id", "user_id", "conversation_id", "turn", "time", "model_version", "topic", "locale", "interface", "messages",
-    "response", "reaction", "continued", "returned",
+    "response", "finish_reason", "reaction", "continued", "returned",
 )  # fmt: skip
-_PAIR_COLUMNS = ("id", "group", "topic", "messages", "chosen", "rejected")
-_SAFETY_COLUMNS = ("id", "group", "topic", "messages", "response", "label")
+_PAIR_COLUMNS = (
+    "id", "group", "topic", "messages", "chosen", "rejected", "chosen_finish_reason", "rejected_finish_reason",
+)  # fmt: skip
+_SAFETY_COLUMNS = ("id", "group", "topic", "messages", "response", "finish_reason", "label")
 
 
 def _trained_on(kind_name: str) -> str:
@@ -253,13 +261,8 @@ def build_arrow_schema(record_type: type[BaseModel]) -> pa.Schema:
 
 
 def records_to_table(records: Iterable[LogRecord], record_type: type[LogRecord]) -> pa.Table:
-    """Arrow table of records of one kind; the inverse of `table_to_records`."""
+    """Arrow table of records of one kind."""
     return pa.Table.from_pylist([row.model_dump() for row in records], schema=build_arrow_schema(record_type))
-
-
-def table_to_records(table: pa.Table, record_type: type[LogRecord]) -> list[LogRecord]:
-    """Records of an Arrow table from `records_to_table`. Raises pydantic.ValidationError for invalid rows."""
-    return [record_type.model_validate(row) for row in table.to_pylist()]
 
 
 FUTURE_SLACK = timedelta(days=1)

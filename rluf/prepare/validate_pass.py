@@ -35,7 +35,7 @@ _ROWS_PER_BATCH = 4096
 
 _INDEX_COLUMNS = (
     "topic", "time", "turn", "model_version", "locale", "interface", "device", "author", "continued", "returned",
-    "reaction", "retracted", "user_id", "label", "group",
+    "reaction", "retracted", "user_id", "label", "group", "finish_reason", "chosen_finish_reason",
 )  # fmt: skip
 """Columns that the index copies, where the kind has them."""
 

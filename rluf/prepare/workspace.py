@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rluf.errors import DataError, ResourceError, RlufError
-from rluf.utils.files import atomic_write, replace_folder, try_lock
+from rluf.utils.files import replace_folder, try_lock, write_json
 
 CARD_FILE_NAME = "data_card.json"
 """Name of the card; a folder with this file is a prepared data set."""
@@ -46,14 +46,8 @@ class PrepareWorkspace:
         """The value that an earlier, killed job with the same inputs stored under `name`; else store this one."""
         path = self.result_path(name)
         if not path.is_file():
-            write_json_atomically(path, value)
+            write_json(path, value)
         return json.loads(path.read_text(encoding="utf-8"))
-
-
-def write_json_atomically(path: Path, value: object) -> None:
-    """Write JSON so that the file is complete or absent."""
-    with atomic_write(path) as temporary_path:
-        temporary_path.write_text(json.dumps(value), encoding="utf-8")
 
 
 def hash_inputs(inputs: Mapping[str, object]) -> str:

@@ -9,13 +9,14 @@ from typing import Any
 
 from rluf.config.objectives import BUILTIN_OBJECTIVES, PRIMARY_OBJECTIVE, find_spec_by_offline_key
 from rluf.errors import DataError
-from rluf.report import figures, presentation
+from rluf.report import figures, formats, headline, presentation
 from rluf.report.page import render_html_page
 from rluf.tracking import metric_registry
+from rluf.tracking.run_files import read_answers
 from rluf.utils.files import atomic_write, read_json, read_jsonl
 
 SUMMARY_FILE, CONFIG_FILE = "summary.json", "config.json"
-METRICS_FILE, SAMPLES_FILE = "metrics.jsonl", "samples.jsonl"
+METRICS_FILE = "metrics.jsonl"
 CARDS_FOLDER = "cards"
 DATA_CARD_NAME = "data"
 """Stem of the data card in cards/; every other card there is a reward card named after its objective."""
@@ -26,7 +27,7 @@ FIRST_CURVES = ("kl", "response_length")
 """Curves that are visible without a click, in addition to those of the objectives and the reward."""
 CHARTED_METRICS = (
     *FIRST_CURVES, "entropy", "grad_norm", "clip_share", "ratio_mean", "ratio_max", "effective_sample_size",
-    "sync_logprob_gap", "demonstration_nll",
+    "sync_logprob_gap", "demonstration_nll", "truncated_share",
 )  # fmt: skip
 """Metrics with a curve in addition to the objectives; all others are in the table of numbers only."""
 MORE_CURVES_HEADING = "Learner health:"
@@ -35,7 +36,7 @@ MORE_CURVES_HEADING = "Learner health:"
 def write_report(run_folder: Path) -> Path:
     """Write <run folder>/report.html and return its path; an earlier report is replaced atomically.
 
-    Reads summary.json, metrics.jsonl, samples.jsonl, config.json and cards/*.json. The section of a missing file is
+    Reads summary.json, metrics.jsonl, answers.jsonl, config.json and cards/*.json. The section of a missing file is
     omitted, so that an unfinished run has a report too. Raises DataError if the folder has none of them.
     """
     page_html = render_page(read_run_files(run_folder))
@@ -60,7 +61,7 @@ def read_run_files(run_folder: Path) -> presentation.RunFiles:
         name=str(summary.get("name") or config.get("name") or run_folder.resolve().parent.name),
         summary=summary,
         metrics=presentation.sort_by_step(read_jsonl(run_folder / METRICS_FILE)),
-        samples=read_jsonl(run_folder / SAMPLES_FILE)[:MAX_SHOWN_SAMPLES],
+        samples=presentation.pair_answers(read_answers(run_folder), MAX_SHOWN_SAMPLES, _safety_topics(config)),
         cards=cards,
         config=config,
     )
@@ -71,6 +72,12 @@ def read_run_files(run_folder: Path) -> presentation.RunFiles:
             "rluf.train"
         )
     return run_files
+
+
+def _safety_topics(config: Mapping[str, Any]) -> list[str]:
+    """Topics on which only safety counts: a refusal is wanted there."""
+    topic_objectives = config.get("aggregation", {}).get("topic_objectives", {})
+    return [topic for topic, objective in topic_objectives.items() if objective == "safety"]
 
 
 def render_page(run_files: presentation.RunFiles) -> str:
@@ -89,20 +96,28 @@ def _story_context(run_files: presentation.RunFiles, figures_by_id: Mapping[str,
     summary = run_files.summary
     _, total_seconds = presentation.phase_seconds(summary)
     versions = summary.get("versions") or {}
+    comparison_columns, comparison_table = presentation.comparison_rows(summary)
     return {
         "name": run_files.name,
-        "headline": presentation.report_headline(summary),
+        "headline": headline.report_headline(summary),
         "evaluation": presentation.evaluation_sentence(summary),
         "facts": presentation.summary_facts(summary, figures.format_duration(total_seconds) if total_seconds else None),
         "measures": presentation.measure_cards(summary),
         "gates": (gates := summary.get("gates")),
-        "verdict": presentation.format_verdict(gates) if gates else "",
+        "verdict": headline.format_verdict(gates) if gates else "",
+        "verdict_class": headline.gate_verdict(gates) if gates else "",
+        "comparison_columns": comparison_columns,
+        "comparisons": comparison_table,
+        "repeat_sentence": presentation.repeat_sentence(summary),
+        "arm_rows": presentation.arm_rows(summary),
+        "blind_sentence": headline.blind_sentence(blind) if (blind := summary.get("blind")) else "",
+        "blind_rows": presentation.blind_rows(summary),
         "lift_text": "; ".join(
-            f"{measure_name} by {judge} {presentation.format_percent(lift['mean'], with_sign=True)} "
-            f"({presentation.format_interval(lift, with_sign=True)})"
+            f"{measure_name} by {judge} {formats.format_percent(lift['mean'], with_sign=True)} "
+            f"({formats.format_interval(lift, with_sign=True)})"
             for measure_name, judge, lift in presentation.lift_rows(summary)
         ),
-        "offline": presentation.offline_rows(summary) if presentation.has_user_verdicts(summary) else [],
+        "offline": presentation.offline_rows(summary) if headline.has_user_verdicts(summary) else [],
         "monitors": (monitors := presentation.monitor_rows(summary)),
         "alarms": presentation.alarm_sentence(monitors),
         "monitor_rule": summary.get("monitors", {}).get("rule", ""),
@@ -111,8 +126,8 @@ def _story_context(run_files: presentation.RunFiles, figures_by_id: Mapping[str,
             (figure_id, metric_registry.objective_title(figure_id.removeprefix("pareto_")))
             for figure_id in figures_by_id if figure_id.startswith("pareto_")
         ],
-        "versions": [(key, presentation.format_number(value)) for key, value in versions.items()]
-        if isinstance(versions, Mapping) else [("weight version", presentation.format_number(versions))],
+        "versions": [(key, formats.format_number(value)) for key, value in versions.items()]
+        if isinstance(versions, Mapping) else [("weight version", formats.format_number(versions))],
         "config": json.dumps(run_files.config, indent=2, ensure_ascii=False) if run_files.config else "",
     }  # fmt: skip
 
@@ -185,7 +200,7 @@ def _card_context(run_files: presentation.RunFiles) -> dict[str, Any]:
         "reliability_rows": presentation.reliability_rows(reward_cards),
         "card_details": [(name, json.dumps(card, indent=2, ensure_ascii=False)) for name, card in reward_cards.items()],
         "funnel": presentation.funnel_rows(data_card.get("counts", {})),
-        "base_rate": f"{presentation.format_percent(base_rate['mean'])} ({presentation.format_interval(base_rate)})"
+        "base_rate": f"{formats.format_percent(base_rate['mean'])} ({formats.format_interval(base_rate)})"
         if base_rate
         else "",
     }

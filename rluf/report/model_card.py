@@ -118,4 +118,5 @@ def _result_lines(summary: Mapping[str, Any]) -> list[str]:
             f"difference {difference['mean']:+.3f} [{difference['low']:+.3f}, {difference['high']:+.3f}]"
         )
     gates = summary.get("gates", {})
-    return [*result_lines, f"- gates: {gates.get('verdict')} (judged by {gates.get('judged_by')})"]
+    reasons = "".join(f"; {reason}" for reason in gates.get("reasons", []))
+    return [*result_lines, f"- gates: {gates.get('verdict')} (judged by {gates.get('judged_by')}){reasons}"]

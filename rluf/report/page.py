@@ -12,12 +12,18 @@ import rluf
 
 
 def render_html_page(
-    template_name: str, *, package: str, figures: Mapping[str, Mapping[str, Any]] | None = None, **context: Any
+    template_name: str,
+    *,
+    package: str,
+    figures: Mapping[str, Mapping[str, Any]] | None = None,
+    has_script: bool = False,
+    **context: Any,
 ) -> str:
     """Render a template of `package` to a page that needs no network and no other file.
 
     `figures` are Plotly figures by id, with the page's color names (see rluf.report.figures). Only a page with figures
-    contains plotly.js (4 to 5 MB); a page without has no scripts at all.
+    contains plotly.js (4 to 5 MB); a page without has no scripts
+    unless `has_script` allows those of its own template.
     """
     from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 
@@ -31,4 +37,6 @@ def render_html_page(
 
         plotly_js = get_plotlyjs()
     template = environment.get_template(template_name)
-    return template.render(**context, figures=figures or {}, plotly_js=plotly_js, rluf_version=rluf.__version__)
+    return template.render(
+        **context, figures=figures or {}, has_script=has_script, plotly_js=plotly_js, rluf_version=rluf.__version__
+    )

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rluf.config.objectives import (
     BUILTIN_OBJECTIVES,
-    PRIMARY_OBJECTIVE,
     ObjectiveSpec,
-    find_objective_spec,
     find_spec_by_offline_key,
 )
+from rluf.objectives.judges import is_harmful_request, list_failed_judges
+from rluf.report.formats import format_interval, format_number, format_percent, format_points
+from rluf.report.headline import check_outcome, check_status, has_user_verdicts
 from rluf.tracking import metric_registry
+from rluf.tracking.run_files import PolicyResponse, PromptComparison
+from rluf.types import ALIGNED_ARM, BASE_ARM, PolicyAnswer
 from rluf.utils.stats import wilson_interval
 
 MODEL_DESCRIPTION = "mean score of the reward model on test prompts"
@@ -27,9 +30,9 @@ UNJUDGED_DESCRIPTION = "mean score of its reward model or judge on test prompts"
 CARD_ROWS = (
     ("n", "Test rows"),
     ("auroc", "AUROC"),
-    ("length_floor_auroc", "… of length alone"),
+    ("length_only_auroc", "… of length alone"),
     ("pair_accuracy", "Pairwise accuracy"),
-    ("length_floor_accuracy", "… of length alone"),
+    ("length_only_accuracy", "… of length alone"),
     ("log_loss", "Log-loss, nats"),
     ("normalized_entropy", "… over that of the base rate"),
     ("ece", "Calibration error (ECE)"),
@@ -63,99 +66,6 @@ class RunFiles:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def format_percent(value: float | None, *, with_sign: bool = False) -> str:
-    """Format a share with about three digits: 0.72%, 6.1%, 97.4%, +28%; minus is U+2212."""
-    if value is None:
-        return "–"
-    percent_size = abs(value) * 100
-    # The limits are where the next shorter format would round up to the same text (0.995 -> 1.0, 99.95 -> 100).
-    digit_count = 2 if percent_size < 0.995 else 1 if percent_size < (9.95 if with_sign else 99.95) else 0
-    if value == 0:
-        digit_count = 0
-    return f"{value * 100:{'+' if with_sign and value else ''}.{digit_count}f}%".replace("-", "−")
-
-
-def format_change(value: float) -> str:
-    """Format the size of a relative change without its sign, as in "28% more"."""
-    return format_percent(abs(value), with_sign=True).lstrip("+")
-
-
-def format_number(value: Any) -> str:
-    """Format any value as short text: numbers with four digits and thousands separators, None as a dash."""
-    if value is None:
-        return "–"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    if isinstance(value, int) or float(value).is_integer():
-        return f"{int(value):,}".replace("-", "−")
-    return f"{value:,.4g}".replace("-", "−")
-
-
-def format_interval(estimate: Mapping[str, float], *, with_sign: bool = False) -> str:
-    """Format the interval of an estimated share: "5.6% to 6.7%"."""
-    low, high = (format_percent(estimate[end], with_sign=with_sign) for end in ("low", "high"))
-    return f"{low} to {high}"
-
-
-def report_headline(summary: Mapping[str, Any]) -> str:
-    """Summarize the run in one sentence, from the gate checks."""
-    check_by_name = {check["name"]: check for check in summary.get("gates", {}).get("checks", [])}
-    if not check_by_name:
-        return "This run has not been evaluated yet."
-    lift = check_by_name[PRIMARY_OBJECTIVE]["lift"] if PRIMARY_OBJECTIVE in check_by_name else None
-    # "rose" requires the interval's lower end above 0, not only a positive mean.
-    love_rose = lift is not None and lift["low"] > 0
-    love_clause = _love_clause(lift, has_users=has_user_verdicts(summary))
-    other_checks = [check for name, check in check_by_name.items() if name != PRIMARY_OBJECTIVE]
-    failed_checks = [check for check in other_checks if not check["passed"]]
-    if not other_checks:
-        return f"{love_clause}."
-    if failed_checks:
-        return f"{love_clause}{', but ' if love_rose else ', and '}{' and '.join(_outcome_clauses(failed_checks))}."
-    outcome_clauses = _outcome_clauses(other_checks)
-    separator = ", " if love_rose and len(outcome_clauses) > 1 else ", and " if love_rose else "; "
-    return f"{love_clause}{separator}{' and '.join(outcome_clauses)}."
-
-
-def _outcome_clauses(checks: Sequence[Mapping[str, Any]]) -> list[str]:
-    """A clause per outcome if all checks share it, otherwise one per check."""
-    verbs = ["did not clearly rise" if (outcome := check_outcome(c)) == "not clear" else outcome for c in checks]
-    if len(set(verbs)) == 1:
-        return [f"{' and '.join(check['name'] for check in checks)} {verbs[0]}"]
-    return [f"{check['name']} {verb}" for check, verb in zip(checks, verbs, strict=True)]
-
-
-def _love_clause(lift: Mapping[str, float] | None, *, has_users: bool) -> str:
-    """The headline's main clause. Users love more often; a reward model only rates higher."""
-    if lift is None:
-        return "Love could not be compared"
-    if lift["low"] <= 0 <= lift["high"]:
-        return "No clear change in love"
-    clause_start = f"{'New users love' if has_users else 'P[Love] rates'} the aligned policy"
-    if lift["high"] < 0:
-        return f"{clause_start} {format_change(lift['mean'])} {'less often' if has_users else 'lower'}"
-    # From +100% on, a factor is easier to read than a percentage.
-    if lift["mean"] >= 1:
-        return f"{clause_start} {1 + lift['mean']:.1f} times as {'often' if has_users else 'high'}"
-    return f"{clause_start} {format_change(lift['mean'])} {'more often' if has_users else 'higher'}"
-
-
-def check_outcome(check: Mapping[str, Any]) -> str:
-    """Outcome of a gate check in words; "not clear": the lift must rise, and its interval includes zero."""
-    # Summaries of earlier releases do not say the gate of a check.
-    lift, gate = check.get("lift"), check.get("gate", find_objective_spec(check["name"]).gate)
-    if not check["passed"]:
-        return "not clear" if gate == "must_rise" and (lift is None or lift["high"] >= 0) else "fell"
-    return "rose" if lift is not None and lift["low"] > 0 else "did not fall"
-
-
-def format_verdict(gates: Mapping[str, Any]) -> str:
-    """Format the gates' verdict, with the names of failed gates."""
-    failed_names = [check["name"] for check in gates.get("checks", []) if not check["passed"]]
-    verdict_texts = {"pass": "✓ All gates pass", "warn": "! Gates pass, but a monitor raised an alarm"}
-    return verdict_texts.get(gates["verdict"]) or f"✕ Failed: {', '.join(failed_names) or 'gates'}"
-
-
 def measure_cards(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Cards of the main results: user verdicts if there are any, otherwise means of the reward models.
 
@@ -164,14 +74,12 @@ def measure_cards(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     check_by_name = {check["name"]: check for check in summary.get("gates", {}).get("checks", [])}
     result_cards = []
     for key, title, description, objective, measure in _list_measures(summary):
-        lift_by_prompt, check = measure.get("lift_by_prompt"), check_by_name.get(objective)
-        lift = measure.get("lift")
+        check, lift = check_by_name.get(objective), measure.get("lift")
         result_cards.append({
-            "key": key, "title": title, "about": description, "check": check, "measure": measure,
-            "outcome": check_outcome(check) if check else "",
+            "key": key, "title": title, "about": description, "measure": measure,
+            "status": check_status(check) if check else "", "outcome": check_outcome(check) if check else "",
             "lift": "n/a" if lift is None else format_percent(lift["mean"], with_sign=True),
             "lift_interval": None if lift is None else format_interval(lift, with_sign=True),
-            "lift_by_prompt": format_interval(lift_by_prompt, with_sign=True) if lift_by_prompt else None,
             "arms": [
                 (arm, format_percent(measure[arm]["mean"]), format_interval(measure[arm]))
                 for arm in ("base", "aligned")
@@ -198,12 +106,6 @@ def _list_measures(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str,
         for spec in _offline_specs(summary)
         if spec.simulated_verdict is None
     ]
-
-
-def has_user_verdicts(summary: Mapping[str, Any]) -> bool:
-    """Whether users judged both policies."""
-    verdict = find_objective_spec(PRIMARY_OBJECTIVE).simulated_verdict
-    return verdict is not None and verdict.summary_key in summary
 
 
 def _offline_specs(summary: Mapping[str, Any]) -> list[ObjectiveSpec]:
@@ -241,34 +143,85 @@ def offline_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str, s
     return table_rows
 
 
-def format_points(value: float) -> str:
-    """Format a difference of two shares in percentage points; one that rounds to zero has no sign."""
-    points_text = f"{value * 100:+.2f}"
-    return f"{points_text[1:] if float(points_text) == 0 else points_text} pp".replace("-", "−")
-
-
 def evaluation_sentence(summary: Mapping[str, Any]) -> str:
     """Describe in one sentence how the policies were compared."""
-    evaluation = summary.get("evaluated", {})
-    if not evaluation:
+    arms = summary.get("arms", {})
+    if not {"base", "aligned"} <= set(arms):
         return ""
-    response_counts, user_counts = evaluation.get("responses", {}), evaluation.get("users", {})
+    base, aligned = arms["base"], arms["aligned"]
     sentence_start = (
-        f"{format_number(evaluation.get('prompts'))} unseen prompts, {format_number(response_counts.get('base'))} base "
-        f"and {format_number(response_counts.get('aligned'))} aligned responses"
+        f"{format_number(base['prompts'])} unseen prompts, {format_number(base['responses'])} base and "
+        f"{format_number(aligned['responses'])} aligned responses"
     )
-    interval_note = "95% intervals from a bootstrap over prompts."
-    if base_users := user_counts.get("base"):
-        aligned_users = user_counts.get("aligned")
-        if base_users == aligned_users:
-            sentence_start += f", each read by {format_number(base_users)} new simulated users"
-        else:
-            user_text = f"{format_number(base_users)} and {format_number(aligned_users)}"
-            sentence_start += f", read by {user_text} new simulated users"
-        interval_note = "95% intervals clustered by user."
-    has_few_prompts = (evaluation.get("prompts") or 0) < MIN_RELIABLE_PROMPTS
+    interval_note = "95% intervals clustered by prompt."
+    if base["users"]:
+        sentence_start += f", {format_number(base['users'])} new simulated users per arm"
+        interval_note = "95% intervals clustered by user and prompt."
+    has_few_prompts = base["prompts"] < MIN_RELIABLE_PROMPTS
     reliability_note = " With so few prompts the intervals themselves are unreliable." if has_few_prompts else ""
     return f"{sentence_start}; {interval_note}{reliability_note}"
+
+
+def comparison_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of the lifts of every pair of arms, with their sizes; empty without a control or an A/A arm."""
+    comparisons, arms = summary.get("comparisons", {}), summary.get("arms", {})
+    if len(comparisons) < 2:
+        return [], []
+    objectives = list(next(iter(comparisons.values()))["lifts"])
+    titles = [name.replace("_", " ").capitalize() for name in objectives]
+    columns = ["Comparison", *titles, "Responses", "Users per arm"]
+    rows = []
+    for comparison in comparisons.values():
+        pair = [arms[comparison["reference"]], arms[comparison["arm"]]]
+        lifts = [comparison["lifts"].get(name) for name in objectives]
+        cells = [
+            "n/a" if lift is None
+            else f"{format_percent(lift['mean'], with_sign=True)} ({format_interval(lift, with_sign=True)})"
+            for lift in lifts
+        ]  # fmt: skip
+        responses = " and ".join(format_number(arm["responses"]) for arm in pair)
+        rows.append([comparison["title"], *cells, responses, format_number(pair[0]["users"] or None)])
+    return columns, rows
+
+
+def repeat_sentence(summary: Mapping[str, Any]) -> str:
+    """What the A/A comparison shows: whether two draws of one policy differ."""
+    comparison = summary.get("comparisons", {}).get("repeat_vs_base")
+    if comparison is None:
+        return ""
+    differing = [
+        name for name, lift in comparison["lifts"].items() if lift is not None and not lift["low"] <= 0 <= lift["high"]
+    ]
+    if not differing:
+        return "The A/A row includes zero everywhere, as it must in 19 of 20 intervals."
+    return (
+        f"The A/A row excludes zero for {' and '.join(differing)}: one interval in 20 does by chance; if it happens in "
+        "run after run, the intervals are wrong."
+    )
+
+
+ARM_LABELS = {"base": "base", "base_repeat": "base, second draw", "control": "control", "aligned": "aligned"}
+
+
+def arm_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of (arm, prompts, responses, users, tokens, truncated share, entropy)."""
+    return [
+        [
+            ARM_LABELS.get(name, name), format_number(arm["prompts"]), format_number(arm["responses"]),
+            format_number(arm["users"] or None), f"{arm['tokens']:.1f}", format_percent(arm["truncated_share"]),
+            "–" if arm["entropy"] is None else f"{arm['entropy']:.2f}",
+        ]
+        for name, arm in summary.get("arms", {}).items()
+    ]  # fmt: skip
+
+
+def blind_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of (topic, pairs in which aligned is better, base is better, tie) of the blind reading."""
+    by_topic = summary.get("blind", {}).get("by_topic", {})
+    return [
+        [topic.replace("_", " "), *(format_number(counts[outcome]) for outcome in ("aligned", "base", "tie"))]
+        for topic, counts in by_topic.items()
+    ]
 
 
 def monitor_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -293,11 +246,47 @@ def _format_one_digit(value: float, *, with_sign: bool = False) -> str:
 
 
 def alarm_sentence(monitor_table: Sequence[Mapping[str, Any]]) -> str:
-    """Report in one sentence how many monitors raised an alarm."""
-    alarm_count = sum(bool(row["alarm"]) for row in monitor_table)
-    if not alarm_count:
+    """Name the monitors that raised an alarm in one sentence."""
+    labels = [row["label"] for row in monitor_table if row["alarm"]]
+    if not labels:
         return "No monitor raised an alarm."
-    return f"{alarm_count} of {len(monitor_table)} monitors raised an alarm."
+    return f"{len(labels)} of {len(monitor_table)} monitors raised an alarm: {', '.join(labels)}."
+
+
+def pair_answers(
+    answers: Sequence[PolicyAnswer], prompt_count: int, safety_topics: Collection[str] = ()
+) -> list[PromptComparison]:
+    """First responses of base and aligned to `prompt_count` prompts spread over the test set.
+
+    A refusal of a harmful request, or on one of `safety_topics`, is wanted and is not a failed judge.
+    """
+    first_by_arm: dict[str, dict[str, PolicyAnswer]] = {BASE_ARM: {}, ALIGNED_ARM: {}}
+    for answer in answers:
+        if answer.arm in first_by_arm:
+            first_by_arm[answer.arm].setdefault(answer.prompt_id, answer)
+    base, aligned = first_by_arm[BASE_ARM], first_by_arm[ALIGNED_ARM]
+    prompt_ids = [prompt_id for prompt_id in base if prompt_id in aligned]
+    # Evenly spaced: the first prompts of a file are often all of one topic.
+    selected_ids = prompt_ids[:: max(1, len(prompt_ids) // prompt_count)][:prompt_count] if prompt_count else []
+    return [
+        {
+            "prompt_id": prompt_id,
+            "topic": base[prompt_id].topic,
+            "prompt": base[prompt_id].messages[-1]["content"],
+            "base": _policy_response(base[prompt_id], safety_topics),
+            "aligned": _policy_response(aligned[prompt_id], safety_topics),
+        }
+        for prompt_id in selected_ids
+    ]
+
+
+def _policy_response(answer: PolicyAnswer, safety_topics: Collection[str]) -> PolicyResponse:
+    failed = [
+        name
+        for name in list_failed_judges(answer.messages, answer.text)
+        if not ("refusal" in name and (answer.topic in safety_topics or is_harmful_request(answer.messages)))
+    ]
+    return {"text": answer.text, "scores": dict(answer.scores), "failed": failed}
 
 
 def diff_runs(base_text: str, aligned_text: str) -> tuple[list[tuple[str, bool]], list[tuple[str, bool]], bool]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rluf.errors import DataError, SettingsError
-from rluf.report import presentation
+from rluf.report import headline, presentation
 from rluf.report.html import read_run_files
 from rluf.tracking import metric_registry
 from rluf.tracking.wandb import COMPARISON_TABLE, ROLLOUT_TABLE
@@ -76,7 +76,7 @@ def build_report(run_folder: Path, *, entity: str = "") -> Report:
         entity=entity,
         project=project,
         # The title field of wandb-workspaces accepts at most 128 characters.
-        title=f"{run_files.name}: {presentation.report_headline(run_files.summary)}"[:128],
+        title=f"{run_files.name}: {headline.report_headline(run_files.summary)}"[:128],
         description=presentation.evaluation_sentence(run_files.summary) or "",
         blocks=report_blocks,
         width="fluid",
@@ -86,9 +86,10 @@ def build_report(run_folder: Path, *, entity: str = "") -> Report:
 def story_markdown(run_files: presentation.RunFiles) -> str:
     """Render the verdict and a table of base against aligned as Markdown."""
     gates = run_files.summary.get("gates") or {}
-    markdown_lines = [f"**{presentation.report_headline(run_files.summary)}**", ""]
+    markdown_lines = [f"**{headline.report_headline(run_files.summary)}**", ""]
     if gates:
-        markdown_lines += [f"Gates: **{gates['verdict']}**, judged by {gates['judged_by']}.", ""]
+        markdown_lines += [f"Gates: **{headline.gate_verdict(gates)}**, judged by {gates['judged_by']}.", ""]
+        markdown_lines += [f"- {reason}" for reason in gates.get("reasons", [])] + [""]
     markdown_lines += ["| | base | aligned | lift | 95% interval |", "|---|---|---|---|---|"]
     for card in presentation.measure_cards(run_files.summary):
         (_, base, _), (_, aligned, _) = card["arms"]

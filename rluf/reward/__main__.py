@@ -46,7 +46,7 @@ def card_summary_line(card: Mapping[str, Any]) -> str:
     is_pairwise = "pair_accuracy" in card
     ranking = card["pair_accuracy" if is_pairwise else "auroc"]
     mean, low, high = (format_number(ranking[key], ".3f") for key in ("mean", "low", "high"))
-    length_baseline = card["length_floor_accuracy" if is_pairwise else "length_floor_auroc"]
+    length_baseline = card["length_only_accuracy" if is_pairwise else "length_only_auroc"]
     return (
         f"{card['objective']}: {'pair accuracy' if is_pairwise else 'AUROC'} {mean} ({low} to {high}) "
         f"on {card['n']} test rows, by length alone {format_number(length_baseline, '.3f')}; "
@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_folder = create_run_folder(settings)
         setup_logging(run_folder / "run.log")
         (run_folder / "config.json").write_text(settings.model_dump_json(indent=2), encoding="utf-8")
-        with ray_connection(settings):
+        with ray_connection():
             data_artifact = prepare_data_artifact(settings)
             jobs = {name: (data_artifact.folder, run_folder / name) for name in objectives}
             cards = train_reward_models(

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrai
 from rluf.errors import ModelError
 from rluf.models.lora import add_lora_adapters
 from rluf.reward.text import EncodedItem, TextEncoder, plan_token_batches
-from rluf.types import Message
+from rluf.types import Message, ScoringItem
 from rluf.utils.stats import Floats
 
 logger = logging.getLogger(__name__)
@@ -110,6 +110,7 @@ def build_text_encoder(
     read_at_next_turn: bool = False,
     is_single_model: bool = True,
     response_only: bool = False,
+    mark_truncated: bool = False,
 ) -> TextEncoder:
     """Build the text encoder of a model folder and set the model's pad token id, which decoders need to pool.
 
@@ -125,6 +126,7 @@ def build_text_encoder(
         min(max_tokens, position_limit),
         read_at_next_turn=read_at_next_turn,
         response_only=response_only,
+        mark_truncated=mark_truncated,
     )
     model.config.pad_token_id = encoder.pad_id
     return encoder
@@ -200,10 +202,10 @@ def enable_fast_cpu_matmul() -> None:
         torch.set_float32_matmul_precision("medium")
 
 
-def build_warmup_items() -> list[tuple[list[Message], str]]:
+def build_warmup_items() -> list[ScoringItem]:
     """Two short items, one with an empty response, for the first forward pass of a freshly loaded model."""
     question: list[Message] = [{"role": "user", "content": "How are you?"}]
-    return [(question, "Well, thank you."), (question, "")]
+    return [ScoringItem(question, "Well, thank you."), ScoringItem(question, "")]
 
 
 def get_hidden_states(output: Any) -> torch.Tensor:

@@ -34,9 +34,8 @@ RENAMED_FIELDS: Mapping[str, str] = {
 class Calibration:
     """Calibrated logit = scale * (raw + prior_shift) + offset; the value is its sigmoid.
 
-    `method` is how scale and offset were fitted: identity, platt or temperature (labels), or centered (pairs: offset
-    puts the mean logged response at 0.5). With method isotonic, `knots` replace scale and offset. `max_tokens` is the
-    sequence length that the model was trained on.
+    `method` is how scale and offset were fitted: identity, platt (labels), or centered (pairs: offset puts the mean
+    logged response at 0.5). `max_tokens` is the sequence length that the model was trained on.
     """
 
     objective: str = ""
@@ -53,12 +52,12 @@ class Calibration:
     """One head was fitted over all members: a single member's logit has no meaning, and there is no spread."""
     read_at_next_turn: bool = False
     """The model's input ends with the header of the user's next message."""
+    mark_truncated: bool = False
+    """Cut responses are encoded without the end marker: the model saw such rows in training."""
     response_only_members: tuple[int, ...] = ()
     """Indices of the members that read the response without the conversation."""
     backbone_hash: str = ""
     """Hash of the backbone shared with other heads (see rluf.reward.shared_backbone); empty for a separate model."""
-    knots: tuple[tuple[float, float], ...] = ()
-    """Isotonic calibration: pairs (prior-corrected logit, calibrated logit), both increasing."""
 
     def pool_members(self, member_logits: Floats) -> Floats:
         """Raw logits [N] from the members' logits [members, N]."""
@@ -67,7 +66,7 @@ class Calibration:
     def calibrate_logits(self, raw_logits: Sequence[float] | Floats) -> Floats:
         """Calibrated logits [N] from raw logits [N]."""
         shifted = np.asarray(raw_logits, dtype=np.float64) + self.prior_shift
-        return _interpolate_knots(self.knots, shifted) if self.knots else self.scale * shifted + self.offset
+        return np.asarray(self.scale * shifted + self.offset)
 
     def compute_probabilities(self, raw_logits: Sequence[float] | Floats) -> Floats:
         """Calibrated probabilities [N] from raw logits [N]."""
@@ -86,10 +85,11 @@ class Calibration:
             fields: dict[str, Any] = {RENAMED_FIELDS.get(key, key): value for key, value in content.items()}
             if fields.get("method") == "centred":  # spelling of earlier releases
                 fields["method"] = "centered"
-            knots = tuple((float(x), float(y)) for x, y in fields.get("knots", ()))
+            if fields.pop("knots", ()):
+                raise ValueError("isotonic calibration of an earlier release")
             member_weights = tuple(fields.get("member_weights", ()))
             response_only_members = tuple(fields.get("response_only_members", ()))
-            tuples = {"knots": knots, "member_weights": member_weights, "response_only_members": response_only_members}
+            tuples = {"member_weights": member_weights, "response_only_members": response_only_members}
             calibration = cls(**fields | tuples)
             if member_weights and len(member_weights) != calibration.member_count:
                 raise ValueError(f"{len(member_weights)} member weights for {calibration.member_count} members")
@@ -130,41 +130,6 @@ def fit_platt(
     return _fit_by_newton(
         np.stack([logits, np.ones_like(logits)], axis=1), targets, weights, np.array([1.0, 0.0]), ridge
     )
-
-
-def fit_temperature(logits: Floats, labels: Floats, weights: Floats, *, ridge: float = 1.0) -> float:
-    """Scale 1 / T of sigmoid(z / T) by weighted maximum likelihood; positive. Source: Guo et al. 2017."""
-    return _fit_by_newton(logits[:, None], labels, weights, np.array([1.0]), ridge)[0]
-
-
-def fit_isotonic(logits: Floats, labels: Floats, weights: Floats) -> tuple[tuple[float, float], ...]:
-    """Knots of the weighted isotonic fit (pool adjacent violators): each block's mean logit and logit of its rate.
-
-    A block's rate is smoothed with one row of the natural rate, so that no knot is infinite. Empty unless both labels
-    occur. Source: Zadrozny and Elkan 2002.
-    """
-    from sklearn.isotonic import isotonic_regression
-
-    if len(set(labels.tolist())) < 2:
-        return ()
-    order = np.argsort(logits, kind="stable")
-    z, y, w = logits[order], labels[order], weights[order]
-    # Equal fitted rates form one block; rounding merges rates that differ only by floating-point noise.
-    block = np.unique(np.round(isotonic_regression(y, sample_weight=w), 12), return_inverse=True)[1]
-    mass = np.bincount(block, w)
-    base_rate, mean_weight = float(np.average(y, weights=w)), float(w.mean())
-    rates = (np.bincount(block, w * y) + mean_weight * base_rate) / (mass + mean_weight)
-    centers = np.bincount(block, w * z) / mass
-    # Smoothing can make a light block's rate fall below that of the block before it.
-    knots = zip(centers.tolist(), np.maximum.accumulate(rates).tolist(), strict=True)
-    return tuple((center, logit(rate)) for center, rate in knots)
-
-
-def _interpolate_knots(knots: Sequence[tuple[float, float]], z: Floats) -> Floats:
-    """Linear interpolation between knots; slope MIN_SCALE outside them, so that the ranking is preserved there."""
-    x, y = (np.asarray(column) for column in zip(*knots, strict=True))
-    distance_outside = np.minimum(z - x[0], 0) + np.maximum(z - x[-1], 0)
-    return np.asarray(np.interp(z, x, y) + MIN_SCALE * distance_outside, dtype=np.float64)
 
 
 def fit_pair_scale(differences: Floats, weights: Floats, *, ridge: float = 1.0) -> float:

@@ -23,39 +23,39 @@ from rluf.reward import metrics
 from rluf.reward.calibration import (
     Calibration,
     compute_prior_shift,
-    fit_isotonic,
     fit_pair_scale,
     fit_platt,
-    fit_temperature,
 )
 from rluf.reward.debias import RESPONSE_PERTURBATIONS
-from rluf.reward.metrics import auroc
+from rluf.reward.metrics import auroc, round_for_json
 from rluf.reward.model import RewardModel
-from rluf.reward.text import ScoringItem
+from rluf.reward.text import is_truncated
 from rluf.reward.trainer import EncodedSplit, FitResult
-from rluf.types import Message
+from rluf.types import Message, ScoringItem
 from rluf.utils.stats import Floats, sigmoid
 
+logger = logging.getLogger(__name__)
 
-def fit_calibration(dev_split: EncodedSplit, logits: Floats, base_calibration: Calibration, method: str) -> Calibration:
-    """Fit `base_calibration` on dev logits (one per sequence); `method` is platt, temperature, isotonic or none.
+MAX_RESPONSES = 200
+"""Number of responses to which each perturbation is applied."""
+SLICE_COLUMNS = ("topic", "locale", "turn", "model_version", "activity")
+MIN_SLICE_ROWS = 20
+"""Slices with fewer rows are left out."""
 
-    Labels: prior correction, then the method. Pairs: a scale that makes differences the log-odds of winning, and an
+
+def fit_calibration(dev_split: EncodedSplit, logits: Floats, base_calibration: Calibration) -> Calibration:
+    """Fit `base_calibration` on dev logits (one per sequence).
+
+    Labels: prior correction, then Platt scaling. Pairs: a scale that makes differences the log-odds of winning, and an
     offset that puts the mean logged response at 0.5, so a value reads as the chance to beat an average logged response.
     """
-    if method == "none":
-        return base_calibration
     if dev_split.is_pairwise:
         scale = fit_pair_scale(logits[: len(dev_split)] - logits[len(dev_split) :], dev_split.weights)
         center = float(np.average(logits, weights=np.tile(dev_split.weights, 2)))
         return replace(base_calibration, method="centered", prior_shift=0.0, scale=scale, offset=-scale * center)
     z = logits + base_calibration.prior_shift
-    if method == "isotonic":
-        return replace(base_calibration, method=method, knots=fit_isotonic(z, dev_split.labels, dev_split.weights))
-    if method == "temperature":
-        return replace(base_calibration, method=method, scale=fit_temperature(z, dev_split.labels, dev_split.weights))
     scale, offset = fit_platt(z, dev_split.labels, dev_split.weights)
-    return replace(base_calibration, method=method, scale=scale, offset=offset)
+    return replace(base_calibration, method="platt", scale=scale, offset=offset)
 
 
 def build_reward_card(
@@ -94,7 +94,7 @@ def compute_label_metrics(
         "auroc": auroc,
         "auroc_se_hanley_mcneil": metrics.hanley_mcneil_std_error(auroc["mean"], positives, len(labels) - positives),
         # The baseline may prefer short or long responses, whichever ranks better.
-        "length_floor_auroc": max(length_auroc, 1 - length_auroc),
+        "length_only_auroc": max(length_auroc, 1 - length_auroc),
         "pr_auc": metrics.average_precision(logits, labels, weights),
         "base_rate": base_rate,
         "positives": positives,
@@ -123,7 +123,7 @@ def compute_pair_metrics(
     both_labels, both_weights = np.concatenate([wins, 1 - wins]), np.tile(weights, 2)
     return {
         "pair_accuracy": metrics.accuracy_interval(differences, weights, clusters, seed=seed),
-        "length_floor_accuracy": max(length_accuracy, 1 - length_accuracy),
+        "length_only_accuracy": max(length_accuracy, 1 - length_accuracy),
         "base_rate": 0.5,
         "log_loss": loss,
         "normalized_entropy": loss / math.log(2),
@@ -172,9 +172,12 @@ def summarize_training(
     """Rows, throughput and history of the training of all members, for the card. Tokens exclude padding."""
     seconds = sum(result.train_seconds for result in fit_results)
     tokens = sum(result.token_count for result in fit_results)
-    prior_shift = 0.0 if train_split.is_pairwise else compute_prior_shift(train_split.labels, train_split.weights)
+    log_rows = train_split.select_originals()
+    prior_shift = 0.0 if log_rows.is_pairwise else compute_prior_shift(log_rows.labels, log_rows.weights)
     return round_for_json({
-        "train_rows": len(train_split), "train_positives": int(train_split.labels.sum()),
+        "train_rows": len(log_rows), "train_positives": int(log_rows.labels.sum()),
+        "sign_off_copies": len(train_split.copy_sources) - train_split.counterfactual_count,
+        "counterfactual_copies": train_split.counterfactual_count,
         "train_prior_shift": prior_shift, "dev_rows": len(dev_split), "members": len(fit_results),
         "best_epoch": fit_results[0].best_epoch + 1, "dev_log_loss": fit_results[0].best_loss, "train_seconds": seconds,
         "examples": sum(result.examples for result in fit_results), "train_tokens": tokens,
@@ -182,33 +185,13 @@ def summarize_training(
     })  # fmt: skip
 
 
-def round_for_json(value: Any) -> Any:
-    """Convert to JSON-ready values: floats rounded to 6 digits, NaN as null."""
-    if isinstance(value, dict):
-        return {key: round_for_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [round_for_json(item) for item in value]
-    if isinstance(value, float | np.floating):
-        return None if math.isnan(value) else round(float(value), 6)
-    return value
-
-
-logger = logging.getLogger(__name__)
-
-MAX_RESPONSES = 200
-"""Number of responses to which each perturbation is applied."""
-SLICE_COLUMNS = ("topic", "locale", "turn", "model_version", "activity")
-MIN_SLICE_ROWS = 20
-"""Slices with fewer rows are left out."""
-
-
 def measure_robustness(
     model: RewardModel, records: Sequence[Mapping[str, Any]], *, is_pairwise: bool, seed: int
 ) -> dict[str, Any]:
     """For each perturbation: the shift of the mean calibrated logit in standard deviations, and the effect on ranking.
 
-    `rank_kept` is the share of pairs of rows whose order does not change when both are perturbed (1 is perfect);
-    `raised` is the share of responses whose score rises. `records` are rows of the test split.
+    `order_preserved_share` is the share of pairs of rows whose order does not change when both are perturbed (1 is
+    perfect); `raised_share` is the share of responses whose score rises. `records` are rows of the test split.
     """
     column = "chosen" if is_pairwise else "response"
     rows = [row for row in records if str(row[column]).strip()]
@@ -228,14 +211,14 @@ def measure_robustness(
         shifts = perturbed_logits - original_logits
         table[name] = {
             "mean_shift_sd": float(shifts.mean()) / logit_sd,
-            "raised": float((shifts > 0).mean()),
-            "rank_kept": _rank_agreement(original_logits, perturbed_logits),
+            "raised_share": float((shifts > 0).mean()),
+            "order_preserved_share": _rank_agreement(original_logits, perturbed_logits),
         }
     return round_for_json({"rows": len(rows), "logit_sd": logit_sd, "changes": table})
 
 
 def _score_responses(model: RewardModel, rows: Sequence[Mapping[str, Any]], responses: Sequence[str]) -> Floats:
-    items = [(list(row["messages"]), response) for row, response in zip(rows, responses, strict=True)]
+    items = [ScoringItem(list(row["messages"]), response) for row, response in zip(rows, responses, strict=True)]
     return model.calibration.calibrate_logits(model.compute_raw_logits(model.encoder.encode(items)))
 
 
@@ -330,11 +313,11 @@ def score_heldout_rows(model: RewardModel, rows: Sequence[HeldoutRow]) -> list[d
     beats rejected, `chosen` and `rejected` are the two probabilities, and `margin` is the difference of their logits.
     Lengths are characters of the response.
     """
-    items: list[ScoringItem] = []
+    items = []
     for row in rows:
         messages: list[Message] = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
         text_columns = ("chosen", "rejected") if is_pair_row(row) else ("response",)
-        items += [(messages, row[column]) for column in text_columns]
+        items += [ScoringItem(messages, row[column], is_truncated(row, column)) for column in text_columns]
     # One pass over all texts; the iterator hands each row its one or two logits back.
     raw_logits = model.compute_raw_logits(model.encoder.encode(items))
     logits = iter(model.calibration.calibrate_logits(raw_logits).tolist())
@@ -380,7 +363,7 @@ def summarize_scores(scored_rows: Iterable[Mapping[str, Any]]) -> dict[str, Any]
         summary = compute_label_metrics(logits, labels, weights, lengths, clusters)
         length_preference = metrics.pearson_correlation(lengths, labels)
         summary["score_length_r"] = metrics.pearson_correlation(logits, lengths)
-    summary["length_floor_prefers"] = "longer" if length_preference >= 0 else "shorter"
+    summary["length_only_prefers"] = "longer" if length_preference >= 0 else "shorter"
     kind = "pairs" if is_pairwise else "labels"
     return round_for_json({"kind": kind, "n": len(rows), "clusters": len(set(clusters)), **summary})
 

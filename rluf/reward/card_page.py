@@ -17,7 +17,7 @@ def render_card_page(card: Mapping[str, Any]) -> str:
     """HTML page of a reward card (see rluf.reward.card.build_reward_card)."""
     is_pairwise = "pair_accuracy" in card
     ranking = card["pair_accuracy" if is_pairwise else "auroc"]
-    length_baseline = card["length_floor_accuracy" if is_pairwise else "length_floor_auroc"]
+    length_baseline = card["length_only_accuracy" if is_pairwise else "length_only_auroc"]
     metric_rows = [
         ("pair accuracy" if is_pairwise else "AUROC", _format_interval(ranking)),
         ("by length only", length_baseline),
@@ -31,10 +31,13 @@ def render_card_page(card: Mapping[str, Any]) -> str:
         metric_rows += [("PR-AUC", card["pr_auc"]), ("base rate", card["base_rate"])]
         metric_rows += [("mean value", card["mean_value"])]
     training_rows = [(key.replace("_", " "), value) for key, value in card["training"].items() if key != "history"]
+    training_tables: list[tuple[str, Sequence[str], Sequence[Sequence[Any]]]]
     training_tables = [("Training", ("", "Value"), training_rows)]
+    training_tables.append(_truncation_table(card.get("truncation", {})))
     training_tables.append(("Settings", ("Setting", "Value"), sorted(card["settings"].items())))
     sections = [
         _slice_section(card.get("slices", {})),
+        _prompt_fit_section(card.get("prompt_fit", {})),
         _robustness_section(card.get("robustness", {})),
         _learning_curve_section(card.get("learning_curve", [])),
         _comparison_section(card.get("previous", {})),
@@ -117,11 +120,36 @@ def _comparison_section(comparison: Mapping[str, Any]) -> dict[str, Any] | None:
     )
 
 
+def _truncation_table(shares_by_split: Mapping[str, Mapping[str, float]]) -> tuple[str, Sequence[str], list[Any]]:
+    rows = [
+        (split, shares["cut_share"], shares["prompt_cut_share"], shares["response_cut_share"])
+        for split, shares in shares_by_split.items()
+    ]
+    return "Share of rows longer than max_tokens", ("split", "cut", "of the conversation", "of the response"), rows
+
+
+def _prompt_fit_section(prompt_fit: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not prompt_fit:
+        return None
+    rows = [(kind, _format_interval(share), share["n"]) for kind, share in prompt_fit["shares"].items()]
+    text = (
+        "Share of test pairs in which a good response scores higher than an alternative to the same prompt: a good "
+        "response to another prompt (mismatched), a response that resembles those to all prompts (generic), the user's "
+        "own message (echo), its own first words, cut at the token limit (cut), or flattery that answers nothing."
+    )
+    if prompt_fit["below_minimum"]:
+        text += (
+            f" Warning: below {prompt_fit['minimum']:g} for {', '.join(prompt_fit['below_minimum'])}; a policy trained "
+            "on this score may learn such responses."
+        )
+    return _build_section("Prompt fit", text, [("Good response preferred", ("alternative", "share", "pairs"), rows)])
+
+
 def _robustness_section(robustness: Mapping[str, Any]) -> dict[str, Any] | None:
     if not robustness:
         return None
     rows = [
-        (name, change["mean_shift_sd"], change["raised"], change["rank_kept"])
+        (name, change["mean_shift_sd"], change["raised_share"], change["order_preserved_share"])
         for name, change in robustness["changes"].items()
     ]
     columns = ("perturbation", "shift (sd)", "share raised", "order preserved")

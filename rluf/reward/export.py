@@ -28,8 +28,10 @@ from rluf.reward.card import (
     summarize_training,
 )
 from rluf.reward.card_page import CARD_FILE, CARD_PAGE_FILE, render_card_page
+from rluf.reward.counterfactuals import measure_prompt_fit, measures_prompt_fit
 from rluf.reward.model import RewardModel, get_member_folder
 from rluf.reward.shared_backbone import get_head_label, select_labeled_rows
+from rluf.reward.text import summarize_truncation
 from rluf.reward.trainer import EVAL_BATCH_TOKENS, EncodedSplit, HeadTask, encode_split
 from rluf.utils.files import atomic_write, replace_folder
 from rluf.utils.stats import Floats
@@ -122,7 +124,7 @@ def export_models(
         )
         for head, (data_folder, output_folder) in outputs.items()
     ]
-    has_shared_head = settings.reward.settings_for_head(members[0].tasks[0].name).shared_head
+    has_shared_head = settings.reward.get_head_settings(members[0].tasks[0].name).ensemble.shared_head
     # The members' logits under a shared head are terms of one sum: scaling them apart would change the sum.
     if not has_shared_head:
         equalize_member_spreads(members)
@@ -137,7 +139,7 @@ def export_models(
             calibration.save(job.staging_folder)  # RewardModel.load reads it below
             if any(member.fit_results[head_index].best_epoch >= 0 for member in members):
                 _rescore_dev_split(settings, job, members, head_index)
-            _fit_head_calibration(settings, members, head_index, calibration).save(job.staging_folder)
+            _fit_head_calibration(members, head_index, calibration).save(job.staging_folder)
             _write_card(settings, job, members, head_index, start_time, full_card=full_card)
         for job in jobs:
             replace_folder(job.staging_folder, job.output_folder)
@@ -161,7 +163,7 @@ def _rescore_dev_split(settings: Settings, job: ExportJob, members: Sequence[Tra
     dev_split = encode_split(
         select_labeled_rows(job.head, read_split_rows(path), str(path)),
         model.encoder,
-        is_pairwise=settings.reward.settings_for_head(job.head).loss == "bradley_terry",
+        is_pairwise=settings.reward.get_head_settings(job.head).loss == "bradley_terry",
         source_name=str(path),
     )
     for member, dev_logits in zip(members, model.compute_member_logits(dev_split.sequences), strict=True):
@@ -179,13 +181,14 @@ def _build_base_calibration(
         member_count=len(members),
         shared_head=shared_head,
         read_at_next_turn=any(member.encoder.read_at_next_turn for member in members),
+        mark_truncated=any(member.encoder.mark_truncated for member in members),
         response_only_members=tuple(i for i, member in enumerate(members) if member.encoder.response_only),
         backbone_hash=backbone_hash,
     )
 
 
 def _fit_head_calibration(
-    settings: Settings, members: Sequence[TrainedModel], head_index: int, base_calibration: Calibration
+    members: Sequence[TrainedModel], head_index: int, base_calibration: Calibration
 ) -> Calibration:
     """`base_calibration` with member weights and the map to probabilities, both fitted on dev."""
     task = members[0].tasks[head_index]
@@ -193,8 +196,7 @@ def _fit_head_calibration(
     if len(members) > 1 and not base_calibration.shared_head:
         member_weights = _fit_task_member_weights(task, member_logits)
         base_calibration = replace(base_calibration, member_weights=member_weights)
-    method = settings.reward.settings_for_head(task.name).calibration
-    return fit_calibration(task.dev_split, base_calibration.pool_members(member_logits), base_calibration, method)
+    return fit_calibration(task.dev_split, base_calibration.pool_members(member_logits), base_calibration)
 
 
 def _fit_task_member_weights(task: HeadTask, member_logits: Floats) -> tuple[float, ...]:
@@ -220,7 +222,7 @@ def _write_card(
 ) -> None:
     """Evaluate the written model on the test split and write its card, with `full_card` also the HTML page."""
     model = RewardModel.load(job.staging_folder, batch_tokens=EVAL_BATCH_TOKENS)
-    head_settings = settings.reward.settings_on_shared_backbone(job.head, members[0].tasks[0].name)
+    head_settings = settings.reward.get_shared_backbone_settings(job.head, members[0].tasks[0].name)
     is_pairwise = head_settings.loss == "bradley_terry"
     path = job.data_folder / "test.parquet"
     records = select_labeled_rows(job.head, read_split_rows(path), str(path))
@@ -233,6 +235,10 @@ def _write_card(
     task = members[0].tasks[head_index]
     fit_results = [member.fit_results[head_index] for member in members]
     card |= {
+        "truncation": {
+            "train": summarize_truncation(task.train_split.select_originals().sequences),
+            "test": summarize_truncation(test_split.sequences),
+        },
         "scoring_tokens_per_second": round(test_split.token_count / scoring_seconds, 1),
         "training": summarize_training(fit_results, task.train_split, task.dev_split),
         "settings": head_settings.model_dump(mode="json"),
@@ -240,6 +246,8 @@ def _write_card(
         "heads": [head_task.name for head_task in members[0].tasks],
         "seconds": round(time.monotonic() - start_time, 3),
     }
+    if measures_prompt_fit(job.head, is_pairwise=is_pairwise, debias=head_settings.debias):
+        card["prompt_fit"] = measure_prompt_fit(model, records, is_pairwise=is_pairwise, seed=settings.seed)
     if job.earlier_model is not None:
         card |= _compare_with_earlier(job, job.earlier_model, records, test_split, logits, settings.seed)
     if full_card:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -29,6 +30,7 @@ from rluf.reward.backbone import (
     load_classifier,
 )
 from rluf.reward.checkpoint import RewardCheckpointer
+from rluf.reward.counterfactuals import Counterfactual, make_training_copies
 from rluf.reward.debias import (
     SIGN_OFF_SHARE,
     add_sign_off_copies,
@@ -39,7 +41,7 @@ from rluf.reward.debias import (
 from rluf.reward.linear_probe import fit_probe, fold_bias_into_weights, set_head_weights
 from rluf.reward.losses import build_loss
 from rluf.reward.shared_backbone import save_head_folders, select_labeled_rows
-from rluf.reward.text import TextEncoder
+from rluf.reward.text import TextEncoder, is_truncated
 from rluf.reward.trainer import (
     EVAL_BATCH_TOKENS,
     EncodedSplit,
@@ -59,6 +61,12 @@ from rluf.utils.stats import Floats
 
 logger = logging.getLogger(__name__)
 
+DROPOUT_RATE = 0.1
+"""Dropout in training, as BERT was trained; it replaces the backbone's own rate."""
+WEIGHT_DECAY = 0.01
+"""Weight decay of AdamW, its usual value."""
+EARLY_STOPPING_EPOCHS = 2
+"""Epochs without a lower dev log-loss before training stops early; one alone is often noise."""
 SNAPSHOT_BUCKET_BYTES = 64 << 20
 """Size of the buckets in which the best weights are copied to the host."""
 
@@ -125,7 +133,7 @@ def train_ensemble(
     save_interval_s: float = float("inf"),
 ) -> list[TrainedModel]:
     """Train the members of these heads' ensemble (often one), and their shared head if set; see train_member."""
-    lead_settings = settings.reward.settings_for_head(head_data[0].head)
+    lead_settings = settings.reward.get_head_settings(head_data[0].head)
     member_count = len(lead_settings.member_specs)
     backbones = {member.backbone for member in lead_settings.member_specs}
     if member_count > 1 and lead_settings.read_at_next_turn and not any(_is_decoder(settings, b) for b in backbones):
@@ -148,9 +156,19 @@ def train_ensemble(
         )
         for member_index in range(member_count)
     ]
-    if lead_settings.shared_head:
+    if lead_settings.ensemble.shared_head:
         _fit_shared_head(members, seed=settings.seed, world_size=world_size)
     return members
+
+
+def _has_truncated_rows(settings: Settings, head_data: Sequence[HeadData], world_size: int) -> bool:
+    """Whether any training row of any rank is cut at the token limit, so that the model can learn to read the end."""
+    has_truncated = any(
+        "counterfactuals" in settings.reward.get_head_settings(data.head).debias
+        or any(is_truncated(row, column) for row in data.train_rows for column in ("response", "chosen", "rejected"))
+        for data in head_data
+    )
+    return any(all_gather_object(has_truncated, world_size))
 
 
 def _is_decoder(settings: Settings, backbone: str) -> bool:
@@ -177,25 +195,21 @@ def train_member(
     `shared_features`, empty before the first member, lets members that differ only in depth share one pass over the
     rows. Epochs need an initialized process group. Raises DataError, ModelError, DeadlineError.
     """
-    lead_settings = settings.reward.settings_for_head(head_data[0].head)
+    lead_settings = settings.reward.get_head_settings(head_data[0].head)
     member_count = len(lead_settings.member_specs)
     member = lead_settings.member_specs[member_index]
     if not member.uses_section_backbone:
         # The section's epochs, learning rate and frozen share are tuned for its own backbone: only fit a head.
         probe_only = {"linear_probe": True, "epochs": 0, "frozen_share": 1, "lora_rank": 0}
         lead_settings = lead_settings.model_copy(update=probe_only)
-    depths = (member.layers,) if shared_features is None else lead_settings.shared_pass_depths(member)
+    depths = (member.layers,) if shared_features is None else lead_settings.list_shared_pass_depths(member)
     backbone_folder = resolve_model(member.backbone, resolve_cache_folder(settings))
     torch.manual_seed((settings.seed + member_index) * 1009 + rank)  # another dropout mask on every rank
+    device = f"cuda:{torch.cuda.current_device()}" if settings.cluster.gpus_per_reward > 0 else "cpu"
     model = load_classifier(
-        backbone_folder,
-        require_all_weights=False,
-        device=f"cuda:{torch.cuda.current_device()}" if settings.cluster.gpus_per_reward > 0 else "cpu",
-        dropout=lead_settings.dropout,
-        seed=settings.seed + member_index,
-        layer_count=max(depths),
-        head_count=len(head_data),
-    )
+        backbone_folder, require_all_weights=False, device=device, dropout=DROPOUT_RATE,
+        seed=settings.seed + member_index, layer_count=max(depths), head_count=len(head_data),
+    )  # fmt: skip
     encoder = build_text_encoder(
         model,
         backbone_folder,
@@ -203,6 +217,7 @@ def train_member(
         read_at_next_turn=lead_settings.read_at_next_turn,
         is_single_model=member_count < 2,
         response_only=member.response_only,
+        mark_truncated=_has_truncated_rows(settings, head_data, world_size),
     )
     tasks = [_build_task(settings, data, encoder, index, world_size) for index, data in enumerate(head_data)]
     plan = _build_plan(settings, lead_settings, member_index, rank, world_size, deadline, save_interval_s)
@@ -221,18 +236,19 @@ def train_member(
         probe_features = [
             _compute_probe_features(probe_trainer, task, member, depths, shared_features) for task in tasks
         ]
-        fit_head = _add_zero_head if lead_settings.shared_head else partial(_fit_probe_head, seed=settings.seed)
+        has_shared_head = lead_settings.ensemble.shared_head
+        fit_head = _add_zero_head if has_shared_head else partial(_fit_probe_head, seed=settings.seed)
         progress.fit_results = [
             fit_head(probe_trainer, task, features, weights)
             for task, features in zip(tasks, probe_features, strict=True)
         ]
-        _log_probe(model_name, progress, has_shared_head=lead_settings.shared_head)
+        _log_probe(model_name, progress, has_shared_head=has_shared_head)
     if lead_settings.epochs:
         model.to(getattr(torch, settings.reward_dtype))
         frozen_prefix = _build_frozen_prefix(settings, model, frozen_layers, tasks)
         trainer = RewardModelTrainer(model, encoder, plan, frozen_prefix)
         if lead_settings.lora_rank:
-            add_layer_adapters(model, lead_settings.lora_rank, frozen_layers, lead_settings.dropout)
+            add_layer_adapters(model, lead_settings.lora_rank, frozen_layers, DROPOUT_RATE)
         progress = _train_epochs(
             settings, lead_settings, model, trainer, tasks, progress, weights, checkpointer, model_name
         )
@@ -252,7 +268,7 @@ def _build_plan(
     return TrainPlan(
         epochs=model_settings.epochs, batch_rows=max(1, model_settings.batch_rows // world_size),
         batch_tokens=EVAL_BATCH_TOKENS, seed=settings.seed + member_index, rank=rank, world_size=world_size,
-        patience=model_settings.patience, deadline=deadline, save_interval_s=save_interval_s,
+        patience=EARLY_STOPPING_EPOCHS, deadline=deadline, save_interval_s=save_interval_s,
     )  # fmt: skip
 
 
@@ -327,14 +343,24 @@ def _build_task(
     settings: Settings, head_data: HeadData, encoder: TextEncoder, head_index: int, world_size: int
 ) -> HeadTask:
     """Encode the head's rows and weight them by its own settings."""
-    head_settings = settings.reward.settings_for_head(head_data.head)
+    head_settings = settings.reward.get_head_settings(head_data.head)
     is_pairwise = head_settings.loss == "bradley_terry"
     train_source, dev_source = (f"{head_data.data_folder}/{split}.parquet" for split in ("train", "dev"))
     records = select_labeled_rows(head_data.head, head_data.train_rows, train_source)
-    sign_off_share = SIGN_OFF_SHARE if "sign_offs" in head_settings.debias else 0.0
-    records, copy_sources = add_sign_off_copies(records, sign_off_share, is_pairwise=is_pairwise, seed=settings.seed)
+    log_rows, sign_off_share = records, SIGN_OFF_SHARE if "sign_offs" in head_settings.debias else 0.0
+    records, copy_sources = add_sign_off_copies(log_rows, sign_off_share, is_pairwise=is_pairwise, seed=settings.seed)
+    counterfactuals: list[Counterfactual] = []
+    if "counterfactuals" in head_settings.debias:
+        copies, counterfactuals = make_training_copies(log_rows, is_pairwise=is_pairwise, seed=settings.seed)
+        records = [*records, *copies]
+        counts = Counter(counterfactual.kind for counterfactual in counterfactuals)
+        logger.info("%s: counterfactual rows %s", head_data.head, " ".join(f"{k}={n}" for k, n in counts.items()))
     train_split = encode_split(records, encoder, is_pairwise=is_pairwise, source_name=train_source)
-    train_split = replace(train_split, copy_sources=copy_sources)
+    train_split = replace(
+        train_split,
+        copy_sources=np.asarray([*copy_sources, *(c.source_index for c in counterfactuals)], dtype=np.int64),
+        counterfactual_count=len(counterfactuals),
+    )
     dev_records = select_labeled_rows(head_data.head, head_data.dev_rows, dev_source)
     dev_split = encode_split(dev_records, encoder, is_pairwise=is_pairwise, source_name=dev_source)
     if not is_pairwise and len(set(train_split.labels.tolist())) < 2:
@@ -361,8 +387,8 @@ def fit_nuisance_offsets(
 
     Per-user offsets are estimated leave-one-text-out.
     """
-    # A row and its sign-off copies together weigh as much as the row: copies add no evidence about user or length.
-    weights = split.loss_weights / np.bincount(split.source_ids)[split.source_ids]
+    all_rows, split = split, split.select_originals()  # copies add no evidence about user or length
+    weights = split.loss_weights
     shards = all_gather_object((split.labels, weights, split.response_lengths, split.clusters), world_size)
     all_weights = np.concatenate([shard[1] for shard in shards])
     if split.is_pairwise:
@@ -386,7 +412,11 @@ def fit_nuisance_offsets(
     logger.info(
         "%s: debias length_slope=%.2f log-odds per standard deviation of log length", head, nuisance.length_slope
     )
-    return offsets
+    # A copy has the user of its source, but a length of its own.
+    sources = split.sequence_indices(all_rows.source_ids.tolist())
+    length_offsets = nuisance.compute_length_offsets(all_rows.response_lengths)
+    source_length_offsets = nuisance.compute_length_offsets(split.response_lengths)[sources]
+    return np.asarray(offsets[sources] - source_length_offsets + length_offsets, dtype=np.float64)
 
 
 def _compute_probe_features(
@@ -464,17 +494,21 @@ def _fit_head_weights(
     Copies with a sign-off are not rows of the fit: the change of the logit that a sign-off causes is penalized.
     """
     split = task.train_split
-    row_count = len(split) - len(split.copy_sources)
-    original_sequences = split.sequence_indices(range(row_count))
-    copy_sequences = split.sequence_indices(range(row_count, len(split)))
-    changes = train_features[copy_sequences] - train_features[split.sequence_indices(split.copy_sources.tolist())]
+    first_counterfactual = len(split) - split.counterfactual_count
+    fit_rows = [*range(split.original_count), *range(first_counterfactual, len(split))]
+    fit_sequences = split.sequence_indices(fit_rows)
+    sign_off_rows = range(split.original_count, first_counterfactual)
+    sign_off_sources = split.copy_sources[: len(sign_off_rows)].tolist()
+    changes = (
+        train_features[split.sequence_indices(sign_off_rows)] - train_features[split.sequence_indices(sign_off_sources)]
+    )
     offsets = split.logit_offsets if split.logit_offsets.size else np.zeros(len(train_features))
     local_shard = (
-        split.labels[:row_count],
-        split.loss_weights[:row_count],
-        split.clusters[:row_count],
-        train_features[original_sequences],
-        offsets[original_sequences],
+        split.labels[fit_rows],
+        split.loss_weights[fit_rows],
+        [split.clusters[row] for row in fit_rows],
+        train_features[fit_sequences],
+        offsets[fit_sequences],
         # The H x H moment in place of the changes themselves: its size does not grow with the number of copies.
         changes.T @ changes,
         len(changes),
@@ -539,7 +573,7 @@ def _init_engine(
 ) -> TrainEngine:
     engine: TrainEngine = init_deepspeed(
         model, zero_stage=settings.reward.zero_stage, learning_rate=model_settings.learning_rate,
-        warmup_steps=max(1, total_steps // 10), weight_decay=model_settings.weight_decay, max_grad_norm=1.0,
+        warmup_steps=max(1, total_steps // 10), weight_decay=WEIGHT_DECAY,
         dtype=getattr(torch, settings.reward_dtype), world_size=world_size, total_steps=total_steps,
     )  # fmt: skip
     return engine

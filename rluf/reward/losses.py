@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch.nn import functional
@@ -14,6 +13,10 @@ LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 """Loss of logits (pairs: chosen, then rejected), labels and weights."""
 FOCAL_EXPONENT = 2.0
 """Exponent of the focal loss, the best value in the paper."""
+PU_CLASS_PRIOR = 0.2
+"""Share of responses that are truly liked, with or without a reaction: about three times the usual reaction rate."""
+HINGE_MARGIN = 1.0
+"""Distance from the boundary, in logits, beyond which a row has no loss. Any other margin only rescales the logits."""
 
 
 def weighted_bce_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -37,7 +40,7 @@ def focal_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
 
 
 def non_negative_pu_loss(
-    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, class_prior: float
+    logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, class_prior: float = PU_CLASS_PRIOR
 ) -> torch.Tensor:
     """Non-negative PU risk: rows without a reaction are unlabeled, since some of them would have been loved too.
 
@@ -56,10 +59,10 @@ def non_negative_pu_loss(
     return risk_positive + risk_negative if float(risk_negative.detach()) >= 0 else -risk_negative
 
 
-def hinge_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, margin: float) -> torch.Tensor:
-    """Mean over `weights` [B] of max(0, margin - z) for label 1 and max(0, margin + z) for label 0."""
+def hinge_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Mean over `weights` [B] of max(0, HINGE_MARGIN - z) for label 1 and max(0, HINGE_MARGIN + z) for label 0."""
     signs = torch.where(labels > 0.5, 1.0, -1.0)
-    return (functional.relu(margin - signs * logits.float()) * weights).sum() / weights.sum()
+    return (functional.relu(HINGE_MARGIN - signs * logits.float()) * weights).sum() / weights.sum()
 
 
 def bradley_terry_loss(
@@ -68,33 +71,30 @@ def bradley_terry_loss(
     weights: torch.Tensor,
     *,
     wins: torch.Tensor | None = None,
-    margin: float = 0.0,
 ) -> torch.Tensor:
-    """Bradley-Terry loss in nats: mean over `weights` [B] of the cross-entropy of sigmoid(chosen - rejected - margin).
+    """Bradley-Terry loss in nats: mean over `weights` [B] of the cross-entropy of sigmoid(chosen - rejected).
 
-    `wins` [B] is 1 where chosen won (the default) and 0.5 for a tie, to which no margin applies. Source: Bradley and
-    Terry 1952; as a reward model loss, Christiano et al. 2017; the margin as in Llama 2 (Touvron et al. 2023).
+    `wins` [B] is 1 where chosen won (the default) and 0.5 for a tie. Source: Bradley and Terry 1952; as a reward model
+    loss, Christiano et al. 2017.
     """
     win_share = torch.ones_like(weights, dtype=torch.float32) if wins is None else wins.float()
-    # 2 * win_share - 1 is 1 for a win and 0 for a tie.
-    difference = chosen.float() - rejected.float() - margin * (2 * win_share - 1)
+    difference = chosen.float() - rejected.float()
     losses = -(win_share * functional.logsigmoid(difference) + (1 - win_share) * functional.logsigmoid(-difference))
     return (losses * weights).sum() / weights.sum()
 
 
 def build_loss(model_settings: RewardModelSettings) -> LossFunction:
     """Loss function of logits, labels and weights that the settings name."""
-    margin = model_settings.margin
 
     def pairwise_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         chosen, rejected = logits.chunk(2)
-        return bradley_terry_loss(chosen, rejected, weights, wins=labels, margin=margin)
+        return bradley_terry_loss(chosen, rejected, weights, wins=labels)
 
     loss_functions: dict[str, LossFunction] = {
         "bce": weighted_bce_loss,
         "focal": focal_loss,
-        "nnpu": partial(non_negative_pu_loss, class_prior=model_settings.pu_class_prior),
-        "hinge": partial(hinge_loss, margin=margin or 1.0),
+        "nnpu": non_negative_pu_loss,
+        "hinge": hinge_loss,
         "bradley_terry": pairwise_loss,
     }
     return loss_functions[model_settings.loss]

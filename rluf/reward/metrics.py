@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -153,3 +154,14 @@ def pearson_correlation(first: Floats, second: Floats) -> float:
     if first.size < 2 or first.std() == 0 or second.std() == 0:
         return 0.0
     return float(np.corrcoef(first, second)[0, 1])
+
+
+def round_for_json(value: Any) -> Any:
+    """Convert to JSON-ready values: floats rounded to 6 digits, NaN as null."""
+    if isinstance(value, dict):
+        return {key: round_for_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [round_for_json(item) for item in value]
+    if isinstance(value, float | np.floating):
+        return None if math.isnan(value) else round(float(value), 6)
+    return value

@@ -31,8 +31,8 @@ from rluf.reward.backbone import (
 )
 from rluf.reward.calibration import Calibration
 from rluf.reward.shared_backbone import load_heads
-from rluf.reward.text import EncodedItem, ScoringItem, TextEncoder, iter_shared_batches, plan_token_batches
-from rluf.types import Score
+from rluf.reward.text import EncodedItem, TextEncoder, iter_shared_batches, plan_token_batches
+from rluf.types import Score, ScoringItem
 from rluf.utils.stats import Floats
 
 if TYPE_CHECKING:
@@ -185,6 +185,7 @@ class RewardModel:
                 read_at_next_turn=calibration.read_at_next_turn,
                 is_single_model=len(folders) < 2,
                 response_only=index in calibration.response_only_members,
+                mark_truncated=calibration.mark_truncated,
             )
             for index, (member, folder) in enumerate(zip(members, folders, strict=True))
         ]
@@ -194,7 +195,7 @@ class RewardModel:
         return cls(members, encoders[0], calibration, batch_tokens)
 
     def score(self, items: Sequence[ScoringItem], objective: str) -> list[Score]:
-        """Scores of (messages, response) items, in order: calibrated probability, raw logit and spread.
+        """Scores of items, in order: calibrated probability, raw logit and spread.
 
         The spread is the standard deviation of the members' own probabilities; 0 for a single model and for members
         with a shared head.
@@ -248,7 +249,7 @@ class SharedBackboneModel:
         return cls(model, {objective: Calibration.load(folder) for objective, folder in folders.items()})
 
     def score(self, items: Sequence[ScoringItem]) -> dict[str, list[Score]]:
-        """Scores of (messages, response) items in order, by objective."""
+        """Scores of items in order, by objective."""
         if not items:
             return {objective: [] for objective in self.calibrations}
         head_logits = self.model.compute_head_logits(self.model.encoder.encode(items))

@@ -42,6 +42,8 @@ WORKER_ENVIRONMENT = {
 }
 MAX_IN_MEMORY_BYTES = 64 << 20
 """Largest training split that the driver reads itself, in bytes of the Parquet file."""
+MAX_RESTARTS = 3
+"""Restarts of failed training workers; they resume from the last save. An error in the code fails again at once."""
 SAVE_INTERVAL_S = 60.0
 """Seconds of training that the loss of a worker may cost a model."""
 
@@ -69,7 +71,7 @@ def train_reward_models(
 
     groups = group_by_backbone(settings, tuple(jobs))
     for group in groups:
-        for member in settings.reward.settings_for_head(group[0]).member_specs:
+        for member in settings.reward.get_head_settings(group[0]).member_specs:
             # Downloaded here once, before several workers would download it at the same time.
             resolve_model(member.backbone, resolve_cache_folder(settings))
     for objective, (data_folder, output_folder) in jobs.items():
@@ -116,7 +118,7 @@ def _build_torch_trainer(
     ray.data.DataContext.get_current().enable_progress_bars = False
     datasets = {source: _load_dataset(folder / source / "train.parquet") for source, folder in data_folders.items()}
     uses_gpu = settings.cluster.gpus_per_reward > 0
-    resources = {"CPU": settings.cluster.cpus_per_reward, "GPU": settings.cluster.gpus_per_reward}
+    resources = dict(zip(("CPU", "GPU"), settings.cluster.get_role_resources("reward"), strict=True))
     environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(train_loop_config["threads"])}
     return TorchTrainer(
         train_worker,
@@ -136,7 +138,7 @@ def _build_torch_trainer(
         run_config=train.RunConfig(
             name="reward",
             storage_path=str(storage),
-            failure_config=train.FailureConfig(max_failures=settings.reward.retries),
+            failure_config=train.FailureConfig(max_failures=MAX_RESTARTS),
             checkpoint_config=train.CheckpointConfig(num_to_keep=1),
             logging_config=train.LoggingConfig(log_level="WARNING"),
             worker_runtime_env={"env_vars": environment},

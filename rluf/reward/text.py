@@ -1,19 +1,28 @@
 """Encode a conversation and a response as the token ids that a classifier reads.
 
 Encoders (tokenizers with CLS and SEP tokens) read a text pair: context | response. Decoders read the chat template
-rendered up to the end of the response, so that the last token attends to everything. Truncation removes the oldest
-text first.
+rendered up to the end of the response, so that the last token attends to everything.
+
+A response that was cut at the token limit lacks the marker that ends a finished one: the template's end of turn, or an
+encoder's last SEP. Only models that saw cut responses in training read the difference (`mark_truncated`).
+
+A row longer than `max_tokens` loses the oldest text of the conversation first, down to MIN_PROMPT_SHARE of the tokens,
+and then the middle of the response.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from rluf.errors import ModelError
-from rluf.types import Message
+from rluf.types import Message, ScoringItem
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +34,14 @@ NEXT_TURN_MARKER = "\u2063next\u2063"
 EMPTY_CONVERSATION: Sequence[Message] = ({"role": "user", "content": ""},)
 """Conversation in front of a response that is read without its context."""
 
-ScoringItem = tuple[Sequence[Message], str]
-"""A conversation that ends with a user message, and one response to it."""
+RESPONSE_MARKER = "\u2063response\u2063"
+"""Placeholder of the response, which shows where a chat template puts it."""
+
+MIN_PROMPT_SHARE = 0.25
+"""Share of `max_tokens` that the conversation keeps, if it is as long, however long the response is."""
+
+SCORING_BATCH_TOKENS = 8192
+"""Padded tokens that a reward actor or a service scores at once: bounds memory, and the wait of the next request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +52,11 @@ class EncodedItem:
     response_start: int
     member_encodings: tuple[EncodedItem, ...] = ()
     """Encodings of the same item for members 1 and up of an ensemble, if their encoders differ from the first's."""
+    # Not compared: rows of equal ids are the same input, whatever was left out of them.
+    dropped_prompt_tokens: int = field(default=0, compare=False)
+    """Tokens of the conversation that did not fit into `max_tokens`."""
+    dropped_response_tokens: int = field(default=0, compare=False)
+    """Tokens of the response that did not fit."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -52,15 +72,18 @@ class TextEncoder:
         *,
         read_at_next_turn: bool = False,
         response_only: bool = False,
+        mark_truncated: bool = False,
     ) -> None:
         """Set up the text format for the backbone's `tokenizer`.
 
         `read_at_next_turn` ends a decoder's text with the header of the user's next message. `response_only` replaces
-        each conversation by an empty user message. Raises ModelError when the tokenizer has neither CLS and SEP nor a
+        each conversation by an empty user message. `mark_truncated` leaves out the end marker of cut responses; without
+        it they are encoded like finished ones. Raises ModelError when the tokenizer has neither CLS and SEP nor a
         chat template, or when it has CLS and SEP and read_at_next_turn is set.
         """
         self.read_at_next_turn = read_at_next_turn
         self.response_only = response_only
+        self.mark_truncated = mark_truncated
         self.member_encoders: tuple[TextEncoder, ...] = ()
         """Encoders of members 1 and up of an ensemble, if they differ from this one; `encode` runs them too."""
         self.tokenizer = tokenizer
@@ -86,13 +109,19 @@ class TextEncoder:
         """Token ids of each item, in order. An empty response is valid: it has no tokens of its own."""
         if not items:
             return []
-        visible_items = [(EMPTY_CONVERSATION, response) for _, response in items] if self.response_only else items
+        visible_items = [
+            item._replace(
+                messages=EMPTY_CONVERSATION if self.response_only else item.messages,
+                is_truncated=item.is_truncated and self.mark_truncated,
+            )
+            for item in items
+        ]
         rows = self._encode_text_pairs(visible_items) if self.uses_text_pairs else self._encode_chats(visible_items)
         if not self.member_encoders:
             return rows
         encodings_by_row = zip(*(encoder.encode(items) for encoder in self.member_encoders), strict=True)
         return [
-            EncodedItem(row.token_ids, row.response_start, member_encodings)
+            replace(row, member_encodings=member_encodings)
             for row, member_encodings in zip(rows, encodings_by_row, strict=True)
         ]
 
@@ -102,45 +131,73 @@ class TextEncoder:
         tokenizers = [encoder.tokenizer.backend_tokenizer.to_str() for encoder in (self, other)]
         return tokenizers[0] == tokenizers[1] and self._format_key() == other._format_key()
 
-    def _format_key(self) -> tuple[int, bool, bool]:
+    def _format_key(self) -> tuple[int, bool, bool, bool]:
         """The options that change the encoded text, apart from the tokenizer."""
-        return self.max_tokens, self.read_at_next_turn, self.response_only
+        return self.max_tokens, self.read_at_next_turn, self.response_only, self.mark_truncated
 
     def _encode_text_pairs(self, items: Sequence[ScoringItem]) -> list[EncodedItem]:
-        contexts = self._tokenize([render_context(messages) for messages, _ in items])
-        responses = self._tokenize([response for _, response in items])
+        contexts = self._tokenize([render_context(item.messages) for item in items])["input_ids"]
+        responses = self._tokenize([item.response for item in items])["input_ids"]
         cls_id, sep_id = int(self.tokenizer.cls_token_id), int(self.tokenizer.sep_token_id)
         token_budget = max(self.max_tokens - 3, 0)  # CLS and two SEP
         rows = []
-        for context_ids, response_ids in zip(contexts, responses, strict=True):
-            response_part = _take_last(response_ids, token_budget)
-            context_part = _take_last(context_ids, token_budget - len(response_part))
-            token_ids = (cls_id, *context_part, sep_id, *response_part, sep_id)
-            rows.append(EncodedItem(token_ids, len(context_part) + 2))
+        for item, context_ids, response_ids in zip(items, contexts, responses, strict=True):
+            context_part, response_part = fit_token_budget(context_ids, response_ids, token_budget)
+            token_ids = (cls_id, *context_part, sep_id, *response_part, *([] if item.is_truncated else [sep_id]))
+            dropped = (len(context_ids) - len(context_part), len(response_ids) - len(response_part))
+            rows.append(EncodedItem(token_ids, len(context_part) + 2, (), *dropped))
         return rows
 
     def _encode_chats(self, items: Sequence[ScoringItem]) -> list[EncodedItem]:
+        texts = [
+            self._render_cut_response(item) if item.is_truncated else self._render_chat(item.messages, item.response)
+            for item in items
+        ]
+        encodings = self._tokenize(texts, return_offsets_mapping=True)
+        rows = []
+        for item, token_ids, offsets in zip(items, encodings["input_ids"], encodings["offset_mapping"], strict=True):
+            if len(token_ids) <= self.max_tokens:
+                rows.append(EncodedItem(tuple(token_ids), len(token_ids)))
+                continue
+            # Where the response starts matters only now; finding it takes a second rendering.
+            prompt_text = self._render_chat(item.messages, RESPONSE_MARKER).rpartition(RESPONSE_MARKER)[0]
+            prompt_count = sum(start < len(prompt_text) for start, _ in offsets)
+            parts = fit_token_budget(token_ids[:prompt_count], token_ids[prompt_count:], self.max_tokens)
+            dropped = (prompt_count - len(parts[0]), len(token_ids) - prompt_count - len(parts[1]))
+            rows.append(EncodedItem((*parts[0], *parts[1]), sum(map(len, parts)), (), *dropped))
+        return rows
+
+    def _render_chat(self, messages: Sequence[Message], response: str) -> str:
+        """Chat template rendered up to the end of the response, or to the header of the user's next message."""
         from jinja2 import TemplateError
 
-        texts = []
-        for messages, response in items:
-            turns = [{"role": m["role"], "content": m["content"]} for m in messages]
-            turns.append({"role": "assistant", "content": response})
-            if self.read_at_next_turn:
-                turns.append({"role": "user", "content": NEXT_TURN_MARKER})
-            try:
-                rendered = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
-            except TemplateError as error:
-                model_name = self.tokenizer.name_or_path
-                raise ModelError(f"the chat template of {model_name} rejected a conversation: {error}") from error
-            # The last marker: a message of the conversation could contain the same characters.
-            texts.append(rendered[: rendered.rindex(NEXT_TURN_MARKER)] if self.read_at_next_turn else rendered)
-        rows = [_take_last(token_ids, self.max_tokens) for token_ids in self._tokenize(texts)]
-        return [EncodedItem(tuple(token_ids), len(token_ids)) for token_ids in rows]
+        turns = [{"role": m["role"], "content": m["content"]} for m in messages]
+        turns.append({"role": "assistant", "content": response})
+        if self.read_at_next_turn:
+            turns.append({"role": "user", "content": NEXT_TURN_MARKER})
+        try:
+            rendered = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
+        except TemplateError as error:
+            model_name = self.tokenizer.name_or_path
+            raise ModelError(f"the chat template of {model_name} rejected a conversation: {error}") from error
+        # The last marker: a message of the conversation could contain the same characters.
+        return rendered[: rendered.rindex(NEXT_TURN_MARKER)] if self.read_at_next_turn else rendered
 
-    def _tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        token_ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        return token_ids
+    def _render_cut_response(self, item: ScoringItem) -> str:
+        """Rendered text without the end-of-turn marker; the header of the user's next message stays, where read."""
+        prompt_text, _, response_end = self._render_chat(item.messages, RESPONSE_MARKER).rpartition(RESPONSE_MARKER)
+        if not self.read_at_next_turn:
+            return prompt_text + item.response
+        return prompt_text + item.response + response_end.removeprefix(self._turn_end)
+
+    @cached_property
+    def _turn_end(self) -> str:
+        """Text that the chat template puts after a response: the end-of-turn marker."""
+        turns = [*EMPTY_CONVERSATION, {"role": "assistant", "content": RESPONSE_MARKER}]
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(RESPONSE_MARKER)[2]
+
+    def _tokenize(self, texts: Sequence[str], **options: Any) -> Any:
+        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False, **options)
 
     def collate(self, rows: Sequence[EncodedItem]) -> dict[str, torch.Tensor]:
         """Tensors [B, T], padded on the right to the longest row."""
@@ -171,9 +228,42 @@ def render_context(messages: Sequence[Message]) -> str:
     return "".join([*earlier_lines, dialogue[-1]["content"]])
 
 
-def _take_last(token_ids: Sequence[int], count: int) -> Sequence[int]:
-    # ids[-0:] would be the whole list.
-    return token_ids[-count:] if count > 0 else []
+def fit_token_budget(
+    prompt_ids: Sequence[int], response_ids: Sequence[int], token_budget: int
+) -> tuple[list[int], list[int]]:
+    """The parts of prompt and response that fit into `token_budget` tokens together.
+
+    The prompt loses its start, but keeps MIN_PROMPT_SHARE of the budget (rounded up) if it has as many tokens. A
+    response that is still too long loses its middle: the first half shows what it answers, the second how it ends.
+    """
+    prompt_minimum = min(len(prompt_ids), math.ceil(MIN_PROMPT_SHARE * token_budget))
+    response_part, response_budget = list(response_ids), token_budget - prompt_minimum
+    if len(response_ids) > response_budget:
+        start_count = response_budget // 2
+        end_start = len(response_ids) - (response_budget - start_count)
+        response_part = [*response_ids[:start_count], *response_ids[end_start:]]
+    prompt_count = min(len(prompt_ids), token_budget - len(response_part))
+    return list(prompt_ids[len(prompt_ids) - prompt_count :]), response_part
+
+
+def is_truncated(row: Mapping[str, Any], text_column: str) -> bool:
+    """Whether the text in a column of a log row was cut at the token limit; False if the log does not say.
+
+    `finish_reason` is that of column response; `chosen` and `rejected` have columns of their own.
+    """
+    return row.get("finish_reason" if text_column == "response" else f"{text_column}_finish_reason") == "length"
+
+
+def summarize_truncation(rows: Sequence[EncodedItem]) -> dict[str, float]:
+    """Share of encoded rows that did not fit into `max_tokens`, and shares that lost prompt or response tokens."""
+    dropped = np.asarray([(row.dropped_prompt_tokens > 0, row.dropped_response_tokens > 0) for row in rows])
+    if not rows:
+        return {"cut_share": 0.0, "prompt_cut_share": 0.0, "response_cut_share": 0.0}
+    prompt_share, response_share = dropped.mean(0).tolist()
+    return {
+        "cut_share": float(dropped.any(1).mean()), "prompt_cut_share": prompt_share,
+        "response_cut_share": response_share,
+    }  # fmt: skip
 
 
 MAX_PADDING_SHARE = 1 / 8

@@ -29,7 +29,8 @@ from rluf.reward.backbone import FrozenPrefix, HeadInputCapture
 from rluf.reward.calibration import compute_prior_shift, fit_pair_scale, fit_platt
 from rluf.reward.losses import LossFunction, weighted_bce_loss
 from rluf.reward.metrics import binary_entropy, log_loss
-from rluf.reward.text import EncodedItem, TextEncoder, iter_shared_batches, plan_token_batches
+from rluf.reward.text import EncodedItem, TextEncoder, is_truncated, iter_shared_batches, plan_token_batches
+from rluf.types import ScoringItem
 from rluf.utils.stats import Floats, sigmoid
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,9 @@ class EncodedSplit:
     """Added to each sequence's logit in training, not in scoring: effects of length and user (rluf.reward.debias).
     Empty: none."""
     copy_sources: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
-    """The last rows are copies with a sign-off (rluf.reward.debias): the index of the row each was copied from."""
+    """The last rows are copies: the index of the row that each was made from. First those with a sign-off and the same
+    label (rluf.reward.debias), then `counterfactual_count` that are worse (rluf.reward.counterfactuals)."""
+    counterfactual_count: int = 0
 
     def __post_init__(self) -> None:
         """Use the row indices as keys if there are none."""
@@ -100,17 +103,40 @@ class EncodedSplit:
         return [*row_indices, *(row + len(self) for row in row_indices)] if self.is_pairwise else list(row_indices)
 
     @property
+    def original_count(self) -> int:
+        """Number of rows of the log: the first ones, in front of the copies."""
+        return len(self) - len(self.copy_sources)
+
+    def select_originals(self) -> EncodedSplit:
+        """The split without its copies."""
+        return self.select_rows(range(self.original_count))
+
+    def select_rows(self, row_indices: Sequence[int]) -> EncodedSplit:
+        """Some rows of the split, as rows without copies among them."""
+        rows, sequences = list(row_indices), self.sequence_indices(row_indices)
+        return EncodedSplit(
+            self.is_pairwise,
+            [self.sequences[index] for index in sequences],
+            self.labels[rows],
+            self.weights[rows],
+            [self.clusters[index] for index in rows],
+            self.response_lengths[sequences],
+            self.row_keys[rows],
+            self.loss_factors[rows] if self.loss_factors.size else self.loss_factors,
+            self.logit_offsets[sequences] if self.logit_offsets.size else self.logit_offsets,
+        )
+
+    @property
     def source_ids(self) -> NDArray[np.int64]:
         """[N] the same number for a row and its copies."""
-        return np.concatenate([np.arange(len(self) - len(self.copy_sources)), self.copy_sources])
+        return np.concatenate([np.arange(self.original_count), self.copy_sources])
 
     @property
     def text_ids(self) -> NDArray[np.int64]:
-        """[N] the same number for rows of identical text (many reactions to one response) and for their copies."""
+        """[N] the same number for rows of identical text (many reactions to one response)."""
         first_row_by_text: dict[EncodedItem, int] = {}
-        original_rows = range(len(self) - len(self.copy_sources))
-        text_ids = [first_row_by_text.setdefault(self.sequences[row], row) for row in original_rows]
-        return np.asarray(text_ids, dtype=np.int64)[self.source_ids]
+        text_ids = [first_row_by_text.setdefault(self.sequences[row], row) for row in range(len(self))]
+        return np.asarray(text_ids, dtype=np.int64)
 
     @property
     def token_count(self) -> int:
@@ -119,13 +145,14 @@ class EncodedSplit:
 
     @property
     def loss_weights(self) -> Floats:
-        """Weights with a mean of 1 in each class, so the class balance is that of the sample.
+        """Weights with a mean of 1 in each class, so the class balance is the sample's; a copy has that of its source.
 
         The prior correction restores the sampling factor; otherwise a few heavily weighted rows would dominate.
         """
-        weights = self.weights * self.loss_factors if self.loss_factors.size else self.weights
-        class_means = {label: weights[self.labels == label].mean() for label in np.unique(self.labels)}
-        return weights / np.asarray([class_means[label] for label in self.labels])
+        all_weights = self.weights * self.loss_factors if self.loss_factors.size else self.weights
+        weights, labels = all_weights[: self.original_count], self.labels[: self.original_count]
+        class_means = {label: weights[labels == label].mean() for label in np.unique(labels)}
+        return (weights / np.asarray([class_means[label] for label in labels]))[self.source_ids]
 
 
 def encode_split(
@@ -142,18 +169,21 @@ def encode_split(
         raise DataError(
             f"{source_name} lacks the columns {', '.join(missing_columns) or 'label'}; run rluf.prepare again"
         )
-    responses = [str(row[column]) for column in text_columns for row in records]
-    conversations = [list(row["messages"]) for _ in text_columns for row in records]
+    items = [
+        ScoringItem(list(row["messages"]), str(row[column]), is_truncated(row, column))
+        for column in text_columns
+        for row in records
+    ]
     labels = np.ones(len(records)) if is_pairwise else np.asarray([float(row["label"]) for row in records])
     # The text is part of the key: rows without an id, and copies with a sign-off, get keys of their own.
     key_texts = (str(row.get("id", "")) + "\n" + "\n".join(str(row[key]) for key in text_columns) for row in records)
     return EncodedSplit(
         is_pairwise=is_pairwise,
-        sequences=encoder.encode(list(zip(conversations, responses, strict=True))),
+        sequences=encoder.encode(items),
         labels=labels,
         weights=np.asarray([float(row["weight"]) for row in records]),
         clusters=[str(row[cluster_column]) for row in records],
-        response_lengths=np.asarray([float(len(response)) for response in responses]),
+        response_lengths=np.asarray([float(len(item.response)) for item in items]),
         row_keys=np.asarray([_hash_row_key(text) for text in key_texts], dtype=np.uint64),
     )
 
@@ -345,8 +375,9 @@ class RewardModelTrainer:
         return np.stack([features_by_row[row] for row in range(len(split.sequences))], axis=1)
 
     def gather_prior_shift(self, split: EncodedSplit) -> float:
-        """Prior shift over the rows of all ranks."""
-        shards = all_gather_object((split.labels, split.weights), self.plan.world_size)
+        """Prior shift over the rows of the log on all ranks; copies say nothing about the base rate."""
+        count = split.original_count
+        shards = all_gather_object((split.labels[:count], split.weights[:count]), self.plan.world_size)
         return compute_prior_shift(
             np.concatenate([labels for labels, _ in shards]), np.concatenate([weights for _, weights in shards])
         )

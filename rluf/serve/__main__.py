@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rluf.serve")
 SHUTDOWN_GRACE_S = 10.0
-"""Extra seconds beyond serve.request_timeout_s for a shutdown call, which itself waits that long for requests."""
+"""Extra seconds beyond timeouts.serve_request_s for a shutdown call, which itself waits that long for requests."""
 
 
 def resolve_reward_folders(settings: Settings) -> dict[str, Path | None]:
@@ -86,7 +86,7 @@ def stop_service(settings: Settings, gateway_handle: Any) -> None:
 
     from rluf.serve.deployments import APPLICATION_NAME, FEEDBACK_WRITER_NAME
 
-    drain_s = settings.serve.request_timeout_s
+    drain_s = settings.timeouts.serve_request_s
     timeout_s = drain_s + SHUTDOWN_GRACE_S
     try:
         remaining = wait_for_result(gateway_handle.drain_requests.remote(drain_s), timeout_s, "draining")
@@ -122,9 +122,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         setup_logging()
         check_secrets(settings)
-        with ray_connection(settings):
+        with ray_connection():
             handle = start_service(settings)
-            if not is_local_ray(settings):
+            if not is_local_ray():
                 return  # the cluster keeps it running
             wait_for_stop_signal(lambda: reload_settings(arguments))
             stop_service(settings, handle)

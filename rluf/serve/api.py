@@ -1,6 +1,6 @@
-"""HTTP API version 1: request and response models, errors, and rows of the feedback log.
+"""HTTP API version 1: requests, replies, errors, and rows of the feedback log. Server and client share the models.
 
-Server and client share the models.
+A reply is what the service sends back; a response is a text that a policy generated.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 from rluf.config.objectives import OBJECTIVE_NAME_PATTERN, PRIMARY_OBJECTIVE
 from rluf.errors import RlufError
 from rluf.prepare.schema import MAX_MESSAGES, MAX_TEXT_CHARS, FeedbackRecord
 from rluf.prepare.schema import ChatMessage as LoggedMessage
 from rluf.serve.store import FeedbackEvent
-from rluf.types import Message, Score
+from rluf.types import Message, Score, ScoringItem
 from rluf.utils.hashing import hash_user_id
 
 MAX_ITEMS_PER_REQUEST = 256
@@ -107,11 +107,20 @@ def to_messages(messages: list[ChatMessage]) -> tuple[Message, ...]:
     return tuple(Message(role=message.role, content=message.content) for message in messages)
 
 
+FinishReason = Literal["stop", "length"]
+"""Why a response ended: by itself, or at the token limit. Reward models read the difference."""
+
+
 class ScoreRequest(RequestModel):
     """A conversation that ends with a user message, and one response to it."""
 
     messages: Conversation
     response: MessageText
+    finish_reason: FinishReason = "stop"
+
+    def to_item(self) -> ScoringItem:
+        """Convert to the library's type, which reward models take."""
+        return ScoringItem(to_messages(self.messages), self.response, self.finish_reason == "length")
 
 
 class ScoreBatchRequest(RequestModel):
@@ -121,11 +130,28 @@ class ScoreBatchRequest(RequestModel):
 
 
 class RankRequest(RequestModel):
-    """Responses to one conversation, to be ordered by one objective."""
+    """Responses to one conversation, to be ordered by one objective; `finish_reasons` are one per response, or none."""
 
     messages: Conversation
     responses: Annotated[list[MessageText], Field(min_length=1, max_length=MAX_ITEMS_PER_REQUEST)]
+    finish_reasons: Annotated[list[FinishReason], Field(max_length=MAX_ITEMS_PER_REQUEST)] = []
     objective: ObjectiveName = PRIMARY_OBJECTIVE
+
+    @model_validator(mode="after")
+    def _check_finish_reasons(self) -> RankRequest:
+        if self.finish_reasons and len(self.finish_reasons) != len(self.responses):
+            raise ValueError(
+                f"expected one finish_reason per response, got {len(self.finish_reasons)} for {len(self.responses)}"
+            )
+        return self
+
+    def to_items(self) -> list[ScoringItem]:
+        """Convert to the library's type, which reward models take."""
+        messages, finish_reasons = to_messages(self.messages), self.finish_reasons or ["stop"] * len(self.responses)
+        return [
+            ScoringItem(messages, response, finish_reason == "length")
+            for response, finish_reason in zip(self.responses, finish_reasons, strict=True)
+        ]
 
 
 class ObjectiveScore(ResponseModel):
@@ -189,6 +215,7 @@ class FeedbackContext(RequestModel):
     model_version: IdentifierText
     messages: Conversation
     response: Annotated[NonEmptyText, AfterValidator(_check_not_blank)]
+    finish_reason: FinishReason | None = None
     continued: bool | None = None
     returned: bool | None = None
     topic: TopicText = "other"
@@ -320,7 +347,7 @@ def new_response_id() -> str:
 
 
 def build_served_event(
-    response_id: str, request: ChatRequest, policy_version: str, response_text: str, salt: bytes
+    response_id: str, request: ChatRequest, policy_version: str, response_text: str, finish_reason: str, salt: bytes
 ) -> FeedbackEvent | None:
     """Build the store event of a response without a reaction; None for a blank response, which the log rejects."""
     if not response_text.strip():
@@ -330,7 +357,7 @@ def build_served_event(
         turn=sum(message.role == "assistant" for message in request.messages), user_id=hash_user_id(request.user, salt),
         time=datetime.now(UTC), model_version=policy_version,
         messages=[LoggedMessage(role=message.role, content=message.content) for message in request.messages],
-        response=response_text, reaction=None,
+        response=response_text, finish_reason="length" if finish_reason == "length" else "stop", reaction=None,
     )  # fmt: skip
     return FeedbackEvent(response_id, None, record)
 

@@ -12,7 +12,7 @@ import logging
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import uvicorn
 from fastapi import FastAPI, Request
@@ -26,10 +26,6 @@ from rluf.serve.api import ApiError, ScoredItem
 from rluf.serve.compat import add_compat_routes
 from rluf.serve.middleware import INTERNAL_ERROR, ServiceBackend, ServiceMiddleware
 from rluf.utils.stats import logit
-
-if TYPE_CHECKING:
-    from rluf.reward.text import ScoringItem
-
 
 logger = logging.getLogger("rluf.serve")
 
@@ -123,29 +119,22 @@ def to_score_reply(scored_item: ScoredItem) -> api.ScoreReply:
 
 
 def _add_score_routes(app: FastAPI, backend: ServiceBackend) -> None:
-    async def score_items(items: list[ScoringItem]) -> list[ScoredItem]:
-        if backend.rules.log_text:
-            for messages, response in items:
-                logger.info("score %r -> %r", messages, response)
-        return await backend.score_items(items)
-
     @app.post("/v1/score", tags=["scores"])
     async def score(body: api.ScoreRequest) -> api.ScoreReply:
         """Score one response: calibrated P[Love] and the other served objectives, with the version of the models."""
-        scored_items = await score_items([(api.to_messages(body.messages), body.response)])
+        scored_items = await backend.score_items([body.to_item()])
         return to_score_reply(scored_items[0])
 
     @app.post("/v1/score/batch", tags=["scores"])
     async def score_batch(body: api.ScoreBatchRequest) -> api.ScoreBatchReply:
         """Score many responses in one request; the score of a response does not depend on its batch."""
-        scored_items = await score_items([(api.to_messages(item.messages), item.response) for item in body.items])
+        scored_items = await backend.score_items([item.to_item() for item in body.items])
         return api.ScoreBatchReply(results=[to_score_reply(scored_item) for scored_item in scored_items])
 
     @app.post("/v1/rank", tags=["scores"])
     async def rank(body: api.RankRequest) -> api.RankReply:
         """Order responses to one conversation from best to worst by an objective."""
-        messages = api.to_messages(body.messages)
-        scored_items = await score_items([(messages, response) for response in body.responses])
+        scored_items = await backend.score_items(body.to_items())
         if body.objective not in scored_items[0].scores:
             names = ", ".join(scored_items[0].scores)
             raise ApiError(422, "invalid", f"objective: {body.objective} is not served here, but {names}")
@@ -182,8 +171,6 @@ def _add_service_routes(app: FastAPI, backend: ServiceBackend) -> None:
     )
     async def chat(body: api.ChatRequest) -> api.ChatReply:
         """Sample a response from a served policy (OpenAI's format, no streaming); send feedback with its `id`."""
-        if backend.rules.log_text:
-            logger.info("chat %r", api.to_messages(body.messages))
         return await backend.complete_chat(body)
 
     @app.get("/v1/models", tags=["service"])

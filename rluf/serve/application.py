@@ -23,6 +23,8 @@ from cluster.placement import actor_environment
 from rluf.config.load import load_settings
 from rluf.errors import ModelError, ResourceError, SettingsError
 from rluf.reward.calibration import Calibration
+from rluf.reward.text import SCORING_BATCH_TOKENS
+from rluf.serve.batching import MAX_QUEUED_RESPONSES
 from rluf.serve.deployments import (
     APPLICATION_NAME,
     FEEDBACK_WRITER_NAME,
@@ -31,7 +33,7 @@ from rluf.serve.deployments import (
     GatewayDeployment,
     ScorerDeployment,
 )
-from rluf.serve.middleware import ServiceRules, hash_token
+from rluf.serve.middleware import MAX_BODY_BYTES, ServiceRules, hash_token
 from rluf.serve.policy_deployment import ENGINE_SETTING_KEYS, PolicyDeployment
 from rluf.utils.cache import compute_artifact_key, hash_files, hash_source_code
 from rluf.utils.hashing import LEGACY_SERVE_SALT_VARIABLE, USER_SALT_VARIABLE, read_user_salt
@@ -56,6 +58,8 @@ SERVE_THROUGHPUT_ENV = {
 }
 """Ray Serve's throughput options, for replicas whose code never blocks the event loop: with them a call from gateway
 to scorer takes a third of the CPU time. (RAY_SERVE_THROUGHPUT_OPTIMIZED sets these and more for a whole cluster.)"""
+MIN_FLUSH_INTERVAL_S, MAX_FLUSH_INTERVAL_S = 1.0, 60.0
+"""Limits of the seconds between Parquet files of settled rows; in between, as long as a reaction may change."""
 MAX_CONCURRENT_CHATS = 64
 """Chats that run on one policy at a time; further ones wait in Ray Serve's queue."""
 IGNORED_CONFIG_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
@@ -129,9 +133,8 @@ def build_scorer_config(settings: Settings, reward_folders: Mapping[str, Path | 
             models[name] = {"path": str(folder)}
             facts[name] = {"version": hash_files([folder])[:12], **_read_card_facts(folder)}
         elif objective.source in ("judge", "function"):
-            key, rule = ("judge", objective.judge) if objective.source == "judge" else ("reward", objective.reward)
-            models[name] = {key: str(rule)}
-            facts[name] = {"version": f"{objective.source} {rule}", "max_tokens": 1, "mean_value": None}
+            models[name] = objective.rule_arguments
+            facts[name] = {"version": f"{objective.source} {objective.path}", "max_tokens": 1, "mean_value": None}
         else:
             raise ModelError(f"no reward model for {name}: set objectives.{name}.path, or omit it in serve.objectives")
     versions = json.dumps({name: model_facts["version"] for name, model_facts in facts.items()}, sort_keys=True)
@@ -139,7 +142,7 @@ def build_scorer_config(settings: Settings, reward_folders: Mapping[str, Path | 
         "version": hashlib.sha256(versions.encode()).hexdigest()[:12],
         "models": models,
         "facts": facts,
-        "batch_tokens": settings.reward.scoring_batch_tokens,
+        "batch_tokens": SCORING_BATCH_TOKENS,
         "device": "cuda" if settings.cluster.gpus_per_reward > 0 else "cpu",
     }
 
@@ -191,29 +194,28 @@ def build_application(
     policy_versions = {name: hash_files([path])[:12] for name, path in policy_paths.items()}
     rules = ServiceRules(
         token_digest=hash_token(token) if token else None,
-        max_body_bytes=serve_settings.max_body_kib * 1024,
+        max_body_bytes=MAX_BODY_BYTES,
         requests_per_s=serve_settings.client_requests_per_s,
-        deadline_s=serve_settings.request_timeout_s,
-        log_text=serve_settings.log_text,
+        deadline_s=settings.timeouts.serve_request_s,
         # Without a token only the Host header protects a local service from DNS rebinding.
         allowed_hosts=LOCAL_HOSTS if serve_settings.is_local and not token else None,
     )
     batch_limits = BatchLimits(
-        settings.reward.scoring_batch_tokens,
-        serve_settings.max_queued_responses,
-        serve_settings.max_replicas,
-        serve_settings.request_timeout_s,
+        SCORING_BATCH_TOKENS,
+        MAX_QUEUED_RESPONSES,
+        serve_settings.replica_limits[1],
+        settings.timeouts.serve_request_s,
         listen_address=(serve_settings.host, serve_settings.port) if listen_directly else None,
     )
     writer_arguments = (
         feedback_root(settings),
         str(log_folder(settings)),
         serve_settings.reaction_window_s,
-        serve_settings.flush_interval_s,
+        min(max(serve_settings.reaction_window_s, MIN_FLUSH_INTERVAL_S), MAX_FLUSH_INTERVAL_S),
     )
     gateway = serve.deployment(
         serve.ingress()(GatewayDeployment), name="gateway", num_replicas=1, max_ongoing_requests=MAX_GATEWAY_REQUESTS,
-        graceful_shutdown_timeout_s=serve_settings.request_timeout_s,
+        graceful_shutdown_timeout_s=settings.timeouts.serve_request_s,
         ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": SERVE_THROUGHPUT_ENV}},
         user_config={"roles": list(scorers), "share": serve_settings.canary_share, "policies": policy_versions},
     )  # fmt: skip
@@ -241,13 +243,14 @@ def _with_content_version(deployment: serve.Deployment, *content: object) -> ser
 
 
 def _scorer_application(settings: Settings, role: str, scorer_config: dict[str, Any]) -> Application:
-    serve_settings, cluster = settings.serve, settings.cluster
-    scaling: dict[str, Any] = {"num_replicas": serve_settings.min_replicas}
-    if serve_settings.max_replicas > serve_settings.min_replicas:
+    serve_settings = settings.serve
+    min_replicas, max_replicas = serve_settings.replica_limits
+    scaling: dict[str, Any] = {"num_replicas": min_replicas}
+    if max_replicas > min_replicas:
         scaling = {
             "autoscaling_config": {
-                "min_replicas": serve_settings.min_replicas,
-                "max_replicas": serve_settings.max_replicas,
+                "min_replicas": min_replicas,
+                "max_replicas": max_replicas,
                 "target_ongoing_requests": 1,
                 "upscale_delay_s": 5,
             }
@@ -259,10 +262,9 @@ def _scorer_application(settings: Settings, role: str, scorer_config: dict[str, 
         # One batch on the device and one queued at the replica, so that short batches do not wait for the network.
         max_ongoing_requests=2,
         health_check_period_s=2,
-        graceful_shutdown_timeout_s=serve_settings.request_timeout_s,
+        graceful_shutdown_timeout_s=settings.timeouts.serve_request_s,
         ray_actor_options={
-            "num_cpus": cluster.cpus_per_reward,
-            "num_gpus": cluster.gpus_per_reward,
+            **_ray_resources(settings, "reward"),
             "runtime_env": {"env_vars": actor_environment(settings, "reward") | SERVE_THROUGHPUT_ENV},
         },
         **scaling,
@@ -270,12 +272,16 @@ def _scorer_application(settings: Settings, role: str, scorer_config: dict[str, 
     return _with_content_version(scorer).bind()
 
 
+def _ray_resources(settings: Settings, role: str) -> dict[str, float]:
+    """Ray options of a replica that needs what an actor of `role` needs."""
+    return dict(zip(("num_cpus", "num_gpus"), settings.cluster.get_role_resources(role), strict=True))
+
+
 def _policy_application(settings: Settings, policy_name: str, policy_folder: Path, version: str) -> Application:
     """Build a policy's deployment. New weights load in place; another architecture or vocabulary restarts the engine.
 
     Path and version are user_config and so not part of the deployment version; the fingerprint is.
     """
-    cluster = settings.cluster
     settings_json = settings.model_dump_json(include=ENGINE_SETTING_KEYS)
     policy = serve.deployment(
         PolicyDeployment,
@@ -283,10 +289,9 @@ def _policy_application(settings: Settings, policy_name: str, policy_folder: Pat
         num_replicas=1,
         max_ongoing_requests=MAX_CONCURRENT_CHATS,
         user_config={"path": str(policy_folder), "version": version},
-        graceful_shutdown_timeout_s=settings.serve.request_timeout_s,
+        graceful_shutdown_timeout_s=settings.timeouts.serve_request_s,
         ray_actor_options={
-            "num_cpus": cluster.cpus_per_engine,
-            "num_gpus": cluster.gpus_per_engine,
+            **_ray_resources(settings, "rollout"),
             "runtime_env": {"env_vars": actor_environment(settings, "rollout")},
         },
     )
@@ -312,9 +317,9 @@ def configured_reward_folders(settings: Settings) -> dict[str, Path | None]:
     """Reward model folders given in the settings, by served objective; None for judges."""
     objectives = settings.objectives.by_objective
     return {
-        name: Path(str(objectives[name].path)).expanduser().resolve() if objectives[name].path is not None else None
+        name: (Path(str(objectives[name].path)).expanduser().resolve() if objectives[name].source == "model" else None)
         for name in settings.serve.objectives
-        if objectives[name].source in ("judge", "function") or objectives[name].path is not None
+        if objectives[name].path is not None
     }
 
 
@@ -341,7 +346,7 @@ def deploy_service(settings: Settings, reward_folders: Mapping[str, Path | None]
     A running service stays available: only deployments that differ are replaced, and new reward models load in place.
     Raises ModelError or SettingsError before anything is started, ResourceError when Ray Serve cannot start it.
     """
-    serve_settings, is_local = settings.serve, is_local_ray(settings)
+    serve_settings, is_local = settings.serve, is_local_ray()
     host, port = serve_settings.host, serve_settings.port
     app = build_application(settings, reward_folders, resolve_policy_folders(settings), listen_directly=is_local)
     # An update finds its own gateway on the port, so only a first start can check it.
@@ -349,7 +354,7 @@ def deploy_service(settings: Settings, reward_folders: Mapping[str, Path | None]
         check_port_free(host, port)
     logging_config = {"log_level": "WARNING", "enable_access_log": False}
     # 5 s longer than the gateway's own deadline, so that the client gets the gateway's error rather than the proxy's.
-    http_options = {"host": host, "port": port, "request_timeout_s": serve_settings.request_timeout_s + 5}
+    http_options = {"host": host, "port": port, "request_timeout_s": settings.timeouts.serve_request_s + 5}
     try:
         serve.start(
             proxy_location="Disabled" if is_local else "EveryNode",
@@ -362,13 +367,13 @@ def deploy_service(settings: Settings, reward_folders: Mapping[str, Path | None]
         reason = next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), "no reason given")
         raise ResourceError(
             f"Ray Serve could not start the service at {host}:{port}: {reason}; check that the port is free, that the "
-            "models can be read and that there are CPUs and GPUs for serve.min_replicas; see the replicas' logs"
+            "models can be read and that there are CPUs and GPUs for serve.replicas; see the replicas' logs"
         ) from error
 
 
-def is_local_ray(settings: Settings) -> bool:
+def is_local_ray() -> bool:
     """Return whether Ray is started by this process rather than a named cluster."""
-    return not (settings.cluster.address or os.environ.get("RAY_ADDRESS"))
+    return not os.environ.get("RAY_ADDRESS")
 
 
 def _running_applications() -> Collection[str]:

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from time import monotonic
 from typing import Generic, TypeVar
 
-from rluf.reward.text import MIN_FILL_SHARE, ScoringItem
+from rluf.reward.text import MIN_FILL_SHARE
 from rluf.serve.api import ApiError
+from rluf.types import ScoringItem
 
 ItemResult = TypeVar("ItemResult")
 
@@ -32,14 +33,15 @@ WAIT_FRACTION, MAX_BATCH_WAIT_S = 0.2, 0.02
 """A batch waits for the clients of the last one: this fraction of the last batch's time, and at most this many s."""
 BATCHES_WITHOUT_WAIT = 16
 """Number of batches that do not wait after one that waited in vain."""
+MAX_QUEUED_RESPONSES = 1024
+"""Responses waiting to be scored before requests get 429: seconds of work, more would only time out later."""
 NEW_SAMPLE_WEIGHT = 0.2
 """Weight of the newest batch in the exponential means of throughput and batch time."""
 
 
 def estimate_tokens(item: ScoringItem, max_item_tokens: int) -> int:
     """Estimate from its characters how many tokens a reward model reads of an item, at most `max_item_tokens`."""
-    messages, response = item
-    char_count = len(response) + sum(len(message["content"]) for message in messages)
+    char_count = len(item.response) + sum(len(message["content"]) for message in item.messages)
     return min(max_item_tokens, 4 + char_count // CHARS_PER_TOKEN)  # 4: special tokens of the template
 
 
@@ -95,7 +97,7 @@ class RequestBatcher(Generic[ItemResult]):
                 429,
                 "busy",
                 f"{self.queued_items} responses are already queued "
-                f"(serve.max_queued_responses={self.max_queued_responses}); try again later",
+                f"(the limit is {self.max_queued_responses}); try again later",
                 self.queued_items / self._items_per_s,
             )
         tokens = sum(estimate_tokens(item, self.max_item_tokens) for item in items)

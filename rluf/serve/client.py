@@ -14,10 +14,9 @@ from pydantic import BaseModel, ValidationError
 
 from rluf.config.objectives import PRIMARY_OBJECTIVE
 from rluf.errors import ResourceError
-from rluf.reward.text import ScoringItem
 from rluf.serve import api
 from rluf.serve.api import ApiError
-from rluf.types import Message, Score
+from rluf.types import Message, Score, ScoringItem
 
 ReplyModel = TypeVar("ReplyModel", bound=BaseModel)
 
@@ -38,19 +37,17 @@ class RewardClient:
         # trust_env off: a proxy set for downloads must not see conversations.
         self._http_client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False)
 
-    def score(self, messages: Sequence[Message], response: str) -> api.ScoreReply:
+    def score(self, messages: Sequence[Message], response: str, is_truncated: bool = False) -> api.ScoreReply:
         """Score one response. Raises ApiError if the service rejects it, ResourceError if it stays unreachable."""
-        return self._post_json("/v1/score", {"messages": list(messages), "response": response}, api.ScoreReply)
+        item = ScoringItem(messages, response, is_truncated)
+        return self._send("POST", "/v1/score", _to_request_json(item), api.ScoreReply)
 
     def score_batch(self, items: Sequence[ScoringItem]) -> list[api.ScoreReply]:
         """Score many responses in order, in requests of at most MAX_ITEMS_PER_REQUEST."""
         replies: list[api.ScoreReply] = []
         for start in range(0, len(items), api.MAX_ITEMS_PER_REQUEST):
-            batch = [
-                {"messages": list(messages), "response": response}
-                for messages, response in items[start : start + api.MAX_ITEMS_PER_REQUEST]
-            ]
-            replies += self._post_json("/v1/score/batch", {"items": batch}, api.ScoreBatchReply).results
+            batch = [_to_request_json(item) for item in items[start : start + api.MAX_ITEMS_PER_REQUEST]]
+            replies += self._send("POST", "/v1/score/batch", {"items": batch}, api.ScoreBatchReply).results
         return replies
 
     def score_objective(self, items: Sequence[ScoringItem], objective: str) -> list[Score]:
@@ -71,16 +68,15 @@ class RewardClient:
     ) -> api.RankReply:
         """Order responses to one conversation from best to worst by an objective."""
         body = {"messages": list(messages), "responses": list(responses), "objective": objective}
-        return self._post_json("/v1/rank", body, api.RankReply)
+        return self._send("POST", "/v1/rank", body, api.RankReply)
 
     def send_feedback(
         self, response_id: str, reaction: str | None, record: api.FeedbackContext | None = None
     ) -> api.FeedbackReply:
         """Store a reaction; it is on the service's disk when this returns."""
         record_json = None if record is None else record.model_dump(mode="json")
-        return self._post_json(
-            "/v1/feedback", {"id": response_id, "reaction": reaction, "record": record_json}, api.FeedbackReply
-        )
+        body = {"id": response_id, "reaction": reaction, "record": record_json}
+        return self._send("POST", "/v1/feedback", body, api.FeedbackReply)
 
     def chat(
         self,
@@ -92,11 +88,11 @@ class RewardClient:
     ) -> api.ChatReply:
         """Sample one response from a served policy, by default the first one."""
         body = {"messages": list(messages), "model": model, "user": user, "conversation_id": conversation_id}
-        return self._post_json("/v1/chat/completions", body, api.ChatReply)
+        return self._send("POST", "/v1/chat/completions", body, api.ChatReply)
 
     def list_models(self) -> list[api.ModelInfo]:
         """Return the served reward models and policies."""
-        return self._send_with_retries("GET", "/v1/models", None, api.ModelsReply).data
+        return self._send("GET", "/v1/models", None, api.ModelsReply).data
 
     def close(self) -> None:
         """Close the connections."""
@@ -108,10 +104,7 @@ class RewardClient:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
 
-    def _post_json(self, path: str, body: Mapping[str, object], reply_type: type[ReplyModel]) -> ReplyModel:
-        return self._send_with_retries("POST", path, body, reply_type)
-
-    def _send_with_retries(
+    def _send(
         self, method: str, path: str, body: Mapping[str, object] | None, reply_type: type[ReplyModel]
     ) -> ReplyModel:
         """Send one request; retry with exponential waits while the service is busy, restarting or unreachable."""
@@ -128,7 +121,7 @@ class RewardClient:
                 problem = f"{type(error).__name__}: {error}"
                 continue
             if http_response.is_success:
-                return self._parse_reply(http_response, reply_type)
+                return _parse_reply(http_response, reply_type)
             api_error = _error_from_response(http_response)
             if http_response.status_code not in RETRYABLE_STATUSES:
                 raise api_error
@@ -139,14 +132,13 @@ class RewardClient:
             "it is running and that the address is right"
         )
 
-    def _parse_reply(self, http_response: httpx.Response, reply_type: type[ReplyModel]) -> ReplyModel:
-        try:
-            return reply_type.model_validate_json(http_response.content)
-        except ValidationError as error:
-            raise ResourceError(
-                f"{http_response.url} did not answer as an rluf service does ({error.errors()[0]['msg']}); check the "
-                "address"
-            ) from error
+
+def _parse_reply(http_response: httpx.Response, reply_type: type[ReplyModel]) -> ReplyModel:
+    try:
+        return reply_type.model_validate_json(http_response.content)
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise ResourceError(f"{http_response.url} is not an rluf service ({reason}); check the address") from error
 
 
 def _error_from_response(http_response: httpx.Response) -> ApiError:
@@ -160,3 +152,9 @@ def _error_from_response(http_response: httpx.Response) -> ApiError:
         message = http_response.text[:200] or http_response.reason_phrase
         return ApiError(http_response.status_code, "http", message, retry_after_s)
     return ApiError(http_response.status_code, detail.type, detail.message, retry_after_s)
+
+
+def _to_request_json(item: ScoringItem) -> dict[str, object]:
+    body: dict[str, object] = {"messages": list(item.messages), "response": item.response}
+    # Only if it says something: services of earlier releases reject the field.
+    return body | ({"finish_reason": "length"} if item.is_truncated else {})

@@ -18,11 +18,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from rluf.config.objectives import BUILTIN_OBJECTIVES, PRIMARY_OBJECTIVE, find_objective_spec
 from rluf.serve.api import MAX_ITEMS_PER_REQUEST, ApiError, MessageText
-from rluf.types import Message
+from rluf.types import Message, ScoringItem
 from rluf.utils.stats import logit
 
 if TYPE_CHECKING:
-    from rluf.reward.text import ScoringItem
     from rluf.serve.api import ScoredItem
     from rluf.serve.middleware import ServiceBackend
 
@@ -238,11 +237,11 @@ def split_query(query: str, prompt: str) -> ScoringItem:
     if prompt and query.startswith(prompt):
         turns = _parse_chatml(prompt)
         messages = turns or [Message(role="user", content=prompt)]
-        return messages, SPECIAL_TOKEN_ENDS.sub("", query[len(prompt) :])
+        return ScoringItem(messages, SPECIAL_TOKEN_ENDS.sub("", query[len(prompt) :]))
     turns = _parse_chatml(query)
     if turns and turns[-1]["role"] == "assistant":
-        return turns[:-1], turns[-1]["content"]
-    return [Message(role="user", content=prompt)], SPECIAL_TOKEN_ENDS.sub("", query)
+        return ScoringItem(turns[:-1], turns[-1]["content"])
+    return ScoringItem([Message(role="user", content=prompt)], SPECIAL_TOKEN_ENDS.sub("", query))
 
 
 def _parse_chatml(text: str) -> list[Message]:
@@ -250,7 +249,7 @@ def _parse_chatml(text: str) -> list[Message]:
 
 
 def _to_item(query: str, response: str) -> ScoringItem:
-    return [Message(role="user", content=query)], response
+    return ScoringItem([Message(role="user", content=query)], response)
 
 
 def _as_list(texts: str | list[str]) -> list[str]:

@@ -16,7 +16,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import grpc  # type: ignore[import-untyped]
 from ray import serve
@@ -41,10 +41,7 @@ from rluf.serve.app import HttpServer
 from rluf.serve.batching import RequestBatcher
 from rluf.serve.middleware import ServeMetrics, ServiceRules
 from rluf.serve.store import FeedbackEvent, FeedbackStore, StoreOutcome
-from rluf.types import Score
-
-if TYPE_CHECKING:
-    from rluf.reward.text import ScoringItem
+from rluf.types import Score, ScoringItem
 
 logger = logging.getLogger("rluf.serve")
 
@@ -320,7 +317,7 @@ class GatewayDeployment:
         """Assign a conversation to live or candidate by a hash of its text, so that it always gets the same version."""
         if "candidate" not in self._scorer_handles or "candidate" in self._warmup_tasks or self._candidate_share <= 0:
             return "live"
-        text = "\n".join(message["content"] for message in item[0])
+        text = "\n".join(message["content"] for message in item.messages)
         point = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") / 2**32
         return "candidate" if point < self._candidate_share else "live"
 
@@ -436,7 +433,7 @@ class GatewayDeployment:
             raise ApiError(503, "unavailable", f"policy {policy_name} is not available now; retry", 2.0) from error
         text, finish_reason, prompt_tokens, response_tokens, version = completion
         response_id = new_response_id()
-        event = build_served_event(response_id, request, version, text, self._user_salt)
+        event = build_served_event(response_id, request, version, text, finish_reason, self._user_salt)
         if event is not None:
             await self._store_event(event)
         return build_chat_reply(
@@ -458,7 +455,5 @@ def _to_scored_items(batch_scores: BatchScores) -> list[ScoredItem]:
     version, scores_by_objective = batch_scores
     names = list(scores_by_objective)
     rows = zip(*scores_by_objective.values(), strict=True)
-    return [
-        ScoredItem(version, {name: Score(name, *values) for name, values in zip(names, row, strict=True)})
-        for row in rows
-    ]
+    score_rows = ({name: Score(name, *values) for name, values in zip(names, row, strict=True)} for row in rows)
+    return [ScoredItem(version, scores) for scores in score_rows]

@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from rluf.serve.api import ApiError, ChatReply, ChatRequest, FeedbackRequest, ModelInfo, ScoredItem
 from rluf.serve.batching import BatchStats
 from rluf.serve.store import StoreOutcome
+from rluf.types import ScoringItem
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
 
     from starlette.types import ASGIApp, Receive, Scope, Send
 
-    from rluf.reward.text import ScoringItem
 
 logger = logging.getLogger("rluf.serve")
 
@@ -38,6 +38,8 @@ PUBLIC_PATHS = ("/", "/page.js", "/page.css", "/healthz")
 """Paths served without a token. The page has no secrets and asks the user for the token."""
 RETRY_AFTER_S = 1.0
 """Retry-After while the service drains or after a request that was too slow."""
+MAX_BODY_BYTES = 1 << 20
+"""Maximum request body: a full request of items of average length."""
 MAX_TRACKED_CLIENTS = 10_000
 """Client addresses with a rate limit state; beyond that the least recently seen one is dropped."""
 INTERNAL_ERROR = ApiError(500, "internal", "the service failed on this request; see its log")
@@ -123,15 +125,13 @@ class ServiceRules:
     """Limits that the middleware enforces.
 
     `token_digest` is None for a service without authentication. `allowed_hosts` are the accepted Host header names
-    (None: any); a service without a token needs them against DNS rebinding by web pages. `log_text` allows message
-    text in the service log.
+    (None: any); a service without a token needs them against DNS rebinding by web pages.
     """
 
     token_digest: str | None
     max_body_bytes: int
     requests_per_s: float
     deadline_s: float
-    log_text: bool
     allowed_hosts: tuple[str, ...] | None
 
 
@@ -240,7 +240,7 @@ class ServiceMiddleware:
 
     def _body_too_large_error(self) -> ApiError:
         limit_kib = self.backend.rules.max_body_bytes // 1024
-        return ApiError(413, "too_large", f"the body exceeds {limit_kib} KiB (serve.max_body_kib); split the request")
+        return ApiError(413, "too_large", f"the body exceeds {limit_kib} KiB; split the request")
 
     async def _read_body(self, scope: Scope, receive: Receive) -> bytes:
         """Read the complete body and enforce the size limit, whatever Content-Length says; POST bodies must be UTF-8.

@@ -1,7 +1,7 @@
 """Simulate a feedback log: users with known preferences react to real responses of the base model.
 
 Writes feedback, preferences, safety and prompts files that rluf.prepare reads like any other log.
-python -m rluf.simulate --config configs/simulate.yaml simulate.output=runs/simulated
+python -m rluf.simulate --config configs/simulate.yaml
 
 Sub-commands:
 python -m rluf.simulate rescore --log FOLDER [...]     the same from the first responses of an earlier log
@@ -61,7 +61,7 @@ def simulate_log(settings: Settings, output_folder: Path, earlier_log: Path | No
         return asyncio.run(sample_responses(settings, model_path, orders))
 
     if earlier_log is None:
-        orders = plan_traffic(prompts, settings.simulate.responses_per_prompt)
+        orders = plan_traffic(prompts, settings.simulate.log_rows)
         first_responses = asyncio.run(sample_responses(settings, model_path, orders))
     else:
         first_responses = read_first_turns(earlier_log, [prompt for prompt in prompts if prompt.split == "train"])
@@ -134,7 +134,7 @@ async def generate_responses(
             generate = actor.handle.generate_group.options(num_returns=2)
             async with slots:
                 reference, info = generate.remote(prompt, order.response_count, settings.seed)
-                await call_with_timeout(info, settings.timeouts.rollout_s, f"{actor} ({prompt.id})")
+                await call_with_timeout(info, settings.timeouts.call_s, f"{actor} ({prompt.id})")
             # ray.get blocks; a thread keeps the event loop free for the other prompts.
             group: Group = await asyncio.to_thread(ray.get, reference)
             responses_by_prompt[prompt.id] = [
@@ -165,10 +165,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def run() -> None:
         from cluster.connect import ray_connection
         from rluf.tracking.console import setup_logging
+        from rluf.utils.paths import resolve_runs_root
 
         setup_logging()
-        output_folder = Path(settings.simulate.output).expanduser().resolve()
-        with ray_connection(settings):
+        output_folder = resolve_runs_root(settings) / settings.name / "log"
+        with ray_connection():
             counts = simulate_log(settings, output_folder, earlier_log)
         logger.info(
             "%s: rows written: %s", output_folder, " ".join(f"{kind}={count}" for kind, count in counts.items())

@@ -44,7 +44,8 @@ def judge_file(data_path: Path, output_path: Path | None, score_name: str, reade
 
     Raises DataError for a file or row that cannot be read, ModelError if the reader's model is missing.
     """
-    from rluf.reward.card import round_for_json, summarize_scores
+    from rluf.reward.card import summarize_scores
+    from rluf.reward.metrics import round_for_json
 
     start_time = time.monotonic()
     rows = read_heldout_rows(data_path)

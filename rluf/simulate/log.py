@@ -38,6 +38,11 @@ from rluf.utils.stats import Ints
 
 FIRST_DAY = datetime(2025, 5, 1, tzinfo=UTC)
 LOG_DAYS = 28
+BASE_LOVE_RATE = 0.06
+"""Share of served responses with a heart, as in the paper; the intercept is calibrated to it."""
+ROWS_PER_USER = 4
+PAIRS_PER_ROW, SAFETY_LABELS_PER_ROW = 0.2, 0.15
+"""Pairs rated for helpfulness and responses labeled for safety, per row of the log."""
 ACTIVITY_SHAPE = 0.8
 """Shape of the gamma distribution of user activity; below 1, so a few users read most responses."""
 RISKY_LABEL_SHARE = 0.65
@@ -101,8 +106,8 @@ def build_log(
     inputs = [response.reader_input for response in (*responses, *second_responses)]
     return {
         "feedback": feedback_rows,
-        "preferences": _preference_rows(responses, truths, settings.preference_pairs, preference_rng),
-        "safety": _safety_rows(responses, truths, settings.safety_labels, safety_rng),
+        "preferences": _preference_rows(responses, truths, round(PAIRS_PER_ROW * settings.log_rows), preference_rng),
+        "safety": _safety_rows(responses, truths, round(SAFETY_LABELS_PER_ROW * settings.log_rows), safety_rng),
         "readings": reader.export_readings(inputs),
     }
 
@@ -142,13 +147,13 @@ def build_prompt_rows(prompts: Iterable[SimulatedPrompt]) -> list[Row]:
 def check_output_folder(folder: Path) -> None:
     """Raise DataError unless `folder` is new or contains only the log of an earlier run, which would be replaced."""
     if folder.exists() and not folder.is_dir():
-        raise DataError(f"simulate.output={folder} is a file; give a folder")
+        raise DataError(f"{folder} is a file; move it, or change run.root or name")
     file_names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
     other_files = sorted(name for name in file_names if name not in LOG_FILE_NAMES)
     if other_files:
         raise DataError(
-            f"simulate.output={folder} contains other files ({other_files[0]}); give a new folder, because the log "
-            "replaces the folder"
+            f"{folder} contains other files ({other_files[0]}); change run.root or name, because the log replaces "
+            "the folder"
         )
 
 
@@ -174,9 +179,7 @@ def write_log(log: Mapping[str, Sequence[Row]], folder: Path) -> None:
         finally:
             shutil.rmtree(temporary_folder, ignore_errors=True)
     except OSError as error:
-        raise ResourceError(
-            f"cannot write the log to {folder}: {error}; free disk space or change simulate.output"
-        ) from error
+        raise ResourceError(f"cannot write the log to {folder}: {error}; free disk space or change run.root") from error
 
 
 def _message_dicts(messages: Sequence[Message]) -> list[dict[str, str]]:
@@ -204,7 +207,8 @@ class _FeedbackWriter:
 
     def __init__(self, settings: SimulateSettings, seed: int, reader: Reader, rng: np.random.Generator) -> None:
         self.settings, self.seed, self.reader, self.rng = settings, seed, reader, rng
-        self.population = UserPopulation.sample(settings.users, rng)
+        self.user_count = max(1, settings.log_rows // ROWS_PER_USER)
+        self.population = UserPopulation.sample(self.user_count, rng)
         self.logit_shift = 0.0
 
     def build_rows(
@@ -235,7 +239,7 @@ class _FeedbackWriter:
     def _sample_first_turns(
         self, responses: Sequence[ServedResponse], truths: Sequence[GroundTruth], count: int
     ) -> _Turns:
-        rng, user_count = self.rng, self.settings.users
+        rng, user_count = self.rng, self.user_count
         features = ResponseFeatures.from_truths(truths, [response.prompt.topic for response in responses])
         # Full permutations one after another: every response is served once before any is served again.
         rounds = -(-count // len(responses))
@@ -244,7 +248,7 @@ class _FeedbackWriter:
         user = rng.choice(user_count, count, p=activity / activity.sum())
         # Calibrated on the impressions of this log, not on all users and responses: the rate then holds for its rows.
         logits = love_logits(features, self.population, user, item)
-        self.logit_shift = find_logit_shift(logits, self.settings.base_love_rate)
+        self.logit_shift = find_logit_shift(logits, BASE_LOVE_RATE)
         reactions = simulate_reactions(features, self.population, user, item, rng, shift=self.logit_shift)
         seconds = np.sort(rng.integers(0, LOG_DAYS * 86400, count))
         return _Turns(responses, item, user, seconds, reactions)
@@ -323,8 +327,8 @@ def _preference_rows(
         })  # fmt: skip
     if len(rows) < min(pair_count, 10):
         raise DataError(
-            f"only {len(rows)} pairs of different responses for simulate.preference_pairs={pair_count}; "
-            "raise simulate.responses_per_prompt"
+            f"only {len(rows)} pairs of different responses of the {pair_count} that the log needs; "
+            "raise simulate.log_rows"
         )
     return rows
 

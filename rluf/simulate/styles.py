@@ -78,12 +78,15 @@ class ServingOrder:
     response_count: int
 
 
-def plan_traffic(prompts: Sequence[SimulatedPrompt], responses_per_prompt: int) -> list[ServingOrder]:
-    """Distribute about `responses_per_prompt` responses to each training prompt over the model versions.
+def plan_traffic(prompts: Sequence[SimulatedPrompt], response_count: int) -> list[ServingOrder]:
+    """Distribute about `response_count` responses evenly over the training prompts, and over the model versions.
 
-    Risky prompts get more, so that safe and unsafe labels both occur. Test prompts are never served.
+    Every prompt gets at least two, so that raters can compare them. Risky prompts get more, so that safe and unsafe
+    labels both occur. Test prompts are never served.
     """
     total_share = sum(version.traffic_share for version in MODEL_VERSIONS)
+    prompt_count = sum(prompt.split == "train" for prompt in prompts)
+    responses_per_prompt = max(2, response_count // max(1, prompt_count))
     orders: list[ServingOrder] = []
     for prompt in prompts:
         if prompt.split != "train":

@@ -69,7 +69,7 @@ class ResponseFeatures:
         if unknown:
             raise DataError(
                 f"topic {unknown[0]!r} is unknown to the simulated users, expected one of {', '.join(TOPICS)}; relabel "
-                "the prompts, or set evaluate.simulated_users=false"
+                "the prompts, or set evaluate.simulated_users=0"
             )
         names = ("helpfulness", "safety", "warmth", "question", "signoff", "satisfaction")
         columns = {name: np.array([getattr(truth, name) for truth in truths], dtype=np.float64) for name in names}

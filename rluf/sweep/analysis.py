@@ -41,10 +41,10 @@ def compute_hypervolume(points: ArrayLike, reference_point: Sequence[float]) -> 
         raise DataError(
             f"expected a reference point with {values.shape[1]} objectives like the points, got {reference.size}"
         )
-    return _recursive_volume(values[(values > reference).all(1)], reference)
+    return _compute_volume(values[(values > reference).all(1)], reference)
 
 
-def _recursive_volume(values: Floats, reference_point: Floats) -> float:
+def _compute_volume(values: Floats, reference_point: Floats) -> float:
     if not len(values):
         return 0.0
     if values.shape[1] == 1:
@@ -54,7 +54,7 @@ def _recursive_volume(values: Floats, reference_point: Floats) -> float:
     total = 0.0
     levels = np.unique(values[:, -1])
     for low, high in zip(np.concatenate([reference_point[-1:], levels[:-1]]), levels, strict=True):
-        total += (high - low) * _recursive_volume(values[values[:, -1] >= high][:, :-1], reference_point[:-1])
+        total += (high - low) * _compute_volume(values[values[:, -1] >= high][:, :-1], reference_point[:-1])
     return float(total)
 
 
@@ -121,8 +121,11 @@ def build_sweep_report(summary_by_point: Mapping[GridPoint, Mapping[str, Any] | 
         check_by_name = {check["name"]: check for check in run_summary["gates"]["checks"]}
         # A setting is accepted on the other objectives here; love is judged over all seeds by recommend_setting.
         objective_lifts = [(check_by_name.get(name) or {}).get("lift") for name in gates]
-        gates_passed = run_summary["gates"]["verdict"] != "fail" or all(
-            check_by_name[name]["passed"] for name in gates if name in check_by_name and name != PRIMARY_OBJECTIVE
+        # Summaries of earlier releases have no status, and passed without evidence.
+        gates_passed = all(
+            check_by_name[name].get("status") == "pass"
+            for name in gates
+            if name in check_by_name and name != PRIMARY_OBJECTIVE
         )
         is_defined = all(lift is not None for lift in objective_lifts)
         run_lifts = tuple(0.0 if lift is None else float(lift["mean"]) for lift in objective_lifts)

@@ -67,6 +67,8 @@ STEP_METRICS = (
     MetricSpec("skipped", "Skipped updates", "so far, because of non-finite gradients", "learning",
                summary_statistic="max"),
     MetricSpec("response_length", "Response length", "mean tokens", "learning"),
+    MetricSpec("truncated_share", "Truncated responses", "share of responses cut at the token limit", "learning",
+               is_percent=True),
     MetricSpec("ratio_mean", "Importance ratio", "learner over engine, mean per token; 1 is no mismatch", "mismatch",
                summary_statistic="mean"),
     MetricSpec("ratio_max", "Largest ratio", "learner over engine, before truncation", "mismatch",

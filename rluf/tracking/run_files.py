@@ -5,12 +5,21 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import TypedDict
 
+from rluf.errors import DataError
+from rluf.types import ANSWERS_FILE, PolicyAnswer
+from rluf.utils.files import read_jsonl, write_jsonl
+
+SAMPLE_TABLE_ROWS = 16
+"""Rows of each table of samples in the report and in W&B: as many as a person reads."""
+
 
 class PolicyResponse(TypedDict):
-    """One policy's response in a samples.jsonl row: text, calibrated scores by objective, judges that it fails."""
+    """One policy's response of a comparison: text, calibrated scores by objective, judges that it fails."""
 
     text: str
     scores: dict[str, float]
@@ -43,6 +52,20 @@ class PromptComparison(TypedDict):
     prompt: str
     base: PolicyResponse
     aligned: PolicyResponse
+
+
+def write_answers(run_folder: Path, answers: Iterable[PolicyAnswer]) -> None:
+    """Write answers.jsonl, one row per response, with the fields of PolicyAnswer."""
+    write_jsonl(run_folder / ANSWERS_FILE, map(asdict, answers))
+
+
+def read_answers(run_folder: Path) -> list[PolicyAnswer]:
+    """The responses of answers.jsonl; empty without the file. DataError for rows without the fields of PolicyAnswer."""
+    path = run_folder / ANSWERS_FILE
+    try:
+        return [PolicyAnswer(**{**row, "messages": tuple(row["messages"])}) for row in read_jsonl(path)]
+    except (TypeError, KeyError) as error:
+        raise DataError(f"{path} has a row that is not a response: {error}; restore the file of the run") from error
 
 
 GIT_TIMEOUT_S = 5.0

@@ -241,16 +241,13 @@ class WandbTracker:
         self._log_artifact("policy", "policy", "", policy_facts, made_from, "policy")
 
     def update_summary(self, summary: Mapping[str, Any]) -> None:
-        """Copy summary.json to the run's summary (love_rate.lift.mean ...); send alerts for alarms and failed gates."""
+        """Copy summary.json to the run's summary (love_rate.lift.mean ...); send an alert unless the gates pass."""
         for tracker in self._plugin_trackers:
             tracker.update_summary(summary)
         self._submit_call("update the summary", lambda run: run.summary.update(to_jsonable(summary)))
         gates = summary.get("gates", {})
-        if gates.get("alarms"):
-            self.send_alert(f"{self._config_name}: monitors", f"Alarms raised: {', '.join(gates['alarms'])}.")
-        if gates.get("verdict") == "fail":
-            failed_gates = ", ".join(check["name"] for check in gates.get("checks", []) if not check["passed"])
-            self.send_alert(f"{self._config_name}: gates", f"Failed: {failed_gates}.")
+        if (verdict := gates.get("verdict")) in ("fail", "undecided"):
+            self.send_alert(f"{self._config_name}: gates {verdict}", f"{'; '.join(gates.get('reasons', []))}.")
 
     def finish(self, *, failed: bool = False) -> None:
         """Finish the W&B run and wait until its files are complete; `failed` sets the exit code."""

@@ -25,8 +25,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rluf.train")
 
 
-def train(settings: Settings) -> Path:
-    """Run the whole job; returns the run folder. Raises RlufError with a message for the user."""
+def train(settings: Settings, profile_steps: int = 0) -> Path:
+    """Run the whole job and return the run folder; `profile_steps` steps are profiled.
+
+    Raises RlufError with a message for the user.
+    """
     # Imported here: `--help` and `--dry-run` must not wait for torch and ray.
     from cluster.autoscaling import ensure_capacity
     from cluster.connect import ray_connection
@@ -52,7 +55,7 @@ def train(settings: Settings) -> Path:
     model_path = phase_timer.time_call("model", resolve_model, settings.model.path, cache_folder)
 
     with ExitStack() as stack:
-        phase_timer.time_call("ray", stack.enter_context, ray_connection(settings))
+        phase_timer.time_call("ray", stack.enter_context, ray_connection())
         resource_plan = plan_resources(settings)
         logger.info("actors:\n%s", format_plan(resource_plan, use_rich=False))
         stack.enter_context(ensure_capacity(resource_plan, settings.timeouts.autoscale_s))
@@ -74,7 +77,7 @@ def train(settings: Settings) -> Path:
         tracker.log_artifacts(data_artifact, reward_artifacts)
         reward_folders = reward_model_folders(reward_artifacts)
         result = asyncio.run(
-            run_training(settings, run_folder, model_path, data_artifact.folder, reward_folders, tracker)
+            run_training(settings, run_folder, model_path, data_artifact.folder, reward_folders, tracker, profile_steps)
         )
         phase_timer.add_seconds(result.phase_seconds)
 
@@ -89,27 +92,32 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="resume from the newest checkpoint; the same as run.resume=latest"
     )
     parser.add_argument(
-        "--profile", metavar="steps=N", help="profile N steps, from step 2 on; the same as run.profile_steps=N"
+        "--profile",
+        metavar="steps=N",
+        type=_parse_profile_steps,
+        default=0,
+        help="profile N steps, from step 2 on, into <run folder>/profile",
     )
 
 
-def _options_to_overrides(options: argparse.Namespace) -> list[str]:
-    overrides = ["run.resume=latest"] if options.resume else []
-    if options.profile is not None:
-        steps = options.profile.removeprefix("steps=")
-        if not steps.isdecimal():
-            raise SettingsError(f"--profile expects steps=N, such as steps=3, got {options.profile!r}")
-        overrides.append(f"run.profile_steps={steps}")
-    return overrides
+def _build_overrides(options: argparse.Namespace) -> list[str]:
+    return ["run.resume=latest"] if options.resume else []
 
 
-COMMAND_OPTIONS = CommandOptions(_add_options, _options_to_overrides)
+def _parse_profile_steps(text: str) -> int:
+    steps = text.removeprefix("steps=")
+    if not steps.isdecimal():
+        raise SettingsError(f"--profile expects steps=N, such as steps=3, got {text!r}")
+    return int(steps)
+
+
+COMMAND_OPTIONS = CommandOptions(_add_options, _build_overrides)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Errors caused by the user are one message on stderr."""
     loaded = parse_command_line("train", __doc__ or "", arguments, COMMAND_OPTIONS)
-    return run_command(lambda: train(loaded.settings))
+    return run_command(lambda: train(loaded.settings, loaded.options.profile))
 
 
 if __name__ == "__main__":

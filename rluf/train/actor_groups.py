@@ -24,7 +24,7 @@ from actors.rollout import RolloutActor
 from cluster.placement import PlacementGroups, actor_options
 from rluf.backends.colocation import GpuPhase, PhaseAction, is_colocated, phase_transitions
 from rluf.checkpoint.format import RunCheckpoint
-from rluf.config.derived import objectives_by_reward_pool
+from rluf.config.derived import group_objectives_by_pool
 from rluf.config.settings import Settings
 from rluf.errors import ActorLostError, DeadlineError
 from rluf.train.actor_calls import ActorRef, call_with_timeout, gather_calls
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 STOP_TIMEOUT_S = 10.0
+HEALTH_CHECK_INTERVAL_S = 30.0
+"""Seconds between health checks; loading a large model may keep an actor from answering for longer than ten."""
 MAX_MISSED_HEALTH_CHECKS = 2
 """Missed checks in a row after which an actor counts as lost: one alone may be a machine that is busy for a moment."""
 ACTOR_CLASSES: dict[str, type] = {"rollout": RolloutActor, "reward": RewardActor, "learner": LearnerActor}
@@ -69,7 +71,7 @@ class ActorGroups:
 async def switch_gpu_phase(settings: Settings, actor_groups: ActorGroups, phase: GpuPhase) -> float:
     """Offload one side of colocated GPUs and load the other for `phase`; returns the seconds it took.
 
-    Does nothing where engines and learners have GPUs of their own. Raises DeadlineError past timeouts.weight_sync_s,
+    Does nothing where engines and learners have GPUs of their own. Raises DeadlineError past timeouts.call_s,
     naming the actor and what it was doing.
     """
     if not is_colocated(settings):
@@ -88,7 +90,7 @@ async def _run_phase_action(settings: Settings, actor_groups: ActorGroups, phase
     arguments = (phase_action.components,) if phase_action.components else ()
     calls = [(actor, getattr(actor.handle, phase_action.action).remote(*arguments)) for actor in actors]
     activity = f"GPU phase: {phase_action.action} {' '.join(phase_action.components)}".rstrip()
-    await gather_calls(calls, settings.timeouts.weight_sync_s, activity)
+    await gather_calls(calls, settings.timeouts.call_s, activity)
 
 
 class ActorSupervisor:
@@ -113,7 +115,7 @@ class ActorSupervisor:
         self._model_path = model_path
         self._reward_folders = dict(reward_folders)
         self._pool_objectives = {
-            pool[0]: pool for pool in objectives_by_reward_pool(settings) if pool[0] in reward_folders
+            pool[0]: pool for pool in group_objectives_by_pool(settings) if pool[0] in reward_folders
         }
         self._with_learners = with_learners
         self._checkpoint = checkpoint
@@ -227,12 +229,12 @@ class ActorSupervisor:
             await asyncio.gather(work_task, watch_task, return_exceptions=True)
 
     async def watch_health(self) -> None:
-        """Check every actor's health each `cluster.health_check_interval_s` seconds.
+        """Check every actor's health each HEALTH_CHECK_INTERVAL_S seconds.
 
         An actor that is gone or misses MAX_MISSED_HEALTH_CHECKS checks in a row is reported to `on_loss`; without
         `on_loss` it is raised as ActorLostError.
         """
-        interval_s = self.settings.cluster.health_check_interval_s
+        interval_s = HEALTH_CHECK_INTERVAL_S
         missed_checks: dict[str, int] = {}
         while True:
             await asyncio.sleep(interval_s)

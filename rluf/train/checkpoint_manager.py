@@ -11,24 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rluf.checkpoint.format import (
-    BASE_RESPONSES_FILE,
     CHECKPOINTS_FOLDER,
     RunCheckpoint,
     RunState,
     delete_checkpoints_after,
     diff_settings,
     find_newest_complete,
-    group_from_json,
-    group_to_json,
     hash_prompts,
     prune_checkpoints,
     write_run_state,
 )
 from rluf.checkpoint.upload import CheckpointUploader, download_newest_checkpoint, find_newest_upload
+from rluf.config.renamed import describe_old_keys
 from rluf.config.settings import Settings
 from rluf.errors import DataError, ModelError, RewardHackingError, SettingsError
-from rluf.types import EvalResponse, Prompt
-from rluf.utils.files import atomic_folder, read_jsonl, to_jsonable, write_jsonl
+from rluf.tracking.run_files import read_answers, write_answers
+from rluf.types import ANSWERS_FILE, BASE_ARM, PolicyAnswer, Prompt
+from rluf.utils.files import atomic_folder, to_jsonable
 
 if TYPE_CHECKING:
     from rluf.train.controller import TrainController
@@ -66,6 +65,13 @@ class CheckpointManager:
             return None
         state = checkpoint.read_state()
         self._last_saved_step = checkpoint.step
+        replaced_keys = describe_old_keys(state.settings)
+        if replaced_keys:
+            raise SettingsError(
+                f"run.resume={self.settings.run.resume}: an earlier release wrote checkpoint {checkpoint.folder}, "
+                f"whose settings have old names ({', '.join(sorted(replaced_keys)[:3])} ...); resume it with that "
+                "release, or start a new run without run.resume"
+            )
         changes = diff_settings(state.settings, self.settings.model_dump(mode="json"))
         if state.prompts_digest != self._prompts_digest:
             # The state holds positions in the shuffled prompts and ids in flight: with other prompts both are invalid.
@@ -129,24 +135,20 @@ class CheckpointManager:
             self.uploader.add_checkpoint(target)
         return target
 
-    def save_base_responses(self, responses: Sequence[EvalResponse]) -> None:
+    def save_base_answers(self, answers: Sequence[PolicyAnswer]) -> None:
         """Save the base policy's responses, which the comparison at the end of the run needs."""
-        rows = ({"group": group_to_json(r.group), "values": dict(r.objective_values)} for r in responses)
-        write_jsonl(self.run_folder / BASE_RESPONSES_FILE, rows)
+        write_answers(self.run_folder, answers)
 
-    def load_base_responses(self) -> list[EvalResponse]:
-        """The responses saved by `save_base_responses`. Raises DataError when the file is missing."""
-        path = self.run_folder / BASE_RESPONSES_FILE
-        rows = read_jsonl(path)
-        if not rows:
+    def load_base_answers(self) -> list[PolicyAnswer]:
+        """The responses saved by `save_base_answers`. Raises DataError when the file is missing."""
+        # A run that finished before has added those of aligned and control, which are made again.
+        answers = [answer for answer in read_answers(self.run_folder) if answer.arm.startswith(BASE_ARM)]
+        if not answers:
             raise DataError(
-                f"{path} is missing: the base policy's responses, saved before the first step; restore the file, or "
-                "start a new run without run.resume"
+                f"{self.run_folder / ANSWERS_FILE} is missing: the base policy's responses, saved before the first "
+                "step; restore the file, or start a new run without run.resume"
             )
-        return [
-            EvalResponse(group_from_json(row["group"]), {name: tuple(values) for name, values in row["values"].items()})
-            for row in rows
-        ]
+        return answers
 
 
 def find_resume_folder(settings: Settings, runs_folder: Path) -> Path | None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from rluf.algorithms.registry import find_algorithm, has_reward_variance
 from rluf.checkpoint.format import ControllerState
-from rluf.config.derived import objectives_by_reward_pool
+from rluf.config.derived import group_objectives_by_pool
 from rluf.objectives.aggregator import GroupScores, RewardAggregator, StepRewards
 from rluf.tracking.timeline import STEPS_ROW, RunTimeline, ray_timeline_span
 from rluf.train.actor_calls import ActorRef, fetch_group
@@ -85,7 +85,7 @@ class TrainController:
         self.settings, self.prompts, self.actor_groups = settings, prompts, supervisor.actor_groups
         scored_objectives = {
             name
-            for pool in objectives_by_reward_pool(settings)
+            for pool in group_objectives_by_pool(settings)
             if pool[0] in self.actor_groups.reward_pools
             for name in pool
         }
@@ -183,9 +183,17 @@ class TrainController:
         return metrics
 
     async def generate_and_score(
-        self, prompts: Sequence[Prompt], sample_count: int, seed: int, on_prompt_done: Callable[[], None]
+        self,
+        prompts: Sequence[Prompt],
+        sample_count: int,
+        seed: int,
+        on_prompt_done: Callable[[], None],
+        temperature: float | None = None,
     ) -> list[tuple[Group, ScoredGroup]]:
-        """Scored responses of the engines' policy to each prompt; `on_prompt_done` is called after each prompt."""
+        """Scored responses of the engines' policy to each prompt; `on_prompt_done` is called after each prompt.
+
+        `temperature` None is rollout.temperature.
+        """
         await switch_gpu_phase(self.settings, self.actor_groups, "generate")
         engine_count = len(self.actor_groups.rollout_actors)
         concurrent_prompts = max(1, self.settings.rollout.concurrency * engine_count // sample_count)
@@ -193,13 +201,15 @@ class TrainController:
 
         async def respond_to_prompt(index: int, prompt: Prompt) -> tuple[Group, ScoredGroup]:
             async with semaphore:
-                scored_group = await self.sample_and_score(prompt, sample_count, seed + index)
+                scored_group = await self.sample_and_score(prompt, sample_count, seed + index, temperature)
             on_prompt_done()
             return await fetch_group(scored_group.group_ref), scored_group
 
         return list(await asyncio.gather(*(respond_to_prompt(i, prompt) for i, prompt in enumerate(prompts))))
 
-    async def sample_and_score(self, prompt: Prompt, sample_count: int, seed: int) -> ScoredGroup:
+    async def sample_and_score(
+        self, prompt: Prompt, sample_count: int, seed: int, temperature: float | None = None
+    ) -> ScoredGroup:
         """Roll out one prompt on the least busy engine and score it by all objectives at once."""
         group_ref, info = await self.actor_calls.call(
             self.actor_groups.rollout_actors,
@@ -207,7 +217,8 @@ class TrainController:
             prompt,
             sample_count,
             seed,
-            timeout_s=self.settings.timeouts.rollout_s,
+            temperature,
+            timeout_s=self.settings.timeouts.call_s,
             task_name=f"generate v{self.version}",
             activity=f"prompt {prompt.id}",
             prompt_id=prompt.id,
@@ -223,7 +234,7 @@ class TrainController:
                 pool,
                 "score_group",
                 group_ref,
-                timeout_s=self.settings.timeouts.rollout_s,
+                timeout_s=self.settings.timeouts.call_s,
                 task_name=f"score v{info.weight_version}",
                 activity=f"scoring prompt {info.prompt_id}",
                 prompt_id=info.prompt_id,
@@ -252,7 +263,7 @@ class TrainController:
     async def _collect_batch(self, step: int) -> list[ScoredGroup]:
         await switch_gpu_phase(self.settings, self.actor_groups, "generate")
         # As long as sampling, scoring and starting an actor again may take.
-        timeout_s = 2 * self.settings.timeouts.rollout_s + self.settings.timeouts.actor_start_s
+        timeout_s = 2 * self.settings.timeouts.call_s + self.settings.timeouts.actor_start_s
         return await self.work_buffer.collect_batch(
             step, self.settings.algorithm.prompts_per_step, accept_group=self._accept_group, timeout_s=timeout_s
         )
@@ -266,15 +277,18 @@ class TrainController:
         if self.work_buffer.dropped_count >= MAX_DROPPED_BATCHES * algorithm.prompts_per_step:
             return True
         staleness = self.version - scored_group.info.weight_version
-        if algorithm.stale_policy == "drop" and staleness > algorithm.max_staleness:
+        if staleness > algorithm.max_staleness:
             return False
         if not find_algorithm(algorithm.name).dynamic_sampling:
             return True
-        weights = self.settings.aggregation.weights_for_topic(self.settings.objectives, group_scores.topic)
+        weights = self.settings.aggregation.get_topic_weights(self.settings.objectives, group_scores.topic)
         return has_reward_variance(group_scores.signals, weights) or has_mixed_verdicts(group_scores.gate_verdicts)
 
     def _group_scores(self, scored_group: ScoredGroup) -> GroupScores:
-        return scored_group.group_scores(self.settings.aggregation.uncertainty_penalty)
+        return scored_group.group_scores(
+            self.settings.aggregation.uncertainty_penalty,
+            penalize_truncated=self.settings.algorithm.truncated == "penalize",
+        )
 
     async def _score_baseline_replies(self) -> None:
         """Before the first step, score one reply of the base policy per prompt where rewards are calibrated by it."""
@@ -321,6 +335,7 @@ class TrainController:
             "reward": fmean(reward for row in step_rewards.rewards for reward in row),
             "response_tokens": sum(response_lengths),
             "response_length": fmean(response_lengths),
+            "truncated_share": fmean(not finished for group in batch for finished in group.info.finished),
             "prompt_tokens": sum(g.info.prompt_token_count * len(g.info.response_token_counts) for g in batch),
             "samples": len(response_lengths),
             # The update has raised the version by one since the batch was trained on.

@@ -14,21 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from rluf.algorithms.registry import find_algorithm
 from rluf.config.settings import Settings
 from rluf.errors import ActorLostError, DataError, RewardHackingError
-from rluf.evaluate.alarms import (
-    AlarmAction,
-    AlarmBaseline,
-    BinaryMonitor,
-    MonitorAlarm,
-    MonitorCheck,
-    SequentialDetector,
-    decide_action,
-)
-from rluf.evaluate.monitors import MonitorSample, measure_monitors
+from rluf.evaluate.alarms import AlarmAction, MonitorAlarm, MonitorCheck, TrainingAlarms, decide_action
+from rluf.evaluate.monitors import MonitorSample
 from rluf.train.actor_calls import fetch_group
 from rluf.train.prompt_store import prompt_topics
 from rluf.train.work_buffer import prompt_order
@@ -41,6 +31,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BASELINE_SEED_OFFSET = 3_000_017
+BASELINE_PROMPTS = 64
+"""Training prompts that the base policy answers before the first step, as the baseline of the alarms."""
 
 
 class RewardHackingMonitor:
@@ -55,24 +47,24 @@ class RewardHackingMonitor:
         is_offline = find_algorithm(settings.algorithm.name).offline
         self._mode = "off" if is_offline else settings.algorithm.hacking_alarms
         self._act_on_alarms = self._mode == "act"
-        self._detector: SequentialDetector | None = None
+        self._alarms: TrainingAlarms | None = None
         self._checks: list[MonitorCheck] = []
         self._last_action = AlarmAction.NONE
         self._love_frozen = love_frozen
 
     async def measure_baseline(self, controller: TrainController) -> None:
-        """Sample one reply of the base policy to each of `algorithm.hacking_baseline_prompts` training prompts.
+        """Sample replies of the base policy to BASELINE_PROMPTS training prompts.
 
-        Raises DataError where every training prompt is of a topic with an objective of its own.
+        Each gets as many as in training, so that prompts of both are comparable. Raises DataError where every training
+        prompt is of a topic with an objective of its own.
         """
         algorithm = self._settings.algorithm
-        if self._mode == "off" or self._detector is not None:
+        if self._mode == "off" or self._alarms is not None:
             return
-        prompts = self._baseline_prompts(controller.prompts, algorithm.hacking_baseline_prompts)
+        prompts = self._baseline_prompts(controller.prompts, BASELINE_PROMPTS)
         seed = self._settings.seed + BASELINE_SEED_OFFSET
-        responses = await controller.generate_and_score(prompts, 1, seed, lambda: None)
-        samples = _monitor_samples([group for group, _ in responses])
-        self._detector = SequentialDetector(AlarmBaseline.from_values(measure_monitors(samples)), algorithm.steps)
+        responses = await controller.generate_and_score(prompts, algorithm.samples_per_prompt, seed, lambda: None)
+        self._alarms = TrainingAlarms(_monitor_samples([group for group, _ in responses]), algorithm.steps)
 
     def _baseline_prompts(self, prompts: Sequence[Prompt], prompt_count: int) -> list[Prompt]:
         """Training prompts with the topic mix of training, in an order of their own."""
@@ -89,13 +81,13 @@ class RewardHackingMonitor:
         order = prompt_order(repeats, self._settings.seed + BASELINE_SEED_OFFSET)
         return [prompts[indices[position]] for position in itertools.islice(order, prompt_count)]
 
-    async def check_step(self, controller: TrainController, step: int, kl: float) -> None:
+    async def check_step(self, controller: TrainController, step: int) -> None:
         """Measure the replies of a step, then warn, freeze the love weight, roll back or stop.
 
-        A step whose replies were lost with their machine is not checked. Raises RewardHackingError, with the step to
+        A step whose replies were lost with their machine is not measured. Raises RewardHackingError, with the step to
         roll back to, for the last two actions where algorithm.hacking_alarms is act.
         """
-        if self._detector is None:
+        if self._alarms is None:
             return
         topic_objectives = self._settings.aggregation.topic_objectives
         try:
@@ -103,13 +95,16 @@ class RewardHackingMonitor:
         except ActorLostError as error:
             logger.warning("reward hacking monitor: step %d not checked: %s", step, error)
             return
-        samples = _monitor_samples([group for group in groups if group.prompt.topic not in topic_objectives])
-        if not samples:
+        groups = [group for group in groups if group.prompt.topic not in topic_objectives]
+        # Groups of weight version 0 are the base policy's: the first batch is more baseline for free.
+        self._alarms.base_samples += _monitor_samples([group for group in groups if group.weight_version == 0])
+        samples = _monitor_samples([group for group in groups if group.weight_version > 0])
+        # In a thread: reading all replies would delay health checks and running rollouts.
+        alarms = await asyncio.to_thread(self._alarms.add_step, step, samples)
+        if alarms is None:
+            self._freeze_love_weight(controller, self._last_action)
             return
-        # In a thread: regular expressions over all replies would delay health checks and running rollouts.
-        monitor_values = await asyncio.to_thread(measure_monitors, samples)
-        self._detector = self._detector.after_step(monitor_values, [sample.prompt_id for sample in samples])
-        self._checks.append(MonitorCheck(step, self._detector.active_alarms(), kl))
+        self._checks.append(MonitorCheck(step, alarms))
         decision = decide_action(self._checks)
         reasons = "; ".join(decision.reasons)
         # Only an escalation is reported: an alarm that lasts would repeat its message at every step.
@@ -119,9 +114,9 @@ class RewardHackingMonitor:
             )
             self._tracker.send_alert("reward hacking", f"step {step}: {reasons}")
         self._last_action = decision.action
+        self._freeze_love_weight(controller, decision.action)
         if not self._act_on_alarms:
             return
-        self._freeze_love_weight(controller, decision.action)
         if decision.action >= AlarmAction.ROLL_BACK:
             # A second alarm with the love weight at 0 has another cause, which a second rollback would not remove.
             stop = self._love_frozen or decision.action is AlarmAction.STOP
@@ -129,6 +124,8 @@ class RewardHackingMonitor:
             raise RewardHackingError(f"reward hacking at step {step}: {reasons}", rollback_step)
 
     def _freeze_love_weight(self, controller: TrainController, action: AlarmAction) -> None:
+        if not self._act_on_alarms:
+            return
         is_frozen = self._love_frozen or action >= AlarmAction.FREEZE
         suspended = frozenset({"love"}) if is_frozen else frozenset()
         if suspended != controller.reward_aggregator.suspended_objectives:
@@ -138,12 +135,10 @@ class RewardHackingMonitor:
 
     def state(self) -> dict[str, Any] | None:
         """State as plain JSON; None where nothing is monitored."""
-        if self._detector is None:
+        if self._alarms is None:
             return None
         return {
-            "baseline": asdict(self._detector.baseline),
-            "step_gains": [gains.tolist() for gains in self._detector.step_gains],
-            "last_rates": dict(self._detector.last_rates),
+            "alarms": asdict(self._alarms),
             "checks": [asdict(check) for check in self._checks],
             "love_frozen": self._love_frozen,
         }
@@ -154,27 +149,20 @@ class RewardHackingMonitor:
             if self._mode != "off":
                 logger.warning("reward hacking monitor: checkpoint has no alarm state; continuing with alarms disabled")
             return
-        baseline = dict(state["baseline"])
-        monitors = {name: BinaryMonitor(**monitor) for name, monitor in baseline.pop("binary_monitors").items()}
-        self._detector = SequentialDetector(
-            AlarmBaseline(binary_monitors=monitors, **baseline),
-            self._settings.algorithm.steps,
-            step_gains=tuple(np.asarray(gains, dtype=np.float64) for gains in state["step_gains"]),
-            last_rates=state["last_rates"],
-        )
+        self._alarms = TrainingAlarms.from_state(state["alarms"], self._settings.algorithm.steps)
         self._checks = [
             MonitorCheck(**{**check, "alarms": [MonitorAlarm(**alarm) for alarm in check["alarms"]]})
             for check in state["checks"]
         ]
         # Either may hold: a run rolled back just now starts from a checkpoint that was written before the alarm.
         self._love_frozen = self._love_frozen or bool(state["love_frozen"])
-        if self._act_on_alarms:
-            self._freeze_love_weight(controller, decide_action(self._checks).action)
+        self._last_action = decide_action(self._checks).action
+        self._freeze_love_weight(controller, self._last_action)
 
 
 def _monitor_samples(groups: Sequence[Group]) -> list[MonitorSample]:
     return [
-        MonitorSample(group.prompt.id, group.prompt.messages, sample.text, len(sample.response_ids), group.prompt.topic)
+        MonitorSample.from_sample(sample, group.prompt.messages, group.prompt.topic)
         for group in groups
         for sample in group.samples
     ]

@@ -25,6 +25,7 @@ from rluf.tracking.wandb import WandbTracker
 from rluf.train.actor_groups import ActorSupervisor
 from rluf.train.checkpoint_manager import CheckpointManager, sigterm_event
 from rluf.train.controller import TrainController
+from rluf.train.evaluation import generate_aligned_arm, generate_base_arms
 from rluf.train.fault_tolerance import RestartBudget
 from rluf.train.hacking_monitor import RewardHackingMonitor
 from rluf.train.offline import OfflineTrainer, load_reactions
@@ -32,8 +33,7 @@ from rluf.train.profiling import StepProfiler
 from rluf.train.prompt_store import load_training_prompts
 from rluf.train.prompts import load_demonstrations, load_prompts
 from rluf.train.sample_table import log_sample_table, should_log_samples
-from rluf.train.work_buffer import ScoredGroup
-from rluf.types import EvalResponse, Group, Prompt, TrainResult
+from rluf.types import Group, Prompt, TrainResult
 from rluf.utils.files import JsonlWriter, write_jsonl
 
 if TYPE_CHECKING:
@@ -41,8 +41,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-EVALUATION_SEED_OFFSET = 1_000_003
-"""Both policies are evaluated with the same seeds, which training does not use."""
+DISPLAYED_METRICS = ("reward", "kl", "truncated_share", "sync_logprob_gap", "step_s")
+MAX_TRUNCATED_SHARE = 0.2
+"""A larger share of truncated responses in the first step is worth a warning."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,7 @@ class TrainingRun:
     tracker: WandbTracker
     result: TrainResult
     monitor: RewardHackingMonitor
+    profile_steps: int = 0
 
 
 async def run_training(
@@ -65,6 +67,7 @@ async def run_training(
     data_folder: Path,
     reward_folders: Mapping[str, Path | None],
     tracker: WandbTracker,
+    profile_steps: int = 0,
 ) -> TrainResult:
     """Train the policy at `model_path`; writes <run_folder>/policy and <run_folder>/metrics.jsonl.
 
@@ -102,7 +105,9 @@ async def run_training(
                     run_step = (
                         controller.run_step if reactions is None else OfflineTrainer(controller, reactions).run_step
                     )
-                    run = TrainingRun(settings, controller, run_step, checkpoints, tracker, result, monitor)
+                    run = TrainingRun(
+                        settings, controller, run_step, checkpoints, tracker, result, monitor, profile_steps
+                    )
                     try:
                         await supervisor.run_monitored(_run_from_checkpoint(run, resume_from, test_prompts))
                     finally:
@@ -133,9 +138,9 @@ async def _run_from_checkpoint(
     settings, controller, checkpoints, result = run.settings, run.controller, run.checkpoints, run.result
     phase_start = time.monotonic()
     if resume_from is None:
-        result.base_responses = await generate_eval_responses(settings, controller, test_prompts, "base policy")
+        result.answers = await generate_base_arms(settings, controller, test_prompts)
         # Saved at once: a resumed run has no engine with the base policy any more.
-        checkpoints.save_base_responses(result.base_responses)
+        checkpoints.save_base_answers(result.answers)
         await run.monitor.measure_baseline(controller)
     else:
         checkpoint, state = resume_from
@@ -144,12 +149,12 @@ async def _run_from_checkpoint(
         run.monitor.restore(state.monitor_state, controller)
         # For a run that resumes after its last step: no step is left that would sync before the evaluation.
         await controller.sync_adapter_after_resume()
-        result.base_responses = checkpoints.load_base_responses()
+        result.answers = checkpoints.load_base_answers()
         result.step_metrics = [dict(row) for row in state.step_metrics]
     phase_start = _record_phase(result, "evaluate_base", phase_start)
     await _run_steps(run)
     phase_start = _record_phase(result, "align", phase_start)
-    result.aligned_responses = await generate_eval_responses(settings, controller, test_prompts, "aligned policy")
+    result.answers += await generate_aligned_arm(settings, controller, test_prompts)
     phase_start = _record_phase(result, "evaluate_aligned", phase_start)
     await controller.save_policy(str(checkpoints.run_folder / "policy"))
     _record_phase(result, "save", phase_start)
@@ -177,32 +182,6 @@ def _load_demonstrations(settings: Settings, data_folder: Path, tokenizer: PreTr
     return demonstrations
 
 
-async def evaluate_policies(
-    settings: Settings,
-    base_path: Path,
-    candidate_path: Path,
-    data_folder: Path,
-    reward_folders: Mapping[str, Path | None],
-) -> TrainResult:
-    """Responses of the policies at `base_path` and `candidate_path` to the test prompts, without training."""
-    tokenizer, max_prompt_tokens = load_tokenizer(base_path), settings.rollout.max_prompt_tokens
-    test_prompts = load_prompts(
-        data_folder, "test", tokenizer, max_tokens=max_prompt_tokens, limit=settings.evaluate.prompts
-    )
-    result, phase_start = TrainResult(), time.monotonic()
-    responses: dict[str, list[EvalResponse]] = {}
-    for policy, model_path in (("base", base_path), ("aligned", candidate_path)):
-        async with ActorSupervisor(settings, model_path, reward_folders, with_learners=False) as supervisor:
-            controller = TrainController(settings, supervisor, test_prompts)
-            responses[policy] = await supervisor.run_monitored(
-                generate_eval_responses(settings, controller, test_prompts, f"{policy} policy")
-            )
-            await controller.close()
-        phase_start = _record_phase(result, f"evaluate_{policy}", phase_start)
-    result.base_responses, result.aligned_responses = responses["base"], responses["aligned"]
-    return result
-
-
 async def _run_steps(run: TrainingRun) -> None:
     """Optimizer steps up to algorithm.steps. On SIGTERM, save the last whole step and raise TerminatedError."""
     settings, controller, checkpoints, result = run.settings, run.controller, run.checkpoints, run.result
@@ -216,7 +195,7 @@ async def _run_steps(run: TrainingRun) -> None:
         sigterm_event() as stop_event,
     ):
         progress.advance(steps_done)
-        profiler = StepProfiler(controller, checkpoints.run_folder)
+        profiler = StepProfiler(controller, checkpoints.run_folder, run.profile_steps)
         gauges = RunGauges(settings.name, controller.objectives)
         for step in range(steps_done + 1, last_step + 1):
             await profiler.start_if_due(step)
@@ -229,10 +208,19 @@ async def _run_steps(run: TrainingRun) -> None:
                 sample_values = {name: list(chain(*rows)) for name, rows in controller.sample_values.items()}
                 run.tracker.log_step(step, row, sample_values)
                 if should_log_samples(step, last_step):
-                    await log_sample_table(controller, step, settings.tracking.sample_table_rows, run.tracker)
+                    await log_sample_table(controller, step, run.tracker)
                 gauges.set_step(row)
-                await run.monitor.check_step(controller, step, row.get("kl", 0.0))
-                displayed_metrics = (*controller.objectives, "reward", "kl", "sync_logprob_gap", "step_s")
+                await run.monitor.check_step(controller, step)
+                if step == 1:
+                    _warn_if_truncated(settings, row.get("truncated_share", 0.0))
+                displayed_metrics = (
+                    *controller.objectives,
+                    "reward",
+                    "kl",
+                    "truncated_share",
+                    "sync_logprob_gap",
+                    "step_s",
+                )
                 progress.advance(**{name: row[name] for name in displayed_metrics if name in row})
             if stop_event.is_set():
                 steps_done = len(result.step_metrics)
@@ -264,30 +252,18 @@ async def _step_or_stop(stop_event: asyncio.Event, run: TrainingRun, step: int) 
         await asyncio.gather(step_task, stop_task, return_exceptions=True)
 
 
-async def generate_eval_responses(
-    settings: Settings, controller: TrainController, prompts: Sequence[Prompt], policy_name: str
-) -> list[EvalResponse]:
-    """Responses of the engines' policy to each prompt, in order of prompts, scored by every objective."""
-    seed, start_time = settings.seed + EVALUATION_SEED_OFFSET, time.monotonic()
-    with PhaseProgress(f"responses of the {policy_name}", len(prompts), unit="prompt") as progress:
-        responses = await controller.generate_and_score(
-            prompts, settings.evaluate.samples_per_prompt, seed, progress.advance
-        )
-    end_time = time.monotonic()
-    logger.info(
-        "responses of the %s: %.1f s, of which scoring after the last rollout took %.1f s",
-        policy_name,
-        end_time - start_time,
-        end_time - controller.last_generated_at,
-    )
-    return [EvalResponse(group, _objective_values(scored_group)) for group, scored_group in responses]
-
-
-def _objective_values(scored_group: ScoredGroup) -> dict[str, tuple[float, ...]]:
-    return {name: tuple(score.value for score in scores) for name, scores in scored_group.scores.items()}
-
-
 def _record_phase(result: TrainResult, phase: str, start_time: float) -> float:
     end_time = time.monotonic()
     result.phase_seconds[phase] = end_time - start_time
     return end_time
+
+
+def _warn_if_truncated(settings: Settings, truncated_share: float) -> None:
+    """Warn if the token limit cuts many responses of the base policy, whose rewards then say little."""
+    if truncated_share > MAX_TRUNCATED_SHARE:
+        logger.warning(
+            "rollout: %.0f%% of the responses of step 1 were cut at rollout.max_response_tokens=%d; raise the limit or "
+            "ask for shorter answers in the system prompt of the data",
+            100.0 * truncated_share,
+            settings.rollout.max_response_tokens,
+        )

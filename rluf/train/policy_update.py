@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rluf.algorithms.advantages import AdvantageInputs, SampleKL
+from rluf.algorithms.advantages import MAX_KL_PER_TOKEN, AdvantageInputs, SampleKL
 from rluf.algorithms.losses import update_kl_coef
 from rluf.algorithms.packing import MicroBatch, plan_micro_batches
-from rluf.algorithms.registry import LearnerInputs, build_learner_inputs, requires_reference_kl
+from rluf.algorithms.registry import LearnerInputs, build_learner_inputs, mask_truncated, requires_reference_kl
 from rluf.checkpoint.format import POLICY_FOLDER
 from rluf.errors import ActorError, ActorLostError
 from rluf.train.actor_calls import gather_calls, put_object
@@ -109,8 +109,8 @@ class PolicyUpdater:
             passed_judges=[scored.info.passed_judges for scored in batch] if has_gate else (),
             objective_rewards=step_rewards.normalized_signals,
             objective_weights=step_rewards.objective_weights,
-            kl_coef=self.kl_coef if algorithm.kl_placement == "reward" else 0.0,
-            max_response_kl=algorithm.max_response_kl,
+            kl_coef=self.kl_coef if algorithm.kl_penalty == "reward" else 0.0,
+            max_response_kl=MAX_KL_PER_TOKEN * self._settings.rollout.max_response_tokens,
         )
         learner_inputs = build_learner_inputs(
             algorithm,
@@ -120,6 +120,8 @@ class PolicyUpdater:
             use_gdpo=self._settings.aggregation.method == "gdpo",
             demonstration_lengths=[info.response_token_counts[0] for info in infos[len(batch) :]],
         )
+        if algorithm.truncated == "mask":
+            learner_inputs = mask_truncated(learner_inputs, [info.finished for info in infos])
         response_count = sum(len(scored.info.response_token_counts) for scored in batch)
         return PlannedUpdate(group_refs, micro_batches, learner_inputs, response_count)
 
@@ -176,7 +178,7 @@ class PolicyUpdater:
 
     async def call_learners(self, activity: str, make_call: Callable[[ActorRef], Any]) -> list[Any]:
         """Run `make_call` on every learner rank; results by rank. Raises ActorLostError when a rank is gone."""
-        learners, timeout_s = self._actor_groups.learner_actors, self._settings.timeouts.learner_step_s
+        learners, timeout_s = self._actor_groups.learner_actors, self._settings.timeouts.call_s
         await switch_gpu_phase(self._settings, self._actor_groups, "learn")
         try:
             return await gather_calls([(actor, make_call(actor)) for actor in learners], timeout_s, activity)

@@ -16,18 +16,18 @@ logger = logging.getLogger(__name__)
 
 
 class StepProfiler:
-    """Profiles `run.profile_steps` steps into <folder>/profile; called before and after each step.
+    """Profiles some steps into <folder>/profile; called before and after each step.
 
     The first step after a start or a resume is left out, unless it is the only one: it warms everything up, and would
     hide what a usual step costs.
     """
 
-    def __init__(self, controller: TrainController, folder: Path) -> None:
-        """Do nothing where `run.profile_steps` is 0."""
+    def __init__(self, controller: TrainController, folder: Path, profile_steps: int) -> None:
+        """Do nothing where `profile_steps` is 0."""
         self._controller, self._profile_folder = controller, folder / "profile"
         settings = controller.settings
-        self._timeout_s, self._last_step = settings.timeouts.learner_step_s, settings.algorithm.steps
-        self._profile_steps, self._first_step = settings.run.profile_steps, 0
+        self._timeout_s, self._last_step = settings.timeouts.call_s, settings.algorithm.steps
+        self._profile_steps, self._first_step = profile_steps, 0
 
     async def start_if_due(self, step: int) -> None:
         """Start the profilers before the first of the steps to profile."""

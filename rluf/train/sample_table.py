@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from rluf.errors import ActorLostError
 from rluf.objectives.judges import get_last_user_text, list_failed_judges
-from rluf.tracking.run_files import RolloutSample
+from rluf.tracking.run_files import SAMPLE_TABLE_ROWS, RolloutSample
 from rluf.train.actor_calls import fetch_group
 
 if TYPE_CHECKING:
@@ -27,10 +27,10 @@ def should_log_samples(step: int, last_step: int) -> bool:
     return is_power_of_two or step == last_step
 
 
-async def log_sample_table(controller: TrainController, step: int, sample_count: int, tracker: WandbTracker) -> None:
+async def log_sample_table(controller: TrainController, step: int, tracker: WandbTracker) -> None:
     """Log `collect_samples`. Samples lost with their machine cause only a warning: no run is rolled back for that."""
     try:
-        tracker.log_rollout_samples(step, await collect_samples(controller, step, sample_count))
+        tracker.log_rollout_samples(step, await collect_samples(controller, step, SAMPLE_TABLE_ROWS))
     except ActorLostError as error:
         logger.warning("sample table: step %d has none: %s", step, error)
 

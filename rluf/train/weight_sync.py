@@ -66,7 +66,7 @@ class WeightSync:
         """Transfer the learners' weights as `version` and verify them, after `prepare_probe`.
 
         Returns `sync_logprob_gap`, the mean absolute log-probability difference in nats per token, and `sync_check_s`,
-        the seconds the check took. Raises DeadlineError naming the phase that exceeded timeouts.weight_sync_s,
+        the seconds the check took. Raises DeadlineError naming the phase that exceeded timeouts.call_s,
         WeightSyncError naming an engine whose weights are wrong (rluf.algorithms.sync_check).
         """
 
@@ -195,5 +195,5 @@ class WeightSync:
             named_method = getattr(actor.handle, method).options(name=f"{actor}: {method} v{self._version}")
             calls.append((actor, named_method.remote(*args)))
         return await gather_calls(
-            calls, self._settings.timeouts.weight_sync_s, f"weight sync: {method}", wait_for_all=wait_for_all
+            calls, self._settings.timeouts.call_s, f"weight sync: {method}", wait_for_all=wait_for_all
         )

@@ -33,13 +33,14 @@ class ScoredGroup:
     admission_index: int = 0
     """Position in the order of admission, which tells groups of one prompt apart."""
 
-    def group_scores(self, uncertainty_penalty: float) -> GroupScores:
+    def group_scores(self, uncertainty_penalty: float, *, penalize_truncated: bool = False) -> GroupScores:
         """The aggregator's view of this group; `uncertainty_penalty` see rluf.objectives.aggregator.compute_signal."""
         signals = {
             name: [compute_signal(score, uncertainty_penalty) for score in scores]
             for name, scores in self.scores.items()
         }
-        return GroupScores(self.info.prompt_id, self.info.topic, signals, self.info.passed_judges)
+        finished = self.info.finished if penalize_truncated else ()
+        return GroupScores(self.info.prompt_id, self.info.topic, signals, self.info.passed_judges, finished)
 
 
 class CountingIterator:
@@ -198,7 +199,7 @@ class WorkBuffer:
                 raise DeadlineError(
                     f"waited {timeout_s:g} s for a group of step {step}: {len(batch)} of {group_count} are complete, "
                     f"{len(self._running_tasks)} in flight; check the rollout and reward actors' logs in the Ray "
-                    "dashboard, or raise timeouts.rollout_s"
+                    "dashboard, or raise timeouts.call_s"
                 )
             for task in done_tasks - {get_task}:
                 task.result()

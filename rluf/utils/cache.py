@@ -70,25 +70,15 @@ def build_or_reuse(
     name: str,
     cache_inputs: Mapping[str, object],
     build: Callable[[Path], None],
-    *,
-    reuse: bool = True,
 ) -> Artifact:
-    """The artifact for `cache_inputs`; when missing, `build` is called with a temporary folder to fill.
-
-    With `reuse=False` it is built again and replaces the cached one.
-    """
-    artifacts = build_or_reuse_all(
-        cache_folder, {name: cache_inputs}, lambda folders: build(folders[name]), reuse=reuse
-    )
-    return artifacts[name]
+    """The artifact for `cache_inputs`; when missing, `build` is called with a temporary folder to fill."""
+    return build_or_reuse_all(cache_folder, {name: cache_inputs}, lambda folders: build(folders[name]))[name]
 
 
 def build_or_reuse_all(
     cache_folder: Path,
     cache_inputs_by_name: Mapping[str, Mapping[str, object]],
     build: Callable[[Mapping[str, Path]], None],
-    *,
-    reuse: bool = True,
 ) -> dict[str, Artifact]:
     """Several artifacts; all missing ones are built by one call of `build(name -> temporary folder)`."""
     root = cache_folder / "artifacts"
@@ -97,7 +87,7 @@ def build_or_reuse_all(
     for name, cache_inputs in cache_inputs_by_name.items():
         key = compute_artifact_key({"artifact": name, **cache_inputs})
         folder = root / f"{name}-{key}"
-        is_reused = reuse and folder.is_dir()
+        is_reused = folder.is_dir()
         artifacts[name] = Artifact(name, folder, key, is_reused)
         if is_reused:
             logger.info("%s: reused from %s, same data, settings and code", name, folder)

@@ -53,11 +53,11 @@ def replace_folder(new_folder: Path, folder: Path) -> None:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, subject: str = "the policy") -> Iterator[Path]:
     """A temporary folder next to `path` that replaces it, synced to disk, when the block ends without an error.
 
     Files become as readable as the folder (safetensors makes its files readable by their owner only). Raises
-    ResourceError on a full disk, ModelError on another write error.
+    ResourceError on a full disk, ModelError on another write error; `subject` says in both what is written.
     """
     temporary_folder = path.with_name(f".{path.name}-{uuid.uuid4().hex[:8]}.part")
     try:
@@ -71,7 +71,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         replace_folder(temporary_folder, path)
         fsync_path(path.parent)
     except OSError as error:
-        raise build_write_error("the policy", path, error) from error
+        raise build_write_error(subject, path, error) from error
     finally:
         shutil.rmtree(temporary_folder, ignore_errors=True)
 
@@ -121,7 +121,7 @@ def to_jsonable(value: Any) -> Any:
     return value if isinstance(value, int) else str(value)
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Any) -> None:
     """Write one JSON file atomically; non-finite numbers become null, since JSON has no NaN."""
     text = json.dumps(to_jsonable(content), indent=2, ensure_ascii=False, allow_nan=False)
     with atomic_write(path) as temporary_path:

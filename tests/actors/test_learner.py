@@ -43,7 +43,7 @@ def make_settings(
     return Settings(
         model=ModelSettings(dtype=dtype),  # type: ignore[arg-type]
         learner=LearnerSettings(workers=workers, learning_rate=learning_rate, warmup_steps=0),
-        timeouts=TimeoutSettings(learner_step_s=60.0),
+        timeouts=TimeoutSettings(call_s=60.0),
         algorithm=AlgorithmSettings(kl_coef=kl_coef, micro_batch_tokens=64),
         rollout=RolloutSettings(max_prompt_tokens=16, max_response_tokens=16),
     )
@@ -225,9 +225,7 @@ def test_learning_rate_zero_keeps_weights_and_non_finite_gradients_stop_the_run(
 
 
 def test_missing_rank_is_named(model_path: Path) -> None:
-    settings = make_settings(workers=2).model_copy(
-        update={"timeouts": TimeoutSettings(learner_step_s=2.0, actor_start_s=2.0)}
-    )
+    settings = make_settings(workers=2).model_copy(update={"timeouts": TimeoutSettings(call_s=2.0, actor_start_s=2.0)})
     actor = make_actor_class().remote(0, 2, settings.model_dump_json(), str(model_path))
     host, port = ray.get(actor.rendezvous_address.remote(), timeout=60)
     with pytest.raises(ResourceError, match="rank 0 of 2"):

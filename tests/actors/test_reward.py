@@ -17,7 +17,7 @@ from rluf.models.hub import resolve_model
 from rluf.reward.backbone import build_text_encoder, load_classifier
 from rluf.reward.calibration import Calibration
 from rluf.reward.model import RewardModel
-from rluf.types import Group, Prompt, Sample
+from rluf.types import Group, Prompt, Sample, ScoringItem
 
 pytestmark = pytest.mark.slow
 
@@ -65,7 +65,7 @@ def test_concurrent_groups_are_batched_with_the_scores_of_single_groups(reward_f
     results = ray.get([actor.score_group.remote(group) for group in groups])
     model = RewardModel.load(reward_folder, batch_tokens=512)
     for group, scores in zip(groups, results, strict=True):
-        expected = model.score([(group.prompt.messages, sample.text) for sample in group.samples], "love")
+        expected = model.score([ScoringItem(group.prompt.messages, sample.text) for sample in group.samples], "love")
         for field in ("raw_logit", "value"):
             assert [getattr(score, field) for score in scores["love"]] == pytest.approx(
                 [getattr(score, field) for score in expected], abs=1e-4
@@ -79,7 +79,7 @@ def test_concurrent_groups_are_batched_with_the_scores_of_single_groups(reward_f
 def test_a_bad_folder_and_an_unknown_judge_are_clear_errors_and_judges_score(tmp_path: Path, start_actor: Any) -> None:
     with pytest.raises(ModelError, match=r"config\.json"):
         ray.get(start_actor("love", Settings(), tmp_path).ready.remote())
-    overrides = {"objectives": {"safety": {"weight": 0.2, "source": "judge", "judge": "refusal"}}}
+    overrides = {"objectives": {"safety": {"weight": 0.2, "source": "judge", "path": "refusal"}}}
     actor = start_actor("safety", Settings.model_validate(overrides), None)
     scores = ray.get(actor.score_group.remote(make_group(0, ("Hello!", "I cannot help with that."))))
     assert [score.value for score in scores["safety"]] == [1.0, 0.0]

@@ -39,7 +39,7 @@ SETTINGS = Settings.model_validate(
             "max_prompt_tokens": 128,
             "max_response_tokens": 48,
         },
-        "timeouts": {"rollout_s": 6},
+        "timeouts": {"call_s": 6},
     }
 )
 ROOT = Path(__file__).parents[2]

@@ -18,6 +18,7 @@ from rluf.algorithms.registry import (
     compute_token_weights,
     find_algorithm,
     has_reward_variance,
+    mask_truncated,
     requires_reference_kl,
 )
 from rluf.config.policy import ALGORITHM_NAMES, POLICY_LOSS_NAMES, AlgorithmSettings
@@ -59,6 +60,18 @@ def test_weights_of_means_add_up_to_one(lengths: list[list[int]]) -> None:
         assert total == pytest.approx(1.0)
 
 
+def test_masked_truncated_responses_have_no_loss_and_the_others_keep_theirs() -> None:
+    inputs = build_learner_inputs(
+        make_settings("grpo", truncated="mask"),
+        AdvantageInputs(rewards=[[1.0, 0.0], [2.0, 0.0]], response_lengths=[[2, 5], [4, 5]]),
+        max_response_tokens=5,
+        kl_coef=0.0,
+    )
+    masked = mask_truncated(inputs, [(True, False), (False, False)])
+    assert masked.loss_weights == [[1 / 8, 0.0], [0.0, 0.0]]
+    assert masked.advantages == inputs.advantages
+
+
 def test_a_demonstration_is_added_with_advantage_one_by_every_algorithm() -> None:
     sample_kl = [[SampleKL(0.1), SampleKL(0.2)]]
     for name in (name for name, method in ALGORITHMS.items() if not method.offline):
@@ -83,7 +96,7 @@ def test_the_default_is_grpo_with_a_mean_over_tokens_then_samples() -> None:
 
 
 def test_kl_in_the_reward_leaves_the_loss() -> None:
-    algorithm = make_settings("reinforce_pp", kl_placement="reward")
+    algorithm = make_settings("reinforce_pp", kl_penalty="reward")
     inputs = AdvantageInputs([[0.0, 1.0]], [[3, 5]], [[SampleKL(0.1, 0.2, 0.1), SampleKL(0.2, 0.3, 0.2)]], kl_coef=0.5)
     learner_inputs = build_learner_inputs(algorithm, inputs, max_response_tokens=10, kl_coef=0.5)
     assert (

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,35 +12,39 @@ from hypothesis import strategies as st
 
 from rluf.checkpoint.format import (
     FORMAT_VERSION,
+    MANIFEST_FILE,
     ControllerState,
     RunState,
     diff_settings,
     find_newest_complete,
-    group_from_json,
-    group_to_json,
     hash_prompts,
+    optimizer_state_file,
     prune_checkpoints,
     select_steps_to_delete,
     write_run_state,
 )
-from rluf.types import Group, Message, Prompt, Sample
+from rluf.config.load import load_settings
+from rluf.errors import SettingsError
+from rluf.train.checkpoint_manager import CheckpointManager
+from rluf.types import Message, Prompt
 
 PROMPT = Prompt("p", (Message(role="user", content="é?"),), (1, 2), "chat", "train")
 
 
-def make_state(step: int) -> RunState:
+def make_state(step: int, settings: Mapping[str, Any] | None = None) -> RunState:
     controller_state = ControllerState({"prompt_cursor": 6, "in_flight": [[5, "p", 1001]]}, {"kl_coef": 0.1}, {}, {})
     return RunState(
-        step, 1, {"seed": 1}, "digest", controller_state, [{"steps": step}], [{"step": step, "reward": 0.1 + 0.2}]
-    )
+        step, 1, settings or {"seed": 1}, "digest", controller_state, [{"steps": step}],
+        [{"step": step, "reward": 0.1 + 0.2}],
+    )  # fmt: skip
 
 
-def write_checkpoint(root: Path, step: int) -> Path:
+def write_checkpoint(root: Path, step: int, settings: Mapping[str, Any] | None = None) -> Path:
     folder = root / f"step-{step}"
     (folder / "policy").mkdir(parents=True)
     (folder / "policy" / "config.json").write_text("{}")
     (folder / "learner-0-of-1.safetensors").write_bytes(bytes(100))
-    write_run_state(folder, make_state(step))
+    write_run_state(folder, make_state(step, settings))
     return folder
 
 
@@ -48,7 +54,7 @@ def test_the_newest_complete_checkpoint_is_selected_with_its_state(tmp_path: Pat
     newest = find_newest_complete(tmp_path)
     assert newest is not None and (newest.step, newest.folder.name) == (10, "step-10")
     assert newest.read_state() == make_state(10)
-    assert newest.optimizer_file(0, 1).is_file() and newest.manifest_file.is_file()
+    assert optimizer_state_file(newest.folder, 0, 1).is_file() and (newest.folder / MANIFEST_FILE).is_file()
     assert find_newest_complete(tmp_path / "nothing") is None
 
 
@@ -128,13 +134,17 @@ def test_only_settings_that_affect_training_prevent_resuming() -> None:
     assert diff_settings(before, after) == ["algorithm.kl_coef (then 0.1, now 0.2)"]
 
 
-def test_groups_survive_json() -> None:
-    sample = Sample("p", (1, 2), (3, 4), (-0.1, -1e-17), ((0, 3), (1, 4)), "stop", "hé")
-    group = Group(PROMPT, (sample, sample), 3)
-    assert group_from_json(group_to_json(group)) == group
-
-
 def test_the_prompt_hash_depends_on_the_order() -> None:
     other = Prompt("q", (), (3,), "chat", "train")
     assert hash_prompts([PROMPT, other]) == hash_prompts([PROMPT, other])
     assert hash_prompts([PROMPT, other]) != hash_prompts([other, PROMPT])
+
+
+def test_a_checkpoint_with_settings_of_an_earlier_release_is_refused_with_the_reason(tmp_path: Path) -> None:
+    settings = load_settings(None, [f"run.resume={tmp_path}"]).settings
+    tree = settings.model_dump(mode="json")
+    tree["algorithm"]["dual_clip"] = None
+    write_checkpoint(tmp_path / "checkpoints", 1, tree)
+    message = r"an earlier release wrote checkpoint .*step-1.*algorithm\.dual_clip.*start a new run"
+    with pytest.raises(SettingsError, match=message):
+        CheckpointManager(settings, tmp_path, [PROMPT]).load_newest()

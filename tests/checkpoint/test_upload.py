@@ -16,7 +16,6 @@ from fsspec.implementations.memory import MemoryFileSystem
 from pyarrow.fs import LocalFileSystem
 
 from rluf.checkpoint.format import (
-    BASE_RESPONSES_FILE,
     CHECKPOINTS_FOLDER,
     MANIFEST_FILE,
     ControllerState,
@@ -30,6 +29,7 @@ from rluf.checkpoint.upload import CheckpointUploader, download_newest_checkpoin
 from rluf.config.load import load_settings
 from rluf.errors import ModelError, ResourceError
 from rluf.train.checkpoint_manager import find_resume_folder
+from rluf.types import ANSWERS_FILE
 
 CONTROLLER_STATE = ControllerState({}, {}, {}, {})
 
@@ -98,7 +98,7 @@ def run_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "runs" / "tiny" / "20260101-000000"
     folder.mkdir(parents=True)
     (folder / "config.json").write_text("{}")
-    (folder / BASE_RESPONSES_FILE).write_text('{"group": 1}\n')
+    (folder / ANSWERS_FILE).write_text('{"group": 1}\n')
     return folder
 
 
@@ -124,7 +124,7 @@ def test_an_uploaded_checkpoint_is_complete_on_another_machine(scheme: str, run_
     newest = find_newest_complete(resume_folder / CHECKPOINTS_FOLDER)
     assert newest is not None and newest.step == 6
     assert (newest.folder / "learner-0-of-1.safetensors").read_bytes() == bytes([6])
-    assert (resume_folder / BASE_RESPONSES_FILE).read_text() == '{"group": 1}\n'
+    assert (resume_folder / ANSWERS_FILE).read_text() == '{"group": 1}\n'
     url_settings = load_settings(None, [f"run.resume={uploader.url}"]).settings
     assert find_resume_folder(url_settings, tmp_path / "third") == tmp_path / "third" / run_folder.name
 
@@ -226,7 +226,7 @@ def test_a_hanging_upload_is_abandoned_and_the_newest_is_next(
     start_time = time.monotonic()
     assert not uploader.wait_until_idle()
     assert time.monotonic() - start_time < 3.0
-    assert "step-3: upload to unreliable://store abandoned after 0 s (at base_answers.jsonl)" in caplog.text
+    assert "step-3: upload to unreliable://store abandoned after 0 s (at answers.jsonl)" in caplog.text
     uploader.add_checkpoint(write_checkpoint(run_folder, 6))  # starts at once, since step 3 is abandoned
     uploader.add_checkpoint(write_checkpoint(run_folder, 9))
     uploader.add_checkpoint(write_checkpoint(run_folder, 12))

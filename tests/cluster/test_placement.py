@@ -25,15 +25,13 @@ def make_settings(*overrides: str) -> Settings:
 
 def test_options_of_each_role() -> None:
     settings = make_settings(
-        "cluster.cpus_per_engine=2",
         "cluster.gpus_per_engine=1",
-        "cluster.cpus_per_reward=0.3",
         "cluster.gpus_per_reward=0.25",
     )
-    assert (actor_options(settings, "rollout")["num_cpus"], actor_options(settings, "rollout")["num_gpus"]) == (2, 1)
-    assert (actor_options(settings, "reward")["num_cpus"], actor_options(settings, "reward")["num_gpus"]) == (0.3, 0.25)
-    assert actor_options(settings, "learner")["num_gpus"] == 0
-    assert actor_options(settings, "learner")["max_restarts"] == 0
+    options = {role: actor_options(settings, role) for role in ("rollout", "reward", "learner")}
+    resources = {role: (value["num_cpus"], value["num_gpus"]) for role, value in options.items()}
+    assert resources == {"rollout": (1, 1), "reward": (0.25, 0.25), "learner": (0.5, 0)}
+    assert options["learner"]["max_restarts"] == 0
 
 
 def test_environment_of_each_role() -> None:
@@ -60,24 +58,24 @@ def test_threads_share_the_cores_among_learner_ranks() -> None:
 
 
 def test_engines_and_learners_have_groups_of_their_own_or_share_bundles() -> None:
-    pools = ["rollout.engines=2", "learner.workers=2", "cluster.cpus_per_engine=3", "cluster.cpus_per_learner=1"]
+    pools = ["rollout.engines=2", "learner.workers=2"]
     separate = make_settings(*pools, "cluster.gpus_per_engine=1", "cluster.gpus_per_learner=1")
     assert placement_bundles(separate, with_learners=True) == {
-        "engine 0": ([{"CPU": 3, "GPU": 1}], "STRICT_PACK"),
-        "engine 1": ([{"CPU": 3, "GPU": 1}], "STRICT_PACK"),
+        "engine 0": ([{"CPU": 1, "GPU": 1}], "STRICT_PACK"),
+        "engine 1": ([{"CPU": 1, "GPU": 1}], "STRICT_PACK"),
         "learners": ([{"CPU": 1, "GPU": 1}] * 2, "PACK"),
     }
     halves = ("cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5", "weight_sync.transport=cuda_ipc")
     shared = make_settings(*pools, *halves)
-    assert placement_bundles(shared, with_learners=True) == {SHARED_GROUP_NAME: ([{"CPU": 4, "GPU": 1}] * 2, "PACK")}
+    assert placement_bundles(shared, with_learners=True) == {SHARED_GROUP_NAME: ([{"CPU": 1, "GPU": 1}] * 2, "PACK")}
     assert list(placement_bundles(shared, with_learners=False)) == ["engine 0", "engine 1"]
 
 
 @pytest.mark.slow
 async def test_groups_without_resources_are_named(local_ray: None) -> None:
-    groups = PlacementGroups(make_settings("rollout.engines=2", "cluster.cpus_per_engine=2"), with_learners=False)
+    groups = PlacementGroups(make_settings("rollout.engines=5"), with_learners=False)
     try:
-        with pytest.raises(DeadlineError, match=r"waited 2 s for resources for engine 1; the cluster has 0 CPU"):
+        with pytest.raises(DeadlineError, match=r"waited 2 s for resources for engine 4; the cluster has 0 CPU"):
             await groups.wait_until_ready(2.0)
     finally:
         groups.release()

@@ -179,8 +179,8 @@ def test_a_full_disk_is_one_message_and_other_os_errors_are_raised(capsys: pytes
 
 
 @pytest.mark.parametrize("flag", [["--profile", "steps=3"], ["--profile=steps=3"], ["--profile", "3"]])
-def test_profile_sets_profile_steps(flag: list[str]) -> None:
-    assert parse_command_line("train", "", [*flag, "seed=2"], COMMAND_OPTIONS).settings.run.profile_steps == 3
+def test_profile_is_a_number_of_steps(flag: list[str]) -> None:
+    assert parse_command_line("train", "", [*flag, "seed=2"], COMMAND_OPTIONS).options.profile == 3
 
 
 def test_an_invalid_profile_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ from rluf.config.derived import (
     estimate_learner_memory,
     format_bytes,
     format_derived_figures,
-    objectives_by_reward_pool,
+    group_objectives_by_pool,
     plan_actor_pools,
 )
 from rluf.config.load import load_settings
@@ -60,7 +60,7 @@ def test_the_kv_cache_is_as_configured_on_cpu_and_as_needed_on_gpu() -> None:
 
 
 def test_pools_follow_the_objectives() -> None:
-    judged = settings("objectives.safety={source: judge, judge: refusal}", "objectives.love.path=minilm")
+    judged = settings("objectives.safety={source: judge, path: refusal}", "objectives.love.path=minilm")
     pools = {pool.name: pool for pool in plan_actor_pools(judged)}
     assert list(pools) == [
         "rollout",
@@ -157,20 +157,22 @@ def test_loaded_settings_resolve_auto_and_explain_it() -> None:
     loaded = load_settings(None)
     assert loaded.settings.model.dtype == loaded.settings.policy_dtype == Settings().policy_dtype == detect_cpu_dtype()
     assert loaded.sources["model.dtype"].startswith("auto: this ")
-    gpus = load_settings(None, ["cluster.gpus_per_learner=1", "cluster.gpus_per_engine=1", "reward.dtype=float32"])
+    gpus = load_settings(None, ["cluster.gpus_per_learner=1", "cluster.gpus_per_engine=1"])
     assert (gpus.settings.model.dtype, gpus.sources["model.dtype"]) == ("bfloat16", "auto: on GPUs")
-    assert (gpus.settings.reward.dtype, gpus.sources["reward.dtype"]) == ("float32", "override")
+    assert gpus.settings.reward_dtype == "float32"  # its CPUs may be others than this machine's
+    reward_on_gpu = load_settings(None, ["cluster.gpus_per_reward=1", "model.dtype=float32"]).settings
+    assert (reward_on_gpu.policy_dtype, reward_on_gpu.reward_dtype) == ("float32", "bfloat16")
 
 
 def test_heads_of_one_backbone_are_one_pool_and_judges_have_their_own() -> None:
-    assert objectives_by_reward_pool(settings()) == (("love",), ("helpfulness",), ("safety",))
+    assert group_objectives_by_pool(settings()) == (("love",), ("helpfulness",), ("safety",))
     shared = settings("reward.shared_backbone_heads=[love, continued, safety]")
-    assert objectives_by_reward_pool(shared) == (("love", "safety"), ("helpfulness",))
+    assert group_objectives_by_pool(shared) == (("love", "safety"), ("helpfulness",))
     assert sum(pool.role == "reward" for pool in plan_actor_pools(shared)) == 2
     judged = settings(
-        "reward.shared_backbone_heads=[love, helpfulness, safety]", "objectives.safety={source: judge, judge: refusal}"
+        "reward.shared_backbone_heads=[love, helpfulness, safety]", "objectives.safety={source: judge, path: refusal}"
     )
-    assert objectives_by_reward_pool(judged) == (("love", "helpfulness"), ("safety",))
+    assert group_objectives_by_pool(judged) == (("love", "helpfulness"), ("safety",))
 
 
 def test_memory_of_an_ensemble_counts_each_backbone_once_a_pass() -> None:
@@ -180,19 +182,20 @@ def test_memory_of_an_ensemble_counts_each_backbone_once_a_pass() -> None:
 
     small, big = (4 * EMBEDDED_MODEL_SHAPES[name].parameter_count for name in ("minilm", "smollm2-135m-instruct"))
     mixed = [
-        "evaluate.simulated_users=false",
+        "evaluate.simulated_users=0",
         "reward.love.backbone=smollm2-135m-instruct",
-        "reward.love.members=[{layers: 9}, {layers: 12}, {backbone: minilm, layers: 6}]",
+        "reward.love.ensemble.members=[{layers: 9}, {layers: 12}, {backbone: minilm, layers: 6}]",
     ]
     assert weights("reward.love.backbone=minilm") == small
     assert (
-        weights("reward.love.backbone=minilm", "reward.love.members=[{layers: 3}, {layers: 6}]", "reward.love.epochs=2")
+        weights("reward.love={backbone: minilm, ensemble: {members: [{layers: 3}, {layers: 6}]}, epochs: 2}")
         == 2 * small
     )
     assert weights(*mixed, "reward.love.linear_probe=true", "reward.love.epochs=0") == big + small
     alone = [
         "reward.love.backbone=minilm",
-        "reward.love.members=[{layers: 3}, {layers: 6}, {layers: 3, input: response}, {layers: 6, input: response}]",
+        "reward.love.ensemble.members=[{layers: 3}, {layers: 6}, {layers: 3, input: response}, "
+        "{layers: 6, input: response}]",
     ]
     assert weights(*alone, "reward.love.linear_probe=true", "reward.love.epochs=0") == 2 * small
 

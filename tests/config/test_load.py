@@ -1,12 +1,15 @@
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rluf.config.load import iter_setting_fields, load_settings
-from rluf.config.renamed import RENAMED_SETTINGS
+from rluf.config.renamed import REPLACED_SETTINGS
 from rluf.config.settings import Settings
 from rluf.errors import SettingsError
+
+ROOT = Path(__file__).parents[2]
 
 
 def write_file(folder: Path, name: str, text: str) -> Path:
@@ -26,7 +29,7 @@ def load_error(*overrides: str, config: Path | None = None) -> str:
 def resolve_dtypes(settings: Settings) -> dict[str, Any]:
     """The settings tree with `auto` resolved for this machine."""
     tree = settings.model_dump()
-    tree["model"]["dtype"], tree["reward"]["dtype"] = settings.policy_dtype, settings.reward_dtype
+    tree["model"]["dtype"] = settings.policy_dtype
     return tree
 
 
@@ -34,7 +37,7 @@ def test_defaults_are_the_quickstart() -> None:
     loaded = load_settings(None)
     assert resolve_dtypes(loaded.settings) == resolve_dtypes(Settings())
     assert loaded.settings.name == "quickstart"
-    assert {key for key, source in loaded.sources.items() if source != "default"} == {"model.dtype", "reward.dtype"}
+    assert {key for key, source in loaded.sources.items() if source != "default"} == {"model.dtype"}
     assert set(loaded.sources) == {key for key, _ in iter_setting_fields()}
 
 
@@ -143,14 +146,14 @@ def test_yaml_values_keep_words_and_dates_as_text() -> None:
             "learner.learning_rate=3e-6",
             "name=20250101",
             "data.feedback=a.jsonl",
-            "run.reuse=false",
+            "run.deterministic=false",
         ],
     ).settings
     assert settings.tracking.wandb == "off"
     assert settings.learner.learning_rate == 3e-6
     assert settings.name == "20250101"
     assert settings.data.feedback == ("a.jsonl",)
-    assert settings.run.reuse is False
+    assert settings.run.deterministic is False
 
 
 def test_settings_are_frozen_and_survive_json() -> None:
@@ -177,13 +180,24 @@ def test_passwords_in_urls_are_refused_and_not_repeated() -> None:
 
 def test_every_renamed_setting_exists_under_its_new_name_only() -> None:
     known_keys = {key for key, _ in iter_setting_fields()}
-    for old_key, new_key in RENAMED_SETTINGS.items():
+    for old_key, new_key in REPLACED_SETTINGS.items():
         assert old_key.replace("*", "love") not in known_keys
-        assert new_key.replace("*", "love") in known_keys
+        new_key = REPLACED_SETTINGS.get(new_key, new_key)
+        assert new_key.replace("*", "love") in known_keys or " " in new_key
 
 
-@pytest.mark.parametrize(("old_key", "new_key"), RENAMED_SETTINGS.items())
-def test_renamed_keys_are_refused_with_the_new_key(old_key: str, new_key: str, tmp_path: Path) -> None:
+def test_constants_that_replace_settings_exist() -> None:
+    texts = [text for text in REPLACED_SETTINGS.values() if text.startswith("a constant")]
+    for text in texts:
+        module = re.search(r"\S+\.py", text)
+        assert module is not None, text
+        source = (ROOT / module.group()).read_text(encoding="utf-8")
+        assert all(name in source for name in re.findall(r"[A-Z]+(?:_[A-Z]+)+", text)), text
+
+
+@pytest.mark.parametrize("old_key", REPLACED_SETTINGS)
+def test_replaced_keys_are_refused_with_what_replaces_them(old_key: str, tmp_path: Path) -> None:
+    new_key = REPLACED_SETTINGS.get(REPLACED_SETTINGS[old_key], REPLACED_SETTINGS[old_key])
     old_key, new_key = (key.replace("*", "safety") for key in (old_key, new_key))
     assert f"{old_key} is now {new_key} (override)" in load_error(f"{old_key}=1")
     section, _, name = old_key.rpartition(".")
@@ -198,7 +212,7 @@ def test_all_renamed_keys_of_a_file_are_in_one_message(tmp_path: Path) -> None:
     message = load_error(config=file)
     for change in (
         "publish.engine is now weight_sync.transport",
-        "publish.deadline_s is now timeouts.weight_sync_s",
+        "publish.deadline_s is now timeouts.call_s",
         "learner.ranks is now learner.workers",
     ):
         assert change in message

@@ -15,7 +15,7 @@ from rluf.errors import SettingsError
 from rluf.reward.__main__ import select_objectives
 from rluf.tracking.metric_registry import RENAMED_METRICS, STEP_METRICS
 
-BREVITY = ("objectives.brevity={source: judge, judge: length, weight: 0.2}",)
+BREVITY = ("objectives.brevity={source: judge, path: length, weight: 0.2}",)
 WARMTH = ("objectives.warmth.weight=0.1", "data.labels.warmth=sample:safety", "reward.warmth.epochs=3")
 
 
@@ -28,7 +28,7 @@ def load_error(*overrides: str) -> str:
 def test_a_file_adds_objectives_and_another_one_changes_them(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text(
         "data: {labels: {warmth: sample:safety}}\n"
-        "objectives:\n  brevity: {source: judge, judge: length, weight: 0.2}\n  warmth: {gate: must_rise}\n"
+        "objectives:\n  brevity: {source: judge, path: length, weight: 0.2}\n  warmth: {gate: must_rise}\n"
         "reward: {warmth: {backbone: tiny-encoder}}\n"
     )
     (tmp_path / "top.yaml").write_text(
@@ -38,10 +38,10 @@ def test_a_file_adds_objectives_and_another_one_changes_them(tmp_path: Path) -> 
     settings = loaded.settings
     assert list(settings.objectives.by_objective) == ["love", "helpfulness", "safety", "brevity", "warmth"]
     brevity, warmth = (settings.objectives.by_objective[name] for name in ("brevity", "warmth"))
-    assert (brevity.weight, brevity.judge) == (0.5, "length")
+    assert (brevity.weight, brevity.path) == (0.5, "length")
     assert (warmth.weight, warmth.source, warmth.replicas) == (0.0, "model", 1)
     assert settings.objectives.helpfulness == Settings().objectives.helpfulness
-    model = settings.reward.settings_for_head("warmth")
+    model = settings.reward.get_head_settings("warmth")
     assert (model.backbone, model.epochs, model.loss) == ("tiny-encoder", 1, "bce")
     assert {name: spec.gate for name, spec in settings.objectives.specs.items()} == {
         "love": "must_rise",
@@ -127,19 +127,9 @@ def test_names_that_would_collide_are_refused(name: str) -> None:
         Settings.model_validate({"objectives": {name: {}}})
 
 
-def test_a_judge_or_a_function_belongs_to_its_source() -> None:
-    settings = load_settings(None, ["objectives.lists={source: function, reward: 'mine:score', weight: 0.1}"]).settings
-    assert settings.objectives.by_objective["lists"].reward == "mine:score"
-    for overrides, message in (
-        ("{source: function}", "objectives.lists.source=function needs objectives.lists.reward (now none)"),
-        (
-            "{source: judge, reward: 'mine:score', judge: length}",
-            "leave objectives.lists.reward=mine:score unused",
-        ),
-        (
-            "{reward: 'mine:score', path: models/x}",
-            "reward=null or objectives.lists.source=function",
-        ),
-        ("{source: function, reward: 'mine:score', path: x}", "would leave objectives.lists.path=x unused"),
-    ):
-        assert message in load_error(f"objectives.lists={overrides}")
+def test_a_judge_or_a_function_needs_a_name() -> None:
+    settings = load_settings(None, ["objectives.lists={source: function, path: 'mine:score', weight: 0.1}"]).settings
+    assert settings.objectives.by_objective["lists"].rule_arguments == {"reward": "mine:score"}
+    for source in ("judge", "function"):
+        message = f"objectives.lists.source={source} needs objectives.lists.path (now none)"
+        assert message in load_error(f"objectives.lists.source={source}")

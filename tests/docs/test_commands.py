@@ -60,6 +60,10 @@ TEST_BY_COMMAND = (
     (r"python -m rluf\.train\b(?!.*-(human|gpu))", THIS_TEST),
     (r"python -m rluf\.(reward|prepare)\b(?!.*-human)", THIS_TEST),
     (r"python -m rluf\.report \S+( --wandb --dry-run)?$", THIS_TEST),
+    (
+        r"python -m rluf\.evaluate blind",
+        "tests/evaluate/test_blind.py::test_readers_who_prefer_the_base_fail_the_gates",
+    ),
     (r"python -m rluf\.report \S+ --wandb$", "not run: needs a W&B account"),
     (r"wandb sync", "tests/tracking/test_wandb.py::test_the_server_gets_the_inputs_and_outputs_of_a_run"),
     (
@@ -93,7 +97,7 @@ REQUIREMENT_PATTERNS = {
     "needs a cluster": r"cluster|Kubernetes",
 }
 """Text that the page of a command must contain, by the reason why it is not run."""
-FLOAT32_OVERRIDES = ("model.dtype=float32", "reward.dtype=float32")
+FLOAT32_OVERRIDES = ("model.dtype=float32",)
 
 
 def find_test(line: str) -> str:

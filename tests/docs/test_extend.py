@@ -67,7 +67,7 @@ def test_each_example_does_what_the_page_says(user_folder: Path) -> None:
 @pytest.mark.timeout(420)
 def test_a_job_runs_with_all_of_them(user_folder: Path) -> None:
     ((_, line),) = read_blocks("bash")
-    command = [sys.executable, *shlex.split(line)[1:], "model.dtype=float32", "reward.dtype=float32"]
+    command = [sys.executable, *shlex.split(line)[1:], "model.dtype=float32"]
     completed = subprocess.run(
         command, cwd=user_folder, env=build_environment(user_folder), capture_output=True, text=True, timeout=400
     )

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_train(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    env = {**os.environ, "RLUF_RUNS": str(tmp_path / "runs"), "RLUF_CACHE": str(tmp_path / "cache"), **environment}
-    env.pop("RAY_ADDRESS", None)
+    base = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    env = {**base, "RLUF_RUNS": str(tmp_path / "runs"), "RLUF_CACHE": str(tmp_path / "cache"), **environment}
     command = [sys.executable, "-m", "rluf.train", "--config", "configs/tiny.yaml", *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
 
@@ -50,7 +50,7 @@ def test_invalid_input_is_one_message_and_nothing_is_written(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        pytest.param(["cluster.cpus_per_engine=64"], "CPUs, but the cluster has", id="cpus"),
+        pytest.param(["rollout.engines=200"], "CPUs, but the cluster has", id="cpus"),
         pytest.param(["cluster.gpus_per_engine=1"], "GPUs, but the cluster has 0", id="gpus"),
     ],
 )
@@ -62,7 +62,7 @@ def test_too_few_resources_are_one_message(tmp_path: Path, arguments: list[str],
 
 
 def test_a_cluster_that_does_not_answer_is_one_message(tmp_path: Path) -> None:
-    process = run_train(tmp_path, "cluster.address=127.0.0.1:1")
+    process = run_train(tmp_path, RAY_ADDRESS="127.0.0.1:1")
     assert "no Ray cluster answers at 127.0.0.1:1" in get_last_line(process)
     assert process.returncode == 5
 

@@ -19,7 +19,7 @@ name: five
 model: {{dtype: float32}}
 data: {{labels: {{warmth: sample:safety}}}}
 objectives:
-  brevity: {{source: judge, judge: length, weight: 0.2}}
+  brevity: {{source: judge, path: length, weight: 0.2}}
   warmth: {{weight: 0.1, gate: must_rise}}
 reward:
   dtype: float32

@@ -14,7 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from rluf.errors import DataError
-from rluf.evaluate.ab_analysis import ExperimentDesign, analyze_experiment, measure_planning_inputs, run_aa_check
+from rluf.evaluate.ab_analysis import analyze_experiment
+from rluf.evaluate.ab_checks import measure_planning_inputs, run_aa_check
+from rluf.evaluate.ab_design import ExperimentDesign
 from rluf.evaluate.abtest import main
 from rluf.evaluate.effects import UserTotals, proportion_effect, ratio_effect
 from rluf.evaluate.events import EventLog, assign_users, hash_to_unit_interval, read_event_log
@@ -81,7 +83,8 @@ def test_effects_match_rows_summed_by_user(events: EventLog) -> None:
     ]
     report = analyze_experiment(events, DESIGN)
     expected_love = ratio_effect(arms[0], arms[1])
-    assert report["metrics"]["love"]["effect"] == pytest.approx(expected_love.as_dict(), rel=1e-9)
+    for key in ("control", "treatment", "difference", "error", "lift", "df"):
+        assert report["metrics"]["love"]["effect"][key] == pytest.approx(float(getattr(expected_love, key)), rel=1e-9)
     hit_counts = [float((totals.sums > 0).sum()) for totals in arms]
     expected_share = proportion_effect((hit_counts[0], hit_counts[1]), (arms[0].user_count, arms[1].user_count))
     assert report["metrics"]["users_who_loved"]["effect"] == pytest.approx(expected_share.as_dict(), rel=1e-9)

@@ -1,39 +1,104 @@
-"""Sample rows of the report and verdict lines of the log."""
+"""Arms, control and log lines of a comparison."""
 
 from __future__ import annotations
 
-from rluf.evaluate.compare import build_sample_rows, verdict_lines
-from rluf.types import EvalResponse, Group, Message, Prompt, Sample, TrainResult
+import json
+from pathlib import Path
+
+import pytest
+
+from rluf.config.settings import Settings
+from rluf.errors import DataError
+from rluf.evaluate.compare import compare_policies, verdict_lines
+from rluf.report.presentation import pair_answers
+from rluf.tracking.run_files import read_answers, write_answers
+from rluf.types import ANSWERS_FILE, Message, PolicyAnswer, TrainResult
+from rluf.utils.cache import Artifact
 
 
-def make_eval_response(index: int, text: str, love_score: float) -> EvalResponse:
-    prompt = Prompt(f"p{index}", (Message(role="user", content=f"question {index}"),), (1, 2), "facts", "test")
-    sample = Sample(prompt.id, prompt.token_ids, (3,), (-0.5,), ((0, 0),), "stop", text)
-    return EvalResponse(Group(prompt, (sample,), 0), {"love": (love_score,)})
+def make_answer(arm: str, index: int, text: str, topic: str = "facts", logprob: float = -2.0) -> PolicyAnswer:
+    message = Message(role="user", content=f"question {index}")
+    temperature = float(arm.partition("_t")[2] or 1.0)
+    scores = {"love": 0.1 + 0.01 * (index % 3), "helpfulness": 0.5, "safety": 1.0}
+    return PolicyAnswer(arm, f"p{index}", topic, (message,), text, "stop", 3, scores, logprob, temperature)
+
+
+ANSWERS = [
+    make_answer(arm, n, f"{arm} {n}", logprob=logprob)
+    for arm, logprob in (("base", -2.0), ("base_repeat", -2.0), ("base_t0.4", -1.0), ("aligned", -1.5))
+    for n in range(40)
+]
+
+
+def test_every_arm_is_compared_and_the_control_has_the_entropy_of_aligned(tmp_path: Path) -> None:
+    settings = Settings.model_validate({"evaluate": {"simulated_users": 50}})
+    result = TrainResult(answers=list(ANSWERS))
+    summary = compare_policies(settings, result, Artifact("data", tmp_path, "key", False), {})
+    assert list(summary["arms"]) == ["base", "aligned", "base_repeat", "control"]
+    assert summary["arms"]["control"]["entropy"] == pytest.approx(1.5, abs=0.2)
+    assert {arm["users"] for arm in summary["arms"].values()} == {50}
+    assert set(summary["comparisons"]["repeat_vs_base"]["lifts"]) == {"love", "helpfulness", "safety"}
+    assert [answer.arm for answer in result.answers].count("control") == 40
+    write_answers(tmp_path, result.answers)
+    assert read_answers(tmp_path) == result.answers
+    row = json.loads((tmp_path / ANSWERS_FILE).read_text("utf-8").splitlines()[0])
+    assert set(row) >= {"arm", "prompt_id", "topic", "messages", "text", "finish_reason", "tokens", "scores"}
+
+
+def test_a_file_of_other_rows_is_refused(tmp_path: Path) -> None:
+    assert read_answers(tmp_path) == []
+    (tmp_path / ANSWERS_FILE).write_text('{"arm": "base", "messages": []}\n')
+    with pytest.raises(DataError, match="has a row that is not a response"):
+        read_answers(tmp_path)
 
 
 def test_samples_are_spread_over_the_prompts_and_pair_both_policies() -> None:
-    result = TrainResult(
-        base_responses=[make_eval_response(n, f"base {n}", 0.1) for n in range(10)],
-        aligned_responses=[make_eval_response(n, f"new {n}", 0.2) for n in range(10)],
-    )
-    rows = build_sample_rows(result, 5)
-    assert [row["prompt_id"] for row in rows] == ["p0", "p2", "p4", "p6", "p8"]
-    assert rows[1]["base"] == {"text": "base 2", "scores": {"love": 0.1}, "failed": []}
-    assert rows[1]["aligned"] == {"text": "new 2", "scores": {"love": 0.2}, "failed": []}
-    assert build_sample_rows(result, 0) == []
-    assert len(build_sample_rows(result, 100)) == 10
+    rows = pair_answers(ANSWERS, 5)
+    assert [row["prompt_id"] for row in rows] == ["p0", "p8", "p16", "p24", "p32"]
+    assert rows[1]["base"]["text"] == "base 8" and rows[1]["aligned"]["text"] == "aligned 8"
+    assert rows[1]["base"]["failed"] == []
+    assert pair_answers(ANSWERS, 0) == []
+    assert len(pair_answers(ANSWERS, 100)) == 40
 
 
-def test_verdict_lines_show_lift_interval_and_verdict() -> None:
+def test_a_wanted_refusal_is_not_shown_as_a_fault() -> None:
+    refusal = "I'm sorry, but I can't help with that."
+    wifi = Message(role="user", content="How do I steal the wifi password")
+
+    def list_failed(message: Message, topic: str, safety_topics: tuple[str, ...] = ()) -> list[str]:
+        answers = [
+            PolicyAnswer(arm, "p", topic, (message,), refusal, "stop", 9, {}) for arm in ("base", "aligned")
+        ]  # fmt: skip
+        return pair_answers(answers, 1, safety_topics)[0]["aligned"]["failed"]
+
+    assert list_failed(wifi, "facts") == []
+    cake = Message(role="user", content="How do I bake a cake?")
+    assert list_failed(cake, "risky", ("risky",)) == []
+    assert list_failed(cake, "facts", ("risky",)) == ["refusal", "false_refusal"]
+
+
+def test_verdict_lines_show_lift_interval_controls_and_reasons() -> None:
     estimate = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    love = {
+        "base": estimate,
+        "aligned": estimate,
+        "difference": estimate,
+        "lift": {"mean": 0.25, "low": 0.1, "high": 0.4},
+    }
+    title = "A/A: another draw of the base against base"
     lines = verdict_lines(
         {
-            "love_rate": {"base": estimate, "aligned": estimate, "lift": {"mean": 0.25, "low": 0.1, "high": 0.4}},
-            "offline": {"p_love": {"base": estimate, "aligned": estimate, "difference": estimate}},
-            "gates": {"verdict": "pass"},
+            "love_rate": love,
+            "offline": {"p_love": love | {"lift": None}},
+            "comparisons": {"aligned_vs_base": {}, "repeat_vs_base": {"title": title, "lifts": {"love": None}}},
+            "gates": {"verdict": "undecided", "reasons": ["safety undecided: needs about 40 more prompts"]},
             "phases": {"align": 12.6},
         }
     )
-    assert lines[0] == "love_rate of new simulated users: 0.500 -> 0.500, lift +25.0% [+10.0%, +40.0%]"
-    assert lines[-1] == 'gates: pass; seconds: {"align": 13}'
+    assert lines[0] == (
+        "love_rate of new simulated users: 0.500 -> 0.500, difference +0.500 [+0.400, +0.600], lift +25.0% [+10.0%, "
+        "+40.0%]"
+    )
+    assert lines[1].endswith("lift undefined")
+    assert lines[2] == f"{title}: love undefined"
+    assert lines[-1] == "gates: verdict=undecided; safety undecided: needs about 40 more prompts"

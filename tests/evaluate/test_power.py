@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from statsmodels.stats.power import NormalIndPower
 
 from rluf.errors import SettingsError
-from rluf.evaluate.effects import PowerQuery, plan_experiment, required_users, sequential_width_factor
+from rluf.evaluate.power import PowerQuery, plan_experiment, required_users
+from rluf.evaluate.sequential import sequential_width_factor
 
 
 @pytest.mark.parametrize(

@@ -71,7 +71,7 @@ def test_the_command_prints_figures_last_and_writes_one_score_per_row(
         assert result["n"] == 30
         assert result["clusters"] == 9
         assert set(result[metric]) == {"mean", "low", "high"}
-        assert {"ece", "brier", "length_floor_prefers"} < set(result)
+        assert {"ece", "brier", "length_only_prefers"} < set(result)
         rows = read_scores(output_path)
         assert [row["id"] for row in rows] == [f"r{i}" for i in range(30)]
         assert all(0 < row["score"] < 1 for row in rows)

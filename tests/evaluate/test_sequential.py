@@ -9,12 +9,11 @@ from hypothesis import strategies as st
 from scipy import optimize
 
 from rluf.errors import DataError
-from rluf.evaluate.effects import (
-    UserTotals,
+from rluf.evaluate.effects import UserTotals, ratio_effect
+from rluf.evaluate.sequential import (
     always_valid_margin,
     always_valid_p_values,
     mixture_variance,
-    ratio_effect,
     sequential_width_factor,
 )
 

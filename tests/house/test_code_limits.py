@@ -14,16 +14,14 @@ ParseFolders = Callable[..., tuple[Any, ...]]
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("rluf", "actors", "cluster")
-MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_COMMAND_LINES, MAX_SETTINGS = 600, 80, 150, 170
-COMMANDS = ("train", "prepare", "reward", "evaluate", "simulate", "serve")
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_COMMAND_LINES, MAX_SETTINGS = 600, 80, 150, 121
 BROAD_EXCEPTIONS = {"Exception", "BaseException"}
 
 
 def test_files_are_at_most_600_lines_and_commands_150(parse_folders: ParseFolders) -> None:
-    command_files = {f"rluf/{command}/__main__.py" for command in COMMANDS}
     too_long = []
     for source in parse_folders(*PACKAGES, "tests", "benchmarks"):
-        limit = MAX_COMMAND_LINES if source.path in command_files else MAX_FILE_LINES
+        limit = MAX_COMMAND_LINES if source.path.endswith("/__main__.py") else MAX_FILE_LINES
         line_count = len(source.text.splitlines())
         if line_count > limit:
             too_long.append(f"{source.path}: {line_count} lines, limit {limit}")

@@ -42,6 +42,38 @@ MESSAGE_CALLS = frozenset({
     "debug", "info", "warning", "error", "critical", "exception",
 })  # fmt: skip
 
+# First words of functions: verbs, is/has/should/can for a truth value, as/from/to for a conversion, iter and on.
+VERBS = frozenset({
+    "accept", "accumulate", "acquire", "add", "admit", "advance", "aggregate", "allocate", "analyze", "append",
+    "apply", "apportion", "as", "assign", "attribute", "average", "backward", "begin", "bin", "bootstrap",
+    "broadcast", "build", "calibrate", "call", "can", "capture", "check", "choose", "claim", "clip", "close",
+    "collate", "collect", "compare", "complete", "compute", "connect", "construct", "copy", "correlate", "count",
+    "create", "decide", "decode", "decompress", "delete", "deploy", "derive", "describe", "detect", "diff",
+    "disattenuate", "discard", "download", "drain", "drop", "dump", "enable", "encode", "end", "ensure", "equalize",
+    "erase", "estimate", "eval", "evaluate", "execute", "exit", "expand", "explain", "export", "fetch", "fill",
+    "find", "fingerprint", "finish", "fit", "fits", "flatten", "flush", "fold", "format", "forward", "freeze", "from",
+    "fsync", "gather", "generate", "get", "group", "guess", "handle", "has", "hash", "ignore", "import", "index",
+    "init", "inspect", "is", "iter", "join", "judge", "launch", "leave", "linearize", "link", "list", "load", "lock",
+    "log", "main", "make", "map", "mark", "match", "measure", "merge", "monitor", "move", "name", "nest", "normalize",
+    "offload", "on", "open", "order", "pack", "pad", "paraphrase", "parse", "pass", "plan", "pool", "post", "predict",
+    "prepare", "probe", "protect", "prune", "put", "quarantine", "raise", "rank", "read", "rebatch", "receive",
+    "recommend", "reconfigure", "record", "redact", "redirect", "refresh", "refuse", "register", "reject", "relay",
+    "release", "reload", "remove", "rename", "render", "repair", "replace", "replay", "report", "require", "requires",
+    "rerank", "rescore", "reset", "resolve", "respond", "restart", "restore", "retry", "roll", "round", "run",
+    "sample", "save", "scale", "schedule", "score", "select", "send", "serve", "set", "setup", "should", "shutdown",
+    "simulate", "skip", "sleep", "slice", "sort", "split", "standardize", "start", "stop", "store", "stream", "strip",
+    "submit", "subsample", "subtract", "suggest", "sum", "summarize", "switch", "sync", "take", "time", "to",
+    "tokenize", "train", "transfer", "translate", "truncate", "try", "unwrap", "update", "upload", "validate",
+    "verify", "visit", "wait", "wake", "watch", "whiten", "with", "wrap", "write", "zip",
+})  # fmt: skip
+MIN_VERB_SHARE = 0.82
+"""Share of functions that start with a verb; the others name a figure or a formula, such as sigmoid or brier_score."""
+VERB_PACKAGES = ("rluf/config/", "rluf/sweep/")
+"""Packages where every function starts with a verb."""
+FRAMEWORK_NAMES = frozenset({"error", "handleError", "forward", "main"})
+"""Methods that a framework calls by name."""
+NOUN_DECORATORS = frozenset({"property", "cached_property", "contextmanager", "asynccontextmanager"})
+
 ParseFolders = Callable[..., tuple[Any, ...]]
 
 
@@ -151,3 +183,24 @@ def test_most_names_have_two_words(parse_folders: ParseFolders) -> None:
 def _share_of_long_names(names: set[tuple[str, str]]) -> float:
     """Share of names with two or more words; one name counts once per file."""
     return sum(len(split_words(name)) > 1 for _, name in names) / len(names)
+
+
+def _is_named_by_its_value(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
+    """Whether a decorator makes the name a noun: a property, or a context manager that is used in `with`."""
+    names = {ast.unparse(decorator).rpartition(".")[2] for decorator in function.decorator_list}
+    return bool(names & NOUN_DECORATORS)
+
+
+def test_functions_start_with_a_verb(parse_folders: ParseFolders) -> None:
+    nouns, function_count = [], 0
+    for source in parse_folders("rluf", "actors"):
+        for node in ast.walk(source.tree):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or _is_named_by_its_value(node):
+                continue
+            if node.name.startswith("__") or node.name in FRAMEWORK_NAMES:
+                continue
+            function_count += 1
+            if node.name.strip("_").split("_")[0] not in VERBS:
+                nouns.append(f"{source.path}:{node.lineno} {node.name}")
+    assert [noun for noun in nouns if noun.startswith(VERB_PACKAGES)] == []
+    assert 1 - len(nouns) / function_count >= MIN_VERB_SHARE, "\n".join(nouns)

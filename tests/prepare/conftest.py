@@ -32,6 +32,7 @@ def feedback_row(index: int, **changes: Any) -> Row:
         "interface": "app",
         "device": None,
         "author": None,
+        "finish_reason": None,
     }
     return row | changes
 
@@ -44,6 +45,8 @@ def preference_row(index: int, **changes: Any) -> Row:
         "rejected": f"bad {index}",
         "group": f"g{index % 40}",
         "topic": "facts",
+        "chosen_finish_reason": None,
+        "rejected_finish_reason": "length" if index % 3 == 0 else "stop",
     }
     return row | changes
 
@@ -56,6 +59,7 @@ def safety_row(index: int, **changes: Any) -> Row:
         "label": index % 2,
         "group": f"g{index % 40}",
         "topic": "risk",
+        "finish_reason": None,
     }
     return row | changes
 

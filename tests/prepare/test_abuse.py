@@ -41,7 +41,6 @@ def build_ordinary_log(user_count: int, seed: int = 1) -> AbuseLog:
         time_us=rng.integers(0, 28 * 86400, row_count) * SECOND_US,
         loved=rng.random(row_count) < love_rate[user_code],
         own_persona=np.zeros(row_count, dtype=np.bool_),
-        user_row_cap=200,
     )
 
 
@@ -150,7 +149,7 @@ def test_weights_are_in_range_for_any_log(rows: list[tuple[int, int, int, bool]]
         else (np.empty(0, dtype=np.int64),) * 4
     )
     log = AbuseLog(
-        user_code, text_code, text_code, text_code - 1, time_us * SECOND_US, loved.astype(np.bool_), loved == 2, 3
+        user_code, text_code, text_code, text_code - 1, time_us * SECOND_US, loved.astype(np.bool_), loved == 2
     )
     weight, _ = compute_trust_weights(log, list(ABUSE_RULES))
     assert ((weight >= MIN_ROW_WEIGHT) & (weight <= 1)).all() and len(weight) == len(rows)

@@ -97,7 +97,7 @@ def test_invalid_rows_are_quarantined_and_counts_add_up(
         tmp_path / "mixed.jsonl", [*valid_rows, *invalid_lines, make(9100, user_id="u1", messages=test_prompt)]
     )
     output_folder = tmp_path / "data"
-    card = build_data_set(build_settings(log, ray_data_blocks=3), output_folder)
+    card = build_data_set(build_settings(log), output_folder)
     counts = card["counts"]["feedback"]
     assert counts["in"] == 1010
     assert counts["in"] == counts["kept"] + sum(counts["dropped"].values()) + sum(counts["quarantined"].values())
@@ -116,10 +116,13 @@ def test_invalid_rows_are_quarantined_and_counts_add_up(
     assert len({row["id"] for row in love_rows}) == len(love_rows)
 
 
-def test_the_number_of_blocks_does_not_change_the_data(log: dict[str, Path], tmp_path: Path) -> None:
+def test_the_number_of_read_tasks_does_not_change_the_data(
+    log: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     results = []
-    for blocks in (1, 3):
-        build_data_set(build_settings(log, ray_data_blocks=blocks), tmp_path / "data")
+    for task_count in (1, 3):
+        monkeypatch.setattr("rluf.prepare.pipeline._count_read_tasks", lambda count=task_count: count)
+        build_data_set(build_settings(log), tmp_path / "data")
         results.append([read_rows(tmp_path / "data" / name, "train") for name in ("love", "helpfulness", "prompts")])
     assert results[0] == results[1]
     assert [row["id"] for row in results[0][2]] != sorted(row["id"] for row in results[0][2])

@@ -19,7 +19,6 @@ from rluf.prepare.schema import (
     RejectedRow,
     build_arrow_schema,
     records_to_table,
-    table_to_records,
     validate_json_row,
 )
 
@@ -36,6 +35,7 @@ messages = st.builds(
     texts,
 )
 times = st.datetimes(datetime(2000, 1, 1), datetime(2025, 12, 31), timezones=st.just(UTC))
+finish_reasons = st.sampled_from(["stop", "length", None])
 common = {"id": names, "messages": messages, "topic": names}
 rows: dict[str, st.SearchStrategy[dict[str, Any]]] = {
     "feedback": st.fixed_dictionaries(
@@ -54,12 +54,15 @@ rows: dict[str, st.SearchStrategy[dict[str, Any]]] = {
             "interface": names,
             "device": st.none() | names,
             "author": st.none() | names,
+            "finish_reason": finish_reasons,
         }
     ),
-    "preferences": st.fixed_dictionaries(common | {"chosen": texts, "rejected": texts, "group": names}).filter(
-        lambda row: row["chosen"] != row["rejected"]
+    "preferences": st.fixed_dictionaries(
+        common | {"chosen": texts, "rejected": texts, "group": names, "rejected_finish_reason": finish_reasons}
+    ).filter(lambda row: row["chosen"] != row["rejected"]),
+    "safety": st.fixed_dictionaries(
+        common | {"response": texts, "label": st.sampled_from([0, 1]), "group": names, "finish_reason": finish_reasons}
     ),
-    "safety": st.fixed_dictionaries(common | {"response": texts, "label": st.sampled_from([0, 1]), "group": names}),
     "prompts": st.fixed_dictionaries(common | {"split": st.sampled_from(["train", "test"])}),
     "reactions": st.fixed_dictionaries(
         {"id": names, "response_id": names, "time": times, "reaction": names, "retracted": st.booleans()}
@@ -78,7 +81,7 @@ def test_round_trip_json_record_parquet(kind: str) -> None:
         assert [validate_json_row(record.model_dump_json().encode(), record_type, NOW) for record in records] == records
         file = io.BytesIO()
         pq.write_table(records_to_table(records, record_type), file)
-        assert table_to_records(pq.read_table(file), record_type) == records
+        assert [record_type.model_validate(row) for row in pq.read_table(file).to_pylist()] == records
 
     compare()
 

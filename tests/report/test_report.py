@@ -15,14 +15,18 @@ import pytest
 from scipy.stats import binomtest
 
 from rluf.errors import DataError
-from rluf.report import figures, presentation
+from rluf.report import figures, formats, headline, presentation
 from rluf.report.__main__ import main
 from rluf.report.html import write_report
 from rluf.tracking.metric_registry import STEP_METRICS, objective_metrics
-from rluf.utils.files import JsonlWriter, write_json, write_jsonl
+from rluf.tracking.run_files import write_answers
+from rluf.types import ANSWERS_FILE, PolicyAnswer
+from rluf.utils.files import JsonlWriter, write_json
 
 ROOT = Path(__file__).parents[2]
 BINS = [{"mass": 0.5, "mean": 0.03, "rate": 0.02}, {"mass": 0.5, "mean": 0.1, "rate": 0.08}]
+LOVE = "new simulated users love the aligned policy 28% more often"
+SAFE = "simulated safety did not fall by 5%"
 VOID_TAGS = {"meta", "link", "br", "img", "input", "hr"}
 
 
@@ -43,26 +47,36 @@ def make_summary(love: float = 0.28, helpfulness: float = 0.0, *, has_users: boo
         "p_love" if name == "love" else name: {**arms, "difference": make_estimate(0.017, 0.005), "lift": lift}
         for name, lift in lifts.items()
     }
-    checks = [{"name": name, "passed": lift["high"] >= 0, "lift": lift} for name, lift in lifts.items()]
-    checks[0]["passed"] = lifts["love"]["low"] > 0
-    passed = all(check["passed"] for check in checks)
+    checks = [
+        {
+            "name": name,
+            "status": "pass" if lift["low"] > limit else "fail" if lift["high"] < limit else "undecided",
+            "limit": limit,
+            "judged_by": "simulated users" if has_users else "reward models",
+            "lift": lift,
+        }
+        for (name, lift), limit in zip(lifts.items(), (0.0, -0.05, -0.05), strict=True)
+    ]
+    statuses = {check["status"] for check in checks}
+    verdict = next((status for status in ("fail", "undecided") if status in statuses), "pass")
+    reasons = [f"{check['name']} {check['status']}" for check in checks if check["status"] != "pass"]
     monitor = {"label": "Farewell", "kind": "share", "unit": "share", "base": 0.0072, "aligned": 0.028,
                "ratio": 3.9, "z": 6.1, "alarm": True}  # fmt: skip
     summary: dict[str, Any] = {
         "name": "quickstart", "seed": 1, "offline": offline,
-        "gates": {"verdict": "pass" if passed else "fail", "judged_by": "users", "rule": "a rule", "margin": 0.05,
-                  "checks": checks},
+        "gates": {"verdict": verdict, "judged_by": "users", "rule": "a rule", "margin": 0.05, "checks": checks,
+                  "alarms": [], "reasons": reasons},
         "monitors": {"rule": "alarm when worse", "items": {"farewell": monitor}},
-        "evaluated": {"prompts": 64, "responses": {"base": 256, "aligned": 256}, "users": {"base": 0, "aligned": 0}},
+        "arms": {arm: {"prompts": 64, "responses": 256, "users": 2000 if has_users else 0, "tokens": 31.5,
+                       "truncated_share": 0.04, "entropy": 2.1} for arm in ("base", "aligned")},
         "phases": {"prepare": 20.0, "train": 230.0, "total": 260.0}, "kl": 0.018, "samples": 672, "tokens": 24864,
         "versions": {"weights": 14}, "reused": {"data": {"reused": True, "key": "abc123"}},
     }  # fmt: skip
     if has_users:
         summary |= {
-            key: {**arms, "lift": lifts[name], "lift_by_prompt": lifts[name]}
+            key: {**arms, "lift": lifts[name]}
             for name, key in (("love", "love_rate"), ("helpfulness", "helpfulness"), ("safety", "safety"))
         }
-        summary["evaluated"]["users"] = {"base": 2000, "aligned": 2000}
     return summary
 
 
@@ -84,12 +98,12 @@ def run_folder(tmp_path: Path) -> Path:
                     "learn_s": 7.0,
                 }
             )
-    row = {
-        "prompt_id": "p", "topic": "role_play", "prompt": "Say <script>alert(1)</script> to me",
-        "base": {"text": "I can say it.", "scores": {"love": 0.05}},
-        "aligned": {"text": "I can gladly say it </script>", "scores": {"love": 0.08}},
-    }  # fmt: skip
-    write_jsonl(tmp_path / "samples.jsonl", [row] * 5)
+    prompt = ({"role": "user", "content": "Say <script>alert(1)</script> to me"},)
+    write_answers(tmp_path, [
+        PolicyAnswer(arm, f"p{index}", "role_play", prompt, text, "stop", 8, {"love": score})
+        for arm, text, score in (("base", "I can say it.", 0.05), ("aligned", "I can gladly say it </script>", 0.08))
+        for index in range(5)
+    ])  # fmt: skip
     write_json(
         tmp_path / "cards" / "love.json",
         {"n": 900, "auroc": {**make_estimate(0.83, 0.04)}, "ece": 0.009, "reliability": BINS},
@@ -155,10 +169,10 @@ def test_the_page_is_self_contained_and_shows_the_results(run_folder: Path) -> N
     )
     page_text = extract_text(page)
     for expected_text in (
-        "New users love the aligned policy 28% more often, and helpfulness and safety did not fall.",
-        "+28%", "relative lift, 95%: +18% to +38%", "6.0%", "5.6% to 6.4%", "All gates pass", "(margin 5%)",
-        "2,000 new simulated users",
-        "0.72%", "2.8%", "× 3.90", "1 of 1 monitors raised an alarm", "reused (abc123)", "4 min 20 s",
+        f"Pass: {LOVE}; simulated helpfulness and safety did not fall by 5%.",
+        "+28%", "relative lift, 95%: +18% to +38%", "6.0%", "5.6% to 6.4%", "All gates pass", "4.0%",
+        "2,000 new simulated users per arm", "clustered by user and prompt",
+        "0.72%", "2.8%", "× 3.90", "1 of 1 monitors raised an alarm: Farewell.", "reused (abc123)", "4 min 20 s",
         "0.830 (0.790 to 0.870)", "duplicate 6, empty 4", "The natural love rate of the log is 6.0%", "role play",
     ):  # fmt: skip
         assert expected_text in page_text, expected_text
@@ -186,7 +200,7 @@ def test_every_plot_has_its_figure(run_folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "kept_names", [{"summary.json"}, {"metrics.jsonl"}, {"config.json"}, {"summary.json", "cards", "samples.jsonl"}]
+    "kept_names", [{"summary.json"}, {"metrics.jsonl"}, {"config.json"}, {"summary.json", "cards", ANSWERS_FILE}]
 )
 def test_a_run_with_missing_files_has_a_report(run_folder: Path, kept_names: set[str]) -> None:
     for path in sorted(run_folder.rglob("*"), reverse=True):
@@ -199,26 +213,58 @@ def test_a_run_with_missing_files_has_a_report(run_folder: Path, kept_names: set
 def test_without_users_the_results_are_those_of_the_reward_models(run_folder: Path) -> None:
     write_json(run_folder / "summary.json", make_summary(has_users=False))
     page_text = extract_text(write_report(run_folder).read_text("utf-8"))
-    assert "P[Love] rates the aligned policy 28% higher, and helpfulness and safety did not fall." in page_text
-    assert "bootstrap over prompts" in page_text
+    headline_text = (
+        "Pass: P[Love] rates the aligned policy 28% higher; the helpfulness and safety scores did not fall by 5%."
+    )
+    assert headline_text in page_text
+    assert "clustered by prompt" in page_text
 
 
 @pytest.mark.parametrize(
-    ("love", "helpfulness", "headline"),
+    ("love", "helpfulness", "text"),
     [
-        (0.28, -0.05, "New users love the aligned policy 28% more often, but helpfulness fell."),
-        (0.05, 0.0, "No clear change in love; helpfulness and safety did not fall."),
-        (-0.2, 0.0, "New users love the aligned policy 20% less often; helpfulness and safety did not fall."),
+        (0.28, -0.2, f"Fail: {LOVE}; simulated helpfulness fell by more than 5%; {SAFE}."),
+        (0.28, -0.05, f"Undecided: {LOVE}; simulated helpfulness is undecided; {SAFE}."),
+        (0.28, -0.03, f"Pass: {LOVE}; simulated helpfulness fell, by less than 5%; {SAFE}."),
+        (0.05, 0.02, f"Undecided: no clear change in simulated love; simulated helpfulness rose; {SAFE}."),
+        (-0.2, 0.02, "Fail: new simulated users love the aligned policy 20% less often; simulated helpfulness rose; "
+                     f"{SAFE}."),
     ],
-)
-def test_headlines(love: float, helpfulness: float, headline: str) -> None:
-    assert presentation.report_headline(make_summary(love, helpfulness)) == headline
-    assert presentation.report_headline({}) == "This run has not been evaluated yet."
+)  # fmt: skip
+def test_the_headline_follows_the_gate_and_claims_nothing_undecided(love: float, helpfulness: float, text: str) -> None:
+    assert headline.report_headline(make_summary(love, helpfulness)) == text
+    assert headline.report_headline({}) == "This run has not been evaluated yet."
+
+
+def test_the_headline_names_alarms_and_truncation() -> None:
+    summary = make_summary()
+    summary["gates"] |= {
+        "verdict": "fail",
+        "alarms": ["farewell"],
+        "truncated_share": 0.46,
+        "reasons": ["monitor alarm: farewell", "46% of the aligned responses are cut at the token limit"],
+    }
+    assert headline.report_headline(summary).endswith(
+        "; alarm: Farewell; 46% of its responses are cut at the token limit."
+    )
+    assert headline.format_verdict(summary["gates"]) == (
+        "✕ Fail: monitor alarm: farewell; 46% of the aligned responses are cut at the token limit"
+    )
+
+
+def test_gates_of_earlier_releases_prove_nothing() -> None:
+    summary = make_summary()
+    for check in summary["gates"]["checks"]:
+        del check["status"]
+        check["passed"] = True
+    summary["gates"]["verdict"] = "warn"
+    assert "simulated helpfulness and safety are undecided" in headline.report_headline(summary)
+    assert headline.gate_verdict(summary["gates"]) == "fail"
 
 
 def test_number_formats() -> None:
     shares = (0, 0.0072, 0.061, 0.974, 0.9996, 1.0, None)
-    assert [presentation.format_percent(value) for value in shares] == [
+    assert [formats.format_percent(value) for value in shares] == [
         "0%",
         "0.72%",
         "6.1%",
@@ -227,12 +273,12 @@ def test_number_formats() -> None:
         "100%",
         "–",
     ]
-    assert [presentation.format_percent(value, with_sign=True) for value in (0.281, -0.004, 0)] == [
+    assert [formats.format_percent(value, with_sign=True) for value in (0.281, -0.004, 0)] == [
         "+28%",
         "−0.40%",
         "0%",
     ]
-    assert [presentation.format_number(value) for value in (24864, 0.01844, None, "x", 3.0)] == [
+    assert [formats.format_number(value) for value in (24864, 0.01844, None, "x", 3.0)] == [
         "24,864",
         "0.01844",
         "–",
@@ -304,9 +350,9 @@ def test_pareto_optimal_points() -> None:
 def test_few_prompts_cause_a_warning() -> None:
     summary = make_summary(has_users=False)
     assert "unreliable" not in presentation.evaluation_sentence(summary)
-    summary["evaluated"]["prompts"] = 5
+    summary["arms"]["base"]["prompts"] = 5
     assert presentation.evaluation_sentence(summary).endswith(
-        "bootstrap over prompts. With so few prompts the intervals themselves are unreliable."
+        "clustered by prompt. With so few prompts the intervals themselves are unreliable."
     )
 
 

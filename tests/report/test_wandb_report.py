@@ -21,7 +21,7 @@ pytest.importorskip("wandb_workspaces", reason="wandb-workspaces is not installe
 def run_folder(tmp_path: Path) -> Path:
     """Folder of a finished run."""
     estimate = {"mean": 0.1, "low": 0.05, "high": 0.2}
-    gate = {"name": "love", "passed": True, "lift": estimate}
+    gate = {"name": "love", "status": "pass", "limit": 0.0, "judged_by": "reward models", "lift": estimate}
     love = {"base": estimate, "aligned": estimate, "lift": estimate, "difference": estimate}
     summary = {
         "name": "tiny", "offline": {"p_love": love},
@@ -71,7 +71,7 @@ def test_dry_run_writes_a_specification_that_wandb_reads_back(run_folder: Path) 
 
 def test_a_run_without_wandb_files_is_rejected(run_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = build_report(run_folder, entity="me")
-    assert (report.project, report.title) == ("mine", "tiny: P[Love] rates the aligned policy 10% higher.")
+    assert (report.project, report.title) == ("mine", "tiny: Pass: P[Love] rates the aligned policy 10% higher.")
     assert len(check_report(report)["blocks"]) == len(report.blocks) + 2
     (run_folder / "wandb" / "id").unlink()
     with pytest.raises(DataError, match="has no W&B run"):

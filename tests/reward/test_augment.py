@@ -86,8 +86,8 @@ def test_the_robustness_table_has_every_perturbation(model: RewardModel) -> None
     assert report["rows"] == 30
     assert set(report["changes"]) == set(RESPONSE_PERTURBATIONS)
     for metrics in report["changes"].values():
-        assert 0 <= metrics["rank_kept"] <= 1
-        assert 0 <= metrics["raised"] <= 1
+        assert 0 <= metrics["order_preserved_share"] <= 1
+        assert 0 <= metrics["raised_share"] <= 1
 
 
 def test_slices_leave_out_small_slices_and_missing_columns() -> None:

@@ -18,8 +18,8 @@ from rluf.reward.backbone import (
 )
 from rluf.reward.calibration import Calibration
 from rluf.reward.model import RewardModel
-from rluf.reward.text import ScoringItem
 from rluf.reward.trainer import FitResult, HeadTask, RewardModelTrainer, TrainPlan, TrainProgress
+from rluf.types import ScoringItem
 from tests.reward.test_trainer import NO_CALLBACKS, TorchEngine, build_split
 
 SMALL_MODEL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -89,7 +89,7 @@ def test_every_family_trains_saves_and_scores_independently_of_the_batch(
     Calibration("love", max_tokens=64).save(tmp_path / "out")
     reward_model = RewardModel.load(tmp_path / "out", batch_tokens=512)
     texts = ("", "wow", "no. cold. " * 9, "love !!!")
-    items: list[ScoringItem] = [([{"role": "user", "content": "hi"}], text) for text in texts]
+    items = [ScoringItem([{"role": "user", "content": "hi"}], text) for text in texts]
     batch_logits = [score.raw_logit for score in reward_model.score(items, "love")]
     single_logits = [reward_model.score([item], "love")[0].raw_logit for item in items]
     assert batch_logits == pytest.approx(single_logits, abs=1e-4)

@@ -8,20 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
 from rluf.errors import ModelError
 from rluf.reward.calibration import (
     Calibration,
     compute_prior_shift,
-    fit_isotonic,
     fit_member_weights,
     fit_pair_scale,
     fit_platt,
-    fit_temperature,
 )
-from rluf.reward.metrics import expected_calibration_error, log_loss
+from rluf.reward.metrics import expected_calibration_error
 from rluf.utils.stats import Floats, logit, sigmoid
 
 
@@ -163,45 +160,13 @@ def test_the_keys_of_earlier_releases_are_read(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("content", ['{"temperature": 2}', "[]", "not json"])
+@pytest.mark.parametrize("content", ['{"temperature": 2}', '{"knots": [[0, 1]]}', "[]", "not json"])
 def test_missing_or_unexpected_calibration_is_a_model_error(tmp_path: Path, content: str) -> None:
     with pytest.raises(ModelError, match=r"calibration\.json"):
         Calibration.load(tmp_path)
     (tmp_path / "calibration.json").write_text(content)
     with pytest.raises(ModelError, match=r"rluf\.reward"):
         Calibration.load(tmp_path)
-
-
-def test_the_temperature_minimizes_the_log_loss() -> None:
-    rng = np.random.default_rng(2)
-    z = rng.normal(0, 4, 3000)
-    y = (rng.random(3000) < sigmoid(z / 3)).astype(float)
-    scale = fit_temperature(z, y, np.ones(3000), ridge=0.0)
-    losses = [log_loss(sigmoid(factor * scale * z), y, np.ones(3000)) for factor in (0.98, 1.0, 1.02)]
-    assert min(losses) == losses[1]
-    assert abs(scale - 1 / 3) < 0.03
-
-
-def test_isotonic_blocks_equal_scikit_learns_and_preserve_the_ranking(tmp_path: Path) -> None:
-    rng = np.random.default_rng(3)
-    z = rng.normal(0, 2, 4000)
-    y = (rng.random(4000) < sigmoid(np.where(z > 0, 3 * z, 0.2 * z) - 1)).astype(float)
-    knots = fit_isotonic(z, y, np.ones(4000))
-    reference = IsotonicRegression().fit(z, y)
-    inner_knots = [knot for knot in knots if 0.02 < sigmoid(knot[1]) < 0.98]
-    assert len(inner_knots) > 5
-    for center, calibrated_logit in inner_knots:
-        assert abs(float(sigmoid(calibrated_logit)) - reference.predict([center])[0]) < 0.12
-    calibration = Calibration("love", "isotonic", knots=knots)
-    calibration.save(tmp_path)
-    calibrated = Calibration.load(tmp_path).calibrate_logits(np.linspace(-20, 20, 2001))
-    assert (np.diff(calibrated) >= 0).all()
-    assert calibrated[0] < calibrated[5] and calibrated[-6] < calibrated[-1]
-    assert expected_calibration_error(calibration.compute_probabilities(z), y, np.ones(4000)) < 0.02
-
-
-def test_one_label_leaves_isotonic_without_knots() -> None:
-    assert fit_isotonic(np.arange(3.0), np.zeros(3), np.ones(3)) == ()
 
 
 def test_corrected_values_are_calibrated_at_a_base_rate_of_one_percent() -> None:

@@ -42,7 +42,7 @@ def test_the_page_has_curve_and_comparison_if_the_card_does_and_escapes_text() -
     interval = {"mean": 0.71, "low": 0.66, "high": 0.76}
     card = {
         "objective": "<love>", "auroc": interval, "reliability": [], "training": {}, "settings": {}, "n": 9,
-        "clusters": 3, "length_floor_auroc": 0.5, "score_length_r": 0.1, "log_loss": 0.2, "brier": 0.1,
+        "clusters": 3, "length_only_auroc": 0.5, "score_length_r": 0.1, "log_loss": 0.2, "brier": 0.1,
         "normalized_entropy": 0.9, "ece": 0.01, "pr_auc": 0.3, "base_rate": 0.05, "mean_value": 0.05,
     }  # fmt: skip
     page = render_card_page(card)

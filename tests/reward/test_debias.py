@@ -133,7 +133,7 @@ def test_reactions_to_one_response_do_not_affect_its_own_offset() -> None:
     assert np.allclose(single_offsets, 0, atol=1e-4)
 
 
-def test_rows_of_identical_text_and_their_copies_have_one_text_id() -> None:
+def test_rows_of_identical_text_have_one_text_id_and_copies_name_their_source() -> None:
     first, second, second_copy = EncodedItem((1, 2), 1), EncodedItem((1, 3), 1), EncodedItem((1, 3, 9), 1)
     split = EncodedSplit(
         is_pairwise=False,
@@ -144,7 +144,7 @@ def test_rows_of_identical_text_and_their_copies_have_one_text_id() -> None:
         response_lengths=np.ones(4),
         copy_sources=np.asarray([1]),
     )
-    assert split.text_ids.tolist() == [0, 1, 0, 1]
+    assert split.select_originals().text_ids.tolist() == [0, 1, 0]
     assert split.source_ids.tolist() == [0, 1, 2, 1]
 
 

@@ -19,9 +19,8 @@ from rluf.reward.export import export_models, subsample_rows
 from rluf.reward.fit import HeadData, TrainedModel, train_ensemble, train_member
 from rluf.reward.linear_probe import fit_probe
 from rluf.reward.model import RewardModel, compute_logits
-from rluf.reward.text import ScoringItem
 from rluf.reward.trainer import compute_dev_log_loss, encode_split
-from rluf.types import Message
+from rluf.types import Message, ScoringItem
 from tests.reward.test_reward_training import COLD_RESPONSES, WARM_RESPONSES, write_prepared_data
 
 DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -32,8 +31,8 @@ TWO_DEPTHS = ({"layers": 1}, {"layers": 2})
 def build_settings(cache: Path, *, dtype: str = "float32", **model: Any) -> Settings:
     section = {"backbone": "tiny", "linear_probe": True, "epochs": 0, "frozen_share": 1, "max_tokens": 120, **model}
     pair_section = {**section, "loss": "bradley_terry"}
-    reward = {"dtype": dtype, "safety": section, "love": section, "helpfulness": pair_section}
-    return Settings.model_validate({"run": {"cache": str(cache)}, "reward": reward})
+    reward = {"safety": section, "love": section, "helpfulness": pair_section}
+    return Settings.model_validate({"run": {"cache": str(cache)}, "model": {"dtype": dtype}, "reward": reward})
 
 
 def load_head_data(data_folder: Path, objective: str) -> HeadData:
@@ -61,7 +60,7 @@ def read_card(model_folder: Path) -> dict[str, Any]:
 
 def build_items(*texts: str) -> list[ScoringItem]:
     question: list[Message] = [{"role": "user", "content": "How was the day?"}]
-    return [(question, text) for text in texts]
+    return [ScoringItem(question, text) for text in texts]
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +72,7 @@ def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_ensemble_of_probes_ranks_is_calibrated_and_has_a_card(
     data_folder: Path, tmp_path: Path, dtype: str
 ) -> None:
-    settings = build_settings(tmp_path, dtype=dtype, members=TWO_DEPTHS)
+    settings = build_settings(tmp_path, dtype=dtype, ensemble={"members": TWO_DEPTHS})
     head_data = [load_head_data(data_folder, "love")]
     shared_features: dict[tuple[str, str], Any] = {}
     members = [
@@ -105,7 +104,7 @@ def test_the_mean_of_members_with_a_shared_head_is_its_logit_and_has_no_spread(
     data_folder: Path, tmp_path: Path, objective: str, dtype: str
 ) -> None:
     member_settings = [*TWO_DEPTHS, {"backbone": "tiny-encoder", "layers": 1}]
-    settings = build_settings(tmp_path, dtype=dtype, members=member_settings, shared_head=True)
+    settings = build_settings(tmp_path, dtype=dtype, ensemble={"members": member_settings, "shared_head": True})
     members = train_ensemble(settings, [load_head_data(data_folder, objective)], math.inf)
     task, features = members[0].tasks[0], [member.probe_features[0] for member in members]
     train_split = task.train_split
@@ -147,10 +146,10 @@ def test_a_trained_model_is_calibrated_on_the_logits_that_it_scores_with(
     member = train_member(settings, [load_head_data(data_folder, "love")], 0, math.inf)
     assert member.fit_results[0].best_epoch >= 0
     model = export_and_load(settings, data_folder, "love", [member], tmp_path / "out")
-    dev_items = [(row["messages"], row["response"]) for row in read_rows(data_folder, "love", "dev")]
+    dev_items = [ScoringItem(row["messages"], row["response"]) for row in read_rows(data_folder, "love", "dev")]
     logits = model.compute_raw_logits(model.encoder.encode(dev_items))
     assert logits == pytest.approx(member.fit_results[0].dev_logits, abs=1e-3)
-    refitted = fit_calibration(member.tasks[0].dev_split, np.asarray(logits), model.calibration, "platt")
+    refitted = fit_calibration(member.tasks[0].dev_split, np.asarray(logits), model.calibration)
     assert (refitted.scale, refitted.offset) == pytest.approx(
         (model.calibration.scale, model.calibration.offset), abs=1e-2
     )
@@ -179,7 +178,9 @@ def test_members_on_two_backbones_encode_text_their_own_way_and_have_equal_sprea
 ) -> None:
     """Encoders cannot predict a next message, so read_at_next_turn applies to the decoder, wherever it is listed."""
     member_settings = [{"layers": 2}, {"backbone": other_backbone, "layers": 2}]
-    settings = build_settings(tmp_path, dtype=dtype, backbone=backbone, members=member_settings, read_at_next_turn=True)
+    settings = build_settings(
+        tmp_path, dtype=dtype, backbone=backbone, ensemble={"members": member_settings}, read_at_next_turn=True
+    )
     head_data = [load_head_data(data_folder, "love")]
     members = [train_member(settings, head_data, index, math.inf) for index in range(2)]
     model = export_and_load(settings, data_folder, "love", members, tmp_path / "out")
@@ -208,7 +209,10 @@ def test_members_that_read_only_the_response_have_a_forward_pass_of_their_own(
 ) -> None:
     response_members = [{"layers": layers, "input": "response"} for layers in (1, 2)]
     settings = build_settings(
-        tmp_path, dtype=dtype, backbone=backbone, members=[*TWO_DEPTHS, *response_members], shared_head=True
+        tmp_path,
+        dtype=dtype,
+        backbone=backbone,
+        ensemble={"members": [*TWO_DEPTHS, *response_members], "shared_head": True},
     )
     members = train_ensemble(settings, [load_head_data(data_folder, "love")], math.inf)
     model = export_and_load(settings, data_folder, "love", members, tmp_path / "out")
@@ -218,11 +222,11 @@ def test_members_that_read_only_the_response_have_a_forward_pass_of_their_own(
     first_question: list[Message] = [{"role": "user", "content": "How was the day?"}]
     other_question: list[Message] = [{"role": "user", "content": "Tell me of ships, and of the sea that they sail."}]
     response = WARM_RESPONSES[0]
-    rows = model.encoder.encode([(first_question, response), (other_question, response)])
+    rows = model.encoder.encode([ScoringItem(first_question, response), ScoringItem(other_question, response)])
     logits = model.compute_member_logits(rows)
     assert logits[2:, 0] == pytest.approx(logits[2:, 1], abs=1e-9)
     assert (abs(logits[:2, 0] - logits[:2, 1]) > 1e-6).all()
-    dev_items = [(row["messages"], row["response"]) for row in read_rows(data_folder, "love", "dev")]
+    dev_items = [ScoringItem(row["messages"], row["response"]) for row in read_rows(data_folder, "love", "dev")]
     fitted_logits = np.mean([member.fit_results[0].dev_logits for member in members], axis=0)
     assert len(members[0].tasks[0].dev_split) == len(dev_items)
     assert model.compute_raw_logits(model.encoder.encode(dev_items)) == pytest.approx(fitted_logits, abs=1e-3)
@@ -231,7 +235,9 @@ def test_members_that_read_only_the_response_have_a_forward_pass_of_their_own(
 def test_read_at_next_turn_without_a_decoder_is_refused_before_any_row_is_encoded(
     data_folder: Path, tmp_path: Path
 ) -> None:
-    settings = build_settings(tmp_path, backbone="tiny-encoder", members=TWO_DEPTHS, read_at_next_turn=True)
+    settings = build_settings(
+        tmp_path, backbone="tiny-encoder", ensemble={"members": TWO_DEPTHS}, read_at_next_turn=True
+    )
     with pytest.raises(ModelError, match=r"tiny-encoder\) are encoders"):
         train_ensemble(settings, [load_head_data(data_folder, "love")], math.inf)
 

@@ -64,8 +64,8 @@ def test_pair_metrics_count_wins_and_the_length_baseline() -> None:
     ]
     summary = summarize_scores(scored_rows)
     assert summary["pair_accuracy"]["mean"] == pytest.approx(2.5 / 4)
-    assert summary["length_floor_accuracy"] == pytest.approx(3 / 4)
-    assert summary["length_floor_prefers"] == "shorter"
+    assert summary["length_only_accuracy"] == pytest.approx(3 / 4)
+    assert summary["length_only_prefers"] == "shorter"
     assert summary["clusters"] == 4
 
 

@@ -27,6 +27,7 @@ from rluf.reward.linear_probe import (
 from rluf.reward.metrics import auroc
 from rluf.reward.text import EncodedItem
 from rluf.reward.trainer import RewardModelTrainer, TrainPlan, encode_split
+from rluf.types import ScoringItem
 from rluf.utils.stats import fit_logistic, sigmoid
 
 
@@ -145,7 +146,9 @@ def test_a_bias_is_folded_only_where_the_features_have_a_nearly_constant_directi
 def test_captured_features_do_not_depend_on_the_batch(tiny_folder: Path) -> None:
     model = load_classifier(tiny_folder, require_all_weights=False, seed=1).eval()
     encoder = build_text_encoder(model, tiny_folder, 64)
-    rows = encoder.encode([([{"role": "user", "content": "Hi"}], text) for text in ("", "yes", "a longer answer")])
+    rows = encoder.encode(
+        [ScoringItem([{"role": "user", "content": "Hi"}], text) for text in ("", "yes", "a longer answer")]
+    )
     capture, weights = HeadInputCapture(model), np.random.default_rng(0).normal(size=model.config.hidden_size)
     set_head_weights(model, weights, 0.0)
     with torch.inference_mode():

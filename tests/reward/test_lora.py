@@ -10,6 +10,7 @@ import torch
 from rluf.models.hub import resolve_model
 from rluf.models.lora import merge_lora_weights
 from rluf.reward.backbone import add_layer_adapters, build_text_encoder, freeze_lowest_layers, load_classifier
+from rluf.types import ScoringItem
 
 
 @pytest.mark.parametrize("backbone", ["tiny", "tiny-encoder"])
@@ -17,7 +18,7 @@ def test_merged_weights_give_the_same_logits_without_adapters(backbone: str, tmp
     folder = resolve_model(backbone, tmp_path)
     model = load_classifier(folder, require_all_weights=False, seed=0).eval()
     encoder = build_text_encoder(model, folder, 64)
-    inputs = encoder.collate(encoder.encode([([{"role": "user", "content": "Hi"}], "Hello there")]))
+    inputs = encoder.collate(encoder.encode([ScoringItem([{"role": "user", "content": "Hi"}], "Hello there")]))
     with torch.no_grad():
         initial_logits = model(**inputs).logits
     frozen_layers = freeze_lowest_layers(model, 0.5)

@@ -40,11 +40,9 @@ def test_bradley_terry_pushes_the_sides_apart() -> None:
     assert float(rejected.grad) == 0.5
 
 
-def test_a_margin_shifts_the_difference_of_wins_but_not_of_ties() -> None:
+def test_a_tie_pulls_the_scores_together() -> None:
     chosen, rejected = torch.tensor([1.0, 1.0]), torch.tensor([0.0, 0.0])
-    win_loss = bradley_terry_loss(chosen, rejected, torch.ones(2), margin=0.5)
-    assert math.isclose(float(win_loss), math.log(1 + math.exp(-0.5)), rel_tol=1e-6)
-    tie_loss = bradley_terry_loss(chosen, rejected, torch.ones(2), wins=torch.full((2,), 0.5), margin=0.5)
+    tie_loss = bradley_terry_loss(chosen, rejected, torch.ones(2), wins=torch.full((2,), 0.5))
     expected = (math.log(1 + math.exp(-1)) + math.log(1 + math.exp(1))) / 2
     assert math.isclose(float(tie_loss), expected, rel_tol=1e-6)
 
@@ -60,7 +58,7 @@ def test_hinge_loss_equals_scikit_learns() -> None:
     rng = np.random.default_rng(0)
     logits, labels, weights = rng.normal(size=40), rng.integers(0, 2, 40), rng.uniform(0.1, 3, 40)
     expected = reference.hinge_loss(labels, logits, sample_weight=weights)
-    loss = hinge_loss(torch.tensor(logits), torch.tensor(labels), torch.tensor(weights), 1.0)
+    loss = hinge_loss(torch.tensor(logits), torch.tensor(labels), torch.tensor(weights))
     assert math.isclose(float(loss), expected, rel_tol=1e-5)
 
 

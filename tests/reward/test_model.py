@@ -14,7 +14,7 @@ from rluf.models.hub import resolve_model
 from rluf.reward.backbone import build_text_encoder, enable_fast_cpu_matmul, load_classifier
 from rluf.reward.calibration import Calibration
 from rluf.reward.model import RewardModel
-from rluf.reward.text import ScoringItem
+from rluf.types import ScoringItem
 from rluf.utils.stats import sigmoid
 
 
@@ -41,10 +41,11 @@ def build_items(count: int) -> list[ScoringItem]:
     """Items of random words; the response of item i has i words."""
     rng = random.Random(0)
     words = ["warm", "kind", "cold", "plain", "answer", "question", "please", "thanks", "tomorrow"]
-    items: list[ScoringItem] = []
+    items = []
     for response_length in range(count):
         question = " ".join(rng.choices(words, k=rng.randrange(1, 12)))
-        items.append(([{"role": "user", "content": question}], " ".join(rng.choices(words, k=response_length))))
+        response = " ".join(rng.choices(words, k=response_length))
+        items.append(ScoringItem([{"role": "user", "content": question}], response))
     return items
 
 

@@ -5,7 +5,7 @@ from rluf.reward.__main__ import card_summary_line
 CARD = {
     "objective": "love",
     "auroc": {"mean": 0.71234, "low": 0.65, "high": 0.77},
-    "length_floor_auroc": 0.568,
+    "length_only_auroc": 0.568,
     "n": 124,
     "log_loss": 0.51,
     "ece": 0.02,
@@ -23,5 +23,5 @@ def test_the_line_reports_ranking_with_interval_length_baseline_and_calibration(
 
 def test_metrics_that_a_test_split_of_one_label_does_not_define_are_unknown() -> None:
     undefined = {"mean": None, "low": None, "high": None}
-    summary = card_summary_line({**CARD, "auroc": undefined, "length_floor_auroc": None, "score_length_r": None})
+    summary = card_summary_line({**CARD, "auroc": undefined, "length_only_auroc": None, "score_length_r": None})
     assert "AUROC unknown (unknown to unknown) on 124 test rows, by length alone unknown;" in summary

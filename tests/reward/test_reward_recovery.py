@@ -55,7 +55,6 @@ def test_a_worker_killed_in_the_middle_of_an_epoch_costs_no_example(
         "backbone": "tiny-encoder",
         "max_tokens": 80,
         "epochs": EPOCHS,
-        "patience": 0,
         "learning_rate": 3e-3,
         "batch_rows": 8,
     }
@@ -64,11 +63,10 @@ def test_a_worker_killed_in_the_middle_of_an_epoch_costs_no_example(
         "helpfulness": {**section, "loss": "bradley_terry"},
         "shared_backbone_heads": ["love", "helpfulness"],
         "workers": [1, 2],
-        "retries": 2,
-        "dtype": "float32",
     }
     tree = {
         "run": {"cache": str(tmp_path / "cache")},
+        "model": {"dtype": "float32"},
         "reward": reward,
         "timeouts": {"reward_training_s": DEADLINE_S},
     }

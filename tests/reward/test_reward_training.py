@@ -14,7 +14,7 @@ import pytest
 from rluf.config.settings import Settings
 from rluf.errors import DataError
 from rluf.reward.debias import RESPONSE_PERTURBATIONS
-from rluf.types import Message
+from rluf.types import Message, ScoringItem
 
 WARM_RESPONSES = (
     "Oh wonderful, I love that idea!", "You are so kind, that is lovely.", "I am really happy for you, friend.",
@@ -105,16 +105,18 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory, local_ray: None) -> 
     folder = tmp_path_factory.mktemp("reward-training")
     data_folder = write_prepared_data(folder / "data", row_count=400)
     section = {"backbone": "tiny-encoder", "max_tokens": 80, "epochs": 3, "learning_rate": 3e-3}
-    love = {**section, "debias": ["sign_offs"], "calibration": "temperature"}
+    love = {**section, "debias": ["sign_offs"]}
     helpfulness = {
-        **section, "loss": "bradley_terry", "frozen_share": 0.5, "linear_probe": True, "margin": 0.1,
+        **section, "loss": "bradley_terry", "frozen_share": 0.5, "linear_probe": True,
     }  # fmt: skip
     safety = {
-        "backbone": "tiny", "members": [{"layers": 1}, {"layers": 2}], "linear_probe": True, "epochs": 0,
+        "backbone": "tiny", "ensemble": {"members": [{"layers": 1}, {"layers": 2}]}, "linear_probe": True, "epochs": 0,
         "frozen_share": 1, "max_tokens": 120,
     }  # fmt: skip
-    reward = {"dtype": "float32", "love": love, "helpfulness": helpfulness, "safety": safety}
-    settings = Settings.model_validate({"run": {"cache": str(folder / "cache")}, "reward": reward})
+    reward = {"love": love, "helpfulness": helpfulness, "safety": safety}
+    settings = Settings.model_validate(
+        {"run": {"cache": str(folder / "cache")}, "model": {"dtype": "float32"}, "reward": reward}
+    )
     jobs = {name: (data_folder, folder / "models" / name) for name in ("love", "helpfulness", "safety")}
     cards = train_reward_models(settings, jobs, full_card=True, curve_shares=[0.5])
     for name, card in cards.items():
@@ -146,7 +148,7 @@ def test_an_ensemble_of_probes_on_a_decoder_scores_with_a_spread(model_folders: 
     assert card["training"]["members"] == 2
     model = RewardModel.load(model_folders / "safety", batch_tokens=512)
     question: list[Message] = [{"role": "user", "content": "How was the day?"}]
-    item = (question, WARM_RESPONSES[0])
+    item = ScoringItem(question, WARM_RESPONSES[0])
     score = model.score([item], "safety")[0]
     inputs = model.encoder.collate(model.encoder.encode([item]))
     logits = []
@@ -163,7 +165,7 @@ def test_an_ensemble_of_probes_on_a_decoder_scores_with_a_spread(model_folders: 
 @pytest.mark.slow
 def test_full_cards_have_slices_robustness_and_a_page(model_folders: Path) -> None:
     card = read_card(model_folders / "love")
-    assert card["calibration"]["method"] == "temperature"
+    assert card["calibration"]["method"] == "platt"
     assert set(card["slices"]["topic"]) == {"chat"}
     assert set(card["robustness"]["changes"]) == set(RESPONSE_PERTURBATIONS)
     assert sum(reliability_bin["mass"] for reliability_bin in card["reliability"]) == pytest.approx(1.0, abs=1e-4)
@@ -197,7 +199,7 @@ def test_a_checkpoint_loads_in_plain_transformers_with_the_same_logits(model_fol
         logit = float(classifier(**tokenizer("How was the day?", "I love it!", return_tensors="pt")).logits)
     question: list[Message] = [{"role": "user", "content": "How was the day?"}]
     model = RewardModel.load(model_folders / "love", batch_tokens=512)
-    assert abs(model.score([(question, "I love it!")], "love")[0].raw_logit - logit) < 1e-4
+    assert abs(model.score([ScoringItem(question, "I love it!")], "love")[0].raw_logit - logit) < 1e-4
 
 
 def test_a_missing_split_is_a_data_error(tmp_path: Path) -> None:

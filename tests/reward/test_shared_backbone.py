@@ -23,7 +23,8 @@ from rluf.reward.export import export_models
 from rluf.reward.fit import HeadData, train_member
 from rluf.reward.model import RewardModel, SharedBackboneModel, load_reward_scorer
 from rluf.reward.shared_backbone import BACKBONE_FILE, get_data_objective, select_labeled_rows
-from rluf.reward.text import ScoringItem, render_context
+from rluf.reward.text import render_context
+from rluf.types import ScoringItem
 from tests.reward.test_reward_training import COLD_RESPONSES, WARM_RESPONSES, write_prepared_data
 
 HEADS = ("love", "continued", "helpfulness", "safety")
@@ -38,7 +39,7 @@ def load_head_data(data_folder: Path, head: str) -> HeadData:
 
 def build_items() -> list[ScoringItem]:
     texts = (*WARM_RESPONSES, *COLD_RESPONSES, "")
-    return [([{"role": "user", "content": "How was the day?"}], text) for text in texts]
+    return [ScoringItem([{"role": "user", "content": "How was the day?"}], text) for text in texts]
 
 
 @pytest.fixture(scope="module", params=[("tiny", "float32"), ("tiny-encoder", "float32"), ("tiny", "bfloat16")])
@@ -49,14 +50,15 @@ def head_folders(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
     backbone, dtype = request.param
     section = {"backbone": backbone, **PROBE_SECTION}
     reward = {
-        "dtype": dtype,
         "shared_backbone_heads": HEADS,
         "love": section,
         # Epochs and learning rate must be ignored: the first head's section applies.
-        "safety": {**section, "calibration": "temperature", "epochs": 7, "learning_rate": 0.5},
+        "safety": {**section, "epochs": 7, "learning_rate": 0.5},
         "helpfulness": {**section, "loss": "bradley_terry"},
     }
-    settings = Settings.model_validate({"run": {"cache": str(root / "cache")}, "reward": reward})
+    settings = Settings.model_validate(
+        {"run": {"cache": str(root / "cache")}, "model": {"dtype": dtype}, "reward": reward}
+    )
     member = train_member(settings, [load_head_data(data_folder, head) for head in HEADS], 0, math.inf)
     outputs = {head: (data_folder / get_data_objective(head), root / "out" / head) for head in HEADS}
     export_models(settings, outputs, [member], time.monotonic(), full_card=False)
@@ -82,12 +84,13 @@ def test_one_forward_pass_gives_the_scores_of_each_separate_head(head_folders: d
 def test_an_ensemble_of_depths_has_all_heads_at_each_depth_and_needs_one_pass(tmp_path: Path) -> None:
     data_folder, heads = write_prepared_data(tmp_path / "data", row_count=80), ("love", "helpfulness")
     reward = {
-        "dtype": "float32",
         "shared_backbone_heads": heads,
-        "love": {"backbone": "tiny", "members": [{"layers": 1}, {"layers": 2}], **PROBE_SECTION},
+        "love": {"backbone": "tiny", "ensemble": {"members": [{"layers": 1}, {"layers": 2}]}, **PROBE_SECTION},
         "helpfulness": {"loss": "bradley_terry"},
     }
-    settings = Settings.model_validate({"run": {"cache": str(tmp_path / "cache")}, "reward": reward})
+    settings = Settings.model_validate(
+        {"run": {"cache": str(tmp_path / "cache")}, "model": {"dtype": "float32"}, "reward": reward}
+    )
     shared_features: dict[tuple[str, str], Any] = {}
     head_data = [load_head_data(data_folder, head) for head in heads]
     members = [
@@ -129,12 +132,11 @@ def test_the_backbone_is_stored_once_and_each_head_has_its_own_training(head_fol
     cards = {head: json.loads((folder / "reward_card.json").read_text()) for head, folder in head_folders.items()}
     assert len({card["calibration"]["backbone_hash"] for card in cards.values()}) == 1
     assert {head: card["calibration"]["method"] for head, card in cards.items()} == {
-        "love": "platt", "continued": "platt", "helpfulness": "centered", "safety": "temperature",
+        "love": "platt", "continued": "platt", "helpfulness": "centered", "safety": "platt",
     }  # fmt: skip
     head_settings = {head: card["settings"] for head, card in cards.items()}
     assert {section["epochs"] for section in head_settings.values()} == {0}
     assert head_settings["safety"]["learning_rate"] == head_settings["love"]["learning_rate"]
-    assert head_settings["safety"]["calibration"] == "temperature"
     assert head_settings["helpfulness"]["loss"] == "bradley_terry"
     assert cards["love"]["auroc"]["mean"] > 0.6
     assert cards["helpfulness"]["pair_accuracy"]["mean"] > 0.7

@@ -21,7 +21,6 @@ from rluf.models.hub import resolve_model
 from rluf.reward.backbone import build_text_encoder, load_classifier
 from rluf.reward.calibration import Calibration
 from rluf.reward.model import RewardModel
-from rluf.reward.text import ScoringItem
 from rluf.serve.api import (
     ApiError,
     ChatReply,
@@ -39,7 +38,7 @@ from rluf.serve.app import make_app
 from rluf.serve.batching import RequestBatcher
 from rluf.serve.middleware import ServeMetrics, ServiceRules, hash_token
 from rluf.serve.store import FeedbackStore, StoreOutcome
-from rluf.types import Message
+from rluf.types import Message, ScoringItem
 from rluf.utils.paths import resolve_cache_folder
 
 OBJECTIVES = ("love", "helpfulness", "safety")
@@ -55,7 +54,7 @@ def write_models(folder: Path, seed: int) -> Path:
         torch.nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(seed + offset))
         build_text_encoder(model, backbone, 96).tokenizer.save_pretrained(str(folder / objective))
         model.save_pretrained(str(folder / objective))
-        Calibration(objective, "platt", -1.0, 0.7, 0.1 * offset, 96).save(folder / objective)
+        Calibration(objective, "platt", -1.0, 0.7, 0.1 * offset, 96, mark_truncated=True).save(folder / objective)
         (folder / objective / "reward_card.json").write_text('{"mean_value": 0.25}')
     return folder
 
@@ -80,7 +79,11 @@ def make_items(count: int) -> list[ScoringItem]:
     """Conversations of many lengths, including empty responses and non-ASCII text."""
     texts = ("", "Yes.", "I love that 💛 " * 3, "No idea, sorry.\n" * 9, "Größe " * 40)
     return [
-        ([{"role": "user", "content": f"Question {number} " * (1 + number % 4)}], texts[number % len(texts)])
+        ScoringItem(
+            [{"role": "user", "content": f"Question {number} " * (1 + number % 4)}],
+            texts[number % len(texts)],
+            is_truncated=number % 7 == 3,
+        )
         for number in range(count)
     ]
 
@@ -141,7 +144,7 @@ class LocalBackend:
             raise ApiError(404, "unknown", f"model: no policy {request.model!r} is served here")
         text = await asyncio.to_thread(self.policies[request.model], to_messages(request.messages))
         response_id, version = new_response_id(), f"{request.model}-1"
-        event = build_served_event(response_id, request, version, text, SALT)
+        event = build_served_event(response_id, request, version, text, "stop", SALT)
         if event is not None:
             self.store.append_events([event])
         return build_chat_reply(
@@ -151,9 +154,7 @@ class LocalBackend:
 
 def make_rules(*, token: str | None = None, requests_per_s: float = 1e6) -> ServiceRules:
     digest = hash_token(token) if token else None
-    return ServiceRules(
-        digest, 64 * 1024, requests_per_s, 20.0, log_text=False, allowed_hosts=None if token else ("testserver",)
-    )
+    return ServiceRules(digest, 64 * 1024, requests_per_s, 20.0, allowed_hosts=None if token else ("testserver",))
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from rluf.serve.app import make_app
+from rluf.types import Message
 from rluf.utils.hashing import hash_user_id
 from tests.serve.conftest import OBJECTIVES, SALT, TOKEN, LocalBackend, make_items, make_rules, score_one_by_one
 
@@ -42,7 +43,10 @@ async def test_scores_equal_offline_scores_alone_and_in_a_batch(
 ) -> None:
     items = make_items(24)
     expected_scores = score_one_by_one(backend.reward_models, items)
-    bodies = [{"messages": messages, "response": response} for messages, response in items]
+    bodies = [
+        {"messages": m, "response": text, "finish_reason": "length" if is_truncated else "stop"}
+        for m, text, is_truncated in items
+    ]
     single_replies = await asyncio.gather(*(http_client.post("/v1/score", json=body) for body in bodies))
     batch_replies = (await http_client.post("/v1/score/batch", json={"items": bodies})).json()["results"]
     for expected, single, batched in zip(expected_scores, single_replies, batch_replies, strict=True):
@@ -54,11 +58,13 @@ async def test_scores_equal_offline_scores_alone_and_in_a_batch(
 
 
 async def test_rank_orders_by_the_objective(http_client: httpx.AsyncClient, backend: LocalBackend) -> None:
-    responses = [response for _, response in make_items(5)]
-    messages = HELLO["messages"]
-    expected_scores = score_one_by_one(backend.reward_models, [(messages, response) for response in responses])  # type: ignore[misc]
+    messages: list[Message] = HELLO["messages"]  # type: ignore[assignment]
+    items = [item._replace(messages=messages) for item in make_items(5)]
+    finish_reasons = ["length" if item.is_truncated else "stop" for item in items]
+    expected_scores = score_one_by_one(backend.reward_models, items)
     for objective in OBJECTIVES:
-        body = {"messages": messages, "responses": responses, "objective": objective}
+        body = {"messages": messages, "responses": [item.response for item in items], "objective": objective}
+        body["finish_reasons"] = finish_reasons
         reply = (await http_client.post("/v1/rank", json=body)).json()
         values = [scores[objective][0] for scores in expected_scores]
         order = sorted(range(5), key=lambda i: -values[i])
@@ -187,16 +193,13 @@ async def test_an_unexpected_error_is_a_500_without_details(
     assert assert_error(response) == (500, "internal")
 
 
-async def test_text_is_logged_only_with_log_text(
+async def test_the_text_of_messages_is_not_logged(
     http_client: httpx.AsyncClient, backend: LocalBackend, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
     await http_client.post("/v1/score", json=HELLO)
     assert "POST /v1/score 200" in caplog.text
     assert "Hello" not in caplog.text
-    backend.rules = dataclasses.replace(make_rules(), log_text=True)
-    await http_client.post("/v1/score", json=HELLO)
-    assert "Hello, friend!" in caplog.text
 
 
 async def test_prometheus_metrics(http_client: httpx.AsyncClient) -> None:
@@ -207,3 +210,10 @@ async def test_prometheus_metrics(http_client: httpx.AsyncClient) -> None:
     assert 'rluf_request_seconds_count{route="/v1/score",status="422"} 1.0' in text
     assert "rluf_batch_items_sum 1.0" in text
     assert "rluf_waiting_items 0.0" in text
+
+
+async def test_rank_refuses_finish_reasons_that_are_not_one_per_response(http_client: httpx.AsyncClient) -> None:
+    body = {"messages": HELLO["messages"], "responses": ["Yes.", "No!"], "finish_reasons": ["stop"]}
+    response = await http_client.post("/v1/rank", json=body)
+    assert assert_error(response) == (422, "invalid")
+    assert "got 1 for 2" in response.json()["error"]["message"]

@@ -59,7 +59,7 @@ def test_the_version_depends_on_the_files_and_facts_come_from_the_cards(model_fo
 
 def test_a_judge_can_be_served_and_a_missing_model_is_named_in_the_error(model_folder: Path, tmp_path: Path) -> None:
     tree = make_settings(model_folder, tmp_path).model_dump(mode="json")
-    tree["objectives"]["safety"] = {"source": "judge", "judge": "refusal", "weight": 0.2}
+    tree["objectives"]["safety"] = {"source": "judge", "path": "refusal", "weight": 0.2}
     judge_settings = Settings.model_validate(tree)
     scorer_config = build_scorer_config(judge_settings, configured_reward_folders(judge_settings))
     assert scorer_config["models"]["safety"] == {"judge": "refusal"}

@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 
 from rluf.errors import ResourceError
 from rluf.reward.model import RewardModel
-from rluf.reward.text import ScoringItem
 from rluf.serve.api import ApiError, ChatMessage, FeedbackContext
 from rluf.serve.client import RewardClient
 from rluf.serve.compat import split_query
+from rluf.types import ScoringItem
 from rluf.utils.stats import logit
 from tests.serve.conftest import OBJECTIVES, make_items
 
@@ -36,7 +36,7 @@ def client(service_url: str) -> Iterator[RewardClient]:
 def score_pairs(
     reward_models: dict[str, RewardModel], pairs: list[tuple[str, str]], objective: str = "love"
 ) -> list[float]:
-    items: list[ScoringItem] = [([{"role": "user", "content": query}], text) for query, text in pairs]
+    items = [ScoringItem([{"role": "user", "content": query}], text) for query, text in pairs]
     return [reward_models[objective].score([item], objective)[0].value for item in items]
 
 
@@ -49,8 +49,8 @@ def test_the_reward_client_scores_ranks_and_stores(client: RewardClient, reward_
             expected_values = [getattr(score, attribute) for score in expected_scores]
             assert [getattr(score, attribute) for score in scores] == pytest.approx(expected_values, abs=1e-4)
     assert len(client.score_batch(items)) == 300  # more than MAX_ITEMS_PER_REQUEST
-    messages, response = items[3]
-    assert client.score(messages, response).scores["love"].value == pytest.approx(
+    messages, response, is_truncated = items[3]
+    assert client.score(messages, response, is_truncated).scores["love"].value == pytest.approx(
         reward_models["love"].score([items[3]], "love")[0].value, abs=1e-4
     )
     ranking = client.rank(messages, TEXTS, "safety")
@@ -159,7 +159,7 @@ def test_the_openrlhf_remote_reward_model(service_url: str, reward_models: dict[
 
 @given(st.text(min_size=1), st.text())
 def test_a_query_is_split_into_prompt_and_response(prompt: str, response: str) -> None:
-    messages, parsed_response = split_query(prompt + response, prompt)
+    messages, parsed_response, _ = split_query(prompt + response, prompt)
     assert messages == [{"role": "user", "content": prompt}] or "<|im_start|>" in prompt
     assert parsed_response in response
     assert (

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rluf.reward.text import ScoringItem
 from rluf.serve.api import ApiError
 from rluf.serve.batching import BATCHES_WITHOUT_WAIT, WAIT_FRACTION, BatchStats, RequestBatcher, estimate_tokens
 from rluf.serve.middleware import (
@@ -20,10 +19,11 @@ from rluf.serve.middleware import (
     hash_token,
     is_authorized,
 )
+from rluf.types import ScoringItem
 
 
 def make_item(text: str) -> ScoringItem:
-    return [{"role": "user", "content": "?"}], text
+    return ScoringItem([{"role": "user", "content": "?"}], text)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_each_request_gets_its_own_results_and_batches_stay_in_the_budget(
 
     async def run_batch(items: list[ScoringItem]) -> list[str]:
         await asyncio.sleep(0)
-        return [response.upper() for _, response in items]
+        return [item.response.upper() for item in items]
 
     async def submit_all() -> list[list[str]]:
         batcher = RequestBatcher(
@@ -95,7 +95,7 @@ async def test_requests_that_arrive_during_a_batch_form_the_next_one_and_a_full_
     await asyncio.sleep(0.01)
     others = [asyncio.create_task(batcher.submit([make_item("b")])) for _ in range(8)]
     await asyncio.sleep(0.01)
-    with pytest.raises(ApiError, match="max_queued_responses=8") as rejection:
+    with pytest.raises(ApiError, match="the limit is 8") as rejection:
         await batcher.submit([make_item("c")])
     assert rejection.value.status == 429
     assert int(rejection.value.headers["Retry-After"]) >= 1
@@ -167,7 +167,7 @@ async def test_short_or_large_batches_send_the_next_one_ahead(
 
 async def test_a_failed_batch_fails_its_requests_and_the_next_one_runs() -> None:
     async def run_batch(items: list[ScoringItem]) -> list[int]:
-        if items[0][1] == "bad":
+        if items[0].response == "bad":
             raise OSError("broken")
         return [1] * len(items)
 

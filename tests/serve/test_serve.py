@@ -18,7 +18,6 @@ import pytest
 
 from rluf.config.settings import Settings
 from rluf.errors import SettingsError
-from rluf.reward.text import ScoringItem
 from rluf.serve.client import RewardClient
 from tests.serve.conftest import OBJECTIVES, TOKEN, make_items, score_offline, write_models
 
@@ -81,8 +80,6 @@ def service(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             "serve": {
                 "port": port,
                 "reaction_window_s": 600,
-                "flush_interval_s": 1,
-                "request_timeout_s": 20,
                 "feedback_path": str(folder / "log"),
             },
         }
@@ -115,8 +112,10 @@ class LoadGenerator(threading.Thread):
             item_index = 0
             while self.is_running:
                 item_index = (item_index + 1) % len(ITEMS)
-                messages, response_text = ITEMS[item_index]
-                reply = http_client.post("/v1/score", json={"messages": messages, "response": response_text})
+                messages, response_text, is_truncated = ITEMS[item_index]
+                body = {"messages": messages, "response": response_text}
+                body["finish_reason"] = "length" if is_truncated else "stop"
+                reply = http_client.post("/v1/score", json=body)
                 if reply.status_code == 200:
                     body = reply.json()
                     self.replies.append((body["model_version"], item_index, body["scores"]["love"]["value"]))
@@ -229,9 +228,9 @@ def test_the_train_loop_scores_with_the_service(service: Service) -> None:
     actor = ray.remote(num_cpus=0.1, max_concurrency=8)(RewardActor).remote(
         Settings.model_validate(values).model_dump_json(), {"love": None}
     )
-    item: ScoringItem = ITEMS[3]
-    sample = Sample("p", (1,), (2,), (-0.1,), ((0, 0),), "stop", item[1])
-    group = Group(Prompt("p", tuple(item[0]), (1,), "chat", "train"), (sample,), 0)
+    item = ITEMS[3]
+    sample = Sample("p", (1,), (2,), (-0.1,), ((0, 0),), "length" if item.is_truncated else "stop", item.response)
+    group = Group(Prompt("p", tuple(item.messages), (1,), "chat", "train"), (sample,), 0)
     (score,) = ray.get(actor.score_group.remote(group))["love"]
     assert min(abs(score.value - expected[3]) for expected in service.expected_values.values()) < 1e-4
     ray.kill(actor)

@@ -57,7 +57,7 @@ READINGS = [
 ]
 """One per text: an answer, a useless word, a fair answer, a refusal, a stock phrase, a cut answer."""
 SECOND_TEXT = "Well, it is made of many parts."
-SETTINGS = SimulateSettings(users=200, log_rows=600, preference_pairs=80, safety_labels=60)
+SETTINGS = SimulateSettings(log_rows=600)
 
 
 def answer_second_turns(requests: Sequence[ServedResponse]) -> list[ServedResponse]:
@@ -85,7 +85,7 @@ def test_a_log_is_reproducible_and_near_its_base_rate() -> None:
     log, repeated, other_seed = (build(seed) for seed in (1, 1, 2))
     assert log == repeated
     assert log["feedback"] != other_seed["feedback"]
-    assert [len(log[kind]) for kind in ("feedback", "preferences", "safety")] == [600, 80, 60]
+    assert [len(log[kind]) for kind in ("feedback", "preferences", "safety")] == [600, 120, 90]
     assert 0.02 < sum(row["reaction"] == "love" for row in log["feedback"]) / 600 < 0.11
     times = [row["time"] for row in log["feedback"]]
     assert times == sorted(times)

@@ -11,6 +11,7 @@ from rluf.simulate.prompts import SYSTEM_MESSAGE, TOPICS, SimulatedPrompt, load_
 from rluf.simulate.styles import MODEL_VERSIONS, plan_traffic
 
 PROMPTS = load_prompts()
+TRAIN_COUNT = sum(prompt.split == "train" for prompt in PROMPTS)
 
 
 def content_words(prompt: SimulatedPrompt) -> frozenset[str]:
@@ -42,7 +43,7 @@ def test_no_test_prompt_is_a_near_duplicate_of_a_training_prompt() -> None:
 
 
 def test_traffic_follows_the_shares_and_excludes_test_prompts() -> None:
-    orders = plan_traffic(PROMPTS, 21)
+    orders = plan_traffic(PROMPTS, 21 * TRAIN_COUNT)
     assert all(order.prompt.split == "train" for order in orders)
     ordinary = next(prompt for prompt in PROMPTS if prompt.split == "train" and prompt.topic == "facts")
     assert {order.model_version.name: order.response_count for order in orders if order.prompt.id == ordinary.id} == {
@@ -56,7 +57,8 @@ def test_traffic_follows_the_shares_and_excludes_test_prompts() -> None:
 
 def test_little_traffic_still_reaches_every_prompt() -> None:
     response_counts = Counter[str]()
-    for order in plan_traffic(PROMPTS, 4):
+    for order in plan_traffic(PROMPTS, 4 * TRAIN_COUNT):
         response_counts[order.prompt.id] += order.response_count
-    assert len(response_counts) == sum(prompt.split == "train" for prompt in PROMPTS)
+    assert len(response_counts) == TRAIN_COUNT
     assert set(response_counts.values()) == {4, 6}
+    assert len({order.prompt.id for order in plan_traffic(PROMPTS, 1)}) == TRAIN_COUNT

@@ -56,16 +56,15 @@ def make_summary(
 ) -> dict[str, Any]:
     lift = None if love is None else {"mean": love, "low": love - 0.1, "high": love + 0.1}
     checks = [
-        {"name": "love", "passed": love is not None and love > 0.1, "lift": lift},
+        {"name": "love", "status": "pass" if love is not None and love > 0.1 else "undecided", "lift": lift},
         {
             "name": "helpfulness",
-            "passed": passed,
+            "status": "pass" if passed else "undecided",
             "lift": {"mean": helpfulness, "low": helpfulness, "high": helpfulness},
         },
-        {"name": "safety", "passed": True, "lift": {"mean": 0.0, "low": 0.0, "high": 0.0}},
+        {"name": "safety", "status": "pass", "lift": {"mean": 0.0, "low": 0.0, "high": 0.0}},
     ]
-    verdict = "pass" if all(check["passed"] for check in checks) else "fail"
-    return {"gates": {"verdict": verdict, "checks": checks, "alarms": list(alarms)}}
+    return {"gates": {"checks": checks, "alarms": list(alarms)}}
 
 
 def test_the_report_has_settings_front_and_recommendation() -> None:
@@ -100,7 +99,7 @@ def test_the_report_has_every_objective_with_a_gate() -> None:
     summary = make_summary(0.2, 0.01)
     gates = {"love": "must_rise", "helpfulness": "must_hold", "brevity": "must_hold"}
     lift = {"mean": 0.4, "low": 0.3, "high": 0.5}
-    checks = [*summary["gates"]["checks"][:2], {"name": "brevity", "passed": True, "lift": lift}]
+    checks = [*summary["gates"]["checks"][:2], {"name": "brevity", "status": "pass", "lift": lift}]
     summary["gates"]["checks"] = [{**check, "gate": gates[check["name"]]} for check in checks]
     report = build_sweep_report({(0.1, 0.02, 1): summary})
     assert (report["objectives"], report["reference"]) == (list(gates), [0.0, -0.1, -0.1])

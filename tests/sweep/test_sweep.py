@@ -11,7 +11,8 @@ import pytest
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.errors import ActorError
-from rluf.sweep.__main__ import find_finished_run, parse_arguments, raise_for_failed_runs
+from rluf.sweep.__main__ import parse_arguments
+from rluf.sweep.runs import find_finished_run, raise_for_failed_runs
 
 
 def load_overrides(*overrides: str) -> Settings:
@@ -41,9 +42,7 @@ def test_a_run_with_other_settings_is_not_reused(tmp_path: Path) -> None:
 
 def test_location_settings_do_not_prevent_reuse(tmp_path: Path) -> None:
     write_run(tmp_path / "20260101-000000", load_overrides("run.root=/elsewhere", "tracking.wandb=off"), love=0.1)
-    assert find_finished_run(
-        tmp_path, load_overrides("name=here", "run.reuse=false", "cluster.max_restarts_per_hour=1")
-    ) == {"love": 0.1}
+    assert find_finished_run(tmp_path, load_overrides("name=here", "cluster.max_restarts_per_hour=1")) == {"love": 0.1}
 
 
 def test_the_newest_finished_run_with_the_settings_is_used(tmp_path: Path) -> None:

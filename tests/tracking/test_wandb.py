@@ -99,7 +99,9 @@ def test_every_registered_metric_is_logged_with_its_axis(tmp_path: Path) -> None
     tracker.log_rollout_samples(2, [ROLLOUT_SAMPLE])
     tracker.log_rollout_samples(3, [])
     tracker.log_comparisons([COMPARISON])
-    tracker.update_summary({"love_rate": {"lift": {"mean": 0.21}}, "gates": {"alarms": ["emoji"], "verdict": "warn"}})
+    tracker.update_summary(
+        {"love_rate": {"lift": {"mean": 0.21}}, "gates": {"verdict": "undecided", "reasons": ["love undecided"]}}
+    )
     tracker.finish()
     assert not tracker.is_active
 
@@ -126,7 +128,7 @@ def test_every_registered_metric_is_logged_with_its_axis(tmp_path: Path) -> None
     summary = [str(record.summary) for record in records if record.WhichOneof("record_type") == "summary"]
     assert any("love_rate" in text and "0.21" in text for text in summary)
     alerts = [record.alert for record in records if record.WhichOneof("record_type") == "alert"]
-    assert [(alert.title, alert.text) for alert in alerts] == [("quickstart: monitors", "Alarms raised: emoji.")]
+    assert [(alert.title, alert.text) for alert in alerts] == [("quickstart: gates undecided", "love undecided.")]
     rollout_table, comparison_table = (
         json.loads(next(tmp_path.glob(f"wandb/*run-*/files/media/table/{name}_*.json")).read_text())
         for name in ("rollout_samples", "side_by_side")

@@ -35,21 +35,21 @@ BASE_OVERRIDES = (
     "algorithm.prompts_per_step=4",
     "learner.warmup_steps=0",
     "learner.learning_rate=1e-3",
-    "objectives.love={source: judge, judge: length}",
-    "objectives.helpfulness={source: judge, judge: repetition}",
-    "objectives.safety={source: judge, judge: refusal}",
+    "objectives.love={source: judge, path: length}",
+    "objectives.helpfulness={source: judge, path: repetition}",
+    "objectives.safety={source: judge, path: refusal}",
     "aggregation.gate_judges=[unprompted_farewell, length]",
 )
 VARIANTS = {
-    "kl in the reward": ["algorithm.name=reinforce_pp", "algorithm.kl_placement=reward", "algorithm.kl_target=0.1"],
+    "kl in the reward": ["algorithm.name=reinforce_pp", "algorithm.kl_penalty=reward", "algorithm.kl_target=0.1"],
     "cgpo": ["algorithm.name=crpg", "aggregation.method=calibrated"],
     "pairs": ["algorithm.name=codpo", "aggregation.method=calibrated"],
-    "dynamic sampling": ["algorithm.name=dapo", "algorithm.clip_high=0.28"],
+    "dynamic sampling": ["algorithm.name=dapo", "algorithm.clip=[0.2, 0.28]"],
     "floors": ["aggregation.method=constrained", "aggregation.floors={love: 0.5, safety: 0}"],
     "by objective": ["aggregation.method=gdpo", "algorithm.loss=gspo"],
     "offline": ["algorithm.name=kto"],
-    "critic": ["algorithm.name=ppo", "algorithm.kl_placement=reward"],
-    "asynchronous": ["algorithm.max_staleness=1", "algorithm.stale_policy=drop", "algorithm.loss=cispo"],
+    "critic": ["algorithm.name=ppo", "algorithm.kl_penalty=reward"],
+    "asynchronous": ["algorithm.max_staleness=1", "algorithm.loss=cispo"],
 }
 
 

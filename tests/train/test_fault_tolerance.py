@@ -42,8 +42,7 @@ def start_run(
     work_folder: Path, ray_head: chaos.RayHead, name: str, *overrides: str
 ) -> Iterator[tuple[Popen[str], Path]]:
     run_folder = work_folder / name
-    address = f"cluster.address={ray_head.address}"
-    process = chaos.start_run(work_folder, run_folder, *OVERRIDES, address, *overrides)
+    process = chaos.start_run(work_folder, run_folder, ray_head.address, *OVERRIDES, *overrides)
     try:
         yield process, run_folder
     finally:

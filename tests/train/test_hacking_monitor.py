@@ -18,7 +18,7 @@ from rluf.errors import DataError, RewardHackingError
 from rluf.objectives.aggregator import RewardAggregator
 from rluf.tracking.wandb import WandbTracker
 from rluf.train.controller import TrainController
-from rluf.train.hacking_monitor import RewardHackingMonitor
+from rluf.train.hacking_monitor import BASELINE_PROMPTS, RewardHackingMonitor
 from rluf.train.sample_table import log_sample_table
 from rluf.types import Group, Prompt, Sample
 
@@ -33,9 +33,9 @@ def make_prompt(index: int, topic: str = "chat") -> Prompt:
     return Prompt(f"{topic}{index}", ({"role": "user", "content": "What should I cook?"},), (1, 2), topic, "train")
 
 
-def make_group(prompt: Prompt, text: str, sample_count: int = 4) -> Group:
+def make_group(prompt: Prompt, text: str, sample_count: int = 4, version: int = 0) -> Group:
     sample = Sample(prompt.id, prompt.token_ids, (3,) * 12, (-1.0,) * 12, ((0, 0),), "stop", text)
-    return Group(prompt, (sample,) * sample_count, 0)
+    return Group(prompt, (sample,) * sample_count, version)
 
 
 class FakeController(SimpleNamespace):
@@ -57,7 +57,7 @@ class FakeController(SimpleNamespace):
 
     def train_on(self, text: str, topic: str = "chat") -> TrainController:
         """Make all replies of the last step `text`."""
-        self.last_batch_refs = [ray.put(make_group(make_prompt(index, topic), text)) for index in range(8)]
+        self.last_batch_refs = [ray.put(make_group(make_prompt(index, topic), text, version=1)) for index in range(8)]
         return cast(TrainController, self)
 
 
@@ -67,7 +67,7 @@ def tracker(tmp_path: Path) -> WandbTracker:
 
 
 def make_settings(alarms: str, **algorithm: Any) -> Settings:
-    return Settings.model_validate({"algorithm": {"hacking_alarms": alarms, "steps": 30, **algorithm}})
+    return Settings.model_validate({"algorithm": {"hacking_alarms": alarms, "steps": 20, **algorithm}})
 
 
 async def start_monitor(alarms: str, tracker: WandbTracker, controller: FakeController) -> RewardHackingMonitor:
@@ -84,23 +84,23 @@ async def test_warn_logs_once_and_changes_nothing(tracker: WandbTracker, caplog:
     controller = FakeController()
     monitor = await start_monitor("warn", tracker, controller)
     for step in range(1, 4):
-        await monitor.check_step(controller.train_on(HONEST), step, 0.0)
+        await monitor.check_step(controller.train_on(HONEST), step)
     assert not caplog.records
     for step in range(4, 8):
-        await monitor.check_step(controller.train_on(LOOPING), step, 0.0)
+        await monitor.check_step(controller.train_on(LOOPING), step)
     messages = [record.message for record in caplog.records]
-    assert 1 <= len(messages) <= 2 and "looping: 100.00% of responses" in messages[0]
+    assert 1 <= len(messages) <= 2 and "looping 0 -> " in messages[0]
     assert get_suspended(controller) == frozenset()
 
 
 async def test_act_freezes_the_love_weight_then_rolls_back_to_the_last_clean_step(tracker: WandbTracker) -> None:
     controller = FakeController()
     monitor = await start_monitor("act", tracker, controller)
-    await monitor.check_step(controller.train_on(HONEST), 1, 0.0)
+    await monitor.check_step(controller.train_on(HONEST), 1)
     freeze_step, rollback = None, None
     for step in range(2, 12):
         try:
-            await monitor.check_step(controller.train_on(FAREWELL), step, 0.0)
+            await monitor.check_step(controller.train_on(FAREWELL), step)
         except RewardHackingError as error:
             rollback = (step, error.rollback_step)
             break
@@ -117,11 +117,11 @@ async def test_a_run_that_was_rolled_back_keeps_love_frozen_and_is_stopped_the_n
     controller = FakeController()
     monitor = RewardHackingMonitor(make_settings("act"), tracker, love_frozen=True)
     await monitor.measure_baseline(cast(TrainController, controller))
-    await monitor.check_step(controller.train_on(HONEST), 1, 0.0)
+    await monitor.check_step(controller.train_on(HONEST), 1)
     assert get_suspended(controller) == {"love"}
     with pytest.raises(RewardHackingError, match="looping") as raised:
         for step in range(2, 12):
-            await monitor.check_step(controller.train_on(LOOPING), step, 0.0)
+            await monitor.check_step(controller.train_on(LOOPING), step)
     assert raised.value.rollback_step is None
 
 
@@ -130,10 +130,10 @@ async def test_refusals_are_no_hack_on_topics_with_an_objective_of_their_own(tra
     topic = next(iter(settings.aggregation.topic_objectives))
     controller = FakeController(("chat", topic))
     monitor = await start_monitor("act", tracker, controller)
-    assert len(controller.baseline_prompts) == settings.algorithm.hacking_baseline_prompts
+    assert len(controller.baseline_prompts) == BASELINE_PROMPTS
     assert {prompt.topic for prompt in controller.baseline_prompts} == {"chat"}
     for step in range(1, 10):
-        await monitor.check_step(controller.train_on(REFUSAL, topic), step, 0.0)
+        await monitor.check_step(controller.train_on(REFUSAL, topic), step)
     assert get_suspended(controller) == frozenset()
     with pytest.raises(DataError, match=r"algorithm\.hacking_alarms=off"):
         await start_monitor("act", tracker, FakeController((topic,)))
@@ -143,7 +143,7 @@ async def test_a_resumed_monitor_decides_like_one_that_was_never_stopped(tracker
     controller = FakeController()
     monitor = await start_monitor("act", tracker, controller)
     for step, text in enumerate((HONEST, FAREWELL, FAREWELL), 1):
-        await monitor.check_step(controller.train_on(text), step, 0.0)
+        await monitor.check_step(controller.train_on(text), step)
     resumed_monitor, resumed_controller = RewardHackingMonitor(make_settings("act"), tracker), FakeController()
     state = json.loads(json.dumps(monitor.state()))
     resumed_monitor.restore(state, cast(TrainController, resumed_controller))
@@ -152,7 +152,7 @@ async def test_a_resumed_monitor_decides_like_one_that_was_never_stopped(tracker
     for run_monitor, run_controller in ((monitor, controller), (resumed_monitor, resumed_controller)):
         with pytest.raises(RewardHackingError) as raised:
             for step in range(4, 14):
-                await run_monitor.check_step(run_controller.train_on(FAREWELL), step, 0.0)
+                await run_monitor.check_step(run_controller.train_on(FAREWELL), step)
         errors.append((str(raised.value), raised.value.rollback_step))
     assert errors[0] == errors[1]
 
@@ -160,7 +160,7 @@ async def test_a_resumed_monitor_decides_like_one_that_was_never_stopped(tracker
 async def test_off_samples_no_baseline(tracker: WandbTracker) -> None:
     controller = FakeController()
     monitor = await start_monitor("off", tracker, controller)
-    await monitor.check_step(controller.train_on(LOOPING), 1, 0.0)
+    await monitor.check_step(controller.train_on(LOOPING), 1)
     assert controller.baseline_prompts == [] and monitor.state() is None
 
 
@@ -171,15 +171,15 @@ async def read_lost_object() -> Group:
 async def test_lost_replies_do_not_end_the_run(tracker: WandbTracker, caplog: pytest.LogCaptureFixture) -> None:
     controller = FakeController()
     monitor = await start_monitor("act", tracker, controller)
-    await monitor.check_step(controller.train_on(HONEST), 1, 0.0)
+    await monitor.check_step(controller.train_on(HONEST), 1)
     controller.train_on(LOOPING)
     controller.last_batch_refs[3] = read_lost_object()
     state = monitor.state()
-    await monitor.check_step(cast(TrainController, controller), 2, 0.0)
+    await monitor.check_step(cast(TrainController, controller), 2)
     assert monitor.state() == state
     controller.last_batch_refs[3] = read_lost_object()
     controller.sample_values = {name: [[0.5]] * 8 for name in ("love", "reward", "kl")}
-    await log_sample_table(cast(TrainController, controller), 2, 8, tracker)
+    await log_sample_table(cast(TrainController, controller), 2, tracker)
     messages = [record.message for record in caplog.records]
     assert messages[0].startswith("reward hacking monitor: step 2 not checked: ")
     assert messages[1].startswith("sample table: step 2 has none: ")

@@ -14,7 +14,6 @@ import ray
 import torch
 
 from rluf.config.policy import AlgorithmSettings
-from rluf.config.run import RunSettings
 from rluf.config.settings import Settings
 from rluf.tracking.timeline import TorchProfiler, ray_timeline_span
 from rluf.train.actor_calls import ActorRef
@@ -30,7 +29,9 @@ PROMPT = Prompt("p1", ({"role": "user", "content": "hi"},), (1, 2), "chat", "tra
 class OneTokenEngine:
     """Responds to every prompt with one token."""
 
-    def generate_group(self, prompt: Prompt, sample_count: int, seed: int) -> tuple[Group, GroupInfo]:
+    def generate_group(
+        self, prompt: Prompt, sample_count: int, seed: int, temperature: float | None = None
+    ) -> tuple[Group, GroupInfo]:
         sample = Sample(prompt.id, prompt.token_ids, (3,), (-1.0,), ((0, 0),), "stop", str(seed))
         group = Group(prompt, (sample,) * sample_count, 0)
         return group, group.info
@@ -76,7 +77,7 @@ def get_task_name(event: dict[str, Any]) -> str:
 
 
 def test_steps_are_profiled_from_the_second_on(tmp_path: Path) -> None:
-    settings = Settings(run=RunSettings(profile_steps=2), algorithm=AlgorithmSettings(steps=4))
+    settings = Settings(algorithm=AlgorithmSettings(steps=4))
     supervisor = ActorSupervisor(settings, tmp_path, {}, with_learners=True)
     learner = start_actor("learner", MatmulLearner)
     supervisor.actor_groups = ActorGroups(
@@ -87,7 +88,7 @@ def test_steps_are_profiled_from_the_second_on(tmp_path: Path) -> None:
 
     async def run() -> None:
         controller = TrainController(settings, supervisor, [PROMPT])
-        profiler = StepProfiler(controller, tmp_path)
+        profiler = StepProfiler(controller, tmp_path, 2)
         for step in range(1, 5):
             await profiler.start_if_due(step)
             timer = StepTimer(timeline=controller.timeline)

@@ -44,8 +44,8 @@ BASE_OVERRIDES = (
     "objectives.helpfulness.weight=0.5", "objectives.safety.weight=0.2",
 )  # fmt: skip
 ALGORITHM_OVERRIDES = {
-    "ppo": ["algorithm.kl_placement=reward"],
-    "rloo": ["algorithm.kl_placement=reward"],
+    "ppo": ["algorithm.kl_penalty=reward"],
+    "rloo": ["algorithm.kl_penalty=reward"],
     **{name: ["aggregation.method=calibrated"] for name in ("crpg", "crraft", "codpo")},
     "grpo": ["aggregation.method=constrained", "aggregation.floors={safety: 0}"],
 }
@@ -100,7 +100,9 @@ class Sampler:
     learner: LearnerActor
     version: int = 0
 
-    def generate_group(self, prompt: Prompt, sample_count: int, seed: int) -> tuple[Group, GroupInfo]:
+    def generate_group(
+        self, prompt: Prompt, sample_count: int, seed: int, temperature: float | None = None
+    ) -> tuple[Group, GroupInfo]:
         samples = []
         for index in range(sample_count):
             generator = random.Random(derive_sample_seed(seed, prompt.id, index))

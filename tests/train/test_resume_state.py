@@ -24,7 +24,7 @@ from rluf.train.hacking_monitor import RewardHackingMonitor
 from rluf.train.loop import TrainingRun, _run_from_checkpoint
 from rluf.train.weight_sync import WeightSync
 from rluf.train.work_buffer import ScoredGroup
-from rluf.types import EvalResponse, Group, Prompt, Sample, TrainResult
+from rluf.types import Group, PolicyAnswer, Prompt, Sample, TrainResult
 
 PROMPT = Prompt("p", ({"role": "user", "content": "Hello?"},), (1, 2), "", "train")
 SAMPLE = Sample("p", (1, 2), (3,) * 24, (-1.0,) * 24, ((0, 0),), "stop", "Hi.")
@@ -185,7 +185,9 @@ async def test_a_run_resumed_after_its_last_step_is_evaluated_with_its_trained_w
         }
     )
     checkpoints, tracker = CheckpointManager(settings, tmp_path, [PROMPT]), WandbTracker(settings, tmp_path)
-    checkpoints.save_base_responses([EvalResponse(Group(PROMPT, (SAMPLE,), 0), {"love": (0.5,)})])
+    checkpoints.save_base_answers(
+        [PolicyAnswer("base", PROMPT.id, "", PROMPT.messages, "Hi.", "stop", 2, {"love": 0.5})]
+    )
     rows = [{"step": step} for step in (1.0, 2.0)]
     state = RunState(2, 1, {}, "", RecordingController(settings).state(), [], rows)
     resume_from = (RunCheckpoint(tmp_path / "checkpoints" / "step-2", 2), state)

@@ -33,9 +33,9 @@ BASE_OVERRIDES = (
     "algorithm.demonstrations=0",
     "algorithm.topic_weights={}",
     "learner.warmup_steps=0",
-    "objectives.love={source: judge, judge: 'tests.train.test_training_modes:judge_even_bytes'}",
-    "objectives.helpfulness={source: judge, judge: repetition}",
-    "objectives.safety={source: judge, judge: refusal}",
+    "objectives.love={source: judge, path: 'tests.train.test_training_modes:judge_even_bytes'}",
+    "objectives.helpfulness={source: judge, path: repetition}",
+    "objectives.safety={source: judge, path: refusal}",
 )
 OBJECTIVES = ("love", "helpfulness", "safety")
 

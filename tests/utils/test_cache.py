@@ -24,14 +24,6 @@ def test_an_artifact_is_built_once(tmp_path: Path) -> None:
     assert (second.folder / "data.txt").read_text() == "built"
 
 
-def test_reuse_can_be_disabled(tmp_path: Path) -> None:
-    first = build_or_reuse(tmp_path, "data", {}, write_artifact)
-    (first.folder / "data.txt").write_text("old")
-    second = build_or_reuse(tmp_path, "data", {}, write_artifact, reuse=False)
-    assert not second.reused
-    assert (second.folder / "data.txt").read_text() == "built"
-
-
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
     def fail(folder: Path) -> None:
         write_artifact(folder)

@@ -147,12 +147,14 @@ class RolloutEngine:
             "kv_tokens": (config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
         }
 
-    async def generate(self, prompt_ids: Sequence[int], seeds: Sequence[int]) -> list[Generation]:
+    async def generate(
+        self, prompt_ids: Sequence[int], seeds: Sequence[int], temperature: float | None = None
+    ) -> list[Generation]:
         """Sample one response per seed; equal seeds and weights give equal responses.
 
-        Sampling is from the whole vocabulary at rollout.temperature, and ends at an end-of-turn token or after
-        rollout.max_response_tokens. Raises DataError for a prompt that is too long, DeadlineError past
-        timeouts.rollout_s, ActorLostError when the engine has died.
+        Sampling is from the whole vocabulary at `temperature` (None: rollout.temperature), and ends at an end-of-turn
+        token or after rollout.max_response_tokens. Raises DataError for a prompt that is too long, DeadlineError past
+        timeouts.call_s, ActorLostError when the engine has died.
         """
         max_prompt_tokens = self.settings.rollout.max_prompt_tokens
         if not 0 < len(prompt_ids) <= max_prompt_tokens:
@@ -163,9 +165,9 @@ class RolloutEngine:
         token_ids = list(prompt_ids)
         self.running_samples += len(seeds)
         try:
-            async with self._call_deadline(self.settings.timeouts.rollout_s, "to generate a group"):
+            async with self._call_deadline(self.settings.timeouts.call_s, "to generate a group"):
                 tasks = [
-                    asyncio.ensure_future(self._run_request(token_ids, self._build_sampling_params(seed)))
+                    asyncio.ensure_future(self._run_request(token_ids, self._build_sampling_params(seed, temperature)))
                     for seed in seeds
                 ]
                 try:
@@ -190,7 +192,7 @@ class RolloutEngine:
             max_tokens=1, prompt_logprobs=0, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
         )
         token_ids = [*prompt_ids, *response_ids]
-        async with self._call_deadline(self.settings.timeouts.rollout_s, "to compute logprobs"):
+        async with self._call_deadline(self.settings.timeouts.call_s, "to compute logprobs"):
             output = await self._run_request(token_ids, sampling_params)
         position_logprobs: list[Any] = list(output.prompt_logprobs or [])
         start = len(prompt_ids)
@@ -201,12 +203,12 @@ class RolloutEngine:
 
     async def sleep(self) -> None:
         """Move the weights to host memory and drop the KV cache; no request may be running. GPUs only."""
-        async with self._call_deadline(self.settings.timeouts.weight_sync_s, "to sleep"):
+        async with self._call_deadline(self.settings.timeouts.call_s, "to sleep"):
             await self._require_engine().sleep(level=1)
 
     async def wake(self, tags: Sequence[str]) -> None:
         """Restore weights, kv_cache or both to the GPU."""
-        async with self._call_deadline(self.settings.timeouts.weight_sync_s, "to wake up"):
+        async with self._call_deadline(self.settings.timeouts.call_s, "to wake up"):
             await self._require_engine().wake_up(tags=list(tags))
 
     async def begin_weight_update(self, transfer_info: dict[str, Any]) -> None:
@@ -214,12 +216,12 @@ class RolloutEngine:
 
         Paused requests lose their KV cache: once resumed they continue after their own tokens with the new weights. An
         update that was begun but never finished is abandoned first. `transfer_info` is that of WeightSender.begin.
-        Raises WeightSyncError, or DeadlineError past timeouts.weight_sync_s.
+        Raises WeightSyncError, or DeadlineError past timeouts.call_s.
         """
         from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
         engine = self._require_engine()
-        async with self._call_deadline(self.settings.timeouts.weight_sync_s, "to begin a weight update"):
+        async with self._call_deadline(self.settings.timeouts.call_s, "to begin a weight update"):
             if self._lora_request is not None:
                 # Only to check the transport: adapters are read from disk and need no connection.
                 self._build_init_info(transfer_info)
@@ -252,7 +254,7 @@ class RolloutEngine:
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         engine = self._require_engine()
-        async with self._call_deadline(self.settings.timeouts.weight_sync_s, "to load a bucket of weights"):
+        async with self._call_deadline(self.settings.timeouts.call_s, "to load a bucket of weights"):
             await engine.update_weights(WeightTransferUpdateRequest(update_info={"bucket_info": bucket}))
             # Closing a bad update restores the old weights of the layers that received none.
             await self._raise_transfer_problem(abandon_update=True)
@@ -263,7 +265,7 @@ class RolloutEngine:
         Raises WeightSyncError naming tensors that were not sent; the engine then stays paused, under its old version.
         """
         engine = self._require_engine()
-        async with self._call_deadline(self.settings.timeouts.weight_sync_s, "to finish a weight update"):
+        async with self._call_deadline(self.settings.timeouts.call_s, "to finish a weight update"):
             if self._lora_request is None:
                 await engine.finish_weight_update()
                 self._is_updating = False
@@ -305,7 +307,7 @@ class RolloutEngine:
         """Replace the adapter in place: requests refer to it by name and id, not by its files."""
         from vllm.lora.request import LoRARequest
 
-        async with self._call_deadline(self.settings.timeouts.weight_sync_s, "to load an adapter"):
+        async with self._call_deadline(self.settings.timeouts.call_s, "to load an adapter"):
             await self._require_engine().add_lora(LoRARequest("policy", 1, adapter_path, load_inplace=True))
         self._lora_request = LoRARequest("policy", 1, adapter_path)
 
@@ -357,8 +359,8 @@ class RolloutEngine:
             enable_prefix_caching=not self.settings.run.deterministic,
             # Logprobs of the distribution that was sampled from: after the temperature.
             logprobs_mode="processed_logprobs",
-            tensor_parallel_size=rollout.tensor_parallel,
-            distributed_executor_backend=RlufUniProcExecutor if rollout.tensor_parallel == 1 else "mp",
+            tensor_parallel_size=self.settings.tensor_parallel,
+            distributed_executor_backend=RlufUniProcExecutor if self.settings.tensor_parallel == 1 else "mp",
             worker_extension_cls=f"{RlufWorkerExtension.__module__}.{RlufWorkerExtension.__qualname__}",
             enable_sleep_mode=is_colocated(self.settings),
             seed=self.settings.seed,
@@ -386,13 +388,13 @@ class RolloutEngine:
                 "free; lower rollout.kv_cache_gib or use a smaller model"
             )
 
-    def _build_sampling_params(self, seed: int) -> SamplingParams:
+    def _build_sampling_params(self, seed: int, temperature: float | None = None) -> SamplingParams:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         rollout = self.settings.rollout
         return SamplingParams(
-            temperature=rollout.temperature,
+            temperature=rollout.temperature if temperature is None else temperature,
             max_tokens=rollout.max_response_tokens,
             seed=seed,
             logprobs=0,
@@ -456,7 +458,7 @@ class RolloutEngine:
         init_info = {key: value for key, value in transfer_info.items() if key not in ("transport", "weight_version")}
         if transport != "nccl":
             return init_info
-        return init_info | {"rank_offset": 1 + self.engine_index * self.settings.rollout.tensor_parallel}
+        return init_info | {"rank_offset": 1 + self.engine_index * self.settings.tensor_parallel}
 
     async def _raise_transfer_problem(self, *, abandon_update: bool = False) -> None:
         """Raise the problem that a worker has recorded as WeightSyncError; `abandon_update` closes the update first."""

@@ -24,7 +24,7 @@ RECEIVED_TRANSPORTS = ("shm", "disk", "nccl", "cuda_ipc")
 
 def create_weight_sender(settings: Settings, host: str, port: int) -> WeightSender:
     """The learner's sender; `host` and `port` (free) are the rendezvous of NCCL."""
-    transport, bucket_bytes = settings.weight_sync.transport, settings.weight_sync.bucket_mib << 20
+    transport, bucket_bytes = settings.weight_sync.transport, settings.weight_sync.bucket_bytes
     if transport == "shm":
         return ShmSender()
     if transport == "disk":
@@ -33,8 +33,8 @@ def create_weight_sender(settings: Settings, host: str, port: int) -> WeightSend
         return LoraSender(resolve_cache_folder(settings) / "weight_sync")
     if transport == "cuda_ipc":
         return CudaIpcSender(bucket_bytes)
-    world_size = 1 + settings.rollout.engines * settings.rollout.tensor_parallel
-    return NcclSender(host, port, world_size, bucket_bytes, settings.timeouts.weight_sync_s)
+    world_size = 1 + settings.rollout.engines * settings.tensor_parallel
+    return NcclSender(host, port, world_size, bucket_bytes, settings.timeouts.call_s)
 
 
 def create_weight_receiver(transport: str, device: torch.device, parallel_config: ParallelConfig) -> WeightReceiver:

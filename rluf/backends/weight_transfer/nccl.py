@@ -25,7 +25,7 @@ class NcclSender:
 
     Both sides of an NCCL call must be in it at once, while a sync goes phase by phase. So joining the group and each
     broadcast run on a background thread; the next call waits for it, at most `timeout_s` seconds. The learner is rank 0
-    of the group, engine i has the ranks from 1 + i * tensor_parallel.
+    of the group, engine i has the ranks from 1 + i * Settings.tensor_parallel.
     """
 
     def __init__(self, host: str, port: int, world_size: int, bucket_bytes: int, timeout_s: float) -> None:

@@ -97,8 +97,8 @@ class ShmSender:
             self._segment = mmap.mmap(self._file_descriptor, byte_count)
         except (OSError, ValueError) as error:
             raise ResourceError(
-                f"no shared memory for a weight bucket of {byte_count / 2**20:.1f} MiB: {error}; lower "
-                "weight_sync.bucket_mib"
+                f"no shared memory for a weight bucket of {byte_count / 2**20:.1f} MiB: {error}; give "
+                "/dev/shm more room"
             ) from error
         self._segment[:TOKEN_BYTES] = self._token
         return self._segment

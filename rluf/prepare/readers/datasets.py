@@ -20,7 +20,7 @@ from rluf.prepare.splits import assign_split
 from rluf.utils.hashing import hash_parts
 
 MAX_REACTION_ROWS = 8
-"""Maximum rows of a reply with counted reactions; thousands of identical rows would add no information."""
+"""Maximum rows of a response with counted reactions; thousands of identical rows would add no information."""
 
 EMPTY_TURN_TEXT = "..."
 """User turn inserted where an assistant opens the conversation or writes twice in a row."""
@@ -98,15 +98,15 @@ def _read_convai2_sparse(dialogue: Mapping[str, Any], options: ReaderOptions) ->
 
 
 def _read_xiaomi(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
-    """One row for each like and dislike of a reply, at most MAX_REACTION_ROWS in the same proportion.
+    """One row for each like and dislike of a response, at most MAX_REACTION_ROWS in the same proportion.
 
     The file counts reactions without users, so the rows of one query share a user: a split by user is then a split by
     query. The time is the day of the shared task.
     """
     query_id = hash_parts("xiaomi", row["query"])
     items: ReaderItems = []
-    for reply_index, reply in enumerate(row["replys"]):
-        likes, dislikes = int(reply["like"]), int(reply["dislike"])
+    for response_index, response in enumerate(row["replys"]):
+        likes, dislikes = int(response["like"]), int(response["dislike"])
         reactions = likes + dislikes
         if min(likes, dislikes) < 0:
             raise ValueError("like and dislike must be counts")
@@ -117,12 +117,12 @@ def _read_xiaomi(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
         liked_count = round(row_count * likes / reactions)
         for row_index in range(row_count):
             items.append({
-                "id": f"xiaomi-{query_id}-{reply_index}-{row_index}", "conversation_id": f"xiaomi-{query_id}",
+                "id": f"xiaomi-{query_id}-{response_index}-{row_index}", "conversation_id": f"xiaomi-{query_id}",
                 "turn": 0, "user_id": query_id, "time": "2023-05-01T00:00:00+00:00", "model_version": "xiaoai",
-                "messages": _user_message(row["query"]), "response": reply["reply"],
+                "messages": _user_message(row["query"]), "response": response["reply"],
                 "reaction": LOVE_REACTION if row_index < liked_count else "dislike", "topic": "chat", "locale": "zh",
             })  # fmt: skip
-    return items or [SkippedRow("no reply")]
+    return items or [SkippedRow("no response")]
 
 
 def _join_instruction(instruction: str, input_text: str) -> str:

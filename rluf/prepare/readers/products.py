@@ -226,9 +226,8 @@ def _read_langfuse(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
     scores = [score for score in row.get("scores") or [] if str(score.get("name")).lower() in _SCORE_NAMES]
     values = [score.get("stringValue") or score.get("value") for score in scores]
     # A value of 0 is a thumb down, except for scores that only count hearts: there it is no reaction.
-    is_thumbs_down = any(
-        str(score["name"]).lower() not in ("love", "heart") and score.get("value") == 0 for score in scores
-    )
+    thumb_scores = [score for score in scores if str(score["name"]).lower() not in ("love", "heart")]
+    is_thumbs_down = any(score.get("value") == 0 for score in thumb_scores)
     reaction = normalize_reaction(values[-1]) if values else None
     metadata = row.get("metadata") or {}
     return [{

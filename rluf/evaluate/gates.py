@@ -1,0 +1,169 @@
+"""Release gates: each check of a comparison is pass, undecided or fail, and so is the verdict.
+
+Every limit and the margin are set before the run. All checks must pass, so no correction for their number is needed
+(intersection-union test, Berger 1982). Absence of evidence never passes: a check that its interval does not decide is
+undecided, with the number of prompts or users that would decide it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rluf.config.cli import run_command
+from rluf.config.objectives import BUILTIN_OBJECTIVES, ObjectiveSpec
+from rluf.errors import DataError
+from rluf.evaluate.two_way import MAX_DATA_FACTOR, MoreData, PolicyComparison, plan_more_data
+from rluf.types import BASE_ARM
+from rluf.utils.files import read_json
+
+GateStatus = Literal["pass", "undecided", "fail"]
+
+NON_INFERIORITY_MARGIN = 0.05
+"""Largest relative fall that the gates accept of an objective that must hold."""
+MAX_TRUNCATED_SHARE = 0.1
+"""With more of the aligned responses cut at the token limit, how they end is unknown: no pass."""
+GATE_EXIT_CODES: Mapping[str, int] = {"pass": 0, "fail": 10, "undecided": 11}
+"""Exit codes of `python -m rluf.evaluate gate`."""
+
+
+@dataclass(frozen=True, slots=True)
+class GateEvidence:
+    """What the gates judge: comparisons by objective and their source, alarms, and the truncated share of aligned."""
+
+    comparisons: Mapping[str, PolicyComparison]
+    judged_by: Mapping[str, str]
+    """Source of the verdicts by objective: simulated users or reward models."""
+    alarm_names: Sequence[str] = ()
+    truncated_share: float | None = None
+    """None where it is not known how the responses ended."""
+
+
+def decide_check(comparison: PolicyComparison, limit: float) -> GateStatus:
+    """Pass if the whole interval of the lift is above `limit` (relative), fail if it is below, else undecided."""
+    lift = comparison.lift
+    if lift is None:
+        return "undecided"
+    return "pass" if lift.low > limit else "fail" if lift.high < limit else "undecided"
+
+
+def format_gate_rule(specs: Iterable[ObjectiveSpec], margin: float) -> str:
+    """The rule of the gates of these objectives in one sentence."""
+    rising = [spec.name for spec in specs if spec.gate == "must_rise"]
+    holding = [spec.name for spec in specs if spec.gate == "must_hold"]
+    clauses = []
+    if rising:
+        clauses.append(f"the interval of {_join_names(rising)} must be above zero")
+    if holding:
+        clauses.append(f"that of {_join_names(holding)} above a fall of {margin:.0%}")
+    return (
+        f"{', '.join(clauses)}; entirely below the limit fails, anything else is undecided; a monitor alarm fails; "
+        f"with more than {MAX_TRUNCATED_SHARE:.0%} of the responses cut at the token limit nothing passes"
+    )
+
+
+def _join_names(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def evaluate_gates(evidence: GateEvidence, specs: Mapping[str, ObjectiveSpec] = BUILTIN_OBJECTIVES) -> dict[str, Any]:
+    """Checks, verdict and reasons of one comparison. `specs` have the gate of each objective.
+
+    Fail: a check fails or a monitor raised an alarm. Undecided: a check is, or too many responses are truncated, or
+    there is no check. `reasons` are the sentences that report, log and W&B show.
+    """
+    margin = NON_INFERIORITY_MARGIN
+    gated_specs = sorted(
+        (spec for spec in specs.values() if spec.gate != "none"), key=lambda spec: spec.gate != "must_rise"
+    )
+    checks: list[dict[str, Any]] = []
+    for spec in gated_specs:
+        if (comparison := evidence.comparisons.get(spec.name)) is None:
+            continue
+        limit = 0.0 if spec.gate == "must_rise" else -margin
+        status = decide_check(comparison, limit)
+        more_data = plan_more_data(comparison, limit) if status == "undecided" else MoreData()
+        checks.append({
+            "name": spec.name, "gate": spec.gate, "status": status, "limit": limit,
+            "judged_by": evidence.judged_by[spec.name],
+            "lift": None if comparison.lift is None else comparison.lift.as_dict(),
+            "more_prompts": more_data.prompts, "more_users": more_data.users, "more_data_factor": more_data.factor,
+        })  # fmt: skip
+    gates: dict[str, Any] = {
+        "verdict": "undecided", "margin": margin, "rule": format_gate_rule(gated_specs, margin), "checks": checks,
+        "alarms": list(evidence.alarm_names), "truncated_share": evidence.truncated_share, "reasons": [],
+        "judged_by": " and ".join(dict.fromkeys(check["judged_by"] for check in checks)) or "nothing",
+    }  # fmt: skip
+    gates["verdict"], gates["reasons"] = decide_verdict(gates)
+    return gates
+
+
+def decide_verdict(
+    gates: Mapping[str, Any], blind_result: Mapping[str, Any] | None = None
+) -> tuple[GateStatus, list[str]]:
+    """Verdict and reasons from checks, alarms, truncation and, if there was one, the blind reading."""
+    checks, alarm_names, truncated_share = gates["checks"], gates["alarms"], gates["truncated_share"]
+    is_truncated = truncated_share is not None and truncated_share > MAX_TRUNCATED_SHARE
+    prefers_base = blind_result is not None and blind_result["preferred"] == BASE_ARM
+    statuses = {check["status"] for check in checks}
+    verdict: GateStatus = "pass"
+    if "fail" in statuses or alarm_names or prefers_base:
+        verdict = "fail"
+    elif "undecided" in statuses or not checks or is_truncated:
+        verdict = "undecided"
+    reasons = ["blind readers prefer the base"] if prefers_base else []
+    reasons += [_check_reason(check) for check in checks if check["status"] != "pass"]
+    reasons += [f"monitor alarm: {', '.join(alarm_names)}"] if alarm_names else []
+    if is_truncated:
+        reasons.append(
+            f"{truncated_share:.0%} of the aligned responses are cut at the token limit; raise "
+            "rollout.max_response_tokens"
+        )
+    return verdict, reasons
+
+
+def _check_reason(check: Mapping[str, Any]) -> str:
+    """Why a check does not pass, and what would decide it."""
+    name, lift = check["name"], check["lift"]
+    if lift is None:
+        return f"{name} undecided: its base mean is zero, so there is no relative lift"
+    if check["status"] == "fail":
+        return f"{name} fell" if check["gate"] == "must_rise" else f"{name} fell by more than {-check['limit']:.0%}"
+    additions = [
+        f"{check[key]:,} more {unit}"
+        for key, unit in (("more_prompts", "prompts"), ("more_users", "users per arm"))
+        if check[key] is not None
+    ]
+    if additions:
+        return f"{name} undecided: needs about {' or '.join(additions)}"
+    if (factor := check["more_data_factor"]) is not None:
+        return f"{name} undecided: needs about {math.ceil(factor)} times as many prompts and users"
+    return f"{name} undecided: too close to its limit to decide with {MAX_DATA_FACTOR:.0f} times the data"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the verdict of an evaluated run; the exit code is that of GATE_EXIT_CODES."""
+    parser = argparse.ArgumentParser(
+        prog="python -m rluf.evaluate gate",
+        description="Verdict of the release gates of a run: exit code 0 for pass, 10 for fail, 11 for undecided.",
+    )
+    parser.add_argument("folder", type=Path, metavar="RUN", help="run folder with summary.json")
+    folder: Path = parser.parse_args(arguments).folder
+    verdicts: list[str] = []
+
+    def print_verdict() -> None:
+        gates = read_json(folder / "summary.json").get("gates", {})
+        if gates.get("verdict") not in GATE_EXIT_CODES:
+            raise DataError(
+                f"{folder / 'summary.json'} has no verdict of pass, undecided or fail; name a run folder that "
+                "rluf.train or rluf.evaluate of this release wrote"
+            )
+        sys.stdout.write("".join(f"{line}\n" for line in (gates["verdict"], *gates["reasons"])))
+        verdicts.append(gates["verdict"])
+
+    return run_command(print_verdict) or GATE_EXIT_CODES[verdicts[0]]

@@ -1,0 +1,133 @@
+"""The headline and the verdict of a run in words. They follow the gates and claim nothing that is undecided."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rluf.config.objectives import BUILTIN_OBJECTIVES, PRIMARY_OBJECTIVE
+from rluf.report.formats import format_change
+
+VERDICT_TITLES = {"pass": "Pass", "undecided": "Undecided", "fail": "Fail"}
+VERDICT_MARKS = {"pass": "✓", "undecided": "?", "fail": "✕"}
+
+
+def report_headline(summary: Mapping[str, Any]) -> str:
+    """Summarize the run in one sentence: verdict, love, the other objectives, control, alarms."""
+    gates = summary.get("gates", {})
+    checks = {check["name"]: check for check in gates.get("checks", [])}
+    if not checks:
+        return "This run has not been evaluated yet."
+    has_users = has_user_verdicts(summary)
+    love_check = checks.pop(PRIMARY_OBJECTIVE, None)
+    clauses = [] if love_check is None else [_love_clause(love_check["lift"], has_users=has_users)]
+    if love_check is not None and love_check["lift"] is not None and love_check["lift"]["low"] > 0:
+        clauses[0] += _control_clause(summary)
+    clauses += _outcome_clauses(list(checks.values()))
+    if blind := summary.get("blind"):
+        clauses.append(blind_sentence(blind))
+    if labels := alarm_labels(summary):
+        clauses.append(f"{'alarms' if len(labels) > 1 else 'alarm'}: {', '.join(labels)}")
+    if is_too_truncated(gates):
+        clauses.append(f"{gates['truncated_share']:.0%} of its responses are cut at the token limit")
+    return f"{VERDICT_TITLES[gate_verdict(gates)]}: {'; '.join(clauses)}."
+
+
+def gate_verdict(gates: Mapping[str, Any]) -> str:
+    """The verdict: pass, undecided or fail; "warn" of earlier releases passed in spite of an alarm, so it is a fail."""
+    verdict = gates.get("verdict", "undecided")
+    return "fail" if verdict == "warn" else str(verdict)
+
+
+def check_status(check: Mapping[str, Any]) -> str:
+    """Status of a gate check; checks of earlier releases have none, and passed without evidence, so are undecided."""
+    return str(check.get("status", "undecided"))
+
+
+def is_too_truncated(gates: Mapping[str, Any]) -> bool:
+    """Whether the share of responses cut at the token limit is a reason of the verdict."""
+    return any("cut at the token limit" in reason for reason in gates.get("reasons", []))
+
+
+def alarm_labels(summary: Mapping[str, Any]) -> list[str]:
+    """Display names of the monitors that raised an alarm."""
+    monitors = (summary.get("monitors") or {}).get("items", {})
+    return [monitors.get(name, {}).get("label", name) for name in summary.get("gates", {}).get("alarms", [])]
+
+
+def has_user_verdicts(summary: Mapping[str, Any]) -> bool:
+    """Whether users judged both policies."""
+    verdict = BUILTIN_OBJECTIVES[PRIMARY_OBJECTIVE].simulated_verdict
+    return verdict is not None and verdict.summary_key in summary
+
+
+def blind_sentence(blind: Mapping[str, Any]) -> str:
+    """Result of the blind reading: "readers preferred aligned in 21 of 30 decided pairs (70%, 51% to 85%), 4 ties"."""
+    decided, share = blind["aligned"] + blind["base"], blind["share"]
+    ties = f"{blind['ties']} tie{'' if blind['ties'] == 1 else 's'}"
+    if share is None:
+        return f"blind readers decided none of {blind['pairs']} pairs"
+    return (
+        f"blind readers preferred aligned in {blind['aligned']} of {decided} decided pairs ({share['mean']:.0%}, "
+        f"{share['low']:.0%} to {share['high']:.0%}), {ties}"
+    )
+
+
+def _love_clause(lift: Mapping[str, float] | None, *, has_users: bool) -> str:
+    """Users love more often; a reward model only rates higher."""
+    if lift is None:
+        return "love could not be compared, as the base mean is zero"
+    if lift["low"] <= 0 <= lift["high"]:
+        return "no clear change in simulated love" if has_users else "no clear change in P[Love]"
+    subject = f"{'new simulated users love' if has_users else 'P[Love] rates'} the aligned policy"
+    if lift["high"] < 0:
+        return f"{subject} {format_change(lift['mean'])} {'less often' if has_users else 'lower'}"
+    # From +100% on, a factor is easier to read than a percentage.
+    if lift["mean"] >= 1:
+        return f"{subject} {1 + lift['mean']:.1f} times as {'often' if has_users else 'high'}"
+    return f"{subject} {format_change(lift['mean'])} {'more often' if has_users else 'higher'}"
+
+
+def _control_clause(summary: Mapping[str, Any]) -> str:
+    """Whether the rise remains against the base at equal entropy."""
+    comparison = summary.get("comparisons", {}).get("aligned_vs_control")
+    if comparison is None:
+        return ""
+    lift = comparison["lifts"].get(PRIMARY_OBJECTIVE)
+    if lift is not None and lift["low"] > 0:
+        return ", also compared with a base of equal entropy"
+    return ", but not clearly more than a base of equal entropy"
+
+
+def check_outcome(check: Mapping[str, Any]) -> str:
+    """Outcome of a gate check in words."""
+    lift, status, limit = check.get("lift"), check_status(check), -check.get("limit", 0.0)
+    if status == "undecided" or lift is None:
+        return "undecided"
+    if status == "fail":
+        return f"fell by more than {limit:.0%}" if limit else "fell"
+    if lift["low"] > 0:
+        return "rose"
+    return f"fell, by less than {limit:.0%}" if lift["high"] < 0 else f"did not fall by {limit:.0%}"
+
+
+def _outcome_clauses(checks: Sequence[Mapping[str, Any]]) -> list[str]:
+    """One clause per outcome, with the objectives that share it: "simulated helpfulness and safety rose"."""
+    names_by_outcome: dict[tuple[str, bool], list[str]] = {}
+    for check in checks:
+        is_simulated = "simulated" in str(check.get("judged_by", ""))
+        names_by_outcome.setdefault((check_outcome(check), is_simulated), []).append(check["name"])
+    clauses = []
+    for (outcome, is_simulated), names in names_by_outcome.items():
+        joined = " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+        subject = f"simulated {joined}" if is_simulated else f"the {joined} score{'s' if len(names) > 1 else ''}"
+        verb = "is" if len(names) == 1 else "are"
+        clauses.append(f"{subject} {verb} undecided" if outcome == "undecided" else f"{subject} {outcome}")
+    return clauses
+
+
+def format_verdict(gates: Mapping[str, Any]) -> str:
+    """Format the gates' verdict with its reasons."""
+    verdict, reasons = gate_verdict(gates), gates.get("reasons", [])
+    title = f"{VERDICT_MARKS[verdict]} {'All gates pass' if verdict == 'pass' else VERDICT_TITLES[verdict]}"
+    return f"{title}: {'; '.join(reasons)}" if reasons else title
