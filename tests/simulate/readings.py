@@ -18,6 +18,18 @@ STOCK = replace(FITTING, prompt_logprob=-60.0, neutral_logprob=-60.0, stock=4.0,
 """A phrase that fits any prompt."""
 
 
+class ConstantReader(Reader):
+    """Reads every response as one that fits, without a model."""
+
+    def __init__(self) -> None:
+        """No readings and no model folder."""
+        super().__init__(Path("no-model"))
+
+    def read(self, inputs: Sequence[ReaderInput]) -> list[ReadingScores]:
+        """FITTING for each input."""
+        return [FITTING for _ in inputs]
+
+
 def make_reader(inputs: Sequence[ReaderInput], readings: Sequence[ReadingScores]) -> Reader:
     """Reader that knows these readings; for any other input it would need a model that does not exist."""
     known = {item.key: reading for item, reading in zip(inputs, readings, strict=True)}
