@@ -71,7 +71,7 @@ DATA_FILES = (
 )  # fmt: skip
 PHRASE_PROMPTS = 4
 """Prompts per topic over which the reading of a phrase is averaged."""
-INPUTS_PER_PART = 200
+INPUTS_PER_BATCH = 200
 PROBE_STRENGTHS = {"taste": 1e-4, "misfit": 1e-3, "offense": 1e-4, "stock": 1e-3, "refusal": 1e-3, "harm": 1e-3}
 """Inverse ridge penalty of each probe on 576 standardized hidden values; smaller where labels are noisy."""
 HEAD_RIDGE = 1e-2
@@ -102,13 +102,13 @@ class ReadingStore:
         """Add the readings of new inputs; those of one prompt are read together."""
         missing = list({item.key: item for item in inputs if item.key not in self.readings}.values())
         missing.sort(key=lambda item: json.dumps(item.messages))
-        for first in range(0, len(missing), INPUTS_PER_PART):
-            part = missing[first : first + INPUTS_PER_PART]
+        for first in range(0, len(missing), INPUTS_PER_BATCH):
+            batch = missing[first : first + INPUTS_PER_BATCH]
             self._model = self._model or ReaderModel(resolve_model(READER_MODEL, resolve_cache_folder(Settings())))
-            readings = self._model.read([item.messages for item in part], [item.response for item in part])
-            self.readings |= {item.key: reading for item, reading in zip(part, readings, strict=True)}
+            readings = self._model.read([item.messages for item in batch], [item.response for item in batch])
+            self.readings |= {item.key: reading for item, reading in zip(batch, readings, strict=True)}
             self._save()
-            sys.stderr.write(f"read {first + len(part)} of {len(missing)} responses\n")
+            sys.stderr.write(f"read {first + len(batch)} of {len(missing)} responses\n")
 
     def _save(self) -> None:
         columns = {name: np.array([getattr(r, name) for r in self.readings.values()]) for name in READING_FIELDS}

@@ -111,7 +111,7 @@ def load_preferences(data: Path) -> PairSet:
         first, second, ties = (row["votes"].count(vote) for vote in (1, 2, 0))
         if first == second or max(first, second) <= ties:
             continue
-        prompt_text = "\n\n".join(part for part in (row["instruction"], row["input"]) if part)
+        prompt_text = "\n\n".join(text for text in (row["instruction"], row["input"]) if text)
         texts = (row["response_a"], row["response_b"])
         chosen, rejected = texts if first > second else texts[::-1]
         pairs.chosen.append(ReaderInput(user_message(prompt_text), chosen, is_finished=True))
@@ -226,7 +226,7 @@ def collect_exchanges(data: Path, examples: dict[str, Any], rng: random.Random) 
     tasks = [row for row in tasks if 3 <= len(row["output"].split()) <= 60]
     rng.shuffle(tasks)
     for row in tasks[:EXCHANGES_PER_SOURCE]:
-        prompt_text = "\n\n".join(part for part in (row["instruction"], row["input"]) if part)
+        prompt_text = "\n\n".join(text for text in (row["instruction"], row["input"]) if text)
         exchanges.append(Exchange(user_message(prompt_text), row["output"], "self_instruct"))
     exchanges += _dialog_exchanges(data, rng)
     replies_by_prompt: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)

@@ -31,49 +31,16 @@ logger = logging.getLogger("rluf.simulate")
 
 
 def simulate_log(settings: Settings, output_folder: Path, earlier_log: Path | None = None) -> dict[str, int]:
-    """Write a log to `output_folder`; returns the number of rows by kind. Ray must be initialized.
-
-    The model answers the training prompts, unless the first turns of an earlier log are used, and all second turns.
-    Raises DataError if the folder contains other files, ModelError, ResourceError, DeadlineError; no partial log
-    remains.
-    """
+    """Write a log to `output_folder`; result and errors as in write_simulated_log. Ray must be initialized."""
     from rluf.models.hub import resolve_model
-    from rluf.simulate.ground_truth import load_reader
-    from rluf.simulate.log import (
-        build_log,
-        build_prompt_rows,
-        check_output_folder,
-        read_first_turns,
-        write_log,
-    )
-    from rluf.simulate.prompts import load_prompts
-    from rluf.simulate.styles import MODEL_VERSIONS, ServingOrder, plan_traffic
+    from rluf.simulate.pipeline import write_simulated_log
     from rluf.utils.paths import resolve_cache_folder
 
-    check_output_folder(output_folder)
-    prompts = load_prompts()
-    cache_folder = resolve_cache_folder(settings)
-    model_path = resolve_model(settings.model.path, cache_folder)
-    versions = {version.name: version for version in MODEL_VERSIONS}
-
-    def answer_second_turns(requests: Sequence[ServedResponse]) -> list[ServedResponse]:
-        orders = [ServingOrder(request.prompt, versions[request.model_version], 1) for request in requests]
+    def sample_orders(orders: Sequence[ServingOrder]) -> list[ServedResponse]:
+        model_path = resolve_model(settings.model.path, resolve_cache_folder(settings))
         return asyncio.run(sample_responses(settings, model_path, orders))
 
-    if earlier_log is None:
-        orders = plan_traffic(prompts, settings.simulate.log_rows)
-        first_responses = asyncio.run(sample_responses(settings, model_path, orders))
-    else:
-        first_responses = read_first_turns(earlier_log, [prompt for prompt in prompts if prompt.split == "train"])
-    log = build_log(first_responses, settings.simulate, settings.seed, load_reader(cache_folder), answer_second_turns)
-    log |= {"prompts": build_prompt_rows(prompts)}
-    write_log(log, output_folder)
-    love_count = sum(row["reaction"] == "love" for row in log["feedback"])
-    logger.info(
-        "%s: first_responses=%d events=%d loved=%d", output_folder, len(first_responses), len(log["feedback"]),
-        love_count,
-    )  # fmt: skip
-    return {kind: len(rows) for kind, rows in log.items()}
+    return write_simulated_log(settings, output_folder, sample_orders, earlier_log)
 
 
 async def sample_responses(

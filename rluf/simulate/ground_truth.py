@@ -41,7 +41,7 @@ from rluf.utils.paths import find_sample_log
 
 logger = logging.getLogger(__name__)
 
-INPUTS_PER_PART = 500
+INPUTS_PER_BATCH = 500
 """Responses per pass over the model and per progress line."""
 
 
@@ -115,12 +115,14 @@ class Reader:
         new_inputs = list({item.key: item for item in inputs if item.key not in self._readings}.values())
         # Responses of one prompt stay together: they share its keys and values.
         new_inputs.sort(key=lambda item: json.dumps(item.messages))
-        for first in range(0, len(new_inputs), INPUTS_PER_PART):
-            part = new_inputs[first : first + INPUTS_PER_PART]
-            readings = self.model.read([item.messages for item in part], [item.response for item in part])
+        for first in range(0, len(new_inputs), INPUTS_PER_BATCH):
+            batch = new_inputs[first : first + INPUTS_PER_BATCH]
+            readings = self.model.read([item.messages for item in batch], [item.response for item in batch])
             weights = load_reader_weights()
-            self._readings |= {item.key: weights.project(reading) for item, reading in zip(part, readings, strict=True)}
-            logger.info("reader: responses=%d of %d", first + len(part), len(new_inputs))
+            self._readings |= {
+                item.key: weights.project(reading) for item, reading in zip(batch, readings, strict=True)
+            }
+            logger.info("reader: responses=%d of %d", first + len(batch), len(new_inputs))
         return [self._readings[item.key] for item in inputs]
 
     def export_readings(self, inputs: Sequence[ReaderInput]) -> list[dict[str, Any]]:

@@ -63,17 +63,19 @@ class ReadingScores:
     harm: float
 
     @staticmethod
-    def join(parts: Sequence[ReadingScores]) -> ReadingScores:
-        """Scores of a response composed of `parts` that were read one by one after the same prompt.
+    def join(segments: Sequence[ReadingScores]) -> ReadingScores:
+        """Scores of a response composed of `segments` that were read one by one after the same prompt.
 
-        Log-probabilities add up and probes average over tokens, as if the parts did not depend on each other.
+        Log-probabilities add up and probes average over tokens, as if the segments did not depend on each other.
         """
-        token_counts = np.array([part.token_count for part in parts], dtype=np.float64)
-        prompt_logprob, neutral_logprob = np.array([[p.prompt_logprob, p.neutral_logprob] for p in parts]).sum(0)
-        probes = np.array([astuple(part)[4:] for part in parts])
+        token_counts = np.array([segment.token_count for segment in segments], dtype=np.float64)
+        prompt_logprob, neutral_logprob = np.array(
+            [[segment.prompt_logprob, segment.neutral_logprob] for segment in segments]
+        ).sum(0)
+        probes = np.array([astuple(segment)[4:] for segment in segments])
         probe_means = token_counts @ probes / max(1.0, token_counts.sum())
         return ReadingScores(
-            int(token_counts.sum()), float(prompt_logprob), float(neutral_logprob), parts[-1].end_logprob,
+            int(token_counts.sum()), float(prompt_logprob), float(neutral_logprob), segments[-1].end_logprob,
             *map(float, probe_means),
         )  # fmt: skip
 
