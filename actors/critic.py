@@ -23,7 +23,7 @@ from rluf.algorithms.critic import (
     whiten_advantages,
 )
 from rluf.algorithms.packing import PackedBatch
-from rluf.algorithms.policy_io import load_policy
+from rluf.algorithms.policy_model import load_policy
 from rluf.backends import deepspeed as ds
 from rluf.config.settings import Settings
 

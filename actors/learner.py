@@ -19,7 +19,6 @@ from torch import Tensor
 
 from actors.critic import CriticWorker
 from rluf.algorithms.advantages import SampleKL
-from rluf.algorithms.logprobs import compute_response_logprobs
 from rluf.algorithms.losses import (
     METRIC_SUM_NAMES,
     LossResult,
@@ -29,10 +28,10 @@ from rluf.algorithms.losses import (
     sum_kl_by_response,
 )
 from rluf.algorithms.packing import MicroBatch, PackedBatch, list_packed_samples, pack_micro_batch
-from rluf.algorithms.policy_io import copy_companion_files, load_policy
+from rluf.algorithms.policy_model import compute_response_logprobs, copy_companion_files, load_policy
 from rluf.algorithms.registry import LearnerInputs, find_algorithm
 from rluf.backends import deepspeed as ds
-from rluf.backends.colocation import WEIGHTS_TAG, is_colocated, release_freed_memory
+from rluf.backends.colocation import WEIGHTS_TAG
 from rluf.backends.weight_transfer import create_weight_sender
 from rluf.backends.weight_transfer.base import WeightSender
 from rluf.checkpoint.format import POLICY_FOLDER, RunCheckpoint, optimizer_state_file
@@ -41,6 +40,7 @@ from rluf.errors import RlufError
 from rluf.tracking.timeline import TorchProfiler
 from rluf.types import Group, Prompt, Sample
 from rluf.utils.files import atomic_folder
+from rluf.utils.host_memory import release_freed_memory
 
 if TYPE_CHECKING:
     from deepspeed import DeepSpeedEngine
@@ -269,9 +269,8 @@ class LearnerActor:
         # Advantages are whitened over the whole step, so all micro-batches must be in memory before the first update.
         batches = list(pack_with_reference())
         batches_with_advantages = self._critic.compute_advantages(batches, learner_inputs.reward_kl_coef)
-        yield from (
-            (batch, ref_logprobs) for batch, (_, ref_logprobs) in zip(batches_with_advantages, batches, strict=True)
-        )
+        all_ref_logprobs = (ref_logprobs for _, ref_logprobs in batches)
+        yield from zip(batches_with_advantages, all_ref_logprobs, strict=True)
 
     def _accumulate_gradient(
         self,
@@ -348,7 +347,7 @@ class LearnerActor:
         else:
             self._weight_buckets = ds.gather_parameters(self.engine, weight_sync.bucket_bytes)
         # Colocated ranks each share memory with the engine on their GPU; else rank 0 sends for all.
-        if self.rank > 0 and not is_colocated(self.settings):
+        if self.rank > 0 and not self.settings.is_colocated:
             return {}
         if self._weight_sender is None:
             host, port = self.rendezvous_address()

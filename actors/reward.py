@@ -71,7 +71,7 @@ class RewardActor:
         folders = {name: Path(path) for name, path in self.model_folders.items() if path is not None}
         if len(folders) < len(self.model_folders):
             raise ModelError(
-                f"objective {self.objective_names} has source model but no reward model folder; train one first"
+                f"objective {self.objective_names}: source model needs a reward model folder; train one first"
             )
         from rluf.reward.backbone import build_warmup_items, enable_fast_cpu_matmul
         from rluf.reward.model import load_reward_scorer

@@ -5,8 +5,8 @@ python benchmarks/aa_policies.py ANSWERS [--comparisons 200] [--fall 0.1]
 ANSWERS is a run folder or its answers.jsonl (plain or .gz). The base arm is the pool: each comparison samples prompts
 of it with replacement, for each arm three of the pool's responses to each prompt, and new simulated users; then it
 builds the summary of a run from them, with the settings' defaults. Reported: how often a policy against another draw of
-itself differs (95% intervals: 5%), what the gates say, and what they say of helpfulness that truly fell by --fall. The
-last line is JSON.
+itself differs (95% intervals: 5%), by this interval and by one that is clustered by user alone, what the gates say, and
+what they say of helpfulness that truly fell by --fall. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import gzip
 import json
 import logging
+import math
 import sys
 import time
 from collections import Counter
@@ -26,7 +27,8 @@ import numpy as np
 
 from rluf.config.settings import Settings
 from rluf.evaluate.compare import score_truths, simulate_arm
-from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary
+from rluf.evaluate.gates import NON_INFERIORITY_MARGIN, decide_check
+from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary, compare_reactions
 from rluf.types import ALIGNED_ARM, ANSWERS_FILE, BASE_ARM, PolicyAnswer
 
 KEYS = {"love": "love_rate", "helpfulness": "helpfulness", "safety": "safety"}
@@ -87,6 +89,7 @@ def lower_helpfulness(arm: EvaluatedArm, fall: float) -> EvaluatedArm:
 def run_comparisons(pool: PolicyPool, settings: Settings, count: int, fall: float) -> dict[str, Any]:
     """Shares over `count` comparisons."""
     differs: Counter[str] = Counter()
+    differs_by_user: Counter[str] = Counter()
     verdicts: Counter[str] = Counter()
     fall_statuses: Counter[str] = Counter()
     widths: dict[str, list[float]] = {name: [] for name in KEYS}
@@ -98,15 +101,18 @@ def run_comparisons(pool: PolicyPool, settings: Settings, count: int, fall: floa
             if (lift := summary[key]["lift"]) is not None:
                 differs[name] += not lift["low"] <= 0 <= lift["high"]
                 widths[name].append((lift["high"] - lift["low"]) / 2)
+        for name, comparison in compare_reactions(arms[BASE_ARM], arms[ALIGNED_ARM]).items():
+            if comparison.lift is not None and (parts := comparison.log_ratio_variance) is not None:
+                differs_by_user[name] += abs(math.log1p(comparison.lift.mean)) > 1.96 * math.sqrt(parts.user)
         verdicts[summary["gates"]["verdict"]] += 1
         alarm_count += bool(summary["gates"]["alarms"])
-        worse = build_summary(RunFacts("fall", seed), arms | {ALIGNED_ARM: lower_helpfulness(arms[ALIGNED_ARM], fall)})
-        check = next(check for check in worse["gates"]["checks"] if check["name"] == "helpfulness")
-        fall_statuses[check["status"]] += 1
+        worse = compare_reactions(arms[BASE_ARM], lower_helpfulness(arms[ALIGNED_ARM], fall))
+        fall_statuses[decide_check(worse["helpfulness"], -NON_INFERIORITY_MARGIN)] += 1
     return {
         "comparisons": count, "prompts": len(pool.rows_by_prompt), "responses": len(pool.answers),
         "users_per_arm": settings.evaluate.simulated_users,
         "differs": {name: differs[name] / count for name in KEYS},
+        "differs_by_user_alone": {name: differs_by_user[name] / count for name in KEYS},
         "half_width": {name: round(float(np.mean(values)), 4) for name, values in widths.items() if values},
         "verdicts": {verdict: verdicts[verdict] / count for verdict in ("pass", "undecided", "fail")},
         "runs_with_alarm": alarm_count / count,

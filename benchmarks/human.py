@@ -6,8 +6,10 @@ Uses backbone, members and linear probe of the config's one objective. It fits t
 that one: five times, split by user (love) or by prompt. The backbone stays frozen, so epochs of the config have no
 effect; measure theirs on a held-out file (see docs/reward.md). Prints AUROC or pair accuracy of the out-of-fold scores
 with an interval clustered by user or prompt, what length alone reaches, and ECE after a calibration fitted on other
-folds. --splits N repeats with N random fold assignments; `by_split` shows how far the figure depends on them, and all
-other figures are from the first assignment.
+folds. With counterfactuals in the config's debias, the training folds of pairs have such rows too, made from rows of
+these folds only. `prompt_fit` is the share of good rows that score higher than a row made from them and another row of
+their fold, by kind (rluf.reward.counterfactuals). --splits N repeats with N random fold assignments; `by_split` shows
+how far the figure depends on them, and all other figures are from the first assignment.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,7 @@ from rluf.prepare.readers.files import read_line_batches, resolve_sources
 from rluf.reward.backbone import build_text_encoder, enable_fast_cpu_matmul, load_classifier
 from rluf.reward.calibration import Calibration
 from rluf.reward.card import compute_label_metrics, compute_pair_metrics, fit_calibration
+from rluf.reward.counterfactuals import Counterfactual, make_training_copies, measures_prompt_fit
 from rluf.reward.fit import fit_nuisance_offsets
 from rluf.reward.linear_probe import assign_folds, fit_probe
 from rluf.reward.metrics import accuracy_interval, round_for_json
@@ -68,7 +71,7 @@ def read_raw_rows(settings: Settings, objective: str) -> list[dict[str, Any]]:
 
 
 def compute_member_features(
-    settings: Settings, objective: str, records: list[dict[str, Any]]
+    settings: Settings, objective: str, records: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Floats], EncodedSplit]:
     """Features of each member's head, [members][N, H] (shared head: [1][N, sum of H]), and the encoded rows."""
     model_settings = settings.reward.by_objective[objective]
@@ -86,6 +89,7 @@ def compute_member_features(
             read_at_next_turn=model_settings.read_at_next_turn,
             is_single_model=is_single_model,
             response_only=member.response_only,
+            mark_truncated=True,
         )
         encoded_rows = encode_split(records, encoder, is_pairwise=is_pairwise, source_name=objective)
         first_encoded = first_encoded or encoded_rows
@@ -176,50 +180,94 @@ def measure_within_prompts(records: list[dict[str, Any]], rows: EncodedSplit, lo
     return {"same_prompt": metrics}
 
 
-def select_rows(rows: EncodedSplit, row_index: NDArray[np.int64], debias: Sequence[str]) -> EncodedSplit:
-    """Select rows; with `debias`, length and user effects are fitted on them and added as logit offsets."""
-    sequence_index = rows.sequence_indices(row_index.tolist())
-    selected = EncodedSplit(
-        rows.is_pairwise,
-        [rows.sequences[i] for i in sequence_index],
-        rows.labels[row_index],
-        rows.weights[row_index],
-        [rows.clusters[i] for i in row_index],
-        rows.response_lengths[sequence_index],
-    )
-    return replace(selected, logit_offsets=fit_nuisance_offsets(selected, debias)) if debias else selected
+def select_training_rows(
+    rows: EncodedSplit, counterfactuals: Sequence[Counterfactual], is_train: NDArray[np.bool_], debias: Sequence[str]
+) -> tuple[EncodedSplit, list[int]]:
+    """The rows of the log in the training folds and the copies made from them alone, and the indices of both.
+
+    `is_train` [N] covers the rows of the log. Copies take part if `debias` says so; length and user effects in it are
+    fitted and added as offsets.
+    """
+    log_indices = np.flatnonzero(is_train).tolist()
+    position_by_row = {row: position for position, row in enumerate(log_indices)}
+    copies = [
+        (rows.original_count + index, position_by_row[copy.source_index])
+        for index, copy in enumerate(counterfactuals)
+        if rows.is_pairwise
+        and "counterfactuals" in debias
+        and is_train[copy.source_index]
+        and is_train[copy.partner_index]
+    ]
+    indices = [*log_indices, *(index for index, _ in copies)]
+    sources = np.asarray([source for _, source in copies], dtype=np.int64)
+    selected = replace(rows.select_rows(indices), copy_sources=sources, counterfactual_count=len(copies))
+    if {"length", "users"} & set(debias):
+        selected = replace(selected, logit_offsets=fit_nuisance_offsets(selected, debias))
+    return selected, indices
 
 
 def score_out_of_fold(
-    member_features: list[Floats], rows: EncodedSplit, fold_count: int, seed: int, debias: Sequence[str]
+    member_features: list[Floats],
+    all_rows: EncodedSplit,
+    counterfactuals: Sequence[Counterfactual],
+    fold_count: int,
+    seed: int,
+    debias: Sequence[str],
 ) -> tuple[Floats, Floats]:
-    """Raw and calibrated logits [sequences]; neither head nor calibration saw the row's cluster."""
+    """Raw logits [all sequences] and calibrated ones [sequences of the log]; no head or calibration saw the cluster.
+
+    A copy has the logit of its source's fold, or NaN if its partner is in another fold.
+    """
+    rows = all_rows.select_originals()
     fold_by_row = assign_folds(rows.clusters, fold_count, seed=seed)
     fold_by_sequence = np.tile(fold_by_row, 2) if rows.is_pairwise else fold_by_row
-    raw = np.zeros(len(rows.sequences))
+    copy_folds = [
+        fold_by_row[copy.source_index] if fold_by_row[copy.source_index] == fold_by_row[copy.partner_index] else -1
+        for copy in counterfactuals
+    ]
+    fold_by_any_row = np.concatenate([fold_by_row, np.asarray(copy_folds, dtype=np.int64)])
+    fold_by_any_sequence = np.tile(fold_by_any_row, 2) if rows.is_pairwise else fold_by_any_row
+    log_sequences = all_rows.sequence_indices(range(len(rows)))
+    all_raw = np.where(fold_by_any_sequence < 0, np.nan, 0.0)
     for fold in range(fold_count):
-        train_rows, is_test = select_rows(rows, np.flatnonzero(fold_by_row != fold), debias), fold_by_sequence == fold
+        is_test = fold_by_any_sequence == fold
+        train_rows, indices = select_training_rows(all_rows, counterfactuals, fold_by_row != fold, debias)
+        train_sequences = all_rows.sequence_indices(indices)
         # Offsets are fitted on the training folds only, so they know nothing of the scored fold.
-        offsets = train_rows.logit_offsets if debias else None
+        offsets = train_rows.logit_offsets if train_rows.logit_offsets.size else None
         for features in member_features:
             head, bias, strength = fit_probe(
-                features[fold_by_sequence != fold],
-                train_rows.labels,
-                train_rows.weights,
-                train_rows.clusters,
-                is_pairwise=rows.is_pairwise,
-                seed=seed,
-                logit_offsets=offsets,
-            )
+                features[train_sequences], train_rows.labels, train_rows.weights, train_rows.clusters,
+                is_pairwise=rows.is_pairwise, seed=seed, logit_offsets=offsets,
+            )  # fmt: skip
             logger.info("fold %d: C=%g", fold, strength)
             logits = features[is_test] @ head + bias
-            raw[is_test] += logits / logits.std()  # unit variance, so that members and folds are comparable
+            all_raw[is_test] += logits / logits.std()  # unit variance, so that members and folds are comparable
+    raw = all_raw[log_sequences]
     calibrated = np.zeros_like(raw)
     for fold in range(fold_count):
-        train_rows = select_rows(rows, np.flatnonzero(fold_by_row != fold), ())
+        train_rows = rows.select_rows(np.flatnonzero(fold_by_row != fold).tolist())
         calibration = fit_calibration(train_rows, raw[fold_by_sequence != fold], Calibration())
         calibrated[fold_by_sequence == fold] = calibration.calibrate_logits(raw[fold_by_sequence == fold])
-    return raw, calibrated
+    return all_raw, calibrated
+
+
+def summarize_prompt_fit(
+    all_rows: EncodedSplit, counterfactuals: Sequence[Counterfactual], raw: Floats
+) -> dict[str, Any]:
+    """Share of good rows that score higher than the copies made from them, by kind, with interval and n."""
+    # In a pair, the copy is the rejected response: the second half of the sequences.
+    shift = len(all_rows) if all_rows.is_pairwise else 0
+    differences_by_kind: dict[str, list[tuple[float, str]]] = {}
+    for index, copy in enumerate(counterfactuals):
+        difference = raw[copy.source_index] - raw[all_rows.original_count + index + shift]
+        if not np.isnan(difference):
+            differences_by_kind.setdefault(copy.kind, []).append((difference, all_rows.clusters[copy.source_index]))
+    return {
+        kind: {"n": len(entries)}
+        | accuracy_interval(np.asarray([d for d, _ in entries]), np.ones(len(entries)), [c for _, c in entries])
+        for kind, entries in differences_by_kind.items()
+    }
 
 
 def compute_metrics(records: list[dict[str, Any]], rows: EncodedSplit, logits: Floats) -> dict[str, Any]:
@@ -251,11 +299,19 @@ def main() -> None:
     (objective,) = settings.reward.objectives
     records = read_raw_rows(settings, objective)
     logger.info("%d rows", len(records))
-    member_features, rows = compute_member_features(settings, objective, records)
+    debias = settings.reward.by_objective[objective].debias
+    is_pairwise = settings.reward.by_objective[objective].loss == "bradley_terry"
+    copies: list[Mapping[str, Any]] = []
+    counterfactuals: list[Counterfactual] = []
+    if measures_prompt_fit(objective, is_pairwise=is_pairwise, debias=debias):
+        copies, counterfactuals = make_training_copies(records, is_pairwise=is_pairwise, seed=settings.seed)
+    member_features, all_rows = compute_member_features(settings, objective, [*records, *copies])
+    sources = np.asarray([copy.source_index for copy in counterfactuals], dtype=np.int64)
+    all_rows = replace(all_rows, copy_sources=sources, counterfactual_count=len(copies))
+    rows = all_rows.select_originals()
     logger.info("fitting %d heads on %d folds", len(member_features), args.folds)
-    debias = [factor for factor in settings.reward.by_objective[objective].debias if factor in ("length", "users")]
     logits_by_split = [
-        score_out_of_fold(member_features, rows, args.folds, settings.seed + split, debias)
+        score_out_of_fold(member_features, all_rows, counterfactuals, args.folds, settings.seed + split, debias)
         for split in range(args.splits)
     ]
     metrics_by_split = [compute_metrics(records, rows, logits) for _, logits in logits_by_split]
@@ -267,7 +323,8 @@ def main() -> None:
         "n": len(rows),
         "clusters": len(set(rows.clusters)),
         "tokens": rows.token_count,
-        "raw_logit_sd": float(logits_by_split[0][0].std()),
+        "raw_logit_sd": float(np.nanstd(logits_by_split[0][0])),
+        "prompt_fit": summarize_prompt_fit(all_rows, counterfactuals, logits_by_split[0][0]),
         **metrics_by_split[0],
         "by_split": [metrics["pair_accuracy" if rows.is_pairwise else "auroc"]["mean"] for metrics in metrics_by_split],
         "best_of_n_by_split": [

@@ -32,8 +32,7 @@ from rluf.algorithms.registry import build_learner_inputs
 from rluf.config.settings import Settings
 from rluf.errors import WeightSyncError
 from rluf.models.hub import load_tokenizer, render_prompt, resolve_model
-from rluf.train.actor_calls import ActorRef
-from rluf.train.actor_groups import ActorGroups
+from rluf.train.actor_calls import ActorGroups, ActorRef
 from rluf.train.weight_sync import WeightSync
 from rluf.types import Group, Message, Prompt
 from rluf.utils.paths import resolve_cache_folder

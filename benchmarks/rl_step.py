@@ -102,7 +102,7 @@ def run_rluf_steps(model: Path, steps: int, dtype: str) -> dict[str, Any]:
     """Metrics of our steps, with the real actors, controller and weight sync."""
     import ray
 
-    from rluf.train.actor_groups import ActorSupervisor
+    from rluf.train.actor_supervisor import ActorSupervisor
     from rluf.train.controller import TrainController
 
     settings = build_settings(steps, dtype)
@@ -244,9 +244,8 @@ def profile_arithmetic(model: Path, round_count: int, dtype: str) -> dict[str, A
     import learner
     import torch
 
-    from rluf.algorithms.logprobs import compute_response_logprobs
     from rluf.algorithms.packing import pack_micro_batch
-    from rluf.algorithms.policy_io import load_policy
+    from rluf.algorithms.policy_model import compute_response_logprobs, load_policy
 
     torch.set_num_threads(1)
     policy = load_policy(model, dtype=getattr(torch, dtype))

@@ -350,7 +350,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=10_000, help="experiments behind each fixed-horizon figure")
     parser.add_argument("--sequential-runs", type=int, default=2000, help="experiments behind each sequential figure")
-    parser.add_argument("--canary-runs", type=int, default=1000, help="experiments behind each cell of unequal arms")
+    parser.add_argument("--canary-runs", type=int, default=1000, help="experiments behind each canary and plan")
     parser.add_argument("--only", nargs="+", help="checks to run (default: all)")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()

@@ -12,8 +12,8 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rluf.backends.colocation import KEEP_FREED_MALLOC_CONF, is_colocated
 from rluf.errors import DeadlineError
+from rluf.utils.host_memory import KEEP_FREED_MALLOC_CONF
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
@@ -138,7 +138,7 @@ def placement_bundles(settings: Settings, *, with_learners: bool) -> dict[str, t
         return {"CPU": cpus, **({"GPU": gpus} if gpus else {})}
 
     engine_count = settings.rollout.engines
-    if with_learners and is_colocated(settings):
+    if with_learners and settings.is_colocated:
         # Rank i and engine i in one bundle get shares of the same GPU, so that the engine can map the rank's memory.
         return {SHARED_GROUP_NAME: ([role_bundle("rollout", "learner")] * engine_count, "PACK")}
     bundles = {_engine_group_name(i): ([role_bundle("rollout")], "STRICT_PACK") for i in range(engine_count)}

@@ -18,6 +18,21 @@ MAX_KL_PER_TOKEN = 0.2
 
 SampleValues = Sequence[Sequence[float]]
 """One number per sample: [groups][samples]."""
+VARIANCE_EPSILON = 1e-8
+GRPO_STD_EPSILON = 1e-6
+"""Added to GRPO's standard deviation of a group, as in its reference implementations."""
+STD_EPSILON = 1e-4
+"""Added to the standard deviations of Lite-PPO and GDPO, as in TRL."""
+CODPO_BETA = 0.1
+"""Inverse temperature of CODPO's preference loss."""
+CODPO_LIKELIHOOD_WEIGHT = 5.0
+"""Weight of the mean log-likelihood of CODPO's chosen response."""
+MAX_EXPONENT = 700.0
+"""Largest argument of exp() that does not overflow a float64."""
+KTO_BETA = 0.1
+"""Inverse temperature of KTO's loss."""
+LIKED_THRESHOLD = 0.5
+"""Rewards of logged responses are 1 (liked) or 0 (not liked)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,9 +132,6 @@ def compute_sample_std(values: Sequence[float]) -> float:
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1))
 
 
-VARIANCE_EPSILON = 1e-8
-
-
 def reinforce_pp(inputs: AdvantageInputs) -> Advantages:
     """Whitened token returns R_i - kl_coef * (KL to go); no critic, no group baseline.
 
@@ -161,12 +173,6 @@ def _whiten_over_tokens(rewards: SampleValues, inputs: AdvantageInputs, kl_coef:
         [[(reward - mean) * scale for reward in group_rewards] for group_rewards in rewards],
         kl_to_go_coef=kl_coef * scale,
     )
-
-
-GRPO_STD_EPSILON = 1e-6
-"""Added to GRPO's standard deviation of a group, as in its reference implementations."""
-STD_EPSILON = 1e-4
-"""Added to the standard deviations of Lite-PPO and GDPO, as in TRL."""
 
 
 def grpo(inputs: AdvantageInputs) -> Advantages:
@@ -254,14 +260,6 @@ def gdpo(inputs: AdvantageInputs) -> Advantages:
 # in log pi, or (CODPO) have a gradient that is, with a factor known when the batch is sampled, so the learner needs one
 # number per response. Source: arXiv 2409.20370, section 4. Masks exclude a response instead of multiplying its reward
 # by 0, since a failing response with product 0 could be the maximum among negative rewards.
-CODPO_BETA = 0.1
-"""Inverse temperature of CODPO's preference loss."""
-CODPO_LIKELIHOOD_WEIGHT = 5.0
-"""Weight of the mean log-likelihood of CODPO's chosen response."""
-MAX_EXPONENT = 700.0
-"""Largest argument of exp() that does not overflow a float64."""
-
-
 def crpg(inputs: AdvantageInputs) -> Advantages:
     """Calibrated-regularized policy gradient: A_i = w_i - mean of w over the step.
 
@@ -323,12 +321,6 @@ def codpo(inputs: AdvantageInputs) -> Advantages:
             group_advantages[rejected] = -preference_weight
         sample_advantages.append(group_advantages)
     return Advantages(sample_advantages)
-
-
-KTO_BETA = 0.1
-"""Inverse temperature of KTO's loss."""
-LIKED_THRESHOLD = 0.5
-"""Rewards of logged responses are 1 (liked) or 0 (not liked)."""
 
 
 def kto(inputs: AdvantageInputs) -> Advantages:

@@ -10,6 +10,12 @@ from torch import Tensor, nn
 
 from rluf.errors import ModelError
 
+GAMMA = 1.0
+"""Discount factor: responses are short and their reward arrives at the end."""
+GAE_LAMBDA = 0.95
+"""Lambda of generalized advantage estimation, as in PPO's paper; 1 is the Monte Carlo return."""
+VARIANCE_EPSILON = 1e-8
+
 
 class CriticModel(nn.Module):
     """Value model over packed batches, initialized from the policy with a zero head, so its first values are 0."""
@@ -20,7 +26,7 @@ class CriticModel(nn.Module):
         backbone = getattr(model, "base_model", model)
         if backbone is model:
             raise ModelError(
-                f"{type(model).__name__} has no backbone separate from its head, which algorithm.name=ppo needs"
+                f"{type(model).__name__} has no backbone separate from its head; algorithm.name=ppo needs one"
             )
         self.backbone = backbone
         self.value_head = nn.Linear(int(model.config.hidden_size), 1)
@@ -59,13 +65,6 @@ def compute_value_loss(values: Tensor, returns: Tensor, loss_weights: Tensor) ->
     # Masked before the square and the weights: 0 * NaN is NaN, in the sum and in the gradient.
     errors = torch.where(counted, values - returns, torch.zeros_like(values))
     return 0.5 * (loss_weights * errors.square()).sum()
-
-
-GAMMA = 1.0
-"""Discount factor: responses are short and their reward arrives at the end."""
-GAE_LAMBDA = 0.95
-"""Lambda of generalized advantage estimation, as in PPO's paper; 1 is the Monte Carlo return."""
-VARIANCE_EPSILON = 1e-8
 
 
 def build_token_rewards(rewards: Tensor, token_kl: Tensor, sequence_index: Tensor, kl_coef: float) -> Tensor:

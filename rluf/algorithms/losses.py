@@ -38,6 +38,12 @@ KL_ERROR_CLIP = 0.2
 """Largest relative error of the KL that one update of the coefficient reacts to."""
 KL_HORIZON_SAMPLES = 10_000
 """Samples in which the coefficient may change by a factor of about e^KL_ERROR_CLIP."""
+METRIC_SUM_NAMES = (
+    "loss", "policy_loss", "kl_loss", "kl_k3", "kl_k1", "negative_logprob", "ratio", "ratio_squared", "mismatch_kl",
+    "clipped_tokens", "capped_tokens", "response_tokens", "samples", "batch_tokens", "demonstration_nll",
+    "demonstration_tokens",
+)  # fmt: skip
+"""Names of LossResult.metric_sums, in order."""
 
 
 def estimate_kl(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) -> Tensor:
@@ -178,27 +184,6 @@ class LossResult:
     loss: Tensor
     metric_sums: Tensor
     max_ratio: Tensor
-
-
-METRIC_SUM_NAMES = (
-    "loss",
-    "policy_loss",
-    "kl_loss",
-    "kl_k3",
-    "kl_k1",
-    "negative_logprob",
-    "ratio",
-    "ratio_squared",
-    "mismatch_kl",
-    "clipped_tokens",
-    "capped_tokens",
-    "response_tokens",
-    "samples",
-    "batch_tokens",
-    "demonstration_nll",
-    "demonstration_tokens",
-)
-"""Names of LossResult.metric_sums, in order."""
 
 
 def compute_policy_loss(

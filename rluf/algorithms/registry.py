@@ -166,6 +166,5 @@ def has_reward_variance(
     objective_rewards: Mapping[str, Sequence[float]], objective_weights: Mapping[str, float]
 ) -> bool:
     """Whether any objective with a weight differs within the group; DAPO drops groups where none does."""
-    return any(
-        max(rewards) > min(rewards) for name, rewards in objective_rewards.items() if objective_weights.get(name)
-    )
+    pairs = objective_rewards.items()
+    return any(max(rewards) > min(rewards) for name, rewards in pairs if objective_weights.get(name))

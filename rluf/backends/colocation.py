@@ -5,19 +5,15 @@ on each GPU. They never work at once, so each moves to host memory what would ta
 vLLM's sleep mode (level 1: weights in host memory, KV cache dropped), the learner by DeepSpeed's offload_states. During
 a weight sync the weights of both are on the GPU, and neither the KV cache nor the optimizer state. Untested on GPUs.
 
-This module is pure: phase_transitions lists the actions in order, rluf/train/actor_groups.py executes them.
-The last function returns freed host memory to the operating system (jemalloc).
+This module is pure: phase_transitions lists the actions in order, rluf/train/actor_calls.py executes them.
 """
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
-
-from rluf.config.settings import Settings
 
 GpuPhase = Literal["generate", "learn", "sync"]
 GpuAction = Literal["sleep", "wake", "offload", "reload"]
@@ -55,11 +51,6 @@ RESIDENCY_BY_PHASE: Mapping[GpuPhase, GpuResidency] = MappingProxyType(
 """Components in GPU memory in each phase."""
 
 
-def is_colocated(settings: Settings) -> bool:
-    """Whether engines and learners share the same GPUs."""
-    return settings.weight_sync.transport == "cuda_ipc"
-
-
 def phase_transitions(from_phase: GpuPhase, to_phase: GpuPhase) -> tuple[PhaseAction, ...]:
     """Actions that lead from one phase to another, in order.
 
@@ -83,16 +74,3 @@ def phase_transitions(from_phase: GpuPhase, to_phase: GpuPhase) -> tuple[PhaseAc
         # Reverse alphabetical order puts the weights before the KV cache.
         actions.append(PhaseAction("wake", tuple(sorted(after.engine_components - engine, reverse=True))))
     return tuple(actions)
-
-
-JEMALLOC_ALL_ARENAS = 4096
-"""jemalloc's MALLCTL_ARENAS_ALL."""
-KEEP_FREED_MALLOC_CONF = "dirty_decay_ms:-1,muzzy_decay_ms:-1,narenas:2"
-"""MALLOC_CONF of a process that calls release_freed_memory: until then the next micro-batch reuses freed memory."""
-
-
-def release_freed_memory() -> bool:
-    """Return freed memory to the system if the process runs on jemalloc; returns whether it does."""
-    # jemalloc is preloaded, so its symbols are in the process itself; without it the lookup fails.
-    mallctl = getattr(ctypes.CDLL(None), "mallctl", None)
-    return mallctl is not None and mallctl(b"arena.%d.purge" % JEMALLOC_ALL_ARENAS, None, None, None, 0) == 0

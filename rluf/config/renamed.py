@@ -29,7 +29,7 @@ REPLACED_SETTINGS: Mapping[str, str] = {
     "cluster.cpus_per_learner": "derived: one CPU per GPU of an actor, CPUS_PER_GPU in rluf/config/run.py",
     "cluster.cpus_per_reward": "derived: one CPU per GPU of an actor, CPUS_PER_GPU in rluf/config/run.py",
     "cluster.grow_deadline_s": "timeouts.autoscale_s",
-    "cluster.health_check_interval_s": "a constant: HEALTH_CHECK_INTERVAL_S = 30 in rluf/train/actor_groups.py",
+    "cluster.health_check_interval_s": "a constant: HEALTH_CHECK_INTERVAL_S = 30 in rluf/train/actor_supervisor.py",
     "cluster.heartbeat_s": "cluster.health_check_interval_s",
     "cluster.labels": "cluster.node_labels",
     "cluster.restarts_per_hour": "cluster.max_restarts_per_hour",

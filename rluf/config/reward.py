@@ -100,8 +100,8 @@ class RewardModelSettings(SettingsSection):
     lora_rank: int = Field(default=0, ge=0)
     """Rank of LoRA adapters on the trained layers, merged into the checkpoint; 0 trains the full weights."""
     debias: tuple[Literal["counterfactuals", "sign_offs", "propensity", "length", "users"], ...] = ()
-    """Nuisance factors to remove. counterfactuals (default of love and helpfulness) adds rows whose response does not
-    fit the prompt, is generic, echoes the user or is cut, labeled as worse; sign_offs adds copies of rows with a
+    """Nuisance factors to remove. counterfactuals (default of love and helpfulness) adds responses that do not fit the
+    prompt, are generic, echo the user or are cut, and must score lower; sign_offs adds copies of rows with a
     farewell or an affectionate close and the same label; propensity weights reactions by the inverse reaction rate;
     length and users (per-user reaction rate) are fitted first as offsets and left out of the score."""
 

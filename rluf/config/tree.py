@@ -74,6 +74,11 @@ class SettingsTree(SettingsSection):
         return max(1, int(self.cluster.gpus_per_engine))
 
     @property
+    def is_colocated(self) -> bool:
+        """Whether engines and learners share the same GPUs."""
+        return self.weight_sync.transport == "cuda_ipc"
+
+    @property
     def policy_gpus(self) -> float:
         """GPUs per engine or learner, whichever is larger; 0 when both run on CPUs."""
         return max(self.cluster.gpus_per_engine, self.cluster.gpus_per_learner)

@@ -117,7 +117,8 @@ def analyze_experiment(events: EventLog, design: ExperimentDesign) -> dict[str, 
                 "always_valid": looks[name][-1] if looks.get(name) else None,
             }  # fmt: skip
             user_count = user_counts[0] + user_counts[arm]
-            rendered[name] |= _judge(name, result, adjusted_p, name in primaries, user_count, design)
+            test_count = len(primaries) * len(results) if name in primaries else 0
+            rendered[name] |= _judge(name, result, adjusted_p, test_count, user_count, design)
         comparisons[treatment] = {"metrics": rendered, "looks": looks}
         if design.has_segments:
             judged = [*primaries, *(guardrail.metric for guardrail in design.guardrails)]
@@ -280,16 +281,17 @@ def _adjust_p_values(
 
 
 def _judge(
-    name: str, result: MetricResult, adjusted_p: float, is_primary: bool, user_count: int, design: ExperimentDesign
+    name: str, result: MetricResult, adjusted_p: float, primary_tests: int, user_count: int, design: ExperimentDesign
 ) -> dict[str, Any]:
-    """Role and verdict of a metric."""
+    """Role and verdict of a metric; `primary_tests` are the tests that share alpha, 0 if it is not primary."""
     limits: dict[str, Any] = {"user_count": user_count, "alpha": design.alpha, "power": design.power}
     guardrail = next((guardrail for guardrail in design.guardrails if guardrail.metric == name), None)
     judged: dict[str, Any] = {"role": "secondary"}
     if guardrail is not None:
         judged = {"role": "guardrail", "guardrail": judge_guardrail(guardrail, result.best, result.quantiles, **limits)}
-    if is_primary:
-        judged |= {"role": "primary", "primary": judge_primary(result.best, adjusted_p, lift=design.lift, **limits)}
+    if primary_tests:
+        primary = judge_primary(result.best, adjusted_p, lift=design.lift, test_count=primary_tests, **limits)
+        judged |= {"role": "primary", "primary": primary}
     return judged
 
 

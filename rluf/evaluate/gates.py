@@ -11,7 +11,7 @@ import argparse
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +39,8 @@ class GateEvidence:
     comparisons: Mapping[str, PolicyComparison]
     judged_by: Mapping[str, str]
     """Source of the verdicts by objective: simulated users or reward models."""
-    alarm_names: Sequence[str] = ()
+    alarm_labels: Mapping[str, str] = field(default_factory=dict)
+    """Display names of the monitors that raised an alarm, by name."""
     truncated_share: float | None = None
     """None where it is not known how the responses ended."""
 
@@ -96,7 +97,8 @@ def evaluate_gates(evidence: GateEvidence, specs: Mapping[str, ObjectiveSpec] = 
         })  # fmt: skip
     gates: dict[str, Any] = {
         "verdict": "undecided", "margin": margin, "rule": format_gate_rule(gated_specs, margin), "checks": checks,
-        "alarms": list(evidence.alarm_names), "truncated_share": evidence.truncated_share, "reasons": [],
+        "alarms": list(evidence.alarm_labels), "alarm_labels": list(evidence.alarm_labels.values()),
+        "truncated_share": evidence.truncated_share, "reasons": [],
         "judged_by": " and ".join(dict.fromkeys(check["judged_by"] for check in checks)) or "nothing",
     }  # fmt: skip
     gates["verdict"], gates["reasons"] = decide_verdict(gates)
@@ -107,18 +109,18 @@ def decide_verdict(
     gates: Mapping[str, Any], blind_result: Mapping[str, Any] | None = None
 ) -> tuple[GateStatus, list[str]]:
     """Verdict and reasons from checks, alarms, truncation and, if there was one, the blind reading."""
-    checks, alarm_names, truncated_share = gates["checks"], gates["alarms"], gates["truncated_share"]
+    checks, alarm_labels, truncated_share = gates["checks"], gates["alarm_labels"], gates["truncated_share"]
     is_truncated = truncated_share is not None and truncated_share > MAX_TRUNCATED_SHARE
     prefers_base = blind_result is not None and blind_result["preferred"] == BASE_ARM
     statuses = {check["status"] for check in checks}
     verdict: GateStatus = "pass"
-    if "fail" in statuses or alarm_names or prefers_base:
+    if "fail" in statuses or alarm_labels or prefers_base:
         verdict = "fail"
     elif "undecided" in statuses or not checks or is_truncated:
         verdict = "undecided"
     reasons = ["blind readers prefer the base"] if prefers_base else []
+    reasons += [f"monitor alarm: {', '.join(alarm_labels)}"] if alarm_labels else []
     reasons += [_check_reason(check) for check in checks if check["status"] != "pass"]
-    reasons += [f"monitor alarm: {', '.join(alarm_names)}"] if alarm_names else []
     if is_truncated:
         reasons.append(
             f"{truncated_share:.0%} of the aligned responses are cut at the token limit; raise "
@@ -131,7 +133,7 @@ def _check_reason(check: Mapping[str, Any]) -> str:
     """Why a check does not pass, and what would decide it."""
     name, lift = check["name"], check["lift"]
     if lift is None:
-        return f"{name} undecided: its base mean is zero, so there is no relative lift"
+        return f"{name} undecided: a mean is zero, so there is no relative lift"
     if check["status"] == "fail":
         return f"{name} fell" if check["gate"] == "must_rise" else f"{name} fell by more than {-check['limit']:.0%}"
     additions = [

@@ -118,13 +118,13 @@ def build_summary(
     """
     base_arm, aligned_arm = _require_paired_arms(arms)
     offline = _compare_scores(base_arm, aligned_arm)
-    by_users = _compare_reactions(base_arm, aligned_arm)
+    by_users = compare_reactions(base_arm, aligned_arm)
     # Users decide if there are any: the reward models are what the policy was optimized against.
     compared = {**offline, **by_users}
     judged_by = {name: "simulated users" if name in by_users else "reward models" for name in compared}
     monitors = compare_monitors(base_arm.monitor_samples, aligned_arm.monitor_samples)
-    alarm_names = [name for name, item in monitors["items"].items() if item["alarm"]]
-    evidence = GateEvidence(compared, judged_by, alarm_names, aligned_arm.truncated_share)
+    alarm_labels = {name: item["label"] for name, item in monitors["items"].items() if item["alarm"]}
+    evidence = GateEvidence(compared, judged_by, alarm_labels, aligned_arm.truncated_share)
     arm_facts = {name: arm.facts() for name, arm in arms.items()}
     verdicts = {name: spec.simulated_verdict for name, spec in BUILTIN_OBJECTIVES.items()}
     return {
@@ -190,7 +190,7 @@ def _compare_scores(base_arm: EvaluatedArm, other_arm: EvaluatedArm) -> dict[str
     }  # fmt: skip
 
 
-def _compare_reactions(base_arm: EvaluatedArm, other_arm: EvaluatedArm) -> dict[str, PolicyComparison]:
+def compare_reactions(base_arm: EvaluatedArm, other_arm: EvaluatedArm) -> dict[str, PolicyComparison]:
     """Comparison of the users' verdicts by objective; empty without users in both arms."""
     arm_reactions = [(arm, arm.reactions) for arm in (base_arm, other_arm) if arm.reactions is not None]
     if len(arm_reactions) < 2:
@@ -215,7 +215,7 @@ def _list_comparisons(arms: Mapping[str, EvaluatedArm]) -> dict[str, dict[str, A
         if reference_name not in arms or arm_name not in arms:
             continue
         pair = arms[reference_name], arms[arm_name]
-        compared = {**_compare_scores(*pair), **_compare_reactions(*pair)}
+        compared = {**_compare_scores(*pair), **compare_reactions(*pair)}
         lifts = {name: _estimate_dict(comparison.lift) for name, comparison in compared.items()}
         comparisons[key] = {"title": title, "reference": reference_name, "arm": arm_name, "lifts": lifts}
     return comparisons

@@ -30,12 +30,22 @@ def users_still_needed(effect: EffectEstimate, detectable: float, user_count: in
 
 
 def judge_primary(
-    effect: EffectEstimate, adjusted_p: float, *, user_count: int, lift: float, alpha: float, power: float
+    effect: EffectEstimate,
+    adjusted_p: float,
+    *,
+    user_count: int,
+    lift: float,
+    alpha: float,
+    power: float,
+    test_count: int = 1,
 ) -> dict[str, Any]:
-    """Verdict of a primary metric from its Holm-adjusted p; `lift` is the relative change worth detecting."""
+    """Verdict of a primary metric from its Holm-adjusted p; `lift` is the relative change worth detecting.
+
+    The users still needed are for alpha / `test_count`, the first of Holm's levels, as in the plan.
+    """
     if adjusted_p < alpha:
         return {"verdict": PASS if float(effect.difference) > 0.0 else FAIL, "more_users": 0}
-    more_users = users_still_needed(effect, lift * float(effect.control), user_count, alpha, power)
+    more_users = users_still_needed(effect, lift * float(effect.control), user_count, alpha / test_count, power)
     return {"verdict": UNDECIDED, "more_users": more_users}
 
 

@@ -20,16 +20,18 @@ def report_headline(summary: Mapping[str, Any]) -> str:
         return "This run has not been evaluated yet."
     has_users = has_user_verdicts(summary)
     love_check = checks.pop(PRIMARY_OBJECTIVE, None)
-    clauses = [] if love_check is None else [_love_clause(love_check["lift"], has_users=has_users)]
-    if love_check is not None and love_check["lift"] is not None and love_check["lift"]["low"] > 0:
-        clauses[0] += _control_clause(summary)
-    clauses += _outcome_clauses(list(checks.values()))
+    # What speaks against the policy comes first: a gain that a monitor explains is not one.
+    labels = alarm_labels(gates)
+    clauses = [f"monitor alarm{'s' if len(labels) > 1 else ''}: {', '.join(labels)}"] if labels else []
+    if is_too_truncated(gates):
+        clauses.append(f"{gates['truncated_share']:.0%} of the aligned responses are cut at the token limit")
     if blind := summary.get("blind"):
         clauses.append(blind_sentence(blind))
-    if labels := alarm_labels(summary):
-        clauses.append(f"{'alarms' if len(labels) > 1 else 'alarm'}: {', '.join(labels)}")
-    if is_too_truncated(gates):
-        clauses.append(f"{gates['truncated_share']:.0%} of its responses are cut at the token limit")
+    if love_check is not None:
+        lift = love_check["lift"]
+        has_risen = lift is not None and lift["low"] > 0
+        clauses.append(_love_clause(lift, has_users=has_users) + (_control_clause(summary) if has_risen else ""))
+    clauses += _outcome_clauses(list(checks.values()))
     return f"{VERDICT_TITLES[gate_verdict(gates)]}: {'; '.join(clauses)}."
 
 
@@ -49,10 +51,9 @@ def is_too_truncated(gates: Mapping[str, Any]) -> bool:
     return any("cut at the token limit" in reason for reason in gates.get("reasons", []))
 
 
-def alarm_labels(summary: Mapping[str, Any]) -> list[str]:
-    """Display names of the monitors that raised an alarm."""
-    monitors = (summary.get("monitors") or {}).get("items", {})
-    return [monitors.get(name, {}).get("label", name) for name in summary.get("gates", {}).get("alarms", [])]
+def alarm_labels(gates: Mapping[str, Any]) -> list[str]:
+    """Display names of the monitors that raised an alarm; gates of earlier releases have their keys only."""
+    return list(gates.get("alarm_labels", gates.get("alarms", [])))
 
 
 def has_user_verdicts(summary: Mapping[str, Any]) -> bool:
@@ -76,7 +77,7 @@ def blind_sentence(blind: Mapping[str, Any]) -> str:
 def _love_clause(lift: Mapping[str, float] | None, *, has_users: bool) -> str:
     """Users love more often; a reward model only rates higher."""
     if lift is None:
-        return "love could not be compared, as the base mean is zero"
+        return "love could not be compared, as a mean is zero"
     if lift["low"] <= 0 <= lift["high"]:
         return "no clear change in simulated love" if has_users else "no clear change in P[Love]"
     subject = f"{'new simulated users love' if has_users else 'P[Love] rates'} the aligned policy"

@@ -97,7 +97,13 @@ def _list_measures(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str,
             for spec in _offline_specs(summary)
         ]
     user_measures = [
-        (verdict.summary_key, verdict.title, verdict.description, spec.name, summary[verdict.summary_key])
+        (
+            verdict.summary_key,
+            f"Simulated {verdict.title.lower()}",
+            verdict.description,
+            spec.name,
+            summary[verdict.summary_key],
+        )
         for spec in BUILTIN_OBJECTIVES.values()
         if (verdict := spec.simulated_verdict) is not None and verdict.summary_key in summary
     ]
@@ -118,7 +124,7 @@ def _offline_specs(summary: Mapping[str, Any]) -> list[ObjectiveSpec]:
 def lift_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, float]]]:
     """Rows of (measure, judged by, lift): users first, then reward models."""
     verdicts = [spec.simulated_verdict for spec in BUILTIN_OBJECTIVES.values() if spec.simulated_verdict is not None]
-    user_rows = [(v.title, "new users", summary.get(v.summary_key, {}).get("lift")) for v in verdicts]
+    user_rows = [(v.title, "simulated users", summary.get(v.summary_key, {}).get("lift")) for v in verdicts]
     model_rows = [
         (
             spec.title if spec.simulated_verdict is None else spec.simulated_verdict.title,
@@ -168,7 +174,10 @@ def comparison_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[st
     if len(comparisons) < 2:
         return [], []
     objectives = list(next(iter(comparisons.values()))["lifts"])
-    titles = [name.replace("_", " ").capitalize() for name in objectives]
+    simulated = [name for name in objectives if has_user_verdicts(summary) and name in BUILTIN_OBJECTIVES]
+    titles = [
+        f"{'simulated ' if name in simulated else ''}{name.replace('_', ' ')}".capitalize() for name in objectives
+    ]
     columns = ["Comparison", *titles, "Responses", "Users per arm"]
     rows = []
     for comparison in comparisons.values():
@@ -229,12 +238,20 @@ def monitor_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     table_rows = []
     # Older summaries have no `unit`; there `kind` is "share" for a share.
     for monitor in summary.get("monitors", {}).get("items", {}).values():
-        format_value = format_percent if monitor.get("unit", monitor["kind"]) == "share" else _format_one_digit
-        ratio = monitor.get("ratio")
+        unit, ratio, p_value = monitor.get("unit", monitor["kind"]), monitor.get("ratio"), monitor.get("p")
+        base, aligned = (
+            format_percent(monitor[arm])
+            if unit == "share"
+            else f"{monitor[arm]:.2f} {unit}".replace("-", "−")
+            if unit in ("nats", "cosine")
+            else _format_one_digit(monitor[arm])
+            for arm in ("base", "aligned")
+        )
         table_rows.append({
-            "label": monitor["label"], "base": format_value(monitor["base"]),
-            "aligned": format_value(monitor["aligned"]), "ratio": "–" if ratio is None else f"× {ratio:.2f}",
-            "z": _format_one_digit(monitor["z"], with_sign=True), "alarm": monitor["alarm"],
+            "label": monitor["label"], "detail": str(monitor.get("detail", "")).replace("->", "→"), "base": base,
+            "aligned": aligned, "ratio": "–" if ratio is None else f"× {ratio:.2f}",
+            "z": _format_one_digit(monitor["z"], with_sign=True), "p": "–" if p_value is None else f"{p_value:.3f}",
+            "alarm": monitor["alarm"],
         })  # fmt: skip
     return sorted(table_rows, key=lambda row: not row["alarm"])
 

@@ -290,6 +290,10 @@ def parse_heldout_row(line: str | bytes, location: str) -> HeldoutRow:
         raise DataError(f"{location} has neither response (with label) nor chosen and rejected as text; add them")
     if not is_pair_row(row) and row.get("label") not in (0, 1):
         raise DataError(f"{location} has label {row.get('label')!r}; expected 0 or 1")
+    for column in text_columns:
+        key = "finish_reason" if column == "response" else f"{column}_finish_reason"
+        if row.get(key) not in ("stop", "length", None):
+            raise DataError(f"{location} has {key} {row[key]!r}; expected stop or length, or leave it out")
     if not _is_conversation(row.get("messages")):
         raise DataError(f"{location} has no valid messages; expected a list of objects with text role and content")
     return row

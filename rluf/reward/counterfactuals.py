@@ -7,9 +7,9 @@ A log has each response under its own prompt only, so a model trained on it can 
 - `echo`: the user's own message returned;
 - `cut`: the start of a good response, marked as cut at the token limit.
 
-In training they are rows that are not loved (pairs: responses that lose against the chosen one). They take part neither
-in calibration nor in the base rate. On the test split the same kinds, and flattery, which no training row has, measure
-how often a model prefers the good response.
+In training the good response must score higher than they do (pairs: they lose against the chosen one). They take part
+neither in calibration nor in the base rate. On the test split the same kinds, and flattery, which no training row has,
+measure how often a model prefers the good response.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LABEL_COPY_RATES: Mapping[str, float] = {"mismatched": 2.0, "generic": 0.5, "echo": 0.25, "cut": 0.5}
+LABEL_COPY_RATES: Mapping[str, float] = {"mismatched": 1.0, "generic": 0.25, "echo": 0.1, "cut": 0.25}
 """Training rows of each kind per good row of a labeled log; a fraction is the probability of one more."""
 PAIR_COPY_RATES: Mapping[str, float] = {"mismatched": 0.5, "generic": 0.15, "echo": 0.1, "cut": 0.15}
 """The same per pair: every pair has a good response, but only a few rows of a labeled log do."""

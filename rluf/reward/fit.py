@@ -161,10 +161,16 @@ def train_ensemble(
     return members
 
 
+def _uses_counterfactuals(model_settings: RewardModelSettings) -> bool:
+    """Whether counterfactual rows are made: a fitted head (no epochs) on labels has no use for them."""
+    can_compare = model_settings.epochs > 0 or model_settings.loss == "bradley_terry"
+    return can_compare and "counterfactuals" in model_settings.debias
+
+
 def _has_truncated_rows(settings: Settings, head_data: Sequence[HeadData], world_size: int) -> bool:
     """Whether any training row of any rank is cut at the token limit, so that the model can learn to read the end."""
     has_truncated = any(
-        "counterfactuals" in settings.reward.get_head_settings(data.head).debias
+        _uses_counterfactuals(settings.reward.get_head_settings(data.head))
         or any(is_truncated(row, column) for row in data.train_rows for column in ("response", "chosen", "rejected"))
         for data in head_data
     )
@@ -350,7 +356,7 @@ def _build_task(
     log_rows, sign_off_share = records, SIGN_OFF_SHARE if "sign_offs" in head_settings.debias else 0.0
     records, copy_sources = add_sign_off_copies(log_rows, sign_off_share, is_pairwise=is_pairwise, seed=settings.seed)
     counterfactuals: list[Counterfactual] = []
-    if "counterfactuals" in head_settings.debias:
+    if _uses_counterfactuals(head_settings):
         copies, counterfactuals = make_training_copies(log_rows, is_pairwise=is_pairwise, seed=settings.seed)
         records = [*records, *copies]
         counts = Counter(counterfactual.kind for counterfactual in counterfactuals)
@@ -492,10 +498,11 @@ def _fit_head_weights(
     """Gather the features [N, H] of all ranks and fit a head; returns features, weights [H] and bias.
 
     Copies with a sign-off are not rows of the fit: the change of the logit that a sign-off causes is penalized.
+    Counterfactual copies are rows of a fit of pairs only: see rluf.reward.losses.compute_step_loss.
     """
     split = task.train_split
     first_counterfactual = len(split) - split.counterfactual_count
-    fit_rows = [*range(split.original_count), *range(first_counterfactual, len(split))]
+    fit_rows = [*range(split.original_count), *(range(first_counterfactual, len(split)) if split.is_pairwise else ())]
     fit_sequences = split.sequence_indices(fit_rows)
     sign_off_rows = range(split.original_count, first_counterfactual)
     sign_off_sources = split.copy_sources[: len(sign_off_rows)].tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional
@@ -98,3 +98,29 @@ def build_loss(model_settings: RewardModelSettings) -> LossFunction:
         "bradley_terry": pairwise_loss,
     }
     return loss_functions[model_settings.loss]
+
+
+def compute_step_loss(
+    loss_function: LossFunction,
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    weights: torch.Tensor,
+    copy_positions: Sequence[int],
+) -> torch.Tensor:
+    """Loss of a step: `loss_function` on its rows, and a comparison with the source for the rows at `copy_positions`.
+
+    `logits` are those of the rows, then those of the sources of the copies. A copy with label 0 would teach that its
+    text is bad, and it is the text of a good row. The comparison -log sigmoid(source - copy) cancels out over prompts
+    for a model that ignores them, so only reading the prompt lowers it.
+    """
+    if not copy_positions:
+        return loss_function(logits, labels, weights)
+    is_copy = torch.zeros(len(labels), dtype=torch.bool, device=logits.device)
+    is_copy[list(copy_positions)] = True
+    row_logits, source_logits = logits[: len(labels)], logits[len(labels) :]
+    comparison = -functional.logsigmoid(source_logits - row_logits[is_copy])
+    total = (weights[is_copy] * comparison).sum()
+    if not is_copy.all():
+        label_loss = loss_function(row_logits[~is_copy], labels[~is_copy], weights[~is_copy])
+        total = total + label_loss * (~is_copy).sum()
+    return total / len(labels)

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from rluf.errors import DataError, DeadlineError
 from rluf.reward.backbone import FrozenPrefix, HeadInputCapture
 from rluf.reward.calibration import compute_prior_shift, fit_pair_scale, fit_platt
-from rluf.reward.losses import LossFunction, weighted_bce_loss
+from rluf.reward.losses import LossFunction, compute_step_loss, weighted_bce_loss
 from rluf.reward.metrics import binary_entropy, log_loss
 from rluf.reward.text import EncodedItem, TextEncoder, is_truncated, iter_shared_batches, plan_token_batches
 from rluf.types import ScoringItem
@@ -125,6 +125,18 @@ class EncodedSplit:
             self.loss_factors[rows] if self.loss_factors.size else self.loss_factors,
             self.logit_offsets[sequences] if self.logit_offsets.size else self.logit_offsets,
         )
+
+    def find_contrasts(self, row_indices: Sequence[int]) -> list[tuple[int, int]]:
+        """(position among `row_indices`, source row) of the counterfactual copies of a labeled split.
+
+        Empty for pairs, whose loss compares the copy with its source already.
+        """
+        first_copy = len(self) - self.counterfactual_count
+        return [
+            (position, int(self.copy_sources[row - self.original_count]))
+            for position, row in enumerate(row_indices)
+            if row >= first_copy and not self.is_pairwise
+        ]
 
     @property
     def source_ids(self) -> NDArray[np.int64]:
@@ -427,14 +439,17 @@ class RewardModelTrainer:
         self, engine: TrainEngine, task: HeadTask, loss_weights: Floats, row_indices: Sequence[int]
     ) -> torch.Tensor:
         """One optimizer step on these rows of the task; returns its loss."""
-        split, sequence_indices = task.train_split, task.train_split.sequence_indices(row_indices)
+        split, contrasts = task.train_split, task.train_split.find_contrasts(row_indices)
+        sequence_indices = [*split.sequence_indices(row_indices), *(source for _, source in contrasts)]
         frozen_states = self._get_frozen_states(split)
         with self._replay_prefix(frozen_states):
             logits = self._compute_logits(engine, split, sequence_indices, frozen_states)[:, task.head_index]
             if split.logit_offsets.size:
                 logits = logits + self._to_tensor(split.logit_offsets[sequence_indices])
             labels, weights = self._to_tensor(split.labels[row_indices]), self._to_tensor(loss_weights[row_indices])
-            loss = task.loss_function(logits, labels, weights)
+            loss = compute_step_loss(
+                task.loss_function, logits, labels, weights, [position for position, _ in contrasts]
+            )
             engine.backward(loss)
         engine.step()
         return loss.detach()

@@ -303,7 +303,7 @@ def _engine_fingerprint(policy_folder: Path) -> str:
 
     Raises ModelError for a folder without a policy.
     """
-    from rluf.algorithms.policy_io import COMPANION_FILE_PATTERNS
+    from rluf.algorithms.policy_model import COMPANION_FILE_PATTERNS
 
     if not (policy_folder / "config.json").is_file():
         raise ModelError(f"{policy_folder} has no config.json; name a policy's Hugging Face folder in serve.policies")

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rluf.config.settings import Settings
     from rluf.simulate.log import ServedResponse
     from rluf.simulate.styles import ServingOrder
-    from rluf.train.actor_groups import ActorGroups
+    from rluf.train.actor_calls import ActorGroups
     from rluf.types import Prompt
 
 logger = logging.getLogger("rluf.simulate")
@@ -51,7 +51,7 @@ async def sample_responses(
     An engine samples at one temperature, so the versions are grouped by temperature, each group on new engines.
     """
     from rluf.models.hub import load_tokenizer, render_prompt
-    from rluf.train.actor_groups import ActorSupervisor
+    from rluf.train.actor_supervisor import ActorSupervisor
     from rluf.types import Prompt
 
     tokenizer = load_tokenizer(model_path)

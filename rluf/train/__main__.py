@@ -88,9 +88,7 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--resume", action="store_true", help="resume from the newest checkpoint; the same as run.resume=latest"
-    )
+    parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint (run.resume=latest)")
     parser.add_argument(
         "--profile",
         metavar="steps=N",

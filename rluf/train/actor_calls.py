@@ -1,12 +1,13 @@
-"""Calls to actors with a deadline, and translation of Ray's errors."""
+"""The actors of a run as the driver sees them: handles by role, calls with a deadline, the phase of shared GPUs."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import re
+import time
 from collections.abc import Awaitable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import ray
@@ -22,6 +23,8 @@ from ray.exceptions import (
     RayTaskError,
 )
 
+from rluf.backends.colocation import GpuPhase, PhaseAction, phase_transitions
+from rluf.config.settings import Settings
 from rluf.errors import ActorError, ActorLostError, DeadlineError, ResourceError, RlufError
 
 logger = logging.getLogger(__name__)
@@ -44,6 +47,34 @@ class ActorRef:
 
     def __str__(self) -> str:
         return f"{self.role} {self.index}" + (f", start {self.restarts + 1}" if self.restarts else "")
+
+
+@dataclass(slots=True)
+class ActorGroups:
+    """All actors of a run by role.
+
+    `reward_pools` has one pool per objective; objectives that share a backbone have one pool, under the first of them.
+    """
+
+    rollout_actors: list[ActorRef] = field(default_factory=list)
+    reward_pools: dict[str, list[ActorRef]] = field(default_factory=dict)
+    learner_actors: list[ActorRef] = field(default_factory=list)
+    phase: GpuPhase = "generate"
+    """Phase of the GPUs that engines and learners share; constant where each has GPUs of its own."""
+    phase_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Acquired for each change of the phase."""
+
+    @property
+    def all_actors(self) -> list[ActorRef]:
+        """Every actor of the run."""
+        reward_actors = [actor for pool in self.reward_pools.values() for actor in pool]
+        return [*self.rollout_actors, *reward_actors, *self.learner_actors]
+
+    def pool_of(self, actor: ActorRef) -> list[ActorRef]:
+        """The list of interchangeable actors that `actor` belongs to; changes to it are seen by every user."""
+        if actor.objective:
+            return self.reward_pools[actor.objective]
+        return self.rollout_actors if actor.role == "rollout" else self.learner_actors
 
 
 async def call_with_timeout(call: Awaitable[Any], timeout_s: float, caller_label: str) -> Any:
@@ -111,6 +142,31 @@ async def gather_calls(
         if isinstance(result, BaseException):
             raise result
     return list(results)
+
+
+async def switch_gpu_phase(settings: Settings, actor_groups: ActorGroups, phase: GpuPhase) -> float:
+    """Offload one side of colocated GPUs and load the other for `phase`; returns the seconds it took.
+
+    Does nothing where engines and learners have GPUs of their own. Raises DeadlineError past timeouts.call_s,
+    naming the actor and what it was doing.
+    """
+    if not settings.is_colocated:
+        return 0.0
+    start_time = time.monotonic()
+    async with actor_groups.phase_lock:
+        for phase_action in phase_transitions(actor_groups.phase, phase):
+            await _run_phase_action(settings, actor_groups, phase_action)
+        actor_groups.phase = phase
+    return time.monotonic() - start_time
+
+
+async def _run_phase_action(settings: Settings, actor_groups: ActorGroups, phase_action: PhaseAction) -> None:
+    on_engines = phase_action.action in ("sleep", "wake")
+    actors = actor_groups.rollout_actors if on_engines else actor_groups.learner_actors
+    arguments = (phase_action.components,) if phase_action.components else ()
+    calls = [(actor, getattr(actor.handle, phase_action.action).remote(*arguments)) for actor in actors]
+    activity = f"GPU phase: {phase_action.action} {' '.join(phase_action.components)}".rstrip()
+    await gather_calls(calls, settings.timeouts.call_s, activity)
 
 
 async def fetch_group(group_ref: Any) -> Any:

@@ -27,11 +27,11 @@ from rluf.checkpoint.format import ControllerState
 from rluf.config.derived import group_objectives_by_pool
 from rluf.objectives.aggregator import GroupScores, RewardAggregator, StepRewards
 from rluf.tracking.timeline import STEPS_ROW, RunTimeline, ray_timeline_span
-from rluf.train.actor_calls import ActorRef, fetch_group
-from rluf.train.actor_groups import ActorSupervisor, switch_gpu_phase
+from rluf.train.actor_calls import ActorRef, fetch_group, switch_gpu_phase
+from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.fault_tolerance import ActorCalls, ActorRestarter, RestartBudget
 from rluf.train.policy_update import PlannedUpdate, PolicyUpdater
-from rluf.train.prompt_store import prompt_topics
+from rluf.train.prompts import prompt_topics
 from rluf.train.weight_sync import WeightSync
 from rluf.train.work_buffer import CountingIterator, ScoredGroup, WorkBuffer, compute_admission_capacity, prompt_order
 
@@ -120,7 +120,7 @@ class TrainController:
         self.last_batch_refs: list[ObjectRef[Group]] = []
         """The groups of the last step, in the object store."""
         self._engine_start_version = 0
-        self._adapter_sync_pending = False
+        self._adapter_sync_pending = self._is_probe_ready = False
         self.snapshot = self.state()
         """State after the last whole step: what a checkpoint stores, whatever has been admitted since."""
 
@@ -171,7 +171,9 @@ class TrainController:
         Responses of the first step's `probe_ref` are those on which every sync compares learner and engines.
         """
         phase_start = time.monotonic()
-        await self.weight_sync.prepare_probe(probe_ref)
+        if not self._is_probe_ready:
+            await self.weight_sync.prepare_probe(probe_ref)
+            self._is_probe_ready = True  # engines that join later are measured when they get their weights
         async with self._engine_restarts_blocked():
             with ray_timeline_span(f"learn, step {step}"):
                 metrics = await self.policy_updater.apply_update(step, await plan_update())
@@ -346,9 +348,7 @@ class TrainController:
     def _collect_sample_values(
         self, batch: Sequence[ScoredGroup], step_rewards: StepRewards
     ) -> dict[str, list[list[float]]]:
-        sample_values = {
-            name: [[score.value for score in group.scores[name]] for group in batch] for name in batch[0].scores
-        }
+        sample_values = {name: [[s.value for s in group.scores[name]] for group in batch] for name in batch[0].scores}
         sample_values["reward"] = [list(row) for row in step_rewards.rewards]
         sample_values["response_length"] = [[*map(float, group.info.response_token_counts)] for group in batch]
         sample_kl = self.policy_updater.sample_kl

@@ -12,7 +12,7 @@ from rluf.config.settings import Settings
 from rluf.evaluate.control import describe_base_draw
 from rluf.models.hub import load_tokenizer
 from rluf.tracking.console import PhaseProgress
-from rluf.train.actor_groups import ActorSupervisor
+from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.controller import TrainController
 from rluf.train.prompts import load_prompts
 from rluf.types import ALIGNED_ARM, BASE_ARM, Group, PolicyAnswer, Prompt, TrainResult

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from rluf.errors import ActorError, ActorLostError
 from rluf.train.actor_calls import ActorRef, call_with_timeout
-from rluf.train.actor_groups import ActorSupervisor
+from rluf.train.actor_supervisor import ActorSupervisor
 
 if TYPE_CHECKING:
     from rluf.tracking.timeline import RunTimeline

@@ -20,7 +20,7 @@ from rluf.errors import ActorLostError, DataError, RewardHackingError
 from rluf.evaluate.alarms import AlarmAction, MonitorAlarm, MonitorCheck, TrainingAlarms, decide_action
 from rluf.evaluate.monitors import MonitorSample
 from rluf.train.actor_calls import fetch_group
-from rluf.train.prompt_store import prompt_topics
+from rluf.train.prompts import prompt_topics
 from rluf.train.work_buffer import prompt_order
 from rluf.types import Group, Prompt
 

@@ -22,7 +22,7 @@ from rluf.tracking.console import PhaseProgress
 from rluf.tracking.gauges import RunGauges
 from rluf.tracking.metric_registry import add_token_rate
 from rluf.tracking.wandb import WandbTracker
-from rluf.train.actor_groups import ActorSupervisor
+from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.checkpoint_manager import CheckpointManager, sigterm_event
 from rluf.train.controller import TrainController
 from rluf.train.evaluation import generate_aligned_arm, generate_base_arms
@@ -30,8 +30,7 @@ from rluf.train.fault_tolerance import RestartBudget
 from rluf.train.hacking_monitor import RewardHackingMonitor
 from rluf.train.offline import OfflineTrainer, load_reactions
 from rluf.train.profiling import StepProfiler
-from rluf.train.prompt_store import load_training_prompts
-from rluf.train.prompts import load_demonstrations, load_prompts
+from rluf.train.prompts import load_demonstrations, load_prompts, load_training_prompts
 from rluf.train.sample_table import log_sample_table, should_log_samples
 from rluf.types import Group, Prompt, TrainResult
 from rluf.utils.files import JsonlWriter, write_jsonl
@@ -102,11 +101,9 @@ async def run_training(
                 ) as supervisor:
                     _record_phase(result, "start", phase_start)
                     controller = TrainController(settings, supervisor, prompts, demonstrations, restart_budget=budget)
-                    run_step = (
-                        controller.run_step if reactions is None else OfflineTrainer(controller, reactions).run_step
-                    )
+                    trainer = controller if reactions is None else OfflineTrainer(controller, reactions)
                     run = TrainingRun(
-                        settings, controller, run_step, checkpoints, tracker, result, monitor, profile_steps
+                        settings, controller, trainer.run_step, checkpoints, tracker, result, monitor, profile_steps
                     )
                     try:
                         await supervisor.run_monitored(_run_from_checkpoint(run, resume_from, test_prompts))

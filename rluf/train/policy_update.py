@@ -14,8 +14,7 @@ from rluf.algorithms.packing import MicroBatch, plan_micro_batches
 from rluf.algorithms.registry import LearnerInputs, build_learner_inputs, mask_truncated, requires_reference_kl
 from rluf.checkpoint.format import POLICY_FOLDER
 from rluf.errors import ActorError, ActorLostError
-from rluf.train.actor_calls import gather_calls, put_object
-from rluf.train.actor_groups import switch_gpu_phase
+from rluf.train.actor_calls import gather_calls, put_object, switch_gpu_phase
 from rluf.train.work_buffer import CountingIterator, prompt_order
 
 if TYPE_CHECKING:
@@ -25,8 +24,7 @@ if TYPE_CHECKING:
     from rluf.config.settings import Settings
     from rluf.objectives.aggregator import StepRewards
     from rluf.tracking.timeline import RunTimeline
-    from rluf.train.actor_calls import ActorRef
-    from rluf.train.actor_groups import ActorGroups
+    from rluf.train.actor_calls import ActorGroups, ActorRef
     from rluf.train.work_buffer import ScoredGroup
     from rluf.types import Group, GroupInfo
 
@@ -142,9 +140,8 @@ class PolicyUpdater:
         kl_by_rank = await self.call_learners("reading each sample's KL", lambda actor: actor.handle.sample_kl.remote())
         self.sample_kl = {(group, sample): kl for rank in kl_by_rank for group, sample, kl in rank}
         metrics["kl_coef"] = self.kl_coef
-        self.kl_coef = update_kl_coef(
-            self.kl_coef, metrics["kl"], self._settings.algorithm.kl_target, update.response_count
-        )
+        target = self._settings.algorithm.kl_target
+        self.kl_coef = update_kl_coef(self.kl_coef, metrics["kl"], target, update.response_count)
         return metrics
 
     def plan_micro_batches(self, infos: Sequence[GroupInfo]) -> list[list[MicroBatch]]:
@@ -187,9 +184,7 @@ class PolicyUpdater:
                 # When one rank dies, another may fail first in a collective call. The loss is what a restart can fix,
                 # so look for it before the failure is raised. Health checks have a thread of their own, so ranks that
                 # still hang in the call answer too.
-                checks = [
-                    (actor, actor.handle.health.options(concurrency_group="health").remote()) for actor in learners
-                ]
+                checks = [(a, a.handle.health.options(concurrency_group="health").remote()) for a in learners]
                 await gather_calls(checks, HEALTH_TIMEOUT_S, "health")
             raise
 

@@ -8,10 +8,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from rluf.algorithms.sync_check import ProbeLogprobs, find_sync_problem
-from rluf.backends.colocation import is_colocated
 from rluf.errors import WeightSyncError
-from rluf.train.actor_calls import fetch_group, gather_calls
-from rluf.train.actor_groups import ActorGroups, switch_gpu_phase
+from rluf.train.actor_calls import ActorGroups, fetch_group, gather_calls, switch_gpu_phase
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -151,7 +149,7 @@ class WeightSync:
     async def _read_probe_logprobs(self) -> dict[str, ProbeLogprobs]:
         """Log-probabilities of the probe by the learner and by each engine; in turn where they share GPUs."""
         settings, actor_groups = self._settings, self._actor_groups
-        if not is_colocated(settings):
+        if not settings.is_colocated:
             learner_rows, engine_rows = await asyncio.gather(self._learner_logprobs(), self._engine_logprobs())
         elif actor_groups.phase == "generate":
             # Start with the side that is on the GPUs now: one phase switch instead of two.
@@ -174,9 +172,8 @@ class WeightSync:
 
     async def _engine_logprobs(self) -> list[list[Any]]:
         """The engines' log-probabilities [responses][engines][tokens]."""
-        calls = (
-            self._call_engines("probe_logprobs", self._probe_prompt_ids, response) for response in self._probe_responses
-        )
+        prompt_ids, responses = self._probe_prompt_ids, self._probe_responses
+        calls = (self._call_engines("probe_logprobs", prompt_ids, response) for response in responses)
         return list(await asyncio.gather(*calls))
 
     async def _call_learners(self, method: str, *args: object) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rluf.errors import DeadlineError
 from rluf.objectives.aggregator import GroupScores, compute_signal
-from rluf.train.prompt_store import prompt_ids
+from rluf.train.prompts import prompt_ids
 
 if TYPE_CHECKING:
     from ray import ObjectRef
@@ -36,8 +36,7 @@ class ScoredGroup:
     def group_scores(self, uncertainty_penalty: float, *, penalize_truncated: bool = False) -> GroupScores:
         """The aggregator's view of this group; `uncertainty_penalty` see rluf.objectives.aggregator.compute_signal."""
         signals = {
-            name: [compute_signal(score, uncertainty_penalty) for score in scores]
-            for name, scores in self.scores.items()
+            name: [compute_signal(s, uncertainty_penalty) for s in scores] for name, scores in self.scores.items()
         }
         finished = self.info.finished if penalize_truncated else ()
         return GroupScores(self.info.prompt_id, self.info.topic, signals, self.info.passed_judges, finished)

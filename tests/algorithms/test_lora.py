@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from rluf.algorithms.policy_io import load_policy
+from rluf.algorithms.policy_model import load_policy
 from rluf.backends.deepspeed import gather_parameters
 from rluf.models.hub import resolve_model
 from rluf.models.lora import find_lora_adapters

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from rluf.algorithms.logprobs import compute_target_logprobs
 from rluf.algorithms.losses import (
     METRIC_SUM_NAMES,
     POLICY_LOSSES,
@@ -22,6 +21,7 @@ from rluf.algorithms.losses import (
     update_kl_coef,
 )
 from rluf.algorithms.packing import PackedBatch
+from rluf.algorithms.policy_model import compute_target_logprobs
 from rluf.config.policy import AlgorithmSettings
 from rluf.errors import SettingsError
 

@@ -12,10 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from rluf.algorithms.logprobs import compute_response_logprobs
 from rluf.algorithms.losses import compute_policy_loss
 from rluf.algorithms.packing import MicroBatch, pack_micro_batch, plan_micro_batches
-from rluf.algorithms.policy_io import load_policy
+from rluf.algorithms.policy_model import compute_response_logprobs, load_policy
 from rluf.config.policy import AlgorithmSettings
 from rluf.errors import ModelError
 from rluf.models.hub import resolve_model

@@ -11,9 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from rluf.algorithms.logprobs import compute_response_logprobs
 from rluf.algorithms.packing import pack_micro_batch
-from rluf.algorithms.policy_io import load_policy
+from rluf.algorithms.policy_model import compute_response_logprobs, load_policy
 from rluf.algorithms.sync_check import ProbeLogprobs, find_sync_problem
 from rluf.models.hub import resolve_model
 from rluf.types import Group, Prompt, Sample

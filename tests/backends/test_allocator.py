@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import ray
 
-from rluf.backends.colocation import KEEP_FREED_MALLOC_CONF
+from rluf.utils.host_memory import KEEP_FREED_MALLOC_CONF
 
 SCRIPT = """
 import torch
-from rluf.backends.colocation import release_freed_memory
+from rluf.utils.host_memory import release_freed_memory
 
 def resident_mib():
     with open("/proc/self/statm") as file:

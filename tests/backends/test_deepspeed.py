@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rluf.algorithms.policy_io import load_policy
+from rluf.algorithms.policy_model import load_policy
 from rluf.backends import deepspeed as ds
 from rluf.backends.colocation import OPTIMIZER_STATES_TAG, WEIGHTS_TAG
 from rluf.errors import ModelError, ResourceError

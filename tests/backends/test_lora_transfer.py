@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from rluf.algorithms.policy_io import load_policy
+from rluf.algorithms.policy_model import load_policy
 from rluf.backends.vllm.engine import RolloutEngine, set_vllm_environment
 from rluf.backends.weight_transfer.lora import (
     LoraSender,

@@ -40,8 +40,8 @@ def run_folder(tmp_path: Path) -> Path:
     write_answers(tmp_path, make_answers())
     check = {"name": "love", "gate": "must_rise", "status": "pass", "limit": 0.0, "judged_by": "reward models",
              "lift": {"mean": 0.2, "low": 0.1, "high": 0.3}}  # fmt: skip
-    gates = {"verdict": "pass", "checks": [check], "alarms": [], "truncated_share": 0.0, "reasons": [], "rule": "",
-             "judged_by": "reward models"}  # fmt: skip
+    gates = {"verdict": "pass", "checks": [check], "alarms": [], "alarm_labels": [], "truncated_share": 0.0,
+             "reasons": [], "rule": "", "judged_by": "reward models"}  # fmt: skip
     write_json(tmp_path / "summary.json", {"name": "quickstart", "gates": gates})
     return tmp_path
 

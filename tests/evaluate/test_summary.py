@@ -120,11 +120,11 @@ def test_a_fall_in_helpfulness_an_alarm_and_truncation_do_not_pass_and_the_headl
     assert hacked["gates"]["verdict"] == "fail"
     assert "unprompted_farewell" in hacked["gates"]["alarms"]
     headline = report_headline(hacked)
-    assert headline.startswith("Fail: new simulated users love the aligned policy") and "alarms: " in headline
-    assert "Farewell that the user did not start" in headline
+    assert headline.startswith("Fail: monitor alarms: ") and "Farewell that the user did not start" in headline
+    assert "new simulated users love the aligned policy" in headline
     truncated = summarize(base, make_arm(2, 0.09, truncated_share=0.3))
     assert truncated["gates"]["verdict"] != "pass"
-    assert report_headline(truncated).endswith("30% of its responses are cut at the token limit.")
+    assert "30% of the aligned responses are cut at the token limit" in report_headline(truncated)
 
 
 def test_a_base_without_hearts_has_no_lift_and_does_not_pass() -> None:
@@ -132,7 +132,7 @@ def test_a_base_without_hearts_has_no_lift_and_does_not_pass() -> None:
     assert summary["love_rate"]["lift"] is None
     assert summary["love_rate"]["base"]["high"] > 0
     assert summary["gates"]["verdict"] == "undecided"
-    assert "its base mean is zero" in summary["gates"]["reasons"][0]
+    assert "a mean is zero" in summary["gates"]["reasons"][0]
 
 
 def test_few_users_decide_nothing() -> None:
@@ -149,7 +149,9 @@ def test_control_and_second_draw_tell_alignment_from_sharpening() -> None:
     aligned = summarize(base, make_arm(2, 0.09), base_repeat=repeat, control=make_arm(4, 0.06))
     assert "also compared with a base of equal entropy" in report_headline(aligned)
     columns, rows = comparison_rows(aligned)
-    assert columns == ["Comparison", "Love", "Helpfulness", "Safety", "Responses", "Users per arm"]
+    assert columns == [
+        "Comparison", "Simulated love", "Simulated helpfulness", "Simulated safety", "Responses", "Users per arm",
+    ]  # fmt: skip
     assert [row[-2:] for row in rows] == [["480 and 480", "2,000"]] * 3
     assert repeat_sentence(aligned).startswith("The A/A row includes zero everywhere")
     other_draw = summarize(base, make_arm(2, 0.09), base_repeat=make_arm(3, 0.12))

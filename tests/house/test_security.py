@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rluf.algorithms.policy_io import load_policy
+from rluf.algorithms.policy_model import load_policy
 from rluf.config.settings import Settings
 from rluf.errors import ModelError
 from rluf.models.hub import resolve_model

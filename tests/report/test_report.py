@@ -241,11 +241,12 @@ def test_the_headline_names_alarms_and_truncation() -> None:
     summary["gates"] |= {
         "verdict": "fail",
         "alarms": ["farewell"],
+        "alarm_labels": ["Farewell"],
         "truncated_share": 0.46,
         "reasons": ["monitor alarm: farewell", "46% of the aligned responses are cut at the token limit"],
     }
-    assert headline.report_headline(summary).endswith(
-        "; alarm: Farewell; 46% of its responses are cut at the token limit."
+    assert headline.report_headline(summary).startswith(
+        "Fail: monitor alarm: Farewell; 46% of the aligned responses are cut at the token limit; new simulated users "
     )
     assert headline.format_verdict(summary["gates"]) == (
         "✕ Fail: monitor alarm: farewell; 46% of the aligned responses are cut at the token limit"

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from rluf.reward.calibration import Calibration, compute_prior_shift
 from rluf.reward.counterfactuals import (
@@ -21,6 +22,7 @@ from rluf.reward.counterfactuals import (
     measures_prompt_fit,
 )
 from rluf.reward.fit import fit_nuisance_offsets
+from rluf.reward.losses import compute_step_loss, weighted_bce_loss
 from rluf.reward.model import RewardModel
 from rluf.reward.text import EncodedItem
 from rluf.reward.trainer import EncodedSplit
@@ -46,7 +48,7 @@ def build_rows(count: int, *, loved_share: float = 0.5) -> list[dict[str, Any]]:
 def test_copies_are_labeled_worse_and_keep_user_and_weight_of_their_source() -> None:
     rows = build_rows(120)
     copies, counterfactuals = make_training_copies(rows, is_pairwise=False, seed=1)
-    assert len(copies) == len(counterfactuals) > 100
+    assert len(copies) == len(counterfactuals) > 50
     for copy, made in zip(copies, counterfactuals, strict=True):
         source = rows[made.source_index]
         assert source["label"] == 1
@@ -210,3 +212,25 @@ def test_prompt_fit_is_measured_with_a_real_model(tmp_path: Path) -> None:
     model = RewardModel.load(path, batch_tokens=2048)
     report = measure_prompt_fit(model, build_rows(40), is_pairwise=False, seed=0)
     assert all(0 <= share["low"] <= share["mean"] <= share["high"] <= 1 for share in report["shares"].values())
+
+
+def test_a_comparison_of_copies_cancels_out_for_a_model_that_ignores_the_prompt() -> None:
+    # Two good rows with logits that depend on the text only, and each one's text under the other's prompt.
+    text_logits = torch.tensor([0.3, -0.2], requires_grad=True)
+    rows, copies, sources = text_logits, text_logits.flip(0), text_logits
+    logits = torch.cat([rows, copies, sources])
+    labels, weights = torch.tensor([1.0, 1, 0, 0]), torch.ones(4)
+    loss = compute_step_loss(weighted_bce_loss, logits, labels, weights, [2, 3])
+    comparison = np.log1p(np.exp(-0.5)) + np.log1p(np.exp(0.5))
+    label_loss = np.log1p(np.exp(-0.3)) + np.log1p(np.exp(0.2))
+    assert float(loss.detach()) == pytest.approx((comparison + label_loss) / 4, abs=1e-6)
+    (gradient,) = torch.autograd.grad(loss - weighted_bce_loss(rows, labels[:2], weights[:2]) / 2, text_logits)
+    # Equal texts get opposite gradients from the two prompts: the mean logit does not move.
+    assert float(gradient.sum()) == pytest.approx(0.0, abs=1e-6)
+    only_copies = compute_step_loss(weighted_bce_loss, logits[2:], labels[2:], weights[2:], [0, 1])
+    assert float(only_copies.detach()) == pytest.approx(comparison / 2, abs=1e-6)
+
+
+def test_only_copies_of_a_labeled_split_are_compared_with_their_sources() -> None:
+    split = build_split_with_copies()
+    assert split.find_contrasts([0, 4, 6, 5]) == [(2, 3), (3, 1)]

@@ -98,6 +98,35 @@ def test_an_ensemble_of_probes_ranks_is_calibrated_and_has_a_card(
     assert all(score.spread > 0 for score in warm_scores)
 
 
+def test_counterfactual_pairs_train_but_do_not_calibrate(data_folder: Path, tmp_path: Path) -> None:
+    head_data = [load_head_data(data_folder, "helpfulness")]
+    plain, debiased = (
+        train_ensemble(build_settings(tmp_path, debias=debias), head_data, math.inf)[0]
+        for debias in ([], ["counterfactuals"])
+    )
+    assert len(debiased.tasks[0].dev_split) == len(plain.tasks[0].dev_split)
+    assert not np.allclose(debiased.fit_results[0].dev_logits, plain.fit_results[0].dev_logits)
+    settings = build_settings(tmp_path, debias=["counterfactuals"])
+    model = export_and_load(settings, data_folder, "helpfulness", [debiased], tmp_path / "out")
+    card = read_card(tmp_path / "out")
+    assert card["training"]["train_rows"] == len(head_data[0].train_rows)
+    assert card["training"]["counterfactual_copies"] > 10
+    assert {"echo", "flattery", "cut"} <= set(card["prompt_fit"]["shares"])
+    assert card["truncation"]["test"]["cut_share"] == 0
+    # Cut copies were read in training, so the model distinguishes a cut response from a finished one.
+    assert model.calibration.mark_truncated
+    question: list[Message] = [{"role": "user", "content": "How was the day?"}]
+    items = [ScoringItem(question, "Oh, it", is_truncated) for is_truncated in (False, True)]
+    assert len({score.raw_logit for score in model.score(items, "helpfulness")}) == 2
+
+
+def test_a_head_fitted_on_labels_has_no_counterfactual_rows(data_folder: Path, tmp_path: Path) -> None:
+    settings = build_settings(tmp_path, debias=["counterfactuals"])
+    (member,) = train_ensemble(settings, [load_head_data(data_folder, "love")], math.inf)
+    assert member.tasks[0].train_split.counterfactual_count == 0
+    assert not member.encoder.mark_truncated
+
+
 @DTYPES
 @pytest.mark.parametrize("objective", ["love", "helpfulness"])
 def test_the_mean_of_members_with_a_shared_head_is_its_logit_and_has_no_spread(

@@ -26,6 +26,11 @@ MESSAGES = [{"role": "user", "content": "Hi"}]
         ({"messages": MESSAGES, "chosen": "x"}, "neither response"),
         ({"messages": "Hi", "response": "x", "label": 1}, "no valid messages"),
         ({"messages": [{"role": "user"}], "response": "x", "label": 1}, "no valid messages"),
+        ({"messages": MESSAGES, "response": "x", "label": 1, "finish_reason": "eos"}, "finish_reason 'eos'"),
+        (
+            {"messages": MESSAGES, "chosen": "x", "rejected": "", "rejected_finish_reason": 1},
+            "rejected_finish_reason 1",
+        ),
     ],
 )
 def test_errors_name_the_line_of_an_invalid_row(row: Any, message: str) -> None:

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow.parquet as pq
 import pytest
 
 from rluf.config.settings import Settings
 from rluf.serve.api import ApiError, ChatRequest, FeedbackRequest
+from rluf.serve.app import make_app
 from rluf.serve.application import build_scorer_config, configured_reward_folders
 from rluf.serve.deployments import BatchLimits, FeedbackWriter, GatewayDeployment, ScorerDeployment
 from rluf.serve.policy_deployment import ChatCompletion, PolicyDeployment
 from rluf.types import Message
 from rluf.utils.hashing import hash_user_id
+from tests.call_recorder import list_walk, read_walk, start_recording, stop_recording
 from tests.serve.conftest import OBJECTIVES, SALT, make_items, make_rules, score_offline
+
+MAX_REQUEST_FILES = 10
 
 
 class LocalGateway(GatewayDeployment):
@@ -84,6 +91,20 @@ async def test_the_gateway_scores_with_the_live_scorer(gateway: GatewayDeploymen
             score = scored_item.scores[name]
             assert (score.value, score.raw_logit) == pytest.approx(expected[name], abs=1e-4)
     assert [model.id for model in await gateway.list_models()] == ["reward-live", "echo"]
+
+
+async def test_a_served_request_enters_the_files_of_the_page(gateway: GatewayDeployment) -> None:
+    (item,) = make_items(1)
+    transport = httpx.ASGITransport(make_app(gateway))
+    async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+        # The scorer's thread pool has threads from before; those of a new pool start with the recorder.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor())
+        start_recording()
+        reply = await client.post("/v1/score", json={"messages": item.messages, "response": item.response})
+        walk = list_walk(stop_recording())
+    assert set(reply.json()["scores"]) == set(OBJECTIVES)
+    assert sorted(walk) == sorted(read_walk("A served request"))
+    assert len(walk) <= MAX_REQUEST_FILES
 
 
 async def test_a_chat_is_logged_and_its_reaction_stored(

@@ -9,8 +9,8 @@ from typing import Any, cast
 import pytest
 
 from rluf.errors import ActorError, ActorLostError
-from rluf.train.actor_calls import ActorRef
-from rluf.train.actor_groups import ActorGroups, ActorSupervisor
+from rluf.train.actor_calls import ActorGroups, ActorRef
+from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.fault_tolerance import ActorRestarter, RestartBudget
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from rluf.config.load import load_settings
 from rluf.errors import ActorError, DeadlineError
-from rluf.train.actor_groups import ActorSupervisor
+from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.controller import MAX_DROPPED_BATCHES, TrainController
 from rluf.train.work_buffer import CountingIterator, ScoredGroup, WorkBuffer, prompt_order
 from rluf.types import GroupInfo, Prompt, Score

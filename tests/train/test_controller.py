@@ -15,7 +15,7 @@ from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.models.hub import load_tokenizer, render_prompt, resolve_model
 from rluf.objectives.judges import list_failed_judges
-from rluf.train.actor_groups import ActorSupervisor
+from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.controller import TrainController
 from rluf.train.offline import OfflineTrainer, ReactionGroups
 from rluf.train.sample_table import collect_samples

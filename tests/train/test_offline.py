@@ -9,7 +9,7 @@ import pytest
 from rluf.algorithms.advantages import SampleKL
 from rluf.config.load import load_settings
 from rluf.errors import DataError
-from rluf.train.actor_groups import ActorSupervisor
+from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.controller import TrainController
 from rluf.train.offline import OfflineTrainer, ReactionGroups, mismatched_pairs, offline_advantage_inputs
 from rluf.types import Group, Prompt, Sample

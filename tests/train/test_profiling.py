@@ -16,8 +16,8 @@ import torch
 from rluf.config.policy import AlgorithmSettings
 from rluf.config.settings import Settings
 from rluf.tracking.timeline import TorchProfiler, ray_timeline_span
-from rluf.train.actor_calls import ActorRef
-from rluf.train.actor_groups import ActorGroups, ActorSupervisor
+from rluf.train.actor_calls import ActorGroups, ActorRef
+from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.controller import StepTimer, TrainController
 from rluf.train.profiling import StepProfiler
 from rluf.types import Group, GroupInfo, Prompt, Sample, Score

@@ -13,8 +13,15 @@ from rluf.config.settings import Settings
 from rluf.errors import DataError
 from rluf.models.hub import load_tokenizer, resolve_model
 from rluf.train.offline import load_reactions
-from rluf.train.prompt_store import CACHED_BLOCK_COUNT, PromptStore, load_training_prompts, prompt_ids, prompt_topics
-from rluf.train.prompts import load_demonstrations, load_prompts
+from rluf.train.prompts import (
+    CACHED_BLOCK_COUNT,
+    PromptStore,
+    load_demonstrations,
+    load_prompts,
+    load_training_prompts,
+    prompt_ids,
+    prompt_topics,
+)
 
 
 def make_row(name: str, topic: str, response: str, label: int) -> dict[str, Any]:

@@ -26,8 +26,8 @@ from rluf.checkpoint.format import RunCheckpoint
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.models.hub import load_tokenizer, render_prompt, resolve_model
-from rluf.train.actor_calls import ActorRef
-from rluf.train.actor_groups import ActorGroups, ActorSupervisor
+from rluf.train.actor_calls import ActorGroups, ActorRef
+from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.checkpoint_manager import CheckpointManager
 from rluf.train.controller import TrainController
 from rluf.train.offline import OfflineTrainer, ReactionGroups

@@ -15,8 +15,8 @@ from rluf.checkpoint.format import RunCheckpoint, RunState
 from rluf.config.settings import Settings
 from rluf.errors import ActorLostError
 from rluf.tracking.wandb import WandbTracker
-from rluf.train.actor_calls import ActorRef
-from rluf.train.actor_groups import ActorGroups, ActorSupervisor
+from rluf.train.actor_calls import ActorGroups, ActorRef
+from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.checkpoint_manager import CheckpointManager
 from rluf.train.controller import TrainController
 from rluf.train.fault_tolerance import ActorCalls, ActorRestarter, RestartBudget

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.models.hub import load_tokenizer, render_prompt, resolve_model
-from rluf.train.actor_groups import ActorSupervisor
+from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.controller import TrainController
 from rluf.types import Group, Message, Prompt
 

@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from rluf.backends.colocation import is_colocated
 from rluf.backends.weight_transfer.lora import (
     build_zero_adapter,
     check_adapter,
@@ -362,7 +361,7 @@ class RolloutEngine:
             tensor_parallel_size=self.settings.tensor_parallel,
             distributed_executor_backend=RlufUniProcExecutor if self.settings.tensor_parallel == 1 else "mp",
             worker_extension_cls=f"{RlufWorkerExtension.__module__}.{RlufWorkerExtension.__qualname__}",
-            enable_sleep_mode=is_colocated(self.settings),
+            enable_sleep_mode=self.settings.is_colocated,
             seed=self.settings.seed,
             disable_log_stats=True,
             **device_args,

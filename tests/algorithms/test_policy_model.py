@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from rluf.algorithms.policy_io import load_policy
+from rluf.algorithms.policy_model import load_policy
 from rluf.errors import ModelError, ResourceError
 from rluf.utils.files import atomic_folder, build_write_error
 

@@ -1,6 +1,6 @@
-"""Actors of a run: handles by role, the phase of shared GPUs, and the supervisor that starts, watches and stops them.
+"""The supervisor starts, watches and stops the actors of a run.
 
-The supervisor lives in the driver. Actors belong to the job, so Ray ends them when the driver dies; the supervisor ends
+It lives in the driver. Actors belong to the job, so Ray ends them when the driver dies; the supervisor ends
 them in order when the driver stops. It holds handles and small numbers only.
 """
 
@@ -9,9 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -22,12 +20,11 @@ from actors.learner import LearnerActor
 from actors.reward import RewardActor
 from actors.rollout import RolloutActor
 from cluster.placement import PlacementGroups, actor_options
-from rluf.backends.colocation import GpuPhase, PhaseAction, is_colocated, phase_transitions
 from rluf.checkpoint.format import RunCheckpoint
 from rluf.config.derived import group_objectives_by_pool
 from rluf.config.settings import Settings
 from rluf.errors import ActorLostError, DeadlineError
-from rluf.train.actor_calls import ActorRef, call_with_timeout, gather_calls
+from rluf.train.actor_calls import ActorGroups, ActorRef, call_with_timeout, gather_calls
 
 logger = logging.getLogger(__name__)
 
@@ -38,59 +35,6 @@ HEALTH_CHECK_INTERVAL_S = 30.0
 MAX_MISSED_HEALTH_CHECKS = 2
 """Missed checks in a row after which an actor counts as lost: one alone may be a machine that is busy for a moment."""
 ACTOR_CLASSES: dict[str, type] = {"rollout": RolloutActor, "reward": RewardActor, "learner": LearnerActor}
-
-
-@dataclass(slots=True)
-class ActorGroups:
-    """All actors of a run by role.
-
-    `reward_pools` has one pool per objective; objectives that share a backbone have one pool, under the first of them.
-    """
-
-    rollout_actors: list[ActorRef] = field(default_factory=list)
-    reward_pools: dict[str, list[ActorRef]] = field(default_factory=dict)
-    learner_actors: list[ActorRef] = field(default_factory=list)
-    phase: GpuPhase = "generate"
-    """Phase of the GPUs that engines and learners share; constant where each has GPUs of its own."""
-    phase_lock: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Acquired for each change of the phase."""
-
-    @property
-    def all_actors(self) -> list[ActorRef]:
-        """Every actor of the run."""
-        reward_actors = [actor for pool in self.reward_pools.values() for actor in pool]
-        return [*self.rollout_actors, *reward_actors, *self.learner_actors]
-
-    def pool_of(self, actor: ActorRef) -> list[ActorRef]:
-        """The list of interchangeable actors that `actor` belongs to; changes to it are seen by every user."""
-        if actor.objective:
-            return self.reward_pools[actor.objective]
-        return self.rollout_actors if actor.role == "rollout" else self.learner_actors
-
-
-async def switch_gpu_phase(settings: Settings, actor_groups: ActorGroups, phase: GpuPhase) -> float:
-    """Offload one side of colocated GPUs and load the other for `phase`; returns the seconds it took.
-
-    Does nothing where engines and learners have GPUs of their own. Raises DeadlineError past timeouts.call_s,
-    naming the actor and what it was doing.
-    """
-    if not is_colocated(settings):
-        return 0.0
-    start_time = time.monotonic()
-    async with actor_groups.phase_lock:
-        for phase_action in phase_transitions(actor_groups.phase, phase):
-            await _run_phase_action(settings, actor_groups, phase_action)
-        actor_groups.phase = phase
-    return time.monotonic() - start_time
-
-
-async def _run_phase_action(settings: Settings, actor_groups: ActorGroups, phase_action: PhaseAction) -> None:
-    on_engines = phase_action.action in ("sleep", "wake")
-    actors = actor_groups.rollout_actors if on_engines else actor_groups.learner_actors
-    arguments = (phase_action.components,) if phase_action.components else ()
-    calls = [(actor, getattr(actor.handle, phase_action.action).remote(*arguments)) for actor in actors]
-    activity = f"GPU phase: {phase_action.action} {' '.join(phase_action.components)}".rstrip()
-    await gather_calls(calls, settings.timeouts.call_s, activity)
 
 
 class ActorSupervisor:
@@ -114,9 +58,8 @@ class ActorSupervisor:
         self.on_loss: Callable[[ActorLostError], None] | None = None
         self._model_path = model_path
         self._reward_folders = dict(reward_folders)
-        self._pool_objectives = {
-            pool[0]: pool for pool in group_objectives_by_pool(settings) if pool[0] in reward_folders
-        }
+        reward_pools = group_objectives_by_pool(settings)
+        self._pool_objectives = {pool[0]: pool for pool in reward_pools if pool[0] in reward_folders}
         self._with_learners = with_learners
         self._checkpoint = checkpoint
         self._placement_groups: PlacementGroups | None = None
@@ -194,7 +137,7 @@ class ActorSupervisor:
         logger.info("actors: waiting for %d to be placed and ready (deadline %g s)", len(all_actors), timeout_s)
         ready_calls = [(actor, actor.handle.ready.remote()) for actor in all_actors if actor.role != "learner"]
         ready_wait = gather_calls(ready_calls, timeout_s, "starting")
-        if self._with_learners and is_colocated(self.settings):
+        if self._with_learners and self.settings.is_colocated:
             # Engine and learner together do not fit into a shared GPU: the engine sleeps before the learner loads.
             await ready_wait
             sleep_calls = [(actor, actor.handle.sleep.remote()) for actor in engines]

@@ -1,4 +1,4 @@
-"""Load a policy with packed attention for training, and copy the files of its folder that training does not change.
+"""The policy as a model: loading with packed attention, log-probabilities of responses, companion files of its folder.
 
 In packed attention the samples of a group share the tokens of their prompt. A packed micro-batch contains each prompt
 once, followed by the responses of its samples. All layers work on those T tokens; only attention needs to know which
@@ -7,8 +7,8 @@ token indices, plain causal attention runs on the rows, and every token takes it
 last in a row, so causality alone hides it and no mask is built. The cost is N * L^2 instead of T^2, and all other
 layers compute a prompt once instead of once per sample.
 
-The function is registered with transformers as PACKED_ATTENTION; transformers passes extra keyword arguments of the
-model's `forward` to it by name.
+The attention function is registered with transformers as PACKED_ATTENTION; transformers passes extra keyword arguments
+of the model's `forward` to it by name.
 """
 
 from __future__ import annotations
@@ -21,11 +21,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from rluf.algorithms.packing import PackedBatch
 from rluf.errors import ModelError
 from rluf.models.lora import add_lora_adapters
 
 PACKED_ATTENTION = "rluf_packed"
 """Value of `attn_implementation` for models that read packed batches."""
+COMPANION_FILE_PATTERNS = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*",
+    "generation_config.json",
+)  # fmt: skip
+"""Files other than weights and config that a trained policy copies unchanged from its base."""
+LOGPROB_CHUNK_TOKENS = 256
+"""Tokens whose float32 logits exist at once."""
 
 
 def register_packed_attention() -> None:
@@ -99,13 +107,6 @@ def _reject_unsupported_attention(module: nn.Module, max_sequence_tokens: int, u
             raise ModelError(f"{type(module).__name__} uses {variant} in its attention, which packing does not support")
 
 
-COMPANION_FILE_PATTERNS = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*",
-    "generation_config.json",
-)  # fmt: skip
-"""Files other than weights and config that a trained policy copies unchanged from its base."""
-
-
 def load_policy(
     model_folder: Path,
     *,
@@ -149,3 +150,64 @@ def copy_companion_files(source_folder: Path, target_folder: Path) -> None:
         for file in source_folder.glob(pattern):
             if file.is_file():
                 shutil.copyfile(file, target_folder / file.name)
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    """log softmax(logits / temperature)[target] in float32, chunk by chunk; saves only the logits for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target_ids: Tensor, temperature: float) -> Tensor:
+        ctx.save_for_backward(logits, target_ids)
+        ctx.temperature = temperature
+        logprobs = torch.empty(len(target_ids), dtype=torch.float32, device=logits.device)
+        chunks = zip(*(tensor.split(LOGPROB_CHUNK_TOKENS) for tensor in (logits, target_ids, logprobs)), strict=True)
+        for chunk_logits, chunk_targets, output in chunks:
+            all_logprobs = torch.log_softmax(_scale_by_temperature(chunk_logits, temperature), dim=-1)
+            output.copy_(all_logprobs.gather(-1, chunk_targets[:, None])[:, 0])
+        return logprobs
+
+    @staticmethod
+    def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor, None, None]:
+        # Gradient of log softmax: grad * (onehot - softmax) / temperature. The division by the temperature is applied
+        # once, to the incoming gradient [K], instead of to the result [K, V].
+        logits, target_ids = ctx.saved_tensors
+        logit_grads = torch.empty_like(logits)
+        scaled_grads = (output_grads[0] / ctx.temperature)[:, None]
+        chunks = zip(
+            *(tensor.split(LOGPROB_CHUNK_TOKENS) for tensor in (logits, target_ids, scaled_grads, logit_grads)),
+            strict=True,
+        )
+        for chunk_logits, chunk_targets, grad, output in chunks:
+            chunk_grads = torch.softmax(_scale_by_temperature(chunk_logits, ctx.temperature), dim=-1).mul_(-grad)
+            output.copy_(chunk_grads.scatter_add_(-1, chunk_targets[:, None], grad))
+        return logit_grads, None, None
+
+
+def _scale_by_temperature(logits: Tensor, temperature: float) -> Tensor:
+    return logits.float() if temperature == 1.0 else logits.float() / temperature
+
+
+def compute_target_logprobs(logits: Tensor, target_ids: Tensor, temperature: float = 1.0) -> Tensor:
+    """Log-probability [K] (nats, float32) of `target_ids` [K] under `logits` [K, V] of any float type.
+
+    `temperature` must be the sampling temperature, so that policy and engine describe the same distribution.
+    """
+    logprobs: Tensor = _TargetLogprobs.apply(logits, target_ids, temperature)
+    return logprobs
+
+
+def compute_response_logprobs(model: Any, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
+    """Log-probabilities [K] of the response tokens of a packed batch.
+
+    `model` must use packed attention (load_policy).
+    """
+    output = model(
+        input_ids=batch.input_ids,
+        position_ids=batch.position_ids,
+        # Logits of the predicting tokens only: with a large vocabulary the prompts' logits would dominate memory.
+        logits_to_keep=batch.logit_index,
+        use_cache=False,
+        sequence_token_index=batch.sequence_token_index,
+        token_output_index=batch.token_output_index,
+    )
+    return compute_target_logprobs(output.logits[0], batch.target_ids, temperature)
