@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-from rluf.simulate.reader import ReaderInput
+from rluf.simulate.ground_truth import ReaderInput
 from rluf.simulate.reader_features import has_sentence_end
 from rluf.types import Message
 from rluf.utils.paths import find_sample_log
@@ -163,8 +163,14 @@ def load_examples() -> dict[str, Any]:
 
 
 def read_sample_rows() -> list[dict[str, Any]]:
-    """Rows of the sample log, one per prompt and response, in a fixed order."""
-    rows = {json.dumps([row["messages"], row["response"]]): row for row in read_rows(find_sample_log("feedback"))}
+    """First turns of the sample log, one per prompt and response, in a fixed order."""
+    rows = {}
+    for row in read_rows(find_sample_log("feedback")):
+        key = json.dumps([row["messages"], row["response"]])
+        if row["turn"] == min(row["turn"], 2) and not any(
+            text in row["messages"][-1]["content"] for text in ("That is not what I meant.", "Let me say it again.")
+        ):
+            rows[key] = row
     return [rows[key] for key in sorted(rows)]
 
 

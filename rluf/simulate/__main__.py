@@ -2,11 +2,15 @@
 
 Writes feedback, preferences, safety and prompts files that rluf.prepare reads like any other log.
 python -m rluf.simulate --config configs/simulate.yaml
-python -m rluf.simulate judge --data FILE.jsonl[.gz]   agreement of the reader with labels or pairs
+
+Sub-commands:
+python -m rluf.simulate rescore --log FOLDER [...]     the same from the first responses of an earlier log
+python -m rluf.simulate judge --data FILE.jsonl[.gz]   agreement of the reader behind the users with labels or pairs
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
 import sys
@@ -26,31 +30,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rluf.simulate")
 
 
-def simulate_log(settings: Settings, output_folder: Path) -> dict[str, int]:
-    """Write a log to `output_folder`; returns the number of rows by kind. Ray must be initialized.
-
-    No partial log remains on DataError (the folder contains other files), ModelError, ResourceError, DeadlineError.
-    """
+def simulate_log(settings: Settings, output_folder: Path, earlier_log: Path | None = None) -> dict[str, int]:
+    """Write a log to `output_folder`; result and errors as in write_simulated_log. Ray must be initialized."""
     from rluf.models.hub import resolve_model
-    from rluf.simulate.log import build_log, build_prompt_rows, check_output_folder, write_log
-    from rluf.simulate.prompts import load_prompts
-    from rluf.simulate.styles import plan_traffic
+    from rluf.simulate.pipeline import write_simulated_log
     from rluf.utils.paths import resolve_cache_folder
 
-    check_output_folder(output_folder)
-    prompts = load_prompts()
-    orders = plan_traffic(prompts, settings.simulate.log_rows)
-    model_path = resolve_model(settings.model.path, resolve_cache_folder(settings))
-    served_responses = asyncio.run(sample_responses(settings, model_path, orders))
-    log = build_log(served_responses, settings.simulate, settings.seed) | {"prompts": build_prompt_rows(prompts)}
-    write_log(log, output_folder)
-    counts = {kind: len(rows) for kind, rows in log.items()}
-    logger.info(
-        "%s: responses=%d model_versions=%d loved=%d rows written: %s", output_folder, len(served_responses),
-        len({order.model_version.name for order in orders}), sum(row["reaction"] == "love" for row in log["feedback"]),
-        " ".join(f"{kind}={count}" for kind, count in counts.items()),
-    )  # fmt: skip
-    return counts
+    def sample_orders(orders: Sequence[ServingOrder]) -> list[ServedResponse]:
+        model_path = resolve_model(settings.model.path, resolve_cache_folder(settings))
+        return asyncio.run(sample_responses(settings, model_path, orders))
+
+    return write_simulated_log(settings, output_folder, sample_orders, earlier_log)
 
 
 async def sample_responses(
@@ -131,6 +121,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from rluf.simulate import judge
 
         return judge.main(argument_list[1:])
+    earlier_log: Path | None = None
+    if argument_list[:1] == ["rescore"]:
+        parser = argparse.ArgumentParser(prog="python -m rluf.simulate rescore", add_help=False, allow_abbrev=False)
+        parser.add_argument("--log", type=Path, required=True, metavar="FOLDER", help="folder of a simulated log")
+        args, argument_list = parser.parse_known_args(argument_list[1:])
+        earlier_log = args.log
     settings = parse_command_line("simulate", __doc__ or "", argument_list).settings
 
     def run() -> None:
@@ -141,7 +137,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setup_logging()
         output_folder = resolve_runs_root(settings) / settings.name / "log"
         with ray_connection():
-            simulate_log(settings, output_folder)
+            counts = simulate_log(settings, output_folder, earlier_log)
+        logger.info(
+            "%s: rows written: %s", output_folder, " ".join(f"{kind}={count}" for kind, count in counts.items())
+        )
 
     return run_command(run)
 

@@ -1,7 +1,7 @@
 """What a frozen language model reads in a response: does it fit this prompt, has it ended, and what it is about.
 
-The model is SmolLM2-135M-Instruct, never trained. Its scores of a policy are no evidence where a reward model of that
-policy has the same backbone: it would be graded by its own features.
+The model is the embedded SmolLM2-135M-Instruct (rluf.config.run.READER_MODEL), never trained. A rule of the settings
+refuses reward models on this backbone while simulated users judge the run: they would be graded by their own features.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from rluf.utils.stats import Floats
 if TYPE_CHECKING:
     import torch
 
-READER_MODEL = "smollm2-135m-instruct"
 READER_SYSTEM_MESSAGE = Message(role="system", content="You are a helpful AI assistant.")
 """Replaces the system messages of a conversation, so that the score does not depend on the served instruction."""
 NEUTRAL_PROMPT = "Say something."

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -14,10 +16,21 @@ import pytest
 from rluf.config.data import SimulateSettings
 from rluf.errors import DataError
 from rluf.prepare.schema import FeedbackRecord, PreferenceRecord, SafetyRecord
-from rluf.simulate.log import ServedResponse, build_log, build_prompt_rows, write_log
+from rluf.simulate.conversations import FOLLOW_UPS, build_second_turn
+from rluf.simulate.ground_truth import Reader, ReaderInput, load_readings
+from rluf.simulate.log import (
+    SECOND_TURN_SHARE,
+    ServedResponse,
+    build_log,
+    build_prompt_rows,
+    read_first_turns,
+    write_log,
+)
 from rluf.simulate.prompts import load_prompts
+from rluf.simulate.reader_features import ReadingScores
 from rluf.simulate.styles import MODEL_VERSIONS
 from rluf.utils.paths import SAMPLE_LOG_KINDS, find_sample_log
+from tests.simulate.readings import FITTING, STOCK, make_reader
 
 TEXTS = (
     "I'm so sorry to hear that, are you okay?",
@@ -34,7 +47,33 @@ SERVED_RESPONSES = [
         [prompt for prompt in PROMPTS if prompt.split == "train"][::12], MODEL_VERSIONS[:2], TEXTS
     )
 ]
+READINGS = [
+    FITTING,
+    replace(STOCK, prompt_logprob=-90.0),
+    replace(FITTING, prompt_logprob=-55.0),
+    replace(FITTING, refusal=5.0),
+    STOCK,
+    replace(FITTING, prompt_logprob=-50.0),
+]
+"""One per text: an answer, a useless word, a fair answer, a refusal, a stock phrase, a cut answer."""
+SECOND_TEXT = "Well, it is made of many parts."
 SETTINGS = SimulateSettings(log_rows=600)
+
+
+def answer_second_turns(requests: Sequence[ServedResponse]) -> list[ServedResponse]:
+    """The same answer to every second turn."""
+    return [replace(request, text=SECOND_TEXT, is_finished=True) for request in requests]
+
+
+class TextReader(Reader):
+    """Knows the reading of a response by its text, so that second turns need no model."""
+
+    def read(self, inputs: Sequence[ReaderInput]) -> list[ReadingScores]:
+        return [READINGS[TEXTS.index(item.response)] if item.response in TEXTS else FITTING for item in inputs]
+
+
+def build(seed: int) -> dict[str, list[dict[str, Any]]]:
+    return build_log(SERVED_RESPONSES, SETTINGS, seed, TextReader(Path("no-model")), answer_second_turns)
 
 
 def read_sample_log(kind: str) -> list[dict[str, Any]]:
@@ -43,7 +82,7 @@ def read_sample_log(kind: str) -> list[dict[str, Any]]:
 
 
 def test_a_log_is_reproducible_and_near_its_base_rate() -> None:
-    log, repeated, other_seed = (build_log(SERVED_RESPONSES, SETTINGS, seed) for seed in (1, 1, 2))
+    log, repeated, other_seed = (build(seed) for seed in (1, 1, 2))
     assert log == repeated
     assert log["feedback"] != other_seed["feedback"]
     assert [len(log[kind]) for kind in ("feedback", "preferences", "safety")] == [600, 120, 90]
@@ -53,15 +92,51 @@ def test_a_log_is_reproducible_and_near_its_base_rate() -> None:
     assert {row["label"] for row in log["safety"]} == {0, 1}
 
 
+def test_second_turns_follow_the_reaction_to_the_first() -> None:
+    rows = build(1)["feedback"]
+    second_rows = [row for row in rows if row["response"] == SECOND_TEXT]
+    assert len(second_rows) == round(SECOND_TURN_SHARE * len(rows))
+    first_rows = {row["conversation_id"]: row for row in rows if row["response"] != SECOND_TEXT}
+    for row in second_rows:
+        first_row = first_rows[row["conversation_id"]]
+        assert first_row["continued"] in (True, None)
+        assert (row["user_id"], row["turn"]) == (first_row["user_id"], first_row["turn"] + 1)
+        assert row["time"] > first_row["time"]
+        assert row["messages"][-2] == {"role": "assistant", "content": first_row["response"]}
+    messages = PROMPTS[0].messages
+    last_texts = [build_second_turn(messages, "Yes.", kind, 0)[-1]["content"] for kind in range(1, len(FOLLOW_UPS))]
+    assert len(set(last_texts)) == len(last_texts)
+    assert messages[-1]["content"] in last_texts[FOLLOW_UPS.index("rephrases") - 1]
+
+
+def test_the_first_turns_of_a_log_can_be_served_again(tmp_path: Path) -> None:
+    log = build(1)
+    write_log(log, tmp_path / "log")
+    responses = read_first_turns(tmp_path / "log", PROMPTS)
+    assert {(response.prompt.id, response.text) for response in responses} == {
+        (response.prompt.id, response.text) for response in SERVED_RESPONSES
+    }
+    assert {response.is_finished for response in responses if response.text == TEXTS[-1]} == {False}
+    keys = {row["key"] for row in log["readings"]}
+    assert (
+        {response.reader_input.key for response in responses}
+        <= keys
+        == set(load_readings(tmp_path / "log" / "readings.jsonl.gz"))
+    )
+    with pytest.raises(DataError, match="cannot be read as a simulated log"):
+        read_first_turns(tmp_path, PROMPTS)
+
+
 def test_raters_prefer_the_more_helpful_response() -> None:
-    pairs = build_log(SERVED_RESPONSES, SETTINGS, 1)["preferences"]
+    pairs = build(1)["preferences"]
     prefers_longer = [row["chosen"] != "No." for row in pairs if "No." in (row["chosen"], row["rejected"])]
     assert sum(prefers_longer) > 0.8 * len(prefers_longer) > 0
 
 
 def test_empty_responses_give_no_log() -> None:
+    responses = [ServedResponse(PROMPTS[0], "plain", " ", True)]
     with pytest.raises(DataError, match="responses with text from the model, got 0"):
-        build_log([ServedResponse(PROMPTS[0], "plain", " ", True)], SETTINGS, 1)
+        build_log(responses, SETTINGS, 1, make_reader([], []), answer_second_turns)
 
 
 def test_a_log_folder_is_replaced_atomically_unless_it_has_other_files(tmp_path: Path) -> None:

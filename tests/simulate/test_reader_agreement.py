@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from rluf.config.settings import Settings
+from rluf.simulate.ground_truth import Reader, ReaderInput, load_reader
 from rluf.simulate.judge import judge_file
-from rluf.simulate.reader import Reader, ReaderInput
 from rluf.utils.paths import resolve_cache_folder
 
 DATA_FOLDER = Path(os.environ.get("RLUF_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
@@ -31,7 +31,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def reader() -> Reader:
-    return Reader(resolve_cache_folder(Settings()))
+    return load_reader(resolve_cache_folder(Settings()))
 
 
 def test_the_reader_decides_pairs_as_any_reader_would(reader: Reader) -> None:

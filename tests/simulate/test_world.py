@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from rluf.simulate.experiment import read_served_responses, true_scores_of_row
+from rluf.simulate.experiment import read_served_responses
+from rluf.simulate.ground_truth import ReaderInput, load_readings, score_readings
 from rluf.simulate.prompts import load_prompts
 from rluf.simulate.styles import MODEL_VERSIONS
 from rluf.simulate.users import simulate_population
@@ -52,7 +53,9 @@ def test_prompts_of_the_published_world_are_unchanged() -> None:
 
 def test_true_scores_and_reactions_of_the_published_world_are_unchanged() -> None:
     rows = read_sample_rows()
-    truths = [true_scores_of_row(row) for row in rows]
+    readings = load_readings(find_sample_log("feedback").with_name("readings.jsonl.gz"))
+    inputs = [ReaderInput.from_row(row) for row in rows]
+    truths = score_readings(inputs, [readings[item.key] for item in inputs])
     scores = np.array([[getattr(truth, name) for name in SCORE_NAMES] for truth in truths])
     assert digest_array(scores) == SCORES_DIGEST
     topics = [row["topic"] for row in rows]
