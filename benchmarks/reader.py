@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from lab.reader_data import (
     EXAMPLES_PATH,
+    REFUSALS_PATH,
     LabeledSet,
     PairSet,
     build_requests,
@@ -75,7 +76,7 @@ INPUTS_PER_BATCH = 200
 PROBE_STRENGTHS = {"taste": 1e-4, "misfit": 1e-3, "offense": 1e-4, "stock": 1e-3, "refusal": 1e-3, "harm": 1e-3}
 """Inverse ridge penalty of each probe on 576 standardized hidden values; smaller where labels are noisy."""
 HEAD_RIDGE = 1e-2
-SET_WEIGHTS = {"validity": 1.0, "thumbs": 1.0, "preferences": 0.5}
+SET_WEIGHTS = {"validity": 1.0, "thumbs": 2.0, "preferences": 0.5}
 """Weight of the mean log-likelihood of each set in the heads."""
 STOCK_KINDS = ("generic", "flattery", "signoff", "loop", "echo")
 MISFIT_KINDS = ("mismatch", "contradict", "generic", "echo", "flattery", "signoff")
@@ -355,7 +356,7 @@ def main() -> None:
         parser.error("fit needs --data and --readings")
     fit = ReaderFit(args.data, args.readings)
     heads, figures = fit_reader(fit)
-    digest = hash_files([args.data / name for name in DATA_FILES] + [EXAMPLES_PATH])
+    digest = hash_files([args.data / name for name in DATA_FILES] + [EXAMPLES_PATH, REFUSALS_PATH])
     counts = {name: len(inputs) for name, inputs in fit.inputs_of_set.items()}
     provenance = {
         "command": "python benchmarks/reader.py fit", "model": READER_MODEL, "data": list(DATA_FILES),

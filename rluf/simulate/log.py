@@ -115,16 +115,17 @@ def build_log(
 def read_first_turns(log_folder: Path, prompts: Sequence[SimulatedPrompt]) -> list[ServedResponse]:
     """Distinct first-turn responses of an earlier log to `prompts`, in order of time, to give them new reactions.
 
-    The log does not record truncation, so a response that does not end a sentence counts as truncated. DataError if
-    the feedback file is missing or answers none of the prompts.
+    The system message may be another one: a log shows only the standard message, whatever instruction the version had.
+    The log does not record truncation, so a response that does not end a sentence counts as truncated. DataError if the
+    feedback file is missing or answers none of the prompts.
     """
     path = log_folder / "feedback.jsonl.gz"
-    prompt_of_messages = {json.dumps(_message_dicts(prompt.messages)): prompt for prompt in prompts}
+    prompt_of_messages = {json.dumps(_message_dicts(prompt.messages)[1:]): prompt for prompt in prompts}
     responses: dict[tuple[str, str], ServedResponse] = {}
     try:
         with gzip.open(path, "rt", encoding="utf-8") as stream:
             for row in map(json.loads, stream):
-                prompt = prompt_of_messages.get(json.dumps(row["messages"]))
+                prompt = prompt_of_messages.get(json.dumps(row["messages"][1:]))
                 if prompt is not None:
                     text, version = row["response"], row["model_version"].removeprefix("base-")
                     key = (prompt.id, text)

@@ -109,8 +109,11 @@ def test_second_turns_follow_the_reaction_to_the_first() -> None:
     assert messages[-1]["content"] in last_texts[FOLLOW_UPS.index("rephrases") - 1]
 
 
-def test_the_first_turns_of_a_log_can_be_served_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("system_message", [PROMPTS[0].messages[0]["content"], "Be brief."])
+def test_the_first_turns_of_a_log_can_be_served_again(tmp_path: Path, system_message: str) -> None:
     log = build(1)
+    for row in log["feedback"]:
+        row["messages"][0]["content"] = system_message
     write_log(log, tmp_path / "log")
     responses = read_first_turns(tmp_path / "log", PROMPTS)
     assert {(response.prompt.id, response.text) for response in responses} == {
