@@ -105,7 +105,9 @@ class ReadingStore:
         missing.sort(key=lambda item: json.dumps(item.messages))
         for first in range(0, len(missing), INPUTS_PER_BATCH):
             batch = missing[first : first + INPUTS_PER_BATCH]
-            self._model = self._model or ReaderModel(resolve_model(READER_MODEL, resolve_cache_folder(Settings())))
+            self._model = self._model or ReaderModel(
+                resolve_model(READER_MODEL, resolve_cache_folder(Settings())), dtype="float32"
+            )
             readings = self._model.read([item.messages for item in batch], [item.response for item in batch])
             self.readings |= {item.key: reading for item, reading in zip(batch, readings, strict=True)}
             self._save()

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rluf.simulate")
 
 
-def simulate_log(settings: Settings, output_folder: Path, earlier_log: Path | None = None) -> dict[str, int]:
+def simulate_log(
+    settings: Settings, output_folder: Path, earlier_log: Path | None = None, response_count: int | None = None
+) -> dict[str, int]:
     """Write a log to `output_folder`; result and errors as in write_simulated_log. Ray must be initialized."""
     from rluf.models.hub import resolve_model
     from rluf.simulate.pipeline import write_simulated_log
@@ -40,7 +42,7 @@ def simulate_log(settings: Settings, output_folder: Path, earlier_log: Path | No
         model_path = resolve_model(settings.model.path, resolve_cache_folder(settings))
         return asyncio.run(sample_responses(settings, model_path, orders))
 
-    return write_simulated_log(settings, output_folder, sample_orders, earlier_log)
+    return write_simulated_log(settings, output_folder, sample_orders, earlier_log, response_count)
 
 
 async def sample_responses(
@@ -122,11 +124,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return judge.main(argument_list[1:])
     earlier_log: Path | None = None
+    response_count: int | None = None
     if argument_list[:1] == ["rescore"]:
         parser = argparse.ArgumentParser(prog="python -m rluf.simulate rescore", add_help=False, allow_abbrev=False)
         parser.add_argument("--log", type=Path, required=True, metavar="FOLDER", help="folder of a simulated log")
+        parser.add_argument("--responses", type=int, metavar="N", help="use N of its first responses; default: all")
         args, argument_list = parser.parse_known_args(argument_list[1:])
-        earlier_log = args.log
+        earlier_log, response_count = args.log, args.responses
+        if response_count is not None and response_count < 2:
+            parser.error(f"argument --responses: expected 2 or more, got {response_count}")
     settings = parse_command_line("simulate", __doc__ or "", argument_list).settings
 
     def run() -> None:
@@ -137,7 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setup_logging()
         output_folder = resolve_runs_root(settings) / settings.name / "log"
         with ray_connection():
-            counts = simulate_log(settings, output_folder, earlier_log)
+            counts = simulate_log(settings, output_folder, earlier_log, response_count)
         logger.info(
             "%s: rows written: %s", output_folder, " ".join(f"{kind}={count}" for kind, count in counts.items())
         )

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
@@ -51,7 +51,7 @@ MIN_HELPFULNESS_GAP = 0.05
 """Pairs with a smaller difference in helpfulness are ties and are not rated."""
 MISSING_CONTINUED_SHARE = 0.03
 """Share of events without a `continued` value, as in real logs."""
-SECOND_TURN_SHARE = 0.15
+SECOND_TURN_SHARE = 0.05
 """Share of events that answer the user's next message; only users who continue have one."""
 SECOND_TURN_DELAY_S = (20, 240)
 """Range of the seconds between the first and the second turn of a conversation."""
@@ -135,6 +135,18 @@ def read_first_turns(log_folder: Path, prompts: Sequence[SimulatedPrompt]) -> li
     if not responses:
         raise DataError(f"{path} answers no prompt of this version; give the folder of a simulated log")
     return list(responses.values())
+
+
+def select_evenly(responses: Sequence[ServedResponse], count: int) -> list[ServedResponse]:
+    """The first responses of each prompt, about the same share of all, `count` in sum. Their order is unchanged."""
+    totals = Counter(response.prompt.id for response in responses)
+    ranks: Counter[str] = Counter()
+    shares = []
+    for response in responses:
+        ranks[response.prompt.id] += 1
+        shares.append(ranks[response.prompt.id] / totals[response.prompt.id])
+    selected = sorted(range(len(responses)), key=lambda index: (shares[index], index))[:count]
+    return [responses[index] for index in sorted(selected)]
 
 
 def build_prompt_rows(prompts: Iterable[SimulatedPrompt]) -> list[Row]:

@@ -14,6 +14,7 @@ from rluf.simulate.log import (
     build_prompt_rows,
     check_output_folder,
     read_first_turns,
+    select_evenly,
     write_log,
 )
 from rluf.simulate.prompts import load_prompts
@@ -27,11 +28,16 @@ OrderSampler = Callable[[Sequence[ServingOrder]], list[ServedResponse]]
 
 
 def write_simulated_log(
-    settings: Settings, output_folder: Path, sample_orders: OrderSampler, earlier_log: Path | None = None
+    settings: Settings,
+    output_folder: Path,
+    sample_orders: OrderSampler,
+    earlier_log: Path | None = None,
+    response_count: int | None = None,
 ) -> dict[str, int]:
     """Write a log to `output_folder`; returns the number of rows by kind.
 
-    The model answers the training prompts, unless the first turns of an earlier log are used, and all second turns.
+    The model answers the training prompts, unless the first turns of an earlier log are used (`response_count` of them,
+    None for all), and all second turns.
     Raises DataError if the folder contains other files, ModelError, ResourceError; no partial log remains.
     """
     check_output_folder(output_folder)
@@ -45,6 +51,7 @@ def write_simulated_log(
         first_responses = sample_orders(plan_traffic(prompts, settings.simulate.log_rows))
     else:
         first_responses = read_first_turns(earlier_log, [prompt for prompt in prompts if prompt.split == "train"])
+        first_responses = select_evenly(first_responses, response_count or len(first_responses))
     reader = load_reader(resolve_cache_folder(settings))
     log = build_log(first_responses, settings.simulate, settings.seed, reader, answer_second_turns)
     log |= {"prompts": build_prompt_rows(prompts)}

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rluf.config.cpu_dtype import Dtype, detect_cpu_dtype
 from rluf.models.hub import load_tokenizer, render_prompt
 from rluf.types import Message
 from rluf.utils.stats import Floats
@@ -64,16 +65,20 @@ class _Continuation:
 
 
 class ReaderModel:
-    """The frozen model with its tokenizer. Float32 on every device, so that scores agree across machines."""
+    """The frozen model with its tokenizer.
 
-    def __init__(self, folder: Path) -> None:
-        """Load from a resolved model folder. Raises ModelError if there is no usable tokenizer."""
+    In bfloat16 where the device multiplies it, half the time of float32; scores are computed from float32 logits.
+    """
+
+    def __init__(self, folder: Path, dtype: Dtype | None = None) -> None:
+        """Load from a resolved model folder; `dtype` replaces the device's own. Raises ModelError without a tokenizer."""
         import torch
         from transformers import AutoModelForCausalLM
 
         self.tokenizer = load_tokenizer(folder)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).to(self.device).eval()
+        torch_dtype = getattr(torch, dtype or ("bfloat16" if self.device.type == "cuda" else detect_cpu_dtype()))
+        self.model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch_dtype).to(self.device).eval()
         self.end_token = int(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))
         self.neutral_prompt = self._encode_prompt((Message(role="user", content=NEUTRAL_PROMPT),))
 
@@ -181,7 +186,7 @@ class ReaderModel:
         ).last_hidden_state
         # Only real positions pass the output layer, a fifth of the model's work.
         is_scored = mask[:, 1:].bool()
-        logits = self.model.lm_head(hidden[is_scored])
+        logits = self.model.lm_head(hidden[is_scored]).float()
         targets = token_ids[:, 1:][is_scored]
         scored_logprobs = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
         logprobs = torch.zeros(is_scored.shape, device=self.device).masked_scatter(is_scored, scored_logprobs)
@@ -190,7 +195,7 @@ class ReaderModel:
             length = len(tokens)
             mean_hidden = hidden[index, 1 : 1 + length].mean(0) if length else hidden[index, 0]
             arrays = (logprobs[index, : length + 1], mean_hidden, hidden[index, length], hidden[index, 0])
-            results.append(_Continuation(*(array.cpu().numpy().astype(np.float64) for array in arrays)))
+            results.append(_Continuation(*(array.float().cpu().numpy().astype(np.float64) for array in arrays)))
         return results
 
 

@@ -24,6 +24,7 @@ from rluf.simulate.log import (
     build_log,
     build_prompt_rows,
     read_first_turns,
+    select_evenly,
     write_log,
 )
 from rluf.simulate.prompts import load_prompts
@@ -128,6 +129,17 @@ def test_the_first_turns_of_a_log_can_be_served_again(tmp_path: Path, system_mes
     )
     with pytest.raises(DataError, match="cannot be read as a simulated log"):
         read_first_turns(tmp_path, PROMPTS)
+
+
+def test_an_even_selection_takes_the_same_share_of_every_prompt_in_order() -> None:
+    responses = [
+        ServedResponse(PROMPTS[index], "plain", f"{index} {number}", True)
+        for number in range(12) for index in range(3) if number < (12, 6, 3)[index]
+    ]  # fmt: skip
+    selected = select_evenly(responses, 7)
+    assert [Counter(r.prompt.id for r in selected)[PROMPTS[index].id] for index in range(3)] == [4, 2, 1]
+    assert selected == [response for response in responses if response in selected]
+    assert select_evenly(responses, 100) == responses
 
 
 def test_raters_prefer_the_more_helpful_response() -> None:

@@ -37,10 +37,10 @@ def read_sample_rows() -> list[Mapping[str, Any]]:
 
 
 def test_the_published_world_keeps_its_name_and_others_get_their_own() -> None:
-    assert fingerprint_world() == fingerprint_world(WORLD) == PUBLISHED_FINGERPRINT == "04a210da1590"
+    assert fingerprint_world() == fingerprint_world(WORLD) == PUBLISHED_FINGERPRINT == "5283ae4763ce"
     other_worlds = [
         replace(WORLD, love_signoff=0.81),
-        replace(WORLD, version="2"),
+        replace(WORLD, version="3"),
         replace(WORLD, topic_warmth={**WORLD.topic_warmth, "code": 0.26}),
     ]
     assert len({fingerprint_world(world) for world in (WORLD, *other_worlds)}) == 4
