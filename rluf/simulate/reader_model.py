@@ -71,7 +71,7 @@ class ReaderModel:
     """
 
     def __init__(self, folder: Path, dtype: Dtype | None = None) -> None:
-        """Load from a resolved model folder; `dtype` replaces the device's own. Raises ModelError without a tokenizer."""
+        """Load from a resolved model folder; `dtype` overrides the device's. Raises ModelError without a tokenizer."""
         import torch
         from transformers import AutoModelForCausalLM
 

@@ -42,8 +42,8 @@ def test_the_reader_decides_pairs_as_any_reader_would(reader: Reader) -> None:
 
 @pytest.mark.xfail(
     strict=True,
-    reason="known shortfall (benchmarks/RESULTS.md, The reader): 59% of these base replies are cut, 46% of the collapsed "
-    "ones, and being cut costs most",
+    reason="known shortfall (benchmarks/RESULTS.md, The reader): 59% of these base replies are cut, 46% of the "
+    "collapsed ones, and being cut costs most",
 )
 def test_collapsed_replies_do_not_satisfy_more_than_those_of_the_base(reader: Reader) -> None:
     inputs: defaultdict[str, list[ReaderInput]] = defaultdict(list)
