@@ -314,6 +314,9 @@ def read_phrases() -> None:
             prompts_of_topic[prompt.topic].append(prompt)
     reader = load_reader(resolve_cache_folder(Settings()))
     phrases = [phrase for phrase in dict.fromkeys((*OPENERS, *MIDDLES, *CLOSINGS)) if phrase]
+    # All at once, so that the model reads full batches; the loop below finds every reading in the reader's memory.
+    all_prompts = [prompt for prompts in prompts_of_topic.values() for prompt in prompts]
+    reader.read([ReaderInput(prompt.messages, phrase, True) for prompt in all_prompts for phrase in phrases])
     content: dict[str, dict[str, Any]] = {}
     for topic, prompts in prompts_of_topic.items():
         content[topic] = {}

@@ -48,10 +48,7 @@ def simulate_log(
 async def sample_responses(
     settings: Settings, model_path: Path, orders: Sequence[ServingOrder]
 ) -> list[ServedResponse]:
-    """Sample the responses of the model versions, in the order of `orders`.
-
-    An engine samples at one temperature, so the versions are grouped by temperature, each group on new engines.
-    """
+    """Sample the responses of the model versions, in the order of `orders`."""
     from rluf.models.hub import load_tokenizer, render_prompt
     from rluf.train.actor_supervisor import ActorSupervisor
     from rluf.types import Prompt
@@ -63,21 +60,12 @@ async def sample_responses(
         prompt_id = f"{order.prompt.id}/{order.model_version.name}"
         prompts.append(Prompt(prompt_id, messages, render_prompt(tokenizer, messages), order.prompt.topic, "train"))
     max_prompt_tokens = max(len(prompt.token_ids) for prompt in prompts)
-    responses_by_prompt: dict[str, list[ServedResponse]] = {}
-    for temperature in sorted({order.model_version.temperature for order in orders}):
-        ordered_prompts = [
-            (order, prompt)
-            for order, prompt in zip(orders, prompts, strict=True)
-            if order.model_version.temperature == temperature
-        ]
-        rollout_settings = settings.rollout.model_copy(
-            update={"temperature": temperature, "max_prompt_tokens": max_prompt_tokens}
+    rollout_settings = settings.rollout.model_copy(update={"max_prompt_tokens": max_prompt_tokens})
+    engine_settings = settings.model_copy(update={"rollout": rollout_settings})
+    async with ActorSupervisor(engine_settings, model_path, {}, with_learners=False) as supervisor:
+        responses_by_prompt = await supervisor.run_monitored(
+            generate_responses(engine_settings, supervisor.actor_groups, list(zip(orders, prompts, strict=True)))
         )
-        engine_settings = settings.model_copy(update={"rollout": rollout_settings})
-        async with ActorSupervisor(engine_settings, model_path, {}, with_learners=False) as supervisor:
-            responses_by_prompt |= await supervisor.run_monitored(
-                generate_responses(engine_settings, supervisor.actor_groups, ordered_prompts)
-            )
     return [response for prompt in prompts for response in responses_by_prompt[prompt.id]]
 
 
@@ -94,15 +82,15 @@ async def generate_responses(
 
     slots = asyncio.Semaphore(settings.rollout.concurrency * len(actor_groups.rollout_actors))
     responses_by_prompt: dict[str, list[ServedResponse]] = {}
-    with PhaseProgress(
-        f"sample at temperature {settings.rollout.temperature:g}", len(ordered_prompts), unit="prompts"
-    ) as progress:
+    with PhaseProgress("sample responses", len(ordered_prompts), unit="prompts") as progress:
 
         async def generate_for_prompt(order_index: int, order: ServingOrder, prompt: Prompt) -> None:
             actor = actor_groups.rollout_actors[order_index % len(actor_groups.rollout_actors)]
             generate = actor.handle.generate_group.options(num_returns=2)
             async with slots:
-                reference, info = generate.remote(prompt, order.response_count, settings.seed)
+                reference, info = generate.remote(
+                    prompt, order.response_count, settings.seed, order.model_version.temperature
+                )
                 await call_with_timeout(info, settings.timeouts.call_s, f"{actor} ({prompt.id})")
             # ray.get blocks; a thread keeps the event loop free for the other prompts.
             group: Group = await asyncio.to_thread(ray.get, reference)
