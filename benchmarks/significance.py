@@ -24,17 +24,17 @@ from rluf.evaluate.ab_design import ExperimentDesign
 from rluf.evaluate.correlation import PolicyResult, measure_association
 from rluf.evaluate.effects import (
     UserTotals,
-    cuped_totals,
-    holm_adjust,
-    mean_effect,
-    pre_period_covariate,
-    proportion_effect,
-    ratio_effect,
+    adjust_by_holm,
+    adjust_totals_by_cuped,
+    build_pre_period_covariate,
+    estimate_mean_effect,
+    estimate_proportion_effect,
+    estimate_ratio_effect,
     sample_ratio_test,
 )
 from rluf.evaluate.events import SECONDS_PER_DAY, EventLog
 from rluf.evaluate.power import PowerQuery, plan_experiment
-from rluf.evaluate.sequential import always_valid_margin, always_valid_p_values, mixture_variance
+from rluf.evaluate.sequential import choose_mixture_variance, compute_always_valid_margin, compute_always_valid_p_values
 
 Floats = NDArray[np.float64]
 ALPHA, USERS_PER_ARM, CHUNK_EXPERIMENTS = 0.05, 1000, 500
@@ -96,11 +96,11 @@ def check_fixed_horizon(experiments: int, rng: np.random.Generator) -> dict[str,
                 simulate_arm(rng, chunk_size, lift),
             )
             lovers = [(totals.sums > 0).sum(-1) for totals in (control, treatment)]
-            proportion = proportion_effect((lovers[0], lovers[1]), (USERS_PER_ARM, USERS_PER_ARM))
-            ratio = ratio_effect(control, treatment)
-            responses = mean_effect(control.counts, treatment.counts)
-            covariates = pre_period_covariate((control_pre, treated_pre))
-            cuped = ratio_effect(*cuped_totals((control, treatment), covariates).totals)
+            proportion = estimate_proportion_effect((lovers[0], lovers[1]), (USERS_PER_ARM, USERS_PER_ARM))
+            ratio = estimate_ratio_effect(control, treatment)
+            responses = estimate_mean_effect(control.counts, treatment.counts)
+            covariates = build_pre_period_covariate((control_pre, treated_pre))
+            cuped = estimate_ratio_effect(*adjust_totals_by_cuped((control, treatment), covariates).totals)
             if lift == 1.0:
                 tests = {
                     "two_proportions": proportion.p,
@@ -108,8 +108,8 @@ def check_fixed_horizon(experiments: int, rng: np.random.Generator) -> dict[str,
                     "welch": responses.p,
                     "cuped": cuped.p,
                 }
-                holm_p = holm_adjust(np.stack(list(tests.values()), -1)).min(-1)
-                per_response = proportion_effect(
+                holm_p = adjust_by_holm(np.stack(list(tests.values()), -1)).min(-1)
+                per_response = estimate_proportion_effect(
                     (control.sums.sum(-1), treatment.sums.sum(-1)), (control.counts.sum(-1), treatment.counts.sum(-1))
                 )
                 control_sizes = rng.binomial(2 * USERS_PER_ARM, 0.5, chunk_size)
@@ -173,14 +173,16 @@ def check_after_every_user(experiments: int, rng: np.random.Generator) -> dict[s
             running_arms = running_ratio(control), running_ratio(treatment)
             difference = (running_arms[1][0] - running_arms[0][0])[:, FIRST_LOOK_USERS - 1 :]
             variance = (running_arms[1][1] + running_arms[0][1])[:, FIRST_LOOK_USERS - 1 :]
-            final_effect = ratio_effect(control, treatment)
+            final_effect = estimate_ratio_effect(control, treatment)
             # The vectorized variance must agree with the library's at the end, which pools the arms where that is more.
             np.testing.assert_allclose(variance[:, -1], final_effect.error**2, rtol=0.05)
-            tau = mixture_variance(variance[:, :1] * FIRST_LOOK_USERS / USERS_PER_ARM, ALPHA)
-            excludes_truth = (np.abs(difference - true_effect) > always_valid_margin(variance, tau, ALPHA)).any(-1)
+            tau = choose_mixture_variance(variance[:, :1] * FIRST_LOOK_USERS / USERS_PER_ARM, ALPHA)
+            excludes_truth = (np.abs(difference - true_effect) > compute_always_valid_margin(variance, tau, ALPHA)).any(
+                -1
+            )
             if lift == 1.0:
                 z = np.abs(difference) / np.sqrt(variance)
-                p = always_valid_p_values(difference, variance, tau)[:, -1]
+                p = compute_always_valid_p_values(difference, variance, tau)[:, -1]
                 chunk_flags = {"always_valid": excludes_truth, "always_valid_p": p < ALPHA,
                         "plain_test": (z > stats.norm.ppf(1 - ALPHA / 2)).any(-1)}  # fmt: skip
             else:
@@ -204,14 +206,14 @@ def check_returning_users(
             reads += arrival == day
             counts += reads
             sums += rng.binomial(reads, user_rates)
-            effect = ratio_effect(UserTotals(sums[0], counts[0]), UserTotals(sums[1], counts[1]))
+            effect = estimate_ratio_effect(UserTotals(sums[0], counts[0]), UserTotals(sums[1], counts[1]))
             differences.append(effect.difference)
             variances.append(effect.error**2)
         difference, variance = np.stack(differences, -1)[:, 2:], np.stack(variances, -1)[:, 2:]
-        tau = mixture_variance(variance[:, :1] * 0.3, ALPHA)
+        tau = choose_mixture_variance(variance[:, :1] * 0.3, ALPHA)
         z = np.abs(difference) / np.sqrt(variance)
         chunk_flags = {
-            "always_valid": always_valid_p_values(difference, variance, tau)[:, -1] < ALPHA,
+            "always_valid": compute_always_valid_p_values(difference, variance, tau)[:, -1] < ALPHA,
             "plain_test": (z > stats.norm.ppf(1 - ALPHA / 2)).any(-1),
         }
         flags_by_name |= {name: [*flags_by_name.get(name, []), flags] for name, flags in chunk_flags.items()}
@@ -309,9 +311,9 @@ def check_cuped_variance(experiments: int, rng: np.random.Generator, users: int 
         for chunk_size in chunk_sizes(experiments):
             x = rng.normal(size=(2, chunk_size, users))
             y = rho * x + np.sqrt(1 - rho**2) * rng.normal(size=x.shape)
-            cuped = cuped_totals((UserTotals.from_arrays(y[0]), UserTotals.from_arrays(y[1])), (x[0], x[1]))
-            adjusted = mean_effect(*(totals.sums for totals in cuped.totals))
-            unadjusted = mean_effect(y[0], y[1])
+            cuped = adjust_totals_by_cuped((UserTotals.from_arrays(y[0]), UserTotals.from_arrays(y[1])), (x[0], x[1]))
+            adjusted = estimate_mean_effect(*(totals.sums for totals in cuped.totals))
+            unadjusted = estimate_mean_effect(y[0], y[1])
             plain_effects.append(unadjusted.difference)
             cuped_effects.append(adjusted.difference)
             reported.append((adjusted.error / unadjusted.error) ** 2)

@@ -10,24 +10,46 @@ import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rluf.config.load import load_settings
+    from rluf.api import (
+        Report,
+        evaluate_policy,
+        load_settings,
+        prepare_data,
+        train_policy,
+        train_reward_models,
+    )
     from rluf.config.settings import Settings
     from rluf.prepare.schema import FeedbackRecord
     from rluf.reward.model import RewardModel
     from rluf.serve.client import RewardClient
-    from rluf.train.__main__ import train as train_policy
 
-__all__ = ["FeedbackRecord", "RewardClient", "RewardModel", "Settings", "load_settings", "train_policy"]
+__all__ = [
+    "FeedbackRecord",
+    "Report",
+    "RewardClient",
+    "RewardModel",
+    "Settings",
+    "evaluate_policy",
+    "load_settings",
+    "prepare_data",
+    "train_policy",
+    "train_reward_models",
+]
 __version__ = "0.1.0"
 
-_PUBLIC_NAMES = {
-    "FeedbackRecord": ("rluf.prepare.schema", "FeedbackRecord"),
-    "RewardClient": ("rluf.serve.client", "RewardClient"),
-    "RewardModel": ("rluf.reward.model", "RewardModel"),
-    "Settings": ("rluf.config.settings", "Settings"),
-    "load_settings": ("rluf.config.load", "load_settings"),
-    "train_policy": ("rluf.train.__main__", "train"),
+_MODULES = {
+    "FeedbackRecord": "rluf.prepare.schema",
+    "Report": "rluf.api",
+    "RewardClient": "rluf.serve.client",
+    "RewardModel": "rluf.reward.model",
+    "Settings": "rluf.config.settings",
+    "evaluate_policy": "rluf.api",
+    "load_settings": "rluf.api",
+    "prepare_data": "rluf.api",
+    "train_policy": "rluf.api",
+    "train_reward_models": "rluf.api",
 }
+"""Public name -> module that defines it."""
 
 # Ray reads RAY_AUTH_MODE once, when it is first imported, so the default must be in place before any import of ray.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
@@ -35,7 +57,6 @@ os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 def __getattr__(name: str) -> Any:
     """Import a public name on first use (PEP 562)."""
-    if name not in _PUBLIC_NAMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'rluf' has no attribute {name!r}")
-    module_name, object_name = _PUBLIC_NAMES[name]
-    return getattr(importlib.import_module(module_name), object_name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 
 class Message(TypedDict):
@@ -25,6 +25,10 @@ class ScoringItem(NamedTuple):
     response: str
     is_truncated: bool = False
     """The response was cut at the token limit. False if it ended by itself, and if the log does not say."""
+    prompt_id: str = ""
+    topic: str = ""
+    fields: Mapping[str, Any] | None = None
+    """Further fields of the prompt's row, for reward functions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,8 @@ class Prompt:
     token_ids: tuple[int, ...]
     topic: str
     split: str
+    fields: Mapping[str, Any] | None = None
+    """Further fields of its row in data.prompts, for reward functions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,8 +107,9 @@ class Score:
     """One objective's score of one sample.
 
     `value` is calibrated (a probability for a reward model, 0 or 1 for a judge, any number for a reward function),
-    `raw_logit` the uncalibrated logit, `spread` the standard deviation over an ensemble (0.0 for one member).
-    `is_probability`: whether rewards are computed from the logit of `value`; else from `value` as is.
+    `raw_logit` the uncalibrated logit, `spread` the standard deviation over an ensemble's values and `logit_spread`
+    that over its members' calibrated logits (0.0 for one member). `is_probability`: whether rewards are computed from
+    the logit of `value`; else from `value` as is.
     """
 
     objective: str
@@ -110,6 +117,9 @@ class Score:
     raw_logit: float
     spread: float = 0.0
     is_probability: bool = True
+    logit_spread: float = 0.0
+    exact_logit: float | None = None
+    """Logit that rewards use in place of that of `value`: without a calibration `value` may round to 0 or 1."""
 
 
 ANSWERS_FILE = "answers.jsonl"
@@ -149,8 +159,12 @@ def compute_mean_token_entropy(answers: Sequence[PolicyAnswer]) -> float | None:
 
 @dataclass(slots=True)
 class TrainResult:
-    """Result of a training run: responses of every arm to the same prompts, metrics by step, seconds by phase."""
+    """Result of a training run: responses of every arm to the same prompts, metrics by step, seconds by phase.
+
+    `reference_statistics` by objective are those of RewardAggregator.describe_reference.
+    """
 
     answers: list[PolicyAnswer] = field(default_factory=list)
     step_metrics: list[dict[str, float]] = field(default_factory=list)
     phase_seconds: dict[str, float] = field(default_factory=dict)
+    reference_statistics: dict[str, dict[str, float]] = field(default_factory=dict)

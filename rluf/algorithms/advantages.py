@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from types import MappingProxyType
+from typing import Any
 
 from rluf.utils.plugins import load_plugin
 
@@ -31,8 +32,15 @@ MAX_EXPONENT = 700.0
 """Largest argument of exp() that does not overflow a float64."""
 KTO_BETA = 0.1
 """Inverse temperature of KTO's loss."""
+GATE_PENALTY = 2.0
+"""Advantage by which a response that failed a judge differs from those that passed, in the unit of the estimator. For
+GRPO that unit is a standard deviation: the worst of four responses that differ evenly is 1.3 below their mean."""
+JUDGE_AWARE_ESTIMATORS = ("crpg", "crraft", "codpo", "gae")
+"""Estimators that read the verdicts themselves, or whose critic gets the gate as reward (gae)."""
+DPO_BETA = 0.1
+"""Inverse temperature of DPO's loss."""
 LIKED_THRESHOLD = 0.5
-"""Rewards of logged responses are 1 (liked) or 0 (not liked)."""
+"""Rewards of logged responses are 1 (liked, chosen) or 0 (not liked, rejected)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,6 +354,22 @@ def kto(inputs: AdvantageInputs) -> Advantages:
     return Advantages(sample_advantages)
 
 
+def dpo(inputs: AdvantageInputs) -> Advantages:
+    """Weights of the log-likelihoods of each logged pair; the response with the higher reward is the chosen one.
+
+    The loss is -log s(BETA h), h = (log pi/ref)(chosen) - (log pi/ref)(rejected). Its gradient is that of
+    -w (log pi(chosen) - log pi(rejected)), w = BETA s(-BETA h). Source: arXiv 2305.18290, eq. 7; `sample_kl` is in
+    nats, of the policy being trained.
+    """
+    sample_advantages = []
+    for group_index, rewards in enumerate(inputs.rewards):
+        signs = [1.0 if reward > LIKED_THRESHOLD else -1.0 for reward in rewards]
+        margin = sum(sign * inputs.get_response_kl(group_index, index) for index, sign in enumerate(signs))
+        weight = DPO_BETA / (1.0 + math.exp(min(MAX_EXPONENT, DPO_BETA * margin)))
+        sample_advantages.append([sign * weight for sign in signs])
+    return Advantages(sample_advantages)
+
+
 def pass_through_rewards(inputs: AdvantageInputs) -> Advantages:
     """Rewards unchanged; the learners turn them into advantages."""
     return Advantages([list(rewards) for rewards in inputs.rewards])
@@ -356,7 +380,7 @@ AdvantageEstimator = Callable[[AdvantageInputs], Advantages]
 ADVANTAGE_ESTIMATORS: Mapping[str, AdvantageEstimator] = MappingProxyType({
     "grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo, "reinforce_pp": reinforce_pp,
     "reinforce_pp_baseline": reinforce_pp_baseline, "lite_ppo": lite_ppo, "gdpo": gdpo, "gae": pass_through_rewards,
-    "crpg": crpg, "crraft": crraft, "codpo": codpo, "kto": kto,
+    "crpg": crpg, "crraft": crraft, "codpo": codpo, "kto": kto, "dpo": dpo, "sft": pass_through_rewards,
 })  # fmt: skip
 """Estimator by name; rluf.algorithms.registry maps each `algorithm.name` to one."""
 
@@ -374,5 +398,43 @@ def compute_advantages(estimator_name: str, inputs: AdvantageInputs) -> Advantag
             known_names=ADVANTAGE_ESTIMATORS,
             signature="a function (AdvantageInputs) -> Advantages",
         )
-    advantages: Advantages = estimator(inputs)
-    return advantages
+    if estimator_name in JUDGE_AWARE_ESTIMATORS or all(map(all, inputs.passed_judges)):
+        return estimator(inputs)
+    return apply_judge_gate(estimator, inputs)
+
+
+def apply_judge_gate(estimator: AdvantageEstimator, inputs: AdvantageInputs) -> Advantages:
+    """Advantages of the responses that passed all judges, computed among themselves, and a penalty for the others.
+
+    A failure's reward is no number on the scale of the others: replaced by a low one it would dominate the group's
+    standard deviation and shrink every difference between the responses that passed. Instead a response gets its
+    advantage among those that passed (0 if it failed) - GATE_PENALTY * (failed - share of failures in the group). A
+    group in which all fail or all pass has no penalty.
+    """
+    passing = [[index for index, passed in enumerate(flags) if passed] for flags in inputs.passed_judges]
+    groups = [index for index, samples in enumerate(passing) if samples]
+
+    def select(values: Sequence[Sequence[Any]]) -> list[list[Any]]:
+        return [[values[group][sample] for sample in passing[group]] for group in groups] if values else []
+
+    kl_to_go_coef, sample_advantages = 0.0, [[0.0] * len(flags) for flags in inputs.passed_judges]
+    if groups:
+        passed_inputs = replace(
+            inputs,
+            rewards=select(inputs.rewards),
+            response_lengths=select(inputs.response_lengths),
+            sample_kl=select(inputs.sample_kl),
+            passed_judges=(),
+            objective_rewards={name: select(rewards) for name, rewards in inputs.objective_rewards.items()},
+            objective_weights=[inputs.objective_weights[group] for group in groups] if inputs.objective_weights else (),
+        )
+        passed_advantages = estimator(passed_inputs)
+        kl_to_go_coef = passed_advantages.kl_to_go_coef
+        for group, values in zip(groups, passed_advantages.sample_advantages, strict=True):
+            for sample, value in zip(passing[group], values, strict=True):
+                sample_advantages[group][sample] = value
+    for group_advantages, flags in zip(sample_advantages, inputs.passed_judges, strict=True):
+        failed_share = 1.0 - fmean(map(float, flags))
+        for index, passed in enumerate(flags):
+            group_advantages[index] -= GATE_PENALTY * ((not passed) - failed_share)
+    return Advantages(sample_advantages, kl_to_go_coef)

@@ -89,9 +89,12 @@ class _SettingsDraft:
 def load_settings(config_path: Path | None, overrides: Sequence[str] = ()) -> LoadedSettings:
     """Settings from the defaults (the quickstart), then `config_path` and the files it extends, then the overrides.
 
+    `config_path` may be the name of a shipped configuration, such as `tiny`, where no such file exists.
     A file without `name` gets its own file name without the suffix. Raises SettingsError, with the dotted key, the
     value, its source and the fix, for an unknown key, an invalid value, or keys that conflict.
     """
+    if config_path is not None:
+        config_path = _find_shipped_config(config_path)
     chain = [] if config_path is None else list(_load_extends_chain(config_path, ()))
     # Otherwise the run folder would get the name of the extended file.
     if config_path is not None and "name" not in chain[-1][1]:
@@ -258,6 +261,15 @@ def _expand_variables(value: Any, source: str) -> Any:
         return expanded
 
     return VARIABLE_PATTERN.sub(replace_variable, value)
+
+
+def _find_shipped_config(path: Path) -> Path:
+    """`path`, or the shipped file for a bare name. A wheel has configs/ in the package, the repository next to it."""
+    if path.suffix in (".yaml", ".yml") or path.is_absolute() or path.exists():
+        return path
+    package_folder = Path(__file__).parents[1]
+    folders = (package_folder / "configs", package_folder.parent / "configs")
+    return next((file for folder in folders if (file := folder / f"{path}.yaml").is_file()), path)
 
 
 def _load_extends_chain(path: Path, extending_paths: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str, Any]]]:

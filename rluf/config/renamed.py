@@ -12,7 +12,7 @@ REPLACED_SETTINGS: Mapping[str, str] = {
     "algorithm.clip_low": "algorithm.clip",
     "algorithm.dual_clip": "a constant: DUAL_CLIP = 3 in rluf/algorithms/losses.py",
     "algorithm.gae_lambda": "a constant: GAE_LAMBDA = 0.95 in rluf/algorithms/critic.py",
-    "algorithm.hacking_baseline_prompts": "a constant: BASELINE_PROMPTS = 64 in rluf/train/hacking_monitor.py",
+    "algorithm.hacking_baseline_prompts": "a constant: REFERENCE_PROMPTS = 96 in rluf/train/controller.py",
     "algorithm.importance": "algorithm.importance_correction",
     "algorithm.importance_cap": "algorithm.importance_correction_cap",
     "algorithm.kl_estimator": "algorithm.kl_penalty",

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from rluf.config.base import ActorCount, SettingsSection, refuse_list
+from rluf.config.base import ADVANCED, ActorCount, SettingsSection, refuse_list
 from rluf.config.objectives import ObjectiveSpec, describe_invalid_name, find_objective_spec
 
 HEAD_SETTING_KEYS = ("loss", "debias")
@@ -196,9 +196,11 @@ class ObjectiveSettings(SettingsSection):
     source: Literal["model", "judge", "function", "serve"] = "model"
     """Source of the scores: a trained reward model, a rule judge, your own function, or a service of rluf.serve."""
     path: str | None = None
-    """Source model: reward model folder to use without training; none trains or reuses one. Source judge: a name of
-    rluf.objectives.judges, or module:function. Source function: module:function of a list of (messages, response) pairs
-    that returns one number each. Source serve: URL of the service."""
+    """Source model: folder or hub id of a reward model (rluf's, or any Hugging Face model for sequence classification)
+    to use without training; none trains or reuses one. Source judge: a name of
+    rluf.objectives.judges, or module:function. Source function: module:function of a list of rows (messages, response,
+    prompt_id, topic, and the fields of the prompt's row) that returns one number each, plain or async. Source serve:
+    URL of the service."""
     replicas: int = Field(default=1, ge=1)
     """Reward actors in this objective's pool."""
     gate: Literal["auto", "must_rise", "must_hold", "none"] = "auto"
@@ -248,6 +250,22 @@ class ObjectivesSettings(SettingsSection):
         return self
 
 
+class ControllerGains(SettingsSection):
+    """PID controller of the multipliers of aggregation.floors; shortfalls are in standard deviations of the reference
+    policy."""
+
+    proportional: Annotated[float, ADVANCED] = Field(default=1.0, ge=0)
+    """Multiplier per standard deviation of the running shortfall beyond one standard error."""
+    integral: Annotated[float, ADVANCED] = Field(default=0.1, ge=0)
+    """Multiplier per accumulated standard deviation times step."""
+    derivative: Annotated[float, ADVANCED] = Field(default=0.5, ge=0)
+    """Multiplier per standard deviation by which the shortfall grew in a step."""
+    integral_cap: Annotated[float, ADVANCED] = Field(default=2.0, ge=0)
+    """Largest multiplier that the accumulated shortfall gives."""
+    window_steps: Annotated[float, ADVANCED] = Field(default=8.0, ge=1)
+    """Steps that the running shortfall averages over; 1 uses the last step alone."""
+
+
 class AggregationSettings(SettingsSection):
     """How the scores of all objectives become one reward per sample."""
 
@@ -259,11 +277,15 @@ class AggregationSettings(SettingsSection):
     )
     """Objective by topic: on prompts of the topic only that objective counts (CGPO's task split)."""
     floors: Annotated[dict[str, float], refuse_list("{safety: 0}")] = Field(default_factory=dict)
-    """Floor by objective for method=constrained; a mean score in standard deviations of the reference policy."""
+    """Floor by objective for method=constrained: a mean score in standard deviations within a prompt of the reference
+    policy."""
+    multipliers: ControllerGains = ControllerGains()
+    """Controller of the floors' multipliers."""
     gate_judges: tuple[str, ...] = ()
-    """Rule judges (rluf.objectives.judges) used as gates: a failing response gets the lowest reward of its step."""
+    """Rule judges (rluf.objectives.judges) used as gates: a failing response gets a fixed negative advantage."""
     uncertainty_penalty: float = Field(default=0.0, ge=0)
-    """Ensemble standard deviations subtracted from the mean score (lower confidence bound); 0 uses the mean."""
+    """Standard deviations of the ensemble members' logits subtracted from their mean (lower confidence bound); 0 uses
+    the mean."""
 
     def get_topic_weights(self, objectives: ObjectivesSettings, topic: str) -> dict[str, float]:
         """Weight of each objective on prompts of `topic`: the configured ones, or 1 for the topic's objective only."""

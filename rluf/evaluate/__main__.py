@@ -12,7 +12,6 @@ python -m rluf.evaluate abtest --data FILE.jsonl   analysis or planning of an A/
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import sys
 from collections.abc import Sequence
@@ -48,6 +47,7 @@ def run_evaluation(settings: Settings) -> Path:
     from rluf.tracking.timeline import PhaseTimer
     from rluf.tracking.wandb import WandbTracker
     from rluf.train.evaluation import evaluate_policies
+    from rluf.utils.event_loop import run_coroutine
     from rluf.utils.files import write_json
     from rluf.utils.paths import create_run_folder, resolve_cache_folder, resolve_runs_root
 
@@ -71,7 +71,7 @@ def run_evaluation(settings: Settings) -> Path:
 
         tracker = stack.enter_context(WandbTracker(settings, run_folder))
         reward_folders = list_reward_model_folders(reward_artifacts)
-        result = asyncio.run(
+        result = run_coroutine(
             evaluate_policies(settings, base_path, candidate_path, data_artifact.folder, reward_folders)
         )
         timer.add_seconds(result.phase_seconds)

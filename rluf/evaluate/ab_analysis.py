@@ -24,25 +24,25 @@ from rluf.evaluate.effects import (
     EffectEstimate,
     TestQuantiles,
     UserTotals,
-    crossed_effect,
-    cuped_totals,
-    holm_adjust,
+    adjust_by_holm,
+    adjust_totals_by_cuped,
+    build_pre_period_covariate,
+    estimate_crossed_effect,
+    estimate_proportion_effect,
+    estimate_ratio_effect,
     measure_information,
-    pre_period_covariate,
-    proportion_effect,
-    ratio_effect,
     rerandomize_quantiles,
     sample_ratio_test,
 )
 from rluf.evaluate.events import SECONDS_PER_DAY, EventLog, cap_values, sum_by_user
-from rluf.evaluate.quantile_effects import quantile_effect
+from rluf.evaluate.quantile_effects import estimate_quantile_effect
 from rluf.evaluate.segments import analyze_segments
 from rluf.evaluate.sequential import (
     MIN_LOOK_EVENTS,
     MIN_LOOK_USERS,
-    always_valid_margin,
-    always_valid_p_values,
-    mixture_variance,
+    choose_mixture_variance,
+    compute_always_valid_margin,
+    compute_always_valid_p_values,
 )
 from rluf.evaluate.verdicts import judge_guardrail, judge_primary
 from rluf.prepare.schema import LOVE_REACTION
@@ -108,7 +108,7 @@ def analyze_experiment(events: EventLog, design: ExperimentDesign) -> dict[str, 
     user_counts = [len(users) for users in assignment.arm_users]
     comparisons = {}
     for arm, treatment in enumerate(design.arm_names[1:], start=1):
-        looks = _sequential_looks(events, assignment, arm, design, primaries, metrics)
+        looks = _build_sequential_looks(events, assignment, arm, design, primaries, metrics)
         rendered = {}
         for name, result in results[treatment].items():
             adjusted_p = adjusted[treatment, name]
@@ -185,20 +185,20 @@ def _analyze_metrics(
             love_totals = arm_totals[0][LOVE_REACTION], arm_totals[arm][LOVE_REACTION]
             hits = [float((totals.sums > 0.0).sum()) for totals in love_totals]
             sizes = love_totals[0].user_count, love_totals[1].user_count
-            effect = proportion_effect((hits[0], hits[1]), sizes, confidence=confidence)
+            effect = estimate_proportion_effect((hits[0], hits[1]), sizes, confidence=confidence)
             results[name] = MetricResult(effect, TestQuantiles(-z, z), "two proportions")
             continue
         totals = arm_totals[0][name], arm_totals[arm][name]
         _check_has_values(name, totals, (design.control, design.arm_names[arm]))
         if design.is_crossed:
-            effect = crossed_effect(*totals, confidence=confidence)
+            effect = estimate_crossed_effect(*totals, confidence=confidence)
             quantiles = TestQuantiles(effect.quantile_low, effect.quantile_high)
             results[name] = MetricResult(effect, quantiles, "delta method by user, crossed")
             continue
         pairs[name] = totals
         if pre_period_totals is not None and min(total.user_count for total in totals) >= MIN_CUPED_USERS:
-            covariates = pre_period_covariate((pre_period_totals[0][name], pre_period_totals[arm][name]))
-            cuped = cuped_totals(totals, covariates)
+            covariates = build_pre_period_covariate((pre_period_totals[0][name], pre_period_totals[arm][name]))
+            cuped = adjust_totals_by_cuped(totals, covariates)
             pairs[f"{name}{_CUPED}"] = cuped.totals
             correlations[name] = float(cuped.correlation)
     effects = _estimate_ratios(pairs, confidence)
@@ -208,7 +208,7 @@ def _analyze_metrics(
         is_rerandomized = cuped_quantiles.sorted_statistics is not None
         results[name] = MetricResult(
             effect, cuped_quantiles, "re-randomization by user" if is_rerandomized else "delta method by user",
-            cuped_effect, correlations.get(name, 0.0), _expected_events(*pairs[name]),
+            cuped_effect, correlations.get(name, 0.0), _count_expected_events(*pairs[name]),
         )  # fmt: skip
     return {name: results[name] for name in metrics}
 
@@ -224,7 +224,7 @@ def _estimate_ratios(
         quantiles |= dict(zip(uncertain, rerandomized, strict=True))
     estimates = {}
     for name, pair in pairs.items():
-        effect = ratio_effect(*pair, confidence=confidence, quantiles=quantiles[name])
+        effect = estimate_ratio_effect(*pair, confidence=confidence, quantiles=quantiles[name])
         estimates[name] = effect, quantiles[name] or TestQuantiles(effect.quantile_low, effect.quantile_high)
     return estimates
 
@@ -240,7 +240,7 @@ def _analyze_quantiles(
             assignment.arm_rows[index] & np.isin(events.user_index, assignment.arm_users[index]) for index in (0, arm)
         ]
         values = events.metric_values[metric.column]
-        effect = quantile_effect(
+        effect = estimate_quantile_effect(
             (values[masks[0]], values[masks[1]]), (events.user_index[masks[0]], events.user_index[masks[1]]),
             metric.level, confidence=1.0 - design.alpha,
         )  # fmt: skip
@@ -249,7 +249,7 @@ def _analyze_quantiles(
     return results
 
 
-def _expected_events(control: UserTotals, treatment: UserTotals) -> float | None:
+def _count_expected_events(control: UserTotals, treatment: UserTotals) -> float | None:
     """Events (hearts) that the pooled rate predicts for the smaller arm; None for values that are no rate."""
     sums = control.sums.sum() + treatment.sums.sum()
     counts = control.counts.sum() + treatment.counts.sum()
@@ -276,7 +276,7 @@ def _adjust_p_values(
             for name, result in metric_results.items()
             if (name in primaries) == is_primary
         }
-        adjusted |= dict(zip(family, holm_adjust(list(family.values())).tolist(), strict=True))
+        adjusted |= dict(zip(family, adjust_by_holm(list(family.values())).tolist(), strict=True))
     return adjusted
 
 
@@ -295,7 +295,7 @@ def _judge(
     return judged
 
 
-def _sequential_looks(
+def _build_sequential_looks(
     events: EventLog,
     assignment: ArmAssignment,
     arm: int,
@@ -336,21 +336,21 @@ def _sequential_looks(
         user_count = sum(map(len, users[: len(counted_arms)]))
         for metric, effects in look_effects.items():
             pair = totals[0][metric], totals[1][metric]
-            expected_events = _expected_events(*pair)
+            expected_events = _count_expected_events(*pair)
             # Once begun, a sequence goes to its end: leaving out looks by what they show would void the guarantee.
             is_enough = bool(effects) or expected_events is None or expected_events >= MIN_LOOK_EVENTS
             if is_enough and min(total.counts.sum() for total in pair) > 0.0:
-                effect = (crossed_effect if design.is_crossed else ratio_effect)(*pair)
+                effect = (estimate_crossed_effect if design.is_crossed else estimate_ratio_effect)(*pair)
                 effects.append((look_time, user_count, effect))
     sequences = {}
     for metric, effects in look_effects.items():
         test_count = (len(design.arm_names) - 1) * (len(primaries) if metric in primaries else 1)
-        if sequence := _always_valid_sequence(effects, planned_users, design.alpha / test_count):
+        if sequence := _compute_always_valid_sequence(effects, planned_users, design.alpha / test_count):
             sequences[metric] = sequence
     return sequences
 
 
-def _always_valid_sequence(
+def _compute_always_valid_sequence(
     look_effects: Sequence[tuple[float, int, EffectEstimate]], planned_users: int, alpha: float
 ) -> list[dict[str, Any]]:
     variance = np.array([float(effect.error) ** 2 for _, _, effect in look_effects])
@@ -361,9 +361,9 @@ def _always_valid_sequence(
     first_look = int(np.argmax(variance > 0.0))
     # The mixture may depend on the first look only: one chosen from later data would void the guarantee.
     planned_variance = variance[first_look] * user_counts[first_look] / planned_users
-    tau = mixture_variance(planned_variance, alpha)
-    margin = always_valid_margin(variance, tau, alpha)
-    p_values = always_valid_p_values(difference, variance, tau)
+    tau = choose_mixture_variance(planned_variance, alpha)
+    margin = compute_always_valid_margin(variance, tau, alpha)
+    p_values = compute_always_valid_p_values(difference, variance, tau)
     return [
         {
             "time": _format_time(look_effects[n][0]), "users": int(user_counts[n]), "difference": float(difference[n]),

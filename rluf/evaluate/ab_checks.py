@@ -13,10 +13,10 @@ from rluf.evaluate.ab_design import ANY_LOVE_METRIC, ExperimentDesign, assign_ar
 from rluf.evaluate.effects import (
     MIN_NORMAL_INFORMATION,
     UserTotals,
-    cuped_totals,
+    adjust_totals_by_cuped,
+    build_pre_period_covariate,
+    estimate_proportion_effect,
     measure_information,
-    pre_period_covariate,
-    proportion_effect,
     rerandomize_quantiles,
     rerandomize_statistics,
 )
@@ -54,14 +54,14 @@ def run_aa_check(events: EventLog, design: ExperimentDesign, *, split_count: int
     for metric in select_metrics(events, design)[0]:
         if metric == ANY_LOVE_METRIC:
             has_loved = totals[LOVE_REACTION].sums > 0.0
-            rates[metric] = _proportion_rate(has_loved, treated_count, split_count, design.alpha, seed)
+            rates[metric] = _compute_proportion_rate(has_loved, treated_count, split_count, design.alpha, seed)
         elif float(totals[metric].linearize().std()) > 0.0:
             tested[metric] = totals[metric]
             if before is not None:
                 # Both arms of the function are the same users here: the slope is that of all of them.
-                covariate = pre_period_covariate((before[metric], before[metric]))
-                tested[f"{metric}_cuped"] = cuped_totals((totals[metric],) * 2, covariate).totals[0]
-    rates |= _ratio_rates(tested, treated_count, split_count, design.alpha, seed)
+                covariate = build_pre_period_covariate((before[metric], before[metric]))
+                tested[f"{metric}_cuped"] = adjust_totals_by_cuped((totals[metric],) * 2, covariate).totals[0]
+    rates |= _compute_ratio_rates(tested, treated_count, split_count, design.alpha, seed)
     low, high = (float(stats.binom.ppf(tail, split_count, design.alpha)) / split_count for tail in (0.0005, 0.9995))
     return {
         "splits": split_count, "users": [len(users) - treated_count, treated_count], "alpha": design.alpha,
@@ -70,15 +70,17 @@ def run_aa_check(events: EventLog, design: ExperimentDesign, *, split_count: int
     }  # fmt: skip
 
 
-def _proportion_rate(has_loved: Any, treated_count: int, split_count: int, alpha: float, seed: int) -> float:
+def _compute_proportion_rate(has_loved: Any, treated_count: int, split_count: int, alpha: float, seed: int) -> float:
     user_count, hit_count = len(has_loved), int(has_loved.sum())
     rng = np.random.default_rng(seed)
     treated_hits = rng.hypergeometric(hit_count, user_count - hit_count, treated_count, size=split_count)
-    effect = proportion_effect((hit_count - treated_hits, treated_hits), (user_count - treated_count, treated_count))
+    effect = estimate_proportion_effect(
+        (hit_count - treated_hits, treated_hits), (user_count - treated_count, treated_count)
+    )
     return float((effect.p < alpha).mean())
 
 
-def _ratio_rates(
+def _compute_ratio_rates(
     tested: dict[str, UserTotals], treated_count: int, split_count: int, alpha: float, seed: int
 ) -> dict[str, float]:
     """Share of random splits in which the test of the analysis, re-randomized or Student's, rejects."""
@@ -129,7 +131,7 @@ def measure_planning_inputs(events: EventLog, design: ExperimentDesign) -> dict[
     correlation = 0.0
     if assignment.pre_period_rows.any():
         before = sum_by_user(events, assignment.pre_period_rows, users)[metric]
-        covariate = pre_period_covariate((before, before))[0]
+        covariate = build_pre_period_covariate((before, before))[0]
         if covariate.std() > 0.0:
             correlation = float(np.corrcoef(linearized, covariate)[0, 1])
     return {

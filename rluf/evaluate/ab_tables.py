@@ -78,7 +78,7 @@ def _format_verdicts(metrics: Mapping[str, Any], alpha: float) -> str:
         effect = result["cuped"] or result["effect"]
         if "primary" in result:
             lines.append(
-                f"{name}: {_verdict_text(result['primary'])} (primary, lift {_lift_text(effect)}, "
+                f"{name}: {_format_verdict(result['primary'])} (primary, lift {_format_metric_lift(effect)}, "
                 f"p {format_p_value(result['p_holm'])})"
             )
         if "guardrail" in result:
@@ -89,13 +89,13 @@ def _format_verdicts(metrics: Mapping[str, Any], alpha: float) -> str:
                 else format_interval(guard["low"], guard["high"])
             )  # fmt: skip
             lines.append(
-                f"{name}: {_verdict_text(guard)} (guardrail, margin {margin}, {1.0 - alpha:.0%} interval {limits}, p "
+                f"{name}: {_format_verdict(guard)} (guardrail, margin {margin}, {1.0 - alpha:.0%} interval {limits}, p "
                 f"of harm beyond the margin {format_p_value(guard['p'])}; passes below {alpha / 2.0:.3g})"
             )
     return "\n".join(lines) + "\n"
 
 
-def _verdict_text(judged: Mapping[str, Any]) -> str:
+def _format_verdict(judged: Mapping[str, Any]) -> str:
     if judged["verdict"] != UNDECIDED:
         return str(judged["verdict"])
     return f"undecided, about {judged['more_users']:,} more users needed" if judged["more_users"] else (
@@ -103,7 +103,7 @@ def _verdict_text(judged: Mapping[str, Any]) -> str:
     )  # fmt: skip
 
 
-def _lift_text(effect: Mapping[str, Any]) -> str:
+def _format_metric_lift(effect: Mapping[str, Any]) -> str:
     limits = f"[{format_percent(effect['lift_low'])}, {format_percent(effect['lift_high'])}]"
     return f"{format_percent(effect['lift'])} {limits}"
 
@@ -116,7 +116,7 @@ def _format_effects(metrics: Mapping[str, Any]) -> str:
         is_rare = always_valid is None and events is not None and events < MIN_LOOK_EVENTS
         rows.append([
             metric, result["role"], f"{result['effect']['control']:.4f}", f"{result['effect']['treatment']:.4f}",
-            f"{effect['difference']:+.4f}", format_interval(effect["low"], effect["high"]), _lift_text(effect),
+            f"{effect['difference']:+.4f}", format_interval(effect["low"], effect["high"]), _format_metric_lift(effect),
             format_p_value(result["p"]), format_p_value(result["p_holm"]),
             "too few events" if is_rare else
             format_interval(always_valid["low"], always_valid["high"]) if always_valid else "-",

@@ -138,7 +138,7 @@ def decide_action(checks: Sequence[MonitorCheck], *, patience: int = 2) -> Alarm
     clean_steps = [check.step for check in checks if not check.alarms]
     action, reasons = AlarmAction.NONE, []
     for alarm in checks[-1].alarms:
-        run_length = _trailing_run_length(
+        run_length = _count_trailing_run(
             [alarm.monitor in {check_alarm.monitor for check_alarm in check.alarms} for check in checks]
         )
         max_action = AlarmAction.WARN if alarm.monitor in WARN_ONLY_MONITORS else AlarmAction.STOP
@@ -151,7 +151,7 @@ def decide_action(checks: Sequence[MonitorCheck], *, patience: int = 2) -> Alarm
     return AlarmDecision(action, tuple(reasons), rollback_step)
 
 
-def _trailing_run_length(flags: Sequence[bool]) -> int:
+def _count_trailing_run(flags: Sequence[bool]) -> int:
     """Number of consecutive set flags at the end."""
     count = 0
     while count < len(flags) and flags[-1 - count]:

@@ -109,7 +109,7 @@ def score_ratings(key: Sequence[Mapping[str, Any]], ratings: Sequence[Mapping[st
         votes.setdefault(pair, Counter())["tie" if choice == "tie" else key_by_pair[pair][choice]] += 1
     if not votes:
         raise DataError("the files have no ratings; download them from the page after rating")
-    outcomes = {pair: _majority(counts) for pair, counts in votes.items()}
+    outcomes = {pair: _find_majority(counts) for pair, counts in votes.items()}
     counts = Counter(outcomes.values())
     decided = counts[ALIGNED_ARM] + counts[BASE_ARM]
     by_topic: dict[str, Counter[str]] = {}
@@ -130,7 +130,7 @@ def score_ratings(key: Sequence[Mapping[str, Any]], ratings: Sequence[Mapping[st
     return result
 
 
-def _majority(counts: Mapping[str, int]) -> str:
+def _find_majority(counts: Mapping[str, int]) -> str:
     """The arm with more votes; a tie if both have as many, whatever the number of votes for a tie."""
     difference = counts.get(ALIGNED_ARM, 0) - counts.get(BASE_ARM, 0)
     return ALIGNED_ARM if difference > 0 else BASE_ARM if difference < 0 else "tie"
@@ -172,9 +172,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def run_selected() -> None:
         if options.ratings:
-            from rluf.report.headline import blind_sentence
+            from rluf.report.headline import format_blind_sentence
 
-            sys.stdout.write(f"{blind_sentence(add_ratings(options.folder, options.ratings))}\n")
+            sys.stdout.write(f"{format_blind_sentence(add_ratings(options.folder, options.ratings))}\n")
         else:
             page_path = write_blind_page(options.folder, options.pairs, options.seed)
             sys.stdout.write(f"{page_path}\n")

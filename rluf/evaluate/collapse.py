@@ -72,7 +72,7 @@ def find_recurring_phrases(
     return FeatureTable(occurs[:, list(columns)].toarray(), tuple(str(names[k]) for k in columns))
 
 
-def commonest_opening(texts: Sequence[str]) -> tuple[str, float]:
+def find_commonest_opening(texts: Sequence[str]) -> tuple[str, float]:
     """The commonest first two tokens of the texts, and the share of texts that begin with them."""
     openings = [opening for text in texts for opening in list_opening(text)]
     if not openings:
@@ -83,12 +83,12 @@ def commonest_opening(texts: Sequence[str]) -> tuple[str, float]:
 
 def measure_similarity(texts: Sequence[str], prompt_index: NDArray[np.intp]) -> Floats:
     """Mean cosine [N] of each reply with the replies to other prompts, by tf-idf; nan for a single prompt."""
-    vectors, sizes = _tfidf(texts), np.bincount(prompt_index)
+    vectors, sizes = _compute_tfidf(texts), np.bincount(prompt_index)
     if len(sizes) < 2:
         return np.full(len(texts), np.nan)
     membership = sparse.csr_matrix((np.ones(len(texts)), (prompt_index, np.arange(len(texts)))))
     prompt_sums = membership @ vectors
-    same_prompt = _row_products(vectors, prompt_sums[prompt_index])
+    same_prompt = _compute_row_products(vectors, prompt_sums[prompt_index])
     return (_sum_products(vectors, prompt_sums) - same_prompt) / (len(texts) - sizes[prompt_index])
 
 
@@ -100,13 +100,13 @@ def measure_specificity(texts: Sequence[str], user_texts: Sequence[str], prompt_
     first_rows = np.unique(prompt_index, return_index=True)[1]
     if len(first_rows) < 2:
         return np.full(len(texts), np.nan)
-    vectors = _tfidf([*texts, *(user_texts[row] for row in first_rows)])
+    vectors = _compute_tfidf([*texts, *(user_texts[row] for row in first_rows)])
     replies, messages = vectors[: len(texts)], vectors[len(texts) :]
-    own = _row_products(replies, messages[prompt_index])
+    own = _compute_row_products(replies, messages[prompt_index])
     return own - (_sum_products(replies, messages) - own) / (len(first_rows) - 1)
 
 
-def _tfidf(texts: Sequence[str]) -> sparse.csr_matrix:
+def _compute_tfidf(texts: Sequence[str]) -> sparse.csr_matrix:
     # The empty token is in every text: without it a set of empty replies has no vocabulary, which is an error.
     return TfidfVectorizer(analyzer=lambda text: [*split_tokens(text), ""], sublinear_tf=True).fit_transform(texts)
 
@@ -116,5 +116,5 @@ def _sum_products(vectors: sparse.csr_matrix, others: sparse.csr_matrix) -> Floa
     return np.asarray(vectors @ np.asarray(others.sum(axis=0)).T).ravel()
 
 
-def _row_products(left: sparse.csr_matrix, right: sparse.csr_matrix) -> Floats:
+def _compute_row_products(left: sparse.csr_matrix, right: sparse.csr_matrix) -> Floats:
     return np.asarray(left.multiply(right).sum(axis=1)).ravel()

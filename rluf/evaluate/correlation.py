@@ -130,8 +130,8 @@ def correlate_policies(policies: Sequence[PolicyResult], *, seed: int = 1) -> di
         "policies": len(policies),
         "groups": associations,
         "gate": {
-            "mean_below_zero": _gate_performance(policies, blocked_by_mean),
-            "not_clear_of_zero": _gate_performance(policies, blocked_by_interval),
+            "mean_below_zero": _measure_gate_performance(policies, blocked_by_mean),
+            "not_clear_of_zero": _measure_gate_performance(policies, blocked_by_interval),
         },
         "verdict": {
             "rule": f"lower limit of Pearson's r above {MIN_CORRELATION_LOWER_LIMIT}, with {MIN_INDEPENDENT_POLICIES} "
@@ -151,7 +151,7 @@ def measure_association(
     result: dict[str, Any] = {
         "policies": len(policies),
         "range_of_lifts": [float(y.min()), float(y.max())] if len(y) else None,
-        "sign_agreement": _proportion_interval(int((np.sign(x) == np.sign(y)).sum()), len(y)),
+        "sign_agreement": _compute_proportion_interval(int((np.sign(x) == np.sign(y)).sum()), len(y)),
     }
     measures = ("pearson", "spearman", "disattenuated", "bootstrap", "leave_one_out")
     if len(policies) < MIN_POLICIES or x.std() == 0.0 or y.std() == 0.0:
@@ -161,14 +161,14 @@ def measure_association(
     r = float(pearson.statistic)
     rho = float(stats.spearmanr(x, y).statistic)
     result["pearson"] = {"r": r, "low": float(limits.low), "high": float(limits.high), "p": float(pearson.pvalue)}
-    result["spearman"] = {"rho": rho} | _fisher_interval(rho, np.sqrt((1.0 + rho**2 / 2.0) / (len(x) - 3)))
+    result["spearman"] = {"rho": rho} | _compute_fisher_interval(rho, np.sqrt((1.0 + rho**2 / 2.0) / (len(x) - 3)))
     result["disattenuated"] = _disattenuate(policies, r, float(limits.low), float(limits.high))
     result["bootstrap"] = _bootstrap_interval(x, y, resamples, seed)
     result["leave_one_out"] = _leave_one_out_range(policies, x, y)
     return result
 
 
-def _fisher_interval(correlation: float, standard_error: float) -> dict[str, float]:
+def _compute_fisher_interval(correlation: float, standard_error: float) -> dict[str, float]:
     # atanh(+-1) is infinite: a perfect correlation has no interval on this scale.
     if abs(correlation) >= 1.0:
         return {"low": correlation, "high": correlation}
@@ -222,7 +222,7 @@ def _leave_one_out_range(policies: Sequence[PolicyResult], x: Floats, y: Floats)
     return {"low": lowest[0], "low_without": lowest[1], "high": highest[0], "high_without": highest[1]}
 
 
-def _proportion_interval(hits: int, total: int) -> dict[str, Any] | None:
+def _compute_proportion_interval(hits: int, total: int) -> dict[str, Any] | None:
     """Share with exact limits (Clopper and Pearson 1934); None for an empty group."""
     if total == 0:
         return None
@@ -230,7 +230,7 @@ def _proportion_interval(hits: int, total: int) -> dict[str, Any] | None:
     return {"share": hits / total, "hits": hits, "of": total, "low": float(limits.low), "high": float(limits.high)}
 
 
-def _gate_performance(policies: Sequence[PolicyResult], is_blocked: Sequence[bool]) -> dict[str, Any]:
+def _measure_gate_performance(policies: Sequence[PolicyResult], is_blocked: Sequence[bool]) -> dict[str, Any]:
     """Performance of a gate: share of blocked policies among those that fell online and among the others.
 
     Whether a policy fell is decided by its measured lift; `unclear` counts those whose lift interval contains zero.
@@ -239,8 +239,8 @@ def _gate_performance(policies: Sequence[PolicyResult], is_blocked: Sequence[boo
     blocked_regressions = [blocked for policy, blocked in pairs if policy.online < 0.0]
     blocked_others = [blocked for policy, blocked in pairs if policy.online >= 0.0]
     return {
-        "recall_of_regressions": _proportion_interval(sum(blocked_regressions), len(blocked_regressions)),
-        "false_blocks": _proportion_interval(sum(blocked_others), len(blocked_others)),
+        "recall_of_regressions": _compute_proportion_interval(sum(blocked_regressions), len(blocked_regressions)),
+        "false_blocks": _compute_proportion_interval(sum(blocked_others), len(blocked_others)),
         "unclear": sum(abs(policy.online) <= Z_95 * policy.online_se for policy in policies),
     }
 

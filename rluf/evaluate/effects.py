@@ -3,11 +3,12 @@
 Every function works along the last axis (users) and broadcasts over leading axes (experiments), so a simulation of
 2,000 A/A tests runs the same code as the analysis of a real experiment. Users are the independent unit throughout.
 
-Ratio metrics: delta method (Deng, Knoblich, Lu 2018) with the variance of ratio_variances(), which does not vanish in a
-small arm without hearts; with few carriers of the variance the quantiles of Student's t are replaced by those of
-re-randomized arms (Fisher's randomization test of the studentized difference: Chung, Romano 2013), whose error rate is
-alpha for any distribution. Lifts: Fieller's interval (1954), none where the control is not clear of zero. Proportions:
-pooled two-sample test with Newcombe's hybrid score interval (1998, method 10). CUPED: Deng, Xu, Kohavi, Walker (2013).
+Ratio metrics: delta method (Deng, Knoblich, Lu 2018) with the variance of compute_ratio_variances(), which does not
+vanish in a small arm without hearts; with few carriers of the variance the quantiles of Student's t are replaced by
+those of re-randomized arms (Fisher's randomization test of the studentized difference: Chung, Romano 2013), whose
+error rate is alpha for any distribution. Lifts: Fieller's interval (1954), none where the control is not clear of
+zero. Proportions: pooled two-sample test with Newcombe's hybrid score interval (1998, method 10). CUPED: Deng, Xu,
+Kohavi, Walker (2013).
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ class TestQuantiles:
     high: Floats
     sorted_statistics: Floats | None = None
 
-    def tail_shares(self, statistic: Floats, df: Floats) -> tuple[Floats, Floats]:
+    def measure_tail_shares(self, statistic: Floats, df: Floats) -> tuple[Floats, Floats]:
         """P(T <= statistic) and P(T >= statistic) [...] without an effect."""
         tails = stats.t.cdf(statistic, df), stats.t.sf(statistic, df)
         if self.sorted_statistics is None:
@@ -126,7 +127,7 @@ class EffectEstimate:
         return {name: float(getattr(self, name)) for name in self.__slots__}
 
 
-def mean_effect(control: Floats, treatment: Floats, *, confidence: float = CONFIDENCE_LEVEL) -> EffectEstimate:
+def estimate_mean_effect(control: Floats, treatment: Floats, *, confidence: float = CONFIDENCE_LEVEL) -> EffectEstimate:
     """Difference of two means of per-user values [..., U]; Welch's t with Satterthwaite's degrees of freedom.
 
     DataError for fewer than two users in an arm.
@@ -134,7 +135,7 @@ def mean_effect(control: Floats, treatment: Floats, *, confidence: float = CONFI
     _check_user_counts(control.shape[-1], treatment.shape[-1])
     user_counts = control.shape[-1], treatment.shape[-1]
     variances = control.var(-1, ddof=1) / user_counts[0], treatment.var(-1, ddof=1) / user_counts[1]
-    df = _satterthwaite_df(variances, user_counts)
+    df = _compute_satterthwaite_df(variances, user_counts)
     return _build_effect((control.mean(-1), treatment.mean(-1)), variances, df, confidence=confidence)
 
 
@@ -146,7 +147,7 @@ def _check_user_counts(control_users: int, treatment_users: int) -> None:
         )
 
 
-def ratio_effect(
+def estimate_ratio_effect(
     control: UserTotals,
     treatment: UserTotals,
     *,
@@ -156,12 +157,14 @@ def ratio_effect(
     """Difference of two ratios (love per response) of users [..., U] in separate arms; Student's t by default."""
     _check_user_counts(control.user_count, treatment.user_count)
     means = control.ratio, treatment.ratio
-    variances = ratio_variances(*(_residual_moments(totals) for totals in _center(control, treatment)))
-    df = _satterthwaite_df(variances, (control.user_count, treatment.user_count))
+    variances = compute_ratio_variances(
+        *(_compute_residual_moments(totals) for totals in _subtract_mean(control, treatment))
+    )
+    df = _compute_satterthwaite_df(variances, (control.user_count, treatment.user_count))
     return _build_effect(means, variances, df, confidence=confidence, quantiles=quantiles)
 
 
-def _center(control: UserTotals, treatment: UserTotals) -> tuple[UserTotals, UserTotals]:
+def _subtract_mean(control: UserTotals, treatment: UserTotals) -> tuple[UserTotals, UserTotals]:
     """Totals with the ratio of both arms together subtracted: sums become residuals."""
     with np.errstate(invalid="ignore", divide="ignore"):
         ratio = (control.sums.sum(-1) + treatment.sums.sum(-1)) / (control.counts.sum(-1) + treatment.counts.sum(-1))
@@ -170,20 +173,20 @@ def _center(control: UserTotals, treatment: UserTotals) -> tuple[UserTotals, Use
     return centered[0], centered[1]
 
 
-def _user_moments(centered: UserTotals) -> tuple[Floats, ...]:
+def _compute_user_moments(centered: UserTotals) -> tuple[Floats, ...]:
     """e, N, e^2, e N and N^2 of each user [..., U], for residuals e and counts N."""
     e, n = centered.sums, centered.counts
     return e, n, e * e, e * n, n * n
 
 
-def _residual_moments(centered: UserTotals) -> tuple[Floats, ...]:
-    """Number of users, and the sums over users [...] of _user_moments()."""
-    moments = [values.sum(-1) for values in _user_moments(centered)]
+def _compute_residual_moments(centered: UserTotals) -> tuple[Floats, ...]:
+    """Number of users, and the sums over users [...] of _compute_user_moments()."""
+    moments = [values.sum(-1) for values in _compute_user_moments(centered)]
     return np.full(moments[0].shape, float(centered.user_count)), *moments
 
 
-def ratio_variances(control: tuple[Floats, ...], treatment: tuple[Floats, ...]) -> tuple[Floats, Floats]:
-    """Variance [...] of the ratio of each arm, from the moments of _residual_moments().
+def compute_ratio_variances(control: tuple[Floats, ...], treatment: tuple[Floats, ...]) -> tuple[Floats, Floats]:
+    """Variance [...] of the ratio of each arm, from the moments of _compute_residual_moments().
 
     The larger of two sums: the delta method within each arm, and the same with the residuals of both arms pooled, as
     if there were no effect. A small arm with no heart has a variance of zero by the first alone, and its interval would
@@ -209,7 +212,7 @@ def measure_information(control: UserTotals, treatment: UserTotals) -> float:
     Kish's (sum e^2)^2 / sum e^4 over the residuals e of both arms, times the smaller arm's share of users: about the
     number of users with a heart if hearts are rare, and few if some users are far more active than others.
     """
-    squares = np.concatenate([totals.sums for totals in _center(control, treatment)]) ** 2
+    squares = np.concatenate([totals.sums for totals in _subtract_mean(control, treatment)]) ** 2
     largest = squares.max(initial=0.0)
     if largest <= 0.0:
         return 0.0
@@ -239,8 +242,8 @@ def rerandomize_statistics(
     """Studentized differences [count] of each metric, with `treated_count` of the users [U] treated at random."""
     moments = []
     for totals in metric_totals:
-        residuals = _center(totals, UserTotals(totals.sums[:0], totals.counts[:0]))[0]
-        moments.append(np.stack(_user_moments(residuals), axis=-1))
+        residuals = _subtract_mean(totals, UserTotals(totals.sums[:0], totals.counts[:0]))[0]
+        moments.append(np.stack(_compute_user_moments(residuals), axis=-1))
     columns = np.concatenate(moments, axis=-1)
     user_count = len(columns)
     is_treated = np.arange(user_count) < treated_count
@@ -257,7 +260,7 @@ def rerandomize_statistics(
             (np.full(count, float(users)), *sums[:, first : first + 5].T)
             for users, sums in ((treated_count, treated_sums), (user_count - treated_count, control_sums))
         )
-        variances = ratio_variances(control, treated)
+        variances = compute_ratio_variances(control, treated)
         with np.errstate(invalid="ignore", divide="ignore"):
             values = (treated[1] / treated[2] - control[1] / control[2]) / np.sqrt(variances[0] + variances[1])
         # No variance, or an arm without rows, is no evidence of an effect.
@@ -273,7 +276,7 @@ def _select_quantiles(statistics: Floats, confidence: float) -> TestQuantiles:
     return TestQuantiles(np.asarray(low), np.asarray(high), statistics)
 
 
-def crossed_effect(
+def estimate_crossed_effect(
     control: UserTotals, treatment: UserTotals, *, confidence: float = CONFIDENCE_LEVEL
 ) -> EffectEstimate:
     """Difference of two ratios when responses were randomized, so the same users [..., U] are in both arms.
@@ -301,7 +304,7 @@ def crossed_effect(
     return _build_effect(means, variances, df, covariance=covariance, confidence=confidence)
 
 
-def _satterthwaite_df(variances: tuple[Floats, Floats], user_counts: tuple[int, int]) -> Floats:
+def _compute_satterthwaite_df(variances: tuple[Floats, Floats], user_counts: tuple[int, int]) -> Floats:
     with np.errstate(invalid="ignore", divide="ignore"):
         df = (variances[0] + variances[1]) ** 2 / (
             variances[0] ** 2 / (user_counts[0] - 1) + variances[1] ** 2 / (user_counts[1] - 1)
@@ -328,11 +331,11 @@ def _build_effect(
     with np.errstate(invalid="ignore", divide="ignore"):
         # Rounding may leave a tiny negative number when the arms are perfectly correlated.
         error = np.sqrt(np.maximum(variances[0] + variances[1] - 2.0 * covariance, 0.0))
-        tails = quantiles.tail_shares(difference / error, df)
+        tails = quantiles.measure_tail_shares(difference / error, df)
         p_value = np.where(error > 0.0, np.minimum(1.0, 2.0 * np.minimum(*tails)), difference == 0.0)
         lift = np.where(means[0] > 0.0, means[1] / means[0] - 1.0, np.nan)
-    lift_low = _fieller_limit(means, variances, covariance, quantiles.high, -1.0)
-    lift_high = _fieller_limit(means, variances, covariance, quantiles.low, 1.0)
+    lift_low = _compute_fieller_limit(means, variances, covariance, quantiles.high, -1.0)
+    lift_high = _compute_fieller_limit(means, variances, covariance, quantiles.low, 1.0)
     # One limit alone would read as a proven lift.
     has_limits = np.isfinite(lift_low) & np.isfinite(lift_high)
     return EffectEstimate(
@@ -344,7 +347,7 @@ def _build_effect(
     )  # fmt: skip
 
 
-def _fieller_limit(
+def _compute_fieller_limit(
     means: tuple[Floats, Floats], variances: tuple[Floats, Floats], covariance: Floats, quantile: Floats, sign: float
 ) -> Floats:
     """Limit of the lift [...]: where m1 - ratio m0 lies `quantile` standard errors from zero (Fieller 1954).
@@ -361,7 +364,7 @@ def _fieller_limit(
     return limit
 
 
-def proportion_effect(
+def estimate_proportion_effect(
     hit_counts: tuple[ArrayLike, ArrayLike],
     user_counts: tuple[ArrayLike, ArrayLike],
     *,
@@ -409,7 +412,7 @@ class CupedTotals:
     correlation: Floats
 
 
-def cuped_totals(arm_totals: tuple[UserTotals, UserTotals], covariates: tuple[Floats, Floats]) -> CupedTotals:
+def adjust_totals_by_cuped(arm_totals: tuple[UserTotals, UserTotals], covariates: tuple[Floats, Floats]) -> CupedTotals:
     """Totals with the pre-period covariate [..., U] regressed out of their sums; control first.
 
     S' = S - mean(N) theta (X - mean X), so that ratios, variances and re-randomized arms work as without CUPED.
@@ -436,7 +439,7 @@ def cuped_totals(arm_totals: tuple[UserTotals, UserTotals], covariates: tuple[Fl
     return CupedTotals((adjusted[0], adjusted[1]), theta, correlation)
 
 
-def pre_period_covariate(pre_period_totals: tuple[UserTotals, UserTotals]) -> tuple[Floats, Floats]:
+def build_pre_period_covariate(pre_period_totals: tuple[UserTotals, UserTotals]) -> tuple[Floats, Floats]:
     """CUPED covariate of both arms [..., U]: linearized pre-period values, centered on the ratio of both arms together.
 
     A user without a pre-period gets the value at the common ratio, where it has no influence.
@@ -463,7 +466,7 @@ def sample_ratio_test(user_counts: ArrayLike, shares: Sequence[float]) -> tuple[
     return np.asarray(result.statistic), np.asarray(result.pvalue)
 
 
-def holm_adjust(p_values: ArrayLike) -> Floats:
+def adjust_by_holm(p_values: ArrayLike) -> Floats:
     """Adjust p-values [..., tests] so that the family-wise error rate stays at the level (Holm 1979).
 
     Valid under any dependence between tests. statsmodels' multipletests agrees for one family, but it collects garbage

@@ -60,12 +60,12 @@ class ColumnSource:
     path: Path
     name: str
 
-    def fail(self, row: int, value: Any, expectation: str) -> NoReturn:
+    def raise_error(self, row: int, value: Any, expectation: str) -> NoReturn:
         """Raise DataError for the value of `row` (from 0)."""
-        raise DataError(f"{self.path}: column {self.name!r}, row {row + 1}: {expectation}, got {_quote(value)}")
+        raise DataError(f"{self.path}: column {self.name!r}, row {row + 1}: {expectation}, got {_shorten_value(value)}")
 
 
-def _quote(value: Any) -> str:
+def _shorten_value(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -147,7 +147,9 @@ def _read_json_lines(stream: IO[str], path: Path, names: Collection[str]) -> tup
             row = decoder.decode(line)
             available = available or list(msgspec.json.decode(line))
         except msgspec.DecodeError as error:
-            raise DataError(f"{path} line {number}: expected one JSON object, got {_quote(line)}; {FORMATS}") from error
+            raise DataError(
+                f"{path} line {number}: expected one JSON object, got {_shorten_value(line)}; {FORMATS}"
+            ) from error
         for append, field in appends:
             append(getattr(row, field))
     # Writers leave out null fields, so the first row alone does not name all columns.
@@ -192,7 +194,7 @@ def parse_texts(values: Sequence[Any], source: ColumnSource) -> list[str | None]
         elif isinstance(value, bytes):
             texts.append(value.hex())
         else:
-            source.fail(row, value, "expected a text or a whole number")
+            source.raise_error(row, value, "expected a text or a whole number")
     return texts
 
 
@@ -211,14 +213,14 @@ def _parse_time(value: Any, row: int, source: ColumnSource) -> float:
             try:
                 value = datetime.fromisoformat(f"{text[:-4]}+00:00" if text.upper().endswith(" UTC") else text)
             except ValueError:
-                source.fail(row, value, expectation)
+                source.raise_error(row, value, expectation)
     if isinstance(value, datetime):
         if value.tzinfo is None:
-            source.fail(row, value.isoformat(" "), expectation)
+            source.raise_error(row, value.isoformat(" "), expectation)
         return value.timestamp()
     if isinstance(value, int | float) and not isinstance(value, bool | date) and EPOCH_UNITS[0][0] <= value < MAX_EPOCH:
         return float(value) / next(units for lowest, units in reversed(EPOCH_UNITS) if value >= lowest)
-    return source.fail(row, value, expectation)
+    return source.raise_error(row, value, expectation)
 
 
 def parse_numbers(values: Sequence[Any], source: ColumnSource, *, is_flag: bool = False) -> Floats:
@@ -236,11 +238,11 @@ def parse_numbers(values: Sequence[Any], source: ColumnSource, *, is_flag: bool 
             elif _NUMBER.fullmatch(text):
                 number = float(text)
             else:
-                source.fail(row, value, expectation)
+                source.raise_error(row, value, expectation)
         elif not is_missing(value):
-            source.fail(row, value, expectation)
+            source.raise_error(row, value, expectation)
         if math.isinf(number) or (is_flag and number not in (0.0, 1.0) and number == number):
-            source.fail(row, value, expectation)
+            source.raise_error(row, value, expectation)
         numbers[row] = number
     return numbers
 
@@ -308,8 +310,8 @@ def _iter_reaction_names(value: Any, row: int, source: ColumnSource, love_keys: 
     if isinstance(value, bool | int | float):
         if not value and ("true" in love_keys or "1" in love_keys):
             return ()
-        source.fail(row, value, f"expected the name of a reaction; if this value means love, add --love {value}")
-    return source.fail(row, value, "expected the name of a reaction or a list of names")
+        source.raise_error(row, value, f"expected the name of a reaction; if this value means love, add --love {value}")
+    return source.raise_error(row, value, "expected the name of a reaction or a list of names")
 
 
 def _parse_list_text(text: str, row: int, source: ColumnSource) -> Any:
@@ -317,4 +319,4 @@ def _parse_list_text(text: str, row: int, source: ColumnSource) -> Any:
     for candidate in (text, text.replace("'", '"')):
         with contextlib.suppress(json.JSONDecodeError):
             return json.loads(candidate)
-    return source.fail(row, text, 'expected a list of reaction names, such as ["love"]')
+    return source.raise_error(row, text, 'expected a list of reaction names, such as ["love"]')

@@ -28,8 +28,9 @@ from rluf.evaluate.collapse import (
     measure_specificity,
     split_tokens,
 )
-from rluf.evaluate.effects import holm_adjust
+from rluf.evaluate.effects import adjust_by_holm
 from rluf.evaluate.permutation import PermutationTest, sum_rows
+from rluf.models.chat import CONTROL_STRING_PATTERN
 from rluf.objectives import judges
 from rluf.types import Message, Sample
 from rluf.utils.plugins import load_plugin
@@ -75,7 +76,7 @@ CLOSING_PATTERN = re.compile(
 """Words that end a conversation without a farewell."""
 
 CONTROL_PATTERN = re.compile(
-    r"<\|\w+\|>|</?s>|\[/?INST\]|<</?SYS>>|<(?:start|end)_of_turn>"
+    rf"{CONTROL_STRING_PATTERN.pattern}"
     r"|^\W*(?:user|human|assistant|system|bot|chatbot|ai)\W*(?::|$)",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -157,16 +158,16 @@ def split_words(text: str) -> list[str]:
     return [word.lower() for word in _WORD_PATTERN.findall(text)]
 
 
-def repeated_ngram_share(text: str, ngram_size: int = 3) -> float:
+def measure_repeated_ngrams(text: str, ngram_size: int = 3) -> float:
     """Share of word n-grams that occurred earlier in the text; 0.0 for a text of fewer words."""
     words = split_words(text)
     ngrams = list(zip(*(words[start:] for start in range(ngram_size)), strict=False))
     return 1.0 - len(set(ngrams)) / len(ngrams) if ngrams else 0.0
 
 
-def distinct_ngram_share(text: str, ngram_size: int = 2) -> float:
+def measure_distinct_ngrams(text: str, ngram_size: int = 2) -> float:
     """Share of distinct word n-grams (distinct-n, Li et al. 2016); 1.0 for a text of fewer words."""
-    return 1.0 - repeated_ngram_share(text, ngram_size)
+    return 1.0 - measure_repeated_ngrams(text, ngram_size)
 
 
 def _has_emoji(sample: MonitorSample) -> float:
@@ -261,10 +262,10 @@ MONITORS: dict[str, MonitorSpec[ReplyMeasure]] = {
     "length": MonitorSpec("Length in tokens", "mean", "tokens", "up", lambda sample: float(sample.token_count)),
     "looping": MonitorSpec("Repeats itself in a loop", "share", "share", "up", _has_loop),
     "repetition": MonitorSpec(
-        "Repeated word trigrams", "mean", "share", "up", lambda sample: repeated_ngram_share(sample.text)
+        "Repeated word trigrams", "mean", "share", "up", lambda sample: measure_repeated_ngrams(sample.text)
     ),
     "distinct_2": MonitorSpec(
-        "Distinct word bigrams", "mean", "share", "down", lambda sample: distinct_ngram_share(sample.text)
+        "Distinct word bigrams", "mean", "share", "down", lambda sample: measure_distinct_ngrams(sample.text)
     ),
     "truncated": MonitorSpec("Cut at the token limit", "share", "share", "up", _is_truncated),
     "unfinished": MonitorSpec("Ends in mid-sentence without being cut", "share", "share", "up", _is_unfinished),
@@ -279,25 +280,27 @@ MONITORS: dict[str, MonitorSpec[ReplyMeasure]] = {
 """Monitors of one reply by name; `add_monitors` adds those of the settings."""
 
 
-def _phrase_measure(list_units: Callable[[str], list[str]]) -> CollectiveMeasure:
+def _measure_phrase(list_units: Callable[[str], list[str]]) -> CollectiveMeasure:
     return lambda samples, prompts: find_recurring_phrases([sample.text for sample in samples], prompts, list_units)
 
 
-def _similarity_features(samples: Sequence[MonitorSample], prompts: NDArray[np.intp]) -> FeatureTable:
+def _build_similarity_features(samples: Sequence[MonitorSample], prompts: NDArray[np.intp]) -> FeatureTable:
     return FeatureTable(measure_similarity([sample.text for sample in samples], prompts)[:, None])
 
 
-def _specificity_features(samples: Sequence[MonitorSample], prompts: NDArray[np.intp]) -> FeatureTable:
+def _build_specificity_features(samples: Sequence[MonitorSample], prompts: NDArray[np.intp]) -> FeatureTable:
     user_texts = [judges.get_last_user_text(sample.messages) for sample in samples]
     return FeatureTable(measure_specificity([sample.text for sample in samples], user_texts, prompts)[:, None])
 
 
 COLLECTIVE_MONITORS: dict[str, MonitorSpec[CollectiveMeasure]] = {
-    "phrase": MonitorSpec("Commonest phrase of three words", "share", "share", "up", _phrase_measure(list_phrases)),
-    "opening": MonitorSpec("Commonest opening of two words", "share", "share", "up", _phrase_measure(list_opening)),
-    "similarity": MonitorSpec("Similarity to replies to other prompts", "mean", "cosine", "up", _similarity_features),
+    "phrase": MonitorSpec("Commonest phrase of three words", "share", "share", "up", _measure_phrase(list_phrases)),
+    "opening": MonitorSpec("Commonest opening of two words", "share", "share", "up", _measure_phrase(list_opening)),
+    "similarity": MonitorSpec(
+        "Similarity to replies to other prompts", "mean", "cosine", "up", _build_similarity_features
+    ),
     "specificity": MonitorSpec(
-        "Similarity to its own prompt, above other prompts", "mean", "cosine", "down", _specificity_features
+        "Similarity to its own prompt, above other prompts", "mean", "cosine", "down", _build_specificity_features
     ),
 }
 """Monitors of replies to different prompts, by name."""
@@ -372,8 +375,8 @@ def evaluate_monitors(
     if family:
         columns = np.concatenate([np.arange(starts[index], starts[index + 1]) for index in family])
         block_starts = np.cumsum([0, *(blocks[index].shape[1] for index in family)])[:-1]
-        p_values[family] = holm_adjust(
-            test.p_values(scaled[:, columns], block_starts, smallest_level=false_alarm_rate / len(family))
+        p_values[family] = adjust_by_holm(
+            test.compute_p_values(scaled[:, columns], block_starts, smallest_level=false_alarm_rate / len(family))
         )
     return {
         name: _monitor_result(

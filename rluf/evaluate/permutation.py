@@ -40,7 +40,7 @@ class PermutationTest:
         # Rounding errors of a constant feature must not become a z-score.
         return np.asarray(centered / np.where(variance > 1e-12, np.sqrt(np.maximum(variance, 1e-12)), np.inf))
 
-    def p_values(self, scaled: Floats, block_starts: Ints, *, smallest_level: float, seed: int = 0) -> Floats:
+    def compute_p_values(self, scaled: Floats, block_starts: Ints, *, smallest_level: float, seed: int = 0) -> Floats:
         """One-sided p-values [M] of the largest z-score of each block; `block_starts` [M] are their first columns.
 
         `scaled` [U, K] is from `standardize`. `smallest_level` is the smallest that a p-value is compared with: it sets

@@ -16,7 +16,7 @@ from typing import Any
 from scipy import stats
 
 from rluf.errors import SettingsError
-from rluf.evaluate.sequential import sequential_width_factor
+from rluf.evaluate.sequential import compute_sequential_width
 
 DAYS_PER_WEEK = 7
 
@@ -74,7 +74,9 @@ def check_query(query: PowerQuery) -> None:
         raise SettingsError(f"--daily-users {query.daily_users:g} must be above 0")
 
 
-def required_users(effect: float, variance: float, *, alpha: float, power: float, treated_share: float = 0.5) -> float:
+def compute_required_users(
+    effect: float, variance: float, *, alpha: float, power: float, treated_share: float = 0.5
+) -> float:
     """Users over both arms to detect a difference `effect` of means when the value of a user has that `variance`."""
     from statsmodels.stats.power import NormalIndPower
 
@@ -104,11 +106,13 @@ def plan_experiment(query: PowerQuery) -> dict[str, Any]:
     noise = query.treated * rates[0] * (1.0 - rates[0]) + (1.0 - query.treated) * rates[1] * (1.0 - rates[1])
     variance = noise * design_effect / query.responses
     # CUPED and sequential looks change the sample size in proportion to the variance and the squared boundary.
-    single = required_users(rates[1] - rates[0], variance, alpha=alpha, power=query.power, treated_share=query.treated)
+    single = compute_required_users(
+        rates[1] - rates[0], variance, alpha=alpha, power=query.power, treated_share=query.treated
+    )
     adjusted = single * (1.0 - query.correlation**2)
     z_power = float(stats.norm.ppf(query.power))
     single_look_factor = float(stats.norm.isf(alpha / 2.0)) + z_power
-    inflation = ((sequential_width_factor(alpha) + z_power) / single_look_factor) ** 2
+    inflation = ((compute_sequential_width(alpha) + z_power) / single_look_factor) ** 2
     designs = {"one_look": single, "one_look_cuped": adjusted, "always_valid_cuped": adjusted * inflation}
     return {
         "question": asdict(query),
@@ -116,11 +120,11 @@ def plan_experiment(query: PowerQuery) -> dict[str, Any]:
         "alpha_each": alpha,
         "design_effect": design_effect,
         "sequential_inflation": inflation,
-        "designs": {name: _design_cost(user_count, query) for name, user_count in designs.items()},
+        "designs": {name: _compute_design_cost(user_count, query) for name, user_count in designs.items()},
     }
 
 
-def _design_cost(user_count: float, query: PowerQuery) -> dict[str, Any]:
+def _compute_design_cost(user_count: float, query: PowerQuery) -> dict[str, Any]:
     # Whole users per arm first: rounding the total would leave the smaller arm short.
     control = math.ceil(user_count * (1.0 - query.treated))
     treated = math.ceil(user_count * query.treated)

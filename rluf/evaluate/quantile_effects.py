@@ -13,14 +13,14 @@ import numpy as np
 from scipy import stats
 
 from rluf.errors import DataError
-from rluf.evaluate.effects import EffectEstimate, UserTotals, ratio_effect
+from rluf.evaluate.effects import EffectEstimate, UserTotals, estimate_ratio_effect
 from rluf.utils.stats import Floats, Ints
 
 MIN_VALUES_BEYOND = 10
 """Minimum number of values that must lie beyond the quantile in each arm."""
 
 
-def quantile_effect(
+def estimate_quantile_effect(
     arm_values: tuple[Floats, Floats], arm_users: tuple[Ints, Ints], level: float, *, confidence: float
 ) -> EffectEstimate:
     """Effect on the quantile `level` of values [N] of users [N] in each arm. DataError with too few values."""
@@ -35,8 +35,8 @@ def quantile_effect(
         arms.append((values[present], np.unique(users[present], return_inverse=True)[1]))
     pooled = np.quantile(np.concatenate([values for values, _ in arms]), level)
     control_shares, treated_shares = (_sum_below(values, users, pooled) for values, users in arms)
-    test = ratio_effect(control_shares, treated_shares, confidence=confidence)
-    limits = [_woodruff_limits(values, users, level, confidence) for values, users in arms]
+    test = estimate_ratio_effect(control_shares, treated_shares, confidence=confidence)
+    limits = [_compute_woodruff_limits(values, users, level, confidence) for values, users in arms]
     (q0, low0, high0), (q1, low1, high1) = limits
     low, high = _combine_limits(limits)
     z = float(stats.norm.ppf(0.5 + confidence / 2.0))
@@ -69,7 +69,9 @@ def _sum_below(values: Floats, users: Ints, threshold: float) -> UserTotals:
     )
 
 
-def _woodruff_limits(values: Floats, users: Ints, level: float, confidence: float) -> tuple[float, float, float]:
+def _compute_woodruff_limits(
+    values: Floats, users: Ints, level: float, confidence: float
+) -> tuple[float, float, float]:
     quantile = float(np.quantile(values, level))
     shares = _sum_below(values, users, quantile).linearize()
     margin = float(stats.t.ppf(0.5 + confidence / 2.0, len(shares) - 1)) * float(

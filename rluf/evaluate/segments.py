@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from rluf.evaluate.ab_design import USER_LEVEL_METRICS, ArmAssignment
-from rluf.evaluate.effects import UserTotals, ratio_effect
+from rluf.evaluate.effects import UserTotals, estimate_ratio_effect
 from rluf.evaluate.events import EventLog
 from rluf.utils.stats import Bools, Floats, Ints
 
@@ -80,7 +80,7 @@ def _estimate_groups(
         user_counts = [total.user_count for total in totals]
         group: dict[str, Any] = {"group": name, "users": user_counts}
         if min(user_counts) >= MIN_SEGMENT_USERS:
-            effect = ratio_effect(totals[0], totals[1])
+            effect = estimate_ratio_effect(totals[0], totals[1])
             if float(effect.error) > 0.0:
                 group |= {"control": float(effect.control), "difference": float(effect.difference),
                           "error": float(effect.error)}  # fmt: skip

@@ -24,7 +24,7 @@ MIN_LOOK_EVENTS = 20.0
 """Minimum number of events (hearts) that the pooled rate predicts for the smaller arm at a look."""
 
 
-def mixture_variance(planned_variance: ArrayLike, alpha: float) -> Floats:
+def choose_mixture_variance(planned_variance: ArrayLike, alpha: float) -> Floats:
     """Mixture variance tau^2 for which the always-valid interval is tightest at `planned_variance` [...].
 
     The squared margin at variance V is V (1 + 1/x) log((1 + x) / alpha^2) with x = tau^2 / V; its minimum is where
@@ -37,7 +37,7 @@ def mixture_variance(planned_variance: ArrayLike, alpha: float) -> Floats:
     return tau
 
 
-def always_valid_margin(variance: ArrayLike, tau: ArrayLike, alpha: float) -> Floats:
+def compute_always_valid_margin(variance: ArrayLike, tau: ArrayLike, alpha: float) -> Floats:
     """Half-width [...] of the interval at a look where the estimate has that `variance`; `tau` is the mixture's."""
     v, mixture = np.asarray(variance, dtype=np.float64), np.asarray(tau, dtype=np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -47,7 +47,7 @@ def always_valid_margin(variance: ArrayLike, tau: ArrayLike, alpha: float) -> Fl
     return margin
 
 
-def always_valid_p_values(difference: ArrayLike, variance: ArrayLike, tau: ArrayLike) -> Floats:
+def compute_always_valid_p_values(difference: ArrayLike, variance: ArrayLike, tau: ArrayLike) -> Floats:
     """Non-increasing p-values [..., looks]: at any look the probability of one at or below alpha is at most alpha.
 
     The running minimum of 1 / likelihood ratio; below alpha exactly when an interval up to now has excluded zero.
@@ -60,6 +60,6 @@ def always_valid_p_values(difference: ArrayLike, variance: ArrayLike, tau: Array
     return p_values
 
 
-def sequential_width_factor(alpha: float) -> float:
+def compute_sequential_width(alpha: float) -> float:
     """Margin over standard error at the planned end (3.03 for alpha 0.05; a single look has 1.96)."""
-    return float(always_valid_margin(1.0, mixture_variance(1.0, alpha), alpha))
+    return float(compute_always_valid_margin(1.0, choose_mixture_variance(1.0, alpha), alpha))

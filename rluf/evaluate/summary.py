@@ -72,7 +72,7 @@ class EvaluatedArm:
         """Share of responses that were cut at the token limit."""
         return float(np.mean([answer.finish_reason == "length" for answer in self.answers]))
 
-    def facts(self) -> dict[str, float | None]:
+    def compute_facts(self) -> dict[str, float | None]:
         """Size and text statistics of the arm; `entropy` is in nats per token."""
         return {
             "prompts": len({answer.prompt_id for answer in self.answers}),
@@ -86,7 +86,7 @@ class EvaluatedArm:
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """Facts of the run: time, KL, size, versions, cache hits, reward cards.
+    """Facts of the run: time, KL, size, versions, cache hits, reward cards, scores of the base policy in training.
 
     `final_kl` is in nats per token at the last step, `sample_count` and `token_count` were generated in training,
     `versions` are of packages or weights, `reused_artifacts` by artifact name, `reward_cards` by objective.
@@ -101,6 +101,7 @@ class RunFacts:
     versions: Mapping[str, Any] = field(default_factory=dict)
     reused_artifacts: Mapping[str, Any] = field(default_factory=dict)
     reward_cards: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    reference_statistics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def build_summary(
@@ -125,18 +126,19 @@ def build_summary(
     monitors = compare_monitors(base_arm.monitor_samples, aligned_arm.monitor_samples)
     alarm_labels = {name: item["label"] for name, item in monitors["items"].items() if item["alarm"]}
     evidence = GateEvidence(compared, judged_by, alarm_labels, aligned_arm.truncated_share)
-    arm_facts = {name: arm.facts() for name, arm in arms.items()}
+    arm_facts = {name: arm.compute_facts() for name, arm in arms.items()}
     verdicts = {name: spec.simulated_verdict for name, spec in BUILTIN_OBJECTIVES.items()}
     return {
         "name": run_facts.name,
         "seed": run_facts.seed,
         **{
-            verdict.summary_key: _comparison_dict(by_users[name])
+            verdict.summary_key: _build_comparison_dict(by_users[name])
             for name, verdict in verdicts.items()
             if name in by_users and verdict is not None
         },
         "offline": {
-            find_objective_spec(name).offline_key: _comparison_dict(comparison) for name, comparison in offline.items()
+            find_objective_spec(name).offline_key: _build_comparison_dict(comparison)
+            for name, comparison in offline.items()
         },
         "gates": evaluate_gates(evidence, specs),
         "comparisons": _list_comparisons(arms),
@@ -144,6 +146,7 @@ def build_summary(
         "monitors": monitors,
         "phases": dict(run_facts.phase_seconds),
         "kl": run_facts.final_kl,
+        "reference": {name: dict(row) for name, row in run_facts.reference_statistics.items()},
         "samples": run_facts.sample_count,
         "tokens": run_facts.token_count,
         "versions": dict(run_facts.versions),
@@ -221,7 +224,7 @@ def _list_comparisons(arms: Mapping[str, EvaluatedArm]) -> dict[str, dict[str, A
     return comparisons
 
 
-def _comparison_dict(comparison: PolicyComparison) -> dict[str, Any]:
+def _build_comparison_dict(comparison: PolicyComparison) -> dict[str, Any]:
     return {
         "base": comparison.base.as_dict(),
         "aligned": comparison.aligned.as_dict(),

@@ -106,17 +106,17 @@ def compare_arms(base: ArmValues, aligned: ArmValues) -> PolicyComparison:
     ]
     is_rate = [bool(np.isin(values, (0.0, 1.0)).all()) for values in arms]
     estimates = [
-        _mean_interval(mean, clusters.variance(influence), is_rate=rate)
+        _compute_mean_interval(mean, clusters.estimate_variance(influence), is_rate=rate)
         for mean, influence, rate in zip(means, influences, is_rate, strict=True)
     ]
-    difference_parts = clusters.variance(influences[1] - influences[0])
+    difference_parts = clusters.estimate_variance(influences[1] - influences[0])
     # "0 of 500 in both arms" has variance 0 but does not prove equality: the exact limit of the rates remains.
-    exact_error = _exact_error(difference_parts) if all(is_rate) and difference_parts.total == 0.0 else 0.0
+    exact_error = _compute_exact_error(difference_parts) if all(is_rate) and difference_parts.total == 0.0 else 0.0
     margin = difference_parts.t_quantile * math.sqrt(difference_parts.total) + exact_error
     mean_change = means[1] - means[0]
     lift, log_parts = None, None
     if min(means) > 0.0:
-        log_parts = clusters.variance(influences[1] / means[1] - influences[0] / means[0])
+        log_parts = clusters.estimate_variance(influences[1] / means[1] - influences[0] / means[0])
         log_margin = log_parts.t_quantile * math.sqrt(log_parts.total) - math.log1p(-exact_error)
         log_ratio = math.log(means[1] / means[0])
         lift = IntervalEstimate(*(math.expm1(log_ratio + shift) for shift in (0.0, -log_margin, log_margin)))
@@ -149,15 +149,15 @@ def plan_more_data(comparison: PolicyComparison, limit: float) -> MoreData:
     prompt_only, user_only = max(parts.prompt - parts.cell, 0.0), max(parts.user - parts.cell, 0.0)
     factor = parts.total / target if parts.total <= MAX_DATA_FACTOR * target else None
     if not parts.user_count:
-        return MoreData(_additional_clusters(parts.prompt, target, parts.prompt_count), None, factor)
+        return MoreData(_count_additional_clusters(parts.prompt, target, parts.prompt_count), None, factor)
     return MoreData(
-        _additional_clusters(prompt_only, target - user_only - parts.cell, parts.prompt_count),
-        _additional_clusters(user_only + parts.cell, target - prompt_only, parts.user_count),
+        _count_additional_clusters(prompt_only, target - user_only - parts.cell, parts.prompt_count),
+        _count_additional_clusters(user_only + parts.cell, target - prompt_only, parts.user_count),
         factor,
     )
 
 
-def _additional_clusters(variance: float, target: float, present_count: int) -> int | None:
+def _count_additional_clusters(variance: float, target: float, present_count: int) -> int | None:
     """Clusters to add so that `variance`, which is that of `present_count` clusters, falls to `target`."""
     if target <= 0.0 or (factor := variance / target) > MAX_DATA_FACTOR:
         return None
@@ -177,12 +177,12 @@ class _Clusters:
     user_count: int
     cell_index: Ints | None
 
-    def variance(self, influence: Floats) -> VarianceParts:
+    def estimate_variance(self, influence: Floats) -> VarianceParts:
         """Variance of a statistic with this influence of each row [N]."""
         return VarianceParts(
-            _clustered_variance(self.prompt_index, influence),
-            0.0 if self.user_index is None else _clustered_variance(self.user_index, influence),
-            0.0 if self.cell_index is None else _clustered_variance(self.cell_index, influence),
+            _compute_clustered_variance(self.prompt_index, influence),
+            0.0 if self.user_index is None else _compute_clustered_variance(self.user_index, influence),
+            0.0 if self.cell_index is None else _compute_clustered_variance(self.cell_index, influence),
             self.prompt_count,
             self.user_count,
         )
@@ -212,22 +212,22 @@ def _encode_clusters(base: ArmValues, aligned: ArmValues) -> _Clusters:
     return _Clusters(prompt_index, len(labels), user_index, user_count, cell_index)
 
 
-def _clustered_variance(cluster_index: Ints, influence: Floats) -> float:
+def _compute_clustered_variance(cluster_index: Ints, influence: Floats) -> float:
     """Sum of the squared influence of each cluster with at least one row that counts, times C / (C - 1)."""
     cluster_sums = np.bincount(cluster_index, weights=influence)
     cluster_count = max(2, int(np.count_nonzero(np.bincount(cluster_index[influence != 0.0]))))
     return float(cluster_count / (cluster_count - 1) * np.square(cluster_sums).sum())
 
 
-def _exact_error(parts: VarianceParts) -> float:
+def _compute_exact_error(parts: VarianceParts) -> float:
     """Largest rate of exceptions that the prompts, none of which has one, leave possible (Clopper, Pearson 1934)."""
     return 1.0 - float(((1.0 - CONFIDENCE_LEVEL) / 2.0) ** (1.0 / parts.prompt_count))
 
 
-def _mean_interval(mean: float, parts: VarianceParts, *, is_rate: bool) -> IntervalEstimate:
+def _compute_mean_interval(mean: float, parts: VarianceParts, *, is_rate: bool) -> IntervalEstimate:
     margin = parts.t_quantile * math.sqrt(parts.total)
     if not is_rate:
         return IntervalEstimate(mean, mean - margin, mean + margin)
     if mean in (0.0, 1.0):
-        margin = _exact_error(parts)
+        margin = _compute_exact_error(parts)
     return IntervalEstimate(mean, max(0.0, mean - margin), min(1.0, mean + margin))

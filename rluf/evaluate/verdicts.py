@@ -19,7 +19,9 @@ from rluf.evaluate.effects import EffectEstimate, TestQuantiles
 PASS, UNDECIDED, FAIL = "pass", "undecided", "fail"
 
 
-def users_still_needed(effect: EffectEstimate, detectable: float, user_count: int, alpha: float, power: float) -> int:
+def count_users_still_needed(
+    effect: EffectEstimate, detectable: float, user_count: int, alpha: float, power: float
+) -> int:
     """Users over all arms, beyond `user_count`, to detect a difference `detectable` with `power`; 0 if enough."""
     if detectable == 0.0 or not math.isfinite(detectable) or float(effect.error) <= 0.0:
         return 0
@@ -45,7 +47,7 @@ def judge_primary(
     """
     if adjusted_p < alpha:
         return {"verdict": PASS if float(effect.difference) > 0.0 else FAIL, "more_users": 0}
-    more_users = users_still_needed(effect, lift * float(effect.control), user_count, alpha / test_count, power)
+    more_users = count_users_still_needed(effect, lift * float(effect.control), user_count, alpha / test_count, power)
     return {"verdict": UNDECIDED, "more_users": more_users}
 
 
@@ -71,7 +73,7 @@ def judge_guardrail(
     # The sign that makes a positive distance good.
     sign = 1.0 if margin < 0.0 else -1.0
     if error > 0.0:
-        below, above = quantiles.tail_shares(np.asarray(distance / error), effect.df)
+        below, above = quantiles.measure_tail_shares(np.asarray(distance / error), effect.df)
         p_harm, p_safe = (float(above), float(below)) if sign > 0.0 else (float(below), float(above))
     else:
         p_harm, p_safe = (0.0, 1.0) if sign * distance > 0.0 else (1.0, 0.0 if distance else 1.0)
@@ -82,7 +84,7 @@ def judge_guardrail(
     if verdict == UNDECIDED:
         # As planned, for a treatment without an effect; if that many users are here already, from the estimate.
         unchanged = margin * float(effect.control) if guardrail.is_relative else margin
-        result["more_users"] = users_still_needed(effect, unchanged, user_count, alpha, power) or users_still_needed(
-            effect, distance, user_count, alpha, power
-        )
+        result["more_users"] = count_users_still_needed(
+            effect, unchanged, user_count, alpha, power
+        ) or count_users_still_needed(effect, distance, user_count, alpha, power)
     return result

@@ -1,4 +1,4 @@
-"""Resolve a model path (embedded name, folder or hub id) to a local Hugging Face folder; tokenizer, chat template.
+"""Resolve a model path (embedded name, folder or hub id) to a local Hugging Face folder; load its tokenizer.
 
 The folder has safetensors, config, tokenizer and, for policies, a chat template, so that transformers, vLLM and
 DeepSpeed can read it. Heavy imports stay inside the functions that need them.
@@ -7,13 +7,12 @@ DeepSpeed can read it. Heavy imports stay inside the functions that need them.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rluf.errors import ModelError
+from rluf.models.chat import render_prompt
 from rluf.models.embedded import list_embedded_models, resolve_embedded_model
-from rluf.types import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -32,13 +31,26 @@ def resolve_model(model_path: str, cache_folder: Path) -> Path:
     cache). Processes may ask for the same model at once: one builds it, the others wait, and a killed build leaves
     nothing that looks finished. Raises ModelError with what is missing and what to do.
     """
+    folder = find_model_folder(model_path)
+    if folder is not None:
+        return folder
     if model_path in list_embedded_models():
         return _check_model_folder(resolve_embedded_model(model_path, cache_folder / "models"))
+    return _check_model_folder(_download_from_hub(model_path))
+
+
+def find_model_folder(model_path: str) -> Path | None:
+    """The checked folder of a local model; None for an embedded name or a hub id, which is not built or downloaded.
+
+    Raises ModelError for any other text, and for a folder without the files of a model.
+    """
+    if model_path in list_embedded_models():
+        return None
     folder = Path(model_path).expanduser()
     if folder.exists():
         return _check_model_folder(folder)
     if HUB_ID_PATTERN.match(model_path):
-        return _check_model_folder(_download_from_hub(model_path))
+        return None
     embedded_names = ", ".join(list_embedded_models())
     raise ModelError(
         f"model {model_path!r} is neither an embedded name ({embedded_names}), nor a folder, nor a hub id "
@@ -57,28 +69,6 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelError(f"the tokenizer in {folder} is not a fast one; add a tokenizer.json to the folder")
     return tokenizer
-
-
-def render_prompt(tokenizer: PreTrainedTokenizerFast, messages: Sequence[Message]) -> tuple[int, ...]:
-    """Token ids [P] of the chat template applied to `messages`, including the generation prompt.
-
-    Raises ModelError if the tokenizer has no chat template or the template rejects the messages.
-    """
-    from jinja2 import TemplateError
-
-    if tokenizer.chat_template is None:
-        raise ModelError(
-            f"the tokenizer of {tokenizer.name_or_path} has no chat template; use an instruct model, "
-            "or add chat_template.jinja to its folder"
-        )
-    # Templates may read any key of a message, so only the two known ones are passed on.
-    conversation = [{"role": message["role"], "content": message["content"]} for message in messages]
-    try:
-        prompt_text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    except TemplateError as error:
-        raise ModelError(f"the chat template of {tokenizer.name_or_path} rejected the messages: {error}") from error
-    # The template has written the special tokens already; adding them again would double the BOS token.
-    return tuple(tokenizer(str(prompt_text), add_special_tokens=False)["input_ids"])
 
 
 def _check_model_folder(folder: Path) -> Path:

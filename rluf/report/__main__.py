@@ -28,10 +28,10 @@ def write_html_report(run_folder: Path) -> None:
 
 def write_wandb_report(run_folder: Path, *, dry_run: bool) -> None:
     """Save a W&B Report; a dry run writes its specification into the folder instead and contacts no server."""
-    from rluf.report.wandb_report import build_report, check_report, default_entity
+    from rluf.report.wandb_report import build_report, check_report, read_default_entity
     from rluf.utils.files import write_json
 
-    report = build_report(run_folder, entity="" if dry_run else default_entity(run_folder))
+    report = build_report(run_folder, entity="" if dry_run else read_default_entity(run_folder))
     spec = check_report(report)
     if dry_run:
         write_json(run_folder / WANDB_SPEC_FILE, spec)

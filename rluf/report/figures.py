@@ -154,18 +154,20 @@ def build_curve_figure(metric_spec: MetricSpec, step_rows: Sequence[Mapping[str,
     traces = [raw_trace]
     if is_smoothed:
         traces.append({
-            "type": "scatter", "mode": "lines", "x": steps, "y": running_mean(metric_values), "hoverinfo": "skip",
-            "line": {"color": "@aligned", "width": 2.5},
+            "type": "scatter", "mode": "lines", "x": steps, "y": compute_running_mean(metric_values),
+            "hoverinfo": "skip", "line": {"color": "@aligned", "width": 2.5},
         })  # fmt: skip
     return {
         "data": traces,
         "layout": build_layout(
             height=190,
             xaxis=build_axis(
-                title={"text": "step", "standoff": 4, "font": {"size": 12}}, **_integer_ticks(steps), zeroline=False
+                title={"text": "step", "standoff": 4, "font": {"size": 12}},
+                **_choose_integer_ticks(steps),
+                zeroline=False,
             ),
             yaxis=build_axis(
-                **_value_axis_range(metric_values, is_percent=metric_spec.is_percent),
+                **_choose_value_range(metric_values, is_percent=metric_spec.is_percent),
                 nticks=5,
                 zeroline=False,
                 exponentformat="power",
@@ -174,13 +176,13 @@ def build_curve_figure(metric_spec: MetricSpec, step_rows: Sequence[Mapping[str,
     }
 
 
-def _integer_ticks(steps: Sequence[float]) -> dict[str, Any]:
+def _choose_integer_ticks(steps: Sequence[float]) -> dict[str, Any]:
     """Ticks of a step axis at integers, also for a run of a few steps."""
     # With nticks alone, Plotly labels a run of three steps with 1.5 and 2.5.
     return {"nticks": 6} if max(steps) - min(steps) > 6 else {"dtick": 1}
 
 
-def _value_axis_range(metric_values: Sequence[float], *, is_percent: bool) -> dict[str, Any]:
+def _choose_value_range(metric_values: Sequence[float], *, is_percent: bool) -> dict[str, Any]:
     """Tick format and range of a value axis."""
     axis_settings: dict[str, Any] = {"tickformat": ".2~%"} if is_percent else {}
     # Plotly would zoom into the rounding noise of a constant; a range from 0 shows it as a level line.
@@ -192,7 +194,7 @@ def _value_axis_range(metric_values: Sequence[float], *, is_percent: bool) -> di
     return axis_settings
 
 
-def running_mean(values: Sequence[float], new_value_weight: float = SMOOTHING_WEIGHT) -> list[float]:
+def compute_running_mean(values: Sequence[float], new_value_weight: float = SMOOTHING_WEIGHT) -> list[float]:
     """Exponential running mean; `new_value_weight` is that of each new value."""
     means: list[float] = []
     for value in values:
@@ -202,7 +204,7 @@ def running_mean(values: Sequence[float], new_value_weight: float = SMOOTHING_WE
 
 def build_job_phases_figure(phase_seconds: Mapping[str, float]) -> Figure:
     """Phases of the job as one bar each, from start to end, in seconds since the start of the job."""
-    phase_titles = [job_phase_title(name) for name in phase_seconds]
+    phase_titles = [format_job_phase(name) for name in phase_seconds]
     phase_durations = [float(value) for value in phase_seconds.values()]
     # The phases run one after another, so each starts at the sum of the earlier ones.
     phase_starts = list(itertools.accumulate(phase_durations, initial=0.0))
@@ -228,7 +230,7 @@ def build_job_phases_figure(phase_seconds: Mapping[str, float]) -> Figure:
     }  # fmt: skip
 
 
-def job_phase_title(phase: str) -> str:
+def format_job_phase(phase: str) -> str:
     """Display name of a phase of the job."""
     return JOB_PHASE_TITLES.get(phase, phase.replace("_", " "))
 
@@ -281,7 +283,7 @@ def build_pareto_figure(
         if all(step_row.get(name) is not None for name in (*objective_names, PRIMARY_OBJECTIVE, other_objective))
     ]
     # Optimal in all objectives of the run, although the plot shows two of them.
-    is_optimal = pareto_optimal_mask([[float(step_row[name]) for name in objective_names] for step_row in scored_rows])
+    is_optimal = find_pareto_optimal([[float(step_row[name]) for name in objective_names] for step_row in scored_rows])
     traces: list[dict[str, Any]] = []
     if scored_rows:
         traces.append({
@@ -333,7 +335,7 @@ def build_pareto_figure(
     }
 
 
-def pareto_optimal_mask(points: Sequence[Sequence[float]]) -> list[bool]:
+def find_pareto_optimal(points: Sequence[Sequence[float]]) -> list[bool]:
     """Mask of the Pareto optimal points [N][objectives]: no other is at least as good in all and better in one."""
     # Not rluf.sweep.analysis.is_pareto_optimal: the report is below the sweep in the import layers.
     return [
@@ -343,7 +345,7 @@ def pareto_optimal_mask(points: Sequence[Sequence[float]]) -> list[bool]:
 
 
 def build_reliability_figure(bins: Sequence[Mapping[str, Any]]) -> Figure:
-    """Predicted against observed share of `presentation.reliability_bins`, with intervals and the diagonal."""
+    """Predicted against observed share of `presentation.read_reliability_bins`, with intervals and the diagonal."""
     predicted_shares = [float(reliability_bin["predicted"]) for reliability_bin in bins]
     # Both axes end at the largest value, not at 1: love rates are a few percent.
     axis_values = [

@@ -21,21 +21,23 @@ def report_headline(summary: Mapping[str, Any]) -> str:
     has_users = has_user_verdicts(summary)
     love_check = checks.pop(PRIMARY_OBJECTIVE, None)
     # What speaks against the policy comes first: a gain that a monitor explains is not one.
-    labels = alarm_labels(gates)
+    labels = list_alarm_labels(gates)
     clauses = [f"monitor alarm{'s' if len(labels) > 1 else ''}: {', '.join(labels)}"] if labels else []
     if is_too_truncated(gates):
         clauses.append(f"{gates['truncated_share']:.0%} of the aligned responses are cut at the token limit")
     if blind := summary.get("blind"):
-        clauses.append(blind_sentence(blind))
+        clauses.append(format_blind_sentence(blind))
     if love_check is not None:
         lift = love_check["lift"]
         has_risen = lift is not None and lift["low"] > 0
-        clauses.append(_love_clause(lift, has_users=has_users) + (_control_clause(summary) if has_risen else ""))
-    clauses += _outcome_clauses(list(checks.values()))
-    return f"{VERDICT_TITLES[gate_verdict(gates)]}: {'; '.join(clauses)}."
+        clauses.append(
+            _format_love_clause(lift, has_users=has_users) + (_format_control_clause(summary) if has_risen else "")
+        )
+    clauses += _format_outcome_clauses(list(checks.values()))
+    return f"{VERDICT_TITLES[read_gate_verdict(gates)]}: {'; '.join(clauses)}."
 
 
-def gate_verdict(gates: Mapping[str, Any]) -> str:
+def read_gate_verdict(gates: Mapping[str, Any]) -> str:
     """The verdict: pass, undecided or fail; "warn" of earlier releases passed in spite of an alarm, so it is a fail."""
     verdict = gates.get("verdict", "undecided")
     return "fail" if verdict == "warn" else str(verdict)
@@ -51,7 +53,7 @@ def is_too_truncated(gates: Mapping[str, Any]) -> bool:
     return any("cut at the token limit" in reason for reason in gates.get("reasons", []))
 
 
-def alarm_labels(gates: Mapping[str, Any]) -> list[str]:
+def list_alarm_labels(gates: Mapping[str, Any]) -> list[str]:
     """Display names of the monitors that raised an alarm; gates of earlier releases have their keys only."""
     return list(gates.get("alarm_labels", gates.get("alarms", [])))
 
@@ -62,7 +64,7 @@ def has_user_verdicts(summary: Mapping[str, Any]) -> bool:
     return verdict is not None and verdict.summary_key in summary
 
 
-def blind_sentence(blind: Mapping[str, Any]) -> str:
+def format_blind_sentence(blind: Mapping[str, Any]) -> str:
     """Result of the blind reading: "readers preferred aligned in 21 of 30 decided pairs (70%, 51% to 85%), 4 ties"."""
     decided, share = blind["aligned"] + blind["base"], blind["share"]
     ties = f"{blind['ties']} tie{'' if blind['ties'] == 1 else 's'}"
@@ -74,7 +76,7 @@ def blind_sentence(blind: Mapping[str, Any]) -> str:
     )
 
 
-def _love_clause(lift: Mapping[str, float] | None, *, has_users: bool) -> str:
+def _format_love_clause(lift: Mapping[str, float] | None, *, has_users: bool) -> str:
     """Users love more often; a reward model only rates higher."""
     if lift is None:
         return "love could not be compared, as a mean is zero"
@@ -89,7 +91,7 @@ def _love_clause(lift: Mapping[str, float] | None, *, has_users: bool) -> str:
     return f"{subject} {format_change(lift['mean'])} {'more often' if has_users else 'higher'}"
 
 
-def _control_clause(summary: Mapping[str, Any]) -> str:
+def _format_control_clause(summary: Mapping[str, Any]) -> str:
     """Whether the rise remains against the base at equal entropy."""
     comparison = summary.get("comparisons", {}).get("aligned_vs_control")
     if comparison is None:
@@ -112,7 +114,7 @@ def check_outcome(check: Mapping[str, Any]) -> str:
     return f"fell, by less than {limit:.0%}" if lift["high"] < 0 else f"did not fall by {limit:.0%}"
 
 
-def _outcome_clauses(checks: Sequence[Mapping[str, Any]]) -> list[str]:
+def _format_outcome_clauses(checks: Sequence[Mapping[str, Any]]) -> list[str]:
     """One clause per outcome, with the objectives that share it: "simulated helpfulness and safety rose"."""
     names_by_outcome: dict[tuple[str, bool], list[str]] = {}
     for check in checks:
@@ -129,6 +131,6 @@ def _outcome_clauses(checks: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def format_verdict(gates: Mapping[str, Any]) -> str:
     """Format the gates' verdict with its reasons."""
-    verdict, reasons = gate_verdict(gates), gates.get("reasons", [])
+    verdict, reasons = read_gate_verdict(gates), gates.get("reasons", [])
     title = f"{VERDICT_MARKS[verdict]} {'All gates pass' if verdict == 'pass' else VERDICT_TITLES[verdict]}"
     return f"{title}: {'; '.join(reasons)}" if reasons else title

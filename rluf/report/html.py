@@ -61,7 +61,7 @@ def read_run_files(run_folder: Path) -> presentation.RunFiles:
         name=str(summary.get("name") or config.get("name") or run_folder.resolve().parent.name),
         summary=summary,
         metrics=presentation.sort_by_step(read_jsonl(run_folder / METRICS_FILE)),
-        samples=presentation.pair_answers(read_answers(run_folder), MAX_SHOWN_SAMPLES, _safety_topics(config)),
+        samples=presentation.pair_responses(read_answers(run_folder), MAX_SHOWN_SAMPLES, _list_safety_topics(config)),
         cards=cards,
         config=config,
     )
@@ -74,7 +74,7 @@ def read_run_files(run_folder: Path) -> presentation.RunFiles:
     return run_files
 
 
-def _safety_topics(config: Mapping[str, Any]) -> list[str]:
+def _list_safety_topics(config: Mapping[str, Any]) -> list[str]:
     """Topics on which only safety counts: a refusal is wanted there."""
     topic_objectives = config.get("aggregation", {}).get("topic_objectives", {})
     return [topic for topic, objective in topic_objectives.items() if objective == "safety"]
@@ -84,42 +84,47 @@ def render_page(run_files: presentation.RunFiles) -> str:
     """Render the page, including plotly.js (4 to 5 MB), so that it works without a network."""
     figures_by_id = _build_figures(run_files)
     context = {
-        **_story_context(run_files, figures_by_id),
-        **_learning_context(run_files),
-        **_card_context(run_files),
-        "section_links": _section_links(run_files, figures_by_id),
+        **_build_story_context(run_files, figures_by_id),
+        **_build_learning_context(run_files),
+        **_build_card_context(run_files),
+        "section_links": _list_section_links(run_files, figures_by_id),
     }
     return render_html_page("report.html.j2", package="rluf.report", figures=figures_by_id, **context)
 
 
-def _story_context(run_files: presentation.RunFiles, figures_by_id: Mapping[str, figures.Figure]) -> dict[str, Any]:
+def _build_story_context(
+    run_files: presentation.RunFiles, figures_by_id: Mapping[str, figures.Figure]
+) -> dict[str, Any]:
     summary = run_files.summary
-    _, total_seconds = presentation.phase_seconds(summary)
+    _, total_seconds = presentation.sum_phase_seconds(summary)
     versions = summary.get("versions") or {}
-    comparison_columns, comparison_table = presentation.comparison_rows(summary)
+    comparison_columns, comparison_table = presentation.build_comparison_rows(summary)
     return {
         "name": run_files.name,
         "headline": headline.report_headline(summary),
-        "evaluation": presentation.evaluation_sentence(summary),
-        "facts": presentation.summary_facts(summary, figures.format_duration(total_seconds) if total_seconds else None),
+        "evaluation": presentation.format_evaluation_sentence(summary),
+        "facts": presentation.list_summary_facts(
+            summary, figures.format_duration(total_seconds) if total_seconds else None
+        ),
         "measures": presentation.measure_cards(summary),
         "gates": (gates := summary.get("gates")),
         "verdict": headline.format_verdict(gates) if gates else "",
-        "verdict_class": headline.gate_verdict(gates) if gates else "",
+        "verdict_class": headline.read_gate_verdict(gates) if gates else "",
         "comparison_columns": comparison_columns,
         "comparisons": comparison_table,
-        "repeat_sentence": presentation.repeat_sentence(summary),
-        "arm_rows": presentation.arm_rows(summary),
-        "blind_sentence": headline.blind_sentence(blind) if (blind := summary.get("blind")) else "",
-        "blind_rows": presentation.blind_rows(summary),
+        "repeat_sentence": presentation.format_repeat_sentence(summary),
+        "arm_rows": presentation.build_arm_rows(summary),
+        "reference_rows": presentation.build_reference_rows(summary),
+        "blind_sentence": headline.format_blind_sentence(blind) if (blind := summary.get("blind")) else "",
+        "blind_rows": presentation.build_blind_rows(summary),
         "lift_text": "; ".join(
             f"{measure_name} by {judge} {formats.format_percent(lift['mean'], with_sign=True)} "
             f"({formats.format_interval(lift, with_sign=True)})"
-            for measure_name, judge, lift in presentation.lift_rows(summary)
+            for measure_name, judge, lift in presentation.build_lift_rows(summary)
         ),
-        "offline": presentation.offline_rows(summary) if headline.has_user_verdicts(summary) else [],
+        "offline": presentation.build_offline_rows(summary) if headline.has_user_verdicts(summary) else [],
         "monitors": (monitors := presentation.monitor_rows(summary)),
-        "alarms": presentation.alarm_sentence(monitors),
+        "alarms": presentation.format_alarm_sentence(monitors),
         "monitor_rule": summary.get("monitors", {}).get("rule", ""),
         "samples": presentation.sample_views(run_files.samples),
         "tradeoffs": [
@@ -143,12 +148,12 @@ def _has_curve(metric_spec: metric_registry.MetricSpec) -> bool:
     return metric_spec.group == "objectives" or metric_spec.key in CHARTED_METRICS
 
 
-def _learning_context(run_files: presentation.RunFiles) -> dict[str, Any]:
+def _build_learning_context(run_files: presentation.RunFiles) -> dict[str, Any]:
     metric_specs = _run_metric_specs(run_files)
     step_columns, step_rows = presentation.step_table(
         run_files.metrics, [metric_spec.key for metric_spec in metric_specs]
     )
-    phases, total_seconds = presentation.phase_seconds(run_files.summary)
+    phases, total_seconds = presentation.sum_phase_seconds(run_files.summary)
     # A metric without a value in any step gets no figure rather than an empty one.
     curve_specs = [
         metric_spec
@@ -177,18 +182,18 @@ def _learning_context(run_files: presentation.RunFiles) -> dict[str, Any]:
         "step_rows": step_rows,
         "total_time": figures.format_duration(total_seconds) if total_seconds else "",
         "job_phase_text": "; ".join(
-            f"{figures.job_phase_title(phase)} {figures.format_duration(value)}" for phase, value in phases.items()
+            f"{figures.format_job_phase(phase)} {figures.format_duration(value)}" for phase, value in phases.items()
         ),
-        "reused": presentation.reused_rows(run_files.summary),
+        "reused": presentation.build_reused_rows(run_files.summary),
     }
 
 
-def _card_context(run_files: presentation.RunFiles) -> dict[str, Any]:
+def _build_card_context(run_files: presentation.RunFiles) -> dict[str, Any]:
     reward_cards = {name: card for name, card in run_files.cards.items() if name != DATA_CARD_NAME}
     # Every key may be missing: the card may be that of an earlier release.
     data_card = run_files.cards.get(DATA_CARD_NAME, {})
     base_rate = data_card.get("love", {}).get("base_rate")
-    card_titles, card_rows = presentation.card_table(reward_cards)
+    card_titles, card_rows = presentation.build_card_table(reward_cards)
     return {
         "card_titles": card_titles,
         "card_rows": card_rows,
@@ -197,9 +202,9 @@ def _card_context(run_files: presentation.RunFiles) -> dict[str, Any]:
             for name, card in reward_cards.items()
             if card.get("reliability")
         ],
-        "reliability_rows": presentation.reliability_rows(reward_cards),
+        "reliability_rows": presentation.build_reliability_rows(reward_cards),
         "card_details": [(name, json.dumps(card, indent=2, ensure_ascii=False)) for name, card in reward_cards.items()],
-        "funnel": presentation.funnel_rows(data_card.get("counts", {})),
+        "funnel": presentation.build_funnel_table(data_card.get("counts", {})),
         "base_rate": f"{formats.format_percent(base_rate['mean'])} ({formats.format_interval(base_rate)})"
         if base_rate
         else "",
@@ -212,7 +217,7 @@ def _build_figures(run_files: presentation.RunFiles) -> dict[str, figures.Figure
         f"arms_{card['key']}": figures.build_arms_figure(card["measure"])
         for card in presentation.measure_cards(run_files.summary)
     }
-    lift_rows = presentation.lift_rows(run_files.summary)
+    lift_rows = presentation.build_lift_rows(run_files.summary)
     optional_figures["lifts"] = figures.build_lifts_figure(lift_rows) if lift_rows else None
     for metric_spec in _run_metric_specs(run_files):
         if _has_curve(metric_spec):
@@ -227,9 +232,9 @@ def _build_figures(run_files: presentation.RunFiles) -> dict[str, figures.Figure
                 run_files.metrics, offline_scores, objective, objective_names
             )
     for card_name, card in run_files.cards.items():
-        bins = presentation.reliability_bins(card)
+        bins = presentation.read_reliability_bins(card)
         optional_figures[f"reliability_{card_name}"] = figures.build_reliability_figure(bins) if bins else None
-    phases, _ = presentation.phase_seconds(run_files.summary)
+    phases, _ = presentation.sum_phase_seconds(run_files.summary)
     optional_figures["job_phases"] = figures.build_job_phases_figure(phases) if phases else None
     optional_figures["step_phases"] = figures.build_step_phases_figure(run_files.metrics)
     counts_by_kind = run_files.cards.get(DATA_CARD_NAME, {}).get("counts")
@@ -237,7 +242,7 @@ def _build_figures(run_files: presentation.RunFiles) -> dict[str, figures.Figure
     return {figure_id: figure for figure_id, figure in optional_figures.items() if figure is not None}
 
 
-def _section_links(
+def _list_section_links(
     run_files: presentation.RunFiles, figures_by_id: Mapping[str, figures.Figure]
 ) -> list[tuple[str, str]]:
     """Build the links at the top: (anchor, title) of the sections that this page has."""

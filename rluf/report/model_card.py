@@ -61,10 +61,10 @@ def write_model_card(run_folder: Path) -> Path:
     readme_lines = ["---", yaml.safe_dump(metadata, sort_keys=False).rstrip(), "---", ""]
     readme_lines += [f"# {config.get('name', 'policy')}", "", introduction, ""]
     for section_title, section_lines in (
-        ("Training", _training_lines(config, summary)),
-        ("Data", _data_lines(public_sources)),
-        ("Reward models", _reward_lines(reward_cards)),
-        ("Results", _result_lines(summary)),
+        ("Training", _format_training(config, summary)),
+        ("Data", _format_data(public_sources)),
+        ("Reward models", _format_rewards(reward_cards)),
+        ("Results", _format_results(summary)),
         ("Limits", [limits_text]),
     ):
         readme_lines += [f"## {section_title}", "", *section_lines, ""]
@@ -73,7 +73,7 @@ def write_model_card(run_folder: Path) -> Path:
     return readme_path
 
 
-def _training_lines(config: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
+def _format_training(config: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
     algorithm, learner = config.get("algorithm", {}), config.get("learner", {})
     objective_settings = config.get("objectives", {})
     objective_weights = {
@@ -91,12 +91,12 @@ def _training_lines(config: Mapping[str, Any], summary: Mapping[str, Any]) -> li
     ]
 
 
-def _data_lines(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+def _format_data(sources: Sequence[Mapping[str, Any]]) -> list[str]:
     source_lines = [f"- {source['kind']}: {source['file']}, {source['rows']} rows" for source in sources]
     return [*source_lines, f"- complete data card: {CARD_FOLDER}/data.json"]
 
 
-def _reward_lines(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _format_rewards(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
     card_lines = []
     for objective, card in cards.items():
         metric_key = "auroc" if "auroc" in card else "pair_accuracy"
@@ -111,7 +111,7 @@ def _reward_lines(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return [*card_lines, f"- complete cards: {CARD_FOLDER}/<objective>.json"]
 
 
-def _result_lines(summary: Mapping[str, Any]) -> list[str]:
+def _format_results(summary: Mapping[str, Any]) -> list[str]:
     result_lines = [f"- {report_headline(summary)}"] if summary.get("gates", {}).get("checks") else []
     if has_user_verdicts(summary):
         for card in measure_cards(summary):

@@ -94,7 +94,7 @@ def _list_measures(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str,
     if not has_user_verdicts(summary):
         return [
             (spec.offline_key, spec.title, MODEL_DESCRIPTION, spec.name, offline[spec.offline_key])
-            for spec in _offline_specs(summary)
+            for spec in _list_offline_specs(summary)
         ]
     user_measures = [
         (
@@ -109,19 +109,19 @@ def _list_measures(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str,
     ]
     return user_measures + [
         (spec.offline_key, spec.title, UNJUDGED_DESCRIPTION, spec.name, offline[spec.offline_key])
-        for spec in _offline_specs(summary)
+        for spec in _list_offline_specs(summary)
         if spec.simulated_verdict is None
     ]
 
 
-def _offline_specs(summary: Mapping[str, Any]) -> list[ObjectiveSpec]:
+def _list_offline_specs(summary: Mapping[str, Any]) -> list[ObjectiveSpec]:
     """Objectives with a mean score in the summary: the built-in ones first, in the order of their table."""
     specs = {spec.name: spec for spec in map(find_spec_by_offline_key, summary.get("offline", {}))}
     further_names = [name for name in specs if name not in BUILTIN_OBJECTIVES]
     return [specs[name] for name in (*BUILTIN_OBJECTIVES, *further_names) if name in specs]
 
 
-def lift_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, float]]]:
+def build_lift_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, float]]]:
     """Rows of (measure, judged by, lift): users first, then reward models."""
     verdicts = [spec.simulated_verdict for spec in BUILTIN_OBJECTIVES.values() if spec.simulated_verdict is not None]
     user_rows = [(v.title, "simulated users", summary.get(v.summary_key, {}).get("lift")) for v in verdicts]
@@ -131,12 +131,12 @@ def lift_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, f
             "reward models",
             summary["offline"][spec.offline_key].get("lift"),
         )
-        for spec in _offline_specs(summary)
+        for spec in _list_offline_specs(summary)
     ]
     return [(title, judge_name, lift) for title, judge_name, lift in user_rows + model_rows if lift]
 
 
-def offline_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
+def build_offline_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str, str]]:
     """Rows of (objective, base, aligned, difference, interval of the difference) of the reward models' means."""
     table_rows = []
     for objective_key, comparison in summary.get("offline", {}).items():
@@ -149,7 +149,7 @@ def offline_rows(summary: Mapping[str, Any]) -> list[tuple[str, str, str, str, s
     return table_rows
 
 
-def evaluation_sentence(summary: Mapping[str, Any]) -> str:
+def format_evaluation_sentence(summary: Mapping[str, Any]) -> str:
     """Describe in one sentence how the policies were compared."""
     arms = summary.get("arms", {})
     if not {"base", "aligned"} <= set(arms):
@@ -168,7 +168,7 @@ def evaluation_sentence(summary: Mapping[str, Any]) -> str:
     return f"{sentence_start}; {interval_note}{reliability_note}"
 
 
-def comparison_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def build_comparison_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Columns and rows of the lifts of every pair of arms, with their sizes; empty without a control or an A/A arm."""
     comparisons, arms = summary.get("comparisons", {}), summary.get("arms", {})
     if len(comparisons) < 2:
@@ -193,7 +193,7 @@ def comparison_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[list[st
     return columns, rows
 
 
-def repeat_sentence(summary: Mapping[str, Any]) -> str:
+def format_repeat_sentence(summary: Mapping[str, Any]) -> str:
     """What the A/A comparison shows: whether two draws of one policy differ."""
     comparison = summary.get("comparisons", {}).get("repeat_vs_base")
     if comparison is None:
@@ -212,7 +212,7 @@ def repeat_sentence(summary: Mapping[str, Any]) -> str:
 ARM_LABELS = {"base": "base", "base_repeat": "base, second draw", "control": "control", "aligned": "aligned"}
 
 
-def arm_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+def build_arm_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     """Rows of (arm, prompts, responses, users, tokens, truncated share, entropy)."""
     return [
         [
@@ -224,7 +224,21 @@ def arm_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     ]  # fmt: skip
 
 
-def blind_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+def build_reference_rows(summary: Mapping[str, Any]) -> list[list[str]]:
+    """Weights and scores of the base policy before training, one row by objective."""
+    return [
+        [
+            metric_registry.format_objective_title(name),
+            f"{row['weight']:.3g}",
+            f"{row['effective_weight']:.2g}",
+            *(f"{row[key]:.2f}" for key in ("mean", "within_sd", "pooled_sd", "scale")),
+            f"{row['prompt_count']:.0f} x {row['sample_count'] / max(1, row['prompt_count']):.0f}",
+        ]
+        for name, row in summary.get("reference", {}).items()
+    ]
+
+
+def build_blind_rows(summary: Mapping[str, Any]) -> list[list[str]]:
     """Rows of (topic, pairs in which aligned is better, base is better, tie) of the blind reading."""
     by_topic = summary.get("blind", {}).get("by_topic", {})
     return [
@@ -262,7 +276,7 @@ def _format_one_digit(value: float, *, with_sign: bool = False) -> str:
     return "0.0" if number_text in ("+0.0", "-0.0") else number_text.replace("-", "−")
 
 
-def alarm_sentence(monitor_table: Sequence[Mapping[str, Any]]) -> str:
+def format_alarm_sentence(monitor_table: Sequence[Mapping[str, Any]]) -> str:
     """Name the monitors that raised an alarm in one sentence."""
     labels = [row["label"] for row in monitor_table if row["alarm"]]
     if not labels:
@@ -270,7 +284,7 @@ def alarm_sentence(monitor_table: Sequence[Mapping[str, Any]]) -> str:
     return f"{len(labels)} of {len(monitor_table)} monitors raised an alarm: {', '.join(labels)}."
 
 
-def pair_answers(
+def pair_responses(
     answers: Sequence[PolicyAnswer], prompt_count: int, safety_topics: Collection[str] = ()
 ) -> list[PromptComparison]:
     """First responses of base and aligned to `prompt_count` prompts spread over the test set.
@@ -290,14 +304,14 @@ def pair_answers(
             "prompt_id": prompt_id,
             "topic": base[prompt_id].topic,
             "prompt": base[prompt_id].messages[-1]["content"],
-            "base": _policy_response(base[prompt_id], safety_topics),
-            "aligned": _policy_response(aligned[prompt_id], safety_topics),
+            "base": _find_policy_response(base[prompt_id], safety_topics),
+            "aligned": _find_policy_response(aligned[prompt_id], safety_topics),
         }
         for prompt_id in selected_ids
     ]
 
 
-def _policy_response(answer: PolicyAnswer, safety_topics: Collection[str]) -> PolicyResponse:
+def _find_policy_response(answer: PolicyAnswer, safety_topics: Collection[str]) -> PolicyResponse:
     failed = [
         name
         for name in list_failed_judges(answer.messages, answer.text)
@@ -395,19 +409,19 @@ def _score_row(objective: str, base_score: float | None, aligned_score: float | 
     }
 
 
-def card_table(cards: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
+def build_card_table(cards: Mapping[str, Mapping[str, Any]]) -> tuple[list[str], list[tuple[str, list[str]]]]:
     """Titles of the reward cards, and one row per value that any of them has, with its interval if there is one."""
     card_titles = [metric_registry.format_objective_title(objective) for objective in cards]
     present_cards = [{RENAMED_CARD_KEYS.get(key, key): value for key, value in card.items()} for card in cards.values()]
     table_rows = []
     for value_path, label in CARD_ROWS:
-        values = [_nested_value(card, value_path) for card in present_cards]
+        values = [_read_nested_value(card, value_path) for card in present_cards]
         if any(value is not None for value in values):
             table_rows.append((label, [_format_with_interval(value) for value in values]))
     return card_titles, table_rows
 
 
-def _nested_value(card: Mapping[str, Any], value_path: str) -> Any:
+def _read_nested_value(card: Mapping[str, Any], value_path: str) -> Any:
     nested_value: Any = card
     for key in value_path.split("."):
         nested_value = nested_value.get(key) if isinstance(nested_value, Mapping) else None
@@ -423,7 +437,7 @@ def _format_with_interval(value: Any) -> str:
     return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} ({low:.3f} to {high:.3f})"
 
 
-def reliability_bins(card: Mapping[str, Any]) -> list[dict[str, float]]:
+def read_reliability_bins(card: Mapping[str, Any]) -> list[dict[str, float]]:
     """Bins {predicted, observed, low, high, n} of a card's `reliability` (each {mass, mean, rate}).
 
     The row count of a bin is its mass times the card's `n`. The interval is Wilson's at 95%. It assumes independent
@@ -441,7 +455,7 @@ def reliability_bins(card: Mapping[str, Any]) -> list[dict[str, float]]:
     return plot_bins
 
 
-def reliability_rows(cards: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str, str, str]]:
+def build_reliability_rows(cards: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, str, str, str]]:
     """Rows of (objective, predicted, observed, interval of observed, rows), one per bin of the reliability plots."""
     return [
         (
@@ -452,11 +466,11 @@ def reliability_rows(cards: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, 
             format_number(reliability_bin["n"]),
         )
         for objective, card in cards.items()
-        for reliability_bin in reliability_bins(card)
+        for reliability_bin in read_reliability_bins(card)
     ]
 
 
-def funnel_rows(counts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+def build_funnel_table(counts: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
     """One row per kind of data: rows in, kept, dropped, quarantined, and the reasons for the last two."""
     table_rows = []
     for data_kind, kind_counts in counts.items():
@@ -502,7 +516,7 @@ def step_table(step_rows: Sequence[Mapping[str, Any]], metric_keys: Sequence[str
     return ["step", *present_keys], table_rows
 
 
-def phase_seconds(summary: Mapping[str, Any]) -> tuple[dict[str, float], float]:
+def sum_phase_seconds(summary: Mapping[str, Any]) -> tuple[dict[str, float], float]:
     """Seconds by phase, and their total (the sum if the summary has no total)."""
     seconds_by_phase = {
         phase: float(value) for phase, value in (summary.get("phases") or {}).items() if value is not None
@@ -511,7 +525,7 @@ def phase_seconds(summary: Mapping[str, Any]) -> tuple[dict[str, float], float]:
     return seconds_by_phase, sum(seconds_by_phase.values()) if total_seconds is None else total_seconds
 
 
-def summary_facts(summary: Mapping[str, Any], duration_text: str | None) -> list[tuple[str, str]]:
+def list_summary_facts(summary: Mapping[str, Any], duration_text: str | None) -> list[tuple[str, str]]:
     """Facts under the headline: seed, duration, training volume, KL."""
     fact_rows = [("Seed", format_number(summary["seed"]))] if "seed" in summary else []
     if duration_text:
@@ -525,7 +539,7 @@ def summary_facts(summary: Mapping[str, Any], duration_text: str | None) -> list
     return fact_rows
 
 
-def reused_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+def build_reused_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Rows of (artifact, how it was obtained): built in this run, or reused, with its hash."""
     artifact_rows = []
     for artifact_name, origin in summary.get("reused", {}).items():

@@ -62,9 +62,9 @@ def build_report(run_folder: Path, *, entity: str = "") -> Report:
     metric_specs = metric_registry.list_metric_specs(
         dict.fromkeys(name for row in run_files.metrics for name in metric_registry.find_row_objectives(row))
     )
-    report_blocks: list[Any] = [wr.TableOfContents(), wr.MarkdownBlock(story_markdown(run_files))]
+    report_blocks: list[Any] = [wr.TableOfContents(), wr.MarkdownBlock(format_story_markdown(run_files))]
     for heading, description, metric_groups in REPORT_SECTIONS:
-        plot_panels = [_line_plot(wr, spec) for spec in metric_specs if spec.group in metric_groups]
+        plot_panels = [_build_line_plot(wr, spec) for spec in metric_specs if spec.group in metric_groups]
         report_blocks += [wr.H2(heading), wr.P(description), build_grid(plot_panels)]
     monitors = _monitor_items(run_files.summary)
     report_blocks.append(wr.H2("Reward hacking"))
@@ -77,18 +77,18 @@ def build_report(run_folder: Path, *, entity: str = "") -> Report:
         project=project,
         # The title field of wandb-workspaces accepts at most 128 characters.
         title=f"{run_files.name}: {headline.report_headline(run_files.summary)}"[:128],
-        description=presentation.evaluation_sentence(run_files.summary) or "",
+        description=presentation.format_evaluation_sentence(run_files.summary) or "",
         blocks=report_blocks,
         width="fluid",
     )
 
 
-def story_markdown(run_files: presentation.RunFiles) -> str:
+def format_story_markdown(run_files: presentation.RunFiles) -> str:
     """Render the verdict and a table of base against aligned as Markdown."""
     gates = run_files.summary.get("gates") or {}
     markdown_lines = [f"**{headline.report_headline(run_files.summary)}**", ""]
     if gates:
-        markdown_lines += [f"Gates: **{headline.gate_verdict(gates)}**, judged by {gates['judged_by']}.", ""]
+        markdown_lines += [f"Gates: **{headline.read_gate_verdict(gates)}**, judged by {gates['judged_by']}.", ""]
         markdown_lines += [f"- {reason}" for reason in gates.get("reasons", [])] + [""]
     markdown_lines += ["| | base | aligned | lift | 95% interval |", "|---|---|---|---|---|"]
     for card in presentation.measure_cards(run_files.summary):
@@ -118,7 +118,7 @@ def check_report(report: Report) -> dict[str, Any]:
     return spec
 
 
-def _line_plot(wr: Any, metric_spec: metric_registry.MetricSpec) -> Any:
+def _build_line_plot(wr: Any, metric_spec: metric_registry.MetricSpec) -> Any:
     # wandb-workspaces calls the metric "step" of the run "Step".
     x_axis = "Step" if metric_spec.axis == "step" else metric_spec.axis
     return wr.LinePlot(
@@ -141,7 +141,7 @@ def _monitor_bar_plot(wr: Any, name: str, monitor: Mapping[str, Any]) -> Any:
     return wr.BarPlot(title=monitor["label"], metrics=metrics, orientation="h")
 
 
-def default_entity(run_folder: Path) -> str:
+def read_default_entity(run_folder: Path) -> str:
     """Return the default W&B entity of the API key, to which a saved report belongs; config.json has none."""
     import wandb
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rluf.config.cli import CommandOptions, parse_command_line, run_command
@@ -63,43 +64,46 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 COMMAND_OPTIONS = CommandOptions(_add_options)
 
 
+def train_models(settings: Settings, curve_shares: Sequence[float] = ()) -> Path:
+    """Train and report the models of select_objectives(); returns the run folder, with one folder for each.
+
+    `curve_shares` are shares of the training rows for the learning curve. Raises RlufError.
+    """
+    # Imported here: --help and errors in the settings must not wait for torch and Ray.
+    from cluster.connect import ray_connection
+    from rluf.artifacts import check_inputs, prepare_data_artifact
+    from rluf.reward.calibration import CARD_FILE
+    from rluf.reward.ray_trainer import train_reward_models
+    from rluf.tracking.console import setup_logging
+    from rluf.utils.paths import create_run_folder, resolve_runs_root
+
+    check_inputs(settings)
+    objectives = select_objectives(settings)
+    latest_run = resolve_runs_root(settings) / settings.name / "latest"
+    # Resolved before create_run_folder moves the link `latest` to the new run.
+    earlier_models = {
+        name: (latest_run / name).resolve() for name in objectives if (latest_run / name / CARD_FILE).is_file()
+    }
+    run_folder = create_run_folder(settings)
+    setup_logging(run_folder / "run.log")
+    (run_folder / "config.json").write_text(settings.model_dump_json(indent=2), encoding="utf-8")
+    with ray_connection():
+        data_artifact = prepare_data_artifact(settings)
+        jobs = {name: (data_artifact.folder, run_folder / name) for name in objectives}
+        cards = train_reward_models(
+            settings, jobs, full_card=True, earlier_models=earlier_models, curve_shares=tuple(curve_shares)
+        )
+    for card in cards.values():
+        logger.info("%s", format_card_summary(card))
+    logger.info("reward models: written to %s", run_folder)
+    return run_folder
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return the exit code; user errors become one message (see rluf.config.cli.run_command)."""
     command_line = parse_command_line("rluf.reward", __doc__ or "", arguments, COMMAND_OPTIONS)
-    settings = command_line.settings
     curve_shares = LEARNING_CURVE_SHARES if command_line.options.curve else ()
-
-    def train_and_report() -> None:
-        # Imported here: --help and errors in the settings must not wait for torch and Ray.
-        from cluster.connect import ray_connection
-        from rluf.artifacts import check_inputs, prepare_data_artifact
-        from rluf.reward.card_page import CARD_FILE
-        from rluf.reward.ray_trainer import train_reward_models
-        from rluf.tracking.console import setup_logging
-        from rluf.utils.paths import create_run_folder, resolve_runs_root
-
-        check_inputs(settings)
-        objectives = select_objectives(settings)
-        latest_run = resolve_runs_root(settings) / settings.name / "latest"
-        # Resolved before create_run_folder moves the link `latest` to the new run.
-        earlier_models = {
-            name: (latest_run / name).resolve() for name in objectives if (latest_run / name / CARD_FILE).is_file()
-        }
-        run_folder = create_run_folder(settings)
-        setup_logging(run_folder / "run.log")
-        (run_folder / "config.json").write_text(settings.model_dump_json(indent=2), encoding="utf-8")
-        with ray_connection():
-            data_artifact = prepare_data_artifact(settings)
-            jobs = {name: (data_artifact.folder, run_folder / name) for name in objectives}
-            cards = train_reward_models(
-                settings, jobs, full_card=True, earlier_models=earlier_models, curve_shares=curve_shares
-            )
-        for card in cards.values():
-            logger.info("%s", format_card_summary(card))
-        logger.info("reward models: written to %s", run_folder)
-
-    run_command(train_and_report)
-    return 0
+    return run_command(lambda: train_models(command_line.settings, curve_shares))
 
 
 if __name__ == "__main__":

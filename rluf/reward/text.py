@@ -12,6 +12,7 @@ and then the middle of the response.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,11 +23,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rluf.errors import ModelError
+from rluf.models.chat import (
+    RejectedConversationError,
+    apply_chat_template,
+    encode_marked_texts,
+    encode_texts,
+    mark_control_strings,
+    remove_control_strings,
+    remove_marks,
+)
 from rluf.types import Message, ScoringItem
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
 
 NEXT_TURN_MARKER = "\u2063next\u2063"
 """Placeholder content of the user's next message when a chat template is rendered; the text is cut before it."""
@@ -57,9 +69,20 @@ class EncodedItem:
     """Tokens of the conversation that did not fit into `max_tokens`."""
     dropped_response_tokens: int = field(default=0, compare=False)
     """Tokens of the response that did not fit."""
+    rejection: str = field(default="", compare=False)
+    """Why the chat template rejected the conversation, which was then read with merged turns; empty if it did not."""
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _RenderedChat:
+    """A conversation and response as marked text, from the `messages` that the template accepted."""
+
+    text: str
+    messages: Sequence[Message]
+    rejection: str = ""
 
 
 class TextEncoder:
@@ -100,19 +123,51 @@ class TextEncoder:
                 f"{tokenizer.name_or_path} is an encoder, which cannot predict a next message; set "
                 "read_at_next_turn=false or use a decoder as backbone"
             )
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.pad_id = self._choose_pad_id()
+        # Saved with the model, so that plain transformers pads with the token that config.json names.
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self.pad_id)
+
+    def _choose_pad_id(self) -> int:
+        """A pad token that no row ends with; the tokenizer's own one if it fits. Raises ModelError if there is none.
+
+        transformers pools a decoder at the last token that is not the pad token, rluf and vLLM at the last token of the
+        row. Both are the same token only if rows never end with the pad token. Templates of Llama 3 and Mistral end
+        rows with the end token, which their tokenizers, having no pad token, would be padded with.
+        """
+        tokenizer = self.tokenizer
+        candidates = [tokenizer.pad_token_id]
+        if self.uses_text_pairs and candidates[0] is not None:
+            return int(candidates[0])  # encoders pool at the first token, or by the mask
+        special_tokens = {
+            token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        candidates += [token_id for content, token_id in special_tokens.items() if "pad" in content.lower()]
+        # A row never ends with the token that begins it.
+        candidates += [tokenizer.unk_token_id, tokenizer.bos_token_id, *special_tokens.values()]
+        end_ids = {tokenizer.eos_token_id}
+        if not self.uses_text_pairs:
+            rows = self._encode_chats([ScoringItem(EMPTY_CONVERSATION, text) for text in ("", "a")])
+            end_ids |= {row.token_ids[-1] for row in rows}
+        pad_id = next((token_id for token_id in candidates if token_id is not None and token_id not in end_ids), None)
         if pad_id is None:
-            raise ModelError(f"the tokenizer of {tokenizer.name_or_path} has neither a pad nor an end token; add one")
-        self.pad_id = int(pad_id)
+            raise ModelError(
+                f"the tokenizer of {tokenizer.name_or_path} has no special token that could pad rows without ending "
+                "them; add a pad token to the tokenizer and the model"
+            )
+        return int(pad_id)
 
     def encode(self, items: Sequence[ScoringItem]) -> list[EncodedItem]:
-        """Token ids of each item, in order. An empty response is valid: it has no tokens of its own."""
+        """Token ids of each item, in order. An empty response is valid: it has no tokens of its own.
+
+        Control strings in messages and responses are left out: a policy must not gain by writing them.
+        """
         if not items:
             return []
         visible_items = [
-            item._replace(
-                messages=EMPTY_CONVERSATION if self.response_only else item.messages,
-                is_truncated=item.is_truncated and self.mark_truncated,
+            ScoringItem(
+                EMPTY_CONVERSATION if self.response_only else self._strip_control_strings(item.messages),
+                remove_control_strings(item.response, self.tokenizer),
+                item.is_truncated and self.mark_truncated,
             )
             for item in items
         ]
@@ -135,9 +190,15 @@ class TextEncoder:
         """The options that change the encoded text, apart from the tokenizer."""
         return self.max_tokens, self.read_at_next_turn, self.response_only, self.mark_truncated
 
+    def _strip_control_strings(self, messages: Sequence[Message]) -> list[Message]:
+        return [
+            Message(role=message["role"], content=remove_control_strings(message["content"], self.tokenizer))
+            for message in messages
+        ]
+
     def _encode_text_pairs(self, items: Sequence[ScoringItem]) -> list[EncodedItem]:
-        contexts = self._tokenize([render_context(item.messages) for item in items])["input_ids"]
-        responses = self._tokenize([item.response for item in items])["input_ids"]
+        contexts = encode_texts(self.tokenizer, [render_context(item.messages) for item in items])
+        responses = encode_texts(self.tokenizer, [item.response for item in items])
         cls_id, sep_id = int(self.tokenizer.cls_token_id), int(self.tokenizer.sep_token_id)
         token_budget = max(self.max_tokens - 3, 0)  # CLS and two SEP
         rows = []
@@ -149,55 +210,62 @@ class TextEncoder:
         return rows
 
     def _encode_chats(self, items: Sequence[ScoringItem]) -> list[EncodedItem]:
-        texts = [
-            self._render_cut_response(item) if item.is_truncated else self._render_chat(item.messages, item.response)
-            for item in items
+        texts = [[*(message["content"] for message in item.messages), item.response] for item in items]
+        rendered = [
+            self._render_item(item, contents, response)
+            for item, (*contents, response) in zip(items, mark_control_strings(self.tokenizer, texts), strict=True)
         ]
-        encodings = self._tokenize(texts, return_offsets_mapping=True)
         rows = []
-        for item, token_ids, offsets in zip(items, encodings["input_ids"], encodings["offset_mapping"], strict=True):
+        encodings = encode_marked_texts(self.tokenizer, [chat.text for chat in rendered])
+        for chat, (token_ids, starts) in zip(rendered, encodings, strict=True):
             if len(token_ids) <= self.max_tokens:
-                rows.append(EncodedItem(tuple(token_ids), len(token_ids)))
+                rows.append(EncodedItem(tuple(token_ids), len(token_ids), rejection=chat.rejection))
                 continue
             # Where the response starts matters only now; finding it takes a second rendering.
-            prompt_text = self._render_chat(item.messages, RESPONSE_MARKER).rpartition(RESPONSE_MARKER)[0]
-            prompt_count = sum(start < len(prompt_text) for start, _ in offsets)
+            prompt_text = self._apply_template(chat.messages, RESPONSE_MARKER).rpartition(RESPONSE_MARKER)[0]
+            prompt_length = len(remove_marks(prompt_text))
+            prompt_count = sum(start < prompt_length for start in starts)
             parts = fit_token_budget(token_ids[:prompt_count], token_ids[prompt_count:], self.max_tokens)
             dropped = (prompt_count - len(parts[0]), len(token_ids) - prompt_count - len(parts[1]))
-            rows.append(EncodedItem((*parts[0], *parts[1]), sum(map(len, parts)), (), *dropped))
+            rows.append(EncodedItem((*parts[0], *parts[1]), sum(map(len, parts)), (), *dropped, chat.rejection))
         return rows
 
-    def _render_chat(self, messages: Sequence[Message], response: str) -> str:
-        """Chat template rendered up to the end of the response, or to the header of the user's next message."""
-        from jinja2 import TemplateError
+    def _render_item(self, item: ScoringItem, contents: Sequence[str], response: str) -> _RenderedChat:
+        """The item's chat template with marked `contents` and `response`.
 
-        turns = [{"role": m["role"], "content": m["content"]} for m in messages]
-        turns.append({"role": "assistant", "content": response})
-        if self.read_at_next_turn:
-            turns.append({"role": "user", "content": NEXT_TURN_MARKER})
+        A conversation that the template rejects is read with system messages as part of the user's and with one message
+        per turn: prompts come from the policy's template, which may accept more than this one.
+        """
+        pairs = zip(item.messages, contents, strict=True)
+        messages = [Message(role=message["role"], content=content) for message, content in pairs]
+        render = self._render_cut_response if item.is_truncated else self._apply_template
         try:
-            rendered = str(self.tokenizer.apply_chat_template(turns, tokenize=False))
-        except TemplateError as error:
-            model_name = self.tokenizer.name_or_path
-            raise ModelError(f"the chat template of {model_name} rejected a conversation: {error}") from error
+            return _RenderedChat(render(messages, response), messages)
+        except RejectedConversationError as error:
+            messages = merge_turns(messages)
+            return _RenderedChat(render(messages, response), messages, str(error))
+
+    def _apply_template(self, messages: Sequence[Message], response: str) -> str:
+        """Chat template rendered up to the end of the response, or to the header of the user's next message."""
+        turns = [*messages, Message(role="assistant", content=response)]
+        if self.read_at_next_turn:
+            turns.append(Message(role="user", content=NEXT_TURN_MARKER))
+        rendered = apply_chat_template(self.tokenizer, [t["role"] for t in turns], [t["content"] for t in turns])
         # The last marker: a message of the conversation could contain the same characters.
         return rendered[: rendered.rindex(NEXT_TURN_MARKER)] if self.read_at_next_turn else rendered
 
-    def _render_cut_response(self, item: ScoringItem) -> str:
+    def _render_cut_response(self, messages: Sequence[Message], response: str) -> str:
         """Rendered text without the end-of-turn marker; the header of the user's next message stays, where read."""
-        prompt_text, _, response_end = self._render_chat(item.messages, RESPONSE_MARKER).rpartition(RESPONSE_MARKER)
+        prompt_text, _, response_end = self._apply_template(messages, RESPONSE_MARKER).rpartition(RESPONSE_MARKER)
         if not self.read_at_next_turn:
-            return prompt_text + item.response
-        return prompt_text + item.response + response_end.removeprefix(self._turn_end)
+            return prompt_text + response
+        return prompt_text + response + response_end.removeprefix(self._turn_end)
 
     @cached_property
     def _turn_end(self) -> str:
         """Text that the chat template puts after a response: the end-of-turn marker."""
         turns = [*EMPTY_CONVERSATION, {"role": "assistant", "content": RESPONSE_MARKER}]
         return str(self.tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(RESPONSE_MARKER)[2]
-
-    def _tokenize(self, texts: Sequence[str], **options: Any) -> Any:
-        return self.tokenizer(list(texts), add_special_tokens=False, verbose=False, **options)
 
     def collate(self, rows: Sequence[EncodedItem]) -> dict[str, torch.Tensor]:
         """Tensors [B, T], padded on the right to the longest row."""
@@ -214,6 +282,20 @@ class TextEncoder:
             token_types[index, row.response_start : len(row)] = 1
         batch = {"input_ids": input_ids, "attention_mask": attention_mask}
         return {**batch, "token_type_ids": token_types} if self.uses_token_types else batch
+
+
+def merge_turns(messages: Sequence[Message]) -> list[Message]:
+    """The conversation with alternating turns that starts with the user, as the strictest chat templates require."""
+    turns: list[Message] = []
+    for message in messages:
+        role = "assistant" if message["role"] == "assistant" else "user"
+        if turns and turns[-1]["role"] == role:
+            turns[-1] = Message(role=role, content=f"{turns[-1]['content']}\n\n{message['content']}")
+        elif turns or role == "user":
+            turns.append(Message(role=role, content=message["content"]))
+        else:
+            turns += [*EMPTY_CONVERSATION, Message(role=role, content=message["content"])]
+    return turns
 
 
 def render_context(messages: Sequence[Message]) -> str:
@@ -252,6 +334,16 @@ def is_truncated(row: Mapping[str, Any], text_column: str) -> bool:
     `finish_reason` is that of column response; `chosen` and `rejected` have columns of their own.
     """
     return row.get("finish_reason" if text_column == "response" else f"{text_column}_finish_reason") == "length"
+
+
+def report_rejected_rows(rows: Sequence[EncodedItem], row_ids: Sequence[str], source_name: str) -> None:
+    """Log how many conversations the chat template rejected; `row_ids` are repeated for rows of several responses."""
+    rejected = [index for index, row in enumerate(rows) if row.rejection]
+    if rejected:
+        logger.warning(
+            "%s: %d of %d conversations read with merged turns, as the chat template rejected them; first: %s (%s)",
+            source_name, len(rejected), len(rows), row_ids[rejected[0] % len(row_ids)], rows[rejected[0]].rejection,
+        )  # fmt: skip
 
 
 def summarize_truncation(rows: Sequence[EncodedItem]) -> dict[str, float]:

@@ -29,7 +29,14 @@ from rluf.reward.backbone import FrozenPrefix, HeadInputCapture
 from rluf.reward.calibration import compute_prior_shift, fit_pair_scale, fit_platt
 from rluf.reward.losses import LossFunction, compute_step_loss, weighted_bce_loss
 from rluf.reward.metrics import binary_entropy, log_loss
-from rluf.reward.text import EncodedItem, TextEncoder, is_truncated, iter_shared_batches, plan_token_batches
+from rluf.reward.text import (
+    EncodedItem,
+    TextEncoder,
+    is_truncated,
+    iter_shared_batches,
+    plan_token_batches,
+    report_rejected_rows,
+)
 from rluf.types import ScoringItem
 from rluf.utils.stats import Floats, sigmoid
 
@@ -189,9 +196,11 @@ def encode_split(
     labels = np.ones(len(records)) if is_pairwise else np.asarray([float(row["label"]) for row in records])
     # The text is part of the key: rows without an id, and copies with a sign-off, get keys of their own.
     key_texts = (str(row.get("id", "")) + "\n" + "\n".join(str(row[key]) for key in text_columns) for row in records)
+    sequences = encoder.encode(items)
+    report_rejected_rows(sequences, [str(row.get("id", "")) for row in records], source_name)
     return EncodedSplit(
         is_pairwise=is_pairwise,
-        sequences=encoder.encode(items),
+        sequences=sequences,
         labels=labels,
         weights=np.asarray([float(row["weight"]) for row in records]),
         clusters=[str(row[cluster_column]) for row in records],

@@ -23,7 +23,8 @@ from ray import serve
 from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from rluf.errors import RlufError
+from rluf.config.serve import LOOPBACK_HOSTS
+from rluf.errors import RlufError, SettingsError
 from rluf.serve.api import (
     ApiError,
     ChatReply,
@@ -37,8 +38,8 @@ from rluf.serve.api import (
     create_response_id,
     to_messages,
 )
-from rluf.serve.app import HttpServer
 from rluf.serve.batching import RequestBatcher
+from rluf.serve.listener import HttpServer
 from rluf.serve.middleware import ServeMetrics, ServiceRules
 from rluf.serve.store import FeedbackEvent, FeedbackStore, StoreOutcome
 from rluf.types import Score, ScoringItem
@@ -49,8 +50,8 @@ APPLICATION_NAME = "rluf"
 """Name of the application in Ray Serve."""
 FEEDBACK_WRITER_NAME = "feedback-writer"
 """Name of the feedback writer's deployment; scorers are scorer-<role>, policies policy-<name>."""
-BatchScores = tuple[str, dict[str, list[tuple[float, float, float]]]]
-"""Model version, and per objective (value, raw logit, spread) of each item: plain tuples are cheap to send."""
+BatchScores = tuple[str, dict[str, list[tuple[float, float, float, float]]]]
+"""Model version, and per objective (value, raw logit, spread, logit spread) by item: tuples are cheap to send."""
 REPLICA_LOST_ERRORS = (RayActorError, DeploymentUnavailableError, TaskCancelledError, grpc.RpcError)
 """Errors of a call whose replica died or is being replaced. grpc's appear since calls use gRPC, not Ray's transport."""
 DEFAULT_ITEM_TOKENS = 512
@@ -66,6 +67,26 @@ def _log_to_stderr() -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
+
+
+def check_ray_token(host: str) -> None:
+    """Raise SettingsError when `host` is not local and this process's Ray has no token authentication.
+
+    Ray's processes exchange pickles: without its token, every machine that reaches a node can run code on it, whatever
+    the service's own token is.
+    """
+    if host in LOOPBACK_HOSTS:
+        return
+    # Ray has no public function for this. It reads RAY_AUTH_MODE when it is imported, before the raylet's workers
+    # import rluf, so the answer is that of the cluster.
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    if not is_token_auth_enabled():
+        raise SettingsError(
+            f"serve.host={host} can be reached from other machines, but this Ray cluster runs without its token "
+            "authentication: start its nodes with RAY_AUTH_MODE=token (KubeRay: authOptions: { mode: token }), or set "
+            "serve.host=127.0.0.1"
+        )
 
 
 class LoadedModels:
@@ -97,7 +118,7 @@ class LoadedModels:
         """Score items by every objective."""
         scores = self._score_models(items) | {name: score(items) for name, score in self._rule_scorers.items()}
         return self.version, {
-            name: [(score.value, score.raw_logit, score.spread) for score in scores[name]]
+            name: [(score.value, score.raw_logit, score.spread, score.logit_spread) for score in scores[name]]
             for name in self._objective_names
         }
 
@@ -237,6 +258,8 @@ class GatewayDeployment:
     def __init__(self, rules: ServiceRules, batch_limits: BatchLimits, user_salt: bytes, *_: Any) -> None:
         """The other arguments only bind the other deployments to the application; `reconfigure` gets them by name."""
         _log_to_stderr()
+        # Here too: a command that connects to a cluster knows its own authentication mode only.
+        check_ray_token(rules.listen_host)
         self.rules, self.batch_limits, self._user_salt = rules, batch_limits, user_salt
         self.metrics, self.is_draining, self.running_requests = ServeMetrics(), False, 0
         self._feedback_writer = serve.get_deployment_handle(FEEDBACK_WRITER_NAME, APPLICATION_NAME)
@@ -455,5 +478,11 @@ def _to_scored_items(batch_scores: BatchScores) -> list[ScoredItem]:
     version, scores_by_objective = batch_scores
     names = list(scores_by_objective)
     rows = zip(*scores_by_objective.values(), strict=True)
-    score_rows = ({name: Score(name, *values) for name, values in zip(names, row, strict=True)} for row in rows)
+    score_rows = (
+        {
+            name: Score(name, value, raw_logit, spread, logit_spread=logit_spread)
+            for name, (value, raw_logit, spread, logit_spread) in zip(names, row, strict=True)
+        }
+        for row in rows
+    )
     return [ScoredItem(version, scores) for scores in score_rows]

@@ -119,9 +119,8 @@ class PolicyDeployment:
             (generation,) = await engine.generate(prompt_ids, [seed])
         finally:
             self._running_chats -= 1
-        return ChatCompletion(
-            generation.text, generation.finish_reason, len(prompt_ids), len(generation.response_ids), version
-        )
+        text = self._tokenizer.decode(generation.response_ids, skip_special_tokens=True)
+        return ChatCompletion(text, generation.finish_reason, len(prompt_ids), len(generation.response_ids), version)
 
     async def _start_engine(self, policy_folder: Path, version: str) -> None:
         from rluf.backends.vllm.engine import RolloutEngine, set_vllm_environment

@@ -70,14 +70,17 @@ class ReaderModel:
     In bfloat16 where the device multiplies it, half the time of float32; scores are computed from float32 logits.
     """
 
-    def __init__(self, folder: Path, dtype: Dtype | None = None) -> None:
-        """Load from a resolved model folder; `dtype` overrides the device's. Raises ModelError without a tokenizer."""
+    def __init__(self, folder: Path, device: str = "cpu", dtype: Dtype | None = None) -> None:
+        """Load from a resolved model folder onto `device`; `dtype` overrides what the device multiplies.
+
+        Raises ModelError if there is no usable tokenizer.
+        """
         import torch
         from transformers import AutoModelForCausalLM
 
         self.tokenizer = load_tokenizer(folder)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        torch_dtype = getattr(torch, dtype or ("bfloat16" if self.device.type == "cuda" else detect_cpu_dtype()))
+        self.device = torch.device(device)
+        torch_dtype = getattr(torch, dtype or (detect_cpu_dtype() if self.device.type == "cpu" else "bfloat16"))
         self.model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch_dtype).to(self.device).eval()
         self.end_token = int(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))
         self.neutral_prompt = self._encode_prompt((Message(role="user", content=NEUTRAL_PROMPT),))

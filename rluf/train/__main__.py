@@ -9,7 +9,6 @@ report. Without --config it runs the quickstart.
 from __future__ import annotations
 
 import argparse
-import asyncio
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -33,8 +32,9 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
     # Imported here: `--help` and `--dry-run` must not wait for torch and ray.
     from cluster.autoscaling import ensure_capacity
     from cluster.connect import ray_connection
+    from cluster.node_check import check_nodes
     from cluster.plan import check_host_disk, format_plan, plan_resources
-    from rluf.artifacts import check_inputs, list_reward_model_folders, prepare_data_artifact, train_reward_artifacts
+    from rluf.artifacts import list_reward_model_folders, prepare_data_artifact, train_reward_artifacts
     from rluf.checkpoint.upload import CheckpointUploader
     from rluf.evaluate.compare import compare_policies, write_cards, write_results
     from rluf.models.hub import resolve_model
@@ -42,26 +42,33 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
     from rluf.tracking.console import setup_logging
     from rluf.tracking.timeline import PhaseTimer
     from rluf.tracking.wandb import WandbTracker
-    from rluf.train.checkpoint_manager import find_resume_folder
+    from rluf.train.checkpoint_manager import find_resume_folder, is_finished
     from rluf.train.loop import run_training
+    from rluf.utils.event_loop import run_coroutine
     from rluf.utils.files import write_json
     from rluf.utils.paths import create_run_folder, resolve_cache_folder, resolve_runs_root
 
     setup_logging()
     phase_timer, cache_folder = PhaseTimer(), resolve_cache_folder(settings)
     runs_root = resolve_runs_root(settings)
-    check_inputs(settings)
+    check_run(settings)
     check_host_disk(settings, runs_root, cache_folder)
     model_path = phase_timer.time_call("model", resolve_model, settings.model.path, cache_folder)
+    resume_folder = find_resume_folder(settings, runs_root / settings.name)
+    if resume_folder is not None and is_finished(settings, resume_folder):
+        logger.info("run: already finished, nothing to resume; report: %s", resume_folder / "report.html")
+        return resume_folder
 
     with ExitStack() as stack:
         phase_timer.time_call("ray", stack.enter_context, ray_connection())
         resource_plan = plan_resources(settings)
         logger.info("actors:\n%s", format_plan(resource_plan, use_rich=False))
         stack.enter_context(ensure_capacity(resource_plan, settings.timeouts.autoscale_s))
+        check_nodes(settings, model_path, runs_root, cache_folder)
 
-        run_folder = find_resume_folder(settings, runs_root / settings.name) or create_run_folder(settings)
+        run_folder = resume_folder or create_run_folder(settings)
         setup_logging(run_folder / "run.log")
+        stack.enter_context(phase_timer.add_up_attempts(run_folder / "phases.json"))
         logger.info("run folder: %s", run_folder)
         write_json(run_folder / "config.json", settings.model_dump(mode="json"))
         uploader = CheckpointUploader.from_settings(settings, run_folder)
@@ -76,7 +83,7 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
         tracker = stack.enter_context(WandbTracker(settings, run_folder))
         tracker.log_artifacts(data_artifact, reward_artifacts)
         reward_folders = list_reward_model_folders(reward_artifacts)
-        result = asyncio.run(
+        result = run_coroutine(
             run_training(settings, run_folder, model_path, data_artifact.folder, reward_folders, tracker, profile_steps)
         )
         phase_timer.add_seconds(result.phase_seconds)
@@ -85,6 +92,17 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
         write_results(settings, run_folder, summary, result, phase_timer, tracker)
         write_model_card(run_folder)
     return run_folder
+
+
+def check_run(settings: Settings, *, may_download: bool = True) -> None:
+    """Refuse what a run would refuse later: inputs, models, plug-ins and the run to resume. Raises RlufError."""
+    from rluf.artifacts import check_inputs
+
+    check_inputs(settings, may_download=may_download)
+    if settings.evaluate.monitors:  # scikit-learn, which monitors import, is slow to load
+        from rluf.evaluate.monitors import add_monitors
+
+        add_monitors(settings.evaluate.monitors)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +127,9 @@ def _parse_profile_steps(text: str) -> int:
     return int(steps)
 
 
-COMMAND_OPTIONS = CommandOptions(_add_options, _build_overrides)
+COMMAND_OPTIONS = CommandOptions(
+    _add_options, _build_overrides, check=lambda settings: check_run(settings, may_download=False)
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from rluf.algorithms.registry import find_algorithm, has_reward_variance
 from rluf.checkpoint.format import ControllerState
 from rluf.config.derived import group_objectives_by_pool
 from rluf.objectives.aggregator import GroupScores, RewardAggregator, StepRewards
+from rluf.tracking.console import PhaseProgress
 from rluf.tracking.timeline import STEPS_ROW, RunTimeline, record_ray_span
 from rluf.train.actor_calls import ActorRef, fetch_group, switch_gpu_phase
 from rluf.train.actor_supervisor import ActorSupervisor
@@ -53,6 +55,12 @@ ENGINE_QUEUE_FACTOR = 1.5
 """Groups sent to the engines for each one they can run at once: the rest waits inside the engine, so that the slot of a
 finished sample is refilled while the longest sample of its group still runs."""
 BASELINE_SEED_OFFSET = 2_000_003
+REFERENCE_PROMPTS = 96
+"""Training prompts without an objective of their own whose base replies fix the scale of every objective. With 4
+replies each, the effective weight of love varies 1.2-fold between draws (benchmarks/learning.py)."""
+REFERENCE_SEED_OFFSET = 3_000_017
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -144,7 +152,7 @@ class TrainController:
         algorithm = find_algorithm(self.settings.algorithm.name)
         step_rewards = self.reward_aggregator.aggregate(
             [self._build_group_scores(scored_group) for scored_group in batch],
-            apply_gate=not algorithm.needs_reference_kl,
+            apply_gate=algorithm.uses_critic,
         )
         update_metrics = await self.update_and_sync(
             step, batch[0].group_ref, lambda: self.policy_updater.plan_update(step, batch, step_rewards), timer
@@ -291,13 +299,47 @@ class TrainController:
         if not find_algorithm(algorithm.name).dynamic_sampling:
             return True
         weights = self.settings.aggregation.get_topic_weights(self.settings.objectives, group_scores.topic)
-        return has_reward_variance(group_scores.signals, weights) or has_mixed_verdicts(group_scores.gate_verdicts)
+        normalizer, signals = self.reward_aggregator.normalizer, group_scores.signals
+        if normalizer is not None:
+            signals = {name: normalizer.normalize(name, values) for name, values in signals.items()}
+        return has_reward_variance(signals, weights, algorithm.min_reward_spread) or has_mixed_verdicts(
+            group_scores.gate_verdicts
+        )
 
     def _build_group_scores(self, scored_group: ScoredGroup) -> GroupScores:
         return scored_group.build_group_scores(
             self.settings.aggregation.uncertainty_penalty,
             penalize_truncated=self.settings.algorithm.truncated == "penalize",
+            max_tokens=self.settings.rollout.max_response_tokens,
+            overlong_buffer=self.settings.algorithm.overlong_buffer,
         )
+
+    async def sample_reference(self) -> list[Group]:
+        """Before the first step, sample and score the base policy's replies to training prompts.
+
+        They fix zero and scale of every objective. The prompts are those of an own order with the topic mix of
+        training, until REFERENCE_PROMPTS have no objective of their own.
+        """
+        owners, topics = self.settings.aggregation.topic_objectives, list_prompt_topics(self.prompts)
+        repeats = [self.settings.algorithm.topic_weights.get(topic, 1) for topic in topics]
+        plain_count, prompts = 0, []
+        for index in iter_prompt_order(repeats, self.settings.seed + REFERENCE_SEED_OFFSET):
+            prompts.append(self.prompts[index])
+            plain_count += topics[index] not in owners
+            if plain_count == REFERENCE_PROMPTS or len(prompts) == 2 * REFERENCE_PROMPTS:
+                break
+        with PhaseProgress("reference sample", len(prompts), unit="prompt") as progress:
+            scored = await self.generate_and_score(
+                prompts,
+                self.settings.algorithm.samples_per_prompt,
+                self.settings.seed + REFERENCE_SEED_OFFSET,
+                progress.advance,
+            )
+        self.reward_aggregator.fit_reference([self._build_group_scores(scored_group) for _, scored_group in scored])
+        for name, row in self.reward_aggregator.describe_reference().items():
+            logger.info("reference sample: objective=%s %s", name, " ".join(f"{k}={v:.4g}" for k, v in row.items()))
+        self.snapshot = self.get_state()
+        return [group for group, _ in scored]
 
     async def _score_baseline_replies(self) -> None:
         """Before the first step, score one reply of the base policy per prompt where rewards are calibrated by it."""
@@ -358,11 +400,11 @@ class TrainController:
         sample_values = {name: [[s.value for s in group.scores[name]] for group in batch] for name in batch[0].scores}
         sample_values["reward"] = [list(row) for row in step_rewards.rewards]
         sample_values["response_length"] = [[*map(float, group.info.response_token_counts)] for group in batch]
-        sample_kl = self.policy_updater.sample_kl
-        sample_values["kl"] = [
-            [sample_kl.get((group_index, i), 0.0) for i in range(len(group.info.response_token_counts))]
-            for group_index, group in enumerate(batch)
-        ]
+        if sample_kl := self.policy_updater.sample_kl:
+            sample_values["kl"] = [
+                [sample_kl.get((group_index, i), 0.0) for i in range(len(group.info.response_token_counts))]
+                for group_index, group in enumerate(batch)
+            ]
         return sample_values
 
     def get_state(self) -> ControllerState:

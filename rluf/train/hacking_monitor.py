@@ -8,7 +8,6 @@ change the style of the replies.
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -20,9 +19,7 @@ from rluf.errors import ActorLostError, DataError, RewardHackingError
 from rluf.evaluate.alarms import AlarmAction, MonitorAlarm, MonitorCheck, TrainingAlarms, decide_action
 from rluf.evaluate.monitors import MonitorSample
 from rluf.train.actor_calls import fetch_group
-from rluf.train.prompts import list_prompt_topics
-from rluf.train.work_buffer import iter_prompt_order
-from rluf.types import Group, Prompt
+from rluf.types import Group
 
 if TYPE_CHECKING:
     from rluf.tracking.wandb import WandbTracker
@@ -30,13 +27,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-BASELINE_SEED_OFFSET = 3_000_017
-BASELINE_PROMPTS = 64
-"""Training prompts that the base policy answers before the first step, as the baseline of the alarms."""
-
 
 class RewardHackingMonitor:
-    """Alarms of one run: `measure_baseline` before the first step, `check_step` after each one."""
+    """Alarms of one run: `set_baseline` before the first step, `check_step` after each one."""
 
     def __init__(self, settings: Settings, tracker: WandbTracker, *, love_frozen: bool = False) -> None:
         """Do nothing where algorithm.hacking_alarms is off, or the steps of the algorithm sample no replies.
@@ -52,34 +45,23 @@ class RewardHackingMonitor:
         self._last_action = AlarmAction.NONE
         self._love_frozen = love_frozen
 
-    async def measure_baseline(self, controller: TrainController) -> None:
-        """Sample replies of the base policy to BASELINE_PROMPTS training prompts.
+    def set_baseline(self, groups: Sequence[Group]) -> None:
+        """Use replies of the base policy to training prompts as the baseline.
 
-        Each gets as many as in training, so that prompts of both are comparable. Raises DataError where every training
+        Each prompt has as many as in training, so that prompts of both are comparable. Raises DataError where every
         prompt is of a topic with an objective of its own.
         """
-        algorithm = self._settings.algorithm
         if self._mode == "off" or self._alarms is not None:
             return
-        prompts = self._select_baseline_prompts(controller.prompts, BASELINE_PROMPTS)
-        seed = self._settings.seed + BASELINE_SEED_OFFSET
-        responses = await controller.generate_and_score(prompts, algorithm.samples_per_prompt, seed, lambda: None)
-        self._alarms = TrainingAlarms(_monitor_samples([group for group, _ in responses]), algorithm.steps)
-
-    def _select_baseline_prompts(self, prompts: Sequence[Prompt], prompt_count: int) -> list[Prompt]:
-        """Training prompts with the topic mix of training, in an order of their own."""
-        topic_objectives, topics = self._settings.aggregation.topic_objectives, list_prompt_topics(prompts)
-        indices = [index for index, topic in enumerate(topics) if topic not in topic_objectives]
-        if not indices:
+        topic_objectives = self._settings.aggregation.topic_objectives
+        groups = [group for group in groups if group.prompt.topic not in topic_objectives]
+        if not groups:
             raise DataError(
                 "algorithm.hacking_alarms compares replies on prompts without an objective of their own "
                 "(aggregation.topic_objectives), but the training split has none; add prompts, or set "
                 "algorithm.hacking_alarms=off"
             )
-        topic_weights = self._settings.algorithm.topic_weights
-        repeats = [topic_weights.get(topics[index], 1) for index in indices]
-        order = iter_prompt_order(repeats, self._settings.seed + BASELINE_SEED_OFFSET)
-        return [prompts[indices[position]] for position in itertools.islice(order, prompt_count)]
+        self._alarms = TrainingAlarms(_monitor_samples(groups), self._settings.algorithm.steps)
 
     async def check_step(self, controller: TrainController, step: int) -> None:
         """Measure the replies of a step, then warn, freeze the love weight, roll back or stop.

@@ -28,7 +28,7 @@ from rluf.train.controller import TrainController
 from rluf.train.evaluation import generate_aligned_arm, generate_base_arms
 from rluf.train.fault_tolerance import RestartBudget
 from rluf.train.hacking_monitor import RewardHackingMonitor
-from rluf.train.offline import OfflineTrainer, load_reactions
+from rluf.train.offline import OfflineTrainer, load_offline_data
 from rluf.train.profiling import StepProfiler
 from rluf.train.prompts import load_demonstrations, load_prompts, load_training_prompts
 from rluf.train.sample_table import log_sample_table, should_log_samples
@@ -84,7 +84,7 @@ async def run_training(
     )
     demonstrations = _load_demonstrations(settings, data_folder, tokenizer)
     is_offline = find_algorithm(settings.algorithm.name).offline
-    reactions = load_reactions(data_folder, tokenizer, settings) if is_offline else None
+    offline_data = load_offline_data(data_folder, tokenizer, settings) if is_offline else None
     checkpoints = CheckpointManager(settings, run_folder, prompts)
     # One budget for all attempts: an actor that kills every attempt must not restart the run forever.
     budget = RestartBudget(settings.cluster.max_restarts_per_hour)
@@ -101,7 +101,7 @@ async def run_training(
                 ) as supervisor:
                     _record_phase(result, "start", phase_start)
                     controller = TrainController(settings, supervisor, prompts, demonstrations, restart_budget=budget)
-                    trainer = controller if reactions is None else OfflineTrainer(controller, reactions)
+                    trainer = controller if offline_data is None else OfflineTrainer(controller, offline_data)
                     run = TrainingRun(
                         settings, controller, trainer.run_step, checkpoints, tracker, result, monitor, profile_steps
                     )
@@ -138,7 +138,8 @@ async def _run_from_checkpoint(
         result.answers = await generate_base_arms(settings, controller, test_prompts)
         # Saved at once: a resumed run has no engine with the base policy any more.
         checkpoints.save_base_answers(result.answers)
-        await run.monitor.measure_baseline(controller)
+        if not find_algorithm(settings.algorithm.name).offline:
+            run.monitor.set_baseline(await controller.sample_reference())
     else:
         checkpoint, state = resume_from
         logger.info("run: resuming after step %d from %s", checkpoint.step, checkpoint.folder)
@@ -148,6 +149,7 @@ async def _run_from_checkpoint(
         await controller.sync_adapter_after_resume()
         result.answers = checkpoints.load_base_answers()
         result.step_metrics = [dict(row) for row in state.step_metrics]
+    result.reference_statistics = controller.reward_aggregator.describe_reference()
     phase_start = _record_phase(result, "evaluate_base", phase_start)
     await _run_steps(run)
     phase_start = _record_phase(result, "train", phase_start)
@@ -188,13 +190,14 @@ async def _run_steps(run: TrainingRun) -> None:
     write_jsonl(metrics_file, result.step_metrics)
     with (
         JsonlWriter(metrics_file) as metrics_writer,
-        PhaseProgress("train", last_step, log_every_step=True) as progress,
+        PhaseProgress("train", last_step, log_every_step=True, done_count=steps_done) as progress,
         sigterm_event() as stop_event,
     ):
-        progress.advance(steps_done)
         profiler = StepProfiler(controller, checkpoints.run_folder, run.profile_steps)
         gauges = RunGauges(settings.name, controller.objectives)
         for step in range(steps_done + 1, last_step + 1):
+            if result.step_metrics and _is_over_kl_budget(settings, result.step_metrics[-1]):
+                break
             await profiler.start_if_due(step)
             step_metrics = await _step_or_stop(stop_event, run, step)
             if step_metrics is not None:
@@ -255,6 +258,16 @@ def _record_phase(result: TrainResult, phase: str, start_time: float) -> float:
     end_time = time.monotonic()
     result.phase_seconds[phase] = end_time - start_time
     return end_time
+
+
+def _is_over_kl_budget(settings: Settings, step_metrics: Mapping[str, float]) -> bool:
+    """Whether the KL of the last step ends training (algorithm.kl_budget)."""
+    kl, budget = step_metrics.get("kl", 0.0), settings.algorithm.kl_budget
+    if budget is None or kl <= budget:
+        return False
+    step = step_metrics["step"]
+    logger.warning("train: step %d: kl=%.3f exceeds algorithm.kl_budget=%g, so training ends", step, kl, budget)
+    return True
 
 
 def _warn_if_truncated(settings: Settings, truncated_share: float) -> None:

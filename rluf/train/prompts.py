@@ -12,6 +12,7 @@ import bisect
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
@@ -20,7 +21,8 @@ import pyarrow.parquet as pq
 
 from rluf.config.objectives import find_objective_spec
 from rluf.errors import DataError
-from rluf.models.hub import load_tokenizer, render_prompt
+from rluf.models.chat import RejectedConversationError, encode_texts, render_prompt
+from rluf.models.hub import load_tokenizer
 from rluf.types import Group, Message, Prompt, Sample
 
 if TYPE_CHECKING:
@@ -43,35 +45,62 @@ def load_prompts(
 ) -> list[Prompt]:
     """Prompts of a split (train or test), in file order, at most `limit`.
 
-    Prompts longer than `max_tokens` rendered tokens are skipped, not truncated, and counted in the log. Raises
-    DataError when none is left.
+    Prompts longer than `max_tokens` rendered tokens are skipped, not truncated, as are those that the chat template
+    rejects; the log has their numbers. Raises DataError when none is left.
     """
     rows = pq.read_table(data_folder / "prompts" / f"{split}.parquet").to_pylist()
+    skipped = SkippedRows(f"{split} prompt", max_tokens)
     prompts = []
     for row in rows:
-        messages = parse_row_messages(row)
-        token_ids = render_prompt(tokenizer, messages)
-        if len(token_ids) <= max_tokens:
-            prompts.append(Prompt(row["id"], messages, token_ids, row["topic"] or "", split))
-    report_skipped_prompts(split, len(prompts), len(rows), max_tokens)
+        token_ids = skipped.render_row(row, tokenizer)
+        if token_ids is not None:
+            prompts.append(Prompt(row["id"], parse_row_messages(row), token_ids, row["topic"] or "", split))
+    skipped.report(len(prompts))
     return prompts[:limit]
 
 
-def report_skipped_prompts(split: str, prompt_count: int, row_count: int, max_tokens: int) -> None:
-    """Log how many prompts of a split were too long. Raises DataError when `prompt_count`, those left, is 0."""
-    if prompt_count < row_count:
-        logger.warning(
-            "prompts: skipped %d of %d in split %s, longer than rollout.max_prompt_tokens=%d",
-            row_count - prompt_count,
-            row_count,
-            split,
-            max_tokens,
-        )
-    if not prompt_count:
-        raise DataError(
-            f"no {split} prompt is left of {row_count} in data.prompts; add prompts of that split or raise "
-            f"rollout.max_prompt_tokens (now {max_tokens})"
-        )
+@dataclass
+class SkippedRows:
+    """Counts rows that cannot be used: longer than `max_tokens`, or rejected by the chat template."""
+
+    row_name: str
+    max_tokens: int
+    too_long_count: int = 0
+    rejected_count: int = 0
+    first_rejection: str = ""
+
+    def render_row(self, row: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> tuple[int, ...] | None:
+        """Token ids of the row's messages; None if the row is skipped, which is counted."""
+        try:
+            token_ids = render_prompt(tokenizer, parse_row_messages(row))
+        except RejectedConversationError as error:
+            self.rejected_count += 1
+            self.first_rejection = self.first_rejection or f"{row['id']} ({error})"
+            return None
+        if len(token_ids) > self.max_tokens:
+            self.too_long_count += 1
+            return None
+        return token_ids
+
+    def report(self, usable_count: int) -> None:
+        """Log what was skipped. Raises DataError when nothing is usable."""
+        row_count = usable_count + self.too_long_count + self.rejected_count
+        if self.too_long_count:
+            logger.warning(
+                "prompts: skipped %d of %d %ss, longer than rollout.max_prompt_tokens=%d",
+                self.too_long_count, row_count, self.row_name, self.max_tokens,
+            )  # fmt: skip
+        if self.rejected_count:
+            logger.warning(
+                "prompts: skipped %d of %d %ss, rejected by the chat template; first: %s",
+                self.rejected_count, row_count, self.row_name, self.first_rejection,
+            )  # fmt: skip
+        if not usable_count:
+            rejection = f"; rejected by the chat template: {self.first_rejection}" if self.rejected_count else ""
+            raise DataError(
+                f"no {self.row_name} is left of {row_count} in data.prompts; add prompts of that split or raise "
+                f"rollout.max_prompt_tokens (now {self.max_tokens}){rejection}"
+            )
 
 
 def load_demonstrations(
@@ -90,6 +119,7 @@ def load_demonstrations(
     without prepared data.
     """
     demonstrations = []
+    skipped = SkippedRows("demonstration", max_prompt_tokens)
     for topic, objective in topic_objectives.items():
         spec, file = find_objective_spec(objective), data_folder / objective / "train.parquet"
         if not file.is_file():
@@ -100,9 +130,11 @@ def load_demonstrations(
             )
         for row in pq.read_table(file).to_pylist():
             if row["topic"] == topic and (spec.label_column is None or row[spec.label_column] == 1):
-                group = build_group_from_row(row, spec.response_column, tokenizer)
-                if fits_limits(group, max_prompt_tokens, max_response_tokens):
+                group = build_group_from_row(row, spec.response_column, tokenizer, skipped)
+                if group is not None and len(group.samples[0].response_ids) <= max_response_tokens:
                     demonstrations.append(group)
+    if demonstrations:
+        skipped.report(len(demonstrations))
     return demonstrations
 
 
@@ -111,20 +143,19 @@ def parse_row_messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
     return tuple(Message(role=message["role"], content=message["content"]) for message in row["messages"])
 
 
-def build_group_from_row(row: Mapping[str, Any], response_column: str, tokenizer: PreTrainedTokenizerFast) -> Group:
-    """A data set row as a group of one sample; its response ends with the end-of-sequence token."""
+def build_group_from_row(
+    row: Mapping[str, Any], response_column: str, tokenizer: PreTrainedTokenizerFast, skipped: SkippedRows
+) -> Group | None:
+    """A data set row as a group of one sample, whose response ends with the end-of-sequence token; None if skipped."""
+    prompt_ids = skipped.render_row(row, tokenizer)
+    if prompt_ids is None:
+        return None
     messages, response_text = parse_row_messages(row), row[response_column]
-    prompt = Prompt(row["id"], messages, render_prompt(tokenizer, messages), row["topic"] or "", "train")
+    prompt = Prompt(row["id"], messages, prompt_ids, row["topic"] or "", "train")
     # The log has text only. Without the end token a demonstration would teach the policy never to stop.
-    response_ids = (*tokenizer.encode(response_text, add_special_tokens=False), tokenizer.eos_token_id)
+    response_ids = (*encode_texts(tokenizer, [response_text])[0], tokenizer.eos_token_id)
     sample = Sample(prompt.id, prompt.token_ids, response_ids, (), (), "stop", response_text)
     return Group(prompt, (sample,), 0)
-
-
-def fits_limits(group: Group, max_prompt_tokens: int, max_response_tokens: int) -> bool:
-    """Whether prompt and response of a group of one sample are within the limits, in tokens."""
-    response_ids = group.samples[0].response_ids
-    return len(group.prompt.token_ids) <= max_prompt_tokens and len(response_ids) <= max_response_tokens
 
 
 class PromptStore(Sequence[Prompt]):
@@ -195,30 +226,38 @@ def load_training_prompts(
 ) -> Sequence[Prompt]:
     """Prompts of the training split in file order, as ids of the tokenizer at `model_path`.
 
-    A split of at least `stream_from` prompts is streamed. Prompts longer than `max_tokens` are skipped and counted in
-    the log. Raises DataError when none is left.
+    A split of at least `stream_from` prompts is streamed. Prompts that are too long, or that the chat template rejects,
+    are skipped and counted in the log. Raises DataError when none is left.
     """
     parquet_path = data_folder / "prompts" / "train.parquet"
     row_count = pq.read_metadata(parquet_path).num_rows
     if row_count < stream_from:
         return load_prompts(data_folder, "train", load_tokenizer(model_path), max_tokens=max_tokens)
     store = PromptStore(_render_blocks(parquet_path, model_path, max_tokens), "train")
-    report_skipped_prompts("train", len(store), row_count, max_tokens)
+    skipped = SkippedRows("train prompt", max_tokens)
+    if len(store) < row_count:
+        # The workers return usable rows only; the reasons of the others are found by rendering those again.
+        used_ids, tokenizer = set(store.ids), load_tokenizer(model_path)
+        for batch in pq.ParquetFile(parquet_path).iter_batches(columns=list(PROMPT_COLUMNS)):
+            for row in batch.to_pylist():
+                if row["id"] not in used_ids:
+                    skipped.render_row(row, tokenizer)
+    skipped.report(len(store))
     return store
 
 
 class _PromptRenderer:
-    """Adds token_ids to rows and drops rows that are too long; one instance per Ray Data worker."""
+    """Adds token_ids to rows and drops rows that cannot be used; one instance per Ray Data worker."""
 
     def __init__(self, model_path: str, max_tokens: int) -> None:
-        self._tokenizer, self._max_tokens = load_tokenizer(Path(model_path)), max_tokens
+        self._tokenizer, self._skipped = load_tokenizer(Path(model_path)), SkippedRows("", max_tokens)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Rows with token_ids."""
         rendered_rows = []
         for row in table.to_pylist():
-            token_ids = render_prompt(self._tokenizer, parse_row_messages(row))
-            if len(token_ids) <= self._max_tokens:
+            token_ids = self._skipped.render_row(row, self._tokenizer)
+            if token_ids is not None:
                 rendered_rows.append({**{key: row[key] for key in PROMPT_COLUMNS}, "token_ids": list(token_ids)})
         # An explicit schema: a block whose rows were all dropped must have the same columns as the others.
         fields = [table.schema.field(key) for key in PROMPT_COLUMNS]

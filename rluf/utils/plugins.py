@@ -1,9 +1,13 @@
-"""Plug-ins named in settings as package.module:name."""
+"""Plug-ins named in settings as package.module:name, or pickle:FILE for functions of a notebook."""
 
 from __future__ import annotations
 
 import importlib
+import os
+import pickle
+import stat
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from rluf.errors import SettingsError
@@ -28,11 +32,25 @@ def load_plugin(
     if not colon or not object_name:
         raise SettingsError(f"there is no {kind} {reference!r}; {hint}")
     try:
-        plugin = getattr(importlib.import_module(module_name), object_name)
+        if module_name == "pickle":
+            plugin = _load_pickle(Path(object_name))
+        else:
+            plugin = getattr(importlib.import_module(module_name), object_name)
     # Other errors raised by the import are bugs of the plug-in and keep their traceback.
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, OSError) as error:
         raise SettingsError(f"{kind} {reference!r} cannot be imported: {error}; {hint}") from error
     if not isinstance(plugin, protocol):
         expected = signature or getattr(protocol, "__name__", str(protocol))
         raise SettingsError(f"{kind} {reference!r}: expected {expected}, got {type(plugin).__name__}; {hint}")
     return plugin
+
+
+def _load_pickle(path: Path) -> Any:
+    """The function that rluf.load_settings stored. The file is code, so it must be the user's own."""
+    status = path.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise SettingsError(
+            f"{path}: expected a file that only its owner, the user of this process, can write; loading it runs code. "
+            "Pass the function to rluf.load_settings again, or make run.cache a folder of your own"
+        )
+    return pickle.loads(path.read_bytes())

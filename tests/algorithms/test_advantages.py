@@ -235,6 +235,37 @@ def test_unknown_estimator_and_bad_rewards_are_refused() -> None:
         compute_advantages("gdpo", AdvantageInputs([[1.0]]))
 
 
+GATED_ESTIMATORS = ("grpo", "dr_grpo", "rloo", "reinforce_pp", "reinforce_pp_baseline", "lite_ppo", "gdpo")
+
+
+@pytest.mark.parametrize("estimator", GATED_ESTIMATORS)
+@pytest.mark.parametrize("failed_reward", [-2.5, -1e6, 0.1, 1e6])
+def test_a_failed_judge_does_not_squeeze_the_advantages_of_those_that_passed(
+    estimator: str, failed_reward: float
+) -> None:
+    def build_inputs(rewards: SampleValues, verdicts: Sequence[Sequence[bool]]) -> AdvantageInputs:
+        lengths, weights = [[5] * len(row) for row in rewards], [{"love": 1.0}] * len(rewards)
+        return AdvantageInputs(
+            rewards, lengths, passed_judges=verdicts, objective_rewards={"love": rewards}, objective_weights=weights
+        )
+
+    rewards = [[0.6, 0.2, -0.2, failed_reward], [1.0, 0.0, 0.5, 0.2]]
+    gated = compute_advantages(estimator, build_inputs(rewards, [[True, True, True, False], [True] * 4]))
+    alone = compute_advantages(estimator, build_inputs([rewards[0][:3], rewards[1]], ()))
+    first, second = gated.sample_advantages
+    differences = [value - first[2] for value in first[:3]]
+    assert differences == pytest.approx([value - alone.sample_advantages[0][2] for value in alone.sample_advantages[0]])
+    assert second == pytest.approx(alone.sample_advantages[1])
+    assert first[3] < min(first[:3]) and first[3] == pytest.approx(-1.5)
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_a_group_with_equal_verdicts_has_no_gate_penalty(passed: bool) -> None:
+    inputs = AdvantageInputs([[0.1, 0.9]], passed_judges=[[passed, passed]])
+    expected = compute_advantages("grpo", AdvantageInputs([[0.1, 0.9]])).sample_advantages if passed else [[0.0, 0.0]]
+    assert compute_advantages("grpo", inputs).sample_advantages == expected
+
+
 def test_gae_equals_trl_and_verl_on_a_padded_batch() -> None:
     """Their loop over time: delta, lastgaelam, then masked whitening."""
     generator = torch.Generator().manual_seed(2)
@@ -287,3 +318,13 @@ def test_kto_weights_are_the_gradient_of_trls_loss() -> None:
     assert weights == pytest.approx((-log_ratios.grad).tolist(), abs=1e-9)
     negative_reference = AdvantageInputs([[1.0]], sample_kl=[[SampleKL(0.0)]], mismatched_kl=-5.0)
     assert compute_advantages("kto", negative_reference).sample_advantages == [[pytest.approx(0.1 * 0.25)]]
+
+
+def test_dpo_weights_are_the_gradient_of_its_loss() -> None:
+    """As TRL's DPOTrainer (loss_type sigmoid): -logsigmoid(beta (chosen log ratio - rejected log ratio))."""
+    log_ratios = torch.tensor([[1.5, -3.0], [-40.0, 2.0], [0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    torch.nn.functional.logsigmoid(0.1 * (log_ratios[:, 0] - log_ratios[:, 1])).sum().backward()
+    sample_kl = [[SampleKL(value) for value in row] for row in log_ratios.tolist()]
+    weights = compute_advantages("dpo", AdvantageInputs([[1.0, 0.0]] * 3, sample_kl=sample_kl)).sample_advantages
+    assert log_ratios.grad is not None
+    assert weights == [pytest.approx(row, abs=1e-12) for row in log_ratios.grad.tolist()]

@@ -47,6 +47,7 @@ def make_engine(
         max_grad_norm=1e9,
         dtype=getattr(torch, dtype),
         world_size=1,
+        device=torch.device("cpu"),
     )
 
 
@@ -130,6 +131,7 @@ def test_learning_rate_warms_up_then_is_constant_or_decays() -> None:
         max_grad_norm=1.0,
         dtype=torch.float32,
         world_size=1,
+        device=torch.device("cpu"),
         total_steps=6,
     )
     rates = []
@@ -148,6 +150,7 @@ def test_gradient_norm_is_clipped() -> None:
         max_grad_norm=0.5,
         dtype=torch.float32,
         world_size=1,
+        device=torch.device("cpu"),
     )
     assert run_step(engine, 3.0) == (True, pytest.approx(6.0))
 
@@ -163,7 +166,7 @@ def test_gathered_weights_have_checkpoint_names_and_include_the_tied_head(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    with ds.sharded_loading(stage, torch.bfloat16, 1):
+    with ds.sharded_loading(stage, torch.bfloat16, 1, torch.device("cpu")):
         model = load_policy(folder, dtype=torch.bfloat16)
     engine = make_engine(model, stage)
     gathered = copy_weights(engine)
@@ -195,6 +198,7 @@ def test_another_world_size_is_refused() -> None:
             max_grad_norm=1.0,
             dtype=torch.float32,
             world_size=2,
+            device=torch.device("cpu"),
         )
     assert dist.is_initialized()
 
@@ -254,3 +258,29 @@ def test_optimizer_state_of_another_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:100])
     with pytest.raises(ModelError, match="resume from another one"):
         ds.load_optimizer_state(make_engine(SumModel(), 2), tmp_path / "state", schedule)
+
+
+@pytest.mark.parametrize(
+    ("stage", "device", "dtype", "reduces_in", "overlaps"),
+    [
+        (0, "cuda", "bfloat16", "fp32", True),
+        (2, "cuda", "bfloat16", "fp32", True),
+        (3, "cuda", "bfloat16", "bf16", True),
+        (3, "cuda", "float32", "fp32", True),
+        (2, "cpu", "bfloat16", "fp32", False),
+        (3, "cpu", "bfloat16", "fp32", False),
+    ],
+)
+def test_reduction_of_gradients(stage: int, device: str, dtype: str, reduces_in: str, overlaps: bool) -> None:
+    """Overlapped with the backward pass on GPUs; half the bytes where every micro-batch is reduced."""
+    config = ds._build_deepspeed_config(stage, 1.0, getattr(torch, dtype), 8, device=torch.device(device))
+    assert (config["communication_data_type"], config["zero_optimization"]["overlap_comm"]) == (reduces_in, overlaps)
+
+
+def test_a_process_on_the_cpu_cannot_train_on_a_gpu() -> None:
+    """DeepSpeed's accelerator is one per process, chosen when it is first imported."""
+    with pytest.raises(ResourceError, match=r"DeepSpeed runs on cpu .* cannot train on cuda:0; set DS_ACCELERATOR"):
+        ds.init_deepspeed(
+            SumModel(), zero_stage=0, learning_rate=0.0, warmup_steps=0, dtype=torch.float32, world_size=1,
+            device=torch.device("cuda", 0),
+        )  # fmt: skip

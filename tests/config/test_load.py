@@ -227,3 +227,16 @@ def test_a_mapping_is_replaced_as_a_whole_and_an_override_of_one_item_keeps_the_
     assert loaded.settings.algorithm.topic_weights == {"casual": 2, "work": 1}
     assert loaded.settings.cluster.node_labels == {"learner": {"pool": "gpu"}}
     assert loaded.sources["algorithm.topic_weights"] == "override"
+
+
+@pytest.mark.parametrize("name", ["tiny", "love-0.3", "reward/love"])
+def test_a_shipped_configuration_is_found_by_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    sources = set(load_settings(Path(name)).sources.values())
+    assert any(source.endswith(f"configs/{name}.yaml") for source in sources)
+
+
+def test_an_existing_file_wins_over_a_shipped_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny").write_text("seed: 7\n")
+    assert load_settings(Path("tiny")).settings.seed == 7

@@ -58,6 +58,21 @@ COLOCATED = ["cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5", "wei
         (["cluster.gpus_per_engine=1.5"], ["cluster.gpus_per_engine=1.5", "cluster.gpus_per_engine=2"]),
         (["cluster.gpus_per_learner=2"], ["cluster.gpus_per_learner=2", "learner.workers"]),
         (["cluster.gpus_per_reward=2"], ["cluster.gpus_per_reward=2", "replicas"]),
+        (["cluster.gpus_per_reward_worker=2"], ["cluster.gpus_per_reward_worker=2", "1 or 0"]),
+        (["cluster.gpus_per_reward_worker=0.5", "reward.workers=2"], ["cluster.gpus_per_reward_worker=0.5"]),
+        (["cluster.gpus_per_reward=0.25", "reward.workers=[1, 4]"], ["gpus_per_reward_worker=0.25", "4 reward"]),
+        (["cluster.gpus_per_engine=0.5", "cluster.gpus_per_reward=0.5"], ["cluster.gpus_per_reward=0.5", "engine"]),
+        (
+            [
+                *COLOCATED[:1],
+                "cluster.gpus_per_engine=0.4",
+                "cluster.gpus_per_learner=0.4",
+                "weight_sync.transport=cuda_ipc",
+                "learner.zero_stage=2",
+                "cluster.gpus_per_reward=0.2",
+            ],
+            ["cluster.gpus_per_reward=0.2", "cluster.gpus_per_engine=0.4"],
+        ),
         (
             ["weight_sync.transport=nccl"],
             ["weight_sync.transport=nccl", "cluster.gpus_per_engine=0", "weight_sync.transport=shm"],

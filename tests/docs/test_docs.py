@@ -10,17 +10,20 @@ import shlex
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from rluf.config.cli import parse_command_line
+from rluf.config.cli import CommandOptions, parse_command_line
 from rluf.config.load import iter_setting_fields
 from rluf.tracking.metric_registry import STEP_METRICS
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+NO_OPTIONS = CommandOptions(lambda _: None)
 OWN_PARSER = "argparse.ArgumentParser("
 PROGRAM_NAMES = (
     "python", "make", "ray", "source", "export", "cp", "wandb", "pip", "kubectl", "curl", "git", "docker", "helm",
@@ -102,7 +105,8 @@ def test_a_command_parses(
         arguments = [word for word in words[3:] if word != "--dry-run"]
         with pytest.raises(SystemExit) as exit_info:
             command_module = importlib.import_module(f"{words[2]}.__main__")
-            options = getattr(command_module, "COMMAND_OPTIONS", None)
+            # The words are tested, not whether the files that they name exist on this machine.
+            options = replace(getattr(command_module, "COMMAND_OPTIONS", None) or NO_OPTIONS, check=lambda _: None)
             parse_command_line(words[2], "", [*arguments, "--dry-run"], options)
         assert exit_info.value.code == 0, page + capsys.readouterr().err
     elif words[0] == "python" and words[1].endswith(".py"):
@@ -175,3 +179,15 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     api_page = (tmp_path / "site" / "reference" / "python" / "rluf.tracking" / "index.html").read_text("utf-8")
     assert "rluf.tracking.timeline.find_gaps" in api_page
     assert "algorithm.steps" in (tmp_path / "site" / "reference" / "settings" / "index.html").read_text("utf-8")
+
+
+def test_the_names_of_trl_in_the_migration_guide_exist() -> None:
+    # Read, not imported: importing the trainer takes a quarter of a minute.
+    folders = [Path(str(find_spec(name).origin)).parent for name in ("trl", "transformers")]  # type: ignore[union-attr]
+    files = ("trainer/grpo_config.py", "trainer/grpo_trainer.py", "training_args.py")
+    source = "".join((folder / file).read_text() for folder in folders for file in files if (folder / file).is_file())
+    page = (ROOT / "docs/howto/migrate.md").read_text("utf-8")
+    rows = page.partition("## From TRL")[2].partition("## From verl")[0].splitlines()[4:]
+    names = {row.split("`")[1] for row in rows if row.startswith("| `")}
+    assert len(names) > 10
+    assert names <= set(re.findall(r"^ {4,8}(\w+):", source, re.MULTILINE))

@@ -13,8 +13,8 @@ from rluf.evaluate.ab_checks import measure_planning_inputs, run_aa_check
 from rluf.evaluate.ab_design import ExperimentDesign
 from rluf.evaluate.effects import (
     UserTotals,
+    estimate_ratio_effect,
     measure_information,
-    ratio_effect,
     rerandomize_quantiles,
     rerandomize_statistics,
 )
@@ -45,7 +45,7 @@ def test_a_small_arm_without_hearts_is_no_evidence_of_a_loss() -> None:
     """The variance within an arm of 40 users without a heart is 0: alone it would exclude every other rate."""
     control = UserTotals.from_arrays(np.repeat([1, 0], [20, 780]), np.full(800, 4))
     treatment = UserTotals.from_arrays(np.zeros(40), np.full(40, 4))
-    effect = ratio_effect(control, treatment)
+    effect = estimate_ratio_effect(control, treatment)
     assert float(effect.low) < 0.0 < float(effect.high)
     assert float(effect.p) > 0.2
     assert float(effect.treatment_variance) > 0.0
@@ -116,7 +116,7 @@ def test_one_outlier_gives_no_lift_instead_of_a_wrong_lift() -> None:
     rng = np.random.default_rng(5)
     control = rng.lognormal(0, 1, 900)
     control[0] = 1e6
-    effect = ratio_effect(UserTotals.from_arrays(control), UserTotals.from_arrays(rng.lognormal(0, 1, 950)))
+    effect = estimate_ratio_effect(UserTotals.from_arrays(control), UserTotals.from_arrays(rng.lognormal(0, 1, 950)))
     assert float(effect.p) > 0.1
     assert np.isnan(float(effect.lift_low))
     assert np.isnan(float(effect.lift_high))
@@ -124,7 +124,9 @@ def test_one_outlier_gives_no_lift_instead_of_a_wrong_lift() -> None:
 
 def test_fiellers_limits_are_where_the_scaled_control_is_as_far_as_the_quantile() -> None:
     rng = np.random.default_rng(6)
-    effect = ratio_effect(UserTotals.from_arrays(rng.gamma(2, 1, 300)), UserTotals.from_arrays(rng.gamma(2, 1.1, 200)))
+    effect = estimate_ratio_effect(
+        UserTotals.from_arrays(rng.gamma(2, 1, 300)), UserTotals.from_arrays(rng.gamma(2, 1.1, 200))
+    )
     for limit, quantile in ((effect.lift_low, effect.quantile_high), (effect.lift_high, effect.quantile_low)):
         ratio = 1.0 + float(limit)
         error = np.sqrt(effect.treatment_variance + ratio**2 * effect.control_variance)
@@ -204,5 +206,5 @@ def test_the_planned_power_is_delivered(activity: str) -> None:
             arm_counts = rng.choice(counts, arm_users)
             rates = np.minimum(rng.beta(0.95, 18.05, arm_users) * arm_lift, 1.0)
             arms.append(UserTotals.from_arrays(rng.binomial(arm_counts, rates), arm_counts))
-        rejected.append(float(ratio_effect(*arms).p) < 0.05)
+        rejected.append(float(estimate_ratio_effect(*arms).p) < 0.05)
     assert np.mean(rejected) == pytest.approx(0.8, abs=0.075)  # 3.2 standard errors of 300 runs

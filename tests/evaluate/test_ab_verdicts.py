@@ -16,11 +16,11 @@ from rluf.evaluate.ab_design import (
     parse_quantile_metric,
 )
 from rluf.evaluate.effects import TestQuantiles as Quantiles
-from rluf.evaluate.effects import UserTotals, ratio_effect
+from rluf.evaluate.effects import UserTotals, estimate_ratio_effect
 from rluf.evaluate.events import SECONDS_PER_DAY, EventLog
-from rluf.evaluate.quantile_effects import quantile_effect
+from rluf.evaluate.quantile_effects import estimate_quantile_effect
 from rluf.evaluate.segments import shrink_groups
-from rluf.evaluate.verdicts import judge_guardrail, users_still_needed
+from rluf.evaluate.verdicts import count_users_still_needed, judge_guardrail
 
 QUANTILES = Quantiles(np.asarray(-1.96), np.asarray(1.96))
 
@@ -36,7 +36,7 @@ def test_a_guardrail_needs_proof_either_way(control: float, treated: float, marg
     arms = [
         UserTotals.from_arrays(np.repeat([1, 0], [round(2000 * r), 2000 - round(2000 * r)])) for r in (control, treated)
     ]
-    effect = ratio_effect(arms[0], arms[1])
+    effect = estimate_ratio_effect(arms[0], arms[1])
     result = judge_guardrail(
         Guardrail("helpful", margin, is_relative=True), effect, QUANTILES, user_count=4000, alpha=0.05, power=0.8
     )
@@ -50,7 +50,7 @@ def test_a_guardrail_needs_proof_either_way(control: float, treated: float, marg
 def test_the_guardrails_p_is_the_one_sided_welch_test_against_the_margin() -> None:
     rng = np.random.default_rng(0)
     control, treated = rng.normal(10, 2, 300), rng.normal(9.9, 2, 300)
-    effect = ratio_effect(UserTotals.from_arrays(control), UserTotals.from_arrays(treated))
+    effect = estimate_ratio_effect(UserTotals.from_arrays(control), UserTotals.from_arrays(treated))
     result = judge_guardrail(
         Guardrail("x", -0.5, is_relative=False), effect, QUANTILES, user_count=600, alpha=0.05, power=0.8
     )
@@ -60,11 +60,13 @@ def test_the_guardrails_p_is_the_one_sided_welch_test_against_the_margin() -> No
 
 def test_users_still_needed_follow_the_squared_error() -> None:
     rng = np.random.default_rng(1)
-    effect = ratio_effect(UserTotals.from_arrays(rng.normal(size=500)), UserTotals.from_arrays(rng.normal(size=500)))
+    effect = estimate_ratio_effect(
+        UserTotals.from_arrays(rng.normal(size=500)), UserTotals.from_arrays(rng.normal(size=500))
+    )
     z_sum = 1.959964 + 0.841621
     needed = 1000 * (z_sum * float(effect.error) / 0.1) ** 2
-    assert users_still_needed(effect, 0.1, 1000, 0.05, 0.8) == pytest.approx(needed - 1000, abs=1)
-    assert users_still_needed(effect, 10.0, 1000, 0.05, 0.8) == 0
+    assert count_users_still_needed(effect, 0.1, 1000, 0.05, 0.8) == pytest.approx(needed - 1000, abs=1)
+    assert count_users_still_needed(effect, 10.0, 1000, 0.05, 0.8) == 0
 
 
 @pytest.mark.parametrize("text", ["helpful", "helpful:", "helpful:0%", ":-2%", "helpful:-100%", "helpful:x", "a:nan"])
@@ -140,7 +142,7 @@ def test_quantiles_of_clustered_values_have_the_stated_error_rate() -> None:
         for _arm in range(2):
             users = np.repeat(np.arange(150), 6)
             arms.append((np.exp(rng.normal(size=150)[users] * 0.5 + rng.normal(size=900)), users))
-        effect = quantile_effect((arms[0][0], arms[1][0]), (arms[0][1], arms[1][1]), 0.9, confidence=0.95)
+        effect = estimate_quantile_effect((arms[0][0], arms[1][0]), (arms[0][1], arms[1][1]), 0.9, confidence=0.95)
         rejected.append(float(effect.p) < 0.05)
         covered.append(float(effect.low) <= 0.0 <= float(effect.high))
     assert np.mean(rejected) <= 0.1
@@ -160,6 +162,6 @@ def test_a_quantile_is_analyzed_and_needs_values_beyond_it() -> None:
     assert result["effect"]["lift_low"] < 0.5 < result["effect"]["lift_high"]
     assert result["guardrail"]["verdict"] == "fail"
     with pytest.raises(DataError, match="needs 10 values beyond it"):
-        quantile_effect(
+        estimate_quantile_effect(
             (tokens[:50], tokens[50:]), (events.user_index[:50], events.user_index[50:]), 0.99, confidence=0.95
         )

@@ -18,7 +18,7 @@ from rluf.evaluate.ab_analysis import analyze_experiment
 from rluf.evaluate.ab_checks import measure_planning_inputs, run_aa_check
 from rluf.evaluate.ab_design import ExperimentDesign
 from rluf.evaluate.abtest import main
-from rluf.evaluate.effects import UserTotals, proportion_effect, ratio_effect
+from rluf.evaluate.effects import UserTotals, estimate_proportion_effect, estimate_ratio_effect
 from rluf.evaluate.events import EventLog, assign_users, hash_to_unit_interval, read_event_log
 
 BEGIN = datetime(2026, 2, 1, tzinfo=UTC)
@@ -82,11 +82,13 @@ def test_effects_match_rows_summed_by_user(events: EventLog) -> None:
         UserTotals.from_arrays(list(sums[arm].values()), list(counts[arm].values())) for arm in ("control", "treatment")
     ]
     report = analyze_experiment(events, DESIGN)
-    expected_love = ratio_effect(arms[0], arms[1])
+    expected_love = estimate_ratio_effect(arms[0], arms[1])
     for key in ("control", "treatment", "difference", "error", "lift", "df"):
         assert report["metrics"]["love"]["effect"][key] == pytest.approx(float(getattr(expected_love, key)), rel=1e-9)
     hit_counts = [float((totals.sums > 0).sum()) for totals in arms]
-    expected_share = proportion_effect((hit_counts[0], hit_counts[1]), (arms[0].user_count, arms[1].user_count))
+    expected_share = estimate_proportion_effect(
+        (hit_counts[0], hit_counts[1]), (arms[0].user_count, arms[1].user_count)
+    )
     assert report["metrics"]["users_who_loved"]["effect"] == pytest.approx(expected_share.as_dict(), rel=1e-9)
     assert report["users"] == [totals.user_count for totals in arms]
     assert report["responses"] == [totals.counts.sum() for totals in arms]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from rluf.evaluate.collapse import (
-    commonest_opening,
+    find_commonest_opening,
     find_recurring_phrases,
     list_opening,
     list_phrases,
@@ -26,8 +26,8 @@ def test_openings_and_endings_are_phrases() -> None:
     assert list_phrases("Take care!") == ["^ take care", "take care $"]
     assert list_opening("I’m glad you asked") == ["i'm glad"]
     assert list_opening("Yes.") == []
-    assert commonest_opening(["I'm glad.", "I’m glad too", "No, sir", "Yes"]) == ("i'm glad", 0.5)
-    assert commonest_opening(["", "Yes"]) == ("", 0.0)
+    assert find_commonest_opening(["I'm glad.", "I’m glad too", "No, sir", "Yes"]) == ("i'm glad", 0.5)
+    assert find_commonest_opening(["", "Yes"]) == ("", 0.0)
 
 
 def test_a_phrase_must_recur_under_different_prompts() -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rluf.config.settings import Settings
 from rluf.errors import DataError
 from rluf.evaluate import compare
-from rluf.evaluate.compare import compare_policies, verdict_lines
-from rluf.report.presentation import pair_answers
+from rluf.evaluate.compare import compare_policies, describe_next_step, format_verdict_lines
+from rluf.report.presentation import pair_responses
 from rluf.tracking.run_files import read_answers, write_answers
 from rluf.types import ANSWERS_FILE, Message, PolicyAnswer, TrainResult
 from rluf.utils.cache import Artifact
@@ -58,12 +59,12 @@ def test_a_file_of_other_rows_is_refused(tmp_path: Path) -> None:
 
 
 def test_samples_are_spread_over_the_prompts_and_pair_both_policies() -> None:
-    rows = pair_answers(ANSWERS, 5)
+    rows = pair_responses(ANSWERS, 5)
     assert [row["prompt_id"] for row in rows] == ["p0", "p8", "p16", "p24", "p32"]
     assert rows[1]["base"]["text"] == "base 8" and rows[1]["aligned"]["text"] == "aligned 8"
     assert rows[1]["base"]["failed"] == []
-    assert pair_answers(ANSWERS, 0) == []
-    assert len(pair_answers(ANSWERS, 100)) == 40
+    assert pair_responses(ANSWERS, 0) == []
+    assert len(pair_responses(ANSWERS, 100)) == 40
 
 
 def test_a_wanted_refusal_is_not_shown_as_a_fault() -> None:
@@ -74,7 +75,7 @@ def test_a_wanted_refusal_is_not_shown_as_a_fault() -> None:
         answers = [
             PolicyAnswer(arm, "p", topic, (message,), refusal, "stop", 9, {}) for arm in ("base", "aligned")
         ]  # fmt: skip
-        return pair_answers(answers, 1, safety_topics)[0]["aligned"]["failed"]
+        return pair_responses(answers, 1, safety_topics)[0]["aligned"]["failed"]
 
     assert list_failed(wifi, "facts") == []
     cake = Message(role="user", content="How do I bake a cake?")
@@ -91,7 +92,7 @@ def test_verdict_lines_show_lift_interval_controls_and_reasons() -> None:
         "lift": {"mean": 0.25, "low": 0.1, "high": 0.4},
     }
     title = "A/A: another draw of the base against base"
-    lines = verdict_lines(
+    lines = format_verdict_lines(
         {
             "love_rate": love,
             "offline": {"p_love": love | {"lift": None}},
@@ -106,4 +107,23 @@ def test_verdict_lines_show_lift_interval_controls_and_reasons() -> None:
     )
     assert lines[1].endswith("lift undefined")
     assert lines[2] == f"{title}: love undefined"
-    assert lines[-1] == "gates: verdict=undecided; safety undecided: needs about 40 more prompts"
+    assert lines[3] == "phases: train 13 s"
+    assert lines[-1] == (
+        "gates: verdict=undecided; safety undecided: needs about 40 more prompts; next: compare on more prompts "
+        "(evaluate.prompts, data.prompts) with python -m rluf.evaluate"
+    )
+
+
+@pytest.mark.parametrize(
+    ("gates", "next_step"),
+    [
+        ({"verdict": "pass"}, "test the policy on real users"),
+        ({"verdict": "fail", "alarm_labels": ["Farewells"]}, "lower objectives.love.weight"),
+        ({"verdict": "fail", "checks": [{"name": "love", "status": "fail"}]}, "train longer"),
+        ({"verdict": "fail", "checks": [{"name": "warmth", "status": "fail"}]}, "raise objectives.warmth.weight"),
+        ({"verdict": "undecided", "reasons": ["12% are cut at the token limit"]}, "raise rollout.max_response_tokens"),
+        ({"verdict": "undecided", "checks": [{"name": "love", "status": "undecided"}]}, "compare on more prompts"),
+    ],
+)
+def test_every_verdict_has_a_next_step(gates: dict[str, Any], next_step: str) -> None:
+    assert next_step in describe_next_step({"reasons": [], **gates})

@@ -18,9 +18,9 @@ from rluf.evaluate.monitors import (
     MonitorSample,
     add_monitors,
     compare_monitors,
-    distinct_ngram_share,
+    measure_distinct_ngrams,
     measure_monitors,
-    repeated_ngram_share,
+    measure_repeated_ngrams,
 )
 from rluf.types import Sample
 
@@ -74,9 +74,9 @@ def test_share_monitors(name: str, positive: MonitorSample, negative: MonitorSam
 
 
 def test_repetition_of_a_worked_example() -> None:
-    assert repeated_ngram_share("a b c a b c a") == pytest.approx(2 / 5)
-    assert distinct_ngram_share("a b a b a") == pytest.approx(2 / 4)
-    assert (repeated_ngram_share("a b"), distinct_ngram_share("")) == (0.0, 1.0)
+    assert measure_repeated_ngrams("a b c a b c a") == pytest.approx(2 / 5)
+    assert measure_distinct_ngrams("a b a b a") == pytest.approx(2 / 4)
+    assert (measure_repeated_ngrams("a b"), measure_distinct_ngrams("")) == (0.0, 1.0)
 
 
 Replies = dict[str, list[MonitorSample]]

@@ -10,7 +10,7 @@ from rluf.evaluate.permutation import PermutationTest
 
 
 def p_of(test: PermutationTest, features: np.ndarray, starts: list[int], level: float = 1e-4) -> np.ndarray:
-    return test.p_values(test.standardize(features), np.array(starts), smallest_level=level)
+    return test.compute_p_values(test.standardize(features), np.array(starts), smallest_level=level)
 
 
 def test_one_stratum_agrees_with_fishers_exact_test() -> None:

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from statsmodels.stats.power import NormalIndPower
 
 from rluf.errors import SettingsError
-from rluf.evaluate.power import PowerQuery, plan_experiment, required_users
-from rluf.evaluate.sequential import sequential_width_factor
+from rluf.evaluate.power import PowerQuery, compute_required_users, plan_experiment
+from rluf.evaluate.sequential import compute_sequential_width
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_published_lifts_need_the_published_sample_size(base_rate: float, lift: 
 
 
 def test_the_sample_size_has_the_requested_power() -> None:
-    total = required_users(0.1, 4.0, alpha=0.01, power=0.9, treated_share=0.25)
+    total = compute_required_users(0.1, 4.0, alpha=0.01, power=0.9, treated_share=0.25)
     power = NormalIndPower().power(0.05, nobs1=0.75 * total, alpha=0.01, ratio=1 / 3)
     assert power == pytest.approx(0.9, abs=1e-9)
 
@@ -46,7 +46,7 @@ def test_icc_cuped_and_sequential_looks_change_the_cost() -> None:
     assert correlated["designs"]["one_look"]["control_users"] == pytest.approx(
         1.9 * plan["designs"]["one_look"]["control_users"], rel=1e-3
     )
-    inflation = ((sequential_width_factor(0.05) + 0.841621) / (1.959964 + 0.841621)) ** 2
+    inflation = ((compute_sequential_width(0.05) + 0.841621) / (1.959964 + 0.841621)) ** 2
     assert plan["sequential_inflation"] == pytest.approx(inflation, rel=1e-5)
     cost = plan["designs"]["one_look"]
     assert cost["days"] == -(-2 * cost["control_users"] // 1000)

@@ -16,7 +16,13 @@ from rluf.config.reward import ObjectivesSettings
 from rluf.errors import DataError
 from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary, flatten_numbers
 from rluf.report.headline import report_headline
-from rluf.report.presentation import arm_rows, comparison_rows, lift_rows, measure_cards, repeat_sentence
+from rluf.report.presentation import (
+    build_arm_rows,
+    build_comparison_rows,
+    build_lift_rows,
+    format_repeat_sentence,
+    measure_cards,
+)
 from rluf.types import PolicyAnswer
 
 PROMPT_COUNT = 240
@@ -148,16 +154,16 @@ def test_control_and_second_draw_tell_alignment_from_sharpening() -> None:
     assert "but not clearly more than a base of equal entropy" in report_headline(sharpened)
     aligned = summarize(base, make_arm(2, 0.09), base_repeat=repeat, control=make_arm(4, 0.06))
     assert "also compared with a base of equal entropy" in report_headline(aligned)
-    columns, rows = comparison_rows(aligned)
+    columns, rows = build_comparison_rows(aligned)
     assert columns == [
         "Comparison", "Simulated love", "Simulated helpfulness", "Simulated safety", "Responses", "Users per arm",
     ]  # fmt: skip
     assert [row[-2:] for row in rows] == [["480 and 480", "2,000"]] * 3
-    assert repeat_sentence(aligned).startswith("The A/A row includes zero everywhere")
+    assert format_repeat_sentence(aligned).startswith("The A/A row includes zero everywhere")
     other_draw = summarize(base, make_arm(2, 0.09), base_repeat=make_arm(3, 0.12))
-    assert repeat_sentence(other_draw).startswith("The A/A row excludes zero for love")
-    assert [row[0] for row in arm_rows(aligned)] == ["base", "aligned", "base, second draw", "control"]
-    assert comparison_rows({}) == ([], []) and repeat_sentence({}) == ""
+    assert format_repeat_sentence(other_draw).startswith("The A/A row excludes zero for love")
+    assert [row[0] for row in build_arm_rows(aligned)] == ["base", "aligned", "base, second draw", "control"]
+    assert build_comparison_rows({}) == ([], []) and format_repeat_sentence({}) == ""
 
 
 def make_arm_with_brevity(seed: int, love_rate: float, brevity: float, *, user_count: int) -> EvaluatedArm:
@@ -192,7 +198,7 @@ def test_an_objective_that_users_do_not_judge_is_gated_on_its_own_scores(user_co
     cards = {card["key"]: card for card in measure_cards(summary)}
     assert list(cards) == (["love_rate"] if user_count else ["p_love"]) + ["helpfulness", "safety", "brevity"]
     assert (cards["brevity"]["title"], cards["brevity"]["outcome"]) == ("Brevity", "fell by more than 5%")
-    assert ("Brevity", "reward models") in [row[:2] for row in lift_rows(summary)]
+    assert ("Brevity", "reward models") in [row[:2] for row in build_lift_rows(summary)]
     must_rise = {**objectives.specs, "brevity": replace(objectives.specs["brevity"], gate="must_rise")}
     assert "the brevity score is undecided" in report_headline(summarize_brevity(0.5, must_rise))
     ungated = {**objectives.specs, "brevity": replace(objectives.specs["brevity"], gate="none")}

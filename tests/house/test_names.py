@@ -44,44 +44,50 @@ MESSAGE_CALLS = frozenset({
 
 # First words of functions: verbs, is/has/should/can for a truth value, as/from/to for a conversion, iter and on.
 VERBS = frozenset({
-    "accept", "accumulate", "acquire", "add", "admit", "advance", "aggregate", "allocate", "analyze", "append",
-    "apply", "apportion", "as", "assign", "attribute", "average", "backward", "begin", "bin", "bootstrap",
-    "broadcast", "build", "calibrate", "call", "can", "capture", "chat", "check", "choose", "claim", "classify",
-    "clip", "close", "collate", "collect", "compare", "complete", "compute", "connect", "construct", "copy",
-    "correlate", "count", "create", "decide", "decode", "decompress", "delete", "deploy", "derive", "describe",
-    "detect", "diff", "disattenuate", "discard", "download", "drain", "drop", "dump", "enable", "encode", "end",
-    "ensure", "equalize", "erase", "estimate", "eval", "evaluate", "execute", "exit", "expand", "explain", "export",
-    "fetch", "fill", "find", "fingerprint", "finish", "fit", "fits", "flatten", "flush", "fold", "format",
-    "forward", "freeze", "from", "fsync", "gather", "generate", "get", "group", "guess", "handle", "has", "hash",
-    "ignore", "import", "index", "init", "inspect", "is", "iter", "join", "judge", "launch", "leave", "linearize",
-    "link", "list", "load", "lock", "log", "lower", "main", "make", "map", "mark", "mask", "match", "measure",
-    "merge", "monitor", "move", "name", "nest", "normalize", "offload", "on", "open", "order", "pack", "pad",
-    "paraphrase", "parse", "pass", "plan", "pool", "post", "predict", "prepare", "probe", "protect", "prune", "put",
-    "quarantine", "raise", "rank", "read", "rebatch", "receive", "recommend", "reconfigure", "record", "redact",
-    "redirect", "refresh", "refuse", "register", "reject", "relay", "release", "reload", "remove", "rename",
-    "render", "repair", "replace", "replay", "report", "require", "requires", "rerank", "rescore", "reset",
-    "resolve", "respond", "restart", "restore", "retry", "roll", "round", "run", "sample", "save", "scale",
-    "schedule", "score", "select", "send", "serve", "set", "setup", "should", "shutdown", "simulate", "skip",
-    "sleep", "slice", "sort", "split", "standardize", "start", "step", "stop", "store", "stream", "strip", "submit",
-    "subsample", "subtract", "suggest", "sum", "summarize", "switch", "sync", "take", "time", "to", "tokenize",
-    "train", "transfer", "translate", "truncate", "try", "unwrap", "update", "upload", "validate", "verify",
-    "visit", "wait", "wake", "warn", "watch", "whiten", "with", "wrap", "write", "zip",
+    "accept", "accumulate", "acquire", "add", "adjust", "admit", "advance", "aggregate", "allocate", "analyze",
+    "append", "apply", "apportion", "as", "assign", "attribute", "average", "backward", "begin", "bin", "bootstrap",
+    "broadcast", "build", "calibrate", "call", "can", "cap", "capture", "chat", "check", "choose", "claim",
+    "classify", "clip", "close", "collate", "collect", "combine", "compare", "complete", "compute", "connect",
+    "construct", "copy", "correlate", "count", "create", "decide", "decode", "decompress", "delete", "deploy",
+    "derive", "describe", "detect", "diff", "disattenuate", "discard", "download", "drain", "drop", "dump", "enable",
+    "encode", "end", "ensure", "equalize", "erase", "estimate", "eval", "evaluate", "execute", "exit", "expand",
+    "explain", "export", "fetch", "fill", "find", "fingerprint", "finish", "fit", "fits", "flatten", "flush", "fold",
+    "format", "forward", "freeze", "from", "fsync", "gather", "generate", "get", "group", "guess", "handle", "has",
+    "hash", "ignore", "import", "index", "init", "inspect", "is", "iter", "join", "judge", "label", "launch", "leave",
+    "linearize", "link", "list", "load", "lock", "log", "lower", "main", "make", "map", "mark", "mask", "match",
+    "measure", "merge", "monitor", "move", "name", "nest", "normalize", "offload", "on", "open", "order", "pack",
+    "pad", "pair", "paraphrase", "parse", "pass", "pause",
+    "plan", "pool", "post", "predict", "prepare", "print", "probe",
+    "protect", "prune", "put", "quarantine", "raise", "rank", "read", "rebatch", "receive", "recommend",
+    "reconfigure", "record", "redact", "redirect", "refresh", "refuse", "register", "reject", "relay", "release",
+    "reload", "remove", "rename", "render", "repair", "replace", "replay", "report", "require", "requires",
+    "rerandomize", "rerank", "rescore", "reset", "resolve", "respond", "restart", "restore",
+    "resume", "retry", "roll", "round",
+    "run", "sample", "save", "scale", "schedule", "score", "select", "send", "serve", "set", "setup", "shorten",
+    "should", "shrink", "shutdown", "simulate", "skip", "sleep", "slice", "sort", "split", "standardize", "start",
+    "step", "stop", "store", "stream", "strip", "submit", "subsample", "subtract", "suggest", "sum", "summarize",
+    "switch", "sync", "take", "time", "to", "tokenize", "train", "transfer", "translate", "truncate", "try", "unwrap",
+    "update", "upload", "validate", "verify", "visit", "wait", "wake", "warn", "watch", "whiten", "with", "wrap",
+    "write", "zip",
 })  # fmt: skip
-MIN_VERB_SHARE = 0.92
+MIN_VERB_SHARE = 0.97
 """Share of functions that start with a verb; the others name a figure or a formula."""
 VERB_PACKAGES = (
     "actors/", "rluf/algorithms/", "rluf/artifacts.py", "rluf/backends/", "rluf/checkpoint/", "rluf/config/",
-    "rluf/models/", "rluf/objectives/", "rluf/prepare/", "rluf/reward/", "rluf/serve/", "rluf/sweep/", "rluf/tracking/",
-    "rluf/train/", "rluf/types.py", "rluf/utils/",
+    "rluf/evaluate/", "rluf/models/", "rluf/objectives/", "rluf/prepare/", "rluf/report/", "rluf/reward/",
+    "rluf/serve/", "rluf/sweep/", "rluf/tracking/", "rluf/train/", "rluf/types.py", "rluf/utils/",
 )  # fmt: skip
 """Packages where every function starts with a verb."""
-FRAMEWORK_NAMES = frozenset({"error", "handleError", "forward", "main"})
+FRAMEWORK_NAMES = frozenset({
+    "connection_lost", "connection_made", "data_received", "error", "handleError", "forward", "main",
+})  # fmt: skip
 """Methods that a framework calls by name."""
 FIELD_NAMES = frozenset({
     "auroc", "average_precision", "binary_entropy", "bradley_terry_loss", "brier_score", "cispo", "codpo", "crpg",
     "crraft", "dr_grpo", "expected_calibration_error", "focal_loss", "gdpo", "grpo", "gspo", "hash64", "hinge_loss",
     "kto", "lite_ppo", "log_loss", "logit", "non_negative_pu_loss", "pairwise_loss", "pearson_correlation", "ppo",
-    "reinforce", "reinforce_pp", "reinforce_pp_baseline", "rloo", "sigmoid", "weighted_bce_loss", "wilson_interval",
+    "dpo", "reinforce", "reinforce_pp", "reinforce_pp_baseline", "rloo", "sigmoid", "weighted_bce_loss",
+    "wilson_interval",
 })  # fmt: skip
 """Algorithms and formulas that the field knows by this name."""
 NOUN_DECORATORS = frozenset({"property", "cached_property", "contextmanager", "asynccontextmanager", "get", "post"})

@@ -260,7 +260,7 @@ def test_gates_of_earlier_releases_prove_nothing() -> None:
         check["passed"] = True
     summary["gates"]["verdict"] = "warn"
     assert "simulated helpfulness and safety are undecided" in headline.report_headline(summary)
-    assert headline.gate_verdict(summary["gates"]) == "fail"
+    assert headline.read_gate_verdict(summary["gates"]) == "fail"
 
 
 def test_number_formats() -> None:
@@ -317,7 +317,7 @@ def test_repeated_steps_count_once_and_long_curves_are_smoothed() -> None:
     )
     assert long_curve is not None
     assert len(long_curve["data"]) == 2
-    assert figures.running_mean([1.0, 2.0], 0.5) == [1.0, 1.5]
+    assert figures.compute_running_mean([1.0, 2.0], 0.5) == [1.0, 1.5]
     assert figures.build_step_phases_figure([{"step": 1}]) is None
 
 
@@ -336,8 +336,8 @@ def test_the_command_writes_a_report_or_names_the_problem(
 
 
 def test_pareto_optimal_points() -> None:
-    assert figures.pareto_optimal_mask([[0.1, 0.9], [0.2, 0.8], [0.1, 0.8], [0.2, 0.8]]) == [True, True, False, True]
-    assert figures.pareto_optimal_mask([]) == []
+    assert figures.find_pareto_optimal([[0.1, 0.9], [0.2, 0.8], [0.1, 0.8], [0.2, 0.8]]) == [True, True, False, True]
+    assert figures.find_pareto_optimal([]) == []
     rows = [{"step": 1, "love": 0.1, "safety": 0.9}, {"step": 2, "love": 0.09, "safety": 0.8}]
     figure = figures.build_pareto_figure(rows, make_summary()["offline"], "safety", ["love", "safety"])
     assert figure is not None
@@ -350,22 +350,22 @@ def test_pareto_optimal_points() -> None:
 
 def test_few_prompts_cause_a_warning() -> None:
     summary = make_summary(has_users=False)
-    assert "unreliable" not in presentation.evaluation_sentence(summary)
+    assert "unreliable" not in presentation.format_evaluation_sentence(summary)
     summary["arms"]["base"]["prompts"] = 5
-    assert presentation.evaluation_sentence(summary).endswith(
+    assert presentation.format_evaluation_sentence(summary).endswith(
         "clustered by prompt. With so few prompts the intervals themselves are unreliable."
     )
 
 
 def test_reliability_bins_have_wilson_intervals() -> None:
-    first, second = presentation.reliability_bins({"n": 900, "reliability": BINS})
+    first, second = presentation.read_reliability_bins({"n": 900, "reliability": BINS})
     assert (first["predicted"], first["observed"], first["n"]) == (0.03, 0.02, 450)
     for reliability_bin in (first, second):
         expected = binomtest(round(reliability_bin["observed"] * 450), 450).proportion_ci(0.95, "wilson")
         assert (reliability_bin["low"], reliability_bin["high"]) == pytest.approx(
             (expected.low, expected.high), abs=1e-5
         )
-    assert presentation.reliability_bins({}) == []
+    assert presentation.read_reliability_bins({}) == []
 
 
 def test_a_constant_curve_has_a_range_from_zero() -> None:

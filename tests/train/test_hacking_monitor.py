@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,7 +18,7 @@ from rluf.errors import DataError, RewardHackingError
 from rluf.objectives.aggregator import RewardAggregator
 from rluf.tracking.wandb import WandbTracker
 from rluf.train.controller import TrainController
-from rluf.train.hacking_monitor import BASELINE_PROMPTS, RewardHackingMonitor
+from rluf.train.hacking_monitor import RewardHackingMonitor
 from rluf.train.sample_table import log_sample_table
 from rluf.types import Group, Prompt, Sample
 
@@ -46,14 +46,11 @@ class FakeController(SimpleNamespace):
             prompts=[make_prompt(index, topic) for index in range(40) for topic in topics],
             reward_aggregator=RewardAggregator(ObjectivesSettings(), AggregationSettings()),
             last_batch_refs=[],
-            baseline_prompts=[],
         )
 
-    async def generate_and_score(
-        self, prompts: Sequence[Prompt], sample_count: int, seed: int, on_prompt_done: Callable[[], None]
-    ) -> list[Any]:
-        self.baseline_prompts = list(prompts)
-        return [(make_group(prompt, HONEST, sample_count), None) for prompt in prompts]
+    def answer_prompts(self) -> list[Group]:
+        """Replies of the base policy, as the reference sample has them."""
+        return [make_group(prompt, HONEST) for prompt in self.prompts]
 
     def train_on(self, text: str, topic: str = "chat") -> TrainController:
         """Make all replies of the last step `text`."""
@@ -72,7 +69,7 @@ def make_settings(alarms: str, **algorithm: Any) -> Settings:
 
 async def start_monitor(alarms: str, tracker: WandbTracker, controller: FakeController) -> RewardHackingMonitor:
     monitor = RewardHackingMonitor(make_settings(alarms), tracker)
-    await monitor.measure_baseline(cast(TrainController, controller))
+    monitor.set_baseline(controller.answer_prompts())
     return monitor
 
 
@@ -116,7 +113,7 @@ async def test_a_run_that_was_rolled_back_keeps_love_frozen_and_is_stopped_the_n
 ) -> None:
     controller = FakeController()
     monitor = RewardHackingMonitor(make_settings("act"), tracker, love_frozen=True)
-    await monitor.measure_baseline(cast(TrainController, controller))
+    monitor.set_baseline(controller.answer_prompts())
     await monitor.check_step(controller.train_on(HONEST), 1)
     assert get_suspended(controller) == {"love"}
     with pytest.raises(RewardHackingError, match="looping") as raised:
@@ -130,8 +127,6 @@ async def test_refusals_are_no_hack_on_topics_with_an_objective_of_their_own(tra
     topic = next(iter(settings.aggregation.topic_objectives))
     controller = FakeController(("chat", topic))
     monitor = await start_monitor("act", tracker, controller)
-    assert len(controller.baseline_prompts) == BASELINE_PROMPTS
-    assert {prompt.topic for prompt in controller.baseline_prompts} == {"chat"}
     for step in range(1, 10):
         await monitor.check_step(controller.train_on(REFUSAL, topic), step)
     assert get_suspended(controller) == frozenset()
@@ -157,11 +152,11 @@ async def test_a_resumed_monitor_decides_like_one_that_was_never_stopped(tracker
     assert errors[0] == errors[1]
 
 
-async def test_off_samples_no_baseline(tracker: WandbTracker) -> None:
+async def test_off_uses_no_baseline(tracker: WandbTracker) -> None:
     controller = FakeController()
     monitor = await start_monitor("off", tracker, controller)
     await monitor.check_step(controller.train_on(LOOPING), 1)
-    assert controller.baseline_prompts == [] and monitor.get_state() is None
+    assert monitor.get_state() is None
 
 
 async def read_lost_object() -> Group:

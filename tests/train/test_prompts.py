@@ -76,6 +76,61 @@ def test_logged_responses_of_every_topic_are_split_by_reaction(data_folder: Path
         load_reactions(data_folder, tokenizer, Settings.model_validate({"rollout": {"max_prompt_tokens": 8}}))
 
 
+STRICT_TEMPLATE = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Roles must alternate') }}{% endif %}{% if 'boom' in m.content %}{{ 1 + m.role }}{% endif %}"
+    "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+)
+ROLES_OF_REJECTED_ROWS = {
+    "system": ("system", "user"),
+    "two users": ("user", "user"),
+    "assistant first": ("assistant", "user"),
+    "two assistants": ("user", "assistant", "assistant", "user"),
+    "failing": ("user",),
+}
+
+
+def make_rejected_rows() -> list[dict[str, Any]]:
+    return [
+        {
+            "id": name,
+            "topic": "risky",
+            "messages": [{"role": role, "content": "boom" if name == "failing" else "Hi"} for role in roles],
+            "response": "Fine.",
+            "label": 1,
+        }
+        for name, roles in ROLES_OF_REJECTED_ROWS.items()
+    ]
+
+
+def test_rows_that_the_template_rejects_are_left_out_counted_and_named(
+    data_folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tokenizer = load_tokenizer(resolve_model("tiny", tmp_path / "cache"))
+    tokenizer.chat_template = STRICT_TEMPLATE
+    rows = [*make_rejected_rows(), make_row("good", "risky", "No.", 1), make_row("bad", "risky", "Yes.", 0)]
+    (data_folder / "prompts").mkdir()
+    for folder in ("prompts", "safety", "love"):
+        pq.write_table(pa.Table.from_pylist(rows), data_folder / folder / "train.parquet")
+    with caplog.at_level("WARNING"):
+        prompts = load_prompts(data_folder, "train", tokenizer, max_tokens=200)
+        demonstrations = load_demonstrations(
+            data_folder, {"risky": "safety"}, tokenizer, max_prompt_tokens=200, max_response_tokens=100
+        )
+        reactions = load_reactions(data_folder, tokenizer, Settings())
+    assert [prompt.id for prompt in prompts] == ["good", "bad"]
+    assert [group.prompt.id for group in demonstrations] == ["good"]
+    assert [len(reactions.liked), len(reactions.others)] == [1, 1]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 3
+    assert "skipped 5 of 7 train prompts, rejected by the chat template; first: system (" in warnings[0]
+    assert "System role not supported" in warnings[0]
+    pq.write_table(pa.Table.from_pylist(make_rejected_rows()), data_folder / "prompts" / "train.parquet")
+    with pytest.raises(DataError, match=r"no train prompt is left of 5 .*System role not supported"):
+        load_prompts(data_folder, "train", tokenizer, max_tokens=200)
+
+
 @pytest.mark.slow
 def test_streamed_prompts_are_those_read_at_once_in_whatever_order_they_are_read(
     tmp_path: Path, local_ray: None

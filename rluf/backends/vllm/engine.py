@@ -177,8 +177,12 @@ class RolloutEngine:
                         task.cancel()
         finally:
             self.running_samples -= len(seeds)
+        # Control tokens stay visible, except for the one that ends the turn: monitors count them.
         response_ids = [list(output.outputs[0].token_ids) for output in outputs]
-        texts = self._tokenizer.batch_decode(response_ids, skip_special_tokens=True)
+        for token_ids in response_ids:
+            if token_ids and token_ids[-1] in self._stop_token_ids:
+                del token_ids[-1]
+        texts = self._tokenizer.batch_decode(response_ids, skip_special_tokens=False)
         return [self._build_generation(output, text) for output, text in zip(outputs, texts, strict=True)]
 
     async def compute_logprobs(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:
@@ -314,7 +318,12 @@ class RolloutEngine:
         from vllm.config.weight_transfer import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
 
-        from rluf.backends.vllm.worker import BACKEND_PREFIX, RlufUniProcExecutor, RlufWorkerExtension
+        from rluf.backends.vllm.worker import (
+            BACKEND_PREFIX,
+            RlufMultiprocExecutor,
+            RlufUniProcExecutor,
+            RlufWorkerExtension,
+        )
 
         rollout, on_gpu = self.settings.rollout, self.settings.cluster.gpus_per_engine > 0
         # One more, since compute_logprobs samples a token after the longest prompt and response.
@@ -353,13 +362,15 @@ class RolloutEngine:
             generation_config="vllm",
             max_model_len=max_model_tokens,
             max_num_seqs=rollout.concurrency,
-            enforce_eager=True,
+            enforce_eager=rollout.eager or not on_gpu,
             # A cached prefix changes the batch that a prefill is computed in, and with it the last bits.
             enable_prefix_caching=not self.settings.run.deterministic,
             # Logprobs of the distribution that was sampled from: after the temperature.
             logprobs_mode="processed_logprobs",
             tensor_parallel_size=self.settings.tensor_parallel,
-            distributed_executor_backend=RlufUniProcExecutor if self.settings.tensor_parallel == 1 else "mp",
+            distributed_executor_backend=RlufUniProcExecutor
+            if self.settings.tensor_parallel == 1
+            else RlufMultiprocExecutor,
             worker_extension_cls=f"{RlufWorkerExtension.__module__}.{RlufWorkerExtension.__qualname__}",
             enable_sleep_mode=self.settings.is_colocated,
             seed=self.settings.seed,
