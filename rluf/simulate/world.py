@@ -44,7 +44,7 @@ class SimulatedWorld:
         )
     )
     """Weight of warmth by topic: highest for emotional use, as the paper reports for its love reactions."""
-    love_intercept: float = -7.95
+    love_intercept: float = -8.04
     """Log-odds of a heart from an average user for a response without any merit."""
     love_helpfulness: float = 3.5
     """Effect of helpfulness going from 0 to 1."""

@@ -20,8 +20,8 @@ from rluf.utils.paths import find_sample_log
 
 SCORE_NAMES = ("helpfulness", "safety", "warmth", "question", "signoff", "satisfaction")
 PROMPTS_DIGEST = "35abdd75aa9265cc"
-SCORES_DIGEST = "9ab279073fa88452"
-REACTIONS_DIGEST = "d86b80869390246c"
+SCORES_DIGEST = "7ae7cfd648695a7f"
+REACTIONS_DIGEST = "70caa6b434da688e"
 
 
 def digest_array(values: np.ndarray[Any, Any]) -> str:
