@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rluf.evaluate.events import EventLog
     from rluf.evaluate.power import PowerQuery
 
-SIMULATED_ARMS = ("base-cool", "base-warm")
+SIMULATED_ARMS = ("base-upbeat", "base-terse")
 """Control and treatment of the simulated experiment: two model versions of the sample log."""
 
 

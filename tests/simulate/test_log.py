@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 
 from rluf.config.data import SimulateSettings
+from rluf.config.settings import Settings
 from rluf.errors import DataError
 from rluf.prepare.schema import FeedbackRecord, PreferenceRecord, SafetyRecord
+from rluf.simulate import pipeline
 from rluf.simulate.conversations import FOLLOW_UPS, build_second_turn
 from rluf.simulate.ground_truth import Reader, ReaderInput, load_readings
 from rluf.simulate.log import (
@@ -29,7 +31,7 @@ from rluf.simulate.log import (
 )
 from rluf.simulate.prompts import load_prompts
 from rluf.simulate.reader_features import ReadingScores
-from rluf.simulate.styles import MODEL_VERSIONS
+from rluf.simulate.styles import MODEL_VERSIONS, ServingOrder
 from rluf.utils.paths import SAMPLE_LOG_KINDS, find_sample_log
 from tests.simulate.readings import FITTING, STOCK, make_reader
 
@@ -129,6 +131,25 @@ def test_the_first_turns_of_a_log_can_be_served_again(tmp_path: Path, system_mes
     )
     with pytest.raises(DataError, match="cannot be read as a simulated log"):
         read_first_turns(tmp_path, PROMPTS)
+
+
+def test_a_log_is_written_from_the_first_turns_of_an_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_log(build(1), tmp_path / "log")
+    monkeypatch.setattr(pipeline, "load_reader", lambda cache_folder: TextReader(cache_folder))
+    settings = Settings.model_validate({"simulate": {"log_rows": 600}})
+
+    def sample_orders(orders: Sequence[ServingOrder]) -> list[ServedResponse]:
+        return [ServedResponse(order.prompt, order.model_version.name, SECOND_TEXT, True) for order in orders]
+
+    counts = pipeline.write_simulated_log(settings, tmp_path / "new", sample_orders, tmp_path / "log", 90)
+    assert (counts["feedback"], counts["prompts"]) == (600, len(PROMPTS))
+    with gzip.open(tmp_path / "new" / "feedback.jsonl.gz", "rt", encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    first_turns = {(row["messages"][-1]["content"], row["response"]) for row in rows if row["response"] != SECOND_TEXT}
+    assert len(first_turns) == 90
+    assert sum(row["response"] == SECOND_TEXT for row in rows) == round(SECOND_TURN_SHARE * 600)
 
 
 def test_an_even_selection_takes_the_same_share_of_every_prompt_in_order() -> None:
