@@ -86,7 +86,8 @@ FIELD_NAMES = frozenset({
     "auroc", "average_precision", "binary_entropy", "bradley_terry_loss", "brier_score", "cispo", "codpo", "crpg",
     "crraft", "dr_grpo", "expected_calibration_error", "focal_loss", "gdpo", "grpo", "gspo", "hash64", "hinge_loss",
     "kto", "lite_ppo", "log_loss", "logit", "non_negative_pu_loss", "pairwise_loss", "pearson_correlation", "ppo",
-    "reinforce", "reinforce_pp", "reinforce_pp_baseline", "rloo", "sigmoid", "weighted_bce_loss", "wilson_interval",
+    "dpo", "reinforce", "reinforce_pp", "reinforce_pp_baseline", "rloo", "sigmoid", "weighted_bce_loss",
+    "wilson_interval",
 })  # fmt: skip
 """Algorithms and formulas that the field knows by this name."""
 NOUN_DECORATORS = frozenset({"property", "cached_property", "contextmanager", "asynccontextmanager", "get", "post"})
