@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from rluf.config.objectives import BUILTIN_OBJECTIVES, find_objective_spec
 from rluf.config.reward import REACTION_HEADS
+from rluf.config.run import READER_MODEL
 from rluf.config.tree import SettingsTree
 
 CGPO_ALGORITHMS = ("crpg", "crraft", "codpo")
@@ -304,6 +305,24 @@ def check_shared_backbone(settings: SettingsTree) -> str | None:
     return None
 
 
+def check_reader_independence(settings: SettingsTree) -> str | None:
+    """No reward model of a run stands on the model that judges the run for the simulated users.
+
+    There is no setting to allow it: a policy trained on the judge's own features scores well whatever it says, so the
+    comparison by simulated users would not be evidence. The report's other parts do not need them.
+    """
+    if not settings.evaluate.simulated_users:
+        return None
+    for name, model in settings.reward.by_objective.items():
+        if any(READER_MODEL in member.backbone.lower() for member in model.member_specs):
+            return (
+                f"reward.{name} uses backbone {READER_MODEL}, which also reads for evaluate.simulated_users="
+                f"{settings.evaluate.simulated_users}: the run would be judged by its own reward features; set "
+                f"evaluate.simulated_users=0, or reward.{name}.backbone and members to another model such as minilm"
+            )
+    return None
+
+
 def check_gpu_shares(settings: SettingsTree) -> str | None:
     """An engine shares one GPU or has whole ones, a learner has one or none, a reward actor at most one."""
     gpus_per_engine = settings.cluster.gpus_per_engine
@@ -500,6 +519,7 @@ SETTINGS_RULES: tuple[Callable[[SettingsTree], str | None], ...] = (
     check_members,
     check_shared_head,
     check_shared_backbone,
+    check_reader_independence,
     check_gpu_shares,
     check_nccl,
     check_colocation,

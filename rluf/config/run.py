@@ -18,6 +18,10 @@ Reservations place actors and limit nothing. On CPUs the actors are active in tu
 """
 
 
+READER_MODEL = "smollm2-135m-instruct"
+"""Frozen model behind the ground truth of the simulated users (rluf.simulate.reader_model)."""
+
+
 class EvaluateSettings(SettingsSection):
     """Comparison of the base and the aligned policy on test prompts and new users."""
 
