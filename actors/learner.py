@@ -309,7 +309,7 @@ class LearnerActor:
         if refresh_steps and step % refresh_steps == 0 and self._reference_model is not None:
             copy_weights(self.engine.module, self._reference_model)
 
-    def use_averaged_policy(self) -> None:
+    def apply_policy_average(self) -> None:
         """Replace the policy by its average, after the last step."""
         if self._weight_average is not None:
             self._weight_average.copy_to(self.engine.module)

@@ -370,12 +370,12 @@ class TrainController:
                 await self.weight_sync.transfer(self.version)
             self._adapter_sync_pending = False
 
-    async def use_averaged_policy(self) -> None:
+    async def apply_policy_average(self) -> None:
         """After the last step, replace the policy on learners and engines by its average, if there is one."""
         if not self.settings.learner.ema_decay:
             return
         await self.policy_updater.call_learners(
-            "averaging the policy", lambda actor: actor.handle.use_averaged_policy.remote()
+            "averaging the policy", lambda actor: actor.handle.apply_policy_average.remote()
         )
         async with self.actor_restarter.weight_lock:
             await self.weight_sync.transfer(self.version)

@@ -242,7 +242,7 @@ def test_resumed_averages_references_and_schedules_repeat_every_bit(model_path: 
     steps = [1, 2, 3, 4]
     with start_learners(settings, model_path) as (rank,):
         expected = run_steps(rank, 4)
-        ray.get(rank.use_averaged_policy.remote())
+        ray.get(rank.apply_policy_average.remote())
         expected_logprobs = ray.get(rank.probe_logprobs.remote(*probe))
     assert expected[2][1] < expected[1][1], "the KL starts from 0 at the refreshed reference"
     steps = [1, 2, 3, 4]
@@ -254,7 +254,7 @@ def test_resumed_averages_references_and_schedules_repeat_every_bit(model_path: 
         write_run_state(checkpoint, RunState(2, 1, {}, "", ControllerState({}, {}, {}, {}), [schedule]))
     with start_learners(settings, model_path, checkpoint) as (rank,):
         rows += run_steps(rank, 2)
-        ray.get(rank.use_averaged_policy.remote())
+        ray.get(rank.apply_policy_average.remote())
         assert (rows, ray.get(rank.probe_logprobs.remote(*probe))) == (expected, expected_logprobs)
 
 

@@ -14,7 +14,7 @@ from rluf.models.weight_average import WeightAverage, copy_weights
 def test_the_average_of_trained_weights_by_hand(dtype: torch.dtype, decay: float) -> None:
     module = nn.Linear(2, 2).to(dtype)
     module.bias.requires_grad_(False)
-    average, expected = WeightAverage(module, decay), module.weight.detach().float()
+    average, expected = WeightAverage(module, decay), module.weight.detach().float().clone()
     assert list(average.tensors) == ["weight"]
     for step in range(1, 4):
         with torch.no_grad():
