@@ -88,7 +88,8 @@ class TrackingSettings(SettingsSection):
     tags: Annotated[tuple[str, ...], ADVANCED] = ()
     """W&B tags of the run, in addition to algorithm and policy."""
     trackers: tuple[str, ...] = ()
-    """Further trackers of step metrics and summary: module:function (settings, run folder) -> tracker."""
+    """Further trackers of step metrics and summary: tensorboard, mlflow, or module:function (settings, run folder) ->
+    tracker."""
 
 
 class RunSettings(SettingsSection):
