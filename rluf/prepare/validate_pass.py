@@ -152,7 +152,11 @@ class _ValidationWriter:
         """Label code of each reaction [N], null where there is none; also counts reactions by name."""
         encoded = column.combine_chunks().dictionary_encode()
         names = encoded.dictionary.to_pylist()
-        codes = [None if self.rules.is_no_reaction(name) else self.rules.find_code(name) for name in names]
+        # An event is a reaction by itself: a score of 0 is a thumb down there, and no reaction in a row of feedback.
+        is_event = self.kind.name == "reactions"
+        codes = [
+            None if not is_event and self.rules.is_no_reaction(name) else self.rules.find_code(name) for name in names
+        ]
         for entry in pc.value_counts(encoded.indices.drop_null()).to_pylist():
             self.reaction_counts[names[entry["values"]]] += entry["counts"]
         return pa.array(codes, pa.int8()).take(encoded.indices)

@@ -203,7 +203,7 @@ def test_entries_of_different_shapes_and_a_list_of_reactions(tmp_path: Path) -> 
     events += [{"run": f"i{i}", "when": 1767225600 + 60 * i + 9, "score": 1} for i in range(1, 200, 4)]
     reactions = {
         "path": write_rows(tmp_path / "events.jsonl", events),
-        "columns": {"response_id": "run", "time": "when", "reaction": "score"}, "labels": {1: "loved", 0: "not_loved"},
+        "columns": {"response_id": "run", "time": "when", "reaction": "score"},
     }  # fmt: skip
     data = {"feedback": [own, {"path": foreign, "columns": COLUMNS | {"reaction": "fb|=no"}}], "reactions": reactions}
     with pytest.raises(DataError, match="no value"):
