@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import resource
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -27,9 +30,16 @@ from rluf.algorithms.losses import (
     compute_reference_kl,
     sum_kl_by_response,
 )
-from rluf.algorithms.packing import MicroBatch, PackedBatch, list_packed_samples, pack_micro_batch
+from rluf.algorithms.packing import (
+    MicroBatch,
+    PackedBatch,
+    TrainBatch,
+    list_packed_samples,
+    pack_micro_batch,
+    pack_probe_batch,
+)
 from rluf.algorithms.policy_model import compute_response_logprobs, copy_companion_files, load_policy
-from rluf.algorithms.registry import LearnerInputs, find_algorithm
+from rluf.algorithms.registry import LearnerInputs, find_algorithm, requires_reference
 from rluf.backends import deepspeed as ds
 from rluf.backends.colocation import WEIGHTS_TAG
 from rluf.backends.weight_transfer import create_weight_sender
@@ -37,8 +47,10 @@ from rluf.backends.weight_transfer.base import WeightSender
 from rluf.checkpoint.format import POLICY_FOLDER, RunCheckpoint, get_optimizer_state_path
 from rluf.config.settings import Settings
 from rluf.errors import RlufError
+from rluf.models.lora import disable_lora_adapters
+from rluf.models.weight_average import WeightAverage, copy_weights
 from rluf.tracking.timeline import TorchProfiler
-from rluf.types import Group, Prompt, Sample
+from rluf.types import Group
 from rluf.utils.files import atomic_folder
 from rluf.utils.host_memory import release_freed_memory
 
@@ -77,6 +89,8 @@ class LearnerActor:
         self.device = torch.device("cuda", 0) if self.settings.cluster.gpus_per_learner > 0 else torch.device("cpu")
         self._engine: DeepSpeedEngine | None = None
         self._reference_model: torch.nn.Module | None = None
+        self._has_reference = False
+        self._weight_average: WeightAverage | None = None
         self._critic: CriticWorker | None = None
         self._weight_sender: WeightSender | None = None
         self._reference_seconds = 0.0
@@ -110,8 +124,12 @@ class LearnerActor:
             timeout_s=max(self.settings.timeouts.call_s, self.settings.timeouts.actor_start_s),
         )
         dtype = getattr(torch, self.settings.policy_dtype)
+        algorithm = self.settings.algorithm
+        self._has_reference = requires_reference(algorithm)
         with ds.sharded_loading(learner.zero_stage, dtype, self.world_size, self.device):
-            policy, reference = (
+            # With LoRA the policy without its adapters is the reference.
+            has_reference_copy = self._has_reference and not learner.lora_rank
+            policy, *references = (
                 load_policy(
                     self._initial_policy_path if is_policy else self.base_model_path,
                     dtype=dtype,
@@ -119,8 +137,9 @@ class LearnerActor:
                     gradient_checkpointing=is_policy and learner.gradient_checkpointing,
                     lora_rank=learner.lora_rank if is_policy else 0,
                 )
-                for is_policy in (True, False)
+                for is_policy in ((True, False) if has_reference_copy else (True,))
             )
+        decay = learner.learning_rate_decay
         self._engine = ds.init_deepspeed(
             # ZeRO-3 has partitioned the parameters while loading and places the shards itself.
             policy.to(self.device) if learner.zero_stage < 3 else policy,
@@ -131,12 +150,18 @@ class LearnerActor:
             world_size=self.world_size,
             device=self.device,
             offload_optimizer=learner.offload_optimizer,
+            total_steps=None if decay == "none" else algorithm.steps * algorithm.update_count,
+            has_cosine_decay=decay == "cosine",
+            adam_betas=learner.adam_betas,
         )
-        self._reference_model = ds.init_reference_model(
-            reference, zero_stage=learner.zero_stage, dtype=dtype, device=self.device, world_size=self.world_size
-        )
+        for reference in references:
+            self._reference_model = ds.init_reference_model(
+                reference, zero_stage=learner.zero_stage, dtype=dtype, device=self.device, world_size=self.world_size
+            )
         if find_algorithm(self.settings.algorithm.name).uses_critic:
             self._critic = CriticWorker(self.settings, self.base_model_path, self.device, self.world_size)
+        if learner.ema_decay:
+            self._weight_average = WeightAverage(self.engine.module, learner.ema_decay)
         if self.checkpoint is not None:
             self._restore_optimizer_state(self.checkpoint)
         seconds = time.monotonic() - start_time
@@ -175,6 +200,8 @@ class LearnerActor:
         for batch_number, micro_batch in enumerate(micro_batches):
             batch = pack_micro_batch(micro_batch, groups_by_index, zeros, zeros).to(self.device)
             ref_logprobs, policy_logprobs = self._compute_ref_logprobs(batch), None
+            if ref_logprobs is None:
+                raise RlufError(f"learner {self.rank} has no reference policy to measure the KL to")
             if use_learner_policy:
                 policy_logprobs = compute_response_logprobs(self.engine, batch, self.settings.rollout.temperature)
             else:
@@ -193,96 +220,157 @@ class LearnerActor:
         learner_inputs: LearnerInputs,
         micro_batches: list[MicroBatch],
         step: int,
+        *,
+        mini_batch_sizes: Sequence[int] = (),
     ) -> dict[str, float]:
-        """One optimizer step over this rank's micro-batches; metrics of the whole step, the same on every rank.
+        """The updates of a step over this rank's micro-batches; their metrics, the same on every rank.
 
-        `groups` and `learner_inputs` are those of the step, `micro_batches` this rank's share of `plan_micro_batches`.
-        An update with a non-finite gradient is skipped and counted; MAX_SKIPPED_IN_A_ROW in a row raise RlufError.
+        `groups` and `learner_inputs` are those of the step, `micro_batches` this rank's share of `plan_micro_batches`,
+        mini-batch after mini-batch, with `mini_batch_sizes` micro-batches each (equal on all ranks; by default a single
+        mini-batch). One optimizer step per mini-batch, algorithm.epochs times. An update with a non-finite gradient is
+        skipped and counted; MAX_SKIPPED_IN_A_ROW in a row raise RlufError.
         """
-        start_time = time.monotonic()
+        start_time, backward_s = time.monotonic(), 0.0
         groups_by_index = _fetch_groups(groups, micro_batches)
         # float64: the sums run over all tokens of a step.
         metric_sums = torch.zeros(len(METRIC_SUM_NAMES), dtype=torch.float64, device=self.device)
         max_ratio = torch.zeros((), dtype=torch.float64, device=self.device)
         self._reference_seconds, self._sample_kl = 0.0, []
-        batch_losses: list[Tensor] = []
-        packed_batches = self._iter_packed_batches(groups_by_index, learner_inputs, micro_batches)
-        for batch_number, (batch, ref_logprobs) in enumerate(packed_batches):
-            sample_indices = list_packed_samples(micro_batches[batch_number], groups_by_index)
-            is_last = batch_number == len(micro_batches) - 1
-            result = self._accumulate_gradient(batch, ref_logprobs, learner_inputs, sample_indices, is_last=is_last)
-            metric_sums += result.metric_sums
-            batch_losses.append(result.metric_sums[0])
-            max_ratio = torch.maximum(max_ratio, result.max_ratio)
-            # The allocator keeps freed activations for reuse within a micro-batch; over several they would add up.
-            release_freed_memory()
+        epochs, sizes = self.settings.algorithm.epochs, list(mini_batch_sizes) or [len(micro_batches)]
+        batches: Iterable[TrainBatch] = self._iter_packed_batches(groups_by_index, learner_inputs, micro_batches)
+        if epochs * len(sizes) > 1:
+            batches = self._add_start_logprobs(list(batches))
+        # Read before the update: the schedule then already points to the next one's rate.
+        learning_rate = ds.get_learning_rate(self.engine)
+        update_metrics: list[dict[str, float]] = []
+        for _ in range(epochs):
+            remaining = iter(batches)
+            for size in sizes:
+                batch_losses: list[Tensor] = []
+                update_start, reference_s = time.monotonic(), self._reference_seconds
+                mini_batch = list(itertools.islice(remaining, size)) if len(sizes) > 1 else remaining
+                numbers = []
+                for number_in_update, train_batch in enumerate(mini_batch):
+                    result = self._accumulate_gradient(
+                        train_batch, learner_inputs, groups_by_index, is_last=number_in_update == size - 1
+                    )
+                    numbers.append(train_batch.number)
+                    metric_sums += result.metric_sums
+                    batch_losses.append(result.metric_sums[0])
+                    max_ratio = torch.maximum(max_ratio, result.max_ratio)
+                    # The allocator keeps freed activations for reuse within a micro-batch; over several they add up.
+                    release_freed_memory()
+                backward_s += time.monotonic() - update_start - (self._reference_seconds - reference_s)
+                bad_prompts = _BadPromptSearch(batch_losses, [micro_batches[n] for n in numbers], groups_by_index)
+                update_metrics.append(self._apply_update(step, bad_prompts, numbers, learner_inputs))
         dist.all_reduce(metric_sums)
         dist.all_reduce(max_ratio, dist.ReduceOp.MAX)
-        # Read before the step: the schedule then already points to the next step's rate.
-        learning_rate, backward_end = ds.get_learning_rate(self.engine), time.monotonic()
-        is_applied, grad_norm = ds.apply_optimizer_step(self.engine)
+        self._update_weight_copies(step)
         end_time = time.monotonic()
-        bad_prompt_ids = [] if is_applied else _find_bad_prompts(batch_losses, micro_batches, groups_by_index)
-        self._count_skipped_update(is_applied, step, float(metric_sums[0]), bad_prompt_ids)
-        critic_metrics = {} if self._critic is None or not learner_inputs.uses_critic else self._critic.train_step()
         return {
-            **compute_loss_metrics(metric_sums, float(max_ratio)),
-            **critic_metrics,
-            "grad_norm": grad_norm,
+            **compute_loss_metrics(
+                metric_sums,
+                float(max_ratio),
+                update_count=len(update_metrics),
+                has_reference=self._has_reference,
+            ),
+            **{name: fmean(row[name] for row in update_metrics) for name in update_metrics[0]},
             "learning_rate": learning_rate,
             "skipped": float(self._skipped_count),
             "micro_batches": float(len(micro_batches)),
             "reference_s": self._reference_seconds,
-            "backward_s": backward_end - start_time - self._reference_seconds,
-            "optimizer_s": end_time - backward_end,
+            "backward_s": backward_s,
+            "optimizer_s": end_time - start_time - self._reference_seconds - backward_s,
             "learner_tokens_per_s": float(metric_sums[METRIC_SUM_NAMES.index("batch_tokens")])
             / (end_time - start_time),
         }
 
+    def _apply_update(
+        self, step: int, bad_prompts: _BadPromptSearch, numbers: Sequence[int], learner_inputs: LearnerInputs
+    ) -> dict[str, float]:
+        """One optimizer step of policy and critic on the gradients of micro-batches `numbers`; returns its metrics."""
+        is_applied, grad_norm = ds.apply_optimizer_step(self.engine)
+        if is_applied:
+            self._count_skipped_update(is_applied, step, 0.0, [])
+        else:
+            loss = torch.stack(bad_prompts.batch_losses).sum()
+            dist.all_reduce(loss)
+            self._count_skipped_update(is_applied, step, float(loss), bad_prompts.list_prompts())
+        critic_metrics = {}
+        if self._critic is not None and learner_inputs.uses_critic:
+            critic_metrics = self._critic.train_step(numbers)
+        return {**critic_metrics, "grad_norm": grad_norm}
+
+    def _update_weight_copies(self, step: int) -> None:
+        """Update the average of the policy, and refresh the reference policy where that is due."""
+        if self._weight_average is not None:
+            self._weight_average.update(self.engine.module)
+        refresh_steps = self.settings.algorithm.reference_refresh_steps
+        if refresh_steps and step % refresh_steps == 0 and self._reference_model is not None:
+            copy_weights(self.engine.module, self._reference_model)
+
+    def apply_policy_average(self) -> None:
+        """Replace the policy by its average, after the last step."""
+        if self._weight_average is not None:
+            self._weight_average.copy_to(self.engine.module)
+
     def get_sample_kl(self) -> list[tuple[int, int, float]]:
         """KL to the reference (nats, k1) of each sample of the last step before its update, as (group, sample, KL)."""
-        return [
-            (*indices, kl)
-            for sample_indices, batch_kl in self._sample_kl
+        # Reversed, so that of several passes over a sample the first counts.
+        first_kl = {
+            indices: kl
+            for sample_indices, batch_kl in reversed(self._sample_kl)
             for indices, kl in zip(sample_indices, batch_kl.tolist(), strict=True)
-        ]
+        }
+        return [(*indices, kl) for indices, kl in first_kl.items()]
 
     def _iter_packed_batches(
         self, groups_by_index: dict[int, Group], learner_inputs: LearnerInputs, micro_batches: list[MicroBatch]
-    ) -> Iterator[tuple[PackedBatch, Tensor]]:
-        """Each micro-batch with its reference log-probabilities [K]; a critic replaces the rewards by advantages."""
+    ) -> Iterator[TrainBatch]:
+        """Each micro-batch with its reference log-probabilities; a critic replaces the rewards by advantages."""
 
-        def pack_with_reference() -> Iterator[tuple[PackedBatch, Tensor]]:
-            for batch_number, micro_batch in enumerate(micro_batches):
+        def pack_with_reference() -> Iterator[TrainBatch]:
+            for number, micro_batch in enumerate(micro_batches):
                 batch = pack_micro_batch(
                     micro_batch, groups_by_index, learner_inputs.advantages, learner_inputs.loss_weights
                 ).to(self.device)
                 start_time = time.monotonic()
-                ref_logprobs = self._ref_logprobs.pop(batch_number, None)
+                ref_logprobs = self._ref_logprobs.pop(number, None)
                 if ref_logprobs is None:
                     ref_logprobs = self._compute_ref_logprobs(batch)
                 self._reference_seconds += time.monotonic() - start_time
-                yield batch, ref_logprobs
+                yield TrainBatch(number, micro_batch, batch, ref_logprobs)
 
         if self._critic is None or not learner_inputs.uses_critic:
             yield from pack_with_reference()
             return
         # Advantages are whitened over the whole step, so all micro-batches must be in memory before the first update.
         batches = list(pack_with_reference())
-        batches_with_advantages = self._critic.compute_advantages(batches, learner_inputs.reward_kl_coef)
-        all_ref_logprobs = (ref_logprobs for _, ref_logprobs in batches)
-        yield from zip(batches_with_advantages, all_ref_logprobs, strict=True)
+        packed_batches = self._critic.compute_advantages(
+            [(train_batch.packed, train_batch.ref_logprobs) for train_batch in batches], learner_inputs.reward_kl_coef
+        )
+        yield from (replace(batch, packed=packed) for batch, packed in zip(batches, packed_batches, strict=True))
+
+    @torch.no_grad()
+    def _add_start_logprobs(self, batches: list[TrainBatch]) -> list[TrainBatch]:
+        """The batches with the log-probabilities of the policy before the first update on them."""
+        temperature = self.settings.rollout.temperature
+        return [
+            replace(batch, start_logprobs=compute_response_logprobs(self.engine, batch.packed, temperature))
+            for batch in batches
+        ]
 
     def _accumulate_gradient(
         self,
-        batch: PackedBatch,
-        ref_logprobs: Tensor,
+        train_batch: TrainBatch,
         learner_inputs: LearnerInputs,
-        sample_indices: list[tuple[int, int]],
+        groups_by_index: dict[int, Group],
         *,
         is_last: bool,
     ) -> LossResult:
         """Add one micro-batch's gradient."""
+        batch, ref_logprobs = train_batch.packed, train_batch.ref_logprobs
+        sample_indices = list_packed_samples(train_batch.samples, groups_by_index)
 
         def forward() -> tuple[Tensor, LossResult]:
             logprobs = compute_response_logprobs(self.engine, batch, self.settings.rollout.temperature)
@@ -294,8 +382,9 @@ class LearnerActor:
                 loss_name=learner_inputs.policy_loss,
                 kl_coef=learner_inputs.loss_kl_coef,
                 kl_to_go_coef=learner_inputs.kl_to_go_coef,
+                start_logprobs=train_batch.start_logprobs,
             )
-            if sample_indices:
+            if sample_indices and ref_logprobs is not None:
                 self._sample_kl.append((sample_indices, sum_kl_by_response(ref_logprobs, batch, logprobs)))
             # DeepSpeed averages gradients over ranks, but the loss weights are those of a sum over all ranks.
             return result.loss * self.world_size, result
@@ -303,10 +392,15 @@ class LearnerActor:
         return ds.accumulate_gradients(self.engine, forward, is_last=is_last)
 
     @torch.no_grad()
-    def _compute_ref_logprobs(self, batch: PackedBatch) -> Tensor:
-        if self._reference_model is None:
-            raise RlufError(f"learner {self.rank} was used before setup; call setup on all ranks first")
-        return compute_response_logprobs(self._reference_model, batch, self.settings.rollout.temperature)
+    def _compute_ref_logprobs(self, batch: PackedBatch) -> Tensor | None:
+        """Log-probabilities of the reference policy [K]; None if the algorithm needs none."""
+        temperature = self.settings.rollout.temperature
+        if self._reference_model is not None:
+            return compute_response_logprobs(self._reference_model, batch, temperature)
+        if not self._has_reference:
+            return None
+        with disable_lora_adapters(self.engine.module):
+            return compute_response_logprobs(self.engine, batch, temperature)
 
     def _count_skipped_update(self, is_applied: bool, step: int, loss: float, bad_prompt_ids: list[str]) -> None:
         """Count a skipped update and name its bad prompts; raise RlufError after MAX_SKIPPED_IN_A_ROW in a row."""
@@ -336,7 +430,7 @@ class LearnerActor:
 
         All ranks call it.
         """
-        batch = _pack_probe_batch(prompt_ids, responses).to(self.device)
+        batch = pack_probe_batch(prompt_ids, responses).to(self.device)
         logprobs = compute_response_logprobs(self.engine, batch, PROBE_TEMPERATURE)
         return [row.tolist() for row in logprobs.split([len(response) for response in responses])]
 
@@ -414,7 +508,12 @@ class LearnerActor:
     def save_optimizer_state(self, folder: str) -> dict[str, Any]:
         """Write this rank's optimizer state and random state into a checkpoint; returns its schedule and counters."""
         state_file = get_optimizer_state_path(Path(folder), self.rank, self.world_size)
-        schedule = ds.save_optimizer_state(self.engine, state_file, {"random": torch.get_rng_state()})
+        copies: dict[str, Tensor] = {"random": torch.get_rng_state()}
+        if self._weight_average is not None:
+            copies |= {f"average.{name}": tensor for name, tensor in self._weight_average.tensors.items()}
+        if self.settings.algorithm.reference_refresh_steps and self._reference_model is not None:
+            copies |= {f"reference.{name}": tensor for name, tensor in self._reference_model.named_parameters()}
+        schedule = ds.save_optimizer_state(self.engine, state_file, copies)
         rank_state = {"learning_rate": schedule, "steps": self._step_count, "skipped": self._skipped_count}
         if self._critic is not None:
             critic_file = get_optimizer_state_path(Path(folder), self.rank, self.world_size, "critic")
@@ -435,6 +534,14 @@ class LearnerActor:
         state_file = get_optimizer_state_path(folder, self.rank, self.world_size)
         extra_tensors = ds.load_optimizer_state(self.engine, state_file, dict(rank_state["learning_rate"]))
         torch.set_rng_state(extra_tensors["random"])
+        average, reference = (
+            {key.removeprefix(prefix): value for key, value in extra_tensors.items() if key.startswith(prefix)}
+            for prefix in ("average.", "reference.")
+        )
+        if self._weight_average is not None:
+            self._weight_average.restore(average)
+        if reference and self._reference_model is not None:
+            self._reference_model.load_state_dict(reference, strict=False)
         if self._critic is not None:
             critic_file = get_optimizer_state_path(folder, self.rank, self.world_size, "critic")
             ds.load_optimizer_state(self._critic.engine, critic_file, dict(rank_state["critic"]))
@@ -477,18 +584,16 @@ def _fetch_groups(groups: Sequence[ObjectRef[Group] | Group], micro_batches: lis
     return groups_by_index
 
 
-def _find_bad_prompts(
-    batch_losses: Sequence[Tensor], micro_batches: Sequence[MicroBatch], groups_by_index: dict[int, Group]
-) -> list[str]:
-    """Ids of the prompts in micro-batches whose loss is not finite."""
-    bad_batches = [mb for loss, mb in zip(batch_losses, micro_batches, strict=True) if not torch.isfinite(loss)]
-    return list(dict.fromkeys(groups_by_index[index].prompt.id for batch in bad_batches for index, _ in batch))
+@dataclass(frozen=True, slots=True)
+class _BadPromptSearch:
+    """Losses of the micro-batches of one update, and what they contain."""
 
+    batch_losses: Sequence[Tensor]
+    micro_batches: Sequence[MicroBatch]
+    groups_by_index: dict[int, Group]
 
-def _pack_probe_batch(prompt_ids: list[int], responses: list[list[int]]) -> PackedBatch:
-    """A packed batch of responses to one prompt, without rewards."""
-    samples = tuple(
-        Sample("probe", tuple(prompt_ids), tuple(ids), (0.0,) * len(ids), (), "stop", "") for ids in responses
-    )
-    group = Group(Prompt("probe", (), tuple(prompt_ids), "", ""), samples, 0)
-    return pack_micro_batch([(0, index) for index in range(len(samples))], {0: group}, [[0.0] * len(samples)])
+    def list_prompts(self) -> list[str]:
+        """Ids of the prompts in micro-batches whose loss is not finite."""
+        pairs = zip(self.batch_losses, self.micro_batches, strict=True)
+        bad_batches = [micro_batch for loss, micro_batch in pairs if not torch.isfinite(loss)]
+        return list(dict.fromkeys(self.groups_by_index[i].prompt.id for batch in bad_batches for i, _ in batch))

@@ -111,15 +111,17 @@ def init_deepspeed(
     weight_decay: float = 0.0,
     offload_optimizer: bool = False,
     total_steps: int | None = None,
+    has_cosine_decay: bool = False,
+    adam_betas: tuple[float, float] = (0.9, 0.999),
 ) -> DeepSpeedEngine:
     """Wrap `model` in a DeepSpeed engine with AdamW; all ranks call it, after joining a process group.
 
     The learning rate rises linearly over `warmup_steps` optimizer steps (the first step is not zero), then stays
-    constant, or with `total_steps` falls linearly to zero at that step. `max_grad_norm` bounds the global gradient
-    norm. `weight_decay` is 0 for a policy, which its KL term keeps near the reference. `offload_optimizer` places the
-    optimizer state in host memory. `dtype` is bfloat16 or float32. Gradients are averaged over ranks. Raises
-    ResourceError when the size of the process group is not `world_size`, or DeepSpeed runs on another kind of device
-    than `device` in this process.
+    constant, or with `total_steps` falls to zero at that step, linearly or with `has_cosine_decay` as a half cosine.
+    `max_grad_norm` bounds the global gradient norm. `weight_decay` is 0 for a policy, which its KL term keeps near the
+    reference. `offload_optimizer` places the optimizer state in host memory. `dtype` is bfloat16 or float32. Gradients
+    are averaged over ranks. Raises ResourceError when the size of the process group is not `world_size`, or DeepSpeed
+    runs on another kind of device than `device` in this process.
     """
     deepspeed = _import_deepspeed(device)
     if not dist.is_initialized() or dist.get_world_size() != world_size:
@@ -130,11 +132,11 @@ def init_deepspeed(
     model = model.to(dtype)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # Fused, since on the CPU that is one pass over memory; offloaded state is on the CPU too.
-    optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(trainable, lr=learning_rate, betas=adam_betas, weight_decay=weight_decay, fused=True)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        lr_scheduler=_build_lr_schedule(warmup_steps, total_steps),
+        lr_scheduler=_build_lr_schedule(warmup_steps, total_steps, has_cosine_decay=has_cosine_decay),
         config=_build_deepspeed_config(
             zero_stage, max_grad_norm, dtype, world_size, offload_optimizer=offload_optimizer, device=device
         ),
@@ -425,15 +427,18 @@ def _merge_adapter(weight: Tensor, lora_adapter: LoraAdapter | None) -> Tensor:
     return lora_adapter.merge_into(weight, lora_adapter.lora_a.detach(), lora_adapter.lora_b.detach())
 
 
-def _build_lr_schedule(warmup_steps: int, total_steps: int | None) -> Callable[[torch.optim.Optimizer], Any]:
-    """Factory of the LR schedule, which DeepSpeed calls with the optimizer: warm-up, then constant or linear decay."""
+def _build_lr_schedule(
+    warmup_steps: int, total_steps: int | None, *, has_cosine_decay: bool = False
+) -> Callable[[torch.optim.Optimizer], Any]:
+    """Factory of the LR schedule, which DeepSpeed calls with the optimizer: warm-up, then constant or decay to 0."""
 
     def compute_lr_factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         if total_steps is None:
             return 1.0
-        return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+        remaining = max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+        return 0.5 - 0.5 * math.cos(math.pi * remaining) if has_cosine_decay else remaining
 
     return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, compute_lr_factor)
 

@@ -112,7 +112,8 @@ def estimate_learner_memory(settings: Settings) -> dict[str, int]:
     }
     if learner.zero_stage == 3 and learner.workers > 1:
         memory["gathered weights"] = bytes_per_weight * min(shape.parameter_count, MAX_GATHERED_WEIGHTS)
-    if settings.algorithm.kl_coef > 0:  # without a KL term no reference policy is loaded
+    # Without a KL term no reference policy is loaded; with LoRA it is the policy without its adapters.
+    if settings.algorithm.kl_coef > 0 and not settings.learner.lora_rank:
         memory["reference"] = bytes_per_weight * shape.parameter_count // count_shards(3)
     if settings.algorithm.name == "ppo":
         # The critic has the policy's architecture with a value head.

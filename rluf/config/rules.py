@@ -11,11 +11,14 @@ from collections.abc import Callable
 
 from rluf.config.objectives import BUILTIN_OBJECTIVES, find_objective_spec
 from rluf.config.reward import REACTION_HEADS
+from rluf.config.run import READER_MODEL
 from rluf.config.tree import SettingsTree
 
 CGPO_ALGORITHMS = ("crpg", "crraft", "codpo")
 """Algorithms that expect calibrated rewards and bound the KL themselves."""
-REINFORCE_LOSS_ALGORITHMS = ("rloo", *CGPO_ALGORITHMS, "kto")
+OFFLINE_ALGORITHMS = ("kto", "dpo", "sft")
+"""Algorithms that train on logged responses."""
+REINFORCE_LOSS_ALGORITHMS = ("rloo", *CGPO_ALGORITHMS, *OFFLINE_ALGORITHMS)
 """Algorithms whose own loss is reinforce (see rluf.algorithms.registry)."""
 
 
@@ -118,7 +121,7 @@ def check_aggregation(settings: SettingsTree) -> str | None:
 
 
 def check_kl(settings: SettingsTree) -> str | None:
-    """A KL target or a KL penalty in the reward needs a coefficient; CGPO and KTO bound the KL in another way."""
+    """A KL target or penalty in the reward needs a coefficient; CGPO and offline algorithms bound the KL themselves."""
     algorithm = settings.algorithm
     if algorithm.kl_coef == 0 and algorithm.kl_target is not None:
         return (
@@ -130,7 +133,7 @@ def check_kl(settings: SettingsTree) -> str | None:
             "algorithm.kl_penalty=reward has no KL to subtract, as algorithm.kl_coef=0 loads no reference policy; "
             "set algorithm.kl_coef above 0 or algorithm.kl_penalty=k3"
         )
-    if algorithm.kl_penalty == "reward" and algorithm.name in (*CGPO_ALGORITHMS, "kto"):
+    if algorithm.kl_penalty == "reward" and algorithm.name in (*CGPO_ALGORITHMS, *OFFLINE_ALGORITHMS):
         return (
             f"algorithm.kl_penalty=reward conflicts with algorithm.name={algorithm.name}, which bounds the distance "
             "to the reference policy itself; set algorithm.kl_penalty=k3"
@@ -153,12 +156,35 @@ def check_policy_ratio(settings: SettingsTree) -> str | None:
     """Settings of the policy ratio need a loss that has one."""
     algorithm = settings.algorithm
     loss = algorithm.loss or ("reinforce" if algorithm.name in REINFORCE_LOSS_ALGORITHMS else "ppo")
-    # With stale samples the ratio's denominator is the engine's own logprob, so nothing is left to correct.
-    if algorithm.max_staleness and loss != "reinforce" and algorithm.importance_correction not in ("token", "off"):
+    if algorithm.update_count > 1 and loss == "reinforce":
+        return (
+            f"algorithm.mini_batches={algorithm.mini_batches} and algorithm.epochs={algorithm.epochs} update several "
+            f"times on a batch, which the loss reinforce of algorithm.name={algorithm.name} does not bound; set both "
+            "to 1, or algorithm.loss=ppo with an algorithm that samples"
+        )
+    # Where the ratio's denominator is the engine's own logprob, nothing is left to correct.
+    has_learner_ratio = algorithm.has_learner_ratio(loss)
+    if not has_learner_ratio and loss != "reinforce" and algorithm.importance_correction not in ("token", "off"):
         return (
             f"algorithm.importance_correction={algorithm.importance_correction} would be unused with "
             f"algorithm.max_staleness={algorithm.max_staleness}, where the clipped ratio of algorithm.loss={loss} is "
-            "relative to the engine; set algorithm.importance_correction=token, or algorithm.max_staleness=0"
+            "relative to the engine; set algorithm.importance_correction=token, or algorithm.old_policy=learner"
+        )
+    return None
+
+
+def check_weight_copies(settings: SettingsTree) -> str | None:
+    """Averages and refreshed references are copies of whole weights, which a rank has below ZeRO 3 only."""
+    learner, refresh = settings.learner, settings.algorithm.reference_refresh_steps
+    if learner.zero_stage == 3 and (refresh or learner.ema_decay):
+        return (
+            f"learner.zero_stage=3 shards the weights that learner.ema_decay={learner.ema_decay:g} or "
+            f"algorithm.reference_refresh_steps={refresh} copy; set learner.zero_stage=2, or both to 0"
+        )
+    if refresh and learner.lora_rank:
+        return (
+            f"algorithm.reference_refresh_steps={refresh} conflicts with learner.lora_rank={learner.lora_rank}, whose "
+            "reference is the policy without its adapters; set one of them to 0"
         )
     return None
 
@@ -275,6 +301,24 @@ def check_shared_backbone(settings: SettingsTree) -> str | None:
             return (
                 f"reward.workers={list(reward.workers)} may change during training, but reward.zero_stage="
                 f"{reward.zero_stage} shards the optimizer state by their number; set reward.zero_stage=0 or one number"
+            )
+    return None
+
+
+def check_reader_independence(settings: SettingsTree) -> str | None:
+    """No reward model of a run stands on the model that judges the run for the simulated users.
+
+    There is no setting to allow it: a policy trained on the judge's own features scores well whatever it says, so the
+    comparison by simulated users would not be evidence. The report's other parts do not need them.
+    """
+    if not settings.evaluate.simulated_users:
+        return None
+    for name, model in settings.reward.by_objective.items():
+        if any(READER_MODEL in member.backbone.lower() for member in model.member_specs):
+            return (
+                f"reward.{name} uses backbone {READER_MODEL}, which also reads for evaluate.simulated_users="
+                f"{settings.evaluate.simulated_users}: the run would be judged by its own reward features; set "
+                f"evaluate.simulated_users=0, or reward.{name}.backbone and members to another model such as minilm"
             )
     return None
 
@@ -468,12 +512,14 @@ SETTINGS_RULES: tuple[Callable[[SettingsTree], str | None], ...] = (
     check_kl,
     check_critic,
     check_policy_ratio,
+    check_weight_copies,
     check_reward_losses,
     check_trained_parts,
     check_debias,
     check_members,
     check_shared_head,
     check_shared_backbone,
+    check_reader_independence,
     check_gpu_shares,
     check_nccl,
     check_colocation,

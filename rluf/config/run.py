@@ -18,6 +18,10 @@ Reservations place actors and limit nothing. On CPUs the actors are active in tu
 """
 
 
+READER_MODEL = "smollm2-135m-instruct"
+"""Frozen model behind the ground truth of the simulated users (rluf.simulate.reader_model)."""
+
+
 class EvaluateSettings(SettingsSection):
     """Comparison of the base and the aligned policy on test prompts and new users."""
 
@@ -95,8 +99,13 @@ class TrackingSettings(SettingsSection):
     """auto: online when WANDB_API_KEY is set, else offline."""
     project: str = "rluf"
     """W&B project."""
+    group: Annotated[str | None, ADVANCED] = None
+    """W&B group of the run; none means the configuration's name. All runs of a sweep share one."""
+    tags: Annotated[tuple[str, ...], ADVANCED] = ()
+    """W&B tags of the run, in addition to algorithm and policy."""
     trackers: tuple[str, ...] = ()
-    """Further trackers of step metrics and summary: module:function (settings, run folder) -> tracker."""
+    """Further trackers of step metrics and summary: tensorboard, mlflow, or module:function (settings, run folder) ->
+    tracker."""
 
 
 class RunSettings(SettingsSection):

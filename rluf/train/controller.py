@@ -310,6 +310,8 @@ class TrainController:
         return scored_group.build_group_scores(
             self.settings.aggregation.uncertainty_penalty,
             penalize_truncated=self.settings.algorithm.truncated == "penalize",
+            max_tokens=self.settings.rollout.max_response_tokens,
+            overlong_buffer=self.settings.algorithm.overlong_buffer,
         )
 
     async def sample_reference(self) -> list[Group]:
@@ -368,6 +370,16 @@ class TrainController:
                 await self.weight_sync.transfer(self.version)
             self._adapter_sync_pending = False
 
+    async def apply_policy_average(self) -> None:
+        """After the last step, replace the policy on learners and engines by its average, if there is one."""
+        if not self.settings.learner.ema_decay:
+            return
+        await self.policy_updater.call_learners(
+            "averaging the policy", lambda actor: actor.handle.apply_policy_average.remote()
+        )
+        async with self.actor_restarter.weight_lock:
+            await self.weight_sync.transfer(self.version)
+
     async def _sync_new_engine(self, engine: ActorRef) -> None:
         if self.actor_groups.learner_actors:
             needs_weights = self.version > self._engine_start_version
@@ -398,11 +410,11 @@ class TrainController:
         sample_values = {name: [[s.value for s in group.scores[name]] for group in batch] for name in batch[0].scores}
         sample_values["reward"] = [list(row) for row in step_rewards.rewards]
         sample_values["response_length"] = [[*map(float, group.info.response_token_counts)] for group in batch]
-        sample_kl = self.policy_updater.sample_kl
-        sample_values["kl"] = [
-            [sample_kl.get((group_index, i), 0.0) for i in range(len(group.info.response_token_counts))]
-            for group_index, group in enumerate(batch)
-        ]
+        if sample_kl := self.policy_updater.sample_kl:
+            sample_values["kl"] = [
+                [sample_kl.get((group_index, i), 0.0) for i in range(len(group.info.response_token_counts))]
+                for group_index, group in enumerate(batch)
+            ]
         return sample_values
 
     def get_state(self) -> ControllerState:

@@ -239,6 +239,7 @@ def test_memory_of_an_ensemble_counts_each_backbone_once_a_pass() -> None:
 
     small, big = (4 * EMBEDDED_MODEL_SHAPES[name].parameter_count for name in ("minilm", "smollm2-135m-instruct"))
     mixed = [
+        "evaluate.simulated_users=0",
         "reward.love.backbone=smollm2-135m-instruct",
         "reward.love.ensemble.members=[{layers: 9}, {layers: 12}, {backbone: minilm, layers: 6}]",
     ]

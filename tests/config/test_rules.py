@@ -53,6 +53,16 @@ COLOCATED = ["cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5", "wei
             ["reward={objectives: [love], shared_backbone_heads: [love, continued]}"],
             ["reward.objectives=['love']", "heads=['love', 'continued']", "set reward.objectives=[]"],
         ),
+        (["algorithm={name: rloo, mini_batches: 2}"], ["algorithm.mini_batches=2", "algorithm.loss=ppo"]),
+        (["algorithm={name: dpo, epochs: 2}"], ["algorithm.epochs=2", "algorithm.name=dpo"]),
+        (
+            ["learner={zero_stage: 3, ema_decay: 0.9}"],
+            ["learner.zero_stage=3", "learner.ema_decay=0.9", "learner.zero_stage=2"],
+        ),
+        (
+            ["learner.lora_rank=4", "algorithm.reference_refresh_steps=5"],
+            ["algorithm.reference_refresh_steps=5", "learner.lora_rank=4"],
+        ),
         (["reward.workers=[3, 2]"], ["reward.workers=[3, 2]"]),
         (["reward={workers: [1, 2], zero_stage: 2}"], ["reward.workers=[1, 2]", "reward.zero_stage=2"]),
         (["cluster.gpus_per_engine=1.5"], ["cluster.gpus_per_engine=1.5", "cluster.gpus_per_engine=2"]),
@@ -143,6 +153,14 @@ COLOCATED = ["cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5", "wei
         (["serve.replicas=[3, 1]"], ["serve.replicas=[3, 1]", "minimum"]),
         (["serve.canary_share=0.1"], ["serve.canary_share=0.1", "serve.candidate"]),
         (["prepare.dev_share=0.5", "prepare.test_share=0.5"], ["prepare.dev_share=0.5", "prepare.test_share=0.5"]),
+        (
+            ["reward.love.backbone=smollm2-135m-instruct"],
+            ["reward.love", "smollm2-135m-instruct", "evaluate.simulated_users=0", "minilm"],
+        ),
+        (
+            ["reward.safety.ensemble.members=[{layers: 6}, {backbone: smollm2-135m-instruct, layers: 6}]"],
+            ["reward.safety", "evaluate.simulated_users=2000"],
+        ),
     ],
 )
 def test_conflicting_settings_are_refused_with_both_keys(overrides: list[str], expected_words: list[str]) -> None:
@@ -219,6 +237,7 @@ def test_old_value_formats_are_refused_with_the_new_format(override: str, replac
         ],
         ["algorithm.name=dapo", "algorithm.clip=[0.2, 0.28]", "algorithm.kl_coef=0"],
         ["algorithm.name=my_package.algorithms:find"],
+        ["reward.love.backbone=smollm2-135m-instruct", "evaluate.simulated_users=0"],
     ],
 )
 def test_compatible_settings_are_accepted(overrides: list[str]) -> None:
