@@ -284,7 +284,7 @@ def check_ipc(on_gpu: bool, folder: Path) -> Figures:
 
     from rluf.backends.weight_transfer.cuda_ipc import CudaIpcSender, describe_bucket, fill_buffer
 
-    buckets = [[(f"w{index}.{part}", torch.randn(256, 128 + part)) for part in range(3)] for index in range(3)]
+    buckets = [[(f"w{index}.{width}", torch.randn(256, width)) for width in (128, 129, 130)] for index in range(3)]
     if not on_gpu:
         buffer = torch.empty(3 * 256 * 131 * 4, dtype=torch.uint8)
         sizes = fill_buffer(buffer, buckets[0])
@@ -365,6 +365,7 @@ def check_engine(on_gpu: bool, folder: Path) -> Figures:
     model_path = resolve_model("smollm2-135m-instruct", folder)
     prompt_ids = tuple(load_tokenizer(model_path).encode("Write about a walk in the rain."))
     figures: Figures = {}
+    generation: Any = None
     for eager in (True, False):
         settings = Settings.model_validate(
             {"model": {"dtype": "bfloat16"}, "cluster": {"gpus_per_engine": 1},
@@ -413,7 +414,7 @@ def check_job(on_gpu: bool, folder: Path) -> Figures:
 
 
 @dataclass(frozen=True)
-class Part:
+class CheckPart:
     """One check, its time limit in seconds on a GPU, and whether it has a reduced form on CPUs."""
 
     check: Callable[[bool, Path], Figures]
@@ -421,16 +422,16 @@ class Part:
     runs_on_cpu: bool = True
 
 
-PARTS: Mapping[str, Part] = {
-    "device": Part(check_device, 60),
-    "attention": Part(check_attention, 60),
-    "logits": Part(check_logits, 60),
-    "offload": Part(check_offload, 60),
-    "ipc": Part(check_ipc, 60),
-    "learner": Part(check_learner, 120, runs_on_cpu=False),
-    "reward": Part(check_reward, 60),
-    "engine": Part(check_engine, 150, runs_on_cpu=False),
-    "job": Part(check_job, 240, runs_on_cpu=False),
+PARTS: Mapping[str, CheckPart] = {
+    "device": CheckPart(check_device, 60),
+    "attention": CheckPart(check_attention, 60),
+    "logits": CheckPart(check_logits, 60),
+    "offload": CheckPart(check_offload, 60),
+    "ipc": CheckPart(check_ipc, 60),
+    "learner": CheckPart(check_learner, 120, runs_on_cpu=False),
+    "reward": CheckPart(check_reward, 60),
+    "engine": CheckPart(check_engine, 150, runs_on_cpu=False),
+    "job": CheckPart(check_job, 240, runs_on_cpu=False),
 }
 
 
@@ -455,13 +456,13 @@ def run_part(name: str, on_gpu: bool) -> Figures:
     if not on_gpu and not PARTS[name].runs_on_cpu:
         return {"verdict": "skipped", "problem": "needs a GPU"}
     # CUDA does not survive a fork; without it a fork saves the import of torch in each part.
-    context = multiprocessing.get_context("spawn" if on_gpu else "fork")
+    context: Any = multiprocessing.get_context("spawn" if on_gpu else "fork")
     here, there = context.Pipe(duplex=False)
     process, start_time = context.Process(target=run_child, args=(name, on_gpu, there)), time.perf_counter()
     process.start()
     there.close()
     limit_s = PARTS[name].limit_s * (1 if on_gpu else CPU_LIMIT_FACTOR)
-    verdict, figures = "timeout", {"limit_s": limit_s}
+    verdict, figures = "timeout", dict[str, Any](limit_s=limit_s)
     if here.poll(limit_s):
         with contextlib.suppress(EOFError):
             verdict, figures = "error", {"problem": "the process ended without a result"}

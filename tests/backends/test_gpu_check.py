@@ -47,7 +47,7 @@ def test_each_part_ends_with_a_verdict(
     gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch, check: Any, verdict: str, problem: str | None
 ) -> None:
     """A crash or a hang of one part does not reach the others."""
-    part = gpu_check.Part(lambda on_gpu, folder: check(gpu_check), 0.5)
+    part = gpu_check.CheckPart(lambda on_gpu, folder: check(gpu_check), 0.5)
     monkeypatch.setattr(gpu_check, "PARTS", {"x": part})
     result = gpu_check.run_part("x", on_gpu=False)
     assert (result["verdict"], result.get("problem")) == (verdict, problem)
@@ -55,7 +55,7 @@ def test_each_part_ends_with_a_verdict(
 
 
 def test_parts_fit_into_ten_minutes_on_a_gpu_in_the_order_of_a_first_run(gpu_check: ModuleType) -> None:
-    assert list(gpu_check.PARTS)[0] == "device" and list(gpu_check.PARTS)[-1] == "job"
+    assert [*gpu_check.PARTS][:2] == ["device", "attention"] and [*gpu_check.PARTS][-1] == "job"
     assert sum(part.limit_s for part in gpu_check.PARTS.values()) <= 900
     settings = load_settings(ROOT / gpu_check.JOB_CONFIG, gpu_check.JOB_OVERRIDES).settings
     assert settings.is_colocated and all(o.source == "judge" for o in settings.objectives.by_objective.values())
