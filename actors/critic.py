@@ -42,7 +42,7 @@ class CriticWorker:
     def __init__(self, settings: Settings, model_path: Path, device: torch.device, world_size: int) -> None:
         """Build the critic from the policy at `model_path`; the process group must exist."""
         learner, dtype = settings.learner, getattr(torch, settings.policy_dtype)
-        with ds.sharded_loading(learner.zero_stage, dtype, world_size):
+        with ds.sharded_loading(learner.zero_stage, dtype, world_size, device):
             policy = load_policy(
                 model_path,
                 dtype=dtype,
@@ -62,6 +62,7 @@ class CriticWorker:
             warmup_steps=learner.warmup_steps,
             dtype=dtype,
             world_size=world_size,
+            device=device,
             offload_optimizer=learner.offload_optimizer,
         )
 

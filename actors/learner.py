@@ -110,7 +110,7 @@ class LearnerActor:
             timeout_s=max(self.settings.timeouts.call_s, self.settings.timeouts.actor_start_s),
         )
         dtype = getattr(torch, self.settings.policy_dtype)
-        with ds.sharded_loading(learner.zero_stage, dtype, self.world_size):
+        with ds.sharded_loading(learner.zero_stage, dtype, self.world_size, self.device):
             policy, reference = (
                 load_policy(
                     self._initial_policy_path if is_policy else self.base_model_path,
@@ -129,6 +129,7 @@ class LearnerActor:
             warmup_steps=learner.warmup_steps,
             dtype=dtype,
             world_size=self.world_size,
+            device=self.device,
             offload_optimizer=learner.offload_optimizer,
         )
         self._reference_model = ds.init_reference_model(

@@ -92,6 +92,7 @@ def main() -> int:
         }
         session = Session(work_folder, {**inherited, **added})
         try:
+            session.run("ray get-auth-token --generate > /dev/null", ROOT)
             session.run("ray start --head --disable-usage-stats", ROOT)
             session.run(submit_command("first", follow=False), ROOT)
             wait_for_log_text(session, "first", STEPS_BEFORE_STOP)

@@ -84,6 +84,7 @@ def train_with_rluf(folder: Path, rows: EncodedSplit, frozen_share: float, epoch
         weight_decay=0.01,
         dtype=DTYPE,
         world_size=1,
+        device=torch.device("cpu"),
         total_steps=steps_per_epoch * epochs,
     )
     dev_rows = random_pairs(2, [8]) if rows.is_pairwise else random_rows(2, [8])

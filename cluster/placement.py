@@ -13,6 +13,7 @@ from ray.util.placement_group import PlacementGroup, placement_group, remove_pla
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rluf.errors import DeadlineError
+from rluf.utils.devices import build_device_environment
 from rluf.utils.host_memory import KEEP_FREED_MALLOC_CONF
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def actor_environment(settings: Settings, role: str) -> dict[str, str]:
         "MKL_NUM_THREADS": threads,
         "TOKENIZERS_PARALLELISM": "false",
         **PASSIVE_OPENMP_ENV,
+        **build_device_environment(settings.cluster.get_role_resources(role)[1]),
     }
     if role == "rollout":
         # Without VLLM_CPU_KVCACHE_SPACE: it takes whole GiB only and would override rollout.kv_cache_gib.
@@ -58,7 +60,7 @@ def actor_environment(settings: Settings, role: str) -> dict[str, str]:
             # vLLM would pin its threads to cores that the other actors of the machine use too.
             environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     if role == "learner" and settings.cluster.gpus_per_learner == 0:
-        environment |= {"DS_ACCELERATOR": "cpu", **_jemalloc_environment()}
+        environment |= _jemalloc_environment()
     return environment
 
 

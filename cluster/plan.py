@@ -234,8 +234,9 @@ def _gpu_shortage_advice(needed: float, available: float) -> str:
     if available == 0:
         return (
             "set cluster.gpus_per_engine=0, cluster.gpus_per_learner=0 and cluster.gpus_per_reward=0 to run on CPUs; "
-            f"or set RAY_ADDRESS to a cluster with {math.ceil(needed)} GPUs; or, if this machine has GPUs, check "
-            "that nvidia-smi lists them and CUDA_VISIBLE_DEVICES does not hide them"
+            f"or set RAY_ADDRESS to a cluster with {math.ceil(needed)} GPUs, or timeouts.autoscale_s where nodes join "
+            "later; or, if this machine has GPUs, check that nvidia-smi lists them and CUDA_VISIBLE_DEVICES does not "
+            "hide them"
         )
     return (
         "lower rollout.engines, learner.workers or objectives.*.replicas; or let reward actors share a GPU or use none "

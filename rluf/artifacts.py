@@ -6,20 +6,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rluf.algorithms.registry import find_algorithm
 from rluf.config.reward import ObjectiveSettings
 from rluf.config.settings import Settings
 from rluf.errors import ModelError
-from rluf.models.hub import list_embedded_models
-from rluf.objectives.judges import build_rule_scorer
+from rluf.models.hub import find_model_folder, list_embedded_models, resolve_model
+from rluf.objectives.judges import build_rule_scorer, load_judge
+from rluf.reward.external import check_external_model
+from rluf.tracking.plugin_tracker import TRACKER_SIGNATURE
 from rluf.utils.cache import Artifact, build_or_reuse, build_or_reuse_all, hash_files, hash_source_code
 from rluf.utils.paths import check_writable, resolve_cache_folder, resolve_runs_root
+from rluf.utils.plugins import load_plugin
 
 
-def check_inputs(settings: Settings) -> None:
-    """Check every log, reward model folder, judge, reward function and output folder before anything starts.
+def check_inputs(settings: Settings, *, may_download: bool = True) -> None:
+    """Check every log, model, judge, plug-in and output folder before anything starts.
 
-    Raises DataError for a missing log, ModelError for a missing reward model folder, SettingsError for a judge or
-    function that cannot be imported, ResourceError for a folder that is not writable.
+    With `may_download` false a reward model on the hub is not downloaded to check it. Raises DataError for a missing
+    log, ModelError for a model that cannot be used, SettingsError for a judge or another plug-in that cannot be
+    imported, ResourceError for a folder that is not writable.
     """
     # Imported here, since pyarrow and fsspec are slow to import.
     from rluf.prepare.readers.files import resolve_sources
@@ -34,12 +39,30 @@ def check_inputs(settings: Settings) -> None:
         if objective_settings.source in ("judge", "function"):
             build_rule_scorer(objective_name, **objective_settings.rule_arguments)
             continue
-        model_path = objective_settings.path
-        if model_path is not None and not (Path(model_path).expanduser() / "config.json").is_file():
-            raise ModelError(
-                f"objectives.{objective_name}.path={model_path} has no config.json; set it to a reward model folder, "
-                "or remove the key to train a model on the log"
-            )
+        if objective_settings.path is not None:
+            key = f"objectives.{objective_name}.path"
+            model_folder = _resolve_reward_model(settings, key, objective_settings.path, may_download=may_download)
+            if model_folder is not None:
+                check_external_model(model_folder, key)
+    find_model_folder(settings.model.path)
+    find_algorithm(settings.algorithm.name)
+    for judge in settings.aggregation.gate_judges:
+        load_judge(judge)
+    for tracker in settings.tracking.trackers:
+        load_plugin(tracker, kind="tracker", signature=TRACKER_SIGNATURE)
+
+
+def _resolve_reward_model(settings: Settings, key: str, model_path: str, *, may_download: bool = True) -> Path | None:
+    """Folder of a reward model given as a folder or hub id; None for a hub id without `may_download`.
+
+    Raises ModelError that names the key.
+    """
+    try:
+        if not may_download:
+            return find_model_folder(model_path)
+        return resolve_model(model_path, resolve_cache_folder(settings))
+    except ModelError as error:
+        raise ModelError(f"{key}={model_path}: {error}; or remove the key to train a model on the log") from error
 
 
 def prepare_data_artifact(settings: Settings) -> Artifact:
@@ -108,7 +131,8 @@ def train_reward_artifacts(settings: Settings, data_artifact: Artifact) -> dict[
         for head_name in head_names
     }
     return {
-        objective_name: artifact_by_head.get(objective_name) or _wrap_model_folder(objective_name, objective_settings)
+        objective_name: artifact_by_head.get(objective_name)
+        or _wrap_model_folder(settings, objective_name, objective_settings)
         for objective_name, objective_settings in settings_by_objective.items()
     }
 
@@ -116,13 +140,19 @@ def train_reward_artifacts(settings: Settings, data_artifact: Artifact) -> dict[
 def list_reward_cache_inputs(
     settings: Settings, data_artifact: Artifact, head_names: Sequence[str]
 ) -> dict[str, object]:
-    """Everything that the reward model of these heads depends on; a local backbone folder counts with its content."""
+    """Everything that the reward model of these heads depends on; a local backbone folder counts with its content.
+
+    Of the data set only the rows that the heads are trained on count, so that other prompts do not retrain a model.
+    """
+    from rluf.reward.shared_backbone import get_data_objective
+
     reward_settings = settings.reward
+    data_folders = [data_artifact.folder / name for name in sorted({*map(get_data_objective, head_names)})]
     backbone_names = sorted(
         {member.backbone for member in reward_settings.get_head_settings(head_names[0]).member_specs}
     )
     return {
-        "data": data_artifact.key,
+        "data": {folder.name: hash_files([folder])[:12] for folder in data_folders if folder.is_dir()},
         "model": {head: reward_settings.get_head_settings(head).model_dump(mode="json") for head in head_names},
         "folders": {name: digest for name in backbone_names if (digest := _hash_backbone_folder(name)) is not None},
         "dtype": settings.reward_dtype,
@@ -141,11 +171,15 @@ def _hash_backbone_folder(backbone: str) -> str | None:
     return hash_files(path for path in folder.iterdir() if path.is_file())[:12]
 
 
-def _wrap_model_folder(objective_name: str, objective_settings: ObjectiveSettings) -> Artifact | None:
+def _wrap_model_folder(
+    settings: Settings, objective_name: str, objective_settings: ObjectiveSettings
+) -> Artifact | None:
     """The configured reward model folder as an artifact; None for a judge or a service."""
     if objective_settings.path is None or objective_settings.source != "model":
         return None
-    folder = Path(objective_settings.path).expanduser().resolve()
+    folder = _resolve_reward_model(settings, f"objectives.{objective_name}.path", objective_settings.path)
+    if folder is None:
+        return None
     return Artifact(f"reward-{objective_name}", folder, hash_files([folder])[:12], reused=True)
 
 

@@ -112,6 +112,8 @@ class Score:
     spread: float = 0.0
     is_probability: bool = True
     logit_spread: float = 0.0
+    exact_logit: float | None = None
+    """Logit that rewards use in place of that of `value`: without a calibration `value` may round to 0 or 1."""
 
 
 ANSWERS_FILE = "answers.jsonl"

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from itertools import chain
 from pathlib import Path
 
 import pytest
 
 from rluf.artifacts import list_reward_cache_inputs
 from rluf.config.load import load_settings
+from rluf.prepare.pipeline import build_data_set, run_task
 from rluf.utils.cache import Artifact, compute_artifact_key
 
 DATA = Artifact("data", Path("data"), "0123456789ab", reused=True)
@@ -50,3 +53,40 @@ def test_an_embedded_name_wins_over_a_local_folder_of_that_name(
     (tmp_path / "minilm").mkdir()
     monkeypatch.chdir(tmp_path)
     assert list_reward_cache_inputs(load_settings(None).settings, DATA, ("love",))["folders"] == {}
+
+
+def test_other_prompts_do_not_retrain_a_reward_model(tmp_path: Path) -> None:
+    """The key covers the rows that a head is trained on: other prompts change no key, other pairs only theirs."""
+
+    def prepare(name: str, *overrides: str) -> dict[str, str]:
+        settings = load_settings(None, ["prepare.max_rows=100", *overrides]).settings
+        build_data_set(settings, tmp_path / name, lambda tasks: list(chain.from_iterable(map(run_task, tasks))))
+        data_artifact = Artifact("data", tmp_path / name, name, reused=False)
+        return {
+            head: compute_artifact_key(list_reward_cache_inputs(settings, data_artifact, (head,)))
+            for head in ("love", "helpfulness", "safety", "thumbs")
+        }
+
+    prompts = tmp_path / "prompts.jsonl"
+    prompt_rows = [
+        {"id": str(i), "split": ("train", "test")[i % 2], "messages": [{"role": "user", "content": f"Why {i}?"}]}
+        for i in range(20)
+    ]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in prompt_rows))
+    pairs = tmp_path / "pairs.jsonl"
+    pair_rows = [
+        {
+            "id": str(i),
+            "group": str(i),
+            "messages": [{"role": "user", "content": f"Why {i}?"}],
+            "chosen": f"Because {i}.",
+            "rejected": "No.",
+        }
+        for i in range(60)
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in pair_rows))
+    keys = prepare("first")
+    assert prepare("other_prompts", f"data.prompts={prompts}") == keys
+    other_pairs = prepare("other_pairs", f"data.preferences={pairs}")
+    assert {name for name in keys if other_pairs[name] != keys[name]} == {"helpfulness"}
+    assert len(set(keys.values())) == len(keys)

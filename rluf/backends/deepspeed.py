@@ -67,6 +67,9 @@ def join_process_group(
             world_size=world_size,
             timeout=timedelta(seconds=timeout_s),
         )
+        # DeepSpeed counts ranks in a communicator of its own, which wraps this group. Without it sharded loading at
+        # ZeRO 3 assumes a single rank.
+        _import_deepspeed(device).init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         dist.barrier()
     except (RuntimeError, ValueError) as error:
         leave_process_group()
@@ -102,6 +105,7 @@ def init_deepspeed(
     warmup_steps: int,
     dtype: torch.dtype,
     world_size: int,
+    device: torch.device,
     max_grad_norm: float = MAX_GRAD_NORM,
     weight_decay: float = 0.0,
     offload_optimizer: bool = False,
@@ -113,9 +117,10 @@ def init_deepspeed(
     constant, or with `total_steps` falls linearly to zero at that step. `max_grad_norm` bounds the global gradient
     norm. `weight_decay` is 0 for a policy, which its KL term keeps near the reference. `offload_optimizer` places the
     optimizer state in host memory. `dtype` is bfloat16 or float32. Gradients are averaged over ranks. Raises
-    ResourceError when the size of the process group is not `world_size`.
+    ResourceError when the size of the process group is not `world_size`, or DeepSpeed runs on another kind of device
+    than `device` in this process.
     """
-    deepspeed = _import_deepspeed()
+    deepspeed = _import_deepspeed(device)
     if not dist.is_initialized() or dist.get_world_size() != world_size:
         group_size = dist.get_world_size() if dist.is_initialized() else 0
         raise ResourceError(
@@ -148,18 +153,18 @@ def init_reference_model(
     if zero_stage < 3:
         return model.to(device)
     config = _build_deepspeed_config(3, 0.0, dtype, world_size, offload_optimizer=False)
-    engine, *_ = _import_deepspeed().initialize(model=model, config=config, dist_init_required=False)
+    engine, *_ = _import_deepspeed(device).initialize(model=model, config=config, dist_init_required=False)
     engine.eval()
     return engine
 
 
 @contextlib.contextmanager
-def sharded_loading(zero_stage: int, dtype: torch.dtype, world_size: int) -> Iterator[None]:
+def sharded_loading(zero_stage: int, dtype: torch.dtype, world_size: int, device: torch.device) -> Iterator[None]:
     """At ZeRO 3, make transformers load models sharded inside the block, so that no rank has to fit a full model."""
     if zero_stage < 3:
         yield
         return
-    _import_deepspeed()
+    _import_deepspeed(device)
     from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     # transformers keeps only a weak reference: the object must live as long as the block.
@@ -261,7 +266,6 @@ def offload_to_host(engine: DeepSpeedEngine, components: Sequence[str]) -> None:
 
     ZeRO 2 only: DeepSpeed 0.19 has no offload_states for ZeRO 1 in bfloat16, and for ZeRO 3 only with its own Adam.
     """
-    _import_deepspeed()
     from deepspeed.runtime.zero.offload_config import OffloadStateTypeEnum as StateType
 
     states_by_tag = {
@@ -404,7 +408,9 @@ def _gather_bucket(
     sharded = {id(parameter): parameter for parameter in parameters if hasattr(parameter, "ds_id")}
     if not sharded:
         return [(name, _merge_adapter(parameter.detach(), adapters.get(name))) for name, parameter in bucket]
-    with _import_deepspeed().zero.GatheredParameters(list(sharded.values())):
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(list(sharded.values())):
         # Cloned, since the gathered memory is released at the end of the block.
         return [(name, _merge_adapter(parameter.detach(), adapters.get(name)).clone()) for name, parameter in bucket]
 
@@ -457,15 +463,22 @@ def _build_deepspeed_config(
     return config
 
 
-def _import_deepspeed() -> Any:
-    """Import DeepSpeed, configured for the CPU where there is no GPU."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+def _import_deepspeed(device: torch.device) -> Any:
+    """Import DeepSpeed for `device`. Raises ResourceError when this process already uses it on another kind."""
+    # Chosen at its import, for the whole process. By itself DeepSpeed takes a GPU wherever one is visible, also in a
+    # process that trains on the CPU next to one.
+    os.environ["DS_ACCELERATOR"] = device.type
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     import deepspeed.ops
+    from deepspeed.accelerator import get_accelerator
 
-    if not torch.cuda.is_available():
+    if (device_type := get_accelerator().device_name()) != device.type:
+        raise ResourceError(
+            f"DeepSpeed runs on {device_type} in this process and cannot train on {device}; set "
+            f"DS_ACCELERATOR={device.type} before the process starts"
+        )
+    if device.type == "cpu":
         # On the CPU it would compile a shared-memory collective for inference at the first start: two minutes of g++
         # for what training never calls, under a lock that a killed process leaves behind for the next one to wait on.
         # An empty table of compatible operators, which only that collective reads (version 0.19), prevents it.

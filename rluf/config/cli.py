@@ -25,6 +25,7 @@ from rluf.config.load import (
     load_settings,
     parse_yaml,
 )
+from rluf.config.settings import Settings
 from rluf.errors import DISK_FULL_ERRNOS, ResourceError, RlufError, SettingsError, TerminatedError
 
 INTERRUPTED_EXIT_CODE = 130
@@ -46,6 +47,8 @@ class CommandOptions:
     """Adds them to the parser."""
     to_overrides: Callable[[argparse.Namespace], list[str]] = field(default=lambda _: [])
     """key=value overrides that they stand for; raises SettingsError for an invalid value."""
+    check: Callable[[Settings], None] = field(default=lambda _: None)
+    """Check of the settings in --dry-run, so that it refuses what the command would refuse; raises RlufError."""
 
 
 def parse_command_line(
@@ -60,7 +63,7 @@ def parse_command_line(
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
         return _parse_arguments(f"rluf.{command.removeprefix('rluf.')}", description, arguments, options)
-    except SettingsError as error:
+    except RlufError as error:
         _exit_with_message(f"error: {error}", error.exit_code)
 
 
@@ -95,6 +98,8 @@ def _parse_arguments(
     option_overrides = [] if options is None else options.to_overrides(namespace)
     loaded = replace(load_settings(namespace.config, [*namespace.overrides, *option_overrides]), options=namespace)
     if namespace.dry_run:
+        if options is not None:
+            options.check(loaded.settings)
         sys.stdout.write(format_dry_run(loaded))
         raise SystemExit(0)
     return loaded

@@ -196,7 +196,8 @@ class ObjectiveSettings(SettingsSection):
     source: Literal["model", "judge", "function", "serve"] = "model"
     """Source of the scores: a trained reward model, a rule judge, your own function, or a service of rluf.serve."""
     path: str | None = None
-    """Source model: reward model folder to use without training; none trains or reuses one. Source judge: a name of
+    """Source model: folder or hub id of a reward model (rluf's, or any Hugging Face model for sequence classification)
+    to use without training; none trains or reuses one. Source judge: a name of
     rluf.objectives.judges, or module:function. Source function: module:function of a list of (messages, response) pairs
     that returns one number each. Source serve: URL of the service."""
     replicas: int = Field(default=1, ge=1)

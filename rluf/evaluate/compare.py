@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rluf.config.objectives import BUILTIN_OBJECTIVES
+from rluf.config.objectives import BUILTIN_OBJECTIVES, PRIMARY_OBJECTIVE
 from rluf.config.settings import Settings
 from rluf.evaluate.control import build_control_arm
 from rluf.evaluate.monitors import add_monitors
 from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary
 from rluf.report.html import write_report
 from rluf.report.presentation import pair_responses
+from rluf.reward.calibration import CARD_FILE
 from rluf.simulate.ground_truth import GroundTruth, true_scores
 from rluf.simulate.users import simulate_population
 from rluf.tracking.run_files import SAMPLE_TABLE_ROWS, write_answers
@@ -54,9 +54,9 @@ def compare_policies(
         versions={"weights": len(steps), **_read_package_versions()},
         reused_artifacts={artifact.name: {"reused": artifact.reused, "key": artifact.key} for artifact in artifacts},
         reward_cards={
-            objective: read_json(artifact.folder / "reward_card.json")
+            objective: read_json(artifact.folder / CARD_FILE)
             for objective, artifact in reward_artifacts.items()
-            if artifact is not None
+            if artifact is not None and (artifact.folder / CARD_FILE).is_file()
         },
     )
     aligned_entropy = compute_mean_token_entropy(_select_arm(result, ALIGNED_ARM))
@@ -127,17 +127,20 @@ def write_results(
     tracker.log_comparisons(pair_responses(result.answers, SAMPLE_TABLE_ROWS))
     tracker.update_summary(summary)
     tracker.log_policy_artifact(summary)
+    logger.info("report: %s", run_folder / "report.html")
     for line in format_verdict_lines(summary):
         logger.info("%s", line)
-    logger.info("report: %s", run_folder / "report.html")
 
 
 def write_cards(run_folder: Path, data_artifact: Artifact, reward_artifacts: Mapping[str, Artifact | None]) -> None:
-    """Copy the data card and the reward cards into <run_folder>/cards, so that the run folder is self-contained."""
+    """Copy the data card and the reward cards into <run_folder>/cards, so that the run folder is self-contained.
+
+    A reward model that rluf did not train has no card.
+    """
     write_json(run_folder / "cards" / "data.json", read_json(data_artifact.folder / "data_card.json"))
     for objective, artifact in reward_artifacts.items():
-        if artifact is not None:
-            write_json(run_folder / "cards" / f"{objective}.json", read_json(artifact.folder / "reward_card.json"))
+        if artifact is not None and (artifact.folder / CARD_FILE).is_file():
+            write_json(run_folder / "cards" / f"{objective}.json", read_json(artifact.folder / CARD_FILE))
 
 
 def format_verdict_lines(summary: Mapping[str, Any]) -> list[str]:
@@ -152,10 +155,31 @@ def format_verdict_lines(summary: Mapping[str, Any]) -> list[str]:
     for comparison in list(summary.get("comparisons", {}).values())[1:]:
         lifts = ", ".join(f"{name} {_format_lift(lift)}" for name, lift in comparison["lifts"].items())
         lines.append(f"{comparison['title']}: {lifts}")
-    lines.append(f"phases: {json.dumps({name: round(seconds) for name, seconds in summary['phases'].items()})}")
+    lines.append(f"phases: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in summary['phases'].items())}")
     gates = summary["gates"]
-    lines.append(f"gates: verdict={gates['verdict']}{''.join(f'; {reason}' for reason in gates['reasons'])}")
+    reasons = "".join(f"; {reason}" for reason in gates["reasons"])
+    lines.append(f"gates: verdict={gates['verdict']}{reasons}; next: {describe_next_step(gates)}")
     return lines
+
+
+def describe_next_step(gates: Mapping[str, Any]) -> str:
+    """What to do after a verdict, in the words of the settings."""
+    checks = {check["name"]: check["status"] for check in gates.get("checks", ())}
+    failed_names = [name for name, status in checks.items() if status == "fail"]
+    if gates.get("alarm_labels"):
+        return (
+            "read the responses that the monitor flags in the report, then lower objectives.love.weight or raise "
+            "algorithm.kl_coef"
+        )
+    if PRIMARY_OBJECTIVE in failed_names:
+        return "train longer (algorithm.steps), or lower algorithm.kl_coef"
+    if failed_names:
+        return f"raise objectives.{failed_names[0]}.weight"
+    if any("cut at the token limit" in reason for reason in gates["reasons"]):
+        return "raise rollout.max_response_tokens and train again"
+    if gates["verdict"] == "undecided":
+        return "compare on more prompts (evaluate.prompts, data.prompts) with python -m rluf.evaluate"
+    return "read the responses side by side in the report, then test the policy on real users (rluf.evaluate abtest)"
 
 
 def _format_comparison(title: str, values: Mapping[str, Any]) -> str:

@@ -58,9 +58,9 @@ def score_file(
 ) -> dict[str, Any]:
     """Score a file with the reward model in `model_folder`; writes the scores and returns the metrics.
 
-    `actor_count` None decides by the size of the file, 0 scores in this process, otherwise a Ray Data pool of that many
-    actors does (on a cluster, model and data must be on storage that all nodes can read). Raises DataError or
-    ModelError.
+    `actor_count` None decides by the size of the file, 0 scores in this process on the CPU, otherwise a Ray Data pool
+    of that many actors does, on GPUs where Ray has them (on a cluster, model and data must be on storage that all
+    nodes can read). Raises DataError or ModelError.
     """
     from rluf.reward.calibration import Calibration
     from rluf.reward.card import summarize_scores
@@ -153,14 +153,12 @@ def _score_part(model: RewardModel, data_path: Path, file_part: FilePart) -> str
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in scores)
 
 
-def _load_reward_model(model_folder: Path) -> RewardModel:
-    import torch
-
+def _load_reward_model(model_folder: Path, device: str) -> RewardModel:
     from rluf.reward.backbone import enable_fast_cpu_matmul
     from rluf.reward.model import RewardModel
 
-    if torch.cuda.is_available():
-        return RewardModel.load(model_folder, batch_tokens=4 * CPU_BATCH_TOKENS, device="cuda")
+    if device == "cuda":
+        return RewardModel.load(model_folder, batch_tokens=4 * CPU_BATCH_TOKENS, device=device)
     enable_fast_cpu_matmul()
     return RewardModel.load(model_folder, batch_tokens=CPU_BATCH_TOKENS)
 
@@ -169,7 +167,7 @@ def _score_in_process(model_folder: Path, data_path: Path, parts: Sequence[FileP
     """Score part by part in this process; yields part index and text."""
     if not parts:
         return
-    model = _load_reward_model(model_folder)
+    model = _load_reward_model(model_folder, "cpu")
     for file_part in parts:
         yield file_part.index, _score_part(model, data_path, file_part)
 
@@ -177,8 +175,8 @@ def _score_in_process(model_folder: Path, data_path: Path, parts: Sequence[FileP
 class PartScorer:
     """Actor of the scoring pool: loads the model once and scores the parts that Ray Data sends."""
 
-    def __init__(self, model_folder: str, data_path: str) -> None:
-        self.model, self.data_path = _load_reward_model(Path(model_folder)), Path(data_path)
+    def __init__(self, model_folder: str, data_path: str, device: str) -> None:
+        self.model, self.data_path = _load_reward_model(Path(model_folder), device), Path(data_path)
 
     def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
         """Scores of the parts in the batch as text, or the error of a part."""
@@ -214,7 +212,7 @@ def _score_with_actors(
         rows = [{key: getattr(file_part, key) for key in FilePart.__slots__} for file_part in parts]
         scored = ray.data.from_items(rows, override_num_blocks=len(parts)).map_batches(
             PartScorer,
-            fn_constructor_args=(str(model_folder.resolve()), str(data_path.resolve())),
+            fn_constructor_args=(str(model_folder.resolve()), str(data_path.resolve()), "cuda" if gpu_count else "cpu"),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=pool_size),
             # With GPUs a GPU is the limit; a CPU request on top could leave a GPU idle on a node with few CPUs.
@@ -269,7 +267,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="file for the scores (default: DATA.scores.jsonl in the current folder)",
     )
     parser.add_argument(
-        "--actors", type=int, metavar="N", help="pool of N Ray actors; 0: in this process (default: by file size)"
+        "--actors",
+        type=int,
+        metavar="N",
+        help="pool of N Ray actors, on GPUs where Ray has them; 0: in this process, on the CPU (default: by file size)",
     )
     args = parser.parse_args(arguments)
     if args.actors is not None and args.actors < 0:

@@ -31,13 +31,26 @@ def resolve_model(model_path: str, cache_folder: Path) -> Path:
     cache). Processes may ask for the same model at once: one builds it, the others wait, and a killed build leaves
     nothing that looks finished. Raises ModelError with what is missing and what to do.
     """
+    folder = find_model_folder(model_path)
+    if folder is not None:
+        return folder
     if model_path in list_embedded_models():
         return _check_model_folder(resolve_embedded_model(model_path, cache_folder / "models"))
+    return _check_model_folder(_download_from_hub(model_path))
+
+
+def find_model_folder(model_path: str) -> Path | None:
+    """The checked folder of a local model; None for an embedded name or a hub id, which is not built or downloaded.
+
+    Raises ModelError for any other text, and for a folder without the files of a model.
+    """
+    if model_path in list_embedded_models():
+        return None
     folder = Path(model_path).expanduser()
     if folder.exists():
         return _check_model_folder(folder)
     if HUB_ID_PATTERN.match(model_path):
-        return _check_model_folder(_download_from_hub(model_path))
+        return None
     embedded_names = ", ".join(list_embedded_models())
     raise ModelError(
         f"model {model_path!r} is neither an embedded name ({embedded_names}), nor a folder, nor a hub id "

@@ -45,6 +45,8 @@ def compute_signal(score: Score, uncertainty_penalty: float = 0.0) -> float:
     """
     if not score.is_probability:
         return score.value
+    if score.exact_logit is not None:
+        return score.exact_logit - uncertainty_penalty * score.logit_spread
     return (
         logit(min(max(score.value, PROBABILITY_CLIP), 1 - PROBABILITY_CLIP)) - uncertainty_penalty * score.logit_spread
     )

@@ -72,7 +72,7 @@ def train_models(settings: Settings, curve_shares: Sequence[float] = ()) -> Path
     # Imported here: --help and errors in the settings must not wait for torch and Ray.
     from cluster.connect import ray_connection
     from rluf.artifacts import check_inputs, prepare_data_artifact
-    from rluf.reward.card_page import CARD_FILE
+    from rluf.reward.calibration import CARD_FILE
     from rluf.reward.ray_trainer import train_reward_models
     from rluf.tracking.console import setup_logging
     from rluf.utils.paths import create_run_folder, resolve_runs_root

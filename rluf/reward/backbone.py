@@ -42,9 +42,11 @@ def load_classifier(
     dropout: float | None = None,
     seed: int = 0,
     layer_count: int = 0,
-    head_count: int = 1,
+    head_count: int | None = 1,
 ) -> PreTrainedModel:
     """Load a model folder as AutoModelForSequenceClassification with `head_count` logits, in float32.
+
+    `head_count` None keeps the number of logits in the folder's config.
 
     `layer_count` retains only the lowest layers (0 retains all); middle layers are often more informative than the
     last ones. With `require_all_weights` every weight must be in the folder; otherwise a missing head is initialized
@@ -57,7 +59,8 @@ def load_classifier(
     hf_logging.disable_progress_bar()
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        config.num_labels = head_count
+        if head_count is not None:
+            config.num_labels = head_count
         _truncate_layers(config, layer_count)
         if dropout is not None:
             for key in DROPOUT_CONFIG_KEYS:

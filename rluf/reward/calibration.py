@@ -19,6 +19,10 @@ from rluf.errors import ModelError
 from rluf.utils.stats import Floats, logit, sigmoid
 
 CALIBRATION_FILE = "calibration.json"
+CARD_FILE = "reward_card.json"
+"""Card of a reward model that rluf trained, in its folder."""
+EXTERNAL_MAX_TOKENS = 8192
+"""Longest input of a model that rluf did not train, if its tokenizer and positions allow as much."""
 MIN_SCALE = 0.05
 """Smallest fitted scale. It is positive, so calibration never reverses the ranking."""
 MEMBER_WEIGHT_PRIOR_SD = 0.5
@@ -58,6 +62,8 @@ class Calibration:
     """Indices of the members that read the response without the conversation."""
     backbone_hash: str = ""
     """Hash of the backbone shared with other heads (see rluf.reward.shared_backbone); empty for a separate model."""
+    is_external: bool = False
+    """The model was not trained by rluf: identity calibration, and rewards use its logit as it is."""
 
     def pool_members(self, member_logits: Floats) -> Floats:
         """Raw logits [N] from the members' logits [members, N]."""
@@ -78,8 +84,13 @@ class Calibration:
 
     @classmethod
     def load(cls, folder: Path) -> Calibration:
-        """Read calibration.json. Raises ModelError when the file is missing or has unexpected content."""
+        """Read calibration.json; the identity for a model that rluf did not train.
+
+        Raises ModelError for unexpected content, and for a missing file next to a reward card.
+        """
         path = folder / CALIBRATION_FILE
+        if not path.exists() and (folder / "config.json").is_file() and not (folder / CARD_FILE).exists():
+            return cls(max_tokens=EXTERNAL_MAX_TOKENS, is_external=True)
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             fields: dict[str, Any] = {RENAMED_FIELDS.get(key, key): value for key, value in content.items()}

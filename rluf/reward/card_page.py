@@ -7,7 +7,6 @@ from typing import Any
 
 from rluf.report.page import render_html_page
 
-CARD_FILE = "reward_card.json"
 CARD_PAGE_FILE = "reward_card.html"
 PLOT_SIZE_PX = 260
 """Width and height of the reliability plot in pixels."""

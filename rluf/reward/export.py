@@ -18,7 +18,7 @@ import numpy as np
 from rluf.config.settings import Settings
 from rluf.errors import ModelError, RlufError
 from rluf.reward.backbone import HEAD_MODULE_NAMES
-from rluf.reward.calibration import Calibration, fit_member_weights
+from rluf.reward.calibration import CARD_FILE, Calibration, fit_member_weights
 from rluf.reward.card import (
     build_reward_card,
     compare_models,
@@ -27,7 +27,7 @@ from rluf.reward.card import (
     measure_robustness,
     summarize_training,
 )
-from rluf.reward.card_page import CARD_FILE, CARD_PAGE_FILE, render_card_page
+from rluf.reward.card_page import CARD_PAGE_FILE, render_card_page
 from rluf.reward.counterfactuals import measure_prompt_fit, should_measure_prompt_fit
 from rluf.reward.model import RewardModel, get_member_folder
 from rluf.reward.shared_backbone import get_head_label, select_labeled_rows

@@ -583,6 +583,7 @@ def _init_engine(
         model, zero_stage=settings.reward.zero_stage, learning_rate=model_settings.learning_rate,
         warmup_steps=max(1, total_steps // 10), weight_decay=WEIGHT_DECAY,
         dtype=getattr(torch, settings.reward_dtype), world_size=world_size, total_steps=total_steps,
+        device=next(model.parameters()).device,
     )  # fmt: skip
     return engine
 

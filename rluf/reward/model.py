@@ -30,6 +30,7 @@ from rluf.reward.backbone import (
     load_classifier,
 )
 from rluf.reward.calibration import Calibration
+from rluf.reward.external import check_label_count
 from rluf.reward.shared_backbone import load_heads
 from rluf.reward.text import EncodedItem, TextEncoder, iter_shared_batches, plan_token_batches
 from rluf.types import Score, ScoringItem
@@ -156,24 +157,36 @@ class RewardModel:
         """`batch_tokens` limits the padded tokens of one forward pass."""
         self.members = [member.eval() for member in members]
         self.encoder = encoder
-        self._forward_passes = plan_forward_passes(
-            self.members, [member_encoder.response_only for member_encoder in self._list_member_encoders()]
-        )
         self.calibration = calibration
+        if calibration.is_external:
+            # The model's own head and pooling: where it reads its input is part of how it was trained.
+            self._forward_passes = [SharedForward(self.members[0], (0,), (), ())]
+        else:
+            self._forward_passes = plan_forward_passes(
+                self.members, [member_encoder.response_only for member_encoder in self._list_member_encoders()]
+            )
         self.batch_tokens = batch_tokens
 
     @classmethod
     def load(
         cls, path: Path, *, batch_tokens: int, device: str = "cpu", head_folders: Sequence[Path] = ()
     ) -> RewardModel:
-        """Load a folder written by rluf.reward. Raises ModelError that names the problem with it.
+        """Load a folder written by rluf.reward, or any Hugging Face model for sequence classification.
+
+        Raises ModelError that names the problem with it.
 
         `head_folders` are the folders of several heads on one backbone, `path` among them: the model then has a logit
         for each head, in order.
         """
         calibration = _load_calibration(path)
         folders = [get_member_folder(path, index) for index in range(calibration.member_count)]
-        members = [load_classifier(folder, require_all_weights=True, device=device) for folder in folders]
+        head_count = None if calibration.is_external else 1
+        members = [
+            load_classifier(folder, require_all_weights=True, device=device, head_count=head_count)
+            for folder in folders
+        ]
+        if calibration.is_external:
+            check_label_count(members[0].config, path)
         if len(head_folders) > 1:
             for index, member in enumerate(members):
                 load_heads(member, [get_member_folder(folder, index) for folder in head_folders])
@@ -226,6 +239,8 @@ class RewardModel:
                 logits[list(forward_pass.member_indices)] = pass_logits
             else:
                 logits[member_index] = compute_logits(forward_pass.model, encoder, member_rows, self.batch_tokens)
+        if self.calibration.is_external and logits.shape[2] == 2:
+            return logits[:, :, 1:] - logits[:, :, :1]
         return logits
 
     def _list_member_encoders(self) -> Sequence[TextEncoder]:
@@ -290,7 +305,14 @@ def _build_scores(objective: str, calibration: Calibration, member_logits: Float
         spreads, logit_spreads = sigmoid(member_calibrated).std(0), member_calibrated.std(0)
     columns = zip(probabilities.tolist(), raw_logits.tolist(), spreads.tolist(), logit_spreads.tolist(), strict=True)
     return [
-        Score(objective, probability, raw_logit, spread, logit_spread=logit_spread)
+        Score(
+            objective,
+            probability,
+            raw_logit,
+            spread,
+            logit_spread=logit_spread,
+            exact_logit=raw_logit if calibration.is_external else None,
+        )
         for probability, raw_logit, spread, logit_spread in columns
     ]
 

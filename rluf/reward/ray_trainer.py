@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from rluf.config.settings import Settings
 from rluf.errors import DataError, DeadlineError, ResourceError, RlufError
 from rluf.models.hub import resolve_model
-from rluf.reward.card_page import CARD_FILE
+from rluf.reward.calibration import CARD_FILE
+from rluf.utils.devices import build_device_environment
 from rluf.utils.paths import resolve_cache_folder
 
 if TYPE_CHECKING:
@@ -119,7 +120,11 @@ def _build_torch_trainer(
     datasets = {source: _load_dataset(folder / source / "train.parquet") for source, folder in data_folders.items()}
     uses_gpu = settings.cluster.gpus_per_reward > 0
     resources = dict(zip(("CPU", "GPU"), settings.cluster.get_role_resources("reward"), strict=True))
-    environment = {**WORKER_ENVIRONMENT, "OMP_NUM_THREADS": str(train_loop_config["threads"])}
+    environment = {
+        **WORKER_ENVIRONMENT,
+        **build_device_environment(resources["GPU"]),
+        "OMP_NUM_THREADS": str(train_loop_config["threads"]),
+    }
     return TorchTrainer(
         train_worker,
         train_loop_config=train_loop_config,

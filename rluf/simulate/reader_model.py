@@ -67,13 +67,13 @@ class _Continuation:
 class ReaderModel:
     """The frozen model with its tokenizer. Float32 on every device, so that scores agree across machines."""
 
-    def __init__(self, folder: Path) -> None:
-        """Load from a resolved model folder. Raises ModelError if there is no usable tokenizer."""
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        """Load from a resolved model folder onto `device`. Raises ModelError if there is no usable tokenizer."""
         import torch
         from transformers import AutoModelForCausalLM
 
         self.tokenizer = load_tokenizer(folder)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device(device)
         self.model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).to(self.device).eval()
         self.end_token = int(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))
         self.neutral_prompt = self._encode_prompt((Message(role="user", content=NEUTRAL_PROMPT),))

@@ -93,15 +93,21 @@ class PhaseProgress:
     """
 
     def __init__(
-        self, title: str, total: int | None = None, *, unit: str = "step", log_every_step: bool = False
+        self,
+        title: str,
+        total: int | None = None,
+        *,
+        unit: str = "step",
+        log_every_step: bool = False,
+        done_count: int = 0,
     ) -> None:
         """`total` is in units, None when unknown; `log_every_step` logs a line per advance, above the bar.
 
-        The lines go to run.log as well; the bar does not.
+        The lines go to run.log as well; the bar does not. `done_count` units were finished by an earlier attempt.
         """
         self._title, self._total, self._unit = title, total, unit
         self._log_every_step = log_every_step
-        self._done_count = 0
+        self._done_count = self._start_count = done_count
         self._logged_count = -1
         self._note_text = ""
         self._started_at = self._logged_at = time.monotonic()
@@ -111,7 +117,7 @@ class PhaseProgress:
             TimeRemainingColumn(), TextColumn("{task.fields[notes]}", style="dim", table_column=notes_column),
             console=_stderr_console, disable=not _is_terminal(), transient=True, expand=True,
         )  # fmt: skip
-        self._task_id = self._progress_bars.add_task(title, total=total, notes="")
+        self._task_id = self._progress_bars.add_task(title, total=total, completed=done_count, notes="")
 
     def __enter__(self) -> PhaseProgress:
         """Start the clock and, on a terminal, the bar."""
@@ -144,14 +150,23 @@ class PhaseProgress:
         total_text = f"/{self._total}" if self._total is not None else ""
         elapsed_s = self._logged_at - self._started_at
         logger.info(
-            "%s: %s%s %s in %.0f s  %s",
+            "%s: %s%s %s in %.0f s%s  %s",
             self._title,
             self._done_count,
             total_text,
             self._unit,
             elapsed_s,
+            self._format_remaining_time(elapsed_s),
             self._note_text,
         )
+
+    def _format_remaining_time(self, elapsed_s: float) -> str:
+        """Remaining time at the mean pace of this attempt; empty before the first unit and at the end."""
+        finished_count = self._done_count - self._start_count
+        if self._total is None or finished_count <= 0 or self._done_count >= self._total:
+            return ""
+        remaining_s = elapsed_s / finished_count * (self._total - self._done_count)
+        return f", about {remaining_s / 60:.0f} min left" if remaining_s >= 90 else f", about {remaining_s:.0f} s left"
 
 
 def _format_note(value: float | int | str) -> str:

@@ -11,6 +11,7 @@ from rluf.tracking.background import BackgroundCaller
 from rluf.utils.files import to_jsonable
 from rluf.utils.plugins import load_plugin
 
+TRACKER_SIGNATURE = "a function (settings, run folder) -> tracker"
 CALL_TIMEOUT_S = 60.0
 """Seconds that a tracker may take to finish; then the run ends without it."""
 
@@ -33,9 +34,8 @@ class PluginTracker:
 
     def __init__(self, reference: str, settings: Settings, run_folder: Path) -> None:
         """Load the factory `reference` (module:function) and call it; SettingsError where it cannot be imported."""
-        signature = "a function (settings, run folder) -> tracker"
         create_tracker: Callable[[Settings, Path], Tracker] = load_plugin(
-            reference, kind="tracker", signature=signature
+            reference, kind="tracker", signature=TRACKER_SIGNATURE
         )
         # Any exception: what a tracker of the user's may raise is unknown, and none may end the run.
         self._background_caller = BackgroundCaller(f"tracker {reference}", (Exception,))

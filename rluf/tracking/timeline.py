@@ -9,13 +9,14 @@ from __future__ import annotations
 import gzip
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from rluf.errors import RlufError
+from rluf.errors import DataError, RlufError
+from rluf.utils.files import read_json, write_json
 
 if TYPE_CHECKING:
     from torch.profiler import profile
@@ -164,11 +165,22 @@ R = TypeVar("R")
 
 
 class PhaseTimer:
-    """Collects elapsed seconds by phase name; the total counts from construction."""
+    """Collects elapsed seconds by phase name; the total counts from construction, plus earlier attempts of the run."""
 
     def __init__(self) -> None:
         self._start_time = time.monotonic()  # not time.time: the system clock may be set during a run
         self._seconds_by_phase: dict[str, float] = {}
+        self._earlier_seconds: dict[str, float] = {}
+
+    @contextmanager
+    def add_up_attempts(self, path: Path) -> Iterator[None]:
+        """Add the seconds of earlier attempts, saved in `path`; save the sum there on leaving, also by an exception."""
+        with suppress(DataError):  # a damaged file must not stop a run
+            self._earlier_seconds = {name: float(seconds) for name, seconds in read_json(path).items()}
+        try:
+            yield
+        finally:
+            write_json(path, self.as_dict())
 
     def time_call(self, phase_name: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Call `function` and add its duration to the phase, even if it raises."""
@@ -184,8 +196,10 @@ class PhaseTimer:
         self._seconds_by_phase |= seconds_by_phase
 
     def as_dict(self) -> dict[str, float]:
-        """Seconds by phase, in order, and their `total` since construction."""
-        return {**self._seconds_by_phase, "total": time.monotonic() - self._start_time}
+        """Seconds by phase, in order, and their `total` since construction, with those of earlier attempts."""
+        seconds = {**self._seconds_by_phase, "total": time.monotonic() - self._start_time}
+        phase_names = [name for name in dict.fromkeys((*self._earlier_seconds, *seconds)) if name != "total"]
+        return {name: self._earlier_seconds.get(name, 0.0) + seconds.get(name, 0.0) for name in (*phase_names, "total")}
 
 
 def record_ray_span(span_name: str) -> AbstractContextManager[object]:

@@ -33,7 +33,7 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
     from cluster.autoscaling import ensure_capacity
     from cluster.connect import ray_connection
     from cluster.plan import check_host_disk, format_plan, plan_resources
-    from rluf.artifacts import check_inputs, list_reward_model_folders, prepare_data_artifact, train_reward_artifacts
+    from rluf.artifacts import list_reward_model_folders, prepare_data_artifact, train_reward_artifacts
     from rluf.checkpoint.upload import CheckpointUploader
     from rluf.evaluate.compare import compare_policies, write_cards, write_results
     from rluf.models.hub import resolve_model
@@ -41,7 +41,7 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
     from rluf.tracking.console import setup_logging
     from rluf.tracking.timeline import PhaseTimer
     from rluf.tracking.wandb import WandbTracker
-    from rluf.train.checkpoint_manager import find_resume_folder
+    from rluf.train.checkpoint_manager import find_resume_folder, is_finished
     from rluf.train.loop import run_training
     from rluf.utils.event_loop import run_coroutine
     from rluf.utils.files import write_json
@@ -50,9 +50,13 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
     setup_logging()
     phase_timer, cache_folder = PhaseTimer(), resolve_cache_folder(settings)
     runs_root = resolve_runs_root(settings)
-    check_inputs(settings)
+    check_run(settings)
     check_host_disk(settings, runs_root, cache_folder)
     model_path = phase_timer.time_call("model", resolve_model, settings.model.path, cache_folder)
+    resume_folder = find_resume_folder(settings, runs_root / settings.name)
+    if resume_folder is not None and is_finished(settings, resume_folder):
+        logger.info("run: already finished, nothing to resume; report: %s", resume_folder / "report.html")
+        return resume_folder
 
     with ExitStack() as stack:
         phase_timer.time_call("ray", stack.enter_context, ray_connection())
@@ -60,8 +64,9 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
         logger.info("actors:\n%s", format_plan(resource_plan, use_rich=False))
         stack.enter_context(ensure_capacity(resource_plan, settings.timeouts.autoscale_s))
 
-        run_folder = find_resume_folder(settings, runs_root / settings.name) or create_run_folder(settings)
+        run_folder = resume_folder or create_run_folder(settings)
         setup_logging(run_folder / "run.log")
+        stack.enter_context(phase_timer.add_up_attempts(run_folder / "phases.json"))
         logger.info("run folder: %s", run_folder)
         write_json(run_folder / "config.json", settings.model_dump(mode="json"))
         uploader = CheckpointUploader.from_settings(settings, run_folder)
@@ -87,6 +92,17 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
     return run_folder
 
 
+def check_run(settings: Settings, *, may_download: bool = True) -> None:
+    """Refuse what a run would refuse later: inputs, models, plug-ins and the run to resume. Raises RlufError."""
+    from rluf.artifacts import check_inputs
+
+    check_inputs(settings, may_download=may_download)
+    if settings.evaluate.monitors:  # scikit-learn, which monitors import, is slow to load
+        from rluf.evaluate.monitors import add_monitors
+
+        add_monitors(settings.evaluate.monitors)
+
+
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint (run.resume=latest)")
     parser.add_argument(
@@ -109,7 +125,9 @@ def _parse_profile_steps(text: str) -> int:
     return int(steps)
 
 
-COMMAND_OPTIONS = CommandOptions(_add_options, _build_overrides)
+COMMAND_OPTIONS = CommandOptions(
+    _add_options, _build_overrides, check=lambda settings: check_run(settings, may_download=False)
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

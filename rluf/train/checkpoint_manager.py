@@ -27,7 +27,7 @@ from rluf.config.settings import Settings
 from rluf.errors import DataError, ModelError, RewardHackingError, SettingsError
 from rluf.tracking.run_files import read_answers, write_answers
 from rluf.types import ANSWERS_FILE, BASE_ARM, PolicyAnswer, Prompt
-from rluf.utils.files import atomic_folder, to_jsonable
+from rluf.utils.files import atomic_folder, read_json, to_jsonable
 
 if TYPE_CHECKING:
     from rluf.train.controller import TrainController
@@ -173,6 +173,31 @@ def find_resume_folder(settings: Settings, runs_folder: Path) -> Path | None:
             )
         return folder
     return _find_latest_run(settings, runs_folder)
+
+
+RESULT_SECTIONS = tuple(
+    name for name in Settings.model_fields if name not in ("run", "cluster", "timeouts", "tracking")
+)
+"""Settings that affect the result of a run."""
+
+
+def is_finished(settings: Settings, run_folder: Path) -> bool:
+    """Whether a run has all its steps, its policy and its comparison by the same settings: nothing to resume."""
+    try:
+        summary, config = (read_json(run_folder / name) for name in ("summary.json", "config.json"))
+    except DataError:
+        return False
+    if not summary or not config:
+        return False
+    present_config = settings.model_dump(mode="json")
+    # The config is written when an attempt starts: a summary from before it is that of another attempt.
+    is_newest = (run_folder / "summary.json").stat().st_mtime_ns >= (run_folder / "config.json").stat().st_mtime_ns
+    return (
+        is_newest
+        and summary.get("versions", {}).get("weights") == settings.algorithm.steps
+        and (run_folder / "policy" / "config.json").is_file()
+        and all(config.get(name) == present_config[name] for name in RESULT_SECTIONS)
+    )
 
 
 def _find_latest_run(settings: Settings, runs_folder: Path) -> Path | None:

@@ -190,10 +190,9 @@ async def _run_steps(run: TrainingRun) -> None:
     write_jsonl(metrics_file, result.step_metrics)
     with (
         JsonlWriter(metrics_file) as metrics_writer,
-        PhaseProgress("train", last_step, log_every_step=True) as progress,
+        PhaseProgress("train", last_step, log_every_step=True, done_count=steps_done) as progress,
         sigterm_event() as stop_event,
     ):
-        progress.advance(steps_done)
         profiler = StepProfiler(controller, checkpoints.run_folder, run.profile_steps)
         gauges = RunGauges(settings.name, controller.objectives)
         for step in range(steps_done + 1, last_step + 1):

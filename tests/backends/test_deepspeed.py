@@ -47,6 +47,7 @@ def make_engine(
         max_grad_norm=1e9,
         dtype=getattr(torch, dtype),
         world_size=1,
+        device=torch.device("cpu"),
     )
 
 
@@ -130,6 +131,7 @@ def test_learning_rate_warms_up_then_is_constant_or_decays() -> None:
         max_grad_norm=1.0,
         dtype=torch.float32,
         world_size=1,
+        device=torch.device("cpu"),
         total_steps=6,
     )
     rates = []
@@ -148,6 +150,7 @@ def test_gradient_norm_is_clipped() -> None:
         max_grad_norm=0.5,
         dtype=torch.float32,
         world_size=1,
+        device=torch.device("cpu"),
     )
     assert run_step(engine, 3.0) == (True, pytest.approx(6.0))
 
@@ -163,7 +166,7 @@ def test_gathered_weights_have_checkpoint_names_and_include_the_tied_head(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    with ds.sharded_loading(stage, torch.bfloat16, 1):
+    with ds.sharded_loading(stage, torch.bfloat16, 1, torch.device("cpu")):
         model = load_policy(folder, dtype=torch.bfloat16)
     engine = make_engine(model, stage)
     gathered = copy_weights(engine)
@@ -195,6 +198,7 @@ def test_another_world_size_is_refused() -> None:
             max_grad_norm=1.0,
             dtype=torch.float32,
             world_size=2,
+            device=torch.device("cpu"),
         )
     assert dist.is_initialized()
 

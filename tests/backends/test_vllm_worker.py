@@ -108,3 +108,15 @@ def test_a_rejected_bucket_is_received_where_the_sender_waits_for_it(engine: wor
     engine.receive_weights(engine.parse_update_info({"bucket_info": {}}))
     assert received == [None] and engine.model.loaded == {} and "unknown" in str(engine.problem)
     sender.close()
+
+
+@pytest.mark.parametrize("executor", [worker.RlufUniProcExecutor, worker.RlufMultiprocExecutor])
+def test_the_watch_of_the_parent_starts_before_the_model_is_loaded(
+    executor: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not only at import, when the core does not know its parent yet; with one GPU and with several per engine."""
+    calls: list[str] = []
+    monkeypatch.setattr(worker, "exit_with_parent", lambda: calls.append("watch"))
+    monkeypatch.setattr(executor.__base__, "_init_executor", lambda self: calls.append("load"))
+    executor._init_executor(object.__new__(executor))
+    assert calls == ["watch", "load"]

@@ -1,8 +1,11 @@
-"""Launch files against Ray's own validators, a schema of the KubeRay fields they use, and bash."""
+"""Launch files against Ray's own validators, a schema of the KubeRay fields they use, and stand-ins of Slurm."""
 
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +45,18 @@ CONTAINER = closed_object(
     },
     ports={"type": "array", "items": closed_object(["containerPort"], containerPort=COUNT, name=TEXT)},
     resources=closed_object(["requests", "limits"], requests=AMOUNTS, limits=AMOUNTS),
-    volumeMounts={"type": "array", "items": closed_object(["name", "mountPath"], name=TEXT, mountPath=TEXT)},
+    volumeMounts={
+        "type": "array",
+        "items": closed_object(["name", "mountPath"], name=TEXT, mountPath=TEXT, readOnly=FLAG),
+    },
+    securityContext=closed_object(
+        [], capabilities=closed_object([], add={"type": "array", "items": TEXT}), runAsUser=COUNT, runAsGroup=COUNT
+    ),
 )
 VOLUME = closed_object(
     ["name"],
     name=TEXT,
-    persistentVolumeClaim=closed_object(["claimName"], claimName=TEXT),
+    persistentVolumeClaim=closed_object(["claimName"], claimName=TEXT, readOnly=FLAG),
     emptyDir=closed_object([], medium=TEXT, sizeLimit=QUANTITY),
 )
 TEMPLATE = closed_object(
@@ -57,6 +66,7 @@ TEMPLATE = closed_object(
         terminationGracePeriodSeconds=COUNT,
         containers={"type": "array", "minItems": 1, "items": CONTAINER},
         volumes={"type": "array", "items": VOLUME},
+        securityContext=closed_object([], runAsUser=COUNT, runAsGroup=COUNT, fsGroup=COUNT),
     ),
 )
 START = {"type": "object", "additionalProperties": TEXT}
@@ -89,9 +99,16 @@ JOB = closed_object(
     submissionMode={"enum": ["K8sJobMode", "HTTPMode", "SidecarMode"]},
     rayClusterSpec=CLUSTER,
 )
+SERVICE = closed_object(["serveConfigV2", "rayClusterConfig"], serveConfigV2=TEXT, rayClusterConfig=CLUSTER)
+MANIFESTS = {
+    "raycluster.yaml": ("RayCluster", CLUSTER),
+    "rayjob.yaml": ("RayJob", JOB),
+    "rayservice.yaml": ("RayService", SERVICE),
+}
 
 
-def read_manifest(name: str, kind: str, spec: dict[str, Any]) -> dict[str, Any]:
+def read_manifest(name: str) -> dict[str, Any]:
+    kind, spec = MANIFESTS[name]
     content: dict[str, Any] = yaml.safe_load((LAUNCH / name).read_text())
     metadata = closed_object(["name"], name={"type": "string", "pattern": "^[a-z0-9-]+$"})
     schema = closed_object(
@@ -121,7 +138,7 @@ def read_capacity(cluster: dict[str, Any]) -> tuple[dict[str, float], list[dict[
 
 
 def test_rayjob_is_valid_and_its_cluster_holds_its_config() -> None:
-    content = read_manifest("rayjob.yaml", "RayJob", JOB)["spec"]
+    content = read_manifest("rayjob.yaml")["spec"]
     arguments = content["entrypoint"].split()
     assert arguments[:4] == ["python", "-m", "rluf.train", "--config"]
     total, nodes = read_capacity(content["rayClusterSpec"])
@@ -129,28 +146,100 @@ def test_rayjob_is_valid_and_its_cluster_holds_its_config() -> None:
 
 
 def test_raycluster_is_valid_and_grows_to_64_gpus() -> None:
-    content = read_manifest("raycluster.yaml", "RayCluster", CLUSTER)
+    content = read_manifest("raycluster.yaml")
     total, nodes = read_capacity(content["spec"])
     check_plan(plan_resources(load_settings(ROOT / "configs" / "llama3-70b-64gpu.yaml").settings), total, nodes)
 
 
-def test_a_misspelled_field_is_refused() -> None:
-    content = yaml.safe_load((LAUNCH / "raycluster.yaml").read_text())
-    content["spec"]["workerGroupSpecs"][0]["minReplica"] = 1
-    with pytest.raises(jsonschema.ValidationError, match="minReplica"):
-        jsonschema.validate(content["spec"], CLUSTER)
+def list_clusters() -> dict[str, dict[str, Any]]:
+    """The RayCluster part of each Kubernetes manifest by file name."""
+    specs = {name: read_manifest(name)["spec"] for name in MANIFESTS}
+    return {name: spec.get("rayClusterSpec") or spec.get("rayClusterConfig") or spec for name, spec in specs.items()}
 
 
-def test_ray_up_file_passes_rays_schema_and_grows_to_64_gpus() -> None:
-    from ray.autoscaler._private.util import prepare_config, validate_config
+def list_containers(cluster: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """(pod spec, container) of the head and of each worker group."""
+    pods = [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+    return [(pod, container) for pod in pods for container in pod["containers"]]
 
-    config = prepare_config(yaml.safe_load((LAUNCH / "aws.yaml").read_text()))
-    validate_config(config)
-    node_types = config["available_node_types"].values()
-    gpu_count = sum(node_type["resources"].get("GPU", 0) * node_type["max_workers"] for node_type in node_types)
-    assert gpu_count == plan_resources(load_settings(ROOT / "configs" / "llama3-70b-64gpu.yaml").settings).gpu_count
-    start_commands = [command for command in config["head_start_ray_commands"] if "ray start" in command]
-    assert start_commands and all("RAY_AUTH_MODE=token" in command for command in start_commands)
+
+@pytest.mark.parametrize(
+    ("name", "misspelled", "change"),
+    [
+        ("raycluster.yaml", "minReplica", lambda spec: spec["workerGroupSpecs"][0].update(minReplica=1)),
+        ("raycluster.yaml", "authOption", lambda spec: spec.update(authOption={"mode": "token"})),
+        ("raycluster.yaml", "hostpath", lambda spec: pod_of(spec)["volumes"][0].update(hostpath={"path": "/x"})),
+        ("rayjob.yaml", "entryPoint", lambda spec: spec.update(entryPoint="python")),
+        ("rayjob.yaml", "command", lambda spec: spec["rayClusterSpec"].update(command="x")),
+        ("rayservice.yaml", "serveConfig", lambda spec: spec.update(serveConfig="x")),
+        ("rayservice.yaml", "limit", lambda spec: pod_of(spec)["containers"][0]["resources"].update(limit={})),
+    ],
+)
+def test_a_misspelled_field_is_refused(name: str, misspelled: str, change: Any) -> None:
+    spec = yaml.safe_load((LAUNCH / name).read_text())["spec"]
+    change(spec)
+    with pytest.raises(jsonschema.ValidationError, match=misspelled):
+        jsonschema.validate(spec, MANIFESTS[name][1])
+
+
+def pod_of(spec: dict[str, Any]) -> dict[str, Any]:
+    pod: dict[str, Any] = (spec.get("rayClusterConfig") or spec)["headGroupSpec"]["template"]["spec"]
+    return pod
+
+
+@pytest.mark.parametrize("mode", ["disabled", None])
+@pytest.mark.parametrize("name", list(MANIFESTS))
+def test_every_ray_cluster_requires_a_token(name: str, mode: str | None) -> None:
+    cluster = list_clusters()[name]
+    assert cluster["authOptions"] == {"mode": "token"}
+    cluster = (
+        {**cluster, "authOptions": {"mode": mode}}
+        if mode
+        else {key: value for key, value in cluster.items() if key != "authOptions"}
+    )
+    with pytest.raises(jsonschema.ValidationError, match=r"authOptions|token"):
+        jsonschema.validate(cluster, CLUSTER)
+
+
+@pytest.mark.parametrize("file", sorted(LAUNCH.iterdir()), ids=lambda file: file.name)
+def test_every_launch_file_starts_ray_with_token_authentication(file: Path) -> None:
+    if file.name in MANIFESTS:
+        assert list_clusters()[file.name]["authOptions"]["mode"] == "token"
+    elif file.suffix == ".sh":
+        text = file.read_text()
+        # The token exists before the first `ray start`, which does not create one.
+        assert "export RAY_AUTH_MODE=token" in text
+        assert 0 < text.index('> "$RAY_AUTH_TOKEN_PATH"') < text.index("ray start")
+    else:
+        assert "import_path" in yaml.safe_load(file.read_text())["applications"][0], f"{file.name}: what starts Ray?"
+        assert "RAY_AUTH_MODE=token" in file.read_text()
+
+
+@pytest.mark.parametrize("name", ["raycluster.yaml", "rayjob.yaml"])
+def test_all_pods_of_training_share_model_cache_runs_and_secrets(name: str) -> None:
+    environments = []
+    for pod, container in list_containers(list_clusters()[name]):
+        mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+        volumes = {volume["name"]: volume for volume in pod["volumes"]}
+        shared = [mounts[volume] for volume, value in volumes.items() if "persistentVolumeClaim" in value]
+        environment = {entry["name"]: entry for entry in container["env"]}
+        for variable in ("RLUF_RUNS", "RLUF_CACHE", "HF_HOME"):
+            assert any(environment[variable]["value"].startswith(f"{path}/") for path in shared), variable
+        assert all(environment[key]["valueFrom"]["secretKeyRef"]["optional"] for key in ("HF_TOKEN", "WANDB_API_KEY"))
+        (memory,) = (volume["emptyDir"] for volume in volumes.values() if "emptyDir" in volume)
+        assert mounts["memory"] == "/dev/shm" and memory["medium"] == "Memory"
+        # Pages of a memory volume count towards the container's limit.
+        limits = container["resources"]["limits"]
+        assert 2 * int(memory["sizeLimit"].removesuffix("Gi")) < int(limits["memory"].removesuffix("Gi"))
+        assert container["resources"]["requests"] == limits and pod["securityContext"]["fsGroup"] == 1000
+        environments.append(container["env"])
+    assert all(environment == environments[0] for environment in environments)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*gpu.yaml")), ids=lambda path: path.name)
+def test_gpu_configs_wait_for_nodes_that_join_later(path: Path) -> None:
+    """Worker pods and Slurm nodes join after the job has started."""
+    assert load_settings(path).settings.timeouts.autoscale_s >= 600
 
 
 def test_slurm_script_is_bash_and_requests_what_its_config_needs() -> None:
@@ -162,6 +251,85 @@ def test_slurm_script_is_bash_and_requests_what_its_config_needs() -> None:
     node_count = int(options["nodes"])
     resource_plan = plan_resources(load_settings(ROOT / "configs" / "llama3-70b-64gpu.yaml").settings)
     check_plan(resource_plan, {kind: amount * node_count for kind, amount in node.items()}, [node] * node_count)
+
+
+SRUN = """#!/usr/bin/env bash
+echo "srun $*" >> "$CALLS"
+for argument in "$@"; do case $argument in --nodelist=*) export NODE="${argument#*=}" ;; esac; done
+while [[ "$1" == --* ]]; do shift; done
+exec "$@"
+"""
+STAND_INS = {
+    "srun": SRUN,
+    "scontrol": '#!/usr/bin/env bash\n[ "$1 $2" = "show hostnames" ] && printf "n1\\nn2\\nn3\\n"\n',
+    "ip": "#!/usr/bin/env bash\necho '192.0.2.1 via 10.0.0.1 dev eth0 src 10.0.0.7 uid 0'\n",
+    "nvidia-smi": "#!/usr/bin/env bash\nexit 9\n",
+    "ray": """#!/usr/bin/env bash
+[ -s "$RAY_AUTH_TOKEN_PATH" ] || { echo "no authentication token" >&2; exit 1; }
+echo "ray $NODE cpus=$SRUN_CPUS_PER_TASK mode=$RAY_AUTH_MODE hf=$HF_HOME: $*" >> "$CALLS"
+""",
+    "python": """#!/usr/bin/env bash
+[ "$1" = -c ] && exec "$REAL_PYTHON" "$@"
+sleep 0.3
+echo "python $RAY_ADDRESS: $*" >> "$CALLS"
+exit 7
+""",
+}
+
+
+def run_slurm_script(folder: Path, *arguments: str, **variables: str) -> tuple[int, list[str]]:
+    """Run slurm.sh in an empty folder and home with stand-ins of Slurm's commands; exit code and recorded calls."""
+    binaries = folder / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    for name, script in STAND_INS.items():
+        (binaries / name).write_text(script)
+        (binaries / name).chmod(0o755)
+    (folder / "home").mkdir()
+    environment = {
+        "PATH": os.environ["PATH"], "HOME": str(folder / "home"), "CALLS": str(folder / "calls"),
+        "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_CPUS_PER_TASK": "64", "SLURM_GPUS_ON_NODE": "4",
+        "REAL_PYTHON": sys.executable, **variables,
+    }  # fmt: skip
+    process = subprocess.run(
+        ["bash", str(LAUNCH / "slurm.sh"), *arguments], cwd=folder, env=environment, capture_output=True, timeout=60
+    )
+    return process.returncode, (folder / "calls").read_text().splitlines()
+
+
+def test_slurm_script_runs_from_a_fresh_checkout_and_an_empty_home(tmp_path: Path) -> None:
+    code, calls = run_slurm_script(tmp_path, "--config", "configs/llama3-70b-64gpu.yaml")
+    assert code == 7  # that of the run
+    ray_calls = [call for call in calls if call.startswith("ray ")]
+    starts = {call.split()[1]: shlex.split(call.partition(": ")[2]) for call in ray_calls if ": start" in call}
+    assert starts.keys() == {"n1", "n2", "n3"}
+    assert {"--head", "--node-ip-address=10.0.0.7", "--port=6379", "--num-cpus=64", "--num-gpus=4"} <= {*starts["n1"]}
+    assert all({"--address=10.0.0.7:6379", "--num-gpus=4"} <= {*starts[node]} for node in ("n2", "n3"))
+    assert all(f"cpus=64 mode=token hf={tmp_path}/cache/hf" in call for call in ray_calls)
+    assert "python 10.0.0.7:6379: -m rluf.train --config configs/llama3-70b-64gpu.yaml --resume" in calls
+    token_file = tmp_path / "runs" / ".ray-auth-token"
+    token = token_file.read_text().strip()
+    assert len(token) == 64 and token_file.stat().st_mode & 0o077 == 0
+    assert not any(token in call for call in calls)
+
+
+def test_slurm_script_keeps_paths_that_the_user_set(tmp_path: Path) -> None:
+    token_file = tmp_path / "token"
+    token_file.write_text("a" * 64)
+    paths = {name: str(tmp_path / name) for name in ("RLUF_RUNS", "RLUF_CACHE", "HF_HOME")}
+    _, calls = run_slurm_script(tmp_path, RAY_AUTH_TOKEN_PATH=str(token_file), **paths)
+    assert any(f"hf={tmp_path}/HF_HOME" in call for call in calls)
+    assert token_file.read_text() == "a" * 64 and not (tmp_path / "runs").exists()
+
+
+def test_ray_accepts_the_options_of_the_slurm_script() -> None:
+    from ray.scripts.scripts import start
+
+    script = (LAUNCH / "slurm.sh").read_text().replace("\\\n", " ")
+    commands = [line.partition("ray start ")[2].rstrip(" &") for line in script.splitlines() if " ray start " in line]
+    assert len(commands) == 2
+    for command in commands:
+        start.make_context("start", [word.replace("$cpus", "1").replace("$gpus", "1").replace("${address##*:}", "1")
+                                     for word in shlex.split(command)])  # fmt: skip
 
 
 @pytest.mark.parametrize("file", sorted(LAUNCH.iterdir()), ids=lambda file: file.name)

@@ -41,12 +41,24 @@ def test_environment_of_each_role() -> None:
         assert (environment["OMP_NUM_THREADS"], environment["KMP_BLOCKTIME"]) == ("3", "0")
         assert environment["OMP_WAIT_POLICY"] == "PASSIVE"
     assert rollout["VLLM_CPU_OMP_THREADS_BIND"] == "nobind"
-    assert learner["DS_ACCELERATOR"] == "cpu"
-    assert "DS_ACCELERATOR" not in reward
     assert "VLLM_CPU_KVCACHE_SPACE" not in rollout
     on_gpu = make_settings("cluster.gpus_per_engine=1", "cluster.gpus_per_learner=1")
     assert "VLLM_CPU_OMP_THREADS_BIND" not in actor_environment(on_gpu, "rollout")
-    assert "DS_ACCELERATOR" not in actor_environment(on_gpu, "learner")
+
+
+@pytest.mark.parametrize("role", ["rollout", "learner", "reward"])
+@pytest.mark.parametrize("gpus", [0, 0.25, 0.5, 1])
+def test_only_actors_with_gpus_see_them_and_only_their_own(role: str, gpus: float) -> None:
+    setting = {"rollout": "gpus_per_engine", "learner": "gpus_per_learner", "reward": "gpus_per_reward"}[role]
+    settings = Settings()
+    settings = settings.model_copy(update={"cluster": settings.cluster.model_copy(update={setting: gpus})})
+    environment = actor_environment(settings, role)
+    if gpus == 0:
+        assert (environment["CUDA_VISIBLE_DEVICES"], environment["DS_ACCELERATOR"]) == ("", "cpu")
+    else:
+        assert "CUDA_VISIBLE_DEVICES" not in environment and "DS_ACCELERATOR" not in environment
+        # Where a cluster tells Ray not to assign GPUs, every rank of a node would take cuda:0.
+        assert environment["RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES"] == "0"
 
 
 def test_threads_share_the_cores_among_learner_ranks() -> None:
@@ -79,6 +91,39 @@ async def test_groups_without_resources_are_named(local_ray: None) -> None:
             await groups.wait_until_ready(2.0)
     finally:
         groups.release()
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_ray_shows_each_actor_its_own_gpus_whatever_the_cluster_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Declared GPUs, and the variable that verl's clusters often set for every process."""
+    import ray
+
+    monkeypatch.setenv("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", "1")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    ray.init(num_cpus=8, num_gpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
+
+    class DeviceReporter:
+        def visible_devices(self) -> str:
+            return os.environ.get("CUDA_VISIBLE_DEVICES", "unset")
+
+    def start_reporters(role: str, count: int, *overrides: str) -> list[str]:
+        options = actor_options(make_settings(*overrides), role)
+        actors = [ray.remote(DeviceReporter).options(**options).remote() for _ in range(count)]
+        reported: list[str] = ray.get([actor.visible_devices.remote() for actor in actors], timeout=60)
+        for actor in actors:
+            ray.kill(actor)
+        return reported
+
+    try:
+        for role in ("rollout", "learner", "reward"):
+            assert start_reporters(role, 1) == [""]
+        assert sorted(start_reporters("learner", 2, "cluster.gpus_per_learner=1")) == ["0", "1"]
+        (engine_devices,) = start_reporters("rollout", 1, "cluster.gpus_per_engine=2")
+        assert len(engine_devices.split(",")) == 2
+        assert len(start_reporters("reward", 1, "cluster.gpus_per_reward=0.5")[0].split(",")) == 1
+    finally:
+        ray.shutdown()
 
 
 @pytest.mark.nightly

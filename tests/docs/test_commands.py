@@ -48,6 +48,7 @@ TEST_BY_COMMAND = (
     (r"make format", ".ci/run"),  # make check runs the same two programs, without writing
     (r"make bench\b", "tests/docs/test_docs.py::test_a_command_parses"),
     (r"source \.venv/bin/activate|export ", JOB_TEST),
+    (r"ray get-auth-token --generate", JOB_TEST),
     (r"ray start --head", JOB_TEST),
     (r"ray job submit .*-\d+gpu\.yaml", "not run: needs GPUs"),
     (r"ray job submit .*configs/(tiny|human)\.yaml", f"{JOB_TEST}::test_a_submitted_job_writes_a_complete_run_folder"),

@@ -28,7 +28,9 @@ CASES = [
     pytest.param(["data.feedback=nowhere.jsonl"], 3, "error: data.feedback: no such file: 'nowhere.jsonl'", id="log"),
     pytest.param(["data.feedback={reader: convai, path: x.jsonl}"], 3, "did you mean convai2", id="reader"),
     pytest.param(["model.path=./nowhere"], 4, "error: model './nowhere' is neither", id="model"),
-    pytest.param(["objectives.love.path=nowhere"], 4, "objectives.love.path=nowhere has no config.json", id="reward"),
+    pytest.param(
+        ["objectives.love.path=nowhere"], 4, "objectives.love.path=nowhere: model 'nowhere' is neither", id="reward"
+    ),
     pytest.param(["algorithm.stepz=3"], 2, "algorithm.steps", id="key"),
     pytest.param(["algorithm.steps=many"], 2, "algorithm.steps", id="value"),
     pytest.param(["--config", "nowhere.yaml"], 2, "nowhere.yaml", id="config"),

@@ -71,9 +71,13 @@ def job_env(tmp_path_factory: pytest.TempPathFactory) -> JobEnvironment:
         "RLUF_RUNS": str(base / "runs"),
         "RLUF_CACHE": str(base / "cache"),
         "RAY_AUTH_MODE": "token",
+        "HOME": str(base / "home"),
         **SECRETS,
     }
     env.pop("RAY_ADDRESS", None)
+    # An empty home, as on a machine where Ray never ran: `ray start` finds no token there and creates none.
+    (base / "home").mkdir()
+    subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=env, check=True, capture_output=True, timeout=60)
     return JobEnvironment(base / "runs", env)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rluf.config.settings import Settings
 from rluf.errors import DataError
-from rluf.evaluate.compare import compare_policies, format_verdict_lines
+from rluf.evaluate.compare import compare_policies, describe_next_step, format_verdict_lines
 from rluf.report.presentation import pair_responses
 from rluf.tracking.run_files import read_answers, write_answers
 from rluf.types import ANSWERS_FILE, Message, PolicyAnswer, TrainResult
@@ -101,4 +102,23 @@ def test_verdict_lines_show_lift_interval_controls_and_reasons() -> None:
     )
     assert lines[1].endswith("lift undefined")
     assert lines[2] == f"{title}: love undefined"
-    assert lines[-1] == "gates: verdict=undecided; safety undecided: needs about 40 more prompts"
+    assert lines[3] == "phases: train 13 s"
+    assert lines[-1] == (
+        "gates: verdict=undecided; safety undecided: needs about 40 more prompts; next: compare on more prompts "
+        "(evaluate.prompts, data.prompts) with python -m rluf.evaluate"
+    )
+
+
+@pytest.mark.parametrize(
+    ("gates", "next_step"),
+    [
+        ({"verdict": "pass"}, "test the policy on real users"),
+        ({"verdict": "fail", "alarm_labels": ["Farewells"]}, "lower objectives.love.weight"),
+        ({"verdict": "fail", "checks": [{"name": "love", "status": "fail"}]}, "train longer"),
+        ({"verdict": "fail", "checks": [{"name": "warmth", "status": "fail"}]}, "raise objectives.warmth.weight"),
+        ({"verdict": "undecided", "reasons": ["12% are cut at the token limit"]}, "raise rollout.max_response_tokens"),
+        ({"verdict": "undecided", "checks": [{"name": "love", "status": "undecided"}]}, "compare on more prompts"),
+    ],
+)
+def test_every_verdict_has_a_next_step(gates: dict[str, Any], next_step: str) -> None:
+    assert next_step in describe_next_step({"reasons": [], **gates})

@@ -21,6 +21,18 @@ from rluf.reward.backbone import load_classifier
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.parametrize("package", ["rluf", "actors", "cluster"])
+def test_no_process_chooses_a_gpu_because_it_sees_one(package: str) -> None:
+    """Devices follow from the settings: an actor that reserved none may run on a node that has some."""
+    calls = [
+        f"{file}:{number}"
+        for file in sorted((ROOT / package).rglob("*.py"))
+        for number, line in enumerate(file.read_text("utf-8").splitlines(), 1)
+        if re.search(r"(cuda|accelerator)\.(is_available|device_count)", line)
+    ]
+    assert not calls, f"pass the device instead: {calls}"
+
+
 class Payload:
     """Writes `marker_file` when it is unpickled."""
 

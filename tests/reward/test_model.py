@@ -76,7 +76,12 @@ def test_values_are_calibrated_and_raw_logits_are_not(cache: Path, tmp_path: Pat
 def test_invalid_folders_are_model_errors_that_name_the_cause(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"config\.json"):
         RewardModel.load(tmp_path / "nowhere", batch_tokens=512)
+    damaged = write_checkpoint("tiny-encoder", cache, tmp_path / "damaged", Calibration())
+    (damaged / "calibration.json").unlink()
+    (damaged / "reward_card.json").write_text("{}")
     with pytest.raises(ModelError, match=r"calibration\.json"):
+        RewardModel.load(damaged, batch_tokens=512)
+    with pytest.raises(ModelError, match="lacks the weights classifier"):
         RewardModel.load(resolve_model("tiny-encoder", cache), batch_tokens=512)
     path = write_checkpoint("tiny-encoder", cache, tmp_path / "m", Calibration(max_tokens=64))
     (path / "model.safetensors").write_bytes(b"not weights")

@@ -36,6 +36,23 @@ def test_progress_logs_plain_lines(caplog: pytest.LogCaptureFixture) -> None:
     assert caplog.messages == ["train: 3/3 step in 0 s  love 0.06123  step 2"]
 
 
+def test_progress_lines_estimate_the_remaining_time(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = 0.0
+    monkeypatch.setattr("rluf.tracking.console.time.monotonic", lambda: seconds)
+    with (
+        caplog.at_level(logging.INFO),
+        PhaseProgress("train", total=10, log_every_step=True, done_count=4) as progress,
+    ):
+        for _ in range(6):
+            seconds += 30.0
+            progress.advance()
+    texts = [message.split("  ")[0] for message in caplog.messages]
+    assert texts[0] == "train: 5/10 step in 30 s, about 2 min left"
+    assert texts[-2:] == ["train: 9/10 step in 150 s, about 30 s left", "train: 10/10 step in 180 s"]
+
+
 TERMINAL_PROGRAM = """
 import logging, pathlib, sys
 from rluf.tracking.console import PhaseProgress, setup_logging

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 from rluf.errors import RlufError
 from rluf.tracking.timeline import (
     STEPS_ROW,
+    PhaseTimer,
     RunTimeline,
     TimelineSpan,
     TorchProfiler,
@@ -95,3 +97,25 @@ def test_the_profiler_writes_a_trace(tmp_path: Path) -> None:
     profiler.stop(tmp_path / "profile" / "learner-0.json.gz")
     trace = json.loads(gzip.decompress((tmp_path / "profile" / "learner-0.json.gz").read_bytes()))
     assert any(event.get("name") == "aten::matmul" for event in trace["traceEvents"])
+
+
+def test_seconds_add_up_over_attempts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = 0.0
+    monkeypatch.setattr("rluf.tracking.timeline.time.monotonic", lambda: seconds)
+
+    def run_attempt(phase_seconds: dict[str, float], *, fails: bool) -> dict[str, float]:
+        nonlocal seconds
+        timer = PhaseTimer()
+        with suppress(KeyboardInterrupt), timer.add_up_attempts(tmp_path / "phases.json"):
+            timer.add_seconds(phase_seconds)
+            seconds += 1 + sum(phase_seconds.values())
+            if fails:
+                raise KeyboardInterrupt
+        return timer.as_dict()
+
+    run_attempt({"prepare": 2.0, "train": 40.0}, fails=True)
+    total = run_attempt({"train": 10.0, "compare": 3.0}, fails=False)
+    assert total == {"prepare": 2.0, "train": 50.0, "compare": 3.0, "total": 57.0}
+    assert list(total)[-1] == "total"
+    (tmp_path / "phases.json").write_text("[1]")
+    assert run_attempt({"train": 1.0}, fails=False)["total"] == 2.0

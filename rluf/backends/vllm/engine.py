@@ -318,7 +318,12 @@ class RolloutEngine:
         from vllm.config.weight_transfer import WeightTransferConfig
         from vllm.engine.arg_utils import AsyncEngineArgs
 
-        from rluf.backends.vllm.worker import BACKEND_PREFIX, RlufUniProcExecutor, RlufWorkerExtension
+        from rluf.backends.vllm.worker import (
+            BACKEND_PREFIX,
+            RlufMultiprocExecutor,
+            RlufUniProcExecutor,
+            RlufWorkerExtension,
+        )
 
         rollout, on_gpu = self.settings.rollout, self.settings.cluster.gpus_per_engine > 0
         # One more, since compute_logprobs samples a token after the longest prompt and response.
@@ -363,7 +368,9 @@ class RolloutEngine:
             # Logprobs of the distribution that was sampled from: after the temperature.
             logprobs_mode="processed_logprobs",
             tensor_parallel_size=self.settings.tensor_parallel,
-            distributed_executor_backend=RlufUniProcExecutor if self.settings.tensor_parallel == 1 else "mp",
+            distributed_executor_backend=RlufUniProcExecutor
+            if self.settings.tensor_parallel == 1
+            else RlufMultiprocExecutor,
             worker_extension_cls=f"{RlufWorkerExtension.__module__}.{RlufWorkerExtension.__qualname__}",
             enable_sleep_mode=self.settings.is_colocated,
             seed=self.settings.seed,

@@ -1,15 +1,11 @@
 """rluf's code inside vLLM's own processes: receive and check weights, and exit with the process that started them.
 
 vLLM imports this module in its engine core (as the executor class) and in each worker (as the worker extension). The
-import registers the weight-transfer engines and starts the watch of the parent process, so no installed entry point is
-needed.
+import registers the weight-transfer engines, so no installed entry point is needed.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +19,13 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.v1.executor.multiproc_executor import MultiprocExecutor
 from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
 from rluf.backends.weight_transfer import RECEIVED_TRANSPORTS, create_weight_receiver
 from rluf.backends.weight_transfer.base import WeightManifest, WeightReceiver
 from rluf.errors import RlufError
+from rluf.utils.parent_watch import exit_with_parent
 
 BACKEND_PREFIX = "rluf_"
 """Prefix of a transport's name in vLLM's registry of weight-transfer engines, which has an "nccl" of its own."""
@@ -36,9 +34,24 @@ BACKEND_PREFIX = "rluf_"
 class RlufUniProcExecutor(UniProcExecutor):
     """vLLM's single-process executor: the model runs in the engine core itself.
 
-    A subclass for two reasons. Passing it makes the core import this module first, so that the watch of the parent runs
-    before the model is loaded; and vLLM's CPU build would turn the name "uni" into a second process.
+    A subclass for two reasons: the core exits with its parent, and vLLM's CPU build would turn the name "uni" into a
+    second process.
     """
+
+    def _init_executor(self) -> None:
+        exit_with_parent()
+        super()._init_executor()
+
+
+class RlufMultiprocExecutor(MultiprocExecutor):
+    """vLLM's executor of one process per GPU of an engine, in a core that exits with its parent.
+
+    Each worker exits with the core: vLLM's worker reads a pipe that the core holds open.
+    """
+
+    def _init_executor(self) -> None:
+        exit_with_parent()
+        super()._init_executor()
 
 
 class RlufWorkerExtension:
@@ -133,26 +146,8 @@ def _discard_weights(weights: Iterable[tuple[str, torch.Tensor]]) -> None:
         pass
 
 
-def _exit_with_parent() -> None:
-    """Exit this process as soon as the one that started it is gone, even by SIGKILL.
-
-    The multiprocessing parent has the writing end of a pipe open for its lifetime; the kernel closes it when it dies.
-    PR_SET_PDEATHSIG does not fit: it fires when the starting *thread* ends, and misses a parent that died before.
-    """
-    parent = multiprocessing.parent_process()
-    if parent is None or any(thread.name == "rluf-exit-with-parent" for thread in threading.enumerate()):
-        return
-
-    def exit_after_parent() -> None:
-        parent.join()
-        # Not sys.exit: it would end this thread only, and cleanup may wait for a parent that is gone.
-        os._exit(1)
-
-    threading.Thread(target=exit_after_parent, name="rluf-exit-with-parent", daemon=True).start()
-
-
 # These side effects of the import are intended: vLLM's engine core imports this module first, before the model is
-# loaded, and each worker before it creates its weight-transfer engine.
+# loaded, and each worker before it creates its weight-transfer engine. In the core, the watch does nothing yet.
 for _transport in RECEIVED_TRANSPORTS:
     WeightTransferEngineFactory.register_engine(f"{BACKEND_PREFIX}{_transport}", CheckedTransferEngine)
-_exit_with_parent()
+exit_with_parent()

@@ -1,0 +1,179 @@
+"""Two learner ranks on gloo at every ZeRO stage: steps equal those of one rank, and a resumed run those of another."""
+
+from __future__ import annotations
+
+import json
+import random
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from actors.learner import LearnerActor
+from rluf.algorithms.advantages import AdvantageInputs
+from rluf.algorithms.packing import plan_micro_batches
+from rluf.algorithms.registry import build_learner_inputs
+from rluf.backends.deepspeed import gather_lora_matrices, gather_parameters
+from rluf.config.settings import Settings
+from rluf.models.hub import resolve_model
+from rluf.types import Group, Prompt, Sample
+
+STEPS = 3
+PLAIN: dict[str, Any] = {}
+CHECKPOINTED = {"learner": {"gradient_checkpointing": True}}
+LORA = {"learner": {"lora_rank": 2, "learning_rate": 1e-2}}
+CRITIC = {"algorithm": {"name": "ppo"}}
+BFLOAT16 = {"model": {"dtype": "bfloat16"}}
+QUICK_CASES = [(3, CHECKPOINTED)]
+ALL_CASES = [(stage, options) for stage in (1, 2, 3) for options in (PLAIN, CHECKPOINTED, LORA, CRITIC, BFLOAT16)]
+
+
+def make_settings(options: dict[str, Any], *, zero_stage: int, workers: int) -> Settings:
+    learner = {"workers": workers, "zero_stage": zero_stage, "learning_rate": 1e-3, "warmup_steps": 2}
+    return Settings.model_validate(
+        {
+            "model": {"dtype": "float32", **options.get("model", {})},
+            "learner": {**learner, **options.get("learner", {})},
+            "algorithm": {"micro_batch_tokens": 64, "kl_coef": 0.05, **options.get("algorithm", {})},
+            "rollout": {"max_prompt_tokens": 16, "max_response_tokens": 16},
+            "timeouts": {"call_s": 60.0},
+        }
+    )
+
+
+def make_groups(seed: int) -> list[Group]:
+    generator = random.Random(seed)
+
+    def random_ids(length: int) -> tuple[int, ...]:
+        return tuple(generator.randrange(3, 250) for _ in range(length))
+
+    groups = []
+    for index in range(5):
+        prompt_ids = random_ids(generator.randrange(4, 12))
+        lengths = [generator.randrange(1, 12) for _ in range(4)]
+        samples = tuple(
+            Sample(str(index), prompt_ids, random_ids(length), (-5.5,) * length, ((0, 0),), "stop", "")
+            for length in lengths
+        )
+        groups.append(Group(Prompt(str(index), (), prompt_ids, "", "train"), samples, 0))
+    return groups
+
+
+def run_steps(learner: LearnerActor, steps: range) -> list[dict[str, float]]:
+    algorithm, metrics = learner.settings.algorithm, []
+    for step in steps:
+        groups = make_groups(step)
+        lengths = [[len(sample.response_ids) for sample in group.samples] for group in groups]
+        rewards = [[float((index + sample) % 3) for sample in range(4)] for index in range(5)]
+        plan = plan_micro_batches(
+            [len(group.prompt.token_ids) for group in groups], lengths, world_size=learner.world_size, token_budget=64
+        )
+        learner_inputs = build_learner_inputs(
+            algorithm, AdvantageInputs(rewards, response_lengths=lengths), max_response_tokens=16, kl_coef=0.05
+        )
+        if step == 0 and not learner_inputs.uses_critic:
+            learner.measure_reference_kl(groups, plan[learner.rank])
+        metrics.append(learner.train_step(groups, learner_inputs, plan[learner.rank], step))
+    return metrics
+
+
+def copy_weights(learner: LearnerActor) -> dict[str, torch.Tensor]:
+    weights = {name: tensor.clone() for bucket in gather_parameters(learner.engine, 1 << 16) for name, tensor in bucket}
+    if learner.settings.learner.lora_rank:
+        weights |= {name: tensor.clone() for bucket in gather_lora_matrices(learner.engine) for name, tensor in bucket}
+    return weights
+
+
+class CheckpointState:
+    """What LearnerActor reads of a checkpoint's driver state."""
+
+
+def run_case(
+    rank: int, world_size: int, port: int, settings: Settings, model_path: str, folder: Path
+) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
+    """Metrics of STEPS steps and the weights after them; with two ranks the last step is repeated after a resume."""
+    torch.manual_seed(rank)  # adapters start at random; DeepSpeed broadcasts those of rank 0
+    learner = LearnerActor(rank, world_size, settings.model_dump_json(), model_path)
+    learner.setup("127.0.0.1", port)
+    metrics = run_steps(learner, range(STEPS - 1))
+    if world_size > 1:
+        learner.save_policy(str(folder / "policy"))
+        state = learner.save_optimizer_state(str(folder))
+        (folder / f"rank{rank}.json").write_text(json.dumps(state))
+    metrics += run_steps(learner, range(STEPS - 1, STEPS))
+    weights = copy_weights(learner)
+    logprobs = learner.probe_logprobs([5, 6, 7], [[8, 9, 10], [11]])
+    weights["probe"] = torch.tensor([value for row in logprobs for value in row])
+    learner.shutdown()
+    if world_size > 1:
+        check_resume(rank, world_size, port + 1, settings, model_path, folder, weights)
+    return metrics, weights
+
+
+def check_resume(
+    rank: int, world_size: int, port: int, settings: Settings, model_path: str, folder: Path, expected: Any
+) -> None:
+    """The last step of a resumed run gives bit-identical weights."""
+    from rluf.checkpoint.format import RunCheckpoint
+
+    states = [json.loads((folder / f"rank{index}.json").read_text()) for index in range(world_size)]
+    state = CheckpointState()
+    state.lr_schedules = states  # type: ignore[attr-defined]
+    RunCheckpoint.read_state = lambda self: state  # type: ignore[method-assign,assignment]
+    learner = LearnerActor(rank, world_size, settings.model_dump_json(), model_path, str(folder))
+    learner.setup("127.0.0.1", port)
+    run_steps(learner, range(STEPS - 1, STEPS))
+    weights = copy_weights(learner)
+    for name, tensor in weights.items():
+        assert torch.equal(tensor, expected[name]), name
+    learner.shutdown()
+
+
+def run_rank(rank: int, port: int, cases: list[tuple[int, dict[str, Any]]], model_path: str, folder: str) -> None:
+    torch.set_num_threads(1)
+    # A machine with a GPU, which a learner on the CPU must not touch: moving anything there would fail.
+    torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+    for index, (stage, options) in enumerate(cases):
+        case_folder = Path(folder) / str(index)
+        case_folder.mkdir(exist_ok=True)
+        settings = make_settings(options, zero_stage=stage, workers=2)
+        metrics, weights = run_case(rank, 2, port + 3 * index, settings, model_path, case_folder)
+        if rank > 0:
+            continue
+        single = make_settings(options, zero_stage=0 if "model" not in options else 1, workers=1)
+        expected_metrics, expected_weights = run_case(0, 1, port + 3 * index + 2, single, model_path, case_folder)
+        tolerance = 1e-5 if "model" not in options else 2e-2
+        name = f"ZeRO {stage}, {options}"
+        for step, (actual, expected) in enumerate(zip(metrics, expected_metrics, strict=True)):
+            for key in ("loss", "grad_norm", "kl", "entropy"):
+                assert actual[key] == pytest.approx(expected[key], rel=tolerance, abs=tolerance), (name, step, key)
+        assert weights.keys() == expected_weights.keys(), name
+        gaps = {key: float((weights[key].float() - expected_weights[key].float()).abs().max()) for key in weights}
+        assert max(gaps.values()) < 10 * tolerance, (name, gaps)
+        sys.stderr.write(f"{name}: largest weight gap {max(gaps.values()):.1e}\n")
+
+
+def find_free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def spawn_ranks(cases: list[tuple[int, dict[str, Any]]], tmp_path: Path) -> None:
+    model_path = resolve_model("tiny", tmp_path / "cache")
+    mp.spawn(run_rank, args=(find_free_port(), cases, str(model_path), str(tmp_path)), nprocs=2)
+
+
+@pytest.mark.slow
+def test_two_sharded_ranks_equal_one_rank_and_resume_exactly(tmp_path: Path) -> None:
+    spawn_ranks(QUICK_CASES, tmp_path)
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_every_stage_and_option_on_two_ranks(tmp_path: Path) -> None:
+    spawn_ranks(ALL_CASES, tmp_path)

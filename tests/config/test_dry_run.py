@@ -1,0 +1,71 @@
+"""--dry-run refuses what the run would refuse, with the exit code of the run, and needs neither network nor Ray."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rluf.train.__main__ as train_command
+
+SHIPPED_CONFIGS = sorted(Path(__file__).parents[2].glob("configs/*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("override", "exit_code", "message"),
+    [
+        ("model.path=./missing", 4, "'./missing' is neither"),
+        ("model.path=/missing/qwen-7b", 4, "neither"),
+        ("objectives.helpfulness.path=./missing", 4, "objectives.helpfulness.path=./missing"),
+        ("data.prompts=missing.jsonl", 3, "missing.jsonl"),
+        ("data.feedback={reader: nosuch, path: x.jsonl}", 3, "nosuch"),
+        ("evaluate.monitors=[nowhere:shout]", 2, "nowhere"),
+        ("tracking.trackers=[nowhere:create]", 2, "nowhere"),
+        ("aggregation.gate_judges=[nosuch]", 2, "nosuch"),
+        ("algorithm.name=nowhere:BEST", 2, "nowhere"),
+        ("run.root=/dev/null/runs", 5, "/dev/null/runs"),
+    ],
+)
+def test_dry_run_refuses_what_the_run_would_refuse(
+    override: str, exit_code: int, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    root = [] if override.startswith("run.root") else [f"run.root={tmp_path}"]
+    with pytest.raises(SystemExit) as caught:
+        train_command.main(["--dry-run", override, *root])
+    output = capsys.readouterr()
+    assert caught.value.code == exit_code
+    assert message in output.err
+    assert len(output.err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("config", SHIPPED_CONFIGS, ids=lambda path: path.name)
+def test_the_shipped_configs_pass_the_dry_run(
+    config: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("RLUF_DATA", str(tmp_path))
+    for file in re.findall(r"RLUF_DATA:-[^}]*}/([^\s\"]+)", config.read_text()):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    with pytest.raises(SystemExit) as caught:
+        train_command.main(["--dry-run", "--config", str(config), f"run.root={tmp_path}", f"run.cache={tmp_path}"])
+    assert caught.value.code == 0, capsys.readouterr().err
+
+
+def test_a_hub_id_is_not_downloaded_by_the_dry_run(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "rluf.train",
+        "--dry-run",
+        "objectives.love.path=owner/model",
+        f"run.root={tmp_path}",
+    ]
+    completed = subprocess.run(
+        command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=60
+    )
+    assert completed.returncode == 0, completed.stderr
