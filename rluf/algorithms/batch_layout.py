@@ -9,9 +9,12 @@ the same log-probabilities and gradients packed, in rows, and one sample at a ti
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import logging
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,9 +30,13 @@ from rluf.algorithms.policy_model import (
 )
 from rluf.errors import ModelError
 from rluf.types import Group, Prompt, Sample
+from rluf.utils.files import write_json
+from rluf.utils.paths import resolve_cache_folder
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
+
+    from rluf.config.settings import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -65,24 +72,47 @@ class LayoutTrial:
     gradient_cosine: float
 
 
-def choose_batch_layout(model_folder: Path, max_row_tokens: int, *, trust_remote_code: bool = False) -> LayoutTrial:
-    """Layout for the model of a Hugging Face folder and rows of up to `max_row_tokens` tokens (prompt and response).
+def choose_batch_layout(settings: Settings, model_folder: Path) -> LayoutTrial:
+    """Layout for the policy at `model_folder` and rows of the longest prompt and response.
 
-    Raises ModelError if the config cannot be read, or if even one sample per row is not exact.
+    The result is stored under run.cache. Raises ModelError if the config cannot be read, or if the algorithm needs a
+    packed batch and the model does not support it.
     """
+    config = read_model_config(model_folder, settings.model.trust_remote_code)
+    max_row_tokens = settings.rollout.max_prompt_tokens + settings.rollout.max_response_tokens
+    config_text = (model_folder / "config.json").read_text(encoding="utf-8")
+    key = f"{version('transformers')} {version('torch')} {max_row_tokens} {config_text}"
+    folder = resolve_cache_folder(settings) / "batch-layouts"
+    file = folder / f"{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.json"
+    if file.is_file():
+        trial = LayoutTrial(**json.loads(file.read_text(encoding="utf-8")))
+    else:
+        trial = try_layouts(config, max_row_tokens, trust_remote_code=settings.model.trust_remote_code)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(file, asdict(trial))
+    if trial.layout == "rows" and settings.algorithm.name == "ppo":
+        raise ModelError(
+            f"the critic of algorithm.name=ppo reads packed batches only, which {config.model_type} models do not "
+            f"support ({trial.reason}); choose another algorithm or model.path"
+        )
+    return trial
+
+
+def read_model_config(model_folder: Path, trust_remote_code: bool) -> PretrainedConfig:
+    """The transformers config of a model folder. Raises ModelError if transformers cannot read it."""
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(
+        config: PretrainedConfig = AutoConfig.from_pretrained(
             str(model_folder), trust_remote_code=trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the config of {model_folder} cannot be read: {error}") from error
-    return try_layouts(config, max_row_tokens, trust_remote_code=trust_remote_code)
+    return config
 
 
 def try_layouts(config: PretrainedConfig, max_row_tokens: int, *, trust_remote_code: bool = False) -> LayoutTrial:
-    """Run the trial for a config; see choose_batch_layout. Takes 1 to 8 seconds."""
+    """Run the trial for a config; see choose_batch_layout. Takes 1 to 10 seconds."""
     failure = f"a small {config.model_type} model has more than {MAX_TRIAL_PARAMETERS:,} parameters"
     # Narrow models first; some architectures accept only the widths that they have.
     for is_narrow in (True, False):

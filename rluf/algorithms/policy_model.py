@@ -65,8 +65,8 @@ def compute_packed_attention(
     """
     if sequence_token_index is None or token_output_index is None:
         raise ModelError(
-            "packed attention: expected sequence_token_index and token_output_index, got none; pass the fields of a "
-            "PackedBatch to the model's forward"
+            f"{type(module).__name__} got no sequence_token_index: the model does not pass the fields of a packed "
+            "batch to its attention"
         )
     _reject_unsupported_attention(module, int(sequence_token_index.shape[1]), unused_kwargs)
     head_count, head_size, dtype = query.shape[1], value.shape[3], query.dtype

@@ -31,16 +31,15 @@ def simulate_log(settings: Settings, output_folder: Path) -> dict[str, int]:
 
     No partial log remains on DataError (the folder contains other files), ModelError, ResourceError, DeadlineError.
     """
-    from rluf.models.hub import resolve_model
+    from rluf.models.hub import resolve_policy
     from rluf.simulate.log import build_log, build_prompt_rows, check_output_folder, write_log
     from rluf.simulate.prompts import load_prompts
     from rluf.simulate.styles import plan_traffic
-    from rluf.utils.paths import resolve_cache_folder
 
     check_output_folder(output_folder)
     prompts = load_prompts()
     orders = plan_traffic(prompts, settings.simulate.log_rows)
-    model_path = resolve_model(settings.model.path, resolve_cache_folder(settings))
+    model_path = resolve_policy(settings)
     served_responses = asyncio.run(sample_responses(settings, model_path, orders))
     log = build_log(served_responses, settings.simulate, settings.seed) | {"prompts": build_prompt_rows(prompts)}
     write_log(log, output_folder)
@@ -64,7 +63,7 @@ async def sample_responses(
     from rluf.train.actor_supervisor import ActorSupervisor
     from rluf.types import Prompt
 
-    tokenizer = load_tokenizer(model_path)
+    tokenizer = load_tokenizer(model_path, trust_remote_code=settings.model.trust_remote_code)
     prompts: list[Prompt] = []
     for order in orders:
         messages = order.model_version.build_messages(order.prompt)
