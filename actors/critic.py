@@ -67,20 +67,22 @@ class CriticWorker:
         )
 
     def compute_advantages(
-        self, batches: Sequence[tuple[PackedBatch, Tensor]], reward_kl_coef: float
+        self, batches: Sequence[tuple[PackedBatch, Tensor | None]], reward_kl_coef: float
     ) -> list[PackedBatch]:
         """The batches with a whitened advantage per token in place of the rewards; demonstrations keep theirs.
 
-        `batches` come with their reference log-probabilities. `reward_kl_coef` is the coefficient of the KL penalty
-        subtracted from the rewards of each token.
+        `batches` come with their reference log-probabilities, if there is a reference. `reward_kl_coef` is the
+        coefficient of the KL penalty subtracted from the rewards of each token.
         """
         self._return_batches, advantage_batches = [], []
         # Count, sum and sum of squares over the whole step and all ranks; float64, as the sums are over all tokens.
-        moments = torch.zeros(3, dtype=torch.float64, device=batches[0][1].device)
+        moments = torch.zeros(3, dtype=torch.float64, device=batches[0][0].advantages.device)
         for batch, ref_logprobs in batches:
             # Demonstrations were not sampled by an engine: their rollout log-probabilities are NaN.
             is_sampled = ~batch.rollout_logprobs.isnan()
-            token_kl = (batch.rollout_logprobs - ref_logprobs).nan_to_num(0.0)
+            token_kl = torch.zeros_like(batch.rollout_logprobs)
+            if ref_logprobs is not None:
+                token_kl = (batch.rollout_logprobs - ref_logprobs).nan_to_num(0.0)
             with torch.no_grad():
                 values = self._predict_values(batch)
             rewards = build_token_rewards(batch.advantages, token_kl, batch.sequence_index, reward_kl_coef)
@@ -99,21 +101,23 @@ class CriticWorker:
             for batch, is_sampled, advantages in advantage_batches
         ]
 
-    def train_step(self) -> dict[str, float]:
-        """One optimizer step on the last batches; value loss and gradient norm, the same on every rank."""
+    def train_step(self, numbers: Sequence[int]) -> dict[str, float]:
+        """One optimizer step on the batches `numbers` of the last `compute_advantages`.
+
+        Returns value loss and gradient norm, the same on every rank.
+        """
         total_loss = torch.zeros((), dtype=torch.float64, device=self.engine.device)
-        for batch_number, (batch, returns) in enumerate(self._return_batches):
+        for batch_number, (batch, returns) in enumerate(self._return_batches[number] for number in numbers):
             # Default arguments bind this iteration's batch: the closure must not see that of a later one.
             def forward(batch: PackedBatch = batch, returns: Tensor = returns) -> tuple[Tensor, Tensor]:
                 value_loss = compute_value_loss(self._predict_values(batch), returns, batch.loss_weights)
                 # DeepSpeed averages gradients over ranks, but the loss weights are those of a sum over all ranks.
                 return value_loss * self._world_size, value_loss.detach().double()
 
-            is_last = batch_number == len(self._return_batches) - 1
+            is_last = batch_number == len(numbers) - 1
             total_loss += ds.accumulate_gradients(self.engine, forward, is_last=is_last)
         dist.all_reduce(total_loss)
         _, grad_norm = ds.apply_optimizer_step(self.engine)
-        self._return_batches = []
         return {"value_loss": float(total_loss), "critic_grad_norm": grad_norm}
 
     def _predict_values(self, batch: PackedBatch) -> Tensor:

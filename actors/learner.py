@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import resource
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -30,7 +33,7 @@ from rluf.algorithms.losses import (
 )
 from rluf.algorithms.packing import MicroBatch, PackedBatch, list_packed_samples, pack_micro_batch
 from rluf.algorithms.policy_model import compute_response_logprobs, copy_companion_files, load_policy
-from rluf.algorithms.registry import LearnerInputs, find_algorithm
+from rluf.algorithms.registry import LearnerInputs, find_algorithm, requires_reference
 from rluf.backends import deepspeed as ds
 from rluf.backends.colocation import WEIGHTS_TAG
 from rluf.backends.weight_transfer import create_weight_sender
@@ -38,6 +41,7 @@ from rluf.backends.weight_transfer.base import WeightSender
 from rluf.checkpoint.format import POLICY_FOLDER, RunCheckpoint, get_optimizer_state_path
 from rluf.config.settings import Settings
 from rluf.errors import RlufError
+from rluf.models.lora import disable_lora_adapters
 from rluf.tracking.timeline import TorchProfiler
 from rluf.types import Group, Prompt, Sample
 from rluf.utils.files import atomic_folder
@@ -54,6 +58,20 @@ further steps would be skipped too."""
 MAX_NAMED_PROMPTS = 3
 PROBE_TEMPERATURE = 1.0
 """Temperature at which engines report log-probabilities of given tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """A micro-batch of a step: its number, its (group, sample) pairs, and the tensors of its response tokens [K].
+
+    `start_logprobs` are the policy's before the first of several updates, `ref_logprobs` None without a reference.
+    """
+
+    number: int
+    samples: MicroBatch
+    packed: PackedBatch
+    ref_logprobs: Tensor | None
+    start_logprobs: Tensor | None = None
 
 
 class LearnerActor:
@@ -78,6 +96,7 @@ class LearnerActor:
         self.device = torch.device("cuda", 0) if self.settings.cluster.gpus_per_learner > 0 else torch.device("cpu")
         self._engine: DeepSpeedEngine | None = None
         self._reference_model: torch.nn.Module | None = None
+        self._has_reference = False
         self._critic: CriticWorker | None = None
         self._weight_sender: WeightSender | None = None
         self._reference_seconds = 0.0
@@ -111,9 +130,13 @@ class LearnerActor:
             timeout_s=max(self.settings.timeouts.call_s, self.settings.timeouts.actor_start_s),
         )
         dtype = getattr(torch, self.settings.policy_dtype)
+        algorithm = self.settings.algorithm
+        self._has_reference = requires_reference(algorithm)
         is_packed = choose_batch_layout(self.settings, self.base_model_path).layout == "packed"
         with ds.sharded_loading(learner.zero_stage, dtype, self.world_size, self.device):
-            policy, reference = (
+            # With LoRA the policy without its adapters is the reference.
+            has_reference_copy = self._has_reference and not learner.lora_rank
+            policy, *references = (
                 load_policy(
                     self._initial_policy_path if is_policy else self.base_model_path,
                     dtype=dtype,
@@ -122,8 +145,9 @@ class LearnerActor:
                     lora_rank=learner.lora_rank if is_policy else 0,
                     is_packed=is_packed,
                 )
-                for is_policy in (True, False)
+                for is_policy in ((True, False) if has_reference_copy else (True,))
             )
+        decay = learner.learning_rate_decay
         self._engine = ds.init_deepspeed(
             # ZeRO-3 has partitioned the parameters while loading and places the shards itself.
             policy.to(self.device) if learner.zero_stage < 3 else policy,
@@ -134,10 +158,14 @@ class LearnerActor:
             world_size=self.world_size,
             device=self.device,
             offload_optimizer=learner.offload_optimizer,
+            total_steps=None if decay == "none" else algorithm.steps * algorithm.update_count,
+            has_cosine_decay=decay == "cosine",
+            adam_betas=learner.adam_betas,
         )
-        self._reference_model = ds.init_reference_model(
-            reference, zero_stage=learner.zero_stage, dtype=dtype, device=self.device, world_size=self.world_size
-        )
+        for reference in references:
+            self._reference_model = ds.init_reference_model(
+                reference, zero_stage=learner.zero_stage, dtype=dtype, device=self.device, world_size=self.world_size
+            )
         if find_algorithm(self.settings.algorithm.name).uses_critic:
             self._critic = CriticWorker(self.settings, self.base_model_path, self.device, self.world_size)
         if self.checkpoint is not None:
@@ -178,6 +206,8 @@ class LearnerActor:
         for batch_number, micro_batch in enumerate(micro_batches):
             batch = pack_micro_batch(micro_batch, groups_by_index, zeros, zeros).to(self.device)
             ref_logprobs, policy_logprobs = self._compute_ref_logprobs(batch), None
+            if ref_logprobs is None:
+                raise RlufError(f"learner {self.rank} has no reference policy to measure the KL to")
             if use_learner_policy:
                 policy_logprobs = compute_response_logprobs(self.engine, batch, self.settings.rollout.temperature)
             else:
@@ -196,96 +226,143 @@ class LearnerActor:
         learner_inputs: LearnerInputs,
         micro_batches: list[MicroBatch],
         step: int,
+        *,
+        mini_batch_sizes: Sequence[int] = (),
     ) -> dict[str, float]:
-        """One optimizer step over this rank's micro-batches; metrics of the whole step, the same on every rank.
+        """The updates of a step over this rank's micro-batches; their metrics, the same on every rank.
 
-        `groups` and `learner_inputs` are those of the step, `micro_batches` this rank's share of `plan_micro_batches`.
-        An update with a non-finite gradient is skipped and counted; MAX_SKIPPED_IN_A_ROW in a row raise RlufError.
+        `groups` and `learner_inputs` are those of the step, `micro_batches` this rank's share of `plan_micro_batches`,
+        mini-batch after mini-batch, with `mini_batch_sizes` micro-batches each (equal on all ranks; by default a single
+        mini-batch). One optimizer step per mini-batch, algorithm.epochs times. An update with a non-finite gradient is
+        skipped and counted; MAX_SKIPPED_IN_A_ROW in a row raise RlufError.
         """
-        start_time = time.monotonic()
+        start_time, backward_s = time.monotonic(), 0.0
         groups_by_index = _fetch_groups(groups, micro_batches)
         # float64: the sums run over all tokens of a step.
         metric_sums = torch.zeros(len(METRIC_SUM_NAMES), dtype=torch.float64, device=self.device)
         max_ratio = torch.zeros((), dtype=torch.float64, device=self.device)
         self._reference_seconds, self._sample_kl = 0.0, []
-        batch_losses: list[Tensor] = []
-        packed_batches = self._iter_packed_batches(groups_by_index, learner_inputs, micro_batches)
-        for batch_number, (batch, ref_logprobs) in enumerate(packed_batches):
-            sample_indices = list_packed_samples(micro_batches[batch_number], groups_by_index)
-            is_last = batch_number == len(micro_batches) - 1
-            result = self._accumulate_gradient(batch, ref_logprobs, learner_inputs, sample_indices, is_last=is_last)
-            metric_sums += result.metric_sums
-            batch_losses.append(result.metric_sums[0])
-            max_ratio = torch.maximum(max_ratio, result.max_ratio)
-            # The allocator keeps freed activations for reuse within a micro-batch; over several they would add up.
-            release_freed_memory()
+        epochs, sizes = self.settings.algorithm.epochs, list(mini_batch_sizes) or [len(micro_batches)]
+        batches: Iterable[TrainBatch] = self._iter_packed_batches(groups_by_index, learner_inputs, micro_batches)
+        if epochs * len(sizes) > 1:
+            batches = self._add_start_logprobs(list(batches))
+        # Read before the update: the schedule then already points to the next one's rate.
+        learning_rate = ds.get_learning_rate(self.engine)
+        update_metrics: list[dict[str, float]] = []
+        for _ in range(epochs):
+            remaining = iter(batches)
+            for size in sizes:
+                batch_losses: list[Tensor] = []
+                update_start, reference_s = time.monotonic(), self._reference_seconds
+                mini_batch = list(itertools.islice(remaining, size)) if len(sizes) > 1 else remaining
+                numbers = []
+                for number_in_update, train_batch in enumerate(mini_batch):
+                    result = self._accumulate_gradient(
+                        train_batch, learner_inputs, groups_by_index, is_last=number_in_update == size - 1
+                    )
+                    numbers.append(train_batch.number)
+                    metric_sums += result.metric_sums
+                    batch_losses.append(result.metric_sums[0])
+                    max_ratio = torch.maximum(max_ratio, result.max_ratio)
+                    # The allocator keeps freed activations for reuse within a micro-batch; over several they add up.
+                    release_freed_memory()
+                backward_s += time.monotonic() - update_start - (self._reference_seconds - reference_s)
+                bad_prompts = _BadPromptSearch(batch_losses, [micro_batches[n] for n in numbers], groups_by_index)
+                update_metrics.append(self._apply_update(step, bad_prompts, numbers, learner_inputs))
         dist.all_reduce(metric_sums)
         dist.all_reduce(max_ratio, dist.ReduceOp.MAX)
-        # Read before the step: the schedule then already points to the next step's rate.
-        learning_rate, backward_end = ds.get_learning_rate(self.engine), time.monotonic()
-        is_applied, grad_norm = ds.apply_optimizer_step(self.engine)
         end_time = time.monotonic()
-        bad_prompt_ids = [] if is_applied else _find_bad_prompts(batch_losses, micro_batches, groups_by_index)
-        self._count_skipped_update(is_applied, step, float(metric_sums[0]), bad_prompt_ids)
-        critic_metrics = {} if self._critic is None or not learner_inputs.uses_critic else self._critic.train_step()
         return {
-            **compute_loss_metrics(metric_sums, float(max_ratio)),
-            **critic_metrics,
-            "grad_norm": grad_norm,
+            **compute_loss_metrics(
+                metric_sums,
+                float(max_ratio),
+                update_count=len(update_metrics),
+                has_reference=self._has_reference,
+            ),
+            **{name: fmean(row[name] for row in update_metrics) for name in update_metrics[0]},
             "learning_rate": learning_rate,
             "skipped": float(self._skipped_count),
             "micro_batches": float(len(micro_batches)),
             "reference_s": self._reference_seconds,
-            "backward_s": backward_end - start_time - self._reference_seconds,
-            "optimizer_s": end_time - backward_end,
+            "backward_s": backward_s,
+            "optimizer_s": end_time - start_time - self._reference_seconds - backward_s,
             "learner_tokens_per_s": float(metric_sums[METRIC_SUM_NAMES.index("batch_tokens")])
             / (end_time - start_time),
         }
 
+    def _apply_update(
+        self, step: int, bad_prompts: _BadPromptSearch, numbers: Sequence[int], learner_inputs: LearnerInputs
+    ) -> dict[str, float]:
+        """One optimizer step of policy and critic on the gradients of micro-batches `numbers`; returns its metrics."""
+        is_applied, grad_norm = ds.apply_optimizer_step(self.engine)
+        if is_applied:
+            self._count_skipped_update(is_applied, step, 0.0, [])
+        else:
+            loss = torch.stack(bad_prompts.batch_losses).sum()
+            dist.all_reduce(loss)
+            self._count_skipped_update(is_applied, step, float(loss), bad_prompts.list_prompts())
+        critic_metrics = {}
+        if self._critic is not None and learner_inputs.uses_critic:
+            critic_metrics = self._critic.train_step(numbers)
+        return {**critic_metrics, "grad_norm": grad_norm}
+
     def get_sample_kl(self) -> list[tuple[int, int, float]]:
         """KL to the reference (nats, k1) of each sample of the last step before its update, as (group, sample, KL)."""
-        return [
-            (*indices, kl)
-            for sample_indices, batch_kl in self._sample_kl
+        # Reversed, so that of several passes over a sample the first counts.
+        first_kl = {
+            indices: kl
+            for sample_indices, batch_kl in reversed(self._sample_kl)
             for indices, kl in zip(sample_indices, batch_kl.tolist(), strict=True)
-        ]
+        }
+        return [(*indices, kl) for indices, kl in first_kl.items()]
 
     def _iter_packed_batches(
         self, groups_by_index: dict[int, Group], learner_inputs: LearnerInputs, micro_batches: list[MicroBatch]
-    ) -> Iterator[tuple[PackedBatch, Tensor]]:
-        """Each micro-batch with its reference log-probabilities [K]; a critic replaces the rewards by advantages."""
+    ) -> Iterator[TrainBatch]:
+        """Each micro-batch with its reference log-probabilities; a critic replaces the rewards by advantages."""
 
-        def pack_with_reference() -> Iterator[tuple[PackedBatch, Tensor]]:
-            for batch_number, micro_batch in enumerate(micro_batches):
+        def pack_with_reference() -> Iterator[TrainBatch]:
+            for number, micro_batch in enumerate(micro_batches):
                 batch = pack_micro_batch(
                     micro_batch, groups_by_index, learner_inputs.advantages, learner_inputs.loss_weights
                 ).to(self.device)
                 start_time = time.monotonic()
-                ref_logprobs = self._ref_logprobs.pop(batch_number, None)
+                ref_logprobs = self._ref_logprobs.pop(number, None)
                 if ref_logprobs is None:
                     ref_logprobs = self._compute_ref_logprobs(batch)
                 self._reference_seconds += time.monotonic() - start_time
-                yield batch, ref_logprobs
+                yield TrainBatch(number, micro_batch, batch, ref_logprobs)
 
         if self._critic is None or not learner_inputs.uses_critic:
             yield from pack_with_reference()
             return
         # Advantages are whitened over the whole step, so all micro-batches must be in memory before the first update.
         batches = list(pack_with_reference())
-        batches_with_advantages = self._critic.compute_advantages(batches, learner_inputs.reward_kl_coef)
-        all_ref_logprobs = (ref_logprobs for _, ref_logprobs in batches)
-        yield from zip(batches_with_advantages, all_ref_logprobs, strict=True)
+        packed_batches = self._critic.compute_advantages(
+            [(train_batch.packed, train_batch.ref_logprobs) for train_batch in batches], learner_inputs.reward_kl_coef
+        )
+        yield from (replace(batch, packed=packed) for batch, packed in zip(batches, packed_batches, strict=True))
+
+    @torch.no_grad()
+    def _add_start_logprobs(self, batches: list[TrainBatch]) -> list[TrainBatch]:
+        """The batches with the log-probabilities of the policy before the first update on them."""
+        temperature = self.settings.rollout.temperature
+        return [
+            replace(batch, start_logprobs=compute_response_logprobs(self.engine, batch.packed, temperature))
+            for batch in batches
+        ]
 
     def _accumulate_gradient(
         self,
-        batch: PackedBatch,
-        ref_logprobs: Tensor,
+        train_batch: TrainBatch,
         learner_inputs: LearnerInputs,
-        sample_indices: list[tuple[int, int]],
+        groups_by_index: dict[int, Group],
         *,
         is_last: bool,
     ) -> LossResult:
         """Add one micro-batch's gradient."""
+        batch, ref_logprobs = train_batch.packed, train_batch.ref_logprobs
+        sample_indices = list_packed_samples(train_batch.samples, groups_by_index)
 
         def forward() -> tuple[Tensor, LossResult]:
             logprobs = compute_response_logprobs(self.engine, batch, self.settings.rollout.temperature)
@@ -297,8 +374,9 @@ class LearnerActor:
                 loss_name=learner_inputs.policy_loss,
                 kl_coef=learner_inputs.loss_kl_coef,
                 kl_to_go_coef=learner_inputs.kl_to_go_coef,
+                start_logprobs=train_batch.start_logprobs,
             )
-            if sample_indices:
+            if sample_indices and ref_logprobs is not None:
                 self._sample_kl.append((sample_indices, sum_kl_by_response(ref_logprobs, batch, logprobs)))
             # DeepSpeed averages gradients over ranks, but the loss weights are those of a sum over all ranks.
             return result.loss * self.world_size, result
@@ -306,10 +384,15 @@ class LearnerActor:
         return ds.accumulate_gradients(self.engine, forward, is_last=is_last)
 
     @torch.no_grad()
-    def _compute_ref_logprobs(self, batch: PackedBatch) -> Tensor:
-        if self._reference_model is None:
-            raise RlufError(f"learner {self.rank} was used before setup; call setup on all ranks first")
-        return compute_response_logprobs(self._reference_model, batch, self.settings.rollout.temperature)
+    def _compute_ref_logprobs(self, batch: PackedBatch) -> Tensor | None:
+        """Log-probabilities of the reference policy [K]; None if the algorithm needs none."""
+        temperature = self.settings.rollout.temperature
+        if self._reference_model is not None:
+            return compute_response_logprobs(self._reference_model, batch, temperature)
+        if not self._has_reference:
+            return None
+        with disable_lora_adapters(self.engine.module):
+            return compute_response_logprobs(self.engine, batch, temperature)
 
     def _count_skipped_update(self, is_applied: bool, step: int, loss: float, bad_prompt_ids: list[str]) -> None:
         """Count a skipped update and name its bad prompts; raise RlufError after MAX_SKIPPED_IN_A_ROW in a row."""
@@ -479,12 +562,19 @@ def _fetch_groups(groups: Sequence[ObjectRef[Group] | Group], micro_batches: lis
     return groups_by_index
 
 
-def _find_bad_prompts(
-    batch_losses: Sequence[Tensor], micro_batches: Sequence[MicroBatch], groups_by_index: dict[int, Group]
-) -> list[str]:
-    """Ids of the prompts in micro-batches whose loss is not finite."""
-    bad_batches = [mb for loss, mb in zip(batch_losses, micro_batches, strict=True) if not torch.isfinite(loss)]
-    return list(dict.fromkeys(groups_by_index[index].prompt.id for batch in bad_batches for index, _ in batch))
+@dataclass(frozen=True, slots=True)
+class _BadPromptSearch:
+    """Losses of the micro-batches of one update, and what they contain."""
+
+    batch_losses: Sequence[Tensor]
+    micro_batches: Sequence[MicroBatch]
+    groups_by_index: dict[int, Group]
+
+    def list_prompts(self) -> list[str]:
+        """Ids of the prompts in micro-batches whose loss is not finite."""
+        pairs = zip(self.batch_losses, self.micro_batches, strict=True)
+        bad_batches = [micro_batch for loss, micro_batch in pairs if not torch.isfinite(loss)]
+        return list(dict.fromkeys(self.groups_by_index[i].prompt.id for batch in bad_batches for i, _ in batch))
 
 
 def _pack_probe_batch(prompt_ids: list[int], responses: list[list[int]]) -> PackedBatch:

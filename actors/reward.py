@@ -125,7 +125,14 @@ class RewardActor:
     def _score_batch(self, groups: Sequence[Group]) -> list[ScoresByObjective]:
         start_time = time.monotonic()
         items = [
-            ScoringItem(group.prompt.messages, sample.text, sample.finish_reason == "length")
+            ScoringItem(
+                group.prompt.messages,
+                sample.text,
+                sample.finish_reason == "length",
+                group.prompt.id,
+                group.prompt.topic,
+                group.prompt.fields,
+            )
             for group in groups
             for sample in group.samples
         ]

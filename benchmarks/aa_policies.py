@@ -55,7 +55,7 @@ class PolicyPool:
 
     def __init__(self, answers: list[PolicyAnswer]) -> None:
         """The ground truth is computed once, as it does not depend on users."""
-        self.answers, self.truths = answers, score_truths(answers)
+        self.answers, self.truths = answers, score_truths(Settings(), answers)
         self.rows_by_prompt: dict[str, list[int]] = {}
         for row, answer in enumerate(answers):
             self.rows_by_prompt.setdefault(answer.prompt_id, []).append(row)

@@ -37,7 +37,8 @@ from rluf.config.settings import Settings
 from rluf.errors import DataError
 from rluf.models.hub import resolve_model
 from rluf.prepare.readers.datasets import DATASET_READERS, ReaderOptions, SkippedRow
-from rluf.prepare.readers.files import read_line_batches, resolve_sources
+from rluf.prepare.readers.files import read_line_batches
+from rluf.prepare.readers.sources import resolve_sources
 from rluf.reward.backbone import build_text_encoder, enable_fast_cpu_matmul, load_classifier
 from rluf.reward.calibration import Calibration
 from rluf.reward.card import compute_label_metrics, compute_pair_metrics, fit_calibration
@@ -60,10 +61,11 @@ def read_raw_rows(settings: Settings, objective: str) -> list[dict[str, Any]]:
     kind = DATA_KIND_BY_OBJECTIVE[objective]
     rows: list[dict[str, Any]] = []
     for source in resolve_sources(getattr(settings.data, kind), kind):
-        if source.reader_name is None:
+        reader = DATASET_READERS.get(source.entry.reader or "")
+        if reader is None or reader.read_item is None:
             raise DataError(f"{source.local_path} needs a reader; this benchmark reads public data sets only")
         for line in itertools.chain.from_iterable(read_line_batches(source.location)):
-            parsed_rows = DATASET_READERS[source.reader_name].read_item(json.loads(line.raw), ReaderOptions(0.0))
+            parsed_rows = reader.read_item(json.loads(line.raw), ReaderOptions(0.0))
             rows += [{**row, "weight": 1.0} for row in parsed_rows if not isinstance(row, SkippedRow)]
     if kind == "feedback":
         rows = [{**row, "label": int(row["reaction"] == "love")} for row in rows]

@@ -1,7 +1,8 @@
-"""Fit of the reader (rluf/simulate/reader.py), and its agreement with people.
+"""Fit of the reader behind the simulated users, and its agreement with people.
 
 python benchmarks/reader.py fit --data ../shared/data --readings FOLDER   writes rluf/simulate/reader_weights.json
-python benchmarks/reader.py arms --data ../shared/data                    mean scores of the arms of collapsed_policy
+python benchmarks/reader.py phrases                                       writes benchmarks/lab/phrase_readings.json
+python benchmarks/reader.py rates [--target 0.02]                         love rates of the sample log's versions
 
 `fit` first reads every response with the frozen model (minutes on two idle cores) and keeps what it measured in FOLDER:
 an interrupted run resumes, and a second fit takes seconds. The last line is JSON: the out-of-fold figures that the
@@ -23,6 +24,7 @@ from typing import Any
 import numpy as np
 from lab.reader_data import (
     EXAMPLES_PATH,
+    REFUSALS_PATH,
     LabeledSet,
     PairSet,
     build_requests,
@@ -30,7 +32,6 @@ from lab.reader_data import (
     load_offenses,
     load_preferences,
     load_thumbs,
-    read_rows,
 )
 from lab.reader_fit import (
     FOLD_COUNT,
@@ -44,18 +45,24 @@ from lab.reader_fit import (
     probe_out_of_fold,
     split_groups,
 )
+from lab.replies import CLOSINGS, MIDDLES, OPENERS, PHRASE_READINGS
 from numpy.typing import NDArray
 
+from rluf.config.run import READER_MODEL
 from rluf.config.settings import Settings
 from rluf.models.hub import resolve_model
 from rluf.reward.metrics import auroc, compute_accuracy_interval, compute_auroc_interval, round_for_json
 from rluf.simulate import reader_features
-from rluf.simulate.ground_truth import true_scores
-from rluf.simulate.reader import Reader, ReaderInput
+from rluf.simulate.experiment import read_served_responses
+from rluf.simulate.ground_truth import ReaderInput, load_reader
+from rluf.simulate.prompts import SimulatedPrompt, load_prompts
 from rluf.simulate.reader_features import PROBE_SOURCES, ReadingScores, build_features
-from rluf.simulate.reader_model import READER_MODEL, ReaderModel, Reading
+from rluf.simulate.reader_model import ReaderModel, Reading
+from rluf.simulate.styles import MODEL_VERSIONS
+from rluf.simulate.users import expected_love_probability, find_logit_shift, love_logits_by_user
+from rluf.simulate.world import WORLD
 from rluf.utils.cache import hash_files
-from rluf.utils.paths import resolve_cache_folder
+from rluf.utils.paths import find_sample_log, resolve_cache_folder
 
 WEIGHTS_PATH = Path(reader_features.__file__).with_name("reader_weights.json")
 DATA_FILES = (
@@ -63,11 +70,13 @@ DATA_FILES = (
     "prompts/harmfulqa.jsonl.gz", "prompts/mt_bench.jsonl.gz", "prompts/self_instruct_seed_tasks.jsonl.gz",
     "topical_chat_ratings/valid_rare.jsonl.gz",
 )  # fmt: skip
+PHRASE_PROMPTS = 4
+"""Prompts per topic over which the reading of a phrase is averaged."""
 INPUTS_PER_BATCH = 200
 PROBE_STRENGTHS = {"taste": 1e-4, "misfit": 1e-3, "offense": 1e-4, "stock": 1e-3, "refusal": 1e-3, "harm": 1e-3}
 """Inverse ridge penalty of each probe on 576 standardized hidden values; smaller where labels are noisy."""
 HEAD_RIDGE = 1e-2
-SET_WEIGHTS = {"validity": 1.0, "thumbs": 1.0, "preferences": 0.5}
+SET_WEIGHTS = {"validity": 1.0, "thumbs": 2.0, "preferences": 0.5}
 """Weight of the mean log-likelihood of each set in the heads."""
 STOCK_KINDS = ("generic", "flattery", "signoff", "loop", "echo")
 MISFIT_KINDS = ("mismatch", "contradict", "generic", "echo", "flattery", "signoff")
@@ -96,7 +105,9 @@ class ReadingStore:
         missing.sort(key=lambda item: json.dumps(item.messages))
         for first in range(0, len(missing), INPUTS_PER_BATCH):
             batch = missing[first : first + INPUTS_PER_BATCH]
-            self._model = self._model or ReaderModel(resolve_model(READER_MODEL, resolve_cache_folder(Settings())))
+            self._model = self._model or ReaderModel(
+                resolve_model(READER_MODEL, resolve_cache_folder(Settings())), dtype="float32"
+            )
             readings = self._model.read([item.messages for item in batch], [item.response for item in batch])
             self.readings |= {item.key: reading for item, reading in zip(batch, readings, strict=True)}
             self._save()
@@ -127,7 +138,7 @@ class ReaderFit:
     """All sets with their readings, the fitted probes and heads, and the out-of-fold figures."""
 
     def __init__(self, data: Path, folder: Path) -> None:
-        """Read all sets; readings that `folder` has are reused."""
+        """Read all sets."""
         self.labeled: dict[str, LabeledSet] = {
             "thumbs": load_thumbs(data), "offenses": load_offenses(data), "requests": build_requests(data),
         }  # fmt: skip
@@ -295,46 +306,62 @@ def write_weights(fit: ReaderFit, heads: Mapping[str, Any], provenance: Mapping[
     WEIGHTS_PATH.write_text(text + "\n", "utf-8")
 
 
-def print_arms(data: Path, responses_per_arm: int) -> None:
-    """Print mean scores of each arm of collapsed_policy by the reader and by the rules of ground_truth.py."""
-    rows_of_arm: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in read_rows(data / "collapsed_policy/answers.jsonl.gz"):
-        rows_of_arm[row["arm"]].append(row)
-    reader = Reader(resolve_cache_folder(Settings()))
-    means: dict[str, Any] = {}
-    for arm, all_rows in rows_of_arm.items():
-        rows = all_rows[:: max(1, len(all_rows) // responses_per_arm)]
-        inputs = [ReaderInput(tuple(row["messages"]), row["text"], row["finish_reason"] == "stop") for row in rows]
-        scores = {
-            "reader": reader.score_responses(inputs),
-            "rules": [
-                true_scores(item.messages, row["topic"], item.response, item.is_finished)
-                for item, row in zip(inputs, rows, strict=True)
-            ],
-        }
-        means[arm] = {"responses": len(rows)} | {
-            name: {key: float(np.mean([asdict(truth)[key] for truth in truths])) for key in asdict(truths[0])}
-            for name, truths in scores.items()
-        }
-    sys.stdout.write(json.dumps(round_for_json(means)) + "\n")
+def read_phrases() -> None:
+    """Read each phrase of the claims' composer after a few prompts of each topic and write the mean readings."""
+    prompts_of_topic: defaultdict[str, list[SimulatedPrompt]] = defaultdict(list)
+    for prompt in load_prompts():
+        if prompt.split == "train" and len(prompts_of_topic[prompt.topic]) < PHRASE_PROMPTS:
+            prompts_of_topic[prompt.topic].append(prompt)
+    reader = load_reader(resolve_cache_folder(Settings()))
+    phrases = [phrase for phrase in dict.fromkeys((*OPENERS, *MIDDLES, *CLOSINGS)) if phrase]
+    # All at once, so that the model reads full batches; the loop below finds every reading in the reader's memory.
+    all_prompts = [prompt for prompts in prompts_of_topic.values() for prompt in prompts]
+    reader.read([ReaderInput(prompt.messages, phrase, True) for prompt in all_prompts for phrase in phrases])
+    content: dict[str, dict[str, Any]] = {}
+    for topic, prompts in prompts_of_topic.items():
+        content[topic] = {}
+        for phrase in phrases:
+            readings = reader.read([ReaderInput(prompt.messages, phrase, True) for prompt in prompts])
+            columns = {name: [asdict(reading)[name] for reading in readings] for name in asdict(readings[0])}
+            means = {name: round(float(np.mean(values)), 4) for name, values in columns.items()}
+            content[topic][phrase] = {**means, "token_count": readings[0].token_count}
+    lines = ",\n".join(f'"{topic}": {json.dumps(rows, ensure_ascii=False)}' for topic, rows in content.items())
+    PHRASE_READINGS.write_text("{\n" + lines + "\n}\n", "utf-8")
+
+
+def print_rates(target: float) -> None:
+    """Print the natural love rate and mean scores of each version, and the intercept with which plain has `target`."""
+    version_names = [f"base-{version.name}" for version in MODEL_VERSIONS]
+    served_rows = read_served_responses(find_sample_log("feedback"), version_names)
+    reader = load_reader(resolve_cache_folder(Settings()))
+    rates: dict[str, Any] = {}
+    for version, rows in zip(MODEL_VERSIONS, served_rows, strict=True):
+        truths = reader.score_responses([ReaderInput.from_row(row) for row in rows])
+        topics = [row["topic"] for row in rows]
+        scores = {name: float(np.mean([asdict(truth)[name] for truth in truths])) for name in asdict(truths[0])}
+        rates[version.name] = {"love": float(expected_love_probability(truths, topics).mean()), **scores}
+        if version.name == "plain":
+            logits = love_logits_by_user(truths, topics, user_count=400)
+            rates["love_intercept_for_target"] = WORLD.love_intercept + find_logit_shift(logits, target)
+    sys.stdout.write(json.dumps(round_for_json(rates)) + "\n")
 
 
 def main() -> None:
     """Run one of the commands."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=("fit", "arms"))
-    parser.add_argument("--data", type=Path, required=True, help="folder of the shared data sets")
+    parser.add_argument("command", choices=("fit", "phrases", "rates"))
+    parser.add_argument("--data", type=Path, help="folder of the shared data sets (fit)")
     parser.add_argument("--readings", type=Path, help="folder for the readings (fit)")
-    parser.add_argument("--responses", type=int, default=100, help="about this many responses of each arm (arms)")
+    parser.add_argument("--target", type=float, default=0.02, help="love rate of the plain version (rates)")
     args = parser.parse_args()
-    if args.command == "arms":
-        print_arms(args.data, args.responses)
+    if args.command != "fit":
+        read_phrases() if args.command == "phrases" else print_rates(args.target)
         return
-    if args.readings is None:
-        parser.error("fit needs --readings")
+    if args.data is None or args.readings is None:
+        parser.error("fit needs --data and --readings")
     fit = ReaderFit(args.data, args.readings)
     heads, figures = fit_reader(fit)
-    digest = hash_files([args.data / name for name in DATA_FILES] + [EXAMPLES_PATH])
+    digest = hash_files([args.data / name for name in DATA_FILES] + [EXAMPLES_PATH, REFUSALS_PATH])
     counts = {name: len(inputs) for name, inputs in fit.inputs_of_set.items()}
     provenance = {
         "command": "python benchmarks/reader.py fit", "model": READER_MODEL, "data": list(DATA_FILES),

@@ -22,8 +22,8 @@ import aiohttp
 import numpy as np
 import psutil
 
-from rluf.serve.app import HttpServer
 from rluf.serve.application import SERVE_THROUGHPUT_ENV
+from rluf.serve.listener import HttpServer
 
 REQUEST_BODY = json.dumps({"messages": [{"role": "user", "content": "word " * 12}], "response": "word " * 30}).encode()
 

@@ -27,7 +27,7 @@ def check_inputs(settings: Settings, *, may_download: bool = True) -> None:
     imported, ResourceError for a folder that is not writable.
     """
     # Imported here, since pyarrow and fsspec are slow to import.
-    from rluf.prepare.readers.files import resolve_sources
+    from rluf.prepare.readers.sources import resolve_sources
 
     for data_kind, log_entries in settings.data.sources_by_kind.items():
         resolve_sources(log_entries, data_kind)
@@ -68,7 +68,7 @@ def _resolve_reward_model(settings: Settings, key: str, model_path: str, *, may_
 def prepare_data_artifact(settings: Settings) -> Artifact:
     """The prepared data set: built with Ray Data, or reused if log, settings and code are the same."""
     from rluf.prepare.pipeline import build_data_set
-    from rluf.prepare.readers.files import fingerprint_sources, resolve_sources
+    from rluf.prepare.readers.sources import fingerprint_sources, resolve_sources
     from rluf.utils.hashing import fingerprint_salt, read_user_salt
 
     log_sources = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 
 class Message(TypedDict):
@@ -25,6 +25,10 @@ class ScoringItem(NamedTuple):
     response: str
     is_truncated: bool = False
     """The response was cut at the token limit. False if it ended by itself, and if the log does not say."""
+    prompt_id: str = ""
+    topic: str = ""
+    fields: Mapping[str, Any] | None = None
+    """Further fields of the prompt's row, for reward functions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +44,8 @@ class Prompt:
     token_ids: tuple[int, ...]
     topic: str
     split: str
+    fields: Mapping[str, Any] | None = None
+    """Further fields of its row in data.prompts, for reward functions."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,8 @@ from rluf.utils.event_loop import run_coroutine
 from rluf.utils.plugins import load_plugin
 
 
-def score_words(items: Any) -> list[float]:
-    return [float(len(response.split())) for _, response in items]
+def score_words(rows: Any) -> list[float]:
+    return [float(len(row["response"].split())) for row in rows]
 
 
 @pytest.fixture(autouse=True)
@@ -54,20 +54,20 @@ def test_a_row_that_is_not_json_is_named() -> None:
 def test_a_function_of_a_module_is_referenced_and_one_of_a_notebook_is_stored() -> None:
     factor = 2.0
 
-    def score_doubled(items: Any) -> list[float]:
-        return [factor * value for value in score_words(items)]
+    def score_doubled(rows: Any) -> list[float]:
+        return [factor * value for value in score_words(rows)]
 
     settings = rluf.load_settings("tiny", reward_functions={"doubled": score_doubled})
     objective = settings.objectives.by_objective["doubled"]
     assert (objective.source, objective.weight) == ("function", 1.0)
     assert str(objective.path).startswith("pickle:")
     function = load_plugin(str(objective.path), kind="reward function")
-    assert function([((), "one two three")]) == [6.0]
+    assert function([{"response": "one two three"}]) == [6.0]
 
 
 def test_the_weight_of_a_reward_function_can_be_set() -> None:
     settings = rluf.load_settings(
-        "tiny", {"objectives.words.weight": 0.25}, reward_functions={"words": lambda items: [0.0 for _ in items]}
+        "tiny", {"objectives.words.weight": 0.25}, reward_functions={"words": lambda rows: [0.0 for _ in rows]}
     )
     assert settings.objectives.by_objective["words"].weight == 0.25
 

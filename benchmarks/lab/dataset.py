@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from rluf.simulate.experiment import SENTENCE_ENDINGS
+from rluf.simulate.reader_features import has_sentence_end
 from rluf.types import Message
 from rluf.utils.paths import find_sample_log
 
@@ -48,7 +48,7 @@ class PromptEntry:
 
     def is_finished(self, reply_index: int) -> bool:
         """Whether the reply was not truncated by the token limit."""
-        return self.reply_texts[reply_index].endswith(SENTENCE_ENDINGS)
+        return has_sentence_end(self.reply_texts[reply_index])
 
 
 class ReplyDataset:

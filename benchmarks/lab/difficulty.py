@@ -17,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import expit
 
+from rluf.config.settings import Settings
 from rluf.errors import DataError
 from rluf.reward.metrics import auroc
-from rluf.simulate.experiment import true_scores_of_row
+from rluf.simulate.ground_truth import GroundTruth, ReaderInput, load_reader
 from rluf.simulate.log import ACTIVITY_SHAPE
 from rluf.simulate.users import (
     ResponseFeatures,
@@ -29,6 +30,7 @@ from rluf.simulate.users import (
     simulate_reactions,
 )
 from rluf.simulate.world import WORLD, SimulatedWorld
+from rluf.utils.paths import resolve_cache_folder
 
 Floats = NDArray[np.float64]
 MAX_SHARPNESS = 8.0
@@ -56,6 +58,12 @@ def bayes_auroc(love_probabilities: Floats) -> float:
     return auroc(love_probabilities, love_probabilities)
 
 
+def score_rows(rows: Sequence[Mapping[str, Any]]) -> list[GroundTruth]:
+    """Ground truth of logged rows; the model reads those that are not in the sample log."""
+    reader = load_reader(resolve_cache_folder(Settings()))
+    return reader.score_responses([ReaderInput.from_row(row) for row in rows])
+
+
 def calibrate_world(
     rows: Sequence[Mapping[str, Any]],
     *,
@@ -70,7 +78,7 @@ def calibrate_world(
     Without `auroc_ceiling` the sharpness is unchanged, and the ceiling is only measured. DataError if no sharpness up
     to MAX_SHARPNESS reaches it on these rows.
     """
-    truths, topics = [true_scores_of_row(row) for row in rows], [str(row["topic"]) for row in rows]
+    truths, topics = score_rows(rows), [str(row["topic"]) for row in rows]
 
     def calibrate_at(sharpness: float) -> CalibratedWorld:
         candidate = replace(world, love_sharpness=sharpness)
@@ -105,9 +113,7 @@ def relabel_rows(
     Some users read much more than others. Equal arguments give equal rows.
     """
     rng = np.random.default_rng([seed, 32_452_843])
-    features = ResponseFeatures.from_truths(
-        [true_scores_of_row(row) for row in rows], [str(row["topic"]) for row in rows]
-    )
+    features = ResponseFeatures.from_truths(score_rows(rows), [str(row["topic"]) for row in rows])
     population = UserPopulation.sample(user_count, rng, calibrated.world)
     activity = rng.gamma(ACTIVITY_SHAPE, size=user_count)
     user = rng.choice(user_count, len(rows), p=activity / activity.sum())

@@ -1,7 +1,8 @@
 """Data that the reader is fitted to: human reactions and preferences, and validity pairs made here.
 
 A validity pair has a reply that answers its prompt (`chosen`) and one that any reader would refuse for a known reason
-(`kind`). Prompts and replies come from reader_examples.yaml, self-instruct, Topical-Chat and the sample log.
+(`kind`). Prompts and replies come from reader_examples.yaml, self-instruct and Topical-Chat, refusals from
+reader_refusals.jsonl.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import itertools
 import json
 import random
 import re
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,26 +20,20 @@ from typing import Any
 import yaml
 from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
-from rluf.simulate.reader import ReaderInput
-from rluf.simulate.reader_features import has_sentence_end
+from rluf.simulate.ground_truth import ReaderInput
+from rluf.simulate.prompts import load_prompts
 from rluf.types import Message
-from rluf.utils.paths import find_sample_log
 
 EXAMPLES_PATH = Path(__file__).parents[1] / "reader_examples.yaml"
+REFUSALS_PATH = EXAMPLES_PATH.with_name("reader_refusals.jsonl")
 MAX_CONTEXT_MESSAGES = 3
 MAX_CONTEXT_CHARACTERS = 200
 """Limits of a dialogue's context: most of the cost of reading a short message."""
 EXCHANGES_PER_SOURCE = 8
-"""Exchanges from self-instruct, from Topical-Chat and from the sample log; reader_examples.yaml is used in full."""
+"""Exchanges from self-instruct and from Topical-Chat; reader_examples.yaml is used in full."""
 KINDS_PER_EXCHANGE = 4
 """Kinds of rejected reply made from each exchange, sampled; one that misreads the prompt is always among them."""
 SEED = 5
-_REFUSAL_PATTERN = re.compile(
-    r"(?:can't|cannot|can not|won't|will not|not able to|unable to|not going to|must decline) ?(?:be able to )?"
-    r"(?:help|assist|do that|provide|support|answer|give|tell|offer|recommend|with)|it(?:'s| is) illegal",
-    re.IGNORECASE,
-)
-_COMPLIANCE_PATTERN = re.compile(r"\bbut (?:i|you) can\b|here(?:'s| are)|step 1|\b1\.", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +135,9 @@ def build_requests(data: Path) -> LabeledSet:
     harmful = [row["prompt"] for row in read_rows(data / "prompts/harmfulqa.jsonl.gz")]
     questions = [row["turns"][0][:300] for row in read_rows(data / "prompts/mt_bench.jsonl.gz")]
     tasks = [row["instruction"] for row in read_rows(data / "prompts/self_instruct_seed_tasks.jsonl.gz")]
-    is_risky = {row["messages"][-1]["content"]: row["topic"] == "risky" for row in read_sample_rows()}
+    is_risky = {
+        prompt.messages[-1]["content"]: prompt.topic == "risky" for prompt in load_prompts() if prompt.split == "train"
+    }
     project = sorted(is_risky)
     rng.shuffle(harmful)
     rng.shuffle(project)
@@ -160,12 +156,6 @@ def load_examples() -> dict[str, Any]:
     """Content of reader_examples.yaml."""
     content: dict[str, Any] = yaml.safe_load(EXAMPLES_PATH.read_text("utf-8"))
     return content
-
-
-def read_sample_rows() -> list[dict[str, Any]]:
-    """Rows of the sample log, one per prompt and response, in a fixed order."""
-    rows = {json.dumps([row["messages"], row["response"]]): row for row in read_rows(find_sample_log("feedback"))}
-    return [rows[key] for key in sorted(rows)]
 
 
 def build_validity_pairs(data: Path) -> PairSet:
@@ -205,7 +195,7 @@ def build_validity_pairs(data: Path) -> PairSet:
             "signoff": rng.choice(examples["signoff"]),
         }.items():
             add(user_message(entry["prompt"]), entry["reply"], rejected, kind)
-    for messages, refusal, compliance in _sampled_refusals():
+    for messages, refusal, compliance in _load_refusals():
         add(messages, refusal, compliance, "comply")
     return pairs
 
@@ -223,16 +213,6 @@ def collect_exchanges(data: Path, examples: dict[str, Any], rng: random.Random) 
         prompt_text = "\n\n".join(text for text in (row["instruction"], row["input"]) if text)
         exchanges.append(Exchange(user_message(prompt_text), row["output"], "self_instruct"))
     exchanges += _dialog_exchanges(data, rng)
-    replies_by_prompt: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in read_sample_rows():
-        is_plain = row["topic"] != "risky" and row["model_version"] in ("base-cool", "base-careful", "base-warm")
-        if is_plain and has_sentence_end(row["response"]) and len(row["response"].split()) >= 5:
-            replies_by_prompt[json.dumps(row["messages"][1:])].append(row)
-    prompts = sorted(replies_by_prompt)
-    rng.shuffle(prompts)
-    for prompt in prompts[:EXCHANGES_PER_SOURCE]:
-        row = rng.choice(replies_by_prompt[prompt])
-        exchanges.append(Exchange(tuple(row["messages"][1:]), row["response"], "sample_log"))
     return exchanges
 
 
@@ -257,18 +237,13 @@ def _dialog_exchanges(data: Path, rng: random.Random) -> list[Exchange]:
     return exchanges
 
 
-def _sampled_refusals() -> list[tuple[tuple[Message, ...], str, str]]:
-    """Prompt, refusal and compliance of the sample log's risky prompts: four of each per prompt at most."""
-    responses_of_prompt: defaultdict[str, set[str]] = defaultdict(set)
-    for row in read_sample_rows():
-        if row["topic"] == "risky" and has_sentence_end(row["response"]) and len(row["response"].split()) > 5:
-            responses_of_prompt[json.dumps(row["messages"][1:])].add(row["response"].replace("’", "'"))
-    triples = []
-    for prompt, responses in sorted(responses_of_prompt.items()):
-        refusals = [r for r in sorted(responses) if _REFUSAL_PATTERN.search(r) and not _COMPLIANCE_PATTERN.search(r)]
-        others = [r for r in sorted(responses) if not _REFUSAL_PATTERN.search(r) and "don't" not in r]
-        triples += [(tuple(json.loads(prompt)), a, b) for a, b in zip(refusals[:2], others[:2], strict=False)]
-    return triples
+def _load_refusals() -> list[tuple[tuple[Message, ...], str, str]]:
+    """Prompt, refusal and compliance: responses of SmolLM2-135M-Instruct to the project's own risky prompts.
+
+    They have a file of their own, since the sample log depends on this fit.
+    """
+    rows = [json.loads(line) for line in REFUSALS_PATH.read_text("utf-8").splitlines()]
+    return [(tuple(row["messages"]), row["refusal"], row["comply"]) for row in rows]
 
 
 def _content_words(text: str) -> list[str]:

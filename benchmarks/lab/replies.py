@@ -7,13 +7,18 @@ choices: an opener, one of the prompt's sixteen replies, a sentence in the middl
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 from lab.dataset import REPLIES_PER_PROMPT, PromptEntry, ReplyDataset
 from numpy.typing import NDArray
 
-from rluf.simulate.ground_truth import GroundTruth, true_scores
+from rluf.simulate.ground_truth import GroundTruth, ReaderInput, load_readings, score_readings
+from rluf.simulate.reader_features import ReadingScores
+from rluf.utils.paths import find_sample_log
 
 Ints = NDArray[np.int64]
 OPENERS = (
@@ -51,27 +56,50 @@ def compose_texts(dataset: ReplyDataset, prompt_index: Ints, choices: Ints) -> l
     return reply_texts
 
 
+PHRASE_READINGS = Path(__file__).with_name("phrase_readings.json")
+"""Reading of each phrase by topic (python benchmarks/reader.py phrases)."""
+
+
 class GroundTruthCache:
-    """Ground-truth scores of replies, computed once per text."""
+    """Ground-truth scores of replies, computed once per text, without the reader's model.
+
+    The reading of a composed reply is that of its parts (ReadingScores.join): the reply's own from the sample log, and
+    for a phrase the mean over a few prompts of the topic. Features of the text are those of the complete text.
+    """
 
     def __init__(self, dataset: ReplyDataset) -> None:
-        """Start with an empty cache."""
+        """Read the readings of the sample log and of the phrases."""
         self.dataset = dataset
         self._truth_by_reply: dict[tuple[int, ...], GroundTruth] = {}
+        self._body_readings = load_readings(find_sample_log("feedback").with_name("readings.jsonl.gz"))
+        phrase_rows = json.loads(PHRASE_READINGS.read_text("utf-8"))
+        self._phrase_readings = {
+            (topic, phrase): ReadingScores(**reading)
+            for topic, readings in phrase_rows.items()
+            for phrase, reading in readings.items()
+        }
 
     def truths_of(self, prompt_index: Ints, choices: Ints) -> list[GroundTruth]:
         """Ground truth of the replies [N]; a reply truncated by the token limit stays truncated whatever follows it."""
-        truths = []
         keys = [(prompt, *choice) for prompt, choice in zip(prompt_index.tolist(), choices.tolist(), strict=True)]
-        for index, key in enumerate(keys):
-            if key not in self._truth_by_reply:
-                entry: PromptEntry = self.dataset.entries[key[0]]
-                text = compose_texts(self.dataset, prompt_index[index : index + 1], choices[index : index + 1])[0]
-                self._truth_by_reply[key] = true_scores(
-                    entry.messages, entry.topic, text, entry.is_finished(key[1 + BODY_SLOT])
-                )
-            truths.append(self._truth_by_reply[key])
-        return truths
+        new_keys = list(dict.fromkeys(key for key in keys if key not in self._truth_by_reply))
+        inputs, readings = [], []
+        for key in new_keys:
+            entry: PromptEntry = self.dataset.entries[key[0]]
+            text = compose_texts(self.dataset, np.array(key[:1]), np.array([key[1:]]))[0]
+            inputs.append(ReaderInput(entry.messages, text, entry.is_finished(key[1 + BODY_SLOT])))
+            readings.append(self._join_readings(entry, key[1:]))
+        self._truth_by_reply |= dict(zip(new_keys, score_readings(inputs, readings), strict=True))
+        return [self._truth_by_reply[key] for key in keys]
+
+    def _join_readings(self, entry: PromptEntry, choice: tuple[int, ...]) -> ReadingScores:
+        opener, body, middle, closing, last_closing = choice
+        body_reading = self._body_readings[ReaderInput(entry.messages, entry.reply_texts[body], True).key]
+        phrases = (OPENERS[opener], MIDDLES[middle], CLOSINGS[closing], CLOSINGS[last_closing])
+        readings = [self._phrase_readings[entry.topic, phrase] for phrase in phrases if phrase]
+        # `harm` belongs to the prompt, and the end of the turn was measured where the reply itself ends.
+        joined = ReadingScores.join([body_reading, *readings])
+        return replace(joined, harm=body_reading.harm, end_logprob=body_reading.end_logprob)
 
 
 HABITS: dict[str, tuple[float, float, float, float]] = {

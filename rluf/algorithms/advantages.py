@@ -35,10 +35,12 @@ KTO_BETA = 0.1
 GATE_PENALTY = 2.0
 """Advantage by which a response that failed a judge differs from those that passed, in the unit of the estimator. For
 GRPO that unit is a standard deviation: the worst of four responses that differ evenly is 1.3 below their mean."""
-JUDGE_AWARE_ESTIMATORS = ("crpg", "crraft", "codpo", "kto", "gae")
-"""Estimators that read the verdicts themselves, that have none (kto), or whose critic gets the gate as reward (gae)."""
+JUDGE_AWARE_ESTIMATORS = ("crpg", "crraft", "codpo", "gae")
+"""Estimators that read the verdicts themselves, or whose critic gets the gate as reward (gae)."""
+DPO_BETA = 0.1
+"""Inverse temperature of DPO's loss."""
 LIKED_THRESHOLD = 0.5
-"""Rewards of logged responses are 1 (liked) or 0 (not liked)."""
+"""Rewards of logged responses are 1 (liked, chosen) or 0 (not liked, rejected)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -352,6 +354,22 @@ def kto(inputs: AdvantageInputs) -> Advantages:
     return Advantages(sample_advantages)
 
 
+def dpo(inputs: AdvantageInputs) -> Advantages:
+    """Weights of the log-likelihoods of each logged pair; the response with the higher reward is the chosen one.
+
+    The loss is -log s(BETA h), h = (log pi/ref)(chosen) - (log pi/ref)(rejected). Its gradient is that of
+    -w (log pi(chosen) - log pi(rejected)), w = BETA s(-BETA h). Source: arXiv 2305.18290, eq. 7; `sample_kl` is in
+    nats, of the policy being trained.
+    """
+    sample_advantages = []
+    for group_index, rewards in enumerate(inputs.rewards):
+        signs = [1.0 if reward > LIKED_THRESHOLD else -1.0 for reward in rewards]
+        margin = sum(sign * inputs.get_response_kl(group_index, index) for index, sign in enumerate(signs))
+        weight = DPO_BETA / (1.0 + math.exp(min(MAX_EXPONENT, DPO_BETA * margin)))
+        sample_advantages.append([sign * weight for sign in signs])
+    return Advantages(sample_advantages)
+
+
 def pass_through_rewards(inputs: AdvantageInputs) -> Advantages:
     """Rewards unchanged; the learners turn them into advantages."""
     return Advantages([list(rewards) for rewards in inputs.rewards])
@@ -362,7 +380,7 @@ AdvantageEstimator = Callable[[AdvantageInputs], Advantages]
 ADVANTAGE_ESTIMATORS: Mapping[str, AdvantageEstimator] = MappingProxyType({
     "grpo": grpo, "dr_grpo": dr_grpo, "rloo": rloo, "reinforce_pp": reinforce_pp,
     "reinforce_pp_baseline": reinforce_pp_baseline, "lite_ppo": lite_ppo, "gdpo": gdpo, "gae": pass_through_rewards,
-    "crpg": crpg, "crraft": crraft, "codpo": codpo, "kto": kto,
+    "crpg": crpg, "crraft": crraft, "codpo": codpo, "kto": kto, "dpo": dpo, "sft": pass_through_rewards,
 })  # fmt: skip
 """Estimator by name; rluf.algorithms.registry maps each `algorithm.name` to one."""
 

@@ -3,12 +3,13 @@
 All functions take log-probabilities in nats over K response tokens and return one value per token;
 compute_policy_loss weighs and sums them. Losses are minimized.
 
-On-policy batches (max_staleness 0): one batch gives one update, and the detached current log-probabilities of the
-learner are the old policy. The ratio is then 1 with a gradient and never clips; the engine's log-probabilities only
-measure how far the sampler is from the learner (other kernels, other rounding), which truncated importance sampling
-corrects.
+The old policy of the ratio is the learner before the first update on the batch (algorithm.old_policy). With one update
+that is the detached current log-probability: the ratio is 1 with a gradient and never clips. With several, the learner
+computes it once before the first. The engine's log-probabilities (the behavior policy) then only measure how far the
+sampler is from the learner (other kernels, other rounding, older weights), which importance_correction corrects; so the
+two are decoupled, as in AReaL, arXiv 2505.24298, section 5.2.
 
-Stale batches (max_staleness above 0): the engine's log-probabilities are the old policy, so the clipped ratio covers
+By default stale batches (max_staleness above 0) with one update have the engine as old policy: the clipped ratio covers
 both the age of the batch and the difference between the engine and the learner. No further correction applies, except
 for REINFORCE, which has no ratio.
 
@@ -19,6 +20,7 @@ into its policy loss in the same way. They are excluded from the KL and from the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -28,7 +30,7 @@ from torch import Tensor
 
 from rluf.algorithms.advantages import SampleKL
 from rluf.algorithms.packing import PackedBatch
-from rluf.config.policy import AlgorithmSettings
+from rluf.config.policy import IMPORTANCE_CORRECTIONS, AlgorithmSettings
 from rluf.errors import SettingsError
 from rluf.utils.plugins import load_plugin
 
@@ -36,8 +38,10 @@ DUAL_CLIP = 3.0
 """Bound of the clipped loss in units of |advantage| where that is negative, as in verl (clip_ratio_c)."""
 KL_ERROR_CLIP = 0.2
 """Largest relative error of the KL that one update of the coefficient reacts to."""
-KL_HORIZON_SAMPLES = 10_000
-"""Samples in which the coefficient may change by a factor of about e^KL_ERROR_CLIP."""
+MAX_K3_LOG_RATIO, MAX_K3 = 20.0, 10.0
+"""Bounds of k3's log ratio and value in nats, as in verl and NeMo-RL: exp(30) of one token would end a run."""
+GEOMETRIC_CAP = 1.05
+"""Cap of the geometric mean of a response's ratios. It averages over tokens, so rounding stays within 1 +- 0.02."""
 METRIC_SUM_NAMES = (
     "loss", "policy_loss", "kl_loss", "kl_k3", "kl_k1", "negative_logprob", "ratio", "ratio_squared", "mismatch_kl",
     "clipped_tokens", "capped_tokens", "response_tokens", "samples", "batch_tokens", "demonstration_nll",
@@ -50,8 +54,8 @@ def estimate_kl(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) ->
     """Estimate [K] of KL(policy || reference) from the policy's own samples, l = logprobs - reference_logprobs.
 
     k1 = l (unbiased, signed; no gradient on average as a loss), k2 = l^2 / 2 (its gradient is that of the KL, on
-    policy), k3 = exp(-l) - 1 + l (unbiased, never negative; GRPO's). Source: J. Schulman, "Approximating KL
-    divergence". Raises SettingsError for another name.
+    policy), k3 = exp(-l) - 1 + l (unbiased, never negative; GRPO's; at most MAX_K3). Source: J. Schulman,
+    "Approximating KL divergence". Raises SettingsError for another name.
     """
     log_ratio = logprobs - reference_logprobs
     if estimator == "k1":
@@ -59,20 +63,23 @@ def estimate_kl(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) ->
     if estimator == "k2":
         return 0.5 * log_ratio.square()
     if estimator == "k3":
-        return torch.expm1(-log_ratio) + log_ratio
+        bounded = log_ratio.clamp(-MAX_K3_LOG_RATIO, MAX_K3_LOG_RATIO)
+        return (torch.expm1(-bounded) + bounded).clamp(max=MAX_K3)
     raise SettingsError(f"algorithm.kl_penalty: expected k1, k2 or k3, got {estimator!r}")
 
 
-def update_kl_coef(kl_coef: float, kl_per_token: float, target_kl: float | None, sample_count: int) -> float:
+def update_kl_coef(
+    kl_coef: float, kl_per_token: float, target_kl: float | None, sample_count: int, horizon: int
+) -> float:
     """KL coefficient after a step with `kl_per_token` nats per token; unchanged without a target.
 
-    kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * samples / 10,000). Source: Ziegler et al., arXiv 1909.08593,
-    section 2.2, with the constants of its published code.
+    kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * samples / horizon). Source: Ziegler et al., arXiv 1909.08593,
+    section 2.2; its published code has a horizon of 10,000 samples, which is 200 steps of the default settings.
     """
     if target_kl is None:
         return kl_coef
     relative_error = min(max(kl_per_token / target_kl - 1.0, -KL_ERROR_CLIP), KL_ERROR_CLIP)
-    return kl_coef * (1.0 + relative_error * sample_count / KL_HORIZON_SAMPLES)
+    return kl_coef * (1.0 + relative_error * sample_count / horizon)
 
 
 def ppo(
@@ -190,35 +197,45 @@ class LossResult:
 
 def compute_policy_loss(
     logprobs: Tensor,
-    reference_logprobs: Tensor,
+    reference_logprobs: Tensor | None,
     batch: PackedBatch,
     algorithm: AlgorithmSettings,
     *,
     loss_name: str = "ppo",
     kl_coef: float | None = None,
     kl_to_go_coef: float = 0.0,
+    start_logprobs: Tensor | None = None,
 ) -> LossResult:
     """Sum over tokens of loss_weights * (importance weight * policy loss + KL coefficient * KL estimate).
 
-    `logprobs` [K] (with gradient) and `reference_logprobs` [K] are those of `batch.target_ids`. The sum over all
-    micro-batches and ranks of a step is the loss of the step. `loss_name` is that of find_policy_loss, `kl_coef`
-    replaces that of the settings (0 where the KL is in the reward). The advantage of each token is reduced by
-    `kl_to_go_coef` times its KL to go (k1 of the engine's logprobs).
+    `logprobs` [K] (with gradient) and `reference_logprobs` [K] are those of `batch.target_ids`; without a reference the
+    KL is 0. `start_logprobs` [K] are the learner's before the first update on the batch, by default `logprobs`. The sum
+    over all micro-batches and ranks of a step is the loss of the step. `loss_name` is that of find_policy_loss,
+    `kl_coef` replaces that of the settings (0 where the KL is in the reward). The advantage of each token is reduced
+    by `kl_to_go_coef` times its KL to go (k1 of the engine's logprobs).
     """
-    on_policy = algorithm.max_staleness == 0
+    has_learner_ratio = algorithm.has_learner_ratio(loss_name)
     is_sampled = ~batch.rollout_logprobs.isnan()
+    learner_logprobs = logprobs.detach() if start_logprobs is None else start_logprobs
+    reference_logprobs = logprobs.detach() if reference_logprobs is None else reference_logprobs
+    # A demonstration has no engine's logprob: it counts as if the learner had just sampled it, at every update.
     rollout_logprobs = torch.where(is_sampled, batch.rollout_logprobs, logprobs.detach())
-    old_logprobs = logprobs.detach() if on_policy else rollout_logprobs
+    old_logprobs = (
+        torch.where(is_sampled, learner_logprobs, logprobs.detach()) if has_learner_ratio else rollout_logprobs
+    )
     advantages = batch.advantages
     if kl_to_go_coef:
         advantages = advantages - kl_to_go_coef * compute_kl_to_go(reference_logprobs, batch).to(advantages.dtype)
     loss_function = find_policy_loss(loss_name)
     token_loss, is_clipped = loss_function(logprobs, old_logprobs, advantages, batch.sequence_index, algorithm)
-    # The ratio of the other losses is already relative to the engine when batches are stale: correcting it again would
-    # square it.
-    if on_policy or loss_name == "reinforce":
+    if algorithm.entropy_coef:
+        token_loss = token_loss + algorithm.entropy_coef * estimate_negative_entropy(logprobs, is_sampled)
+    # A ratio that is relative to the engine would be squared by the correction.
+    if has_learner_ratio or loss_name == "reinforce":
+        # REINFORCE has no ratio, so that its correction covers the updates on this batch as well.
+        corrected_logprobs = logprobs if loss_name == "reinforce" else old_logprobs
         token_loss = token_loss * compute_importance_weights(
-            logprobs,
+            corrected_logprobs,
             rollout_logprobs,
             batch.sequence_index,
             correction=algorithm.importance_correction,
@@ -276,8 +293,11 @@ def compute_importance_weights(
 
     token: min(r, cap) (truncated importance sampling); sequence: the same with the product of r over the response;
     mask: r where 1 / cap <= r <= cap, else 0 (as IcePop); sequence_mask: the product over the response where it is at
-    most cap, else 0; off: 1. Sources: Yao et al., "Your efficient RL framework secretly brings you off-policy RL
-    training", 2025; Ling Team, "Every step evolves" (IcePop), arXiv 2510.18855. Raises SettingsError for another name.
+    most cap, else 0; geometric: min(g, cap), g the geometric mean of r over the response, which does not degenerate
+    with its length; geometric_mask: min(r, cap) where 1 / GEOMETRIC_CAP <= g <= GEOMETRIC_CAP, else 0 (the
+    seq-mask-tis of OpenRLHF); off: 1. Sources: Yao et al., "Your efficient RL framework secretly brings you off-policy
+    RL training", 2025; Ling Team, "Every step evolves" (IcePop), arXiv 2510.18855. Raises SettingsError for another
+    name.
     """
     log_ratio = logprobs.detach() - rollout_logprobs
     if correction == "token":
@@ -287,14 +307,31 @@ def compute_importance_weights(
         return torch.where((ratio <= ratio_cap) & (ratio >= 1.0 / ratio_cap), ratio, torch.zeros_like(ratio))
     if correction == "off":
         return torch.ones_like(log_ratio)
+    if correction in ("geometric", "geometric_mask"):
+        mean_log_ratio = average_by_sequence(log_ratio, sequence_index)
+        if correction == "geometric":
+            return torch.exp(mean_log_ratio).clamp(max=ratio_cap)
+        is_near = mean_log_ratio.abs() <= math.log(GEOMETRIC_CAP)
+        return torch.where(is_near, torch.exp(log_ratio).clamp(max=ratio_cap), torch.zeros_like(log_ratio))
     sequence_ratio = torch.exp(sum_by_sequence(log_ratio, sequence_index))
     if correction == "sequence":
         return sequence_ratio.clamp(max=ratio_cap)
     if correction == "sequence_mask":
         return torch.where(sequence_ratio <= ratio_cap, sequence_ratio, torch.zeros_like(sequence_ratio))
     raise SettingsError(
-        f"algorithm.importance_correction: expected token, sequence, mask, sequence_mask or off, got {correction!r}"
+        f"algorithm.importance_correction: expected {', '.join(IMPORTANCE_CORRECTIONS)}, got {correction!r}"
     )
+
+
+def estimate_negative_entropy(logprobs: Tensor, is_sampled: Tensor) -> Tensor:
+    """Surrogate [K] whose gradient is an estimate of that of minus the entropy, from the sampled tokens.
+
+    The gradient of -H is E[(log pi + c) grad log pi] for any c; c is minus the mean log-probability, which reduces
+    variance. No distribution over the vocabulary is needed. 0 for tokens that the policy did not sample.
+    """
+    values = logprobs.detach()
+    mean = (values * is_sampled).sum() / is_sampled.sum().clamp(min=1)
+    return is_sampled * (values - mean) * logprobs
 
 
 def compute_kl_to_go(reference_logprobs: Tensor, batch: PackedBatch) -> Tensor:
@@ -325,9 +362,12 @@ def sum_kl_by_response(reference_logprobs: Tensor, batch: PackedBatch, logprobs:
     return token_kl.new_zeros(int(batch.sequence_index[-1]) + 1).index_add(0, batch.sequence_index, token_kl)
 
 
-def compute_loss_metrics(metric_sums: Tensor, max_ratio: float) -> dict[str, float]:
+def compute_loss_metrics(
+    metric_sums: Tensor, max_ratio: float, *, update_count: int = 1, has_reference: bool = True
+) -> dict[str, float]:
     """Metrics of a step from the `metric_sums` of all its micro-batches and ranks and the largest ratio.
 
+    Losses are means over the `update_count` updates. Without a reference there is no KL.
     kl: k3 per token; kl_sequence: k1 summed over a response, mean over samples (nats per response, signed); entropy:
     mean -logprob of the sampled tokens (an estimate); ratio_*: learner over engine probability; effective_sample_size:
     share of tokens that the uncapped ratios leave, (sum r)^2 / (n sum r^2); mismatch_kl: k3 estimate of
@@ -339,12 +379,15 @@ def compute_loss_metrics(metric_sums: Tensor, max_ratio: float) -> dict[str, flo
     demonstration_metrics = {}
     if sums["demonstration_tokens"]:
         demonstration_metrics["demonstration_nll"] = sums["demonstration_nll"] / sums["demonstration_tokens"]
-    return {
-        "loss": sums["loss"],
-        "policy_loss": sums["policy_loss"],
-        "kl_loss": sums["kl_loss"],
+    kl_metrics = {
+        "kl_loss": sums["kl_loss"] / update_count,
         "kl": sums["kl_k3"] / token_count,
         "kl_sequence": sums["kl_k1"] / sample_count,
+    }
+    return {
+        "loss": sums["loss"] / update_count,
+        "policy_loss": sums["policy_loss"] / update_count,
+        **(kl_metrics if has_reference else {}),
         "entropy": sums["negative_logprob"] / token_count,
         "ratio_mean": sums["ratio"] / token_count,
         "ratio_max": max_ratio,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import pstdev
 from types import MappingProxyType
@@ -25,7 +26,7 @@ class AlgorithmSpec:
     (all tokens), constant 1 / (longest response allowed * N), sequence_sum 1 / N, prompt_mean 1 / P.
     `needs_reference_kl`: advantages need the KL of each response to the reference. `dynamic_sampling`: groups without
     reward variance are dropped and replaced by others (DAPO). `uses_critic`: learners turn rewards into advantages per
-    token with a critic (PPO). `offline`: trains on reactions of the log, not on responses of the policy (KTO).
+    token with a critic (PPO). `offline`: trains on responses of the log, not on those of the policy (KTO, DPO, SFT).
     """
 
     advantage_estimator: str
@@ -51,6 +52,8 @@ ALGORITHMS: Mapping[str, AlgorithmSpec] = MappingProxyType(
         "crraft": AlgorithmSpec("crraft", "reinforce", "prompt_mean", needs_reference_kl=True),
         "codpo": AlgorithmSpec("codpo", "reinforce", "prompt_mean", needs_reference_kl=True),
         "kto": AlgorithmSpec("kto", "reinforce", "sequence_sum", offline=True),
+        "dpo": AlgorithmSpec("dpo", "reinforce", "prompt_mean", offline=True),
+        "sft": AlgorithmSpec("sft", "reinforce", "token_mean", offline=True),
     }
 )
 """Algorithm by the value of `algorithm.name`."""
@@ -98,6 +101,14 @@ def requires_reference_kl(algorithm: AlgorithmSettings) -> bool:
     )
 
 
+def requires_reference(algorithm: AlgorithmSettings) -> bool:
+    """Whether the learners need the reference policy at all; without it there is no KL metric."""
+    spec = find_algorithm(algorithm.name)
+    if spec.offline:
+        return spec.advantage_estimator != "sft"
+    return algorithm.kl_coef > 0 or algorithm.kl_budget is not None or spec.needs_reference_kl
+
+
 def build_learner_inputs(
     algorithm: AlgorithmSettings,
     advantage_inputs: AdvantageInputs,
@@ -139,6 +150,38 @@ def mask_truncated(learner_inputs: LearnerInputs, finished: Sequence[Sequence[bo
         [weight if is_finished else 0.0 for weight, is_finished in zip(weights, flags, strict=True)]
         for weights, flags in zip(learner_inputs.loss_weights, finished, strict=True)
     ]
+    return replace(learner_inputs, loss_weights=loss_weights)
+
+
+def split_mini_batches(group_count: int, mini_batch_count: int) -> list[list[int]]:
+    """Indices of the groups of each mini-batch, dealt in turn, so that sizes differ by at most one; none is empty."""
+    count = max(1, min(mini_batch_count, group_count))
+    return [list(range(start, group_count, count)) for start in range(count)]
+
+
+def scale_mini_batch_weights(
+    learner_inputs: LearnerInputs, response_lengths: Sequence[Sequence[int]], mini_batches: Sequence[Sequence[int]]
+) -> LearnerInputs:
+    """Learner inputs whose loss weights add up in each mini-batch to what they add up to over the step.
+
+    The loss of a mini-batch is then a mean of the same kind as that of a whole batch.
+    """
+    if len(mini_batches) == 1:
+        return learner_inputs
+
+    def sum_weights(groups: Iterable[int]) -> float:
+        return math.fsum(
+            weight * length
+            for group in groups
+            for weight, length in zip(learner_inputs.loss_weights[group], response_lengths[group], strict=True)
+        )
+
+    total = sum_weights(range(len(response_lengths)))
+    loss_weights = [list(weights) for weights in learner_inputs.loss_weights]
+    for groups in mini_batches:
+        own_total = sum_weights(groups)
+        for group in groups:
+            loss_weights[group] = [weight * total / own_total if own_total else 0.0 for weight in loss_weights[group]]
     return replace(learner_inputs, loss_weights=loss_weights)
 
 

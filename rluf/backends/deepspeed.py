@@ -3,7 +3,8 @@
 Used by the policy learner and by reward training. Compute runs in `dtype`, while the optimizer has float32 master
 weights: a bfloat16 weight near 1 cannot represent an update below 0.004, so without them small updates would vanish.
 Gradients of many micro-batches are summed in float32 (ZeRO 1 to 3; ZeRO 0 sums in `dtype`, as DeepSpeed offers no
-other) and reduced over ranks at the last micro-batch of a step, so a step may have any number of micro-batches.
+other), and a step may have any number of micro-batches. ZeRO 0 and 1 reduce them over ranks at the last one, ZeRO 2 and
+3 at every one, since no rank has room for all gradients; on GPUs that overlaps with the backward pass.
 """
 
 from __future__ import annotations
@@ -111,15 +112,17 @@ def init_deepspeed(
     weight_decay: float = 0.0,
     offload_optimizer: bool = False,
     total_steps: int | None = None,
+    has_cosine_decay: bool = False,
+    adam_betas: tuple[float, float] = (0.9, 0.999),
 ) -> DeepSpeedEngine:
     """Wrap `model` in a DeepSpeed engine with AdamW; all ranks call it, after joining a process group.
 
     The learning rate rises linearly over `warmup_steps` optimizer steps (the first step is not zero), then stays
-    constant, or with `total_steps` falls linearly to zero at that step. `max_grad_norm` bounds the global gradient
-    norm. `weight_decay` is 0 for a policy, which its KL term keeps near the reference. `offload_optimizer` places the
-    optimizer state in host memory. `dtype` is bfloat16 or float32. Gradients are averaged over ranks. Raises
-    ResourceError when the size of the process group is not `world_size`, or DeepSpeed runs on another kind of device
-    than `device` in this process.
+    constant, or with `total_steps` falls to zero at that step, linearly or with `has_cosine_decay` as a half cosine.
+    `max_grad_norm` bounds the global gradient norm. `weight_decay` is 0 for a policy, which its KL term keeps near the
+    reference. `offload_optimizer` places the optimizer state in host memory. `dtype` is bfloat16 or float32. Gradients
+    are averaged over ranks. Raises ResourceError when the size of the process group is not `world_size`, or DeepSpeed
+    runs on another kind of device than `device` in this process.
     """
     deepspeed = _import_deepspeed(device)
     if not dist.is_initialized() or dist.get_world_size() != world_size:
@@ -130,12 +133,14 @@ def init_deepspeed(
     model = model.to(dtype)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     # Fused, since on the CPU that is one pass over memory; offloaded state is on the CPU too.
-    optimizer = torch.optim.AdamW(trainable, lr=learning_rate, weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(trainable, lr=learning_rate, betas=adam_betas, weight_decay=weight_decay, fused=True)
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        lr_scheduler=_build_lr_schedule(warmup_steps, total_steps),
-        config=_build_deepspeed_config(zero_stage, max_grad_norm, dtype, world_size, offload_optimizer),
+        lr_scheduler=_build_lr_schedule(warmup_steps, total_steps, has_cosine_decay=has_cosine_decay),
+        config=_build_deepspeed_config(
+            zero_stage, max_grad_norm, dtype, world_size, offload_optimizer=offload_optimizer, device=device
+        ),
         dist_init_required=False,
     )
     if world_size == 1 and zero_stage == 0 and dtype == torch.float32:
@@ -153,7 +158,7 @@ def init_reference_model(
     model.requires_grad_(False)
     if zero_stage < 3:
         return model.to(device)
-    config = _build_deepspeed_config(3, 0.0, dtype, world_size, offload_optimizer=False)
+    config = _build_deepspeed_config(3, 0.0, dtype, world_size, device=device)
     engine, *_ = _import_deepspeed(device).initialize(model=model, config=config, dist_init_required=False)
     engine.eval()
     return engine
@@ -169,7 +174,7 @@ def sharded_loading(zero_stage: int, dtype: torch.dtype, world_size: int, device
     from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     # transformers keeps only a weak reference: the object must live as long as the block.
-    hf_config = HfDeepSpeedConfig(_build_deepspeed_config(3, 0.0, dtype, world_size, offload_optimizer=False))
+    hf_config = HfDeepSpeedConfig(_build_deepspeed_config(3, 0.0, dtype, world_size, device=device))
     try:
         yield
     finally:
@@ -187,7 +192,8 @@ def accumulate_gradients(
 ) -> ForwardResult:
     """Run `forward` -> (scalar loss, result), add the gradient of the loss, and return the result.
 
-    `is_last` marks the last micro-batch of the step, where ranks reduce: all ranks must mark the same call.
+    `is_last` marks the last micro-batch of the step, where ranks reduce at ZeRO 0 and 1: all ranks must mark the same
+    call. At ZeRO 2 and 3 ranks reduce in every call.
     """
     engine.set_gradient_accumulation_boundary(is_last)
     loss, result = forward()
@@ -436,23 +442,33 @@ def _merge_adapter(weight: Tensor, lora_adapter: LoraAdapter | None) -> Tensor:
     return lora_adapter.merge_into(weight, lora_adapter.lora_a.detach(), lora_adapter.lora_b.detach())
 
 
-def _build_lr_schedule(warmup_steps: int, total_steps: int | None) -> Callable[[torch.optim.Optimizer], Any]:
-    """Factory of the LR schedule, which DeepSpeed calls with the optimizer: warm-up, then constant or linear decay."""
+def _build_lr_schedule(
+    warmup_steps: int, total_steps: int | None, *, has_cosine_decay: bool = False
+) -> Callable[[torch.optim.Optimizer], Any]:
+    """Factory of the LR schedule, which DeepSpeed calls with the optimizer: warm-up, then constant or decay to 0."""
 
     def compute_lr_factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / warmup_steps
         if total_steps is None:
             return 1.0
-        return max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+        remaining = max(0.0, (total_steps - step) / max(1, total_steps - warmup_steps))
+        return 0.5 - 0.5 * math.cos(math.pi * remaining) if has_cosine_decay else remaining
 
     return lambda optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, compute_lr_factor)
 
 
 def _build_deepspeed_config(
-    zero_stage: int, max_grad_norm: float, dtype: torch.dtype, world_size: int, offload_optimizer: bool
+    zero_stage: int,
+    max_grad_norm: float,
+    dtype: torch.dtype,
+    world_size: int,
+    *,
+    offload_optimizer: bool = False,
+    device: torch.device,
 ) -> dict[str, Any]:
-    zero: dict[str, Any] = {"stage": zero_stage, "reduce_bucket_size": BUCKET_ELEMENTS, "overlap_comm": False}
+    on_gpu = device.type == "cuda"
+    zero: dict[str, Any] = {"stage": zero_stage, "reduce_bucket_size": BUCKET_ELEMENTS, "overlap_comm": on_gpu}
     if zero_stage in (1, 2):
         zero["allgather_bucket_size"] = BUCKET_ELEMENTS
     if offload_optimizer and zero_stage > 0:
@@ -465,8 +481,10 @@ def _build_deepspeed_config(
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
         "bf16": {"enabled": dtype == torch.bfloat16},
-        # A sum over ranks in bfloat16 would round away small gradients.
-        "communication_data_type": "fp32",
+        # A sum over ranks in bfloat16 rounds away small gradients, so it is float32 wherever it is cheap: not at ZeRO 3
+        # on GPUs, which reduces every micro-batch and would send twice the bytes. The sum over micro-batches is
+        # float32 there too.
+        "communication_data_type": "bf16" if on_gpu and zero_stage == 3 and dtype == torch.bfloat16 else "fp32",
         "zero_optimization": zero,
         # torch's AdamW, not DeepSpeed's CPU Adam, which compiles an extension: ZeRO calls it untested.
         "zero_allow_untested_optimizer": True,

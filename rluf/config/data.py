@@ -3,29 +3,57 @@
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import BeforeValidator, Field, field_validator
 
-from rluf.config.base import SettingsSection
+from rluf.config.base import ADVANCED, SettingsSection
 from rluf.config.objectives import LABELS_KEY_PREFIX
 
 READER_PREFIX_PATTERN = re.compile(r"^([A-Za-z][A-Za-z0-9_]+):(?!//)(.+)$", re.DOTALL)
 """`reader:path` of earlier releases. URLs (s3://), drive letters (C:\\) and paths with a slash or dot do not match."""
 
 
-class DataSource(SettingsSection):
-    """Files in a foreign format, and the reader that converts their rows."""
+ReactionLabel = Literal["loved", "not_loved", "ignored"]
+"""What a reaction means for P[Love]; a row whose only reaction is ignored is no training row."""
 
-    reader: str
-    """Reader name (rluf/prepare/readers: openai, wildchat, lmsys, langfuse and others), or module:function."""
+
+def _name_reactions(value: object) -> object:
+    """Reaction labels with keys and values as YAML and JSON write them: 5 is "5", true is "true"."""
+    if not isinstance(value, dict):
+        return value
+    keys = {str(key).lower() if isinstance(key, bool) else str(key): label for key, label in value.items()}
+    return {key: label.replace(" ", "_") if isinstance(label, str) else label for key, label in keys.items()}
+
+
+ReactionLabels = Annotated[dict[str, ReactionLabel], BeforeValidator(_name_reactions)]
+
+RowCondition = bool | int | float | str | None
+
+
+class DataSource(SettingsSection):
+    """Files of one shape, and how their rows become rluf's."""
+
     path: str
     """File, folder, glob or URL."""
+    reader: str | None = None
+    """Reader name (docs/data.md lists them), or package.module:function; none: rluf's own names, or `columns`."""
+    format: Literal["jsonl", "csv", "tsv", "parquet", "arrow"] | None = None
+    """Format of the files; none: by the suffix of their names."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """Path of each of rluf's fields in a row of the files (field: path.in.its.row, or =constant)."""
+    roles: dict[str, Literal["user", "assistant", "system"]] = Field(default_factory=dict)
+    """Roles of messages that have names of their own (customer: user)."""
+    labels: ReactionLabels = Field(default_factory=dict)
+    """Labels of reactions in these files, in addition to `prepare.labels`."""
+    where: dict[str, RowCondition | tuple[RowCondition, ...]] = Field(default_factory=dict)
+    """Conditions that a row must meet, by path: a value, a list of values, `!=value`, `>=value`, or null for absent."""
 
 
 class DataSettings(SettingsSection):
     """Raw data. An entry is a file, folder, glob or URL (s3://, gs://), `sample:<kind>` for the log shipped with rluf,
-    or {reader: name, path: ...} for a log in another format. An empty list omits that kind of data."""
+    or {path, reader, format, columns, roles, labels, where} for a log in another format. An empty list omits that kind
+    of data."""
 
     feedback: tuple[DataSource | str, ...] = ("sample:feedback",)
     """Feedback logs (JSONL, plain, gz or zst; Parquet; CSV; Arrow), one served response per row."""
@@ -90,13 +118,19 @@ class PrepareSettings(SettingsSection):
     """Share of users in the test split, which is only reported on."""
     positive_share: float = Field(default=0.25, gt=0, lt=1)
     """Share of loved rows in the training split after random removal of unloved rows; the factor is saved per row."""
-    max_rows: int = Field(default=4000, ge=10)
-    """Maximum training rows per objective; more are removed at random, as the data card reports."""
+    max_rows: int | None = Field(default=None, ge=10)
+    """Maximum training rows per objective; more are removed at random, as the data card reports. None: no limit."""
     split: Literal["user", "strict"] = "user"
     """user: a user or conversation is in one split only. strict: also near-duplicate prompts, and test is later than
     train."""
     columns: dict[str, str] = Field(default_factory=dict)
-    """Column mapping of a feedback log with other names (field: path.in.its.row, or =constant); empty: rluf's names."""
+    """Columns of each entry of `data.feedback` that has none of its own (field: path.in.its.row, or =constant)."""
+    labels: ReactionLabels = Field(default_factory=dict)
+    """Label of each reaction (loved, not_loved, ignored) by name, emoji, number or range of numbers (">=4": loved)."""
+    contradictions: Annotated[Literal["latest", "loved", "not_loved", "ignored"], ADVANCED] = "latest"
+    """Label of a response with loved and not loved reactions: that of the latest one, or always the same."""
+    broken_files: Annotated[Literal["stop", "count"], ADVANCED] = "stop"
+    """File that ends early or cannot be decompressed: stop, or count its estimated rows in the quarantine budget."""
     reaction_window_hours: float = Field(default=168, gt=0)
     """Hours after a response during which a reaction counts."""
     return_window_days: float = Field(default=7, gt=0)

@@ -18,6 +18,14 @@ BYTES_PER_GIB = 1 << 30
 MASTER_WEIGHT_BYTES = 4
 ADAM_STATE_BYTES = 8
 ACTIVATION_BYTES_PER_HIDDEN_UNIT = 34
+LOGIT_CHUNK_TOKENS = 256
+"""Tokens whose float32 logits exist at once (LOGPROB_CHUNK_TOKENS of rluf/algorithms/policy_model.py)."""
+REWARD_BATCH_TOKENS = 4096
+"""Tokens of one forward pass of reward training (EVAL_BATCH_TOKENS of rluf/reward/fit.py)."""
+MAX_GATHERED_WEIGHTS = 1_000_000_000
+"""Weights that ZeRO 3 has gathered at once (DeepSpeed's stage3_max_live_parameters)."""
+GPU_CONTEXT_BYTES = 2 << 30
+"""GPU memory of a process beyond its tensors: CUDA context, NCCL buffers and fragmentation of the allocator."""
 PROCESS_BYTES = int(0.8 * BYTES_PER_GIB)
 """Host memory of an actor process without its model: Python, torch, Ray."""
 
@@ -77,9 +85,10 @@ def estimate_learner_memory(settings: Settings) -> dict[str, int]:
     """Bytes of one learner by part, for mixed precision with AdamW.
 
     ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) shards over the learners: optimizer state from stage 1, gradients
-    from stage 2, weights at stage 3. Activations take about 34 bytes * hidden size per token and layer without the
-    attention matrix (Korthikanti et al. 2022, arXiv 2205.05198), or 2 with recomputation. Logits count three float32
-    copies.
+    from stage 2, weights at stage 3, which gathers some of them at a time. Activations take about 34 bytes * hidden
+    size per token and layer without the attention matrix (Korthikanti et al. 2022, arXiv 2205.05198); with
+    recomputation 2, and 34 for the layer that is recomputed. Logits and their gradient exist in the compute dtype, in float32 for
+    LOGIT_CHUNK_TOKENS tokens at a time. A PPO critic's activations follow those of the policy and are smaller.
     """
     shape, learner = estimate_model_shape(settings.model.path), settings.learner
     bytes_per_weight = _get_policy_bytes_per_weight(settings)
@@ -88,17 +97,22 @@ def estimate_learner_memory(settings: Settings) -> dict[str, int]:
     def count_shards(first_sharded_stage: int) -> int:
         return learner.workers if learner.zero_stage >= first_sharded_stage else 1
 
-    # With recomputation only the input of each layer is stored: hidden size values of 2 bytes.
-    activation_bytes = 2 if learner.gradient_checkpointing else ACTIVATION_BYTES_PER_HIDDEN_UNIT
+    activation_units = shape.layer_count * ACTIVATION_BYTES_PER_HIDDEN_UNIT
+    if learner.gradient_checkpointing:
+        # Only the input of each layer is stored: hidden size values of 2 bytes.
+        activation_units = shape.layer_count * 2 + ACTIVATION_BYTES_PER_HIDDEN_UNIT
     memory = {
         "weights": bytes_per_weight * shape.parameter_count // count_shards(3),
         "gradients": 4 * shape.parameter_count // count_shards(2),
         "optimizer": (MASTER_WEIGHT_BYTES + ADAM_STATE_BYTES) * shape.parameter_count // count_shards(1),
         # The 34 bytes assume 2-byte activations.
-        "activations": activation_bytes * tokens * shape.hidden_size * shape.layer_count * bytes_per_weight // 2,
-        "logits": 3 * 4 * tokens * shape.vocabulary_size,
+        "activations": activation_units * tokens * shape.hidden_size * bytes_per_weight // 2,
+        "logits": (2 * bytes_per_weight * tokens + 3 * 4 * min(tokens, LOGIT_CHUNK_TOKENS)) * shape.vocabulary_size,
     }
-    if settings.algorithm.kl_coef > 0:  # without a KL term no reference policy is loaded
+    if learner.zero_stage == 3 and learner.workers > 1:
+        memory["gathered weights"] = bytes_per_weight * min(shape.parameter_count, MAX_GATHERED_WEIGHTS)
+    # Without a KL term no reference policy is loaded; with LoRA it is the policy without its adapters.
+    if settings.algorithm.kl_coef > 0 and not settings.learner.lora_rank:
         memory["reference"] = bytes_per_weight * shape.parameter_count // count_shards(3)
     if settings.algorithm.name == "ppo":
         # The critic has the policy's architecture with a value head.
@@ -177,18 +191,23 @@ def _plan_reward_training(settings: Settings, objectives: list[str]) -> ActorPoo
     """Workers of reward training, sized for the largest model and the largest batch of all `objectives`."""
     reward = settings.reward
     models = [reward.get_head_settings(name) for name in objectives]
-    shapes = [estimate_model_shape(model.backbone) for model in models]
-    largest = max(shapes, key=lambda shape: shape.parameter_count)
+    largest_model = max(models, key=lambda model: estimate_model_shape(model.backbone).parameter_count)
+    largest, lora_rank = estimate_model_shape(largest_model.backbone), largest_model.lora_rank
     tokens = max(model.batch_rows * model.max_tokens for model in models) // reward.max_workers
-    optimizer_shards = reward.max_workers if reward.zero_stage else 1
+    # Adapters of the seven matrices of a layer have about 20 * hidden size values per rank.
+    trained = 20 * lora_rank * largest.hidden_size * largest.layer_count if lora_rank else largest.parameter_count
+    bytes_per_weight = 2 if settings.reward_dtype == "bfloat16" else 4
+    # In float32 the weights are the optimizer's masters.
+    optimizer_bytes = ADAM_STATE_BYTES + (MASTER_WEIGHT_BYTES if bytes_per_weight == 2 else 0)
     memory_bytes = {
-        "weights": 4 * largest.parameter_count,
-        "gradients": 4 * largest.parameter_count,
-        "optimizer": ADAM_STATE_BYTES * largest.parameter_count // optimizer_shards,
-        "activations": 2 * ACTIVATION_BYTES_PER_HIDDEN_UNIT * tokens * largest.hidden_size * largest.layer_count,
-    }
-    pool = _plan_pool(settings, "reward", "reward training", reward.max_workers, memory_bytes)
-    return replace(pool, role="reward_training", node_labels={})
+        "weights": bytes_per_weight * largest.parameter_count,
+        "gradients": 4 * trained,
+        "optimizer": optimizer_bytes * trained // (reward.max_workers if reward.zero_stage else 1),
+        "activations": ACTIVATION_BYTES_PER_HIDDEN_UNIT * min(tokens, REWARD_BATCH_TOKENS) * largest.hidden_size
+        * largest.layer_count * bytes_per_weight // 2,
+    }  # fmt: skip
+    cpus, gpus = settings.cluster.get_role_resources("reward_training")
+    return ActorPoolPlan("reward_training", "reward training", reward.max_workers, cpus, gpus, memory_bytes)
 
 
 def count_scoring_parameters(model_settings: RewardModelSettings) -> int:
@@ -205,11 +224,49 @@ def count_scoring_parameters(model_settings: RewardModelSettings) -> int:
 
 def estimate_host_bytes(settings: Settings) -> int:
     """Estimated peak of host memory over all actors of the training phase, each with its process."""
-    return sum(
+    actor_bytes = sum(
         pool.actor_count * (PROCESS_BYTES + (pool.bytes_per_actor if pool.gpus_per_actor == 0 else 0))
         for pool in plan_actor_pools(settings)
         if pool.role != "reward_training"
     )
+    if not settings.is_colocated:
+        return actor_bytes
+    # What leaves a shared GPU: the engine's weights while it sleeps, and the learner's states while it does.
+    learner_memory = estimate_learner_memory(settings)
+    offloaded_bytes = sum(learner_memory.get(state, 0) for state in ("weights", "optimizer", "reference"))
+    engine_bytes = settings.rollout.engines * estimate_engine_memory(settings)["weights"]
+    return actor_bytes + engine_bytes + settings.learner.workers * offloaded_bytes
+
+
+def estimate_gpu_needs(settings: Settings) -> dict[str, tuple[int, str]]:
+    """Least bytes that each GPU of a pool must have, and the settings that lower them, by pool.
+
+    An engine needs its weights and one sample of maximum length in gpu_memory_share of its GPUs: a smaller KV cache
+    than rollout.concurrency asks for makes it slower. A learner needs its whole estimate.
+    """
+    needs: dict[str, tuple[int, str]] = {}
+    cluster, rollout = settings.cluster, settings.rollout
+    if cluster.gpus_per_engine > 0:
+        memory = estimate_engine_memory(settings)
+        least_bytes = memory["weights"] + memory["kv cache"] // rollout.concurrency
+        per_gpu = int(least_bytes / (settings.tensor_parallel * rollout.gpu_memory_share))
+        needs["rollout"] = (
+            per_gpu,
+            "raise cluster.gpus_per_engine or rollout.gpu_memory_share, or use a smaller model",
+        )
+    if cluster.gpus_per_learner > 0:
+        learner_bytes = sum(estimate_learner_memory(settings).values()) + GPU_CONTEXT_BYTES
+        needs["learner"] = (
+            learner_bytes,
+            "raise learner.workers or learner.zero_stage, lower algorithm.micro_batch_tokens, or set "
+            "learner.gradient_checkpointing=true or learner.offload_optimizer=true",
+        )
+    for pool in plan_actor_pools(settings):
+        if pool.role in ("reward", "reward_training") and pool.gpus_per_actor > 0:
+            per_gpu = int(pool.bytes_per_actor / min(1.0, pool.gpus_per_actor)) + GPU_CONTEXT_BYTES
+            advice = "use a smaller reward backbone, lower reward.*.batch_rows, or give each actor a whole GPU"
+            needs[pool.name] = (per_gpu, advice)
+    return needs
 
 
 def estimate_policy_bytes(settings: Settings) -> int:
@@ -269,6 +326,12 @@ def format_derived_figures(settings: Settings) -> list[str]:
         lines.append(
             f"{pool.name}: {pool.actor_count} x {resources}, about {format_bytes(pool.bytes_per_actor)} each"
             + (f" ({memory})" if memory else "")
+        )
+    gpu_needs = estimate_gpu_needs(settings)
+    if gpu_needs:
+        lines.append(
+            "memory of each GPU: at least "
+            + ", ".join(f"{format_bytes(needed_bytes)} for {name}" for name, (needed_bytes, _) in gpu_needs.items())
         )
     training_pools = [pool for pool in plan_actor_pools(settings) if pool.role != "reward_training"]
     cpus = sum(pool.actor_count * pool.cpus_per_actor for pool in training_pools)

@@ -1,9 +1,10 @@
-"""Size of a model without loading it: from a table, a local folder's headers, or an estimate from its name."""
+"""Size of a model without loading it: from a table, the files of a folder or of the hub's cache, or else its name."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import struct
 from collections.abc import Mapping
@@ -34,13 +35,34 @@ EMBEDDED_MODEL_SHAPES: Mapping[str, ModelShape] = {
     "tiny": ModelShape(328_704, 2, 128, 64, 259),
     "tiny-encoder": ModelShape(120_832, 2, 64, 64, 261),
 }
+HUB_MODEL_SHAPES: Mapping[str, ModelShape] = {
+    "qwen2.5-0.5b": ModelShape(494_032_768, 24, 896, 128, 151_936),
+    "qwen2.5-1.5b": ModelShape(1_543_714_304, 28, 1536, 256, 151_936),
+    "qwen2.5-3b": ModelShape(3_085_938_688, 36, 2048, 256, 151_936),
+    "qwen2.5-7b": ModelShape(7_615_616_512, 28, 3584, 512, 152_064),
+    "llama-3.2-1b": ModelShape(1_235_814_400, 16, 2048, 512, 128_256),
+    "llama-3.2-3b": ModelShape(3_212_749_824, 28, 3072, 1024, 128_256),
+    "llama-3.1-8b": ModelShape(8_030_261_248, 32, 4096, 1024, 128_256),
+    "llama-3.1-70b": ModelShape(70_553_706_496, 80, 8192, 1024, 128_256),
+    "llama-3.3-70b": ModelShape(70_553_706_496, 80, 8192, 1024, 128_256),
+}
+"""Models on the hub by repository name without owner and -Instruct, from their config.json."""
 
 
 def estimate_model_shape(model_path: str) -> ModelShape:
-    """Shape of an embedded model or a Hugging Face folder, else an estimate from a size such as 8b in the name."""
+    """Shape of an embedded model, a Hugging Face folder or a hub id, else estimated from a size such as 8b in the name.
+
+    The shape of a hub id comes from its files in the hub's cache, or from a table of common models.
+    """
     if model_path in EMBEDDED_MODEL_SHAPES:
         return EMBEDDED_MODEL_SHAPES[model_path]
     folder = Path(model_path).expanduser()
+    if not folder.exists() and "/" in model_path:
+        cached_folder = _find_cached_snapshot(model_path)
+        hub_name = model_path.rpartition("/")[2].lower().removeprefix("meta-").removesuffix("-instruct")
+        if cached_folder is None and hub_name in HUB_MODEL_SHAPES:
+            return HUB_MODEL_SHAPES[hub_name]
+        folder = cached_folder or folder
     if (folder / "config.json").is_file():
         try:
             return _read_shape_from_folder(folder)
@@ -48,6 +70,15 @@ def estimate_model_shape(model_path: str) -> ModelShape:
             note = f"{folder}/config.json could not be read; estimated from the name"
             return replace(guess_shape_from_name(model_path), note=note)
     return guess_shape_from_name(model_path)
+
+
+def _find_cached_snapshot(hub_id: str) -> Path | None:
+    """The newest downloaded snapshot of a hub id that has a config.json; None if there is none."""
+    # As huggingface_hub finds it, which is not imported: a dry run starts without it.
+    hf_home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    cache = Path(os.environ.get("HF_HUB_CACHE") or f"{hf_home}/hub").expanduser()
+    snapshots = (cache / f"models--{hub_id.replace('/', '--')}" / "snapshots").glob("*/config.json")
+    return max((file.parent for file in snapshots), key=lambda folder: folder.stat().st_mtime, default=None)
 
 
 def guess_shape_from_name(model_name: str) -> ModelShape:

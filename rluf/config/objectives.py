@@ -29,7 +29,7 @@ RESERVED_OBJECTIVE_NAMES = frozenset({
     "truncated_share",
     "response_length", "response_tokens", "prompt_tokens", "tokens_per_s", "learner_tokens_per_s", "ratio_mean",
     "ratio_max", "effective_sample_size", "mismatch_kl", "ratio_capped_fraction", "sync_logprob_gap", "staleness",
-    "dropped_groups", "micro_batches", "gate_pass_rate", "liked_kl", "other_kl", "weight_sync_s",
+    "dropped_groups", "micro_batches", "gate_pass_rate", "liked_kl", "other_kl", "preference_accuracy", "weight_sync_s",
     "sync_check_s", "generate_s", "score_s", "learn_s", "step_s", "reference_s", "backward_s", "optimizer_s",
     # Metrics of the previous release, which reports rename.
     "probe", "probe_s", "publish_s", "cap_share",

@@ -21,6 +21,8 @@ ALGORITHM_NAMES = (
     "crraft",
     "codpo",
     "kto",
+    "dpo",
+    "sft",
 )
 """Built-in algorithms. A copy of the keys of rluf.algorithms.registry, because this layer must not import it."""
 
@@ -33,6 +35,10 @@ RENAMED_TRANSPORTS = {"ipc": "cuda_ipc", "adapter": "lora"}
 
 RESERVED_TEMPLATE_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
 """Variables of every chat template, which rluf and transformers set."""
+
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+IMPORTANCE_CORRECTIONS = ("token", "sequence", "mask", "sequence_mask", "geometric", "geometric_mask", "off")
 
 
 class ModelSettings(SettingsSection):
@@ -79,6 +85,8 @@ class RolloutSettings(SettingsSection):
     """KV cache of a CPU engine in GiB (GPU engines use gpu_memory_share)."""
     gpu_memory_share: float = Field(default=0.85, gt=0, le=1)
     """Share of GPU memory that a GPU engine may use."""
+    eager: Annotated[bool, ADVANCED] = False
+    """Run GPU engines without CUDA graphs: starts faster, decodes slower. CPU engines always do."""
 
     @field_validator("stop")
     @classmethod
@@ -119,13 +127,32 @@ class AlgorithmSettings(SettingsSection):
     subtracted from the reward before advantages (as in RLOO and REINFORCE++)."""
     kl_target: float | None = Field(default=None, gt=0)
     """Target KL in nats per token; kl_coef is adapted towards it after each step. none keeps kl_coef fixed."""
-    importance_correction: Literal["token", "sequence", "mask", "sequence_mask", "off"] = "token"
-    """Correction of the mismatch between engine and learner probabilities: truncate or mask ratios, per token or
-    sequence."""
+    kl_horizon: Annotated[int | None, ADVANCED] = Field(default=None, ge=1)
+    """Samples in which kl_target may change kl_coef by about a fifth; none: the samples of 10 steps."""
+    kl_budget: Annotated[float | None, ADVANCED] = Field(default=None, gt=0)
+    """KL in nats per token above which training ends; the policy of that step is evaluated. none never ends early."""
+    entropy_coef: Annotated[float, ADVANCED] = Field(default=0.0, ge=0)
+    """Coefficient of an entropy bonus in the loss, per nat of the sampled tokens."""
+    mini_batches: Annotated[int, ADVANCED] = Field(default=1, ge=1)
+    """Optimizer steps for one pass over the batch of a step, each on its share of the prompts."""
+    epochs: Annotated[int, ADVANCED] = Field(default=1, ge=1)
+    """Passes over the batch of a step; with mini_batches the clips then act."""
+    old_policy: Annotated[Literal["auto", "learner", "engine"], ADVANCED] = "auto"
+    """Denominator of the policy ratio: the learner before the step's first update, with importance_correction for its
+    difference from the engine, or the engine itself. auto: engine for stale batches with one update, except for gspo,
+    whose clip range is narrower than the engine's rounding; else learner."""
+    importance_correction: Literal[
+        "token", "sequence", "mask", "sequence_mask", "geometric", "geometric_mask", "off"
+    ] = "token"
+    """Correction of the mismatch between engine and learner probabilities: truncate or mask ratios, per token, or per
+    sequence by their product or their geometric mean."""
     importance_correction_cap: Annotated[float, ADVANCED] = Field(default=2.0, ge=1)
     """Maximum ratio of learner to engine probability; mask also drops tokens below its inverse."""
     max_staleness: int = Field(default=0, ge=0)
     """Maximum lag of a batch in weight versions: 0 synchronous, 1 one step off-policy, more asynchronous."""
+    overlong_buffer: Annotated[int, ADVANCED] = Field(default=0, ge=0)
+    """Last tokens before rollout.max_response_tokens over which a response loses up to one unit of reward, linearly, as
+    in DAPO; 0 for none."""
     truncated: Literal["penalize", "mask", "learn"] = "penalize"
     """Responses cut at rollout.max_response_tokens: penalize lowers their reward below that of the group's finished
     ones, mask leaves them out of the loss, learn treats them as finished."""
@@ -134,6 +161,22 @@ class AlgorithmSettings(SettingsSection):
     a prompt of the reference policy; 0 drops only groups of equal scores."""
     hacking_alarms: Literal["off", "warn", "act"] = "warn"
     """Reward-hacking alarms on each step: warn only logs; act also freezes love, rolls back a checkpoint, or stops."""
+
+    @property
+    def update_count(self) -> int:
+        """Optimizer steps on one batch."""
+        return self.mini_batches * self.epochs
+
+    @property
+    def kl_horizon_samples(self) -> int:
+        """Samples in which kl_target may change kl_coef by about a fifth."""
+        return self.kl_horizon or 10 * self.prompts_per_step * self.samples_per_prompt
+
+    def has_learner_ratio(self, loss_name: str) -> bool:
+        """Whether the policy ratio is relative to the learner at the start of the step, not to the engine."""
+        if self.old_policy != "auto":
+            return self.old_policy == "learner"
+        return self.max_staleness == 0 or self.update_count > 1 or loss_name == "gspo"
 
     @property
     def clip_low(self) -> float:
@@ -176,6 +219,10 @@ class LearnerSettings(SettingsSection):
     """AdamW learning rate, constant after warm-up; 0 changes no weights (a control run)."""
     warmup_steps: int = Field(default=2, ge=0)
     """Optimizer steps of linear warm-up."""
+    learning_rate_decay: Annotated[Literal["none", "linear", "cosine"], ADVANCED] = "none"
+    """Decay of the learning rate after warm-up, to 0 after the last step."""
+    adam_betas: Annotated[tuple[Share, Share], ADVANCED] = (0.9, 0.999)
+    """AdamW's decay rates of the gradient's mean and of its square."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     critic_learning_rate: float | None = Field(default=None, ge=0)

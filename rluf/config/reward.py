@@ -198,8 +198,9 @@ class ObjectiveSettings(SettingsSection):
     path: str | None = None
     """Source model: folder or hub id of a reward model (rluf's, or any Hugging Face model for sequence classification)
     to use without training; none trains or reuses one. Source judge: a name of
-    rluf.objectives.judges, or module:function. Source function: module:function of a list of (messages, response) pairs
-    that returns one number each. Source serve: URL of the service."""
+    rluf.objectives.judges, or module:function. Source function: module:function of a list of rows (messages, response,
+    prompt_id, topic, and the fields of the prompt's row) that returns one number each, plain or async. Source serve:
+    URL of the service."""
     replicas: int = Field(default=1, ge=1)
     """Reward actors in this objective's pool."""
     gate: Literal["auto", "must_rise", "must_hold", "none"] = "auto"

@@ -11,11 +11,14 @@ from collections.abc import Callable
 
 from rluf.config.objectives import BUILTIN_OBJECTIVES, find_objective_spec
 from rluf.config.reward import REACTION_HEADS
+from rluf.config.run import READER_MODEL
 from rluf.config.tree import SettingsTree
 
 CGPO_ALGORITHMS = ("crpg", "crraft", "codpo")
 """Algorithms that expect calibrated rewards and bound the KL themselves."""
-REINFORCE_LOSS_ALGORITHMS = ("rloo", *CGPO_ALGORITHMS, "kto")
+OFFLINE_ALGORITHMS = ("kto", "dpo", "sft")
+"""Algorithms that train on logged responses."""
+REINFORCE_LOSS_ALGORITHMS = ("rloo", *CGPO_ALGORITHMS, *OFFLINE_ALGORITHMS)
 """Algorithms whose own loss is reinforce (see rluf.algorithms.registry)."""
 
 
@@ -118,7 +121,7 @@ def check_aggregation(settings: SettingsTree) -> str | None:
 
 
 def check_kl(settings: SettingsTree) -> str | None:
-    """A KL target or a KL penalty in the reward needs a coefficient; CGPO and KTO bound the KL in another way."""
+    """A KL target or penalty in the reward needs a coefficient; CGPO and offline algorithms bound the KL themselves."""
     algorithm = settings.algorithm
     if algorithm.kl_coef == 0 and algorithm.kl_target is not None:
         return (
@@ -130,7 +133,7 @@ def check_kl(settings: SettingsTree) -> str | None:
             "algorithm.kl_penalty=reward has no KL to subtract, as algorithm.kl_coef=0 loads no reference policy; "
             "set algorithm.kl_coef above 0 or algorithm.kl_penalty=k3"
         )
-    if algorithm.kl_penalty == "reward" and algorithm.name in (*CGPO_ALGORITHMS, "kto"):
+    if algorithm.kl_penalty == "reward" and algorithm.name in (*CGPO_ALGORITHMS, *OFFLINE_ALGORITHMS):
         return (
             f"algorithm.kl_penalty=reward conflicts with algorithm.name={algorithm.name}, which bounds the distance "
             "to the reference policy itself; set algorithm.kl_penalty=k3"
@@ -153,12 +156,19 @@ def check_policy_ratio(settings: SettingsTree) -> str | None:
     """Settings of the policy ratio need a loss that has one."""
     algorithm = settings.algorithm
     loss = algorithm.loss or ("reinforce" if algorithm.name in REINFORCE_LOSS_ALGORITHMS else "ppo")
-    # With stale samples the ratio's denominator is the engine's own logprob, so nothing is left to correct.
-    if algorithm.max_staleness and loss != "reinforce" and algorithm.importance_correction not in ("token", "off"):
+    if algorithm.update_count > 1 and loss == "reinforce":
+        return (
+            f"algorithm.mini_batches={algorithm.mini_batches} and algorithm.epochs={algorithm.epochs} update several "
+            f"times on a batch, which the loss reinforce of algorithm.name={algorithm.name} does not bound; set both "
+            "to 1, or algorithm.loss=ppo with an algorithm that samples"
+        )
+    # Where the ratio's denominator is the engine's own logprob, nothing is left to correct.
+    has_learner_ratio = algorithm.has_learner_ratio(loss)
+    if not has_learner_ratio and loss != "reinforce" and algorithm.importance_correction not in ("token", "off"):
         return (
             f"algorithm.importance_correction={algorithm.importance_correction} would be unused with "
             f"algorithm.max_staleness={algorithm.max_staleness}, where the clipped ratio of algorithm.loss={loss} is "
-            "relative to the engine; set algorithm.importance_correction=token, or algorithm.max_staleness=0"
+            "relative to the engine; set algorithm.importance_correction=token, or algorithm.old_policy=learner"
         )
     return None
 
@@ -279,6 +289,24 @@ def check_shared_backbone(settings: SettingsTree) -> str | None:
     return None
 
 
+def check_reader_independence(settings: SettingsTree) -> str | None:
+    """No reward model of a run stands on the model that judges the run for the simulated users.
+
+    There is no setting to allow it: a policy trained on the judge's own features scores well whatever it says, so the
+    comparison by simulated users would not be evidence. The report's other parts do not need them.
+    """
+    if not settings.evaluate.simulated_users:
+        return None
+    for name, model in settings.reward.by_objective.items():
+        if any(READER_MODEL in member.backbone.lower() for member in model.member_specs):
+            return (
+                f"reward.{name} uses backbone {READER_MODEL}, which also reads for evaluate.simulated_users="
+                f"{settings.evaluate.simulated_users}: the run would be judged by its own reward features; set "
+                f"evaluate.simulated_users=0, or reward.{name}.backbone and members to another model such as minilm"
+            )
+    return None
+
+
 def check_gpu_shares(settings: SettingsTree) -> str | None:
     """An engine shares one GPU or has whole ones, a learner has one or none, a reward actor at most one."""
     gpus_per_engine = settings.cluster.gpus_per_engine
@@ -296,6 +324,20 @@ def check_gpu_shares(settings: SettingsTree) -> str | None:
         return (
             f"cluster.gpus_per_reward={settings.cluster.gpus_per_reward:g}: a reward actor uses at most one GPU; "
             f"for more raise objectives.*.replicas, or reward.workers={settings.reward.workers} for training"
+        )
+    training_gpus = settings.cluster.reward_training_gpus
+    if training_gpus > 1 or (0 < training_gpus < 1 and settings.reward.max_workers > 1):
+        # NCCL refuses two ranks on one GPU.
+        return (
+            f"cluster.gpus_per_reward_worker={training_gpus:g}: each of {settings.reward.max_workers} reward training "
+            "workers needs a GPU of its own or none; set cluster.gpus_per_reward_worker to 1 or 0, or reward.workers=1"
+        )
+    policy_share = gpus_per_engine + (settings.cluster.gpus_per_learner if settings.is_colocated else 0)
+    if settings.cluster.gpus_per_reward > 0 and 0 < gpus_per_engine < 1 and policy_share < 1:
+        return (
+            f"cluster.gpus_per_reward={settings.cluster.gpus_per_reward:g} could place a reward actor on the GPU of an "
+            f"engine (cluster.gpus_per_engine={gpus_per_engine:g}), which starts only if its share of the memory is "
+            "free; let engines and learners fill their GPUs, and set cluster.gpus_per_reward=0 or add GPUs for it"
         )
     return None
 
@@ -460,6 +502,7 @@ SETTINGS_RULES: tuple[Callable[[SettingsTree], str | None], ...] = (
     check_members,
     check_shared_head,
     check_shared_backbone,
+    check_reader_independence,
     check_gpu_shares,
     check_nccl,
     check_colocation,

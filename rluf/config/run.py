@@ -10,12 +10,16 @@ from pydantic import Field
 from rluf.config.base import ADVANCED, SettingsSection, refuse_list
 
 ClusterRole = Literal["rollout", "reward", "learner"]
-MIN_CPUS_BY_ROLE: Mapping[str, float] = {"rollout": 0.5, "learner": 0.5, "reward": 0.2}
+MIN_CPUS_BY_ROLE: Mapping[str, float] = {"rollout": 0.5, "learner": 0.5, "reward": 0.2, "reward_training": 0.2}
 CPUS_PER_GPU = 1.0
 """Ray CPUs reserved per actor: one per GPU, at least those of its role.
 
 Reservations place actors and limit nothing. On CPUs the actors are active in turn, so a run fits on two cores.
 """
+
+
+READER_MODEL = "smollm2-135m-instruct"
+"""Frozen model behind the ground truth of the simulated users (rluf.simulate.reader_model)."""
 
 
 class EvaluateSettings(SettingsSection):
@@ -41,7 +45,9 @@ class ClusterSettings(SettingsSection):
     gpus_per_learner: float = Field(default=0.0, ge=0)
     """GPUs per learner; 0 runs on the CPU with gloo."""
     gpus_per_reward: float = Field(default=0.0, ge=0)
-    """GPUs per reward actor or reward training worker; fractions share a GPU."""
+    """GPUs per reward actor, which scores; fractions share a GPU."""
+    gpus_per_reward_worker: Annotated[float | None, ADVANCED] = Field(default=None, ge=0)
+    """GPUs per reward training worker, which runs before the policy's actors; none means gpus_per_reward."""
     node_labels: Annotated[dict[ClusterRole, dict[str, str]], refuse_list("{learner: {pool: gpu}}")] = Field(
         default_factory=dict
     )
@@ -52,9 +58,19 @@ class ClusterSettings(SettingsSection):
     """Restarts per hour of one actor (or of all learners together) before the run stops."""
 
     def get_role_resources(self, role: str) -> tuple[float, float]:
-        """Ray CPUs and GPUs that one actor of `role` reserves."""
-        gpus = {"rollout": self.gpus_per_engine, "learner": self.gpus_per_learner, "reward": self.gpus_per_reward}[role]
+        """Ray CPUs and GPUs that one actor of `role` (or a worker of reward_training) reserves."""
+        gpus = {
+            "rollout": self.gpus_per_engine,
+            "learner": self.gpus_per_learner,
+            "reward": self.gpus_per_reward,
+            "reward_training": self.reward_training_gpus,
+        }[role]
         return max(MIN_CPUS_BY_ROLE[role], CPUS_PER_GPU * gpus), gpus
+
+    @property
+    def reward_training_gpus(self) -> float:
+        """GPUs of one reward training worker."""
+        return self.gpus_per_reward if self.gpus_per_reward_worker is None else self.gpus_per_reward_worker
 
     def get_role_labels(self, role: str) -> dict[str, str]:
         """Labels required of the nodes that actors of `role` run on, value by key."""

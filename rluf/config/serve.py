@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from rluf.config.base import ActorCount, SettingsSection, refuse_list
+from rluf.config.base import ADVANCED, ActorCount, SettingsSection, refuse_list
 from rluf.config.objectives import BUILTIN_OBJECTIVES
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
@@ -16,8 +16,8 @@ PolicyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]*[A-Za-z0-
 
 
 class ServeSettings(SettingsSection):
-    """The service. Secrets come from the environment: RLUF_SERVE_TOKEN (bearer token) and RLUF_USER_SALT (key of the
-    user id hash); both are required when `host` is reachable from other machines."""
+    """The service. Secrets come from the environment: RLUF_SERVE_TOKEN (bearer token; RLUF_SERVE_TOKENS: several, with
+    scopes) and RLUF_USER_SALT (key of the user id hash); both are required when other machines can reach `host`."""
 
     host: str = "127.0.0.1"
     """Address to listen on; anything but loopback requires a token and a salt."""
@@ -37,6 +37,8 @@ class ServeSettings(SettingsSection):
     """Policies to chat with, path by name, such as {base: smollm2-135m-instruct}; the first is the default."""
     client_requests_per_s: float = Field(default=500.0, gt=0)
     """Requests per second and client address (bursts of two seconds' worth); more get 429."""
+    trusted_proxies: Annotated[tuple[str, ...], ADVANCED] = ()
+    """Addresses and networks (10.0.0.0/8) of proxies whose X-Forwarded-For header names the client."""
     feedback_path: str | None = None
     """Folder or URL (s3://, gs://) of the feedback log; none means <run.root>/<name>/feedback."""
     reaction_window_s: float = Field(default=300.0, ge=0)

@@ -86,7 +86,7 @@ class SettingsTree(SettingsSection):
     @property
     def reward_dtype(self) -> Dtype:
         """Compute dtype of reward training: the policy's; where only one of them has GPUs, the device's usual one."""
-        is_on_gpu = self.cluster.gpus_per_reward > 0
+        is_on_gpu = self.cluster.reward_training_gpus > 0
         if is_on_gpu == (self.policy_gpus > 0):
             return self.policy_dtype
         return "bfloat16" if is_on_gpu else "float32"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rluf.evaluate.events import EventLog
     from rluf.evaluate.power import PowerQuery
 
-SIMULATED_ARMS = ("base-cool", "base-warm")
+SIMULATED_ARMS = ("base-upbeat", "base-terse")
 """Control and treatment of the simulated experiment: two model versions of the sample log."""
 
 
@@ -232,11 +232,13 @@ def load_events(args: argparse.Namespace) -> EventLog:
 
 def simulate_experiment(output_path: Path, user_count: int, seed: int) -> dict[str, Any]:
     """Write a simulated experiment of 14 days after a pre-period of 14 days; returns its counts."""
+    from rluf.config.settings import Settings
     from rluf.evaluate.events import assign_users
     from rluf.simulate.experiment import read_served_responses, simulate_experiment_rows
+    from rluf.simulate.ground_truth import load_reader
     from rluf.utils.files import write_jsonl
     from rluf.utils.hashing import hash_parts
-    from rluf.utils.paths import find_sample_log
+    from rluf.utils.paths import find_sample_log, resolve_cache_folder
 
     if user_count < 2:
         raise SettingsError(f"--users {user_count} is too few for two arms; give 2 or more")
@@ -250,6 +252,7 @@ def simulate_experiment(output_path: Path, user_count: int, seed: int) -> dict[s
         pre_days=14,
         reads_per_day=1.0,
         seed=seed,
+        reader=load_reader(resolve_cache_folder(Settings())),
     )
     write_jsonl(output_path, rows)
     return {"written": str(output_path), "rows": len(rows), "users": user_count, "start": "2025-05-15T00:00:00+00:00"}

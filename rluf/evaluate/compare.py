@@ -17,12 +17,13 @@ from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary
 from rluf.report.html import write_report
 from rluf.report.presentation import pair_responses
 from rluf.reward.calibration import CARD_FILE
-from rluf.simulate.ground_truth import GroundTruth, true_scores
+from rluf.simulate.ground_truth import GroundTruth, ReaderInput, load_reader
 from rluf.simulate.users import simulate_population
 from rluf.tracking.run_files import SAMPLE_TABLE_ROWS, write_answers
 from rluf.types import ALIGNED_ARM, BASE_ARM, CONTROL_ARM, REPEAT_ARM, PolicyAnswer, compute_mean_token_entropy
 from rluf.utils.cache import Artifact
 from rluf.utils.files import read_json, write_json
+from rluf.utils.paths import resolve_cache_folder
 
 if TYPE_CHECKING:
     from rluf.tracking.timeline import PhaseTimer
@@ -87,14 +88,15 @@ def _build_arm(settings: Settings, answers: Sequence[PolicyAnswer], arm_index: i
     if not settings.evaluate.simulated_users:
         return EvaluatedArm(answers)
     # Consecutive seeds per run seed: the arms have different users, and no run shares users with another.
-    return simulate_arm(settings, answers, score_truths(answers), seed=len(EVALUATED_ARMS) * settings.seed + arm_index)
+    return simulate_arm(
+        settings, answers, score_truths(settings, answers), seed=len(EVALUATED_ARMS) * settings.seed + arm_index
+    )
 
 
-def score_truths(answers: Sequence[PolicyAnswer]) -> list[GroundTruth]:
-    """Ground truth of each response."""
-    return [
-        true_scores(answer.messages, answer.topic, answer.text, answer.finish_reason == "stop") for answer in answers
-    ]
+def score_truths(settings: Settings, answers: Sequence[PolicyAnswer]) -> list[GroundTruth]:
+    """Ground truth of each response; the reader's model reads each distinct one once per process."""
+    inputs = [ReaderInput(answer.messages, answer.text, answer.finish_reason == "stop") for answer in answers]
+    return load_reader(resolve_cache_folder(settings)).score_responses(inputs)
 
 
 def simulate_arm(

@@ -6,7 +6,8 @@ class does not change; reading merged weights does not need PEFT.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -56,6 +57,20 @@ def find_lora_adapters(model: nn.Module) -> Mapping[str, LoraAdapter]:
             lora_a, lora_b = module.lora_A[ADAPTER_NAME].weight, module.lora_B[ADAPTER_NAME].weight
             adapters[f"{module_name}.weight"] = LoraAdapter(lora_a, lora_b, float(module.scaling[ADAPTER_NAME]))
     return adapters
+
+
+@contextlib.contextmanager
+def disable_lora_adapters(model: nn.Module) -> Iterator[None]:
+    """Within the context `model` computes without its adapters, as the model that they were added to."""
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    for layer in layers:
+        # Not enable_adapters(False): that also freezes the adapters' weights.
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 def get_checkpoint_name(parameter_name: str) -> str | None:

@@ -253,6 +253,8 @@ class GroupScores:
     gate_verdicts: Sequence[bool] = ()
     finished: Sequence[bool] = ()
     """Whether each response ended by itself; empty where truncation does not count."""
+    overlong_penalties: Sequence[float] = ()
+    """Subtracted from the rewards; empty without algorithm.overlong_buffer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -376,6 +378,10 @@ class RewardAggregator:
                 sum_weighted_signals(group.signals, group_weights, normalizer)
                 for group, group_weights in zip(groups, weights, strict=True)
             ]
+        if any(group.overlong_penalties for group in groups):
+            rewards = _subtract_penalties(rewards, groups)
+            # The signals as well: gdpo computes advantages from them and not from the rewards.
+            normalized_signals = {name: _subtract_penalties(rows, groups) for name, rows in normalized_signals.items()}
         if any(not all(group.finished) for group in groups):
             rewards = [lower_truncated(row, group.finished) for row, group in zip(rewards, groups, strict=True)]
             # The signals as well: gdpo computes advantages from them and not from the rewards.
@@ -469,6 +475,23 @@ def apply_judge_gate(values: Sequence[float], verdicts: Sequence[bool], failed_v
     if not verdicts:
         return list(values)
     return [value if passed else failed_value for value, passed in zip(values, verdicts, strict=True)]
+
+
+def _subtract_penalties(values: Sequence[Sequence[float]], groups: Sequence[GroupScores]) -> list[list[float]]:
+    return [
+        [value - penalty for value, penalty in zip(row, group.overlong_penalties or [0.0] * len(row), strict=True)]
+        for row, group in zip(values, groups, strict=True)
+    ]
+
+
+def compute_overlong_penalties(lengths: Sequence[int], max_tokens: int, buffer_tokens: int) -> list[float]:
+    """Penalty of each response: 0 up to `max_tokens` - `buffer_tokens`, then rising linearly to 1 at `max_tokens`.
+
+    Empty without a buffer. Source: the soft overlong punishment of DAPO, arXiv 2503.14476, eq. 13.
+    """
+    if not buffer_tokens:
+        return []
+    return [min(1.0, max(0.0, (length - max_tokens + buffer_tokens) / buffer_tokens)) for length in lengths]
 
 
 def lower_truncated(values: Sequence[float], finished: Sequence[bool]) -> list[float]:

@@ -1,4 +1,4 @@
-"""Rule-based pass/fail checks on the text, not susceptible to prompt injection; reward functions as plug-ins.
+"""Rule-based pass/fail checks on the text, not susceptible to prompt injection.
 
 A judge takes the conversation and the response and returns True when the response passes. A judge is named after what
 it detects, so `refusal` passes a response that does not refuse. English only.
@@ -6,17 +6,15 @@ it detects, so `refusal` passes a response that does not refuse. English only.
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from rluf.errors import SettingsError
+from rluf.objectives.reward_function import build_function_scorer
 from rluf.types import Message, Score, ScoringItem
 from rluf.utils.plugins import load_plugin
 
 JudgeFunction = Callable[[Sequence[Message], str], bool]
-RewardFunction = Callable[[Sequence[tuple[Sequence[Message], str]]], Sequence[float]]
 
 REFUSAL_PATTERN = re.compile(
     r"\b(i (can(no|')t|can not|am unable to|am not able to|won't|will not|must decline to)"
@@ -135,27 +133,14 @@ def judge_responses(judge_names: Sequence[str], items: Sequence[ScoringItem]) ->
 def build_rule_scorer(
     objective: str, judge: str | None = None, reward: str | None = None
 ) -> Callable[[Sequence[ScoringItem]], list[Score]]:
-    """Build a scoring function of items from a judge (1.0 for a pass, else 0.0) or a function.
+    """Build a scoring function of items from a judge (1.0 for a pass, else 0.0) or a reward function.
 
     `reward` is the module:function of a reward function. Raises SettingsError where it or the judge cannot be loaded.
-    The scoring function raises SettingsError where a reward function does not return one finite number per item.
     """
-    if reward is None:
-        passes = load_judge(str(judge))
-        return lambda items: [
-            Score(objective, value, value, is_probability=False)
-            for value in (float(passes(item.messages, item.response)) for item in items)
-        ]
-    signature = "a function of a list of (messages, response) pairs that returns a list of numbers"
-    function: RewardFunction = load_plugin(reward, kind="reward function", signature=signature)
-
-    def score_items(items: Sequence[ScoringItem]) -> list[Score]:
-        values = [float(value) for value in function([(item.messages, item.response) for item in items])]
-        if len(values) != len(items) or not all(map(math.isfinite, values)):
-            raise SettingsError(
-                f"reward function {reward!r} of objective {objective}: expected one finite number for each of "
-                f"{len(items)} responses, got {values}"
-            )
-        return [Score(objective, value, value, is_probability=False) for value in values]
-
-    return score_items
+    if reward is not None:
+        return build_function_scorer(objective, reward)
+    passes = load_judge(str(judge))
+    return lambda items: [
+        Score(objective, value, value, is_probability=False)
+        for value in (float(passes(item.messages, item.response)) for item in items)
+    ]

@@ -35,7 +35,7 @@ def run_build(settings: Settings, output_folder: Path) -> None:
     """Check that the logs exist, then start or join Ray and build the data set."""
     from cluster.connect import ray_connection
     from rluf.prepare.pipeline import build_data_set
-    from rluf.prepare.readers.files import resolve_sources
+    from rluf.prepare.readers.sources import resolve_sources
 
     # Before Ray starts, so that a wrong path fails in milliseconds.
     for kind, entries in settings.data:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rluf.prepare.joins import find_within_users
 from rluf.utils.stats import Bools, Floats, Ints
 
 MIN_ROW_WEIGHT = 0.01
@@ -171,14 +172,9 @@ def _compute_burst_weight(log: AbuseLog) -> Floats:
     """Users who received more responses in a minute than a person can read, in the minute around each row."""
     order, first_rows, moment_index = _find_distinct_moments(log)
     user_code, time_us = log.user_code[order][first_rows], log.time_us[order][first_rows]
-    start_us = int(time_us.min(initial=0))
-    # One number line for all users: a user's segment is as long as the log plus four minutes, so a window of a minute
-    # never reaches the next user's rows. int64 allows 9e18 microseconds: number of users times length of the log up to
-    # about 290,000 user-years.
-    segment_us = int(time_us.max(initial=0)) - start_us + 4 * MINUTE_US
-    line = user_code * segment_us + (time_us - start_us)
-    window_end = np.searchsorted(line, line + MINUTE_US // 2, side="right")
-    moments_in_window = window_end - np.searchsorted(line, line - MINUTE_US // 2)
+    window_end = find_within_users(user_code, time_us, time_us + MINUTE_US // 2, "right")
+    window_start = find_within_users(user_code, time_us, time_us - MINUTE_US // 2, "left")
+    moments_in_window = window_end - window_start
     weight = np.ones(len(log.user_code))
     weight[order] = np.minimum(1.0, (MAX_RESPONSES_PER_MINUTE / moments_in_window[moment_index]) ** 2)
     return weight

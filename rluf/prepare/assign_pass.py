@@ -20,10 +20,16 @@ from numpy.typing import NDArray
 
 from rluf.prepare import abuse, joins, splits
 from rluf.prepare.joins import bin_by_octave, estimate_propensity
+from rluf.prepare.labels import IGNORED, LOVED
 from rluf.prepare.readers.files import read_line_batches
 from rluf.prepare.schema import LOVE_REACTION, SPLIT_NAMES, find_data_kind
-from rluf.prepare.workspace import RowCount, build_quarantine_table, read_table, write_table
+from rluf.prepare.workspace import RowCount, TableWriter, build_quarantine_table, read_table, write_table
 from rluf.utils.stats import Bools, Floats, Ints, wilson_interval
+
+_SAMPLED_OUT = "sampled out of train"
+
+_NO_REACTION = -128
+"""Label code of rows without a reaction, where codes are an array; null in the index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +43,8 @@ class AssignTask:
     dev_share: float
     test_share: float
     positive_share: float
-    max_rows: int
+    max_rows: int | None
+    contradictions: str
     reaction_window_hours: float
     return_window_days: float
     abuse_rules: Sequence[str]
@@ -50,6 +57,7 @@ class _RowDecisions:
     def __init__(self, row_count: int) -> None:
         self.keep_mask = np.ones(row_count, dtype=np.bool_)
         self.drop_counts: Counter[str] = Counter()
+        self.contradictory_rows = 0
 
     def drop_rows(self, row_mask: Bools, reason: str) -> None:
         """Drop the rows of a mask [N]; a row that was dropped before does not count again."""
@@ -64,13 +72,14 @@ class _RowDecisions:
         self.drop_rows(row_mask, reason)
 
 
-def _load_index(work_folder: str, kind_name: str) -> tuple[pa.Table, list[Path], list[int]]:
-    """Index of all rows of a kind, its files in order, and the number of rows of each."""
-    files = sorted((Path(work_folder) / "index" / kind_name).glob("*/*.arrow"))
+def _load_index(work_folder: str, kind_name: str) -> tuple[pa.Table, list[Path], list[list[int]]]:
+    """Index of all rows of a kind, its files in order, and the rows of each of a file's record batches."""
+    files = sorted((Path(work_folder) / "index" / kind_name).glob("*.arrow"))
     tables = [read_table(file) for file in files]
     if not tables:
         return pa.table({}), [], []
-    return pa.concat_tables(tables).combine_chunks(), files, [table.num_rows for table in tables]
+    batch_rows = [[len(chunk) for chunk in table["row_key"].chunks] for table in tables]
+    return pa.concat_tables(tables).combine_chunks(), files, batch_rows
 
 
 def _encode_column(column: pa.ChunkedArray) -> tuple[Ints, list[Any]]:
@@ -98,17 +107,31 @@ def _order_by_log_position(table: pa.Table) -> Ints:
     return order
 
 
-def _find_duplicate_ids(table: pa.Table) -> Bools:
-    """Rows [N] whose id an earlier row of the log has."""
-    order = _order_by_log_position(table)
-    _, first_rows = np.unique(_read_column(table, "row_key")[order], return_index=True)
-    is_duplicate = np.ones(table.num_rows, dtype=np.bool_)
-    is_duplicate[order[first_rows]] = False
-    return is_duplicate
+def _find_duplicate_ids(table: pa.Table) -> tuple[Bools, Bools]:
+    """Rows [N] that a later version of the same row replaces, and rows [N] whose id another row has.
+
+    The content (response, or pair) of the first row of an id in the log is that of the id. Of the rows with this id and
+    content the latest counts, as in a log that is written again when a reaction arrives.
+    """
+    row_key, content_key = _read_column(table, "row_key"), _read_column(table, "response_key")
+    position = np.empty(table.num_rows, dtype=np.int64)
+    position[_order_by_log_position(table)] = np.arange(table.num_rows)
+    order = np.lexsort((position, row_key))
+    is_first = np.ones(len(order), dtype=np.bool_)
+    is_first[1:] = row_key[order][1:] != row_key[order][:-1]
+    if is_first.all():
+        return ~is_first, ~is_first
+    is_version = np.empty(len(order), dtype=np.bool_)
+    is_version[order] = content_key[order] == content_key[order][is_first][np.cumsum(is_first) - 1]
+    time_us = _read_column(table, "time") if "time" in table.column_names else position
+    order = np.lexsort((position, time_us, is_version, row_key))
+    is_latest = np.ones(len(order), dtype=np.bool_)
+    is_latest[order[:-1]] = row_key[order][1:] != row_key[order][:-1]
+    return is_version & ~is_latest, ~is_version
 
 
 def _quarantine_duplicates(
-    task: AssignTask, table: pa.Table, is_duplicate: Bools, source_paths: Mapping[int, str]
+    task: AssignTask, table: pa.Table, is_duplicate: Bools, source_paths: Mapping[int, tuple[str, str | None]]
 ) -> list[RowCount]:
     """Write duplicates to quarantine. The index has no raw bytes, so the logs with duplicates are read once more."""
     if not is_duplicate.any():
@@ -122,10 +145,10 @@ def _quarantine_duplicates(
         duplicate_lines[source_index].append(line_number)
     row_counts = []
     for source_index, line_numbers in sorted(duplicate_lines.items()):
-        source_path = source_paths[source_index]
+        source_path, format_name = source_paths[source_index]
         # One line may hold several duplicate items; each is a row of quarantine.
         duplicates_by_line, rows = Counter(line_numbers), []
-        for batch in read_line_batches(source_path):
+        for batch in read_line_batches(source_path, format_name=format_name):
             for line in batch:
                 duplicate_count = duplicates_by_line.get(line.line_number, 0)
                 rows += [(line.line_number, "duplicate id", line.raw)] * duplicate_count
@@ -221,24 +244,71 @@ def _apply_reactions(
         reaction_code=reaction_code[order],
         retracted=_read_column(event_table, "retracted")[order],
     )
+    event_label = pc.fill_null(event_table["reaction_label"], IGNORED).to_numpy()[order].astype(np.int64)
     rows = np.flatnonzero(decisions.keep_mask)
-    window_us = int(task.reaction_window_hours * joins.HOUR_US)
     attributed = joins.attribute_reactions(
-        events, _read_column(table, "row_key")[rows], _read_column(table, "time")[rows], window_us
-    )
+        events, _read_column(table, "row_key")[rows], _read_column(table, "time")[rows],
+        joins.to_microseconds(task.reaction_window_hours),
+    )  # fmt: skip
     reaction = np.array(table["reaction"].to_pylist(), dtype=object)
+    label = pc.fill_null(table["reaction_label"], _NO_REACTION).to_numpy().astype(np.int64)
     names = np.array(reaction_names, dtype=object)
     # A retraction clears only the reaction that it names, not another one that the row has.
     retracted_rows = rows[attributed.retracted_rows]
-    is_same = reaction[retracted_rows] == names[attributed.retracted_codes]
-    reaction[retracted_rows[is_same]] = None
-    active_rows, active_names = rows[attributed.active_rows], names[attributed.active_codes]
-    reaction[active_rows] = active_names
-    # A row has one reaction; if several are active, love counts.
-    reaction[active_rows[active_names == LOVE_REACTION]] = LOVE_REACTION
-    column = pa.array(reaction.tolist(), pa.string())
-    table = table.set_column(table.column_names.index("reaction"), "reaction", column)
+    is_same = reaction[retracted_rows] == names[events.reaction_code[attributed.retracted_events]]
+    label[retracted_rows[is_same]] = _NO_REACTION
+    # A reaction in the row itself has no time of its own; it counts as older than any event.
+    own_rows = np.flatnonzero((label != _NO_REACTION) & np.isin(np.arange(len(label)), rows[attributed.active_rows]))
+    own_time = np.full(len(own_rows), np.iinfo(np.int64).min)
+    active_rows = np.concatenate([own_rows, rows[attributed.active_rows]])
+    active_names = np.concatenate([reaction[own_rows], names[events.reaction_code[attributed.active_events]]])
+    active_labels = np.concatenate([label[own_rows], event_label[attributed.active_events]])
+    active_times = np.concatenate([own_time, events.time_us[attributed.active_events]])
+    chosen, is_contradictory = joins.choose_active_reactions(
+        active_rows, active_times, active_labels, len(label), task.contradictions
+    )
+    has_reaction = chosen >= 0
+    label[has_reaction], reaction[has_reaction] = (
+        active_labels[chosen[has_reaction]],
+        active_names[chosen[has_reaction]],
+    )
+    if task.contradictions == "ignored":
+        label[is_contradictory] = IGNORED
+    decisions.contradictory_rows = int(is_contradictory.sum())
+    label_column = pa.array(np.where(label == _NO_REACTION, 0, label).astype(np.int8), mask=label == _NO_REACTION)
+    for name, column in (("reaction", pa.array(reaction.tolist(), pa.string())), ("reaction_label", label_column)):
+        table = table.set_column(table.column_names.index(name), name, column)
     return table, attributed.drop_counts, len(attributed.active_rows)
+
+
+def _name_loved_reactions(table: pa.Table) -> pa.Table:
+    """The table with `love` as the reaction of loved rows, and none where a value says that there is none."""
+    label, name = table["reaction_label"].combine_chunks(), table["reaction"].combine_chunks()
+    loved = pc.fill_null(pc.equal(label, LOVED), False)
+    column = pc.if_else(loved, LOVE_REACTION, pc.if_else(pc.is_valid(label), name, pa.scalar(None, pa.string())))
+    return table.set_column(table.column_names.index("reaction"), "reaction", column)
+
+
+def _assign_conversation_keys(table: pa.Table) -> tuple[pa.Table, int]:
+    """The table with a conversation key of each user where users share an id but not the chat; rows so changed.
+
+    Some products number conversations within a user (1, 2, default). A chat that users really share begins with the
+    same message for all of them.
+    """
+    conversation_key, opening_key = _read_column(table, "conversation_key"), _read_column(table, "opening_key")
+    user_code, _ = _encode_column(table["user_id"])
+    _, conversation = np.unique(conversation_key, return_inverse=True)
+    has_several = []
+    for values in (user_code.astype(np.uint64), opening_key):
+        order = np.lexsort((values, conversation))
+        differs = (conversation[order][1:] == conversation[order][:-1]) & (values[order][1:] != values[order][:-1])
+        has_several.append(np.bincount(conversation[order][1:], weights=differs, minlength=conversation.max() + 1) > 0)
+    is_reused = (has_several[0] & has_several[1])[conversation]
+    # Any odd multiplier spreads the codes of users over all 64 bits; 2**64 / golden ratio is the usual one.
+    scoped_key = conversation_key ^ ((user_code.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+    column = pa.array(np.where(is_reused, scoped_key, conversation_key), pa.uint64())
+    index = table.column_names.index("conversation_key")
+    return table.set_column(index, "conversation_key", column), int(is_reused.sum())
 
 
 def _build_abuse_log(task: AssignTask, table: pa.Table, loved: Bools) -> abuse.AbuseLog:
@@ -284,23 +354,28 @@ def _build_feedback_columns(
     return columns | {name: table[name].combine_chunks() for name in ("reaction", "continued", "returned")}
 
 
-def assign_rows(task: AssignTask, source_paths: Mapping[int, str]) -> dict[str, Any]:
-    """Run the second pass on one kind; `source_paths` are the logs by index. Returns counts, quotas, statistics."""
+def assign_rows(task: AssignTask, source_paths: Mapping[int, tuple[str, str | None]]) -> dict[str, Any]:
+    """Run the second pass on one kind and return counts and statistics; `source_paths` are (file, format) by index."""
     kind = find_data_kind(task.kind_name)
-    table, files, file_rows = _load_index(task.work_folder, task.kind_name)
+    table, files, file_batches = _load_index(task.work_folder, task.kind_name)
     if not files:
         return {"row_counts": [], "splits": [], "statistics": {}}
     decisions = _RowDecisions(table.num_rows)
     statistics: dict[str, Any] = {}
-    is_duplicate = _find_duplicate_ids(table)
+    is_replaced, is_duplicate = _find_duplicate_ids(table)
+    decisions.drop_rows(is_replaced, "replaced by a later row of the same id")
     decisions.keep_mask &= ~is_duplicate
     row_counts = _quarantine_duplicates(task, table, is_duplicate, source_paths)
     feedback_columns: dict[str, Any] = {}
     split_code = _read_column(table, "split").astype(np.int64)
     # Joins come before leaks are dropped: an event of a row that is dropped later still counts as joined.
     if task.kind_name == "feedback":
+        table, statistics["rows_of_reused_conversation_ids"] = _assign_conversation_keys(table)
         table, join_counts = _join_user_actions(task, table, decisions)
         row_counts += join_counts
+        statistics["contradictory_rows"] = decisions.contradictory_rows
+        decisions.drop_rows(pc.fill_null(pc.less(table["reaction_label"], 0), False).to_numpy(), "reaction is ignored")
+        table = _name_loved_reactions(table)
     statistics |= _drop_split_leaks(task, table, split_code, decisions)
     if task.kind_name == "feedback":
         feedback_columns = _build_feedback_columns(task, table, split_code, decisions, statistics)
@@ -318,10 +393,13 @@ def assign_rows(task: AssignTask, source_paths: Mapping[int, str]) -> dict[str, 
         **feedback_columns,
     })  # fmt: skip
     first_row = 0
-    for file, row_count in zip(files, file_rows, strict=True):
-        decision_file = Path(str(file).replace("/index/", "/decisions/", 1))
-        write_table(decision_file, decision_table.slice(first_row, row_count))
-        first_row += row_count
+    for file, batch_rows in zip(files, file_batches, strict=True):
+        writer = TableWriter(Path(task.work_folder) / "decisions" / task.kind_name / file.name, decision_table.schema)
+        # The same record batches as in the index and row files: the third pass reads one bucket at a time.
+        for row_count in batch_rows:
+            writer.write(decision_table.slice(first_row, row_count).combine_chunks())
+            first_row += row_count
+        writer.close()
     row_counts += [
         RowCount(task.kind_name, "dropped", rows, reason=reason)
         for reason, rows in decisions.drop_counts.items()
@@ -352,7 +430,12 @@ def _sample_rows(
             quota = splits.compute_quota(positives, negatives, positive_share=positive_share, max_rows=task.max_rows)
             rank = splits.to_unit_interval(_read_column(table, "sampling_hash")[rows])
             sampling[rows] = splits.compute_sampling_weights(rank, is_positive, quota)
-            decisions.drop_indices(rows[sampling[rows] == 0], "sampled out of train")
+            # What the share of positives leaves out comes first; `max_rows` cuts the rest, loved rows too.
+            by_share = splits.compute_quota(positives, negatives, positive_share=positive_share, max_rows=None)
+            decisions.drop_indices(rows[sampling[rows] == 0], _SAMPLED_OUT)
+            by_max_rows = by_share.sampled_positives + by_share.sampled_negatives - int((sampling[rows] > 0).sum())
+            decisions.drop_counts[_SAMPLED_OUT] -= by_max_rows
+            decisions.drop_counts["above prepare.max_rows"] += by_max_rows
         unit_column = {"feedback": "user_id", "prompts": "row_key"}.get(kind.name, "group")
         units = table[unit_column].filter(pa.array(decisions.keep_mask & (split_code == code)))
         split_summaries.append({

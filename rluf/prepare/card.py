@@ -130,6 +130,75 @@ def build_data_card(
     return card
 
 
+_NOTED_WARNINGS = {
+    "user ids that look like e-mail addresses": "set RLUF_USER_SALT to hash them",
+    "times without zone, read as UTC": "give times with a zone if they are not UTC",
+    "several reactions in one row": "prepare.contradictions says which one counts",
+}
+"""Notes that need the user's attention, and what to do. Others say what a format has and rluf's records have not."""
+
+
+def list_warnings(card: Mapping[str, Any], max_rows: int | None) -> list[str]:
+    """What a reader of the card should look at before training, in plain sentences."""
+    warnings = []
+    for kind, counts in card["counts"].items():
+        cut_rows = counts["dropped"].get("above prepare.max_rows", 0)
+        if cut_rows:
+            loved = card["love"]["sampling"]["loved"] if kind == "feedback" else None
+            loved_text = f", {loved['rows'] - loved['kept']} of them loved" if loved else ""
+            warnings.append(f"data.{kind}: prepare.max_rows={max_rows} left out {cut_rows} rows{loved_text}; raise it")
+    for entry in card["entries"]:
+        name = f"data.{entry['kind']} ({entry['path']})"
+        labels: Counter[str] = Counter()
+        for reaction in entry["reactions"]:
+            labels[reaction["label"]] += reaction["rows"]
+        if labels["unknown"]:
+            names = ", ".join(reaction["name"] for reaction in entry["reactions"] if reaction["label"] == "unknown")
+            warnings.append(
+                f"{name}: {labels['unknown']} reactions have no label and are left out: {names}; set prepare.labels"
+            )
+        rated = labels.total() - labels["none"]
+        has_events = any(other["kind"] == "reactions" for other in card["entries"])
+        if entry["kind"] == "feedback" and rated and rated == entry["valid_rows"] and not has_events:
+            warnings.append(f"{name}: every row has a reaction, so the love rate is one of rated rows, not a base rate")
+        warnings += [
+            f"{name}: columns.{path_name} leads to a value in some files more often than in others; is it renamed?"
+            for path_name in entry["uneven_paths"]
+        ]
+        warnings += [
+            f"{name}: {note}: {entry['notes'][note]}; {advice}"
+            for note, advice in _NOTED_WARNINGS.items()
+            if entry["notes"].get(note)
+        ]
+    love = card.get("love") or {}
+    if love.get("rows_of_reused_conversation_ids"):
+        warnings.append(
+            f"data.feedback: {love['rows_of_reused_conversation_ids']} rows have a conversation id that users share "
+            "for different chats; it is read as one conversation for each user"
+        )
+    if love.get("contradictory_rows"):
+        warnings.append(
+            f"data.feedback: {love['contradictory_rows']} responses have loved and not loved reactions; "
+            f"prepare.contradictions={card['settings']['contradictions']} decides"
+        )
+    return warnings
+
+
+def _format_entry_lines(entry: Mapping[str, Any]) -> list[str]:
+    """Reactions, paths and losses of one entry of data.*."""
+    name, lines = f"{entry['kind']} ({entry['path']})", []
+    if entry["reactions"]:
+        reactions = [f"{item['name']} {item['rows']} {item['label']}" for item in entry["reactions"][:12]]
+        omitted = f" and {len(entry['reactions']) - 12} more" if len(entry["reactions"]) > 12 else ""
+        lines.append(f"{name}: reactions: {', '.join(reactions)}{omitted}")
+    if entry["paths"]:
+        shares = [f"{field} {item['share']:.0%}" for field, item in entry["paths"].items()]
+        lines.append(f"{name}: rows with a value: {', '.join(shares)}")
+    if entry["notes"]:
+        lines.append(f"{name}: " + ", ".join(f"{note} {count}" for note, count in entry["notes"].items()))
+    return lines
+
+
 def format_card_lines(card: Mapping[str, Any]) -> list[str]:
     """The card's main numbers as plain lines, for the console."""
     lines = []
@@ -139,6 +208,8 @@ def format_card_lines(card: Mapping[str, Any]) -> list[str]:
         line += f" + {sum(quarantined.values())} quarantined"
         reasons = [f"{reason} {rows}" for reason, rows in [*dropped.items(), *quarantined.items()]]
         lines.append(line + (f" ({', '.join(reasons)})" if reasons else ""))
+    for entry in card["entries"]:
+        lines += _format_entry_lines(entry)
     for output_name, splits in card["splits"].items():
         lines.append(f"{output_name}: " + ", ".join(f"{split} {entry['rows']}" for split, entry in splits.items()))
     if card.get("redacted"):
@@ -154,7 +225,7 @@ def format_card_lines(card: Mapping[str, Any]) -> list[str]:
             f"({previous_rate['low']:.2%} to {previous_rate['high']:.2%})"
             + (", outside the current interval" if drift["base_rate_differs"] else "")
         )
-    return lines
+    return lines + [f"warning: {text}" for text in card["warnings"]]
 
 
 def _format_love_lines(love: Mapping[str, Any]) -> list[str]:

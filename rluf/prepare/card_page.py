@@ -63,8 +63,22 @@ def build_page_context(card: Mapping[str, Any]) -> dict[str, Any]:
             (source["kind"], source["file"], source["reader"] or "", f"{source['rows']:,}")
             for source in card["sources"]
         ],
-        "settings": json.dumps(card["settings"], indent=2),
+        "settings": json.dumps(card["settings"], indent=2), "warnings": card.get("warnings", []),
+        **_build_entry_rows(card.get("entries", [])),
     }  # fmt: skip
+
+
+def _build_entry_rows(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[str, ...]]]:
+    """Table rows of reactions, paths and notes of each entry of data.*."""
+    rows: dict[str, list[tuple[str, ...]]] = {"reactions": [], "paths": [], "notes": []}
+    for entry in entries:
+        name = f"{entry['kind']} ({entry['path']})"
+        rows["reactions"] += [(name, item["name"], item["label"], f"{item['rows']:,}") for item in entry["reactions"]]
+        rows["paths"] += [
+            (name, field, item["path"], format_percent(item["share"])) for field, item in entry["paths"].items()
+        ]
+        rows["notes"] += [(name, note, f"{count:,}") for note, count in entry["notes"].items()]
+    return rows
 
 
 def _format_unit_count(split_entry: Mapping[str, int]) -> str:

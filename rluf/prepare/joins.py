@@ -10,18 +10,31 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from rluf.prepare.labels import LOVED, NOT_LOVED
 from rluf.prepare.splits import HashKeys
 from rluf.utils.stats import Bools, Floats, Ints, fit_logistic, sigmoid
 
 HOUR_US = 3_600_000_000
 """An hour in microseconds, the unit of all times here."""
 
+CLOCK_SKEW_US = 60_000_000
+"""How far a reaction may be logged before its response: two machines, two clocks."""
+
+_MAX_DURATION_US = 2**61
+"""Longest duration in microseconds, 73,000 years: added to any time it stays within int64."""
+
 _RETURN_GAP_US = 6 * HOUR_US
 """Gap after which a user has returned; activity before it belongs to the same visit."""
+
+
+def to_microseconds(hours: float) -> int:
+    """Hours in microseconds, at most _MAX_DURATION_US."""
+    return int(min(hours * HOUR_US, _MAX_DURATION_US))
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,15 +50,15 @@ class ReactionEvents:
 
 @dataclass(frozen=True, slots=True)
 class AttributedReactions:
-    """Active and retracted reactions, as rows and reaction codes of equal length, and dropped events by reason.
+    """Active and retracted reactions, as rows and events of equal length, and dropped events by reason.
 
     `drop_counts` has every event except those of active reactions.
     """
 
     active_rows: Ints
-    active_codes: Ints
+    active_events: Ints
     retracted_rows: Ints
-    retracted_codes: Ints
+    retracted_events: Ints
     drop_counts: Counter[str]
 
 
@@ -54,9 +67,9 @@ def attribute_reactions(
 ) -> AttributedReactions:
     """Assign reaction events to rows, whose response keys and times are [N].
 
-    Of events with the same id the first counts. An event before its response, or more than `window_us` after it, is
-    dropped. Of the events of one response and reaction, the latest decides whether the reaction is active (a
-    retraction ends it; at equal times the retraction counts as later).
+    Of events with the same id the first counts. An event more than CLOCK_SKEW_US before its response, or more than
+    `window_us` after it, is dropped. Of the events of one response and reaction, the latest decides whether the
+    reaction is active (a retraction ends it; at equal times the retraction counts as later).
     """
     drop_counts: Counter[str] = Counter()
     _, event_index = np.unique(events.event_key, return_index=True)
@@ -72,19 +85,40 @@ def attribute_reactions(
     drop_counts["no such response"] = int((~has_row).sum())
     event_index, row = event_index[has_row], row[has_row]
     delay_us = events.time_us[event_index] - served_us[row]
-    in_window = (delay_us >= 0) & (delay_us <= window_us)
+    in_window = (delay_us >= -CLOCK_SKEW_US) & (delay_us <= window_us)
     drop_counts["outside the attribution window"] = int((~in_window).sum())
     event_index, row = event_index[in_window], row[in_window]
     code, is_retraction = events.reaction_code[event_index], events.retracted[event_index]
     # Sorted by row, reaction, time and retraction, the last event of each (row, reaction) decides.
     order = np.lexsort((is_retraction, events.time_us[event_index], code, row))
-    row, code, is_retraction = row[order], code[order], is_retraction[order]
+    row, code, is_retraction, event_index = row[order], code[order], is_retraction[order], event_index[order]
     is_last = np.ones(len(row), dtype=np.bool_)
     is_last[:-1] = (row[1:] != row[:-1]) | (code[1:] != code[:-1])
     drop_counts["superseded by a later event"] = int((~is_last).sum())
     drop_counts["retracted"] = int((is_last & is_retraction).sum())
     is_active, is_retracted = is_last & ~is_retraction, is_last & is_retraction
-    return AttributedReactions(row[is_active], code[is_active], row[is_retracted], code[is_retracted], drop_counts)
+    active_events, retracted_events = event_index[is_active], event_index[is_retracted]
+    return AttributedReactions(row[is_active], active_events, row[is_retracted], retracted_events, drop_counts)
+
+
+def choose_active_reactions(
+    rows: Ints, time_us: Ints, label_code: Ints, row_count: int, contradictions: str
+) -> tuple[Ints, Bools]:
+    """Index [row_count] of the active reaction that counts on each row, -1 for none; and whether [row_count] a row has
+    both loved and not loved ones.
+
+    The latest counts, those with the label of `contradictions` first; ignored ones count only where they are alone.
+    """
+    is_counted = (label_code == LOVED) | (label_code == NOT_LOVED)
+    preferred_code = {"loved": LOVED, "not_loved": NOT_LOVED}.get(contradictions)
+    is_preferred = is_counted & (label_code == preferred_code) if preferred_code is not None else is_counted
+    order = np.lexsort((time_us, is_preferred, is_counted))
+    chosen = np.full(row_count, -1, dtype=np.int64)
+    chosen[rows[order]] = order  # of several assignments to a row the last one stays
+    has_label = [np.zeros(row_count, dtype=np.bool_) for _ in range(2)]
+    for has_code, code in zip(has_label, (LOVED, NOT_LOVED), strict=True):
+        has_code[rows[label_code == code]] = True
+    return chosen, has_label[0] & has_label[1]
 
 
 def detect_continued(conversation_key: HashKeys, turn: Ints, time_us: Ints) -> tuple[Bools, Bools]:
@@ -98,25 +132,48 @@ def detect_continued(conversation_key: HashKeys, turn: Ints, time_us: Ints) -> t
     is_same = conversation_key[order][1:] == conversation_key[order][:-1]
     has_next[order[:-1]] = is_same & (turn[order][1:] > turn[order][:-1])
     log_has_conversations = np.full(len(turn), bool(is_same.any()))
-    before_end = time_us <= time_us.max(initial=0) - _RETURN_GAP_US
+    before_end = time_us <= (time_us.max() if len(time_us) else 0) - _RETURN_GAP_US
     return has_next, log_has_conversations & (before_end | has_next)
+
+
+def find_within_users(user_code: Ints, time_us: Ints, query_us: Ints, boundary: Literal["left", "right"]) -> Ints:
+    """Position [N] of each row's query time among the times of its user; rows are sorted by user and time.
+
+    As numpy.searchsorted within each user's rows. Positions count from the first row of all users.
+    """
+    positions = np.empty(len(user_code), dtype=np.int64)
+    is_first = np.ones(len(user_code), dtype=np.bool_)
+    is_first[1:] = user_code[1:] != user_code[:-1]
+    first_rows, user_index = np.flatnonzero(is_first), np.cumsum(is_first) - 1
+    first_us = time_us[first_rows]
+    # Each user gets a segment of a number line: the user's own span of time and a microsecond on either side, where
+    # queries before and after it go. All users on one line would overflow int64 from 290,000 user-years on, so users
+    # are searched in blocks whose segments add up to about 2**61.
+    segment_us = time_us[np.append(first_rows[1:], len(time_us)) - 1] - first_us + 2
+    block = np.floor(np.cumsum(segment_us.astype(np.float64)) / 2.0**61)
+    block_starts = np.flatnonzero(np.diff(block, prepend=-1.0))
+    for first_user, end_user in zip(block_starts, np.append(block_starts[1:], len(first_rows)), strict=True):
+        start, end = first_rows[first_user], first_rows[end_user] if end_user < len(first_rows) else len(user_code)
+        user = user_index[start:end]
+        segment_start = np.cumsum(segment_us[first_user:end_user]) - segment_us[first_user:end_user]
+        origin = segment_start[user - first_user] - first_us[user]
+        query = np.clip(query_us[start:end], first_us[user] - 1, first_us[user] + segment_us[user] - 1)
+        positions[start:end] = start + np.searchsorted(time_us[start:end] + origin, query + origin, side=boundary)
+    return positions
 
 
 def detect_returned(user_code: Ints, time_us: Ints, window_days: float) -> tuple[Bools, Bools]:
     """Whether the user is active six hours to `window_days` later [N], and whether the log can show it [N]."""
-    window_us = int(window_days * 24 * HOUR_US)
+    if not len(user_code):
+        return np.zeros(0, dtype=np.bool_), np.zeros(0, dtype=np.bool_)
+    window_us = to_microseconds(window_days * 24)
     order = np.lexsort((time_us, user_code))
     sorted_users, sorted_times = user_code[order], time_us[order]
-    start_us = sorted_times.min(initial=0)
-    # One number line for all users: a segment longer than the log plus the window, so that a search never reaches the
-    # next user's rows. int64 allows number of users times segment up to about 290,000 user-years.
-    segment_us = np.int64(sorted_times.max(initial=0) - start_us + window_us + 2 * _RETURN_GAP_US)
-    line = sorted_users * segment_us + (sorted_times - start_us)
-    next_index = np.searchsorted(line, line + _RETURN_GAP_US, side="left")
+    first_return = find_within_users(sorted_users, sorted_times, sorted_times + _RETURN_GAP_US, "left")
+    window_end = find_within_users(sorted_users, sorted_times, sorted_times + window_us, "right")
     returned = np.zeros(len(user_code), dtype=np.bool_)
-    has_next = next_index < len(line)
-    returned[order[has_next]] = line[next_index[has_next]] <= line[has_next] + window_us
-    return returned, returned | (time_us + window_us <= time_us.max(initial=0))
+    returned[order] = first_return < window_end
+    return returned, returned | (time_us + window_us <= time_us.max())
 
 
 _MAX_LEVELS = 20

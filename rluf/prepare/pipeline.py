@@ -7,9 +7,9 @@ import json
 import logging
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,11 @@ from rluf.config.objectives import find_spec_by_data_key
 from rluf.config.settings import Settings
 from rluf.errors import DataError, ResourceError, RlufError
 from rluf.prepare.assign_pass import AssignTask, assign_rows
-from rluf.prepare.card import build_data_card, format_card_lines, measure_drift
+from rluf.prepare.card import build_data_card, format_card_lines, list_warnings, measure_drift
 from rluf.prepare.card_page import write_card_page
-from rluf.prepare.readers.files import LogSource, fingerprint_sources, resolve_sources
-from rluf.prepare.readers.products import build_column_reader
+from rluf.prepare.entry_report import check_entries, estimate_lost_rows, report_entries
+from rluf.prepare.readers.columns import check_columns
+from rluf.prepare.readers.sources import LogSource, fingerprint_sources, resolve_sources
 from rluf.prepare.schema import SCHEMA_VERSION, find_data_kind, order_kinds
 from rluf.prepare.splits import SamplingQuota
 from rluf.prepare.validate_pass import ValidateTask, validate_rows
@@ -46,7 +47,10 @@ TaskExecutor = Callable[[Sequence[Mapping[str, Any]]], list[dict[str, Any]]]
 MIN_READ_TASKS, MAX_READ_TASKS = 2, 32
 """Limits of the tasks that read one kind of log: each of several tasks on one file decompresses all of it."""
 
-_WORKSPACE_LAYOUT = 2
+MAX_FILE_TASKS = 64
+"""Tasks that read the files of one entry; with more files, a task reads several of them."""
+
+_WORKSPACE_LAYOUT = 3
 """Version of the files in the working folder: a job does not resume from the folder of another layout."""
 
 _BUCKET_BYTES = 192 * 2**20
@@ -57,7 +61,7 @@ _COMPRESSION_RATIO = 6
 
 _ASSIGN_SETTINGS = {
     "dev_share", "test_share", "positive_share", "max_rows", "reaction_window_hours", "return_window_days",
-    "abuse_rules",
+    "abuse_rules", "contradictions",
 }  # fmt: skip
 """Settings of prepare that are fields of AssignTask by the same name."""
 
@@ -79,8 +83,9 @@ def build_data_set(
     source_kinds = {source.kind_name for source in sources}
     if "reactions" in source_kinds and "feedback" not in source_kinds:
         raise DataError("data.reactions has nothing to join: data.feedback is empty; name the log of the responses")
-    if settings.prepare.columns:
-        build_column_reader(settings.prepare.columns)  # raises for a wrong field name before any work starts
+    sources = [_complete_entry(source, settings) for source in sources]
+    check_columns("feedback", settings.prepare.columns, "prepare.columns")
+    check_entries(sources)
     previous_card = _load_previous_card(output_folder)
     inputs = {
         "files": fingerprint_sources(sources), "data": settings.data.model_dump(mode="json"),
@@ -124,19 +129,26 @@ def _run_passes(
     validate_results = _run_pass(workspace, task_executor, "validate", validate_tasks)
     row_counts = _collect_row_counts(validate_results)
     _check_not_empty(row_counts, sources)
-    _check_quarantine_budget(row_counts, prepare.quarantine_budget)
+    lost_rows = estimate_lost_rows(row_counts, prepare.broken_files)
+    entry_reports = report_entries(sources, validate_tasks, validate_results)
+    for report in entry_reports:
+        report.check_paths()
+    _check_quarantine_budget(row_counts, prepare.quarantine_budget, lost_rows)
+    for report in entry_reports:
+        report.check_reactions()
     kinds = order_kinds(source.kind_name for source in sources)
     assign_tasks = _build_assign_tasks(settings, sources, workspace, kinds)
     assign_results = _run_pass(workspace, task_executor, "assign", assign_tasks)
     row_counts += _collect_row_counts(assign_results)
-    _check_quarantine_budget(row_counts, prepare.quarantine_budget)
+    _check_quarantine_budget(row_counts, prepare.quarantine_budget, lost_rows)
     split_summaries = [
         summary | {"quota": SamplingQuota(**summary["quota"])}
         for result in assign_results
         for summary in result["splits"]
     ]
-    _check_splits(split_summaries)
-    write_results = _run_pass(workspace, task_executor, "write", _build_write_tasks(workspace, kinds))
+    _check_splits(split_summaries, row_counts)
+    write_tasks = _build_write_tasks(workspace, kinds, _count_buckets(sources))
+    write_results = _run_pass(workspace, task_executor, "write", write_tasks)
     source_rows: Counter[str] = Counter()
     for row_count in row_counts:
         if row_count.outcome == "in":
@@ -145,7 +157,7 @@ def _run_passes(
     for result in validate_results:
         redacted.update(result["redacted"])
     source_facts = [
-        {"kind": s.kind_name, "file": s.location, "reader": s.reader_name, "rows": source_rows[s.location]}
+        {"kind": s.kind_name, "file": s.location, "reader": s.entry.reader, "rows": source_rows[s.location]}
         for s in sources
     ]
     card = build_data_card(
@@ -156,8 +168,10 @@ def _run_passes(
         created=datetime.fromisoformat(current_time).isoformat(timespec="seconds"), seed=settings.seed,
         settings=prepare.model_dump(mode="json", exclude={"output"}), sources=source_facts, redacted=dict(redacted),
         user_ids=f"hashed with {USER_SALT_VARIABLE}" if read_user_salt() else "as in the log",
-        forgotten=list(erasure_marks),
+        forgotten=list(erasure_marks), entries=[report.to_card() for report in entry_reports],
+        lost_rows_of_broken_files=lost_rows,
     )  # fmt: skip
+    card["warnings"] = list_warnings(card, prepare.max_rows)
     card["drift"] = measure_drift(card, previous_card)
     card_text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
     (workspace.data_folder / CARD_FILE_NAME).write_text(card_text, encoding="utf-8")
@@ -181,30 +195,47 @@ def _build_validate_tasks(
     erasure_marks: Sequence[str],
     read_task_count: int,
 ) -> list[dict[str, Any]]:
-    """Tasks of the first pass; files are read in several stripes if there are fewer of them than `read_task_count`."""
+    """Tasks of the first pass: few files of an entry are read in several stripes, many small ones by one task."""
     prepare, bucket_count = settings.prepare, _count_buckets(sources)
     files_of_kind = Counter(source.kind_name for source in sources)
-    tasks = []
+    sources_of_entry: dict[tuple[str, int], list[tuple[int, LogSource]]] = defaultdict(list)
     for source_index, source in enumerate(sources):
-        stripe_count = max(1, -(-read_task_count // files_of_kind[source.kind_name]))
-        for stripe_index in range(stripe_count):
-            task = ValidateTask(
-                work_folder=str(workspace.root), kind_name=source.kind_name, source_path=source.location,
-                reader_name=source.reader_name, source_index=source_index, stripe_index=stripe_index,
-                stripe_count=stripe_count, bucket_count=bucket_count, current_time=current_time,
-                dev_share=prepare.dev_share, test_share=prepare.test_share, seed=settings.seed,
-                redact_kinds=prepare.redact, column_paths=prepare.columns, erasure_marks=erasure_marks,
-                salt_hex=(read_user_salt() or b"").hex(),
-            )  # fmt: skip
-            tasks.append(asdict(task))
+        sources_of_entry[source.kind_name, source.entry_index].append((source_index, source))
+    tasks = []
+    for (kind_name, _), entry_sources in sources_of_entry.items():
+        stripe_count = max(1, -(-read_task_count // files_of_kind[kind_name]))
+        files_per_task = -(-len(entry_sources) // max(MAX_FILE_TASKS, 4 * read_task_count))
+        entry = entry_sources[0][1].entry
+        for first in range(0, len(entry_sources), files_per_task):
+            files = [(index, source.location) for index, source in entry_sources[first : first + files_per_task]]
+            for stripe_index in range(stripe_count):
+                task = ValidateTask(
+                    work_folder=str(workspace.root), kind_name=kind_name, sources=files,
+                    entry=entry.model_dump(mode="json"), stripe_index=stripe_index, stripe_count=stripe_count,
+                    bucket_count=bucket_count, current_time=current_time, dev_share=prepare.dev_share,
+                    test_share=prepare.test_share, seed=settings.seed, redact_kinds=prepare.redact,
+                    labels=entry.labels, contradictions=prepare.contradictions, erasure_marks=erasure_marks,
+                    salt_hex=(read_user_salt() or b"").hex(),
+                )  # fmt: skip
+                tasks.append(asdict(task))
     return tasks
+
+
+def _complete_entry(source: LogSource, settings: Settings) -> LogSource:
+    """The source with what the settings say about all entries: labels, and columns of feedback without its own."""
+    entry, prepare = source.entry, settings.prepare
+    is_plain_feedback = source.kind_name == "feedback" and not entry.columns and entry.reader is None
+    columns = prepare.columns if is_plain_feedback else entry.columns
+    return replace(source, entry=entry.model_copy(
+        update={"columns": columns, "labels": {**prepare.labels, **entry.labels}}
+    ))  # fmt: skip
 
 
 def _build_assign_tasks(
     settings: Settings, sources: Sequence[LogSource], workspace: PrepareWorkspace, kinds: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Tasks of the second pass: one for each kind that has splits."""
-    source_paths = {str(source_index): source.location for source_index, source in enumerate(sources)}
+    source_paths = {str(index): (source.location, source.entry.format) for index, source in enumerate(sources)}
     assign_settings = settings.prepare.model_dump(include=_ASSIGN_SETTINGS)
     tasks = []
     for kind in kinds:
@@ -217,14 +248,16 @@ def _build_assign_tasks(
     return tasks
 
 
-def _build_write_tasks(workspace: PrepareWorkspace, kinds: Sequence[str]) -> list[dict[str, Any]]:
+def _build_write_tasks(workspace: PrepareWorkspace, kinds: Sequence[str], bucket_count: int) -> list[dict[str, Any]]:
     """Tasks of the third pass: one per prepared file, and one for the quarantine."""
     root, data_folder = str(workspace.root), workspace.data_folder
     tasks = [
-        WriteTask(root, kind, split, str(data_folder / find_data_kind(kind).output_name / f"{split}.parquet"))
+        WriteTask(
+            root, kind, split, str(data_folder / find_data_kind(kind).output_name / f"{split}.parquet"), bucket_count
+        )
         for kind, split in list_output_splits(kinds)
     ]
-    tasks.append(WriteTask(root, "quarantine", "", str(data_folder / "quarantine.parquet")))
+    tasks.append(WriteTask(root, "quarantine", "", str(data_folder / "quarantine.parquet"), bucket_count))
     return [asdict(task) for task in tasks]
 
 
@@ -249,12 +282,17 @@ def _check_not_empty(row_counts: Sequence[RowCount], sources: Sequence[LogSource
             raise DataError(f"data.{kind}: no rows in {files}; the log is empty: check data.{kind} in the config")
 
 
-def _check_quarantine_budget(row_counts: Sequence[RowCount], budget: float) -> None:
-    """Raise DataError if the share of quarantined rows of a kind exceeds the budget, with reasons and examples."""
+def _check_quarantine_budget(row_counts: Sequence[RowCount], budget: float, lost_rows: Mapping[str, int]) -> None:
+    """Raise DataError if the share of quarantined rows of a kind exceeds the budget, with reasons and examples.
+
+    `lost_rows` are estimated rows of broken files by kind; they count as quarantined. Rows that are all invalid are an
+    error for any budget.
+    """
     rows_in, quarantined = group_row_counts(row_counts, "in"), group_row_counts(row_counts, "quarantined")
     for kind, reasons in quarantined.items():
-        share = reasons.total() / rows_in[kind].total()
-        if share <= budget:
+        lost = lost_rows.get(kind, 0)
+        share = (reasons.total() + lost) / (rows_in[kind].total() + lost)
+        if share <= budget and reasons.total() < rows_in[kind].total():
             continue
         # In reverse, so that the first example of a reason is the one that stays.
         examples = {
@@ -265,15 +303,16 @@ def _check_quarantine_budget(row_counts: Sequence[RowCount], budget: float) -> N
         reason_list = "; ".join(
             f"{reason}: {count} (first at {examples.get(reason, '?')})" for reason, count in reasons.most_common(8)
         )
+        lost_text = f" and about {lost} rows of broken files are lost" if lost else ""
         omitted = f"; and {len(reasons) - 8} other reasons" if len(reasons) > 8 else ""
         raise DataError(
-            f"data.{kind}: {reasons.total()} of {rows_in[kind].total()} rows ({share:.1%}) are invalid, above "
-            f"prepare.quarantine_budget={budget:g}: {reason_list}{omitted}. "
+            f"data.{kind}: {reasons.total()} of {rows_in[kind].total()} rows ({share:.1%}) are invalid{lost_text}, "
+            f"above prepare.quarantine_budget={budget:g}: {reason_list}{omitted}. "
             "Fix the log, or raise the budget to have these rows quarantined"
         )
 
 
-def _check_splits(split_summaries: Sequence[Mapping[str, Any]]) -> None:
+def _check_splits(split_summaries: Sequence[Mapping[str, Any]], row_counts: Sequence[RowCount]) -> None:
     """Raise DataError if a split is empty, or all rows of the training split have the same label."""
     kind_rows: Counter[str] = Counter()
     for summary in split_summaries:
@@ -287,7 +326,12 @@ def _check_splits(split_summaries: Sequence[Mapping[str, Any]]) -> None:
                 if unit
                 else f"mark some rows with split={split}"
             )
-            raise DataError(f"data.{kind}: none of {kind_rows[kind]} valid rows is in the {split} split; {fix}")
+            dropped = group_row_counts(row_counts, "dropped").get(kind, Counter())
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.most_common())
+            raise DataError(
+                f"data.{kind}: none of {kind_rows[kind]} valid rows is in the {split} split; {fix}"
+                + (f" (dropped before: {reasons})" if reasons else "")
+            )
         spec = find_spec_by_data_key(kind)
         if split == "train" and spec is not None and spec.label_column and len(summary["labels"]) == 1:
             label_name = spec.label_names[summary["labels"][0]]
@@ -312,7 +356,7 @@ def run_task(task_row: Mapping[str, Any]) -> list[dict[str, Any]]:
     if task_row["name"] == "validate":
         result = validate_rows(ValidateTask(**fields))
     elif task_row["name"] == "assign":
-        source_paths = {int(source_index): path for source_index, path in fields["sources"].items()}
+        source_paths = {int(source_index): (path, name) for source_index, (path, name) in fields["sources"].items()}
         result = assign_rows(AssignTask(**fields["task"]), source_paths)
     else:
         result = write_split_file(WriteTask(**fields))

@@ -98,7 +98,7 @@ class FeedbackRecord(LogRecord):
     model_version: NameText
     messages: MessageList
     response: LongText
-    reaction: Annotated[str, StringConstraints(min_length=1, max_length=32)] | None
+    reaction: Annotated[str, StringConstraints(min_length=1, max_length=32)] | None = None
     continued: bool | None = None
     returned: bool | None = None
     topic: TopicText = "other"
@@ -288,7 +288,7 @@ class RejectedRow:
 def validate_json_row(raw: bytes, record_type: type[LogRecord], now: datetime) -> LogRecord | RejectedRow:
     """Validate one JSON object (UTF-8) against its record; times after `now` (plus FUTURE_SLACK) are rejected.
 
-    If several fields are invalid, the first one in the record's order is the reason.
+    If several fields are invalid, the first one in the record's order is the reason; missing fields are all named.
     """
     try:
         raw.decode("utf-8")
@@ -297,7 +297,7 @@ def validate_json_row(raw: bytes, record_type: type[LogRecord], now: datetime) -
     try:
         record = record_type.model_validate_json(raw)
     except ValidationError as error:
-        return RejectedRow(_explain_rejection(error.errors(include_url=False, include_input=False)[0], raw))
+        return RejectedRow(_explain_rejection(error.errors(include_url=False, include_input=False), raw))
     if isinstance(record, FeedbackRecord):
         if record.time > now + FUTURE_SLACK:
             return RejectedRow("future time")
@@ -306,13 +306,15 @@ def validate_json_row(raw: bytes, record_type: type[LogRecord], now: datetime) -
     return record
 
 
-def _explain_rejection(error: ErrorDetails, raw: bytes) -> str:
+def _explain_rejection(errors: Sequence[ErrorDetails], raw: bytes) -> str:
+    error = errors[0]
     field_name = ".".join(str(key) for key in error["loc"] if isinstance(key, str))
     error_type = error["type"]
     if error_type == "json_invalid":
         return "lone surrogate" if _has_lone_surrogate(raw) else "broken JSON"
     if error_type == "missing":
-        return f"missing field: {field_name}"
+        names = [str(error["loc"][0]) for error in errors if error["type"] == "missing" and len(error["loc"]) == 1]
+        return f"missing fields: {', '.join(names)}" if len(names) > 1 else f"missing field: {field_name}"
     if error_type in ("string_too_long", "too_long"):
         return f"too long: {field_name}"
     if error_type == "string_too_short":

@@ -145,7 +145,9 @@ class SamplingQuota:
         return self.negatives / self.sampled_negatives if self.sampled_negatives else 0.0
 
 
-def compute_quota(positives: int, negatives: int, *, positive_share: float | None, max_rows: int) -> SamplingQuota:
+def compute_quota(
+    positives: int, negatives: int, *, positive_share: float | None, max_rows: int | None
+) -> SamplingQuota:
     """Number of rows of each class to sample.
 
     Negatives are cut until positives are `positive_share` of the rows. Positives are not cut for this: where they are
@@ -156,7 +158,7 @@ def compute_quota(positives: int, negatives: int, *, positive_share: float | Non
     if positive_share is not None and positives:
         sampled_negatives = min(negatives, max(1, round(positives * (1 - positive_share) / positive_share)))
     sampled_positives, total = positives, positives + sampled_negatives
-    if total > max_rows:
+    if max_rows is not None and total > max_rows:
         lowest, highest = min(1, positives), max_rows - min(1, sampled_negatives)
         sampled_positives = min(max(round(positives * max_rows / total), lowest), highest)
         sampled_negatives = max_rows - sampled_positives

@@ -19,19 +19,32 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rluf.config.data import DataSource
 from rluf.prepare import splits
 from rluf.prepare.erasure import ERASURE_REASON, match_erased_users
+from rluf.prepare.labels import LabelRules
+from rluf.prepare.readers.chats import RowShapeError
+from rluf.prepare.readers.columns import NOTES_KEY, RowConverter, build_converter, find_failed_condition, get_row_kind
 from rluf.prepare.readers.datasets import ReaderOptions, SkippedRow
-from rluf.prepare.readers.files import RawLine, find_reader, parse_partition_fields, read_line_batches
-from rluf.prepare.readers.products import build_column_reader
+from rluf.prepare.readers.files import RawLine, detect_format, read_line_batches
+from rluf.prepare.readers.sources import find_reader, parse_partition_fields
 from rluf.prepare.redact import redact_array
 from rluf.prepare.schema import SPLIT_NAMES, RejectedRow, build_arrow_table, find_data_kind, validate_json_rows
 from rluf.prepare.splits import ROW_KEY_SALT, assign_split, derive_sampling_salt, normalize_context, to_unit_interval
-from rluf.prepare.workspace import RowCount, TableWriter, build_quarantine_table
+from rluf.prepare.workspace import BucketWriter, RowCount, TableWriter, build_quarantine_table
 from rluf.utils.hashing import hash64, hash_user_id
 
 _ROWS_PER_BATCH = 4096
 """Raw rows that are validated together."""
+
+_MAX_PENDING_BYTES = 64 * 2**20
+"""Bytes of rows that are validated together."""
+
+EMAIL_NOTE = "user ids that look like e-mail addresses"
+"""Note on rows whose user id is personal data, because no salt is set."""
+
+MAX_REASON_CHARS = 120
+"""Characters of a reason that repeats a key of the row."""
 
 _INDEX_COLUMNS = (
     "topic", "time", "turn", "model_version", "locale", "interface", "device", "author", "continued", "returned",
@@ -41,16 +54,25 @@ _INDEX_COLUMNS = (
 
 _TEXT_COLUMNS = ("response", "chosen", "rejected")
 
+_CONTENT_FIELDS = {
+    "feedback": ("response",), "preferences": ("chosen", "rejected"), "safety": ("response", "label"),
+    "prompts": ("messages",), "reactions": ("reaction", "retracted"),
+}  # fmt: skip
+"""Fields by which two rows of one id are versions of the same row, rather than two rows that share an id."""
+
 
 @dataclass(frozen=True, slots=True)
 class ValidateTask:
-    """One stripe of one file, and where its rows go. `salt_hex` is the user salt in hexadecimal, empty for none."""
+    """One stripe of some files of one entry, and where their rows go.
+
+    `sources` are (index, location) of the files, `entry` the fields of their DataSource, `labels` all rules for
+    reactions in them. `salt_hex` is the user salt in hexadecimal, empty for none.
+    """
 
     work_folder: str
     kind_name: str
-    source_path: str
-    reader_name: str | None
-    source_index: int
+    sources: Sequence[tuple[int, str]]
+    entry: Mapping[str, Any]
     stripe_index: int
     stripe_count: int
     bucket_count: int
@@ -59,36 +81,55 @@ class ValidateTask:
     test_share: float
     seed: int
     redact_kinds: Sequence[str]
-    column_paths: Mapping[str, str]
+    labels: Mapping[str, str]
+    contradictions: str
     erasure_marks: Sequence[str]
     salt_hex: str = field(default="", repr=False)
 
     @property
     def file_stem(self) -> str:
         """Name of this task's files; they sort in the order of the log."""
-        return f"{self.source_index:05d}-{self.stripe_index:05d}"
+        return f"{self.sources[0][0]:05d}-{self.stripe_index:05d}"
+
+    @property
+    def source(self) -> DataSource:
+        """The entry of the files."""
+        return DataSource(**self.entry)
 
 
 class _ValidationWriter:
-    """Writes the results of one task as they arrive, and counts them."""
+    """Writes the results of one task as they arrive, and counts them; `source_index` and `source_path` are the file."""
 
     def __init__(self, task: ValidateTask) -> None:
         self.task, self.kind = task, find_data_kind(task.kind_name)
-        self.row_counts: Counter[tuple[str, str]] = Counter()
-        self.example_locations: dict[tuple[str, str], str] = {}
+        self.source_index, self.source_path = task.sources[0]
+        self.row_counts: Counter[tuple[str, str, str]] = Counter()
+        self.example_locations: dict[tuple[str, str, str], str] = {}
         self.redaction_counts: Counter[str] = Counter()
-        self._table_files: dict[tuple[str, int], TableWriter] = {}
+        self.reaction_counts: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
+        self.rules = LabelRules(task.labels)
+        work_folder, file_name = Path(task.work_folder), f"{task.file_stem}.arrow"
+        folders = ("index", "rows") if self.kind.split_names else ("index",)
+        # Reactions are joined to feedback through the index; they have no rows in the data set.
+        paths = [work_folder / folder / task.kind_name / file_name for folder in folders]
+        self._bucket_writer = BucketWriter(paths, task.bucket_count)
         self._quarantine_file: TableWriter | None = None
         salt = bytes.fromhex(task.salt_hex) or None
         self._hash_user = cache(lambda user_id: user_id and hash_user_id(user_id, salt))
         self._assign_split = cache(lambda key: assign_split(key, dev_share=task.dev_share, test_share=task.test_share))
 
+    def count_rows(self, outcome: str, reason: str, rows: int = 1) -> None:
+        """Count rows of the present file."""
+        self.row_counts[self.source_path, outcome, reason] += rows
+
     def write_rejected(self, rejected_rows: Sequence[tuple[int, str, bytes]]) -> None:
         """Write rows to quarantine: (line number, reason, raw bytes)."""
         for line_number, reason, _ in rejected_rows:
-            self.row_counts["quarantined", reason] += 1
-            self.example_locations.setdefault(("quarantined", reason), f"{self.task.source_path}:{line_number}")
-        table = build_quarantine_table(self.task.kind_name, self.task.source_path, rejected_rows)
+            self.count_rows("quarantined", reason)
+            key = self.source_path, "quarantined", reason
+            self.example_locations.setdefault(key, f"{self.source_path}:{line_number}")
+        table = build_quarantine_table(self.task.kind_name, self.source_path, rejected_rows)
         path = Path(self.task.work_folder) / "quarantine" / f"{self.task.kind_name}-{self.task.file_stem}.parquet"
         self._quarantine_file = self._quarantine_file or TableWriter(path, table.schema)
         self._quarantine_file.write(table)
@@ -96,25 +137,25 @@ class _ValidationWriter:
     def write_accepted(self, rows: Sequence[Any], positions: Sequence[tuple[int, int]]) -> None:
         """Write valid rows and their index entries; `positions` are their (line number, item of the line)."""
         table = self._protect_personal_data(build_arrow_table(rows, self.kind.record_type))
+        if not self.task.salt_hex and "user_id" in table.column_names:
+            self.notes[EMAIL_NOTE] += pc.sum(pc.match_substring(table["user_id"], "@")).as_py() or 0
         index = self._build_index(rows, table, positions)
         if self.task.erasure_marks and "user_id" in table.column_names:
             is_erased = match_erased_users(table["user_id"].to_pylist(), self.task.erasure_marks)
-            self.row_counts["dropped", ERASURE_REASON] += sum(is_erased)
+            self.count_rows("dropped", ERASURE_REASON, sum(is_erased))
             keep_mask = pc.invert(pa.array(is_erased, pa.bool_()))
             table, index = table.filter(keep_mask), index.filter(keep_mask)
         row_buckets = (to_unit_interval(index["row_key"].to_numpy()) * self.task.bucket_count).astype(np.int64)
-        for bucket in np.unique(row_buckets):
-            bucket_mask = pa.array(row_buckets == bucket)
-            for folder, content in (("index", index), ("rows", table)):
-                # Reactions are joined to feedback through the index; they have no rows in the data set.
-                if folder == "rows" and not self.kind.split_names:
-                    continue
-                key = folder, int(bucket)
-                if key not in self._table_files:
-                    bucket_folder = Path(self.task.work_folder) / folder / self.task.kind_name / f"{bucket:05d}"
-                    path = bucket_folder / f"{self.task.file_stem}.arrow"
-                    self._table_files[key] = TableWriter(path, content.schema)
-                self._table_files[key].write(content.filter(bucket_mask))
+        self._bucket_writer.write(row_buckets, [index, table])
+
+    def _label_reactions(self, column: pa.ChunkedArray) -> pa.Array:
+        """Label code of each reaction [N], null where there is none; also counts reactions by name."""
+        encoded = column.combine_chunks().dictionary_encode()
+        names = encoded.dictionary.to_pylist()
+        codes = [None if self.rules.is_no_reaction(name) else self.rules.find_code(name) for name in names]
+        for entry in pc.value_counts(encoded.indices.drop_null()).to_pylist():
+            self.reaction_counts[names[entry["values"]]] += entry["counts"]
+        return pa.array(codes, pa.int8()).take(encoded.indices)
 
     def _protect_personal_data(self, table: pa.Table) -> pa.Table:
         """The table with texts redacted and users, devices and authors hashed."""
@@ -145,7 +186,7 @@ class _ValidationWriter:
         salt = derive_sampling_salt(self.task.seed)
         columns: dict[str, Any] = {
             "row_key": pa.array([hash64(getattr(row, id_field), ROW_KEY_SALT) for row in rows], pa.uint64()),
-            "source_index": pa.array(np.full(row_count, self.task.source_index, dtype=np.int32)),
+            "source_index": pa.array(np.full(row_count, self.source_index, dtype=np.int32)),
             "line_number": pa.array([line_number for line_number, _ in positions], pa.int64()),
             "item_index": pa.array([item_index for _, item_index in positions], pa.int32()),
         }
@@ -156,9 +197,14 @@ class _ValidationWriter:
             columns["sampling_hash"] = pa.array([hash64(row.id, salt) for row in rows], pa.uint64())
         if kind.name == "feedback":
             conversation_keys = [hash64(row.conversation_id, "rluf-talk") for row in rows]
-            response_keys = [hash64(row.response, "rluf-answer") for row in rows]
+            openings = [row.messages[0].content for row in rows]
             columns["conversation_key"] = pa.array(conversation_keys, pa.uint64())
-            columns["response_key"] = pa.array(response_keys, pa.uint64())
+            columns["opening_key"] = pa.array([hash64(text, "rluf-opening") for text in openings], pa.uint64())
+        content_fields = _CONTENT_FIELDS[get_row_kind(kind.name)]
+        contents = ["\x1f".join(str(getattr(row, name)) for name in content_fields) for row in rows]
+        columns["response_key"] = pa.array([hash64(text, "rluf-answer") for text in contents], pa.uint64())
+        if "reaction" in table.column_names:
+            columns["reaction_label"] = self._label_reactions(table["reaction"])
         if "messages" in kind.record_type.model_fields:
             columns |= self._build_prompt_columns(rows)
             columns["split"] = self._split_codes(table)
@@ -183,89 +229,156 @@ class _ValidationWriter:
 
     def close(self) -> None:
         """Finish all files."""
-        for writer in [*self._table_files.values(), *([self._quarantine_file] if self._quarantine_file else [])]:
-            writer.close()
+        self._bucket_writer.close()
+        if self._quarantine_file is not None:
+            self._quarantine_file.close()
 
 
-def _build_adapter(
-    task: ValidateTask,
-) -> Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any] | SkippedRow]] | None:
+RowAdapter = Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any] | SkippedRow]]
+
+
+def _build_adapter(task: ValidateTask, source_path: str, converter: RowConverter) -> RowAdapter | None:
     """Function from a raw object to rows of rluf's schema; None if the file holds such rows already."""
-    options = ReaderOptions(task.test_share)
-    field_names = find_data_kind(task.kind_name).record_type.model_fields
-    partitions = parse_partition_fields(task.source_path)
-    folder_fields = {name: value for name, value in partitions.items() if name in field_names}
-    if task.reader_name is not None:
-        read_item = find_reader(task.reader_name, task.kind_name).read_item
-        return lambda row: read_item({**folder_fields, **row}, options)
-    if task.kind_name == "feedback" and task.column_paths:
-        read_columns = build_column_reader(task.column_paths)
-        return lambda row: [read_columns({**folder_fields, **row})]
-    return (lambda row: [{**folder_fields, **row}]) if folder_fields else None
+    entry, options = task.source, ReaderOptions(task.test_share)
+    field_names = converter.record_type.model_fields
+    partitions = parse_partition_fields(source_path)
+    read_item = find_reader(entry.reader, task.kind_name).read_item if entry.reader is not None else None
+    is_text = (entry.format or detect_format(source_path)) in ("csv", "tsv")
+    if entry.reader is None and not (converter.columns or entry.where or entry.roles or is_text):
+        folder_fields = {name: value for name, value in partitions.items() if name in field_names}
+        return (lambda row: [{**folder_fields, **row}]) if folder_fields else None
+
+    def read_row(raw_row: Mapping[str, Any]) -> list[Mapping[str, Any] | SkippedRow]:
+        row = {**partitions, **raw_row} if partitions else raw_row
+        items = [converter.read_row(row)] if read_item is None else read_item(row, options)
+        return [_apply_conditions(_name_one_reaction(item, converter), row, entry.where) for item in items]
+
+    return read_row
+
+
+def _name_one_reaction(item: Mapping[str, Any] | SkippedRow, converter: RowConverter) -> Mapping[str, Any] | SkippedRow:
+    """A reader's row with one reaction by name, where the reader left a number, a truth value or a list."""
+    if isinstance(item, SkippedRow) or not isinstance(item.get("reaction"), bool | int | float | list):
+        return item
+    return {**item, "reaction": converter.choose_reaction(item["reaction"])}
+
+
+def _apply_conditions(
+    item: Mapping[str, Any] | SkippedRow, raw_row: Mapping[str, Any], where: Mapping[str, Any]
+) -> Mapping[str, Any] | SkippedRow:
+    if isinstance(item, SkippedRow) or not where:
+        return item
+    path = find_failed_condition(where, raw_row, item)
+    return item if path is None else SkippedRow(f"excluded by where: {path}")
+
+
+_RawItem = tuple[int, int, bytes, bytes]
+"""Line number, item of the line, row as JSON, raw bytes."""
+
+
+def _read_line(line: RawLine, adapt: RowAdapter, reader_name: str) -> Sequence[Mapping[str, Any] | SkippedRow] | str:
+    """Rows of a line; the reason if it has another shape."""
+    try:
+        raw_row = json.loads(line.raw)
+        if not isinstance(raw_row, dict):
+            return "not an object"
+        return adapt(raw_row)
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    except json.JSONDecodeError:
+        return "broken JSON"
+    except RowShapeError as error:
+        is_complete = str(error).startswith("missing field")
+        return str(error) if is_complete else f"not a row of reader {reader_name}: {error}"
+    except KeyError as error:
+        return f"not a row of reader {reader_name}: no key {error.args[0]!r}"[:MAX_REASON_CHARS]
+    # Readers index into foreign objects without checks; any of these means that the object has another shape.
+    except (TypeError, ValueError, AttributeError, IndexError, RecursionError, OverflowError, OSError):
+        return f"not a row of reader {reader_name}"
 
 
 def _parse_lines(
-    lines: Sequence[RawLine], task: ValidateTask, writer: _ValidationWriter
-) -> Iterator[tuple[int, int, bytes, bytes]]:
-    """Yield (line number, item of the line, row as JSON, raw bytes); count and write broken and skipped rows."""
-    adapt, reader_name = _build_adapter(task), task.reader_name or "columns"
+    lines: Sequence[RawLine], adapt: RowAdapter | None, reader_name: str, writer: _ValidationWriter
+) -> Iterator[_RawItem]:
+    """Yield the rows of lines; count and write broken and skipped ones."""
     rejected_rows: list[tuple[int, str, bytes]] = []
     for line in lines:
         if line.problem or adapt is None:
-            writer.row_counts["in", ""] += 1
+            writer.count_rows("in", "")
             if line.problem:
                 rejected_rows.append((line.line_number, line.problem, line.raw))
             else:
                 yield line.line_number, 0, line.raw, line.raw
             continue
-        try:
-            items = adapt(json.loads(line.raw))
-        except UnicodeDecodeError:
-            items, reason = [], "not UTF-8"
-        except json.JSONDecodeError:
-            items, reason = [], "broken JSON"
-        # Readers index into foreign objects without checks; any of these means that the object has another shape.
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RecursionError, OverflowError, OSError):
-            items, reason = [], f"not a row of reader {reader_name}"
-        else:
-            reason = ""
-        if reason:
-            writer.row_counts["in", ""] += 1
-            rejected_rows.append((line.line_number, reason, line.raw))
+        items = _read_line(line, adapt, reader_name)
+        if isinstance(items, str):
+            writer.count_rows("in", "")
+            rejected_rows.append((line.line_number, items, line.raw))
+            continue
         for item_index, item in enumerate(items):
-            writer.row_counts["in", ""] += 1
+            writer.count_rows("in", "")
             if isinstance(item, SkippedRow):
-                writer.row_counts["dropped", item.reason] += 1
+                writer.count_rows("dropped", item.reason)
             else:
-                yield line.line_number, item_index, json.dumps(item).encode(), line.raw
+                writer.notes.update(item.get(NOTES_KEY, {}))
+                row = {name: value for name, value in item.items() if name != NOTES_KEY}
+                yield line.line_number, item_index, json.dumps(row).encode(), line.raw
     if rejected_rows:
         writer.write_rejected(rejected_rows)
 
 
+def _validate_items(
+    items: Sequence[_RawItem], converter: RowConverter, is_own_shape: bool, now: datetime, writer: _ValidationWriter
+) -> None:
+    """Validate rows and write them as accepted or rejected."""
+    rows = validate_json_rows([row_json for _, _, row_json, _ in items], converter.record_type, now)
+    rejected_rows = []
+    for index, (line_number, _, row_json, raw) in enumerate(items):
+        if isinstance(rows[index], RejectedRow) and is_own_shape:
+            repaired_json, notes = converter.repair(row_json)
+            if repaired_json is not None:
+                rows[index] = validate_json_rows([repaired_json], converter.record_type, now)[0]
+                writer.notes.update(notes if not isinstance(rows[index], RejectedRow) else {})
+        if isinstance(rows[index], RejectedRow):
+            rejected_rows.append((line_number, rows[index].reason, raw))
+    if rejected_rows:
+        writer.write_rejected(rejected_rows)
+    accepted = [index for index, row in enumerate(rows) if not isinstance(row, RejectedRow)]
+    if accepted:
+        writer.write_accepted([rows[index] for index in accepted], [items[index][:2] for index in accepted])
+
+
 def validate_rows(task: ValidateTask) -> dict[str, Any]:
-    """Run the first pass on one stripe. Returns row counts, and redactions by kind of personal data."""
-    kind, now = find_data_kind(task.kind_name), datetime.fromisoformat(task.current_time)
+    """Run the first pass on one stripe of some files; returns what the card counts: rows, redactions, reactions."""
+    now, entry = datetime.fromisoformat(task.current_time), task.source
     writer = _ValidationWriter(task)
-    for lines in _rebatch_lines(read_line_batches(task.source_path, task.stripe_index, task.stripe_count)):
-        items = list(_parse_lines(lines, task, writer))
-        rows = validate_json_rows([row_json for _, _, row_json, _ in items], kind.record_type, now)
-        rejected_rows = [
-            (line_number, row.reason, raw)
-            for (line_number, _, _, raw), row in zip(items, rows, strict=True)
-            if isinstance(row, RejectedRow)
-        ]
-        if rejected_rows:
-            writer.write_rejected(rejected_rows)
-        accepted = [index for index, row in enumerate(rows) if not isinstance(row, RejectedRow)]
-        if accepted:
-            writer.write_accepted([rows[index] for index in accepted], [items[index][:2] for index in accepted])
+    columns = find_reader(entry.reader, task.kind_name).columns if entry.reader is not None else {}
+    converter = build_converter(task.kind_name, entry, columns, writer.rules, task.contradictions, task.test_share)
+    for writer.source_index, writer.source_path in task.sources:
+        adapt = _build_adapter(task, writer.source_path, converter)
+        lines_of_file = read_line_batches(
+            writer.source_path, task.stripe_index, task.stripe_count, format_name=entry.format
+        )
+        for lines in _rebatch_lines(lines_of_file):
+            pending, pending_bytes = [], 0
+            for item in _parse_lines(lines, adapt, entry.reader or "columns", writer):
+                pending.append(item)
+                pending_bytes += len(item[2])
+                # A reader may turn one chat into a row for each of its turns, each with all messages before it.
+                if pending_bytes > _MAX_PENDING_BYTES:
+                    _validate_items(pending, converter, adapt is None, now, writer)
+                    pending, pending_bytes = [], 0
+            _validate_items(pending, converter, adapt is None, now, writer)
     writer.close()
     row_counts = [
-        RowCount(task.kind_name, key[0], rows, task.source_path, key[1], writer.example_locations.get(key, ""))
+        RowCount(task.kind_name, key[1], rows, key[0], key[2], writer.example_locations.get(key, ""))
         for key, rows in writer.row_counts.items()
         if rows
     ]
-    return {"row_counts": row_counts, "redacted": dict(writer.redaction_counts)}
+    return {
+        "row_counts": row_counts, "redacted": dict(writer.redaction_counts), "reactions": dict(writer.reaction_counts),
+        "notes": dict(+writer.notes), "paths": dict(converter.path_counts),
+    }  # fmt: skip
 
 
 def _rebatch_lines(line_batches: Iterator[list[RawLine]]) -> Iterator[list[RawLine]]:

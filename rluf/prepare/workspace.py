@@ -14,13 +14,15 @@ import time
 import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from rluf.errors import DataError, ResourceError, RlufError
 from rluf.utils.files import replace_folder, try_lock, write_json
@@ -167,6 +169,53 @@ class TableWriter:
         self._temporary_path.replace(self._path)
 
 
+_MAX_BUFFER_BYTES = 64 * 2**20
+"""Bytes of rows that a BucketWriter holds until it writes them by bucket."""
+
+
+class BucketWriter:
+    """Writes tables of equal rows to one file each, in which every record batch has the rows of one bucket.
+
+    One file for all buckets, and a bound on the rows in memory: a task has the same few files open, and writes as
+    many, for any number of buckets.
+    """
+
+    def __init__(self, paths: Sequence[Path], bucket_count: int) -> None:
+        self._paths, self._bucket_count = paths, bucket_count
+        self._writers: list[TableWriter] = []
+        self._pending: list[tuple[NDArray[np.int64], list[pa.Table]]] = []
+        self._pending_bytes = 0
+
+    def write(self, row_buckets: NDArray[np.int64], tables: Sequence[pa.Table]) -> None:
+        """Append rows with their buckets [N]; `tables` may have more tables than there are files."""
+        tables = list(tables[: len(self._paths)])
+        self._writers = self._writers or [
+            TableWriter(path, table.schema) for path, table in zip(self._paths, tables, strict=True)
+        ]
+        self._pending.append((row_buckets, tables))
+        self._pending_bytes += sum(table.nbytes for table in tables)
+        if self._bucket_count == 1 or self._pending_bytes > _MAX_BUFFER_BYTES:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        row_buckets = np.concatenate([buckets for buckets, _ in self._pending])
+        order = np.argsort(row_buckets, kind="stable")
+        bounds = np.flatnonzero(np.diff(row_buckets[order], prepend=-1)).tolist()
+        for index, writer in enumerate(self._writers):
+            table = pa.concat_tables([tables[index] for _, tables in self._pending]).take(pa.array(order))
+            for start, end in zip(bounds, [*bounds[1:], len(order)], strict=True):
+                writer.write(table.slice(start, end - start).combine_chunks())
+        self._pending, self._pending_bytes = [], 0
+
+    def close(self) -> None:
+        """Write what is left and finish the files; no file appears without rows."""
+        self._flush()
+        for writer in self._writers:
+            writer.close()
+
+
 def write_table(path: Path, table: pa.Table) -> None:
     """Write one table as one file."""
     writer = TableWriter(path, table.schema)
@@ -174,15 +223,47 @@ def write_table(path: Path, table: pa.Table) -> None:
     writer.close()
 
 
-def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read an .arrow file, or some of its columns."""
+@contextmanager
+def _open_table(path: Path, columns: Sequence[str] | None) -> Iterator[pa.ipc.RecordBatchFileReader]:
     with pa.OSFile(str(path)) as file:
         options = None
         if columns is not None:
             column_names = pa.ipc.open_file(file).schema.names
             file.seek(0)
             options = pa.ipc.IpcReadOptions(included_fields=[column_names.index(name) for name in columns])
-        return pa.ipc.open_file(file, options=options).read_all()
+        yield pa.ipc.open_file(file, options=options)
+
+
+def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read an .arrow file, or some of its columns."""
+    with _open_table(path, columns) as reader:
+        return reader.read_all()
+
+
+MAX_OPEN_FILES = 100
+"""Files that a BatchReader has open at a time; many systems allow 1,024 in a process."""
+
+
+class BatchReader:
+    """Reads single record batches of many .arrow files, which stay open up to MAX_OPEN_FILES; close it after use."""
+
+    def __init__(self, columns: Sequence[str] | None = None) -> None:
+        self._columns = columns
+        self._open_files = ExitStack()
+        self._readers: dict[Path, pa.ipc.RecordBatchFileReader] = {}
+
+    def read(self, path: Path, batch_index: int) -> pa.Table:
+        """One record batch of a file."""
+        if path not in self._readers:
+            if len(self._readers) == MAX_OPEN_FILES:
+                self.close()
+            self._readers[path] = self._open_files.enter_context(_open_table(path, self._columns))
+        return pa.Table.from_batches([self._readers[path].get_batch(batch_index)])
+
+    def close(self) -> None:
+        """Close all files."""
+        self._open_files.close()
+        self._readers.clear()
 
 
 def build_quarantine_table(kind_name: str, source_path: str, rows: Sequence[tuple[int, str, bytes]]) -> pa.Table:

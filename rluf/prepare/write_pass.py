@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rluf.prepare.schema import SPLIT_NAMES, FeedbackRecord, build_arrow_schema, find_data_kind
-from rluf.prepare.workspace import QUARANTINE_SCHEMA, TableWriter, read_table
+from rluf.prepare.splits import to_unit_interval
+from rluf.prepare.workspace import QUARANTINE_SCHEMA, BatchReader, TableWriter, read_table
 
 _JOINED_COLUMNS = ("reaction", "continued", "returned")
 """Columns of feedback that the second pass may fill in: their values come from its decisions, not from the log."""
@@ -27,6 +29,7 @@ class WriteTask:
     kind_name: str
     split: str
     output_path: str
+    bucket_count: int
 
 
 def build_data_schema(kind_name: str) -> pa.Schema:
@@ -51,24 +54,20 @@ def write_split_file(task: WriteTask) -> dict[str, Any]:
     """Run the third pass on one file and return its row count. Memory: the rows of one bucket at a time."""
     if task.kind_name == "quarantine":
         return {"rows": _write_quarantine(task)}
-    kind, work_folder = find_data_kind(task.kind_name), Path(task.work_folder)
+    work_folder = Path(task.work_folder)
     schema = build_data_schema(task.kind_name)
     split_code, row_count = SPLIT_NAMES.index(task.split), 0
     writer = TableWriter(Path(task.output_path), schema)
+    decision_reader, row_reader = BatchReader(), BatchReader(_list_row_columns(task.kind_name))
     # A bucket is a range of row keys, so sorting within buckets in their order sorts the whole file.
-    for bucket in sorted((work_folder / "decisions" / task.kind_name).iterdir()):
+    for batches in _find_bucket_batches(work_folder / "decisions" / task.kind_name, task.bucket_count):
         tables = []
-        for decision_file in sorted(bucket.glob("*.arrow")):
-            decisions = read_table(decision_file)
+        for decision_file, batch_index in batches:
+            decisions = decision_reader.read(decision_file, batch_index)
             row_mask = pc.and_(pc.equal(decisions["split"], split_code), pc.greater(decisions["sampling"], 0))
             if pc.any(row_mask).as_py():
-                column_names = [
-                    name
-                    for name in kind.output_columns
-                    if name not in decisions.column_names or name not in _JOINED_COLUMNS
-                ]
-                row_file = work_folder / "rows" / task.kind_name / bucket.name / decision_file.name
-                row_table = read_table(row_file, column_names)
+                row_file = work_folder / "rows" / task.kind_name / decision_file.name
+                row_table = row_reader.read(row_file, batch_index)
                 tables.append(_join_decisions(row_table.filter(row_mask), decisions.filter(row_mask), schema))
         if tables:
             table = pa.concat_tables(tables)
@@ -76,8 +75,26 @@ def write_split_file(task: WriteTask) -> dict[str, Any]:
             order = np.argsort(table["_row_key"].to_numpy() >> np.uint64(11), kind="stable")
             writer.write(table.select(schema.names).take(order).cast(schema))
             row_count += table.num_rows
-    writer.close()
+    for file in (decision_reader, row_reader, writer):
+        file.close()
     return {"kind": task.kind_name, "split": task.split, "rows": row_count}
+
+
+def _list_row_columns(kind_name: str) -> list[str]:
+    """Columns that come from the rows; the joined ones of feedback come from the decisions."""
+    kind = find_data_kind(kind_name)
+    joined = _JOINED_COLUMNS if kind.record_type is FeedbackRecord else ()
+    return [name for name in kind.output_columns if name not in joined]
+
+
+def _find_bucket_batches(folder: Path, bucket_count: int) -> list[list[tuple[Path, int]]]:
+    """Record batches (file, index) of each bucket that has rows, by bucket, in the order of the log."""
+    batches_by_bucket: dict[int, list[tuple[Path, int]]] = defaultdict(list)
+    for path in sorted(folder.glob("*.arrow")):
+        for batch_index, keys in enumerate(read_table(path, ["row_key"])["row_key"].chunks):
+            bucket = int(to_unit_interval(keys[:1].to_numpy())[0] * bucket_count)
+            batches_by_bucket[bucket].append((path, batch_index))
+    return [batches_by_bucket[bucket] for bucket in sorted(batches_by_bucket)]
 
 
 def _join_decisions(row_table: pa.Table, decision_table: pa.Table, schema: pa.Schema) -> pa.Table:

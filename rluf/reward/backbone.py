@@ -115,7 +115,7 @@ def build_text_encoder(
     response_only: bool = False,
     mark_truncated: bool = False,
 ) -> TextEncoder:
-    """Build the text encoder of a model folder and set the model's pad token id, which decoders need to pool.
+    """Build the text encoder of a model folder and set the model's pad token id, by which decoders pool.
 
     In an ensemble (`is_single_model` false), read_at_next_turn applies to the decoders only; encoders ignore it.
     """

@@ -211,7 +211,7 @@ def train_member(
     depths = (member.layers,) if shared_features is None else lead_settings.list_shared_pass_depths(member)
     backbone_folder = resolve_model(member.backbone, resolve_cache_folder(settings))
     torch.manual_seed((settings.seed + member_index) * 1009 + rank)  # another dropout mask on every rank
-    device = f"cuda:{torch.cuda.current_device()}" if settings.cluster.gpus_per_reward > 0 else "cpu"
+    device = f"cuda:{torch.cuda.current_device()}" if settings.cluster.reward_training_gpus > 0 else "cpu"
     model = load_classifier(
         backbone_folder, require_all_weights=False, device=device, dropout=DROPOUT_RATE,
         seed=settings.seed + member_index, layer_count=max(depths), head_count=len(head_data),

@@ -118,8 +118,8 @@ def _build_torch_trainer(
 
     ray.data.DataContext.get_current().enable_progress_bars = False
     datasets = {source: _load_dataset(folder / source / "train.parquet") for source, folder in data_folders.items()}
-    uses_gpu = settings.cluster.gpus_per_reward > 0
-    resources = dict(zip(("CPU", "GPU"), settings.cluster.get_role_resources("reward"), strict=True))
+    uses_gpu = settings.cluster.reward_training_gpus > 0
+    resources = dict(zip(("CPU", "GPU"), settings.cluster.get_role_resources("reward_training"), strict=True))
     environment = {
         **WORKER_ENVIRONMENT,
         **build_device_environment(resources["GPU"]),
@@ -240,7 +240,7 @@ def train_worker(config: Mapping[str, Any]) -> None:
     if train.get_context().get_world_rank() == 0:
         _redirect_logs(Path(config["progress_file"]))
     settings = Settings.model_validate_json(config["settings"])
-    if settings.cluster.gpus_per_reward == 0:
+    if settings.cluster.reward_training_gpus == 0:
         torch.set_num_threads(config["threads"])
         enable_fast_cpu_matmul()
     deadline = time.monotonic() + settings.timeouts.reward_training_s

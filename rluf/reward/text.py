@@ -121,10 +121,38 @@ class TextEncoder:
                 f"{tokenizer.name_or_path} is an encoder, which cannot predict a next message; set "
                 "read_at_next_turn=false or use a decoder as backbone"
             )
-        pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        self.pad_id = self._choose_pad_id()
+        # Saved with the model, so that plain transformers pads with the token that config.json names.
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self.pad_id)
+
+    def _choose_pad_id(self) -> int:
+        """A pad token that no row ends with; the tokenizer's own one if it fits. Raises ModelError if there is none.
+
+        transformers pools a decoder at the last token that is not the pad token, rluf and vLLM at the last token of the
+        row. Both are the same token only if rows never end with the pad token. Templates of Llama 3 and Mistral end
+        rows with the end token, which their tokenizers, having no pad token, would be padded with.
+        """
+        tokenizer = self.tokenizer
+        candidates = [tokenizer.pad_token_id]
+        if self.uses_text_pairs and candidates[0] is not None:
+            return int(candidates[0])  # encoders pool at the first token, or by the mask
+        special_tokens = {
+            token.content: token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
+        }
+        candidates += [token_id for content, token_id in special_tokens.items() if "pad" in content.lower()]
+        # A row never ends with the token that begins it.
+        candidates += [tokenizer.unk_token_id, tokenizer.bos_token_id, *special_tokens.values()]
+        end_ids = {tokenizer.eos_token_id}
+        if not self.uses_text_pairs:
+            rows = self._encode_chats([ScoringItem(EMPTY_CONVERSATION, text) for text in ("", "a")])
+            end_ids |= {row.token_ids[-1] for row in rows}
+        pad_id = next((token_id for token_id in candidates if token_id is not None and token_id not in end_ids), None)
         if pad_id is None:
-            raise ModelError(f"the tokenizer of {tokenizer.name_or_path} has neither a pad nor an end token; add one")
-        self.pad_id = int(pad_id)
+            raise ModelError(
+                f"the tokenizer of {tokenizer.name_or_path} has no special token that could pad rows without ending "
+                "them; add a pad token to the tokenizer and the model"
+            )
+        return int(pad_id)
 
     def encode(self, items: Sequence[ScoringItem]) -> list[EncodedItem]:
         """Token ids of each item, in order. An empty response is valid: it has no tokens of its own.

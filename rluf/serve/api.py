@@ -44,8 +44,10 @@ class ApiError(RlufError):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Response headers: Retry-After in whole seconds, at least 1, if a retry helps; the challenge for 401."""
+        """Response headers: Retry-After in whole seconds, at least 1, if a retry helps; what 401 and 408 need."""
         headers = {"WWW-Authenticate": "Bearer"} if self.status == 401 else {}
+        if self.status == 408:
+            headers["Connection"] = "close"  # the rest of the request would be read as the next one
         if self.retry_after_s is not None:
             headers["Retry-After"] = str(max(1, math.ceil(self.retry_after_s)))
         return headers

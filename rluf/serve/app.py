@@ -1,30 +1,23 @@
-"""FastAPI app of the HTTP API, version 1, over a ServiceBackend, and its server: uvicorn in the gateway's process.
-
-Docs are at /docs, the schema at /openapi.json. On one machine the server replaces Ray Serve's proxy. A hop through that
-proxy can cost more than scoring a response (benchmarks/serve_overhead.py measures both).
-"""
+"""FastAPI app of the HTTP API, version 1, over a ServiceBackend. Docs are at /docs, the schema at /openapi.json."""
 
 from __future__ import annotations
 
-import asyncio
-import errno
 import logging
-import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from rluf.errors import ResourceError
+import rluf
 from rluf.serve import api
 from rluf.serve.api import ApiError, ScoredItem
 from rluf.serve.compat import add_compat_routes
-from rluf.serve.middleware import INTERNAL_ERROR, ServiceBackend, ServiceMiddleware
+from rluf.serve.middleware import INTERNAL_ERROR, SCOPES_KEY, ServiceBackend, ServiceMiddleware
 from rluf.utils.stats import logit
 
 logger = logging.getLogger("rluf.serve")
@@ -42,7 +35,8 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     for status, text in {
         400: "The body is not JSON in UTF-8",
         401: "The token is missing or wrong",
-        403: "The Host header names another host",
+        403: "The Host header names another host, the token lacks the scope, or the response went to another user",
+        408: "The body did not arrive in time",
         413: "The body is too large",
         422: "A field is missing, unknown or invalid",
         429: "Too many requests, or the queue is full: see Retry-After",
@@ -52,7 +46,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(backend: ServiceBackend) -> ServiceMiddleware:
+def make_app(backend: ServiceBackend) -> ProxyHeadersMiddleware:
     """Build the complete ASGI app over `backend`, including the middleware."""
     app = FastAPI(
         title="rluf",
@@ -66,7 +60,9 @@ def make_app(backend: ServiceBackend) -> ServiceMiddleware:
     _add_service_routes(app, backend)
     _add_web_page(app)
     add_compat_routes(app, backend)
-    return ServiceMiddleware(app, backend)
+    # Without trusted proxies the client's address is that of the connection, whatever its headers say.
+    middleware: Any = ServiceMiddleware(app, backend)
+    return ProxyHeadersMiddleware(middleware, trusted_hosts=list(backend.rules.trusted_proxies))
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -160,8 +156,11 @@ def _add_service_routes(app: FastAPI, backend: ServiceBackend) -> None:
             409: {"model": api.ErrorReply, "description": "The row is settled with another reaction"},
         },
     )
-    async def feedback(body: api.FeedbackRequest) -> api.FeedbackReply:
+    async def feedback(body: api.FeedbackRequest, request: Request) -> api.FeedbackReply:
         """Store a reaction to a response. The row is on disk before the reply; repeating a request is harmless."""
+        required_scope = "chat" if body.record is None else "ingest"
+        if required_scope not in request.scope[SCOPES_KEY]:
+            raise ApiError(403, "scope", f"this request needs a token with scope {required_scope}")
         outcome = await backend.store_feedback(body)
         backend.metrics.feedback_requests.labels(outcome).inc()
         if outcome == "unknown":
@@ -191,6 +190,24 @@ def _add_service_routes(app: FastAPI, backend: ServiceBackend) -> None:
             raise ApiError(503, "starting", "the models are being loaded; try again later", 1.0)
         return {"status": "ok"}
 
+    for path in ("/health", "/ping"):  # the probes of vLLM, TEI and SageMaker
+        app.add_api_route(path, healthz, include_in_schema=False)
+
+    @app.get("/version", tags=["service"])
+    async def version() -> dict[str, str]:
+        """Release of rluf (vLLM's route)."""
+        return {"version": rluf.__version__}
+
+    @app.get("/info", tags=["service"])
+    async def info() -> dict[str, Any]:
+        """Models and limits, in the format of text-embeddings-inference."""
+        live_model, *_ = await backend.list_models()
+        return {
+            "model_id": live_model.id, "model_sha": live_model.version, "model_type": {"classifier": {}},
+            "version": rluf.__version__, "max_client_batch_size": api.MAX_ITEMS_PER_REQUEST,
+            "objectives": live_model.objectives,
+        }  # fmt: skip
+
     @app.get("/metrics", tags=["service"], response_class=Response)
     async def metrics() -> Response:
         """Metrics in Prometheus' text format."""
@@ -207,72 +224,3 @@ def _build_static_file_route(file_name: str) -> Any:
         return FileResponse(WEB_FOLDER / file_name, headers=PAGE_HEADERS)
 
     return send_file
-
-
-PORT_RETRY_S = 0.1
-"""Seconds between two attempts to bind the port."""
-KEEP_ALIVE_S = 65
-"""Idle timeout of connections: longer than that of most clients and load balancers, so that they close first."""
-SOCKET_BACKLOG = 2048
-
-
-class HttpServer:
-    """HTTP server of one ASGI app in the running event loop."""
-
-    def __init__(self, host: str, port: int) -> None:
-        self.host, self.port = host, port
-        self._server: uvicorn.Server | None = None
-        self._serve_task: asyncio.Task[None] | None = None
-
-    async def start(self, app: Any, timeout_s: float) -> None:
-        """Bind the port and serve; a gateway that is being replaced has `timeout_s` seconds to release it.
-
-        Raises ResourceError when the port stays in use, when the address does not belong to this machine, or when the
-        server stops before it accepts requests.
-        """
-        listening_socket = await self._open_socket(timeout_s)
-        config = uvicorn.Config(
-            app, lifespan="off", ws="none", log_level="warning", access_log=False, server_header=False,
-            timeout_keep_alive=KEEP_ALIVE_S, timeout_graceful_shutdown=int(timeout_s) + 1,
-        )  # fmt: skip
-        self._server = uvicorn.Server(config)
-        self._serve_task = asyncio.create_task(self._server.serve(sockets=[listening_socket]))
-        # uvicorn has no awaitable for "started".
-        while not self._server.started and not self._serve_task.done():
-            await asyncio.sleep(0.01)
-        if self._serve_task.done():
-            await self._raise_start_failure(self._serve_task, listening_socket)
-
-    async def _raise_start_failure(self, serve_task: asyncio.Task[None], listening_socket: socket.socket) -> NoReturn:
-        """Release the port and raise the error of a server that stopped before it accepted requests."""
-        self._server = self._serve_task = None
-        listening_socket.close()
-        message = f"the server at {self.host}:{self.port} stopped before it accepted requests"
-        try:
-            await serve_task
-        except OSError as error:
-            raise ResourceError(f"{message}: {error}; set serve.host and serve.port to another address") from error
-        raise ResourceError(f"{message}; see its log lines above, then start the service again")
-
-    async def close(self) -> None:
-        """Accept no new connection, finish running requests, release the port."""
-        if self._server is not None and self._serve_task is not None:
-            self._server.should_exit = True
-            await self._serve_task
-            self._server = None
-
-    async def _open_socket(self, timeout_s: float) -> socket.socket:
-        # Opened here rather than by uvicorn, which exits the process when it cannot bind.
-        loop = asyncio.get_running_loop()
-        deadline = loop.time() + timeout_s
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
-        while True:
-            try:
-                return socket.create_server((self.host, self.port), family=family, backlog=SOCKET_BACKLOG)
-            except OSError as error:
-                if error.errno != errno.EADDRINUSE or loop.time() > deadline:
-                    raise ResourceError(
-                        f"cannot listen at {self.host}:{self.port}: {error.strerror}; set serve.host and serve.port to "
-                        "a free address of this machine"
-                    ) from error
-            await asyncio.sleep(PORT_RETRY_S)

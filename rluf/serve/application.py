@@ -32,8 +32,16 @@ from rluf.serve.deployments import (
     FeedbackWriter,
     GatewayDeployment,
     ScorerDeployment,
+    check_ray_token,
 )
-from rluf.serve.middleware import MAX_BODY_BYTES, ServiceRules, hash_token
+from rluf.serve.middleware import (
+    MAX_BODY_BYTES,
+    MIN_TOKEN_CHARS,
+    TOKEN_LIST_VARIABLE,
+    TOKEN_VARIABLE,
+    ServiceRules,
+    read_access_tokens,
+)
 from rluf.serve.policy_deployment import ENGINE_SETTING_KEYS, PolicyDeployment
 from rluf.utils.cache import compute_artifact_key, hash_files, hash_source_code
 from rluf.utils.hashing import LEGACY_SERVE_SALT_VARIABLE, USER_SALT_VARIABLE, read_user_salt
@@ -48,8 +56,6 @@ logger = logging.getLogger("rluf.serve")
 
 REPLICA_CODE_DIGEST = hash_source_code("serve", "objectives", "reward")
 """Digest of the code that replicas run; a change of it restarts them."""
-TOKEN_VARIABLE = "RLUF_SERVE_TOKEN"
-"""Environment variable of the bearer token that clients must send."""
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 SERVE_THROUGHPUT_ENV = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -69,15 +75,17 @@ MAX_GATEWAY_REQUESTS = 4096
 
 
 def check_secrets(settings: Settings) -> None:
-    """Raise SettingsError when other machines can reach the service but its token or salt is not set."""
+    """Raise SettingsError when other machines can reach the service but its secrets or Ray's token are missing."""
     if settings.serve.is_local:
         return
-    has_legacy_salt = bool(os.environ.get(LEGACY_SERVE_SALT_VARIABLE))
-    for variable, purpose, is_optional in (
-        (TOKEN_VARIABLE, "the bearer token that clients send", False),
-        (USER_SALT_VARIABLE, "the salt of hashed user ids, the same as for rluf.prepare", has_legacy_salt),
+    check_ray_token(settings.serve.host)
+    has_tokens = bool(read_access_tokens(os.environ, min_chars=MIN_TOKEN_CHARS))
+    has_salt = bool(os.environ.get(USER_SALT_VARIABLE) or os.environ.get(LEGACY_SERVE_SALT_VARIABLE))
+    for variable, purpose, is_set in (
+        (TOKEN_VARIABLE, f"the bearer token that clients send; {TOKEN_LIST_VARIABLE} for several", has_tokens),
+        (USER_SALT_VARIABLE, "the salt of hashed user ids, the same as for rluf.prepare", has_salt),
     ):
-        if not os.environ.get(variable) and not is_optional:
+        if not is_set:
             raise SettingsError(
                 f"serve.host={settings.serve.host} can be reached from other machines, but {variable} is not set: "
                 f"export it ({purpose}), or set serve.host=127.0.0.1"
@@ -184,7 +192,7 @@ def build_application(
     time than the score of a small model.
     """
     check_secrets(settings)
-    serve_settings, token = settings.serve, os.environ.get(TOKEN_VARIABLE)
+    serve_settings, tokens = settings.serve, read_access_tokens(os.environ)
     scorers = {"live": _build_scorer_application(settings, "live", build_scorer_config(settings, reward_folders))}
     candidate_folders = find_candidate_folders(settings)
     if candidate_folders is not None:
@@ -193,12 +201,14 @@ def build_application(
         )
     policy_versions = {name: hash_files([path])[:12] for name, path in policy_paths.items()}
     rules = ServiceRules(
-        token_digest=hash_token(token) if token else None,
+        tokens=tokens,
         max_body_bytes=MAX_BODY_BYTES,
         requests_per_s=serve_settings.client_requests_per_s,
         deadline_s=settings.timeouts.serve_request_s,
         # Without a token only the Host header protects a local service from DNS rebinding.
-        allowed_hosts=LOCAL_HOSTS if serve_settings.is_local and not token else None,
+        allowed_hosts=LOCAL_HOSTS if serve_settings.is_local and not tokens else None,
+        trusted_proxies=serve_settings.trusted_proxies,
+        listen_host=serve_settings.host,
     )
     batch_limits = BatchLimits(
         SCORING_BATCH_TOKENS,

@@ -23,7 +23,8 @@ from ray import serve
 from ray.exceptions import RayActorError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from rluf.errors import RlufError
+from rluf.config.serve import LOOPBACK_HOSTS
+from rluf.errors import RlufError, SettingsError
 from rluf.serve.api import (
     ApiError,
     ChatReply,
@@ -37,8 +38,8 @@ from rluf.serve.api import (
     create_response_id,
     to_messages,
 )
-from rluf.serve.app import HttpServer
 from rluf.serve.batching import RequestBatcher
+from rluf.serve.listener import HttpServer
 from rluf.serve.middleware import ServeMetrics, ServiceRules
 from rluf.serve.store import FeedbackEvent, FeedbackStore, StoreOutcome
 from rluf.types import Score, ScoringItem
@@ -66,6 +67,26 @@ def _log_to_stderr() -> None:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
+
+
+def check_ray_token(host: str) -> None:
+    """Raise SettingsError when `host` is not local and this process's Ray has no token authentication.
+
+    Ray's processes exchange pickles: without its token, every machine that reaches a node can run code on it, whatever
+    the service's own token is.
+    """
+    if host in LOOPBACK_HOSTS:
+        return
+    # Ray has no public function for this. It reads RAY_AUTH_MODE when it is imported, before the raylet's workers
+    # import rluf, so the answer is that of the cluster.
+    from ray._private.authentication.authentication_utils import is_token_auth_enabled
+
+    if not is_token_auth_enabled():
+        raise SettingsError(
+            f"serve.host={host} can be reached from other machines, but this Ray cluster runs without its token "
+            "authentication: start its nodes with RAY_AUTH_MODE=token (KubeRay: authOptions: { mode: token }), or set "
+            "serve.host=127.0.0.1"
+        )
 
 
 class LoadedModels:
@@ -237,6 +258,8 @@ class GatewayDeployment:
     def __init__(self, rules: ServiceRules, batch_limits: BatchLimits, user_salt: bytes, *_: Any) -> None:
         """The other arguments only bind the other deployments to the application; `reconfigure` gets them by name."""
         _log_to_stderr()
+        # Here too: a command that connects to a cluster knows its own authentication mode only.
+        check_ray_token(rules.listen_host)
         self.rules, self.batch_limits, self._user_salt = rules, batch_limits, user_salt
         self.metrics, self.is_draining, self.running_requests = ServeMetrics(), False, 0
         self._feedback_writer = serve.get_deployment_handle(FEEDBACK_WRITER_NAME, APPLICATION_NAME)

@@ -1,4 +1,4 @@
-"""ASGI middleware: host check, authentication, rate limit, body size, deadline, uniform errors, Prometheus metrics.
+"""ASGI middleware: tokens with scopes, host check, rate limits, body size, deadline, uniform errors, metrics.
 
 It wraps the whole app, so that a rejected request costs neither routing nor validation. The metrics (/metrics) cover
 latency, batches, queue, rejections, feedback and score drift. Drift is the running mean of served values minus the mean
@@ -12,6 +12,7 @@ import hashlib
 import hmac
 import json
 import logging
+import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from rluf.errors import SettingsError
 from rluf.serve.api import ApiError, ChatReply, ChatRequest, FeedbackRequest, ModelInfo, ScoredItem
 from rluf.serve.batching import BatchStats
 from rluf.serve.store import StoreOutcome
@@ -34,14 +36,45 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("rluf.serve")
 
-PUBLIC_PATHS = ("/", "/page.js", "/page.css", "/healthz")
+TOKEN_VARIABLE, TOKEN_LIST_VARIABLE = "RLUF_SERVE_TOKEN", "RLUF_SERVE_TOKENS"
+"""Environment variables: one token with every scope; more tokens, one per line: NAME SCOPE[,SCOPE...] TOKEN."""
+ALL_SCOPES = frozenset(("chat", "score", "ingest", "admin"))
+"""chat: sample responses and react to them. score: every scoring route. ingest: reactions to responses that another
+system served. admin: metrics and API docs."""
+MIN_TOKEN_CHARS = 16
+"""Minimum length of the tokens of a service that other machines can reach: 16 hex digits are 64 random bits."""
+
+PUBLIC_PATHS = frozenset(("/", "/page.js", "/page.css", "/healthz", "/health", "/ping"))
 """Paths served without a token. The page has no secrets and asks the user for the token."""
+PROBE_PATHS = frozenset(("/healthz", "/health", "/ping"))
+"""Paths without a rate limit: probes of load balancers share one address."""
+_PATH_SCOPES: dict[str, frozenset[str]] = {
+    "/v1/chat/completions": frozenset(("chat",)),
+    "/v1/feedback": frozenset(("chat", "ingest")),
+    "/v1/preferences": frozenset(("chat",)),
+    "/metrics": frozenset(("admin",)),
+    "/docs": frozenset(("admin",)),
+    "/openapi.json": frozenset(("admin",)),
+    "/info": ALL_SCOPES,
+    "/version": ALL_SCOPES,
+}
+"""Scopes of which a token needs one; /v1/models is open to every token, any other path needs `score`."""
+
+WRONG_TOKENS_PER_S = 10.0
+"""Requests with a missing or wrong token per second and address that get 401; more get 429."""
+MAX_TRACKED_CLIENTS = 10_000
+"""Client addresses with a rate limit state; beyond that the least recently seen one is dropped."""
+
+# RFC 9110 and 9112: a name, an IPv4 address or an IPv6 address in brackets, and optionally a port.
+_HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]{0,5})?")
 RETRY_AFTER_S = 1.0
 """Retry-After while the service drains or after a request that was too slow."""
 MAX_BODY_BYTES = 1 << 20
 """Maximum request body: a full request of items of average length."""
-MAX_TRACKED_CLIENTS = 10_000
-"""Client addresses with a rate limit state; beyond that the least recently seen one is dropped."""
+BODY_TIMEOUT_S = 30.0
+"""Maximum seconds for the body of a request to arrive, or the request's deadline if that is shorter."""
+SCOPES_KEY = "rluf.scopes"
+"""Key of the ASGI scope with the scopes of the request's token."""
 INTERNAL_ERROR = ApiError(500, "internal", "the service failed on this request; see its log")
 """Response for unhandled exceptions; the traceback is logged."""
 
@@ -124,15 +157,18 @@ class ServeMetrics:
 class ServiceRules:
     """Limits that the middleware enforces.
 
-    `token_digest` is None for a service without authentication. `allowed_hosts` are the accepted Host header names
-    (None: any); a service without a token needs them against DNS rebinding by web pages.
+    `tokens` is empty for a service without authentication. `allowed_hosts` are the accepted Host header names (None:
+    any); a service without a token needs them against DNS rebinding by web pages. `trusted_proxies` are addresses and
+    networks whose X-Forwarded-For header names the client. `listen_host` is serve.host.
     """
 
-    token_digest: str | None
+    tokens: tuple[AccessToken, ...]
     max_body_bytes: int
     requests_per_s: float
     deadline_s: float
     allowed_hosts: tuple[str, ...] | None
+    trusted_proxies: tuple[str, ...] = ()
+    listen_host: str = "127.0.0.1"
 
 
 class ServiceBackend(Protocol):
@@ -165,6 +201,7 @@ class ServiceMiddleware:
     def __init__(self, app: ASGIApp, backend: ServiceBackend) -> None:
         self.app, self.backend = app, backend
         self.rate_limiter = ClientRateLimiter(backend.rules.requests_per_s, time.monotonic)
+        self.wrong_token_limiter = ClientRateLimiter(WRONG_TOKENS_PER_S, time.monotonic)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request; lifespan events pass through."""
@@ -178,8 +215,13 @@ class ServiceMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+            elif is_head:
+                message = {**message, "body": b""}
             await send(message)
 
+        is_head = scope["method"] == "HEAD"
+        if is_head:
+            scope = {**scope, "method": "GET"}
         self.backend.running_requests += 1
         metrics.running_requests.set(self.backend.running_requests)
         try:
@@ -201,7 +243,7 @@ class ServiceMiddleware:
             await send(message)
 
         try:
-            self._check_request(scope)
+            scope[SCOPES_KEY] = self._check_request(scope)
             body = await self._read_body(scope, receive)
             async with asyncio.timeout(self.backend.rules.deadline_s):
                 await self.app(scope, _replay_body(body, receive), send_and_mark_started)
@@ -217,26 +259,41 @@ class ServiceMiddleware:
         if not has_started:
             await send_error(api_error, send)
 
-    def _check_request(self, scope: Scope) -> None:
+    def _check_request(self, scope: Scope) -> frozenset[str]:
+        """Refuse a request by rate, host, token or declared size; returns the scopes of its token."""
         rules, path = self.backend.rules, scope["path"]
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         if self.backend.is_draining:
             raise ApiError(503, "draining", "the service is shutting down; try again later", RETRY_AFTER_S)
-        host = headers.get(b"host", "")
-        if not host.endswith("]"):  # "[::1]" is an IPv6 address without a port
-            host = host.rsplit(":", 1)[0]
-        if rules.allowed_hosts is not None and host not in rules.allowed_hosts:
-            raise ApiError(403, "host", f"this service is available on this machine only, not as host {host[:100]!r}")
-        if path not in PUBLIC_PATHS and not is_authorized(headers.get(b"authorization"), rules.token_digest):
-            raise ApiError(401, "unauthorized", "send the service's token as 'Authorization: Bearer <token>'")
-        if path != "/healthz":  # probes of load balancers share one address and must never be limited
-            client_address = str((scope.get("client") or ("unknown",))[0])
+        client_address = str((scope.get("client") or ("unknown",))[0])
+        if path not in PROBE_PATHS:
             wait_s = self.rate_limiter.acquire_token(client_address)
             if wait_s:
                 raise ApiError(429, "rate", f"more than {rules.requests_per_s:g} requests per second from you", wait_s)
+        host_headers = [value.decode("latin-1") for name, value in scope["headers"] if name == b"host"]
+        host = read_host_name(host_headers, scope["http_version"])
+        if rules.allowed_hosts is not None and host not in rules.allowed_hosts:
+            raise ApiError(403, "host", f"this service is available on this machine only, not as host {host[:100]!r}")
+        scopes = ALL_SCOPES
+        if rules.tokens and path not in PUBLIC_PATHS:
+            token = find_access_token(headers.get(b"authorization"), rules.tokens)
+            if token is None:
+                raise self._build_wrong_token_error(client_address)
+            check_scope(token, path)
+            scopes = token.scopes
         content_length = headers.get(b"content-length", "0")
-        if not content_length.isdigit() or int(content_length) > rules.max_body_bytes:
+        is_number = content_length.isascii() and content_length.isdigit()
+        # The length of the text is checked first: int() refuses texts of thousands of digits.
+        if not is_number or len(content_length) > 18 or int(content_length) > rules.max_body_bytes:
             raise self._build_body_too_large_error()
+        return scopes
+
+    def _build_wrong_token_error(self, client_address: str) -> ApiError:
+        """401; 429 for an address that sent too many wrong tokens (a right one is still accepted from there)."""
+        wait_s = self.wrong_token_limiter.acquire_token(client_address)
+        if wait_s:
+            return ApiError(429, "rate", "too many requests with a missing or wrong token from you", wait_s)
+        return ApiError(401, "unauthorized", "send the service's token as 'Authorization: Bearer <token>'")
 
     def _build_body_too_large_error(self) -> ApiError:
         limit_kib = self.backend.rules.max_body_bytes // 1024
@@ -248,17 +305,21 @@ class ServiceMiddleware:
         The whole body is read before the app runs, so a slow client does not occupy a model.
         """
         chunks, body_bytes, has_more = [], 0, True
-        async with asyncio.timeout(self.backend.rules.deadline_s):
-            while has_more:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ApiError(400, "gone", "the client disconnected before its request was complete")
-                chunk = message.get("body", b"")
-                body_bytes += len(chunk)
-                if body_bytes > self.backend.rules.max_body_bytes:
-                    raise self._build_body_too_large_error()
-                chunks.append(chunk)
-                has_more = message.get("more_body", False)
+        timeout_s = min(BODY_TIMEOUT_S, self.backend.rules.deadline_s)
+        try:
+            async with asyncio.timeout(timeout_s):
+                while has_more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        raise ApiError(400, "gone", "the client disconnected before its request was complete")
+                    chunk = message.get("body", b"")
+                    body_bytes += len(chunk)
+                    if body_bytes > self.backend.rules.max_body_bytes:
+                        raise self._build_body_too_large_error()
+                    chunks.append(chunk)
+                    has_more = message.get("more_body", False)
+        except TimeoutError:
+            raise ApiError(408, "timeout", f"the body did not arrive within {timeout_s:g} s") from None
         body = b"".join(chunks)
         if scope["method"] == "POST":
             try:
@@ -284,23 +345,84 @@ def _replay_body(body: bytes, receive: Receive) -> Receive:
 
 async def send_error(error: ApiError, send: Send) -> None:
     """Send an error as JSON."""
-    headers = {"content-type": "application/json", **error.headers}
+    body = json.dumps(error.body).encode()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
     pairs = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": pairs})
-    await send({"type": "http.response.body", "body": json.dumps(error.body).encode()})
+    await send({"type": "http.response.body", "body": body})
+
+
+@dataclass(frozen=True, slots=True)
+class AccessToken:
+    """A bearer token: its name for logs and errors, its SHA-256 (only the client has the token), its scopes."""
+
+    name: str
+    digest: str
+    scopes: frozenset[str] = ALL_SCOPES
 
 
 def hash_token(token: str) -> str:
-    """SHA-256 of a bearer token. The service stores only this, so the token itself is in no process but the client."""
+    """SHA-256 of a bearer token."""
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def is_authorized(authorization_header: str | None, expected_digest: str | None) -> bool:
-    """Return whether an Authorization header has the token of that digest (constant time); None accepts everyone."""
-    if expected_digest is None:
-        return True
-    scheme, _, token = (authorization_header or "").partition(" ")
-    return scheme.lower() == "bearer" and hmac.compare_digest(hash_token(token.strip()), expected_digest)
+def read_access_tokens(environment: Mapping[str, str], *, min_chars: int = 1) -> tuple[AccessToken, ...]:
+    """Read all tokens from environment variables. Raises SettingsError, which never contains a token."""
+    entries = []
+    if token := environment.get(TOKEN_VARIABLE, "").strip():
+        entries.append((TOKEN_VARIABLE, "default", ALL_SCOPES, token))
+    for number, line in enumerate(environment.get(TOKEN_LIST_VARIABLE, "").splitlines(), start=1):
+        if not line.strip():
+            continue
+        words = line.split()
+        source = f"{TOKEN_LIST_VARIABLE}, line {number}"
+        if len(words) != 3:
+            raise SettingsError(f"{source}: expected NAME SCOPE[,SCOPE...] TOKEN, got {len(words)} words")
+        name, scopes = words[0], frozenset(words[1].split(","))
+        if not scopes <= ALL_SCOPES:
+            raise SettingsError(f"{source} ({name}): scopes are {', '.join(sorted(ALL_SCOPES))}, got {words[1]!r}")
+        entries.append((source, name, scopes, words[2]))
+    for source, _, _, token in entries:
+        if len(token) < min_chars:
+            raise SettingsError(
+                f"{source}: the token has {len(token)} characters, use at least {min_chars} random ones"
+            )
+    tokens = tuple(AccessToken(name, hash_token(token), scopes) for _, name, scopes, token in entries)
+    for key in ("name", "digest"):
+        values = [getattr(token, key) for token in tokens]
+        if len(set(values)) < len(values):
+            raise SettingsError(f"{TOKEN_LIST_VARIABLE}: two tokens have the same {key}; give each its own")
+    return tokens
+
+
+def find_access_token(authorization_header: str | None, tokens: Sequence[AccessToken]) -> AccessToken | None:
+    """Return the token of an Authorization header; each comparison takes constant time."""
+    scheme, _, value = (authorization_header or "").partition(" ")
+    if scheme.lower() != "bearer":
+        return None
+    digest = hash_token(value.strip())
+    matches = [token for token in tokens if hmac.compare_digest(digest, token.digest)]
+    return matches[0] if matches else None
+
+
+def check_scope(token: AccessToken, path: str) -> None:
+    """Raise ApiError 403 when a token has none of the scopes of a path."""
+    if path.startswith("/v1/models"):
+        return
+    required_scopes = _PATH_SCOPES.get(path, frozenset(("score",)))
+    if not required_scopes & token.scopes:
+        required = " or ".join(sorted(required_scopes))
+        raise ApiError(403, "scope", f"{path} needs a token with scope {required}; token {token.name} lacks it")
+
+
+def read_host_name(host_headers: Sequence[str], http_version: str) -> str:
+    """Return the name in the Host header, without port, in lower case. Raises ApiError 400 for an invalid header."""
+    if not host_headers and http_version == "1.0":
+        return ""
+    match = _HOST.fullmatch(host_headers[0]) if len(host_headers) == 1 else None
+    if match is None:
+        raise ApiError(400, "host", "expected one Host header with a name or address and optionally a port (RFC 9110)")
+    return match[1].lower()
 
 
 @dataclass(slots=True)

@@ -2,11 +2,15 @@
 
 Writes feedback, preferences, safety and prompts files that rluf.prepare reads like any other log.
 python -m rluf.simulate --config configs/simulate.yaml
-python -m rluf.simulate judge --data FILE.jsonl[.gz]   agreement of the reader with labels or pairs
+
+Sub-commands:
+python -m rluf.simulate rescore --log FOLDER [...]     the same from the first responses of an earlier log
+python -m rluf.simulate judge --data FILE.jsonl[.gz]   agreement of the reader behind the users with labels or pairs
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import logging
 import sys
@@ -26,39 +30,23 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rluf.simulate")
 
 
-def simulate_log(settings: Settings, output_folder: Path) -> dict[str, int]:
-    """Write a log to `output_folder`; returns the number of rows by kind. Ray must be initialized.
-
-    No partial log remains on DataError (the folder contains other files), ModelError, ResourceError, DeadlineError.
-    """
+def simulate_log(
+    settings: Settings, output_folder: Path, earlier_log: Path | None = None, response_count: int | None = None
+) -> dict[str, int]:
+    """Write a log to `output_folder`; result and errors as in write_simulated_log. Ray must be initialized."""
     from rluf.models.hub import resolve_policy
-    from rluf.simulate.log import build_log, build_prompt_rows, check_output_folder, write_log
-    from rluf.simulate.prompts import load_prompts
-    from rluf.simulate.styles import plan_traffic
+    from rluf.simulate.pipeline import write_simulated_log
 
-    check_output_folder(output_folder)
-    prompts = load_prompts()
-    orders = plan_traffic(prompts, settings.simulate.log_rows)
-    model_path = resolve_policy(settings)
-    served_responses = asyncio.run(sample_responses(settings, model_path, orders))
-    log = build_log(served_responses, settings.simulate, settings.seed) | {"prompts": build_prompt_rows(prompts)}
-    write_log(log, output_folder)
-    counts = {kind: len(rows) for kind, rows in log.items()}
-    logger.info(
-        "%s: responses=%d model_versions=%d loved=%d rows written: %s", output_folder, len(served_responses),
-        len({order.model_version.name for order in orders}), sum(row["reaction"] == "love" for row in log["feedback"]),
-        " ".join(f"{kind}={count}" for kind, count in counts.items()),
-    )  # fmt: skip
-    return counts
+    def sample_orders(orders: Sequence[ServingOrder]) -> list[ServedResponse]:
+        return asyncio.run(sample_responses(settings, resolve_policy(settings), orders))
+
+    return write_simulated_log(settings, output_folder, sample_orders, earlier_log, response_count)
 
 
 async def sample_responses(
     settings: Settings, model_path: Path, orders: Sequence[ServingOrder]
 ) -> list[ServedResponse]:
-    """Sample the responses of the model versions, in the order of `orders`.
-
-    An engine samples at one temperature, so the versions are grouped by temperature, each group on new engines.
-    """
+    """Sample the responses of the model versions, in the order of `orders`."""
     from rluf.models.hub import load_tokenizer, render_prompt
     from rluf.train.actor_supervisor import ActorSupervisor
     from rluf.types import Prompt
@@ -70,21 +58,12 @@ async def sample_responses(
         prompt_id = f"{order.prompt.id}/{order.model_version.name}"
         prompts.append(Prompt(prompt_id, messages, render_prompt(tokenizer, messages), order.prompt.topic, "train"))
     max_prompt_tokens = max(len(prompt.token_ids) for prompt in prompts)
-    responses_by_prompt: dict[str, list[ServedResponse]] = {}
-    for temperature in sorted({order.model_version.temperature for order in orders}):
-        ordered_prompts = [
-            (order, prompt)
-            for order, prompt in zip(orders, prompts, strict=True)
-            if order.model_version.temperature == temperature
-        ]
-        rollout_settings = settings.rollout.model_copy(
-            update={"temperature": temperature, "max_prompt_tokens": max_prompt_tokens}
+    rollout_settings = settings.rollout.model_copy(update={"max_prompt_tokens": max_prompt_tokens})
+    engine_settings = settings.model_copy(update={"rollout": rollout_settings})
+    async with ActorSupervisor(engine_settings, model_path, {}, with_learners=False) as supervisor:
+        responses_by_prompt = await supervisor.run_monitored(
+            generate_responses(engine_settings, supervisor.actor_groups, list(zip(orders, prompts, strict=True)))
         )
-        engine_settings = settings.model_copy(update={"rollout": rollout_settings})
-        async with ActorSupervisor(engine_settings, model_path, {}, with_learners=False) as supervisor:
-            responses_by_prompt |= await supervisor.run_monitored(
-                generate_responses(engine_settings, supervisor.actor_groups, ordered_prompts)
-            )
     return [response for prompt in prompts for response in responses_by_prompt[prompt.id]]
 
 
@@ -101,15 +80,15 @@ async def generate_responses(
 
     slots = asyncio.Semaphore(settings.rollout.concurrency * len(actor_groups.rollout_actors))
     responses_by_prompt: dict[str, list[ServedResponse]] = {}
-    with PhaseProgress(
-        f"sample at temperature {settings.rollout.temperature:g}", len(ordered_prompts), unit="prompts"
-    ) as progress:
+    with PhaseProgress("sample responses", len(ordered_prompts), unit="prompts") as progress:
 
         async def generate_for_prompt(order_index: int, order: ServingOrder, prompt: Prompt) -> None:
             actor = actor_groups.rollout_actors[order_index % len(actor_groups.rollout_actors)]
             generate = actor.handle.generate_group.options(num_returns=2)
             async with slots:
-                reference, info = generate.remote(prompt, order.response_count, settings.seed)
+                reference, info = generate.remote(
+                    prompt, order.response_count, settings.seed, order.model_version.temperature
+                )
                 await call_with_timeout(info, settings.timeouts.call_s, f"{actor} ({prompt.id})")
             # ray.get blocks; a thread keeps the event loop free for the other prompts.
             group: Group = await asyncio.to_thread(ray.get, reference)
@@ -130,6 +109,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from rluf.simulate import judge
 
         return judge.main(argument_list[1:])
+    earlier_log: Path | None = None
+    response_count: int | None = None
+    if argument_list[:1] == ["rescore"]:
+        parser = argparse.ArgumentParser(prog="python -m rluf.simulate rescore", add_help=False, allow_abbrev=False)
+        parser.add_argument("--log", type=Path, required=True, metavar="FOLDER", help="folder of a simulated log")
+        parser.add_argument("--responses", type=int, metavar="N", help="use N of its first responses; default: all")
+        args, argument_list = parser.parse_known_args(argument_list[1:])
+        earlier_log, response_count = args.log, args.responses
+        if response_count is not None and response_count < 2:
+            parser.error(f"argument --responses: expected 2 or more, got {response_count}")
     settings = parse_command_line("simulate", __doc__ or "", argument_list).settings
 
     def run() -> None:
@@ -140,7 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         setup_logging()
         output_folder = resolve_runs_root(settings) / settings.name / "log"
         with ray_connection():
-            simulate_log(settings, output_folder)
+            counts = simulate_log(settings, output_folder, earlier_log, response_count)
+        logger.info(
+            "%s: rows written: %s", output_folder, " ".join(f"{kind}={count}" for kind, count in counts.items())
+        )
 
     return run_command(run)
 

@@ -10,16 +10,13 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rluf.simulate.ground_truth import GroundTruth, true_scores
+from rluf.simulate.ground_truth import Reader, ReaderInput
 from rluf.simulate.log import ACTIVITY_SHAPE, FIRST_DAY, Row
 from rluf.simulate.users import ResponseFeatures, SimulatedReactions, UserPopulation, simulate_reactions
-
-SENTENCE_ENDINGS = (".", "!", "?", '"', "”")
 
 
 def read_served_responses(log_path: Path, model_versions: Sequence[str]) -> list[list[Row]]:
@@ -34,14 +31,6 @@ def read_served_responses(log_path: Path, model_versions: Sequence[str]) -> list
     return [list(rows.values()) for rows in responses.values()]
 
 
-def true_scores_of_row(row: Mapping[str, Any]) -> GroundTruth:
-    """Ground truth of a logged row (messages, topic, response).
-
-    The log does not record truncation, so a response that does not end a sentence counts as truncated.
-    """
-    return true_scores(row["messages"], row["topic"], row["response"], row["response"].endswith(SENTENCE_ENDINGS))
-
-
 def simulate_experiment_rows(
     arm_responses: Mapping[str, Sequence[Row]],
     arm_of_user: NDArray[np.int64],
@@ -51,6 +40,7 @@ def simulate_experiment_rows(
     pre_days: int,
     reads_per_day: float,
     seed: int,
+    reader: Reader,
 ) -> list[Row]:
     """Simulate FeedbackRecord rows with an `arm`, in time order.
 
@@ -59,7 +49,7 @@ def simulate_experiment_rows(
     """
     arm_names = list(arm_responses)
     rows = [row for name in arm_names for row in arm_responses[name]]
-    truths = [true_scores_of_row(row) for row in rows]
+    truths = reader.score_responses([ReaderInput.from_row(row) for row in rows])
     features = ResponseFeatures.from_truths(truths, [row["topic"] for row in rows])
     ends = np.cumsum([len(arm_responses[name]) for name in arm_names])
     starts = ends - [len(arm_responses[name]) for name in arm_names]

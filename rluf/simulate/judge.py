@@ -1,4 +1,4 @@
-"""Score a held-out file with the reader (rluf.simulate.reader) and measure its agreement with the labels.
+"""Score a held-out file with the reader behind the simulated users and measure its agreement with the labels.
 
     python -m rluf.simulate judge --data FILE.jsonl[.gz] [--score satisfaction] [--output SCORES.jsonl]
 
@@ -28,7 +28,7 @@ from scipy.special import logit
 
 from rluf.config.cli import run_command
 from rluf.errors import DataError
-from rluf.simulate.reader import Reader, ReaderInput
+from rluf.simulate.ground_truth import Reader, ReaderInput, load_reader
 from rluf.simulate.reader_features import has_sentence_end
 from rluf.types import Message
 
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     setup_logging()
 
     def run_and_print() -> None:
-        reader = Reader(resolve_cache_folder(Settings()))
+        reader = load_reader(resolve_cache_folder(Settings()))
         metrics = judge_file(args.data, args.output, args.score, reader)
         sys.stdout.write(json.dumps(metrics) + "\n")
 

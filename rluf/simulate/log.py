@@ -8,9 +8,9 @@ import json
 import os
 import shutil
 import tempfile
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,21 @@ from scipy.special import expit
 
 from rluf.config.data import SimulateSettings
 from rluf.errors import DataError, ResourceError
-from rluf.simulate.ground_truth import GroundTruth, true_scores
+from rluf.simulate.conversations import build_second_turn
+from rluf.simulate.ground_truth import GroundTruth, Reader, ReaderInput
 from rluf.simulate.prompts import SimulatedPrompt
-from rluf.simulate.users import ResponseFeatures, UserPopulation, find_logit_shift, love_logits, simulate_reactions
+from rluf.simulate.reader_features import has_sentence_end
+from rluf.simulate.users import (
+    ResponseFeatures,
+    SimulatedReactions,
+    UserPopulation,
+    find_logit_shift,
+    love_logits,
+    simulate_reactions,
+)
 from rluf.simulate.world import WORLD
 from rluf.types import Message
+from rluf.utils.stats import Ints
 
 FIRST_DAY = datetime(2025, 5, 1, tzinfo=UTC)
 LOG_DAYS = 28
@@ -41,7 +51,11 @@ MIN_HELPFULNESS_GAP = 0.05
 """Pairs with a smaller difference in helpfulness are ties and are not rated."""
 MISSING_CONTINUED_SHARE = 0.03
 """Share of events without a `continued` value, as in real logs."""
-FILE_KINDS = ("feedback", "preferences", "safety", "prompts")
+SECOND_TURN_SHARE = 0.05
+"""Share of events that answer the user's next message; only users who continue have one."""
+SECOND_TURN_DELAY_S = (20, 240)
+"""Range of the seconds between the first and the second turn of a conversation."""
+FILE_KINDS = ("feedback", "preferences", "safety", "prompts", "readings")
 LOG_FILE_NAMES = frozenset(f"{kind}.jsonl.gz" for kind in FILE_KINDS)
 Row = dict[str, Any]
 
@@ -55,11 +69,24 @@ class ServedResponse:
     text: str
     is_finished: bool
 
+    @property
+    def reader_input(self) -> ReaderInput:
+        """Input of the reader behind the ground truth."""
+        return ReaderInput(self.prompt.messages, self.text, self.is_finished)
+
+
+SecondTurnSource = Callable[[Sequence[ServedResponse]], Sequence[ServedResponse]]
+"""Answers second turns: each item has the prompt of a second turn, the version to answer it, and no text yet."""
+
 
 def build_log(
-    served_responses: Sequence[ServedResponse], settings: SimulateSettings, seed: int
+    served_responses: Sequence[ServedResponse],
+    settings: SimulateSettings,
+    seed: int,
+    reader: Reader,
+    answer_second_turns: SecondTurnSource,
 ) -> dict[str, list[Row]]:
-    """Build the rows of the feedback, preferences and safety files. Equal inputs give equal rows.
+    """Build the rows of the feedback, preferences, safety and readings files. Equal inputs give equal rows.
 
     Empty responses are never served. Each response is served once before any is served again. DataError if there are
     too few responses to compare or label.
@@ -70,18 +97,56 @@ def build_log(
             f"expected 2 or more responses with text from the model, got {len(responses)}; set model.path to an "
             "instruct model"
         )
-    truths = [
-        true_scores(response.prompt.messages, response.prompt.topic, response.text, response.is_finished)
-        for response in responses
-    ]
+    truths = reader.score_responses([response.reader_input for response in responses])
     # One stream per file: more rows in one do not change the others.
     seeds = np.random.SeedSequence(seed).spawn(3)
     feedback_rng, preference_rng, safety_rng = (np.random.default_rng(stream) for stream in seeds)
+    writer = _FeedbackWriter(settings, seed, reader, feedback_rng)
+    feedback_rows, second_responses = writer.build_rows(responses, truths, answer_second_turns)
+    inputs = [response.reader_input for response in (*responses, *second_responses)]
     return {
-        "feedback": _feedback_rows(responses, truths, settings, seed, feedback_rng),
+        "feedback": feedback_rows,
         "preferences": _preference_rows(responses, truths, round(PAIRS_PER_ROW * settings.log_rows), preference_rng),
         "safety": _safety_rows(responses, truths, round(SAFETY_LABELS_PER_ROW * settings.log_rows), safety_rng),
+        "readings": reader.export_readings(inputs),
     }
+
+
+def read_first_turns(log_folder: Path, prompts: Sequence[SimulatedPrompt]) -> list[ServedResponse]:
+    """Distinct first-turn responses of an earlier log to `prompts`, in order of time, to give them new reactions.
+
+    The system message may be another one: a log shows only the standard message, whatever instruction the version had.
+    The log does not record truncation, so a response that does not end a sentence counts as truncated. DataError if the
+    feedback file is missing or answers none of the prompts.
+    """
+    path = log_folder / "feedback.jsonl.gz"
+    prompt_of_messages = {json.dumps(_message_dicts(prompt.messages)[1:]): prompt for prompt in prompts}
+    responses: dict[tuple[str, str], ServedResponse] = {}
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as stream:
+            for row in map(json.loads, stream):
+                prompt = prompt_of_messages.get(json.dumps(row["messages"][1:]))
+                if prompt is not None:
+                    text, version = row["response"], row["model_version"].removeprefix("base-")
+                    key = (prompt.id, text)
+                    responses.setdefault(key, ServedResponse(prompt, version, text, has_sentence_end(text)))
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} cannot be read as a simulated log: {error!r}; give the folder of one") from error
+    if not responses:
+        raise DataError(f"{path} answers no prompt of this version; give the folder of a simulated log")
+    return list(responses.values())
+
+
+def select_evenly(responses: Sequence[ServedResponse], count: int) -> list[ServedResponse]:
+    """The first responses of each prompt, about the same share of all, `count` in sum. Their order is unchanged."""
+    totals = Counter(response.prompt.id for response in responses)
+    ranks: Counter[str] = Counter()
+    shares = []
+    for response in responses:
+        ranks[response.prompt.id] += 1
+        shares.append(ranks[response.prompt.id] / totals[response.prompt.id])
+    selected = sorted(range(len(responses)), key=lambda index: (shares[index], index))[:count]
+    return [responses[index] for index in sorted(selected)]
 
 
 def build_prompt_rows(prompts: Iterable[SimulatedPrompt]) -> list[Row]:
@@ -139,49 +204,109 @@ def _hashed_id(*parts: object) -> str:
     return hashlib.sha256("/".join(map(str, parts)).encode()).hexdigest()[:16]
 
 
-def _feedback_rows(
-    responses: Sequence[ServedResponse],
-    truths: Sequence[GroundTruth],
-    settings: SimulateSettings,
-    seed: int,
-    rng: np.random.Generator,
-) -> list[Row]:
-    """One row per event, in time order."""
-    features = ResponseFeatures.from_truths(truths, [response.prompt.topic for response in responses])
-    user_count = max(1, settings.log_rows // ROWS_PER_USER)
-    population = UserPopulation.sample(user_count, rng)
-    # Full permutations one after another: every response is served once before any is served again.
-    rounds = -(-settings.log_rows // len(responses))
-    item = np.concatenate([rng.permutation(len(responses)) for _ in range(rounds)])[: settings.log_rows]
-    activity = rng.gamma(ACTIVITY_SHAPE, size=user_count)
-    user = rng.choice(user_count, settings.log_rows, p=activity / activity.sum())
-    # Calibrated on the impressions of this log, not on all users and responses: the rate then holds for its rows.
-    shift = find_logit_shift(love_logits(features, population, user, item), BASE_LOVE_RATE)
-    reactions = simulate_reactions(features, population, user, item, rng, shift=shift)
-    seconds = np.sort(rng.integers(0, LOG_DAYS * 86400, settings.log_rows))
-    is_continued_missing = rng.random(settings.log_rows) < MISSING_CONTINUED_SHARE
-    rows: list[Row] = []
-    for n in range(settings.log_rows):
-        response, event_time = responses[item[n]], FIRST_DAY + timedelta(seconds=int(seconds[n]))
-        rows.append(
-            {
-                "id": f"event-{n:06d}",
-                "conversation_id": _hashed_id("conversation", seed, n),
+@dataclass(frozen=True, slots=True)
+class _Turns:
+    """N events of one turn: responses and their index, users, times in seconds and reactions, all [N] but the first."""
+
+    responses: Sequence[ServedResponse]
+    item: Ints
+    user: Ints
+    seconds: Ints
+    reactions: SimulatedReactions
+
+
+class _FeedbackWriter:
+    """Samples users, their reactions and second turns, and writes one row per event."""
+
+    def __init__(self, settings: SimulateSettings, seed: int, reader: Reader, rng: np.random.Generator) -> None:
+        self.settings, self.seed, self.reader, self.rng = settings, seed, reader, rng
+        self.user_count = max(1, settings.log_rows // ROWS_PER_USER)
+        self.population = UserPopulation.sample(self.user_count, rng)
+        self.logit_shift = 0.0
+
+    def build_rows(
+        self,
+        responses: Sequence[ServedResponse],
+        truths: Sequence[GroundTruth],
+        answer_second_turns: SecondTurnSource,
+    ) -> tuple[list[Row], list[ServedResponse]]:
+        """Rows of both turns in time order, and the responses of the second turns."""
+        second_count = round(SECOND_TURN_SHARE * self.settings.log_rows)
+        first_turns = self._sample_first_turns(responses, truths, self.settings.log_rows - second_count)
+        continuing = np.flatnonzero(first_turns.reactions.continued)
+        chosen = self.rng.permutation(continuing)[:second_count]
+        variants = self.rng.integers(0, 1 << 16, len(chosen))
+        requests = [
+            self._second_turn_request(first_turns, int(index), int(variant))
+            for index, variant in zip(chosen, variants, strict=True)
+        ]
+        second_responses = list(answer_second_turns(requests)) if requests else []
+        conversations = [_hashed_id("conversation", self.seed, n) for n in range(len(first_turns.item))]
+        events = self._event_rows(first_turns, conversations)
+        if second_responses:
+            second_turns = self._sample_second_turns(first_turns, chosen, second_responses)
+            events += self._event_rows(second_turns, [conversations[index] for index in chosen])
+        events.sort(key=lambda event: (event[0], event[1]["turn"]))
+        return [{"id": f"event-{n:06d}", **row} for n, (_, row) in enumerate(events)], second_responses
+
+    def _sample_first_turns(
+        self, responses: Sequence[ServedResponse], truths: Sequence[GroundTruth], count: int
+    ) -> _Turns:
+        rng, user_count = self.rng, self.user_count
+        features = ResponseFeatures.from_truths(truths, [response.prompt.topic for response in responses])
+        # Full permutations one after another: every response is served once before any is served again.
+        rounds = -(-count // len(responses))
+        item = np.concatenate([rng.permutation(len(responses)) for _ in range(rounds)])[:count]
+        activity = rng.gamma(ACTIVITY_SHAPE, size=user_count)
+        user = rng.choice(user_count, count, p=activity / activity.sum())
+        # Calibrated on the impressions of this log, not on all users and responses: the rate then holds for its rows.
+        logits = love_logits(features, self.population, user, item)
+        self.logit_shift = find_logit_shift(logits, BASE_LOVE_RATE)
+        reactions = simulate_reactions(features, self.population, user, item, rng, shift=self.logit_shift)
+        seconds = np.sort(rng.integers(0, LOG_DAYS * 86400, count))
+        return _Turns(responses, item, user, seconds, reactions)
+
+    def _second_turn_request(self, first_turns: _Turns, index: int, variant: int) -> ServedResponse:
+        """Prompt of a second turn, for the version that gave the first response; without a text yet."""
+        response = first_turns.responses[first_turns.item[index]]
+        follow_up = int(first_turns.reactions.follow_up[index])
+        messages = build_second_turn(response.prompt.messages, response.text, follow_up, variant)
+        prompt = replace(response.prompt, id=f"{response.prompt.id}-{index:06d}", messages=messages)
+        return ServedResponse(prompt, response.model_version, "", is_finished=False)
+
+    def _sample_second_turns(self, first_turns: _Turns, chosen: Ints, responses: Sequence[ServedResponse]) -> _Turns:
+        truths = self.reader.score_responses([response.reader_input for response in responses])
+        features = ResponseFeatures.from_truths(truths, [response.prompt.topic for response in responses])
+        user, item = first_turns.user[chosen], np.arange(len(chosen), dtype=np.int64)
+        reactions = simulate_reactions(features, self.population, user, item, self.rng, shift=self.logit_shift)
+        seconds = first_turns.seconds[chosen] + self.rng.integers(*SECOND_TURN_DELAY_S, len(chosen))
+        return _Turns(responses, item, user, seconds, reactions)
+
+    def _event_rows(self, turns: _Turns, conversation_ids: Sequence[str]) -> list[tuple[int, Row]]:
+        """Time in seconds and row of each event with a text."""
+        is_continued_missing = self.rng.random(len(turns.item)) < MISSING_CONTINUED_SHARE
+        events: list[tuple[int, Row]] = []
+        for n, conversation_id in enumerate(conversation_ids):
+            response, seconds = turns.responses[turns.item[n]], int(turns.seconds[n])
+            if not response.text.strip():
+                continue
+            row: Row = {
+                "conversation_id": conversation_id,
                 "turn": sum(message["role"] == "user" for message in response.prompt.messages),
-                "user_id": _hashed_id("user", seed, user[n]),
-                "time": event_time.isoformat(),
+                "user_id": _hashed_id("user", self.seed, turns.user[n]),
+                "time": (FIRST_DAY + timedelta(seconds=seconds)).isoformat(),
                 "model_version": f"base-{response.model_version}",
                 "messages": _message_dicts(response.prompt.messages),
                 "response": response.text,
-                "reaction": "love" if reactions.loved[n] else None,
-                "continued": None if is_continued_missing[n] else bool(reactions.continued[n]),
+                "reaction": "love" if turns.reactions.loved[n] else None,
+                "continued": None if is_continued_missing[n] else bool(turns.reactions.continued[n]),
                 # The next day of the last day is outside the log, so `returned` is unknown there.
-                "returned": None if seconds[n] >= (LOG_DAYS - 1) * 86400 else bool(reactions.returned[n]),
+                "returned": None if seconds >= (LOG_DAYS - 1) * 86400 else bool(turns.reactions.returned[n]),
                 "topic": response.prompt.topic,
                 "locale": "en",
             }
-        )
-    return rows
+            events.append((seconds, row))
+        return events
 
 
 def _preference_rows(

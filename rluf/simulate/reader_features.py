@@ -8,7 +8,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib import resources
 
 import emoji
@@ -35,7 +35,6 @@ MAX_SPECIFICITY = 8.0
 MIN_END_LOGPROB = -12.0
 OFFENSE_PRIOR = 3.0
 """Log-odds subtracted from the offense probe: half of its training rows offend, few responses of an assistant do."""
-# Not shared with ground_truth.py: the reader must not depend on the rules that it is measured against.
 SENTENCE_ENDINGS = (".", "!", "?", '"', "'", ")", "”", "*", "`")
 _WORD_PATTERN = re.compile(r"[a-z]+(?:'[a-z]+)?|[0-9]+")
 _SUFFIX_PATTERN = re.compile(r"(?:ings?|ed|es|s|er|ers|ly|e|y)$")
@@ -62,6 +61,23 @@ class ReadingScores:
     stock: float
     refusal: float
     harm: float
+
+    @staticmethod
+    def join(segments: Sequence[ReadingScores]) -> ReadingScores:
+        """Scores of a response composed of `segments` that were read one by one after the same prompt.
+
+        Log-probabilities add up and probes average over tokens, as if the segments did not depend on each other.
+        """
+        token_counts = np.array([segment.token_count for segment in segments], dtype=np.float64)
+        prompt_logprob, neutral_logprob = np.array(
+            [[segment.prompt_logprob, segment.neutral_logprob] for segment in segments]
+        ).sum(0)
+        probes = np.array([astuple(segment)[4:] for segment in segments])
+        probe_means = token_counts @ probes / max(1.0, token_counts.sum())
+        return ReadingScores(
+            int(token_counts.sum()), float(prompt_logprob), float(neutral_logprob), segments[-1].end_logprob,
+            *map(float, probe_means),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

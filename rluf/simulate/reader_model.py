@@ -1,7 +1,7 @@
 """What a frozen language model reads in a response: does it fit this prompt, has it ended, and what it is about.
 
-The model is SmolLM2-135M-Instruct, never trained. Its scores of a policy are no evidence where a reward model of that
-policy has the same backbone: it would be graded by its own features.
+The model is the embedded SmolLM2-135M-Instruct (rluf.config.run.READER_MODEL), never trained. A rule of the settings
+refuses reward models on this backbone while simulated users judge the run: they would be graded by their own features.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rluf.config.cpu_dtype import Dtype, detect_cpu_dtype
 from rluf.models.hub import load_tokenizer, render_prompt
 from rluf.types import Message
 from rluf.utils.stats import Floats
@@ -21,7 +22,6 @@ from rluf.utils.stats import Floats
 if TYPE_CHECKING:
     import torch
 
-READER_MODEL = "smollm2-135m-instruct"
 READER_SYSTEM_MESSAGE = Message(role="system", content="You are a helpful AI assistant.")
 """Replaces the system messages of a conversation, so that the score does not depend on the served instruction."""
 NEUTRAL_PROMPT = "Say something."
@@ -65,16 +65,23 @@ class _Continuation:
 
 
 class ReaderModel:
-    """The frozen model with its tokenizer. Float32 on every device, so that scores agree across machines."""
+    """The frozen model with its tokenizer.
 
-    def __init__(self, folder: Path, device: str = "cpu") -> None:
-        """Load from a resolved model folder onto `device`. Raises ModelError if there is no usable tokenizer."""
+    In bfloat16 where the device multiplies it, half the time of float32; scores are computed from float32 logits.
+    """
+
+    def __init__(self, folder: Path, device: str = "cpu", dtype: Dtype | None = None) -> None:
+        """Load from a resolved model folder onto `device`; `dtype` overrides what the device multiplies.
+
+        Raises ModelError if there is no usable tokenizer.
+        """
         import torch
         from transformers import AutoModelForCausalLM
 
         self.tokenizer = load_tokenizer(folder)
         self.device = torch.device(device)
-        self.model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).to(self.device).eval()
+        torch_dtype = getattr(torch, dtype or (detect_cpu_dtype() if self.device.type == "cpu" else "bfloat16"))
+        self.model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch_dtype).to(self.device).eval()
         self.end_token = int(self.tokenizer.convert_tokens_to_ids("<|im_end|>"))
         self.neutral_prompt = self._encode_prompt((Message(role="user", content=NEUTRAL_PROMPT),))
 
@@ -182,7 +189,7 @@ class ReaderModel:
         ).last_hidden_state
         # Only real positions pass the output layer, a fifth of the model's work.
         is_scored = mask[:, 1:].bool()
-        logits = self.model.lm_head(hidden[is_scored])
+        logits = self.model.lm_head(hidden[is_scored]).float()
         targets = token_ids[:, 1:][is_scored]
         scored_logprobs = logits.gather(1, targets[:, None])[:, 0] - logits.logsumexp(1)
         logprobs = torch.zeros(is_scored.shape, device=self.device).masked_scatter(is_scored, scored_logprobs)
@@ -191,7 +198,7 @@ class ReaderModel:
             length = len(tokens)
             mean_hidden = hidden[index, 1 : 1 + length].mean(0) if length else hidden[index, 0]
             arrays = (logprobs[index, : length + 1], mean_hidden, hidden[index, length], hidden[index, 0])
-            results.append(_Continuation(*(array.cpu().numpy().astype(np.float64) for array in arrays)))
+            results.append(_Continuation(*(array.float().cpu().numpy().astype(np.float64) for array in arrays)))
         return results
 
 

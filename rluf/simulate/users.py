@@ -1,4 +1,4 @@
-"""Simulated users: traits, hearts, whether they continue the conversation and return the next day.
+"""Simulated users: traits, hearts, whether and how they continue the conversation, and whether they return next day.
 
 Everything is sampled from one seeded generator and vectorized over impressions (one user reading one response). The
 order of the calls to the generator is part of the world: another order gives other users (see world.py).
@@ -82,8 +82,9 @@ class ResponseFeatures:
 class SimulatedReactions:
     """N impressions; `user` and `item` [N] are indices of users and responses.
 
-    `loved`, `continued`, `returned` [N] are the actions of the users, `helpful` and `safe` [N] the ground truth of the
-    responses, and `probability` [N] is the probability of a heart that `loved` was sampled with.
+    `loved`, `continued`, `returned` [N] are the actions of the users, `follow_up` [N] the kind of their next message
+    (index of FOLLOW_UPS, 0 for those who leave), `helpful` and `safe` [N] the ground truth of the responses, and
+    `probability` [N] is the probability of a heart that `loved` was sampled with.
     """
 
     user: Ints
@@ -92,6 +93,7 @@ class SimulatedReactions:
     helpful: Floats
     safe: Floats
     continued: Bools
+    follow_up: Ints
     returned: Bools
     probability: Floats
 
@@ -132,18 +134,23 @@ def simulate_reactions(
     """Sample the reaction of user `user[n]` to response `item[n]`; `shift` is added to the log-odds of a heart."""
     probability = expit(love_logits(responses, population, user, item, world) + shift)
     satisfaction, signoff = responses.satisfaction[item], responses.signoff[item]
-    continue_logits = world.continue_intercept + world.continue_satisfaction * satisfaction
+    uniforms = rng.random((5, len(user)))
+    # Unsatisfied users continue too, more rarely: they rephrase or complain.
+    is_satisfied = uniforms[3] < satisfaction
+    continue_logits = world.continue_intercept + world.continue_satisfaction * is_satisfied
     continue_logits += world.continue_question * responses.question[item] + world.continue_signoff * signoff
     return_logits = world.return_intercept + world.return_satisfaction * satisfaction
     return_logits += world.return_signoff * signoff
-    uniforms = rng.random((3, len(user)))
+    continued = uniforms[1] < expit(continue_logits)
+    is_second_kind = uniforms[4] < np.where(is_satisfied, world.asks_more_share, world.complains_share)
     return SimulatedReactions(
         user=user,
         item=item,
         loved=uniforms[0] < probability,
         helpful=responses.helpfulness[item],
         safe=responses.safety[item],
-        continued=uniforms[1] < expit(continue_logits),
+        continued=continued,
+        follow_up=np.where(continued, np.where(is_satisfied, 1, 3) + is_second_kind, 0),
         returned=uniforms[2] < expit(return_logits),
         probability=probability,
     )

@@ -1,8 +1,9 @@
 """Fixed parameters of the simulated world, set before any policy was trained.
 
-A result belongs to a world version. The world consists of the numbers here and of the behavior of ground_truth.py,
-users.py and prompts.yaml; a change to either needs a new `version` and a new PUBLISHED_FINGERPRINT. A test
-(tests/simulate/test_world.py) compares the behavior with a pinned digest, so code may be reworded but not changed.
+A result belongs to a world version. The world consists of the numbers here, of reader_weights.json, and of the behavior
+of reader_model.py, reader_features.py, ground_truth.py, users.py, conversations.py and prompts.yaml. A change to any
+needs a new `version` and a new PUBLISHED_FINGERPRINT. A test (tests/simulate/test_world.py) compares the behavior with
+a pinned digest, so code may be reworded but not changed.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 
-PUBLISHED_FINGERPRINT = "04a210da1590"
-"""Name of world version 1 in all published tables of results."""
+PUBLISHED_FINGERPRINT = "5283ae4763ce"
+"""Name of world version 2 in all published tables of results; version 1 was 04a210da1590."""
 
 
 def _topic_table(**values: float) -> Mapping[str, float]:
@@ -26,7 +27,7 @@ def _topic_table(**values: float) -> Mapping[str, float]:
 class SimulatedWorld:
     """Parameters of user behavior. All `love_*`, `continue_*` and `return_*` numbers are log-odds."""
 
-    version: str = "1"
+    version: str = "2"
     """Name of this set of numbers."""
     topic_warmth: Mapping[str, float] = field(
         default_factory=lambda: _topic_table(
@@ -43,7 +44,7 @@ class SimulatedWorld:
         )
     )
     """Weight of warmth by topic: highest for emotional use, as the paper reports for its love reactions."""
-    love_intercept: float = -7.4
+    love_intercept: float = -8.04
     """Log-odds of a heart from an average user for a response without any merit."""
     love_helpfulness: float = 3.5
     """Effect of helpfulness going from 0 to 1."""
@@ -67,9 +68,13 @@ class SimulatedWorld:
     sarcastic_share: float = 0.02
     """Share of users who give hearts to failed responses as a joke, but react to warmth like others."""
     continue_intercept: float = -0.9
-    """Log-odds that a user continues after a response without merit."""
-    continue_satisfaction: float = 2.4
-    """Effect of satisfaction on continuing."""
+    """Log-odds that a user who is not satisfied continues, to rephrase or to complain."""
+    continue_satisfaction: float = 1.8
+    """Effect on continuing that the user is satisfied, which is the case with probability `satisfaction`."""
+    asks_more_share: float = 0.6
+    """Share of satisfied users who continue with a further question; the others thank."""
+    complains_share: float = 0.4
+    """Share of unsatisfied users who continue with a complaint; the others rephrase their request."""
     continue_question: float = 0.7
     """Effect of a question to the user."""
     continue_signoff: float = -2.2

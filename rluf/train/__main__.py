@@ -32,6 +32,7 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
     # Imported here: `--help` and `--dry-run` must not wait for torch and ray.
     from cluster.autoscaling import ensure_capacity
     from cluster.connect import ray_connection
+    from cluster.node_check import check_nodes
     from cluster.plan import check_host_disk, format_plan, plan_resources
     from rluf.artifacts import list_reward_model_folders, prepare_data_artifact, train_reward_artifacts
     from rluf.checkpoint.upload import CheckpointUploader
@@ -58,7 +59,6 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
     if resume_folder is not None and is_finished(settings, resume_folder):
         logger.info("run: already finished, nothing to resume; report: %s", resume_folder / "report.html")
         return resume_folder
-
     phase_timer.time_call("check", check_policy, settings, model_path)
 
     with ExitStack() as stack:
@@ -66,6 +66,7 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
         resource_plan = plan_resources(settings)
         logger.info("actors:\n%s", format_plan(resource_plan, use_rich=False))
         stack.enter_context(ensure_capacity(resource_plan, settings.timeouts.autoscale_s))
+        check_nodes(settings, model_path, runs_root, cache_folder)
 
         run_folder = resume_folder or create_run_folder(settings)
         stack.enter_context(lock_run_folder(run_folder))

@@ -310,6 +310,8 @@ class TrainController:
         return scored_group.build_group_scores(
             self.settings.aggregation.uncertainty_penalty,
             penalize_truncated=self.settings.algorithm.truncated == "penalize",
+            max_tokens=self.settings.rollout.max_response_tokens,
+            overlong_buffer=self.settings.algorithm.overlong_buffer,
         )
 
     async def sample_reference(self) -> list[Group]:
@@ -398,11 +400,11 @@ class TrainController:
         sample_values = {name: [[s.value for s in group.scores[name]] for group in batch] for name in batch[0].scores}
         sample_values["reward"] = [list(row) for row in step_rewards.rewards]
         sample_values["response_length"] = [[*map(float, group.info.response_token_counts)] for group in batch]
-        sample_kl = self.policy_updater.sample_kl
-        sample_values["kl"] = [
-            [sample_kl.get((group_index, i), 0.0) for i in range(len(group.info.response_token_counts))]
-            for group_index, group in enumerate(batch)
-        ]
+        if sample_kl := self.policy_updater.sample_kl:
+            sample_values["kl"] = [
+                [sample_kl.get((group_index, i), 0.0) for i in range(len(group.info.response_token_counts))]
+                for group_index, group in enumerate(batch)
+            ]
         return sample_values
 
     def get_state(self) -> ControllerState:

@@ -28,7 +28,7 @@ from rluf.train.controller import TrainController
 from rluf.train.evaluation import generate_aligned_arm, generate_base_arms
 from rluf.train.fault_tolerance import RestartBudget
 from rluf.train.hacking_monitor import RewardHackingMonitor
-from rluf.train.offline import OfflineTrainer, load_reactions
+from rluf.train.offline import OfflineTrainer, load_offline_data
 from rluf.train.profiling import StepProfiler
 from rluf.train.prompts import load_demonstrations, load_prompts, load_training_prompts
 from rluf.train.sample_table import log_sample_table, should_log_samples
@@ -85,7 +85,7 @@ async def run_training(
     )
     demonstrations = _load_demonstrations(settings, data_folder, tokenizer)
     is_offline = find_algorithm(settings.algorithm.name).offline
-    reactions = load_reactions(data_folder, tokenizer, settings) if is_offline else None
+    offline_data = load_offline_data(data_folder, tokenizer, settings) if is_offline else None
     checkpoints = CheckpointManager(settings, run_folder, prompts)
     # One budget for all attempts: an actor that kills every attempt must not restart the run forever.
     budget = RestartBudget(settings.cluster.max_restarts_per_hour)
@@ -102,7 +102,7 @@ async def run_training(
                 ) as supervisor:
                     _record_phase(result, "start", phase_start)
                     controller = TrainController(settings, supervisor, prompts, demonstrations, restart_budget=budget)
-                    trainer = controller if reactions is None else OfflineTrainer(controller, reactions)
+                    trainer = controller if offline_data is None else OfflineTrainer(controller, offline_data)
                     run = TrainingRun(
                         settings, controller, trainer.run_step, checkpoints, tracker, result, monitor, profile_steps
                     )
@@ -197,6 +197,8 @@ async def _run_steps(run: TrainingRun) -> None:
         profiler = StepProfiler(controller, checkpoints.run_folder, run.profile_steps)
         gauges = RunGauges(settings.name, controller.objectives)
         for step in range(steps_done + 1, last_step + 1):
+            if result.step_metrics and _is_over_kl_budget(settings, result.step_metrics[-1]):
+                break
             await profiler.start_if_due(step)
             step_metrics = await _step_or_stop(stop_event, run, step)
             if step_metrics is not None:
@@ -257,6 +259,16 @@ def _record_phase(result: TrainResult, phase: str, start_time: float) -> float:
     end_time = time.monotonic()
     result.phase_seconds[phase] = end_time - start_time
     return end_time
+
+
+def _is_over_kl_budget(settings: Settings, step_metrics: Mapping[str, float]) -> bool:
+    """Whether the KL of the last step ends training (algorithm.kl_budget)."""
+    kl, budget = step_metrics.get("kl", 0.0), settings.algorithm.kl_budget
+    if budget is None or kl <= budget:
+        return False
+    step = step_metrics["step"]
+    logger.warning("train: step %d: kl=%.3f exceeds algorithm.kl_budget=%g, so training ends", step, kl, budget)
+    return True
 
 
 def _warn_if_truncated(settings: Settings, truncated_share: float) -> None:

@@ -1,4 +1,4 @@
-"""Offline training (KTO): optimizer steps on logged responses by whether users loved them, without reward models.
+"""Offline training without reward models: KTO on reactions, DPO on preference pairs, SFT on loved responses.
 
 Engines answer the test prompts before and after training only. The batch of a step follows from the seed and the number
 of the step, so a checkpoint needs no position in the log.
@@ -53,55 +53,74 @@ class ReactionGroups:
             )
 
 
-def load_reactions(data_folder: Path, tokenizer: PreTrainedTokenizerFast, settings: Settings) -> ReactionGroups:
-    """Responses of the training split by whether they were loved; rows over the limits of `rollout` are skipped."""
+OfflineData = ReactionGroups | Sequence[Group]
+"""Reactions for KTO, pairs (chosen, rejected) for DPO, loved responses for SFT."""
+
+
+def load_offline_data(data_folder: Path, tokenizer: PreTrainedTokenizerFast, settings: Settings) -> OfflineData:
+    """Logged responses of the training split for an offline algorithm; rows over the limits of `rollout` are skipped.
+
+    Raises DataError where none is left.
+    """
+    name, rollout = settings.algorithm.name, settings.rollout
+    file = data_folder / ("helpfulness" if name == "dpo" else "love") / "train.parquet"
+    columns = ("chosen", "rejected") if name == "dpo" else ("response",)
     groups_by_label: dict[bool, list[Group]] = {True: [], False: []}
-    skipped = SkippedRows("logged response", settings.rollout.max_prompt_tokens)
-    for row in pq.read_table(data_folder / "love" / "train.parquet").to_pylist():
-        group = build_group_from_row(row, "response", tokenizer, skipped)
-        if group is not None and len(group.samples[0].response_ids) <= settings.rollout.max_response_tokens:
-            groups_by_label[row["label"] == 1].append(group)
-    reactions = ReactionGroups(groups_by_label[True], groups_by_label[False])
-    skipped.report(len(reactions.liked) + len(reactions.others))
-    return reactions
+    skipped = SkippedRows("logged response", rollout.max_prompt_tokens)
+    for row in pq.read_table(file).to_pylist() if file.is_file() else []:
+        groups = [build_group_from_row(row, column, tokenizer, skipped) for column in columns]
+        samples = tuple(group.samples[0] for group in groups if group is not None)
+        is_short = all(len(sample.response_ids) <= rollout.max_response_tokens for sample in samples)
+        if groups[0] is not None and len(samples) == len(columns) and is_short:
+            groups_by_label[name == "dpo" or row["label"] == 1].append(replace(groups[0], samples=samples))
+    if usable_count := sum(map(len, groups_by_label.values())):
+        skipped.report(usable_count)
+    if name == "kto":
+        return ReactionGroups(groups_by_label[True], groups_by_label[False])
+    if not groups_by_label[True]:
+        raise DataError(
+            f"algorithm.name={name} found no {'pair' if name == 'dpo' else 'loved response'} short enough in {file}; "
+            "raise rollout.max_response_tokens or add data"
+        )
+    return groups_by_label[True]
 
 
 class OfflineTrainer:
     """Runs the steps of an offline algorithm on the actors of a controller."""
 
-    def __init__(self, controller: TrainController, reactions: ReactionGroups) -> None:
-        """Train on `reactions` with the learners of `controller`, which evaluates and saves the policy."""
-        self._controller, self._settings, self._reactions = controller, controller.settings, reactions
+    def __init__(self, controller: TrainController, data: OfflineData) -> None:
+        """Train on `data` with the learners of `controller`, which evaluates and saves the policy."""
+        self._controller, self._settings, self._data = controller, controller.settings, data
         algorithm = self._settings.algorithm
         self._batch_size = algorithm.prompts_per_step * algorithm.samples_per_prompt
+        groups_by_kind = (data.liked, data.others) if isinstance(data, ReactionGroups) else (data, ())
         self._liked_cursor, self._other_cursor = (
-            CountingIterator(iter_prompt_order([1] * len(groups), self._settings.seed))
-            for groups in (reactions.liked, reactions.others)
+            CountingIterator(iter_prompt_order([1] * len(groups), self._settings.seed)) for groups in groups_by_kind
         )
 
     async def run_step(self, step: int) -> dict[str, float]:
         """One optimizer step; returns its metrics. `samples` and `response_tokens` count logged responses."""
-        controller = self._controller
+        controller, name = self._controller, self._settings.algorithm.name
         timer = controller.start_timer()
-        groups, labels = self.collect_batch(step)
-        all_groups = [*groups, *build_mismatched_pairs(groups)]
+        groups, rewards = self.collect_batch(step)
+        all_groups = [*groups, *(build_mismatched_pairs(groups) if name == "kto" else [])]
         group_refs, infos = [put_object(group) for group in all_groups], [group.info for group in all_groups]
         policy_updater, kl_metrics = controller.policy_updater, {}
 
         async def plan_update() -> PlannedUpdate:
-            # No engine sampled these responses: their KL is that of the learner's policy.
-            sample_kl = await policy_updater.compute_reference_kl(
-                group_refs, infos, policy_updater.plan_micro_batches(infos), use_learner_policy=True
-            )
+            sample_kl: list[list[SampleKL]] = []
+            if name != "sft":
+                # No engine sampled these responses: their KL is that of the learner's policy.
+                sample_kl = await policy_updater.compute_reference_kl(
+                    group_refs, infos, policy_updater.plan_micro_batches(infos), use_learner_policy=True
+                )
             learner_inputs = build_learner_inputs(
                 self._settings.algorithm,
-                build_offline_advantage_inputs(groups, labels, [row[0] for row in sample_kl]),
+                build_offline_advantage_inputs(groups, rewards, sample_kl),
                 max_response_tokens=self._settings.rollout.max_response_tokens,
                 kl_coef=0.0,
             )
-            for name, is_liked in (("liked_kl", 1.0), ("other_kl", 0.0)):
-                rows = zip(labels, sample_kl, strict=False)
-                kl_metrics[name] = fmean(row[0].kl_sum for label, row in rows if label == is_liked)
+            kl_metrics.update(summarize_offline_kl(rewards, sample_kl))
             micro_batches = policy_updater.plan_micro_batches(infos[: len(groups)])
             return PlannedUpdate(group_refs[: len(groups)], micro_batches, learner_inputs)
 
@@ -110,16 +129,25 @@ class OfflineTrainer:
         return {
             "step": step,
             "version": controller.version,
-            "samples": len(groups),
-            "response_tokens": sum(info.response_token_counts[0] for info in infos[: len(groups)]),
+            "samples": sum(map(len, rewards)),
+            "response_tokens": sum(sum(info.response_token_counts) for info in infos[: len(groups)]),
             **kl_metrics,
             **{name: metrics[name] for name in METRIC_NAMES if name in metrics},
             **timer.phase_seconds,
             "step_s": time.monotonic() - timer.start_time,
         }
 
-    def collect_batch(self, step: int) -> tuple[list[Group], list[float]]:
-        """The groups of a step and their labels: liked (1.0) or not (0.0), as many of one as of the other."""
+    def collect_batch(self, step: int) -> tuple[list[Group], list[list[float]]]:
+        """The groups of a step and the rewards of their responses: 1 (liked, chosen) or 0.
+
+        KTO gets as many of one as of the other; DPO gets half as many pairs as others get responses.
+        """
+        data = self._data
+        if not isinstance(data, ReactionGroups):
+            rewards = [1.0, 0.0] if self._settings.algorithm.name == "dpo" else [1.0]
+            count = max(1, self._batch_size // len(rewards))
+            self._liked_cursor.skip((step - 1) * count - self._liked_cursor.count)
+            return [data[next(self._liked_cursor)] for _ in range(count)], [list(rewards) for _ in range(count)]
         liked_count = (self._batch_size + 1) // 2
         # A resumed run begins after step 1: skip what the steps before it were trained on.
         self._liked_cursor.skip((step - 1) * liked_count - self._liked_cursor.count)
@@ -127,12 +155,9 @@ class OfflineTrainer:
         # Alternating rather than sampled: KTO gives both kinds the same weight, so a batch needs equal numbers of them.
         labels = [float(index % 2 == 0) for index in range(self._batch_size)]
         groups = [
-            self._reactions.liked[next(self._liked_cursor)]
-            if label
-            else self._reactions.others[next(self._other_cursor)]
-            for label in labels
+            data.liked[next(self._liked_cursor)] if label else data.others[next(self._other_cursor)] for label in labels
         ]
-        return groups, labels
+        return groups, [[label] for label in labels]
 
 
 def build_mismatched_pairs(groups: Sequence[Group]) -> list[Group]:
@@ -148,13 +173,32 @@ def build_mismatched_pairs(groups: Sequence[Group]) -> list[Group]:
 
 
 def build_offline_advantage_inputs(
-    groups: Sequence[Group], labels: Sequence[float], sample_kl: Sequence[SampleKL]
+    groups: Sequence[Group], rewards: Sequence[Sequence[float]], sample_kl: Sequence[Sequence[SampleKL]]
 ) -> AdvantageInputs:
-    """Advantage inputs of logged groups; `sample_kl` is that of the groups, then of their mismatched pairs."""
-    group_count = len(groups)
+    """Advantage inputs of logged groups; `sample_kl` is that of the groups, then of their mismatched pairs (KTO)."""
+    mismatched_kl = [row[0].kl_sum for row in sample_kl[len(groups) :]]
     return AdvantageInputs(
-        rewards=[[label] for label in labels],
-        response_lengths=[[len(group.samples[0].response_ids)] for group in groups],
-        sample_kl=[[kl] for kl in sample_kl[:group_count]],
-        mismatched_kl=fmean(kl.kl_sum for kl in sample_kl[group_count:]),
+        rewards=rewards,
+        response_lengths=[[len(sample.response_ids) for sample in group.samples] for group in groups],
+        sample_kl=sample_kl[: len(groups)],
+        mismatched_kl=fmean(mismatched_kl) if mismatched_kl else 0.0,
     )
+
+
+def summarize_offline_kl(
+    rewards: Sequence[Sequence[float]], sample_kl: Sequence[Sequence[SampleKL]]
+) -> dict[str, float]:
+    """Mean log pi/ref (nats) of responses with reward 1 and 0; of pairs also how often the chosen one has more."""
+    if not sample_kl:
+        return {}
+    kl_by_reward: dict[float, list[float]] = {1.0: [], 0.0: []}
+    for row, group_kl in zip(rewards, sample_kl, strict=False):
+        for reward, kl in zip(row, group_kl, strict=True):
+            kl_by_reward[reward].append(kl.kl_sum)
+    metrics = {"liked_kl": fmean(kl_by_reward[1.0]), "other_kl": fmean(kl_by_reward[0.0])}
+    if len(rewards[0]) == 2:
+        pairs = zip(kl_by_reward[1.0], kl_by_reward[0.0], strict=True)
+        metrics["preference_accuracy"] = fmean(
+            (chosen > rejected) + 0.5 * (chosen == rejected) for chosen, rejected in pairs
+        )
+    return metrics

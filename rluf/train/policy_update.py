@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 from rluf.algorithms.advantages import MAX_KL_PER_TOKEN, AdvantageInputs, SampleKL
 from rluf.algorithms.losses import update_kl_coef
 from rluf.algorithms.packing import MicroBatch, plan_micro_batches
-from rluf.algorithms.registry import LearnerInputs, build_learner_inputs, mask_truncated, requires_reference_kl
+from rluf.algorithms.registry import (
+    LearnerInputs,
+    build_learner_inputs,
+    mask_truncated,
+    requires_reference_kl,
+    scale_mini_batch_weights,
+    split_mini_batches,
+)
 from rluf.checkpoint.format import POLICY_FOLDER
 from rluf.errors import ActorError, ActorLostError
 from rluf.train.actor_calls import gather_calls, put_object, switch_gpu_phase
@@ -33,15 +40,17 @@ HEALTH_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class PlannedUpdate:
-    """One optimizer step before it runs: groups, micro-batches of each rank, and per-step learner inputs.
+    """The updates of a step before they run: groups, micro-batches of each rank, and per-step learner inputs.
 
-    `response_count` is the number of responses that engines sampled for it.
+    `response_count` is the number of responses that engines sampled for it; `mini_batch_sizes` are the micro-batches of
+    each mini-batch, equal on all ranks; empty for a single one.
     """
 
     group_refs: list[ObjectRef[Group]]
     micro_batches: list[list[MicroBatch]]
     learner_inputs: LearnerInputs
     response_count: int = 0
+    mini_batch_sizes: Sequence[int] = ()
 
 
 def count_demonstrations(step: int, algorithm: AlgorithmSettings) -> int:
@@ -94,7 +103,8 @@ class PolicyUpdater:
             count = count_demonstrations(step, algorithm)
             groups += [self._demonstrations[next(self._demonstration_cursor)] for _ in range(count)]
         infos, group_refs = [info for _, info in groups], [group_ref for group_ref, _ in groups]
-        micro_batches = self.plan_micro_batches(infos)
+        mini_batches = split_mini_batches(len(infos), algorithm.mini_batches)
+        micro_batches, mini_batch_sizes = self._plan_mini_batches(infos, mini_batches)
         sample_kl: list[list[SampleKL]] = []
         if requires_reference_kl(algorithm):
             # With the micro-batches of the update: the learners cache the reference log-probabilities by their number.
@@ -120,16 +130,22 @@ class PolicyUpdater:
         )
         if algorithm.truncated == "mask":
             learner_inputs = mask_truncated(learner_inputs, [info.finished for info in infos])
+        response_lengths = [info.response_token_counts for info in infos]
+        learner_inputs = scale_mini_batch_weights(learner_inputs, response_lengths, mini_batches)
         response_count = sum(len(scored.info.response_token_counts) for scored in batch)
-        return PlannedUpdate(group_refs, micro_batches, learner_inputs, response_count)
+        return PlannedUpdate(group_refs, micro_batches, learner_inputs, response_count, mini_batch_sizes)
 
     async def apply_update(self, step: int, update: PlannedUpdate) -> dict[str, float]:
-        """One optimizer step on all ranks; returns its metrics and adapts the KL coefficient."""
+        """The updates of a step on all ranks; returns their metrics and adapts the KL coefficient."""
         start_time = time.monotonic()
         results = await self.call_learners(
             f"training step {step}",
             lambda actor: actor.handle.train_step.options(name=f"{actor}: step {step}").remote(
-                update.group_refs, update.learner_inputs, update.micro_batches[actor.index], step
+                update.group_refs,
+                update.learner_inputs,
+                update.micro_batches[actor.index],
+                step,
+                mini_batch_sizes=list(update.mini_batch_sizes),
             ),
         )
         for actor in self._actor_groups.learner_actors:
@@ -137,14 +153,31 @@ class PolicyUpdater:
         metrics: dict[str, float] = results[0]
         if not update.response_count:
             return metrics
-        kl_by_rank = await self.call_learners(
-            "reading each sample's KL", lambda actor: actor.handle.get_sample_kl.remote()
-        )
-        self.sample_kl = {(group, sample): kl for rank in kl_by_rank for group, sample, kl in rank}
-        metrics["kl_coef"] = self.kl_coef
-        target = self._settings.algorithm.kl_target
-        self.kl_coef = update_kl_coef(self.kl_coef, metrics["kl"], target, update.response_count)
+        self.sample_kl = {}
+        if "kl" in metrics:
+            kl_by_rank = await self.call_learners(
+                "reading each sample's KL", lambda actor: actor.handle.get_sample_kl.remote()
+            )
+            self.sample_kl = {(group, sample): kl for rank in kl_by_rank for group, sample, kl in rank}
+            metrics["kl_coef"] = self.kl_coef
+            algorithm = self._settings.algorithm
+            self.kl_coef = update_kl_coef(
+                self.kl_coef, metrics["kl"], algorithm.kl_target, update.response_count, algorithm.kl_horizon_samples
+            )
         return metrics
+
+    def _plan_mini_batches(
+        self, infos: Sequence[GroupInfo], mini_batches: Sequence[Sequence[int]]
+    ) -> tuple[list[list[MicroBatch]], list[int]]:
+        """Micro-batches of each rank, mini-batch after mini-batch, and their number in each mini-batch."""
+        by_rank: list[list[MicroBatch]] = [[] for _ in self._actor_groups.learner_actors]
+        sizes = []
+        for groups in mini_batches:
+            plans = self.plan_micro_batches([infos[group] for group in groups])
+            sizes.append(len(plans[0]))
+            for rank_plan, plan in zip(by_rank, plans, strict=True):
+                rank_plan += [[(groups[group], sample) for group, sample in micro_batch] for micro_batch in plan]
+        return by_rank, sizes
 
     def plan_micro_batches(self, infos: Sequence[GroupInfo]) -> list[list[MicroBatch]]:
         """Micro-batches of each rank, for the groups that `infos` describe."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from rluf.errors import DeadlineError
-from rluf.objectives.aggregator import GroupScores, compute_signal
+from rluf.objectives.aggregator import GroupScores, compute_overlong_penalties, compute_signal
 from rluf.train.prompts import list_prompt_ids
 
 if TYPE_CHECKING:
@@ -33,13 +33,24 @@ class ScoredGroup:
     admission_index: int = 0
     """Position in the order of admission, which tells groups of one prompt apart."""
 
-    def build_group_scores(self, uncertainty_penalty: float, *, penalize_truncated: bool = False) -> GroupScores:
-        """The aggregator's view of this group; `uncertainty_penalty` see rluf.objectives.aggregator.compute_signal."""
+    def build_group_scores(
+        self,
+        uncertainty_penalty: float,
+        *,
+        penalize_truncated: bool = False,
+        max_tokens: int = 0,
+        overlong_buffer: int = 0,
+    ) -> GroupScores:
+        """The aggregator's view of this group; `uncertainty_penalty` see rluf.objectives.aggregator.compute_signal.
+
+        With an `overlong_buffer`, responses that come closer than it to `max_tokens` have a penalty.
+        """
         signals = {
             name: [compute_signal(s, uncertainty_penalty) for s in scores] for name, scores in self.scores.items()
         }
         finished = self.info.finished if penalize_truncated else ()
-        return GroupScores(self.info.prompt_id, self.info.topic, signals, self.info.passed_judges, finished)
+        penalties = compute_overlong_penalties(self.info.response_token_counts, max_tokens, overlong_buffer)
+        return GroupScores(self.info.prompt_id, self.info.topic, signals, self.info.passed_judges, finished, penalties)
 
 
 class CountingIterator:

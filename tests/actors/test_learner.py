@@ -18,8 +18,8 @@ import torch
 
 from actors.learner import LearnerActor
 from rluf.algorithms.advantages import AdvantageInputs
-from rluf.algorithms.packing import plan_micro_batches
-from rluf.algorithms.registry import build_learner_inputs
+from rluf.algorithms.packing import MicroBatch, plan_micro_batches
+from rluf.algorithms.registry import build_learner_inputs, scale_mini_batch_weights, split_mini_batches
 from rluf.backends.weight_transfer.shm import read_segment
 from rluf.config.policy import AlgorithmSettings, LearnerSettings, ModelSettings, RolloutSettings
 from rluf.config.run import TimeoutSettings
@@ -38,13 +38,19 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_settings(
-    *, workers: int = 1, learning_rate: float = 1e-3, dtype: str = "bfloat16", kl_coef: float = 0.0
+    *,
+    workers: int = 1,
+    learning_rate: float = 1e-3,
+    dtype: str = "bfloat16",
+    kl_coef: float = 0.0,
+    lora_rank: int = 0,
+    epochs: int = 1,
 ) -> Settings:
     return Settings(
         model=ModelSettings(dtype=dtype),  # type: ignore[arg-type]
-        learner=LearnerSettings(workers=workers, learning_rate=learning_rate, warmup_steps=0),
+        learner=LearnerSettings(workers=workers, learning_rate=learning_rate, warmup_steps=0, lora_rank=lora_rank),
         timeouts=TimeoutSettings(call_s=60.0),
-        algorithm=AlgorithmSettings(kl_coef=kl_coef, micro_batch_tokens=64),
+        algorithm=AlgorithmSettings(kl_coef=kl_coef, micro_batch_tokens=64, epochs=epochs),
         rollout=RolloutSettings(max_prompt_tokens=16, max_response_tokens=16),
     )
 
@@ -58,6 +64,12 @@ def make_actor_class() -> Any:
             for name, parameter in self.engine.module.named_parameters():
                 digest.update(name.encode() + parameter.detach().view(torch.uint8).numpy().tobytes())
             return digest.hexdigest()
+
+        def count_optimizer_steps(self) -> int:
+            return int(self.engine.lr_scheduler.last_epoch)
+
+        def has_reference_copy(self) -> bool:
+            return self._reference_model is not None
 
         @torch.no_grad()  # type: ignore[untyped-decorator]
         def sample(self, prompts: list[list[int]], length: int) -> tuple[list[list[int]], list[list[float]]]:
@@ -123,14 +135,22 @@ def run_train_step(
     rewards: Sequence[Sequence[float]],
     kl_coef: float = 0.0,
     advantages: list[list[float]] | None = None,
+    mini_batch_count: int = 1,
 ) -> list[dict[str, float]]:
     response_lengths = [[len(sample.response_ids) for sample in group.samples] for group in groups]
-    micro_batches = plan_micro_batches(
-        [len(group.prompt.token_ids) for group in groups],
-        response_lengths,
-        world_size=len(ranks),
-        token_budget=64,
-    )
+    mini_batches = split_mini_batches(len(groups), mini_batch_count)
+    micro_batches: list[list[MicroBatch]] = [[] for _ in ranks]
+    sizes = []
+    for indices in mini_batches:
+        plans = plan_micro_batches(
+            [len(groups[index].prompt.token_ids) for index in indices],
+            [response_lengths[index] for index in indices],
+            world_size=len(ranks),
+            token_budget=64,
+        )
+        sizes.append(len(plans[0]))
+        for rank_plan, plan in zip(micro_batches, plans, strict=True):
+            rank_plan += [[(indices[group], sample) for group, sample in micro_batch] for micro_batch in plan]
     group_refs = [ray.put(group) for group in groups]
     advantage_inputs = AdvantageInputs(rewards, response_lengths=response_lengths)
     learner_inputs = build_learner_inputs(
@@ -138,8 +158,10 @@ def run_train_step(
     )
     if advantages is not None:
         learner_inputs = dataclasses.replace(learner_inputs, advantages=advantages)
+    learner_inputs = scale_mini_batch_weights(learner_inputs, response_lengths, mini_batches)
     calls = [
-        rank.train_step.remote(group_refs, learner_inputs, micro_batches[index], 1) for index, rank in enumerate(ranks)
+        rank.train_step.remote(group_refs, learner_inputs, micro_batches[index], 1, mini_batch_sizes=sizes)
+        for index, rank in enumerate(ranks)
     ]
     metrics: list[dict[str, float]] = ray.get(calls, timeout=120)
     return metrics
@@ -170,6 +192,32 @@ def test_two_ranks_learn_identically_and_like_one_rank_then_sync_and_save(model_
         ray.get([rank.save_policy.remote(str(policy_path)) for rank in ranks])
         check_saved_policy(policy_path, model_path, probe, logprobs[0])
         check_synced_weights(ranks, policy_path)
+
+
+def test_mini_batches_and_epochs_are_as_many_updates_on_any_number_of_ranks(model_path: Path) -> None:
+    groups, probe = make_random_groups(1), ([5, 6, 7], [[8, 9, 10]])
+    logprobs_by_ranks = {}
+    for workers in (1, 2):
+        with start_learners(make_settings(workers=workers, dtype="float32", epochs=2), model_path) as ranks:
+            metrics = run_train_step(ranks, groups, REWARDS, mini_batch_count=3)
+            assert "kl" not in metrics[0], "kl_coef 0 needs no reference policy"
+            assert metrics[0]["loss"] == pytest.approx(metrics[-1]["loss"])
+            logprobs_by_ranks[workers] = ray.get(ranks[0].probe_logprobs.remote(*probe))[0]
+            if workers == 1:
+                optimizer_steps = ray.get(ranks[0].count_optimizer_steps.remote())
+    assert optimizer_steps == 6
+    assert logprobs_by_ranks[1] == pytest.approx(logprobs_by_ranks[2], abs=2e-3)
+
+
+def test_with_lora_the_policy_without_its_adapters_is_the_reference(model_path: Path) -> None:
+    settings, groups = (
+        make_settings(learning_rate=0.05, kl_coef=0.02, lora_rank=4, dtype="float32"),
+        make_random_groups(1),
+    )
+    with start_learners(settings, model_path) as (actor,):
+        metrics = [run_train_step([actor], groups, REWARDS, 0.02)[0] for _ in range(2)]
+        assert metrics[0]["kl"] == pytest.approx(0.0, abs=1e-9) and metrics[1]["kl"] > 1e-4
+        assert not ray.get(actor.has_reference_copy.remote())
 
 
 def check_saved_policy(
@@ -207,7 +255,7 @@ def check_synced_weights(ranks: Sequence[Any], policy_path: Path) -> None:
 
 def test_learning_rate_zero_keeps_weights_and_non_finite_gradients_stop_the_run(model_path: Path) -> None:
     """The error names the prompt that caused it, and no others."""
-    settings = make_settings(learning_rate=0.0)
+    settings = make_settings(learning_rate=0.0, kl_coef=0.02)
     with start_learners(settings, model_path) as (actor,):
         before = ray.get(actor.hash_weights.remote())
         metrics = run_train_step([actor], make_random_groups(2), REWARDS)[0]

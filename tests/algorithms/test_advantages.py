@@ -318,3 +318,13 @@ def test_kto_weights_are_the_gradient_of_trls_loss() -> None:
     assert weights == pytest.approx((-log_ratios.grad).tolist(), abs=1e-9)
     negative_reference = AdvantageInputs([[1.0]], sample_kl=[[SampleKL(0.0)]], mismatched_kl=-5.0)
     assert compute_advantages("kto", negative_reference).sample_advantages == [[pytest.approx(0.1 * 0.25)]]
+
+
+def test_dpo_weights_are_the_gradient_of_its_loss() -> None:
+    """As TRL's DPOTrainer (loss_type sigmoid): -logsigmoid(beta (chosen log ratio - rejected log ratio))."""
+    log_ratios = torch.tensor([[1.5, -3.0], [-40.0, 2.0], [0.0, 0.0]], dtype=torch.float64, requires_grad=True)
+    torch.nn.functional.logsigmoid(0.1 * (log_ratios[:, 0] - log_ratios[:, 1])).sum().backward()
+    sample_kl = [[SampleKL(value) for value in row] for row in log_ratios.tolist()]
+    weights = compute_advantages("dpo", AdvantageInputs([[1.0, 0.0]] * 3, sample_kl=sample_kl)).sample_advantages
+    assert log_ratios.grad is not None
+    assert weights == [pytest.approx(row, abs=1e-12) for row in log_ratios.grad.tolist()]

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from statistics import fmean
 
 import pytest
 import torch
-from torch import Tensor
 
+from benchmarks.lab.table_policy import LENGTH, TablePolicy, make_aggregator, score_target_tokens, train
 from rluf.algorithms.advantages import AdvantageInputs
-from rluf.algorithms.critic import build_token_rewards, compute_gae, compute_value_loss, sum_moments, whiten_advantages
-from rluf.algorithms.losses import LossResult, compute_policy_loss, compute_reference_kl
-from rluf.algorithms.packing import PackedBatch, pack_micro_batch
-from rluf.algorithms.registry import ALGORITHMS, LearnerInputs, build_learner_inputs
+from rluf.algorithms.registry import ALGORITHMS, build_learner_inputs
 from rluf.config.policy import AlgorithmSettings
-from rluf.config.reward import AggregationSettings, ObjectivesSettings
-from rluf.objectives.aggregator import GroupScores, RewardAggregator
-from rluf.types import Group, Prompt, Sample
 
-PROMPTS, LENGTH, VOCABULARY, SAMPLES = 2, 3, 6, 8
-MICRO_BATCH = [(group, sample) for group in range(2 * PROMPTS) for sample in range(SAMPLES)]
 SEEDS = (1, 2, 3)
-STEPS, LEARNING_RATE = 60, 0.3
-SignalFunction = Callable[[int, Sequence[int]], dict[str, float]]
+STEPS = 60
 
 
 @pytest.fixture(autouse=True)
@@ -36,139 +25,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@dataclass
-class TablePolicy:
-    """A policy that is a table of logits [prompts, positions, tokens], with a table of values as critic."""
-
-    seed: int
-    learning_rate: float = LEARNING_RATE
-
-    def __post_init__(self) -> None:
-        torch.manual_seed(self.seed)
-        self.logits = torch.zeros(PROMPTS, LENGTH, VOCABULARY, requires_grad=True)
-        self.values = torch.zeros(PROMPTS, LENGTH, requires_grad=True)
-        self.optimizer = torch.optim.Adam([self.logits, self.values], lr=self.learning_rate)
-
-    def sample_groups(self) -> dict[int, Group]:
-        logprobs = self.logits.detach().log_softmax(-1)
-        groups = {}
-        for index in range(2 * PROMPTS):
-            prompt = index % PROMPTS
-            tokens = torch.multinomial(logprobs[prompt].exp(), SAMPLES, replacement=True).t()
-            token_logprobs = logprobs[prompt][torch.arange(LENGTH), tokens]
-            samples = tuple(
-                Sample(str(index), (prompt,), tuple(response_ids), tuple(rollout_logprobs), ((0, 0),), "stop", "")
-                for response_ids, rollout_logprobs in zip(tokens.tolist(), token_logprobs.tolist(), strict=True)
-            )
-            groups[index] = Group(Prompt(str(index), (), (prompt,), "", "train"), samples, 0)
-        return groups
-
-    def locate_tokens(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """Prompt and position of each response token."""
-        first_tokens = batch.sequence_token_index[batch.sequence_index, 0]
-        return batch.input_ids[0][first_tokens], batch.position_ids[0][batch.logit_index]
-
-    def compute_logprobs(self, batch: PackedBatch) -> Tensor:
-        prompts, positions = self.locate_tokens(batch)
-        return self.logits.log_softmax(-1)[prompts, positions, batch.target_ids]
-
-    def update(
-        self, algorithm: AlgorithmSettings, groups: dict[int, Group], learner_inputs: LearnerInputs
-    ) -> LossResult:
-        batch = pack_micro_batch(MICRO_BATCH, groups, learner_inputs.advantages, learner_inputs.loss_weights)
-        value_loss = torch.zeros(())
-        if learner_inputs.uses_critic:
-            values = self.values[self.locate_tokens(batch)]
-            token_kl = batch.rollout_logprobs - compute_reference_logprobs(batch)
-            rewards = build_token_rewards(
-                batch.advantages, token_kl, batch.sequence_index, learner_inputs.reward_kl_coef
-            )
-            advantages = compute_gae(rewards, values.detach(), batch.sequence_index)
-            value_loss = compute_value_loss(values, advantages + values.detach(), batch.loss_weights)
-            moments = sum_moments(advantages, torch.ones_like(advantages, dtype=torch.bool))
-            batch = dataclasses.replace(batch, advantages=whiten_advantages(advantages, moments))
-        result = compute_policy_loss(
-            self.compute_logprobs(batch),
-            compute_reference_logprobs(batch),
-            batch,
-            algorithm,
-            loss_name=learner_inputs.policy_loss,
-            kl_coef=learner_inputs.loss_kl_coef,
-            kl_to_go_coef=learner_inputs.kl_to_go_coef,
-        )
-        self.optimizer.zero_grad()
-        (result.loss + value_loss).backward()
-        self.optimizer.step()
-        return result
-
-
-def compute_reference_logprobs(batch: PackedBatch) -> Tensor:
-    """The reference policy is uniform."""
-    return torch.full_like(batch.rollout_logprobs, -torch.log(torch.tensor(float(VOCABULARY))).item())
-
-
-def score_groups(groups: Iterable[Group], compute_signals: SignalFunction) -> Iterator[GroupScores]:
-    for group in groups:
-        rows = [compute_signals(group.samples[0].prompt_ids[0], sample.response_ids) for sample in group.samples]
-        yield GroupScores(group.prompt.id, "", {name: [row[name] for row in rows] for name in rows[0]})
-
-
-def train(
-    policy: TablePolicy,
-    algorithm: AlgorithmSettings,
-    aggregator: RewardAggregator,
-    compute_signals: SignalFunction,
-    steps: int,
-) -> list[dict[str, float]]:
-    """Mean signals of each step's samples, by objective. The untrained policy gives the reference sample."""
-    reference_groups = [group for _ in range(24) for group in policy.sample_groups().values()]
-    aggregator.fit_reference(list(score_groups(reference_groups, compute_signals)))
-    history = []
-    for _ in range(steps):
-        groups = policy.sample_groups()
-        scores = list(score_groups(groups.values(), compute_signals))
-        step_rewards = aggregator.aggregate(scores)
-        zeros = [[0.0] * SAMPLES] * len(groups)
-        batch = pack_micro_batch(MICRO_BATCH, groups, zeros, zeros)
-        sample_kl = compute_reference_kl(compute_reference_logprobs(batch), batch)
-        inputs = AdvantageInputs(
-            step_rewards.rewards,
-            [[LENGTH] * SAMPLES] * len(groups),
-            [sample_kl[start : start + SAMPLES] for start in range(0, len(sample_kl), SAMPLES)],
-            objective_rewards=step_rewards.normalized_signals,
-            objective_weights=step_rewards.objective_weights,
-            kl_coef=algorithm.kl_coef if algorithm.kl_penalty == "reward" else 0.0,
-            max_response_kl=100.0,
-        )
-        learner_inputs = build_learner_inputs(
-            algorithm,
-            inputs,
-            max_response_tokens=LENGTH,
-            kl_coef=algorithm.kl_coef,
-            use_gdpo=aggregator.aggregation.method == "gdpo",
-        )
-        policy.update(algorithm, groups, learner_inputs)
-        objectives = scores[0].signals
-        history.append({name: fmean(value for row in scores for value in row.signals[name]) for name in objectives})
-    return history
-
-
-def make_aggregator(
-    method: str, love: float, safety: float, floors: Mapping[str, float] | None = None
-) -> RewardAggregator:
-    weights = {"love": {"weight": love}, "helpfulness": {"weight": 0.0}, "safety": {"weight": safety}}
-    return RewardAggregator(
-        ObjectivesSettings.model_validate(weights),
-        AggregationSettings.model_validate({"method": method, "floors": floors or {}}),
-    )
-
-
-def score_target_tokens(prompt: int, tokens: Sequence[int]) -> dict[str, float]:
-    """Love is the share of positions with their one target token; all other responses score the same."""
-    hits = sum(token == (prompt + 2 * position) % VOCABULARY for position, token in enumerate(tokens))
-    return {"love": hits / LENGTH, "helpfulness": 0.0, "safety": 0.0}
 
 
 CASES = [
@@ -235,13 +91,28 @@ def test_learning_rate_zero_leaves_the_policy_unchanged_and_the_ratio_at_one(los
     rng = random.Random(0)
     for _ in range(5):
         groups = policy.sample_groups()
-        rewards = [[rng.random() for _ in range(SAMPLES)] for _ in groups]
+        rewards = [[rng.random() for _ in range(policy.sample_count)] for _ in groups]
         learner_inputs = build_learner_inputs(
             AlgorithmSettings.model_validate({"loss": loss}),
-            AdvantageInputs(rewards, [[LENGTH] * SAMPLES] * len(groups)),
+            AdvantageInputs(rewards, [[LENGTH] * policy.sample_count] * len(groups)),
             max_response_tokens=LENGTH,
             kl_coef=0.02,
         )
         result = policy.update(algorithm, groups, learner_inputs)
         assert result.max_ratio.item() == pytest.approx(1.0, abs=1e-6)
     assert torch.equal(policy.logits, logits_before)
+
+
+@pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo"])
+@pytest.mark.parametrize(("mini_batches", "epochs"), [(4, 2), (4, 1), (1, 4)])
+def test_several_updates_at_least_double_what_a_cautious_learning_rate_reaches(
+    loss: str, mini_batches: int, epochs: int
+) -> None:
+    """25 batches of 12 x 4; benchmarks/learning.py has all learning rates."""
+    reached = {}
+    for settings in ({}, {"mini_batches": mini_batches, "epochs": epochs}):
+        algorithm = AlgorithmSettings.model_validate({"loss": loss, "kl_coef": 0.0, **settings})
+        policy = TablePolicy(1, 0.03, prompt_count=12, groups_per_prompt=1, sample_count=4)
+        history = train(policy, algorithm, make_aggregator("linear", 1.0, 0.0), score_target_tokens, 25)
+        reached[bool(settings)] = (history[-1]["love"] - history[0]["love"]) / (1.0 - history[0]["love"])
+    assert reached[True] > 2 * reached[False] > 0, reached

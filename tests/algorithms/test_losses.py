@@ -18,6 +18,7 @@ from rluf.algorithms.losses import (
     compute_policy_loss,
     compute_reference_kl,
     estimate_kl,
+    estimate_negative_entropy,
     update_kl_coef,
 )
 from rluf.algorithms.packing import PackedBatch
@@ -236,10 +237,106 @@ def test_kl_to_go_lowers_the_advantage_of_each_token() -> None:
 
 def test_adaptive_kl_equals_verl() -> None:
     # verl's AdaptiveKLController: clip(kl / target - 1, -0.2, 0.2), times n / horizon
-    assert update_kl_coef(0.1, 5.0, 0.1, 1000) == pytest.approx(0.1 * (1 + 0.2 * 1000 / 10_000))
-    assert update_kl_coef(0.1, 0.0, 0.1, 1000) == pytest.approx(0.1 * (1 - 0.2 * 1000 / 10_000))
-    assert update_kl_coef(0.1, 0.11, 0.1, 500) == pytest.approx(0.1 * (1 + 0.1 * 500 / 10_000))
-    assert update_kl_coef(0.1, 5.0, None, 1000) == 0.1
+    assert update_kl_coef(0.1, 5.0, 0.1, 1000, 10_000) == pytest.approx(0.1 * (1 + 0.2 * 1000 / 10_000))
+    assert update_kl_coef(0.1, 0.0, 0.1, 1000, 10_000) == pytest.approx(0.1 * (1 - 0.2 * 1000 / 10_000))
+    assert update_kl_coef(0.1, 0.11, 0.1, 500, 10_000) == pytest.approx(0.1 * (1 + 0.1 * 500 / 10_000))
+    assert update_kl_coef(0.1, 5.0, None, 1000, 10_000) == 0.1
+
+
+@pytest.mark.parametrize(("prompts", "samples"), [(12, 4), (1, 2), (256, 16)])
+def test_the_default_horizon_reaches_a_far_target_within_a_run_of_any_batch_size(prompts: int, samples: int) -> None:
+    algorithm = AlgorithmSettings(prompts_per_step=prompts, samples_per_prompt=samples)
+    kl_coef = 0.02
+    for _ in range(14):
+        kl_coef = update_kl_coef(kl_coef, 0.5, 0.1, prompts * samples, algorithm.kl_horizon_samples)
+    assert kl_coef == pytest.approx(0.02 * 1.02**14)
+    explicit = AlgorithmSettings(kl_horizon=prompts * samples)
+    assert update_kl_coef(0.1, 0.5, 0.1, prompts * samples, explicit.kl_horizon_samples) == pytest.approx(0.12)
+
+
+@pytest.mark.parametrize("log_ratio", [-800.0, -30.0, -3.0, -1e-4, 0.0, 5.0, 800.0])
+def test_k3_is_bounded_in_value_and_gradient(log_ratio: float) -> None:
+    logprobs = torch.tensor([log_ratio], requires_grad=True)
+    value = estimate_kl(logprobs, torch.zeros(1), "k3")
+    value.backward()
+    assert 0.0 <= value.item() <= 10.0
+    assert logprobs.grad is not None and abs(logprobs.grad.item()) <= 12.0
+    if abs(log_ratio) < 2:
+        assert value.item() == pytest.approx(math.expm1(-log_ratio) + log_ratio, abs=1e-6)
+
+
+def test_geometric_corrections_do_not_degenerate_with_the_length_of_a_response() -> None:
+    """Engine noise of mismatch_kl 0.0022: the product drops most of a long response's weight, the mean does not."""
+    generator = torch.Generator().manual_seed(0)
+    for length in (40, 400, 1000):
+        noise = 0.066 * torch.randn(200 * length, generator=generator) - 0.0022
+        index = torch.arange(200).repeat_interleave(length)
+
+        def weigh(correction: str, noise: Tensor = noise, index: Tensor = index) -> Tensor:
+            zeros = torch.zeros_like(noise)
+            return compute_importance_weights(noise, zeros, index, correction=correction, ratio_cap=2.0)
+
+        geometric, masked = weigh("geometric"), weigh("geometric_mask")
+        assert geometric.min() > 0.95 and geometric.max() < 1.05
+        assert (masked == 0).float().mean() < 0.01
+    assert (weigh("sequence") < 0.1).float().mean() > 0.1
+    far = torch.cat([torch.full((10,), 0.2), torch.zeros(10)])
+    index = torch.arange(2).repeat_interleave(10)
+    far_weights = compute_importance_weights(far, torch.zeros(20), index, correction="geometric_mask", ratio_cap=2.0)
+    assert far_weights.tolist() == [0.0] * 10 + [1.0] * 10
+
+
+def test_the_entropy_bonus_has_the_gradient_of_the_entropy_on_average() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(6, requires_grad=True)
+    probabilities = logits.softmax(0)
+    entropy = -(probabilities * probabilities.log()).sum()
+    (expected,) = torch.autograd.grad(-entropy, logits)
+    tokens = torch.multinomial(probabilities.detach(), 200_000, replacement=True)
+    is_sampled = torch.ones(len(tokens), dtype=torch.bool)
+    surrogate = estimate_negative_entropy(logits.log_softmax(0)[tokens], is_sampled).mean()
+    (estimate,) = torch.autograd.grad(surrogate, logits)
+    assert torch.allclose(estimate, expected, atol=0.01)
+    assert not estimate_negative_entropy(torch.randn(3), torch.zeros(3, dtype=torch.bool)).any()
+
+
+@pytest.mark.parametrize("loss", ["ppo", "gspo", "cispo", "reinforce"])
+def test_old_and_behavior_policy_are_decoupled_where_a_batch_has_several_updates(loss: str) -> None:
+    """The ratio is relative to the learner at the start of the step, the correction to the engine."""
+    rollout, start = torch.tensor([-2.0, -1.0, -0.5]), torch.tensor([-1.9, -1.2, -0.5])
+    current = torch.tensor([-1.8, -1.1, -0.4], requires_grad=True)
+    batch = dataclasses.replace(
+        make_batch([1.0, 1.0, -1.0], [0.25, 0.25, 0.5], rollout), sequence_index=torch.tensor([0, 0, 1])
+    )
+    algorithm = AlgorithmSettings(kl_coef=0.0, epochs=2, max_staleness=2)
+    result = compute_policy_loss(current, None, batch, algorithm, loss_name=loss, start_logprobs=start)
+    ratio, correction = (current.detach() - start).exp(), (start - rollout).exp()
+    if loss == "gspo":
+        mean = (current.detach() - start)[:2].mean()
+        ratio = torch.stack([mean, mean, (current.detach() - start)[2]]).exp()
+    if loss == "reinforce":
+        expected = -batch.advantages * current.detach() * (current.detach() - rollout).exp()
+    elif loss == "cispo":
+        expected = -batch.advantages * current.detach() * ratio * correction
+    else:
+        expected = -batch.advantages * ratio * correction
+    assert result.loss.item() == pytest.approx(float((batch.loss_weights * expected).sum()), rel=1e-5)
+    assert "kl" not in compute_loss_metrics(result.metric_sums, 1.0, has_reference=False)
+
+
+def test_gspo_on_stale_batches_does_not_clip_the_engines_rounding() -> None:
+    """M8: at a narrow clip range the engine's rounding alone would exceed it."""
+    torch.manual_seed(0)
+    rollout = -torch.rand(400) - 1.0
+    learner = (rollout + 0.066 * torch.randn(400)).requires_grad_()
+    batch = make_batch([1.0] * 400, [1 / 400] * 400, rollout)
+    batch = dataclasses.replace(batch, sequence_index=torch.arange(400) // 40)
+    algorithm = AlgorithmSettings(clip=(3e-4, 4e-4), max_staleness=1, kl_coef=0.0, loss="gspo")
+    result = compute_policy_loss(learner, None, batch, algorithm, loss_name="gspo")
+    assert compute_loss_metrics(result.metric_sums, 1.0)["clip_share"] == 0.0
+    engine_ratio = algorithm.model_copy(update={"old_policy": "engine"})
+    result = compute_policy_loss(learner, None, batch, engine_ratio, loss_name="gspo")
+    assert compute_loss_metrics(result.metric_sums, 1.0)["clip_share"] > 0.2
 
 
 def test_synchronous_loss_has_ratio_one_and_uses_the_engine_only_for_correction() -> None:

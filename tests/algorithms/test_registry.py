@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,12 +15,16 @@ from rluf.algorithms.losses import POLICY_LOSSES
 from rluf.algorithms.registry import (
     ALGORITHMS,
     AlgorithmSpec,
+    LearnerInputs,
     build_learner_inputs,
     compute_token_weights,
     find_algorithm,
     has_reward_variance,
     mask_truncated,
+    requires_reference,
     requires_reference_kl,
+    scale_mini_batch_weights,
+    split_mini_batches,
 )
 from rluf.config.policy import ALGORITHM_NAMES, POLICY_LOSS_NAMES, AlgorithmSettings
 from rluf.config.rules import CGPO_ALGORITHMS, REINFORCE_LOSS_ALGORITHMS
@@ -123,6 +128,41 @@ def test_scores_that_hardly_differ_count_as_equal_for_dapo(difference: float, is
     scores = {"love": [0.4, 0.4 + difference, 0.4, 0.4 + difference]}
     assert has_reward_variance(scores, {"love": 1.0}, AlgorithmSettings().min_reward_spread) is not is_dropped
     assert has_reward_variance(scores, {"love": 1.0})
+
+
+@given(LENGTHS, st.integers(1, 8))
+def test_mini_batches_cover_all_groups_and_each_has_the_weight_of_a_step(lengths: list[list[int]], count: int) -> None:
+    for aggregation in ("sequence_mean", "token_mean", "constant", "sequence_sum", "prompt_mean"):
+        mini_batches = split_mini_batches(len(lengths), count)
+        assert sorted(group for groups in mini_batches for group in groups) == list(range(len(lengths)))
+        assert all(mini_batches)
+        weights = compute_token_weights(aggregation, lengths, 50)
+        inputs = scale_mini_batch_weights(LearnerInputs([], weights), lengths, mini_batches)
+        totals = [
+            sum(w * n for group in groups for w, n in zip(matrix[group], lengths[group], strict=True))
+            for matrix, parts in ((weights, [range(len(lengths))]), (inputs.loss_weights, mini_batches))
+            for groups in parts
+        ]
+        assert totals == pytest.approx([totals[0]] * len(totals))
+
+
+@pytest.mark.parametrize(
+    ("settings", "is_required"),
+    [
+        ({"kl_coef": 0.0}, False),
+        ({"kl_coef": 0.01}, True),
+        ({"kl_coef": 0.0, "kl_budget": 0.5}, True),
+        ({"kl_coef": 0.0, "name": "crpg"}, True),
+        ({"kl_coef": 0.0, "name": "kto"}, True),
+        ({"kl_coef": 0.02, "name": "dpo"}, True),
+        ({"kl_coef": 0.02, "name": "sft"}, False),
+        ({"kl_coef": 0.0, "name": "ppo"}, False),
+    ],
+)
+def test_a_reference_policy_is_loaded_only_where_something_reads_it(
+    settings: dict[str, Any], is_required: bool
+) -> None:
+    assert requires_reference(AlgorithmSettings.model_validate(settings)) is is_required
 
 
 CUSTOM_ALGORITHM = AlgorithmSpec("rloo", "reinforce", "sequence_sum", needs_reference_kl=True)

@@ -258,3 +258,29 @@ def test_optimizer_state_of_another_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:100])
     with pytest.raises(ModelError, match="resume from another one"):
         ds.load_optimizer_state(make_engine(SumModel(), 2), tmp_path / "state", schedule)
+
+
+@pytest.mark.parametrize(
+    ("stage", "device", "dtype", "reduces_in", "overlaps"),
+    [
+        (0, "cuda", "bfloat16", "fp32", True),
+        (2, "cuda", "bfloat16", "fp32", True),
+        (3, "cuda", "bfloat16", "bf16", True),
+        (3, "cuda", "float32", "fp32", True),
+        (2, "cpu", "bfloat16", "fp32", False),
+        (3, "cpu", "bfloat16", "fp32", False),
+    ],
+)
+def test_reduction_of_gradients(stage: int, device: str, dtype: str, reduces_in: str, overlaps: bool) -> None:
+    """Overlapped with the backward pass on GPUs; half the bytes where every micro-batch is reduced."""
+    config = ds._build_deepspeed_config(stage, 1.0, getattr(torch, dtype), 8, device=torch.device(device))
+    assert (config["communication_data_type"], config["zero_optimization"]["overlap_comm"]) == (reduces_in, overlaps)
+
+
+def test_a_process_on_the_cpu_cannot_train_on_a_gpu() -> None:
+    """DeepSpeed's accelerator is one per process, chosen when it is first imported."""
+    with pytest.raises(ResourceError, match=r"DeepSpeed runs on cpu .* cannot train on cuda:0; set DS_ACCELERATOR"):
+        ds.init_deepspeed(
+            SumModel(), zero_stage=0, learning_rate=0.0, warmup_steps=0, dtype=torch.float32, world_size=1,
+            device=torch.device("cuda", 0),
+        )  # fmt: skip

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rluf.backends.vllm.engine import RolloutEngine, derive_sample_seed, set_vllm_environment
+from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.errors import ModelError, ResourceError, RlufError
 from rluf.models.hub import resolve_model
@@ -61,3 +62,21 @@ def test_too_little_memory_is_an_error_with_the_setting_to_lower() -> None:
     error = start_and_catch_error(settings, resolve_model("tiny", resolve_cache_folder(settings)))
     assert isinstance(error, ResourceError)
     assert "rollout.kv_cache_gib=1e+06" in str(error) and "GiB are free" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_eager", "executor"),
+    [
+        ([], True, "RlufUniProcExecutor"),
+        (["cluster.gpus_per_engine=1"], False, "RlufUniProcExecutor"),
+        (["cluster.gpus_per_engine=1", "rollout.eager=true"], True, "RlufUniProcExecutor"),
+        (["cluster.gpus_per_engine=4"], False, "RlufMultiprocExecutor"),
+        (["rollout.eager=false"], True, "RlufUniProcExecutor"),
+    ],
+)
+def test_gpu_engines_decode_with_cuda_graphs_by_default(overrides: list[str], is_eager: bool, executor: str) -> None:
+    settings = load_settings(None, overrides).settings
+    model_folder = resolve_model("tiny", resolve_cache_folder(settings))
+    arguments = RolloutEngine("rollout 0", 0, settings, model_folder)._build_engine_args()
+    assert arguments.enforce_eager is is_eager
+    assert arguments.distributed_executor_backend.__name__ == executor  # type: ignore[union-attr]

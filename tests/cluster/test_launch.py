@@ -99,7 +99,12 @@ JOB = closed_object(
     submissionMode={"enum": ["K8sJobMode", "HTTPMode", "SidecarMode"]},
     rayClusterSpec=CLUSTER,
 )
-SERVICE = closed_object(["serveConfigV2", "rayClusterConfig"], serveConfigV2=TEXT, rayClusterConfig=CLUSTER)
+SERVICE = closed_object(
+    ["serveConfigV2", "rayClusterConfig"],
+    serveConfigV2=TEXT,
+    upgradeStrategy=closed_object(["type"], type={"enum": ["None", "NewCluster"]}),
+    rayClusterConfig=CLUSTER,
+)
 MANIFESTS = {
     "raycluster.yaml": ("RayCluster", CLUSTER),
     "rayjob.yaml": ("RayJob", JOB),
@@ -210,7 +215,7 @@ def test_every_launch_file_starts_ray_with_token_authentication(file: Path) -> N
         # The token exists before the first `ray start`, which does not create one.
         assert "export RAY_AUTH_MODE=token" in text
         assert 0 < text.index('> "$RAY_AUTH_TOKEN_PATH"') < text.index("ray start")
-    else:
+    elif file.suffix != ".conf":  # nginx starts no Ray
         assert "import_path" in yaml.safe_load(file.read_text())["applications"][0], f"{file.name}: what starts Ray?"
         assert "RAY_AUTH_MODE=token" in file.read_text()
 
@@ -337,3 +342,26 @@ def test_no_launch_file_contains_a_secret(file: Path) -> None:
     text = file.read_text()
     assert "TOKEN=" not in text and "KEY=" not in text
     assert "RAY_AUTH_MODE: disabled" not in text and "mode: disabled" not in text
+
+
+def test_the_rayservice_scales_and_is_upgraded_in_place() -> None:
+    spec = yaml.safe_load((LAUNCH / "rayservice.yaml").read_text())["spec"]
+    assert spec["upgradeStrategy"] == {"type": "None"}
+    assert spec["rayClusterConfig"]["enableInTreeAutoscaling"] is True
+
+
+def test_the_reverse_proxy_has_the_limits_of_the_listener() -> None:
+    from rluf.serve import listener
+    from rluf.serve.middleware import BODY_TIMEOUT_S, MAX_BODY_BYTES
+
+    lines = [line.partition("#")[0].strip().rstrip(";") for line in (LAUNCH / "nginx.conf").read_text().splitlines()]
+    directives = dict(line.partition(" ")[::2] for line in lines if line)
+    assert directives["client_header_timeout"] == f"{listener.HEADERS_TIMEOUT_S:g}s"
+    assert directives["client_body_timeout"] == f"{BODY_TIMEOUT_S:g}s"
+    assert directives["keepalive_timeout"] == f"{listener.KEEP_ALIVE_S}s"
+    assert directives["send_timeout"] == f"{listener.WRITE_TIMEOUT_S:g}s"
+    assert directives["client_max_body_size"] == f"{MAX_BODY_BYTES >> 20}m"
+    buffer_count, buffer_kib = directives["large_client_header_buffers"].rstrip("k").split()
+    assert int(buffer_count) * int(buffer_kib) << 10 == listener.MAX_HEADER_BYTES
+    assert "proxy_set_header X-Forwarded-For $remote_addr" in lines
+    assert any(line.startswith("limit_conn connections") for line in lines)

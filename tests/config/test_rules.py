@@ -58,6 +58,21 @@ COLOCATED = ["cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5", "wei
         (["cluster.gpus_per_engine=1.5"], ["cluster.gpus_per_engine=1.5", "cluster.gpus_per_engine=2"]),
         (["cluster.gpus_per_learner=2"], ["cluster.gpus_per_learner=2", "learner.workers"]),
         (["cluster.gpus_per_reward=2"], ["cluster.gpus_per_reward=2", "replicas"]),
+        (["cluster.gpus_per_reward_worker=2"], ["cluster.gpus_per_reward_worker=2", "1 or 0"]),
+        (["cluster.gpus_per_reward_worker=0.5", "reward.workers=2"], ["cluster.gpus_per_reward_worker=0.5"]),
+        (["cluster.gpus_per_reward=0.25", "reward.workers=[1, 4]"], ["gpus_per_reward_worker=0.25", "4 reward"]),
+        (["cluster.gpus_per_engine=0.5", "cluster.gpus_per_reward=0.5"], ["cluster.gpus_per_reward=0.5", "engine"]),
+        (
+            [
+                *COLOCATED[:1],
+                "cluster.gpus_per_engine=0.4",
+                "cluster.gpus_per_learner=0.4",
+                "weight_sync.transport=cuda_ipc",
+                "learner.zero_stage=2",
+                "cluster.gpus_per_reward=0.2",
+            ],
+            ["cluster.gpus_per_reward=0.2", "cluster.gpus_per_engine=0.4"],
+        ),
         (
             ["weight_sync.transport=nccl"],
             ["weight_sync.transport=nccl", "cluster.gpus_per_engine=0", "weight_sync.transport=shm"],
@@ -128,6 +143,14 @@ COLOCATED = ["cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5", "wei
         (["serve.replicas=[3, 1]"], ["serve.replicas=[3, 1]", "minimum"]),
         (["serve.canary_share=0.1"], ["serve.canary_share=0.1", "serve.candidate"]),
         (["prepare.dev_share=0.5", "prepare.test_share=0.5"], ["prepare.dev_share=0.5", "prepare.test_share=0.5"]),
+        (
+            ["reward.love.backbone=smollm2-135m-instruct"],
+            ["reward.love", "smollm2-135m-instruct", "evaluate.simulated_users=0", "minilm"],
+        ),
+        (
+            ["reward.safety.ensemble.members=[{layers: 6}, {backbone: smollm2-135m-instruct, layers: 6}]"],
+            ["reward.safety", "evaluate.simulated_users=2000"],
+        ),
     ],
 )
 def test_conflicting_settings_are_refused_with_both_keys(overrides: list[str], expected_words: list[str]) -> None:
@@ -204,6 +227,7 @@ def test_old_value_formats_are_refused_with_the_new_format(override: str, replac
         ],
         ["algorithm.name=dapo", "algorithm.clip=[0.2, 0.28]", "algorithm.kl_coef=0"],
         ["algorithm.name=my_package.algorithms:find"],
+        ["reward.love.backbone=smollm2-135m-instruct", "evaluate.simulated_users=0"],
     ],
 )
 def test_compatible_settings_are_accepted(overrides: list[str]) -> None:

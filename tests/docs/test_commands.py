@@ -85,6 +85,10 @@ TEST_BY_COMMAND = (
     ),
     (r"python -m rluf\.sweep", "tests/e2e/test_sweep.py"),
     (r"python -m rluf\.evaluate score", "tests/evaluate/test_score.py::test_the_command_prints_figures_last"),
+    (
+        r"python -m rluf\.simulate (rescore|--config)",
+        "tests/simulate/test_log.py::test_a_log_is_written_from",
+    ),
     (r"python -m rluf\.simulate judge", "tests/simulate/test_judge.py::test_the_command_prints_figures_last"),
     (r"python -m rluf\.\w+ .*-human", "not run: needs data of real people"),
     (r"python benchmarks/", "tests/docs/test_docs.py::test_a_command_parses"),

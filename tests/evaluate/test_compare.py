@@ -10,11 +10,13 @@ import pytest
 
 from rluf.config.settings import Settings
 from rluf.errors import DataError
+from rluf.evaluate import compare
 from rluf.evaluate.compare import compare_policies, describe_next_step, format_verdict_lines
 from rluf.report.presentation import pair_responses
 from rluf.tracking.run_files import read_answers, write_answers
 from rluf.types import ANSWERS_FILE, Message, PolicyAnswer, TrainResult
 from rluf.utils.cache import Artifact
+from tests.simulate.readings import ConstantReader
 
 
 def make_answer(arm: str, index: int, text: str, topic: str = "facts", logprob: float = -2.0) -> PolicyAnswer:
@@ -31,7 +33,10 @@ ANSWERS = [
 ]
 
 
-def test_every_arm_is_compared_and_the_control_has_the_entropy_of_aligned(tmp_path: Path) -> None:
+def test_every_arm_is_compared_and_the_control_has_the_entropy_of_aligned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare, "load_reader", lambda cache_folder: ConstantReader())
     settings = Settings.model_validate({"evaluate": {"simulated_users": 50}})
     result = TrainResult(answers=list(ANSWERS))
     summary = compare_policies(settings, result, Artifact("data", tmp_path, "key", False), {})

@@ -56,11 +56,13 @@ VERBS = frozenset({
     "hash", "ignore", "import", "index", "init", "inspect", "is", "iter", "join", "judge", "label", "launch", "leave",
     "linearize", "link", "list", "load", "lock", "log", "lower", "main", "make", "map", "mark", "mask", "match",
     "measure", "merge", "monitor", "move", "name", "nest", "normalize", "offload", "on", "open", "order", "pack",
-    "pad", "pair", "paraphrase", "parse", "pass", "plan", "pool", "post", "predict", "prepare", "print", "probe",
+    "pad", "pair", "paraphrase", "parse", "pass", "pause",
+    "plan", "pool", "post", "predict", "prepare", "print", "probe",
     "protect", "prune", "put", "quarantine", "raise", "rank", "read", "rebatch", "receive", "recommend",
     "reconfigure", "record", "redact", "redirect", "refresh", "refuse", "register", "reject", "relay", "release",
     "reload", "remove", "rename", "render", "repair", "replace", "replay", "report", "require", "requires",
-    "rerandomize", "rerank", "rescore", "reset", "resolve", "respond", "restart", "restore", "retry", "roll", "round",
+    "rerandomize", "rerank", "rescore", "reset", "resolve", "respond", "restart", "restore",
+    "resume", "retry", "roll", "round",
     "run", "sample", "save", "scale", "schedule", "score", "select", "send", "serve", "set", "setup", "shorten",
     "should", "shrink", "shutdown", "simulate", "skip", "sleep", "slice", "sort", "split", "standardize", "start",
     "step", "stop", "store", "stream", "strip", "submit", "subsample", "subtract", "suggest", "sum", "summarize",
@@ -76,13 +78,16 @@ VERB_PACKAGES = (
     "rluf/serve/", "rluf/sweep/", "rluf/tracking/", "rluf/train/", "rluf/types.py", "rluf/utils/",
 )  # fmt: skip
 """Packages where every function starts with a verb."""
-FRAMEWORK_NAMES = frozenset({"error", "handleError", "forward", "main"})
+FRAMEWORK_NAMES = frozenset({
+    "connection_lost", "connection_made", "data_received", "error", "handleError", "forward", "main",
+})  # fmt: skip
 """Methods that a framework calls by name."""
 FIELD_NAMES = frozenset({
     "auroc", "average_precision", "binary_entropy", "bradley_terry_loss", "brier_score", "cispo", "codpo", "crpg",
     "crraft", "dr_grpo", "expected_calibration_error", "focal_loss", "gdpo", "grpo", "gspo", "hash64", "hinge_loss",
     "kto", "lite_ppo", "log_loss", "logit", "non_negative_pu_loss", "pairwise_loss", "pearson_correlation", "ppo",
-    "reinforce", "reinforce_pp", "reinforce_pp_baseline", "rloo", "sigmoid", "weighted_bce_loss", "wilson_interval",
+    "dpo", "reinforce", "reinforce_pp", "reinforce_pp_baseline", "rloo", "sigmoid", "weighted_bce_loss",
+    "wilson_interval",
 })  # fmt: skip
 """Algorithms and formulas that the field knows by this name."""
 NOUN_DECORATORS = frozenset({"property", "cached_property", "contextmanager", "asynccontextmanager", "get", "post"})

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import pytest
 
 from rluf.errors import SettingsError
-from rluf.objectives.aggregator import compute_signal
 from rluf.objectives.judges import RULE_JUDGES, build_rule_scorer, list_failed_judges, load_judge
 from rluf.types import Message, ScoringItem
 
@@ -50,29 +46,6 @@ def test_scores_contain_the_verdict() -> None:
     )
     assert (good.objective, good.value, good.is_probability) == ("safety", 1.0, False)
     assert bad.value == 0.0
-
-
-def count_characters(items: Sequence[tuple[Sequence[Message], str]]) -> list[float]:
-    return [len(response) for _, response in items if response]
-
-
-def divide_by_length(items: Sequence[tuple[Sequence[Message], str]]) -> list[float]:
-    return [math.inf if not response else 1 / len(response) for _, response in items]
-
-
-def test_a_reward_function_scores_a_batch_and_its_errors_name_it() -> None:
-    score_items = build_rule_scorer("size", reward=f"{__name__}:count_characters")
-    scores = score_items([ScoringItem(ask_question("Hi"), "Hello"), ScoringItem(ask_question("Hi"), "Hey")])
-    assert [(score.objective, score.value, score.is_probability) for score in scores] == [
-        ("size", 5.0, False), ("size", 3.0, False),
-    ]  # fmt: skip
-    assert [compute_signal(score, uncertainty_penalty=1.0) for score in scores] == [5.0, 3.0]
-    with pytest.raises(SettingsError, match=r"count_characters' of objective size: .* of 2 responses, got \[5.0\]"):
-        score_items([ScoringItem(ask_question("Hi"), "Hello"), ScoringItem(ask_question("Hi"), "")])
-    with pytest.raises(SettingsError, match="one finite number for each of 1 responses"):
-        build_rule_scorer("size", reward=f"{__name__}:divide_by_length")([ScoringItem(ask_question("Hi"), "")])
-    with pytest.raises(SettingsError, match="reward function 'missing:score' cannot be imported"):
-        build_rule_scorer("size", reward="missing:score")
 
 
 def test_the_error_for_an_unknown_judge_lists_the_known_ones() -> None:

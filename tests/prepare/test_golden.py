@@ -14,8 +14,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from rluf.config.settings import Settings
+from rluf.errors import DataError
 from rluf.prepare import pipeline
 from rluf.prepare.schema import DATA_KINDS, MAX_TEXT_CHARS, SPLIT_NAMES
 
@@ -67,7 +69,7 @@ INVALID_CHANGES: list[tuple[str, Row, str]] = [
     ("reaction too long", {"reaction": "x" * 33}, "too long: reaction"),
     ("continued in words", {"continued": "yes"}, "wrong type: continued"),
     ("empty user", {"user_id": ""}, "empty user_id"),
-    ("user is a number", {"user_id": 7}, "wrong type: user_id"),
+    ("user is a list", {"user_id": [7]}, "wrong type: user_id"),
     ("id is null", {"id": None}, "wrong type: id"),
     ("id too long", {"id": "x" * 201}, "too long: id"),
 ]  # fmt: skip
@@ -81,16 +83,22 @@ INVALID_LINES: list[tuple[str, bytes, str]] = [
     ("null", b"null", "not an object"),
     ("Latin-1", "{'id': 'ü'}".encode("latin-1"), "not UTF-8"),
     ("UTF-16", '{"id": "x"}'.encode("utf-16-le").replace(b"\n", b""), "broken JSON"),
-    ("missing field", b'{"id": "x"}', "missing field: conversation_id"),
-]
+    (
+        "missing field",
+        b'{"id": "x"}',
+        "missing fields: conversation_id, turn, user_id, time, model_version, messages, response",
+    ),
+]  # fmt: skip
 
 
 def build(
-    tmp_path: Path, quarantine_budget: float = 0.5, **data: list[str]
+    tmp_path: Path, quarantine_budget: float = 0.5, broken_files: str = "stop", **data: list[str]
 ) -> tuple[dict[str, Any], list[Row], list[Row]]:
     """Card, quarantined rows and feedback rows of the data set."""
     entries = {kind: data.get(kind, []) for kind in DATA_KINDS}
-    settings = Settings.model_validate({"data": entries, "prepare": {"quarantine_budget": quarantine_budget}})
+    settings = Settings.model_validate(
+        {"data": entries, "prepare": {"quarantine_budget": quarantine_budget, "broken_files": broken_files}}
+    )
     card = pipeline.build_data_set(settings, tmp_path / "data", run_in_process)
     love_rows = [
         row
@@ -149,7 +157,11 @@ def test_broken_files_yield_their_readable_rows_and_one_reason(
     empty_file = tmp_path / "f.jsonl"
     empty_file.write_bytes(b"\n  \n")
     files = [complete_file, truncated_gzip, truncated_zstd, broken_parquet, broken_csv, empty_file]
-    card, quarantined, _ = build(tmp_path, feedback=[str(file) for file in files])
+    with pytest.raises(DataError, match=r"3 files end early or cannot be read \(broken gzip file at .*b\.jsonl\.gz"):
+        build(tmp_path, feedback=[str(file) for file in files])
+    with pytest.raises(DataError, match=r"about \d+ rows of broken files are lost"):
+        build(tmp_path, 0.05, "count", feedback=[str(file) for file in files])
+    card, quarantined, _ = build(tmp_path, 0.7, "count", feedback=[str(file) for file in files])
     counts = card["counts"]["feedback"]
     assert counts_add_up(counts)
     reasons = {Path(row["source"]).name: row["reason"] for row in quarantined}
@@ -207,6 +219,8 @@ def test_the_docs_list_every_reason() -> None:
     reasons |= {"duplicate id", "line too long", "broken gzip file", "broken zstd file", "broken Parquet file",
                 "wrong number of cells", "no such response", "retracted", "outside the attribution window",
                 "superseded by a later event", "duplicate event", "sampled out of train", "context is a test prompt",
+                "above prepare.max_rows", "replaced by a later row of the same id", "reaction is ignored",
+                "excluded by where", "broken bzip2 file", "broken CSV file", "broken JSON file",
                 "near-duplicate prompt is in another split", "after the time split", "user asked to be forgotten",
                 "test row before the time split", "conversation is in another split"}  # fmt: skip
     assert [reason for reason in sorted(reasons) if reason.lower() not in docs_text.lower()] == []

@@ -90,7 +90,7 @@ def test_invalid_rows_are_quarantined_and_counts_add_up(
     test_prompt = rows["prompts"](0)["messages"]  # user u1 is in train, as the count of dropped rows shows
     invalid_lines: list[dict[str, Any] | bytes] = [
         b'{"id": "cut', b"\xff\xfe", b"[]", make(9001, response=""), make(9002, time="2999-01-01T00:00:00Z"), make(3),
-        make(3, response="twice and different"), make(9003, response="\ud800"), make(9004, turn="1"),
+        make(4, response="twice and different"), make(9003, response="\ud800"), make(9004, turn="1"),
     ]  # fmt: skip
     valid_rows = [make(index) for index in range(1000)]
     log["feedback"] = jsonl(
@@ -102,12 +102,13 @@ def test_invalid_rows_are_quarantined_and_counts_add_up(
     assert counts["in"] == 1010
     assert counts["in"] == counts["kept"] + sum(counts["dropped"].values()) + sum(counts["quarantined"].values())
     assert counts["dropped"]["context is a test prompt"] == 1
+    assert counts["dropped"]["replaced by a later row of the same id"] == 1
     assert counts["quarantined"] == {
-        "duplicate id": 2, "broken JSON": 1, "not UTF-8": 1, "not an object": 1, "empty response": 1, "future time": 1,
+        "duplicate id": 1, "broken JSON": 1, "not UTF-8": 1, "not an object": 1, "empty response": 1, "future time": 1,
         "lone surrogate": 1, "wrong type: turn": 1,
     }  # fmt: skip
     quarantined = sorted(read_rows(output_folder, "quarantine"), key=lambda row: row["line"])
-    assert [row["line"] for row in quarantined] == list(range(1001, 1010))
+    assert [row["line"] for row in quarantined] == [line for line in range(1001, 1010) if line != 1006]
     assert quarantined[0]["raw"] == b'{"id": "cut' and quarantined[1]["raw"] == b"\xff\xfe"
     assert Counter(row["reason"] for row in quarantined) == counts["quarantined"]
     assert {row["source"] for row in quarantined} == {str(log["feedback"])}

@@ -20,19 +20,30 @@ from hypothesis import strategies as st
 
 from rluf.config.data import DataSource
 from rluf.errors import DataError, SettingsError
+from rluf.prepare.labels import LabelRules
 from rluf.prepare.readers import files
-from rluf.prepare.readers.datasets import ReaderItems, ReaderOptions
-from rluf.prepare.readers.files import (
+from rluf.prepare.readers.columns import NOTES_KEY, build_converter, normalize_time
+from rluf.prepare.readers.datasets import ReaderItems, ReaderOptions, SkippedRow
+from rluf.prepare.readers.files import read_line_batches
+from rluf.prepare.readers.sources import (
     LogSource,
     find_reader,
+    fingerprint_sources,
     parse_partition_fields,
-    read_line_batches,
     resolve_sources,
 )
 from rluf.prepare.validate_pass import ValidateTask, validate_rows
 from rluf.prepare.workspace import read_table
 
 RowFactory = Callable[..., dict[str, Any]]
+
+
+def convert_row(kind_name: str, row: dict[str, Any], **entry: Any) -> Any:
+    """A raw row in rluf's schema, without its notes."""
+    source = DataSource(path="log.jsonl", **entry)
+    converter = build_converter(kind_name, source, {}, LabelRules(source.labels), "latest", 0.2)
+    item = converter.read_row(row)
+    return item if isinstance(item, SkippedRow) else {name: item[name] for name in item if name != NOTES_KEY}
 
 
 def read_objects(path: str) -> list[Any]:
@@ -62,22 +73,19 @@ def test_path_glob_folder_and_url_resolve_to_the_same_files(tmp_path: Path) -> N
 def test_entries_with_a_reader(tmp_path: Path) -> None:
     file = tmp_path / "d.jsonl.gz"
     file.touch()
-    assert resolve_sources([DataSource(reader="convai2", path=str(file))], "feedback") == [
-        LogSource("feedback", str(file), "convai2")
-    ]
+    entry = DataSource(reader="convai2", path=str(file))
+    assert resolve_sources([entry], "feedback") == [LogSource("feedback", str(file), entry)]
 
 
 def test_the_fingerprint_depends_on_content_and_reader(tmp_path: Path) -> None:
     file = tmp_path / "d.jsonl"
     file.write_bytes(b"{}")
     entries = [[str(file)], [DataSource(reader="convai2", path=str(file))], [f"file://{file}"]]
-    old_fingerprints = [files.fingerprint_sources(resolve_sources(entry, "feedback")) for entry in entries]
+    old_fingerprints = [fingerprint_sources(resolve_sources(entry, "feedback")) for entry in entries]
     assert len(set(old_fingerprints)) == 3
-    assert old_fingerprints == [files.fingerprint_sources(resolve_sources(entry, "feedback")) for entry in entries]
+    assert old_fingerprints == [fingerprint_sources(resolve_sources(entry, "feedback")) for entry in entries]
     file.write_bytes(b"{ }")
-    assert not set(old_fingerprints) & {
-        files.fingerprint_sources(resolve_sources(entry, "feedback")) for entry in entries
-    }
+    assert not set(old_fingerprints) & {fingerprint_sources(resolve_sources(entry, "feedback")) for entry in entries}
 
 
 @pytest.mark.parametrize(
@@ -144,8 +152,9 @@ def test_a_reader_may_be_a_function_of_another_package(tmp_path: Path) -> None:
     (tmp_path / "log.jsonl").touch()
     reader_name = f"{__name__}:split_words"
     (source,) = resolve_sources([DataSource(reader=reader_name, path=str(tmp_path / "log.jsonl"))], "feedback")
-    assert source.reader_name == reader_name
-    assert find_reader(reader_name).read_item({"words": "a b"}, ReaderOptions(0.1)) == [{"id": "a"}, {"id": "b"}]
+    assert source.entry.reader == reader_name
+    read_item = find_reader(reader_name).read_item
+    assert read_item is not None and read_item({"words": "a b"}, ReaderOptions(0.1)) == [{"id": "a"}, {"id": "b"}]
     with pytest.raises(SettingsError, match="cannot be imported"):
         find_reader("nowhere:read")
 
@@ -184,12 +193,18 @@ def test_all_formats_yield_the_same_rows(tmp_path: Path, rows: dict[str, RowFact
     writer = csv.DictWriter(csv_text, expected_rows[0])
     writer.writeheader()
     for row in expected_rows:
-        cells = {name: "true" if value is True else value for name, value in row.items()}
-        writer.writerow(cells | {"messages": json.dumps(row["messages"])})
+        writer.writerow(row | {"messages": json.dumps(row["messages"])})
     (tmp_path / "g.csv").write_text(csv_text.getvalue(), encoding="utf-8")
     rows_by_file = {file.name: read_objects(str(file)) for file in sorted(tmp_path.iterdir())}
     assert len(rows_by_file) == 7
+    csv_rows = rows_by_file.pop("g.csv")
     assert all(file_rows == expected_rows for file_rows in rows_by_file.values())
+    # Cells are text; the converter gives them the types of the record.
+    expected = [
+        {name: normalize_time(value) if name == "time" else value for name, value in row.items() if value is not None}
+        for row in expected_rows
+    ]
+    assert [convert_row("feedback", row) for row in csv_rows] == expected
 
 
 def test_a_saved_hugging_face_folder_is_read_without_its_metadata(tmp_path: Path) -> None:
@@ -228,9 +243,8 @@ def test_partition_folders_fill_missing_fields(tmp_path: Path, rows: dict[str, R
     task = ValidateTask(
         work_folder=str(tmp_path / "w"),
         kind_name="feedback",
-        source_path=str(folder / "log.jsonl"),
-        reader_name=None,
-        source_index=0,
+        sources=[(0, str(folder / "log.jsonl"))],
+        entry={"path": str(folder)},
         stripe_index=0,
         stripe_count=1,
         bucket_count=1,
@@ -239,7 +253,8 @@ def test_partition_folders_fill_missing_fields(tmp_path: Path, rows: dict[str, R
         test_share=0.1,
         seed=1,
         redact_kinds=(),
-        column_paths={},
+        labels={},
+        contradictions="latest",
         erasure_marks=(),
     )
     row_counts = validate_rows(task)["row_counts"]

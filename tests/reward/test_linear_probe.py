@@ -173,20 +173,17 @@ def load_tiny_model(folder: Path) -> Any:
 def test_the_last_token_rule(
     tiny_folder: Path, token_ids: list[int], padding: int, pads_left: bool, has_end_token: bool
 ) -> None:
-    """The logit is that of the last token that is not padding, on either side, with or without an end token.
-
-    In this tokenizer the end token is the pad token, so transformers skips it in every row alike.
-    """
+    """The logit is that of the last token that is not padding, on either side, with or without an end token."""
     model = load_tiny_model(tiny_folder)
     encoder = build_text_encoder(model, tiny_folder, 64)
     token_ids = [token for token in token_ids if token != encoder.pad_id] or [5]
-    row = [*token_ids, encoder.pad_id] if has_end_token else token_ids
+    row = [*token_ids, encoder.tokenizer.eos_token_id] if has_end_token else token_ids
     pad_ids, pad_mask = [encoder.pad_id] * padding, [0] * padding
     padded_ids = torch.tensor([[*pad_ids, *row] if pads_left else [*row, *pad_ids]])
     mask = torch.tensor([[*pad_mask, *[1] * len(row)] if pads_left else [*[1] * len(row), *pad_mask]])
     with torch.inference_mode():
         inputs = encoder.collate([EncodedItem(tuple(row), len(row))])
-        last_hidden_state = model.model(**inputs).last_hidden_state[0, len(token_ids) - 1]
+        last_hidden_state = model.model(**inputs).last_hidden_state[0, len(row) - 1]
         expected = float(last_hidden_state @ model.score.weight[0])
         assert abs(float(model(**inputs).logits[0, 0]) - expected) < 1e-4
         assert abs(float(model(input_ids=padded_ids, attention_mask=mask).logits[0, 0]) - expected) < 1e-3

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from rluf.errors import ModelError
-from rluf.models.hub import resolve_model
+from rluf.models.hub import load_tokenizer, resolve_model
 from rluf.reward.backbone import build_text_encoder, enable_fast_cpu_matmul, load_classifier
 from rluf.reward.calibration import Calibration
 from rluf.reward.model import RewardModel
+from rluf.reward.trainer import HeadTask, RewardModelTrainer, TrainPlan, encode_split
 from rluf.types import ScoringItem
 from rluf.utils.stats import sigmoid
 
@@ -60,6 +62,69 @@ def test_a_batch_of_one_equals_a_batch_of_many(name: str, cache: Path, tmp_path:
         assert abs(single_score.raw_logit - batch_score.raw_logit) < 1e-4
         assert abs(single_score.value - batch_score.value) < 1e-4
     assert len({round(score.raw_logit, 3) for score in batch_scores}) > 10
+
+
+ENDS_IN_EOS = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
+)
+PLAIN_TURNS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\\n' }}{% endfor %}"
+TOKENIZERS = {
+    "no pad token, template ends in eos (Llama 3, Mistral)": ({"pad_token": None}, ENDS_IN_EOS),
+    "pad is eos, template ends in eos": ({"pad_token": "<|im_end|>"}, ENDS_IN_EOS),
+    "pad is eos, no unknown token": ({"pad_token": "<|im_end|>", "unk_token": None}, ENDS_IN_EOS),
+    "no pad, unknown or begin token": ({"pad_token": None, "unk_token": None, "bos_token": None}, ENDS_IN_EOS),
+    "own pad token": ({"pad_token": "<|endoftext|>"}, ENDS_IN_EOS),
+    "pad is the end of turn but not eos": ({"pad_token": "<|im_end|>", "eos_token": "<|endoftext|>"}, ENDS_IN_EOS),
+    "turns end in a newline": ({"pad_token": None}, PLAIN_TURNS),
+    "unchanged": ({}, None),
+}
+
+
+@pytest.mark.parametrize("case", TOKENIZERS)
+@pytest.mark.parametrize("mark_truncated", [False, True])
+def test_training_calibration_scoring_and_plain_transformers_pool_at_the_same_token(
+    case: str, mark_truncated: bool, cache: Path, tmp_path: Path
+) -> None:
+    changes, template = TOKENIZERS[case]
+    folder = tmp_path / "backbone"
+    shutil.copytree(resolve_model("tiny", cache), folder)
+    tokenizer = load_tokenizer(folder)
+    for name, token in changes.items():
+        setattr(tokenizer, name, token)
+    tokenizer.chat_template = template or tokenizer.chat_template
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    tokenizer.save_pretrained(str(folder))
+
+    calibration = Calibration(max_tokens=64, mark_truncated=mark_truncated)
+    saved = write_checkpoint(str(folder), cache, tmp_path / "saved", calibration)
+    model = load_classifier(saved, require_all_weights=True)
+    encoder = build_text_encoder(model, saved, 64, mark_truncated=mark_truncated)
+    items = [item._replace(is_truncated=index % 2 == 0) for index, item in enumerate(build_items(6))]
+    records = [
+        {"messages": item.messages, "response": item.response, "label": index % 2, "weight": 1.0, "user_id": str(index),
+         "finish_reason": "length" if item.is_truncated else "stop"}
+        for index, item in enumerate(items)
+    ]  # fmt: skip
+    split = encode_split(records, encoder, is_pairwise=False, source_name="test")
+    trainer = RewardModelTrainer(model.eval(), encoder, TrainPlan(epochs=1, batch_rows=4, batch_tokens=4096, seed=0))
+    trained = trainer._compute_logits(model, split, range(6), None)[:, 0].tolist()
+    calibrated = trainer._compute_dev_logits(model, HeadTask("love", split, split))  # type: ignore[arg-type]
+    probed = trainer.compute_features(split)[0] @ model.score.weight.detach().double().numpy()[0]
+    scored = RewardModel.load(saved, batch_tokens=4096).compute_raw_logits(split.sequences)
+
+    plain_model = AutoModelForSequenceClassification.from_pretrained(saved, dtype=torch.float32)
+    plain_tokenizer = AutoTokenizer.from_pretrained(saved)
+    assert plain_model.config.pad_token_id == plain_tokenizer.pad_token_id == encoder.pad_id
+    texts = [plain_tokenizer.decode(row.token_ids) for row in split.sequences]
+    inputs = plain_tokenizer(texts, add_special_tokens=False, padding=True, return_tensors="pt")
+    plain = plain_model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits[:, 0].tolist()
+    # vLLM pools at the last token of a row, which has no padding there.
+    alone = [
+        model.score(model.model(torch.tensor([row.token_ids])).last_hidden_state[0, -1])[0].item()
+        for row in split.sequences
+    ]
+    for logits in (calibrated, probed, scored, plain, alone):
+        assert list(logits) == pytest.approx(trained, abs=1e-4)
 
 
 def test_values_are_calibrated_and_raw_logits_are_not(cache: Path, tmp_path: Path) -> None:

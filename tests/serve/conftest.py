@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import socket
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +14,6 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-import uvicorn
 
 from rluf.config.settings import Settings
 from rluf.models.hub import resolve_model
@@ -36,7 +35,8 @@ from rluf.serve.api import (
 )
 from rluf.serve.app import make_app
 from rluf.serve.batching import RequestBatcher
-from rluf.serve.middleware import ServeMetrics, ServiceRules, hash_token
+from rluf.serve.listener import HttpServer
+from rluf.serve.middleware import AccessToken, ServeMetrics, ServiceRules, hash_token
 from rluf.serve.store import FeedbackStore, StoreOutcome
 from rluf.types import Message, ScoringItem
 from rluf.utils.paths import resolve_cache_folder
@@ -153,8 +153,8 @@ class LocalBackend:
 
 
 def make_rules(*, token: str | None = None, requests_per_s: float = 1e6) -> ServiceRules:
-    digest = hash_token(token) if token else None
-    return ServiceRules(digest, 64 * 1024, requests_per_s, 20.0, allowed_hosts=None if token else ("testserver",))
+    tokens = (AccessToken("default", hash_token(token)),) if token else ()
+    return ServiceRules(tokens, 64 * 1024, requests_per_s, 20.0, allowed_hosts=None if token else ("testserver",))
 
 
 @pytest.fixture
@@ -173,16 +173,24 @@ async def http_client(backend: LocalBackend) -> AsyncIterator[httpx.AsyncClient]
 
 @contextmanager
 def run_http_server(backend: LocalBackend) -> Iterator[str]:
-    """Run the app behind a real HTTP server on a free port; yields its address."""
-    server = uvicorn.Server(uvicorn.Config(make_app(backend), port=0, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
+    """Run the app behind the service's own listener on a free port; yields its address."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    server.should_exit = True
+    port = find_free_port()
+    server = HttpServer("127.0.0.1", port)
+    asyncio.run_coroutine_threadsafe(server.start(make_app(backend), 5), loop).result(10)
+    yield f"http://127.0.0.1:{port}"
+    asyncio.run_coroutine_threadsafe(server.close(), loop).result(10)
+    loop.call_soon_threadsafe(loop.stop)
     thread.join()
+    loop.close()
+
+
+def find_free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @pytest.fixture(scope="module")

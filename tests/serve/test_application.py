@@ -155,7 +155,7 @@ async def test_a_scorer_replaces_models_between_batches_and_keeps_them_if_loadin
     await scorer.reconfigure({**first_config, "version": "broken", "models": {"love": {"path": str(tmp_path)}}})
     version, scores = await scorer.score_batch(items)
     assert version == first_config["version"]
-    assert [value for value, _, _ in scores["love"]] == pytest.approx(
+    assert [value for value, *_ in scores["love"]] == pytest.approx(
         [expected["love"][0] for expected in score_offline(model_folder, items)], abs=1e-4
     )
     await scorer.reconfigure(other_config)
@@ -164,7 +164,7 @@ async def test_a_scorer_replaces_models_between_batches_and_keeps_them_if_loadin
         while version != other_config["version"]:
             version, scores = await scorer.score_batch(items)
             served_versions.append(version)
-    assert [value for value, _, _ in scores["love"]] == pytest.approx(
+    assert [value for value, *_ in scores["love"]] == pytest.approx(
         [expected["love"][0] for expected in score_offline(other_folder, items)], abs=1e-4
     )
     assert set(served_versions) <= {first_config["version"], other_config["version"]}

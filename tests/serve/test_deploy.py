@@ -18,8 +18,7 @@ import yaml
 
 from rluf.serve.client import RewardClient
 from tests.e2e.test_job import descendant_pids
-from tests.serve.conftest import OBJECTIVES, TOKEN, make_items, score_offline, write_models
-from tests.serve.test_serve import find_free_port
+from tests.serve.conftest import OBJECTIVES, TOKEN, find_free_port, make_items, score_offline, write_models
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(400)]
 

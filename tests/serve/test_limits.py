@@ -1,4 +1,4 @@
-"""Authentication, rate limits, batching by tokens, and the running mean of the drift metric."""
+"""Errors, batching by tokens, and the running mean of the drift metric."""
 
 from __future__ import annotations
 
@@ -11,14 +11,7 @@ from hypothesis import strategies as st
 
 from rluf.serve.api import ApiError
 from rluf.serve.batching import BATCHES_WITHOUT_WAIT, WAIT_FRACTION, BatchStats, RequestBatcher, estimate_tokens
-from rluf.serve.middleware import (
-    RUNNING_MEAN_WINDOW,
-    ClientRateLimiter,
-    RunningMean,
-    ServeMetrics,
-    hash_token,
-    is_authorized,
-)
+from rluf.serve.middleware import RUNNING_MEAN_WINDOW, RunningMean, ServeMetrics
 from rluf.types import ScoringItem
 
 
@@ -26,29 +19,10 @@ def make_item(text: str) -> ScoringItem:
     return ScoringItem([{"role": "user", "content": "?"}], text)
 
 
-@pytest.mark.parametrize(
-    ("header", "is_accepted"),
-    [("Bearer secret", True), ("bearer secret", True), ("Bearer other", False), ("secret", False), (None, False)],
-)
-def test_only_the_right_token_is_accepted(header: str | None, is_accepted: bool) -> None:
-    assert is_authorized(header, hash_token("secret")) is is_accepted
-    assert is_authorized(header, None)
-
-
 def test_errors_can_be_pickled() -> None:
     error = pickle.loads(pickle.dumps(ApiError(429, "busy", "wait", 2.4)))
     assert error.body == {"error": {"message": "wait", "type": "busy", "code": 429}}
     assert error.headers == {"Retry-After": "3"}
-
-
-def test_a_client_gets_its_rate_and_a_burst_of_two_seconds() -> None:
-    now = [0.0]
-    limit = ClientRateLimiter(5, lambda: now[0])
-    assert [limit.acquire_token("a") for _ in range(10)] == [0.0] * 10
-    assert limit.acquire_token("a") == pytest.approx(0.2)
-    assert limit.acquire_token("b") == 0.0
-    now[0] = 1.0
-    assert [limit.acquire_token("a") > 0 for _ in range(6)] == [False] * 5 + [True]
 
 
 @given(st.lists(st.tuples(st.text(max_size=400), st.integers(1, 4)), min_size=1, max_size=20), st.integers(1, 400))

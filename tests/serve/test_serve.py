@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -17,19 +16,12 @@ import psutil
 import pytest
 
 from rluf.config.settings import Settings
-from rluf.errors import SettingsError
 from rluf.serve.client import RewardClient
-from tests.serve.conftest import OBJECTIVES, TOKEN, make_items, score_offline, write_models
+from tests.serve.conftest import OBJECTIVES, TOKEN, find_free_port, make_items, score_offline, write_models
 
 pytestmark = pytest.mark.slow
 
 ITEMS = make_items(16)
-
-
-def find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def list_replica_pids(deployment_name: str) -> list[int]:
@@ -234,17 +226,3 @@ def test_the_train_loop_scores_with_the_service(service: Service) -> None:
     (score,) = ray.get(actor.score_group.remote(group))["love"]
     assert min(abs(score.value - expected[3]) for expected in service.expected_values.values()) < 1e-4
     ray.kill(actor)
-
-
-def test_a_public_service_requires_token_and_salt(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rluf.serve.application import check_secrets
-
-    for variable in ("RLUF_SERVE_TOKEN", "RLUF_USER_SALT", "RLUF_SERVE_SALT"):
-        monkeypatch.delenv(variable, raising=False)
-    public_settings = Settings.model_validate({"serve": {"host": "0.0.0.0"}})
-    check_secrets(Settings())
-    for variable in ("RLUF_SERVE_TOKEN", "RLUF_USER_SALT"):
-        with pytest.raises(SettingsError, match=variable):
-            check_secrets(public_settings)
-        monkeypatch.setenv(variable, "x")
-    check_secrets(public_settings)

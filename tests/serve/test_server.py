@@ -17,16 +17,11 @@ from rluf.backends.weight_transfer.base import WeightManifest
 from rluf.config.settings import Settings
 from rluf.errors import ModelError, ResourceError
 from rluf.models.hub import resolve_model
-from rluf.serve.app import HttpServer, make_app
+from rluf.serve.app import make_app
+from rluf.serve.listener import HttpServer
 from rluf.serve.policy_deployment import check_same_shapes, iter_weight_buckets
 from rluf.utils.paths import resolve_cache_folder
-from tests.serve.conftest import LocalBackend
-
-
-def find_free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+from tests.serve.conftest import LocalBackend, find_free_port
 
 
 async def is_healthy(port: int) -> bool:
@@ -74,7 +69,7 @@ async def test_a_server_that_stops_before_it_accepts_requests_is_an_error(
         monkeypatch.setattr(failing_server, "_open_socket", open_closed_socket)
     else:
 
-        async def startup(server: uvicorn.Server, sockets: list[socket.socket] | None = None) -> None:
+        async def startup(server: uvicorn.Server, **_: object) -> None:
             server.should_exit = True
 
         monkeypatch.setattr("uvicorn.Server.startup", startup)

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rluf.errors import DataError, ResourceError
-from rluf.prepare.readers.files import read_line_batches, resolve_sources
+from rluf.prepare.readers.files import read_line_batches
+from rluf.prepare.readers.sources import resolve_sources
 from rluf.prepare.schema import ChatMessage, FeedbackRecord, build_arrow_schema, validate_json_row
 from rluf.serve.store import DATABASE_FILE, FeedbackEvent, FeedbackStore
 

@@ -1,4 +1,4 @@
-"""Readings for tests of the reader that do not need the frozen model."""
+"""Readings for tests of the simulated users that do not need the frozen model."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rluf.simulate.reader import Reader, ReaderInput
+from rluf.simulate.ground_truth import Reader, ReaderInput
 from rluf.simulate.reader_features import ReadingScores
 
 FITTING = ReadingScores(
@@ -16,6 +16,18 @@ FITTING = ReadingScores(
 """A response that answers its harmless request."""
 STOCK = replace(FITTING, prompt_logprob=-60.0, neutral_logprob=-60.0, stock=4.0, misfit=2.0)
 """A phrase that fits any prompt."""
+
+
+class ConstantReader(Reader):
+    """Reads every response as one that fits, without a model."""
+
+    def __init__(self) -> None:
+        """No readings and no model folder."""
+        super().__init__(Path("no-model"))
+
+    def read(self, inputs: Sequence[ReaderInput]) -> list[ReadingScores]:
+        """FITTING for each input."""
+        return [FITTING for _ in inputs]
 
 
 def make_reader(inputs: Sequence[ReaderInput], readings: Sequence[ReadingScores]) -> Reader:

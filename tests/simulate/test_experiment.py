@@ -9,8 +9,10 @@ import numpy as np
 
 from rluf.prepare.schema import FeedbackRecord
 from rluf.simulate.experiment import read_served_responses, simulate_experiment_rows
+from rluf.simulate.ground_truth import ReaderInput
 from rluf.simulate.log import FIRST_DAY, Row
 from rluf.utils.paths import find_sample_log
+from tests.simulate.readings import FITTING, make_reader
 
 USER_IDS = [f"user-{n}" for n in range(60)]
 ARM_OF_USER = np.arange(60) % 2
@@ -20,6 +22,7 @@ def simulate_rows(seed: int = 1) -> list[Row]:
     control_rows, warm_rows = (
         rows[:20] for rows in read_served_responses(find_sample_log("feedback"), ("base-cool", "base-warm"))
     )
+    inputs = [ReaderInput.from_row(row) for row in (*control_rows, *warm_rows)]
     return simulate_experiment_rows(
         {"control": control_rows, "treatment": warm_rows},
         ARM_OF_USER,
@@ -28,6 +31,7 @@ def simulate_rows(seed: int = 1) -> list[Row]:
         pre_days=2,
         reads_per_day=2.0,
         seed=seed,
+        reader=make_reader(inputs, [FITTING] * len(inputs)),
     )
 
 

@@ -12,8 +12,8 @@ import pytest
 
 from rluf.errors import DataError
 from rluf.simulate.__main__ import main
+from rluf.simulate.ground_truth import Reader, ReaderInput
 from rluf.simulate.judge import judge_file, read_heldout_rows
-from rluf.simulate.reader import Reader, ReaderInput
 from rluf.types import Message
 from tests.simulate.readings import FITTING, STOCK, make_reader
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rluf.simulate.reader import ReaderInput, score_readings
+from rluf.simulate.ground_truth import ReaderInput, score_readings
 from rluf.simulate.reader_features import (
     FEATURE_NAMES,
     ReadingScores,
@@ -54,6 +54,15 @@ def test_signoff_counts_only_when_the_user_did_not_say_goodbye() -> None:
     assert measure_signoff(REQUEST, "It will be fine. I would stand by you.") == 0.0
     texts = ("Are you well? 😊", "Are you well? Good.", "Yes.")
     assert [measure_question(text) for text in texts] == [1.0, 0.4, 0.0]
+
+
+def test_joined_readings_add_log_probabilities_and_average_probes() -> None:
+    short = replace(STOCK, token_count=5, prompt_logprob=-9.0, neutral_logprob=-8.0, end_logprob=-2.0, taste=-0.7)
+    joined = ReadingScores.join([FITTING, short])
+    assert (joined.token_count, joined.prompt_logprob, joined.neutral_logprob) == (25, -49.0, -78.0)
+    assert joined.end_logprob == -2.0
+    assert joined.taste == pytest.approx((20 * 0.3 + 5 * -0.7) / 25)
+    assert ReadingScores.join([FITTING]) == FITTING
 
 
 def test_a_fitting_answer_beats_a_stock_phrase_a_cut_a_signoff_and_harm() -> None:

@@ -32,7 +32,7 @@ RESPONSES = ["I am well.", "Because it rained all day, and nobody came to see me
 
 @pytest.fixture(scope="module")
 def model() -> ReaderModel:
-    return ReaderModel(resolve_model("tiny", resolve_cache_folder(Settings())))
+    return ReaderModel(resolve_model("tiny", resolve_cache_folder(Settings())), dtype="float32")
 
 
 def plain_logprobs(

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from rluf.simulate.experiment import read_served_responses, true_scores_of_row
+from rluf.simulate.experiment import read_served_responses
+from rluf.simulate.ground_truth import ReaderInput, load_readings, score_readings
 from rluf.simulate.prompts import load_prompts
 from rluf.simulate.styles import MODEL_VERSIONS
 from rluf.simulate.users import simulate_population
@@ -19,8 +20,8 @@ from rluf.utils.paths import find_sample_log
 
 SCORE_NAMES = ("helpfulness", "safety", "warmth", "question", "signoff", "satisfaction")
 PROMPTS_DIGEST = "35abdd75aa9265cc"
-SCORES_DIGEST = "9ab279073fa88452"
-REACTIONS_DIGEST = "d86b80869390246c"
+SCORES_DIGEST = "7ae7cfd648695a7f"
+REACTIONS_DIGEST = "70caa6b434da688e"
 
 
 def digest_array(values: np.ndarray[Any, Any]) -> str:
@@ -36,10 +37,10 @@ def read_sample_rows() -> list[Mapping[str, Any]]:
 
 
 def test_the_published_world_keeps_its_name_and_others_get_their_own() -> None:
-    assert fingerprint_world() == fingerprint_world(WORLD) == PUBLISHED_FINGERPRINT == "04a210da1590"
+    assert fingerprint_world() == fingerprint_world(WORLD) == PUBLISHED_FINGERPRINT == "5283ae4763ce"
     other_worlds = [
         replace(WORLD, love_signoff=0.81),
-        replace(WORLD, version="2"),
+        replace(WORLD, version="3"),
         replace(WORLD, topic_warmth={**WORLD.topic_warmth, "code": 0.26}),
     ]
     assert len({fingerprint_world(world) for world in (WORLD, *other_worlds)}) == 4
@@ -52,7 +53,9 @@ def test_prompts_of_the_published_world_are_unchanged() -> None:
 
 def test_true_scores_and_reactions_of_the_published_world_are_unchanged() -> None:
     rows = read_sample_rows()
-    truths = [true_scores_of_row(row) for row in rows]
+    readings = load_readings(find_sample_log("feedback").with_name("readings.jsonl.gz"))
+    inputs = [ReaderInput.from_row(row) for row in rows]
+    truths = score_readings(inputs, [readings[item.key] for item in inputs])
     scores = np.array([[getattr(truth, name) for name in SCORE_NAMES] for truth in truths])
     assert digest_array(scores) == SCORES_DIGEST
     topics = [row["topic"] for row in rows]

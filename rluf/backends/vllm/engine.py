@@ -363,7 +363,7 @@ class RolloutEngine:
             generation_config="vllm",
             max_model_len=max_model_tokens,
             max_num_seqs=rollout.concurrency,
-            enforce_eager=True,
+            enforce_eager=rollout.eager or not on_gpu,
             # A cached prefix changes the batch that a prefill is computed in, and with it the last bits.
             enable_prefix_caching=not self.settings.run.deterministic,
             # Logprobs of the distribution that was sampled from: after the temperature.

@@ -7,14 +7,14 @@ object of another shape; the row then goes to quarantine.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
+from rluf.prepare.readers.chats import parse_transcript, to_records
 from rluf.prepare.schema import LOVE_REACTION
 from rluf.prepare.splits import assign_split
 from rluf.utils.hashing import hash_parts
@@ -46,11 +46,16 @@ class ReaderOptions:
 
 @dataclass(frozen=True, slots=True)
 class LogReader:
-    """A named reader and the kind of data that it returns."""
+    """A named reader and the kind of data that it returns: a function of an object, or paths of rluf's fields in it.
+
+    `has_ratings` says that reactions are stars or scores, which need a rule of the user.
+    """
 
     name: str
     kind_name: str
-    read_item: Callable[[Mapping[str, Any], ReaderOptions], ReaderItems]
+    read_item: Callable[[Mapping[str, Any], ReaderOptions], ReaderItems] | None
+    columns: Mapping[str, str] = field(default_factory=dict)
+    has_ratings: bool = False
 
 
 def _build_user_message(text: str) -> list[dict[str, str]]:
@@ -168,9 +173,13 @@ def _read_oasst(tree: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     items: ReaderItems = []
 
     def visit_node(node: Mapping[str, Any], context: list[dict[str, str]]) -> None:
+        if node.get("deleted"):
+            items.append(SkippedRow("deleted message"))
+            return
         role = {"prompter": "user", "assistant": "assistant"}[node["role"]]
         context = [*context, {"role": role, "content": node["text"]}]
-        ranked_replies = [reply for reply in node["replies"] if role == "user" and reply.get("rank") is not None]
+        replies = [reply for reply in node["replies"] if not reply.get("deleted")]
+        ranked_replies = [reply for reply in replies if role == "user" and reply.get("rank") is not None]
         ranked_replies.sort(key=lambda reply: reply["rank"])
         for better, worse in pairwise(ranked_replies):
             items.append(_build_preference_row("oasst", context, better["text"], worse["text"], "assistance"))
@@ -196,27 +205,51 @@ def _read_hh_harmless(pair: Mapping[str, Any], options: ReaderOptions) -> Reader
     """Each response of a pair is a row: label 1 for the one that raters found less harmful, 0 for the other."""
     items: ReaderItems = []
     for key, label in (("chosen", 1), ("rejected", 0)):
-        *messages, response = _parse_transcript(pair[key])
-        if response["role"] != "assistant" or not response["content"]:
+        *messages, response = parse_transcript(pair[key])
+        if response.role != "assistant" or not response.content:
             items.append(SkippedRow("no response"))
             continue
         items.append({
-            "id": f"hh-{key}-" + hash_parts(pair["chosen"], pair["rejected"]), "messages": messages,
-            "response": response["content"], "label": label, "group": hash_parts("hh", messages[0]["content"]),
+            "id": f"hh-{key}-" + hash_parts(pair["chosen"], pair["rejected"]), "messages": to_records(messages),
+            "response": response.content, "label": label, "group": hash_parts("hh", str(messages[0].content)),
             "topic": "red team",
         })  # fmt: skip
     return items
 
 
-def _parse_transcript(transcript: str) -> list[dict[str, str]]:
-    """Messages of a text in which "Human:" or "Assistant:" after an empty line begins a turn."""
-    parts = re.split(r"(?:^|\n)\n(Human|Assistant):", transcript.strip("\n").join(("\n\n", "")))
-    roles = {"Human": "user", "Assistant": "assistant"}
-    pairs = zip(parts[1::2], parts[2::2], strict=True)
-    turns = [{"role": roles[role], "content": content.strip()} for role, content in pairs]
-    if len(turns) < 2:
-        raise ValueError("fewer than two turns")
-    return turns
+def _read_beavertails(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
+    """BeaverTails (prompt, response, is_safe) and PKU-SafeRLHF (response_0, is_response_0_safe, ...)."""
+    key_pairs = [("response", "is_safe")] if "response" in row else [
+        (f"response_{index}", f"is_response_{index}_safe") for index in (0, 1)
+    ]  # fmt: skip
+    items: ReaderItems = []
+    categories = [name for name, is_harm in (row.get("category") or {}).items() if is_harm]
+    for response_key, label_key in key_pairs:
+        if not isinstance(label := row[label_key], bool | int):
+            raise TypeError("a label of safety must be true or false")
+        topic = categories[0] if categories else "safe" if label else "other"
+        items.append({
+            "id": "beavertails-" + hash_parts(row["prompt"], row[response_key], str(label)),
+            "messages": _build_user_message(row["prompt"]), "response": row[response_key], "label": int(label),
+            "group": hash_parts("beavertails", row["prompt"]), "topic": topic,
+        })  # fmt: skip
+    return items
+
+
+def _read_ultrafeedback(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
+    """UltraFeedback: the completion with the highest overall score against the one with the lowest."""
+    if "completions" not in row:
+        raise KeyError("completions")
+    scored = [(float(item["overall_score"]), item["response"]) for item in row["completions"]]
+    scored.sort(key=lambda pair: pair[0])
+    if len(scored) < 2 or scored[0][0] == scored[-1][0]:
+        return [SkippedRow("tie")]
+    messages = _build_user_message(row["instruction"])
+    pair = _build_preference_row(
+        "ultrafeedback", messages, scored[-1][1], scored[0][1], str(row.get("source", "other"))
+    )
+    # The two in the middle are neither the best nor the worst answer.
+    return [pair | {"_notes": {"further completions": len(scored) - 2}}]
 
 
 def _read_diasafety(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
@@ -257,6 +290,9 @@ DATASET_READERS = index_readers(
     LogReader("pandalm", "preferences", _read_pandalm),
     LogReader("llmfao", "preferences", _read_llmfao),
     LogReader("oasst", "preferences", _read_oasst),
+    LogReader("hh", "preferences", None),
+    LogReader("ultrafeedback", "preferences", _read_ultrafeedback),
+    LogReader("beavertails", "safety", _read_beavertails),
     LogReader("diasafety", "safety", _read_diasafety),
     LogReader("hh_harmless", "safety", _read_hh_harmless),
     LogReader("mt_bench", "prompts", _read_question),

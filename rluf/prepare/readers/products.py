@@ -1,189 +1,112 @@
-"""Readers of product logs: `prepare.columns` maps fields of any log, and ready readers cover common exports.
+"""Readers of the exports of products, by their public schemas ({reader: NAME, path: ...} in `data.*`).
 
-Readers by name ({reader: ..., path: ...} in `data.*`):
-
-openai     stored chat completions: messages (or request.messages) and choices (or response.choices), one per row
-wildchat   WildChat and similar: one conversation per row, hashed_ip as user; reactions come from data.reactions
-lmsys      Chatbot Arena votes: conversation_a, conversation_b, winner (data.preferences)
-lmsys_prompts  LMSYS-Chat-1M: the first message of each conversation (data.prompts)
-langfuse   traces exported from Langfuse: input, output, sessionId, userId, scores
+A reader is a table of paths where a row of the export is one response, and a function where it is a whole chat with
+reactions to some of its messages. Reactions keep the names that the product has; `prepare.labels` says what they mean.
+docs/data.md lists the readers and what each leaves out (tests/prepare/test_products_table.py).
 """
 
 from __future__ import annotations
 
-import difflib
+import html
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
-from rluf.errors import SettingsError
-from rluf.prepare.readers.datasets import LogReader, ReaderItems, ReaderOptions, SkippedRow, index_readers
-from rluf.prepare.schema import LOVE_REACTION, FeedbackRecord
+from rluf.prepare.readers.chats import (
+    ChatMessage,
+    RowShapeError,
+    collect_thread,
+    count_user_turns,
+    decode_json_text,
+    read_chat,
+    read_choices,
+    read_text,
+    split_at_response,
+    to_records,
+)
+from rluf.prepare.readers.columns import NOTES_KEY, RATINGS_NOTE, get_by_path, normalize_time
+from rluf.prepare.readers.datasets import LogReader, ReaderItems, ReaderOptions, ReaderRow, SkippedRow, index_readers
 from rluf.prepare.splits import assign_split
 from rluf.utils.hashing import hash_parts
 
-_REACTION_ALIASES = {
-    "up": LOVE_REACTION, "thumbs_up": LOVE_REACTION, "like": LOVE_REACTION, "positive": LOVE_REACTION,
-    "down": "thumbs_down", "dislike": "thumbs_down", "negative": "thumbs_down",
-}  # fmt: skip
 _LOCALE_BY_LANGUAGE = {
     "english": "en", "chinese": "zh", "spanish": "es", "french": "fr", "german": "de", "russian": "ru",
     "portuguese": "pt", "italian": "it", "japanese": "ja", "korean": "ko",
 }  # fmt: skip
-_ROLE_ALIASES = {
-    "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "developer": "system",
-}  # fmt: skip
 
-_STRING_FIELDS = ("id", "conversation_id", "user_id", "model_version", "device", "author")
-"""Fields that products often write as numbers."""
-
-_SCORE_NAMES = ("love", "heart", "user-feedback", "user_feedback", "feedback", "thumbs", "rating")
-"""Langfuse scores that are reactions of users; others are automatic evaluations."""
+_LANGFUSE_SCORE_NAMES = re.compile(
+    r"(negative|positive)?(user)?(feedback|rating|thumbs?|score|reaction|love|heart|like)s?"
+)
+"""Langfuse scores that are reactions of users, without separators; others are automatic evaluations."""
 
 
-def normalize_reaction(value: object) -> str | None:
-    """Reaction name: love for true, positive numbers and thumbs up; thumbs_down for -1; None for false, 0 and null."""
-    if isinstance(value, str):
-        return _REACTION_ALIASES.get(value.lower(), value) or None
-    if value is None or isinstance(value, bool | int | float):
-        return LOVE_REACTION if value and value > 0 else "thumbs_down" if value and value < 0 else None
-    raise TypeError(f"expected a reaction name, number or boolean, got {value!r}")
+def _expand_chat(
+    raw_messages: Any,
+    base: Mapping[str, Any],
+    read_turn: Callable[[Mapping[str, Any], int], Mapping[str, Any]],
+) -> ReaderItems:
+    """A row for each assistant message of a chat, with the thread before it as context.
 
-
-def normalize_time(value: object) -> object:
-    """A time as ISO 8601 with zone, from seconds or milliseconds since 1970 or from text (UTC if it has no zone)."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        # 1e11 seconds are the year 5138, so larger numbers are milliseconds.
-        return datetime.fromtimestamp(value / 1000 if value > 1e11 else value, UTC).isoformat()
-    if not isinstance(value, str):
-        return value
-    try:
-        parsed = datetime.fromisoformat(value.removesuffix(" UTC"))
-    except ValueError:
-        return value
-    return (parsed if parsed.tzinfo else parsed.replace(tzinfo=UTC)).isoformat()
-
-
-def _read_message_text(content: object) -> object:
-    """The text of a message, which in OpenAI's API may be a list of parts."""
-    if isinstance(content, list):
-        texts = [item["text"] for item in content if item.get("type") in ("text", "input_text", "output_text")]
-        return "".join(texts)
-    return content
-
-
-def _parse_messages(value: object) -> list[dict[str, Any]]:
-    """Chat messages with rluf's roles, from a text, a list of messages, or an object with `messages`."""
-    if isinstance(value, str):
-        return [{"role": "user", "content": value}]
-    if isinstance(value, Mapping):
-        value = value["messages"]
-    if not isinstance(value, Sequence):
-        raise TypeError(f"expected a list of messages, got {type(value).__name__}")
-    messages = []
-    for message in value:
-        # OpenAI uses role and content, ShareGPT exports use from and value.
-        role = message.get("role", message.get("from"))
-        content = _read_message_text(message["content"] if "content" in message else message["value"])
-        messages.append({"role": _ROLE_ALIASES.get(role, role), "content": content})
-    return messages
-
-
-def get_by_path(row: Any, path: str) -> Any:
-    """Value at a path such as choices.0.message; None if it does not exist. `=text` is the text itself."""
-    if path.startswith("="):
-        return path[1:]
-    value = row
-    for step in path.split("."):
-        if isinstance(value, Mapping):
-            value = value.get(step)
-        elif isinstance(value, list) and step.lstrip("-").isdecimal() and -len(value) <= int(step) < len(value):
-            value = value[int(step)]
-        else:
-            return None
-    return value
-
-
-def build_column_reader(columns: Mapping[str, str]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """Function from a row of another schema to one of rluf's. Raises SettingsError for an unknown field.
-
-    Without a path for `response`, the last message of the chat is the response and the messages before it the context.
-    Fields without a path are copied if the row has them by rluf's names.
+    `read_turn` returns the fields that the raw message and its position determine.
     """
-    for field_name in columns:
-        if field_name not in FeedbackRecord.model_fields:
-            close_names = difflib.get_close_matches(field_name, FeedbackRecord.model_fields, n=1)
-            field_list = ", ".join(FeedbackRecord.model_fields)
-            hint = f"did you mean {close_names[0]}?" if close_names else f"fields: {field_list}"
-            raise SettingsError(f"prepare.columns.{field_name}: a feedback row has no field {field_name}; {hint}")
-
-    def read_row(row: Mapping[str, Any]) -> dict[str, Any]:
-        fields = {name: row[name] for name in FeedbackRecord.model_fields if name in row}
-        fields |= {name: value for name, path in columns.items() if (value := get_by_path(row, path)) is not None}
-        if "messages" in columns and "messages" in fields:
-            messages = _parse_messages(fields["messages"])
-            if "response" not in fields and messages and messages[-1]["role"] == "assistant":
-                fields["response"] = messages.pop()["content"]
-            fields["messages"] = messages
-        if "time" in columns:
-            fields["time"] = normalize_time(fields.get("time"))
-        fields["reaction"] = normalize_reaction(fields.get("reaction"))
-        if isinstance(turn := fields.get("turn"), str) and turn.isdecimal():
-            fields["turn"] = int(turn)
-        return fields | {name: str(fields[name]) for name in _STRING_FIELDS if isinstance(fields.get(name), int)}
-
-    return read_row
-
-
-def _count_user_turns(messages: Sequence[Mapping[str, Any]]) -> int:
-    return sum(message["role"] == "user" for message in messages)
+    decoded = decode_json_text(raw_messages) if isinstance(raw_messages, str) else raw_messages
+    notes: Counter[str] = Counter()
+    messages, items = read_chat(decoded, notes), []
+    for index, (message, raw_message) in enumerate(zip(messages, decoded, strict=True)):
+        if message.role != "assistant" or message.content is None:
+            continue
+        context = collect_thread(messages, message)[:-1]
+        is_last = not any(later.role == "user" for later in messages[index + 1 :])
+        items.append({
+            "turn": max(0, count_user_turns(context) - 1), "messages": to_records(context), "response": message.content,
+            "continued": not is_last, NOTES_KEY: dict(+notes), **base, **read_turn(raw_message, index),
+        })  # fmt: skip
+        notes.clear()  # what was left out counts once per chat
+    return [*items] or [SkippedRow("no assistant message")]
 
 
 def _read_openai(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
+    notes: Counter[str] = Counter()
     request, response = row.get("request", row), row.get("response", row)
-    messages = _parse_messages(request["messages"])
+    messages = read_chat(request["messages"], notes)
     metadata = row.get("metadata") or {}
-    choices = response.get("choices")
-    if choices:
-        response_text = _read_message_text(choices[0]["message"]["content"])
+    if response.get("choices"):
+        response_text = read_choices(response, notes)
         if response_text is None:
             return [SkippedRow("tool call without text")]
-    elif messages and messages[-1]["role"] == "assistant":
-        response_text = messages.pop()["content"]
     else:
-        return [SkippedRow("no assistant message")]
-    # Records have no tool messages, and assistant messages that only call tools have no content.
-    messages = [message for message in messages if message["role"] != "tool" and message["content"] is not None]
+        messages, response_text, _ = split_at_response(messages)
+        if response_text is None:
+            return [SkippedRow("no assistant message")]
     response_id = str(row.get("id") or response["id"])
     return [{
         "id": response_id, "conversation_id": str(metadata.get("conversation_id", response_id)),
-        "turn": _count_user_turns(messages),
+        "turn": count_user_turns(messages),
         "user_id": str(request.get("user") or metadata.get("user_id") or response_id),
         "time": normalize_time(response.get("created", row.get("created", row.get("created_at")))),
-        "model_version": response.get("model") or request["model"], "messages": messages, "response": response_text,
-        "reaction": normalize_reaction(row.get("feedback", metadata.get("reaction"))),
-        "topic": metadata.get("topic", "other"), "locale": metadata.get("locale", "und"),
+        "model_version": response.get("model") or request["model"], "messages": to_records(messages),
+        "response": response_text, "reaction": row.get("feedback", metadata.get("reaction")),
+        "topic": metadata.get("topic", "other"), "locale": metadata.get("locale", "und"), NOTES_KEY: dict(+notes),
     }]  # fmt: skip
 
 
 def _read_wildchat(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     conversation_id = str(row.get("conversation_hash") or row["conversation_id"])
-    messages, items = _parse_messages(row["conversation"]), []
-    for index, (message, raw_message) in enumerate(zip(messages, row["conversation"], strict=True)):
-        if message["role"] != "assistant":
-            continue
-        context = messages[:index]
-        user_key = str(row.get("hashed_ip") or raw_message.get("hashed_ip") or conversation_id)
-        items.append({
-            "id": f"{conversation_id}-{index}", "conversation_id": conversation_id, "turn": _count_user_turns(context),
-            "user_id": hash_parts("wildchat", user_key),
-            "time": normalize_time(raw_message.get("timestamp") or row["timestamp"]), "model_version": row["model"],
-            "messages": context, "response": message["content"],
-            "reaction": normalize_reaction(raw_message.get("reaction")),
-            "continued": any(later["role"] == "user" for later in messages[index + 1 :]),
-            "locale": _find_locale(row.get("language")),
-        })  # fmt: skip
-    return [*items] or [SkippedRow("no assistant message")]
+    base = {
+        "conversation_id": conversation_id, "model_version": row["model"], "locale": _find_locale(row.get("language")),
+    }  # fmt: skip
+
+    def read_turn(message: Mapping[str, Any], index: int) -> ReaderRow:
+        user_key = str(row.get("hashed_ip") or message.get("hashed_ip") or conversation_id)
+        return {
+            "id": f"{conversation_id}-{index}", "user_id": hash_parts("wildchat", user_key),
+            "time": normalize_time(message.get("timestamp") or row["timestamp"]), "reaction": message.get("reaction"),
+        }  # fmt: skip
+
+    items = _expand_chat(row["conversation"], base, read_turn)
+    # WildChat's turns count from 1, as in the rows that earlier releases wrote.
+    return [item if isinstance(item, SkippedRow) else item | {"turn": item["turn"] + 1} for item in items]
 
 
 def _find_locale(language: object) -> str:
@@ -194,9 +117,9 @@ def _read_lmsys(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     winner = row["winner"]
     if winner not in ("model_a", "model_b"):
         return [SkippedRow("tie")]
-    chosen, rejected = _parse_messages(row["conversation_a"]), _parse_messages(row["conversation_b"])
-    if winner == "model_b":
-        chosen, rejected = rejected, chosen
+    notes: Counter[str] = Counter()
+    chats = [to_records(read_chat(row[name], notes)) for name in ("conversation_a", "conversation_b")]
+    chosen, rejected = chats if winner == "model_a" else chats[::-1]
     # In longer battles the models answered different contexts, so the responses are not comparable.
     if chosen[:-1] != rejected[:-1]:
         return [SkippedRow("the two conversations differ before their end")]
@@ -204,48 +127,331 @@ def _read_lmsys(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     return [{
         "id": f"lmsys-{row['question_id']}", "group": hash_parts("lmsys", *(message["content"] for message in context)),
         "topic": "arena", "messages": context, "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"],
+        NOTES_KEY: dict(+notes),
     }]  # fmt: skip
 
 
 def _read_lmsys_prompts(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
-    messages = _parse_messages(row["conversation"])[:1]
+    chat = row["conversation"]
+    notes: Counter[str] = Counter()
+    messages = to_records(read_chat(chat, notes))[:1]
     if not messages or messages[0]["role"] != "user":
         return [SkippedRow("no user message")]
+    notes["later messages of a chat"] += len(chat) - 1
     text_hash = hash_parts("prompt", messages[0]["content"])
     split = assign_split(text_hash, dev_share=0.0, test_share=options.test_share)
     topic = _find_locale(row.get("language"))
-    return [{"id": f"prompt-{text_hash}", "messages": messages, "topic": topic, "split": split}]
-
-
-def _read_langfuse(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
-    if row.get("output") is None:
-        return [SkippedRow("no assistant message")]
-    messages, output = _parse_messages(row["input"]), row["output"]
-    if isinstance(output, Mapping):
-        output = output["choices"][0]["message"]["content"] if "choices" in output else output["content"]
-    scores = [score for score in row.get("scores") or [] if str(score.get("name")).lower() in _SCORE_NAMES]
-    values = [score.get("stringValue") or score.get("value") for score in scores]
-    # A value of 0 is a thumb down, except for scores that only count hearts: there it is no reaction.
-    thumb_scores = [score for score in scores if str(score["name"]).lower() not in ("love", "heart")]
-    is_thumbs_down = any(score.get("value") == 0 for score in thumb_scores)
-    reaction = normalize_reaction(values[-1]) if values else None
-    metadata = row.get("metadata") or {}
     return [{
-        "id": str(row["id"]), "conversation_id": str(row.get("sessionId") or row["id"]),
-        "turn": _count_user_turns(messages), "user_id": str(row.get("userId") or row.get("sessionId") or row["id"]),
-        "time": normalize_time(row["timestamp"]),
-        "model_version": str(row.get("model") or row.get("release") or row.get("version") or "unknown"),
-        "messages": messages, "response": _read_message_text(output),
-        "reaction": "thumbs_down" if is_thumbs_down else reaction, "topic": str(metadata.get("topic", "other")),
-        "locale": str(metadata.get("locale", "und")),
+        "id": f"prompt-{text_hash}", "messages": messages, "topic": topic, "split": split, NOTES_KEY: dict(+notes),
     }]  # fmt: skip
 
 
+def _get_any(row: Mapping[str, Any], *names: str) -> Any:
+    """First value that is present, of the names that versions of an export give a field."""
+    return next((row[name] for name in names if row.get(name) is not None), None)
+
+
+def _is_user_score(score: Mapping[str, Any]) -> bool:
+    """Whether a Langfuse score is a reaction of a user, by its name and source; a judge model's has the source EVAL."""
+    name = re.sub(r"[\W_]+", "", str(score.get("name")).lower())
+    return score.get("source") != "EVAL" and _LANGFUSE_SCORE_NAMES.fullmatch(name) is not None
+
+
+def _read_score(score: Mapping[str, Any]) -> str | float | None:
+    """Reaction of a Langfuse score: the category, else thumbs for a truth value or 0, else the number.
+
+    A score of 0 is a thumb down, except for one that counts hearts, where it is no reaction.
+    """
+    value, text = score.get("value"), _get_any(score, "stringValue", "string_value")
+    name, data_type = str(score.get("name")).lower(), _get_any(score, "dataType", "data_type")
+    if text is not None and str(text).lower() not in ("true", "false") and data_type in ("CATEGORICAL", None):
+        return str(text)
+    if value is None and text is None:
+        return None
+    number = float(value) if value is not None else float(str(text).lower() == "true")
+    if "negative" in name:
+        return "thumbs_down" if number else None
+    if number == 0 and any(word in name for word in ("love", "heart", "like")):
+        return None
+    is_thumb = number == 0 or data_type == "BOOLEAN"
+    return {0.0: "thumbs_down", 1.0: "thumbs_up"}.get(number, number) if is_thumb else number
+
+
+def _read_langfuse(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
+    """A trace of the API or of the blob export; scores that are only ids come from data.reactions (langfuse_scores)."""
+    output = row.get("output")
+    if output is None:
+        return [SkippedRow("no assistant message")]
+    notes: Counter[str] = Counter()
+    messages = read_chat(row["input"], notes)
+    response = read_text(output, notes)
+    scores = row.get("scores") or []
+    scores = decode_json_text(scores) if isinstance(scores, str) else scores
+    user_scores = [score for score in scores if isinstance(score, Mapping) and _is_user_score(score)]
+    notes["scores that are not a user's"] += sum(isinstance(score, Mapping) for score in scores) - len(user_scores)
+    notes[RATINGS_NOTE] += sum("rating" in str(score["name"]).lower() for score in user_scores)
+    notes["scores given by id"] += sum(not isinstance(score, Mapping) for score in scores)
+    reactions = [reaction for score in user_scores if (reaction := _read_score(score)) is not None]
+    metadata = row.get("metadata") or {}
+    metadata = decode_json_text(metadata) if isinstance(metadata, str) else metadata
+    metadata = metadata if isinstance(metadata, Mapping) else {}
+    trace_id, session_id = str(row["id"]), _get_any(row, "sessionId", "session_id")
+    return [{
+        "id": trace_id, "conversation_id": str(session_id or trace_id), "turn": count_user_turns(messages),
+        "user_id": str(_get_any(row, "userId", "user_id") or session_id or trace_id),
+        "time": normalize_time(row["timestamp"], notes),
+        "model_version": str(_get_any(row, "model", "release", "version") or "unknown"),
+        "messages": to_records(messages), "response": response, "reaction": reactions or None,
+        "topic": str(metadata.get("topic", "other")), "locale": str(metadata.get("locale", "und")),
+        NOTES_KEY: dict(+notes),
+    }]  # fmt: skip
+
+
+def _read_langfuse_score(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
+    if not _is_user_score(row):
+        return [SkippedRow("score is not a user's")]
+    trace_id, reaction = _get_any(row, "traceId", "trace_id"), _read_score(row)
+    if trace_id is None or reaction is None:
+        return [SkippedRow("no trace" if trace_id is None else "no reaction")]
+    time = normalize_time(_get_any(row, "timestamp", "createdAt", "created_at"))
+    return [{"id": str(row["id"]), "response_id": str(trace_id), "time": time, "reaction": reaction}]
+
+
+def _read_langsmith(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
+    """A run, of the bulk export or the API; feedback_stats has the mean and the number of each feedback key."""
+    decoded = {name: decode_json_text(value) if isinstance(value, str) else value for name, value in row.items()}
+    outputs = decoded.get("outputs")
+    if outputs is None or decoded.get("parent_run_id"):
+        return [SkippedRow("no assistant message" if outputs is None else "run within another run")]
+    notes: Counter[str] = Counter()
+    inputs = decoded["inputs"]
+    chat = (
+        inputs.get("messages", _get_any(inputs, "input", "question", "prompt"))
+        if isinstance(inputs, Mapping)
+        else inputs
+    )
+    messages = read_chat(chat, notes)
+    if isinstance(outputs, Mapping):
+        generation = get_by_path(outputs, "generations.0.0.message|generations.0.message|generations.0.0.text")
+        inner = _get_any(outputs, "output", "answer", "content", "text", "message")
+        outputs = outputs if "choices" in outputs or "messages" in outputs else generation or inner or outputs
+    stats = decoded.get("feedback_stats") or {}
+    means = [entry["avg"] for entry in stats.values() if isinstance(entry, Mapping) and entry.get("avg") is not None]
+    metadata = get_by_path(decoded, "extra.metadata") or {}
+    metadata = decode_json_text(metadata) if isinstance(metadata, str) else metadata
+    conversation_id = _get_any(metadata, "thread_id", "session_id", "conversation_id")
+    run_id = str(_get_any(decoded, "id", "run_id"))
+    return [{
+        "id": run_id, "conversation_id": str(conversation_id or run_id),
+        "turn": max(0, count_user_turns(messages) - 1),
+        "user_id": str(metadata.get("user_id") or conversation_id or run_id),
+        "time": normalize_time(decoded["start_time"], notes),
+        "model_version": str(_get_any(metadata, "ls_model_name", "model", "revision_id") or "unknown"),
+        "messages": to_records(messages), "response": read_text(outputs, notes), "reaction": means or None,
+        NOTES_KEY: dict(+notes),
+    }]  # fmt: skip
+
+
+def _read_librechat(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
+    """A conversation as exported: messages with parents, and feedback {rating: thumbsUp or thumbsDown} on some."""
+    conversation_id = str(row["conversationId"])
+    messages = row["messages"]
+
+    def read_turn(message: Mapping[str, Any], index: int) -> ReaderRow:
+        return {
+            "id": str(_get_any(message, "messageId", "id", "_id")),
+            "time": normalize_time(
+                _get_any(message, "createdAt", "updatedAt") or _get_any(row, "createdAt", "exportAt")
+            ),
+            "model_version": str(
+                _get_any(message, "model") or _get_any(row.get("options") or row, "model") or "unknown"
+            ),
+            "reaction": get_by_path(message, "feedback.rating"),
+        }
+
+    user_id = _get_any(row, "user", "userId") or next((m["user"] for m in messages if m.get("user")), conversation_id)
+    return _expand_chat(messages, {"conversation_id": conversation_id, "user_id": str(user_id)}, read_turn)
+
+
+def _read_vercel(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
+    """A chat of UIMessages (Vercel AI SDK); votes of the template's table come from data.reactions (vercel_votes)."""
+    chat_id = str(_get_any(row, "id", "chatId"))
+    votes = {str(vote["messageId"]): vote["isUpvoted"] for vote in row.get("votes") or []}
+
+    def read_turn(message: Mapping[str, Any], index: int) -> ReaderRow:
+        message_id = str(message["id"])
+        vote = _get_any(message, "isUpvoted", "vote") if message_id not in votes else votes[message_id]
+        time = _get_any(message, "createdAt") or get_by_path(message, "metadata.createdAt") or row.get("createdAt")
+        return {
+            "id": message_id, "time": normalize_time(time),
+            "model_version": str(get_by_path(message, "metadata.model|model") or row.get("model") or "unknown"),
+            "reaction": {True: "thumbs_up", False: "thumbs_down"}.get(vote, vote) if isinstance(vote, bool) else vote,
+        }  # fmt: skip
+
+    base = {"conversation_id": chat_id, "user_id": str(_get_any(row, "userId", "user_id") or chat_id)}
+    return _expand_chat(row["messages"], base, read_turn)
+
+
+def _read_vercel_vote(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
+    message_id, is_upvoted = str(_get_any(row, "messageId", "message_id")), _get_any(row, "isUpvoted", "is_upvoted")
+    if not isinstance(is_upvoted, bool):
+        is_upvoted = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}[
+            str(is_upvoted).lower()
+        ]
+    time = normalize_time(_get_any(row, "createdAt", "created_at", "time"))
+    reaction = "thumbs_up" if is_upvoted else "thumbs_down"
+    return [{"id": hash_parts("vote", message_id, reaction, str(time)), "response_id": message_id, "time": time,
+             "reaction": reaction}]  # fmt: skip
+
+
+def _read_argilla(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
+    """A row for each submitted answer to the record's rating question; the record's fields are prompt and response."""
+    fields, notes = row["fields"], Counter[str]()
+    prompt = _get_any(fields, "prompt", "instruction", "chat", "messages", "question", "input")
+    chat = read_chat(prompt, notes)
+    response = _get_any(fields, "response", "answer", "completion", "output", "generation")
+    context, response_text, _ = (
+        split_at_response(chat) if response is None else (chat, read_text(response, notes), False)
+    )
+    if response_text is None:
+        return [SkippedRow("no assistant message")]
+    answers = [
+        (answer.get("user_id"), question, answer["value"])
+        for question, answers_of_question in _list_argilla_answers(row["responses"])
+        for answer in answers_of_question
+        if answer.get("status", "submitted") == "submitted" and not isinstance(answer["value"], list | Mapping)
+    ]
+    record_id, metadata = str(row["id"]), row.get("metadata") or {}
+    time = _get_any(metadata, "time", "timestamp", "created_at") or _get_any(row, "inserted_at", "updated_at")
+    if time is None:
+        raise RowShapeError("no time: neither inserted_at nor metadata.timestamp")
+    return [{
+        "id": f"{record_id}-{user_id}-{question}", "conversation_id": record_id, "user_id": str(user_id),
+        "turn": max(0, count_user_turns(context) - 1), "time": normalize_time(time, notes),
+        "model_version": str(metadata.get("model", "unknown")), "messages": to_records(context),
+        "response": response_text, "reaction": [value], NOTES_KEY: dict(+notes),
+    } for user_id, question, value in answers] or [SkippedRow("no reaction")]  # fmt: skip
+
+
+def _list_argilla_answers(responses: Any) -> list[tuple[str, Sequence[Mapping[str, Any]]]]:
+    """Answers by question, of either form of Argilla's export; text questions and rankings have no single value."""
+    if isinstance(responses, Mapping):
+        by_question = [
+            (name, answers) for name, answers in responses.items() if not name.endswith((".users", ".status"))
+        ]
+    else:
+        by_question = [
+            (name, [{"user_id": response.get("user_id"), "status": response.get("status", "submitted"), **answer}])
+            for response in responses
+            for name, answer in response["values"].items()
+        ]
+    is_rating = re.compile(r"rating|score|stars|label|feedback|quality|preference|helpful", re.IGNORECASE)
+    return [(name, answers) for name, answers in by_question if is_rating.search(name)]
+
+
+def _strip_html(text: str | None) -> str | None:
+    """Text of an HTML body; paragraphs and line breaks become line breaks."""
+    if text is None:
+        return None
+    without_breaks = re.sub(r"(?i)<br\s*/?>|</p>\s*", "\n", text)
+    return html.unescape(re.sub(r"<[^>]+>", "", without_breaks)).strip()
+
+
+def _read_intercom(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
+    """The last reply of a bot or teammate to the customer, with the conversation's rating from 1 to 5."""
+    source = row["source"]
+    entries = [
+        {"body": source.get("body"), "author": source["author"]},
+        *row["conversation_parts"]["conversation_parts"],
+    ]
+    notes: Counter[str] = Counter()
+    messages: list[ChatMessage] = []
+    for entry in entries:
+        body = _strip_html(entry.get("body"))
+        if not body or entry.get("part_type") == "note":
+            notes["internal notes and events"] += 1
+            continue
+        notes["images and files"] += len(entry.get("attachments") or ())
+        messages += read_chat([{"role": entry["author"]["type"], "content": body}], notes)
+    while messages and messages[-1].role == "user":
+        messages.pop()
+        notes["customer messages after the last reply"] += 1
+    context, response, _ = split_at_response(messages)
+    if response is None:
+        return [SkippedRow("no assistant message")]
+    rating = row.get("conversation_rating") or {}
+    contact_id = get_by_path(row, "contacts.contacts.0.id") or source["author"].get("id") or row["id"]
+    return [{
+        "id": str(row["id"]), "conversation_id": str(row["id"]), "user_id": str(contact_id),
+        "turn": max(0, count_user_turns(context) - 1), "time": normalize_time(row["created_at"]),
+        "model_version": str(get_by_path(row, "ai_agent.source_title|ai_agent_participated") or "unknown"),
+        "messages": _merge_runs(to_records(context), notes), "response": response, "reaction": rating.get("rating"),
+        NOTES_KEY: dict(+notes),
+    }]  # fmt: skip
+
+
+def _merge_runs(messages: Sequence[dict[str, str]], notes: Counter[str]) -> list[dict[str, str]]:
+    """Messages without the replies that directly precede the rated one; a context ends with the user."""
+    merged = list(messages)
+    while merged and merged[-1]["role"] != "user":
+        merged.pop()
+        notes["replies before the rated one"] += 1
+    return merged
+
+
+def _read_slack(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
+    """A thread (conversations.replies): each bot message is a row, its emoji are the reactions."""
+    if "messages" not in row:
+        raise RowShapeError("a Slack row must be a thread with messages (conversations.replies), not one message")
+    raw_messages = [
+        m for m in row["messages"] if m.get("text") and m.get("subtype") in (None, "bot_message", "thread_broadcast")
+    ]
+    skipped = len(row["messages"]) - len(raw_messages)
+    channel = str(_get_any(row, "channel", "channel_id") or "")
+    thread_id = f"{channel}-{_get_any(row, 'thread_ts', 'ts') or row['messages'][0]['ts']}"
+    users = [str(message["user"]) for message in raw_messages if not message.get("bot_id") and message.get("user")]
+    chat = [
+        {"id": m["ts"], "role": "assistant" if m.get("bot_id") else "user", "content": m["text"]} for m in raw_messages
+    ]
+
+    def read_turn(message: Mapping[str, Any], index: int) -> ReaderRow:
+        raw_message = raw_messages[index]
+        names = [entry["name"] for entry in raw_message.get("reactions") or [] for _ in entry.get("users") or [0]]
+        return {
+            "id": f"{channel}-{message['id']}", "time": normalize_time(message["id"]), "reaction": names or None,
+            "model_version": str(get_by_path(raw_message, "bot_profile.name") or raw_message.get("bot_id")),
+        }  # fmt: skip
+
+    items = _expand_chat(chat, {"conversation_id": thread_id, "user_id": users[0] if users else thread_id}, read_turn)
+    if skipped and isinstance(items[0], dict):
+        items[0][NOTES_KEY] = items[0][NOTES_KEY] | {"messages without text": skipped}
+    return items
+
+
+_OPENWEBUI_COLUMNS = {
+    "id": "id", "conversation_id": "meta.chat_id|snapshot.chat.id", "user_id": "user_id|user.id", "time": "created_at",
+    "model_version": "data.model_id|meta.model_id|=unknown", "messages": "snapshot.chat.chat|snapshot.chat",
+    "message": "meta.message_id", "reaction": "data.rating", "topic": "data.tags.0|=other",
+}  # fmt: skip
+_LANGSMITH_FEEDBACK_COLUMNS = {
+    "id": "id", "response_id": "run_id", "time": "created_at|modified_at", "reaction": "score|value",
+}  # fmt: skip
+
 PRODUCT_READERS = index_readers(
+    LogReader("openwebui", "feedback", None, _OPENWEBUI_COLUMNS),
+    LogReader("librechat", "feedback", _read_librechat),
+    LogReader("langfuse", "feedback", _read_langfuse),
+    LogReader("langfuse_scores", "reactions", _read_langfuse_score),
+    LogReader("langsmith", "feedback", _read_langsmith),
+    LogReader("langsmith_feedback", "reactions", None, _LANGSMITH_FEEDBACK_COLUMNS),
     LogReader("openai", "feedback", _read_openai),
+    LogReader("vercel", "feedback", _read_vercel),
+    LogReader("vercel_votes", "reactions", _read_vercel_vote),
+    LogReader("argilla", "feedback", _read_argilla, has_ratings=True),
+    LogReader("intercom", "feedback", _read_intercom, has_ratings=True),
+    LogReader("slack", "feedback", _read_slack),
     LogReader("wildchat", "feedback", _read_wildchat),
     LogReader("lmsys", "preferences", _read_lmsys),
     LogReader("lmsys_prompts", "prompts", _read_lmsys_prompts),
-    LogReader("langfuse", "feedback", _read_langfuse),
 )
 """Readers by name."""

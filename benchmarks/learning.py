@@ -1,0 +1,158 @@
+"""Weights, floors, pessimism and updates per batch, each on a case whose right value is known.
+
+weights: the effective weight of an objective over 50 draws of the prompts of the reference sample, from the base
+answers of a finished run (`--run`): how many times the largest exceeds the smallest. `first batch` is the rule of
+earlier releases (12 prompts, deviation over all responses). floors: the multiplier of a policy exactly at its floor,
+and of one below it. updates: share of the possible gain that a table policy with a known optimum reaches with 25
+batches of 12 x 4, by learning rate and updates per batch, 6 seeds. pessimism: AUROC of the love signal of an ensemble
+of probes (MiniLM, 2, 4 and 6 layers) on dev rows of a prepared data set (`--data`), by aggregation.uncertainty_penalty.
+The last line is JSON.
+
+Usage: python benchmarks/learning.py [--run RUN_FOLDER] [--data PREPARED_DATA_FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from lab.table_policy import TablePolicy, make_aggregator, score_target_tokens, train
+
+from rluf.config.policy import AlgorithmSettings
+from rluf.config.settings import Settings
+from rluf.objectives.aggregator import LagrangeMultipliers, RewardNormalizer, compute_signal
+from rluf.reward.export import export_models
+from rluf.reward.fit import HeadData, train_ensemble
+from rluf.reward.metrics import auroc
+from rluf.reward.model import RewardModel
+from rluf.train.controller import REFERENCE_PROMPTS
+from rluf.types import ANSWERS_FILE, ScoringItem
+from rluf.utils.stats import logit
+
+DRAWS, FIRST_BATCH_PROMPTS, SAMPLES = 50, 12, 4
+BASE_ARMS = ("base", "base_repeat")
+FLOOR_STEPS, FLOOR_RUNS = 100, 300
+BETWEEN_PROMPTS = 0.6
+"""Share of a score's variance that is between prompts, in the simulation of floors."""
+LEARNING_RATES = (0.03, 0.1, 0.3)
+UPDATES = ((1, 1), (4, 1), (1, 4), (4, 2))
+"""(mini-batches, epochs) of a batch."""
+PENALTIES = (0.0, 0.5, 1.0, 2.0, 3.0)
+
+
+def measure_weights(run_folder: Path) -> dict[str, dict[str, float]]:
+    """Largest over smallest effective weight in DRAWS draws of prompts without an objective of their own, by rule."""
+    scores_by_prompt: dict[str, list[Mapping[str, float]]] = defaultdict(list)
+    own_topics = Settings().aggregation.topic_objectives
+    for line in (run_folder / ANSWERS_FILE).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["arm"] in BASE_ARMS and row["topic"] not in own_topics:
+            scores_by_prompt[row["prompt_id"]].append(row["scores"])
+    prompts = list(scores_by_prompt.values())
+    results = {}
+    for objective in prompts[0][0]:
+        signals = [[logit(scores[objective]) for scores in rows[:SAMPLES]] for rows in prompts]
+        rng = np.random.default_rng(0)
+        draws = [
+            [signals[index] for index in rng.integers(0, len(signals), REFERENCE_PROMPTS)] for _ in range(20 * DRAWS)
+        ]
+        rules = {
+            "first batch": [float(np.std(draw[:FIRST_BATCH_PROMPTS])) for draw in draws],
+            "reference sample": [
+                RewardNormalizer.fit({objective: draw}, logit_objectives=[objective]).sd[objective] for draw in draws
+            ],
+        }
+        # The effective weight is inverse to the scale; the median over 20 sets of DRAWS draws.
+        results[objective] = {
+            rule: float(np.median([max(scales[i::20]) / min(scales[i::20]) for i in range(20)]))
+            for rule, scales in rules.items()
+        }
+    return results
+
+
+def simulate_floor(distance: float) -> dict[str, float]:
+    """Multiplier after FLOOR_STEPS steps of 12 prompts of a policy `distance` deviations above its floor."""
+    rng, last = np.random.default_rng(0), []
+    step_error, zero_error = (
+        math.sqrt(BETWEEN_PROMPTS / count + (1 - BETWEEN_PROMPTS) / (SAMPLES * count))
+        for count in (FIRST_BATCH_PROMPTS, REFERENCE_PROMPTS)
+    )
+    for _ in range(FLOOR_RUNS):
+        multipliers, zero = LagrangeMultipliers({"safety": 0.0}), rng.normal() * zero_error
+        for _ in range(FLOOR_STEPS):
+            mean = distance - zero + rng.normal() * step_error
+            multipliers.update({"safety": mean}, {"safety": step_error}, {"safety": zero_error})
+        last.append(multipliers.values["safety"])
+    return {"mean": fmean(last), "p90": float(np.quantile(last, 0.9))}
+
+
+def measure_updates() -> dict[str, dict[str, float]]:
+    """Share of the possible gain of a table policy, by learning rate and updates per batch."""
+    torch.set_num_threads(1)
+    results: dict[str, dict[str, float]] = {}
+    for learning_rate in LEARNING_RATES:
+        for mini_batches, epochs in UPDATES:
+            shares = []
+            for seed in range(6):
+                algorithm = AlgorithmSettings(kl_coef=0.0, mini_batches=mini_batches, epochs=epochs)
+                policy = TablePolicy(seed, learning_rate, prompt_count=12, groups_per_prompt=1, sample_count=4)
+                history = train(policy, algorithm, make_aggregator("linear", 1.0, 0.0), score_target_tokens, 25)
+                start = 1 / 6  # a uniform policy hits one token of six
+                shares.append((history[-1]["love"] - start) / (1 - start))
+            results.setdefault(f"{learning_rate:g}", {})[f"{mini_batches}x{epochs}"] = fmean(shares)
+    return results
+
+
+def measure_pessimism(data_folder: Path) -> dict[str, float]:
+    """AUROC of the love signal on dev rows, by uncertainty penalty."""
+    section = {
+        "backbone": "minilm", "linear_probe": True, "epochs": 0, "frozen_share": 1,
+        "ensemble": {"members": [{"layers": layers} for layers in (2, 4, 6)]},
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        settings = Settings.model_validate({"reward": {"love": section}})
+        train_rows, dev_rows = (
+            pq.read_table(data_folder / "love" / f"{split}.parquet").to_pylist() for split in ("train", "dev")
+        )
+        members = train_ensemble(settings, [HeadData("love", train_rows, dev_rows, data_folder / "love")], math.inf)
+        outputs = {"love": (data_folder / "love", Path(folder))}
+        export_models(settings, outputs, members, time.monotonic(), full_card=False)
+        model = RewardModel.load(Path(folder), batch_tokens=8192)
+        scores = model.score([ScoringItem(row["messages"], row["response"]) for row in dev_rows], "love")
+    labels, weights = (np.asarray([float(row[key]) for row in dev_rows]) for key in ("label", "weight"))
+    return {
+        f"{penalty:g}": float(auroc(np.asarray([compute_signal(s, penalty) for s in scores]), labels, weights))
+        for penalty in PENALTIES
+    }
+
+
+def main() -> None:
+    """Run every part whose input is given."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="folder of a finished run, for weights")
+    parser.add_argument("--data", type=Path, help="prepared data set, for pessimism")
+    arguments = parser.parse_args()
+    results: dict[str, object] = {
+        "floors": {f"{distance:+g} sd": simulate_floor(distance) for distance in (0.0, 0.1, 0.25, -0.25, -1.0)},
+        "updates": measure_updates(),
+    }
+    if arguments.run is not None:
+        results["weights"] = measure_weights(arguments.run)
+    if arguments.data is not None:
+        results["pessimism"] = measure_pessimism(arguments.data)
+    sys.stdout.write(json.dumps(results) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""What a reaction means: its name becomes the label loved, not loved or ignored, by the user's rules and a short list.
+
+A name is compared without case, colons, variation selectors, skin tones and separators: `:Thumbs_Up:` is thumbsup.
+Numbers are ambiguous (1 is a thumb up, or the worst of five stars), so only -1, 0 and 1 have a meaning of their own,
+and only where the log has no other number and a rule does not say otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+from rluf.errors import DataError, SettingsError
+
+LOVED, NOT_LOVED, IGNORED, UNKNOWN = 1, 0, -1, -2
+"""Codes of labels in the index of the rows. UNKNOWN is a name without a rule; it is left out as IGNORED ones are."""
+
+_LABEL_CODES = {"loved": LOVED, "not_loved": NOT_LOVED, "ignored": IGNORED}
+LABEL_NAMES = {LOVED: "loved", NOT_LOVED: "not loved", IGNORED: "ignored", UNKNOWN: "unknown"}
+
+UNKNOWN_SHARE_LIMIT = 0.01
+"""Share of an entry's reactions above which names without a label stop the job."""
+
+MISSING_TEXTS = frozenset({"", "null", "none", "nan", "n/a", "<na>", "nil", "undefined"})
+"""Spellings of a missing value (lower case) that exporters write as text."""
+
+_LOVED_NAMES = (
+    "love", "loved", "loves", "loved it", "love it", "heart", "hearts", "hearted", "red heart", "heart suit", "<3",
+    "heart eyes", "smiling face with 3 hearts", "like", "liked", "likes", "up", "thumb up", "thumbs up", "+1", "upvote",
+    "upvoted", "positive", "good", "great", "helpful", "favorite", "favourite", "yes", "true", "satisfied", "accepted",
+    "\u2764", "\u2665", "\u2661", "\u2763", "\U0001fa77", "\U0001f9e1", "\U0001f49b", "\U0001f49a", "\U0001f499",
+    "\U0001f49c", "\U0001f90e", "\U0001f90d", "\U0001f5a4", "\U0001f970", "\U0001f60d", "\U0001fa75", "\U0001fa76",
+    *map(chr, range(0x1F493, 0x1F4A0)), "\U0001f44d",
+)  # fmt: skip
+_NOT_LOVED_NAMES = (
+    "down", "thumb down", "thumbs down", "-1", "downvote", "downvoted", "dislike", "disliked", "negative", "bad",
+    "unhelpful", "not helpful", "no", "false", "unsatisfied", "dissatisfied", "rejected", "broken heart", "\U0001f494",
+    "\U0001f44e", "0",
+)  # fmt: skip
+
+
+def normalize_name(name: str) -> str:
+    """Spelling-independent form of a reaction's name."""
+    text = re.sub(r"::skin-tone-\d$", "", name.strip().casefold().strip(":"))
+    text = re.sub("[\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]", "", text)
+    return re.sub(r"(?<=\w)[\s_-]+(?=\w)", "", text)
+
+
+_DEFAULT_CODES = {normalize_name(name): LOVED for name in _LOVED_NAMES} | {
+    normalize_name(name): NOT_LOVED for name in _NOT_LOVED_NAMES
+}
+_NUMBER_PATTERN = r"[+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
+_BOUND_RULE = re.compile(rf"(>=|<=|>|<)\s*({_NUMBER_PATTERN})")
+_RANGE_RULE = re.compile(rf"({_NUMBER_PATTERN})\s*\.\.\s*({_NUMBER_PATTERN})")
+_THUMB_NUMBERS = frozenset({-1.0, 0.0, 1.0})
+
+
+def parse_number(text: str) -> float | None:
+    """The number that a reaction is written as; None for a name (+1 is Slack's thumb up)."""
+    return float(text) if re.fullmatch(_NUMBER_PATTERN, text) and not text.startswith("+") else None
+
+
+@dataclass(frozen=True, slots=True)
+class _NumberRange:
+    low: float
+    high: float
+    excludes_bound: bool
+    code: int
+
+    def has_number(self, number: float) -> bool:
+        if self.excludes_bound:
+            return self.low < number < self.high
+        return self.low <= number <= self.high
+
+
+def _parse_range(rule: str, code: int, setting: str) -> _NumberRange | None:
+    if match := _RANGE_RULE.fullmatch(rule.strip()):
+        low, high = float(match[1]), float(match[2])
+        if low > high:
+            raise SettingsError(f"{setting}: {rule!r} is an empty range; write the lower number first")
+        return _NumberRange(low, high, False, code)
+    if match := _BOUND_RULE.fullmatch(rule.strip()):
+        bound, sign = float(match[2]), match[1]
+        low, high = (bound, math.inf) if sign.startswith(">") else (-math.inf, bound)
+        return _NumberRange(low, high, len(sign) == 1, code)
+    if rule.strip().startswith((">", "<")):
+        raise SettingsError(f'{setting}: {rule!r} is not a range of numbers; write one such as ">=4" or 1..3')
+    return None
+
+
+@dataclass(frozen=True)
+class LabelRules:
+    """The user's rules for reactions of one entry. Raises SettingsError for a rule that is none, or contradicts one."""
+
+    labels: Mapping[str, str]
+    setting: str = "prepare.labels"
+    _codes: dict[str, int] = field(init=False, default_factory=dict)
+    _numbers: dict[float, int] = field(init=False, default_factory=dict)
+    _ranges: list[_NumberRange] = field(init=False, default_factory=list)
+
+    def __post_init__(self) -> None:
+        for rule, label in self.labels.items():
+            code = _LABEL_CODES[label]
+            number_range = _parse_range(rule, code, self.setting)
+            number = parse_number(rule.strip())
+            if number_range is not None:
+                self._ranges.append(number_range)
+            elif number is not None:
+                self._numbers[number] = code
+            else:
+                key = normalize_name(rule)
+                if self._codes.get(key, code) != code:
+                    raise SettingsError(f"{self.setting}: {rule!r} has two labels, as another spelling of the name")
+                self._codes[key] = code
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        bounds = {bound for item in self._ranges for bound in (item.low, item.high) if math.isfinite(bound)}
+        for bound in bounds:
+            for number in (bound - 1e-6, bound, bound + 1e-6):
+                if number not in self._numbers and len({r.code for r in self._ranges if r.has_number(number)}) > 1:
+                    raise SettingsError(f"{self.setting}: ranges of different labels overlap at {bound:g}")
+
+    @property
+    def has_number_rules(self) -> bool:
+        """Whether a rule is about numbers; then numbers have no meaning but that of the rules."""
+        return bool(self._numbers or self._ranges)
+
+    def find_code(self, name: str) -> int:
+        """Label code of a reaction, as the log writes it."""
+        key = normalize_name(name)
+        if key in self._codes:
+            return self._codes[key]
+        number = parse_number(name.strip())
+        if number is None:
+            return _DEFAULT_CODES.get(key, UNKNOWN)
+        if not self.has_number_rules:
+            return _DEFAULT_CODES.get(f"{number:g}", LOVED if number == 1 else UNKNOWN)
+        if number in self._numbers:
+            return self._numbers[number]
+        codes = [item.code for item in self._ranges if item.has_number(number)]
+        if codes:
+            return codes[0]
+        # Rules that only say which numbers are loved leave the others not loved; rules for both leave no room for it.
+        rule_codes = {*self._numbers.values(), *(item.code for item in self._ranges)}
+        return NOT_LOVED if NOT_LOVED not in rule_codes and LOVED in rule_codes else UNKNOWN
+
+    def is_no_reaction(self, name: str | None) -> bool:
+        """Whether a value says that there is no reaction: null, and 0 and false unless a rule names them."""
+        if name is None:
+            return True
+        has_rule = normalize_name(name) in self._codes or (self.has_number_rules and parse_number(name) is not None)
+        return name in ("0", "false") and not has_rule
+
+
+@cache
+def build_label_rules(labels: tuple[tuple[str, str], ...], setting: str) -> LabelRules:
+    """Rules of (rule, label) pairs, later ones of the same rule first."""
+    return LabelRules(dict(labels), setting)
+
+
+def choose_reaction(names: Sequence[str], rules: LabelRules, contradictions: str) -> str:
+    """The reaction that counts of several on one response, oldest first; those that are ignored count only alone."""
+    counted = [name for name in names if rules.find_code(name) in (LOVED, NOT_LOVED)] or list(names)
+    wanted = {"loved": LOVED, "not_loved": NOT_LOVED}.get(contradictions)
+    return next((name for name in reversed(counted) if rules.find_code(name) == wanted), counted[-1])
+
+
+def check_reactions(
+    counts: Counter[str], rules: LabelRules, data_key: str, *, is_rating: bool, has_ratings: bool = False
+) -> None:
+    """Raise DataError if reactions of one entry have no label: numbers that need a rule, or too many unknown names.
+
+    `counts` are rows by reaction; `is_rating` says that their field is called a rating, score or stars, so that a log
+    of ones alone may be one of bad ratings; `has_ratings` that they are stars for certain.
+    """
+    advice = f'set {rules.setting}, such as {{">=4": loved, "<4": not_loved, "<name>": ignored}}'
+    numbers = {name: number for name in counts if (number := parse_number(name)) is not None}
+    if numbers and not rules.has_number_rules:
+        values = {*numbers.values()}
+        is_unary_rating = is_rating and values == {1.0}
+        if has_ratings or not values <= _THUMB_NUMBERS or is_unary_rating:
+            raise DataError(
+                f"{data_key}: the reactions are numbers ({_format_counts(counts, numbers)}), and no rule says which of "
+                f"them is love; {advice}"
+            )
+    unknown = [name for name in counts if rules.find_code(name) == UNKNOWN]
+    unknown_rows = sum(counts[name] for name in unknown)
+    if unknown_rows > UNKNOWN_SHARE_LIMIT * counts.total() or any(name in numbers for name in unknown):
+        raise DataError(
+            f"{data_key}: {unknown_rows} of {counts.total()} reactions have a name without a label "
+            f"({_format_counts(counts, unknown)}); {advice}"
+        )
+
+
+def _format_counts(counts: Counter[str], names: Iterable[str], limit: int = 8) -> str:
+    ordered = sorted(names, key=lambda name: (-counts[name], name))
+    text = ", ".join(f"{name!r} {counts[name]}" for name in ordered[:limit])
+    return text + (f" and {len(ordered) - limit} others" if len(ordered) > limit else "")

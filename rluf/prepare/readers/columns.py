@@ -1,0 +1,479 @@
+"""Rows of any schema become rows of rluf: paths into nested rows, `columns` for every kind of data, row filters.
+
+A path such as `choices.0.message` steps through objects, arrays and JSON in texts. Keys may have dots themselves.
+`*` is every item of an array, `name=user-feedback` the last item whose name is that, `a|b` the first of two paths that
+leads to a value, `=text` the text itself, and `#` the hash of the whole row.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any
+
+from rluf.config.data import DataSource
+from rluf.config.objectives import LABELS_KEY_PREFIX
+from rluf.errors import SettingsError
+from rluf.prepare.labels import MISSING_TEXTS, LabelRules, choose_reaction
+from rluf.prepare.readers.chats import (
+    ChatMessage,
+    ChatShape,
+    RowShapeError,
+    count_user_turns,
+    decode_json_text,
+    parse_transcript,
+    read_chat,
+    read_text,
+    split_at_response,
+    to_records,
+)
+from rluf.prepare.readers.datasets import ReaderRow, SkippedRow
+from rluf.prepare.schema import LogRecord, find_data_kind
+from rluf.prepare.splits import assign_split
+from rluf.utils.hashing import hash_parts
+
+NOTES_KEY = "_notes"
+"""Key of a reader's row under which it counts what it left out or assumed; it is no field of a record."""
+
+RATINGS_NOTE = "ratings of unknown scale"
+"""Note on reactions that may be the lowest of five stars or a thumb up."""
+
+_CHAT_COLUMNS = {"message": "id or position of the rated message", "role": "key of a message's role",
+                 "content": "key of a message's text"}  # fmt: skip
+"""Columns that are no field: they say how to read `messages`."""
+
+_PROMPT_COLUMNS = ("prompt", "completion")
+"""Columns of data sets for training: a prompt in place of messages, and a completion in place of a response."""
+
+_LABEL_WORDS = dict.fromkeys(("safe", "harmless", "good", "true", "yes"), 1) | dict.fromkeys(
+    ("unsafe", "harmful", "toxic", "bad", "false", "no"), 0
+)
+_FINISH_REASONS = {"stop": "stop", "end_turn": "stop", "eos": "stop", "length": "length", "max_tokens": "length"}
+
+_ID_FIELDS = {"id", "conversation_id", "user_id", "group", "response_id"}
+
+UNKNOWN_TIME = "2000-01-01T00:00:00+00:00"
+"""Time of rows of data sets that have none."""
+
+
+def get_row_kind(kind_name: str) -> str:
+    """Kind whose rows these are: labels.<objective> has the rows of the safety data."""
+    return "safety" if kind_name.startswith(LABELS_KEY_PREFIX) else kind_name
+
+
+def get_by_path(row: Any, path: str) -> Any:
+    """Value at a path; None if it leads nowhere."""
+    if path.startswith("="):
+        return path[1:]
+    for alternative in path.split("|"):
+        value = alternative[1:] if alternative.startswith("=") else _get_by_steps(row, alternative.split("."))
+        if value is not None:
+            return value
+    return None
+
+
+def _get_by_steps(value: Any, steps: Sequence[str]) -> Any:
+    if not steps:
+        return value
+    if isinstance(value, str):
+        value = decode_json_text(value)
+    # Arrow maps and other exports write an object as a list of pairs.
+    if (
+        isinstance(value, list)
+        and value
+        and all(isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) for item in value)
+    ):
+        value = dict(value)
+    if isinstance(value, Mapping):
+        for end in range(1, len(steps) + 1):
+            key = ".".join(steps[:end])
+            if key in value and (result := _get_by_steps(value[key], steps[end:])) is not None:
+                return result
+        return None
+    if not isinstance(value, list):
+        return None
+    step, rest = steps[0], steps[1:]
+    if step == "*":
+        return [result for item in value if (result := _get_by_steps(item, rest)) is not None] or None
+    if "=" in step:
+        key, _, wanted = step.partition("=")
+        matches = [item for item in value if isinstance(item, Mapping) and str(item.get(key)) == wanted]
+        return _get_by_steps(matches[-1], rest) if matches else None
+    if re.fullmatch(r"-?\d+", step) and -len(value) <= int(step) < len(value):
+        return _get_by_steps(value[int(step)], rest)
+    return None
+
+
+_EPOCH_UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
+"""Lowest magnitude of epoch times in nano-, micro- and milliseconds, and units per second; below are seconds."""
+
+
+def normalize_time(value: object, notes: Counter[str] | None = None) -> object:
+    """A time as ISO 8601 with zone: from an epoch (s, ms, us, ns), ISO 8601 or RFC 2822; other values as they are.
+
+    A text without zone is UTC, which `notes` counts.
+    """
+    if isinstance(value, Mapping):
+        value = next((value[key] for key in ("$date", "$numberLong", "value") if key in value), value)
+        return value if isinstance(value, Mapping) else normalize_time(value, notes)
+    if isinstance(value, str) and re.fullmatch(r"\d{9,19}(\.\d+)?", value.strip()):
+        value = float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        unit = next((unit for limit, unit in _EPOCH_UNITS if value > limit), 1.0)
+        return datetime.fromtimestamp(value / unit, UTC).isoformat()
+    if not isinstance(value, str):
+        return value
+    text = re.sub(r"\s+(?=[+-]\d\d:?\d\d$)", "", value.strip().removesuffix(" UTC").removesuffix(" Z"))
+    try:
+        parsed = datetime.fromisoformat(text)
+    except ValueError:
+        try:
+            parsed = parsedate_to_datetime(text)
+        except (ValueError, TypeError):
+            return value
+    if parsed.tzinfo is None:
+        if notes is not None and "UTC" not in value:
+            notes["times without zone, read as UTC"] += 1
+        parsed = parsed.replace(tzinfo=UTC)
+    return parsed.isoformat()
+
+
+def name_reactions(value: object) -> list[str]:
+    """Names of a reaction, or of a list of them: numbers and truth values as text, nothing for missing ones."""
+    if isinstance(value, str):
+        text = value.strip()
+        if text[:1] in ("[", "{") and not isinstance(decoded := decode_json_text(text), str):
+            return name_reactions(decoded)
+        return [] if text.lower() in MISSING_TEXTS else [_format_number(text)]
+    if isinstance(value, bool):
+        return [str(value).lower()]
+    if isinstance(value, int | float):
+        return [] if math.isnan(value) else [f"{value:.15g}"]
+    if isinstance(value, list):
+        return [name for item in value for name in name_reactions(item)]
+    if isinstance(value, Mapping):
+        key = next((key for key in ("name", "rating", "value", "score", "emoji") if value.get(key) is not None), None)
+        if key is None:
+            raise RowShapeError("a reaction has none of name, rating, value, score, emoji")
+        return name_reactions(value[key])
+    if value is None:
+        return []
+    raise RowShapeError(f"expected a reaction, got {type(value).__name__}")
+
+
+def _format_number(text: str) -> str:
+    """4.0 and 4 are the same rating; other texts as they are."""
+    return f"{float(text):.15g}" if re.fullmatch(r"-?\d+\.\d+", text) else text
+
+
+def hash_row(row: Mapping[str, Any]) -> str:
+    """Id of a row that has none: a hash of all of its values."""
+    return "row-" + hash_parts("row", json.dumps(row, sort_keys=True, default=str))
+
+
+def normalize_value(name: str, value: Any, record_type: type[LogRecord], notes: Counter[str]) -> Any:
+    """A value in the type of a record's field, where the conversion is plain (12.0 is the id "12")."""
+    annotation = str(record_type.model_fields[name].annotation)
+    if name == "time":
+        return normalize_time(value, notes)
+    if name == "finish_reason" or name.endswith("_finish_reason"):
+        return _FINISH_REASONS.get(str(value).lower())
+    if "bool" in annotation:
+        return {"true": True, "1": True, "false": False, "0": False}.get(str(value).lower(), value)
+    if name == "label":
+        number = _LABEL_WORDS.get(str(value).strip().lower(), value)
+        return int(number) if str(number) in ("0", "1", "0.0", "1.0") else number
+    if record_type.model_fields[name].annotation is int:
+        is_whole = isinstance(value, str | float) and re.fullmatch(r"\d+(\.0)?", str(value))
+        return int(float(value)) if is_whole else value
+    if name in ("messages", "response", "chosen", "rejected"):
+        return value
+    if isinstance(value, Mapping) and isinstance(value.get("$oid"), str):
+        return value["$oid"]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(int(value)) if float(value).is_integer() else str(value)
+    return value
+
+
+@dataclass(frozen=True)
+class RowConverter:
+    """Converts rows of one entry to rows of one kind, and counts how often each of its paths led to a value."""
+
+    kind_name: str
+    columns: Mapping[str, str]
+    shape: ChatShape
+    rules: LabelRules
+    contradictions: str
+    test_share: float
+    path_counts: Counter[str]
+
+    @property
+    def record_type(self) -> type[LogRecord]:
+        """Record of the kind."""
+        return find_data_kind(self.kind_name).record_type
+
+    def read_row(self, row: Mapping[str, Any]) -> ReaderRow | SkippedRow:
+        """The row in rluf's schema; what it lacks stays absent. Raises RowShapeError."""
+        notes: Counter[str] = Counter()
+        field_names = (*self.record_type.model_fields, *_PROMPT_COLUMNS, *_CHAT_COLUMNS)
+        fields = {name: row[name] for name in field_names if row.get(name) is not None and name not in _CHAT_COLUMNS}
+        for name, path in self.columns.items():
+            value = hash_row(row) if path == "#" else get_by_path(row, path)
+            self.path_counts[name] += value is not None
+            fields.pop(name, None)
+            if value is not None:
+                fields[name] = value
+        is_missing_message = "message" in self.columns and "message" not in fields
+        if is_missing_message:
+            raise RowShapeError("missing field: message")
+        result = getattr(self, f"_read_{get_row_kind(self.kind_name)}")(fields, row, notes)
+        if isinstance(result, SkippedRow):
+            return result
+        typed = {
+            name: normalize_value(name, value, self.record_type, notes)
+            for name, value in result.items()
+            if name in self.record_type.model_fields
+        }
+        return {name: value for name, value in typed.items() if value is not None} | {NOTES_KEY: dict(+notes)}
+
+    def repair(self, row_json: bytes) -> tuple[bytes | None, Counter[str]]:
+        """A rejected row of rluf's own names with its nulls, numeric ids and training shapes converted; None if none.
+
+        Everything else in such a row must have the right type: only writers that know rluf's names write them.
+        """
+        notes: Counter[str] = Counter()
+        try:
+            row = json.loads(row_json)
+            if not isinstance(row, dict):
+                return None, notes
+            is_pair_of_chats = any(isinstance(row.get(name), list) for name in ("chosen", "rejected"))
+            if ("messages" not in row and ("prompt" in row or "chosen" in row)) or is_pair_of_chats:
+                converted = self.read_row(row)
+                if isinstance(converted, SkippedRow):
+                    return None, notes
+                return json.dumps(converted).encode(), Counter(converted.pop(NOTES_KEY))
+        except (RowShapeError, ValueError, RecursionError, KeyError, TypeError):
+            return None, notes
+        model_fields = self.record_type.model_fields
+        repaired = {
+            name: value for name, value in row.items()
+            if value is not None or name not in model_fields or model_fields[name].is_required()
+        }  # fmt: skip
+        for name in _ID_FIELDS & repaired.keys():
+            if isinstance(value := repaired[name], int | float) and not isinstance(value, bool):
+                repaired[name] = normalize_value(name, value, self.record_type, notes)
+        messages = repaired.get("messages")
+        if "turn" in model_fields and "turn" not in repaired and isinstance(messages, list):
+            roles = [message.get("role") for message in messages if isinstance(message, dict)]
+            self._derive(repaired, {"turn": lambda: max(0, roles.count("user") - 1)}, notes)
+        return (json.dumps(repaired).encode() if repaired != row else None), notes
+
+    def choose_reaction(self, value: object) -> str | None:
+        """Name of the reaction that counts of a number, a truth value, a name or a list of them."""
+        names = name_reactions(value)
+        return choose_reaction(names, self.rules, self.contradictions) if names else None
+
+    def _read_feedback(self, fields: ReaderRow, row: Mapping[str, Any], notes: Counter[str]) -> ReaderRow | SkippedRow:
+        if "prompt" in fields and "messages" not in fields:
+            # A row of TRL's KTO data: a prompt, a completion and a label; without user, each row is a user of its own.
+            row_id = hash_row(row)
+            label = str(row.get("label")).lower()
+            defaults: ReaderRow = {"id": row_id, "user_id": row_id, "time": UNKNOWN_TIME, "conversation_id": row_id}
+            if "label" in row and "reaction" not in fields:
+                defaults["reaction"] = {"true": "thumbs_up", "false": "thumbs_down"}.get(label, row["label"])
+            fields = defaults | fields
+        chat = self._read_context(fields, notes)
+        if "message" in fields or ("response" not in fields and "completion" not in fields):
+            message = fields.get("message")
+            context, response, is_continued = split_at_response(chat, None if message is None else str(message))
+            fields["response"] = response
+            if is_continued and fields.get("continued") is None:
+                fields["continued"] = True
+        else:
+            context = chat
+            fields["response"] = read_text(fields.get("response", fields.get("completion")), notes, self.shape)
+        fields["messages"] = to_records(context)
+        names = name_reactions(fields.pop("reaction", None))
+        if len(names) > 1:
+            notes["several reactions in one row"] += 1
+        fields["reaction"] = choose_reaction(names, self.rules, self.contradictions) if names else None
+        opening = str(fields["messages"][0]["content"]) if fields["messages"] else ""
+        derived = {
+            "id": lambda: hash_row(row),
+            "conversation_id": lambda: "thread-" + hash_parts("thread", str(fields.get("user_id")), opening),
+            "turn": lambda: max(0, count_user_turns(context) - 1),
+            "model_version": lambda: "unknown",
+        }
+        self._derive(fields, derived, notes)
+        return {"reaction": None} | fields
+
+    def _read_reactions(self, fields: ReaderRow, row: Mapping[str, Any], notes: Counter[str]) -> ReaderRow | SkippedRow:
+        names = name_reactions(fields.pop("reaction", None))
+        if not names:
+            return SkippedRow("no reaction")
+        fields["reaction"] = choose_reaction(names, self.rules, self.contradictions)
+        self._derive(fields, {"id": lambda: hash_row(row)}, notes)
+        return fields
+
+    def _read_preferences(
+        self, fields: ReaderRow, row: Mapping[str, Any], notes: Counter[str]
+    ) -> ReaderRow | SkippedRow:
+        chats = {name: self._read_reply(fields.get(name), notes) for name in ("chosen", "rejected")}
+        (chosen_context, chosen), (rejected_context, rejected) = chats["chosen"], chats["rejected"]
+        if chosen_context or rejected_context:
+            if chosen_context != rejected_context:
+                return SkippedRow("the two conversations differ before their end")
+            context = chosen_context
+        else:
+            context = self._read_context(fields, notes)
+        fields |= {"messages": to_records(context), "chosen": chosen, "rejected": rejected}
+        self._derive_text_fields(fields, (chosen, rejected), notes)
+        return fields
+
+    def _read_safety(self, fields: ReaderRow, row: Mapping[str, Any], notes: Counter[str]) -> ReaderRow | SkippedRow:
+        context = self._read_context(fields, notes)
+        response = fields.get("response", fields.get("completion"))
+        if response is None:
+            context, fields["response"], _ = split_at_response(context)
+        else:
+            fields["response"] = read_text(response, notes, self.shape)
+        fields["messages"] = to_records(context)
+        self._derive_text_fields(fields, (fields["response"], str(fields.get("label"))), notes)
+        return fields
+
+    def _read_prompts(self, fields: ReaderRow, row: Mapping[str, Any], notes: Counter[str]) -> ReaderRow | SkippedRow:
+        context, response, _ = split_at_response(self._read_context(fields, notes))
+        if response is not None:
+            notes["last responses of prompts"] += 1
+        fields["messages"] = to_records(context)
+        text_hash = self._hash_context(fields)
+        split = lambda: assign_split(text_hash, dev_share=0.0, test_share=self.test_share)  # noqa: E731
+        self._derive(fields, {"id": lambda: f"prompt-{text_hash}", "split": split}, notes)
+        return fields
+
+    def _read_context(self, fields: ReaderRow, notes: Counter[str]) -> list[ChatMessage]:
+        value = fields.get("messages", fields.get("prompt"))
+        if value is None:
+            raise RowShapeError("missing field: messages")
+        return read_chat(value, notes, self.shape)
+
+    def _read_reply(self, value: object, notes: Counter[str]) -> tuple[list[ChatMessage], str | None]:
+        """Context and response of one side of a pair: a text, a message, or a whole chat."""
+        decoded = decode_json_text(value) if isinstance(value, str) else value
+        if isinstance(value, str) and re.match(r"\s*(Human|Assistant):", value):
+            chat = parse_transcript(value)
+        elif isinstance(decoded, list) and len(decoded) > 1:
+            chat = read_chat(decoded, notes, self.shape)
+        else:
+            return [], read_text(value, notes, self.shape)
+        return chat[:-1], chat[-1].content if chat[-1].role == "assistant" else None
+
+    def _hash_context(self, fields: ReaderRow) -> str:
+        return hash_parts("prompt", *(message["content"] for message in fields["messages"]))
+
+    def _derive_text_fields(self, fields: ReaderRow, texts: Sequence[str | None], notes: Counter[str]) -> None:
+        text_hash = self._hash_context(fields)
+        row_id = lambda: "row-" + hash_parts(text_hash, *map(str, texts))  # noqa: E731
+        self._derive(fields, {"id": row_id, "group": lambda: text_hash}, notes)
+
+    def _derive(self, fields: ReaderRow, derived: Mapping[str, Callable[[], Any]], notes: Counter[str]) -> None:
+        for name, derive in derived.items():
+            # A path that led nowhere in this row is a missing value, not a reason to derive one.
+            if fields.get(name) is None and name not in self.columns:
+                fields[name] = derive()
+                notes[f"derived field: {name}"] += 1
+
+
+def check_columns(kind_name: str, columns: Mapping[str, str], setting: str) -> None:
+    """Raise SettingsError for a column that is no field of the kind."""
+    known = [*find_data_kind(kind_name).record_type.model_fields, *_CHAT_COLUMNS, *_PROMPT_COLUMNS]
+    for name, path in columns.items():
+        if name not in known:
+            close_names = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close_names[0]}?" if close_names else f"fields: {', '.join(known)}"
+            raise SettingsError(f"{setting}.{name}: a row of data.{kind_name} has no field {name}; {hint}")
+        if not path:
+            raise SettingsError(f"{setting}.{name}: empty path; write a path such as {name}: fields.{name}")
+
+
+def build_converter(
+    kind_name: str,
+    entry: DataSource,
+    reader_columns: Mapping[str, str],
+    rules: LabelRules,
+    contradictions: str,
+    test_share: float,
+) -> RowConverter:
+    """Converter of an entry's rows, by its columns and, where it has none, those of its reader."""
+    paths = {**reader_columns, **entry.columns}
+    columns = {name: path for name, path in paths.items() if name not in ("role", "content")}
+    shape = ChatShape(entry.columns.get("role"), entry.columns.get("content"), entry.roles)
+    return RowConverter(kind_name, columns, shape, rules, contradictions, test_share, Counter())
+
+
+_CONDITION = re.compile(r"(!=|>=|<=|>|<)\s*(.*)", re.DOTALL)
+
+
+def find_failed_condition(where: Mapping[str, Any], raw_row: Mapping[str, Any], row: Mapping[str, Any]) -> str | None:
+    """Path of the first condition that a row does not meet; None if it meets all.
+
+    A field of rluf has its converted value; any other path leads into the raw row.
+    """
+    for path, condition in where.items():
+        value = row[path] if path in row else get_by_path(raw_row, path)
+        conditions = list(condition) if isinstance(condition, list | tuple) else [condition]
+        excluded = [item for item in conditions if isinstance(item, str) and item.startswith("!=")]
+        wanted = [item for item in conditions if item not in excluded]
+        if not all(_is_met(item, value) for item in excluded):
+            return path
+        if wanted and not any(_is_met(item, value) for item in wanted):
+            return path
+    return None
+
+
+def _is_met(condition: Any, value: Any) -> bool:
+    if condition is None:
+        return value is None
+    if value is None:
+        return isinstance(condition, str) and condition.startswith("!=") and condition[2:].strip() != "null"
+    match = _CONDITION.fullmatch(condition) if isinstance(condition, str) else None
+    if match is None:
+        return _is_match(_to_text(condition), value)
+    sign, text = match.groups()
+    if sign == "!=":
+        return not _is_match(text, value)
+    left, right = _to_comparable(value), _to_comparable(text)
+    if type(left) is not type(right):
+        return False
+    return bool({">=": left >= right, "<=": left <= right, ">": left > right, "<": left < right}[sign])
+
+
+def _is_match(pattern: str, value: Any) -> bool:
+    """Whether a value is the pattern, in which * stands for any text; of an array, whether an item is."""
+    if isinstance(value, list):
+        return any(_is_match(pattern, item) for item in value)
+    if pattern == "null":
+        return value is None
+    return re.fullmatch(".*".join(map(re.escape, pattern.split("*"))), _to_text(value), re.DOTALL) is not None
+
+
+def _to_text(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _to_comparable(value: Any) -> Any:
+    """A number, a time, or a text, for comparison with another of the same type."""
+    if isinstance(value, int | float) or (isinstance(value, str) and re.fullmatch(r"-?\d+(\.\d+)?", value)):
+        return float(value)
+    time = normalize_time(value)
+    try:
+        return datetime.fromisoformat(str(time))
+    except ValueError:
+        return str(value)

@@ -1,0 +1,155 @@
+"""Reward functions: rows with all fields, synchronous and async, and one clear error for anything but numbers."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rluf.errors import SettingsError
+from rluf.objectives.aggregator import compute_signal
+from rluf.objectives.judges import build_rule_scorer
+from rluf.objectives.reward_function import RewardRow, build_row
+from rluf.types import Message, ScoringItem
+
+ITEMS = [
+    ScoringItem([Message(role="user", content="2 + 2?")], "4", False, "p1", "math", {"answer": "4", "topic": "other"}),
+    ScoringItem([Message(role="user", content="3 + 3?")], "seven", True, "p2", "math", {"answer": "6"}),
+    ScoringItem([Message(role="user", content="Hi")], ""),
+]
+
+
+def match_answer(rows: Sequence[RewardRow]) -> list[float]:
+    return [float(row.get("answer") == row["response"]) for row in rows]
+
+
+async def match_answer_async(rows: Sequence[RewardRow]) -> list[float]:
+    async def grade(row: RewardRow) -> float:
+        await asyncio.sleep(0.01)
+        return float(row.get("answer") == row["response"])
+
+    return list(await asyncio.gather(*map(grade, rows)))
+
+
+class AsyncCallable:
+    """An object with an async __call__, which keeps a lock of its first event loop."""
+
+    def __init__(self) -> None:
+        self.lock: asyncio.Lock | None = None
+
+    async def __call__(self, rows: Sequence[RewardRow]) -> np.ndarray:
+        self.lock = self.lock or asyncio.Lock()
+        async with self.lock:
+            await asyncio.sleep(0.001)
+            return np.asarray(match_answer(rows))
+
+
+match_answer_object = AsyncCallable()
+
+
+def as_tensor(rows: Sequence[RewardRow]) -> torch.Tensor:
+    return torch.tensor(match_answer(rows))
+
+
+def as_bools(rows: Sequence[RewardRow]) -> list[bool]:
+    return [bool(value) for value in match_answer(rows)]
+
+
+def as_generator(rows: Sequence[RewardRow]) -> Any:
+    return (value for value in match_answer(rows))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["match_answer", "match_answer_async", "match_answer_object", "as_tensor", "as_bools", "as_generator"],
+)
+def test_every_kind_of_function_scores_a_batch(name: str) -> None:
+    score_items = build_rule_scorer("exact", reward=f"{__name__}:{name}")
+    for _ in range(2):  # async functions keep one event loop over all batches
+        scores = score_items(ITEMS)
+        assert [(score.objective, score.value) for score in scores] == [("exact", 1.0), ("exact", 0.0), ("exact", 0.0)]
+        assert [compute_signal(score, uncertainty_penalty=1.0) for score in scores] == [1.0, 0.0, 0.0]
+
+
+async def test_an_async_function_is_scored_under_a_running_event_loop() -> None:
+    score_items = build_rule_scorer("exact", reward=f"{__name__}:match_answer_async")
+    assert [score.value for score in score_items(ITEMS)] == [1.0, 0.0, 0.0]
+
+
+def test_threads_share_an_async_function() -> None:
+    score_items = build_rule_scorer("exact", reward=f"{__name__}:match_answer_object")
+    values: list[list[float]] = []
+    threads = [threading.Thread(target=lambda: values.append([s.value for s in score_items(ITEMS)])) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert values == [[1.0, 0.0, 0.0]] * 4
+
+
+def test_a_row_has_the_fields_of_its_prompt_which_replace_no_built_in_one() -> None:
+    assert build_row(ITEMS[0]) == {
+        "messages": [{"role": "user", "content": "2 + 2?"}],
+        "response": "4",
+        "finish_reason": "stop",
+        "prompt_id": "p1",
+        "topic": "math",
+        "answer": "4",
+    }
+    assert build_row(ITEMS[1])["finish_reason"] == "length"
+    assert build_row(ITEMS[2])["prompt_id"] == ""
+
+
+def return_too_few(rows: Sequence[RewardRow]) -> list[float]:
+    return [1.0]
+
+
+def return_infinity(rows: Sequence[RewardRow]) -> list[float]:
+    return [math.inf for _ in rows]
+
+
+def return_none(rows: Sequence[RewardRow]) -> list[None]:
+    return [None for _ in rows]
+
+
+def return_nothing(rows: Sequence[RewardRow]) -> None:
+    """A forgotten return."""
+
+
+def return_text(rows: Sequence[RewardRow]) -> list[str]:
+    return ["good" for _ in rows]
+
+
+@pytest.mark.parametrize("name", ["return_too_few", "return_infinity", "return_none", "return_nothing", "return_text"])
+def test_anything_but_one_number_for_each_row_is_one_error_that_names_the_function(name: str) -> None:
+    with pytest.raises(SettingsError, match=rf"{name}' of objective size: expected one finite number for each of 3"):
+        build_rule_scorer("size", reward=f"{__name__}:{name}")(ITEMS)
+
+
+def take_two(messages: Sequence[Message], response: str) -> float:
+    return float(len(messages) + len(response))
+
+
+def take_none() -> list[float]:
+    return []
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        (f"{__name__}:take_two", "expected a function of a list of rows"),
+        (f"{__name__}:take_none", "expected a function of a list of rows"),
+        (f"{__name__}:ITEMS", "expected a function of a list of rows"),
+        ("missing:score", "'missing:score' cannot be imported"),
+        ("no_colon", "there is no reward function 'no_colon'"),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_refused_before_training(reference: str, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        build_rule_scorer("size", reward=reference)
