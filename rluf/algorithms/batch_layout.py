@@ -25,8 +25,8 @@ from rluf.algorithms.packing import PackedBatch, pack_micro_batch
 from rluf.algorithms.policy_model import (
     PACKED_ATTENTION,
     compute_response_logprobs,
+    has_packed_attention,
     register_packed_attention,
-    uses_packed_attention,
 )
 from rluf.errors import ModelError
 from rluf.types import Group, Prompt, Sample
@@ -87,7 +87,7 @@ def choose_batch_layout(settings: Settings, model_folder: Path) -> LayoutTrial:
     if file.is_file():
         trial = LayoutTrial(**json.loads(file.read_text(encoding="utf-8")))
     else:
-        trial = try_layouts(config, max_row_tokens, trust_remote_code=settings.model.trust_remote_code)
+        trial = compare_layouts(config, max_row_tokens, trust_remote_code=settings.model.trust_remote_code)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(file, asdict(trial))
     if trial.layout == "rows" and settings.algorithm.name == "ppo":
@@ -111,7 +111,7 @@ def read_model_config(model_folder: Path, trust_remote_code: bool) -> Pretrained
     return config
 
 
-def try_layouts(config: PretrainedConfig, max_row_tokens: int, *, trust_remote_code: bool = False) -> LayoutTrial:
+def compare_layouts(config: PretrainedConfig, max_row_tokens: int, *, trust_remote_code: bool = False) -> LayoutTrial:
     """Run the trial for a config; see choose_batch_layout. Takes 1 to 10 seconds."""
     failure = f"a small {config.model_type} model has more than {MAX_TRIAL_PARAMETERS:,} parameters"
     # Narrow models first; some architectures accept only the widths that they have.
@@ -211,7 +211,7 @@ def _compare_layouts(model: Any) -> LayoutTrial:
     try:
         register_packed_attention()
         model.set_attn_implementation(PACKED_ATTENTION)
-        if not uses_packed_attention(model):
+        if not has_packed_attention(model):
             raise ModelError(f"{type(model).__name__} has its own attention")
         error, cosine = _compare(single, _measure(model, [batch]))
         reason = f"packing changes its log-probabilities by {error:.2g} nats per token"

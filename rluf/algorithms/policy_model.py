@@ -154,7 +154,7 @@ def load_policy(
     return add_lora_adapters(model, lora_rank) if lora_rank else model
 
 
-def uses_packed_attention(model: Any) -> bool:
+def has_packed_attention(model: Any) -> bool:
     """Whether `model`, or the model inside a DeepSpeed engine, reads packed batches."""
     config = getattr(model, "module", model).config
     return bool(config.get_text_config()._attn_implementation == PACKED_ATTENTION)
@@ -218,7 +218,7 @@ def compute_response_logprobs(model: Any, batch: PackedBatch, temperature: float
     A model without packed attention (load_policy) reads the samples as rows [N, L], padded at the end: in a causal
     model padding changes nothing before it, so no mask is needed.
     """
-    if not uses_packed_attention(model):
+    if not has_packed_attention(model):
         rows = batch.input_ids[0][batch.sequence_token_index]
         columns = batch.position_ids[0][batch.logit_index]
         logit_columns = torch.unique(columns)

@@ -45,7 +45,7 @@ SYSTEM_PROMPT_TEMPLATE = (
 def resolve_policy(settings: Settings) -> Path:
     """Local folder of the policy `model.path`, with `model.system_prompt` and `model.chat_template_args` applied.
 
-    Both become part of the chat template, so that engines, the trained policy and whoever serves it later render
+    Both become part of the chat template, so that engines, the trained policy and every later server of it render
     conversations as in training. If the template changes, or the folder has safetensors files next to
     model.safetensors that are not its weights (vLLM would read them too), the folder is one of links under run.cache.
     """

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, FalconH1Config, Gemma2Config, LlamaConfig, MistralConfig, StableLmConfig
 
-from rluf.algorithms.batch_layout import choose_batch_layout, try_layouts
+from rluf.algorithms.batch_layout import choose_batch_layout, compare_layouts
 from rluf.algorithms.packing import pack_micro_batch
 from rluf.algorithms.policy_model import compute_response_logprobs, load_policy
 from rluf.config.settings import Settings
@@ -65,7 +65,7 @@ def measure_batch_error(folder: Path, is_packed: bool) -> float:
     ids=["llama", "long window", "short window", "falcon_h1", "gemma2", "stablelm"],
 )
 def test_a_batch_is_exact_in_the_chosen_layout(config: Any, layout: str, reason: str, tmp_path: Path) -> None:
-    trial = try_layouts(config, max_row_tokens=48)
+    trial = compare_layouts(config, max_row_tokens=48)
     assert trial.layout == layout
     assert reason in trial.reason
     assert trial.logprob_error < 1e-5
