@@ -89,8 +89,10 @@ class RewardActor:
         from rluf.serve.client import RewardClient
 
         client = RewardClient(url)
-        # One request now, so that a wrong URL or an unknown objective is reported before training starts.
+        # One request now, so that a wrong URL or an unknown objective is reported before training starts. Its model
+        # version is required of all later scores: rewards of two versions in one run would be on two scales.
         question = [Message(role="user", content="How are you?")]
+        client.model_version = client.score(question, "Well, thank you.").model_version
         client.score_objective([ScoringItem(question, "Well, thank you.")], objective_name)
         return lambda items: {objective_name: client.score_objective(items, objective_name)}
 

@@ -13,10 +13,9 @@ from rluf.errors import ModelError
 from rluf.models.hub import find_model_folder, list_embedded_models, resolve_model
 from rluf.objectives.judges import build_rule_scorer, load_judge
 from rluf.reward.external import check_external_model
-from rluf.tracking.plugin_tracker import TRACKER_SIGNATURE
+from rluf.tracking.plugin_tracker import load_tracker
 from rluf.utils.cache import Artifact, build_or_reuse, build_or_reuse_all, hash_files, hash_source_code
 from rluf.utils.paths import check_writable, resolve_cache_folder, resolve_runs_root
-from rluf.utils.plugins import load_plugin
 
 
 def check_inputs(settings: Settings, *, may_download: bool = True) -> None:
@@ -49,7 +48,7 @@ def check_inputs(settings: Settings, *, may_download: bool = True) -> None:
     for judge in settings.aggregation.gate_judges:
         load_judge(judge)
     for tracker in settings.tracking.trackers:
-        load_plugin(tracker, kind="tracker", signature=TRACKER_SIGNATURE)
+        load_tracker(tracker)
 
 
 def _resolve_reward_model(settings: Settings, key: str, model_path: str, *, may_download: bool = True) -> Path | None:

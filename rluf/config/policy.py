@@ -131,6 +131,8 @@ class AlgorithmSettings(SettingsSection):
     """Samples in which kl_target may change kl_coef by about a fifth; none: the samples of 10 steps."""
     kl_budget: Annotated[float | None, ADVANCED] = Field(default=None, gt=0)
     """KL in nats per token above which training ends; the policy of that step is evaluated. none never ends early."""
+    reference_refresh_steps: Annotated[int, ADVANCED] = Field(default=0, ge=0)
+    """Steps after which the present policy becomes the reference policy, again and again; 0 keeps the base policy."""
     entropy_coef: Annotated[float, ADVANCED] = Field(default=0.0, ge=0)
     """Coefficient of an entropy bonus in the loss, per nat of the sampled tokens."""
     mini_batches: Annotated[int, ADVANCED] = Field(default=1, ge=1)
@@ -223,6 +225,9 @@ class LearnerSettings(SettingsSection):
     """Decay of the learning rate after warm-up, to 0 after the last step."""
     adam_betas: Annotated[tuple[Share, Share], ADVANCED] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's mean and of its square."""
+    ema_decay: Annotated[Share, ADVANCED] = 0.0
+    """Share that the moving average of the policy retains per step; the average is evaluated and saved at the end. 0
+    evaluates and saves the last policy."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     critic_learning_rate: float | None = Field(default=None, ge=0)

@@ -28,7 +28,7 @@ class ServeSettings(SettingsSection):
     candidate: str | None = None
     """Folder with <objective>/ models of a candidate version (output of rluf.reward); canary_share sets its traffic."""
     canary_share: float = Field(default=0.0, ge=0, le=1)
-    """Share of conversations scored by the candidate; a conversation always goes to the same version."""
+    """Share of users (of conversations without a user) scored by the candidate; each always gets the same version."""
     replicas: ActorCount | tuple[ActorCount, ActorCount] = 1
     """Scorer replicas per version; [min, max] scales them with the load. Each reserves cluster.gpus_per_reward."""
     policies: Annotated[dict[PolicyName, str], refuse_list("{base: smollm2-135m-instruct}")] = Field(

@@ -69,7 +69,7 @@ def run_evaluation(settings: Settings) -> Path:
         reward_artifacts = timer.time_call("reward", train_reward_artifacts, settings, data_artifact)
         write_cards(run_folder, data_artifact, reward_artifacts)
 
-        tracker = stack.enter_context(WandbTracker(settings, run_folder))
+        tracker = stack.enter_context(WandbTracker(settings, run_folder, job_type="evaluate"))
         reward_folders = list_reward_model_folders(reward_artifacts)
         result = run_coroutine(
             evaluate_policies(settings, base_path, candidate_path, data_artifact.folder, reward_folders)

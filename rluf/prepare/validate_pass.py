@@ -152,7 +152,11 @@ class _ValidationWriter:
         """Label code of each reaction [N], null where there is none; also counts reactions by name."""
         encoded = column.combine_chunks().dictionary_encode()
         names = encoded.dictionary.to_pylist()
-        codes = [None if self.rules.is_no_reaction(name) else self.rules.find_code(name) for name in names]
+        # An event is a reaction by itself: a score of 0 is a thumb down there, and no reaction in a row of feedback.
+        is_event = self.kind.name == "reactions"
+        codes = [
+            None if not is_event and self.rules.is_no_reaction(name) else self.rules.find_code(name) for name in names
+        ]
         for entry in pc.value_counts(encoded.indices.drop_null()).to_pylist():
             self.reaction_counts[names[entry["values"]]] += entry["counts"]
         return pa.array(codes, pa.int8()).take(encoded.indices)
@@ -203,6 +207,12 @@ class _ValidationWriter:
         content_fields = _CONTENT_FIELDS[get_row_kind(kind.name)]
         contents = ["\x1f".join(str(getattr(row, name)) for name in content_fields) for row in rows]
         columns["response_key"] = pa.array([hash64(text, "rluf-answer") for text in contents], pa.uint64())
+        if get_row_kind(kind.name) in ("preferences", "safety"):
+            # The content that contradicts a row: the reverse pair, or the same response with the other label.
+            is_pair = get_row_kind(kind.name) == "preferences"
+            contraries = [(r.rejected, r.chosen) if is_pair else (r.response, str(1 - r.label)) for r in rows]
+            contrary_keys = [hash64("\x1f".join(texts), "rluf-answer") for texts in contraries]
+            columns["contrary_key"] = pa.array(contrary_keys, pa.uint64())
         if "reaction" in table.column_names:
             columns["reaction_label"] = self._label_reactions(table["reaction"])
         if "messages" in kind.record_type.model_fields:

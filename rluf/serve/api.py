@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
@@ -113,7 +113,37 @@ FinishReason = Literal["stop", "length"]
 """Why a response ended: by itself, or at the token limit. Reward models read the difference."""
 
 
-class ScoreRequest(RequestModel):
+class ScoreRoute(NamedTuple):
+    """Which model version scores an item: `assignment_key` decides between live and candidate, `version` overrides it.
+
+    The key is the user, else the conversation; without either the live version scores. `version` is "live",
+    "candidate", or the version that /v1/models lists.
+    """
+
+    assignment_key: str | None = None
+    version: str | None = None
+
+
+class RoutedRequest(RequestModel):
+    """Fields of a score request that select the model version; see ScoreRoute."""
+
+    user: IdentifierText | None = None
+    conversation_id: IdentifierText | None = None
+    model_version: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+
+    def to_route(self) -> ScoreRoute:
+        """Convert to the gateway's type."""
+        return build_score_route(self.user, self.conversation_id, self.model_version)
+
+
+def build_score_route(user: str | None, conversation_id: str | None, version: str | None) -> ScoreRoute:
+    """Build the route of an item: sticky by user, else by conversation."""
+    # Different first letters, since a user and a conversation may have one id.
+    key = f"u{user}" if user else f"c{conversation_id}" if conversation_id else None
+    return ScoreRoute(key, version)
+
+
+class ScoreRequest(RoutedRequest):
     """A conversation that ends with a user message, and one response to it."""
 
     messages: Conversation
@@ -131,7 +161,7 @@ class ScoreBatchRequest(RequestModel):
     items: Annotated[list[ScoreRequest], Field(min_length=1, max_length=MAX_ITEMS_PER_REQUEST)]
 
 
-class RankRequest(RequestModel):
+class RankRequest(RoutedRequest):
     """Responses to one conversation, to be ordered by one objective; `finish_reasons` are one per response, or none."""
 
     messages: Conversation

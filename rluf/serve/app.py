@@ -124,19 +124,21 @@ def _add_score_routes(app: FastAPI, backend: ServiceBackend) -> None:
     @app.post("/v1/score", tags=["scores"])
     async def score(body: api.ScoreRequest) -> api.ScoreReply:
         """Score one response: calibrated P[Love] and the other served objectives, with the version of the models."""
-        scored_items = await backend.score_items([body.to_item()])
+        scored_items = await backend.score_items([body.to_item()], [body.to_route()])
         return to_score_reply(scored_items[0])
 
     @app.post("/v1/score/batch", tags=["scores"])
     async def score_batch(body: api.ScoreBatchRequest) -> api.ScoreBatchReply:
-        """Score many responses in one request; the score of a response does not depend on its batch."""
-        scored_items = await backend.score_items([item.to_item() for item in body.items])
+        """Score many responses in one request; neither score nor model version of one depends on the others."""
+        scored_items = await backend.score_items(
+            [item.to_item() for item in body.items], [item.to_route() for item in body.items]
+        )
         return api.ScoreBatchReply(results=[to_score_reply(scored_item) for scored_item in scored_items])
 
     @app.post("/v1/rank", tags=["scores"])
     async def rank(body: api.RankRequest) -> api.RankReply:
         """Order responses to one conversation from best to worst by an objective."""
-        scored_items = await backend.score_items(body.to_items())
+        scored_items = await backend.score_items(body.to_items(), [body.to_route()] * len(body.responses))
         if body.objective not in scored_items[0].scores:
             names = ", ".join(scored_items[0].scores)
             raise ApiError(422, "invalid", f"objective: {body.objective} is not served here, but {names}")

@@ -35,6 +35,8 @@ BATCHES_WITHOUT_WAIT = 16
 """Number of batches that do not wait after one that waited in vain."""
 MAX_QUEUED_RESPONSES = 1024
 """Responses waiting to be scored before requests get 429: seconds of work, more would only time out later."""
+ADMITTED_DEADLINE_SHARE = 0.8
+"""A request is admitted if its expected wait is at most this share of the deadline; the rest covers errors of it."""
 NEW_SAMPLE_WEIGHT = 0.2
 """Weight of the newest batch in the exponential means of throughput and batch time."""
 
@@ -76,9 +78,15 @@ class RequestBatcher(Generic[ItemResult]):
         max_item_tokens: int,
         max_queued_responses: int,
         replica_count: int,
+        deadline_s: float = math.inf,
         on_batch_end: Callable[[BatchStats], None] = lambda _: None,
+        on_queue_change: Callable[[], None] = lambda: None,
     ) -> None:
-        """`max_item_tokens` is the most that any model reads of an item; `on_batch_end` gets the finished batches."""
+        """`max_item_tokens` is the most that any model reads of an item; `deadline_s` bounds the time of a request.
+
+        `on_batch_end` gets the finished batches; `on_queue_change` is called when `queued_items` has changed.
+        """
+        self.deadline_s, self._on_queue_change = deadline_s, on_queue_change
         self._run_batch, self._on_batch_end = run_batch, on_batch_end
         self.batch_tokens, self.max_item_tokens = batch_tokens, max_item_tokens
         self.max_queued_responses, self.replica_count = max_queued_responses, replica_count
@@ -87,28 +95,39 @@ class RequestBatcher(Generic[ItemResult]):
         self._items_per_s, self._mean_batch_s = INITIAL_ITEMS_PER_S, math.inf
         self._expected_requests, self._wait_until, self._skip_wait_batches = 0, 0.0, 0
         self._expected_arrived = asyncio.Event()
-        self.queued_items = self._queued_tokens = 0
+        self.queued_items = self._queued_tokens = self._running_items = 0
 
     async def submit(self, items: Sequence[ScoringItem]) -> list[ItemResult]:
-        """Return the items' results in order. Raises ApiError 429 if the queue is full, or what `run_batch` raised."""
-        # A request on an empty queue is always accepted, or one larger than the limit could never run.
-        if self.queued_items and self.queued_items + len(items) > self.max_queued_responses:
-            raise ApiError(
-                429,
-                "busy",
-                f"{self.queued_items} responses are already queued "
-                f"(the limit is {self.max_queued_responses}); try again later",
-                self.queued_items / self._items_per_s,
-            )
+        """Return the items' results in order. Raises ApiError 429 before too long a wait, or what `run_batch` raised.
+
+        A wait is too long if it ends past the deadline at the present throughput, or behind a full queue.
+        """
+        self._check_capacity(len(items))
         tokens = sum(estimate_tokens(item, self.max_item_tokens) for item in items)
         request = _QueuedRequest[ItemResult](items, tokens, asyncio.get_running_loop().create_future())
         self._queued_requests.append(request)
         self.queued_items += len(items)
         self._queued_tokens += tokens
+        self._on_queue_change()
         if len(self._queued_requests) >= self._expected_requests:
             self._expected_arrived.set()
         self._start_batch()
         return await request.future
+
+    def _check_capacity(self, item_count: int) -> None:
+        # A request on an empty queue is always accepted: one larger than the limit could never run, and without it a
+        # throughput measured in a bad moment would never be measured again.
+        if not self.queued_items:
+            return
+        # Batches that run at the same time, on several replicas or sent ahead, share the throughput of one batch.
+        items_per_s = self._items_per_s * max(1, len(self._running_batches))
+        timely_items = ADMITTED_DEADLINE_SHARE * self.deadline_s * items_per_s
+        # The batches that run are not done yet either: on average half of them.
+        waiting_items = self.queued_items + self._running_items / 2 + item_count
+        excess_items = max(self.queued_items + item_count - self.max_queued_responses, waiting_items - timely_items)
+        if excess_items > 0:
+            message = f"{self.queued_items} responses are already queued, at {items_per_s:.3g} per second"
+            raise ApiError(429, "busy", f"{message}; try again later", excess_items / items_per_s)
 
     def _start_batch(self) -> None:
         """Start one more batch if requests are queued and a replica has a free slot."""
@@ -148,6 +167,7 @@ class RequestBatcher(Generic[ItemResult]):
             if not request.future.done():
                 requests.append(request)
                 tokens += request.tokens
+        self._on_queue_change()
         return requests
 
     async def _run_next_batch(self) -> None:
@@ -158,8 +178,10 @@ class RequestBatcher(Generic[ItemResult]):
             return
         items = [item for request in requests for item in request.items]
         start_time = monotonic()
+        self._running_items += len(items)
         # gather only to receive the error as a value: every request of the batch must get it.
         (result,) = await asyncio.gather(self._run_batch(items), return_exceptions=True)
+        self._running_items -= len(items)
         seconds = monotonic() - start_time
         start = 0
         for request in requests:

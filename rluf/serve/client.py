@@ -29,8 +29,22 @@ MAX_WAIT_S = 5.0
 class RewardClient:
     """Client of one service. Use it as a context manager or call `close`; threads may share it."""
 
-    def __init__(self, url: str, *, token: str | None = None, timeout_s: float = 60.0, max_attempts: int = 8) -> None:
-        """`token` is the bearer token, by default RLUF_SERVE_TOKEN; `timeout_s` bounds one attempt."""
+    def __init__(
+        self,
+        url: str,
+        *,
+        token: str | None = None,
+        timeout_s: float = 60.0,
+        max_attempts: int = 8,
+        max_retry_after_s: float = 120.0,
+        model_version: str | None = None,
+    ) -> None:
+        """`token` is the bearer token, by default RLUF_SERVE_TOKEN; `timeout_s` bounds one attempt.
+
+        A busy service says when to retry; a wait of more than `max_retry_after_s` is an error at once. `model_version`
+        (live, candidate, or a version) is required of every score: another one is ApiError 409.
+        """
+        self.max_retry_after_s, self.model_version = max_retry_after_s, model_version
         bearer_token = token or os.environ.get("RLUF_SERVE_TOKEN")
         headers = {"Authorization": f"Bearer {bearer_token}"} if bearer_token else {}
         self.url, self.max_attempts = url.rstrip("/"), max_attempts
@@ -40,13 +54,13 @@ class RewardClient:
     def score(self, messages: Sequence[Message], response: str, is_truncated: bool = False) -> api.ScoreReply:
         """Score one response. Raises ApiError if the service rejects it, ResourceError if it stays unreachable."""
         item = ScoringItem(messages, response, is_truncated)
-        return self._send("POST", "/v1/score", _to_request_json(item), api.ScoreReply)
+        return self._send("POST", "/v1/score", self._to_request_json(item), api.ScoreReply)
 
     def score_batch(self, items: Sequence[ScoringItem]) -> list[api.ScoreReply]:
         """Score many responses in order, in requests of at most MAX_ITEMS_PER_REQUEST."""
         replies: list[api.ScoreReply] = []
         for start in range(0, len(items), api.MAX_ITEMS_PER_REQUEST):
-            batch = [_to_request_json(item) for item in items[start : start + api.MAX_ITEMS_PER_REQUEST]]
+            batch = [self._to_request_json(item) for item in items[start : start + api.MAX_ITEMS_PER_REQUEST]]
             replies += self._send("POST", "/v1/score/batch", {"items": batch}, api.ScoreBatchReply).results
         return replies
 
@@ -68,6 +82,8 @@ class RewardClient:
     ) -> api.RankReply:
         """Order responses to one conversation from best to worst by an objective."""
         body = {"messages": list(messages), "responses": list(responses), "objective": objective}
+        if self.model_version is not None:
+            body["model_version"] = self.model_version
         return self._send("POST", "/v1/rank", body, api.RankReply)
 
     def send_feedback(
@@ -104,17 +120,26 @@ class RewardClient:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
 
+    def _to_request_json(self, item: ScoringItem) -> dict[str, object]:
+        body: dict[str, object] = {"messages": list(item.messages), "response": item.response}
+        # Only if they say something: services of earlier releases reject the fields.
+        if item.is_truncated:
+            body["finish_reason"] = "length"
+        if self.model_version is not None:
+            body["model_version"] = self.model_version
+        return body
+
     def _send(
         self, method: str, path: str, body: Mapping[str, object] | None, reply_type: type[ReplyModel]
     ) -> ReplyModel:
         """Send one request; retry with exponential waits while the service is busy, restarting or unreachable."""
-        problem = "no response"
+        problem, attempt = "no response", 0
         wait_s = INITIAL_WAIT_S
         for attempt in range(self.max_attempts):
             if attempt:
                 # Jitter, so that clients that were rejected together do not return together.
                 time.sleep(wait_s * random.uniform(0.5, 1.0))
-            wait_s = min(MAX_WAIT_S, 2 * wait_s)
+            wait_s = min(MAX_WAIT_S, max(INITIAL_WAIT_S, 2 * wait_s))
             try:
                 http_response = self._http_client.request(method, path, json=body)
             except httpx.TransportError as error:
@@ -126,9 +151,14 @@ class RewardClient:
             if http_response.status_code not in RETRYABLE_STATUSES:
                 raise api_error
             problem = f"{api_error.status} {api_error.message}"
-            wait_s = max(wait_s, min(MAX_WAIT_S, api_error.retry_after_s or 0.0))
+            retry_after_s = api_error.retry_after_s or 0.0
+            if retry_after_s > self.max_retry_after_s:
+                problem += f" (retry after {retry_after_s:g} s, which is more than max_retry_after_s)"
+                break
+            # Twice, since the jitter halves it at most: never earlier than the service asks for.
+            wait_s = max(wait_s, 2 * retry_after_s)
         raise ResourceError(
-            f"the service at {self.url} did not answer {path} in {self.max_attempts} attempts: {problem}; check that "
+            f"the service at {self.url} did not answer {path} in {attempt + 1} attempts: {problem}; check that "
             "it is running and that the address is right"
         )
 
@@ -152,9 +182,3 @@ def _parse_error_response(http_response: httpx.Response) -> ApiError:
         message = http_response.text[:200] or http_response.reason_phrase
         return ApiError(http_response.status_code, "http", message, retry_after_s)
     return ApiError(http_response.status_code, detail.type, detail.message, retry_after_s)
-
-
-def _to_request_json(item: ScoringItem) -> dict[str, object]:
-    body: dict[str, object] = {"messages": list(item.messages), "response": item.response}
-    # Only if it says something: services of earlier releases reject the field.
-    return body | ({"finish_reason": "length"} if item.is_truncated else {})

@@ -8,7 +8,6 @@ dies, its batch is sent again; scoring has no side effects.
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 import time
@@ -32,6 +31,7 @@ from rluf.serve.api import (
     FeedbackRequest,
     ModelInfo,
     ScoredItem,
+    ScoreRoute,
     build_chat_reply,
     build_reaction_event,
     build_served_event,
@@ -43,6 +43,7 @@ from rluf.serve.listener import HttpServer
 from rluf.serve.middleware import ServeMetrics, ServiceRules
 from rluf.serve.store import FeedbackEvent, FeedbackStore, StoreOutcome
 from rluf.types import Score, ScoringItem
+from rluf.utils.hashing import hash_to_unit_interval
 
 logger = logging.getLogger("rluf.serve")
 
@@ -267,6 +268,7 @@ class GatewayDeployment:
         self._policy_handles: dict[str, tuple[Any, str]] = {}
         self._batchers: dict[str, RequestBatcher[ScoredItem]] = {}
         self._candidate_share = 0.0
+        self._role_versions: dict[str, str] = {}
         self._warmup_tasks: dict[str, asyncio.Task[None]] = {}
         self._expected_means: dict[str, dict[str, float]] = {}
         self._refresh_task: asyncio.Task[Any] | None = None
@@ -285,7 +287,8 @@ class GatewayDeployment:
                 self._batchers[role] = RequestBatcher(
                     self._make_batch_runner(role), batch_tokens=self.batch_limits.batch_tokens,
                     max_item_tokens=DEFAULT_ITEM_TOKENS, max_queued_responses=self.batch_limits.max_queued_responses,
-                    replica_count=self.batch_limits.max_replicas, on_batch_end=self.metrics.record_batch,
+                    replica_count=self.batch_limits.max_replicas, deadline_s=self.batch_limits.deadline_s,
+                    on_batch_end=self.metrics.record_batch, on_queue_change=self._record_queue,
                 )  # fmt: skip
                 if role == "candidate":
                     self._warmup_tasks[role] = asyncio.create_task(self._wait_for_scorer(role))
@@ -323,12 +326,30 @@ class GatewayDeployment:
         self._asgi_app = make_app(self)
         return self._asgi_app
 
-    async def score_items(self, items: Sequence[ScoringItem]) -> list[ScoredItem]:
-        """Score items with the model version that their conversation is assigned to."""
-        role = self._select_role(items[0])
+    async def score_items(
+        self, items: Sequence[ScoringItem], routes: Sequence[ScoreRoute] | None = None
+    ) -> list[ScoredItem]:
+        """Score items, in order, each with the model version of its route; None: all with the live version."""
+        routes = routes or [ScoreRoute()] * len(items)
+        roles = [await self._select_role(route) for route in routes]
+        results: dict[int, ScoredItem] = {}
+
+        async def score_role(role: str) -> None:
+            indices = [i for i, item_role in enumerate(roles) if item_role == role]
+            scored_items = await self._score_with_role(role, [items[i] for i in indices])
+            results.update(zip(indices, scored_items, strict=True))
+
+        await asyncio.gather(*(score_role(role) for role in dict.fromkeys(roles)))
+        for i, route in enumerate(routes):
+            if route.version not in (None, *self._batchers, results[i].model_version):
+                # The models were replaced between the choice of the role and the batch.
+                raise self._build_version_error(str(route.version))
+        return [results[i] for i in range(len(items))]
+
+    async def _score_with_role(self, role: str, items: Sequence[ScoringItem]) -> list[ScoredItem]:
+        """Score items with one role and record the metrics of its version."""
         scored_items = await self._batchers[role].submit(items)
-        self.metrics.queued_items.set(sum(batcher.queued_items for batcher in self._batchers.values()))
-        version = scored_items[0].model_version
+        version = self._role_versions[role] = scored_items[0].model_version
         if version not in self._expected_means and self._refresh_task is None:
             self._refresh_task = asyncio.create_task(self._refresh_versions())
         for name in scored_items[0].scores:
@@ -336,13 +357,27 @@ class GatewayDeployment:
             self.metrics.record_scores(name, version, values, self._expected_means.get(version, {}))
         return scored_items
 
-    def _select_role(self, item: ScoringItem) -> str:
-        """Assign a conversation to live or candidate by a hash of its text, so that it always gets the same version."""
-        if "candidate" not in self._scorer_handles or "candidate" in self._warmup_tasks or self._candidate_share <= 0:
-            return "live"
-        text = "\n".join(message["content"] for message in item.messages)
-        point = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") / 2**32
-        return "candidate" if point < self._candidate_share else "live"
+    def _record_queue(self) -> None:
+        self.metrics.queued_items.set(sum(batcher.queued_items for batcher in self._batchers.values()))
+
+    async def _select_role(self, route: ScoreRoute) -> str:
+        """Return the role that a route selects. Raises ApiError 409 for a version that is not served."""
+        if route.version is None:
+            is_ready = "candidate" in self._scorer_handles and "candidate" not in self._warmup_tasks
+            return "candidate" if is_ready and is_canary(route.assignment_key, self._candidate_share) else "live"
+        if route.version in self._scorer_handles:
+            return route.version
+        for is_refreshed in (False, True):
+            for role in self._scorer_handles:
+                if self._role_versions.get(role) == route.version:
+                    return role
+            if not is_refreshed:
+                await self._refresh_versions()
+        raise self._build_version_error(route.version)
+
+    def _build_version_error(self, version: str) -> ApiError:
+        served = ", ".join(f"{role} {self._role_versions.get(role, '')}".strip() for role in self._scorer_handles)
+        return ApiError(409, "version", f"model_version: {version} is not served here (any more), but {served}")
 
     def _make_batch_runner(self, role: str) -> Any:
         """Build the function that scores one batch of a role and retries on another replica when one dies."""
@@ -373,6 +408,7 @@ class GatewayDeployment:
             for role, handle in self._scorer_handles.items():
                 description = await handle.describe.remote()
                 facts = description["facts"]
+                self._role_versions[role] = description["version"]
                 self._expected_means[description["version"]] = {
                     name: fact["mean_value"] for name, fact in facts.items() if fact.get("mean_value") is not None
                 }
@@ -471,6 +507,14 @@ class GatewayDeployment:
         while self.running_requests > 0 and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
         return self.running_requests
+
+
+def is_canary(assignment_key: str | None, share: float) -> bool:
+    """Whether the candidate scores a user or conversation: always the same answer for a key and share.
+
+    A larger share adds keys and moves none back. Items without a key are not assigned: their turns could not be joined.
+    """
+    return assignment_key is not None and hash_to_unit_interval(assignment_key, "rluf-canary") < share
 
 
 def _to_scored_items(batch_scores: BatchScores) -> list[ScoredItem]:

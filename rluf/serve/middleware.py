@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from rluf.errors import SettingsError
-from rluf.serve.api import ApiError, ChatReply, ChatRequest, FeedbackRequest, ModelInfo, ScoredItem
+from rluf.serve.api import ApiError, ChatReply, ChatRequest, FeedbackRequest, ModelInfo, ScoredItem, ScoreRoute
 from rluf.serve.batching import BatchStats
 from rluf.serve.store import StoreOutcome
 from rluf.types import ScoringItem
@@ -182,8 +182,10 @@ class ServiceBackend(Protocol):
     async def is_ready(self) -> bool:
         """Return whether every model has answered."""
 
-    async def score_items(self, items: Sequence[ScoringItem]) -> list[ScoredItem]:
-        """Score items; results are in order and all from one model version."""
+    async def score_items(
+        self, items: Sequence[ScoringItem], routes: Sequence[ScoreRoute] | None = None
+    ) -> list[ScoredItem]:
+        """Score items, in order, each with the model version of its route; None: all with the live version."""
 
     async def store_feedback(self, request: FeedbackRequest) -> StoreOutcome:
         """Store a reaction; it is on disk when this returns."""

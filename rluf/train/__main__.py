@@ -85,6 +85,7 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
 
         tracker = stack.enter_context(WandbTracker(settings, run_folder))
         tracker.log_artifacts(data_artifact, reward_artifacts)
+        tracker.log_reward_training()
         reward_folders = list_reward_model_folders(reward_artifacts)
         result = run_coroutine(
             run_training(settings, run_folder, model_path, data_artifact.folder, reward_folders, tracker, profile_steps)

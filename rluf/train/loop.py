@@ -154,6 +154,7 @@ async def _run_from_checkpoint(
     phase_start = _record_phase(result, "evaluate_base", phase_start)
     await _run_steps(run)
     phase_start = _record_phase(result, "train", phase_start)
+    await controller.apply_policy_average()
     result.answers += await generate_aligned_arm(settings, controller, test_prompts)
     phase_start = _record_phase(result, "evaluate_aligned", phase_start)
     await controller.save_policy(str(checkpoints.run_folder / "policy"))

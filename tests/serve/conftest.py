@@ -27,6 +27,7 @@ from rluf.serve.api import (
     FeedbackRequest,
     ModelInfo,
     ScoredItem,
+    ScoreRoute,
     build_chat_reply,
     build_reaction_event,
     build_served_event,
@@ -127,7 +128,9 @@ class LocalBackend:
     async def is_ready(self) -> bool:
         return True
 
-    async def score_items(self, items: Sequence[ScoringItem]) -> list[ScoredItem]:
+    async def score_items(
+        self, items: Sequence[ScoringItem], routes: Sequence[ScoreRoute] | None = None
+    ) -> list[ScoredItem]:
         return await self._batcher.submit(items)
 
     async def store_feedback(self, request: FeedbackRequest) -> StoreOutcome:

@@ -45,7 +45,7 @@ async def test_scores_equal_offline_scores_alone_and_in_a_batch(
     expected_scores = score_one_by_one(backend.reward_models, items)
     bodies = [
         {"messages": m, "response": text, "finish_reason": "length" if is_truncated else "stop"}
-        for m, text, is_truncated in items
+        for m, text, is_truncated, *_ in items
     ]
     single_replies = await asyncio.gather(*(http_client.post("/v1/score", json=body) for body in bodies))
     batch_replies = (await http_client.post("/v1/score/batch", json={"items": bodies})).json()["results"]
@@ -173,7 +173,7 @@ async def test_rate_limit_and_draining_send_retry_after(backend: LocalBackend) -
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(make_app(backend)), base_url="http://testserver"
     ) as http_client:
-        responses = [await http_client.post("/v1/score", json=HELLO) for _ in range(6)]
+        responses = [await http_client.post("/v1/score", json=HELLO) for _ in range(12)]
         assert [response.status_code for response in responses[:4]] == [200] * 4
         assert assert_error(responses[-1]) == (429, "rate")
         assert int(responses[-1].headers["retry-after"]) >= 1

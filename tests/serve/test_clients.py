@@ -49,7 +49,7 @@ def test_the_reward_client_scores_ranks_and_stores(client: RewardClient, reward_
             expected_values = [getattr(score, attribute) for score in expected_scores]
             assert [getattr(score, attribute) for score in scores] == pytest.approx(expected_values, abs=1e-4)
     assert len(client.score_batch(items)) == 300  # more than MAX_ITEMS_PER_REQUEST
-    messages, response, is_truncated = items[3]
+    messages, response, is_truncated, *_ = items[3]
     assert client.score(messages, response, is_truncated).scores["love"].value == pytest.approx(
         reward_models["love"].score([items[3]], "love")[0].value, abs=1e-4
     )
@@ -89,6 +89,26 @@ def test_the_reward_client_retries_and_names_the_service_in_the_error() -> None:
         pytest.raises(ResourceError, match="2 attempts"),
     ):
         client.list_models()
+
+
+@pytest.mark.parametrize(("retry_after", "is_obeyed"), [(1, True), (500, False)])
+def test_the_reward_client_obeys_retry_after_up_to_its_limit(
+    retry_after: int, is_obeyed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr("rluf.serve.client.time.sleep", waits.append)
+    replies = [httpx.Response(429, headers={"Retry-After": str(retry_after)}), httpx.Response(200, json={"data": []})]
+    with RewardClient("http://unused", max_retry_after_s=60) as client:
+        client._http_client = httpx.Client(
+            base_url="http://unused", transport=httpx.MockTransport(lambda _: replies.pop(0))
+        )
+        if is_obeyed:
+            assert client.list_models() == []
+            assert retry_after <= waits[0] <= 2 * retry_after
+        else:
+            with pytest.raises(ResourceError, match=r"1 attempts.*max_retry_after_s"):
+                client.list_models()
+            assert waits == []
 
 
 def test_openai_moderation(service_url: str, reward_models: dict[str, RewardModel]) -> None:
@@ -159,7 +179,7 @@ def test_the_openrlhf_remote_reward_model(service_url: str, reward_models: dict[
 
 @given(st.text(min_size=1), st.text())
 def test_a_query_is_split_into_prompt_and_response(prompt: str, response: str) -> None:
-    messages, parsed_response, _ = split_query(prompt + response, prompt)
+    messages, parsed_response, *_ = split_query(prompt + response, prompt)
     assert messages == [{"role": "user", "content": prompt}] or "<|im_start|>" in prompt
     assert parsed_response in response
     assert (

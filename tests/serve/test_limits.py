@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import pickle
+import time
 
 import pytest
 from hypothesis import given
@@ -69,7 +70,7 @@ async def test_requests_that_arrive_during_a_batch_form_the_next_one_and_a_full_
     await asyncio.sleep(0.01)
     others = [asyncio.create_task(batcher.submit([make_item("b")])) for _ in range(8)]
     await asyncio.sleep(0.01)
-    with pytest.raises(ApiError, match="the limit is 8") as rejection:
+    with pytest.raises(ApiError, match="already queued") as rejection:
         await batcher.submit([make_item("c")])
     assert rejection.value.status == 429
     assert int(rejection.value.headers["Retry-After"]) >= 1
@@ -164,3 +165,78 @@ def test_the_running_mean_follows_a_change_and_drift_is_its_difference_to_the_ca
     text = metrics.to_prometheus_text().decode()
     assert 'rluf_scores_total{objective="love",version="v1"} 2.0' in text
     assert f'rluf_score_drift{{objective="love",version="v1"}} {0.30000000000000004 - 0.1}' in text
+
+
+def make_timed_batcher(items_per_s: float, deadline_s: float, replica_count: int = 1) -> RequestBatcher[str]:
+    async def run_batch(items: list[ScoringItem]) -> list[str]:
+        await asyncio.sleep(len(items) / items_per_s)
+        return [item.response for item in items]
+
+    return RequestBatcher(
+        run_batch, batch_tokens=160, max_item_tokens=100, max_queued_responses=1000, replica_count=replica_count,
+        deadline_s=deadline_s,
+    )  # fmt: skip
+
+
+async def test_under_fourfold_overload_nearly_all_work_is_answered_in_time() -> None:
+    items_per_s, deadline_s, duration_s, request_items = 2000.0, 0.4, 1.6, 16
+    batcher = make_timed_batcher(items_per_s, deadline_s)
+    outcomes = {"timely": 0, "late": 0, "refused": 0}
+
+    async def send_request() -> None:
+        start_time = time.monotonic()
+        try:
+            async with asyncio.timeout(deadline_s):
+                await batcher.submit([make_item("x" * 20)] * request_items)
+            outcomes["timely"] += 1
+        except TimeoutError:
+            outcomes["late"] += 1
+        except ApiError as error:
+            assert error.status == 429 and 0 < (error.retry_after_s or 0) < 10
+            assert time.monotonic() - start_time < 0.1
+            outcomes["refused"] += 1
+
+    tasks, start_time = [], time.monotonic()
+    while (elapsed_s := time.monotonic() - start_time) < duration_s:
+        while len(tasks) < 4 * items_per_s / request_items * elapsed_s:
+            tasks.append(asyncio.create_task(send_request()))
+        await asyncio.sleep(0.005)
+    peak = items_per_s / request_items * duration_s
+    await asyncio.gather(*tasks)
+    assert outcomes["timely"] >= 0.9 * peak
+    assert outcomes["late"] <= 0.02 * peak
+    assert outcomes["refused"] > 2 * peak
+
+
+@pytest.mark.parametrize("replica_count", [1, 4])
+async def test_a_request_that_cannot_be_answered_in_time_is_refused_at_once(replica_count: int) -> None:
+    batcher = make_timed_batcher(50.0, 2.0, replica_count)
+    tasks = [asyncio.create_task(batcher.submit([make_item("x" * 20)] * 10)) for _ in range(200)]
+    await asyncio.sleep(0.05)
+    refused = [task for task in tasks if task.done() and isinstance(task.exception(), ApiError)]
+    # 50 items a second and batch, two batches a replica, 80% of 2 s: 16 requests of 10 items; running ones count half.
+    assert 7 * replica_count <= len(tasks) - len(refused) <= 22 * replica_count
+    retry_after_s = max(error.retry_after_s for task in refused if isinstance(error := task.exception(), ApiError))
+    assert retry_after_s <= 2000 / 50
+    for task in tasks:
+        task.cancel()
+
+
+async def test_the_queue_is_reported_when_requests_come_and_when_they_start() -> None:
+    sizes: list[int] = []
+    gate = asyncio.Event()
+
+    async def run_batch(items: list[ScoringItem]) -> list[str]:
+        await gate.wait()
+        return [""] * len(items)
+
+    batcher = RequestBatcher(
+        run_batch, batch_tokens=10, max_item_tokens=10, max_queued_responses=100, replica_count=1,
+        on_queue_change=lambda: sizes.append(batcher.queued_items),
+    )  # fmt: skip
+    tasks = [asyncio.create_task(batcher.submit([make_item("x" * 30)])) for _ in range(4)]
+    await asyncio.sleep(0.01)
+    assert max(sizes) == 4
+    gate.set()
+    await asyncio.gather(*tasks)
+    assert sizes[-1] == 0

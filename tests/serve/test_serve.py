@@ -104,7 +104,7 @@ class LoadGenerator(threading.Thread):
             item_index = 0
             while self.is_running:
                 item_index = (item_index + 1) % len(ITEMS)
-                messages, response_text, is_truncated = ITEMS[item_index]
+                messages, response_text, is_truncated, *_ = ITEMS[item_index]
                 body = {"messages": messages, "response": response_text}
                 body["finish_reason"] = "length" if is_truncated else "stop"
                 reply = http_client.post("/v1/score", json=body)
