@@ -53,14 +53,14 @@ def count_tokens_before_stop(
 ) -> int:
     """Number of leading tokens whose text contains a stop string for the first time; all of them if none does."""
 
-    def contains_stop(count: int) -> bool:
+    def has_stop_string(count: int) -> bool:
         text = tokenizer.decode(token_ids[:count], skip_special_tokens=False)
         return any(stop_string in text for stop_string in stop_strings)
 
-    if not contains_stop(len(token_ids)):
+    if not has_stop_string(len(token_ids)):
         return len(token_ids)
     low, high = 0, len(token_ids)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if contains_stop(middle) else (middle, high)
+        low, high = (low, middle) if has_stop_string(middle) else (middle, high)
     return high
