@@ -50,8 +50,7 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
     from rluf.utils.paths import create_run_folder, lock_run_folder, resolve_cache_folder, resolve_runs_root
 
     setup_logging()
-    phase_timer, cache_folder = PhaseTimer(), resolve_cache_folder(settings)
-    runs_root = resolve_runs_root(settings)
+    phase_timer, cache_folder, runs_root = PhaseTimer(), resolve_cache_folder(settings), resolve_runs_root(settings)
     check_run(settings)
     check_host_disk(settings, runs_root, cache_folder)
     model_path = phase_timer.time_call("model", resolve_policy, settings)
