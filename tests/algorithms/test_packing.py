@@ -293,7 +293,7 @@ def test_rows_without_padding_give_the_attention_of_padded_rows(
     pairs: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With shared prompts and prefixes; outputs and gradients."""
-    monkeypatch.setattr(policy_model, "attend_within_sequences", attend_one_by_one)
+    monkeypatch.setattr(policy_model, "compute_sequence_attention", attend_one_by_one)
     batch = pack_micro_batch(pairs, GROUPS, ADVANTAGES)
     torch.manual_seed(0)
     states = [torch.randn(1, heads, batch.input_ids.numel(), 8) for heads in (4, 2, 2)]
@@ -316,7 +316,7 @@ def test_the_kernel_on_gpus_accepts_the_inputs_and_has_a_gradient() -> None:
     with FakeTensorMode():
         states = [torch.empty(11, heads, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)]
         starts = torch.empty(3, dtype=torch.int32)
-        output = policy_model.attend_within_sequences(states, starts, 6, 0.25)
+        output = policy_model.compute_sequence_attention(states, starts, 6, 0.25)
         assert output.shape == (11, 4, 16)
         output.sum().backward()
         assert [state.grad.shape for state in states] == [state.shape for state in states]
