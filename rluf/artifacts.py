@@ -159,7 +159,7 @@ def list_reward_cache_inputs(
         "workers": reward_settings.workers,  # the number of ranks changes the batches, and so the weights
         "zero_stage": reward_settings.zero_stage,
         "seed": settings.seed,
-        "code": hash_source_code("reward", "models.lora", "backends.deepspeed"),
+        "code": hash_source_code("reward", "models.chat", "models.lora", "backends.deepspeed"),
     }
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from rluf.types import Group
+from rluf.types import Group, Prompt, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,20 @@ class _GroupChunk:
 
     sample_indices: tuple[tuple[int, int], ...]
     token_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """A micro-batch of a step: its number, its (group, sample) pairs, and the tensors of its response tokens [K].
+
+    `start_logprobs` are the policy's before the first of several updates, `ref_logprobs` None without a reference.
+    """
+
+    number: int
+    samples: MicroBatch
+    packed: PackedBatch
+    ref_logprobs: Tensor | None
+    start_logprobs: Tensor | None = None
 
 
 def plan_micro_batches(
@@ -202,6 +216,15 @@ def pack_micro_batch(
             builder.advantages += [advantages[group_index][sample_index]] * length
             builder.loss_weights += [token_weight] * length
     return builder.build()
+
+
+def pack_probe_batch(prompt_ids: list[int], responses: list[list[int]]) -> PackedBatch:
+    """A packed batch of responses to one prompt, without rewards."""
+    samples = tuple(
+        Sample("probe", tuple(prompt_ids), tuple(ids), (0.0,) * len(ids), (), "stop", "") for ids in responses
+    )
+    group = Group(Prompt("probe", (), tuple(prompt_ids), "", ""), samples, 0)
+    return pack_micro_batch([(0, index) for index in range(len(samples))], {0: group}, [[0.0] * len(samples)])
 
 
 def list_packed_samples(micro_batch: Sequence[tuple[int, int]], groups: Mapping[int, Group]) -> list[tuple[int, int]]:

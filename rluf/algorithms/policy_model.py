@@ -14,6 +14,7 @@ of the model's `forward` to it by name.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,8 @@ def compute_packed_attention(
     """
     if sequence_token_index is None or token_output_index is None:
         raise ModelError(
-            "packed attention: expected sequence_token_index and token_output_index, got none; pass the fields of a "
-            "PackedBatch to the model's forward"
+            f"{type(module).__name__} got no sequence_token_index: the model does not pass the fields of a packed "
+            "batch to its attention"
         )
     _reject_unsupported_attention(module, int(sequence_token_index.shape[1]), unused_kwargs)
     head_count, head_size, dtype = query.shape[1], value.shape[3], query.dtype
@@ -114,26 +115,35 @@ def load_policy(
     trust_remote_code: bool = False,
     gradient_checkpointing: bool = False,
     lora_rank: int = 0,
+    is_packed: bool = True,
 ) -> nn.Module:
-    """Causal language model of a Hugging Face folder with packed attention and without dropout.
+    """Causal language model of a Hugging Face folder without dropout; with packed attention if `is_packed`.
 
-    With `lora_rank` only the adapters are trainable. Raises ModelError when the folder cannot be read or contains
-    another kind of model.
+    Otherwise it reads one sample per row (batch_layout.py). With `lora_rank` only the adapters are trainable. Raises
+    ModelError when the folder cannot be read, lacks a weight, or contains another kind of model.
     """
     from transformers import AutoModelForCausalLM
 
     register_packed_attention()
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        loaded: tuple[nn.Module, Mapping[str, Any]] = AutoModelForCausalLM.from_pretrained(
             str(model_folder),
             dtype=dtype,
-            attn_implementation=PACKED_ATTENTION,
+            # Eager attention has every variant (windows, soft caps, sinks), which PyTorch's fused kernel ignores.
+            attn_implementation=PACKED_ATTENTION if is_packed else "eager",
             trust_remote_code=trust_remote_code,
             local_files_only=True,
             use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"no causal language model could be read from {model_folder}: {error}") from error
+    model, loading_info = loaded
+    if missing_names := sorted(loading_info["missing_keys"]):
+        raise ModelError(
+            f"model {model_folder} lacks {len(missing_names)} weights: {', '.join(missing_names[:4])}; they would be "
+            "random, so download or save the model again"
+        )
     # The learner must give a token the probability that the engine gave it, and the engine has no dropout.
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -142,6 +152,12 @@ def load_policy(
         # The reentrant variant needs inputs that require gradients, which frozen embeddings (LoRA) do not give.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return add_lora_adapters(model, lora_rank) if lora_rank else model
+
+
+def has_packed_attention(model: Any) -> bool:
+    """Whether `model`, or the model inside a DeepSpeed engine, reads packed batches."""
+    config = getattr(model, "module", model).config
+    return bool(config.get_text_config()._attn_implementation == PACKED_ATTENTION)
 
 
 def copy_companion_files(source_folder: Path, target_folder: Path) -> None:
@@ -199,8 +215,18 @@ def compute_target_logprobs(logits: Tensor, target_ids: Tensor, temperature: flo
 def compute_response_logprobs(model: Any, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
     """Log-probabilities [K] of the response tokens of a packed batch.
 
-    `model` must use packed attention (load_policy).
+    A model without packed attention (load_policy) reads the samples as rows [N, L], padded at the end: in a causal
+    model padding changes nothing before it, so no mask is needed.
     """
+    if not has_packed_attention(model):
+        rows = batch.input_ids[0][batch.sequence_token_index]
+        columns = batch.position_ids[0][batch.logit_index]
+        logit_columns = torch.unique(columns)
+        logits = model(input_ids=rows, logits_to_keep=logit_columns, use_cache=False).logits
+        if logits.shape[1] != len(logit_columns):  # models that ignore logits_to_keep
+            logits = logits[:, logit_columns]
+        token_logits = logits[batch.sequence_index, torch.searchsorted(logit_columns, columns)]
+        return compute_target_logprobs(token_logits, batch.target_ids, temperature)
     output = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,

@@ -129,6 +129,8 @@ class PrepareSettings(SettingsSection):
     """Label of each reaction (loved, not_loved, ignored) by name, emoji, number or range of numbers (">=4": loved)."""
     contradictions: Annotated[Literal["latest", "loved", "not_loved", "ignored"], ADVANCED] = "latest"
     """Label of a response with loved and not loved reactions: that of the latest one, or always the same."""
+    drop_duplicates: Annotated[bool, ADVANCED] = False
+    """Drop rows that repeat prompt and response of an earlier row (feedback: of the same user) under another id."""
     broken_files: Annotated[Literal["stop", "count"], ADVANCED] = "stop"
     """File that ends early or cannot be decompressed: stop, or count its estimated rows in the quarantine budget."""
     reaction_window_hours: float = Field(default=168, gt=0)

@@ -228,6 +228,12 @@ class _ValidationWriter:
         content_fields = _CONTENT_FIELDS[get_row_kind(kind.name)]
         contents = ["\x1f".join(str(getattr(row, name)) for name in content_fields) for row in rows]
         columns["response_key"] = pa.array([hash64(text, "rluf-answer") for text in contents], pa.uint64())
+        if get_row_kind(kind.name) in ("preferences", "safety"):
+            # The content that contradicts a row: the reverse pair, or the same response with the other label.
+            is_pair = get_row_kind(kind.name) == "preferences"
+            contraries = [(r.rejected, r.chosen) if is_pair else (r.response, str(1 - r.label)) for r in rows]
+            contrary_keys = [hash64("\x1f".join(texts), "rluf-answer") for texts in contraries]
+            columns["contrary_key"] = pa.array(contrary_keys, pa.uint64())
         if "reaction" in table.column_names:
             columns["reaction_label"] = self._label_reactions(table["reaction"])
         if "messages" in kind.record_type.model_fields:

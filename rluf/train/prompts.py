@@ -231,7 +231,12 @@ def list_prompt_ids(prompts: Sequence[Prompt]) -> list[str]:
 
 
 def load_training_prompts(
-    data_folder: Path, model_path: Path, max_tokens: int, *, stream_from: int = STREAM_FROM_PROMPTS
+    data_folder: Path,
+    model_path: Path,
+    max_tokens: int,
+    *,
+    stream_from: int = STREAM_FROM_PROMPTS,
+    trust_remote_code: bool = False,
 ) -> Sequence[Prompt]:
     """Prompts of the training split in file order, as ids of the tokenizer at `model_path`.
 
@@ -240,13 +245,14 @@ def load_training_prompts(
     """
     parquet_path = data_folder / "prompts" / "train.parquet"
     row_count = pq.read_metadata(parquet_path).num_rows
+    tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code)
     if row_count < stream_from:
-        return load_prompts(data_folder, "train", load_tokenizer(model_path), max_tokens=max_tokens)
-    store = PromptStore(_render_blocks(parquet_path, model_path, max_tokens), "train")
+        return load_prompts(data_folder, "train", tokenizer, max_tokens=max_tokens)
+    store = PromptStore(_render_blocks(parquet_path, model_path, max_tokens, trust_remote_code), "train")
     skipped = SkippedRows("train prompt", max_tokens)
     if len(store) < row_count:
         # The workers return usable rows only; the reasons of the others are found by rendering those again.
-        used_ids, tokenizer = set(store.ids), load_tokenizer(model_path)
+        used_ids = set(store.ids)
         for batch in pq.ParquetFile(parquet_path).iter_batches(columns=list(PROMPT_COLUMNS)):
             for row in batch.to_pylist():
                 if row["id"] not in used_ids:
@@ -258,8 +264,9 @@ def load_training_prompts(
 class _PromptRenderer:
     """Adds token_ids to rows and drops rows that cannot be used; one instance per Ray Data worker."""
 
-    def __init__(self, model_path: str, max_tokens: int) -> None:
-        self._tokenizer, self._skipped = load_tokenizer(Path(model_path)), SkippedRows("", max_tokens)
+    def __init__(self, model_path: str, max_tokens: int, trust_remote_code: bool) -> None:
+        self._tokenizer = load_tokenizer(Path(model_path), trust_remote_code=trust_remote_code)
+        self._skipped = SkippedRows("", max_tokens)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Rows with token_ids."""
@@ -274,7 +281,7 @@ class _PromptRenderer:
         return pa.Table.from_pylist(rendered_rows, schema=schema)
 
 
-def _render_blocks(parquet_path: Path, model_path: Path, max_tokens: int) -> list[Any]:
+def _render_blocks(parquet_path: Path, model_path: Path, max_tokens: int, trust_remote_code: bool) -> list[Any]:
     """References to blocks of rendered prompts, in file order."""
     import ray.data
 
@@ -287,7 +294,7 @@ def _render_blocks(parquet_path: Path, model_path: Path, max_tokens: int) -> lis
         dataset = ray.data.read_parquet(str(parquet_path), columns=column_names)
         rendered = dataset.map_batches(
             _PromptRenderer,
-            fn_constructor_args=(str(model_path), max_tokens),
+            fn_constructor_args=(str(model_path), max_tokens, trust_remote_code),
             batch_format="pyarrow",
             batch_size=RENDER_BATCH_ROWS,
             compute=ray.data.ActorPoolStrategy(size=1),
