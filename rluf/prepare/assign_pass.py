@@ -28,6 +28,9 @@ from rluf.utils.stats import Bools, Floats, Ints, wilson_interval
 
 _SAMPLED_OUT = "sampled out of train"
 
+_USER_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+"""Odd number that spreads codes of users over all 64 bits of a key: 2**64 over the golden ratio."""
+
 _NO_REACTION = -128
 """Label code of rows without a reaction, where codes are an array; null in the index."""
 
@@ -45,6 +48,7 @@ class AssignTask:
     positive_share: float
     max_rows: int | None
     contradictions: str
+    drop_duplicates: bool
     reaction_window_hours: float
     return_window_days: float
     abuse_rules: Sequence[str]
@@ -209,6 +213,29 @@ def _drop_split_leaks(task: AssignTask, table: pa.Table, split_code: Ints, decis
     return statistics
 
 
+def _drop_repeated_rows(task: AssignTask, table: pa.Table, decisions: _RowDecisions) -> dict[str, int]:
+    """Count rows that repeat or contradict another one, and drop them if the settings say so; returns the counts."""
+    order = _order_by_log_position(table)
+    order = order[decisions.keep_mask[order]]
+    prompt_key, content_key = _read_column(table, "prompt_key"), _read_column(table, "response_key")
+    unit = _encode_column(table["user_id"])[0] if task.kind_name == "feedback" else np.zeros(table.num_rows, np.int64)
+    # A sum of hashes stands for the texts; a chance collision has a probability of N squared over 2**64.
+    content_ids = prompt_key + content_key * np.uint64(3)
+    _, first_rows = np.unique((content_ids + unit.astype(np.uint64) * _USER_MULTIPLIER)[order], return_index=True)
+    is_repeated = np.zeros(table.num_rows, dtype=np.bool_)
+    is_repeated[np.delete(order, first_rows)] = True
+    is_contradictory = np.zeros(table.num_rows, dtype=np.bool_)
+    if "contrary_key" in table.column_names:
+        contrary_key = _read_column(table, "contrary_key")
+        contrary_ids = prompt_key + contrary_key * np.uint64(3)
+        is_contradictory = np.isin(contrary_ids, content_ids[decisions.keep_mask]) & decisions.keep_mask
+        if task.contradictions == "ignored":
+            decisions.drop_rows(is_contradictory, "contradicts another row")
+    if task.drop_duplicates:
+        decisions.drop_rows(is_repeated, "repeats another row")
+    return {"exact": int(is_repeated.sum()), "contradictory": int(is_contradictory.sum())}
+
+
 def _join_user_actions(task: AssignTask, table: pa.Table, decisions: _RowDecisions) -> tuple[pa.Table, list[RowCount]]:
     """Join reactions, and fill in `continued` and `returned` where the log does not state them."""
     time_us = _read_column(table, "time")
@@ -304,8 +331,7 @@ def _assign_conversation_keys(table: pa.Table) -> tuple[pa.Table, int]:
         differs = (conversation[order][1:] == conversation[order][:-1]) & (values[order][1:] != values[order][:-1])
         has_several.append(np.bincount(conversation[order][1:], weights=differs, minlength=conversation.max() + 1) > 0)
     is_reused = (has_several[0] & has_several[1])[conversation]
-    # Any odd multiplier spreads the codes of users over all 64 bits; 2**64 / golden ratio is the usual one.
-    scoped_key = conversation_key ^ ((user_code.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15))
+    scoped_key = conversation_key ^ ((user_code.astype(np.uint64) + np.uint64(1)) * _USER_MULTIPLIER)
     column = pa.array(np.where(is_reused, scoped_key, conversation_key), pa.uint64())
     index = table.column_names.index("conversation_key")
     return table.set_column(index, "conversation_key", column), int(is_reused.sum())
@@ -376,6 +402,8 @@ def assign_rows(task: AssignTask, source_paths: Mapping[int, tuple[str, str | No
         statistics["contradictory_rows"] = decisions.contradictory_rows
         decisions.drop_rows(pc.fill_null(pc.less(table["reaction_label"], 0), False).to_numpy(), "reaction is ignored")
         table = _name_loved_reactions(table)
+    if task.kind_name != "prompts":
+        statistics["duplicates"] = _drop_repeated_rows(task, table, decisions)
     statistics |= _drop_split_leaks(task, table, split_code, decisions)
     if task.kind_name == "feedback":
         feedback_columns = _build_feedback_columns(task, table, split_code, decisions, statistics)

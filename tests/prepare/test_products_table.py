@@ -13,7 +13,7 @@ from rluf.prepare.workspace import read_table
 from tests.prepare.product_samples import SAMPLES, ProductSample
 
 DOCS = Path(__file__).parents[2] / "docs" / "data.md"
-TABLE_HEADER = "| export | entry in | beside the path | left out or assumed, and counted |\n|---|---|---|---|\n"
+TABLE_HEADER = "| export | entry in | in addition to the path | left out or assumed, and counted |\n|---|---|---|---|\n"
 
 
 def read_sample(sample: ProductSample, folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]], list[Any]]:
