@@ -22,6 +22,7 @@ from torch import Tensor
 
 from actors.critic import CriticWorker
 from rluf.algorithms.advantages import SampleKL
+from rluf.algorithms.batch_layout import choose_batch_layout
 from rluf.algorithms.losses import (
     METRIC_SUM_NAMES,
     LossResult,
@@ -126,6 +127,7 @@ class LearnerActor:
         dtype = getattr(torch, self.settings.policy_dtype)
         algorithm = self.settings.algorithm
         self._has_reference = requires_reference(algorithm)
+        is_packed = choose_batch_layout(self.settings, self.base_model_path).layout == "packed"
         with ds.sharded_loading(learner.zero_stage, dtype, self.world_size, self.device):
             # With LoRA the policy without its adapters is the reference.
             has_reference_copy = self._has_reference and not learner.lora_rank
@@ -136,6 +138,7 @@ class LearnerActor:
                     trust_remote_code=model.trust_remote_code,
                     gradient_checkpointing=is_policy and learner.gradient_checkpointing,
                     lora_rank=learner.lora_rank if is_policy else 0,
+                    is_packed=is_packed,
                 )
                 for is_policy in ((True, False) if has_reference_copy else (True,))
             )
@@ -440,7 +443,7 @@ class LearnerActor:
         if weight_sync.transport == "lora":
             self._weight_buckets = ds.gather_lora_matrices(self.engine)
         else:
-            self._weight_buckets = ds.gather_parameters(self.engine, weight_sync.bucket_bytes)
+            self._weight_buckets = ds.gather_checkpoint_tensors(self.engine, weight_sync.bucket_bytes)
         # Colocated ranks each share memory with the engine on their GPU; else rank 0 sends for all.
         if self.rank > 0 and not self.settings.is_colocated:
             return {}
@@ -472,7 +475,8 @@ class LearnerActor:
             ds.offload_to_host(engine, components)
         if WEIGHTS_TAG in components and self._reference_model is not None:
             self._reference_model.to("cpu")
-            torch.accelerator.empty_cache()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def reload(self) -> None:
         """Move everything that `offload` has moved back to the GPU."""

@@ -29,7 +29,15 @@ from rluf.prepare.readers.datasets import ReaderOptions, SkippedRow
 from rluf.prepare.readers.files import RawLine, detect_format, read_line_batches
 from rluf.prepare.readers.sources import find_reader, parse_partition_fields
 from rluf.prepare.redact import redact_array
-from rluf.prepare.schema import SPLIT_NAMES, RejectedRow, build_arrow_table, find_data_kind, validate_json_rows
+from rluf.prepare.schema import (
+    MAX_TEXT_CHARS,
+    SPLIT_NAMES,
+    PromptRecord,
+    RejectedRow,
+    build_arrow_table,
+    find_data_kind,
+    validate_json_rows,
+)
 from rluf.prepare.splits import ROW_KEY_SALT, assign_split, derive_sampling_salt, normalize_context, to_unit_interval
 from rluf.prepare.workspace import BucketWriter, RowCount, TableWriter, build_quarantine_table
 from rluf.utils.hashing import hash64, hash_user_id
@@ -56,6 +64,9 @@ _USER_COLUMNS = frozenset({"user_id", "device", "author"})
 """Columns with ids of users and devices: hashed with the salt in the rows, hashes of 8 bytes in the index."""
 
 _TEXT_COLUMNS = ("response", "chosen", "rejected")
+
+PROMPT_ROW_KEYS = frozenset({"id", "messages", "prompt", "topic", "split", "extra_fields", "chosen", "rejected"})
+"""Keys of a prompt's row that rluf reads itself, or that hold other texts of a preference data set."""
 
 _CONTENT_FIELDS = {
     "feedback": ("response",), "preferences": ("chosen", "rejected"), "safety": ("response", "label"),
@@ -164,6 +175,16 @@ class _ValidationWriter:
         for entry in pc.value_counts(encoded.indices.drop_null()).to_pylist():
             self.reaction_counts[names[entry["values"]]] += entry["counts"]
         return pa.array(codes, pa.int8()).take(encoded.indices)
+
+    def redact_value(self, value: Any) -> Any:
+        """A JSON value with its texts redacted; keys and numbers stay."""
+        if isinstance(value, str):
+            texts, redactions = redact_array(pa.array([value], pa.string()), self.task.redact_kinds)
+            self.redaction_counts += redactions
+            return texts[0].as_py()
+        if isinstance(value, dict):
+            return {key: self.redact_value(item) for key, item in value.items()}
+        return [self.redact_value(item) for item in value] if isinstance(value, list) else value
 
     def _protect_personal_data(self, table: pa.Table) -> pa.Table:
         """The table with texts redacted and users, devices and authors hashed."""
@@ -362,8 +383,32 @@ def _validate_items(
     if rejected_rows:
         writer.write_rejected(rejected_rows)
     accepted = [index for index, row in enumerate(rows) if not isinstance(row, RejectedRow)]
+    if converter.record_type is PromptRecord:
+        for index in accepted:
+            rows[index] = _add_extra_fields(rows[index], items[index][3], writer)
     if accepted:
         writer.write_accepted([rows[index] for index in accepted], [items[index][:2] for index in accepted])
+
+
+def _add_extra_fields(row: Any, raw: bytes, writer: _ValidationWriter) -> Any:
+    """The prompt with the further fields of its raw row, redacted, for reward functions."""
+    try:
+        raw_row = json.loads(raw)
+    except ValueError:
+        return row
+    if not isinstance(raw_row, dict):
+        return row
+    fields = {name: value for name, value in raw_row.items() if name not in PROMPT_ROW_KEYS}
+    text = json.dumps(writer.redact_value(fields), ensure_ascii=False)
+    if not fields:
+        return row
+    if len(text) > MAX_TEXT_CHARS:
+        writer.notes["further fields of a prompt left out, as they are too long"] += 1
+        return row
+    if isinstance(row, PromptRecord):
+        return row.model_copy(update={"extra_fields": text})
+    row.extra_fields = text
+    return row
 
 
 def validate_rows(task: ValidateTask) -> dict[str, Any]:
