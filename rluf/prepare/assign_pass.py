@@ -99,16 +99,18 @@ def _list_index_files(work_folder: str, kind_name: str) -> list[Path]:
     return sorted((Path(work_folder) / "index" / kind_name).glob("*.arrow"))
 
 
-def _load_band_hashes(work_folder: str, kind_name: str, rows: Ints) -> splits.HashKeys:
-    """Band hashes [R, BAND_COUNT] of some rows of the index: with 64 bytes, they are the larger half of an entry."""
-    band_hashes = np.empty((len(rows), splits.BAND_COUNT), dtype=np.uint64)
+def _load_band_hashes(
+    work_folder: str, kind_name: str, rows: Ints, bands: Sequence[int] = range(splits.BAND_COUNT)
+) -> splits.HashKeys:
+    """Hashes [R, B] of some bands of some rows of the index: with 64 bytes, all bands are a third of an entry."""
+    band_hashes = np.empty((len(rows), len(bands)), dtype=np.uint64)
     order = np.argsort(rows, kind="stable")
     sorted_rows, first_row = rows[order], 0
     for file in _list_index_files(work_folder, kind_name):
         column = read_table(file, ["band_hashes"])["band_hashes"].combine_chunks()
         start, end = np.searchsorted(sorted_rows, [first_row, first_row + len(column)])
         file_hashes = column.flatten().to_numpy().reshape(len(column), splits.BAND_COUNT)
-        band_hashes[order[start:end]] = file_hashes[sorted_rows[start:end] - first_row]
+        band_hashes[order[start:end]] = file_hashes[sorted_rows[start:end] - first_row][:, bands]
         first_row += len(column)
     return band_hashes
 
@@ -116,8 +118,12 @@ def _load_band_hashes(work_folder: str, kind_name: str, rows: Ints) -> splits.Ha
 def _group_prompts(task: AssignTask, prompt_key: splits.HashKeys, rows: Ints) -> Ints:
     """Group of near-duplicate prompts [R] of rows [R] of the index with keys [R]; each prompt is compared once."""
     unique_keys, first_rows, unique_index = np.unique(prompt_key, return_index=True, return_inverse=True)
-    band_hashes = _load_band_hashes(task.work_folder, task.kind_name, rows[first_rows])
-    groups: Ints = splits.group_near_duplicates(unique_keys, band_hashes)[unique_index]
+    prompt_rows = rows[first_rows]
+    bands = (
+        _load_band_hashes(task.work_folder, task.kind_name, prompt_rows, [band])[:, 0]
+        for band in range(splits.BAND_COUNT)
+    )
+    groups: Ints = splits.group_by_bands(len(unique_keys), bands)[unique_index]
     return groups
 
 
@@ -413,6 +419,9 @@ def assign_rows(task: AssignTask, source_paths: Mapping[int, tuple[str, str | No
         table = _name_loved_reactions(table)
     if task.kind_name != "prompts":
         statistics["duplicates"] = _drop_repeated_rows(task, table, decisions)
+    # Positions in the log are not needed any more, and the memory is.
+    used_columns = {"source_index", "line_number", "item_index", "opening_key", "contrary_key"}
+    table = table.drop_columns(sorted(used_columns & set(table.column_names)))
     statistics |= _drop_split_leaks(task, table, split_code, decisions)
     if task.kind_name == "feedback":
         feedback_columns = _build_feedback_columns(task, table, split_code, decisions, statistics)
