@@ -379,6 +379,7 @@ def _build_feedback_columns(
     abuse_log = _build_abuse_log(task, kept_table, loved, rows)
     trust_weight, rule_weights = abuse.compute_trust_weights(abuse_log, task.abuse_rules)
     user_code = abuse_log.user_code
+    del abuse_log  # five arrays of all rows
     # No feature comes from the response's text: the propensity must not depend on what a loss wants to learn.
     features = {
         "turn": bin_by_octave(_read_column(kept_table, "turn").astype(np.int64) + 1),
@@ -531,7 +532,7 @@ def compute_love_statistics(
     user_code: Ints,
     split_code: Ints,
     trust_weight: Floats,
-    rule_weights: Mapping[str, Floats],
+    rule_weights: Mapping[str, NDArray[np.float32]],
 ) -> dict[str, Any]:
     """Natural love rates before sampling, and the weight removed by each abuse rule. Arrays [N] omit dropped rows."""
     time_us = table["time"].cast(pa.int64()).to_numpy()
@@ -559,8 +560,8 @@ def compute_love_statistics(
             rule: {
                 "rows": int((weight < 1).sum()),
                 "users": len(np.unique(user_code[weight < 1])),
-                "weight_taken": float((1 - weight).sum()),
-                "loved_weight_taken": float((1 - weight)[loved].sum()),
+                "weight_taken": float((1 - weight).sum(dtype=np.float64)),
+                "loved_weight_taken": float((1 - weight)[loved].sum(dtype=np.float64)),
             }
             for rule, weight in rule_weights.items()
         },
