@@ -475,7 +475,8 @@ class LearnerActor:
             ds.offload_to_host(engine, components)
         if WEIGHTS_TAG in components and self._reference_model is not None:
             self._reference_model.to("cpu")
-            torch.accelerator.empty_cache()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def reload(self) -> None:
         """Move everything that `offload` has moved back to the GPU."""
