@@ -272,10 +272,7 @@ class LearnerActor:
         end_time = time.monotonic()
         return {
             **compute_loss_metrics(
-                metric_sums,
-                float(max_ratio),
-                update_count=len(update_metrics),
-                has_reference=self._has_reference,
+                metric_sums, float(max_ratio), update_count=len(update_metrics), has_reference=self._has_reference
             ),
             **{name: fmean(row[name] for row in update_metrics) for name in update_metrics[0]},
             "learning_rate": learning_rate,
@@ -475,7 +472,8 @@ class LearnerActor:
             ds.offload_to_host(engine, components)
         if WEIGHTS_TAG in components and self._reference_model is not None:
             self._reference_model.to("cpu")
-            torch.accelerator.empty_cache()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def reload(self) -> None:
         """Move everything that `offload` has moved back to the GPU."""

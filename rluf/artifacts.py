@@ -21,15 +21,16 @@ from rluf.utils.paths import check_writable, resolve_cache_folder, resolve_runs_
 def check_inputs(settings: Settings, *, may_download: bool = True) -> None:
     """Check every log, model, judge, plug-in and output folder before anything starts.
 
-    With `may_download` false a reward model on the hub is not downloaded to check it. Raises DataError for a missing
-    log, ModelError for a model that cannot be used, SettingsError for a judge or another plug-in that cannot be
+    With `may_download` false models and data sets on the hub are not downloaded to check them. Raises DataError for a
+    missing log, ModelError for a model that cannot be used, SettingsError for a judge or another plug-in that cannot be
     imported, ResourceError for a folder that is not writable.
     """
     # Imported here, since pyarrow and fsspec are slow to import.
-    from rluf.prepare.readers.sources import resolve_sources
+    from rluf.prepare.readers.sources import is_hub_data_set, resolve_sources
 
     for data_kind, log_entries in settings.data.sources_by_kind.items():
-        resolve_sources(log_entries, data_kind)
+        local_entries = [entry for entry in log_entries if may_download or not is_hub_data_set(entry)]
+        resolve_sources(local_entries, data_kind)
     for folder in (resolve_runs_root(settings), resolve_cache_folder(settings)):
         check_writable(folder)
     for objective_name, objective_settings in settings.objectives.by_objective.items():

@@ -7,6 +7,7 @@ beginning share that too.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -34,6 +35,12 @@ class PackedBatch:
     """Token index of each sample's prompt and response, padded at the end with index 0 [N, L]."""
     token_output_index: Tensor
     """Index in the flattened [N * L] attention output that each token takes its result from [T]."""
+    flat_token_index: Tensor
+    """sequence_token_index without the padding, sequence after sequence [S]."""
+    flat_output_index: Tensor
+    """Index in the [S] attention output of flat_token_index that each token takes its result from [T]."""
+    sequence_starts: Tensor
+    """Start of each sequence in flat_token_index, and S [N + 1] (int32)."""
     logit_index: Tensor
     """Index of the token whose logits predict each response token [K]."""
     target_ids: Tensor
@@ -46,6 +53,17 @@ class PackedBatch:
     """Weight of each token in the loss of the step [K]; 0 in an idle batch, which keeps ranks in lockstep."""
     rollout_logprobs: Tensor
     """Log-probability under the engine that sampled the token [K] (nats); NaN in demonstrations."""
+
+    @property
+    def attention_inputs(self) -> dict[str, Tensor]:
+        """The tensors that packed attention reads, by the name of its argument."""
+        return {
+            "sequence_token_index": self.sequence_token_index,
+            "token_output_index": self.token_output_index,
+            "flat_token_index": self.flat_token_index,
+            "flat_output_index": self.flat_output_index,
+            "sequence_starts": self.sequence_starts,
+        }
 
     @property
     def token_count(self) -> int:
@@ -301,11 +319,15 @@ class _PackedBatchBuilder:
         max_length = max(len(token_index) for token_index in self.sequence_token_index)
         padded_index = [indices + [0] * (max_length - len(indices)) for indices in self.sequence_token_index]
         output_index = [sequence * max_length + column for sequence, column in self.output_positions]
+        starts = [0, *itertools.accumulate(len(indices) for indices in self.sequence_token_index)]
         return PackedBatch(
             input_ids=torch.tensor([self.input_ids]),
             position_ids=torch.tensor([self.position_ids]),
             sequence_token_index=torch.tensor(padded_index),
             token_output_index=torch.tensor(output_index),
+            flat_token_index=torch.tensor(list(itertools.chain.from_iterable(self.sequence_token_index))),
+            flat_output_index=torch.tensor([starts[sequence] + column for sequence, column in self.output_positions]),
+            sequence_starts=torch.tensor(starts, dtype=torch.int32),
             logit_index=torch.tensor(self.logit_index),
             target_ids=torch.tensor(self.target_ids),
             sequence_index=torch.tensor(self.sequence_index),

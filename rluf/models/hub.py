@@ -11,11 +11,13 @@ import hashlib
 import json
 import logging
 import re
+import sys
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rluf.errors import ModelError
+from rluf.errors import DataError, ModelError
 from rluf.models.chat import render_prompt
 from rluf.models.embedded import list_embedded_models, resolve_embedded_model
 from rluf.utils.files import atomic_folder, file_lock
@@ -31,6 +33,15 @@ logger = logging.getLogger(__name__)
 __all__ = ["list_embedded_models", "load_tokenizer", "render_prompt", "resolve_model", "resolve_policy"]
 
 HUB_ID_PATTERN = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+HUB_DATA_PATTERNS = ("*.parquet", "*.jsonl*", "*.json", "*.csv*", "*.arrow")
+"""Data files of a data set on the hub."""
+NETWORK_ERROR_CLASSES = (
+    ("aiohttp", "ClientError"), ("httpx", "HTTPError"), ("httpx2", "HTTPError"), ("requests", "RequestException"),
+    ("botocore.exceptions", "BotoCoreError"), ("botocore.exceptions", "ClientError"),
+    ("gcsfs.retry", "HttpError"), ("google.auth.exceptions", "GoogleAuthError"),
+    ("azure.core.exceptions", "AzureError"), ("huggingface_hub.errors", "HfHubHTTPError"),
+)  # fmt: skip
+"""Module and base class of the errors of HTTP and storage clients."""
 HUB_FILE_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 """Files to download: no pickles, whose loading would run code, and no weights in other formats."""
 SINGLE_WEIGHTS_FILE, WEIGHTS_INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
@@ -160,16 +171,66 @@ def _check_model_folder(folder: Path) -> Path:
     return folder.resolve()
 
 
-def _download_from_hub(hub_id: str, trust_remote_code: bool) -> Path:
-    """Snapshot of a hub model in Hugging Face's cache (honors HF_HOME, HF_TOKEN and HF_HUB_OFFLINE)."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def download_data_set(reference: str) -> list[str]:
+    """Paths of the data files of a data set on the hub, downloaded into Hugging Face's cache, in order of their names.
 
+    `reference` is owner/name, with an optional revision and pattern of files: owner/name@main/data/train-*.parquet.
+    Raises DataError that names the reference if it is not one, or could not be downloaded.
+    """
+    owner, _, rest = reference.partition("/")
+    name_and_revision, _, pattern = rest.partition("/")
+    name, _, revision = name_and_revision.partition("@")
+    if not HUB_ID_PATTERN.match(f"{owner}/{name}"):
+        raise DataError(f"{reference!r} is not a data set of the hub; expected owner/name, such as trl-lib/tldr")
+    patterns = [pattern, f"{pattern.rstrip('/')}/*"] if pattern else list(HUB_DATA_PATTERNS)
     try:
-        patterns = [*HUB_FILE_PATTERNS, *(["*.py"] if trust_remote_code else [])]
-        return Path(snapshot_download(hub_id, allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"model {hub_id!r} is not a local folder and could not be downloaded from the hub: {error}; "
+        folder = _download_snapshot(
+            f"{owner}/{name}", repo_type="dataset", revision=revision or None, allow_patterns=patterns
+        )
+    except _list_hub_errors() as error:
+        raise DataError(
+            f"data set {f'{owner}/{name}'!r} could not be downloaded from the hub: {_format_first_line(error)}; "
             "check the id, the network and HF_TOKEN, or name a local folder"
         ) from error
+    # The cache has one folder for a revision, also with the files of other patterns.
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [str(path) for path in files if any(fnmatch(path.relative_to(folder).as_posix(), text) for text in patterns)]
+
+
+def _download_from_hub(hub_id: str, trust_remote_code: bool) -> Path:
+    """Snapshot of a hub model in Hugging Face's cache (honors HF_HOME, HF_TOKEN and HF_HUB_OFFLINE)."""
+    try:
+        patterns = [*HUB_FILE_PATTERNS, *(["*.py"] if trust_remote_code else [])]
+        return _download_snapshot(hub_id, allow_patterns=patterns)
+    except _list_hub_errors() as error:
+        raise ModelError(
+            f"model {hub_id!r} is not a local folder and could not be downloaded from the hub: "
+            f"{_format_first_line(error)}; check the id, the network and HF_TOKEN, or name a local folder"
+        ) from error
+
+
+def _download_snapshot(hub_id: str, **options: Any) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()  # they would break the console's own, and fill a log file
+    return Path(snapshot_download(hub_id, **options))
+
+
+def _list_hub_errors() -> tuple[type[Exception], ...]:
+    """What a download raises without network, without access, for an unknown id, and on a full or read-only disk."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    return HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, *list_network_errors()
+
+
+def list_network_errors() -> tuple[type[Exception], ...]:
+    """Base classes of the errors of the HTTP and storage clients that are loaded; not all are OSErrors."""
+    classes = (
+        getattr(sys.modules.get(module_name), class_name, None) for module_name, class_name in NETWORK_ERROR_CLASSES
+    )
+    return tuple(error_class for error_class in classes if error_class is not None)
+
+
+def _format_first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

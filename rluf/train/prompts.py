@@ -9,6 +9,7 @@ whatever was read before. Small sets are read directly, since starting Ray Data'
 from __future__ import annotations
 
 import bisect
+import json
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ CACHED_BLOCK_COUNT = 4
 """Blocks cached in the driver. The order is shuffled over all prompts, so a larger cache would rarely be hit."""
 RENDER_BATCH_ROWS = 1000
 """Prompts rendered per batch."""
-PROMPT_COLUMNS = ("id", "messages", "topic")
+PROMPT_COLUMNS = ("id", "messages", "topic", "extra_fields")
 
 
 def load_prompts(
@@ -54,7 +55,8 @@ def load_prompts(
     for row in rows:
         token_ids = skipped.render_row(row, tokenizer)
         if token_ids is not None:
-            prompts.append(Prompt(row["id"], parse_row_messages(row), token_ids, row["topic"] or "", split))
+            topic, extra_fields = row["topic"] or "", parse_extra_fields(row)
+            prompts.append(Prompt(row["id"], parse_row_messages(row), token_ids, topic, split, extra_fields))
     skipped.report(len(prompts))
     return prompts[:limit]
 
@@ -143,6 +145,12 @@ def parse_row_messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
     return tuple(Message(role=message["role"], content=message["content"]) for message in row["messages"])
 
 
+def parse_extra_fields(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Further fields of a prompt's row in the log, for reward functions; None without any."""
+    text = row.get("extra_fields")
+    return None if text is None else dict(json.loads(text))
+
+
 def build_group_from_row(
     row: Mapping[str, Any], response_column: str, tokenizer: PreTrainedTokenizerFast, skipped: SkippedRows
 ) -> Group | None:
@@ -194,7 +202,8 @@ class PromptStore(Sequence[Prompt]):
         block_index = bisect.bisect_right(self._block_ends, prompt_index)
         block_start = self._block_ends[block_index - 1] if block_index else 0
         (row,) = self._load_block(block_index).slice(prompt_index - block_start, 1).to_pylist()
-        return Prompt(row["id"], parse_row_messages(row), tuple(row["token_ids"]), row["topic"] or "", self._split)
+        topic, extra_fields = row["topic"] or "", parse_extra_fields(row)
+        return Prompt(row["id"], parse_row_messages(row), tuple(row["token_ids"]), topic, self._split, extra_fields)
 
     def __iter__(self) -> Iterator[Prompt]:
         """All prompts in order, block by block."""
@@ -265,9 +274,9 @@ class _PromptRenderer:
         for row in table.to_pylist():
             token_ids = self._skipped.render_row(row, self._tokenizer)
             if token_ids is not None:
-                rendered_rows.append({**{key: row[key] for key in PROMPT_COLUMNS}, "token_ids": list(token_ids)})
+                rendered_rows.append({**row, "token_ids": list(token_ids)})
         # An explicit schema: a block whose rows were all dropped must have the same columns as the others.
-        fields = [table.schema.field(key) for key in PROMPT_COLUMNS]
+        fields = [table.schema.field(key) for key in table.column_names]
         schema = pa.schema([*fields, pa.field("token_ids", pa.list_(pa.int64()))])
         return pa.Table.from_pylist(rendered_rows, schema=schema)
 
@@ -281,7 +290,8 @@ def _render_blocks(parquet_path: Path, model_path: Path, max_tokens: int, trust_
     preserve_order = context.execution_options.preserve_order
     context.execution_options.preserve_order = True
     try:
-        dataset = ray.data.read_parquet(str(parquet_path), columns=list(PROMPT_COLUMNS))
+        column_names = [name for name in PROMPT_COLUMNS if name in pq.read_schema(parquet_path).names]
+        dataset = ray.data.read_parquet(str(parquet_path), columns=column_names)
         rendered = dataset.map_batches(
             _PromptRenderer,
             fn_constructor_args=(str(model_path), max_tokens, trust_remote_code),
