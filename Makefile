@@ -7,10 +7,10 @@ TESTS ?= tests
 export EXTRA PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test nightly check docs format bench lock clean
+.PHONY: help setup quickstart test nightly check docs format bench gpu-check lock clean
 
 help: ## List the targets.
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
 
 setup: ## Create .venv with the tested versions (EXTRA=gpu for CUDA).
 	@.ci/setup
@@ -42,6 +42,9 @@ format: setup ## Format the files and fix lint with ruff.
 bench: setup ## Run one benchmark: make bench NAME=...; its last line is JSON.
 	@test -f benchmarks/$(NAME).py || { echo "make bench NAME=...; there are: $$(cd benchmarks && echo *.py)" >&2; exit 2; }
 	$(BIN)/python benchmarks/$(NAME).py $(ARGS)
+
+gpu-check: setup ## Check a GPU before the first run: kernels, transport, memory, throughput; reduced on CPUs.
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 lock: setup ## Compile constraints/ from pyproject.toml.
 	@.ci/lock

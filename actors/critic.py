@@ -124,8 +124,7 @@ class CriticWorker:
         values: Tensor = self.engine(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids,
-            sequence_token_index=batch.sequence_token_index,
-            token_output_index=batch.token_output_index,
             logit_index=batch.logit_index,
+            **batch.attention_inputs,
         )
         return values

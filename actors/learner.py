@@ -22,6 +22,7 @@ from torch import Tensor
 
 from actors.critic import CriticWorker
 from rluf.algorithms.advantages import SampleKL
+from rluf.algorithms.batch_layout import choose_batch_layout
 from rluf.algorithms.losses import (
     METRIC_SUM_NAMES,
     LossResult,
@@ -30,7 +31,14 @@ from rluf.algorithms.losses import (
     compute_reference_kl,
     sum_kl_by_response,
 )
-from rluf.algorithms.packing import MicroBatch, PackedBatch, list_packed_samples, pack_micro_batch
+from rluf.algorithms.packing import (
+    MicroBatch,
+    PackedBatch,
+    TrainBatch,
+    list_packed_samples,
+    pack_micro_batch,
+    pack_probe_batch,
+)
 from rluf.algorithms.policy_model import compute_response_logprobs, copy_companion_files, load_policy
 from rluf.algorithms.registry import LearnerInputs, find_algorithm, requires_reference
 from rluf.backends import deepspeed as ds
@@ -41,8 +49,9 @@ from rluf.checkpoint.format import POLICY_FOLDER, RunCheckpoint, get_optimizer_s
 from rluf.config.settings import Settings
 from rluf.errors import RlufError
 from rluf.models.lora import disable_lora_adapters
+from rluf.models.weight_average import WeightAverage, copy_weights
 from rluf.tracking.timeline import TorchProfiler
-from rluf.types import Group, Prompt, Sample
+from rluf.types import Group
 from rluf.utils.files import atomic_folder
 from rluf.utils.host_memory import release_freed_memory
 
@@ -57,20 +66,6 @@ further steps would be skipped too."""
 MAX_NAMED_PROMPTS = 3
 PROBE_TEMPERATURE = 1.0
 """Temperature at which engines report log-probabilities of given tokens."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrainBatch:
-    """A micro-batch of a step: its number, its (group, sample) pairs, and the tensors of its response tokens [K].
-
-    `start_logprobs` are the policy's before the first of several updates, `ref_logprobs` None without a reference.
-    """
-
-    number: int
-    samples: MicroBatch
-    packed: PackedBatch
-    ref_logprobs: Tensor | None
-    start_logprobs: Tensor | None = None
 
 
 class LearnerActor:
@@ -96,6 +91,7 @@ class LearnerActor:
         self._engine: DeepSpeedEngine | None = None
         self._reference_model: torch.nn.Module | None = None
         self._has_reference = False
+        self._weight_average: WeightAverage | None = None
         self._critic: CriticWorker | None = None
         self._weight_sender: WeightSender | None = None
         self._reference_seconds = 0.0
@@ -131,6 +127,7 @@ class LearnerActor:
         dtype = getattr(torch, self.settings.policy_dtype)
         algorithm = self.settings.algorithm
         self._has_reference = requires_reference(algorithm)
+        is_packed = choose_batch_layout(self.settings, self.base_model_path).layout == "packed"
         with ds.sharded_loading(learner.zero_stage, dtype, self.world_size, self.device):
             # With LoRA the policy without its adapters is the reference.
             has_reference_copy = self._has_reference and not learner.lora_rank
@@ -141,6 +138,7 @@ class LearnerActor:
                     trust_remote_code=model.trust_remote_code,
                     gradient_checkpointing=is_policy and learner.gradient_checkpointing,
                     lora_rank=learner.lora_rank if is_policy else 0,
+                    is_packed=is_packed,
                 )
                 for is_policy in ((True, False) if has_reference_copy else (True,))
             )
@@ -165,6 +163,8 @@ class LearnerActor:
             )
         if find_algorithm(self.settings.algorithm.name).uses_critic:
             self._critic = CriticWorker(self.settings, self.base_model_path, self.device, self.world_size)
+        if learner.ema_decay:
+            self._weight_average = WeightAverage(self.engine.module, learner.ema_decay)
         if self.checkpoint is not None:
             self._restore_optimizer_state(self.checkpoint)
         seconds = time.monotonic() - start_time
@@ -268,6 +268,7 @@ class LearnerActor:
                 update_metrics.append(self._apply_update(step, bad_prompts, numbers, learner_inputs))
         dist.all_reduce(metric_sums)
         dist.all_reduce(max_ratio, dist.ReduceOp.MAX)
+        self._update_weight_copies(step)
         end_time = time.monotonic()
         return {
             **compute_loss_metrics(
@@ -302,6 +303,19 @@ class LearnerActor:
         if self._critic is not None and learner_inputs.uses_critic:
             critic_metrics = self._critic.train_step(numbers)
         return {**critic_metrics, "grad_norm": grad_norm}
+
+    def _update_weight_copies(self, step: int) -> None:
+        """Update the average of the policy, and refresh the reference policy where that is due."""
+        if self._weight_average is not None:
+            self._weight_average.update(self.engine.module)
+        refresh_steps = self.settings.algorithm.reference_refresh_steps
+        if refresh_steps and step % refresh_steps == 0 and self._reference_model is not None:
+            copy_weights(self.engine.module, self._reference_model)
+
+    def apply_policy_average(self) -> None:
+        """Replace the policy by its average, after the last step."""
+        if self._weight_average is not None:
+            self._weight_average.copy_to(self.engine.module)
 
     def get_sample_kl(self) -> list[tuple[int, int, float]]:
         """KL to the reference (nats, k1) of each sample of the last step before its update, as (group, sample, KL)."""
@@ -419,7 +433,7 @@ class LearnerActor:
 
         All ranks call it.
         """
-        batch = _pack_probe_batch(prompt_ids, responses).to(self.device)
+        batch = pack_probe_batch(prompt_ids, responses).to(self.device)
         logprobs = compute_response_logprobs(self.engine, batch, PROBE_TEMPERATURE)
         return [row.tolist() for row in logprobs.split([len(response) for response in responses])]
 
@@ -429,7 +443,7 @@ class LearnerActor:
         if weight_sync.transport == "lora":
             self._weight_buckets = ds.gather_lora_matrices(self.engine)
         else:
-            self._weight_buckets = ds.gather_parameters(self.engine, weight_sync.bucket_bytes)
+            self._weight_buckets = ds.gather_checkpoint_tensors(self.engine, weight_sync.bucket_bytes)
         # Colocated ranks each share memory with the engine on their GPU; else rank 0 sends for all.
         if self.rank > 0 and not self.settings.is_colocated:
             return {}
@@ -461,7 +475,8 @@ class LearnerActor:
             ds.offload_to_host(engine, components)
         if WEIGHTS_TAG in components and self._reference_model is not None:
             self._reference_model.to("cpu")
-            torch.accelerator.empty_cache()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def reload(self) -> None:
         """Move everything that `offload` has moved back to the GPU."""
@@ -496,7 +511,12 @@ class LearnerActor:
     def save_optimizer_state(self, folder: str) -> dict[str, Any]:
         """Write this rank's optimizer state and random state into a checkpoint; returns its schedule and counters."""
         state_file = get_optimizer_state_path(Path(folder), self.rank, self.world_size)
-        schedule = ds.save_optimizer_state(self.engine, state_file, {"random": torch.get_rng_state()})
+        copies: dict[str, Tensor] = {"random": torch.get_rng_state()}
+        if self._weight_average is not None:
+            copies |= {f"average.{name}": tensor for name, tensor in self._weight_average.tensors.items()}
+        if self.settings.algorithm.reference_refresh_steps and self._reference_model is not None:
+            copies |= {f"reference.{name}": tensor for name, tensor in self._reference_model.named_parameters()}
+        schedule = ds.save_optimizer_state(self.engine, state_file, copies)
         rank_state = {"learning_rate": schedule, "steps": self._step_count, "skipped": self._skipped_count}
         if self._critic is not None:
             critic_file = get_optimizer_state_path(Path(folder), self.rank, self.world_size, "critic")
@@ -517,6 +537,14 @@ class LearnerActor:
         state_file = get_optimizer_state_path(folder, self.rank, self.world_size)
         extra_tensors = ds.load_optimizer_state(self.engine, state_file, dict(rank_state["learning_rate"]))
         torch.set_rng_state(extra_tensors["random"])
+        average, reference = (
+            {key.removeprefix(prefix): value for key, value in extra_tensors.items() if key.startswith(prefix)}
+            for prefix in ("average.", "reference.")
+        )
+        if self._weight_average is not None:
+            self._weight_average.restore(average)
+        if reference and self._reference_model is not None:
+            self._reference_model.load_state_dict(reference, strict=False)
         if self._critic is not None:
             critic_file = get_optimizer_state_path(folder, self.rank, self.world_size, "critic")
             ds.load_optimizer_state(self._critic.engine, critic_file, dict(rank_state["critic"]))
@@ -572,12 +600,3 @@ class _BadPromptSearch:
         pairs = zip(self.batch_losses, self.micro_batches, strict=True)
         bad_batches = [micro_batch for loss, micro_batch in pairs if not torch.isfinite(loss)]
         return list(dict.fromkeys(self.groups_by_index[i].prompt.id for batch in bad_batches for i, _ in batch))
-
-
-def _pack_probe_batch(prompt_ids: list[int], responses: list[list[int]]) -> PackedBatch:
-    """A packed batch of responses to one prompt, without rewards."""
-    samples = tuple(
-        Sample("probe", tuple(prompt_ids), tuple(ids), (0.0,) * len(ids), (), "stop", "") for ids in responses
-    )
-    group = Group(Prompt("probe", (), tuple(prompt_ids), "", ""), samples, 0)
-    return pack_micro_batch([(0, index) for index in range(len(samples))], {0: group}, [[0.0] * len(samples)])

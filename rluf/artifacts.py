@@ -13,24 +13,24 @@ from rluf.errors import ModelError
 from rluf.models.hub import find_model_folder, list_embedded_models, resolve_model
 from rluf.objectives.judges import build_rule_scorer, load_judge
 from rluf.reward.external import check_external_model
-from rluf.tracking.plugin_tracker import TRACKER_SIGNATURE
+from rluf.tracking.plugin_tracker import load_tracker
 from rluf.utils.cache import Artifact, build_or_reuse, build_or_reuse_all, hash_files, hash_source_code
 from rluf.utils.paths import check_writable, resolve_cache_folder, resolve_runs_root
-from rluf.utils.plugins import load_plugin
 
 
 def check_inputs(settings: Settings, *, may_download: bool = True) -> None:
     """Check every log, model, judge, plug-in and output folder before anything starts.
 
-    With `may_download` false a reward model on the hub is not downloaded to check it. Raises DataError for a missing
-    log, ModelError for a model that cannot be used, SettingsError for a judge or another plug-in that cannot be
+    With `may_download` false models and data sets on the hub are not downloaded to check them. Raises DataError for a
+    missing log, ModelError for a model that cannot be used, SettingsError for a judge or another plug-in that cannot be
     imported, ResourceError for a folder that is not writable.
     """
     # Imported here, since pyarrow and fsspec are slow to import.
-    from rluf.prepare.readers.sources import resolve_sources
+    from rluf.prepare.readers.sources import is_hub_data_set, resolve_sources
 
     for data_kind, log_entries in settings.data.sources_by_kind.items():
-        resolve_sources(log_entries, data_kind)
+        local_entries = [entry for entry in log_entries if may_download or not is_hub_data_set(entry)]
+        resolve_sources(local_entries, data_kind)
     for folder in (resolve_runs_root(settings), resolve_cache_folder(settings)):
         check_writable(folder)
     for objective_name, objective_settings in settings.objectives.by_objective.items():
@@ -49,7 +49,7 @@ def check_inputs(settings: Settings, *, may_download: bool = True) -> None:
     for judge in settings.aggregation.gate_judges:
         load_judge(judge)
     for tracker in settings.tracking.trackers:
-        load_plugin(tracker, kind="tracker", signature=TRACKER_SIGNATURE)
+        load_tracker(tracker)
 
 
 def _resolve_reward_model(settings: Settings, key: str, model_path: str, *, may_download: bool = True) -> Path | None:
@@ -159,7 +159,7 @@ def list_reward_cache_inputs(
         "workers": reward_settings.workers,  # the number of ranks changes the batches, and so the weights
         "zero_stage": reward_settings.zero_stage,
         "seed": settings.seed,
-        "code": hash_source_code("reward", "models.lora", "backends.deepspeed"),
+        "code": hash_source_code("reward", "models.chat", "models.lora", "backends.deepspeed"),
     }
 
 

@@ -37,17 +37,15 @@ class CriticModel(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        sequence_token_index: Tensor,
-        token_output_index: Tensor,
         logit_index: Tensor,
+        **attention_inputs: Tensor,
     ) -> Tensor:
         """Value [K] (float32) before each response token; the arguments are fields of a PackedBatch."""
         output = self.backbone(
             input_ids=input_ids,
             position_ids=position_ids,
             use_cache=False,
-            sequence_token_index=sequence_token_index,
-            token_output_index=token_output_index,
+            **attention_inputs,
         )
         # The token that predicts a response token is also the state before it.
         hidden_states = output.last_hidden_state[0].index_select(0, logit_index)

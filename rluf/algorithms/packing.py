@@ -7,6 +7,7 @@ beginning share that too.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from rluf.types import Group
+from rluf.types import Group, Prompt, Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,12 @@ class PackedBatch:
     """Token index of each sample's prompt and response, padded at the end with index 0 [N, L]."""
     token_output_index: Tensor
     """Index in the flattened [N * L] attention output that each token takes its result from [T]."""
+    flat_token_index: Tensor
+    """sequence_token_index without the padding, sequence after sequence [S]."""
+    flat_output_index: Tensor
+    """Index in the [S] attention output of flat_token_index that each token takes its result from [T]."""
+    sequence_starts: Tensor
+    """Start of each sequence in flat_token_index, and S [N + 1] (int32)."""
     logit_index: Tensor
     """Index of the token whose logits predict each response token [K]."""
     target_ids: Tensor
@@ -46,6 +53,17 @@ class PackedBatch:
     """Weight of each token in the loss of the step [K]; 0 in an idle batch, which keeps ranks in lockstep."""
     rollout_logprobs: Tensor
     """Log-probability under the engine that sampled the token [K] (nats); NaN in demonstrations."""
+
+    @property
+    def attention_inputs(self) -> dict[str, Tensor]:
+        """The tensors that packed attention reads, by the name of its argument."""
+        return {
+            "sequence_token_index": self.sequence_token_index,
+            "token_output_index": self.token_output_index,
+            "flat_token_index": self.flat_token_index,
+            "flat_output_index": self.flat_output_index,
+            "sequence_starts": self.sequence_starts,
+        }
 
     @property
     def token_count(self) -> int:
@@ -69,6 +87,20 @@ class _GroupChunk:
 
     sample_indices: tuple[tuple[int, int], ...]
     token_count: int
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """A micro-batch of a step: its number, its (group, sample) pairs, and the tensors of its response tokens [K].
+
+    `start_logprobs` are the policy's before the first of several updates, `ref_logprobs` None without a reference.
+    """
+
+    number: int
+    samples: MicroBatch
+    packed: PackedBatch
+    ref_logprobs: Tensor | None
+    start_logprobs: Tensor | None = None
 
 
 def plan_micro_batches(
@@ -204,6 +236,15 @@ def pack_micro_batch(
     return builder.build()
 
 
+def pack_probe_batch(prompt_ids: list[int], responses: list[list[int]]) -> PackedBatch:
+    """A packed batch of responses to one prompt, without rewards."""
+    samples = tuple(
+        Sample("probe", tuple(prompt_ids), tuple(ids), (0.0,) * len(ids), (), "stop", "") for ids in responses
+    )
+    group = Group(Prompt("probe", (), tuple(prompt_ids), "", ""), samples, 0)
+    return pack_micro_batch([(0, index) for index in range(len(samples))], {0: group}, [[0.0] * len(samples)])
+
+
 def list_packed_samples(micro_batch: Sequence[tuple[int, int]], groups: Mapping[int, Group]) -> list[tuple[int, int]]:
     """Samples that pack_micro_batch packs, in its order: group by group, without empty responses."""
     by_group: dict[int, list[tuple[int, int]]] = {}
@@ -278,11 +319,15 @@ class _PackedBatchBuilder:
         max_length = max(len(token_index) for token_index in self.sequence_token_index)
         padded_index = [indices + [0] * (max_length - len(indices)) for indices in self.sequence_token_index]
         output_index = [sequence * max_length + column for sequence, column in self.output_positions]
+        starts = [0, *itertools.accumulate(len(indices) for indices in self.sequence_token_index)]
         return PackedBatch(
             input_ids=torch.tensor([self.input_ids]),
             position_ids=torch.tensor([self.position_ids]),
             sequence_token_index=torch.tensor(padded_index),
             token_output_index=torch.tensor(output_index),
+            flat_token_index=torch.tensor(list(itertools.chain.from_iterable(self.sequence_token_index))),
+            flat_output_index=torch.tensor([starts[sequence] + column for sequence, column in self.output_positions]),
+            sequence_starts=torch.tensor(starts, dtype=torch.int32),
             logit_index=torch.tensor(self.logit_index),
             target_ids=torch.tensor(self.target_ids),
             sequence_index=torch.tensor(self.sequence_index),

@@ -5,7 +5,8 @@ once, followed by the responses of its samples. All layers work on those T token
 tokens may attend to which. Here each sample becomes one row (prompt, then its own response) of a padded [N, L] table of
 token indices, plain causal attention runs on the rows, and every token takes its result from one of them. Padding comes
 last in a row, so causality alone hides it and no mask is built. The cost is N * L^2 instead of T^2, and all other
-layers compute a prompt once instead of once per sample.
+layers compute a prompt once instead of once per sample. On GPUs the rows have no padding (torch's variable-length
+attention): with uneven lengths the padded table is 4 to 12 times larger than the rows in it.
 
 The attention function is registered with transformers as PACKED_ATTENTION; transformers passes extra keyword arguments
 of the model's `forward` to it by name.
@@ -14,6 +15,7 @@ of the model's `forward` to it by name.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,9 @@ def compute_packed_attention(
     *,
     sequence_token_index: Tensor | None = None,
     token_output_index: Tensor | None = None,
+    flat_token_index: Tensor | None = None,
+    flat_output_index: Tensor | None = None,
+    sequence_starts: Tensor | None = None,
     scaling: float | None = None,
     **unused_kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -59,16 +64,22 @@ def compute_packed_attention(
 
     `query` is [1, H, T, D]; `key` and `value` [1, H_kv, T, D] with H a multiple of H_kv. `sequence_token_index` [N, L]
     contains token indices, padded at the end; `token_output_index` [T] is the index of each token's result in the
-    flattened [N * L] output. Raises ModelError for a model whose attention is more than causal softmax attention over
-    the whole sequence.
+    flattened [N * L] output. The other three describe the same rows without padding (PackedBatch) and are used on GPUs
+    in half precision. Raises ModelError for a model whose attention is more than causal softmax attention over the
+    whole sequence.
     """
     if sequence_token_index is None or token_output_index is None:
         raise ModelError(
-            "packed attention: expected sequence_token_index and token_output_index, got none; pass the fields of a "
-            "PackedBatch to the model's forward"
+            f"{type(module).__name__} got no sequence_token_index: the model does not pass the fields of a packed "
+            "batch to its attention"
         )
     _reject_unsupported_attention(module, int(sequence_token_index.shape[1]), unused_kwargs)
     head_count, head_size, dtype = query.shape[1], value.shape[3], query.dtype
+    if query.is_cuda and dtype != torch.float32 and flat_token_index is not None and flat_output_index is not None:
+        flat_states = [states[0].transpose(0, 1).index_select(0, flat_token_index) for states in (query, key, value)]
+        max_length = int(sequence_token_index.shape[1])
+        output = compute_sequence_attention(flat_states, sequence_starts, max_length, scaling)
+        return output.index_select(0, flat_output_index)[None], None
     if query.device.type == "cpu":
         # PyTorch's CPU kernel is 2.5 times faster in float32 than in bfloat16 here, and more accurate.
         query, key, value = query.float(), key.float(), value.float()
@@ -82,6 +93,29 @@ def compute_packed_attention(
     )
     flat_output = output.transpose(1, 2).reshape(sequence_token_index.numel(), head_count * head_size).to(dtype)
     return flat_output.index_select(0, token_output_index).view(1, -1, head_count, head_size), None
+
+
+def compute_sequence_attention(
+    flat_states: Sequence[Tensor], sequence_starts: Tensor | None, max_length: int, scaling: float | None
+) -> Tensor:
+    """Causal attention [S, H, D] within each of N sequences that follow one another, without padding. GPUs only.
+
+    `flat_states` are query [S, H, D], key and value [S, H_kv, D]; `sequence_starts` [N + 1] (int32) ends with S, and
+    `max_length` is at least the length of the longest sequence.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    output: Tensor = varlen_attn(
+        *flat_states,
+        sequence_starts,
+        sequence_starts,
+        max_length,
+        max_length,
+        scale=scaling,
+        window_size=(-1, 0),  # causal
+        enable_gqa=True,
+    )
+    return output
 
 
 def _gather_sequences(states: Tensor, sequence_token_index: Tensor) -> Tensor:
@@ -114,26 +148,35 @@ def load_policy(
     trust_remote_code: bool = False,
     gradient_checkpointing: bool = False,
     lora_rank: int = 0,
+    is_packed: bool = True,
 ) -> nn.Module:
-    """Causal language model of a Hugging Face folder with packed attention and without dropout.
+    """Causal language model of a Hugging Face folder without dropout; with packed attention if `is_packed`.
 
-    With `lora_rank` only the adapters are trainable. Raises ModelError when the folder cannot be read or contains
-    another kind of model.
+    Otherwise it reads one sample per row (batch_layout.py). With `lora_rank` only the adapters are trainable. Raises
+    ModelError when the folder cannot be read, lacks a weight, or contains another kind of model.
     """
     from transformers import AutoModelForCausalLM
 
     register_packed_attention()
     try:
-        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+        loaded: tuple[nn.Module, Mapping[str, Any]] = AutoModelForCausalLM.from_pretrained(
             str(model_folder),
             dtype=dtype,
-            attn_implementation=PACKED_ATTENTION,
+            # Eager attention has every variant (windows, soft caps, sinks), which PyTorch's fused kernel ignores.
+            attn_implementation=PACKED_ATTENTION if is_packed else "eager",
             trust_remote_code=trust_remote_code,
             local_files_only=True,
             use_safetensors=True,
+            output_loading_info=True,
         )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"no causal language model could be read from {model_folder}: {error}") from error
+    model, loading_info = loaded
+    if missing_names := sorted(loading_info["missing_keys"]):
+        raise ModelError(
+            f"model {model_folder} lacks {len(missing_names)} weights: {', '.join(missing_names[:4])}; they would be "
+            "random, so download or save the model again"
+        )
     # The learner must give a token the probability that the engine gave it, and the engine has no dropout.
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -142,6 +185,12 @@ def load_policy(
         # The reentrant variant needs inputs that require gradients, which frozen embeddings (LoRA) do not give.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return add_lora_adapters(model, lora_rank) if lora_rank else model
+
+
+def has_packed_attention(model: Any) -> bool:
+    """Whether `model`, or the model inside a DeepSpeed engine, reads packed batches."""
+    config = getattr(model, "module", model).config
+    return bool(config.get_text_config()._attn_implementation == PACKED_ATTENTION)
 
 
 def copy_companion_files(source_folder: Path, target_folder: Path) -> None:
@@ -199,15 +248,24 @@ def compute_target_logprobs(logits: Tensor, target_ids: Tensor, temperature: flo
 def compute_response_logprobs(model: Any, batch: PackedBatch, temperature: float = 1.0) -> Tensor:
     """Log-probabilities [K] of the response tokens of a packed batch.
 
-    `model` must use packed attention (load_policy).
+    A model without packed attention (load_policy) reads the samples as rows [N, L], padded at the end: in a causal
+    model padding changes nothing before it, so no mask is needed.
     """
+    if not has_packed_attention(model):
+        rows = batch.input_ids[0][batch.sequence_token_index]
+        columns = batch.position_ids[0][batch.logit_index]
+        logit_columns = torch.unique(columns)
+        logits = model(input_ids=rows, logits_to_keep=logit_columns, use_cache=False).logits
+        if logits.shape[1] != len(logit_columns):  # models that ignore logits_to_keep
+            logits = logits[:, logit_columns]
+        token_logits = logits[batch.sequence_index, torch.searchsorted(logit_columns, columns)]
+        return compute_target_logprobs(token_logits, batch.target_ids, temperature)
     output = model(
         input_ids=batch.input_ids,
         position_ids=batch.position_ids,
         # Logits of the predicting tokens only: with a large vocabulary the prompts' logits would dominate memory.
         logits_to_keep=batch.logit_index,
         use_cache=False,
-        sequence_token_index=batch.sequence_token_index,
-        token_output_index=batch.token_output_index,
+        **batch.attention_inputs,
     )
     return compute_target_logprobs(output.logits[0], batch.target_ids, temperature)

@@ -10,6 +10,7 @@ other), and a step may have any number of micro-batches. ZeRO 0 and 1 reduce the
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -255,6 +256,20 @@ def gather_parameters(engine: DeepSpeedEngine, bucket_bytes: int) -> Iterator[li
         size += nbytes
     if bucket:
         yield _gather_bucket(bucket, lora_adapters)
+
+
+def gather_checkpoint_tensors(engine: DeepSpeedEngine, bucket_bytes: int) -> Iterator[list[tuple[str, Tensor]]]:
+    """As gather_parameters, but under the names and shapes of the checkpoint, with its persistent buffers.
+
+    transformers fuses the experts of a mixture into one tensor when it loads a checkpoint; this is the reverse, as in
+    save_pretrained.
+    """
+    from transformers.core_model_loading import revert_weight_conversion
+
+    buffers = [(name, buffer.detach()) for name, buffer in _iter_persistent_buffers(engine.module)]
+    for bucket in itertools.chain(gather_parameters(engine, bucket_bytes), [buffers] if buffers else []):
+        checkpoint_tensors = revert_weight_conversion(engine.module, dict(bucket))
+        yield [(name, tensor.contiguous()) for name, tensor in checkpoint_tensors.items()]
 
 
 def gather_lora_matrices(engine: DeepSpeedEngine) -> Iterator[list[tuple[str, Tensor]]]:

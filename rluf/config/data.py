@@ -52,8 +52,8 @@ class DataSource(SettingsSection):
 
 class DataSettings(SettingsSection):
     """Raw data. An entry is a file, folder, glob or URL (s3://, gs://), `sample:<kind>` for the log shipped with rluf,
-    or {path, reader, format, columns, roles, labels, where} for a log in another format. An empty list omits that kind
-    of data."""
+    `hub:owner/name` for a data set of the Hugging Face hub, or {path, reader, format, columns, roles, labels, where}
+    for a log in another format. An empty list omits that kind of data."""
 
     feedback: tuple[DataSource | str, ...] = ("sample:feedback",)
     """Feedback logs (JSONL, plain, gz or zst; Parquet; CSV; Arrow), one served response per row."""
@@ -93,7 +93,7 @@ class DataSettings(SettingsSection):
         entries = (value,) if isinstance(value, (str, dict)) else value
         for entry in entries if isinstance(entries, (list, tuple)) else ():
             match = READER_PREFIX_PATTERN.match(entry) if isinstance(entry, str) else None
-            if match and match[1] != "sample":
+            if match and match[1] not in ("sample", "hub"):
                 raise ValueError(
                     f"expected a path or a mapping, got {entry!r}; write {{reader: {match[1]}, path: {match[2]}}}"
                 )
@@ -129,6 +129,8 @@ class PrepareSettings(SettingsSection):
     """Label of each reaction (loved, not_loved, ignored) by name, emoji, number or range of numbers (">=4": loved)."""
     contradictions: Annotated[Literal["latest", "loved", "not_loved", "ignored"], ADVANCED] = "latest"
     """Label of a response with loved and not loved reactions: that of the latest one, or always the same."""
+    drop_duplicates: Annotated[bool, ADVANCED] = False
+    """Drop rows that repeat prompt and response of an earlier row (feedback: of the same user) under another id."""
     broken_files: Annotated[Literal["stop", "count"], ADVANCED] = "stop"
     """File that ends early or cannot be decompressed: stop, or count its estimated rows in the quarantine budget."""
     reaction_window_hours: float = Field(default=168, gt=0)

@@ -87,8 +87,9 @@ def estimate_learner_memory(settings: Settings) -> dict[str, int]:
     ZeRO (Rajbhandari et al. 2020, arXiv 1910.02054) shards over the learners: optimizer state from stage 1, gradients
     from stage 2, weights at stage 3, which gathers some of them at a time. Activations take about 34 bytes * hidden
     size per token and layer without the attention matrix (Korthikanti et al. 2022, arXiv 2205.05198); with
-    recomputation 2, and 34 for the layer that is recomputed. Logits and their gradient exist in the compute dtype, in float32 for
-    LOGIT_CHUNK_TOKENS tokens at a time. A PPO critic's activations follow those of the policy and are smaller.
+    recomputation 2, and 34 for the layer that is recomputed. Logits and their gradient exist in the compute dtype, in
+    float32 for LOGIT_CHUNK_TOKENS tokens at a time. A PPO critic's activations follow those of the policy and are
+    smaller.
     """
     shape, learner = estimate_model_shape(settings.model.path), settings.learner
     bytes_per_weight = _get_policy_bytes_per_weight(settings)

@@ -33,6 +33,9 @@ RENAMED_TRANSPORTS = {"ipc": "cuda_ipc", "adapter": "lora"}
 """Values of weight_sync.transport in earlier releases, and their present names."""
 
 
+RESERVED_TEMPLATE_NAMES = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+"""Variables of every chat template, which rluf and transformers set."""
+
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 IMPORTANCE_CORRECTIONS = ("token", "sequence", "mask", "sequence_mask", "geometric", "geometric_mask", "off")
@@ -48,6 +51,18 @@ class ModelSettings(SettingsSection):
     and on CPUs with bfloat16 instructions, else float32, which is several times as fast there."""
     trust_remote_code: bool = False
     """Run Python code shipped with the model. Leave it off unless you trust the author."""
+    system_prompt: Annotated[str, ADVANCED] = ""
+    """System message of conversations that have none, in training and in the saved policy's chat template."""
+    chat_template_args: Annotated[dict[str, bool | int | float | str], ADVANCED] = Field(default_factory=dict)
+    """Variables of the chat template, such as {enable_thinking: false}; fixed in the saved policy's template too."""
+
+    @field_validator("chat_template_args")
+    @classmethod
+    def _check_template_args(cls, values: dict[str, bool | int | float | str]) -> dict[str, bool | int | float | str]:
+        for name in values:
+            if name in RESERVED_TEMPLATE_NAMES or not name.isidentifier():
+                raise ValueError(f"{name!r} cannot be set; name a variable of the model's own chat template")
+        return values
 
 
 class RolloutSettings(SettingsSection):
@@ -59,8 +74,11 @@ class RolloutSettings(SettingsSection):
     """Maximum tokens of a rendered prompt; longer prompts are quarantined, never truncated."""
     max_response_tokens: int = Field(default=48, ge=1)
     """Maximum tokens of a response."""
-    temperature: float = Field(default=1.0, gt=0)
-    """Sampling temperature in training and evaluation (the importance correction assumes 1.0)."""
+    temperature: float = Field(default=1.0, ge=0.01)
+    """Sampling temperature in training and evaluation (the importance correction assumes 1.0); vLLM reads less than
+    0.01 as 0.01."""
+    stop: Annotated[tuple[str, ...], ADVANCED] = ()
+    """Strings that end a response, in addition to the model's end-of-turn tokens; the response ends with the string."""
     concurrency: int = Field(default=64, ge=1)
     """Samples in flight per engine."""
     kv_cache_gib: float = Field(default=0.5, gt=0)
@@ -69,6 +87,13 @@ class RolloutSettings(SettingsSection):
     """Share of GPU memory that a GPU engine may use."""
     eager: Annotated[bool, ADVANCED] = False
     """Run GPU engines without CUDA graphs: starts faster, decodes slower. CPU engines always do."""
+
+    @field_validator("stop")
+    @classmethod
+    def _check_stop(cls, strings: tuple[str, ...]) -> tuple[str, ...]:
+        if "" in strings:
+            raise ValueError("an empty string would end every response at once; remove it")
+        return strings
 
 
 class AlgorithmSettings(SettingsSection):
@@ -106,6 +131,8 @@ class AlgorithmSettings(SettingsSection):
     """Samples in which kl_target may change kl_coef by about a fifth; none: the samples of 10 steps."""
     kl_budget: Annotated[float | None, ADVANCED] = Field(default=None, gt=0)
     """KL in nats per token above which training ends; the policy of that step is evaluated. none never ends early."""
+    reference_refresh_steps: Annotated[int, ADVANCED] = Field(default=0, ge=0)
+    """Steps after which the present policy becomes the reference policy, again and again; 0 keeps the base policy."""
     entropy_coef: Annotated[float, ADVANCED] = Field(default=0.0, ge=0)
     """Coefficient of an entropy bonus in the loss, per nat of the sampled tokens."""
     mini_batches: Annotated[int, ADVANCED] = Field(default=1, ge=1)
@@ -198,6 +225,9 @@ class LearnerSettings(SettingsSection):
     """Decay of the learning rate after warm-up, to 0 after the last step."""
     adam_betas: Annotated[tuple[Share, Share], ADVANCED] = (0.9, 0.999)
     """AdamW's decay rates of the gradient's mean and of its square."""
+    ema_decay: Annotated[Share, ADVANCED] = 0.0
+    """Share that the moving average of the policy retains per step; the average is evaluated and saved at the end. 0
+    evaluates and saves the last policy."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
     critic_learning_rate: float | None = Field(default=None, ge=0)

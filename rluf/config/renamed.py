@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+SAMPLING_REFUSAL = (
+    "refused: training needs the probabilities that tokens were sampled with, and the learner cannot know which tokens "
+    "a truncated or penalized distribution left out; use rollout.temperature"
+)
 REPLACED_SETTINGS: Mapping[str, str] = {
     "algorithm.alarm_prompts": "algorithm.hacking_baseline_prompts",
     "algorithm.alarms": "algorithm.hacking_alarms",
@@ -85,6 +89,12 @@ REPLACED_SETTINGS: Mapping[str, str] = {
     "reward.scoring_batch_tokens": "a constant: SCORING_BATCH_TOKENS = 8192 in rluf/reward/text.py",
     "rollout.deadline_s": "timeouts.call_s",
     "rollout.tensor_parallel": "cluster.gpus_per_engine: an engine is tensor-parallel over all of its GPUs",
+    "rollout.min_p": SAMPLING_REFUSAL,
+    "rollout.presence_penalty": SAMPLING_REFUSAL,
+    "rollout.repetition_penalty": SAMPLING_REFUSAL,
+    "rollout.frequency_penalty": SAMPLING_REFUSAL,
+    "rollout.top_k": SAMPLING_REFUSAL,
+    "rollout.top_p": SAMPLING_REFUSAL,
     "run.profile_steps": "the option --profile steps=N of python -m rluf.train",
     "run.reuse": "run.cache: name an empty folder to build everything again",
     "run.upload": "run.checkpoint_upload_url",

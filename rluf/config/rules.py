@@ -173,6 +173,22 @@ def check_policy_ratio(settings: SettingsTree) -> str | None:
     return None
 
 
+def check_weight_copies(settings: SettingsTree) -> str | None:
+    """Averages and refreshed references are copies of whole weights, which a rank has below ZeRO 3 only."""
+    learner, refresh = settings.learner, settings.algorithm.reference_refresh_steps
+    if learner.zero_stage == 3 and (refresh or learner.ema_decay):
+        return (
+            f"learner.zero_stage=3 shards the weights that learner.ema_decay={learner.ema_decay:g} or "
+            f"algorithm.reference_refresh_steps={refresh} copy; set learner.zero_stage=2, or both to 0"
+        )
+    if refresh and learner.lora_rank:
+        return (
+            f"algorithm.reference_refresh_steps={refresh} conflicts with learner.lora_rank={learner.lora_rank}, whose "
+            "reference is the policy without its adapters; set one of them to 0"
+        )
+    return None
+
+
 def check_reward_losses(settings: SettingsTree) -> str | None:
     """Pairs train with bradley_terry, single responses with a loss of labels."""
     for name, model in settings.reward.by_objective.items():
@@ -496,6 +512,7 @@ SETTINGS_RULES: tuple[Callable[[SettingsTree], str | None], ...] = (
     check_kl,
     check_critic,
     check_policy_ratio,
+    check_weight_copies,
     check_reward_losses,
     check_trained_parts,
     check_debias,

@@ -99,8 +99,13 @@ class TrackingSettings(SettingsSection):
     """auto: online when WANDB_API_KEY is set, else offline."""
     project: str = "rluf"
     """W&B project."""
+    group: Annotated[str | None, ADVANCED] = None
+    """W&B group of the run; none means the configuration's name. All runs of a sweep share one."""
+    tags: Annotated[tuple[str, ...], ADVANCED] = ()
+    """W&B tags of the run, in addition to algorithm and policy."""
     trackers: tuple[str, ...] = ()
-    """Further trackers of step metrics and summary: module:function (settings, run folder) -> tracker."""
+    """Further trackers of step metrics and summary: tensorboard, mlflow, or module:function (settings, run folder) ->
+    tracker."""
 
 
 class RunSettings(SettingsSection):

@@ -44,7 +44,7 @@ def run_evaluation(settings: Settings) -> Path:
     from cluster.connect import ray_connection
     from rluf.artifacts import check_inputs, list_reward_model_folders, prepare_data_artifact, train_reward_artifacts
     from rluf.evaluate.compare import compare_policies, write_cards, write_results
-    from rluf.models.hub import resolve_model
+    from rluf.models.hub import resolve_model, resolve_policy
     from rluf.tracking.console import setup_logging
     from rluf.tracking.timeline import PhaseTimer
     from rluf.tracking.wandb import WandbTracker
@@ -57,7 +57,7 @@ def run_evaluation(settings: Settings) -> Path:
     timer, cache_folder = PhaseTimer(), resolve_cache_folder(settings)
     check_inputs(settings)
     latest_policy = resolve_runs_root(settings) / settings.name / "latest" / "policy"
-    base_path = timer.time_call("model", resolve_model, settings.model.path, cache_folder)
+    base_path = timer.time_call("model", resolve_policy, settings)
     candidate_path = resolve_model(settings.evaluate.candidate or str(latest_policy), cache_folder)
 
     with ExitStack() as stack:
@@ -71,7 +71,7 @@ def run_evaluation(settings: Settings) -> Path:
         reward_artifacts = timer.time_call("reward", train_reward_artifacts, settings, data_artifact)
         write_cards(run_folder, data_artifact, reward_artifacts)
 
-        tracker = stack.enter_context(WandbTracker(settings, run_folder))
+        tracker = stack.enter_context(WandbTracker(settings, run_folder, job_type="evaluate"))
         reward_folders = list_reward_model_folders(reward_artifacts)
         result = run_coroutine(
             evaluate_policies(settings, base_path, candidate_path, data_artifact.folder, reward_folders)

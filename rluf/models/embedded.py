@@ -61,7 +61,7 @@ def _build_embedded_model(model_name: str, models_folder: Path) -> Path:
             for stale_folder in models_folder.glob(f".{model_name}-*"):
                 shutil.rmtree(stale_folder, ignore_errors=True)
             logger.info("model %s: building in %s (once)", model_name, target_folder)
-            with atomic_folder(target_folder, f"model {model_name}") as temporary_folder, _hide_progress_bars():
+            with atomic_folder(target_folder, f"model {model_name}") as temporary_folder, hide_progress_bars():
                 _EMBEDDED_MODEL_BUILDERS[model_name](temporary_folder)
     except OSError as error:
         raise ModelError(
@@ -71,7 +71,7 @@ def _build_embedded_model(model_name: str, models_folder: Path) -> Path:
 
 
 @contextmanager
-def _hide_progress_bars() -> Iterator[None]:
+def hide_progress_bars() -> Iterator[None]:
     """Disable transformers' progress bars, which would break the console's own."""
     from transformers.utils import logging as transformers_logging
 

@@ -6,25 +6,108 @@ DeepSpeed can read it. Heavy imports stay inside the functions that need them.
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import json
+import logging
 import re
+import sys
+from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from rluf.errors import ModelError
+from rluf.errors import DataError, ModelError
 from rluf.models.chat import render_prompt
 from rluf.models.embedded import list_embedded_models, resolve_embedded_model
+from rluf.utils.files import atomic_folder, file_lock
+from rluf.utils.paths import resolve_cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-__all__ = ["list_embedded_models", "load_tokenizer", "render_prompt", "resolve_model"]
+    from rluf.config.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["list_embedded_models", "load_tokenizer", "render_prompt", "resolve_model", "resolve_policy"]
 
 HUB_ID_PATTERN = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+HUB_DATA_PATTERNS = ("*.parquet", "*.jsonl*", "*.json", "*.csv*", "*.arrow")
+"""Data files of a data set on the hub."""
+NETWORK_ERROR_CLASSES = (
+    ("aiohttp", "ClientError"), ("httpx", "HTTPError"), ("httpx2", "HTTPError"), ("requests", "RequestException"),
+    ("botocore.exceptions", "BotoCoreError"), ("botocore.exceptions", "ClientError"),
+    ("gcsfs.retry", "HttpError"), ("google.auth.exceptions", "GoogleAuthError"),
+    ("azure.core.exceptions", "AzureError"), ("huggingface_hub.errors", "HfHubHTTPError"),
+)  # fmt: skip
+"""Module and base class of the errors of HTTP and storage clients."""
 HUB_FILE_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 """Files to download: no pickles, whose loading would run code, and no weights in other formats."""
+SINGLE_WEIGHTS_FILE, WEIGHTS_INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+TEMPLATE_FILE = "chat_template.jinja"
+SYSTEM_PROMPT_TEMPLATE = (
+    "{%- if not messages or messages[0]['role'] != 'system' -%}"
+    "{%- set messages = [{'role': 'system', 'content': PROMPT}] + messages -%}{%- endif -%}"
+)
+"""Put in front of a chat template, with a JSON string for PROMPT."""
 
 
-def resolve_model(model_path: str, cache_folder: Path) -> Path:
+def resolve_policy(settings: Settings) -> Path:
+    """Local folder of the policy `model.path`, with `model.system_prompt` and `model.chat_template_args` applied.
+
+    Both become part of the chat template, so that engines, the trained policy and every later server of it render
+    conversations as in training. If the template changes, or the folder has safetensors files next to
+    model.safetensors that are not its weights (vLLM would read them too), the folder is one of links under run.cache.
+    """
+    model, cache_folder = settings.model, resolve_cache_folder(settings)
+    folder = resolve_model(model.path, cache_folder, trust_remote_code=model.trust_remote_code)
+    stray_files = _list_stray_weights(folder)
+    template_prefix = _build_template_prefix(model.system_prompt, model.chat_template_args)
+    if not (stray_files or template_prefix):
+        return folder
+    files = [file for file in folder.iterdir() if file.name not in stray_files and file.name != TEMPLATE_FILE]
+    template = ""
+    if template_prefix:
+        template = str(load_tokenizer(folder, trust_remote_code=model.trust_remote_code).chat_template or "")
+        if not template:
+            raise ModelError(f"{folder} has no chat template for model.system_prompt and model.chat_template_args")
+    elif (folder / TEMPLATE_FILE).is_file():
+        files.append(folder / TEMPLATE_FILE)
+    names = sorted(file.name for file in files)
+    key = hashlib.sha256(repr((str(folder), names, template_prefix, template)).encode()).hexdigest()[:12]
+    link_folder = cache_folder / "models" / f"policy-{key}"
+    link_folder.parent.mkdir(parents=True, exist_ok=True)
+    with file_lock(link_folder.parent / f".{link_folder.name}.lock"):
+        if not link_folder.is_dir():
+            with atomic_folder(link_folder) as temporary_folder:
+                for file in files:
+                    (temporary_folder / file.name).symlink_to(file.resolve())
+                if template_prefix:
+                    (temporary_folder / TEMPLATE_FILE).write_text(template_prefix + template, encoding="utf-8")
+    if stray_files:
+        logger.warning("model %s: not weights, left out: %s", folder, ", ".join(sorted(stray_files)))
+    return link_folder
+
+
+def _list_stray_weights(folder: Path) -> set[str]:
+    """Names of safetensors files that transformers does not read, next to model.safetensors or an index."""
+    names = {file.name for file in folder.glob("*.safetensors")}
+    index_file = folder / WEIGHTS_INDEX_FILE
+    if index_file.is_file():
+        return names - set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values())
+    return names - {SINGLE_WEIGHTS_FILE} if SINGLE_WEIGHTS_FILE in names else set()
+
+
+def _build_template_prefix(system_prompt: str, template_args: Mapping[str, object]) -> str:
+    """Jinja code in front of a chat template that sets its variables and adds the system message."""
+    # JSON values are Jinja literals too; not in ASCII, as Jinja does not know JSON's surrogate pairs.
+    to_literal = functools.partial(json.dumps, ensure_ascii=False)
+    prefix = "".join(f"{{%- set {name} = {to_literal(value)} -%}}" for name, value in sorted(template_args.items()))
+    return prefix + (SYSTEM_PROMPT_TEMPLATE.replace("PROMPT", to_literal(system_prompt)) if system_prompt else "")
+
+
+def resolve_model(model_path: str, cache_folder: Path, *, trust_remote_code: bool = False) -> Path:
     """Local folder of the model `model_path`; embedded models are built once in `cache_folder`/models/<name>.
 
     `model_path` is an embedded name, a Hugging Face folder, or a hub id (owner/name, downloaded into Hugging Face's own
@@ -36,7 +119,7 @@ def resolve_model(model_path: str, cache_folder: Path) -> Path:
         return folder
     if model_path in list_embedded_models():
         return _check_model_folder(resolve_embedded_model(model_path, cache_folder / "models"))
-    return _check_model_folder(_download_from_hub(model_path))
+    return _check_model_folder(_download_from_hub(model_path, trust_remote_code))
 
 
 def find_model_folder(model_path: str) -> Path | None:
@@ -58,12 +141,14 @@ def find_model_folder(model_path: str) -> Path | None:
     )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
     """Load the fast tokenizer of a resolved model folder. Raises ModelError if it cannot be read or is a slow one."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=trust_remote_code
+        )
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"no tokenizer could be read from {folder}: {error}; add tokenizer.json to it") from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -86,15 +171,66 @@ def _check_model_folder(folder: Path) -> Path:
     return folder.resolve()
 
 
-def _download_from_hub(hub_id: str) -> Path:
-    """Snapshot of a hub model in Hugging Face's cache (honors HF_HOME, HF_TOKEN and HF_HUB_OFFLINE)."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+def download_data_set(reference: str) -> list[str]:
+    """Paths of the data files of a data set on the hub, downloaded into Hugging Face's cache, in order of their names.
 
+    `reference` is owner/name, with an optional revision and pattern of files: owner/name@main/data/train-*.parquet.
+    Raises DataError that names the reference if it is not one, or could not be downloaded.
+    """
+    owner, _, rest = reference.partition("/")
+    name_and_revision, _, pattern = rest.partition("/")
+    name, _, revision = name_and_revision.partition("@")
+    if not HUB_ID_PATTERN.match(f"{owner}/{name}"):
+        raise DataError(f"{reference!r} is not a data set of the hub; expected owner/name, such as trl-lib/tldr")
+    patterns = [pattern, f"{pattern.rstrip('/')}/*"] if pattern else list(HUB_DATA_PATTERNS)
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILE_PATTERNS)))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ModelError(
-            f"model {hub_id!r} is not a local folder and could not be downloaded from the hub: {error}; "
+        folder = _download_snapshot(
+            f"{owner}/{name}", repo_type="dataset", revision=revision or None, allow_patterns=patterns
+        )
+    except _list_hub_errors() as error:
+        raise DataError(
+            f"data set {f'{owner}/{name}'!r} could not be downloaded from the hub: {_format_first_line(error)}; "
             "check the id, the network and HF_TOKEN, or name a local folder"
         ) from error
+    # The cache has one folder for a revision, also with the files of other patterns.
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [str(path) for path in files if any(fnmatch(path.relative_to(folder).as_posix(), text) for text in patterns)]
+
+
+def _download_from_hub(hub_id: str, trust_remote_code: bool) -> Path:
+    """Snapshot of a hub model in Hugging Face's cache (honors HF_HOME, HF_TOKEN and HF_HUB_OFFLINE)."""
+    try:
+        patterns = [*HUB_FILE_PATTERNS, *(["*.py"] if trust_remote_code else [])]
+        return _download_snapshot(hub_id, allow_patterns=patterns)
+    except _list_hub_errors() as error:
+        raise ModelError(
+            f"model {hub_id!r} is not a local folder and could not be downloaded from the hub: "
+            f"{_format_first_line(error)}; check the id, the network and HF_TOKEN, or name a local folder"
+        ) from error
+
+
+def _download_snapshot(hub_id: str, **options: Any) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    disable_progress_bars()  # they would break the console's own, and fill a log file
+    return Path(snapshot_download(hub_id, **options))
+
+
+def _list_hub_errors() -> tuple[type[Exception], ...]:
+    """What a download raises without network, without access, for an unknown id, and on a full or read-only disk."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    return HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, *list_network_errors()
+
+
+def list_network_errors() -> tuple[type[Exception], ...]:
+    """Base classes of the errors of the HTTP and storage clients that are loaded; not all are OSErrors."""
+    classes = (
+        getattr(sys.modules.get(module_name), class_name, None) for module_name, class_name in NETWORK_ERROR_CLASSES
+    )
+    return tuple(error_class for error_class in classes if error_class is not None)
+
+
+def _format_first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

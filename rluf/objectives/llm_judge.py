@@ -86,14 +86,14 @@ class LlmJudge:
             headers = {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
             limits = httpx.Limits(max_connections=self.concurrency)
             async with httpx.AsyncClient(headers=headers, timeout=self.timeout_s, limits=limits) as client:
-                new_grades = await asyncio.gather(*(self._request_grade(client, slots, text) for text in new_texts))
+                new_grades = await asyncio.gather(*(self._get_grade(client, slots, text) for text in new_texts))
             self._grades |= dict(zip(new_texts, new_grades, strict=True))
         grades = [self._grades[text] for text in texts]
         while len(self._grades) > self.cache_size:
             self._grades.popitem(last=False)
         return grades
 
-    async def _request_grade(self, client: httpx.AsyncClient, slots: asyncio.Semaphore, text: str) -> float:
+    async def _get_grade(self, client: httpx.AsyncClient, slots: asyncio.Semaphore, text: str) -> float:
         reply, problem = None, ""
         for attempt in range(self.max_attempts):
             # The slot is free while this request waits: others may succeed.

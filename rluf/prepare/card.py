@@ -51,7 +51,7 @@ def count_rows_by_outcome(
 def build_love_section(statistics: Mapping[str, Any], quota: SamplingQuota) -> dict[str, Any]:
     """Natural love rates before sampling, weight removed by the abuse rules, sampling of train, and times of splits."""
     return {
-        **{name: value for name, value in statistics.items() if name not in ("topics", "finish_reasons")},
+        **{name: value for name, value in statistics.items() if name not in ("topics", "finish_reasons", "duplicates")},
         "sampling": {
             "loved": {"rows": quota.positives, "kept": quota.sampled_positives, "weight": quota.positive_weight},
             "unloved": {"rows": quota.negatives, "kept": quota.sampled_negatives, "weight": quota.negative_weight},
@@ -84,6 +84,31 @@ def measure_drift(card: Mapping[str, Any], previous_card: Mapping[str, Any]) -> 
     return drift
 
 
+def measure_entry_drift(card: Mapping[str, Any], previous_card: Mapping[str, Any]) -> list[str]:
+    """Paths and labels of entries whose share of rows differs from an earlier card's by more than ENTRY_DRIFT_LIMIT."""
+    changes = []
+    previous_entries = {(entry["kind"], entry["path"]): entry for entry in previous_card.get("entries", [])}
+    for entry in card["entries"]:
+        previous = previous_entries.get((entry["kind"], entry["path"]))
+        if previous is None:
+            continue
+        shares, previous_shares = _list_entry_shares(entry), _list_entry_shares(previous)
+        for name in sorted({*shares, *previous_shares}):
+            now, before = shares.get(name, 0.0), previous_shares.get(name, 0.0)
+            if abs(now - before) > ENTRY_DRIFT_LIMIT:
+                changes.append(f"data.{entry['kind']} ({entry['path']}): {name} {before:.0%} before, {now:.0%} now")
+    return changes
+
+
+def _list_entry_shares(entry: Mapping[str, Any]) -> dict[str, float]:
+    """Share of an entry's rows with a value, by path, and with a reaction, by label."""
+    shares = {f"rows with columns.{name}": item["share"] for name, item in entry["paths"].items()}
+    for reaction in entry["reactions"]:
+        key = f"rows with a reaction that is {reaction['label']}"
+        shares[key] = shares.get(key, 0.0) + reaction["rows"] / max(entry["valid_rows"], 1)
+    return shares
+
+
 def _compute_level_share(rates: Mapping[str, Mapping[str, float]], level: str) -> float:
     rows = rates[level]["rows"] if level in rates else 0.0
     # The lower bound makes the logarithm finite for a level that only one of the cards has.
@@ -108,11 +133,13 @@ def build_data_card(
         unit_name = {"user_id": "users", "group": "groups"}.get(kind.split_key)
         entry = {"rows": written_rows[kind.name, summary["split"]]}
         splits[kind.output_name][summary["split"]] = entry | ({unit_name: summary["units"]} if unit_name else {})
+    duplicates = {kind: values["duplicates"] for kind, values in statistics.items() if "duplicates" in values}
     card: dict[str, Any] = {
         "schema_version": SCHEMA_VERSION,
         **run_fields,
         "counts": count_rows_by_outcome(row_counts, written_rows),
         "splits": dict(splits),
+        "duplicates": duplicates,
         "topics": {
             find_data_kind(kind).output_name: kind_statistics["topics"]
             for kind, kind_statistics in statistics.items()
@@ -129,6 +156,9 @@ def build_data_card(
         card["love"] = build_love_section(statistics["feedback"], next(train_summaries)["quota"])
     return card
 
+
+ENTRY_DRIFT_LIMIT = 0.1
+"""Change of a share of rows since the previous data set that is a warning."""
 
 _NOTED_WARNINGS = {
     "user ids that look like e-mail addresses": "set RLUF_USER_SALT to hash them",
@@ -170,6 +200,18 @@ def list_warnings(card: Mapping[str, Any], max_rows: int | None) -> list[str]:
             for note, advice in _NOTED_WARNINGS.items()
             if entry["notes"].get(note)
         ]
+    for kind, statistics in card["duplicates"].items():
+        if statistics["exact"]:
+            warnings.append(
+                f"data.{kind}: {statistics['exact']} rows repeat the prompt and response of another row"
+                + (" of the same user" if kind == "feedback" else "")
+                + "; prepare.drop_duplicates=true removes them"
+            )
+        if statistics["contradictory"]:
+            warnings.append(
+                f"data.{kind}: {statistics['contradictory']} rows contradict another one (the reverse pair, or "
+                "the other label of the same response); prepare.contradictions=ignored drops them"
+            )
     love = card.get("love") or {}
     if love.get("rows_of_reused_conversation_ids"):
         warnings.append(

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rluf.prepare.row_samples import sample_training_rows
 from rluf.report.figures import build_axis, build_error_bars, build_funnel_figure, build_layout
 from rluf.report.page import render_html_page
 
@@ -21,6 +22,9 @@ PlotlyFigure = dict[str, Any]
 def write_card_page(card: Mapping[str, Any], folder: Path) -> Path:
     """Write the page of a card to `folder` and return its path. It needs no network and no other file."""
     context = {"package": "rluf.prepare", "figures": build_figures(card), **build_page_context(card)}
+    # From the files, not from the card: after an erasure the page has no row of the user.
+    samples = sample_training_rows(folder)
+    context["samples"] = [(s.output_name, s.label, f"{s.earlier_messages}", s.prompt, s.response) for s in samples]
     page = render_html_page("card.html.j2", **context)
     path = folder / CARD_PAGE_NAME
     path.write_text(page, encoding="utf-8")

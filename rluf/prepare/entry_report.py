@@ -80,9 +80,14 @@ class EntryReport:
             has_ratings=has_ratings,
         )  # fmt: skip
 
+    def _get_label(self, name: str) -> str:
+        if self.source.kind_name != "reactions" and self.rules.is_no_reaction(name):
+            return "none"
+        return LABEL_NAMES[self.rules.find_code(name)]
+
     def to_card(self) -> dict[str, Any]:
         """The report as the data card has it."""
-        entry, rules = self.source.entry, self.rules
+        entry = self.source.entry
         paths = {
             name: {"path": entry.columns[name], "share": self.paths[name] / max(self.rows, 1)}
             for name in entry.columns
@@ -93,8 +98,7 @@ class EntryReport:
             "kind": self.source.kind_name, "path": entry.path, "rows": self.rows, "valid_rows": self.valid_rows,
             "paths": paths, "uneven_paths": uneven,
             "reactions": [
-                {"name": name, "rows": rows, "label": "none" if rules.is_no_reaction(name)
-                 else LABEL_NAMES[rules.find_code(name)]}
+                {"name": name, "rows": rows, "label": self._get_label(name)}
                 for name, rows in self.reactions.most_common()
             ],
             "notes": dict(self.notes.most_common()),

@@ -19,7 +19,7 @@ from rluf.config.objectives import find_spec_by_data_key
 from rluf.config.settings import Settings
 from rluf.errors import DataError, ResourceError, RlufError
 from rluf.prepare.assign_pass import AssignTask, assign_rows
-from rluf.prepare.card import build_data_card, format_card_lines, list_warnings, measure_drift
+from rluf.prepare.card import build_data_card, format_card_lines, list_warnings, measure_drift, measure_entry_drift
 from rluf.prepare.card_page import write_card_page
 from rluf.prepare.entry_report import check_entries, estimate_lost_rows, report_entries
 from rluf.prepare.readers.columns import check_columns
@@ -61,7 +61,7 @@ _COMPRESSION_RATIO = 6
 
 _ASSIGN_SETTINGS = {
     "dev_share", "test_share", "positive_share", "max_rows", "reaction_window_hours", "return_window_days",
-    "abuse_rules", "contradictions",
+    "abuse_rules", "contradictions", "drop_duplicates",
 }  # fmt: skip
 """Settings of prepare that are fields of AssignTask by the same name."""
 
@@ -171,7 +171,7 @@ def _run_passes(
         forgotten=list(erasure_marks), entries=[report.to_card() for report in entry_reports],
         lost_rows_of_broken_files=lost_rows,
     )  # fmt: skip
-    card["warnings"] = list_warnings(card, prepare.max_rows)
+    card["warnings"] = [*list_warnings(card, prepare.max_rows), *measure_entry_drift(card, previous_card)]
     card["drift"] = measure_drift(card, previous_card)
     card_text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"
     (workspace.data_folder / CARD_FILE_NAME).write_text(card_text, encoding="utf-8")

@@ -168,6 +168,8 @@ class PromptRecord(LogRecord):
     messages: MessageList
     topic: TopicText = "other"
     split: Literal["train", "test"]
+    extra_fields: LongText | None = None
+    """Further fields of the row as a JSON object, which reward functions receive; null without any."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +212,9 @@ DATA_KINDS: dict[str, DataKind] = {
         DataKind("feedback", _find_objective("feedback"), FeedbackRecord, "user_id", SPLIT_NAMES, _FEEDBACK_COLUMNS),
         DataKind("preferences", _find_objective("preferences"), PreferenceRecord, "group", SPLIT_NAMES, _PAIR_COLUMNS),
         DataKind("safety", _find_objective("safety"), SafetyRecord, "group", SPLIT_NAMES, _SAFETY_COLUMNS),
-        DataKind("prompts", "prompts", PromptRecord, "split", ("train", "test"), ("id", "topic", "messages")),
+        DataKind(
+            "prompts", "prompts", PromptRecord, "split", ("train", "test"), ("id", "topic", "messages", "extra_fields")
+        ),
         DataKind("reactions", "", ReactionRecord, "response_id", (), ()),
     )
 }

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,15 @@ from rluf.prepare.readers.datasets import ReaderOptions, SkippedRow
 from rluf.prepare.readers.files import RawLine, detect_format, read_line_batches
 from rluf.prepare.readers.sources import find_reader, parse_partition_fields
 from rluf.prepare.redact import redact_array
-from rluf.prepare.schema import SPLIT_NAMES, RejectedRow, build_arrow_table, find_data_kind, validate_json_rows
+from rluf.prepare.schema import (
+    MAX_TEXT_CHARS,
+    SPLIT_NAMES,
+    PromptRecord,
+    RejectedRow,
+    build_arrow_table,
+    find_data_kind,
+    validate_json_rows,
+)
 from rluf.prepare.splits import ROW_KEY_SALT, assign_split, derive_sampling_salt, normalize_context, to_unit_interval
 from rluf.prepare.workspace import BucketWriter, RowCount, TableWriter, build_quarantine_table
 from rluf.utils.hashing import hash64, hash_user_id
@@ -47,12 +55,18 @@ MAX_REASON_CHARS = 120
 """Characters of a reason that repeats a key of the row."""
 
 _INDEX_COLUMNS = (
-    "topic", "time", "turn", "model_version", "locale", "interface", "device", "author", "continued", "returned",
-    "reaction", "retracted", "user_id", "label", "group", "finish_reason", "chosen_finish_reason",
+    "topic", "time", "turn", "model_version", "locale", "interface", "continued", "returned", "reaction",
+    "retracted", "label", "group", "finish_reason", "chosen_finish_reason",
 )  # fmt: skip
 """Columns that the index copies, where the kind has them."""
 
+_USER_COLUMNS = frozenset({"user_id", "device", "author"})
+"""Columns with ids of users and devices: hashed with the salt in the rows, hashes of 8 bytes in the index."""
+
 _TEXT_COLUMNS = ("response", "chosen", "rejected")
+
+PROMPT_ROW_KEYS = frozenset({"id", "messages", "prompt", "topic", "split", "extra_fields", "chosen", "rejected"})
+"""Keys of a prompt's row that rluf reads itself, or that hold other texts of a preference data set."""
 
 _CONTENT_FIELDS = {
     "feedback": ("response",), "preferences": ("chosen", "rejected"), "safety": ("response", "label"),
@@ -117,6 +131,7 @@ class _ValidationWriter:
         self._quarantine_file: TableWriter | None = None
         salt = bytes.fromhex(task.salt_hex) or None
         self._hash_user = cache(lambda user_id: user_id and hash_user_id(user_id, salt))
+        self._hash_key = lru_cache(2**16)(lambda user_id: hash64(user_id, "rluf-user"))
         self._assign_split = cache(lambda key: assign_split(key, dev_share=task.dev_share, test_share=task.test_share))
 
     def count_rows(self, outcome: str, reason: str, rows: int = 1) -> None:
@@ -152,16 +167,30 @@ class _ValidationWriter:
         """Label code of each reaction [N], null where there is none; also counts reactions by name."""
         encoded = column.combine_chunks().dictionary_encode()
         names = encoded.dictionary.to_pylist()
-        codes = [None if self.rules.is_no_reaction(name) else self.rules.find_code(name) for name in names]
+        # An event is a reaction by itself: a score of 0 is a thumb down there, and no reaction in a row of feedback.
+        is_event = self.kind.name == "reactions"
+        codes = [
+            None if not is_event and self.rules.is_no_reaction(name) else self.rules.find_code(name) for name in names
+        ]
         for entry in pc.value_counts(encoded.indices.drop_null()).to_pylist():
             self.reaction_counts[names[entry["values"]]] += entry["counts"]
         return pa.array(codes, pa.int8()).take(encoded.indices)
+
+    def redact_value(self, value: Any) -> Any:
+        """A JSON value with its texts redacted; keys and numbers stay."""
+        if isinstance(value, str):
+            texts, redactions = redact_array(pa.array([value], pa.string()), self.task.redact_kinds)
+            self.redaction_counts += redactions
+            return texts[0].as_py()
+        if isinstance(value, dict):
+            return {key: self.redact_value(item) for key, item in value.items()}
+        return [self.redact_value(item) for item in value] if isinstance(value, list) else value
 
     def _protect_personal_data(self, table: pa.Table) -> pa.Table:
         """The table with texts redacted and users, devices and authors hashed."""
         for name in table.column_names:
             column = table[name].combine_chunks()
-            if name in ("user_id", "device", "author"):
+            if name in _USER_COLUMNS:
                 if self.task.salt_hex:
                     column = pa.array([self._hash_user(user_id) for user_id in column.to_pylist()], pa.string())
             elif name in _TEXT_COLUMNS:
@@ -203,12 +232,22 @@ class _ValidationWriter:
         content_fields = _CONTENT_FIELDS[get_row_kind(kind.name)]
         contents = ["\x1f".join(str(getattr(row, name)) for name in content_fields) for row in rows]
         columns["response_key"] = pa.array([hash64(text, "rluf-answer") for text in contents], pa.uint64())
+        if get_row_kind(kind.name) in ("preferences", "safety"):
+            # The content that contradicts a row: the reverse pair, or the same response with the other label.
+            is_pair = get_row_kind(kind.name) == "preferences"
+            contraries = [(r.rejected, r.chosen) if is_pair else (r.response, str(1 - r.label)) for r in rows]
+            contrary_keys = [hash64("\x1f".join(texts), "rluf-answer") for texts in contraries]
+            columns["contrary_key"] = pa.array(contrary_keys, pa.uint64())
         if "reaction" in table.column_names:
             columns["reaction_label"] = self._label_reactions(table["reaction"])
         if "messages" in kind.record_type.model_fields:
             columns |= self._build_prompt_columns(rows)
             columns["split"] = self._split_codes(table)
         columns |= {name: table[name].combine_chunks() for name in _INDEX_COLUMNS if name in table.column_names}
+        # Hashes of 8 bytes: the second pass has the index of all rows in memory, and only asks whether users are equal.
+        for name in _USER_COLUMNS & set(table.column_names):
+            keys = [None if user_id is None else self._hash_key(user_id) for user_id in table[name].to_pylist()]
+            columns[name] = pa.array(keys, pa.uint64())
         return pa.table(columns)
 
     def _build_prompt_columns(self, rows: Sequence[Any]) -> dict[str, Any]:
@@ -344,8 +383,32 @@ def _validate_items(
     if rejected_rows:
         writer.write_rejected(rejected_rows)
     accepted = [index for index, row in enumerate(rows) if not isinstance(row, RejectedRow)]
+    if converter.record_type is PromptRecord:
+        for index in accepted:
+            rows[index] = _add_extra_fields(rows[index], items[index][3], writer)
     if accepted:
         writer.write_accepted([rows[index] for index in accepted], [items[index][:2] for index in accepted])
+
+
+def _add_extra_fields(row: Any, raw: bytes, writer: _ValidationWriter) -> Any:
+    """The prompt with the further fields of its raw row, redacted, for reward functions."""
+    try:
+        raw_row = json.loads(raw)
+    except ValueError:
+        return row
+    if not isinstance(raw_row, dict):
+        return row
+    fields = {name: value for name, value in raw_row.items() if name not in PROMPT_ROW_KEYS}
+    text = json.dumps(writer.redact_value(fields), ensure_ascii=False)
+    if not fields:
+        return row
+    if len(text) > MAX_TEXT_CHARS:
+        writer.notes["further fields of a prompt left out, as they are too long"] += 1
+        return row
+    if isinstance(row, PromptRecord):
+        return row.model_copy(update={"extra_fields": text})
+    row.extra_fields = text
+    return row
 
 
 def validate_rows(task: ValidateTask) -> dict[str, Any]:

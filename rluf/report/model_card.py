@@ -2,37 +2,38 @@
 
 from __future__ import annotations
 
-import subprocess
-from collections.abc import Mapping, Sequence
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 import rluf
+from rluf.config.objectives import BUILTIN_OBJECTIVES
 from rluf.report.headline import has_user_verdicts, report_headline
 from rluf.report.presentation import measure_cards
+from rluf.tracking.run_files import read_provenance
 from rluf.utils.files import read_json, write_json
 
 CARD_FOLDER = "rluf"
 """Folder next to the weights with the cards and settings. Model loaders read top-level files only."""
+SIMULATION_NOTE = (
+    "- Simulated users judged the policy, not people: programs that rluf ships for tests. Their verdict says nothing "
+    "about\n  real users."
+)
 PRIVATE_SECTIONS = ("run", "cluster")
 """Sections of the settings that stay out of the card: they have paths and host names of the training machines."""
 
 
 def read_code_version() -> str:
-    """Return the git commit of the code, marked "dirty" if files differ from it, or a note outside a git checkout."""
-    source_folder = Path(rluf.__file__).parent
-    git_describe = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"], cwd=source_folder, capture_output=True, text=True
-    )
-    # An installed package may lie inside another project's repository, whose commit says nothing about this code.
-    is_tracked = subprocess.run(
-        ["git", "ls-files", "--error-unmatch", "errors.py"], cwd=source_folder, capture_output=True
-    )
-    if git_describe.returncode or is_tracked.returncode:
-        return "unknown (no git checkout)"
-    return git_describe.stdout.strip()
+    """The git commit of the code, marked as changed if files differ from it, else the digest of the source."""
+    origin = read_provenance()
+    if origin["git_commit"] is None:
+        return f"digest {origin['code_digest']} (no git commit)"
+    return f"{origin['git_commit']}{' with changes' if origin['git_changed'] else ''}"
 
 
 def write_model_card(run_folder: Path) -> Path:
@@ -48,9 +49,16 @@ def write_model_card(run_folder: Path) -> Path:
     for card_name, card_content in {"settings": public_settings, "data": public_data_card, **reward_cards}.items():
         write_json(policy_folder / CARD_FOLDER / f"{card_name}.json", card_content)
     base_model = str(config.get("model", {}).get("path", "unknown"))
-    metadata = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["rlhf", "rluf"]}
-    if base_model.count("/") == 1 and not base_model.startswith((".", "/", "~")):  # a hub id, not a folder
-        metadata["base_model"] = base_model
+    card_data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["rlhf", "rluf"],
+        # A folder is no hub id.
+        base_model=base_model if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", base_model) else None,
+        license=_read_base_license(base_model),
+        model_name=str(config.get("name", "policy")),
+        eval_results=list(_iter_eval_results(summary)) or None,
+    )
     introduction = (
         f"{Path(base_model).name}, trained on user feedback with rluf {rluf.__version__}, code {read_code_version()}."
     )
@@ -58,8 +66,7 @@ def write_model_card(run_folder: Path) -> Path:
         "The results hold for prompts like those of the log. Love is not usefulness: check the monitors in the report "
         "for\nflattery, farewells and length. Weights are safetensors; the folder contains no code."
     )
-    readme_lines = ["---", yaml.safe_dump(metadata, sort_keys=False).rstrip(), "---", ""]
-    readme_lines += [f"# {config.get('name', 'policy')}", "", introduction, ""]
+    readme_lines = [f"# {config.get('name', 'policy')}", "", introduction, ""]
     for section_title, section_lines in (
         ("Training", _format_training(config, summary)),
         ("Data", _format_data(public_sources)),
@@ -69,8 +76,44 @@ def write_model_card(run_folder: Path) -> Path:
     ):
         readme_lines += [f"## {section_title}", "", *section_lines, ""]
     readme_path = policy_folder / "README.md"
-    readme_path.write_text("\n".join(readme_lines).rstrip() + "\n", "utf-8")
+    card_text = "\n".join(readme_lines).rstrip()
+    ModelCard(f"---\n{card_data.to_yaml()}\n---\n\n{card_text}\n").save(readme_path)
     return readme_path
+
+
+def _read_base_license(base_model: str) -> str | None:
+    """License in the card of the base model's folder; None where it is unknown: the base model's license decides."""
+    card_path = Path(base_model).expanduser() / "README.md"
+    if not card_path.is_file():
+        return None
+    try:
+        base_license = ModelCard.load(card_path, ignore_metadata_errors=True).data.get("license")
+    except (ValueError, yaml.YAMLError):  # a card whose metadata cannot be read
+        return None
+    return str(base_license) if base_license else None
+
+
+def _iter_eval_results(summary: Mapping[str, Any]) -> Iterator[EvalResult]:
+    """The aligned policy's means as the hub displays them; each says who judged."""
+    simulated = [spec.simulated_verdict for spec in BUILTIN_OBJECTIVES.values() if spec.simulated_verdict is not None]
+    judgments = [
+        (verdict.summary_key, summary[verdict.summary_key], f"{verdict.title}, share by simulated users")
+        for verdict in simulated
+        if verdict.summary_key in summary
+    ]
+    for key, values in summary.get("offline", {}).items():
+        judgments.append((key, values, f"{key}, mean score of the reward model"))
+    for key, values, metric_name in judgments:
+        mean = values["aligned"]["mean"]
+        if mean is not None and math.isfinite(mean):
+            yield EvalResult(
+                task_type="text-generation",
+                dataset_type="rluf-test-prompts",
+                dataset_name="test prompts of the run",
+                metric_type=key,
+                metric_value=round(float(mean), 6),
+                metric_name=metric_name,
+            )
 
 
 def _format_training(config: Mapping[str, Any], summary: Mapping[str, Any]) -> list[str]:
@@ -114,6 +157,7 @@ def _format_rewards(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def _format_results(summary: Mapping[str, Any]) -> list[str]:
     result_lines = [f"- {report_headline(summary)}"] if summary.get("gates", {}).get("checks") else []
     if has_user_verdicts(summary):
+        result_lines.insert(0, SIMULATION_NOTE)
         for card in measure_cards(summary):
             (_, base_share, _), (_, aligned_share, _) = card["arms"]
             result_lines.append(

@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from rluf.objectives.judges import has_sign_off
 from rluf.utils.stats import Floats, sigmoid
 
+HIGH_PROPENSITY_QUANTILE = 0.95
+"""Quantile of the propensities that counts as highest: a single outlier must not make all others equal."""
 MIN_PROPENSITY_RATIO = 0.1
 """Propensities below this share of the highest are raised to it, so that no row outweighs ten others."""
 FIT_ITERATIONS = 40
@@ -33,13 +35,14 @@ INITIAL_USER_SD = 0.5
 
 
 def compute_propensity_weights(propensity: Floats, labels: Floats, *, all_reacted: bool = False) -> Floats:
-    """Factors [N] on the row weights: 1 / theta for rows with a reaction, theta = propensity [N] / highest propensity.
+    """Factors [N] on the row weights: 1 / theta for rows with a reaction, theta = propensity [N] / a high quantile.
 
     The unbiased loss is (Y / theta) l(1) + (1 - Y / theta) l(0) (Saito et al. 2020, arXiv 1909.03601). Its second
     factor can be negative, which leaves the loss without a lower bound; (1 - Y) in its place differs by less than the
     reaction rate, which is small. With `all_reacted` every row is a reaction (up or down) and weighs 1 / theta.
     """
-    theta = np.maximum(propensity / max(float(propensity.max()), 1e-12), MIN_PROPENSITY_RATIO)
+    highest = max(float(np.quantile(propensity, HIGH_PROPENSITY_QUANTILE, method="higher")), 1e-12)
+    theta = np.clip(propensity / highest, MIN_PROPENSITY_RATIO, 1.0)
     return np.asarray(1 / theta if all_reacted else np.where(labels > 0.5, 1 / theta, 1.0), dtype=np.float64)
 
 

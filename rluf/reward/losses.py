@@ -13,8 +13,9 @@ LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 """Loss of logits (pairs: chosen, then rejected), labels and weights."""
 FOCAL_EXPONENT = 2.0
 """Exponent of the focal loss, the best value in the paper."""
-PU_CLASS_PRIOR = 0.2
-"""Share of responses that are truly liked, with or without a reaction: about three times the usual reaction rate."""
+PU_CLASS_PRIOR = 0.15
+"""Share of the responses without a reaction that are truly liked: (pi - c) / (1 - c) with pi = 0.2 of all responses,
+about three times the usual reaction rate c."""
 HINGE_MARGIN = 1.0
 """Distance from the boundary, in logits, beyond which a row has no loss. Any other margin only rescales the logits."""
 
@@ -45,7 +46,7 @@ def non_negative_pu_loss(
     """Non-negative PU risk: rows without a reaction are unlabeled, since some of them would have been loved too.
 
     With l(z) = sigmoid(-z): pi E+[l(z)] + max(0, E_u[l(-z)] - pi E+[l(-z)]), where pi is `class_prior`, the share of
-    responses that are truly liked (larger than the reaction rate). Source: Kiryo et al. 2017, beta 0, gamma 1.
+    the unlabeled rows that are truly liked. Source: Kiryo et al. 2017, beta 0, gamma 1.
     """
     z, y, w = logits.float(), labels.float(), weights.float()
     positive, unlabeled = w * y, w * (1 - y)

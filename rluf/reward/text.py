@@ -32,6 +32,7 @@ from rluf.models.chat import (
     remove_control_strings,
     remove_marks,
 )
+from rluf.models.turn_end import RESPONSE_MARKER
 from rluf.types import Message, ScoringItem
 
 if TYPE_CHECKING:
@@ -45,9 +46,6 @@ NEXT_TURN_MARKER = "\u2063next\u2063"
 
 EMPTY_CONVERSATION: Sequence[Message] = ({"role": "user", "content": ""},)
 """Conversation in front of a response that is read without its context."""
-
-RESPONSE_MARKER = "\u2063response\u2063"
-"""Placeholder of the response, which shows where a chat template puts it."""
 
 MIN_PROMPT_SHARE = 0.25
 """Share of `max_tokens` that the conversation keeps, if it is as long, however long the response is."""

@@ -34,13 +34,11 @@ def simulate_log(
     settings: Settings, output_folder: Path, earlier_log: Path | None = None, response_count: int | None = None
 ) -> dict[str, int]:
     """Write a log to `output_folder`; result and errors as in write_simulated_log. Ray must be initialized."""
-    from rluf.models.hub import resolve_model
+    from rluf.models.hub import resolve_policy
     from rluf.simulate.pipeline import write_simulated_log
-    from rluf.utils.paths import resolve_cache_folder
 
     def sample_orders(orders: Sequence[ServingOrder]) -> list[ServedResponse]:
-        model_path = resolve_model(settings.model.path, resolve_cache_folder(settings))
-        return asyncio.run(sample_responses(settings, model_path, orders))
+        return asyncio.run(sample_responses(settings, resolve_policy(settings), orders))
 
     return write_simulated_log(settings, output_folder, sample_orders, earlier_log, response_count)
 
@@ -53,7 +51,7 @@ async def sample_responses(
     from rluf.train.actor_supervisor import ActorSupervisor
     from rluf.types import Prompt
 
-    tokenizer = load_tokenizer(model_path)
+    tokenizer = load_tokenizer(model_path, trust_remote_code=settings.model.trust_remote_code)
     prompts: list[Prompt] = []
     for order in orders:
         messages = order.model_version.build_messages(order.prompt)

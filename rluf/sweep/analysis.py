@@ -18,6 +18,7 @@ from numpy.typing import ArrayLike
 from rluf.config.objectives import BUILTIN_OBJECTIVES, PRIMARY_OBJECTIVE, find_objective_spec
 from rluf.errors import DataError
 from rluf.evaluate.tables import format_table
+from rluf.sweep.grid import GridPoint
 from rluf.utils.stats import Bools, Floats
 
 
@@ -97,11 +98,10 @@ def _validate_points(points: ArrayLike) -> Floats:
 
 REFERENCE_LIFT_BY_GATE = {"must_rise": 0.0, "must_hold": -0.1}
 """Reference point of the hypervolume: no gain in what must rise, 10% less of what must hold."""
-GridPoint = tuple[float, float, int]
 
 
 def build_sweep_report(summary_by_point: Mapping[GridPoint, Mapping[str, Any] | None]) -> dict[str, Any]:
-    """Build the report from summary.json by (love weight, KL coefficient, seed); None for a failed run.
+    """Build the report from summary.json by point of the grid, in the order of the report; None for a failed run.
 
     Lifts are those that the run's own gates used. A run with an undefined lift counts as not passed, and so does a
     failed run, whose result is unknown. A setting without a finished run has no figures and is dropped.
@@ -109,15 +109,12 @@ def build_sweep_report(summary_by_point: Mapping[GridPoint, Mapping[str, Any] | 
     gates = _collect_gates([summary for summary in summary_by_point.values() if summary is not None])
     reference_lifts = [REFERENCE_LIFT_BY_GATE[gate] for gate in gates.values()]
     rule = _format_recommendation_rule([name for name in gates if name != PRIMARY_OBJECTIVE])
-    runs_by_setting: dict[tuple[float, float], list[tuple[tuple[float, ...], bool]]] = {}
-    failed_counts = Counter(
-        (love_weight, kl_coef)
-        for (love_weight, kl_coef, _), run_summary in summary_by_point.items()
-        if run_summary is None
-    )
-    for (love_weight, kl_coef, _), run_summary in sorted(
-        (grid_point, run_summary) for grid_point, run_summary in summary_by_point.items() if run_summary is not None
-    ):
+    runs_by_setting: dict[GridPoint, list[tuple[tuple[float, ...], bool]]] = {}
+    # All seeds of a setting are one point of seed 0.
+    failed_counts = Counter(point._replace(seed=0) for point, summary in summary_by_point.items() if summary is None)
+    for grid_point, run_summary in summary_by_point.items():
+        if run_summary is None:
+            continue
         check_by_name = {check["name"]: check for check in run_summary["gates"]["checks"]}
         # A setting is accepted on the other objectives here; love is judged over all seeds by recommend_setting.
         objective_lifts = [(check_by_name.get(name) or {}).get("lift") for name in gates]
@@ -130,12 +127,12 @@ def build_sweep_report(summary_by_point: Mapping[GridPoint, Mapping[str, Any] | 
         is_defined = all(lift is not None for lift in objective_lifts)
         run_lifts = tuple(0.0 if lift is None else float(lift["mean"]) for lift in objective_lifts)
         gates_passed = gates_passed and is_defined and not run_summary["gates"]["alarms"]
-        runs_by_setting.setdefault((love_weight, kl_coef), []).append((run_lifts, gates_passed))
+        runs_by_setting.setdefault(grid_point._replace(seed=0), []).append((run_lifts, gates_passed))
     if not runs_by_setting:
         return {"settings": [], "front": [], "hypervolume": 0.0, "recommended": None, "rule": rule}
     sweep_settings = [
         SweepSetting(
-            f"love {setting_key[0]:g}, KL {setting_key[1]:g}",
+            setting_key.setting_name,
             tuple(run_lifts for run_lifts, _ in setting_runs),
             (*(gates_passed for _, gates_passed in setting_runs), *[False] * failed_counts[setting_key]),
         )
@@ -145,7 +142,8 @@ def build_sweep_report(summary_by_point: Mapping[GridPoint, Mapping[str, Any] | 
     recommended = recommend_setting(sweep_settings)
     return {
         "settings": [
-            {"name": setting.name, "weight": setting_key[0], "kl_coef": setting_key[1],
+            {"name": setting.name, "weight": setting_key.love_weight, "kl_coef": setting_key.kl_coef,
+             "overrides": list(setting_key.grid_overrides),
              "seeds": len(setting.passed_gates), "failed": failed_counts[setting_key],
              "passed": sum(setting.passed_gates), "front": bool(on_front),
              **dict(zip(gates, setting.mean_lifts, strict=True)),

@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rluf.config.load import load_settings
+from rluf.config.cli import format_yaml_value
+from rluf.config.load import load_settings, parse_yaml
 from rluf.errors import ActorError, SettingsError
+from rluf.sweep.grid import GridPoint
+from rluf.utils.hashing import hash_parts
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
@@ -35,20 +40,22 @@ def run_sweep(args: argparse.Namespace) -> dict[str, Any]:
 
     setup_logging()
     settings = load_settings(args.config, args.overrides).settings
-    if args.concurrent < 1 or min(args.weights) < 0 or min(args.kl) < 0:
+    if args.concurrent < 1 or min(value or 0 for value in (*args.weights, *args.kl)) < 0:
         raise SettingsError("--concurrent must be 1 or more, --weights and --kl 0 or more")
     sweep_folder = resolve_runs_root(settings) / f"{settings.name}-sweep"
     sweep_folder.mkdir(parents=True, exist_ok=True)
-    grid = [(weight, kl_coef, seed) for weight in args.weights for kl_coef in args.kl for seed in args.seeds]
-    overrides_by_point = {grid_point: _run_overrides(args, settings, sweep_folder, grid_point) for grid_point in grid}
-    command_by_run = {_run_name(point): _train_command(args, overrides_by_point[point]) for point in grid}
+    grid = list_grid_points(args)
+    overrides_by_point = {
+        grid_point: build_run_overrides(args, settings, sweep_folder, grid_point) for grid_point in grid
+    }
+    command_by_run = {format_run_name(point): _train_command(args, overrides_by_point[point]) for point in grid}
     # Loading the settings of every point here refuses an invalid one before the first run starts.
     expected_settings = {point: load_settings(args.config, overrides_by_point[point]).settings for point in grid}
 
-    def find_summary(grid_point: tuple[float, float, int]) -> dict[str, Any] | None:
-        return find_finished_run(sweep_folder / _run_name(grid_point), expected_settings[grid_point])
+    def find_summary(grid_point: GridPoint) -> dict[str, Any] | None:
+        return find_finished_run(sweep_folder / format_run_name(grid_point), expected_settings[grid_point])
 
-    pending_runs = [_run_name(grid_point) for grid_point in grid if not find_summary(grid_point)]
+    pending_runs = [format_run_name(grid_point) for grid_point in grid if not find_summary(grid_point)]
     logger.info(
         "%s: starting runs=%d finished_before=%d", sweep_folder, len(pending_runs), len(grid) - len(pending_runs)
     )
@@ -72,7 +79,7 @@ def run_sweep(args: argparse.Namespace) -> dict[str, Any]:
     summaries = {grid_point: find_summary(grid_point) for grid_point in grid}
     report = build_sweep_report(summaries)
     report["failed"] = {
-        _run_name(grid_point): str(sweep_folder / f"{_run_name(grid_point)}.log")
+        format_run_name(grid_point): str(sweep_folder / f"{format_run_name(grid_point)}.log")
         for grid_point, summary in summaries.items()
         if not summary
     }
@@ -81,21 +88,69 @@ def run_sweep(args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def _run_name(grid_point: tuple[float, float, int]) -> str:
-    return f"love{grid_point[0]:g}-kl{grid_point[1]:g}-seed{grid_point[2]}"
-
-
-def _run_overrides(
-    args: argparse.Namespace, settings: Settings, sweep_folder: Path, grid_point: tuple[float, float, int]
-) -> list[str]:
-    love_weight, kl_coef, seed = grid_point
-    helpfulness_weight = max(
-        0.0, settings.objectives.love.weight + settings.objectives.helpfulness.weight - love_weight
-    )
+def list_grid_points(args: argparse.Namespace) -> list[GridPoint]:
+    """All points of the command line's grid, the seeds of a setting together."""
     return [
-        *args.overrides, f"objectives.love.weight={love_weight:g}",
-        f"objectives.helpfulness.weight={helpfulness_weight:g}", f"algorithm.kl_coef={kl_coef:g}", f"seed={seed}",
-        f"name={_run_name(grid_point)}", f"run.root={sweep_folder}",
+        GridPoint(weight, kl_coef, seed, grid_overrides)
+        for weight, kl_coef, grid_overrides, seed in product(
+            args.weights, args.kl, product(*parse_grid(args.grid)), args.seeds
+        )
+    ]
+
+
+def parse_grid(arguments: Sequence[str]) -> list[list[str]]:
+    """The overrides key=value of each `key=a,b,c`, in order. Raises SettingsError for one that cannot be swept."""
+    values_by_key: dict[str, list[str]] = {}
+    for argument in arguments:
+        key, _, values_text = argument.partition("=")
+        # As a YAML list, so that a value may be a list or a mapping itself.
+        values = parse_yaml(f"[{values_text}]", f"--grid {argument}")
+        if not key or not isinstance(values, list) or not values:
+            raise SettingsError(f"--grid {argument}: expected key=a,b,c, such as learner.learning_rate=1e-6,1e-5")
+        if key == "seed" or key.partition(".")[0] in ("name", "run"):
+            raise SettingsError(f"--grid {key}: the sweep sets this key itself; use --seeds for seeds")
+        if key in values_by_key:
+            raise SettingsError(f"--grid {key} is given twice; list all its values in one")
+        values_by_key[key] = [f"{key}={format_yaml_value(value)}" for value in values]
+    return [list(dict.fromkeys(overrides)) for overrides in values_by_key.values()]
+
+
+def format_run_name(grid_point: GridPoint) -> str:
+    """Name of the run of a point, which is also its folder: love0.1-kl0.02-seed1-learner.learning_rate-1e-06."""
+    parts = [
+        *([] if grid_point.love_weight is None else [f"love{grid_point.love_weight:g}"]),
+        *([] if grid_point.kl_coef is None else [f"kl{grid_point.kl_coef:g}"]),
+        f"seed{grid_point.seed}",
+    ]
+    for override in grid_point.grid_overrides:
+        safe_text = re.sub(r"[^A-Za-z0-9_.-]+", "-", override)
+        # Different values such as [1] and {1} may become the same text.
+        is_unique = re.fullmatch(r"[A-Za-z0-9_.]+=[A-Za-z0-9_.-]+", override)
+        parts.append(safe_text if is_unique else f"{safe_text[:60]}-{hash_parts(override)[:6]}")
+    return "-".join(parts)
+
+
+def build_run_overrides(
+    args: argparse.Namespace, settings: Settings, sweep_folder: Path, grid_point: GridPoint
+) -> list[str]:
+    """Overrides of the run of a point, on top of those of the command line."""
+    overrides = [*args.overrides, *grid_point.grid_overrides]
+    swept_keys = {override.partition("=")[0] for override in grid_point.grid_overrides}
+    if grid_point.love_weight is not None:
+        weights = settings.objectives
+        helpfulness_weight = max(0.0, weights.love.weight + weights.helpfulness.weight - grid_point.love_weight)
+        point_overrides = {
+            "objectives.love.weight": grid_point.love_weight, "objectives.helpfulness.weight": helpfulness_weight
+        }  # fmt: skip
+    else:
+        point_overrides = {}
+    if grid_point.kl_coef is not None:
+        point_overrides["algorithm.kl_coef"] = grid_point.kl_coef
+    if conflicts := swept_keys & set(point_overrides):
+        raise SettingsError(f"--grid {min(conflicts)} conflicts with --weights or --kl, which set it; give one of them")
+    return [
+        *overrides, *(f"{key}={value:g}" for key, value in point_overrides.items()), f"seed={grid_point.seed}",
+        f"name={format_run_name(grid_point)}", f"run.root={sweep_folder}", f"tracking.group={sweep_folder.name}",
     ]  # fmt: skip
 
 

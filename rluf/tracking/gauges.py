@@ -23,6 +23,11 @@ EXTRA_GAUGES = {
     "samples": "responses of the step",
 }
 """Gauges that do not correspond to one metric of the registry, with their descriptions."""
+GRAFANA_UNITS: Mapping[metric_registry.MetricUnit, str] = {
+    "number": "short", "share": "percentunit", "seconds": "s", "nats": "suffix: nats", "tokens": "short",
+    "tokens/s": "suffix: tokens/s",
+}  # fmt: skip
+"""Unit of a metric -> Grafana's id of it."""
 GAUGE_LABELS = {"objective": "objective", "phase_seconds": "phase"}
 """Label name of the gauges that have one series per objective or phase."""
 
@@ -77,21 +82,26 @@ class RunGauges:
 def build_dashboard() -> dict[str, Any]:
     """Build the Grafana dashboard of these gauges, with variables for data source and run."""
     panels: list[dict[str, Any]] = []
-    for title, unit, series in _list_dashboard_panels():
-        panel_index = len(panels)
-        panels.append({
-            "id": panel_index + 1, "type": "timeseries", "title": title, "datasource": "${datasource}",
-            "gridPos": {"h": 8, "w": 8, "x": 8 * (panel_index % 3), "y": 8 * (panel_index // 3)},
-            "fieldConfig": {"defaults": {"unit": unit}, "overrides": []},
-            "targets": [
-                {
-                    "refId": chr(ord("A") + series_index),
-                    "expr": f'ray_{GAUGE_PREFIX}{gauge_name}{{run=~"$run"}}',
-                    "legendFormat": legend,
-                }
-                for series_index, (gauge_name, legend) in enumerate(series)
-            ],
-        })  # fmt: skip
+    top = 0
+    for row_title, row_panels in _list_dashboard_rows():
+        row_position = {"h": 1, "w": 24, "x": 0, "y": top}
+        panels.append({"id": len(panels) + 1, "type": "row", "title": row_title, "collapsed": False,
+                       "gridPos": row_position, "panels": []})  # fmt: skip
+        for panel_index, (title, unit, series) in enumerate(row_panels):
+            position = {"h": 8, "w": 8, "x": 8 * (panel_index % 3), "y": top + 1 + 8 * (panel_index // 3)}
+            panels.append({
+                "id": len(panels) + 1, "type": "timeseries", "title": title, "datasource": "${datasource}",
+                "gridPos": position, "fieldConfig": {"defaults": {"unit": GRAFANA_UNITS[unit]}, "overrides": []},
+                "targets": [
+                    {
+                        "refId": chr(ord("A") + series_index),
+                        "expr": f'ray_{GAUGE_PREFIX}{gauge_name}{{run=~"$run"}}',
+                        "legendFormat": legend,
+                    }
+                    for series_index, (gauge_name, legend) in enumerate(series)
+                ],
+            })  # fmt: skip
+        top += 1 + 8 * math.ceil(len(row_panels) / 3)
     run_query = f"label_values(ray_{GAUGE_PREFIX}step, run)"
     variables = [
         {"name": "datasource", "type": "datasource", "query": "prometheus", "label": "Data source"},
@@ -106,24 +116,29 @@ def build_dashboard() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _list_dashboard_panels() -> list[tuple[str, str, list[tuple[str, str]]]]:
-    """Return (title, unit, [(gauge, legend)]) of each panel."""
-    # The phases share one panel, where they can be compared.
-    metric_panels = [
-        (metric_spec.title, _get_grafana_unit(metric_spec), [(metric_spec.key, "{{run}}")])
-        for metric_spec in metric_registry.STEP_METRICS
-        if metric_spec.key not in metric_registry.PHASE_KEYS
-    ]
+DashboardPanel = tuple[str, metric_registry.MetricUnit, list[tuple[str, str]]]
+"""Title, unit and [(gauge, legend)] of a panel."""
+
+
+def _list_dashboard_rows() -> list[tuple[str, list[DashboardPanel]]]:
+    """Rows of the dashboard: one for each group of metrics, with the panels that combine several series first."""
+    combined_panels: dict[str, list[DashboardPanel]] = {
+        "objectives": [("Objectives", "share", [("objective", "{{run}} {{objective}}")])],
+        # The phases share one panel, where they can be compared.
+        "throughput": [("Seconds per step by phase", "seconds", [("phase_seconds", "{{run}} {{phase}}")])],
+        "weight_sync": [
+            ("Steps and weight version", "number", [("step", "{{run}} step"), ("version", "{{run}} version")])
+        ],
+    }
     return [
-        ("Objectives", "percentunit", [("objective", "{{run}} {{objective}}")]),
-        ("Seconds per step by phase", "s", [("phase_seconds", "{{run}} {{phase}}")]),
-        ("Steps and weight version", "short", [("step", "{{run}} step"), ("version", "{{run}} version")]),
-        *metric_panels,
+        (
+            title,
+            combined_panels.get(group, [])
+            + [
+                (spec.title, spec.unit, [(spec.key, "{{run}}")])
+                for spec in metric_registry.STEP_METRICS
+                if spec.group == group and spec.key not in metric_registry.PHASE_KEYS
+            ],
+        )
+        for group, title in metric_registry.GROUP_TITLES.items()
     ]
-
-
-def _get_grafana_unit(metric_spec: metric_registry.MetricSpec) -> str:
-    if metric_spec.is_percent:
-        return "percentunit"
-    # Rates end in tokens_per_s, which is not a duration.
-    return "s" if metric_spec.key.endswith("_s") and not metric_spec.key.endswith("_per_s") else "short"

@@ -30,11 +30,14 @@ GROUP_TITLES: dict[MetricGroup, str] = {
 }
 
 
+MetricUnit = Literal["number", "share", "seconds", "nats", "tokens", "tokens/s"]
+
+
 @dataclass(frozen=True, slots=True)
 class MetricSpec:
     """One metric of a step: its key in metrics.jsonl, its title, its meaning with unit, its group and its x axis.
 
-    `summary_statistic` is what the run's W&B summary shows. `is_percent` formats it as a percentage.
+    `summary_statistic` is what the run's W&B summary shows. A `unit` of share is displayed as a percentage.
     """
 
     key: str
@@ -43,7 +46,12 @@ class MetricSpec:
     group: MetricGroup
     axis: MetricAxis = "step"
     summary_statistic: Literal["last", "max", "min", "mean"] = "last"
-    is_percent: bool = False
+    unit: MetricUnit = "number"
+
+    @property
+    def is_percent(self) -> bool:
+        """Whether it is displayed as a percentage."""
+        return self.unit == "share"
 
     @property
     def wandb_name(self) -> str:
@@ -53,59 +61,63 @@ class MetricSpec:
 
 STEP_METRICS = (
     MetricSpec("reward", "Combined reward", "weighted, normalized on the base policy", "objectives", "samples"),
-    MetricSpec("kl", "KL to the base policy", "nats per token", "learning"),
-    MetricSpec("kl_sequence", "KL per response", "nats per response, to the base policy", "learning"),
-    MetricSpec("entropy", "Entropy", "nats per token", "learning"),
+    MetricSpec("kl", "KL to the base policy", "nats per token", "learning", unit="nats"),
+    MetricSpec("kl_sequence", "KL per response", "nats per response, to the base policy", "learning", unit="nats"),
+    MetricSpec("entropy", "Entropy", "nats per token", "learning", unit="nats"),
     MetricSpec("loss", "Loss", "policy loss and KL penalty", "learning"),
     MetricSpec("policy_loss", "Policy loss", "without the KL penalty", "learning"),
     MetricSpec("kl_loss", "KL penalty", "as in the loss", "learning"),
     MetricSpec("clip_share", "Clipped tokens", "share of tokens whose gradient the clip removes", "learning",
-               is_percent=True),
-    MetricSpec("demonstration_nll", "Demonstrations", "mean -logprob of demonstration tokens, nats", "learning"),
+               unit="share"),
+    MetricSpec("demonstration_nll", "Demonstrations", "mean -logprob of demonstration tokens, nats", "learning",
+               unit="nats"),
     MetricSpec("grad_norm", "Gradient norm", "before clipping", "learning", summary_statistic="max"),
     MetricSpec("learning_rate", "Learning rate", "of the step", "learning"),
     MetricSpec("skipped", "Skipped updates", "so far, because of non-finite gradients", "learning",
                summary_statistic="max"),
-    MetricSpec("response_length", "Response length", "mean tokens", "learning"),
+    MetricSpec("response_length", "Response length", "mean tokens", "learning", unit="tokens"),
     MetricSpec("truncated_share", "Truncated responses", "share of responses cut at the token limit", "learning",
-               is_percent=True),
+               unit="share"),
     MetricSpec("ratio_mean", "Importance ratio", "learner over engine, mean per token; 1 is no mismatch", "mismatch",
                summary_statistic="mean"),
     MetricSpec("ratio_max", "Largest ratio", "learner over engine, before truncation", "mismatch",
                summary_statistic="max"),
     MetricSpec("effective_sample_size", "Effective samples", "share left after importance weighting", "mismatch",
-               summary_statistic="min", is_percent=True),
+               summary_statistic="min", unit="share"),
     MetricSpec("mismatch_kl", "Mismatch", "KL between engine and learner, nats per token", "mismatch",
-               summary_statistic="max"),
+               summary_statistic="max", unit="nats"),
     MetricSpec("ratio_capped_fraction", "Capped tokens", "share of tokens with a truncated importance ratio",
-               "mismatch", is_percent=True),
+               "mismatch", unit="share"),
     MetricSpec("sync_logprob_gap", "Weight sync check", "mean logprob gap between learner and engine, nats per token",
-               "weight_sync", "version", summary_statistic="max"),
+               "weight_sync", "version", summary_statistic="max", unit="nats"),
     MetricSpec("staleness", "Staleness", "maximum weight versions between sampling and update", "weight_sync",
                "version", summary_statistic="max"),
     MetricSpec("weight_sync_s", "Weight sync time", "seconds until all engines have the new weights", "weight_sync",
-               "version", summary_statistic="mean"),
+               "version", summary_statistic="mean", unit="seconds"),
     MetricSpec("sync_check_s", "Sync check time", "seconds of the weight sync spent on its check", "weight_sync",
-               "version", summary_statistic="mean"),
+               "version", summary_statistic="mean", unit="seconds"),
     MetricSpec("generate_s", "Generation", "seconds of the step until the last response", "throughput", "tokens",
-               summary_statistic="mean"),
+               summary_statistic="mean", unit="seconds"),
     MetricSpec("score_s", "Scoring", "seconds from the last response to the last score", "throughput", "tokens",
-               summary_statistic="mean"),
+               summary_statistic="mean", unit="seconds"),
     MetricSpec("learn_s", "Learning", "seconds for advantages, gradients and the update", "throughput", "tokens",
-               summary_statistic="mean"),
-    MetricSpec("step_s", "Step", "seconds of the whole step", "throughput", "tokens", summary_statistic="mean"),
+               summary_statistic="mean", unit="seconds"),
+    MetricSpec("step_s", "Step", "seconds of the whole step", "throughput", "tokens", summary_statistic="mean",
+               unit="seconds"),
     MetricSpec("reference_s", "Reference", "learner seconds for the reference policy's logprobs", "throughput",
-               "tokens", summary_statistic="mean"),
+               "tokens", summary_statistic="mean", unit="seconds"),
     MetricSpec("backward_s", "Forward and backward", "learner seconds", "throughput", "tokens",
-               summary_statistic="mean"),
-    MetricSpec("optimizer_s", "Optimizer", "learner seconds", "throughput", "tokens", summary_statistic="mean"),
+               summary_statistic="mean", unit="seconds"),
+    MetricSpec("optimizer_s", "Optimizer", "learner seconds", "throughput", "tokens", summary_statistic="mean",
+               unit="seconds"),
     MetricSpec("tokens_per_s", "Response tokens per second", "over the whole step", "throughput", "tokens",
-               summary_statistic="mean"),
+               summary_statistic="mean", unit="tokens/s"),
     MetricSpec("learner_tokens_per_s", "Learner tokens per second", "over the learner's part of the step",
-               "throughput", "tokens", summary_statistic="mean"),
+               "throughput", "tokens", summary_statistic="mean", unit="tokens/s"),
     MetricSpec("response_tokens", "Response tokens of the step", "sum", "throughput", "tokens",
-               summary_statistic="mean"),
-    MetricSpec("prompt_tokens", "Prompt tokens of the step", "sum", "throughput", "tokens", summary_statistic="mean"),
+               summary_statistic="mean", unit="tokens"),
+    MetricSpec("prompt_tokens", "Prompt tokens of the step", "sum", "throughput", "tokens", summary_statistic="mean",
+               unit="tokens"),
     MetricSpec("dropped_groups", "Dropped groups", "per step: too stale, or no variance in the scores (DAPO)",
                "throughput", "tokens", summary_statistic="mean"),
     MetricSpec("micro_batches", "Micro-batches", "per learner rank and step", "throughput", "tokens",
@@ -131,7 +143,7 @@ def build_objective_metrics(objective_names: Iterable[str]) -> tuple[MetricSpec,
     """Build the metric of each objective: the mean calibrated score."""
     description = "mean calibrated score of the step's samples"
     return tuple(
-        MetricSpec(name, format_objective_title(name), description, "objectives", "samples", is_percent=True)
+        MetricSpec(name, format_objective_title(name), description, "objectives", "samples", unit="share")
         for name in objective_names
     )
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from rluf.config.settings import Settings
+from rluf.errors import SettingsError
 from rluf.tracking.background import BackgroundCaller
 from rluf.utils.files import to_jsonable
 from rluf.utils.plugins import load_plugin
@@ -29,14 +31,34 @@ class Tracker(Protocol):
         """Complete the record; `failed` where the run ended with an error."""
 
 
+BUILTIN_TRACKERS: Mapping[str, tuple[str, str, str]] = {
+    "tensorboard": ("rluf.tracking.tensorboard:TensorBoardTracker", "tensorboardX", "tensorboardx"),
+    "mlflow": ("rluf.tracking.mlflow:MlflowTracker", "mlflow", "rluf[mlflow]"),
+}
+"""Trackers by name: class, module that it needs, and what to install for it."""
+
+
+def load_tracker(reference: str) -> Callable[[Settings, Path], Tracker]:
+    """The factory of a tracker. Raises SettingsError if it, or the package of a built-in one, cannot be imported."""
+    if reference in BUILTIN_TRACKERS:
+        reference, module_name, requirement = BUILTIN_TRACKERS[reference]
+        if importlib.util.find_spec(module_name) is None:
+            raise SettingsError(
+                f"tracking.trackers: the tracker {module_name} needs a package that is not installed; run: "
+                f"pip install '{requirement}', or remove it from tracking.trackers"
+            )
+    create_tracker: Callable[[Settings, Path], Tracker] = load_plugin(
+        reference, kind="tracker", known_names=BUILTIN_TRACKERS, signature=TRACKER_SIGNATURE
+    )
+    return create_tracker
+
+
 class PluginTracker:
     """Calls one tracker in the background. After a failure it logs one warning, and later calls do nothing."""
 
     def __init__(self, reference: str, settings: Settings, run_folder: Path) -> None:
-        """Load the factory `reference` (module:function) and call it; SettingsError where it cannot be imported."""
-        create_tracker: Callable[[Settings, Path], Tracker] = load_plugin(
-            reference, kind="tracker", signature=TRACKER_SIGNATURE
-        )
+        """Load the factory `reference` (a built-in name or module:function) and call it in the background."""
+        create_tracker = load_tracker(reference)
         # Any exception: what a tracker of the user's may raise is unknown, and none may end the run.
         self._background_caller = BackgroundCaller(f"tracker {reference}", (Exception,))
         self._trackers: list[Tracker] = []

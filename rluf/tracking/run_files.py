@@ -12,6 +12,7 @@ from typing import TypedDict
 
 from rluf.errors import DataError
 from rluf.types import ANSWERS_FILE, PolicyAnswer
+from rluf.utils.cache import hash_source_code
 from rluf.utils.files import read_jsonl, write_jsonl
 
 SAMPLE_TABLE_ROWS = 16
@@ -69,22 +70,30 @@ def read_answers(run_folder: Path) -> list[PolicyAnswer]:
 
 
 GIT_TIMEOUT_S = 5.0
+COMMIT_VARIABLE = "RLUF_GIT_COMMIT"
+"""Environment variable with the commit of code that has no .git folder."""
 RAY_JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable in which `ray job submit` passes the submission id to the driver."""
 
 
 def read_provenance() -> dict[str, str | bool | None]:
-    """Return git_commit and git_changed of rluf's source folder, ray_job_id and submission_id.
+    """Return git_commit and git_changed of rluf's source folder, code_digest, ray_job_id and submission_id.
 
-    Values that do not exist are None: an installed package has no commit, a driver started by hand no submission id.
+    Ray leaves .git out of a submitted job's package, so there the commit is the job's: RLUF_GIT_COMMIT, or git_commit
+    of its metadata. The digest of rluf's source always exists. Other values that do not exist are None: an installed
+    package has no commit, a driver started by hand no submission id.
     """
-    commit = _run_git("rev-parse", "HEAD")
+    metadata = _parse_job_metadata(os.environ.get(RAY_JOB_VARIABLE, ""))
+    # An installed package may lie inside another project's repository, whose commit says nothing about this code.
+    is_tracked = _run_git("ls-files", "--error-unmatch", Path(__file__).name) is not None
+    commit = _run_git("rev-parse", "HEAD") if is_tracked else None
     changes = _run_git("status", "--porcelain", "--untracked-files=no") if commit else None
     return {
-        "git_commit": commit or None,
+        "git_commit": commit or os.environ.get(COMMIT_VARIABLE) or metadata.get("git_commit") or None,
         "git_changed": None if changes is None else bool(changes),
+        "code_digest": hash_source_code("")[:12],
         "ray_job_id": _get_ray_job_id(),
-        "submission_id": _parse_submission_id(os.environ.get(RAY_JOB_VARIABLE, "")),
+        "submission_id": metadata.get("job_submission_id"),
     }
 
 
@@ -110,9 +119,9 @@ def _get_ray_job_id() -> str | None:
     return str(ray.get_runtime_context().get_job_id()) if ray.is_initialized() else None
 
 
-def _parse_submission_id(job_config_json: str) -> str | None:
+def _parse_job_metadata(job_config_json: str) -> dict[str, str]:
+    """The metadata of a submitted job: that of Ray, and that of `ray job submit --metadata-json`."""
     try:
-        submission_id = json.loads(job_config_json)["metadata"]["job_submission_id"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return str(submission_id)
+        return {str(key): str(value) for key, value in json.loads(job_config_json)["metadata"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}

@@ -36,6 +36,8 @@ START_GRACE_S = 60.0
 FINISH_TIMEOUT_S = 30.0
 """Seconds for the last upload; what is not sent by then stays in the run folder for `wandb sync`."""
 HISTOGRAM_BINS = 24
+MAX_TAG_CHARS = 64
+"""Longest tag that W&B accepts."""
 MAX_CELL_CHARS = 1000
 """Maximum length of a text in a table; longer texts are truncated to keep tables small."""
 ROLLOUT_TABLE, COMPARISON_TABLE = "rollout_samples", "side_by_side"
@@ -52,11 +54,18 @@ class WandbTracker:
     """
 
     def __init__(
-        self, settings: Settings, run_folder: Path, run_name: str | None = None, config: Mapping[str, Any] | None = None
+        self,
+        settings: Settings,
+        run_folder: Path,
+        run_name: str | None = None,
+        config: Mapping[str, Any] | None = None,
+        *,
+        job_type: str = "train",
     ) -> None:
         """Start the W&B run in `run_folder`; `tracking.wandb` and the API key decide on the mode.
 
-        `run_name` defaults to "<configuration name>-<folder name>", `config` to the complete settings.
+        `run_name` defaults to "<configuration name>-<folder name>", `config` to the complete settings. `job_type` is
+        the command, by which W&B filters and groups runs.
         """
         self._wandb_run: Run | None = None
         self._background_caller: BackgroundCaller | None = None
@@ -65,6 +74,12 @@ class WandbTracker:
         self._run_name = run_name or f"{settings.name}-{run_folder.name}"
         self._objective_names = list(settings.objectives.by_objective)
         self._config_name = settings.name
+        tags = (settings.algorithm.name, Path(settings.model.path).name, *settings.tracking.tags)
+        self._run_labels: dict[str, Any] = {
+            "group": settings.tracking.group or settings.name,
+            "job_type": job_type,
+            "tags": [tag[:MAX_TAG_CHARS] for tag in dict.fromkeys(tags) if tag],
+        }
         # Sums by step, not one running total: a step that is repeated after a restart must count once.
         self._running_sums: dict[int, dict[str, float]] = {}
         with contextlib.suppress(DataError):  # the sums then start at 0: W&B must not stop a run
@@ -232,6 +247,30 @@ class WandbTracker:
                     is_input=artifact.reused,
                 )
 
+    def log_reward_training(self) -> None:
+        """Log the losses of each epoch of the reward models, from the cards in the run folder.
+
+        They are curves over their own epoch, reward_training/<objective>/..., also of models that were reused.
+        """
+        histories = {
+            name: read_json(self._run_folder / "cards" / f"{name}.json").get("training", {}).get("history", ())
+            for name in self._objective_names
+        }
+
+        def record(run: Run) -> None:
+            if run.resumed:  # a continued run has these curves already
+                return
+            for name, history in histories.items():
+                prefix = f"reward_training/{name}"
+                run.define_metric(f"{prefix}/epoch", hidden=True)
+                for metric_name in history[0] if history else ():
+                    if metric_name != "epoch":
+                        run.define_metric(f"{prefix}/{metric_name}", step_metric=f"{prefix}/epoch", summary="min")
+                for row in history:
+                    run.log({f"{prefix}/{metric_name}": value for metric_name, value in row.items()})
+
+        self._submit_call("log the reward training", record)
+
     def log_policy_artifact(self, summary: Mapping[str, Any]) -> None:
         """Log the policy of the run folder as an artifact that refers to the folder, with the gate verdict."""
         if not (self._run_folder / "policy").is_dir():
@@ -339,6 +378,7 @@ class WandbTracker:
             project=self._project_name,
             name=self._run_name,
             id=self._read_or_create_run_id(),
+            **self._run_labels,
             resume="allow",
             dir=str(self._run_folder),
             mode="online" if mode == "online" else "offline",

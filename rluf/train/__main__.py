@@ -37,27 +37,28 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
     from rluf.artifacts import list_reward_model_folders, prepare_data_artifact, train_reward_artifacts
     from rluf.checkpoint.upload import CheckpointUploader
     from rluf.evaluate.compare import compare_policies, write_cards, write_results
-    from rluf.models.hub import resolve_model
+    from rluf.models.hub import resolve_policy
     from rluf.report.model_card import write_model_card
     from rluf.tracking.console import setup_logging
     from rluf.tracking.timeline import PhaseTimer
     from rluf.tracking.wandb import WandbTracker
     from rluf.train.checkpoint_manager import find_resume_folder, is_finished
     from rluf.train.loop import run_training
+    from rluf.train.startup_check import check_policy
     from rluf.utils.event_loop import run_coroutine
     from rluf.utils.files import write_json
-    from rluf.utils.paths import create_run_folder, resolve_cache_folder, resolve_runs_root
+    from rluf.utils.paths import create_run_folder, lock_run_folder, resolve_cache_folder, resolve_runs_root
 
     setup_logging()
-    phase_timer, cache_folder = PhaseTimer(), resolve_cache_folder(settings)
-    runs_root = resolve_runs_root(settings)
+    phase_timer, cache_folder, runs_root = PhaseTimer(), resolve_cache_folder(settings), resolve_runs_root(settings)
     check_run(settings)
     check_host_disk(settings, runs_root, cache_folder)
-    model_path = phase_timer.time_call("model", resolve_model, settings.model.path, cache_folder)
+    model_path = phase_timer.time_call("model", resolve_policy, settings)
     resume_folder = find_resume_folder(settings, runs_root / settings.name)
     if resume_folder is not None and is_finished(settings, resume_folder):
         logger.info("run: already finished, nothing to resume; report: %s", resume_folder / "report.html")
         return resume_folder
+    phase_timer.time_call("check", check_policy, settings, model_path)
 
     with ExitStack() as stack:
         phase_timer.time_call("ray", stack.enter_context, ray_connection())
@@ -67,6 +68,7 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
         check_nodes(settings, model_path, runs_root, cache_folder)
 
         run_folder = resume_folder or create_run_folder(settings)
+        stack.enter_context(lock_run_folder(run_folder))
         setup_logging(run_folder / "run.log")
         stack.enter_context(phase_timer.add_up_attempts(run_folder / "phases.json"))
         logger.info("run folder: %s", run_folder)
@@ -82,6 +84,7 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
 
         tracker = stack.enter_context(WandbTracker(settings, run_folder))
         tracker.log_artifacts(data_artifact, reward_artifacts)
+        tracker.log_reward_training()
         reward_folders = list_reward_model_folders(reward_artifacts)
         result = run_coroutine(
             run_training(settings, run_folder, model_path, data_artifact.folder, reward_folders, tracker, profile_steps)
@@ -106,6 +109,7 @@ def check_run(settings: Settings, *, may_download: bool = True) -> None:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--check", action="store_true", help="check that the policy can be trained, then exit")
     parser.add_argument("--resume", action="store_true", help="resume from the newest checkpoint (run.resume=latest)")
     parser.add_argument(
         "--profile",
@@ -135,6 +139,10 @@ COMMAND_OPTIONS = CommandOptions(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code. Errors caused by the user are one message on stderr."""
     loaded = parse_command_line("train", __doc__ or "", arguments, COMMAND_OPTIONS)
+    if loaded.options.check:
+        from rluf.train.startup_check import check_training
+
+        return run_command(lambda: check_training(loaded.settings))
     return run_command(lambda: train(loaded.settings, loaded.options.profile))
 
 

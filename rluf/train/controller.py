@@ -370,6 +370,16 @@ class TrainController:
                 await self.weight_sync.transfer(self.version)
             self._adapter_sync_pending = False
 
+    async def apply_policy_average(self) -> None:
+        """After the last step, replace the policy on learners and engines by its average, if there is one."""
+        if not self.settings.learner.ema_decay:
+            return
+        await self.policy_updater.call_learners(
+            "averaging the policy", lambda actor: actor.handle.apply_policy_average.remote()
+        )
+        async with self.actor_restarter.weight_lock:
+            await self.weight_sync.transfer(self.version)
+
     async def _sync_new_engine(self, engine: ActorRef) -> None:
         if self.actor_groups.learner_actors:
             needs_weights = self.version > self._engine_start_version

@@ -110,7 +110,8 @@ async def evaluate_policies(
     reward_folders: Mapping[str, Path | None],
 ) -> TrainResult:
     """Responses of the policies at `base_path` and `candidate_path` to the test prompts, without training."""
-    tokenizer, max_prompt_tokens = load_tokenizer(base_path), settings.rollout.max_prompt_tokens
+    tokenizer = load_tokenizer(base_path, trust_remote_code=settings.model.trust_remote_code)
+    max_prompt_tokens = settings.rollout.max_prompt_tokens
     test_prompts = load_prompts(
         data_folder, "test", tokenizer, max_tokens=max_prompt_tokens, limit=settings.evaluate.prompts
     )

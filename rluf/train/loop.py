@@ -77,8 +77,9 @@ async def run_training(
     for judge in settings.aggregation.gate_judges:
         load_judge(judge)  # refuse an unknown name before any actor starts
     add_monitors(settings.evaluate.monitors)
-    tokenizer, max_prompt_tokens = load_tokenizer(model_path), settings.rollout.max_prompt_tokens
-    prompts = load_training_prompts(data_folder, model_path, max_prompt_tokens)
+    trust_remote_code, max_prompt_tokens = settings.model.trust_remote_code, settings.rollout.max_prompt_tokens
+    tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code)
+    prompts = load_training_prompts(data_folder, model_path, max_prompt_tokens, trust_remote_code=trust_remote_code)
     test_prompts = load_prompts(
         data_folder, "test", tokenizer, max_tokens=max_prompt_tokens, limit=settings.evaluate.prompts
     )
@@ -153,6 +154,7 @@ async def _run_from_checkpoint(
     phase_start = _record_phase(result, "evaluate_base", phase_start)
     await _run_steps(run)
     phase_start = _record_phase(result, "train", phase_start)
+    await controller.apply_policy_average()
     result.answers += await generate_aligned_arm(settings, controller, test_prompts)
     phase_start = _record_phase(result, "evaluate_aligned", phase_start)
     await controller.save_policy(str(checkpoints.run_folder / "policy"))

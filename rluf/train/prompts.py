@@ -9,6 +9,7 @@ whatever was read before. Small sets are read directly, since starting Ray Data'
 from __future__ import annotations
 
 import bisect
+import json
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +38,7 @@ CACHED_BLOCK_COUNT = 4
 """Blocks cached in the driver. The order is shuffled over all prompts, so a larger cache would rarely be hit."""
 RENDER_BATCH_ROWS = 1000
 """Prompts rendered per batch."""
-PROMPT_COLUMNS = ("id", "messages", "topic")
+PROMPT_COLUMNS = ("id", "messages", "topic", "extra_fields")
 
 
 def load_prompts(
@@ -54,7 +55,8 @@ def load_prompts(
     for row in rows:
         token_ids = skipped.render_row(row, tokenizer)
         if token_ids is not None:
-            prompts.append(Prompt(row["id"], parse_row_messages(row), token_ids, row["topic"] or "", split))
+            topic, extra_fields = row["topic"] or "", parse_extra_fields(row)
+            prompts.append(Prompt(row["id"], parse_row_messages(row), token_ids, topic, split, extra_fields))
     skipped.report(len(prompts))
     return prompts[:limit]
 
@@ -143,6 +145,12 @@ def parse_row_messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
     return tuple(Message(role=message["role"], content=message["content"]) for message in row["messages"])
 
 
+def parse_extra_fields(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Further fields of a prompt's row in the log, for reward functions; None without any."""
+    text = row.get("extra_fields")
+    return None if text is None else dict(json.loads(text))
+
+
 def build_group_from_row(
     row: Mapping[str, Any], response_column: str, tokenizer: PreTrainedTokenizerFast, skipped: SkippedRows
 ) -> Group | None:
@@ -194,7 +202,8 @@ class PromptStore(Sequence[Prompt]):
         block_index = bisect.bisect_right(self._block_ends, prompt_index)
         block_start = self._block_ends[block_index - 1] if block_index else 0
         (row,) = self._load_block(block_index).slice(prompt_index - block_start, 1).to_pylist()
-        return Prompt(row["id"], parse_row_messages(row), tuple(row["token_ids"]), row["topic"] or "", self._split)
+        topic, extra_fields = row["topic"] or "", parse_extra_fields(row)
+        return Prompt(row["id"], parse_row_messages(row), tuple(row["token_ids"]), topic, self._split, extra_fields)
 
     def __iter__(self) -> Iterator[Prompt]:
         """All prompts in order, block by block."""
@@ -222,7 +231,12 @@ def list_prompt_ids(prompts: Sequence[Prompt]) -> list[str]:
 
 
 def load_training_prompts(
-    data_folder: Path, model_path: Path, max_tokens: int, *, stream_from: int = STREAM_FROM_PROMPTS
+    data_folder: Path,
+    model_path: Path,
+    max_tokens: int,
+    *,
+    stream_from: int = STREAM_FROM_PROMPTS,
+    trust_remote_code: bool = False,
 ) -> Sequence[Prompt]:
     """Prompts of the training split in file order, as ids of the tokenizer at `model_path`.
 
@@ -231,13 +245,14 @@ def load_training_prompts(
     """
     parquet_path = data_folder / "prompts" / "train.parquet"
     row_count = pq.read_metadata(parquet_path).num_rows
+    tokenizer = load_tokenizer(model_path, trust_remote_code=trust_remote_code)
     if row_count < stream_from:
-        return load_prompts(data_folder, "train", load_tokenizer(model_path), max_tokens=max_tokens)
-    store = PromptStore(_render_blocks(parquet_path, model_path, max_tokens), "train")
+        return load_prompts(data_folder, "train", tokenizer, max_tokens=max_tokens)
+    store = PromptStore(_render_blocks(parquet_path, model_path, max_tokens, trust_remote_code), "train")
     skipped = SkippedRows("train prompt", max_tokens)
     if len(store) < row_count:
         # The workers return usable rows only; the reasons of the others are found by rendering those again.
-        used_ids, tokenizer = set(store.ids), load_tokenizer(model_path)
+        used_ids = set(store.ids)
         for batch in pq.ParquetFile(parquet_path).iter_batches(columns=list(PROMPT_COLUMNS)):
             for row in batch.to_pylist():
                 if row["id"] not in used_ids:
@@ -249,8 +264,9 @@ def load_training_prompts(
 class _PromptRenderer:
     """Adds token_ids to rows and drops rows that cannot be used; one instance per Ray Data worker."""
 
-    def __init__(self, model_path: str, max_tokens: int) -> None:
-        self._tokenizer, self._skipped = load_tokenizer(Path(model_path)), SkippedRows("", max_tokens)
+    def __init__(self, model_path: str, max_tokens: int, trust_remote_code: bool) -> None:
+        self._tokenizer = load_tokenizer(Path(model_path), trust_remote_code=trust_remote_code)
+        self._skipped = SkippedRows("", max_tokens)
 
     def __call__(self, table: pa.Table) -> pa.Table:
         """Rows with token_ids."""
@@ -258,14 +274,14 @@ class _PromptRenderer:
         for row in table.to_pylist():
             token_ids = self._skipped.render_row(row, self._tokenizer)
             if token_ids is not None:
-                rendered_rows.append({**{key: row[key] for key in PROMPT_COLUMNS}, "token_ids": list(token_ids)})
+                rendered_rows.append({**row, "token_ids": list(token_ids)})
         # An explicit schema: a block whose rows were all dropped must have the same columns as the others.
-        fields = [table.schema.field(key) for key in PROMPT_COLUMNS]
+        fields = [table.schema.field(key) for key in table.column_names]
         schema = pa.schema([*fields, pa.field("token_ids", pa.list_(pa.int64()))])
         return pa.Table.from_pylist(rendered_rows, schema=schema)
 
 
-def _render_blocks(parquet_path: Path, model_path: Path, max_tokens: int) -> list[Any]:
+def _render_blocks(parquet_path: Path, model_path: Path, max_tokens: int, trust_remote_code: bool) -> list[Any]:
     """References to blocks of rendered prompts, in file order."""
     import ray.data
 
@@ -274,10 +290,11 @@ def _render_blocks(parquet_path: Path, model_path: Path, max_tokens: int) -> lis
     preserve_order = context.execution_options.preserve_order
     context.execution_options.preserve_order = True
     try:
-        dataset = ray.data.read_parquet(str(parquet_path), columns=list(PROMPT_COLUMNS))
+        column_names = [name for name in PROMPT_COLUMNS if name in pq.read_schema(parquet_path).names]
+        dataset = ray.data.read_parquet(str(parquet_path), columns=column_names)
         rendered = dataset.map_batches(
             _PromptRenderer,
-            fn_constructor_args=(str(model_path), max_tokens),
+            fn_constructor_args=(str(model_path), max_tokens, trust_remote_code),
             batch_format="pyarrow",
             batch_size=RENDER_BATCH_ROWS,
             compute=ray.data.ActorPoolStrategy(size=1),

@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 CPU_PROBE_TOKENS, GPU_PROBE_TOKENS = 24, 256
-"""Response tokens compared between learner and engine after each sync, from as few responses of the first batch as hold
-them. benchmarks/probe.py finds every planted fault with 24. On GPUs, where they cost nothing, more tokens average the
-larger and more uneven noise of their kernels."""
+"""Response tokens compared between learner and engine after each sync. benchmarks/probe.py finds every planted fault
+with 24. On GPUs, where they cost nothing, more tokens average the larger and more uneven noise of their kernels."""
+MIN_PROBE_RESPONSES = 2
+"""Responses that they come from, where there are as many: one alone cannot show samples that affect each other."""
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +50,7 @@ class WeightSync:
         """Before the first update: store responses of a group as the probe and read their log-probabilities.
 
         Engines whose log-probabilities were not read yet, as after a resume, are read now; weights must be in sync.
+        Raises WeightSyncError when an engine differs by more than the tolerance.
         """
         await self._retry_on_loss(lambda: self._prepare_probe_once(group_ref))
 
@@ -57,12 +59,24 @@ class WeightSync:
             group: Group = await fetch_group(group_ref)
             self._probe_prompt_ids = list(group.prompt.token_ids)
             tokens_left = GPU_PROBE_TOKENS if self._settings.policy_gpus else CPU_PROBE_TOKENS
+            max_tokens = tokens_left // min(MIN_PROBE_RESPONSES, len(group.samples))
             for sample in group.samples:
-                response = list(sample.response_ids[:tokens_left])
+                response = list(sample.response_ids[: min(tokens_left, max_tokens)])
                 self._probe_responses += [response] if response else []
                 tokens_left -= len(response)
         if any(str(engine) not in self._probe_logprobs for engine in self._actor_groups.rollout_actors):
-            self._record_probe(await self._read_probe_logprobs())
+            readings = await self._read_probe_logprobs()
+            tolerance = self._settings.weight_sync.logprob_tolerance
+            for engine_name, reading in readings.items():
+                # Negated, so that a NaN gap fails too.
+                if not reading.mean_gap <= tolerance:
+                    raise WeightSyncError(
+                        f"{engine_name} and the learner read the same weights differently before the first update: "
+                        f"mean |logprob difference| is {reading.mean_gap:.4f} nats per token, above "
+                        f"weight_sync.logprob_tolerance={tolerance:g}; model.path lacks weights, or vLLM and "
+                        "transformers compute this architecture differently: run python -m rluf.train --check"
+                    )
+            self._record_probe(readings)
 
     async def sync(self, version: int) -> dict[str, float]:
         """Transfer the learners' weights as `version` and verify them, after `prepare_probe`.

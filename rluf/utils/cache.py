@@ -1,7 +1,7 @@
 """Artifact cache: folders keyed by a hash of everything they were built from, so that the next run reuses them.
 
 An artifact is a folder <cache>/artifacts/<name>-<hash>. It is built in a temporary folder next to it and renamed when
-complete, so a killed build leaves nothing that looks finished.
+complete, so a killed build leaves nothing that looks finished. A lock file in <cache>/locks lets one process build it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ import logging
 import shutil
 import uuid
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import rluf
-from rluf.utils.files import replace_folder
+from rluf.utils.files import file_lock
 
 logger = logging.getLogger(__name__)
 
@@ -80,30 +81,39 @@ def build_or_reuse_all(
     cache_inputs_by_name: Mapping[str, Mapping[str, object]],
     build: Callable[[Mapping[str, Path]], None],
 ) -> dict[str, Artifact]:
-    """Several artifacts; all missing ones are built by one call of `build(name -> temporary folder)`."""
-    root = cache_folder / "artifacts"
+    """Several artifacts; all missing ones are built by one call of `build(name -> temporary folder)`.
+
+    Processes that need the same artifact at once build it once: the others wait and reuse it. A finished artifact is
+    never replaced, since another job may be reading it.
+    """
+    root, locks_folder = cache_folder / "artifacts", cache_folder / "locks"
+    locks_folder.mkdir(parents=True, exist_ok=True)
     artifacts: dict[str, Artifact] = {}
     temporary_folders: dict[str, Path] = {}
-    for name, cache_inputs in cache_inputs_by_name.items():
-        key = compute_artifact_key({"artifact": name, **cache_inputs})
-        folder = root / f"{name}-{key}"
-        is_reused = folder.is_dir()
-        artifacts[name] = Artifact(name, folder, key, is_reused)
-        if is_reused:
-            logger.info("%s: reused from %s, same data, settings and code", name, folder)
-        else:
-            # The random suffix lets two processes build the same artifact at once; the later rename wins.
-            temporary_folders[name] = root / f".{name}-{key}-{uuid.uuid4().hex[:8]}"
-    if not temporary_folders:
-        return artifacts
-    root.mkdir(parents=True, exist_ok=True)
-    try:
-        build(temporary_folders)
-        for name, temporary_folder in temporary_folders.items():
-            origin = {"artifact": name, "key": artifacts[name].key, "inputs": dict(cache_inputs_by_name[name])}
-            (temporary_folder / "artifact.json").write_text(json.dumps(origin, indent=2))
-            replace_folder(temporary_folder, artifacts[name].folder)
-    finally:
-        for temporary_folder in temporary_folders.values():
-            shutil.rmtree(temporary_folder, ignore_errors=True)
-    return artifacts
+    with ExitStack() as locks:
+        # In one order for all processes, so that none waits for a lock of another that waits for one of its own.
+        for name, cache_inputs in sorted(cache_inputs_by_name.items()):
+            key = compute_artifact_key({"artifact": name, **cache_inputs})
+            folder = root / f"{name}-{key}"
+            if not folder.is_dir():
+                lock = file_lock(locks_folder / f"{folder.name}.lock", f"{name}: waiting for the job that builds it")
+                locks.enter_context(lock)
+            # Checked under the lock: another process may have built it while this one waited.
+            is_reused = folder.is_dir()
+            artifacts[name] = Artifact(name, folder, key, is_reused)
+            if is_reused:
+                logger.info("%s: reused from %s, same data, settings and code", name, folder)
+            else:
+                temporary_folders[name] = root / f".{name}-{key}-{uuid.uuid4().hex[:8]}"
+        if temporary_folders:
+            root.mkdir(parents=True, exist_ok=True)
+            try:
+                build(temporary_folders)
+                for name, temporary_folder in temporary_folders.items():
+                    origin = {"artifact": name, "key": artifacts[name].key, "inputs": dict(cache_inputs_by_name[name])}
+                    (temporary_folder / "artifact.json").write_text(json.dumps(origin, indent=2))
+                    temporary_folder.rename(artifacts[name].folder)
+            finally:
+                for temporary_folder in temporary_folders.values():
+                    shutil.rmtree(temporary_folder, ignore_errors=True)
+    return {name: artifacts[name] for name in cache_inputs_by_name}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import math
 import os
 import shutil
@@ -15,6 +16,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from rluf.errors import DISK_FULL_ERRNOS, DataError, ModelError, ResourceError, RlufError
+
+logger = logging.getLogger(__name__)
 
 
 def fsync_path(path: Path) -> None:
@@ -87,10 +90,18 @@ def build_write_error(subject: str, path: Path, error: Exception) -> RlufError:
 
 
 @contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """Wait for an exclusive advisory lock on the file `path`, created if missing; it ends with the process."""
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def file_lock(path: Path, wait_message: str = "") -> Iterator[None]:
+    """Wait for an exclusive advisory lock on the file `path`, created if missing; it ends with the process.
+
+    `wait_message` is logged if another process has the lock.
+    """
+    lock_file = try_lock(path)
+    if lock_file is None:
+        if wait_message:
+            logger.info("%s (%s)", wait_message, path)
+        lock_file = path.open("a")
+        fcntl.flock(lock_file, fcntl.LOCK_EX)
+    with lock_file:
         yield
 
 

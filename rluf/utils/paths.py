@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import rluf
 from rluf.config.settings import Settings
 from rluf.errors import DataError, ResourceError
+from rluf.utils.files import try_lock
 
 SAMPLE_LOG_KINDS = ("feedback", "preferences", "safety", "prompts")
 
@@ -48,12 +51,7 @@ def create_run_folder(settings: Settings, *, name_suffix: str = "") -> Path:
     timestamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     try:
         parent.mkdir(parents=True, exist_ok=True)
-        folder = parent / timestamp
-        count = 1
-        while folder.exists():
-            count += 1
-            folder = parent / f"{timestamp}-{count}"
-        folder.mkdir()
+        folder = _make_new_folder(parent, timestamp)
         # A link cannot be overwritten in place; renaming a new one over it leaves no moment without `latest`.
         link = parent / f".latest-{folder.name}"
         link.symlink_to(folder.name)
@@ -64,6 +62,30 @@ def create_run_folder(settings: Settings, *, name_suffix: str = "") -> Path:
             "you may write to"
         ) from error
     return folder
+
+
+def _make_new_folder(parent: Path, name: str) -> Path:
+    """A new folder with this name, or with the first free number behind it."""
+    folder, count = parent / name, 1
+    while True:
+        # mkdir decides, not a check before it: another process may make the folder in between.
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+        count += 1
+        folder = parent / f"{name}-{count}"
+
+
+@contextlib.contextmanager
+def lock_run_folder(run_folder: Path) -> Iterator[None]:
+    """Hold the run folder's lock inside the block. Raises ResourceError if another process is writing the run."""
+    lock_file = try_lock(run_folder / "lock")
+    if lock_file is None:
+        raise ResourceError(
+            f"another process is training in {run_folder}; wait until it ends, or start a new run without run.resume"
+        )
+    with lock_file:
+        yield
 
 
 def find_sample_log(kind: str) -> Path:

@@ -21,6 +21,7 @@ from rluf.algorithms.advantages import AdvantageInputs
 from rluf.algorithms.packing import MicroBatch, plan_micro_batches
 from rluf.algorithms.registry import build_learner_inputs, scale_mini_batch_weights, split_mini_batches
 from rluf.backends.weight_transfer.shm import read_segment
+from rluf.checkpoint.format import ControllerState, RunState, write_run_state
 from rluf.config.policy import AlgorithmSettings, LearnerSettings, ModelSettings, RolloutSettings
 from rluf.config.run import TimeoutSettings
 from rluf.config.settings import Settings
@@ -96,11 +97,14 @@ def make_actor_class() -> Any:
 
 
 @contextmanager
-def start_learners(settings: Settings, model_path: Path) -> Iterator[list[Any]]:
+def start_learners(settings: Settings, model_path: Path, checkpoint: Path | None = None) -> Iterator[list[Any]]:
     """All ranks, set up; ended afterwards."""
     settings_json, world_size = settings.model_dump_json(), settings.learner.workers
     remote_class = make_actor_class().options(runtime_env={"env_vars": {"OMP_NUM_THREADS": "1"}})
-    ranks = [remote_class.remote(rank, world_size, settings_json, str(model_path)) for rank in range(world_size)]
+    folder = None if checkpoint is None else str(checkpoint)
+    ranks = [
+        remote_class.remote(rank, world_size, settings_json, str(model_path), folder) for rank in range(world_size)
+    ]
     try:
         host, port = ray.get(ranks[0].find_rendezvous_address.remote(), timeout=60)
         ray.get([rank.setup.remote(host, port) for rank in ranks], timeout=120)
@@ -136,6 +140,7 @@ def run_train_step(
     kl_coef: float = 0.0,
     advantages: list[list[float]] | None = None,
     mini_batch_count: int = 1,
+    step: int = 1,
 ) -> list[dict[str, float]]:
     response_lengths = [[len(sample.response_ids) for sample in group.samples] for group in groups]
     mini_batches = split_mini_batches(len(groups), mini_batch_count)
@@ -160,7 +165,7 @@ def run_train_step(
         learner_inputs = dataclasses.replace(learner_inputs, advantages=advantages)
     learner_inputs = scale_mini_batch_weights(learner_inputs, response_lengths, mini_batches)
     calls = [
-        rank.train_step.remote(group_refs, learner_inputs, micro_batches[index], 1, mini_batch_sizes=sizes)
+        rank.train_step.remote(group_refs, learner_inputs, micro_batches[index], step, mini_batch_sizes=sizes)
         for index, rank in enumerate(ranks)
     ]
     metrics: list[dict[str, float]] = ray.get(calls, timeout=120)
@@ -218,6 +223,39 @@ def test_with_lora_the_policy_without_its_adapters_is_the_reference(model_path: 
         metrics = [run_train_step([actor], groups, REWARDS, 0.02)[0] for _ in range(2)]
         assert metrics[0]["kl"] == pytest.approx(0.0, abs=1e-9) and metrics[1]["kl"] > 1e-4
         assert not ray.get(actor.has_reference_copy.remote())
+
+
+@pytest.mark.slow
+def test_resumed_averages_references_and_schedules_repeat_every_bit(model_path: Path, tmp_path: Path) -> None:
+    """Four steps equal two and two, with all that a step changes: mini-batches, decay, average, refreshed reference."""
+    settings = make_settings(dtype="float32", kl_coef=0.02, epochs=2).model_dump()
+    settings["learner"] |= {"ema_decay": 0.9, "learning_rate_decay": "linear"}
+    settings["algorithm"] |= {"steps": 4, "mini_batches": 2, "reference_refresh_steps": 2}
+    settings, groups = Settings.model_validate(settings), make_random_groups(1)
+    probe, checkpoint = ([5, 6, 7], [[8, 9, 10]]), tmp_path / "step-2"
+
+    def run_steps(rank: Any, count: int) -> list[tuple[float, float]]:
+        rows = [run_train_step([rank], groups, REWARDS, 0.02, mini_batch_count=2, step=s)[0] for s in steps[:count]]
+        del steps[:count]
+        return [(row["loss"], row["kl"]) for row in rows]
+
+    steps = [1, 2, 3, 4]
+    with start_learners(settings, model_path) as (rank,):
+        expected = run_steps(rank, 4)
+        ray.get(rank.apply_policy_average.remote())
+        expected_logprobs = ray.get(rank.probe_logprobs.remote(*probe))
+    assert expected[2][1] < expected[1][1], "the KL starts from 0 at the refreshed reference"
+    steps = [1, 2, 3, 4]
+    with start_learners(settings, model_path) as (rank,):
+        rows = run_steps(rank, 2)
+        checkpoint.mkdir()
+        ray.get(rank.save_policy.remote(str(checkpoint / "policy")))
+        schedule = ray.get(rank.save_optimizer_state.remote(str(checkpoint)))
+        write_run_state(checkpoint, RunState(2, 1, {}, "", ControllerState({}, {}, {}, {}), [schedule]))
+    with start_learners(settings, model_path, checkpoint) as (rank,):
+        rows += run_steps(rank, 2)
+        ray.get(rank.apply_policy_average.remote())
+        assert (rows, ray.get(rank.probe_logprobs.remote(*probe))) == (expected, expected_logprobs)
 
 
 def check_saved_policy(

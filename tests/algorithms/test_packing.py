@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional
 
+from rluf.algorithms import policy_model
 from rluf.algorithms.losses import compute_policy_loss
 from rluf.algorithms.packing import MicroBatch, pack_micro_batch, plan_micro_batches
 from rluf.algorithms.policy_model import compute_response_logprobs, load_policy
@@ -261,3 +265,58 @@ def test_gradient_checkpointing_changes_no_gradient(model: nn.Module, folder: Pa
     expected, gradients = compute_gradients(model, [SAMPLES]), compute_gradients(checkpointing, [SAMPLES])
     for name, grad in expected.items():
         assert torch.allclose(gradients[name], grad, atol=1e-6), name
+
+
+def attend_one_by_one(flat_states: Any, sequence_starts: Tensor, max_length: int, scaling: float | None) -> Tensor:
+    """What the kernel on GPUs computes, one sequence after the other."""
+    bounds = sequence_starts.tolist()
+    outputs = []
+    for start, end in itertools.pairwise(bounds):
+        assert 0 < end - start <= max_length
+        query, key, value = (states[start:end].transpose(0, 1)[None] for states in flat_states)
+        output = functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=scaling, enable_gqa=True
+        )
+        outputs.append(output[0].transpose(0, 1))
+    assert bounds[-1] == len(flat_states[0])
+    return torch.cat(outputs)
+
+
+class OnGpu(Tensor):  # type: ignore[misc]
+    """A CPU tensor that says it is on a GPU, so that packed attention takes the path without padding."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("pairs", [SAMPLES, SAMPLES[:1], list(reversed(SAMPLES)), []])
+def test_rows_without_padding_give_the_attention_of_padded_rows(
+    pairs: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With shared prompts and prefixes; outputs and gradients."""
+    monkeypatch.setattr(policy_model, "compute_sequence_attention", attend_one_by_one)
+    batch = pack_micro_batch(pairs, GROUPS, ADVANTAGES)
+    torch.manual_seed(0)
+    states = [torch.randn(1, heads, batch.input_ids.numel(), 8) for heads in (4, 2, 2)]
+    weights, results = torch.randn(1, batch.input_ids.numel(), 4, 8), []
+    for on_gpu in (False, True):
+        # Float32 on a GPU takes the padded rows too, so the rows without padding are computed in float64.
+        inputs = [(state.double() if on_gpu else state.clone()).requires_grad_() for state in states]
+        passed = [value.as_subclass(OnGpu) for value in inputs] if on_gpu else inputs
+        output, _ = policy_model.compute_packed_attention(nn.Module(), *passed, None, **batch.attention_inputs)
+        (output * weights).sum().backward()
+        results.append([output.detach().as_subclass(Tensor), *(value.grad for value in inputs)])
+    for padded, flat in zip(*results, strict=True):
+        assert torch.allclose(padded, flat.float(), atol=1e-5)
+
+
+def test_the_kernel_on_gpus_accepts_the_inputs_and_has_a_gradient() -> None:
+    """Traced with torch's fake tensors: names, shapes, grouped heads and backward of the kernel's own signature."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        states = [torch.empty(11, heads, 16, dtype=torch.bfloat16, requires_grad=True) for heads in (4, 2, 2)]
+        starts = torch.empty(3, dtype=torch.int32)
+        output = policy_model.compute_sequence_attention(states, starts, 6, 0.25)
+        assert output.shape == (11, 4, 16)
+        output.sum().backward()
+        assert [state.grad.shape for state in states] == [state.shape for state in states]

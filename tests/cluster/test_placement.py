@@ -101,7 +101,14 @@ def test_ray_shows_each_actor_its_own_gpus_whatever_the_cluster_sets(monkeypatch
 
     monkeypatch.setenv("RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES", "1")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    ray.init(num_cpus=8, num_gpus=4, include_dashboard=False, log_to_driver=False, object_store_memory=80 << 20)
+    ray.init(
+        address="local",
+        num_cpus=8,
+        num_gpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        object_store_memory=80 << 20,
+    )
 
     class DeviceReporter:
         def visible_devices(self) -> str:

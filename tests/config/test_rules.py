@@ -53,6 +53,16 @@ COLOCATED = ["cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5", "wei
             ["reward={objectives: [love], shared_backbone_heads: [love, continued]}"],
             ["reward.objectives=['love']", "heads=['love', 'continued']", "set reward.objectives=[]"],
         ),
+        (["algorithm={name: rloo, mini_batches: 2}"], ["algorithm.mini_batches=2", "algorithm.loss=ppo"]),
+        (["algorithm={name: dpo, epochs: 2}"], ["algorithm.epochs=2", "algorithm.name=dpo"]),
+        (
+            ["learner={zero_stage: 3, ema_decay: 0.9}"],
+            ["learner.zero_stage=3", "learner.ema_decay=0.9", "learner.zero_stage=2"],
+        ),
+        (
+            ["learner.lora_rank=4", "algorithm.reference_refresh_steps=5"],
+            ["algorithm.reference_refresh_steps=5", "learner.lora_rank=4"],
+        ),
         (["reward.workers=[3, 2]"], ["reward.workers=[3, 2]"]),
         (["reward={workers: [1, 2], zero_stage: 2}"], ["reward.workers=[1, 2]", "reward.zero_stage=2"]),
         (["cluster.gpus_per_engine=1.5"], ["cluster.gpus_per_engine=1.5", "cluster.gpus_per_engine=2"]),

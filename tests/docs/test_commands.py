@@ -46,6 +46,7 @@ TEST_BY_COMMAND = (
     ),  # the same job, on small models
     (r"make docs", "tests/docs/test_docs.py::test_the_site_builds_without_a_warning"),
     (r"make format", ".ci/run"),  # make check runs the same two programs, without writing
+    (r"make gpu-check", "tests/backends/test_gpu_check.py"),
     (r"make bench\b", "tests/docs/test_docs.py::test_a_command_parses"),
     (r"source \.venv/bin/activate|export ", JOB_TEST),
     (r"ray get-auth-token --generate", JOB_TEST),

@@ -6,6 +6,7 @@ import bz2
 import csv
 import json
 import resource
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from rluf.prepare import pipeline
 from rluf.prepare.card import format_card_lines
 from rluf.prepare.readers.files import read_line_batches
 from rluf.prepare.readers.sources import resolve_sources
+from rluf.prepare.row_samples import sample_training_rows
 from rluf.prepare.schema import DATA_KINDS, SPLIT_NAMES
 
 Row = dict[str, Any]
@@ -203,7 +205,7 @@ def test_entries_of_different_shapes_and_a_list_of_reactions(tmp_path: Path) -> 
     events += [{"run": f"i{i}", "when": 1767225600 + 60 * i + 9, "score": 1} for i in range(1, 200, 4)]
     reactions = {
         "path": write_rows(tmp_path / "events.jsonl", events),
-        "columns": {"response_id": "run", "time": "when", "reaction": "score"}, "labels": {1: "loved", 0: "not_loved"},
+        "columns": {"response_id": "run", "time": "when", "reaction": "score"},
     }  # fmt: skip
     data = {"feedback": [own, {"path": foreign, "columns": COLUMNS | {"reaction": "fb|=no"}}], "reactions": reactions}
     with pytest.raises(DataError, match="no value"):
@@ -326,3 +328,41 @@ def test_e_mail_addresses_as_users_are_reported(tmp_path: Path) -> None:
     rows = [own_row(i, user_id=f"u{i % 60}@post.example") for i in range(300)]
     card, _ = build(tmp_path, {"feedback": write_rows(tmp_path / "log.jsonl", rows)})
     assert any("e-mail" in text and "RLUF_USER_SALT" in text for text in card["warnings"])
+
+
+def test_rows_that_repeat_or_contradict_others_are_counted_and_dropped_on_request(tmp_path: Path) -> None:
+    def pair(index: int, chosen: str, rejected: str) -> Row:
+        messages, group = [{"role": "user", "content": f"q{index % 100}"}], f"g{index % 100}"
+        return {"id": f"p{index}", "messages": messages, "group": group, "chosen": chosen, "rejected": rejected}
+
+    pairs = [pair(i, "A", "B") for i in range(200)] + [pair(200 + i, "B", "A") for i in range(10)]
+    feedback = [own_row(i) for i in range(300)] + [own_row(i, id=f"again{i}") for i in range(50)]
+    data = {
+        "feedback": write_rows(tmp_path / "log.jsonl", feedback), "preferences": write_rows(tmp_path / "p.jsonl", pairs)
+    }  # fmt: skip
+    card, love_rows = build(tmp_path, data)
+    assert card["duplicates"] == {
+        "feedback": {"exact": 50, "contradictory": 0}, "preferences": {"exact": 100, "contradictory": 30},
+    }  # fmt: skip
+    assert len(love_rows) == 350 and sum("drop_duplicates" in text for text in card["warnings"]) == 2
+    card, love_rows = build(tmp_path, data, drop_duplicates=True, contradictions="ignored")
+    assert len(love_rows) == 300 and card["counts"]["feedback"]["dropped"] == {"repeats another row": 50}
+    assert card["counts"]["preferences"]["dropped"] == {"repeats another row": 90, "contradicts another row": 30}
+
+
+def test_the_page_lists_rows_of_each_label_and_the_card_the_drift_of_paths(tmp_path: Path) -> None:
+    rows = [
+        foreign_row(i, m=[{"role": "user", "content": f"q{i}"}], r=f"a{i}" + "x" * 700 * (i % 2)) for i in range(400)
+    ]
+    columns = COLUMNS | {"response": "r"}
+    entry = {"path": write_rows(tmp_path / "log.jsonl", rows), "columns": columns}
+    build(tmp_path, {"feedback": [entry]})
+    samples = sample_training_rows(tmp_path / "data")
+    assert Counter(sample.label for sample in samples) == {"loved": 20, "not loved": 20}
+    assert all(int(sample.prompt[1:]) % 4 == 0 for sample in samples if sample.label == "loved")
+    assert any("[... 10" in sample.response for sample in samples)
+    page = (tmp_path / "data" / "data_card.html").read_text()
+    assert samples[0].prompt in page and "Rows to look at" in page
+    write_rows(tmp_path / "log.jsonl", [row | {"fb": row["fb"] if i < 100 else None} for i, row in enumerate(rows)])
+    card, _ = build(tmp_path, {"feedback": [entry]})
+    assert any("columns.reaction 25% before, 6% now" in text for text in card["warnings"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 from rluf.report.model_card import read_code_version, write_model_card
 from rluf.utils.files import write_json
@@ -74,3 +76,48 @@ def test_a_missing_estimate_is_unknown(tmp_path: Path) -> None:
     missing = {"mean": None, "low": None, "high": None}
     write_json(run_folder / "cards" / "love.json", {"auroc": missing, "n": 12, "ece": 0.01})
     assert "love: auroc unknown on n = 12" in write_model_card(run_folder).read_text("utf-8")
+
+
+def test_the_metadata_is_that_of_the_hub(tmp_path: Path) -> None:
+    run_folder = write_run_folder(tmp_path, "org/model")
+    summary = json.loads((run_folder / "summary.json").read_text())
+    love_rate = {"base": INTERVAL, "aligned": INTERVAL, "difference": INTERVAL, "lift": None}
+    undefined = {"mean": float("nan"), "low": None, "high": None}
+    summary["offline"]["helpfulness"] = {"base": INTERVAL, "aligned": undefined, "difference": INTERVAL}
+    (run_folder / "summary.json").write_text(json.dumps({**summary, "love_rate": love_rate}))
+    card = ModelCard.load(write_model_card(run_folder))
+    assert card.data.model_name == "mine"
+    assert card.data.to_dict()["tags"] == ["rlhf", "rluf"]
+    assert "license" not in card.data.to_dict()
+    results = {result.metric_type: result for result in card.data.eval_results}
+    assert sorted(results) == ["love_rate", "p_love"]
+    assert (results["love_rate"].metric_value, results["love_rate"].metric_name) == (
+        0.7, "Love, share by simulated users",
+    )  # fmt: skip
+    assert results["p_love"].metric_name == "p_love, mean score of the reward model"
+    assert {result.dataset_name for result in results.values()} == {"test prompts of the run"}
+    assert "Simulated users judged the policy, not people" in card.text
+
+
+def test_real_runs_do_not_mention_simulated_users(tmp_path: Path) -> None:
+    card = ModelCard.load(write_model_card(write_run_folder(tmp_path, "org/model")))
+    assert "imulated" not in card.text
+
+
+@pytest.mark.parametrize(
+    ("base_card", "expected"),
+    [("---\nlicense: apache-2.0\n---\n# Base\n", "apache-2.0"), ("# No metadata\n", None), ("---\n: [\n---\n", None)],
+)
+def test_the_license_is_that_of_the_base_model(tmp_path: Path, base_card: str, expected: str | None) -> None:
+    base_folder = tmp_path / "base"
+    base_folder.mkdir()
+    (base_folder / "README.md").write_text(base_card)
+    card = ModelCard.load(write_model_card(write_run_folder(tmp_path / "run", str(base_folder))))
+    assert card.data.license == expected
+    assert str(tmp_path) not in card.content
+
+
+def test_a_base_model_is_an_id_of_the_hub_only(tmp_path: Path) -> None:
+    for index, base_model in enumerate(("tiny", "./models/mine", "/models/mine", "~/mine", "a/b/c", "models/")):
+        card = ModelCard.load(write_model_card(write_run_folder(tmp_path / str(index), base_model)))
+        assert card.data.base_model is None

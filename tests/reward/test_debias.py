@@ -158,3 +158,10 @@ def test_pairs_on_length_only_equal_bradley_terry() -> None:
     nuisance = fit_pair_nuisance(lengths, np.ones(4000))
     reference = LogisticRegression(C=1e6, fit_intercept=False).fit(x[:, None], first_won.astype(float))
     assert nuisance.length_slope == pytest.approx(float(reference.coef_[0, 0]), abs=1e-3)
+
+
+@pytest.mark.parametrize("outlier", [0.03, 0.5, 1.0])
+def test_one_extreme_propensity_does_not_make_all_others_equal(outlier: float) -> None:
+    propensity = np.asarray([0.01] * 500 + [0.03] * 500 + [outlier])
+    weights = compute_propensity_weights(propensity, np.ones(1001), all_reacted=True)
+    assert weights[0] / weights[500] == pytest.approx(3.0) and weights[-1] == pytest.approx(1.0)

@@ -10,13 +10,14 @@ import json
 import os
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 
 from rluf.config.settings import Settings
 from rluf.simulate.ground_truth import Reader, ReaderInput, load_reader
 from rluf.simulate.judge import judge_file
+from rluf.simulate.users import expected_love_probability
 from rluf.utils.paths import resolve_cache_folder
 
 DATA_FOLDER = Path(os.environ.get("RLUF_DATA") or Path(__file__).resolve().parents[3] / "shared" / "data")
@@ -40,20 +41,15 @@ def test_the_reader_decides_pairs_as_any_reader_would(reader: Reader) -> None:
     assert min(row["pair_accuracy"] for row in result["by_kind"].values()) >= 0.85
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="known shortfall (benchmarks/RESULTS.md, The reader): 59% of these base replies are cut, 46% of the "
-    "collapsed ones, and being cut costs most",
-)
-def test_collapsed_replies_do_not_satisfy_more_than_those_of_the_base(reader: Reader) -> None:
-    inputs: defaultdict[str, list[ReaderInput]] = defaultdict(list)
+def test_users_love_collapsed_replies_less_than_those_of_the_base(reader: Reader) -> None:
+    rows_of_arm: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     with gzip.open(DATA_FOLDER / "collapsed_policy" / "answers.jsonl.gz", "rt", encoding="utf-8") as stream:
         for row in map(json.loads, stream):
-            item = ReaderInput(tuple(row["messages"]), row["text"], row["finish_reason"] == "stop")
-            inputs[row["arm"]].append(item)
-    step = len(inputs["base"]) // COLLAPSED_RESPONSES_PER_ARM
-    means = {
-        arm: np.mean([truth.satisfaction for truth in reader.score_responses(items[::step])])
-        for arm, items in inputs.items()
-    }
-    assert means["aligned"] <= means["base"]
+            rows_of_arm[row["arm"]].append(row)
+    step = len(rows_of_arm["base"]) // COLLAPSED_RESPONSES_PER_ARM
+    rates = {}
+    for arm, rows in rows_of_arm.items():
+        inputs = [ReaderInput(tuple(r["messages"]), r["text"], r["finish_reason"] == "stop") for r in rows[::step]]
+        topics = [row["topic"] for row in rows[::step]]
+        rates[arm] = expected_love_probability(reader.score_responses(inputs), topics).mean()
+    assert rates["aligned"] < 0.7 * rates["base"]

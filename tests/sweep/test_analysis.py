@@ -16,6 +16,7 @@ from rluf.sweep.analysis import (
     is_pareto_optimal,
     recommend_setting,
 )
+from rluf.sweep.grid import GridPoint
 
 
 def test_a_point_is_on_the_front_unless_another_dominates_it() -> None:
@@ -69,9 +70,9 @@ def make_summary(
 
 def test_the_report_has_settings_front_and_recommendation() -> None:
     report = build_sweep_report({
-        (0.1, 0.02, 1): make_summary(0.2, 0.01), (0.1, 0.02, 2): make_summary(0.3, 0.03),
-        (0.3, 0.02, 1): make_summary(0.9, -0.2, passed=False), (0.3, 0.02, 2): make_summary(0.7, 0.0),
-        (0.5, 0.02, 1): make_summary(0.8, -0.3, alarms=("farewell",)),
+        GridPoint(0.1, 0.02, 1): make_summary(0.2, 0.01), GridPoint(0.1, 0.02, 2): make_summary(0.3, 0.03),
+        GridPoint(0.3, 0.02, 1): make_summary(0.9, -0.2, passed=False), GridPoint(0.3, 0.02, 2): make_summary(0.7, 0.0),
+        GridPoint(0.5, 0.02, 1): make_summary(0.8, -0.3, alarms=("farewell",)),
     })  # fmt: skip
     assert report["recommended"] == "love 0.1, KL 0.02"
     assert report["front"] == ["love 0.1, KL 0.02", "love 0.3, KL 0.02"]
@@ -82,9 +83,9 @@ def test_the_report_has_settings_front_and_recommendation() -> None:
 
 def test_a_setting_with_a_failed_seed_is_not_recommended() -> None:
     report = build_sweep_report({
-        (0.1, 0.02, 1): make_summary(0.2, 0.01), (0.1, 0.02, 2): make_summary(0.3, 0.03),
-        (0.3, 0.02, 1): make_summary(0.9, 0.0), (0.3, 0.02, 2): None, (0.3, 0.02, 3): None,
-        (0.5, 0.02, 1): None,
+        GridPoint(0.1, 0.02, 1): make_summary(0.2, 0.01), GridPoint(0.1, 0.02, 2): make_summary(0.3, 0.03),
+        GridPoint(0.3, 0.02, 1): make_summary(0.9, 0.0), GridPoint(0.3, 0.02, 2): None, GridPoint(0.3, 0.02, 3): None,
+        GridPoint(0.5, 0.02, 1): None,
     })  # fmt: skip
     assert report["recommended"] == "love 0.1, KL 0.02"
     counts = {
@@ -92,7 +93,12 @@ def test_a_setting_with_a_failed_seed_is_not_recommended() -> None:
     }
     assert counts == {0.1: (2, 2, 0), 0.3: (1, 3, 2)}
     assert "1 of 3" in format_sweep_report(report)
-    assert build_sweep_report({(0.3, 0.02, 1): make_summary(0.9, 0.0), (0.3, 0.02, 2): None})["recommended"] is None
+    assert (
+        build_sweep_report({GridPoint(0.3, 0.02, 1): make_summary(0.9, 0.0), GridPoint(0.3, 0.02, 2): None})[
+            "recommended"
+        ]
+        is None
+    )
 
 
 def test_the_report_has_every_objective_with_a_gate() -> None:
@@ -101,7 +107,7 @@ def test_the_report_has_every_objective_with_a_gate() -> None:
     lift = {"mean": 0.4, "low": 0.3, "high": 0.5}
     checks = [*summary["gates"]["checks"][:2], {"name": "brevity", "status": "pass", "lift": lift}]
     summary["gates"]["checks"] = [{**check, "gate": gates[check["name"]]} for check in checks]
-    report = build_sweep_report({(0.1, 0.02, 1): summary})
+    report = build_sweep_report({GridPoint(0.1, 0.02, 1): summary})
     assert (report["objectives"], report["reference"]) == (list(gates), [0.0, -0.1, -0.1])
     assert report["settings"][0]["by_seed"] == [{"love": 0.2, "helpfulness": 0.01, "brevity": 0.4}]
     assert report["recommended"] == "love 0.1, KL 0.02"
@@ -109,8 +115,24 @@ def test_the_report_has_every_objective_with_a_gate() -> None:
     assert "brevity" in format_sweep_report(report)
 
 
+def test_settings_of_a_grid_are_named_by_their_overrides() -> None:
+    summaries = {
+        GridPoint(None, None, seed, (f"learner.learning_rate={rate}",)): make_summary(0.2 + seed / 10, 0.01)
+        for rate in ("1e-6", "1e-5")
+        for seed in (1, 2)
+    }
+    report = build_sweep_report(summaries)
+    assert [setting["name"] for setting in report["settings"]] == [
+        "learner.learning_rate=1e-6", "learner.learning_rate=1e-5",
+    ]  # fmt: skip
+    assert [(setting["seeds"], setting["overrides"]) for setting in report["settings"]] == [
+        (2, ["learner.learning_rate=1e-6"]), (2, ["learner.learning_rate=1e-5"]),
+    ]  # fmt: skip
+    assert report["recommended"] == "learner.learning_rate=1e-6"
+
+
 def test_a_sweep_without_a_finished_run_recommends_nothing() -> None:
     assert build_sweep_report({})["recommended"] is None
-    assert build_sweep_report({(0.1, 0.0, 1): None})["settings"] == []
-    assert build_sweep_report({(0.1, 0.0, 1): make_summary(None, 0.0)})["recommended"] is None
+    assert build_sweep_report({GridPoint(0.1, 0.0, 1): None})["settings"] == []
+    assert build_sweep_report({GridPoint(0.1, 0.0, 1): make_summary(None, 0.0)})["recommended"] is None
     assert "no run finished" in format_sweep_report(build_sweep_report({}) | {"failed": {"a": "b"}})

@@ -10,9 +10,9 @@ import pytest
 
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
-from rluf.errors import ActorError
+from rluf.errors import ActorError, SettingsError
 from rluf.sweep.__main__ import parse_arguments
-from rluf.sweep.runs import find_finished_run, raise_for_failed_runs
+from rluf.sweep.runs import build_run_overrides, find_finished_run, list_grid_points, raise_for_failed_runs
 
 
 def load_overrides(*overrides: str) -> Settings:
@@ -67,3 +67,77 @@ def test_failed_runs_are_named_with_their_logs() -> None:
     raise_for_failed_runs({"failed": {}})
     with pytest.raises(ActorError, match=r"2 runs .* a \(see a\.log\), b \(see b\.log\)"):
         raise_for_failed_runs({"failed": {"a": "a.log", "b": "b.log"}})
+
+
+def list_points(*arguments: str, tmp_path: Path) -> dict[str, Settings]:
+    """Settings of every run of a command line, by run name."""
+    args = parse_arguments(list(arguments))
+    settings = load_settings(None, args.overrides).settings
+    overrides = [build_run_overrides(args, settings, tmp_path, point) for point in list_grid_points(args)]
+    return {loaded.name: loaded for loaded in (load_settings(None, texts).settings for texts in overrides)}
+
+
+def test_any_setting_can_be_swept(tmp_path: Path) -> None:
+    points = list_points(
+        "--grid", "learner.learning_rate=1e-6,1e-5", "--grid", "algorithm.name=grpo,rloo", "--seeds", "1", "2",
+        "algorithm.steps=3", tmp_path=tmp_path,
+    )  # fmt: skip
+    assert len(points) == 8
+    assert {(s.learner.learning_rate, s.algorithm.name, s.seed) for s in points.values()} == {
+        (rate, name, seed) for rate in (1e-6, 1e-5) for name in ("grpo", "rloo") for seed in (1, 2)
+    }
+    assert {settings.algorithm.steps for settings in points.values()} == {3}
+    # Weights and KL are those of the configuration.
+    default = load_settings(None).settings
+    assert {settings.objectives.love.weight for settings in points.values()} == {default.objectives.love.weight}
+    assert {settings.algorithm.kl_coef for settings in points.values()} == {default.algorithm.kl_coef}
+    assert {settings.tracking.group for settings in points.values()} == {tmp_path.name}
+
+
+@pytest.mark.parametrize(
+    ("grid", "values"),
+    [
+        ("rollout.temperature=0.7,1.0", [0.7, 1.0]),
+        ("model.path=tiny,smollm2-135m-instruct", ["tiny", "smollm2-135m-instruct"]),
+        ("aggregation.gate_judges=[refusal, length],[]", [("refusal", "length"), ()]),
+        ("aggregation.topic_objectives={risky: safety},{}", [{"risky": "safety"}, {}]),
+        ("evaluate.candidate=null,'a, b'", [None, "a, b"]),
+        ("run.deterministic=true", None),
+        ("seed=1,2", None),
+        ("name=a,b", None),
+        ("learner.learning_rate=", None),
+        ("learner.learning_rat=1e-6", None),
+        ("=1,2", None),
+    ],
+)
+def test_values_of_every_kind_are_swept_and_invalid_grids_are_refused(
+    grid: str, values: list[Any] | None, tmp_path: Path
+) -> None:
+    if values is None:
+        with pytest.raises(SettingsError):
+            list_points("--grid", grid, "--seeds", "1", tmp_path=tmp_path)
+        return
+    points = list_points("--grid", grid, "--seeds", "1", tmp_path=tmp_path)
+    key = grid.partition("=")[0]
+    swept_values = []
+    for settings in points.values():
+        value: Any = settings
+        for name in key.split("."):
+            value = getattr(value, name)
+        swept_values.append(value)
+    assert swept_values == values
+
+
+def test_weights_and_grid_combine_and_the_same_key_twice_is_refused(tmp_path: Path) -> None:
+    points = list_points(
+        "--weights", "0.1", "0.3", "--grid=rollout.temperature=0.5,1", "--seeds", "1", tmp_path=tmp_path
+    )
+    assert sorted(points) == [
+        "love0.1-seed1-rollout.temperature-0.5", "love0.1-seed1-rollout.temperature-1",
+        "love0.3-seed1-rollout.temperature-0.5", "love0.3-seed1-rollout.temperature-1",
+    ]  # fmt: skip
+    with pytest.raises(SettingsError, match="conflicts with --weights"):
+        list_points("--weights", "0.1", "--grid", "objectives.love.weight=0.1,0.2", tmp_path=tmp_path)
+    with pytest.raises(SettingsError, match="given twice"):
+        list_points("--grid", "seed_=1", "--grid", "seed_=2", tmp_path=tmp_path)
+    assert len(list_points(tmp_path=tmp_path)) == 9

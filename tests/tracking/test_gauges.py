@@ -68,7 +68,7 @@ def test_the_dashboard_file_is_current_and_plots_every_metric() -> None:
     assert json.loads(DASHBOARD_FILE.read_text()) == dashboard, (
         "write rluf/tracking/grafana.json again from gauges.build_dashboard()"
     )
-    expressions = {target["expr"] for panel in dashboard["panels"] for target in panel["targets"]}
+    expressions = {target["expr"] for panel in dashboard["panels"] for target in panel.get("targets", ())}
     gauge_names = {
         gauges.parse_metric_key(spec.key, BUILTIN_OBJECTIVES)[0]
         for spec in metric_registry.list_metric_specs(BUILTIN_OBJECTIVES)
@@ -77,6 +77,33 @@ def test_the_dashboard_file_is_current_and_plots_every_metric() -> None:
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
     corners = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in dashboard["panels"]}
     assert len(corners) == len(dashboard["panels"])
+
+
+def test_every_panel_has_the_unit_of_its_metric_and_the_row_of_its_group() -> None:
+    """The unit as the description of the metric says it, not as its name ends: a rate is not a duration."""
+    panels, rows, row = {}, {}, ""
+    for panel in gauges.build_dashboard()["panels"]:
+        if panel["type"] == "row":
+            row = panel["title"]
+        else:
+            panels[panel["title"]], rows[panel["title"]] = panel["fieldConfig"]["defaults"]["unit"], row
+    words = {"percentunit": "share", "s": "second", "suffix: nats": "nats", "suffix: tokens/s": "per second"}
+    specs = [spec for spec in metric_registry.STEP_METRICS if spec.key not in metric_registry.PHASE_KEYS]
+    assert len(specs) > 25
+    for spec in specs:
+        unit = panels[spec.title]
+        assert rows[spec.title] == metric_registry.GROUP_TITLES[spec.group]
+        assert words.get(unit, "") in f"{spec.title} {spec.description}", spec.key
+        # The other way round: a description that names a unit has a panel of that unit.
+        if spec.description.startswith("share"):
+            assert unit == "percentunit", spec.key
+        if "nats" in spec.description:
+            assert unit == "suffix: nats", spec.key
+        if "seconds" in spec.description:
+            assert unit == "s", spec.key
+    assert panels["Response tokens per second"] == panels["Learner tokens per second"] == "suffix: tokens/s"
+    assert panels["Step"] == panels["Seconds per step by phase"] == "s"
+    assert panels["Objectives"] == "percentunit"
 
 
 def test_the_dashboard_has_the_format_of_rays_own_dashboards() -> None:
@@ -90,7 +117,11 @@ def test_the_dashboard_has_the_format_of_rays_own_dashboards() -> None:
     assert len(ray_dashboards) > 3 and dashboard["uid"] not in [other["uid"] for other in ray_dashboards]
     assert set(dashboard) <= set(ray_dashboards[0])
     panels = [panel for other in ray_dashboards for panel in other["panels"] if panel["type"] != "row"]
+    ray_rows = [panel for other in ray_dashboards for panel in other["panels"] if panel["type"] == "row"]
     for panel in dashboard["panels"]:
+        if panel["type"] == "row":
+            assert set(panel) <= {key for row in ray_rows for key in row}
+            continue
         assert set(panel) <= {key for ray_panel in panels for key in ray_panel}
         assert panel["datasource"] == panels[0]["datasource"]
         assert all(set(target) <= set(panels[0]["targets"][0]) for target in panel["targets"])

@@ -124,7 +124,7 @@ def test_every_registered_metric_is_logged_with_its_axis(tmp_path: Path) -> None
     assert (run.project, run.display_name) == ("rluf", "quickstart-1")
     config = {item.key: json.loads(item.value_json) for item in run.config.update}
     assert config["model"] == {"path": "tiny"}
-    assert set(config["origin"]) == {"git_commit", "git_changed", "ray_job_id", "submission_id"}
+    assert set(config["origin"]) == {"git_commit", "git_changed", "code_digest", "ray_job_id", "submission_id"}
     summary = [str(record.summary) for record in records if record.WhichOneof("record_type") == "summary"]
     assert any("love_rate" in text and "0.21" in text for text in summary)
     alerts = [record.alert for record in records if record.WhichOneof("record_type") == "alert"]
@@ -181,6 +181,27 @@ def test_cards_are_artifacts_with_their_lineage(tmp_path: Path) -> None:
     assert Path(card.local_path) == tmp_path / "cards" / "love.json"
     (weights,) = artifacts["quickstart-policy"].manifest.contents
     assert weights.ref == (tmp_path / "policy" / "model.safetensors").as_uri()
+
+
+def test_a_run_has_group_tags_job_type_and_the_curves_of_reward_training(tmp_path: Path) -> None:
+    history = [{"epoch": 1.0, "train_loss": 0.6, "dev_log_loss": 0.3}, {"epoch": 2.0, "train_loss": 0.5}]
+    write_json(tmp_path / "cards" / "love.json", {"training": {"history": history}})
+    write_json(tmp_path / "cards" / "safety.json", {})
+    tracking = {"group": "weights-sweep", "tags": ["nightly", "grpo", "x" * 100]}
+    settings = Settings.model_validate({"model": {"path": "org/small-model"}, "tracking": tracking})
+    with WandbTracker(settings, tmp_path, job_type="evaluate") as tracker:
+        tracker.log_reward_training()
+    (run,) = [record.run for record in read_records(tmp_path) if record.WhichOneof("record_type") == "run"][:1]
+    assert (run.run_group, run.job_type) == ("weights-sweep", "evaluate")
+    assert sorted(run.tags) == sorted(["grpo", "small-model", "nightly", "x" * 64])
+    rows = read_history(tmp_path)
+    assert [{key.rpartition("/")[2]: value for key, value in row.items() if "love" in key} for row in rows] == history
+    metrics = {
+        record.metric.name: record.metric.step_metric
+        for record in read_records(tmp_path)
+        if record.WhichOneof("record_type") == "metric"
+    }
+    assert metrics["reward_training/love/dev_log_loss"] == "reward_training/love/epoch"
 
 
 def test_a_resumed_run_continues_the_same_wandb_run(tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -72,3 +75,30 @@ def test_code_hashes_cover_modules_and_packages() -> None:
 def test_code_hashes_refuse_a_name_without_source() -> None:
     with pytest.raises(ValueError, match=r"rluf\.feedback has no source files"):
         hash_source_code("prepare", "feedback")
+
+
+def build_and_read(cache: str, barrier: Any, results: Any) -> None:
+    def build(folder: Path) -> None:
+        folder.mkdir()
+        results.put("built")
+        time.sleep(0.2)
+        for index in range(30):
+            (folder / f"{index}.txt").write_text("x")
+
+    for round_index in range(3):
+        barrier.wait()
+        artifact = build_or_reuse(Path(cache), "demo", {"round": round_index}, build)
+        for _ in range(20):
+            assert sum(file.stat().st_size > 0 for file in artifact.folder.iterdir()) == 31
+
+
+def test_processes_that_start_together_build_an_artifact_once(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(3), context.Queue()
+    processes = [context.Process(target=build_and_read, args=(str(tmp_path), barrier, results)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert results.qsize() == 3

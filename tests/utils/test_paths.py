@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from rluf.config.run import RunSettings
 from rluf.config.settings import Settings
 from rluf.errors import DataError, ResourceError
-from rluf.utils.paths import create_run_folder, find_sample_log, resolve_cache_folder, resolve_runs_root
+from rluf.utils.paths import (
+    create_run_folder,
+    find_sample_log,
+    lock_run_folder,
+    resolve_cache_folder,
+    resolve_runs_root,
+)
 
 
 def settings(root: Path | None = None) -> Settings:
@@ -50,3 +58,31 @@ def test_only_shipped_samples_have_files() -> None:
     assert find_sample_log("feedback").is_file()
     with pytest.raises(DataError, match="not shipped"):
         find_sample_log("hearts")
+
+
+def create_folders(root: str, folders: Any) -> None:
+    for _ in range(20):
+        folders.put(str(create_run_folder(settings(Path(root)))))
+
+
+def test_processes_that_start_in_one_second_get_different_folders(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    folders = context.SimpleQueue()
+    processes = [context.Process(target=create_folders, args=(str(tmp_path), folders)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    names = [folders.get() for _ in range(80)]
+    for process in processes:
+        process.join(20)
+    assert len(set(names)) == 80
+
+
+def test_one_process_writes_a_run_at_a_time(tmp_path: Path) -> None:
+    with (
+        lock_run_folder(tmp_path),
+        pytest.raises(ResourceError, match="another process is training in"),
+        lock_run_folder(tmp_path),
+    ):
+        pass
+    with lock_run_folder(tmp_path):
+        pass

@@ -27,6 +27,7 @@ from rluf.backends.weight_transfer.lora import (
 from rluf.config.settings import Settings
 from rluf.errors import ActorLostError, DataError, DeadlineError, ModelError, ResourceError, WeightSyncError
 from rluf.models.hub import load_tokenizer
+from rluf.models.turn_end import count_tokens_before_stop, list_stop_token_ids, read_stop_token_ids
 
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
@@ -41,6 +42,7 @@ CPU_KV_BLOCK_TOKENS = 32
 """KV cache block of CPU engines: the smallest for which vLLM's CPU attention is fast, so that short prompts share."""
 MAX_CPU_STEP_TOKENS = 1024
 """Maximum tokens per engine step on the CPU: bounds the activations of a prefill and its full-vocabulary logits."""
+MAX_CAUSE_CHARACTERS = 1000
 SHUTDOWN_TIMEOUT_S = 2
 """Seconds an engine core has to exit by itself before it is killed."""
 
@@ -115,26 +117,31 @@ class RolloutEngine:
         ResourceError when memory is short or the core process exits before it is ready.
         """
         check_causal_lm(self.model_folder)
-        self._tokenizer = load_tokenizer(self.model_folder)
-        self._stop_token_ids = read_stop_token_ids(self.model_folder, self._tokenizer.eos_token_id)
+        self._tokenizer = load_tokenizer(self.model_folder, trust_remote_code=self.settings.model.trust_remote_code)
+        self._stop_token_ids = [
+            *read_stop_token_ids(self.model_folder, self._tokenizer.eos_token_id),
+            *list_stop_token_ids(self._tokenizer, self.settings.rollout.stop),
+        ]
         self._check_free_memory()
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        if self.settings.cluster.gpus_per_engine == 0:
-            _inspect_model_in_process(self.model_folder)
         try:
+            if self.settings.cluster.gpus_per_engine == 0:
+                _inspect_model_in_process(self.model_folder)
             config = self._build_engine_args().create_engine_config()
-        except (ValueError, OSError, KeyError, NotImplementedError) as error:
+        except (ValueError, OSError, KeyError, NotImplementedError, ImportError) as error:
             raise ModelError(
-                f"{self.name}: vLLM cannot run the model {self.model_folder}: {_format_first_line(error)}"
+                f"{self.name}: vLLM cannot run the model {self.model_folder}: {format_cause(error)}"
             ) from error
         try:
             self._engine = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
         except (RuntimeError, ValueError, OSError, MemoryError) as error:
+            reason = format_cause(error)
+            is_memory = isinstance(error, MemoryError) or "memory" in reason.lower()
+            advice = "; lower rollout.kv_cache_gib or rollout.concurrency" if is_memory else ""
             raise ResourceError(
-                f"{self.name}: vLLM's core process did not start with {self.model_folder}: "
-                f"{_format_first_line(error)}; its own message is in this actor's log (memory short? lower "
-                "rollout.kv_cache_gib, rollout.concurrency)"
+                f"{self.name}: vLLM's core process did not start with {self.model_folder}: {reason}{advice}; its own "
+                "message is in this actor's log"
             ) from error
         await self._engine.update_weight_version(str(self.weight_version))
         await self._load_zero_adapter()
@@ -180,13 +187,7 @@ class RolloutEngine:
                         task.cancel()
         finally:
             self.running_samples -= len(seeds)
-        # Control tokens stay visible, except for the one that ends the turn: monitors count them.
-        response_ids = [list(output.outputs[0].token_ids) for output in outputs]
-        for token_ids in response_ids:
-            if token_ids and token_ids[-1] in self._stop_token_ids:
-                del token_ids[-1]
-        texts = self._tokenizer.batch_decode(response_ids, skip_special_tokens=False)
-        return [self._build_generation(output, text) for output, text in zip(outputs, texts, strict=True)]
+        return [self._build_generation(output) for output in outputs]
 
     async def compute_logprobs(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:
         """Logprobs [R] (nats, temperature 1) of a given response after a given prompt, under the current weights."""
@@ -441,14 +442,12 @@ class RolloutEngine:
         except EngineDeadError as error:
             raise ActorLostError(f"{self.name}: {self._format_core_death()}", self.name) from error
         except EngineGenerateError as error:
-            raise ResourceError(
-                f"{self.name}: vLLM failed on a request: {_format_first_line(error.__cause__)}"
-            ) from error
+            raise ResourceError(f"{self.name}: vLLM failed on a request: {format_cause(error.__cause__)}") from error
         if final_output is None or not final_output.finished:
             raise ResourceError(f"{self.name}: vLLM ended a request without a result")
         return final_output
 
-    def _build_generation(self, output: RequestOutput, text: str) -> Generation:
+    def _build_generation(self, output: RequestOutput) -> Generation:
         completion = output.outputs[0]
         logprobs: Any = completion.logprobs
         response_ids, finish_reason = tuple(completion.token_ids), completion.finish_reason
@@ -460,7 +459,18 @@ class RolloutEngine:
             )
         spans = tuple((span.start, int(span.version)) for span in completion.weight_versions or [])
         version_spans = spans or ((0, self.weight_version),)
-        return Generation(response_ids, tuple(logprobs.logprobs), version_spans, str(finish_reason), text)
+        token_count = len(response_ids)
+        if stop_strings := self.settings.rollout.stop:
+            # vLLM finds stop strings only with its own tokenizer. Tokens after the string are as if never sampled: the
+            # probabilities of those before do not depend on them.
+            token_count = count_tokens_before_stop(self._tokenizer, response_ids, stop_strings)
+        if token_count < len(response_ids):
+            response_ids, finish_reason = response_ids[:token_count], "stop"
+            version_spans = tuple(span for span in version_spans if span[0] < token_count)
+        # Control tokens stay visible, except for the one that ends the turn: monitors count them.
+        is_turn_end = bool(response_ids) and response_ids[-1] in self._stop_token_ids
+        text = str(self._tokenizer.decode(response_ids[: len(response_ids) - is_turn_end], skip_special_tokens=False))
+        return Generation(response_ids, tuple(logprobs.logprobs[:token_count]), version_spans, finish_reason, text)
 
     def _build_init_info(self, transfer_info: dict[str, Any]) -> dict[str, Any]:
         """The transport's own part of the transfer info, with the ranks of this engine in the NCCL group."""
@@ -534,11 +544,20 @@ def _inspect_model_in_process(model_folder: Path) -> None:
             ModelRegistry.register_model(architecture, registered_model.load_model_cls())
 
 
-def _format_first_line(error: BaseException | None) -> str:
-    """Error type and the line that matters: pydantic's, which vLLM's configs raise, is not the first one."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    detail = next((line for line in lines if line.startswith("Value error,")), lines[0] if lines else "no message")
-    return f"{type(error).__name__}: {detail.removeprefix('Value error, ')[:300]}"
+def format_cause(error: BaseException | None) -> str:
+    """Type and whole message of an error and of the innermost error that caused it, on one line."""
+    innermost = error
+    while innermost is not None and (innermost.__cause__ or innermost.__context__) is not None:
+        innermost = innermost.__cause__ or innermost.__context__
+    errors = [error] if innermost is error else [error, innermost]
+    return ", caused by ".join(f"{type(e).__name__}: {_join_lines(str(e))}" for e in errors)
+
+
+def _join_lines(message: str) -> str:
+    # pydantic's errors, which vLLM's configs raise, end each problem with a link and a dump of all arguments.
+    lines = [line.strip().split(" [type=", 1)[0] for line in message.splitlines()]
+    useful_lines = [line for line in lines if line and not line.startswith("For further information visit")]
+    return " ".join(useful_lines)[:MAX_CAUSE_CHARACTERS] or "no message"
 
 
 CAUSAL_LM_SUFFIXES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
@@ -559,19 +578,3 @@ def check_causal_lm(model_folder: Path) -> None:
             f"model {model_folder} has architecture {', '.join(architectures) or 'none'}; the policy must be a causal "
             "language model (model.path)"
         )
-
-
-def read_stop_token_ids(model_folder: Path, eos_token_id: int | None) -> list[int]:
-    """Token ids that end a turn: the tokenizer's end of sequence and those of the model's generation settings."""
-    # Chat models often end a turn with another token than the tokenizer's eos_token; without it every response would
-    # run into max_tokens.
-    token_ids = set() if eos_token_id is None else {int(eos_token_id)}
-    generation_file = model_folder / "generation_config.json"
-    if generation_file.is_file():
-        eos = json.loads(generation_file.read_text()).get("eos_token_id")
-        token_ids.update(int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None)
-    if not token_ids:
-        raise ModelError(
-            f"model {model_folder} defines no end-of-sequence token; set eos_token in its tokenizer_config.json"
-        )
-    return sorted(token_ids)

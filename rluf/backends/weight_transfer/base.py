@@ -22,6 +22,8 @@ from rluf.errors import WeightSyncError
 WeightBucket = Sequence[tuple[str, torch.Tensor]]
 """Named tensors that travel together; each tensor is whole (gathered), on the CPU or on this rank's GPU."""
 
+SINGLE_WEIGHTS_FILE = "model.safetensors"
+
 LoadWeights = Callable[[Iterable[tuple[str, torch.Tensor]]], Any]
 """Load named tensors into the model of an engine worker."""
 
@@ -113,11 +115,16 @@ class WeightManifest:
 
 
 def list_checkpoint_files(model_folder: Path) -> list[Path]:
-    """Safetensors files with the weights of a Hugging Face folder: those of its index where it has one."""
+    """Safetensors files with the weights of a Hugging Face folder, as transformers chooses them.
+
+    Those of its index, else model.safetensors, else all.
+    """
     # Some repositories ship the same weights a second time (consolidated.safetensors), which the index leaves out.
     index_file = model_folder / "model.safetensors.index.json"
     if index_file.is_file():
         return sorted({model_folder / name for name in json.loads(index_file.read_text())["weight_map"].values()})
+    if (model_folder / SINGLE_WEIGHTS_FILE).is_file():
+        return [model_folder / SINGLE_WEIGHTS_FILE]
     return sorted(model_folder.glob("*.safetensors"))
 
 

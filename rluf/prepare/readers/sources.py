@@ -20,6 +20,7 @@ from pyarrow import fs
 from rluf.config.data import DataSource
 from rluf.config.objectives import LABELS_KEY_PREFIX
 from rluf.errors import DataError
+from rluf.models.hub import download_data_set, list_network_errors
 from rluf.prepare.readers.datasets import DATASET_READERS, LogReader
 from rluf.prepare.readers.files import FORMAT_BY_SUFFIX, detect_format, resolve_filesystem
 from rluf.prepare.readers.products import PRODUCT_READERS
@@ -29,6 +30,9 @@ from rluf.utils.plugins import load_plugin
 logger = logging.getLogger(__name__)
 
 _METADATA_FILES = ("dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json", "config.json")
+
+HUB_PREFIXES = ("hub:", "hf://datasets/")
+"""Prefixes of a data set on the Hugging Face hub."""
 
 _ROOTED_SCHEMES = ("file", "memory")
 """Schemes whose paths start with a slash; those of object stores start with a bucket."""
@@ -67,8 +71,9 @@ def resolve_sources(entries: Sequence[DataSource | str], kind_name: str = "*") -
             find_reader(entry.reader, kind_name)
         try:
             paths = _find_files(entry, kind_name)
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"data.{kind_name}: cannot look up {path!r}: {error}") from error
+        except (OSError, pa.ArrowException, *list_network_errors()) as error:
+            first_line = str(error).partition("\n")[0] or type(error).__name__
+            raise DataError(f"data.{kind_name}: cannot look up {path!r}: {first_line}") from error
         missing_paths = [path for path in paths if "://" not in path and not Path(path).is_file()]
         if not paths or missing_paths:
             raise DataError(
@@ -85,6 +90,11 @@ def resolve_sources(entries: Sequence[DataSource | str], kind_name: str = "*") -
                 )
             sources.append(LogSource(kind_name, file_path, entry, entry_index))
     return sources
+
+
+def is_hub_data_set(entry: DataSource | str) -> bool:
+    """Whether an entry is downloaded from the Hugging Face hub."""
+    return (entry if isinstance(entry, str) else entry.path).startswith(HUB_PREFIXES)
 
 
 _TABLE_FORMATS = {"_delta_log": "Delta", ".hoodie": "Hudi"}
@@ -156,6 +166,9 @@ def find_reader(reader_name: str, kind_name: str = "*") -> LogReader:
 def _find_files(entry: DataSource, kind_name: str) -> list[str]:
     if entry.path.startswith("sample:"):
         return [str(find_sample_log(entry.path.removeprefix("sample:")))]
+    for prefix in HUB_PREFIXES:
+        if entry.path.startswith(prefix):
+            return _select_data_files(download_data_set(entry.path.removeprefix(prefix)), entry, kind_name)
     if "://" in entry.path:
         files = _find_remote_files(entry.path)
     else:

@@ -1,0 +1,236 @@
+"""Check that the policy can be trained before data and reward models are built; all of it takes seconds.
+
+`check_policy` needs no engine and reads no weights. `compare_engine_and_learner` starts one engine and the learners.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.connect import ray_connection
+from rluf.algorithms.batch_layout import choose_batch_layout, read_model_config
+from rluf.artifacts import check_inputs
+from rluf.backends.vllm.engine import check_causal_lm
+from rluf.backends.weight_transfer.base import WeightManifest
+from rluf.config.derived import BYTES_PER_GIB, estimate_host_bytes
+from rluf.errors import ModelError, ResourceError, SettingsError
+from rluf.models.chat import RejectedConversationError, render_prompt
+from rluf.models.embedded import hide_progress_bars
+from rluf.models.hub import load_tokenizer, resolve_policy
+from rluf.models.turn_end import find_turn_end_id, list_stop_token_ids, read_stop_token_ids
+from rluf.tracking.console import setup_logging
+from rluf.train.actor_calls import put_object
+from rluf.train.actor_supervisor import ActorSupervisor
+from rluf.train.weight_sync import WeightSync
+from rluf.types import Message, Prompt
+
+if TYPE_CHECKING:
+    from rluf.config.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+CHECK_PROMPTS = ("What is the capital of France?", "Write one sentence about the sea.")
+MAX_NAMED_WEIGHTS = 4
+
+
+def check_policy(settings: Settings, model_path: Path) -> None:
+    """Check weights, batch layout, token ids, chat template, turn end, context window and memory; log each result.
+
+    Raises ModelError, SettingsError or ResourceError on the first that fails, with what to do.
+    """
+    check_causal_lm(model_path)
+    checks: dict[str, Callable[[Settings, Path], str]] = {
+        "context window": check_context_window,
+        "weight names": check_weight_names,
+        "token ids": check_token_ids,
+        "chat template": check_chat_template,
+        "turn end": check_turn_end,
+        "memory": check_memory,
+        "batch layout": describe_batch_layout,
+    }
+    for name, check in checks.items():
+        logger.info("check: %s: %s", name, check(settings, model_path))
+
+
+def check_training(settings: Settings) -> None:
+    """All checks of `python -m rluf.train --check`: the policy's, then one engine against the learners."""
+    setup_logging()
+    check_inputs(settings)
+    model_path = resolve_policy(settings)
+    check_policy(settings, model_path)
+    with ray_connection():
+        gaps = asyncio.run(compare_engine_and_learner(settings, model_path))
+    logger.info("check: passed, largest gap of engine and learner %.2g nats per token", max(gaps))
+
+
+def check_context_window(settings: Settings, model_path: Path) -> str:
+    """Prompt and response must fit into the positions that the model was built for."""
+    config = read_model_config(model_path, settings.model.trust_remote_code).get_text_config()
+    rollout, positions = settings.rollout, getattr(config, "max_position_embeddings", None)
+    row_tokens = rollout.max_prompt_tokens + rollout.max_response_tokens
+    # One more, since the engine samples a token behind a row whose log-probabilities it computes.
+    if positions is not None and row_tokens + 1 > positions:
+        raise SettingsError(
+            f"rollout.max_prompt_tokens={rollout.max_prompt_tokens} and rollout.max_response_tokens="
+            f"{rollout.max_response_tokens} need {row_tokens + 1} positions, but {model_path} has {positions} "
+            "(max_position_embeddings); lower them"
+        )
+    return f"{row_tokens} tokens in {positions or 'unlimited'} positions"
+
+
+def check_weight_names(settings: Settings, model_path: Path) -> str:
+    """The learner must load every weight, and send exactly the tensors of the checkpoint that the engine reads."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with hide_progress_bars():
+            model, loading_info = AutoModelForCausalLM.from_pretrained(
+                str(model_path),
+                device_map="meta",
+                output_loading_info=True,
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=settings.model.trust_remote_code,
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(f"transformers cannot load {model_path}: {error}") from error
+    if missing_names := sorted(loading_info["missing_keys"]):
+        raise ModelError(
+            f"{model_path} lacks {_name_some(missing_names)}, which would be random; download or save the model again"
+        )
+    sent_shapes = dict(_iter_sent_shapes(model))
+    manifest = WeightManifest(model_path, bool(model.config.get_text_config().tie_word_embeddings))
+    expected_shapes = manifest.expected_shapes
+    not_sent, not_expected = expected_shapes.keys() - sent_shapes.keys(), sent_shapes.keys() - expected_shapes.keys()
+    misshapen = [
+        name for name in expected_shapes.keys() & sent_shapes.keys() if expected_shapes[name] != sent_shapes[name]
+    ]
+    for names, problem in (
+        (not_sent, "the checkpoint has weights that the learner does not send"),
+        (not_expected, "the learner sends weights that the checkpoint does not have"),
+        (misshapen, "the learner sends weights in another shape"),
+    ):
+        if names:
+            raise ModelError(
+                f"{model_path} cannot be trained with this release of transformers: {problem}: "
+                f"{_name_some(sorted(names))}; load and save it with transformers once, or use another model"
+            )
+    return f"{len(expected_shapes)} tensors are equal in learner and checkpoint"
+
+
+def _iter_sent_shapes(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes that rluf.backends.deepspeed.gather_checkpoint_tensors sends."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    saved_names = model.state_dict().keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved_names}
+    for tensors in (*({name: p} for name, p in model.named_parameters(remove_duplicate=False)), buffers):
+        for name, tensor in revert_weight_conversion(model, tensors).items():
+            yield name, tuple(tensor.shape)
+
+
+def _name_some(names: list[str]) -> str:
+    return (
+        f"{len(names)} weights ({', '.join(names[:MAX_NAMED_WEIGHTS])}{', ...' if names[MAX_NAMED_WEIGHTS:] else ''})"
+    )
+
+
+def check_token_ids(settings: Settings, model_path: Path) -> str:
+    """Every id of the tokenizer must be a row of the embedding; more rows than ids are fine."""
+    tokenizer = load_tokenizer(model_path, trust_remote_code=settings.model.trust_remote_code)
+    config = read_model_config(model_path, settings.model.trust_remote_code).get_text_config()
+    row_count, largest_id = int(config.vocab_size), max(tokenizer.get_vocab().values())
+    if largest_id >= row_count:
+        token = tokenizer.convert_ids_to_tokens(largest_id)
+        raise ModelError(
+            f"the tokenizer of {model_path} has ids up to {largest_id} ({token!r}), but the model's embedding has "
+            f"{row_count} rows; call model.resize_token_embeddings({largest_id + 1}) and save the model again"
+        )
+    return f"ids up to {largest_id}, {row_count} rows"
+
+
+def check_chat_template(settings: Settings, model_path: Path) -> str:
+    """A question must be rendered, and fit into rollout.max_prompt_tokens."""
+    tokenizer = load_tokenizer(model_path, trust_remote_code=settings.model.trust_remote_code)
+    token_count = len(render_prompt(tokenizer, [Message(role="user", content="Hi")]))
+    max_tokens = settings.rollout.max_prompt_tokens
+    if token_count > max_tokens:
+        raise SettingsError(
+            f"the chat template of {model_path} turns a message of one word into {token_count} tokens, more than "
+            f"rollout.max_prompt_tokens={max_tokens}; raise it"
+        )
+    return f"a message of one word has {token_count} tokens"
+
+
+def check_turn_end(settings: Settings, model_path: Path) -> str:
+    """The token that ends the assistant's turn must be a stop id, or every response runs to the limit."""
+    tokenizer = load_tokenizer(model_path, trust_remote_code=settings.model.trust_remote_code)
+    stop_ids = [
+        *read_stop_token_ids(model_path, tokenizer.eos_token_id),
+        *list_stop_token_ids(tokenizer, settings.rollout.stop),
+    ]
+    try:
+        turn_end_id = find_turn_end_id(tokenizer)
+    except RejectedConversationError:
+        return "not checked: the chat template rejects a conversation of three turns"
+    if turn_end_id is not None and turn_end_id not in stop_ids:
+        token = str(tokenizer.convert_ids_to_tokens(turn_end_id))
+        raise ModelError(
+            f"the chat template of {model_path} ends a turn with {token!r} (id {turn_end_id}), which is no stop token "
+            f"({stop_ids}), so responses would run to the limit; add the id to eos_token_id in generation_config.json, "
+            f"or set rollout.stop=[{token!r}]"
+        )
+    return "none in the chat template" if turn_end_id is None else f"id {turn_end_id} stops a response"
+
+
+def check_memory(settings: Settings, model_path: Path) -> str:
+    """CPU actors must fit into the memory of this machine, where they all run on it."""
+    cluster = settings.cluster
+    if cluster.node_labels or cluster.gpus_per_engine or cluster.gpus_per_learner:
+        return "not checked: actors run on GPUs or labeled nodes (--dry-run has the estimates)"
+    weight_bytes = sum(file.stat().st_size for file in model_path.glob("*.safetensors"))
+    # Each engine and learner has the weights; the learners' optimizer state is at least as large again.
+    needed_bytes = weight_bytes * (settings.rollout.engines + 2) + settings.rollout.kv_cache_gib * BYTES_PER_GIB
+    total_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed_bytes > total_bytes:
+        raise ResourceError(
+            f"engines and learners of {model_path} need at least {needed_bytes / BYTES_PER_GIB:.1f} GiB, but this "
+            f"machine has {total_bytes / BYTES_PER_GIB:.1f} GiB; lower rollout.kv_cache_gib or use a smaller model"
+        )
+    return (
+        f"about {estimate_host_bytes(settings) / BYTES_PER_GIB:.1f} GiB of {total_bytes / BYTES_PER_GIB:.1f} GiB with "
+        "all actors"
+    )
+
+
+def describe_batch_layout(settings: Settings, model_path: Path) -> str:
+    """Whether micro-batches are packed; see rluf.algorithms.batch_layout."""
+    trial = choose_batch_layout(settings, model_path)
+    if trial.layout == "packed":
+        return f"packed, error {trial.logprob_error:.1g} nats per token, gradient cosine {trial.gradient_cosine:.6f}"
+    return f"one sample per row, slower than packing: {trial.reason}"
+
+
+async def compare_engine_and_learner(settings: Settings, model_path: Path) -> list[float]:
+    """Mean |logprob difference| of engine and learner in nats per token on each of two prompts.
+
+    Raises WeightSyncError if one is above weight_sync.logprob_tolerance, ModelError if the engine cannot run the model.
+    """
+    tokenizer = load_tokenizer(model_path, trust_remote_code=settings.model.trust_remote_code)
+    gaps = []
+    async with ActorSupervisor(settings, model_path, {}, with_learners=True) as supervisor:
+        for index, text in enumerate(CHECK_PROMPTS):
+            messages = (Message(role="user", content=text),)
+            prompt = Prompt(f"check-{index}", messages, render_prompt(tokenizer, messages), "", "train")
+            engine = supervisor.actor_groups.rollout_actors[0]
+            group, _ = await engine.handle.generate_group.remote(prompt, 2, settings.seed)
+            weight_sync = WeightSync(settings, supervisor.actor_groups)
+            await weight_sync.prepare_probe(put_object(group))
+            gaps.append(float(weight_sync.get_state()["worst_gap"]))
+            logger.info("check: log-probabilities: gap %.2g nats per token on %r", gaps[-1], text)
+    return gaps

@@ -1,0 +1,190 @@
+"""The check before a run refuses models that would fail or be trained on wrong log-probabilities, with the reason."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from rluf.config.settings import Settings
+from rluf.errors import ModelError, RlufError, SettingsError
+from rluf.models.hub import load_tokenizer, render_prompt, resolve_model, resolve_policy
+from rluf.models.turn_end import count_tokens_before_stop, list_stop_token_ids, read_stop_token_ids
+from rluf.train.startup_check import (
+    check_chat_template,
+    check_context_window,
+    check_memory,
+    check_policy,
+    check_token_ids,
+    check_turn_end,
+    check_weight_names,
+)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return resolve_model("tiny", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def folder(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "model"))
+
+
+def edit_json(file: Path, **values: Any) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def add_tokens(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>", "<|assistant|>"]})
+    tokenizer.save_pretrained(folder)
+
+
+def set_template(folder: Path, template: str) -> None:
+    (folder / "chat_template.jinja").write_text(template)
+
+
+ENDLESS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|endoftext|>{% endfor %}<|im_start|>assistant\n"
+)
+FAULTS: dict[str, tuple[Callable[[Settings, Path], str], Callable[[Path], object], type[RlufError], str]] = {
+    "missing weight": (
+        check_weight_names, lambda f: edit_weights(f, lambda w: w.pop("model.layers.1.mlp.up_proj.weight")), ModelError,
+        r"lacks 1 weights \(model\.layers\.1\.mlp\.up_proj\.weight\)",
+    ),
+    "missing norm": (
+        check_weight_names, lambda f: edit_weights(f, lambda w: w.pop("model.norm.weight")), ModelError,
+        r"model\.norm\.weight",
+    ),
+    "untied without a head": (
+        check_weight_names, lambda f: edit_json(f / "config.json", tie_word_embeddings=False), ModelError, r"lm_head",
+    ),
+    "unknown weight": (
+        check_weight_names, lambda f: edit_weights(f, lambda w: w.update({"model.extra.weight": torch.ones(2)})),
+        ModelError, r"does not send: 1 weights \(model\.extra\.weight\)",
+    ),
+    "unknown architecture": (
+        check_weight_names, lambda f: edit_json(f / "config.json", model_type="none"), ModelError, r"cannot load",
+    ),
+    "more ids than rows": (check_token_ids, add_tokens, ModelError, r"ids up to 260 .*has 259 rows"),
+    "small embedding": (
+        check_token_ids, lambda f: edit_json(f / "config.json", vocab_size=200), ModelError, r"258 .*200 rows",
+    ),
+    "window": (
+        check_context_window, lambda f: edit_json(f / "config.json", max_position_embeddings=240), SettingsError,
+        r"241 positions, but .* has 240",
+    ),
+    "turn end": (check_turn_end, lambda f: set_template(f, ENDLESS), ModelError, r"'<\|endoftext\|>' \(id 0\)"),
+    "failing template": (
+        check_chat_template, lambda f: set_template(f, "{{ raise_exception('not today') }}"), ModelError, r"not today",
+    ),
+    "long template": (
+        check_chat_template, lambda f: set_template(f, "x" * 300 + "{{ messages[0].content }}"), SettingsError,
+        r"302 tokens, more than rollout\.max_prompt_tokens=192",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_each_fault_is_one_message_that_names_it(fault: str, folder: Path) -> None:
+    check, break_folder, error_type, pattern = FAULTS[fault]
+    break_folder(folder)
+    with pytest.raises(error_type, match=pattern):
+        check(Settings(), folder)
+
+
+def test_a_good_model_passes_each_check(folder: Path) -> None:
+    for check in {fault[0] for fault in FAULTS.values()} | {check_memory}:
+        assert check(Settings(), folder)
+
+
+def test_more_rows_than_ids_and_another_end_of_turn_are_fine(folder: Path) -> None:
+    edit_json(folder / "config.json", vocab_size=400, eos_token_id=[2, 0])
+    assert "400 rows" in check_token_ids(Settings(), folder)
+    (folder / "generation_config.json").unlink()
+    assert read_stop_token_ids(folder, None) == [0, 2]
+    set_template(folder, ENDLESS)
+    assert "id 0" in check_turn_end(Settings(), folder)
+    edit_json(folder / "config.json", eos_token_id=None)
+    assert "id 0" in check_turn_end(Settings.model_validate({"rollout": {"stop": ["<|endoftext|>"]}}), folder)
+
+
+@pytest.mark.slow
+def test_the_whole_check_passes_for_the_tiny_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    settings = Settings.model_validate({"model": {"path": "tiny"}, "run": {"cache": str(tmp_path)}})
+    with caplog.at_level("INFO"):
+        check_policy(settings, resolve_policy(settings))
+    assert sum(message.startswith("check: ") for message in caplog.messages) == 7
+    assert "check: batch layout: packed" in caplog.text
+
+
+def test_a_response_ends_with_the_token_that_completes_a_stop_string(tiny: Path) -> None:
+    tokenizer = load_tokenizer(tiny)
+    ids = tokenizer.encode("One.\n\nTwo.\n\nThree", add_special_tokens=False)
+    for stop, expected in ((["\n\n"], "One.\n\n"), (["Two", "Thr"], "One.\n\nTwo"), (["z"], "One.\n\nTwo.\n\nThree")):
+        assert tokenizer.decode(ids[: count_tokens_before_stop(tokenizer, ids, stop)]) == expected
+    assert count_tokens_before_stop(tokenizer, [], ["x"]) == 0
+    assert list_stop_token_ids(tokenizer, ["<|endoftext|>", "\n\n"]) == [0]
+
+
+def resolve_with(folder: Path, tmp_path: Path, **model: Any) -> Path:
+    values = {"model": {"path": str(folder), **model}, "run": {"cache": str(tmp_path / "cache")}}
+    return resolve_policy(Settings.model_validate(values))
+
+
+def test_system_prompt_and_template_variables_are_part_of_the_policys_template(folder: Path, tmp_path: Path) -> None:
+    assert resolve_with(folder, tmp_path) == folder.resolve()
+    set_template(folder, "{{ mood | default('none') }} {{ on is defined and on is false }}: " + tiny_template(folder))
+    prompt = 'Be "kind" {% endif %} {{ 1 }} \\ 😊'
+    linked = resolve_with(folder, tmp_path, system_prompt=prompt, chat_template_args={"mood": "calm", "on": False})
+    assert (
+        resolve_with(folder, tmp_path, system_prompt=prompt, chat_template_args={"mood": "calm", "on": False}) == linked
+    )
+    tokenizer = load_tokenizer(linked)
+    text = tokenizer.decode(render_prompt(tokenizer, [{"role": "user", "content": "Hi"}]))
+    assert text.startswith(f"calm True: <|im_start|>system\n{prompt}<|im_end|>\n<|im_start|>user\nHi<|im_end|>")
+    own_system = [{"role": "system", "content": "Mine."}, {"role": "user", "content": "Hi"}]
+    assert prompt not in tokenizer.decode(render_prompt(tokenizer, own_system))
+    assert (linked / "model.safetensors").samefile(folder / "model.safetensors")
+    with pytest.raises(ValueError, match="cannot be set"):
+        resolve_with(folder, tmp_path, chat_template_args={"messages": "x"})
+
+
+def tiny_template(folder: Path) -> str:
+    return str(load_tokenizer(folder).chat_template)
+
+
+@pytest.mark.parametrize("stray", ["consolidated.safetensors", "adapter_model.safetensors", "model-old.safetensors"])
+def test_safetensors_next_to_the_weights_are_left_out(stray: str, folder: Path, tmp_path: Path) -> None:
+    save_file({"other.weight": torch.ones(2)}, folder / stray)
+    assert "tensors are equal" in check_weight_names(Settings(), folder)
+    linked = resolve_with(folder, tmp_path)
+    assert [file.name for file in linked.glob("*.safetensors")] == ["model.safetensors"]
+    assert render_prompt(load_tokenizer(linked), [{"role": "user", "content": "Hi"}])
+
+
+@pytest.mark.parametrize("key", ["top_p", "top_k", "min_p", "repetition_penalty"])
+def test_truncated_sampling_is_refused_with_the_reason(key: str) -> None:
+    from rluf.config.load import load_settings
+
+    with pytest.raises(SettingsError, match=re.escape(f"rollout.{key} is now refused: training needs")):
+        load_settings(None, overrides=[f"rollout.{key}=0.9"])
+
+
+def test_temperatures_that_vllm_would_change_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"greater than or equal to 0\.01"):
+        Settings.model_validate({"rollout": {"temperature": 0.005}})
