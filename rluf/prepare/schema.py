@@ -112,7 +112,7 @@ class FeedbackRecord(LogRecord):
     finish_reason: FinishReason = None
     arm: NameText | None = None
     temperature: float | None = None
-    response_tokens: int | None = Field(default=None, ge=0)
+    response_tokens: int | None = None
     response_logprob: float | None = None
 
 

@@ -337,11 +337,13 @@ def _join_content_parts(message: Any) -> Any:
         return message
     content = message.get("content")
     if isinstance(content, list):
-        if not all(isinstance(part, dict) and set(part) == {"type", "text"} for part in content):
+        texts = [entry.get("text") if isinstance(entry, dict) else None for entry in content]
+        if not all(
+            isinstance(text, str) and entry == {"type": "text", "text": text}
+            for entry, text in zip(content, texts, strict=True)
+        ):
             raise ValueError("only parts of type text are supported")
-        if not all(part["type"] == "text" and isinstance(part["text"], str) for part in content):
-            raise ValueError("only parts of type text are supported")
-        message = message | {"content": "".join(part["text"] for part in content)}
+        message = message | {"content": "".join(map(str, texts))}
     return message | {"role": "system"} if message.get("role") == "developer" else message
 
 
@@ -457,7 +459,7 @@ def build_reaction_event(request: FeedbackRequest, salt: bytes) -> FeedbackEvent
 def create_response_id(user: str | None, salt: bytes) -> str:
     """Return a new response id in OpenAI's format, signed for `user`; feedback refers to it."""
     unique_part = f"chatcmpl-{uuid.uuid4().hex}"
-    return f"{unique_part}-{_sign_response_id(unique_part, user, salt)}"
+    return f"{unique_part}-{_compute_id_signature(unique_part, user, salt)}"
 
 
 def is_signed_response_id(response_id: str) -> bool:
@@ -468,11 +470,11 @@ def is_signed_response_id(response_id: str) -> bool:
 def check_response_user(response_id: str, user: str | None, salt: bytes) -> None:
     """Raise ApiError 403 when a response with a signed id was served to another user."""
     unique_part, _, signature = response_id.rpartition("-")
-    if not hmac.compare_digest(_sign_response_id(unique_part, user, salt), signature):
+    if not hmac.compare_digest(_compute_id_signature(unique_part, user, salt), signature):
         raise ApiError(403, "user", "the response was served to another user; send the `user` of its chat request")
 
 
-def _sign_response_id(unique_part: str, user: str | None, salt: bytes) -> str:
+def _compute_id_signature(unique_part: str, user: str | None, salt: bytes) -> str:
     message = json.dumps([unique_part, user]).encode()
     return hmac.new(salt, message, hashlib.sha256).hexdigest()[:16]
 

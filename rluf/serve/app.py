@@ -59,6 +59,7 @@ def make_app(backend: ServiceBackend) -> ProxyHeadersMiddleware:
     _add_error_handlers(app)
     _add_score_routes(app, backend)
     _add_service_routes(app, backend)
+    _add_status_routes(app, backend)
     _add_web_page(app)
     add_compat_routes(app, backend)
     # Without trusted proxies the client's address is that of the connection, whatever its headers say.
@@ -217,6 +218,8 @@ def _add_service_routes(app: FastAPI, backend: ServiceBackend) -> None:
                 return info
         raise ApiError(404, "model", f"no model {model_id[:40]!r} is served here; see /v1/models")
 
+
+def _add_status_routes(app: FastAPI, backend: ServiceBackend) -> None:
     @app.get("/healthz", tags=["service"])
     async def healthz() -> dict[str, str]:
         """Readiness check: 503 while the service starts or shuts down."""

@@ -34,7 +34,7 @@ class ChatFormat:
     is_stripped: bool = False
     """Whether white space around a turn's text belongs to the template."""
 
-    def compile_headers(self) -> re.Pattern[str]:
+    def build_header_pattern(self) -> re.Pattern[str]:
         """Pattern of any header, one group per role; line breaks at its end may be missing in a cut text."""
         patterns = []
         for role, header in self.headers.items():
@@ -121,13 +121,13 @@ def split_pair(query: str, response: str, custom_format: ChatFormat | None = Non
 def _detect_format(text: str, custom_format: ChatFormat | None) -> ChatFormat | None:
     """The format with the most headers in the text; None if there is no header."""
     formats = [custom_format] if custom_format is not None else []
-    counts = [(len(item.compile_headers().findall(text)), item) for item in (*formats, *CHAT_FORMATS.values())]
+    counts = [(len(item.build_header_pattern().findall(text)), item) for item in (*formats, *CHAT_FORMATS.values())]
     best_count, best_format = max(counts, key=lambda pair: pair[0])
     return best_format if best_count else None
 
 
 def _find_turns(text: str, chat_format: ChatFormat) -> list[_Turn]:
-    matches = list(chat_format.compile_headers().finditer(text))
+    matches = list(chat_format.build_header_pattern().finditer(text))
     ends = [*(match.start() for match in matches), len(text)][1:]
     return [
         _Turn(str(match.lastgroup), match.start(), match.end(), end) for match, end in zip(matches, ends, strict=True)
@@ -149,7 +149,7 @@ def _parse_context(context: str, chat_format: ChatFormat) -> list[Message]:
     if not messages:
         fragment = _remove_partial_header(_TEXT_ENDS.sub("", fragment), chat_format)
         messages = [Message(role="user", content=_read_content(fragment, chat_format))]
-    messages = [part for message in messages for part in _split_llama2_system(message)]
+    messages = [turn for message in messages for turn in _split_llama2_system(message)]
     if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise _build_error("no user message precedes the response")
     return messages

@@ -57,7 +57,7 @@ class ActivationRequest(CompatRequest):
     activation: bool | None = None
     use_activation: bool | None = None
 
-    def convert_values(self, values: Sequence[float]) -> list[float]:
+    def apply_activation(self, values: Sequence[float]) -> list[float]:
         """Probabilities, or their log-odds if the request asks for no activation."""
         wants_logits = self.activation is False or self.use_activation is False
         return [logit(value) for value in values] if wants_logits else list(values)
@@ -218,7 +218,7 @@ def _add_vllm_routes(app: FastAPI, scorer: CompatScorer) -> None:
         """vLLM's score of text pairs; `model` names the objective (default love)."""
         items = [scorer.split_pair(left, right) for left, right in body.list_text_pairs()]
         scored_items = await scorer.score_items(items, body)
-        values = body.convert_values(_select_objective_values(scored_items, body.model))
+        values = body.apply_activation(_select_objective_values(scored_items, body.model))
         data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(values)]
         return _build_reply_envelope("score", body.model, items, scored_items) | {"data": data}
 
@@ -227,7 +227,7 @@ def _add_vllm_routes(app: FastAPI, scorer: CompatScorer) -> None:
         """vLLM's classify: probability of each text's positive label under the objective named by `model`."""
         items = body.list_items(scorer.split_text)
         scored_items = await scorer.score_items(items, body)
-        values = body.convert_values(_select_objective_values(scored_items, body.model))
+        values = body.apply_activation(_select_objective_values(scored_items, body.model))
         label = find_objective_spec(_resolve_objective(body.model, scored_items[0].scores)).positive_label
         data = [{"index": i, "label": label, "probs": [value], "num_classes": 1} for i, value in enumerate(values)]
         return _build_reply_envelope("classify", body.model, items, scored_items) | {"data": data}
@@ -237,7 +237,7 @@ def _add_vllm_routes(app: FastAPI, scorer: CompatScorer) -> None:
         """vLLM's pooling of a reward model: one value for each text, under the objective named by `model`."""
         items = body.list_items(scorer.split_text)
         scored_items = await scorer.score_items(items, body)
-        values = body.convert_values(_select_objective_values(scored_items, body.model))
+        values = body.apply_activation(_select_objective_values(scored_items, body.model))
         data = [{"index": i, "object": "pooling", "data": [value]} for i, value in enumerate(values)]
         return _build_reply_envelope("pool", body.model, items, scored_items) | {"data": data}
 
@@ -253,7 +253,7 @@ def _add_rerank_routes(app: FastAPI, scorer: CompatScorer) -> None:
         if body.texts is not None:
             scores = [logit(value) for value in values] if body.raw_scores else values
             return [{"index": i, "score": scores[i], **({"text": texts[i]} if body.return_text else {})} for i in order]
-        relevance_scores = body.convert_values(values)
+        relevance_scores = body.apply_activation(values)
         results = [
             {"index": i, "document": {"text": texts[i]}, "relevance_score": relevance_scores[i]}
             for i in order[: body.top_n or None]

@@ -132,7 +132,7 @@ class PolicyDeployment:
         finally:
             self._running_chats -= 1
         text = self._tokenizer.decode(generation.response_ids, skip_special_tokens=True)
-        uncut_text, text = text, cut_at_stop(text, sampling.stop)
+        uncut_text, text = text, truncate_at_stop(text, sampling.stop)
         is_cut = len(text) < len(uncut_text)
         temperature = self._settings.rollout.temperature if sampling.temperature is None else sampling.temperature
         return ChatCompletion(
@@ -202,7 +202,7 @@ class PolicyDeployment:
         sender.end()
 
 
-def cut_at_stop(text: str, stop: Sequence[str]) -> str:
+def truncate_at_stop(text: str, stop: Sequence[str]) -> str:
     """The text before the first of the stop strings."""
     positions = [position for string in stop if (position := text.find(string)) >= 0]
     return text[: min(positions)] if positions else text
