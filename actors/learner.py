@@ -272,10 +272,7 @@ class LearnerActor:
         end_time = time.monotonic()
         return {
             **compute_loss_metrics(
-                metric_sums,
-                float(max_ratio),
-                update_count=len(update_metrics),
-                has_reference=self._has_reference,
+                metric_sums, float(max_ratio), update_count=len(update_metrics), has_reference=self._has_reference
             ),
             **{name: fmean(row[name] for row in update_metrics) for name in update_metrics[0]},
             "learning_rate": learning_rate,

@@ -53,6 +53,8 @@ _MODULES = {
 
 # Ray reads RAY_AUTH_MODE once, when it is first imported, so the default must be in place before any import of ray.
 os.environ.setdefault("RAY_AUTH_MODE", "token")
+# Also read once, at the import of huggingface_hub: bars of transformers and downloads would fill the logs of actors.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ python -m rluf.evaluate gate RUN   verdict of a run as text and exit code
 python -m rluf.evaluate score --model FOLDER --data FILE.jsonl[.gz]   score held-out rows with a reward model
 python -m rluf.evaluate correlate --data FILE.jsonl   correlation of offline scores and online lifts
 python -m rluf.evaluate abtest --data FILE.jsonl   analysis or planning of an A/B test
+python -m rluf.evaluate offpolicy --data LOG --scores FILE   love rate of a new policy from the log of another
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rluf.config.cli import parse_command_line, run_command
+from rluf.config.cli import CommandOptions, parse_command_line, run_command
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
@@ -33,6 +34,7 @@ SUBCOMMANDS = {
     "score": "rluf.evaluate.score",
     "correlate": "rluf.evaluate.correlation",
     "abtest": "rluf.evaluate.abtest",
+    "offpolicy": "rluf.evaluate.off_policy",
 }
 """Sub-command -> module with main(arguments) -> exit code, imported on use to keep --help fast."""
 
@@ -81,6 +83,18 @@ def run_evaluation(settings: Settings) -> Path:
     return run_folder
 
 
+def _check_settings(settings: Settings) -> None:
+    from rluf.artifacts import check_inputs
+    from rluf.models.hub import find_model_folder
+
+    check_inputs(settings, may_download=False)
+    if settings.evaluate.candidate is not None:
+        find_model_folder(settings.evaluate.candidate)
+
+
+COMMAND_OPTIONS = CommandOptions(lambda _: None, check=_check_settings)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code, and an error is one message on stderr."""
     argument_list = sys.argv[1:] if arguments is None else list(arguments)
@@ -89,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return exit_code
     if argument_list[:1] == ["offline"]:
         argument_list = argument_list[1:]
-    loaded = parse_command_line("evaluate", __doc__ or "", argument_list)
+    loaded = parse_command_line("evaluate", __doc__ or "", argument_list, COMMAND_OPTIONS)
     return run_command(lambda: run_evaluation(loaded.settings))
 
 

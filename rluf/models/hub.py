@@ -211,9 +211,7 @@ def _download_from_hub(hub_id: str, trust_remote_code: bool) -> Path:
 
 def _download_snapshot(hub_id: str, **options: Any) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
 
-    disable_progress_bars()  # they would break the console's own, and fill a log file
     return Path(snapshot_download(hub_id, **options))
 
 

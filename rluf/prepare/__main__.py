@@ -75,7 +75,15 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--signals", action="store_true", help="rank the signals of the data set")
 
 
-COMMAND_OPTIONS = CommandOptions(_add_options)
+def _check_logs(settings: Settings) -> None:
+    """Find every log, without opening one; logs on the hub are not downloaded. Raises DataError."""
+    from rluf.prepare.readers.sources import is_hub_data_set, resolve_sources
+
+    for kind_name, entries in settings.data.sources_by_kind.items():
+        resolve_sources([entry for entry in entries if not is_hub_data_set(entry)], kind_name)
+
+
+COMMAND_OPTIONS = CommandOptions(_add_options, check=_check_logs)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

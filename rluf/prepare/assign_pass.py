@@ -23,13 +23,16 @@ from rluf.prepare.joins import bin_by_octave, estimate_propensity
 from rluf.prepare.labels import IGNORED, LOVED
 from rluf.prepare.readers.files import read_line_batches
 from rluf.prepare.schema import LOVE_REACTION, SPLIT_NAMES, find_data_kind
-from rluf.prepare.workspace import RowCount, TableWriter, build_quarantine_table, read_table, write_table
+from rluf.prepare.workspace import RowCount, TableWriter, build_quarantine_table, read_schema, read_table, write_table
 from rluf.utils.stats import Bools, Floats, Ints, wilson_interval
 
 _SAMPLED_OUT = "sampled out of train"
 
-_USER_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-"""Odd number that spreads codes of users over all 64 bits of a key: 2**64 over the golden ratio."""
+_STATISTICS_COLUMNS = (
+    "user_id", "device", "author", "response_key", "prompt_key", "time", "reaction", "turn", "locale", "interface",
+    "topic", "model_version",
+)  # fmt: skip
+"""Columns of the index that rules, propensity and the card read."""
 
 _NO_REACTION = -128
 """Label code of rows without a reaction, where codes are an array; null in the index."""
@@ -77,31 +80,58 @@ class _RowDecisions:
 
 
 def _load_index(work_folder: str, kind_name: str) -> tuple[pa.Table, list[Path], list[list[int]]]:
-    """Index of all rows of a kind, its files in order, and the rows of each of a file's record batches."""
-    files = sorted((Path(work_folder) / "index" / kind_name).glob("*.arrow"))
-    tables = [read_table(file) for file in files]
-    if not tables:
+    """Index of all rows of a kind without band hashes, its files in order, and the rows of each of a file's batches."""
+    files = _list_index_files(work_folder, kind_name)
+    if not files:
         return pa.table({}), [], []
-    batch_rows = [[len(chunk) for chunk in table["row_key"].chunks] for table in tables]
-    return pa.concat_tables(tables).combine_chunks(), files, batch_rows
+    schema = read_schema(files[0])
+    batch_rows = [[len(chunk) for chunk in read_table(file, ["row_key"])["row_key"].chunks] for file in files]
+    columns = {}
+    # Column by column: a table of all files and its copy in one chunk would need twice the memory at once.
+    for name in schema.names:
+        if name != "band_hashes":
+            chunks = [chunk for file in files for chunk in read_table(file, [name])[name].chunks]
+            columns[name] = pa.chunked_array(chunks, schema.field(name).type).combine_chunks()
+    return pa.table(columns), files, batch_rows
 
 
-def _encode_column(column: pa.ChunkedArray) -> tuple[Ints, list[Any]]:
+def _list_index_files(work_folder: str, kind_name: str) -> list[Path]:
+    return sorted((Path(work_folder) / "index" / kind_name).glob("*.arrow"))
+
+
+def _load_band_hashes(work_folder: str, kind_name: str, rows: Ints) -> splits.HashKeys:
+    """Band hashes [R, BAND_COUNT] of some rows of the index: with 64 bytes, they are the larger half of an entry."""
+    band_hashes = np.empty((len(rows), splits.BAND_COUNT), dtype=np.uint64)
+    order = np.argsort(rows, kind="stable")
+    sorted_rows, first_row = rows[order], 0
+    for file in _list_index_files(work_folder, kind_name):
+        column = read_table(file, ["band_hashes"])["band_hashes"].combine_chunks()
+        start, end = np.searchsorted(sorted_rows, [first_row, first_row + len(column)])
+        file_hashes = column.flatten().to_numpy().reshape(len(column), splits.BAND_COUNT)
+        band_hashes[order[start:end]] = file_hashes[sorted_rows[start:end] - first_row]
+        first_row += len(column)
+    return band_hashes
+
+
+def _group_prompts(task: AssignTask, prompt_key: splits.HashKeys, rows: Ints) -> Ints:
+    """Group of near-duplicate prompts [R] of rows [R] of the index with keys [R]; each prompt is compared once."""
+    unique_keys, first_rows, unique_index = np.unique(prompt_key, return_index=True, return_inverse=True)
+    band_hashes = _load_band_hashes(task.work_folder, task.kind_name, rows[first_rows])
+    groups: Ints = splits.group_near_duplicates(unique_keys, band_hashes)[unique_index]
+    return groups
+
+
+def _encode_column(column: pa.ChunkedArray) -> tuple[Ints, pa.Array]:
     """Codes [N] of a column's values, and the values; null is -1."""
     encoded = column.combine_chunks().dictionary_encode()
     codes = pc.fill_null(encoded.indices.cast(pa.int64()), -1)
-    return codes.to_numpy(zero_copy_only=False), encoded.dictionary.to_pylist()
+    return codes.to_numpy(zero_copy_only=False), encoded.dictionary
 
 
 def _read_column(table: pa.Table, column_name: str) -> NDArray[Any]:
     """A column as an array [N]; times in microseconds."""
     column = table[column_name]
     return column.cast(pa.int64()).to_numpy() if pa.types.is_timestamp(column.type) else column.to_numpy()
-
-
-def _read_band_hashes(table: pa.Table) -> splits.HashKeys:
-    column = table["band_hashes"].combine_chunks()
-    return column.flatten().to_numpy().reshape(len(column), splits.BAND_COUNT)
 
 
 def _order_by_log_position(table: pa.Table) -> Ints:
@@ -112,26 +142,13 @@ def _order_by_log_position(table: pa.Table) -> Ints:
 
 
 def _find_duplicate_ids(table: pa.Table) -> tuple[Bools, Bools]:
-    """Rows [N] that a later version of the same row replaces, and rows [N] whose id another row has.
-
-    The content (response, or pair) of the first row of an id in the log is that of the id. Of the rows with this id and
-    content the latest counts, as in a log that is written again when a reaction arrives.
-    """
-    row_key, content_key = _read_column(table, "row_key"), _read_column(table, "response_key")
+    """Rows [N] that a later version of the same row replaces, and rows [N] whose id another row has."""
     position = np.empty(table.num_rows, dtype=np.int64)
     position[_order_by_log_position(table)] = np.arange(table.num_rows)
-    order = np.lexsort((position, row_key))
-    is_first = np.ones(len(order), dtype=np.bool_)
-    is_first[1:] = row_key[order][1:] != row_key[order][:-1]
-    if is_first.all():
-        return ~is_first, ~is_first
-    is_version = np.empty(len(order), dtype=np.bool_)
-    is_version[order] = content_key[order] == content_key[order][is_first][np.cumsum(is_first) - 1]
     time_us = _read_column(table, "time") if "time" in table.column_names else position
-    order = np.lexsort((position, time_us, is_version, row_key))
-    is_latest = np.ones(len(order), dtype=np.bool_)
-    is_latest[order[:-1]] = row_key[order][1:] != row_key[order][:-1]
-    return is_version & ~is_latest, ~is_version
+    return splits.find_duplicate_rows(
+        _read_column(table, "row_key"), _read_column(table, "response_key"), time_us, position
+    )
 
 
 def _quarantine_duplicates(
@@ -176,8 +193,8 @@ def _load_test_prompts(work_folder: str) -> tuple[splits.HashKeys, splits.HashKe
     table, files, _ = _load_index(work_folder, "prompts")
     if not files:
         return np.empty(0, dtype=np.uint64), np.empty((0, splits.BAND_COUNT), dtype=np.uint64)
-    table = table.filter(pc.equal(table["split"], splits.TEST_CODE))
-    return _read_column(table, "prompt_key"), _read_band_hashes(table)
+    rows = np.flatnonzero(_read_column(table, "split") == splits.TEST_CODE)
+    return _read_column(table, "prompt_key")[rows], _load_band_hashes(work_folder, "prompts", rows)
 
 
 def _drop_split_leaks(task: AssignTask, table: pa.Table, split_code: Ints, decisions: _RowDecisions) -> dict[str, Any]:
@@ -202,8 +219,9 @@ def _drop_split_leaks(task: AssignTask, table: pa.Table, split_code: Ints, decis
     if task.strict_splits:
         rows = np.flatnonzero(decisions.keep_mask)
         # Test prompts are grouped together with the rows, so that a near-duplicate of one is recognized.
+        band_hashes = _load_band_hashes(task.work_folder, task.kind_name, rows)
         prompt_group = splits.group_near_duplicates(
-            np.concatenate([prompt_key[rows], test_keys]), np.concatenate([_read_band_hashes(table)[rows], test_bands])
+            np.concatenate([prompt_key[rows], test_keys]), np.concatenate([band_hashes, test_bands])
         )
         row_group, test_groups = prompt_group[: len(rows)], np.unique(prompt_group[len(rows) :])
         leak_mask = splits.find_near_duplicate_leaks(
@@ -221,7 +239,7 @@ def _drop_repeated_rows(task: AssignTask, table: pa.Table, decisions: _RowDecisi
     unit = _encode_column(table["user_id"])[0] if task.kind_name == "feedback" else np.zeros(table.num_rows, np.int64)
     # A sum of hashes stands for the texts; a chance collision has a probability of N squared over 2**64.
     content_ids = prompt_key + content_key * np.uint64(3)
-    _, first_rows = np.unique((content_ids + unit.astype(np.uint64) * _USER_MULTIPLIER)[order], return_index=True)
+    _, first_rows = np.unique((content_ids + unit.astype(np.uint64) * splits.USER_MULTIPLIER)[order], return_index=True)
     is_repeated = np.zeros(table.num_rows, dtype=np.bool_)
     is_repeated[np.delete(order, first_rows)] = True
     is_contradictory = np.zeros(table.num_rows, dtype=np.bool_)
@@ -279,7 +297,7 @@ def _apply_reactions(
     )  # fmt: skip
     reaction = np.array(table["reaction"].to_pylist(), dtype=object)
     label = pc.fill_null(table["reaction_label"], _NO_REACTION).to_numpy().astype(np.int64)
-    names = np.array(reaction_names, dtype=object)
+    names = np.array(reaction_names.to_pylist(), dtype=object)
     # A retraction clears only the reaction that it names, not another one that the row has.
     retracted_rows = rows[attributed.retracted_rows]
     is_same = reaction[retracted_rows] == names[events.reaction_code[attributed.retracted_events]]
@@ -317,34 +335,23 @@ def _name_loved_reactions(table: pa.Table) -> pa.Table:
 
 
 def _assign_conversation_keys(table: pa.Table) -> tuple[pa.Table, int]:
-    """The table with a conversation key of each user where users share an id but not the chat; rows so changed.
-
-    Some products number conversations within a user (1, 2, default). A chat that users really share begins with the
-    same message for all of them.
-    """
+    """The table with a conversation key of each user where users share an id but not the chat; rows so changed."""
     conversation_key, opening_key = _read_column(table, "conversation_key"), _read_column(table, "opening_key")
-    user_code, _ = _encode_column(table["user_id"])
-    _, conversation = np.unique(conversation_key, return_inverse=True)
-    has_several = []
-    for values in (user_code.astype(np.uint64), opening_key):
-        order = np.lexsort((values, conversation))
-        differs = (conversation[order][1:] == conversation[order][:-1]) & (values[order][1:] != values[order][:-1])
-        has_several.append(np.bincount(conversation[order][1:], weights=differs, minlength=conversation.max() + 1) > 0)
-    is_reused = (has_several[0] & has_several[1])[conversation]
-    scoped_key = conversation_key ^ ((user_code.astype(np.uint64) + np.uint64(1)) * _USER_MULTIPLIER)
-    column = pa.array(np.where(is_reused, scoped_key, conversation_key), pa.uint64())
-    index = table.column_names.index("conversation_key")
-    return table.set_column(index, "conversation_key", column), int(is_reused.sum())
+    keys = splits.assign_conversation_keys(conversation_key, opening_key, _encode_column(table["user_id"])[0])
+    column_index = table.column_names.index("conversation_key")
+    new_table = table.set_column(column_index, "conversation_key", pa.array(keys, pa.uint64()))
+    return new_table, int((keys != conversation_key).sum())
 
 
-def _build_abuse_log(task: AssignTask, table: pa.Table, loved: Bools) -> abuse.AbuseLog:
+def _build_abuse_log(task: AssignTask, table: pa.Table, loved: Bools, rows: Ints) -> abuse.AbuseLog:
+    """Log of the rules, of the rows of the index that `table` has."""
     user_code, _ = _encode_column(table["user_id"])
     device_code, _ = _encode_column(table["device"])
     own_persona = pc.fill_null(pc.equal(table["author"].combine_chunks(), table["user_id"].combine_chunks()), False)
     _, response_code = np.unique(_read_column(table, "response_key"), return_inverse=True)
     # Grouping is the expensive part, and only this rule reads the groups.
     if "copies" in task.abuse_rules:
-        prompt_group = splits.group_near_duplicates(_read_column(table, "prompt_key"), _read_band_hashes(table))
+        prompt_group = _group_prompts(task, _read_column(table, "prompt_key"), rows)
     else:
         prompt_group = np.zeros(len(user_code), dtype=np.int64)
     return abuse.AbuseLog(
@@ -359,9 +366,11 @@ def _build_feedback_columns(
 ) -> dict[str, Any]:
     """Decision columns that only feedback has: trust, propensity, and the joined columns. Adds to `statistics`."""
     rows = np.flatnonzero(decisions.keep_mask)
-    kept_table = table.take(pa.array(rows))
+    kept_table = table.select(_STATISTICS_COLUMNS)
+    if len(rows) < table.num_rows:
+        kept_table = kept_table.take(pa.array(rows))
     loved = pc.fill_null(pc.equal(kept_table["reaction"], LOVE_REACTION), False).to_numpy()
-    abuse_log = _build_abuse_log(task, kept_table, loved)
+    abuse_log = _build_abuse_log(task, kept_table, loved, rows)
     trust_weight, rule_weights = abuse.compute_trust_weights(abuse_log, task.abuse_rules)
     user_code = abuse_log.user_code
     # No feature comes from the response's text: the propensity must not depend on what a loss wants to learn.

@@ -68,6 +68,47 @@ def _find_group_ranges(group_code: Ints, values: Ints) -> tuple[Ints, Ints]:
     return lowest[group_code], highest[group_code]
 
 
+def find_duplicate_rows(row_key: HashKeys, content_key: HashKeys, time_us: Ints, position: Ints) -> tuple[Bools, Bools]:
+    """Rows [N] that a later version of the same row replaces, and rows [N] whose id (`row_key`) another row has.
+
+    The content (response, or pair) of the first row of an id in the log is that of the id. Of the rows with this id and
+    content the latest counts, as in a log that is written again when a reaction arrives. `position` is that in the log.
+    """
+    order = np.lexsort((position, row_key))
+    is_first = np.ones(len(order), dtype=np.bool_)
+    is_first[1:] = row_key[order][1:] != row_key[order][:-1]
+    if is_first.all():
+        return ~is_first, ~is_first
+    is_version = np.empty(len(order), dtype=np.bool_)
+    is_version[order] = content_key[order] == content_key[order][is_first][np.cumsum(is_first) - 1]
+    order = np.lexsort((position, time_us, is_version, row_key))
+    is_latest = np.ones(len(order), dtype=np.bool_)
+    is_latest[order[:-1]] = row_key[order][1:] != row_key[order][:-1]
+    return is_version & ~is_latest, ~is_version
+
+
+USER_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+"""Odd number that spreads codes of users over all 64 bits of a key: 2**64 over the golden ratio."""
+
+
+def assign_conversation_keys(conversation_key: HashKeys, opening_key: HashKeys, user_code: Ints) -> HashKeys:
+    """Conversation key [N] of each row: one for each user where users share an id, but not the first message.
+
+    Some products number conversations within a user (1, 2, default). A chat that users really share begins with the
+    same message for all of them.
+    """
+    _, conversation = np.unique(conversation_key, return_inverse=True)
+    has_several = []
+    for values in (user_code.astype(np.uint64), opening_key):
+        order = np.lexsort((values, conversation))
+        differs = (conversation[order][1:] == conversation[order][:-1]) & (values[order][1:] != values[order][:-1])
+        has_several.append(np.bincount(conversation[order][1:], weights=differs, minlength=len(conversation)) > 0)
+    is_reused = (has_several[0] & has_several[1])[conversation]
+    user_keys = (user_code.astype(np.uint64) + np.uint64(1)) * USER_MULTIPLIER
+    keys: HashKeys = np.where(is_reused, conversation_key ^ user_keys, conversation_key)
+    return keys
+
+
 def find_conversation_leaks(conversation_key: HashKeys, split_code: Ints, time_us: Ints) -> Bools:
     """Rows [N] to drop because their conversation, shared by users, belongs to the split of its first row."""
     order = np.lexsort((time_us, conversation_key))
@@ -222,17 +263,17 @@ def group_near_duplicates(prompt_key: HashKeys, band_hashes: HashKeys) -> NDArra
     if not len(prompt_key):
         return np.empty(0, dtype=np.int64)
     _, first_rows, unique_index = np.unique(prompt_key, return_index=True, return_inverse=True)
-    unique_count = len(first_rows)
-    left_nodes, right_nodes = [], []
+    # Band by band, on the groups so far: the edges of all bands at once would take 16 times the memory of the keys.
+    group_of_prompt: Ints = np.arange(len(first_rows))
     for band in range(band_hashes.shape[1]):
         values = band_hashes[first_rows, band]
         order = np.argsort(values, kind="stable")
         # Prompts that share a band are a chain in sorted order: n - 1 edges connect them, not n squared.
         same_as_next = np.flatnonzero(values[order][1:] == values[order][:-1])
-        left_nodes.append(order[same_as_next])
-        right_nodes.append(order[same_as_next + 1])
-    edges = np.concatenate(left_nodes), np.concatenate(right_nodes)
-    graph = coo_array((np.ones(len(edges[0]), dtype=np.int8), edges), shape=(unique_count, unique_count))
-    _, component = connected_components(graph, directed=False)
-    groups: NDArray[np.int64] = component.astype(np.int64)[unique_index]
+        edges = group_of_prompt[order[same_as_next]], group_of_prompt[order[same_as_next + 1]]
+        group_count = int(group_of_prompt.max()) + 1
+        graph = coo_array((np.ones(len(edges[0]), dtype=np.int8), edges), shape=(group_count, group_count))
+        _, component = connected_components(graph, directed=False)
+        group_of_prompt = component.astype(np.int64)[group_of_prompt]
+    groups: NDArray[np.int64] = group_of_prompt[unique_index]
     return groups

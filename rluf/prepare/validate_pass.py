@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +55,13 @@ MAX_REASON_CHARS = 120
 """Characters of a reason that repeats a key of the row."""
 
 _INDEX_COLUMNS = (
-    "topic", "time", "turn", "model_version", "locale", "interface", "device", "author", "continued", "returned",
-    "reaction", "retracted", "user_id", "label", "group", "finish_reason", "chosen_finish_reason",
+    "topic", "time", "turn", "model_version", "locale", "interface", "continued", "returned", "reaction",
+    "retracted", "label", "group", "finish_reason", "chosen_finish_reason",
 )  # fmt: skip
 """Columns that the index copies, where the kind has them."""
+
+_USER_COLUMNS = frozenset({"user_id", "device", "author"})
+"""Columns with ids of users and devices: hashed with the salt in the rows, hashes of 8 bytes in the index."""
 
 _TEXT_COLUMNS = ("response", "chosen", "rejected")
 
@@ -128,6 +131,7 @@ class _ValidationWriter:
         self._quarantine_file: TableWriter | None = None
         salt = bytes.fromhex(task.salt_hex) or None
         self._hash_user = cache(lambda user_id: user_id and hash_user_id(user_id, salt))
+        self._hash_key = lru_cache(2**16)(lambda user_id: hash64(user_id, "rluf-user"))
         self._assign_split = cache(lambda key: assign_split(key, dev_share=task.dev_share, test_share=task.test_share))
 
     def count_rows(self, outcome: str, reason: str, rows: int = 1) -> None:
@@ -186,7 +190,7 @@ class _ValidationWriter:
         """The table with texts redacted and users, devices and authors hashed."""
         for name in table.column_names:
             column = table[name].combine_chunks()
-            if name in ("user_id", "device", "author"):
+            if name in _USER_COLUMNS:
                 if self.task.salt_hex:
                     column = pa.array([self._hash_user(user_id) for user_id in column.to_pylist()], pa.string())
             elif name in _TEXT_COLUMNS:
@@ -240,6 +244,10 @@ class _ValidationWriter:
             columns |= self._build_prompt_columns(rows)
             columns["split"] = self._split_codes(table)
         columns |= {name: table[name].combine_chunks() for name in _INDEX_COLUMNS if name in table.column_names}
+        # Hashes of 8 bytes: the second pass has the index of all rows in memory, and only asks whether users are equal.
+        for name in _USER_COLUMNS & set(table.column_names):
+            keys = [None if user_id is None else self._hash_key(user_id) for user_id in table[name].to_pylist()]
+            columns[name] = pa.array(keys, pa.uint64())
         return pa.table(columns)
 
     def _build_prompt_columns(self, rows: Sequence[Any]) -> dict[str, Any]:

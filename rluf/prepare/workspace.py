@@ -234,6 +234,12 @@ def _open_table(path: Path, columns: Sequence[str] | None) -> Iterator[pa.ipc.Re
         yield pa.ipc.open_file(file, options=options)
 
 
+def read_schema(path: Path) -> pa.Schema:
+    """Schema of an .arrow file."""
+    with _open_table(path, None) as reader:
+        return reader.schema
+
+
 def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Read an .arrow file, or some of its columns."""
     with _open_table(path, columns) as reader:

@@ -88,48 +88,72 @@ def build_arms_figure(estimate_by_arm: Mapping[str, Any]) -> Figure:
     }
 
 
+AXIS_LABELS_SHARE = 0.4
+"""Share of the height of a measure in the lifts figure that the labels of its axis take."""
+
+
 def build_lifts_figure(lift_rows: Sequence[tuple[str, str, Mapping[str, float]]]) -> Figure:
-    """Relative lifts with intervals: rows of (measure, judged by, estimate), one color per judge."""
+    """Relative lifts with intervals: rows of (measure, judged by, estimate), one color per judge.
+
+    Each measure has an axis of its own: next to a lift of +300%, one of +2% would be a dot on the zero line.
+    """
     judge_names = list(dict.fromkeys(judge_name for _, judge_name, _ in lift_rows))
     measure_names = list(dict.fromkeys(measure_name for measure_name, _, _ in lift_rows))
-    # Plotly counts upwards, so the first measure gets the largest y.
-    top_row = len(measure_names) - 1
-    traces = []
-    for judge_index, judge_name in enumerate(judge_names):
-        judge_rows = [
-            (measure_name, estimate) for measure_name, row_judge, estimate in lift_rows if row_judge == judge_name
-        ]
-        is_first = judge_index == 0
-        trace_color = "@aligned" if is_first else "@muted"
-        # Judges of one measure are plotted next to each other, or their intervals would overlap.
-        y_shift = 0.0 if len(judge_names) == 1 else 0.15 - 0.3 * judge_index
-        traces.append({
-            "type": "scatter", "mode": "markers", "name": judge_name,
-            "x": [estimate["mean"] for _, estimate in judge_rows],
-            "y": [top_row - measure_names.index(measure_name) + y_shift for measure_name, _ in judge_rows],
-            "marker": {"size": 12 if is_first else 9, "color": trace_color,
-                       "symbol": "circle" if is_first else "diamond"},
-            "error_x": build_error_bars([estimate for _, estimate in judge_rows]) | {"color": trace_color},
-            "text": [measure_name for measure_name, _ in judge_rows],
-            "hovertemplate": f"%{{text}}, {judge_name}: %{{x:+.1%}}<extra></extra>",
-        })  # fmt: skip
-    zero_line = {"type": "line", "x0": 0, "x1": 0, "y0": 0, "y1": 1, "yref": "paper",
-            "line": {"color": "@muted", "width": 1.5, "dash": "dot"}}  # fmt: skip
+    traces: list[Figure] = []
+    axes: dict[str, Figure] = {}
+    for measure_index, measure_name in enumerate(measure_names):
+        # Plotly names the first axis x, the others x2, x3 ...; the first measure is on top.
+        suffix = "" if measure_index == 0 else str(measure_index + 1)
+        bottom = 1 - (measure_index + 1) / len(measure_names)
+        estimates_by_judge = {judge: estimate for name, judge, estimate in lift_rows if name == measure_name}
+        for judge_name, estimate in estimates_by_judge.items():
+            judge_index = judge_names.index(judge_name)
+            is_first = judge_index == 0
+            trace_color = "@aligned" if is_first else "@muted"
+            traces.append({
+                "type": "scatter", "mode": "markers", "name": judge_name, "legendgroup": judge_name,
+                "showlegend": judge_name not in {trace["name"] for trace in traces},
+                "x": [estimate["mean"]], "y": [0.15 - 0.3 * judge_index if len(judge_names) > 1 else 0.0],
+                "xaxis": f"x{suffix}", "yaxis": f"y{suffix}", "cliponaxis": False,
+                "marker": {"size": 12 if is_first else 9, "color": trace_color,
+                           "symbol": "circle" if is_first else "diamond"},
+                "error_x": build_error_bars([estimate]) | {"color": trace_color},
+                "text": [measure_name], "hovertemplate": f"%{{text}}, {judge_name}: %{{x:+.1%}}<extra></extra>",
+            })  # fmt: skip
+        low, high = _find_lift_range(list(estimates_by_judge.values()))
+        axes[f"xaxis{suffix}"] = build_axis(
+            range=[low, high], tickformat="+.0%" if high - low > 0.08 else "+.1~%", zeroline=False, nticks=5,
+            tickangle=0, anchor=f"y{suffix}",
+        )  # fmt: skip
+        axes[f"yaxis{suffix}"] = build_axis(
+            tickvals=[0], ticktext=[measure_name], range=[-0.6, 0.6], showgrid=False, zeroline=False,
+            domain=[bottom + AXIS_LABELS_SHARE / len(measure_names), bottom + 1 / len(measure_names)],
+            anchor=f"x{suffix}",
+        )  # fmt: skip
+    zero_lines = [
+        {"type": "line", "x0": 0, "x1": 0, "y0": -0.6, "y1": 0.6, "xref": trace["xaxis"], "yref": trace["yaxis"],
+         "line": {"color": "@muted", "width": 1.5, "dash": "dot"}}
+        for trace in {trace["xaxis"]: trace for trace in traces}.values()
+    ]  # fmt: skip
     return {
         "data": traces,
         "layout": build_layout(
-            height=130 + 62 * len(measure_names),
-            margin={"l": 96, "r": 16, "t": 8, "b": 40},
-            shapes=[zero_line],
+            height=40 + 92 * len(measure_names),
+            margin={"l": 96, "r": 22, "t": 8, "b": 8},
+            shapes=zero_lines,
             showlegend=len(judge_names) > 1,
             legend=LEGEND_LAYOUT,
-            xaxis=build_axis(tickformat="+.0%", zeroline=False, nticks=6, tickangle=0),
-            yaxis=build_axis(
-                tickvals=list(range(len(measure_names))), ticktext=measure_names[::-1], range=[-0.6, top_row + 0.6],
-                showgrid=False, zeroline=False,
-            ),
+            **axes,
         ),
-    }  # fmt: skip
+    }
+
+
+def _find_lift_range(estimates: Sequence[Mapping[str, float]]) -> tuple[float, float]:
+    """Axis range of one measure's lifts: zero and all intervals, with room for the markers."""
+    low = min(0.0, *(estimate["low"] for estimate in estimates))
+    high = max(0.0, *(estimate["high"] for estimate in estimates))
+    room = 0.08 * max(high - low, 0.01)
+    return low - room, high + room
 
 
 def build_curve_figure(metric_spec: MetricSpec, step_rows: Sequence[Mapping[str, Any]]) -> Figure | None:
@@ -223,8 +247,8 @@ def build_job_phases_figure(phase_seconds: Mapping[str, float]) -> Figure:
                  "xshift": 5, "font": {"size": 12}}
                 for name, end, value in zip(phase_titles, phase_starts[1:], phase_durations, strict=True)
             ],
-            xaxis=build_axis(title={"text": "seconds since the start", "standoff": 4, "font": {"size": 12}}, nticks=6,
-                        zeroline=False, rangemode="tozero"),
+            xaxis=build_axis(title={"text": "seconds since the start", "standoff": 4, "font": {"size": 12}}, nticks=4,
+                        tickangle=0, zeroline=False, rangemode="tozero"),
             yaxis=build_axis(autorange="reversed", showgrid=False),
         ),
     }  # fmt: skip
@@ -352,6 +376,8 @@ def build_reliability_figure(bins: Sequence[Mapping[str, Any]]) -> Figure:
         float(reliability_bin[key]) for reliability_bin in bins for key in ("predicted", "low", "high", "observed")
     ]
     axis_end = min(1.0, 1.05 * max(axis_values))
+    # Room on both sides: a point at 0% or 100% is a whole one.
+    axis_range = [-0.04 * axis_end, 1.04 * axis_end]
     diagonal_trace = {"type": "scatter", "mode": "lines", "x": [0, axis_end], "y": [0, axis_end], "hoverinfo": "skip",
                 "line": {"color": "@muted", "width": 1.5, "dash": "dot"}}  # fmt: skip
     error_bars = build_error_bars(
@@ -371,10 +397,10 @@ def build_reliability_figure(bins: Sequence[Mapping[str, Any]]) -> Figure:
             height=270,
             margin={"l": 56, "r": 14, "t": 8, "b": 44},
             xaxis=build_axis(
-                title={"text": "predicted", **AXIS_TITLE_STYLE}, tickformat=".1~%", range=[0, axis_end], nticks=5
+                title={"text": "predicted", **AXIS_TITLE_STYLE}, tickformat=".1~%", range=axis_range, nticks=5
             ),
             yaxis=build_axis(
-                title={"text": "observed", **AXIS_TITLE_STYLE}, tickformat=".1~%", range=[0, axis_end], nticks=5
+                title={"text": "observed", **AXIS_TITLE_STYLE}, tickformat=".1~%", range=axis_range, nticks=5
             ),
         ),
     }

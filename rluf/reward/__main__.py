@@ -61,7 +61,13 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--curve", action="store_true", help="train on shares of the data too, for the learning curve")
 
 
-COMMAND_OPTIONS = CommandOptions(_add_options)
+def _check_settings(settings: Settings) -> None:
+    from rluf.artifacts import check_inputs
+
+    check_inputs(settings, may_download=False)
+
+
+COMMAND_OPTIONS = CommandOptions(_add_options, check=_check_settings)
 
 
 def train_models(settings: Settings, curve_shares: Sequence[float] = ()) -> Path:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from rluf.train.actor_calls import put_object
 from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.weight_sync import WeightSync
 from rluf.types import Message, Prompt
+from rluf.utils.event_loop import run_coroutine
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
@@ -64,7 +64,7 @@ def check_training(settings: Settings) -> None:
     model_path = resolve_policy(settings)
     check_policy(settings, model_path)
     with ray_connection():
-        gaps = asyncio.run(compare_engine_and_learner(settings, model_path))
+        gaps = run_coroutine(compare_engine_and_learner(settings, model_path))
     logger.info("check: passed, largest gap of engine and learner %.2g nats per token", max(gaps))
 
 
@@ -102,6 +102,12 @@ def check_weight_names(settings: Settings, model_path: Path) -> str:
     if missing_names := sorted(loading_info["missing_keys"]):
         raise ModelError(
             f"{model_path} lacks {_name_some(missing_names)}, which would be random; download or save the model again"
+        )
+    experts = [name for name, parameter in model.named_parameters() if ".experts." in name and parameter.ndim > 2]
+    if settings.learner.lora_rank and experts:
+        raise SettingsError(
+            f"learner.lora_rank={settings.learner.lora_rank}: adapters on fused experts ({experts[0]}) cannot be "
+            "merged into weights that an engine reads; set learner.lora_rank=0"
         )
     sent_shapes = dict(_iter_sent_shapes(model))
     manifest = WeightManifest(model_path, bool(model.config.get_text_config().tie_word_embeddings))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -69,3 +70,25 @@ def test_a_hub_id_is_not_downloaded_by_the_dry_run(tmp_path: Path) -> None:
         command, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=60
     )
     assert completed.returncode == 0, completed.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "override", "exit_code"),
+    [
+        ("evaluate", "evaluate.candidate=./missing", 4),
+        ("evaluate", "data.prompts=missing.jsonl", 3),
+        ("reward", "data.feedback=missing.jsonl", 3),
+        ("reward", "objectives.safety.path=./missing", 4),
+        ("prepare", "data.feedback=missing.jsonl", 3),
+        ("prepare", "data.labels={warmth: missing.jsonl}", 2),
+        ("prepare", "data.prompts=hub:owner/prompts", 0),
+    ],
+)
+def test_the_dry_runs_of_other_commands_refuse_too(
+    command: str, override: str, exit_code: int, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    main = importlib.import_module(f"rluf.{command}.__main__").main
+    with pytest.raises(SystemExit) as caught:
+        main(["--dry-run", override, f"run.root={tmp_path}"])
+    assert caught.value.code == exit_code
+    assert len(capsys.readouterr().err.strip().splitlines()) == min(exit_code, 1)

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 
+from actors.reward import RewardActor
+from rluf.config.settings import Settings
 from rluf.errors import SettingsError
 from rluf.objectives.aggregator import compute_signal
 from rluf.objectives.judges import build_rule_scorer
 from rluf.objectives.reward_function import RewardRow, build_row
-from rluf.types import Message, ScoringItem
+from rluf.types import Group, Message, Prompt, Sample, ScoringItem
 
 ITEMS = [
     ScoringItem([Message(role="user", content="2 + 2?")], "4", False, "p1", "math", {"answer": "4", "topic": "other"}),
@@ -153,3 +155,22 @@ def take_none() -> list[float]:
 def test_a_function_that_cannot_be_called_is_refused_before_training(reference: str, message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         build_rule_scorer("size", reward=reference)
+
+
+async def test_the_reward_actor_passes_the_fields_of_the_prompt_and_how_the_response_ended() -> None:
+    objective = {"source": "function", "path": f"{__name__}:match_answer_of_finished", "weight": 0.1}
+    settings = Settings.model_validate({"objectives": {"exact": objective}})
+    question = (Message(role="user", content="2 + 2?"),)
+    prompt = Prompt("p1", question, (1, 2), "math", "train", {"answer": "4"})
+    samples = tuple(
+        Sample("p1", (1, 2), (3,), (-0.1,), ((0, 0),), finish_reason, text)
+        for text, finish_reason in (("4", "stop"), ("4", "length"), ("5", "stop"))
+    )
+    actor = RewardActor(settings.model_dump_json(), {"exact": None})
+    scores = await actor.score_group(Group(prompt, samples, 0))
+    assert [score.value for score in scores["exact"]] == [1.0, 0.0, 0.0]
+
+
+async def match_answer_of_finished(rows: Sequence[RewardRow]) -> list[float]:
+    assert {(row["prompt_id"], row["topic"]) for row in rows} == {("p1", "math")}
+    return [float(row["answer"] == row["response"] and row["finish_reason"] == "stop") for row in rows]

@@ -119,3 +119,16 @@ def test_a_full_disk_is_reported_once_and_stderr_has_every_line(
     assert stderr_text.count("misses lines from here on: No space left on device") == 1
     assert "Traceback" not in stderr_text
     assert all(f"line {number} " in stderr_text for number in range(40))
+
+
+def test_saving_a_model_prints_no_progress_bar(tmp_path: Path) -> None:
+    """In any process that imports rluf first, as actors do."""
+    program = (
+        "import rluf, sys; from transformers import BertConfig, BertModel; "
+        "BertModel(BertConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, "
+        "intermediate_size=8)).save_pretrained(sys.argv[1])"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "HF_HUB_DISABLE_PROGRESS_BARS"}
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    completed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=True)
+    assert "it/s" not in completed.stderr and "%|" not in completed.stderr

@@ -18,7 +18,7 @@ from rluf.train import loop
 from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.controller import MAX_DROPPED_BATCHES, TrainController
 from rluf.train.work_buffer import CountingIterator, ScoredGroup, WorkBuffer, iter_prompt_order
-from rluf.types import GroupInfo, Prompt, Score
+from rluf.types import Group, GroupInfo, Prompt, Score
 
 INFO = GroupInfo("p", "", 0, 5, (3, 3), (True, True))
 EQUAL_SCORES, DIFFERENT_SCORES = (0.5, 0.5), (0.5, 0.6)
@@ -179,3 +179,34 @@ def test_truncated_responses_are_counted_and_penalized_by_default(caplog: pytest
     assert not caplog.records
     loop._warn_if_truncated(controller.settings, 0.5)
     assert "50% of the responses of step 1 were cut at rollout.max_response_tokens=" in caplog.text
+
+
+class SampledController(TrainController):
+    """A controller whose engines answer each prompt with equal scores, but for one sample."""
+
+    async def generate_and_score(self, prompts: Sequence[Prompt], *_: Any) -> list[tuple[Group, ScoredGroup]]:
+        self.answered = list(prompts)
+        scored = [make_scored_group(DIFFERENT_SCORES, topic=prompt.topic) for prompt in prompts]
+        return [(Group(prompt, (), 0), row) for prompt, row in zip(prompts, scored, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("topics", "plain_count", "prompt_count"),
+    [(["chat"] * 5, 96, 96), (["chat", "risky"], 48, None), (["risky"], 0, 192), (["chat"] * 300, 96, 96)],
+)
+async def test_the_reference_sample_has_the_topic_mix_of_training_and_fixes_all_scales(
+    topics: list[str], plain_count: int, prompt_count: int | None
+) -> None:
+    settings = load_settings(None, []).settings
+    prompts = [Prompt(str(index), (), (1,), topic, "train") for index, topic in enumerate(topics)]
+    controller = SampledController(settings, ActorSupervisor(settings, Path(), {}, with_learners=True), prompts)
+    groups = await controller.sample_reference()
+    answered_topics = [prompt.topic for prompt in controller.answered]
+    assert answered_topics.count("chat") == plain_count and len(groups) == len(answered_topics)
+    if prompt_count is None:
+        assert answered_topics.count("risky") / answered_topics.count("chat") == pytest.approx(3, rel=0.4)
+    else:
+        assert len(answered_topics) == prompt_count
+    reference = controller.reward_aggregator.describe_reference()
+    assert set(reference) == {"love", "helpfulness", "safety"} and reference["love"]["within_sd"] > 0
+    assert controller.snapshot.reward_aggregator["normalizer"]["mean"]["love"] == reference["love"]["mean"]

@@ -1,0 +1,75 @@
+"""Engines get weights under the names, shapes and values of the checkpoint, also where transformers fuses them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    LlamaConfig,
+    MixtralConfig,
+    OlmoeConfig,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+    Qwen3NextConfig,
+)
+
+from rluf.algorithms.policy_model import load_policy
+from rluf.backends.deepspeed import gather_checkpoint_tensors
+from rluf.backends.weight_transfer.base import WeightManifest, list_checkpoint_files
+from rluf.config.settings import Settings
+from rluf.errors import SettingsError
+from rluf.train.startup_check import check_weight_names
+
+COMMON = {
+    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 16}
+LINEAR = {
+    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+}  # fmt: skip
+LATENT = {
+    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_group": 1, "topk_group": 1,
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "qk_nope_head_dim": 16,
+    "n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4,
+}  # fmt: skip
+CONFIGS = {
+    "llama tied": LlamaConfig(**COMMON, tie_word_embeddings=True),
+    "qwen3_moe": Qwen3MoeConfig(**COMMON, **EXPERTS),
+    "qwen2_moe": Qwen2MoeConfig(**COMMON, **{**EXPERTS, "shared_expert_intermediate_size": 48}),
+    "qwen3_next": Qwen3NextConfig(**{**COMMON, **EXPERTS, **LINEAR, "num_hidden_layers": 4}),
+    "mixtral": MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
+    "olmoe": OlmoeConfig(**COMMON, num_experts=4, num_experts_per_tok=2),
+    "deepseek_v3": DeepseekV3Config(**{**COMMON, **LATENT}),
+}
+
+
+def test_the_check_passes_for_mixtures_and_refuses_their_adapters(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(CONFIGS["mixtral"]).save_pretrained(tmp_path)
+    assert "tensors are equal" in check_weight_names(Settings(), tmp_path)
+    with pytest.raises(SettingsError, match=r"learner\.lora_rank=4: adapters on fused experts"):
+        check_weight_names(Settings.model_validate({"learner": {"lora_rank": 4}}), tmp_path)
+
+
+@pytest.mark.parametrize(("family", "lora_rank"), [*((family, 0) for family in CONFIGS), ("llama tied", 4)])
+def test_an_engine_gets_the_tensors_of_the_checkpoint(family: str, lora_rank: int, tmp_path: Path) -> None:
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(CONFIGS[family]).save_pretrained(tmp_path)
+    policy: Any = load_policy(tmp_path, dtype=torch.float32, is_packed=False, lora_rank=lora_rank)
+    manifest = WeightManifest(tmp_path, bool(CONFIGS[family].tie_word_embeddings))
+    (weights_file,) = list_checkpoint_files(tmp_path)
+    saved = load_file(weights_file)
+    for bucket in gather_checkpoint_tensors(SimpleNamespace(module=policy), 1 << 15):
+        manifest.check_bucket((name, tensor.shape) for name, tensor in bucket)
+        for name, tensor in bucket:
+            expected = saved[manifest.lm_head_source if name not in saved and manifest.lm_head_source else name]
+            assert torch.equal(tensor, expected), name
+            assert tensor.is_contiguous()
+    manifest.check_complete()
