@@ -150,7 +150,7 @@ class LeastBusyPicker:
         self._pending_work: defaultdict[str, int] = defaultdict(int)
         self._pools: dict[int, tuple[list[ActorRef], set[str], list[tuple[int, int, str, ActorRef]]]] = {}
 
-    def pick_actor(self, pool: Sequence[ActorRef]) -> ActorRef:
+    def select_actor(self, pool: Sequence[ActorRef]) -> ActorRef:
         """The least busy actor of `pool`, a live list: members that left or joined since the last call count."""
         members, _, heap = self._pools.get(id(pool), ([], set(), []))
         if members != pool or len(heap) > 4 * len(members):
@@ -205,7 +205,7 @@ class ActorCalls:
 
         async def call_once() -> Any:
             # `pool` is the live list of the actor groups: a retry sees replaced actors.
-            actor = self._picker.pick_actor(pool)
+            actor = self._picker.select_actor(pool)
             self._picker.add_work(pool, actor, work_units)
             start_time = time.monotonic()
             try:

@@ -24,7 +24,7 @@ def test_the_pick_is_that_of_a_scan(count: int, seed: int) -> None:
     running: list[tuple[ActorRef, int]] = []
     for _ in range(600):
         expected = min(pool, key=lambda actor: (pending.get(str(actor), 0), actor.index))
-        assert picker.pick_actor(pool) is expected
+        assert picker.select_actor(pool) is expected
         action = rng.random()
         if action < 0.5:
             units = rng.randrange(1, 9)
@@ -43,16 +43,16 @@ def test_the_pick_is_that_of_a_scan(count: int, seed: int) -> None:
 
 def test_pools_do_not_share_their_order() -> None:
     picker, first, second = LeastBusyPicker(), make_pool(3), make_pool(2)
-    picker.add_work(first, picker.pick_actor(first), 5)
-    assert picker.pick_actor(first).index == 1
+    picker.add_work(first, picker.select_actor(first), 5)
+    assert picker.select_actor(first).index == 1
     # Actors are told apart by name: work of "rollout 0" counts in every pool that has it.
-    assert picker.pick_actor(second).index == 1
+    assert picker.select_actor(second).index == 1
 
 
 def test_memory_stays_bounded() -> None:
     picker, pool = LeastBusyPicker(), make_pool(10)
     for _ in range(5000):
-        actor = picker.pick_actor(pool)
+        actor = picker.select_actor(pool)
         picker.add_work(pool, actor, 1)
         picker.add_work(pool, actor, -1)
     assert len(picker._pools[id(pool)][2]) <= 41
