@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, model_validator
 
 from rluf.config.base import ADVANCED, ActorCount, SettingsSection, refuse_list
 from rluf.config.objectives import BUILTIN_OBJECTIVES
 
 LOOPBACK_HOSTS = ("127.0.0.1", "localhost", "::1")
 """Addresses reachable from this machine only."""
+
+DEFAULT_REACTIONS = ("love", "like", "dislike", "thumbs_up", "thumbs_down")
+"""Reactions of serve.reactions; `love` is the one that P[Love] predicts."""
 
 PolicyName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]*[A-Za-z0-9][A-Za-z0-9_-]*$")]
 
@@ -39,10 +42,33 @@ class ServeSettings(SettingsSection):
     """Requests per second and client address (bursts of two seconds' worth); more get 429."""
     trusted_proxies: Annotated[tuple[str, ...], ADVANCED] = ()
     """Addresses and networks (10.0.0.0/8) of proxies whose X-Forwarded-For header names the client."""
+    chat_markers: Annotated[dict[str, str], ADVANCED] = Field(default_factory=dict)
+    """Further chat format in texts of other systems' clients, such as {user: "U:", assistant: "A:", end: "$"}."""
+    reactions: Annotated[tuple[str, ...], ADVANCED] = DEFAULT_REACTIONS
+    """Reactions that clients may send; others are refused, since any text would become data."""
+    experiment: Annotated[dict[PolicyName, float], ADVANCED] = Field(default_factory=dict)
+    """Shares of users by policy, such as {base: 0.9, aligned: 0.1}, for chats that name no policy; rows log the arm."""
     feedback_path: str | None = None
     """Folder or URL (s3://, gs://) of the feedback log; none means <run.root>/<name>/feedback."""
     reaction_window_s: float = Field(default=300.0, ge=0)
     """Seconds during which a reaction may change; afterwards the row is written to Parquet."""
+
+    @model_validator(mode="after")
+    def _check_chat_markers(self) -> ServeSettings:
+        names = self.chat_markers.keys() - {"system"}
+        if names not in (set(), {"user", "assistant", "end"}) or "" in self.chat_markers.values():
+            raise ValueError("chat_markers: expected user, assistant, end and optionally system, none of them empty")
+        return self
+
+    @model_validator(mode="after")
+    def _check_experiment(self) -> ServeSettings:
+        unknown_names = self.experiment.keys() - self.policies.keys()
+        if unknown_names:
+            raise ValueError(f"experiment: {', '.join(sorted(unknown_names))} is not in serve.policies")
+        shares = self.experiment.values()
+        if shares and (min(shares) < 0 or abs(sum(shares) - 1) > 1e-6):
+            raise ValueError(f"experiment: shares must be at least 0 and sum to 1, got {sum(shares):g}")
+        return self
 
     @property
     def replica_limits(self) -> tuple[int, int]:

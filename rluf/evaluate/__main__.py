@@ -8,6 +8,7 @@ python -m rluf.evaluate gate RUN   verdict of a run as text and exit code
 python -m rluf.evaluate score --model FOLDER --data FILE.jsonl[.gz]   score held-out rows with a reward model
 python -m rluf.evaluate correlate --data FILE.jsonl   correlation of offline scores and online lifts
 python -m rluf.evaluate abtest --data FILE.jsonl   analysis or planning of an A/B test
+python -m rluf.evaluate offpolicy --data LOG --scores FILE   love rate of a new policy from the log of another
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ SUBCOMMANDS = {
     "score": "rluf.evaluate.score",
     "correlate": "rluf.evaluate.correlation",
     "abtest": "rluf.evaluate.abtest",
+    "offpolicy": "rluf.evaluate.off_policy",
 }
 """Sub-command -> module with main(arguments) -> exit code, imported on use to keep --help fast."""
 

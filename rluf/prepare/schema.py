@@ -26,8 +26,8 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from rluf.config.objectives import LABELS_KEY_PREFIX, find_spec_by_data_key
 
-SCHEMA_VERSION = 2
-"""Version of the record layout, in each Parquet file's metadata. Version 2 adds fields; logs of version 1 load too."""
+SCHEMA_VERSION = 3
+"""Version of the record layout, in each Parquet file's metadata. Versions 2 and 3 add fields; older logs load too."""
 
 MAX_TEXT_CHARS = 100_000
 """Longest message or response in characters; longer ones are quarantined."""
@@ -87,7 +87,10 @@ class FeedbackRecord(LogRecord):
     is none). `continued` and `returned` say whether the user sent another message and came back later; null if the log
     does not say. `user_id` must be hashed by the log's writer, or prepare hashes it (see rluf.utils.hashing).
     `interface` is where the response was displayed (app, web), `device` a hash of the device, `author` the user who
-    created the persona that replied. Reward models read a response with finish_reason "length" as cut.
+    created the persona that replied. `arm` is the arm of an experiment. `temperature`, `response_tokens` and
+    `response_logprob` (nats, of all response tokens under the sampling distribution of the policy that served) describe
+    the sampling: off-policy evaluation needs the probability with which a response was chosen. Reward models read a
+    response with finish_reason "length" as cut.
     """
 
     id: NameText
@@ -107,6 +110,10 @@ class FeedbackRecord(LogRecord):
     device: NameText | None = None
     author: NameText | None = None
     finish_reason: FinishReason = None
+    arm: NameText | None = None
+    temperature: float | None = None
+    response_tokens: int | None = None
+    response_logprob: float | None = None
 
 
 class ReactionRecord(LogRecord):

@@ -5,14 +5,27 @@ A reply is what the service sends back; a response is a text that a policy gener
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import json
 import math
+import re
 import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    AwareDatetime,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 from rluf.config.objectives import OBJECTIVE_NAME_PATTERN, PRIMARY_OBJECTIVE
 from rluf.errors import RlufError
@@ -22,6 +35,7 @@ from rluf.serve.store import FeedbackEvent
 from rluf.types import Message, Score, ScoringItem
 from rluf.utils.hashing import hash_user_id
 
+_SIGNED_ID = re.compile(r"chatcmpl-[0-9a-f]{32}-[0-9a-f]{16}")
 MAX_ITEMS_PER_REQUEST = 256
 """Maximum number of responses in one request."""
 
@@ -253,17 +267,22 @@ class FeedbackContext(RequestModel):
     returned: bool | None = None
     topic: TopicText = "other"
     locale: LocaleText = "und"
+    interface: LocaleText = "und"
+    device: IdentifierText | None = None
+    author: IdentifierText | None = None
+    arm: IdentifierText | None = None
 
 
 class FeedbackRequest(RequestModel):
     """A user's reaction to the response `id`; null withdraws a reaction or reports that there was none.
 
-    For a response from this service, id and reaction are enough; for any other, `record` describes the response.
-    Repeating a request changes nothing.
+    For a response from this service, `user` must be that of the chat request; for any other response, `record`
+    describes it. Repeating a request changes nothing.
     """
 
     id: IdentifierText
     reaction: ReactionText | None
+    user: IdentifierText | None = None
     record: FeedbackContext | None = None
 
 
@@ -312,20 +331,78 @@ class ErrorReply(ResponseModel):
     error: ErrorDetail
 
 
-class ChatRequest(BaseModel):
-    """OpenAI's chat completion request. Sampling fields are ignored: the policy samples with its rollout.* settings.
+def _join_content_parts(message: Any) -> Any:
+    """Accept OpenAI's list of text parts as a content, and the role developer as system."""
+    if not isinstance(message, dict):
+        return message
+    content = message.get("content")
+    if isinstance(content, list):
+        texts = [entry.get("text") if isinstance(entry, dict) else None for entry in content]
+        if not all(
+            isinstance(text, str) and entry == {"type": "text", "text": text}
+            for entry, text in zip(content, texts, strict=True)
+        ):
+            raise ValueError("only parts of type text are supported")
+        message = message | {"content": "".join(map(str, texts))}
+    return message | {"role": "system"} if message.get("role") == "developer" else message
+
+
+ChatConversation = Annotated[
+    list[Annotated[ChatMessage, BeforeValidator(_join_content_parts)]],
+    Field(min_length=1, max_length=MAX_MESSAGES),
+    AfterValidator(_check_last_message),
+]
+StopText = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_check_unicode)]
+
+
+class StreamOptions(RequestModel):
+    """OpenAI's options of a streamed completion."""
+
+    include_usage: bool = False
+
+
+class ChatRequest(RequestModel):
+    """OpenAI's chat completion request. What would change the reply is honored or refused, never ignored.
 
     `user` identifies the user (hashed before it is stored); `conversation_id` joins the turns of one conversation.
+    Without `temperature` and `max_tokens` the policy samples with its rollout.* settings; `max_tokens` can only lower
+    rollout.max_response_tokens. A stream is the complete reply in one chunk. `metadata` and `store` do nothing here.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     model: Annotated[str, StringConstraints(max_length=200)] = ""
-    messages: Conversation
-    user: IdentifierText = "anonymous"
+    messages: ChatConversation
+    user: IdentifierText | None = None
     conversation_id: IdentifierText | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    stream: Literal[False] = False
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=1, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    logprobs: Literal[False] | None = None
+    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+
+    def to_sampling(self) -> ChatSampling:
+        """Convert the sampling fields to the policy's type."""
+        limits = [limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None]
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return ChatSampling(self.temperature, min(limits, default=None), stops)
+
+
+class ChatSampling(NamedTuple):
+    """Sampling of one response; None stands for the policy's rollout.* setting. The text ends before a stop string."""
+
+    temperature: float | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
 
 
 class ChatChoice(ResponseModel):
@@ -365,8 +442,13 @@ class ScoredItem:
 
 
 def build_reaction_event(request: FeedbackRequest, salt: bytes) -> FeedbackEvent:
-    """Convert a feedback request to a store event, with a full row when another system served the response."""
+    """Convert a feedback request to a store event, with a full row when another system served the response.
+
+    Raises ApiError 403 for a response that was served to another user.
+    """
     if request.record is None:
+        if is_signed_response_id(request.id):
+            check_response_user(request.id, request.user, salt)
         return FeedbackEvent(request.id, request.reaction)
     row = request.record.model_dump()
     row["user_id"] = hash_user_id(request.record.user_id, salt)
@@ -374,23 +456,60 @@ def build_reaction_event(request: FeedbackRequest, salt: bytes) -> FeedbackEvent
     return FeedbackEvent(request.id, request.reaction, record)
 
 
-def create_response_id() -> str:
-    """Return a new response id in OpenAI's format; feedback refers to it."""
-    return f"chatcmpl-{uuid.uuid4().hex}"
+def create_response_id(user: str | None, salt: bytes) -> str:
+    """Return a new response id in OpenAI's format, signed for `user`; feedback refers to it."""
+    unique_part = f"chatcmpl-{uuid.uuid4().hex}"
+    return f"{unique_part}-{_compute_id_signature(unique_part, user, salt)}"
+
+
+def is_signed_response_id(response_id: str) -> bool:
+    """Whether an id has the form of `create_response_id`, unlike those of other systems."""
+    return _SIGNED_ID.fullmatch(response_id) is not None
+
+
+def check_response_user(response_id: str, user: str | None, salt: bytes) -> None:
+    """Raise ApiError 403 when a response with a signed id was served to another user."""
+    unique_part, _, signature = response_id.rpartition("-")
+    if not hmac.compare_digest(_compute_id_signature(unique_part, user, salt), signature):
+        raise ApiError(403, "user", "the response was served to another user; send the `user` of its chat request")
+
+
+def _compute_id_signature(unique_part: str, user: str | None, salt: bytes) -> str:
+    message = json.dumps([unique_part, user]).encode()
+    return hmac.new(salt, message, hashlib.sha256).hexdigest()[:16]
+
+
+class ServedResponse(NamedTuple):
+    """A response of a policy as the log stores it; see FeedbackRecord for the fields."""
+
+    policy_version: str
+    text: str
+    finish_reason: str
+    arm: str | None = None
+    temperature: float | None = None
+    response_tokens: int | None = None
+    response_logprob: float | None = None
 
 
 def build_served_event(
-    response_id: str, request: ChatRequest, policy_version: str, response_text: str, finish_reason: str, salt: bytes
+    response_id: str, request: ChatRequest, response: ServedResponse, salt: bytes
 ) -> FeedbackEvent | None:
-    """Build the store event of a response without a reaction; None for a blank response, which the log rejects."""
-    if not response_text.strip():
+    """Build the store event of a response without a reaction; None for a blank response, which the log rejects.
+
+    A request without a user is one of a visitor, who is another one in each conversation.
+    """
+    if not response.text.strip():
         return None
+    conversation_id = request.conversation_id or response_id
+    user = request.user or f"visitor of {conversation_id}"
     record = FeedbackRecord(
-        id=response_id, conversation_id=request.conversation_id or response_id,
-        turn=sum(message.role == "assistant" for message in request.messages), user_id=hash_user_id(request.user, salt),
-        time=datetime.now(UTC), model_version=policy_version,
+        id=response_id, conversation_id=conversation_id,
+        turn=sum(message.role == "assistant" for message in request.messages), user_id=hash_user_id(user, salt),
+        time=datetime.now(UTC), model_version=response.policy_version,
         messages=[LoggedMessage(role=message.role, content=message.content) for message in request.messages],
-        response=response_text, finish_reason="length" if finish_reason == "length" else "stop", reaction=None,
+        response=response.text, finish_reason="length" if response.finish_reason == "length" else "stop", reaction=None,
+        arm=response.arm, temperature=response.temperature, response_tokens=response.response_tokens,
+        response_logprob=response.response_logprob,
     )  # fmt: skip
     return FeedbackEvent(response_id, None, record)
 

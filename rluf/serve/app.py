@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,6 +59,7 @@ def make_app(backend: ServiceBackend) -> ProxyHeadersMiddleware:
     _add_error_handlers(app)
     _add_score_routes(app, backend)
     _add_service_routes(app, backend)
+    _add_status_routes(app, backend)
     _add_web_page(app)
     add_compat_routes(app, backend)
     # Without trusted proxies the client's address is that of the connection, whatever its headers say.
@@ -120,6 +122,20 @@ def to_score_reply(scored_item: ScoredItem) -> api.ScoreReply:
     return api.ScoreReply(model_version=scored_item.model_version, scores=to_objective_scores(scored_item))
 
 
+def format_event_stream(reply: api.ChatReply, *, include_usage: bool) -> str:
+    """Server-sent events of a complete reply, in OpenAI's format of a stream: the text in one chunk, then its end."""
+    head = {"id": reply.id, "object": "chat.completion.chunk", "created": reply.created, "model": reply.model}
+    head["system_fingerprint"] = reply.system_fingerprint
+    choice = reply.choices[0]
+    chunks: list[dict[str, Any]] = [
+        {"choices": [{"index": 0, "delta": choice.message, "finish_reason": None}]},
+        {"choices": [{"index": 0, "delta": {}, "finish_reason": choice.finish_reason}]},
+    ]
+    if include_usage:
+        chunks.append({"choices": [], "usage": reply.usage.model_dump()})
+    return "".join(f"data: {json.dumps(head | chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+
+
 def _add_score_routes(app: FastAPI, backend: ServiceBackend) -> None:
     @app.post("/v1/score", tags=["scores"])
     async def score(body: api.ScoreRequest) -> api.ScoreReply:
@@ -160,9 +176,13 @@ def _add_service_routes(app: FastAPI, backend: ServiceBackend) -> None:
     )
     async def feedback(body: api.FeedbackRequest, request: Request) -> api.FeedbackReply:
         """Store a reaction to a response. The row is on disk before the reply; repeating a request is harmless."""
-        required_scope = "chat" if body.record is None else "ingest"
+        is_own_response = body.record is None and api.is_signed_response_id(body.id)
+        required_scope = "chat" if is_own_response else "ingest"
         if required_scope not in request.scope[SCOPES_KEY]:
             raise ApiError(403, "scope", f"this request needs a token with scope {required_scope}")
+        if body.reaction is not None and body.reaction not in backend.rules.reactions:
+            names = ", ".join(backend.rules.reactions)
+            raise ApiError(422, "invalid", f"reaction: expected one of {names} (serve.reactions), or null")
         outcome = await backend.store_feedback(body)
         backend.metrics.feedback_requests.labels(outcome).inc()
         if outcome == "unknown":
@@ -174,17 +194,32 @@ def _add_service_routes(app: FastAPI, backend: ServiceBackend) -> None:
     @app.post(
         "/v1/chat/completions",
         tags=["chat"],
+        response_model=api.ChatReply,
         responses={404: {"model": api.ErrorReply, "description": "No such policy is served"}},
     )
-    async def chat(body: api.ChatRequest) -> api.ChatReply:
-        """Sample a response from a served policy (OpenAI's format, no streaming); send feedback with its `id`."""
-        return await backend.complete_chat(body)
+    async def chat(body: api.ChatRequest) -> Any:
+        """Sample a response from a served policy (OpenAI's format); send feedback with its `id`."""
+        reply = await backend.complete_chat(body)
+        if not body.stream:
+            return reply
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        return Response(format_event_stream(reply, include_usage=include_usage), media_type="text/event-stream")
 
     @app.get("/v1/models", tags=["service"])
     async def models() -> api.ModelsReply:
         """List the served reward models and policies with their versions."""
         return api.ModelsReply(data=await backend.list_models())
 
+    @app.get("/v1/models/{model_id}", tags=["service"], responses={404: {"model": api.ErrorReply}})
+    async def model(model_id: str) -> api.ModelInfo:
+        """Return one served model."""
+        for info in await backend.list_models():
+            if info.id == model_id:
+                return info
+        raise ApiError(404, "model", f"no model {model_id[:40]!r} is served here; see /v1/models")
+
+
+def _add_status_routes(app: FastAPI, backend: ServiceBackend) -> None:
     @app.get("/healthz", tags=["service"])
     async def healthz() -> dict[str, str]:
         """Readiness check: 503 while the service starts or shuts down."""

@@ -209,6 +209,8 @@ def build_application(
         allowed_hosts=LOCAL_HOSTS if serve_settings.is_local and not tokens else None,
         trusted_proxies=serve_settings.trusted_proxies,
         listen_host=serve_settings.host,
+        chat_markers=serve_settings.chat_markers,
+        reactions=serve_settings.reactions,
     )
     batch_limits = BatchLimits(
         SCORING_BATCH_TOKENS,
@@ -227,7 +229,10 @@ def build_application(
         serve.ingress()(GatewayDeployment), name="gateway", num_replicas=1, max_ongoing_requests=MAX_GATEWAY_REQUESTS,
         graceful_shutdown_timeout_s=settings.timeouts.serve_request_s,
         ray_actor_options={"num_cpus": 0.1, "runtime_env": {"env_vars": SERVE_THROUGHPUT_ENV}},
-        user_config={"roles": list(scorers), "share": serve_settings.canary_share, "policies": policy_versions},
+        user_config={
+            "roles": list(scorers), "share": serve_settings.canary_share, "policies": policy_versions,
+            "experiment": serve_settings.experiment,
+        },
     )  # fmt: skip
     feedback_writer = serve.deployment(
         FeedbackWriter, name=FEEDBACK_WRITER_NAME, num_replicas=1, max_ongoing_requests=MAX_GATEWAY_REQUESTS,

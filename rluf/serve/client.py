@@ -87,11 +87,16 @@ class RewardClient:
         return self._send("POST", "/v1/rank", body, api.RankReply)
 
     def send_feedback(
-        self, response_id: str, reaction: str | None, record: api.FeedbackContext | None = None
+        self,
+        response_id: str,
+        reaction: str | None,
+        record: api.FeedbackContext | None = None,
+        *,
+        user: str | None = None,
     ) -> api.FeedbackReply:
-        """Store a reaction; it is on the service's disk when this returns."""
+        """Store a reaction of the `user` who chatted; it is on the service's disk when this returns."""
         record_json = None if record is None else record.model_dump(mode="json")
-        body = {"id": response_id, "reaction": reaction, "record": record_json}
+        body = {"id": response_id, "reaction": reaction, "record": record_json, "user": user}
         return self._send("POST", "/v1/feedback", body, api.FeedbackReply)
 
     def chat(
@@ -99,7 +104,7 @@ class RewardClient:
         messages: Sequence[Message],
         *,
         model: str = "",
-        user: str = "anonymous",
+        user: str | None = None,
         conversation_id: str | None = None,
     ) -> api.ChatReply:
         """Sample one response from a served policy, by default the first one."""

@@ -1,23 +1,26 @@
 """Endpoints in the formats of other systems: OpenRLHF, vLLM, TEI (text-embeddings-inference) and OpenAI moderation.
 
-OpenRLHF's remote reward model; score, rerank and classify of vLLM; predict and rerank of TEI; OpenAI's moderation by
-the safety model. All of them score as /v1/score does. A query and a document are scored as a user message and a
-response to it, a single text as a response to an empty user message.
+OpenRLHF's remote reward model; score, rerank, classify and pooling of vLLM; predict and rerank of TEI; OpenAI's
+moderation by the safety model. All of them score as /v1/score does. A query and a document are scored as a user message
+and a response to it, a single text as a response to an empty user message; text of a chat template is split into its
+turns (rluf.serve.chat_text). Token counts in `usage` are estimates from characters.
 """
 
 from __future__ import annotations
 
-import re
 import time
 import uuid
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import FastAPI
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
-from rluf.config.objectives import BUILTIN_OBJECTIVES, PRIMARY_OBJECTIVE, find_objective_spec
-from rluf.serve.api import MAX_ITEMS_PER_REQUEST, ApiError, MessageText
+from rluf.config.objectives import PRIMARY_OBJECTIVE, find_objective_spec
+from rluf.prepare.schema import MAX_MESSAGES, MAX_TEXT_CHARS
+from rluf.serve.api import MAX_ITEMS_PER_REQUEST, ApiError, ChatMessage, MessageText, RoutedRequest
+from rluf.serve.batching import MAX_QUEUED_RESPONSES, estimate_tokens
+from rluf.serve.chat_text import build_custom_format, split_pair, split_text
 from rluf.types import Message, ScoringItem
 from rluf.utils.stats import logit
 
@@ -25,27 +28,46 @@ if TYPE_CHECKING:
     from rluf.serve.api import ScoredItem
     from rluf.serve.middleware import ServiceBackend
 
-SPECIAL_TOKEN_ENDS = re.compile(r"^(?:\s|<\|[a-z_]+\|>|</?s>)+|(?:\s|<\|[a-z_]+\|>|</?s>)+$")
-"""Special tokens and white space at both ends of a decoded response."""
-CHATML_TURN = re.compile(r"<\|im_start\|>(system|user|assistant)\n(.*?)<\|im_end\|>", re.DOTALL)
 UNSAFE_THRESHOLD = 0.5
 """Moderation flags texts with a safety score below this."""
 DEFAULT_OBJECTIVE, MODERATION_OBJECTIVE = PRIMARY_OBJECTIVE, "safety"
+MODEL_IDS = ("reward-live", "reward-candidate")
+"""Ids of /v1/models; as a `model` field they mean love."""
 
+RewardTextList = Annotated[list[MessageText], Field(min_length=1, max_length=MAX_QUEUED_RESPONSES)]
 TextList = Annotated[list[MessageText], Field(min_length=1, max_length=MAX_ITEMS_PER_REQUEST)]
 
 
-class CompatRequest(BaseModel):
-    """Base class of requests in other systems' formats. Fields that do not apply (truncation, ...) are ignored."""
+class CompatRequest(RoutedRequest):
+    """Base class of requests in other systems' formats.
+
+    Unknown fields are ignored, except those that would change a score: they are refused.
+    """
 
     model_config = ConfigDict(frozen=True, extra="ignore")
+    truncate_prompt_tokens: Literal[-1] | None = None
+    chat_template: None = None
+    instruction: None = None
+    dimensions: None = None
+
+
+class ActivationRequest(CompatRequest):
+    """vLLM's fields for logits in place of probabilities, under the names of two releases."""
+
+    activation: bool | None = None
+    use_activation: bool | None = None
+
+    def apply_activation(self, values: Sequence[float]) -> list[float]:
+        """Probabilities, or their log-odds if the request asks for no activation."""
+        wants_logits = self.activation is False or self.use_activation is False
+        return [logit(value) for value in values] if wants_logits else list(values)
 
 
 class RemoteRewardRequest(CompatRequest):
     """OpenRLHF: decoded texts of prompt and response together, and optionally the prompts that they start with."""
 
-    query: TextList
-    prompts: TextList | None = None
+    query: RewardTextList
+    prompts: RewardTextList | None = None
 
     @model_validator(mode="after")
     def _check_lengths(self) -> RemoteRewardRequest:
@@ -54,24 +76,30 @@ class RemoteRewardRequest(CompatRequest):
         return self
 
 
-class PairScoreRequest(CompatRequest):
-    """vLLM's score: text pairs under one of its two field names per side; one left text is paired with all right ones.
+class PairScoreRequest(ActivationRequest):
+    """vLLM's score: text pairs under one of its field names per side; one left text is paired with all right ones.
 
-    vLLM has renamed the fields over its releases, so both names are accepted.
+    vLLM has renamed the fields over its releases, so all names are accepted.
     """
 
     text_1: MessageText | TextList | None = None
     text_2: MessageText | TextList | None = None
     queries: MessageText | TextList | None = None
     documents: MessageText | TextList | None = None
+    data_1: MessageText | TextList | None = None
+    data_2: MessageText | TextList | None = None
+    items: MessageText | TextList | None = None
     model: MessageText = DEFAULT_OBJECTIVE
 
     def list_text_pairs(self) -> list[tuple[str, str]]:
         """Return the pairs in order. Raises ApiError when a side is missing or the lengths differ."""
-        left = self.text_1 if self.text_1 is not None else self.queries
-        right = self.text_2 if self.text_2 is not None else self.documents
-        if left is None or right is None:
-            raise ApiError(422, "invalid", "send text_1 and text_2, or queries and documents")
+        lefts = [text for text in (self.text_1, self.queries, self.data_1) if text is not None]
+        rights = [text for text in (self.text_2, self.documents, self.data_2, self.items) if text is not None]
+        if len(lefts) != 1 or len(rights) != 1:
+            raise ApiError(
+                422, "invalid", "send text_1 and text_2, data_1 and data_2, or queries and documents or items"
+            )
+        left, right = lefts[0], rights[0]
         left_texts, right_texts = _as_list(left), _as_list(right)
         if len(left_texts) == 1:
             left_texts = left_texts * len(right_texts)
@@ -80,7 +108,7 @@ class PairScoreRequest(CompatRequest):
         return list(zip(left_texts, right_texts, strict=True))
 
 
-class RerankRequest(CompatRequest):
+class RerankRequest(ActivationRequest):
     """Rerank in vLLM's (Jina's, Cohere's) format with `documents`, or in TEI's with `texts`."""
 
     query: MessageText
@@ -106,11 +134,23 @@ class RerankRequest(CompatRequest):
         return [text for text in texts if text is not None]
 
 
-class ClassifyRequest(CompatRequest):
-    """vLLM's classify: texts, or a chat that ends with the response."""
+class ClassifyRequest(ActivationRequest):
+    """vLLM's classify and pooling: texts, or `messages` that end with the response."""
 
-    input: MessageText | TextList
+    input: MessageText | TextList | None = None
+    messages: Annotated[list[ChatMessage], Field(min_length=2, max_length=MAX_MESSAGES)] | None = None
     model: MessageText = DEFAULT_OBJECTIVE
+
+    def list_items(self, split: Callable[[str], ScoringItem]) -> list[ScoringItem]:
+        """Return the items to score. Raises ApiError 422 when there are none, or the messages have no response."""
+        if (self.input is None) == (self.messages is None):
+            raise ApiError(422, "invalid", "send either input or messages")
+        if self.messages is None:
+            return [split(text) for text in _as_list(self.input or "")]
+        *context, answer = (Message(role=message.role, content=message.content) for message in self.messages)
+        if answer["role"] != "assistant" or context[-1]["role"] != "user" or not context[-1]["content"].strip():
+            raise ApiError(422, "invalid", "messages: they must end with a user message and the assistant's response")
+        return [ScoringItem(context, answer["content"])]
 
 
 class PredictRequest(CompatRequest):
@@ -127,21 +167,43 @@ class ModerationRequest(CompatRequest):
     model: MessageText = MODERATION_OBJECTIVE
 
 
+class CompatScorer:
+    """Splits texts by the service's chat formats and scores them for one request."""
+
+    def __init__(self, backend: ServiceBackend) -> None:
+        self._backend = backend
+        self._custom_format = build_custom_format(backend.rules.chat_markers)
+
+    def split_text(self, text: str, prompt: str = "") -> ScoringItem:
+        """Split a text into messages and response; see rluf.serve.chat_text."""
+        return split_text(text, prompt, self._custom_format)
+
+    def split_pair(self, query: str, response: str) -> ScoringItem:
+        """Make an item of a query and a response; see rluf.serve.chat_text."""
+        return split_pair(query, response, self._custom_format)
+
+    async def score_items(self, items: Sequence[ScoringItem], request: CompatRequest) -> list[ScoredItem]:
+        """Score all items of a request with one model version."""
+        return await self._backend.score_items(items, [request.to_route()] * len(items))
+
+
 def add_compat_routes(app: FastAPI, backend: ServiceBackend) -> None:
     """Add the endpoints in other systems' formats to the app."""
-    _add_openrlhf_routes(app, backend)
-    _add_vllm_routes(app, backend)
-    _add_tei_routes(app, backend)
-    _add_moderation_routes(app, backend)
+    scorer = CompatScorer(backend)
+    _add_openrlhf_routes(app, scorer)
+    _add_vllm_routes(app, scorer)
+    _add_rerank_routes(app, scorer)
+    _add_tei_routes(app, scorer)
+    _add_moderation_routes(app, scorer)
 
 
-def _add_openrlhf_routes(app: FastAPI, backend: ServiceBackend) -> None:
+def _add_openrlhf_routes(app: FastAPI, scorer: CompatScorer) -> None:
     @app.post("/get_reward", tags=["compatible"])
     async def get_reward(body: RemoteRewardRequest) -> dict[str, Any]:
         """OpenRLHF's remote reward model: `rewards` are calibrated logits of love, `scores` its probabilities."""
         prompts = body.prompts if body.prompts is not None else [""] * len(body.query)
-        items = [split_query(query, prompt) for query, prompt in zip(body.query, prompts, strict=True)]
-        scored_items = await backend.score_items(items)
+        items = [scorer.split_text(query, prompt) for query, prompt in zip(body.query, prompts, strict=True)]
+        scored_items = await scorer.score_items(items, body)
         names = list(scored_items[0].scores)
         values_by_objective = {name: [item.scores[name].value for item in scored_items] for name in names}
         love_values = _select_objective_values(scored_items, DEFAULT_OBJECTIVE)
@@ -150,43 +212,53 @@ def _add_openrlhf_routes(app: FastAPI, backend: ServiceBackend) -> None:
         return {"rewards": rewards, "scores": love_values, "extra_logs": values_by_objective}
 
 
-def _add_vllm_routes(app: FastAPI, backend: ServiceBackend) -> None:
+def _add_vllm_routes(app: FastAPI, scorer: CompatScorer) -> None:
     @app.post("/score", tags=["compatible"])
     async def score(body: PairScoreRequest) -> dict[str, Any]:
         """vLLM's score of text pairs; `model` names the objective (default love)."""
-        pairs = body.list_text_pairs()
-        scored_items = await backend.score_items([_to_item(left, right) for left, right in pairs])
-        data = [
-            {"index": i, "object": "score", "score": value}
-            for i, value in enumerate(_select_objective_values(scored_items, body.model))
-        ]
-        return _build_reply_envelope("score", body.model, scored_items) | {"data": data}
+        items = [scorer.split_pair(left, right) for left, right in body.list_text_pairs()]
+        scored_items = await scorer.score_items(items, body)
+        values = body.apply_activation(_select_objective_values(scored_items, body.model))
+        data = [{"index": i, "object": "score", "score": value} for i, value in enumerate(values)]
+        return _build_reply_envelope("score", body.model, items, scored_items) | {"data": data}
 
     @app.post("/classify", tags=["compatible"])
     async def classify(body: ClassifyRequest) -> dict[str, Any]:
         """vLLM's classify: probability of each text's positive label under the objective named by `model`."""
-        scored_items = await backend.score_items([_to_item("", text) for text in _as_list(body.input)])
-        label = _get_positive_label(body.model, scored_items[0].scores)
-        data = [
-            {"index": i, "label": label, "probs": [value], "num_classes": 1}
-            for i, value in enumerate(_select_objective_values(scored_items, body.model))
-        ]
-        return _build_reply_envelope("classify", body.model, scored_items) | {"data": data}
+        items = body.list_items(scorer.split_text)
+        scored_items = await scorer.score_items(items, body)
+        values = body.apply_activation(_select_objective_values(scored_items, body.model))
+        label = find_objective_spec(_resolve_objective(body.model, scored_items[0].scores)).positive_label
+        data = [{"index": i, "label": label, "probs": [value], "num_classes": 1} for i, value in enumerate(values)]
+        return _build_reply_envelope("classify", body.model, items, scored_items) | {"data": data}
 
+    @app.post("/pooling", tags=["compatible"])
+    async def pooling(body: ClassifyRequest) -> dict[str, Any]:
+        """vLLM's pooling of a reward model: one value for each text, under the objective named by `model`."""
+        items = body.list_items(scorer.split_text)
+        scored_items = await scorer.score_items(items, body)
+        values = body.apply_activation(_select_objective_values(scored_items, body.model))
+        data = [{"index": i, "object": "pooling", "data": [value]} for i, value in enumerate(values)]
+        return _build_reply_envelope("pool", body.model, items, scored_items) | {"data": data}
+
+
+def _add_rerank_routes(app: FastAPI, scorer: CompatScorer) -> None:
     async def rerank(body: RerankRequest) -> Any:
         """Order texts by their score as responses to the query: vLLM's (Jina's, Cohere's) format, or TEI's."""
         texts = body.list_response_texts()
-        scored_items = await backend.score_items([_to_item(body.query, text) for text in texts])
+        items = [scorer.split_pair(body.query, text) for text in texts]
+        scored_items = await scorer.score_items(items, body)
         values = _select_objective_values(scored_items, body.model)
         order = sorted(range(len(texts)), key=lambda i: -values[i])
         if body.texts is not None:
             scores = [logit(value) for value in values] if body.raw_scores else values
             return [{"index": i, "score": scores[i], **({"text": texts[i]} if body.return_text else {})} for i in order]
+        relevance_scores = body.apply_activation(values)
         results = [
-            {"index": i, "document": {"text": texts[i]}, "relevance_score": values[i]}
+            {"index": i, "document": {"text": texts[i]}, "relevance_score": relevance_scores[i]}
             for i in order[: body.top_n or None]
         ]
-        envelope = _build_reply_envelope("rerank", body.model, scored_items)
+        envelope = _build_reply_envelope("rerank", body.model, items, scored_items)
         del envelope["object"]  # rerank replies have none
         return envelope | {"results": results}
 
@@ -194,7 +266,7 @@ def _add_vllm_routes(app: FastAPI, backend: ServiceBackend) -> None:
         app.post(path, tags=["compatible"], response_model=None, name=path.strip("/").replace("/", "_"))(rerank)
 
 
-def _add_tei_routes(app: FastAPI, backend: ServiceBackend) -> None:
+def _add_tei_routes(app: FastAPI, scorer: CompatScorer) -> None:
     @app.post("/predict", tags=["compatible"])
     async def predict(body: PredictRequest) -> Any:
         """TEI's predict: the label love with its score; for a list of lists, one such list per entry."""
@@ -203,20 +275,21 @@ def _add_tei_routes(app: FastAPI, backend: ServiceBackend) -> None:
         entries: list[list[str]] = [list(inputs)] if is_single else [list(entry) for entry in inputs]
         if any(len(entry) not in (1, 2) for entry in entries):
             raise ApiError(422, "invalid", "inputs: an entry is one text, or a pair of texts")
-        scored_items = await backend.score_items(
-            [_to_item(*entry) if len(entry) == 2 else _to_item("", entry[0]) for entry in entries]
-        )
-        values = _select_objective_values(scored_items, DEFAULT_OBJECTIVE)
+        items = [scorer.split_pair(*entry) if len(entry) == 2 else scorer.split_text(entry[0]) for entry in entries]
+        values = _select_objective_values(await scorer.score_items(items, body), DEFAULT_OBJECTIVE)
         scores = [logit(value) if body.raw_scores else value for value in values]
         predictions = [[{"label": DEFAULT_OBJECTIVE, "score": score}] for score in scores]
         return predictions[0] if is_single or isinstance(body.inputs, str) else predictions
 
 
-def _add_moderation_routes(app: FastAPI, backend: ServiceBackend) -> None:
+def _add_moderation_routes(app: FastAPI, scorer: CompatScorer) -> None:
     @app.post("/v1/moderations", tags=["compatible"])
     async def moderations(body: ModerationRequest) -> dict[str, Any]:
         """OpenAI's moderation by the safety model: one category, unsafe, flagged if safety is below 0.5."""
-        scored_items = await backend.score_items([_to_item("", text) for text in _as_list(body.input)])
+        scored_items = await scorer.score_items([scorer.split_text(text) for text in _as_list(body.input)], body)
+        # The names of OpenAI's own moderation models mean the safety objective.
+        is_openai_name = body.model.removesuffix("-latest").endswith("-moderation")
+        values = _select_objective_values(scored_items, MODERATION_OBJECTIVE if is_openai_name else body.model)
         results = [
             {
                 "flagged": value < UNSAFE_THRESHOLD,
@@ -224,56 +297,36 @@ def _add_moderation_routes(app: FastAPI, backend: ServiceBackend) -> None:
                 "category_scores": {"unsafe": 1 - value},
                 "category_applied_input_types": {"unsafe": ["text"]},
             }
-            for value in _select_objective_values(scored_items, MODERATION_OBJECTIVE)
+            for value in values
         ]
         return {"id": f"modr-{uuid.uuid4().hex}", "model": scored_items[0].model_version, "results": results}
-
-
-def split_query(query: str, prompt: str) -> ScoringItem:
-    """Split a decoded text into messages and response. ChatML is parsed into turns; other text is one user message.
-
-    Without a prompt, or when the text does not start with it, the response is the last ChatML turn or the whole text.
-    """
-    if prompt and query.startswith(prompt):
-        turns = _parse_chatml(prompt)
-        messages = turns or [Message(role="user", content=prompt)]
-        return ScoringItem(messages, SPECIAL_TOKEN_ENDS.sub("", query[len(prompt) :]))
-    turns = _parse_chatml(query)
-    if turns and turns[-1]["role"] == "assistant":
-        return ScoringItem(turns[:-1], turns[-1]["content"])
-    return ScoringItem([Message(role="user", content=prompt)], SPECIAL_TOKEN_ENDS.sub("", query))
-
-
-def _parse_chatml(text: str) -> list[Message]:
-    return [Message(role=role, content=content) for role, content in CHATML_TURN.findall(text)]
-
-
-def _to_item(query: str, response: str) -> ScoringItem:
-    return ScoringItem([Message(role="user", content=query)], response)
 
 
 def _as_list(texts: str | list[str]) -> list[str]:
     return [texts] if isinstance(texts, str) else list(texts)
 
 
-def _select_objective_values(scored_items: Sequence[ScoredItem], objective: str) -> list[float]:
-    """Return the values of the objective named by a `model` field, or of love for any other model name."""
-    scores = scored_items[0].scores
-    # Clients put their own model names there, so unknown names mean love. Only safety never falls back: a love score
-    # would pass for a moderation result.
-    name = objective if objective in scores else DEFAULT_OBJECTIVE
-    if name not in scores or (objective == MODERATION_OBJECTIVE and name != objective):
-        raise ApiError(422, "invalid", f"model: expected one of {', '.join(scores)}, got {objective[:40]!r}")
-    return [scored_item.scores[name].value for scored_item in scored_items]
+def _resolve_objective(model_name: str, objectives: Iterable[str]) -> str:
+    """The objective that a `model` field names: an objective, or love for a served model's id. Raises ApiError 404."""
+    names = tuple(objectives)
+    objective = DEFAULT_OBJECTIVE if model_name in MODEL_IDS else model_name
+    if objective not in names:
+        raise ApiError(404, "model", f"model: expected one of {', '.join(names)}, got {model_name[:40]!r}")
+    return objective
 
 
-def _get_positive_label(objective: str, served_objectives: Iterable[str]) -> str:
-    is_known = objective in served_objectives or objective in BUILTIN_OBJECTIVES
-    return find_objective_spec(objective if is_known else DEFAULT_OBJECTIVE).positive_label
+def _select_objective_values(scored_items: Sequence[ScoredItem], model_name: str) -> list[float]:
+    """Return the values of the objective that a `model` field names."""
+    objective = _resolve_objective(model_name, scored_items[0].scores)
+    return [scored_item.scores[objective].value for scored_item in scored_items]
 
 
-def _build_reply_envelope(kind: str, model_name: str, scored_items: Sequence[ScoredItem]) -> dict[str, Any]:
+def _build_reply_envelope(
+    kind: str, model_name: str, items: Sequence[ScoringItem], scored_items: Sequence[ScoredItem]
+) -> dict[str, Any]:
+    token_count = sum(estimate_tokens(item, MAX_TEXT_CHARS) for item in items)
     return {
         "id": f"{kind}-{uuid.uuid4().hex}", "object": "list", "created": int(time.time()), "model": model_name,
-        "model_version": scored_items[0].model_version, "usage": {"prompt_tokens": 0, "total_tokens": 0},
+        "model_version": scored_items[0].model_version,
+        "usage": {"prompt_tokens": token_count, "total_tokens": token_count},
     }  # fmt: skip

@@ -8,6 +8,7 @@ dies, its batch is sent again; scoring has no side effects.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import time
@@ -32,8 +33,10 @@ from rluf.serve.api import (
     ModelInfo,
     ScoredItem,
     ScoreRoute,
+    ServedResponse,
     build_chat_reply,
     build_reaction_event,
+    build_score_route,
     build_served_event,
     create_response_id,
     to_messages,
@@ -269,6 +272,7 @@ class GatewayDeployment:
         self._batchers: dict[str, RequestBatcher[ScoredItem]] = {}
         self._candidate_share = 0.0
         self._role_versions: dict[str, str] = {}
+        self._experiment: dict[str, float] = {}
         self._warmup_tasks: dict[str, asyncio.Task[None]] = {}
         self._expected_means: dict[str, dict[str, float]] = {}
         self._refresh_task: asyncio.Task[Any] | None = None
@@ -295,6 +299,7 @@ class GatewayDeployment:
         roles = user_config["roles"]
         self._scorer_handles = {role: handle for role, handle in self._scorer_handles.items() if role in roles}
         self._candidate_share = float(user_config["share"])
+        self._experiment = dict(user_config.get("experiment", {}))
         self._policy_handles = {
             name: (serve.get_deployment_handle(f"policy-{name}", APPLICATION_NAME), version)
             for name, version in user_config["policies"].items()
@@ -475,7 +480,11 @@ class GatewayDeployment:
 
     async def complete_chat(self, request: ChatRequest) -> ChatReply:
         """Sample a response from a policy and log it before it is returned."""
-        policy_name = request.model or next(iter(self._policy_handles), "")
+        arm = None
+        if not request.model and self._experiment:
+            key = build_score_route(request.user, request.conversation_id, None).assignment_key
+            arm = assign_arm(key or uuid.uuid4().hex, self._experiment, self._user_salt)
+        policy_name = request.model or arm or next(iter(self._policy_handles), "")
         if policy_name not in self._policy_handles:
             served_names = ", ".join(self._policy_handles) or "none; set serve.policies"
             raise ApiError(404, "unknown", f"model: no policy {policy_name[:40]!r} is served here ({served_names})")
@@ -483,18 +492,23 @@ class GatewayDeployment:
         messages = to_messages(request.messages)
         seed = request.seed if request.seed is not None else uuid.uuid4().int % 2**31
         try:
-            completion = await handle.complete_chat.remote(messages, seed)
+            completion = await handle.complete_chat.remote(messages, seed, request.to_sampling())
         except ApiError as error:
             # A new error, since Ray's has the replica's traceback as its text.
             raise ApiError(error.status, error.error_type, error.message) from error
         except (*REPLICA_LOST_ERRORS, RlufError) as error:
             logger.error("policy %s: chat failed: %s", policy_name, error)
             raise ApiError(503, "unavailable", f"policy {policy_name} is not available now; retry", 2.0) from error
-        text, finish_reason, prompt_tokens, response_tokens, version = completion
-        response_id = create_response_id()
-        event = build_served_event(response_id, request, version, text, finish_reason, self._user_salt)
+        text, finish_reason, prompt_tokens, response_tokens, version, temperature, response_logprob = completion
+        response_id = create_response_id(request.user, self._user_salt)
+        response = ServedResponse(
+            version, text, finish_reason, arm, temperature, response_tokens, response_logprob
+        )  # fmt: skip
+        event = build_served_event(response_id, request, response, self._user_salt)
         if event is not None:
             await self._store_event(event)
+        if request.user is None:
+            self.metrics.rows_without_user.inc()
         return build_chat_reply(
             response_id, policy_name, version, text, finish_reason, prompt_tokens=prompt_tokens,
             response_tokens=response_tokens,
@@ -515,6 +529,21 @@ def is_canary(assignment_key: str | None, share: float) -> bool:
     A larger share adds keys and moves none back. Items without a key are not assigned: their turns could not be joined.
     """
     return assignment_key is not None and hash_to_unit_interval(assignment_key, "rluf-canary") < share
+
+
+def assign_arm(assignment_key: str, shares: Mapping[str, float], salt: bytes) -> str:
+    """The arm of a user or conversation: always the same one for a key, its shares and salt.
+
+    Arms are laid out in the order of `shares`, so that a ramp of two arms moves users in one direction only. The salt
+    is secret, so that users cannot choose an id for its arm.
+    """
+    digest = hashlib.blake2b(assignment_key.encode("utf-8", "surrogatepass"), digest_size=8, key=salt[:64]).digest()
+    point, total = int.from_bytes(digest, "big") / 2**64, 0.0
+    for arm, share in shares.items():
+        total += share
+        if point < total:
+            return arm
+    return max(shares, key=lambda name: shares[name])  # the shares sum to 1 up to rounding
 
 
 def _to_scored_items(batch_scores: BatchScores) -> list[ScoredItem]:

@@ -16,11 +16,12 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from rluf.config.serve import DEFAULT_REACTIONS
 from rluf.errors import SettingsError
 from rluf.serve.api import ApiError, ChatReply, ChatRequest, FeedbackRequest, ModelInfo, ScoredItem, ScoreRoute
 from rluf.serve.batching import BatchStats
@@ -125,6 +126,7 @@ class ServeMetrics:
             "rluf_score_drift", "Running mean of served values minus the reward card's", by_model, registry=registry
         )
         self.feedback_requests = Counter("rluf_feedback", "Feedback requests", ("outcome",), registry=registry)
+        self.rows_without_user = Counter("rluf_rows_without_user", "Chats without a user id", registry=registry)
         self.scorer_retries = Counter("rluf_scorer_retries", "Batches repeated after a replica died", registry=registry)
         self._running_means: dict[tuple[str, str], RunningMean] = {}
 
@@ -159,7 +161,8 @@ class ServiceRules:
 
     `tokens` is empty for a service without authentication. `allowed_hosts` are the accepted Host header names (None:
     any); a service without a token needs them against DNS rebinding by web pages. `trusted_proxies` are addresses and
-    networks whose X-Forwarded-For header names the client. `listen_host` is serve.host.
+    networks whose X-Forwarded-For header names the client. `listen_host`, `chat_markers` and `reactions` are settings
+    of `serve`.
     """
 
     tokens: tuple[AccessToken, ...]
@@ -169,6 +172,8 @@ class ServiceRules:
     allowed_hosts: tuple[str, ...] | None
     trusted_proxies: tuple[str, ...] = ()
     listen_host: str = "127.0.0.1"
+    chat_markers: Mapping[str, str] = field(default_factory=dict)
+    reactions: tuple[str, ...] = DEFAULT_REACTIONS
 
 
 class ServiceBackend(Protocol):

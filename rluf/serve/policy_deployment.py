@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,7 @@ from rluf.config.policy import ModelSettings, RolloutSettings
 from rluf.config.run import ClusterSettings
 from rluf.config.settings import Settings
 from rluf.errors import ActorLostError, ModelError, RlufError
-from rluf.serve.api import ApiError
+from rluf.serve.api import ApiError, ChatSampling
 from rluf.types import Message
 
 if TYPE_CHECKING:
@@ -47,13 +48,19 @@ def load_engine_settings(settings_json: str) -> Settings:
 
 
 class ChatCompletion(NamedTuple):
-    """A sampled response, its finish reason, its token counts and the policy version that produced it."""
+    """A sampled response, its finish reason, its token counts and the policy version that produced it.
+
+    `temperature` is that of the sampling, `response_logprob` the log-probability (nats) of all response tokens under
+    the sampling distribution; None if a stop string cut the text, which then has other tokens.
+    """
 
     text: str
     finish_reason: str
     prompt_tokens: int
     response_tokens: int
     policy_version: str
+    temperature: float = 1.0
+    response_logprob: float | None = None
 
 
 class PolicyDeployment:
@@ -97,7 +104,9 @@ class PolicyDeployment:
         """Return the served policy version."""
         return self._served_version
 
-    async def complete_chat(self, messages: Sequence[Message], seed: int) -> ChatCompletion:
+    async def complete_chat(
+        self, messages: Sequence[Message], seed: int, sampling: ChatSampling | None = None
+    ) -> ChatCompletion:
         """Sample one response. Raises ApiError 422 for a too long conversation, RlufError if the engine fails."""
         from rluf.models.hub import render_prompt
 
@@ -113,14 +122,23 @@ class PolicyDeployment:
             raise ApiError(
                 422, "too_long", f"the conversation has {len(prompt_ids)} tokens, the policy reads at most {max_tokens}"
             )
+        sampling = sampling or ChatSampling()
         # No await between the gate above and this increment: a weight update waits only for the chats it can count.
         self._running_chats += 1
         try:
-            (generation,) = await engine.generate(prompt_ids, [seed])
+            (generation,) = await engine.generate(
+                prompt_ids, [seed], sampling.temperature, max_tokens=sampling.max_tokens
+            )
         finally:
             self._running_chats -= 1
         text = self._tokenizer.decode(generation.response_ids, skip_special_tokens=True)
-        return ChatCompletion(text, generation.finish_reason, len(prompt_ids), len(generation.response_ids), version)
+        uncut_text, text = text, truncate_at_stop(text, sampling.stop)
+        is_cut = len(text) < len(uncut_text)
+        temperature = self._settings.rollout.temperature if sampling.temperature is None else sampling.temperature
+        return ChatCompletion(
+            text, "stop" if is_cut else generation.finish_reason, len(prompt_ids), len(generation.response_ids),
+            version, temperature, None if is_cut else math.fsum(generation.logprobs),
+        )  # fmt: skip
 
     async def _start_engine(self, policy_folder: Path, version: str) -> None:
         from rluf.backends.vllm.engine import RolloutEngine, set_vllm_environment
@@ -182,6 +200,12 @@ class PolicyDeployment:
             await engine.load_weight_bucket(await asyncio.to_thread(sender.send_bucket, bucket))
         await engine.finish_weight_update(self._sync_count)
         sender.end()
+
+
+def truncate_at_stop(text: str, stop: Sequence[str]) -> str:
+    """The text before the first of the stop strings."""
+    positions = [position for string in stop if (position := text.find(string)) >= 0]
+    return text[: min(positions)] if positions else text
 
 
 def iter_weight_buckets(folder: Path, manifest: WeightManifest) -> Iterator[list[tuple[str, torch.Tensor]]]:

@@ -28,6 +28,7 @@ from rluf.serve.api import (
     ModelInfo,
     ScoredItem,
     ScoreRoute,
+    ServedResponse,
     build_chat_reply,
     build_reaction_event,
     build_served_event,
@@ -146,8 +147,8 @@ class LocalBackend:
         if request.model not in self.policies:
             raise ApiError(404, "unknown", f"model: no policy {request.model!r} is served here")
         text = await asyncio.to_thread(self.policies[request.model], to_messages(request.messages))
-        response_id, version = create_response_id(), f"{request.model}-1"
-        event = build_served_event(response_id, request, version, text, "stop", SALT)
+        response_id, version = create_response_id(request.user, SALT), f"{request.model}-1"
+        event = build_served_event(response_id, request, ServedResponse(version, text, "stop"), SALT)
         if event is not None:
             self.store.append_events([event])
         return build_chat_reply(

@@ -9,7 +9,7 @@ import pytest
 
 from rluf.config.settings import Settings
 from rluf.errors import SettingsError
-from rluf.serve.api import ApiError
+from rluf.serve.api import ApiError, create_response_id
 from rluf.serve.app import make_app
 from rluf.serve.application import check_secrets
 from rluf.serve.middleware import (
@@ -21,7 +21,7 @@ from rluf.serve.middleware import (
     read_access_tokens,
     read_host_name,
 )
-from tests.serve.conftest import LocalBackend, make_rules
+from tests.serve.conftest import SALT, LocalBackend, make_rules
 
 HELLO = {"messages": [{"role": "user", "content": "Hello?"}], "response": "Hello, friend!"}
 RECORD = {"conversation_id": "c", "turn": 0, "user_id": "u", "time": "2026-01-31T12:00:00+00:00", "model_version": "m"}
@@ -86,7 +86,7 @@ async def test_a_scope_opens_its_routes_only(
         responses = {
             "score": await client.post("/v1/score", json=HELLO),
             "chat": await client.post("/v1/chat/completions", json={"messages": HELLO["messages"]}),
-            "react": await client.post("/v1/feedback", json={"id": "none", "reaction": "love"}),
+            "react": await client.post("/v1/feedback", json={"id": create_response_id(None, SALT), "reaction": None}),
             "ingest": await client.post("/v1/feedback", json={"id": "r", "reaction": None, "record": RECORD | HELLO}),
             "metrics": await client.get("/metrics"),
             "models": await client.get("/v1/models"),

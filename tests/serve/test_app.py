@@ -81,9 +81,11 @@ async def test_an_objective_of_any_name_is_served(http_client: httpx.AsyncClient
     reply = (await http_client.post("/v1/rank", json=body)).json()
     by_love = (await http_client.post("/v1/rank", json={**body, "objective": "love"})).json()
     assert (reply["objective"], reply["best"]) == ("brevity", by_love["best"])
-    for model, label in (("brevity", "brevity"), ("safety", "safe"), ("gpt-9", "love")):
+    for model, label in (("brevity", "brevity"), ("safety", "safe"), ("reward-live", "love")):
         classified = (await http_client.post("/classify", json={"model": model, "input": "Yes."})).json()
         assert classified["data"][0]["label"] == label
+    response = await http_client.post("/classify", json={"model": "gpt-9", "input": "Yes."})
+    assert assert_error(response) == (404, "model")
 
 
 async def test_feedback_is_stored_once_and_users_are_hashed(

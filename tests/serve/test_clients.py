@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from rluf.errors import ResourceError
 from rluf.reward.model import RewardModel
 from rluf.serve.api import ApiError, ChatMessage, FeedbackContext
+from rluf.serve.chat_text import split_text
 from rluf.serve.client import RewardClient
-from rluf.serve.compat import split_query
 from rluf.types import ScoringItem
 from rluf.utils.stats import logit
 from tests.serve.conftest import OBJECTIVES, make_items
@@ -178,10 +178,7 @@ def test_the_openrlhf_remote_reward_model(service_url: str, reward_models: dict[
 
 
 @given(st.text(min_size=1), st.text())
-def test_a_query_is_split_into_prompt_and_response(prompt: str, response: str) -> None:
-    messages, parsed_response, *_ = split_query(prompt + response, prompt)
-    assert messages == [{"role": "user", "content": prompt}] or "<|im_start|>" in prompt
-    assert parsed_response in response
-    assert (
-        response.strip() == parsed_response or not response.strip(" \n\t") or parsed_response == parsed_response.strip()
-    )
+def test_plain_text_is_split_into_prompt_and_response(prompt: str, response: str) -> None:
+    item = split_text(prompt + response, prompt)
+    assert item.messages == [{"role": "user", "content": prompt}]
+    assert item.response == response.strip()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from rluf.config.settings import Settings
-from rluf.serve.api import ApiError, ChatRequest, FeedbackRequest
+from rluf.serve.api import ApiError, ChatRequest, ChatSampling, FeedbackRequest
 from rluf.serve.app import make_app
 from rluf.serve.application import build_scorer_config, list_configured_reward_folders
-from rluf.serve.deployments import BatchLimits, FeedbackWriter, GatewayDeployment, ScorerDeployment
+from rluf.serve.deployments import BatchLimits, FeedbackWriter, GatewayDeployment, ScorerDeployment, assign_arm
 from rluf.serve.policy_deployment import ChatCompletion, PolicyDeployment
 from rluf.types import Message
 from rluf.utils.hashing import hash_user_id
@@ -56,8 +57,8 @@ class EchoPolicy:
     async def describe(self) -> str:
         return "policy-1"
 
-    async def complete_chat(self, messages: Sequence[Message], seed: int) -> ChatCompletion:
-        return ChatCompletion(messages[-1]["content"], "stop", 3, 4, "policy-1")
+    async def complete_chat(self, messages: Sequence[Message], seed: int, sampling: ChatSampling) -> ChatCompletion:
+        return ChatCompletion(messages[-1]["content"], "stop", 3, 4, "policy-1", sampling.temperature or 1.0, -2.5)
 
 
 @pytest.fixture
@@ -113,12 +114,16 @@ async def test_a_chat_is_logged_and_its_reaction_stored(
     request = ChatRequest.model_validate({"messages": [{"role": "user", "content": "Hello"}], "user": "alice"})
     reply = await gateway.complete_chat(request)
     assert reply.choices[0].message["content"] == "Hello"
-    assert await gateway.store_feedback(FeedbackRequest(id=reply.id, reaction="love")) == "stored"
+    for other_user in (None, "bob", "", "alice "):
+        with pytest.raises(ApiError, match="another user"):
+            await gateway.store_feedback(FeedbackRequest.model_construct(id=reply.id, reaction=None, user=other_user))
+    assert await gateway.store_feedback(FeedbackRequest(id=reply.id, reaction="love", user="alice")) == "stored"
     assert await gateway.drain_requests(1.0) == 0
     assert await writer.flush_settled(all_rows=True) == 1
     (parquet_file,) = (tmp_path / "log").glob("*.parquet")
     (row,) = pq.read_table(parquet_file).to_pylist()
     assert (row["reaction"], row["user_id"]) == ("love", hash_user_id("alice", SALT))
+    assert (row["response_logprob"], row["response_tokens"], row["temperature"]) == (-2.5, 4, 1.0)
 
 
 async def test_an_unknown_policy_is_named_in_the_error(gateway: GatewayDeployment) -> None:
@@ -129,3 +134,84 @@ async def test_an_unknown_policy_is_named_in_the_error(gateway: GatewayDeploymen
 
 def test_the_policy_deployment_has_the_methods_that_the_gateway_calls() -> None:
     assert all(hasattr(PolicyDeployment, name) for name in ("describe", "complete_chat"))
+
+
+async def test_chat_honors_or_refuses_openais_fields(gateway: GatewayDeployment) -> None:
+    base = {"messages": [{"role": "user", "content": "Hello"}]}
+    transport = httpx.ASGITransport(make_app(gateway))
+    async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+
+        async def chat(**fields: object) -> httpx.Response:
+            return await client.post("/v1/chat/completions", json=base | fields)
+
+        for fields in (
+            {"n": 2}, {"top_p": 0.5}, {"logprobs": True}, {"tools": [{}]}, {"presence_penalty": 1}, {"logit_bias": {}},
+            {"max_tokens": 0}, {"stop": [""]}, {"stop": ["a"] * 5}, {"response_format": {"type": "json_object"}},
+            {"temperature": 3}, {"function_call": "auto"}, {"functions": []}, {"best_of": 2}, {"unknown": 1},
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+            {"messages": [{"role": "tool", "content": "x"}, *base["messages"]]}, {"seed": -1},
+        ):  # fmt: skip
+            assert (await chat(**fields)).status_code == 422, fields
+        parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+        messages = [{"role": "developer", "content": "Be kind."}, {"role": "user", "content": parts}]
+        harmless = {"n": 1, "top_p": 1.0, "presence_penalty": 0, "logprobs": False, "tools": [], "metadata": {"a": "b"}}
+        reply = await chat(messages=messages, temperature=0.5, max_tokens=7, stop="x", seed=3, **harmless)
+        assert reply.json()["choices"][0]["message"]["content"] == "Hello"
+        stream = await chat(stream=True, stream_options={"include_usage": True})
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        chunks = [line.removeprefix("data: ") for line in stream.text.split("\n\n") if line]
+        assert chunks[-1] == "[DONE]"
+        deltas = [choice["delta"] for chunk in chunks[:-1] for choice in json.loads(chunk)["choices"]]
+        assert "".join(delta.get("content", "") for delta in deltas) == "Hello"
+        assert (await client.get("/v1/models/echo")).json()["id"] == "echo"
+        assert (await client.get("/v1/models/other")).status_code == 404
+
+
+@pytest.mark.parametrize("key", ["reaction", "record"])
+async def test_only_listed_reactions_are_stored(gateway: GatewayDeployment, key: str) -> None:
+    record = {
+        "conversation_id": "c", "turn": 0, "user_id": "u", "time": "2026-01-31T12:00:00+00:00", "model_version": "m",
+        "messages": [{"role": "user", "content": "Hi"}], "response": "Hello", "interface": "app", "device": "d",
+        "author": "a", "arm": "b",
+    }  # fmt: skip
+    transport = httpx.ASGITransport(make_app(gateway))
+    async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+        for reaction, status in (("<img src=x>", 422), ("Love", 422), ("thumbs_down", 200), (None, 200)):
+            body = {"id": f"r-{reaction}", "reaction": reaction, "record": record}
+            if key == "reaction":
+                body["record"] = None
+                status = 404 if status == 200 else status
+            assert (await client.post("/v1/feedback", json=body)).status_code == status
+
+
+def test_users_are_assigned_to_arms_by_a_secret_hash() -> None:
+    users = [f"u{number}" for number in range(4000)]
+    for share in (0.0, 0.1, 0.5, 1.0):
+        arms = [assign_arm(user, {"base": 1 - share, "aligned": share}, b"salt") for user in users]
+        assert arms == [assign_arm(user, {"base": 1 - share, "aligned": share}, b"salt") for user in users]
+        assert abs(arms.count("aligned") / len(users) - share) <= 4 * (share * (1 - share) / len(users)) ** 0.5
+    ramp = [
+        [assign_arm(user, {"base": 1 - s, "aligned": s}, b"salt") == "aligned" for s in (0.1, 0.3, 1.0)]
+        for user in users
+    ]
+    assert all(steps == sorted(steps) for steps in ramp)
+    other_salt = [assign_arm(user, {"base": 0.5, "aligned": 0.5}, b"other") for user in users]
+    assert other_salt != [assign_arm(user, {"base": 0.5, "aligned": 0.5}, b"salt") for user in users]
+
+
+async def test_the_arm_of_an_experiment_is_logged(
+    gateway: GatewayDeployment, writer: FeedbackWriter, tmp_path: Path
+) -> None:
+    await gateway.reconfigure(
+        {"roles": ["live"], "share": 0, "policies": {"echo": "policy-1"}, "experiment": {"echo": 1.0}}
+    )
+    message = {"messages": [{"role": "user", "content": "Hello"}]}
+    for fields in ({"user": "ann"}, {"conversation_id": "c1"}, {"conversation_id": "c1"}, {}, {"model": "echo"}):
+        await gateway.complete_chat(ChatRequest.model_validate(message | fields))
+    await writer.flush_settled(all_rows=True)
+    (parquet_file,) = (tmp_path / "log").glob("*.parquet")
+    rows = pq.read_table(parquet_file).to_pylist()
+    assert [row["arm"] for row in rows] == ["echo"] * 4 + [None]
+    users = [row["user_id"] for row in rows]
+    assert users[1] == users[2] and len(set(users)) == 4
+    assert gateway.metrics.rows_without_user._value.get() == 4.0

@@ -154,13 +154,18 @@ class RolloutEngine:
         }
 
     async def generate(
-        self, prompt_ids: Sequence[int], seeds: Sequence[int], temperature: float | None = None
+        self,
+        prompt_ids: Sequence[int],
+        seeds: Sequence[int],
+        temperature: float | None = None,
+        *,
+        max_tokens: int | None = None,
     ) -> list[Generation]:
         """Sample one response per seed; equal seeds and weights give equal responses.
 
         Sampling is from the whole vocabulary at `temperature` (None: rollout.temperature), and ends at an end-of-turn
-        token or after rollout.max_response_tokens. Raises DataError for a prompt that is too long, DeadlineError past
-        timeouts.call_s, ActorLostError when the engine has died.
+        token, after rollout.max_response_tokens, or after `max_tokens` if that is less. Raises DataError for a prompt
+        that is too long, DeadlineError past timeouts.call_s, ActorLostError when the engine has died.
         """
         max_prompt_tokens = self.settings.rollout.max_prompt_tokens
         if not 0 < len(prompt_ids) <= max_prompt_tokens:
@@ -172,10 +177,8 @@ class RolloutEngine:
         self.running_samples += len(seeds)
         try:
             async with self._call_deadline(self.settings.timeouts.call_s, "to generate a group"):
-                tasks = [
-                    asyncio.ensure_future(self._run_request(token_ids, self._build_sampling_params(seed, temperature)))
-                    for seed in seeds
-                ]
+                sampling_params = [self._build_sampling_params(seed, temperature, max_tokens) for seed in seeds]
+                tasks = [asyncio.ensure_future(self._run_request(token_ids, params)) for params in sampling_params]
                 try:
                     outputs = await asyncio.gather(*tasks)
                 finally:
@@ -399,14 +402,16 @@ class RolloutEngine:
                 "free; lower rollout.kv_cache_gib or use a smaller model"
             )
 
-    def _build_sampling_params(self, seed: int, temperature: float | None = None) -> SamplingParams:
+    def _build_sampling_params(
+        self, seed: int, temperature: float | None = None, max_tokens: int | None = None
+    ) -> SamplingParams:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
         rollout = self.settings.rollout
         return SamplingParams(
             temperature=rollout.temperature if temperature is None else temperature,
-            max_tokens=rollout.max_response_tokens,
+            max_tokens=min(rollout.max_response_tokens, max_tokens or rollout.max_response_tokens),
             seed=seed,
             logprobs=0,
             flat_logprobs=True,

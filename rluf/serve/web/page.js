@@ -63,7 +63,7 @@ function addHeart(item, column, id) {
     const isLoved = heart.getAttribute("aria-pressed") !== "true";
     heart.disabled = true;
     try {
-      await callService("/v1/feedback", { id, reaction: isLoved ? "love" : null });
+      await callService("/v1/feedback", { id, reaction: isLoved ? "love" : null, user: visitorId });
       heart.setAttribute("aria-pressed", String(isLoved));
       showStatus(isLoved ? "Your heart is stored." : "Your heart is removed.");
     } catch (error) { showStatus("Not stored: " + error.message); }

@@ -1,0 +1,215 @@
+"""Split the text of a rendered chat template into messages and response, for the routes of other systems' clients.
+
+Those clients send one decoded text: a prompt in the chat format of their policy, and the response. It may be cut on the
+left (a long prompt), on the right (a long response), and padded on both sides. Text that holds template markers after
+the split is refused: scored as words, it would get a score that looks right and means nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from rluf.models.chat import CONTROL_STRING_PATTERN
+from rluf.serve.api import ApiError
+from rluf.types import Message, ScoringItem
+
+MIN_OVERLAP_CHARS = 8
+"""Minimum number of characters of its prompt that a text which is cut on the left must start with."""
+_TEXT_ENDS = re.compile(rf"^(?:\s|{CONTROL_STRING_PATTERN.pattern})+|(?:\s|{CONTROL_STRING_PATTERN.pattern})+$")
+_PADDED_START = re.compile(rf"^\s*(?:(?:{CONTROL_STRING_PATTERN.pattern})\s*)+")
+_PADDED_END = re.compile(rf"(?:\s*(?:{CONTROL_STRING_PATTERN.pattern}))+\s*$")
+_LLAMA2_SYSTEM = re.compile(r"(\s*<<SYS>>)?\s*(.*?)\s*<</SYS>>\s*", re.DOTALL)
+_STRIKETHROUGH = ("<s>", "</s>")
+"""Control tokens of Mistral and Llama 2 that are HTML tags too: removed at the ends of a text, not refused inside."""
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """Markers of a chat template: the one that starts a turn of each role, and those that end a turn."""
+
+    headers: Mapping[str, str]
+    ends: tuple[str, ...]
+    is_stripped: bool = False
+    """Whether white space around a turn's text belongs to the template."""
+
+    def build_header_pattern(self) -> re.Pattern[str]:
+        """Pattern of any header, one group per role; line breaks at its end may be missing in a cut text."""
+        patterns = []
+        for role, header in self.headers.items():
+            marker = header.rstrip("\n")
+            patterns.append(f"(?P<{role}>{re.escape(marker)}\\n{{0,{len(header) - len(marker)}}})")
+        return re.compile("|".join(patterns))
+
+
+def _build_format(template: str, *ends: str, assistant: str = "assistant") -> ChatFormat:
+    roles = {"system": "system", "user": "user", "assistant": assistant}
+    return ChatFormat({role: template.format(name) for role, name in roles.items()}, ends)
+
+
+CHAT_FORMATS: dict[str, ChatFormat] = {
+    "chatml": _build_format("<|im_start|>{}\n", "<|im_end|>"),
+    "llama3": _build_format(
+        "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"
+    ),
+    "llama4": _build_format("<|header_start|>{}<|header_end|>\n\n", "<|eot|>", "<|eom|>", "<|end_of_text|>"),
+    "gemma": _build_format("<start_of_turn>{}\n", "<end_of_turn>", "<eos>", assistant="model"),
+    "mistral": ChatFormat(
+        {"system": "[SYSTEM_PROMPT]", "user": "[INST]", "assistant": "[/INST]"},
+        ("[/SYSTEM_PROMPT]", "</s>"),
+        is_stripped=True,
+    ),
+    "phi": _build_format("<|{}|>\n", "<|end|>", "</s>", "<|endoftext|>"),
+}
+"""Chat formats by name: Qwen, SmolLM and others (chatml), Llama 3 and 4, Gemma, Mistral and Llama 2, Phi and Zephyr."""
+
+
+def build_custom_format(markers: Mapping[str, str]) -> ChatFormat | None:
+    """The format of serve.chat_markers: keys user, assistant, end and optionally system; None if it is empty."""
+    if not markers:
+        return None
+    return ChatFormat({role: marker for role, marker in markers.items() if role != "end"}, (markers["end"],))
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    role: str
+    start: int
+    content_start: int
+    end: int
+
+
+def split_text(text: str, prompt: str = "", custom_format: ChatFormat | None = None) -> ScoringItem:
+    """Split a text into messages and response; `prompt` is what it starts with, if the client says so.
+
+    Text in no chat format is a response to the prompt as one user message. Raises ApiError 422 when the text cannot be
+    split, or markers remain in it.
+    """
+    chat_format = _detect_format(prompt + "\n" + text, custom_format)
+    if chat_format is None:
+        response = _PADDED_START.sub("", _PADDED_END.sub("", text[_find_overlap(text, prompt) :]))
+        # Tokenizers join prompt and response with white space; a text without a prompt is scored as it is.
+        return _check_item([Message(role="user", content=prompt)], response.strip() if prompt else response)
+    turns = _find_turns(text, chat_format)
+    # The first assistant turn that does not end within the prompt; the last one if the prompt is unknown or cut.
+    prompt_end = len(prompt.rstrip()) if prompt and text.startswith(prompt) else None
+    answers = [turn for turn in turns if turn.role == "assistant"]
+    candidates = answers[-1:] if prompt_end is None else [turn for turn in answers if turn.content_start >= prompt_end]
+    if candidates:
+        answer = candidates[0]
+        context, response = text[: answer.start], text[answer.content_start :]
+    elif prompt and (overlap := _find_overlap(text, prompt)):
+        context, response = prompt, text[overlap:]
+    else:
+        raise _build_error("it has no assistant turn")
+    # A prompt of which the text has only the end tells more than that end.
+    messages = _parse_context(prompt if prompt and prompt_end is None else context, chat_format)
+    return _check_item(messages, _read_content(response, chat_format))
+
+
+def split_pair(query: str, response: str, custom_format: ChatFormat | None = None) -> ScoringItem:
+    """Make an item of a prompt (a chat format, or one user message) and a response; see split_text."""
+    chat_format = _detect_format(query, custom_format)
+    if chat_format is not None:
+        return _check_item(_parse_context(query, chat_format), _read_content(response, chat_format))
+    if not query.strip():
+        return split_text(response, "", custom_format)
+    return _check_item([Message(role="user", content=query)], response)
+
+
+def _detect_format(text: str, custom_format: ChatFormat | None) -> ChatFormat | None:
+    """The format with the most headers in the text; None if there is no header."""
+    formats = [custom_format] if custom_format is not None else []
+    counts = [(len(item.build_header_pattern().findall(text)), item) for item in (*formats, *CHAT_FORMATS.values())]
+    best_count, best_format = max(counts, key=lambda pair: pair[0])
+    return best_format if best_count else None
+
+
+def _find_turns(text: str, chat_format: ChatFormat) -> list[_Turn]:
+    matches = list(chat_format.build_header_pattern().finditer(text))
+    ends = [*(match.start() for match in matches), len(text)][1:]
+    return [
+        _Turn(str(match.lastgroup), match.start(), match.end(), end) for match, end in zip(matches, ends, strict=True)
+    ]
+
+
+def _parse_context(context: str, chat_format: ChatFormat) -> list[Message]:
+    """Messages of a prompt, up to its last user message. Raises ApiError 422 when there is none."""
+    turns = _find_turns(context, chat_format)
+    messages = [
+        Message(role=turn.role, content=_read_content(context[turn.content_start : turn.end], chat_format))
+        for turn in turns
+    ]
+    if messages and messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip():
+        messages.pop()  # the header that starts the response
+    # What is before the first header is the end of a turn that was cut. It is the user's if the response follows, and
+    # unknown otherwise.
+    fragment = context[: turns[0].start] if turns else context
+    if not messages:
+        fragment = _remove_partial_header(_TEXT_ENDS.sub("", fragment), chat_format)
+        messages = [Message(role="user", content=_read_content(fragment, chat_format))]
+    messages = [turn for message in messages for turn in _split_llama2_system(message)]
+    if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
+        raise _build_error("no user message precedes the response")
+    return messages
+
+
+def _read_content(text: str, chat_format: ChatFormat) -> str:
+    """Text of a turn without the marker that ends it and padding. Raises ApiError 422 for text after that marker."""
+    positions = [position for end in chat_format.ends if (position := text.find(end)) >= 0]
+    content = text[: min(positions)] if positions else _PADDED_END.sub("", text)
+    remainder = text[len(content) :]
+    for end in chat_format.ends:
+        remainder = remainder.replace(end, "")
+    if _TEXT_ENDS.sub("", remainder):
+        raise _build_error("text follows the end of a turn")
+    return content.strip() if chat_format.is_stripped else content
+
+
+def _remove_partial_header(fragment: str, chat_format: ChatFormat) -> str:
+    """A cut turn without the rest of its own header: `er\\nHello` is `Hello`."""
+    headers = [header.rstrip("\n") for header in chat_format.headers.values()]
+    lengths = [n for header in headers for n in range(1, len(header)) if fragment.startswith(header[-n:] + "\n")]
+    return fragment[max(lengths, default=0) :].lstrip("\n") if lengths else fragment
+
+
+def _split_llama2_system(message: Message) -> list[Message]:
+    match = _LLAMA2_SYSTEM.match(message["content"]) if message["role"] == "user" else None
+    if match is None:
+        return [message]
+    user_text = message["content"][match.end() :]
+    # Without its start the system message was cut.
+    system = [Message(role="system", content=match[2])] if match[1] else []
+    return [*system, Message(role="user", content=user_text)]
+
+
+def _find_overlap(text: str, prompt: str) -> int:
+    """Length of the longest end of `prompt` that `text` starts with. Raises ApiError 422 if it is too short."""
+    if text.startswith(prompt):
+        return len(prompt)
+    # Prefix function of Knuth, Morris and Pratt over text + separator + prompt: linear in both.
+    joined = [*text[: len(prompt)], "", *prompt]
+    lengths, length = [0], 0
+    for char in joined[1:]:
+        while length and char != joined[length]:
+            length = lengths[length - 1]
+        length += char == joined[length]
+        lengths.append(length)
+    if lengths[-1] < MIN_OVERLAP_CHARS:
+        raise _build_error("it does not start with its prompt")
+    return lengths[-1]
+
+
+def _check_item(messages: Sequence[Message], response: str) -> ScoringItem:
+    for text in (*(message["content"] for message in messages), response):
+        for match in CONTROL_STRING_PATTERN.finditer(text):
+            if match[0] not in _STRIKETHROUGH:
+                raise _build_error(f"the template marker {match[0]!r} remains in it")
+    return ScoringItem(list(messages), response)
+
+
+def _build_error(problem: str) -> ApiError:
+    hint = f"set serve.chat_markers if its chat format is not one of {', '.join(CHAT_FORMATS)}"
+    message = f"a text cannot be split into messages and response: {problem}; send messages to /v1/score, or {hint}"
+    return ApiError(422, "template", message)

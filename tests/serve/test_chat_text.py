@@ -1,0 +1,183 @@
+"""Rendered chat templates are split as their messages were, also when cut or padded, or they are refused."""
+
+from __future__ import annotations
+
+import httpx
+import pytest
+
+from rluf.config.settings import Settings
+from rluf.reward.model import RewardModel
+from rluf.serve.api import ApiError
+from rluf.serve.chat_text import build_custom_format, split_pair, split_text
+from rluf.types import ScoringItem
+from rluf.utils.stats import logit
+
+USER, RESPONSE = "Hello? Is anyone there to help me?", "Hello, friend! How can I help you today?"
+# Prompt, end of the response and padding as the chat templates of the named models render one user message.
+TEMPLATES = {
+    "chatml": ("<|im_start|>system\nYou are an assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+               "<|im_start|>assistant\n", "<|im_end|>", "<|endoftext|>"),
+    "chatml without system": ("<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n", "<|im_end|>"),
+    "llama3": ("<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+               "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", "<|finetune_right_pad_id|>"),
+    "llama3 system": ("<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nCutting Knowledge Date: 2023\n\n"
+                      "<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+                      "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", "<|end_of_text|>"),
+    "llama4": ("<|begin_of_text|><|header_start|>user<|header_end|>\n\n{}<|eot|>"
+               "<|header_start|>assistant<|header_end|>\n\n", "<|eot|>", "<|finetune_right_pad|>"),
+    "gemma": ("<bos><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn>\n", "<pad>"),
+    "mistral v1": ("<s> [INST] {} [/INST]", "</s>", "</s>"),
+    "mistral v3": ("<s>[INST] {}[/INST]", "</s>", "<pad>"),
+    "mistral v7": ("<s>[SYSTEM_PROMPT]Be kind.[/SYSTEM_PROMPT][INST]{}[/INST]", "</s>", "</s>"),
+    "llama2": ("<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\n{} [/INST]", " </s>", "<pad>"),
+    "phi": ("<|user|>\n{}<|end|>\n<|assistant|>\n", "<|end|>", "<|endoftext|>"),
+    "zephyr": ("<|system|>\nBe kind.</s>\n<|user|>\n{}</s>\n<|assistant|>\n", "</s>", "</s>"),
+    "custom": ("### Human: {}@@### Bot: ", "@@", "</s>"),
+}  # fmt: skip
+CUSTOM = build_custom_format({"user": "### Human: ", "assistant": "### Bot: ", "end": "@@"})
+
+
+def render(name: str) -> tuple[str, str, str]:
+    prompt, end, pad = TEMPLATES[name]
+    return prompt.format(USER), end, pad
+
+
+def get_last_message(item: ScoringItem) -> tuple[str, str, str]:
+    return item.messages[-1]["role"], item.messages[-1]["content"], item.response
+
+
+@pytest.mark.parametrize("with_prompt", [True, False])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_rendered_conversation_is_split(name: str, with_prompt: bool) -> None:
+    prompt, end, pad = render(name)
+    header_start = max(
+        prompt.rfind(marker) for marker in ("<|im_start|>", "<|start_header", "<|header", "<start_of", "<|a")
+    )
+    user_start = prompt.index(USER)
+    texts = {
+        "whole": prompt + RESPONSE + end,
+        "no end": prompt + RESPONSE,
+        "padded": pad * 5 + prompt + RESPONSE + end + pad * 7,
+        "padded with spaces": f"{pad} {pad} {prompt}{RESPONSE}{end} {pad} {pad}",
+        "cut before the user": prompt[max(0, user_start - 24) :] + RESPONSE + end,
+        "cut and padded": pad * 3 + prompt[max(0, user_start - 24) :] + RESPONSE + pad * 4,
+        "cut on both sides": prompt[max(0, user_start - 24) :] + RESPONSE,
+    }
+    for label, text in texts.items():
+        prompts = [prompt] + ([prompt[:header_start]] if header_start > 0 and label == "whole" else [])
+        for given_prompt in prompts if with_prompt else [""]:
+            item = split_text(text, given_prompt, CUSTOM)
+            assert get_last_message(item) == ("user", USER, RESPONSE), label
+    item = split_pair(prompt, RESPONSE + end, CUSTOM)
+    assert get_last_message(item) == ("user", USER, RESPONSE)
+
+
+@pytest.mark.parametrize("response_length", [0, 1, 17])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_cut_is_split_right_or_refused(name: str, response_length: int) -> None:
+    prompt, _, _ = render(name)
+    response = RESPONSE[:response_length]
+    for cut in range(len(prompt)):
+        text = prompt[cut:] + response
+        try:
+            item = split_text(text, prompt, CUSTOM)
+        except ApiError as error:
+            assert error.status == 422
+            assert cut > prompt.index(USER)
+            continue
+        assert get_last_message(item) == ("user", USER, response.strip() if "[INST]" in prompt else response)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_long_conversation_has_all_its_turns(name: str) -> None:
+    prompt, end, _ = render(name)
+    text = prompt + "First answer." + end + TEMPLATES[name][0].format("And then?") + RESPONSE + end
+    item = split_text(text, "", CUSTOM)
+    assert [m["content"] for m in item.messages if m["role"] == "assistant"] == ["First answer."]
+    assert get_last_message(item) == ("user", "And then?", RESPONSE)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<|im_start|>user\nHello?<|im_end|>\n", "<|im_start|>assistant\nHi", "Hello <|im_end|> there", "[INST] Hello?",
+        "<|im_start|>user\nHello?<|im_end|>\n<|im_start|>tool\n{}<|im_end|>\n<|im_start|>assistant\nHi",
+        "<|im_start|>user\nHello?<|im_end|>\n<|im_start|>assistant\nHi<|im_end|>\nMore text",
+        "<|unknown|>user: Hello<|sep|>bot: Hi", "<start_of_turn>user\n <end_of_turn>\n<start_of_turn>model\nHi",
+        "<|im_start|>user\nHello?<|im_end|>\n<|im_start|>assistant\nHi <|eot_id|> there",
+    ],
+)  # fmt: skip
+def test_what_cannot_be_split_is_refused_with_a_hint(text: str) -> None:
+    with pytest.raises(ApiError, match=r"cannot be split.*/v1/score.*serve\.chat_markers") as error:
+        split_text(text)
+    assert error.value.status == 422
+
+
+def test_plain_text_is_not_touched_and_must_start_with_its_prompt() -> None:
+    assert split_text("Is 3 < 5? <s>No</s> yes").response == "Is 3 < 5? <s>No</s> yes"
+    assert split_pair("What is [x]?", " [1] ").response == " [1] "
+    assert get_last_message(split_text("Question one? Yes.", "Question one?")) == ("user", "Question one?", "Yes.")
+    assert split_text("stion one? Yes.", "A long question one?").response == "Yes."
+    with pytest.raises(ApiError, match="does not start with its prompt"):
+        split_text("Something else", "Question?")
+
+
+def test_markers_in_the_settings_are_checked() -> None:
+    markers = {"user": "U:", "assistant": "A:", "end": "$"}
+    assert Settings.model_validate({"serve": {"chat_markers": markers}}).serve.chat_markers == markers
+    for wrong in ({"user": "U:"}, {**markers, "end": ""}, {**markers, "robot": "R:"}):
+        with pytest.raises(ValueError, match="chat_markers"):
+            Settings.model_validate({"serve": {"chat_markers": wrong}})
+
+
+@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "custom"])
+def test_every_text_route_gives_the_score_of_the_messages(
+    name: str, service_url: str, reward_models: dict[str, RewardModel]
+) -> None:
+    prompt, end, pad = render(name)
+    text = pad * 3 + prompt + RESPONSE + end + pad * 2
+    item = split_text(text)
+    value = reward_models["love"].score([item], "love")[0].value
+    safety = reward_models["safety"].score([item], "safety")[0].value
+    with httpx.Client(base_url=service_url) as client:
+
+        def post(path: str, body: dict[str, object]) -> dict[str, object]:
+            response = client.post(path, json=body)
+            assert response.status_code == 200, response.text
+            return {"reply": response.json()}
+
+        messages = {"messages": item.messages, "response": item.response}
+        expected = client.post("/v1/score", json=messages).json()["scores"]["love"]["value"]
+        assert expected == pytest.approx(value, abs=1e-4)
+        replies = {
+            # OpenRLHF's HTTP reward client; verl's reward loop; vLLM's score, classify, pooling; TEI; cohere; openai.
+            "openrlhf": post("/get_reward", {"query": [text], "prompts": [prompt], "labels": [""]}),
+            "verl": post("/classify", {"model": "love", "input": text, "activation": False}),
+            "classify": post("/classify", {"model": "love", "input": [text], "use_activation": True}),
+            "pooling": post("/pooling", {"model": "love", "input": text, "use_activation": False}),
+            "score": post("/score", {"model": "love", "text_1": prompt, "text_2": RESPONSE + end}),
+            "data": post("/score", {"data_1": [prompt], "data_2": [RESPONSE], "use_activation": False}),
+            "rerank": post("/v1/rerank", {"model": "love", "query": prompt, "documents": [RESPONSE]}),
+            "tei": post("/predict", {"inputs": text}),
+            "tei pair": post("/predict", {"inputs": [[prompt, RESPONSE]]}),
+            "openai": post("/v1/moderations", {"input": text, "model": "omni-moderation-latest"}),
+        }  # fmt: skip
+    results = {key: reply["reply"] for key, reply in replies.items()}
+    found = {
+        "openrlhf": results["openrlhf"]["scores"][0],
+        "classify": results["classify"]["data"][-1]["probs"][-1],
+        "score": results["score"]["data"][0]["score"],
+        "rerank": results["rerank"]["results"][0]["relevance_score"],
+        "tei": results["tei"][0]["score"],
+        "tei pair": results["tei pair"][0][0]["score"],
+    }
+    assert found == pytest.approx(dict.fromkeys(found, value), abs=1e-4)
+    logits = {
+        "openrlhf": results["openrlhf"]["rewards"][0],
+        "verl": results["verl"]["data"][-1]["probs"][-1],
+        "pooling": results["pooling"]["data"][0]["data"][0],
+        "data": results["data"]["data"][0]["score"],
+    }
+    assert logits == pytest.approx(dict.fromkeys(logits, logit(value)), abs=1e-3)
+    assert results["openai"]["results"][0]["category_scores"]["unsafe"] == pytest.approx(1 - safety, abs=1e-4)
+    assert results["score"]["usage"]["total_tokens"] > 5
