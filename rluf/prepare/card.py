@@ -157,6 +157,9 @@ def build_data_card(
     return card
 
 
+CUT_SHARE_LIMIT = 0.1
+"""Share of rows that a reward model would cut above which the card warns."""
+
 ENTRY_DRIFT_LIMIT = 0.1
 """Change of a share of rows since the previous data set that is a warning."""
 
@@ -212,6 +215,12 @@ def list_warnings(card: Mapping[str, Any], max_rows: int | None) -> list[str]:
                 f"data.{kind}: {statistics['contradictory']} rows contradict another one (the reverse pair, or "
                 "the other label of the same response); prepare.contradictions=ignored drops them"
             )
+    warnings += [
+        f"data.{kind}: about {length['cut_share']:.0%} of the rows are longer than max_tokens={length['max_tokens']} "
+        f"of their reward model and would be cut; 95% have at most {length['tokens_p95']} tokens (estimated)"
+        for kind, length in card["lengths"].items()
+        if length["cut_share"] >= CUT_SHARE_LIMIT
+    ]
     love = card.get("love") or {}
     if love.get("rows_of_reused_conversation_ids"):
         warnings.append(

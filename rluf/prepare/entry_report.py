@@ -8,11 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from rluf.config.objectives import find_spec_by_data_key
 from rluf.errors import DataError
 from rluf.prepare.labels import LABEL_NAMES, LabelRules, check_reactions
 from rluf.prepare.readers.columns import RATINGS_NOTE, check_columns
 from rluf.prepare.readers.files import BROKEN_FILE_REASONS
 from rluf.prepare.readers.sources import LogSource, find_reader
+from rluf.prepare.validate_pass import LENGTH_STEP_TOKENS
 from rluf.prepare.workspace import RowCount
 
 _RATING_PATH = re.compile(r"rating|stars?$|score|csat|nps|grade", re.IGNORECASE)
@@ -120,6 +124,30 @@ def report_entries(
         source = sources[task["sources"][0][0]]
         reports[source.kind_name, source.entry_index].add(result)
     return list(reports.values())
+
+
+def summarize_lengths(
+    tasks: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]], reward_settings: Mapping[str, Any]
+) -> dict[str, dict[str, float]]:
+    """Estimated tokens of a row by kind of data: the 95th percentile, and the share that its reward model would cut."""
+    counts_by_kind: dict[str, Counter[int]] = defaultdict(Counter)
+    for task, result in zip(tasks, results, strict=True):
+        counts_by_kind[task["kind_name"]].update({int(step): rows for step, rows in result["lengths"].items()})
+    lengths = {}
+    for kind_name, counts in counts_by_kind.items():
+        spec = find_spec_by_data_key(kind_name)
+        model = reward_settings.get(spec.name) if spec is not None else None
+        if not counts or model is None:
+            continue
+        steps = sorted(counts)
+        cumulative = np.cumsum([counts[step] for step in steps])
+        high_step = steps[int(np.searchsorted(cumulative, 0.95 * cumulative[-1]))]
+        cut_rows = sum(rows for step, rows in counts.items() if step * LENGTH_STEP_TOKENS >= model.max_tokens)
+        lengths[kind_name] = {
+            "tokens_p95": (high_step + 1) * LENGTH_STEP_TOKENS, "max_tokens": model.max_tokens,
+            "cut_share": cut_rows / counts.total(),
+        }  # fmt: skip
+    return lengths
 
 
 def estimate_lost_rows(row_counts: Sequence[RowCount], broken_files: str) -> dict[str, int]:

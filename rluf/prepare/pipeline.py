@@ -21,7 +21,7 @@ from rluf.errors import DataError, ResourceError, RlufError
 from rluf.prepare.assign_pass import AssignTask, assign_rows
 from rluf.prepare.card import build_data_card, format_card_lines, list_warnings, measure_drift, measure_entry_drift
 from rluf.prepare.card_page import write_card_page
-from rluf.prepare.entry_report import check_entries, estimate_lost_rows, report_entries
+from rluf.prepare.entry_report import check_entries, estimate_lost_rows, report_entries, summarize_lengths
 from rluf.prepare.readers.columns import check_columns
 from rluf.prepare.readers.sources import LogSource, fingerprint_sources, resolve_sources
 from rluf.prepare.schema import SCHEMA_VERSION, find_data_kind, order_kinds
@@ -171,6 +171,7 @@ def _run_passes(
         forgotten=list(erasure_marks), entries=[report.to_card() for report in entry_reports],
         lost_rows_of_broken_files=lost_rows,
     )  # fmt: skip
+    card["lengths"] = summarize_lengths(validate_tasks, validate_results, settings.reward.by_objective)
     card["warnings"] = [*list_warnings(card, prepare.max_rows), *measure_entry_drift(card, previous_card)]
     card["drift"] = measure_drift(card, previous_card)
     card_text = json.dumps(card, indent=2, ensure_ascii=False) + "\n"

@@ -51,6 +51,12 @@ _MAX_PENDING_BYTES = 64 * 2**20
 EMAIL_NOTE = "user ids that look like e-mail addresses"
 """Note on rows whose user id is personal data, because no salt is set."""
 
+BYTES_PER_TOKEN = 4
+"""Bytes of UTF-8 per token, about: four letters of English, or one and a third of Chinese."""
+
+LENGTH_STEP_TOKENS = 16
+"""Width of the steps in which estimated lengths are counted."""
+
 MAX_REASON_CHARS = 120
 """Characters of a reason that repeats a key of the row."""
 
@@ -122,6 +128,7 @@ class _ValidationWriter:
         self.redaction_counts: Counter[str] = Counter()
         self.reaction_counts: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
+        self.length_counts: Counter[int] = Counter()
         self.rules = LabelRules(task.labels)
         work_folder, file_name = Path(task.work_folder), f"{task.file_stem}.arrow"
         folders = ("index", "rows") if self.kind.split_names else ("index",)
@@ -154,6 +161,7 @@ class _ValidationWriter:
         table = self._protect_personal_data(build_arrow_table(rows, self.kind.record_type))
         if not self.task.salt_hex and "user_id" in table.column_names:
             self.notes[EMAIL_NOTE] += pc.sum(pc.match_substring(table["user_id"], "@")).as_py() or 0
+        self._count_lengths(table)
         index = self._build_index(rows, table, positions)
         if self.task.erasure_marks and "user_id" in table.column_names:
             is_erased = match_erased_users(table["user_id"].to_pylist(), self.task.erasure_marks)
@@ -162,6 +170,21 @@ class _ValidationWriter:
             table, index = table.filter(keep_mask), index.filter(keep_mask)
         row_buckets = (to_unit_interval(index["row_key"].to_numpy()) * self.task.bucket_count).astype(np.int64)
         self._bucket_writer.write(row_buckets, [index, table])
+
+    def _count_lengths(self, table: pa.Table) -> None:
+        """Count rows by estimated tokens of the context and the (longer) response, in steps of LENGTH_STEP_TOKENS."""
+        texts = [table[name] for name in _TEXT_COLUMNS if name in table.column_names]
+        if not texts:
+            return
+        response_bytes = pc.max_element_wise(*(pc.binary_length(text) for text in texts)).to_numpy()
+        messages = table["messages"].combine_chunks()
+        message_bytes = np.append(0, np.cumsum(pc.binary_length(messages.flatten().field("content")).to_numpy()))
+        offsets = messages.offsets.to_numpy() - messages.offsets[0].as_py()
+        tokens = (response_bytes + message_bytes[offsets[1:]] - message_bytes[offsets[:-1]]) / BYTES_PER_TOKEN
+        steps = (tokens // LENGTH_STEP_TOKENS).astype(np.int64)
+        self.length_counts.update(
+            dict(zip(*(values.tolist() for values in np.unique(steps, return_counts=True)), strict=True))
+        )
 
     def _label_reactions(self, column: pa.ChunkedArray) -> pa.Array:
         """Label code of each reaction [N], null where there is none; also counts reactions by name."""
@@ -440,7 +463,7 @@ def validate_rows(task: ValidateTask) -> dict[str, Any]:
     ]
     return {
         "row_counts": row_counts, "redacted": dict(writer.redaction_counts), "reactions": dict(writer.reaction_counts),
-        "notes": dict(+writer.notes), "paths": dict(converter.path_counts),
+        "lengths": dict(writer.length_counts), "notes": dict(+writer.notes), "paths": dict(converter.path_counts),
     }  # fmt: skip
 
 

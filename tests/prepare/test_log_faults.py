@@ -366,3 +366,11 @@ def test_the_page_lists_rows_of_each_label_and_the_card_the_drift_of_paths(tmp_p
     write_rows(tmp_path / "log.jsonl", [row | {"fb": row["fb"] if i < 100 else None} for i, row in enumerate(rows)])
     card, _ = build(tmp_path, {"feedback": [entry]})
     assert any("columns.reaction 25% before, 6% now" in text for text in card["warnings"])
+
+
+def test_rows_that_a_reward_model_would_cut_are_reported(tmp_path: Path) -> None:
+    rows = [own_row(i, response=f"a{i}" + " word" * (800 if i % 5 == 0 else 1)) for i in range(300)]
+    card, _ = build(tmp_path, {"feedback": write_rows(tmp_path / "log.jsonl", rows)})
+    length = card["lengths"]["feedback"]
+    assert length["cut_share"] == 0.2 and 1000 <= length["tokens_p95"] <= 1024
+    assert any("about 20% of the rows are longer than max_tokens" in text for text in card["warnings"])
