@@ -22,7 +22,7 @@ from rluf.errors import DeadlineError, ResourceError
 CONFIG_FOLDER = Path(__file__).parents[1] / "configs"
 ONE_GPU = ("cluster.gpus_per_engine=1",)
 LABELED_LEARNERS = ("cluster.node_labels={learner: {kind: learn}}",)
-LARGE_PLAN = ("rollout.engines=48", "learner.workers=128")
+LARGE_PLAN = ("rollout.engines=47", "learner.workers=128")
 
 
 @dataclass(frozen=True)
@@ -60,12 +60,12 @@ PLAN_CASES = (
         8,
     ),
     PlanCase("8B", "llama3-8b-8gpu.yaml", (), 1, 8, 96),
-    PlanCase("8B with 5 engines", "llama3-8b-8gpu.yaml", ("rollout.engines=5",), 1, 8, 96),
+    PlanCase("8B colocated on all 8 GPUs", "llama3-8b-8gpu.yaml", ("rollout.engines=8", "learner.workers=8"), 1, 8, 96),
     PlanCase("70B", "llama3-70b-64gpu.yaml", (), 8, 8, 96),
     PlanCase(
-        "70B, 2 engines, 16 ranks, small nodes",
+        "70B, 2 engines, 8 ranks, small nodes",
         "llama3-70b-64gpu.yaml",
-        ("rollout.engines=2", "learner.workers=16"),
+        ("rollout.engines=2", "learner.workers=8"),
         8,
         4,
         96,
@@ -73,8 +73,8 @@ PLAN_CASES = (
     PlanCase("70B, learners on labelled nodes", "llama3-70b-64gpu.yaml", LABELED_LEARNERS, 8, 8, 96, 4),
     PlanCase("70B, learners on labelled nodes, too few", "llama3-70b-64gpu.yaml", LABELED_LEARNERS, 8, 8, 96, 3),
     PlanCase("70B, learners on labelled nodes, none", "llama3-70b-64gpu.yaml", LABELED_LEARNERS, 8, 8, 96),
-    PlanCase("70B, 48 engines, 128 ranks", "llama3-70b-64gpu.yaml", LARGE_PLAN, 8, 64, 256),
-    PlanCase("70B, 49 engines, 128 ranks", "llama3-70b-64gpu.yaml", ("rollout.engines=49", LARGE_PLAN[1]), 8, 64, 256),
+    PlanCase("70B, 47 engines, 128 ranks", "llama3-70b-64gpu.yaml", LARGE_PLAN, 8, 64, 256),
+    PlanCase("70B, 48 engines, 128 ranks", "llama3-70b-64gpu.yaml", ("rollout.engines=48", LARGE_PLAN[1]), 8, 64, 256),
 )
 
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rluf.prepare.joins import find_within_users
 from rluf.utils.stats import Bools, Floats, Ints
@@ -285,11 +286,12 @@ ABUSE_RULES: dict[str, Callable[[AbuseLog], Floats]] = {
 """The rules by name."""
 
 
-def compute_trust_weights(log: AbuseLog, rule_names: Sequence[str]) -> tuple[Floats, dict[str, Floats]]:
+def compute_trust_weights(log: AbuseLog, rule_names: Sequence[str]) -> tuple[Floats, dict[str, NDArray[np.float32]]]:
     """Weight of each row [N] by all rules, and the weight [N] by each rule alone."""
-    weight_by_rule = (
-        {name: np.clip(ABUSE_RULES[name](log), MIN_ROW_WEIGHT, 1.0) for name in rule_names}
-        if len(log.user_code)
-        else {}
-    )
-    return np.minimum.reduce([np.ones(len(log.user_code)), *weight_by_rule.values()]), weight_by_rule
+    weight, weight_by_rule = np.ones(len(log.user_code)), {}
+    for name in rule_names if len(log.user_code) else ():
+        rule_weight = np.clip(ABUSE_RULES[name](log), MIN_ROW_WEIGHT, 1.0)
+        weight = np.minimum(weight, rule_weight)
+        # Single precision is enough for the sums on the card, and all rules of all rows are in memory at once.
+        weight_by_rule[name] = rule_weight.astype(np.float32)
+    return weight, weight_by_rule

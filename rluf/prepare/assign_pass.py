@@ -99,16 +99,18 @@ def _list_index_files(work_folder: str, kind_name: str) -> list[Path]:
     return sorted((Path(work_folder) / "index" / kind_name).glob("*.arrow"))
 
 
-def _load_band_hashes(work_folder: str, kind_name: str, rows: Ints) -> splits.HashKeys:
-    """Band hashes [R, BAND_COUNT] of some rows of the index: with 64 bytes, they are the larger half of an entry."""
-    band_hashes = np.empty((len(rows), splits.BAND_COUNT), dtype=np.uint64)
+def _load_band_hashes(
+    work_folder: str, kind_name: str, rows: Ints, bands: Sequence[int] = range(splits.BAND_COUNT)
+) -> splits.HashKeys:
+    """Hashes [R, B] of some bands of some rows of the index: with 64 bytes, all bands are a third of an entry."""
+    band_hashes = np.empty((len(rows), len(bands)), dtype=np.uint64)
     order = np.argsort(rows, kind="stable")
     sorted_rows, first_row = rows[order], 0
     for file in _list_index_files(work_folder, kind_name):
         column = read_table(file, ["band_hashes"])["band_hashes"].combine_chunks()
         start, end = np.searchsorted(sorted_rows, [first_row, first_row + len(column)])
         file_hashes = column.flatten().to_numpy().reshape(len(column), splits.BAND_COUNT)
-        band_hashes[order[start:end]] = file_hashes[sorted_rows[start:end] - first_row]
+        band_hashes[order[start:end]] = file_hashes[sorted_rows[start:end] - first_row][:, bands]
         first_row += len(column)
     return band_hashes
 
@@ -116,8 +118,12 @@ def _load_band_hashes(work_folder: str, kind_name: str, rows: Ints) -> splits.Ha
 def _group_prompts(task: AssignTask, prompt_key: splits.HashKeys, rows: Ints) -> Ints:
     """Group of near-duplicate prompts [R] of rows [R] of the index with keys [R]; each prompt is compared once."""
     unique_keys, first_rows, unique_index = np.unique(prompt_key, return_index=True, return_inverse=True)
-    band_hashes = _load_band_hashes(task.work_folder, task.kind_name, rows[first_rows])
-    groups: Ints = splits.group_near_duplicates(unique_keys, band_hashes)[unique_index]
+    prompt_rows = rows[first_rows]
+    bands = (
+        _load_band_hashes(task.work_folder, task.kind_name, prompt_rows, [band])[:, 0]
+        for band in range(splits.BAND_COUNT)
+    )
+    groups: Ints = splits.group_by_bands(len(unique_keys), bands)[unique_index]
     return groups
 
 
@@ -373,6 +379,7 @@ def _build_feedback_columns(
     abuse_log = _build_abuse_log(task, kept_table, loved, rows)
     trust_weight, rule_weights = abuse.compute_trust_weights(abuse_log, task.abuse_rules)
     user_code = abuse_log.user_code
+    del abuse_log  # five arrays of all rows
     # No feature comes from the response's text: the propensity must not depend on what a loss wants to learn.
     features = {
         "turn": bin_by_octave(_read_column(kept_table, "turn").astype(np.int64) + 1),
@@ -413,6 +420,9 @@ def assign_rows(task: AssignTask, source_paths: Mapping[int, tuple[str, str | No
         table = _name_loved_reactions(table)
     if task.kind_name != "prompts":
         statistics["duplicates"] = _drop_repeated_rows(task, table, decisions)
+    # Positions in the log are not needed any more, and the memory is.
+    used_columns = {"source_index", "line_number", "item_index", "opening_key", "contrary_key"}
+    table = table.drop_columns(sorted(used_columns & set(table.column_names)))
     statistics |= _drop_split_leaks(task, table, split_code, decisions)
     if task.kind_name == "feedback":
         feedback_columns = _build_feedback_columns(task, table, split_code, decisions, statistics)
@@ -522,7 +532,7 @@ def compute_love_statistics(
     user_code: Ints,
     split_code: Ints,
     trust_weight: Floats,
-    rule_weights: Mapping[str, Floats],
+    rule_weights: Mapping[str, NDArray[np.float32]],
 ) -> dict[str, Any]:
     """Natural love rates before sampling, and the weight removed by each abuse rule. Arrays [N] omit dropped rows."""
     time_us = table["time"].cast(pa.int64()).to_numpy()
@@ -550,8 +560,8 @@ def compute_love_statistics(
             rule: {
                 "rows": int((weight < 1).sum()),
                 "users": len(np.unique(user_code[weight < 1])),
-                "weight_taken": float((1 - weight).sum()),
-                "loved_weight_taken": float((1 - weight)[loved].sum()),
+                "weight_taken": float((1 - weight).sum(dtype=np.float64)),
+                "loved_weight_taken": float((1 - weight)[loved].sum(dtype=np.float64)),
             }
             for rule, weight in rule_weights.items()
         },

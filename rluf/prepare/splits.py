@@ -255,25 +255,30 @@ def compute_band_hashes(texts: Sequence[str]) -> HashKeys:
     return band_hashes + np.arange(BAND_COUNT, dtype=np.uint64)
 
 
-def group_near_duplicates(prompt_key: HashKeys, band_hashes: HashKeys) -> NDArray[np.int64]:
+def group_near_duplicates(prompt_key: HashKeys, band_hashes: HashKeys) -> Ints:
     """Group [N] of each row, from 0: rows with one prompt key or a common band hash [N, BAND_COUNT], transitively."""
+    _, first_rows, unique_index = np.unique(prompt_key, return_index=True, return_inverse=True)
+    bands = (band_hashes[first_rows, band] for band in range(band_hashes.shape[1]))
+    groups: Ints = group_by_bands(len(first_rows), bands)[unique_index]
+    return groups
+
+
+def group_by_bands(prompt_count: int, bands: Iterable[HashKeys]) -> Ints:
+    """Group [P] of P different prompts, from 0: those that share a hash in a band [P], transitively."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    if not len(prompt_key):
-        return np.empty(0, dtype=np.int64)
-    _, first_rows, unique_index = np.unique(prompt_key, return_index=True, return_inverse=True)
-    # Band by band, on the groups so far: the edges of all bands at once would take 16 times the memory of the keys.
-    group_of_prompt: Ints = np.arange(len(first_rows))
-    for band in range(band_hashes.shape[1]):
-        values = band_hashes[first_rows, band]
+    groups: Ints = np.arange(prompt_count)
+    if not prompt_count:
+        return groups
+    # Band by band, on the groups so far: the hashes and edges of all bands at once would take 24 times the memory.
+    for values in bands:
         order = np.argsort(values, kind="stable")
         # Prompts that share a band are a chain in sorted order: n - 1 edges connect them, not n squared.
         same_as_next = np.flatnonzero(values[order][1:] == values[order][:-1])
-        edges = group_of_prompt[order[same_as_next]], group_of_prompt[order[same_as_next + 1]]
-        group_count = int(group_of_prompt.max()) + 1
+        edges = groups[order[same_as_next]], groups[order[same_as_next + 1]]
+        group_count = int(groups.max()) + 1
         graph = coo_array((np.ones(len(edges[0]), dtype=np.int8), edges), shape=(group_count, group_count))
         _, component = connected_components(graph, directed=False)
-        group_of_prompt = component.astype(np.int64)[group_of_prompt]
-    groups: NDArray[np.int64] = group_of_prompt[unique_index]
+        groups = component.astype(np.int64)[groups]
     return groups

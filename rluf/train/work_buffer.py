@@ -140,7 +140,8 @@ class WorkBuffer:
         self._index_by_prompt_id = {prompt_id: index for index, prompt_id in enumerate(list_prompt_ids(prompts))}
         self._admitted_count = 0
         self._running_tasks: set[asyncio.Task[None]] = set()
-        self._scored_groups: asyncio.Queue[ScoredGroup] = asyncio.Queue()
+        self._scored_groups: asyncio.Queue[ScoredGroup | None] = asyncio.Queue()
+        self._failed_task: asyncio.Task[None] | None = None
         self._in_flight: dict[int, tuple[str, int]] = {}
         self._to_resend: dict[int, tuple[str, int]] = {}
 
@@ -176,7 +177,15 @@ class WorkBuffer:
     def _start_group(self, prompt: Prompt, seed: int, admission_index: int) -> None:
         # Recorded here rather than in the task, which starts later: a checkpoint in between would lose the prompt.
         self._in_flight[admission_index] = (prompt.id, seed)
-        self._running_tasks.add(asyncio.create_task(self._run_and_queue(prompt, seed, admission_index)))
+        task = asyncio.create_task(self._run_and_queue(prompt, seed, admission_index))
+        self._running_tasks.add(task)
+        task.add_done_callback(self._record_failure)
+
+    def _record_failure(self, task: asyncio.Task[None]) -> None:
+        """Wake `collect_batch` for a failed task, so that it need not wait for thousands of tasks one by one."""
+        if not task.cancelled() and task.exception() is not None:
+            self._failed_task = self._failed_task or task
+            self._scored_groups.put_nowait(None)
 
     async def _run_and_queue(self, prompt: Prompt, seed: int, admission_index: int) -> None:
         scored_group = replace(await self._run_group(prompt, seed), admission_index=admission_index)
@@ -198,24 +207,18 @@ class WorkBuffer:
         self.dropped_count = 0
         self.admit_prompts()
         while len(batch) < group_count:
-            get_task = asyncio.create_task(self._scored_groups.get())
-            # Wait for the tasks too: a failed one never puts a group into the queue, and must end the wait at once.
-            done_tasks, _ = await asyncio.wait(
-                {get_task, *self._running_tasks}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
-            )
-            if get_task not in done_tasks:
-                get_task.cancel()  # loses nothing: an item leaves the queue only when get() completes
-            if not done_tasks:
+            try:
+                scored_group = await asyncio.wait_for(self._scored_groups.get(), timeout_s)
+            except TimeoutError:
                 raise DeadlineError(
                     f"waited {timeout_s:g} s for a group of step {step}: {len(batch)} of {group_count} are complete, "
                     f"{len(self._running_tasks)} in flight; check the rollout and reward actors' logs in the Ray "
                     "dashboard, or raise timeouts.call_s"
-                )
-            for task in done_tasks - {get_task}:
-                task.result()
-            if get_task not in done_tasks:
+                ) from None
+            if self._failed_task is not None:
+                self._failed_task.result()
+            if scored_group is None:
                 continue
-            scored_group = get_task.result()
             if accept_group(scored_group):
                 batch.append(scored_group)
             else:
