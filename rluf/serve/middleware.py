@@ -14,6 +14,7 @@ import json
 import logging
 import re
 import time
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -66,6 +67,7 @@ WRONG_TOKENS_PER_S = 10.0
 MAX_TRACKED_CLIENTS = 10_000
 """Client addresses with a rate limit state; beyond that the least recently seen one is dropped."""
 
+_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,64}")
 # RFC 9110 and 9112: a name, an IPv4 address or an IPv6 address in brackets, and optionally a port.
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]{0,5})?")
 RETRY_AFTER_S = 1.0
@@ -222,11 +224,13 @@ class ServiceMiddleware:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", request_id)]}
             elif is_head:
                 message = {**message, "body": b""}
             await send(message)
 
         is_head = scope["method"] == "HEAD"
+        request_id = read_request_id(scope["headers"])
         if is_head:
             scope = {**scope, "method": "GET"}
         self.backend.running_requests += 1
@@ -239,7 +243,9 @@ class ServiceMiddleware:
             route = getattr(scope.get("route"), "path", "other")
             seconds = time.monotonic() - start_time
             metrics.request_seconds.labels(route, str(status)).observe(seconds)
-            logger.info("%s %s %d %.1f ms", scope["method"], route, status, 1000 * seconds)
+            logger.info(
+                "%s %s %d %.1f ms request_id=%s", scope["method"], route, status, 1000 * seconds, request_id.decode()
+            )
 
     async def _handle_request(self, scope: Scope, receive: Receive, send: Send) -> None:
         has_started = False
@@ -334,6 +340,14 @@ class ServiceMiddleware:
             except UnicodeDecodeError as error:
                 raise ApiError(400, "not_utf8", f"the body is not UTF-8 text (byte {error.start})") from None
         return body
+
+
+def read_request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """The X-Request-Id of a request if it is fit for a log line; otherwise a new one."""
+    for name, value in headers:
+        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
+            return value
+    return uuid.uuid4().hex.encode()
 
 
 def _replay_body(body: bytes, receive: Receive) -> Receive:

@@ -219,3 +219,28 @@ async def test_rank_refuses_finish_reasons_that_are_not_one_per_response(http_cl
     response = await http_client.post("/v1/rank", json=body)
     assert assert_error(response) == (422, "invalid")
     assert "got 1 for 2" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "is_returned"),
+    [
+        ("abc-123", True),
+        ("a" * 64, True),
+        ("a" * 65, False),
+        ("a b", False),
+        ("a\tb", False),
+        ("", False),
+        (None, False),
+    ],
+)
+async def test_each_response_and_its_log_line_have_a_request_id(
+    http_client: httpx.AsyncClient, caplog: pytest.LogCaptureFixture, sent: str | None, is_returned: bool
+) -> None:
+    caplog.set_level(logging.INFO)
+    headers = {} if sent is None else {"X-Request-Id": sent}
+    for path, status in (("/v1/models", 200), ("/nowhere", 404)):
+        response = await http_client.get(path, headers=headers)
+        request_id = response.headers["x-request-id"]
+        assert response.status_code == status
+        assert (request_id == sent) is is_returned and len(request_id) >= 7
+        assert f"request_id={request_id}" in caplog.text
