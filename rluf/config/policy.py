@@ -53,6 +53,9 @@ class ModelSettings(SettingsSection):
     """Run Python code shipped with the model. Leave it off unless you trust the author."""
     system_prompt: Annotated[str, ADVANCED] = ""
     """System message of conversations that have none, in training and in the saved policy's chat template."""
+    examples: Annotated[tuple[tuple[str, str], ...] | None, ADVANCED] = None
+    """Exchanges [user, assistant] that the policy's chat template puts after the system message, in training and in the
+    saved policy. None: one for the embedded smollm2-135m-instruct, which rambles without, none for other models."""
     chat_template_args: Annotated[dict[str, bool | int | float | str], ADVANCED] = Field(default_factory=dict)
     """Variables of the chat template, such as {enable_thinking: false}; fixed in the saved policy's template too."""
 
@@ -72,10 +75,10 @@ class RolloutSettings(SettingsSection):
     """Rollout actors, one vLLM engine each."""
     max_prompt_tokens: int = Field(default=192, ge=8)
     """Maximum tokens of a rendered prompt; longer prompts are quarantined, never truncated."""
-    max_response_tokens: int = Field(default=48, ge=1)
+    max_response_tokens: int = Field(default=64, ge=1)
     """Maximum tokens of a response."""
-    temperature: float = Field(default=1.0, ge=0.01)
-    """Sampling temperature in training and evaluation (the importance correction assumes 1.0); vLLM reads less than
+    temperature: float = Field(default=0.8, ge=0.01)
+    """Sampling temperature in training and evaluation. Learner and engine use the same one; vLLM reads less than
     0.01 as 0.01."""
     stop: Annotated[tuple[str, ...], ADVANCED] = ()
     """Strings that end a response, in addition to the model's end-of-turn tokens; the response ends with the string."""

@@ -26,6 +26,11 @@ CHATML_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
+EMBEDDED_EXAMPLES = {
+    "smollm2-135m-instruct": (("What is a good colour for a kitchen?", "A soft yellow or a clean white works well."),),
+}
+"""Default of model.examples. Without one the model rambles: at temperature 1 and 48 tokens 59% of its replies to the
+sample prompts are cut (benchmarks/RESULTS.md)."""
 TINY_SEED = 20250520
 
 

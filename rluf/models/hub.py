@@ -12,14 +12,14 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rluf.errors import DataError, ModelError
 from rluf.models.chat import render_prompt
-from rluf.models.embedded import list_embedded_models, resolve_embedded_model
+from rluf.models.embedded import EMBEDDED_EXAMPLES, list_embedded_models, resolve_embedded_model
 from rluf.utils.files import atomic_folder, file_lock
 from rluf.utils.paths import resolve_cache_folder
 
@@ -51,19 +51,26 @@ SYSTEM_PROMPT_TEMPLATE = (
     "{%- set messages = [{'role': 'system', 'content': PROMPT}] + messages -%}{%- endif -%}"
 )
 """Put in front of a chat template, with a JSON string for PROMPT."""
+EXAMPLES_TEMPLATE = (
+    "{%- if messages and messages[0]['role'] == 'system' -%}"
+    "{%- set messages = messages[:1] + TURNS + messages[1:] -%}"
+    "{%- else -%}{%- set messages = TURNS + messages -%}{%- endif -%}"
+)
+"""Put in front of a chat template, with a JSON list of messages for TURNS."""
 
 
 def resolve_policy(settings: Settings) -> Path:
-    """Local folder of the policy `model.path`, with `model.system_prompt` and `model.chat_template_args` applied.
+    """Local folder of the policy `model.path`, with system_prompt, examples and chat_template_args of `model` applied.
 
-    Both become part of the chat template, so that engines, the trained policy and every later server of it render
+    They become part of the chat template, so that engines, the trained policy and every later server of it render
     conversations as in training. If the template changes, or the folder has safetensors files next to
     model.safetensors that are not its weights (vLLM would read them too), the folder is one of links under run.cache.
     """
     model, cache_folder = settings.model, resolve_cache_folder(settings)
     folder = resolve_model(model.path, cache_folder, trust_remote_code=model.trust_remote_code)
     stray_files = _list_stray_weights(folder)
-    template_prefix = _build_template_prefix(model.system_prompt, model.chat_template_args)
+    examples = EMBEDDED_EXAMPLES.get(model.path, ()) if model.examples is None else model.examples
+    template_prefix = _build_template_prefix(model.system_prompt, examples, model.chat_template_args)
     if not (stray_files or template_prefix):
         return folder
     files = [file for file in folder.iterdir() if file.name not in stray_files and file.name != TEMPLATE_FILE]
@@ -71,7 +78,7 @@ def resolve_policy(settings: Settings) -> Path:
     if template_prefix:
         template = str(load_tokenizer(folder, trust_remote_code=model.trust_remote_code).chat_template or "")
         if not template:
-            raise ModelError(f"{folder} has no chat template for model.system_prompt and model.chat_template_args")
+            raise ModelError(f"{folder} has no chat template for model.system_prompt, examples and chat_template_args")
     elif (folder / TEMPLATE_FILE).is_file():
         files.append(folder / TEMPLATE_FILE)
     names = sorted(file.name for file in files)
@@ -99,12 +106,21 @@ def _list_stray_weights(folder: Path) -> set[str]:
     return names - {SINGLE_WEIGHTS_FILE} if SINGLE_WEIGHTS_FILE in names else set()
 
 
-def _build_template_prefix(system_prompt: str, template_args: Mapping[str, object]) -> str:
-    """Jinja code in front of a chat template that sets its variables and adds the system message."""
+def _build_template_prefix(
+    system_prompt: str, examples: Sequence[tuple[str, str]], template_args: Mapping[str, object]
+) -> str:
+    """Jinja code in front of a chat template that sets its variables and adds the system message and the examples."""
     # JSON values are Jinja literals too; not in ASCII, as Jinja does not know JSON's surrogate pairs.
     to_literal = functools.partial(json.dumps, ensure_ascii=False)
     prefix = "".join(f"{{%- set {name} = {to_literal(value)} -%}}" for name, value in sorted(template_args.items()))
-    return prefix + (SYSTEM_PROMPT_TEMPLATE.replace("PROMPT", to_literal(system_prompt)) if system_prompt else "")
+    if system_prompt:
+        prefix += SYSTEM_PROMPT_TEMPLATE.replace("PROMPT", to_literal(system_prompt))
+    turns = [
+        {"role": role, "content": content}
+        for exchange in examples
+        for role, content in zip(("user", "assistant"), exchange, strict=True)
+    ]
+    return prefix + (EXAMPLES_TEMPLATE.replace("TURNS", to_literal(turns)) if turns else "")
 
 
 def resolve_model(model_path: str, cache_folder: Path, *, trust_remote_code: bool = False) -> Path:

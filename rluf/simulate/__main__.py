@@ -34,11 +34,15 @@ def simulate_log(
     settings: Settings, output_folder: Path, earlier_log: Path | None = None, response_count: int | None = None
 ) -> dict[str, int]:
     """Write a log to `output_folder`; result and errors as in write_simulated_log. Ray must be initialized."""
-    from rluf.models.hub import resolve_policy
+    from rluf.models.hub import resolve_model
     from rluf.simulate.pipeline import write_simulated_log
+    from rluf.utils.paths import resolve_cache_folder
+
+    # Not resolve_policy: each served version has a system message and examples of its own.
+    model_path = resolve_model(settings.model.path, resolve_cache_folder(settings))
 
     def sample_orders(orders: Sequence[ServingOrder]) -> list[ServedResponse]:
-        return asyncio.run(sample_responses(settings, resolve_policy(settings), orders))
+        return asyncio.run(sample_responses(settings, model_path, orders))
 
     return write_simulated_log(settings, output_folder, sample_orders, earlier_log, response_count)
 

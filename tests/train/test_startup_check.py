@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from rluf.config.settings import Settings
 from rluf.errors import ModelError, RlufError, SettingsError
+from rluf.models.embedded import EMBEDDED_EXAMPLES
 from rluf.models.hub import load_tokenizer, render_prompt, resolve_model, resolve_policy
 from rluf.models.turn_end import count_tokens_before_stop, list_stop_token_ids, read_stop_token_ids
 from rluf.train.startup_check import (
@@ -162,6 +163,25 @@ def test_system_prompt_and_template_variables_are_part_of_the_policys_template(f
     assert (linked / "model.safetensors").samefile(folder / "model.safetensors")
     with pytest.raises(ValueError, match="cannot be set"):
         resolve_with(folder, tmp_path, chat_template_args={"messages": "x"})
+
+
+def test_examples_follow_the_system_message(folder: Path, tmp_path: Path) -> None:
+    linked = resolve_with(folder, tmp_path, examples=(("What?", 'A "quote".'),), system_prompt="Be brief.")
+    tokenizer = load_tokenizer(linked)
+    shown = (
+        '<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\nA "quote".<|im_end|>\n<|im_start|>user\nHi<|im_end|>'
+    )
+    for system, messages in (("Be brief.", []), ("Mine.", [{"role": "system", "content": "Mine."}])):
+        text = tokenizer.decode(render_prompt(tokenizer, [*messages, {"role": "user", "content": "Hi"}]))
+        assert text.startswith(f"<|im_start|>system\n{system}<|im_end|>\n{shown}")
+    without_system = load_tokenizer(resolve_with(folder, tmp_path, examples=(("What?", 'A "quote".'),)))
+    text = without_system.decode(render_prompt(without_system, [{"role": "user", "content": "Hi"}]))
+    assert text.startswith(shown)
+
+
+def test_only_the_embedded_chat_model_has_an_example_by_default() -> None:
+    assert set(EMBEDDED_EXAMPLES) == {"smollm2-135m-instruct"}
+    assert Settings().model.examples is None
 
 
 def tiny_template(folder: Path) -> str:
