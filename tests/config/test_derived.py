@@ -31,8 +31,8 @@ def test_batch_arithmetic() -> None:
     step = compute_batch_sizes(
         settings("algorithm.prompts_per_step=10", "algorithm.samples_per_prompt=4", "learner.workers=2")
     )
-    assert (step.samples_per_step, step.max_sample_tokens, step.max_tokens_per_step) == (40, 240, 9600)
-    assert step.micro_batches_per_worker == 5  # 20 samples per learner, 4 of 240 tokens fit into 1024
+    assert (step.samples_per_step, step.max_sample_tokens, step.max_tokens_per_step) == (40, 256, 10240)
+    assert step.micro_batches_per_worker == 5  # 20 samples per learner, 4 of 256 tokens fit into 1024
     assert step.total_samples == 40 * 14
     assert compute_batch_sizes(settings("rollout.concurrency=16")).rollout_waves == 3
 
@@ -59,7 +59,7 @@ def test_states_that_are_not_loaded_take_no_memory() -> None:
 def test_the_kv_cache_is_as_configured_on_cpu_and_as_needed_on_gpu() -> None:
     assert estimate_engine_memory(settings("rollout.kv_cache_gib=1.5"))["kv cache"] == int(1.5 * 2**30)
     on_gpu = settings("cluster.gpus_per_engine=1")
-    assert estimate_engine_memory(on_gpu)["kv cache"] == estimate_kv_cache_bytes(on_gpu) == 2 * 30 * 192 * 2 * 64 * 240
+    assert estimate_engine_memory(on_gpu)["kv cache"] == estimate_kv_cache_bytes(on_gpu) == 2 * 30 * 192 * 2 * 64 * 256
 
 
 def test_pools_follow_the_objectives() -> None:

@@ -105,7 +105,7 @@ COLOCATED = ["cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5", "wei
         (["learner.offload_optimizer=true"], ["cluster.gpus_per_learner=0", "learner.offload_optimizer=false"]),
         (
             ["rollout.max_prompt_tokens=4096"],
-            ["algorithm.micro_batch_tokens=1024", "algorithm.micro_batch_tokens=4144"],
+            ["algorithm.micro_batch_tokens=1024", "algorithm.micro_batch_tokens=4160"],
         ),
         (["learner.workers=49"], ["learner.workers=49", "48 samples"]),
         (
