@@ -85,6 +85,8 @@ class LearnerActor:
         """
         self.rank, self.world_size = rank, world_size
         self.settings = Settings.model_validate_json(settings_json)
+        is_offline = find_algorithm(self.settings.algorithm.name).offline  # logged responses are not sampled
+        self._temperature = 1.0 if is_offline else self.settings.rollout.temperature
         self.base_model_path = Path(model_path)
         self.checkpoint = None if checkpoint is None else Path(checkpoint)
         self.device = torch.device("cuda", 0) if self.settings.cluster.gpus_per_learner > 0 else torch.device("cpu")
@@ -206,7 +208,7 @@ class LearnerActor:
             if ref_logprobs is None:
                 raise RlufError(f"learner {self.rank} has no reference policy to measure the KL to")
             if use_learner_policy:
-                policy_logprobs = compute_response_logprobs(self.engine, batch, self.settings.rollout.temperature)
+                policy_logprobs = compute_response_logprobs(self.engine, batch, self._temperature)
             else:
                 self._ref_logprobs[batch_number] = ref_logprobs
             # With fewer samples than ranks some micro-batches are empty. They are computed too: under ZeRO-3 each
@@ -354,9 +356,8 @@ class LearnerActor:
     @torch.no_grad()
     def _add_start_logprobs(self, batches: list[TrainBatch]) -> list[TrainBatch]:
         """The batches with the log-probabilities of the policy before the first update on them."""
-        temperature = self.settings.rollout.temperature
         return [
-            replace(batch, start_logprobs=compute_response_logprobs(self.engine, batch.packed, temperature))
+            replace(batch, start_logprobs=compute_response_logprobs(self.engine, batch.packed, self._temperature))
             for batch in batches
         ]
 
@@ -373,7 +374,7 @@ class LearnerActor:
         sample_indices = list_packed_samples(train_batch.samples, groups_by_index)
 
         def forward() -> tuple[Tensor, LossResult]:
-            logprobs = compute_response_logprobs(self.engine, batch, self.settings.rollout.temperature)
+            logprobs = compute_response_logprobs(self.engine, batch, self._temperature)
             result = compute_policy_loss(
                 logprobs,
                 ref_logprobs,
@@ -394,13 +395,12 @@ class LearnerActor:
     @torch.no_grad()
     def _compute_ref_logprobs(self, batch: PackedBatch) -> Tensor | None:
         """Log-probabilities of the reference policy [K]; None if the algorithm needs none."""
-        temperature = self.settings.rollout.temperature
         if self._reference_model is not None:
-            return compute_response_logprobs(self._reference_model, batch, temperature)
+            return compute_response_logprobs(self._reference_model, batch, self._temperature)
         if not self._has_reference:
             return None
         with disable_lora_adapters(self.engine.module):
-            return compute_response_logprobs(self.engine, batch, temperature)
+            return compute_response_logprobs(self.engine, batch, self._temperature)
 
     def _count_skipped_update(self, is_applied: bool, step: int, loss: float, bad_prompt_ids: list[str]) -> None:
         """Count a skipped update and name its bad prompts; raise RlufError after MAX_SKIPPED_IN_A_ROW in a row."""

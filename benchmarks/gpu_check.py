@@ -111,7 +111,7 @@ def start_learner(on_gpu: bool, zero_stage: int, model_path: Path, **learner_set
     settings = Settings.model_validate(
         {
             "model": {"dtype": "bfloat16"},
-            "rollout": {"max_prompt_tokens": 64, "max_response_tokens": 64},
+            "rollout": {"max_prompt_tokens": 64, "max_response_tokens": 64, "temperature": 1.0},
             "algorithm": {"micro_batch_tokens": 256},
             "learner": {"zero_stage": zero_stage, "learning_rate": 1e-3, "warmup_steps": 0, **learner_settings},
             "cluster": {"gpus_per_learner": float(on_gpu)},

@@ -23,7 +23,7 @@ from rluf.types import Message
 from rluf.utils.paths import find_sample_log
 
 Floats = NDArray[np.float32]
-REPLIES_PER_PROMPT = 16
+REPLIES_PER_PROMPT = 8
 """Replies used for each prompt."""
 UNSEEN_SHARE = 0.4
 """Share of the prompts that are held out from training."""

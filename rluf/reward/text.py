@@ -145,7 +145,7 @@ class TextEncoder:
         end_ids = {tokenizer.eos_token_id}
         if not self.uses_text_pairs:
             rows = self._encode_chats([ScoringItem(EMPTY_CONVERSATION, text) for text in ("", "a")])
-            end_ids |= {row.token_ids[-1] for row in rows}
+            end_ids |= {row.token_ids[-1] for row in rows if row.token_ids}  # a template may drop an empty response
         pad_id = next((token_id for token_id in candidates if token_id is not None and token_id not in end_ids), None)
         if pad_id is None:
             raise ModelError(

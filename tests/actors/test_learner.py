@@ -52,7 +52,7 @@ def make_settings(
         learner=LearnerSettings(workers=workers, learning_rate=learning_rate, warmup_steps=0, lora_rank=lora_rank),
         timeouts=TimeoutSettings(call_s=60.0),
         algorithm=AlgorithmSettings(kl_coef=kl_coef, micro_batch_tokens=64, epochs=epochs),
-        rollout=RolloutSettings(max_prompt_tokens=16, max_response_tokens=16),
+        rollout=RolloutSettings(max_prompt_tokens=16, max_response_tokens=16, temperature=1.0),
     )
 
 

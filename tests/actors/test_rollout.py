@@ -38,6 +38,7 @@ SETTINGS = Settings.model_validate(
             "kv_cache_gib": 0.05,
             "max_prompt_tokens": 128,
             "max_response_tokens": 48,
+            "temperature": 1.0,
         },
         "timeouts": {"call_s": 6},
     }

@@ -53,6 +53,7 @@ TEST_BY_COMMAND = (
     (r"ray start --head", JOB_TEST),
     (r"ray job submit .*-\d+gpu\.yaml", "not run: needs GPUs"),
     (r"ray job submit .*configs/(tiny|human)\.yaml", f"{JOB_TEST}::test_a_submitted_job_writes_a_complete_run_folder"),
+    (r"ray job submit .*--metadata-json", "tests/tracking/test_run_files.py"),
     (r"ray stop", "not run: ends every Ray of the machine"),
     (r"(nohup )?python -m rluf\.(serve|prepare|reward|train) .*(loop|live)\.yaml", "tests/e2e/test_loop.py"),
     (r"curl .*localhost:8000/(healthz|v1/models)", "tests/e2e/test_loop.py"),

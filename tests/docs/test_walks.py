@@ -124,8 +124,9 @@ def build_recorded_class(actor_class: type) -> Any:
 async def record_step(data_folder: Path, model_path: Path, reward_folder: Path) -> set[str]:
     """The files entered in all processes from reading a prompt to its gradient, in the second step of a run."""
     settings = load_settings(None, [*OVERRIDES, f"objectives.love.path={reward_folder}"]).settings
+    tokenizer = load_tokenizer(model_path)
     start_recording()
-    prompts = load_prompts(data_folder, "train", load_tokenizer(model_path), max_tokens=64)
+    prompts = load_prompts(data_folder, "train", tokenizer, max_tokens=64)
     entered = set(stop_recording())
     async with ActorSupervisor(settings, model_path, {"love": reward_folder}, with_learners=True) as supervisor:
         controller = TrainController(settings, supervisor, prompts)

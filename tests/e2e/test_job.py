@@ -148,11 +148,12 @@ def test_a_submitted_job_writes_a_complete_run_folder(job_env: JobEnvironment, s
     assert {"generate", "score", "learn", "weight_sync", "step 2", "idle: generate"} <= names
 
 
-def test_the_dashboard_names_actors_and_tasks(ray_head: str, submit_output: str) -> None:
+@pytest.mark.usefixtures("submit_output")
+def test_the_dashboard_names_actors_and_tasks(ray_head: str, job_env: JobEnvironment) -> None:
     """By role, objective, rank and weight version."""
 
     def list_names(kind: str) -> set[str]:
-        token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser().read_text().strip()
+        token = (Path(job_env.env["HOME"]) / ".ray" / "auth_token").read_text().strip()
         request = urllib.request.Request(f"{ray_head}/api/v0/{kind}?limit=10000")
         request.add_header("Authorization", f"Bearer {token}")
         with urllib.request.urlopen(request, timeout=60) as response:

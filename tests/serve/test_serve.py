@@ -124,10 +124,22 @@ def find_wrong_replies(load: LoadGenerator, expected_values: dict[str, list[floa
     return [reply for reply in load.replies if abs(expected_values[reply[0]][reply[1]] - reply[2]) > 1e-4]
 
 
+def score_as_user(service: Service, index: int) -> str:
+    """Model version that scores an item for this user."""
+    item = ITEMS[index % len(ITEMS)]
+    answer = httpx.post(
+        f"{service.service_url}/v1/score",
+        json={"messages": list(item.messages), "response": item.response, "user": f"user-{index}"},
+        headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60, trust_env=False,
+    )  # fmt: skip
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["model_version"])
+
+
 def test_served_scores_equal_offline_scores(service: Service) -> None:
     with RewardClient(service.service_url, token=TOKEN) as client:
         batch_replies = client.score_batch(ITEMS)
-        single_reply = client.score(*ITEMS[2])
+        single_reply = client.score(ITEMS[2].messages, ITEMS[2].response)
     assert [reply.scores["love"].value for reply in batch_replies] == pytest.approx(
         service.expected_values["first"], abs=1e-4
     )
@@ -157,9 +169,8 @@ def test_new_models_replace_the_old_ones_without_a_failed_request(service: Servi
     assert {version for version, _, _ in load.replies} == {first, second}
     assert service.versions() == {"live": second, "candidate": first}
     assert list_replica_pids("gateway") == gateway_pids
-    with RewardClient(service.service_url, token=TOKEN) as client:
-        served_versions = [[client.score(*item).model_version for item in ITEMS] for _ in range(2)]
-    assert served_versions[0] == served_versions[1]  # a conversation stays with its version
+    served_versions = [[score_as_user(service, index) for index in range(16)] for _ in range(2)]
+    assert served_versions[0] == served_versions[1]  # a user stays with a version
     assert set(served_versions[0]) == {first, second}
 
 
@@ -205,7 +216,7 @@ def test_a_killed_gateway_restarts_and_the_client_waits_for_it(service: Service)
     (victim,) = list_replica_pids("gateway")
     os.kill(victim, signal.SIGKILL)
     with RewardClient(service.service_url, token=TOKEN, max_attempts=20) as client:
-        value = client.score(*ITEMS[2]).scores["love"].value
+        value = client.score(ITEMS[2].messages, ITEMS[2].response).scores["love"].value
     assert min(abs(value - expected[2]) for expected in service.expected_values.values()) < 1e-4
     assert list_replica_pids("gateway") != [victim]
 

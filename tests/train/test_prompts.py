@@ -12,7 +12,7 @@ import pytest
 from rluf.config.settings import Settings
 from rluf.errors import DataError
 from rluf.models.hub import load_tokenizer, resolve_model
-from rluf.train.offline import load_reactions
+from rluf.train.offline import ReactionGroups, load_offline_data
 from rluf.train.prompts import (
     CACHED_BLOCK_COUNT,
     PromptStore,
@@ -67,13 +67,18 @@ def test_responses_with_a_positive_label_on_owned_topics_become_demonstrations(
     assert load({}) == []
 
 
+def kto_settings(**rollout: int) -> Settings:
+    return Settings.model_validate({"algorithm": {"name": "kto"}, "rollout": rollout})
+
+
 def test_logged_responses_of_every_topic_are_split_by_reaction(data_folder: Path, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(resolve_model("tiny", tmp_path / "cache"))
-    reactions = load_reactions(data_folder, tokenizer, Settings())
+    reactions = load_offline_data(data_folder, tokenizer, kto_settings())
+    assert isinstance(reactions, ReactionGroups)
     assert [group.prompt.id for group in reactions.liked] == ["refusal", "casual"]
     assert [group.prompt.id for group in reactions.others] == ["bad"]
     with pytest.raises(DataError, match="found 0 and 0 short enough"):
-        load_reactions(data_folder, tokenizer, Settings.model_validate({"rollout": {"max_prompt_tokens": 8}}))
+        load_offline_data(data_folder, tokenizer, kto_settings(max_prompt_tokens=8))
 
 
 STRICT_TEMPLATE = (
@@ -118,9 +123,10 @@ def test_rows_that_the_template_rejects_are_left_out_counted_and_named(
         demonstrations = load_demonstrations(
             data_folder, {"risky": "safety"}, tokenizer, max_prompt_tokens=200, max_response_tokens=100
         )
-        reactions = load_reactions(data_folder, tokenizer, Settings())
+        reactions = load_offline_data(data_folder, tokenizer, kto_settings())
     assert [prompt.id for prompt in prompts] == ["good", "bad"]
     assert [group.prompt.id for group in demonstrations] == ["good"]
+    assert isinstance(reactions, ReactionGroups)
     assert [len(reactions.liked), len(reactions.others)] == [1, 1]
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 3

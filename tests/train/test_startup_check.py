@@ -87,7 +87,7 @@ FAULTS: dict[str, tuple[Callable[[Settings, Path], str], Callable[[Path], object
     ),
     "window": (
         check_context_window, lambda f: edit_json(f / "config.json", max_position_embeddings=240), SettingsError,
-        r"241 positions, but .* has 240",
+        r"257 positions, but .* has 240",
     ),
     "turn end": (check_turn_end, lambda f: set_template(f, ENDLESS), ModelError, r"'<\|endoftext\|>' \(id 0\)"),
     "failing template": (
