@@ -59,7 +59,7 @@ def build_settings(steps: int, dtype: str) -> Settings:
         {
             "name": "rl-step",
             "model": {"dtype": dtype},
-            "rollout": {"max_prompt_tokens": 96, "max_response_tokens": RESPONSE_TOKENS},
+            "rollout": {"max_prompt_tokens": 96, "max_response_tokens": RESPONSE_TOKENS, "temperature": 1.0},
             "algorithm": {
                 "steps": steps,
                 "prompts_per_step": PROMPTS_PER_STEP,

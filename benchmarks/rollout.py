@@ -119,7 +119,13 @@ def main() -> None:
     is_bare_run = "--bare" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--bare"]
     threads = int(arguments[1]) if len(arguments) > 1 else (os.cpu_count() or 1)
-    settings = Settings.model_validate({"name": "bench", "cluster": {"threads_per_actor": threads}})
+    settings = Settings.model_validate(
+        {
+            "name": "bench",
+            "cluster": {"threads_per_actor": threads},
+            "rollout": {"temperature": 1.0, "max_response_tokens": 48},
+        }
+    )
     model = resolve_model(arguments[0] if arguments else settings.model.path, resolve_cache_folder(settings))
     if is_bare_run:
         from rluf.backends.vllm.engine import set_vllm_environment
