@@ -26,7 +26,7 @@ Floats = NDArray[np.float32]
 REPLIES_PER_PROMPT = 8
 """Replies used for each prompt."""
 UNSEEN_SHARE = 0.4
-"""Share of the prompts that are held out from training."""
+"""Share of the prompts that no training sees."""
 VECTOR_SIZE = 128
 """Length of the prompt and reply vectors."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,6 +27,7 @@ from rluf.config.settings import Settings
 from rluf.errors import ResourceError, RlufError
 from rluf.models.hub import resolve_model
 from rluf.types import Group, Prompt, Sample
+from tests.actors.random_groups import make_random_groups
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 REWARDED_TOKEN = 101
@@ -113,24 +113,6 @@ def start_learners(settings: Settings, model_path: Path, checkpoint: Path | None
     finally:
         for rank in ranks:
             ray.kill(rank)
-
-
-def make_random_groups(seed: int, logprob: float = -5.5) -> list[Group]:
-    generator = random.Random(seed)
-
-    def random_ids(length: int) -> tuple[int, ...]:
-        return tuple(generator.randrange(3, 250) for _ in range(length))
-
-    groups = []
-    for index in range(5):
-        prompt_ids = random_ids(generator.randrange(4, 12))
-        lengths = [generator.randrange(1, 12) for _ in range(4)]
-        samples = tuple(
-            Sample(str(index), prompt_ids, random_ids(length), (logprob,) * length, ((0, 0),), "stop", "")
-            for length in lengths
-        )
-        groups.append(Group(Prompt(str(index), (), prompt_ids, "", "train"), samples, 0))
-    return groups
 
 
 def run_train_step(

@@ -20,6 +20,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
+from benchmarks.families import COMMON, EXPERTS, LATENT, LINEAR
 from rluf.algorithms.policy_model import load_policy
 from rluf.backends.deepspeed import gather_checkpoint_tensors
 from rluf.backends.weight_transfer.base import WeightManifest, list_checkpoint_files
@@ -27,24 +28,11 @@ from rluf.config.settings import Settings
 from rluf.errors import SettingsError
 from rluf.train.startup_check import check_weight_names
 
-COMMON = {
-    "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
-}  # fmt: skip
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "head_dim": 16}
-LINEAR = {
-    "linear_num_value_heads": 4, "linear_num_key_heads": 2, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
-}  # fmt: skip
-LATENT = {
-    "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48, "n_group": 1, "topk_group": 1,
-    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "v_head_dim": 16, "qk_nope_head_dim": 16,
-    "n_shared_experts": 1, "first_k_dense_replace": 1, "num_key_value_heads": 4,
-}  # fmt: skip
 CONFIGS = {
     "llama tied": LlamaConfig(**COMMON, tie_word_embeddings=True),
     "qwen3_moe": Qwen3MoeConfig(**COMMON, **EXPERTS),
     "qwen2_moe": Qwen2MoeConfig(**COMMON, **{**EXPERTS, "shared_expert_intermediate_size": 48}),
-    "qwen3_next": Qwen3NextConfig(**{**COMMON, **EXPERTS, **LINEAR, "num_hidden_layers": 4}),
+    "qwen3_next": Qwen3NextConfig(**{**COMMON, **EXPERTS, **LINEAR}),
     "mixtral": MixtralConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2),
     "olmoe": OlmoeConfig(**COMMON, num_experts=4, num_experts_per_tok=2),
     "deepseek_v3": DeepseekV3Config(**{**COMMON, **LATENT}),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import socket
 import sys
 from pathlib import Path
@@ -20,7 +19,7 @@ from rluf.algorithms.registry import build_learner_inputs
 from rluf.backends.deepspeed import gather_lora_matrices, gather_parameters
 from rluf.config.settings import Settings
 from rluf.models.hub import resolve_model
-from rluf.types import Group, Prompt, Sample
+from tests.actors.random_groups import make_random_groups
 
 STEPS = 3
 PLAIN: dict[str, Any] = {}
@@ -45,28 +44,10 @@ def make_settings(options: dict[str, Any], *, zero_stage: int, workers: int) -> 
     )
 
 
-def make_groups(seed: int) -> list[Group]:
-    generator = random.Random(seed)
-
-    def random_ids(length: int) -> tuple[int, ...]:
-        return tuple(generator.randrange(3, 250) for _ in range(length))
-
-    groups = []
-    for index in range(5):
-        prompt_ids = random_ids(generator.randrange(4, 12))
-        lengths = [generator.randrange(1, 12) for _ in range(4)]
-        samples = tuple(
-            Sample(str(index), prompt_ids, random_ids(length), (-5.5,) * length, ((0, 0),), "stop", "")
-            for length in lengths
-        )
-        groups.append(Group(Prompt(str(index), (), prompt_ids, "", "train"), samples, 0))
-    return groups
-
-
 def run_steps(learner: LearnerActor, steps: range) -> list[dict[str, float]]:
     algorithm, metrics = learner.settings.algorithm, []
     for step in steps:
-        groups = make_groups(step)
+        groups = make_random_groups(step)
         lengths = [[len(sample.response_ids) for sample in group.samples] for group in groups]
         rewards = [[float((index + sample) % 3) for sample in range(4)] for index in range(5)]
         plan = plan_micro_batches(
