@@ -28,7 +28,7 @@ from rluf.prepare.readers.columns import NOTES_KEY, RowConverter, build_converte
 from rluf.prepare.readers.datasets import ReaderOptions, SkippedRow
 from rluf.prepare.readers.files import RawLine, detect_format, read_line_batches
 from rluf.prepare.readers.sources import find_reader, parse_partition_fields
-from rluf.prepare.redact import redact_array
+from rluf.prepare.redact import redact_array, redact_text
 from rluf.prepare.schema import (
     MAX_TEXT_CHARS,
     SPLIT_NAMES,
@@ -202,9 +202,9 @@ class _ValidationWriter:
     def redact_value(self, value: Any) -> Any:
         """A JSON value with its texts redacted; keys and numbers stay."""
         if isinstance(value, str):
-            texts, redactions = redact_array(pa.array([value], pa.string()), self.task.redact_kinds)
+            text, redactions = redact_text(value, self.task.redact_kinds)
             self.redaction_counts += redactions
-            return texts[0].as_py()
+            return text
         if isinstance(value, dict):
             return {key: self.redact_value(item) for key, item in value.items()}
         return [self.redact_value(item) for item in value] if isinstance(value, list) else value
