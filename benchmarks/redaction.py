@@ -105,56 +105,61 @@ class SecretGenerator:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
 
-    def digits(self, count: int) -> str:
+    def make_digits(self, count: int) -> str:
         """Random digits."""
         return "".join(self.rng.choices(string.digits, k=count))
 
-    def email(self, language: str) -> tuple[str, str]:
+    def make_email(self, language: str) -> tuple[str, str]:
         """An address, also with an international domain, in full-width characters, or spelled out."""
-        name = self.rng.choice(["bob", "j.smith", "anna_k", "x+tag", "1st-mail"]) + self.digits(2)
+        name = self.rng.choice(["bob", "j.smith", "anna_k", "x+tag", "1st-mail"]) + self.make_digits(2)
         domain = self.rng.choice(
             ["example.com", "mail.example.co.uk", "a-b.org", "post.example", "例え.jp", "müller.de"]
         )
         address = f"{name}@{domain}"
-        forms = [address, address.upper(), f"{name} (at) example (dot) com", "".join(map(widen, f"{name}@example.com"))]
+        forms = [
+            address,
+            address.upper(),
+            f"{name} (at) example (dot) com",
+            "".join(map(build_full_width_form, f"{name}@example.com")),
+        ]
         text = self.rng.choices(forms, [6, 1, 1, 1])[0]
         return text, text
 
-    def phone(self, language: str) -> tuple[str, str]:
+    def make_phone(self, language: str) -> tuple[str, str]:
         """A number as it is written in the countries of the language, after a word for phone."""
         text = self.rng.choice(PHONES[language])
         for count in "2", "3", "4", "6", "7", "8":
             while f"{{{count}}}" in text:
-                text = text.replace(f"{{{count}}}", self.digits(int(count)), 1)
-        text = text.replace("{8w}", "".join(map(widen, self.digits(8))))
+                text = text.replace(f"{{{count}}}", self.make_digits(int(count)), 1)
+        text = text.replace("{8w}", "".join(map(build_full_width_form, self.make_digits(8))))
         is_international = text.startswith("+")
         return (text if is_international and self.rng.random() < 0.5 else PHONE_WORDS[language] + text), text
 
-    def card(self, language: str) -> tuple[str, str]:
+    def make_card(self, language: str) -> tuple[str, str]:
         """A card number of a network, with or without groups; sometimes with its security code."""
         prefix, length = self.rng.choice(
             [("4", 16), ("51", 16), ("55", 16), ("6011", 16), ("34", 15), ("37", 15), ("62", 16)]
         )
-        body = prefix + self.digits(length - 1 - len(prefix))
-        number = body + luhn_digit(body)
+        body = prefix + self.make_digits(length - 1 - len(prefix))
+        number = body + compute_luhn_digit(body)
         size = self.rng.choice([0, 4])
         groups = [number] if not size else [number[n : n + 4] for n in range(0, len(number), 4)]
         text = self.rng.choice([" ", "-", "."] if length == 16 else [" ", "-"]).join(groups)
         if self.rng.random() < 0.2:
-            code = self.digits(3)
+            code = self.make_digits(3)
             return f"{text} cvv {code}", f"cvv {code}"
         return text, text
 
-    def iban(self, language: str) -> tuple[str, str]:
+    def make_iban(self, language: str) -> tuple[str, str]:
         """An account number of a country, with or without groups, in upper or lower case."""
         bodies = {
-            "DE": self.digits(18),
-            "FR": self.digits(23),
-            "GB": "WEST" + self.digits(14),
-            "NL": "ABNA" + self.digits(10),
+            "DE": self.make_digits(18),
+            "FR": self.make_digits(23),
+            "GB": "WEST" + self.make_digits(14),
+            "NL": "ABNA" + self.make_digits(10),
             "ES": None,
-            "SA": self.digits(20),
-            "PL": self.digits(24),
+            "SA": self.make_digits(20),
+            "PL": self.make_digits(24),
         }
         country = self.rng.choice([name for name, body in bodies.items() if body])
         body = bodies[country] or ""
@@ -165,20 +170,20 @@ class SecretGenerator:
             text = " ".join(text[n : n + 4] for n in range(0, len(text), 4))
         return (text.lower() if form == "lower" else text,) * 2
 
-    def ip(self, language: str) -> tuple[str, str]:
+    def make_ip(self, language: str) -> tuple[str, str]:
         """An address of version 4 or 6."""
         ipv4 = ".".join(str(self.rng.randrange(1, 223)) for _ in range(4)).replace("127.", "128.")
         groups = [f"{self.rng.randrange(1, 65535):x}" for _ in range(8)]
         return (self.rng.choice([ipv4, ipv4, ":".join(groups), f"2001:db8::{groups[0]}:{groups[1]}"]),) * 2
 
-    def id(self, language: str) -> tuple[str, str]:
+    def make_id(self, language: str) -> tuple[str, str]:
         """A national identity number with valid check digits, in its usual form, after its name where it is bare."""
         return make_id_number(self)
 
-    def key(self, language: str) -> tuple[str, str]:
+    def make_key(self, language: str) -> tuple[str, str]:
         """A secret key of a service, a password, or a private key."""
         if self.rng.random() < 0.1:
-            password = "".join(self.rng.choices(string.ascii_lowercase, k=7)) + self.digits(2)
+            password = "".join(self.rng.choices(string.ascii_lowercase, k=7)) + self.make_digits(2)
             return PASSWORD_WORDS[language] + password, password
         text = self.rng.choice(KEY_FORMATS)
         secret = text
@@ -197,12 +202,12 @@ class SecretGenerator:
         return text, secret
 
 
-def widen(char: str) -> str:
+def build_full_width_form(char: str) -> str:
     """The full-width form of an ASCII character."""
     return chr(ord(char) + 0xFEE0) if "!" <= char <= "~" else char
 
 
-def luhn_digit(body: str) -> str:
+def compute_luhn_digit(body: str) -> str:
     """Check digit of a card number."""
     from stdnum import luhn
 
@@ -231,7 +236,7 @@ def make_id_number(generator: SecretGenerator) -> tuple[str, str]:
     module, form, word = generator.rng.choice(forms)
     validate = import_module(f"stdnum.{module}").is_valid
     for _ in range(20000):
-        number = form(generator.digits(13))
+        number = form(generator.make_digits(13))
         if validate(number):
             return word + number, number
     raise RuntimeError(f"no valid number of {module}")
@@ -337,13 +342,14 @@ HOSTILE_UNITS = (
 
 def measure_recall(secrets_per_cell: int, seed: int = 7) -> dict[str, dict[str, float]]:
     """Share of secrets of which nothing is left, by kind and language."""
-    generator, recall = SecretGenerator(seed), {}
+    generator = SecretGenerator(seed)
+    recall: dict[str, dict[str, float]] = {}
     for kind in KINDS:
         recall[kind] = {}
         for language in LANGUAGES:
             texts, secrets = [], []
             for _ in range(secrets_per_cell):
-                text, secret = getattr(generator, kind)(language)
+                text, secret = getattr(generator, f"make_{kind}")(language)
                 texts.append(generator.rng.choice(SENTENCES[language]).format(text))
                 secrets.append(secret)
             redacted = redact_array(pa.array(texts), KINDS)[0].to_pylist()
