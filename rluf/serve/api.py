@@ -463,7 +463,8 @@ def build_reaction_event(request: FeedbackRequest, salt: bytes) -> FeedbackEvent
             check_response_user(request.id, request.user, salt)
         return FeedbackEvent(request.id, request.reaction)
     row = request.record.model_dump()
-    row |= _hash_ids(salt, user_id=request.record.user_id, device=request.record.device, author=request.record.author)
+    row["user_id"] = hash_user_id(request.record.user_id, salt)
+    row |= {name: _hash_id(row[name], salt) for name in ("device", "author")}
     record = FeedbackRecord.model_validate({**row, "id": request.id, "reaction": request.reaction})
     return FeedbackEvent(request.id, request.reaction, record)
 
@@ -476,9 +477,9 @@ def build_preference_event(request: PreferenceRequest, salt: bytes) -> Preferenc
     return PreferenceEvent(request.chosen_id, request.rejected_id)
 
 
-def _hash_ids(salt: bytes, **ids: str | None) -> dict[str, str | None]:
-    """Ids of users and devices as the log has them: one hash for all, so that an author can equal a user."""
-    return {name: None if value is None else hash_user_id(value, salt) for name, value in ids.items()}
+def _hash_id(value: str | None, salt: bytes) -> str | None:
+    """Id of a device or author as the log has it: hashed like users, so that an author can equal a user."""
+    return None if value is None else hash_user_id(value, salt)
 
 
 def create_response_id(user: str | None, salt: bytes) -> str:
@@ -530,7 +531,7 @@ def build_served_event(
     record = FeedbackRecord(
         id=response_id, conversation_id=conversation_id,
         turn=sum(message.role == "assistant" for message in request.messages), user_id=hash_user_id(user, salt),
-        interface=request.interface, **_hash_ids(salt, device=request.device, author=request.author),
+        interface=request.interface, device=_hash_id(request.device, salt), author=_hash_id(request.author, salt),
         time=datetime.now(UTC), model_version=response.policy_version,
         messages=[LoggedMessage(role=message.role, content=message.content) for message in request.messages],
         response=response.text, finish_reason="length" if response.finish_reason == "length" else "stop", reaction=None,

@@ -20,7 +20,7 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,7 +165,7 @@ class FeedbackStore:
             "ORDER BY received_at LIMIT ?",
             (settled_before, MAX_ROWS_PER_FILE),
         ).fetchall():
-            records = []
+            records: list[LogRecord] = []
             for _, record_json, reaction, continued in rows:
                 changes = {"reaction": reaction} | ({"continued": True} if continued else {})
                 records.append(FeedbackRecord.model_validate_json(record_json).model_copy(update=changes))
@@ -338,14 +338,12 @@ class FeedbackStore:
         target = f"{self._base_path}/{path}"
 
         def write_tables(where: Any) -> None:
-            writer = None
-            for table in tables:
-                if writer is None:
-                    schema = table.schema.with_metadata({**(table.schema.metadata or {}), **(metadata or {})})
-                    writer = pq.ParquetWriter(where, schema)
-                writer.write_table(table.replace_schema_metadata(schema.metadata))
-            if writer is not None:
-                writer.close()
+            remaining_tables = iter(tables)
+            first_table = next(remaining_tables)
+            schema = first_table.schema.with_metadata({**(first_table.schema.metadata or {}), **(metadata or {})})
+            with pq.ParquetWriter(where, schema) as writer:
+                for table in chain([first_table], remaining_tables):
+                    writer.write_table(table.replace_schema_metadata(schema.metadata))
 
         if isinstance(self._filesystem, fs.LocalFileSystem):
             Path(target).parent.mkdir(parents=True, exist_ok=True)
@@ -360,11 +358,12 @@ class FeedbackStore:
     def _merge_files(self, folder: str, paths: Sequence[str]) -> None:
         """Replace the files of a day by one, reading one at a time."""
         connection, names = self._require_open(), [path.rpartition("/")[2] for path in paths]
-        record_type = {REACTIONS_FOLDER: ReactionRecord, PREFERENCES_FOLDER: PreferenceRecord}.get(
-            folder.partition("/")[0], FeedbackRecord
-        )
+        record_types: dict[str, type[LogRecord]] = {
+            REACTIONS_FOLDER: ReactionRecord,
+            PREFERENCES_FOLDER: PreferenceRecord,
+        }
         # Files of an older release lack newer columns.
-        schema = build_arrow_schema(record_type)
+        schema = build_arrow_schema(record_types.get(folder.partition("/")[0], FeedbackRecord))
         merged_path = f"{folder}/{names[0].partition('-')[0]}-merged-{uuid.uuid4().hex[:12]}.parquet"
         tables = (
             pa.concat_tables([schema.empty_table(), self._read_table(path)], promote_options="default").cast(schema)
