@@ -422,8 +422,8 @@ def _monitor_result(
     if table.phrases:
         # Phrases with a caret stand at the start of a reply; a reader need not know the mark.
         phrase, is_opening = table.phrases[worst].removeprefix("^ "), table.phrases[worst].startswith("^ ")
-        place = " at the start" if is_opening else ""
-        detail = f"{phrase!r}{place}: {base_means[worst]:.1%} -> {current_means[worst]:.1%}"
+        position_text = " at the start" if is_opening else ""
+        detail = f"{phrase!r}{position_text}: {base_means[worst]:.1%} -> {current_means[worst]:.1%}"
     return MonitorResult(
         base_value=float(base_means.max()),
         current_value=float(current_means.max()),
