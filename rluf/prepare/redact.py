@@ -70,7 +70,7 @@ _PREFILTER_PATTERN = (
 is never scanned. RE2 (in Arrow) runs it over whole columns, so it uses no look-around."""
 
 
-def _limit_checks(
+def _check_matches(
     matches: Iterable[re.Match[str]], find_end: Callable[[re.Match[str]], int | None]
 ) -> Iterator[tuple[int, int]]:
     """Spans of matches for which `find_end` returns an end; of the candidates after MAX_CHECKED, all of them."""
@@ -100,7 +100,7 @@ def _find_card_end(match: re.Match[str]) -> int | None:
 
 
 def _find_cards(text: str) -> Iterator[tuple[int, int]]:
-    yield from _limit_checks(_CARD_PATTERN.finditer(text), _find_card_end)
+    yield from _check_matches(_CARD_PATTERN.finditer(text), _find_card_end)
     yield from (match.span(1) for match in _CARD_CODE_PATTERN.finditer(text))
 
 
@@ -118,7 +118,7 @@ def _find_iban_end(match: re.Match[str]) -> int | None:
 
 
 def _find_ibans(text: str) -> Iterator[tuple[int, int]]:
-    return _limit_checks(_IBAN_PATTERN.finditer(text), _find_iban_end)
+    return _check_matches(_IBAN_PATTERN.finditer(text), _find_iban_end)
 
 
 def _find_ip_end(match: re.Match[str]) -> int | None:
@@ -138,7 +138,7 @@ def _find_ip_end(match: re.Match[str]) -> int | None:
 def _find_ip_addresses(text: str) -> Iterator[tuple[int, int]]:
     for pattern, separator in ((_IPV4_PATTERN, "."), (_IPV6_PATTERN, ":")):
         if separator in text:
-            yield from _limit_checks(pattern.finditer(text), _find_ip_end)
+            yield from _check_matches(pattern.finditer(text), _find_ip_end)
 
 
 _FINDER_BY_KIND: dict[str, Callable[[str], Iterable[tuple[int, int]]]] = {
