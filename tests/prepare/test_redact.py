@@ -167,5 +167,6 @@ def test_time_is_linear_on_hostile_text(unit: str) -> None:
         redact_text(text, KINDS)
         return time.process_time() - start
 
-    # 1 MiB within 0.5 s is 25 ms for 50 KB; quadratic patterns took seconds. A busy machine gets four times that.
-    assert measure(50_000) < 0.1
+    measure(1000)  # imports the libraries
+    # 1 MiB within 0.5 s is 25 ms for 50 KB; a quadratic pattern takes seconds. The margin is for a busy machine.
+    assert measure(50_000) < 0.3
