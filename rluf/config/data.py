@@ -147,13 +147,14 @@ class PrepareSettings(SettingsSection):
         "key",
     )
     """Kinds of personal data replaced by their kind, such as <email>, in all texts."""
-    abuse_rules: tuple[Literal["rate", "burst", "timing", "copies", "self_love", "device", "cap"], ...] = (
+    abuse_rules: tuple[Literal["rate", "burst", "timing", "copies", "self_love", "device", "newcomers", "cap"], ...] = (
         "rate",
         "burst",
         "timing",
         "copies",
         "self_love",
         "device",
+        "newcomers",
         "cap",
     )
     """Rules that down-weight rows of bots, brigades and farms (docs/data.md); a row gets its smallest weight."""
