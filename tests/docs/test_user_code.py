@@ -82,9 +82,10 @@ def test_the_sweep_is_a_command() -> None:
     arguments = BLOCKS["rluf", "sweep over the learning rate"].split()
     assert arguments[:3] == ["python", "-m", "rluf.sweep"]
     points = list_grid_points(parse_arguments(arguments[3:]))
-    assert [(point.grid_overrides, point.seed) for point in points] == [
-        ((f"learner.learning_rate={rate}",), seed) for rate in ("1e-6", "1e-5") for seed in (1, 2)
-    ]
+    rates = [float(point.grid_overrides[0].removeprefix("learner.learning_rate=")) for point in points]
+    assert [(rate, point.seed) for rate, point in zip(rates, points, strict=True)] == [
+        (1e-6, 1), (1e-6, 2), (1e-5, 1), (1e-5, 2),
+    ]  # fmt: skip
 
 
 def test_the_programs_for_trl_use_names_that_it_has() -> None:
