@@ -17,7 +17,6 @@ import contextlib
 import itertools
 import json
 import pickle
-import resource
 import subprocess
 import sys
 import tempfile
@@ -137,7 +136,9 @@ def run_writer(folder: str) -> None:
                 last_flush = current_time
     store.flush_settled(all_rows=True)
     store.close()
-    pickle.dump(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, sys.stdout.buffer)
+    # Not ru_maxrss, which starts at the memory of the process that started this one.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    pickle.dump(int(status.partition("VmHWM:")[2].split()[0]), sys.stdout.buffer)
 
 
 class _Writer:

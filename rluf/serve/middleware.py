@@ -275,9 +275,7 @@ class ServiceMiddleware:
                     "http.request.method": scope["method"], "http.route": route, "http.response.status_code": status,
                     "rluf.request_id": request_id.decode(),
                 })  # fmt: skip
-                logger.info(
-                    "%s", " ".join(f"{name}={value}" for name, value in fields.items()), extra={"fields": fields}
-                )
+                logger.info("%s %s %d %.1f ms request_id=%s", *list(fields.values())[:5], extra={"fields": fields})
 
     async def _handle_request(self, scope: Scope, receive: Receive, send: Send) -> None:
         has_started = False
