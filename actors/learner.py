@@ -44,6 +44,7 @@ from rluf.algorithms.policy_model import compute_response_logprobs, copy_compani
 from rluf.algorithms.registry import LearnerInputs, find_algorithm, requires_reference
 from rluf.backends import deepspeed as ds
 from rluf.backends.colocation import WEIGHTS_TAG
+from rluf.backends.gpu_metrics import count_flops_per_token, measure_gpu
 from rluf.backends.optimizer_state import load_optimizer_state, save_optimizer_state
 from rluf.backends.weight_transfer import create_weight_sender
 from rluf.backends.weight_transfer.base import WeightSender
@@ -98,7 +99,7 @@ class LearnerActor:
         self._weight_average: WeightAverage | None = None
         self._critic: CriticWorker | None = None
         self._weight_sender: WeightSender | None = None
-        self._reference_seconds = 0.0
+        self._reference_seconds = self._flops_per_token = 0.0
         self._profiler = TorchProfiler()
         self._weight_buckets: Iterator[list[tuple[str, Tensor]]] = iter(())
         self._ref_logprobs: dict[int, Tensor] = {}
@@ -171,11 +172,15 @@ class LearnerActor:
             self._weight_average = WeightAverage(self.engine.module, learner.ema_decay)
         if self.checkpoint is not None:
             self._restore_optimizer_state(self.checkpoint)
+        parameters = float(ds.count_parameters(self.engine))
+        self._flops_per_token = count_flops_per_token(
+            parameters, has_reference=self._has_reference, is_lora=learner.lora_rank > 0
+        )
         seconds = time.monotonic() - start_time
         logger.info(
             "learner %d: ready: world_size=%d device=%s seconds=%.1f", self.rank, self.world_size, self.device, seconds
         )
-        return {"parameters": float(ds.count_parameters(self.engine)), "seconds": seconds}
+        return {"parameters": parameters, "seconds": seconds}
 
     @property
     def engine(self) -> DeepSpeedEngine:
@@ -274,6 +279,7 @@ class LearnerActor:
         dist.all_reduce(max_ratio, dist.ReduceOp.MAX)
         self._update_weight_copies(step)
         end_time = time.monotonic()
+        tokens_per_s = float(metric_sums[METRIC_SUM_NAMES.index("batch_tokens")]) / (end_time - start_time)
         return {
             **compute_loss_metrics(
                 metric_sums, float(max_ratio), update_count=len(update_metrics), has_reference=self._has_reference
@@ -285,8 +291,8 @@ class LearnerActor:
             "reference_s": self._reference_seconds,
             "backward_s": backward_s,
             "optimizer_s": end_time - start_time - self._reference_seconds - backward_s,
-            "learner_tokens_per_s": float(metric_sums[METRIC_SUM_NAMES.index("batch_tokens")])
-            / (end_time - start_time),
+            "learner_tokens_per_s": tokens_per_s,
+            **measure_gpu(self.device, self._flops_per_token, tokens_per_s, self.world_size),
         }
 
     def _apply_update(

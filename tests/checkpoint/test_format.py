@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -150,10 +150,10 @@ def test_a_checkpoint_with_settings_of_an_earlier_release_is_refused_with_the_re
         CheckpointManager(settings, tmp_path, [PROMPT]).load_newest()
 
 
-def load_with(tmp_path: Path, *overrides: str) -> RunState:
-    """State of the checkpoint of a run with default settings, loaded by a run with `overrides`."""
-    defaults = load_settings(None, []).settings
-    write_checkpoint(tmp_path / "checkpoints", 1, defaults.model_dump(mode="json"))
+def load_with(tmp_path: Path, *overrides: str, saved_overrides: Sequence[str] = ()) -> RunState:
+    """State of the checkpoint of a run with `saved_overrides`, loaded by a run with `overrides`."""
+    saved_settings = load_settings(None, list(saved_overrides)).settings
+    write_checkpoint(tmp_path / "checkpoints", 1, saved_settings.model_dump(mode="json"))
     settings = load_settings(None, [f"run.resume={tmp_path}", *overrides]).settings
     manager = CheckpointManager(settings, tmp_path, [PROMPT])
     manager._prompts_digest = "digest"
@@ -174,12 +174,18 @@ def load_with(tmp_path: Path, *overrides: str) -> RunState:
             "run.resume_with=[algorithm.clip,learner.warmup_steps]",
         ],
         ["objectives.safety.weight=0.5", "run.resume_with=[objectives.safety.weight]"],
-        ["aggregation.floors={safety: 0.1}", "run.resume_with=[aggregation.floors]"],
         ["run.resume_with=[algorithm.kl_coef]"],
     ],
 )
 def test_ranks_may_change_and_schedules_on_explicit_wish(overrides: list[str], tmp_path: Path) -> None:
     assert load_with(tmp_path, *overrides).controller_state.policy_updater["kl_coef"] == 0.1
+
+
+def test_naming_a_mapping_accepts_its_entries(tmp_path: Path) -> None:
+    saved, changed = (
+        ["aggregation.method=constrained", f"aggregation.floors={{safety: {floor}}}"] for floor in (0.1, 0.2)
+    )
+    load_with(tmp_path, *changed, "run.resume_with=[aggregation.floors]", saved_overrides=saved)
 
 
 @pytest.mark.parametrize(
