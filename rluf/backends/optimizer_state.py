@@ -129,7 +129,7 @@ def _describe_layout(engine: DeepSpeedEngine) -> Layout:
         # Each parameter is cut into equal ranges, one per rank, the last of them padded. A master is one sub-group.
         name_by_id = {id(parameter): name for name, parameter in zip(names, trained, strict=True)}
         return [
-            _place_shards([(name_by_id[id(p)], int(p.ds_numel), int(p.partition_numel())) for p in sub_group], rank)
+            _build_fragments([(name_by_id[id(p)], int(p.ds_numel), int(p.partition_numel())) for p in sub_group], rank)
             for sub_group in engine.optimizer.fp16_groups
         ]
     sizes = [parameter.numel() for parameter in trained]
@@ -146,7 +146,7 @@ def _describe_layout(engine: DeepSpeedEngine) -> Layout:
     return [fragments]
 
 
-def _place_shards(shards: Sequence[tuple[str, int, int]], rank: int) -> list[Fragment]:
+def _build_fragments(shards: Sequence[tuple[str, int, int]], rank: int) -> list[Fragment]:
     """Fragments of the shards of `rank`, each (parameter, its size, padded length), which follow each other."""
     fragments, offset = [], 0
     for name, size, shard_size in shards:

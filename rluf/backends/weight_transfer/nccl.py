@@ -90,7 +90,7 @@ class NcclSender:
         self._group = trainer_init(
             {"master_address": self._host, "master_port": self._port, "world_size": self._world_size}
         )
-        require_nccl(self._group)
+        check_nccl_group(self._group)
 
     def _broadcast_bucket(self, bucket: list[tuple[str, torch.Tensor]], ready_event: torch.cuda.Event) -> None:
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
@@ -125,7 +125,7 @@ class NcclReceiver:
         self._buffer_bytes = int(transfer_info["packed_buffer_size_bytes"])
         init_info = NCCLWeightTransferInitInfo(**transfer_info)
         self._group = worker_init_process_group(init_info, self._parallel_config)
-        require_nccl(self._group)
+        check_nccl_group(self._group)
 
     def list_tensors(self, bucket_info: Mapping[str, Any]) -> list[tuple[str, Sequence[int]]]:
         """Names and shapes of the tensors of a bucket."""
@@ -159,7 +159,7 @@ class NcclReceiver:
             self._group = None
 
 
-def require_nccl(group: Any) -> None:
+def check_nccl_group(group: Any) -> None:
     """Raise WeightSyncError where vLLM could not load NCCL: its group then exists, and every broadcast does nothing."""
     if not group.available or group.disabled:
         raise WeightSyncError(
