@@ -150,16 +150,18 @@ def read_off_policy_log(data: Path, scores: Path) -> dict[str, Any]:
 
     from rluf.errors import DataError
     from rluf.evaluate.event_columns import ColumnSource, parse_numbers, parse_texts, read_columns
+    from rluf.evaluate.events import apply_late_reactions
+    from rluf.prepare.readers.feedback_folder import list_row_files
     from rluf.prepare.schema import LOVE_REACTION
 
-    files = sorted(data.glob("*.parquet")) if data.is_dir() else [data]
     names = ("id", "user_id", "reaction", "response_logprob")
     rows: dict[str, list[Any]] = {name: [] for name in names}
-    for file in files:
+    for file in list_row_files(data):
         columns, _ = read_columns(file, names)
         count = len(columns.get("id", []))
         for name in names:
             rows[name] += columns.get(name, [None] * count)
+    apply_late_reactions(rows, [data])
     score_columns, _ = read_columns(scores, ("id", "target_logprob", "value", "target_value"))
     if "id" not in score_columns or "target_logprob" not in score_columns:
         raise DataError(f"{scores}: expected the columns id and target_logprob")

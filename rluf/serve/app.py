@@ -171,7 +171,6 @@ def _add_service_routes(app: FastAPI, backend: ServiceBackend) -> None:
         tags=["feedback"],
         responses={
             404: {"model": api.ErrorReply, "description": "Unknown response id, and the request has no record"},
-            409: {"model": api.ErrorReply, "description": "The row is settled with another reaction"},
         },
     )
     async def feedback(body: api.FeedbackRequest, request: Request) -> api.FeedbackReply:
@@ -187,9 +186,27 @@ def _add_service_routes(app: FastAPI, backend: ServiceBackend) -> None:
         backend.metrics.feedback_requests.labels(outcome).inc()
         if outcome == "unknown":
             raise ApiError(404, "unknown", "no response with that id was served here; add its record to the request")
+        return api.FeedbackReply(id=body.id, status="duplicate" if outcome == "duplicate" else "stored")
+
+    @app.post(
+        "/v1/preferences",
+        tags=["feedback"],
+        responses={
+            404: {"model": api.ErrorReply, "description": "A response id is unknown"},
+            409: {"model": api.ErrorReply, "description": "Another choice between the two is settled"},
+        },
+    )
+    async def preferences(body: api.PreferenceRequest) -> api.FeedbackReply:
+        """Store which of two responses to one conversation a user prefers; of two choices the later counts."""
+        outcome = await backend.store_preference(body)
+        backend.metrics.feedback_requests.labels(outcome).inc()
+        if outcome == "unknown":
+            raise ApiError(404, "unknown", "no response with that id was served here")
+        if outcome == "mismatch":
+            raise ApiError(422, "invalid", "the two responses answer different messages, or they are equal")
         if outcome == "settled":
-            raise ApiError(409, "settled", "the reaction to that response can no longer be changed")
-        return api.FeedbackReply(id=body.id, status=outcome)
+            raise ApiError(409, "settled", "another choice between these responses is settled")
+        return api.FeedbackReply(id=body.chosen_id, status="duplicate" if outcome == "duplicate" else "stored")
 
     @app.post(
         "/v1/chat/completions",

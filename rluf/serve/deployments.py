@@ -31,10 +31,12 @@ from rluf.serve.api import (
     ChatRequest,
     FeedbackRequest,
     ModelInfo,
+    PreferenceRequest,
     ScoredItem,
     ScoreRoute,
     ServedResponse,
     build_chat_reply,
+    build_preference_event,
     build_reaction_event,
     build_score_route,
     build_served_event,
@@ -44,7 +46,7 @@ from rluf.serve.api import (
 from rluf.serve.batching import RequestBatcher
 from rluf.serve.listener import HttpServer
 from rluf.serve.middleware import ServeMetrics, ServiceRules
-from rluf.serve.store import FeedbackEvent, FeedbackStore, StoreOutcome
+from rluf.serve.store import FeedbackStore, StoreEvent, StoreOutcome
 from rluf.types import Score, ScoringItem
 from rluf.utils.hashing import hash_to_unit_interval
 
@@ -193,14 +195,14 @@ class FeedbackWriter:
         _log_to_stderr()
         self._feedback_store = FeedbackStore(store_root, Path(log_folder), reaction_window_s=reaction_window_s)
         self._flush_interval_s = flush_interval_s
-        self._pending_events: list[tuple[list[FeedbackEvent], asyncio.Future[list[StoreOutcome]]]] = []
+        self._pending_events: list[tuple[list[StoreEvent], asyncio.Future[list[StoreOutcome]]]] = []
         self._write_task: asyncio.Task[None] | None = None
         self._store_lock = asyncio.Lock()
         row_count = await asyncio.to_thread(self._feedback_store.start)
         logger.info("feedback store %s: opened, open_rows=%d", store_root, row_count)
         self._flush_task = asyncio.create_task(self._flush_periodically())
 
-    async def append_events(self, events: list[FeedbackEvent]) -> list[StoreOutcome]:
+    async def append_events(self, events: list[StoreEvent]) -> list[StoreOutcome]:
         """Store events and return their outcomes once they are on disk. Raises OSError or RlufError on failure."""
         future: asyncio.Future[list[StoreOutcome]] = asyncio.get_running_loop().create_future()
         self._pending_events.append((events, future))
@@ -237,6 +239,8 @@ class FeedbackWriter:
             await asyncio.sleep(self._flush_interval_s)
             try:
                 await self.flush_settled()
+                async with self._store_lock:
+                    await asyncio.to_thread(self._feedback_store.merge_days)
             except (OSError, RlufError):
                 store_root = self._feedback_store.root
                 logger.exception("feedback store %s: settled rows not written; they stay in the log", store_root)
@@ -468,7 +472,11 @@ class GatewayDeployment:
         """Store a reaction, with a full row when another system served the response."""
         return await self._store_event(build_reaction_event(request, self._user_salt))
 
-    async def _store_event(self, event: FeedbackEvent) -> StoreOutcome:
+    async def store_preference(self, request: PreferenceRequest) -> StoreOutcome:
+        """Store a choice between two responses of this service."""
+        return await self._store_event(build_preference_event(request, self._user_salt))
+
+    async def _store_event(self, event: StoreEvent) -> StoreOutcome:
         try:
             (outcome,) = await self._feedback_writer.append_events.remote([event])
         except REPLICA_LOST_ERRORS as error:

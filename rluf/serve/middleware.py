@@ -24,7 +24,16 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from rluf.config.serve import DEFAULT_REACTIONS
 from rluf.errors import SettingsError
-from rluf.serve.api import ApiError, ChatReply, ChatRequest, FeedbackRequest, ModelInfo, ScoredItem, ScoreRoute
+from rluf.serve.api import (
+    ApiError,
+    ChatReply,
+    ChatRequest,
+    FeedbackRequest,
+    ModelInfo,
+    PreferenceRequest,
+    ScoredItem,
+    ScoreRoute,
+)
 from rluf.serve.batching import BatchStats
 from rluf.serve.store import StoreOutcome
 from rluf.types import ScoringItem
@@ -196,6 +205,9 @@ class ServiceBackend(Protocol):
 
     async def store_feedback(self, request: FeedbackRequest) -> StoreOutcome:
         """Store a reaction; it is on disk when this returns."""
+
+    async def store_preference(self, request: PreferenceRequest) -> StoreOutcome:
+        """Store a choice between two responses; it is on disk when this returns."""
 
     async def list_models(self) -> list[ModelInfo]:
         """Return all served reward models and policies."""
