@@ -6,6 +6,7 @@ import json
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from rluf.algorithms.advantages import AdvantageInputs
 from rluf.algorithms.packing import plan_micro_batches
 from rluf.algorithms.registry import build_learner_inputs
 from rluf.backends.deepspeed import gather_lora_matrices, gather_parameters
+from rluf.checkpoint.format import RunCheckpoint
 from rluf.config.settings import Settings
 from rluf.models.hub import resolve_model
 from tests.actors.random_groups import make_random_groups
@@ -69,10 +71,6 @@ def copy_weights(learner: LearnerActor) -> dict[str, torch.Tensor]:
     return weights
 
 
-class CheckpointState:
-    """What LearnerActor reads of a checkpoint's driver state."""
-
-
 def run_case(
     rank: int, world_size: int, port: int, settings: Settings, model_path: str, folder: Path
 ) -> tuple[list[dict[str, float]], dict[str, torch.Tensor]]:
@@ -96,11 +94,14 @@ def resume_case(
     rank: int, world_size: int, port: int, settings: Settings, model_path: str, folder: Path
 ) -> dict[str, torch.Tensor]:
     """The weights after the last step of a run that resumes from the checkpoint in `folder`, of any number of ranks."""
-    from rluf.checkpoint.format import RunCheckpoint
 
-    state = CheckpointState()
-    state.lr_schedules = [json.loads(file.read_text()) for file in sorted(folder.glob("rank*.json"))]  # type: ignore[attr-defined]
-    RunCheckpoint.read_state = lambda self: state  # type: ignore[method-assign,assignment]
+    def read_state(_: RunCheckpoint) -> Any:
+        # Read once all ranks have joined: only then has the other process written its checkpoint.
+        return SimpleNamespace(
+            lr_schedules=[json.loads(file.read_text()) for file in sorted(folder.glob("rank*.json"))]
+        )
+
+    RunCheckpoint.read_state = read_state  # type: ignore[method-assign]
     learner = LearnerActor(rank, world_size, settings.model_dump_json(), model_path, str(folder))
     learner.setup("127.0.0.1", port)
     run_steps(learner, range(STEPS - 1, STEPS))
