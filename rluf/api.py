@@ -56,6 +56,12 @@ class Report:
         lines = (self.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return [json.loads(line) for line in lines]
 
+    def push_to_hub(self, repo_id: str, *, private: bool = True) -> str:
+        """Upload the policy with its model card to `repo_id` (owner/name) of the Hugging Face hub; returns the URL."""
+        from rluf.report.hub_upload import upload_policy
+
+        return upload_policy(self.folder, repo_id, private=private)
+
     def _repr_html_(self) -> str:
         """The HTML report in a frame, for notebooks."""
         page = (self.folder / "report.html").read_text(encoding="utf-8")
