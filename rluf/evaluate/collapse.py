@@ -88,6 +88,7 @@ def measure_similarity(texts: Sequence[str], prompt_index: NDArray[np.intp]) -> 
         return np.full(len(texts), np.nan)
     membership = sparse.csr_matrix((np.ones(len(texts)), (prompt_index, np.arange(len(texts)))))
     prompt_sums = membership @ vectors
+    # Products within a prompt, including that of a reply with itself, are no similarity to other prompts.
     same_prompt = _compute_row_products(vectors, prompt_sums[prompt_index])
     return (_sum_products(vectors, prompt_sums) - same_prompt) / (len(texts) - sizes[prompt_index])
 
@@ -113,6 +114,7 @@ def _compute_tfidf(texts: Sequence[str]) -> sparse.csr_matrix:
 
 def _sum_products(vectors: sparse.csr_matrix, others: sparse.csr_matrix) -> Floats:
     """Sum of the products of each vector with all of the others [N]."""
+    # One product with the sum, not one per pair: memory stays linear in the number of replies.
     return np.asarray(vectors @ np.asarray(others.sum(axis=0)).T).ravel()
 
 
