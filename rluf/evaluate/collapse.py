@@ -72,15 +72,6 @@ def find_recurring_phrases(
     return FeatureTable(occurs[:, list(columns)].toarray(), tuple(str(names[k]) for k in columns))
 
 
-def find_commonest_opening(texts: Sequence[str]) -> tuple[str, float]:
-    """The commonest first two tokens of the texts, and the share of texts that begin with them."""
-    openings = [opening for text in texts for opening in list_opening(text)]
-    if not openings:
-        return "", 0.0
-    names, counts = np.unique(openings, return_counts=True)
-    return str(names[counts.argmax()]), float(counts.max() / len(texts))
-
-
 def measure_similarity(texts: Sequence[str], prompt_index: NDArray[np.intp]) -> Floats:
     """Mean cosine [N] of each reply with the replies to other prompts, by tf-idf; nan for a single prompt."""
     vectors, sizes = _compute_tfidf(texts), np.bincount(prompt_index)
