@@ -72,7 +72,6 @@ def simulate_feedback(
     *,
     user_count: int,
     rng: np.random.Generator,
-    shift: float = 0.0,
     world: SimulatedWorld = WORLD,
 ) -> FeedbackLog:
     """Reactions of new users to the replies, each read once, in the given order."""
@@ -84,14 +83,14 @@ def simulate_feedback(
     activity = rng.gamma(0.8, size=user_count)
     user_index = rng.choice(user_count, len(prompt_index), p=activity / activity.sum())
     reply_index = np.arange(len(prompt_index))
-    reactions = simulate_reactions(features, population, user_index, reply_index, rng, shift=shift, world=world)
+    reactions = simulate_reactions(features, population, user_index, reply_index, rng, world=world)
     return FeedbackLog(
         prompt_index,
         choices,
         user_index,
         reactions.loved.astype(np.float64),
         reactions.continued.astype(np.float64),
-        1.0 / (1.0 + np.exp(-love_logits(features, population, user_index, reply_index, world) - shift)),
+        1.0 / (1.0 + np.exp(-love_logits(features, population, user_index, reply_index, world))),
     )
 
 
@@ -302,8 +301,3 @@ class ClaimWorld:
             return signals
 
         return compute_signals
-
-
-def with_hostile_users(world: SimulatedWorld, *, hostile: float, sarcastic: float) -> SimulatedWorld:
-    """The world with other shares of hostile users (love the worst) and sarcastic users (love failed answers)."""
-    return replace(world, hostile_share=hostile, sarcastic_share=sarcastic)
