@@ -11,8 +11,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+from lab import candidates as candidates_module
+from lab import experiment, studies
 from lab import simulated_world as world_module
-from lab import studies
 from lab.candidates import CandidateSet, PolicySpec
 from lab.composer import train_composer
 from lab.dataset import REPLIES_PER_PROMPT, ReplyDataset
@@ -111,7 +112,11 @@ def test_training_raises_the_reward(claim_world: ClaimWorld) -> None:
     assert run.step_means[0]["kl"] == pytest.approx(0.0, abs=1e-4)
 
 
-def test_new_users_tell_a_policy_from_another_but_not_from_itself(claim_world: ClaimWorld) -> None:
+def test_new_users_tell_a_policy_from_another_but_not_from_itself(
+    claim_world: ClaimWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "USER_COUNT", 2_000)
+    monkeypatch.setattr(candidates_module, "FINAL_REPLIES", 10)
     candidates = CandidateSet(claim_world)
     base = candidates.judge("base")
     again = compare_judgments(base, candidates.judge("base-again"))
