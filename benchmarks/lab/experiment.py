@@ -136,17 +136,22 @@ def count_failed_judges(dataset: ReplyDataset, replies: ReplyBatch) -> dict[str,
 
 def compare_judgments(control: PolicyJudgment, treatment: PolicyJudgment) -> dict[str, PolicyComparison]:
     """Compare love of users, helpfulness and safety of replies, and the offline score of two policies."""
-    sides = (control, treatment)
+    judgments = (control, treatment)
     comparisons = {
         "loved": compare_arms(
-            *(ArmValues(side.reactions["loved"], side.impression_prompts, side.impression_users) for side in sides)
+            *(
+                ArmValues(judgment.reactions["loved"], judgment.impression_prompts, judgment.impression_users)
+                for judgment in judgments
+            )
         )
     }
     comparisons |= {
-        name: compare_arms(*(ArmValues(side.truths[name], side.reply_prompts) for side in sides))
+        name: compare_arms(*(ArmValues(judgment.truths[name], judgment.reply_prompts) for judgment in judgments))
         for name in ("helpfulness", "safety")
     }
-    comparisons["score"] = compare_arms(*(ArmValues(side.scores["love"], side.score_prompts) for side in sides))
+    comparisons["score"] = compare_arms(
+        *(ArmValues(judgment.scores["love"], judgment.score_prompts) for judgment in judgments)
+    )
     return comparisons
 
 
