@@ -100,7 +100,7 @@ def write_result(store: ResultStore, seed: int, kind: str, name: str, result: Ma
 
 def test_every_claim_has_its_verdict_on_the_page_and_nothing_is_recomputed(store: ResultStore, tmp_path: Path) -> None:
     page = tmp_path / "claims.md"
-    page.write_text("# Page\n<!-- results -->\nold\n<!-- end of results -->\nafter\n", "utf-8")
+    page.write_text("# Page\n<!-- results -->\nreplaced text\n<!-- end of results -->\nafter\n", "utf-8")
     assert list(store.list_missing()) == []
     numbers = write_page(page, store, CLAIM_FUNCTIONS)
     assert numbers["complete_seeds"] == len(SEEDS)
@@ -117,7 +117,7 @@ def test_every_claim_has_its_verdict_on_the_page_and_nothing_is_recomputed(store
     }  # fmt: skip
     text = page.read_text("utf-8")
     assert f"world `{fingerprint_world()}`" in text
-    assert "old" not in text
+    assert "replaced text" not in text
     assert text.endswith("after\n")
     assert "unprompted farewell" in text.rpartition("Phase diagram")[2]
 
