@@ -45,7 +45,7 @@ from rluf.reward.card import compute_label_metrics, compute_pair_metrics, fit_ca
 from rluf.reward.counterfactuals import Counterfactual, make_training_copies, should_measure_prompt_fit
 from rluf.reward.fit import fit_nuisance_offsets
 from rluf.reward.linear_probe import assign_folds, fit_probe
-from rluf.reward.metrics import compute_accuracy_interval, round_for_json
+from rluf.reward.metrics import compute_accuracy_interval, compute_auroc_interval, round_for_json
 from rluf.reward.text import TextEncoder
 from rluf.reward.trainer import EncodedSplit, RewardModelTrainer, TrainPlan, encode_split
 from rluf.utils.paths import resolve_cache_folder
@@ -272,15 +272,51 @@ def summarize_prompt_fit(
     }
 
 
+def measure_by_source(
+    sources: Sequence[str], differences: Floats, length_differences: Floats, clusters: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Pair accuracy on each data set by itself [N pairs], next to what length alone reaches on it.
+
+    `length_only` is the share of pairs won by the longer response, or by the shorter one where that is more.
+    `without_length` is the accuracy of what remains of the score differences after a regression on the difference of
+    the lengths within the data set.
+    """
+    by_source: dict[str, dict[str, Any]] = {}
+    for source in sorted(set(sources)):
+        rows = np.flatnonzero(np.asarray(sources) == source)
+        scores, lengths = differences[rows], length_differences[rows]
+        slope = float(scores @ lengths) / max(float(lengths @ lengths), 1e-12)
+        names, ones = [clusters[row] for row in rows.tolist()], np.ones(len(rows))
+        longer_wins = compute_accuracy_interval(lengths, ones, names)["mean"]
+        by_source[source] = {
+            "pairs": len(rows),
+            "prompts": len(set(names)),
+            "accuracy": compute_accuracy_interval(scores, ones, names),
+            "length_only": max(longer_wins, 1 - longer_wins),
+            "without_length": compute_accuracy_interval(scores - slope * lengths, ones, names),
+        }
+    return by_source
+
+
 def compute_metrics(records: list[dict[str, Any]], rows: EncodedSplit, logits: Floats) -> dict[str, Any]:
-    """Metrics of these calibrated logits [sequences], as in a reward card."""
+    """Metrics of these calibrated logits [sequences], as in a reward card, and those of parts of the data.
+
+    `among_reacted` is the AUROC of love against other reactions, without the responses that got none.
+    """
     if rows.is_pairwise:
         pair_count = len(rows)
         length_difference = rows.response_lengths[:pair_count] - rows.response_lengths[pair_count:]
-        return compute_pair_metrics(
-            logits[:pair_count] - logits[pair_count:], rows.weights, length_difference, rows.clusters
-        )
+        differences = logits[:pair_count] - logits[pair_count:]
+        metrics = compute_pair_metrics(differences, rows.weights, length_difference, rows.clusters)
+        sources = [str(record["id"]).split("-")[0] for record in records]
+        return metrics | {"by_source": measure_by_source(sources, differences, length_difference, rows.clusters)}
     metrics = compute_label_metrics(logits, rows.labels, rows.weights, rows.response_lengths, rows.clusters)
+    reacted = [index for index, record in enumerate(records) if record.get("reaction") is not None]
+    if 0 < len(reacted) < len(records):
+        names = [rows.clusters[index] for index in reacted]
+        metrics["among_reacted"] = {"n": len(reacted)} | compute_auroc_interval(
+            logits[reacted], rows.labels[reacted], rows.weights[reacted], names
+        )
     return metrics | measure_within_prompts(records, rows, logits)
 
 

@@ -49,6 +49,7 @@ import torch
 from rluf.config.settings import Settings
 from rluf.errors import ResourceError
 from rluf.models.hub import resolve_model
+from rluf.prepare.readers.feedback_folder import list_row_files
 from rluf.reward.backbone import build_text_encoder, enable_fast_cpu_matmul, load_classifier
 from rluf.reward.calibration import Calibration
 from rluf.reward.model import RewardModel
@@ -455,7 +456,7 @@ def measure_faults(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     time.sleep(4 * service.settings_tree["serve"]["reaction_window_s"])
     row_ids = [
         row_id
-        for parquet_file in service.feedback_folder.glob("*.parquet")
+        for parquet_file in list_row_files(service.feedback_folder)
         for row_id in pq.read_table(parquet_file)["id"].to_pylist()
     ]
     return {

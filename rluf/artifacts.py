@@ -68,16 +68,11 @@ def _resolve_reward_model(settings: Settings, key: str, model_path: str, *, may_
 def prepare_data_artifact(settings: Settings) -> Artifact:
     """The prepared data set: built with Ray Data, or reused if log, settings and code are the same."""
     from rluf.prepare.pipeline import build_data_set
-    from rluf.prepare.readers.sources import fingerprint_sources, resolve_sources
+    from rluf.prepare.readers.sources import fingerprint_sources, resolve_all_sources
     from rluf.utils.hashing import fingerprint_salt, read_user_salt
 
-    log_sources = [
-        log_source
-        for data_kind, log_entries in settings.data.sources_by_kind.items()
-        for log_source in resolve_sources(log_entries, data_kind)
-    ]
     cache_inputs = {
-        "files": fingerprint_sources(log_sources),
+        "files": fingerprint_sources(resolve_all_sources(settings.data.sources_by_kind)),
         "data": settings.data.model_dump(mode="json"),
         # The output folder does not change the rows.
         "prepare": settings.prepare.model_dump(mode="json", exclude={"output"}),

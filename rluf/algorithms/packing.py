@@ -345,3 +345,18 @@ def _build_idle_batch() -> PackedBatch:
     builder.add_response((0,))
     builder.rollout_logprobs, builder.advantages, builder.loss_weights = [0.0], [0.0], [0.0]
     return builder.build()
+
+
+@dataclass(frozen=True, slots=True)
+class BadPromptSearch:
+    """Losses of the micro-batches of one update, and what they contain."""
+
+    batch_losses: Sequence[Tensor]
+    micro_batches: Sequence[MicroBatch]
+    groups_by_index: dict[int, Group]
+
+    def list_prompts(self) -> list[str]:
+        """Ids of the prompts in micro-batches whose loss is not finite."""
+        pairs = zip(self.batch_losses, self.micro_batches, strict=True)
+        bad_batches = [micro_batch for loss, micro_batch in pairs if not torch.isfinite(loss)]
+        return list(dict.fromkeys(self.groups_by_index[i].prompt.id for batch in bad_batches for i, _ in batch))

@@ -44,8 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
         type=Path,
         nargs="+",
         default=[],
-        metavar="FILE",
-        help="logs: .jsonl, .csv (.gz too) or .parquet",
+        metavar="PATH",
+        help="logs: .jsonl, .csv (.gz too) or .parquet, or the folder of a feedback store",
     )
     add("--control", default="control", help="name of the control arm (default: control)")
     add("--treatment", nargs="+", default=["treatment"], metavar="ARM", help="treatment arms (default: treatment)")

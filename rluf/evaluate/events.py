@@ -27,6 +27,7 @@ from rluf.evaluate.event_columns import (
     parse_times,
     read_columns,
 )
+from rluf.prepare.readers.feedback_folder import list_row_files, read_late_reactions
 from rluf.prepare.schema import LOVE_REACTION
 from rluf.utils.stats import Floats, Ints
 
@@ -147,7 +148,7 @@ def _read_all(paths: Sequence[Path], arm_column: str | None, metric_columns: Seq
     ]))  # fmt: skip
     merged: Columns = {name: [] for name in names}
     all_available: set[str] = set()
-    for path in paths:
+    for path in _expand_stores(paths):
         columns, available = read_columns(path, names)
         row_count = max((len(values) for values in columns.values()), default=0)
         for name in names:
@@ -159,7 +160,30 @@ def _read_all(paths: Sequence[Path], arm_column: str | None, metric_columns: Seq
                 raise DataError(f"{path}: no column {' or '.join(choices)}; it has {', '.join(available)}; {hint}")
     if not merged["time"]:
         raise DataError(f"{', '.join(map(str, paths))}: no rows; expected a log with one served response per row")
+    apply_late_reactions(merged, paths)
     return merged, all_available
+
+
+def _expand_stores(paths: Sequence[Path]) -> list[Path]:
+    """Files of the paths; a folder is that of a feedback store. DataError for a folder without rows."""
+    files = []
+    for path in paths:
+        row_files = list_row_files(path)
+        if not row_files:
+            raise DataError(f"{path} has no Parquet files; expected the folder of a feedback store, or a log file")
+        files += row_files
+    return files
+
+
+def apply_late_reactions(columns: Columns, paths: Sequence[Path]) -> None:
+    """Replace the reactions of rows that changed after a feedback store (a folder of `paths`) had written them."""
+    for path in paths:
+        late_reactions = read_late_reactions(path) if path.is_dir() else {}
+        if late_reactions:
+            columns["reaction"] = [
+                late_reactions.get(row_id, reaction)
+                for row_id, reaction in zip(columns["id"], columns["reaction"], strict=True)
+            ]
 
 
 def _has_values(columns: Columns, name: str) -> bool:

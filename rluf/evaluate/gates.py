@@ -119,7 +119,9 @@ def decide_verdict(
     elif "undecided" in statuses or not checks or is_truncated:
         verdict = "undecided"
     reasons = ["blind readers prefer the base"] if prefers_base else []
-    reasons += [f"monitor alarm: {', '.join(alarm_labels)}"] if alarm_labels else []
+    reasons += (
+        [f"monitor alarm{'s' if len(alarm_labels) > 1 else ''}: {', '.join(alarm_labels)}"] if alarm_labels else []
+    )
     reasons += [_check_reason(check) for check in checks if check["status"] != "pass"]
     if is_truncated:
         reasons.append(

@@ -40,7 +40,7 @@ FALSE_ALARM_RATE = 0.01
 """Probability of any false alarm, over all monitors, in one comparison or in one training run."""
 ALARM_RULE = (
     "alarm when worse than the base policy with p below 0.01 for all monitors together (permutation test by prompt, "
-    "Holm's correction)"
+    "Holm's correction), and by at least 1 percentage point of a share or 0.25 standard deviations (entropy: 1)"
 )
 MIN_CHANGES: Mapping[str, float] = {"share": 0.01, "mean": 0.25}
 """Smallest change worth an alarm, however significant: share of replies, or standard deviations of the base policy."""
@@ -294,8 +294,8 @@ def _build_specificity_features(samples: Sequence[MonitorSample], prompts: NDArr
 
 
 COLLECTIVE_MONITORS: dict[str, MonitorSpec[CollectiveMeasure]] = {
-    "phrase": MonitorSpec("Commonest phrase of three words", "share", "share", "up", _measure_phrase(list_phrases)),
-    "opening": MonitorSpec("Commonest opening of two words", "share", "share", "up", _measure_phrase(list_opening)),
+    "phrase": MonitorSpec("Most common three-word phrase", "share", "share", "up", _measure_phrase(list_phrases)),
+    "opening": MonitorSpec("Most common two-word opening", "share", "share", "up", _measure_phrase(list_opening)),
     "similarity": MonitorSpec(
         "Similarity to replies to other prompts", "mean", "cosine", "up", _build_similarity_features
     ),
@@ -420,7 +420,10 @@ def _monitor_result(
     min_change = MIN_CHANGES[spec.kind] if spec.min_change is None else spec.min_change
     detail = ""
     if table.phrases:
-        detail = f"{table.phrases[worst]!r}: {base_means[worst]:.1%} -> {current_means[worst]:.1%}"
+        # Phrases with a caret stand at the start of a reply; a reader need not know the mark.
+        phrase, is_opening = table.phrases[worst].removeprefix("^ "), table.phrases[worst].startswith("^ ")
+        position_text = " at the start" if is_opening else ""
+        detail = f"{phrase!r}{position_text}: {base_means[worst]:.1%} -> {current_means[worst]:.1%}"
     return MonitorResult(
         base_value=float(base_means.max()),
         current_value=float(current_means.max()),
@@ -434,8 +437,9 @@ def _monitor_result(
 def compare_monitors(base_samples: Sequence[MonitorSample], aligned_samples: Sequence[MonitorSample]) -> dict[str, Any]:
     """Compare aligned with base on every monitor, as written to summary.json.
 
-    Returns {"rule", "items": {name: {label, kind, unit, base, aligned, ratio, z, p, detail, alarm}}}; `ratio` is
-    aligned over base, None when the base value is zero; the others are those of MonitorResult.
+    Returns {"rule", "items": {name: {label, kind, unit, base, aligned, ratio, z, p, detail, alarm, worse}}}; `ratio`
+    is aligned over base, None when the base value is zero; `worse` is the bad direction, up or down; the others are
+    those of MonitorResult.
     """
     if not base_samples or not aligned_samples:
         raise DataError("monitors compare two policies, but one gave no responses; evaluate on more prompts")
@@ -449,5 +453,6 @@ def compare_monitors(base_samples: Sequence[MonitorSample], aligned_samples: Seq
             "aligned": result.current_value,
             "ratio": result.current_value / result.base_value if result.base_value > 0.0 else None,
             "z": result.z_score, "p": result.p_value, "detail": result.detail, "alarm": result.is_alarm,
+            "worse": spec.worse_direction,
         }  # fmt: skip
     return {"rule": ALARM_RULE, "items": items}

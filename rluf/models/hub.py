@@ -203,7 +203,7 @@ def download_data_set(reference: str) -> list[str]:
         folder = _download_snapshot(
             f"{owner}/{name}", repo_type="dataset", revision=revision or None, allow_patterns=patterns
         )
-    except _list_hub_errors() as error:
+    except list_hub_errors() as error:
         raise DataError(
             f"data set {f'{owner}/{name}'!r} could not be downloaded from the hub: {_format_first_line(error)}; "
             "check the id, the network and HF_TOKEN, or name a local folder"
@@ -218,7 +218,7 @@ def _download_from_hub(hub_id: str, trust_remote_code: bool) -> Path:
     try:
         patterns = [*HUB_FILE_PATTERNS, *(["*.py"] if trust_remote_code else [])]
         return _download_snapshot(hub_id, allow_patterns=patterns)
-    except _list_hub_errors() as error:
+    except list_hub_errors() as error:
         raise ModelError(
             f"model {hub_id!r} is not a local folder and could not be downloaded from the hub: "
             f"{_format_first_line(error)}; check the id, the network and HF_TOKEN, or name a local folder"
@@ -231,7 +231,7 @@ def _download_snapshot(hub_id: str, **options: Any) -> Path:
     return Path(snapshot_download(hub_id, **options))
 
 
-def _list_hub_errors() -> tuple[type[Exception], ...]:
+def list_hub_errors() -> tuple[type[Exception], ...]:
     """What a download raises without network, without access, for an unknown id, and on a full or read-only disk."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -23,7 +23,7 @@ from rluf.prepare.card import build_data_card, format_card_lines, list_warnings,
 from rluf.prepare.card_page import write_card_page
 from rluf.prepare.entry_report import check_entries, estimate_lost_rows, report_entries, summarize_lengths
 from rluf.prepare.readers.columns import check_columns
-from rluf.prepare.readers.sources import LogSource, fingerprint_sources, resolve_sources
+from rluf.prepare.readers.sources import LogSource, fingerprint_sources, resolve_all_sources
 from rluf.prepare.schema import SCHEMA_VERSION, find_data_kind, order_kinds
 from rluf.prepare.splits import SamplingQuota
 from rluf.prepare.validate_pass import ValidateTask, validate_rows
@@ -76,8 +76,7 @@ def build_data_set(
     DataError for logs that are missing, empty or above the quarantine budget and for empty splits, ResourceError if
     the disk is full.
     """
-    entries_by_kind = settings.data.sources_by_kind
-    sources = [s for kind in order_kinds(entries_by_kind) for s in resolve_sources(entries_by_kind[kind], kind)]
+    sources = resolve_all_sources(settings.data.sources_by_kind)
     if not sources:
         raise DataError("data.feedback, data.preferences, data.safety and data.prompts are all empty; name a log")
     source_kinds = {source.kind_name for source in sources}

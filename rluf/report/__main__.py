@@ -1,7 +1,8 @@
-"""Write the report of a run folder from its files; with --wandb save a W&B Report instead.
+"""Write the report of a run folder from its files; --wandb saves a W&B Report, --push-to-hub uploads the policy.
 
 python -m rluf.report runs/quickstart/latest
 python -m rluf.report runs/quickstart/latest --wandb --dry-run
+python -m rluf.report runs/quickstart/latest --push-to-hub owner/name
 """
 
 from __future__ import annotations
@@ -45,27 +46,43 @@ def write_wandb_report(run_folder: Path, *, dry_run: bool) -> None:
     logger.info("%s: W&B Report saved url=%s", run_folder, report.save().url)
 
 
+def upload_to_hub(run_folder: Path, repo_id: str, *, is_public: bool) -> None:
+    """Upload the policy to a model repository of the Hugging Face hub."""
+    from rluf.report.hub_upload import upload_policy
+
+    url = upload_policy(run_folder, repo_id, private=not is_public)
+    logger.info("%s: policy uploaded url=%s private=%s", run_folder, url, not is_public)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; user errors are one message on stderr."""
     parser = argparse.ArgumentParser(
         prog="rluf.report",
-        usage="python -m rluf.report FOLDER [--wandb [--dry-run]]",
+        usage="python -m rluf.report FOLDER [--wandb [--dry-run] | --push-to-hub OWNER/NAME [--public]]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="run folder, such as runs/quickstart/latest")
     parser.add_argument("--wandb", action="store_true", help="save a W&B Report instead (needs wandb-workspaces)")
     parser.add_argument("--dry-run", action="store_true", help=f"with --wandb: write {WANDB_SPEC_FILE}, send nothing")
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload policy/ to the Hugging Face hub instead")
+    parser.add_argument("--public", action="store_true", help="with --push-to-hub: create a public repository")
     options = parser.parse_args(arguments)
     run_folder: Path = options.folder.expanduser()
     if options.dry_run and not options.wandb:
         parser.error("--dry-run requires --wandb; the HTML report is only a file")
+    if options.push_to_hub and options.wandb:
+        parser.error("--wandb and --push-to-hub are two commands; give one of them")
+    if options.public and not options.push_to_hub:
+        parser.error("--public requires --push-to-hub")
 
     def write_selected_report() -> int:
         from rluf.tracking.console import setup_logging
 
         setup_logging()
-        if options.wandb:
+        if options.push_to_hub:
+            upload_to_hub(run_folder, options.push_to_hub, is_public=options.public)
+        elif options.wandb:
             write_wandb_report(run_folder, dry_run=options.dry_run)
         else:
             write_html_report(run_folder)

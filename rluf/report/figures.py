@@ -6,6 +6,7 @@ Colors are names such as "@aligned", which the page replaces by the colors of it
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -122,8 +123,7 @@ def build_lifts_figure(lift_rows: Sequence[tuple[str, str, Mapping[str, float]]]
             })  # fmt: skip
         low, high = _find_lift_range(list(estimates_by_judge.values()))
         axes[f"xaxis{suffix}"] = build_axis(
-            range=[low, high], tickformat="+.0%" if high - low > 0.08 else "+.1~%", zeroline=False, nticks=5,
-            tickangle=0, anchor=f"y{suffix}",
+            range=[low, high], **_choose_lift_ticks(low, high), zeroline=False, tickangle=0, anchor=f"y{suffix}",
         )  # fmt: skip
         axes[f"yaxis{suffix}"] = build_axis(
             tickvals=[0], ticktext=[measure_name], range=[-0.6, 0.6], showgrid=False, zeroline=False,
@@ -154,6 +154,18 @@ def _find_lift_range(estimates: Sequence[Mapping[str, float]]) -> tuple[float, f
     high = max(0.0, *(estimate["high"] for estimate in estimates))
     room = 0.08 * max(high - low, 0.01)
     return low - room, high + room
+
+
+def _choose_lift_ticks(low: float, high: float) -> Figure:
+    """At most five round ticks with a sign; Plotly's own format would label zero with +0%."""
+    size = (high - low) / 4
+    magnitude = 10.0 ** math.floor(math.log10(size))
+    distance = next(factor * magnitude for factor in (1, 2, 5, 10) if factor * magnitude >= size)
+    ticks = [index * distance for index in range(math.ceil(low / distance), math.floor(high / distance) + 1)]
+    return {
+        "tickvals": ticks,
+        "ticktext": [f"{tick * 100:+.6g}%".replace("-", "−") if tick else "0%" for tick in ticks],
+    }
 
 
 def build_curve_figure(metric_spec: MetricSpec, step_rows: Sequence[Mapping[str, Any]]) -> Figure | None:
@@ -424,12 +436,12 @@ def build_funnel_figure(counts_by_kind: Mapping[str, Mapping[str, Any]]) -> Figu
         "data": traces,
         "layout": build_layout(
             height=110 + 36 * len(data_kinds),
-            margin={"l": 96, "r": 16, "t": 8, "b": 32},
+            margin={"l": 96, "r": 28, "t": 8, "b": 32},
             barmode="stack",
             bargap=0.4,
             showlegend=True,
             legend=LEGEND_LAYOUT,
-            xaxis=build_axis(tickformat=".0%", range=[0, 1], nticks=6, zeroline=False),
+            xaxis=build_axis(tickformat=".0%", range=[0, 1.001], dtick=0.2, zeroline=False),
             yaxis=build_axis(autorange="reversed", showgrid=False),
         ),
     }

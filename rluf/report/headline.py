@@ -9,6 +9,8 @@ from rluf.config.objectives import BUILTIN_OBJECTIVES, PRIMARY_OBJECTIVE
 from rluf.report.formats import format_change
 
 VERDICT_TITLES = {"pass": "Pass", "undecided": "Undecided", "fail": "Fail"}
+MAX_NAMED_ALARMS = 2
+"""Alarms up to this number are named in the headline; more would bury the result."""
 VERDICT_MARKS = {"pass": "✓", "undecided": "?", "fail": "✕"}
 
 
@@ -22,7 +24,7 @@ def report_headline(summary: Mapping[str, Any]) -> str:
     love_check = checks.pop(PRIMARY_OBJECTIVE, None)
     # What speaks against the policy comes first: a gain that a monitor explains is not one.
     labels = list_alarm_labels(gates)
-    clauses = [f"monitor alarm{'s' if len(labels) > 1 else ''}: {', '.join(labels)}"] if labels else []
+    clauses = [_format_alarm_clause(labels)] if labels else []
     if is_too_truncated(gates):
         clauses.append(f"{gates['truncated_share']:.0%} of the aligned responses are cut at the token limit")
     if blind := summary.get("blind"):
@@ -56,6 +58,13 @@ def is_too_truncated(gates: Mapping[str, Any]) -> bool:
 def list_alarm_labels(gates: Mapping[str, Any]) -> list[str]:
     """Display names of the monitors that raised an alarm; gates of earlier releases have their keys only."""
     return list(gates.get("alarm_labels", gates.get("alarms", [])))
+
+
+def _format_alarm_clause(labels: Sequence[str]) -> str:
+    """One or two alarms by name; the verdict below the headline names all of them."""
+    if len(labels) > MAX_NAMED_ALARMS:
+        return f"{len(labels)} monitors raised an alarm"
+    return f"monitor alarm{'s' if len(labels) > 1 else ''}: {', '.join(labels)}"
 
 
 def has_user_verdicts(summary: Mapping[str, Any]) -> bool:

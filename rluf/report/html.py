@@ -30,6 +30,7 @@ CHARTED_METRICS = (
     "sync_logprob_gap", "demonstration_nll", "truncated_share",
 )  # fmt: skip
 """Metrics with a curve in addition to the objectives; all others are in the table of numbers only."""
+VERSION_TITLES = {"weights": "weight version"}
 MORE_CURVES_HEADING = "Learner health:"
 
 
@@ -131,7 +132,7 @@ def _build_story_context(
             (figure_id, metric_registry.format_objective_title(figure_id.removeprefix("pareto_")))
             for figure_id in figures_by_id if figure_id.startswith("pareto_")
         ],
-        "versions": [(key, formats.format_number(value)) for key, value in versions.items()]
+        "versions": [(VERSION_TITLES.get(key, key), formats.format_number(value)) for key, value in versions.items()]
         if isinstance(versions, Mapping) else [("weight version", formats.format_number(versions))],
         "config": json.dumps(run_files.config, indent=2, ensure_ascii=False) if run_files.config else "",
     }  # fmt: skip
@@ -196,6 +197,7 @@ def _build_card_context(run_files: presentation.RunFiles) -> dict[str, Any]:
     card_titles, card_rows = presentation.build_card_table(reward_cards)
     return {
         "card_titles": card_titles,
+        "trust_sentences": presentation.format_trust_sentences(reward_cards),
         "card_rows": card_rows,
         "reliability_plots": [
             (f"reliability_{name}", metric_registry.format_objective_title(name), len(card["reliability"]))

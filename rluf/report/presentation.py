@@ -178,10 +178,10 @@ def build_comparison_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[l
     titles = [
         f"{'simulated ' if name in simulated else ''}{name.replace('_', ' ')}".capitalize() for name in objectives
     ]
-    columns = ["Comparison", *titles, "Responses", "Users per arm"]
+    columns = ["Comparison", *titles, "Responses"]
     rows = []
     for comparison in comparisons.values():
-        pair = [arms[comparison["reference"]], arms[comparison["arm"]]]
+        pair = [arms[comparison["arm"]], arms[comparison["reference"]]]
         lifts = [comparison["lifts"].get(name) for name in objectives]
         cells = [
             "n/a" if lift is None
@@ -189,7 +189,7 @@ def build_comparison_rows(summary: Mapping[str, Any]) -> tuple[list[str], list[l
             for lift in lifts
         ]  # fmt: skip
         responses = " and ".join(format_number(arm["responses"]) for arm in pair)
-        rows.append([comparison["title"], *cells, responses, format_number(pair[0]["users"] or None)])
+        rows.append([comparison["title"], *cells, responses])
     return columns, rows
 
 
@@ -232,7 +232,7 @@ def build_reference_rows(summary: Mapping[str, Any]) -> list[list[str]]:
             f"{row['weight']:.3g}",
             f"{row['effective_weight']:.2g}",
             *(f"{row[key]:.2f}" for key in ("mean", "within_sd", "pooled_sd", "scale")),
-            f"{row['prompt_count']:.0f} x {row['sample_count'] / max(1, row['prompt_count']):.0f}",
+            f"{row['prompt_count']:.0f} × {row['sample_count'] / max(1, row['prompt_count']):.0f}",
         ]
         for name, row in summary.get("reference", {}).items()
     ]
@@ -264,10 +264,16 @@ def monitor_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
         table_rows.append({
             "label": monitor["label"], "detail": str(monitor.get("detail", "")).replace("->", "→"), "base": base,
             "aligned": aligned, "ratio": "–" if ratio is None else f"× {ratio:.2f}",
-            "z": _format_one_digit(monitor["z"], with_sign=True), "p": "–" if p_value is None else f"{p_value:.3f}",
-            "alarm": monitor["alarm"],
+            "z": _format_one_digit(monitor["z"], with_sign=True), "alarm": monitor["alarm"],
+            "p": "–" if p_value is None else "not worse" if _has_improved(monitor) else f"{p_value:.3f}",
         })  # fmt: skip
     return sorted(table_rows, key=lambda row: not row["alarm"])
+
+
+def _has_improved(monitor: Mapping[str, Any]) -> bool:
+    """Whether the change goes in the good direction, in which the one-sided test gives p = 1 however large it is."""
+    sign = {"up": 1.0, "down": -1.0, None: 0.0}[monitor.get("worse")]
+    return bool(sign * monitor["z"] < -0.05)
 
 
 def _format_one_digit(value: float, *, with_sign: bool = False) -> str:
@@ -435,6 +441,32 @@ def _format_with_interval(value: Any) -> str:
     if mean is None:
         return format_number(None)
     return f"{mean:.3f}" if low is None or high is None else f"{mean:.3f} ({low:.3f} to {high:.3f})"
+
+
+def format_trust_sentences(cards: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Say for each reward card whether to trust the model's order of responses, and its probabilities."""
+    sentences = []
+    for objective, card in cards.items():
+        title = metric_registry.format_objective_title(objective)
+        key, length_key = (
+            ("auroc", "length_only_auroc") if "auroc" in card else ("pair_accuracy", "length_only_accuracy")
+        )
+        ranking, length_value = card.get(key), card.get(length_key)
+        if not isinstance(ranking, Mapping) or ranking.get("low") is None:
+            continue
+        length_value = length_value.get("mean") if isinstance(length_value, Mapping) else length_value
+        rival, rival_value = ("length alone", length_value) if (length_value or 0.0) > 0.5 else ("chance", 0.5)
+        is_better = ranking["low"] > rival_value
+        sentence = f"{title} ranks responses {'better' if is_better else 'not clearly better'} than {rival}"
+        relative_loss = card.get("normalized_entropy", card.get("normalised_entropy"))
+        if isinstance(relative_loss, int | float):
+            sentence += (
+                ", and its probabilities predict better than the base rate."
+                if relative_loss < 1.0
+                else "; its probabilities predict no better than the base rate, so read its order, not its values."
+            )
+        sentences.append(sentence.rstrip(".") + ".")
+    return sentences
 
 
 def read_reliability_bins(card: Mapping[str, Any]) -> list[dict[str, float]]:

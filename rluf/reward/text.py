@@ -7,7 +7,7 @@ A response that was cut at the token limit lacks the marker that ends a finished
 encoder's last SEP. Only models that saw cut responses in training read the difference (`mark_truncated`).
 
 A row longer than `max_tokens` loses the oldest text of the conversation first, down to MIN_PROMPT_SHARE of the tokens,
-and then the middle of the response.
+and then the middle of the response. Decoders lose text in blocks, see DROPPED_BLOCK_SHARE.
 """
 
 from __future__ import annotations
@@ -49,6 +49,10 @@ EMPTY_CONVERSATION: Sequence[Message] = ({"role": "user", "content": ""},)
 
 MIN_PROMPT_SHARE = 0.25
 """Share of `max_tokens` that the conversation keeps, if it is as long, however long the response is."""
+
+DROPPED_BLOCK_SHARE = 0.25
+"""Share of `max_tokens` that a decoder's conversation loses at once. Neighboring messages of a long conversation then
+start at the same token and share a pass; with windows of their own, each would need one."""
 
 SCORING_BATCH_TOKENS = 8192
 """Padded tokens that a reward actor or a service scores at once: bounds memory, and the wait of the next request."""
@@ -223,7 +227,10 @@ class TextEncoder:
             prompt_text = self._apply_template(chat.messages, RESPONSE_MARKER).rpartition(RESPONSE_MARKER)[0]
             prompt_length = len(remove_marks(prompt_text))
             prompt_count = sum(start < prompt_length for start in starts)
-            parts = fit_token_budget(token_ids[:prompt_count], token_ids[prompt_count:], self.max_tokens)
+            parts = fit_token_budget(
+                token_ids[:prompt_count], token_ids[prompt_count:], self.max_tokens,
+                block_tokens=max(1, round(DROPPED_BLOCK_SHARE * self.max_tokens)),
+            )  # fmt: skip
             dropped = (prompt_count - len(parts[0]), len(token_ids) - prompt_count - len(parts[1]))
             rows.append(EncodedItem((*parts[0], *parts[1]), sum(map(len, parts)), (), *dropped, chat.rejection))
         return rows
@@ -309,12 +316,13 @@ def render_context(messages: Sequence[Message]) -> str:
 
 
 def fit_token_budget(
-    prompt_ids: Sequence[int], response_ids: Sequence[int], token_budget: int
+    prompt_ids: Sequence[int], response_ids: Sequence[int], token_budget: int, *, block_tokens: int = 1
 ) -> tuple[list[int], list[int]]:
     """The parts of prompt and response that fit into `token_budget` tokens together.
 
-    The prompt loses its start, but keeps MIN_PROMPT_SHARE of the budget (rounded up) if it has as many tokens. A
-    response that is still too long loses its middle: the first half shows what it answers, the second how it ends.
+    The prompt loses its start, a multiple of `block_tokens`, but keeps MIN_PROMPT_SHARE of the budget (rounded up) if
+    it has as many tokens. A response that is still too long loses its middle: the first half shows what it answers, the
+    second how it ends.
     """
     prompt_minimum = min(len(prompt_ids), math.ceil(MIN_PROMPT_SHARE * token_budget))
     response_part, response_budget = list(response_ids), token_budget - prompt_minimum
@@ -322,8 +330,9 @@ def fit_token_budget(
         start_count = response_budget // 2
         end_start = len(response_ids) - (response_budget - start_count)
         response_part = [*response_ids[:start_count], *response_ids[end_start:]]
-    prompt_count = min(len(prompt_ids), token_budget - len(response_part))
-    return list(prompt_ids[len(prompt_ids) - prompt_count :]), response_part
+    dropped_count = max(0, len(prompt_ids) + len(response_part) - token_budget)
+    dropped_count = min(math.ceil(dropped_count / block_tokens) * block_tokens, len(prompt_ids) - prompt_minimum)
+    return list(prompt_ids[dropped_count:]), response_part
 
 
 def is_truncated(row: Mapping[str, Any], text_column: str) -> bool:

@@ -31,7 +31,7 @@ from rluf.config.objectives import OBJECTIVE_NAME_PATTERN, PRIMARY_OBJECTIVE
 from rluf.errors import RlufError
 from rluf.prepare.schema import MAX_MESSAGES, MAX_TEXT_CHARS, FeedbackRecord
 from rluf.prepare.schema import ChatMessage as LoggedMessage
-from rluf.serve.store import FeedbackEvent
+from rluf.serve.store import FeedbackEvent, PreferenceEvent
 from rluf.types import Message, Score, ScoringItem
 from rluf.utils.hashing import hash_user_id
 
@@ -205,6 +205,7 @@ class ObjectiveScore(ResponseModel):
 
     `value` is the calibrated probability, `logit` its log-odds, `raw` the model's logit before calibration, `spread`
     the standard deviation over the ensemble members and `logit_spread` that of their log-odds (0 for a single model).
+    `truncated`: the text has more tokens than the model reads, so that parts of it do not count.
     """
 
     value: float
@@ -212,6 +213,7 @@ class ObjectiveScore(ResponseModel):
     raw: float
     spread: float
     logit_spread: float = 0.0
+    truncated: bool = False
 
 
 class ScoreReply(ResponseModel):
@@ -274,7 +276,7 @@ class FeedbackContext(RequestModel):
 
 
 class FeedbackRequest(RequestModel):
-    """A user's reaction to the response `id`; null withdraws a reaction or reports that there was none.
+    """A user's reaction to the response `id`; null withdraws a reaction, or with `record` reports that there was none.
 
     For a response from this service, `user` must be that of the chat request; for any other response, `record`
     describes it. Repeating a request changes nothing.
@@ -284,6 +286,14 @@ class FeedbackRequest(RequestModel):
     reaction: ReactionText | None
     user: IdentifierText | None = None
     record: FeedbackContext | None = None
+
+
+class PreferenceRequest(RequestModel):
+    """A choice between two responses that this service gave to one conversation; `user` is that of both requests."""
+
+    chosen_id: IdentifierText
+    rejected_id: IdentifierText
+    user: IdentifierText | None = None
 
 
 class FeedbackReply(ResponseModel):
@@ -365,6 +375,7 @@ class ChatRequest(RequestModel):
     """OpenAI's chat completion request. What would change the reply is honored or refused, never ignored.
 
     `user` identifies the user (hashed before it is stored); `conversation_id` joins the turns of one conversation.
+    `interface`, `device` and `author` (the user who made the persona) are stored with the row; see FeedbackRecord.
     Without `temperature` and `max_tokens` the policy samples with its rollout.* settings; `max_tokens` can only lower
     rollout.max_response_tokens. A stream is the complete reply in one chunk. `metadata` and `store` do nothing here.
     """
@@ -373,6 +384,9 @@ class ChatRequest(RequestModel):
     messages: ChatConversation
     user: IdentifierText | None = None
     conversation_id: IdentifierText | None = None
+    interface: LocaleText = "und"
+    device: IdentifierText | None = None
+    author: IdentifierText | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -452,8 +466,22 @@ def build_reaction_event(request: FeedbackRequest, salt: bytes) -> FeedbackEvent
         return FeedbackEvent(request.id, request.reaction)
     row = request.record.model_dump()
     row["user_id"] = hash_user_id(request.record.user_id, salt)
+    row |= {name: _hash_id(row[name], salt) for name in ("device", "author")}
     record = FeedbackRecord.model_validate({**row, "id": request.id, "reaction": request.reaction})
     return FeedbackEvent(request.id, request.reaction, record)
+
+
+def build_preference_event(request: PreferenceRequest, salt: bytes) -> PreferenceEvent:
+    """Convert a choice to a store event. Raises ApiError 403 for a response that was served to another user."""
+    for response_id in (request.chosen_id, request.rejected_id):
+        if is_signed_response_id(response_id):
+            check_response_user(response_id, request.user, salt)
+    return PreferenceEvent(request.chosen_id, request.rejected_id)
+
+
+def _hash_id(value: str | None, salt: bytes) -> str | None:
+    """Id of a device or author as the log has it: hashed like users, so that an author can equal a user."""
+    return None if value is None else hash_user_id(value, salt)
 
 
 def create_response_id(user: str | None, salt: bytes) -> str:
@@ -505,6 +533,7 @@ def build_served_event(
     record = FeedbackRecord(
         id=response_id, conversation_id=conversation_id,
         turn=sum(message.role == "assistant" for message in request.messages), user_id=hash_user_id(user, salt),
+        interface=request.interface, device=_hash_id(request.device, salt), author=_hash_id(request.author, salt),
         time=datetime.now(UTC), model_version=response.policy_version,
         messages=[LoggedMessage(role=message.role, content=message.content) for message in request.messages],
         response=response.text, finish_reason="length" if response.finish_reason == "length" else "stop", reaction=None,

@@ -1,19 +1,26 @@
-"""Feedback store: a SQLite database of rows that may still change, and Parquet files of settled rows.
+"""Feedback store: a SQLite database of what may still change, and Parquet files of what is settled, by day.
+
+    date=2026-01-31/feedback-*.parquet              served responses (FeedbackRecord)
+    _reactions/date=2026-01-31/reactions-*.parquet  changes of the reaction to a settled response (ReactionRecord)
+    _preferences/date=.../preferences-*.parquet     choices between two responses (PreferenceRecord)
 
 A row is on disk before it is acknowledged. When the reaction window is over, rows move to a Parquet file that appears
-under its final name in one step; rluf.prepare reads these files. Events are idempotent by row id, and `start` marks the
-rows that Parquet files already have as settled, so a crash at any point is harmless.
+under its final name in one step; rluf.prepare reads these files, and joins the late reactions. Events are idempotent by
+row id, and `start` reads the Parquet files that the database does not know, so a crash at any point is harmless. The
+small files of a day are merged later. Days are those of arrival, in UTC.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import sqlite3
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,23 +29,48 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from rluf.errors import DataError, ResourceError
-from rluf.prepare.schema import FeedbackRecord, build_records_table
+from rluf.prepare.readers.feedback_folder import (
+    PREFERENCES_FOLDER,
+    REACTIONS_FOLDER,
+    apply_reaction_events,
+    is_in_hidden_folder,
+)
+from rluf.prepare.schema import (
+    FeedbackRecord,
+    LogRecord,
+    PreferenceRecord,
+    ReactionRecord,
+    build_arrow_schema,
+    build_records_table,
+)
 from rluf.utils.files import atomic_write, fsync_path
+from rluf.utils.hashing import hash_parts
 
-StoreOutcome = Literal["stored", "duplicate", "unknown", "settled"]
-"""stored: on disk now; duplicate: on disk already; unknown: no such response; settled: too late for a change."""
+StoreOutcome = Literal["stored", "late", "duplicate", "unknown", "settled", "mismatch"]
+"""stored: on disk now; late: on disk now, as a change of a settled row; duplicate: on disk already; unknown: no such
+response; settled: too late for another choice; mismatch: no choice, since the two responses answer different messages
+or are equal."""
 
 DATABASE_FILE = "open_rows.sqlite3"
 MAX_ROWS_PER_FILE = 20_000
-"""Maximum number of settled rows per Parquet file."""
+"""Maximum number of settled rows per Parquet file, before the files of a day are merged."""
+MERGE_AGE = timedelta(days=2)
+"""Age of a day whose files are merged: readers that started on the day itself have finished by then."""
+REPLACES_KEY = b"rluf.replaces"
+"""Metadata key of a merged file: JSON list of the names of the files whose rows it has."""
 LOCK_TIMEOUT_S = 60.0
 """Seconds to wait until an earlier writer of the store has ended: a restarted replica overlaps with the old one."""
-# A settled row keeps its id and reaction; its record is then in a Parquet file only.
+# A settled row keeps its id and its present reaction; its record is then in a Parquet file only. `files` are those that
+# the database knows, by their path under the root.
 _CREATE_TABLES = """
 CREATE TABLE IF NOT EXISTS rows (id TEXT PRIMARY KEY, reaction TEXT, received_at REAL, conversation_id TEXT,
                                  turn INTEGER, continued INTEGER NOT NULL DEFAULT 0, record TEXT);
 CREATE INDEX IF NOT EXISTS open_by_time ON rows (received_at) WHERE record IS NOT NULL;
 CREATE INDEX IF NOT EXISTS open_by_conversation ON rows (conversation_id) WHERE record IS NOT NULL;
+CREATE TABLE IF NOT EXISTS late_reactions (id TEXT PRIMARY KEY, received_at REAL NOT NULL, record TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS preferences (id TEXT PRIMARY KEY, chosen_id TEXT, received_at REAL, record TEXT);
+CREATE INDEX IF NOT EXISTS open_preferences ON preferences (received_at) WHERE record IS NOT NULL;
+CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY);
 """
 
 
@@ -49,6 +81,22 @@ class FeedbackEvent:
     id: str
     reaction: str | None = None
     record: FeedbackRecord | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PreferenceEvent:
+    """A choice between two served responses to one conversation; of two choices between them the later counts."""
+
+    chosen_id: str
+    rejected_id: str
+
+    @property
+    def id(self) -> str:
+        """The same id whichever of the two was chosen."""
+        return "preference-" + hash_parts(*sorted((self.chosen_id, self.rejected_id)))
+
+
+StoreEvent = FeedbackEvent | PreferenceEvent
 
 
 class FeedbackStore:
@@ -63,9 +111,10 @@ class FeedbackStore:
         """
         self.root, self.log_folder, self.reaction_window_s, self.clock = root, log_folder, reaction_window_s, clock
         self._connection: sqlite3.Connection | None = None
+        self._merged_until = ""
 
     def start(self) -> int:
-        """Open the store, alone, and read the ids of settled rows; returns the number of open rows.
+        """Open the store, alone, and read the files that its database does not know; returns the number of open rows.
 
         Raises DataError when the store cannot be read, ResourceError when another writer has it or it is not a folder.
         """
@@ -77,14 +126,10 @@ class FeedbackStore:
                     f"{old_logs[0]} has rows of an earlier release of rluf; let that release write them "
                     "(its service does when it stops after serve.reaction_window_s), or move the file away"
                 )
+            is_new = not (self.log_folder / DATABASE_FILE).exists()
             self._connection = connection = self._open_database()
-            # A crash may have left rows open after they went to Parquet.
             with connection:
-                connection.executemany(
-                    "INSERT INTO rows (id, reaction) VALUES (?, ?) "
-                    "ON CONFLICT (id) DO UPDATE SET reaction = excluded.reaction, record = NULL",
-                    self._read_stored_reactions(),
-                )
+                self._read_unknown_files(connection, is_new=is_new)
             (open_rows,) = connection.execute("SELECT count(*) FROM rows WHERE record IS NOT NULL").fetchone()
         except (OSError, sqlite3.Error) as error:
             raise ResourceError(
@@ -93,7 +138,7 @@ class FeedbackStore:
             ) from error
         return int(open_rows)
 
-    def append_events(self, events: Iterable[FeedbackEvent]) -> list[StoreOutcome]:
+    def append_events(self, events: Iterable[StoreEvent]) -> list[StoreOutcome]:
         """Write events to disk in one transaction with one fsync; returns an outcome per event.
 
         Raises OSError when the write fails; then none of the events is stored.
@@ -101,32 +146,71 @@ class FeedbackStore:
         connection, now = self._require_open(), self.clock()
         try:
             with connection:
-                return [self._apply_event(connection, event, now) for event in events]
+                return [
+                    self._apply_event(connection, event, now)
+                    if isinstance(event, FeedbackEvent)
+                    else self._apply_preference(connection, event, now)
+                    for event in events
+                ]
         except sqlite3.Error as error:
             raise OSError(f"feedback store {self.root}: {error}") from error
 
     def flush_settled(self, *, all_rows: bool = False) -> int:
-        """Write settled rows (or all) to one Parquet file; returns the number of rows written."""
-        connection = self._require_open()
-        settled_before = math.inf if all_rows else self.clock() - self.reaction_window_s
-        rows = connection.execute(
-            "SELECT record, reaction, continued FROM rows WHERE record IS NOT NULL AND received_at <= ? "
-            "ORDER BY rowid LIMIT ?",
+        """Write what is settled (or all) to Parquet; returns the number of rows, late reactions and preferences."""
+        connection, now = self._require_open(), self.clock()
+        settled_before = math.inf if all_rows else now - self.reaction_window_s
+        count = 0
+        while rows := connection.execute(
+            "SELECT received_at, record, reaction, continued FROM rows WHERE record IS NOT NULL AND received_at <= ? "
+            "ORDER BY received_at LIMIT ?",
             (settled_before, MAX_ROWS_PER_FILE),
-        ).fetchall()
-        if not rows:
+        ).fetchall():
+            records: list[LogRecord] = []
+            for _, record_json, reaction, continued in rows:
+                changes = {"reaction": reaction} | ({"continued": True} if continued else {})
+                records.append(FeedbackRecord.model_validate_json(record_json).model_copy(update=changes))
+            self._write_days("", "feedback", records, [row[0] for row in rows], "UPDATE rows SET record = NULL")
+            count += len(rows)
+        # A late reaction has settled when it arrives.
+        for table, folder, record_type, limit, mark_statement in (
+            ("late_reactions", REACTIONS_FOLDER, ReactionRecord, math.inf, "DELETE FROM late_reactions"),
+            (
+                "preferences",
+                PREFERENCES_FOLDER,
+                PreferenceRecord,
+                settled_before,
+                "UPDATE preferences SET record = NULL",
+            ),
+        ):
+            while rows := connection.execute(
+                f"SELECT received_at, record FROM {table} WHERE record IS NOT NULL AND received_at <= ? "
+                "ORDER BY received_at, rowid LIMIT ?",
+                (limit, MAX_ROWS_PER_FILE),
+            ).fetchall():
+                records = [record_type.model_validate_json(row[1]) for row in rows]
+                self._write_days(folder, folder.strip("_"), records, [row[0] for row in rows], mark_statement)
+                count += len(rows)
+        return count
+
+    def merge_days(self) -> int:
+        """Merge the files of each day that is older than MERGE_AGE; returns the number of files that were replaced.
+
+        Does nothing when it was called before on the same day. A reader that opens a replaced file fails and can be run
+        again; at no time does a row appear in no file.
+        """
+        last_day = _format_day((datetime.fromtimestamp(self.clock(), UTC) - MERGE_AGE).timestamp())
+        if self._merged_until == last_day:
             return 0
-        records = []
-        for record_json, reaction, continued in rows:
-            changes = {"reaction": reaction} | ({"continued": True} if continued else {})
-            records.append(FeedbackRecord.model_validate_json(record_json).model_copy(update=changes))
-        timestamp = datetime.fromtimestamp(self.clock(), UTC).strftime("%Y%m%dT%H%M%S%f")
-        file_name = f"feedback-{timestamp}-{uuid.uuid4().hex[:8]}.parquet"
-        # Parquet before the database: a crash in between leaves rows in both, and `start` then marks them as settled.
-        self._write_parquet(file_name, build_records_table(records, FeedbackRecord))
-        with connection:
-            connection.executemany("UPDATE rows SET record = NULL WHERE id = ?", [(record.id,) for record in records])
-        return len(records)
+        replaced_count = 0
+        files = sorted(self._list_files())
+        for folder, paths in groupby(files, key=lambda path: path.rpartition("/")[0]):
+            group = list(paths)
+            _, separator, day = folder.rpartition("date=")
+            if separator and day <= last_day and len(group) > 1:
+                self._merge_files(folder, group)
+                replaced_count += len(group)
+        self._merged_until = last_day
+        return replaced_count
 
     def close(self) -> None:
         """Close the database, which releases its lock; open rows stay in it for the next start."""
@@ -165,36 +249,191 @@ class FeedbackStore:
             )
             return "stored"
         reaction, is_settled = stored
-        if reaction == event.reaction:
+        # A report of the response that arrives again, perhaps after a reaction, withdraws nothing.
+        if reaction == event.reaction or (event.record is not None and event.reaction is None):
             return "duplicate"
-        if is_settled:
-            return "settled"
         connection.execute("UPDATE rows SET reaction = ? WHERE id = ?", (event.reaction, event.id))
+        if not is_settled:
+            return "stored"
+        # A change from one reaction to another withdraws the first.
+        for name, is_retracted in ((reaction, True), (event.reaction, False)):
+            if name is not None:
+                late_reaction = ReactionRecord(
+                    id=uuid.uuid4().hex, response_id=event.id, time=datetime.fromtimestamp(received_at, UTC),
+                    reaction=name, retracted=is_retracted,
+                )  # fmt: skip
+                connection.execute(
+                    "INSERT INTO late_reactions (id, received_at, record) VALUES (?, ?, ?)",
+                    (late_reaction.id, received_at, late_reaction.model_dump_json()),
+                )
+        return "late"
+
+    def _apply_preference(
+        self, connection: sqlite3.Connection, event: PreferenceEvent, received_at: float
+    ) -> StoreOutcome:
+        stored = connection.execute(
+            "SELECT chosen_id, record IS NULL FROM preferences WHERE id = ?", (event.id,)
+        ).fetchone()
+        if stored is not None and stored[0] == event.chosen_id:
+            return "duplicate"
+        if stored is not None and stored[1]:
+            return "settled"
+        chosen, rejected = (self._find_record(connection, row_id) for row_id in (event.chosen_id, event.rejected_id))
+        if chosen is None or rejected is None:
+            return "unknown"
+        if chosen.messages != rejected.messages or chosen.response == rejected.response:
+            return "mismatch"
+        record = PreferenceRecord(
+            id=event.id, messages=chosen.messages, chosen=chosen.response, rejected=rejected.response,
+            group=hash_parts(*(text for message in chosen.messages for text in (message.role, message.content))),
+            topic=chosen.topic, chosen_finish_reason=chosen.finish_reason,
+            rejected_finish_reason=rejected.finish_reason,
+        )  # fmt: skip
+        connection.execute(
+            "INSERT INTO preferences (id, chosen_id, received_at, record) VALUES (?, ?, ?, ?) ON CONFLICT (id) DO "
+            "UPDATE SET chosen_id = excluded.chosen_id, record = excluded.record",
+            (event.id, event.chosen_id, received_at, record.model_dump_json()),
+        )
         return "stored"
 
-    def _write_parquet(self, file_name: str, table: pa.Table) -> None:
-        """Write a Parquet file that appears in one step: renamed into place, or uploaded whole to an object store."""
-        target = f"{self._base_path}/{file_name}"
-        if isinstance(self._filesystem, fs.LocalFileSystem):
-            with atomic_write(Path(target)) as partial_file:
-                pq.write_table(table, partial_file)
-                fsync_path(partial_file)
-            fsync_path(Path(self._base_path))
-        else:
-            pq.write_table(table, target, filesystem=self._filesystem)
+    def _find_record(self, connection: sqlite3.Connection, row_id: str) -> FeedbackRecord | None:
+        """The record of a row, from the database or from the files of its day; None for an unknown row."""
+        stored = connection.execute("SELECT record, received_at FROM rows WHERE id = ?", (row_id,)).fetchone()
+        if stored is None:
+            return None
+        record_json, received_at = stored
+        if record_json is not None:
+            return FeedbackRecord.model_validate_json(record_json)
+        day_folder = "" if received_at is None else f"date={_format_day(received_at)}/"
+        for path in self._list_files():
+            if path.startswith(day_folder) and not is_in_hidden_folder(path):
+                (row, *_) = self._read_table(path, filters=[("id", "=", row_id)]).to_pylist() or [None]
+                if row is not None:
+                    return FeedbackRecord.model_validate(row)
+        return None
 
-    def _read_stored_reactions(self) -> Iterator[tuple[str, str | None]]:
-        """Yield id and reaction of every row that is in Parquet already."""
-        selector = fs.FileSelector(self._base_path, allow_not_found=True)
-        for info in self._filesystem.get_file_info(selector):
-            if info.path.endswith(".parquet"):
-                try:
-                    table = pq.read_table(info.path, columns=["id", "reaction"], filesystem=self._filesystem)
-                except pa.ArrowException as error:
-                    raise DataError(
-                        f"{info.path} in the feedback store is not a feedback log: {error}; move it elsewhere"
-                    ) from error
-                yield from zip(table["id"].to_pylist(), table["reaction"].to_pylist(), strict=True)
+    def _write_days(
+        self, folder: str, prefix: str, records: Sequence[LogRecord], received_at: Sequence[float], mark_statement: str
+    ) -> None:
+        """Write records of one kind, ordered by time of arrival, to one file per day, and mark them in the database."""
+        connection = self._require_open()
+        timestamp = datetime.fromtimestamp(self.clock(), UTC).strftime("%Y%m%dT%H%M%S%f")
+        for day, group in groupby(zip(received_at, records, strict=True), key=lambda pair: _format_day(pair[0])):
+            day_records = [record for _, record in group]
+            path = "/".join(
+                filter(None, (folder, f"date={day}", f"{prefix}-{timestamp}-{uuid.uuid4().hex[:8]}.parquet"))
+            )
+            record_type = type(day_records[0])
+            # Parquet before the database: a crash in between leaves rows in both, and `start` then marks them.
+            self._write_parquet(path, [build_records_table(day_records, record_type)])
+            with connection:
+                ids = [(record.id,) for record in day_records]  # type: ignore[attr-defined]
+                connection.executemany(f"{mark_statement} WHERE id = ?", ids)
+                connection.execute("INSERT INTO files (path) VALUES (?)", (path,))
+
+    def _write_parquet(
+        self, path: str, tables: Iterable[pa.Table], metadata: Mapping[bytes, bytes] | None = None
+    ) -> None:
+        """Write a Parquet file that appears in one step: renamed into place, or uploaded whole to an object store."""
+        target = f"{self._base_path}/{path}"
+
+        def write_tables(where: Any) -> None:
+            remaining_tables = iter(tables)
+            first_table = next(remaining_tables)
+            schema = first_table.schema.with_metadata({**(first_table.schema.metadata or {}), **(metadata or {})})
+            with pq.ParquetWriter(where, schema) as writer:
+                for table in chain([first_table], remaining_tables):
+                    writer.write_table(table.replace_schema_metadata(schema.metadata))
+
+        if isinstance(self._filesystem, fs.LocalFileSystem):
+            Path(target).parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(Path(target)) as partial_file:
+                write_tables(partial_file)
+                fsync_path(partial_file)
+            fsync_path(Path(target).parent)
+        else:
+            with self._filesystem.open_output_stream(target) as stream:
+                write_tables(stream)
+
+    def _merge_files(self, folder: str, paths: Sequence[str]) -> None:
+        """Replace the files of a day by one, reading one at a time."""
+        connection, names = self._require_open(), [path.rpartition("/")[2] for path in paths]
+        record_types: dict[str, type[LogRecord]] = {
+            REACTIONS_FOLDER: ReactionRecord,
+            PREFERENCES_FOLDER: PreferenceRecord,
+        }
+        # Files of an older release lack newer columns.
+        schema = build_arrow_schema(record_types.get(folder.partition("/")[0], FeedbackRecord))
+        merged_path = f"{folder}/{names[0].partition('-')[0]}-merged-{uuid.uuid4().hex[:12]}.parquet"
+        tables = (
+            pa.concat_tables([schema.empty_table(), self._read_table(path)], promote_options="default").cast(schema)
+            for path in paths
+        )
+        self._write_parquet(merged_path, tables, {REPLACES_KEY: json.dumps(names).encode()})
+        self._delete_files(paths)
+        with connection:
+            connection.execute("INSERT INTO files (path) VALUES (?)", (merged_path,))
+            connection.executemany("DELETE FROM files WHERE path = ?", [(path,) for path in paths])
+
+    def _read_unknown_files(self, connection: sqlite3.Connection, *, is_new: bool) -> None:
+        """Mark the rows of files that the database does not know as settled: a crash came between file and database.
+
+        With a new database these are all files; then the late reactions give the present reactions.
+        """
+        paths = self._list_files()
+        for path in paths:
+            # A merge that a crash interrupted: the new file is complete, old ones may be left.
+            if "-merged-" in path and not connection.execute("SELECT 1 FROM files WHERE path = ?", (path,)).fetchone():
+                metadata = pq.read_schema(f"{self._base_path}/{path}", filesystem=self._filesystem).metadata or {}
+                folder = path.rpartition("/")[0]
+                replaced = {f"{folder}/{name}" for name in json.loads(metadata.get(REPLACES_KEY, b"[]"))}
+                self._delete_files([other for other in paths if other in replaced])
+                paths = [other for other in paths if other not in replaced]
+        for path in paths:
+            if connection.execute("INSERT INTO files (path) VALUES (?) ON CONFLICT DO NOTHING", (path,)).rowcount == 0:
+                continue
+            kind = path.partition("/")[0]
+            if kind == REACTIONS_FOLDER:
+                events = self._read_table(path, columns=["id", "response_id", "reaction", "retracted"]).to_pylist()
+                connection.executemany("DELETE FROM late_reactions WHERE id = ?", [(event["id"],) for event in events])
+                if is_new:
+                    connection.executemany(
+                        "UPDATE rows SET reaction = ? WHERE id = ?",
+                        [(reaction, row_id) for row_id, reaction in apply_reaction_events(events).items()],
+                    )
+            elif kind == PREFERENCES_FOLDER:
+                ids = self._read_table(path, columns=["id"])["id"].to_pylist()
+                connection.executemany(
+                    "INSERT INTO preferences (id) VALUES (?) ON CONFLICT (id) DO UPDATE SET record = NULL",
+                    [(row_id,) for row_id in ids],
+                )
+            else:
+                table = self._read_table(path, columns=["id", "reaction"])
+                connection.executemany(
+                    "INSERT INTO rows (id, reaction) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET record = NULL, "
+                    "reaction = CASE WHEN record IS NULL THEN reaction ELSE excluded.reaction END",
+                    zip(table["id"].to_pylist(), table["reaction"].to_pylist(), strict=True),
+                )
+
+    def _read_table(self, path: str, **options: Any) -> pa.Table:
+        try:
+            return pq.read_table(f"{self._base_path}/{path}", filesystem=self._filesystem, partitioning=None, **options)
+        except (pa.ArrowException, KeyError) as error:
+            raise DataError(
+                f"{self._base_path}/{path} in the feedback store is not a feedback log: {error}; move it elsewhere"
+            ) from error
+
+    def _list_files(self) -> list[str]:
+        """Paths of all Parquet files under the root, those of reactions after those of rows, each in order of time."""
+        selector = fs.FileSelector(self._base_path, allow_not_found=True, recursive=True)
+        prefix = f"{self._base_path}/"
+        paths = [info.path.removeprefix(prefix) for info in self._filesystem.get_file_info(selector)]
+        files = [path for path in paths if path.endswith(".parquet") and not path.rpartition("/")[2].startswith(".")]
+        return sorted(files, key=lambda path: (is_in_hidden_folder(path), path))
+
+    def _delete_files(self, paths: Iterable[str]) -> None:
+        for path in paths:
+            self._filesystem.delete_file(f"{self._base_path}/{path}")
 
     def _resolve_root(self) -> tuple[Any, str]:
         if "://" in self.root:
@@ -205,3 +444,8 @@ class FeedbackStore:
         folder = Path(self.root).expanduser().resolve()
         folder.mkdir(parents=True, exist_ok=True)
         return fs.LocalFileSystem(), str(folder)
+
+
+def _format_day(seconds: float) -> str:
+    """Day of a time in seconds since 1970, in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d")

@@ -17,6 +17,7 @@ import openai
 import pyarrow.parquet as pq
 import pytest
 
+from rluf.prepare.readers.feedback_folder import list_row_files
 from tests.e2e.test_job import descendant_pids
 
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
@@ -84,9 +85,7 @@ def test_the_commands_of_the_page_close_the_loop(work_folder: Path) -> None:
     assert visit_output[2] == first_versions["policy"]
     run_block(work_folder, *learn)
     rows = [
-        row
-        for file in (work_folder / "runs/live/feedback").glob("*.parquet")
-        for row in pq.read_table(file).to_pylist()
+        row for file in list_row_files(work_folder / "runs/live/feedback") for row in pq.read_table(file).to_pylist()
     ]
     assert len(rows) == 181
     assert sum(row["reaction"] == "love" for row in rows) == int(visit_output[1])

@@ -15,7 +15,7 @@ from rluf.config.objectives import ObjectiveSpec
 from rluf.config.reward import ObjectivesSettings
 from rluf.errors import DataError
 from rluf.evaluate.summary import EvaluatedArm, RunFacts, build_summary, flatten_numbers
-from rluf.report.headline import report_headline
+from rluf.report.headline import format_verdict, report_headline
 from rluf.report.presentation import (
     build_arm_rows,
     build_comparison_rows,
@@ -126,7 +126,8 @@ def test_a_fall_in_helpfulness_an_alarm_and_truncation_do_not_pass_and_the_headl
     assert hacked["gates"]["verdict"] == "fail"
     assert "unprompted_farewell" in hacked["gates"]["alarms"]
     headline = report_headline(hacked)
-    assert headline.startswith("Fail: monitor alarms: ") and "Farewell that the user did not start" in headline
+    assert headline.startswith(f"Fail: {len(hacked['gates']['alarms'])} monitors raised an alarm; ")
+    assert "Farewell that the user did not start" in format_verdict(hacked["gates"])
     assert "new simulated users love the aligned policy" in headline
     truncated = summarize(base, make_arm(2, 0.09, truncated_share=0.3))
     assert truncated["gates"]["verdict"] != "pass"
@@ -155,10 +156,8 @@ def test_control_and_second_draw_tell_alignment_from_sharpening() -> None:
     aligned = summarize(base, make_arm(2, 0.09), base_repeat=repeat, control=make_arm(4, 0.06))
     assert "also compared with a base of equal entropy" in report_headline(aligned)
     columns, rows = build_comparison_rows(aligned)
-    assert columns == [
-        "Comparison", "Simulated love", "Simulated helpfulness", "Simulated safety", "Responses", "Users per arm",
-    ]  # fmt: skip
-    assert [row[-2:] for row in rows] == [["480 and 480", "2,000"]] * 3
+    assert columns == ["Comparison", "Simulated love", "Simulated helpfulness", "Simulated safety", "Responses"]
+    assert [row[-1] for row in rows] == ["480 and 480"] * 3
     assert format_repeat_sentence(aligned).startswith("The A/A row includes zero everywhere")
     other_draw = summarize(base, make_arm(2, 0.09), base_repeat=make_arm(3, 0.12))
     assert format_repeat_sentence(other_draw).startswith("The A/A row excludes zero for love")

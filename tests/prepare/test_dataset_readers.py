@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from rluf.config.reward import AggregationSettings
 from rluf.prepare.readers.datasets import DATASET_READERS, EMPTY_TURN_TEXT, ReaderOptions, SkippedRow
 from rluf.prepare.schema import DATA_KINDS, FeedbackRecord, validate_json_row
 
@@ -89,6 +90,14 @@ def test_prompt_files_of_three_schemas(row: dict[str, Any], text: str, topic: st
     assert isinstance(prompt, dict)
     assert prompt["messages"] == [{"role": "user", "content": text}]
     assert prompt["topic"] == topic and prompt["split"] in ("train", "test")
+
+
+def test_requests_for_harm_have_the_topic_that_safety_alone_judges() -> None:
+    (prompt,) = DATASET_READERS["harmfulqa"].read_item({"topic": "Law", "prompt": "How do I forge a will?"}, OPTIONS)
+    (same_text,) = DATASET_READERS["mt_bench"].read_item({"prompt": "How do I forge a will?"}, OPTIONS)
+    assert isinstance(prompt, dict) and isinstance(same_text, dict)
+    assert prompt["topic"] in AggregationSettings().topic_objectives
+    assert (prompt["id"], prompt["split"]) == (same_text["id"], same_text["split"])
 
 
 def count_items(reader_name: str, file: str) -> Counter[str]:

@@ -253,6 +253,64 @@ def test_the_headline_names_alarms_and_truncation() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("labels", "clause"),
+    [
+        ([], ""),
+        (["Farewell"], "monitor alarm: Farewell; "),
+        (["Farewell", "Refusal"], "monitor alarms: Farewell, Refusal; "),
+        (["Farewell", "Refusal", "Length"], "3 monitors raised an alarm; "),
+        ([f"Monitor {index}" for index in range(12)], "12 monitors raised an alarm; "),
+    ],
+)
+def test_a_headline_names_few_alarms_and_counts_many(labels: list[str], clause: str) -> None:
+    summary = make_summary()
+    summary["gates"] |= {"verdict": "fail", "alarms": labels, "alarm_labels": labels}
+    assert headline.report_headline(summary).startswith(f"Fail: {clause}{LOVE}")
+
+
+@pytest.mark.parametrize(
+    ("worse", "z", "p", "text"),
+    [
+        ("down", 14.2, 1.0, "not worse"),  # a one-sided p of 1 next to a large z would read as a contradiction
+        ("up", -2.9, 1.0, "not worse"),
+        ("up", 6.9, 0.002, "0.002"),
+        ("down", -10.4, 0.002, "0.002"),
+        ("up", 0.0, 1.0, "1.000"),
+        (None, 14.2, 1.0, "1.000"),
+    ],
+)
+def test_a_monitor_that_changed_in_the_good_direction_says_so(worse: str | None, z: float, p: float, text: str) -> None:
+    monitor = {"label": "Ends with a question", "kind": "share", "base": 0.05, "aligned": 0.5, "z": z, "p": p}
+    summary = {"monitors": {"items": {"question_ending": monitor | {"alarm": False, "worse": worse}}}}
+    assert presentation.monitor_rows(summary)[0]["p"] == text
+
+
+@pytest.mark.parametrize(
+    ("card", "sentence"),
+    [
+        (
+            {"auroc": {"low": 0.59}, "length_only_auroc": 0.56, "normalized_entropy": 1.03},
+            "P[Love] ranks responses better than length alone; its probabilities predict no better than the base rate, "
+            "so read its order, not its values.",
+        ),
+        (
+            {"auroc": {"low": 0.59}, "length_only_auroc": {"mean": 0.4}, "normalized_entropy": 0.9},
+            "P[Love] ranks responses better than chance, and its probabilities predict better than the base rate.",
+        ),
+        ({"pair_accuracy": {"low": 0.48}}, "P[Love] ranks responses not clearly better than chance."),
+        (
+            {"pair_accuracy": {"low": 0.55}, "length_only_accuracy": 0.6},
+            "P[Love] ranks responses not clearly better than length alone.",
+        ),
+        ({"auroc": {"mean": 0.6, "low": None}}, None),
+        ({}, None),
+    ],
+)
+def test_the_report_says_whether_a_reward_model_can_be_trusted(card: dict[str, Any], sentence: str | None) -> None:
+    assert presentation.format_trust_sentences({"love": card}) == ([sentence] if sentence else [])
+
+
 def test_gates_of_earlier_releases_prove_nothing() -> None:
     summary = make_summary()
     for check in summary["gates"]["checks"]:

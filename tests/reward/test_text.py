@@ -100,6 +100,33 @@ def test_a_row_that_is_too_long_keeps_parts_of_prompt_and_response(
     assert fit_token_budget(prompt_ids, response_ids, budget) == (prompt_part, response_part)
 
 
+@pytest.mark.parametrize(
+    ("prompt_count", "response_count", "dropped_count"),
+    [(8, 8, 0), (9, 8, 4), (12, 8, 4), (13, 8, 8), (9, 12, 5), (4, 20, 0), (3, 13, 0), (40, 1, 28)],
+)
+def test_the_prompt_loses_whole_blocks_unless_it_needs_the_rest(
+    prompt_count: int, response_count: int, dropped_count: int
+) -> None:
+    prompt_part, response_part = fit_token_budget(
+        list(range(prompt_count)), list(range(100, 100 + response_count)), 16, block_tokens=4
+    )
+    assert prompt_part == list(range(prompt_count))[dropped_count:]
+    assert len(prompt_part) + len(response_part) <= 16
+
+
+def test_the_messages_of_a_long_conversation_share_passes(cache: Path) -> None:
+    encoder = build_encoder("tiny", cache, max_tokens=800)
+    turns = [f"message number {number}" for number in range(60)]
+    chat: list[Message] = [
+        {"role": "assistant" if number % 2 else "user", "content": text} for number, text in enumerate(turns)
+    ]
+    rows = encoder.encode([ScoringItem(chat[:number], turns[number]) for number in range(1, 60, 2)])
+    cut_count = sum(row.dropped_prompt_tokens > 0 for row in rows)
+    assert cut_count > 10
+    assert max(map(len, rows)) <= 800
+    assert len(set(find_carrier_rows(rows, is_causal=True))) <= cut_count // 2
+
+
 @pytest.mark.parametrize("name", ["tiny-encoder", "tiny"])
 def test_the_prompt_is_read_in_front_of_a_response_longer_than_the_limit(cache: Path, name: str) -> None:
     encoder = build_encoder(name, cache, max_tokens=96)

@@ -26,10 +26,12 @@ from rluf.serve.api import (
     ChatRequest,
     FeedbackRequest,
     ModelInfo,
+    PreferenceRequest,
     ScoredItem,
     ScoreRoute,
     ServedResponse,
     build_chat_reply,
+    build_preference_event,
     build_reaction_event,
     build_served_event,
     create_response_id,
@@ -136,6 +138,9 @@ class LocalBackend:
 
     async def store_feedback(self, request: FeedbackRequest) -> StoreOutcome:
         return self.store.append_events([build_reaction_event(request, SALT)])[0]
+
+    async def store_preference(self, request: PreferenceRequest) -> StoreOutcome:
+        return self.store.append_events([build_preference_event(request, SALT)])[0]
 
     async def list_models(self) -> list[ModelInfo]:
         reward_model = ModelInfo(id="reward-live", kind="reward", role="live", version="v1", share=1.0)

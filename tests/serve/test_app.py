@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+from rluf.prepare.readers.feedback_folder import read_late_reactions
 from rluf.serve.app import make_app
 from rluf.types import Message
 from rluf.utils.hashing import hash_user_id
@@ -99,7 +100,9 @@ async def test_feedback_is_stored_once_and_users_are_hashed(
         "unknown",
     )
     backend.store.flush_settled(all_rows=True)
-    assert assert_error(await http_client.post("/v1/feedback", json={"id": "r1", "reaction": None})) == (409, "settled")
+    assert (await http_client.post("/v1/feedback", json={"id": "r1", "reaction": None})).json()["status"] == "stored"
+    backend.store.flush_settled(all_rows=True)
+    assert read_late_reactions(Path(backend.store.root)) == {"r1": None}
     stored_bytes = b"".join(path.read_bytes() for path in Path(backend.store.root).rglob("*") if path.is_file())
     assert hash_user_id("ann@example.org", SALT).encode() in stored_bytes
     assert b"ann@example.org" not in stored_bytes

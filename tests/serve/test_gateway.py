@@ -120,7 +120,7 @@ async def test_a_chat_is_logged_and_its_reaction_stored(
     assert await gateway.store_feedback(FeedbackRequest(id=reply.id, reaction="love", user="alice")) == "stored"
     assert await gateway.drain_requests(1.0) == 0
     assert await writer.flush_settled(all_rows=True) == 1
-    (parquet_file,) = (tmp_path / "log").glob("*.parquet")
+    (parquet_file,) = (tmp_path / "log").rglob("*.parquet")
     (row,) = pq.read_table(parquet_file).to_pylist()
     assert (row["reaction"], row["user_id"]) == ("love", hash_user_id("alice", SALT))
     assert (row["response_logprob"], row["response_tokens"], row["temperature"]) == (-2.5, 4, 1.0)
@@ -209,7 +209,7 @@ async def test_the_arm_of_an_experiment_is_logged(
     for fields in ({"user": "ann"}, {"conversation_id": "c1"}, {"conversation_id": "c1"}, {}, {"model": "echo"}):
         await gateway.complete_chat(ChatRequest.model_validate(message | fields))
     await writer.flush_settled(all_rows=True)
-    (parquet_file,) = (tmp_path / "log").glob("*.parquet")
+    (parquet_file,) = (tmp_path / "log").rglob("*.parquet")
     rows = pq.read_table(parquet_file).to_pylist()
     assert [row["arm"] for row in rows] == ["echo"] * 4 + [None]
     users = [row["user_id"] for row in rows]

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from rluf.config.settings import Settings
 from rluf.models.hub import load_tokenizer, render_prompt, resolve_model
+from rluf.prepare.readers.feedback_folder import list_row_files
 from rluf.reward.model import RewardModel
 from rluf.serve.store import FeedbackStore
 from rluf.types import Message
@@ -105,8 +106,14 @@ def test_a_heart_in_the_browser_becomes_a_row_of_the_log(
         page.keyboard.press("Enter")
         expect(page.get_by_role("status")).to_have_text("Your heart is stored.")
         expect(heart).to_have_attribute("aria-pressed", "true")
-        hearts = [f"Love this reply of {name}" for name in ("base", "candidate")]
-        assert list_tab_stops(page, ".skip", 6) == ["SUMMARY", *hearts, "text", "send", "again"]
+        buttons = [
+            f"{text}{name}" for name in ("base", "candidate") for text in ("Love this reply of ", "Better reply: ")
+        ]
+        assert list_tab_stops(page, ".skip", 8) == ["SUMMARY", *buttons, "text", "send", "again"]
+        choice = column.get_by_role("button", name="Better reply: candidate")
+        choice.click()
+        expect(page.get_by_role("status")).to_have_text("Your choice is stored.")
+        expect(choice).to_have_attribute("aria-pressed", "true")
         assert axe.Axe().run(page).response["violations"] == []
         save_screenshot(page, "")
         page.set_viewport_size({"width": 375, "height": 740})
@@ -116,8 +123,13 @@ def test_a_heart_in_the_browser_becomes_a_row_of_the_log(
     assert len(problems) == 1, problems  # the browser's own message about the first reply, before the token was entered
     assert "401" in problems[0]
     store.flush_settled(all_rows=True)
-    (parquet_file,) = tmp_path.glob("*.parquet")
+    (parquet_file,) = list_row_files(tmp_path)
     rows = {row["model_version"]: row for row in pq.read_table(parquet_file).to_pylist()}
     assert {name: row["reaction"] for name, row in rows.items()} == {"base-1": None, "candidate-1": "love"}
     assert rows["candidate-1"]["response"].split() == displayed_text.split()
+    (preference_file,) = (tmp_path / "_preferences").rglob("*.parquet")
+    (preference,) = pq.read_table(preference_file).to_pylist()
+    assert (preference["chosen"], preference["rejected"]) == tuple(
+        rows[name]["response"] for name in ("candidate-1", "base-1")
+    )
     assert "visitor" not in rows["candidate-1"]["user_id"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -12,14 +13,26 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from rluf.config.settings import Settings
 from rluf.errors import DataError, ResourceError
+from rluf.prepare.pipeline import build_data_set, run_task
+from rluf.prepare.readers.feedback_folder import list_row_files, read_late_reactions
 from rluf.prepare.readers.files import read_line_batches
-from rluf.prepare.readers.sources import resolve_sources
-from rluf.prepare.schema import ChatMessage, FeedbackRecord, build_arrow_schema, validate_json_row
-from rluf.serve.store import DATABASE_FILE, FeedbackEvent, FeedbackStore
+from rluf.prepare.readers.sources import resolve_all_sources, resolve_sources
+from rluf.prepare.schema import (
+    DATA_KINDS,
+    SPLIT_NAMES,
+    ChatMessage,
+    FeedbackRecord,
+    PreferenceRecord,
+    build_arrow_schema,
+    validate_json_row,
+)
+from rluf.serve.store import DATABASE_FILE, FeedbackEvent, FeedbackStore, PreferenceEvent
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
@@ -57,8 +70,9 @@ def open_store(folder: Path, clock: FakeClock, reaction_window_s: float = 60.0) 
 
 
 def read_rows(folder: Path) -> dict[str, tuple[str | None, bool | None]]:
-    rows = {}
-    for path in sorted(folder.glob("*.parquet")):
+    rows: dict[str, tuple[str | None, bool | None]] = {}
+    for path in list_row_files(folder):
+        assert path.parent.name.startswith("date=")
         assert pq.read_schema(path).equals(build_arrow_schema(FeedbackRecord))
         for row in pq.read_table(path).to_pylist():
             assert row["id"] not in rows
@@ -85,12 +99,134 @@ def test_a_reaction_changes_its_row_until_it_settles(tmp_path: Path) -> None:
     clock.now += 61
     assert store.flush_settled() == 2
     assert read_rows(tmp_path) == {"a": ("love", True), "b": (None, None)}
-    assert store.append_events([FeedbackEvent("a", "love"), FeedbackEvent("a", None), make_served_event("b")]) == [
-        "duplicate",
-        "settled",
-        "duplicate",
-    ]
+    assert store.append_events([FeedbackEvent("a", "love"), make_served_event("b")]) == ["duplicate", "duplicate"]
     assert store.flush_settled(all_rows=True) == 0
+
+
+def read_all_files(folder: Path, subfolder: str) -> list[dict[str, object]]:
+    files = sorted((folder / subfolder).rglob("*.parquet"))
+    return [row for file in files for row in pq.read_table(file, partitioning=None).to_pylist()]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ([], ["love"], "love"),
+        (["love"], [None], None),
+        (["love"], ["thumbs_down"], "thumbs_down"),
+        ([], ["love", None], None),
+        (["love"], [None, "love"], "love"),
+        ([], ["like", "love", "love", "dislike"], "dislike"),
+        (["like"], ["like"], "like"),
+    ],
+)
+def test_a_reaction_after_its_row_settled_is_an_event_that_preparation_joins(
+    tmp_path: Path, before: list[str | None], after: list[str | None], expected: str | None
+) -> None:
+    clock = FakeClock()
+    store = open_store(tmp_path, clock)
+    store.append_events([make_served_event("a"), *(FeedbackEvent("a", reaction) for reaction in before)])
+    clock.now += 61
+    assert store.flush_settled() == 1
+    present = before[-1] if before else None
+    for reaction in after:
+        clock.now += 1
+        expected_outcome = "duplicate" if reaction == present else "late"
+        assert store.append_events([FeedbackEvent("a", reaction)]) == [expected_outcome]
+        assert store.append_events([FeedbackEvent("a", reaction)]) == ["duplicate"]
+        present = reaction
+        store.close()
+        store = open_store(tmp_path, clock)
+    store.flush_settled()
+    assert store.flush_settled() == 0
+    row_reaction = before[-1] if before else None
+    assert read_rows(tmp_path) == {"a": (row_reaction, None)}
+    assert read_late_reactions(tmp_path).get("a", row_reaction) == expected
+    kinds = [(source.kind_name, source.entry_index) for source in resolve_all_sources({"feedback": [str(tmp_path)]})]
+    assert kinds == [("feedback", 0)] + [("reactions", 0)] * (after != before)
+
+
+@pytest.mark.parametrize("entry", ["{root}", "{root}/date=*/*.parquet", "{root}/date=2026-01-31", "file://{root}"])
+def test_late_reactions_are_found_from_every_entry_that_names_their_rows(tmp_path: Path, entry: str) -> None:
+    clock = FakeClock()
+    store = open_store(tmp_path, clock, reaction_window_s=0)
+    store.append_events([make_served_event("a"), make_served_event("b")])
+    store.flush_settled()
+    store.append_events([FeedbackEvent("a", "love"), PreferenceEvent("a", "b")])
+    store.flush_settled()
+    path = entry.format(root=tmp_path)
+    sources = resolve_all_sources({"feedback": [path]})
+    assert [source.kind_name for source in sources] == ["feedback", "reactions"]
+    explicit = resolve_all_sources({"feedback": [path], "reactions": [f"{tmp_path}/_reactions"]})
+    assert len([source for source in explicit if source.kind_name == "reactions"]) in (1, 2 * path.startswith("file"))
+
+
+def test_a_new_database_learns_the_present_reactions_from_the_files(tmp_path: Path) -> None:
+    clock = FakeClock()
+    store = open_store(tmp_path, clock, reaction_window_s=0)
+    store.append_events([make_served_event("a"), make_served_event("b")])
+    store.flush_settled()
+    store.append_events([FeedbackEvent("a", "love"), FeedbackEvent("b", "like"), FeedbackEvent("b", None)])
+    store.flush_settled()
+    store.close()
+    shutil.rmtree(tmp_path / ".log")
+    store = open_store(tmp_path, clock, reaction_window_s=0)
+    assert store.append_events([FeedbackEvent("a", "love"), FeedbackEvent("b", None)]) == ["duplicate"] * 2
+    assert store.append_events([FeedbackEvent("a", None), FeedbackEvent("b", "love")]) == ["late"] * 2
+
+
+@pytest.mark.parametrize("is_settled", [False, True])
+def test_a_choice_between_two_responses_becomes_a_preference(tmp_path: Path, is_settled: bool) -> None:
+    clock = FakeClock()
+    store = open_store(tmp_path, clock)
+    other_turn = make_record("c").model_copy(update={"messages": [ChatMessage(role="user", content="Other")]})
+    same_text = make_record("d").model_copy(update={"response": "Answer a"})
+    store.append_events([
+        make_served_event("a"), make_served_event("b"), FeedbackEvent("c", None, other_turn),
+        FeedbackEvent("d", None, same_text),
+    ])  # fmt: skip
+    if is_settled:
+        clock.now += 61
+        store.flush_settled()
+    assert store.append_events([
+        PreferenceEvent("a", "b"), PreferenceEvent("a", "b"), PreferenceEvent("b", "a"), PreferenceEvent("a", "x"),
+        PreferenceEvent("a", "c"), PreferenceEvent("d", "a"), PreferenceEvent("a", "a"),
+    ]) == ["stored", "duplicate", "stored", "unknown", "mismatch", "mismatch", "mismatch"]  # fmt: skip
+    clock.now += 61
+    store.flush_settled()
+    assert store.append_events([PreferenceEvent("b", "a"), PreferenceEvent("a", "b")]) == ["duplicate", "settled"]
+    (row,) = read_all_files(tmp_path, "_preferences")
+    assert (row["chosen"], row["rejected"]) == ("Answer b", "Answer a")
+    (source,) = resolve_sources([str(tmp_path / "_preferences")], "preferences")
+    (line,) = [line for lines in read_line_batches(source.location) for line in lines]
+    assert isinstance(validate_json_row(line.raw, PreferenceRecord, NOW), PreferenceRecord)
+
+
+def test_the_files_of_a_day_are_merged_two_days_later(tmp_path: Path) -> None:
+    clock = FakeClock()
+    store = open_store(tmp_path, clock, reaction_window_s=0)
+    for number in range(5):
+        store.append_events([make_served_event(f"r{number}"), FeedbackEvent(f"r{number - 1}", "love")])
+        clock.now += 60
+        store.flush_settled()
+    expected_rows, expected_reactions = read_rows(tmp_path), read_late_reactions(tmp_path)
+    assert (len(expected_rows), len(expected_reactions)) == (5, 4)
+    assert store.merge_days() == 0
+    clock.now += 2 * 86_400
+    unmerged_files = {path: path.read_bytes() for path in tmp_path.rglob("*.parquet")}
+    assert store.merge_days() == 9
+    assert (store.merge_days(), len(list(tmp_path.rglob("*.parquet")))) == (0, 2)
+    assert (read_rows(tmp_path), read_late_reactions(tmp_path)) == (expected_rows, expected_reactions)
+    store.close()
+    # A crash after the merged files were written: the old ones are still there, and the database does not know.
+    for path, data in unmerged_files.items():
+        path.write_bytes(data)
+    with sqlite3.connect(tmp_path / ".log" / DATABASE_FILE) as connection:
+        connection.execute("DELETE FROM files WHERE path LIKE '%merged%'")
+    connection.close()
+    store = open_store(tmp_path, clock, reaction_window_s=0)
+    assert (read_rows(tmp_path), len(list(tmp_path.rglob("*.parquet")))) == (expected_rows, 2)
+    assert store.append_events([make_served_event("r0"), FeedbackEvent("r4", "love")]) == ["duplicate", "late"]
 
 
 def test_rows_pass_the_validation_of_prepare_while_the_store_is_open(tmp_path: Path) -> None:
@@ -199,7 +335,7 @@ ACTIONS = st.one_of(
 )
 
 
-@settings(max_examples=30, deadline=None)
+@hypothesis_settings(max_examples=30, deadline=None)
 @given(steps=st.lists(ACTIONS, max_size=25))
 def test_no_acknowledged_row_is_lost_or_duplicated(
     steps: list[tuple[str, int]], tmp_path_factory: pytest.TempPathFactory
@@ -222,11 +358,12 @@ def test_no_acknowledged_row_is_lost_or_duplicated(
                 if action == "serve"
                 else FeedbackEvent(f"r{number}", reaction)
             )
-            if store.append_events([event]) == ["stored"]:
+            if store.append_events([event])[0] in ("stored", "late"):
                 acknowledged[event.id] = event.reaction
     store.flush_settled(all_rows=True)
     store.close()
-    assert {response_id: reaction for response_id, (reaction, _) in read_rows(folder).items()} == acknowledged
+    reactions = {response_id: reaction for response_id, (reaction, _) in read_rows(folder).items()}
+    assert reactions | read_late_reactions(folder) == acknowledged
 
 
 WRITER_PROGRAM = """
@@ -274,3 +411,35 @@ def test_unusable_folders_are_clear_errors(tmp_path: Path) -> None:
     (tmp_path / "old" / ".log" / "00000003.wal").write_text("{}")
     with pytest.raises(DataError, match=r"00000003\.wal has rows of an earlier release"):
         open_store(tmp_path / "old", FakeClock())
+
+
+def test_preparation_labels_rows_by_their_late_reactions(tmp_path: Path) -> None:
+    clock = FakeClock()
+    store = open_store(tmp_path / "store", clock)
+    events: list[FeedbackEvent] = []
+    for number in range(300):
+        record = make_record(f"r{number}", f"c{number}").model_copy(
+            update={"user_id": f"u{number % 60}", "messages": [ChatMessage(role="user", content=f"question {number}")]}
+        )
+        events += [FeedbackEvent(record.id, None, record)] + [FeedbackEvent(record.id, "love")] * (number % 4 == 0)
+    store.append_events(events)
+    clock.now += 61
+    store.flush_settled()
+    # 0 withdraws, 1 and 2 arrive late, 4 changes its mind, 5 comes back after the attribution window of a week.
+    store.append_events([FeedbackEvent("r0", None), FeedbackEvent("r1", "love"), FeedbackEvent("r2", "thumbs_down")])
+    store.append_events([FeedbackEvent("r4", "thumbs_down")])
+    clock.now += 8 * 86_400
+    store.append_events([FeedbackEvent("r5", "love")])
+    store.flush_settled()
+    execute = lambda tasks: [result for task in tasks for result in run_task(task)]  # noqa: E731
+    data_settings = Settings.model_validate({
+        "data": {kind: [] for kind in DATA_KINDS} | {"feedback": [str(tmp_path / "store")]},
+        "prepare": {"positive_share": 0.01, "labels": {"thumbs_down": "not_loved"}},
+    })  # fmt: skip
+    card = build_data_set(data_settings, tmp_path / "data", execute)
+    tables = [pq.read_table(tmp_path / "data" / "love" / f"{split}.parquet") for split in SPLIT_NAMES]
+    reactions = {row["id"]: row["reaction"] for table in tables for row in table.to_pylist()}
+    assert [reactions[f"r{number}"] for number in (0, 1, 2, 4, 5, 8)] == [
+        None, "love", "thumbs_down", "thumbs_down", None, "love",
+    ]  # fmt: skip
+    assert card["counts"]["reactions"]["dropped"]["outside the attribution window"] == 1

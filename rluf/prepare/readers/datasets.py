@@ -22,6 +22,9 @@ from rluf.utils.hashing import hash_parts
 MAX_REACTION_ROWS = 8
 """Maximum rows of a response with counted reactions; thousands of identical rows would add no information."""
 
+RISKY_TOPIC = "risky"
+"""Topic of prompts that ask for harm."""
+
 EMPTY_TURN_TEXT = "..."
 """User turn inserted where an assistant opens the conversation or writes twice in a row."""
 
@@ -278,6 +281,11 @@ def _read_question(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
     }]  # fmt: skip
 
 
+def _read_harmful_question(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
+    """A request for harm: a prompt of topic `risky`, which `aggregation.topic_objectives` leaves to safety alone."""
+    return _read_question({"prompt": row["prompt"], "topic": RISKY_TOPIC}, options)
+
+
 def index_readers(*readers: LogReader) -> dict[str, LogReader]:
     """Readers by name."""
     return {reader.name: reader for reader in readers}
@@ -296,5 +304,6 @@ DATASET_READERS = index_readers(
     LogReader("diasafety", "safety", _read_diasafety),
     LogReader("hh_harmless", "safety", _read_hh_harmless),
     LogReader("mt_bench", "prompts", _read_question),
+    LogReader("harmfulqa", "prompts", _read_harmful_question),
 )
 """Readers by name. `mt_bench` reads any file of prompts with turns, prompt, or instruction and input."""

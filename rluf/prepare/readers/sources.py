@@ -22,8 +22,10 @@ from rluf.config.objectives import LABELS_KEY_PREFIX
 from rluf.errors import DataError
 from rluf.models.hub import download_data_set, list_network_errors
 from rluf.prepare.readers.datasets import DATASET_READERS, LogReader
+from rluf.prepare.readers.feedback_folder import REACTIONS_FOLDER, is_in_hidden_folder
 from rluf.prepare.readers.files import FORMAT_BY_SUFFIX, detect_format, resolve_filesystem
 from rluf.prepare.readers.products import PRODUCT_READERS
+from rluf.prepare.schema import order_kinds
 from rluf.utils.paths import find_sample_log
 from rluf.utils.plugins import load_plugin
 
@@ -90,6 +92,38 @@ def resolve_sources(entries: Sequence[DataSource | str], kind_name: str = "*") -
                 )
             sources.append(LogSource(kind_name, file_path, entry, entry_index))
     return sources
+
+
+def resolve_all_sources(entries_by_kind: Mapping[str, Sequence[DataSource | str]]) -> list[LogSource]:
+    """Files of all kinds, in the order of kinds; with the late reactions of the feedback stores that rows come from."""
+    sources = [
+        source for kind in order_kinds(entries_by_kind) for source in resolve_sources(entries_by_kind[kind], kind)
+    ]
+    reaction_entries = list(entries_by_kind.get("reactions", ()))
+    entry_by_folder: dict[str, DataSource] = {}
+    for source in sources:
+        if source.kind_name == "feedback" and source.entry.reader is None:
+            # A row's file is in the store's folder or in that of its day.
+            parents = [source.location.rpartition("/")[0], *source.location.rsplit("/", 2)[:1]]
+            for folder in dict.fromkeys(f"{parent}/{REACTIONS_FOLDER}" for parent in parents):
+                entry_by_folder.setdefault(folder, source.entry)
+    late_entries = [
+        DataSource(path=folder, labels=entry.labels)
+        for folder, entry in entry_by_folder.items()
+        if folder not in {entry if isinstance(entry, str) else entry.path for entry in reaction_entries}
+        and _is_folder(folder)
+    ]
+    if late_entries:
+        sources = [source for source in sources if source.kind_name != "reactions"]
+        sources += resolve_sources([*reaction_entries, *late_entries], "reactions")
+    return sources
+
+
+def _is_folder(path: str) -> bool:
+    if "://" not in path:
+        return Path(path).is_dir()
+    filesystem, root = resolve_filesystem(path)
+    return bool(filesystem.get_file_info(root).type == fs.FileType.Directory)
 
 
 def is_hub_data_set(entry: DataSource | str) -> bool:
@@ -178,7 +212,11 @@ def _find_files(entry: DataSource, kind_name: str) -> list[str]:
             return [str(path)]
         if not path.is_dir():
             return sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
-        files = sorted(str(file) for file in path.rglob("*") if file.is_file())
+        files = sorted(
+            str(file)
+            for file in path.rglob("*")
+            if file.is_file() and not is_in_hidden_folder(file.relative_to(path).as_posix())
+        )
         _refuse_table_files([str(path / "any"), *files], kind_name)
     if files == [entry.path]:
         return files
@@ -215,6 +253,8 @@ def _find_remote_files(url: str) -> list[str]:
     pattern = root + url[len(prefix) :]
     if pattern != root:
         files = [file for file in files if fnmatch.fnmatch(file, pattern)]
+    else:
+        files = [file for file in files if not is_in_hidden_folder(file.removeprefix(f"{root}/"))]
     scheme = url.partition("://")[0]
     slash = "/" if scheme in _ROOTED_SCHEMES else ""
     return sorted(f"{scheme}://{slash}{file.lstrip('/')}" for file in files)

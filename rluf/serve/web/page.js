@@ -1,5 +1,6 @@
 "use strict";
-// Chat with two served policies side by side; hearts go to /v1/feedback, scores come from /v1/score.
+// Chat with two served policies side by side: hearts go to /v1/feedback, choices to /v1/preferences, scores come from
+// /v1/score.
 const SCORE_TITLES = { love: "P[Love]", helpfulness: "Helpful", safety: "Safe" };
 // Not crypto.randomUUID: browsers offer it on HTTPS only.
 const randomId = (prefix) => prefix + crypto.getRandomValues(new Uint32Array(4)).join("-");
@@ -75,6 +76,29 @@ function addHeart(item, column, id) {
   return footer;
 }
 
+// Replies to the same messages can be compared; the later turns of two policies rarely can.
+function addChoice(replies) {
+  const [left, right] = replies;
+  if (replies.length !== 2 || left.context !== right.context || left.text === right.text) return;
+  if (!left.text.trim() || !right.text.trim()) return;
+  const buttons = replies.map((reply, index) => {
+    const button = makeElement("button", "choice", "Better");
+    button.type = "button";
+    button.setAttribute("aria-pressed", "false");
+    button.setAttribute("aria-label", "Better reply: " + reply.model);
+    button.addEventListener("click", async () => {
+      try {
+        const choice = { chosen_id: reply.id, rejected_id: replies[1 - index].id, user: visitorId };
+        await callService("/v1/preferences", choice);
+        buttons.forEach((other) => other.setAttribute("aria-pressed", String(other === button)));
+        showStatus("Your choice is stored.");
+      } catch (error) { showStatus("Not stored: " + error.message); }
+    });
+    reply.footer.append(button);
+    return button;
+  });
+}
+
 async function showScores(footer, messages, response) {
   const reply = await callService("/v1/score", { messages, response });
   for (const [name, score] of Object.entries(reply.scores)) {
@@ -97,7 +121,9 @@ async function takeTurn(column, text) {
   const item = addMessage(column, "assistant", response);
   column.messages = [...messages, { role: "assistant", content: response }];
   // The service does not log blank responses, so they can get no feedback.
-  if (response.trim()) await showScores(addHeart(item, column, reply.id), messages, response);
+  const footer = response.trim() ? addHeart(item, column, reply.id) : null;
+  if (footer) await showScores(footer, messages, response);
+  return { id: reply.id, model: column.model, text: response, context: JSON.stringify(messages), footer };
 }
 
 async function send(event) {
@@ -109,6 +135,7 @@ async function send(event) {
   showStatus("Waiting for responses…");
   const results = await Promise.allSettled(columns.map((column) => takeTurn(column, text)));
   const failed = results.filter((result) => result.status === "rejected");
+  if (!failed.length) addChoice(results.map((result) => result.value));
   showStatus(failed.length ? "No response: " + failed[0].reason.message : "Done.");
   if (failed.length < columns.length) byId("text").value = "";
   byId("send").disabled = false;
