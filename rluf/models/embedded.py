@@ -30,7 +30,8 @@ EMBEDDED_EXAMPLES = {
     "smollm2-135m-instruct": (("How do I keep bread fresh?", "Wrap it in a cloth and leave it in a dry place."),),
 }
 """Default of model.examples. Without one the model rambles: at temperature 1 and 48 tokens 59% of its replies to the
-sample prompts are cut (benchmarks/RESULTS.md)."""
+sample prompts are cut (benchmarks/RESULTS.md). The model repeats words of the example in replies to other prompts, so
+its subject is one that few prompts touch."""
 TINY_SEED = 20250520
 
 
