@@ -125,7 +125,7 @@ def measure_updates() -> dict[str, dict[str, float]]:
     return results
 
 
-OPTION_SEEDS, OPTION_STEPS, REWARD_NOISE = 24, 40, 0.5
+OPTION_SEEDS, OPTION_STEPS, REWARD_NOISE = 12, 40, 0.5
 
 
 def score_with_hack(prompt: int, tokens: Sequence[int]) -> dict[str, float]:
