@@ -34,9 +34,9 @@ def erase_users(data_folder: Path, user_ids: Sequence[str]) -> dict[str, Any]:
     Rows that name a user in any column are removed from every file: ids in columns, and in quarantine the parsed raw
     bytes. The files are written to a second folder and read back: no row of the users is left, and all other rows are
     unchanged. Card and page are built from counts and the rows that are left. Then the folder is replaced in one step.
-    The card keeps a one-way mark of each user, also of ids without a row, so that the next prepare from the same logs into this folder excludes
-    them too. `users_not_found` of the proof lists ids without a row. Raises DataError when `data_folder` is not a
-    prepared data set, or has no row of any of the users.
+    The card keeps a one-way mark of each user, also of ids without a row, so that the next prepare from the same logs
+    into this folder excludes them too. `users_not_found` of the proof lists ids without a row. Raises DataError when
+    `data_folder` is not a prepared data set, or has no row of any of the users.
     """
     data_folder = data_folder.resolve()
     if not (data_folder / CARD_FILE_NAME).is_file():
