@@ -9,7 +9,7 @@ import resource
 import socket
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from rluf.algorithms.losses import (
     sum_kl_by_response,
 )
 from rluf.algorithms.packing import (
+    BadPromptSearch,
     MicroBatch,
     PackedBatch,
     TrainBatch,
@@ -43,6 +44,8 @@ from rluf.algorithms.policy_model import compute_response_logprobs, copy_compani
 from rluf.algorithms.registry import LearnerInputs, find_algorithm, requires_reference
 from rluf.backends import deepspeed as ds
 from rluf.backends.colocation import WEIGHTS_TAG
+from rluf.backends.gpu_metrics import count_flops_per_token, measure_gpu
+from rluf.backends.optimizer_state import load_optimizer_state, save_optimizer_state
 from rluf.backends.weight_transfer import create_weight_sender
 from rluf.backends.weight_transfer.base import WeightSender
 from rluf.checkpoint.format import POLICY_FOLDER, RunCheckpoint, get_optimizer_state_path
@@ -96,7 +99,7 @@ class LearnerActor:
         self._weight_average: WeightAverage | None = None
         self._critic: CriticWorker | None = None
         self._weight_sender: WeightSender | None = None
-        self._reference_seconds = 0.0
+        self._reference_seconds = self._flops_per_token = 0.0
         self._profiler = TorchProfiler()
         self._weight_buckets: Iterator[list[tuple[str, Tensor]]] = iter(())
         self._ref_logprobs: dict[int, Tensor] = {}
@@ -169,11 +172,15 @@ class LearnerActor:
             self._weight_average = WeightAverage(self.engine.module, learner.ema_decay)
         if self.checkpoint is not None:
             self._restore_optimizer_state(self.checkpoint)
+        parameters = float(ds.count_parameters(self.engine))
+        self._flops_per_token = count_flops_per_token(
+            parameters, has_reference=self._has_reference, is_lora=learner.lora_rank > 0
+        )
         seconds = time.monotonic() - start_time
         logger.info(
             "learner %d: ready: world_size=%d device=%s seconds=%.1f", self.rank, self.world_size, self.device, seconds
         )
-        return {"parameters": float(ds.count_parameters(self.engine)), "seconds": seconds}
+        return {"parameters": parameters, "seconds": seconds}
 
     @property
     def engine(self) -> DeepSpeedEngine:
@@ -266,12 +273,13 @@ class LearnerActor:
                     # The allocator keeps freed activations for reuse within a micro-batch; over several they add up.
                     release_freed_memory()
                 backward_s += time.monotonic() - update_start - (self._reference_seconds - reference_s)
-                bad_prompts = _BadPromptSearch(batch_losses, [micro_batches[n] for n in numbers], groups_by_index)
+                bad_prompts = BadPromptSearch(batch_losses, [micro_batches[n] for n in numbers], groups_by_index)
                 update_metrics.append(self._apply_update(step, bad_prompts, numbers, learner_inputs))
         dist.all_reduce(metric_sums)
         dist.all_reduce(max_ratio, dist.ReduceOp.MAX)
         self._update_weight_copies(step)
         end_time = time.monotonic()
+        tokens_per_s = float(metric_sums[METRIC_SUM_NAMES.index("batch_tokens")]) / (end_time - start_time)
         return {
             **compute_loss_metrics(
                 metric_sums, float(max_ratio), update_count=len(update_metrics), has_reference=self._has_reference
@@ -283,12 +291,12 @@ class LearnerActor:
             "reference_s": self._reference_seconds,
             "backward_s": backward_s,
             "optimizer_s": end_time - start_time - self._reference_seconds - backward_s,
-            "learner_tokens_per_s": float(metric_sums[METRIC_SUM_NAMES.index("batch_tokens")])
-            / (end_time - start_time),
+            "learner_tokens_per_s": tokens_per_s,
+            **measure_gpu(self.device, self._flops_per_token, tokens_per_s, self.world_size),
         }
 
     def _apply_update(
-        self, step: int, bad_prompts: _BadPromptSearch, numbers: Sequence[int], learner_inputs: LearnerInputs
+        self, step: int, bad_prompts: BadPromptSearch, numbers: Sequence[int], learner_inputs: LearnerInputs
     ) -> dict[str, float]:
         """One optimizer step of policy and critic on the gradients of micro-batches `numbers`; returns its metrics."""
         is_applied, grad_norm = ds.apply_optimizer_step(self.engine)
@@ -513,11 +521,11 @@ class LearnerActor:
             copies |= {f"average.{name}": tensor for name, tensor in self._weight_average.tensors.items()}
         if self.settings.algorithm.reference_refresh_steps and self._reference_model is not None:
             copies |= {f"reference.{name}": tensor for name, tensor in self._reference_model.named_parameters()}
-        schedule = ds.save_optimizer_state(self.engine, state_file, copies)
+        schedule = save_optimizer_state(self.engine, state_file, copies)
         rank_state = {"learning_rate": schedule, "steps": self._step_count, "skipped": self._skipped_count}
         if self._critic is not None:
             critic_file = get_optimizer_state_path(Path(folder), self.rank, self.world_size, "critic")
-            rank_state["critic"] = ds.save_optimizer_state(self._critic.engine, critic_file, {})
+            rank_state["critic"] = save_optimizer_state(self._critic.engine, critic_file, {})
         return rank_state
 
     @property
@@ -530,10 +538,13 @@ class LearnerActor:
 
     def _restore_optimizer_state(self, folder: Path) -> None:
         """Load optimizer and random state of a checkpoint."""
-        rank_state = RunCheckpoint(folder, 0).read_state().lr_schedules[self.rank]
-        state_file = get_optimizer_state_path(folder, self.rank, self.world_size)
-        extra_tensors = ds.load_optimizer_state(self.engine, state_file, dict(rank_state["learning_rate"]))
-        torch.set_rng_state(extra_tensors["random"])
+        rank_states = RunCheckpoint(folder, 0).read_state().lr_schedules
+        # Fewer ranks may have written it: counters and schedules of all ranks are equal.
+        rank_state, writers = rank_states[min(self.rank, len(rank_states) - 1)], len(rank_states)
+        state_files = [get_optimizer_state_path(folder, rank, writers) for rank in range(writers)]
+        extra_tensors = load_optimizer_state(self.engine, state_files, dict(rank_state["learning_rate"]))
+        if self.rank < writers:
+            torch.set_rng_state(extra_tensors["random"])
         average, reference = (
             {key.removeprefix(prefix): value for key, value in extra_tensors.items() if key.startswith(prefix)}
             for prefix in ("average.", "reference.")
@@ -543,8 +554,8 @@ class LearnerActor:
         if reference and self._reference_model is not None:
             self._reference_model.load_state_dict(reference, strict=False)
         if self._critic is not None:
-            critic_file = get_optimizer_state_path(folder, self.rank, self.world_size, "critic")
-            ds.load_optimizer_state(self._critic.engine, critic_file, dict(rank_state["critic"]))
+            state_files = [get_optimizer_state_path(folder, rank, writers, "critic") for rank in range(writers)]
+            load_optimizer_state(self._critic.engine, state_files, dict(rank_state["critic"]))
         self._step_count, self._skipped_count = int(rank_state["steps"]), int(rank_state["skipped"])
 
     def get_health(self) -> dict[str, float]:
@@ -582,18 +593,3 @@ def _fetch_groups(groups: Sequence[ObjectRef[Group] | Group], micro_batches: lis
         fetched = ray.get([groups[index] for index in remote_indices])
         groups_by_index |= dict(zip(remote_indices, fetched, strict=True))
     return groups_by_index
-
-
-@dataclass(frozen=True, slots=True)
-class _BadPromptSearch:
-    """Losses of the micro-batches of one update, and what they contain."""
-
-    batch_losses: Sequence[Tensor]
-    micro_batches: Sequence[MicroBatch]
-    groups_by_index: dict[int, Group]
-
-    def list_prompts(self) -> list[str]:
-        """Ids of the prompts in micro-batches whose loss is not finite."""
-        pairs = zip(self.batch_losses, self.micro_batches, strict=True)
-        bad_batches = [micro_batch for loss, micro_batch in pairs if not torch.isfinite(loss)]
-        return list(dict.fromkeys(self.groups_by_index[i].prompt.id for batch in bad_batches for i, _ in batch))

@@ -161,4 +161,13 @@ class RewardActor:
             "batches": self._batch_count,
             "busy_s": self._busy_seconds,
             "waiting": len(self._pending_groups),
+            "scored_per_s": self._scored_count / self._busy_seconds if self._busy_seconds else 0.0,
+            **self._read_gpu_memory(),
         }
+
+    def _read_gpu_memory(self) -> dict[str, float]:
+        if self.settings.cluster.gpus_per_reward == 0 or self._scorer is None:
+            return {}  # must not touch a GPU: CUDA would allocate a context there
+        from rluf.backends.gpu_metrics import read_gpu_memory
+
+        return read_gpu_memory()

@@ -125,9 +125,10 @@ def start_learner(on_gpu: bool, zero_stage: int, model_path: Path, **learner_set
 def copy_state(learner: Any) -> list[Any]:
     """Copies of weights, float32 masters and AdamW state on the CPU."""
     from rluf.backends import deepspeed as ds
+    from rluf.backends.optimizer_state import list_master_weights
 
     tensors = [tensor for bucket in ds.gather_parameters(learner.engine, 64 << 20) for _, tensor in bucket]
-    for master in ds._list_master_weights(learner.engine):
+    for master in list_master_weights(learner.engine):
         tensors += [master, *learner.engine.basic_optimizer.state[master].values()]
     return [tensor.detach().to("cpu", copy=True) for tensor in tensors]
 

@@ -31,6 +31,7 @@ from rluf.algorithms.advantages import AdvantageInputs
 from rluf.algorithms.packing import plan_micro_batches
 from rluf.algorithms.registry import build_learner_inputs
 from rluf.backends import deepspeed as ds
+from rluf.backends.gpu_metrics import compute_mfu, count_flops_per_token
 from rluf.config.settings import Settings
 from rluf.types import Group
 
@@ -41,8 +42,6 @@ LLAMA_SHAPES = {
     "3B": {"hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28, "num_attention_heads": 24},
 }
 KEY_VALUE_HEADS = {"nano": 2, "135M": 3, "1B": 8, "3B": 8}
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "B200": 2250e12}
-"""Dense bfloat16 FLOPs per second by GPU, from the vendor's data sheets."""
 GROUP_COUNT, SAMPLES_PER_GROUP, PROMPT_TOKENS, RESPONSE_TOKENS, VOCABULARY_SIZE = 16, 8, 128, 256, 32_000
 
 
@@ -150,7 +149,8 @@ def measure_shape(shape: str, host: str, port: int) -> dict[str, Any]:
     plain_seconds = time_fastest(build_plain_step(actor, groups, batch_rows=8192 // (PROMPT_TOKENS + RESPONSE_TOKENS)))
     tokens = GROUP_COUNT * SAMPLES_PER_GROUP * (PROMPT_TOKENS + RESPONSE_TOKENS)
     device_name = torch.cuda.get_device_name() if on_gpu else "cpu"
-    peak_flops = next((flops for gpu_name, flops in PEAK_FLOPS.items() if gpu_name in device_name), None)
+    flops_per_token = count_flops_per_token(parameters, has_reference=True, is_lora=False)
+    mfu = compute_mfu(flops_per_token, tokens / step_seconds, 1, device_name)
     figures = {
         "device": device_name,
         "parameters": parameters,
@@ -158,7 +158,7 @@ def measure_shape(shape: str, host: str, port: int) -> dict[str, Any]:
         "tokens_per_s": round(tokens / step_seconds, 1),
         "plain_tokens_per_s": round(tokens / plain_seconds, 1),
         "ratio_over_plain": round(plain_seconds / step_seconds, 2),
-        "mfu": None if peak_flops is None else round(8 * parameters * tokens / step_seconds / peak_flops, 3),
+        "mfu": None if mfu is None else round(mfu, 3),
         "weight_sync_gb_per_s": round(2 * parameters / sync_seconds / 1e9, 2),
         "peak_gib": round(
             (torch.cuda.max_memory_allocated() if on_gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

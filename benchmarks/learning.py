@@ -4,8 +4,9 @@ weights: the effective weight of an objective over 50 draws of the prompts of th
 answers of a finished run (`--run`): how many times the largest exceeds the smallest. `first batch` is the rule of
 earlier releases (12 prompts, deviation over all responses). floors: the multiplier of a policy exactly at its floor,
 and of one below it. updates: share of the possible gain that a table policy with a known optimum reaches with 25
-batches of 12 x 4, by learning rate and updates per batch, 6 seeds. pessimism: AUROC of the love signal of an ensemble
-of probes (MiniLM, 2, 4 and 6 layers) on dev rows of a prepared data set (`--data`), by aggregation.uncertainty_penalty.
+batches of 12 x 4, by learning rate and updates per batch, 6 seeds. options: what single options of the learner are
+worth on that policy (see `measure_options`). pessimism: AUROC of the love signal of an ensemble of probes (MiniLM, 2, 4
+and 6 layers) on dev rows of a prepared data set (`--data`), by aggregation.uncertainty_penalty.
 The last line is JSON.
 
 Usage: python benchmarks/learning.py [--run RUN_FOLDER] [--data PREPARED_DATA_FOLDER]
@@ -20,17 +21,27 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
 import numpy as np
 import pyarrow.parquet as pq
 import torch
-from lab.table_policy import TablePolicy, make_aggregator, score_target_tokens, train
+from lab.table_policy import (
+    LENGTH,
+    VOCABULARY,
+    SignalFunction,
+    TablePolicy,
+    make_aggregator,
+    score_target_tokens,
+    train,
+)
+from torch import nn
 
 from rluf.config.policy import AlgorithmSettings
 from rluf.config.settings import Settings
+from rluf.models.weight_average import WeightAverage
 from rluf.objectives.aggregator import LagrangeMultipliers, RewardNormalizer, compute_signal
 from rluf.reward.export import export_models
 from rluf.reward.fit import HeadData, train_ensemble
@@ -114,6 +125,86 @@ def measure_updates() -> dict[str, dict[str, float]]:
     return results
 
 
+OPTION_SEEDS, OPTION_STEPS, REWARD_NOISE = 12, 40, 0.5
+
+
+def score_with_hack(prompt: int, tokens: Sequence[int]) -> dict[str, float]:
+    """A proxy of love: target tokens as in score_target_tokens, and half as much again for another token."""
+    love = score_target_tokens(prompt, tokens)["love"]
+    overrated_token = (prompt + 1) % VOCABULARY  # never a target: those of a prompt are an even distance away
+    love += 1.5 * sum(token == overrated_token for token in tokens) / LENGTH
+    return {"love": love, "helpfulness": 0.0, "safety": 0.0}
+
+
+def score_with_noise(prompt: int, tokens: Sequence[int]) -> dict[str, float]:
+    """Target tokens as in score_target_tokens, with as much noise as a reward model has on single replies."""
+    love = score_target_tokens(prompt, tokens)["love"]
+    return {"love": love + REWARD_NOISE * float(torch.randn(())), "helpfulness": 0.0, "safety": 0.0}
+
+
+def measure_options() -> dict[str, dict[str, float]]:
+    """Worth of single options with a noisy reward, mean of OPTION_SEEDS seeds, as expected share of target tokens.
+
+    ends: the last policy and its average (learner.ema_decay 0.9), at a constant learning rate and with a linear decay,
+    by rate. entropy: the last policy by algorithm.entropy_coef, at the highest rate. budget: with a proxy reward that
+    overrates a token, the policy at the end of training by algorithm.kl_budget.
+    """
+    results: dict[str, dict[str, float]] = {"ends": {}, "entropy": {}, "budget": {}}
+    for learning_rate in LEARNING_RATES:
+        for label, has_decay in (("constant", False), ("decay", True)):
+            runs = [_train_table(seed, learning_rate, has_decay=has_decay) for seed in range(OPTION_SEEDS)]
+            for end in ("last", "average"):
+                results["ends"][f"{learning_rate:g}, {label}, {end}"] = fmean(run[end] for run in runs)
+    for entropy_coef in (0.0, 0.01, 0.03, 0.1, 0.3):
+        runs = [_train_table(seed, LEARNING_RATES[-1], entropy_coef=entropy_coef) for seed in range(OPTION_SEEDS)]
+        results["entropy"][f"{entropy_coef:g}"] = fmean(run["last"] for run in runs)
+    for budget in (math.inf, 1.2, 0.8, 0.4, 0.2, 0.1):
+        runs = [_train_table(seed, 0.1, score=score_with_hack, budget=budget) for seed in range(OPTION_SEEDS)]
+        results["budget"][f"{budget:g}"] = fmean(run["last"] for run in runs)
+    return results
+
+
+def _train_table(
+    seed: int,
+    learning_rate: float,
+    *,
+    score: SignalFunction = score_with_noise,
+    has_decay: bool = False,
+    budget: float = math.inf,
+    entropy_coef: float = 0.0,
+) -> dict[str, float]:
+    """Expected share of target tokens of the last policy and of the average of all."""
+    algorithm = AlgorithmSettings(kl_coef=0.0, entropy_coef=entropy_coef)
+    policy = TablePolicy(seed, learning_rate, prompt_count=4, groups_per_prompt=1, sample_count=4)
+    module = nn.ParameterList([nn.Parameter(policy.logits.data)])  # shares memory with the table
+    average = WeightAverage(module, 0.9)
+    scheduler = torch.optim.lr_scheduler.LinearLR(policy.optimizer, 1.0, 0.0, OPTION_STEPS)
+
+    def is_over_budget() -> bool:
+        average.update(module)
+        if has_decay:
+            scheduler.step()
+        return math.log(VOCABULARY) - _measure_entropy(policy.logits) > budget  # KL to the uniform policy
+
+    train(policy, algorithm, make_aggregator("linear", 1.0, 0.0), score, OPTION_STEPS, is_done=is_over_budget)
+    result = {"last": _measure_love(policy.logits)}
+    average.copy_to(module)
+    return {**result, "average": _measure_love(policy.logits)}
+
+
+def _measure_entropy(logits: torch.Tensor) -> float:
+    logprobs = logits.detach().log_softmax(-1)
+    return float(-(logprobs.exp() * logprobs).sum(-1).mean())
+
+
+def _measure_love(logits: torch.Tensor) -> float:
+    """Expected share of target tokens."""
+    probabilities = logits.detach().softmax(-1)
+    prompts, length = probabilities.shape[:2]
+    targets = torch.tensor([[(prompt + 2 * i) % VOCABULARY for i in range(length)] for prompt in range(prompts)])
+    return float(probabilities.gather(-1, targets[..., None]).mean())
+
+
 def measure_pessimism(data_folder: Path) -> dict[str, float]:
     """AUROC of the love signal on dev rows, by uncertainty penalty."""
     section = {
@@ -146,6 +237,7 @@ def main() -> None:
     results: dict[str, object] = {
         "floors": {f"{distance:+g} sd": simulate_floor(distance) for distance in (0.0, 0.1, 0.25, -0.25, -1.0)},
         "updates": measure_updates(),
+        "options": measure_options(),
     }
     if arguments.run is not None:
         results["weights"] = measure_weights(arguments.run)

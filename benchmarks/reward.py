@@ -65,7 +65,7 @@ def random_rows(row_count: int, lengths: list[int], seed: int = 0) -> EncodedSpl
 def pair_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Bradley-Terry on logits of the chosen, then the rejected responses."""
     chosen, rejected = logits.chunk(2)
-    return bradley_terry_loss(chosen, rejected, weights, wins=labels)
+    return bradley_terry_loss(chosen, rejected, weights)
 
 
 def train_with_rluf(folder: Path, rows: EncodedSplit, frozen_share: float, epochs: int) -> float:

@@ -1,4 +1,4 @@
-"""Idle time of engines and learners at staleness 0, 1 and 4 with 8 to 1,024 engines, on a simulated clock.
+"""Idle time at staleness 0, 1 and 4 with 8 to 1,024 engines, with slow engines, and time lost to failures.
 
 Groups are admitted and trained on by the rule of a run (rluf.train.work_buffer.compute_admission_capacity).
 Response lengths are sampled from real SmolLM2-135M-Instruct responses in the sample log. Assumptions: an engine runs 64
@@ -8,7 +8,9 @@ never-waiting engines need for its tokens, so the two pools are balanced; a weig
 WEIGHT_SYNC_S.
 
 The bound is no idle time at all: a step then takes as long as its tokens. `speed` is that time over the simulated one.
-`lag` is the mean age of a group when it is trained on, in versions. Pure Python; the last line is JSON.
+`lag` is the mean age of a group when it is trained on, in versions. stragglers: an eighth of the engines needs
+SLOW_FACTOR times as long for each token; the bound is that of the engines without slow ones. failures: see
+`compute_lost_share`. Pure Python; the last line is JSON.
 Usage: python benchmarks/staleness.py [engines ...]
 """
 
@@ -32,6 +34,13 @@ from rluf.utils.paths import resolve_cache_folder
 
 ENGINE_COUNTS, STALENESS_VALUES, STEP_COUNT, WARMUP_STEPS = (8, 64, 256, 1024), (0, 1, 4), 24, 6
 SLOTS_PER_ENGINE, SAMPLES_PER_GROUP, TOKEN_S, WEIGHT_SYNC_S = 64, 4, 0.02, 0.05
+SLOW_SHARE, SLOW_FACTOR = 8, 2.0
+"""One engine in SLOW_SHARE is slow, by SLOW_FACTOR."""
+ENGINE_RESTART_S, RUN_RESTART_S, STEP_S, CHECKPOINT_STEPS = 37.0, 69.0, 60.0, 10
+"""Restarts: median seconds of an engine, and of all actors after the loss of a learner (benchmarks/chaos.py, tiny)."""
+FAILURE_HOURS = {"reserved": 50_000.0, "spot": 24.0}
+"""Mean hours between failures of one GPU: 419 unexpected interruptions of 16,384 GPUs in 54 days (Llama 3, arXiv
+2407.21783, section 3.3.4), and an assumption for machines that are taken away."""
 
 
 @dataclass
@@ -41,6 +50,7 @@ class SimulatedRun:
     engines: int
     staleness: int
     lengths: list[int]
+    has_stragglers: bool = False
     clock_s: float = 0.0
     weight_version: int = 0
     accepted_groups: int = 0
@@ -55,7 +65,12 @@ class SimulatedRun:
         """Derive sizes from the number of engines."""
         self.rng = random.Random(f"{self.engines}-{self.staleness}")
         self.groups_per_step = self.engines * SLOTS_PER_ENGINE // SAMPLES_PER_GROUP
-        self.slot_free_at = [0.0] * (self.engines * SLOTS_PER_ENGINE)
+        # When each slot becomes free, and the seconds of a token there.
+        self.slots = [
+            (0.0, TOKEN_S * (SLOW_FACTOR if self.has_stragglers and engine % SLOW_SHARE == 0 else 1.0))
+            for engine in range(self.engines)
+            for _ in range(SLOTS_PER_ENGINE)
+        ]
         self.started_groups = 0
 
     def admit_groups(self) -> None:
@@ -73,8 +88,9 @@ class SimulatedRun:
             group_end, token_count = 0.0, 0
             # The heap holds the time at which each slot becomes free; a sample takes the earliest.
             for length in self.rng.choices(self.lengths, k=SAMPLES_PER_GROUP):
-                sample_end = max(self.clock_s, self.slot_free_at[0]) + length * TOKEN_S
-                heapq.heapreplace(self.slot_free_at, sample_end)
+                free_at, token_s = self.slots[0]
+                sample_end = max(self.clock_s, free_at) + length * token_s
+                heapq.heapreplace(self.slots, (sample_end, token_s))
                 group_end, token_count = max(group_end, sample_end), token_count + length
             heapq.heappush(self.running_groups, (group_end, self.started_groups, token_count, self.weight_version))
 
@@ -103,7 +119,7 @@ class SimulatedRun:
             (end + WEIGHT_SYNC_S, group, token_count, version_at_start)
             for end, group, token_count, version_at_start in self.running_groups
         ]
-        self.slot_free_at = [end + WEIGHT_SYNC_S for end in self.slot_free_at]
+        self.slots = [(end + WEIGHT_SYNC_S, token_s) for end, token_s in self.slots]
 
     def reset_counters(self) -> None:
         """Reset the counters after the warm-up."""
@@ -111,9 +127,9 @@ class SimulatedRun:
         self.measured_from, self.lags = self.clock_s, []
 
 
-def simulate_run(engines: int, staleness: int, lengths: list[int]) -> dict[str, float]:
+def simulate_run(engines: int, staleness: int, lengths: list[int], *, has_stragglers: bool = False) -> dict[str, float]:
     """Idle share of each pool and the speed relative to the bound."""
-    run = SimulatedRun(engines, staleness, lengths)
+    run = SimulatedRun(engines, staleness, lengths, has_stragglers)
     step_s = run.groups_per_step * SAMPLES_PER_GROUP * fmean(lengths) * TOKEN_S / (engines * SLOTS_PER_ENGINE)
     for step_index in range(STEP_COUNT):
         if step_index == WARMUP_STEPS:
@@ -127,6 +143,19 @@ def simulate_run(engines: int, staleness: int, lengths: list[int]) -> dict[str, 
         "lag": round(fmean(run.lags), 2),
         "lag_max": max(run.lags),
     }
+
+
+def compute_lost_share(gpu_count: int, failure_hours: float, *, stops_run: bool) -> float:
+    """Share of the engine time that failures cost; 1 where the run makes no progress.
+
+    A lost engine (shm, disk or lora) is restarted while the others work: it loses its restart and half a step of
+    repeated samples, a share that does not depend on their number. What stops the run (a learner, or an engine over
+    nccl or cuda_ipc) costs all GPUs the restart and half a checkpoint interval of CHECKPOINT_STEPS steps.
+    """
+    failure_s = failure_hours * 3600.0
+    if not stops_run:
+        return min(1.0, (ENGINE_RESTART_S + STEP_S / 2) / failure_s)
+    return min(1.0, gpu_count * (RUN_RESTART_S + CHECKPOINT_STEPS * STEP_S / 2) / failure_s)
 
 
 def load_response_lengths() -> list[int]:
@@ -154,6 +183,17 @@ def main() -> None:
         "length_max": max_length,
         "wave_idle_bound": round(1 - mean_length / max_length, 3),
         "engines": table,
+        "stragglers": {
+            str(staleness): simulate_run(engine_counts[0], staleness, lengths, has_stragglers=True)
+            for staleness in STALENESS_VALUES
+        },
+        "failures": {
+            f"{kind}, {'stops the run' if stops_run else 'restarted'}": {
+                str(count): round(compute_lost_share(count, hours, stops_run=stops_run), 5) for count in ENGINE_COUNTS
+            }
+            for kind, hours in FAILURE_HOURS.items()
+            for stops_run in (False, True)
+        },
     }
     sys.stdout.write(json.dumps(result) + "\n")
 

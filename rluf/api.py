@@ -74,14 +74,16 @@ def load_settings(
     *,
     rows: Mapping[str, Rows] | None = None,
     reward_functions: Mapping[str, Callable[..., Any]] | None = None,
+    trackers: Sequence[Callable[..., Any]] = (),
 ) -> Settings:
     """Settings of a run: a file or the name of a shipped configuration, then the overrides.
 
     `overrides` are key=value texts, or a mapping such as {"algorithm.steps": 20}. `rows` replaces `data.<kind>`
     (feedback, preferences, safety, prompts, reactions) by rows in memory, which are written to the cache.
     `reward_functions` adds an objective for each name, scored by the function (`source: function`), with weight 1
-    unless the overrides give `objectives.<name>.weight`. A function of a notebook is stored in the cache with
-    cloudpickle; the cache must be a shared folder when actors run on other machines.
+    unless the overrides give `objectives.<name>.weight`. `trackers` are added to those of the configuration: classes or
+    functions (settings, run folder) -> tracker. A function of a notebook is stored in the cache with cloudpickle; the
+    cache must be a shared folder when actors run on other machines.
 
     Raises SettingsError for an unknown key or an invalid value, DataError for rows that are not JSON.
     """
@@ -89,10 +91,11 @@ def load_settings(
     if isinstance(overrides, Mapping):
         overrides = [f"{key}={_to_yaml(value)}" for key, value in overrides.items()]
     override_texts = list(overrides)
-    if rows or reward_functions:
+    if rows or reward_functions or trackers:
         # Only where the cache is: the other overrides may name an objective that gets its function below.
         cache_overrides = [text for text in override_texts if text.startswith("run.")]
-        cache_folder = resolve_cache_folder(load.load_settings(config_path, cache_overrides).settings)
+        configured = load.load_settings(config_path, cache_overrides).settings
+        cache_folder = resolve_cache_folder(configured)
         for kind, kind_rows in (rows or {}).items():
             override_texts.append(f"data.{kind}={_to_yaml([_write_rows(kind, kind_rows, cache_folder)])}")
         for name, function in (reward_functions or {}).items():
@@ -100,6 +103,9 @@ def load_settings(
             override_texts.append(f"objectives.{name}.path={_to_yaml(_write_function(function, cache_folder))}")
             if not any(text.startswith(f"objectives.{name}.weight=") for text in override_texts):
                 override_texts.append(f"objectives.{name}.weight=1")
+        if trackers:
+            references = [_write_function(create_tracker, cache_folder) for create_tracker in trackers]
+            override_texts.append(f"tracking.trackers={_to_yaml([*configured.tracking.trackers, *references])}")
     return load.load_settings(config_path, override_texts).settings
 
 

@@ -120,6 +120,8 @@ class Score:
     logit_spread: float = 0.0
     exact_logit: float | None = None
     """Logit that rewards use in place of that of `value`: without a calibration `value` may round to 0 or 1."""
+    is_cut: bool = False
+    """Whether the model did not read the whole text, since it exceeds the model's maximum of tokens."""
 
 
 ANSWERS_FILE = "answers.jsonl"

@@ -144,8 +144,13 @@ def train(
     aggregator: RewardAggregator,
     compute_signals: SignalFunction,
     steps: int,
+    *,
+    is_done: Callable[[], bool] = lambda: False,
 ) -> list[dict[str, float]]:
-    """Mean signals of each step's samples, by objective. The untrained policy gives the reference sample."""
+    """Mean signals of each step's samples, by objective. The untrained policy gives the reference sample.
+
+    `is_done` is called after each step and may end the training.
+    """
     reference_groups = [group for _ in range(24) for group in policy.sample_groups().values()]
     aggregator.fit_reference(list(score_groups(reference_groups, compute_signals)))
     history = []
@@ -176,6 +181,8 @@ def train(
         policy.update(algorithm, groups, learner_inputs)
         objectives = scores[0].signals
         history.append({name: fmean(value for row in scores for value in row.signals[name]) for name in objectives})
+        if is_done():
+            break
     return history
 
 

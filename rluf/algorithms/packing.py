@@ -223,10 +223,12 @@ def pack_micro_batch(
     builder = _PackedBatchBuilder()
     for group_index, sample_indices in samples_by_group.items():
         samples = groups[group_index].samples
+        # Once per group: the responses share the positions of the prompt, and attention separates them.
         builder.add_prompt(samples[sample_indices[0]].prompt_ids)
         for sample_index in sample_indices:
             sample = samples[sample_index]
             length = len(sample.response_ids)
+            # NaN, not 0, which would be the log-probability of a certain token.
             rollout_logprobs = sample.rollout_logprobs or (math.nan,) * length
             if len(rollout_logprobs) != length:
                 raise ValueError(
@@ -361,3 +363,18 @@ def _build_idle_batch() -> PackedBatch:
     builder.add_response((0,))
     builder.rollout_logprobs, builder.advantages, builder.loss_weights = [0.0], [0.0], [0.0]
     return builder.build()
+
+
+@dataclass(frozen=True, slots=True)
+class BadPromptSearch:
+    """Losses of the micro-batches of one update, and what they contain."""
+
+    batch_losses: Sequence[Tensor]
+    micro_batches: Sequence[MicroBatch]
+    groups_by_index: dict[int, Group]
+
+    def list_prompts(self) -> list[str]:
+        """Ids of the prompts in micro-batches whose loss is not finite."""
+        pairs = zip(self.batch_losses, self.micro_batches, strict=True)
+        bad_batches = [micro_batch for loss, micro_batch in pairs if not torch.isfinite(loss)]
+        return list(dict.fromkeys(self.groups_by_index[i].prompt.id for batch in bad_batches for i, _ in batch))

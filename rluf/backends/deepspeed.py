@@ -1,4 +1,4 @@
-"""DeepSpeed: the only module that touches its API. Wraps a torch module into a data-parallel engine with AdamW.
+"""DeepSpeed, whose API only this module and optimizer_state touch: a torch module as a data-parallel AdamW engine.
 
 Used by the policy learner and by reward training. Compute runs in `dtype`, while the optimizer has float32 master
 weights: a bfloat16 weight near 1 cannot represent an update below 0.004, so without them small updates would vanish.
@@ -23,12 +23,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rluf.backends.colocation import OPTIMIZER_STATES_TAG, WEIGHTS_TAG
 from rluf.backends.weight_transfer.lora import get_lora_names
-from rluf.errors import ModelError, ResourceError
+from rluf.errors import ResourceError
 from rluf.models.lora import LoraAdapter, find_lora_adapters, get_checkpoint_name
 from rluf.utils.files import build_write_error
 
@@ -146,6 +145,10 @@ def init_deepspeed(
     if world_size == 1 and zero_stage == 0 and dtype == torch.float32:
         # Reducing over a single rank would copy all gradients to a bucket and back.
         engine.enable_backward_allreduce = False
+    if zero_stage == 0:
+        # In bfloat16 DeepSpeed's trial step on zero gradients counts as AdamW's first, which biases its correction:
+        # the first update would be 0.74 of the learning rate.
+        engine.basic_optimizer.state.clear()
     engine.train()
     return engine
 
@@ -327,85 +330,6 @@ def save_hf_model(engine: DeepSpeedEngine, model_folder: Path) -> None:
         engine.module.save_pretrained(str(model_folder), state_dict=state_dict)
     except (OSError, SafetensorError) as error:
         raise build_write_error("the policy", model_folder, error) from error
-
-
-def save_optimizer_state(engine: DeepSpeedEngine, file: Path, extra_tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """Write this rank's float32 master weights and AdamW state as safetensors; returns the LR schedule for JSON.
-
-    DeepSpeed's own checkpoints are pickles, which run code when read; these are plain tensors. The file also contains
-    `extra_tensors`, and not the weights in `dtype`, which are the policy folder. Raises ResourceError on a full
-    disk and ModelError on another write error.
-    """
-    state: dict[str, Tensor] = {f"extra.{name}": tensor for name, tensor in extra_tensors.items()}
-    for index, master in enumerate(_list_master_weights(engine)):
-        state[f"{index}.master"] = master.detach()
-        for name, tensor in engine.basic_optimizer.state.get(master, {}).items():
-            state[f"{index}.{name}"] = tensor
-    try:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in state.items()}, file)
-    except (OSError, SafetensorError) as error:
-        raise build_write_error("the optimizer state", file, error) from error
-    lr_schedule: dict[str, Any] = engine.lr_scheduler.state_dict()
-    return lr_schedule
-
-
-def load_optimizer_state(engine: DeepSpeedEngine, file: Path, schedule: dict[str, Any]) -> dict[str, Tensor]:
-    """Restore what `save_optimizer_state` wrote, on the same rank of the same number; returns the extra tensors.
-
-    Trained parameters get their weights from the master weights; frozen ones stay as they were loaded. Raises
-    ModelError when the file is of another model or layout.
-    """
-    try:
-        saved_tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"the optimizer state {file} cannot be read: {error}; resume from another one") from error
-    optimizer = engine.basic_optimizer
-    for index, master in enumerate(_list_master_weights(engine)):
-        prefix = f"{index}."
-        parameter_state = {
-            name.removeprefix(prefix): tensor for name, tensor in saved_tensors.items() if name.startswith(prefix)
-        }
-        saved_master = parameter_state.pop("master", None)
-        if saved_master is None or saved_master.shape != master.shape:
-            saved_shape = None if saved_master is None else tuple(saved_master.shape)
-            raise ModelError(
-                f"{file}: expected master weights of shape {tuple(master.shape)}, got {saved_shape}; resume with the "
-                "model, learner.workers and learner.zero_stage of the run that wrote it"
-            )
-        with torch.no_grad():
-            master.copy_(saved_master)
-        if parameter_state:
-            optimizer.state[master] = {name: tensor.to(master.device) for name, tensor in parameter_state.items()}
-    _copy_masters_to_model(engine)
-    engine.lr_scheduler.load_state_dict(schedule)
-    # The scheduler sets the rate only on its next step, after the first update would have used the initial one.
-    for group, learning_rate in zip(optimizer.param_groups, engine.lr_scheduler.get_last_lr(), strict=True):
-        group["lr"] = learning_rate
-    return {name.removeprefix("extra."): tensor for name, tensor in saved_tensors.items() if name.startswith("extra.")}
-
-
-def _copy_masters_to_model(engine: DeepSpeedEngine) -> None:
-    """Round the float32 master weights into the module's weights, as the end of a step does. All ranks call it."""
-    # Private attributes of DeepSpeed 0.19.8, one branch per optimizer wrapper (ZeRO 3; ZeRO 1 and 2, and BF16; FP16):
-    # check them at every upgrade. In float32 without ZeRO there is no wrapper, and the masters are the weights.
-    wrapper = engine.optimizer
-    if engine.zero_optimization_stage() == 3:
-        for index in range(len(wrapper.fp32_partitioned_groups_flat)):
-            wrapper._reassign_or_swap_out_partitioned_parameters(index)
-    elif hasattr(wrapper, "update_lp_params"):
-        wrapper.update_lp_params()
-    elif hasattr(wrapper, "fp32_groups"):
-        for masters, parameters in zip(wrapper.fp32_groups, wrapper.fp16_groups, strict=True):
-            for master, parameter in zip(masters, parameters, strict=True):
-                parameter.data.copy_(master.data)
-
-
-def _list_master_weights(engine: DeepSpeedEngine) -> list[Tensor]:
-    """Float32 weights in this rank's optimizer: flat shards with ZeRO, whole tensors without."""
-    # ZeRO 3 gives them to the optimizer only during a step.
-    if engine.zero_optimization_stage() == 3:
-        return list(engine.optimizer.fp32_partitioned_groups_flat)
-    return [parameter for group in engine.basic_optimizer.param_groups for parameter in group["params"]]
 
 
 def _iter_persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

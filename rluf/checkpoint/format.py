@@ -200,21 +200,26 @@ CHANGEABLE_SECTIONS = ("run", "tracking", "cluster", "timeouts")
 CHANGEABLE_KEYS = (
     "name", "evaluate.simulated_users", "algorithm.steps", "learner.checkpoint_every_steps",
     "learner.keep_checkpoints", "weight_sync.logprob_tolerance", "rollout.engines",
-    "rollout.kv_cache_gib", "rollout.gpu_memory_share",
+    "rollout.kv_cache_gib", "rollout.gpu_memory_share", "rollout.eager", "weight_sync.transport",
+    # Optimizer state is read by any number of ranks and any ZeRO stage: results differ by rounding.
+    "learner.workers", "learner.zero_stage", "learner.offload_optimizer", "learner.gradient_checkpointing",
+    "algorithm.micro_batch_tokens",
 )  # fmt: skip
 """Single settings that may change when a run is resumed."""
 
 
-def diff_settings(old_settings: Mapping[str, Any], new_settings: Mapping[str, Any], key_prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ and affect training, each with both values."""
-    differences: list[str] = []
+def diff_settings(
+    old_settings: Mapping[str, Any], new_settings: Mapping[str, Any], key_prefix: str = ""
+) -> dict[str, str]:
+    """Settings that differ and affect training, by dotted key, each described by both values."""
+    differences: dict[str, str] = {}
     for key in sorted({*old_settings, *new_settings}):
         dotted_key = f"{key_prefix}{key}"
         saved, current = old_settings.get(key), new_settings.get(key)
         if dotted_key in CHANGEABLE_SECTIONS or dotted_key in CHANGEABLE_KEYS or saved == current:
             continue
         if isinstance(saved, Mapping) and isinstance(current, Mapping):
-            differences += diff_settings(saved, current, f"{dotted_key}.")
+            differences |= diff_settings(saved, current, f"{dotted_key}.")
         else:
-            differences.append(f"{dotted_key} (then {saved!r}, now {current!r})")
+            differences[dotted_key] = f"{dotted_key} (then {saved!r}, now {current!r})"
     return differences

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from rluf.config.base import ADVANCED, SettingsSection, refuse_list
 
@@ -17,6 +18,13 @@ CPUS_PER_GPU = 1.0
 Reservations place actors and limit nothing. On CPUs the actors are active in turn, so a run fits on two cores.
 """
 
+RESUME_WITH_PATTERN = re.compile(
+    r"learner\.(learning_rate|critic_learning_rate|warmup_steps|learning_rate_decay|adam_betas)"
+    r"|algorithm\.(kl_coef|kl_target|kl_horizon|kl_budget|entropy_coef|clip|epochs|mini_batches)"
+    r"|algorithm\.(importance_correction|importance_correction_cap|overlong_buffer|truncated|hacking_alarms)"
+    r"|aggregation\.(floors|multipliers)(\.\w+)?|objectives\.\w+\.weight"
+)
+"""Settings that run.resume_with may name: the state of a checkpoint has a meaning with any value of them."""
 
 READER_MODEL = "smollm2-135m-instruct"
 """Frozen model behind the ground truth of the simulated users (rluf.simulate.reader_model)."""
@@ -118,7 +126,21 @@ class RunSettings(SettingsSection):
     resume: str | None = None
     """Resume from the newest complete checkpoint of this run folder or upload URL; latest (--resume) uses the newest
     run."""
+    resume_with: Annotated[tuple[str, ...], ADVANCED] = ()
+    """Settings that the resumed run may change, such as [learner.learning_rate]: learning rate and schedule, KL, clips,
+    updates per batch, floors, weights of objectives."""
     checkpoint_upload_url: str | None = None
     """Storage URL known to fsspec (s3://, gs://, file://) that gets a copy of each checkpoint."""
     deterministic: bool = False
     """Sample and score one response at a time: slower, but bit-reproducible on CPUs with algorithm.max_staleness=0."""
+
+    @field_validator("resume_with")
+    @classmethod
+    def _check_resume_with(cls, keys: tuple[str, ...]) -> tuple[str, ...]:
+        for key in keys:
+            if not RESUME_WITH_PATTERN.fullmatch(key):
+                raise ValueError(
+                    f"{key!r} cannot change when a run is resumed; name learning rate, schedule, KL, clips, updates "
+                    "per batch, floors or weights of objectives by their full keys, or start a new run"
+                )
+        return keys

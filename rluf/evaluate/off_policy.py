@@ -1,10 +1,11 @@
 """Off-policy evaluation: the love rate that a new policy would have had, from the log of the policy that served.
 
-The log has the log-probability of each response under the policy that served it (`response_logprob`). A second file
-has, by response id, `target_logprob`: the log-probability of the same tokens under the new policy at the same
-temperature; and for the doubly robust estimate `value` (a reward model's probability of love for the logged response)
-and `target_value` (its mean over responses of the new policy to the same conversation).
+The log has the log-probability of each response under the policy that served it (`response_logprob`). With --policy
+the same tokens are read by the new policy, at the same temperature, on the CPU. A file of scores has, by response id,
+`target_logprob` from elsewhere, or for the doubly robust estimate `value` (a reward model's probability of love for the
+logged response) and `target_value` (its mean over responses of the new policy to the same conversation), or both.
 
+    python -m rluf.evaluate offpolicy --data runs/served/feedback --policy runs/train/latest/policy
     python -m rluf.evaluate offpolicy --data runs/served/feedback --scores scores.jsonl
 
 Rows are weighted by exp(target_logprob - response_logprob). Estimators: self-normalized importance sampling (SNIPS;
@@ -51,6 +52,7 @@ class OffPolicyReport:
     row_count: int
     user_count: int
     dropped_rows: int
+    rows_without_values: int
     logged_rate: float
     effective_rows: float
     mean_weight: float
@@ -68,11 +70,13 @@ def estimate_off_policy(
     *,
     confidence: float = 0.95,
     dropped_rows: int = 0,
+    rows_without_values: int = 0,
 ) -> OffPolicyReport:
     """Estimate the mean reward under the new policy from N rows of `users`; arrays are [N].
 
     `log_ratios` are target minus logged log-probabilities (nats), `values` and `target_values` a reward model's
-    predictions for the logged response and for the new policy. Raises DataError for fewer than two users.
+    predictions for the logged response and for the new policy; `rows_without_values` (without them) lack one of the
+    two. Raises DataError for fewer than two users.
     """
     import numpy as np
 
@@ -114,9 +118,12 @@ def estimate_off_policy(
     user_sums = np.bincount(user_index, plain_weights - mean_weight)
     mean_weight_error = float(np.sqrt((user_sums**2).sum())) / row_count
     return OffPolicyReport(
-        row_count, user_count, dropped_rows, float(np.mean(rewards)), effective_rows, mean_weight,
+        row_count, user_count, dropped_rows, rows_without_values, float(np.mean(rewards)), effective_rows, mean_weight,
         estimate(zeros, np.asarray(rewards, dtype=float)), doubly_robust,
-        tuple(_list_warnings(row_count, effective_rows, mean_weight, mean_weight_error)),
+        (
+            *_list_warnings(row_count, effective_rows, mean_weight, mean_weight_error),
+            *_warn_missing_values(row_count, rows_without_values),
+        ),
     )  # fmt: skip
 
 
@@ -140,11 +147,20 @@ def _list_warnings(row_count: int, effective_rows: float, mean_weight: float, me
     return warnings
 
 
-def read_off_policy_log(data: Path, scores: Path) -> dict[str, Any]:
-    """Read a feedback log (a folder of Parquet files, or one file) and the scores of its rows by response id.
+def _warn_missing_values(row_count: int, rows_without_values: int) -> list[str]:
+    if not rows_without_values:
+        return []
+    return [
+        f"no doubly robust estimate: {rows_without_values} of {row_count} rows have no value or no target_value; rows "
+        "left out would bias it, so score them too"
+    ]
 
-    Returns the arguments of estimate_off_policy. Rows without both log-probabilities are dropped and counted. Raises
-    DataError when no row is left.
+
+def read_off_policy_log(data: Path, scores: Path | None, policy: Path | None = None) -> dict[str, Any]:
+    """Read a feedback log (a folder or one file) and the scores of its rows by response id, or score them by `policy`.
+
+    Returns the arguments of estimate_off_policy. Rows without both log-probabilities are dropped and counted; so are
+    rows without values, if the scores have values at all. Raises DataError when no row is left.
     """
     import numpy as np
 
@@ -154,7 +170,9 @@ def read_off_policy_log(data: Path, scores: Path) -> dict[str, Any]:
     from rluf.prepare.readers.feedback_folder import list_row_files
     from rluf.prepare.schema import LOVE_REACTION
 
-    names = ("id", "user_id", "reaction", "response_logprob")
+    names = ["id", "user_id", "reaction", "response_logprob"]
+    if policy is not None:
+        names += ["messages", "response", "finish_reason", "temperature", "response_tokens"]
     rows: dict[str, list[Any]] = {name: [] for name in names}
     for file in list_row_files(data):
         columns, _ = read_columns(file, names)
@@ -162,38 +180,50 @@ def read_off_policy_log(data: Path, scores: Path) -> dict[str, Any]:
         for name in names:
             rows[name] += columns.get(name, [None] * count)
     apply_late_reactions(rows, [data])
-    score_columns, _ = read_columns(scores, ("id", "target_logprob", "value", "target_value"))
-    if "id" not in score_columns or "target_logprob" not in score_columns:
-        raise DataError(f"{scores}: expected the columns id and target_logprob")
-    positions = {row_id: i for i, row_id in enumerate(parse_texts(score_columns["id"], ColumnSource(scores, "id")))}
+    score_columns: dict[str, list[Any]] = {}
+    positions: dict[str | None, int] = {}
+    if scores is not None:
+        score_columns, _ = read_columns(scores, ("id", "target_logprob", "value", "target_value"))
+        if "id" not in score_columns or (policy is None and "target_logprob" not in score_columns):
+            raise DataError(f"{scores}: expected the columns id and target_logprob")
+        positions = {row_id: i for i, row_id in enumerate(parse_texts(score_columns["id"], ColumnSource(scores, "id")))}
 
     def get_score(name: str) -> Floats:
         """Column of the scores in the log's order; NaN where there is none."""
         column = score_columns.get(name)
-        if column is None:
+        if column is None or scores is None:
             return np.full(len(rows["id"]), np.nan)
         numbers = parse_numbers(column, ColumnSource(scores, name))
         return np.array([numbers[positions[key]] if key in positions else np.nan for key in rows["id"]])
 
-    log_ratios = get_score("target_logprob") - parse_numbers(
-        rows["response_logprob"], ColumnSource(data, "response_logprob")
-    )
+    target_logprobs = get_score("target_logprob")
+    if policy is not None:
+        from rluf.evaluate.policy_scores import compute_target_scores
+
+        score_by_id = compute_target_scores(
+            policy, [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
+        )
+        target_logprobs = np.array([score_by_id.get(row_id, np.nan) for row_id in rows["id"]])
+    log_ratios = target_logprobs - parse_numbers(rows["response_logprob"], ColumnSource(data, "response_logprob"))
+    # Rows without a user cannot be clustered, and impressions of one user are not independent.
     is_used = np.isfinite(log_ratios) & np.array([user is not None for user in rows["user_id"]], dtype=bool)
     if not is_used.any():
         raise DataError(
-            f"no row of {data} has response_logprob, a user and a target_logprob in {scores}; rows of services before "
-            "record version 3 have no response_logprob"
+            f"no row of {data} has response_logprob, a user and a target_logprob ({policy or scores}); rows of "
+            "services before record version 3 have no response_logprob"
         )
     rewards = np.array([reaction == LOVE_REACTION for reaction in rows["reaction"]], dtype=float)
     values, target_values = get_score("value")[is_used], get_score("target_value")[is_used]
-    has_values = bool(np.isfinite(values).all() and np.isfinite(target_values).all())
+    has_value = np.isfinite(values) & np.isfinite(target_values)
+    has_any_value = bool((np.isfinite(values) | np.isfinite(target_values)).any())
     return {
         "log_ratios": log_ratios[is_used],
         "rewards": rewards[is_used],
         "users": [user for user, used in zip(rows["user_id"], is_used, strict=True) if used],
-        "values": values if has_values else None,
-        "target_values": target_values if has_values else None,
+        "values": values if has_value.all() else None,
+        "target_values": target_values if has_value.all() else None,
         "dropped_rows": int((~is_used).sum()),
+        "rows_without_values": int((~has_value).sum()) if has_any_value else 0,
     }
 
 
@@ -219,15 +249,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", type=Path, required=True, metavar="PATH", help="feedback log: folder or file")
-    parser.add_argument(
-        "--scores", type=Path, required=True, metavar="FILE", help="id, target_logprob, ... by response"
-    )
+    parser.add_argument("--policy", metavar="PATH", help="new policy: Hugging Face folder or hub id")
+    parser.add_argument("--scores", type=Path, metavar="FILE", help="id, target_logprob, value, ... by response")
     args = parser.parse_args(arguments)
 
     def run_and_print() -> None:
+        from rluf.config.settings import Settings
+        from rluf.errors import SettingsError
+        from rluf.models.hub import resolve_model
         from rluf.utils.files import to_jsonable
+        from rluf.utils.paths import resolve_cache_folder
 
-        report = estimate_off_policy(**read_off_policy_log(args.data, args.scores))
+        if args.policy is None and args.scores is None:
+            raise SettingsError("name the new policy with --policy, or a file of its log-probabilities with --scores")
+        policy = None if args.policy is None else resolve_model(args.policy, resolve_cache_folder(Settings()))
+        report = estimate_off_policy(**read_off_policy_log(args.data, args.scores, policy))
         sys.stdout.write(format_off_policy_report(report))
         sys.stdout.write(json.dumps(to_jsonable(asdict(report)), allow_nan=False) + "\n")
 

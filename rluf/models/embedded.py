@@ -68,6 +68,12 @@ def _build_embedded_model(model_name: str, models_folder: Path) -> Path:
             logger.info("model %s: building in %s (once)", model_name, target_folder)
             with atomic_folder(target_folder, f"model {model_name}") as temporary_folder, hide_progress_bars():
                 _EMBEDDED_MODEL_BUILDERS[model_name](temporary_folder)
+                # Before the rename: transformers writes nothing on ranks after the first of a process group.
+                if not any(temporary_folder.glob("*.safetensors")):
+                    raise ModelError(
+                        f"model {model_name}: no weights were written to {models_folder}; build it before this process "
+                        "joins a process group, with python -m rluf.train --check"
+                    )
     except OSError as error:
         raise ModelError(
             f"model {model_name} could not be built in {models_folder}: {error}; free some disk or set run.cache"

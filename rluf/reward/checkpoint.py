@@ -21,7 +21,7 @@ from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
-from rluf.backends.deepspeed import load_optimizer_state, save_optimizer_state
+from rluf.backends.optimizer_state import load_optimizer_state, save_optimizer_state
 from rluf.reward.trainer import FitResult, TrainProgress
 
 logger = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class RewardCheckpointer:
             if progress_record["name"] != model_name:
                 return progress
             schedule = json.loads(self._schedule_file(folder).read_text(encoding="utf-8"))
-            load_optimizer_state(engine, self._get_optimizer_path(folder), schedule)
+            load_optimizer_state(engine, [self._get_optimizer_path(folder)], schedule)
             if self.rank == 0 and (folder / BEST_WEIGHTS_FILE).is_file():
                 best_weights.update(load_file(folder / BEST_WEIGHTS_FILE))
             restored_progress = _read_progress(folder, progress_record)

@@ -66,21 +66,13 @@ def hinge_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
     return (functional.relu(HINGE_MARGIN - signs * logits.float()) * weights).sum() / weights.sum()
 
 
-def bradley_terry_loss(
-    chosen: torch.Tensor,
-    rejected: torch.Tensor,
-    weights: torch.Tensor,
-    *,
-    wins: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Bradley-Terry loss in nats: mean over `weights` [B] of the cross-entropy of sigmoid(chosen - rejected).
+def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Bradley-Terry loss in nats: mean over `weights` [B] of -log sigmoid(chosen - rejected).
 
-    `wins` [B] is 1 where chosen won (the default) and 0.5 for a tie. Source: Bradley and Terry 1952; as a reward model
-    loss, Christiano et al. 2017.
+    Readers drop ties, so that chosen always won. Source: Bradley and Terry 1952; as a reward model loss, Christiano et
+    al. 2017.
     """
-    win_share = torch.ones_like(weights, dtype=torch.float32) if wins is None else wins.float()
-    difference = chosen.float() - rejected.float()
-    losses = -(win_share * functional.logsigmoid(difference) + (1 - win_share) * functional.logsigmoid(-difference))
+    losses = -functional.logsigmoid(chosen.float() - rejected.float())
     return (losses * weights).sum() / weights.sum()
 
 
@@ -89,7 +81,7 @@ def build_loss(model_settings: RewardModelSettings) -> LossFunction:
 
     def pairwise_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         chosen, rejected = logits.chunk(2)
-        return bradley_terry_loss(chosen, rejected, weights, wins=labels)
+        return bradley_terry_loss(chosen, rejected, weights)
 
     loss_functions: dict[str, LossFunction] = {
         "bce": weighted_bce_loss,

@@ -213,7 +213,8 @@ class RewardModel:
         The spreads are the standard deviations of the members' own probabilities and calibrated logits; 0 for a single
         model and for members with a shared head.
         """
-        return _build_scores(objective, self.calibration, self.compute_member_logits(self.encoder.encode(items)))
+        rows = self.encoder.encode(items)
+        return _build_scores(objective, self.calibration, self.compute_member_logits(rows), rows)
 
     def compute_raw_logits(self, rows: Sequence[EncodedItem]) -> list[float]:
         """Uncalibrated logits of encoded rows, in order: the weighted mean over the members."""
@@ -267,9 +268,10 @@ class SharedBackboneModel:
         """Scores of items in order, by objective."""
         if not items:
             return {objective: [] for objective in self.calibrations}
-        head_logits = self.model.compute_head_logits(self.model.encoder.encode(items))
+        rows = self.model.encoder.encode(items)
+        head_logits = self.model.compute_head_logits(rows)
         return {
-            objective: _build_scores(objective, calibration, head_logits[:, :, head_index])
+            objective: _build_scores(objective, calibration, head_logits[:, :, head_index], rows)
             for head_index, (objective, calibration) in enumerate(self.calibrations.items())
         }
 
@@ -295,8 +297,10 @@ def load_reward_scorer(
     return score_items
 
 
-def _build_scores(objective: str, calibration: Calibration, member_logits: Floats) -> list[Score]:
-    """Scores from the members' logits [members, N]."""
+def _build_scores(
+    objective: str, calibration: Calibration, member_logits: Floats, rows: Sequence[EncodedItem]
+) -> list[Score]:
+    """Scores of N encoded rows from the members' logits [members, N]."""
     raw_logits = calibration.pool_members(member_logits)
     probabilities = calibration.compute_probabilities(raw_logits)
     spreads = logit_spreads = np.zeros_like(probabilities)
@@ -312,8 +316,9 @@ def _build_scores(objective: str, calibration: Calibration, member_logits: Float
             spread,
             logit_spread=logit_spread,
             exact_logit=raw_logit if calibration.is_external else None,
+            is_cut=row.dropped_prompt_tokens + row.dropped_response_tokens > 0,
         )
-        for probability, raw_logit, spread, logit_spread in columns
+        for row, (probability, raw_logit, spread, logit_spread) in zip(rows, columns, strict=True)
     ]
 
 

@@ -78,7 +78,7 @@ class EncodedSplit:
     is_pairwise: bool
     sequences: list[EncodedItem]
     labels: Floats
-    """[N] 0 or 1; for pairs 1 (chosen won) or 0.5 (a tie)."""
+    """[N] 0 or 1; for pairs 1 (chosen won): readers drop ties."""
     weights: Floats
     """[N] 1 / sampling rate, so that weighted metrics are at the natural rate."""
     clusters: list[str]

@@ -205,6 +205,7 @@ class ObjectiveScore(ResponseModel):
 
     `value` is the calibrated probability, `logit` its log-odds, `raw` the model's logit before calibration, `spread`
     the standard deviation over the ensemble members and `logit_spread` that of their log-odds (0 for a single model).
+    `truncated`: the text has more tokens than the model reads, so that parts of it do not count.
     """
 
     value: float
@@ -212,6 +213,7 @@ class ObjectiveScore(ResponseModel):
     raw: float
     spread: float
     logit_spread: float = 0.0
+    truncated: bool = False
 
 
 class ScoreReply(ResponseModel):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
@@ -54,6 +56,7 @@ def make_app(backend: ServiceBackend) -> ProxyHeadersMiddleware:
         version="1",
         description="Reward model scores, chat and user feedback. Send a bearer token if the service has one.",
         responses=ERROR_RESPONSES,
+        docs_url=None,
         redoc_url=None,
     )
     _add_error_handlers(app)
@@ -61,6 +64,7 @@ def make_app(backend: ServiceBackend) -> ProxyHeadersMiddleware:
     _add_service_routes(app, backend)
     _add_status_routes(app, backend)
     _add_web_page(app)
+    _add_docs_page(app)
     add_compat_routes(app, backend)
     # Without trusted proxies the client's address is that of the connection, whatever its headers say.
     middleware: Any = ServiceMiddleware(app, backend)
@@ -112,6 +116,7 @@ def to_objective_scores(scored_item: ScoredItem) -> dict[str, api.ObjectiveScore
             raw=score.raw_logit,
             spread=score.spread,
             logit_spread=score.logit_spread,
+            truncated=score.is_cut,
         )
         for name, score in scored_item.scores.items()
     }
@@ -273,8 +278,26 @@ def _add_web_page(app: FastAPI) -> None:
         app.add_api_route(path, _build_static_file_route(file_name), include_in_schema=False)
 
 
-def _build_static_file_route(file_name: str) -> Any:
+def _build_static_file_route(file_name: str, folder: Path = WEB_FOLDER) -> Any:
     async def send_file() -> FileResponse:
-        return FileResponse(WEB_FOLDER / file_name, headers=PAGE_HEADERS)
+        return FileResponse(folder / file_name, headers=PAGE_HEADERS)
 
     return send_file
+
+
+def _add_docs_page(app: FastAPI) -> None:
+    """Serve the API docs at /docs with the copy of Swagger UI that vLLM installs: nothing comes from a CDN."""
+    spec = find_spec("vllm")
+    folder = Path(str(spec.origin)).parent / "entrypoints/serve/instrumentator/static" if spec is not None else None
+    file_names = ("swagger-ui-bundle.js", "swagger-ui.css")
+    if folder is None or not all((folder / name).is_file() for name in file_names):
+        return
+    for name in file_names:
+        app.add_api_route(f"/docs/{name}", _build_static_file_route(name, folder), include_in_schema=False)
+
+    @app.get("/docs", include_in_schema=False)
+    async def docs() -> HTMLResponse:
+        return get_swagger_ui_html(
+            openapi_url="/openapi.json", title="rluf", swagger_js_url=f"/docs/{file_names[0]}",
+            swagger_css_url=f"/docs/{file_names[1]}", swagger_favicon_url="data:,",
+        )  # fmt: skip

@@ -74,7 +74,12 @@ class RewardClient:
             if objective not in reply.scores:
                 raise ApiError(422, "invalid", f"{self.url} does not serve {objective}, but {', '.join(reply.scores)}")
             score = reply.scores[objective]
-            scores.append(Score(objective, score.value, score.raw, score.spread, logit_spread=score.logit_spread))
+            scores.append(
+                Score(
+                    objective, score.value, score.raw, score.spread,
+                    logit_spread=score.logit_spread, is_cut=score.truncated,
+                )
+            )  # fmt: skip
         return scores
 
     def rank(

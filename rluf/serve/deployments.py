@@ -46,6 +46,7 @@ from rluf.serve.api import (
 from rluf.serve.batching import RequestBatcher
 from rluf.serve.listener import HttpServer
 from rluf.serve.middleware import ServeMetrics, ServiceRules
+from rluf.serve.observability import setup_service_logging, start_tracing, tracer
 from rluf.serve.store import FeedbackStore, StoreEvent, StoreOutcome
 from rluf.types import Score, ScoringItem
 from rluf.utils.hashing import hash_to_unit_interval
@@ -56,23 +57,14 @@ APPLICATION_NAME = "rluf"
 """Name of the application in Ray Serve."""
 FEEDBACK_WRITER_NAME = "feedback-writer"
 """Name of the feedback writer's deployment; scorers are scorer-<role>, policies policy-<name>."""
-BatchScores = tuple[str, dict[str, list[tuple[float, float, float, float]]]]
-"""Model version, and per objective (value, raw logit, spread, logit spread) by item: tuples are cheap to send."""
+BatchScores = tuple[str, dict[str, list[tuple[float, float, float, float, bool]]]]
+"""Model version, and per objective (value, raw logit, spread, logit spread, is_cut) by item: tuples are cheap."""
 REPLICA_LOST_ERRORS = (RayActorError, DeploymentUnavailableError, TaskCancelledError, grpc.RpcError)
 """Errors of a call whose replica died or is being replaced. grpc's appear since calls use gRPC, not Ray's transport."""
 DEFAULT_ITEM_TOKENS = 512
 """Assumed maximum tokens per item until a scorer has reported its own."""
 RETRY_WAIT_S = 0.2
 """Wait before a batch is sent again."""
-
-
-def _log_to_stderr() -> None:
-    """Send this process's service log to its stderr, which Ray stores as the replica's log."""
-    if not logger.handlers:
-        handler = logging.StreamHandler()
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
 
 
 def check_ray_token(host: str) -> None:
@@ -124,7 +116,9 @@ class LoadedModels:
         """Score items by every objective."""
         scores = self._score_models(items) | {name: score(items) for name, score in self._rule_scorers.items()}
         return self.version, {
-            name: [(score.value, score.raw_logit, score.spread, score.logit_spread) for score in scores[name]]
+            name: [
+                (score.value, score.raw_logit, score.spread, score.logit_spread, score.is_cut) for score in scores[name]
+            ]
             for name in self._objective_names
         }
 
@@ -192,7 +186,7 @@ class FeedbackWriter:
         self, store_root: str, log_folder: str, reaction_window_s: float, flush_interval_s: float
     ) -> None:
         """Open the store; Ray Serve awaits this before the replica counts as started."""
-        _log_to_stderr()
+        setup_service_logging()
         self._feedback_store = FeedbackStore(store_root, Path(log_folder), reaction_window_s=reaction_window_s)
         self._flush_interval_s = flush_interval_s
         self._pending_events: list[tuple[list[StoreEvent], asyncio.Future[list[StoreOutcome]]]] = []
@@ -265,7 +259,8 @@ class GatewayDeployment:
 
     def __init__(self, rules: ServiceRules, batch_limits: BatchLimits, user_salt: bytes, *_: Any) -> None:
         """The other arguments only bind the other deployments to the application; `reconfigure` gets them by name."""
-        _log_to_stderr()
+        setup_service_logging()
+        start_tracing()
         # Here too: a command that connects to a cluster knows its own authentication mode only.
         check_ray_token(rules.listen_host)
         self.rules, self.batch_limits, self._user_salt = rules, batch_limits, user_salt
@@ -357,13 +352,15 @@ class GatewayDeployment:
 
     async def _score_with_role(self, role: str, items: Sequence[ScoringItem]) -> list[ScoredItem]:
         """Score items with one role and record the metrics of its version."""
-        scored_items = await self._batchers[role].submit(items)
+        with tracer.start_as_current_span("score", attributes={"rluf.role": role, "rluf.items": len(items)}) as span:
+            scored_items = await self._batchers[role].submit(items)
+            span.set_attribute("rluf.model_version", scored_items[0].model_version)
         version = self._role_versions[role] = scored_items[0].model_version
         if version not in self._expected_means and self._refresh_task is None:
             self._refresh_task = asyncio.create_task(self._refresh_versions())
         for name in scored_items[0].scores:
-            values = [scored_item.scores[name].value for scored_item in scored_items]
-            self.metrics.record_scores(name, version, values, self._expected_means.get(version, {}))
+            scores = [scored_item.scores[name] for scored_item in scored_items]
+            self.metrics.record_scores(name, version, scores, self._expected_means.get(version, {}))
         return scored_items
 
     def _record_queue(self) -> None:
@@ -500,7 +497,8 @@ class GatewayDeployment:
         messages = to_messages(request.messages)
         seed = request.seed if request.seed is not None else uuid.uuid4().int % 2**31
         try:
-            completion = await handle.complete_chat.remote(messages, seed, request.to_sampling())
+            with tracer.start_as_current_span("chat", attributes={"rluf.policy": policy_name}):
+                completion = await handle.complete_chat.remote(messages, seed, request.to_sampling())
         except ApiError as error:
             # A new error, since Ray's has the replica's traceback as its text.
             raise ApiError(error.status, error.error_type, error.message) from error
@@ -561,8 +559,8 @@ def _to_scored_items(batch_scores: BatchScores) -> list[ScoredItem]:
     rows = zip(*scores_by_objective.values(), strict=True)
     score_rows = (
         {
-            name: Score(name, value, raw_logit, spread, logit_spread=logit_spread)
-            for name, (value, raw_logit, spread, logit_spread) in zip(names, row, strict=True)
+            name: Score(name, value, raw_logit, spread, logit_spread=logit_spread, is_cut=is_cut)
+            for name, (value, raw_logit, spread, logit_spread, is_cut) in zip(names, row, strict=True)
         }
         for row in rows
     )

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from opentelemetry.propagate import extract as extract_context
+from opentelemetry.trace import SpanKind
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from rluf.config.serve import DEFAULT_REACTIONS
@@ -35,13 +37,15 @@ from rluf.serve.api import (
     ScoreRoute,
 )
 from rluf.serve.batching import BatchStats
+from rluf.serve.observability import tracer
 from rluf.serve.store import StoreOutcome
-from rluf.types import ScoringItem
+from rluf.types import Score, ScoringItem
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
     from typing import Any
 
+    from opentelemetry.context import Context
     from starlette.types import ASGIApp, Receive, Scope, Send
 
 
@@ -87,6 +91,8 @@ BODY_TIMEOUT_S = 30.0
 """Maximum seconds for the body of a request to arrive, or the request's deadline if that is shorter."""
 SCOPES_KEY = "rluf.scopes"
 """Key of the ASGI scope with the scopes of the request's token."""
+TOKEN_NAME_KEY = "rluf.token"
+"""Key of the ASGI scope with the name of the request's token."""
 INTERNAL_ERROR = ApiError(500, "internal", "the service failed on this request; see its log")
 """Response for unhandled exceptions; the traceback is logged."""
 
@@ -132,6 +138,9 @@ class ServeMetrics:
         self.queued_items = Gauge("rluf_waiting_items", "Queued responses", registry=registry)
         self.running_requests = Gauge("rluf_running_requests", "Requests in progress", registry=registry)
         self.scored_responses = Counter("rluf_scores", "Scored responses", by_model, registry=registry)
+        self.cut_responses = Counter(
+            "rluf_cut_scores", "Scores of texts longer than the model reads", by_model, registry=registry
+        )
         self.score_mean = Gauge("rluf_score_mean", "Running mean of served values", by_model, registry=registry)
         self.score_drift = Gauge(
             "rluf_score_drift", "Running mean of served values minus the reward card's", by_model, registry=registry
@@ -148,15 +157,14 @@ class ServeMetrics:
         self.batch_seconds.observe(batch_stats.seconds)
 
     def record_scores(
-        self, objective: str, version: str, values: Iterable[float], expected_means: Mapping[str, float]
+        self, objective: str, version: str, scores: Sequence[Score], expected_means: Mapping[str, float]
     ) -> None:
-        """Record served values of one objective; `expected_means` are the reward cards' mean values by objective."""
+        """Record served scores of one objective; `expected_means` are the reward cards' mean values by objective."""
         running_mean = self._running_means.setdefault((objective, version), RunningMean())
-        value_count = 0
-        for value in values:
-            running_mean.add_value(value)
-            value_count += 1
-        self.scored_responses.labels(objective, version).inc(value_count)
+        for score in scores:
+            running_mean.add_value(score.value)
+        self.scored_responses.labels(objective, version).inc(len(scores))
+        self.cut_responses.labels(objective, version).inc(sum(score.is_cut for score in scores))
         self.score_mean.labels(objective, version).set(running_mean.mean)
         if objective in expected_means:
             self.score_drift.labels(objective, version).set(running_mean.mean - expected_means[objective])
@@ -247,17 +255,27 @@ class ServiceMiddleware:
             scope = {**scope, "method": "GET"}
         self.backend.running_requests += 1
         metrics.running_requests.set(self.backend.running_requests)
-        try:
-            await self._handle_request(scope, receive, send_and_record_status)
-        finally:
-            self.backend.running_requests -= 1
-            metrics.running_requests.set(self.backend.running_requests)
-            route = getattr(scope.get("route"), "path", "other")
-            seconds = time.monotonic() - start_time
-            metrics.request_seconds.labels(route, str(status)).observe(seconds)
-            logger.info(
-                "%s %s %d %.1f ms request_id=%s", scope["method"], route, status, 1000 * seconds, request_id.decode()
-            )
+        with tracer.start_as_current_span(
+            scope["method"], context=read_trace_context(scope["headers"]), kind=SpanKind.SERVER
+        ) as span:
+            try:
+                await self._handle_request(scope, receive, send_and_record_status)
+            finally:
+                self.backend.running_requests -= 1
+                metrics.running_requests.set(self.backend.running_requests)
+                route = getattr(scope.get("route"), "path", "other")
+                seconds = time.monotonic() - start_time
+                metrics.request_seconds.labels(route, str(status)).observe(seconds)
+                fields = {
+                    "method": scope["method"], "route": route, "status": status, "ms": round(1000 * seconds, 1),
+                    "request_id": request_id.decode(), "token": scope.get(TOKEN_NAME_KEY),
+                }  # fmt: skip
+                span.update_name(f"{scope['method']} {route}")
+                span.set_attributes({
+                    "http.request.method": scope["method"], "http.route": route, "http.response.status_code": status,
+                    "rluf.request_id": request_id.decode(),
+                })  # fmt: skip
+                logger.info("%s %s %d %.1f ms request_id=%s", *list(fields.values())[:5], extra={"fields": fields})
 
     async def _handle_request(self, scope: Scope, receive: Receive, send: Send) -> None:
         has_started = False
@@ -305,7 +323,7 @@ class ServiceMiddleware:
             if token is None:
                 raise self._build_wrong_token_error(client_address)
             check_scope(token, path)
-            scopes = token.scopes
+            scopes, scope[TOKEN_NAME_KEY] = token.scopes, token.name
         content_length = headers.get(b"content-length", "0")
         is_number = content_length.isascii() and content_length.isdigit()
         # The length of the text is checked first: int() refuses texts of thousands of digits.
@@ -360,6 +378,12 @@ def read_request_id(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
         if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
             return value
     return uuid.uuid4().hex.encode()
+
+
+def read_trace_context(headers: Iterable[tuple[bytes, bytes]]) -> Context:
+    """The trace of a request's `traceparent` header; an invalid one starts a new trace."""
+    names = (b"traceparent", b"tracestate")
+    return extract_context({name.decode(): value.decode("latin-1") for name, value in headers if name in names})
 
 
 def _replay_body(body: bytes, receive: Receive) -> Receive:

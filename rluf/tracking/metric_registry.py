@@ -114,6 +114,10 @@ STEP_METRICS = (
                summary_statistic="mean", unit="tokens/s"),
     MetricSpec("learner_tokens_per_s", "Learner tokens per second", "over the learner's part of the step",
                "throughput", "tokens", summary_statistic="mean", unit="tokens/s"),
+    MetricSpec("learner_mfu", "Learner MFU", "share of the GPUs' peak FLOPs in the learner's part of a step; only on "
+               "GPUs", "throughput", "tokens", summary_statistic="mean", unit="share"),
+    MetricSpec("gpu_peak_gib", "Learner GPU memory", "peak GiB allocated on the GPU of rank 0 since the start; only on "
+               "GPUs", "throughput", "tokens", summary_statistic="max"),
     MetricSpec("response_tokens", "Response tokens of the step", "sum", "throughput", "tokens",
                summary_statistic="mean", unit="tokens"),
     MetricSpec("prompt_tokens", "Prompt tokens of the step", "sum", "throughput", "tokens", summary_statistic="mean",

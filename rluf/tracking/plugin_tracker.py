@@ -19,7 +19,10 @@ CALL_TIMEOUT_S = 60.0
 
 
 class Tracker(Protocol):
-    """What a function of `tracking.trackers` returns; its methods are called one after the other on one thread."""
+    """What a function of `tracking.trackers` returns; its methods are called one after the other on one thread.
+
+    Only `log_step` is required.
+    """
 
     def log_step(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
         """Record the metrics of an optimizer step. A step that is repeated after a restart comes again."""
@@ -61,6 +64,7 @@ class PluginTracker:
         create_tracker = load_tracker(reference)
         # Any exception: what a tracker of the user's may raise is unknown, and none may end the run.
         self._background_caller = BackgroundCaller(f"tracker {reference}", (Exception,))
+        # A list that the background thread fills: a constructor may wait for a server, and the run must not.
         self._trackers: list[Tracker] = []
         self._background_caller.submit("start", lambda: self._trackers.append(create_tracker(settings, run_folder)))
 
@@ -72,9 +76,14 @@ class PluginTracker:
     def update_summary(self, summary: Mapping[str, Any]) -> None:
         """Queue the summary."""
         content = to_jsonable(summary)
-        self._background_caller.submit("record the summary", lambda: self._trackers[0].update_summary(content))
+        self._background_caller.submit("record the summary", lambda: self._call_optional("update_summary", content))
 
     def finish(self, *, failed: bool) -> None:
         """Let the tracker finish; wait for it at most CALL_TIMEOUT_S seconds."""
-        call = self._background_caller.submit("finish", lambda: self._trackers[0].finish(failed=failed))
+        call = self._background_caller.submit("finish", lambda: self._call_optional("finish", failed=failed))
         self._background_caller.wait_for_call(call, CALL_TIMEOUT_S)
+
+    def _call_optional(self, method_name: str, *arguments: Any, **keywords: Any) -> None:
+        method = getattr(self._trackers[0], method_name, None)
+        if method is not None:
+            method(*arguments, **keywords)

@@ -6,7 +6,8 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from rluf.checkpoint.format import (
 )
 from rluf.checkpoint.upload import CheckpointUploader, download_newest_checkpoint, find_newest_upload
 from rluf.config.renamed import describe_old_keys
+from rluf.config.run import RESUME_WITH_PATTERN
 from rluf.config.settings import Settings
 from rluf.errors import DataError, ModelError, RewardHackingError, SettingsError
 from rluf.tracking.run_files import read_answers, write_answers
@@ -73,15 +75,35 @@ class CheckpointManager:
                 "release, or start a new run without run.resume"
             )
         changes = diff_settings(state.settings, self.settings.model_dump(mode="json"))
+        accepted = {key for key in changes if _is_accepted(key, self.settings.run.resume_with)}
+        refused = [change for key, change in changes.items() if key not in accepted]
         if state.prompts_digest != self._prompts_digest:
             # The state holds positions in the shuffled prompts and ids in flight: with other prompts both are invalid.
-            changes.append("the training prompts (another log or another split)")
-        if changes:
+            refused.append("the training prompts (another log or another split)")
+        if refused:
+            named = [key for key in changes if key not in accepted and RESUME_WITH_PATTERN.fullmatch(key)]
+            remedy = f", name them in run.resume_with=[{','.join(named)}]" if named else ""
             raise SettingsError(
                 f"run.resume={self.settings.run.resume} does not fit checkpoint {checkpoint.folder}: changed since: "
-                f"{', '.join(changes)}; undo these changes, or start a new run without run.resume"
+                f"{', '.join(refused)}; undo these changes{remedy}, or start a new run without run.resume"
             )
-        return checkpoint, state
+        if accepted:
+            logger.warning(
+                "checkpoint of step %d: resuming with %s",
+                checkpoint.step,
+                ", ".join(change for key, change in changes.items() if key in accepted),
+            )
+        return checkpoint, self._apply_kl_changes(state, accepted)
+
+    def _apply_kl_changes(self, state: RunState, changed_keys: Collection[str]) -> RunState:
+        """Replace the saved KL coefficient, which a target may have adapted, if the run is resumed with another one."""
+        algorithm = self.settings.algorithm
+        target_removed = "algorithm.kl_target" in changed_keys and algorithm.kl_target is None
+        if not target_removed and "algorithm.kl_coef" not in changed_keys:
+            return state
+        controller_state = state.controller_state
+        updater_state = {**controller_state.policy_updater, "kl_coef": algorithm.kl_coef}
+        return replace(state, controller_state=replace(controller_state, policy_updater=updater_state))
 
     def roll_back_to(self, step: int, reason: str) -> tuple[RunCheckpoint, RunState]:
         """The newest complete checkpoint of a step up to `step`; newer ones, which led to `reason`, are deleted.
@@ -149,6 +171,11 @@ class CheckpointManager:
                 "step; restore the file, or start a new run without run.resume"
             )
         return answers
+
+
+def _is_accepted(changed_key: str, resume_with: Sequence[str]) -> bool:
+    """Whether run.resume_with names a setting, or the mapping that it is an entry of."""
+    return any(changed_key == key or changed_key.startswith(f"{key}.") for key in resume_with)
 
 
 def find_resume_folder(settings: Settings, runs_folder: Path) -> Path | None:

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 METRIC_NAMES = (
     "loss", "policy_loss", "demonstration_nll", "grad_norm", "learning_rate", "skipped", "micro_batches", "reference_s",
-    "backward_s", "optimizer_s", "learner_tokens", "learner_tokens_per_s", "sync_logprob_gap", "sync_check_s",
+    "backward_s", "optimizer_s", "learner_tokens", "learner_tokens_per_s", "learner_mfu", "gpu_peak_gib",
+    "sync_logprob_gap", "sync_check_s",
 )  # fmt: skip
 """Metrics of the update and the weight sync that have a meaning without sampled responses."""
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from rluf.backends.weight_transfer.base import (
     read_checkpoint_shapes,
 )
 from rluf.backends.weight_transfer.disk import DiskReceiver, DiskSender, read_bucket_file
+from rluf.backends.weight_transfer.nccl import check_nccl_group
 from rluf.backends.weight_transfer.shm import ShmReceiver, ShmSender, get_machine_id, read_segment
 from rluf.config.load import load_settings
 from rluf.errors import ResourceError, WeightSyncError
@@ -197,3 +199,11 @@ def test_unknown_misshapen_and_repeated_tensors_are_refused(tmp_path: Path) -> N
         manifest.check_bucket([("model.norm.weight", (4,))])
     manifest.reset()
     manifest.check_bucket([("model.norm.weight", (4,))])
+
+
+@pytest.mark.parametrize(("available", "disabled"), [(False, True), (True, True), (False, False)])
+def test_a_group_without_nccl_is_refused(available: bool, disabled: bool) -> None:
+    """vLLM's communicator turns itself off where it finds no library; its broadcasts then transfer nothing."""
+    with pytest.raises(WeightSyncError, match=r"could not load libnccl.*VLLM_NCCL_SO_PATH"):
+        check_nccl_group(SimpleNamespace(available=available, disabled=disabled))
+    check_nccl_group(SimpleNamespace(available=True, disabled=False))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,9 +129,9 @@ def test_only_settings_that_affect_training_prevent_resuming() -> None:
         "cluster": {"threads_per_actor": 8},
         "run": {"resume": "x"},
     }
-    assert diff_settings(before, after) == []
+    assert diff_settings(before, after) == {}
     after["algorithm"] = {"steps": 2, "kl_coef": 0.2}
-    assert diff_settings(before, after) == ["algorithm.kl_coef (then 0.1, now 0.2)"]
+    assert diff_settings(before, after) == {"algorithm.kl_coef": "algorithm.kl_coef (then 0.1, now 0.2)"}
 
 
 def test_the_prompt_hash_depends_on_the_order() -> None:
@@ -148,3 +148,77 @@ def test_a_checkpoint_with_settings_of_an_earlier_release_is_refused_with_the_re
     message = r"an earlier release wrote checkpoint .*step-1.*algorithm\.dual_clip.*start a new run"
     with pytest.raises(SettingsError, match=message):
         CheckpointManager(settings, tmp_path, [PROMPT]).load_newest()
+
+
+def load_with(tmp_path: Path, *overrides: str, saved_overrides: Sequence[str] = ()) -> RunState:
+    """State of the checkpoint of a run with `saved_overrides`, loaded by a run with `overrides`."""
+    saved_settings = load_settings(None, list(saved_overrides)).settings
+    write_checkpoint(tmp_path / "checkpoints", 1, saved_settings.model_dump(mode="json"))
+    settings = load_settings(None, [f"run.resume={tmp_path}", *overrides]).settings
+    manager = CheckpointManager(settings, tmp_path, [PROMPT])
+    manager._prompts_digest = "digest"
+    newest = manager.load_newest()
+    assert newest is not None
+    return newest[1]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["learner.workers=2"],
+        ["learner.zero_stage=3", "algorithm.micro_batch_tokens=2048"],
+        ["learner.learning_rate=1e-5", "run.resume_with=[learner.learning_rate]"],
+        [
+            "algorithm.clip=[0.2, 0.3]",
+            "learner.warmup_steps=9",
+            "run.resume_with=[algorithm.clip,learner.warmup_steps]",
+        ],
+        ["objectives.safety.weight=0.5", "run.resume_with=[objectives.safety.weight]"],
+        ["run.resume_with=[algorithm.kl_coef]"],
+    ],
+)
+def test_ranks_may_change_and_schedules_on_explicit_wish(overrides: list[str], tmp_path: Path) -> None:
+    assert load_with(tmp_path, *overrides).controller_state.policy_updater["kl_coef"] == 0.1
+
+
+def test_naming_a_mapping_accepts_its_entries(tmp_path: Path) -> None:
+    saved, changed = (
+        ["aggregation.method=constrained", f"aggregation.floors={{safety: {floor}}}"] for floor in (0.1, 0.2)
+    )
+    load_with(tmp_path, *changed, "run.resume_with=[aggregation.floors]", saved_overrides=saved)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["learner.learning_rate=1e-5"],
+            r"then 6e-05, now 1e-05.*name them in run\.resume_with=\[learner\.learning_rate\]",
+        ),
+        (
+            ["algorithm.kl_coef=1", "learner.warmup_steps=9", "run.resume_with=[learner.warmup_steps]"],
+            r"algorithm\.kl_coef",
+        ),
+        (["objectives.safety.weight=0.5", "run.resume_with=[objectives.love.weight]"], r"objectives\.safety\.weight"),
+        (["learner.lora_rank=4"], r"learner\.lora_rank \(then 0, now 4\); undo these changes, or start"),
+        (["learner.learning_rate=1", "run.resume_with=[learner.learning]"], "cannot change when a run is resumed"),
+        (["run.resume_with=[model.path]"], "'model.path' cannot change when a run is resumed"),
+        (["run.resume_with=[algorithm]"], "cannot change when a run is resumed"),
+    ],
+)
+def test_other_changes_are_refused_with_what_to_do(overrides: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=message):
+        load_with(tmp_path, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "kl_coef"),
+    [
+        (["algorithm.kl_coef=0.5", "run.resume_with=[algorithm.kl_coef]"], 0.5),
+        (["algorithm.kl_target=0.5", "run.resume_with=[algorithm.kl_target]"], 0.1),
+    ],
+)
+def test_a_changed_kl_coefficient_replaces_the_adapted_one(
+    overrides: list[str], kl_coef: float, tmp_path: Path
+) -> None:
+    assert load_with(tmp_path, *overrides).controller_state.policy_updater["kl_coef"] == kl_coef

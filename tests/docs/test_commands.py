@@ -68,6 +68,11 @@ TEST_BY_COMMAND = (
         "tests/evaluate/test_blind.py::test_readers_who_prefer_the_base_fail_the_gates",
     ),
     (r"python -m rluf\.report \S+ --wandb$", "not run: needs a W&B account"),
+    (
+        r"python -m rluf\.report \S+ --push-to-hub",
+        "tests/report/test_hub_upload.py::test_the_policy_and_its_card_are_uploaded",
+    ),
+    (r"git clone .*llama\.cpp", "not run: needs another project's source"),
     (r"wandb sync", "tests/tracking/test_wandb.py::test_the_server_gets_the_inputs_and_outputs_of_a_run"),
     (
         r"cp rluf/tracking/grafana\.json",
@@ -102,6 +107,7 @@ REQUIREMENT_PATTERNS = {
     "needs a W&B account": r"needs a W&B account",
     "needs data of real people": r"RLUF_DATA|real people",
     "needs GPUs": r"GPUs?",
+    "needs another project's source": r"llama\.cpp's source, not of rluf",
     "needs a cluster": r"cluster|Kubernetes",
 }
 """Text that the page of a command must contain, by the reason why it is not run."""

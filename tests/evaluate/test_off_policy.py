@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,10 +10,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+from rluf.config.settings import Settings
 from rluf.errors import DataError
-from rluf.evaluate.off_policy import OffPolicyReport, estimate_off_policy, main
+from rluf.evaluate.off_policy import OffPolicyReport, estimate_off_policy, main, read_off_policy_log
+from rluf.evaluate.policy_scores import compute_target_scores
+from rluf.models.hub import load_tokenizer, render_prompt, resolve_model
 from rluf.prepare.schema import ChatMessage, FeedbackRecord, build_records_table
+from rluf.types import Message
+from rluf.utils.paths import resolve_cache_folder
 
 RESPONSE_COUNT = 12
 
@@ -35,6 +43,14 @@ def simulate_log(seed: int, tilt: float, user_count: int = 60, rows_per_user: in
         model[responses], np.full(len(users), model @ target_probs),
     )  # fmt: skip
     return report, float(love @ target_probs)
+
+
+def make_record(row_id: str, user_id: str, is_loved: bool, logprob: float | None = -3.0) -> FeedbackRecord:
+    return FeedbackRecord(
+        id=row_id, conversation_id=f"c-{row_id}", turn=0, user_id=user_id, time=datetime(2026, 1, 1, tzinfo=UTC),
+        model_version="m", messages=[ChatMessage(role="user", content="Hi")], response="Hello",
+        reaction="love" if is_loved else None, response_logprob=logprob, response_tokens=4,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("tilt", [0.0, 0.3, 0.8])
@@ -84,17 +100,63 @@ def test_equal_policies_give_the_logged_rate_without_warnings() -> None:
         estimate_off_policy(np.zeros(9), np.zeros(9), ["u"] * 9)
 
 
+@pytest.mark.parametrize(
+    ("columns", "missing"),
+    [
+        ({"value": 0.2, "target_value": 0.3}, 0),
+        ({"value": 0.2}, 40),
+        ({"target_value": 0.2}, 40),
+        ({"value": 0.2, "target_value": None}, 40),
+        ({}, 0),
+    ],
+)
+@pytest.mark.parametrize("unscored", [0, 3])
+def test_rows_without_values_are_counted_and_leave_out_the_doubly_robust_estimate(
+    tmp_path: Path, columns: dict[str, float | None], missing: int, unscored: int
+) -> None:
+    records = [make_record(f"r{i}", f"u{i % 10}", i % 4 == 0) for i in range(40)]
+    pq.write_table(build_records_table(records, FeedbackRecord), tmp_path / "a.parquet")
+    rows = [{"id": f"r{i}", "target_logprob": -3.0, **(columns if i >= unscored else {})} for i in range(40)]
+    (tmp_path / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = estimate_off_policy(**read_off_policy_log(tmp_path, tmp_path / "scores.jsonl"))
+    expected = missing or (unscored if columns else 0)
+    assert report.rows_without_values == expected
+    assert (report.doubly_robust is None) == (expected > 0 or not columns)
+    assert any(f"{expected} of 40 rows have no value" in text for text in report.warnings) == (expected > 0)
+
+
+@pytest.mark.slow
+def test_a_policy_scores_the_log_as_it_was_sampled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = resolve_model("tiny", resolve_cache_folder(Settings()))
+    tokenizer, model = load_tokenizer(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    records = []
+    for i, (text, finish_reason, temperature) in enumerate(itertools.product(
+        ("Hello, friend!", "Yes.", "I love that idea, tell me more."), ("stop", "length"), (0.7, 1.0),
+    )):  # fmt: skip
+        prompt_ids = render_prompt(tokenizer, [Message(role="user", content="Hi")])
+        response_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        response_ids += [tokenizer.eos_token_id] * (finish_reason == "stop")
+        with torch.inference_mode():
+            logits = model(torch.tensor([[*prompt_ids, *response_ids]])).logits[0, len(prompt_ids) - 1 : -1]
+        logprobs = torch.log_softmax(logits / temperature, -1)[range(len(response_ids)), response_ids]
+        records.append(make_record(f"r{i}", f"u{i}", i % 2 == 0).model_copy(update={
+            "response": text, "finish_reason": finish_reason, "temperature": temperature,
+            "response_tokens": len(response_ids) + (i == 0), "response_logprob": float(logprobs.sum()),
+        }))  # fmt: skip
+    records.append(make_record("cut", "u1", True))  # without a temperature
+    pq.write_table(build_records_table(records, FeedbackRecord), tmp_path / "a.parquet")
+    scores = compute_target_scores(folder, pq.read_table(tmp_path / "a.parquet").to_pylist())
+    assert scores == {record.id: pytest.approx(record.response_logprob, abs=1e-4) for record in records[1:-1]}
+    assert main(["--data", str(tmp_path), "--policy", "tiny"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (report["row_count"], report["dropped_rows"]) == (11, 2)
+    assert report["mean_weight"] == pytest.approx(1.0, abs=1e-3)
+
+
 def test_the_command_reads_the_store_and_counts_dropped_rows(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    records = [
-        FeedbackRecord(
-            id=f"r{i}", conversation_id=f"c{i}", turn=0, user_id=f"u{i % 20}", time=datetime(2026, 1, 1, tzinfo=UTC),
-            model_version="m", messages=[ChatMessage(role="user", content="Hi")], response="Hello",
-            reaction="love" if i % 4 == 0 else None, response_logprob=None if i < 10 else -3.0, response_tokens=4,
-        )
-        for i in range(80)
-    ]  # fmt: skip
+    records = [make_record(f"r{i}", f"u{i % 20}", i % 4 == 0, None if i < 10 else -3.0) for i in range(80)]
     pq.write_table(build_records_table(records[:50], FeedbackRecord), tmp_path / "a.parquet")
     pq.write_table(build_records_table(records[50:], FeedbackRecord), tmp_path / "b.parquet")
     scores = tmp_path / "scores.jsonl"
@@ -107,3 +169,6 @@ def test_the_command_reads_the_store_and_counts_dropped_rows(
     with pytest.raises(SystemExit):
         main(["--data", str(tmp_path), "--scores", str(scores)])
     assert "no row of" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["--data", str(tmp_path)])
+    assert "--policy" in capsys.readouterr().err

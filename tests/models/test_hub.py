@@ -11,6 +11,7 @@ import pytest
 
 from rluf.config.settings import Settings
 from rluf.errors import ModelError
+from rluf.models import embedded
 from rluf.models.hub import list_embedded_models, load_tokenizer, render_prompt, resolve_model
 from rluf.types import Message
 from rluf.utils.paths import resolve_cache_folder
@@ -95,6 +96,17 @@ def test_invalid_model_paths_are_refused_with_the_reason(tmp_path: Path) -> None
     file.write_bytes(b"")
     with pytest.raises(ModelError, match="is a file"):
         resolve_model(str(file), tmp_path)
+
+
+def test_a_build_without_weights_is_refused_and_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setitem(embedded._EMBEDDED_MODEL_BUILDERS, "tiny", lambda folder: None)
+        with pytest.raises(ModelError, match=r"model tiny: no weights were written.*--check"):
+            resolve_model("tiny", tmp_path)
+    assert not (tmp_path / "models" / "tiny").exists()
+    assert (resolve_model("tiny", tmp_path) / "model.safetensors").is_file()
 
 
 def test_an_unwritable_cache_is_reported(tmp_path: Path) -> None:

@@ -110,14 +110,6 @@ def test_the_change_that_a_sign_off_causes_earns_nothing() -> None:
     assert abs(change @ invariant_weights) < 0.3 * norm < invariant_weights[0] * 0.4
 
 
-def test_a_tie_pulls_the_sides_together() -> None:
-    x = np.asarray([[1.0], [2.0], [0.0], [0.0]])  # chosen, then rejected
-    all_wins, one_tie = np.ones(2), np.asarray([1.0, 0.5])
-    win_weights, _, _ = fit_probe(x, all_wins, np.ones(2), ["a", "b"], is_pairwise=True)
-    tie_weights, _, _ = fit_probe(x, one_tie, np.ones(2), ["a", "b"], is_pairwise=True)
-    assert 0 < tie_weights[0] < win_weights[0]
-
-
 def test_repeated_rows_equal_one_row_with_the_sum_of_their_weights() -> None:
     rng = np.random.default_rng(2)
     x, y = rng.normal(size=(60, 3)), (rng.random(60) < 0.5).astype(float)

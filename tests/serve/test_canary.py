@@ -15,6 +15,7 @@ from rluf.serve.api import ApiError, ScoreRoute, build_score_route
 from rluf.serve.app import make_app
 from rluf.serve.application import build_scorer_config, list_configured_reward_folders
 from rluf.serve.deployments import BatchLimits, GatewayDeployment, ScorerDeployment, is_canary
+from rluf.types import ScoringItem
 from tests.serve.conftest import OBJECTIVES, SALT, make_items, make_rules, write_models
 from tests.serve.test_gateway import LocalGateway, StubHandle
 
@@ -94,6 +95,36 @@ async def test_served_versions_do_not_depend_on_turn_or_batch(
         assert alone[i].scores["love"].value == pytest.approx(batched[i].scores["love"].value, abs=1e-4)
     without_route = await gateway.score_items(items[:3])
     assert {versions[scored_item.model_version] for scored_item in without_route} == {"live"}
+
+
+async def test_a_thousand_conversations_of_three_turns_stay_on_one_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Alone, and in batches of any order with turns of others; scored by a rule, since only the version matters."""
+    scorers = {role: ScorerDeployment() for role in ("live", "candidate")}
+    for role, scorer in scorers.items():
+        models = {"brevity": {"judge": "length"}}
+        facts = {"brevity": {"version": "1", "max_tokens": 1, "mean_value": None}}
+        await scorer.reconfigure(
+            {"version": role, "models": models, "facts": facts, "batch_tokens": 4096, "device": "cpu"}
+        )
+    deployments = {f"scorer-{role}": scorer for role, scorer in scorers.items()} | {"feedback-writer": object()}
+    monkeypatch.setattr("ray.serve.get_deployment_handle", lambda name, _: StubHandle(deployments[name]))
+    gateway = LocalGateway(make_rules(), BatchLimits(4096, 10_000, 1, 60.0, None), SALT)
+    await gateway.reconfigure({"roles": ["live", "candidate"], "share": 0.3, "policies": {}})
+    await gateway._warmup_tasks["candidate"]
+    turns = [(number, turn) for number in range(1000) for turn in range(3)]
+    routes = {number: build_score_route(None, f"conversation-{number}", None) for number in range(1000)}
+    versions: dict[int, set[str]] = {number: set() for number in range(1000)}
+    for batch_size in (1, 7, 256):
+        order = random.Random(batch_size).sample(turns, len(turns))
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            items = [ScoringItem([{"role": "user", "content": f"Turn {turn}"}], f"Reply {turn}") for _, turn in batch]
+            scored_items = await gateway.score_items(items, [routes[number] for number, _ in batch])
+            for (number, _), scored_item in zip(batch, scored_items, strict=True):
+                versions[number].add(scored_item.model_version)
+    assert all(len(served) == 1 for served in versions.values())
+    candidate_count = sum(served == {"candidate"} for served in versions.values())
+    assert abs(candidate_count - 300) <= 4 * math.sqrt(1000 * 0.3 * 0.7)
 
 
 async def test_a_client_can_require_a_version(

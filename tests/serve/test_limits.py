@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rluf.serve.api import ApiError
 from rluf.serve.batching import BATCHES_WITHOUT_WAIT, WAIT_FRACTION, BatchStats, RequestBatcher, estimate_tokens
 from rluf.serve.middleware import RUNNING_MEAN_WINDOW, RunningMean, ServeMetrics
-from rluf.types import ScoringItem
+from rluf.types import Score, ScoringItem
 
 
 def make_item(text: str) -> ScoringItem:
@@ -160,9 +160,11 @@ def test_the_running_mean_follows_a_change_and_drift_is_its_difference_to_the_ca
         running_mean.add_value(0.9)
     assert running_mean.mean == pytest.approx(0.9, abs=1e-3)
     metrics = ServeMetrics()
-    metrics.record_scores("love", "v1", [0.2, 0.4], {"love": 0.1})
+    scores = [Score("love", 0.2, 0.0), Score("love", 0.4, 0.0, is_cut=True)]
+    metrics.record_scores("love", "v1", scores, {"love": 0.1})
     text = metrics.to_prometheus_text().decode()
     assert 'rluf_scores_total{objective="love",version="v1"} 2.0' in text
+    assert 'rluf_cut_scores_total{objective="love",version="v1"} 1.0' in text
     assert f'rluf_score_drift{{objective="love",version="v1"}} {0.30000000000000004 - 0.1}' in text
 
 

@@ -55,6 +55,24 @@ def test_a_tracker_receives_steps_and_the_summary_also_without_wandb(tmp_path: P
     ]  # fmt: skip
 
 
+class StepCounter:
+    """A tracker with the one required method."""
+
+    def __init__(self, settings: Settings, run_folder: Path) -> None:
+        self.path = run_folder / "steps.txt"
+
+    def log_step(self, step: int, metrics: Mapping[str, float | int | None]) -> None:
+        with self.path.open("a") as file:
+            file.write(f"{step} {metrics['reward']}\n")
+
+
+def test_a_tracker_needs_log_step_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with WandbTracker(make_settings("StepCounter"), tmp_path) as tracker:
+        tracker.log_step(1, {"reward": 0.5}, {"reward": [0.5]})
+        tracker.update_summary({"gates": {"verdict": "pass"}})
+    assert (tmp_path / "steps.txt").read_text() == "1 0.5\n" and not caplog.records
+
+
 def test_failures_are_one_warning_each_and_stop_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with WandbTracker(make_settings("create_tracker", "refuse_to_start"), tmp_path) as tracker:
         for step in (1, 2):

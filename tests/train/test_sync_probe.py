@@ -67,3 +67,19 @@ async def test_the_probe_is_longer_on_gpus(overrides: list[str], expected: int) 
     finally:
         weight_sync.fetch_group = original
     assert sum(map(len, sync._probe_responses)) == expected
+
+
+@pytest.mark.parametrize(
+    ("gap", "is_wrong"), [(0.0, False), (0.14, False), (0.16, True), (1.88, True), (float("nan"), True)]
+)
+async def test_the_first_gap_is_judged_before_the_first_update(gap: float, is_wrong: bool) -> None:
+    """Weights that a folder lacks are random on both sides: the first reading is wrong, and no later one jumps."""
+    sync = RecordedSync(gap)
+    sync._probe_responses, sync._probe_logprobs, sync._worst_gap = [[3]], {}, 0.0
+    if is_wrong:
+        with pytest.raises(WeightSyncError, match=r"rollout 0 and the learner read the same weights differently"):
+            await sync._prepare_probe_once(None)  # type: ignore[arg-type]
+        assert sync._probe_logprobs == {}
+    else:
+        await sync._prepare_probe_once(None)  # type: ignore[arg-type]
+        assert sync._worst_gap == pytest.approx(gap)

@@ -90,6 +90,7 @@ class NcclSender:
         self._group = trainer_init(
             {"master_address": self._host, "master_port": self._port, "world_size": self._world_size}
         )
+        check_nccl_group(self._group)
 
     def _broadcast_bucket(self, bucket: list[tuple[str, torch.Tensor]], ready_event: torch.cuda.Event) -> None:
         from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
@@ -124,6 +125,7 @@ class NcclReceiver:
         self._buffer_bytes = int(transfer_info["packed_buffer_size_bytes"])
         init_info = NCCLWeightTransferInitInfo(**transfer_info)
         self._group = worker_init_process_group(init_info, self._parallel_config)
+        check_nccl_group(self._group)
 
     def list_tensors(self, bucket_info: Mapping[str, Any]) -> list[tuple[str, Sequence[int]]]:
         """Names and shapes of the tensors of a bucket."""
@@ -155,6 +157,15 @@ class NcclReceiver:
         if self._group is not None:
             self._group.destroy()
             self._group = None
+
+
+def check_nccl_group(group: Any) -> None:
+    """Raise WeightSyncError where vLLM could not load NCCL: its group then exists, and every broadcast does nothing."""
+    if not group.available or group.disabled:
+        raise WeightSyncError(
+            "weight sync over NCCL: vLLM could not load libnccl in this process; install nvidia-nccl or set "
+            "VLLM_NCCL_SO_PATH to the library on every host, or use weight_sync.transport=disk"
+        )
 
 
 def _iter_tensor_specs(bucket_info: Mapping[str, Any]) -> Iterator[tuple[str, tuple[list[int], torch.dtype]]]:
