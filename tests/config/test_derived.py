@@ -52,6 +52,11 @@ def test_states_that_are_not_loaded_take_no_memory() -> None:
     assert "reference" not in estimate_learner_memory(settings("algorithm.kl_coef=0"))
     recomputed = estimate_learner_memory(settings("learner.gradient_checkpointing=true"))
     assert recomputed["activations"] < estimate_learner_memory(settings())["activations"] / 10
+    critics = [
+        estimate_learner_memory(settings("algorithm.name=ppo", "cluster.gpus_per_learner=1", offload))
+        for offload in ("learner.offload_optimizer=false", "learner.offload_optimizer=true")
+    ]
+    assert critics[0]["critic"] - critics[1]["critic"] == critics[0]["optimizer"] > critics[1]["optimizer"] == 0
     offloaded = settings("learner.offload_optimizer=true", "cluster.gpus_per_learner=1")
     assert estimate_learner_memory(offloaded)["optimizer"] == 0
 
