@@ -146,8 +146,8 @@ def measure_options() -> dict[str, dict[str, float]]:
     """Worth of single options with a noisy reward, mean of OPTION_SEEDS seeds, as expected share of target tokens.
 
     ends: the last policy and its average (learner.ema_decay 0.9), at a constant learning rate of 0.3 and with a linear
-    decay, after a short and a long run. entropy: the last policy by algorithm.entropy_coef at that rate. budget: with a proxy reward that
-    overrates a token, the policy at the end of training by algorithm.kl_budget.
+    decay, after a short and a long run. entropy: the last policy by algorithm.entropy_coef at that rate. budget: with a
+    proxy reward that overrates a token, the policy at the end of training by algorithm.kl_budget.
     """
     results: dict[str, dict[str, float]] = {"ends": {}, "entropy": {}, "budget": {}}
     for steps in (OPTION_STEPS, 5 * OPTION_STEPS):
