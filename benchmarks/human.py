@@ -1,6 +1,6 @@
 """Rank real reactions with heads on frozen backbones, evaluated on users or prompts that they never saw.
 
-python benchmarks/human.py --config configs/reward/love-human.yaml [--folds 5] [--splits 1] [key=value ...]
+python benchmarks/human.py --config configs/reward/love-human.yaml [--folds 5] [--splits 1] [--unreacted N] [key=value]
 
 Uses backbone, members and linear probe of the config's one objective. It fits the head on all folds but one and scores
 that one: five times, split by user (love) or by prompt. The backbone stays frozen, so epochs of the config have no
@@ -8,8 +8,12 @@ effect; measure theirs on a held-out file (see docs/reward.md). Prints AUROC or 
 with an interval clustered by user or prompt, what length alone reaches, and ECE after a calibration fitted on other
 folds. With counterfactuals in the config's debias, the training folds of pairs have such rows too, made from rows of
 these folds only. `prompt_fit` is the share of good rows that score higher than a row made from them and another row of
-their fold, by kind (rluf.reward.counterfactuals). --splits N repeats with N random fold assignments; `by_split` shows
-how far the figure depends on them, and all other figures are from the first assignment.
+their fold, by kind (rluf.reward.counterfactuals); --skip-prompt-fit saves reading these rows. --splits N repeats with N
+random fold assignments; `by_split` shows how far the figure depends on them, and all other figures are from the first
+assignment.
+
+If the log has responses without a reaction (reader convai2_sparse), they count as not loved, which is how P[Love] is
+defined; `among_reacted` is the AUROC on the other rows. --unreacted N samples N of them and weights them accordingly.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import itertools
 import json
 import logging
 import os
+import random
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -49,10 +54,14 @@ from rluf.reward.metrics import compute_accuracy_interval, compute_auroc_interva
 from rluf.reward.text import TextEncoder
 from rluf.reward.trainer import EncodedSplit, RewardModelTrainer, TrainPlan, encode_split
 from rluf.utils.paths import resolve_cache_folder
-from rluf.utils.stats import Floats
+from rluf.utils.stats import Floats, fit_logistic
 
 logger = logging.getLogger("human")
 
+SAVED_PART_ROWS = 500
+"""Rows whose features are saved at once."""
+TURN_INVERSE_STRENGTH = 10.0
+"""Inverse regularization strength of the effect of the turn: two or three coefficients need hardly any."""
 DATA_KIND_BY_OBJECTIVE = {"love": "feedback", "helpfulness": "preferences", "safety": "safety"}
 
 
@@ -70,6 +79,41 @@ def read_raw_rows(settings: Settings, objective: str) -> list[dict[str, Any]]:
     if kind == "feedback":
         rows = [{**row, "label": int(row["reaction"] == "love")} for row in rows]
     return [row for row in rows if row["messages"][-1]["role"] == "user"]
+
+
+def sample_unreacted_rows(rows: list[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
+    """All rows with a reaction, and `count` of the others, each with the weight of the rows that it stands for."""
+    unreacted = [index for index, row in enumerate(rows) if row.get("reaction") is None]
+    if count >= len(unreacted):
+        return rows
+    sampled = set(random.Random(seed).sample(unreacted, count))
+    weight = len(unreacted) / count
+    return [
+        {**row, "weight": weight} if index in sampled else row
+        for index, row in enumerate(rows)
+        if index in sampled or row.get("reaction") is not None
+    ]
+
+
+def measure_with_turn(
+    records: Sequence[Mapping[str, Any]], rows: EncodedSplit, logits: Floats, folds: NDArray[np.int64]
+) -> dict[str, Any]:
+    """AUROC of P[Love] with the propensity to react at this turn of the conversation, and of the turn alone.
+
+    The turn is the same for all responses that could be served there, so it never decides between two of them. Its
+    effect and the weight of the text's logit are fitted on the other folds.
+    """
+    turns = np.asarray([float(record["turn"]) for record in records])
+    turn_columns = np.stack([np.log1p(turns), turns == 0], axis=1)
+    metrics: dict[str, Any] = {}
+    for name, design in (("turn_only", turn_columns), ("with_turn", np.column_stack([logits, turn_columns]))):
+        predicted = np.zeros(len(logits))
+        for fold in np.unique(folds):
+            train = folds != fold
+            solution = fit_logistic(design[train], rows.labels[train], rows.weights[train], TURN_INVERSE_STRENGTH)
+            predicted[~train] = design[~train] @ solution[:-1] + solution[-1]
+        metrics[name] = compute_auroc_interval(predicted, rows.labels, rows.weights, rows.clusters)
+    return metrics
 
 
 def compute_member_features(
@@ -124,20 +168,20 @@ def load_or_compute_features(
     if path.is_file():
         stored = np.load(path)
         index_by_key, stored_features = {str(key): index for index, key in enumerate(stored["keys"])}, stored["values"]
-    missing_rows = {key: row_index for row_index, key in enumerate(keys) if key not in index_by_key}
-    if missing_rows:
-        missing_split = replace(rows, sequences=[rows.sequences[row_index] for row_index in missing_rows.values()])
-        logger.info("%s: reading %d rows, %d tokens or fewer", name, len(missing_rows), missing_split.token_count)
-        model.to(getattr(torch, settings.reward_dtype))
-        plan = TrainPlan(epochs=0, batch_rows=1, batch_tokens=4096, seed=settings.seed)
-        new_features = (
-            RewardModelTrainer(model, encoder, plan)
-            .compute_features(missing_split, depths if len(depths) > 1 else ())
-            .astype(np.float32)
-        )
+    row_by_missing_key = {key: row_index for row_index, key in enumerate(keys) if key not in index_by_key}
+    missing_keys = list(row_by_missing_key)
+    model.to(getattr(torch, settings.reward_dtype))
+    plan = TrainPlan(epochs=0, batch_rows=1, batch_tokens=4096, seed=settings.seed)
+    trainer = RewardModelTrainer(model, encoder, plan)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In parts, so that a run that was ended resumes; in the order of the log, so that conversations share their passes.
+    for start in range(0, len(missing_keys), SAVED_PART_ROWS):
+        part_keys = missing_keys[start : start + SAVED_PART_ROWS]
+        logger.info("%s: reading rows %d to %d of %d", name, start, start + len(part_keys), len(missing_keys))
+        part = replace(rows, sequences=[rows.sequences[row_by_missing_key[key]] for key in part_keys])
+        new_features = trainer.compute_features(part, depths if len(depths) > 1 else ()).astype(np.float32)
         stored_features = np.concatenate([stored_features, new_features], axis=1) if index_by_key else new_features
-        index_by_key |= {key: len(index_by_key) + index for index, key in enumerate(missing_rows)}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        index_by_key |= {key: len(index_by_key) + index for index, key in enumerate(part_keys)}
         with path.with_suffix(".part").open("wb") as file:
             np.savez(file, keys=np.asarray(list(index_by_key)), values=stored_features)
         path.with_suffix(".part").rename(path)
@@ -326,6 +370,8 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--folds", type=int, default=5)
     parser.add_argument("--splits", type=int, default=1)
+    parser.add_argument("--unreacted", type=int, default=1_000_000)
+    parser.add_argument("--skip-prompt-fit", action="store_true")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
@@ -335,13 +381,14 @@ def main() -> None:
     settings = load_settings(args.config, args.overrides).settings
     # Exactly one objective: the folds and the figures are those of a single head.
     (objective,) = settings.reward.objectives
-    records = read_raw_rows(settings, objective)
+    records = sample_unreacted_rows(read_raw_rows(settings, objective), args.unreacted, settings.seed)
     logger.info("%d rows", len(records))
     debias = settings.reward.by_objective[objective].debias
     is_pairwise = settings.reward.by_objective[objective].loss == "bradley_terry"
     copies: list[Mapping[str, Any]] = []
     counterfactuals: list[Counterfactual] = []
-    if should_measure_prompt_fit(objective, is_pairwise=is_pairwise, debias=debias):
+    needs_copies = should_measure_prompt_fit(objective, is_pairwise=is_pairwise, debias=debias)
+    if needs_copies and not args.skip_prompt_fit:
         copies, counterfactuals = make_training_copies(records, is_pairwise=is_pairwise, seed=settings.seed)
     member_features, all_rows = compute_member_features(settings, objective, [*records, *copies])
     sources = np.asarray([copy.source_index for copy in counterfactuals], dtype=np.int64)
@@ -354,6 +401,9 @@ def main() -> None:
     ]
     metrics_by_split = [compute_metrics(records, rows, logits) for _, logits in logits_by_split]
     del metrics_by_split[0]["reliability"]
+    if "among_reacted" in metrics_by_split[0]:
+        folds = assign_folds(rows.clusters, args.folds, seed=settings.seed)
+        metrics_by_split[0] |= measure_with_turn(records, rows, logits_by_split[0][1], folds)
     report = {
         "benchmark": "human",
         "objective": objective,

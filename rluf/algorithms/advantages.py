@@ -412,6 +412,7 @@ def apply_judge_gate(estimator: AdvantageEstimator, inputs: AdvantageInputs) -> 
     group in which all fail or all pass has no penalty.
     """
     passing = [[index for index, passed in enumerate(flags) if passed] for flags in inputs.passed_judges]
+    # Estimators average over a group, and one without a passing response has no average.
     groups = [index for index, samples in enumerate(passing) if samples]
 
     def select(values: Sequence[Sequence[Any]]) -> list[list[Any]]:
@@ -434,6 +435,7 @@ def apply_judge_gate(estimator: AdvantageEstimator, inputs: AdvantageInputs) -> 
             for sample, value in zip(passing[group], values, strict=True):
                 sample_advantages[group][sample] = value
     for group_advantages, flags in zip(sample_advantages, inputs.passed_judges, strict=True):
+        # Centered on the share of failures: the penalties of a group add up to zero, so the gate moves no mean.
         failed_share = 1.0 - fmean(map(float, flags))
         for index, passed in enumerate(flags):
             group_advantages[index] -= GATE_PENALTY * ((not passed) - failed_share)

@@ -311,8 +311,10 @@ def compute_importance_weights(
         mean_log_ratio = average_by_sequence(log_ratio, sequence_index)
         if correction == "geometric":
             return torch.exp(mean_log_ratio).clamp(max=ratio_cap)
+        # The mean over the response decides: one rare token must not mask all of a long response.
         is_near = mean_log_ratio.abs() <= math.log(GEOMETRIC_CAP)
         return torch.where(is_near, torch.exp(log_ratio).clamp(max=ratio_cap), torch.zeros_like(log_ratio))
+    # The product of hundreds of ratios may overflow to inf, which the cap bounds and the mask removes.
     sequence_ratio = torch.exp(sum_by_sequence(log_ratio, sequence_index))
     if correction == "sequence":
         return sequence_ratio.clamp(max=ratio_cap)

@@ -215,10 +215,12 @@ def pack_micro_batch(
     builder = _PackedBatchBuilder()
     for group_index, sample_indices in samples_by_group.items():
         samples = groups[group_index].samples
+        # Once per group: the responses share the positions of the prompt, and attention separates them.
         builder.add_prompt(samples[sample_indices[0]].prompt_ids)
         for sample_index in sample_indices:
             sample = samples[sample_index]
             length = len(sample.response_ids)
+            # NaN, not 0, which would be the log-probability of a certain token.
             rollout_logprobs = sample.rollout_logprobs or (math.nan,) * length
             if len(rollout_logprobs) != length:
                 raise ValueError(

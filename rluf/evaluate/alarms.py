@@ -90,6 +90,7 @@ class TrainingAlarms:
     def add_step(self, step: int, samples: Sequence[MonitorSample]) -> list[MonitorAlarm] | None:
         """Add the replies of a step (counted from 1); alarms if a check is due, else None."""
         self.unchecked_replies += len(samples)
+        # All replies since the last check, up to the maximum; the samples of one step stay together.
         size = max(MIN_WINDOW_REPLIES, min(self.unchecked_replies, MAX_WINDOW_REPLIES), len(samples))
         self.window = [*self.window, *samples][-size:]
         # Check number c is due at step c * total / count, so a run has exactly check_count of them.
@@ -101,6 +102,7 @@ class TrainingAlarms:
             self.base_samples,
             self.window,
             false_alarm_rate=FALSE_ALARM_RATE / self.check_count,
+            # The base policy answered other prompts, so whole prompts are exchanged.
             within_prompts=False,
         )
         return [_make_alarm(name, result) for name, result in results.items() if result.is_alarm]

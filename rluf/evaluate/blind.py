@@ -50,9 +50,11 @@ def build_pairs(
             texts.setdefault(answer.prompt_id, {}).setdefault(answer.arm, []).append(answer)
     pairs: list[dict[str, Any]] = []
     key: list[dict[str, Any]] = []
+    # Sorted, since the order of the file must not change which pairs a seed selects.
     prompt_ids = sorted(prompt_id for prompt_id, arms in texts.items() if len(arms) == 2)
     for index in rng.permutation(len(prompt_ids)):
         arms = texts[prompt_ids[index]]
+        # Sampled before the checks below, so that a left-out prompt does not change the sides of later pairs.
         base, aligned = (arms[arm][rng.integers(len(arms[arm]))] for arm in (BASE_ARM, ALIGNED_ARM))
         ordered = [base, aligned] if rng.random() < 0.5 else [aligned, base]
         if base.text.strip() == aligned.text.strip() or len(pairs) == pair_count:

@@ -72,15 +72,6 @@ def find_recurring_phrases(
     return FeatureTable(occurs[:, list(columns)].toarray(), tuple(str(names[k]) for k in columns))
 
 
-def find_commonest_opening(texts: Sequence[str]) -> tuple[str, float]:
-    """The commonest first two tokens of the texts, and the share of texts that begin with them."""
-    openings = [opening for text in texts for opening in list_opening(text)]
-    if not openings:
-        return "", 0.0
-    names, counts = np.unique(openings, return_counts=True)
-    return str(names[counts.argmax()]), float(counts.max() / len(texts))
-
-
 def measure_similarity(texts: Sequence[str], prompt_index: NDArray[np.intp]) -> Floats:
     """Mean cosine [N] of each reply with the replies to other prompts, by tf-idf; nan for a single prompt."""
     vectors, sizes = _compute_tfidf(texts), np.bincount(prompt_index)
@@ -88,6 +79,7 @@ def measure_similarity(texts: Sequence[str], prompt_index: NDArray[np.intp]) -> 
         return np.full(len(texts), np.nan)
     membership = sparse.csr_matrix((np.ones(len(texts)), (prompt_index, np.arange(len(texts)))))
     prompt_sums = membership @ vectors
+    # Products within a prompt, including that of a reply with itself, are no similarity to other prompts.
     same_prompt = _compute_row_products(vectors, prompt_sums[prompt_index])
     return (_sum_products(vectors, prompt_sums) - same_prompt) / (len(texts) - sizes[prompt_index])
 
@@ -113,6 +105,7 @@ def _compute_tfidf(texts: Sequence[str]) -> sparse.csr_matrix:
 
 def _sum_products(vectors: sparse.csr_matrix, others: sparse.csr_matrix) -> Floats:
     """Sum of the products of each vector with all of the others [N]."""
+    # One product with the sum, not one per pair: memory stays linear in the number of replies.
     return np.asarray(vectors @ np.asarray(others.sum(axis=0)).T).ravel()
 
 

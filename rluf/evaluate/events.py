@@ -93,6 +93,11 @@ def read_event_log(
     source_path = paths[0]
     arm_column = arm_column or next((name for name in DEFAULT_ARM_COLUMNS if _has_values(columns, name)), "arm")
     arms = parse_texts(columns[arm_column], ColumnSource(source_path, arm_column))
+    notes: list[str] = []
+    has_arm = np.array([arm is not None for arm in arms], dtype=bool)
+    if arm_column == "arm" and any(path.is_dir() for path in paths) and not has_arm.all():
+        notes.append(f"{int((~has_arm).sum())} rows without an arm are left out: chats that named their model")
+        arms = ["" if arm is None else arm for arm in arms]
     for column in ("time", arm_column):
         missing_count = sum(value is None for value in (arms if column == arm_column else columns[column]))
         if missing_count:
@@ -103,9 +108,8 @@ def read_event_log(
     user_ids = parse_texts(columns["user_id"], ColumnSource(source_path, "user_id"))
     has_user = _select_rows_with_user(user_ids, source_path)
     times = parse_times(columns["time"], ColumnSource(source_path, "time"))
-    notes: list[str] = []
     is_first = _select_first_rows(columns, user_ids, arms, times, source_path, notes)
-    rows = np.flatnonzero(has_user & is_first)
+    rows = np.flatnonzero(has_user & has_arm & is_first)
     # A stable sort keeps rows of equal time in file order, so results do not depend on the sort algorithm.
     rows = rows[np.argsort(times[rows], kind="stable")]
     user_index, user_names = _encode_values([user_ids[row] for row in rows])

@@ -59,12 +59,12 @@ def format_gate_rule(specs: Iterable[ObjectiveSpec], margin: float) -> str:
     holding = [spec.name for spec in specs if spec.gate == "must_hold"]
     clauses = []
     if rising:
-        clauses.append(f"the interval of {_join_names(rising)} must be above zero")
+        clauses.append(f"{_join_names(rising)} must rise (95% interval above zero)")
     if holding:
-        clauses.append(f"that of {_join_names(holding)} above a fall of {margin:.0%}")
+        clauses.append(f"{_join_names(holding)} must not fall by {margin:.0%}")
     return (
-        f"{', '.join(clauses)}; entirely below the limit fails, anything else is undecided; a monitor alarm fails; "
-        f"with more than {MAX_TRUNCATED_SHARE:.0%} of the responses cut at the token limit nothing passes"
+        f"{', '.join(clauses)}; an interval below its limit fails, one that includes it is undecided; a monitor alarm "
+        f"fails; no run passes with more than {MAX_TRUNCATED_SHARE:.0%} of its responses cut at the token limit"
     )
 
 

@@ -205,6 +205,7 @@ def read_off_policy_log(data: Path, scores: Path | None, policy: Path | None = N
         )
         target_logprobs = np.array([score_by_id.get(row_id, np.nan) for row_id in rows["id"]])
     log_ratios = target_logprobs - parse_numbers(rows["response_logprob"], ColumnSource(data, "response_logprob"))
+    # Rows without a user cannot be clustered, and impressions of one user are not independent.
     is_used = np.isfinite(log_ratios) & np.array([user is not None for user in rows["user_id"]], dtype=bool)
     if not is_used.any():
         raise DataError(

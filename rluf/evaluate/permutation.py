@@ -55,11 +55,13 @@ class PermutationTest:
         observed = np.maximum.reduceat(template @ columns, block_starts) - 1e-3
         reached, permutation_count = np.zeros(len(block_starts), dtype=np.int64), 0
         while permutation_count * smallest_level < EXCEEDANCES and (reached <= EXCEEDANCES).any():
+            # Random keys in [0, 1) plus the number of the stratum sort by stratum, and at random within one.
             random_order = np.argsort(rng.random((CHUNK_PERMUTATIONS, len(order))) + strata, axis=1)
             labels = np.empty(random_order.shape, dtype=np.float32)
             np.put_along_axis(labels, random_order, np.broadcast_to(template, labels.shape), axis=1)
             reached += (np.maximum.reduceat(labels @ columns, block_starts, axis=1) >= observed).sum(axis=0)
             permutation_count += CHUNK_PERMUTATIONS
+        # The observed labels are one of the permutations, so a p-value is never 0 (Phipson, Smyth 2010).
         return np.asarray((1.0 + reached) / (1.0 + permutation_count), dtype=np.float64)
 
 

@@ -56,6 +56,7 @@ def estimate_quantile_effect(
 
 def _combine_limits(limits: list[tuple[float, float, float]]) -> tuple[float, float]:
     (q0, low0, high0), (q1, low1, high1) = limits
+    # Limits of a difference from those of its parts, which need not be symmetric (MOVER; Zou, Donner 2008).
     difference = q1 - q0
     return (
         difference - float(np.hypot(q1 - low1, high0 - q0)),
@@ -72,6 +73,8 @@ def _sum_below(values: Floats, users: Ints, threshold: float) -> UserTotals:
 def _compute_woodruff_limits(
     values: Floats, users: Ints, level: float, confidence: float
 ) -> tuple[float, float, float]:
+    # Woodruff (1952): the interval of the share below the quantile, mapped back to values by the quantile function.
+    # It needs no density estimate, and the share may be clustered by user.
     quantile = float(np.quantile(values, level))
     shares = _sum_below(values, users, quantile).linearize()
     margin = float(stats.t.ppf(0.5 + confidence / 2.0, len(shares) - 1)) * float(

@@ -79,6 +79,7 @@ def _estimate_groups(
         totals = [_sum_rows(values, events.user_index, rows & mask) for mask in masks]
         user_counts = [total.user_count for total in totals]
         group: dict[str, Any] = {"group": name, "users": user_counts}
+        # A standard error from a few users is itself noise and would get a weight in the pooled mean.
         if min(user_counts) >= MIN_SEGMENT_USERS:
             effect = estimate_ratio_effect(totals[0], totals[1])
             if float(effect.error) > 0.0:
@@ -110,6 +111,7 @@ def shrink_groups(groups: Sequence[dict[str, Any]], *, alpha: float) -> dict[str
     fixed_mean = float((weights * difference).sum() / weights.sum())
     q = float((weights * (difference - fixed_mean) ** 2).sum())
     df = len(estimated) - 1
+    # Method of moments (DerSimonian, Laird 1986): the part of Q beyond what errors alone would give.
     between = max(0.0, (q - df) / float(weights.sum() - np.square(weights).sum() / weights.sum()))
     total_weights = 1.0 / (error**2 + between)
     mean = float((total_weights * difference).sum() / total_weights.sum())

@@ -116,6 +116,7 @@ def compare_arms(base: ArmValues, aligned: ArmValues) -> PolicyComparison:
     mean_change = means[1] - means[0]
     lift, log_parts = None, None
     if min(means) > 0.0:
+        # On the log scale, where a ratio is closer to normal and its interval cannot fall below -100%.
         log_parts = clusters.estimate_variance(influences[1] / means[1] - influences[0] / means[0])
         log_margin = log_parts.t_quantile * math.sqrt(log_parts.total) - math.log1p(-exact_error)
         log_ratio = math.log(means[1] / means[0])

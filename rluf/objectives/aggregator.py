@@ -122,6 +122,7 @@ def _sum_within_squares(rows: Sequence[Sequence[float]]) -> tuple[float, int]:
         # The mean of equal floats can differ from them in the last bit.
         if row and min(row) < max(row):
             squares += pstdev(row) ** 2 * len(row)
+    # One degree of freedom is lost to the mean of each prompt.
     return squares, sum(len(row) - 1 for row in rows if row)
 
 

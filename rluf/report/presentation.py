@@ -272,6 +272,7 @@ def monitor_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _has_improved(monitor: Mapping[str, Any]) -> bool:
     """Whether the change goes in the good direction, in which the one-sided test gives p = 1 however large it is."""
+    # Summaries of earlier releases do not say which direction is worse.
     sign = {"up": 1.0, "down": -1.0, None: 0.0}[monitor.get("worse")]
     return bool(sign * monitor["z"] < -0.05)
 

@@ -5,10 +5,12 @@ reloads the settings on SIGHUP. On a Ray cluster it deploys and exits; run it ag
 failed request.
 
     python -m rluf.serve --config configs/serve.yaml
+    python -m rluf.serve --config configs/serve.yaml --forget USER    # while the service is stopped
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import signal
 from collections.abc import Callable, Sequence
@@ -16,7 +18,7 @@ from pathlib import Path
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
-from rluf.config.cli import parse_command_line, run_command
+from rluf.config.cli import CommandOptions, parse_command_line, run_command
 from rluf.errors import RlufError
 
 if TYPE_CHECKING:
@@ -25,6 +27,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger("rluf.serve")
 SHUTDOWN_GRACE_S = 10.0
 """Extra seconds beyond timeouts.serve_request_s for a shutdown call, which itself waits that long for requests."""
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--forget", action="append", default=[], metavar="USER", help="erase a user from the log; exit")
+
+
+COMMAND_OPTIONS = CommandOptions(_add_options)
 
 
 def resolve_reward_folders(settings: Settings) -> dict[str, Path | None]:
@@ -57,7 +66,7 @@ def reload_settings(arguments: Sequence[str] | None) -> None:
     """Read the settings again and update the service; on an error the service stays as it is."""
     logger.info("service: SIGHUP, reloading the settings")
     try:
-        start_service(parse_command_line("rluf.serve", __doc__ or "", arguments).settings)
+        start_service(parse_command_line("rluf.serve", __doc__ or "", arguments, COMMAND_OPTIONS).settings)
     except (RlufError, SystemExit) as error:
         logger.error("service: reload failed, nothing changed: %s", error)
 
@@ -113,14 +122,19 @@ def wait_for_result(deployment_response: Any, timeout_s: float, skipped_work: st
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code; user errors are one message on stderr (rluf.config.cli.run_command)."""
-    settings = parse_command_line("rluf.serve", __doc__ or "", arguments).settings
+    loaded = parse_command_line("rluf.serve", __doc__ or "", arguments, COMMAND_OPTIONS)
+    settings, forgotten_users = loaded.settings, loaded.options.forget
 
     def run_service() -> None:
         from cluster.connect import ray_connection
-        from rluf.serve.application import check_secrets, is_local_ray
+        from rluf.serve.application import check_secrets, erase_users, is_local_ray
         from rluf.tracking.console import setup_logging
 
         setup_logging()
+        if forgotten_users:
+            counts = erase_users(settings, forgotten_users)
+            logger.info("feedback log: erased %s", " ".join(f"{kind}={count}" for kind, count in counts.items()))
+            return
         check_secrets(settings)
         with ray_connection():
             handle = start_service(settings)

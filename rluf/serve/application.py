@@ -12,7 +12,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 
 from cluster.placement import actor_environment
 from rluf.config.load import load_settings
-from rluf.errors import ModelError, ResourceError, SettingsError
+from rluf.errors import DataError, ModelError, ResourceError, SettingsError
 from rluf.reward.calibration import Calibration
 from rluf.reward.text import SCORING_BATCH_TOKENS
 from rluf.serve.batching import MAX_QUEUED_RESPONSES
@@ -43,8 +43,15 @@ from rluf.serve.middleware import (
     read_access_tokens,
 )
 from rluf.serve.policy_deployment import ENGINE_SETTING_KEYS, PolicyDeployment
+from rluf.serve.store import FeedbackStore
 from rluf.utils.cache import compute_artifact_key, hash_files, hash_source_code
-from rluf.utils.hashing import LEGACY_SERVE_SALT_VARIABLE, USER_SALT_VARIABLE, read_user_salt
+from rluf.utils.hashing import (
+    LEGACY_SERVE_SALT_VARIABLE,
+    USER_SALT_VARIABLE,
+    hash_user_id,
+    list_user_id_forms,
+    read_user_salt,
+)
 from rluf.utils.paths import resolve_runs_root
 
 if TYPE_CHECKING:
@@ -123,6 +130,27 @@ def load_or_create_salt(settings: Settings) -> bytes:
         with os.fdopen(os.open(salt_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
             stream.write(secrets.token_hex(16))
     return salt_file.read_bytes()
+
+
+def erase_users(settings: Settings, user_ids: Sequence[str]) -> dict[str, int]:
+    """Remove users from the feedback store of a service that does not run; returns the removed rows by kind.
+
+    Raises DataError when none of the users has a row, ResourceError while the service has the store open.
+    """
+    salt = load_or_create_salt(settings)
+    id_forms = [form for user in user_ids for form in (*list_user_id_forms(user), hash_user_id(user, salt))]
+    store = FeedbackStore(get_feedback_root(settings), get_log_folder(settings), reaction_window_s=0)
+    store.start()
+    try:
+        counts = store.erase_users(id_forms)
+    finally:
+        store.close()
+    if not counts["rows"]:
+        raise DataError(
+            f"none of {len(user_ids)} users has a row in {store.root}; give ids as in the chat requests, and set "
+            f"{USER_SALT_VARIABLE} to the salt of the service"
+        )
+    return counts
 
 
 def build_scorer_config(settings: Settings, reward_folders: Mapping[str, Path | None]) -> dict[str, Any]:

@@ -20,11 +20,12 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from itertools import chain, groupby
+from itertools import chain, combinations, groupby
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
@@ -211,6 +212,61 @@ class FeedbackStore:
                 replaced_count += len(group)
         self._merged_until = last_day
         return replaced_count
+
+    def erase_users(self, id_forms: Sequence[str]) -> dict[str, int]:
+        """Remove the rows of users from the files and the database, with their late reactions and choices.
+
+        `id_forms` has every form of each user's id. Returns the number of removed rows by kind. The files are read
+        back; raises DataError when a row of these users is left. Safe to repeat after a crash.
+        """
+        connection, id_array = self._require_open(), pa.array(sorted(set(id_forms)), pa.string())
+        connection.create_function("is_erased_user", 1, set(id_forms).__contains__)
+        row_ids = {
+            row_id
+            for (row_id,) in connection.execute(
+                "SELECT id FROM rows WHERE record IS NOT NULL AND is_erased_user(json_extract(record, '$.user_id'))"
+            )
+        }
+        row_files = [path for path in self._list_files() if not is_in_hidden_folder(path)]
+        for path in row_files:
+            table = self._read_table(path, columns=["id", "user_id"])
+            row_ids.update(table.filter(pc.is_in(table["user_id"], id_array))["id"].to_pylist())
+        choice_ids = {PreferenceEvent(*pair).id for pair in combinations(sorted(row_ids), 2)}
+        counts = {"rows": len(row_ids), "reactions": 0, "preferences": 0}
+        for path in self._list_files():
+            kind = path.partition("/")[0]
+            column = "response_id" if kind == REACTIONS_FOLDER else "id"
+            table = self._read_table(path)
+            erased_ids = choice_ids if kind == PREFERENCES_FOLDER else row_ids
+            remaining = table.filter(pc.invert(pc.is_in(table[column], pa.array(sorted(erased_ids), pa.string()))))
+            if remaining.num_rows == table.num_rows:
+                continue
+            if kind in (REACTIONS_FOLDER, PREFERENCES_FOLDER):
+                counts[kind.strip("_")] += table.num_rows - remaining.num_rows
+            if remaining.num_rows:
+                self._write_parquet(path, [remaining])
+            else:
+                self._delete_files([path])
+        for path in self._list_files():
+            if not is_in_hidden_folder(path):
+                table = self._read_table(path, columns=["user_id"])
+                if pc.any(pc.is_in(table["user_id"], id_array)).as_py():
+                    raise DataError(f"{self.root}/{path} still has rows of the erased users; check the disk and repeat")
+        # Deleted pages are overwritten, then the file is rebuilt without them.
+        connection.execute("PRAGMA secure_delete = ON")
+        with connection:
+            by_row, by_choice = ([(row_id,) for row_id in sorted(ids)] for ids in (row_ids, choice_ids))
+            connection.executemany("DELETE FROM rows WHERE id = ?", by_row)
+            # What had settled was counted in its files.
+            for kind, statement, ids in (
+                ("reactions", "DELETE FROM late_reactions WHERE json_extract(record, '$.response_id') = ?", by_row),
+                ("preferences", "DELETE FROM preferences WHERE id = ? AND record IS NOT NULL", by_choice),
+            ):
+                counts[kind] += max(connection.executemany(statement, ids).rowcount, 0)
+            connection.executemany("DELETE FROM preferences WHERE id = ?", by_choice)
+        connection.execute("VACUUM")
+        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        return counts
 
     def close(self) -> None:
         """Close the database, which releases its lock; open rows stay in it for the next start."""

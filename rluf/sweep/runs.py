@@ -138,6 +138,7 @@ def build_run_overrides(
     swept_keys = {override.partition("=")[0] for override in grid_point.grid_overrides}
     if grid_point.love_weight is not None:
         weights = settings.objectives
+        # Helpfulness absorbs the difference: the sum stays constant, so a weight stays a share of the reward.
         helpfulness_weight = max(0.0, weights.love.weight + weights.helpfulness.weight - grid_point.love_weight)
         point_overrides = {
             "objectives.love.weight": grid_point.love_weight, "objectives.helpfulness.weight": helpfulness_weight
@@ -205,6 +206,7 @@ def _run_training(command: Sequence[str], working_folder: Path, ray_address: str
         try:
             return {"failed": float(training_process.wait() != 0)}
         finally:
+            # Ray ends a stopped trial by an exception here; without this the job would continue as an orphan.
             if training_process.poll() is None:
                 training_process.terminate()
 

@@ -64,6 +64,7 @@ class PluginTracker:
         create_tracker = load_tracker(reference)
         # Any exception: what a tracker of the user's may raise is unknown, and none may end the run.
         self._background_caller = BackgroundCaller(f"tracker {reference}", (Exception,))
+        # A list that the background thread fills: a constructor may wait for a server, and the run must not.
         self._trackers: list[Tracker] = []
         self._background_caller.submit("start", lambda: self._trackers.append(create_tracker(settings, run_folder)))
 

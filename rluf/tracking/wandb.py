@@ -149,6 +149,7 @@ class WandbTracker:
                     np_histogram=np.histogram(np.asarray(values), bins=HISTOGRAM_BINS)
                 )
                 for name, values in (sample_values or {}).items()
+                # numpy raises on a histogram of NaN, which would end the tracking of the run.
                 if len(values) and all(map(math.isfinite, values))
             }
             run.log({**wandb_row, **wandb_histograms})

@@ -66,6 +66,8 @@ def atomic_folder(path: Path, subject: str = "the policy") -> Iterator[Path]:
     try:
         temporary_folder.mkdir(parents=True)
         yield temporary_folder
+        # Files are synced before their folder and the folder before its name, so that after a crash the name never
+        # points to missing content.
         file_mode = temporary_folder.stat().st_mode & 0o666
         for file in (p for p in temporary_folder.rglob("*") if p.is_file()):
             file.chmod(file_mode)
@@ -107,6 +109,7 @@ def file_lock(path: Path, wait_message: str = "") -> Iterator[None]:
 
 def try_lock(path: Path) -> IO[str] | None:
     """The open file `path` with an exclusive lock, or None if another process has the lock. Close it to unlock."""
+    # Append mode creates the file without emptying one that another process has written.
     file = path.open("a")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

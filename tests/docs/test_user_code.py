@@ -97,3 +97,11 @@ def test_the_programs_for_trl_use_names_that_it_has() -> None:
             if name in ("GRPOTrainer", "GRPOConfig"):
                 parameters: Any = inspect.signature(getattr(trl, name)).parameters
                 assert {keyword.arg for keyword in call.keywords} <= set(parameters), (task, name)
+
+
+def test_every_task_of_the_page_names_a_test_that_exists() -> None:
+    references = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PAGE)
+    assert len(references) >= 19
+    for path, name in references:
+        source = (Path(__file__).parents[2] / path).read_text("utf-8")
+        assert re.search(rf"^(?:async )?def {name}\(", source, re.MULTILINE), f"{path}::{name}"

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from rluf.evaluate.collapse import (
-    find_commonest_opening,
     find_recurring_phrases,
     list_opening,
     list_phrases,
@@ -26,8 +25,6 @@ def test_openings_and_endings_are_phrases() -> None:
     assert list_phrases("Take care!") == ["^ take care", "take care $"]
     assert list_opening("I’m glad you asked") == ["i'm glad"]
     assert list_opening("Yes.") == []
-    assert find_commonest_opening(["I'm glad.", "I’m glad too", "No, sir", "Yes"]) == ("i'm glad", 0.5)
-    assert find_commonest_opening(["", "Yes"]) == ("", 0.0)
 
 
 def test_a_phrase_must_recur_under_different_prompts() -> None:

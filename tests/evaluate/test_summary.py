@@ -191,7 +191,7 @@ def test_an_objective_that_users_do_not_judge_is_gated_on_its_own_scores(user_co
     assert (checks["brevity"]["gate"], checks["brevity"]["judged_by"]) == ("must_hold", "reward models")
     assert checks["love"]["judged_by"] == ("simulated users" if user_count else "reward models")
     assert (summary["gates"]["verdict"], checks["brevity"]["status"]) == ("fail", "fail")
-    assert "that of helpfulness, safety and brevity above a fall of 5%" in summary["gates"]["rule"]
+    assert "helpfulness, safety and brevity must not fall by 5%" in summary["gates"]["rule"]
     assert "brevity" in summary["offline"] and "brevity" not in summary
     assert report_headline(summary).endswith("the brevity score fell by more than 5%.")
     cards = {card["key"]: card for card in measure_cards(summary)}

@@ -11,7 +11,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from human import measure_by_source
+from human import measure_by_source, measure_with_turn, sample_unreacted_rows
+
+from rluf.reward.linear_probe import assign_folds
+from rluf.reward.trainer import EncodedSplit
 
 PAIRS_PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "short_right_pairs.jsonl"
 
@@ -40,3 +43,25 @@ def test_the_short_answer_is_chosen_in_each_of_the_sixty_pairs() -> None:
     pairs = [json.loads(line) for line in PAIRS_PATH.read_text("utf-8").splitlines()]
     assert len({pair["messages"][0]["content"] for pair in pairs}) == len(pairs) == 60
     assert all(2 * len(pair["chosen"]) < len(pair["rejected"]) for pair in pairs)
+
+
+def test_sampled_rows_without_a_reaction_stand_for_all_of_them() -> None:
+    rows = [{"id": n, "reaction": "love" if n % 10 == 0 else None, "weight": 1.0} for n in range(100)]
+    sampled = sample_unreacted_rows(rows, 30, seed=1)
+    assert sum(row["reaction"] == "love" for row in sampled) == 10
+    assert sum(row["weight"] for row in sampled) == pytest.approx(100)
+    assert sample_unreacted_rows(rows, 90, seed=1) == rows
+
+
+@pytest.mark.parametrize(("turn_effect", "text_effect"), [(2.0, 0.0), (0.0, 2.0), (2.0, 2.0)])
+def test_the_turn_counts_as_far_as_it_explains_love(turn_effect: float, text_effect: float) -> None:
+    rng = np.random.default_rng(0)
+    turns, logits = rng.integers(0, 8, 2000), rng.normal(size=2000)
+    log_odds = text_effect * logits - turn_effect * (np.log1p(turns) - 1.3) - 1
+    labels = (rng.random(2000) < 1 / (1 + np.exp(-log_odds))).astype(float)
+    clusters = [str(row // 10) for row in range(2000)]
+    rows = EncodedSplit(False, [], labels, np.ones(2000), clusters, np.ones(2000))
+    records = [{"turn": int(turn)} for turn in turns]
+    metrics = measure_with_turn(records, rows, logits, assign_folds(clusters, 5))
+    assert (metrics["turn_only"]["mean"] > 0.6) == (turn_effect > 0)
+    assert metrics["with_turn"]["mean"] > max(metrics["turn_only"]["mean"] - 0.01, 0.6)

@@ -174,12 +174,12 @@ async def test_a_service_without_a_token_accepts_only_its_own_host_names(http_cl
 
 
 async def test_rate_limit_and_draining_send_retry_after(backend: LocalBackend) -> None:
-    backend.rules = make_rules(requests_per_s=2)
+    backend.rules = make_rules(requests_per_s=0.05)  # slower than any machine that runs this test
     async with httpx.AsyncClient(
         transport=httpx.ASGITransport(make_app(backend)), base_url="http://testserver"
     ) as http_client:
-        responses = [await http_client.post("/v1/score", json=HELLO) for _ in range(12)]
-        assert [response.status_code for response in responses[:4]] == [200] * 4
+        responses = [await http_client.post("/v1/score", json=HELLO) for _ in range(3)]
+        assert responses[0].status_code == 200
         assert assert_error(responses[-1]) == (429, "rate")
         assert int(responses[-1].headers["retry-after"]) >= 1
         backend.is_draining = True

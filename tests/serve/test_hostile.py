@@ -151,8 +151,8 @@ BODIES: dict[str, bytes] = {
 PATH_BODIES: dict[str, tuple[bytes, bytes]] = {
     f"{path} {name}": (path.encode(), body)
     for path in (
-        "/v1/score/batch", "/v1/rank", "/v1/feedback", "/v1/chat/completions", "/score", "/rerank", "/classify",
-        "/predict", "/get_reward", "/v1/moderations",
+        "/v1/score/batch", "/v1/rank", "/v1/feedback", "/v1/preferences", "/v1/chat/completions", "/score", "/rerank",
+        "/classify", "/predict", "/get_reward", "/v1/moderations",
     )
     for name, body in {
         "wrong types": b'{"items":1,"messages":2,"id":3,"query":[4],"inputs":[[1]],"input":{},"documents":[[]],'
@@ -205,6 +205,11 @@ RAW: dict[str, tuple[bytes, set[int]]] = {
     "websocket": (get(b"/", b"Connection: Upgrade", b"Upgrade: websocket", b"Sec-WebSocket-Key: x"), {200, 400, 426}),
     "h2c": (get(b"/", b"Connection: Upgrade, HTTP2-Settings", b"Upgrade: h2c", b"HTTP2-Settings: AAMA"), {200, 400}),
     "expect": (post(GOOD, b"Expect: 200-maybe"), {200, 417}),
+    "wrong traceparent": (get(b"/", b"traceparent: 00-zz-\xff-01", b"tracestate: =,=,;"), {200, 400}),
+    "two traceparents": (get(b"/", *[b"traceparent: 00-" + b"a" * 32 + b"-" + b"b" * 16 + b"-01"] * 2), {200}),
+    "long tracestate": (get(b"/", b"traceparent: " + b"0" * 9_000, b"tracestate: " + b"a=b," * 9_000), {200}),
+    "baggage": (get(b"/", b"baggage: " + b"user=x%0d%0a," * 3_000), {200}),
+    "wrong request id": (get(b"/", b"X-Request-Id: " + b"a b" * 900), {200}),
     "path traversal": (get(b"/../../etc/passwd", AUTHORIZATION), {404, 400}),
     "encoded traversal": (get(b"/%2e%2e/%2e%2e/etc/passwd", AUTHORIZATION), {404}),
     "NUL in path": (get(b"/page.js%00.html", AUTHORIZATION), {404}),
