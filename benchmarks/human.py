@@ -178,8 +178,8 @@ def load_or_compute_features(
     for start in range(0, len(missing_keys), SAVED_PART_ROWS):
         part_keys = missing_keys[start : start + SAVED_PART_ROWS]
         logger.info("%s: reading rows %d to %d of %d", name, start, start + len(part_keys), len(missing_keys))
-        part = replace(rows, sequences=[rows.sequences[row_by_missing_key[key]] for key in part_keys])
-        new_features = trainer.compute_features(part, depths if len(depths) > 1 else ()).astype(np.float32)
+        part_rows = replace(rows, sequences=[rows.sequences[row_by_missing_key[key]] for key in part_keys])
+        new_features = trainer.compute_features(part_rows, depths if len(depths) > 1 else ()).astype(np.float32)
         stored_features = np.concatenate([stored_features, new_features], axis=1) if index_by_key else new_features
         index_by_key |= {key: len(index_by_key) + index for index, key in enumerate(part_keys)}
         with path.with_suffix(".part").open("wb") as file:
