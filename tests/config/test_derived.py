@@ -33,7 +33,7 @@ def test_batch_arithmetic() -> None:
     )
     assert (step.samples_per_step, step.max_sample_tokens, step.max_tokens_per_step) == (40, 256, 10240)
     assert step.micro_batches_per_worker == 5  # 20 samples per learner, 4 of 256 tokens fit into 1024
-    assert step.total_samples == 40 * 14
+    assert step.total_samples == 40 * 12
     assert compute_batch_sizes(settings("rollout.concurrency=16")).rollout_waves == 3
 
 
