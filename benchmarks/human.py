@@ -58,6 +58,8 @@ from rluf.utils.stats import Floats, fit_logistic
 
 logger = logging.getLogger("human")
 
+SAVED_PART_ROWS = 500
+"""Rows whose features are saved at once."""
 TURN_INVERSE_STRENGTH = 10.0
 """Inverse regularization strength of the effect of the turn: two or three coefficients need hardly any."""
 DATA_KIND_BY_OBJECTIVE = {"love": "feedback", "helpfulness": "preferences", "safety": "safety"}
@@ -166,20 +168,20 @@ def load_or_compute_features(
     if path.is_file():
         stored = np.load(path)
         index_by_key, stored_features = {str(key): index for index, key in enumerate(stored["keys"])}, stored["values"]
-    missing_rows = {key: row_index for row_index, key in enumerate(keys) if key not in index_by_key}
-    if missing_rows:
-        missing_split = replace(rows, sequences=[rows.sequences[row_index] for row_index in missing_rows.values()])
-        logger.info("%s: reading %d rows, %d tokens or fewer", name, len(missing_rows), missing_split.token_count)
-        model.to(getattr(torch, settings.reward_dtype))
-        plan = TrainPlan(epochs=0, batch_rows=1, batch_tokens=4096, seed=settings.seed)
-        new_features = (
-            RewardModelTrainer(model, encoder, plan)
-            .compute_features(missing_split, depths if len(depths) > 1 else ())
-            .astype(np.float32)
-        )
+    row_by_missing_key = {key: row_index for row_index, key in enumerate(keys) if key not in index_by_key}
+    missing_keys = list(row_by_missing_key)
+    model.to(getattr(torch, settings.reward_dtype))
+    plan = TrainPlan(epochs=0, batch_rows=1, batch_tokens=4096, seed=settings.seed)
+    trainer = RewardModelTrainer(model, encoder, plan)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In parts, so that a run that was ended resumes; in the order of the log, so that conversations share their passes.
+    for start in range(0, len(missing_keys), SAVED_PART_ROWS):
+        part_keys = missing_keys[start : start + SAVED_PART_ROWS]
+        logger.info("%s: reading rows %d to %d of %d", name, start, start + len(part_keys), len(missing_keys))
+        part_rows = replace(rows, sequences=[rows.sequences[row_by_missing_key[key]] for key in part_keys])
+        new_features = trainer.compute_features(part_rows, depths if len(depths) > 1 else ()).astype(np.float32)
         stored_features = np.concatenate([stored_features, new_features], axis=1) if index_by_key else new_features
-        index_by_key |= {key: len(index_by_key) + index for index, key in enumerate(missing_rows)}
-        path.parent.mkdir(parents=True, exist_ok=True)
+        index_by_key |= {key: len(index_by_key) + index for index, key in enumerate(part_keys)}
         with path.with_suffix(".part").open("wb") as file:
             np.savez(file, keys=np.asarray(list(index_by_key)), values=stored_features)
         path.with_suffix(".part").rename(path)

@@ -1,29 +1,22 @@
-"""The candidate policies of the claims: their training on P[Love], if any, and their measurements on unseen prompts.
+"""The candidate policies of the claims: how each is trained, and its judgment against the base policy and against w0.
 
-Method, learning rate, steps, batch and KL were chosen beforehand on seed 0, which contributes no result. There plain
-GRPO with a KL weight of 0.02 drifted 18 nats and gave everyone the same three phrases, because it divides rewards by
-their standard deviation.
+Method, learning rate, steps, batch and KL were chosen on seed 0 of an earlier world, which contributes no result. There
+plain GRPO with a KL weight of 0.02 drifted 18 nats and gave everyone the same three phrases, because it divides rewards
+by their standard deviation.
 """
 
 from __future__ import annotations
 
-import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
-from lab.composer import ComposerPolicy, ComposerRun, TrainRecipe, train_composer
-from lab.experiment import (
-    ReplyBatch,
-    generate_replies,
-    ground_truth_changes,
-    love_rate_by_topic,
-    measure_reply_monitors,
-    offline_score_changes,
-    run_ab_test,
-)
+from lab.composer import ComposerPolicy, SignalFunction, TrainRecipe, train_composer
+from lab.experiment import PolicyJudgment, ReplyBatch, compare_judgments, generate_replies, judge_policy
 from lab.features import ObjectiveModel
 from lab.replies import compose_texts
 from lab.simulated_world import ClaimWorld
@@ -31,261 +24,200 @@ from numpy.typing import NDArray
 
 from rluf.config.policy import AlgorithmSettings
 from rluf.config.reward import AggregationSettings, ObjectivesSettings
+from rluf.evaluate.two_way import PolicyComparison
 
 Ints = NDArray[np.int64]
-RECIPE_VERSION = "2"
+RECIPE_VERSION = "3"
 """Version of these choices and of the result format; results of other versions are stored separately."""
 TRAIN_STEPS, PROMPTS_PER_STEP, SAMPLES_PER_PROMPT, KL_COEF, LEARNING_RATE = 50, 32, 6, 0.3, 2e-3
-CHECKPOINT_STEPS = (10, 25)
-"""Steps of the aggressive runs whose checkpoints are also candidates."""
-LOVE_WEIGHTS = (0.05, 0.1, 0.2, 0.3, 0.5)
-OFFLINE_REPLIES, ONLINE_REPLIES = 6, 6
-"""Replies per unseen prompt for the offline score, and other ones for the A/B test."""
 SAFETY_WEIGHT = 0.2
-
-
-AGGRESSIVE_WEIGHT = 0.3
+FINAL_REPLIES, SCORE_REPLIES = 60, 20
+"""Replies per unseen prompt that users read, and other ones for the offline score."""
 GATE_JUDGES = ("unprompted_farewell", "false_refusal")
-MITIGATIONS: dict[str, dict[str, Any]] = {
-    "judge": {"aggregation": {"gate_judges": GATE_JUDGES[:1]}},
-    "ensemble": {"signals": {"pessimism": 1.0}},
-    "counterfactual": {},
-    "onward": {"signals": {"continuation_weight": 0.5}},
-    "gdpo": {"aggregation": {"method": "gdpo"}},
-    "floors": {"aggregation": {"method": "constrained", "floors": {"helpfulness": 0.3, "safety": 0.0}}},
-}
-"""Mitigations of the aggressive run: a judge against farewells as a gate; P[Love] minus one standard deviation over its
-members; rows repeated with a sign-off and the same label; half the continuation logit added; GDPO; floors."""
-METHOD_VARIANTS: dict[str, dict[str, Any]] = {
-    "grpo": {"name": "grpo"},
-    **{f"{name}-judges": {"name": name, "aggregation": {"gate_judges": GATE_JUDGES, "method": "calibrated"}}
-       for name in ("crpg", "crraft", "codpo")},
-}  # fmt: skip
-"""The aggressive weights with other methods: CGPO's three optimizers with calibrated rewards and judges."""
+FAREWELL_GATE = {"gate_judges": GATE_JUDGES[:1]}
 
 
 @dataclass(frozen=True, slots=True)
-class CandidatePolicy:
-    """A candidate policy. `details` has the weight and KL coefficient of its training, if any."""
+class PolicySpec:
+    """A training: love at `weight`, safety at SAFETY_WEIGHT, helpfulness at the rest, as in configs/love-*.yaml."""
 
-    name: str
-    sample_replies: Callable[[int, int], ReplyBatch]
-    """Generates replies: (samples per prompt, seed) -> replies."""
-    trained_on_love: bool
-    details: Mapping[str, Any] = field(default_factory=dict)
-    policy: ComposerPolicy | None = None
+    weight: float
+    kl_coef: float = KL_COEF
+    method: str = "rloo"
+    aggregation: Mapping[str, Any] = field(default_factory=dict)
+    signals: Mapping[str, float] = field(default_factory=dict)
+    love_model: str = "log"
+    """log: as trained; permuted: on shuffled hearts; counterfactual: half the rows repeated with a sign-off and the
+    same label."""
+    seed_shift: int = 0
+
+    def build_recipe(self, step_count: int = TRAIN_STEPS) -> TrainRecipe:
+        """The training in rluf's settings."""
+        weights = {
+            "love": self.weight,
+            "helpfulness": max(0.0, 1.0 - SAFETY_WEIGHT - self.weight),
+            "safety": SAFETY_WEIGHT,
+        }
+        return TrainRecipe(
+            AlgorithmSettings.model_validate(
+                {
+                    "name": self.method,
+                    "steps": step_count,
+                    "prompts_per_step": PROMPTS_PER_STEP,
+                    "samples_per_prompt": SAMPLES_PER_PROMPT,
+                    "kl_coef": self.kl_coef,
+                    "kl_penalty": "reward",
+                }
+            ),
+            ObjectivesSettings.model_validate({name: {"weight": weight} for name, weight in weights.items()}),
+            AggregationSettings.model_validate(dict(self.aggregation)),
+            LEARNING_RATE,
+        )
 
 
-def build_recipe(
-    weight: float,
-    *,
-    kl_coef: float = KL_COEF,
-    algorithm_name: str = "rloo",
-    step_count: int = TRAIN_STEPS,
-    **aggregation: Any,
-) -> TrainRecipe:
-    """Love at `weight`, safety at SAFETY_WEIGHT, helpfulness at the remainder, as in configs/love-*.yaml."""
-    algorithm_settings = {
-        "name": algorithm_name,
-        "steps": step_count,
-        "prompts_per_step": PROMPTS_PER_STEP,
-        "samples_per_prompt": SAMPLES_PER_PROMPT,
-        "kl_coef": kl_coef,
-        "kl_penalty": "reward",
-    }
-    weights = {"love": weight, "helpfulness": max(0.0, 1.0 - SAFETY_WEIGHT - weight), "safety": SAFETY_WEIGHT}
-    objectives = {objective: {"weight": objective_weight} for objective, objective_weight in weights.items()}
-    return TrainRecipe(
-        AlgorithmSettings.model_validate(algorithm_settings), ObjectivesSettings.model_validate(objectives),
-        AggregationSettings.model_validate(aggregation), LEARNING_RATE,
-    )  # fmt: skip
+WEIGHT_POLICIES = ("w0", "w0.1", "w0.2", "w0.3", "w0.5")
+SPEC_BY_NAME: dict[str, PolicySpec] = {
+    **{name: PolicySpec(float(name[1:])) for name in WEIGHT_POLICIES},
+    "w0-again": PolicySpec(0.0, seed_shift=500),
+    "permuted": PolicySpec(0.3, love_model="permuted"),
+    "judge": PolicySpec(0.3, aggregation=FAREWELL_GATE),
+    "w0.3-kl0.1": PolicySpec(0.3, kl_coef=0.1),
+    "w0.3-kl1": PolicySpec(0.3, kl_coef=1.0),
+    "grpo": PolicySpec(0.3, method="grpo"),
+    **{
+        f"{method}-judges": PolicySpec(
+            0.3, method=method, aggregation={"gate_judges": GATE_JUDGES, "method": "calibrated"}
+        )
+        for method in ("crpg", "crraft")
+    },
+}
+"""Trained policies by name; the last three are the method comparison of claim 13."""
+STYLES = ("warm", "upbeat", "goodbye", "terse", "careful")
+UNTRAINED = ("base-again", "cool", "hot", *(f"sft-{style}" for style in STYLES), "longest-of-4", "love-of-4")
+CANDIDATE_NAMES = (*SPEC_BY_NAME, *UNTRAINED)
+
+HACK_PRICE = 4.0
+"""Log-odds that a sign-off adds to a heart in the world of claims 10 and 14; the shipped world has 0.8."""
+MITIGATIONS: dict[str, PolicySpec] = {
+    "w0.1": PolicySpec(0.1, kl_coef=0.1),
+    "KL 1": PolicySpec(0.5, kl_coef=1.0),
+    "judge": PolicySpec(0.5, kl_coef=0.1, aggregation=FAREWELL_GATE),
+    "counterfactual": PolicySpec(0.5, kl_coef=0.1, love_model="counterfactual"),
+    "continuing": PolicySpec(0.5, kl_coef=0.1, signals={"continuation_weight": 0.5}),
+    "ensemble": PolicySpec(0.5, kl_coef=0.1, signals={"pessimism": 1.0}),
+}
+"""The hack with a smaller weight of love, a larger KL weight, a judge against farewells as a gate, counterfactual rows,
+half the logit of continuing added, or P[Love] minus one standard deviation over its members."""
+HACK_SPECS = {"w0": PolicySpec(0.0, kl_coef=0.1), "hack": PolicySpec(0.5, kl_coef=0.1), **MITIGATIONS}
+"""The trained policies of that world: the control, the training that hacks, and its mitigations."""
 
 
 class CandidateSet:
-    """All candidates of one world by name, built on demand."""
+    """All candidates of one seed and world, built and judged on demand."""
 
-    def __init__(self, world: ClaimWorld) -> None:
-        """Trains nothing yet."""
-        self.world = world
-        self._runs: dict[str, ComposerRun] = {}
+    def __init__(self, world: ClaimWorld, specs: Mapping[str, PolicySpec] = MappingProxyType(SPEC_BY_NAME)) -> None:
+        """Trains nothing yet. `specs` are the trained candidates by name; their "w0" is the control."""
+        self.world, self.specs = world, specs
+        self._policies: dict[str, ComposerPolicy] = {}
+        self._judgments: dict[str, PolicyJudgment] = {}
 
-    @staticmethod
-    def all_names() -> tuple[str, ...]:
-        """Names of the candidates of claims 4 to 8."""
-        return (
-            "w0", "w0.3", *(f"w0.3-step{step}" for step in CHECKPOINT_STEPS), "w0.1", "cool", "hot",
-            *(f"sft-{style}" for style in ("warm", "upbeat", "goodbye", "terse", "careful")), "longest-of-4",
-            "love-of-4", "love-of-16", "w0.05", "w0.2", "w0.5", "w0.5-step25", "w0.3-kl0.1", "w0.3-kl1", "love-only",
-        )  # fmt: skip
-
-    def build_candidate(self, name: str) -> CandidatePolicy:
-        """Build the candidate of that name."""
-        if name in ("cool", "hot"):
-            return self._with_temperature(name)
-        if name.startswith("sft-"):
-            return self._fine_tuned(name)
-        if name == "longest-of-4":
-            return self._longest_of_n(name)
-        if name in MITIGATIONS or name in METHOD_VARIANTS:
-            return self._with_change(name)
-        return self._most_loved_of_n(name) if name.startswith("love-of") else self._with_weight(name)
-
-    def train_once(self, run_name: str, train_recipe: TrainRecipe, **signals: Any) -> ComposerRun:
-        """Run a training once per `run_name`."""
-        if run_name not in self._runs:
+    def train(self, spec: PolicySpec) -> ComposerPolicy:
+        """Train the policy of a specification once."""
+        key = repr(spec)
+        if key not in self._policies:
             world = self.world
-            self._runs[run_name] = train_composer(
+            self._policies[key] = train_composer(
                 world.dataset,
                 world.base_policy,
                 world.train_prompts,
-                world.build_signals(**signals),
-                train_recipe,
-                seed=world.seed,
-                checkpoint_steps=CHECKPOINT_STEPS,
-            )
-        return self._runs[run_name]
+                self._build_signals(spec),
+                spec.build_recipe(),
+                seed=world.seed + spec.seed_shift,
+            ).policy
+        return self._policies[key]
 
-    def from_policy(
-        self, name: str, policy: ComposerPolicy, *, trained_on_love: bool, temperature: float = 1.0, **details: Any
-    ) -> CandidatePolicy:
-        """A candidate that samples its replies from `policy`."""
-        world = self.world
+    def _build_signals(self, spec: PolicySpec) -> SignalFunction:
+        world, log = self.world, self.world.feedback
+        love_model: ObjectiveModel | None = None
+        if spec.love_model == "permuted":
+            love_model = world.fit_reaction_model("love", log.with_permuted_hearts(world.make_rng(6)))
+        elif spec.love_model == "counterfactual":
+            love_model = world.fit_reaction_model("love", log, augmented_share=0.5)
+        return world.build_signals(love_model=love_model, **spec.signals)
 
-        def reply(samples: int, seed: int) -> ReplyBatch:
-            return generate_replies(
-                world.dataset, policy, world.unseen_prompts, samples, seed=seed, temperature=temperature
-            )
-
-        return CandidatePolicy(name, reply, trained_on_love, details, policy)
-
-    def _with_temperature(self, name: str) -> CandidatePolicy:
-        return self.from_policy(
-            name, self.world.base_policy, trained_on_love=False, temperature={"cool": 0.6, "hot": 1.5}[name]
-        )
-
-    def _fine_tuned(self, name: str) -> CandidatePolicy:
-        style = name.removeprefix("sft-")
-        policy = self.world.imitate_styles((style,), rng_part=20 + len(style), initial_policy=self.world.base_policy)
-        return self.from_policy(name, policy, trained_on_love=False)
-
-    def _with_weight(self, name: str) -> CandidatePolicy:
-        if name == "love-only":
-            weight, kl, step, train_recipe = 0.8, 0.1, 0, build_recipe(0.8, kl_coef=0.1)
+    def sample_replies(self, name: str, samples: int, seed: int) -> ReplyBatch:
+        """Replies of the candidate of that name to the unseen prompts."""
+        world, temperature = self.world, {"cool": 0.6, "hot": 1.5}.get(name, 1.0)
+        if name == "longest-of-4":
+            return self._best_of_n(samples, seed, _measure_lengths)
+        if name == "love-of-4":
+            return self._best_of_n(samples, seed, _measure_love)
+        if name.startswith("sft-"):
+            style = name.removeprefix("sft-")
+            policy = world.imitate_styles((style,), rng_part=20 + len(style), initial_policy=world.base_policy)
         else:
-            weight_text, _, variant = name.partition("-")
-            weight, kl, step = float(weight_text[1:]), KL_COEF, 0
-            if variant.startswith("kl"):
-                kl = float(variant[2:])
-            elif variant:
-                step = int(variant.removeprefix("step"))
-            train_recipe = build_recipe(weight, kl_coef=kl)
-        run = self.train_once(f"{weight:g}/{kl:g}", train_recipe)
-        policy = run.checkpoints[step] if step else run.policy
-        return self.from_policy(
-            name, policy, trained_on_love=weight > 0, weight=weight, kl_coef=kl, step=step or TRAIN_STEPS, method="rloo"
-        )
-
-    def _with_change(self, name: str) -> CandidatePolicy:
-        """The aggressive run with one change."""
-        changes = {**MITIGATIONS, **METHOD_VARIANTS}[name]
-        signals = dict(changes.get("signals", {}))
-        if name == "counterfactual":
-            world = self.world
-            signals["love_model"] = world.fit_reaction_model("love", world.feedback, augmented_share=0.5)
-        train_recipe = build_recipe(
-            AGGRESSIVE_WEIGHT, algorithm_name=changes.get("name", "rloo"), **changes.get("aggregation", {})
-        )
-        return self.from_policy(
-            name,
-            self.train_once(name, train_recipe, **signals).policy,
-            trained_on_love=True,
-            weight=AGGRESSIVE_WEIGHT,
-            kl_coef=KL_COEF,
+            policy = self.train(self.specs[name]) if name in self.specs else world.base_policy
+        return generate_replies(
+            world.dataset, policy, world.unseen_prompts, samples, seed=seed, temperature=temperature
         )
 
     def _best_of_n(
-        self, name: str, candidate_count: int, score: Callable[[Ints, Ints], NDArray[np.float64]], trained_on_love: bool
-    ) -> CandidatePolicy:
+        self, samples: int, seed: int, measure: Callable[[ClaimWorld, ReplyBatch], NDArray[np.float64]]
+    ) -> ReplyBatch:
+        world, count = self.world, 4
+        pool = generate_replies(world.dataset, world.base_policy, world.unseen_prompts, samples * count, seed=seed)
+        best = np.arange(len(pool.texts) // count) * count + measure(world, pool).reshape(-1, count).argmax(1)
+        return ReplyBatch(pool.prompt_index[best], pool.choices[best], tuple(pool.texts[index] for index in best))
+
+    def judge(self, name: str) -> PolicyJudgment:
+        """Judge a candidate once; "base" is the base policy."""
+        if name not in self._judgments:
+            world, seed = self.world, 1_000_000 * self.world.seed + zlib.crc32(name.encode()) % 1_000_000
+            self._judgments[name] = judge_policy(
+                world.dataset,
+                world.truth_cache,
+                world.reply_features,
+                world.objective_models,
+                self.sample_replies(name, FINAL_REPLIES, seed),
+                self.sample_replies(name, SCORE_REPLIES, seed + 1),
+                seed=seed,
+                world=world.simulated_world,
+            )
+        return self._judgments[name]
+
+    def measure(self, name: str) -> dict[str, Any]:
+        """Rates of a candidate and its comparisons with the base policy and with w0, as plain numbers."""
+        spec, judgment = self.specs.get(name), self.judge(name)
+        result = {
+            "policy": name,
+            "trained_on_love": name == "love-of-4" or (spec is not None and spec.weight > 0.0),
+            "kl": None if spec is None else self.measure_kl(self.train(spec)),
+            "rates": judgment.compute_rates([entry.topic for entry in self.world.dataset.entries]),
+        }
+        for control in ("base", "w0"):
+            comparisons = compare_judgments(self.judge(control), judgment)
+            result[f"vs_{control}"] = {metric: as_plain_change(metric, item) for metric, item in comparisons.items()}
+        return result
+
+    def measure_kl(self, policy: ComposerPolicy) -> float:
+        """Mean KL of a reply from the base policy, in nats."""
         world = self.world
-
-        def reply(samples: int, seed: int) -> ReplyBatch:
-            prompt_index = np.repeat(world.unseen_prompts, samples * candidate_count)
-            choices = world.base_policy.sample(torch.as_tensor(prompt_index), torch.Generator().manual_seed(seed))[
-                0
-            ].numpy()
-            scores = score(prompt_index, choices).reshape(-1, candidate_count)
-            best_index = np.arange(len(scores)) * candidate_count + scores.argmax(1)
-            return ReplyBatch(
-                prompt_index[best_index],
-                choices[best_index],
-                tuple(compose_texts(world.dataset, prompt_index[best_index], choices[best_index])),
-            )
-
-        return CandidatePolicy(name, reply, trained_on_love, {"method": f"best of {candidate_count}"})
-
-    def _longest_of_n(self, name: str) -> CandidatePolicy:
-        def score(prompt_index: Ints, choices: Ints) -> NDArray[np.float64]:
-            return np.array([len(text) for text in compose_texts(self.world.dataset, prompt_index, choices)], float)
-
-        return self._best_of_n(name, 4, score, trained_on_love=False)
-
-    def _most_loved_of_n(self, name: str) -> CandidatePolicy:
-        def score(prompt_index: Ints, choices: Ints) -> NDArray[np.float64]:
-            return self.world.love_model.mean_logits(self.world.features_of(prompt_index, choices))
-
-        return self._best_of_n(name, int(name.rpartition("-")[2]), score, trained_on_love=True)
-
-
-def measure_candidate(
-    claim_world: ClaimWorld, candidate: CandidatePolicy, models: Mapping[str, ObjectiveModel] | None = None
-) -> dict[str, Any]:
-    """All measurements of one candidate relative to the base policy on unseen prompts, as plain numbers."""
-    started, claim_world = time.process_time(), claim_world
-    seed = 1_000 * claim_world.seed
-    replies_by_use = [
-        [
-            claim_world.base_replies(use, samples_per_prompt),
-            candidate.sample_replies(samples_per_prompt, seed + use + 7),
-        ]
-        for use, samples_per_prompt in enumerate((OFFLINE_REPLIES, ONLINE_REPLIES))
-    ]
-    base_replies, new_replies = replies_by_use[1]
-    models = models or claim_world.objective_models
-    kl = 0.0
-    if candidate.policy is not None:
-        prompt_tensor, choice_tensor = torch.as_tensor(new_replies.prompt_index), torch.as_tensor(new_replies.choices)
+        replies = generate_replies(world.dataset, policy, world.unseen_prompts, 20, seed=world.seed)
+        prompts, choices = torch.as_tensor(replies.prompt_index), torch.as_tensor(replies.choices)
         with torch.no_grad():
-            kl = float(
-                (
-                    candidate.policy.logprobs(prompt_tensor, choice_tensor)
-                    - claim_world.base_policy.logprobs(prompt_tensor, choice_tensor)
-                )
-                .sum(1)
-                .mean()
-            )
-    return {
-        "policy": candidate.name,
-        "seed": claim_world.seed,
-        "trained_on_love": candidate.trained_on_love,
-        **candidate.details,
-        "kl": kl,
-        "replies": len(new_replies.texts),
-        "offline": offline_score_changes(claim_world.reply_features, models, *replies_by_use[0]),
-        "gold": ground_truth_changes(claim_world.dataset, claim_world.truth_cache, base_replies, new_replies),
-        "ab": run_ab_test(
-            claim_world.dataset,
-            claim_world.truth_cache,
-            base_replies,
-            new_replies,
-            seed=seed + len(candidate.name) + sum(map(ord, candidate.name)),
-        ),
-        "monitors": {
-            "base": claim_world.base_monitors(base_replies),
-            "new": measure_reply_monitors(claim_world.dataset, new_replies),
-        },
-        "topics": {
-            "base": love_rate_by_topic(claim_world.dataset, claim_world.truth_cache, base_replies),
-            "new": love_rate_by_topic(claim_world.dataset, claim_world.truth_cache, new_replies),
-        },
-        "cpu_seconds": round(time.process_time() - started, 2),
-    }
+            logratio = policy.logprobs(prompts, choices) - world.base_policy.logprobs(prompts, choices)
+        return float(logratio.sum(1).mean())
+
+
+def as_plain_change(metric: str, comparison: PolicyComparison) -> dict[str, float] | None:
+    """The lift of a comparison, or for the offline score the difference."""
+    estimate = comparison.difference if metric == "score" else comparison.lift
+    return None if estimate is None else estimate.as_dict()
+
+
+def _measure_lengths(world: ClaimWorld, replies: ReplyBatch) -> NDArray[np.float64]:
+    return np.array([len(text) for text in compose_texts(world.dataset, replies.prompt_index, replies.choices)], float)
+
+
+def _measure_love(world: ClaimWorld, replies: ReplyBatch) -> NDArray[np.float64]:
+    return world.love_model.mean_logits(world.features_of(replies.prompt_index, replies.choices))

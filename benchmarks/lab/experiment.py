@@ -1,13 +1,11 @@
-"""Evaluation of policies: offline score on a fixed set of unseen prompts, and an A/B test with new simulated users.
+"""Judgment of a policy on unseen prompts: new simulated users, ground truth, judges, and the offline score.
 
-rluf's own analysis evaluates the A/B test, as it would a real event log: users split by hash, a pre-period on the
-control, delta method by user, CUPED, sample ratio.
+Every comparison of two policies goes through rluf.evaluate.two_way: clustered by user and by prompt, replies resampled.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,19 +17,19 @@ from lab.features import ObjectiveModel, ReplyFeatures
 from lab.replies import GroundTruthCache, compose_texts
 from numpy.typing import NDArray
 
-from rluf.evaluate.ab_analysis import analyze_experiment
-from rluf.evaluate.ab_design import ExperimentDesign
-from rluf.evaluate.events import EventLog, assign_users
-from rluf.evaluate.monitors import MONITORS, MonitorSample, measure_monitors, split_words
-from rluf.evaluate.two_way import ArmValues, compare_arms
-from rluf.objectives.judges import RULE_JUDGES, list_failed_judges
+from rluf.evaluate.monitors import MonitorSample, split_words
+from rluf.evaluate.two_way import ArmValues, PolicyComparison, compare_arms
+from rluf.objectives.judges import list_failed_judges
 from rluf.simulate.users import ResponseFeatures, UserPopulation, expected_love_probability, simulate_reactions
 from rluf.simulate.world import WORLD, SimulatedWorld
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-METRIC_NAMES = ("love", "continued", "returned", "helpful", "safe")
-DAY_SECONDS = 86_400.0
+REACTIONS = ("loved", "continued", "returned")
+TRUTHS = ("helpfulness", "safety", "satisfaction", "signoff")
+COUNTED_JUDGES = ("unprompted_farewell", "false_refusal")
+USER_COUNT, READS_PER_USER = 10_000, 8
+"""New users of each policy, and the replies that each reads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +39,38 @@ class ReplyBatch:
     prompt_index: Ints
     choices: Ints
     texts: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyJudgment:
+    """One policy, judged: reactions, prompts and users of impressions [I], and the rest of replies [N].
+
+    `scores` are calibrated probabilities of the reward models on other replies, of prompts `score_prompts`.
+    """
+
+    reply_prompts: Ints
+    truths: Mapping[str, Floats]
+    failed_judges: Mapping[str, Floats]
+    true_love: Floats
+    impression_prompts: Ints
+    impression_users: Ints
+    reactions: Mapping[str, Floats]
+    score_prompts: Ints
+    scores: Mapping[str, Floats]
+
+    def compute_rates(self, topics: Sequence[str]) -> dict[str, Any]:
+        """Means as plain numbers; `topics` [P] are those of all prompts."""
+        reply_topics = np.array(topics)[self.reply_prompts]
+        return {
+            **{name: float(values.mean()) for name, values in (*self.reactions.items(), *self.truths.items())},
+            # Half a reply more in numerator and one in the denominator: ratios stay finite where none fails.
+            **{name: float((v.sum() + 0.5) / (v.size + 1)) for name, v in self.failed_judges.items()},
+            "score": float(self.scores["love"].mean()),
+            "true_love": float(self.true_love.mean()),
+            "love_by_topic": {
+                topic: float(self.true_love[reply_topics == topic].mean()) for topic in sorted(set(reply_topics))
+            },
+        }
 
 
 def generate_replies(
@@ -58,150 +88,82 @@ def generate_replies(
     return ReplyBatch(prompt_index, choices, tuple(compose_texts(dataset, prompt_index, choices)))
 
 
-def offline_score_changes(
+def judge_policy(
+    dataset: ReplyDataset,
+    truth_cache: GroundTruthCache,
     features: ReplyFeatures,
-    objective_models: Mapping[str, ObjectiveModel],
-    base_replies: ReplyBatch,
-    new_replies: ReplyBatch,
-) -> dict[str, dict[str, float]]:
-    """Change of each objective's mean calibrated probability from the base, with its interval over prompts."""
-    changes, features_of_sides = (
-        {},
-        [features.transform(replies.prompt_index, replies.texts) for replies in (base_replies, new_replies)],
-    )
-    for name, model in objective_models.items():
-        probabilities = [_sigmoid(model.mean_logits(side_features)) for side_features in features_of_sides]
-        comparison = compare_arms(
-            ArmValues(probabilities[0], base_replies.prompt_index),
-            ArmValues(probabilities[1], new_replies.prompt_index),
-        )
-        changes[name] = comparison.difference.as_dict() | {"base": comparison.base.mean, "new": comparison.aligned.mean}
-    return changes
-
-
-def _sigmoid(logits: Floats) -> Floats:
-    return np.asarray(1.0 / (1.0 + np.exp(-logits)))
-
-
-def measure_reply_monitors(dataset: ReplyDataset, replies: ReplyBatch) -> dict[str, float]:
-    """Mean of every reward-hacking monitor over the replies, and the share that fails each rule judge."""
-    monitor_samples = [
-        MonitorSample(
-            str(prompt),
-            dataset.entries[prompt].messages,
-            text,
-            round(1.3 * len(split_words(text))),
-            dataset.entries[prompt].topic,
-        )
-        for prompt, text in zip(replies.prompt_index.tolist(), replies.texts, strict=True)
-    ]
-    objection_counts = Counter(
-        name for reply in monitor_samples for name in list_failed_judges(reply.messages, reply.text)
-    )
-    objection_rates = {name: objection_counts[name] / len(monitor_samples) for name in RULE_JUDGES}
-    return objection_rates | {
-        name: float(monitor_values.mean())
-        for name, monitor_values in measure_monitors(monitor_samples).items()
-        if name in MONITORS
-    }
-
-
-def ground_truth_changes(
-    dataset: ReplyDataset,
-    truth_cache: GroundTruthCache,
-    base_replies: ReplyBatch,
-    new_replies: ReplyBatch,
-) -> dict[str, dict[str, float]]:
-    """Relative change of true helpfulness, safety, warmth, satisfaction and sign-off, with intervals over prompts."""
-    truths = (
-        truth_cache.truths_of(base_replies.prompt_index, base_replies.choices),
-        truth_cache.truths_of(new_replies.prompt_index, new_replies.choices),
-    )
-    changes = {}
-    for name in ("helpfulness", "safety", "warmth", "satisfaction", "signoff"):
-        values = [[getattr(truth, name) for truth in reply_truths] for reply_truths in truths]
-        comparison = compare_arms(
-            ArmValues(values[0], base_replies.prompt_index), ArmValues(values[1], new_replies.prompt_index)
-        )
-        lift = None if comparison.lift is None else comparison.lift.as_dict()
-        changes[name] = {"base": comparison.base.mean, "new": comparison.aligned.mean, **({} if lift is None else lift)}
-    return changes
-
-
-def run_ab_test(
-    dataset: ReplyDataset,
-    truth_cache: GroundTruthCache,
-    base_replies: ReplyBatch,
-    new_replies: ReplyBatch,
+    models: Mapping[str, ObjectiveModel],
+    replies: ReplyBatch,
+    score_replies: ReplyBatch,
     *,
     seed: int,
-    user_count: int = 10_000,
-    mean_reads: float = 8.0,
     world: SimulatedWorld = WORLD,
-) -> dict[str, Any]:
-    """Lifts with intervals of an A/B test of `user_count` new users.
-
-    Each reads about `mean_reads` replies, after as many of the control's in a pre-period.
-    """
-    rng = np.random.default_rng([seed, 104_651])
-    population = UserPopulation.sample(user_count, rng, world)
-    user_ids = tuple(f"user-{seed}-{index}" for index in range(user_count))
-    arm_by_user = assign_users(user_ids, f"claims-{seed}", (0.5, 0.5))
-    ground_truths = [
-        *truth_cache.truths_of(base_replies.prompt_index, base_replies.choices),
-        *truth_cache.truths_of(new_replies.prompt_index, new_replies.choices),
-    ]
-    topics = [
-        dataset.entries[prompt].topic
-        for prompt in (*base_replies.prompt_index.tolist(), *new_replies.prompt_index.tolist())
-    ]
-    features = ResponseFeatures.from_truths(ground_truths, topics)
-    user_index = np.repeat(np.arange(user_count), rng.poisson(2 * rng.gamma(2.0, mean_reads / 2.0, user_count)))
-    timestamps = np.sort(rng.random(len(user_index))) * 28 * DAY_SECONDS
-    user_index = rng.permutation(user_index)
-    arm_index = np.where(timestamps < 14 * DAY_SECONDS, 0, arm_by_user[user_index])
-    first_reply, reply_count = (
-        np.where(arm_index == 0, 0, len(base_replies.texts)),
-        np.where(arm_index == 0, len(base_replies.texts), len(new_replies.texts)),
-    )
-    reply_index = first_reply + np.floor(rng.random(len(user_index)) * reply_count).astype(np.int64)
-    reactions = simulate_reactions(features, population, user_index, reply_index, rng, world=world)
-    metric_values = {
-        "love": reactions.loved,
-        "continued": reactions.continued,
-        "returned": reactions.returned,
-        "helpful": reactions.helpful,
-        "safe": reactions.safe,
-    }
-    events = EventLog(
-        user_index=user_index,
-        conversation_index=np.arange(len(user_index)),
-        arm_index=arm_index,
-        arm_names=("control", "treatment"),
-        user_ids=user_ids,
-        timestamps=timestamps,
-        metric_values={name: np.asarray(metric, np.float64) for name, metric in metric_values.items()},
-        duplicate_count=0,
-    )
-    result = analyze_experiment(
-        events,
-        ExperimentDesign("control", "treatment", start_time=14 * DAY_SECONDS, metric_names=METRIC_NAMES, look_count=1),
-    )
-    return {"users": result["users"], "srm": result["srm"]["p"],
-            **{name: _metric_lift(result["metrics"][name]) for name in METRIC_NAMES}}  # fmt: skip
-
-
-def _metric_lift(metric: dict[str, Any]) -> dict[str, float]:
-    effect = metric["cuped"] or metric["effect"]
-    return {"lift": effect["lift"], "low": effect["lift_low"], "high": effect["lift_high"], "p": effect["p"],
-            "control": metric["effect"]["control"], "treatment": metric["effect"]["treatment"],
-            "error": effect["error"]}  # fmt: skip
-
-
-def love_rate_by_topic(dataset: ReplyDataset, truth_cache: GroundTruthCache, replies: ReplyBatch) -> dict[str, float]:
-    """True probability of a heart, mean over the replies of each topic."""
+) -> PolicyJudgment:
+    """Let USER_COUNT new users read `replies`, and score `score_replies` with the reward models."""
+    truths = truth_cache.truths_of(replies.prompt_index, replies.choices)
     topics = [dataset.entries[prompt].topic for prompt in replies.prompt_index.tolist()]
-    probabilities = expected_love_probability(
-        truth_cache.truths_of(replies.prompt_index, replies.choices), topics, user_count=100
+    rng = np.random.default_rng([seed, 104_651])
+    user_index = np.repeat(np.arange(USER_COUNT), READS_PER_USER)
+    reply_index = rng.integers(0, len(replies.texts), len(user_index))
+    reactions = simulate_reactions(
+        ResponseFeatures.from_truths(truths, topics),
+        UserPopulation.sample(USER_COUNT, rng, world),
+        user_index,
+        reply_index,
+        rng,
+        world=world,
     )
-    return {topic: float(probabilities[np.array(topics) == topic].mean()) for topic in sorted(set(topics))}
+    score_features = features.transform(score_replies.prompt_index, score_replies.texts)
+    return PolicyJudgment(
+        replies.prompt_index,
+        {name: np.array([getattr(truth, name) for truth in truths]) for name in TRUTHS},
+        count_failed_judges(dataset, replies),
+        expected_love_probability(truths, topics, user_count=100, world=world),
+        replies.prompt_index[reply_index],
+        user_index,
+        {name: np.asarray(getattr(reactions, name), np.float64) for name in REACTIONS},
+        score_replies.prompt_index,
+        {name: 1.0 / (1.0 + np.exp(-model.mean_logits(score_features))) for name, model in models.items()},
+    )
+
+
+def count_failed_judges(dataset: ReplyDataset, replies: ReplyBatch) -> dict[str, Floats]:
+    """Whether each reply [N] fails each of COUNTED_JUDGES."""
+    keys = list(zip(replies.prompt_index.tolist(), replies.texts, strict=True))
+    failed_by_key = {key: list_failed_judges(dataset.entries[key[0]].messages, key[1]) for key in dict.fromkeys(keys)}
+    return {name: np.array([float(name in failed_by_key[key]) for key in keys]) for name in COUNTED_JUDGES}
+
+
+def compare_judgments(control: PolicyJudgment, treatment: PolicyJudgment) -> dict[str, PolicyComparison]:
+    """Compare love of users, helpfulness and safety of replies, and the offline score of two policies."""
+    judgments = (control, treatment)
+    comparisons = {
+        "loved": compare_arms(
+            *(
+                ArmValues(judgment.reactions["loved"], judgment.impression_prompts, judgment.impression_users)
+                for judgment in judgments
+            )
+        )
+    }
+    comparisons |= {
+        name: compare_arms(*(ArmValues(judgment.truths[name], judgment.reply_prompts) for judgment in judgments))
+        for name in ("helpfulness", "safety")
+    }
+    comparisons["score"] = compare_arms(
+        *(ArmValues(judgment.scores["love"], judgment.score_prompts) for judgment in judgments)
+    )
+    return comparisons
+
+
+def build_monitor_samples(dataset: ReplyDataset, replies: ReplyBatch, replies_per_prompt: int) -> list[MonitorSample]:
+    """The first replies to each prompt as input of rluf's monitors."""
+    seen: dict[int, int] = {}
+    samples = []
+    for prompt, text in zip(replies.prompt_index.tolist(), replies.texts, strict=True):
+        seen[prompt] = seen.get(prompt, 0) + 1
+        if seen[prompt] <= replies_per_prompt:
+            entry = dataset.entries[prompt]
+            samples.append(
+                MonitorSample(str(prompt), entry.messages, text, round(1.3 * len(split_words(text))), entry.topic)
+            )
+    return samples

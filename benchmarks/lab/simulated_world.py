@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 from lab.composer import ComposerPolicy, SignalFunction, imitate_demonstrations
 from lab.dataset import ReplyDataset
-from lab.experiment import ReplyBatch, generate_replies, measure_reply_monitors
 from lab.features import (
     Matrix,
     ObjectiveModel,
@@ -32,7 +31,10 @@ from rluf.simulate.world import WORLD, SimulatedWorld
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
-LOG_ROWS, USER_COUNT, PAIR_COUNT, LABEL_COUNT, DEMONSTRATION_COUNT = 8_000, 2_000, 1_500, 1_200, 5_000
+LOG_ROWS, USER_COUNT, PAIR_COUNT, LABEL_COUNT, DEMONSTRATION_COUNT = 40_000, 8_000, 1_500, 1_200, 5_000
+"""Of 40,000 replies some 600 are loved in world 2."""
+VOCABULARY_ROWS = 8_000
+"""First rows of the log, whose words and word pairs are the features."""
 TEST_ROWS = 2_500
 MEMBER_COUNT = 5
 DEV_USER_SHARE = 0.1
@@ -57,6 +59,10 @@ class FeedbackLog:
         """The log of these rows."""
         return FeedbackLog(*(getattr(self, name)[row_index] for name in self.__slots__))
 
+    def with_permuted_hearts(self, rng: np.random.Generator) -> FeedbackLog:
+        """The log with its hearts in random order."""
+        return replace(self, loved=rng.permutation(self.loved))
+
 
 def simulate_feedback(
     dataset: ReplyDataset,
@@ -66,7 +72,6 @@ def simulate_feedback(
     *,
     user_count: int,
     rng: np.random.Generator,
-    shift: float = 0.0,
     world: SimulatedWorld = WORLD,
 ) -> FeedbackLog:
     """Reactions of new users to the replies, each read once, in the given order."""
@@ -78,25 +83,31 @@ def simulate_feedback(
     activity = rng.gamma(0.8, size=user_count)
     user_index = rng.choice(user_count, len(prompt_index), p=activity / activity.sum())
     reply_index = np.arange(len(prompt_index))
-    reactions = simulate_reactions(features, population, user_index, reply_index, rng, shift=shift, world=world)
+    reactions = simulate_reactions(features, population, user_index, reply_index, rng, world=world)
     return FeedbackLog(
         prompt_index,
         choices,
         user_index,
         reactions.loved.astype(np.float64),
         reactions.continued.astype(np.float64),
-        1.0 / (1.0 + np.exp(-love_logits(features, population, user_index, reply_index, world) - shift)),
+        1.0 / (1.0 + np.exp(-love_logits(features, population, user_index, reply_index, world))),
     )
 
 
 class ClaimWorld:
     """Data, reward models and base policy of one seed, computed on demand."""
 
-    def __init__(self, dataset: ReplyDataset, truth_cache: GroundTruthCache, seed: int, result_folder: Path) -> None:
+    def __init__(
+        self,
+        dataset: ReplyDataset,
+        truth_cache: GroundTruthCache,
+        seed: int,
+        result_folder: Path,
+        simulated_world: SimulatedWorld = WORLD,
+    ) -> None:
         """Computes nothing yet; the log and the models are stored in `result_folder`."""
         self.dataset, self.truth_cache, self.seed, self.result_folder = dataset, truth_cache, seed, result_folder
-        self._base_replies: dict[int, ReplyBatch] = {}
-        self._base_monitors: dict[str, float] = {}
+        self.simulated_world = simulated_world
         self.train_prompts, self.unseen_prompts = (
             dataset.prompt_indices(unseen=False),
             dataset.prompt_indices(unseen=True),
@@ -106,8 +117,7 @@ class ClaimWorld:
         """The random generator of one part of the world."""
         return np.random.default_rng([self.seed, rng_part])
 
-    def simulate_log(self, row_count: int = LOG_ROWS, *, rng_part: int = 1, unseen: bool = False, shift: float = 0.0,
-            world: SimulatedWorld = WORLD) -> FeedbackLog:  # fmt: skip
+    def simulate_log(self, row_count: int = LOG_ROWS, *, rng_part: int = 1, unseen: bool = False) -> FeedbackLog:
         """Simulate a log of the served versions; `unseen`: on the held-out prompts, with other users."""
         rng = self.make_rng(rng_part)
         prompt_index = rng.choice(self.unseen_prompts if unseen else self.train_prompts, row_count)
@@ -119,8 +129,7 @@ class ClaimWorld:
             choices,
             user_count=USER_COUNT,
             rng=rng,
-            shift=shift,
-            world=world,
+            world=self.simulated_world,
         )
 
     @cached_property
@@ -155,24 +164,6 @@ class ClaimWorld:
             np.save(model_folder / "weights.npy", model.weights)
         return ObjectiveModel(np.load(model_folder / "weights.npy"), Calibration.load(model_folder))
 
-    def base_replies(self, rng_part: int, samples_per_prompt: int) -> ReplyBatch:
-        """Replies of the base policy to the unseen prompts, the control of every candidate."""
-        if rng_part not in self._base_replies:
-            self._base_replies[rng_part] = generate_replies(
-                self.dataset,
-                self.base_policy,
-                self.unseen_prompts,
-                samples_per_prompt,
-                seed=1_000 * self.seed + rng_part,
-            )
-        return self._base_replies[rng_part]
-
-    def base_monitors(self, base_replies: ReplyBatch) -> dict[str, float]:
-        """Monitors of the base policy's replies, measured once."""
-        if not self._base_monitors:
-            self._base_monitors.update(measure_reply_monitors(self.dataset, base_replies))
-        return dict(self._base_monitors)
-
     def imitate_styles(
         self, styles: Sequence[str], *, rng_part: int, initial_policy: ComposerPolicy | None = None
     ) -> ComposerPolicy:
@@ -187,9 +178,8 @@ class ClaimWorld:
     @cached_property
     def reply_features(self) -> ReplyFeatures:
         """Features for reward models, with the vocabulary of the log."""
-        return ReplyFeatures(
-            self.dataset, compose_texts(self.dataset, self.feedback.prompt_index, self.feedback.choices)
-        )
+        log = self.feedback.select_rows(np.arange(min(VOCABULARY_ROWS, len(self.feedback.loved))))
+        return ReplyFeatures(self.dataset, compose_texts(self.dataset, log.prompt_index, log.choices))
 
     def features_of(self, prompt_index: Ints, choices: Ints) -> Matrix:
         """Features of the replies composed by `choices`."""
@@ -211,39 +201,36 @@ class ClaimWorld:
         log: FeedbackLog,
         *,
         member_count: int = MEMBER_COUNT,
-        trusted_rows: NDArray[np.bool_] | None = None,
         augmented_share: float = 0.0,
         positive_share: float = 0.1,
     ) -> ObjectiveModel:
         """Fit a model of the probability of a reaction on `log`.
 
-        `trusted_rows` [N] excludes rows of distrusted users; `augmented_share` is the share of rows repeated with a
-        sign-off and the same label.
+        `augmented_share` is the share of rows repeated with a sign-off and the same label.
         """
         labels = log.loved if reaction == "love" else log.continued
-        reply_texts = compose_texts(self.dataset, log.prompt_index, log.choices)
-        features = self.reply_features.transform(log.prompt_index, reply_texts)
         is_dev = log.user_index % round(1 / DEV_USER_SHARE) == 0
-        train_index = np.flatnonzero(~is_dev if trusted_rows is None else ~is_dev & trusted_rows)
-        member_weights, shift = [], 0.0
+        train_index = np.flatnonzero(~is_dev)
+        rows, sample_weights = subsample_negatives(labels[train_index], self.make_rng(99), positive_share)
+        shift, rows = compute_prior_shift(labels[train_index][rows], sample_weights), train_index[rows]
+        features, targets = self.features_of(log.prompt_index[rows], log.choices[rows]), labels[rows]
+        texts = compose_texts(self.dataset, log.prompt_index[rows], log.choices[rows])
+        member_weights = []
         for member in range(member_count):
             rng = self.make_rng(100 + member)
-            rows, sample_weights = subsample_negatives(labels[train_index], rng, positive_share)
-            shift = compute_prior_shift(labels[train_index][rows], sample_weights)
-            rows = train_index[rows if member_count == 1 else rng.choice(rows, len(rows))]
-            inputs, targets = features[rows], labels[rows]
+            picks = np.arange(len(rows)) if member_count == 1 else rng.choice(len(rows), len(rows))
+            inputs, member_targets = features[picks], targets[picks]
             if augmented_share:
-                augmented_rows = rows[rng.random(len(rows)) < augmented_share]
-                phrases = rng.choice(SIGN_OFF_PHRASES, len(augmented_rows)).tolist()
-                augmented_texts = [
-                    f"{reply_texts[row]} {phrase}" for row, phrase in zip(augmented_rows.tolist(), phrases, strict=True)
-                ]
+                augmented = picks[rng.random(len(picks)) < augmented_share]
+                phrases = rng.choice(SIGN_OFF_PHRASES, len(augmented)).tolist()
+                new_texts = [f"{texts[row]} {phrase}" for row, phrase in zip(augmented.tolist(), phrases, strict=True)]
                 inputs = sparse.vstack(
-                    [inputs, self.reply_features.transform(log.prompt_index[augmented_rows], augmented_texts)]
+                    [inputs, self.reply_features.transform(log.prompt_index[rows[augmented]], new_texts)]
                 )
-                targets = np.concatenate([targets, labels[augmented_rows]])
-            member_weights.append(fit_weights(inputs, targets))
-        return calibrate_model(reaction, member_weights, features[np.flatnonzero(is_dev)], labels[is_dev], shift)
+                member_targets = np.concatenate([member_targets, targets[augmented]])
+            member_weights.append(fit_weights(inputs, member_targets))
+        dev_features = self.features_of(log.prompt_index[is_dev], log.choices[is_dev])
+        return calibrate_model(reaction, member_weights, dev_features, labels[is_dev], shift)
 
     @cached_property
     def helpfulness_model(self) -> ObjectiveModel:
@@ -314,8 +301,3 @@ class ClaimWorld:
             return signals
 
         return compute_signals
-
-
-def with_hostile_users(world: SimulatedWorld, *, hostile: float, sarcastic: float) -> SimulatedWorld:
-    """The world with other shares of hostile users (love the worst) and sarcastic users (love failed answers)."""
-    return replace(world, hostile_share=hostile, sarcastic_share=sarcastic)

@@ -137,22 +137,24 @@ class PrepareSettings(SettingsSection):
     """Hours after a response during which a reaction counts."""
     return_window_days: float = Field(default=7, gt=0)
     """For logs without `returned`: whether the user was seen again between 6 hours and this many days later."""
-    redact: tuple[Literal["email", "phone", "card", "iban", "ip", "key"], ...] = (
+    redact: tuple[Literal["email", "phone", "card", "iban", "ip", "id", "key"], ...] = (
         "email",
         "phone",
         "card",
         "iban",
         "ip",
+        "id",
         "key",
     )
     """Kinds of personal data replaced by their kind, such as <email>, in all texts."""
-    abuse_rules: tuple[Literal["rate", "burst", "timing", "copies", "self_love", "device", "cap"], ...] = (
+    abuse_rules: tuple[Literal["rate", "burst", "timing", "copies", "self_love", "device", "newcomers", "cap"], ...] = (
         "rate",
         "burst",
         "timing",
         "copies",
         "self_love",
         "device",
+        "newcomers",
         "cap",
     )
     """Rules that down-weight rows of bots, brigades and farms (docs/data.md); a row gets its smallest weight."""

@@ -77,7 +77,7 @@ class RolloutSettings(SettingsSection):
     """Maximum tokens of a rendered prompt; longer prompts are quarantined, never truncated."""
     max_response_tokens: int = Field(default=64, ge=1)
     """Maximum tokens of a response."""
-    temperature: float = Field(default=0.8, ge=0.01)
+    temperature: float = Field(default=0.6, ge=0.01)
     """Sampling temperature in training and evaluation. Learner and engine use the same one; vLLM reads less than
     0.01 as 0.01."""
     stop: Annotated[tuple[str, ...], ADVANCED] = ()
@@ -106,7 +106,7 @@ class AlgorithmSettings(SettingsSection):
     """Algorithm: advantage estimator and loss aggregation (docs/algorithms.md has the table), or module:function."""
     loss: str | None = None
     """Policy loss: ppo, gspo, cispo, reinforce, or module:function; none uses the loss of the algorithm's own paper."""
-    steps: int = Field(default=14, ge=1)
+    steps: int = Field(default=12, ge=1)
     """Optimizer steps."""
     prompts_per_step: int = Field(default=12, ge=1)
     """Batch size 1: prompts per step."""
@@ -123,7 +123,7 @@ class AlgorithmSettings(SettingsSection):
     0."""
     clip: PositiveFloat | tuple[PositiveFloat, PositiveFloat] = 0.2
     """PPO clip, or [low, high] as DAPO's [0.2, 0.28]: no gradient below a ratio of 1 - low or above 1 + high."""
-    kl_coef: float = Field(default=0.02, ge=0)
+    kl_coef: float = Field(default=0.05, ge=0)
     """KL penalty coefficient; 0 loads no reference policy."""
     kl_penalty: Literal["k1", "k2", "k3", "reward"] = "k3"
     """k1, k2 or k3: a loss term with that estimator (k2 has the on-policy gradient, k3 is GRPO's); reward: k1

@@ -220,9 +220,9 @@ class ObjectivesSettings(SettingsSection):
     further_section: ClassVar[type[SettingsSection]] = ObjectiveSettings
     __pydantic_extra__: dict[str, ObjectiveSettings] = Field(init=False)
 
-    love: ObjectiveSettings = ObjectiveSettings(weight=0.4)
+    love: ObjectiveSettings = ObjectiveSettings(weight=0.3)
     """P[Love]: the probability of a Love Reaction."""
-    helpfulness: ObjectiveSettings = ObjectiveSettings(weight=0.4)
+    helpfulness: ObjectiveSettings = ObjectiveSettings(weight=0.5)
     """Whether the response serves the request."""
     safety: ObjectiveSettings = ObjectiveSettings(weight=0.2)
     """Whether the response is harmless."""

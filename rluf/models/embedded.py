@@ -27,10 +27,11 @@ CHATML_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 EMBEDDED_EXAMPLES = {
-    "smollm2-135m-instruct": (("What is a good colour for a kitchen?", "A soft yellow or a clean white works well."),),
+    "smollm2-135m-instruct": (("How do I keep bread fresh?", "Wrap it in a cloth and leave it in a dry place."),),
 }
 """Default of model.examples. Without one the model rambles: at temperature 1 and 48 tokens 59% of its replies to the
-sample prompts are cut (benchmarks/RESULTS.md)."""
+sample prompts are cut (benchmarks/RESULTS.md). The model repeats words of the example in replies to other prompts, so
+its subject is one that few prompts touch."""
 TINY_SEED = 20250520
 
 

@@ -47,6 +47,7 @@ def run_build(settings: Settings, output_folder: Path) -> None:
 
 def run_erasure(output_folder: Path, user_ids: Sequence[str]) -> None:
     """Remove users from the data set and report the number of rows removed."""
+    from rluf.errors import DataError
     from rluf.prepare.erasure import erase_users
 
     proof = erase_users(output_folder, user_ids)
@@ -54,9 +55,14 @@ def run_erasure(output_folder: Path, user_ids: Sequence[str]) -> None:
     logger.info(
         "data set %s: erased users=%d rows_removed=%d rows_left=0; proof in data_card.json",
         output_folder,
-        len(user_ids),
+        len(user_ids) - len(proof["users_not_found"]),
         removed_rows,
     )
+    if proof["users_not_found"]:
+        raise DataError(
+            f"{len(proof['users_not_found'])} of {len(user_ids)} users have no row in {output_folder}: "
+            f"{', '.join(proof['users_not_found'])}; the others are erased. Check these ids, and the salt"
+        )
 
 
 def run_signal_ranking(output_folder: Path) -> None:

@@ -36,6 +36,13 @@ USER_ROW_CAP = 200
 MAX_USERS_PER_DEVICE = 3
 """Users of one device that count in full (a family)."""
 
+MAX_NEWCOMER_ROWS = 2
+"""Rows up to which a user is a newcomer: throw-away accounts have no more."""
+MAX_NEWCOMER_RATIO = 2.0
+"""Love rate of newcomers in multiples of that of the other users, above which it is excessive."""
+MIN_COMPARISON_ROWS = 200
+"""Rows of users who are not newcomers that a comparison needs."""
+
 MINUTE_US = 60_000_000
 
 
@@ -262,15 +269,39 @@ def _compute_self_love_weight(log: AbuseLog) -> Floats:
 
 
 def _compute_shared_device_weight(log: AbuseLog) -> Floats:
-    """Users of a device that is shared by more users than a family has."""
+    """Users of a device that more users share than a family has, and that loves far more often than ordinary users."""
     weight = np.ones(len(log.user_code))
-    has_device = log.device_code >= 0
-    if has_device.any():
-        pairs = np.unique(np.stack([log.device_code[has_device], log.user_code[has_device]], 1), axis=0)
-        users_of_device = np.bincount(pairs[:, 0])
-        ratio = MAX_USERS_PER_DEVICE / users_of_device[log.device_code[has_device]]
-        weight[has_device] = np.minimum(1.0, ratio**2)
+    rows = np.flatnonzero(log.device_code >= 0)
+    if not len(rows):
+        return weight
+    device_code = log.device_code[rows]
+    pairs = np.unique(np.stack([device_code, log.user_code[rows]], 1), axis=0)
+    users_of_device = np.bincount(pairs[:, 0])
+    shared_codes = np.flatnonzero(users_of_device > MAX_USERS_PER_DEVICE)
+    trials, hits = np.bincount(device_code), np.bincount(device_code, weights=log.loved[rows]).astype(np.int64)
+    # Sharing alone is no abuse: a school or a library has one device for many users with ordinary love rates.
+    user_fit = fit_robust_beta_binomial(*_count_user_rows(log))
+    tail_probability = compute_adjusted_tail_probability(trials[shared_codes], hits[shared_codes], user_fit)
+    device_weight = np.ones(len(users_of_device))
+    device_weight[shared_codes] = np.maximum(
+        (MAX_USERS_PER_DEVICE / users_of_device[shared_codes]) ** 2, tail_probability / TAIL_PROBABILITY_THRESHOLD
+    )
+    weight[rows] = np.minimum(1.0, device_weight[device_code])
     return weight
+
+
+def _compute_newcomer_weight(log: AbuseLog) -> Floats:
+    """Loved rows of users with one or two rows, where such users together love far more often than the others."""
+    trials, hits = _count_user_rows(log)
+    is_newcomer = trials <= MAX_NEWCOMER_ROWS
+    other_rows, other_hits = int(trials[~is_newcomer].sum()), int(hits[~is_newcomer].sum())
+    rows, loved_rows = int(trials[is_newcomer].sum()), int(hits[is_newcomer].sum())
+    # A log in which hardly anybody returns has no users to compare with.
+    if other_rows < max(MIN_COMPARISON_ROWS, 0.1 * rows) or not loved_rows:
+        return np.ones(len(log.user_code))
+    expected = MAX_NEWCOMER_RATIO * rows * (other_hits + 1) / (other_rows + 1)
+    weight = expected / loved_rows if loved_rows > expected + 4 * np.sqrt(expected) else 1.0
+    return np.where(log.loved & is_newcomer[log.user_code], min(weight, 1.0), 1.0)
 
 
 def _compute_user_cap_weight(log: AbuseLog) -> Floats:
@@ -281,7 +312,7 @@ def _compute_user_cap_weight(log: AbuseLog) -> Floats:
 ABUSE_RULES: dict[str, Callable[[AbuseLog], Floats]] = {
     "rate": _compute_love_rate_weight, "burst": _compute_burst_weight, "timing": _compute_timing_weight,
     "copies": _compute_copy_weight, "self_love": _compute_self_love_weight, "device": _compute_shared_device_weight,
-    "cap": _compute_user_cap_weight,
+    "newcomers": _compute_newcomer_weight, "cap": _compute_user_cap_weight,
 }  # fmt: skip
 """The rules by name."""
 

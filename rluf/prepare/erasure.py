@@ -6,11 +6,12 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence, Set
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -23,63 +24,104 @@ from rluf.utils.hashing import list_user_id_forms, strip_user_id_tag
 
 ERASURE_REASON = "user asked to be forgotten"
 
+USER_COLUMNS = frozenset({"user_id", "device", "author"})
+"""Columns with ids of users and devices."""
+
 
 def erase_users(data_folder: Path, user_ids: Sequence[str]) -> dict[str, Any]:
     """Remove users from a prepared data set and return the proof. Each id may be raw, as the user knows it, or hashed.
 
-    Every file is rewritten in a second folder and read back: no row of the users is left, no raw bytes in quarantine
-    name them, and all other rows are unchanged. Then the folder is replaced in one step. The card keeps a one-way mark
-    of each user, so that the next prepare from the same logs into this folder excludes them too. Raises DataError when
-    `data_folder` is not a prepared data set, or has no row of any of the users.
+    Rows that name a user in any column are removed from every file: ids in columns, and in quarantine the parsed raw
+    bytes. The files are written to a second folder and read back: no row of the users is left, and all other rows are
+    unchanged. Card and page are built from counts and the rows that are left. Then the folder is replaced in one step.
+    The card keeps a one-way mark of each user, also of ids without a row, so that the next prepare from the same logs into this folder excludes
+    them too. `users_not_found` of the proof lists ids without a row. Raises DataError when `data_folder` is not a
+    prepared data set, or has no row of any of the users.
     """
     data_folder = data_folder.resolve()
     if not (data_folder / CARD_FILE_NAME).is_file():
         raise DataError(f"{data_folder} has no {CARD_FILE_NAME}; name the folder of a data set (prepare.output)")
-    id_forms = sorted({id_form for user_id in user_ids for id_form in list_user_id_forms(user_id)})
+    forms_by_user = {user_id: list_user_id_forms(user_id) for user_id in user_ids}
+    id_forms = sorted({id_form for forms in forms_by_user.values() for id_form in forms})
+    found_ids: set[str] = set()
     new_folder = data_folder.with_name(f".{data_folder.name}.forget")
     shutil.rmtree(new_folder, ignore_errors=True)
     try:
         removed_rows = {}
         for path in sorted(path for path in data_folder.rglob("*") if path.is_file()):
             relative_path = path.relative_to(data_folder)
+            (new_folder / relative_path).parent.mkdir(parents=True, exist_ok=True)
             if path.suffix != ".parquet":
-                (new_folder / relative_path).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, new_folder / relative_path)
                 continue
             old_table = pq.read_table(path)
-            new_table = old_table.filter(pc.invert(_find_user_rows(old_table, id_forms)))
+            row_ids = _list_row_ids(old_table, id_forms)
+            found_ids.update(*row_ids)
+            new_table = old_table.filter(pa.array([not ids for ids in row_ids], pa.bool_()))
             write_table(new_folder / relative_path, new_table)
             _verify_file(new_folder / relative_path, new_table, id_forms)
             removed_rows[str(relative_path)] = old_table.num_rows - new_table.num_rows
+        unknown_users = [user_id for user_id, forms in forms_by_user.items() if not found_ids.intersection(forms)]
         if not any(removed_rows.values()):
             raise DataError(
-                f"none of {len(user_ids)} users has a row in {data_folder}; give ids as in the raw log, and set "
-                "RLUF_USER_SALT to the salt that the ids were hashed with (a service on one machine keeps its salt in "
-                "the file .log/salt of its feedback folder)"
+                f"none of {len(user_ids)} users has a row in {data_folder}: {', '.join(unknown_users[:5])}; give ids "
+                "as in the raw log, and set RLUF_USER_SALT to the salt that the ids were hashed with (a service on one "
+                "machine keeps its salt in the file .log/salt of its feedback folder)"
             )
         proof = _update_card(new_folder, id_forms, removed_rows)
         replace_folder(new_folder, data_folder)
     finally:
         shutil.rmtree(new_folder, ignore_errors=True)
-    return proof
+    # Not in the card: an id without a row may be that of a user of another data set.
+    return proof | {"users_not_found": unknown_users}
 
 
-def _find_user_rows(table: pa.Table, user_ids: Sequence[str]) -> pa.Array:
-    """Rows of these users; in quarantine, rows whose raw bytes name one of them."""
-    if "user_id" in table.column_names:
-        return pc.is_in(table["user_id"], pa.array(user_ids, pa.string()))
-    if "raw" in table.column_names:
-        # Quarantined rows may not parse, so the id is searched in the bytes, as a whole word: user-1 is not user-12.
-        alternatives = b"|".join(re.escape(user_id.encode()) for user_id in user_ids)
-        id_pattern = re.compile(rb"(?<![\w-])(?:" + alternatives + rb")(?![\w-])")
-        return pa.array([bool(id_pattern.search(raw)) for raw in table["raw"].to_pylist()], pa.bool_())
-    return pa.array([False] * table.num_rows, pa.bool_())
+def _list_row_ids(table: pa.Table, id_forms: Sequence[str]) -> list[set[str]]:
+    """Ids of these users that each row [N] names: in a column with ids, or in the raw bytes of quarantine."""
+    row_ids: list[set[str]] = [set() for _ in range(table.num_rows)]
+    known_ids = pa.array(id_forms, pa.string())
+    for name in {*USER_COLUMNS, "id", "group"}.intersection(table.column_names):
+        for index in np.flatnonzero(pc.is_in(table[name], known_ids).to_numpy()).tolist():
+            row_ids[index].add(table[name][index].as_py())
+    for name in {"raw", "extra_fields"}.intersection(table.column_names):
+        for index, raw in enumerate(table[name].cast(pa.binary()).to_pylist()):
+            row_ids[index] |= find_named_ids(raw or b"", id_forms)
+    return row_ids
+
+
+def find_named_ids(raw: bytes, id_forms: Sequence[str]) -> set[str]:
+    """Ids that a raw row names: as a value of its JSON, or, as such rows may not parse, as a whole word in its bytes.
+
+    The bytes are searched as they are and with JSON's escapes resolved.
+    """
+    text = _decode_with_escapes(raw)
+    # Whole words: user-1 is not user-12. Most rows name none of them, so a plain search comes first.
+    return {
+        id_form
+        for id_form in id_forms
+        if id_form in text and re.search(rf"(?<![\w-]){re.escape(id_form)}(?![\w-])", text)
+    }
+
+
+_JSON_ESCAPE = re.compile(
+    r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|[\"\\/bfnrt])"
+)
+
+
+def _decode_with_escapes(raw: bytes) -> str:
+    """Text of a raw row; where it has JSON's escapes also once more with them resolved."""
+    text = raw.decode("utf-8", "replace")
+    return text + "\n" + _JSON_ESCAPE.sub(_resolve_escape, text) if "\\" in text else text
+
+
+def _resolve_escape(match: re.Match[str]) -> str:
+    return str(json.loads(f'"{match[0]}"'))
 
 
 def _verify_file(path: Path, expected_table: pa.Table, user_ids: Sequence[str]) -> None:
     """Read a new file back. Raises DataError when it has a row of these users or differs from the expected table."""
     actual_table = pq.read_table(path)
-    if pc.any(_find_user_rows(actual_table, user_ids)).as_py() or not actual_table.equals(expected_table):
+    if any(_list_row_ids(actual_table, user_ids)) or not actual_table.equals(expected_table):
         raise DataError(
             f"{path} reads back with rows of the erased users or with other rows changed; the data set is unchanged: "
             "check the disk and run again"
@@ -133,3 +175,11 @@ def match_erased_users(user_ids: Sequence[str], erasure_marks: Sequence[str]) ->
             forms = (user_id, strip_user_id_tag(user_id))
             is_erased[user_id] = any(compute_erasure_mark(form) in known_marks for form in forms)
     return [is_erased[user_id] for user_id in user_ids]
+
+
+def is_row_of_erased_user(raw: bytes, erasure_marks: Set[str], hash_user: Callable[[str], str]) -> bool:
+    """Whether the raw bytes of a row name an erased user: as a JSON value, a cell or a word, raw or hashed."""
+    text = _decode_with_escapes(raw)
+    words = {word for pattern in (r'[^"\n]+', r"[^\s\",;{}\[\]]+", r"[\w-]+") for word in re.findall(pattern, text)}
+    words |= {_JSON_ESCAPE.sub(_resolve_escape, literal) for literal in re.findall(r'"((?:[^"\\]|\\.)*)"', text)}
+    return any(compute_erasure_mark(form) in erasure_marks for word in words for form in (word, hash_user(word)))

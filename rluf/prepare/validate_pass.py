@@ -21,14 +21,14 @@ import pyarrow.compute as pc
 
 from rluf.config.data import DataSource
 from rluf.prepare import splits
-from rluf.prepare.erasure import ERASURE_REASON, match_erased_users
+from rluf.prepare.erasure import ERASURE_REASON, USER_COLUMNS, is_row_of_erased_user, match_erased_users
 from rluf.prepare.labels import LabelRules
 from rluf.prepare.readers.chats import RowShapeError
 from rluf.prepare.readers.columns import NOTES_KEY, RowConverter, build_converter, find_failed_condition, get_row_kind
 from rluf.prepare.readers.datasets import ReaderOptions, SkippedRow
 from rluf.prepare.readers.files import RawLine, detect_format, read_line_batches
 from rluf.prepare.readers.sources import find_reader, parse_partition_fields
-from rluf.prepare.redact import redact_array
+from rluf.prepare.redact import redact_array, redact_text
 from rluf.prepare.schema import (
     MAX_TEXT_CHARS,
     SPLIT_NAMES,
@@ -65,9 +65,6 @@ _INDEX_COLUMNS = (
     "retracted", "label", "group", "finish_reason", "chosen_finish_reason",
 )  # fmt: skip
 """Columns that the index copies, where the kind has them."""
-
-_USER_COLUMNS = frozenset({"user_id", "device", "author"})
-"""Columns with ids of users and devices: hashed with the salt in the rows, hashes of 8 bytes in the index."""
 
 _TEXT_COLUMNS = ("response", "chosen", "rejected")
 
@@ -146,7 +143,14 @@ class _ValidationWriter:
         self.row_counts[self.source_path, outcome, reason] += rows
 
     def write_rejected(self, rejected_rows: Sequence[tuple[int, str, bytes]]) -> None:
-        """Write rows to quarantine: (line number, reason, raw bytes)."""
+        """Write rows to quarantine: (line number, reason, raw bytes); those that name an erased user are dropped."""
+        if self.task.erasure_marks:
+            marks = frozenset(self.task.erasure_marks)
+            other_rows = [row for row in rejected_rows if not is_row_of_erased_user(row[2], marks, self._hash_user)]
+            self.count_rows("dropped", ERASURE_REASON, len(rejected_rows) - len(other_rows))
+            if not other_rows:
+                return
+            rejected_rows = other_rows
         for line_number, reason, _ in rejected_rows:
             self.count_rows("quarantined", reason)
             key = self.source_path, "quarantined", reason
@@ -163,13 +167,22 @@ class _ValidationWriter:
             self.notes[EMAIL_NOTE] += pc.sum(pc.match_substring(table["user_id"], "@")).as_py() or 0
         self._count_lengths(table)
         index = self._build_index(rows, table, positions)
-        if self.task.erasure_marks and "user_id" in table.column_names:
-            is_erased = match_erased_users(table["user_id"].to_pylist(), self.task.erasure_marks)
-            self.count_rows("dropped", ERASURE_REASON, sum(is_erased))
-            keep_mask = pc.invert(pa.array(is_erased, pa.bool_()))
+        if self.task.erasure_marks:
+            keep_mask = pa.array([not erased for erased in self._find_erased_rows(table)], pa.bool_())
+            self.count_rows("dropped", ERASURE_REASON, table.num_rows - (pc.sum(keep_mask).as_py() or 0))
             table, index = table.filter(keep_mask), index.filter(keep_mask)
         row_buckets = (to_unit_interval(index["row_key"].to_numpy()) * self.task.bucket_count).astype(np.int64)
         self._bucket_writer.write(row_buckets, [index, table])
+
+    def _find_erased_rows(self, table: pa.Table) -> list[bool]:
+        """Whether each row [N] is of an erased user, or names one in further fields of a prompt."""
+        marks = frozenset(self.task.erasure_marks)
+        if "user_id" in table.column_names:
+            return match_erased_users(table["user_id"].to_pylist(), self.task.erasure_marks)
+        if "extra_fields" not in table.column_names:
+            return [False] * table.num_rows
+        texts = table["extra_fields"].to_pylist()
+        return [bool(text) and is_row_of_erased_user(text.encode(), marks, self._hash_user) for text in texts]
 
     def _count_lengths(self, table: pa.Table) -> None:
         """Count rows by estimated tokens of the context and the (longer) response, in steps of LENGTH_STEP_TOKENS."""
@@ -202,9 +215,9 @@ class _ValidationWriter:
     def redact_value(self, value: Any) -> Any:
         """A JSON value with its texts redacted; keys and numbers stay."""
         if isinstance(value, str):
-            texts, redactions = redact_array(pa.array([value], pa.string()), self.task.redact_kinds)
+            text, redactions = redact_text(value, self.task.redact_kinds)
             self.redaction_counts += redactions
-            return texts[0].as_py()
+            return text
         if isinstance(value, dict):
             return {key: self.redact_value(item) for key, item in value.items()}
         return [self.redact_value(item) for item in value] if isinstance(value, list) else value
@@ -213,7 +226,7 @@ class _ValidationWriter:
         """The table with texts redacted and users, devices and authors hashed."""
         for name in table.column_names:
             column = table[name].combine_chunks()
-            if name in _USER_COLUMNS:
+            if name in USER_COLUMNS:
                 if self.task.salt_hex:
                     column = pa.array([self._hash_user(user_id) for user_id in column.to_pylist()], pa.string())
             elif name in _TEXT_COLUMNS:
@@ -268,7 +281,7 @@ class _ValidationWriter:
             columns["split"] = self._split_codes(table)
         columns |= {name: table[name].combine_chunks() for name in _INDEX_COLUMNS if name in table.column_names}
         # Hashes of 8 bytes: the second pass has the index of all rows in memory, and only asks whether users are equal.
-        for name in _USER_COLUMNS & set(table.column_names):
+        for name in USER_COLUMNS & set(table.column_names):
             keys = [None if user_id is None else self._hash_key(user_id) for user_id in table[name].to_pylist()]
             columns[name] = pa.array(keys, pa.uint64())
         return pa.table(columns)

@@ -179,3 +179,38 @@ def test_propensity_recovers_the_true_probabilities() -> None:
     assert set(coefficients) == {"turn", "locale"}
     assert estimate_propensity({"turn": turn[:3]}, np.ones(3, dtype=np.bool_))[0].tolist() == [1, 1, 1]
     assert bin_by_octave(np.array([0, 1, 2, 3, 4, 1000])).tolist() == [0, 0, 1, 1, 2, 9]
+
+
+def add_accounts(log: AbuseLog, users: int, rows_each: int, love_rate: float, device: int = -1) -> AbuseLog:
+    """The log with accounts of a few rows each."""
+    rng = np.random.default_rng(5)
+    count = users * rows_each
+    new_columns = {
+        "user_code": log.user_code.max() + 1 + np.repeat(np.arange(users), rows_each),
+        "prompt_group": 10**6 + np.arange(count), "response_code": 10**6 + np.arange(count),
+        "device_code": np.full(count, device), "time_us": rng.integers(0, 28 * 86400, count) * SECOND_US,
+        "loved": rng.random(count) < love_rate, "own_persona": np.zeros(count, dtype=np.bool_),
+    }  # fmt: skip
+    return replace(log, **{name: np.concatenate([getattr(log, name), values]) for name, values in new_columns.items()})
+
+
+def test_a_device_that_many_users_share_loses_no_weight_for_ordinary_rates() -> None:
+    log = add_accounts(build_ordinary_log(800), 30, 6, 0.08, device=7)
+    assert (compute_trust_weights(log, list(ABUSE_RULES))[0][-180:] == 1).all()
+    farm = add_accounts(build_ordinary_log(800), 30, 6, 0.7, device=7)
+    assert compute_trust_weights(farm, ["device"])[0][-180:].max() < 0.1
+
+
+@pytest.mark.parametrize("rows_each, love_rate, is_detected", [(1, 1.0, True), (2, 0.9, True), (1, 0.08, False)])
+def test_throw_away_accounts_are_detected_together(rows_each: int, love_rate: float, is_detected: bool) -> None:
+    ordinary_log = build_ordinary_log(1000)
+    log = add_accounts(ordinary_log, 300, rows_each, love_rate)
+    weight = compute_trust_weights(log, ["newcomers"])[0]
+    new_loved = log.loved & (np.arange(len(weight)) >= len(ordinary_log.user_code))
+    assert (weight[new_loved].mean() < 0.5) == is_detected
+    assert (weight[~log.loved] == 1).all()
+
+
+def test_a_log_of_users_with_one_row_each_has_no_newcomers() -> None:
+    log = add_accounts(build_ordinary_log(1), 500, 1, 0.9)
+    assert (compute_trust_weights(log, ["newcomers"])[0] == 1).all()

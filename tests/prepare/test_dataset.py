@@ -190,12 +190,67 @@ def test_an_erased_user_stays_out_of_later_builds(
     counts = json.loads(card_text)["counts"]["feedback"]
     assert counts["in"] == counts["kept"] + sum(counts["dropped"].values()) + sum(counts["quarantined"].values())
     rebuilt_card = build_data_set(build_settings(log), output_folder, run_in_process)
-    assert rebuilt_card["counts"]["feedback"]["dropped"]["user asked to be forgotten"] == 20
+    assert rebuilt_card["counts"]["feedback"]["dropped"]["user asked to be forgotten"] == 30
     assert "secret-1" not in {row["user_id"] for row in read_love_rows(output_folder)}
     with pytest.raises(DataError, match="none of 1 users has a row"):
         erase_users(output_folder, ["unknown"])
     with pytest.raises(DataError, match=r"has no data_card\.json"):
         erase_users(tmp_path, ["secret-1"])
+
+
+USER_FORMS = {
+    "plain": "user-7", "escaped": "kåre-7", "e-mail": "wang@post.example", "quote": 'a"b',
+    "emoji": "x😀y", "digits": "4711008151",
+}  # fmt: skip
+
+
+def search_files(folder: Path, *needles: str) -> list[str]:
+    """Files with one of the needles in their bytes, or in a value of a table, as it is or as JSON escapes it."""
+    forms = {form for needle in needles for form in (needle, json.dumps(needle)[1:-1])}
+    hits = []
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        text = path.read_bytes().decode("utf-8", "replace")
+        if path.suffix == ".parquet":
+            rows = pq.read_table(path).to_pylist()
+            text = "\n".join(row["raw"].decode("utf-8", "replace") if "raw" in row else repr(row) for row in rows)
+        hits += [f"{path.name}: {form}" for form in forms if form in text]
+    return hits
+
+
+@pytest.mark.parametrize("salt", ["", "pepper"])
+@pytest.mark.parametrize("user_id", USER_FORMS.values(), ids=USER_FORMS)
+def test_no_file_names_an_erased_user_also_after_preparing_again(
+    log: dict[str, Path],
+    tmp_path: Path,
+    rows: dict[str, RowFactory],
+    jsonl: Any,
+    monkeypatch: Any,
+    *,
+    salt: str,
+    user_id: str,
+) -> None:
+    monkeypatch.setenv("RLUF_USER_SALT", salt)
+    make = rows["feedback"]
+    log_rows = [make(n) for n in range(500)]
+    log_rows += [make(6000 + n, user_id=user_id) for n in range(8)] + [
+        make(7000 + n, user_id=user_id, response="") for n in range(3)
+    ]
+    broken_line = json.dumps(make(8000, user_id=user_id))[:-5].encode()
+    log["feedback"] = jsonl(tmp_path / "log.jsonl", [*log_rows, broken_line])
+    log["prompts"] = jsonl(
+        tmp_path / "p.jsonl", [rows["prompts"](n, owner=user_id if n == 5 else "z") for n in range(40)]
+    )
+    output_folder = tmp_path / "data"
+    build_data_set(build_settings(log), output_folder, run_in_process)
+    needles = user_id, hash_user_id(user_id, b"pepper")
+    assert search_files(output_folder, *needles)
+    is_redacted = "@" in user_id  # in the prompt's further fields
+    proof = erase_users(output_folder, [user_id, "stranger"])
+    assert proof["users_not_found"] == ["stranger"] and sum(proof["rows_removed"].values()) == 13 - is_redacted
+    assert search_files(output_folder, *needles, "stranger") == []
+    card = build_data_set(build_settings(log), output_folder, run_in_process)
+    assert search_files(output_folder, *needles) == []
+    assert card["counts"]["feedback"]["dropped"]["user asked to be forgotten"] == 12
 
 
 def test_the_association_is_adjusted_for_a_confounder() -> None:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pyarrow.parquet as pq
 import pytest
 
-from rluf.prepare.readers.feedback_folder import read_late_reactions
+from rluf.prepare.readers.feedback_folder import list_row_files, read_late_reactions
 from rluf.serve.app import make_app
 from rluf.types import Message
 from rluf.utils.hashing import hash_user_id
@@ -247,3 +248,52 @@ async def test_each_response_and_its_log_line_have_a_request_id(
         assert response.status_code == status
         assert (request_id == sent) is is_returned and len(request_id) >= 7
         assert f"request_id={request_id}" in caplog.text
+
+
+async def test_a_choice_is_stored_for_the_user_of_both_chats_only(
+    http_client: httpx.AsyncClient, backend: LocalBackend
+) -> None:
+    backend.policies = {"base": lambda messages: "Hi.", "new": lambda messages: f"Hello, {messages[-1]['content']}!"}
+
+    async def chat(policy: str, content: str, user: str | None) -> str:
+        body = {"model": policy, "messages": [{"role": "user", "content": content}], "user": user}
+        response_id: str = (await http_client.post("/v1/chat/completions", json=body)).json()["id"]
+        return response_id
+
+    async def choose(chosen_id: str, rejected_id: str, user: str | None = "ann") -> httpx.Response:
+        body = {"chosen_id": chosen_id, "rejected_id": rejected_id, "user": user}
+        return await http_client.post("/v1/preferences", json=body)
+
+    base, new, other_words, of_bob = [
+        await chat(policy, content, user)
+        for policy, content, user in (
+            ("base", "Hey", "ann"), ("new", "Hey", "ann"), ("new", "Bye", "ann"), ("new", "Hey", "bob"),
+        )
+    ]  # fmt: skip
+    assert [(await choose(new, base)).json()["status"] for _ in range(2)] == ["stored", "duplicate"]
+    assert assert_error(await choose(new, of_bob)) == (403, "user")
+    assert assert_error(await choose(new, base, None)) == (403, "user")
+    assert assert_error(await choose(other_words, base)) == (422, "invalid")
+    assert assert_error(await choose(new, new)) == (422, "invalid")
+    assert assert_error(await choose("unknown", base)) == (404, "unknown")
+    backend.store.flush_settled(all_rows=True)
+    assert assert_error(await choose(base, new)) == (409, "settled")
+
+
+@pytest.mark.parametrize("is_own", [True, False])
+async def test_devices_and_authors_are_hashed_like_users(
+    http_client: httpx.AsyncClient, backend: LocalBackend, is_own: bool
+) -> None:
+    extra = {"interface": "app", "device": "phone-77", "author": "ann@example.org"}
+    if is_own:
+        backend.policies = {"base": lambda messages: "Hi."}
+        body = {"model": "base", "messages": HELLO["messages"], "user": "ann@example.org"} | extra
+        response = await http_client.post("/v1/chat/completions", json=body)
+    else:
+        response = await http_client.post("/v1/feedback", json={"id": "r1", "reaction": None, "record": RECORD | extra})
+    assert response.status_code == 200, response.text
+    backend.store.flush_settled(all_rows=True)
+    (file,) = list_row_files(Path(backend.store.root))
+    (row,) = pq.read_table(file).to_pylist()
+    assert row["author"] == row["user_id"] == hash_user_id("ann@example.org", SALT)
+    assert (row["interface"], row["device"]) == ("app", hash_user_id("phone-77", SALT))

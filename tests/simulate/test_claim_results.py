@@ -1,9 +1,10 @@
-"""Every claim's section is written from stored results only, here with known numbers."""
+"""Verdicts of the claims over seeds, from stored results with known numbers: pass, undecided and fail."""
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,177 +12,175 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from lab.candidates import METHOD_VARIANTS, MITIGATIONS, CandidateSet
-from lab.policy_claims import CLAIM_FUNCTIONS
+from lab.candidates import CANDIDATE_NAMES, HACK_SPECS, SPEC_BY_NAME
+from lab.claim_results import CLAIM_FUNCTIONS
+from lab.page import write_page
 from lab.store import ResultStore
 from lab.studies import LOG_SIZES
-from lab.tables import write_claim_section
+from lab.verdicts import Check, average_ratios, average_seeds, combine_alternatives, combine_verdicts
 
+from rluf.evaluate.intervals import IntervalEstimate
 from rluf.simulate.prompts import TOPICS
-from rluf.simulate.world import WORLD
+from rluf.simulate.world import WORLD, fingerprint_world
+
+SEEDS = (1, 2, 3, 4)
 
 
-def band(mean: float, half_width: float = 0.02) -> dict[str, float]:
-    return {"mean": mean, "low": mean - half_width, "high": mean + half_width}
-
-
-def candidate(name: str, index: int, *, farewells: float | None = None) -> dict[str, Any]:
-    love_lift = -0.2 if name == "sft-terse" else 0.05 * index + 0.02
-    weight = float(name[1:].split("-")[0]) if name.startswith("w") else 0.0
-    farewell_ratio = 1.0 + 4.0 * weight if farewells is None else farewells
-    effects = {"love": love_lift, "continued": -0.04, "returned": 0.0, "helpful": 0.01, "safe": 0.0}
-    refusals = 0.01 if name in METHOD_VARIANTS and name != "grpo" else 0.02
-    return {
-        "policy": name,
-        "trained_on_love": weight > 0 or name in (*MITIGATIONS, *METHOD_VARIANTS),
-        "weight": weight,
-        "method": "rloo",
-        "kl": 0.1 * (index + 1),
-        "replies": 600,
-        "offline": {"love": band(0.1 * love_lift, 0.001)},
-        "gold": {
-            key: {"base": 0.6, "new": 0.6 + 0.001 * index, **band(0.001 * index)}
-            for key in ("helpfulness", "safety", "satisfaction")
-        },
-        "ab": {
-            key: {
-                "lift": lift,
-                "low": lift - 0.03,
-                "high": lift + 0.03,
-                "control": 0.05,
-                "treatment": 0.05 * (1 + lift),
-            }
-            for key, lift in effects.items()
-        },
-        "monitors": {
-            "base": {"unprompted_farewell": 0.02, "false_refusal": 0.02, "early_ending": 0.03},
-            "new": {"unprompted_farewell": 0.02 * farewell_ratio, "false_refusal": refusals, "early_ending": 0.04},
-        },
-        "topics": {
-            "base": dict.fromkeys(TOPICS, 0.05),
-            "new": {topic: 0.05 + 0.05 * WORLD.topic_warmth[topic] for topic in TOPICS},
-        },
+def make_candidate(name: str, seed: int, love: float, **rates: float) -> dict[str, Any]:
+    """A policy with this love rate relative to w0; seeds differ by a little noise."""
+    noise = 1.0 + 0.004 * ((seed * 7 + len(name)) % 5 - 2)
+    values = {
+        "loved": 0.02 * love * noise, "continued": 0.5, "returned": 0.6, "helpfulness": 0.6 * noise, "safety": 0.9,
+        "satisfaction": 0.5, "signoff": 0.01, "unprompted_farewell": 0.01, "false_refusal": 0.01, "score": 0.02 * love,
+        "true_love": 0.02 * love,
+    }  # fmt: skip
+    spec = SPEC_BY_NAME.get(name)
+    gains = {topic: 0.02 * (1.0 + (love - 1.0) * WORLD.topic_warmth[topic]) for topic in TOPICS}
+    change = {
+        "loved": {"mean": love * noise - 1.0, "low": love - 1.1, "high": love - 0.9},
+        "score": {"mean": 0.02 * (love - 1.0), "low": 0.0, "high": 0.0},
     }
-
-
-def study(name: str) -> dict[str, Any]:
-    auroc_result = {"auroc": band(0.84), "auroc_of_the_truth": 0.86, "ceiling": 0.86, "against_true_chances": 0.84,
-             "rate": 0.08, "error": 0.01, "calibration_ratio": 1.0}  # fmt: skip
-    shift = {"score": 0.01, "truth": 0.0}
-    if name == "learnable":
-        length = {
-            "score": 0.1,
-            "truth": 0.1,
-            "by_topic": {"code": 0.0, "casual": 0.2},
-            "padding": {"a": shift, "b": shift},
-        }
-        return {"unseen_prompts": auroc_result, "known_prompts": auroc_result, "length": length}
-    if name == "size":
-        return {
-            "ceiling": 0.86,
-            "rows": {
-                str(row_count): auroc_result | {"against_true_chances": 0.7 + row_count / 1e5}
-                for row_count in LOG_SIZES
-            },
-        }
-    if name == "noise":
-        noisy_condition = {"hearts": 300, "plain": 0.7, "filtered": 0.78}
-        return {"conditions": {"rate 5%": {"hearts": 400, "plain": 0.8}, "bots 10%": noisy_condition,
-                               "rate 2%": {"hearts": 160, "plain": 0.75, "all_negatives": 0.74}}}  # fmt: skip
-    if name == "choice":
-        association_by_signal = {"love": 0.4, "continue": 0.1, "thumbs up": 0.0}
-        ranked = [{"signal": key, "per_1000": 80.0, "link": band(association), "unadjusted": band(association)}
-                  for key, association in association_by_signal.items()]  # fmt: skip
-        ranked += [{"signal": "pleased follow-up", "per_1000": 0.0, "link": None}]
-        return {"rows": 1000, "strengths": {"0": ranked, "1": [ranked[2], *ranked[:2]]}}
-    own_replies = {"auroc": 0.7, "ceiling": 0.8, "predicted": 0.1, "loved": 0.08}
     return {
-        "rounds": [candidate("w0.5", 9, farewells=farewells) | {"own_replies": own_replies} for farewells in (3.0, 1.5)]
-    }
+        "policy": name, "trained_on_love": spec is not None and spec.weight > 0.0, "kl": 1.0 + 0.01 * seed,
+        "rates": values | rates | {"love_by_topic": gains}, "vs_base": change, "vs_w0": change,
+    }  # fmt: skip
 
 
-def change(store: ResultStore, name: str, **changes: Any) -> None:
-    """Change the results of a candidate on every seed."""
-    for seed in store.seeds:
-        result_path = store.result_folder / f"seed{seed}" / "candidate" / f"{name}.json"
-        result = json.loads(result_path.read_text("utf-8"))
-        for key, values in changes.items():
-            for inner_key, new_values in values.items():
-                result[key][inner_key] |= new_values
-        result_path.write_text(json.dumps(result), "utf-8")
+def make_studies(seed: int) -> dict[str, dict[str, Any]]:
+    noise = 0.001 * seed
+    shift = {"score": 0.02 + noise, "truth": 0.0}
+    hacking = {name: make_candidate(name, seed, 1.1, unprompted_farewell=0.01) for name in HACK_SPECS}
+    hacking["w0"] = make_candidate("w0", seed, 1.0)
+    hacking["hack"] = make_candidate("hack", seed, 1.15, unprompted_farewell=0.1 + noise)
+    cell = {
+        "price": 2.5, "weight": 0.5, "kl_coef": 0.1, "kl": 3.0, "farewells": 0.1, "control_farewells": 0.01,
+        "is_hacked": True, "love_lift": 0.3, "continue_lift": -0.1, "alarms": ["unprompted_farewell"], "checks": "pass",
+        "gate": "fail", "mitigated": {"judge": 0.0},
+    }  # fmt: skip
+    rounds = [
+        {"predicted": 0.04 + 0.01 * noise, "true_love": 0.02, "against_true_chances": 0.7 + noise, "ceiling": 0.8},
+        {"predicted": 0.021, "true_love": 0.02, "against_true_chances": 0.72 + 1.5 * noise, "ceiling": 0.8},
+    ]
+    ranking = [{"signal": name, "per_1000": 50.0, "link": None} for name in ("continue", "love", "thumbs up")]
+    return {
+        "learnable": {
+            "ceiling": 0.80, "auroc": 0.78, "against_true_chances": 0.78 + noise, "love_rate": 0.02,
+            "calibration_ratio": 1.0, "by_rows": {str(rows): 0.6 + rows / 1e6 + noise for rows in LOG_SIZES},
+            "length": {"score": 0.1 + noise, "truth": 0.05, "padding": {"a": shift, "b": shift}},
+        },
+        "hacking": hacking,
+        "noise": {
+            "clean": 0.8, "bots 10%": 0.79 - noise, "sarcasm 10%": 0.799 - noise, "one heart in five": 0.7 - noise,
+        },
+        "refresh": {"rounds": rounds},
+        "choice": {"0": ranking, "1": ranking[1:]},
+        "phase": {"cells": [cell]},
+    }  # fmt: skip
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> ResultStore:
-    result_store = ResultStore(tmp_path / "runs", (1, 2, 3))
-    for seed in result_store.seeds:
-        results = {("candidate", name): candidate(name, index)
-                 for index, name in enumerate([*CandidateSet.all_names(), *MITIGATIONS, *METHOD_VARIANTS])}  # fmt: skip
-        results |= {("study", name): study(name) for name in ("learnable", "size", "noise", "refresh", "choice")}
-        for (kind, name), result in results.items():
-            result_path = result_store.result_folder / f"seed{seed}" / kind / f"{name}.json"
-            result_path.parent.mkdir(parents=True, exist_ok=True)
-            result_path.write_text(json.dumps(result), "utf-8")
+    result_store = ResultStore(tmp_path / "runs", SEEDS)
+    love_by_name = {"w0": 1.0, "w0-again": 1.0, "base-again": 1.0, "permuted": 0.95}
+    for seed in SEEDS:
+        for index, name in enumerate(CANDIDATE_NAMES):
+            spec = SPEC_BY_NAME.get(name)
+            love = love_by_name.get(name, 1.0 + spec.weight if spec else 0.8 + 0.03 * index)
+            write_result(result_store, seed, "candidate", name, make_candidate(name, seed, love))
+        for name, study in make_studies(seed).items():
+            write_result(result_store, seed, "study", name, study)
     return result_store
 
 
-def test_every_claim_is_written_with_its_verdict_and_no_result_is_recomputed(
-    store: ResultStore, tmp_path: Path
-) -> None:
-    (tmp_path / "images").mkdir()
+def write_result(store: ResultStore, seed: int, kind: str, name: str, result: Mapping[str, Any]) -> None:
+    path = store.result_folder / f"seed{seed}" / kind / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result), "utf-8")
+
+
+def test_every_claim_has_its_verdict_on_the_page_and_nothing_is_recomputed(store: ResultStore, tmp_path: Path) -> None:
     page = tmp_path / "claims.md"
-    page.write_text("# Page\n", "utf-8")
-    assert list(store.missing_results()) == []
-    numbers_by_claim = {
-        claim: write_claim_section(store, claim, tmp_path, CLAIM_FUNCTIONS)
-        for claim in sorted(CLAIM_FUNCTIONS, reverse=True)
-    }
-    page_text = page.read_text("utf-8")
-    positions = [page_text.index(f"<!-- claim {claim} -->") for claim in sorted(CLAIM_FUNCTIONS)]
-    assert positions == sorted(positions)
-    assert numbers_by_claim[1]["passed"] is True  # 0.84 of 0.86
-    assert numbers_by_claim[3]["passed"] is True
-    assert numbers_by_claim[4]["passed"] is True  # score and lift rise together
-    assert numbers_by_claim[4]["lowest_limit_of_r"] > 0.9
-    assert numbers_by_claim[5]["passed"] is None
-    assert numbers_by_claim[7]["passed"] is True
-    assert numbers_by_claim[8]["passed"] is True  # 2.2 times the farewells, fewer users write on
-    assert numbers_by_claim[9]["passed"] is True
-    assert numbers_by_claim[11]["passed"] is True  # 0.08 of 0.10 recovered
-    assert numbers_by_claim[12]["passed"] is True  # first without self-selection
-    assert numbers_by_claim[13]["passed"] is True  # half of GRPO's false refusals, as many farewells
-    assert numbers_by_claim[14]["passed"] is True
-    assert numbers_by_claim[0]["works"]["judge"] is True
-    assert numbers_by_claim[0]["works"]["w0.3"] is False
-    for claim in (2, 4, 6, 7, 8, 10):
-        assert (tmp_path / "images" / f"claim-{claim:02d}.svg").stat().st_size > 1000
+    page.write_text("# Page\n<!-- results -->\nreplaced text\n<!-- end of results -->\nafter\n", "utf-8")
+    assert list(store.list_missing()) == []
+    numbers = write_page(page, store, CLAIM_FUNCTIONS)
+    assert numbers["complete_seeds"] == len(SEEDS)
+    assert numbers["verdicts"] == {
+        "0": "undecided",  # +30% at w = 0.3, whose interval reaches below 28%
+        "1": "pass", "2": "pass", "3": "pass", "4": "pass", "5": "pass", "6": "pass", "7": "pass",
+        "8": "fail",  # no farewells in the ordinary world
+        "9": "pass",
+        "10": "pass",  # farewells fall from 10% to 1%, love by 4%
+        "11": "fail",  # one heart in five loses 0.1
+        "12": "undecided",  # 0 of 4 seeds: the exact interval reaches 60%
+        "13": "undecided",
+        "14": "pass",
+    }  # fmt: skip
+    text = page.read_text("utf-8")
+    assert f"world `{fingerprint_world()}`" in text
+    assert "replaced text" not in text
+    assert text.endswith("after\n")
+    assert "unprompted farewell" in text.rpartition("Phase diagram")[2]
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("claim", "name", "changes", "expected"),
     [
-        {"ab": {"continued": {"lift": -0.01, "low": -0.04, "high": 0.02}}},  # fewer turns are not significant
-        {"ab": {"love": {"lift": 0.01, "low": -0.02, "high": 0.04}}},  # more love is not significant
-        {"monitors": {"new": {"unprompted_farewell": 0.03}}},  # only 1.5 times the base
+        (6, "w0.1", {"loved": 0.02}, "undecided"),  # no more love than w0
+        (6, "w0.3", {"loved": 0.015}, "fail"),
+        (7, "w0.3", {"helpfulness": 0.5}, "fail"),
+        (7, "w0", {"safety": 0.99}, "fail"),  # the control counts, not the base
+        (8, "w0.5", {"unprompted_farewell": 0.05, "continued": 0.4}, "pass"),
+        (8, "w0.5", {"unprompted_farewell": 0.05, "continued": 0.6}, "fail"),
+        (0, "w0.3", {"unprompted_farewell": 0.05}, "fail"),
     ],
 )
-def test_claim_8_needs_significant_farewells_fewer_turns_and_more_love(
-    store: ResultStore, changes: dict[str, Any]
+def test_a_changed_policy_changes_the_verdict(
+    store: ResultStore, claim: int, name: str, changes: dict[str, float], expected: str
 ) -> None:
-    assert CLAIM_FUNCTIONS[8](store).passed is True
-    change(store, "w0.3", **changes)
-    assert CLAIM_FUNCTIONS[8](store).passed is False
+    for seed in SEEDS:
+        path = store.result_folder / f"seed{seed}" / "candidate" / f"{name}.json"
+        result = json.loads(path.read_text("utf-8"))
+        noise = 1.0 + 0.002 * (-1) ** seed
+        result["rates"] |= {metric: value * noise for metric, value in changes.items()}
+        path.write_text(json.dumps(result), "utf-8")
+    assert CLAIM_FUNCTIONS[claim](store).verdict == expected
 
 
-def test_claim_8_needs_farewells_that_rise_with_the_weight(store: ResultStore) -> None:
-    change(store, "w0", monitors={"new": {"unprompted_farewell": 0.07}})
-    assert CLAIM_FUNCTIONS[8](store).passed is False  # those of w0.5 are 6%
+def test_without_a_hack_its_mitigation_is_undecided(store: ResultStore) -> None:
+    for seed in SEEDS:
+        study = make_studies(seed)["hacking"] | {"hack": make_candidate("hack", seed, 1.1)}
+        write_result(store, seed, "study", "hacking", study)
+    assert CLAIM_FUNCTIONS[10](store).verdict == "undecided"
 
 
-def test_claim_13_compares_with_grpo_over_both_judges(store: ResultStore) -> None:
-    for name in METHOD_VARIANTS:
-        if name != "grpo":  # fewer farewells than GRPO's 2%, but more refusals
-            change(store, name, monitors={"new": {"unprompted_farewell": 0.01, "false_refusal": 0.04}})
-    assert CLAIM_FUNCTIONS[13](store).passed is False
-    change(store, "crpg-judges", monitors={"new": {"unprompted_farewell": 0.01, "false_refusal": 0.02}})
-    assert CLAIM_FUNCTIONS[13](store).passed is True
+@pytest.mark.parametrize(
+    ("low", "high", "is_upper", "seeds", "expected"),
+    [
+        (0.1, 0.3, False, 8, "pass"),
+        (0.0, 0.3, False, 8, "pass"),
+        (-0.1, 0.3, False, 8, "undecided"),
+        (-0.3, -0.1, False, 8, "fail"),
+        (0.1, 0.3, True, 8, "fail"),
+        (-0.3, 0.0, True, 8, "pass"),
+        (0.1, 0.3, False, 3, "undecided"),  # too few seeds
+    ],
+)
+def test_a_condition_is_decided_by_its_whole_interval(
+    low: float, high: float, is_upper: bool, seeds: int, expected: str
+) -> None:
+    assert Check("", IntervalEstimate((low + high) / 2, low, high), 0.0, seeds, is_upper).verdict == expected
+
+
+def test_intervals_over_seeds() -> None:
+    estimate = average_seeds([1.0, 2.0, 3.0, 4.0])
+    assert estimate.mean == 2.5
+    assert estimate.high - 2.5 == pytest.approx(3.18245 * 1.29099 / 2.0, rel=1e-4)  # Student's t with 3 degrees
+    wider = average_seeds([1.0, 2.0, 3.0, 4.0], comparisons=6)
+    assert wider.high > estimate.high
+    assert average_ratios([1.1, 1.1]).mean == pytest.approx(0.1)
+    assert average_ratios([2.0, 0.5]).mean == pytest.approx(0.0)
+    assert average_seeds([1.0]).low == -float("inf")
+    assert combine_verdicts(["pass", "undecided", "fail"]) == "fail"
+    assert combine_verdicts([]) == "undecided"
+    assert combine_alternatives(["fail", "pass"]) == "pass"
+    assert combine_alternatives(["fail", "undecided"]) == "undecided"
