@@ -7,7 +7,7 @@ TESTS ?= tests
 export EXTRA PYTHON
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test nightly check docs format bench gpu-check lock clean
+.PHONY: help setup quickstart test nightly check .check-types .check-rules docs format bench gpu-check lock clean
 
 help: ## List the targets.
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' Makefile | expand -t 20
@@ -25,10 +25,15 @@ nightly: setup ## Run the tests that take minutes each: killed and resumed runs,
 	$(BIN)/python -m pytest tests -q -m nightly $(ARGS)
 
 check: setup ## Check lint, format, types, the import contract, dead code and the house rules.
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+	@$(MAKE) --no-print-directory --keep-going --jobs 2 --output-sync=target .check-types .check-rules
+
+.check-types: # the longer of the two
 	$(BIN)/mypy $(PACKAGES)
 	MYPYPATH=. $(BIN)/mypy benchmarks/*.py
+
+.check-rules:
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/vulture
 	$(BIN)/python -m pytest tests/house -q

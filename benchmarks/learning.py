@@ -145,18 +145,18 @@ def score_with_noise(prompt: int, tokens: Sequence[int]) -> dict[str, float]:
 def measure_options() -> dict[str, dict[str, float]]:
     """Worth of single options with a noisy reward, mean of OPTION_SEEDS seeds, as expected share of target tokens.
 
-    ends: the last policy and its average (learner.ema_decay 0.9), at a constant learning rate and with a linear decay,
-    by rate. entropy: the last policy by algorithm.entropy_coef, at the highest rate. budget: with a proxy reward that
-    overrates a token, the policy at the end of training by algorithm.kl_budget.
+    ends: the last policy and its average (learner.ema_decay 0.9), at a constant learning rate of 0.3 and with a linear
+    decay, after a short and a long run. entropy: the last policy by algorithm.entropy_coef at that rate. budget: with a
+    proxy reward that overrates a token, the policy at the end of training by algorithm.kl_budget.
     """
     results: dict[str, dict[str, float]] = {"ends": {}, "entropy": {}, "budget": {}}
-    for learning_rate in LEARNING_RATES:
+    for steps in (OPTION_STEPS, 5 * OPTION_STEPS):
         for label, has_decay in (("constant", False), ("decay", True)):
-            runs = [_train_table(seed, learning_rate, has_decay=has_decay) for seed in range(OPTION_SEEDS)]
+            runs = [_train_table(seed, 0.3, steps, has_decay=has_decay) for seed in range(OPTION_SEEDS)]
             for end in ("last", "average"):
-                results["ends"][f"{learning_rate:g}, {label}, {end}"] = fmean(run[end] for run in runs)
+                results["ends"][f"{steps} steps, {label}, {end}"] = fmean(run[end] for run in runs)
     for entropy_coef in (0.0, 0.01, 0.03, 0.1, 0.3):
-        runs = [_train_table(seed, LEARNING_RATES[-1], entropy_coef=entropy_coef) for seed in range(OPTION_SEEDS)]
+        runs = [_train_table(seed, 0.3, entropy_coef=entropy_coef) for seed in range(OPTION_SEEDS)]
         results["entropy"][f"{entropy_coef:g}"] = fmean(run["last"] for run in runs)
     for budget in (math.inf, 1.2, 0.8, 0.4, 0.2, 0.1):
         runs = [_train_table(seed, 0.1, score=score_with_hack, budget=budget) for seed in range(OPTION_SEEDS)]
@@ -167,6 +167,7 @@ def measure_options() -> dict[str, dict[str, float]]:
 def _train_table(
     seed: int,
     learning_rate: float,
+    steps: int = OPTION_STEPS,
     *,
     score: SignalFunction = score_with_noise,
     has_decay: bool = False,
@@ -178,7 +179,7 @@ def _train_table(
     policy = TablePolicy(seed, learning_rate, prompt_count=4, groups_per_prompt=1, sample_count=4)
     module = nn.ParameterList([nn.Parameter(policy.logits.data)])  # shares memory with the table
     average = WeightAverage(module, 0.9)
-    scheduler = torch.optim.lr_scheduler.LinearLR(policy.optimizer, 1.0, 0.0, OPTION_STEPS)
+    scheduler = torch.optim.lr_scheduler.LinearLR(policy.optimizer, 1.0, 0.0, steps)
 
     def is_over_budget() -> bool:
         average.update(module)
@@ -186,7 +187,7 @@ def _train_table(
             scheduler.step()
         return math.log(VOCABULARY) - _measure_entropy(policy.logits) > budget  # KL to the uniform policy
 
-    train(policy, algorithm, make_aggregator("linear", 1.0, 0.0), score, OPTION_STEPS, is_done=is_over_budget)
+    train(policy, algorithm, make_aggregator("linear", 1.0, 0.0), score, steps, is_done=is_over_budget)
     result = {"last": _measure_love(policy.logits)}
     average.copy_to(module)
     return {**result, "average": _measure_love(policy.logits)}

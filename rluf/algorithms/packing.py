@@ -77,6 +77,9 @@ class PackedBatch:
         return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
 
+COMMON_PREFIX_PROMPTS = 8
+"""Prompts that are compared for their common beginning; in a streamed set each may be another block to fetch."""
+
 MicroBatch = list[tuple[int, int]]
 """(group index, sample index) pairs that are packed together; empty for a rank that only has to stay in lockstep."""
 
@@ -109,14 +112,19 @@ def plan_micro_batches(
     *,
     world_size: int,
     token_budget: int,
+    shared_prefix_tokens: int = 0,
 ) -> list[list[MicroBatch]]:
     """Micro-batches of each rank: every sample in exactly one, the same number on every rank, tokens balanced.
 
     `prompt_token_counts` [groups] and `response_token_counts` [groups][samples] are lengths in tokens. A micro-batch
     takes at most `token_budget` tokens (a prompt counts once for the samples of its group in it); a single longer
     sample gets a micro-batch of its own. With fewer samples than ranks some micro-batches are empty. The same lengths
-    give the same plan, and the loads do not depend on the order of groups.
+    give the same plan, and the loads do not depend on the order of groups. All prompts begin with the same
+    `shared_prefix_tokens` tokens (count_common_prefix), which a micro-batch contains once.
     """
+    # The prefix takes its tokens from the budget of each micro-batch; a group adds the rest of its prompt.
+    token_budget = max(1, token_budget - shared_prefix_tokens)
+    prompt_token_counts = [max(0, count - shared_prefix_tokens) for count in prompt_token_counts]
     total_tokens = sum(
         prompt + sum(responses) for prompt, responses in zip(prompt_token_counts, response_token_counts, strict=True)
     )
@@ -260,6 +268,14 @@ def count_shared_prefix(first_ids: Sequence[int], second_ids: Sequence[int]) -> 
     """Number of leading tokens that two sequences have in common."""
     pairs = enumerate(zip(first_ids, second_ids, strict=False))
     return next((position for position, (a, b) in pairs if a != b), min(len(first_ids), len(second_ids)))
+
+
+def count_common_prefix(prompts: Sequence[Prompt]) -> int:
+    """Leading tokens that prompts have in common, such as a system message, by COMMON_PREFIX_PROMPTS of them."""
+    # Not all: the prompts of a large set are streamed. A prompt without the prefix only makes a micro-batch longer.
+    stride = max(1, len(prompts) // COMMON_PREFIX_PROMPTS)
+    token_ids = [prompts[index].token_ids for index in range(0, len(prompts), stride)]
+    return min((count_shared_prefix(token_ids[0], other_ids) for other_ids in token_ids[1:]), default=0)
 
 
 class _PackedBatchBuilder:

@@ -115,11 +115,11 @@ def estimate_learner_memory(settings: Settings) -> dict[str, int]:
     # Without a KL term no reference policy is loaded; with LoRA it is the policy without its adapters.
     if settings.algorithm.kl_coef > 0 and not settings.learner.lora_rank:
         memory["reference"] = bytes_per_weight * shape.parameter_count // count_shards(3)
-    if settings.algorithm.name == "ppo":
-        # The critic has the policy's architecture with a value head.
-        memory["critic"] = memory["weights"] + memory["gradients"] + memory["optimizer"]
     if learner.offload_optimizer:
         memory["optimizer"] = 0
+    if settings.algorithm.name == "ppo":
+        # The critic has the policy's architecture with a value head; its optimizer state is offloaded too.
+        memory["critic"] = memory["weights"] + memory["gradients"] + memory["optimizer"]
     return memory
 
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from rluf.algorithms.packing import count_common_prefix
 from rluf.algorithms.registry import find_algorithm, has_reward_variance
 from rluf.checkpoint.format import ControllerState
 from rluf.config.derived import group_objectives_by_pool
@@ -113,7 +114,9 @@ class TrainController:
         self.actor_calls = ActorCalls(self.actor_restarter, self.timeline)
         self.weight_sync = WeightSync(settings, self.actor_groups, self.actor_calls)
         self.reward_aggregator = RewardAggregator(settings.objectives, settings.aggregation)
-        self.policy_updater = PolicyUpdater(settings, self.actor_groups, self.timeline, demonstrations)
+        self.policy_updater = PolicyUpdater(
+            settings, self.actor_groups, self.timeline, demonstrations, count_common_prefix(prompts)
+        )
         weights = settings.algorithm.topic_weights
         repeats = [weights.get(topic, 1) for topic in list_prompt_topics(prompts)]
         self.work_buffer = WorkBuffer(

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from rluf.algorithms import policy_model
 from rluf.algorithms.losses import compute_policy_loss
-from rluf.algorithms.packing import MicroBatch, pack_micro_batch, plan_micro_batches
+from rluf.algorithms.packing import MicroBatch, count_common_prefix, pack_micro_batch, plan_micro_batches
 from rluf.algorithms.policy_model import compute_response_logprobs, load_policy
 from rluf.config.policy import AlgorithmSettings
 from rluf.errors import ModelError
@@ -64,6 +64,43 @@ def test_loads_do_not_depend_on_the_order_of_groups(
         for order in (lengths, shuffled)
     ]
     assert loads[0] == loads[1]
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 20, 52])
+@given(lengths=LENGTHS, world_size=st.integers(1, 3), budget=st.integers(64, 400))
+def test_a_shared_prefix_counts_once_per_micro_batch_in_plan_and_tensors(
+    prefix: int, lengths: list[tuple[int, list[int]]], world_size: int, budget: int
+) -> None:
+    system_message = tuple(range(100, 100 + prefix))
+    groups = {
+        index: Group(
+            prompt := Prompt(str(index), (), (*system_message, *(3 + index,) * own_tokens), "", ""),
+            tuple(Sample("", prompt.token_ids, (2,) * n, (-1.0,) * n, ((0, 0),), "stop", "") for n in responses),
+            0,
+        )
+        for index, (own_tokens, responses) in enumerate(lengths)
+    }
+    prompts = [group.prompt for group in groups.values()]
+    assert count_common_prefix(prompts) == (prefix if len(prompts) > 1 else 0)
+    prompt_counts, response_counts = [prefix + own_tokens for own_tokens, _ in lengths], [r for _, r in lengths]
+    plan = plan_micro_batches(
+        prompt_counts, response_counts, world_size=world_size, token_budget=budget, shared_prefix_tokens=prefix
+    )
+    planned_samples = [pair for rank in plan for micro_batch in rank for pair in micro_batch]
+    assert sorted(planned_samples) == [(g, s) for g, group in groups.items() for s in range(len(group.samples))]
+    advantages = [[1.0] * len(responses) for _, responses in lengths]
+    for micro_batch in (m for rank in plan for m in rank):
+        packed = pack_micro_batch(micro_batch, groups, advantages)
+        assert packed.input_ids.numel() <= budget or len(micro_batch) == 1
+
+
+def test_quickstart_prompts_with_an_example_need_two_micro_batches_instead_of_three() -> None:
+    prompts, responses = [69] * 12, [[31] * 4] * 12
+    plans = [
+        plan_micro_batches(prompts, responses, world_size=1, token_budget=1024, shared_prefix_tokens=prefix)
+        for prefix in (0, 53)
+    ]
+    assert [len(plan[0]) for plan in plans] == [3, 2]
 
 
 def test_ranks_get_equal_shares_and_groups_stay_together() -> None:

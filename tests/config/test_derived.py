@@ -33,7 +33,7 @@ def test_batch_arithmetic() -> None:
     )
     assert (step.samples_per_step, step.max_sample_tokens, step.max_tokens_per_step) == (40, 256, 10240)
     assert step.micro_batches_per_worker == 5  # 20 samples per learner, 4 of 256 tokens fit into 1024
-    assert step.total_samples == 40 * 14
+    assert step.total_samples == 40 * 12
     assert compute_batch_sizes(settings("rollout.concurrency=16")).rollout_waves == 3
 
 
@@ -52,6 +52,11 @@ def test_states_that_are_not_loaded_take_no_memory() -> None:
     assert "reference" not in estimate_learner_memory(settings("algorithm.kl_coef=0"))
     recomputed = estimate_learner_memory(settings("learner.gradient_checkpointing=true"))
     assert recomputed["activations"] < estimate_learner_memory(settings())["activations"] / 10
+    critics = [
+        estimate_learner_memory(settings("algorithm.name=ppo", "cluster.gpus_per_learner=1", offload))
+        for offload in ("learner.offload_optimizer=false", "learner.offload_optimizer=true")
+    ]
+    assert critics[0]["critic"] - critics[1]["critic"] == critics[0]["optimizer"] > critics[1]["optimizer"] == 0
     offloaded = settings("learner.offload_optimizer=true", "cluster.gpus_per_learner=1")
     assert estimate_learner_memory(offloaded)["optimizer"] == 0
 

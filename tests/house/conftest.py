@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One Python file: path relative to the repository, text, and syntax tree."""
+    """One Python file: path relative to the repository, text, and all nodes of its syntax tree in ast.walk's order."""
 
     path: str
     text: str
-    tree: ast.Module
+    nodes: tuple[ast.AST, ...]
 
 
 @cache
@@ -39,12 +39,16 @@ def _list_tracked_files(*patterns: str) -> tuple[Path, ...]:
 
 
 @cache
+def _parse_file(file: Path) -> SourceFile:
+    """One file. Parsing and walking take longer than the checks, and the tests name different sets of folders."""
+    text = file.read_text(encoding="utf-8")
+    return SourceFile(str(file.relative_to(ROOT)), text, tuple(ast.walk(ast.parse(text))))
+
+
+@cache
 def _parse_folders(*folders: str) -> tuple[SourceFile, ...]:
-    """All Python files below these folders. Parsing takes longer than the checks, so the result is cached."""
-    return tuple(
-        SourceFile(str(file.relative_to(ROOT)), text := file.read_text(encoding="utf-8"), ast.parse(text))
-        for file in _list_tracked_files(*(f"{folder}/**.py" for folder in folders))
-    )
+    """All Python files below these folders."""
+    return tuple(_parse_file(file) for file in _list_tracked_files(*(f"{folder}/**.py" for folder in folders)))
 
 
 @pytest.fixture(scope="session")

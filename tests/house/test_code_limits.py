@@ -33,7 +33,7 @@ def test_files_are_at_most_600_lines_and_commands_150(parse_folders: ParseFolder
 def test_functions_are_at_most_80_lines(parse_folders: ParseFolders) -> None:
     too_long = []
     for source in parse_folders(*PACKAGES, "tests", "benchmarks"):
-        for node in ast.walk(source.tree):
+        for node in source.nodes:
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 line_count = (node.end_lineno or node.lineno) - node.lineno + 1
                 if line_count > MAX_FUNCTION_LINES:
@@ -44,7 +44,7 @@ def test_functions_are_at_most_80_lines(parse_folders: ParseFolders) -> None:
 def test_no_print_no_assert_no_broad_except_in_the_library(parse_folders: ParseFolders) -> None:
     violations = []
     for source in parse_folders(*PACKAGES):
-        for node in ast.walk(source.tree):
+        for node in source.nodes:
             if isinstance(node, ast.Assert):
                 violations.append(f"{source.path}:{node.lineno} assert")
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print":
@@ -77,7 +77,7 @@ def test_durations_are_measured_with_a_monotonic_clock(parse_folders: ParseFolde
 def _uses_wall_clock(source: Any) -> bool:
     """Whether a file refers to time.time, under whatever name it imports it."""
     module_names, function_names = set(), set()
-    for node in ast.walk(source.tree):
+    for node in source.nodes:
         if isinstance(node, ast.Import):
             module_names |= {alias.asname or alias.name for alias in node.names if alias.name == "time"}
         if isinstance(node, ast.ImportFrom) and node.module == "time":
@@ -87,7 +87,7 @@ def _uses_wall_clock(source: Any) -> bool:
         and node.attr == "time"
         and isinstance(node.value, ast.Name)
         and node.value.id in module_names
-        for node in ast.walk(source.tree)
+        for node in source.nodes
     )
 
 
@@ -95,7 +95,7 @@ def test_no_mocks_in_tests(parse_folders: ParseFolders) -> None:
     mocks = [
         f"{source.path}:{node.lineno}"
         for source in parse_folders("tests")
-        for node in ast.walk(source.tree)
+        for node in source.nodes
         if (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("unittest.mock"))
         or (
             isinstance(node, ast.Import)

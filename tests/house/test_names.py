@@ -6,7 +6,7 @@ import ast
 import io
 import re
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,9 +95,9 @@ NOUN_DECORATORS = frozenset({"property", "cached_property", "contextmanager", "a
 ParseFolders = Callable[..., tuple[Any, ...]]
 
 
-def iter_names(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
+def iter_names(nodes: Iterable[ast.AST]) -> Iterator[tuple[int, str, str]]:
     """Line, kind and name of every class, function, argument, assigned variable and field."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.ClassDef):
             yield node.lineno, "class", node.name
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -116,9 +116,9 @@ def split_words(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]+(?![a-z])|[A-Z][a-z0-9]*|[a-z0-9]+", name)]
 
 
-def iter_prose(text: str, tree: ast.AST) -> Iterator[tuple[int, str]]:
+def iter_prose(text: str, nodes: Iterable[ast.AST]) -> Iterator[tuple[int, str]]:
     """Line and text of every docstring (of settings too), comment, log message and error message."""
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             yield node.lineno, node.value.value
         elif isinstance(node, ast.Call) and _is_message_call(node.func):
@@ -140,7 +140,7 @@ def test_names_say_what_the_value_is(parse_folders: ParseFolders) -> None:
     violations = [
         f"{source.path}:{line} {kind} {name}"
         for source in parse_folders(*CODE)
-        for line, kind, name in iter_names(source.tree)
+        for line, kind, name in iter_names(source.nodes)
         if name.strip("_").lower() in VAGUE_NAMES or UNUSUAL_WORDS & set(split_words(name))
     ]
     assert not violations, "\n".join(violations)
@@ -150,7 +150,7 @@ def test_prose_uses_the_terms_of_the_field(parse_folders: ParseFolders) -> None:
     violations = [
         f"{source.path}:{line + offset}: {match.group()}"
         for source in parse_folders(*CODE)
-        for line, text in iter_prose(source.text, source.tree)
+        for line, text in iter_prose(source.text, source.nodes)
         for offset, text_line in enumerate(text.splitlines())
         for match in UNUSUAL_PROSE.finditer(TERMS.sub("", text_line))
     ]
@@ -177,7 +177,7 @@ def test_documentation_uses_the_terms_of_the_field(name: str) -> None:
 def test_first_docstring_lines_are_short_and_end_with_a_period(parse_folders: ParseFolders) -> None:
     violations = []
     for source in parse_folders(*LIBRARY):
-        for node in ast.walk(source.tree):
+        for node in source.nodes:
             if isinstance(node, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 first_paragraph = (ast.get_docstring(node) or "").split("\n\n")[0].strip()
                 if first_paragraph and not first_paragraph.endswith((".", ":", ")")):
@@ -188,7 +188,7 @@ def test_first_docstring_lines_are_short_and_end_with_a_period(parse_folders: Pa
 def test_most_names_have_two_words(parse_folders: ParseFolders) -> None:
     names_by_kind: dict[str, set[tuple[str, str]]] = {}
     for source in parse_folders(*LIBRARY):
-        for _, kind, name in iter_names(source.tree):
+        for _, kind, name in iter_names(source.nodes):
             if not name.startswith("__"):
                 names_by_kind.setdefault(kind, set()).add((source.path, name))
     functions, classes = names_by_kind["function"], names_by_kind["class"]
@@ -213,7 +213,7 @@ def _is_named_by_its_value(function: ast.FunctionDef | ast.AsyncFunctionDef) -> 
 def test_functions_start_with_a_verb(parse_folders: ParseFolders) -> None:
     nouns, function_count = [], 0
     for source in parse_folders("rluf", "actors"):
-        for node in ast.walk(source.tree):
+        for node in source.nodes:
             if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or _is_named_by_its_value(node):
                 continue
             if node.name.startswith("__") or node.name in FRAMEWORK_NAMES | FIELD_NAMES:
