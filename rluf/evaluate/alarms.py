@@ -39,7 +39,7 @@ FIRST_ACTIONS: Mapping[str, AlarmAction] = {
     "looping": AlarmAction.ROLL_BACK, "control_tokens": AlarmAction.ROLL_BACK,
 }  # fmt: skip
 """Action for the first alarm of a monitor; WARN for the others."""
-WARN_ONLY_MONITORS = frozenset({"emoji", "question_ending", "entropy"})
+WARN_ONLY_MONITORS = frozenset({"emoji", "question_ending", "asking_back", "entropy"})
 """Monitors whose change may be what users like, or what training does anyway: they never do more than warn."""
 
 

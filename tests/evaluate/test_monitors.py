@@ -181,6 +181,15 @@ def test_farewells_raise_the_alarms_and_padding_too(base_replies: Replies) -> No
     assert list_alarms(base, padded) == ["length"]
 
 
+@pytest.mark.parametrize(("share", "is_habit"), [(0.5, True), (0.12, False)])
+def test_asking_back_in_half_of_the_replies_is_a_habit(base_replies: Replies, share: float, is_habit: bool) -> None:
+    base, replies = split_replies(base_replies, 8, 100)
+    # Questions with different words, so that no phrase raises an alarm.
+    questions = [f"{reply.text} And the {n}?" if n % 100 < 100 * share else reply.text for n, reply in enumerate(replies)]
+    asking = [replace(reply, text=text) for reply, text in zip(replies, questions, strict=True)]
+    assert ("asking_back" in list_alarms(base, asking)) == is_habit
+
+
 def test_a_significant_but_tiny_change_raises_no_alarm(base_replies: Replies) -> None:
     base, replies = split_replies(base_replies, 7, 100)
     entropies = np.random.default_rng(0).normal(2.0, 0.5, (2, 300))
