@@ -101,7 +101,7 @@ def test_disk_space_of_a_run() -> None:
 
     assert count_checkpoints("learner.checkpoint_every_steps=7") == 2
     assert count_checkpoints("learner.checkpoint_every_steps=1") == 4
-    assert count_checkpoints("learner.checkpoint_every_steps=1", "learner.keep_checkpoints=0") == 14
+    assert count_checkpoints("learner.checkpoint_every_steps=1", "learner.keep_checkpoints=0") == 12
     assert cache_disk_bytes(settings) > policy_bytes
     check_free_space(Path("/data"), 10, 10, "run.root")
     with pytest.raises(ResourceError, match=r"/data has 9 B free, but the run may need 10 B.*run\.root"):
