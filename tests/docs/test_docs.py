@@ -122,7 +122,7 @@ def test_the_reference_has_every_setting_and_every_metric() -> None:
         row = next(line for line in settings.splitlines() if line.startswith(f"| `{key}` |"))
         assert " ".join((info.description or "?").split()) in html.unescape(row)
     assert all(f"| `{spec.key}` | `{spec.wandb_name}` |" in metrics for spec in STEP_METRICS)
-    assert "| `algorithm.steps` | `int` | `14` |" in settings
+    assert "| `algorithm.steps` | `int` | `12` |" in settings
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
