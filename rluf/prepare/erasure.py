@@ -106,6 +106,8 @@ def find_named_ids(raw: bytes, id_forms: Sequence[str]) -> set[str]:
 _JSON_ESCAPE = re.compile(
     r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|[\"\\/bfnrt])"
 )
+_JSON_LITERAL = re.compile(r'"((?:[^"\\]|\\.)*+)(?:"|\Z|\\)')
+"""A JSON string, which may be cut off: otherwise a search from each of its quotes would read the rest of the text."""
 
 
 def _decode_with_escapes(raw: bytes) -> str:
@@ -181,5 +183,5 @@ def is_row_of_erased_user(raw: bytes, erasure_marks: Set[str], hash_user: Callab
     """Whether the raw bytes of a row name an erased user: as a JSON value, a cell or a word, raw or hashed."""
     text = _decode_with_escapes(raw)
     words = {word for pattern in (r'[^"\n]+', r"[^\s\",;{}\[\]]+", r"[\w-]+") for word in re.findall(pattern, text)}
-    words |= {_JSON_ESCAPE.sub(_resolve_escape, literal) for literal in re.findall(r'"((?:[^"\\]|\\.)*)"', text)}
+    words |= {_JSON_ESCAPE.sub(_resolve_escape, literal) for literal in _JSON_LITERAL.findall(text)}
     return any(compute_erasure_mark(form) in erasure_marks for word in words for form in (word, hash_user(word)))

@@ -11,6 +11,7 @@ import asyncio
 import hashlib
 import logging
 import os
+import sqlite3
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -235,7 +236,7 @@ class FeedbackWriter:
                 await self.flush_settled()
                 async with self._store_lock:
                     await asyncio.to_thread(self._feedback_store.merge_days)
-            except (OSError, RlufError):
+            except (OSError, RlufError, sqlite3.Error):
                 store_root = self._feedback_store.root
                 logger.exception("feedback store %s: settled rows not written; they stay in the log", store_root)
 

@@ -12,11 +12,13 @@ small files of a day are merged later. Days are those of arrival, in UTC.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sqlite3
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -127,11 +129,16 @@ class FeedbackStore:
                     f"{old_logs[0]} has rows of an earlier release of rluf; let that release write them "
                     "(its service does when it stops after serve.reaction_window_s), or move the file away"
                 )
-            is_new = not (self.log_folder / DATABASE_FILE).exists()
-            self._connection = connection = self._open_database()
-            with connection:
-                self._read_unknown_files(connection, is_new=is_new)
-            (open_rows,) = connection.execute("SELECT count(*) FROM rows WHERE record IS NOT NULL").fetchone()
+            with contextlib.ExitStack() as stack:
+                self._connection = connection = self._open_database()
+                # A failed start must release the lock, or the next one would wait for it in vain.
+                stack.callback(self.close)
+                with connection:
+                    # Not whether the database exists: an earlier start may have created it and failed on a file.
+                    is_new = connection.execute("SELECT 1 FROM files").fetchone() is None
+                    self._read_unknown_files(connection, is_new=is_new)
+                (open_rows,) = connection.execute("SELECT count(*) FROM rows WHERE record IS NOT NULL").fetchone()
+                stack.pop_all()
         except (OSError, sqlite3.Error) as error:
             raise ResourceError(
                 f"cannot open the feedback store {self.root} (log in {self.log_folder}): {error}; set "
@@ -221,37 +228,59 @@ class FeedbackStore:
         """
         connection, id_array = self._require_open(), pa.array(sorted(set(id_forms)), pa.string())
         connection.create_function("is_erased_user", 1, set(id_forms).__contains__)
-        row_ids = {
-            row_id
-            for (row_id,) in connection.execute(
-                "SELECT id FROM rows WHERE record IS NOT NULL AND is_erased_user(json_extract(record, '$.user_id'))"
-            )
-        }
+        ids_by_context: dict[str, set[str]] = defaultdict(set)
+        for row_id, messages_json in connection.execute(
+            "SELECT id, json_extract(record, '$.messages') FROM rows "
+            "WHERE record IS NOT NULL AND is_erased_user(json_extract(record, '$.user_id'))"
+        ):
+            ids_by_context[_hash_messages(json.loads(messages_json))].add(row_id)
         row_files = [path for path in self._list_files() if not is_in_hidden_folder(path)]
+        is_erased = pc.field("user_id").isin(id_array)
         for path in row_files:
-            table = self._read_table(path, columns=["id", "user_id"])
-            row_ids.update(table.filter(pc.is_in(table["user_id"], id_array))["id"].to_pylist())
-        choice_ids = {PreferenceEvent(*pair).id for pair in combinations(sorted(row_ids), 2)}
+            for row in self._read_table(path, columns=["id", "messages"], filters=is_erased).to_pylist():
+                ids_by_context[_hash_messages(row["messages"])].add(row["id"])
+        row_ids = {row_id for context_ids in ids_by_context.values() for row_id in context_ids}
+        choice_ids = self._find_choice_ids(connection, ids_by_context)
         counts = {"rows": len(row_ids), "reactions": 0, "preferences": 0}
+        # The files of rows come last: they name the user, so after a crash a repetition finds all that is left.
         for path in self._list_files():
-            kind = path.partition("/")[0]
-            column = "response_id" if kind == REACTIONS_FOLDER else "id"
-            table = self._read_table(path)
-            erased_ids = choice_ids if kind == PREFERENCES_FOLDER else row_ids
-            remaining = table.filter(pc.invert(pc.is_in(table[column], pa.array(sorted(erased_ids), pa.string()))))
-            if remaining.num_rows == table.num_rows:
-                continue
-            if kind in (REACTIONS_FOLDER, PREFERENCES_FOLDER):
-                counts[kind.strip("_")] += table.num_rows - remaining.num_rows
-            if remaining.num_rows:
-                self._write_parquet(path, [remaining])
-            else:
-                self._delete_files([path])
+            if path.startswith(f"{REACTIONS_FOLDER}/"):
+                counts["reactions"] += self._remove_rows(path, "response_id", row_ids)
+            elif path.startswith(f"{PREFERENCES_FOLDER}/"):
+                counts["preferences"] += self._remove_rows(path, "id", choice_ids)
+        self._erase_from_database(connection, row_ids, choice_ids, counts)
+        for path in row_files:
+            self._remove_rows(path, "id", row_ids)
         for path in self._list_files():
-            if not is_in_hidden_folder(path):
-                table = self._read_table(path, columns=["user_id"])
-                if pc.any(pc.is_in(table["user_id"], id_array)).as_py():
-                    raise DataError(f"{self.root}/{path} still has rows of the erased users; check the disk and repeat")
+            if not is_in_hidden_folder(path) and self._read_table(path, columns=["id"], filters=is_erased).num_rows:
+                raise DataError(f"{self.root}/{path} still has rows of the erased users; check the disk and repeat")
+        return counts
+
+    @staticmethod
+    def _find_choice_ids(connection: sqlite3.Connection, ids_by_context: Mapping[str, Iterable[str]]) -> set[str]:
+        """Ids of the stored choices between responses to the same messages."""
+        known_ids = {choice_id for (choice_id,) in connection.execute("SELECT id FROM preferences")}
+        if not known_ids:
+            return set()
+        # Most pairs have no choice, and a user with many rows has too many pairs for memory.
+        pairs = chain.from_iterable(combinations(context_ids, 2) for context_ids in ids_by_context.values())
+        return known_ids.intersection(PreferenceEvent(*pair).id for pair in pairs)
+
+    def _remove_rows(self, path: str, column: str, erased_ids: Iterable[str]) -> int:
+        """Rewrite or delete a file without the rows whose `column` is one of the ids; returns their number."""
+        table = self._read_table(path)
+        remaining = table.filter(pc.invert(pc.is_in(table[column], pa.array(sorted(erased_ids), pa.string()))))
+        if not remaining.num_rows:
+            self._delete_files([path])
+        elif remaining.num_rows < table.num_rows:
+            self._write_parquet(path, [remaining])
+        return int(table.num_rows - remaining.num_rows)
+
+    @staticmethod
+    def _erase_from_database(
+        connection: sqlite3.Connection, row_ids: Iterable[str], choice_ids: Iterable[str], counts: dict[str, int]
+    ) -> None:
+        """Delete rows with their late reactions and choices; adds those that no file had to `counts`."""
         # Deleted pages are overwritten, then the file is rebuilt without them.
         connection.execute("PRAGMA secure_delete = ON")
         with connection:
@@ -266,7 +295,6 @@ class FeedbackStore:
             connection.executemany("DELETE FROM preferences WHERE id = ?", by_choice)
         connection.execute("VACUUM")
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-        return counts
 
     def close(self) -> None:
         """Close the database, which releases its lock; open rows stay in it for the next start."""
@@ -341,7 +369,7 @@ class FeedbackStore:
             return "mismatch"
         record = PreferenceRecord(
             id=event.id, messages=chosen.messages, chosen=chosen.response, rejected=rejected.response,
-            group=hash_parts(*(text for message in chosen.messages for text in (message.role, message.content))),
+            group=_hash_messages([message.model_dump() for message in chosen.messages]),
             topic=chosen.topic, chosen_finish_reason=chosen.finish_reason,
             rejected_finish_reason=rejected.finish_reason,
         )  # fmt: skip
@@ -421,10 +449,7 @@ class FeedbackStore:
         # Files of an older release lack newer columns.
         schema = build_arrow_schema(record_types.get(folder.partition("/")[0], FeedbackRecord))
         merged_path = f"{folder}/{names[0].partition('-')[0]}-merged-{uuid.uuid4().hex[:12]}.parquet"
-        tables = (
-            pa.concat_tables([schema.empty_table(), self._read_table(path)], promote_options="default").cast(schema)
-            for path in paths
-        )
+        tables = (self._read_as(schema, path) for path in paths)
         self._write_parquet(merged_path, tables, {REPLACES_KEY: json.dumps(names).encode()})
         self._delete_files(paths)
         with connection:
@@ -437,6 +462,7 @@ class FeedbackStore:
         With a new database these are all files; then the late reactions give the present reactions.
         """
         paths = self._list_files()
+        late_events: list[dict[str, Any]] = []
         for path in paths:
             # A merge that a crash interrupted: the new file is complete, old ones may be left.
             if "-merged-" in path and not connection.execute("SELECT 1 FROM files WHERE path = ?", (path,)).fetchone():
@@ -450,13 +476,10 @@ class FeedbackStore:
                 continue
             kind = path.partition("/")[0]
             if kind == REACTIONS_FOLDER:
-                events = self._read_table(path, columns=["id", "response_id", "reaction", "retracted"]).to_pylist()
+                columns = ["id", "response_id", "time", "reaction", "retracted"]
+                events = self._read_table(path, columns=columns).to_pylist()
                 connection.executemany("DELETE FROM late_reactions WHERE id = ?", [(event["id"],) for event in events])
-                if is_new:
-                    connection.executemany(
-                        "UPDATE rows SET reaction = ? WHERE id = ?",
-                        [(reaction, row_id) for row_id, reaction in apply_reaction_events(events).items()],
-                    )
+                late_events += events if is_new else []
             elif kind == PREFERENCES_FOLDER:
                 ids = self._read_table(path, columns=["id"])["id"].to_pylist()
                 connection.executemany(
@@ -470,6 +493,12 @@ class FeedbackStore:
                     "reaction = CASE WHEN record IS NULL THEN reaction ELSE excluded.reaction END",
                     zip(table["id"].to_pylist(), table["reaction"].to_pylist(), strict=True),
                 )
+        # By time, since a late file of a merged day sorts before the merged one.
+        late_events.sort(key=lambda event: event["time"])
+        connection.executemany(
+            "UPDATE rows SET reaction = ? WHERE id = ?",
+            [(reaction, row_id) for row_id, reaction in apply_reaction_events(late_events).items()],
+        )
 
     def _read_table(self, path: str, **options: Any) -> pa.Table:
         try:
@@ -477,6 +506,17 @@ class FeedbackStore:
         except (pa.ArrowException, KeyError) as error:
             raise DataError(
                 f"{self._base_path}/{path} in the feedback store is not a feedback log: {error}; move it elsewhere"
+            ) from error
+
+    def _read_as(self, schema: pa.Schema, path: str) -> pa.Table:
+        """A file's rows with the columns of `schema`, null where it lacks one. Raises DataError for further columns."""
+        table = self._read_table(path)
+        try:
+            return pa.concat_tables([schema.empty_table(), table], promote_options="default").cast(schema)
+        except (pa.ArrowException, ValueError) as error:
+            raise DataError(
+                f"{self._base_path}/{path} in the feedback store has other columns than this release writes: {error}; "
+                "move it elsewhere"
             ) from error
 
     def _list_files(self) -> list[str]:
@@ -500,6 +540,10 @@ class FeedbackStore:
         folder = Path(self.root).expanduser().resolve()
         folder.mkdir(parents=True, exist_ok=True)
         return fs.LocalFileSystem(), str(folder)
+
+
+def _hash_messages(messages: Iterable[Mapping[str, str]]) -> str:
+    return hash_parts(*(text for message in messages for text in (message["role"], message["content"])))
 
 
 def _format_day(seconds: float) -> str:

@@ -185,7 +185,9 @@ def test_farewells_raise_the_alarms_and_padding_too(base_replies: Replies) -> No
 def test_asking_back_in_half_of_the_replies_is_a_habit(base_replies: Replies, share: float, is_habit: bool) -> None:
     base, replies = split_replies(base_replies, 8, 100)
     # Questions with different words, so that no phrase raises an alarm.
-    questions = [f"{reply.text} And the {n}?" if n % 100 < 100 * share else reply.text for n, reply in enumerate(replies)]
+    questions = [
+        f"{reply.text} And the {n}?" if n % 100 < 100 * share else reply.text for n, reply in enumerate(replies)
+    ]
     asking = [replace(reply, text=text) for reply, text in zip(replies, questions, strict=True)]
     assert ("asking_back" in list_alarms(base, asking)) == is_habit
 

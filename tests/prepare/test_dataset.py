@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import pytest
 
 from rluf.config.settings import Settings
 from rluf.errors import DataError, SettingsError
-from rluf.prepare.erasure import compute_erasure_mark, erase_users, match_erased_users
+from rluf.prepare.erasure import compute_erasure_mark, erase_users, is_row_of_erased_user, match_erased_users
 from rluf.prepare.pipeline import build_data_set, run_task
 from rluf.prepare.schema import DATA_KINDS, SPLIT_NAMES
 from rluf.prepare.signals import estimate_return_association, format_signal_lines, rank_signals, write_signal_report
@@ -196,6 +197,14 @@ def test_an_erased_user_stays_out_of_later_builds(
         erase_users(output_folder, ["unknown"])
     with pytest.raises(DataError, match=r"has no data_card\.json"):
         erase_users(tmp_path, ["secret-1"])
+
+
+def test_a_cut_row_of_escaped_quotes_is_searched_in_linear_time() -> None:
+    mark = compute_erasure_mark('a"b')
+    assert is_row_of_erased_user(b'{"user_id": "a\\"b", "text": "cut', {mark}, str)
+    start = time.process_time()
+    assert not is_row_of_erased_user(b'{"text": "' + b'\\"' * 30_000, {mark}, str)
+    assert time.process_time() - start < 2
 
 
 USER_FORMS = {

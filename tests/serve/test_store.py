@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tracemalloc
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -177,6 +180,60 @@ def test_a_new_database_learns_the_present_reactions_from_the_files(tmp_path: Pa
     assert store.append_events([FeedbackEvent("a", None), FeedbackEvent("b", "love")]) == ["late"] * 2
 
 
+def test_a_start_that_failed_on_a_foreign_file_still_learns_the_present_reactions(tmp_path: Path) -> None:
+    clock = FakeClock()
+    store = open_store(tmp_path, clock, reaction_window_s=0)
+    store.append_events([make_served_event("a")])
+    store.flush_settled()
+    store.append_events([FeedbackEvent("a", "love")])
+    store.flush_settled()
+    store.close()
+    shutil.rmtree(tmp_path / ".log")
+    foreign_file = tmp_path / "other.parquet"
+    foreign_file.write_bytes(b"not Parquet")
+    with pytest.raises(DataError, match=r"other\.parquet"):
+        open_store(tmp_path, clock)
+    foreign_file.unlink()
+    store = open_store(tmp_path, clock, reaction_window_s=0)
+    # Without the late reaction the withdrawal would count as a duplicate and be lost.
+    assert store.append_events([FeedbackEvent("a", None)]) == ["late"]
+
+
+def test_reactions_that_arrive_after_the_merge_of_their_day_are_the_present_ones(tmp_path: Path) -> None:
+    clock = FakeClock()
+    store = open_store(tmp_path, clock, reaction_window_s=0)
+    store.append_events([make_served_event("a")])
+    store.flush_settled()
+    for reaction in ("love", None):
+        store.append_events([FeedbackEvent("a", reaction)])
+        clock.now += 1
+        store.flush_settled()
+    # A service that stopped on that day writes the last reaction when it starts again.
+    store.append_events([FeedbackEvent("a", "like")])
+    clock.now += 2 * 86_400
+    store.merge_days()
+    store.flush_settled()
+    store.close()
+    shutil.rmtree(tmp_path / ".log")
+    store = open_store(tmp_path, clock, reaction_window_s=0)
+    assert store.append_events([FeedbackEvent("a", "like")]) == ["duplicate"]
+
+
+def test_the_merge_names_a_file_with_other_columns(tmp_path: Path) -> None:
+    clock = FakeClock()
+    store = open_store(tmp_path, clock, reaction_window_s=0)
+    for name in "ab":
+        store.append_events([make_served_event(name)])
+        store.flush_settled()
+    path = list_row_files(tmp_path)[0]
+    table = pq.read_table(path, partitioning=None)
+    pq.write_table(table.append_column("mood", [["calm"]]), path)
+    clock.now += 3 * 86_400
+    with pytest.raises(DataError, match=f"{path.name}.*columns"):
+        store.merge_days()
+    assert {row["id"] for file in list_row_files(tmp_path) for row in pq.read_table(file).to_pylist()} == {"a", "b"}
+
+
 @pytest.mark.parametrize("is_settled", [False, True])
 def test_a_choice_between_two_responses_becomes_a_preference(tmp_path: Path, is_settled: bool) -> None:
     clock = FakeClock()
@@ -258,6 +315,57 @@ def test_an_erased_user_is_gone_from_files_and_database(tmp_path: Path, is_settl
     assert b"eve-0" in data
     assert not any(user.encode() in data for user in users)
     assert open_store(tmp_path, clock).erase_users(users) == {"rows": 0, "reactions": 0, "preferences": 0}
+
+
+@pytest.mark.parametrize("write_count", range(5))
+def test_an_erasure_that_a_crash_interrupted_is_completed_by_a_repetition(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_count: int
+) -> None:
+    clock = FakeClock()
+    store = open_store(tmp_path, clock, reaction_window_s=0)
+    for user in ("ann@example.org", "eve"):
+        records = [make_record(f"{user}-{i}", f"c-{user}").model_copy(update={"user_id": user}) for i in range(3)]
+        store.append_events([FeedbackEvent(record.id, None, record) for record in records])
+    store.flush_settled()
+    for user in ("ann@example.org", "eve"):
+        store.append_events([FeedbackEvent(f"{user}-0", "love"), PreferenceEvent(f"{user}-0", f"{user}-1")])
+    store.flush_settled()
+    writes_left, write_parquet = write_count, store._write_parquet
+
+    def crash_after_some_writes(*arguments: Any) -> None:
+        nonlocal writes_left
+        if writes_left == 0:
+            raise KeyboardInterrupt
+        writes_left -= 1
+        write_parquet(*arguments)
+
+    monkeypatch.setattr(store, "_write_parquet", crash_after_some_writes)
+    with contextlib.suppress(KeyboardInterrupt):
+        store.erase_users(["ann@example.org"])
+    assert (writes_left == 0) == (write_count < 4)
+    store.close()
+    store = open_store(tmp_path, clock, reaction_window_s=0)
+    store.erase_users(["ann@example.org"])
+    assert store.append_events([FeedbackEvent("ann@example.org-0", "love")]) == ["unknown"]
+    store.close()
+    assert not any(b"ann@example.org" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert len(read_rows(tmp_path)) == 3 and len(read_all_files(tmp_path, "_preferences")) == 1
+
+
+def test_the_erasure_of_a_user_with_many_rows_does_not_list_all_pairs(tmp_path: Path) -> None:
+    store = open_store(tmp_path, FakeClock())
+    records = [
+        make_record(f"r{i}").model_copy(update={"messages": [ChatMessage(role="user", content=f"Say {i // 2}")]})
+        for i in range(1000)
+    ]
+    store.append_events([FeedbackEvent(record.id, None, record) for record in records])
+    store.append_events([PreferenceEvent("r0", "r1"), PreferenceEvent("r7", "r6")])
+    tracemalloc.start()
+    assert store.erase_users(["u"]) == {"rows": 1000, "reactions": 0, "preferences": 2}
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # The ids of all pairs need 80 MB.
+    assert peak_bytes < 20e6
 
 
 def test_the_service_forgets_a_user_by_the_id_of_its_chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
