@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_argument = parser.add_argument
     add_argument("--config", type=Path, metavar="FILE", help="settings of the training job (default: the quickstart)")
     add_argument("--weights", type=float, nargs="+", help="love weights (default 0 0.1 0.3, or unchanged with --grid)")
-    add_argument("--kl", type=float, nargs="+", help="KL coefficients (default 0.02, or unchanged with --grid)")
+    add_argument("--kl", type=float, nargs="+", help="KL coefficients (default: the configured one)")
     add_argument(
         "--grid", action="append", default=[], metavar="key=a,b,c", help="values of any setting; may be repeated"
     )
@@ -50,7 +50,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     args = build_parser().parse_intermixed_args(list(compress(arguments, (not flag for flag in is_override))))
     args.overrides += compress(arguments, is_override)
     args.weights = args.weights or ([None] if args.grid else [0.0, 0.1, 0.3])
-    args.kl = args.kl or ([None] if args.grid else [0.02])
+    args.kl = args.kl or [None]
     return args
 
 

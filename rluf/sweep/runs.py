@@ -116,7 +116,7 @@ def parse_grid(arguments: Sequence[str]) -> list[list[str]]:
 
 
 def format_run_name(grid_point: GridPoint) -> str:
-    """Name of the run of a point, which is also its folder: love0.1-kl0.02-seed1-learner.learning_rate-1e-06."""
+    """Name of the run of a point, which is also its folder: love0.1-kl0.05-seed1-learner.learning_rate-1e-06."""
     parts = [
         *([] if grid_point.love_weight is None else [f"love{grid_point.love_weight:g}"]),
         *([] if grid_point.kl_coef is None else [f"kl{grid_point.kl_coef:g}"]),

@@ -13,8 +13,8 @@ import pytest
 pytestmark = [pytest.mark.nightly, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
 COMMAND = [
-    sys.executable, "-m", "rluf.sweep", "--config", "configs/tiny.yaml", "--weights", "0", "0.3", "--seeds", "1",
-    "algorithm.steps=1",
+    sys.executable, "-m", "rluf.sweep", "--config", "configs/tiny.yaml", "--weights", "0", "0.3", "--kl", "0.02",
+    "--seeds", "1", "algorithm.steps=1",
 ]  # fmt: skip
 
 

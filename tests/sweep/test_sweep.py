@@ -94,6 +94,12 @@ def test_any_setting_can_be_swept(tmp_path: Path) -> None:
     assert {settings.tracking.group for settings in points.values()} == {tmp_path.name}
 
 
+def test_a_sweep_without_kl_keeps_the_configured_one(tmp_path: Path) -> None:
+    points = list_points("--seeds", "1", "algorithm.kl_coef=0.07", tmp_path=tmp_path)
+    assert [settings.objectives.love.weight for settings in points.values()] == [0.0, 0.1, 0.3]
+    assert {settings.algorithm.kl_coef for settings in points.values()} == {0.07}
+
+
 @pytest.mark.parametrize(
     ("grid", "values"),
     [
