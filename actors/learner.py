@@ -292,8 +292,11 @@ class LearnerActor:
             "backward_s": backward_s,
             "optimizer_s": end_time - start_time - self._reference_seconds - backward_s,
             "learner_tokens_per_s": tokens_per_s,
-            **measure_gpu(self.device, self._flops_per_token, tokens_per_s, self.world_size),
-        }
+        } | (
+            measure_gpu(self.device, self._flops_per_token, tokens_per_s, self.world_size)
+            if self.device.type == "cuda"
+            else {}
+        )
 
     def _apply_update(
         self, step: int, bad_prompts: BadPromptSearch, numbers: Sequence[int], learner_inputs: LearnerInputs

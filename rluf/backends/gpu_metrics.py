@@ -25,9 +25,7 @@ def compute_mfu(flops_per_token: float, tokens_per_s: float, gpu_count: int, dev
 
 
 def measure_gpu(device: torch.device, flops_per_token: float, tokens_per_s: float, gpu_count: int) -> dict[str, float]:
-    """`gpu_allocated_gib` and `gpu_peak_gib` of this process, and `learner_mfu` of all; empty on the CPU."""
-    if device.type != "cuda":
-        return {}
+    """`gpu_allocated_gib` and `gpu_peak_gib` of this process, and `learner_mfu` of all learners on GPUs."""
     mfu = compute_mfu(flops_per_token, tokens_per_s, gpu_count, torch.cuda.get_device_name(device))
     return {**read_gpu_memory(), **({} if mfu is None else {"learner_mfu": mfu})}
 

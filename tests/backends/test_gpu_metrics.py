@@ -31,8 +31,7 @@ def test_mfu_is_the_share_of_the_peak_of_all_gpus(device_name: str, gpu_count: i
     assert mfu == (None if expected is None else pytest.approx(expected))
 
 
-def test_the_cpu_has_no_gpu_metrics_and_a_gpu_has_three(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert measure_gpu(torch.device("cpu"), 8e9, 100.0, 1) == {}
+def test_a_gpu_has_three_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 3 << 30)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 5 << 30)

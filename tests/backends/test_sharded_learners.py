@@ -40,7 +40,7 @@ def make_settings(options: dict[str, Any], *, zero_stage: int, workers: int) -> 
             "model": {"dtype": "float32", **options.get("model", {})},
             "learner": {**learner, **options.get("learner", {})},
             "algorithm": {"micro_batch_tokens": 64, "kl_coef": 0.05, **options.get("algorithm", {})},
-            "rollout": {"max_prompt_tokens": 16, "max_response_tokens": 16},
+            "rollout": {"max_prompt_tokens": 16, "max_response_tokens": 16, "temperature": 1.0},
             "timeouts": {"call_s": 300.0},
         }
     )
