@@ -135,11 +135,15 @@ def load_or_create_salt(settings: Settings) -> bytes:
 def erase_users(settings: Settings, user_ids: Sequence[str]) -> dict[str, int]:
     """Remove users from the feedback store of a service that does not run; returns the removed rows by kind.
 
-    Raises DataError when none of the users has a row, ResourceError while the service has the store open.
+    Raises DataError when there is no such folder or none of the users has a row, ResourceError while the service has the store open.
     """
+    root = get_feedback_root(settings)
+    # Before the salt: a mistyped path must not become an empty log.
+    if "://" not in root and not Path(root).expanduser().is_dir():
+        raise DataError(f"{root}: no feedback log; set serve.feedback_path to the folder of the service")
     salt = load_or_create_salt(settings)
     id_forms = [form for user in user_ids for form in (*list_user_id_forms(user), hash_user_id(user, salt))]
-    store = FeedbackStore(get_feedback_root(settings), get_log_folder(settings), reaction_window_s=0)
+    store = FeedbackStore(root, get_log_folder(settings), reaction_window_s=0)
     store.start()
     try:
         counts = store.erase_users(id_forms)

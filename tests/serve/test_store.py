@@ -380,6 +380,10 @@ def test_the_service_forgets_a_user_by_the_id_of_its_chats(tmp_path: Path, monke
     assert set(read_rows(tmp_path / "log")) == {"b"}
     with pytest.raises(SystemExit):
         main(arguments)
+    monkeypatch.delenv("RLUF_USER_SALT")
+    with pytest.raises(SystemExit):
+        main([f"serve.feedback_path={tmp_path / 'mistyped'}", "--forget", "ann"])
+    assert not (tmp_path / "mistyped").exists()
 
 
 def test_rows_pass_the_validation_of_prepare_while_the_store_is_open(tmp_path: Path) -> None:
