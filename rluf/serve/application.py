@@ -135,7 +135,8 @@ def load_or_create_salt(settings: Settings) -> bytes:
 def erase_users(settings: Settings, user_ids: Sequence[str]) -> dict[str, int]:
     """Remove users from the feedback store of a service that does not run; returns the removed rows by kind.
 
-    Raises DataError when there is no such folder or none of the users has a row, ResourceError while the service has the store open.
+    Raises DataError when there is no such folder or none of the users has a row, ResourceError while the service has
+    the store open.
     """
     root = get_feedback_root(settings)
     # Before the salt: a mistyped path must not become an empty log.
