@@ -185,7 +185,8 @@ def test_naming_a_mapping_accepts_its_entries(tmp_path: Path) -> None:
     saved, changed = (
         ["aggregation.method=constrained", f"aggregation.floors={{safety: {floor}}}"] for floor in (0.1, 0.2)
     )
-    load_with(tmp_path, *changed, "run.resume_with=[aggregation.floors]", saved_overrides=saved)
+    checkpoint = load_with(tmp_path, *changed, "run.resume_with=[aggregation.floors]", saved_overrides=saved)
+    assert checkpoint.controller_state.policy_updater["kl_coef"] == 0.1
 
 
 @pytest.mark.parametrize(

@@ -375,8 +375,7 @@ def test_the_service_forgets_a_user_by_the_id_of_its_chats(tmp_path: Path, monke
     store.append_events([FeedbackEvent("a", None, record), make_served_event("b", "d")])
     store.flush_settled()
     store.close()
-    arguments = [f"serve.feedback_path={tmp_path / 'log'}", "--forget", "ann"]
-    assert main(arguments) == 0
+    assert main([f"serve.feedback_path={tmp_path / 'log'}", "--forget", "ann"]) == 0
     assert set(read_rows(tmp_path / "log")) == {"b"}
     for path in ("log", "mistyped"):
         with pytest.raises(SystemExit):
