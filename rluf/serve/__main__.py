@@ -19,7 +19,7 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from rluf.config.cli import CommandOptions, parse_command_line, run_command
-from rluf.errors import DataError, RlufError
+from rluf.errors import RlufError
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
@@ -132,13 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         setup_logging()
         if forgotten_users:
-            counts, unknown_users = erase_users(settings, forgotten_users)
-            logger.info("feedback log: erased %s", " ".join(f"{kind}={count}" for kind, count in counts.items()))
-            if unknown_users:
-                raise DataError(
-                    f"{len(unknown_users)} of {len(set(forgotten_users))} users have no row: "
-                    f"{', '.join(unknown_users)}; the others are erased. Check these ids, and the salt"
-                )
+            erase_users(settings, forgotten_users)
             return
         check_secrets(settings)
         with ray_connection():

@@ -46,7 +46,7 @@ from rluf.serve.middleware import (
 )
 from rluf.serve.policy_deployment import ENGINE_SETTING_KEYS, PolicyDeployment
 from rluf.serve.store import DATABASE_FILE, FeedbackStore
-from rluf.serve.writers import list_writer_names, locate_writer, read_writer_name
+from rluf.serve.writers import list_writer_names, read_writer_name, resolve_writer_folders
 from rluf.utils.cache import compute_artifact_key, hash_files, hash_source_code
 from rluf.utils.hashing import (
     LEGACY_SERVE_SALT_VARIABLE,
@@ -135,11 +135,11 @@ def load_or_create_salt(settings: Settings) -> bytes:
     return salt_file.read_bytes()
 
 
-def erase_users(settings: Settings, user_ids: Sequence[str]) -> tuple[dict[str, int], list[str]]:
+def erase_users(settings: Settings, user_ids: Sequence[str]) -> None:
     """Remove users from the feedback store of a service that does not run, from the folders of all writers.
 
-    Returns the removed rows by kind, and the ids without a row. Raises DataError when there is no such folder or none
-    of the users has a row, ResourceError while the service has the store open.
+    Raises DataError when there is no such folder, or when some users have no row, after the others are erased;
+    ResourceError while a service has the store open.
     """
     root = get_feedback_root(settings)
     # Before the salt: a mistyped path must not become an empty log.
@@ -154,7 +154,7 @@ def erase_users(settings: Settings, user_ids: Sequence[str]) -> tuple[dict[str, 
         stores = []
         # All are opened before a row is removed: a cluster that still runs refuses the erasure as a whole.
         for writer_name in list_writer_names(root):
-            location = locate_writer(root, get_log_folder(settings), writer_name)
+            location = resolve_writer_folders(root, get_log_folder(settings), writer_name)
             if "://" in root and not (location[1] / DATABASE_FILE).is_file():
                 logger.warning("feedback store %s: its open rows are on another machine; erase there too", location[0])
             stores.append(FeedbackStore(*location, reaction_window_s=0))
@@ -163,13 +163,14 @@ def erase_users(settings: Settings, user_ids: Sequence[str]) -> tuple[dict[str, 
         for store in stores:
             found_ids |= store.find_user_ids(id_forms)
             counts.update(store.erase_users(id_forms))
+    logger.info("feedback log: erased %s", " ".join(f"{kind}={count}" for kind, count in counts.items()))
     unknown_users = [user for user, forms in forms_by_user.items() if not found_ids.intersection(forms)]
-    if not counts["rows"]:
+    if unknown_users:
         raise DataError(
-            f"none of {len(forms_by_user)} users has a row in {root}: {', '.join(unknown_users)}; give ids as in the "
-            f"chat requests, and set {USER_SALT_VARIABLE} to the salt of the service"
+            f"{len(unknown_users)} of {len(forms_by_user)} users have no row in {root}: {', '.join(unknown_users)}; "
+            f"the others are erased. Give ids as in the chat requests, and set {USER_SALT_VARIABLE} to the salt of the "
+            "service"
         )
-    return dict(counts), unknown_users
 
 
 def build_scorer_config(settings: Settings, reward_folders: Mapping[str, Path | None]) -> dict[str, Any]:

@@ -49,7 +49,7 @@ from rluf.serve.listener import HttpServer
 from rluf.serve.middleware import ServeMetrics, ServiceRules
 from rluf.serve.observability import setup_service_logging, start_tracing, tracer
 from rluf.serve.store import FeedbackStore, StoreEvent, StoreOutcome
-from rluf.serve.writers import WRITER_STALE_S, locate_writer, mark_alive, settle_stopped_writers
+from rluf.serve.writers import WRITER_STALE_S, flush_stopped_writers, mark_alive, resolve_writer_folders
 from rluf.types import Score, ScoringItem
 from rluf.utils.hashing import hash_to_unit_interval
 
@@ -190,7 +190,7 @@ class FeedbackWriter:
         """Open the store; Ray Serve awaits this before the replica counts as started."""
         setup_service_logging()
         self._root, self._log_folder, self._writer_name = root, Path(log_folder), writer_name
-        store_root, self._writer_log_folder = locate_writer(root, self._log_folder, writer_name)
+        store_root, self._writer_log_folder = resolve_writer_folders(root, self._log_folder, writer_name)
         self._feedback_store = FeedbackStore(
             store_root,
             self._writer_log_folder,
@@ -245,19 +245,19 @@ class FeedbackWriter:
             try:
                 mark_alive(self._writer_log_folder)
                 await self.flush_settled()
-                await self._settle_stopped_writers()
+                await self._flush_stopped_writers()
                 async with self._store_lock:
                     await asyncio.to_thread(self._feedback_store.merge_days)
             except (OSError, RlufError, sqlite3.Error):
                 store_root = self._feedback_store.root
                 logger.exception("feedback store %s: settled rows not written; they stay in the log", store_root)
 
-    async def _settle_stopped_writers(self) -> None:
+    async def _flush_stopped_writers(self) -> None:
         if self._writer_name and "://" not in self._root and time.monotonic() >= self._next_takeover_time:
             self._next_takeover_time = time.monotonic() + WRITER_STALE_S
             window_s = self._feedback_store.reaction_window_s
             location = (self._root, self._log_folder, self._writer_name)
-            row_count = await asyncio.to_thread(settle_stopped_writers, *location, reaction_window_s=window_s)
+            row_count = await asyncio.to_thread(flush_stopped_writers, *location, reaction_window_s=window_s)
             if row_count:
                 logger.info("feedback store %s: wrote rows of stopped writers, rows=%d", self._root, row_count)
 

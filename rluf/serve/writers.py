@@ -39,7 +39,7 @@ def read_writer_name() -> str:
     return name
 
 
-def locate_writer(root: str, log_folder: Path, writer_name: str) -> tuple[str, Path]:
+def resolve_writer_folders(root: str, log_folder: Path, writer_name: str) -> tuple[str, Path]:
     """Root and database folder of a writer, from those of the store's only writer."""
     if not writer_name:
         return root, log_folder
@@ -65,7 +65,7 @@ def mark_alive(log_folder: Path) -> None:
     (log_folder / ALIVE_FILE).touch()
 
 
-def settle_stopped_writers(
+def flush_stopped_writers(
     root: str, log_folder: Path, writer_name: str, *, reaction_window_s: float, stale_s: float = WRITER_STALE_S
 ) -> int:
     """Write what the stopped writers of a local store left open and is settled now; returns the number of rows.
@@ -74,9 +74,9 @@ def settle_stopped_writers(
     times are compared as the volume has them.
     """
     count = 0
-    now = (locate_writer(root, log_folder, writer_name)[1] / ALIVE_FILE).stat().st_mtime
+    now = (resolve_writer_folders(root, log_folder, writer_name)[1] / ALIVE_FILE).stat().st_mtime
     for name in list_writer_names(root):
-        writer_root, writer_log = locate_writer(root, log_folder, name)
+        writer_root, writer_log = resolve_writer_folders(root, log_folder, name)
         alive_file = writer_log / ALIVE_FILE
         is_alive = alive_file.is_file() and now - alive_file.stat().st_mtime < stale_s
         if name == writer_name or is_alive or not (writer_log / DATABASE_FILE).is_file():

@@ -22,11 +22,11 @@ from rluf.serve import __main__ as serve_command
 from rluf.serve.api import FeedbackRequest, build_reaction_event, create_response_id
 from rluf.serve.store import FeedbackEvent, FeedbackStore, PreferenceEvent
 from rluf.serve.writers import (
+    flush_stopped_writers,
     list_writer_names,
-    locate_writer,
     mark_alive,
     read_writer_name,
-    settle_stopped_writers,
+    resolve_writer_folders,
 )
 from tests.serve.test_store import FakeClock, make_record, make_served_event, open_store
 
@@ -35,7 +35,7 @@ REACTIONS = ("love", "like", "dislike")
 
 
 def open_writer(root: Path, name: str, clock: FakeClock, reaction_window_s: float = 60.0) -> FeedbackStore:
-    writer_root, log_folder = locate_writer(str(root), root / ".log", name)
+    writer_root, log_folder = resolve_writer_folders(str(root), root / ".log", name)
     store = FeedbackStore(
         writer_root, log_folder, reaction_window_s=reaction_window_s, clock=clock, has_other_writers=bool(name)
     )
@@ -165,7 +165,7 @@ def test_two_processes_write_one_store_and_a_third_writes_what_they_left_open(tm
         writer.wait()
     clock = FakeClock()
     open_writer(tmp_path, "third", clock)
-    settle = lambda stale_s: settle_stopped_writers(  # noqa: E731
+    settle = lambda stale_s: flush_stopped_writers(  # noqa: E731
         str(tmp_path), tmp_path / ".log", "third", reaction_window_s=0, stale_s=stale_s
     )
     assert settle(600) == 0  # the two may still run, on a volume that does not carry their locks
@@ -181,7 +181,7 @@ def test_the_rows_of_a_running_writer_are_left_to_it(tmp_path: Path) -> None:
     first, _ = open_writer(tmp_path, "old", clock, 0), open_writer(tmp_path, "new", clock, 0)
     first.append_events([make_served_event("a")])
     # Its lock alone says that it runs, even with an old sign of life.
-    assert settle_stopped_writers(str(tmp_path), tmp_path / ".log", "new", reaction_window_s=0, stale_s=-1) == 0
+    assert flush_stopped_writers(str(tmp_path), tmp_path / ".log", "new", reaction_window_s=0, stale_s=-1) == 0
     assert first.flush_settled() == 1
 
 
@@ -239,9 +239,12 @@ def test_a_writers_name_that_is_no_folder_name_is_refused(monkeypatch: pytest.Mo
 
 def test_writers_of_a_url_have_names_and_databases_of_their_own(tmp_path: Path) -> None:
     root = f"file://{tmp_path}/log"
-    assert locate_writer(root, tmp_path / "db", "") == (root, tmp_path / "db")
-    assert locate_writer(root + "/", tmp_path / "db", "x") == (f"{root}/writer=x", tmp_path / "db" / "writer=x")
-    store = FeedbackStore(*locate_writer(root, tmp_path / "db", "x"), reaction_window_s=0, clock=FakeClock())
+    assert resolve_writer_folders(root, tmp_path / "db", "") == (root, tmp_path / "db")
+    assert resolve_writer_folders(root + "/", tmp_path / "db", "x") == (
+        f"{root}/writer=x",
+        tmp_path / "db" / "writer=x",
+    )
+    store = FeedbackStore(*resolve_writer_folders(root, tmp_path / "db", "x"), reaction_window_s=0, clock=FakeClock())
     store.start()
     store.append_events([make_served_event("a")])
     store.flush_settled()
