@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,35 @@ def test_a_shared_prefix_counts_once_per_micro_batch_in_plan_and_tensors(
     for micro_batch in (m for rank in plan for m in rank):
         packed = pack_micro_batch(micro_batch, groups, advantages)
         assert packed.input_ids.numel() <= budget or len(micro_batch) == 1
+
+
+def make_prompts(*token_ids: Sequence[int]) -> list[Prompt]:
+    return [Prompt(str(i), (), tuple(ids), "", "train") for i, ids in enumerate(token_ids)]
+
+
+@pytest.mark.parametrize("position", [0, 1, 7, 500, 998, 999])
+@pytest.mark.parametrize(
+    ("other", "expected"), [((7, 8), 0), ((1, 2, 3, 9, 9), 3), ((1, 2), 2), ((), 0), ((1, 2, 3, 4, 5, 6), 5)]
+)
+def test_the_common_prefix_is_that_of_every_prompt(position: int, other: tuple[int, ...], expected: int) -> None:
+    token_ids: list[Sequence[int]] = [(1, 2, 3, 4, 5, 100 + i) for i in range(1000)]
+    token_ids[position] = other
+    assert count_common_prefix(make_prompts(*token_ids)) == expected
+    assert count_common_prefix(make_prompts(*token_ids[:1])) == count_common_prefix([]) == 0
+
+
+def test_no_micro_batch_exceeds_the_budget_where_few_prompts_lack_the_prefix() -> None:
+    system_message = tuple(range(100, 160))
+    prompts = make_prompts(*((*system_message, i) if i % 125 else tuple(range(300, 361)) for i in range(1, 1001)))
+    sizes = [len(prompt.token_ids) for prompt in prompts]
+    prefix = count_common_prefix(prompts)
+    plan = plan_micro_batches(sizes, [[4]] * 1000, world_size=2, token_budget=256, shared_prefix_tokens=prefix)
+    groups = {
+        i: Group(prompt, (Sample("", prompt.token_ids, (2,) * 4, (-1.0,) * 4, ((0, 0),), "stop", ""),), 0)
+        for i, prompt in enumerate(prompts)
+    }
+    packed = [pack_micro_batch(batch, groups, [[1.0]] * 1000).input_ids.numel() for rank in plan for batch in rank]
+    assert max(packed) <= 256
 
 
 def test_quickstart_prompts_with_an_example_need_two_micro_batches_instead_of_three() -> None:
@@ -344,6 +374,40 @@ def test_rows_without_padding_give_the_attention_of_padded_rows(
         results.append([output.detach().as_subclass(Tensor), *(value.grad for value in inputs)])
     for padded, flat in zip(*results, strict=True):
         assert torch.allclose(padded, flat.float(), atol=1e-5)
+
+
+@pytest.mark.parametrize("pairs", [SAMPLES, SAMPLES[:3], SAMPLES[3:5], SAMPLES[6:], list(reversed(SAMPLES)), []])
+@pytest.mark.parametrize("common_prefix", [0, 5])
+def test_prompts_and_responses_as_separate_rows_give_the_attention_of_whole_rows(
+    pairs: list[tuple[int, int]], common_prefix: int
+) -> None:
+    """Outputs and gradients, with prompts that share a beginning or not."""
+    groups = {}
+    for index, group in GROUPS.items():
+        prompt_ids = (*range(40, 40 + common_prefix), *group.prompt.token_ids)
+        samples = tuple(dataclasses.replace(sample, prompt_ids=prompt_ids) for sample in group.samples)
+        groups[index] = Group(dataclasses.replace(group.prompt, token_ids=prompt_ids), samples, 0)
+    batch = pack_micro_batch(pairs, groups, ADVANTAGES)
+    split_names = {"prompt_token_index", "response_token_index", "split_output_index", "response_mask"}
+    split_inputs = batch.attention_inputs
+    assert split_names <= set(split_inputs)
+    row_inputs = {name: value for name, value in split_inputs.items() if name not in split_names}
+    torch.manual_seed(0)
+    states = [torch.randn(1, heads, batch.input_ids.numel(), 8) for heads in (4, 2, 2)]
+    weights, results = torch.randn(1, batch.input_ids.numel(), 4, 8), []
+    for inputs in (row_inputs, split_inputs):
+        leaves = [state.clone().requires_grad_() for state in states]
+        output, _ = policy_model.compute_packed_attention(nn.Module(), *leaves, None, **inputs)
+        (output * weights).sum().backward()
+        results.append([output.detach(), *(leaf.grad for leaf in leaves)])
+    for whole_rows, separate_rows in zip(*results, strict=True):
+        assert torch.allclose(whole_rows, separate_rows, atol=1e-5)
+
+
+def test_responses_far_longer_than_their_prompts_stay_whole_rows() -> None:
+    """The mask would double their cost."""
+    batch = pack_micro_batch([(0, 0)], {0: make_group(0, 4, [9])}, [[1.0]])
+    assert "response_mask" not in batch.attention_inputs
 
 
 def test_the_kernel_on_gpus_accepts_the_inputs_and_has_a_gradient() -> None:
