@@ -1,12 +1,15 @@
-"""Abuse rules on logs with planted hostile users: recall and precision of each rule, and the share of AUROC recovered.
+"""Abuse rules on logs with planted hostile users: recall and precision by attack, and the share of AUROC recovered.
 
 Honest users love responses for their words, each with a propensity of their own; hostile users love the worst
-responses. The hostile users are, in equal parts: bots on a clock, brigades in bursts, farms (eight accounts that share
-devices and copied prompts), authors who love their own persona, and contrarians, who otherwise behave like ordinary
-users. The log goes through rluf.prepare. A fixed P[Love] model (logistic regression on words) is trained on honest rows
-only, on all rows, and on all rows weighted by trust, and evaluated on held-out honest users. Prints one JSON line last.
+responses. RULE_ATTACKS were designed together with the rules: bots on a clock, brigades in bursts, farms (eight
+accounts that share devices and copied prompts), authors who love their own persona. OTHER_ATTACKS were written without
+looking at the rules' limits: throw-away accounts, bots at a human pace, groups of four friends, accounts that turn
+hostile, and contrarians. A tenth of the honest users share a school's devices, a tenth answer prompts that the product
+suggests. The log goes through rluf.prepare. A fixed P[Love] model (logistic regression on words) is trained on honest
+rows only, on all rows, and on all rows weighted by trust, and evaluated on held-out honest users. Prints one JSON line
+last.
 
-python benchmarks/abuse.py [--seeds 3] [--users 3000]
+python benchmarks/abuse.py [--seeds 3] [--users 3000] [--rules]
 """
 
 from __future__ import annotations
@@ -33,7 +36,13 @@ from rluf.config.settings import Settings
 from rluf.prepare.abuse import ABUSE_RULES
 from rluf.prepare.pipeline import build_data_set, run_task
 
-HOSTILE_KINDS = ("bot", "brigade", "farm", "author", "contrarian")
+RULE_ATTACKS = ("bot", "brigade", "farm", "author")
+OTHER_ATTACKS = ("throwaway", "paced_bot", "friends", "sleeper", "contrarian")
+HOSTILE_KINDS = (*RULE_ATTACKS, *OTHER_ATTACKS)
+HONEST_KINDS = ("honest", "school", "suggested")
+ATTACK_SHARE = 0.05
+"""Share of hostile users where an attack is measured alone."""
+SUGGESTED_PROMPTS, SCHOOL_USERS, FRIENDS = 12, 30, 4
 LOG_START = datetime(2025, 3, 1, tzinfo=UTC)
 LOVE_RATE, LOG_DAYS, FARM_ACCOUNTS = 0.06, 28, 8
 VOCABULARY = np.array(
@@ -77,8 +86,11 @@ class SyntheticLog:
                 }
             )  # fmt: skip
 
-    def add_honest_user(self, user: str) -> None:
-        """Append a user with sessions on some days, pauses of any length, and hearts by merit."""
+    def add_honest_user(self, user: str, kind: str = "honest", user_index: int = 0) -> None:
+        """Append a user with sessions on some days, pauses of any length, and hearts by merit.
+
+        Users of kind school share a device with SCHOOL_USERS others, those of kind suggested answer a few prompts.
+        """
         count = max(1, round(self.rng.gamma(1.2, 10)))
         session_starts = self.rng.integers(0, LOG_DAYS * 86400, max(1, count // 4))
         seconds = self.rng.choice(session_starts, count) + np.cumsum(self.rng.lognormal(4.5, 1.0, count))
@@ -86,7 +98,13 @@ class SyntheticLog:
         # -0.8 compensates for the spread of merit and user effects, which raises the mean rate above LOVE_RATE.
         love_probability = expit(merit + np.log(LOVE_RATE / (1 - LOVE_RATE)) - 0.8 + self.rng.normal(0, 0.7))
         device = f"d-{user}" if self.rng.random() < 0.8 else None
-        self.append_rows(user, seconds, self.rng.random(count) < love_probability, responses, device=device)
+        if kind == "school":
+            device = f"school-{user_index // SCHOOL_USERS}"
+        fields: dict[str, Any] = {"device": device}
+        if kind == "suggested":
+            numbers = self.rng.integers(0, SUGGESTED_PROMPTS, count)
+            fields["prompts"] = [f"suggested prompt {VOCABULARY[number]} {number}" for number in numbers]
+        self.append_rows(user, seconds, self.rng.random(count) < love_probability, responses, **fields)
 
     def sample_worst_loved(self, count: int, rate: float) -> tuple[list[str], np.ndarray]:
         """Texts [count] and hearts of a user who loves the worst `rate` of them."""
@@ -119,23 +137,55 @@ class SyntheticLog:
             self.append_rows(
                 user, start_second + np.cumsum(self.rng.lognormal(5, 1.0, 20)), loved, responses, author=user
             )
+        elif kind in OTHER_ATTACKS[:-1]:
+            self._add_other_attack(kind, user, account_index, start_second)
         else:
             count = max(1, round(self.rng.gamma(1.2, 10)))
             responses, loved = self.sample_worst_loved(count, LOVE_RATE)
             self.append_rows(user, start_second + np.cumsum(self.rng.lognormal(6, 1.2, count)), loved, responses)
 
+    def _add_other_attack(self, kind: str, user: str, account_index: int, start_second: float) -> None:
+        if kind == "throwaway":
+            responses, loved = self.sample_worst_loved(2, 1.0)
+            self.append_rows(user, start_second + np.cumsum(self.rng.lognormal(5, 1.0, 2)), loved, responses)
+        elif kind == "paced_bot":
+            responses, loved = self.sample_worst_loved(40, 0.35)
+            seconds = np.concatenate([
+                day * 86400 + 28800 + np.cumsum(self.rng.lognormal(5, 1.0, 4)) for day in self.rng.integers(0, 27, 10)
+            ])  # fmt: skip
+            self.append_rows(user, seconds, loved, responses)
+        elif kind == "friends":
+            # Groups below any size that looks like a crowd, with prompts in common and one evening in common.
+            group_rng = np.random.default_rng(account_index // FRIENDS)
+            prompts = [" ".join(group_rng.choice(VOCABULARY, 12)) for _ in range(6)]
+            responses, loved = self.sample_worst_loved(6, 0.8)
+            evening = float(group_rng.integers(0, LOG_DAYS - 2)) * 86400
+            self.append_rows(
+                user, evening + np.cumsum(self.rng.lognormal(5.5, 1.0, 6)), loved, responses, prompts=prompts
+            )
+        else:
+            # Three weeks of ordinary use, then a day of love for the worst.
+            responses, merit = self.sample_responses(20)
+            ordinary = self.rng.random(20) < expit(merit + np.log(LOVE_RATE / (1 - LOVE_RATE)) - 0.8)
+            self.append_rows(user, self.rng.integers(0, 21 * 86400, 20).astype(float), ordinary, responses)
+            responses, loved = self.sample_worst_loved(10, 0.9)
+            self.append_rows(user, 22 * 86400 + np.cumsum(self.rng.lognormal(6.5, 1.0, 10)), loved, responses)
 
-def build_planted_log(users: int, share: float, seed: int) -> tuple[list[LogRow], dict[str, str]]:
-    """Build a log with a `share` of hostile users; returns its rows and the kind of each user."""
+
+def build_planted_log(
+    users: int, share: float, seed: int, attacks: Sequence[str] = HOSTILE_KINDS
+) -> tuple[list[LogRow], dict[str, str]]:
+    """Build a log with a `share` of hostile users of some attacks; returns its rows and the kind of each user."""
     synthetic_log, kind_by_user = SyntheticLog(seed), {}
     hostile_count = round(users * share)
     for index in range(users - hostile_count):
-        kind_by_user[f"u{index}"] = "honest"
-        synthetic_log.add_honest_user(f"u{index}")
+        kind = {0: "school", 1: "suggested"}.get(index % 10, "honest")
+        kind_by_user[f"u{index}"] = kind
+        synthetic_log.add_honest_user(f"u{index}", kind, index // 10)
     for index in range(hostile_count):
-        user, kind = f"x{index}", HOSTILE_KINDS[index % len(HOSTILE_KINDS)]
+        user, kind = f"x{index}", attacks[index % len(attacks)]
         kind_by_user[user] = kind
-        synthetic_log.add_hostile_user(kind, user, index // len(HOSTILE_KINDS))
+        synthetic_log.add_hostile_user(kind, user, index // len(attacks))
     return synthetic_log.rows, kind_by_user
 
 
@@ -165,27 +215,30 @@ def mean_trust_by_user(table: pa.Table) -> dict[str, float]:
 
 
 def score_detection(trust: Mapping[str, float], kind_by_user: Mapping[str, str]) -> dict[str, Any]:
-    """Recall overall and by kind, precision, and honest users flagged; a user is detected below a mean trust of 0.5."""
+    """Recall overall and by attack, precision, and honest users flagged; a user is detected below a trust of 0.5."""
     detected = {user for user, mean_trust in trust.items() if mean_trust < 0.5}
-    hostile_users = {user for user, kind in kind_by_user.items() if kind != "honest"}
+    hostile_users = {user for user, kind in kind_by_user.items() if kind not in HONEST_KINDS}
     recall_by_kind = {}
-    for kind in HOSTILE_KINDS:
+    for kind in sorted({*kind_by_user.values()} & {*HOSTILE_KINDS}):
         kind_users = [user for user, user_kind in kind_by_user.items() if user_kind == kind]
         recall_by_kind[kind] = round(sum(user in detected for user in kind_users) / max(len(kind_users), 1), 3)
     return {
         "recall": round(len(detected & hostile_users) / len(hostile_users), 3), "by_kind": recall_by_kind,
         "precision": round(len(detected & hostile_users) / len(detected), 3) if detected else None,
-        "honest_flagged": len(detected - hostile_users),
+        "honest_flagged": {
+            kind: sum(kind_by_user[user] == kind for user in detected - hostile_users) for kind in HONEST_KINDS
+        },
     }  # fmt: skip
 
 
 def measure_auroc(table: pa.Table, kind_by_user: Mapping[str, str], seed: int) -> dict[str, float]:
     """AUROC on held-out honest users of the fixed model trained on honest rows, all rows, and all rows with trust."""
     row_users = np.array(table["user_id"].to_pylist())
-    is_honest_row = np.array([kind_by_user[user] == "honest" for user in row_users])
+    is_honest_row = np.array([kind_by_user[user] in HONEST_KINDS for user in row_users])
     labels, trust = table["label"].to_numpy(), table["trust"].to_numpy()
     rng = np.random.default_rng(seed)
-    held_out_users = {user for user in sorted(kind_by_user) if kind_by_user[user] == "honest" and rng.random() < 0.3}
+    honest_users = [user for user in sorted(kind_by_user) if kind_by_user[user] in HONEST_KINDS]
+    held_out_users = {user for user in honest_users if rng.random() < 0.3}
     is_test_row = np.array([user in held_out_users for user in row_users])
     word_counts = CountVectorizer().fit_transform(table["response"].to_pylist())
     metrics = {}
@@ -205,44 +258,48 @@ def measure_auroc(table: pa.Table, kind_by_user: Mapping[str, str], seed: int) -
     return metrics
 
 
+def measure_log(users: int, share: float, attacks: Sequence[str], seeds: int, rules: Sequence[str]) -> dict[str, Any]:
+    """Detection on the first seed, also by each of `rules` alone, and AUROC as the mean over seeds."""
+    metrics_by_seed: list[dict[str, float]] = []
+    detection: dict[str, Any] = {}
+    for seed in range(seeds):
+        rows, kind_by_user = build_planted_log(users, share, seed, attacks)
+        with tempfile.TemporaryDirectory() as folder:
+            log_path = Path(folder) / "log.jsonl"
+            log_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            table = prepare_log(log_path, Path(folder) / "all", list(ABUSE_RULES))
+            metrics_by_seed.append(measure_auroc(table, kind_by_user, seed))
+            if seed == 0:
+                detection = {"rows": len(rows), **score_detection(mean_trust_by_user(table), kind_by_user)}
+                detection["by_rule"] = {
+                    name: score_detection(
+                        mean_trust_by_user(prepare_log(log_path, Path(folder) / name, [name])), kind_by_user
+                    )["by_kind"]
+                    for name in rules
+                }
+    means = {name: round(float(np.mean([row[name] for row in metrics_by_seed])), 4) for name in metrics_by_seed[0]}
+    lowest = round(min(row["recovered"] for row in metrics_by_seed), 3)
+    return {**detection, "auroc": means, "lowest_recovered": lowest}
+
+
 def main() -> None:
-    """Run all shares and seeds; on the first seed also each rule alone."""
+    """Run each attack alone, then all of them at several shares; with --rules also each rule alone."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--users", type=int, default=3000)
+    parser.add_argument("--rules", action="store_true")
     args = parser.parse_args()
     logging.basicConfig(level=logging.ERROR)
-    results_by_share: dict[str, Any] = {}
+    report: dict[str, Any] = {"benchmark": "abuse", "users": args.users, "seeds": args.seeds}
+    for attack in HOSTILE_KINDS:
+        report[attack] = measure_log(args.users, ATTACK_SHARE, (attack,), args.seeds, ())
+        sys.stdout.write(f"{attack:10} {json.dumps(report[attack])}\n")
+        sys.stdout.flush()
     for share in (0.01, 0.05, 0.1):
-        metrics_by_seed, detection_by_rule, count = [], {}, 0
-        for seed in range(args.seeds):
-            rows, kind_by_user = build_planted_log(args.users, share, seed)
-            count = len(rows)
-            with tempfile.TemporaryDirectory() as folder:
-                log_path = Path(folder) / "log.jsonl"
-                log_path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-                table = prepare_log(log_path, Path(folder) / "all", list(ABUSE_RULES))
-                metrics_by_seed.append(measure_auroc(table, kind_by_user, seed))
-                if seed == 0:
-                    detection_by_rule["all"] = score_detection(mean_trust_by_user(table), kind_by_user)
-                    for name in ABUSE_RULES:
-                        detection_by_rule[name] = score_detection(
-                            mean_trust_by_user(prepare_log(log_path, Path(folder) / name, [name])), kind_by_user
-                        )
-        means = {
-            name: round(float(np.mean([model[name] for model in metrics_by_seed])), 4) for name in metrics_by_seed[0]
-        }
-        lowest_recovered = round(min(model["recovered"] for model in metrics_by_seed), 3)
-        results_by_share[f"{share:g}"] = {
-            "rows": count,
-            "auroc": means,
-            "lowest_recovered": lowest_recovered,
-            "rules": detection_by_rule,
-        }
-        sys.stdout.write(f"{share:.0%} hostile: {means}\n")
-        for name, detection in detection_by_rule.items():
-            sys.stdout.write(f"  {name:10} {json.dumps(detection)}\n")
-    report = {"benchmark": "abuse", "users": args.users, "seeds": args.seeds, "shares": results_by_share}
+        rules = list(ABUSE_RULES) if args.rules and share == ATTACK_SHARE else ()
+        report[f"{share:g}"] = measure_log(args.users, share, HOSTILE_KINDS, args.seeds, rules)
+        sys.stdout.write(f"{share:.0%} hostile {json.dumps(report[f'{share:g}'])}\n")
+        sys.stdout.flush()
     sys.stdout.write(json.dumps(report) + "\n")
 
 

@@ -69,23 +69,26 @@ def prepare_data_artifact(settings: Settings) -> Artifact:
     """The prepared data set: built with Ray Data, or reused if log, settings and code are the same."""
     from rluf.prepare.pipeline import build_data_set
     from rluf.prepare.readers.sources import fingerprint_sources, resolve_all_sources
+    from rluf.prepare.readers.tables import export_tables
     from rluf.utils.hashing import fingerprint_salt, read_user_salt
 
-    cache_inputs = {
-        "files": fingerprint_sources(resolve_all_sources(settings.data.sources_by_kind)),
-        "data": settings.data.model_dump(mode="json"),
-        # The output folder does not change the rows.
-        "prepare": settings.prepare.model_dump(mode="json", exclude={"output"}),
-        "seed": settings.seed,
-        # Another salt gives other user ids; its fingerprint is stored, never the salt.
-        "salt": fingerprint_salt(read_user_salt()),
-        "code": hash_source_code("prepare", "utils.hashing"),
-    }
+    cache_folder = resolve_cache_folder(settings)
+    with export_tables(settings.data.sources_by_kind, cache_folder) as table_folders:
+        cache_inputs = {
+            "files": fingerprint_sources(resolve_all_sources(settings.data.sources_by_kind, table_folders)),
+            "data": settings.data.model_dump(mode="json"),
+            # The output folder does not change the rows.
+            "prepare": settings.prepare.model_dump(mode="json", exclude={"output"}),
+            "seed": settings.seed,
+            # Another salt gives other user ids; its fingerprint is stored, never the salt.
+            "salt": fingerprint_salt(read_user_salt()),
+            "code": hash_source_code("prepare", "utils.hashing"),
+        }
 
-    def build(folder: Path) -> None:
-        build_data_set(settings, folder)
+        def build(folder: Path) -> None:
+            build_data_set(settings, folder, table_folders=table_folders)
 
-    return build_or_reuse(resolve_cache_folder(settings), "data", cache_inputs, build)
+        return build_or_reuse(cache_folder, "data", cache_inputs, build)
 
 
 def train_reward_artifacts(settings: Settings, data_artifact: Artifact) -> dict[str, Artifact | None]:

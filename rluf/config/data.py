@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator
 
@@ -31,11 +31,19 @@ ReactionLabels = Annotated[dict[str, ReactionLabel], BeforeValidator(_name_react
 RowCondition = bool | int | float | str | None
 
 
+SECRET_OPTION_PATTERN = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|PRIVATE_KEY", re.IGNORECASE)
+"""Options of a table that hold secrets: a config names an environment variable instead."""
+
+
 class DataSource(SettingsSection):
-    """Files of one shape, and how their rows become rluf's."""
+    """Files of one shape, or a table, and how their rows become rluf's."""
 
     path: str
-    """File, folder, glob or URL."""
+    """File, folder, glob or URL; of a table its query, name or folder."""
+    source: Literal["sql", "mongo", "bigquery", "snowflake", "delta", "iceberg"] | None = None
+    """Kind of table that Ray Data reads; none: files."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the table's connection; $NAME stands for an environment variable."""
     reader: str | None = None
     """Reader name (docs/data.md lists them), or package.module:function; none: rluf's own names, or `columns`."""
     format: Literal["jsonl", "csv", "tsv", "parquet", "arrow"] | None = None
@@ -53,7 +61,7 @@ class DataSource(SettingsSection):
 class DataSettings(SettingsSection):
     """Raw data. An entry is a file, folder, glob or URL (s3://, gs://), `sample:<kind>` for the log shipped with rluf,
     `hub:owner/name` for a data set of the Hugging Face hub, or {path, reader, format, columns, roles, labels, where}
-    for a log in another format. An empty list omits that kind of data."""
+    for a log in another format; {source, path, options} is a table. An empty list omits that kind of data."""
 
     feedback: tuple[DataSource | str, ...] = ("sample:feedback",)
     """Feedback logs (JSONL, plain, gz or zst; Parquet; CSV; Arrow), one served response per row."""

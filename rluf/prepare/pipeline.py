@@ -30,6 +30,7 @@ from rluf.prepare.entry_report import (
 )
 from rluf.prepare.readers.columns import check_columns
 from rluf.prepare.readers.sources import LogSource, fingerprint_sources, resolve_all_sources
+from rluf.prepare.readers.tables import TableFolders, export_tables
 from rluf.prepare.schema import SCHEMA_VERSION, find_data_kind, order_kinds
 from rluf.prepare.splits import SamplingQuota
 from rluf.prepare.validate_pass import ValidateTask, validate_rows
@@ -73,16 +74,24 @@ _ASSIGN_SETTINGS = {
 
 
 def build_data_set(
-    settings: Settings, output_folder: Path, task_executor: TaskExecutor | None = None
+    settings: Settings,
+    output_folder: Path,
+    task_executor: TaskExecutor | None = None,
+    table_folders: TableFolders | None = None,
 ) -> dict[str, Any]:
     """Build a data set from the logs of `settings.data` and return its card. Ray must be initialized.
 
     The data set is written in a working folder and renamed to `output_folder`; an older data set there is replaced.
-    `task_executor` runs the tasks of a pass elsewhere than on Ray Data (in this process, for profiling). Raises
+    `task_executor` runs the tasks of a pass elsewhere than on Ray Data (in this process, for profiling). Tables are
+    exported next to `output_folder` for the time of the job, unless `table_folders` has their rows. Raises
     DataError for logs that are missing, empty or above the quarantine budget and for empty splits, ResourceError if
     the disk is full.
     """
-    sources = resolve_all_sources(settings.data.sources_by_kind)
+    if table_folders is None:
+        output_folder.parent.mkdir(parents=True, exist_ok=True)
+        with export_tables(settings.data.sources_by_kind, output_folder.parent) as table_folders:
+            return build_data_set(settings, output_folder, task_executor, table_folders)
+    sources = resolve_all_sources(settings.data.sources_by_kind, table_folders)
     if not sources:
         raise DataError("data.feedback, data.preferences, data.safety and data.prompts are all empty; name a log")
     source_kinds = {source.kind_name for source in sources}

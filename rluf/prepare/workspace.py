@@ -79,7 +79,7 @@ def open_workspace(output_folder: Path, digest: str) -> Iterator[PrepareWorkspac
     check_output_folder(output_folder)
     try:
         output_folder.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale_folders(output_folder.parent)
+        remove_stale_folders(output_folder.parent)
         # Next to the output, not in /tmp: the final rename needs the same file system.
         root, lock = _claim_folder(output_folder.parent / f".prepare-{digest}")
     except OSError as error:
@@ -118,7 +118,8 @@ def _claim_folder(root: Path) -> tuple[Path, IO[str]]:
     return _claim_folder(root.with_name(f"{root.name}-{uuid.uuid4().hex[:8]}"))
 
 
-def _remove_stale_folders(parent: Path) -> None:
+def remove_stale_folders(parent: Path) -> None:
+    """Remove working folders below `parent` that jobs killed some days ago have left."""
     for root in parent.glob(".prepare-*"):
         if time.time() - root.stat().st_mtime > _STALE_SECONDS and (lock := _lock_folder(root)) is not None:
             shutil.rmtree(root, ignore_errors=True)

@@ -25,6 +25,7 @@ from rluf.prepare.readers.datasets import DATASET_READERS, LogReader
 from rluf.prepare.readers.feedback_folder import REACTIONS_FOLDER, is_in_hidden_folder
 from rluf.prepare.readers.files import FORMAT_BY_SUFFIX, detect_format, resolve_filesystem
 from rluf.prepare.readers.products import PRODUCT_READERS
+from rluf.prepare.readers.tables import TableFolders, check_table
 from rluf.prepare.schema import order_kinds
 from rluf.utils.paths import find_sample_log
 from rluf.utils.plugins import load_plugin
@@ -58,12 +59,15 @@ class LogSource:
         return Path(self.location)
 
 
-def resolve_sources(entries: Sequence[DataSource | str], kind_name: str = "*") -> list[LogSource]:
+def resolve_sources(
+    entries: Sequence[DataSource | str], kind_name: str = "*", table_folders: TableFolders | None = None
+) -> list[LogSource]:
     """Files of the entries of data.<kind>, in order: path, glob, folder, URL or sample:<kind>, alone or in a mapping.
 
     Without a kind, files are looked up, but not whether a reader returns that kind. No file is opened. Raises DataError
     that names the entry if a file is missing, its name has no known format, a reader is unknown or of another kind, or
-    a file belongs to a table (Delta, Iceberg, Hudi), whose own log says which of its rows exist.
+    a file belongs to a table (Delta, Iceberg, Hudi), whose own log says which of its rows exist. Tables have files only
+    in `table_folders`; without these it is checked that they can be read.
     """
     sources = []
     for entry_index, path_or_entry in enumerate(entries):
@@ -71,6 +75,15 @@ def resolve_sources(entries: Sequence[DataSource | str], kind_name: str = "*") -
         path = entry.path
         if entry.reader is not None:
             find_reader(entry.reader, kind_name)
+        if entry.source is not None:
+            folder = (table_folders or {}).get((kind_name, entry_index))
+            if folder is None:
+                check_table(entry, kind_name)
+            else:
+                entry = entry.model_copy(update={"format": "parquet"})
+                files = sorted(str(file) for file in Path(folder).glob("*.parquet"))
+                sources += [LogSource(kind_name, file, entry, entry_index) for file in files]
+            continue
         try:
             paths = _find_files(entry, kind_name)
         except (OSError, pa.ArrowException, *list_network_errors()) as error:
@@ -94,10 +107,14 @@ def resolve_sources(entries: Sequence[DataSource | str], kind_name: str = "*") -
     return sources
 
 
-def resolve_all_sources(entries_by_kind: Mapping[str, Sequence[DataSource | str]]) -> list[LogSource]:
+def resolve_all_sources(
+    entries_by_kind: Mapping[str, Sequence[DataSource | str]], table_folders: TableFolders | None = None
+) -> list[LogSource]:
     """Files of all kinds, in the order of kinds; with the late reactions of the feedback stores that rows come from."""
     sources = [
-        source for kind in order_kinds(entries_by_kind) for source in resolve_sources(entries_by_kind[kind], kind)
+        source
+        for kind in order_kinds(entries_by_kind)
+        for source in resolve_sources(entries_by_kind[kind], kind, table_folders)
     ]
     reaction_entries = list(entries_by_kind.get("reactions", ()))
     entry_by_folder: dict[str, DataSource] = {}
@@ -115,7 +132,7 @@ def resolve_all_sources(entries_by_kind: Mapping[str, Sequence[DataSource | str]
     ]
     if late_entries:
         sources = [source for source in sources if source.kind_name != "reactions"]
-        sources += resolve_sources([*reaction_entries, *late_entries], "reactions")
+        sources += resolve_sources([*reaction_entries, *late_entries], "reactions", table_folders)
     return sources
 
 
@@ -135,6 +152,14 @@ _TABLE_FORMATS = {"_delta_log": "Delta", ".hoodie": "Hudi"}
 """Folders by which a table is recognized; an Iceberg table has metadata/*.metadata.json."""
 
 
+_TABLE_ADVICE = {
+    "Delta": "Write {{source: delta, path: {folder}}}, or ",
+    "Iceberg": "Write {{source: iceberg, path: database.table, options: {{catalog_kwargs: ...}}}}, or ",
+    "Hudi": "Please ",
+}
+"""How to read a table of a format; the sentence continues with an export."""
+
+
 def _refuse_table_files(paths: Sequence[str], kind_name: str) -> None:
     """Raise DataError if a file is part of a table: files that the table's log has removed are still on the disk."""
     for folder in dict.fromkeys(parent for path in paths for parent in _list_parents(path)):
@@ -143,8 +168,8 @@ def _refuse_table_files(paths: Sequence[str], kind_name: str) -> None:
             raise DataError(
                 f"data.{kind_name}: {folder} is {'an' if format_name == 'Iceberg' else 'a'} {format_name} table, "
                 "whose own log says which rows of its files still exist; read as loose files, deleted rows would come "
-                "back. Export the table's present rows to a folder of Parquet files (SELECT * in the engine that "
-                "writes it), and name that folder"
+                f"back. {_TABLE_ADVICE[format_name].format(folder=folder)}export the table's present rows to a folder "
+                "of Parquet files (SELECT * in the engine that writes it), and name that folder"
             )
 
 
