@@ -10,9 +10,9 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from rluf.reward.debias import MIN_PROPENSITY_RATIO, compute_propensity_weights, fit_label_nuisance, fit_pair_nuisance
+from rluf.reward.encoded_split import EncodedSplit
 from rluf.reward.losses import weighted_bce_loss
 from rluf.reward.text import EncodedItem
-from rluf.reward.trainer import EncodedSplit
 
 
 def test_reactions_of_low_propensity_weigh_more_up_to_ten_times() -> None:
