@@ -130,17 +130,20 @@ def fit_platt(
     """Scale and offset of sigmoid(scale * z + offset) by weighted maximum likelihood (Newton steps).
 
     With `smooth_targets`, targets are Platt's (N+ + 1) / (N+ + 2) and 1 / (N- + 2). `ridge` is the precision of a
-    normal prior around scale 1, offset 0, so that few positives cannot bend the curve. The scale stays positive, so
-    the ranking is never reversed. Source: Platt 1999.
+    normal prior around the identity, so that few positives cannot bend the curve: on the scale (weaker where the logits
+    vary by less than 1) and on the calibrated logit of the mean row. The scale stays positive, so the ranking is never
+    reversed. Source: Platt 1999.
     """
     positives, negatives = float((weights * labels).sum()), float((weights * (1 - labels)).sum())
     if positives <= 0 or negatives <= 0:
         return 1.0, 0.0
     high, low = ((positives + 1) / (positives + 2), 1 / (negatives + 2)) if smooth_targets else (1.0, 0.0)
     targets = labels * high + (1 - labels) * low
-    return _fit_by_newton(
-        np.stack([logits, np.ones_like(logits)], axis=1), targets, weights, np.array([1.0, 0.0]), ridge
-    )
+    # Around their mean, or a scale far from 1 would need an offset that the prior forbids.
+    mean = float(np.average(logits, weights=weights))
+    features = np.stack([logits - mean, np.ones_like(logits)], axis=1)
+    scale, mean_logit = _fit_by_newton(features, targets, weights, np.array([1.0, mean]), ridge)
+    return scale, mean_logit - scale * mean
 
 
 def fit_pair_scale(differences: Floats, weights: Floats, *, ridge: float = 1.0) -> float:
@@ -186,22 +189,34 @@ def fit_member_weights(
     return tuple((member_weights / total).tolist()) if total > 0 else (1 / count,) * count
 
 
+def _compute_ridge_factor(logits: Floats, weights: Floats) -> float:
+    """Variance of the logits, at most 1: the prior of a scale in units of their standard deviation.
+
+    A model that trained little ranks responses by tiny differences. A prior around scale 1 in units of the logits
+    would keep them tiny whatever the labels say, and the objective would have no weight in the reward.
+    """
+    mean = np.average(logits, weights=weights)
+    return min(1.0, float(np.average((logits - mean) ** 2, weights=weights)))
+
+
 def _fit_by_newton(
     features: Floats, targets: Floats, weights: Floats, prior_mean: Floats, ridge: float
 ) -> tuple[float, float]:
     """Weighted logistic regression with a normal prior around `prior_mean`; returns (scale, offset or 0)."""
     beta = prior_mean.copy()
+    ridges = np.full(beta.size, ridge)
+    ridges[0] *= _compute_ridge_factor(features[:, 0], weights)
 
     def compute_penalized_loss(coefficients: Floats) -> float:
         z = features @ coefficients
         losses = np.logaddexp(0.0, z) - targets * z
-        return float((weights * losses).sum() + 0.5 * ridge * ((coefficients - prior_mean) ** 2).sum())
+        return float((weights * losses).sum() + 0.5 * (ridges * (coefficients - prior_mean) ** 2).sum())
 
     loss = compute_penalized_loss(beta)
     for _ in range(100):
         p = sigmoid(features @ beta)
-        gradient = features.T @ (weights * (p - targets)) + ridge * (beta - prior_mean)
-        hessian = (features * (weights * p * (1 - p))[:, None]).T @ features + (ridge + 1e-9) * np.eye(beta.size)
+        gradient = features.T @ (weights * (p - targets)) + ridges * (beta - prior_mean)
+        hessian = (features * (weights * p * (1 - p))[:, None]).T @ features + np.diag(ridges + 1e-9)
         step = np.linalg.solve(hessian, gradient)
         # A full Newton step overshoots where the sigmoid saturates: halve it until the loss does not increase.
         step_size = 1.0
