@@ -42,7 +42,7 @@ _LOCAL_PATTERN = re.compile(rf" ?(?:[{_LOCAL_CHARS}]{{1,64}}|\"[^\"\s@]{{1,62}}\
 """The part of an address before the sign @, read backwards: in Latin, Greek or Cyrillic, in quotes, or a word of
 another script."""
 _CARD_PATTERN = re.compile(
-    r"\d(?<![A-Za-z0-9_.-].)(?:\d{3}([./])\d{4}\1\d{4}\1\d{4}|(?:[ -]{0,2}\d){12,18})(?![A-Za-z0-9_]|-\d)", re.ASCII
+    r"[2-6](?<![A-Za-z0-9_.-].)(?:\d{3}([./])\d{4}\1\d{4}\1\d{4}|(?:[ -]{0,2}\d){12,18})(?![A-Za-z0-9_]|-\d)", re.ASCII
 )
 _CARD_CODE_PATTERN = re.compile(
     r"(?<![A-Za-z])(?:cvv2?|cvc2?|security code|安全码|セキュリティコード)[ :：=#-]{0,3}(?:is |は|是)?(\d{3,4})(?!\d)",
@@ -315,11 +315,18 @@ _ID_FORMATS = {
     "word": r"\d{2,4}(?:[ -]?\d{2,6}){1,4}",
 }
 """Written forms of identity numbers, by module of python-stdnum; `word`: other forms, after the name of a number."""
+_ID_END = r"(?![A-Za-z0-9]|-\d)"
 _ID_PATTERN = re.compile(
-    "(?:" + "|".join(f"(?P<{name}>{form})" for name, form in _ID_FORMATS.items()) + r")(?![A-Za-z0-9]|-\d)", re.ASCII
+    "(?:" + "|".join(f"(?P<{name}>{form})" for name, form in _ID_FORMATS.items()) + ")" + _ID_END, re.ASCII
 )
-_ID_START_PATTERN = re.compile(r"[0-9A-Z](?<![A-Za-z0-9.-].)(?=[0-9A-Z]{2}|[ -]?\d{2})")
+_ID_FORM_PATTERN = re.compile(
+    "(?:" + "|".join(form for name, form in _ID_FORMATS.items() if name != "word") + ")" + _ID_END, re.ASCII
+)
+_ID_START = r"[0-9A-Z](?<![A-Za-z0-9.-].)(?=[0-9A-Z]{2}|[ -]?\d{2})"
+_ID_START_PATTERN = re.compile(_ID_START)
 """Where an identity number may start; tried at each position of a text, the forms above would take too long."""
+_ID_FORM_START_PATTERN = re.compile(rf"{_ID_START}(?<=(?={_ID_FORM_PATTERN.pattern}).)", re.ASCII)
+"""Where a number of a national form starts: finds a start and looks back at it, so that no start costs a call."""
 _ID_CONTEXTS = (
     ("cn.ric", r"身份证|身份證"),
     ("jp.in_", r"マイナンバー|個人番号|(?<![a-z])my number"),
@@ -361,14 +368,23 @@ def _is_id_number(number: str, form: str, context: str) -> bool:
 
 def _find_id_numbers(text: str) -> Iterator[tuple[int, int]]:
     """Spans of national identity numbers; after MAX_CHECKED candidates the others count without a check."""
-    matches = (_ID_PATTERN.match(text, start.start()) for start in _ID_START_PATTERN.finditer(text))
-    for index, match in enumerate(match for match in matches if match is not None):
-        start, form = match.start(), match.lastgroup or "word"
-        if index >= MAX_CHECKED:
-            if form != "word":
-                yield match.span()
-        elif _is_id_number(match[0], form, text[max(0, start - _CONTEXT_CHARS) : start]):
+    candidate_count = 0
+    for start in _ID_START_PATTERN.finditer(text):
+        match = _ID_PATTERN.match(text, start.start())
+        if match is None:
+            continue
+        if candidate_count == MAX_CHECKED:
+            break
+        candidate_count += 1
+        context = text[max(0, match.start() - _CONTEXT_CHARS) : match.start()]
+        if _is_id_number(match[0], match.lastgroup or "word", context):
             yield match.span()
+    else:
+        return
+    for start in _ID_FORM_START_PATTERN.finditer(text, match.start()):
+        form_match = _ID_FORM_PATTERN.match(text, start.start())
+        if form_match is not None:
+            yield form_match.span()
 
 
 _FINDER_BY_KIND: dict[str, Callable[[str], Iterable[tuple[int, int]]]] = {
