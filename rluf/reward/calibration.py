@@ -125,22 +125,39 @@ def compute_prior_shift(labels: Sequence[int] | Floats, weights: Sequence[float]
 
 
 def fit_platt(
-    logits: Floats, labels: Floats, weights: Floats, *, ridge: float = 1.0, smooth_targets: bool = True
+    logits: Floats,
+    labels: Floats,
+    weights: Floats,
+    *,
+    ridge: float = 1.0,
+    smooth_targets: bool = True,
+    covariates: Floats | None = None,
 ) -> tuple[float, float]:
     """Scale and offset of sigmoid(scale * z + offset) by weighted maximum likelihood (Newton steps).
 
     With `smooth_targets`, targets are Platt's (N+ + 1) / (N+ + 2) and 1 / (N- + 2). `ridge` is the precision of a
     normal prior around scale 1, offset 0, so that few positives cannot bend the curve. The scale stays positive, so
     the ranking is never reversed. Source: Platt 1999.
+
+    `covariates` [N, K] are fitted with the logit, so the scale is that of responses served in equal contexts. The
+    offset then makes the mean probability the mean label, whatever the contexts.
     """
     positives, negatives = float((weights * labels).sum()), float((weights * (1 - labels)).sum())
     if positives <= 0 or negatives <= 0:
         return 1.0, 0.0
     high, low = ((positives + 1) / (positives + 2), 1 / (negatives + 2)) if smooth_targets else (1.0, 0.0)
     targets = labels * high + (1 - labels) * low
-    return _fit_by_newton(
-        np.stack([logits, np.ones_like(logits)], axis=1), targets, weights, np.array([1.0, 0.0]), ridge
-    )
+    columns = [logits, np.ones_like(logits)]
+    if covariates is None or not covariates.size:
+        return _fit_by_newton(np.stack(columns, axis=1), targets, weights, np.array([1.0, 0.0]), ridge)
+    from scipy.optimize import brentq
+
+    standardized = (covariates - covariates.mean(0)) / (covariates.std(0) + 1e-6)
+    design, prior_mean = np.column_stack([*columns, standardized]), np.eye(2 + covariates.shape[1])[0]
+    scale, _ = _fit_by_newton(design, targets, weights, prior_mean, ridge)
+    rate, bound = np.average(labels, weights=weights), 40 + scale * np.abs(logits).max()
+    offset = brentq(lambda b: np.average(sigmoid(scale * logits + b), weights=weights) - rate, -bound, bound)
+    return scale, float(offset)
 
 
 def fit_pair_scale(differences: Floats, weights: Floats, *, ridge: float = 1.0) -> float:

@@ -5,6 +5,8 @@
   nothing. Half of the phrases are the sign-offs of the log's own responses, because these are the ones the log may
   reward.
 - `propensity`: a reaction is weighted by the inverse of how often comparable responses get one.
+- `context`: turn, activity of the user and model version are covariates of the fitted head. The score leaves them out:
+  they are equal for all responses to one prompt.
 - `length`, `users`: the effects of response length and of each user's own reaction rate on the labels are fitted first
   and added to the logits in training only; the model learns the rest and scores without them. Per-user offsets are
   estimated leave-one-text-out.
@@ -44,6 +46,43 @@ def compute_propensity_weights(propensity: Floats, labels: Floats, *, all_reacte
     highest = max(float(np.quantile(propensity, HIGH_PROPENSITY_QUANTILE, method="higher")), 1e-12)
     theta = np.clip(propensity / highest, MIN_PROPENSITY_RATIO, 1.0)
     return np.asarray(1 / theta if all_reacted else np.where(labels > 0.5, 1 / theta, 1.0), dtype=np.float64)
+
+
+MIN_VERSION_SHARE = 0.02
+"""Share of the rows below which a model version has no effect of its own."""
+
+
+def count_context(
+    records: Sequence[Mapping[str, Any]], user_ids: Sequence[str], weights: Floats
+) -> tuple[Counter[str], Counter[str]]:
+    """Rows of each user and of each model version before sampling: sums of the weights [N]."""
+    activity: Counter[str] = Counter()
+    versions: Counter[str] = Counter()
+    for record, user, weight in zip(records, user_ids, weights.tolist(), strict=True):
+        activity[user] += weight
+        versions[str(record.get("model_version") or "")] += weight
+    return activity, versions
+
+
+def encode_context(
+    records: Sequence[Mapping[str, Any]],
+    user_ids: Sequence[str],
+    activity: Mapping[str, float],
+    versions: Mapping[str, float],
+) -> Floats:
+    """Columns [N, K] of what decides whether a row gets a reaction, apart from its text.
+
+    Log turn, first turn, log activity of the user, and an indicator of each model version but the most frequent one.
+    `activity` and `versions` are those of count_context; versions of the training rows, so that K is the same for dev.
+    """
+    turns = np.asarray([float(record.get("turn") or 0) for record in records])
+    activities = np.asarray([activity[user] for user in user_ids])
+    columns = [np.log1p(turns), (turns == 0).astype(np.float64), np.log1p(activities)]
+    total = sum(versions.values())
+    frequent_versions = sorted(versions, key=lambda version: (-versions[version], version))[1:]
+    for version in (name for name in frequent_versions if versions[name] >= MIN_VERSION_SHARE * total):
+        columns.append(np.asarray([float(str(record.get("model_version") or "") == version) for record in records]))
+    return np.stack(columns, axis=1)
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,8 @@ from rluf.reward.debias import (
     SIGN_OFF_SHARE,
     add_sign_off_copies,
     compute_propensity_weights,
+    count_context,
+    encode_context,
     fit_label_nuisance,
     fit_pair_nuisance,
 )
@@ -372,7 +374,7 @@ def _build_task(
     if not is_pairwise and len(set(train_split.labels.tolist())) < 2:
         raise DataError(f"{train_source} has rows of one label only; a model needs both labels, use a larger log")
     # Only reactions have a propensity: the other heads' labels do not depend on who happened to react.
-    if "propensity" in head_settings.debias and head_data.head in ("love", "thumbs"):
+    if "propensity" in head_settings.debias and head_data.head in ("love", "thumbs", "dislike"):
         propensity = np.asarray([float(row["propensity"]) for row in records if "propensity" in row])
         if len(propensity) < len(train_split):
             raise DataError(f"{train_source} has no column propensity; run rluf.prepare again")
@@ -380,10 +382,32 @@ def _build_task(
             propensity, train_split.labels, all_reacted=head_data.head == "thumbs"
         )
         train_split = replace(train_split, loss_factors=loss_factors)
+    if "context" in head_settings.debias and not is_pairwise:
+        train_split, dev_split = _add_context(train_split, records, dev_split, dev_records, world_size)
     if {"length", "users"} & set(head_settings.debias):
         logit_offsets = fit_nuisance_offsets(train_split, head_settings.debias, world_size, head=head_data.head)
         train_split = replace(train_split, logit_offsets=logit_offsets)
     return HeadTask(head_data.head, train_split, dev_split, build_loss(head_settings), head_index)
+
+
+def _add_context(
+    train_split: EncodedSplit,
+    train_records: Sequence[Mapping[str, Any]],
+    dev_split: EncodedSplit,
+    dev_records: Sequence[Mapping[str, Any]],
+    world_size: int,
+) -> tuple[EncodedSplit, EncodedSplit]:
+    """Add the context columns of both splits; a user's activity is counted over the training rows of all ranks."""
+    count, users = train_split.original_count, train_split.clusters
+    shards = gather_objects(
+        count_context(train_records[:count], users[:count], train_split.weights[:count]), world_size
+    )
+    activity, versions = (sum((shard[index] for shard in shards), Counter()) for index in range(2))
+    dev_activity, _ = count_context(dev_records, dev_split.clusters, dev_split.weights)
+    return (
+        replace(train_split, context_columns=encode_context(train_records, users, activity, versions)),
+        replace(dev_split, context_columns=encode_context(dev_records, dev_split.clusters, dev_activity, versions)),
+    )
 
 
 def fit_nuisance_offsets(
@@ -520,9 +544,10 @@ def _fit_head_weights(
         # The H x H moment in place of the changes themselves: its size does not grow with the number of copies.
         changes.T @ changes,
         len(changes),
+        split.context_columns[fit_rows] if split.context_columns.size else np.zeros((len(fit_rows), 0)),
     )
     shards = gather_objects(local_shard, world_size)
-    labels, weights = (np.concatenate([shard[column] for shard in shards]) for column in (0, 1))
+    labels, weights, covariates = (np.concatenate([shard[column] for shard in shards]) for column in (0, 1, 7))
     clusters = [cluster for shard in shards for cluster in shard[2]]
     # For pairs, each rank has chosen before rejected; the fit needs the chosen responses of all ranks first.
     responses_per_row = 1 + split.is_pairwise
@@ -533,7 +558,7 @@ def _fit_head_weights(
     change_moment = sum(shard[5] for shard in shards) / max(1, sum(shard[6] for shard in shards))
     head_weights, bias, strength = fit_probe(
         features, labels, weights, clusters, is_pairwise=split.is_pairwise, seed=seed, logit_offsets=offsets,
-        change_moment=change_moment,
+        change_moment=change_moment, covariates=covariates,
     )  # fmt: skip
     logger.info("%s: linear probe C=%g", task.name, strength)
     return features, head_weights, bias

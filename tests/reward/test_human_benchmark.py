@@ -11,7 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from human import measure_by_source, measure_with_turn, sample_unreacted_rows
+from human import measure_by_source, measure_with_context, sample_unreacted_rows
 
 from rluf.reward.linear_probe import assign_folds
 from rluf.reward.trainer import EncodedSplit
@@ -60,8 +60,9 @@ def test_the_turn_counts_as_far_as_it_explains_love(turn_effect: float, text_eff
     log_odds = text_effect * logits - turn_effect * (np.log1p(turns) - 1.3) - 1
     labels = (rng.random(2000) < 1 / (1 + np.exp(-log_odds))).astype(float)
     clusters = [str(row // 10) for row in range(2000)]
-    rows = EncodedSplit(False, [], labels, np.ones(2000), clusters, np.ones(2000))
-    records = [{"turn": int(turn)} for turn in turns]
-    metrics = measure_with_turn(records, rows, logits, assign_folds(clusters, 5))
+    columns = np.stack([np.log1p(turns), turns == 0, rng.normal(size=2000)], axis=1)
+    rows = EncodedSplit(False, [], labels, np.ones(2000), clusters, np.ones(2000), context_columns=columns)
+    metrics = measure_with_context(rows, logits, assign_folds(clusters, 5))
+    assert abs(metrics["context_only"]["mean"] - metrics["turn_only"]["mean"]) < 0.02  # the third column is noise
     assert (metrics["turn_only"]["mean"] > 0.6) == (turn_effect > 0)
     assert metrics["with_turn"]["mean"] > max(metrics["turn_only"]["mean"] - 0.01, 0.6)
