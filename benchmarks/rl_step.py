@@ -1,12 +1,15 @@
 """Throughput of one complete GRPO step, compared with TRL's GRPOTrainer on the same machine.
 
-Both use SmolLM2-135M-Instruct in the same dtype (bfloat16 with float32 master weights, or float32), the same 8
-prompts x 4 samples x 64 tokens, KL 0.02 to a frozen reference, the same rule judge as the reward, and AdamW. They run
-in turn, each in a separate process, on an idle machine; the fastest step after a warm-up counts. Then the parts: our
-rollout against bare LLM.generate on the same prompts, our learner against a bare torch loop of the same dtype on rows
-of equal length (without padding), the weight sync against a copy of the same bytes in memory. The last line is JSON.
+Both use SmolLM2-135M-Instruct in the same dtype (bfloat16 with float32 master weights, or float32), the same prompts,
+samples and response tokens (8 x 4 x 64 by default), KL 0.02 to a frozen reference, the same rule judge as the reward,
+and AdamW. They run in turn, each in a separate process, on an idle machine; the fastest step after a warm-up counts.
+Then the parts: our rollout against bare LLM.generate on the same prompts, our learner against a bare torch loop of the
+same dtype on rows of equal length (without padding), the weight sync against a copy of the same bytes in memory. The
+last line is JSON.
 
-Usage: python benchmarks/rl_step.py [--steps N] [--dtype bfloat16|float32]. Without --dtype it is bfloat16 if the
+Usage: python benchmarks/rl_step.py [--steps N] [--dtype bfloat16|float32] [--prompt TOKENS --samples N --tokens N
+--prompts N]. `--prompt 512 --samples 8` is the workload of feedback: chats with a history of about 512 tokens and short
+responses. Without --prompt the prompts are single questions of about 47 tokens. Without --dtype it is bfloat16 if the
 processor has instructions for it, else float32. (TRL comes with the dev extra.)
 """
 
@@ -15,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import subprocess
@@ -23,7 +27,7 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -39,7 +43,9 @@ from rluf.objectives.judges import load_judge
 from rluf.types import Message, Prompt
 from rluf.utils.paths import resolve_cache_folder
 
-PROMPTS_PER_STEP, SAMPLES_PER_PROMPT, RESPONSE_TOKENS, JUDGE_NAME = 8, 4, 64, "repetition"
+JUDGE_NAME = "repetition"
+TRL_BATCH_TOKENS = 4608
+"""Tokens that TRL reads at once; more needs over 16 GiB with long prompts."""
 PROMPT_TEXTS = (
     "Tell me about the sea and why it is salty, please, in a few words.",
     "I feel lonely tonight. What should I do? My friends are far away now.",
@@ -52,18 +58,49 @@ PROMPT_TEXTS = (
 )
 
 
-def build_settings(steps: int, dtype: str) -> Settings:
+class Workload(NamedTuple):
+    """What both sides compute in a step."""
+
+    model: Path
+    dtype: str
+    prompt: int
+    """Tokens of history in front of each question; 0 for single questions."""
+    prompts: int
+    samples: int
+    tokens: int
+    """Most tokens of a response."""
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Limit that every prompt fits: the last message of a history may exceed its tokens."""
+        return self.prompt + 96
+
+    @property
+    def trl_batch_rows(self) -> int:
+        """Samples that TRL reads at once: a power of two, 8 for short prompts."""
+        rows = 8
+        while rows > 1 and rows * (self.prompt + self.tokens) > TRL_BATCH_TOKENS:
+            rows //= 2
+        return rows
+
+
+def build_settings(workload: Workload, steps: int) -> Settings:
     """Settings of the benchmark: one engine, one learner rank, one rule judge."""
     judge = {"source": "judge", "path": JUDGE_NAME}
     return Settings.model_validate(
         {
             "name": "rl-step",
-            "model": {"dtype": dtype},
-            "rollout": {"max_prompt_tokens": 96, "max_response_tokens": RESPONSE_TOKENS, "temperature": 1.0},
+            "model": {"dtype": workload.dtype},
+            "rollout": {
+                "max_prompt_tokens": workload.max_prompt_tokens,
+                "max_response_tokens": workload.tokens,
+                "temperature": 1.0,
+            },
             "algorithm": {
                 "steps": steps,
-                "prompts_per_step": PROMPTS_PER_STEP,
-                "samples_per_prompt": SAMPLES_PER_PROMPT,
+                "prompts_per_step": workload.prompts,
+                "micro_batch_tokens": max(1024, workload.max_prompt_tokens + workload.samples * workload.tokens),
+                "samples_per_prompt": workload.samples,
                 "topic_weights": {},
                 "demonstrations": 0,
             },
@@ -78,13 +115,24 @@ def build_settings(steps: int, dtype: str) -> Settings:
     )
 
 
-def build_prompts(model: Path) -> list[Prompt]:
+def build_messages(workload: Workload) -> list[tuple[Message, ...]]:
+    """Chats that end in a question; each begins with another one, so that no two share a history."""
+    tokenizer, chats = load_tokenizer(workload.model), []
+    for number in range(workload.prompts):
+        texts = itertools.cycle(PROMPT_TEXTS[number % len(PROMPT_TEXTS) :] + PROMPT_TEXTS[: number % len(PROMPT_TEXTS)])
+        messages = [Message(role="user", content=f"{number + 1}. {next(texts)}" if workload.prompt else next(texts))]
+        while len(render_prompt(tokenizer, tuple(messages))) < workload.prompt:
+            messages += [Message(role="assistant", content=next(texts)), Message(role="user", content=next(texts))]
+        chats.append(tuple(messages))
+    return chats
+
+
+def build_prompts(workload: Workload) -> list[Prompt]:
     """The prompts as token ids."""
-    tokenizer = load_tokenizer(model)
-    messages = [(Message(role="user", content=text),) for text in PROMPT_TEXTS]
+    tokenizer = load_tokenizer(workload.model)
     return [
-        Prompt(str(index), message, render_prompt(tokenizer, message), "bench", "train")
-        for index, message in enumerate(messages)
+        Prompt(str(index), messages, render_prompt(tokenizer, messages), "bench", "train")
+        for index, messages in enumerate(build_messages(workload))
     ]
 
 
@@ -98,18 +146,18 @@ def cpu_seconds() -> float:
     return total
 
 
-def run_rluf_steps(model: Path, steps: int, dtype: str) -> dict[str, Any]:
+def run_rluf_steps(workload: Workload, steps: int) -> dict[str, Any]:
     """Metrics of our steps, with the real actors, controller and weight sync."""
     import ray
 
     from rluf.train.actor_supervisor import ActorSupervisor
     from rluf.train.controller import TrainController
 
-    settings = build_settings(steps, dtype)
+    settings = build_settings(workload, steps)
 
     async def run_steps() -> list[dict[str, float]]:
-        async with ActorSupervisor(settings, model, {"love": None}, with_learners=True) as supervisor:
-            controller, metric_rows = TrainController(settings, supervisor, build_prompts(model)), []
+        async with ActorSupervisor(settings, workload.model, {"love": None}, with_learners=True) as supervisor:
+            controller, metric_rows = TrainController(settings, supervisor, build_prompts(workload)), []
             for step in range(1, steps + 1):
                 cpu_before = cpu_seconds()
                 step_metrics = await supervisor.run_monitored(controller.run_step(step))
@@ -124,7 +172,7 @@ def run_rluf_steps(model: Path, steps: int, dtype: str) -> dict[str, Any]:
         ray.shutdown()
 
 
-def run_trl_steps(model: Path, steps: int, dtype: str) -> dict[str, Any]:
+def run_trl_steps(workload: Workload, steps: int) -> dict[str, Any]:
     """Seconds of TRL's steps: GRPOTrainer (bfloat16 by autocast) on the CPU, with its own generation."""
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -151,12 +199,12 @@ def run_trl_steps(model: Path, steps: int, dtype: str) -> dict[str, Any]:
         config = GRPOConfig(
             output_dir=folder,
             use_cpu=True,
-            bf16=dtype == "bfloat16",
+            bf16=workload.dtype == "bfloat16",
             gradient_checkpointing=False,
-            per_device_train_batch_size=8,
-            gradient_accumulation_steps=PROMPTS_PER_STEP * SAMPLES_PER_PROMPT // 8,
-            num_generations=SAMPLES_PER_PROMPT,
-            max_completion_length=RESPONSE_TOKENS,
+            per_device_train_batch_size=workload.trl_batch_rows,
+            gradient_accumulation_steps=workload.prompts * workload.samples // workload.trl_batch_rows,
+            num_generations=workload.samples,
+            max_completion_length=workload.tokens,
             beta=0.02,
             learning_rate=1e-6,
             loss_type="grpo",
@@ -167,17 +215,19 @@ def run_trl_steps(model: Path, steps: int, dtype: str) -> dict[str, Any]:
             disable_tqdm=True,
             seed=1,
         )
-        prompt_rows = [{"prompt": [{"role": "user", "content": text}]} for text in PROMPT_TEXTS]
+        prompt_rows = [{"prompt": [dict(message) for message in messages]} for messages in build_messages(workload)]
         dataset = Dataset.from_list(prompt_rows * steps)
-        GRPOTrainer(str(model), judge_reward, args=config, train_dataset=dataset, callbacks=[StepTimer()]).train()
+        GRPOTrainer(
+            str(workload.model), judge_reward, args=config, train_dataset=dataset, callbacks=[StepTimer()]
+        ).train()
     return {"seconds": step_seconds, "cpu": step_cpu_seconds, "tokens": response_tokens}
 
 
-def run_bare_llm(model: Path, round_count: int, dtype: str) -> dict[str, Any]:
+def run_bare_llm(workload: Workload, round_count: int) -> dict[str, Any]:
     """Response tokens per second of vLLM's offline LLM on the same prompts, seeded, with logprobs."""
     from rluf.backends.vllm.engine import set_vllm_environment
 
-    settings = build_settings(1, dtype)
+    settings = build_settings(workload, 1)
     set_vllm_environment(settings)
     # In this process, so that the measurement has no transfer between processes.
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -185,24 +235,24 @@ def run_bare_llm(model: Path, round_count: int, dtype: str) -> dict[str, Any]:
     from vllm.inputs import tokens_input
 
     llm = LLM(
-        model=str(model),
-        dtype=dtype,
+        model=str(workload.model),
+        dtype=workload.dtype,
         enforce_eager=True,
-        max_model_len=settings.rollout.max_prompt_tokens + RESPONSE_TOKENS + 1,
+        max_model_len=(max_model_tokens := settings.rollout.max_prompt_tokens + workload.tokens + 1),
         max_num_seqs=settings.rollout.concurrency,
         kv_cache_memory_bytes=int(settings.rollout.kv_cache_gib * 2**30),
         distributed_executor_backend="uni",
         enable_chunked_prefill=False,
-        max_num_batched_tokens=1024,
+        max_num_batched_tokens=max(1024, max_model_tokens),
         disable_log_stats=True,
     )
     token_prompts = [
-        tokens_input(list(prompt.token_ids)) for prompt in build_prompts(model) for _ in range(SAMPLES_PER_PROMPT)
+        tokens_input(list(prompt.token_ids)) for prompt in build_prompts(workload) for _ in range(workload.samples)
     ]
     speeds = []
     for round_index in range(round_count + 1):
         params = [
-            SamplingParams(max_tokens=RESPONSE_TOKENS, logprobs=0, seed=round_index * len(token_prompts) + index)
+            SamplingParams(max_tokens=workload.tokens, logprobs=0, seed=round_index * len(token_prompts) + index)
             for index in range(len(token_prompts))
         ]
         started = time.perf_counter()
@@ -211,18 +261,20 @@ def run_bare_llm(model: Path, round_count: int, dtype: str) -> dict[str, Any]:
     return {"tokens_per_s": speeds[1:]}
 
 
-def run_bare_learner(model: Path, round_count: int, dtype: str) -> dict[str, Any]:
+def run_bare_learner(workload: Workload, round_count: int) -> dict[str, Any]:
     """Tokens per second of a bare torch loop (benchmarks/learner.py) on rows of equal length, and a memory copy."""
     import learner
     import torch
 
-    vocabulary = json.loads((model / "config.json").read_text())["vocab_size"]
-    prompt_tokens = round(fmean(len(item.token_ids) for item in build_prompts(model)))
+    vocabulary = json.loads((workload.model / "config.json").read_text())["vocab_size"]
+    prompt_tokens = round(fmean(len(item.token_ids) for item in build_prompts(workload)))
     learner.REPEATS = round_count
-    groups = learner.random_groups(vocabulary, PROMPTS_PER_STEP, SAMPLES_PER_PROMPT, prompt_tokens, RESPONSE_TOKENS)
-    seconds = learner.time_bare_step(model, groups, getattr(torch, dtype), batch_rows=8)
-    stored_bytes = sum(weight_file.stat().st_size for weight_file in model.glob("*.safetensors"))
-    weights = torch.zeros(stored_bytes * (2 if dtype == "float32" else 1), dtype=torch.uint8)
+    groups = learner.random_groups(vocabulary, workload.prompts, workload.samples, prompt_tokens, workload.tokens)
+    seconds = learner.time_bare_step(
+        workload.model, groups, getattr(torch, workload.dtype), batch_rows=workload.trl_batch_rows
+    )
+    stored_bytes = sum(weight_file.stat().st_size for weight_file in workload.model.glob("*.safetensors"))
+    weights = torch.zeros(stored_bytes * (2 if workload.dtype == "float32" else 1), dtype=torch.uint8)
     copy_target = torch.zeros_like(weights)
     copy_seconds = []
     for _ in range(3):
@@ -230,12 +282,12 @@ def run_bare_learner(model: Path, round_count: int, dtype: str) -> dict[str, Any
         copy_target.copy_(weights)
         copy_seconds.append(time.perf_counter() - started)
     return {
-        "tokens_per_s": PROMPTS_PER_STEP * SAMPLES_PER_PROMPT * (prompt_tokens + RESPONSE_TOKENS) / seconds,
+        "tokens_per_s": workload.prompts * workload.samples * (prompt_tokens + workload.tokens) / seconds,
         "memcpy_s": min(copy_seconds),
     }
 
 
-def profile_arithmetic(model: Path, round_count: int, dtype: str) -> dict[str, Any]:
+def profile_arithmetic(workload: Workload, round_count: int) -> dict[str, Any]:
     """Breakdown of the learner's CPU time: one group forward and backward on one thread, by torch's profiler.
 
     `products` is the share of matrix products, `gflops` the throughput of a core over everything. `tflop` counts a
@@ -248,14 +300,14 @@ def profile_arithmetic(model: Path, round_count: int, dtype: str) -> dict[str, A
     from rluf.algorithms.policy_model import compute_response_logprobs, load_policy
 
     torch.set_num_threads(1)
-    policy = load_policy(model, dtype=getattr(torch, dtype))
-    config = json.loads((model / "config.json").read_text())
+    policy = load_policy(workload.model, dtype=getattr(torch, workload.dtype))
+    config = json.loads((workload.model / "config.json").read_text())
     head_parameters = config["vocab_size"] * config["hidden_size"]
     body_parameters = sum(weight.numel() for weight in policy.parameters() if weight.dim() == 2) - head_parameters
-    prompt_tokens = round(fmean(len(item.token_ids) for item in build_prompts(model)))
-    (group,) = learner.random_groups(config["vocab_size"], 1, SAMPLES_PER_PROMPT, prompt_tokens, RESPONSE_TOKENS)
+    prompt_tokens = round(fmean(len(item.token_ids) for item in build_prompts(workload)))
+    (group,) = learner.random_groups(config["vocab_size"], 1, workload.samples, prompt_tokens, workload.tokens)
     batch = pack_micro_batch(
-        [(0, sample) for sample in range(SAMPLES_PER_PROMPT)], {0: group}, [[1.0] * SAMPLES_PER_PROMPT]
+        [(0, sample) for sample in range(workload.samples)], {0: group}, [[1.0] * workload.samples]
     )
 
     def run_step() -> None:
@@ -271,11 +323,10 @@ def profile_arithmetic(model: Path, round_count: int, dtype: str) -> dict[str, A
     seconds_by_operator = {row.key: row.self_cpu_time_total / 1e6 for row in profile.key_averages()}
     matmul_seconds = sum(seconds_by_operator.get(name, 0.0) for name in ("aten::mm", "aten::addmm", "aten::bmm"))
     flop_count = 2 * (body_parameters * batch.input_ids.numel() + head_parameters * batch.target_ids.numel())
-    response_tokens = PROMPTS_PER_STEP * SAMPLES_PER_PROMPT * RESPONSE_TOKENS
-    packed_tokens, padded_tokens = (
-        PROMPTS_PER_STEP * prompt_tokens + response_tokens,
-        PROMPTS_PER_STEP * SAMPLES_PER_PROMPT * prompt_tokens + response_tokens,
-    )
+    sample_count = workload.prompts * workload.samples
+    response_tokens = sample_count * workload.tokens
+    packed_tokens = workload.prompts * prompt_tokens + response_tokens
+    padded_tokens = sample_count * prompt_tokens + response_tokens
     return {
         "products": round(matmul_seconds / sum(seconds_by_operator.values()), 3),
         "gflops": round(3 * flop_count * round_count / cpu_seconds_used / 1e9, 1),
@@ -295,20 +346,10 @@ PART_FUNCTIONS = {
 }
 
 
-def run_part(name: str, model: Path, step_count: int, dtype: str) -> dict[str, Any]:
+def run_part(name: str, workload: Workload, step_count: int) -> dict[str, Any]:
     """Run one part in a separate process and parse its last line."""
-    command = [
-        sys.executable,
-        __file__,
-        "--part",
-        name,
-        "--model",
-        str(model),
-        "--steps",
-        str(step_count),
-        "--dtype",
-        dtype,
-    ]
+    options = {"part": name, "steps": step_count, **workload._asdict()}
+    command = [sys.executable, __file__, *(f"--{key}={value}" for key, value in options.items())]
     completed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     result: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
     return result
@@ -319,15 +360,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default=detect_cpu_dtype())
+    parser.add_argument("--prompt", type=int, default=0, help="tokens of a chat's history")
+    parser.add_argument("--prompts", type=int, default=len(PROMPT_TEXTS))
+    parser.add_argument("--samples", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--part", choices=PART_FUNCTIONS)
     parser.add_argument("--model", type=Path)
     args = parser.parse_args()
+    model = args.model or resolve_model(Settings().model.path, resolve_cache_folder(Settings()))
+    workload = Workload(model, args.dtype, args.prompt, args.prompts, args.samples, args.tokens)
     if args.part:
-        sys.stdout.write(json.dumps(PART_FUNCTIONS[args.part](args.model, args.steps, args.dtype)) + "\n")
+        sys.stdout.write(json.dumps(PART_FUNCTIONS[args.part](workload, args.steps)) + "\n")
         return
-    settings = build_settings(1, args.dtype)
-    model = resolve_model(settings.model.path, resolve_cache_folder(settings))
-    results = {name: run_part(name, model, args.steps + (name == "ours"), args.dtype) for name in PART_FUNCTIONS}
+    results = {name: run_part(name, workload, args.steps + (name == "ours")) for name in PART_FUNCTIONS}
     step_rows = results["ours"]["steps"][1:]
     fastest = min(step_rows, key=lambda row: row["step_s"])
     token_count = fastest["prompt_tokens"] + fastest["response_tokens"]
@@ -336,7 +381,8 @@ def main() -> None:
     rollout_tokens_per_s = max(row["response_tokens"] / row["generate_s"] for row in step_rows)
     result = {
         "benchmark": "rl_step",
-        "dtype": args.dtype,
+        "workload": {**workload._asdict(), "model": model.name},
+        "prompt_tokens": fastest["prompt_tokens"],
         "threads": len(os.sched_getaffinity(0)),
         "load_1m": round(os.getloadavg()[0], 1),
         "step_s": round(fastest["step_s"], 2),
@@ -344,7 +390,7 @@ def main() -> None:
         "trl_steps_s": [round(seconds, 1) for seconds in results["trl"]["seconds"]],
         "response_tokens": fastest["response_tokens"],
         "trl_response_tokens": results["trl"]["tokens"],
-        "samples_per_s": round(PROMPTS_PER_STEP * SAMPLES_PER_PROMPT / fastest["step_s"], 2),
+        "samples_per_s": round(workload.prompts * workload.samples / fastest["step_s"], 2),
         "ratio_over_trl": round(trl_seconds / fastest["step_s"], 2),
         "cpu_s": round(min(row["cpu_s"] for row in step_rows), 1),
         "trl_cpu_s": round(min(results["trl"]["cpu"][1:]), 1),

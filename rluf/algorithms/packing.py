@@ -41,6 +41,12 @@ class PackedBatch:
     """Index in the [S] attention output of flat_token_index that each token takes its result from [T]."""
     sequence_starts: Tensor
     """Start of each sequence in flat_token_index, and S [N + 1] (int32)."""
+    prompt_token_index: Tensor
+    """Token index of each prompt, padded at the end with index 0 [P, L_prompt]."""
+    response_token_index: Tensor
+    """Token index of each sample's response, padded at the end with index 0 [N, L_response]."""
+    split_output_index: Tensor
+    """Index of each token's result in the attention outputs of prompts, then of responses [T]."""
     logit_index: Tensor
     """Index of the token whose logits predict each response token [K]."""
     target_ids: Tensor
@@ -57,13 +63,27 @@ class PackedBatch:
     @property
     def attention_inputs(self) -> dict[str, Tensor]:
         """The tensors that packed attention reads, by the name of its argument."""
-        return {
+        inputs = {
             "sequence_token_index": self.sequence_token_index,
             "token_output_index": self.token_output_index,
             "flat_token_index": self.flat_token_index,
             "flat_output_index": self.flat_output_index,
             "sequence_starts": self.sequence_starts,
         }
+        # With a mask the kernel cannot skip the later half of a response, so short prompts are cheaper as whole rows.
+        has_long_prompts = 2 * self.prompt_token_index.shape[1] >= self.response_token_index.shape[1]
+        if self.input_ids.device.type == "cpu" and has_long_prompts:
+            inputs["prompt_token_index"] = self.prompt_token_index
+            inputs["response_token_index"] = self.response_token_index
+            inputs["split_output_index"] = self.split_output_index
+            inputs["response_mask"] = self._build_response_mask()
+        return inputs
+
+    def _build_response_mask(self) -> Tensor:
+        """Additive mask [N, 1, L_response, L]: a response token attends to its prompt and to itself and before it."""
+        last_columns = self.position_ids[0][self.response_token_index][:, None, :, None]
+        columns = torch.arange(self.sequence_token_index.shape[1], device=self.input_ids.device)
+        return torch.zeros(()).masked_fill(columns > last_columns, -math.inf)
 
     @property
     def token_count(self) -> int:
@@ -278,6 +298,12 @@ def count_common_prefix(prompts: Sequence[Prompt]) -> int:
     return min((count_shared_prefix(token_ids[0], other_ids) for other_ids in token_ids[1:]), default=0)
 
 
+def _pad_rows(rows: Sequence[list[int]]) -> Tensor:
+    """Rows of token indices as a table, padded at the end with index 0."""
+    max_length = max(map(len, rows))
+    return torch.tensor([row + [0] * (max_length - len(row)) for row in rows])
+
+
 class _PackedBatchBuilder:
     """Build a packed micro-batch: one prompt, then its responses, then the next prompt.
 
@@ -289,6 +315,10 @@ class _PackedBatchBuilder:
         self.input_ids: list[int] = []
         self.position_ids: list[int] = []
         self.sequence_token_index: list[list[int]] = []
+        self.prompt_rows: list[list[int]] = []
+        self.response_rows: list[list[int]] = []
+        self.split_positions: list[tuple[bool, int, int]] = []
+        """(is in a response, row, column) of each token in prompt_rows or response_rows."""
         self.output_positions: list[tuple[int, int]] = []
         """(sequence, column) of the attention output that each token takes its result from."""
         self.logit_index: list[int] = []
@@ -315,7 +345,10 @@ class _PackedBatchBuilder:
         # All responses of the prompt compute the same output for its tokens, so the first one (the next sequence) is
         # as good as any.
         next_sequence = len(self.sequence_token_index)
-        self.output_positions += [(next_sequence, column) for column in range(shared_tokens, len(token_ids))]
+        new_columns = range(shared_tokens, len(token_ids))
+        self.output_positions += [(next_sequence, column) for column in new_columns]
+        self.split_positions += [(False, len(self.prompt_rows), column) for column in new_columns]
+        self.prompt_rows.append(self._prompt_token_index)
 
     def add_response(self, token_ids: Sequence[int]) -> None:
         """Append a response to the last prompt."""
@@ -323,6 +356,8 @@ class _PackedBatchBuilder:
         sequence = len(self.sequence_token_index)
         token_index = range(start, start + len(token_ids))
         self.output_positions += [(sequence, prompt_length + offset) for offset in range(len(token_ids))]
+        self.split_positions += [(True, sequence, offset) for offset in range(len(token_ids))]
+        self.response_rows.append([*token_index])
         # The logit at position t predicts token t + 1: the last prompt token predicts the first response token, and
         # the logits of the last response token are not needed.
         self.logit_index += [self._prompt_token_index[-1], *token_index[:-1]]
@@ -334,18 +369,29 @@ class _PackedBatchBuilder:
 
     def build(self) -> PackedBatch:
         """The tensors of everything added so far."""
-        max_length = max(len(token_index) for token_index in self.sequence_token_index)
-        padded_index = [indices + [0] * (max_length - len(indices)) for indices in self.sequence_token_index]
-        output_index = [sequence * max_length + column for sequence, column in self.output_positions]
+        sequence_token_index = _pad_rows(self.sequence_token_index)
+        prompt_token_index, response_token_index = _pad_rows(self.prompt_rows), _pad_rows(self.response_rows)
+        row_length = sequence_token_index.shape[1]
+        output_index = [sequence * row_length + column for sequence, column in self.output_positions]
+        prompt_outputs = prompt_token_index.numel()
+        split_output_index = [
+            prompt_outputs + row * response_token_index.shape[1] + column
+            if is_response
+            else row * prompt_token_index.shape[1] + column
+            for is_response, row, column in self.split_positions
+        ]
         starts = [0, *itertools.accumulate(len(indices) for indices in self.sequence_token_index)]
         return PackedBatch(
             input_ids=torch.tensor([self.input_ids]),
             position_ids=torch.tensor([self.position_ids]),
-            sequence_token_index=torch.tensor(padded_index),
+            sequence_token_index=sequence_token_index,
             token_output_index=torch.tensor(output_index),
             flat_token_index=torch.tensor(list(itertools.chain.from_iterable(self.sequence_token_index))),
             flat_output_index=torch.tensor([starts[sequence] + column for sequence, column in self.output_positions]),
             sequence_starts=torch.tensor(starts, dtype=torch.int32),
+            prompt_token_index=prompt_token_index,
+            response_token_index=response_token_index,
+            split_output_index=torch.tensor(split_output_index),
             logit_index=torch.tensor(self.logit_index),
             target_ids=torch.tensor(self.target_ids),
             sequence_index=torch.tensor(self.sequence_index),

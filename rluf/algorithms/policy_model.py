@@ -5,8 +5,10 @@ once, followed by the responses of its samples. All layers work on those T token
 tokens may attend to which. Here each sample becomes one row (prompt, then its own response) of a padded [N, L] table of
 token indices, plain causal attention runs on the rows, and every token takes its result from one of them. Padding comes
 last in a row, so causality alone hides it and no mask is built. The cost is N * L^2 instead of T^2, and all other
-layers compute a prompt once instead of once per sample. On GPUs the rows have no padding (torch's variable-length
-attention): with uneven lengths the padded table is 4 to 12 times larger than the rows in it.
+layers compute a prompt once instead of once per sample. On CPUs, where attention to long prompts costs more than all
+other layers, prompts and responses are separate rows, so that attention computes a prompt once too. On GPUs the rows
+have no padding (torch's variable-length attention): with uneven lengths the padded table is 4 to 12 times larger than
+the rows in it.
 
 The attention function is registered with transformers as PACKED_ATTENTION; transformers passes extra keyword arguments
 of the model's `forward` to it by name.
@@ -57,6 +59,10 @@ def compute_packed_attention(
     flat_token_index: Tensor | None = None,
     flat_output_index: Tensor | None = None,
     sequence_starts: Tensor | None = None,
+    prompt_token_index: Tensor | None = None,
+    response_token_index: Tensor | None = None,
+    split_output_index: Tensor | None = None,
+    response_mask: Tensor | None = None,
     scaling: float | None = None,
     **unused_kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -64,9 +70,10 @@ def compute_packed_attention(
 
     `query` is [1, H, T, D]; `key` and `value` [1, H_kv, T, D] with H a multiple of H_kv. `sequence_token_index` [N, L]
     contains token indices, padded at the end; `token_output_index` [T] is the index of each token's result in the
-    flattened [N * L] output. The other three describe the same rows without padding (PackedBatch) and are used on GPUs
-    in half precision. Raises ModelError for a model whose attention is more than causal softmax attention over the
-    whole sequence.
+    flattened [N * L] output. The next three describe the same rows without padding (PackedBatch) and are used on GPUs
+    in half precision. The last four separate prompts from responses, so that the queries of a prompt are computed once
+    per group instead of once per sample; PackedBatch passes them on CPUs. Raises ModelError for a model whose attention
+    is more than causal softmax attention over the whole sequence.
     """
     if sequence_token_index is None or token_output_index is None:
         raise ModelError(
@@ -83,15 +90,26 @@ def compute_packed_attention(
     if query.device.type == "cpu":
         # PyTorch's CPU kernel is 2.5 times faster in float32 than in bfloat16 here, and more accurate.
         query, key, value = query.float(), key.float(), value.float()
-    output = functional.scaled_dot_product_attention(
-        _gather_sequences(query, sequence_token_index),
-        _gather_sequences(key, sequence_token_index),
-        _gather_sequences(value, sequence_token_index),
-        is_causal=True,
-        scale=scaling,
-        enable_gqa=True,
-    )
-    flat_output = output.transpose(1, 2).reshape(sequence_token_index.numel(), head_count * head_size).to(dtype)
+
+    def compute_row_attention(query_index: Tensor, key_index: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention outputs [rows * columns, H * D] of the queries of `query_index`; causal without a mask."""
+        output = functional.scaled_dot_product_attention(
+            _gather_sequences(query, query_index),
+            _gather_sequences(key, key_index),
+            _gather_sequences(value, key_index),
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=True,
+        )
+        return output.transpose(1, 2).reshape(query_index.numel(), head_count * head_size).to(dtype)
+
+    if prompt_token_index is not None and response_token_index is not None and split_output_index is not None:
+        prompt_output = compute_row_attention(prompt_token_index, prompt_token_index, None)
+        response_output = compute_row_attention(response_token_index, sequence_token_index, response_mask)
+        flat_output, token_output_index = torch.cat([prompt_output, response_output]), split_output_index
+    else:
+        flat_output = compute_row_attention(sequence_token_index, sequence_token_index, None)
     return flat_output.index_select(0, token_output_index).view(1, -1, head_count, head_size), None
 
 

@@ -26,8 +26,18 @@ CPU_PROBE_TOKENS, GPU_PROBE_TOKENS = 24, 256
 with 24. On GPUs, where they cost nothing, more tokens average the larger and more uneven noise of their kernels."""
 MIN_PROBE_RESPONSES = 2
 """Responses that they come from, where there are as many: one alone cannot show samples that affect each other."""
+CPU_PROBE_PROMPT_HEAD, CPU_PROBE_PROMPT_TAIL = 32, 96
+"""Tokens of a longer prompt that the probe reads on CPUs. Any tokens show wrong weights, and reading a chat of 1,024
+tokens on both sides took an eighth of a step. The head has the tokens at the start that models attend to."""
 
 logger = logging.getLogger(__name__)
+
+
+def shorten_probe_prompt(token_ids: list[int]) -> list[int]:
+    """The head and the tail of a prompt that is longer than both."""
+    if len(token_ids) <= CPU_PROBE_PROMPT_HEAD + CPU_PROBE_PROMPT_TAIL:
+        return token_ids
+    return token_ids[:CPU_PROBE_PROMPT_HEAD] + token_ids[-CPU_PROBE_PROMPT_TAIL:]
 
 
 class WeightSync:
@@ -58,6 +68,8 @@ class WeightSync:
         if not self._probe_responses:
             group: Group = await fetch_group(group_ref)
             self._probe_prompt_ids = list(group.prompt.token_ids)
+            if not self._settings.policy_gpus:
+                self._probe_prompt_ids = shorten_probe_prompt(self._probe_prompt_ids)
             tokens_left = GPU_PROBE_TOKENS if self._settings.policy_gpus else CPU_PROBE_TOKENS
             max_tokens = tokens_left // min(MIN_PROBE_RESPONSES, len(group.samples))
             for sample in group.samples:

@@ -346,6 +346,40 @@ def test_rows_without_padding_give_the_attention_of_padded_rows(
         assert torch.allclose(padded, flat.float(), atol=1e-5)
 
 
+@pytest.mark.parametrize("pairs", [SAMPLES, SAMPLES[:3], SAMPLES[3:5], SAMPLES[6:], list(reversed(SAMPLES)), []])
+@pytest.mark.parametrize("common_prefix", [0, 5])
+def test_prompts_and_responses_as_separate_rows_give_the_attention_of_whole_rows(
+    pairs: list[tuple[int, int]], common_prefix: int
+) -> None:
+    """Outputs and gradients, with prompts that share a beginning or not."""
+    groups = {}
+    for index, group in GROUPS.items():
+        prompt_ids = (*range(40, 40 + common_prefix), *group.prompt.token_ids)
+        samples = tuple(dataclasses.replace(sample, prompt_ids=prompt_ids) for sample in group.samples)
+        groups[index] = Group(dataclasses.replace(group.prompt, token_ids=prompt_ids), samples, 0)
+    batch = pack_micro_batch(pairs, groups, ADVANTAGES)
+    split_names = {"prompt_token_index", "response_token_index", "split_output_index", "response_mask"}
+    split_inputs = batch.attention_inputs
+    assert split_names <= set(split_inputs)
+    row_inputs = {name: value for name, value in split_inputs.items() if name not in split_names}
+    torch.manual_seed(0)
+    states = [torch.randn(1, heads, batch.input_ids.numel(), 8) for heads in (4, 2, 2)]
+    weights, results = torch.randn(1, batch.input_ids.numel(), 4, 8), []
+    for inputs in (row_inputs, split_inputs):
+        leaves = [state.clone().requires_grad_() for state in states]
+        output, _ = policy_model.compute_packed_attention(nn.Module(), *leaves, None, **inputs)
+        (output * weights).sum().backward()
+        results.append([output.detach(), *(leaf.grad for leaf in leaves)])
+    for whole_rows, separate_rows in zip(*results, strict=True):
+        assert torch.allclose(whole_rows, separate_rows, atol=1e-5)
+
+
+def test_responses_far_longer_than_their_prompts_stay_whole_rows() -> None:
+    """The mask would double their cost."""
+    batch = pack_micro_batch([(0, 0)], {0: make_group(0, 4, [9])}, [[1.0]])
+    assert "response_mask" not in batch.attention_inputs
+
+
 def test_the_kernel_on_gpus_accepts_the_inputs_and_has_a_gradient() -> None:
     """Traced with torch's fake tensors: names, shapes, grouped heads and backward of the kernel's own signature."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -9,7 +9,7 @@ from rluf.config.load import load_settings
 from rluf.errors import WeightSyncError
 from rluf.train import weight_sync
 from rluf.train.actor_calls import ActorGroups, ActorRef
-from rluf.train.weight_sync import WeightSync
+from rluf.train.weight_sync import WeightSync, shorten_probe_prompt
 
 LEARNER = (-1.0, -2.0)
 
@@ -83,3 +83,10 @@ async def test_the_first_gap_is_judged_before_the_first_update(gap: float, is_wr
     else:
         await sync._prepare_probe_once(None)  # type: ignore[arg-type]
         assert sync._worst_gap == pytest.approx(gap)
+
+
+@pytest.mark.parametrize(("length", "expected"), [(5, 5), (128, 128), (129, 128), (4096, 128)])
+def test_the_probe_reads_the_head_and_the_tail_of_a_long_prompt(length: int, expected: int) -> None:
+    token_ids = list(range(length))
+    shortened = shorten_probe_prompt(token_ids)
+    assert len(shortened) == expected and shortened[:5] == token_ids[:5] and shortened[-5:] == token_ids[-5:]
