@@ -51,8 +51,7 @@ from rluf.reward.backbone import build_text_encoder, enable_fast_cpu_matmul, loa
 from rluf.reward.calibration import Calibration
 from rluf.reward.card import compute_label_metrics, compute_pair_metrics, fit_calibration
 from rluf.reward.counterfactuals import Counterfactual, make_training_copies, should_measure_prompt_fit
-from rluf.reward.debias import count_context, encode_context
-from rluf.reward.fit import fit_nuisance_offsets
+from rluf.reward.debias import count_context, encode_context, fit_nuisance_offsets
 from rluf.reward.linear_probe import assign_folds, fit_probe
 from rluf.reward.metrics import compute_accuracy_interval, compute_auroc_interval, round_for_json
 from rluf.reward.shared_backbone import get_data_objective, get_head_label, select_labeled_rows

@@ -33,12 +33,10 @@ from rluf.reward.checkpoint import RewardCheckpointer
 from rluf.reward.counterfactuals import Counterfactual, make_training_copies
 from rluf.reward.debias import (
     SIGN_OFF_SHARE,
+    add_context,
     add_sign_off_copies,
     compute_propensity_weights,
-    count_context,
-    encode_context,
-    fit_label_nuisance,
-    fit_pair_nuisance,
+    fit_nuisance_offsets,
 )
 from rluf.reward.linear_probe import fit_probe, fold_bias_into_weights, set_head_weights
 from rluf.reward.losses import build_loss
@@ -46,7 +44,6 @@ from rluf.reward.shared_backbone import save_head_folders, select_labeled_rows
 from rluf.reward.text import TextEncoder, is_truncated
 from rluf.reward.trainer import (
     EVAL_BATCH_TOKENS,
-    EncodedSplit,
     FitResult,
     HeadTask,
     RewardModelTrainer,
@@ -383,70 +380,11 @@ def _build_task(
         )
         train_split = replace(train_split, loss_factors=loss_factors)
     if "context" in head_settings.debias and not is_pairwise:
-        train_split, dev_split = _add_context(train_split, records, dev_split, dev_records, world_size)
+        train_split, dev_split = add_context(train_split, records, dev_split, dev_records, world_size)
     if {"length", "users"} & set(head_settings.debias):
         logit_offsets = fit_nuisance_offsets(train_split, head_settings.debias, world_size, head=head_data.head)
         train_split = replace(train_split, logit_offsets=logit_offsets)
     return HeadTask(head_data.head, train_split, dev_split, build_loss(head_settings), head_index)
-
-
-def _add_context(
-    train_split: EncodedSplit,
-    train_records: Sequence[Mapping[str, Any]],
-    dev_split: EncodedSplit,
-    dev_records: Sequence[Mapping[str, Any]],
-    world_size: int,
-) -> tuple[EncodedSplit, EncodedSplit]:
-    """Add the context columns of both splits; a user's activity is counted over the training rows of all ranks."""
-    count, users = train_split.original_count, train_split.clusters
-    shards = gather_objects(
-        count_context(train_records[:count], users[:count], train_split.weights[:count]), world_size
-    )
-    activity, versions = (sum((shard[index] for shard in shards), Counter()) for index in range(2))
-    dev_activity, _ = count_context(dev_records, dev_split.clusters, dev_split.weights)
-    return (
-        replace(train_split, context_columns=encode_context(train_records, users, activity, versions)),
-        replace(dev_split, context_columns=encode_context(dev_records, dev_split.clusters, dev_activity, versions)),
-    )
-
-
-def fit_nuisance_offsets(
-    split: EncodedSplit, debias: Sequence[str], world_size: int = 1, *, head: str = "reward model"
-) -> Floats:
-    """Logit offset of each sequence explained by length and user, fitted on the rows of all ranks.
-
-    Per-user offsets are estimated leave-one-text-out.
-    """
-    all_rows, split = split, split.select_originals()  # copies add no evidence about user or length
-    weights = split.loss_weights
-    shards = gather_objects((split.labels, weights, split.response_lengths, split.clusters), world_size)
-    all_weights = np.concatenate([shard[1] for shard in shards])
-    if split.is_pairwise:
-        # Each rank has its chosen responses first; the fit needs those of all ranks before any rejected one.
-        lengths_by_rank = [np.split(shard[2], 2) for shard in shards]
-        all_lengths = np.concatenate([lengths[index] for index in range(2) for lengths in lengths_by_rank])
-        nuisance = fit_pair_nuisance(all_lengths, all_weights)
-        offsets = nuisance.compute_length_offsets(split.response_lengths)
-    else:
-        nuisance = fit_label_nuisance(
-            np.concatenate([shard[0] for shard in shards]),
-            all_weights,
-            np.concatenate([shard[2] for shard in shards]),
-            [cluster for shard in shards for cluster in shard[3]],
-            fit_length="length" in debias,
-            fit_users="users" in debias,
-        )
-        offsets = nuisance.compute_row_offsets(
-            split.labels, weights, split.response_lengths, split.clusters, split.text_ids
-        )
-    logger.info(
-        "%s: debias length_slope=%.2f log-odds per standard deviation of log length", head, nuisance.length_slope
-    )
-    # A copy has the user of its source, but a length of its own.
-    sources = split.list_sequence_indices(all_rows.source_ids.tolist())
-    length_offsets = nuisance.compute_length_offsets(all_rows.response_lengths)
-    source_length_offsets = nuisance.compute_length_offsets(split.response_lengths)[sources]
-    return np.asarray(offsets[sources] - source_length_offsets + length_offsets, dtype=np.float64)
 
 
 def _compute_probe_features(

@@ -90,10 +90,9 @@ class EncodedSplit:
     loss_factors: Floats = field(default_factory=lambda: np.empty(0))
     """[N] factors on the weights that apply to the loss only (propensities); empty: 1."""
     logit_offsets: Floats = field(default_factory=lambda: np.empty(0))
-    """Added to each sequence's logit in training, not in scoring: effects of length and user (rluf.reward.debias).
-    Empty: none."""
+    """Added to each sequence's logit in training only: effects of length and user (rluf.reward.debias); empty: none."""
     context_columns: Floats = field(default_factory=lambda: np.empty((0, 0)))
-    """[N, K] covariates of the fitted head and of its calibration (rluf.reward.debias.encode_context); empty: none."""
+    """[N, K] covariates of the fitted head (rluf.reward.debias.encode_context); empty: none."""
     copy_sources: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """The last rows are copies: the index of the row that each was made from. First those with a sign-off and the same
     label (rluf.reward.debias), then `counterfactual_count` that are worse (rluf.reward.counterfactuals)."""
@@ -597,5 +596,5 @@ def gather_objects(value: Any, world_size: int) -> list[Any]:
     if world_size == 1:
         return [value]
     values: list[Any] = [None] * world_size
-    distributed.gather_objects(values, value)
+    distributed.all_gather_object(values, value)
     return values
