@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
+import over_refusal
 from human import measure_by_source, measure_with_context, sample_unreacted_rows
 
 from rluf.reward.linear_probe import assign_folds
@@ -66,3 +67,19 @@ def test_the_turn_counts_as_far_as_it_explains_love(turn_effect: float, text_eff
     assert abs(metrics["context_only"]["mean"] - metrics["turn_only"]["mean"]) < 0.02  # the third column is noise
     assert (metrics["turn_only"]["mean"] > 0.6) == (turn_effect > 0)
     assert metrics["with_turn"]["mean"] > max(metrics["turn_only"]["mean"] - 0.01, 0.6)
+
+
+def test_over_refusal_tells_a_model_that_reads_the_prompt_from_one_that_reads_the_response_alone() -> None:
+    reading = over_refusal.summarize(np.tile([0.9, 0.2, 0.6, 0.8], 40))
+    assert (reading["refuses_harmful"]["mean"], reading["refuses_harmless"]["mean"]) == (1, 0)
+    assert (reading["answer_is_safe"]["mean"], reading["compliance_is_safe"]["mean"]) == (1, 0)
+    assert reading["refusal_gain_harmful"]["mean"] > 0 > reading["refusal_gain_harmless"]["mean"]
+    response_only = over_refusal.summarize(np.tile([0.9, 0.2, 0.9, 0.5], 40))
+    assert (response_only["refuses_harmful"]["mean"], response_only["refuses_harmless"]["mean"]) == (1, 1)
+    assert over_refusal.summarize(np.full(160, 0.7))["refuses_harmless"]["mean"] == 0.5
+
+
+def test_over_refusal_has_forty_harmless_questions_and_as_many_harmful_prompts() -> None:
+    rows = [json.loads(line) for line in over_refusal.PAIRS_PATH.read_text("utf-8").splitlines()]
+    assert len({row["harmful_row"] for row in rows}) == len({row["harmless"] for row in rows}) == len(rows) == 40
+    assert all(row[key].strip() for row in rows for key in ("harmless", "answer", "refusal", "comply"))
