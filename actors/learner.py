@@ -99,6 +99,7 @@ class LearnerActor:
         self._weight_average: WeightAverage | None = None
         self._critic: CriticWorker | None = None
         self._weight_sender: WeightSender | None = None
+        self._port_reservation = socket.socket()
         self._reference_seconds = self._flops_per_token = 0.0
         self._profiler = TorchProfiler()
         self._weight_buckets: Iterator[list[tuple[str, Tensor]]] = iter(())
@@ -107,9 +108,11 @@ class LearnerActor:
         self._step_count = self._skipped_count = self._skipped_in_a_row = 0
 
     def find_rendezvous_address(self) -> tuple[str, int]:
-        """Host of this rank and a port that is free there now, for the process group's store."""
+        """Host of this rank and a port reserved there for the store of a group, until this rank listens on it."""
         host = ray.util.get_node_ip_address()
-        return host, _find_free_port(host)
+        self._port_reservation.close()
+        self._port_reservation = ds.claim_port(host)
+        return host, int(self._port_reservation.getsockname()[1])
 
     def setup(self, host: str, port: int) -> dict[str, float]:
         """Join the process group at `host`:`port`, load the policy and its frozen reference. All ranks call it.
@@ -577,13 +580,8 @@ class LearnerActor:
         if self._weight_sender is not None:
             self._weight_sender.close()
             self._weight_sender = None
+        self._port_reservation.close()
         ds.leave_process_group()
-
-
-def _find_free_port(host: str) -> int:
-    with socket.socket() as listener:
-        listener.bind((host, 0))
-        return int(listener.getsockname()[1])
 
 
 def _fetch_groups(groups: Sequence[ObjectRef[Group] | Group], micro_batches: list[MicroBatch]) -> dict[int, Group]:

@@ -52,11 +52,12 @@ from rluf.reward.calibration import Calibration
 from rluf.reward.card import compute_label_metrics, compute_pair_metrics, fit_calibration
 from rluf.reward.counterfactuals import Counterfactual, make_training_copies, should_measure_prompt_fit
 from rluf.reward.debias import count_context, encode_context, fit_nuisance_offsets
+from rluf.reward.encoded_split import EncodedSplit, encode_split
 from rluf.reward.linear_probe import assign_folds, fit_probe
 from rluf.reward.metrics import compute_accuracy_interval, compute_auroc_interval, round_for_json
 from rluf.reward.shared_backbone import get_data_objective, get_head_label, select_labeled_rows
 from rluf.reward.text import TextEncoder
-from rluf.reward.trainer import EncodedSplit, RewardModelTrainer, TrainPlan, encode_split
+from rluf.reward.trainer import RewardModelTrainer, TrainPlan
 from rluf.utils.paths import resolve_cache_folder
 from rluf.utils.stats import Floats, fit_logistic
 
@@ -138,7 +139,7 @@ def compute_member_features(
         encoder = build_text_encoder(
             model,
             folder,
-            model_settings.max_tokens,
+            model_settings.token_limit,
             read_at_next_turn=model_settings.read_at_next_turn,
             is_single_model=is_single_model,
             response_only=member.response_only,

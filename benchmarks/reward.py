@@ -38,10 +38,11 @@ from rluf.reward.backbone import (
     freeze_lowest_layers,
     load_classifier,
 )
+from rluf.reward.encoded_split import EncodedSplit
 from rluf.reward.losses import bradley_terry_loss, weighted_bce_loss
 from rluf.reward.model import compute_logits
 from rluf.reward.text import EncodedItem, TextEncoder
-from rluf.reward.trainer import EncodedSplit, FitResult, HeadTask, RewardModelTrainer, TrainPlan, TrainProgress
+from rluf.reward.trainer import FitResult, HeadTask, RewardModelTrainer, TrainPlan, TrainProgress
 from rluf.types import Message, ScoringItem
 from rluf.utils.paths import resolve_cache_folder
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -96,9 +96,6 @@ class PackedBatch:
             return self
         return replace(self, **{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
 
-
-COMMON_PREFIX_PROMPTS = 8
-"""Prompts that are compared for their common beginning; in a streamed set each may be another block to fetch."""
 
 MicroBatch = list[tuple[int, int]]
 """(group index, sample index) pairs that are packed together; empty for a rank that only has to stay in lockstep."""
@@ -290,12 +287,21 @@ def count_shared_prefix(first_ids: Sequence[int], second_ids: Sequence[int]) -> 
     return next((position for position, (a, b) in pairs if a != b), min(len(first_ids), len(second_ids)))
 
 
-def count_common_prefix(prompts: Sequence[Prompt]) -> int:
-    """Leading tokens that prompts have in common, such as a system message, by COMMON_PREFIX_PROMPTS of them."""
-    # Not all: the prompts of a large set are streamed. A prompt without the prefix only makes a micro-batch longer.
-    stride = max(1, len(prompts) // COMMON_PREFIX_PROMPTS)
-    token_ids = [prompts[index].token_ids for index in range(0, len(prompts), stride)]
-    return min((count_shared_prefix(token_ids[0], other_ids) for other_ids in token_ids[1:]), default=0)
+def count_common_prefix(prompts: Iterable[Prompt]) -> int:
+    """Leading tokens that all prompts have in common, such as a system message; 0 for a single prompt."""
+    # A prompt without the prefix would make its micro-batch longer than planned, so all of them are read.
+    prefix: Sequence[int] | None = None
+    prompt_count = 0
+    for prompt in prompts:
+        prefix = prompt.token_ids if prefix is None else _shorten_prefix(prefix, prompt.token_ids)
+        prompt_count += 1
+    return len(prefix) if prefix is not None and prompt_count > 1 else 0
+
+
+def _shorten_prefix(prefix: Sequence[int], token_ids: Sequence[int]) -> Sequence[int]:
+    # Comparing slices is fast, and almost every prompt has the whole prefix.
+    is_common = token_ids[: len(prefix)] == prefix
+    return prefix if is_common else prefix[: count_shared_prefix(prefix, token_ids)]
 
 
 def _pad_rows(rows: Sequence[list[int]]) -> Tensor:

@@ -14,6 +14,7 @@ import itertools
 import logging
 import math
 import os
+import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -46,6 +47,18 @@ SAVE_BUCKET_BYTES = 256 << 20
 
 RANK_ENVIRONMENT_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables that make DeepSpeed and other libraries treat this process as a rank."""
+
+
+def claim_port(host: str) -> socket.socket:
+    """A socket bound to a free port of `host`, which no other process then gets until the socket is closed.
+
+    Stores of torch and vLLM can listen on the port in the meantime: on Linux, sockets with SO_REUSEADDR share an
+    address of which at most one listens.
+    """
+    reservation = socket.socket()
+    reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reservation.bind((host, 0))
+    return reservation
 
 
 def join_process_group(

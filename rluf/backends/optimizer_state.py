@@ -198,6 +198,8 @@ def _collect_fragments(
                     "model and learner.lora_rank of the run that wrote it"
                 )
         for index, (fragments, master) in enumerate(zip(layout, masters, strict=True)):
+            # A rank beyond the last parameter has padding only, which no file contains.
+            tensors[f"{index}.master"] = torch.zeros(master.shape, dtype=torch.float32)
             for target in fragments:
                 for source in sources[target.parameter].values():
                     _copy_states(tensors, f"{index}.", master, target, *source)

@@ -194,7 +194,7 @@ def _plan_reward_training(settings: Settings, objectives: list[str]) -> ActorPoo
     models = [reward.get_head_settings(name) for name in objectives]
     largest_model = max(models, key=lambda model: estimate_model_shape(model.backbone).parameter_count)
     largest, lora_rank = estimate_model_shape(largest_model.backbone), largest_model.lora_rank
-    tokens = max(model.batch_rows * model.max_tokens for model in models) // reward.max_workers
+    tokens = max(model.batch_rows * model.token_limit for model in models) // reward.max_workers
     # Adapters of the seven matrices of a layer have about 20 * hidden size values per rank.
     trained = 20 * lora_rank * largest.hidden_size * largest.layer_count if lora_rank else largest.parameter_count
     bytes_per_weight = 2 if settings.reward_dtype == "bfloat16" else 4

@@ -23,7 +23,13 @@ from pydantic_core import ErrorDetails
 from rluf.config.cpu_dtype import explain_auto_dtype
 from rluf.config.objectives import BUILTIN_OBJECTIVES
 from rluf.config.renamed import describe_old_keys
-from rluf.config.reward import ObjectiveSettings, RewardModelSettings, describe_unusable_name
+from rluf.config.reward import (
+    MAX_AUTO_TOKENS,
+    MIN_AUTO_TOKENS,
+    ObjectiveSettings,
+    RewardModelSettings,
+    describe_unusable_name,
+)
 from rluf.config.settings import Settings
 from rluf.errors import SettingsError
 
@@ -125,12 +131,19 @@ def load_settings(config_path: Path | None, overrides: Sequence[str] = ()) -> Lo
     except ValidationError as error:
         fields = dict(iter_setting_fields(objective_names))
         raise SettingsError(_format_validation_error(error, sources, fields)) from None
-    return _resolve_auto_dtypes(settings, sources)
+    return _resolve_auto_values(settings, sources)
 
 
-def _resolve_auto_dtypes(settings: Settings, sources: dict[str, str]) -> LoadedSettings:
-    """Replace dtype=auto by this machine's dtype, once on the driver: the processes of a run may have other CPUs."""
+def _resolve_auto_values(settings: Settings, sources: dict[str, str]) -> LoadedSettings:
+    """Replace dtype=auto by this machine's dtype, once on the driver: the processes of a run may have other CPUs.
+
+    max_tokens=auto stays, and its source says what it may become.
+    """
     dtype = settings.policy_dtype
+    for name, section in settings.reward.by_objective.items():
+        if section.max_tokens == "auto":
+            # The rows decide, which are unknown before they are prepared; the log and the reward card have the number.
+            sources[f"reward.{name}.max_tokens"] += f"; {MIN_AUTO_TOKENS} to {MAX_AUTO_TOKENS}, from the rows"
     if settings.model.dtype == "auto":
         sources["model.dtype"] = explain_auto_dtype(dtype, gpu_count=settings.policy_gpus)
     model_settings = settings.model.model_copy(update={"dtype": dtype})

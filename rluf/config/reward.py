@@ -15,6 +15,10 @@ HEAD_SETTING_KEYS = ("loss", "debias")
 REACTION_HEADS = ("continued", "thumbs", "dislike")
 """Heads of a shared backbone that are not objectives: labels in the reaction log next to love's."""
 
+MIN_AUTO_TOKENS, MAX_AUTO_TOKENS = 96, 512
+"""Limits of max_tokens=auto. Rows of the shipped sample log have 72 tokens or fewer (95%), so there it is 96; encoders
+such as BERT have 512 positions, and longer rows would take more memory than a user who set nothing expects."""
+
 
 class EnsembleMemberSpec(NamedTuple):
     """One resolved ensemble member: backbone, number of lowest layers to keep (0: all), and its input."""
@@ -86,9 +90,9 @@ class RewardModelSettings(SettingsSection):
     read_at_next_turn: bool = False
     """Decoders only: append the user-turn header and read the hidden state there. Encoders in an ensemble ignore it; an
     encoder on its own refuses it."""
-    max_tokens: int = Field(default=96, ge=8)
-    """Maximum tokens that the model reads. The oldest text of the conversation is left out first, down to a quarter of
-    the tokens, then the middle of the response."""
+    max_tokens: Annotated[int, Field(ge=8)] | Literal["auto"] = "auto"
+    """Maximum tokens that the model reads; auto: what 95% of the training rows have, 96 to 512. The oldest text of the
+    conversation is left out first, down to a quarter of the tokens, then the middle of the response."""
     epochs: int = Field(default=2, ge=0)
     """Passes over the training split; the epoch with the lowest dev log-loss is saved. 0 stops at the linear probe."""
     learning_rate: float = Field(default=1e-3, gt=0)
@@ -105,6 +109,11 @@ class RewardModelSettings(SettingsSection):
     farewell or an affectionate close and the same label; propensity weights reactions by the inverse reaction rate;
     context (fitted heads only) fits turn, user activity and model version with the head and leaves them out of the
     score; length and users (per-user reaction rate) are fitted first as offsets and left out of the score."""
+
+    @property
+    def token_limit(self) -> int:
+        """`max_tokens` as a number; the least that auto can become, before training resolves it."""
+        return MIN_AUTO_TOKENS if self.max_tokens == "auto" else self.max_tokens
 
     @property
     def member_specs(self) -> tuple[EnsembleMemberSpec, ...]:

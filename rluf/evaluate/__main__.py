@@ -6,6 +6,7 @@ python -m rluf.evaluate offline --config configs/quickstart.yaml evaluate.candid
 python -m rluf.evaluate blind RUN   pages of shuffled pairs for human readers, and scores of their ratings
 python -m rluf.evaluate gate RUN   verdict of a run as text and exit code
 python -m rluf.evaluate score --model FOLDER --data FILE.jsonl[.gz]   score held-out rows with a reward model
+python -m rluf.evaluate rescore RUN --model FOLDER   judge a run by a reward model that its training never used
 python -m rluf.evaluate correlate --data FILE.jsonl   correlation of offline scores and online lifts
 python -m rluf.evaluate abtest --data FILE.jsonl   analysis or planning of an A/B test
 python -m rluf.evaluate offpolicy --data LOG --scores FILE   love rate of a new policy from the log of another
@@ -32,6 +33,7 @@ SUBCOMMANDS = {
     "blind": "rluf.evaluate.blind",
     "gate": "rluf.evaluate.gates",
     "score": "rluf.evaluate.score",
+    "rescore": "rluf.evaluate.rescore",
     "correlate": "rluf.evaluate.correlation",
     "abtest": "rluf.evaluate.abtest",
     "offpolicy": "rluf.evaluate.off_policy",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from rluf.config.objectives import find_spec_by_data_key
+from rluf.config.reward import MAX_AUTO_TOKENS, MIN_AUTO_TOKENS
 from rluf.errors import DataError
 from rluf.prepare.labels import LABEL_NAMES, LabelRules, check_reactions
 from rluf.prepare.readers.columns import RATINGS_NOTE, check_columns
@@ -142,9 +143,12 @@ def summarize_lengths(
         steps = sorted(counts)
         cumulative = np.cumsum([counts[step] for step in steps])
         high_step = steps[int(np.searchsorted(cumulative, 0.95 * cumulative[-1]))]
-        cut_rows = sum(rows for step, rows in counts.items() if step * LENGTH_STEP_TOKENS >= model.max_tokens)
+        max_tokens = model.max_tokens
+        if max_tokens == "auto":  # resolved with the model's tokenizer when it is trained; here with the estimate
+            max_tokens = min(max((high_step + 1) * LENGTH_STEP_TOKENS, MIN_AUTO_TOKENS), MAX_AUTO_TOKENS)
+        cut_rows = sum(rows for step, rows in counts.items() if step * LENGTH_STEP_TOKENS >= max_tokens)
         lengths[kind_name] = {
-            "tokens_p95": (high_step + 1) * LENGTH_STEP_TOKENS, "max_tokens": model.max_tokens,
+            "tokens_p95": (high_step + 1) * LENGTH_STEP_TOKENS, "max_tokens": max_tokens,
             "cut_share": cut_rows / counts.total(),
         }  # fmt: skip
     return lengths

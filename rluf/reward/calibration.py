@@ -136,8 +136,9 @@ def fit_platt(
     """Scale and offset of sigmoid(scale * z + offset) by weighted maximum likelihood (Newton steps).
 
     With `smooth_targets`, targets are Platt's (N+ + 1) / (N+ + 2) and 1 / (N- + 2). `ridge` is the precision of a
-    normal prior around scale 1, offset 0, so that few positives cannot bend the curve. The scale stays positive, so
-    the ranking is never reversed. Source: Platt 1999.
+    normal prior around the identity, so that few positives cannot bend the curve: on the scale (weaker where the logits
+    vary by less than 1) and on the calibrated logit of the mean row. The scale stays positive, so the ranking is never
+    reversed. Source: Platt 1999.
 
     `covariates` [N, K] are fitted with the logit, so the scale is that of responses served in equal contexts. The
     offset then makes the mean probability the mean label, whatever the contexts.
@@ -147,13 +148,16 @@ def fit_platt(
         return 1.0, 0.0
     high, low = ((positives + 1) / (positives + 2), 1 / (negatives + 2)) if smooth_targets else (1.0, 0.0)
     targets = labels * high + (1 - labels) * low
-    columns = [logits, np.ones_like(logits)]
+    # Around their mean, or a scale far from 1 would need an offset that the prior forbids.
+    mean = float(np.average(logits, weights=weights))
+    columns, prior_mean = [logits - mean, np.ones_like(logits)], np.array([1.0, mean])
     if covariates is None or not covariates.size:
-        return _fit_by_newton(np.stack(columns, axis=1), targets, weights, np.array([1.0, 0.0]), ridge)
+        scale, mean_logit = _fit_by_newton(np.stack(columns, axis=1), targets, weights, prior_mean, ridge)
+        return scale, mean_logit - scale * mean
     from scipy.optimize import brentq
 
     standardized = (covariates - covariates.mean(0)) / (covariates.std(0) + 1e-6)
-    design, prior_mean = np.column_stack([*columns, standardized]), np.eye(2 + covariates.shape[1])[0]
+    design, prior_mean = np.column_stack([*columns, standardized]), np.append(prior_mean, np.zeros(len(covariates.T)))
     scale, _ = _fit_by_newton(design, targets, weights, prior_mean, ridge)
     rate, bound = np.average(labels, weights=weights), 40 + scale * np.abs(logits).max()
     offset = brentq(lambda b: np.average(sigmoid(scale * logits + b), weights=weights) - rate, -bound, bound)
@@ -203,22 +207,34 @@ def fit_member_weights(
     return tuple((member_weights / total).tolist()) if total > 0 else (1 / count,) * count
 
 
+def _compute_ridge_factor(logits: Floats, weights: Floats) -> float:
+    """Variance of the logits, at most 1: the prior of a scale in units of their standard deviation.
+
+    A model that trained little ranks responses by tiny differences. A prior around scale 1 in units of the logits
+    would keep them tiny whatever the labels say, and the objective would have no weight in the reward.
+    """
+    mean = np.average(logits, weights=weights)
+    return min(1.0, float(np.average((logits - mean) ** 2, weights=weights)))
+
+
 def _fit_by_newton(
     features: Floats, targets: Floats, weights: Floats, prior_mean: Floats, ridge: float
 ) -> tuple[float, float]:
     """Weighted logistic regression with a normal prior around `prior_mean`; returns (scale, offset or 0)."""
     beta = prior_mean.copy()
+    ridges = np.full(beta.size, ridge)
+    ridges[0] *= _compute_ridge_factor(features[:, 0], weights)
 
     def compute_penalized_loss(coefficients: Floats) -> float:
         z = features @ coefficients
         losses = np.logaddexp(0.0, z) - targets * z
-        return float((weights * losses).sum() + 0.5 * ridge * ((coefficients - prior_mean) ** 2).sum())
+        return float((weights * losses).sum() + 0.5 * (ridges * (coefficients - prior_mean) ** 2).sum())
 
     loss = compute_penalized_loss(beta)
     for _ in range(100):
         p = sigmoid(features @ beta)
-        gradient = features.T @ (weights * (p - targets)) + ridge * (beta - prior_mean)
-        hessian = (features * (weights * p * (1 - p))[:, None]).T @ features + (ridge + 1e-9) * np.eye(beta.size)
+        gradient = features.T @ (weights * (p - targets)) + ridges * (beta - prior_mean)
+        hessian = (features * (weights * p * (1 - p))[:, None]).T @ features + np.diag(ridges + 1e-9)
         step = np.linalg.solve(hessian, gradient)
         # A full Newton step overshoots where the sigmoid saturates: halve it until the loss does not increase.
         step_size = 1.0

@@ -27,10 +27,11 @@ from rluf.reward.calibration import (
     fit_platt,
 )
 from rluf.reward.debias import RESPONSE_PERTURBATIONS
+from rluf.reward.encoded_split import EncodedSplit
 from rluf.reward.metrics import auroc, round_for_json
 from rluf.reward.model import RewardModel
 from rluf.reward.text import is_truncated
-from rluf.reward.trainer import EncodedSplit, FitResult
+from rluf.reward.trainer import FitResult
 from rluf.types import Message, ScoringItem
 from rluf.utils.stats import Floats, sigmoid
 

@@ -40,7 +40,7 @@ def render_card_page(card: Mapping[str, Any]) -> str:
         _build_robustness_section(card.get("robustness", {})),
         _build_learning_curve_section(card.get("learning_curve", [])),
         _build_comparison_section(card.get("previous", {})),
-        _build_section("Training", "", training_tables),
+        _build_section("Training", " ".join(f"Warning: {text}." for text in card.get("warnings", [])), training_tables),
     ]
     return render_html_page(
         "reward_card.html.j2",
@@ -121,10 +121,12 @@ def _build_comparison_section(comparison: Mapping[str, Any]) -> dict[str, Any] |
 
 def _build_truncation_table(shares_by_split: Mapping[str, Mapping[str, float]]) -> tuple[str, Sequence[str], list[Any]]:
     rows = [
-        (split, shares["cut_share"], shares["prompt_cut_share"], shares["response_cut_share"])
+        (split, *(shares.get(name) for name in ("cut_share", "prompt_cut_share", "response_cut_share",
+                                                "no_prompt_share", "equal_pairs")))
         for split, shares in shares_by_split.items()
-    ]
-    return "Share of rows longer than max_tokens", ("split", "cut", "of the conversation", "of the response"), rows
+    ]  # fmt: skip
+    columns = ("split", "cut", "of the conversation", "of the response", "without a prompt", "equal pairs, left out")
+    return "Share of rows longer than max_tokens", columns, rows
 
 
 def _build_prompt_fit_section(prompt_fit: Mapping[str, Any]) -> dict[str, Any] | None:

@@ -26,7 +26,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rluf.objectives.judges import has_sign_off
-from rluf.reward.trainer import EncodedSplit, gather_objects
+from rluf.reward.encoded_split import EncodedSplit
+from rluf.reward.trainer import gather_objects
 from rluf.utils.stats import Floats, sigmoid
 
 logger = logging.getLogger(__name__)

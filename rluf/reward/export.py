@@ -29,10 +29,11 @@ from rluf.reward.card import (
 )
 from rluf.reward.card_page import CARD_PAGE_FILE, render_card_page
 from rluf.reward.counterfactuals import measure_prompt_fit, should_measure_prompt_fit
+from rluf.reward.encoded_split import EncodedSplit, encode_split
 from rluf.reward.model import RewardModel, get_member_folder
 from rluf.reward.shared_backbone import get_head_label, select_labeled_rows
-from rluf.reward.text import summarize_truncation
-from rluf.reward.trainer import EVAL_BATCH_TOKENS, EncodedSplit, HeadTask, encode_split
+from rluf.reward.text import list_length_warnings, summarize_truncation
+from rluf.reward.trainer import EVAL_BATCH_TOKENS, HeadTask
 from rluf.utils.files import atomic_write, replace_folder
 from rluf.utils.stats import Floats
 
@@ -236,8 +237,8 @@ def _write_card(
     fit_results = [member.fit_results[head_index] for member in members]
     card |= {
         "truncation": {
-            "train": summarize_truncation(task.train_split.select_originals().sequences),
-            "test": summarize_truncation(test_split.sequences),
+            name: summarize_truncation(split.sequences) | {"equal_pairs": int(split.is_equal_pair.sum())}
+            for name, split in (("train", task.train_split.select_originals()), ("test", test_split))
         },
         "scoring_tokens_per_second": round(test_split.token_count / scoring_seconds, 1),
         "training": summarize_training(fit_results, task.train_split, task.dev_split),
@@ -246,6 +247,9 @@ def _write_card(
         "heads": [head_task.name for head_task in members[0].tasks],
         "seconds": round(time.monotonic() - start_time, 3),
     }
+    card["warnings"] = list_length_warnings(card["truncation"], head_settings.token_limit)
+    for warning in card["warnings"]:
+        logger.warning("%s: %s", job.head, warning)
     if should_measure_prompt_fit(job.head, is_pairwise=is_pairwise, debias=head_settings.debias):
         card["prompt_fit"] = measure_prompt_fit(model, records, is_pairwise=is_pairwise, seed=settings.seed)
     if job.earlier_model is not None:

@@ -38,6 +38,7 @@ from rluf.reward.debias import (
     compute_propensity_weights,
     fit_nuisance_offsets,
 )
+from rluf.reward.encoded_split import encode_split
 from rluf.reward.linear_probe import fit_probe, fold_bias_into_weights, set_head_weights
 from rluf.reward.losses import build_loss
 from rluf.reward.shared_backbone import save_head_folders, select_labeled_rows
@@ -52,7 +53,6 @@ from rluf.reward.trainer import (
     TrainProgress,
     compute_dev_log_loss,
     count_steps,
-    encode_split,
     gather_objects,
 )
 from rluf.utils.paths import resolve_cache_folder
@@ -218,7 +218,7 @@ def train_member(
     encoder = build_text_encoder(
         model,
         backbone_folder,
-        lead_settings.max_tokens,
+        lead_settings.token_limit,
         read_at_next_turn=lead_settings.read_at_next_turn,
         is_single_model=member_count < 2,
         response_only=member.response_only,

@@ -73,7 +73,8 @@ def bradley_terry_loss(chosen: torch.Tensor, rejected: torch.Tensor, weights: to
     al. 2017.
     """
     losses = -functional.logsigmoid(chosen.float() - rejected.float())
-    return (losses * weights).sum() / weights.sum()
+    # Pairs that are equal as the model reads them weigh nothing, and may be all of a step's.
+    return (losses * weights).sum() / weights.sum().clamp_min(1e-12)
 
 
 def build_loss(model_settings: RewardModelSettings) -> LossFunction:

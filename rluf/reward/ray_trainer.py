@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rluf.config.reward import REACTION_HEADS
 from rluf.config.settings import Settings
 from rluf.errors import DataError, DeadlineError, ResourceError, RlufError
 from rluf.models.hub import resolve_model
@@ -45,6 +46,9 @@ MAX_IN_MEMORY_BYTES = 64 << 20
 """Largest training split that the driver reads itself, in bytes of the Parquet file."""
 MAX_RESTARTS = 3
 """Restarts of failed training workers; they resume from the last save. An error in the code fails again at once."""
+LENGTH_SAMPLE_ROWS = 2000
+"""Training rows that max_tokens=auto is derived from."""
+UNLIMITED_TOKENS = 10**6
 SAVE_INTERVAL_S = 60.0
 """Seconds of training that the loss of a worker may cost a model."""
 
@@ -78,6 +82,7 @@ def train_reward_models(
     for objective, (data_folder, output_folder) in jobs.items():
         _check_data_files(get_data_objective(objective), data_folder)
         output_folder.parent.mkdir(parents=True, exist_ok=True)
+    settings = resolve_token_limits(settings, groups, {name: folder for name, (folder, _) in jobs.items()})
     data_folders = {get_data_objective(objective): data_folder for objective, (data_folder, _) in jobs.items()}
     # Next to the outputs, so that the checkpoints of the training are on the disk with room for models.
     storage = Path(tempfile.mkdtemp(prefix=".ray-train-", dir=next(iter(jobs.values()))[1].parent))
@@ -101,6 +106,46 @@ def train_reward_models(
         objective: json.loads((output_folder / CARD_FILE).read_text(encoding="utf-8"))
         for objective, (_, output_folder) in jobs.items()
     }
+
+
+def resolve_token_limits(
+    settings: Settings, groups: Sequence[Sequence[str]], data_folders: Mapping[str, Path]
+) -> Settings:
+    """The settings with the number that max_tokens=auto becomes on the training rows of each group's model.
+
+    Rows are in random order, so the first ones are a sample. Heads of a shared backbone use the first one's section.
+    """
+    from itertools import islice
+
+    import pyarrow.parquet
+
+    from rluf.models.hub import load_tokenizer
+    from rluf.reward.encoded_split import choose_token_limit
+    from rluf.reward.shared_backbone import get_data_objective
+    from rluf.reward.text import TextEncoder
+
+    sections = {}
+    for group in groups:
+        model_settings = settings.reward.get_head_settings(group[0])
+        if model_settings.max_tokens != "auto":
+            continue
+        limits = [(0, 0)]
+        for backbone in dict.fromkeys(member.backbone for member in model_settings.member_specs):
+            tokenizer = load_tokenizer(resolve_model(backbone, resolve_cache_folder(settings)))
+            encoder = TextEncoder(tokenizer, UNLIMITED_TOKENS)
+            for source in dict.fromkeys(map(get_data_objective, group)):
+                file = pyarrow.parquet.ParquetFile(data_folders[group[0]] / source / "train.parquet")
+                batches = islice(file.iter_batches(LENGTH_SAMPLE_ROWS), 1)
+                rows = [row for batch in batches for row in batch.to_pylist()]
+                limits += [choose_token_limit(rows, encoder)] if rows else []
+        high_length, token_limit = max(limits)
+        section_name = "love" if group[0] in REACTION_HEADS else group[0]
+        sections[section_name] = model_settings.model_copy(update={"max_tokens": token_limit})
+        logger.info(
+            "reward.%s.max_tokens: auto became %d; 95%% of the training rows have at most %d tokens", section_name,
+            token_limit, high_length,
+        )  # fmt: skip
+    return settings.model_copy(update={"reward": settings.reward.model_copy(update=sections)})
 
 
 def _count_worker_threads(settings: Settings) -> int:

@@ -354,15 +354,36 @@ def report_rejected_rows(rows: Sequence[EncodedItem], row_ids: Sequence[str], so
 
 
 def summarize_truncation(rows: Sequence[EncodedItem]) -> dict[str, float]:
-    """Share of encoded rows that did not fit into `max_tokens`, and shares that lost prompt or response tokens."""
-    dropped = np.asarray([(row.dropped_prompt_tokens > 0, row.dropped_response_tokens > 0) for row in rows])
+    """Shares of encoded rows that did not fit into `max_tokens`, lost prompt or response tokens, or have no prompt."""
     if not rows:
-        return {"cut_share": 0.0, "prompt_cut_share": 0.0, "response_cut_share": 0.0}
+        return {"cut_share": 0.0, "prompt_cut_share": 0.0, "response_cut_share": 0.0, "no_prompt_share": 0.0}
+    dropped = np.asarray([(row.dropped_prompt_tokens > 0, row.dropped_response_tokens > 0) for row in rows])
     prompt_share, response_share = dropped.mean(0).tolist()
+    # Only text pairs say where the response starts: after CLS, context and SEP. Decoders always keep some prompt.
+    no_prompt = [row.response_start <= 2 and row.response_start < len(row) for row in rows]
     return {
         "cut_share": float(dropped.any(1).mean()), "prompt_cut_share": prompt_share,
-        "response_cut_share": response_share,
+        "response_cut_share": response_share, "no_prompt_share": float(np.mean(no_prompt)),
     }  # fmt: skip
+
+
+CUT_SHARE_LIMIT = 0.1
+"""Share of rows that a model cuts, or reads without a prompt, from which cards warn."""
+
+
+def list_length_warnings(truncation: Mapping[str, Mapping[str, float]], max_tokens: int) -> list[str]:
+    """Sentences about the splits (summarize_truncation by name) of which the model does not read a tenth or more."""
+    sentences = {
+        "cut_share": "{share:.0%} of the {split} rows are longer than max_tokens={limit} and are cut; raise it",
+        "no_prompt_share": "{share:.0%} of the {split} rows are read without any prompt; check their messages, or "
+        "raise max_tokens={limit}",
+    }
+    return [
+        sentence.format(share=shares[name], split=split, limit=max_tokens)
+        for split, shares in truncation.items()
+        for name, sentence in sentences.items()
+        if shares[name] >= CUT_SHARE_LIMIT
+    ]
 
 
 MAX_PADDING_SHARE = 1 / 8

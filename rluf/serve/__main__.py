@@ -132,8 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         setup_logging()
         if forgotten_users:
-            counts = erase_users(settings, forgotten_users)
-            logger.info("feedback log: erased %s", " ".join(f"{kind}={count}" for kind, count in counts.items()))
+            erase_users(settings, forgotten_users)
             return
         check_secrets(settings)
         with ray_connection():

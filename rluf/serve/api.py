@@ -11,7 +11,7 @@ import json
 import math
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, NamedTuple
@@ -455,14 +455,15 @@ class ScoredItem:
     scores: Mapping[str, Score]
 
 
-def build_reaction_event(request: FeedbackRequest, salt: bytes) -> FeedbackEvent:
+def build_reaction_event(request: FeedbackRequest, salt: bytes, reactions: Sequence[str] = ()) -> FeedbackEvent:
     """Convert a feedback request to a store event, with a full row when another system served the response.
 
-    Raises ApiError 403 for a response that was served to another user.
+    `reactions` are those that the service accepts. Raises ApiError 403 for a response that was served to another user.
     """
     if request.record is None:
         if is_signed_response_id(request.id):
             check_response_user(request.id, request.user, salt)
+            return FeedbackEvent(request.id, request.reaction, replaced_reactions=tuple(reactions))
         return FeedbackEvent(request.id, request.reaction)
     row = request.record.model_dump()
     row["user_id"] = hash_user_id(request.record.user_id, salt)

@@ -207,6 +207,8 @@ def _add_service_routes(app: FastAPI, backend: ServiceBackend) -> None:
         backend.metrics.feedback_requests.labels(outcome).inc()
         if outcome == "unknown":
             raise ApiError(404, "unknown", "no response with that id was served here")
+        if outcome == "unreadable":
+            raise ApiError(503, "store", "one of the responses cannot be looked up now; send it again later", 5.0)
         if outcome == "mismatch":
             raise ApiError(422, "invalid", "the two responses answer different messages, or they are equal")
         if outcome == "settled":

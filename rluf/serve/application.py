@@ -6,12 +6,14 @@ with args {config: FILE, overrides: [key=value, ...]}.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import secrets
 import socket
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,7 +45,8 @@ from rluf.serve.middleware import (
     read_access_tokens,
 )
 from rluf.serve.policy_deployment import ENGINE_SETTING_KEYS, PolicyDeployment
-from rluf.serve.store import FeedbackStore
+from rluf.serve.store import DATABASE_FILE, FeedbackStore
+from rluf.serve.writers import list_writer_names, read_writer_name, resolve_writer_folders
 from rluf.utils.cache import compute_artifact_key, hash_files, hash_source_code
 from rluf.utils.hashing import (
     LEGACY_SERVE_SALT_VARIABLE,
@@ -132,30 +135,42 @@ def load_or_create_salt(settings: Settings) -> bytes:
     return salt_file.read_bytes()
 
 
-def erase_users(settings: Settings, user_ids: Sequence[str]) -> dict[str, int]:
-    """Remove users from the feedback store of a service that does not run; returns the removed rows by kind.
+def erase_users(settings: Settings, user_ids: Sequence[str]) -> None:
+    """Remove users from the feedback store of a service that does not run, from the folders of all writers.
 
-    Raises DataError when there is no such folder or none of the users has a row, ResourceError while the service has
-    the store open.
+    Raises DataError when there is no such folder, or when some users have no row, after the others are erased;
+    ResourceError while a service has the store open.
     """
     root = get_feedback_root(settings)
     # Before the salt: a mistyped path must not become an empty log.
     if "://" not in root and not Path(root).expanduser().is_dir():
         raise DataError(f"{root}: no feedback log; set serve.feedback_path to the folder of the service")
     salt = load_or_create_salt(settings)
-    id_forms = [form for user in user_ids for form in (*list_user_id_forms(user), hash_user_id(user, salt))]
-    store = FeedbackStore(root, get_log_folder(settings), reaction_window_s=0)
-    store.start()
-    try:
-        counts = store.erase_users(id_forms)
-    finally:
-        store.close()
-    if not counts["rows"]:
+    forms_by_user = {user: {*list_user_id_forms(user), hash_user_id(user, salt)} for user in user_ids}
+    id_forms = sorted({id_form for forms in forms_by_user.values() for id_form in forms})
+    counts: Counter[str] = Counter()
+    found_ids: set[str] = set()
+    with contextlib.ExitStack() as stack:
+        stores = []
+        # All are opened before a row is removed: a cluster that still runs refuses the erasure as a whole.
+        for writer_name in list_writer_names(root):
+            location = resolve_writer_folders(root, get_log_folder(settings), writer_name)
+            if "://" in root and not (location[1] / DATABASE_FILE).is_file():
+                logger.warning("feedback store %s: its open rows are on another machine; erase there too", location[0])
+            stores.append(FeedbackStore(*location, reaction_window_s=0))
+            stack.callback(stores[-1].close)
+            stores[-1].start()
+        for store in stores:
+            found_ids |= store.find_user_ids(id_forms)
+            counts.update(store.erase_users(id_forms))
+    logger.info("feedback log: erased %s", " ".join(f"{kind}={count}" for kind, count in counts.items()))
+    unknown_users = [user for user, forms in forms_by_user.items() if not found_ids.intersection(forms)]
+    if unknown_users:
         raise DataError(
-            f"none of {len(user_ids)} users has a row in {store.root}; give ids as in the chat requests, and set "
-            f"{USER_SALT_VARIABLE} to the salt of the service"
+            f"{len(unknown_users)} of {len(forms_by_user)} users have no row in {root}: {', '.join(unknown_users)}; "
+            f"the others are erased. Give ids as in the chat requests, and set {USER_SALT_VARIABLE} to the salt of the "
+            "service"
         )
-    return counts
 
 
 def build_scorer_config(settings: Settings, reward_folders: Mapping[str, Path | None]) -> dict[str, Any]:
@@ -257,6 +272,7 @@ def build_application(
         str(get_log_folder(settings)),
         serve_settings.reaction_window_s,
         min(max(serve_settings.reaction_window_s, MIN_FLUSH_INTERVAL_S), MAX_FLUSH_INTERVAL_S),
+        read_writer_name(),
     )
     gateway = serve.deployment(
         serve.ingress()(GatewayDeployment), name="gateway", num_replicas=1, max_ongoing_requests=MAX_GATEWAY_REQUESTS,

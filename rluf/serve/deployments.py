@@ -49,6 +49,7 @@ from rluf.serve.listener import HttpServer
 from rluf.serve.middleware import ServeMetrics, ServiceRules
 from rluf.serve.observability import setup_service_logging, start_tracing, tracer
 from rluf.serve.store import FeedbackStore, StoreEvent, StoreOutcome
+from rluf.serve.writers import WRITER_STALE_S, flush_stopped_writers, mark_alive, resolve_writer_folders
 from rluf.types import Score, ScoringItem
 from rluf.utils.hashing import hash_to_unit_interval
 
@@ -181,19 +182,28 @@ class ScorerDeployment:
 
 
 class FeedbackWriter:
-    """The only writer of the feedback store. Events that arrive during a write share the next fsync."""
+    """The only writer of this cluster in the feedback store. Events that arrive during a write share the next fsync."""
 
     async def __init__(  # type: ignore[misc]
-        self, store_root: str, log_folder: str, reaction_window_s: float, flush_interval_s: float
+        self, root: str, log_folder: str, reaction_window_s: float, flush_interval_s: float, writer_name: str = ""
     ) -> None:
         """Open the store; Ray Serve awaits this before the replica counts as started."""
         setup_service_logging()
-        self._feedback_store = FeedbackStore(store_root, Path(log_folder), reaction_window_s=reaction_window_s)
+        self._root, self._log_folder, self._writer_name = root, Path(log_folder), writer_name
+        store_root, self._writer_log_folder = resolve_writer_folders(root, self._log_folder, writer_name)
+        self._feedback_store = FeedbackStore(
+            store_root,
+            self._writer_log_folder,
+            reaction_window_s=reaction_window_s,
+            has_other_writers=bool(writer_name),
+        )
         self._flush_interval_s = flush_interval_s
+        self._next_takeover_time = 0.0
         self._pending_events: list[tuple[list[StoreEvent], asyncio.Future[list[StoreOutcome]]]] = []
         self._write_task: asyncio.Task[None] | None = None
         self._store_lock = asyncio.Lock()
         row_count = await asyncio.to_thread(self._feedback_store.start)
+        mark_alive(self._writer_log_folder)
         logger.info("feedback store %s: opened, open_rows=%d", store_root, row_count)
         self._flush_task = asyncio.create_task(self._flush_periodically())
 
@@ -233,12 +243,23 @@ class FeedbackWriter:
         while True:
             await asyncio.sleep(self._flush_interval_s)
             try:
+                mark_alive(self._writer_log_folder)
                 await self.flush_settled()
+                await self._flush_stopped_writers()
                 async with self._store_lock:
                     await asyncio.to_thread(self._feedback_store.merge_days)
             except (OSError, RlufError, sqlite3.Error):
                 store_root = self._feedback_store.root
                 logger.exception("feedback store %s: settled rows not written; they stay in the log", store_root)
+
+    async def _flush_stopped_writers(self) -> None:
+        if self._writer_name and "://" not in self._root and time.monotonic() >= self._next_takeover_time:
+            self._next_takeover_time = time.monotonic() + WRITER_STALE_S
+            window_s = self._feedback_store.reaction_window_s
+            location = (self._root, self._log_folder, self._writer_name)
+            row_count = await asyncio.to_thread(flush_stopped_writers, *location, reaction_window_s=window_s)
+            if row_count:
+                logger.info("feedback store %s: wrote rows of stopped writers, rows=%d", self._root, row_count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -468,7 +489,7 @@ class GatewayDeployment:
 
     async def store_feedback(self, request: FeedbackRequest) -> StoreOutcome:
         """Store a reaction, with a full row when another system served the response."""
-        return await self._store_event(build_reaction_event(request, self._user_salt))
+        return await self._store_event(build_reaction_event(request, self._user_salt, self.rules.reactions))
 
     async def store_preference(self, request: PreferenceRequest) -> StoreOutcome:
         """Store a choice between two responses of this service."""

@@ -7,14 +7,18 @@
 A row is on disk before it is acknowledged. When the reaction window is over, rows move to a Parquet file that appears
 under its final name in one step; rluf.prepare reads these files, and joins the late reactions. Events are idempotent by
 row id, and `start` reads the Parquet files that the database does not know, so a crash at any point is harmless. The
-small files of a day are merged later. Days are those of arrival, in UTC.
+small files of a day are merged later. Days are those of arrival, in UTC. Where several clusters serve into one store,
+each has a folder of this layout (rluf.serve.writers).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import logging
 import math
+import operator
 import sqlite3
 import time
 import uuid
@@ -29,9 +33,10 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pyarrow import fs
+from pydantic import ValidationError
 
 from rluf.errors import DataError, ResourceError
+from rluf.prepare.erasure import USER_COLUMNS
 from rluf.prepare.readers.feedback_folder import (
     PREFERENCES_FOLDER,
     REACTIONS_FOLDER,
@@ -46,14 +51,18 @@ from rluf.prepare.schema import (
     build_arrow_schema,
     build_records_table,
 )
-from rluf.utils.files import atomic_write, fsync_path
+from rluf.serve.parquet_folder import ParquetFolder
 from rluf.utils.hashing import hash_parts
 
-StoreOutcome = Literal["stored", "late", "duplicate", "unknown", "settled", "mismatch"]
+logger = logging.getLogger("rluf.serve")
+
+StoreOutcome = Literal["stored", "late", "duplicate", "unknown", "settled", "mismatch", "unreadable"]
 """stored: on disk now; late: on disk now, as a change of a settled row; duplicate: on disk already; unknown: no such
 response; settled: too late for another choice; mismatch: no choice, since the two responses answer different messages
-or are equal."""
+or are equal; unreadable: the file with a response of the choice cannot be read."""
 
+WRITER_VARIABLE = "RLUF_FEEDBACK_WRITER"
+"""Environment variable that names the writer of a cluster, where several clusters serve into one store."""
 DATABASE_FILE = "open_rows.sqlite3"
 MAX_ROWS_PER_FILE = 20_000
 """Maximum number of settled rows per Parquet file, before the files of a day are merged."""
@@ -79,11 +88,16 @@ CREATE TABLE IF NOT EXISTS files (path TEXT PRIMARY KEY);
 
 @dataclass(frozen=True, slots=True)
 class FeedbackEvent:
-    """A served response (`record` set, no reaction yet), a reaction (`record` None), or both."""
+    """A served response (`record` set, no reaction yet), a reaction (`record` None), or both.
+
+    `replaced_reactions` is set for a response that the service has certainly served: if this store has no row of it,
+    another writer has, and the reaction replaces whichever of these that row has.
+    """
 
     id: str
     reaction: str | None = None
     record: FeedbackRecord | None = None
+    replaced_reactions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +116,29 @@ class PreferenceEvent:
 StoreEvent = FeedbackEvent | PreferenceEvent
 
 
-class FeedbackStore:
+class FeedbackStore(ParquetFolder):
     """The only writer of a feedback store. Not thread-safe: the owner calls it from one thread at a time."""
 
     def __init__(
-        self, root: str, log_folder: Path, *, reaction_window_s: float, clock: Callable[[], float] = time.time
+        self,
+        root: str,
+        log_folder: Path,
+        *,
+        reaction_window_s: float,
+        clock: Callable[[], float] = time.time,
+        has_other_writers: bool = False,
+        lock_timeout_s: float | None = None,
     ) -> None:
         """`root` is a folder or URL for Parquet, `log_folder` a local folder for the database. Nothing is opened yet.
 
         `clock` returns seconds since 1970: the age of a row must survive restarts, which a monotonic clock does not.
+        `has_other_writers`: clusters with other roots served the responses that this store does not know.
+        `lock_timeout_s` (None: LOCK_TIMEOUT_S) is how long `start` waits for an earlier writer.
         """
-        self.root, self.log_folder, self.reaction_window_s, self.clock = root, log_folder, reaction_window_s, clock
+        super().__init__(root)
+        self.log_folder, self.reaction_window_s, self.clock = log_folder, reaction_window_s, clock
+        self._has_other_writers = has_other_writers
+        self._lock_timeout_s = LOCK_TIMEOUT_S if lock_timeout_s is None else lock_timeout_s
         self._connection: sqlite3.Connection | None = None
         self._merged_until = ""
 
@@ -123,7 +149,7 @@ class FeedbackStore:
         """
         try:
             self.log_folder.mkdir(parents=True, exist_ok=True)
-            self._filesystem, self._base_path = self._resolve_root()
+            self._open_root()
             if old_logs := sorted(self.log_folder.glob("*.wal")):
                 raise DataError(
                     f"{old_logs[0]} has rows of an earlier release of rluf; let that release write them "
@@ -142,7 +168,8 @@ class FeedbackStore:
         except (OSError, sqlite3.Error) as error:
             raise ResourceError(
                 f"cannot open the feedback store {self.root} (log in {self.log_folder}): {error}; set "
-                "serve.feedback_path to a writable folder or URL that no other process has open"
+                f"serve.feedback_path to a writable folder or URL, and {WRITER_VARIABLE} to a name of its own for each "
+                "of several clusters that serve into it"
             ) from error
         return int(open_rows)
 
@@ -203,14 +230,23 @@ class FeedbackStore:
     def merge_days(self) -> int:
         """Merge the files of each day that is older than MERGE_AGE; returns the number of files that were replaced.
 
-        Does nothing when it was called before on the same day. A reader that opens a replaced file fails and can be run
-        again; at no time does a row appear in no file.
+        Does nothing when it was called before on the same day, or when another writer has files here. A reader that
+        opens a replaced file fails and can be run again; at no time does a row appear in no file.
         """
         last_day = _format_day((datetime.fromtimestamp(self.clock(), UTC) - MERGE_AGE).timestamp())
         if self._merged_until == last_day:
             return 0
         replaced_count = 0
         files = sorted(self._list_files())
+        known_files = {path for (path,) in self._require_open().execute("SELECT path FROM files")}
+        if unknown_files := [path for path in files if path not in known_files]:
+            # Of two writers that merge the same files, each would write their rows.
+            logger.error(
+                "feedback store %s: files not merged: %s is of another writer; set %s to a name of its own for each "
+                "cluster that serves into this store", self.root, unknown_files[0], WRITER_VARIABLE,
+            )  # fmt: skip
+            self._merged_until = last_day
+            return 0
         for folder, paths in groupby(files, key=lambda path: path.rpartition("/")[0]):
             group = list(paths)
             _, separator, day = folder.rpartition("date=")
@@ -226,18 +262,13 @@ class FeedbackStore:
         `id_forms` has every form of each user's id. Returns the number of removed rows by kind. The files are read
         back; raises DataError when a row of these users is left. Safe to repeat after a crash.
         """
-        connection, id_array = self._require_open(), pa.array(sorted(set(id_forms)), pa.string())
-        connection.create_function("is_erased_user", 1, set(id_forms).__contains__)
+        connection = self._require_open()
         ids_by_context: dict[str, set[str]] = defaultdict(set)
-        for row_id, messages_json in connection.execute(
-            "SELECT id, json_extract(record, '$.messages') FROM rows "
-            "WHERE record IS NOT NULL AND is_erased_user(json_extract(record, '$.user_id'))"
-        ):
-            ids_by_context[_hash_messages(json.loads(messages_json))].add(row_id)
+        for row in self._list_open_rows(id_forms):
+            ids_by_context[_hash_messages(row["messages"])].add(row["id"])
         row_files = [path for path in self._list_files() if not is_in_hidden_folder(path)]
-        is_erased = pc.field("user_id").isin(id_array)
         for path in row_files:
-            for row in self._read_table(path, columns=["id", "messages"], filters=is_erased).to_pylist():
+            for row in self._read_user_rows(path, id_forms, ["id", "messages"]):
                 ids_by_context[_hash_messages(row["messages"])].add(row["id"])
         row_ids = {row_id for context_ids in ids_by_context.values() for row_id in context_ids}
         choice_ids = self._find_choice_ids(connection, ids_by_context)
@@ -252,9 +283,34 @@ class FeedbackStore:
         for path in row_files:
             self._remove_rows(path, "id", row_ids)
         for path in self._list_files():
-            if not is_in_hidden_folder(path) and self._read_table(path, columns=["id"], filters=is_erased).num_rows:
+            if not is_in_hidden_folder(path) and self._read_user_rows(path, id_forms, ["id"]):
                 raise DataError(f"{self.root}/{path} still has rows of the erased users; check the disk and repeat")
         return counts
+
+    def find_user_ids(self, id_forms: Sequence[str]) -> set[str]:
+        """Which of these ids a row names as its user, device or author (USER_COLUMNS)."""
+        rows = self._list_open_rows(id_forms)
+        for path in self._list_files():
+            if not is_in_hidden_folder(path):
+                rows += self._read_user_rows(path, id_forms, sorted(USER_COLUMNS))
+        return {row[name] for row in rows for name in USER_COLUMNS if row.get(name) is not None}.intersection(id_forms)
+
+    def _list_open_rows(self, id_forms: Sequence[str]) -> list[dict[str, Any]]:
+        """Rows of the database that name one of the ids as user, device or author."""
+        connection = self._require_open()
+        connection.create_function("is_erased_user", 1, set(id_forms).__contains__)
+        condition = " OR ".join(f"is_erased_user(json_extract(record, '$.{name}'))" for name in sorted(USER_COLUMNS))
+        query = f"SELECT record FROM rows WHERE record IS NOT NULL AND ({condition})"
+        return [json.loads(record_json) for (record_json,) in connection.execute(query)]
+
+    def _read_user_rows(self, path: str, id_forms: Sequence[str], columns: Sequence[str]) -> list[dict[str, Any]]:
+        """Rows of a file that name one of the ids as user, device or author, with the `columns` that the file has."""
+        # Files of an older release have no device and author.
+        names = self._read_table(path, filters=pc.scalar(False)).column_names
+        ids = pa.array(sorted(set(id_forms)), pa.string())
+        conditions = [pc.field(name).isin(ids) for name in sorted(USER_COLUMNS.intersection(names))]
+        is_users_row = functools.reduce(operator.or_, conditions, pc.scalar(False))
+        return self._read_table(path, columns=[n for n in columns if n in names], filters=is_users_row).to_pylist()
 
     @staticmethod
     def _find_choice_ids(connection: sqlite3.Connection, ids_by_context: Mapping[str, Iterable[str]]) -> set[str]:
@@ -309,18 +365,24 @@ class FeedbackStore:
 
     def _open_database(self) -> sqlite3.Connection:
         # The owner may call from several threads, one at a time.
-        connection = sqlite3.connect(self.log_folder / DATABASE_FILE, timeout=LOCK_TIMEOUT_S, check_same_thread=False)
+        connection = sqlite3.connect(
+            self.log_folder / DATABASE_FILE, timeout=self._lock_timeout_s, check_same_thread=False
+        )
         # The exclusive lock makes this the only writer until it closes or dies; FULL syncs the log at each commit.
         connection.executescript(
             "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;" + _CREATE_TABLES
         )
         return connection
 
-    @staticmethod
-    def _apply_event(connection: sqlite3.Connection, event: FeedbackEvent, received_at: float) -> StoreOutcome:
+    def _apply_event(self, connection: sqlite3.Connection, event: FeedbackEvent, received_at: float) -> StoreOutcome:
         stored = connection.execute("SELECT reaction, record IS NULL FROM rows WHERE id = ?", (event.id,)).fetchone()
         if stored is None:
             record = event.record
+            if record is None and self._has_other_writers and event.replaced_reactions:
+                connection.execute("INSERT INTO rows (id, reaction) VALUES (?, ?)", (event.id, event.reaction))
+                replaced_names = [name for name in event.replaced_reactions if name != event.reaction]
+                _add_late_reactions(connection, event, replaced_names, received_at)
+                return "late"
             if record is None:
                 return "unknown"
             connection.execute(
@@ -339,17 +401,7 @@ class FeedbackStore:
         connection.execute("UPDATE rows SET reaction = ? WHERE id = ?", (event.reaction, event.id))
         if not is_settled:
             return "stored"
-        # A change from one reaction to another withdraws the first.
-        for name, is_retracted in ((reaction, True), (event.reaction, False)):
-            if name is not None:
-                late_reaction = ReactionRecord(
-                    id=uuid.uuid4().hex, response_id=event.id, time=datetime.fromtimestamp(received_at, UTC),
-                    reaction=name, retracted=is_retracted,
-                )  # fmt: skip
-                connection.execute(
-                    "INSERT INTO late_reactions (id, received_at, record) VALUES (?, ?, ?)",
-                    (late_reaction.id, received_at, late_reaction.model_dump_json()),
-                )
+        _add_late_reactions(connection, event, [reaction] if reaction is not None else [], received_at)
         return "late"
 
     def _apply_preference(
@@ -362,7 +414,12 @@ class FeedbackStore:
             return "duplicate"
         if stored is not None and stored[1]:
             return "settled"
-        chosen, rejected = (self._find_record(connection, row_id) for row_id in (event.chosen_id, event.rejected_id))
+        try:
+            chosen, rejected = (self._find_record(connection, row) for row in (event.chosen_id, event.rejected_id))
+        except (DataError, OSError, ValidationError) as error:
+            # The events of other requests, which share the transaction, must not fail with it.
+            logger.error("feedback store %s: cannot look up the responses of a choice: %s", self.root, error)
+            return "unreadable"
         if chosen is None or rejected is None:
             return "unknown"
         if chosen.messages != rejected.messages or chosen.response == rejected.response:
@@ -381,7 +438,10 @@ class FeedbackStore:
         return "stored"
 
     def _find_record(self, connection: sqlite3.Connection, row_id: str) -> FeedbackRecord | None:
-        """The record of a row, from the database or from the files of its day; None for an unknown row."""
+        """The record of a row, from the database or from the files of its day; None for an unknown row.
+
+        Raises DataError, OSError or ValidationError when the row is in no readable file and a file cannot be read.
+        """
         stored = connection.execute("SELECT record, received_at FROM rows WHERE id = ?", (row_id,)).fetchone()
         if stored is None:
             return None
@@ -389,11 +449,17 @@ class FeedbackStore:
         if record_json is not None:
             return FeedbackRecord.model_validate_json(record_json)
         day_folder = "" if received_at is None else f"date={_format_day(received_at)}/"
+        first_error: DataError | OSError | ValidationError | None = None
         for path in self._list_files():
             if path.startswith(day_folder) and not is_in_hidden_folder(path):
-                (row, *_) = self._read_table(path, filters=[("id", "=", row_id)]).to_pylist() or [None]
-                if row is not None:
-                    return FeedbackRecord.model_validate(row)
+                try:
+                    (row, *_) = self._read_table(path, filters=[("id", "=", row_id)]).to_pylist() or [None]
+                    if row is not None:
+                        return FeedbackRecord.model_validate(row)
+                except (DataError, OSError, ValidationError) as error:
+                    first_error = first_error or error
+        if first_error is not None:
+            raise first_error
         return None
 
     def _write_days(
@@ -414,30 +480,6 @@ class FeedbackStore:
                 ids = [(record.id,) for record in day_records]  # type: ignore[attr-defined]
                 connection.executemany(f"{mark_statement} WHERE id = ?", ids)
                 connection.execute("INSERT INTO files (path) VALUES (?)", (path,))
-
-    def _write_parquet(
-        self, path: str, tables: Iterable[pa.Table], metadata: Mapping[bytes, bytes] | None = None
-    ) -> None:
-        """Write a Parquet file that appears in one step: renamed into place, or uploaded whole to an object store."""
-        target = f"{self._base_path}/{path}"
-
-        def write_tables(where: Any) -> None:
-            remaining_tables = iter(tables)
-            first_table = next(remaining_tables)
-            schema = first_table.schema.with_metadata({**(first_table.schema.metadata or {}), **(metadata or {})})
-            with pq.ParquetWriter(where, schema) as writer:
-                for table in chain([first_table], remaining_tables):
-                    writer.write_table(table.replace_schema_metadata(schema.metadata))
-
-        if isinstance(self._filesystem, fs.LocalFileSystem):
-            Path(target).parent.mkdir(parents=True, exist_ok=True)
-            with atomic_write(Path(target)) as partial_file:
-                write_tables(partial_file)
-                fsync_path(partial_file)
-            fsync_path(Path(target).parent)
-        else:
-            with self._filesystem.open_output_stream(target) as stream:
-                write_tables(stream)
 
     def _merge_files(self, folder: str, paths: Sequence[str]) -> None:
         """Replace the files of a day by one, reading one at a time."""
@@ -500,46 +542,21 @@ class FeedbackStore:
             [(reaction, row_id) for row_id, reaction in apply_reaction_events(late_events).items()],
         )
 
-    def _read_table(self, path: str, **options: Any) -> pa.Table:
-        try:
-            return pq.read_table(f"{self._base_path}/{path}", filesystem=self._filesystem, partitioning=None, **options)
-        except (pa.ArrowException, KeyError) as error:
-            raise DataError(
-                f"{self._base_path}/{path} in the feedback store is not a feedback log: {error}; move it elsewhere"
-            ) from error
 
-    def _read_as(self, schema: pa.Schema, path: str) -> pa.Table:
-        """A file's rows with the columns of `schema`, null where it lacks one. Raises DataError for further columns."""
-        table = self._read_table(path)
-        try:
-            return pa.concat_tables([schema.empty_table(), table], promote_options="default").cast(schema)
-        except (pa.ArrowException, ValueError) as error:
-            raise DataError(
-                f"{self._base_path}/{path} in the feedback store has other columns than this release writes: {error}; "
-                "move it elsewhere"
-            ) from error
-
-    def _list_files(self) -> list[str]:
-        """Paths of all Parquet files under the root, those of reactions after those of rows, each in order of time."""
-        selector = fs.FileSelector(self._base_path, allow_not_found=True, recursive=True)
-        prefix = f"{self._base_path}/"
-        paths = [info.path.removeprefix(prefix) for info in self._filesystem.get_file_info(selector)]
-        files = [path for path in paths if path.endswith(".parquet") and not path.rpartition("/")[2].startswith(".")]
-        return sorted(files, key=lambda path: (is_in_hidden_folder(path), path))
-
-    def _delete_files(self, paths: Iterable[str]) -> None:
-        for path in paths:
-            self._filesystem.delete_file(f"{self._base_path}/{path}")
-
-    def _resolve_root(self) -> tuple[Any, str]:
-        if "://" in self.root:
-            try:
-                return fs.FileSystem.from_uri(self.root.rstrip("/"))
-            except pa.ArrowException as error:
-                raise DataError(f"serve.feedback_path={self.root} is not a writable URL: {error}") from error
-        folder = Path(self.root).expanduser().resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        return fs.LocalFileSystem(), str(folder)
+def _add_late_reactions(
+    connection: sqlite3.Connection, event: FeedbackEvent, replaced_names: Sequence[str], received_at: float
+) -> None:
+    """Store a reaction to a settled row; the reactions that it replaces are withdrawn."""
+    for name, is_retracted in (*((name, True) for name in replaced_names), (event.reaction, False)):
+        if name is not None:
+            late_reaction = ReactionRecord(
+                id=uuid.uuid4().hex, response_id=event.id, time=datetime.fromtimestamp(received_at, UTC),
+                reaction=name, retracted=is_retracted,
+            )  # fmt: skip
+            connection.execute(
+                "INSERT INTO late_reactions (id, received_at, record) VALUES (?, ?, ?)",
+                (late_reaction.id, received_at, late_reaction.model_dump_json()),
+            )
 
 
 def _hash_messages(messages: Iterable[Mapping[str, str]]) -> str:

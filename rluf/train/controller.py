@@ -23,7 +23,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from rluf.algorithms.packing import count_common_prefix
 from rluf.algorithms.registry import find_algorithm, has_reward_variance
 from rluf.checkpoint.format import ControllerState
 from rluf.config.derived import group_objectives_by_pool
@@ -34,7 +33,7 @@ from rluf.train.actor_calls import ActorRef, fetch_group, switch_gpu_phase
 from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.fault_tolerance import ActorCalls, ActorRestarter, RestartBudget
 from rluf.train.policy_update import PlannedUpdate, PolicyUpdater
-from rluf.train.prompts import list_prompt_topics
+from rluf.train.prompts import count_common_prompt_tokens, list_prompt_topics
 from rluf.train.weight_sync import WeightSync
 from rluf.train.work_buffer import (
     CountingIterator,
@@ -115,7 +114,11 @@ class TrainController:
         self.weight_sync = WeightSync(settings, self.actor_groups, self.actor_calls)
         self.reward_aggregator = RewardAggregator(settings.objectives, settings.aggregation)
         self.policy_updater = PolicyUpdater(
-            settings, self.actor_groups, self.timeline, demonstrations, count_common_prefix(prompts)
+            settings,
+            self.actor_groups,
+            self.timeline,
+            demonstrations,
+            count_common_prompt_tokens(prompts, demonstrations),
         )
         weights = settings.algorithm.topic_weights
         repeats = [weights.get(topic, 1) for topic in list_prompt_topics(prompts)]

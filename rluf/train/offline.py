@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import pyarrow.parquet as pq
 
 from rluf.algorithms.advantages import AdvantageInputs, SampleKL
+from rluf.algorithms.packing import count_common_prefix
 from rluf.algorithms.registry import build_learner_inputs
 from rluf.errors import DataError
 from rluf.train.actor_calls import put_object
@@ -107,6 +108,8 @@ class OfflineTrainer:
         all_groups = [*groups, *(build_mismatched_pairs(groups) if name == "kto" else [])]
         group_refs, infos = [put_object(group) for group in all_groups], [group.info for group in all_groups]
         policy_updater, kl_metrics = controller.policy_updater, {}
+        # Prompts of the log need not begin as the prompts of the engines do.
+        policy_updater.shared_prefix_tokens = count_common_prefix(group.prompt for group in all_groups)
 
         async def plan_update() -> PlannedUpdate:
             sample_kl: list[list[SampleKL]] = []

@@ -76,11 +76,11 @@ class PolicyUpdater:
         shared_prefix_tokens: int = 0,
     ) -> None:
         """Add a few of `demonstrations` to each step. All prompts have the first `shared_prefix_tokens` in common."""
+        self.shared_prefix_tokens = shared_prefix_tokens
         self.kl_coef = settings.algorithm.kl_coef
         self.sample_kl: dict[tuple[int, int], float] = {}
         """KL to the reference (nats) of each sample of the last step, by (group, sample)."""
         self._settings, self._actor_groups, self._timeline = settings, actor_groups, timeline
-        self._shared_prefix_tokens = shared_prefix_tokens
         self._demonstrations = [(put_object(group), group.info) for group in demonstrations]
         self._demonstration_cursor = CountingIterator(iter_prompt_order([1] * len(demonstrations), settings.seed))
 
@@ -188,7 +188,7 @@ class PolicyUpdater:
             [info.response_token_counts for info in infos],
             world_size=len(self._actor_groups.learner_actors),
             token_budget=self._settings.algorithm.micro_batch_tokens,
-            shared_prefix_tokens=self._shared_prefix_tokens,
+            shared_prefix_tokens=self.shared_prefix_tokens,
         )
 
     async def compute_reference_kl(

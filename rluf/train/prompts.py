@@ -13,13 +13,14 @@ import json
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from rluf.algorithms.packing import count_common_prefix
 from rluf.config.objectives import find_objective_spec
 from rluf.errors import DataError
 from rluf.models.chat import RejectedConversationError, encode_texts, render_prompt
@@ -177,12 +178,19 @@ class PromptStore(Sequence[Prompt]):
         self._block_cache: OrderedDict[int, pa.Table] = OrderedDict()
         self.ids: list[str] = []
         self.topics: list[str] = []
+        self.prefix_prompts: list[Prompt] = []
+        """Two prompts per block that have as many tokens in common as all prompts of the block."""
         self._block_ends: list[int] = []
         for block in self._blocks:
             table: pa.Table = ray.get(block)
             self.ids += table.column("id").to_pylist()
             self.topics += [topic or "" for topic in table.column("topic").to_pylist()]
             self._block_ends.append(len(self.ids))
+            prompts = [Prompt("", (), tuple(ids), "", split) for ids in table.column("token_ids").to_pylist()]
+            self.prefix_prompts += prompts[:1]
+            if len(prompts) > 1:
+                prefix = prompts[0].token_ids[: count_common_prefix(prompts)]
+                self.prefix_prompts.append(replace(prompts[0], token_ids=prefix))
 
     def __len__(self) -> int:
         """Number of prompts."""
@@ -228,6 +236,12 @@ def list_prompt_topics(prompts: Sequence[Prompt]) -> list[str]:
 def list_prompt_ids(prompts: Sequence[Prompt]) -> list[str]:
     """The id of each prompt, without fetching the prompts of a store."""
     return prompts.ids if isinstance(prompts, PromptStore) else [prompt.id for prompt in prompts]
+
+
+def count_common_prompt_tokens(prompts: Sequence[Prompt], groups: Sequence[Group] = ()) -> int:
+    """Leading tokens that all prompts and those of groups have in common, without fetching the prompts of a store."""
+    prefix_prompts = prompts.prefix_prompts if isinstance(prompts, PromptStore) else prompts
+    return count_common_prefix([*prefix_prompts, *(group.prompt for group in groups)])
 
 
 def load_training_prompts(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,35 @@ def test_a_shared_prefix_counts_once_per_micro_batch_in_plan_and_tensors(
     for micro_batch in (m for rank in plan for m in rank):
         packed = pack_micro_batch(micro_batch, groups, advantages)
         assert packed.input_ids.numel() <= budget or len(micro_batch) == 1
+
+
+def make_prompts(*token_ids: Sequence[int]) -> list[Prompt]:
+    return [Prompt(str(i), (), tuple(ids), "", "train") for i, ids in enumerate(token_ids)]
+
+
+@pytest.mark.parametrize("position", [0, 1, 7, 500, 998, 999])
+@pytest.mark.parametrize(
+    ("other", "expected"), [((7, 8), 0), ((1, 2, 3, 9, 9), 3), ((1, 2), 2), ((), 0), ((1, 2, 3, 4, 5, 6), 5)]
+)
+def test_the_common_prefix_is_that_of_every_prompt(position: int, other: tuple[int, ...], expected: int) -> None:
+    token_ids: list[Sequence[int]] = [(1, 2, 3, 4, 5, 100 + i) for i in range(1000)]
+    token_ids[position] = other
+    assert count_common_prefix(make_prompts(*token_ids)) == expected
+    assert count_common_prefix(make_prompts(*token_ids[:1])) == count_common_prefix([]) == 0
+
+
+def test_no_micro_batch_exceeds_the_budget_where_few_prompts_lack_the_prefix() -> None:
+    system_message = tuple(range(100, 160))
+    prompts = make_prompts(*((*system_message, i) if i % 125 else tuple(range(300, 361)) for i in range(1, 1001)))
+    sizes = [len(prompt.token_ids) for prompt in prompts]
+    prefix = count_common_prefix(prompts)
+    plan = plan_micro_batches(sizes, [[4]] * 1000, world_size=2, token_budget=256, shared_prefix_tokens=prefix)
+    groups = {
+        i: Group(prompt, (Sample("", prompt.token_ids, (2,) * 4, (-1.0,) * 4, ((0, 0),), "stop", ""),), 0)
+        for i, prompt in enumerate(prompts)
+    }
+    packed = [pack_micro_batch(batch, groups, [[1.0]] * 1000).input_ids.numel() for rank in plan for batch in rank]
+    assert max(packed) <= 256
 
 
 def test_quickstart_prompts_with_an_example_need_two_micro_batches_instead_of_three() -> None:

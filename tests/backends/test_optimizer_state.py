@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rluf.backends import deepspeed as ds
+from rluf.backends import optimizer_state
 from rluf.backends.optimizer_state import load_optimizer_state, save_optimizer_state
 from rluf.errors import ModelError
 
@@ -103,6 +104,24 @@ def test_optimizer_state_of_another_model_is_refused(stage: int, tmp_path: Path)
     schedule = save_optimizer_state(make_engine(2), file, {})
     with pytest.raises(ModelError, match=r"expected 6 elements of first\.bias, got 5; resume with the model"):
         load_optimizer_state(make_engine(stage, size=6), [file], schedule)
+
+
+@pytest.mark.parametrize("saved_stage", STAGES)
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_rank_whose_range_is_padding_only_resumes(
+    saved_stage: int, stage: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # With more ranks than a small model (a head, a LoRA) fills, the last ranks have no parameter.
+    file = tmp_path / "state"
+    saved = make_engine(saved_stage)
+    advance(saved, range(2))
+    schedule = save_optimizer_state(saved, file, {"random": torch.arange(3)})
+    resumed = make_engine(stage)
+    masters = optimizer_state.list_master_weights(resumed)
+    monkeypatch.setattr(optimizer_state, "_describe_layout", lambda _: [[] for _ in masters])
+    assert load_optimizer_state(resumed, [file], schedule)["random"].tolist() == [0, 1, 2]
+    assert not any(master.any() for master in masters)
+    advance(resumed, range(1))
 
 
 def test_a_file_of_an_earlier_release_fits_its_own_layout_only(tmp_path: Path) -> None:

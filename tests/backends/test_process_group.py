@@ -4,18 +4,33 @@ from __future__ import annotations
 
 import os
 import socket
+from datetime import timedelta
 
 import pytest
 import torch
+from torch.distributed import TCPStore
 
-from rluf.backends.deepspeed import RANK_ENVIRONMENT_KEYS, join_process_group, leave_process_group
+from rluf.backends.deepspeed import RANK_ENVIRONMENT_KEYS, claim_port, join_process_group, leave_process_group
 from rluf.errors import ResourceError
 
 
 def find_free_port() -> int:
-    with socket.socket() as free_socket:
-        free_socket.bind(("127.0.0.1", 0))
-        return int(free_socket.getsockname()[1])
+    with claim_port("127.0.0.1") as reservation:
+        return int(reservation.getsockname()[1])
+
+
+def test_a_reserved_port_goes_to_no_other_process_until_its_rank_listens_there() -> None:
+    reservation = claim_port("127.0.0.1")
+    port = int(reservation.getsockname()[1])
+    with socket.socket() as other, pytest.raises(OSError, match="in use"):
+        other.bind(("127.0.0.1", port))
+    for use_libuv in (True, False):  # torch's store and vLLM's
+        store = TCPStore("127.0.0.1", port, 1, True, timedelta(seconds=20), use_libuv=use_libuv)
+        store.set("key", "value")
+        del store
+    join_process_group(rank=0, world_size=1, host="127.0.0.1", port=port, device=torch.device("cpu"), timeout_s=60)
+    leave_process_group()
+    reservation.close()
 
 
 def test_leaving_a_group_removes_the_environment_of_a_rank() -> None:

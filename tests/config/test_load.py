@@ -37,7 +37,9 @@ def test_defaults_are_the_quickstart() -> None:
     loaded = load_settings(None)
     assert resolve_dtypes(loaded.settings) == resolve_dtypes(Settings())
     assert loaded.settings.name == "quickstart"
-    assert {key for key, source in loaded.sources.items() if source != "default"} == {"model.dtype"}
+    assert {key for key, source in loaded.sources.items() if source != "default"} == {
+        "model.dtype", *(f"reward.{name}.max_tokens" for name in ("love", "helpfulness", "safety"))
+    }  # fmt: skip
     assert set(loaded.sources) == {key for key, _ in iter_setting_fields()}
 
 

@@ -87,6 +87,27 @@ def test_platt_relies_on_the_prior_when_positives_are_few() -> None:
     assert abs(weak_prior[0] - 1) > abs(strong_prior[0] - 1)
 
 
+@pytest.mark.parametrize(("factor", "shift"), [(0.5, 0.0), (0.01, 0.0), (0.01, -3.0), (0.01, 20.0), (1e-5, 5.0)])
+def test_logits_that_hardly_vary_are_scaled_up(factor: float, shift: float) -> None:
+    """A model that trained little ranks by tiny differences, which the labels give their size."""
+    rng = np.random.default_rng(3)
+    z = rng.normal(size=600)
+    labels = (rng.random(600) < sigmoid(z - 2)).astype(float)
+    scale, offset = fit_platt(factor * z + shift, labels, np.ones(600))
+    expected_scale, expected_offset = fit_platt(z, labels, np.ones(600))
+    calibrated, expected = scale * (factor * z + shift) + offset, expected_scale * z + expected_offset
+    assert np.abs(sigmoid(calibrated) - sigmoid(expected)).max() < 0.05
+    differences = np.where(rng.random(600) < sigmoid(z), z, -z)
+    pair_scale = fit_pair_scale(factor * differences, np.ones(600))
+    assert factor * pair_scale == pytest.approx(fit_pair_scale(differences, np.ones(600)), rel=0.05)
+
+
+def test_equal_logits_keep_scale_one() -> None:
+    scale, offset = fit_platt(np.full(50, -2.0), np.arange(50) % 10 == 0, np.ones(50))
+    assert scale == pytest.approx(1.0)
+    assert sigmoid(scale * -2.0 + offset) == pytest.approx(0.1, abs=0.03)
+
+
 def test_the_scale_of_pairs_recovers_the_temperature() -> None:
     rng = np.random.default_rng(1)
     differences = rng.normal(0, 3, 20_000)

@@ -6,7 +6,7 @@ import numpy as np
 
 from rluf.reward.card import compare_models
 from rluf.reward.card_page import render_card_page
-from rluf.reward.trainer import EncodedSplit
+from rluf.reward.encoded_split import EncodedSplit
 
 
 def build_split(labels: np.ndarray, *, is_pairwise: bool) -> EncodedSplit:

@@ -22,10 +22,10 @@ from rluf.reward.counterfactuals import (
     should_measure_prompt_fit,
 )
 from rluf.reward.debias import fit_nuisance_offsets
+from rluf.reward.encoded_split import EncodedSplit
 from rluf.reward.losses import compute_step_loss, weighted_bce_loss
 from rluf.reward.model import RewardModel
 from rluf.reward.text import EncodedItem
-from rluf.reward.trainer import EncodedSplit
 from tests.reward.test_model import write_checkpoint
 
 SUBJECTS = ("used cars", "lentil soup", "quantum theory", "guitar strings", "winter boots", "tax returns")

@@ -17,9 +17,9 @@ from rluf.reward.debias import (
     fit_label_nuisance,
     fit_pair_nuisance,
 )
+from rluf.reward.encoded_split import EncodedSplit
 from rluf.reward.losses import weighted_bce_loss
 from rluf.reward.text import EncodedItem
-from rluf.reward.trainer import EncodedSplit
 
 
 def test_reactions_of_low_propensity_weigh_more_up_to_ten_times() -> None:

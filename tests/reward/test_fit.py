@@ -15,11 +15,12 @@ import pytest
 from rluf.config.settings import Settings
 from rluf.errors import DeadlineError, ModelError
 from rluf.reward.card import fit_calibration
+from rluf.reward.encoded_split import encode_split
 from rluf.reward.export import export_models, subsample_rows
 from rluf.reward.fit import HeadData, TrainedModel, train_ensemble, train_member
 from rluf.reward.linear_probe import fit_probe
 from rluf.reward.model import RewardModel, compute_logits
-from rluf.reward.trainer import compute_dev_log_loss, encode_split
+from rluf.reward.trainer import compute_dev_log_loss
 from rluf.types import Message, ScoringItem
 from tests.reward.test_reward_training import COLD_RESPONSES, WARM_RESPONSES, write_prepared_data
 

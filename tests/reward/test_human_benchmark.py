@@ -14,8 +14,8 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import over_refusal
 from human import measure_by_source, measure_with_context, sample_unreacted_rows
 
+from rluf.reward.encoded_split import EncodedSplit
 from rluf.reward.linear_probe import assign_folds
-from rluf.reward.trainer import EncodedSplit
 
 PAIRS_PATH = Path(__file__).resolve().parents[2] / "benchmarks" / "short_right_pairs.jsonl"
 

@@ -16,6 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from rluf.errors import ModelError
 from rluf.models.hub import resolve_model
 from rluf.reward.backbone import HeadInputCapture, build_text_encoder, load_classifier
+from rluf.reward.encoded_split import encode_split
 from rluf.reward.linear_probe import (
     _merge_equal_rows,
     assign_folds,
@@ -26,7 +27,7 @@ from rluf.reward.linear_probe import (
 )
 from rluf.reward.metrics import auroc
 from rluf.reward.text import EncodedItem
-from rluf.reward.trainer import RewardModelTrainer, TrainPlan, encode_split
+from rluf.reward.trainer import RewardModelTrainer, TrainPlan
 from rluf.types import ScoringItem
 from rluf.utils.stats import fit_logistic, sigmoid
 

@@ -14,8 +14,9 @@ from rluf.errors import ModelError
 from rluf.models.hub import load_tokenizer, resolve_model
 from rluf.reward.backbone import build_text_encoder, enable_fast_cpu_matmul, load_classifier
 from rluf.reward.calibration import Calibration
+from rluf.reward.encoded_split import encode_split
 from rluf.reward.model import RewardModel
-from rluf.reward.trainer import HeadTask, RewardModelTrainer, TrainPlan, encode_split
+from rluf.reward.trainer import HeadTask, RewardModelTrainer, TrainPlan
 from rluf.types import ScoringItem
 from rluf.utils.stats import sigmoid
 

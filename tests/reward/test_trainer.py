@@ -18,16 +18,15 @@ from hypothesis import strategies as st
 from rluf.errors import DataError, DeadlineError
 from rluf.models.hub import resolve_model
 from rluf.reward.backbone import FrozenPrefix, build_text_encoder, freeze_lowest_layers, load_classifier
+from rluf.reward.encoded_split import EncodedSplit, encode_split
 from rluf.reward.text import TextEncoder
 from rluf.reward.trainer import (
-    EncodedSplit,
     FitResult,
     HeadTask,
     RewardModelTrainer,
     TrainPlan,
     TrainProgress,
     compute_dev_log_loss,
-    encode_split,
     gather_objects,
     plan_epoch_steps,
 )

@@ -42,5 +42,8 @@ def test_the_manifest_uses_the_pinned_ray_and_references_its_secrets() -> None:
     assert f"ray[data,default,serve,train]=={cluster['rayVersion']}" in (ROOT / "pyproject.toml").read_text()
     for node_group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         (container,) = node_group["template"]["spec"]["containers"]
-        assert {entry["name"] for entry in container["env"]} == {"RLUF_SERVE_TOKEN", "RLUF_USER_SALT"}
-        assert all("secretKeyRef" in entry["valueFrom"] for entry in container["env"])
+        sources = {entry["name"]: entry["valueFrom"] for entry in container["env"]}
+        # The two clusters of an upgrade have different labels, so that each writes feedback to a folder of its own.
+        assert sources.pop("RLUF_FEEDBACK_WRITER") == {"fieldRef": {"fieldPath": "metadata.labels['ray.io/cluster']"}}
+        assert set(sources) == {"RLUF_SERVE_TOKEN", "RLUF_USER_SALT"}
+        assert all("secretKeyRef" in source for source in sources.values())

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-import tracemalloc
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -35,9 +32,7 @@ from rluf.prepare.schema import (
     build_arrow_schema,
     validate_json_row,
 )
-from rluf.serve.__main__ import main
 from rluf.serve.store import DATABASE_FILE, FeedbackEvent, FeedbackStore, PreferenceEvent
-from rluf.utils.hashing import hash_user_id
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
 
@@ -286,101 +281,6 @@ def test_the_files_of_a_day_are_merged_two_days_later(tmp_path: Path) -> None:
     store = open_store(tmp_path, clock, reaction_window_s=0)
     assert (read_rows(tmp_path), len(list(tmp_path.rglob("*.parquet")))) == (expected_rows, 2)
     assert store.append_events([make_served_event("r0"), FeedbackEvent("r4", "love")]) == ["duplicate", "late"]
-
-
-@pytest.mark.parametrize("is_settled", [False, True])
-@pytest.mark.parametrize("user_count", [1, 2])
-def test_an_erased_user_is_gone_from_files_and_database(tmp_path: Path, is_settled: bool, user_count: int) -> None:
-    clock = FakeClock()
-    store = open_store(tmp_path, clock, reaction_window_s=0 if is_settled else 60)
-    users = ["ann@example.org", "bob@example.org"][:user_count]
-    for user in [*users, "eve"]:
-        records = [make_record(f"{user}-{i}", f"c-{user}").model_copy(update={"user_id": user}) for i in range(3)]
-        store.append_events([FeedbackEvent(record.id, None, record) for record in records])
-        if is_settled:
-            store.flush_settled()
-        store.append_events([FeedbackEvent(f"{user}-0", "love"), PreferenceEvent(f"{user}-0", f"{user}-1")])
-        if is_settled:
-            store.flush_settled()
-            store.append_events([FeedbackEvent(f"{user}-1", "like"), PreferenceEvent(f"{user}-1", f"{user}-2")])
-    counts = store.erase_users(users)
-    expected = {"rows": 3, "reactions": 2 * is_settled, "preferences": 1 + is_settled}
-    assert counts == {name: user_count * count for name, count in expected.items()}
-    assert store.append_events([FeedbackEvent(f"{users[0]}-0", "love")]) == ["unknown"]
-    store.flush_settled(all_rows=True)
-    assert set(read_rows(tmp_path)) == {"eve-0", "eve-1", "eve-2"}
-    assert len(read_all_files(tmp_path, "_preferences")) == 1 + is_settled
-    store.close()
-    data = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert b"eve-0" in data
-    assert not any(user.encode() in data for user in users)
-    assert open_store(tmp_path, clock).erase_users(users) == {"rows": 0, "reactions": 0, "preferences": 0}
-
-
-@pytest.mark.parametrize("write_count", range(5))
-def test_an_erasure_that_a_crash_interrupted_is_completed_by_a_repetition(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write_count: int
-) -> None:
-    clock = FakeClock()
-    store = open_store(tmp_path, clock, reaction_window_s=0)
-    for user in ("ann@example.org", "eve"):
-        records = [make_record(f"{user}-{i}", f"c-{user}").model_copy(update={"user_id": user}) for i in range(3)]
-        store.append_events([FeedbackEvent(record.id, None, record) for record in records])
-    store.flush_settled()
-    for user in ("ann@example.org", "eve"):
-        store.append_events([FeedbackEvent(f"{user}-0", "love"), PreferenceEvent(f"{user}-0", f"{user}-1")])
-    store.flush_settled()
-    writes_left, write_parquet = write_count, store._write_parquet
-
-    def crash_after_some_writes(*arguments: Any) -> None:
-        nonlocal writes_left
-        if writes_left == 0:
-            raise KeyboardInterrupt
-        writes_left -= 1
-        write_parquet(*arguments)
-
-    monkeypatch.setattr(store, "_write_parquet", crash_after_some_writes)
-    with contextlib.suppress(KeyboardInterrupt):
-        store.erase_users(["ann@example.org"])
-    assert (writes_left == 0) == (write_count < 4)
-    store.close()
-    store = open_store(tmp_path, clock, reaction_window_s=0)
-    store.erase_users(["ann@example.org"])
-    assert store.append_events([FeedbackEvent("ann@example.org-0", "love")]) == ["unknown"]
-    store.close()
-    assert not any(b"ann@example.org" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert len(read_rows(tmp_path)) == 3 and len(read_all_files(tmp_path, "_preferences")) == 1
-
-
-def test_the_erasure_of_a_user_with_many_rows_does_not_list_all_pairs(tmp_path: Path) -> None:
-    store = open_store(tmp_path, FakeClock())
-    records = [
-        make_record(f"r{i}").model_copy(update={"messages": [ChatMessage(role="user", content=f"Say {i // 2}")]})
-        for i in range(1000)
-    ]
-    store.append_events([FeedbackEvent(record.id, None, record) for record in records])
-    store.append_events([PreferenceEvent("r0", "r1"), PreferenceEvent("r7", "r6")])
-    tracemalloc.start()
-    assert store.erase_users(["u"]) == {"rows": 1000, "reactions": 0, "preferences": 2}
-    peak_bytes = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    # The ids of all pairs need 80 MB.
-    assert peak_bytes < 20e6
-
-
-def test_the_service_forgets_a_user_by_the_id_of_its_chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RLUF_USER_SALT", "pepper")
-    record = make_record("a").model_copy(update={"user_id": hash_user_id("ann", b"pepper")})
-    store = open_store(tmp_path / "log", FakeClock(), reaction_window_s=0)
-    store.append_events([FeedbackEvent("a", None, record), make_served_event("b", "d")])
-    store.flush_settled()
-    store.close()
-    assert main([f"serve.feedback_path={tmp_path / 'log'}", "--forget", "ann"]) == 0
-    assert set(read_rows(tmp_path / "log")) == {"b"}
-    for path in ("log", "mistyped"):
-        with pytest.raises(SystemExit):
-            main([f"serve.feedback_path={tmp_path / path}", "--forget", "ann"])
-    assert not (tmp_path / "mistyped").exists()
 
 
 def test_rows_pass_the_validation_of_prepare_while_the_store_is_open(tmp_path: Path) -> None:

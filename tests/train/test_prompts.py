@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rluf.algorithms.packing import count_common_prefix
 from rluf.config.settings import Settings
 from rluf.errors import DataError
 from rluf.models.hub import load_tokenizer, resolve_model
@@ -16,12 +17,14 @@ from rluf.train.offline import ReactionGroups, load_offline_data
 from rluf.train.prompts import (
     CACHED_BLOCK_COUNT,
     PromptStore,
+    count_common_prompt_tokens,
     list_prompt_ids,
     list_prompt_topics,
     load_demonstrations,
     load_prompts,
     load_training_prompts,
 )
+from rluf.types import Group, Prompt
 
 
 def make_row(name: str, topic: str, response: str, label: int) -> dict[str, Any]:
@@ -159,6 +162,9 @@ def test_streamed_prompts_are_those_read_at_once_in_whatever_order_they_are_read
     assert isinstance(store, PromptStore) and 0 < len(store) < len(rows)
     assert list_prompt_ids(store) == [prompt.id for prompt in prompts]
     assert list_prompt_topics(store) == [prompt.topic for prompt in prompts]
+    assert count_common_prompt_tokens(store) == count_common_prefix(prompts) > 0
+    lone_group = Group(Prompt("x", (), prompts[0].token_ids[:1], "", ""), (), 0)
+    assert count_common_prompt_tokens(store, [lone_group]) == 1
     last = len(store) - 1
     indices = (last, 0, last // 2, -1)
     assert [store[index] for index in indices] == [prompts[index] for index in indices]

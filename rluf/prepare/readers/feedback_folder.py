@@ -17,6 +17,8 @@ from rluf.errors import DataError
 
 REACTIONS_FOLDER, PREFERENCES_FOLDER = "_reactions", "_preferences"
 """Folders of late reactions and of choices between two responses."""
+WRITER_PREFIX = "writer="
+"""Prefix of the folder of one of several writers of a store, which has the store's layout."""
 
 
 def is_in_hidden_folder(relative_path: str) -> bool:
@@ -35,9 +37,10 @@ def list_row_files(path: Path) -> list[Path]:
 def read_late_reactions(path: Path) -> dict[str, str | None]:
     """Present reaction by response id, of the responses of a store's folder whose reaction changed late.
 
-    Raises DataError for a file that is not one of reactions.
+    Those of several writers are joined by time. Raises DataError for a file that is not one of reactions.
     """
-    files = sorted((path / REACTIONS_FOLDER).rglob("*.parquet"))
+    folders = (path, *sorted(path.glob(f"{WRITER_PREFIX}*")))
+    files = [file for folder in folders for file in sorted((folder / REACTIONS_FOLDER).rglob("*.parquet"))]
     events: list[dict[str, Any]] = []
     for file in (file for file in files if not file.name.startswith(".")):
         try:

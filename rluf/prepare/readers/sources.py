@@ -211,7 +211,8 @@ def _find_files(entry: DataSource, kind_name: str) -> list[str]:
         if path.is_file():
             return [str(path)]
         if not path.is_dir():
-            return sorted(file for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
+            matches = [file for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
+            return sorted(file for file in matches if not _is_hidden_match(file, str(path)))
         files = sorted(
             str(file)
             for file in path.rglob("*")
@@ -221,6 +222,17 @@ def _find_files(entry: DataSource, kind_name: str) -> list[str]:
     if files == [entry.path]:
         return files
     return _select_data_files(files, entry, kind_name)
+
+
+def _is_hidden_match(file: str, pattern: str) -> bool:
+    """Whether a wildcard of the pattern stands for a hidden folder, which the pattern does not name."""
+    pattern_folders = [name for name in pattern.split("/")[:-1] if name.startswith(("_", "."))]
+    prefix_length = next(i for i, name in enumerate(pattern.split("/")) if glob.has_magic(name))
+    folders = file.split("/")[prefix_length:-1]
+    return any(
+        name.startswith(("_", ".")) and not any(fnmatch.fnmatch(name, folder) for folder in pattern_folders)
+        for name in folders
+    )
 
 
 def _select_data_files(files: Sequence[str], entry: DataSource, kind_name: str) -> list[str]:
@@ -252,7 +264,7 @@ def _find_remote_files(url: str) -> list[str]:
     files = [entry.path for entry in entries if entry.type == fs.FileType.File]
     pattern = root + url[len(prefix) :]
     if pattern != root:
-        files = [file for file in files if fnmatch.fnmatch(file, pattern)]
+        files = [file for file in files if fnmatch.fnmatch(file, pattern) and not _is_hidden_match(file, pattern)]
     else:
         files = [file for file in files if not is_in_hidden_folder(file.removeprefix(f"{root}/"))]
     scheme = url.partition("://")[0]
