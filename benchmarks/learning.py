@@ -15,6 +15,7 @@ Usage: python benchmarks/learning.py [--run RUN_FOLDER] [--data PREPARED_DATA_FO
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -147,9 +148,10 @@ def measure_options() -> dict[str, dict[str, float]]:
 
     ends: the last policy and its average (learner.ema_decay 0.9), at a constant learning rate of 0.3 and with a linear
     decay, after a short and a long run. entropy: the last policy by algorithm.entropy_coef at that rate. budget: with a
-    proxy reward that overrates a token, the policy at the end of training by algorithm.kl_budget.
+    proxy reward that overrates a token, the policy at the end of training by algorithm.kl_budget. refresh: the last
+    policy after a long run by algorithm.kl_coef and algorithm.reference_refresh_steps (0: never), with either reward.
     """
-    results: dict[str, dict[str, float]] = {"ends": {}, "entropy": {}, "budget": {}}
+    results: dict[str, dict[str, float]] = {"ends": {}, "entropy": {}, "budget": {}, "refresh": {}}
     for steps in (OPTION_STEPS, 5 * OPTION_STEPS):
         for label, has_decay in (("constant", False), ("decay", True)):
             runs = [_train_table(seed, 0.3, steps, has_decay=has_decay) for seed in range(OPTION_SEEDS)]
@@ -161,6 +163,15 @@ def measure_options() -> dict[str, dict[str, float]]:
     for budget in (math.inf, 1.2, 0.8, 0.4, 0.2, 0.1):
         runs = [_train_table(seed, 0.1, score=score_with_hack, budget=budget) for seed in range(OPTION_SEEDS)]
         results["budget"][f"{budget:g}"] = fmean(run["last"] for run in runs)
+    for label, score in (("honest", score_with_noise), ("proxy", score_with_hack)):
+        for kl_coef in (0.1, 0.5):
+            for refresh_steps in (0, 100, 50, 20):
+                runs = [
+                    _train_table(seed, 0.3, 5 * OPTION_STEPS, score=score, kl_coef=kl_coef, refresh_steps=refresh_steps)
+                    for seed in range(OPTION_SEEDS)
+                ]
+                mean = fmean(run["last"] for run in runs)
+                results["refresh"][f"{label}, kl_coef {kl_coef:g}, {refresh_steps} steps"] = mean
     return results
 
 
@@ -173,16 +184,22 @@ def _train_table(
     has_decay: bool = False,
     budget: float = math.inf,
     entropy_coef: float = 0.0,
+    kl_coef: float = 0.0,
+    refresh_steps: int = 0,
 ) -> dict[str, float]:
     """Expected share of target tokens of the last policy and of the average of all."""
-    algorithm = AlgorithmSettings(kl_coef=0.0, entropy_coef=entropy_coef)
+    algorithm = AlgorithmSettings(kl_coef=kl_coef, entropy_coef=entropy_coef)
     policy = TablePolicy(seed, learning_rate, prompt_count=4, groups_per_prompt=1, sample_count=4)
     module = nn.ParameterList([nn.Parameter(policy.logits.data)])  # shares memory with the table
     average = WeightAverage(module, 0.9)
     scheduler = torch.optim.lr_scheduler.LinearLR(policy.optimizer, 1.0, 0.0, steps)
 
+    step_numbers = itertools.count(1)
+
     def is_over_budget() -> bool:
         average.update(module)
+        if refresh_steps and next(step_numbers) % refresh_steps == 0:
+            policy.refresh_reference()
         if has_decay:
             scheduler.step()
         return math.log(VOCABULARY) - _measure_entropy(policy.logits) > budget  # KL to the uniform policy

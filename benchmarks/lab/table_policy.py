@@ -45,6 +45,7 @@ class TablePolicy:
         torch.manual_seed(self.seed)
         self.logits = torch.zeros(self.prompt_count, LENGTH, VOCABULARY, requires_grad=True)
         self.values = torch.zeros(self.prompt_count, LENGTH, requires_grad=True)
+        self.reference_logits = torch.zeros_like(self.logits)
         self.optimizer = torch.optim.Adam([self.logits, self.values], lr=self.learning_rate)
 
     def sample_groups(self) -> dict[int, Group]:
@@ -71,6 +72,15 @@ class TablePolicy:
         """Log-probabilities [K] of the response tokens."""
         prompts, positions = self.locate_tokens(batch)
         return self.logits.log_softmax(-1)[prompts, positions, batch.target_ids]
+
+    def compute_reference_logprobs(self, batch: PackedBatch) -> Tensor:
+        """Log-probabilities [K] under the reference policy, which is uniform until `refresh_reference`."""
+        prompts, positions = self.locate_tokens(batch)
+        return self.reference_logits.log_softmax(-1)[prompts, positions, batch.target_ids]
+
+    def refresh_reference(self) -> None:
+        """Make the present policy the reference, as algorithm.reference_refresh_steps does."""
+        self.reference_logits = self.logits.detach().clone()
 
     def update(
         self, algorithm: AlgorithmSettings, groups: dict[int, Group], learner_inputs: LearnerInputs
@@ -102,7 +112,7 @@ class TablePolicy:
         value_loss = torch.zeros(())
         if learner_inputs.uses_critic:
             values = self.values[self.locate_tokens(batch)]
-            token_kl = batch.rollout_logprobs - compute_reference_logprobs(batch)
+            token_kl = batch.rollout_logprobs - self.compute_reference_logprobs(batch)
             rewards = build_token_rewards(
                 batch.advantages, token_kl, batch.sequence_index, learner_inputs.reward_kl_coef
             )
@@ -112,7 +122,7 @@ class TablePolicy:
             batch = dataclasses.replace(batch, advantages=whiten_advantages(advantages, moments))
         result = compute_policy_loss(
             self.compute_logprobs(batch),
-            compute_reference_logprobs(batch),
+            self.compute_reference_logprobs(batch),
             batch,
             algorithm,
             loss_name=learner_inputs.policy_loss,
@@ -124,11 +134,6 @@ class TablePolicy:
         (result.loss + value_loss).backward()
         self.optimizer.step()
         return result
-
-
-def compute_reference_logprobs(batch: PackedBatch) -> Tensor:
-    """The reference policy is uniform."""
-    return torch.full_like(batch.rollout_logprobs, -torch.log(torch.tensor(float(VOCABULARY))).item())
 
 
 def score_groups(groups: Iterable[Group], compute_signals: SignalFunction) -> Iterator[GroupScores]:
@@ -161,7 +166,7 @@ def train(
         samples = policy.sample_count
         zeros = [[0.0] * samples] * len(groups)
         batch = pack_micro_batch([(i, j) for i in groups for j in range(samples)], groups, zeros, zeros)
-        sample_kl = compute_reference_kl(compute_reference_logprobs(batch), batch)
+        sample_kl = compute_reference_kl(policy.compute_reference_logprobs(batch), batch)
         inputs = AdvantageInputs(
             step_rewards.rewards,
             [[LENGTH] * samples] * len(groups),
