@@ -17,7 +17,7 @@ from rluf.config.data import PrepareSettings
 from rluf.config.settings import Settings
 from rluf.prepare import pipeline, splits
 from rluf.prepare.erasure import erase_users
-from rluf.prepare.row_samples import shorten_row, sample_training_rows
+from rluf.prepare.row_samples import sample_training_rows, shorten_row
 from rluf.prepare.schema import DATA_KINDS
 from rluf.prepare.validate_pass import count_scripts
 
