@@ -30,6 +30,7 @@ from rluf.serve.writers import (
 )
 from tests.serve.test_store import FakeClock, make_record, make_served_event, open_store
 
+ROOT = Path(__file__).parents[2]
 SALT = b"salt"
 REACTIONS = ("love", "like", "dislike")
 
@@ -128,14 +129,18 @@ def test_preparation_and_analysis_join_the_folders_of_all_writers(tmp_path: Path
 WRITER_PROGRAM = """
 import sys
 from pathlib import Path
-sys.path.insert(0, {repository!r})
-from tests.serve.test_store import make_served_event
-from tests.serve.test_writers import open_writer
-from rluf.serve.store import time
-store = open_writer(Path({root!r}), {name!r}, time.time, 0.005)
+from rluf.prepare.schema import FeedbackRecord
+from rluf.serve.store import FeedbackEvent, FeedbackStore
+from rluf.serve.writers import mark_alive, resolve_writer_folders
+writer_root, log_folder = resolve_writer_folders({root!r}, Path({root!r}) / ".log", {name!r})
+store = FeedbackStore(writer_root, log_folder, reaction_window_s=0.005, has_other_writers=True)
+store.start()
+mark_alive(log_folder)
+template = FeedbackRecord.model_validate_json({record!r})
 for number in range(100000):
     response_id = f"{name}-{{number}}"
-    store.append_events([make_served_event(response_id, response_id)])
+    record = template.model_copy(update={{"id": response_id, "conversation_id": response_id}})
+    store.append_events([FeedbackEvent(response_id, None, record)])
     sys.stdout.write(response_id + "\\n")
     sys.stdout.flush()
     if number % 7 == 6:
@@ -147,12 +152,11 @@ for number in range(100000):
 
 
 def test_two_processes_write_one_store_and_a_third_writes_what_they_left_open(tmp_path: Path) -> None:
-    repository = str(Path(__file__).parents[2])
-    programs = [
-        WRITER_PROGRAM.format(repository=repository, root=str(tmp_path), name=name) for name in ("blue", "green")
-    ]
+    record = make_record("x").model_dump_json()
+    programs = [WRITER_PROGRAM.format(root=str(tmp_path), name=name, record=record) for name in ("blue", "green")]
     writers = [
-        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for program in programs
+        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        for program in programs
     ]
     acknowledged: set[str] = set()
     for writer in writers:
