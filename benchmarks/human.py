@@ -1,19 +1,22 @@
 """Rank real reactions with heads on frozen backbones, evaluated on users or prompts that they never saw.
 
-python benchmarks/human.py --config configs/reward/love-human.yaml [--folds 5] [--splits 1] [--unreacted N] [key=value]
+python benchmarks/human.py --config configs/reward/love-human.yaml [--folds 5] [--splits 1] [--unreacted N]
+    [--head dislike] [key=value]
 
-Uses backbone, members and linear probe of the config's one objective. It fits the head on all folds but one and scores
-that one: five times, split by user (love) or by prompt. The backbone stays frozen, so epochs of the config have no
-effect; measure theirs on a held-out file (see docs/reward.md). Prints AUROC or pair accuracy of the out-of-fold scores
-with an interval clustered by user or prompt, what length alone reaches, and ECE after a calibration fitted on other
-folds. With counterfactuals in the config's debias, the training folds of pairs have such rows too, made from rows of
-these folds only. `prompt_fit` is the share of good rows that score higher than a row made from them and another row of
-their fold, by kind (rluf.reward.counterfactuals); --skip-prompt-fit saves reading these rows. --splits N repeats with N
-random fold assignments; `by_split` shows how far the figure depends on them, and all other figures are from the first
-assignment.
+Uses backbone, members and linear probe of the config's first objective or of another --head. It fits the head on all
+folds but one and scores that one: five times, split by user (love) or by prompt. The backbone stays frozen, so epochs
+of the config have no effect; measure theirs on a held-out file (see docs/reward.md). Prints AUROC or pair accuracy of
+the out-of-fold scores with an interval clustered by user or prompt, what length alone reaches, and ECE after a
+calibration fitted on other folds. With counterfactuals in the config's debias, the training folds of pairs have such
+rows too, made from rows of these folds only. `prompt_fit` is the share of good rows that score higher than a row made
+from them and another row of their fold, by kind (rluf.reward.counterfactuals); --skip-prompt-fit saves reading these
+rows. --splits N repeats with N random fold assignments; `by_split` shows how far the figure depends on them, and all
+other figures are from the first assignment.
 
 If the log has responses without a reaction (reader convai2_sparse), they count as not loved, which is how P[Love] is
 defined; `among_reacted` is the AUROC on the other rows. --unreacted N samples N of them and weights them accordingly.
+`turn_only` and `with_turn` are the AUROC of the turn of the conversation without and with the score, `context_only` and
+`with_context` those of turn, activity of the user and bot; with `context` in debias the head is fitted with these.
 """
 
 from __future__ import annotations
@@ -48,10 +51,11 @@ from rluf.reward.backbone import build_text_encoder, enable_fast_cpu_matmul, loa
 from rluf.reward.calibration import Calibration
 from rluf.reward.card import compute_label_metrics, compute_pair_metrics, fit_calibration
 from rluf.reward.counterfactuals import Counterfactual, make_training_copies, should_measure_prompt_fit
+from rluf.reward.debias import count_context, encode_context, fit_nuisance_offsets
 from rluf.reward.encoded_split import EncodedSplit, encode_split
-from rluf.reward.fit import fit_nuisance_offsets
 from rluf.reward.linear_probe import assign_folds, fit_probe
 from rluf.reward.metrics import compute_accuracy_interval, compute_auroc_interval, round_for_json
+from rluf.reward.shared_backbone import get_data_objective, get_head_label, select_labeled_rows
 from rluf.reward.text import TextEncoder
 from rluf.reward.trainer import RewardModelTrainer, TrainPlan
 from rluf.utils.paths import resolve_cache_folder
@@ -61,14 +65,14 @@ logger = logging.getLogger("human")
 
 SAVED_PART_ROWS = 500
 """Rows whose features are saved at once."""
-TURN_INVERSE_STRENGTH = 10.0
-"""Inverse regularization strength of the effect of the turn: two or three coefficients need hardly any."""
+CONTEXT_INVERSE_STRENGTH = 10.0
+"""Inverse regularization strength of the effects of turn and context: a few coefficients need hardly any."""
 DATA_KIND_BY_OBJECTIVE = {"love": "feedback", "helpfulness": "preferences", "safety": "safety"}
 
 
 def read_raw_rows(settings: Settings, objective: str) -> list[dict[str, Any]]:
-    """Read the rows of the objective's raw data, each with a weight of 1."""
-    kind = DATA_KIND_BY_OBJECTIVE[objective]
+    """Read the rows of the raw data of an objective or reaction head, each with a weight of 1."""
+    kind = DATA_KIND_BY_OBJECTIVE[get_data_objective(objective)]
     rows: list[dict[str, Any]] = []
     for source in resolve_sources(getattr(settings.data, kind), kind):
         reader = DATASET_READERS.get(source.entry.reader or "")
@@ -79,6 +83,7 @@ def read_raw_rows(settings: Settings, objective: str) -> list[dict[str, Any]]:
             rows += [{**row, "weight": 1.0} for row in parsed_rows if not isinstance(row, SkippedRow)]
     if kind == "feedback":
         rows = [{**row, "label": int(row["reaction"] == "love")} for row in rows]
+        rows = [dict(row, label=get_head_label(objective, row)) for row in select_labeled_rows(objective, rows, "log")]
     return [row for row in rows if row["messages"][-1]["role"] == "user"]
 
 
@@ -96,22 +101,24 @@ def sample_unreacted_rows(rows: list[dict[str, Any]], count: int, seed: int) -> 
     ]
 
 
-def measure_with_turn(
-    records: Sequence[Mapping[str, Any]], rows: EncodedSplit, logits: Floats, folds: NDArray[np.int64]
-) -> dict[str, Any]:
-    """AUROC of P[Love] with the propensity to react at this turn of the conversation, and of the turn alone.
+def measure_with_context(rows: EncodedSplit, logits: Floats, folds: NDArray[np.int64]) -> dict[str, Any]:
+    """AUROC of P[Love] with the propensity to react in the row's context, and of the context alone.
 
-    The turn is the same for all responses that could be served there, so it never decides between two of them. Its
-    effect and the weight of the text's logit are fitted on the other folds.
+    The context (turn; or turn, user activity and bot) is the same for all responses that could be served there, so it
+    never decides between two of them. Its effect and the weight of the text's logit are fitted on the other folds.
     """
-    turns = np.asarray([float(record["turn"]) for record in records])
-    turn_columns = np.stack([np.log1p(turns), turns == 0], axis=1)
+    context = rows.context_columns
+    context = (context - context.mean(0)) / (context.std(0) + 1e-6)
+    designs = {"turn": context[:, :2], "context": context}
     metrics: dict[str, Any] = {}
-    for name, design in (("turn_only", turn_columns), ("with_turn", np.column_stack([logits, turn_columns]))):
+    for name, design in itertools.chain.from_iterable(
+        ((f"{key}_only", columns), (f"with_{key}", np.column_stack([logits, columns])))
+        for key, columns in designs.items()
+    ):
         predicted = np.zeros(len(logits))
         for fold in np.unique(folds):
             train = folds != fold
-            solution = fit_logistic(design[train], rows.labels[train], rows.weights[train], TURN_INVERSE_STRENGTH)
+            solution = fit_logistic(design[train], rows.labels[train], rows.weights[train], CONTEXT_INVERSE_STRENGTH)
             predicted[~train] = design[~train] @ solution[:-1] + solution[-1]
         metrics[name] = compute_auroc_interval(predicted, rows.labels, rows.weights, rows.clusters)
     return metrics
@@ -121,7 +128,7 @@ def compute_member_features(
     settings: Settings, objective: str, records: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Floats], EncodedSplit]:
     """Features of each member's head, [members][N, H] (shared head: [1][N, sum of H]), and the encoded rows."""
-    model_settings = settings.reward.by_objective[objective]
+    model_settings = settings.reward.get_head_settings(objective)
     is_pairwise = model_settings.loss == "bradley_terry"
     features, first_encoded = [], None
     for member in model_settings.member_specs:
@@ -286,6 +293,7 @@ def score_out_of_fold(
             head, bias, strength = fit_probe(
                 features[train_sequences], train_rows.labels, train_rows.weights, train_rows.clusters,
                 is_pairwise=rows.is_pairwise, seed=seed, logit_offsets=offsets,
+                covariates=train_rows.context_columns if "context" in debias else None,
             )  # fmt: skip
             logger.info("fold %d: C=%g", fold, strength)
             logits = features[is_test] @ head + bias
@@ -294,6 +302,8 @@ def score_out_of_fold(
     calibrated = np.zeros_like(raw)
     for fold in range(fold_count):
         train_rows = rows.select_rows(np.flatnonzero(fold_by_row != fold).tolist())
+        if "context" not in debias:
+            train_rows = replace(train_rows, context_columns=np.empty((0, 0)))
         calibration = fit_calibration(train_rows, raw[fold_by_sequence != fold], Calibration())
         calibrated[fold_by_sequence == fold] = calibration.calibrate_logits(raw[fold_by_sequence == fold])
     return all_raw, calibrated
@@ -370,6 +380,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, required=True)
     parser.add_argument("--folds", type=int, default=5)
+    parser.add_argument("--head")
     parser.add_argument("--splits", type=int, default=1)
     parser.add_argument("--unreacted", type=int, default=1_000_000)
     parser.add_argument("--skip-prompt-fit", action="store_true")
@@ -380,12 +391,13 @@ def main() -> None:
     enable_fast_cpu_matmul()
     started = time.monotonic()
     settings = load_settings(args.config, args.overrides).settings
-    # Exactly one objective: the folds and the figures are those of a single head.
-    (objective,) = settings.reward.objectives
+    # Exactly one head: the folds and the figures are those of a single one.
+    objective = args.head or (settings.reward.objectives or settings.reward.shared_backbone_heads)[0]
+    model_settings = settings.reward.get_head_settings(objective)
     records = sample_unreacted_rows(read_raw_rows(settings, objective), args.unreacted, settings.seed)
     logger.info("%d rows", len(records))
-    debias = settings.reward.by_objective[objective].debias
-    is_pairwise = settings.reward.by_objective[objective].loss == "bradley_terry"
+    debias = model_settings.debias
+    is_pairwise = model_settings.loss == "bradley_terry"
     copies: list[Mapping[str, Any]] = []
     counterfactuals: list[Counterfactual] = []
     needs_copies = should_measure_prompt_fit(objective, is_pairwise=is_pairwise, debias=debias)
@@ -394,6 +406,10 @@ def main() -> None:
     member_features, all_rows = compute_member_features(settings, objective, [*records, *copies])
     sources = np.asarray([copy.source_index for copy in counterfactuals], dtype=np.int64)
     all_rows = replace(all_rows, copy_sources=sources, counterfactual_count=len(copies))
+    if not is_pairwise:
+        activity, versions = count_context(records, all_rows.clusters, all_rows.weights)
+        columns = encode_context(records, all_rows.clusters, activity, versions)
+        all_rows = replace(all_rows, context_columns=columns)
     rows = all_rows.select_originals()
     logger.info("fitting %d heads on %d folds", len(member_features), args.folds)
     logits_by_split = [
@@ -404,7 +420,7 @@ def main() -> None:
     del metrics_by_split[0]["reliability"]
     if "among_reacted" in metrics_by_split[0]:
         folds = assign_folds(rows.clusters, args.folds, seed=settings.seed)
-        metrics_by_split[0] |= measure_with_turn(records, rows, logits_by_split[0][1], folds)
+        metrics_by_split[0] |= measure_with_context(rows, logits_by_split[0][1], folds)
     report = {
         "benchmark": "human",
         "objective": objective,
@@ -419,7 +435,7 @@ def main() -> None:
         "best_of_n_by_split": [
             metrics["same_prompt"]["best_of_n"]["mean"] for metrics in metrics_by_split if "same_prompt" in metrics
         ],
-        "settings": settings.reward.by_objective[objective].model_dump(mode="json"),
+        "settings": model_settings.model_dump(mode="json"),
         "seconds": round(time.monotonic() - started, 1),
     }
     sys.stdout.write(json.dumps(round_for_json(report)) + "\n")

@@ -107,6 +107,10 @@ class SimulateSettings(SettingsSection):
     """Served responses (rows) to write to the log; the numbers of users, rated pairs and labels follow from it."""
 
 
+_DUPLICATE_SETTINGS = {True: "exact", False: "none"}
+"""Values of `prepare.drop_duplicates` in earlier releases."""
+
+
 class PrepareSettings(SettingsSection):
     """Conversion of raw rows to training data."""
 
@@ -129,8 +133,11 @@ class PrepareSettings(SettingsSection):
     """Label of each reaction (loved, not_loved, ignored) by name, emoji, number or range of numbers (">=4": loved)."""
     contradictions: Annotated[Literal["latest", "loved", "not_loved", "ignored"], ADVANCED] = "latest"
     """Label of a response with loved and not loved reactions: that of the latest one, or always the same."""
-    drop_duplicates: Annotated[bool, ADVANCED] = False
-    """Drop rows that repeat prompt and response of an earlier row (feedback: of the same user) under another id."""
+    drop_duplicates: Annotated[
+        Literal["none", "exact", "near"], BeforeValidator(lambda value: _DUPLICATE_SETTINGS.get(value, value)), ADVANCED
+    ] = "none"
+    """Drop rows that repeat prompt and response of an earlier row (feedback: of the same user; labels: of the same
+    label) under another id. near: also rows that differ in a few words."""
     broken_files: Annotated[Literal["stop", "count"], ADVANCED] = "stop"
     """File that ends early or cannot be decompressed: stop, or count its estimated rows in the quarantine budget."""
     reaction_window_hours: float = Field(default=168, gt=0)

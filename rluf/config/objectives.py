@@ -22,7 +22,7 @@ LABELS_KEY_PREFIX = "labels."
 OBJECTIVE_NAME_PATTERN = re.compile(r"[a-z][a-z0-9_]{0,31}")
 RESERVED_OBJECTIVE_NAMES = frozenset({
     # Further heads of a shared backbone, and files of the data set and of a run folder.
-    "continued", "thumbs", "prompts", "quarantine", "data", "settings", "none",
+    "continued", "thumbs", "dislike", "prompts", "quarantine", "data", "settings", "none",
     # Keys of a step's metrics, next to which the mean score of each objective stands in metrics.jsonl.
     "step", "version", "reward", "samples", "kl", "kl_coef", "kl_sequence", "kl_loss", "entropy", "loss", "policy_loss",
     "value_loss", "clip_share", "demonstration_nll", "grad_norm", "critic_grad_norm", "learning_rate", "skipped",

@@ -12,7 +12,7 @@ from rluf.config.objectives import ObjectiveSpec, describe_invalid_name, find_ob
 
 HEAD_SETTING_KEYS = ("loss", "debias")
 """Keys of a reward model section that stay per head when several heads share one backbone."""
-REACTION_HEADS = ("continued", "thumbs")
+REACTION_HEADS = ("continued", "thumbs", "dislike")
 """Heads of a shared backbone that are not objectives: labels in the reaction log next to love's."""
 
 MIN_AUTO_TOKENS, MAX_AUTO_TOKENS = 96, 512
@@ -103,11 +103,12 @@ class RewardModelSettings(SettingsSection):
     """Share of the layers, lowest first, that stays frozen together with the embeddings; 0 trains everything."""
     lora_rank: int = Field(default=0, ge=0)
     """Rank of LoRA adapters on the trained layers, merged into the checkpoint; 0 trains the full weights."""
-    debias: tuple[Literal["counterfactuals", "sign_offs", "propensity", "length", "users"], ...] = ()
+    debias: tuple[Literal["counterfactuals", "sign_offs", "propensity", "context", "length", "users"], ...] = ()
     """Nuisance factors to remove. counterfactuals (default of love and helpfulness) adds responses that do not fit the
     prompt, are generic, echo the user or are cut, and must score lower; sign_offs adds copies of rows with a
     farewell or an affectionate close and the same label; propensity weights reactions by the inverse reaction rate;
-    length and users (per-user reaction rate) are fitted first as offsets and left out of the score."""
+    context (fitted heads only) fits turn, user activity and model version with the head and leaves them out of the
+    score; length and users (per-user reaction rate) are fitted first as offsets and left out of the score."""
 
     @property
     def token_limit(self) -> int:
@@ -163,8 +164,8 @@ class RewardSettings(SettingsSection):
     """Objectives that python -m rluf.reward trains; empty means every objective whose source is a model."""
     shared_backbone_heads: tuple[str, ...] = ()
     """Heads trained together on one backbone and scored by one forward pass; empty means one model per objective. The
-    first head's section sets backbone, lengths, epochs and rates; loss, calibration and debias are per head (continued
-    and thumbs use love's)."""
+    first head's section sets backbone, lengths, epochs and rates; loss, calibration and debias are per head (continued,
+    thumbs and dislike use love's)."""
     workers: ActorCount | tuple[ActorCount, ActorCount] = 1
     """Ray Train workers (data-parallel ranks) per reward model; [min, max] makes training elastic."""
     zero_stage: Literal[0, 1, 2, 3] = 0
@@ -183,8 +184,12 @@ class RewardSettings(SettingsSection):
     def get_head_settings(self, head: str) -> RewardModelSettings:
         """Section that configures `head`: that of its objective, by default RewardModelSettings().
 
-        continued and thumbs are reaction labels, so they use love's section.
+        continued, thumbs and dislike are reaction labels, so they use love's section.
         """
+        if head == "dislike":
+            # Counterfactual copies must score lower, but a response that does not fit is disliked more.
+            debias = tuple(factor for factor in self.love.debias if factor != "counterfactuals")
+            return self.love.model_copy(update={"debias": debias})
         if head in REACTION_HEADS:
             return self.love
         return self.by_objective.get(head) or RewardModelSettings()

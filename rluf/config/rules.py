@@ -220,15 +220,24 @@ def check_trained_parts(settings: SettingsTree) -> str | None:
     return None
 
 
+REACTION_FACTORS = ("context", "users", "propensity")
+
+
 def check_debias(settings: SettingsTree) -> str | None:
-    """users and propensity correct for who reacts, so they apply to reactions, not to raters' labels and pairs."""
+    """context, users and propensity correct for who reacts, so they apply to reactions, not to raters' judgments."""
     for name, model in settings.reward.by_objective.items():
         has_reactions = find_objective_spec(name).data_kind == "reactions"
-        misplaced = [factor for factor in model.debias if factor in ("users", "propensity") and not has_reactions]
+        misplaced = [factor for factor in model.debias if factor in REACTION_FACTORS and not has_reactions]
         if misplaced:
             return (
                 f"reward.{name}.debias={list(model.debias)}: {misplaced[0]} corrects for who reacts, but "
                 f"reward.{name}.loss={model.loss} trains on raters' judgments; remove {misplaced[0]} from debias"
+            )
+        if "context" in model.debias and (model.epochs or not model.linear_probe):
+            return (
+                f"reward.{name}.debias={list(model.debias)}: context is a covariate of a fitted head, but "
+                f"reward.{name}.epochs={model.epochs} and linear_probe={str(model.linear_probe).lower()}; set epochs=0 "
+                "and linear_probe=true, or use propensity instead"
             )
     return None
 

@@ -23,8 +23,17 @@ from rluf.prepare.joins import bin_by_octave, estimate_propensity
 from rluf.prepare.labels import IGNORED, LOVED
 from rluf.prepare.readers.files import read_line_batches
 from rluf.prepare.schema import LOVE_REACTION, SPLIT_NAMES, find_data_kind
-from rluf.prepare.workspace import RowCount, TableWriter, build_quarantine_table, read_schema, read_table, write_table
-from rluf.utils.stats import Bools, Floats, Ints, wilson_interval
+from rluf.prepare.workspace import (
+    RowCount,
+    TableWriter,
+    build_quarantine_table,
+    encode_column,
+    load_band_hashes,
+    load_index,
+    read_column,
+    write_table,
+)
+from rluf.utils.stats import Bools, Floats, Ints, compute_rate_with_interval
 
 _SAMPLED_OUT = "sampled out of train"
 
@@ -33,6 +42,9 @@ _STATISTICS_COLUMNS = (
     "topic", "model_version",
 )  # fmt: skip
 """Columns of the index that rules, propensity and the card read."""
+
+SAMPLE_ROWS = 20
+"""Training rows of each label and entry that the page of the data card shows."""
 
 _NO_REACTION = -128
 """Label code of rows without a reaction, where codes are an array; null in the index."""
@@ -51,7 +63,7 @@ class AssignTask:
     positive_share: float
     max_rows: int | None
     contradictions: str
-    drop_duplicates: bool
+    drop_duplicates: str
     reaction_window_hours: float
     return_window_days: float
     abuse_rules: Sequence[str]
@@ -79,70 +91,21 @@ class _RowDecisions:
         self.drop_rows(row_mask, reason)
 
 
-def _load_index(work_folder: str, kind_name: str) -> tuple[pa.Table, list[Path], list[list[int]]]:
-    """Index of all rows of a kind without band hashes, its files in order, and the rows of each of a file's batches."""
-    files = _list_index_files(work_folder, kind_name)
-    if not files:
-        return pa.table({}), [], []
-    schema = read_schema(files[0])
-    batch_rows = [[len(chunk) for chunk in read_table(file, ["row_key"])["row_key"].chunks] for file in files]
-    columns = {}
-    # Column by column: a table of all files and its copy in one chunk would need twice the memory at once.
-    for name in schema.names:
-        if name != "band_hashes":
-            chunks = [chunk for file in files for chunk in read_table(file, [name])[name].chunks]
-            columns[name] = pa.chunked_array(chunks, schema.field(name).type).combine_chunks()
-    return pa.table(columns), files, batch_rows
-
-
-def _list_index_files(work_folder: str, kind_name: str) -> list[Path]:
-    return sorted((Path(work_folder) / "index" / kind_name).glob("*.arrow"))
-
-
-def _load_band_hashes(
-    work_folder: str, kind_name: str, rows: Ints, bands: Sequence[int] = range(splits.BAND_COUNT)
-) -> splits.HashKeys:
-    """Hashes [R, B] of some bands of some rows of the index: with 64 bytes, all bands are a third of an entry."""
-    band_hashes = np.empty((len(rows), len(bands)), dtype=np.uint64)
-    order = np.argsort(rows, kind="stable")
-    sorted_rows, first_row = rows[order], 0
-    for file in _list_index_files(work_folder, kind_name):
-        column = read_table(file, ["band_hashes"])["band_hashes"].combine_chunks()
-        start, end = np.searchsorted(sorted_rows, [first_row, first_row + len(column)])
-        file_hashes = column.flatten().to_numpy().reshape(len(column), splits.BAND_COUNT)
-        band_hashes[order[start:end]] = file_hashes[sorted_rows[start:end] - first_row][:, bands]
-        first_row += len(column)
-    return band_hashes
-
-
 def _group_prompts(task: AssignTask, prompt_key: splits.HashKeys, rows: Ints) -> Ints:
     """Group of near-duplicate prompts [R] of rows [R] of the index with keys [R]; each prompt is compared once."""
     unique_keys, first_rows, unique_index = np.unique(prompt_key, return_index=True, return_inverse=True)
     prompt_rows = rows[first_rows]
     bands = (
-        _load_band_hashes(task.work_folder, task.kind_name, prompt_rows, [band])[:, 0]
+        load_band_hashes(task.work_folder, task.kind_name, prompt_rows, [band])[:, 0]
         for band in range(splits.BAND_COUNT)
     )
     groups: Ints = splits.group_by_bands(len(unique_keys), bands)[unique_index]
     return groups
 
 
-def _encode_column(column: pa.ChunkedArray) -> tuple[Ints, pa.Array]:
-    """Codes [N] of a column's values, and the values; null is -1."""
-    encoded = column.combine_chunks().dictionary_encode()
-    codes = pc.fill_null(encoded.indices.cast(pa.int64()), -1)
-    return codes.to_numpy(zero_copy_only=False), encoded.dictionary
-
-
-def _read_column(table: pa.Table, column_name: str) -> NDArray[Any]:
-    """A column as an array [N]; times in microseconds."""
-    column = table[column_name]
-    return column.cast(pa.int64()).to_numpy() if pa.types.is_timestamp(column.type) else column.to_numpy()
-
-
 def _order_by_log_position(table: pa.Table) -> Ints:
     """Indices that sort the index by position in the log (its own order is by bucket)."""
-    positions = [_read_column(table, name) for name in ("item_index", "line_number", "source_index")]
+    positions = [read_column(table, name) for name in ("item_index", "line_number", "source_index")]
     order: Ints = np.lexsort(positions)
     return order
 
@@ -151,28 +114,28 @@ def _find_duplicate_ids(table: pa.Table) -> tuple[Bools, Bools]:
     """Rows [N] that a later version of the same row replaces, and rows [N] whose id another row has."""
     position = np.empty(table.num_rows, dtype=np.int64)
     position[_order_by_log_position(table)] = np.arange(table.num_rows)
-    time_us = _read_column(table, "time") if "time" in table.column_names else position
+    time_us = read_column(table, "time") if "time" in table.column_names else position
     return splits.find_duplicate_rows(
-        _read_column(table, "row_key"), _read_column(table, "response_key"), time_us, position
+        read_column(table, "row_key"), read_column(table, "response_key"), time_us, position
     )
 
 
 def _quarantine_duplicates(
-    task: AssignTask, table: pa.Table, is_duplicate: Bools, source_paths: Mapping[int, tuple[str, str | None]]
+    task: AssignTask, table: pa.Table, is_duplicate: Bools, source_paths: Mapping[int, Sequence[str | None]]
 ) -> list[RowCount]:
     """Write duplicates to quarantine. The index has no raw bytes, so the logs with duplicates are read once more."""
     if not is_duplicate.any():
         return []
     duplicate_lines: dict[int, list[int]] = defaultdict(list)
     for source_index, line_number in zip(
-        _read_column(table, "source_index")[is_duplicate].tolist(),
-        _read_column(table, "line_number")[is_duplicate].tolist(),
+        read_column(table, "source_index")[is_duplicate].tolist(),
+        read_column(table, "line_number")[is_duplicate].tolist(),
         strict=True,
     ):
         duplicate_lines[source_index].append(line_number)
     row_counts = []
     for source_index, line_numbers in sorted(duplicate_lines.items()):
-        source_path, format_name = source_paths[source_index]
+        source_path, format_name = str(source_paths[source_index][0]), source_paths[source_index][1]
         # One line may hold several duplicate items; each is a row of quarantine.
         duplicates_by_line, rows = Counter(line_numbers), []
         for batch in read_line_batches(source_path, format_name=format_name):
@@ -196,22 +159,24 @@ def _quarantine_duplicates(
 
 def _load_test_prompts(work_folder: str) -> tuple[splits.HashKeys, splits.HashKeys]:
     """Prompt keys [P] and band hashes [P, BAND_COUNT] of the test prompts of data.prompts."""
-    table, files, _ = _load_index(work_folder, "prompts")
+    table, files, _ = load_index(work_folder, "prompts")
     if not files:
         return np.empty(0, dtype=np.uint64), np.empty((0, splits.BAND_COUNT), dtype=np.uint64)
-    rows = np.flatnonzero(_read_column(table, "split") == splits.TEST_CODE)
-    return _read_column(table, "prompt_key")[rows], _load_band_hashes(work_folder, "prompts", rows)
+    rows = np.flatnonzero(read_column(table, "split") == splits.TEST_CODE)
+    return read_column(table, "prompt_key")[rows], load_band_hashes(
+        work_folder, "prompts", rows, range(splits.BAND_COUNT)
+    )
 
 
 def _drop_split_leaks(task: AssignTask, table: pa.Table, split_code: Ints, decisions: _RowDecisions) -> dict[str, Any]:
     """Drop rows that would put one conversation, prompt or (strict) time in two splits; returns card statistics."""
-    prompt_key = _read_column(table, "prompt_key")
+    prompt_key = read_column(table, "prompt_key")
     test_keys, test_bands = _load_test_prompts(task.work_folder)
     is_test_prompt = np.isin(prompt_key, test_keys)
     decisions.drop_rows((split_code != splits.TEST_CODE) & is_test_prompt, "context is a test prompt")
     statistics: dict[str, Any] = {}
     if task.kind_name == "feedback":
-        conversation_key, time_us = _read_column(table, "conversation_key"), _read_column(table, "time")
+        conversation_key, time_us = read_column(table, "conversation_key"), read_column(table, "time")
         is_leak = splits.find_conversation_leaks(conversation_key, split_code, time_us)
         decisions.drop_rows(is_leak, "conversation is in another split")
         if task.strict_splits and decisions.keep_mask.any():
@@ -225,7 +190,7 @@ def _drop_split_leaks(task: AssignTask, table: pa.Table, split_code: Ints, decis
     if task.strict_splits:
         rows = np.flatnonzero(decisions.keep_mask)
         # Test prompts are grouped together with the rows, so that a near-duplicate of one is recognized.
-        band_hashes = _load_band_hashes(task.work_folder, task.kind_name, rows)
+        band_hashes = load_band_hashes(task.work_folder, task.kind_name, rows, range(splits.BAND_COUNT))
         prompt_group = splits.group_near_duplicates(
             np.concatenate([prompt_key[rows], test_keys]), np.concatenate([band_hashes, test_bands])
         )
@@ -241,31 +206,62 @@ def _drop_repeated_rows(task: AssignTask, table: pa.Table, decisions: _RowDecisi
     """Count rows that repeat or contradict another one, and drop them if the settings say so; returns the counts."""
     order = _order_by_log_position(table)
     order = order[decisions.keep_mask[order]]
-    prompt_key, content_key = _read_column(table, "prompt_key"), _read_column(table, "response_key")
-    unit = _encode_column(table["user_id"])[0] if task.kind_name == "feedback" else np.zeros(table.num_rows, np.int64)
+    prompt_key, content_key = read_column(table, "prompt_key"), read_column(table, "response_key")
+    # Rows of feedback repeat those of the same user, labeled rows those of the same label; pairs any other.
+    if task.kind_name == "feedback":
+        unit = encode_column(table["user_id"])[0]
+    else:
+        unit = read_column(table, "label") if "label" in table.column_names else np.zeros(table.num_rows, np.int64)
+    unit_key = unit.astype(np.uint64) * splits.USER_MULTIPLIER
     # A sum of hashes stands for the texts; a chance collision has a probability of N squared over 2**64.
     content_ids = prompt_key + content_key * np.uint64(3)
-    _, first_rows = np.unique((content_ids + unit.astype(np.uint64) * splits.USER_MULTIPLIER)[order], return_index=True)
-    is_repeated = np.zeros(table.num_rows, dtype=np.bool_)
-    is_repeated[np.delete(order, first_rows)] = True
+    _, content_group = np.unique(content_ids + unit_key, return_inverse=True)
+    is_repeated = splits.find_repeats(content_group, order)
+    bands = (
+        load_band_hashes(task.work_folder, task.kind_name, order, [band], "row_band_hashes")[:, 0] + unit_key[order]
+        for band in range(splits.ROW_BAND_COUNT)
+    )
+    near_group = np.zeros(table.num_rows, dtype=np.int64)
+    near_group[order] = splits.group_by_bands(len(order), bands)
+    is_near_repeated = splits.find_repeats(near_group, order) & ~is_repeated
     is_contradictory = np.zeros(table.num_rows, dtype=np.bool_)
     if "contrary_key" in table.column_names:
-        contrary_key = _read_column(table, "contrary_key")
+        contrary_key = read_column(table, "contrary_key")
         contrary_ids = prompt_key + contrary_key * np.uint64(3)
         is_contradictory = np.isin(contrary_ids, content_ids[decisions.keep_mask]) & decisions.keep_mask
         if task.contradictions == "ignored":
             decisions.drop_rows(is_contradictory, "contradicts another row")
-    if task.drop_duplicates:
+    if task.drop_duplicates != "none":
         decisions.drop_rows(is_repeated, "repeats another row")
-    return {"exact": int(is_repeated.sum()), "contradictory": int(is_contradictory.sum())}
+    if task.drop_duplicates == "near":
+        decisions.drop_rows(is_near_repeated, "nearly repeats another row")
+    return {
+        "exact": int(is_repeated.sum()), "near": int(is_near_repeated.sum()),
+        "contradictory": int(is_contradictory.sum()), "rows": len(order),
+    }  # fmt: skip
+
+
+def _list_sample_keys(
+    table: pa.Table, source_index: Ints, label: Ints, is_train: Bools, source_paths: Mapping[int, Sequence[str | None]]
+) -> dict[str, list[int]]:
+    """Row keys of SAMPLE_ROWS training rows of each label, by the path of the entry that they come from."""
+    entry_paths, entry_of_source = np.unique(
+        [str(source_paths[index][2]) for index in sorted(source_paths)], return_inverse=True
+    )
+    entry = entry_of_source[np.searchsorted(sorted(source_paths), source_index)]
+    row_key = read_column(table, "row_key")
+    rows = splits.choose_sample_rows(row_key, entry * 2 + label, np.flatnonzero(is_train), SAMPLE_ROWS)
+    return {
+        str(entry_paths[code]): row_key[rows[entry[rows] == code]].tolist() for code in np.unique(entry[rows]).tolist()
+    }
 
 
 def _join_user_actions(task: AssignTask, table: pa.Table, decisions: _RowDecisions) -> tuple[pa.Table, list[RowCount]]:
     """Join reactions, and fill in `continued` and `returned` where the log does not state them."""
-    time_us = _read_column(table, "time")
-    user_code, _ = _encode_column(table["user_id"])
-    turn = _read_column(table, "turn").astype(np.int64)
-    continued = joins.detect_continued(_read_column(table, "conversation_key"), turn, time_us)
+    time_us = read_column(table, "time")
+    user_code, _ = encode_column(table["user_id"])
+    turn = read_column(table, "turn").astype(np.int64)
+    continued = joins.detect_continued(read_column(table, "conversation_key"), turn, time_us)
     returned = joins.detect_returned(user_code, time_us, task.return_window_days)
     for name, (values, is_known) in (("continued", continued), ("returned", returned)):
         detected = pc.if_else(pa.array(is_known), pa.array(values), pa.nulls(len(values), pa.bool_()))
@@ -273,7 +269,7 @@ def _join_user_actions(task: AssignTask, table: pa.Table, decisions: _RowDecisio
         table = table.set_column(table.column_names.index(name), name, column)
     row_counts: list[RowCount] = []
     if task.has_reactions:
-        event_table, files, _ = _load_index(task.work_folder, "reactions")
+        event_table, files, _ = load_index(task.work_folder, "reactions")
         if files:
             table, drop_counts, joined_rows = _apply_reactions(task, table, event_table, decisions)
             dropped = [(reason, rows) for reason, rows in drop_counts.items() if rows]
@@ -286,19 +282,19 @@ def _apply_reactions(
     task: AssignTask, table: pa.Table, event_table: pa.Table, decisions: _RowDecisions
 ) -> tuple[pa.Table, Counter[str], int]:
     """Join reaction events to their rows. Returns the table, dropped events by reason, and the number joined."""
-    reaction_code, reaction_names = _encode_column(event_table["reaction"])
+    reaction_code, reaction_names = encode_column(event_table["reaction"])
     order = _order_by_log_position(event_table)
     events = joins.ReactionEvents(
-        event_key=_read_column(event_table, "event_key")[order],
-        response_key=_read_column(event_table, "row_key")[order],
-        time_us=_read_column(event_table, "time")[order],
+        event_key=read_column(event_table, "event_key")[order],
+        response_key=read_column(event_table, "row_key")[order],
+        time_us=read_column(event_table, "time")[order],
         reaction_code=reaction_code[order],
-        retracted=_read_column(event_table, "retracted")[order],
+        retracted=read_column(event_table, "retracted")[order],
     )
     event_label = pc.fill_null(event_table["reaction_label"], IGNORED).to_numpy()[order].astype(np.int64)
     rows = np.flatnonzero(decisions.keep_mask)
     attributed = joins.attribute_reactions(
-        events, _read_column(table, "row_key")[rows], _read_column(table, "time")[rows],
+        events, read_column(table, "row_key")[rows], read_column(table, "time")[rows],
         joins.to_microseconds(task.reaction_window_hours),
     )  # fmt: skip
     reaction = np.array(table["reaction"].to_pylist(), dtype=object)
@@ -342,8 +338,8 @@ def _name_loved_reactions(table: pa.Table) -> pa.Table:
 
 def _assign_conversation_keys(table: pa.Table) -> tuple[pa.Table, int]:
     """The table with a conversation key of each user where users share an id but not the chat; rows so changed."""
-    conversation_key, opening_key = _read_column(table, "conversation_key"), _read_column(table, "opening_key")
-    keys = splits.assign_conversation_keys(conversation_key, opening_key, _encode_column(table["user_id"])[0])
+    conversation_key, opening_key = read_column(table, "conversation_key"), read_column(table, "opening_key")
+    keys = splits.assign_conversation_keys(conversation_key, opening_key, encode_column(table["user_id"])[0])
     column_index = table.column_names.index("conversation_key")
     new_table = table.set_column(column_index, "conversation_key", pa.array(keys, pa.uint64()))
     return new_table, int((keys != conversation_key).sum())
@@ -351,18 +347,18 @@ def _assign_conversation_keys(table: pa.Table) -> tuple[pa.Table, int]:
 
 def _build_abuse_log(task: AssignTask, table: pa.Table, loved: Bools, rows: Ints) -> abuse.AbuseLog:
     """Log of the rules, of the rows of the index that `table` has."""
-    user_code, _ = _encode_column(table["user_id"])
-    device_code, _ = _encode_column(table["device"])
+    user_code, _ = encode_column(table["user_id"])
+    device_code, _ = encode_column(table["device"])
     own_persona = pc.fill_null(pc.equal(table["author"].combine_chunks(), table["user_id"].combine_chunks()), False)
-    _, response_code = np.unique(_read_column(table, "response_key"), return_inverse=True)
+    _, response_code = np.unique(read_column(table, "response_key"), return_inverse=True)
     # Grouping is the expensive part, and only this rule reads the groups.
     if "copies" in task.abuse_rules:
-        prompt_group = _group_prompts(task, _read_column(table, "prompt_key"), rows)
+        prompt_group = _group_prompts(task, read_column(table, "prompt_key"), rows)
     else:
         prompt_group = np.zeros(len(user_code), dtype=np.int64)
     return abuse.AbuseLog(
         user_code=user_code, prompt_group=prompt_group, response_code=response_code.astype(np.int64),
-        device_code=device_code, time_us=_read_column(table, "time"), loved=loved,
+        device_code=device_code, time_us=read_column(table, "time"), loved=loved,
         own_persona=own_persona.to_numpy(zero_copy_only=False),
     )  # fmt: skip
 
@@ -382,9 +378,9 @@ def _build_feedback_columns(
     del abuse_log  # five arrays of all rows
     # No feature comes from the response's text: the propensity must not depend on what a loss wants to learn.
     features = {
-        "turn": bin_by_octave(_read_column(kept_table, "turn").astype(np.int64) + 1),
-        "locale": _encode_column(kept_table["locale"])[0],
-        "interface": _encode_column(kept_table["interface"])[0],
+        "turn": bin_by_octave(read_column(kept_table, "turn").astype(np.int64) + 1),
+        "locale": encode_column(kept_table["locale"])[0],
+        "interface": encode_column(kept_table["interface"])[0],
         "activity": bin_by_octave(np.bincount(user_code)[user_code]) if len(user_code) else user_code,
     }
     propensity, _ = estimate_propensity(features, pc.is_valid(kept_table["reaction"]).to_numpy())
@@ -396,10 +392,13 @@ def _build_feedback_columns(
     return columns | {name: table[name].combine_chunks() for name in ("reaction", "continued", "returned")}
 
 
-def assign_rows(task: AssignTask, source_paths: Mapping[int, tuple[str, str | None]]) -> dict[str, Any]:
-    """Run the second pass on one kind and return counts and statistics; `source_paths` are (file, format) by index."""
+def assign_rows(task: AssignTask, source_paths: Mapping[int, Sequence[str | None]]) -> dict[str, Any]:
+    """Run the second pass on one kind and return counts and statistics.
+
+    `source_paths` are file, format and the entry's path, by index.
+    """
     kind = find_data_kind(task.kind_name)
-    table, files, file_batches = _load_index(task.work_folder, task.kind_name)
+    table, files, file_batches = load_index(task.work_folder, task.kind_name)
     if not files:
         return {"row_counts": [], "splits": [], "statistics": {}}
     decisions = _RowDecisions(table.num_rows)
@@ -409,7 +408,7 @@ def assign_rows(task: AssignTask, source_paths: Mapping[int, tuple[str, str | No
     decisions.keep_mask &= ~is_duplicate
     row_counts = _quarantine_duplicates(task, table, is_duplicate, source_paths)
     feedback_columns: dict[str, Any] = {}
-    split_code = _read_column(table, "split").astype(np.int64)
+    split_code = read_column(table, "split").astype(np.int64)
     # Joins come before leaks are dropped: an event of a row that is dropped later still counts as joined.
     if task.kind_name == "feedback":
         table, statistics["rows_of_reused_conversation_ids"] = _assign_conversation_keys(table)
@@ -420,7 +419,8 @@ def assign_rows(task: AssignTask, source_paths: Mapping[int, tuple[str, str | No
         table = _name_loved_reactions(table)
     if task.kind_name != "prompts":
         statistics["duplicates"] = _drop_repeated_rows(task, table, decisions)
-    # Positions in the log are not needed any more, and the memory is.
+    source_index = read_column(table, "source_index")
+    # Other positions in the log are not needed any more, and the memory is.
     used_columns = {"source_index", "line_number", "item_index", "opening_key", "contrary_key"}
     table = table.drop_columns(sorted(used_columns & set(table.column_names)))
     statistics |= _drop_split_leaks(task, table, split_code, decisions)
@@ -428,12 +428,18 @@ def assign_rows(task: AssignTask, source_paths: Mapping[int, tuple[str, str | No
         feedback_columns = _build_feedback_columns(task, table, split_code, decisions, statistics)
         label = pc.fill_null(pc.equal(table["reaction"], LOVE_REACTION), False).to_numpy().astype(np.int64)
     elif "label" in table.column_names:
-        label = _read_column(table, "label")
+        label = read_column(table, "label")
     else:
         label = np.ones(table.num_rows, dtype=np.int64)
+    if "label" in table.column_names:
+        labels, label_rows = np.unique(label[decisions.keep_mask], return_counts=True)
+        statistics["labels"] = dict(zip(map(str, labels.tolist()), label_rows.tolist(), strict=True))
     statistics["topics"] = count_rows_by_topic(table, decisions.keep_mask)
     statistics["finish_reasons"] = finish_statistics(table, decisions.keep_mask)
     sampling, split_summaries = _sample_rows(task, table, split_code, label, decisions)
+    if task.kind_name != "prompts":
+        is_train = decisions.keep_mask & (sampling > 0) & (split_code == splits.TRAIN_CODE)
+        statistics["samples"] = _list_sample_keys(table, source_index, label, is_train, source_paths)
     decision_table = pa.table({
         "row_key": table["row_key"].combine_chunks(),
         "split": np.where(decisions.keep_mask, split_code, -1).astype(np.int8), "label": label, "sampling": sampling,
@@ -475,7 +481,7 @@ def _sample_rows(
         if split == "train" and kind.name != "prompts" and len(rows):
             positive_share = task.positive_share if kind.name == "feedback" else None
             quota = splits.compute_quota(positives, negatives, positive_share=positive_share, max_rows=task.max_rows)
-            rank = splits.to_unit_interval(_read_column(table, "sampling_hash")[rows])
+            rank = splits.to_unit_interval(read_column(table, "sampling_hash")[rows])
             sampling[rows] = splits.compute_sampling_weights(rank, is_positive, quota)
             # What the share of positives leaves out comes first; `max_rows` cuts the rest, loved rows too.
             by_share = splits.compute_quota(positives, negatives, positive_share=positive_share, max_rows=None)
@@ -497,17 +503,6 @@ _MAX_LEVELS = 50
 
 _MAX_DAYS = 400
 """Latest days that the card lists."""
-
-
-def compute_rate_with_interval(hits: int, rows: int) -> dict[str, float]:
-    """Share of hits with its 95% Wilson score interval; all of [0, 1] without rows.
-
-    It assumes independent rows: where a few users give many rows the true interval is wider.
-    """
-    if not rows:
-        return {"mean": 0.0, "low": 0.0, "high": 1.0, "rows": 0, "hits": 0}
-    low, high = (float(limit) for limit in wilson_interval(hits, rows))
-    return {"mean": hits / rows, "low": max(0.0, low), "high": min(1.0, high), "rows": rows, "hits": hits}
 
 
 def _compute_love_rate(loved: Bools) -> dict[str, float]:

@@ -48,10 +48,14 @@ def count_rows_by_outcome(
     return counts
 
 
+_COMMON_STATISTICS = ("topics", "finish_reasons", "duplicates", "samples", "labels")
+"""Statistics that all kinds of data have; those of feedback are in the card's section love."""
+
+
 def build_love_section(statistics: Mapping[str, Any], quota: SamplingQuota) -> dict[str, Any]:
     """Natural love rates before sampling, weight removed by the abuse rules, sampling of train, and times of splits."""
     return {
-        **{name: value for name, value in statistics.items() if name not in ("topics", "finish_reasons", "duplicates")},
+        **{name: value for name, value in statistics.items() if name not in _COMMON_STATISTICS},
         "sampling": {
             "loved": {"rows": quota.positives, "kept": quota.sampled_positives, "weight": quota.positive_weight},
             "unloved": {"rows": quota.negatives, "kept": quota.sampled_negatives, "weight": quota.negative_weight},
@@ -85,19 +89,49 @@ def measure_drift(card: Mapping[str, Any], previous_card: Mapping[str, Any]) -> 
 
 
 def measure_entry_drift(card: Mapping[str, Any], previous_card: Mapping[str, Any]) -> list[str]:
-    """Paths and labels of entries whose share of rows differs from an earlier card's by more than ENTRY_DRIFT_LIMIT."""
+    """Shares of rows that differ from an earlier card's by more than ENTRY_DRIFT_LIMIT, each in a sentence.
+
+    Of each entry: rows in which a path led to a value, and rows by label of their reaction; of each kind of data: rows
+    by label and by script. An entry whose path is new (logs of another month) is compared with the one in its position.
+    """
     changes = []
     previous_entries = {(entry["kind"], entry["path"]): entry for entry in previous_card.get("entries", [])}
-    for entry in card["entries"]:
-        previous = previous_entries.get((entry["kind"], entry["path"]))
-        if previous is None:
-            continue
-        shares, previous_shares = _list_entry_shares(entry), _list_entry_shares(previous)
-        for name in sorted({*shares, *previous_shares}):
-            now, before = shares.get(name, 0.0), previous_shares.get(name, 0.0)
-            if abs(now - before) > ENTRY_DRIFT_LIMIT:
-                changes.append(f"data.{entry['kind']} ({entry['path']}): {name} {before:.0%} before, {now:.0%} now")
+    positions = {(entry["kind"], position): entry for position, entry in _list_entry_positions(previous_card)}
+    for position, entry in _list_entry_positions(card):
+        kind = entry["kind"]
+        previous = previous_entries.get((kind, entry["path"])) or positions.get((kind, position))
+        if previous is not None:
+            name = f"data.{kind} ({entry['path']})"
+            changes += _list_changes(name, _list_entry_shares(entry), _list_entry_shares(previous))
+    for section, noun in (("labels", "rows with label"), ("scripts", "rows in script")):
+        for name, counts in card.get(section, {}).items():
+            previous_counts = previous_card.get(section, {}).get(name)
+            if previous_counts:
+                shares = (
+                    {f"{noun} {level}": rows / max(sum(values.values()), 1) for level, rows in values.items()}
+                    for values in (counts, previous_counts)
+                )
+                changes += _list_changes(name, *shares)
     return changes
+
+
+def _list_entry_positions(card: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any]]]:
+    """Entries of a card, each with its position among those of its kind."""
+    positions: Counter[str] = Counter()
+    numbered = []
+    for entry in card.get("entries", []):
+        numbered.append((positions[entry["kind"]], entry))
+        positions[entry["kind"]] += 1
+    return numbered
+
+
+def _list_changes(name: str, shares: Mapping[str, float], previous_shares: Mapping[str, float]) -> list[str]:
+    values = [(key, previous_shares.get(key, 0.0), shares.get(key, 0.0)) for key in sorted({*shares, *previous_shares})]
+    return [
+        f"{name}: {key} {before:.0%} before, {now:.0%} now"
+        for key, before, now in values
+        if abs(now - before) > ENTRY_DRIFT_LIMIT
+    ]
 
 
 def _list_entry_shares(entry: Mapping[str, Any]) -> dict[str, float]:
@@ -140,6 +174,14 @@ def build_data_card(
         "counts": count_rows_by_outcome(row_counts, written_rows),
         "splits": dict(splits),
         "duplicates": duplicates,
+        **{
+            name: {
+                find_data_kind(kind).output_name: kind_statistics[name]
+                for kind, kind_statistics in statistics.items()
+                if name in kind_statistics
+            }
+            for name in ("samples", "labels")
+        },
         "topics": {
             find_data_kind(kind).output_name: kind_statistics["topics"]
             for kind, kind_statistics in statistics.items()
@@ -162,6 +204,9 @@ CUT_SHARE_LIMIT = 0.1
 
 ENTRY_DRIFT_LIMIT = 0.1
 """Change of a share of rows since the previous data set that is a warning."""
+
+NEAR_DUPLICATE_LIMIT = 0.01
+"""Share of rows that nearly repeat another one from which the card warns; a few are in every log."""
 
 _NOTED_WARNINGS = {
     "user ids that look like e-mail addresses": "set RLUF_USER_SALT to hash them",
@@ -208,7 +253,12 @@ def list_warnings(card: Mapping[str, Any], max_rows: int | None) -> list[str]:
             warnings.append(
                 f"data.{kind}: {statistics['exact']} rows repeat the prompt and response of another row"
                 + (" of the same user" if kind == "feedback" else "")
-                + "; prepare.drop_duplicates=true removes them"
+                + "; prepare.drop_duplicates=exact removes them"
+            )
+        if statistics["near"] >= NEAR_DUPLICATE_LIMIT * statistics["rows"] > 0:
+            warnings.append(
+                f"data.{kind}: {statistics['near']} rows ({statistics['near'] / statistics['rows']:.0%}) differ from "
+                "another row in a few words only; prepare.drop_duplicates=near removes them"
             )
         if statistics["contradictory"]:
             warnings.append(
@@ -263,6 +313,9 @@ def format_card_lines(card: Mapping[str, Any]) -> list[str]:
         lines += _format_entry_lines(entry)
     for output_name, splits in card["splits"].items():
         lines.append(f"{output_name}: " + ", ".join(f"{split} {entry['rows']}" for split, entry in splits.items()))
+    for output_name, scripts in card.get("scripts", {}).items():
+        shares = [f"{name} {rows / sum(scripts.values()):.0%}" for name, rows in list(scripts.items())[:5]]
+        lines.append(f"{output_name}: scripts: {', '.join(shares)}")
     if card.get("redacted"):
         redactions = ", ".join(f"{kind} {count}" for kind, count in sorted(card["redacted"].items()))
         lines.append(f"redacted: {redactions}")

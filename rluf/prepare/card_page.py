@@ -23,8 +23,8 @@ def write_card_page(card: Mapping[str, Any], folder: Path) -> Path:
     """Write the page of a card to `folder` and return its path. It needs no network and no other file."""
     context = {"package": "rluf.prepare", "figures": build_figures(card), **build_page_context(card)}
     # From the files, not from the card: after an erasure the page has no row of the user.
-    samples = sample_training_rows(folder)
-    context["samples"] = [(s.output_name, s.label, f"{s.earlier_messages}", s.prompt, s.response) for s in samples]
+    samples = sample_training_rows(folder, card)
+    context["samples"] = [(s.output_name, s.source, s.label, s.prompt, s.response) for s in samples]
     page = render_html_page("card.html.j2", **context)
     path = folder / CARD_PAGE_NAME
     path.write_text(page, encoding="utf-8")
@@ -63,6 +63,15 @@ def build_page_context(card: Mapping[str, Any]) -> dict[str, Any]:
         "time_note": _describe_time_split(love), "redacted": sorted(card.get("redacted", {}).items()),
         "user_ids": card.get("user_ids", ""), "forgotten": len(card.get("forgotten", [])),
         "drift": _build_drift_rows(card.get("drift") or {}),
+        "scripts": [
+            (name, script, f"{rows:,}", format_percent(rows / sum(scripts.values())))
+            for name, scripts in card.get("scripts", {}).items()
+            for script, rows in scripts.items()
+        ],
+        "duplicates": [
+            (f"data.{kind}", *(f"{counts.get(name, 0):,}" for name in ("exact", "near", "contradictory")))
+            for kind, counts in card.get("duplicates", {}).items()
+        ],
         "sources": [
             (source["kind"], source["file"], source["reader"] or "", f"{source['rows']:,}")
             for source in card["sources"]

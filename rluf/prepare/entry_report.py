@@ -17,6 +17,7 @@ from rluf.prepare.labels import LABEL_NAMES, LabelRules, check_reactions
 from rluf.prepare.readers.columns import RATINGS_NOTE, check_columns
 from rluf.prepare.readers.files import BROKEN_FILE_REASONS
 from rluf.prepare.readers.sources import LogSource, find_reader
+from rluf.prepare.schema import find_data_kind
 from rluf.prepare.validate_pass import LENGTH_STEP_TOKENS
 from rluf.prepare.workspace import RowCount
 
@@ -152,6 +153,17 @@ def summarize_lengths(
             "cut_share": cut_rows / counts.total(),
         }  # fmt: skip
     return lengths
+
+
+def summarize_scripts(
+    tasks: Sequence[Mapping[str, Any]], results: Sequence[Mapping[str, Any]]
+) -> dict[str, dict[str, int]]:
+    """Valid rows of each kind of data by the script of their response (prompts: last message), most frequent first."""
+    counts_by_name: dict[str, Counter[str]] = defaultdict(Counter)
+    for task, result in zip(tasks, results, strict=True):
+        if result["scripts"]:
+            counts_by_name[find_data_kind(task["kind_name"]).output_name].update(result["scripts"])
+    return {name: dict(counts.most_common()) for name, counts in counts_by_name.items()}
 
 
 def estimate_lost_rows(row_counts: Sequence[RowCount], broken_files: str) -> dict[str, int]:

@@ -21,7 +21,13 @@ from rluf.errors import DataError, ResourceError, RlufError
 from rluf.prepare.assign_pass import AssignTask, assign_rows
 from rluf.prepare.card import build_data_card, format_card_lines, list_warnings, measure_drift, measure_entry_drift
 from rluf.prepare.card_page import write_card_page
-from rluf.prepare.entry_report import check_entries, estimate_lost_rows, report_entries, summarize_lengths
+from rluf.prepare.entry_report import (
+    check_entries,
+    estimate_lost_rows,
+    report_entries,
+    summarize_lengths,
+    summarize_scripts,
+)
 from rluf.prepare.readers.columns import check_columns
 from rluf.prepare.readers.sources import LogSource, fingerprint_sources, resolve_all_sources
 from rluf.prepare.schema import SCHEMA_VERSION, find_data_kind, order_kinds
@@ -170,6 +176,7 @@ def _run_passes(
         forgotten=list(erasure_marks), entries=[report.to_card() for report in entry_reports],
         lost_rows_of_broken_files=lost_rows,
     )  # fmt: skip
+    card["scripts"] = summarize_scripts(validate_tasks, validate_results)
     card["lengths"] = summarize_lengths(validate_tasks, validate_results, settings.reward.by_objective)
     card["warnings"] = [*list_warnings(card, prepare.max_rows), *measure_entry_drift(card, previous_card)]
     card["drift"] = measure_drift(card, previous_card)
@@ -235,7 +242,9 @@ def _build_assign_tasks(
     settings: Settings, sources: Sequence[LogSource], workspace: PrepareWorkspace, kinds: Sequence[str]
 ) -> list[dict[str, Any]]:
     """Tasks of the second pass: one for each kind that has splits."""
-    source_paths = {str(index): (source.location, source.entry.format) for index, source in enumerate(sources)}
+    source_paths = {
+        str(index): (source.location, source.entry.format, source.entry.path) for index, source in enumerate(sources)
+    }
     assign_settings = settings.prepare.model_dump(include=_ASSIGN_SETTINGS)
     tasks = []
     for kind in kinds:
@@ -356,7 +365,7 @@ def run_task(task_row: Mapping[str, Any]) -> list[dict[str, Any]]:
     if task_row["name"] == "validate":
         result = validate_rows(ValidateTask(**fields))
     elif task_row["name"] == "assign":
-        source_paths = {int(source_index): (path, name) for source_index, (path, name) in fields["sources"].items()}
+        source_paths = {int(source_index): names for source_index, names in fields["sources"].items()}
         result = assign_rows(AssignTask(**fields["task"]), source_paths)
     else:
         result = write_split_file(WriteTask(**fields))

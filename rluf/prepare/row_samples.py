@@ -1,8 +1,10 @@
-"""Rows of a prepared data set to look at before training: some of each label, as they are in its files."""
+"""Rows of a prepared data set to look at before training: some of each label and entry, cut as a model would read them.
+
+Which rows is on the card as hashes of their ids; the texts come from the files. So an erasure removes them here too.
+"""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,60 +12,74 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-ROWS_PER_LABEL = 20
-"""Rows of each label that the page of the data card lists."""
+from rluf.prepare.schema import BYTES_PER_TOKEN, find_data_kind
+from rluf.prepare.splits import ROW_KEY_SALT
+from rluf.utils.hashing import hash64
 
-_MAX_CHARS = 600
-"""Characters of a text that the page has; the middle of a longer one is left out."""
+_MAX_BYTES = 2000
+"""Bytes of a row that the page shows, where its reward model would read more."""
+
+_PROMPT_SHARE = 0.25
+"""Share of a row that its context keeps (rluf.reward.text.MIN_PROMPT_SHARE)."""
 
 
 @dataclass(frozen=True, slots=True)
 class SampleRow:
-    """One training row in words: data, label, number of messages before the last one, last message, response."""
+    """One training row in words: data, entry of the config, label, context and response as far as they are read."""
 
     output_name: str
+    source: str
     label: str
-    earlier_messages: int
     prompt: str
     response: str
 
 
-def sample_training_rows(data_folder: Path) -> list[SampleRow]:
-    """ROWS_PER_LABEL training rows of each label and kind of data, read from the files of a data set.
-
-    The rows of a file are in the order of a hash, so the first ones are a random sample.
-    """
+def sample_training_rows(data_folder: Path, card: Mapping[str, Any]) -> list[SampleRow]:
+    """The training rows that the card names as samples, read from the files of the data set."""
     samples: list[SampleRow] = []
-    for path in sorted(data_folder.glob("*/train.parquet")):
-        parquet_file = pq.ParquetFile(path)
-        names = ("label", "messages", "response", "chosen", "rejected")
+    lengths = {find_data_kind(kind).output_name: length for kind, length in card.get("lengths", {}).items()}
+    for output_name, keys_by_source in card.get("samples", {}).items():
+        source_by_key = {key: source for source, keys in keys_by_source.items() for key in keys}
+        token_limit = lengths.get(output_name, {}).get("max_tokens", _MAX_BYTES)
+        byte_limit = min(BYTES_PER_TOKEN * token_limit, _MAX_BYTES)
+        parquet_file = pq.ParquetFile(data_folder / output_name / "train.parquet")
+        names = ("id", "label", "messages", "response", "chosen", "rejected")
         columns = [name for name in names if name in parquet_file.schema_arrow.names]
-        if "messages" not in columns or len(columns) < 2:
-            continue
-        label_counts: Counter[str] = Counter()
         for batch in parquet_file.iter_batches(1024, columns=columns):
-            for row in batch.to_pylist():
-                for sample in _describe_row(path.parent.name, row):
-                    if label_counts[sample.label] < ROWS_PER_LABEL:
-                        label_counts[sample.label] += 1
-                        samples.append(sample)
-            if len(label_counts) > 1 and min(label_counts.values()) == ROWS_PER_LABEL:
+            if not source_by_key:
                 break
-    return sorted(samples, key=lambda sample: (sample.output_name, sample.label))
+            for index, row_id in enumerate(batch["id"].to_pylist()):
+                source = source_by_key.pop(hash64(row_id, ROW_KEY_SALT), None)
+                if source is not None:
+                    samples += _describe_row(output_name, source, batch.slice(index, 1).to_pylist()[0], byte_limit)
+    return sorted(samples, key=lambda sample: (sample.output_name, sample.source, sample.label))
 
 
-def _describe_row(output_name: str, row: Mapping[str, Any]) -> list[SampleRow]:
-    *earlier, last = row["messages"]
+def _describe_row(output_name: str, source: str, row: Mapping[str, Any], byte_limit: int) -> list[SampleRow]:
     if "chosen" in row:
         labels = [("chosen", row["chosen"]), ("rejected", row["rejected"])]
     else:
         labels = [(("loved" if row["label"] else "not loved") if output_name == "love" else f"label {row['label']}",
                    row["response"])]  # fmt: skip
-    prompt_text = _shorten_text(last["content"])
-    return [SampleRow(output_name, label, len(earlier), prompt_text, _shorten_text(text)) for label, text in labels]
+    *earlier, last = row["messages"]
+    context = "\n".join([*(f"{message['role']}: {message['content']}" for message in earlier), last["content"]])
+    return [SampleRow(output_name, source, label, *shorten_row(context, text, byte_limit)) for label, text in labels]
 
 
-def _shorten_text(text: str) -> str:
-    if len(text) <= _MAX_CHARS:
-        return text
-    return f"{text[: _MAX_CHARS // 2]} [... {len(text) - _MAX_CHARS} characters ...] {text[-_MAX_CHARS // 2 :]}"
+def shorten_row(context: str, response: str, byte_limit: int) -> tuple[str, str]:
+    """Context and response as far as a reward model reads them, estimated by bytes: start and middle are left out.
+
+    The context loses its start, down to a quarter of the limit, then the response its middle.
+    """
+    context_bytes, response_bytes = context.encode("utf-8", "replace"), response.encode("utf-8", "replace")
+    context_minimum = min(len(context_bytes), int(_PROMPT_SHARE * byte_limit))
+    response_limit = byte_limit - context_minimum
+    if len(response_bytes) > response_limit:
+        start, end = response_bytes[: response_limit // 2], response_bytes[-(response_limit - response_limit // 2) :]
+        cut_text = f" [... {len(response_bytes) - response_limit} bytes ...] "
+        response = start.decode("utf-8", "ignore") + cut_text + end.decode("utf-8", "ignore")
+    context_limit = max(byte_limit - len(response_bytes), context_minimum)
+    if len(context_bytes) > context_limit:
+        context_end = context_bytes[len(context_bytes) - context_limit :].decode("utf-8", "ignore")
+        context = f"[... {len(context_bytes) - context_limit} bytes ...] {context_end}"
+    return context, response

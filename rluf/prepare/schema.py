@@ -29,6 +29,9 @@ from rluf.config.objectives import LABELS_KEY_PREFIX, find_spec_by_data_key
 SCHEMA_VERSION = 3
 """Version of the record layout, in each Parquet file's metadata. Versions 2 and 3 add fields; older logs load too."""
 
+BYTES_PER_TOKEN = 4
+"""Bytes of UTF-8 per token, about: four letters of English, or one and a third of Chinese."""
+
 MAX_TEXT_CHARS = 100_000
 """Longest message or response in characters; longer ones are quarantined."""
 

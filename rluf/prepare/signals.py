@@ -15,11 +15,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from rluf.errors import DataError
 from rluf.prepare.card_page import build_rate_figure, format_percent
 from rluf.prepare.joins import bin_by_octave
+from rluf.prepare.splits import assign_conversation_keys
+from rluf.prepare.workspace import encode_column
 from rluf.report.page import render_html_page
 from rluf.utils.stats import Bools, Floats, Ints, fit_logistic, sigmoid
 
@@ -106,10 +109,14 @@ def _find_positive_follow_ups(table: pa.Table) -> tuple[Bools, Bools]:
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     analyzer = SentimentIntensityAnalyzer()
-    turns = list(zip(table["conversation_id"].to_pylist(), table["turn"].to_pylist(), strict=True))
+    openings = pc.struct_field(pc.list_element(table["messages"], 0), "content")
+    codes = [encode_column(column)[0] for column in (table["conversation_id"], openings, table["user_id"])]
+    # Some products number conversations within a user: a shared id is then one chat for each user.
+    chats = assign_conversation_keys(codes[0].astype(np.uint64), codes[1].astype(np.uint64), codes[2])
+    turns = list(zip(chats.tolist(), table["turn"].to_pylist(), strict=True))
     row_of_turn = {turn_key: row for row, turn_key in enumerate(turns)}
     is_pleased, has_follow_up = np.zeros(len(turns), dtype=np.bool_), np.zeros(len(turns), dtype=np.bool_)
-    next_rows = [(row, row_of_turn.get((conversation, turn + 1))) for row, (conversation, turn) in enumerate(turns)]
+    next_rows = [(row, row_of_turn.get((chat, turn + 1))) for row, (chat, turn) in enumerate(turns)]
     # VADER takes most of the time, so only the first rows are read.
     pairs = [(row, next_row) for row, next_row in next_rows if next_row is not None][:_MAX_FOLLOW_UPS]
     contexts = table["messages"].take(pa.array([next_row for _, next_row in pairs], pa.int64())).to_pylist()
@@ -140,8 +147,7 @@ def collect_signals(table: pa.Table) -> dict[str, tuple[Bools, Bools]]:
 
 def rank_signals(table: pa.Table) -> list[dict[str, Any]]:
     """One row per signal, ranked by RANKING_RULE. `table` has prepared love rows (see rluf.prepare.write_pass)."""
-    user_indices = table["user_id"].combine_chunks().dictionary_encode().indices
-    user_code = user_indices.to_numpy(zero_copy_only=False).astype(np.int64)
+    user_code, _ = encode_column(table["user_id"])
     signals = collect_signals(table)
     returned, return_known = signals["return"]
     continued, continue_known = signals["continue"]

@@ -30,6 +30,7 @@ from rluf.prepare.readers.files import RawLine, detect_format, read_line_batches
 from rluf.prepare.readers.sources import find_reader, parse_partition_fields
 from rluf.prepare.redact import redact_array, redact_text
 from rluf.prepare.schema import (
+    BYTES_PER_TOKEN,
     MAX_TEXT_CHARS,
     SPLIT_NAMES,
     PromptRecord,
@@ -51,11 +52,20 @@ _MAX_PENDING_BYTES = 64 * 2**20
 EMAIL_NOTE = "user ids that look like e-mail addresses"
 """Note on rows whose user id is personal data, because no salt is set."""
 
-BYTES_PER_TOKEN = 4
-"""Bytes of UTF-8 per token, about: four letters of English, or one and a third of Chinese."""
-
 LENGTH_STEP_TOKENS = 16
 """Width of the steps in which estimated lengths are counted."""
+
+SCRIPT_CHARS = 400
+"""Characters of a text by which its script is found."""
+
+SCRIPTS = {
+    name: rf"\p{{{name}}}"
+    for name in (
+        "Latin", "Cyrillic", "Greek", "Arabic", "Hebrew", "Devanagari", "Bengali", "Tamil", "Telugu", "Thai", "Hangul",
+        "Georgian", "Armenian", "Ethiopic", "Khmer",
+    )
+} | {"Kana": r"\p{Hiragana}\p{Katakana}", "Han": r"\p{Han}"}  # fmt: skip
+"""Scripts by which the card counts the languages of rows, as classes of RE2."""
 
 MAX_REASON_CHARS = 120
 """Characters of a reason that repeats a key of the row."""
@@ -126,6 +136,7 @@ class _ValidationWriter:
         self.reaction_counts: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
         self.length_counts: Counter[int] = Counter()
+        self.script_counts: Counter[str] = Counter()
         self.rules = LabelRules(task.labels)
         work_folder, file_name = Path(task.work_folder), f"{task.file_stem}.arrow"
         folders = ("index", "rows") if self.kind.split_names else ("index",)
@@ -166,6 +177,8 @@ class _ValidationWriter:
         if not self.task.salt_hex and "user_id" in table.column_names:
             self.notes[EMAIL_NOTE] += pc.sum(pc.match_substring(table["user_id"], "@")).as_py() or 0
         self._count_lengths(table)
+        if "messages" in table.column_names:
+            self.script_counts += count_scripts(self._get_last_texts(table))
         index = self._build_index(rows, table, positions)
         if self.task.erasure_marks:
             keep_mask = pa.array([not erased for erased in self._find_erased_rows(table)], pa.bool_())
@@ -198,6 +211,15 @@ class _ValidationWriter:
         self.length_counts.update(
             dict(zip(*(values.tolist() for values in np.unique(steps, return_counts=True)), strict=True))
         )
+
+    def _get_last_texts(self, table: pa.Table) -> pa.Array:
+        """The response (pairs: the chosen one) of each row [N], of prompts the last message."""
+        text_column = next((name for name in _TEXT_COLUMNS if name in table.column_names), None)
+        if text_column is not None:
+            return table[text_column].combine_chunks()
+        messages = table["messages"].combine_chunks()
+        last_indices = messages.offsets.to_numpy()[1:] - 1 - messages.offsets[0].as_py()
+        return messages.flatten().field("content").take(pa.array(last_indices))
 
     def _label_reactions(self, column: pa.ChunkedArray) -> pa.Array:
         """Label code of each reaction [N], null where there is none; also counts reactions by name."""
@@ -268,6 +290,11 @@ class _ValidationWriter:
         content_fields = _CONTENT_FIELDS[get_row_kind(kind.name)]
         contents = ["\x1f".join(str(getattr(row, name)) for name in content_fields) for row in rows]
         columns["response_key"] = pa.array([hash64(text, "rluf-answer") for text in contents], pa.uint64())
+        text_fields = [name for name in content_fields if name in _TEXT_COLUMNS]
+        if text_fields:
+            # The last message only: the rows of a conversation have all earlier ones in common.
+            texts = [[row.messages[-1].content, *(getattr(row, name) for name in text_fields)] for row in rows]
+            columns["row_band_hashes"] = _build_list_column(splits.compute_row_band_hashes(texts))
         if get_row_kind(kind.name) in ("preferences", "safety"):
             # The content that contradicts a row: the reverse pair, or the same response with the other label.
             is_pair = get_row_kind(kind.name) == "preferences"
@@ -293,9 +320,7 @@ class _ValidationWriter:
         # MinHash costs far more than hash64, so each distinct context is hashed once.
         _, first_rows, unique_index = np.unique(prompt_keys, return_index=True, return_inverse=True)
         band_hashes = splits.compute_band_hashes([texts[row] for row in first_rows])[unique_index]
-        flat_hashes = pa.array(np.ascontiguousarray(band_hashes).reshape(-1))
-        band_column = pa.FixedSizeListArray.from_arrays(flat_hashes, splits.BAND_COUNT)
-        return {"prompt_key": pa.array(prompt_keys), "band_hashes": band_column}
+        return {"prompt_key": pa.array(prompt_keys), "band_hashes": _build_list_column(band_hashes)}
 
     def _split_codes(self, table: pa.Table) -> pa.Array:
         keys = table[self.kind.split_key].to_pylist()
@@ -307,6 +332,29 @@ class _ValidationWriter:
         self._bucket_writer.close()
         if self._quarantine_file is not None:
             self._quarantine_file.close()
+
+
+def _build_list_column(values: splits.HashKeys) -> pa.Array:
+    """Column of lists of equal length from an array [N, length]."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(np.ascontiguousarray(values).reshape(-1)), values.shape[1])
+
+
+def count_scripts(texts: pa.Array) -> Counter[str]:
+    """Number of texts by the script of most letters in their first characters; Japanese counts as Kana."""
+    starts = pc.utf8_slice_codeunits(texts, 0, SCRIPT_CHARS)
+    is_ascii = pc.string_is_ascii(starts)
+    counts = Counter({"Latin": pc.sum(pc.match_substring_regex(starts.filter(is_ascii), "[A-Za-z]")).as_py() or 0})
+    counts["none"] = (pc.sum(is_ascii).as_py() or 0) - counts["Latin"]
+    other_texts = starts.filter(pc.invert(is_ascii))
+    if len(other_texts):
+        letters = np.stack([pc.count_substring_regex(other_texts, rf"[{p}]").to_numpy() for p in SCRIPTS.values()])
+        # Japanese has more Han letters than Kana in many sentences, Chinese has no Kana.
+        kana, han = (list(SCRIPTS).index(name) for name in ("Kana", "Han"))
+        letters[kana] += np.where(letters[kana] > 0, letters[han], 0)
+        names, has_letters = list(SCRIPTS), letters.max(0) > 0
+        counts.update(names[code] for code in letters.argmax(0)[has_letters].tolist())
+        counts["none"] += int((~has_letters).sum())
+    return +counts
 
 
 RowAdapter = Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any] | SkippedRow]]
@@ -476,7 +524,8 @@ def validate_rows(task: ValidateTask) -> dict[str, Any]:
     ]
     return {
         "row_counts": row_counts, "redacted": dict(writer.redaction_counts), "reactions": dict(writer.reaction_counts),
-        "lengths": dict(writer.length_counts), "notes": dict(+writer.notes), "paths": dict(converter.path_counts),
+        "lengths": dict(writer.length_counts), "scripts": dict(writer.script_counts), "notes": dict(+writer.notes),
+        "paths": dict(converter.path_counts),
     }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -244,6 +245,59 @@ def read_table(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Read an .arrow file, or some of its columns."""
     with _open_table(path, columns) as reader:
         return reader.read_all()
+
+
+def load_index(work_folder: str, kind_name: str) -> tuple[pa.Table, list[Path], list[list[int]]]:
+    """Index of all rows of a kind without band hashes, its files in order, and the rows of each of a file's batches."""
+    files = _list_index_files(work_folder, kind_name)
+    if not files:
+        return pa.table({}), [], []
+    schema = read_schema(files[0])
+    batch_rows = [[len(chunk) for chunk in read_table(file, ["row_key"])["row_key"].chunks] for file in files]
+    columns = {}
+    # Column by column: a table of all files and its copy in one chunk would need twice the memory at once.
+    for name in schema.names:
+        if name not in ("band_hashes", "row_band_hashes"):
+            chunks = [chunk for file in files for chunk in read_table(file, [name])[name].chunks]
+            columns[name] = pa.chunked_array(chunks, schema.field(name).type).combine_chunks()
+    return pa.table(columns), files, batch_rows
+
+
+def _list_index_files(work_folder: str, kind_name: str) -> list[Path]:
+    return sorted((Path(work_folder) / "index" / kind_name).glob("*.arrow"))
+
+
+def load_band_hashes(
+    work_folder: str,
+    kind_name: str,
+    rows: NDArray[np.int64],
+    bands: Sequence[int],
+    column_name: str = "band_hashes",
+) -> NDArray[np.uint64]:
+    """Hashes [R, B] of some bands of some rows of the index: with 64 bytes, all bands are a third of an entry."""
+    band_hashes = np.empty((len(rows), len(bands)), dtype=np.uint64)
+    order = np.argsort(rows, kind="stable")
+    sorted_rows, first_row = rows[order], 0
+    for file in _list_index_files(work_folder, kind_name):
+        column = read_table(file, [column_name])[column_name].combine_chunks()
+        start, end = np.searchsorted(sorted_rows, [first_row, first_row + len(column)])
+        file_hashes = column.flatten().to_numpy().reshape(len(column), -1)
+        band_hashes[order[start:end]] = file_hashes[sorted_rows[start:end] - first_row][:, bands]
+        first_row += len(column)
+    return band_hashes
+
+
+def encode_column(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], pa.Array]:
+    """Codes [N] of a column's values, and the values; null is -1."""
+    encoded = column.combine_chunks().dictionary_encode()
+    codes = pc.fill_null(encoded.indices.cast(pa.int64()), -1)
+    return codes.to_numpy(zero_copy_only=False), encoded.dictionary
+
+
+def read_column(table: pa.Table, column_name: str) -> NDArray[Any]:
+    """A column as an array [N]; times in microseconds."""
+    column = table[column_name]
+    return column.cast(pa.int64()).to_numpy() if pa.types.is_timestamp(column.type) else column.to_numpy()
 
 
 MAX_OPEN_FILES = 100

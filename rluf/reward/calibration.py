@@ -125,7 +125,13 @@ def compute_prior_shift(labels: Sequence[int] | Floats, weights: Sequence[float]
 
 
 def fit_platt(
-    logits: Floats, labels: Floats, weights: Floats, *, ridge: float = 1.0, smooth_targets: bool = True
+    logits: Floats,
+    labels: Floats,
+    weights: Floats,
+    *,
+    ridge: float = 1.0,
+    smooth_targets: bool = True,
+    covariates: Floats | None = None,
 ) -> tuple[float, float]:
     """Scale and offset of sigmoid(scale * z + offset) by weighted maximum likelihood (Newton steps).
 
@@ -133,6 +139,9 @@ def fit_platt(
     normal prior around the identity, so that few positives cannot bend the curve: on the scale (weaker where the logits
     vary by less than 1) and on the calibrated logit of the mean row. The scale stays positive, so the ranking is never
     reversed. Source: Platt 1999.
+
+    `covariates` [N, K] are fitted with the logit, so the scale is that of responses served in equal contexts. The
+    offset then makes the mean probability the mean label, whatever the contexts.
     """
     positives, negatives = float((weights * labels).sum()), float((weights * (1 - labels)).sum())
     if positives <= 0 or negatives <= 0:
@@ -141,9 +150,18 @@ def fit_platt(
     targets = labels * high + (1 - labels) * low
     # Around their mean, or a scale far from 1 would need an offset that the prior forbids.
     mean = float(np.average(logits, weights=weights))
-    features = np.stack([logits - mean, np.ones_like(logits)], axis=1)
-    scale, mean_logit = _fit_by_newton(features, targets, weights, np.array([1.0, mean]), ridge)
-    return scale, mean_logit - scale * mean
+    columns, prior_mean = [logits - mean, np.ones_like(logits)], np.array([1.0, mean])
+    if covariates is None or not covariates.size:
+        scale, mean_logit = _fit_by_newton(np.stack(columns, axis=1), targets, weights, prior_mean, ridge)
+        return scale, mean_logit - scale * mean
+    from scipy.optimize import brentq
+
+    standardized = (covariates - covariates.mean(0)) / (covariates.std(0) + 1e-6)
+    design, prior_mean = np.column_stack([*columns, standardized]), np.append(prior_mean, np.zeros(len(covariates.T)))
+    scale, _ = _fit_by_newton(design, targets, weights, prior_mean, ridge)
+    rate, bound = np.average(labels, weights=weights), 40 + scale * np.abs(logits).max()
+    offset = brentq(lambda b: np.average(sigmoid(scale * logits + b), weights=weights) - rate, -bound, bound)
+    return scale, float(offset)
 
 
 def fit_pair_scale(differences: Floats, weights: Floats, *, ridge: float = 1.0) -> float:

@@ -47,7 +47,8 @@ MIN_SLICE_ROWS = 20
 def fit_calibration(dev_split: EncodedSplit, logits: Floats, base_calibration: Calibration) -> Calibration:
     """Fit `base_calibration` on dev logits (one per sequence).
 
-    Labels: prior correction, then Platt scaling. Pairs: a scale that makes differences the log-odds of winning, and an
+    Labels: prior correction, then Platt scaling, with the context as covariates if the split has it.
+    Pairs: a scale that makes differences the log-odds of winning, and an
     offset that puts the mean logged response at 0.5, so a value reads as the chance to beat an average logged response.
     """
     if dev_split.is_pairwise:
@@ -55,7 +56,7 @@ def fit_calibration(dev_split: EncodedSplit, logits: Floats, base_calibration: C
         center = float(np.average(logits, weights=np.tile(dev_split.weights, 2)))
         return replace(base_calibration, method="centered", prior_shift=0.0, scale=scale, offset=-scale * center)
     z = logits + base_calibration.prior_shift
-    scale, offset = fit_platt(z, dev_split.labels, dev_split.weights)
+    scale, offset = fit_platt(z, dev_split.labels, dev_split.weights, covariates=dev_split.context_columns)
     return replace(base_calibration, method="platt", scale=scale, offset=offset)
 
 

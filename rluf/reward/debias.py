@@ -5,6 +5,8 @@
   nothing. Half of the phrases are the sign-offs of the log's own responses, because these are the ones the log may
   reward.
 - `propensity`: a reaction is weighted by the inverse of how often comparable responses get one.
+- `context`: turn, activity of the user and model version are covariates of the fitted head. The score leaves them out:
+  they are equal for all responses to one prompt.
 - `length`, `users`: the effects of response length and of each user's own reaction rate on the labels are fitted first
   and added to the logits in training only; the model learns the rest and scores without them. Per-user offsets are
   estimated leave-one-text-out.
@@ -12,18 +14,23 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rluf.objectives.judges import has_sign_off
+from rluf.reward.encoded_split import EncodedSplit
+from rluf.reward.trainer import gather_objects
 from rluf.utils.stats import Floats, sigmoid
+
+logger = logging.getLogger(__name__)
 
 HIGH_PROPENSITY_QUANTILE = 0.95
 """Quantile of the propensities that counts as highest: a single outlier must not make all others equal."""
@@ -44,6 +51,64 @@ def compute_propensity_weights(propensity: Floats, labels: Floats, *, all_reacte
     highest = max(float(np.quantile(propensity, HIGH_PROPENSITY_QUANTILE, method="higher")), 1e-12)
     theta = np.clip(propensity / highest, MIN_PROPENSITY_RATIO, 1.0)
     return np.asarray(1 / theta if all_reacted else np.where(labels > 0.5, 1 / theta, 1.0), dtype=np.float64)
+
+
+MIN_VERSION_SHARE = 0.02
+"""Share of the rows below which a model version has no effect of its own."""
+
+
+def count_context(
+    records: Sequence[Mapping[str, Any]], user_ids: Sequence[str], weights: Floats
+) -> tuple[Counter[str], Counter[str]]:
+    """Rows of each user and of each model version before sampling: sums of the weights [N]."""
+    activity: Counter[str] = Counter()
+    versions: Counter[str] = Counter()
+    for record, user, weight in zip(records, user_ids, weights.tolist(), strict=True):
+        activity[user] += weight
+        versions[str(record.get("model_version") or "")] += weight
+    return activity, versions
+
+
+def encode_context(
+    records: Sequence[Mapping[str, Any]],
+    user_ids: Sequence[str],
+    activity: Mapping[str, float],
+    versions: Mapping[str, float],
+) -> Floats:
+    """Columns [N, K] of what decides whether a row gets a reaction, apart from its text.
+
+    Log turn, first turn, log activity of the user, and an indicator of each model version but the most frequent one.
+    `activity` and `versions` are those of count_context; versions of the training rows, so that K is the same for dev.
+    """
+    turns = np.asarray([float(record.get("turn") or 0) for record in records])
+    activities = np.asarray([activity[user] for user in user_ids])
+    columns = [np.log1p(turns), (turns == 0).astype(np.float64), np.log1p(activities)]
+    total = sum(versions.values())
+    frequent_versions = sorted(versions, key=lambda version: (-versions[version], version))[1:]
+    for version in (name for name in frequent_versions if versions[name] >= MIN_VERSION_SHARE * total):
+        columns.append(np.asarray([float(str(record.get("model_version") or "") == version) for record in records]))
+    return np.stack(columns, axis=1)
+
+
+def add_context(
+    train_split: EncodedSplit,
+    train_records: Sequence[Mapping[str, Any]],
+    dev_split: EncodedSplit,
+    dev_records: Sequence[Mapping[str, Any]],
+    world_size: int,
+) -> tuple[EncodedSplit, EncodedSplit]:
+    """Add the context columns of both splits; a user's activity is counted over the training rows of all ranks."""
+    count, users = train_split.original_count, train_split.clusters
+    shards = gather_objects(
+        count_context(train_records[:count], users[:count], train_split.weights[:count]), world_size
+    )
+    activity: Counter[str] = sum((shard[0] for shard in shards), Counter())
+    versions: Counter[str] = sum((shard[1] for shard in shards), Counter())
+    dev_activity, _ = count_context(dev_records, dev_split.clusters, dev_split.weights)
+    return (
+        replace(train_split, context_columns=encode_context(train_records, users, activity, versions)),
+        replace(dev_split, context_columns=encode_context(dev_records, dev_split.clusters, dev_activity, versions)),
+    )
 
 
 @dataclass(frozen=True)
@@ -139,6 +204,45 @@ def fit_pair_nuisance(lengths: Floats, weights: Floats) -> NuisanceModel:
         curvature = float((weights * p * (1 - p) * difference**2).sum()) + 1e-9
         slope += float(np.clip((weights * (1 - p) * difference).sum() / curvature, -3, 3))
     return NuisanceModel(slope, center, scale)
+
+
+def fit_nuisance_offsets(
+    split: EncodedSplit, debias: Sequence[str], world_size: int = 1, *, head: str = "reward model"
+) -> Floats:
+    """Logit offset of each sequence explained by length and user, fitted on the rows of all ranks.
+
+    Per-user offsets are estimated leave-one-text-out.
+    """
+    all_rows, split = split, split.select_originals()  # copies add no evidence about user or length
+    weights = split.loss_weights
+    shards = gather_objects((split.labels, weights, split.response_lengths, split.clusters), world_size)
+    all_weights = np.concatenate([shard[1] for shard in shards])
+    if split.is_pairwise:
+        # Each rank has its chosen responses first; the fit needs those of all ranks before any rejected one.
+        lengths_by_rank = [np.split(shard[2], 2) for shard in shards]
+        all_lengths = np.concatenate([lengths[index] for index in range(2) for lengths in lengths_by_rank])
+        nuisance = fit_pair_nuisance(all_lengths, all_weights)
+        offsets = nuisance.compute_length_offsets(split.response_lengths)
+    else:
+        nuisance = fit_label_nuisance(
+            np.concatenate([shard[0] for shard in shards]),
+            all_weights,
+            np.concatenate([shard[2] for shard in shards]),
+            [cluster for shard in shards for cluster in shard[3]],
+            fit_length="length" in debias,
+            fit_users="users" in debias,
+        )
+        offsets = nuisance.compute_row_offsets(
+            split.labels, weights, split.response_lengths, split.clusters, split.text_ids
+        )
+    logger.info(
+        "%s: debias length_slope=%.2f log-odds per standard deviation of log length", head, nuisance.length_slope
+    )
+    # A copy has the user of its source, but a length of its own.
+    sources = split.list_sequence_indices(all_rows.source_ids.tolist())
+    length_offsets = nuisance.compute_length_offsets(all_rows.response_lengths)
+    source_length_offsets = nuisance.compute_length_offsets(split.response_lengths)[sources]
+    return np.asarray(offsets[sources] - source_length_offsets + length_offsets, dtype=np.float64)
 
 
 SIGN_OFF_PHRASES = (

@@ -49,6 +49,8 @@ class EncodedSplit:
     logit_offsets: Floats = field(default_factory=lambda: np.empty(0))
     """Added to each sequence's logit in training, not in scoring: effects of length and user (rluf.reward.debias).
     Empty: none."""
+    context_columns: Floats = field(default_factory=lambda: np.empty((0, 0)))
+    """[N, K] covariates of the fitted head and of its calibration (rluf.reward.debias.encode_context); empty: none."""
     copy_sources: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, dtype=np.int64))
     """The last rows are copies: the index of the row that each was made from. First those with a sign-off and the same
     label (rluf.reward.debias), then `counterfactual_count` that are worse (rluf.reward.counterfactuals)."""
@@ -88,6 +90,7 @@ class EncodedSplit:
             self.row_keys[rows],
             self.loss_factors[rows] if self.loss_factors.size else self.loss_factors,
             self.logit_offsets[sequences] if self.logit_offsets.size else self.logit_offsets,
+            self.context_columns[rows] if self.context_columns.size else self.context_columns,
         )
 
     def find_contrasts(self, row_indices: Sequence[int]) -> list[tuple[int, int]]:

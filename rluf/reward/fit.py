@@ -33,12 +33,12 @@ from rluf.reward.checkpoint import RewardCheckpointer
 from rluf.reward.counterfactuals import Counterfactual, make_training_copies
 from rluf.reward.debias import (
     SIGN_OFF_SHARE,
+    add_context,
     add_sign_off_copies,
     compute_propensity_weights,
-    fit_label_nuisance,
-    fit_pair_nuisance,
+    fit_nuisance_offsets,
 )
-from rluf.reward.encoded_split import EncodedSplit, encode_split
+from rluf.reward.encoded_split import encode_split
 from rluf.reward.linear_probe import fit_probe, fold_bias_into_weights, set_head_weights
 from rluf.reward.losses import build_loss
 from rluf.reward.shared_backbone import save_head_folders, select_labeled_rows
@@ -371,7 +371,7 @@ def _build_task(
     if not is_pairwise and len(set(train_split.labels.tolist())) < 2:
         raise DataError(f"{train_source} has rows of one label only; a model needs both labels, use a larger log")
     # Only reactions have a propensity: the other heads' labels do not depend on who happened to react.
-    if "propensity" in head_settings.debias and head_data.head in ("love", "thumbs"):
+    if "propensity" in head_settings.debias and head_data.head in ("love", "thumbs", "dislike"):
         propensity = np.asarray([float(row["propensity"]) for row in records if "propensity" in row])
         if len(propensity) < len(train_split):
             raise DataError(f"{train_source} has no column propensity; run rluf.prepare again")
@@ -379,49 +379,12 @@ def _build_task(
             propensity, train_split.labels, all_reacted=head_data.head == "thumbs"
         )
         train_split = replace(train_split, loss_factors=loss_factors)
+    if "context" in head_settings.debias and not is_pairwise:
+        train_split, dev_split = add_context(train_split, records, dev_split, dev_records, world_size)
     if {"length", "users"} & set(head_settings.debias):
         logit_offsets = fit_nuisance_offsets(train_split, head_settings.debias, world_size, head=head_data.head)
         train_split = replace(train_split, logit_offsets=logit_offsets)
     return HeadTask(head_data.head, train_split, dev_split, build_loss(head_settings), head_index)
-
-
-def fit_nuisance_offsets(
-    split: EncodedSplit, debias: Sequence[str], world_size: int = 1, *, head: str = "reward model"
-) -> Floats:
-    """Logit offset of each sequence explained by length and user, fitted on the rows of all ranks.
-
-    Per-user offsets are estimated leave-one-text-out.
-    """
-    all_rows, split = split, split.select_originals()  # copies add no evidence about user or length
-    weights = split.loss_weights
-    shards = gather_objects((split.labels, weights, split.response_lengths, split.clusters), world_size)
-    all_weights = np.concatenate([shard[1] for shard in shards])
-    if split.is_pairwise:
-        # Each rank has its chosen responses first; the fit needs those of all ranks before any rejected one.
-        lengths_by_rank = [np.split(shard[2], 2) for shard in shards]
-        all_lengths = np.concatenate([lengths[index] for index in range(2) for lengths in lengths_by_rank])
-        nuisance = fit_pair_nuisance(all_lengths, all_weights)
-        offsets = nuisance.compute_length_offsets(split.response_lengths)
-    else:
-        nuisance = fit_label_nuisance(
-            np.concatenate([shard[0] for shard in shards]),
-            all_weights,
-            np.concatenate([shard[2] for shard in shards]),
-            [cluster for shard in shards for cluster in shard[3]],
-            fit_length="length" in debias,
-            fit_users="users" in debias,
-        )
-        offsets = nuisance.compute_row_offsets(
-            split.labels, weights, split.response_lengths, split.clusters, split.text_ids
-        )
-    logger.info(
-        "%s: debias length_slope=%.2f log-odds per standard deviation of log length", head, nuisance.length_slope
-    )
-    # A copy has the user of its source, but a length of its own.
-    sources = split.list_sequence_indices(all_rows.source_ids.tolist())
-    length_offsets = nuisance.compute_length_offsets(all_rows.response_lengths)
-    source_length_offsets = nuisance.compute_length_offsets(split.response_lengths)[sources]
-    return np.asarray(offsets[sources] - source_length_offsets + length_offsets, dtype=np.float64)
 
 
 def _compute_probe_features(
@@ -519,9 +482,10 @@ def _fit_head_weights(
         # The H x H moment in place of the changes themselves: its size does not grow with the number of copies.
         changes.T @ changes,
         len(changes),
+        split.context_columns[fit_rows] if split.context_columns.size else np.zeros((len(fit_rows), 0)),
     )
     shards = gather_objects(local_shard, world_size)
-    labels, weights = (np.concatenate([shard[column] for shard in shards]) for column in (0, 1))
+    labels, weights, covariates = (np.concatenate([shard[column] for shard in shards]) for column in (0, 1, 7))
     clusters = [cluster for shard in shards for cluster in shard[2]]
     # For pairs, each rank has chosen before rejected; the fit needs the chosen responses of all ranks first.
     responses_per_row = 1 + split.is_pairwise
@@ -532,7 +496,7 @@ def _fit_head_weights(
     change_moment = sum(shard[5] for shard in shards) / max(1, sum(shard[6] for shard in shards))
     head_weights, bias, strength = fit_probe(
         features, labels, weights, clusters, is_pairwise=split.is_pairwise, seed=seed, logit_offsets=offsets,
-        change_moment=change_moment,
+        change_moment=change_moment, covariates=covariates,
     )  # fmt: skip
     logger.info("%s: linear probe C=%g", task.name, strength)
     return features, head_weights, bias

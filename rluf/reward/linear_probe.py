@@ -26,6 +26,8 @@ STRENGTH_PATIENCE = 2
 """Strengths in a row without a better held-out loss after which no weaker regularization is tried."""
 INVARIANCE_WEIGHT = 1.0
 """Weight, relative to the mean log-loss, of the mean squared change of the logit caused by sign-offs."""
+COVARIATE_SCALE = 30.0
+"""Factor on standardized covariates: a factor of 30 makes their regularization 900 times weaker than the features'."""
 FOLD_COUNT = 4
 FloatMatrix = NDArray[np.float64]
 
@@ -57,6 +59,7 @@ def fit_probe(
     seed: int = 0,
     logit_offsets: Floats | None = None,
     change_moment: FloatMatrix | None = None,
+    covariates: FloatMatrix | None = None,
 ) -> tuple[Floats, float, float]:
     """Weights [H], bias and the chosen strength C of a logit on features [N, H] (pairs: [2N, H], chosen first).
 
@@ -64,7 +67,12 @@ def fit_probe(
     `logit_offsets` (one per row of features) are added to the logits during the fit and are not part of the result: the
     effect of a user or of length (rluf.reward.debias). `change_moment` [H, H] is the mean of d d^T over changes d of
     the features that must earn nothing (a sign-off): the mean squared change of the logit is penalized in the fit.
+    `covariates` [N, K] of labeled rows are fitted together with the features and hardly regularized; the result is the
+    logit at their means.
     """
+    feature_count = features.shape[1]
+    if covariates is not None and covariates.size:
+        features = np.concatenate([features, covariates], axis=1)
     logit_offsets = np.zeros(len(features)) if logit_offsets is None else logit_offsets
     if not is_pairwise:
         features, labels, weights, clusters, logit_offsets = _merge_equal_rows(
@@ -73,10 +81,13 @@ def fit_probe(
     count = len(labels)
     mean, spread = features.mean(0), features.std(0) + 1e-6
     z = (features - mean) / spread
+    z[:, feature_count:] *= COVARIATE_SCALE
+    mean, spread = mean[:feature_count], spread[:feature_count]
     if change_moment is None or not change_moment.any():
         change_moment = np.zeros((0, 0))
     else:
         change_moment = INVARIANCE_WEIGHT * change_moment / np.outer(spread, spread)
+        change_moment = np.pad(change_moment, (0, z.shape[1] - feature_count))
     if is_pairwise:
         z, logit_offsets = z[:count] - z[count:], logit_offsets[:count] - logit_offsets[count:]
     strength = _choose_strength(
@@ -87,7 +98,7 @@ def fit_probe(
         logit_offsets=logit_offsets, quadratic_penalty=change_moment, fit_bias=not is_pairwise,
     )  # fmt: skip
     # Undo the standardization, so that the head applies to the features as the backbone gives them.
-    head_weights = solution[:-1] / spread
+    head_weights = solution[:feature_count] / spread
     return head_weights, 0.0 if is_pairwise else float(solution[-1] - mean @ head_weights), strength
 
 

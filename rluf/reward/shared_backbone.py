@@ -1,4 +1,4 @@
-"""Several heads on one shared backbone: love, continued, thumbs, helpfulness, safety, scored by one forward pass.
+"""Several heads on one shared backbone: love, continued, dislike, helpfulness, safety, scored by one forward pass.
 
 Each head has a folder of its own, like a separate model: config with one logit, calibration, card, and two weight
 files, `head.safetensors` and `backbone.safetensors`; the latter is one file on disk with several hard links. Plain
@@ -28,6 +28,10 @@ from rluf.reward.backbone import get_linear_head
 BACKBONE_FILE, HEAD_FILE, INDEX_FILE = "backbone.safetensors", "head.safetensors", "model.safetensors.index.json"
 HEAD_DATA_SOURCES: Mapping[str, str] = dict.fromkeys(REACTION_HEADS, "love")
 """Heads that are trained on the data of another objective, with labels of their own."""
+HEAD_REQUIREMENTS: Mapping[str, str] = {
+    "continued": "whether the user continued", "thumbs": "a thumb up or down", "dislike": "a thumb down",
+}  # fmt: skip
+"""What a row of the log needs for a label of the head, for error messages."""
 THUMBS_UP_REACTIONS, THUMBS_DOWN_REACTIONS = ("love", "thumbs_up", "like"), ("thumbs_down", "dislike")
 
 
@@ -39,15 +43,16 @@ def get_data_objective(head: str) -> str:
 def select_labeled_rows(head: str, records: Sequence[Mapping[str, Any]], source_name: str) -> list[Mapping[str, Any]]:
     """Records with a label of the head: `continued` if the log has the field, `thumbs` for a thumb up or down.
 
-    Other heads take all records unchanged. Raises DataError when no record is left.
+    `dislike` is a thumb down against everything else, like love; it needs one thumb down among the records. Other heads
+    take all records unchanged. Raises DataError when no record is left.
     """
     if head not in HEAD_DATA_SOURCES:
         return list(records)
     labeled_rows: list[Mapping[str, Any]] = [
         {**row, "label": label} for row in records if (label := get_head_label(head, row)) is not None
     ]
-    if not labeled_rows:
-        requirement = "whether the user continued" if head == "continued" else "a thumb up or down"
+    if not labeled_rows or (head == "dislike" and not any(row["label"] for row in labeled_rows)):
+        requirement = HEAD_REQUIREMENTS[head]
         raise DataError(
             f"no row of {source_name} has {requirement}, so the head {head} has no training rows; remove it from "
             "reward.shared_backbone_heads"
@@ -63,6 +68,8 @@ def get_head_label(head: str, record: Mapping[str, Any]) -> int | None:
         reaction = record.get("reaction")
         is_rated = reaction in (*THUMBS_UP_REACTIONS, *THUMBS_DOWN_REACTIONS)
         label = reaction in THUMBS_UP_REACTIONS if is_rated else None
+    elif head == "dislike":
+        label = record.get("reaction") in THUMBS_DOWN_REACTIONS
     else:
         label = record.get("label")
     return None if label is None else int(label)

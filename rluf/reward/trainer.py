@@ -445,5 +445,5 @@ def gather_objects(value: Any, world_size: int) -> list[Any]:
     if world_size == 1:
         return [value]
     values: list[Any] = [None] * world_size
-    distributed.gather_objects(values, value)
+    distributed.all_gather_object(values, value)
     return values

@@ -35,6 +35,17 @@ def wilson_interval(hits: ArrayLike, totals: ArrayLike, *, confidence: float = 0
     return center - margin, center + margin
 
 
+def compute_rate_with_interval(hits: int, rows: int) -> dict[str, float]:
+    """Share of hits with its 95% Wilson score interval; all of [0, 1] without rows.
+
+    It assumes independent rows: where a few users give many rows the true interval is wider.
+    """
+    if not rows:
+        return {"mean": 0.0, "low": 0.0, "high": 1.0, "rows": 0, "hits": 0}
+    low, high = (float(limit) for limit in wilson_interval(hits, rows))
+    return {"mean": hits / rows, "low": max(0.0, low), "high": min(1.0, high), "rows": rows, "hits": hits}
+
+
 def fit_logistic(
     x: Floats,
     y: Floats,

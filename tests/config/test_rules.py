@@ -47,6 +47,8 @@ COLOCATED = ["cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5", "wei
             ],
             ["aggregation.uncertainty_penalty=1", "reward.love.ensemble.shared_head=true"],
         ),
+        (["reward.safety.debias=[context]"], ["reward.safety.debias=['context']", "reward.safety.loss=bce"]),
+        (["reward.love.debias=[context]"], ["reward.love.debias=['context']", "epochs=0", "linear_probe=true"]),
         (["reward.safety.debias=[propensity]"], ["reward.safety.debias=['propensity']", "reward.safety.loss=bce"]),
         (["reward.shared_backbone_heads=[love]"], ["reward.shared_backbone_heads=['love']", "two heads"]),
         (
@@ -217,6 +219,7 @@ def test_old_value_formats_are_refused_with_the_new_format(override: str, replac
             "reward.love={linear_probe: true, epochs: 0, debias: [sign_offs, length, users], "
             "ensemble: {members: [{layers: 6}, {backbone: minilm, layers: 4}]}}"
         ],
+        ["reward={shared_backbone_heads: [love, dislike], love: {linear_probe: true, epochs: 0, debias: [context]}}"],
         ["reward={objectives: [love, safety], shared_backbone_heads: [love, safety]}"],
         ["reward={objectives: [helpfulness], shared_backbone_heads: [love, continued]}"],
         ["reward.love.loss=nnpu"],

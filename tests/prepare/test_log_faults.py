@@ -342,7 +342,8 @@ def test_rows_that_repeat_or_contradict_others_are_counted_and_dropped_on_reques
     }  # fmt: skip
     card, love_rows = build(tmp_path, data)
     assert card["duplicates"] == {
-        "feedback": {"exact": 50, "contradictory": 0}, "preferences": {"exact": 100, "contradictory": 30},
+        "feedback": {"exact": 50, "near": 0, "contradictory": 0, "rows": 350},
+        "preferences": {"exact": 100, "near": 0, "contradictory": 30, "rows": 210},
     }  # fmt: skip
     assert len(love_rows) == 350 and sum("drop_duplicates" in text for text in card["warnings"]) == 2
     card, love_rows = build(tmp_path, data, drop_duplicates=True, contradictions="ignored")
@@ -352,15 +353,15 @@ def test_rows_that_repeat_or_contradict_others_are_counted_and_dropped_on_reques
 
 def test_the_page_lists_rows_of_each_label_and_the_card_the_drift_of_paths(tmp_path: Path) -> None:
     rows = [
-        foreign_row(i, m=[{"role": "user", "content": f"q{i}"}], r=f"a{i}" + "x" * 700 * (i % 2)) for i in range(400)
+        foreign_row(i, m=[{"role": "user", "content": f"q{i}"}], r=f"a{i}" + "x" * 7000 * (i % 2)) for i in range(400)
     ]
     columns = COLUMNS | {"response": "r"}
     entry = {"path": write_rows(tmp_path / "log.jsonl", rows), "columns": columns}
-    build(tmp_path, {"feedback": [entry]})
-    samples = sample_training_rows(tmp_path / "data")
+    card, _ = build(tmp_path, {"feedback": [entry]})
+    samples = sample_training_rows(tmp_path / "data", card)
     assert Counter(sample.label for sample in samples) == {"loved": 20, "not loved": 20}
     assert all(int(sample.prompt[1:]) % 4 == 0 for sample in samples if sample.label == "loved")
-    assert any("[... 10" in sample.response for sample in samples)
+    assert any("[... 50" in sample.response for sample in samples)
     page = (tmp_path / "data" / "data_card.html").read_text()
     assert samples[0].prompt in page and "Rows to look at" in page
     write_rows(tmp_path / "log.jsonl", [row | {"fb": row["fb"] if i < 100 else None} for i, row in enumerate(rows)])

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rluf.prepare import splits
-from rluf.prepare.assign_pass import compute_rate_with_interval
 from rluf.prepare.schema import SPLIT_NAMES
 from rluf.prepare.splits import (
     assign_split,
@@ -21,6 +20,7 @@ from rluf.prepare.splits import (
     to_unit_interval,
 )
 from rluf.utils.hashing import hash64, hash_to_unit_interval
+from rluf.utils.stats import compute_rate_with_interval
 
 WORDS = [
     f"{first}{second}" for first in ("ka", "lo", "mi", "tu", "re", "so") for second in ("n", "sa", "vi", "po", "du")

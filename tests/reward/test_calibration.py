@@ -37,6 +37,21 @@ def test_the_prior_shift_from_ten_percent_as_in_the_method_notes(rate: float, sh
     assert math.isclose((weights * labels).sum() / weights.sum(), rate, rel_tol=1e-9)
 
 
+@pytest.mark.parametrize("effect", [-3.0, 0.5, 3.0])
+def test_calibration_with_covariates_has_the_natural_rate_and_the_scale_within_a_context(effect: float) -> None:
+    rng = np.random.default_rng(3)
+    logits, context = rng.normal(size=6000), rng.normal(size=(6000, 1))
+    labels = (rng.random(6000) < sigmoid(1.5 * logits + effect * context[:, 0] - 3)).astype(float)
+    weights = rng.uniform(0.5, 2.0, 6000)
+    scale, offset = fit_platt(logits, labels, weights, covariates=context)
+    rate = np.average(labels, weights=weights)
+    assert np.average(sigmoid(scale * logits + offset), weights=weights) == pytest.approx(rate, abs=1e-6)
+    assert scale == pytest.approx(1.5, abs=0.15)
+    without_context, _ = fit_platt(logits, labels, weights)
+    assert abs(effect) < 1 or without_context < 0.75 * scale
+    assert fit_platt(logits, labels, weights, covariates=np.empty((0, 0))) == fit_platt(logits, labels, weights)
+
+
 def test_the_prior_shift_needs_both_classes() -> None:
     assert compute_prior_shift([1, 1], [1.0, 2.0]) == 0.0
     assert compute_prior_shift([], []) == 0.0

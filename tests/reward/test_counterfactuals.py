@@ -21,8 +21,8 @@ from rluf.reward.counterfactuals import (
     measure_prompt_fit,
     should_measure_prompt_fit,
 )
+from rluf.reward.debias import fit_nuisance_offsets
 from rluf.reward.encoded_split import EncodedSplit
-from rluf.reward.fit import fit_nuisance_offsets
 from rluf.reward.losses import compute_step_loss, weighted_bce_loss
 from rluf.reward.model import RewardModel
 from rluf.reward.text import EncodedItem

@@ -9,7 +9,14 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from rluf.reward.debias import MIN_PROPENSITY_RATIO, compute_propensity_weights, fit_label_nuisance, fit_pair_nuisance
+from rluf.reward.debias import (
+    MIN_PROPENSITY_RATIO,
+    compute_propensity_weights,
+    count_context,
+    encode_context,
+    fit_label_nuisance,
+    fit_pair_nuisance,
+)
 from rluf.reward.encoded_split import EncodedSplit
 from rluf.reward.losses import weighted_bce_loss
 from rluf.reward.text import EncodedItem
@@ -21,6 +28,25 @@ def test_reactions_of_low_propensity_weigh_more_up_to_ten_times() -> None:
     assert weights.tolist() == [1.0, 4.0, 1.0, 1 / MIN_PROPENSITY_RATIO]
     thumb_weights = compute_propensity_weights(np.asarray([0.4, 0.1]), np.asarray([1.0, 0]), all_reacted=True)
     assert thumb_weights.tolist() == [1.0, 4.0]
+
+
+def test_the_context_of_a_row_is_its_turn_its_users_activity_and_its_model_version() -> None:
+    records = [{"turn": turn, "model_version": version} for turn, version in ((0, "a"), (3, "b"), (7, "a"), (0, None))]
+    users, weights = ["u", "u", "v", "v"], np.asarray([1.0, 4.0, 1.0, 1.0])
+    activity, versions = count_context(records, users, weights)
+    assert activity == {"u": 5.0, "v": 2.0}
+    columns = encode_context(records, users, activity, versions)
+    assert np.allclose(columns[:, 0], np.log1p([0, 3, 7, 0]))
+    assert columns[:, 1].tolist() == [1, 0, 0, 1]
+    assert np.allclose(columns[:, 2], np.log1p([5, 5, 2, 2]))
+    # The most frequent version by weight, b, is the reference; then a, then none.
+    assert columns[:, 3:].tolist() == [[1, 0], [0, 0], [1, 0], [0, 1]]
+    # Dev rows have the columns of the training versions; a version that training never saw has no effect.
+    dev = encode_context([{"turn": 1, "model_version": "new"}], ["w"], {"w": 1.0}, versions)
+    assert dev.shape == (1, columns.shape[1]) and not dev[0, 3:].any()
+    rare = encode_context(records, users, activity, {"a": 99.0, "b": 99.0, "": 1.0})
+    assert rare.shape == (4, 4)
+    assert encode_context([{}], ["u"], {"u": 1.0}, {"": 1.0}).tolist() == [[0.0, 1.0, math.log(2)]]
 
 
 def test_propensities_weight_the_cross_entropy_and_preserve_the_class_balance() -> None:

@@ -121,6 +121,29 @@ def test_counterfactual_pairs_train_but_do_not_calibrate(data_folder: Path, tmp_
     assert len({score.raw_logit for score in model.score(items, "helpfulness")}) == 2
 
 
+def test_the_context_is_fitted_with_the_head_and_is_not_in_the_model(data_folder: Path, tmp_path: Path) -> None:
+    head_data = load_head_data(data_folder, "love")
+    for rows in (head_data.train_rows, head_data.dev_rows):
+        for index, row in enumerate(rows):
+            row |= {"turn": index % 5, "model_version": f"bot-{index % 2}"}
+    settings = build_settings(tmp_path)
+    love = settings.reward.love.model_copy(update={"debias": ("context",)})
+    context_settings = settings.model_copy(update={"reward": settings.reward.model_copy(update={"love": love})})
+    plain, contextual = (
+        train_ensemble(each_settings, [head_data], math.inf)[0] for each_settings in (settings, context_settings)
+    )
+    assert contextual.tasks[0].train_split.context_columns.shape == (len(head_data.train_rows), 4)
+    assert contextual.tasks[0].dev_split.context_columns.shape == (len(head_data.dev_rows), 4)
+    assert {name: tensor.shape for name, tensor in contextual.weights.items()} == {
+        name: tensor.shape for name, tensor in plain.weights.items()
+    }
+    model = export_and_load(context_settings, data_folder, "love", [contextual], tmp_path / "out")
+    dev_split = contextual.tasks[0].dev_split
+    values = model.calibration.compute_probabilities(contextual.fit_results[0].dev_logits)
+    rate = np.average(dev_split.labels, weights=dev_split.weights)
+    assert np.average(values, weights=dev_split.weights) == pytest.approx(rate, abs=1e-4)
+
+
 def test_a_head_fitted_on_labels_has_no_counterfactual_rows(data_folder: Path, tmp_path: Path) -> None:
     settings = build_settings(tmp_path, debias=["counterfactuals"])
     (member,) = train_ensemble(settings, [load_head_data(data_folder, "love")], math.inf)

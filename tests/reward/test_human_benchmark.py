@@ -11,7 +11,8 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 
-from human import measure_by_source, measure_with_turn, sample_unreacted_rows
+import over_refusal
+from human import measure_by_source, measure_with_context, sample_unreacted_rows
 
 from rluf.reward.encoded_split import EncodedSplit
 from rluf.reward.linear_probe import assign_folds
@@ -60,8 +61,25 @@ def test_the_turn_counts_as_far_as_it_explains_love(turn_effect: float, text_eff
     log_odds = text_effect * logits - turn_effect * (np.log1p(turns) - 1.3) - 1
     labels = (rng.random(2000) < 1 / (1 + np.exp(-log_odds))).astype(float)
     clusters = [str(row // 10) for row in range(2000)]
-    rows = EncodedSplit(False, [], labels, np.ones(2000), clusters, np.ones(2000))
-    records = [{"turn": int(turn)} for turn in turns]
-    metrics = measure_with_turn(records, rows, logits, assign_folds(clusters, 5))
+    columns = np.stack([np.log1p(turns), turns == 0, rng.normal(size=2000)], axis=1)
+    rows = EncodedSplit(False, [], labels, np.ones(2000), clusters, np.ones(2000), context_columns=columns)
+    metrics = measure_with_context(rows, logits, assign_folds(clusters, 5))
+    assert abs(metrics["context_only"]["mean"] - metrics["turn_only"]["mean"]) < 0.02  # the third column is noise
     assert (metrics["turn_only"]["mean"] > 0.6) == (turn_effect > 0)
     assert metrics["with_turn"]["mean"] > max(metrics["turn_only"]["mean"] - 0.01, 0.6)
+
+
+def test_over_refusal_tells_a_model_that_reads_the_prompt_from_one_that_reads_the_response_alone() -> None:
+    reading = over_refusal.summarize(np.tile([0.9, 0.2, 0.6, 0.8], 40))
+    assert (reading["refuses_harmful"]["mean"], reading["refuses_harmless"]["mean"]) == (1, 0)
+    assert (reading["answer_is_safe"]["mean"], reading["compliance_is_safe"]["mean"]) == (1, 0)
+    assert reading["refusal_gain_harmful"]["mean"] > 0 > reading["refusal_gain_harmless"]["mean"]
+    response_only = over_refusal.summarize(np.tile([0.9, 0.2, 0.9, 0.5], 40))
+    assert (response_only["refuses_harmful"]["mean"], response_only["refuses_harmless"]["mean"]) == (1, 1)
+    assert over_refusal.summarize(np.full(160, 0.7))["refuses_harmless"]["mean"] == 0.5
+
+
+def test_over_refusal_has_forty_harmless_questions_and_as_many_harmful_prompts() -> None:
+    rows = [json.loads(line) for line in over_refusal.PAIRS_PATH.read_text("utf-8").splitlines()]
+    assert len({row["harmful_row"] for row in rows}) == len({row["harmless"] for row in rows}) == len(rows) == 40
+    assert all(row[key].strip() for row in rows for key in ("harmless", "answer", "refusal", "comply"))

@@ -96,6 +96,36 @@ def test_the_effect_that_an_offset_explains_is_not_learned_again() -> None:
     assert pair_weights[1] > 0 and abs(pair_weights[0]) < 0.3 * pair_weights[1]
 
 
+@pytest.mark.parametrize("merged_rows", [1, 3])
+@pytest.mark.parametrize("effect", [-2.0, 0.0, 2.0])
+def test_what_a_covariate_explains_is_not_learned_from_the_features(effect: float, merged_rows: int) -> None:
+    """The first feature is a noisy copy of the covariate, as a text tells its turn; only the second one is rewarded."""
+    rng = np.random.default_rng(8)
+    context = np.repeat(rng.normal(size=(1500, 1)), merged_rows, axis=0) + 3.0
+    count = len(context)
+    x = np.repeat(rng.normal(size=(1500, 2)), merged_rows, axis=0)
+    x[:, 0] = 0.5 * x[:, 0] + context[:, 0]
+    y = (rng.random(count) < sigmoid(x[:, 1] + effect * (context[:, 0] - 3.0))).astype(float)
+    users, ones = [f"u{i // merged_rows % 100}" for i in range(count)], np.ones(count)
+    plain, _, _ = fit_probe(x, y, ones, users, is_pairwise=False)
+    weights, bias, _ = fit_probe(x, y, ones, users, is_pairwise=False, covariates=context)
+    assert weights.shape == (2,)
+    assert weights[1] > 0.5 and abs(weights[0]) < 0.25
+    assert abs(plain[0]) >= abs(effect) / 2
+    assert float((x @ weights + bias).mean()) == pytest.approx(0.0, abs=0.25)  # the logit at the covariates' means
+
+
+def test_covariates_leave_the_penalty_of_sign_offs_in_place() -> None:
+    rng = np.random.default_rng(9)
+    x, context = rng.normal(size=(2000, 3)), rng.normal(size=(2000, 2))
+    y = (rng.random(2000) < sigmoid(x[:, 0] + x[:, 1] + context[:, 0])).astype(float)
+    users, change = [f"u{i % 100}" for i in range(2000)], np.asarray([0.0, 2.0, 0.5])
+    weights, _, _ = fit_probe(
+        x, y, np.ones(2000), users, is_pairwise=False, covariates=context, change_moment=np.outer(change, change)
+    )
+    assert abs(weights @ change) < 0.2 * weights[0]
+
+
 def test_the_change_that_a_sign_off_causes_earns_nothing() -> None:
     """The labels reward the second feature, which a sign-off raises; with the penalty the logit hardly moves."""
     rng = np.random.default_rng(6)

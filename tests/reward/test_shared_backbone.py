@@ -157,7 +157,7 @@ def test_heads_without_a_common_backbone_hash_are_scored_separately(
     )
 
 
-def test_labels_of_continued_and_thumbs_come_from_the_feedback() -> None:
+def test_labels_of_reaction_heads_come_from_the_feedback() -> None:
     rows = [
         {"continued": True, "reaction": "love"},
         {"continued": False, "reaction": None},
@@ -165,7 +165,10 @@ def test_labels_of_continued_and_thumbs_come_from_the_feedback() -> None:
     ]
     assert [row["label"] for row in select_labeled_rows("continued", rows, "here")] == [1, 0]
     assert [row["label"] for row in select_labeled_rows("thumbs", rows, "here")] == [1, 0]
+    assert [row["label"] for row in select_labeled_rows("dislike", rows, "here")] == [0, 0, 1]
     assert select_labeled_rows("love", rows, "here") == rows
+    with pytest.raises(DataError, match=r"has a thumb down.*head dislike"):
+        select_labeled_rows("dislike", rows[:2], "here")
     with pytest.raises(DataError, match=r"reward\.shared_backbone_heads"):
         select_labeled_rows("thumbs", rows[1:2], "here")
 

@@ -27,6 +27,7 @@ from rluf.reward.trainer import (
     TrainPlan,
     TrainProgress,
     compute_dev_log_loss,
+    gather_objects,
     plan_epoch_steps,
 )
 
@@ -267,3 +268,13 @@ def test_interrupted_training_reads_every_row_once_per_epoch(cache: Path) -> Non
     assert rows_read == Counter({(head, row): 2 for head in range(2) for row in range(80)})
     assert [result.examples for result in resumed_run.results] == [160, 160]
     assert [len(result.history) for result in resumed_run.results] == [2, 2]
+
+
+def test_objects_of_all_ranks_are_gathered_by_torch() -> None:
+    """A group of one process: torch fills the entry of its only rank."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert gather_objects({"rows": 3}, 2) == [{"rows": 3}, None]
+    finally:
+        torch.distributed.destroy_process_group()
+    assert gather_objects("alone", 1) == ["alone"]
