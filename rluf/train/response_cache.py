@@ -10,7 +10,7 @@ import hashlib
 import importlib.metadata
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,10 @@ class ResponseCache:
     def save(self, groups: Sequence[Group], sample_count: int, seed: int, temperature: float) -> None:
         """Store the groups that `load` with the same arguments returns."""
         path = self._get_path([group.prompt for group in groups], sample_count, seed, temperature)
-        write_jsonl(path, ({"samples": [asdict(sample) for sample in group.samples]} for group in groups))
+        # Without the prompts, which the next run reads from its own data set.
+        stored = ("response_ids", "rollout_logprobs", "version_spans", "finish_reason", "text")
+        rows = ([{name: getattr(sample, name) for name in stored} for sample in group.samples] for group in groups)
+        write_jsonl(path, ({"samples": samples} for samples in rows))
 
     def _get_path(self, prompts: Sequence[Prompt], sample_count: int, seed: int, temperature: float) -> Path:
         digest = hashlib.sha256()
@@ -88,7 +91,7 @@ def _build_group(prompt: Prompt, row: dict[str, Any]) -> Group:
     samples = tuple(
         Sample(
             prompt_id=prompt.id,
-            prompt_ids=tuple(fields["prompt_ids"]),
+            prompt_ids=prompt.token_ids,
             response_ids=tuple(fields["response_ids"]),
             rollout_logprobs=tuple(fields["rollout_logprobs"]),
             version_spans=tuple((int(start), int(version)) for start, version in fields["version_spans"]),
