@@ -53,7 +53,8 @@ class RolloutActor:
             # The oldest version of any token: weights may be updated while a sample is generated.
             weight_version=min(version for generation in generations for _, version in generation.version_spans),
         )
-        return group, judge_group(self._settings.aggregation.gate_judges, group)
+        gate_judges = self._settings.aggregation.gate_judges
+        return group, judge_group(gate_judges, group) if gate_judges else group.info
 
     async def probe_logprobs(self, prompt_ids: list[int], response_ids: list[int]) -> list[float]:
         """The engine's log-probabilities [R] (nats, temperature 1) of a given response, for the check after a sync."""

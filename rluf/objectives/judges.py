@@ -126,9 +126,7 @@ def load_judge(judge_name: str) -> JudgeFunction:
 
 
 def judge_group(judge_names: Sequence[str], group: Group) -> GroupInfo:
-    """Summary of a group with the verdict of the gate judges on each sample; without judges no verdicts."""
-    if not judge_names:
-        return group.info
+    """Summary of a group with the verdict of the gate judges on each sample."""
     items = [ScoringItem(group.prompt.messages, sample.text) for sample in group.samples]
     return replace(group.info, passed_judges=judge_responses(judge_names, items))
 

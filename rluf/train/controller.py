@@ -229,13 +229,13 @@ class TrainController:
             await switch_gpu_phase(self.settings, self.actor_groups, "generate")
         engine_count = len(self.actor_groups.rollout_actors)
         concurrent_prompts = max(1, self.settings.rollout.concurrency * engine_count // sample_count)
-        semaphore = asyncio.Semaphore(concurrent_prompts)
+        semaphore, gate_judges = asyncio.Semaphore(concurrent_prompts), self.settings.aggregation.gate_judges
 
         async def respond_to_prompt(index: int, prompt: Prompt) -> tuple[Group, ScoredGroup]:
             async with semaphore:
                 if cached_groups is not None:
                     group = cached_groups[index]
-                    info = judge_group(self.settings.aggregation.gate_judges, group)
+                    info = judge_group(gate_judges, group) if gate_judges else group.info
                     scored_group = await self._score_group(ray.put(group), info)
                 else:
                     scored_group = await self.sample_and_score(prompt, sample_count, seed + index, temperature)
