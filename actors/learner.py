@@ -51,6 +51,7 @@ from rluf.backends.weight_transfer.base import WeightSender
 from rluf.checkpoint.format import POLICY_FOLDER, RunCheckpoint, get_optimizer_state_path
 from rluf.config.settings import Settings
 from rluf.errors import RlufError
+from rluf.models.hub import skip_scikit_learn
 from rluf.models.lora import disable_lora_adapters
 from rluf.models.weight_average import WeightAverage, copy_weights
 from rluf.tracking.timeline import TorchProfiler
@@ -120,6 +121,7 @@ class LearnerActor:
         Returns the number of parameters and the seconds it took. Raises ResourceError naming the rank, or ModelError.
         """
         start_time = time.monotonic()
+        skip_scikit_learn()
         learner, model = self.settings.learner, self.settings.model
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)

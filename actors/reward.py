@@ -73,6 +73,9 @@ class RewardActor:
             raise ModelError(
                 f"objective {self.objective_names}: source model needs a reward model folder; train one first"
             )
+        from rluf.models.hub import skip_scikit_learn
+
+        skip_scikit_learn()  # before the imports below load transformers
         from rluf.reward.backbone import build_warmup_items, enable_fast_cpu_matmul
         from rluf.reward.model import load_reward_scorer
         from rluf.reward.text import SCORING_BATCH_TOKENS

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rluf.backends.vllm.engine import RolloutEngine, derive_sample_seed, set_vllm_environment
 from rluf.config.settings import Settings
-from rluf.objectives.judges import judge_responses
-from rluf.types import Group, GroupInfo, Prompt, Sample, ScoringItem
+from rluf.objectives.judges import judge_group
+from rluf.types import Group, GroupInfo, Prompt, Sample
 
 
 class RolloutActor:
@@ -54,11 +53,8 @@ class RolloutActor:
             # The oldest version of any token: weights may be updated while a sample is generated.
             weight_version=min(version for generation in generations for _, version in generation.version_spans),
         )
-        judge_names = self._settings.aggregation.gate_judges
-        if not judge_names:
-            return group, group.info
-        items = [ScoringItem(prompt.messages, sample.text) for sample in group.samples]
-        return group, replace(group.info, passed_judges=judge_responses(judge_names, items))
+        gate_judges = self._settings.aggregation.gate_judges
+        return group, judge_group(gate_judges, group) if gate_judges else group.info
 
     async def probe_logprobs(self, prompt_ids: list[int], response_ids: list[int]) -> list[float]:
         """The engine's log-probabilities [R] (nats, temperature 1) of a given response, for the check after a sync."""

@@ -77,9 +77,9 @@ class Workload(NamedTuple):
 
     @property
     def trl_batch_rows(self) -> int:
-        """Samples that TRL reads at once: a power of two, 8 for short prompts."""
+        """Samples that TRL reads at once: a power of two that divides all samples, 8 for short prompts."""
         rows = 8
-        while rows > 1 and rows * (self.prompt + self.tokens) > TRL_BATCH_TOKENS:
+        while rows * (self.prompt + self.tokens) > TRL_BATCH_TOKENS or self.prompts * self.samples % rows:
             rows //= 2
         return rows
 

@@ -28,7 +28,6 @@ for _name, _value in TEST_ENVIRONMENT.items():  # not in a fixture: OpenMP and R
 
 LONGEST_FILES = (
     "tests/e2e/test_job.py",
-    "tests/e2e/test_objectives.py",
     "tests/e2e/test_wheel.py",
     "tests/actors/test_learner.py",
     "tests/reward/test_reward_training.py",

@@ -157,6 +157,23 @@ def find_model_folder(model_path: str) -> Path | None:
     )
 
 
+def skip_scikit_learn() -> None:
+    """Have transformers load without scikit-learn, which takes 1.4 CPU seconds to import in each process.
+
+    Call it before the first import of a model class. transformers uses scikit-learn for assisted generation only. It
+    can still be imported by others afterwards.
+    """
+    from transformers.utils import is_sklearn_available
+
+    if "sklearn" in sys.modules:
+        return
+    sys.modules["sklearn"] = None  # type: ignore[assignment]  # as if it were not installed
+    try:
+        is_sklearn_available()  # transformers caches the answer
+    finally:
+        del sys.modules["sklearn"]
+
+
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
     """Load the fast tokenizer of a resolved model folder. Raises ModelError if it cannot be read or is a slow one."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast

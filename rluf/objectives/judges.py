@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from rluf.objectives.reward_function import build_function_scorer
-from rluf.types import Message, Score, ScoringItem
+from rluf.types import Group, GroupInfo, Message, Score, ScoringItem
 from rluf.utils.plugins import load_plugin
 
 JudgeFunction = Callable[[Sequence[Message], str], bool]
@@ -122,6 +123,12 @@ def load_judge(judge_name: str) -> JudgeFunction:
         judge_name, kind="judge", known_names=RULE_JUDGES, signature="a function (messages, response) -> bool"
     )
     return judge
+
+
+def judge_group(judge_names: Sequence[str], group: Group) -> GroupInfo:
+    """Summary of a group with the verdict of the gate judges on each sample."""
+    items = [ScoringItem(group.prompt.messages, sample.text) for sample in group.samples]
+    return replace(group.info, passed_judges=judge_responses(judge_names, items))
 
 
 def judge_responses(judge_names: Sequence[str], items: Sequence[ScoringItem]) -> tuple[bool, ...]:

@@ -23,10 +23,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+import ray
+
 from rluf.algorithms.registry import find_algorithm, has_reward_variance
 from rluf.checkpoint.format import ControllerState
 from rluf.config.derived import group_objectives_by_pool
 from rluf.objectives.aggregator import GroupScores, RewardAggregator, StepRewards
+from rluf.objectives.judges import judge_group
 from rluf.tracking.console import PhaseProgress
 from rluf.tracking.timeline import STEPS_ROW, RunTimeline, record_ray_span
 from rluf.train.actor_calls import ActorRef, fetch_group, switch_gpu_phase
@@ -34,6 +37,7 @@ from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.fault_tolerance import ActorCalls, ActorRestarter, RestartBudget
 from rluf.train.policy_update import PlannedUpdate, PolicyUpdater
 from rluf.train.prompts import count_common_prompt_tokens, list_prompt_topics
+from rluf.train.response_cache import ResponseCache
 from rluf.train.weight_sync import WeightSync
 from rluf.train.work_buffer import (
     CountingIterator,
@@ -212,23 +216,36 @@ class TrainController:
         seed: int,
         on_prompt_done: Callable[[], None],
         temperature: float | None = None,
+        cache: ResponseCache | None = None,
     ) -> list[tuple[Group, ScoredGroup]]:
         """Scored responses of the engines' policy to each prompt; `on_prompt_done` is called after each prompt.
 
-        `temperature` None is rollout.temperature.
+        `temperature` None is rollout.temperature. With `cache`, which must be that of the engines' policy, responses
+        sampled by an earlier run are only scored.
         """
-        await switch_gpu_phase(self.settings, self.actor_groups, "generate")
+        sampled_at = self.settings.rollout.temperature if temperature is None else temperature
+        cached_groups = cache.load(prompts, sample_count, seed, sampled_at) if cache else None
+        if cached_groups is None:
+            await switch_gpu_phase(self.settings, self.actor_groups, "generate")
         engine_count = len(self.actor_groups.rollout_actors)
         concurrent_prompts = max(1, self.settings.rollout.concurrency * engine_count // sample_count)
-        semaphore = asyncio.Semaphore(concurrent_prompts)
+        semaphore, gate_judges = asyncio.Semaphore(concurrent_prompts), self.settings.aggregation.gate_judges
 
         async def respond_to_prompt(index: int, prompt: Prompt) -> tuple[Group, ScoredGroup]:
             async with semaphore:
-                scored_group = await self.sample_and_score(prompt, sample_count, seed + index, temperature)
+                if cached_groups is not None:
+                    group = cached_groups[index]
+                    info = judge_group(gate_judges, group) if gate_judges else group.info
+                    scored_group = await self._score_group(ray.put(group), info)
+                else:
+                    scored_group = await self.sample_and_score(prompt, sample_count, seed + index, temperature)
             on_prompt_done()
             return await fetch_group(scored_group.group_ref), scored_group
 
-        return list(await asyncio.gather(*(respond_to_prompt(i, prompt) for i, prompt in enumerate(prompts))))
+        scored = list(await asyncio.gather(*(respond_to_prompt(i, prompt) for i, prompt in enumerate(prompts))))
+        if cache and cached_groups is None:
+            cache.save([group for group, _ in scored], sample_count, seed, sampled_at)
+        return scored
 
     async def sample_and_score(
         self, prompt: Prompt, sample_count: int, seed: int, temperature: float | None = None
@@ -320,7 +337,7 @@ class TrainController:
             overlong_buffer=self.settings.algorithm.overlong_buffer,
         )
 
-    async def sample_reference(self) -> list[Group]:
+    async def sample_reference(self, cache: ResponseCache | None = None) -> list[Group]:
         """Before the first step, sample and score the base policy's replies to training prompts.
 
         They fix zero and scale of every objective. The prompts are those of an own order with the topic mix of
@@ -340,6 +357,7 @@ class TrainController:
                 self.settings.algorithm.samples_per_prompt,
                 self.settings.seed + REFERENCE_SEED_OFFSET,
                 progress.advance,
+                cache=cache,
             )
         self.reward_aggregator.fit_reference([self._build_group_scores(scored_group) for _, scored_group in scored])
         for name, row in self.reward_aggregator.describe_reference().items():

@@ -15,6 +15,7 @@ from rluf.tracking.console import PhaseProgress
 from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.controller import TrainController
 from rluf.train.prompts import load_prompts
+from rluf.train.response_cache import ResponseCache
 from rluf.types import ALIGNED_ARM, BASE_ARM, Group, PolicyAnswer, Prompt, TrainResult
 
 if TYPE_CHECKING:
@@ -35,16 +36,19 @@ REDRAW_SAMPLES = 1
 
 
 async def generate_base_arms(
-    settings: Settings, controller: TrainController, prompts: Sequence[Prompt]
+    settings: Settings, controller: TrainController, prompts: Sequence[Prompt], cache: ResponseCache
 ) -> list[PolicyAnswer]:
     """Responses of the base policy: its arm, the A/A draw, and draws at lower temperatures for the control arm."""
+    sample_count = settings.evaluate.samples_per_prompt
     answers = await generate_answers(
-        settings, controller, prompts, BASE_ARM, settings.evaluate.samples_per_prompt, EVALUATION_SEED_OFFSET
+        settings, controller, prompts, BASE_ARM, sample_count, EVALUATION_SEED_OFFSET, cache=cache
     )
     for index, factor in enumerate(BASE_TEMPERATURE_FACTORS):
         seed_offset, temperature = (index + 2) * EVALUATION_SEED_OFFSET, factor * settings.rollout.temperature
         arm = describe_base_draw(factor)
-        answers += await generate_answers(settings, controller, prompts, arm, REDRAW_SAMPLES, seed_offset, temperature)
+        answers += await generate_answers(
+            settings, controller, prompts, arm, REDRAW_SAMPLES, seed_offset, temperature, cache
+        )
     return answers
 
 
@@ -65,12 +69,13 @@ async def generate_answers(
     sample_count: int,
     seed_offset: int,
     temperature: float | None = None,
+    cache: ResponseCache | None = None,
 ) -> list[PolicyAnswer]:
     """Responses of the engines' policy to each prompt, in order of prompts, scored by every objective."""
     start_time = time.monotonic()
     with PhaseProgress(f"responses of {arm}", len(prompts), unit="prompt") as progress:
         scored = await controller.generate_and_score(
-            prompts, sample_count, settings.seed + seed_offset, progress.advance, temperature
+            prompts, sample_count, settings.seed + seed_offset, progress.advance, temperature, cache
         )
     end_time = time.monotonic()
     logger.info(
@@ -116,14 +121,16 @@ async def evaluate_policies(
         data_folder, "test", tokenizer, max_tokens=max_prompt_tokens, limit=settings.evaluate.prompts
     )
     result = TrainResult()
-    for phase, model_path, generate_arms in (
-        ("evaluate_base", base_path, generate_base_arms),
-        ("evaluate_aligned", candidate_path, generate_aligned_arm),
-    ):
+    for phase, model_path in (("evaluate_base", base_path), ("evaluate_aligned", candidate_path)):
         phase_start = time.monotonic()
         async with ActorSupervisor(settings, model_path, reward_folders, with_learners=False) as supervisor:
             controller = TrainController(settings, supervisor, test_prompts)
-            result.answers += await supervisor.run_monitored(generate_arms(settings, controller, test_prompts))
+            if model_path is base_path:
+                cache = ResponseCache.open(settings, base_path)
+                arms = generate_base_arms(settings, controller, test_prompts, cache)
+            else:
+                arms = generate_aligned_arm(settings, controller, test_prompts)
+            result.answers += await supervisor.run_monitored(arms)
             await controller.close()
         result.phase_seconds[phase] = time.monotonic() - phase_start
     return result

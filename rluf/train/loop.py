@@ -31,6 +31,7 @@ from rluf.train.hacking_monitor import RewardHackingMonitor
 from rluf.train.offline import OfflineTrainer, load_offline_data
 from rluf.train.profiling import StepProfiler
 from rluf.train.prompts import load_demonstrations, load_prompts, load_training_prompts
+from rluf.train.response_cache import ResponseCache
 from rluf.train.sample_table import log_sample_table, should_log_samples
 from rluf.types import Group, Prompt, TrainResult
 from rluf.utils.files import JsonlWriter, write_jsonl
@@ -50,6 +51,7 @@ class TrainingRun:
     """What one attempt of a run works with; `run_step` is that of the controller or of the offline trainer."""
 
     settings: Settings
+    model_path: Path
     controller: TrainController
     run_step: Callable[[int], Awaitable[dict[str, float]]]
     checkpoints: CheckpointManager
@@ -104,8 +106,9 @@ async def run_training(
                     controller = TrainController(settings, supervisor, prompts, demonstrations, restart_budget=budget)
                     trainer = controller if offline_data is None else OfflineTrainer(controller, offline_data)
                     run = TrainingRun(
-                        settings, controller, trainer.run_step, checkpoints, tracker, result, monitor, profile_steps
-                    )
+                        settings, model_path, controller, trainer.run_step, checkpoints, tracker, result, monitor,
+                        profile_steps,
+                    )  # fmt: skip
                     try:
                         await supervisor.run_monitored(_run_from_checkpoint(run, resume_from, test_prompts))
                     finally:
@@ -136,11 +139,12 @@ async def _run_from_checkpoint(
     settings, controller, checkpoints, result = run.settings, run.controller, run.checkpoints, run.result
     phase_start = time.monotonic()
     if resume_from is None:
-        result.answers = await generate_base_arms(settings, controller, test_prompts)
+        cache = ResponseCache.open(settings, run.model_path)
+        result.answers = await generate_base_arms(settings, controller, test_prompts, cache)
         # Saved at once: a resumed run has no engine with the base policy any more.
         checkpoints.save_base_answers(result.answers)
         if not find_algorithm(settings.algorithm.name).offline:
-            run.monitor.set_baseline(await controller.sample_reference())
+            run.monitor.set_baseline(await controller.sample_reference(cache))
     else:
         checkpoint, state = resume_from
         logger.info("run: resuming after step %d from %s", checkpoint.step, checkpoint.folder)

@@ -1,4 +1,7 @@
-"""The training job as users run it: submitted to a Ray head, run again by hand, interrupted. All parts are real."""
+"""The training job as users run it: submitted to a Ray head, run again by hand, interrupted. All parts are real.
+
+Its YAML file adds two objectives: one scored by a judge, one by a model trained on labeled rows.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(420)]
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
-SMALL = ["--config", "configs/tiny.yaml"]
+CONFIG = """
+extends: {root}/configs/tiny.yaml
+name: five
+data: {{labels: {{warmth: sample:safety}}}}
+objectives:
+  brevity: {{source: judge, path: length, weight: 0.2}}
+  warmth: {{weight: 0.1, gate: must_rise}}
+reward:
+  warmth: {{backbone: tiny-encoder, epochs: 1}}
+aggregation: {{topic_objectives: {{risky: warmth}}}}
+algorithm: {{demonstrations: 1}}
+"""
+OBJECTIVES = ["love", "helpfulness", "safety", "brevity", "warmth"]
 SECRETS = {"HF_TOKEN": "hf_canaryone", "WANDB_API_KEY": "canarytwo" * 5, "AWS_SECRET_ACCESS_KEY": "canarythree"}
 
 
@@ -55,11 +70,12 @@ class JobEnvironment:
     """Folders and environment variables of the jobs of this module."""
 
     runs_folder: Path
+    config: Path
     env: dict[str, str]
 
     @property
     def latest_run(self) -> Path:
-        return self.runs_folder / "tiny" / "latest"
+        return self.runs_folder / "five" / "latest"
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +94,8 @@ def job_env(tmp_path_factory: pytest.TempPathFactory) -> JobEnvironment:
     # An empty home, as on a machine where Ray never ran: `ray start` finds no token there and creates none.
     (base / "home").mkdir()
     subprocess.run([BIN / "ray", "get-auth-token", "--generate"], env=env, check=True, capture_output=True, timeout=60)
-    return JobEnvironment(base / "runs", env)
+    (base / "five.yaml").write_text(CONFIG.format(root=ROOT))
+    return JobEnvironment(base / "runs", base / "five.yaml", env)
 
 
 @pytest.fixture(scope="module")
@@ -109,9 +126,9 @@ def ray_head(job_env: JobEnvironment) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def submit_output(job_env: JobEnvironment, ray_head: str) -> str:
-    """Output of `ray job submit` of the tiny job, which must succeed."""
+    """Output of `ray job submit` of the job, which must succeed."""
     command = [str(BIN / "ray"), "job", "submit", f"--address={ray_head}", "--working-dir=.", "--"]
-    command += ["python", "-m", "rluf.train", *SMALL, "--profile", "steps=3"]
+    command += ["python", "-m", "rluf.train", "--config", str(job_env.config), "--profile", "steps=3"]
     process = subprocess.run(command, env=job_env.env, cwd=ROOT, capture_output=True, text=True, timeout=400)
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
     return process.stdout + process.stderr
@@ -132,9 +149,8 @@ def test_a_submitted_job_writes_a_complete_run_folder(job_env: JobEnvironment, s
             assert summary[key][arm]["low"] <= summary[key][arm]["mean"] <= summary[key][arm]["high"]
     assert summary["versions"]["weights"] == 2
     assert summary["samples"] == 16
-    assert {name: artifact["reused"] for name, artifact in summary["reused"].items()} == {
-        "data": False, "reward-love": False, "reward-helpfulness": False, "reward-safety": False,
-    }  # fmt: skip
+    assert set(summary["reused"]) == {"data", "reward-love", "reward-helpfulness", "reward-safety", "reward-warmth"}
+    assert not any(artifact["reused"] for artifact in summary["reused"].values())
     rows = [json.loads(line) for line in (job_env.latest_run / "metrics.jsonl").read_text().splitlines()]
     assert [row["version"] for row in rows] == [1, 2]
     assert all(row["staleness"] == 0 for row in rows)
@@ -149,6 +165,37 @@ def test_a_submitted_job_writes_a_complete_run_folder(job_env: JobEnvironment, s
 
 
 @pytest.mark.usefixtures("submit_output")
+def test_objectives_by_yaml_alone_reach_metrics_gates_report_and_card(job_env: JobEnvironment) -> None:
+    run_folder = job_env.latest_run
+    for line in (run_folder / "metrics.jsonl").read_text().splitlines():
+        metrics = json.loads(line)
+        assert [key.removesuffix("_raw") for key in metrics if key.endswith("_raw")] == OBJECTIVES
+        assert all(0.0 <= metrics[name] <= 1.0 for name in OBJECTIVES)
+
+    summary = json.loads((run_folder / "summary.json").read_text())
+    assert list(summary["offline"]) == ["p_love", *OBJECTIVES[1:]]
+    checks = {check["name"]: check for check in summary["gates"]["checks"]}
+    assert set(checks) == set(OBJECTIVES)
+    assert {name: checks[name]["gate"] for name in OBJECTIVES[3:]} == {"brevity": "must_hold", "warmth": "must_rise"}
+    assert {checks[name]["judged_by"] for name in OBJECTIVES[3:]} == {"reward models"}
+    assert checks["safety"]["judged_by"] == "simulated users"
+    assert set(summary["reward_cards"]) == {*OBJECTIVES[:3], "warmth"}  # a judge has no card
+
+    card = json.loads((run_folder / "cards" / "warmth.json").read_text())
+    assert card["objective"] == "warmth" and "auroc" in card
+    data_card = json.loads((run_folder / "cards" / "data.json").read_text())
+    assert data_card["splits"]["warmth"] == data_card["splits"]["safety"]
+
+    report = (run_folder / "report.html").read_text("utf-8")
+    for name in OBJECTIVES[3:]:
+        assert f'"curve_{name}"' in report and f'"pareto_{name}"' in report and f'"arms_{name}"' in report
+    assert '"reliability_warmth"' in report
+    readme = (run_folder / "policy" / "README.md").read_text("utf-8")
+    assert "brevity 0.2, warmth 0.1" in readme
+    assert "- warmth: auroc" in readme and "brevity by the reward model on unseen prompts" in readme
+
+
+@pytest.mark.usefixtures("submit_output")
 def test_the_dashboard_names_actors_and_tasks(ray_head: str, job_env: JobEnvironment) -> None:
     """By role, objective, rank and weight version."""
 
@@ -159,7 +206,9 @@ def test_the_dashboard_names_actors_and_tasks(ray_head: str, job_env: JobEnviron
         with urllib.request.urlopen(request, timeout=60) as response:
             return {str(row["name"]) for row in json.load(response)["data"]["result"]["result"]}
 
-    assert {"rluf-rollout-0", "rluf-love-reward-0", "rluf-safety-reward-0", "rluf-learner-0"} <= list_names("actors")
+    assert {
+        "rluf-rollout-0", "rluf-love-reward-0", "rluf-safety-reward-0", "rluf-brevity-reward-0", "rluf-learner-0",
+    } <= list_names("actors")  # fmt: skip
     assert {
         "rollout 0: generate v1", "love reward 0: score v1", "learner 0: step 2", "rollout 0: finish_weight_update v2",
     } <= list_names("tasks")  # fmt: skip
@@ -227,7 +276,7 @@ def test_a_signal_during_training_ends_every_process(
     job_env: JobEnvironment, submit_output: str, signal_number: signal.Signals, exit_code: int, message: str
 ) -> None:
     previous_run = job_env.latest_run.resolve()
-    command = [str(BIN / "python"), "-m", "rluf.train", *SMALL, "algorithm.steps=500"]
+    command = [str(BIN / "python"), "-m", "rluf.train", "--config", str(job_env.config), "algorithm.steps=500"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = subprocess.Popen(command, env=job_env.env, cwd=ROOT, text=True, **pipes)
     assert process.stdout is not None
@@ -244,7 +293,7 @@ def test_a_signal_during_training_ends_every_process(
     assert process.returncode == exit_code, output
     assert output.count(message) == 1
     assert "Traceback" not in output
-    assert sum("reused from" in line for line in lines) == 4
+    assert sum("reused from" in line for line in lines) == 5
     deadline = time.monotonic() + 15
     while any(is_alive(pid) for pid in children) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -155,3 +157,12 @@ def test_smollm2_is_converted_with_its_tokenizer_and_generates() -> None:
     ids = torch.tensor([render_prompt(tokenizer, [Message(role="user", content="What is the capital of France?")])])
     output_ids = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     assert "Paris" in tokenizer.decode(output_ids[0, ids.shape[1] :])
+
+
+def test_transformers_loads_without_scikit_learn_which_stays_importable() -> None:
+    program = (
+        "import importlib.util, sys; from rluf.models.hub import skip_scikit_learn; skip_scikit_learn()\n"
+        "import transformers.generation.candidate_generator\n"
+        "assert 'sklearn' not in sys.modules and importlib.util.find_spec('sklearn')"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True, timeout=120)

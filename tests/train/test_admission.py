@@ -184,7 +184,9 @@ def test_truncated_responses_are_counted_and_penalized_by_default(caplog: pytest
 class SampledController(TrainController):
     """A controller whose engines answer each prompt with equal scores, but for one sample."""
 
-    async def generate_and_score(self, prompts: Sequence[Prompt], *_: Any) -> list[tuple[Group, ScoredGroup]]:
+    async def generate_and_score(
+        self, prompts: Sequence[Prompt], *_: Any, **__: Any
+    ) -> list[tuple[Group, ScoredGroup]]:
         self.answered = list(prompts)
         scored = [make_scored_group(DIFFERENT_SCORES, topic=prompt.topic) for prompt in prompts]
         return [(Group(prompt, (), 0), row) for prompt, row in zip(prompts, scored, strict=True)]

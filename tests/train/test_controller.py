@@ -18,6 +18,7 @@ from rluf.objectives.judges import list_failed_judges
 from rluf.train.actor_supervisor import ActorSupervisor
 from rluf.train.controller import TrainController
 from rluf.train.offline import OfflineTrainer, ReactionGroups
+from rluf.train.response_cache import ResponseCache
 from rluf.train.sample_table import collect_samples
 from rluf.types import Group, Message, Prompt, Sample
 
@@ -97,6 +98,21 @@ async def run_steps(
         await controller.close()
 
 
+async def check_cached_responses(
+    settings: Settings, supervisor: ActorSupervisor, prompts: Sequence[Prompt], model_path: Path
+) -> None:
+    """Responses that an earlier run sampled are scored without an engine, and equal."""
+    controller = TrainController(settings, supervisor, prompts)
+    cache = ResponseCache.open(settings, model_path)
+    first = await controller.generate_and_score(prompts, 2, 5, lambda: None, cache=cache)
+    done: list[int] = []
+    controller.sample_and_score = None  # type: ignore[method-assign,assignment]
+    second = await controller.generate_and_score(prompts, 2, 5, lambda: done.append(1), cache=cache)
+    await controller.close()
+    assert [group for group, _ in second] == [group for group, _ in first] and len(done) == len(prompts)
+    assert [(row.info, row.scores) for _, row in second] == [(row.info, row.scores) for _, row in first]
+
+
 def without_timings(rows: Sequence[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if not name.endswith("_s")} for row in rows]
 
@@ -113,6 +129,8 @@ def test_a_seed_fixes_every_number_and_every_kind_of_algorithm_runs(tmp_path: Pa
         async with ActorSupervisor(
             make_settings(*actor_overrides), model_path, reward_folders, with_learners=True
         ) as supervisor:
+            if variants:
+                await check_cached_responses(make_settings(f"run.cache={tmp_path}"), supervisor, prompts, model_path)
             base_rows = await run_steps(make_settings(), supervisor, prompts, 3)
             variant_rows = {
                 name: await run_steps(make_settings(*overrides), supervisor, prompts, 2)

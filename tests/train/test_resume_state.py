@@ -192,7 +192,7 @@ async def test_a_run_resumed_after_its_last_step_is_evaluated_with_its_trained_w
     state = RunState(2, 1, {}, "", RecordingController(settings).get_state(), [], rows)
     resume_from = (RunCheckpoint(tmp_path / "checkpoints" / "step-2", 2), state)
     controller, monitor = RecordingController(settings), RewardHackingMonitor(settings, tracker)
-    run = TrainingRun(settings, controller, controller.run_step, checkpoints, tracker, TrainResult(), monitor)
+    run = TrainingRun(settings, tmp_path, controller, controller.run_step, checkpoints, tracker, TrainResult(), monitor)
     await _run_from_checkpoint(run, resume_from, [PROMPT])
     assert controller.events == events
     await controller.sync_adapter_after_resume()

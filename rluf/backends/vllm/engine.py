@@ -26,7 +26,7 @@ from rluf.backends.weight_transfer.lora import (
 )
 from rluf.config.settings import Settings
 from rluf.errors import ActorLostError, DataError, DeadlineError, ModelError, ResourceError, WeightSyncError
-from rluf.models.hub import load_tokenizer
+from rluf.models.hub import load_tokenizer, skip_scikit_learn
 from rluf.models.turn_end import count_tokens_before_stop, list_stop_token_ids, read_stop_token_ids
 
 if TYPE_CHECKING:
@@ -117,6 +117,7 @@ class RolloutEngine:
         ResourceError when memory is short or the core process exits before it is ready.
         """
         check_causal_lm(self.model_folder)
+        skip_scikit_learn()
         self._tokenizer = load_tokenizer(self.model_folder, trust_remote_code=self.settings.model.trust_remote_code)
         self._stop_token_ids = [
             *read_stop_token_ids(self.model_folder, self._tokenizer.eos_token_id),
