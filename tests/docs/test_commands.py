@@ -64,6 +64,10 @@ TEST_BY_COMMAND = (
     (r"python -m rluf\.(reward|prepare)\b(?!.*-human)", THIS_TEST),
     (r"python -m rluf\.report \S+( --wandb --dry-run)?$", THIS_TEST),
     (
+        r"python -m rluf\.evaluate rescore",
+        "tests/evaluate/test_rescore.py::test_means_and_comparisons_are_those_of_the_model",
+    ),
+    (
         r"python -m rluf\.evaluate blind",
         "tests/evaluate/test_blind.py::test_readers_who_prefer_the_base_fail_the_gates",
     ),
