@@ -88,6 +88,12 @@ class DataSettings(SettingsSection):
                 kinds[key] = value
         return kinds
 
+    @property
+    def has_tables(self) -> bool:
+        """Whether an entry is a table that must be exported before its rows can be read."""
+        entries = (entry for kind_entries in self.sources_by_kind.values() for entry in kind_entries)
+        return any(isinstance(entry, DataSource) and entry.source is not None for entry in entries)
+
     @field_validator("labels", mode="before")
     @classmethod
     def _wrap_single_entries(cls, value: object) -> object:

@@ -87,7 +87,7 @@ def build_data_set(
     DataError for logs that are missing, empty or above the quarantine budget and for empty splits, ResourceError if
     the disk is full.
     """
-    if table_folders is None:
+    if table_folders is None and settings.data.has_tables:
         output_folder.parent.mkdir(parents=True, exist_ok=True)
         with export_tables(settings.data.sources_by_kind, output_folder.parent) as table_folders:
             return build_data_set(settings, output_folder, task_executor, table_folders)
