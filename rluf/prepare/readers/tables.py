@@ -183,11 +183,18 @@ def _export_table(entry: DataSource, kind_name: str, folder: Path) -> int:
             pq.write_table(table, folder / f"part-{number:05d}.parquet")
             row_count += table.num_rows
     except errors as error:
-        first_line = str(error).strip().rpartition("\n")[2] or type(error).__name__
-        raise DataError(f"data.{kind_name}: cannot read {entry.source} {entry.path!r}: {first_line}") from error
+        reason = _describe_cause(error)
+        raise DataError(f"data.{kind_name}: cannot read {entry.source} {entry.path!r}: {reason}") from error
     if not row_count:
         raise DataError(f"data.{kind_name}: {entry.source} {entry.path!r} has no rows; check the query or the name")
     return row_count
+
+
+def _describe_cause(error: BaseException) -> str:
+    """One line of the error that a driver raised. Ray wraps it, and adds lines on retries to its text."""
+    cause = getattr(error, "cause", None)
+    text = str(cause).strip().partition("\n")[0] if cause is not None else str(error).strip().rpartition("\n")[2]
+    return text or type(cause or error).__name__
 
 
 def _expand_variables(value: Any) -> Any:
