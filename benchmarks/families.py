@@ -86,7 +86,8 @@ Written by `python benchmarks/families.py` from tiny random models; `tests/train
 - refused: `python -m rluf.train` stops before it builds data and reward models, with the reason.
 
 The engine must support the family too: `python -m rluf.train --check` compares it with the learner. vLLM's CPU build
-refuses most models with linear attention.
+refuses most models with linear attention, and it cannot load new weights of experts, so models with experts (MoE) train
+on GPUs alone.
 
 | family | trained | error | cosine | reason |
 |---|---|---|---|---|

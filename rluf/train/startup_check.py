@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.connect import ray_connection
-from rluf.algorithms.batch_layout import choose_batch_layout, read_model_config
+from rluf.algorithms.batch_layout import EXPERT_COUNT_NAMES, choose_batch_layout, read_model_config
 from rluf.artifacts import check_inputs
 from rluf.backends.vllm.engine import check_causal_lm
 from rluf.backends.weight_transfer.base import WeightManifest
@@ -47,6 +47,7 @@ def check_policy(settings: Settings, model_path: Path) -> None:
     checks: dict[str, Callable[[Settings, Path], str]] = {
         "context window": check_context_window,
         "weight names": check_weight_names,
+        "expert weights": check_expert_weights,
         "token ids": check_token_ids,
         "chat template": check_chat_template,
         "turn end": check_turn_end,
@@ -127,6 +128,18 @@ def check_weight_names(settings: Settings, model_path: Path) -> str:
                 f"{_name_some(sorted(names))}; load and save it with transformers once, or use another model"
             )
     return f"{len(expected_shapes)} tensors are equal in learner and checkpoint"
+
+
+def check_expert_weights(settings: Settings, model_path: Path) -> str:
+    """Engines on CPUs cannot take new weights of expert layers, which they repack at the first load."""
+    config = read_model_config(model_path, settings.model.trust_remote_code).get_text_config()
+    expert_count = max((getattr(config, name, None) or 0 for name in EXPERT_COUNT_NAMES), default=0)
+    if expert_count > 1 and not settings.policy_gpus:
+        raise SettingsError(
+            f"{model_path} has {expert_count} experts per layer, and vLLM's CPU engine cannot load new weights of "
+            "experts; train it on GPUs (cluster.gpus_per_engine), or use a model without experts"
+        )
+    return f"{expert_count} experts per layer" if expert_count else "no experts"
 
 
 def _iter_sent_shapes(model: Any) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -21,6 +21,7 @@ from rluf.models.turn_end import count_tokens_before_stop, list_stop_token_ids, 
 from rluf.train.startup_check import (
     check_chat_template,
     check_context_window,
+    check_expert_weights,
     check_memory,
     check_policy,
     check_token_ids,
@@ -89,6 +90,10 @@ FAULTS: dict[str, tuple[Callable[[Settings, Path], str], Callable[[Path], object
         check_context_window, lambda f: edit_json(f / "config.json", max_position_embeddings=240), SettingsError,
         r"257 positions, but .* has 240",
     ),
+    "experts on a CPU engine": (
+        check_expert_weights, lambda f: edit_json(f / "config.json", num_local_experts=4), SettingsError,
+        r"4 experts per layer.*train it on GPUs",
+    ),
     "turn end": (check_turn_end, lambda f: set_template(f, ENDLESS), ModelError, r"'<\|endoftext\|>' \(id 0\)"),
     "failing template": (
         check_chat_template, lambda f: set_template(f, "{{ raise_exception('not today') }}"), ModelError, r"not today",
@@ -129,7 +134,7 @@ def test_the_whole_check_passes_for_the_tiny_model(tmp_path: Path, caplog: pytes
     settings = Settings.model_validate({"model": {"path": "tiny"}, "run": {"cache": str(tmp_path)}})
     with caplog.at_level("INFO"):
         check_policy(settings, resolve_policy(settings))
-    assert sum(message.startswith("check: ") for message in caplog.messages) == 7
+    assert sum(message.startswith("check: ") for message in caplog.messages) == 8
     assert "check: batch layout: packed" in caplog.text
 
 
