@@ -260,7 +260,7 @@ def study_signal_choice(world: ClaimWorld) -> dict[str, Any]:
         "user_id": [str(item) for item in user_index],
         "conversation_id": [str(index) for index in range(SIGNAL_LOG_ROWS)],
         "turn": [0] * SIGNAL_LOG_ROWS,
-        "messages": pa.array([[]] * SIGNAL_LOG_ROWS, pa.list_(pa.string())),
+        "messages": [list(world.dataset.entries[item].messages) for item in prompt_index.tolist()],
         "response": compose_texts(world.dataset, prompt_index, choices),
         "topic": topics,
         "locale": ["en"] * SIGNAL_LOG_ROWS,

@@ -115,7 +115,7 @@ class FeedbackRecord(LogRecord):
     finish_reason: FinishReason = None
     arm: NameText | None = None
     temperature: float | None = None
-    response_tokens: int | None = None
+    response_tokens: int | None = Field(default=None, ge=0, le=1_000_000_000)
     response_logprob: float | None = None
 
 

@@ -40,9 +40,15 @@ CONTAINER = closed_object(
             ["name"],
             name=TEXT,
             value=TEXT,
-            valueFrom=closed_object(
-                ["secretKeyRef"], secretKeyRef=closed_object(["name", "key"], name=TEXT, key=TEXT, optional=FLAG)
-            ),
+            valueFrom={
+                **closed_object(
+                    [],
+                    secretKeyRef=closed_object(["name", "key"], name=TEXT, key=TEXT, optional=FLAG),
+                    fieldRef=closed_object(["fieldPath"], fieldPath=TEXT),
+                ),
+                "minProperties": 1,
+                "maxProperties": 1,
+            },
         ),
     },
     ports={"type": "array", "items": closed_object(["containerPort"], containerPort=COUNT, name=TEXT)},
@@ -346,9 +352,14 @@ def test_no_launch_file_contains_a_secret(file: Path) -> None:
     assert "RAY_AUTH_MODE: disabled" not in text and "mode: disabled" not in text
 
 
-def test_the_rayservice_scales_and_is_upgraded_in_place() -> None:
+def test_the_rayservice_scales_and_each_cluster_of_an_upgrade_writes_its_own_folder() -> None:
     spec = yaml.safe_load((LAUNCH / "rayservice.yaml").read_text())["spec"]
-    assert spec["upgradeStrategy"] == {"type": "None"}
+    assert spec["upgradeStrategy"] == {"type": "NewCluster"}
+    groups = [spec["rayClusterConfig"]["headGroupSpec"], *spec["rayClusterConfig"]["workerGroupSpecs"]]
+    for container in (container for group in groups for container in group["template"]["spec"]["containers"]):
+        environment = {entry["name"]: entry for entry in container["env"]}
+        writer_label = environment["RLUF_FEEDBACK_WRITER"]["valueFrom"]["fieldRef"]["fieldPath"]
+        assert writer_label == "metadata.labels['ray.io/cluster']"
     assert spec["rayClusterConfig"]["enableInTreeAutoscaling"] is True
 
 
