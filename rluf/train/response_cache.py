@@ -58,7 +58,7 @@ class ResponseCache:
             if len(rows) != len(prompts):
                 return None
             groups = [_build_group(prompt, row) for prompt, row in zip(prompts, rows, strict=True)]
-        except (DataError, KeyError, TypeError, ValueError) as error:
+        except (DataError, OSError, KeyError, TypeError, ValueError) as error:
             logger.warning("%s cannot be read (%s); sampling the responses again", path, error)
             return None
         logger.info("base responses: reused %d prompts from %s", len(prompts), path)

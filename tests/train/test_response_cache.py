@@ -111,3 +111,12 @@ def test_a_broken_file_is_sampled_again(model_folder: Path, content: str, caplog
         assert cache.load(PROMPTS, 2, 1, 0.6) is None
     cache.save(GROUPS, 2, 1, 0.6)
     assert cache.load(PROMPTS, 2, 1, 0.6) == GROUPS
+
+
+def test_a_file_that_cannot_be_opened_is_sampled_again(model_folder: Path) -> None:
+    cache = open_cache(model_folder)
+    cache.save(GROUPS, 2, 1, 0.6)
+    (path,) = cache.folder.iterdir()
+    path.unlink()
+    path.mkdir()
+    assert cache.load(PROMPTS, 2, 1, 0.6) is None
