@@ -68,6 +68,8 @@ INVALID_CHANGES: list[tuple[str, dict[str, Any], str]] = [
     ("feedback", {"turn": -1}, "bad value: turn"),
     ("feedback", {"turn": "3"}, "wrong type: turn"),
     ("feedback", {"turn": 10**30}, "bad value: turn"),
+    ("feedback", {"response_tokens": 10**30}, "bad value: response_tokens"),
+    ("feedback", {"response_tokens": -1}, "bad value: response_tokens"),
     ("feedback", {"reaction": True}, "wrong type: reaction"),
     ("feedback", {"continued": "yes"}, "wrong type: continued"),
     ("feedback", {"user_id": ""}, "empty user_id"),
