@@ -76,9 +76,7 @@ def _check_unicode(text: str) -> str:
 
 
 MessageText = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS), AfterValidator(_check_unicode)]
-NonEmptyText = Annotated[
-    str, StringConstraints(min_length=1, max_length=MAX_TEXT_CHARS), AfterValidator(_check_unicode)
-]
+NonEmptyText = Annotated[MessageText, StringConstraints(min_length=1)]
 IdentifierText = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_check_unicode)]
 TopicText = Annotated[str, StringConstraints(min_length=1, max_length=100), AfterValidator(_check_unicode)]
 ReactionText = Annotated[str, StringConstraints(min_length=1, max_length=32), AfterValidator(_check_unicode)]
@@ -341,10 +339,25 @@ class ErrorReply(ResponseModel):
     error: ErrorDetail
 
 
-def _join_content_parts(message: Any) -> Any:
-    """Accept OpenAI's list of text parts as a content, and the role developer as system."""
+def drop_neutral_fields(values: Any, neutral_values: Mapping[str, Sequence[Any]]) -> Any:
+    """A request of another system's client without its nulls and the fields that change nothing at their value.
+
+    No values for a name: the field changes nothing at any value. Other unknown fields are refused, never ignored.
+    """
+    if not isinstance(values, dict):
+        return values
+    return {
+        name: value
+        for name, value in values.items()
+        if value is not None and not (name in neutral_values and value in (neutral_values[name] or (value,)))
+    }
+
+
+def _read_client_message(message: Any) -> Any:
+    """Accept OpenAI's list of text parts as a content, the role developer as system, and fields that are empty."""
     if not isinstance(message, dict):
         return message
+    message = {name: value for name, value in message.items() if value is not None and value != []}
     content = message.get("content")
     if isinstance(content, list):
         texts = [entry.get("text") if isinstance(entry, dict) else None for entry in content]
@@ -357,18 +370,29 @@ def _join_content_parts(message: Any) -> Any:
     return message | {"role": "system"} if message.get("role") == "developer" else message
 
 
+ClientMessage = Annotated[ChatMessage, BeforeValidator(_read_client_message)]
+"""A message as OpenAI's clients send it."""
 ChatConversation = Annotated[
-    list[Annotated[ChatMessage, BeforeValidator(_join_content_parts)]],
-    Field(min_length=1, max_length=MAX_MESSAGES),
-    AfterValidator(_check_last_message),
+    list[ClientMessage], Field(min_length=1, max_length=MAX_MESSAGES), AfterValidator(_check_last_message)
 ]
 StopText = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_check_unicode)]
+
+
+_NEUTRAL_CHAT_VALUES: dict[str, Sequence[Any]] = {
+    "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"), "logit_bias": ({},),
+    "modalities": (["text"],), "top_logprobs": (0,), "top_k": (0, -1), "min_p": (0,), "best_of": (1,),
+    "repetition_penalty": (1,), "min_tokens": (0,), "ignore_eos": (False,), "skip_special_tokens": (True,),
+    "add_generation_prompt": (True,), "continue_final_message": (False,), "chat_template_kwargs": ({},),
+    "parallel_tool_calls": (), "service_tier": (), "prompt_cache_key": (), "priority": (), "request_id": (),
+    "cache_salt": (),
+}  # fmt: skip
 
 
 class StreamOptions(RequestModel):
     """OpenAI's options of a streamed completion."""
 
     include_usage: bool = False
+    include_obfuscation: bool = False
 
 
 class ChatRequest(RequestModel):
@@ -401,8 +425,17 @@ class ChatRequest(RequestModel):
     logprobs: Literal[False] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[str, Any] | None = None
     store: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_client_fields(cls, values: Any) -> Any:
+        values = drop_neutral_fields(values, _NEUTRAL_CHAT_VALUES)
+        if isinstance(values, dict) and "safety_identifier" in values:  # OpenAI's later name of `user`
+            values = {"user": values["safety_identifier"]} | values
+            del values["safety_identifier"]
+        return values
 
     def to_sampling(self) -> ChatSampling:
         """Convert the sampling fields to the policy's type."""
@@ -555,15 +588,12 @@ def build_chat_reply(
     response_tokens: int,
 ) -> ChatReply:
     """Build OpenAI's chat completion of one response."""
+    token_count = prompt_tokens + response_tokens
     return ChatReply(
         id=response_id,
         created=int(datetime.now(UTC).timestamp()),
         model=policy_name,
         system_fingerprint=policy_version,
         choices=[ChatChoice(message={"role": "assistant", "content": response_text}, finish_reason=finish_reason)],
-        usage=ChatUsage(
-            prompt_tokens=prompt_tokens,
-            completion_tokens=response_tokens,
-            total_tokens=prompt_tokens + response_tokens,
-        ),
+        usage=ChatUsage(prompt_tokens=prompt_tokens, completion_tokens=response_tokens, total_tokens=token_count),
     )

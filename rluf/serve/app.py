@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -81,7 +82,12 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def _handle_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
         problems = error.errors()
-        first_problem = problems[0] if problems else {"loc": (), "msg": "the request is not valid", "type": ""}
+        # Of a field that takes several types, the problem of the type that was sent: it is not one of type, or deeper.
+        first_problem = max(
+            (problem for problem in problems if problem["loc"][:2] == problems[0]["loc"][:2]),
+            key=lambda problem: (not problem["type"].endswith("_type"), len(problem["loc"])),
+            default={"loc": (), "msg": "the request is not valid", "type": ""},
+        )
         message = _format_request_error(first_problem, len(problems))
         is_bad_json = first_problem["type"] == "json_invalid"
         api_error = ApiError(400, "bad_json", message) if is_bad_json else ApiError(422, "invalid", message)
@@ -102,9 +108,13 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 def _format_request_error(error: Mapping[str, Any], error_count: int) -> str:
     # loc[0] is always "body"; the input itself stays out of the message, since it may be personal data.
-    field_path = ".".join(str(key) for key in error["loc"][1:]) or "body"
+    # Names of types, such as list[str], are no part of the field's path.
+    field_path = ".".join(str(key) for key in error["loc"][1:] if re.fullmatch(r"\w+", str(key))) or "body"
     suffix = f" (and {error_count - 1} more)" if error_count > 1 else ""
-    return f"{field_path}: {error['msg'].removeprefix('Value error, ')}{suffix}"[:300]
+    reason = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "extra_forbidden":
+        reason = "this field is not supported here, or not with this value"
+    return f"{field_path}: {reason}{suffix}"[:300]
 
 
 def to_objective_scores(scored_item: ScoredItem) -> dict[str, api.ObjectiveScore]:
@@ -252,7 +262,7 @@ def _add_status_routes(app: FastAPI, backend: ServiceBackend) -> None:
         return {"status": "ok"}
 
     for path in ("/health", "/ping"):  # the probes of vLLM, TEI and SageMaker
-        app.add_api_route(path, healthz, include_in_schema=False)
+        app.add_api_route(path, healthz, include_in_schema=False, methods=["GET", "POST"])
 
     @app.get("/version", tags=["service"])
     async def version() -> dict[str, str]:

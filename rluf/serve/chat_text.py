@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from rluf.models.chat import CONTROL_STRING_PATTERN
 from rluf.serve.api import ApiError
@@ -17,9 +18,27 @@ from rluf.types import Message, ScoringItem
 
 MIN_OVERLAP_CHARS = 8
 """Minimum number of characters of its prompt that a text which is cut on the left must start with."""
-_TEXT_ENDS = re.compile(rf"^(?:\s|{CONTROL_STRING_PATTERN.pattern})+|(?:\s|{CONTROL_STRING_PATTERN.pattern})+$")
-_PADDED_START = re.compile(rf"^\s*(?:(?:{CONTROL_STRING_PATTERN.pattern})\s*)+")
-_PADDED_END = re.compile(rf"(?:\s*(?:{CONTROL_STRING_PATTERN.pattern}))+\s*$")
+MAX_HEADER_CHARS = 40
+"""Maximum number of characters of a header that words make, with white space before it."""
+_MARKER = (
+    CONTROL_STRING_PATTERN.pattern + r"|<\|(?:turn|channel|tool|think)[a-z_]*>|<(?:turn|channel|tool)[a-z_]*\|>"
+    r"|\[\|[a-z]+\|\]|<(?:reserved_|extra_id_)\d+>|<seed:\w+>|<(?:BOS|EOS|PAD|UNK)_TOKEN>|<PAD>|<eo[ahm]>|\[gMASK\]"
+    r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS|TOOL_CONTENT)\]"
+)
+_MARKER_PATTERN = re.compile(_MARKER)
+_TEXT_ENDS = re.compile(rf"^(?:\s|{_MARKER})+|(?:\s|{_MARKER})+$")
+_PADDED_START = re.compile(rf"^\s*(?:(?:{_MARKER})\s*)+")
+_PADDED_END = re.compile(rf"(?:\s*(?:{_MARKER}))+\s*$")
+_WRITTEN_TURNS = re.compile(
+    r"\A\s*(?:A chat between .*?)?\b(?:USER|HUMAN|User|Human):.*\b(?:ASSISTANT|Assistant|AI):"
+    r"|(?:\A|\n)\s*### ?(?:Instruction|Human|User|Question|Prompt|Input)\b.*### ?(?:Response|Assistant|Answer)\b"
+    r"|\A\s*<(?:human|user)>:.*<(?:bot|assistant)>:"
+    r"|\A\s*(?:system\s*\n.*\n\s*)?user\s*\n.*(?:assistant|model)\s*(?:\n|\Z)",
+    re.DOTALL,
+)
+"""Turns that words mark: Vicuna, Alpaca, Anthropic's HH, and what is left of a format without its control tokens."""
+_EMPTY_THINKING = re.compile(r"\A\s*<think>\s*(?:</think>\s*|(?!.*</think>))", re.DOTALL)
+"""Start of a response that chat templates write for models which may reason: a block without reasoning, or its tag."""
 _LLAMA2_SYSTEM = re.compile(r"(\s*<<SYS>>)?\s*(.*?)\s*<</SYS>>\s*", re.DOTALL)
 _STRIKETHROUGH = ("<s>", "</s>")
 """Control tokens of Mistral and Llama 2 that are HTML tags too: removed at the ends of a text, not refused inside."""
@@ -34,12 +53,18 @@ class ChatFormat:
     is_stripped: bool = False
     """Whether white space around a turn's text belongs to the template."""
 
-    def build_header_pattern(self) -> re.Pattern[str]:
-        """Pattern of any header, one group per role; line breaks at its end may be missing in a cut text."""
+    @cached_property
+    def header_pattern(self) -> re.Pattern[str]:
+        """Pattern of any header, one group per role.
+
+        Line breaks at its end may be missing in a cut text. Some tokenizers decode with spaces around control tokens.
+        """
         patterns = []
         for role, header in self.headers.items():
             marker = header.rstrip("\n")
-            patterns.append(f"(?P<{role}>{re.escape(marker)}\\n{{0,{len(header) - len(marker)}}})")
+            words = [re.escape(word) for word in re.split(r"(?<=>)\b|\b(?=<)", marker)]
+            line_breaks = f"(?:[ \\t]*\\r?\\n){{0,{len(header) - len(marker)}}}"
+            patterns.append(f"(?P<{role}>{' *'.join(words)}{line_breaks})")
         return re.compile("|".join(patterns))
 
 
@@ -49,20 +74,40 @@ def _build_format(template: str, *ends: str, assistant: str = "assistant") -> Ch
 
 
 CHAT_FORMATS: dict[str, ChatFormat] = {
+    # Before chatml, whose headers are the start of these.
+    "phi4": _build_format("<|im_start|>{}<|im_sep|>", "<|im_end|>"),
     "chatml": _build_format("<|im_start|>{}\n", "<|im_end|>"),
     "llama3": _build_format(
         "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"
     ),
     "llama4": _build_format("<|header_start|>{}<|header_end|>\n\n", "<|eot|>", "<|eom|>", "<|end_of_text|>"),
     "gemma": _build_format("<start_of_turn>{}\n", "<end_of_turn>", "<eos>", assistant="model"),
+    "gemma4": _build_format("<|turn>{}\n", "<turn|>", "<eos>", assistant="model"),
     "mistral": ChatFormat(
         {"system": "[SYSTEM_PROMPT]", "user": "[INST]", "assistant": "[/INST]"},
         ("[/SYSTEM_PROMPT]", "</s>"),
         is_stripped=True,
     ),
     "phi": _build_format("<|{}|>\n", "<|end|>", "</s>", "<|endoftext|>"),
+    "granite": _build_format("<|start_of_role|>{}<|end_of_role|>", "<|end_of_text|>"),
+    "command": ChatFormat(
+        {
+            role: f"<|START_OF_TURN_TOKEN|><|{name}_TOKEN|>"
+            for role, name in (("system", "SYSTEM"), ("user", "USER"), ("assistant", "CHATBOT"))
+        },
+        ("<|END_OF_TURN_TOKEN|>",),
+    ),
+    # The system message follows the first token without a header.
+    "deepseek": ChatFormat(
+        {
+            role: f"<\uff5c{name}\uff5c>"
+            for role, name in (("system", "begin\u2581of\u2581sentence"), ("user", "User"), ("assistant", "Assistant"))
+        },
+        ("<\uff5cend\u2581of\u2581sentence\uff5c>",),
+    ),
 }
-"""Chat formats by name: Qwen, SmolLM and others (chatml), Llama 3 and 4, Gemma, Mistral and Llama 2, Phi and Zephyr."""
+"""Chat formats by name: Qwen, SmolLM and others (chatml), Llama 3 and 4, Gemma, Mistral and Llama 2, Phi, Zephyr and
+Tulu (phi), Granite, Command R, DeepSeek."""
 
 
 def build_custom_format(markers: Mapping[str, str]) -> ChatFormat | None:
@@ -88,7 +133,12 @@ def split_text(text: str, prompt: str = "", custom_format: ChatFormat | None = N
     """
     chat_format = _detect_format(prompt + "\n" + text, custom_format)
     if chat_format is None:
-        response = _PADDED_START.sub("", _PADDED_END.sub("", text[_find_overlap(text, prompt) :]))
+        if not text.startswith(prompt):
+            text = _PADDED_START.sub("", text)
+        response = text[_find_overlap(text, prompt) :]
+        # With a prompt, later words are the policy's own; a header that the prompt lacks starts the response.
+        _check_no_written_turns(prompt + response[:MAX_HEADER_CHARS] if prompt else response)
+        response = _PADDED_START.sub("", _PADDED_END.sub("", response))
         # Tokenizers join prompt and response with white space; a text without a prompt is scored as it is.
         return _check_item([Message(role="user", content=prompt)], response.strip() if prompt else response)
     turns = _find_turns(text, chat_format)
@@ -96,6 +146,8 @@ def split_text(text: str, prompt: str = "", custom_format: ChatFormat | None = N
     prompt_end = len(prompt.rstrip()) if prompt and text.startswith(prompt) else None
     answers = [turn for turn in turns if turn.role == "assistant"]
     candidates = answers[-1:] if prompt_end is None else [turn for turn in answers if turn.content_start >= prompt_end]
+    if prompt_end is not None and (start := _find_open_answer(prompt, chat_format)) is not None:
+        candidates = [turn for turn in answers if turn.start == start]
     if candidates:
         answer = candidates[0]
         context, response = text[: answer.start], text[answer.content_start :]
@@ -105,29 +157,33 @@ def split_text(text: str, prompt: str = "", custom_format: ChatFormat | None = N
         raise _build_error("it has no assistant turn")
     # A prompt of which the text has only the end tells more than that end.
     messages = _parse_context(prompt if prompt and prompt_end is None else context, chat_format)
-    return _check_item(messages, _read_content(response, chat_format))
+    return _check_item(messages, _EMPTY_THINKING.sub("", _read_content(response, chat_format)))
 
 
 def split_pair(query: str, response: str, custom_format: ChatFormat | None = None) -> ScoringItem:
     """Make an item of a prompt (a chat format, or one user message) and a response; see split_text."""
     chat_format = _detect_format(query, custom_format)
     if chat_format is not None:
-        return _check_item(_parse_context(query, chat_format), _read_content(response, chat_format))
+        if _find_open_answer(query, chat_format) is not None:
+            return split_text(query + response, query, custom_format)
+        response = _EMPTY_THINKING.sub("", _read_content(response, chat_format))
+        return _check_item(_parse_context(query, chat_format), response)
     if not query.strip():
         return split_text(response, "", custom_format)
-    return _check_item([Message(role="user", content=query)], response)
+    _check_no_written_turns(query)
+    return _check_item([Message(role="user", content=query)], _PADDED_END.sub("", response))
 
 
 def _detect_format(text: str, custom_format: ChatFormat | None) -> ChatFormat | None:
     """The format with the most headers in the text; None if there is no header."""
     formats = [custom_format] if custom_format is not None else []
-    counts = [(len(item.build_header_pattern().findall(text)), item) for item in (*formats, *CHAT_FORMATS.values())]
+    counts = [(len(item.header_pattern.findall(text)), item) for item in (*formats, *CHAT_FORMATS.values())]
     best_count, best_format = max(counts, key=lambda pair: pair[0])
     return best_format if best_count else None
 
 
 def _find_turns(text: str, chat_format: ChatFormat) -> list[_Turn]:
-    matches = list(chat_format.build_header_pattern().finditer(text))
+    matches = list(chat_format.header_pattern.finditer(text))
     ends = [*(match.start() for match in matches), len(text)][1:]
     return [
         _Turn(str(match.lastgroup), match.start(), match.end(), end) for match, end in zip(matches, ends, strict=True)
@@ -137,12 +193,10 @@ def _find_turns(text: str, chat_format: ChatFormat) -> list[_Turn]:
 def _parse_context(context: str, chat_format: ChatFormat) -> list[Message]:
     """Messages of a prompt, up to its last user message. Raises ApiError 422 when there is none."""
     turns = _find_turns(context, chat_format)
-    messages = [
-        Message(role=turn.role, content=_read_content(context[turn.content_start : turn.end], chat_format))
-        for turn in turns
-    ]
+    messages = [Message(role=turn.role, content=_read_turn(context, turn, chat_format)) for turn in turns]
     if messages and messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip():
         messages.pop()  # the header that starts the response
+    messages = [message for message in messages if message["role"] != "system" or message["content"]]
     # What is before the first header is the end of a turn that was cut. It is the user's if the response follows, and
     # unknown otherwise.
     fragment = context[: turns[0].start] if turns else context
@@ -153,6 +207,22 @@ def _parse_context(context: str, chat_format: ChatFormat) -> list[Message]:
     if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise _build_error("no user message precedes the response")
     return messages
+
+
+def _read_turn(text: str, turn: _Turn, chat_format: ChatFormat) -> str:
+    content = text[turn.content_start : turn.end]
+    if not any(end in content for end in chat_format.ends):
+        content = content.removesuffix("\n")  # Tulu and Falcon end a turn with a line break only
+    content = _read_content(content, chat_format)
+    return _EMPTY_THINKING.sub("", content) if turn.role == "assistant" else content
+
+
+def _find_open_answer(prompt: str, chat_format: ChatFormat) -> int | None:
+    """Start of the assistant turn that the response continues: a prompt may contain the first words of its answer."""
+    turns = _find_turns(prompt, chat_format)
+    content = prompt[turns[-1].content_start :] if turns and turns[-1].role == "assistant" else ""
+    is_open = content.strip() and not any(end in content for end in chat_format.ends)
+    return turns[-1].start if is_open else None
 
 
 def _read_content(text: str, chat_format: ChatFormat) -> str:
@@ -169,9 +239,12 @@ def _read_content(text: str, chat_format: ChatFormat) -> str:
 
 def _remove_partial_header(fragment: str, chat_format: ChatFormat) -> str:
     """A cut turn without the rest of its own header: `er\\nHello` is `Hello`."""
-    headers = [header.rstrip("\n") for header in chat_format.headers.values()]
-    lengths = [n for header in headers for n in range(1, len(header)) if fragment.startswith(header[-n:] + "\n")]
-    return fragment[max(lengths, default=0) :].lstrip("\n") if lengths else fragment
+    lengths = []
+    for header in chat_format.headers.values():
+        # One character is too little to be sure of a header that no line break ends.
+        marker, line_end, first_length = (header, "", 2) if header[-1] != "\n" else (header.rstrip("\n"), "\n", 1)
+        lengths += [n for n in range(first_length, len(marker)) if fragment.startswith(marker[-n:] + line_end)]
+    return fragment[max(lengths) :].lstrip("\n") if lengths else fragment
 
 
 def _split_llama2_system(message: Message) -> list[Message]:
@@ -201,9 +274,14 @@ def _find_overlap(text: str, prompt: str) -> int:
     return lengths[-1]
 
 
+def _check_no_written_turns(context: str) -> None:
+    if _WRITTEN_TURNS.search(_TEXT_ENDS.sub("", context)):
+        raise _build_error("words mark its turns")
+
+
 def _check_item(messages: Sequence[Message], response: str) -> ScoringItem:
     for text in (*(message["content"] for message in messages), response):
-        for match in CONTROL_STRING_PATTERN.finditer(text):
+        for match in _MARKER_PATTERN.finditer(text):
             if match[0] not in _STRIKETHROUGH:
                 raise _build_error(f"the template marker {match[0]!r} remains in it")
     return ScoringItem(list(messages), response)

@@ -8,17 +8,25 @@ turns (rluf.serve.chat_text). Token counts in `usage` are estimates from charact
 
 from __future__ import annotations
 
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import FastAPI
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import AliasChoices, Field, field_validator, model_validator
 
 from rluf.config.objectives import PRIMARY_OBJECTIVE, find_objective_spec
 from rluf.prepare.schema import MAX_MESSAGES, MAX_TEXT_CHARS
-from rluf.serve.api import MAX_ITEMS_PER_REQUEST, ApiError, ChatMessage, MessageText, RoutedRequest
+from rluf.serve.api import (
+    MAX_ITEMS_PER_REQUEST,
+    ApiError,
+    ClientMessage,
+    MessageText,
+    RoutedRequest,
+    drop_neutral_fields,
+)
 from rluf.serve.batching import MAX_QUEUED_RESPONSES, estimate_tokens
 from rluf.serve.chat_text import build_custom_format, split_pair, split_text
 from rluf.types import Message, ScoringItem
@@ -38,17 +46,30 @@ RewardTextList = Annotated[list[MessageText], Field(min_length=1, max_length=MAX
 TextList = Annotated[list[MessageText], Field(min_length=1, max_length=MAX_ITEMS_PER_REQUEST)]
 
 
-class CompatRequest(RoutedRequest):
-    """Base class of requests in other systems' formats.
+_NEUTRAL_VALUES: dict[str, Sequence[Any]] = {
+    "truncate_prompt_tokens": (-1,), "max_tokens_per_doc": (0,), "max_tokens_per_query": (0,),
+    "rank_fields": (["text"],),
+    "truncation_direction": ("Right", "right"), "padding": ("do_not_pad",), "encoding_format": ("float",),
+    "embed_dtype": ("float32",), "endianness": ("native", "little"), "task": ("classify",), "parameters": ({},),
+    "chat_template_kwargs": ({},), "mm_processor_kwargs": ({},), "tools": ([],),
+    "add_generation_prompt": (False,), "continue_final_message": (False,), "add_special_tokens": (), "priority": (),
+    "request_id": (), "cache_salt": (), "labels": (), "options": (),
+}  # fmt: skip
+"""Fields of other systems' clients that change nothing at these values (no values: at any)."""
 
-    Unknown fields are ignored, except those that would change a score: they are refused.
+
+class CompatRequest(RoutedRequest):
+    """Base class of requests in other systems' formats. Fields that would change a reply are honored or refused.
+
+    `truncate` false (TEI's): a text that is longer than the models read is an error.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
-    truncate_prompt_tokens: Literal[-1] | None = None
-    chat_template: None = None
-    instruction: None = None
-    dimensions: None = None
+    truncate: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_neutral_fields(cls, values: Any) -> Any:
+        return drop_neutral_fields(values, _NEUTRAL_VALUES)
 
 
 class ActivationRequest(CompatRequest):
@@ -56,6 +77,12 @@ class ActivationRequest(CompatRequest):
 
     activation: bool | None = None
     use_activation: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_activation(self) -> ActivationRequest:
+        if None not in (self.activation, self.use_activation) and self.activation != self.use_activation:
+            raise ValueError("activation and use_activation differ; send one of them")
+        return self
 
     def apply_activation(self, values: Sequence[float]) -> list[float]:
         """Probabilities, or their log-odds if the request asks for no activation."""
@@ -117,18 +144,20 @@ class RerankRequest(ActivationRequest):
         | None
     ) = None
     texts: TextList | None = None
-    top_n: int | None = Field(default=None, ge=0, le=MAX_ITEMS_PER_REQUEST)
+    top_n: int | None = Field(default=None, ge=0, validation_alias=AliasChoices("top_n", "top_k"))
+    return_documents: bool = True
     return_text: bool = False
     raw_scores: bool = False
     model: MessageText = DEFAULT_OBJECTIVE
 
     def list_response_texts(self) -> list[str]:
         """Return the texts to order. Raises ApiError when there are none, or a document has no text."""
-        if self.texts is not None:
-            return list(self.texts)
-        if self.documents is None:
-            raise ApiError(422, "invalid", "send documents (or texts)")
-        texts = [document if isinstance(document, str) else document.get("text") for document in self.documents]
+        if (self.texts is None) == (self.documents is None):
+            raise ApiError(422, "invalid", "send either documents or texts")
+        texts: list[str | None] = [
+            document if isinstance(document, str) else document.get("text")
+            for document in self.texts or self.documents or ()
+        ]
         if any(text is None for text in texts):
             raise ApiError(422, "invalid", "a document has no text")
         return [text for text in texts if text is not None]
@@ -138,7 +167,7 @@ class ClassifyRequest(ActivationRequest):
     """vLLM's classify and pooling: texts, or `messages` that end with the response."""
 
     input: MessageText | TextList | None = None
-    messages: Annotated[list[ChatMessage], Field(min_length=2, max_length=MAX_MESSAGES)] | None = None
+    messages: Annotated[list[ClientMessage], Field(min_length=2, max_length=MAX_MESSAGES)] | None = None
     model: MessageText = DEFAULT_OBJECTIVE
 
     def list_items(self, split: Callable[[str], ScoringItem]) -> list[ScoringItem]:
@@ -166,6 +195,13 @@ class ModerationRequest(CompatRequest):
     input: MessageText | TextList
     model: MessageText = MODERATION_OBJECTIVE
 
+    @field_validator("model")
+    @classmethod
+    def _check_model(cls, name: str) -> str:
+        if name != MODERATION_OBJECTIVE and not re.match("(text|omni)-moderation-", name):
+            raise ValueError(f"expected {MODERATION_OBJECTIVE}, or the name of a moderation model of OpenAI")
+        return name
+
 
 class CompatScorer:
     """Splits texts by the service's chat formats and scores them for one request."""
@@ -183,8 +219,12 @@ class CompatScorer:
         return split_pair(query, response, self._custom_format)
 
     async def score_items(self, items: Sequence[ScoringItem], request: CompatRequest) -> list[ScoredItem]:
-        """Score all items of a request with one model version."""
-        return await self._backend.score_items(items, [request.to_route()] * len(items))
+        """Score all items of a request with one model version. Raises ApiError 413 for texts it must not cut."""
+        scored_items = await self._backend.score_items(items, [request.to_route()] * len(items))
+        cut_indices = [i for i, scored in enumerate(scored_items) if any(s.is_cut for s in scored.scores.values())]
+        if cut_indices and not request.truncate:
+            raise ApiError(413, "too_long", f"text {cut_indices[0]} is longer than a model reads; send truncate: true")
+        return scored_items
 
 
 def add_compat_routes(app: FastAPI, backend: ServiceBackend) -> None:
@@ -249,15 +289,13 @@ def _add_rerank_routes(app: FastAPI, scorer: CompatScorer) -> None:
         items = [scorer.split_pair(body.query, text) for text in texts]
         scored_items = await scorer.score_items(items, body)
         values = _select_objective_values(scored_items, body.model)
-        order = sorted(range(len(texts)), key=lambda i: -values[i])
+        order = sorted(range(len(texts)), key=lambda i: -values[i])[: body.top_n or None]
+        scores = [logit(value) for value in values] if body.raw_scores else body.apply_activation(values)
         if body.texts is not None:
-            scores = [logit(value) for value in values] if body.raw_scores else values
             return [{"index": i, "score": scores[i], **({"text": texts[i]} if body.return_text else {})} for i in order]
-        relevance_scores = body.apply_activation(values)
-        results = [
-            {"index": i, "document": {"text": texts[i]}, "relevance_score": relevance_scores[i]}
-            for i in order[: body.top_n or None]
-        ]
+        results: list[dict[str, Any]] = [{"index": i, "relevance_score": scores[i]} for i in order]
+        if body.return_documents:
+            results = [result | {"document": {"text": texts[result["index"]]}} for result in results]
         envelope = _build_reply_envelope("rerank", body.model, items, scored_items)
         del envelope["object"]  # rerank replies have none
         return envelope | {"results": results}
@@ -287,9 +325,7 @@ def _add_moderation_routes(app: FastAPI, scorer: CompatScorer) -> None:
     async def moderations(body: ModerationRequest) -> dict[str, Any]:
         """OpenAI's moderation by the safety model: one category, unsafe, flagged if safety is below 0.5."""
         scored_items = await scorer.score_items([scorer.split_text(text) for text in _as_list(body.input)], body)
-        # The names of OpenAI's own moderation models mean the safety objective.
-        is_openai_name = body.model.removesuffix("-latest").endswith("-moderation")
-        values = _select_objective_values(scored_items, MODERATION_OBJECTIVE if is_openai_name else body.model)
+        values = _select_objective_values(scored_items, MODERATION_OBJECTIVE)
         results = [
             {
                 "flagged": value < UNSAFE_THRESHOLD,

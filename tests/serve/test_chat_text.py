@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+
 import httpx
+import jinja2
 import pytest
 
 from rluf.config.settings import Settings
@@ -32,6 +36,25 @@ TEMPLATES = {
     "llama2": ("<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\n{} [/INST]", " </s>", "<pad>"),
     "phi": ("<|user|>\n{}<|end|>\n<|assistant|>\n", "<|end|>", "<|endoftext|>"),
     "zephyr": ("<|system|>\nBe kind.</s>\n<|user|>\n{}</s>\n<|assistant|>\n", "</s>", "</s>"),
+    "gemma 2": ("<bos><start_of_turn>user\n{}<end_of_turn>\n<start_of_turn>model\n", "<end_of_turn><eos>", "<pad>"),
+    "gemma4": ("<bos><|turn>system\nBe kind.<turn|>\n<|turn>user\n{}<turn|>\n<|turn>model\n", "<turn|>\n", "<pad>"),
+    "phi4": ("<|im_start|>system<|im_sep|>Be kind.<|im_end|><|im_start|>user<|im_sep|>{}<|im_end|>"
+             "<|im_start|>assistant<|im_sep|>", "<|im_end|>", "<|endoftext|>"),
+    "phi4 mini": ("<|system|>Be kind.<|end|><|user|>{}<|end|><|assistant|>", "<|end|>", "<|endoftext|>"),
+    "tulu": ("<|system|>\nBe kind.\n<|user|>\n{}\n<|assistant|>\n", "<|end_of_text|>", "<pad>"),
+    "olmo": ("<|endoftext|><|user|>\n{}\n<|assistant|>\n", "<|endoftext|>", "<|padding|>"),
+    "granite": ("<|start_of_role|>system<|end_of_role|>Be kind.<|end_of_text|>\n<|start_of_role|>user<|end_of_role|>{}"
+                "<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>", "<|end_of_text|>", "<|end_of_text|>"),
+    "command r": ("<BOS_TOKEN><|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>Be kind.<|END_OF_TURN_TOKEN|>"
+                  "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{}<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
+                  "<|END_OF_TURN_TOKEN|>", "<PAD>"),
+    "deepseek": ("<\uff5cbegin\u2581of\u2581sentence\uff5c>Be kind.<\uff5cUser\uff5c>{}<\uff5cAssistant\uff5c>",
+                 "<\uff5cend\u2581of\u2581sentence\uff5c>", "<\uff5c\u2581pad\u2581\uff5c>"),
+    "spaces between tokens": ("<|im_start|> user\n{}<|im_end|> \n<|im_start|> assistant\n", "<|im_end|>", "<|im_end|>"),
+    "llama3 with spaces": ("<|begin_of_text|><|start_header_id|> user <|end_header_id|>\n\n{}<|eot_id|> "
+                           "<|start_header_id|> assistant <|end_header_id|>\n\n", "<|eot_id|>", "<pad>"),
+    "line ends of Windows": ("<|im_start|>user\r\n{}<|im_end|>\r\n<|im_start|>assistant\r\n", "<|im_end|>\r\n",
+                             "<|im_end|>"),
     "custom": ("### Human: {}@@### Bot: ", "@@", "</s>"),
 }  # fmt: skip
 CUSTOM = build_custom_format({"user": "### Human: ", "assistant": "### Bot: ", "end": "@@"})
@@ -63,6 +86,8 @@ def test_a_rendered_conversation_is_split(name: str, with_prompt: bool) -> None:
         "cut and padded": pad * 3 + prompt[max(0, user_start - 24) :] + RESPONSE + pad * 4,
         "cut on both sides": prompt[max(0, user_start - 24) :] + RESPONSE,
     }
+    if name == "llama3 with spaces":  # the rest of such a header cannot be told from a message
+        texts = {label: text for label, text in texts.items() if "cut" not in label}
     for label, text in texts.items():
         prompts = [prompt] + ([prompt[:header_start]] if header_start > 0 and label == "whole" else [])
         for given_prompt in prompts if with_prompt else [""]:
@@ -118,8 +143,112 @@ def test_plain_text_is_not_touched_and_must_start_with_its_prompt() -> None:
     assert split_pair("What is [x]?", " [1] ").response == " [1] "
     assert get_last_message(split_text("Question one? Yes.", "Question one?")) == ("user", "Question one?", "Yes.")
     assert split_text("stion one? Yes.", "A long question one?").response == "Yes."
+    assert split_text("<s> Question one? Yes.</s>", "Question one?").response == "Yes."
+    assert split_pair("Is it?", "Yes.</s>").response == "Yes."
+    run_on = "Yes.\n\nHuman: Thanks!\n\nAssistant: You are welcome."
+    assert (
+        split_text(f"Question one?\n{run_on}", "Question one?").response
+        == split_pair("Why?", run_on).response
+        == run_on
+    )
     with pytest.raises(ApiError, match="does not start with its prompt"):
         split_text("Something else", "Question?")
+
+
+THINKING = ("<think>\n\n</think>\n\n", "<think>\n\n</think>\n", "<think>\n", "<think></think>")
+
+
+@pytest.mark.parametrize("name", ["chatml", "deepseek", "llama3"])
+@pytest.mark.parametrize("thinking", THINKING)
+def test_an_empty_block_of_reasoning_belongs_to_the_template(name: str, thinking: str) -> None:
+    prompt, end, _ = render(name)
+    expected = ("user", USER, RESPONSE)
+    for text in (prompt + thinking + RESPONSE + end, prompt + thinking + RESPONSE):
+        for given_prompt in ("", prompt, prompt + thinking, (prompt + thinking).rstrip()):
+            assert get_last_message(split_text(text, given_prompt)) == expected
+    assert get_last_message(split_pair(prompt + thinking, RESPONSE + end)) == expected
+    assert get_last_message(split_text(prompt + RESPONSE + end, prompt + thinking)) == expected
+    reasoned = f"<think>\nA greeting.\n</think>\n\n{RESPONSE}"
+    assert split_text(prompt + reasoned + end, prompt).response == reasoned
+    messages = split_text(prompt + thinking + "One." + end + prompt + RESPONSE + end).messages
+    assert [m["content"] for m in messages if m["role"] == "assistant"] == ["One."]
+
+
+@pytest.mark.parametrize("name", ["chatml", "deepseek", "gemma", "phi", "command r", "granite"])
+def test_a_response_continues_the_first_words_that_its_prompt_gives(name: str) -> None:
+    prompt, end, _ = render(name)
+    expected = ("user", USER, RESPONSE)
+    assert get_last_message(split_text(prompt + RESPONSE + end, prompt + RESPONSE[:9])) == expected
+    assert get_last_message(split_pair(prompt + RESPONSE[:9], RESPONSE[9:] + end)) == expected
+
+
+WRITTEN = {
+    "vicuna": "A chat between a curious user and an assistant. USER: {} ASSISTANT: ",
+    "vicuna alone": "USER: {} ASSISTANT: ", "hh": "\n\nHuman: {}\n\nAssistant: ",
+    "deepseek v2": "User: {}\n\nAssistant: ",
+    "alpaca": "Below is an instruction that describes a task.\n\n### Instruction:\n{}\n\n### Response:\n",
+    "guanaco": "### Human: {}\n### Assistant: ", "solar": "### User:\n{}\n\n### Assistant:\n",
+    "redpajama": "<human>: {}\n<bot>: ", "chatml without tokens": "user\n{}\nassistant\n",
+    "qwen without tokens": "system\nYou are Qwen.\nuser\n{}\nassistant\n", "gemma without tokens": "user\n{}\nmodel\n",
+    "llama3 without tokens": "system\n\nCutting Knowledge Date: 2023\n\nuser\n\n{}assistant\n\n",
+    "exaone": "[|user|]{}\n[|assistant|]", "baichuan": "<reserved_106>{}<reserved_107>",
+    "nemotron": "<extra_id_1>User\n{}\n<extra_id_1>Assistant\n",
+    "seed": "<seed:bos>user\n{}<seed:eos><seed:bos>assistant\n",
+    "openchat": "<s>GPT4 Correct User: {}<|end_of_turn|>GPT4 Correct Assistant: ",
+    "kimi": "<|im_user|>user<|im_middle|>{}<|im_end|><|im_assistant|>assistant<|im_middle|>",
+    "gpt-oss": "<|start|>user<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>",
+    "internlm": "<|User|>:{}<eoh>\n<|Bot|>:", "hunyuan": "<|hy_User|>{}<|hy_Assistant|>",
+}  # fmt: skip
+"""Chat formats without support; many mark turns by words alone."""
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_format_without_support_is_refused(name: str) -> None:
+    prompt = WRITTEN[name].format(USER)
+    for text, given_prompt in (
+        (prompt + RESPONSE, ""), (prompt + RESPONSE, prompt), (prompt + RESPONSE + "</s>", prompt),
+        (prompt.lstrip() + RESPONSE, ""),
+    ):  # fmt: skip
+        with pytest.raises(ApiError, match="cannot be split"):
+            split_text(text, given_prompt)
+    with pytest.raises(ApiError, match="cannot be split"):
+        split_pair(prompt, RESPONSE)
+
+
+def list_trl_templates() -> list[Path]:
+    spec = find_spec("trl")
+    return sorted(Path(str(spec.origin)).parent.glob("chat_templates/*.jinja")) if spec else []
+
+
+@pytest.mark.parametrize("path", list_trl_templates(), ids=lambda path: path.stem)
+def test_chat_templates_of_real_models_are_split_or_refused(path: Path) -> None:
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    template = _compile_jinja_template(path.read_text())
+    messages = [
+        {"role": "user", "content": "First?"}, {"role": "assistant", "content": "One."},
+        {"role": "user", "content": USER},
+    ]  # fmt: skip
+    options = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    try:
+        prompt = template.render(messages=messages, add_generation_prompt=True, **options)
+        full_text = template.render(messages=[*messages, {"role": "assistant", "content": RESPONSE}], **options)
+    except jinja2.TemplateError:  # the template of a vision model, for lists of parts
+        pytest.skip("does not take text")
+    for text, given_prompt in (
+        (full_text, ""),
+        (full_text, prompt),
+        (prompt + RESPONSE, prompt),
+        (prompt + RESPONSE, ""),
+    ):
+        try:
+            item = split_text(text, given_prompt)
+        except ApiError as error:
+            assert error.status == 422
+            continue
+        turns = [(message["role"], message["content"]) for message in item.messages if message["role"] != "system"]
+        assert turns == [(message["role"], message["content"]) for message in messages]
+        assert item.response == RESPONSE
 
 
 def test_markers_in_the_settings_are_checked() -> None:
@@ -130,7 +259,7 @@ def test_markers_in_the_settings_are_checked() -> None:
             Settings.model_validate({"serve": {"chat_markers": wrong}})
 
 
-@pytest.mark.parametrize("name", [name for name in TEMPLATES if name != "custom"])
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "mistral v7", "tulu", "deepseek"])
 def test_every_text_route_gives_the_score_of_the_messages(
     name: str, service_url: str, reward_models: dict[str, RewardModel]
 ) -> None:
