@@ -5,15 +5,10 @@ A reply is what the service sends back; a response is a text that a policy gener
 
 from __future__ import annotations
 
-import hashlib
-import hmac
-import json
 import math
-import re
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import (
@@ -24,6 +19,7 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    field_validator,
     model_validator,
 )
 
@@ -33,11 +29,12 @@ from rluf.prepare.schema import MAX_MESSAGES, MAX_TEXT_CHARS, FeedbackRecord
 from rluf.prepare.schema import ChatMessage as LoggedMessage
 from rluf.serve.store import FeedbackEvent, PreferenceEvent
 from rluf.types import Message, Score, ScoringItem
-from rluf.utils.hashing import hash_user_id
+from rluf.utils.hashing import hash_user_id, is_response_of_user, is_signed_response_id
 
-_SIGNED_ID = re.compile(r"chatcmpl-[0-9a-f]{32}-[0-9a-f]{16}")
 MAX_ITEMS_PER_REQUEST = 256
 """Maximum number of responses in one request."""
+MAX_CLOCK_ERROR = timedelta(days=1)
+"""How far the time of a record may be in the future."""
 
 
 class ApiError(RlufError):
@@ -258,7 +255,7 @@ class FeedbackContext(RequestModel):
     conversation_id: IdentifierText
     turn: int = Field(ge=0, le=1_000_000)
     user_id: IdentifierText
-    time: Annotated[AwareDatetime, Field(ge=datetime(2000, 1, 1, tzinfo=UTC), le=datetime(2200, 1, 1, tzinfo=UTC))]
+    time: Annotated[AwareDatetime, Field(ge=datetime(2000, 1, 1, tzinfo=UTC))]
     model_version: IdentifierText
     messages: Conversation
     response: Annotated[NonEmptyText, AfterValidator(_check_not_blank)]
@@ -271,6 +268,16 @@ class FeedbackContext(RequestModel):
     device: IdentifierText | None = None
     author: IdentifierText | None = None
     arm: IdentifierText | None = None
+    temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    response_tokens: int | None = Field(default=None, ge=0, le=1_000_000_000)
+    response_logprob: float | None = Field(default=None, allow_inf_nan=False)
+
+    @field_validator("time")
+    @classmethod
+    def _check_time(cls, time: datetime) -> datetime:
+        if time > datetime.now(UTC) + MAX_CLOCK_ERROR:
+            raise ValueError("it is in the future; check the clock of the system that served the response")
+        return time
 
 
 class FeedbackRequest(RequestModel):
@@ -379,9 +386,8 @@ StopText = Annotated[str, StringConstraints(min_length=1, max_length=200), After
 
 
 _NEUTRAL_CHAT_VALUES: dict[str, Sequence[Any]] = {
-    "tool_choice": ("none", "auto"), "functions": ([],), "function_call": ("none", "auto"), "logit_bias": ({},),
-    "modalities": (["text"],), "top_logprobs": (0,), "top_k": (0, -1), "min_p": (0,), "best_of": (1,),
-    "repetition_penalty": (1,), "min_tokens": (0,), "ignore_eos": (False,), "skip_special_tokens": (True,),
+    "tool_choice": ("none", "auto"), "modalities": (["text"],), "top_logprobs": (0,), "top_k": (0, -1),
+    "min_p": (0,), "best_of": (1,), "repetition_penalty": (1,), "min_tokens": (0,), "ignore_eos": (False,), "skip_special_tokens": (True,),
     "add_generation_prompt": (True,), "continue_final_message": (False,), "chat_template_kwargs": ({},),
     "parallel_tool_calls": (), "service_tier": (), "prompt_cache_key": (), "priority": (), "request_id": (),
     "cache_salt": (),
@@ -493,9 +499,11 @@ def build_reaction_event(request: FeedbackRequest, salt: bytes, reactions: Seque
 
     `reactions` are those that the service accepts. Raises ApiError 403 for a response that was served to another user.
     """
+    is_own = is_signed_response_id(request.id)
+    if is_own:
+        check_response_user(request.id, request.user or (request.record and request.record.user_id), salt)
     if request.record is None:
-        if is_signed_response_id(request.id):
-            check_response_user(request.id, request.user, salt)
+        if is_own:
             return FeedbackEvent(request.id, request.reaction, replaced_reactions=tuple(reactions))
         return FeedbackEvent(request.id, request.reaction)
     row = request.record.model_dump()
@@ -506,10 +514,14 @@ def build_reaction_event(request: FeedbackRequest, salt: bytes, reactions: Seque
 
 
 def build_preference_event(request: PreferenceRequest, salt: bytes) -> PreferenceEvent:
-    """Convert a choice to a store event. Raises ApiError 403 for a response that was served to another user."""
+    """Convert a choice to a store event.
+
+    Raises ApiError 403 for a response that was served to another user, 404 for one that was not served here.
+    """
     for response_id in (request.chosen_id, request.rejected_id):
-        if is_signed_response_id(response_id):
-            check_response_user(response_id, request.user, salt)
+        if not is_signed_response_id(response_id):
+            raise ApiError(404, "unknown", "no response with that id was served here")
+        check_response_user(response_id, request.user, salt)
     return PreferenceEvent(request.chosen_id, request.rejected_id)
 
 
@@ -518,27 +530,10 @@ def _hash_id(value: str | None, salt: bytes) -> str | None:
     return None if value is None else hash_user_id(value, salt)
 
 
-def create_response_id(user: str | None, salt: bytes) -> str:
-    """Return a new response id in OpenAI's format, signed for `user`; feedback refers to it."""
-    unique_part = f"chatcmpl-{uuid.uuid4().hex}"
-    return f"{unique_part}-{_compute_id_signature(unique_part, user, salt)}"
-
-
-def is_signed_response_id(response_id: str) -> bool:
-    """Whether an id has the form of `create_response_id`, unlike those of other systems."""
-    return _SIGNED_ID.fullmatch(response_id) is not None
-
-
 def check_response_user(response_id: str, user: str | None, salt: bytes) -> None:
     """Raise ApiError 403 when a response with a signed id was served to another user."""
-    unique_part, _, signature = response_id.rpartition("-")
-    if not hmac.compare_digest(_compute_id_signature(unique_part, user, salt), signature):
+    if not is_response_of_user(response_id, user, salt):
         raise ApiError(403, "user", "the response was served to another user; send the `user` of its chat request")
-
-
-def _compute_id_signature(unique_part: str, user: str | None, salt: bytes) -> str:
-    message = json.dumps([unique_part, user]).encode()
-    return hmac.new(salt, message, hashlib.sha256).hexdigest()[:16]
 
 
 class ServedResponse(NamedTuple):

@@ -22,6 +22,7 @@ from rluf.serve import api
 from rluf.serve.api import ApiError, ScoredItem
 from rluf.serve.compat import add_compat_routes
 from rluf.serve.middleware import INTERNAL_ERROR, SCOPES_KEY, ServiceBackend, ServiceMiddleware
+from rluf.utils.hashing import is_signed_response_id
 from rluf.utils.stats import logit
 
 logger = logging.getLogger("rluf.serve")
@@ -186,11 +187,12 @@ def _add_service_routes(app: FastAPI, backend: ServiceBackend) -> None:
         tags=["feedback"],
         responses={
             404: {"model": api.ErrorReply, "description": "Unknown response id, and the request has no record"},
+            409: {"model": api.ErrorReply, "description": "The record is of another response than the stored one"},
         },
     )
     async def feedback(body: api.FeedbackRequest, request: Request) -> api.FeedbackReply:
         """Store a reaction to a response. The row is on disk before the reply; repeating a request is harmless."""
-        is_own_response = body.record is None and api.is_signed_response_id(body.id)
+        is_own_response = body.record is None and is_signed_response_id(body.id)
         required_scope = "chat" if is_own_response else "ingest"
         if required_scope not in request.scope[SCOPES_KEY]:
             raise ApiError(403, "scope", f"this request needs a token with scope {required_scope}")
@@ -201,6 +203,8 @@ def _add_service_routes(app: FastAPI, backend: ServiceBackend) -> None:
         backend.metrics.feedback_requests.labels(outcome).inc()
         if outcome == "unknown":
             raise ApiError(404, "unknown", "no response with that id was served here; add its record to the request")
+        if outcome == "conflict":
+            raise ApiError(409, "conflict", "another response is stored under this id; give each response its own")
         return api.FeedbackReply(id=body.id, status="duplicate" if outcome == "duplicate" else "stored")
 
     @app.post(

@@ -41,7 +41,6 @@ from rluf.serve.api import (
     build_reaction_event,
     build_score_route,
     build_served_event,
-    create_response_id,
     to_messages,
 )
 from rluf.serve.batching import RequestBatcher
@@ -51,7 +50,7 @@ from rluf.serve.observability import setup_service_logging, start_tracing, trace
 from rluf.serve.store import FeedbackStore, StoreEvent, StoreOutcome
 from rluf.serve.writers import WRITER_STALE_S, flush_stopped_writers, mark_alive, resolve_writer_folders
 from rluf.types import Score, ScoringItem
-from rluf.utils.hashing import hash_to_unit_interval
+from rluf.utils.hashing import create_response_id, hash_to_unit_interval
 
 logger = logging.getLogger("rluf.serve")
 

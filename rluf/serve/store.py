@@ -56,10 +56,11 @@ from rluf.utils.hashing import hash_parts
 
 logger = logging.getLogger("rluf.serve")
 
-StoreOutcome = Literal["stored", "late", "duplicate", "unknown", "settled", "mismatch", "unreadable"]
+StoreOutcome = Literal["stored", "late", "duplicate", "unknown", "conflict", "settled", "mismatch", "unreadable"]
 """stored: on disk now; late: on disk now, as a change of a settled row; duplicate: on disk already; unknown: no such
-response; settled: too late for another choice; mismatch: no choice, since the two responses answer different messages
-or are equal; unreadable: the file with a response of the choice cannot be read."""
+response; conflict: an open row with this id has another response or user; settled: too late for another choice;
+mismatch: no choice, since the two responses answer different messages or are equal; unreadable: the file with a
+response of the choice cannot be read."""
 
 WRITER_VARIABLE = "RLUF_FEEDBACK_WRITER"
 """Environment variable that names the writer of a cluster, where several clusters serve into one store."""
@@ -375,7 +376,7 @@ class FeedbackStore(ParquetFolder):
         return connection
 
     def _apply_event(self, connection: sqlite3.Connection, event: FeedbackEvent, received_at: float) -> StoreOutcome:
-        stored = connection.execute("SELECT reaction, record IS NULL FROM rows WHERE id = ?", (event.id,)).fetchone()
+        stored = connection.execute("SELECT reaction, record FROM rows WHERE id = ?", (event.id,)).fetchone()
         if stored is None:
             record = event.record
             if record is None and self._has_other_writers and event.replaced_reactions:
@@ -385,21 +386,27 @@ class FeedbackStore(ParquetFolder):
                 return "late"
             if record is None:
                 return "unknown"
+            # Only the same user continues: anybody may name the conversation of another one.
             connection.execute(
-                "UPDATE rows SET continued = 1 WHERE conversation_id = ? AND turn < ? AND record IS NOT NULL",
-                (record.conversation_id, record.turn),
+                "UPDATE rows SET continued = 1 WHERE conversation_id = ? AND turn < ? "
+                "AND json_extract(record, '$.user_id') = ?",
+                (record.conversation_id, record.turn, record.user_id),
             )
             connection.execute(
                 "INSERT INTO rows (id, reaction, received_at, conversation_id, turn, record) VALUES (?, ?, ?, ?, ?, ?)",
                 (event.id, event.reaction, received_at, record.conversation_id, record.turn, record.model_dump_json()),
             )
             return "stored"
-        reaction, is_settled = stored
+        reaction, record_json = stored
+        if event.record is not None and record_json is not None:
+            stored_record = json.loads(record_json)
+            if any(stored_record[name] != getattr(event.record, name) for name in ("user_id", "response")):
+                return "conflict"
         # A report of the response that arrives again, perhaps after a reaction, withdraws nothing.
         if reaction == event.reaction or (event.record is not None and event.reaction is None):
             return "duplicate"
         connection.execute("UPDATE rows SET reaction = ? WHERE id = ?", (event.reaction, event.id))
-        if not is_settled:
+        if record_json is not None:
             return "stored"
         _add_late_reactions(connection, event, [reaction] if reaction is not None else [], received_at)
         return "late"

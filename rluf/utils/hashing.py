@@ -1,14 +1,16 @@
 """Stable hashes: user ids (the one user hash of the service and of prepare), split and sampling points, text ids.
 
-All of them are BLAKE2b, so they are equal on every machine and in every process, unlike Python's own `hash`.
+All hashes are BLAKE2b, so they are equal on every machine and in every process, unlike Python's own `hash`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import json
 import os
 import re
+import uuid
 from functools import cache
 
 USER_SALT_VARIABLE = "RLUF_USER_SALT"
@@ -20,6 +22,7 @@ LEGACY_SERVE_SALT_VARIABLE = "RLUF_SERVE_SALT"
 USER_ID_TAG = "u1_"
 """Prefix of hashed user ids: the version of the hash."""
 
+_SIGNED_ID = re.compile(r"chatcmpl-[0-9a-f]{32}-[0-9a-f]{16}")
 _HASHED_USER_ID = re.compile(rf"{USER_ID_TAG}[0-9a-f]{{24}}")
 
 
@@ -39,6 +42,27 @@ def hash_user_id(user_id: str, salt: bytes | None) -> str:
     # BLAKE2b keys are at most 64 bytes; hashing the salt first accepts a salt of any length.
     key = hashlib.blake2b(salt, digest_size=32).digest()
     return USER_ID_TAG + hashlib.blake2b(_encode_text(user_id), digest_size=12, key=key).hexdigest()
+
+
+def create_response_id(user: str | None, salt: bytes) -> str:
+    """New id of a response, in OpenAI's format, signed for the user who is served; feedback refers to it."""
+    unique_part = f"chatcmpl-{uuid.uuid4().hex}"
+    return f"{unique_part}-{_sign_response_id(unique_part, user, salt)}"
+
+
+def is_signed_response_id(response_id: str) -> bool:
+    """Whether an id has the form of `create_response_id`, unlike those of other systems."""
+    return _SIGNED_ID.fullmatch(response_id) is not None
+
+
+def is_response_of_user(response_id: str, user: str | None, salt: bytes) -> bool:
+    """Whether a signed id was created for this user."""
+    unique_part, _, signature = response_id.rpartition("-")
+    return hmac.compare_digest(_sign_response_id(unique_part, user, salt), signature)
+
+
+def _sign_response_id(unique_part: str, user: str | None, salt: bytes) -> str:
+    return hmac.new(salt, json.dumps([unique_part, user]).encode(), hashlib.sha256).hexdigest()[:16]
 
 
 def hash_user_id_legacy(user_id: str, salt: bytes) -> str:

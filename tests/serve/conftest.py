@@ -34,7 +34,6 @@ from rluf.serve.api import (
     build_preference_event,
     build_reaction_event,
     build_served_event,
-    create_response_id,
     to_messages,
 )
 from rluf.serve.app import make_app
@@ -43,6 +42,7 @@ from rluf.serve.listener import HttpServer
 from rluf.serve.middleware import AccessToken, ServeMetrics, ServiceRules, hash_token
 from rluf.serve.store import FeedbackStore, StoreOutcome
 from rluf.types import Message, ScoringItem
+from rluf.utils.hashing import create_response_id
 from rluf.utils.paths import resolve_cache_folder
 
 OBJECTIVES = ("love", "helpfulness", "safety")

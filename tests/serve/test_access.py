@@ -9,7 +9,7 @@ import pytest
 
 from rluf.config.settings import Settings
 from rluf.errors import SettingsError
-from rluf.serve.api import ApiError, create_response_id
+from rluf.serve.api import ApiError
 from rluf.serve.app import make_app
 from rluf.serve.application import check_secrets
 from rluf.serve.middleware import (
@@ -21,6 +21,7 @@ from rluf.serve.middleware import (
     read_access_tokens,
     read_host_name,
 )
+from rluf.utils.hashing import create_response_id
 from tests.serve.conftest import SALT, LocalBackend, make_rules
 
 HELLO = {"messages": [{"role": "user", "content": "Hello?"}], "response": "Hello, friend!"}

@@ -280,6 +280,43 @@ async def test_a_choice_is_stored_for_the_user_of_both_chats_only(
     assert assert_error(await choose(base, new)) == (409, "settled")
 
 
+async def test_a_record_cannot_forge_feedback_on_a_response_of_this_service(
+    http_client: httpx.AsyncClient, backend: LocalBackend
+) -> None:
+    backend.policies = {"base": lambda messages: "Hi."}
+    body = {"model": "base", "messages": HELLO["messages"], "user": "ann"}
+    response_id = (await http_client.post("/v1/chat/completions", json=body)).json()["id"]
+    logged = {"id": "other-1", "reaction": None, "record": RECORD | {"user_id": "ann"}}
+    assert (await http_client.post("/v1/feedback", json=logged)).status_code == 200
+    forged: list[tuple[dict[str, Any], tuple[int, str]]] = [
+        ({"id": response_id, "record": RECORD}, (403, "user")),
+        ({"id": response_id, "record": RECORD, "user": "eve"}, (403, "user")),
+        ({"id": response_id, "record": RECORD | {"user_id": "ann"}}, (409, "conflict")),
+        ({"id": "chatcmpl-" + "0" * 32 + "-" + "0" * 16, "record": RECORD}, (403, "user")),
+        ({"id": "other-1", "record": RECORD | {"user_id": "eve"}}, (409, "conflict")),
+        ({"id": "other-1", "record": RECORD | {"user_id": "ann", "response": "Other"}}, (409, "conflict")),
+        ({"id": "r2", "record": RECORD | {"time": "2199-01-01T00:00:00Z"}}, (422, "invalid")),
+        ({"id": "r3", "record": RECORD | {"response_logprob": float("nan")}}, (422, "invalid")),
+        ({"id": "r4", "record": RECORD | {"temperature": -1}}, (422, "invalid")),
+    ]  # fmt: skip
+    for request, expected in forged:
+        content, headers = json.dumps({"reaction": "love"} | request), {"content-type": "application/json"}
+        response = await http_client.post("/v1/feedback", content=content, headers=headers)
+        assert assert_error(response) == expected, request
+    for choice in (("other-1", response_id), (response_id, "other-1"), ("other-1", "other-1")):
+        body = {"chosen_id": choice[0], "rejected_id": choice[1], "user": "ann"}
+        assert assert_error(await http_client.post("/v1/preferences", json=body)) == (404, "unknown")
+    sampled = RECORD | {"temperature": 0.7, "response_tokens": 4, "response_logprob": -3.5}
+    response = await http_client.post("/v1/feedback", json={"id": "r5", "reaction": None, "record": sampled})
+    assert response.status_code == 200
+    backend.store.flush_settled(all_rows=True)
+    rows = {
+        row["id"]: row for file in list_row_files(Path(backend.store.root)) for row in pq.read_table(file).to_pylist()
+    }
+    assert {row_id: row["reaction"] for row_id, row in rows.items()} == {response_id: None, "other-1": None, "r5": None}
+    assert (rows["r5"]["temperature"], rows["r5"]["response_tokens"], rows["r5"]["response_logprob"]) == (0.7, 4, -3.5)
+
+
 @pytest.mark.parametrize("is_own", [True, False])
 async def test_devices_and_authors_are_hashed_like_users(
     http_client: httpx.AsyncClient, backend: LocalBackend, is_own: bool

@@ -17,9 +17,10 @@ SDK_NULLS = {"refusal": None, "annotations": [], "audio": None, "function_call":
 SHORT, LONG = "Yes.", "I love it. " * 200
 
 CHAT_FIELDS: list[tuple[dict[str, Any], bool]] = [
-    *(({name: None}, True) for name in ("top_logprobs", "logit_bias", "tools", "response_format", "model", "audio")),
+    *(({name: None}, True) for name in ("top_logprobs", "logit_bias", "functions",
+        "tools", "response_format", "model", "audio")),
     *(({name: value}, True) for name, value in (
-        ("tool_choice", "none"), ("functions", []), ("logit_bias", {}), ("modalities", ["text"]), ("top_k", -1),
+        ("tool_choice", "none"), ("modalities", ["text"]), ("top_k", -1),
         ("parallel_tool_calls", False), ("service_tier", "auto"), ("repetition_penalty", 1.0), ("top_p", 1),
         ("stream_options", {"include_usage": True, "include_obfuscation": False}), ("metadata", {"a": 1}),
     )),

@@ -355,6 +355,38 @@ def test_a_store_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert open_store(tmp_path, FakeClock()).append_events([make_served_event("a")]) == ["duplicate"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "outcome"),
+    [
+        ({}, "duplicate"), ({"reaction": "love"}, "duplicate"), ({"turn": 3, "topic": "news"}, "duplicate"),
+        ({"response": "Another one."}, "conflict"), ({"user_id": "eve"}, "conflict"),
+    ],
+)  # fmt: skip
+def test_another_response_under_a_stored_id_is_a_conflict(
+    tmp_path: Path, changes: dict[str, object], outcome: str
+) -> None:
+    store = FeedbackStore(str(tmp_path / "store"), tmp_path / "log", reaction_window_s=60)
+    store.start()
+    store.append_events([FeedbackEvent("a", "love", make_record("a"))])
+    for reaction in (None, "love"):
+        event = FeedbackEvent("a", reaction, make_record("a").model_copy(update=changes))
+        assert store.append_events([event]) == [outcome]
+    assert store.append_events([FeedbackEvent("a", "like")]) == ["stored"]
+    store.flush_settled(all_rows=True)
+    assert read_rows(tmp_path / "store")["a"][0] == "like"
+
+
+@pytest.mark.parametrize(("user", "is_continued"), [("same", True), ("eve", None)])
+def test_only_the_same_user_continues_a_conversation(tmp_path: Path, user: str, is_continued: bool | None) -> None:
+    store = FeedbackStore(str(tmp_path / "store"), tmp_path / "log", reaction_window_s=60)
+    store.start()
+    first = make_record("a").model_copy(update={"user_id": "same", "continued": None})
+    later = make_record("b", turn=4).model_copy(update={"user_id": user})
+    store.append_events([FeedbackEvent(row.id, None, row) for row in (first, later)])
+    store.flush_settled(all_rows=True)
+    assert read_rows(tmp_path / "store")["a"][1] is is_continued
+
+
 def test_a_later_turn_marks_the_earlier_ones_as_continued(tmp_path: Path) -> None:
     store = open_store(tmp_path, FakeClock())
     store.append_events([make_served_event("a", turn=0), make_served_event("b", turn=2), make_served_event("c", "d")])

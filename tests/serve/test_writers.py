@@ -19,7 +19,7 @@ from rluf.prepare.readers.feedback_folder import list_row_files, read_late_react
 from rluf.prepare.readers.sources import resolve_all_sources, resolve_sources
 from rluf.prepare.schema import DATA_KINDS, SPLIT_NAMES, ChatMessage, FeedbackRecord, build_records_table
 from rluf.serve import __main__ as serve_command
-from rluf.serve.api import FeedbackRequest, build_reaction_event, create_response_id
+from rluf.serve.api import FeedbackRequest, build_reaction_event
 from rluf.serve.store import FeedbackEvent, FeedbackStore, PreferenceEvent
 from rluf.serve.writers import (
     flush_stopped_writers,
@@ -28,6 +28,7 @@ from rluf.serve.writers import (
     read_writer_name,
     resolve_writer_folders,
 )
+from rluf.utils.hashing import create_response_id
 from tests.serve.test_store import FakeClock, make_record, make_served_event, open_store
 
 ROOT = Path(__file__).parents[2]
