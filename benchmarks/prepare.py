@@ -37,15 +37,16 @@ VOCABULARY = [
 ]
 
 
-def write_log(path: Path, row_count: int, seed: int = 1) -> None:
-    """Write a synthetic log: conversations of 1 to 4 turns, 10 rows per user, 2% loved, 1% with an address."""
+def write_log(path: Path, row_count: int, seed: int = 1, *, user_count: int = 0) -> None:
+    """Write a synthetic log: conversations of 1 to 4 turns, 2% loved, 1% with an address; 10 rows per user, or
+    `user_count` users."""
     rng = random.Random(seed)
     phrases = [" ".join(rng.choices(VOCABULARY, k=12)) for _ in range(20_000)]
     topics, locales, models = ("casual", "facts", "code", "advice"), ("en", "de", "fr"), ("base-1", "base-2")
     rows_written = conversation = 0
     with path.open("w") as stream:
         while rows_written < row_count:
-            user, start_time = rng.randrange(row_count // 10 + 1), FIRST_DAY + rng.randrange(28 * 86400)
+            user, start_time = rng.randrange(user_count or row_count // 10 + 1), FIRST_DAY + rng.randrange(28 * 86400)
             context: list[dict[str, str]] = []
             for turn in range(rng.randint(1, 4)):
                 text = f"{rng.choice(phrases)} {rng.choice(phrases)} {rows_written}"

@@ -1,7 +1,7 @@
 """Quickstart on several seeds: lifts, gates, time and memory.
 
 Runs the main job once per seed and reads its summary. Memory is the sum of the proportional set sizes of the job and
-all its processes, sampled every two seconds. Run: python benchmarks/quickstart.py 1 2 3 [key=value ...]; the last
+all its processes, sampled every second. Run: python benchmarks/quickstart.py 1 2 3 [key=value ...]; the last
 line is JSON.
 """
 
@@ -9,55 +9,26 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-MEMORY_SAMPLE_S = 2.0
+from lab.process_tree import run_command
 
 logger = logging.getLogger("benchmarks.quickstart")
-
-
-def memory_of_tree(process: psutil.Process) -> int:
-    """Bytes of the process and its descendants, shared pages counted in proportion (PSS)."""
-    total_bytes = 0
-    for child in (process, *process.children(recursive=True)):
-        try:
-            total_bytes += child.memory_full_info().pss
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return total_bytes
 
 
 def run_job(seed: int, settings: list[str]) -> dict[str, Any]:
     """Run one job; returns its verdict, lifts, seconds and peak memory. Raises CalledProcessError on failure."""
     run_name = f"quickstart-seed{seed}"
     command = [sys.executable, "-m", "rluf.train", f"seed={seed}", f"name={run_name}", *settings]
-    started, peak_bytes, log_text = time.monotonic(), 0, ""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    psutil_process = psutil.Process(process.pid)
-    while process.poll() is None:
-        try:
-            peak_bytes = max(peak_bytes, memory_of_tree(psutil_process))
-        except psutil.NoSuchProcess:
-            break
-        try:
-            # communicate() also drains the pipe, so a full pipe cannot block the job.
-            _, log_text = process.communicate(timeout=MEMORY_SAMPLE_S)
-        except subprocess.TimeoutExpired:
-            continue
-    if process.wait():
-        raise subprocess.CalledProcessError(process.returncode, command, stderr=log_text)
-    report_path = next(line for line in log_text.splitlines() if "report: " in line).split("report: ")[1]
+    cost = run_command(command)
+    report_path = next(line for line in cost.output.splitlines() if "report: " in line).split("report: ")[1]
     summary = json.loads((Path(report_path).parent / "summary.json").read_text("utf-8"))
     return {
         "seed": seed,
-        "seconds": round(time.monotonic() - started, 1),
-        "peak_gib": round(peak_bytes / 2**30, 2),
+        "seconds": round(cost.seconds, 1),
+        "peak_gib": round(cost.peak_bytes / 2**30, 2),
         **{key: {"base": summary[key]["base"], "aligned": summary[key]["aligned"], "lift": summary[key]["lift"]}
            for key in ("love_rate", "helpfulness", "safety")},
         "p_love": summary["offline"]["p_love"],

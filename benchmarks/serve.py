@@ -286,8 +286,9 @@ class BenchmarkService:
 
     def deploy(self, model_folder: Path) -> str:
         """Deploy the model of a folder; returns its version once it answers."""
+        from rluf.config.derived import list_configured_reward_folders
         from rluf.serve.__main__ import start_service
-        from rluf.serve.application import build_scorer_config, list_configured_reward_folders
+        from rluf.serve.application import build_scorer_config
 
         self.settings_tree["objectives"] = {"love": {"path": str(model_folder), "weight": 1.0}}
         settings = Settings.model_validate(self.settings_tree)

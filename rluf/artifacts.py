@@ -7,9 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from rluf.algorithms.registry import find_algorithm
+from rluf.config.derived import list_configured_reward_folders
+from rluf.config.objectives import find_objective_spec
 from rluf.config.reward import ObjectiveSettings
 from rluf.config.settings import Settings
-from rluf.errors import ModelError
+from rluf.errors import DataError, ModelError
 from rluf.models.hub import find_model_folder, list_embedded_models, resolve_model
 from rluf.objectives.judges import build_rule_scorer, load_judge
 from rluf.reward.external import check_external_model
@@ -18,12 +20,15 @@ from rluf.utils.cache import Artifact, build_or_reuse, build_or_reuse_all, hash_
 from rluf.utils.paths import check_writable, resolve_cache_folder, resolve_runs_root
 
 
-def check_inputs(settings: Settings, *, may_download: bool = True) -> None:
+def check_inputs(
+    settings: Settings, *, may_download: bool = True, trained_objectives: Sequence[str] | None = None
+) -> None:
     """Check every log, model, judge, plug-in and output folder before anything starts.
 
-    With `may_download` false models and data sets on the hub are not downloaded to check them. Raises DataError for a
-    missing log, ModelError for a model that cannot be used, SettingsError for a judge or another plug-in that cannot be
-    imported, ResourceError for a folder that is not writable.
+    With `may_download` false models and data sets on the hub are not downloaded to check them. `trained_objectives`
+    get a reward model; by default those with neither a path nor another source. Raises DataError for a missing log or
+    an objective without one, ModelError for a model that cannot be used, SettingsError for a judge or another plug-in
+    that cannot be imported, ResourceError for a folder that is not writable.
     """
     # Imported here, since pyarrow and fsspec are slow to import.
     from rluf.prepare.readers.sources import is_hub_data_set, resolve_sources
@@ -44,12 +49,46 @@ def check_inputs(settings: Settings, *, may_download: bool = True) -> None:
             model_folder = _resolve_reward_model(settings, key, objective_settings.path, may_download=may_download)
             if model_folder is not None:
                 check_external_model(model_folder, key)
+    for objective_name in list_trained_objectives(settings) if trained_objectives is None else trained_objectives:
+        _check_reward_training(settings, objective_name)
     find_model_folder(settings.model.path)
     find_algorithm(settings.algorithm.name)
     for judge in settings.aggregation.gate_judges:
         load_judge(judge)
     for tracker in settings.tracking.trackers:
         load_tracker(tracker)
+
+
+def list_trained_objectives(settings: Settings) -> list[str]:
+    """Objectives whose reward model is trained on the log."""
+    return [
+        name
+        for name, objective in settings.objectives.by_objective.items()
+        if objective.source == "model" and objective.path is None
+    ]
+
+
+def _check_reward_training(settings: Settings, objective_name: str) -> None:
+    """Check that a reward model has a log to train on, and backbones that exist."""
+    if objective_name not in settings.objectives.by_objective:
+        return  # a further head on the rows of an objective, such as dislike
+    data_key = find_objective_spec(objective_name).data_key
+    if not settings.data.sources_by_kind.get(data_key):
+        raise DataError(
+            f"objectives.{objective_name} is trained on data.{data_key}, which is empty; name a log "
+            f"there, or set objectives.{objective_name}.path to a reward model"
+        )
+    for backbone in {member.backbone for member in settings.reward.get_head_settings(objective_name).member_specs}:
+        try:
+            find_model_folder(backbone)
+        except ModelError as error:
+            raise ModelError(f"reward.{objective_name}: backbone {backbone!r}: {error}") from error
+
+
+def check_prompts(settings: Settings) -> None:
+    """Raise DataError if there are no prompts."""
+    if not settings.data.prompts:
+        raise DataError("data.prompts is empty; name a file of prompts, on which policies are trained and compared")
 
 
 def _resolve_reward_model(settings: Settings, key: str, model_path: str, *, may_download: bool = True) -> Path | None:
@@ -63,6 +102,15 @@ def _resolve_reward_model(settings: Settings, key: str, model_path: str, *, may_
         return resolve_model(model_path, resolve_cache_folder(settings))
     except ModelError as error:
         raise ModelError(f"{key}={model_path}: {error}; or remove the key to train a model on the log") from error
+
+
+def check_service(settings: Settings) -> None:
+    """Check the models of a service, and the inputs of reward models that it would have to train. Raises RlufError."""
+    configured_folders = list_configured_reward_folders(settings)
+    if set(configured_folders) != set(settings.serve.objectives):
+        check_inputs(settings, may_download=False)
+    for model_path in (*filter(None, configured_folders.values()), *settings.serve.policies.values()):
+        find_model_folder(str(model_path))
 
 
 def prepare_data_artifact(settings: Settings) -> Artifact:
@@ -99,15 +147,10 @@ def train_reward_artifacts(settings: Settings, data_artifact: Artifact) -> dict[
     from rluf.reward.ray_trainer import group_by_backbone, train_reward_models
 
     reward_settings, settings_by_objective = settings.reward, settings.objectives.by_objective
-    trained_objectives = [
-        objective_name
-        for objective_name, objective_settings in settings_by_objective.items()
-        if objective_settings.source == "model" and objective_settings.path is None
-    ]
     extra_heads = [head for head in reward_settings.shared_backbone_heads if head not in settings_by_objective]
     heads_by_artifact = {
         f"reward-{'-'.join(head_names)}": head_names
-        for head_names in group_by_backbone(settings, [*trained_objectives, *extra_heads])
+        for head_names in group_by_backbone(settings, [*list_trained_objectives(settings), *extra_heads])
     }
     cache_inputs_by_name = {
         artifact_name: list_reward_cache_inputs(settings, data_artifact, head_names)

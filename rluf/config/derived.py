@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Literal
 
 from rluf.config.model_shape import estimate_model_shape
@@ -342,3 +343,13 @@ def format_derived_figures(settings: Settings) -> list[str]:
         "(estimates)"
     )
     return lines
+
+
+def list_configured_reward_folders(settings: Settings) -> dict[str, Path | None]:
+    """Reward model folders given in the settings, by served objective; None for judges."""
+    objectives = settings.objectives.by_objective
+    return {
+        name: (Path(str(objectives[name].path)).expanduser().resolve() if objectives[name].source == "model" else None)
+        for name in settings.serve.objectives
+        if objectives[name].path is not None
+    }

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rluf.config.cli import CommandOptions, parse_command_line, run_command
+from rluf.errors import ModelError
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
@@ -44,7 +45,7 @@ SUBCOMMANDS = {
 def run_evaluation(settings: Settings) -> Path:
     """Compare two policies and report; returns the run folder <run.root>/<name>-evaluate/<time>. Raises RlufError."""
     from cluster.connect import ray_connection
-    from rluf.artifacts import check_inputs, list_reward_model_folders, prepare_data_artifact, train_reward_artifacts
+    from rluf.artifacts import list_reward_model_folders, prepare_data_artifact, train_reward_artifacts
     from rluf.evaluate.compare import compare_policies, write_cards, write_results
     from rluf.models.hub import resolve_model, resolve_policy
     from rluf.tracking.console import setup_logging
@@ -53,14 +54,13 @@ def run_evaluation(settings: Settings) -> Path:
     from rluf.train.evaluation import evaluate_policies
     from rluf.utils.event_loop import run_coroutine
     from rluf.utils.files import write_json
-    from rluf.utils.paths import create_run_folder, resolve_cache_folder, resolve_runs_root
+    from rluf.utils.paths import create_run_folder, resolve_cache_folder
 
     setup_logging()
     timer, cache_folder = PhaseTimer(), resolve_cache_folder(settings)
-    check_inputs(settings)
-    latest_policy = resolve_runs_root(settings) / settings.name / "latest" / "policy"
+    check_comparison(settings, may_download=True)
     base_path = timer.time_call("model", resolve_policy, settings)
-    candidate_path = resolve_model(settings.evaluate.candidate or str(latest_policy), cache_folder)
+    candidate_path = resolve_model(find_candidate(settings), cache_folder)
 
     with ExitStack() as stack:
         timer.time_call("ray", stack.enter_context, ray_connection())
@@ -85,13 +85,33 @@ def run_evaluation(settings: Settings) -> Path:
     return run_folder
 
 
+def find_candidate(settings: Settings) -> str:
+    """evaluate.candidate, else the policy of the newest run. Raises ModelError if there is neither."""
+    from rluf.utils.paths import resolve_runs_root
+
+    latest_policy = resolve_runs_root(settings) / settings.name / "latest" / "policy"
+    if settings.evaluate.candidate is None and not latest_policy.is_dir():
+        raise ModelError(f"no policy in {latest_policy}; train one, or set evaluate.candidate to a model")
+    return settings.evaluate.candidate or str(latest_policy)
+
+
+def check_comparison(settings: Settings, *, may_download: bool) -> None:
+    """Refuse inputs, models and plug-ins that a comparison of policies would refuse later. Raises RlufError."""
+    from rluf.artifacts import check_inputs, check_prompts
+
+    check_inputs(settings, may_download=may_download)
+    check_prompts(settings)
+    if settings.evaluate.monitors:  # scikit-learn, which monitors import, is slow to load
+        from rluf.evaluate.monitors import add_monitors
+
+        add_monitors(settings.evaluate.monitors)
+
+
 def _check_settings(settings: Settings) -> None:
-    from rluf.artifacts import check_inputs
     from rluf.models.hub import find_model_folder
 
-    check_inputs(settings, may_download=False)
-    if settings.evaluate.candidate is not None:
-        find_model_folder(settings.evaluate.candidate)
+    check_comparison(settings, may_download=False)
+    find_model_folder(find_candidate(settings))
 
 
 COMMAND_OPTIONS = CommandOptions(lambda _: None, check=_check_settings)

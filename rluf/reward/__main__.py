@@ -64,7 +64,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 def _check_settings(settings: Settings) -> None:
     from rluf.artifacts import check_inputs
 
-    check_inputs(settings, may_download=False)
+    check_inputs(settings, may_download=False, trained_objectives=select_objectives(settings))
 
 
 COMMAND_OPTIONS = CommandOptions(_add_options, check=_check_settings)
@@ -83,8 +83,8 @@ def train_models(settings: Settings, curve_shares: Sequence[float] = ()) -> Path
     from rluf.tracking.console import setup_logging
     from rluf.utils.paths import create_run_folder, resolve_runs_root
 
-    check_inputs(settings)
     objectives = select_objectives(settings)
+    check_inputs(settings, trained_objectives=objectives)
     latest_run = resolve_runs_root(settings) / settings.name / "latest"
     # Resolved before create_run_folder moves the link `latest` to the new run.
     earlier_models = {

@@ -33,16 +33,19 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--forget", action="append", default=[], metavar="USER", help="erase a user from the log; exit")
 
 
-COMMAND_OPTIONS = CommandOptions(_add_options)
+def _check_settings(settings: Settings) -> None:
+    from rluf.artifacts import check_service
+
+    check_service(settings)
+
+
+COMMAND_OPTIONS = CommandOptions(_add_options, check=_check_settings)
 
 
 def resolve_reward_folders(settings: Settings) -> dict[str, Path | None]:
-    """Return the reward model folders of the served objectives: from the settings, the cache, or trained now.
-
-    Training requires a connected Ray.
-    """
+    """Reward model folders of the served objectives: of the settings, of the cache, or trained now (needs Ray)."""
     from rluf.artifacts import list_reward_model_folders, prepare_data_artifact, train_reward_artifacts
-    from rluf.serve.application import list_configured_reward_folders
+    from rluf.config.derived import list_configured_reward_folders
 
     configured_folders = list_configured_reward_folders(settings)
     if set(configured_folders) == set(settings.serve.objectives):
@@ -87,10 +90,7 @@ def wait_for_stop_signal(on_reload: Callable[[], None]) -> None:
 
 
 def stop_service(settings: Settings, gateway_handle: Any) -> None:
-    """Reject new requests, finish running ones, write settled feedback, stop the service.
-
-    The service is stopped in any case, also after a timeout of an actor or a second signal.
-    """
+    """Reject new requests, finish running ones, write settled feedback; then, or after a timeout, stop the service."""
     from ray import serve as ray_serve
 
     from rluf.serve.deployments import APPLICATION_NAME, FEEDBACK_WRITER_NAME

@@ -22,6 +22,7 @@ from ray import serve
 from ray.exceptions import RayError
 
 from cluster.placement import actor_environment
+from rluf.config.derived import list_configured_reward_folders
 from rluf.config.load import load_settings
 from rluf.errors import DataError, ModelError, ResourceError, SettingsError
 from rluf.reward.calibration import Calibration
@@ -378,16 +379,6 @@ def _fingerprint_engine(policy_folder: Path) -> str:
     companion_files = {file for pattern in COMPANION_FILE_PATTERNS for file in policy_folder.glob(pattern)}
     engine_config = {key: value for key, value in config.items() if key not in IGNORED_CONFIG_KEYS}
     return json.dumps(engine_config, sort_keys=True) + hash_files(companion_files)
-
-
-def list_configured_reward_folders(settings: Settings) -> dict[str, Path | None]:
-    """Reward model folders given in the settings, by served objective; None for judges."""
-    objectives = settings.objectives.by_objective
-    return {
-        name: (Path(str(objectives[name].path)).expanduser().resolve() if objectives[name].source == "model" else None)
-        for name in settings.serve.objectives
-        if objectives[name].path is not None
-    }
 
 
 def resolve_policy_folders(settings: Settings) -> dict[str, Path]:

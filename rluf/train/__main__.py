@@ -51,7 +51,7 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
 
     setup_logging()
     phase_timer, cache_folder, runs_root = PhaseTimer(), resolve_cache_folder(settings), resolve_runs_root(settings)
-    check_run(settings)
+    check_run(settings, may_download=True)
     check_host_disk(settings, runs_root, cache_folder)
     model_path = phase_timer.time_call("model", resolve_policy, settings)
     resume_folder = find_resume_folder(settings, runs_root / settings.name)
@@ -97,15 +97,15 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
     return run_folder
 
 
-def check_run(settings: Settings, *, may_download: bool = True) -> None:
+def check_run(settings: Settings, *, may_download: bool = False) -> None:
     """Refuse what a run would refuse later: inputs, models, plug-ins and the run to resume. Raises RlufError."""
-    from rluf.artifacts import check_inputs
+    from rluf.evaluate.__main__ import check_comparison
 
-    check_inputs(settings, may_download=may_download)
-    if settings.evaluate.monitors:  # scikit-learn, which monitors import, is slow to load
-        from rluf.evaluate.monitors import add_monitors
+    check_comparison(settings, may_download=may_download)
+    if settings.run.resume is not None:  # slow imports
+        from rluf.train.checkpoint_manager import find_local_resume_folder
 
-        add_monitors(settings.evaluate.monitors)
+        find_local_resume_folder(settings)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
@@ -131,9 +131,7 @@ def _parse_profile_steps(text: str) -> int:
     return int(steps)
 
 
-COMMAND_OPTIONS = CommandOptions(
-    _add_options, _build_overrides, check=lambda settings: check_run(settings, may_download=False)
-)
+COMMAND_OPTIONS = CommandOptions(_add_options, _build_overrides, check_run)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -192,14 +192,20 @@ def find_resume_folder(settings: Settings, runs_folder: Path) -> Path | None:
         folder = runs_folder / resume.rstrip("/").rpartition("/")[2]
         download_newest_checkpoint(resume, folder)
         return folder
-    if resume != "latest":
-        folder = Path(resume).expanduser().resolve()
-        if find_newest_complete(folder / CHECKPOINTS_FOLDER) is None:
-            raise ModelError(
-                f"run.resume={resume}: no complete checkpoint in {folder / CHECKPOINTS_FOLDER}; name another run folder"
-            )
-        return folder
-    return _find_latest_run(settings, runs_folder)
+    return find_local_resume_folder(settings) or _find_latest_run(settings, runs_folder)
+
+
+def find_local_resume_folder(settings: Settings) -> Path | None:
+    """The folder that run.resume names; None without one, for `latest` or a URL. ModelError without checkpoint."""
+    resume = settings.run.resume
+    if resume is None or resume == "latest" or "://" in resume:
+        return None
+    folder = Path(resume).expanduser().resolve()
+    if find_newest_complete(folder / CHECKPOINTS_FOLDER) is None:
+        raise ModelError(
+            f"run.resume={resume}: no complete checkpoint in {folder / CHECKPOINTS_FOLDER}; name another run folder"
+        )
+    return folder
 
 
 RESULT_SECTIONS = tuple(

@@ -19,7 +19,7 @@ COMMANDS = [
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_and_dry_run_import_no_heavy_package(command: str, flag: str) -> None:
     completed = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", f"rluf.{command}", flag],
+        [sys.executable, "-X", "importtime", "-m", f"rluf.{command}", flag, "evaluate.candidate=tiny"],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import rluf.serve.deployments
+from rluf.config.derived import list_configured_reward_folders
 from rluf.config.load import load_settings
 from rluf.config.settings import Settings
 from rluf.errors import ModelError
@@ -23,7 +24,6 @@ from rluf.serve.application import (
     find_candidate_folders,
     get_feedback_root,
     get_log_folder,
-    list_configured_reward_folders,
     load_or_create_salt,
 )
 from rluf.serve.deployments import ScorerDeployment

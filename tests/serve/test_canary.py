@@ -10,10 +10,11 @@ from pathlib import Path
 import httpx
 import pytest
 
+from rluf.config.derived import list_configured_reward_folders
 from rluf.config.settings import Settings
 from rluf.serve.api import ApiError, ScoreRoute, build_score_route
 from rluf.serve.app import make_app
-from rluf.serve.application import build_scorer_config, list_configured_reward_folders
+from rluf.serve.application import build_scorer_config
 from rluf.serve.deployments import BatchLimits, GatewayDeployment, ScorerDeployment, is_canary
 from rluf.types import ScoringItem
 from tests.serve.conftest import OBJECTIVES, SALT, make_items, make_rules, write_models

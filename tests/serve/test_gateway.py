@@ -13,10 +13,11 @@ import httpx
 import pyarrow.parquet as pq
 import pytest
 
+from rluf.config.derived import list_configured_reward_folders
 from rluf.config.settings import Settings
 from rluf.serve.api import ApiError, ChatRequest, ChatSampling, FeedbackRequest
 from rluf.serve.app import make_app
-from rluf.serve.application import build_scorer_config, list_configured_reward_folders
+from rluf.serve.application import build_scorer_config
 from rluf.serve.deployments import BatchLimits, FeedbackWriter, GatewayDeployment, ScorerDeployment, assign_arm
 from rluf.serve.policy_deployment import ChatCompletion, PolicyDeployment
 from rluf.types import Message
