@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rluf.config.cli import parse_command_line, run_command
+from rluf.config.cli import CommandOptions, parse_command_line, run_command
 
 if TYPE_CHECKING:
     from rluf.config.settings import Settings
@@ -106,24 +106,31 @@ async def generate_responses(
     return responses_by_prompt
 
 
+def _check_settings(settings: Settings) -> None:
+    from rluf.models.hub import find_model_folder
+
+    find_model_folder(settings.model.path)
+
+
+COMMAND_OPTIONS = CommandOptions(lambda _: None, check=_check_settings)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit code, and an error is one message on stderr."""
-    argument_list = sys.argv[1:] if arguments is None else list(arguments)
+    argument_list = list(sys.argv[1:] if arguments is None else arguments)
     if argument_list[:1] == ["judge"]:
         from rluf.simulate import judge
 
         return judge.main(argument_list[1:])
-    earlier_log: Path | None = None
-    response_count: int | None = None
+    args = argparse.Namespace(log=None, responses=None)
     if argument_list[:1] == ["rescore"]:
         parser = argparse.ArgumentParser(prog="python -m rluf.simulate rescore", add_help=False, allow_abbrev=False)
         parser.add_argument("--log", type=Path, required=True, metavar="FOLDER", help="folder of a simulated log")
         parser.add_argument("--responses", type=int, metavar="N", help="use N of its first responses; default: all")
         args, argument_list = parser.parse_known_args(argument_list[1:])
-        earlier_log, response_count = args.log, args.responses
-        if response_count is not None and response_count < 2:
-            parser.error(f"argument --responses: expected 2 or more, got {response_count}")
-    settings = parse_command_line("simulate", __doc__ or "", argument_list).settings
+        if args.responses is not None and args.responses < 2:
+            parser.error(f"argument --responses: expected 2 or more, got {args.responses}")
+    settings = parse_command_line("simulate", __doc__ or "", argument_list, COMMAND_OPTIONS).settings
 
     def run() -> None:
         from cluster.connect import ray_connection
@@ -131,12 +138,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from rluf.utils.paths import resolve_runs_root
 
         setup_logging()
-        output_folder = resolve_runs_root(settings) / settings.name / "log"
+        folder = resolve_runs_root(settings) / settings.name / "log"
         with ray_connection():
-            counts = simulate_log(settings, output_folder, earlier_log, response_count)
-        logger.info(
-            "%s: rows written: %s", output_folder, " ".join(f"{kind}={count}" for kind, count in counts.items())
-        )
+            counts = simulate_log(settings, folder, args.log, args.responses)
+        logger.info("%s: rows written: %s", folder, " ".join(f"{kind}={count}" for kind, count in counts.items()))
 
     return run_command(run)
 

@@ -88,6 +88,7 @@ def test_a_hub_id_is_not_downloaded_by_the_dry_run(tmp_path: Path) -> None:
         ("evaluate", "evaluate.candidate=null", 4),
         ("evaluate", "evaluate.monitors=[nowhere:shout]", 2),
         ("evaluate", "data.prompts=[]", 3),
+        ("simulate", "model.path=./missing", 4),
         ("serve", "serve.policies={base: ./missing}", 4),
         ("serve", "objectives.love.path=./missing", 4),
         ("prepare", "data.feedback=missing.jsonl", 3),
