@@ -386,11 +386,11 @@ StopText = Annotated[str, StringConstraints(min_length=1, max_length=200), After
 
 
 _NEUTRAL_CHAT_VALUES: dict[str, Sequence[Any]] = {
-    "tool_choice": ("none", "auto"), "modalities": (["text"],), "top_logprobs": (0,), "top_k": (0, -1),
-    "min_p": (0,), "best_of": (1,), "repetition_penalty": (1,), "min_tokens": (0,), "ignore_eos": (False,), "skip_special_tokens": (True,),
-    "add_generation_prompt": (True,), "continue_final_message": (False,), "chat_template_kwargs": ({},),
-    "parallel_tool_calls": (), "service_tier": (), "prompt_cache_key": (), "priority": (), "request_id": (),
-    "cache_salt": (),
+    "tool_choice": ("none", "auto"), "modalities": (["text"],), "top_logprobs": (0,), "top_k": (0, -1), "min_p": (0,),
+    "best_of": (1,), "repetition_penalty": (1,), "min_tokens": (0,), "ignore_eos": (False,),
+    "skip_special_tokens": (True,), "add_generation_prompt": (True,), "continue_final_message": (False,),
+    "chat_template_kwargs": ({},), "parallel_tool_calls": (), "service_tier": (), "prompt_cache_key": (),
+    "priority": (), "request_id": (), "cache_salt": (),
 }  # fmt: skip
 
 

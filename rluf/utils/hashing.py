@@ -47,7 +47,7 @@ def hash_user_id(user_id: str, salt: bytes | None) -> str:
 def create_response_id(user: str | None, salt: bytes) -> str:
     """New id of a response, in OpenAI's format, signed for the user who is served; feedback refers to it."""
     unique_part = f"chatcmpl-{uuid.uuid4().hex}"
-    return f"{unique_part}-{_sign_response_id(unique_part, user, salt)}"
+    return f"{unique_part}-{_compute_id_signature(unique_part, user, salt)}"
 
 
 def is_signed_response_id(response_id: str) -> bool:
@@ -58,10 +58,10 @@ def is_signed_response_id(response_id: str) -> bool:
 def is_response_of_user(response_id: str, user: str | None, salt: bytes) -> bool:
     """Whether a signed id was created for this user."""
     unique_part, _, signature = response_id.rpartition("-")
-    return hmac.compare_digest(_sign_response_id(unique_part, user, salt), signature)
+    return hmac.compare_digest(_compute_id_signature(unique_part, user, salt), signature)
 
 
-def _sign_response_id(unique_part: str, user: str | None, salt: bytes) -> str:
+def _compute_id_signature(unique_part: str, user: str | None, salt: bytes) -> str:
     return hmac.new(salt, json.dumps([unique_part, user]).encode(), hashlib.sha256).hexdigest()[:16]
 
 
