@@ -21,25 +21,29 @@ MIN_OVERLAP_CHARS = 8
 MAX_HEADER_CHARS = 40
 """Maximum number of characters of a header that words make, with white space before it."""
 _MARKER = (
-    CONTROL_STRING_PATTERN.pattern + r"|<\|(?:turn|channel|tool|think)[a-z_]*>|<(?:turn|channel|tool)[a-z_]*\|>"
-    r"|\[\|[a-z]+\|\]|<(?:reserved_|extra_id_)\d+>|<seed:\w+>|<(?:BOS|EOS|PAD|UNK)_TOKEN>|<PAD>|<eo[ahm]>|\[gMASK\]"
+    CONTROL_STRING_PATTERN.pattern
+    + r"|<\|(?:turn|channel|tool|think)[a-z_]{0,40}>|<(?:turn|channel|tool)[a-z_]{0,40}\|>"
+    r"|\[\|[a-z]{1,40}\|\]|<(?:reserved_|extra_id_)\d{1,10}>|<seed:\w{1,40}>|<(?:BOS|EOS|PAD|UNK)_TOKEN>|<PAD>|<eo[ahm]>|\[gMASK\]"
     r"|\[/?(?:SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_RESULTS|TOOL_CALLS|TOOL_CONTENT)\]"
 )
 _MARKER_PATTERN = re.compile(_MARKER)
-_TEXT_ENDS = re.compile(rf"^(?:\s|{_MARKER})+|(?:\s|{_MARKER})+$")
-_PADDED_START = re.compile(rf"^\s*(?:(?:{_MARKER})\s*)+")
-_PADDED_END = re.compile(rf"(?:\s*(?:{_MARKER}))+\s*$")
-_WRITTEN_TURNS = re.compile(
-    r"\A\s*(?:A chat between .*?)?\b(?:USER|HUMAN|User|Human):.*\b(?:ASSISTANT|Assistant|AI):"
-    r"|(?:\A|\n)\s*### ?(?:Instruction|Human|User|Question|Prompt|Input)\b.*### ?(?:Response|Assistant|Answer)\b"
-    r"|\A\s*<(?:human|user)>:.*<(?:bot|assistant)>:"
-    r"|\A\s*(?:system\s*\n.*\n\s*)?user\s*\n.*(?:assistant|model)\s*(?:\n|\Z)",
-    re.DOTALL,
+_LEADING_MARKERS = re.compile(rf"(?:\s|{_MARKER})*+")
+_LAST_MARKER = re.compile(rf"(?:{_MARKER})\Z")
+MAX_MARKER_CHARS = 80
+"""No marker is longer."""
+_WRITTEN_TURNS = tuple(
+    (re.compile(user_header, re.MULTILINE | re.DOTALL), re.compile(assistant_header, re.MULTILINE))
+    for user_header, assistant_header in (
+        (r"\A\s*+(?:A chat between .*?)?\b(?:USER|HUMAN|User|Human):", r"\b(?:ASSISTANT|Assistant|AI):"),
+        (r"^[ \t]*+### ?(?:Instruction|Human|User|Question|Prompt|Input)\b", r"### ?(?:Response|Assistant|Answer)\b"),
+        (r"\A\s*+<(?:human|user)>:", r"<(?:bot|assistant)>:"),
+        (r"\A\s*+(?:system[ \t\r]*+\n.*?\n[ \t]*+)?user[ \t\r]*+$", r"(?:assistant|model)[ \t\r]*+$"),
+    )
 )
-"""Turns that words mark: Vicuna, Alpaca, Anthropic's HH, and what is left of a format without its control tokens."""
-_EMPTY_THINKING = re.compile(r"\A\s*<think>\s*(?:</think>\s*|(?!.*</think>))", re.DOTALL)
+"""Headers of a user's and the next assistant's turn that words mark: Vicuna, Alpaca, Anthropic's HH, and what is left
+of a format without its control tokens. Two patterns each, since one with both would take quadratic time."""
+_EMPTY_THINKING = re.compile(r"\A\s*+<think>\s*+(?:</think>\s*|(?!.*</think>))", re.DOTALL)
 """Start of a response that chat templates write for models which may reason: a block without reasoning, or its tag."""
-_LLAMA2_SYSTEM = re.compile(r"(\s*<<SYS>>)?\s*(.*?)\s*<</SYS>>\s*", re.DOTALL)
 _STRIKETHROUGH = ("<s>", "</s>")
 """Control tokens of Mistral and Llama 2 that are HTML tags too: removed at the ends of a text, not refused inside."""
 
@@ -134,11 +138,11 @@ def split_text(text: str, prompt: str = "", custom_format: ChatFormat | None = N
     chat_format = _detect_format(prompt + "\n" + text, custom_format)
     if chat_format is None:
         if not text.startswith(prompt):
-            text = _PADDED_START.sub("", text)
+            text = _remove_first_markers(text)
         response = text[_find_overlap(text, prompt) :]
         # With a prompt, later words are the policy's own; a header that the prompt lacks starts the response.
         _check_no_written_turns(prompt + response[:MAX_HEADER_CHARS] if prompt else response)
-        response = _PADDED_START.sub("", _PADDED_END.sub("", response))
+        response = _remove_first_markers(_remove_last_markers(response))
         # Tokenizers join prompt and response with white space; a text without a prompt is scored as it is.
         return _check_item([Message(role="user", content=prompt)], response.strip() if prompt else response)
     turns = _find_turns(text, chat_format)
@@ -171,7 +175,7 @@ def split_pair(query: str, response: str, custom_format: ChatFormat | None = Non
     if not query.strip():
         return split_text(response, "", custom_format)
     _check_no_written_turns(query)
-    return _check_item([Message(role="user", content=query)], _PADDED_END.sub("", response))
+    return _check_item([Message(role="user", content=query)], _remove_last_markers(response))
 
 
 def _detect_format(text: str, custom_format: ChatFormat | None) -> ChatFormat | None:
@@ -201,7 +205,7 @@ def _parse_context(context: str, chat_format: ChatFormat) -> list[Message]:
     # unknown otherwise.
     fragment = context[: turns[0].start] if turns else context
     if not messages:
-        fragment = _remove_partial_header(_TEXT_ENDS.sub("", fragment), chat_format)
+        fragment = _remove_partial_header(_strip_markers(fragment), chat_format)
         messages = [Message(role="user", content=_read_content(fragment, chat_format))]
     messages = [turn for message in messages for turn in _split_llama2_system(message)]
     if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
@@ -228,11 +232,11 @@ def _find_open_answer(prompt: str, chat_format: ChatFormat) -> int | None:
 def _read_content(text: str, chat_format: ChatFormat) -> str:
     """Text of a turn without the marker that ends it and padding. Raises ApiError 422 for text after that marker."""
     positions = [position for end in chat_format.ends if (position := text.find(end)) >= 0]
-    content = text[: min(positions)] if positions else _PADDED_END.sub("", text)
+    content = text[: min(positions)] if positions else _remove_last_markers(text)
     remainder = text[len(content) :]
     for end in chat_format.ends:
         remainder = remainder.replace(end, "")
-    if _TEXT_ENDS.sub("", remainder):
+    if _strip_markers(remainder):
         raise _build_error("text follows the end of a turn")
     return content.strip() if chat_format.is_stripped else content
 
@@ -248,13 +252,14 @@ def _remove_partial_header(fragment: str, chat_format: ChatFormat) -> str:
 
 
 def _split_llama2_system(message: Message) -> list[Message]:
-    match = _LLAMA2_SYSTEM.match(message["content"]) if message["role"] == "user" else None
-    if match is None:
+    system_text, marker, user_text = message["content"].partition("<</SYS>>")
+    if message["role"] != "user" or not marker:
         return [message]
-    user_text = message["content"][match.end() :]
+    system_text = system_text.strip()
     # Without its start the system message was cut.
-    system = [Message(role="system", content=match[2])] if match[1] else []
-    return [*system, Message(role="user", content=user_text)]
+    is_complete = system_text.startswith("<<SYS>>")
+    system = [Message(role="system", content=system_text.removeprefix("<<SYS>>").strip())] if is_complete else []
+    return [*system, Message(role="user", content=user_text.lstrip())]
 
 
 def _find_overlap(text: str, prompt: str) -> int:
@@ -274,9 +279,38 @@ def _find_overlap(text: str, prompt: str) -> int:
     return lengths[-1]
 
 
+def _find_last_content(text: str) -> int:
+    """Index from which a text has only markers and white space. In linear time, unlike a pattern that ends in $."""
+    end = len(text.rstrip())
+    while (match := _LAST_MARKER.search(text, max(0, end - MAX_MARKER_CHARS), end)) is not None:
+        end = match.start()
+        while end and text[end - 1].isspace():
+            end -= 1
+    return end
+
+
+def _remove_last_markers(text: str) -> str:
+    """The text without the markers at its end; white space alone stays."""
+    end = _find_last_content(text)
+    return text[:end] if text[end:].strip() else text
+
+
+def _remove_first_markers(text: str) -> str:
+    """The text without the markers at its start; white space alone stays."""
+    start = len(_LEADING_MARKERS.match(text)[0])  # type: ignore[index]  # it matches the empty text too
+    return text[start:] if text[:start].strip() else text
+
+
+def _strip_markers(text: str) -> str:
+    """The text without markers and white space at both ends."""
+    return _remove_first_markers(text[: _find_last_content(text)]).strip()
+
+
 def _check_no_written_turns(context: str) -> None:
-    if _WRITTEN_TURNS.search(_TEXT_ENDS.sub("", context)):
-        raise _build_error("words mark its turns")
+    text = _strip_markers(context)
+    for user_header, assistant_header in _WRITTEN_TURNS:
+        if (match := user_header.search(text)) is not None and assistant_header.search(text, match.end()):
+            raise _build_error("words mark its turns")
 
 
 def _check_item(messages: Sequence[Message], response: str) -> ScoringItem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -310,3 +311,22 @@ def test_every_text_route_gives_the_score_of_the_messages(
     assert logits == pytest.approx(dict.fromkeys(logits, logit(value)), abs=1e-3)
     assert results["openai"]["results"][0]["category_scores"]["unsafe"] == pytest.approx(1 - safety, abs=1e-4)
     assert results["score"]["usage"]["total_tokens"] > 5
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize(
+    "text",
+    [
+        " " * 100_000, "a" + " " * 99_000 + "b", "A chat between " + "USER: " * 16_000, "\n### Human " * 8_000,
+        "system\n" + "a\n\nuser\n" * 11_000, "<think>" + " " * 50_000 + "a" * 40_000 + "</think>", "<s>" * 30_000,
+        "[INST]a" + " " * 90_000 + "b<</SYS>>[/INST]c", "<|im_start|>assistant\n" + "\n" * 90_000,
+        "<|im_start|>user\n" * 6_000, "<|turn" + "a" * 90_000, "user\n" * 20_000,
+    ],
+    ids=range(12),
+)  # fmt: skip
+def test_a_hostile_text_is_split_or_refused_in_linear_time(text: str) -> None:
+    for prompt in ("", "hello", "user\n" * 5):
+        with contextlib.suppress(ApiError):
+            split_text(text, prompt)
+        with contextlib.suppress(ApiError):
+            split_pair(text, "yes" + text)
