@@ -85,8 +85,9 @@ def _check_reward_training(settings: Settings, objective_name: str) -> None:
             raise ModelError(f"reward.{objective_name}: backbone {backbone!r}: {error}") from error
 
 
-def check_prompts(settings: Settings) -> None:
-    """Raise DataError if there are no prompts."""
+def check_comparison_inputs(settings: Settings, *, may_download: bool = False) -> None:
+    """check_inputs for commands that need prompts; DataError if there are none."""
+    check_inputs(settings, may_download=may_download)
     if not settings.data.prompts:
         raise DataError("data.prompts is empty; name a file of prompts, on which policies are trained and compared")
 

@@ -45,7 +45,12 @@ SUBCOMMANDS = {
 def run_evaluation(settings: Settings) -> Path:
     """Compare two policies and report; returns the run folder <run.root>/<name>-evaluate/<time>. Raises RlufError."""
     from cluster.connect import ray_connection
-    from rluf.artifacts import list_reward_model_folders, prepare_data_artifact, train_reward_artifacts
+    from rluf.artifacts import (
+        check_comparison_inputs,
+        list_reward_model_folders,
+        prepare_data_artifact,
+        train_reward_artifacts,
+    )
     from rluf.evaluate.compare import compare_policies, write_cards, write_results
     from rluf.models.hub import resolve_model, resolve_policy
     from rluf.tracking.console import setup_logging
@@ -58,7 +63,7 @@ def run_evaluation(settings: Settings) -> Path:
 
     setup_logging()
     timer, cache_folder = PhaseTimer(), resolve_cache_folder(settings)
-    check_comparison(settings, may_download=True)
+    check_comparison_inputs(settings, may_download=True)
     base_path = timer.time_call("model", resolve_policy, settings)
     candidate_path = resolve_model(find_candidate(settings), cache_folder)
 
@@ -95,22 +100,15 @@ def find_candidate(settings: Settings) -> str:
     return settings.evaluate.candidate or str(latest_policy)
 
 
-def check_comparison(settings: Settings, *, may_download: bool) -> None:
-    """Refuse inputs, models and plug-ins that a comparison of policies would refuse later. Raises RlufError."""
-    from rluf.artifacts import check_inputs, check_prompts
+def _check_settings(settings: Settings) -> None:
+    from rluf.artifacts import check_comparison_inputs
+    from rluf.models.hub import find_model_folder
 
-    check_inputs(settings, may_download=may_download)
-    check_prompts(settings)
+    check_comparison_inputs(settings)
     if settings.evaluate.monitors:  # scikit-learn, which monitors import, is slow to load
         from rluf.evaluate.monitors import add_monitors
 
         add_monitors(settings.evaluate.monitors)
-
-
-def _check_settings(settings: Settings) -> None:
-    from rluf.models.hub import find_model_folder
-
-    check_comparison(settings, may_download=False)
     find_model_folder(find_candidate(settings))
 
 

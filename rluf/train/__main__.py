@@ -99,10 +99,14 @@ def train(settings: Settings, profile_steps: int = 0) -> Path:
 
 def check_run(settings: Settings, *, may_download: bool = False) -> None:
     """Refuse what a run would refuse later: inputs, models, plug-ins and the run to resume. Raises RlufError."""
-    from rluf.evaluate.__main__ import check_comparison
+    from rluf.artifacts import check_comparison_inputs
 
-    check_comparison(settings, may_download=may_download)
-    if settings.run.resume is not None:  # slow imports
+    check_comparison_inputs(settings, may_download=may_download)
+    if settings.evaluate.monitors:  # the imports of both checks are slow
+        from rluf.evaluate.monitors import add_monitors
+
+        add_monitors(settings.evaluate.monitors)
+    if settings.run.resume is not None:
         from rluf.train.checkpoint_manager import find_local_resume_folder
 
         find_local_resume_folder(settings)
@@ -120,10 +124,6 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _build_overrides(options: argparse.Namespace) -> list[str]:
-    return ["run.resume=latest"] if options.resume else []
-
-
 def _parse_profile_steps(text: str) -> int:
     steps = text.removeprefix("steps=")
     if not steps.isdecimal():
@@ -131,7 +131,9 @@ def _parse_profile_steps(text: str) -> int:
     return int(steps)
 
 
-COMMAND_OPTIONS = CommandOptions(_add_options, _build_overrides, check_run)
+COMMAND_OPTIONS = CommandOptions(
+    _add_options, lambda options: ["run.resume=latest"] if options.resume else [], check_run
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
