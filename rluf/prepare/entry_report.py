@@ -22,6 +22,8 @@ from rluf.prepare.validate_pass import LENGTH_STEP_TOKENS
 from rluf.prepare.workspace import RowCount
 
 _RATING_PATH = re.compile(r"rating|stars?$|score|csat|nps|grade", re.IGNORECASE)
+_UNNAMED_STEP = re.compile(r"\.(?:\*|-?\d+|value|avg|mean)$")
+"""Last step of a path that does not say what the value is: rating.value is a rating."""
 
 _UNEVEN_COVERAGE = 0.25
 """Difference between files in the share of rows in which a path leads to a value, above which a warning names it."""
@@ -67,19 +69,21 @@ class EntryReport:
     def check_paths(self) -> None:
         """Raise DataError if a path of the entry's columns led to no value in any row."""
         for name, path in self.source.entry.columns.items():
-            if name in ("role", "content") or path.startswith("=") or path == "#" or not self.rows:
+            # Rows that could not be parsed have no paths; the quarantine budget stops on them, with the cause.
+            if name in ("role", "content") or path.startswith("=") or path == "#" or not self.paths[""]:
                 continue
             if not self.paths[name]:
                 raise DataError(
                     f"data.{self.source.kind_name}: columns.{name}: the path {path!r} led to no value in any of "
-                    f"{self.rows} rows of {self.source.entry.path}; correct the path, or remove it"
+                    f"{self.paths['']} rows of {self.source.entry.path}; correct the path, or remove it"
                 )
 
     def check_reactions(self) -> None:
         """Raise DataError if reactions have no label."""
         entry = self.source.entry
         has_ratings = entry.reader is not None and find_reader(entry.reader, self.source.kind_name).has_ratings
-        is_rating = bool(_RATING_PATH.search(entry.columns.get("reaction", "").rpartition(".")[2]))
+        paths = [_UNNAMED_STEP.sub("", path) for path in entry.columns.get("reaction", "").split("|")]
+        is_rating = any(_RATING_PATH.search(path.rpartition(".")[2]) for path in paths)
         data_key = f"data.{self.source.kind_name} ({entry.path})"
         check_reactions(
             self.reactions, self.rules, data_key, is_rating=is_rating or bool(self.notes[RATINGS_NOTE]),

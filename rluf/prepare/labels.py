@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,34 +26,46 @@ LABEL_NAMES = {LOVED: "loved", NOT_LOVED: "not loved", IGNORED: "ignored", UNKNO
 UNKNOWN_SHARE_LIMIT = 0.01
 """Share of an entry's reactions above which names without a label stop the job."""
 
-MISSING_TEXTS = frozenset({"", "null", "none", "nan", "n/a", "<na>", "nil", "undefined"})
+MISSING_TEXTS = frozenset(
+    {"", "null", "none", "nan", "nat", "n/a", "#n/a", "<na>", "(null)", "\\n", "nil", "undefined"}
+)
 """Spellings of a missing value (lower case) that exporters write as text."""
+
+_UNRATED_NAMES = frozenset({"", "-", "na", "(none)", "unset", "unrated", "notrated", "noreaction", "norating"})
+"""Normalized names that say that a user has not reacted."""
 
 _LOVED_NAMES = (
     "love", "loved", "loves", "loved it", "love it", "heart", "hearts", "hearted", "red heart", "heart suit", "<3",
     "heart eyes", "smiling face with 3 hearts", "like", "liked", "likes", "up", "thumb up", "thumbs up", "+1", "upvote",
-    "upvoted", "positive", "good", "great", "helpful", "favorite", "favourite", "yes", "true", "satisfied", "accepted",
+    "upvotes", "upvoted", "positive", "good", "great", "helpful", "favorite", "favourite", "yes", "y", "true", "t",
+    "satisfied", "accepted",
+    "heart eyes cat", "heartbeat", "heartpulse", "cupid", "gift heart", "heavy heart exclamation", "\U0001f63b",
     "\u2764", "\u2665", "\u2661", "\u2763", "\U0001fa77", "\U0001f9e1", "\U0001f49b", "\U0001f49a", "\U0001f499",
     "\U0001f49c", "\U0001f90e", "\U0001f90d", "\U0001f5a4", "\U0001f970", "\U0001f60d", "\U0001fa75", "\U0001fa76",
     *map(chr, range(0x1F493, 0x1F4A0)), "\U0001f44d",
 )  # fmt: skip
 _NOT_LOVED_NAMES = (
-    "down", "thumb down", "thumbs down", "-1", "downvote", "downvoted", "dislike", "disliked", "negative", "bad",
-    "unhelpful", "not helpful", "no", "false", "unsatisfied", "dissatisfied", "rejected", "broken heart", "\U0001f494",
-    "\U0001f44e", "0",
+    "down", "thumb down", "thumbs down", "-1", "downvote", "downvotes", "downvoted", "dislike", "dislikes", "disliked",
+    "negative", "bad", "unhelpful", "not helpful", "no", "n", "false", "f", "unsatisfied", "dissatisfied", "rejected",
+    "broken heart", "\U0001f494", "\U0001f44e", "0",
 )  # fmt: skip
 
 
 def normalize_name(name: str) -> str:
     """Spelling-independent form of a reaction's name."""
-    text = re.sub(r"::skin-tone-\d$", "", name.strip().casefold().strip(":"))
-    text = re.sub("[\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]", "", text)
+    text = unicodedata.normalize("NFKC", name).strip().casefold().strip(":").replace("\u2212", "-")
+    text = re.sub(r"::?\s*(?:[\w-]+ )?skin[ -]tone(?:-\d)?$", "", text)
+    text = re.sub("[\u200d\ufe0e\ufe0f\U0001f3fb-\U0001f3ff]", "", text)
     return re.sub(r"(?<=\w)[\s_-]+(?=\w)", "", text)
 
 
-_DEFAULT_CODES = {normalize_name(name): LOVED for name in _LOVED_NAMES} | {
-    normalize_name(name): NOT_LOVED for name in _NOT_LOVED_NAMES
-}
+def _build_codes(names: Iterable[str], code: int) -> dict[str, int]:
+    """Code of each normalized name, and of Unicode's name of an emoji, which many products write instead."""
+    emoji_names = [unicodedata.name(name, "") for name in names if len(name) == 1 and not name.isascii()]
+    return {normalize_name(name): code for name in (*names, *filter(None, emoji_names))}
+
+
+_DEFAULT_CODES = _build_codes(_LOVED_NAMES, LOVED) | _build_codes(_NOT_LOVED_NAMES, NOT_LOVED)
 _NUMBER_PATTERN = r"[+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
 _BOUND_RULE = re.compile(rf"(>=|<=|>|<)\s*({_NUMBER_PATTERN})")
 _RANGE_RULE = re.compile(rf"({_NUMBER_PATTERN})\s*\.\.\s*({_NUMBER_PATTERN})")
@@ -61,7 +74,8 @@ _THUMB_NUMBERS = frozenset({-1.0, 0.0, 1.0})
 
 def parse_number(text: str) -> float | None:
     """The number that a reaction is written as; None for a name (+1 is Slack's thumb up)."""
-    return float(text) if re.fullmatch(_NUMBER_PATTERN, text) and not text.startswith("+") else None
+    # Adding zero makes -0.0 zero.
+    return float(text) + 0.0 if re.fullmatch(_NUMBER_PATTERN, text) and not text.startswith("+") else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +92,7 @@ class _NumberRange:
 
 
 def _parse_range(rule: str, code: int, setting: str) -> _NumberRange | None:
+    rule = rule.replace("\u2265", ">=").replace("\u2264", "<=")
     if match := _RANGE_RULE.fullmatch(rule.strip()):
         low, high = float(match[1]), float(match[2])
         if low > high:
@@ -87,7 +102,10 @@ def _parse_range(rule: str, code: int, setting: str) -> _NumberRange | None:
         bound, sign = float(match[2]), match[1]
         low, high = (bound, math.inf) if sign.startswith(">") else (-math.inf, bound)
         return _NumberRange(low, high, len(sign) == 1, code)
-    if rule.strip().startswith((">", "<")):
+    # Slack's +1 and 100 are names; 4+, 4-5 and 4,5 look like numbers and would never match one.
+    if (rule.strip().startswith((">", "<")) and rule.strip() != "<3") or re.match(
+        r"\s*\d[\d.]*\s*(?:[+,;–-]|to\b)", rule
+    ):
         raise SettingsError(f'{setting}: {rule!r} is not a range of numbers; write one such as ">=4" or 1..3')
     return None
 
@@ -135,7 +153,7 @@ class LabelRules:
         key = normalize_name(name)
         if key in self._codes:
             return self._codes[key]
-        number = parse_number(name.strip())
+        number = parse_number(key)
         if number is None:
             return _DEFAULT_CODES.get(key, UNKNOWN)
         if not self.has_number_rules:
@@ -153,8 +171,10 @@ class LabelRules:
         """Whether a value says that there is no reaction: null, and 0 and false unless a rule names them."""
         if name is None:
             return True
-        has_rule = normalize_name(name) in self._codes or (self.has_number_rules and parse_number(name) is not None)
-        return name in ("0", "false") and not has_rule
+        key = normalize_name(name)
+        number = parse_number(key)
+        has_rule = key in self._codes or (self.has_number_rules and number is not None)
+        return (number == 0 or key in ("false", "f") or key in MISSING_TEXTS | _UNRATED_NAMES) and not has_rule
 
 
 @cache
@@ -179,7 +199,7 @@ def check_reactions(
     of ones alone may be one of bad ratings; `has_ratings` that they are stars for certain.
     """
     advice = f'set {rules.setting}, such as {{">=4": loved, "<4": not_loved, "<name>": ignored}}'
-    numbers = {name: number for name in counts if (number := parse_number(name)) is not None}
+    numbers = {name: number for name in counts if (number := parse_number(normalize_name(name))) is not None}
     if numbers and not rules.has_number_rules:
         values = {*numbers.values()}
         is_unary_rating = is_rating and values == {1.0}
@@ -188,11 +208,13 @@ def check_reactions(
                 f"{data_key}: the reactions are numbers ({_format_counts(counts, numbers)}), and no rule says which of "
                 f"them is love; {advice}"
             )
-    unknown = [name for name in counts if rules.find_code(name) == UNKNOWN]
-    unknown_rows = sum(counts[name] for name in unknown)
-    if unknown_rows > UNKNOWN_SHARE_LIMIT * counts.total() or any(name in numbers for name in unknown):
+    # Values that say "no reaction" are most of some logs, and would hide a name of love that has no label.
+    reactions = {name: rows for name, rows in counts.items() if not rules.is_no_reaction(name)}
+    unknown = [name for name in reactions if rules.find_code(name) == UNKNOWN]
+    unknown_rows, reaction_rows = sum(counts[name] for name in unknown), sum(reactions.values())
+    if unknown_rows > UNKNOWN_SHARE_LIMIT * reaction_rows or any(name in numbers for name in unknown):
         raise DataError(
-            f"{data_key}: {unknown_rows} of {counts.total()} reactions have a name without a label "
+            f"{data_key}: {unknown_rows} of {reaction_rows} reactions have a name without a label "
             f"({_format_counts(counts, unknown)}); {advice}"
         )
 

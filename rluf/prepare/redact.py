@@ -257,8 +257,8 @@ _NOT_PHONE_PATTERN = re.compile(r"\d{1,4}([-/.])\d{1,2}\1\d{1,4}|\d+\.\d+|\d{4} 
 def _is_phone(number: str, context: str, follows_phone: bool) -> bool:
     import phonenumbers
 
-    if number.startswith("00"):
-        number = "+" + number[2:]
+    if number.lstrip("(").startswith("00"):
+        number = "+" + number.lstrip("(")[2:]
     digits = re.sub(r"\D", "", number)
     if len(digits) > 15 or _NOT_PHONE_PATTERN.fullmatch(number):
         return False
@@ -397,6 +397,9 @@ _INVISIBLE_PATTERN = re.compile("[\u00ad\u200b-\u200d\u2060\ufeff]")
 """Characters without width: a number that has one in it looks the same."""
 
 
+_EMPHASIS_PATTERN = re.compile(r"(?<![A-Za-z0-9_])_(?=[^\s_])|(?<=[^\s_])_(?![A-Za-z0-9_])")
+
+
 class _AsciiForms(dict[int, int]):
     """The one ASCII character that stands for each character: full-width letters, digits of all scripts, dashes."""
 
@@ -429,6 +432,9 @@ def _find_spans(text: str, kinds: Sequence[str]) -> list[tuple[int, int, str]]:
             positions = [index for index, char in enumerate(text) if not _INVISIBLE_PATTERN.match(char)]
             search_text = _INVISIBLE_PATTERN.sub("", text)
         search_text = search_text.translate(_ASCII_FORMS)
+    if "_" in search_text:
+        # Markdown's emphasis is no part of what it surrounds, unlike the underscores of a name.
+        search_text = _EMPHASIS_PATTERN.sub(" ", search_text)
     is_covered = bytearray(len(search_text))
     spans = []
     for kind, find in _FINDER_BY_KIND.items():

@@ -11,7 +11,8 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 MAX_ROLE_CHARS = 24
@@ -67,7 +68,7 @@ _ROLE_ALIASES = {
     for name in names.split()
 }
 _ROLE_KEYS = ("role", "from", "author", "sender", "sender_type", "speaker", "type")
-_CONTENT_KEYS = ("content", "text", "value", "parts", "body", "message")
+_CONTENT_KEYS = ("content", "text", "value", "parts", "body", "message", "refusal")
 _ID_KEYS = ("id", "message_id", "messageId", "uuid", "_id", "ts")
 _PARENT_KEYS = ("parentId", "parentMessageId", "parent_id", "parent_message_id", "parent")
 _FILE_KEYS = ("images", "files", "attachments", "experimental_attachments", "image")
@@ -76,26 +77,47 @@ _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "markdown"})
 _REASONING_PARTS = frozenset({"reasoning", "think", "thinking", "redacted_thinking", "reasoning_content", "thoughts"})
 _FILE_PARTS = ("image", "file", "audio", "video", "document", "media", "source")
 _PYTHON_REPR = re.compile(r"\s*[\[({]\s*[{(]?\s*'")
+_QUOTE = r"\\?(?:[\"']|&quot;|&#34;)"
+_MESSAGE_KEY = re.compile(
+    rf"\s*(?:array\()?[\s\[{{(\"'\\]{{0,10}}{_QUOTE}(?:role|content|from|author|sender|speaker){_QUOTE}\s?[:=]"
+)
+"""How a list of messages begins that is written in another way than as JSON."""
+_TEMPLATE_MARKS = re.compile(r"<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|\[INST\]|<\|user\|>")
 
 
 def decode_json_text(text: str) -> Any:
-    """Value of a text that is a JSON object or array; the text itself if it is none.
+    """Value of a text that is a JSON object or array, or JSON of such a text; the text itself if it is none.
 
-    Raises RowShapeError for the repr of a Python list or dict, which is no JSON.
+    Raises RowShapeError for the repr of a Python list or dict, which is no JSON, and for messages that JSON cannot
+    read: cut off, escaped for HTML, or written by another language.
     """
-    if text.lstrip()[:1] not in ("[", "{") or not text.strip():
+    stripped = text.strip().lstrip("\ufeff").lstrip()
+    if stripped[:1] not in ("[", "{", '"') and not stripped.startswith("array("):
         return text
     try:
-        return json.loads(text)
+        value = json.loads(stripped)
+        # A warehouse that stringifies a text column stringifies the JSON in it a second time.
+        if isinstance(value, str):
+            return decode_json_text(value) if value.lstrip()[:1] in ("[", "{") else text
+        return value
     except (ValueError, RecursionError):
         pass
-    if _PYTHON_REPR.match(text):
+    lines = stripped.splitlines()
+    if len(lines) > 1 and all(line.lstrip().startswith("{") and line.rstrip().endswith("}") for line in lines):
         try:
-            ast.literal_eval(text.strip())
+            return [json.loads(line) for line in lines]
+        except (ValueError, RecursionError):
+            pass
+    is_repr = bool(_PYTHON_REPR.match(stripped))
+    if is_repr and not _MESSAGE_KEY.match(stripped):
+        try:
+            ast.literal_eval(stripped)
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             return text
-        raise RowShapeError("a chat is the repr of a Python object, not JSON")
-    return text
+    elif not _MESSAGE_KEY.match(stripped):
+        return text
+    kind = "the repr of a Python object, not JSON" if is_repr else "a text that is not valid JSON"
+    raise RowShapeError(f"a chat or object is {kind}")
 
 
 def _is_message_like(value: object) -> bool:
@@ -115,16 +137,36 @@ def read_text(value: object, notes: Counter[str], shape: ChatShape = DEFAULT_SHA
     A text that is JSON of another shape is a response in JSON and stays as it is.
     """
     if isinstance(value, str):
-        decoded = decode_json_text(value)
+        try:
+            decoded = decode_json_text(value)
+        except RowShapeError:
+            if _MESSAGE_KEY.match(value):
+                raise
+            return value  # an answer that is a Python list
         items = decoded if isinstance(decoded, list) else [decoded]
         has_messages = bool(items) and all(_is_assistant_message(item) for item in items)
-        return read_text(decoded, notes, shape) if has_messages or _is_completion(decoded) else value
-    if isinstance(value, list) and value and all(isinstance(item, Mapping) and "role" in item for item in value):
-        return read_chat(value, notes, shape)[-1].content
-    if isinstance(value, Mapping) and "choices" in value:
+        if has_messages or _is_completion(decoded):
+            return read_text(decoded, notes, shape)
+        notes["responses in JSON"] += not isinstance(decoded, str)
+        return value
+    if isinstance(value, int | float):
+        return json.dumps(value)  # an exporter with types of its own wrote the answer 42 as a number
+    if isinstance(value, list) and len(value) > 1 and all(isinstance(item, str) for item in value):
+        raise RowShapeError("a response is a list of texts; name one of them, such as response: answers.0")
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) and "message" in item for item in value):
+        return read_choices({"choices": value}, notes, shape)
+    if isinstance(value, list) and any(isinstance(item, Mapping) and "role" in item for item in value):
+        # The Responses API lists reasoning and tool calls next to messages.
+        others = [item for item in value if not (isinstance(item, Mapping) and "role" in item)]
+        notes["tool parts"] += sum(str(item.get("type")) not in _REASONING_PARTS for item in others)
+        notes["reasoning"] += sum(str(item.get("type")) in _REASONING_PARTS for item in others)
+        return read_chat([item for item in value if item not in others], notes, shape)[-1].content
+    if isinstance(value, Mapping) and _is_completion(value):
         return read_choices(value, notes, shape)
-    if isinstance(value, Mapping) and isinstance(value.get("messages"), list):
-        return read_text(value["messages"], notes, shape)
+    if isinstance(value, Mapping) and (
+        inner := next((v for k in ("messages", "output") if isinstance(v := value.get(k), list)), None)
+    ):
+        return read_text(inner, notes, shape)
     if isinstance(value, Mapping | list):
         item = {"content": value} if isinstance(value, list) else value
         # LangChain's classes and tool calls are those of a message.
@@ -134,15 +176,17 @@ def read_text(value: object, notes: Counter[str], shape: ChatShape = DEFAULT_SHA
 
 
 def _is_completion(value: object) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("choices"), list) and bool(value["choices"])
+    return isinstance(value, Mapping) and any(
+        isinstance(choices := value.get(key), list) and choices for key in ("choices", "candidates")
+    )
 
 
 def read_choices(value: Mapping[str, Any], notes: Counter[str], shape: ChatShape = DEFAULT_SHAPE) -> str | None:
-    """Text of the first of a completion's choices; the others are counted as left out."""
-    choices = value["choices"]
+    """Text of the first of a completion's choices (Gemini: candidates); the others are counted as left out."""
+    choices = value.get("choices") or value["candidates"]
     notes["further choices"] += len(choices) - 1
-    first = choices[0]
-    return _read_content(first["message"], notes, shape) if "message" in first else first.get("text")
+    message = choices[0].get("message") or choices[0].get("content")
+    return _read_content(message, notes, shape) if isinstance(message, Mapping) else choices[0].get("text")
 
 
 def read_chat(value: object, notes: Counter[str], shape: ChatShape = DEFAULT_SHAPE) -> list[ChatMessage]:
@@ -153,6 +197,7 @@ def read_chat(value: object, notes: Counter[str], shape: ChatShape = DEFAULT_SHA
     if isinstance(value, str):
         decoded = decode_json_text(value)
         if isinstance(decoded, str) or not _is_chat_like(decoded):
+            notes["prompts with the marks of a chat template"] += bool(_TEMPLATE_MARKS.search(value))
             return [ChatMessage("user", value)]
         value = decoded
     if isinstance(value, Mapping):
@@ -161,15 +206,37 @@ def read_chat(value: object, notes: Counter[str], shape: ChatShape = DEFAULT_SHA
         if "messages" in value:
             inner = value["messages"]
             return read_chat(inner, notes, shape)
-        if _is_message_like(value):
+        if isinstance(roles := value.get("role"), list):
+            # Hugging Face stores a list of messages as an object of lists.
+            keys = [key for key in value if isinstance(value[key], list) and len(value[key]) == len(roles)]
+            value = [{key: value[key][i] for key in keys} for i in range(len(roles))]
+        elif _is_message_like(value):
             value = [value]
         elif value and all(isinstance(item, Mapping) for item in value.values()):
             value = [{"id": key, **item} for key, item in value.items()]
     if not isinstance(value, Sequence):
         raise RowShapeError(f"expected a list of messages, got {type(value).__name__}")
-    if len(value) == 1 and isinstance(value[0], list):
-        value = value[0]
-    return [_read_message(item, notes, shape) for item in value]
+    if value and all(_is_exchange(item, shape) for item in value):
+        value = [[role, text] for item in value for role, text in zip(("user", "assistant"), item, strict=True) if text]
+    if len(value) == 1 and isinstance(value[0], list | str):
+        value = decode_json_text(value[0]) if isinstance(value[0], str) else value[0]
+        if isinstance(value, str):
+            raise RowShapeError("expected a message, got str")
+        value = [value] if isinstance(value, Mapping) else value
+    messages = [_read_message(item, notes, shape) for item in value]
+    for index, (message, following) in enumerate(pairwise(messages)):
+        # "Let me look" before a tool call is no reply, and a context ends with the user.
+        if message.role == "assistant" and message.content is not None and following.role == "tool":
+            notes["texts before tool calls"] += 1
+            messages[index] = replace(message, content=None)
+    return messages
+
+
+def _is_exchange(item: object, shape: ChatShape) -> bool:
+    """Whether an item is a pair of a user's text and the reply to it (Gradio), and not a role and a text."""
+    if not (isinstance(item, list) and len(item) == 2 and isinstance(item[0], str)):
+        return False
+    return isinstance(item[1], str | None) and _find_role(item[0], shape) is None
 
 
 def _is_chat_like(value: object) -> bool:
@@ -190,15 +257,24 @@ def _read_message(item: object, notes: Counter[str], shape: ChatShape) -> ChatMe
         class_name = str(item["id"][-1]) if isinstance(item.get("id"), list) else str(item.get("type", ""))
         item = {"role": re.sub(r"Message(Chunk)?$", "", class_name) or fields.get("type"), **fields}
     role = _read_role(item, shape)
-    ids = tuple(str(item[key]) for key in _ID_KEYS if isinstance(item.get(key), str | int))
-    parent = next((str(item[key]) for key in _PARENT_KEYS if item.get(key) is not None), None)
-    if role == "tool":
+    ids = tuple(message_id for key in _ID_KEYS if (message_id := format_id(item.get(key))) is not None)
+    parent = next((format_id(item[key]) for key in _PARENT_KEYS if item.get(key) is not None), None)
+    parts = item.get("content")
+    is_tool_result = (
+        isinstance(parts, list)
+        and bool(parts)
+        and all(isinstance(item_part, Mapping) and item_part.get("type") == "tool_result" for item_part in parts)
+    )
+    if role == "tool" or is_tool_result:
+        role = "tool"
         notes["tool messages"] += 1
         return ChatMessage(role, None, ids, parent)
     for key in _FILE_KEYS:
         if isinstance(files := item.get(key), list):
             notes["images and files"] += len(files)
     notes["tool calls"] += len(item.get("tool_calls") or item.get("toolInvocations") or ())
+    notes["tool calls"] += bool(item.get("function_call"))
+    notes["reasoning"] += any(isinstance(text := item.get(key), str) and bool(text) for key in _REASONING_PARTS)
     return ChatMessage(role, _read_content(item, notes, shape), ids, parent)
 
 
@@ -212,10 +288,23 @@ def _read_role(item: Mapping[str, Any], shape: ChatShape) -> str:
         value = next((value[key] for key in ("role", "type", "name") if isinstance(value.get(key), str)), None)
     if value is None:
         raise RowShapeError("a message has no role")
-    role = shape.roles.get(str(value)) or _ROLE_ALIASES.get(re.sub(r"[\W_]+", "", str(value).casefold()))
+    role = _find_role(value, shape)
     if role is None:
         raise RowShapeError(f"unknown role {str(value)[:MAX_ROLE_CHARS]!r}")
     return role
+
+
+def _find_role(value: object, shape: ChatShape) -> str | None:
+    return shape.roles.get(str(value)) or _ROLE_ALIASES.get(re.sub(r"[\W_]+", "", str(value).casefold()))
+
+
+def format_id(value: object) -> str | None:
+    """An id as text: 12.0 is 12, and an ObjectId its digits; None for anything else."""
+    if isinstance(value, Mapping):
+        value = value.get("$oid")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return None
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _read_content(item: Mapping[str, Any], notes: Counter[str], shape: ChatShape) -> str | None:
@@ -226,15 +315,30 @@ def _read_content(item: Mapping[str, Any], notes: Counter[str], shape: ChatShape
         raise RowShapeError("a message has none of " + ", ".join(keys))
     # LibreChat leaves `text` empty where the parts are in `content`, and the other way round.
     texts = [text for value in present if (text := _read_value(value, notes)) is not None]
-    return next((text for text in texts if text), texts[0] if texts else None)
+    text = next((text for text in texts if text), texts[0] if texts else None)
+    return text if text is None else _drop_reasoning(text, notes)
+
+
+def _drop_reasoning(text: str, notes: Counter[str]) -> str:
+    """The text without what the model thought before it (R1, Open WebUI)."""
+    for start, end in (("<think>", "</think>"), ('<details type="reasoning"', "</details>")):
+        # From the end of one block to the start of the next, in linear time.
+        if start in text and end in text:
+            segments = text.split(end)
+            cut = [segment.partition(start)[0] if start in segment else segment + end for segment in segments[:-1]]
+            notes["reasoning"] += sum(start in segment for segment in segments[:-1])
+            text = ("".join(cut) + segments[-1]).strip()
+    return text
 
 
 def _read_value(value: object, notes: Counter[str]) -> str | None:
     if isinstance(value, str):
         # A warehouse that stringifies a column stringifies the parts in it, too.
-        decoded = decode_json_text(value) if value.startswith("[{") and '"type"' in value[:200] else value
-        is_parts = isinstance(decoded, list) and all(isinstance(item, Mapping) and "type" in item for item in decoded)
-        return _read_value(decoded, notes) if is_parts else value
+        decoded = decode_json_text(value) if value.startswith(("[{", "{")) and '"type"' in value[:200] else value
+        items = decoded if isinstance(decoded, list) else [decoded]
+        # A user's message may be JSON with a type, too; the parts of a message have a text, or a kind that is known.
+        is_parts = all(isinstance(item, Mapping) and _is_part(item) for item in items)
+        return _read_value(items, notes) if is_parts else value
     if isinstance(value, list):
         texts = [text for item in value if (text := _read_part(item, notes)) is not None]
         return "".join(texts) if texts else None
@@ -242,6 +346,11 @@ def _read_value(value: object, notes: Counter[str]) -> str | None:
         inner = next((value[key] for key in ("parts", "text", "value", "content") if value.get(key) is not None), None)
         return _read_value(inner, notes) if inner is not None else None
     return None
+
+
+def _is_part(item: Mapping[str, Any]) -> bool:
+    kind = str(item.get("type"))
+    return (kind in _TEXT_PARTS and "text" in item) or (kind in ("image_url", "input_image", "tool_use", "tool_result"))
 
 
 def _read_part(item: object, notes: Counter[str]) -> str | None:
@@ -290,10 +399,15 @@ def split_at_response(
         last = messages[-1]
     else:
         by_id = [message for message in messages if rated_message in message.ids]
-        if not by_id and rated_message.lstrip("-").isdecimal() and int(rated_message) < len(messages):
+        # Where ids are numbers, a number that is none of them is no position.
+        has_number_ids = any(message_id.isdecimal() for message in messages for message_id in message.ids)
+        is_position = re.fullmatch(r"-?\d+", rated_message) is not None and not has_number_ids
+        if not by_id and is_position and -len(messages) <= int(rated_message) < len(messages):
             by_id = [messages[int(rated_message)]]
         if not by_id:
             raise RowShapeError("the rated message is not in the chat")
+        if len({message.content for message in by_id}) > 1:
+            raise RowShapeError("several messages have the id of the rated message")
         last = by_id[0]
         if last.role != "assistant":
             raise RowShapeError("the rated message is not an assistant's")

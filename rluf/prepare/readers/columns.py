@@ -28,6 +28,7 @@ from rluf.prepare.readers.chats import (
     RowShapeError,
     count_user_turns,
     decode_json_text,
+    format_id,
     parse_transcript,
     read_chat,
     read_text,
@@ -111,6 +112,9 @@ def _get_by_steps(value: Any, steps: Sequence[str]) -> Any:
     return None
 
 
+_TIME_KEYS = ("$date", "$numberLong", "$timestamp", "t", "_seconds", "seconds", "value")
+"""Keys of a time that is an object, as MongoDB, Firestore and protobuf write it."""
+
 _EPOCH_UNITS = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
 """Lowest magnitude of epoch times in nano-, micro- and milliseconds, and units per second; below are seconds."""
 
@@ -120,17 +124,26 @@ def normalize_time(value: object, notes: Counter[str] | None = None) -> object:
 
     A text without zone is UTC, which `notes` counts.
     """
+    if isinstance(value, str) and value.lstrip().startswith("{"):
+        value = decode_json_text(value)
     if isinstance(value, Mapping):
-        value = next((value[key] for key in ("$date", "$numberLong", "value") if key in value), value)
-        return value if isinstance(value, Mapping) else normalize_time(value, notes)
-    if isinstance(value, str) and re.fullmatch(r"\d{9,19}(\.\d+)?", value.strip()):
+        inner = next((value[key] for key in _TIME_KEYS if key in value), None)
+        return value if inner is None else normalize_time(inner, notes)
+    if isinstance(value, str) and re.fullmatch(r"\d{9,19}(\.\d+)?|\d\.\d{1,20}[eE]\+?(09|9|1[0-8])", value.strip()):
         value = float(value)
     if isinstance(value, int | float) and not isinstance(value, bool):
         unit = next((unit for limit, unit in _EPOCH_UNITS if value > limit), 1.0)
-        return datetime.fromtimestamp(value / unit, UTC).isoformat()
+        # Infinite and later than the year 9999: no time.
+        return datetime.fromtimestamp(value / unit, UTC).isoformat() if abs(value / unit) < 2.5e11 else str(value)
     if not isinstance(value, str):
         return value
-    text = re.sub(r"\s+(?=[+-]\d\d:?\d\d$)", "", value.strip().removesuffix(" UTC").removesuffix(" Z"))
+    # JavaScript writes GMT+0100 (Central European Standard Time), Go +0100 CET, Java +01:00[Europe/Berlin].
+    text = re.sub(r"([+-]\d\d:?\d\d)\s*(?:\([^()]{1,60}\)|\[[\w/+-]{1,40}\]|[A-Z]{3,5})$", r"\1", value.strip())
+    text = re.sub(r"(?<=\d)\s+(?:GMT|UTC)?(?=[+-]\d\d:?\d\d$)", "", text)
+    text, zone_names = re.subn(r"\s*\b(?:UTC|GMT|Z)$", "", text)
+    # The parser of RFC 2822 would ignore the half of the day.
+    half_day = re.search(r"\s([AP])\.?M\.?$", text, re.IGNORECASE)
+    text = text[: half_day.start()] if half_day else text
     try:
         parsed = datetime.fromisoformat(text)
     except ValueError:
@@ -138,11 +151,16 @@ def normalize_time(value: object, notes: Counter[str] | None = None) -> object:
             parsed = parsedate_to_datetime(text)
         except (ValueError, TypeError):
             return value
+    if half_day:
+        parsed = parsed.replace(hour=parsed.hour % 12 + 12 * (half_day[1] in "pP"))
     if parsed.tzinfo is None:
-        if notes is not None and "UTC" not in value:
+        if notes is not None and not zone_names:
             notes["times without zone, read as UTC"] += 1
         parsed = parsed.replace(tzinfo=UTC)
     return parsed.isoformat()
+
+
+_REACTION_KEYS = ("name", "rating", "value", "score", "emoji", "reaction", "type")
 
 
 def name_reactions(value: object) -> list[str]:
@@ -159,10 +177,15 @@ def name_reactions(value: object) -> list[str]:
     if isinstance(value, list):
         return [name for item in value for name in name_reactions(item)]
     if isinstance(value, Mapping):
-        key = next((key for key in ("name", "rating", "value", "score", "emoji") if value.get(key) is not None), None)
-        if key is None:
-            raise RowShapeError("a reaction has none of name, rating, value, score, emoji")
-        return name_reactions(value[key])
+        if not value or value.get("count") in (0, "0"):
+            return []
+        if any(key in value for key in _REACTION_KEYS):
+            return name_reactions(next((value[key] for key in _REACTION_KEYS if value.get(key) is not None), None))
+        # GitHub, Discord and others count users, or list them, by reaction: {"+1": 2, "heart": 0}.
+        counts = {name: users for name, users in value.items() if name not in ("url", "total_count")}
+        if all(isinstance(users, int | list | None) for users in counts.values()):
+            return [name for name, users in counts.items() if users]
+        raise RowShapeError("a reaction has none of " + ", ".join(_REACTION_KEYS))
     if value is None:
         return []
     raise RowShapeError(f"expected a reaction, got {type(value).__name__}")
@@ -195,11 +218,11 @@ def normalize_value(name: str, value: Any, record_type: type[LogRecord], notes: 
         return int(float(value)) if is_whole else value
     if name in ("messages", "response", "chosen", "rejected"):
         return value
-    if isinstance(value, Mapping) and isinstance(value.get("$oid"), str):
-        return value["$oid"]
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(int(value)) if float(value).is_integer() else str(value)
-    return value
+    if isinstance(value, str) and name != "reaction" and value.strip().lower() in MISSING_TEXTS:
+        return None  # all rows of unknown users would be those of one user, "nan"
+    if name in _ID_FIELDS and isinstance(value, str) and re.fullmatch(r"\d+\.0", value):
+        return value[:-2]
+    return value if isinstance(value, str) or (formatted := format_id(value)) is None else formatted
 
 
 @dataclass(frozen=True)
@@ -230,8 +253,10 @@ class RowConverter:
             fields.pop(name, None)
             if value is not None:
                 fields[name] = value
+        self.path_counts[""] += 1
+        # A row without reaction has no rated message; its response is the last one.
         is_missing_message = "message" in self.columns and "message" not in fields
-        if is_missing_message:
+        if is_missing_message and name_reactions(fields.get("reaction")):
             raise RowShapeError("missing field: message")
         result = getattr(self, f"_read_{get_row_kind(self.kind_name)}")(fields, row, notes)
         if isinstance(result, SkippedRow):
@@ -292,13 +317,16 @@ class RowConverter:
         chat = self._read_context(fields, notes)
         if "message" in fields or ("response" not in fields and "completion" not in fields):
             message = fields.get("message")
-            context, response, is_continued = split_at_response(chat, None if message is None else str(message))
+            rated_message = None if message is None else format_id(message) or str(message)
+            context, response, is_continued = split_at_response(chat, rated_message)
             fields["response"] = response
             if is_continued and fields.get("continued") is None:
                 fields["continued"] = True
         else:
-            context = chat
             fields["response"] = read_text(fields.get("response", fields.get("completion")), notes, self.shape)
+            is_repeated = bool(chat) and chat[-1].role == "assistant" and chat[-1].content == fields["response"]
+            notes["responses that end their messages, too"] += is_repeated
+            context = chat[:-1] if is_repeated else chat
         fields["messages"] = to_records(context)
         names = name_reactions(fields.pop("reaction", None))
         if len(names) > 1:
@@ -394,6 +422,12 @@ class RowConverter:
 def check_columns(kind_name: str, columns: Mapping[str, str], setting: str) -> None:
     """Raise SettingsError for a column that is no field of the kind."""
     known = [*find_data_kind(kind_name).record_type.model_fields, *_CHAT_COLUMNS, *_PROMPT_COLUMNS]
+    messages_path = columns.get("messages", "messages")
+    if columns.get("reaction", "").startswith(f"{messages_path}.*"):
+        raise SettingsError(
+            f"{setting}.reaction: {columns['reaction']!r} reads the reactions to all messages of a chat, but a row is "
+            "one response; write a row for each rated message, or a reader (package.module:function) that returns them"
+        )
     for name, path in columns.items():
         if name not in known:
             close_names = difflib.get_close_matches(name, known, n=1)

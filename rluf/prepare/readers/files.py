@@ -13,9 +13,10 @@ import gzip
 import io
 import json
 import logging
+import re
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain
@@ -170,7 +171,21 @@ def _split_lines(path: str, chunks: Iterable[bytes]) -> Iterator[list[tuple[byte
     except (EOFError, zlib.error, OSError) as error:
         file_problem = _describe_broken_file(path, error)
     if rest or file_problem:
-        yield [(rest[:MAX_LINE_BYTES], file_problem or (_LINE_TOO_LONG if is_cut else None))]
+        end_problem = _LINE_TOO_LONG if is_cut else "broken JSON file" if _is_cut_object(rest) else None
+        yield [(rest[:MAX_LINE_BYTES], file_problem or end_problem)]
+
+
+def _is_cut_object(line: bytes) -> bool:
+    """Whether the last line of a file, without a line break, is only the beginning of an object."""
+    try:
+        if line.lstrip().startswith(b"{"):
+            json.loads(line)
+    except json.JSONDecodeError as error:
+        # The parser read to the end of the text, or of a string that has none.
+        return error.pos >= len(error.doc.rstrip()) or error.msg.startswith("Unterminated")
+    except (UnicodeDecodeError, RecursionError):
+        return False
+    return False
 
 
 def _read_text_lines(path: str) -> Iterator[list[RawLine]]:
@@ -184,8 +199,12 @@ def _read_text_lines(path: str) -> Iterator[list[RawLine]]:
         chunks = chain([first_chunk], chunks)
         first_text = first_chunk.removeprefix(codecs.BOM_UTF8).lstrip()
         # A line that is a complete array is a bad row of a file of lines; an array of objects spans the file.
-        if first_text.startswith(b"[") and first_text[1:].lstrip().startswith(b"{"):
-            yield from _read_json_array(path, chunks)
+        first_line, _, second_line = first_text.partition(b"\n")
+        # Objects may also be printed over several lines, or separated by commas.
+        is_array = first_text.startswith(b"[") and first_text[1:].lstrip().startswith(b"{")
+        is_printed = first_line.rstrip() == b"{" and second_line.lstrip().startswith(b'"')
+        if is_array or is_printed or re.match(rb"\{.*\}\s*,\s*$", first_line):
+            yield from _read_json_objects(path, chunks)
             return
         line_number = 0
         for batch in _split_lines(path, chunks):
@@ -198,13 +217,16 @@ def _read_text_lines(path: str) -> Iterator[list[RawLine]]:
             yield lines
 
 
-def _read_json_array(path: str, chunks: Iterable[bytes]) -> Iterator[list[RawLine]]:
-    """Objects of a file that is one JSON array; their number in the array is the line number."""
+def _read_json_objects(path: str, chunks: Iterable[bytes]) -> Iterator[list[RawLine]]:
+    """Objects of a file that is one JSON array, or has one object after the other; their number is the line number."""
     decoder, text_decoder = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
-    text, row_count, file_problem, is_closed = "", 0, "broken JSON file", False
+    text, row_count, file_problem, is_closed, is_array = "", 0, "broken JSON file", False, None
     try:
         for data in chunks:
-            text = (text + text_decoder.decode(data)).lstrip("[, \t\r\n" if not row_count else ", \t\r\n")
+            text = (text + text_decoder.decode(data)).lstrip()
+            if is_array is None and text:
+                is_array = text.startswith("[")
+            text = text.lstrip("[, \t\r\n" if not row_count else ", \t\r\n")
             lines = []
             while text and not is_closed:
                 try:
@@ -220,7 +242,7 @@ def _read_json_array(path: str, chunks: Iterable[bytes]) -> Iterator[list[RawLin
                 break
     except (EOFError, zlib.error, OSError) as error:
         file_problem = _describe_broken_file(path, error)
-    if text.strip() != "]":
+    if text.strip() != ("]" if is_array else ""):
         raw = text[:MAX_LINE_BYTES].encode("utf-8", "surrogateescape")
         yield [RawLine(row_count + 1, raw, file_problem)]
 
@@ -272,20 +294,41 @@ def _read_arrow_lines(path: str, format_name: str) -> Iterator[list[RawLine]]:
             yield [RawLine(row_count + 1, b"", f"broken {format_name.title()} file")]
 
 
+def _open_text(path: str, file: BinaryIO) -> io.TextIOWrapper:
+    """The text of a CSV; spreadsheets write UTF-16, too."""
+    stream = _decompress_stream(path, file)
+    start = stream.peek(2)[:2] if hasattr(stream, "peek") else b""
+    encoding = "utf-16" if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "utf-8-sig"
+    # surrogateescape carries invalid bytes through the parser, so that only their row is rejected.
+    return io.TextIOWrapper(stream, encoding, errors="surrogateescape", newline="")
+
+
+def _record_lines(lines: Iterable[str], record: list[str]) -> Iterator[str]:
+    for line in lines:
+        record.append(line)
+        yield line
+
+
 def _read_csv_lines(path: str, format_name: str) -> Iterator[list[RawLine]]:
     """Rows of a CSV with a header. A row may span lines; its number is that of its last line."""
     csv.field_size_limit(MAX_LINE_BYTES)
     line_number = 0
     with _open_binary(path) as file:
-        # surrogateescape carries invalid bytes through the parser, so that only their row is rejected.
-        text = io.TextIOWrapper(_decompress_stream(path, file), "utf-8-sig", errors="surrogateescape", newline="")
         try:
+            text = _open_text(path, file)
             header_line = text.readline()
-            # Spreadsheets of many countries write semicolons. No field name of a log has either character in it.
-            delimiter = "\t" if format_name == "tsv" else max(",;\t", key=header_line.count)
-            reader = csv.reader(chain([header_line], text), delimiter=delimiter)
-            header = next(reader, [])
+            # Excel may begin a file with the delimiter that it uses: sep=;
+            separator_line = re.fullmatch(r"\s*sep=(.)\s*", header_line, re.IGNORECASE)
+            header_line = text.readline() if separator_line else header_line
+            # Spreadsheets of many countries write semicolons. No field name of a log has any of these in it.
+            delimiter = "\t" if format_name == "tsv" else max(",;\t|", key=header_line.count)
+            row_lines: list[str] = []
+            reader = csv.reader(_record_lines(chain([header_line], text), row_lines), delimiter=delimiter)
+            header = [name.strip() for name in next(reader, [])]
+            names = [name for name in header if name]
+            header_problem = "two columns have one name" if len(set(names)) < len(names) else None
             while True:
+                row_lines.clear()
                 try:
                     cells = next(reader, None)
                 except csv.Error:
@@ -294,18 +337,35 @@ def _read_csv_lines(path: str, format_name: str) -> Iterator[list[RawLine]]:
                 if cells is None:
                     break
                 line_number = reader.line_num
-                if not cells:
-                    continue
-                raw = delimiter.join(cells).encode("utf-8", "surrogateescape")
-                if len(cells) != len(header):
-                    yield [RawLine(line_number, raw, "wrong number of cells")]
-                elif not _is_utf8(raw):
-                    yield [RawLine(line_number, raw, "not UTF-8")]
-                else:
-                    row = {name: cell or None for name, cell in zip(header, cells, strict=True)}
-                    yield [RawLine(line_number, json.dumps(row).encode())]
+                if cells:
+                    yield _build_csv_rows(header, cells, row_lines, delimiter, line_number, header_problem)
+        except UnicodeError:
+            yield [RawLine(line_number + 1, b"", "not UTF-8")]
         except (EOFError, zlib.error, OSError) as error:
             yield [RawLine(line_number + 1, b"", _describe_broken_file(path, error))]
+
+
+def _build_csv_rows(
+    header: Sequence[str], cells: Sequence[str], row_lines: Sequence[str], delimiter: str, line_number: int,
+    problem: str | None,
+) -> list[RawLine]:  # fmt: skip
+    """The row of some lines of a CSV; a row for each of the lines if a quote that is not closed joined them."""
+    raw = delimiter.join(cells).encode("utf-8", "surrogateescape")
+    is_last = not row_lines[-1].endswith(("\n", "\r"))
+    if is_last and "".join(row_lines).count('"') % 2:
+        problem = "broken CSV file"
+    elif len(cells) != len(header):
+        problem = "broken CSV file" if is_last and len(cells) < len(header) else "wrong number of cells"
+    elif not _is_utf8(raw):
+        problem = "not UTF-8"
+    if problem == "wrong number of cells":
+        first_line = line_number - len(row_lines) + 1
+        raw_lines = [line.rstrip("\r\n").encode("utf-8", "surrogateescape") for line in row_lines]
+        return [RawLine(first_line + i, raw_line, problem) for i, raw_line in enumerate(raw_lines) if raw_line]
+    if problem is not None:
+        return [RawLine(line_number, raw, problem)]
+    row = {name: cell or None for name, cell in zip(header, cells, strict=True)}
+    return [RawLine(line_number, json.dumps(row).encode())]
 
 
 def _is_utf8(raw: bytes) -> bool:
