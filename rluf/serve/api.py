@@ -501,7 +501,8 @@ def build_reaction_event(request: FeedbackRequest, salt: bytes, reactions: Seque
     """
     is_own = is_signed_response_id(request.id)
     if is_own:
-        check_response_user(request.id, request.user or (request.record and request.record.user_id), salt)
+        record_user = None if request.record is None else request.record.user_id
+        check_response_user(request.id, request.user or record_user, salt)
     if request.record is None:
         if is_own:
             return FeedbackEvent(request.id, request.reaction, replaced_reactions=tuple(reactions))
