@@ -74,7 +74,9 @@ def _check_unicode(text: str) -> str:
 
 MessageText = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS), AfterValidator(_check_unicode)]
 NonEmptyText = Annotated[MessageText, StringConstraints(min_length=1)]
-IdentifierText = Annotated[str, StringConstraints(min_length=1, max_length=200), AfterValidator(_check_unicode)]
+IdentifierText = Annotated[
+    str, StringConstraints(min_length=1, max_length=200, pattern=r"\S"), AfterValidator(_check_unicode)
+]
 TopicText = Annotated[str, StringConstraints(min_length=1, max_length=100), AfterValidator(_check_unicode)]
 ReactionText = Annotated[str, StringConstraints(min_length=1, max_length=32), AfterValidator(_check_unicode)]
 LocaleText = Annotated[str, StringConstraints(min_length=1, max_length=35), AfterValidator(_check_unicode)]

@@ -43,6 +43,7 @@ ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
         403: "The Host header names another host, the token lacks the scope, or the response went to another user",
         408: "The body did not arrive in time",
         413: "The body is too large",
+        415: "The Content-Encoding is not supported",
         422: "A field is missing, unknown or invalid",
         429: "Too many requests, or the queue is full: see Retry-After",
         500: "Internal error",
@@ -60,6 +61,7 @@ def make_app(backend: ServiceBackend) -> ProxyHeadersMiddleware:
         responses=ERROR_RESPONSES,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # behind a TLS proxy the redirect would lead to plain HTTP
     )
     _add_error_handlers(app)
     _add_score_routes(app, backend)
@@ -81,7 +83,7 @@ def _add_error_handlers(app: FastAPI) -> None:
         return JSONResponse(error.body, error.status, error.headers)
 
     @app.exception_handler(RequestValidationError)
-    async def _handle_validation_error(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def _handle_validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
         problems = error.errors()
         # Of a field that takes several types, the problem of the type that was sent: it is not one of type, or deeper.
         first_problem = max(
@@ -90,6 +92,8 @@ def _add_error_handlers(app: FastAPI) -> None:
             default={"loc": (), "msg": "the request is not valid", "type": ""},
         )
         message = _format_request_error(first_problem, len(problems))
+        if first_problem["loc"] == ("body",) and "json" not in request.headers.get("content-type", ""):
+            message = "body: send JSON with the header Content-Type: application/json"
         is_bad_json = first_problem["type"] == "json_invalid"
         api_error = ApiError(400, "bad_json", message) if is_bad_json else ApiError(422, "invalid", message)
         return JSONResponse(api_error.body, api_error.status)

@@ -15,6 +15,7 @@ import logging
 import re
 import time
 import uuid
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -319,6 +320,8 @@ class ServiceMiddleware:
             raise ApiError(403, "host", f"this service is available on this machine only, not as host {host[:100]!r}")
         scopes = ALL_SCOPES
         if rules.tokens and path not in PUBLIC_PATHS:
+            if sum(name == b"authorization" for name, _ in scope["headers"]) > 1:
+                raise ApiError(400, "authorization", "expected one Authorization header")
             token = find_access_token(headers.get(b"authorization"), rules.tokens)
             if token is None:
                 raise self._build_wrong_token_error(client_address)
@@ -363,12 +366,30 @@ class ServiceMiddleware:
                     has_more = message.get("more_body", False)
         except TimeoutError:
             raise ApiError(408, "timeout", f"the body did not arrive within {timeout_s:g} s") from None
-        body = b"".join(chunks)
+        body = self._decompress_body(b"".join(chunks), scope)
         if scope["method"] == "POST":
             try:
                 body.decode("utf-8")
             except UnicodeDecodeError as error:
                 raise ApiError(400, "not_utf8", f"the body is not UTF-8 text (byte {error.start})") from None
+        return body
+
+    def _decompress_body(self, body: bytes, scope: Scope) -> bytes:
+        """The body without its gzip Content-Encoding, within the size limit. Raises ApiError 415 for other codings."""
+        codings = b",".join(value for name, value in scope["headers"] if name == b"content-encoding").strip().lower()
+        if codings in (b"", b"identity"):
+            return body
+        if codings not in (b"gzip", b"x-gzip"):
+            raise ApiError(415, "encoding", "Content-Encoding: expected gzip or none")
+        decompressor = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+        try:
+            body = decompressor.decompress(body, self.backend.rules.max_body_bytes + 1)
+        except zlib.error:
+            raise ApiError(400, "encoding", "the body is not gzip, as its Content-Encoding says") from None
+        if len(body) > self.backend.rules.max_body_bytes:
+            raise self._build_body_too_large_error()
+        if not decompressor.eof or decompressor.unused_data:
+            raise ApiError(400, "encoding", "the body is not one complete gzip stream")
         return body
 
 
@@ -457,7 +478,7 @@ def find_access_token(authorization_header: str | None, tokens: Sequence[AccessT
     scheme, _, value = (authorization_header or "").partition(" ")
     if scheme.lower() != "bearer":
         return None
-    digest = hash_token(value.strip())
+    digest = hash_token(value.strip(" \t"))
     matches = [token for token in tokens if hmac.compare_digest(digest, token.digest)]
     return matches[0] if matches else None
 

@@ -31,7 +31,8 @@ RECORD = {"conversation_id": "c", "turn": 0, "user_id": "u", "time": "2026-01-31
 @pytest.mark.parametrize(
     ("header", "name"),
     [
-        ("Bearer secret", "ops"), ("bearer secret", "ops"), ("Bearer  secret ", "ops"), ("Bearer older", "old"),
+        ("Bearer secret", "ops"), ("bearer secret", "ops"),
+        ("Bearer  secret \t", "ops"), ("Bearer \xa0secret", None), ("Bearer secret\x85", None), ("Bearer older", "old"),
         ("Bearer other", None), ("secret", None), ("Basic secret", None), ("Bearer", None), ("", None), (None, None),
     ],
 )  # fmt: skip
@@ -146,6 +147,15 @@ async def test_forwarded_addresses_count_only_from_trusted_proxies(
             for i in range(8)
         ]
     assert (429 in statuses) is not has_own_limit
+
+
+async def test_two_authorization_headers_are_refused(backend: LocalBackend) -> None:
+    backend.rules = make_rules(token="right")
+    transport = httpx.ASGITransport(make_app(backend))
+    async with httpx.AsyncClient(transport=transport, base_url="http://any") as client:
+        for values in (("right", "wrong"), ("wrong", "right"), ("right", "right")):
+            headers = [("Authorization", f"Bearer {value}") for value in values]
+            assert (await client.get("/v1/models", headers=headers)).status_code == 400
 
 
 async def test_wrong_tokens_are_limited_and_a_right_one_still_works(backend: LocalBackend) -> None:

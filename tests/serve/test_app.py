@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gzip
 import json
 import logging
 from pathlib import Path
@@ -141,6 +142,43 @@ async def test_invalid_requests_get_one_clear_error(
     content = {"content": body} if isinstance(body, bytes) else {"json": body}
     response = await http_client.post("/v1/score", headers={"content-type": "application/json"}, **content)
     assert assert_error(response) == (status, error_type)
+
+
+BODY = json.dumps(HELLO).encode()
+ENCODED_BODIES: list[tuple[str, bytes, str, int, str]] = [
+    ("gzip", gzip.compress(BODY), "application/json", 200, ""),
+    ("GZIP", gzip.compress(BODY), "application/json", 200, ""),
+    ("identity", BODY, "application/json", 200, ""), ("", BODY, "application/vnd.api+json; charset=utf-8", 200, ""),
+    ("gzip", BODY, "application/json", 400, "not gzip"),
+    ("gzip", gzip.compress(BODY)[:-9], "application/json", 400, "complete"),
+    ("gzip", gzip.compress(BODY) + b"x", "application/json", 400, "complete"),
+    ("gzip", b"", "application/json", 400, "complete"),
+    ("gzip", gzip.compress(b" " * 100_000_000, 9)[:65_000], "application/json", 413, "exceeds"),
+    ("br", BODY, "application/json", 415, "expected gzip"), ("deflate", b"x", "application/json", 415, "expected gzip"),
+    ("gzip, gzip", gzip.compress(gzip.compress(BODY)), "application/json", 415, "expected gzip"),
+    ("", BODY, "text/plain", 422, "Content-Type: application/json"),
+    ("", BODY, "", 422, "Content-Type: application/json"),
+    ("", BODY, "application/x-www-form-urlencoded", 422, "Content-Type: application/json"),
+]  # fmt: skip
+
+
+async def test_compressed_bodies_are_read_within_the_limit_and_other_codings_refused(
+    http_client: httpx.AsyncClient,
+) -> None:
+    for encoding, content, content_type, status, message in ENCODED_BODIES:
+        fields = {"Content-Encoding": encoding, "Content-Type": content_type}
+        headers = {name: value for name, value in fields.items() if value}
+        response = await http_client.post("/v1/score", content=content, headers=headers)
+        assert response.status_code == status, (encoding, content_type, response.text)
+        assert message in response.text
+
+
+async def test_blank_ids_are_refused_and_paths_are_not_redirected(http_client: httpx.AsyncClient) -> None:
+    for field in ("user", "conversation_id"):
+        for blank in ("", " ", "\n\t"):
+            assert assert_error(await http_client.post("/v1/score", json=HELLO | {field: blank})) == (422, "invalid")
+    for path in ("/v1/models/", "/health/", "/metrics%2f"):
+        assert assert_error(await http_client.get(path)) == (404, "not_found")
 
 
 async def test_a_body_longer_than_its_content_length_is_rejected(http_client: httpx.AsyncClient) -> None:
