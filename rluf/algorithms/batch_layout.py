@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 from copy import deepcopy
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -57,7 +58,7 @@ SMALL_SIZES = {
 EXPERT_COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts")
 WINDOW_NAMES = ("sliding_window", "attention_chunk_size")
 # Whatever a model's code raises on a size that it does not expect.
-TRIAL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, ModelError)
+TRIAL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +113,10 @@ def read_model_config(model_folder: Path, trust_remote_code: bool) -> Pretrained
 
 
 def compare_layouts(config: PretrainedConfig, max_row_tokens: int, *, trust_remote_code: bool = False) -> LayoutTrial:
-    """Run the trial for a config; see choose_batch_layout. Takes 1 to 10 seconds."""
+    """Run the trial for a config; see choose_batch_layout. Takes 1 to 10 seconds.
+
+    Raises ModelError where no layout is exact: a sample depends on the others of its batch even in a row of its own.
+    """
     failure = f"a small {config.model_type} model has more than {MAX_TRIAL_PARAMETERS:,} parameters"
     # Narrow models first; some architectures accept only the widths that they have.
     for is_narrow in (True, False):
@@ -204,10 +208,12 @@ def _compare_layouts(model: Any) -> LayoutTrial:
     batch = pack(pairs)
     # Rows first: if a sample depends on its neighbors even there, no layout is exact.
     row_error, row_cosine = _compare(single, _measure(model, [batch]))
-    if not (row_error <= MAX_LOGPROB_ERROR and row_cosine >= MIN_GRADIENT_COSINE):
+    if math.isnan(row_error + row_cosine):
+        raise ArithmeticError("log-probabilities or gradients are not numbers")
+    if row_error > MAX_LOGPROB_ERROR or row_cosine < MIN_GRADIENT_COSINE:
         raise ModelError(
-            f"{type(model).__name__}: a sample's log-probabilities depend on the other samples of its batch, by "
-            f"{row_error:.2g} nats per token"
+            f"{model.config.model_type} models with this config cannot be trained: the log-probabilities of a sample "
+            f"depend on the other samples of its batch, by {row_error:.2g} nats per token; choose another model.path"
         )
     try:
         register_packed_attention()
@@ -216,7 +222,7 @@ def _compare_layouts(model: Any) -> LayoutTrial:
             raise ModelError(f"{type(model).__name__} has its own attention")
         error, cosine = _compare(single, _measure(model, [batch]))
         reason = f"packing changes its log-probabilities by {error:.2g} nats per token"
-    except TRIAL_ERRORS as failure:
+    except (*TRIAL_ERRORS, ModelError) as failure:
         error, cosine, reason = float("inf"), 0.0, (str(failure).splitlines() or [type(failure).__name__])[0]
     if error <= MAX_LOGPROB_ERROR and cosine >= MIN_GRADIENT_COSINE:
         return LayoutTrial("packed", "", error, cosine)

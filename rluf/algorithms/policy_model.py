@@ -168,9 +168,9 @@ def load_policy(
     lora_rank: int = 0,
     is_packed: bool = True,
 ) -> nn.Module:
-    """Causal language model of a Hugging Face folder without dropout; with packed attention if `is_packed`.
+    """Causal language model of a Hugging Face folder; with packed attention if `is_packed`.
 
-    Otherwise it reads one sample per row (batch_layout.py). With `lora_rank` only the adapters are trainable. Raises
+    Otherwise it reads one sample per row (batch_layout.py). Before training call `disable_randomness`. With `lora_rank` only the adapters are trainable. Raises
     ModelError when the folder cannot be read, lacks a weight, or contains another kind of model.
     """
     from transformers import AutoModelForCausalLM
@@ -195,14 +195,24 @@ def load_policy(
             f"model {model_folder} lacks {len(missing_names)} weights: {', '.join(missing_names[:4])}; they would be "
             "random, so download or save the model again"
         )
-    # The learner must give a token the probability that the engine gave it, and the engine has no dropout.
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
     if gradient_checkpointing:
         # The reentrant variant needs inputs that require gradients, which frozen embeddings (LoRA) do not give.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return add_lora_adapters(model, lora_rank) if lora_rank else model
+
+
+def disable_randomness(model: nn.Module) -> None:
+    """Switch off dropout, noise on routers and sampled experts, after a training framework has set its mode.
+
+    The learner must give a token the probability that the engine gave it, and the engine has none of these.
+    """
+    model.eval()
+    for module in model.modules():
+        # transformers recomputes activations only in modules that are in training mode.
+        module.training = bool(getattr(module, "gradient_checkpointing", False))
+        for name, value in list(vars(module).items()) if module.training else ():
+            if isinstance(value, float) and ("drop" in name or "jitter" in name):
+                setattr(module, name, 0.0)
 
 
 def has_packed_attention(model: Any) -> bool:

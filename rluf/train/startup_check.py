@@ -81,7 +81,24 @@ def check_context_window(settings: Settings, model_path: Path) -> str:
             f"{rollout.max_response_tokens} need {row_tokens + 1} positions, but {model_path} has {positions} "
             "(max_position_embeddings); lower them"
         )
+    short_rows = _find_short_rope_limit(config)
+    if short_rows is not None and row_tokens + 1 > short_rows:
+        raise SettingsError(
+            f"rollout.max_prompt_tokens={rollout.max_prompt_tokens} and rollout.max_response_tokens="
+            f"{rollout.max_response_tokens} need {row_tokens + 1} positions, but above {short_rows} "
+            f"(original_max_position_embeddings) {model_path} changes its position encoding, for short rows too as "
+            "soon as a batch has one long row; lower them"
+        )
     return f"{row_tokens} tokens in {positions or 'unlimited'} positions"
+
+
+def _find_short_rope_limit(config: Any) -> int | None:
+    """Rows up to this length have one rotary encoding, whatever else is in their batch; None without such a limit."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    # One dict, or one for each type of layer.
+    entries = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    limits = [entry["original_max_position_embeddings"] for entry in entries if entry.get("rope_type") == "longrope"]
+    return min(map(int, limits), default=None)
 
 
 def check_weight_names(settings: Settings, model_path: Path) -> str:
@@ -117,6 +134,13 @@ def check_weight_names(settings: Settings, model_path: Path) -> str:
     misshapen = [
         name for name in expected_shapes.keys() & sent_shapes.keys() if expected_shapes[name] != sent_shapes[name]
     ]
+    advice = "load and save it with transformers once, or use another model"
+    tied_names = getattr(model, "_tied_weights_keys", None) or {}
+    if not_expected and not_expected <= set(tied_names):
+        advice = (
+            "its output head is tied to an embedding that is not called embed_tokens, which weight sync does not "
+            "support; use another model"
+        )
     for names, problem in (
         (not_sent, "the checkpoint has weights that the learner does not send"),
         (not_expected, "the learner sends weights that the checkpoint does not have"),
@@ -125,7 +149,7 @@ def check_weight_names(settings: Settings, model_path: Path) -> str:
         if names:
             raise ModelError(
                 f"{model_path} cannot be trained with this release of transformers: {problem}: "
-                f"{_name_some(sorted(names))}; load and save it with transformers once, or use another model"
+                f"{_name_some(sorted(names))}; {advice}"
             )
     return f"{len(expected_shapes)} tensors are equal in learner and checkpoint"
 

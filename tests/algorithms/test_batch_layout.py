@@ -7,11 +7,25 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, FalconH1Config, Gemma2Config, LlamaConfig, MistralConfig, StableLmConfig
+from transformers import (
+    AutoModelForCausalLM,
+    BioGptConfig,
+    FalconH1Config,
+    Gemma2Config,
+    LlamaConfig,
+    MistralConfig,
+    NemotronConfig,
+    OPTConfig,
+    Phi3Config,
+    PhimoeConfig,
+    SeedOssConfig,
+    StableLmConfig,
+    Starcoder2Config,
+)
 
 from rluf.algorithms.batch_layout import choose_batch_layout, compare_layouts
 from rluf.algorithms.packing import pack_micro_batch
-from rluf.algorithms.policy_model import compute_response_logprobs, load_policy
+from rluf.algorithms.policy_model import compute_response_logprobs, disable_randomness, load_policy
 from rluf.config.settings import Settings
 from rluf.errors import ModelError
 from rluf.types import Group, Prompt, Sample
@@ -96,3 +110,50 @@ def test_a_model_without_some_weights_is_refused(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"lacks 2 weights: lm_head\.weight, model\.layers\.1\.mlp\.up_proj\.weight"):
         load_policy(tmp_path, dtype=torch.float32)
+
+
+LONG_ROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LlamaConfig(**COMMON | {"max_position_embeddings": 20}, rope_parameters={"rope_type": "dynamic", "factor": 2.0}),
+        Phi3Config(**COMMON, rope_parameters=LONG_ROPE, original_max_position_embeddings=20),
+    ],
+    ids=["dynamic", "longrope"],
+)
+def test_a_model_whose_samples_depend_on_their_batch_in_every_layout_is_refused(config: Any) -> None:
+    with pytest.raises(ModelError, match=r"depend on the other samples of its batch.*choose another model\.path"):
+        compare_layouts(config, max_row_tokens=48)
+
+
+RANDOM = {"attention_dropout": 0.3, "dropout": 0.3, "layerdrop": 0.5, "residual_dropout": 0.3, "hidden_dropout": 0.3}
+RANDOM_CONFIGS = [
+    OPTConfig(**COMMON, **RANDOM, ffn_dim=96, word_embed_proj_dim=64),
+    Starcoder2Config(**COMMON, **RANDOM),
+    SeedOssConfig(**COMMON, **RANDOM, head_dim=16),
+    NemotronConfig(**COMMON, **RANDOM),
+    BioGptConfig(**COMMON, **RANDOM),
+    Gemma2Config(**COMMON, **RANDOM, head_dim=16),
+    PhimoeConfig(**COMMON, num_local_experts=4, num_experts_per_tok=2, input_jitter_noise=0.3, router_jitter_noise=0.3),
+]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("config", RANDOM_CONFIGS, ids=lambda config: config.model_type)
+def test_training_gives_the_log_probabilities_of_sampling_in_every_family(
+    config: Any, recompute: bool, tmp_path: Path
+) -> None:
+    torch.manual_seed(1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    is_packed = compare_layouts(config, max_row_tokens=48).layout == "packed"
+    model = load_policy(tmp_path, dtype=torch.float32, is_packed=is_packed, gradient_checkpointing=recompute).train()
+    disable_randomness(model)
+    assert any(module.training for module in model.modules()) == recompute
+    batch = pack_micro_batch(PAIRS, GROUPS, [[1.0, 1.0]] * 2)
+    logprobs = compute_response_logprobs(model, batch)
+    assert torch.equal(logprobs, compute_response_logprobs(model, batch))
+    with torch.no_grad():
+        assert torch.allclose(logprobs, compute_response_logprobs(model.eval(), batch), atol=1e-5)
+    logprobs.sum().backward()

@@ -90,6 +90,13 @@ FAULTS: dict[str, tuple[Callable[[Settings, Path], str], Callable[[Path], object
         check_context_window, lambda f: edit_json(f / "config.json", max_position_embeddings=240), SettingsError,
         r"257 positions, but .* has 240",
     ),
+    "long rope": (
+        check_context_window,
+        lambda f: edit_json(
+            f / "config.json", rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 16,
+            "long_factor": [2.0] * 16, "original_max_position_embeddings": 200},
+        ), SettingsError, r"257 positions, but above 200 .* changes its position encoding",
+    ),
     "experts on a CPU engine": (
         check_expert_weights, lambda f: edit_json(f / "config.json", num_local_experts=4), SettingsError,
         r"4 experts per layer.*train it on GPUs",
