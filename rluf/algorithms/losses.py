@@ -73,13 +73,14 @@ def update_kl_coef(
 ) -> float:
     """KL coefficient after a step with `kl_per_token` nats per token; unchanged without a target.
 
-    kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * samples / horizon). Source: Ziegler et al., arXiv 1909.08593,
+    kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * min(1, samples / horizon)). Source: Ziegler et al., arXiv 1909.08593,
     section 2.2; its published code has a horizon of 10,000 samples, which is 200 steps of the default settings.
     """
     if target_kl is None:
         return kl_coef
     relative_error = min(max(kl_per_token / target_kl - 1.0, -KL_ERROR_CLIP), KL_ERROR_CLIP)
-    return kl_coef * (1.0 + relative_error * sample_count / horizon)
+    # A step of more than five horizons would make the coefficient negative.
+    return kl_coef * (1.0 + relative_error * min(1.0, sample_count / horizon))
 
 
 def ppo(

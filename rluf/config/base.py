@@ -22,6 +22,7 @@ class SettingsSection(BaseModel):
         validate_default=True,  # defaults go through the validators that convert entries
         use_attribute_docstrings=True,
         coerce_numbers_to_str=True,  # YAML reads name: 20250101 as a number
+        allow_inf_nan=False,
     )
 
 

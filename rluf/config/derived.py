@@ -23,6 +23,8 @@ LOGIT_CHUNK_TOKENS = 256
 """Tokens whose float32 logits exist at once (LOGPROB_CHUNK_TOKENS of rluf/algorithms/policy_model.py)."""
 REWARD_BATCH_TOKENS = 4096
 """Tokens of one forward pass of reward training (EVAL_BATCH_TOKENS of rluf/reward/fit.py)."""
+ADAPTER_WIDTHS_PER_LAYER = 20
+"""Values per rank of LoRA adapters on the seven matrices of a layer, in units of the hidden size."""
 MAX_GATHERED_WEIGHTS = 1_000_000_000
 """Weights that ZeRO 3 has gathered at once (DeepSpeed's stage3_max_live_parameters)."""
 GPU_CONTEXT_BYTES = 2 << 30
@@ -94,7 +96,7 @@ def estimate_learner_memory(settings: Settings) -> dict[str, int]:
     """
     shape, learner = estimate_model_shape(settings.model.path), settings.learner
     bytes_per_weight = _get_policy_bytes_per_weight(settings)
-    tokens = settings.algorithm.micro_batch_tokens
+    tokens, trained_count = settings.algorithm.micro_batch_tokens, count_trained_parameters(settings)
 
     def count_shards(first_sharded_stage: int) -> int:
         return learner.workers if learner.zero_stage >= first_sharded_stage else 1
@@ -105,23 +107,35 @@ def estimate_learner_memory(settings: Settings) -> dict[str, int]:
         activation_units = shape.layer_count * 2 + ACTIVATION_BYTES_PER_HIDDEN_UNIT
     memory = {
         "weights": bytes_per_weight * shape.parameter_count // count_shards(3),
-        "gradients": 4 * shape.parameter_count // count_shards(2),
-        "optimizer": (MASTER_WEIGHT_BYTES + ADAM_STATE_BYTES) * shape.parameter_count // count_shards(1),
+        "gradients": 4 * trained_count // count_shards(2),
+        "optimizer": (MASTER_WEIGHT_BYTES + ADAM_STATE_BYTES) * trained_count // count_shards(1),
         # The 34 bytes assume 2-byte activations.
         "activations": activation_units * tokens * shape.hidden_size * bytes_per_weight // 2,
         "logits": (2 * bytes_per_weight * tokens + 3 * 4 * min(tokens, LOGIT_CHUNK_TOKENS)) * shape.vocabulary_size,
     }
     if learner.zero_stage == 3 and learner.workers > 1:
         memory["gathered weights"] = bytes_per_weight * min(shape.parameter_count, MAX_GATHERED_WEIGHTS)
-    # Without a KL term no reference policy is loaded; with LoRA it is the policy without its adapters.
-    if settings.algorithm.kl_coef > 0 and not settings.learner.lora_rank:
+    # With LoRA the reference is the policy without its adapters.
+    if settings.algorithm.has_reference and not learner.lora_rank:
         memory["reference"] = bytes_per_weight * shape.parameter_count // count_shards(3)
     if learner.offload_optimizer:
         memory["optimizer"] = 0
     if settings.algorithm.name == "ppo":
-        # The critic has the policy's architecture with a value head; its optimizer state is offloaded too.
-        memory["critic"] = memory["weights"] + memory["gradients"] + memory["optimizer"]
+        # The critic has the policy's architecture with a value head, and no adapters; its optimizer state is offloaded
+        # too.
+        state_bytes = 0 if learner.offload_optimizer else MASTER_WEIGHT_BYTES + ADAM_STATE_BYTES
+        memory["critic"] = memory["weights"] + shape.parameter_count * 4 // count_shards(2)
+        memory["critic"] += shape.parameter_count * state_bytes // count_shards(1)
+    if learner.ema_decay:
+        memory["average"] = 4 * trained_count
     return memory
+
+
+def count_trained_parameters(settings: Settings) -> int:
+    """Parameters of the policy that have gradients and optimizer state: all, or those of its LoRA adapters."""
+    shape, rank = estimate_model_shape(settings.model.path), settings.learner.lora_rank
+    adapters = ADAPTER_WIDTHS_PER_LAYER * rank * shape.hidden_size * shape.layer_count
+    return min(shape.parameter_count, adapters) if rank else shape.parameter_count
 
 
 def estimate_engine_memory(settings: Settings) -> dict[str, int]:
@@ -196,8 +210,7 @@ def _plan_reward_training(settings: Settings, objectives: list[str]) -> ActorPoo
     largest_model = max(models, key=lambda model: estimate_model_shape(model.backbone).parameter_count)
     largest, lora_rank = estimate_model_shape(largest_model.backbone), largest_model.lora_rank
     tokens = max(model.batch_rows * model.token_limit for model in models) // reward.max_workers
-    # Adapters of the seven matrices of a layer have about 20 * hidden size values per rank.
-    trained = 20 * lora_rank * largest.hidden_size * largest.layer_count if lora_rank else largest.parameter_count
+    trained = ADAPTER_WIDTHS_PER_LAYER * lora_rank * largest.hidden_size * largest.layer_count if lora_rank else largest.parameter_count
     bytes_per_weight = 2 if settings.reward_dtype == "bfloat16" else 4
     # In float32 the weights are the optimizer's masters.
     optimizer_bytes = ADAM_STATE_BYTES + (MASTER_WEIGHT_BYTES if bytes_per_weight == 2 else 0)
@@ -278,9 +291,10 @@ def estimate_policy_bytes(settings: Settings) -> int:
 
 def estimate_checkpoint_bytes(settings: Settings) -> int:
     """Bytes of a checkpoint: the policy, its float32 weights and AdamW state, and those of PPO's critic."""
-    state_bytes = MASTER_WEIGHT_BYTES + ADAM_STATE_BYTES
-    trained_bytes = state_bytes * estimate_model_shape(settings.model.path).parameter_count
-    return estimate_policy_bytes(settings) + trained_bytes * (2 if settings.algorithm.name == "ppo" else 1)
+    trained_count = count_trained_parameters(settings)
+    if settings.algorithm.name == "ppo":
+        trained_count += estimate_model_shape(settings.model.path).parameter_count
+    return estimate_policy_bytes(settings) + (MASTER_WEIGHT_BYTES + ADAM_STATE_BYTES) * trained_count
 
 
 def _get_policy_bytes_per_weight(settings: Settings) -> int:

@@ -26,6 +26,11 @@ ALGORITHM_NAMES = (
 )
 """Built-in algorithms. A copy of the keys of rluf.algorithms.registry, because this layer must not import it."""
 
+CGPO_ALGORITHMS = ("crpg", "crraft", "codpo")
+"""Algorithms that expect calibrated rewards and bound the KL themselves."""
+OFFLINE_ALGORITHMS = ("kto", "dpo", "sft")
+"""Algorithms that train on logged responses."""
+
 POLICY_LOSS_NAMES = ("ppo", "gspo", "cispo", "reinforce")
 """Built-in policy losses. A copy of the keys of rluf.algorithms.losses, because this layer must not import it."""
 
@@ -176,6 +181,13 @@ class AlgorithmSettings(SettingsSection):
     def kl_horizon_samples(self) -> int:
         """Samples in which kl_target may change kl_coef by about a fifth."""
         return self.kl_horizon or 10 * self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether a built-in algorithm of this name reads a reference policy."""
+        if self.name in OFFLINE_ALGORITHMS:
+            return self.name != "sft"
+        return self.kl_coef > 0 or self.kl_budget is not None or self.name in CGPO_ALGORITHMS
 
     def has_learner_ratio(self, loss_name: str) -> bool:
         """Whether the policy ratio is relative to the learner at the start of the step, not to the engine."""

@@ -10,16 +10,15 @@ import math
 from collections.abc import Callable
 
 from rluf.config.objectives import BUILTIN_OBJECTIVES, find_objective_spec
+from rluf.config.policy import CGPO_ALGORITHMS, OFFLINE_ALGORITHMS
 from rluf.config.reward import REACTION_HEADS
 from rluf.config.run import READER_MODEL
 from rluf.config.tree import SettingsTree
 
-CGPO_ALGORITHMS = ("crpg", "crraft", "codpo")
-"""Algorithms that expect calibrated rewards and bound the KL themselves."""
-OFFLINE_ALGORITHMS = ("kto", "dpo", "sft")
-"""Algorithms that train on logged responses."""
 REINFORCE_LOSS_ALGORITHMS = ("rloo", *CGPO_ALGORITHMS, *OFFLINE_ALGORITHMS)
 """Algorithms whose own loss is reinforce (see rluf.algorithms.registry)."""
+LARGEST_FLOOR = 10.0
+"""Bound of a normalized score (MAX_NORMALIZED_SIGNAL of rluf/objectives/aggregator.py)."""
 
 
 def check_objective_sources(settings: SettingsTree) -> str | None:
@@ -102,6 +101,11 @@ def check_aggregation(settings: SettingsTree) -> str | None:
         if objective not in objectives:
             names = ", ".join(objectives)
             return f"aggregation.floors has {objective!r}, which is not an objective; set floors of {names}"
+        if abs(floors[objective]) >= LARGEST_FLOOR:
+            return (
+                f"aggregation.floors={floors} for {objective}: a floor is a mean score in standard deviations of the "
+                f"base policy, which stay within +-{LARGEST_FLOOR:g}; set one such as 0 or -0.2"
+            )
     if (method == "constrained") != bool(floors):
         return (
             f"aggregation.method={method} conflicts with aggregation.floors={floors}; set "
@@ -139,6 +143,43 @@ def check_kl(settings: SettingsTree) -> str | None:
             "to the reference policy itself; set algorithm.kl_penalty=k3"
         )
     return None
+
+
+def check_kl_reader(settings: SettingsTree) -> str | None:
+    """A KL target or budget needs sampled responses, a refreshed reference policy something that reads it."""
+    algorithm = settings.algorithm
+    for key in ("kl_target", "kl_budget"):
+        value = getattr(algorithm, key)
+        if value is not None and algorithm.name in OFFLINE_ALGORITHMS:
+            return (
+                f"algorithm.{key}={value:g} has no KL to read, as algorithm.name={algorithm.name} samples no responses; "
+                f"set algorithm.{key}=null"
+            )
+    if algorithm.reference_refresh_steps and not algorithm.has_reference:
+        return (
+            f"algorithm.reference_refresh_steps={algorithm.reference_refresh_steps} has no reference policy to refresh "
+            f"with algorithm.name={algorithm.name} and algorithm.kl_coef={algorithm.kl_coef:g}; set it to 0, or "
+            "algorithm.kl_coef above 0 with an algorithm that has a KL term"
+        )
+    return None
+
+
+def check_uncertainty_penalty(settings: SettingsTree) -> str | None:
+    """The penalty needs an objective whose model is an ensemble."""
+    penalty = settings.aggregation.uncertainty_penalty
+    if not penalty:
+        return None
+    for name, objective in settings.objectives.by_objective.items():
+        is_trained = objective.source == "model" and objective.path is None
+        # A service or a folder may have an ensemble.
+        if objective.source == "serve" or (objective.source == "model" and not is_trained):
+            return None
+        if is_trained and len(settings.reward.get_head_settings(name).member_specs) > 1:
+            return None
+    return (
+        f"aggregation.uncertainty_penalty={penalty:g} needs the spread of an ensemble, but no objective has one; set it "
+        "to 0, or reward.<objective>.ensemble.members to several members"
+    )
 
 
 def check_critic(settings: SettingsTree) -> str | None:
@@ -450,6 +491,22 @@ def check_micro_batch(settings: SettingsTree) -> str | None:
     )
 
 
+def check_step_shares(settings: SettingsTree) -> str | None:
+    """Each mini-batch has a prompt, and the overlong penalty begins within a response."""
+    algorithm, max_tokens = settings.algorithm, settings.rollout.max_response_tokens
+    if algorithm.mini_batches > algorithm.prompts_per_step:
+        return (
+            f"algorithm.mini_batches={algorithm.mini_batches} is more than algorithm.prompts_per_step="
+            f"{algorithm.prompts_per_step}, and each mini-batch needs a prompt; lower the first or raise the second"
+        )
+    if algorithm.overlong_buffer > max_tokens:
+        return (
+            f"algorithm.overlong_buffer={algorithm.overlong_buffer} is longer than a response "
+            f"(rollout.max_response_tokens={max_tokens}), so an empty one would be penalized too; lower it"
+        )
+    return None
+
+
 def check_learner_workers(settings: SettingsTree) -> str | None:
     """Every learner gets at least one sample per step."""
     algorithm, workers = settings.algorithm, settings.learner.workers
@@ -519,6 +576,7 @@ SETTINGS_RULES: tuple[Callable[[SettingsTree], str | None], ...] = (
     check_topic_objectives,
     check_aggregation,
     check_kl,
+    check_kl_reader,
     check_critic,
     check_policy_ratio,
     check_weight_copies,
@@ -527,6 +585,7 @@ SETTINGS_RULES: tuple[Callable[[SettingsTree], str | None], ...] = (
     check_debias,
     check_members,
     check_shared_head,
+    check_uncertainty_penalty,
     check_shared_backbone,
     check_reader_independence,
     check_gpu_shares,
@@ -535,6 +594,7 @@ SETTINGS_RULES: tuple[Callable[[SettingsTree], str | None], ...] = (
     check_lora_sync,
     check_optimizer_offload,
     check_micro_batch,
+    check_step_shares,
     check_learner_workers,
     check_concurrency,
     check_checkpoint_upload_url,

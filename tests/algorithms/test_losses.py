@@ -260,6 +260,12 @@ def test_the_default_horizon_reaches_a_far_target_within_a_run_of_any_batch_size
     assert update_kl_coef(0.1, 0.5, 0.1, prompts * samples, explicit.kl_horizon_samples) == pytest.approx(0.12)
 
 
+@pytest.mark.parametrize(("sample_count", "horizon"), [(48, 1), (48, 9), (1024, 100), (48, 48)])
+def test_a_short_horizon_changes_the_coefficient_by_at_most_a_fifth(sample_count: int, horizon: int) -> None:
+    assert update_kl_coef(0.05, 0.0, 0.1, sample_count, horizon) == pytest.approx(0.04)
+    assert update_kl_coef(0.05, 9.0, 0.1, sample_count, horizon) == pytest.approx(0.06)
+
+
 @pytest.mark.parametrize("log_ratio", [-800.0, -30.0, -3.0, -1e-4, 0.0, 5.0, 800.0])
 def test_k3_is_bounded_in_value_and_gradient(log_ratio: float) -> None:
     logprobs = torch.tensor([log_ratio], requires_grad=True)

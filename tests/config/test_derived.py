@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 
 from rluf.config.cpu_dtype import detect_cpu_dtype
+from rluf.algorithms.registry import requires_reference
 from rluf.config.derived import (
     compute_batch_sizes,
+    estimate_checkpoint_bytes,
     estimate_engine_memory,
     estimate_host_bytes,
     estimate_kv_cache_bytes,
@@ -49,7 +51,17 @@ def test_zero_stages_shard_over_the_learners(stage: int, weights: int, gradients
 
 
 def test_states_that_are_not_loaded_take_no_memory() -> None:
-    assert "reference" not in estimate_learner_memory(settings("algorithm.kl_coef=0"))
+    for overrides, has_reference in (
+        (["algorithm.kl_coef=0"], False),
+        (["algorithm.kl_coef=0", "algorithm.kl_budget=0.1"], True),
+        (["algorithm.kl_coef=0", "algorithm.name=crpg", "aggregation.method=calibrated"], True),
+        (["algorithm.kl_coef=0", "algorithm.name=kto"], True),
+        (["algorithm.name=sft"], False),
+        (["learner.lora_rank=4"], False),
+    ):
+        chosen = settings(*overrides)
+        assert ("reference" in estimate_learner_memory(chosen)) == has_reference, overrides
+        assert chosen.algorithm.has_reference == requires_reference(chosen.algorithm)
     recomputed = estimate_learner_memory(settings("learner.gradient_checkpointing=true"))
     assert recomputed["activations"] < estimate_learner_memory(settings())["activations"] / 10
     critics = [
@@ -59,6 +71,19 @@ def test_states_that_are_not_loaded_take_no_memory() -> None:
     assert critics[0]["critic"] - critics[1]["critic"] == critics[0]["optimizer"] > critics[1]["optimizer"] == 0
     offloaded = settings("learner.offload_optimizer=true", "cluster.gpus_per_learner=1")
     assert estimate_learner_memory(offloaded)["optimizer"] == 0
+
+
+def test_adapters_have_little_optimizer_state_but_a_critic_has_all_of_it() -> None:
+    overrides = ["model.path=meta-llama/Llama-3.3-70B-Instruct", "learner.workers=4", "cluster.gpus_per_learner=1"]
+    full, lora = settings(*overrides), settings(*overrides, "learner.lora_rank=16")
+    assert estimate_learner_memory(lora)["optimizer"] < estimate_learner_memory(full)["optimizer"] / 300
+    assert estimate_learner_memory(lora)["gradients"] < estimate_learner_memory(full)["gradients"] / 300
+    assert estimate_learner_memory(lora)["weights"] == estimate_learner_memory(full)["weights"]
+    assert estimate_checkpoint_bytes(lora) < estimate_checkpoint_bytes(full) / 6
+    critics = [settings(*overrides, "algorithm.name=ppo", f"learner.lora_rank={rank}") for rank in (0, 16)]
+    assert len({estimate_learner_memory(critic)["critic"] for critic in critics}) == 1
+    count = EMBEDDED_MODEL_SHAPES["smollm2-135m-instruct"].parameter_count
+    assert estimate_learner_memory(settings("learner.ema_decay=0.9"))["average"] == 4 * count
 
 
 def test_the_kv_cache_is_as_configured_on_cpu_and_as_needed_on_gpu() -> None:

@@ -148,6 +148,36 @@ COLOCATED = ["cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5", "wei
             ["algorithm.importance_correction=mask", "algorithm.max_staleness=1"],
             ["algorithm.importance_correction=mask", "algorithm.max_staleness=1", "algorithm.loss=ppo"],
         ),
+        (
+            ["algorithm.name=sft", "algorithm.kl_target=0.1"],
+            ["algorithm.kl_target=0.1", "algorithm.name=sft", "algorithm.kl_target=null"],
+        ),
+        (
+            ["algorithm.name=dpo", "algorithm.kl_budget=0.1"],
+            ["algorithm.kl_budget=0.1", "algorithm.name=dpo", "algorithm.kl_budget=null"],
+        ),
+        (
+            ["algorithm.reference_refresh_steps=2", "algorithm.kl_coef=0"],
+            ["algorithm.reference_refresh_steps=2", "algorithm.kl_coef=0"],
+        ),
+        (
+            ["algorithm.reference_refresh_steps=2", "algorithm.name=sft"],
+            ["algorithm.reference_refresh_steps=2", "algorithm.name=sft"],
+        ),
+        (["aggregation.uncertainty_penalty=0.5"], ["aggregation.uncertainty_penalty=0.5", "ensemble.members"]),
+        (
+            [
+                "aggregation.uncertainty_penalty=1",
+                "objectives={love: {source: judge, path: length}, helpfulness: {source: judge, path: repetition}}",
+            ],
+            ["aggregation.uncertainty_penalty=1", "ensemble.members"],
+        ),
+        (["algorithm.mini_batches=13"], ["algorithm.mini_batches=13", "algorithm.prompts_per_step=12"]),
+        (["algorithm.overlong_buffer=65"], ["algorithm.overlong_buffer=65", "rollout.max_response_tokens=64"]),
+        (
+            ["aggregation={method: constrained, floors: {safety: 0, love: -12}}"],
+            ["aggregation.floors", "love", "+-10"],
+        ),
         (["rollout.concurrency=2"], ["rollout.concurrency=2", "algorithm.samples_per_prompt=4"]),
         (["objectives.love.source=serve"], ["objectives.love.source=serve", "objectives.love.path=None", "URL"]),
         (["objectives.love.path=http://host:8000"], ["objectives.love.source=model", "http://host:8000"]),
@@ -240,6 +270,11 @@ def test_old_value_formats_are_refused_with_the_new_format(override: str, replac
         ],
         ["algorithm.name=dapo", "algorithm.clip=[0.2, 0.28]", "algorithm.kl_coef=0"],
         ["algorithm.name=my_package.algorithms:find"],
+        ["algorithm={kl_coef: 0, kl_budget: 0.5, reference_refresh_steps: 5}", "algorithm.overlong_buffer=64"],
+        ["algorithm={name: dpo, reference_refresh_steps: 5}", "algorithm.mini_batches=1"],
+        ["aggregation.uncertainty_penalty=1", "reward.safety.ensemble.members=[{layers: 3}, {layers: 6}]"],
+        ["aggregation.uncertainty_penalty=1", "objectives.safety={source: serve, path: 'http://host:8000'}"],
+        ["aggregation.uncertainty_penalty=1", "objectives.safety.path=my/reward-model"],
         ["reward.love.backbone=smollm2-135m-instruct", "evaluate.simulated_users=0"],
     ],
 )
@@ -266,3 +301,17 @@ def test_a_topic_with_its_own_objective_ignores_the_weights() -> None:
 def test_unknown_names_are_refused(override: str, key: str) -> None:
     with pytest.raises(SettingsError, match=key.replace(".", r"\.")):
         load_settings(None, [override])
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+@pytest.mark.parametrize(
+    "override",
+    [
+        "rollout.temperature={}", "algorithm.kl_coef={}", "algorithm.clip=[0.2, {}]", "objectives.love.weight={}",
+        "aggregation.floors={{safety: {}}}", "learner.learning_rate={}", "weight_sync.logprob_tolerance={}",
+        "aggregation.multipliers.window_steps={}", "timeouts.call_s={}", "rollout.kv_cache_gib={}",
+    ],
+)  # fmt: skip
+def test_no_setting_is_infinite_or_not_a_number(override: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=override.partition("=")[0].replace(".", r"\.")):
+        load_settings(None, ["aggregation.method=constrained", "aggregation.floors={safety: 0}", override.format(value)])
