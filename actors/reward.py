@@ -8,6 +8,7 @@ answered meanwhile.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -144,7 +145,10 @@ class RewardActor:
         if self._scorer is None:
             raise ModelError(f"the scorer of {self.objective_names} was used before it was loaded; call start first")
         # Scores of all items in order; each group takes the next ones from these iterators.
-        score_iterators = {name: iter(scores) for name, scores in self._scorer(items).items()}
+        scores_by_name = self._scorer(items)
+        for name, scores in scores_by_name.items():
+            _check_finite(name, scores)
+        score_iterators = {name: iter(scores) for name, scores in scores_by_name.items()}
         scores_by_group = [
             {name: [next(scores) for _ in group.samples] for name, scores in score_iterators.items()}
             for group in groups
@@ -174,3 +178,14 @@ class RewardActor:
         from rluf.backends.gpu_metrics import read_gpu_memory
 
         return read_gpu_memory()
+
+
+def _check_finite(objective_name: str, scores: Sequence[Score]) -> None:
+    """Raise ModelError if a score is not a number: it would spread over the statistics and rewards of the whole run."""
+    values = [(score.value, score.raw_logit, score.logit_spread, score.exact_logit or 0.0) for score in scores]
+    bad = [value for value in values if not all(map(math.isfinite, value))]
+    if bad:
+        raise ModelError(
+            f"objective {objective_name}: {len(bad)} of {len(scores)} scores are not finite, the first {bad[0][0]} "
+            f"(logit {bad[0][1]}); check the weights of its reward model or service, or set model.dtype=float32"
+        )

@@ -73,8 +73,8 @@ def update_kl_coef(
 ) -> float:
     """KL coefficient after a step with `kl_per_token` nats per token; unchanged without a target.
 
-    kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * min(1, samples / horizon)). Source: Ziegler et al., arXiv 1909.08593,
-    section 2.2; its published code has a horizon of 10,000 samples, which is 200 steps of the default settings.
+    kl_coef * (1 + clip(kl / target - 1, -0.2, 0.2) * min(1, samples / horizon)). Source: Ziegler et al., arXiv
+    1909.08593, section 2.2; its published code has a horizon of 10,000 samples, which is 200 default steps.
     """
     if target_kl is None:
         return kl_coef

@@ -210,7 +210,11 @@ def _plan_reward_training(settings: Settings, objectives: list[str]) -> ActorPoo
     largest_model = max(models, key=lambda model: estimate_model_shape(model.backbone).parameter_count)
     largest, lora_rank = estimate_model_shape(largest_model.backbone), largest_model.lora_rank
     tokens = max(model.batch_rows * model.token_limit for model in models) // reward.max_workers
-    trained = ADAPTER_WIDTHS_PER_LAYER * lora_rank * largest.hidden_size * largest.layer_count if lora_rank else largest.parameter_count
+    trained = (
+        ADAPTER_WIDTHS_PER_LAYER * lora_rank * largest.hidden_size * largest.layer_count
+        if lora_rank
+        else largest.parameter_count
+    )
     bytes_per_weight = 2 if settings.reward_dtype == "bfloat16" else 4
     # In float32 the weights are the optimizer's masters.
     optimizer_bytes = ADAM_STATE_BYTES + (MASTER_WEIGHT_BYTES if bytes_per_weight == 2 else 0)

@@ -26,7 +26,10 @@ PRIOR_DEGREES = 24
 PRIOR_LOGIT_SD. From 12 prompts x 4 samples this moves the estimate noticeably, from 96 x 4 by a few percent."""
 VERDICT_SCALE = 0.5
 """Scale of an objective whose signals are all 0 or 1, the largest standard deviation that a verdict can have. A fixed
-one: the standard deviation of verdicts that rarely fail depends on whether one of them failed."""
+one: the standard deviation of verdicts that rarely fail depends on whether one of them failed. Other pairs of values,
+such as -1 and 1, have half of their distance, the same in their unit."""
+MIN_VERDICTS = 8
+"""Number of signals from which two distinct values count as verdicts."""
 RELATIVE_SCALE_FLOOR = 1e-3
 """Smallest scale of a reward function, relative to its mean: smaller differences count as rounding errors."""
 MAX_NORMALIZED_SIGNAL = 10.0
@@ -142,8 +145,11 @@ def _measure_signals(rows: Sequence[Sequence[float]], mean_rows: Sequence[Sequen
 def _estimate_scale(rows: Sequence[Sequence[float]], mean: float, *, is_logit: bool) -> float:
     """Standard deviation within a prompt, shrunk where there are few responses; never 0."""
     values = [value for row in rows for value in row]
-    if not is_logit and set(values) <= {0.0, 1.0}:
+    distinct = set(values)
+    if not is_logit and distinct <= {0.0, 1.0}:
         return VERDICT_SCALE
+    if not is_logit and len(distinct) == 2 and len(values) >= MIN_VERDICTS:
+        return max(VERDICT_SCALE * (max(values) - min(values)), RELATIVE_SCALE_FLOOR * abs(mean))
     squares, degrees = _sum_within_squares(rows)
     prior_sd = PRIOR_LOGIT_SD if is_logit else pstdev(values)
     scale = math.sqrt((squares + PRIOR_DEGREES * prior_sd**2) / (degrees + PRIOR_DEGREES))
@@ -451,6 +457,10 @@ class RewardAggregator:
                 standard_errors[objective] = compute_clustered_error(rows)
             if normalizer is not None and (statistics := normalizer.statistics.get(objective)) is not None:
                 zero_errors[objective] = statistics.standard_error / normalizer.sd[objective]
+                if rows:
+                    # Few prompts say little about their own spread, and one says nothing.
+                    reference_error = zero_errors[objective] * math.sqrt(statistics.prompt_count / len(rows))
+                    standard_errors[objective] = max(standard_errors[objective], reference_error)
         multipliers = self.multipliers.update(means, standard_errors, zero_errors)
         # Divided by the sum: large multipliers would otherwise act like a larger learning rate.
         scale = 1.0 + sum(multipliers.values())

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
+from rluf.errors import SettingsError
 from rluf.objectives.reward_function import build_function_scorer
 from rluf.types import Group, GroupInfo, Message, Score, ScoringItem
 from rluf.utils.plugins import load_plugin
@@ -122,7 +123,15 @@ def load_judge(judge_name: str) -> JudgeFunction:
     judge: JudgeFunction = load_plugin(
         judge_name, kind="judge", known_names=RULE_JUDGES, signature="a function (messages, response) -> bool"
     )
-    return judge
+
+    def check_verdict(messages: Sequence[Message], response: str) -> bool:
+        verdict = judge(messages, response)
+        # A coroutine, a text or a score would count as a pass.
+        if verdict not in (True, False):
+            raise SettingsError(f"judge {judge_name!r}: expected True or False, got {str(verdict)[:200]!r}")
+        return bool(verdict)
+
+    return check_verdict
 
 
 def judge_group(judge_names: Sequence[str], group: Group) -> GroupInfo:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import math
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
@@ -20,6 +19,8 @@ from rluf.utils.plugins import load_plugin
 
 RewardRow = dict[str, Any]
 RewardFunction = Callable[[Sequence[RewardRow]], Sequence[float] | Awaitable[Sequence[float]]]
+MAX_REWARD = 1e30
+"""Larger numbers are refused like infinite ones: their squares would overflow."""
 SIGNATURE = "a function of a list of rows that returns a list of numbers"
 
 
@@ -44,7 +45,7 @@ def build_function_scorer(objective: str, reference: str) -> Callable[[Sequence[
             values = [float(value) for value in result]
         except (TypeError, ValueError):
             values = []
-        if len(values) != len(items) or not all(map(math.isfinite, values)):
+        if len(values) != len(items) or not all(abs(value) < MAX_REWARD for value in values):
             raise SettingsError(
                 f"reward function {reference!r} of objective {objective}: expected one finite number for each of "
                 f"{len(items)} responses, got {str(result)[:200]}"

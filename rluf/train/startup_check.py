@@ -21,6 +21,7 @@ from rluf.errors import ModelError, ResourceError, SettingsError
 from rluf.models.chat import RejectedConversationError, render_prompt
 from rluf.models.embedded import hide_progress_bars
 from rluf.models.hub import load_tokenizer, resolve_policy
+from rluf.models.lora import add_lora_adapters, find_lora_adapters, get_checkpoint_name
 from rluf.models.turn_end import find_turn_end_id, list_stop_token_ids, read_stop_token_ids
 from rluf.tracking.console import setup_logging
 from rluf.train.actor_calls import put_object
@@ -151,7 +152,34 @@ def check_weight_names(settings: Settings, model_path: Path) -> str:
                 f"{model_path} cannot be trained with this release of transformers: {problem}: "
                 f"{_name_some(sorted(names))}; {advice}"
             )
+    if settings.learner.lora_rank:
+        _check_adapters(model, settings.learner.lora_rank, model_path)
     return f"{len(expected_shapes)} tensors are equal in learner and checkpoint"
+
+
+def _check_adapters(model: Any, lora_rank: int, model_path: Path) -> None:
+    """Raise SettingsError if adapters cannot be added to the model, or not be merged into its weights."""
+    problem = ""
+    try:
+        adapters = find_lora_adapters(add_lora_adapters(model, lora_rank))
+    except (ValueError, NotImplementedError) as error:
+        adapters, problem = {}, (str(error).splitlines() or [type(error).__name__])[0]
+    weights = {get_checkpoint_name(name): weight for name, weight in model.named_parameters()}
+    for name, adapter in adapters.items():
+        shape = (adapter.lora_b.shape[0], adapter.lora_a.shape[1])
+        # GPT-2's layers have their weights transposed.
+        if shape != tuple(weights[name].shape) or "Conv1D" in type(_get_base_layer(model, name)).__name__:
+            problem = f"{name} is no weight of a linear layer [out, in]"
+            break
+    if problem:
+        raise SettingsError(
+            f"learner.lora_rank={lora_rank}: adapters do not fit {model_path}: {problem}; set learner.lora_rank=0"
+        )
+
+
+def _get_base_layer(model: Any, weight_name: str) -> Any:
+    layer = model.get_submodule(weight_name.removesuffix(".weight"))
+    return getattr(layer, "base_layer", layer)
 
 
 def check_expert_weights(settings: Settings, model_path: Path) -> str:

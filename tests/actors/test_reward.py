@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -86,3 +87,13 @@ def test_a_bad_folder_and_an_unknown_judge_are_clear_errors_and_judges_score(tmp
     overrides["objectives"]["safety"]["path"] = "unknown"
     with pytest.raises(SettingsError, match="repetition"):
         ray.get(start_actor("safety", Settings.model_validate(overrides), None).start.remote())
+
+
+async def test_scores_that_are_not_numbers_name_the_objective(reward_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(reward_folder, tmp_path / "model"))
+    model = load_classifier(folder, require_all_weights=True)
+    torch.nn.init.constant_(model.classifier.weight, torch.nan)
+    model.save_pretrained(str(folder))
+    actor = RewardActor(Settings().model_dump_json(), {"love": str(folder)})
+    with pytest.raises(ModelError, match=r"objective love: 2 of 2 scores are not finite, the first nan"):
+        await actor.score_group(make_group(0, ("good", "bad")))

@@ -26,8 +26,8 @@ from rluf.algorithms.registry import (
     scale_mini_batch_weights,
     split_mini_batches,
 )
-from rluf.config.policy import ALGORITHM_NAMES, POLICY_LOSS_NAMES, AlgorithmSettings
-from rluf.config.rules import CGPO_ALGORITHMS, REINFORCE_LOSS_ALGORITHMS
+from rluf.config.policy import ALGORITHM_NAMES, CGPO_ALGORITHMS, POLICY_LOSS_NAMES, AlgorithmSettings
+from rluf.config.rules import REINFORCE_LOSS_ALGORITHMS
 from rluf.errors import SettingsError
 
 LENGTHS = st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=5), min_size=1, max_size=6)

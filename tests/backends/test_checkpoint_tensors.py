@@ -12,7 +12,10 @@ from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     DeepseekV3Config,
+    FalconH1Config,
+    GPT2Config,
     LlamaConfig,
+    Mamba2Config,
     MixtralConfig,
     OlmoeConfig,
     Qwen2MoeConfig,
@@ -20,7 +23,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from benchmarks.families import COMMON, EXPERTS, LATENT, LINEAR
+from benchmarks.families import COMMON, EXPERTS, LATENT, LINEAR, MAMBA
 from rluf.algorithms.policy_model import load_policy
 from rluf.backends.deepspeed import gather_checkpoint_tensors
 from rluf.backends.weight_transfer.base import WeightManifest, list_checkpoint_files
@@ -44,6 +47,27 @@ def test_the_check_passes_for_mixtures_and_refuses_their_adapters(tmp_path: Path
     assert "tensors are equal" in check_weight_names(Settings(), tmp_path)
     with pytest.raises(SettingsError, match=r"learner\.lora_rank=4: adapters on fused experts"):
         check_weight_names(Settings.model_validate({"learner": {"lora_rank": 4}}), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (GPT2Config(**COMMON, tie_word_embeddings=False), "is no weight of a linear layer"),
+        (FalconH1Config(**COMMON, **MAMBA), "incompatible with Mamba-based models"),
+        (Mamba2Config(**COMMON, num_heads=8, head_dim=16, state_size=16, n_groups=1), "incompatible with Mamba-based"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_adapters_that_do_not_fit_are_refused_before_training(config: Any, reason: str, tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    assert "tensors are equal" in check_weight_names(Settings(), tmp_path)
+    with pytest.raises(SettingsError, match=rf"learner\.lora_rank=4: adapters do not fit .*{reason}"):
+        check_weight_names(Settings.model_validate({"learner": {"lora_rank": 4}}), tmp_path)
+
+
+def test_adapters_of_linear_layers_pass(tmp_path: Path) -> None:
+    AutoModelForCausalLM.from_config(CONFIGS["llama tied"]).save_pretrained(tmp_path)
+    assert "tensors are equal" in check_weight_names(Settings.model_validate({"learner": {"lora_rank": 4}}), tmp_path)
 
 
 @pytest.mark.parametrize(("family", "lora_rank"), [*((family, 0) for family in CONFIGS), ("llama tied", 4)])

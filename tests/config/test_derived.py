@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from rluf.config.cpu_dtype import detect_cpu_dtype
 from rluf.algorithms.registry import requires_reference
+from rluf.config.cpu_dtype import detect_cpu_dtype
 from rluf.config.derived import (
     compute_batch_sizes,
     estimate_checkpoint_bytes,

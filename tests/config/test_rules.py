@@ -314,4 +314,6 @@ def test_unknown_names_are_refused(override: str, key: str) -> None:
 )  # fmt: skip
 def test_no_setting_is_infinite_or_not_a_number(override: str, value: str) -> None:
     with pytest.raises(SettingsError, match=override.partition("=")[0].replace(".", r"\.")):
-        load_settings(None, ["aggregation.method=constrained", "aggregation.floors={safety: 0}", override.format(value)])
+        load_settings(
+            None, ["aggregation.method=constrained", "aggregation.floors={safety: 0}", override.format(value)]
+        )

@@ -104,6 +104,14 @@ def test_a_failed_verdict_costs_the_same_however_many_failed_before(fails: int) 
     assert high - low == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 5.0), (-3.0, 0.0), (2.0, 3.0)])
+@pytest.mark.parametrize("fails", [1, 2, 24, 47])
+def test_verdicts_may_be_any_two_values(low: float, high: float, fails: int) -> None:
+    normalizer = RewardNormalizer.fit({"function": [[low] * fails + [high] * (48 - fails)]})
+    failed, passed = normalizer.normalize("function", [low, high])
+    assert passed - failed == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize("rows", [[[7.0] * 4] * 3, [[0.0]], [[1e9, 1e9 + 1e-3]], [[5.0 + 1e-12, 5.0]], [[-2.0] * 2]])
 def test_rounding_errors_of_a_constant_reward_function_are_no_differences(rows: list[list[float]]) -> None:
     normalized = RewardNormalizer.fit({"f": rows}).normalize("f", rows[0])
@@ -275,6 +283,23 @@ def simulate_multiplier(
 @pytest.mark.parametrize("distance", [0.0, 0.1, 0.25])
 def test_a_policy_at_its_floor_keeps_its_multiplier_near_zero(steps: int, distance: float) -> None:
     assert fmean(simulate_multiplier(distance, steps)) <= 0.2
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_few_prompts_in_a_step_wind_no_multiplier_up(prompts: int) -> None:
+    rng, last = np.random.default_rng(0), []
+
+    def sample_groups(count: int) -> list[GroupScores]:
+        rows = rng.normal(size=(count, 1)) * 1.2 + rng.normal(size=(count, 4))
+        return [build_group([0.0] * 4, [0.0] * 4, row.tolist()) for row in rows]
+
+    for _ in range(20):
+        aggregator = build_aggregator("constrained", (1.0, 0.0, 0.0), floors={"safety": 0.0})
+        aggregator.fit_reference(sample_groups(96))
+        for _ in range(50):
+            multiplier = aggregator.aggregate(sample_groups(prompts)).metrics["multiplier_safety"]
+        last.append(multiplier)
+    assert fmean(last) <= 0.3
 
 
 def test_a_policy_below_its_floor_gets_a_multiplier_that_is_capped_and_falls_when_it_recovers() -> None:

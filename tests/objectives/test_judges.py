@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from rluf.errors import SettingsError
@@ -63,3 +64,30 @@ def test_all_failed_judges_are_listed() -> None:
     assert list_failed_judges(ask_question("what is rain?"), "I'm sorry, but I can't help with that. Goodbye!") == [
         "refusal", "false_refusal", "unprompted_farewell",
     ]  # fmt: skip
+
+
+async def judge_later(messages: list[Message], response: str) -> bool:
+    return False
+
+
+VERDICTS: dict[str, object] = {"score": 0.7, "text": "no", "nothing": None, "list": [False], "nan": float("nan")}
+
+
+def return_score(messages: list[Message], response: str) -> object:
+    return VERDICTS[response]
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(("function", "response"), [*(("return_score", key) for key in VERDICTS), ("judge_later", "a")])
+def test_a_judge_that_returns_anything_but_a_verdict_is_an_error_that_names_it(function: str, response: str) -> None:
+    judge = load_judge(f"{__name__}:{function}")
+    with pytest.raises(SettingsError, match=rf"judge '.*{function}': expected True or False, got"):
+        judge(ask_question("Hi"), response)
+
+
+def return_number(messages: list[Message], response: str) -> object:
+    return len(response) > 1 and np.bool_(response == "ok")
+
+
+def test_numbers_that_are_verdicts_pass() -> None:
+    assert [load_judge(f"{__name__}:return_number")(ask_question("Hi"), text) for text in ("ok", "no")] == [True, False]

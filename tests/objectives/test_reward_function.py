@@ -116,6 +116,14 @@ def return_infinity(rows: Sequence[RewardRow]) -> list[float]:
     return [math.inf for _ in rows]
 
 
+def return_nan(rows: Sequence[RewardRow]) -> list[float]:
+    return [math.nan for _ in rows]
+
+
+def return_overflow(rows: Sequence[RewardRow]) -> list[float]:
+    return [-1e308 for _ in rows]
+
+
 def return_none(rows: Sequence[RewardRow]) -> list[None]:
     return [None for _ in rows]
 
@@ -128,7 +136,18 @@ def return_text(rows: Sequence[RewardRow]) -> list[str]:
     return ["good" for _ in rows]
 
 
-@pytest.mark.parametrize("name", ["return_too_few", "return_infinity", "return_none", "return_nothing", "return_text"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "return_too_few",
+        "return_infinity",
+        "return_nan",
+        "return_overflow",
+        "return_none",
+        "return_nothing",
+        "return_text",
+    ],
+)
 def test_anything_but_one_number_for_each_row_is_one_error_that_names_the_function(name: str) -> None:
     with pytest.raises(SettingsError, match=rf"{name}' of objective size: expected one finite number for each of 3"):
         build_rule_scorer("size", reward=f"{__name__}:{name}")(ITEMS)
