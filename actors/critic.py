@@ -23,7 +23,7 @@ from rluf.algorithms.critic import (
     whiten_advantages,
 )
 from rluf.algorithms.packing import PackedBatch
-from rluf.algorithms.policy_model import disable_noise, load_policy
+from rluf.algorithms.policy_model import load_policy, remove_noise
 from rluf.backends import deepspeed as ds
 from rluf.config.settings import Settings
 
@@ -65,7 +65,7 @@ class CriticWorker:
             device=device,
             offload_optimizer=learner.offload_optimizer,
         )
-        disable_noise(self.engine.module)
+        remove_noise(self.engine.module)
 
     def compute_advantages(
         self, batches: Sequence[tuple[PackedBatch, Tensor | None]], reward_kl_coef: float

@@ -40,7 +40,7 @@ from rluf.algorithms.packing import (
     pack_micro_batch,
     pack_probe_batch,
 )
-from rluf.algorithms.policy_model import compute_response_logprobs, copy_companion_files, disable_noise, load_policy
+from rluf.algorithms.policy_model import compute_response_logprobs, copy_companion_files, load_policy, remove_noise
 from rluf.algorithms.registry import LearnerInputs, find_algorithm, requires_reference
 from rluf.backends import deepspeed as ds
 from rluf.backends.colocation import WEIGHTS_TAG
@@ -167,7 +167,7 @@ class LearnerActor:
             has_cosine_decay=decay == "cosine",
             adam_betas=learner.adam_betas,
         )
-        disable_noise(self._engine.module)
+        remove_noise(self._engine.module)
         for reference in references:
             self._reference_model = ds.init_reference_model(
                 reference, zero_stage=learner.zero_stage, dtype=dtype, device=self.device, world_size=self.world_size

@@ -170,7 +170,7 @@ def load_policy(
 ) -> nn.Module:
     """Causal language model of a Hugging Face folder; with packed attention if `is_packed`.
 
-    Otherwise it reads one sample per row (batch_layout.py). Before training call `disable_noise`. With `lora_rank` only
+    Otherwise it reads one sample per row (batch_layout.py). Before training call `remove_noise`. With `lora_rank` only
     the adapters are trainable. Raises ModelError when the folder cannot be read, lacks a weight, or contains another
     kind of model.
     """
@@ -202,7 +202,7 @@ def load_policy(
     return add_lora_adapters(model, lora_rank) if lora_rank else model
 
 
-def disable_noise(model: nn.Module) -> None:
+def remove_noise(model: nn.Module) -> None:
     """Switch off dropout, noise on routers and sampled experts, after a training framework has set its mode.
 
     The learner must give a token the probability that the engine gave it, and the engine has none of these.

@@ -25,7 +25,7 @@ from transformers import (
 
 from rluf.algorithms.batch_layout import choose_batch_layout, compare_layouts
 from rluf.algorithms.packing import pack_micro_batch
-from rluf.algorithms.policy_model import compute_response_logprobs, disable_noise, load_policy
+from rluf.algorithms.policy_model import compute_response_logprobs, load_policy, remove_noise
 from rluf.config.settings import Settings
 from rluf.errors import ModelError
 from rluf.types import Group, Prompt, Sample
@@ -151,7 +151,7 @@ def test_training_gives_the_log_probabilities_of_sampling_in_every_family(
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     is_packed = compare_layouts(config, max_row_tokens=48).layout == "packed"
     model = load_policy(tmp_path, dtype=torch.float32, is_packed=is_packed, gradient_checkpointing=recompute).train()
-    disable_noise(model)
+    remove_noise(model)
     assert any(module.training for module in model.modules()) == recompute
     batch = pack_micro_batch(PAIRS, GROUPS, [[1.0, 1.0]] * 2)
     logprobs = compute_response_logprobs(model, batch)
