@@ -1,7 +1,7 @@
 """Cost curves: time and peak memory of each command against the size of its work.
 
-Every point runs the real command in a separate process on this machine. For a policy step it is the mean time of the
-steps after the first, for a service the time per answer of each client; for all others the time of the complete
+Every point runs the real command in a separate process on this machine. For a policy step it is the time of the
+second step, for a service the time per answer of each client; for all others the time of the complete
 command, with its imports and Ray. Memory is the peak sum over all its processes, shared pages counted in proportion.
 
 The slope is that of log(cost) against log(size) between the two largest sizes: 1 is proportional, below 1 a part of the
@@ -27,7 +27,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from lab.process_tree import CommandCost, run_command
 from prepare import write_log
 
@@ -36,6 +35,9 @@ SAMPLE_FOLDER = ROOT / "rluf" / "simulate" / "sample"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 BASE_STEP = {"prompts": 4, "samples": 4, "tokens": 32}
 """Prompts and samples per step, and response tokens, of a policy step; one of them grows at a time."""
+
+_STEP_COSTS: dict[tuple[int, int, int], CommandCost] = {}
+"""Measured policy steps by prompts, samples and tokens: the curves of a step have their first point in common."""
 
 logger = logging.getLogger("benchmarks.cost_curves")
 
@@ -90,25 +92,33 @@ def train_reward_model(row_count: int, folder: Path) -> CommandCost:
 
 
 def train_policy(variable: str) -> Callable[[int, Path], CommandCost]:
-    """Measure a step of the policy; rewards are rules, so that no reward model is trained."""
+    """Measure a policy step; one variable of BASE_STEP grows."""
 
     def measure(size: int, folder: Path) -> CommandCost:
         workload = BASE_STEP | {variable: size}
+        return _train_policy(workload["prompts"], workload["samples"], workload["tokens"], folder)
+
+    return measure
+
+
+def _train_policy(prompt_count: int, sample_count: int, token_count: int, folder: Path) -> CommandCost:
+    """Train two steps; rewards are rules, so that no reward model is trained."""
+    workload = (prompt_count, sample_count, token_count)
+    if workload not in _STEP_COSTS:
         judges = [
             f"objectives.{name}.{key}" for name in ("love", "helpfulness", "safety")
             for key in ("source=judge", "path=repetition")
         ]  # fmt: skip
         cost = run_rluf(
-            "train", *judges, "algorithm.steps=3", f"algorithm.prompts_per_step={workload['prompts']}",
-            f"algorithm.samples_per_prompt={workload['samples']}", f"rollout.max_response_tokens={workload['tokens']}",
-            "evaluate.prompts=4", "evaluate.samples_per_prompt=1", "evaluate.simulated_users=100",
+            "train", *judges, "algorithm.steps=2", f"algorithm.prompts_per_step={prompt_count}",
+            f"algorithm.samples_per_prompt={sample_count}", f"rollout.max_response_tokens={token_count}",
+            "evaluate.prompts=2", "evaluate.samples_per_prompt=1", "evaluate.simulated_users=0",
             f"run.root={folder}", "tracking.wandb=off", folder=folder,
         )  # fmt: skip
         metrics_path = next(folder.glob("*/*/metrics.jsonl"))
-        step_seconds = [json.loads(line)["step_s"] for line in metrics_path.read_text("utf-8").splitlines()]
-        return CommandCost(float(np.mean(step_seconds[1:])), cost.peak_bytes, cost.output)
-
-    return measure
+        last_step = json.loads(metrics_path.read_text("utf-8").splitlines()[-1])
+        _STEP_COSTS[workload] = CommandCost(last_step["step_s"], cost.peak_bytes, cost.output)
+    return _STEP_COSTS[workload]
 
 
 def simulate_log(row_count: int, folder: Path) -> CommandCost:
@@ -120,10 +130,12 @@ def simulate_log(row_count: int, folder: Path) -> CommandCost:
 
 
 def score_file(row_count: int, folder: Path) -> CommandCost:
-    """Score labeled rows of the sample log with a reward model that is trained first, outside the measurement."""
-    run_rluf(
-        "reward", "reward.objectives=[love]", "prepare.max_rows=500", f"run.cache={folder / 'cache'}", folder=folder
-    )
+    """Score labeled rows of the sample log with a reward model that is trained outside the measurement."""
+    model_folder = folder.parent / "cost-curves-cache"
+    if not model_folder.is_dir():
+        run_rluf(
+            "reward", "reward.objectives=[love]", "prepare.max_rows=500", f"run.cache={model_folder}", folder=folder
+        )
     with gzip.open(SAMPLE_FOLDER / "feedback.jsonl.gz", "rt", encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream]
     with (folder / "rows.jsonl").open("w", encoding="utf-8") as stream:
@@ -133,8 +145,8 @@ def score_file(row_count: int, folder: Path) -> CommandCost:
                 "id": str(index), "messages": row["messages"], "response": row["response"],
                 "label": int(row.get("reaction") == "love"), "group": row["user_id"],
             }) + "\n")  # fmt: skip
-    model_folder = next(folder.glob("cache/artifacts/reward-love-*/love"))
-    return run_rluf("evaluate", "score", "--model", model_folder, "--data", "rows.jsonl", folder=folder)
+    love_model = next(model_folder.glob("artifacts/reward-love-*/love"))
+    return run_rluf("evaluate", "score", "--model", love_model, "--data", "rows.jsonl", folder=folder)
 
 
 def analyze_experiment(user_count: int, folder: Path) -> CommandCost:
@@ -197,19 +209,22 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     results: dict[str, dict[str, list[float]]] = {}
+    work_folder = tempfile.TemporaryDirectory()
     for curve in CURVES:
         if args.only and curve.name not in args.only:
             continue
         costs = []
         for size in curve.sizes:
-            with tempfile.TemporaryDirectory() as folder:
-                costs.append(curve.measure(size, Path(folder)))
+            folder = Path(work_folder.name) / f"{curve.name}-{size}"
+            folder.mkdir()
+            costs.append(curve.measure(size, folder))
             peak_gib = costs[-1].peak_bytes / 2**30
             logger.info("%s=%d: seconds=%.3g peak_gib=%.2f", curve.name, size, costs[-1].seconds, peak_gib)
         results[curve.name] = {
             "seconds": [cost.seconds for cost in costs],
             "peak_gib": [cost.peak_bytes / 2**30 for cost in costs],
         }
+    work_folder.cleanup()
     if args.page:
         block = "\n".join([BEGIN, *format_table(results), END])
         page = args.page.read_text("utf-8")
