@@ -30,6 +30,7 @@ from rluf.algorithms.policy_model import (
     register_packed_attention,
 )
 from rluf.errors import ModelError
+from rluf.models.hub import list_model_file_errors
 from rluf.types import Group, Prompt, Sample
 from rluf.utils.files import write_json
 from rluf.utils.paths import resolve_cache_folder
@@ -107,7 +108,7 @@ def read_model_config(model_folder: Path, trust_remote_code: bool) -> Pretrained
         config: PretrainedConfig = AutoConfig.from_pretrained(
             str(model_folder), trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, KeyError) as error:
+    except list_model_file_errors() as error:
         raise ModelError(f"the config of {model_folder} cannot be read: {error}") from error
     return config
 

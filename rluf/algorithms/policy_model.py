@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from rluf.algorithms.packing import PackedBatch
 from rluf.errors import ModelError
+from rluf.models.hub import list_model_file_errors
 from rluf.models.lora import add_lora_adapters
 
 PACKED_ATTENTION = "rluf_packed"
@@ -188,7 +189,7 @@ def load_policy(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (*list_model_file_errors(), RuntimeError) as error:
         raise ModelError(f"no causal language model could be read from {model_folder}: {error}") from error
     model, loading_info = loaded
     if missing_names := sorted(loading_info["missing_keys"]):

@@ -97,6 +97,23 @@ def apply_chat_template(
         ) from error
 
 
+def check_rendered_texts(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Raise ModelError if the chat template leaves out a message, or puts messages in another order."""
+    contents = ["zq question", "zq reply", "zq thanks"]
+    for count in (1, 3):
+        try:
+            text = apply_chat_template(tokenizer, ["user", "assistant", "user"][:count], contents[:count])
+        except RejectedConversationError:  # such as a template of single questions
+            continue
+        # Some templates change the case.
+        positions = [text.lower().find(content) for content in contents[:count]]
+        if -1 in positions or positions != sorted(positions):
+            raise ModelError(
+                f"the chat template of {tokenizer.name_or_path} leaves out messages or changes their order: "
+                f"{contents[:count]} became {text[:200]!r}; correct chat_template.jinja (contents are texts, not lists)"
+            )
+
+
 def mark_control_strings(tokenizer: PreTrainedTokenizerFast, conversations: Sequence[Sequence[str]]) -> list[list[str]]:
     """The contents of each conversation, with marks around the parts that would become control tokens."""
     cleaned = [[content.translate(_REMOVE_MARKS) for content in contents] for contents in conversations]

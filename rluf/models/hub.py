@@ -76,7 +76,7 @@ def resolve_policy(settings: Settings) -> Path:
     files = [file for file in folder.iterdir() if file.name not in stray_files and file.name != TEMPLATE_FILE]
     template = ""
     if template_prefix:
-        template = str(load_tokenizer(folder, trust_remote_code=model.trust_remote_code).chat_template or "")
+        template = get_chat_template(load_tokenizer(folder, trust_remote_code=model.trust_remote_code))
         if not template:
             raise ModelError(f"{folder} has no chat template for model.system_prompt, examples and chat_template_args")
     elif (folder / TEMPLATE_FILE).is_file():
@@ -100,9 +100,9 @@ def resolve_policy(settings: Settings) -> Path:
 def _list_stray_weights(folder: Path) -> set[str]:
     """Names of safetensors files that transformers does not read, next to model.safetensors or an index."""
     names = {file.name for file in folder.glob("*.safetensors")}
-    index_file = folder / WEIGHTS_INDEX_FILE
-    if index_file.is_file():
-        return names - set(json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values())
+    indexed_names = read_weights_index(folder)
+    if indexed_names is not None:
+        return names - indexed_names
     return names - {SINGLE_WEIGHTS_FILE} if SINGLE_WEIGHTS_FILE in names else set()
 
 
@@ -174,6 +174,41 @@ def skip_scikit_learn() -> None:
         del sys.modules["sklearn"]
 
 
+def list_model_file_errors() -> tuple[type[Exception], ...]:
+    """What transformers and safetensors raise on files that are missing, damaged or contradict each other."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    return OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, SafetensorError, StrictDataclassError
+
+
+def read_weights_index(folder: Path) -> set[str] | None:
+    """Names of the files in the folder's index of weights; None without an index.
+
+    Raises ModelError if it cannot be read or names a file that is not there.
+    """
+    index_file = folder / WEIGHTS_INDEX_FILE
+    if not index_file.is_file():
+        return None
+    try:
+        names = {str(name) for name in json.loads(index_file.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{index_file} cannot be read: {error}; download or save the model again") from error
+    missing_files = sorted(name for name in names if not (folder / name).is_file())
+    if missing_files:
+        raise ModelError(
+            f"{folder} lacks {len(missing_files)} of the {len(names)} files that {WEIGHTS_INDEX_FILE} names, such as "
+            f"{missing_files[0]}; download or copy the model again"
+        )
+    return names
+
+
+def get_chat_template(tokenizer: PreTrainedTokenizerFast) -> str:
+    """The tokenizer's chat template; the default one where it has several by name, empty without one."""
+    template = tokenizer.chat_template or ""
+    return str(template.get("default", "")) if isinstance(template, dict) else str(template)
+
+
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerFast:
     """Load the fast tokenizer of a resolved model folder. Raises ModelError if it cannot be read or is a slow one."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -182,8 +217,11 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=trust_remote_code
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"no tokenizer could be read from {folder}: {error}; add tokenizer.json to it") from error
+    except list_model_file_errors() as error:
+        raise ModelError(
+            f"no tokenizer could be read from {folder}: {_format_first_line(error)}; check tokenizer.json, "
+            "tokenizer_config.json and config.json in it"
+        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ModelError(f"the tokenizer in {folder} is not a fast one; add a tokenizer.json to the folder")
     return tokenizer

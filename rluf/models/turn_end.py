@@ -23,9 +23,18 @@ def read_stop_token_ids(model_folder: Path, eos_token_id: int | None) -> list[in
     # run into max_tokens.
     token_ids = set() if eos_token_id is None else {int(eos_token_id)}
     for file in (model_folder / "config.json", model_folder / "generation_config.json"):
-        if file.is_file():
-            eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-            token_ids.update(int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None)
+        if not file.is_file():
+            continue
+        try:
+            config = json.loads(file.read_text(encoding="utf-8"))
+            # Models that also read images have the decoder's config inside.
+            for section in (config, config.get("text_config") or {}):
+                eos = section.get("eos_token_id")
+                token_ids.update(int(i) for i in (eos if isinstance(eos, list) else [eos]) if i is not None)
+        except (OSError, ValueError, TypeError, AttributeError) as error:
+            raise ModelError(
+                f"no eos_token_id could be read from {file}: {error}; it must be an id or a list"
+            ) from error
     if not token_ids:
         raise ModelError(
             f"model {model_folder} defines no end-of-sequence token; set eos_token in its tokenizer_config.json"

@@ -15,12 +15,12 @@ from cluster.connect import ray_connection
 from rluf.algorithms.batch_layout import EXPERT_COUNT_NAMES, choose_batch_layout, read_model_config
 from rluf.artifacts import check_inputs
 from rluf.backends.vllm.engine import check_causal_lm
-from rluf.backends.weight_transfer.base import WeightManifest
+from rluf.backends.weight_transfer.base import WeightManifest, read_checkpoint_shapes
 from rluf.config.derived import BYTES_PER_GIB, estimate_host_bytes
 from rluf.errors import ModelError, ResourceError, SettingsError
-from rluf.models.chat import RejectedConversationError, render_prompt
+from rluf.models.chat import RejectedConversationError, check_rendered_texts, render_prompt
 from rluf.models.embedded import hide_progress_bars
-from rluf.models.hub import load_tokenizer, resolve_policy
+from rluf.models.hub import list_model_file_errors, load_tokenizer, resolve_policy
 from rluf.models.lora import add_lora_adapters, find_lora_adapters, get_checkpoint_name
 from rluf.models.turn_end import find_turn_end_id, list_stop_token_ids, read_stop_token_ids
 from rluf.tracking.console import setup_logging
@@ -106,6 +106,7 @@ def check_weight_names(settings: Settings, model_path: Path) -> str:
     """The learner must load every weight, and send exactly the tensors of the checkpoint that the engine reads."""
     from transformers import AutoModelForCausalLM
 
+    read_checkpoint_shapes(model_path)  # names a damaged file, which transformers does not
     try:
         with hide_progress_bars():
             model, loading_info = AutoModelForCausalLM.from_pretrained(
@@ -116,7 +117,7 @@ def check_weight_names(settings: Settings, model_path: Path) -> str:
                 use_safetensors=True,
                 trust_remote_code=settings.model.trust_remote_code,
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (*list_model_file_errors(), RuntimeError) as error:
         raise ModelError(f"transformers cannot load {model_path}: {error}") from error
     if missing_names := sorted(loading_info["missing_keys"]):
         raise ModelError(
@@ -226,7 +227,7 @@ def check_token_ids(settings: Settings, model_path: Path) -> str:
 
 
 def check_chat_template(settings: Settings, model_path: Path) -> str:
-    """A question must be rendered, and fit into rollout.max_prompt_tokens."""
+    """A conversation must be rendered whole and in order, and a question fit into rollout.max_prompt_tokens."""
     tokenizer = load_tokenizer(model_path, trust_remote_code=settings.model.trust_remote_code)
     token_count = len(render_prompt(tokenizer, [Message(role="user", content="Hi")]))
     max_tokens = settings.rollout.max_prompt_tokens
@@ -235,6 +236,7 @@ def check_chat_template(settings: Settings, model_path: Path) -> str:
             f"the chat template of {model_path} turns a message of one word into {token_count} tokens, more than "
             f"rollout.max_prompt_tokens={max_tokens}; raise it"
         )
+    check_rendered_texts(tokenizer)
     return f"a message of one word has {token_count} tokens"
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rluf.backends.vllm.engine import check_causal_lm
 from rluf.config.settings import Settings
 from rluf.errors import ModelError, RlufError, SettingsError
 from rluf.models.embedded import EMBEDDED_EXAMPLES
@@ -104,6 +105,67 @@ FAULTS: dict[str, tuple[Callable[[Settings, Path], str], Callable[[Path], object
     "turn end": (check_turn_end, lambda f: set_template(f, ENDLESS), ModelError, r"'<\|endoftext\|>' \(id 0\)"),
     "failing template": (
         check_chat_template, lambda f: set_template(f, "{{ raise_exception('not today') }}"), ModelError, r"not today",
+    ),
+    "empty template": (check_chat_template, lambda f: set_template(f, " "), ModelError, r"leaves out messages"),
+    "template of lists": (
+        check_chat_template,
+        lambda f: set_template(f, "{% for m in messages %}{% for c in m.content %}{{ c.text }}{% endfor %}{% endfor %}"),
+        ModelError, r"leaves out messages .*contents are texts, not lists",
+    ),
+    "template without the question": (
+        check_chat_template, lambda f: set_template(f, "<|im_start|>assistant\n"), ModelError, r"leaves out messages",
+    ),
+    "reversed template": (
+        check_chat_template,
+        lambda f: set_template(f, "{% for m in messages | reverse %}{{ m.role }}: {{ m.content }}\n{% endfor %}"),
+        ModelError, r"changes their order",
+    ),
+    "last message only": (
+        check_chat_template, lambda f: set_template(f, "{{ messages[-1].content }}"), ModelError, r"leaves out messages",
+    ),
+    "Git LFS pointer": (
+        check_weight_names,
+        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 12\n"),
+        ModelError, r"model\.safetensors \(\d+ bytes\) is no complete safetensors file.*git lfs pull",
+    ),
+    "cut weights": (
+        check_weight_names,
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]),
+        ModelError, r"is no complete safetensors file",
+    ),
+    "empty weights": (
+        check_weight_names, lambda f: (f / "model.safetensors").write_bytes(b""), ModelError, r"\(0 bytes\)",
+    ),
+    "index of missing files": (
+        check_weight_names,
+        lambda f: (f / "model.safetensors.index.json").write_text('{"weight_map": {"a": "none.safetensors"}}'),
+        ModelError, r"lacks 1 of the 1 files .*none\.safetensors",
+    ),
+    "damaged index": (
+        check_weight_names, lambda f: (f / "model.safetensors.index.json").write_text("{"), ModelError,
+        r"index\.json cannot be read",
+    ),
+    "impossible heads": (
+        check_context_window, lambda f: edit_json(f / "config.json", num_attention_heads=7), ModelError,
+        r"not a multiple of the number of attention heads",
+    ),
+    "no vocabulary size": (
+        check_token_ids, lambda f: edit_json(f / "config.json", vocab_size=None), ModelError, r"vocab_size",
+    ),
+    "config of another type": (
+        check_token_ids, lambda f: (f / "config.json").write_text("[]"), ModelError, r"no tokenizer could be read",
+    ),
+    "damaged generation config": (
+        check_turn_end, lambda f: (f / "generation_config.json").write_text("{"), ModelError, r"no eos_token_id could",
+    ),
+    "end token as text": (
+        check_turn_end, lambda f: edit_json(f / "generation_config.json", eos_token_id="<|im_end|>"), ModelError,
+        r"generation_config\.json.*must be an id",
+    ),
+    "quantized": (
+        lambda _, f: str(check_causal_lm(f) or "original weights"),
+        lambda f: edit_json(f / "config.json", quantization_config={"quant_method": "fp8"}), ModelError,
+        r"quantized \(fp8\), which cannot be trained",
     ),
     "long template": (
         check_chat_template, lambda f: set_template(f, "x" * 300 + "{{ messages[0].content }}"), SettingsError,
@@ -198,6 +260,21 @@ def test_only_the_embedded_chat_model_has_an_example_by_default() -> None:
 
 def tiny_template(folder: Path) -> str:
     return str(load_tokenizer(folder).chat_template)
+
+
+def test_a_default_among_named_templates_gets_the_system_prompt(folder: Path, tmp_path: Path) -> None:
+    templates = [
+        {"name": "tool_use", "template": "{{ tools }}"},
+        {"name": "default", "template": tiny_template(folder)},
+    ]
+    (folder / "chat_template.jinja").unlink()
+    edit_json(folder / "tokenizer_config.json", chat_template=templates)
+    tokenizer = load_tokenizer(resolve_with(folder, tmp_path, system_prompt="Be brief."))
+    text = tokenizer.decode(render_prompt(tokenizer, [{"role": "user", "content": "Hi"}]))
+    assert text.startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>")
+    edit_json(folder / "tokenizer_config.json", chat_template=templates[:1])
+    with pytest.raises(ModelError, match="has no chat template for model"):
+        resolve_with(folder, tmp_path, system_prompt="Be brief.")
 
 
 @pytest.mark.parametrize("stray", ["consolidated.safetensors", "adapter_model.safetensors", "model-old.safetensors"])

@@ -568,8 +568,8 @@ CAUSAL_LM_SUFFIXES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
 def check_causal_lm(model_folder: Path) -> None:
     """Raise ModelError for a folder without a causal language model."""
     try:
-        config = json.loads((model_folder / "config.json").read_text())
-    except (OSError, ValueError) as error:
+        config = dict(json.loads((model_folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise ModelError(
             f"model {model_folder} has no readable config.json: {error}; give a Hugging Face folder"
         ) from error
@@ -578,4 +578,11 @@ def check_causal_lm(model_folder: Path) -> None:
         raise ModelError(
             f"model {model_folder} has architecture {', '.join(architectures) or 'none'}; the policy must be a causal "
             "language model (model.path)"
+        )
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "quantized") if isinstance(quantization, dict) else "quantized"
+        raise ModelError(
+            f"the weights of {model_folder} are quantized ({method}), which cannot be trained; name the original model "
+            "in model.path"
         )

@@ -9,15 +9,15 @@ NCCL.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from rluf.errors import WeightSyncError
+from rluf.errors import ModelError, WeightSyncError
+from rluf.models.hub import read_weights_index
 
 WeightBucket = Sequence[tuple[str, torch.Tensor]]
 """Named tensors that travel together; each tensor is whole (gathered), on the CPU or on this rank's GPU."""
@@ -120,9 +120,9 @@ def list_checkpoint_files(model_folder: Path) -> list[Path]:
     Those of its index, else model.safetensors, else all.
     """
     # Some repositories ship the same weights a second time (consolidated.safetensors), which the index leaves out.
-    index_file = model_folder / "model.safetensors.index.json"
-    if index_file.is_file():
-        return sorted({model_folder / name for name in json.loads(index_file.read_text())["weight_map"].values()})
+    indexed_names = read_weights_index(model_folder)
+    if indexed_names is not None:
+        return sorted(model_folder / name for name in indexed_names)
     if (model_folder / SINGLE_WEIGHTS_FILE).is_file():
         return [model_folder / SINGLE_WEIGHTS_FILE]
     return sorted(model_folder.glob("*.safetensors"))
@@ -131,14 +131,21 @@ def list_checkpoint_files(model_folder: Path) -> list[Path]:
 def read_checkpoint_shapes(model_folder: Path) -> dict[str, tuple[int, ...]]:
     """Name to shape of every weight in a Hugging Face folder; reads headers only, no weights.
 
-    Rotary frequencies, which old checkpoints contain, are computed and not weights: they are left out.
+    Rotary frequencies, which old checkpoints contain, are computed and not weights: they are left out. Raises
+    ModelError for a file that is cut, or a Git LFS pointer in the place of one.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for file in list_checkpoint_files(model_folder):
-        with safe_open(file, framework="pt") as tensors:
-            for name in sorted(tensors.keys()):
-                if not name.endswith("rotary_emb.inv_freq"):
-                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in sorted(tensors.keys()):
+                    if not name.endswith("rotary_emb.inv_freq"):
+                        shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        except (OSError, SafetensorError) as error:
+            raise ModelError(
+                f"{file} ({file.stat().st_size:,} bytes) is no complete safetensors file: {error}; download it again "
+                "(git lfs pull, if it is a clone)"
+            ) from error
     return shapes
 
 
