@@ -166,7 +166,7 @@ def check_plan(
         for bundle, node_labels in zip(resource_plan.bundles, resource_plan.node_labels, strict=True):
             _check_bundle_fits(bundle, node_labels, nodes)
         for pool in resource_plan.training_pools:
-            _check_pool_labels(pool, nodes)
+            _check_pool_fits(pool, resource_plan.training_pools, nodes)
     free_memory = cluster_resources.get("memory")
     if free_memory is not None and resource_plan.host_bytes > free_memory:
         logger.warning(
@@ -195,18 +195,39 @@ def _check_bundle_fits(
     )
 
 
-def _check_pool_labels(pool: ActorPoolPlan, nodes: Sequence[Mapping[str, float]]) -> None:
-    """Raise ResourceError when the nodes with a pool's labels are too few for all of its actors."""
-    labels = {f"{key}={value}" for key, value in pool.node_labels.items()}
-    for kind, amount in _pool_bundle(pool).items() if labels else ():
-        needed = pool.actor_count * amount
-        available = sum(node.get(kind, 0.0) for node in nodes if labels <= node.keys())
+def _check_pool_fits(pool: ActorPoolPlan, pools: Sequence[ActorPoolPlan], nodes: Sequence[Mapping[str, float]]) -> None:
+    """Raise ResourceError when the nodes that can run a pool's actors are too few for it and the pools bound to them.
+
+    Each condition is necessary, none is sufficient: what Ray cannot place all the same meets timeouts.actor_start_s.
+    """
+    labels, bundle = _list_labels(pool), _pool_bundle(pool)
+    suited = [node for node in nodes if labels <= node.keys() and (not pool.gpus_per_actor or node.get("GPU"))]
+    bound = [p for p in pools if labels <= _list_labels(p) and (p.gpus_per_actor or not pool.gpus_per_actor)]
+    label_text = f"{_label_phrase(pool.node_labels)}(cluster.node_labels)" if labels else "that can run them"
+    advice = "give the label to more nodes, or request fewer actors there, or remove the entry from cluster.node_labels"
+    if not labels:
+        advice = "request fewer actors, or smaller ones (cluster.gpus_per_engine), or add nodes"
+    for kind in bundle:
+        needed, available = _total(bound, kind), sum(node.get(kind, 0.0) for node in suited)
         if needed > available + RESOURCE_TOLERANCE:
+            names = ", ".join(f"{p.name} {p.actor_count} x {_pool_bundle(p).get(kind, 0.0):g}" for p in bound)
             raise ResourceError(
-                f"{pool.name} {pool.actor_count} x {amount:g} need {needed:g} {kind}s on nodes "
-                f"{_label_phrase(pool.node_labels)}(cluster.node_labels), which have {available:g}; give the label to "
-                "more nodes, or request fewer actors there, or remove the entry from cluster.node_labels"
+                f"{names} need {needed:g} {kind}s on nodes {label_text}, which have {available:g}; {advice}"
             )
+    places = sum(
+        min(math.floor(node.get(kind, 0.0) / amount + RESOURCE_TOLERANCE) for kind, amount in bundle.items())
+        for node in suited
+    )
+    if places < pool.actor_count:
+        request = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
+        raise ResourceError(
+            f"{pool.name}: {pool.actor_count} actors of {request} each, which span no nodes, but the nodes have places "
+            f"for {places}; {advice}"
+        )
+
+
+def _list_labels(pool: ActorPoolPlan) -> set[str]:
+    return {f"{key}={value}" for key, value in pool.node_labels.items()}
 
 
 def _label_phrase(node_labels: Mapping[str, str]) -> str:

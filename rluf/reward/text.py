@@ -26,6 +26,7 @@ from rluf.errors import ModelError
 from rluf.models.chat import (
     RejectedConversationError,
     apply_chat_template,
+    check_rendered_texts,
     encode_marked_texts,
     encode_texts,
     mark_control_strings,
@@ -125,6 +126,8 @@ class TextEncoder:
                 f"{tokenizer.name_or_path} is an encoder, which cannot predict a next message; set "
                 "read_at_next_turn=false or use a decoder as backbone"
             )
+        if not self.uses_text_pairs:
+            check_rendered_texts(tokenizer)
         self.pad_id = self._choose_pad_id()
         # Saved with the model, so that plain transformers pads with the token that config.json names.
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self.pad_id)

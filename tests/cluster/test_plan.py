@@ -141,3 +141,52 @@ def test_labeled_actors_must_fit_the_labeled_nodes_together() -> None:
     check_plan(resource_plan, total, [labeled] * 4 + [plain] * 4)
     with pytest.raises(ResourceError, match=r"need 32 GPUs on nodes with the label kind=learn .*which have 24"):
         check_plan(resource_plan, total, [labeled] * 3 + [plain] * 5)
+
+
+TWO_GPU_ENGINES = ("cluster.gpus_per_engine=2", "rollout.engines=3")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "overrides", "message"),
+    [
+        ([(8, 3), (8, 3)], TWO_GPU_ENGINES, "rollout: 3 actors of 2 CPU, 2 GPU each.*places for 2"),
+        ([(8, 1), (8, 1), (8, 4)], TWO_GPU_ENGINES, "3 actors of 2 CPU, 2 GPU each.*places for 2"),
+        ([(2, 1), (2, 1)], ("cluster.gpus_per_engine=0.6", "rollout.engines=3"), "places for 2"),
+        (
+            [(1, 4), (30, 0)],
+            ("cluster.gpus_per_engine=1", "cluster.gpus_per_learner=1"),
+            "rollout 1 x 1, learner 1 x 1 need 2 CPUs on nodes that can run them, which have 1",
+        ),
+    ],
+)
+def test_actors_that_fit_in_sum_but_not_on_the_nodes_are_refused(
+    nodes: list[tuple[int, int]], overrides: tuple[str, ...], message: str
+) -> None:
+    node_resources = [{"CPU": cpus, "GPU": gpus} if gpus else {"CPU": cpus} for cpus, gpus in nodes]
+    cluster = {kind: sum(node.get(kind, 0) for node in node_resources) for kind in ("CPU", "GPU")}
+    resource_plan = plan_resources(load_settings(None, list(overrides)).settings)
+    with pytest.raises(ResourceError, match=message):
+        check_plan(resource_plan, cluster, node_resources)
+    check_plan(resource_plan, {"CPU": 64, "GPU": 16}, [{"CPU": 32, "GPU": 8}, {"CPU": 32, "GPU": 8}])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            [
+                "cluster.gpus_per_engine=1", "cluster.gpus_per_learner=1", "learner.workers=2",
+                "cluster.node_labels={rollout: {pool: a}, learner: {pool: a}}",
+            ],
+            "rollout 1 x 1, learner 2 x 1 need 3 GPUs on nodes with the label pool=a .*which have 2",
+        ),
+        (
+            ["cluster.gpus_per_reward=1", "cluster.node_labels={reward: {pool: a}}"],
+            "love reward 1 x 1, helpfulness reward 1 x 1, safety reward 1 x 1 need 3 GPUs on nodes with the label",
+        ),
+    ],
+)  # fmt: skip
+def test_pools_of_one_label_must_fit_together(overrides: list[str], message: str) -> None:
+    nodes = [{"CPU": 8.0, "GPU": 2.0, "pool=a": 1.0}, {"CPU": 8.0, "GPU": 2.0}]
+    with pytest.raises(ResourceError, match=message):
+        check_plan(plan_resources(load_settings(None, overrides).settings), {"CPU": 16, "GPU": 4}, nodes)
