@@ -189,7 +189,7 @@ def load_policy(
             use_safetensors=True,
             output_loading_info=True,
         )
-    except (*list_model_file_errors(), RuntimeError) as error:
+    except list_model_file_errors() as error:
         raise ModelError(f"no causal language model could be read from {model_folder}: {error}") from error
     model, loading_info = loaded
     if missing_names := sorted(loading_info["missing_keys"]):

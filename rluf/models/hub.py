@@ -179,7 +179,9 @@ def list_model_file_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    return OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, SafetensorError, StrictDataclassError
+    # Python's own errors come from code that expects other values in a config.
+    python_errors = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
+    return *python_errors, SafetensorError, StrictDataclassError
 
 
 def read_weights_index(folder: Path) -> set[str] | None:

@@ -130,7 +130,15 @@ def build_text_encoder(
         read_at_next_turn=read_at_next_turn,
         response_only=response_only,
         mark_truncated=mark_truncated,
+        embedding_rows=(embedding_rows := model.get_input_embeddings().weight.shape[0]),
     )
+    largest_id = max((*(i for row in encoder.encode(build_warmup_items()) for i in row.token_ids), encoder.pad_id))
+    if largest_id >= embedding_rows:
+        token = tokenizer.convert_ids_to_tokens(largest_id)
+        raise ModelError(
+            f"{folder} reads conversations with token id {largest_id} ({token!r}), but its model has {embedding_rows} "
+            f"rows; call model.resize_token_embeddings({len(tokenizer)}) and save the model again"
+        )
     model.config.pad_token_id = encoder.pad_id
     return encoder
 

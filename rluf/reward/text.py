@@ -99,12 +99,13 @@ class TextEncoder:
         read_at_next_turn: bool = False,
         response_only: bool = False,
         mark_truncated: bool = False,
+        embedding_rows: int | None = None,
     ) -> None:
         """Set up the text format for the backbone's `tokenizer`.
 
         `read_at_next_turn` ends a decoder's text with the header of the user's next message. `response_only` replaces
         each conversation by an empty user message. `mark_truncated` leaves out the end marker of cut responses; without
-        it they are encoded like finished ones. Raises ModelError when the tokenizer has neither CLS and SEP nor a
+        it they are encoded like finished ones. The model has `embedding_rows` token ids, by default all. Raises ModelError when the tokenizer has neither CLS and SEP nor a
         chat template, or when it has CLS and SEP and read_at_next_turn is set.
         """
         self.read_at_next_turn = read_at_next_turn
@@ -128,11 +129,11 @@ class TextEncoder:
             )
         if not self.uses_text_pairs:
             check_rendered_texts(tokenizer)
-        self.pad_id = self._choose_pad_id()
+        self.pad_id = self._choose_pad_id(embedding_rows or len(tokenizer))
         # Saved with the model, so that plain transformers pads with the token that config.json names.
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(self.pad_id)
 
-    def _choose_pad_id(self) -> int:
+    def _choose_pad_id(self, embedding_rows: int) -> int:
         """A pad token that no row ends with; the tokenizer's own one if it fits. Raises ModelError if there is none.
 
         transformers pools a decoder at the last token that is not the pad token, rluf and vLLM at the last token of the
@@ -153,7 +154,8 @@ class TextEncoder:
         if not self.uses_text_pairs:
             rows = self._encode_chats([ScoringItem(EMPTY_CONVERSATION, text) for text in ("", "a")])
             end_ids |= {row.token_ids[-1] for row in rows if row.token_ids}  # a template may drop an empty response
-        pad_id = next((token_id for token_id in candidates if token_id is not None and token_id not in end_ids), None)
+        usable = (i for i in candidates if i is not None and i not in end_ids and i < embedding_rows)
+        pad_id = next(usable, None)
         if pad_id is None:
             raise ModelError(
                 f"the tokenizer of {tokenizer.name_or_path} has no special token that could pad rows without ending "

@@ -117,7 +117,7 @@ def check_weight_names(settings: Settings, model_path: Path) -> str:
                 use_safetensors=True,
                 trust_remote_code=settings.model.trust_remote_code,
             )
-    except (*list_model_file_errors(), RuntimeError) as error:
+    except list_model_file_errors() as error:
         raise ModelError(f"transformers cannot load {model_path}: {error}") from error
     if missing_names := sorted(loading_info["missing_keys"]):
         raise ModelError(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaModel, ModernBertConfig, ModernBertModel, Qwen3Config, Qwen3Model
 
+from rluf.errors import ModelError
 from rluf.models.hub import load_tokenizer, resolve_model
 from rluf.reward.backbone import (
     FrozenPrefix,
@@ -93,3 +95,24 @@ def test_every_family_trains_saves_and_scores_independently_of_the_batch(
     batch_logits = [score.raw_logit for score in reward_model.score(items, "love")]
     single_logits = [reward_model.score([item], "love")[0].raw_logit for item in items]
     assert batch_logits == pytest.approx(single_logits, abs=1e-4)
+
+
+OWN_MARKUP = "{% for m in messages %}<|user|>{{ m.content }}<|im_end|>{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("token", "template"), [("<|pad|>", None), ("<|finetune_pad|>", None), ("<|user|>", OWN_MARKUP)]
+)
+def test_no_token_behind_the_rows_of_the_model_is_read(token: str, template: str | None, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(resolve_model("tiny", tmp_path), tmp_path / "model"))
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [token]})
+    tokenizer.pad_token = token if "pad" in token else None
+    tokenizer.save_pretrained(folder)
+    model = load_classifier(folder, require_all_weights=False)
+    if template is None:
+        assert build_text_encoder(model, folder, 64).pad_id < 259
+        return
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(ModelError, match=r"token id 259 \('<\|user\|>'\), but its model has 259 rows; call .*\(260\)"):
+        build_text_encoder(model, folder, 64)
