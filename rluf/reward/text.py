@@ -103,10 +103,11 @@ class TextEncoder:
     ) -> None:
         """Set up the text format for the backbone's `tokenizer`.
 
-        `read_at_next_turn` ends a decoder's text with the header of the user's next message. `response_only` replaces
-        each conversation by an empty user message. `mark_truncated` leaves out the end marker of cut responses; without
-        it they are encoded like finished ones. The model has `embedding_rows` token ids, by default all. Raises ModelError when the tokenizer has neither CLS and SEP nor a
-        chat template, or when it has CLS and SEP and read_at_next_turn is set.
+        `read_at_next_turn` ends a decoder's text with the header of the user's next message. `response_only`
+        replaces each conversation by an empty user message. `mark_truncated` leaves out the end marker of cut
+        responses; without it they are encoded like finished ones. The model has `embedding_rows` token ids, by
+        default all. Raises ModelError when the tokenizer has neither CLS and SEP nor a chat template, or when
+        it has CLS and SEP and read_at_next_turn is set.
         """
         self.read_at_next_turn = read_at_next_turn
         self.response_only = response_only
