@@ -214,15 +214,15 @@ def _check_pool_fits(pool: ActorPoolPlan, pools: Sequence[ActorPoolPlan], nodes:
             raise ResourceError(
                 f"{names} need {needed:g} {kind}s on nodes {label_text}, which have {available:g}; {advice}"
             )
-    places = sum(
+    slot_count = sum(
         min(math.floor(node.get(kind, 0.0) / amount + RESOURCE_TOLERANCE) for kind, amount in bundle.items())
         for node in suited
     )
-    if places < pool.actor_count:
+    if slot_count < pool.actor_count:
         request = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
         raise ResourceError(
             f"{pool.name}: {pool.actor_count} actors of {request} each, which span no nodes, but the nodes have places "
-            f"for {places}; {advice}"
+            f"for {slot_count}; {advice}"
         )
 
 
