@@ -335,6 +335,15 @@ def _check_splits(split_summaries: Sequence[Mapping[str, Any]], row_counts: Sequ
     kind_rows: Counter[str] = Counter()
     for summary in split_summaries:
         kind_rows[summary["kind"]] += summary["rows_before_sampling"]
+    dropped_rows = group_row_counts(row_counts, "dropped")
+    for kind, rows_in in group_row_counts(row_counts, "in").items():
+        # A kind whose rows were all dropped by its reader or its conditions has no splits.
+        if kind in dropped_rows and dropped_rows[kind].total() == rows_in.total() and kind != "reactions":
+            reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped_rows[kind].most_common(8))
+            raise DataError(
+                f"data.{kind}: none of {rows_in.total()} rows is left ({reasons}); correct the entry's reader, labels or "
+                "where"
+            )
     for summary in split_summaries:
         kind, split = summary["kind"], summary["split"]
         if not summary["rows_before_sampling"]:

@@ -357,6 +357,9 @@ def count_scripts(texts: pa.Array) -> Counter[str]:
     return +counts
 
 
+_PAGE_KEYS = ("data", "conversations", "results", "items", "runs", "traces")
+"""Keys of the list in a page of an API's answer."""
+
 RowAdapter = Callable[[Mapping[str, Any]], Sequence[Mapping[str, Any] | SkippedRow]]
 
 
@@ -373,6 +376,10 @@ def _build_adapter(task: ValidateTask, source_path: str, converter: RowConverter
 
     def read_row(raw_row: Mapping[str, Any]) -> list[Mapping[str, Any] | SkippedRow]:
         row = {**partitions, **raw_row} if partitions else raw_row
+        page = next((row[key] for key in _PAGE_KEYS if isinstance(row.get(key), list)), None)
+        if read_item is not None and page and "id" not in row and all(isinstance(entry, dict) for entry in page):
+            # An answer of the product's API: a page of what the reader reads.
+            return [item for entry in page for item in read_row(entry)]
         items = [converter.read_row(row)] if read_item is None else read_item(row, options)
         return [_apply_conditions(_name_one_reaction(item, converter), row, entry.where) for item in items]
 

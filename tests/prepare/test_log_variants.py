@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from rluf.prepare.readers.columns import NOTES_KEY, build_converter, check_colum
 from rluf.prepare.readers.datasets import SkippedRow
 from rluf.prepare.readers.files import read_line_batches
 from rluf.prepare.redact import redact_text
+from tests.prepare.product_samples import ProductSample
 from tests.prepare.test_log_faults import COLUMNS, build_foreign, foreign_row
+from tests.prepare.test_products_table import read_sample
 
 NO_RULES = LabelRules({})
 CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
@@ -260,3 +263,121 @@ def test_objects_over_several_lines(tmp_path: Path, separator: str, monkeypatch:
 def test_emphasis_and_brackets_hide_no_secret() -> None:
     for text in ("_wang@post.example_", "_4111111111111111_", "(00491601234567)", "_203.0.113.77_"):
         assert "<" in redact_text(text, ("email", "card", "phone", "ip"))[0]
+
+
+TIME = "2026-01-05T10:00:00Z"
+STARS = {">=4": "loved", "<4": "not_loved"}
+
+
+def read_product(tmp_path: Path, reader: str, rows: Sequence[Any], kind: str = "feedback", **entry: Any) -> Any:
+    """Rows of a product's export by id, with their labels; and counts by outcome and reason."""
+    sample = ProductSample("x", kind, {"reader": reader, **entry}, list(rows), {})
+    result, records, labels = read_sample(sample, tmp_path)
+    counts = {(count.outcome, count.reason): count.rows for count in result["row_counts"]}
+    return {row["id"]: (row["response"], label) for row, label in zip(records, labels, strict=True)}, counts
+
+
+def librechat_chat(**changes: Any) -> dict[str, Any]:
+    replies = [
+        {"messageId": "m2", "text": "a", "isCreatedByUser": False, "createdAt": TIME, "feedback": {"rating": "thumbsUp"}},
+        {"messageId": "m3", "text": "b", "isCreatedByUser": False, "createdAt": TIME},
+    ]
+    question = {"messageId": "m1", "text": "q", "isCreatedByUser": True, "createdAt": TIME, "children": replies}
+    return {"conversationId": "c", "messages": [question]} | changes
+
+
+@pytest.mark.parametrize("key", ["messages", "messagesTree"])
+def test_librechat_branches(tmp_path: Path, key: str) -> None:
+    chat = librechat_chat()
+    row = {"conversationId": "c", "recursive": True, key: chat["messages"]}
+    assert read_product(tmp_path, "librechat", [row])[0] == {"m2": ("a", LOVED), "m3": ("b", None)}
+
+
+def langfuse_trace(**changes: Any) -> dict[str, Any]:
+    score = {"name": "user-feedback", "value": 1, "dataType": "BOOLEAN", "source": "API"}
+    return {"id": "t", "timestamp": TIME, "input": "q", "output": "a", "userId": "u", "scores": [score]} | changes
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"input": {"question": "q"}, "output": {"answer": "a"}}, {"input": json.dumps({"query": "q"}), "output": '{"output": "a"}'},
+     {"input": {"args": [], "kwargs": {"messages": CHAT[:1]}}}, {"input": {"args": ["q"], "kwargs": {}}},
+     {"output": {"choices": [{"message": CHAT[1]}]}}],
+)  # fmt: skip
+def test_what_traced_functions_take_and_return(tmp_path: Path, changes: dict[str, Any]) -> None:
+    assert read_product(tmp_path, "langfuse", [langfuse_trace(**changes)])[0] == {"t": ("a", LOVED)}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "label"),
+    [("user_explicit_feedback", 1, LOVED), ("thumbs-down", 1, NOT_LOVED), ("dislike", 1, NOT_LOVED), ("votes", 1, LOVED),
+     ("faithfulness", 1, None), ("likelihood", 1, None), ("user_frustration", 1, None), ("dislike", 0, None)],
+)  # fmt: skip
+def test_names_of_scores(tmp_path: Path, name: str, value: int, label: int | None) -> None:
+    score = {"name": name, "value": value, "dataType": "NUMERIC", "source": "API"}
+    assert read_product(tmp_path, "langfuse", [langfuse_trace(scores=[score])])[0]["t"][1] == label
+
+
+@pytest.mark.parametrize("key", ["data", "traces"])
+def test_pages_of_an_api(tmp_path: Path, key: str) -> None:
+    page = {key: [langfuse_trace(id="t1"), langfuse_trace(id="t2")], "meta": {"page": 1}}
+    rows, counts = read_product(tmp_path, "langfuse", [page])
+    assert set(rows) == {"t1", "t2"} and counts == {("in", ""): 2}
+
+
+def langsmith_run(**changes: Any) -> dict[str, Any]:
+    return {
+        "id": "r", "start_time": TIME, "inputs": {"messages": CHAT[:1]}, "outputs": {"output": "a"},
+        "feedback_stats": {"user_score": {"n": 1, "avg": 1.0}, "correctness": {"n": 1, "avg": 0.0}},
+    } | changes  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"outputs": {"messages": [{"type": "human", "content": "q"}, {"type": "ai", "content": "a"}]}},
+     {"outputs": {"messages": [*CHAT, {"type": "tool", "content": "x"}]}},
+     {"feedback_stats": {"user_score": {"n": 1, "avg": None, "values": {"up": 1}}}}],
+)  # fmt: skip
+def test_langsmith_graphs_and_scores(tmp_path: Path, changes: dict[str, Any]) -> None:
+    rows, _ = read_product(tmp_path, "langsmith", [langsmith_run(**changes)], labels={"1": "loved", "<1": "not_loved"})
+    assert rows == {"r": ("a", LOVED)}
+
+
+def test_langsmith_feedback_of_evaluators_is_no_reaction(tmp_path: Path) -> None:
+    rows = [
+        {"id": f"f{i}", "run_id": "r", "key": "k", "created_at": TIME} | changes
+        for i, changes in enumerate((
+            {"score": 1}, {"score": None, "value": "up"}, {"score": 1, "feedback_source": {"type": "model"}},
+            {"score": 1, "feedback_source": '{"type": "auto_eval"}'}, {"score": None},
+        ))
+    ]  # fmt: skip
+    sample = ProductSample("x", "reactions", {"reader": "langsmith_feedback"}, rows, {})
+    result, _, _ = read_sample(sample, tmp_path)
+    assert result["reactions"] == {"1": 1, "up": 1}
+    assert {count.reason: count.rows for count in result["row_counts"] if count.outcome == "dropped"} == {
+        "score is not a user's": 2, "no reaction": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"responses": {"rating": [{"value": 5, "user_id": "u"}]}},
+     {"responses": [{"values": {"rating": {"value": 5}}, "user_id": "u", "status": "submitted"}, {"values": None}]},
+     {"rating.responses": [5, 1], "rating.responses.users": ["u", "v"],
+      "rating.responses.status": ["submitted", "discarded"], "fields": None}],
+)  # fmt: skip
+def test_forms_of_argilla(tmp_path: Path, changes: dict[str, Any]) -> None:
+    row = {"id": "1", "fields": {"prompt": "q", "response": "a"}, "inserted_at": TIME} | changes
+    if row["fields"] is None:
+        row = {"prompt": "q", "response": "a"} | {name: value for name, value in row.items() if name != "fields"}
+    assert read_product(tmp_path, "argilla", [row], labels=STARS)[0] == {"1-u-rating": ("a", LOVED)}
+    without_answers = {"id": "1", "fields": {"prompt": "q", "response": "a"}, "inserted_at": TIME, "responses": None}
+    (tmp_path / "none").mkdir()
+    counts = read_product(tmp_path / "none", "argilla", [without_answers], labels=STARS)[1]
+    assert counts[("dropped", "no reaction")] == 1
+
+
+def test_a_log_whose_rows_are_all_dropped_is_refused(tmp_path: Path) -> None:
+    rows = [foreign_row(i) for i in range(40)]
+    with pytest.raises(DataError, match=r"none of 40 rows is left \(excluded by where: c: 40\)"):
+        build_foreign(tmp_path, rows, {"where": {"c": "nowhere"}})

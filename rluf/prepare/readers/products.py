@@ -35,10 +35,14 @@ _LOCALE_BY_LANGUAGE = {
     "portuguese": "pt", "italian": "it", "japanese": "ja", "korean": "ko",
 }  # fmt: skip
 
-_LANGFUSE_SCORE_NAMES = re.compile(
-    r"(negative|positive)?(user)?(feedback|rating|thumbs?|score|reaction|love|heart|like)s?"
+_USER_SCORE_NAMES = re.compile(
+    r".*(feedback|rating|thumb|reaction|love|heart|vote|csat|nps|stars?$)|(negative|positive|user)*(score|(dis)?like)s?$"
 )
-"""Langfuse scores that are reactions of users, without separators; others are automatic evaluations."""
+"""Scores of Langfuse and LangSmith that are reactions of users, without separators; others are evaluations."""
+
+_PROMPT_KEYS = ("input", "question", "query", "prompt", "user_message", "message", "text")
+_RESPONSE_KEYS = ("output", "answer", "response", "result", "content", "text", "message")
+"""Keys under which functions that are traced have a text."""
 
 
 def _expand_chat(
@@ -151,10 +155,34 @@ def _get_any(row: Mapping[str, Any], *names: str) -> Any:
     return next((row[name] for name in names if row.get(name) is not None), None)
 
 
+def _decode(value: Any) -> Any:
+    return decode_json_text(value) if isinstance(value, str) else value
+
+
 def _is_user_score(score: Mapping[str, Any]) -> bool:
     """Whether a Langfuse score is a reaction of a user, by its name and source; a judge model's has the source EVAL."""
-    name = re.sub(r"[\W_]+", "", str(score.get("name")).lower())
-    return score.get("source") != "EVAL" and _LANGFUSE_SCORE_NAMES.fullmatch(name) is not None
+    return score.get("source") != "EVAL" and _is_user_score_name(score.get("name"))
+
+
+def _is_user_score_name(name: object) -> bool:
+    return _USER_SCORE_NAMES.match(re.sub(r"[\W_]+", "", str(name).lower())) is not None
+
+
+def _get_chat(inputs: Any) -> Any:
+    """Chat of what a traced function was called with: its messages, or its only text."""
+    if isinstance(inputs, Mapping) and isinstance(kwargs := inputs.get("kwargs"), Mapping) and "args" in inputs:
+        inputs = kwargs or (inputs["args"] or [None])[0]
+    if not isinstance(inputs, Mapping) or "messages" in inputs or "role" in inputs:
+        return inputs["messages"] if isinstance(inputs, Mapping) and "messages" in inputs else inputs
+    chat = _get_any(inputs, *_PROMPT_KEYS)
+    return inputs if chat is None else chat
+
+
+def _get_reply(outputs: Any) -> Any:
+    """Reply of what a traced function returned."""
+    if not isinstance(outputs, Mapping) or outputs.keys() & {"choices", "candidates", "messages", "role"}:
+        return outputs
+    return _get_any(outputs, *_RESPONSE_KEYS) or outputs
 
 
 def _read_score(score: Mapping[str, Any]) -> str | float | None:
@@ -169,7 +197,7 @@ def _read_score(score: Mapping[str, Any]) -> str | float | None:
     if value is None and text is None:
         return None
     number = float(value) if value is not None else float(str(text).lower() == "true")
-    if "negative" in name:
+    if re.search(r"negative|down|dislike", name):
         return "thumbs_down" if number else None
     if number == 0 and any(word in name for word in ("love", "heart", "like")):
         return None
@@ -183,8 +211,8 @@ def _read_langfuse(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
     if output is None:
         return [SkippedRow("no assistant message")]
     notes: Counter[str] = Counter()
-    messages = read_chat(row["input"], notes)
-    response = read_text(output, notes)
+    messages = read_chat(_get_chat(_decode(row["input"])), notes)
+    response = read_text(_get_reply(_decode(output)), notes)
     scores = row.get("scores") or []
     scores = decode_json_text(scores) if isinstance(scores, str) else scores
     user_scores = [score for score in scores if isinstance(score, Mapping) and _is_user_score(score)]
@@ -224,19 +252,26 @@ def _read_langsmith(row: Mapping[str, Any], options: ReaderOptions) -> ReaderIte
     if outputs is None or decoded.get("parent_run_id"):
         return [SkippedRow("no assistant message" if outputs is None else "run within another run")]
     notes: Counter[str] = Counter()
-    inputs = decoded["inputs"]
-    chat = (
-        inputs.get("messages", _get_any(inputs, "input", "question", "prompt"))
-        if isinstance(inputs, Mapping)
-        else inputs
-    )
-    messages = read_chat(chat, notes)
+    messages = read_chat(_get_chat(decoded["inputs"]), notes)
     if isinstance(outputs, Mapping):
         generation = get_by_path(outputs, "generations.0.0.message|generations.0.message|generations.0.0.text")
-        inner = _get_any(outputs, "output", "answer", "content", "text", "message")
-        outputs = outputs if "choices" in outputs or "messages" in outputs else generation or inner or outputs
+        outputs = generation or _get_reply(outputs)
+        if isinstance(outputs, Mapping) and isinstance(outputs.get("messages"), list):
+            # A graph returns its state: the chat to its end, with tool messages after the reply in some.
+            outputs = next(
+                (m.content for m in reversed(read_chat(outputs["messages"], notes)) if m.role == "assistant" and m.content),
+                None,
+            )
     stats = decoded.get("feedback_stats") or {}
-    means = [entry["avg"] for entry in stats.values() if isinstance(entry, Mapping) and entry.get("avg") is not None]
+    stats = {name: entry for name, entry in stats.items() if isinstance(entry, Mapping)}
+    # Evaluators write into the same statistics; where none has the name of a user's score, each may be one.
+    user_stats = {name: entry for name, entry in stats.items() if _is_user_score_name(name)} or stats
+    notes["scores that are not a user's"] += len(stats) - len(user_stats)
+    means = [
+        entry["avg"] if entry.get("avg") is not None else max(entry["values"], key=entry["values"].get)
+        for entry in user_stats.values()
+        if entry.get("avg") is not None or entry.get("values")
+    ]
     metadata = get_by_path(decoded, "extra.metadata") or {}
     metadata = decode_json_text(metadata) if isinstance(metadata, str) else metadata
     conversation_id = _get_any(metadata, "thread_id", "session_id", "conversation_id")
@@ -252,10 +287,25 @@ def _read_langsmith(row: Mapping[str, Any], options: ReaderOptions) -> ReaderIte
     }]  # fmt: skip
 
 
+def _read_langsmith_feedback(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
+    """A row of the feedback table: a user's, unless its source is an evaluator."""
+    source, reaction = _decode(row.get("feedback_source")), _get_any(row, "score", "value")
+    if isinstance(source, Mapping) and source.get("type") in ("model", "auto_eval"):
+        return [SkippedRow("score is not a user's")]
+    if reaction is None or row["run_id"] is None:
+        return [SkippedRow("no reaction" if reaction is None else "no run")]
+    time = normalize_time(_get_any(row, "created_at", "modified_at"))
+    return [{"id": str(row["id"]), "response_id": str(row["run_id"]), "time": time, "reaction": [reaction]}]
+
+
 def _read_librechat(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     """A conversation as exported: messages with parents, and feedback {rating: thumbsUp or thumbsDown} on some."""
     conversation_id = str(row["conversationId"])
-    messages = row["messages"]
+    messages = list(row["messagesTree"] if "messagesTree" in row else row["messages"])
+    # An export with branches has each reply among the children of its message.
+    for message in messages:
+        parent_id = _get_any(message, "messageId", "id")
+        messages += [{"parentMessageId": parent_id, **child} for child in message.get("children") or ()]
 
     def read_turn(message: Mapping[str, Any], index: int) -> ReaderRow:
         return {
@@ -306,7 +356,11 @@ def _read_vercel_vote(row: Mapping[str, Any], options: ReaderOptions) -> ReaderI
 
 def _read_argilla(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     """A row for each submitted answer to the record's rating question; the record's fields are prompt and response."""
-    fields, notes = row["fields"], Counter[str]()
+    notes = Counter[str]()
+    # The Hub's form of a data set has a column for each field, question and metadata.
+    fields = row["fields"] if "fields" in row else row
+    answer_fields = {name: value for name, value in row.items() if name.partition(".")[2].startswith("responses")}
+    responses = row.get("responses") if "responses" in row or not answer_fields else _join_argilla_columns(answer_fields)
     prompt = _get_any(fields, "prompt", "instruction", "chat", "messages", "question", "input")
     chat = read_chat(prompt, notes)
     response = _get_any(fields, "response", "answer", "completion", "output", "generation")
@@ -317,7 +371,7 @@ def _read_argilla(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems
         return [SkippedRow("no assistant message")]
     answers = [
         (answer.get("user_id"), question, answer["value"])
-        for question, answers_of_question in _list_argilla_answers(row["responses"])
+        for question, answers_of_question in _list_argilla_answers(responses or {})
         for answer in answers_of_question
         if answer.get("status", "submitted") == "submitted" and not isinstance(answer["value"], list | Mapping)
     ]
@@ -333,6 +387,20 @@ def _read_argilla(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems
     } for user_id, question, value in answers] or [SkippedRow("no reaction")]  # fmt: skip
 
 
+def _join_argilla_columns(columns: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Answers by question, of the columns rating.responses, rating.responses.users and rating.responses.status."""
+    answers = {}
+    for name in (name for name in columns if name.endswith(".responses") and columns[name]):
+        values, count = columns[name], len(columns[name])
+        users = columns.get(f"{name}.users") or [None] * count
+        statuses = columns.get(f"{name}.status") or ["submitted"] * count
+        answers[name.partition(".")[0]] = [
+            {"value": value, "user_id": user_id, "status": status}
+            for value, user_id, status in zip(values, users, statuses, strict=True)
+        ]
+    return answers
+
+
 def _list_argilla_answers(responses: Any) -> list[tuple[str, Sequence[Mapping[str, Any]]]]:
     """Answers by question, of either form of Argilla's export; text questions and rankings have no single value."""
     if isinstance(responses, Mapping):
@@ -343,7 +411,7 @@ def _list_argilla_answers(responses: Any) -> list[tuple[str, Sequence[Mapping[st
         by_question = [
             (name, [{"user_id": response.get("user_id"), "status": response.get("status", "submitted"), **answer}])
             for response in responses
-            for name, answer in response["values"].items()
+            for name, answer in (response["values"] or {}).items()
         ]
     is_rating = re.compile(r"rating|score|stars|label|feedback|quality|preference|helpful", re.IGNORECASE)
     return [(name, answers) for name, answers in by_question if is_rating.search(name)]
@@ -433,9 +501,6 @@ _OPENWEBUI_COLUMNS = {
     "model_version": "data.model_id|meta.model_id|=unknown", "messages": "snapshot.chat.chat|snapshot.chat",
     "message": "meta.message_id", "reaction": "data.rating", "topic": "data.tags.0|=other",
 }  # fmt: skip
-_LANGSMITH_FEEDBACK_COLUMNS = {
-    "id": "id", "response_id": "run_id", "time": "created_at|modified_at", "reaction": "score|value",
-}  # fmt: skip
 
 PRODUCT_READERS = index_readers(
     LogReader("openwebui", "feedback", None, _OPENWEBUI_COLUMNS),
@@ -443,7 +508,7 @@ PRODUCT_READERS = index_readers(
     LogReader("langfuse", "feedback", _read_langfuse),
     LogReader("langfuse_scores", "reactions", _read_langfuse_score),
     LogReader("langsmith", "feedback", _read_langsmith),
-    LogReader("langsmith_feedback", "reactions", None, _LANGSMITH_FEEDBACK_COLUMNS),
+    LogReader("langsmith_feedback", "reactions", _read_langsmith_feedback),
     LogReader("openai", "feedback", _read_openai),
     LogReader("vercel", "feedback", _read_vercel),
     LogReader("vercel_votes", "reactions", _read_vercel_vote),
