@@ -25,6 +25,9 @@ HOUR_US = 3_600_000_000
 CLOCK_SKEW_US = 60_000_000
 """How far a reaction may be logged before its response: two machines, two clocks."""
 
+UNKNOWN_TIME_US = 946_684_800_000_000
+"""The beginning of 2000: time of an event of a table without times, which counts as that of its response."""
+
 _MAX_DURATION_US = 2**61
 """Longest duration in microseconds, 73,000 years: added to any time it stays within int64."""
 
@@ -84,7 +87,8 @@ def attribute_reactions(
     has_row = response_key[row] == events.response_key[event_index]
     drop_counts["no such response"] = int((~has_row).sum())
     event_index, row = event_index[has_row], row[has_row]
-    delay_us = events.time_us[event_index] - served_us[row]
+    event_us = events.time_us[event_index]
+    delay_us = np.where(event_us == UNKNOWN_TIME_US, 0, event_us - served_us[row])
     in_window = (delay_us >= -CLOCK_SKEW_US) & (delay_us <= window_us)
     drop_counts["outside the attribution window"] = int((~in_window).sum())
     event_index, row = event_index[in_window], row[in_window]

@@ -341,8 +341,8 @@ def _check_splits(split_summaries: Sequence[Mapping[str, Any]], row_counts: Sequ
         if kind in dropped_rows and dropped_rows[kind].total() == rows_in.total() and kind != "reactions":
             reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped_rows[kind].most_common(8))
             raise DataError(
-                f"data.{kind}: none of {rows_in.total()} rows is left ({reasons}); correct the entry's reader, labels or "
-                "where"
+                f"data.{kind}: none of {rows_in.total()} rows is left ({reasons}); correct the reader, labels or where "
+                "of its entry"
             )
     for summary in split_summaries:
         kind, split = summary["kind"], summary["split"]

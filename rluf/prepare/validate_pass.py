@@ -465,7 +465,11 @@ def _validate_items(
     rejected_rows = []
     for index, (line_number, _, row_json, raw) in enumerate(items):
         if isinstance(rows[index], RejectedRow) and is_own_shape:
-            repaired_json, notes = converter.repair(row_json)
+            repaired_json, notes = None, Counter[str]()
+            try:
+                repaired_json, notes = converter.repair(row_json)
+            except RowShapeError as error:
+                rows[index] = RejectedRow(str(error))
             if repaired_json is not None:
                 rows[index] = validate_json_rows([repaired_json], converter.record_type, now)[0]
                 writer.notes.update(notes if not isinstance(rows[index], RejectedRow) else {})

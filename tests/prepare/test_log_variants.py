@@ -15,11 +15,11 @@ from rluf.errors import DataError, SettingsError
 from rluf.prepare.labels import IGNORED, LOVED, NOT_LOVED, LabelRules, check_reactions
 from rluf.prepare.readers.chats import RowShapeError
 from rluf.prepare.readers.columns import NOTES_KEY, build_converter, check_columns, name_reactions, normalize_time
-from rluf.prepare.readers.datasets import SkippedRow
+from rluf.prepare.readers.datasets import DATASET_READERS, ReaderOptions, SkippedRow
 from rluf.prepare.readers.files import read_line_batches
 from rluf.prepare.redact import redact_text
 from tests.prepare.product_samples import ProductSample
-from tests.prepare.test_log_faults import COLUMNS, build_foreign, foreign_row
+from tests.prepare.test_log_faults import COLUMNS, build, build_foreign, foreign_row
 from tests.prepare.test_products_table import read_sample
 
 NO_RULES = LabelRules({})
@@ -279,7 +279,13 @@ def read_product(tmp_path: Path, reader: str, rows: Sequence[Any], kind: str = "
 
 def librechat_chat(**changes: Any) -> dict[str, Any]:
     replies = [
-        {"messageId": "m2", "text": "a", "isCreatedByUser": False, "createdAt": TIME, "feedback": {"rating": "thumbsUp"}},
+        {
+            "messageId": "m2",
+            "text": "a",
+            "isCreatedByUser": False,
+            "createdAt": TIME,
+            "feedback": {"rating": "thumbsUp"},
+        },
         {"messageId": "m3", "text": "b", "isCreatedByUser": False, "createdAt": TIME},
     ]
     question = {"messageId": "m1", "text": "q", "isCreatedByUser": True, "createdAt": TIME, "children": replies}
@@ -300,7 +306,8 @@ def langfuse_trace(**changes: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     "changes",
-    [{"input": {"question": "q"}, "output": {"answer": "a"}}, {"input": json.dumps({"query": "q"}), "output": '{"output": "a"}'},
+    [{"input": {"question": "q"}, "output": {"answer": "a"}},
+     {"input": json.dumps({"query": "q"}), "output": '{"output": "a"}'},
      {"input": {"args": [], "kwargs": {"messages": CHAT[:1]}}}, {"input": {"args": ["q"], "kwargs": {}}},
      {"output": {"choices": [{"message": CHAT[1]}]}}],
 )  # fmt: skip
@@ -310,7 +317,8 @@ def test_what_traced_functions_take_and_return(tmp_path: Path, changes: dict[str
 
 @pytest.mark.parametrize(
     ("name", "value", "label"),
-    [("user_explicit_feedback", 1, LOVED), ("thumbs-down", 1, NOT_LOVED), ("dislike", 1, NOT_LOVED), ("votes", 1, LOVED),
+    [("user_explicit_feedback", 1, LOVED), ("thumbs-down", 1, NOT_LOVED), ("dislike", 1, NOT_LOVED),
+     ("votes", 1, LOVED),
      ("faithfulness", 1, None), ("likelihood", 1, None), ("user_frustration", 1, None), ("dislike", 0, None)],
 )  # fmt: skip
 def test_names_of_scores(tmp_path: Path, name: str, value: int, label: int | None) -> None:
@@ -370,14 +378,96 @@ def test_forms_of_argilla(tmp_path: Path, changes: dict[str, Any]) -> None:
     row = {"id": "1", "fields": {"prompt": "q", "response": "a"}, "inserted_at": TIME} | changes
     if row["fields"] is None:
         row = {"prompt": "q", "response": "a"} | {name: value for name, value in row.items() if name != "fields"}
-    assert read_product(tmp_path, "argilla", [row], labels=STARS)[0] == {"1-u-rating": ("a", LOVED)}
-    without_answers = {"id": "1", "fields": {"prompt": "q", "response": "a"}, "inserted_at": TIME, "responses": None}
-    (tmp_path / "none").mkdir()
-    counts = read_product(tmp_path / "none", "argilla", [without_answers], labels=STARS)[1]
-    assert counts[("dropped", "no reaction")] == 1
+    without_answers = {"id": "2", "fields": {"prompt": "q", "response": "a"}, "inserted_at": TIME, "responses": None}
+    rows, counts = read_product(tmp_path, "argilla", [row, without_answers], labels=STARS)
+    assert rows == {"1-u-rating": ("a", LOVED)} and counts["dropped", "no reaction"] == 1
 
 
 def test_a_log_whose_rows_are_all_dropped_is_refused(tmp_path: Path) -> None:
     rows = [foreign_row(i) for i in range(40)]
     with pytest.raises(DataError, match=r"none of 40 rows is left \(excluded by where: c: 40\)"):
         build_foreign(tmp_path, rows, {"where": {"c": "nowhere"}})
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "label"),
+    [("!toxicity", 1, 0), ("!flags.toxic", False, 1), ("is_safe", True, 1), ("toxicity", "toxic", 0),
+     ("!bad", "0.0", 1),
+     ("harmless", 1, 1), ("toxicity", 1, None), ("scores.is_harmful", False, None), ("unsafe", "true", None),
+     ("!toxicity", "toxic", None)],
+)  # fmt: skip
+def test_labels_that_are_one_for_bad(path: str, value: Any, label: int | None) -> None:
+    row: Any = value
+    for step in reversed(path.removeprefix("!").split(".")):
+        row = {step: row}
+    columns = {"messages": "=q", "response": "=a", "label": path}
+    converter = build_converter("safety", DataSource(path="x", columns=columns), {}, NO_RULES, "latest", 0.2)
+    if label is None:
+        with pytest.raises(RowShapeError, match="label: "):
+            converter.read_row(row)
+    else:
+        item = converter.read_row(row)
+        assert not isinstance(item, SkippedRow) and item["label"] == label
+
+
+@pytest.mark.parametrize(
+    ("reader", "kind", "row", "expected"),
+    [("openai", "feedback",
+      {"id": "r", "created_at": 1767225600, "model": "m", "instructions": "be kind", "input": "q", "output": [CHAT[1]]},
+      {"r": ("a", None)}),
+     ("vercel", "feedback",
+      {"id": "c", "createdAt": TIME, "votes": [{"messageId": "m", "isUpvoted": True}], "messages": [
+          {"id": "n", "role": "user", "content": "q"},
+          {"id": "m", "role": "assistant", "parts": '[{"type": "step-start"}, {"type": "text", "text": "a"}]'}]},
+      {"m": ("a", LOVED)})],
+)  # fmt: skip
+def test_more_forms_of_products(tmp_path: Path, reader: str, kind: str, row: Any, expected: Any) -> None:
+    assert read_product(tmp_path, reader, [row], kind)[0] == expected
+
+
+def test_votes_without_a_time_count_as_those_of_their_response(tmp_path: Path) -> None:
+    votes = [{"chatId": "c", "messageId": f"i{i}", "isUpvoted": i % 8 == 0} for i in range(0, 100, 4)]
+    table = [{"run": f"i{i}", "vote": "love"} for i in range(1, 100, 4)]
+    (tmp_path / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in votes))
+    (tmp_path / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    feedback = tmp_path / "log.jsonl"
+    feedback.write_text("".join(json.dumps(foreign_row(i, fb=None)) + "\n" for i in range(100)))
+    data = {
+        "feedback": [{"path": str(feedback), "columns": {k: v for k, v in COLUMNS.items() if k != "reaction"}}],
+        "reactions": [{"path": str(tmp_path / "votes.jsonl"), "reader": "vercel_votes"},
+                      {"path": str(tmp_path / "table.jsonl"), "columns": {"response_id": "run", "reaction": "vote"}}],
+    }  # fmt: skip
+    card, rows = build(tmp_path, data)
+    assert card["counts"]["reactions"]["kept"] == 50
+    assert {row_id for row_id, row in rows.items() if row["label"]} == {
+        f"i{i}" for i in range(100) if i % 8 == 0 or i % 4 == 1
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [({"chosen": "\n\nHuman: q\n\nAssistant: a", "rejected": "\n\nHuman: r\n\nAssistant: b"},
+      "the two conversations differ"),
+     ({"chosen": "a", "rejected": "b"}, "missing field: messages")],
+)  # fmt: skip
+def test_pairs_without_a_common_prompt_say_so(row: dict[str, str], reason: str) -> None:
+    converter = build_converter("preferences", DataSource(path="x"), {}, NO_RULES, "latest", 0.2)
+    with pytest.raises(RowShapeError, match=reason):
+        converter.repair(json.dumps(row).encode())
+    crlf = {"chosen": "\r\n\r\nHuman: q\r\n\r\nAssistant: a", "rejected": "\r\n\r\nHuman: q\r\n\r\nAssistant: b"}
+    repaired, _ = converter.repair(json.dumps(crlf).encode())
+    assert repaired is not None and json.loads(repaired)["chosen"] == "a"
+
+
+def test_data_sets_with_ties_and_missing_scores() -> None:
+    options = ReaderOptions(0.1)
+    replies = [{"text": text, "role": "assistant", "rank": rank, "replies": []} for text, rank in (("a", 0), ("b", 0))]
+    tree = {"prompt": {"text": "q", "role": "prompter", "replies": replies}}
+    assert DATASET_READERS["oasst"].read_item(tree, options) == [SkippedRow("tie")]  # type: ignore[misc]
+    completions = [{"response": text, "overall_score": score} for text, score in (("a", 1), ("b", None), ("c", "9.0"))]
+    row = {"instruction": "q", "completions": completions}
+    (pair,) = DATASET_READERS["ultrafeedback"].read_item(row, options)  # type: ignore[misc]
+    assert isinstance(pair, dict) and (pair["chosen"], pair["rejected"]) == ("c", "a")
+    labeled = {"prompt": "q", "response": "a", "is_safe": "False", "category": '{"fraud": true}'}
+    (row,) = DATASET_READERS["beavertails"].read_item(labeled, options)  # type: ignore[misc,assignment]
+    assert isinstance(row, dict) and (row["label"], row["topic"]) == (0, "fraud")

@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import Any
 
 MAX_ROLE_CHARS = 24
@@ -224,9 +223,11 @@ def read_chat(value: object, notes: Counter[str], shape: ChatShape = DEFAULT_SHA
             raise RowShapeError("expected a message, got str")
         value = [value] if isinstance(value, Mapping) else value
     messages = [_read_message(item, notes, shape) for item in value]
-    for index, (message, following) in enumerate(pairwise(messages)):
+    replies = [index for index, message in enumerate(messages) if message.role == "assistant" and message.content]
+    for index in replies[:-1]:
         # "Let me look" before a tool call is no reply, and a context ends with the user.
-        if message.role == "assistant" and message.content is not None and following.role == "tool":
+        message = messages[index]
+        if messages[index + 1].role == "tool":
             notes["texts before tool calls"] += 1
             messages[index] = replace(message, content=None)
     return messages
@@ -337,7 +338,7 @@ def _read_value(value: object, notes: Counter[str]) -> str | None:
         decoded = decode_json_text(value) if value.startswith(("[{", "{")) and '"type"' in value[:200] else value
         items = decoded if isinstance(decoded, list) else [decoded]
         # A user's message may be JSON with a type, too; the parts of a message have a text, or a kind that is known.
-        is_parts = all(isinstance(item, Mapping) and _is_part(item) for item in items)
+        is_parts = all(isinstance(item, Mapping) and "type" in item for item in items) and any(map(_is_part, items))
         return _read_value(items, notes) if is_parts else value
     if isinstance(value, list):
         texts = [text for item in value if (text := _read_part(item, notes)) is not None]
@@ -350,7 +351,7 @@ def _read_value(value: object, notes: Counter[str]) -> str | None:
 
 def _is_part(item: Mapping[str, Any]) -> bool:
     kind = str(item.get("type"))
-    return (kind in _TEXT_PARTS and "text" in item) or (kind in ("image_url", "input_image", "tool_use", "tool_result"))
+    return (kind in _TEXT_PARTS and "text" in item) or kind in ("image_url", "input_image", "tool_use", "tool_result")
 
 
 def _read_part(item: object, notes: Counter[str]) -> str | None:

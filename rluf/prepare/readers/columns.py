@@ -56,6 +56,7 @@ _PROMPT_COLUMNS = ("prompt", "completion")
 _LABEL_WORDS = dict.fromkeys(("safe", "harmless", "good", "true", "yes"), 1) | dict.fromkeys(
     ("unsafe", "harmful", "toxic", "bad", "false", "no"), 0
 )
+_BAD_LABEL = re.compile(r"toxic|harm(?!less)|unsafe|flagged|violat|nsfw|hate|abus|insult|threat|jailbreak", re.I)
 _FINISH_REASONS = {"stop": "stop", "end_turn": "stop", "eos": "stop", "length": "length", "max_tokens": "length"}
 
 _ID_FIELDS = {"id", "conversation_id", "user_id", "group", "response_id"}
@@ -225,6 +226,25 @@ def normalize_value(name: str, value: Any, record_type: type[LogRecord], notes: 
     return value if isinstance(value, str) or (formatted := format_id(value)) is None else formatted
 
 
+def _orient_label(value: object, path: str) -> object:
+    """A label that is 1 for good: a path that begins with ! leads to numbers or truth values that are 1 for bad."""
+    is_number = isinstance(value, int | float) or str(value).strip().lower() in (
+        "0",
+        "1",
+        "0.0",
+        "1.0",
+        "true",
+        "false",
+    )
+    if not path.startswith("!"):
+        if is_number and _BAD_LABEL.search(path.rpartition(".")[2]):
+            raise RowShapeError(f"label: {path} seems to be 1 for bad, but a label is 1 for good; write !{path}"[:110])
+        return value
+    if not is_number:
+        raise RowShapeError(f"label: {path} leads to a text, and ! only turns numbers and truth values round"[:110])
+    return int(str(value).strip().lower() in ("0", "0.0", "false"))
+
+
 @dataclass(frozen=True)
 class RowConverter:
     """Converts rows of one entry to rows of one kind, and counts how often each of its paths led to a value."""
@@ -248,7 +268,9 @@ class RowConverter:
         field_names = (*self.record_type.model_fields, *_PROMPT_COLUMNS, *_CHAT_COLUMNS)
         fields = {name: row[name] for name in field_names if row.get(name) is not None and name not in _CHAT_COLUMNS}
         for name, path in self.columns.items():
-            value = hash_row(row) if path == "#" else get_by_path(row, path)
+            value = hash_row(row) if path == "#" else get_by_path(row, path.removeprefix("!"))
+            if name == "label" and value is not None:
+                value = _orient_label(value, path)
             self.path_counts[name] += value is not None
             fields.pop(name, None)
             if value is not None:
@@ -271,6 +293,8 @@ class RowConverter:
     def repair(self, row_json: bytes) -> tuple[bytes | None, Counter[str]]:
         """A rejected row of rluf's own names with its nulls, numeric ids and training shapes converted; None if none.
 
+        Raises RowShapeError for a row in a training shape that has no meaning.
+
         Everything else in such a row must have the right type: only writers that know rluf's names write them.
         """
         notes: Counter[str] = Counter()
@@ -282,9 +306,11 @@ class RowConverter:
             if ("messages" not in row and ("prompt" in row or "chosen" in row)) or is_pair_of_chats:
                 converted = self.read_row(row)
                 if isinstance(converted, SkippedRow):
-                    return None, notes
+                    raise RowShapeError(converted.reason)
                 return json.dumps(converted).encode(), Counter(converted.pop(NOTES_KEY))
-        except (RowShapeError, ValueError, RecursionError, KeyError, TypeError):
+        except RowShapeError:
+            raise
+        except (ValueError, RecursionError, KeyError, TypeError):
             return None, notes
         model_fields = self.record_type.model_fields
         repaired = {
@@ -347,7 +373,7 @@ class RowConverter:
         if not names:
             return SkippedRow("no reaction")
         fields["reaction"] = choose_reaction(names, self.rules, self.contradictions)
-        self._derive(fields, {"id": lambda: hash_row(row)}, notes)
+        self._derive(fields, {"id": lambda: hash_row(row), "time": lambda: UNKNOWN_TIME}, notes)
         return fields
 
     def _read_preferences(
@@ -396,7 +422,7 @@ class RowConverter:
         """Context and response of one side of a pair: a text, a message, or a whole chat."""
         decoded = decode_json_text(value) if isinstance(value, str) else value
         if isinstance(value, str) and re.match(r"\s*(Human|Assistant):", value):
-            chat = parse_transcript(value)
+            chat = parse_transcript(value.replace("\r\n", "\n"))
         elif isinstance(decoded, list) and len(decoded) > 1:
             chat = read_chat(decoded, notes, self.shape)
         else:

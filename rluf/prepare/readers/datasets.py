@@ -7,6 +7,8 @@ object of another shape; the row then goes to quarantine.
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -185,6 +187,9 @@ def _read_oasst(tree: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
         ranked_replies = [reply for reply in replies if role == "user" and reply.get("rank") is not None]
         ranked_replies.sort(key=lambda reply: reply["rank"])
         for better, worse in pairwise(ranked_replies):
+            if better["rank"] == worse["rank"]:
+                items.append(SkippedRow("tie"))
+                continue
             items.append(_build_preference_row("oasst", context, better["text"], worse["text"], "assistance"))
         for reply in node["replies"]:
             visit_node(reply, context)
@@ -226,9 +231,12 @@ def _read_beavertails(row: Mapping[str, Any], options: ReaderOptions) -> ReaderI
         (f"response_{index}", f"is_response_{index}_safe") for index in (0, 1)
     ]  # fmt: skip
     items: ReaderItems = []
-    categories = [name for name, is_harm in (row.get("category") or {}).items() if is_harm]
+    category = row.get("category") or {}
+    category = json.loads(category) if isinstance(category, str) else category
+    categories = [name for name, is_harm in category.items() if is_harm]
     for response_key, label_key in key_pairs:
-        if not isinstance(label := row[label_key], bool | int):
+        label = {"true": True, "false": False}.get(str(row[label_key]).lower(), row[label_key])
+        if not isinstance(label, bool | int):
             raise TypeError("a label of safety must be true or false")
         topic = categories[0] if categories else "safe" if label else "other"
         items.append({
@@ -243,7 +251,11 @@ def _read_ultrafeedback(row: Mapping[str, Any], options: ReaderOptions) -> Reade
     """UltraFeedback: the completion with the highest overall score against the one with the lowest."""
     if "completions" not in row:
         raise KeyError("completions")
-    scored = [(float(item["overall_score"]), item["response"]) for item in row["completions"]]
+    scored = [
+        (float(item["overall_score"]), item["response"])
+        for item in row["completions"]
+        if re.fullmatch(r"\d+(\.\d+)?", str(item["overall_score"]))
+    ]
     scored.sort(key=lambda pair: pair[0])
     if len(scored) < 2 or scored[0][0] == scored[-1][0]:
         return [SkippedRow("tie")]
@@ -252,7 +264,7 @@ def _read_ultrafeedback(row: Mapping[str, Any], options: ReaderOptions) -> Reade
         "ultrafeedback", messages, scored[-1][1], scored[0][1], str(row.get("source", "other"))
     )
     # The two in the middle are neither the best nor the worst answer.
-    return [pair | {"_notes": {"further completions": len(scored) - 2}}]
+    return [pair | {"_notes": {"further completions": len(row["completions"]) - 2}}]
 
 
 def _read_diasafety(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:

@@ -25,7 +25,7 @@ from rluf.prepare.readers.chats import (
     split_at_response,
     to_records,
 )
-from rluf.prepare.readers.columns import NOTES_KEY, RATINGS_NOTE, get_by_path, normalize_time
+from rluf.prepare.readers.columns import NOTES_KEY, RATINGS_NOTE, UNKNOWN_TIME, get_by_path, normalize_time
 from rluf.prepare.readers.datasets import LogReader, ReaderItems, ReaderOptions, ReaderRow, SkippedRow, index_readers
 from rluf.prepare.splits import assign_split
 from rluf.utils.hashing import hash_parts
@@ -73,10 +73,13 @@ def _expand_chat(
 def _read_openai(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     notes: Counter[str] = Counter()
     request, response = row.get("request", row), row.get("response", row)
-    messages = read_chat(request["messages"], notes)
+    # The Responses API has input and output in place of messages and choices.
+    messages = read_chat(request["messages" if "messages" in request else "input"], notes)
+    if isinstance(instructions := request.get("instructions"), str):
+        messages = [ChatMessage("system", instructions), *messages]
     metadata = row.get("metadata") or {}
-    if response.get("choices"):
-        response_text = read_choices(response, notes)
+    if response.get("choices") or response.get("output"):
+        response_text = read_choices(response, notes) if response.get("choices") else read_text(response, notes)
         if response_text is None:
             return [SkippedRow("tool call without text")]
     else:
@@ -129,7 +132,8 @@ def _read_lmsys(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
         return [SkippedRow("the two conversations differ before their end")]
     context = chosen[:-1]
     return [{
-        "id": f"lmsys-{row['question_id']}", "group": hash_parts("lmsys", *(message["content"] for message in context)),
+        "id": f"lmsys-{_get_any(row, 'question_id', 'id')}",
+        "group": hash_parts("lmsys", *(message["content"] for message in context)),
         "topic": "arena", "messages": context, "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"],
         NOTES_KEY: dict(+notes),
     }]  # fmt: skip
@@ -259,7 +263,11 @@ def _read_langsmith(row: Mapping[str, Any], options: ReaderOptions) -> ReaderIte
         if isinstance(outputs, Mapping) and isinstance(outputs.get("messages"), list):
             # A graph returns its state: the chat to its end, with tool messages after the reply in some.
             outputs = next(
-                (m.content for m in reversed(read_chat(outputs["messages"], notes)) if m.role == "assistant" and m.content),
+                (
+                    m.content
+                    for m in reversed(read_chat(outputs["messages"], notes))
+                    if m.role == "assistant" and m.content
+                ),
                 None,
             )
     stats = decoded.get("feedback_stats") or {}
@@ -346,9 +354,10 @@ def _read_vercel_vote(row: Mapping[str, Any], options: ReaderOptions) -> ReaderI
     message_id, is_upvoted = str(_get_any(row, "messageId", "message_id")), _get_any(row, "isUpvoted", "is_upvoted")
     if not isinstance(is_upvoted, bool):
         is_upvoted = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}[
-            str(is_upvoted).lower()
+            str(is_upvoted).lower().removesuffix(".0")
         ]
-    time = normalize_time(_get_any(row, "createdAt", "created_at", "time"))
+    # The template's table of votes has no time.
+    time = normalize_time(_get_any(row, "createdAt", "created_at", "time") or UNKNOWN_TIME)
     reaction = "thumbs_up" if is_upvoted else "thumbs_down"
     return [{"id": hash_parts("vote", message_id, reaction, str(time)), "response_id": message_id, "time": time,
              "reaction": reaction}]  # fmt: skip
@@ -358,9 +367,11 @@ def _read_argilla(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems
     """A row for each submitted answer to the record's rating question; the record's fields are prompt and response."""
     notes = Counter[str]()
     # The Hub's form of a data set has a column for each field, question and metadata.
-    fields = row["fields"] if "fields" in row else row
+    fields = row.get("fields", row)
     answer_fields = {name: value for name, value in row.items() if name.partition(".")[2].startswith("responses")}
-    responses = row.get("responses") if "responses" in row or not answer_fields else _join_argilla_columns(answer_fields)
+    responses = (
+        row.get("responses") if "responses" in row or not answer_fields else _join_argilla_columns(answer_fields)
+    )
     prompt = _get_any(fields, "prompt", "instruction", "chat", "messages", "question", "input")
     chat = read_chat(prompt, notes)
     response = _get_any(fields, "response", "answer", "completion", "output", "generation")
