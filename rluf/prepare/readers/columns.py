@@ -226,7 +226,7 @@ def normalize_value(name: str, value: Any, record_type: type[LogRecord], notes: 
     return value if isinstance(value, str) or (formatted := format_id(value)) is None else formatted
 
 
-def _orient_label(value: object, path: str) -> object:
+def _convert_label(value: object, path: str) -> object:
     """A label that is 1 for good: a path that begins with ! leads to numbers or truth values that are 1 for bad."""
     is_number = isinstance(value, int | float) or str(value).strip().lower() in (
         "0",
@@ -270,7 +270,7 @@ class RowConverter:
         for name, path in self.columns.items():
             value = hash_row(row) if path == "#" else get_by_path(row, path.removeprefix("!"))
             if name == "label" and value is not None:
-                value = _orient_label(value, path)
+                value = _convert_label(value, path)
             self.path_counts[name] += value is not None
             fields.pop(name, None)
             if value is not None:
