@@ -212,6 +212,8 @@ _NOTED_WARNINGS = {
     "user ids that look like e-mail addresses": "set RLUF_USER_SALT to hash them",
     "times without zone, read as UTC": "give times with a zone if they are not UTC",
     "several reactions in one row": "prepare.contradictions says which one counts",
+    "prompts with the marks of a chat template": "give the messages, or the text without its template",
+    "responses in JSON": "give the path of the text in them, if they are not the answers themselves",
 }
 """Notes that need the user's attention, and what to do. Others say what a format has and rluf's records have not."""
 
@@ -242,6 +244,10 @@ def list_warnings(card: Mapping[str, Any], max_rows: int | None) -> list[str]:
         warnings += [
             f"{name}: columns.{path_name} leads to a value in some files more often than in others; is it renamed?"
             for path_name in entry["uneven_paths"]
+        ]
+        warnings += [
+            f"{name}: where.{path}: the path led to no value in any row, so this condition left out none or all of them"
+            for path in entry["unmet_conditions"]
         ]
         warnings += [
             f"{name}: {note}: {entry['notes'][note]}; {advice}"

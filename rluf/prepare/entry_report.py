@@ -107,6 +107,7 @@ class EntryReport:
         return {
             "kind": self.source.kind_name, "path": entry.path, "rows": self.rows, "valid_rows": self.valid_rows,
             "paths": paths, "uneven_paths": uneven,
+            "unmet_conditions": [path for path in entry.where if not self.paths[f"where {path}"]],
             "reactions": [
                 {"name": name, "rows": rows, "label": self._get_label(name)}
                 for name, rows in self.reactions.most_common()

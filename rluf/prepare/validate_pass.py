@@ -381,7 +381,8 @@ def _build_adapter(task: ValidateTask, source_path: str, converter: RowConverter
             # An answer of the product's API: a page of what the reader reads.
             return [item for entry in page for item in read_row(entry)]
         items = [converter.read_row(row)] if read_item is None else read_item(row, options)
-        return [_apply_conditions(_name_one_reaction(item, converter), row, entry.where) for item in items]
+        named_items = [_name_one_reaction(item, converter) for item in items]
+        return [_apply_conditions(item, row, entry.where, converter.path_counts) for item in named_items]
 
     return read_row
 
@@ -394,11 +395,14 @@ def _name_one_reaction(item: Mapping[str, Any] | SkippedRow, converter: RowConve
 
 
 def _apply_conditions(
-    item: Mapping[str, Any] | SkippedRow, raw_row: Mapping[str, Any], where: Mapping[str, Any]
+    item: Mapping[str, Any] | SkippedRow,
+    raw_row: Mapping[str, Any],
+    where: Mapping[str, Any],
+    path_counts: Counter[str],
 ) -> Mapping[str, Any] | SkippedRow:
     if isinstance(item, SkippedRow) or not where:
         return item
-    path = find_failed_condition(where, raw_row, item)
+    path = find_failed_condition(where, raw_row, item, path_counts)
     return item if path is None else SkippedRow(f"excluded by where: {path}")
 
 

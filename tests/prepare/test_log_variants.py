@@ -383,6 +383,20 @@ def test_forms_of_argilla(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert rows == {"1-u-rating": ("a", LOVED)} and counts["dropped", "no reaction"] == 1
 
 
+def test_conditions_whose_path_leads_nowhere_are_reported(tmp_path: Path) -> None:
+    rows = [foreign_row(i, staff="True" if i % 7 == 0 else "False") for i in range(300)]
+    card, love_rows = build_foreign(tmp_path, rows, {"where": {"staff": False, "stafff": "!=true", "gone": None}})
+    assert len(love_rows) == 300 - 43
+    (warning, other) = [text for text in card["warnings"] if "led to no value" in text]
+    assert "where.stafff" in warning and "where.gone" in other
+
+
+def test_names_with_dots_in_a_list_of_attributes(tmp_path: Path) -> None:
+    attributes = [{"key": "user.id", "value": {"stringValue": "u9"}}, {"key": "user", "value": {"stringValue": "x"}}]
+    row, _ = convert(foreign_row(1, attributes=attributes), user_id="attributes.key=user.id.value.stringValue")
+    assert row["user_id"] == "u9"
+
+
 def test_a_log_whose_rows_are_all_dropped_is_refused(tmp_path: Path) -> None:
     rows = [foreign_row(i) for i in range(40)]
     with pytest.raises(DataError, match=r"none of 40 rows is left \(excluded by where: c: 40\)"):

@@ -105,9 +105,13 @@ def _get_by_steps(value: Any, steps: Sequence[str]) -> Any:
     if step == "*":
         return [result for item in value if (result := _get_by_steps(item, rest)) is not None] or None
     if "=" in step:
-        key, _, wanted = step.partition("=")
-        matches = [item for item in value if isinstance(item, Mapping) and str(item.get(key)) == wanted]
-        return _get_by_steps(matches[-1], rest) if matches else None
+        # The name may have dots itself: attributes.key=user.id.value
+        for end in range(1, len(steps) + 1):
+            key, _, wanted = ".".join(steps[:end]).partition("=")
+            matches = [item for item in value if isinstance(item, Mapping) and str(item.get(key)) == wanted]
+            if matches and (result := _get_by_steps(matches[-1], steps[end:])) is not None:
+                return result
+        return None
     if re.fullmatch(r"-?\d+", step) and -len(value) <= int(step) < len(value):
         return _get_by_steps(value[int(step)], rest)
     return None
@@ -226,7 +230,7 @@ def normalize_value(name: str, value: Any, record_type: type[LogRecord], notes: 
     return value if isinstance(value, str) or (formatted := format_id(value)) is None else formatted
 
 
-def _convert_label(value: object, path: str) -> object:
+def _normalize_label(value: object, path: str) -> object:
     """A label that is 1 for good: a path that begins with ! leads to numbers or truth values that are 1 for bad."""
     is_number = isinstance(value, int | float) or str(value).strip().lower() in (
         "0",
@@ -270,7 +274,7 @@ class RowConverter:
         for name, path in self.columns.items():
             value = hash_row(row) if path == "#" else get_by_path(row, path.removeprefix("!"))
             if name == "label" and value is not None:
-                value = _convert_label(value, path)
+                value = _normalize_label(value, path)
             self.path_counts[name] += value is not None
             fields.pop(name, None)
             if value is not None:
@@ -481,13 +485,17 @@ def build_converter(
 _CONDITION = re.compile(r"(!=|>=|<=|>|<)\s*(.*)", re.DOTALL)
 
 
-def find_failed_condition(where: Mapping[str, Any], raw_row: Mapping[str, Any], row: Mapping[str, Any]) -> str | None:
+def find_failed_condition(
+    where: Mapping[str, Any], raw_row: Mapping[str, Any], row: Mapping[str, Any], path_counts: Counter[str]
+) -> str | None:
     """Path of the first condition that a row does not meet; None if it meets all.
 
-    A field of rluf has its converted value; any other path leads into the raw row.
+    A field of rluf has its converted value; any other path leads into the raw row. `path_counts` counts the rows in
+    which each path led to a value, as `where <path>`.
     """
     for path, condition in where.items():
         value = row[path] if path in row else get_by_path(raw_row, path)
+        path_counts[f"where {path}"] += value is not None
         conditions = list(condition) if isinstance(condition, list | tuple) else [condition]
         excluded = [item for item in conditions if isinstance(item, str) and item.startswith("!=")]
         wanted = [item for item in conditions if item not in excluded]
@@ -503,6 +511,9 @@ def _is_met(condition: Any, value: Any) -> bool:
         return value is None
     if value is None:
         return isinstance(condition, str) and condition.startswith("!=") and condition[2:].strip() != "null"
+    if isinstance(condition, bool) and not isinstance(value, list):
+        # Databases and spreadsheets write truth values as numbers, t and f, or True and False.
+        return str(value).strip().lower() in (("true", "t", "1", "1.0") if condition else ("false", "f", "0", "0.0"))
     match = _CONDITION.fullmatch(condition) if isinstance(condition, str) else None
     if match is None:
         return _is_match(_to_text(condition), value)
