@@ -49,6 +49,9 @@ HUB_MODEL_SHAPES: Mapping[str, ModelShape] = {
 """Models on the hub by repository name without owner and -Instruct, from their config.json."""
 
 
+LAYER_COUNT_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
 def estimate_model_shape(model_path: str) -> ModelShape:
     """Shape of an embedded model, a Hugging Face folder or a hub id, else estimated from a size such as 8b in the name.
 
@@ -66,7 +69,7 @@ def estimate_model_shape(model_path: str) -> ModelShape:
     if (folder / "config.json").is_file():
         try:
             return _read_shape_from_folder(folder)
-        except (OSError, ValueError, KeyError, TypeError, struct.error):
+        except (OSError, ValueError, KeyError, TypeError, StopIteration, struct.error):
             note = f"{folder}/config.json could not be read; estimated from the name"
             return replace(guess_shape_from_name(model_path), note=note)
     return guess_shape_from_name(model_path)
@@ -101,10 +104,14 @@ def guess_shape_from_name(model_name: str) -> ModelShape:
 def _read_shape_from_folder(folder: Path) -> ModelShape:
     config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = config.get("text_config", config)  # vision-language models nest the decoder's config
-    hidden_size, layers = int(config["hidden_size"]), int(config["num_hidden_layers"])
-    heads = int(config["num_attention_heads"])
+
+    def read_size(*names: str) -> int:
+        return next(int(config[name]) for name in names if config.get(name))
+
+    hidden_size = read_size("hidden_size", "n_embd", "d_model")
+    layers, heads = read_size(*LAYER_COUNT_KEYS), read_size("num_attention_heads", "n_head", "n_heads")
     head_size = int(config.get("head_dim") or hidden_size // heads)
-    kv_heads = int(config.get("num_key_value_heads") or heads)
+    kv_heads = 1 if config.get("multi_query") else int(config.get("num_key_value_heads") or heads)
     shape = ModelShape(0, layers, hidden_size, kv_heads * head_size, int(config["vocab_size"]))
     parameter_count = sum(_count_safetensors_parameters(file) for file in folder.glob("*.safetensors"))
     if parameter_count:
@@ -112,6 +119,9 @@ def _read_shape_from_folder(folder: Path) -> ModelShape:
     # Without weights: attention with grouped key-value heads, a gated MLP (three matrices) and two norms per layer.
     intermediate_size = int(config.get("intermediate_size") or 4 * hidden_size)
     attention = 2 * hidden_size * heads * head_size + 2 * hidden_size * shape.kv_width
+    experts = max(int(config.get(name) or 0) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
+    if experts:
+        intermediate_size = experts * int(config.get("moe_intermediate_size") or intermediate_size)
     embedding = shape.vocabulary_size * hidden_size * (1 if config.get("tie_word_embeddings", True) else 2)
     total = embedding + layers * (attention + 3 * hidden_size * intermediate_size + 2 * hidden_size) + hidden_size
     return replace(shape, parameter_count=total, note="computed from config.json, as there are no safetensors")

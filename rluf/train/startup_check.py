@@ -47,6 +47,7 @@ def check_policy(settings: Settings, model_path: Path) -> None:
     check_causal_lm(model_path)
     checks: dict[str, Callable[[Settings, Path], str]] = {
         "context window": check_context_window,
+        "tensor parallel": check_tensor_parallel,
         "weight names": check_weight_names,
         "expert weights": check_expert_weights,
         "token ids": check_token_ids,
@@ -100,6 +101,19 @@ def _find_short_rope_limit(config: Any) -> int | None:
     entries = [rope, *(value for value in rope.values() if isinstance(value, dict))]
     limits = [entry["original_max_position_embeddings"] for entry in entries if entry.get("rope_type") == "longrope"]
     return min(map(int, limits), default=None)
+
+
+def check_tensor_parallel(settings: Settings, model_path: Path) -> str:
+    """The attention heads must divide among the GPUs of an engine."""
+    config = read_model_config(model_path, settings.model.trust_remote_code).get_text_config()
+    gpu_count, heads = settings.tensor_parallel, int(getattr(config, "num_attention_heads", 0) or 0)
+    if heads % gpu_count:
+        divisors = ", ".join(str(count) for count in range(1, gpu_count) if heads % count == 0)
+        raise SettingsError(
+            f"cluster.gpus_per_engine={gpu_count} cannot divide the {heads} attention heads of {model_path}; set it to "
+            f"one of {divisors}"
+        )
+    return f"{heads} attention heads on {gpu_count} GPU(s) per engine"
 
 
 def check_weight_names(settings: Settings, model_path: Path) -> str:

@@ -148,6 +148,41 @@ def test_local_folders_are_counted_from_headers_or_config(tmp_path: Path) -> Non
     assert "could not be read" in estimate_model_shape(str(broken)).note
 
 
+SIZES = {"vocab_size": 100}
+LLAMA_NAMES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 96}
+
+
+@pytest.mark.parametrize(
+    ("config", "kv_width"),
+    [
+        ({"n_embd": 64, "n_layer": 2, "n_head": 4}, 64),
+        ({"hidden_size": 64, "n_layer": 2, "n_head": 4}, 64),
+        ({"d_model": 64, "n_layers": 2, "n_heads": 4}, 64),
+        ({**LLAMA_NAMES, "multi_query": True}, 16),
+    ],
+    ids=["gpt2", "bloom", "mpt", "falcon"],
+)
+def test_sizes_are_read_by_the_names_of_other_families(config: dict[str, int], kv_width: int, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**SIZES, **config}))
+    shape = estimate_model_shape(str(tmp_path))
+    assert (shape.hidden_size, shape.layer_count, shape.kv_width, shape.vocabulary_size) == (64, 2, kv_width, 100)
+
+
+def test_experts_count_without_weights(tmp_path: Path) -> None:
+    counts = []
+    for experts in ({}, {"num_experts": 8}, {"num_local_experts": 8, "moe_intermediate_size": 48}):
+        (tmp_path / "config.json").write_text(json.dumps({**SIZES, **LLAMA_NAMES, **experts}))
+        counts.append(estimate_model_shape(str(tmp_path)).parameter_count)
+    expert_layer = 2 * 3 * 64 * 96
+    assert counts[1] - counts[0] == 7 * expert_layer and counts[2] - counts[0] == 3 * expert_layer
+
+
+@pytest.mark.parametrize("heads", [0, None, "many"])
+def test_a_config_with_impossible_sizes_is_estimated_from_the_name(heads: object, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**SIZES, **LLAMA_NAMES, "num_attention_heads": heads}))
+    assert "could not be read" in estimate_model_shape(str(tmp_path)).note
+
+
 def test_the_embedded_table_agrees_with_the_folder() -> None:
     from importlib.util import find_spec
 

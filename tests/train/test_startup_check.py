@@ -25,6 +25,7 @@ from rluf.train.startup_check import (
     check_expert_weights,
     check_memory,
     check_policy,
+    check_tensor_parallel,
     check_token_ids,
     check_turn_end,
     check_weight_names,
@@ -198,12 +199,22 @@ def test_more_rows_than_ids_and_another_end_of_turn_are_fine(folder: Path) -> No
     assert "id 0" in check_turn_end(Settings.model_validate({"rollout": {"stop": ["<|endoftext|>"]}}), folder)
 
 
+@pytest.mark.parametrize(("gpu_count", "choices"), [(3, "1, 2"), (8, "1, 2, 4"), (6, "1, 2, 4"), (4, ""), (1, "")])
+def test_an_engines_gpus_divide_the_attention_heads(gpu_count: int, choices: str, folder: Path) -> None:
+    settings = Settings.model_validate({"cluster": {"gpus_per_engine": gpu_count}})
+    if not choices:
+        assert f"on {gpu_count} GPU" in check_tensor_parallel(settings, folder)
+        return
+    with pytest.raises(SettingsError, match=rf"gpus_per_engine={gpu_count} cannot divide the 4 .* one of {choices}$"):
+        check_tensor_parallel(settings, folder)
+
+
 @pytest.mark.slow
 def test_the_whole_check_passes_for_the_tiny_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     settings = Settings.model_validate({"model": {"path": "tiny"}, "run": {"cache": str(tmp_path)}})
     with caplog.at_level("INFO"):
         check_policy(settings, resolve_policy(settings))
-    assert sum(message.startswith("check: ") for message in caplog.messages) == 8
+    assert sum(message.startswith("check: ") for message in caplog.messages) == 9
     assert "check: batch layout: packed" in caplog.text
 
 
