@@ -41,6 +41,8 @@ def erase_users(data_folder: Path, user_ids: Sequence[str]) -> dict[str, Any]:
     data_folder = data_folder.resolve()
     if not (data_folder / CARD_FILE_NAME).is_file():
         raise DataError(f"{data_folder} has no {CARD_FILE_NAME}; name the folder of a data set (prepare.output)")
+    if blank_ids := [user_id for user_id in user_ids if not user_id.strip()]:
+        raise DataError(f"expected ids of users, got {blank_ids[0]!r}; give each as in the raw log")
     forms_by_user = {user_id: list_user_id_forms(user_id) for user_id in user_ids}
     id_forms = sorted({id_form for forms in forms_by_user.values() for id_form in forms})
     found_ids: set[str] = set()

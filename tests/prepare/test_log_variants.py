@@ -12,11 +12,13 @@ import pytest
 
 from rluf.config.data import DataSource
 from rluf.errors import DataError, SettingsError
+from rluf.prepare.erasure import erase_users
 from rluf.prepare.labels import IGNORED, LOVED, NOT_LOVED, LabelRules, check_reactions
 from rluf.prepare.readers.chats import RowShapeError
 from rluf.prepare.readers.columns import NOTES_KEY, build_converter, check_columns, name_reactions, normalize_time
 from rluf.prepare.readers.datasets import DATASET_READERS, ReaderOptions, SkippedRow
 from rluf.prepare.readers.files import read_line_batches
+from rluf.prepare.readers.sources import resolve_sources
 from rluf.prepare.redact import redact_text
 from tests.prepare.product_samples import ProductSample
 from tests.prepare.test_log_faults import COLUMNS, build, build_foreign, foreign_row
@@ -381,6 +383,20 @@ def test_forms_of_argilla(tmp_path: Path, changes: dict[str, Any]) -> None:
     without_answers = {"id": "2", "fields": {"prompt": "q", "response": "a"}, "inserted_at": TIME, "responses": None}
     rows, counts = read_product(tmp_path, "argilla", [row, without_answers], labels=STARS)
     assert rows == {"1-u-rating": ("a", LOVED)} and counts["dropped", "no reaction"] == 1
+
+
+def test_a_link_into_a_table_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "table" / "_delta_log").mkdir(parents=True)
+    (tmp_path / "table" / "a.jsonl").touch()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "table" / "a.jsonl")
+    with pytest.raises(DataError, match="is a Delta table"):
+        resolve_sources([str(tmp_path / "link.jsonl")], "feedback")
+
+
+def test_a_blank_id_is_no_user(tmp_path: Path) -> None:
+    (tmp_path / "data_card.json").touch()
+    with pytest.raises(DataError, match="expected ids of users, got ' '"):
+        erase_users(tmp_path, ["u1", " "])
 
 
 def test_conditions_whose_path_leads_nowhere_are_reported(tmp_path: Path) -> None:

@@ -176,7 +176,9 @@ def _refuse_table_files(paths: Sequence[str], kind_name: str) -> None:
 def _list_parents(path: str) -> list[str]:
     """Folders above a file or URL, the root and the bucket excluded."""
     scheme, separator, rest = path.rpartition("://")
-    parents = [str(parent) for parent in PurePosixPath(rest if separator else str(Path(path).absolute())).parents]
+    # A link may lead into a table, or a table have links to its files.
+    locations = [rest] if separator else [str(Path(path).absolute()), str(Path(path).resolve())]
+    parents = dict.fromkeys(str(parent) for location in locations for parent in PurePosixPath(location).parents)
     return [scheme + separator + parent for parent in parents if parent not in ("/", ".")]
 
 
