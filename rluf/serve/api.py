@@ -255,7 +255,7 @@ class FeedbackContext(RequestModel):
     """
 
     conversation_id: IdentifierText
-    turn: int = Field(ge=0, le=1_000_000)
+    turn: int = Field(strict=True, ge=0, le=1_000_000)
     user_id: IdentifierText
     time: Annotated[AwareDatetime, Field(ge=datetime(2000, 1, 1, tzinfo=UTC))]
     model_version: IdentifierText
@@ -270,9 +270,9 @@ class FeedbackContext(RequestModel):
     device: IdentifierText | None = None
     author: IdentifierText | None = None
     arm: IdentifierText | None = None
-    temperature: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    response_tokens: int | None = Field(default=None, ge=0, le=1_000_000_000)
-    response_logprob: float | None = Field(default=None, allow_inf_nan=False)
+    temperature: float | None = Field(strict=True, default=None, ge=0, allow_inf_nan=False)
+    response_tokens: int | None = Field(strict=True, default=None, ge=0, le=1_000_000_000)
+    response_logprob: float | None = Field(strict=True, default=None, allow_inf_nan=False)
 
     @field_validator("time")
     @classmethod
@@ -419,17 +419,17 @@ class ChatRequest(RequestModel):
     interface: LocaleText = "und"
     device: IdentifierText | None = None
     author: IdentifierText | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    stop: StopText | Annotated[list[StopText], Field(max_length=4)] | None = None
+    seed: Annotated[int, Field(strict=True, ge=0, lt=2**31)] | None = None
+    temperature: Annotated[float, Field(strict=True, ge=0, le=2)] | None = None
+    max_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Field(strict=True, ge=1)] | None = None
+    stop: StopText | Annotated[list[StopText], Field(strict=True, max_length=4)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=1)] | None = None
-    top_p: Annotated[float, Field(ge=1, le=1)] | None = None
-    presence_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=0, le=0)] | None = None
+    n: Annotated[int, Field(strict=True, ge=1, le=1)] | None = None
+    top_p: Annotated[float, Field(strict=True, ge=1, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(strict=True, ge=0, le=0)] | None = None
+    frequency_penalty: Annotated[float, Field(strict=True, ge=0, le=0)] | None = None
     logprobs: Literal[False] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
     response_format: dict[Literal["type"], Literal["text"]] | None = None

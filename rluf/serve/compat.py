@@ -144,7 +144,7 @@ class RerankRequest(ActivationRequest):
         | None
     ) = None
     texts: TextList | None = None
-    top_n: int | None = Field(default=None, ge=0, validation_alias=AliasChoices("top_n", "top_k"))
+    top_n: int | None = Field(strict=True, default=None, ge=0, validation_alias=AliasChoices("top_n", "top_k"))
     return_documents: bool = True
     return_text: bool = False
     raw_scores: bool = False

@@ -31,6 +31,7 @@ CHAT_FIELDS: list[tuple[dict[str, Any], bool]] = [
         ("response_format", {"type": "json_object"}), ("reasoning_effort", "low"), ("web_search_options", {}),
         ("guided_json", {}), ("chat_template_kwargs", {"enable_thinking": False}), ("ignore_eos", True),
         ("max_tokens", 0), ("stop", [""]), ("temperature", -1), ("temperature", "hot"),
+        ("n", True), ("max_tokens", True), ("max_tokens", "5"), ("temperature", True), ("seed", False),
     )),
 ]  # fmt: skip
 

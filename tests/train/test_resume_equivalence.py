@@ -47,6 +47,7 @@ ALGORITHM_OVERRIDES = {
     "ppo": ["algorithm.kl_penalty=reward"],
     "rloo": ["algorithm.kl_penalty=reward"],
     **{name: ["aggregation.method=calibrated"] for name in ("crpg", "crraft", "codpo")},
+    **{name: ["algorithm.kl_target=null"] for name in ("kto", "dpo", "sft")},
     "grpo": ["aggregation.method=constrained", "aggregation.floors={safety: 0}"],
 }
 
