@@ -168,7 +168,6 @@ def serve_clients(client_count: int, folder: Path) -> CommandCost:
 CURVES = (
     Curve("prepare", "rows", (3_000, 30_000, 300_000), prepare_rows),
     Curve("prepare", "users", (100, 1_000, 10_000), prepare_users),
-    Curve("simulate", "rows", (500, 1_000, 2_000), simulate_log),
     Curve("reward", "rows", (750, 1_500, 3_000), train_reward_model),
     Curve("train", "prompts", (4, 8, 16), train_policy("prompts")),
     Curve("train", "samples", (4, 8, 16), train_policy("samples")),
@@ -176,6 +175,7 @@ CURVES = (
     Curve("score", "rows", (1_000, 4_000, 16_000), score_file),
     Curve("abtest", "users", (1_000, 10_000, 100_000), analyze_experiment),
     Curve("serve", "clients", (1, 8, 64), serve_clients),
+    Curve("simulate", "rows", (25, 50, 100), simulate_log),
 )
 
 
@@ -201,6 +201,13 @@ def format_table(results: dict[str, dict[str, list[float]]]) -> list[str]:
     return lines
 
 
+def write_page(page_path: Path, results: dict[str, dict[str, list[float]]]) -> None:
+    """Replace the table of the page."""
+    block = "\n".join([BEGIN, *format_table(results), END])
+    page = page_path.read_text("utf-8")
+    page_path.write_text(re.sub(f"{BEGIN}.*?{END}", lambda _: block, page, flags=re.DOTALL), "utf-8")
+
+
 def main() -> None:
     """Measure the curves and write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -224,11 +231,9 @@ def main() -> None:
             "seconds": [cost.seconds for cost in costs],
             "peak_gib": [cost.peak_bytes / 2**30 for cost in costs],
         }
+        if args.page:  # after each curve, so that a run that is stopped has its finished curves
+            write_page(args.page, results)
     work_folder.cleanup()
-    if args.page:
-        block = "\n".join([BEGIN, *format_table(results), END])
-        page = args.page.read_text("utf-8")
-        args.page.write_text(re.sub(f"{BEGIN}.*?{END}", lambda _: block, page, flags=re.DOTALL), "utf-8")
     sys.stdout.write(json.dumps({"benchmark": "cost_curves", "curves": results}) + "\n")
 
 
