@@ -6,7 +6,7 @@ command, with its imports and Ray. Memory is the peak sum over all its processes
 
 The slope is that of log(cost) against log(size) between the two largest sizes: 1 is proportional, below 1 a part of the
 cost is fixed, above 1 it grows faster than the work. The models are SmolLM2-135M-Instruct for the policy and MiniLM for
-rewards; simulated users react to replies of a tiny random model.
+rewards.
 
 python benchmarks/cost_curves.py [--only train.prompts prepare.rows] [--page docs/cost.md]
 
@@ -121,20 +121,12 @@ def _train_policy(prompt_count: int, sample_count: int, token_count: int, folder
     return _STEP_COSTS[workload]
 
 
-def simulate_log(row_count: int, folder: Path) -> CommandCost:
-    """Sample responses of a tiny policy and let simulated users react."""
-    return run_rluf(
-        "simulate", "model.path=tiny", "rollout.max_prompt_tokens=768", f"simulate.log_rows={row_count}",
-        f"run.root={folder}", f"run.cache={folder / 'cache'}", folder=folder,
-    )  # fmt: skip
-
-
 def score_file(row_count: int, folder: Path) -> CommandCost:
     """Score labeled rows of the sample log with a reward model that is trained outside the measurement."""
-    model_folder = folder.parent / "cost-curves-cache"
+    model_folder = folder.parent / "models"
     if not model_folder.is_dir():
         run_rluf(
-            "reward", "reward.objectives=[love]", "prepare.max_rows=500", f"run.cache={model_folder}", folder=folder
+            "reward", "reward.objectives=[love]", "prepare.max_rows=500", f"run.root={model_folder}", folder=folder
         )
     with gzip.open(SAMPLE_FOLDER / "feedback.jsonl.gz", "rt", encoding="utf-8") as stream:
         rows = [json.loads(line) for line in stream]
@@ -145,7 +137,7 @@ def score_file(row_count: int, folder: Path) -> CommandCost:
                 "id": str(index), "messages": row["messages"], "response": row["response"],
                 "label": int(row.get("reaction") == "love"), "group": row["user_id"],
             }) + "\n")  # fmt: skip
-    love_model = next(model_folder.glob("artifacts/reward-love-*/love"))
+    love_model = next(model_folder.glob("*/latest/love"))
     return run_rluf("evaluate", "score", "--model", love_model, "--data", "rows.jsonl", folder=folder)
 
 
@@ -172,10 +164,9 @@ CURVES = (
     Curve("train", "prompts", (4, 8, 16), train_policy("prompts")),
     Curve("train", "samples", (4, 8, 16), train_policy("samples")),
     Curve("train", "tokens", (32, 64, 128), train_policy("tokens")),
-    Curve("score", "rows", (1_000, 4_000, 16_000), score_file),
-    Curve("abtest", "users", (1_000, 10_000, 100_000), analyze_experiment),
-    Curve("serve", "clients", (1, 8, 64), serve_clients),
-    Curve("simulate", "rows", (25, 50, 100), simulate_log),
+    Curve("score", "rows", (1_000, 4_000), score_file),
+    Curve("abtest", "users", (300, 1_000, 3_000), analyze_experiment),
+    Curve("serve", "clients", (1, 8), serve_clients),
 )
 
 

