@@ -433,7 +433,7 @@ def _find_spans(text: str, kinds: Sequence[str]) -> list[tuple[int, int, str]]:
             search_text = _INVISIBLE_PATTERN.sub("", text)
         search_text = search_text.translate(_ASCII_FORMS)
     if "_" in search_text:
-        # Markdown's emphasis is no part of what it surrounds, unlike the underscores of a name.
+        # Markdown's emphasis is not part of what it surrounds, unlike the underscores of a name.
         search_text = _EMPHASIS_PATTERN.sub(" ", search_text)
     is_covered = bytearray(len(search_text))
     spans = []

@@ -173,7 +173,7 @@ def check_weight_names(settings: Settings, model_path: Path) -> str:
 
 
 def _check_adapters(model: Any, lora_rank: int, model_path: Path) -> None:
-    """Raise SettingsError if adapters cannot be added to the model, or not be merged into its weights."""
+    """Raise SettingsError if adapters cannot be added to the model or merged into its weights."""
     problem = ""
     try:
         adapters = find_lora_adapters(add_lora_adapters(model, lora_rank))
@@ -184,7 +184,7 @@ def _check_adapters(model: Any, lora_rank: int, model_path: Path) -> None:
         shape = (adapter.lora_b.shape[0], adapter.lora_a.shape[1])
         # GPT-2's layers have their weights transposed.
         if shape != tuple(weights[name].shape) or "Conv1D" in type(_get_base_layer(model, name)).__name__:
-            problem = f"{name} is no weight of a linear layer [out, in]"
+            problem = f"{name} is not a weight of a linear layer [out, in]"
             break
     if problem:
         raise SettingsError(

@@ -52,7 +52,7 @@ def test_the_check_passes_for_mixtures_and_refuses_their_adapters(tmp_path: Path
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (GPT2Config(**COMMON, tie_word_embeddings=False), "is no weight of a linear layer"),
+        (GPT2Config(**COMMON, tie_word_embeddings=False), "is not a weight of a linear layer"),
         (FalconH1Config(**COMMON, **MAMBA), "incompatible with Mamba-based models"),
         (Mamba2Config(**COMMON, num_heads=8, head_dim=16, state_size=16, n_groups=1), "incompatible with Mamba-based"),
     ],

@@ -127,12 +127,12 @@ FAULTS: dict[str, tuple[Callable[[Settings, Path], str], Callable[[Path], object
     "Git LFS pointer": (
         check_weight_names,
         lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 12\n"),
-        ModelError, r"model\.safetensors \(\d+ bytes\) is no complete safetensors file.*git lfs pull",
+        ModelError, r"model\.safetensors \(\d+ bytes\) is not a complete safetensors file.*git lfs pull",
     ),
     "cut weights": (
         check_weight_names,
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:5000]),
-        ModelError, r"is no complete safetensors file",
+        ModelError, r"is not a complete safetensors file",
     ),
     "empty weights": (
         check_weight_names, lambda f: (f / "model.safetensors").write_bytes(b""), ModelError, r"\(0 bytes\)",

@@ -143,8 +143,8 @@ def read_checkpoint_shapes(model_folder: Path) -> dict[str, tuple[int, ...]]:
                         shapes[name] = tuple(tensors.get_slice(name).get_shape())
         except (OSError, SafetensorError) as error:
             raise ModelError(
-                f"{file} ({file.stat().st_size:,} bytes) is no complete safetensors file: {error}; download it again "
-                "(git lfs pull, if it is a clone)"
+                f"{file} ({file.stat().st_size:,} bytes) is not a complete safetensors file: {error}; download it "
+                "again (git lfs pull, if it is a clone)"
             ) from error
     return shapes
 
