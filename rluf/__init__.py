@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -51,8 +52,10 @@ _MODULES = {
 }
 """Public name -> module that defines it."""
 
-# Ray reads RAY_AUTH_MODE once, when it is first imported, so the default must be in place before any import of ray.
-os.environ.setdefault("RAY_AUTH_MODE", "token")
+# Ray reads RAY_AUTH_MODE once, when it is first imported. After that a default would only reach the processes that
+# ray.init() starts: they would require a token that this process does not send.
+if "ray" not in sys.modules:
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
 # Also read once, at the import of huggingface_hub: bars of transformers and downloads would fill the logs of actors.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 

@@ -90,3 +90,12 @@ def test_rays_token_is_on_before_ray_is_imported(package: str) -> None:
         [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
     )
     assert completed.stdout.strip() == "token False"
+
+
+def test_the_mode_of_a_ray_that_is_already_imported_is_not_changed() -> None:
+    env = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_MODE"}
+    program = "import ray, rluf, os; print('RAY_AUTH_MODE' in os.environ)"
+    completed = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert completed.stdout.strip() == "False"
