@@ -38,8 +38,9 @@ DUAL_CLIP = 3.0
 """Bound of the clipped loss in units of |advantage| where that is negative, as in verl (clip_ratio_c)."""
 KL_ERROR_CLIP = 0.2
 """Largest relative error of the KL that one update of the coefficient reacts to."""
-MAX_K3_LOG_RATIO, MAX_K3 = 20.0, 10.0
-"""Bounds of k3's log ratio and value in nats, as in verl and NeMo-RL: exp(30) of one token would end a run."""
+MAX_LOG_RATIO, MAX_K3 = 20.0, 10.0
+"""Bounds of every log ratio before exp() and of k3 in nats, as in verl and NeMo-RL: exp(30) in k3 would end a run, and
+the gradient of exp(89), which float32 cannot hold, is NaN even where the ratio is clipped."""
 GEOMETRIC_CAP = 1.05
 """Cap of the geometric mean of a response's ratios. It averages over tokens, so rounding stays within 1 +- 0.02."""
 METRIC_SUM_NAMES = (
@@ -63,7 +64,7 @@ def estimate_kl(logprobs: Tensor, reference_logprobs: Tensor, estimator: str) ->
     if estimator == "k2":
         return 0.5 * log_ratio.square()
     if estimator == "k3":
-        bounded = log_ratio.clamp(-MAX_K3_LOG_RATIO, MAX_K3_LOG_RATIO)
+        bounded = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         return (torch.expm1(-bounded) + bounded).clamp(max=MAX_K3)
     raise SettingsError(f"algorithm.kl_penalty: expected k1, k2 or k3, got {estimator!r}")
 
@@ -92,7 +93,7 @@ def ppo(
     Source: arXiv 1707.06347, eq. 7; two clips as in DAPO, arXiv 2503.14476; dual clip: arXiv 1912.09729, eq. 5.
     """
     del sequence_index
-    return clip_surrogate(torch.exp(logprobs - old_logprobs), advantages, algorithm)
+    return clip_surrogate(compute_ratio(logprobs - old_logprobs), advantages, algorithm)
 
 
 def gspo(
@@ -103,9 +104,8 @@ def gspo(
     Requires the sequence_mean loss aggregation (token weight 1 / length), which build_learner_inputs selects. Source:
     arXiv 2507.18071, eq. 5 and 7.
     """
-    return clip_surrogate(
-        torch.exp(average_by_sequence(logprobs - old_logprobs, sequence_index)), advantages, algorithm
-    )
+    log_ratio = (logprobs - old_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return clip_surrogate(torch.exp(average_by_sequence(log_ratio, sequence_index)), advantages, algorithm)
 
 
 def cispo(
@@ -117,7 +117,7 @@ def cispo(
     eq. 4 and 5.
     """
     del sequence_index
-    ratio = torch.exp(logprobs.detach() - old_logprobs)
+    ratio = compute_ratio(logprobs.detach() - old_logprobs)
     ratio_weight = ratio.clamp(1.0 - algorithm.clip_low, 1.0 + algorithm.clip_high)
     return -ratio_weight * advantages * logprobs, ratio_weight != ratio
 
@@ -131,6 +131,11 @@ def reinforce(
     """
     del old_logprobs, sequence_index, algorithm
     return -advantages * logprobs, torch.zeros_like(advantages, dtype=torch.bool)
+
+
+def compute_ratio(log_ratio: Tensor) -> Tensor:
+    """exp of log ratios [K], which are bounded first."""
+    return torch.exp(log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO))
 
 
 def clip_surrogate(ratio: Tensor, advantages: Tensor, algorithm: AlgorithmSettings) -> tuple[Tensor, Tensor]:
@@ -231,17 +236,19 @@ def compute_policy_loss(
     token_loss, is_clipped = loss_function(logprobs, old_logprobs, advantages, batch.sequence_index, algorithm)
     if algorithm.entropy_coef:
         token_loss = token_loss + algorithm.entropy_coef * estimate_negative_entropy(logprobs, is_sampled)
+    is_capped = torch.zeros_like(is_sampled)
     # A ratio that is relative to the engine would be squared by the correction.
-    if has_learner_ratio or loss_name == "reinforce":
+    if algorithm.importance_correction != "off" and (has_learner_ratio or loss_name == "reinforce"):
         # REINFORCE has no ratio, so that its correction covers the updates on this batch as well.
-        corrected_logprobs = logprobs if loss_name == "reinforce" else old_logprobs
-        token_loss = token_loss * compute_importance_weights(
-            corrected_logprobs,
+        importance_weights = compute_importance_weights(
+            logprobs if loss_name == "reinforce" else old_logprobs,
             rollout_logprobs,
             batch.sequence_index,
             correction=algorithm.importance_correction,
             ratio_cap=algorithm.importance_correction_cap,
         )
+        token_loss = token_loss * importance_weights
+        is_capped = (importance_weights == 0) | (importance_weights >= algorithm.importance_correction_cap)
     token_kl = is_sampled * estimate_kl(logprobs, reference_logprobs, algorithm.kl_estimator)
     policy_loss = (batch.loss_weights * token_loss).sum()
     kl_loss = (algorithm.kl_coef if kl_coef is None else kl_coef) * (batch.loss_weights * token_kl).sum()
@@ -249,7 +256,7 @@ def compute_policy_loss(
     with torch.no_grad():
         counted = (is_sampled & (batch.loss_weights > 0)).float()
         demonstrated = (~is_sampled).float()
-        log_ratio = logprobs - rollout_logprobs
+        log_ratio = (logprobs - rollout_logprobs).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
         ratio = log_ratio.exp() * counted
         values = (
             total_loss,
@@ -262,7 +269,7 @@ def compute_policy_loss(
             ratio.square().sum(),
             ((torch.expm1(log_ratio) - log_ratio) * counted).sum(),
             (is_clipped * counted).sum(),
-            ((ratio > algorithm.importance_correction_cap) * counted).sum(),
+            (is_capped * counted).sum(),
             counted.sum(),
             torch.as_tensor(float(batch.sequence_index[counted > 0].unique().numel()), device=total_loss.device),
             torch.as_tensor(float(batch.token_count), device=total_loss.device),
@@ -296,7 +303,7 @@ def compute_importance_weights(
     mask: r where 1 / cap <= r <= cap, else 0 (as IcePop); sequence_mask: the product over the response where it is at
     most cap, else 0; geometric: min(g, cap), g the geometric mean of r over the response, which does not degenerate
     with its length; geometric_mask: min(r, cap) where 1 / GEOMETRIC_CAP <= g <= GEOMETRIC_CAP, else 0 (the
-    seq-mask-tis of OpenRLHF); off: 1. Sources: Yao et al., "Your efficient RL framework secretly brings you off-policy
+    seq-mask-tis of OpenRLHF). Sources: Yao et al., "Your efficient RL framework secretly brings you off-policy
     RL training", 2025; Ling Team, "Every step evolves" (IcePop), arXiv 2510.18855. Raises SettingsError for another
     name.
     """
@@ -306,8 +313,6 @@ def compute_importance_weights(
     if correction == "mask":
         ratio = torch.exp(log_ratio)
         return torch.where((ratio <= ratio_cap) & (ratio >= 1.0 / ratio_cap), ratio, torch.zeros_like(ratio))
-    if correction == "off":
-        return torch.ones_like(log_ratio)
     if correction in ("geometric", "geometric_mask"):
         mean_log_ratio = average_by_sequence(log_ratio, sequence_index)
         if correction == "geometric":
@@ -373,8 +378,9 @@ def compute_loss_metrics(
     Losses are means over the `update_count` updates. Without a reference there is no KL.
     kl: k3 per token; kl_sequence: k1 summed over a response, mean over samples (nats per response, signed); entropy:
     mean -logprob of the sampled tokens (an estimate); ratio_*: learner over engine probability; effective_sample_size:
-    share of tokens that the uncapped ratios leave, (sum r)^2 / (n sum r^2); mismatch_kl: k3 estimate of
-    KL(engine || learner); demonstration_nll: mean -logprob of the demonstrations' tokens, if there were any.
+    share of tokens that the uncapped ratios leave, (sum r)^2 / (n sum r^2); ratio_capped_fraction: share of tokens
+    whose importance weight is at the cap or 0; mismatch_kl: k3 estimate of KL(engine || learner); demonstration_nll:
+    mean -logprob of the demonstrations' tokens, if there were any.
     """
     sums = dict(zip(METRIC_SUM_NAMES, metric_sums.tolist(), strict=True))
     token_count, sample_count = max(1.0, sums["response_tokens"]), max(1.0, sums["samples"])

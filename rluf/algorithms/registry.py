@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from statistics import pstdev
 from types import MappingProxyType
 from typing import Literal
 
@@ -204,18 +203,3 @@ def compute_token_weights(
     }
     token_weight = 1.0 / denominators[loss_aggregation]
     return [[token_weight] * len(lengths) for lengths in response_lengths]
-
-
-def has_reward_variance(
-    objective_rewards: Mapping[str, Sequence[float]], objective_weights: Mapping[str, float], min_spread: float = 0.0
-) -> bool:
-    """Whether any objective with a weight has a standard deviation above `min_spread` within the group.
-
-    DAPO drops groups where none has. Its rewards are 0 or 1; scores of reward models are never exactly equal.
-    """
-    pairs = objective_rewards.items()
-    return any(
-        max(rewards) > min(rewards) and pstdev(rewards) > min_spread
-        for name, rewards in pairs
-        if objective_weights.get(name)
-    )

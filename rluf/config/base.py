@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 
 ActorCount = Annotated[int, Field(ge=1)]
@@ -24,6 +24,25 @@ class SettingsSection(BaseModel):
         coerce_numbers_to_str=True,  # YAML reads name: 20250101 as a number
         allow_inf_nan=False,
     )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_values(cls, value: object, info: ValidationInfo) -> object:
+        """Refuse true where a number is expected: pydantic reads it as 1."""
+        items = value if isinstance(value, (list, tuple)) else value.values() if isinstance(value, dict) else [value]
+        field = cls.model_fields.get(info.field_name or "")
+        if field is not None and any(isinstance(item, bool) for item in items):
+            leaf_types = _list_leaf_types(field.annotation)
+            if leaf_types & {int, float} and bool not in leaf_types:
+                raise ValueError(f"expected a number, got {str(value).lower()}")
+        return value
+
+
+def _list_leaf_types(annotation: Any) -> set[type]:
+    """Types in an annotation, such as int and float in tuple[int, ...] | float."""
+    if isinstance(annotation, type) and not get_args(annotation):
+        return {annotation}
+    return {leaf for argument in get_args(annotation) for leaf in _list_leaf_types(argument)}
 
 
 def refuse_list(example: str) -> BeforeValidator:

@@ -166,9 +166,9 @@ class AlgorithmSettings(SettingsSection):
     truncated: Literal["penalize", "mask", "learn"] = "penalize"
     """Responses cut at rollout.max_response_tokens: penalize lowers their reward below that of the group's finished
     ones, mask leaves them out of the loss, learn treats them as finished."""
-    min_reward_spread: Annotated[float, ADVANCED] = Field(default=0.1, ge=0)
-    """dapo drops a group in which no weighted objective has a larger standard deviation, in standard deviations within
-    a prompt of the reference policy; 0 drops only groups of equal scores."""
+    min_reward_spread: Annotated[float, ADVANCED] = Field(default=0.1, ge=0, lt=10)
+    """dapo drops a group whose rewards have no larger standard deviation, in standard deviations within a prompt of the
+    reference policy; 0 drops only groups of equal rewards."""
     hacking_alarms: Literal["off", "warn", "act"] = "warn"
     """Reward-hacking alarms on each step: warn only logs; act also freezes love, rolls back a checkpoint, or stops."""
 

@@ -10,7 +10,7 @@ REACTION_FACTORS = ("context", "users", "propensity")
 
 
 def check_reward_losses(settings: SettingsTree) -> str | None:
-    """Pairs train with bradley_terry, single responses with a loss of labels."""
+    """Pairs train with bradley_terry, single responses with a loss of labels, reactions alone with nnpu."""
     for name, model in settings.reward.by_objective.items():
         spec = find_objective_spec(name)
         has_pairs = spec.data_kind == "pairs"
@@ -18,6 +18,17 @@ def check_reward_losses(settings: SettingsTree) -> str | None:
             data = "pairs of responses" if has_pairs else "single responses with a label"
             return (
                 f"reward.{name}.loss={model.loss} does not fit its data, {data}; set "
+                f"reward.{name}.loss={spec.default_loss}"
+            )
+        if model.loss == "nnpu" and spec.data_kind != "reactions":
+            return (
+                f"reward.{name}.loss=nnpu takes rows of label 0 for unlabeled, but raters judged those of {name}; set "
+                f"reward.{name}.loss={spec.default_loss}"
+            )
+        if model.loss == "nnpu" and "thumbs" in settings.reward.shared_backbone_heads:
+            return (
+                f"reward.{name}.loss=nnpu takes rows of label 0 for unlabeled, but those of the head thumbs in "
+                "reward.shared_backbone_heads are thumbs down; remove the head, or set "
                 f"reward.{name}.loss={spec.default_loss}"
             )
     return None

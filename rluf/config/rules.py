@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 
 from rluf.config.objectives import BUILTIN_OBJECTIVES, find_objective_spec
-from rluf.config.policy import CGPO_ALGORITHMS, OFFLINE_ALGORITHMS
+from rluf.config.policy import ALGORITHM_NAMES, CGPO_ALGORITHMS, OFFLINE_ALGORITHMS
 from rluf.config.reward import REACTION_HEADS
 from rluf.config.reward_rules import (
     check_debias,
@@ -26,6 +26,15 @@ from rluf.config.tree import SettingsTree
 
 REINFORCE_LOSS_ALGORITHMS = ("rloo", *CGPO_ALGORITHMS, *OFFLINE_ALGORITHMS)
 """Algorithms whose own loss is reinforce (see rluf.algorithms.registry)."""
+SAMPLING_SETTINGS = (
+    "loss", "clip", "kl_penalty", "entropy_coef", "old_policy", "importance_correction", "importance_correction_cap",
+    "max_staleness", "overlong_buffer", "truncated",
+)  # fmt: skip
+"""Settings of `algorithm` that act on responses that engines have sampled."""
+MIN_ENGINE_CLIP = 0.05
+"""Narrowest clip of a ratio relative to the engine, whose rounding moves the ratio of a token by about as much."""
+MIN_MASK_CAP = 1.05
+"""Smallest cap of a ratio above which tokens are left out."""
 LARGEST_FLOOR = 10.0
 """Bound of a normalized score (MAX_NORMALIZED_SIGNAL of rluf/objectives/aggregator.py)."""
 
@@ -197,6 +206,50 @@ def check_policy_ratio(settings: SettingsTree) -> str | None:
             f"algorithm.importance_correction={algorithm.importance_correction} would be unused with "
             f"algorithm.max_staleness={algorithm.max_staleness}, where the clipped ratio of algorithm.loss={loss} is "
             "relative to the engine; set algorithm.importance_correction=token, or algorithm.old_policy=learner"
+        )
+    return None
+
+
+def check_ratio_bounds(settings: SettingsTree) -> str | None:
+    """Bounds of ratios must leave room for the engine's rounding."""
+    algorithm = settings.algorithm
+    loss, clip = algorithm.loss or "ppo", min(algorithm.clip_low, algorithm.clip_high)
+    is_clipped = loss in ("ppo", "gspo", "cispo") and algorithm.name not in REINFORCE_LOSS_ALGORITHMS
+    if is_clipped and clip < MIN_ENGINE_CLIP and not algorithm.has_learner_ratio(loss):
+        return (
+            f"algorithm.clip={clip:g} is narrower than the engine's rounding, to which the ratio of algorithm.loss="
+            f"{loss} is relative with algorithm.old_policy={algorithm.old_policy} and algorithm.max_staleness="
+            f"{algorithm.max_staleness}, so most tokens would be clipped before any update; set "
+            f"algorithm.old_policy=learner, or algorithm.clip to {MIN_ENGINE_CLIP} or more"
+        )
+    correction, cap = algorithm.importance_correction, algorithm.importance_correction_cap
+    if correction in ("mask", "sequence_mask") and cap < MIN_MASK_CAP:
+        return (
+            f"algorithm.importance_correction_cap={cap:g} with algorithm.importance_correction={correction} leaves out "
+            f"nearly every token, as engine and learner differ by rounding; set it to {MIN_MASK_CAP} or more"
+        )
+    return None
+
+
+def check_unused_settings(settings: SettingsTree) -> str | None:
+    """Settings that the algorithm does not read have their defaults."""
+    algorithm = settings.algorithm
+    reasons = {}
+    if algorithm.name in OFFLINE_ALGORITHMS:
+        reasons = dict.fromkeys(SAMPLING_SETTINGS, f"algorithm.name={algorithm.name} trains on responses of the log")
+    if algorithm.name in ALGORITHM_NAMES and algorithm.name != "dapo":
+        reasons["min_reward_spread"] = f"algorithm.name={algorithm.name} drops no group"
+    if algorithm.kl_target is None:
+        reasons["kl_horizon"] = "algorithm.kl_target=null leaves algorithm.kl_coef as it is"
+    for name, reason in reasons.items():
+        value, default = getattr(algorithm, name), type(algorithm).model_fields[name].default
+        if value != default:
+            default_text = "null" if default is None else default
+            return f"algorithm.{name}={value} would be unused, as {reason}; set algorithm.{name}={default_text}"
+    if algorithm.loss == "gspo" and algorithm.name in ("crraft", "codpo"):
+        return (
+            f"algorithm.loss=gspo divides the loss of a response by its length, but algorithm.name={algorithm.name} is "
+            "a loss of whole responses; set algorithm.loss=null, or algorithm.name=crpg"
         )
     return None
 
@@ -423,6 +476,8 @@ SETTINGS_RULES: tuple[Callable[[SettingsTree], str | None], ...] = (
     check_kl_reader,
     check_critic,
     check_policy_ratio,
+    check_ratio_bounds,
+    check_unused_settings,
     check_weight_copies,
     check_reward_losses,
     check_trained_parts,

@@ -385,17 +385,12 @@ class RewardAggregator:
                 sum_weighted_signals(group.signals, group_weights, normalizer)
                 for group, group_weights in zip(groups, weights, strict=True)
             ]
-        if any(group.overlong_penalties for group in groups):
-            rewards = _subtract_penalties(rewards, groups)
-            # The signals as well: gdpo computes advantages from them and not from the rewards.
-            normalized_signals = {name: _subtract_penalties(rows, groups) for name, rows in normalized_signals.items()}
-        if any(not all(group.finished) for group in groups):
-            rewards = [lower_truncated(row, group.finished) for row, group in zip(rewards, groups, strict=True)]
-            # The signals as well: gdpo computes advantages from them and not from the rewards.
-            normalized_signals = {
-                name: [lower_truncated(row, group.finished) for row, group in zip(rows, groups, strict=True)]
-                for name, rows in normalized_signals.items()
-            }
+        rewards = [_subtract_penalties(row, group) for row, group in zip(rewards, groups, strict=True)]
+        # The signals as well: gdpo computes advantages from them and not from the rewards.
+        normalized_signals = {
+            name: [_subtract_penalties(row, group) for row, group in zip(rows, groups, strict=True)]
+            for name, rows in normalized_signals.items()
+        }
         if apply_gate:
             # Calibrated rewards lie in (0, 1), so 0 is below all of them.
             rewards = _apply_gate_to_groups(rewards, groups, 0.0 if is_calibrated else min(map(min, rewards)))
@@ -406,6 +401,17 @@ class RewardAggregator:
         if any(group.gate_verdicts for group in groups):
             metrics["gate_pass_rate"] = fmean(float(verdict) for group in groups for verdict in group.gate_verdicts)
         return StepRewards(rewards, normalized_signals, weights, metrics)
+
+    def measure_spread(self, group: GroupScores) -> float:
+        """Standard deviation of the rewards of a group, where 1 is that of independent objectives on the base policy.
+
+        0 for equal rewards, also where objectives cancel: dividing by a deviation of rounding errors, advantages would
+        be noise.
+        """
+        weights, names = self._get_active_weights(group.topic), group.signals.keys()
+        normalizer = self.normalizer or RewardNormalizer(dict.fromkeys(names, 0.0), dict.fromkeys(names, 1.0))
+        rewards = _subtract_penalties(sum_weighted_signals(group.signals, weights, normalizer), group)
+        return pstdev(rewards) / (math.hypot(*weights.values()) or 1.0) if min(rewards) < max(rewards) else 0.0
 
     def _get_active_weights(self, topic: str) -> dict[str, float]:
         """Weight of each objective on prompts of the topic; 0 for suspended objectives."""
@@ -488,11 +494,10 @@ def apply_judge_gate(values: Sequence[float], verdicts: Sequence[bool], failed_v
     return [value if passed else failed_value for value, passed in zip(values, verdicts, strict=True)]
 
 
-def _subtract_penalties(values: Sequence[Sequence[float]], groups: Sequence[GroupScores]) -> list[list[float]]:
-    return [
-        [value - penalty for value, penalty in zip(row, group.overlong_penalties or [0.0] * len(row), strict=True)]
-        for row, group in zip(values, groups, strict=True)
-    ]
+def _subtract_penalties(values: Sequence[float], group: GroupScores) -> list[float]:
+    """Values of a group minus the overlong penalties, those of truncated responses lowered."""
+    penalties = group.overlong_penalties or [0.0] * len(values)
+    return lower_truncated([value - penalty for value, penalty in zip(values, penalties, strict=True)], group.finished)
 
 
 def compute_overlong_penalties(lengths: Sequence[int], max_tokens: int, buffer_tokens: int) -> list[float]:

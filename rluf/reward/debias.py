@@ -32,25 +32,24 @@ from rluf.utils.stats import Floats, sigmoid
 
 logger = logging.getLogger(__name__)
 
-HIGH_PROPENSITY_QUANTILE = 0.95
-"""Quantile of the propensities that counts as highest: a single outlier must not make all others equal."""
-MIN_PROPENSITY_RATIO = 0.1
-"""Propensities below this share of the highest are raised to it, so that no row outweighs ten others."""
+MAX_PROPENSITY_WEIGHT = 10.0
+"""Largest weight of a reaction. A row of median propensity weighs 1, so that half of the rows are never bounded,
+however far the others are from them."""
 FIT_ITERATIONS = 40
 INITIAL_USER_SD = 0.5
 """Starting value of the users' standard deviation in log-odds, which is fitted too."""
 
 
 def compute_propensity_weights(propensity: Floats, labels: Floats, *, all_reacted: bool = False) -> Floats:
-    """Factors [N] on the row weights: 1 / theta for rows with a reaction, theta = propensity [N] / a high quantile.
+    """Factors [N] on the row weights: 1 / theta for rows with a reaction, theta = propensity [N] / its median.
 
     The unbiased loss is (Y / theta) l(1) + (1 - Y / theta) l(0) (Saito et al. 2020, arXiv 1909.03601). Its second
     factor can be negative, which leaves the loss without a lower bound; (1 - Y) in its place differs by less than the
     reaction rate, which is small. With `all_reacted` every row is a reaction (up or down) and weighs 1 / theta.
     """
-    highest = max(float(np.quantile(propensity, HIGH_PROPENSITY_QUANTILE, method="higher")), 1e-12)
-    theta = np.clip(propensity / highest, MIN_PROPENSITY_RATIO, 1.0)
-    return np.asarray(1 / theta if all_reacted else np.where(labels > 0.5, 1 / theta, 1.0), dtype=np.float64)
+    bounded = np.maximum(propensity, 1e-12)
+    factors = np.minimum(float(np.median(bounded)) / bounded, MAX_PROPENSITY_WEIGHT)
+    return np.asarray(factors if all_reacted else np.where(labels > 0.5, factors, 1.0), dtype=np.float64)
 
 
 MIN_VERSION_SHARE = 0.02

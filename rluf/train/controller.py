@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from rluf.algorithms.registry import find_algorithm, has_reward_variance
+from rluf.algorithms.registry import find_algorithm
 from rluf.checkpoint.format import ControllerState
 from rluf.config.derived import group_objectives_by_pool
 from rluf.objectives.aggregator import GroupScores, RewardAggregator, StepRewards
@@ -309,7 +309,7 @@ class TrainController:
         )
 
     def _accept_group(self, scored_group: ScoredGroup) -> bool:
-        """Whether a group joins the batch: not too stale, and with dynamic sampling (DAPO) scores that differ.
+        """Whether a group joins the batch: not too stale, and with dynamic sampling (DAPO) rewards that differ.
 
         After MAX_DROPPED_BATCHES batches' worth of dropped groups all are accepted, so that a step always ends.
         """
@@ -321,13 +321,8 @@ class TrainController:
             return False
         if not find_algorithm(algorithm.name).dynamic_sampling:
             return True
-        weights = self.settings.aggregation.get_topic_weights(self.settings.objectives, group_scores.topic)
-        normalizer, signals = self.reward_aggregator.normalizer, group_scores.signals
-        if normalizer is not None:
-            signals = {name: normalizer.normalize(name, values) for name, values in signals.items()}
-        return has_reward_variance(signals, weights, algorithm.min_reward_spread) or has_mixed_verdicts(
-            group_scores.gate_verdicts
-        )
+        spread = self.reward_aggregator.measure_spread(group_scores)
+        return spread > algorithm.min_reward_spread or has_mixed_verdicts(group_scores.gate_verdicts)
 
     def _build_group_scores(self, scored_group: ScoredGroup) -> GroupScores:
         return scored_group.build_group_scores(

@@ -133,7 +133,6 @@ def test_importance_weights_are_capped_and_have_no_gradient() -> None:
         ("mask", [0.0, 1.0, 0.0, 1.5]),
         ("sequence", [2.0, 2.0, 0.6, 0.6]),
         ("sequence_mask", [0.0, 0.0, 0.6, 0.6]),
-        ("off", [1.0, 1.0, 1.0, 1.0]),
     ],
 )
 def test_importance_corrections(correction: str, expected: list[float]) -> None:
@@ -275,6 +274,42 @@ def test_k3_is_bounded_in_value_and_gradient(log_ratio: float) -> None:
     assert logprobs.grad is not None and abs(logprobs.grad.item()) <= 12.0
     if abs(log_ratio) < 2:
         assert value.item() == pytest.approx(math.expm1(-log_ratio) + log_ratio, abs=1e-6)
+
+
+@pytest.mark.parametrize("loss_name", ["ppo", "gspo", "cispo", "reinforce"])
+@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
+@pytest.mark.parametrize("log_ratio", [100.0, 1000.0, -1000.0])
+@pytest.mark.parametrize("algorithm", [{"max_staleness": 1}, {"epochs": 2}, {}])
+def test_no_ratio_makes_loss_gradient_or_metrics_infinite(
+    loss_name: str, advantage: float, log_ratio: float, algorithm: dict[str, int]
+) -> None:
+    rollout_logprobs = torch.tensor([-1.0 - max(0.0, log_ratio), -1.0])
+    logprobs = torch.tensor([-1.0 + min(0.0, log_ratio), -1.0], requires_grad=True)
+    result = compute_policy_loss(
+        logprobs,
+        torch.tensor([-1.0, -1.0]),
+        make_batch([advantage, advantage], [0.5, 0.5], rollout_logprobs),
+        AlgorithmSettings.model_validate(algorithm),
+        loss_name=loss_name,
+        start_logprobs=rollout_logprobs,
+    )
+    result.loss.backward()
+    assert logprobs.grad is not None and logprobs.grad.isfinite().all() and result.loss.isfinite()
+    metrics = compute_loss_metrics(result.metric_sums, float(result.max_ratio))
+    assert all(map(math.isfinite, metrics.values())), metrics
+
+
+@pytest.mark.parametrize(
+    ("correction", "share"),
+    # ratios 1.5 and 1.5, their product 2.25: capped as a product only
+    [("token", 0.0), ("sequence", 1.0), ("mask", 0.0), ("sequence_mask", 1.0), ("geometric", 0.0),
+     ("geometric_mask", 1.0), ("off", 0.0)],
+)  # fmt: skip
+def test_the_capped_share_counts_what_the_correction_bounds_or_leaves_out(correction: str, share: float) -> None:
+    algorithm = AlgorithmSettings.model_validate({"importance_correction": correction})
+    batch = make_batch([1.0, 1.0], [0.5, 0.5], to_logprobs(0.2, 0.2))
+    result = compute_policy_loss(to_logprobs(0.3, 0.3), None, batch, algorithm)
+    assert compute_loss_metrics(result.metric_sums, 1.0)["ratio_capped_fraction"] == share
 
 
 def test_geometric_corrections_do_not_degenerate_with_the_length_of_a_response() -> None:

@@ -19,7 +19,6 @@ from rluf.algorithms.registry import (
     build_learner_inputs,
     compute_token_weights,
     find_algorithm,
-    has_reward_variance,
     mask_truncated,
     requires_reference,
     requires_reference_kl,
@@ -115,19 +114,6 @@ def test_gspo_uses_sequence_mean_with_every_algorithm() -> None:
         make_settings("dapo", loss="gspo"), inputs, max_response_tokens=10, kl_coef=0.0
     )
     assert (learner_inputs.policy_loss, learner_inputs.loss_weights) == ("gspo", [[1 / 6, 1 / 10]])
-
-
-def test_dapo_drops_groups_without_variance_in_a_weighted_objective() -> None:
-    objective_rewards = {"love": [0.5, 0.5], "safety": [0.0, 1.0]}
-    assert not has_reward_variance(objective_rewards, {"love": 1.0, "safety": 0.0})
-    assert has_reward_variance(objective_rewards, {"love": 1.0, "safety": 0.1})
-
-
-@pytest.mark.parametrize(("difference", "is_dropped"), [(1e-9, True), (0.1, True), (0.3, False), (2.0, False)])
-def test_scores_that_hardly_differ_count_as_equal_for_dapo(difference: float, is_dropped: bool) -> None:
-    scores = {"love": [0.4, 0.4 + difference, 0.4, 0.4 + difference]}
-    assert has_reward_variance(scores, {"love": 1.0}, AlgorithmSettings().min_reward_spread) is not is_dropped
-    assert has_reward_variance(scores, {"love": 1.0})
 
 
 @given(LENGTHS, st.integers(1, 8))

@@ -242,3 +242,14 @@ def test_an_existing_file_wins_over_a_shipped_name(tmp_path: Path, monkeypatch: 
     monkeypatch.chdir(tmp_path)
     Path("tiny").write_text("seed: 7\n")
     assert load_settings(Path("tiny")).settings.seed == 7
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["rollout.temperature=true", "algorithm.steps=true", "algorithm.clip=[true, 0.3]", "algorithm.kl_target=true",
+     "algorithm.topic_weights={risky: true}", "objectives.love.weight=true", "learner.workers=false"],
+)  # fmt: skip
+def test_truth_values_are_no_numbers(override: str) -> None:
+    key = override.partition("=")[0]
+    with pytest.raises(SettingsError, match=rf"{key}.*expected a number"):
+        load_settings(None, [override])

@@ -145,6 +145,46 @@ COLOCATED = ["cluster.gpus_per_engine=0.5", "cluster.gpus_per_learner=0.5", "wei
             ["learner.critic_learning_rate=1e-05", "algorithm.name=grpo", "algorithm.name=ppo"],
         ),
         (
+            ["algorithm={loss: gspo, old_policy: engine, clip: [0.0003, 0.0004]}"],
+            ["algorithm.clip=0.0003", "algorithm.loss=gspo", "algorithm.old_policy=learner"],
+        ),
+        (["algorithm={max_staleness: 2, clip: [0.2, 0.01]}"], ["algorithm.clip=0.01", "algorithm.max_staleness=2"]),
+        (
+            ["algorithm={loss: cispo, max_staleness: 1, clip: 0.001}"],
+            ["algorithm.clip=0.001", "algorithm.loss=cispo", "0.05 or more"],
+        ),
+        (
+            ["algorithm={importance_correction: mask, importance_correction_cap: 1}"],
+            ["algorithm.importance_correction_cap=1", "mask", "1.05 or more"],
+        ),
+        (
+            ["algorithm={importance_correction: sequence_mask, importance_correction_cap: 1.01}"],
+            ["algorithm.importance_correction_cap=1.01", "sequence_mask"],
+        ),
+        (["algorithm={name: dpo, loss: gspo}"], ["algorithm.loss=gspo", "algorithm.name=dpo", "algorithm.loss=null"]),
+        (["algorithm={name: kto, loss: ppo, epochs: 2}"], ["algorithm.loss=ppo", "algorithm.name=kto"]),
+        (["algorithm={name: sft, entropy_coef: 0.1}"], ["algorithm.entropy_coef=0.1", "algorithm.name=sft"]),
+        (["algorithm={name: dpo, max_staleness: 2}"], ["algorithm.max_staleness=2", "algorithm.name=dpo"]),
+        (
+            ["algorithm={name: kto, importance_correction: geometric}"],
+            [
+                "algorithm.importance_correction=geometric",
+                "algorithm.name=kto",
+                "algorithm.importance_correction=token",
+            ],
+        ),
+        (
+            ["algorithm={name: codpo, loss: gspo}", "aggregation.method=calibrated"],
+            ["algorithm.loss=gspo", "algorithm.name=codpo", "algorithm.loss=null"],
+        ),
+        (["algorithm.min_reward_spread=0.5"], ["algorithm.min_reward_spread=0.5", "algorithm.name=grpo"]),
+        (["algorithm.kl_horizon=100"], ["algorithm.kl_horizon=100", "algorithm.kl_target=null"]),
+        (["reward.safety.loss=nnpu"], ["reward.safety.loss=nnpu", "raters", "reward.safety.loss=bce"]),
+        (
+            ["reward.love.loss=nnpu", "reward.shared_backbone_heads=[love, thumbs]"],
+            ["reward.love.loss=nnpu", "thumbs", "reward.love.loss=bce"],
+        ),
+        (
             ["algorithm.importance_correction=mask", "algorithm.max_staleness=1"],
             ["algorithm.importance_correction=mask", "algorithm.max_staleness=1", "algorithm.loss=ppo"],
         ),

@@ -10,7 +10,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from rluf.reward.debias import (
-    MIN_PROPENSITY_RATIO,
+    MAX_PROPENSITY_WEIGHT,
     compute_propensity_weights,
     count_context,
     encode_context,
@@ -25,9 +25,9 @@ from rluf.reward.text import EncodedItem
 def test_reactions_of_low_propensity_weigh_more_up_to_ten_times() -> None:
     propensity, labels = np.asarray([0.4, 0.1, 0.2, 0.001]), np.asarray([1.0, 1, 0, 1])
     weights = compute_propensity_weights(propensity, labels)
-    assert weights.tolist() == [1.0, 4.0, 1.0, 1 / MIN_PROPENSITY_RATIO]
+    assert weights.tolist() == pytest.approx([0.15 / 0.4, 1.5, 1.0, MAX_PROPENSITY_WEIGHT])
     thumb_weights = compute_propensity_weights(np.asarray([0.4, 0.1]), np.asarray([1.0, 0]), all_reacted=True)
-    assert thumb_weights.tolist() == [1.0, 4.0]
+    assert thumb_weights[1] / thumb_weights[0] == pytest.approx(4.0)
 
 
 def test_the_context_of_a_row_is_its_turn_its_users_activity_and_its_model_version() -> None:
@@ -186,8 +186,27 @@ def test_pairs_on_length_only_equal_bradley_terry() -> None:
     assert nuisance.length_slope == pytest.approx(float(reference.coef_[0, 0]), abs=1e-3)
 
 
-@pytest.mark.parametrize("outlier", [0.03, 0.5, 1.0])
-def test_one_extreme_propensity_does_not_make_all_others_equal(outlier: float) -> None:
-    propensity = np.asarray([0.01] * 500 + [0.03] * 500 + [outlier])
-    weights = compute_propensity_weights(propensity, np.ones(1001), all_reacted=True)
-    assert weights[0] / weights[500] == pytest.approx(3.0) and weights[-1] == pytest.approx(1.0)
+@pytest.mark.parametrize(
+    ("low", "high", "others", "ratio"),
+    [
+        (500, 500, [0.5] * 100, 3.0),  # a tenth of the rows, above the high quantile
+        (500, 500, [0.9] * 400, 3.0),
+        (4, 4, [0.5], 3.0),  # a quantile of nine rows is their maximum
+        (500, 500, [1e-9] * 50, 3.0),
+        (500, 500, [0.0, 1.0], 3.0),
+        (500, 500, [], 3.0),
+        (500, 500, [0.5], 3.0),
+        (500, 500, [1.0], 3.0),
+    ],
+)
+def test_propensities_of_most_rows_keep_their_ratio(low: int, high: int, others: list[float], ratio: float) -> None:
+    propensity = np.asarray([0.01] * low + [0.03] * high + others)
+    weights = compute_propensity_weights(propensity, np.ones(len(propensity)), all_reacted=True)
+    assert weights[0] / weights[low] == pytest.approx(ratio)
+    assert weights.max() <= MAX_PROPENSITY_WEIGHT
+
+
+@pytest.mark.parametrize("propensity", [[0.0, 0.0, 0.0], [0.2, 0.2, 0.2], [1.0]])
+def test_equal_propensities_give_equal_weights(propensity: list[float]) -> None:
+    weights = compute_propensity_weights(np.asarray(propensity), np.ones(len(propensity)))
+    assert np.isfinite(weights).all() and len(set(weights.tolist())) == 1

@@ -21,7 +21,7 @@ from rluf.train.work_buffer import CountingIterator, ScoredGroup, WorkBuffer, it
 from rluf.types import Group, GroupInfo, Prompt, Score
 
 INFO = GroupInfo("p", "", 0, 5, (3, 3), (True, True))
-EQUAL_SCORES, DIFFERENT_SCORES = (0.5, 0.5), (0.5, 0.6)
+EQUAL_SCORES, DIFFERENT_SCORES = (0.5, 0.5), (0.5, 0.7)
 PROMPTS = [Prompt(name, (), (1,), "", "train") for name in "abcde"]
 
 
@@ -55,6 +55,36 @@ def test_grpo_accepts_every_group() -> None:
 )
 def test_dapo_drops_groups_without_spread(scored_group: ScoredGroup, is_accepted: bool) -> None:
     assert make_controller("algorithm.name=dapo")._accept_group(scored_group) is is_accepted
+
+
+@pytest.mark.parametrize(
+    ("objectives", "info", "is_accepted"),
+    [
+        ({"love": (0.5, 0.5 + 1e-9)}, {}, False),
+        ({"love": (0.5, 0.51)}, {}, False),  # 0.04 logits
+        ({"love": (0.5, 0.6)}, {}, True),
+        ({"love": (0.4, 0.6), "helpfulness": (0.6, 0.4)}, {}, False),  # they cancel: advantages would be rounding
+        ({"love": (0.4, 0.6), "helpfulness": (0.6, 0.39)}, {}, False),
+        ({"love": (0.4, 0.6), "helpfulness": (0.4, 0.6)}, {}, True),
+        ({"safety": (0.4, 0.6)}, {}, False),  # its weight is a hundredth of the others
+        ({}, {"finished": (True, False)}, True),  # the truncated one gets less
+        ({"love": (0.5, 0.6)}, {"finished": (True, True)}, True),
+    ],
+)
+def test_dapo_judges_the_spread_of_the_whole_reward(
+    objectives: dict[str, tuple[float, float]], info: dict[str, Any], is_accepted: bool
+) -> None:
+    weights = "objectives={love: {weight: 1}, helpfulness: {weight: 1}, safety: {weight: 0.01}}"
+    group = make_scored_group(EQUAL_SCORES, **info)
+    scores = {name: tuple(Score(name, value, 0.0) for value in row) for name, row in objectives.items()}
+    controller = make_controller("algorithm.name=dapo", weights)
+    assert controller._accept_group(replace(group, scores={**group.scores, **scores})) is is_accepted
+
+
+def test_a_suspended_objective_gives_no_spread() -> None:
+    controller = make_controller("algorithm.name=dapo")
+    controller.reward_aggregator.suspended_objectives = frozenset({"love"})
+    assert not controller._accept_group(make_scored_group(DIFFERENT_SCORES))
 
 
 def test_a_group_older_than_max_staleness_is_dropped() -> None:
