@@ -58,13 +58,14 @@ logger = logging.getLogger("rluf.serve")
 
 StoreOutcome = Literal["stored", "late", "duplicate", "unknown", "conflict", "settled", "mismatch", "unreadable"]
 """stored: on disk now; late: on disk now, as a change of a settled row; duplicate: on disk already; unknown: no such
-response; conflict: an open row with this id has another response or user; settled: too late for another choice;
-mismatch: no choice, since the two responses answer different messages or are equal; unreadable: the file with a
+response; conflict: the row with this id is of another response, user or conversation; settled: too late for another
+choice; mismatch: no choice, since the two responses answer different messages or are equal; unreadable: the file with a
 response of the choice cannot be read."""
 
 WRITER_VARIABLE = "RLUF_FEEDBACK_WRITER"
 """Environment variable that names the writer of a cluster, where several clusters serve into one store."""
 DATABASE_FILE = "open_rows.sqlite3"
+_CONTENT_FIELDS = ("user_id", "conversation_id", "messages", "response")
 MAX_ROWS_PER_FILE = 20_000
 """Maximum number of settled rows per Parquet file, before the files of a day are merged."""
 MERGE_AGE = timedelta(days=2)
@@ -73,11 +74,12 @@ REPLACES_KEY = b"rluf.replaces"
 """Metadata key of a merged file: JSON list of the names of the files whose rows it has."""
 LOCK_TIMEOUT_S = 60.0
 """Seconds to wait until an earlier writer of the store has ended: a restarted replica overlaps with the old one."""
-# A settled row keeps its id and its present reaction; its record is then in a Parquet file only. `files` are those that
-# the database knows, by their path under the root.
+# A settled row keeps its id, its present reaction and the hash of its content (_hash_content; null for rows of earlier
+# releases); its record is then in a Parquet file only. `files` are those that the database knows, by their path under
+# the root.
 _CREATE_TABLES = """
 CREATE TABLE IF NOT EXISTS rows (id TEXT PRIMARY KEY, reaction TEXT, received_at REAL, conversation_id TEXT,
-                                 turn INTEGER, continued INTEGER NOT NULL DEFAULT 0, record TEXT);
+                                 turn INTEGER, continued INTEGER NOT NULL DEFAULT 0, record TEXT, content TEXT);
 CREATE INDEX IF NOT EXISTS open_by_time ON rows (received_at) WHERE record IS NOT NULL;
 CREATE INDEX IF NOT EXISTS open_by_conversation ON rows (conversation_id) WHERE record IS NOT NULL;
 CREATE TABLE IF NOT EXISTS late_reactions (id TEXT PRIMARY KEY, received_at REAL NOT NULL, record TEXT NOT NULL);
@@ -373,10 +375,14 @@ class FeedbackStore(ParquetFolder):
         connection.executescript(
             "PRAGMA locking_mode = EXCLUSIVE; PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;" + _CREATE_TABLES
         )
+        if "content" not in {column[1] for column in connection.execute("PRAGMA table_info(rows)")}:
+            connection.execute("ALTER TABLE rows ADD COLUMN content TEXT")
         return connection
 
     def _apply_event(self, connection: sqlite3.Connection, event: FeedbackEvent, received_at: float) -> StoreOutcome:
-        stored = connection.execute("SELECT reaction, record FROM rows WHERE id = ?", (event.id,)).fetchone()
+        content = None if event.record is None else _hash_content(event.record.model_dump())
+        query = "SELECT reaction, record IS NOT NULL, coalesce(content, ?) FROM rows WHERE id = ?"
+        stored = connection.execute(query, (content, event.id)).fetchone()
         if stored is None:
             record = event.record
             if record is None and self._has_other_writers and event.replaced_reactions:
@@ -393,20 +399,20 @@ class FeedbackStore(ParquetFolder):
                 (record.conversation_id, record.turn, record.user_id),
             )
             connection.execute(
-                "INSERT INTO rows (id, reaction, received_at, conversation_id, turn, record) VALUES (?, ?, ?, ?, ?, ?)",
-                (event.id, event.reaction, received_at, record.conversation_id, record.turn, record.model_dump_json()),
-            )
+                "INSERT INTO rows (id, reaction, received_at, conversation_id, turn, record, content) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                (event.id, event.reaction, received_at, record.conversation_id, record.turn, record.model_dump_json(),
+                 content),
+            )  # fmt: skip
             return "stored"
-        reaction, record_json = stored
-        if event.record is not None and record_json is not None:
-            stored_record = json.loads(record_json)
-            if any(stored_record[name] != getattr(event.record, name) for name in ("user_id", "response")):
-                return "conflict"
+        reaction, is_open, stored_content = stored
+        if event.record is not None and content != stored_content:
+            return "conflict"
         # A report of the response that arrives again, perhaps after a reaction, withdraws nothing.
         if reaction == event.reaction or (event.record is not None and event.reaction is None):
             return "duplicate"
         connection.execute("UPDATE rows SET reaction = ? WHERE id = ?", (event.reaction, event.id))
-        if record_json is not None:
+        if is_open:
             return "stored"
         _add_late_reactions(connection, event, [reaction] if reaction is not None else [], received_at)
         return "late"
@@ -536,11 +542,11 @@ class FeedbackStore(ParquetFolder):
                     [(row_id,) for row_id in ids],
                 )
             else:
-                table = self._read_table(path, columns=["id", "reaction"])
+                table = self._read_table(path, columns=["id", "reaction", *_CONTENT_FIELDS])
                 connection.executemany(
-                    "INSERT INTO rows (id, reaction) VALUES (?, ?) ON CONFLICT (id) DO UPDATE SET record = NULL, "
-                    "reaction = CASE WHEN record IS NULL THEN reaction ELSE excluded.reaction END",
-                    zip(table["id"].to_pylist(), table["reaction"].to_pylist(), strict=True),
+                    "INSERT INTO rows (id, reaction, content) VALUES (?, ?, ?) ON CONFLICT (id) DO UPDATE SET "
+                    "record = NULL, reaction = CASE WHEN record IS NULL THEN reaction ELSE excluded.reaction END",
+                    ((row["id"], row["reaction"], _hash_content(row)) for row in table.to_pylist()),
                 )
         # By time, since a late file of a merged day sorts before the merged one.
         late_events.sort(key=lambda event: event["time"])
@@ -564,6 +570,11 @@ def _add_late_reactions(
                 "INSERT INTO late_reactions (id, received_at, record) VALUES (?, ?, ?)",
                 (late_reaction.id, received_at, late_reaction.model_dump_json()),
             )
+
+
+def _hash_content(row: Mapping[str, Any]) -> str:
+    """Hash of what makes a row another response: two reports of one response agree in it."""
+    return hash_parts(row["user_id"], row["conversation_id"], _hash_messages(row["messages"]), row["response"])
 
 
 def _hash_messages(messages: Iterable[Mapping[str, str]]) -> str:

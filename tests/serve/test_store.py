@@ -355,25 +355,47 @@ def test_a_store_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert open_store(tmp_path, FakeClock()).append_events([make_served_event("a")]) == ["duplicate"]
 
 
-@pytest.mark.parametrize(
-    ("changes", "outcome"),
-    [
-        ({}, "duplicate"), ({"reaction": "love"}, "duplicate"), ({"turn": 3, "topic": "news"}, "duplicate"),
-        ({"response": "Another one."}, "conflict"), ({"user_id": "eve"}, "conflict"),
-    ],
-)  # fmt: skip
-def test_another_response_under_a_stored_id_is_a_conflict(
-    tmp_path: Path, changes: dict[str, object], outcome: str
-) -> None:
-    store = FeedbackStore(str(tmp_path / "store"), tmp_path / "log", reaction_window_s=60)
-    store.start()
-    store.append_events([FeedbackEvent("a", "love", make_record("a"))])
-    for reaction in (None, "love"):
-        event = FeedbackEvent("a", reaction, make_record("a").model_copy(update=changes))
-        assert store.append_events([event]) == [outcome]
-    assert store.append_events([FeedbackEvent("a", "like")]) == ["stored"]
+REPEATED_CONTENT: list[tuple[dict[str, object], str]] = [
+    ({}, "duplicate"), ({"reaction": "love"}, "duplicate"), ({"turn": 3, "topic": "news"}, "duplicate"),
+    ({"response": "Another one."}, "conflict"), ({"user_id": "eve"}, "conflict"),
+    ({"messages": [ChatMessage(role="user", content="Bye")]}, "conflict"), ({"conversation_id": "d"}, "conflict"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("state", ["open", "settled", "merged", "database lost", "settled by the last release"])
+def test_another_response_under_a_stored_id_is_a_conflict(tmp_path: Path, state: str) -> None:
+    clock = FakeClock()
+    store = open_store(tmp_path, clock)
+    ids = [f"r{i}" for i in range(len(REPEATED_CONTENT))]
+    store.append_events([FeedbackEvent(row_id, "love", make_record(row_id)) for row_id in ids])
+    if state != "open":
+        store.flush_settled(all_rows=True)
+    if state == "merged":
+        store.append_events([make_served_event("other")])
+        store.flush_settled(all_rows=True)
+        clock.now += 3 * 86_400
+        assert store.merge_days() == 2
+    elif state == "database lost":
+        store.close()
+        (tmp_path / ".log" / DATABASE_FILE).unlink()
+        store = open_store(tmp_path, clock)
+    elif state == "settled by the last release":
+        store.close()
+        with sqlite3.connect(tmp_path / ".log" / DATABASE_FILE) as connection:
+            connection.execute("ALTER TABLE rows DROP COLUMN content")
+        connection.close()
+        store = open_store(tmp_path, clock)
+    for row_id, (changes, outcome) in zip(ids, REPEATED_CONTENT, strict=True):
+        record = make_record(row_id).model_copy(update=changes)
+        expected = "duplicate" if state == "settled by the last release" else outcome  # it stored no hash
+        events = [FeedbackEvent(row_id, reaction, record) for reaction in (None, "love")]
+        assert store.append_events(events) == [expected] * 2, changes
+        if expected == "conflict":  # a reaction to the other response must not count for this one
+            assert store.append_events([FeedbackEvent(row_id, "dislike", record)]) == ["conflict"]
+    assert store.append_events([FeedbackEvent("r0", "like")]) == ["stored" if state == "open" else "late"]
     store.flush_settled(all_rows=True)
-    assert read_rows(tmp_path / "store")["a"][0] == "like"
+    reactions = {row_id: row[0] for row_id, row in read_rows(tmp_path).items()} | read_late_reactions(tmp_path)
+    assert {row_id: reactions[row_id] for row_id in ids} == dict.fromkeys(ids, "love") | {"r0": "like"}
 
 
 @pytest.mark.parametrize(("user", "is_continued"), [("same", True), ("eve", None)])
