@@ -56,6 +56,8 @@ class ChatFormat:
     ends: tuple[str, ...]
     is_stripped: bool = False
     """Whether white space around a turn's text belongs to the template."""
+    optional_start: str = ""
+    """Pattern of what an assistant's header may end with."""
 
     @cached_property
     def header_pattern(self) -> re.Pattern[str]:
@@ -68,7 +70,8 @@ class ChatFormat:
             marker = header.rstrip("\n")
             words = [re.escape(word) for word in re.split(r"(?<=>)\b|\b(?=<)", marker)]
             line_breaks = f"(?:[ \\t]*\\r?\\n){{0,{len(header) - len(marker)}}}"
-            patterns.append(f"(?P<{role}>{' *'.join(words)}{line_breaks})")
+            optional_start = self.optional_start if role == "assistant" else ""
+            patterns.append(f"(?P<{role}>{' *'.join(words)}{line_breaks}{optional_start})")
         return re.compile("|".join(patterns))
 
 
@@ -99,7 +102,24 @@ CHAT_FORMATS: dict[str, ChatFormat] = {
             role: f"<|START_OF_TURN_TOKEN|><|{name}_TOKEN|>"
             for role, name in (("system", "SYSTEM"), ("user", "USER"), ("assistant", "CHATBOT"))
         },
-        ("<|END_OF_TURN_TOKEN|>",),
+        ("<|END_RESPONSE|>", "<|END_OF_TURN_TOKEN|>"),
+        optional_start=r"(?:<\|START_THINKING\|>\s*<\|END_THINKING\|>)?(?:<\|START_RESPONSE\|>)?",
+    ),
+    "gpt-oss": ChatFormat(
+        {
+            **{role: f"<|start|>{role}<|message|>" for role in ("system", "developer", "user")},
+            "assistant": "<|start|>assistant<|channel|>final<|message|>",
+            "reasoning": "<|start|>assistant<|channel|>analysis<|message|>",
+        },
+        ("<|end|>", "<|return|>"),
+    ),
+    "kimi": ChatFormat(
+        {role: f"<|im_{role}|>{role}<|im_middle|>" for role in ("system", "user", "assistant")}, ("<|im_end|>",)
+    ),
+    "openchat": ChatFormat(
+        {role: f"GPT4 Correct {role.title()}:" for role in ("user", "assistant")},
+        ("<|end_of_turn|>",),
+        is_stripped=True,
     ),
     # The system message follows the first token without a header.
     "deepseek": ChatFormat(
@@ -111,14 +131,15 @@ CHAT_FORMATS: dict[str, ChatFormat] = {
     ),
 }
 """Chat formats by name: Qwen, SmolLM and others (chatml), Llama 3 and 4, Gemma, Mistral and Llama 2, Phi, Zephyr and
-Tulu (phi), Granite, Command R, DeepSeek."""
+Tulu (phi), Granite, Command R and A, gpt-oss, Kimi, OpenChat and Starling, DeepSeek."""
 
 
 def build_custom_format(markers: Mapping[str, str]) -> ChatFormat | None:
     """The format of serve.chat_markers: keys user, assistant, end and optionally system; None if it is empty."""
     if not markers:
         return None
-    return ChatFormat({role: marker for role, marker in markers.items() if role != "end"}, (markers["end"],))
+    headers = {role: marker for role, marker in markers.items() if role != "end"}
+    return ChatFormat(headers, (markers["end"],), is_stripped=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,12 +187,8 @@ def split_text(text: str, prompt: str = "", custom_format: ChatFormat | None = N
 
 def split_pair(query: str, response: str, custom_format: ChatFormat | None = None) -> ScoringItem:
     """Make an item of a prompt (a chat format, or one user message) and a response; see split_text."""
-    chat_format = _detect_format(query, custom_format)
-    if chat_format is not None:
-        if _find_open_answer(query, chat_format) is not None:
-            return split_text(query + response, query, custom_format)
-        response = _EMPTY_THINKING.sub("", _read_content(response, chat_format))
-        return _check_item(_parse_context(query, chat_format), response)
+    if _detect_format(query, custom_format) is not None:
+        return split_text(query + response, query, custom_format)
     if not query.strip():
         return split_text(response, "", custom_format)
     _check_no_written_turns(query)
@@ -197,7 +214,13 @@ def _find_turns(text: str, chat_format: ChatFormat) -> list[_Turn]:
 def _parse_context(context: str, chat_format: ChatFormat) -> list[Message]:
     """Messages of a prompt, up to its last user message. Raises ApiError 422 when there is none."""
     turns = _find_turns(context, chat_format)
-    messages = [Message(role=turn.role, content=_read_turn(context, turn, chat_format)) for turn in turns]
+    contents = [(turn.role, _read_turn(context, turn, chat_format)) for turn in turns]
+    # gpt-oss: the developer's message is a system message; reasoning is not part of a message.
+    messages = [
+        Message(role="system" if role == "developer" else role, content=content)
+        for role, content in contents
+        if role != "reasoning"
+    ]
     if messages and messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip():
         messages.pop()  # the header that starts the response
     messages = [message for message in messages if message["role"] != "system" or message["content"]]
@@ -207,6 +230,9 @@ def _parse_context(context: str, chat_format: ChatFormat) -> list[Message]:
     if not messages:
         fragment = _remove_partial_header(_strip_markers(fragment), chat_format)
         messages = [Message(role="user", content=_read_content(fragment, chat_format))]
+    elif "system" not in chat_format.headers and "<s>" in fragment and (system_text := _strip_markers(fragment)):
+        # After the first token of a text, which no cut precedes, it is a system message without a header.
+        messages.insert(0, Message(role="system", content=system_text))
     messages = [turn for message in messages for turn in _split_llama2_system(message)]
     if messages[-1]["role"] != "user" or not messages[-1]["content"].strip():
         raise _build_error("no user message precedes the response")

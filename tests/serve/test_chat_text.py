@@ -49,6 +49,18 @@ TEMPLATES = {
     "command r": ("<BOS_TOKEN><|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|>Be kind.<|END_OF_TURN_TOKEN|>"
                   "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{}<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>",
                   "<|END_OF_TURN_TOKEN|>", "<PAD>"),
+    "command a": ("<BOS_TOKEN><|START_OF_TURN_TOKEN|><|SYSTEM_TOKEN|># System Preamble\nBe kind.<|END_OF_TURN_TOKEN|>"
+                  "<|START_OF_TURN_TOKEN|><|USER_TOKEN|>{}<|END_OF_TURN_TOKEN|><|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>"
+                  "<|START_RESPONSE|>", "<|END_RESPONSE|><|END_OF_TURN_TOKEN|>", "<PAD>"),
+    "gpt-oss": ("<|start|>system<|message|>You are ChatGPT.\nReasoning: low<|end|><|start|>developer<|message|>"
+                "# Instructions\n\nBe kind.\n\n<|end|><|start|>user<|message|>{}<|end|><|start|>assistant"
+                "<|channel|>final<|message|>", "<|return|>", "<|endoftext|>"),
+    "kimi": ("<|im_system|>system<|im_middle|>You are Kimi.<|im_end|><|im_user|>user<|im_middle|>{}<|im_end|>"
+             "<|im_assistant|>assistant<|im_middle|>", "<|im_end|>", "[PAD]"),
+    "openchat": ("<s>GPT4 Correct User: {}<|end_of_turn|>GPT4 Correct Assistant:", "<|end_of_turn|>",
+                 "<|end_of_turn|>"),
+    "openchat system": ("<s>Be kind.<|end_of_turn|>GPT4 Correct User: {}<|end_of_turn|>GPT4 Correct Assistant: ",
+                        "<|end_of_turn|>", "<|end_of_turn|>"),
     "deepseek": ("<\uff5cbegin\u2581of\u2581sentence\uff5c>Be kind.<\uff5cUser\uff5c>{}<\uff5cAssistant\uff5c>",
                  "<\uff5cend\u2581of\u2581sentence\uff5c>", "<\uff5c\u2581pad\u2581\uff5c>"),
     "spaces between tokens": ("<|im_start|> user\n{}<|im_end|> \n<|im_start|> assistant\n", "<|im_end|>", "<|im_end|>"),
@@ -111,13 +123,15 @@ def test_every_cut_is_split_right_or_refused(name: str, response_length: int) ->
             assert error.status == 422
             assert cut > prompt.index(USER)
             continue
-        assert get_last_message(item) == ("user", USER, response.strip() if "[INST]" in prompt else response)
+        is_stripped = any(marker in prompt for marker in ("[INST]", "GPT4", "### Human"))
+        assert get_last_message(item) == ("user", USER, response.strip() if is_stripped else response)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_a_long_conversation_has_all_its_turns(name: str) -> None:
     prompt, end, _ = render(name)
-    text = prompt + "First answer." + end + TEMPLATES[name][0].format("And then?") + RESPONSE + end
+    second_prompt = TEMPLATES["openchat" if name == "openchat system" else name][0].format("And then?")
+    text = prompt + "First answer." + end + second_prompt + RESPONSE + end
     item = split_text(text, "", CUSTOM)
     assert [m["content"] for m in item.messages if m["role"] == "assistant"] == ["First answer."]
     assert get_last_message(item) == ("user", "And then?", RESPONSE)
@@ -183,6 +197,64 @@ def test_a_response_continues_the_first_words_that_its_prompt_gives(name: str) -
     assert get_last_message(split_pair(prompt + RESPONSE[:9], RESPONSE[9:] + end)) == expected
 
 
+SYSTEM_TEXTS = {
+    "chatml": ["You are an assistant."], "mistral v7": ["Be kind."], "llama2": ["Be kind."], "deepseek": ["Be kind."],
+    "gpt-oss": ["You are ChatGPT.\nReasoning: low", "# Instructions\n\nBe kind.\n\n"], "kimi": ["You are Kimi."],
+    "command a": ["# System Preamble\nBe kind."], "openchat": [], "openchat system": ["Be kind."],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SYSTEM_TEXTS)
+def test_the_system_messages_are_those_of_the_template(name: str) -> None:
+    prompt, end, pad = render(name)
+    for text in (prompt + RESPONSE + end, pad * 3 + prompt + RESPONSE):
+        messages = split_text(text).messages
+        assert [message["content"] for message in messages if message["role"] == "system"] == SYSTEM_TEXTS[name]
+
+
+SAMPLED = {
+    "gpt-oss": (
+        "<|channel|>final<|message|>",
+        ["", "<|channel|>analysis<|message|>A greeting.<|end|><|start|>assistant"],
+    ),
+    "command a": ("<|START_RESPONSE|>", ["", "<|START_THINKING|><|END_THINKING|>"]),
+}
+"""End of the prompt above that the model itself may generate, and what it may generate before that."""
+
+
+@pytest.mark.parametrize("name", SAMPLED)
+def test_a_response_may_start_with_the_rest_of_its_header(name: str) -> None:
+    full_prompt, end, _ = render(name)
+    sampled_header, reasonings = SAMPLED[name]
+    prompt = full_prompt.removesuffix(sampled_header)
+    for reasoning in reasonings:
+        sampled = reasoning + sampled_header + RESPONSE + end
+        items = [split_text(prompt + sampled), split_text(prompt + sampled, prompt), split_pair(prompt, sampled)]
+        assert [get_last_message(item) for item in items] == [("user", USER, RESPONSE)] * 3
+        assert all(item.messages == split_text(full_prompt + RESPONSE).messages for item in items)
+        follow_up = prompt + sampled + full_prompt + RESPONSE
+        answers = [m["content"] for m in split_text(follow_up).messages if m["role"] == "assistant"]
+        assert answers == [RESPONSE]
+
+
+@pytest.mark.parametrize(
+    "sampled",
+    [
+        "<|channel|>analysis<|message|>A greeting. I", "<|channel|>analysis<|message|>A greeting.<|end|>",
+        "<|channel|>commentary to=functions.x<|message|>{}<|call|>", "analysisA greeting.assistantfinalHi",
+        "<|channel|>final<|message|>Hi<|return|>more", " to=functions.x<|channel|>commentary json<|message|>{}<|call|>",
+    ],
+)  # fmt: skip
+def test_reasoning_without_a_response_and_tool_calls_are_refused(sampled: str) -> None:
+    prompt = render("gpt-oss")[0].removesuffix("<|channel|>final<|message|>")
+    earlier = prompt + "<|channel|>final<|message|>One.<|end|>" + prompt
+    for context in (prompt, earlier):
+        for split, arguments in ((split_text, (context + sampled,)), (split_text, (context + sampled, context)),
+                                 (split_pair, (context, sampled))):  # fmt: skip
+            with pytest.raises(ApiError, match="cannot be split"):
+                split(*arguments)
+
+
 WRITTEN = {
     "vicuna": "A chat between a curious user and an assistant. USER: {} ASSISTANT: ",
     "vicuna alone": "USER: {} ASSISTANT: ", "hh": "\n\nHuman: {}\n\nAssistant: ",
@@ -195,9 +267,7 @@ WRITTEN = {
     "exaone": "[|user|]{}\n[|assistant|]", "baichuan": "<reserved_106>{}<reserved_107>",
     "nemotron": "<extra_id_1>User\n{}\n<extra_id_1>Assistant\n",
     "seed": "<seed:bos>user\n{}<seed:eos><seed:bos>assistant\n",
-    "openchat": "<s>GPT4 Correct User: {}<|end_of_turn|>GPT4 Correct Assistant: ",
-    "kimi": "<|im_user|>user<|im_middle|>{}<|im_end|><|im_assistant|>assistant<|im_middle|>",
-    "gpt-oss": "<|start|>user<|message|>{}<|end|><|start|>assistant<|channel|>final<|message|>",
+    "openchat coding": "<s>Code User: {}<|end_of_turn|>Code Assistant: ",
     "internlm": "<|User|>:{}<eoh>\n<|Bot|>:", "hunyuan": "<|hy_User|>{}<|hy_Assistant|>",
 }  # fmt: skip
 """Chat formats without support; many mark turns by words alone."""
@@ -214,6 +284,36 @@ def test_a_format_without_support_is_refused(name: str) -> None:
             split_text(text, given_prompt)
     with pytest.raises(ApiError, match="cannot be split"):
         split_pair(prompt, RESPONSE)
+
+
+CONFIGURED = {
+    "vicuna": ("USER:", "ASSISTANT:", "</s>"), "vicuna alone": ("USER:", "ASSISTANT:", "</s>"),
+    "hh": ("\n\nHuman:", "\n\nAssistant:", "<|endoftext|>"), "deepseek v2": ("User:", "Assistant:", "<|eos|>"),
+    "alpaca": ("### Instruction:", "### Response:", "</s>"), "guanaco": ("### Human:", "### Assistant:", "</s>"),
+    "solar": ("### User:", "### Assistant:", "</s>"), "redpajama": ("<human>:", "<bot>:", "<|endoftext|>"),
+    "exaone": ("[|user|]", "[|assistant|]", "[|endofturn|]"), "baichuan": ("<reserved_106>", "<reserved_107>", "</s>"),
+    "nemotron": ("<extra_id_1>User", "<extra_id_1>Assistant", "<extra_id_1>"),
+    "seed": ("<seed:bos>user", "<seed:bos>assistant", "<seed:eos>"),
+    "openchat coding": ("Code User:", "Code Assistant:", "<|end_of_turn|>"),
+    "internlm": ("<|User|>:", "<|Bot|>:", "<eoh>"), "hunyuan": ("<|hy_User|>", "<|hy_Assistant|>", "<|hy_eos|>"),
+}  # fmt: skip
+"""serve.chat_markers of the formats above: user, assistant, end."""
+
+
+@pytest.mark.parametrize("name", CONFIGURED)
+def test_a_format_without_support_can_be_configured(name: str) -> None:
+    markers = dict(zip(("user", "assistant", "end"), CONFIGURED[name], strict=True))
+    chat_format = build_custom_format(Settings.model_validate({"serve": {"chat_markers": markers}}).serve.chat_markers)
+    prompt, end = WRITTEN[name].format(USER), markers["end"]
+    items = [
+        split_text(prompt + RESPONSE + end, "", chat_format), split_text(prompt + RESPONSE, prompt, chat_format),
+        split_text(prompt + RESPONSE + end, prompt.rstrip(), chat_format),
+        split_pair(prompt, RESPONSE + end, chat_format),
+    ]  # fmt: skip
+    assert [get_last_message(item) for item in items] == [("user", USER, RESPONSE)] * 4
+    if name not in ("vicuna", "alpaca"):  # their first turn has an introduction
+        messages = split_text(prompt + "One." + end + prompt + RESPONSE, "", chat_format).messages
+        assert [message["content"] for message in messages] == [USER, "One.", USER]
 
 
 def list_trl_templates() -> list[Path]:
@@ -260,7 +360,10 @@ def test_markers_in_the_settings_are_checked() -> None:
             Settings.model_validate({"serve": {"chat_markers": wrong}})
 
 
-@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "mistral v7", "tulu", "deepseek"])
+@pytest.mark.parametrize(
+    "name",
+    ["chatml", "llama3", "gemma", "mistral v7", "tulu", "deepseek", "command a", "gpt-oss", "kimi", "openchat system"],
+)
 def test_every_text_route_gives_the_score_of_the_messages(
     name: str, service_url: str, reward_models: dict[str, RewardModel]
 ) -> None:
