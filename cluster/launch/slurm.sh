@@ -14,32 +14,63 @@
 #SBATCH --output=slurm-%j.txt
 set -euo pipefail
 
-export PATH="$PWD/.venv/bin:$PATH" RLUF_RUNS="${RLUF_RUNS:-$PWD/runs}" RLUF_CACHE="${RLUF_CACHE:-$PWD/cache}"
-export HF_HOME="${HF_HOME:-$RLUF_CACHE/hf}" NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
-# Ray's token, in a file that every node can read and other users cannot. It never appears on a command line.
-export RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH="${RAY_AUTH_TOKEN_PATH:-$RLUF_RUNS/.ray-auth-token}"
+fail() { echo "slurm.sh: $*" >&2; exit 1; }
+[ -n "${SLURM_JOB_NODELIST:-}" ] || fail "expected SLURM_JOB_NODELIST: submit this script with sbatch"
+export PATH="$PWD/.venv/bin:$PATH" NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
+python -c 'from importlib.util import find_spec as f; exit(not (f("ray") and f("rluf")))' ||
+  fail "python in $PWD finds no ray and rluf: submit from the checkout, after make setup EXTRA=gpu"
+
+# Absolute, since actors run in other folders.
+RLUF_RUNS="$(realpath -m "${RLUF_RUNS:-runs}")" RLUF_CACHE="$(realpath -m "${RLUF_CACHE:-cache}")"
+HF_HOME="$(realpath -m "${HF_HOME:-$RLUF_CACHE/hf}")"
+RAY_AUTH_TOKEN_PATH="$(realpath -m "${RAY_AUTH_TOKEN_PATH:-$RLUF_RUNS/.ray-auth-token}")"
+export RLUF_RUNS RLUF_CACHE HF_HOME RAY_AUTH_TOKEN_PATH RAY_AUTH_MODE=token
 umask 077
 mkdir -p "$RLUF_RUNS" "$RLUF_CACHE"
-[ -s "$RAY_AUTH_TOKEN_PATH" ] || python -c 'import secrets; print(secrets.token_hex(32))' > "$RAY_AUTH_TOKEN_PATH"
+# Compilers and vLLM write to the home folder, which compute nodes often cannot.
+[ -w "${HOME:-/nonexistent}" ] || { export HOME="$RLUF_CACHE/home"; mkdir -p "$HOME"; }
 
-gpus="${SLURM_GPUS_ON_NODE:-8}" cpus="${SLURM_CPUS_PER_TASK:-96}"
-export SRUN_CPUS_PER_TASK="$cpus" # srun does not inherit it from sbatch: Ray would run on one core
-mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+# Ray's token, in a file that every node can read and other users cannot. It never appears on a command line. The file
+# gets its name when it is complete, since another job may create it now.
+if [ ! -e "$RAY_AUTH_TOKEN_PATH" ]; then
+  new_token="$(mktemp "$RAY_AUTH_TOKEN_PATH.XXXXXX")"
+  python -c 'import secrets; print(secrets.token_hex(32))' > "$new_token"
+  mv -n "$new_token" "$RAY_AUTH_TOKEN_PATH"
+  rm -f "$new_token"
+fi
+[ -s "$RAY_AUTH_TOKEN_PATH" ] && [ -r "$RAY_AUTH_TOKEN_PATH" ] ||
+  fail "$RAY_AUTH_TOKEN_PATH has no token that you can read: delete it, or set RAY_AUTH_TOKEN_PATH to a file of yours"
+
+# srun does not inherit the CPUs from sbatch: Ray would run on one core. It does inherit --export=NONE, which would hide
+# the token, and --gpus, the total over all nodes.
+cpus="${SLURM_CPUS_PER_TASK:-$(nproc)}"
+export SRUN_CPUS_PER_TASK="$cpus"
+unset SLURM_EXPORT_ENV SLURM_GPUS
+hostnames="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
+mapfile -t hosts <<< "$hostnames"
 head="${hosts[0]}"
+on_node() { srun --nodes=1 --ntasks=1 --nodelist="$@"; }
 # The address of the interface with the default route: a host name often resolves to 127.0.1.1 on the host itself.
-ip="$(srun --nodes=1 --ntasks=1 --nodelist="$head" ip -4 -o route get 192.0.2.1 | grep -oP 'src \K\S+')"
-address="$ip:6379"
-srun --nodes=1 --ntasks=1 --nodelist="$head" nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || true
+ip="$(on_node "$head" ip -4 -o route get 192.0.2.1 | grep -oP 'src \K\S+' || on_node "$head" hostname -I)"
+ip="${ip%% *}"
+[ -n "$ip" ] || fail "node $head has no address that other nodes could reach"
+# Ports of this job, since other jobs may run on these nodes: below those that Linux gives to connections.
+port=$((20000 + ${SLURM_JOB_ID:-0} % 4000 * 3))
+address="$ip:$port"
+on_node "$head" nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv || true
 
-srun --nodes=1 --ntasks=1 --nodelist="$head" ray start --head --block --node-ip-address="$ip" \
-  --port="${address##*:}" --dashboard-host=127.0.0.1 --num-cpus="$cpus" --num-gpus="$gpus" &
-for _ in $(seq 60); do
-  RAY_ADDRESS="$address" ray status > /dev/null 2>&1 && break
+# Ray counts the GPUs of each node itself.
+on_node "$head" ray start --head --block --node-ip-address="$ip" --port="$port" --num-cpus="$cpus" \
+  --ray-client-server-port="$((port + 1))" --dashboard-host=127.0.0.1 --dashboard-port="$((port + 2))" &
+ray_head=$!
+until RAY_ADDRESS="$address" ray status > /dev/null 2>&1; do
+  kill -0 "$ray_head" 2> /dev/null || fail "Ray's head on $head has ended; see its messages above"
+  [ "$SECONDS" -lt 300 ] || fail "Ray's head on $head does not answer at $address after 5 minutes"
   sleep 2
 done
+echo "slurm.sh: Ray's head is $head ($address), its dashboard http://127.0.0.1:$((port + 2)) there"
 for host in "${hosts[@]:1}"; do
-  srun --nodes=1 --ntasks=1 --nodelist="$host" \
-    ray start --block --address="$address" --num-cpus="$cpus" --num-gpus="$gpus" &
+  on_node "$host" ray start --block --address="$address" --num-cpus="$cpus" &
 done
 
 # The run waits for the other nodes (timeouts.autoscale_s). Slurm sends TERM five minutes before the end or on

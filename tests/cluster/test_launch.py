@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -221,8 +223,8 @@ def test_every_launch_file_starts_ray_with_token_authentication(file: Path) -> N
     elif file.suffix == ".sh":
         text = file.read_text()
         # The token exists before the first `ray start`, which does not create one.
-        assert "export RAY_AUTH_MODE=token" in text
-        assert 0 < text.index('> "$RAY_AUTH_TOKEN_PATH"') < text.index("ray start")
+        assert re.search("export .*RAY_AUTH_MODE=token", text)
+        assert 0 < text.index("secrets.token_hex") < text.index(" ray start --head")
     elif file.name not in STARTS_NO_RAY:
         assert "import_path" in yaml.safe_load(file.read_text())["applications"][0], f"{file.name}: what starts Ray?"
         assert "RAY_AUTH_MODE=token" in file.read_text()
@@ -267,9 +269,10 @@ def test_slurm_script_is_bash_and_requests_what_its_config_needs() -> None:
 
 
 SRUN = """#!/usr/bin/env bash
-echo "srun $*" >> "$CALLS"
+echo "srun gpus=${SLURM_GPUS-} $*" >> "$CALLS"
 for argument in "$@"; do case $argument in --nodelist=*) export NODE="${argument#*=}" ;; esac; done
 while [[ "$1" == --* ]]; do shift; done
+[ "${SLURM_EXPORT_ENV-}" = NONE ] && exec env -i PATH="$PATH" CALLS="$CALLS" NODE="$NODE" "$@"
 exec "$@"
 """
 STAND_INS = {
@@ -279,46 +282,60 @@ STAND_INS = {
     "nvidia-smi": "#!/usr/bin/env bash\nexit 9\n",
     "ray": """#!/usr/bin/env bash
 [ -s "$RAY_AUTH_TOKEN_PATH" ] || { echo "no authentication token" >&2; exit 1; }
-echo "ray $NODE cpus=$SRUN_CPUS_PER_TASK mode=$RAY_AUTH_MODE hf=$HF_HOME: $*" >> "$CALLS"
+echo "ray $NODE cpus=$SRUN_CPUS_PER_TASK mode=$RAY_AUTH_MODE hf=$HF_HOME home=$HOME: $*" >> "$CALLS"
 """,
     "python": """#!/usr/bin/env bash
-[ "$1" = -c ] && exec "$REAL_PYTHON" "$@"
-sleep 0.3
-echo "python $RAY_ADDRESS: $*" >> "$CALLS"
+[[ "$2" == *find_spec* ]] && exit 0
+[ "$1" = -c ] && exec "$REAL_PYTHON" -S "$@"
+sleep 0.1
+echo "python $RAY_ADDRESS runs=$RLUF_RUNS home=$HOME: $*" >> "$CALLS"
 exit 7
 """,
 }
+"""Commands that record how they are called; `srun` runs its command here."""
 
 
-def run_slurm_script(folder: Path, *arguments: str, **variables: str) -> tuple[int, list[str]]:
-    """Run slurm.sh in an empty folder and home with stand-ins of Slurm's commands; exit code and recorded calls."""
+def run_slurm_script(
+    folder: Path, *arguments: str, stand_ins: dict[str, str] | None = None, **variables: str | None
+) -> tuple[int, list[str], str]:
+    """Run slurm.sh in an empty folder and home with stand-ins of Slurm's commands; exit code, calls and messages."""
     binaries = folder / ".venv" / "bin"
-    binaries.mkdir(parents=True)
-    for name, script in STAND_INS.items():
+    binaries.mkdir(parents=True, exist_ok=True)
+    for name, script in (STAND_INS | (stand_ins or {})).items():
         (binaries / name).write_text(script)
         (binaries / name).chmod(0o755)
-    (folder / "home").mkdir()
-    environment = {
+    (folder / "home").mkdir(exist_ok=True)
+    (folder / "calls").touch()
+    environment: dict[str, str | None] = {
         "PATH": os.environ["PATH"], "HOME": str(folder / "home"), "CALLS": str(folder / "calls"),
-        "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_CPUS_PER_TASK": "64", "SLURM_GPUS_ON_NODE": "4",
+        "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_CPUS_PER_TASK": "64", "SLURM_JOB_ID": "4007",
         "REAL_PYTHON": sys.executable, **variables,
     }  # fmt: skip
+    set_variables = {name: value for name, value in environment.items() if value is not None}
     process = subprocess.run(
-        ["bash", str(LAUNCH / "slurm.sh"), *arguments], cwd=folder, env=environment, capture_output=True, timeout=60
-    )
-    return process.returncode, (folder / "calls").read_text().splitlines()
+        ["bash", str(LAUNCH / "slurm.sh"), *arguments],
+        cwd=folder, env=set_variables, capture_output=True, timeout=60, text=True,
+    )  # fmt: skip
+    return process.returncode, (folder / "calls").read_text().splitlines(), process.stderr
+
+
+def list_ray_starts(calls: list[str]) -> dict[str, list[str]]:
+    """Arguments of `ray start` by node."""
+    starts = [call for call in calls if call.startswith("ray ") and ": start" in call]
+    return {call.split()[1]: shlex.split(call.partition(": ")[2]) for call in starts}
 
 
 def test_slurm_script_runs_from_a_fresh_checkout_and_an_empty_home(tmp_path: Path) -> None:
-    code, calls = run_slurm_script(tmp_path, "--config", "configs/llama3-70b-64gpu.yaml")
+    code, calls, _ = run_slurm_script(tmp_path, "--config", "configs/llama3-70b-64gpu.yaml")
     assert code == 7  # that of the run
-    ray_calls = [call for call in calls if call.startswith("ray ")]
-    starts = {call.split()[1]: shlex.split(call.partition(": ")[2]) for call in ray_calls if ": start" in call}
+    starts = list_ray_starts(calls)
     assert starts.keys() == {"n1", "n2", "n3"}
-    assert {"--head", "--node-ip-address=10.0.0.7", "--port=6379", "--num-cpus=64", "--num-gpus=4"} <= {*starts["n1"]}
-    assert all({"--address=10.0.0.7:6379", "--num-gpus=4"} <= {*starts[node]} for node in ("n2", "n3"))
-    assert all(f"cpus=64 mode=token hf={tmp_path}/cache/hf" in call for call in ray_calls)
-    assert "python 10.0.0.7:6379: -m rluf.train --config configs/llama3-70b-64gpu.yaml --resume" in calls
+    assert {"--head", "--node-ip-address=10.0.0.7", "--port=20021", "--num-cpus=64"} <= {*starts["n1"]}
+    assert all({"--address=10.0.0.7:20021", "--num-cpus=64"} <= {*starts[node]} for node in ("n2", "n3"))
+    ray_calls = [call for call in calls if call.startswith("ray ")]
+    assert all(f"cpus=64 mode=token hf={tmp_path}/cache/hf home={tmp_path}/home:" in call for call in ray_calls)
+    run_call = f"python 10.0.0.7:20021 runs={tmp_path}/runs home={tmp_path}/home: -m rluf.train"
+    assert f"{run_call} --config configs/llama3-70b-64gpu.yaml --resume" in calls
     token_file = tmp_path / "runs" / ".ray-auth-token"
     token = token_file.read_text().strip()
     assert len(token) == 64 and token_file.stat().st_mode & 0o077 == 0
@@ -329,9 +346,96 @@ def test_slurm_script_keeps_paths_that_the_user_set(tmp_path: Path) -> None:
     token_file = tmp_path / "token"
     token_file.write_text("a" * 64)
     paths = {name: str(tmp_path / name) for name in ("RLUF_RUNS", "RLUF_CACHE", "HF_HOME")}
-    _, calls = run_slurm_script(tmp_path, RAY_AUTH_TOKEN_PATH=str(token_file), **paths)
+    _, calls, _ = run_slurm_script(tmp_path, RAY_AUTH_TOKEN_PATH=str(token_file), **paths)
     assert any(f"hf={tmp_path}/HF_HOME" in call for call in calls)
     assert token_file.read_text() == "a" * 64 and not (tmp_path / "runs").exists()
+
+
+def shell(*lines: str) -> str:
+    return "\n".join(("#!/usr/bin/env bash", *lines, ""))
+
+
+NO_ROUTE = shell('echo "RTNETLINK answers: Network is unreachable" >&2', "exit 2")
+
+
+@pytest.mark.parametrize(
+    ("stand_ins", "variables", "nodes", "expected_calls"),
+    [
+        ({"scontrol": shell("echo n1")}, {}, ["n1"], []),
+        ({"scontrol": shell("printf 'r1-gpu[8]n%02d.hpc\\n' 8 9 10")}, {"SLURM_JOB_NODELIST": "r1-gpu[8]n[08-10].hpc"},
+         [f"r1-gpu[8]n{i}.hpc" for i in ("08", "09", "10")], []),
+        ({"ip": NO_ROUTE, "hostname": shell('[ "$1" = -I ] && echo "10.1.2.3 172.17.0.1 "')}, {}, None,
+         ["--node-ip-address=10.1.2.3 --port=20021", "python 10.1.2.3:20021"]),
+        ({"ip": shell("echo '192.0.2.1 dev ib0 src 10.9.9.9 uid 0 \\    cache'")}, {}, None, ["python 10.9.9.9:20021"]),
+        ({}, {"HOME": None}, None, ["home={folder}/cache/home: start", "home={folder}/cache/home: -m rluf.train"]),
+        ({}, {"HOME": "/proc/1/read-only"}, None, ["home={folder}/cache/home: -m rluf.train"]),
+        ({}, {"SLURM_EXPORT_ENV": "NONE"}, None, ["ray n2 cpus=64 mode=token hf={folder}/cache/hf"]),
+        ({}, {"SLURM_GPUS": "24"}, None, ["srun gpus= --nodes=1"]),
+        ({}, {"SLURM_GPUS_ON_NODE": "4"}, None, ["--num-cpus=64"]),
+        ({}, {"SLURM_CPUS_PER_TASK": None}, None, [f"--num-cpus={len(os.sched_getaffinity(0))}"]),
+        ({}, {"SLURM_JOB_ID": "4008"}, None, ["--port=20024", "client-server-port=20025", "--dashboard-port=20026"]),
+        ({}, {"SLURM_JOB_ID": "67043999"}, None, ["--port=31997", "--dashboard-port=31999"]),
+        ({}, {"SLURM_JOB_ID": None}, None, ["--port=20000"]),
+        ({}, {"RLUF_RUNS": "out/runs", "RLUF_CACHE": "../c", "RAY_AUTH_TOKEN_PATH": "out/token"}, None,
+         ["runs={folder}/out/runs home", "hf={folder.parent}/c/hf"]),
+    ],
+    ids=["one node", "names with brackets", "no default route", "InfiniBand", "no HOME", "HOME not writable",
+         "--export=NONE", "--gpus", "other GPUs per node", "no CPUs per task", "next job", "large job id", "no job id",
+         "relative paths"],
+)  # fmt: skip
+def test_slurm_script_runs_in_other_allocations(
+    tmp_path: Path, stand_ins: dict[str, str], variables: dict[str, str | None], nodes: list[str] | None,
+    expected_calls: list[str],
+) -> None:  # fmt: skip
+    folder = tmp_path / "a check out"
+    folder.mkdir()
+    code, calls, messages = run_slurm_script(folder, "steps=3", stand_ins=stand_ins, **variables)
+    assert code == 7, messages
+    assert list_ray_starts(calls).keys() == {*(nodes or ["n1", "n2", "n3"])}
+    for expected in expected_calls:
+        assert any(expected.format(folder=folder) in call for call in calls), (expected, calls)
+    # The nodes count their own GPUs; none is assumed.
+    assert not any("--num-gpus" in call or "gpus=24" in call for call in calls)
+
+
+@pytest.mark.parametrize(
+    ("stand_ins", "variables", "message"),
+    [
+        ({}, {"SLURM_JOB_NODELIST": None}, "submit this script with sbatch"),
+        ({"python": shell("exit 1")}, {}, "submit from the checkout, after make setup EXTRA=gpu"),
+        ({"scontrol": shell('echo "scontrol: error: Unable to contact slurm controller" >&2', "exit 1")}, {},
+         "Unable to contact slurm controller"),
+        ({"ip": NO_ROUTE, "hostname": shell("")}, {}, "node n1 has no address"),
+        ({"ray": shell('[ "$1" = start ] && echo "Address in use" >&2', "exit 1")}, {},
+         "Ray's head on n1 has ended; see its messages above"),
+        ({}, {"RAY_AUTH_TOKEN_PATH": "empty"}, "empty has no token that you can read"),
+    ],
+    ids=["bash instead of sbatch", "another folder", "no controller", "no address", "port in use", "empty token"],
+)  # fmt: skip
+def test_slurm_script_stops_with_the_reason_before_the_run(
+    tmp_path: Path, stand_ins: dict[str, str], variables: dict[str, str | None], message: str
+) -> None:
+    (tmp_path / "empty").touch()
+    code, calls, messages = run_slurm_script(tmp_path, stand_ins=stand_ins, **variables)
+    assert code not in (0, 7) and message in messages
+    assert not any(call.startswith("python") for call in calls)
+
+
+def test_slurm_jobs_that_start_together_from_one_checkout_share_one_token(tmp_path: Path) -> None:
+    read_token = shell(
+        '[[ "$2" == *find_spec* ]] && exit 0', '[ "$1" = -c ] || { cat "$RAY_AUTH_TOKEN_PATH" >> "$CALLS"; exit 7; }',
+        'sleep 0.3; exec "$REAL_PYTHON" -S "$@"',
+    )  # fmt: skip
+    folders = [tmp_path / str(job) for job in range(3)]
+    for folder in folders:
+        folder.mkdir()
+    with ThreadPoolExecutor(3) as pool:
+        results = pool.map(
+            lambda folder: run_slurm_script(folder, stand_ins={"python": read_token}, RLUF_RUNS="../runs"), folders
+        )
+        tokens = [call for _, calls, _ in results for call in calls if len(call) == 64 and " " not in call]
+    assert len(tokens) == 3 and len(set(tokens)) == 1
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [".ray-auth-token"]
 
 
 def test_ray_accepts_the_options_of_the_slurm_script() -> None:
@@ -341,8 +445,8 @@ def test_ray_accepts_the_options_of_the_slurm_script() -> None:
     commands = [line.partition("ray start ")[2].rstrip(" &") for line in script.splitlines() if " ray start " in line]
     assert len(commands) == 2
     for command in commands:
-        start.make_context("start", [word.replace("$cpus", "1").replace("$gpus", "1").replace("${address##*:}", "1")
-                                     for word in shlex.split(command)])  # fmt: skip
+        words = shlex.split(re.sub(r"\$\(\(.*?\)\)|\$cpus|\$port", "1", command))
+        start.make_context("start", words)
 
 
 @pytest.mark.parametrize("file", sorted(LAUNCH.iterdir()), ids=lambda file: file.name)
