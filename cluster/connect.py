@@ -38,8 +38,8 @@ def ray_connection() -> Iterator[dict[str, float]]:
         _check_port_open(address)
     if os.environ.get("RAY_AUTH_MODE") != "token":
         logger.warning(
-            "ray: token authentication is off (RAY_AUTH_MODE is not token, or ray was imported before rluf): anyone who "
-            "reaches this Ray cluster can run programs on it; set RAY_AUTH_MODE=token before ray is imported"
+            "ray: token authentication is off (RAY_AUTH_MODE is not token, or ray was imported before rluf): anyone "
+            "who reaches this Ray cluster can run programs on it; set RAY_AUTH_MODE=token before ray is imported"
         )
     logger.info("ray: %s", f"connecting to {address}" if address else "starting on this machine")
     sigterm_handler = signal.getsignal(signal.SIGTERM)
