@@ -30,7 +30,7 @@ from rluf.algorithms.policy_model import (
     register_packed_attention,
 )
 from rluf.errors import ModelError
-from rluf.models.hub import list_model_file_errors
+from rluf.models.hub import describe_model_error, list_model_file_errors
 from rluf.types import Group, Prompt, Sample
 from rluf.utils.files import write_json
 from rluf.utils.paths import resolve_cache_folder
@@ -59,7 +59,7 @@ SMALL_SIZES = {
 EXPERT_COUNT_NAMES = ("num_experts", "num_local_experts", "n_routed_experts")
 WINDOW_NAMES = ("sliding_window", "attention_chunk_size")
 # Whatever a model's code raises on a size that it does not expect.
-TRIAL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError)
+TRIAL_ERRORS = (RuntimeError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, AssertionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,9 @@ def choose_batch_layout(settings: Settings, model_folder: Path) -> LayoutTrial:
     """
     config = read_model_config(model_folder, settings.model.trust_remote_code)
     max_row_tokens = settings.rollout.max_prompt_tokens + settings.rollout.max_response_tokens
-    config_text = (model_folder / "config.json").read_text(encoding="utf-8")
-    key = f"{version('transformers')} {version('torch')} {max_row_tokens} {config_text}"
+    code_files = sorted(model_folder.glob("*.py")) if settings.model.trust_remote_code else []
+    texts = [file.read_text(encoding="utf-8") for file in (model_folder / "config.json", *code_files)]
+    key = f"{version('transformers')} {version('torch')} {max_row_tokens} {texts}"
     folder = resolve_cache_folder(settings) / "batch-layouts"
     file = folder / f"{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}.json"
     if file.is_file():
@@ -109,7 +110,7 @@ def read_model_config(model_folder: Path, trust_remote_code: bool) -> Pretrained
             str(model_folder), trust_remote_code=trust_remote_code, local_files_only=True
         )
     except list_model_file_errors() as error:
-        raise ModelError(f"the config of {model_folder} cannot be read: {error}") from error
+        raise ModelError(f"the config of {model_folder} cannot be read: {describe_model_error(error)}") from error
     return config
 
 

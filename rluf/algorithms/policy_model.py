@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,14 @@ from torch.nn import functional
 
 from rluf.algorithms.packing import PackedBatch
 from rluf.errors import ModelError
-from rluf.models.hub import list_model_file_errors
+from rluf.models.hub import describe_model_error, list_model_file_errors
 from rluf.models.lora import add_lora_adapters
 
 PACKED_ATTENTION = "rluf_packed"
 """Value of `attn_implementation` for models that read packed batches."""
 COMPANION_FILE_PATTERNS = (
     "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*",
-    "generation_config.json",
+    "generation_config.json", "*.py",
 )  # fmt: skip
 """Files other than weights and config that a trained policy copies unchanged from its base."""
 LOGPROB_CHUNK_TOKENS = 256
@@ -190,7 +191,9 @@ def load_policy(
             output_loading_info=True,
         )
     except list_model_file_errors() as error:
-        raise ModelError(f"no causal language model could be read from {model_folder}: {error}") from error
+        raise ModelError(
+            f"no causal language model could be read from {model_folder}: {describe_model_error(error)}"
+        ) from error
     model, loading_info = loaded
     if missing_names := sorted(loading_info["missing_keys"]):
         raise ModelError(
@@ -212,9 +215,18 @@ def remove_noise(model: nn.Module) -> None:
     for module in model.modules():
         # transformers recomputes activations only in modules that are in training mode.
         module.training = bool(getattr(module, "gradient_checkpointing", False))
-        for name, value in list(vars(module).items()) if module.training else ():
-            if isinstance(value, float) and ("drop" in name or "jitter" in name):
-                setattr(module, name, 0.0)
+        if module.training:
+            if hasattr(module, "config"):
+                # Falcon's layers read their dropout from the config, which is saved with the policy: only copies change.
+                module.config = copy(module.config)
+                _set_noise_to_zero(module.config)
+            _set_noise_to_zero(module)
+
+
+def _set_noise_to_zero(holder: object) -> None:
+    for name, value in list(vars(holder).items()):
+        if isinstance(value, float) and ("drop" in name or "jitter" in name):
+            setattr(holder, name, 0.0)
 
 
 def has_packed_attention(model: Any) -> bool:

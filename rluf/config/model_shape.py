@@ -14,6 +14,9 @@ from typing import Any
 
 SIZE_IN_NAME_PATTERN = re.compile(r"(?<![A-Za-z0-9.])(?:(\d+)x)?(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", re.IGNORECASE)
 
+ACTIVE_SIZE_PATTERN = re.compile(r"(?<![A-Za-z0-9.])a(\d+(?:\.\d+)?)([bm])(?![a-z0-9])", re.IGNORECASE)
+"""Parameters that a mixture of experts uses for a token, as in 30b-a3b."""
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -85,19 +88,26 @@ def _find_cached_snapshot(hub_id: str) -> Path | None:
 
 
 def guess_shape_from_name(model_name: str) -> ModelShape:
-    """Shape of a dense decoder with the parameter count in `model_name` (8b, 135M, 8x7b); 1b when it has none.
+    """Shape of a decoder with the parameter count in `model_name` (8b, 135M, 8x7b, 30b-a3b); 1b when it has none.
 
     Layers follow from parameters = 12 * layers * hidden^2 with hidden = 128 * layers, the usual proportions; a quarter
-    of the heads are assumed to be key-value heads, and a vocabulary of 128k.
+    of the heads are assumed to be key-value heads, and a vocabulary of 128k. The layers of a mixture of experts are
+    those of a dense model of one expert's size, or of the size that is active for a token.
     """
-    matches = SIZE_IN_NAME_PATTERN.findall(model_name)
+    matches, active_sizes = SIZE_IN_NAME_PATTERN.findall(model_name), ACTIVE_SIZE_PATTERN.findall(model_name)
     note = "an estimate from the model's name"
     if matches:
         experts, size, unit = matches[-1]
-        parameters = int(experts or 1) * float(size) * (1e9 if unit in "bB" else 1e6)
+        dense_parameters = float(size) * (1e9 if unit in "bB" else 1e6)
+        parameters = int(experts or 1) * dense_parameters
+        if active_sizes:
+            dense_parameters = float(active_sizes[-1][0]) * (1e9 if active_sizes[-1][1] in "bB" else 1e6)
+        if experts or active_sizes:
+            note += ", a mixture of experts, which trains on GPUs only"
     else:
-        parameters, note = 1e9, "the size is unknown before the download; assumed to be 1b"
-    layers = max(1, round((parameters / (12 * 128**2)) ** (1 / 3)))
+        parameters = dense_parameters = 1e9
+        note = "the size is unknown before the download; assumed to be 1b"
+    layers = max(1, round((dense_parameters / (12 * 128**2)) ** (1 / 3)))
     return ModelShape(int(parameters), layers, 128 * layers, 32 * layers, 128_256, note)
 
 

@@ -46,6 +46,7 @@ HUB_FILE_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 """Files to download: no pickles, whose loading would run code, and no weights in other formats."""
 SINGLE_WEIGHTS_FILE, WEIGHTS_INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 TEMPLATE_FILE = "chat_template.jinja"
+MAX_ERROR_CHARACTERS = 500
 SYSTEM_PROMPT_TEMPLATE = (
     "{%- if not messages or messages[0]['role'] != 'system' -%}"
     "{%- set messages = [{'role': 'system', 'content': PROMPT}] + messages -%}{%- endif -%}"
@@ -179,9 +180,28 @@ def list_model_file_errors() -> tuple[type[Exception], ...]:
     from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
-    # Python's own errors come from code that expects other values in a config.
-    python_errors = (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError, RuntimeError)
+    # Python's own errors come from code that expects other values in a config, and from code shipped with a model.
+    python_errors = (
+        OSError, ValueError, LookupError, TypeError, AttributeError, ImportError, RuntimeError, ArithmeticError,
+        AssertionError, NameError, SyntaxError,
+    )  # fmt: skip
     return *python_errors, SafetensorError, StrictDataclassError
+
+
+def describe_model_error(error: Exception) -> str:
+    """One of `list_model_file_errors` on one line, with what to do where code shipped with the model is the reason."""
+    if "trust_remote_code" in str(error):
+        return (
+            "it needs Python code that is shipped with it; such code runs for the policy alone, with "
+            "model.trust_remote_code=true, if you trust its author"
+        )
+    if "does not recognize this architecture" in str(error):
+        return f"{_format_first_line(error).partition('. This could be')[0]}; choose another model"
+    if "Unrecognized configuration class" in str(error):
+        return "it is not a causal language model; choose another model"
+    message = " ".join(line.strip() for line in str(error).splitlines() if line.strip())[:MAX_ERROR_CHARACTERS]
+    is_text = isinstance(error, (OSError, ValueError, ImportError, RuntimeError)) and message
+    return message if is_text else f"{type(error).__name__} {message}".rstrip()
 
 
 def read_weights_index(folder: Path) -> set[str] | None:
@@ -221,7 +241,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
         )
     except list_model_file_errors() as error:
         raise ModelError(
-            f"no tokenizer could be read from {folder}: {_format_first_line(error)}; check tokenizer.json, "
+            f"no tokenizer could be read from {folder}: {describe_model_error(error)}; check tokenizer.json, "
             "tokenizer_config.json and config.json in it"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):

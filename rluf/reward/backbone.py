@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedModel
 
 from rluf.errors import ModelError
+from rluf.models.hub import describe_model_error, list_model_file_errors
 from rluf.models.lora import add_lora_adapters
 from rluf.reward.text import EncodedItem, TextEncoder, plan_token_batches
 from rluf.types import Message, ScoringItem
@@ -78,9 +78,9 @@ def load_classifier(
                 attn_implementation="eager" if device == "cpu" else None,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except list_model_file_errors() as error:
         raise ModelError(
-            f"{folder} does not contain a sequence classification model: {error}; check the path"
+            f"{folder} does not contain a sequence classification model: {describe_model_error(error)}; check the path"
         ) from error
     finally:
         hf_logging.set_verbosity(verbosity)

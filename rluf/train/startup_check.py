@@ -20,7 +20,7 @@ from rluf.config.derived import BYTES_PER_GIB, estimate_host_bytes
 from rluf.errors import ModelError, ResourceError, SettingsError
 from rluf.models.chat import RejectedConversationError, check_rendered_texts, render_prompt
 from rluf.models.embedded import hide_progress_bars
-from rluf.models.hub import list_model_file_errors, load_tokenizer, resolve_policy
+from rluf.models.hub import describe_model_error, list_model_file_errors, load_tokenizer, resolve_policy
 from rluf.models.lora import add_lora_adapters, find_lora_adapters, get_checkpoint_name
 from rluf.models.turn_end import find_turn_end_id, list_stop_token_ids, read_stop_token_ids
 from rluf.tracking.console import setup_logging
@@ -132,7 +132,7 @@ def check_weight_names(settings: Settings, model_path: Path) -> str:
                 trust_remote_code=settings.model.trust_remote_code,
             )
     except list_model_file_errors() as error:
-        raise ModelError(f"transformers cannot load {model_path}: {error}") from error
+        raise ModelError(f"transformers cannot load {model_path}: {describe_model_error(error)}") from error
     if missing_names := sorted(loading_info["missing_keys"]):
         raise ModelError(
             f"{model_path} lacks {_name_some(missing_names)}, which would be random; download or save the model again"

@@ -115,7 +115,6 @@ def test_pools_follow_the_objectives() -> None:
         ("meta-llama/Meta-Llama-3-70B", 70e9),
         ("org/Qwen2.5-0.5B", 0.5e9),
         ("org/SmolLM2-360M", 360e6),
-        ("org/Mixtral-8x7B-v0.1", 56e9),
         ("org/unknown", 1e9),
     ],
 )
@@ -124,6 +123,24 @@ def test_sizes_are_estimated_from_names_with_a_note(name: str, parameters: float
     assert shape.parameter_count == parameters
     assert shape.note
     assert 12 * shape.layer_count * shape.hidden_size**2 == pytest.approx(parameters, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "dense_parameters"),
+    [
+        ("org/Mixtral-8x7B-v0.1", 56e9, 7e9),
+        ("org/Mixtral-8x22B-Instruct", 176e9, 22e9),
+        ("org/Qwen3-30B-A3B-Instruct", 30e9, 3e9),
+        ("org/Qwen3-235B-A22B", 235e9, 22e9),
+        ("org/OLMoE-7B-A500M", 7e9, 5e8),
+        ("org/Qwen3.5-35B-A3.5B", 35e9, 3.5e9),
+    ],
+)
+def test_experts_in_a_name_add_parameters_but_no_layers(name: str, parameters: float, dense_parameters: float) -> None:
+    shape = guess_shape_from_name(name)
+    assert shape.parameter_count == parameters
+    assert "experts" in shape.note
+    assert 12 * shape.layer_count * shape.hidden_size**2 == pytest.approx(dense_parameters, rel=0.15)
 
 
 def write_model_folder(path: Path, *, tensors: dict[str, list[int]]) -> Path:

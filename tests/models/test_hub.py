@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from rluf.algorithms.batch_layout import read_model_config
 from rluf.config.settings import Settings
 from rluf.errors import ModelError
 from rluf.models import embedded
@@ -166,3 +168,50 @@ def test_transformers_loads_without_scikit_learn_which_stays_importable() -> Non
         "assert 'sklearn' not in sys.modules and importlib.util.find_spec('sklearn')"
     )
     subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parents[2], check=True, timeout=120)
+
+
+CONFIG_CODE = "from transformers import LlamaConfig\nclass MyConfig(LlamaConfig):\n    model_type = 'mine'\n"
+TOKENIZER_CODE = "from transformers import PreTrainedTokenizerFast\nclass MyTokenizer(PreTrainedTokenizerFast): pass\n"
+
+
+def write_model_with_code(folder: Path, config_code: str, tokenizer_code: str) -> None:
+    edits: dict[str, dict[str, object]] = {
+        "config.json": {"model_type": "mine", "auto_map": {"AutoConfig": "configuration_my.MyConfig"}},
+        "tokenizer_config.json": {
+            "tokenizer_class": "MyTokenizer", "auto_map": {"AutoTokenizer": [None, "tokenization_my.MyTokenizer"]}
+        },
+    }  # fmt: skip
+    for name, values in edits.items():
+        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **values}))
+    (folder / "configuration_my.py").write_text(config_code)
+    (folder / "tokenization_my.py").write_text(tokenizer_code)
+
+
+@pytest.mark.parametrize(
+    ("is_trusted", "added_code", "message"),
+    [
+        (False, "", r"model\.trust_remote_code=true, if you trust its author"),
+        (True, "", None),
+        (True, "import no_such_package_x", "no_such_package_x"),
+        (True, "def (", "SyntaxError"),
+        (True, "raise RuntimeError('needs CUDA')", "needs CUDA"),
+        (True, "assert False, 'too old'", "AssertionError too old"),
+        (True, "undefined_name", "NameError"),
+        (True, "{}['rope']", "KeyError"),
+        (True, "1 / 0", "ZeroDivisionError"),
+    ],
+)
+def test_code_shipped_with_a_model_runs_only_if_trusted_and_its_errors_are_one_message(
+    is_trusted: bool, added_code: str, message: str | None, cache: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(resolve_model("tiny", cache), tmp_path / "model"))
+    write_model_with_code(folder, f"{CONFIG_CODE}{added_code}\n", f"{TOKENIZER_CODE}{added_code}\n")
+    if message is None:
+        assert read_model_config(folder, is_trusted).model_type == "mine"
+        assert type(load_tokenizer(folder, trust_remote_code=is_trusted)).__name__ == "MyTokenizer"
+        return
+    with pytest.raises(ModelError, match=message) as config_error:
+        read_model_config(folder, is_trusted)
+    with pytest.raises(ModelError, match=message) as tokenizer_error:
+        load_tokenizer(folder, trust_remote_code=is_trusted)
+    assert "\n" not in f"{config_error.value}{tokenizer_error.value}"
