@@ -200,6 +200,11 @@ def load_policy(
             f"model {model_folder} lacks {len(missing_names)} weights: {', '.join(missing_names[:4])}; they would be "
             "random, so download or save the model again"
         )
+    damaged_name = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    if damaged_name is not None:
+        raise ModelError(
+            f"{damaged_name} of {model_folder} has values that are not finite; download or save the model again"
+        )
     if gradient_checkpointing:
         # The reentrant variant needs inputs that require gradients, which frozen embeddings (LoRA) do not give.
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -217,7 +222,7 @@ def remove_noise(model: nn.Module) -> None:
         module.training = bool(getattr(module, "gradient_checkpointing", False))
         if module.training:
             if hasattr(module, "config"):
-                # Falcon's layers read their dropout from the config, which is saved with the policy: only copies change.
+                # Falcon's layers read their dropout from the config. It is saved with the policy: only copies change.
                 module.config = copy(module.config)
                 _set_noise_to_zero(module.config)
             _set_noise_to_zero(module)

@@ -397,7 +397,8 @@ class TrainController:
             "averaging the policy", lambda actor: actor.handle.apply_policy_average.remote()
         )
         async with self.actor_restarter.weight_lock:
-            await self.weight_sync.transfer(self.version)
+            # Without a step there is no probe, and the average is the policy.
+            await (self.weight_sync.sync if self._is_probe_ready else self.weight_sync.transfer)(self.version)
 
     async def _sync_new_engine(self, engine: ActorRef) -> None:
         if self.actor_groups.learner_actors:

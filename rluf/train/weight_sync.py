@@ -78,17 +78,21 @@ class WeightSync:
                 tokens_left -= len(response)
         if any(str(engine) not in self._probe_logprobs for engine in self._actor_groups.rollout_actors):
             readings = await self._read_probe_logprobs()
-            tolerance = self._settings.weight_sync.logprob_tolerance
-            for engine_name, reading in readings.items():
-                # Negated, so that a NaN gap fails too.
-                if not reading.mean_gap <= tolerance:
-                    raise WeightSyncError(
-                        f"{engine_name} and the learner read the same weights differently before the first update: "
-                        f"mean |logprob difference| is {reading.mean_gap:.4f} nats per token, above "
-                        f"weight_sync.logprob_tolerance={tolerance:g}; model.path lacks weights, or vLLM and "
-                        "transformers compute this architecture differently: run python -m rluf.train --check"
-                    )
+            self._check_equal_weights(readings)
             self._record_probe(readings)
+
+    def _check_equal_weights(self, readings: Mapping[str, ProbeLogprobs]) -> None:
+        """Raise WeightSyncError if an engine that loaded the learner's weights itself reads them differently."""
+        tolerance = self._settings.weight_sync.logprob_tolerance
+        for engine_name, reading in readings.items():
+            # Negated, so that a NaN gap fails too.
+            if not reading.mean_gap <= tolerance:
+                raise WeightSyncError(
+                    f"{engine_name} and the learner read the same weights differently: "
+                    f"mean |logprob difference| is {reading.mean_gap:.4f} nats per token, above "
+                    f"weight_sync.logprob_tolerance={tolerance:g}; model.path lacks weights, or vLLM and "
+                    "transformers compute this architecture differently: run python -m rluf.train --check"
+                )
 
     async def sync(self, version: int) -> dict[str, float]:
         """Transfer the learners' weights as `version` and verify them, after `prepare_probe`.
@@ -126,6 +130,8 @@ class WeightSync:
         engine_sync.restore(self.get_state())
         if self._probe_responses:
             engine_sync._probe_logprobs = await engine_sync._read_probe_logprobs()
+            if not needs_weights:
+                self._check_equal_weights(engine_sync._probe_logprobs)
             # The jump test needs some gap to compare with. That of an engine with older weights includes more than
             # rounding, so it counts only where no other gap is known.
             gaps = (reading.mean_gap for reading in engine_sync._probe_logprobs.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from pydantic import BaseModel, ValidationError, model_validator
 
 from rluf.backends.vllm.engine import format_cause
@@ -33,3 +34,38 @@ def test_the_innermost_cause_is_named() -> None:
     except RuntimeError as error:
         assert format_cause(error) == "RuntimeError: core failed see the log, caused by KeyError: 'lm_head.weight'"
     assert format_cause(MemoryError()) == "MemoryError: no message"
+
+
+def make_error(kind: str) -> BaseException:
+    error, cause = RuntimeError("core failed"), KeyError("lm_head.weight")
+    if kind == "group":
+        return ExceptionGroup("unhandled errors in a TaskGroup", [cause])
+    if kind == "handled":
+        error.__context__, error.__suppress_context__ = cause, True  # raise ... from None
+    if kind == "context":
+        error.__context__ = cause
+    if kind == "circle":
+        error.__cause__, cause.__cause__ = cause, error
+    if kind == "itself":
+        error.__cause__ = error
+    if kind == "group inside":
+        error.__cause__ = ExceptionGroup("several", [ValueError("outer"), cause])
+    return error
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (
+            "group",
+            "ExceptionGroup: unhandled errors in a TaskGroup (1 sub-exception), caused by KeyError: 'lm_head.weight'",
+        ),
+        ("handled", "RuntimeError: core failed"),
+        ("context", "RuntimeError: core failed, caused by KeyError: 'lm_head.weight'"),
+        ("circle", "RuntimeError: core failed, caused by KeyError: 'lm_head.weight'"),
+        ("itself", "RuntimeError: core failed"),
+        ("group inside", "RuntimeError: core failed, caused by ValueError: outer"),
+    ],
+)
+def test_the_cause_is_found_in_every_kind_of_chain(kind: str, expected: str) -> None:
+    assert format_cause(make_error(kind)) == expected

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rluf.algorithms.policy_model import load_policy
 from rluf.backends.vllm.engine import check_causal_lm
 from rluf.config.settings import Settings
 from rluf.errors import ModelError, RlufError, SettingsError
@@ -76,6 +77,16 @@ FAULTS: dict[str, tuple[Callable[[Settings, Path], str], Callable[[Path], object
     ),
     "untied without a head": (
         check_weight_names, lambda f: edit_json(f / "config.json", tie_word_embeddings=False), ModelError, r"lm_head",
+    ),
+    "weights that are no numbers": (
+        lambda _, f: str(load_policy(f, dtype=torch.float32)),
+        lambda f: edit_weights(f, lambda w: w["model.norm.weight"].fill_(float("nan"))), ModelError,
+        r"model\.norm\.weight of .* has values that are not finite",
+    ),
+    "infinite weight": (
+        lambda _, f: str(load_policy(f, dtype=torch.float32)),
+        lambda f: edit_weights(f, lambda w: w["model.layers.1.mlp.up_proj.weight"][0].fill_(float("inf"))), ModelError,
+        r"model\.layers\.1\.mlp\.up_proj\.weight of .* not finite",
     ),
     "unknown weight": (
         check_weight_names, lambda f: edit_weights(f, lambda w: w.update({"model.extra.weight": torch.ones(2)})),

@@ -85,6 +85,24 @@ async def test_the_first_gap_is_judged_before_the_first_update(gap: float, is_wr
         assert sync._worst_gap == pytest.approx(gap)
 
 
+@pytest.mark.parametrize(
+    ("gap", "is_wrong"), [(0.0, False), (0.14, False), (0.16, True), (1.88, True), (float("nan"), True)]
+)
+async def test_an_engine_that_restarts_before_the_first_update_is_judged(
+    gap: float, is_wrong: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync = RecordedSync()
+    sync._probe_responses = [[3]]
+    engine = sync._actor_groups.rollout_actors[0]
+    # The engine has a sync of its own.
+    monkeypatch.setattr(WeightSync, "_read_probe_logprobs", lambda _: RecordedSync(gap)._read_probe_logprobs())
+    if is_wrong:
+        with pytest.raises(WeightSyncError, match=r"rollout 0 and the learner read the same weights differently"):
+            await sync.sync_new_engine(engine, 0, needs_weights=False)
+    else:
+        await sync.sync_new_engine(engine, 0, needs_weights=False)
+
+
 @pytest.mark.parametrize(("length", "expected"), [(5, 5), (128, 128), (129, 128), (4096, 128)])
 def test_the_probe_reads_the_head_and_the_tail_of_a_long_prompt(length: int, expected: int) -> None:
     token_ids = list(range(length))

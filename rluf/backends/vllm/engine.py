@@ -547,11 +547,17 @@ def _inspect_model_in_process(model_folder: Path) -> None:
 
 def format_cause(error: BaseException | None) -> str:
     """Type and whole message of an error and of the innermost error that caused it, on one line."""
-    innermost = error
-    while innermost is not None and (innermost.__cause__ or innermost.__context__) is not None:
-        innermost = innermost.__cause__ or innermost.__context__
-    errors = [error] if innermost is error else [error, innermost]
+    chain = [error]
+    while (cause := _get_cause(chain[-1])) is not None and cause not in chain:
+        chain.append(cause)
+    errors = [error] if len(chain) == 1 else [error, chain[-1]]
     return ", caused by ".join(f"{type(e).__name__}: {_join_lines(str(e))}" for e in errors)
+
+
+def _get_cause(error: BaseException | None) -> BaseException | None:
+    if error is None or isinstance(error, BaseExceptionGroup):
+        return error and error.exceptions[0]
+    return error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def _join_lines(message: str) -> str:
