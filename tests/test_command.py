@@ -1,3 +1,6 @@
+import sys
+from pathlib import Path
+
 import pytest
 
 from rluf.__main__ import COMMANDS, main
@@ -14,9 +17,56 @@ def test_each_command_is_listed_and_has_its_own_help(capsys: pytest.CaptureFixtu
         assert f"rluf.{name}" in capsys.readouterr().out
 
 
-def test_an_unknown_command_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["trane"]) == 2
-    assert "unknown command 'trane'; expected one of prepare, reward, train" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("trane", "did you mean train?"), ("Train", "did you mean train?"), ("eval", "did you mean evaluate?"),
+        ("--verison", "did you mean --version?"), ("xyz", "expected one of"), ("", "expected one of"),
+    ],
+)  # fmt: skip
+def test_an_unknown_command_is_one_message(name: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name]) == 2
+    message = capsys.readouterr().err
+    assert f"unknown command {name!r}; {hint}" in message and "expected one of prepare, reward, train" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "--confg", "tiny"], "did you mean --config?"),
+        (["train", "--dry_run"], "did you mean --dry-run?"),
+        (["train", "--algorithm.steps=3"], "key=value, without dashes; write algorithm.steps=VALUE"),
+        (["train", "--steps", "5"], "key=value, without dashes; did you mean algorithm.steps?"),
+        (["train", "--learning-rate", "5"], "did you mean learner.learning_rate?"),
+        (["train", "tiny"], "write --config tiny"),
+        (["train", "algorithm.steps", "3"], "'algorithm.steps' is not an override"),
+        (["evaluate", "gaet"], "'gaet' is neither a sub-command (offline, blind, gate, "),
+        (["simulate", "rescor"], "'rescor' is neither a sub-command (rescore, judge) nor key=value"),
+    ],
+)
+def test_a_wrong_word_gets_a_hint(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        main(arguments)
+    assert exit_info.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_help_and_version_may_be_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (main(["help"]), main(["version"])) == (0, 0)
+    with pytest.raises(SystemExit):
+        main(["help", "report"])
+    assert "usage: python -m rluf.report" in capsys.readouterr().out
+
+
+def test_modules_of_the_folder_where_the_command_starts_can_be_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])  # as of the installed command
+    (tmp_path / "rewards_of_mine.py").write_text("def score(rows):\n    return [1.0 for _ in rows]\n")
+    words = ["objectives.x.source=function", "objectives.x.path=rewards_of_mine:score", "objectives.x.weight=1"]
+    with pytest.raises(SystemExit) as exit_info:
+        main(["train", "--config", "tiny", "--dry-run", *words])
+    assert exit_info.value.code == 0
 
 
 def test_arguments_reach_the_command(capsys: pytest.CaptureFixture[str]) -> None:

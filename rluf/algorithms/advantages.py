@@ -397,6 +397,7 @@ def compute_advantages(estimator_name: str, inputs: AdvantageInputs) -> Advantag
             kind="advantage estimator",
             known_names=ADVANTAGE_ESTIMATORS,
             signature="a function (AdvantageInputs) -> Advantages",
+            argument_count=1,
         )
     if estimator_name in JUDGE_AWARE_ESTIMATORS or all(map(all, inputs.passed_judges)):
         return estimator(inputs)

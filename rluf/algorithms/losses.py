@@ -290,6 +290,7 @@ def find_policy_loss(loss_name: str) -> PolicyLossFunction:
         kind="policy loss",
         known_names=POLICY_LOSSES,
         signature="a function (logprobs, old logprobs, advantages, sequence index, settings) -> (loss, is clipped)",
+        argument_count=5,
     )
     return loss_function
 

@@ -87,7 +87,14 @@ def find_algorithm(name: str) -> AlgorithmSpec:
     if name in ALGORITHMS:
         return ALGORITHMS[name]
     signature = "an AlgorithmSpec or a function (AdvantageInputs) -> Advantages"
-    plugin = load_plugin(name, (AlgorithmSpec, Callable), kind="algorithm", known_names=ALGORITHMS, signature=signature)
+    plugin = load_plugin(
+        name,
+        (AlgorithmSpec, Callable),
+        kind="algorithm",
+        known_names=ALGORITHMS,
+        signature=signature,
+        argument_count=1,
+    )
     return plugin if isinstance(plugin, AlgorithmSpec) else AlgorithmSpec(name, "ppo", "sequence_mean")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ from rluf.config.load import (
     list_further_objectives,
     load_settings,
     parse_yaml,
+    suggest_key,
 )
 from rluf.config.settings import Settings
 from rluf.errors import DISK_FULL_ERRNOS, ResourceError, RlufError, SettingsError, TerminatedError
@@ -36,7 +38,19 @@ class _ArgumentParser(argparse.ArgumentParser):
     """An argument parser that raises SettingsError, so that its errors look and exit like all others."""
 
     def error(self, message: str) -> NoReturn:
+        unknown_option = message.removeprefix("unrecognized arguments: ").split()[0]
+        if unknown_option != message.split()[0] and unknown_option.startswith("-"):
+            message += f"; {self._suggest_option(unknown_option)}"
         raise SettingsError(f"{message}; see python -m {self.prog} --help")
+
+    def _suggest_option(self, unknown_option: str) -> str:
+        """Hint for an option that does not exist: a similar option, or a setting written like an option."""
+        name = unknown_option.partition("=")[0]
+        similar_options = difflib.get_close_matches(name.replace("_", "-"), self._option_string_actions, 1, cutoff=0.75)
+        if similar_options:
+            return f"did you mean {similar_options[0]}?"
+        hint = suggest_key(name.lstrip("-").replace("-", "_"))
+        return f"settings are written key=value, without dashes; {hint}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +63,8 @@ class CommandOptions:
     """key=value overrides that they stand for; raises SettingsError for an invalid value."""
     check: Callable[[Settings], None] = field(default=lambda _: None)
     """Check of the settings in --dry-run, so that it refuses what the command would refuse; raises RlufError."""
+    subcommands: tuple[str, ...] = ()
+    """Names for messages; the command itself runs them before it parses the other options."""
 
 
 def parse_command_line(
@@ -95,6 +111,12 @@ def _parse_arguments(
     if namespace.help:
         sys.stdout.write(f"{parser.format_help()}\n{format_settings_help()}")
         raise SystemExit(0)
+    words = [word for word in namespace.overrides if "=" not in word]
+    if words and options is not None and options.subcommands:
+        names = ", ".join(options.subcommands)
+        raise SettingsError(
+            f"{words[0]!r} is neither a sub-command ({names}) nor key=value; see python -m {command} --help"
+        )
     option_overrides = [] if options is None else options.to_overrides(namespace)
     loaded = replace(load_settings(namespace.config, [*namespace.overrides, *option_overrides]), options=namespace)
     if namespace.dry_run:

@@ -34,6 +34,7 @@ from rluf.config.settings import Settings
 from rluf.errors import SettingsError
 
 DEFAULT_SOURCE = "default"
+YAML_SUFFIXES = (".yaml", ".yml")
 OVERRIDE_SOURCE = "override"
 
 VARIABLE_PATTERN = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
@@ -100,7 +101,7 @@ def load_settings(config_path: Path | None, overrides: Sequence[str] = ()) -> Lo
     value, its source and the fix, for an unknown key, an invalid value, or keys that conflict.
     """
     if config_path is not None:
-        config_path = _find_shipped_config(config_path)
+        config_path = _find_config(config_path)
     chain = [] if config_path is None else list(_load_extends_chain(config_path, ()))
     # Otherwise the run folder would get the name of the extended file.
     if config_path is not None and "name" not in chain[-1][1]:
@@ -276,13 +277,32 @@ def _expand_variables(value: Any, source: str) -> Any:
     return VARIABLE_PATTERN.sub(replace_variable, value)
 
 
-def _find_shipped_config(path: Path) -> Path:
-    """`path`, or the shipped file for a bare name. A wheel has configs/ in the package, the repository next to it."""
-    if path.suffix in (".yaml", ".yml") or path.is_absolute() or path.exists():
-        return path
+def _find_config(path: Path, folder: Path = Path()) -> Path:
+    """`path` in `folder`, else the shipped file: tiny, tiny.yaml and configs/tiny.yaml are the same one."""
+    local_path = folder / path
+    if local_path.is_file():
+        return local_path
+    name = path.relative_to("configs") if path.parts[:1] == ("configs",) else path
+    file_name = name if name.suffix in YAML_SUFFIXES else Path(f"{name}.yaml")
+    candidates = (config_folder / file_name for config_folder in _list_config_folders())
+    return next(filter(Path.is_file, candidates), local_path)
+
+
+def _list_config_folders() -> tuple[Path, Path]:
+    """Where the shipped configurations may be: a wheel has configs/ in the package, the repository next to it."""
     package_folder = Path(__file__).parents[1]
-    folders = (package_folder / "configs", package_folder.parent / "configs")
-    return next((file for folder in folders if (file := folder / f"{path}.yaml").is_file()), path)
+    return package_folder / "configs", package_folder.parent / "configs"
+
+
+def _suggest_config(path: Path) -> str:
+    """Hint for a settings file that does not exist: similar files next to it, or similar shipped configurations."""
+    similar_names = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
+    if similar_names:
+        return f"did you mean {path.parent / similar_names[0]}?"
+    shipped_names = sorted(file.stem for folder in _list_config_folders() for file in folder.glob("*.yaml"))
+    similar_names = difflib.get_close_matches(path.stem.lower(), shipped_names, 1)
+    shipped = f"shipped configurations: {', '.join(shipped_names)}"
+    return f"did you mean {similar_names[0]}? ({shipped})" if similar_names else f"check the path; {shipped}"
 
 
 def _load_extends_chain(path: Path, extending_paths: tuple[Path, ...]) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -293,10 +313,10 @@ def _load_extends_chain(path: Path, extending_paths: tuple[Path, ...]) -> Iterat
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        similar_names = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], 1)
-        hint = f"; did you mean {path.parent / similar_names[0]}?" if similar_names else "; check the path"
         extended_by = f", which {extending_paths[-1].name} extends" if extending_paths else ""
-        raise SettingsError(f"cannot read settings file {path}{extended_by} ({error.strerror}){hint}") from None
+        raise SettingsError(
+            f"cannot read settings file {path}{extended_by} ({error.strerror}); {_suggest_config(path)}"
+        ) from None
     except UnicodeDecodeError:
         raise SettingsError(f"settings file {path} is not UTF-8 text; pass a YAML file") from None
     values = parse_yaml(text, str(path)) or {}
@@ -304,14 +324,16 @@ def _load_extends_chain(path: Path, extending_paths: tuple[Path, ...]) -> Iterat
         raise SettingsError(f"{path}: expected a mapping, got {type(values).__name__}; write `key: value` lines")
     extends = values.pop("extends", [])
     for base in [extends] if isinstance(extends, str) else extends:
-        yield from _load_extends_chain(path.parent / str(base), (*extending_paths, path.resolve()))
+        yield from _load_extends_chain(_find_config(Path(str(base)), path.parent), (*extending_paths, path.resolve()))
     yield path, values
 
 
 def _parse_override(text: str) -> tuple[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key.strip():
-        raise SettingsError(f"{text!r} is not an override; write key=value, such as algorithm.steps=20")
+        shipped_path = _find_config(Path(text.strip() or "."))
+        hint = f"; for this configuration write --config {text}" if shipped_path.is_file() else ""
+        raise SettingsError(f"{text!r} is not an override; write key=value, such as algorithm.steps=20{hint}")
     return key.strip(), parse_yaml(value, f"override {text}")
 
 
@@ -341,13 +363,17 @@ def _check_known(values: Mapping[Any, Any], source: str, known_keys: frozenset[s
             while isinstance(value, Mapping) and value:
                 key, value = next(iter(value.items()))
                 dotted_key += f".{key}"
-            raise SettingsError(f"unknown setting {dotted_key} ({source}); {_suggest_key(dotted_key, known_keys)}")
+            raise SettingsError(f"unknown setting {dotted_key} ({source}); {suggest_key(dotted_key, known_keys)}")
         if isinstance(value, Mapping):
             _check_known(value, source, known_keys, f"{dotted_key}.")
 
 
-def _suggest_key(unknown_key: str, known_keys: frozenset[str]) -> str:
+def suggest_key(unknown_key: str, known_keys: frozenset[str] | None = None) -> str:
     """Hint for an unknown key: a key with a similar spelling, or the same name in another section."""
+    if known_keys is None:
+        known_keys = frozenset(key for key, _ in iter_setting_fields())
+    if unknown_key in known_keys:
+        return f"write {unknown_key}=VALUE"
     # 0.75 finds single typos in long dotted keys; a bare name has fewer characters, so its cutoff is lower.
     name = unknown_key.rpartition(".")[2]
     same_name = sorted(key for key in known_keys if key.rpartition(".")[2] == name)

@@ -318,7 +318,7 @@ def add_monitors(references: Sequence[str]) -> None:
     """
     for reference in references:
         signature = "a MonitorSpec or a function (MonitorSample) -> bool or float"
-        plugin = load_plugin(reference, (MonitorSpec, Callable), kind="monitor", signature=signature)
+        plugin = load_plugin(reference, (MonitorSpec, Callable), kind="monitor", signature=signature, argument_count=1)
         name = reference.rpartition(":")[2]
         if not isinstance(plugin, MonitorSpec):
             is_share = getattr(plugin, "__annotations__", {}).get("return") in (bool, "bool")

@@ -121,7 +121,11 @@ def load_judge(judge_name: str) -> JudgeFunction:
     if judge_name in RULE_JUDGES:
         return RULE_JUDGES[judge_name]
     judge: JudgeFunction = load_plugin(
-        judge_name, kind="judge", known_names=RULE_JUDGES, signature="a function (messages, response) -> bool"
+        judge_name,
+        kind="judge",
+        known_names=RULE_JUDGES,
+        signature="a function (messages, response) -> bool",
+        argument_count=2,
     )
 
     def check_verdict(messages: Sequence[Message], response: str) -> bool:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import math
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence, Set
 from functools import cache
 from typing import Any
 
@@ -29,22 +30,14 @@ def build_function_scorer(objective: str, reference: str) -> Callable[[Sequence[
 
     The scoring function raises SettingsError where the reward function does not return one finite number per item.
     """
-    function: RewardFunction = load_plugin(reference, kind="reward function", signature=SIGNATURE)
-    try:
-        inspect.signature(function).bind([])
-    except TypeError as error:
-        raise SettingsError(f"reward function {reference!r}: expected {SIGNATURE}; {error}") from error
-    except ValueError:  # a built-in function without a signature
-        pass
+    function: RewardFunction = load_plugin(reference, kind="reward function", signature=SIGNATURE, argument_count=1)
 
     def score_items(items: Sequence[ScoringItem]) -> list[Score]:
         result: Any = function([build_row(item) for item in items])
         if inspect.isawaitable(result):
             result = asyncio.run_coroutine_threadsafe(_wait_for(result), _get_event_loop()).result()
-        try:
-            values = [float(value) for value in result]
-        except (TypeError, ValueError):
-            values = []
+        # Their items are numbers too, in the wrong order or of the wrong kind: keys, digits.
+        values = [] if isinstance(result, Mapping | Set | str | bytes) else _read_numbers(result)
         if len(values) != len(items) or not all(abs(value) < MAX_REWARD for value in values):
             raise SettingsError(
                 f"reward function {reference!r} of objective {objective}: expected one finite number for each of "
@@ -65,6 +58,13 @@ def build_row(item: ScoringItem) -> RewardRow:
         "prompt_id": item.prompt_id,
         "topic": item.topic,
     }
+
+
+def _read_numbers(result: Any) -> list[float]:
+    try:
+        return [math.nan if isinstance(value, str | bytes) else float(value) for value in result]
+    except (TypeError, ValueError):
+        return []
 
 
 async def _wait_for(result: Awaitable[Sequence[float]]) -> Sequence[float]:

@@ -112,7 +112,7 @@ def _check_settings(settings: Settings) -> None:
     find_model_folder(settings.model.path)
 
 
-COMMAND_OPTIONS = CommandOptions(lambda _: None, check=_check_settings)
+COMMAND_OPTIONS = CommandOptions(lambda _: None, check=_check_settings, subcommands=("rescore", "judge"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -51,7 +51,7 @@ def load_tracker(reference: str) -> Callable[[Settings, Path], Tracker]:
                 f"pip install '{requirement}', or remove it from tracking.trackers"
             )
     create_tracker: Callable[[Settings, Path], Tracker] = load_plugin(
-        reference, kind="tracker", known_names=BUILTIN_TRACKERS, signature=TRACKER_SIGNATURE
+        reference, kind="tracker", known_names=BUILTIN_TRACKERS, signature=TRACKER_SIGNATURE, argument_count=2
     )
     return create_tracker
 

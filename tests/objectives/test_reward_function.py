@@ -136,9 +136,45 @@ def return_text(rows: Sequence[RewardRow]) -> list[str]:
     return ["good" for _ in rows]
 
 
+def return_digits(rows: Sequence[RewardRow]) -> str:
+    return "1" * len(rows)
+
+
+def return_texts_of_numbers(rows: Sequence[RewardRow]) -> list[str]:
+    return ["0.5" for _ in rows]
+
+
+def return_mapping(rows: Sequence[RewardRow]) -> dict[int, float]:
+    return {index: 0.5 for index, _ in enumerate(rows)}
+
+
+def return_set(rows: Sequence[RewardRow]) -> set[float]:
+    return {float(index) for index, _ in enumerate(rows)}
+
+
+def return_pairs(rows: Sequence[RewardRow]) -> list[tuple[float, str]]:
+    return [(0.5, "why") for _ in rows]
+
+
+async def return_one_by_one(rows: Sequence[RewardRow]) -> Any:
+    for _ in rows:
+        yield 0.5
+
+
+def return_one_number(rows: Sequence[RewardRow]) -> np.float64:
+    return np.float64(0.5)
+
+
 @pytest.mark.parametrize(
     "name",
     [
+        "return_digits",
+        "return_texts_of_numbers",
+        "return_mapping",
+        "return_set",
+        "return_pairs",
+        "return_one_by_one",
+        "return_one_number",
         "return_too_few",
         "return_infinity",
         "return_nan",

@@ -32,3 +32,19 @@ def test_errors_name_the_reference_and_the_choices(reference: str, expected_word
 def test_the_expected_type_is_named_without_a_signature() -> None:
     with pytest.raises(SettingsError, match="constant 'json:dumps': expected float, got function"):
         load_plugin("json:dumps", float, kind="constant")
+
+
+def take_two(first: object, second: object) -> None: ...
+
+
+def test_a_function_with_other_arguments_is_refused_when_it_is_loaded() -> None:
+    assert load_plugin(f"{__name__}:take_two", kind="judge", argument_count=2) is take_two
+    with pytest.raises(SettingsError, match=r"judge '.*take_two': expected a function of text; missing a required"):
+        load_plugin(f"{__name__}:take_two", kind="judge", signature="a function of text", argument_count=1)
+    load_plugin("builtins:print", kind="judge", argument_count=3)
+
+
+@pytest.mark.parametrize("reference", ["mine.py:score", "rewards/mine.py:score", "./mine.py:score"])
+def test_a_path_of_a_file_gets_the_name_of_its_module(reference: str) -> None:
+    with pytest.raises(SettingsError, match=r"write mine:score, without \.py"):
+        load_plugin(reference, kind="reward function")

@@ -207,7 +207,8 @@ def find_reader(reader_name: str, kind_name: str = "*") -> LogReader:
     # Readers of labeled rows serve every objective that is trained on labels.
     get_row_kind = "safety" if kind_name.startswith(LABELS_KEY_PREFIX) else kind_name
     if ":" in reader_name:
-        read_item = load_plugin(reader_name, kind="reader", known_names=readers)
+        signature = "a function (JSON object, reader options) -> rows"
+        read_item = load_plugin(reader_name, kind="reader", known_names=readers, signature=signature, argument_count=2)
         return LogReader(reader_name, kind_name, read_item)
     if reader_name not in readers:
         known_names = [reader.name for reader in readers.values() if get_row_kind in (reader.kind_name, "*")]
