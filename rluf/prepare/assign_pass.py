@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from rluf.prepare import abuse, joins, splits
 from rluf.prepare.joins import bin_by_octave, estimate_propensity
-from rluf.prepare.labels import IGNORED, LOVED
+from rluf.prepare.labels import IGNORED, LOVED, NOT_LOVED, normalize_reaction
 from rluf.prepare.readers.files import read_line_batches
 from rluf.prepare.schema import LOVE_REACTION, SPLIT_NAMES, find_data_kind
 from rluf.prepare.workspace import (
@@ -146,13 +146,7 @@ def _quarantine_duplicates(
         write_table(path, build_quarantine_table(task.kind_name, source_path, rows))
         example_location = f"{source_path}:{min(line_numbers)}"
         row_counts.append(
-            RowCount(
-                task.kind_name,
-                "quarantined",
-                len(line_numbers),
-                reason="duplicate id",
-                example_location=example_location,
-            )
+            RowCount(task.kind_name, "quarantined", len(line_numbers), "", "duplicate id", example_location)
         )
     return row_counts
 
@@ -231,6 +225,17 @@ def _drop_repeated_rows(task: AssignTask, table: pa.Table, decisions: _RowDecisi
         is_contradictory = np.isin(contrary_ids, content_ids[decisions.keep_mask]) & decisions.keep_mask
         if task.contradictions == "ignored":
             decisions.drop_rows(is_contradictory, "contradicts another row")
+    elif task.kind_name == "feedback":
+        reaction_label = pc.fill_null(table["reaction_label"], _NO_REACTION).to_numpy()
+        is_rated = np.isin(reaction_label, (LOVED, NOT_LOVED)) & decisions.keep_mask
+        group_sizes, loved_sizes = (
+            np.bincount(content_group[mask], minlength=int(content_group.max(initial=0)) + 1)
+            for mask in (is_rated, is_rated & (reaction_label == LOVED))
+        )
+        is_mixed = (loved_sizes > 0) & (loved_sizes < group_sizes)
+        is_contradictory = is_rated & is_mixed[content_group]
+        if task.contradictions == "ignored":
+            decisions.drop_rows(is_contradictory, "contradicts another row")
     if task.drop_duplicates != "none":
         decisions.drop_rows(is_repeated, "repeats another row")
     if task.drop_duplicates == "near":
@@ -282,16 +287,20 @@ def _apply_reactions(
     task: AssignTask, table: pa.Table, event_table: pa.Table, decisions: _RowDecisions
 ) -> tuple[pa.Table, Counter[str], int]:
     """Join reaction events to their rows. Returns the table, dropped events by reason, and the number joined."""
-    reaction_code, reaction_names = encode_column(event_table["reaction"])
+    name_code, reaction_names = encode_column(event_table["reaction"])
+    names = np.array(reaction_names.to_pylist(), dtype=object)
+    _, family_code = np.unique([normalize_reaction(name) for name in names], return_inverse=True)
     order = _order_by_log_position(event_table)
+    is_reaction = pc.is_valid(event_table["reaction_label"]).to_numpy()[order]
+    order = order[is_reaction]
     events = joins.ReactionEvents(
         event_key=read_column(event_table, "event_key")[order],
         response_key=read_column(event_table, "row_key")[order],
         time_us=read_column(event_table, "time")[order],
-        reaction_code=reaction_code[order],
+        reaction_code=family_code[name_code[order]],
         retracted=read_column(event_table, "retracted")[order],
     )
-    event_label = pc.fill_null(event_table["reaction_label"], IGNORED).to_numpy()[order].astype(np.int64)
+    event_label = event_table["reaction_label"].take(pa.array(order)).to_numpy().astype(np.int64)
     rows = np.flatnonzero(decisions.keep_mask)
     attributed = joins.attribute_reactions(
         events, read_column(table, "row_key")[rows], read_column(table, "time")[rows],
@@ -299,16 +308,16 @@ def _apply_reactions(
     )  # fmt: skip
     reaction = np.array(table["reaction"].to_pylist(), dtype=object)
     label = pc.fill_null(table["reaction_label"], _NO_REACTION).to_numpy().astype(np.int64)
-    names = np.array(reaction_names.to_pylist(), dtype=object)
+    event_names = names[name_code[order]]
     # A retraction clears only the reaction that it names, not another one that the row has.
-    retracted_rows = rows[attributed.retracted_rows]
-    is_same = reaction[retracted_rows] == names[events.reaction_code[attributed.retracted_events]]
-    label[retracted_rows[is_same]] = _NO_REACTION
+    for row, event in zip(rows[attributed.retracted_rows], attributed.retracted_events, strict=True):
+        if reaction[row] is not None and normalize_reaction(reaction[row]) == normalize_reaction(event_names[event]):
+            label[row] = _NO_REACTION
     # A reaction in the row itself has no time of its own; it counts as older than any event.
     own_rows = np.flatnonzero((label != _NO_REACTION) & np.isin(np.arange(len(label)), rows[attributed.active_rows]))
     own_time = np.full(len(own_rows), np.iinfo(np.int64).min)
     active_rows = np.concatenate([own_rows, rows[attributed.active_rows]])
-    active_names = np.concatenate([reaction[own_rows], names[events.reaction_code[attributed.active_events]]])
+    active_names = np.concatenate([reaction[own_rows], event_names[attributed.active_events]])
     active_labels = np.concatenate([label[own_rows], event_label[attributed.active_events]])
     active_times = np.concatenate([own_time, events.time_us[attributed.active_events]])
     chosen, is_contradictory = joins.choose_active_reactions(
@@ -325,6 +334,7 @@ def _apply_reactions(
     label_column = pa.array(np.where(label == _NO_REACTION, 0, label).astype(np.int8), mask=label == _NO_REACTION)
     for name, column in (("reaction", pa.array(reaction.tolist(), pa.string())), ("reaction_label", label_column)):
         table = table.set_column(table.column_names.index(name), name, column)
+    attributed.drop_counts["no reaction"] += int((~is_reaction).sum())
     return table, attributed.drop_counts, len(attributed.active_rows)
 
 
@@ -383,7 +393,9 @@ def _build_feedback_columns(
         "interface": encode_column(kept_table["interface"])[0],
         "activity": bin_by_octave(np.bincount(user_code)[user_code]) if len(user_code) else user_code,
     }
-    propensity, _ = estimate_propensity(features, pc.is_valid(kept_table["reaction"]).to_numpy())
+    has_reaction = pc.is_valid(kept_table["reaction"]).to_numpy()
+    statistics["rated_share"] = float(has_reaction.mean()) if len(rows) else 0.0
+    propensity, _ = estimate_propensity(features, has_reaction)
     columns: dict[str, Any] = {}
     for name, values in (("trust", trust_weight), ("propensity", propensity)):
         columns[name] = np.ones(table.num_rows)

@@ -202,14 +202,21 @@ def build_data_card(
 CUT_SHARE_LIMIT = 0.1
 """Share of rows that a reward model would cut above which the card warns."""
 
+RATED_SHARE_LIMIT = 0.9
+"""Share of rows with a reaction from which a log is one of rated rows; users react to far fewer responses."""
+
 ENTRY_DRIFT_LIMIT = 0.1
 """Change of a share of rows since the previous data set that is a warning."""
 
 NEAR_DUPLICATE_LIMIT = 0.01
 """Share of rows that nearly repeat another one from which the card warns; a few are in every log."""
 
+USER_ID_NOTE = "users, devices or authors that look like e-mail addresses, phone numbers or IP addresses"
+OTHER_ID_NOTE = "other ids that look like e-mail addresses, phone numbers or IP addresses"
+
 _NOTED_WARNINGS = {
-    "user ids that look like e-mail addresses": "set RLUF_USER_SALT to hash them",
+    USER_ID_NOTE: "set RLUF_USER_SALT to hash them",
+    OTHER_ID_NOTE: 'no salt hashes them; give other ids (columns: {id: "#"} is a hash of the row)',
     "times without zone, read as UTC": "give times with a zone if they are not UTC",
     "several reactions in one row": "prepare.contradictions says which one counts",
     "prompts with the marks of a chat template": "give the messages, or the text without its template",
@@ -220,13 +227,19 @@ _NOTED_WARNINGS = {
 
 def list_warnings(card: Mapping[str, Any], max_rows: int | None) -> list[str]:
     """What a reader of the card should look at before training, in plain sentences."""
-    warnings = []
+    warnings, has_rated_entry = [], False
     for kind, counts in card["counts"].items():
         cut_rows = counts["dropped"].get("above prepare.max_rows", 0)
         if cut_rows:
             loved = card["love"]["sampling"]["loved"] if kind == "feedback" else None
             loved_text = f", {loved['rows'] - loved['kept']} of them loved" if loved else ""
             warnings.append(f"data.{kind}: prepare.max_rows={max_rows} left out {cut_rows} rows{loved_text}; raise it")
+    empty_events = card["counts"].get("reactions", {}).get("dropped", {}).get("no reaction", 0)
+    if empty_events:
+        warnings.append(
+            f"data.reactions: {empty_events} events have no reaction (null, none) and change nothing; an event that "
+            "withdraws a reaction names it, and has retracted: true (columns: {retracted: path})"
+        )
     for entry in card["entries"]:
         name = f"data.{entry['kind']} ({entry['path']})"
         labels: Counter[str] = Counter()
@@ -238,9 +251,9 @@ def list_warnings(card: Mapping[str, Any], max_rows: int | None) -> list[str]:
                 f"{name}: {labels['unknown']} reactions have no label and are left out: {names}; set prepare.labels"
             )
         rated = labels.total() - labels["none"]
-        has_events = any(other["kind"] == "reactions" for other in card["entries"])
-        if entry["kind"] == "feedback" and rated and rated == entry["valid_rows"] and not has_events:
-            warnings.append(f"{name}: every row has a reaction, so the love rate is one of rated rows, not a base rate")
+        if entry["kind"] == "feedback" and rated >= RATED_SHARE_LIMIT * max(entry["valid_rows"], 1):
+            warnings.append(_describe_rated_rows(name, rated / entry["valid_rows"]))
+            has_rated_entry = True
         warnings += [
             f"{name}: columns.{path_name} leads to a value in some files more often than in others; is it renamed?"
             for path_name in entry["uneven_paths"]
@@ -278,6 +291,9 @@ def list_warnings(card: Mapping[str, Any], max_rows: int | None) -> list[str]:
         if length["cut_share"] >= CUT_SHARE_LIMIT
     ]
     love = card.get("love") or {}
+    # Of rows with the reactions of data.reactions, which an entry alone does not have.
+    if love.get("rated_share", 0.0) >= RATED_SHARE_LIMIT and not has_rated_entry:
+        warnings.append(_describe_rated_rows("data.feedback", love["rated_share"]))
     if love.get("rows_of_reused_conversation_ids"):
         warnings.append(
             f"data.feedback: {love['rows_of_reused_conversation_ids']} rows have a conversation id that users share "
@@ -289,6 +305,10 @@ def list_warnings(card: Mapping[str, Any], max_rows: int | None) -> list[str]:
             f"prepare.contradictions={card['settings']['contradictions']} decides"
         )
     return warnings
+
+
+def _describe_rated_rows(name: str, share: float) -> str:
+    return f"{name}: {share:.0%} of the rows have a reaction, so the love rate is one of rated rows, not a base rate"
 
 
 def _format_entry_lines(entry: Mapping[str, Any]) -> list[str]:

@@ -87,11 +87,11 @@ class EntryReport:
         data_key = f"data.{self.source.kind_name} ({entry.path})"
         check_reactions(
             self.reactions, self.rules, data_key, is_rating=is_rating or bool(self.notes[RATINGS_NOTE]),
-            has_ratings=has_ratings,
+            has_ratings=has_ratings, is_event=self.source.kind_name == "reactions",
         )  # fmt: skip
 
     def _get_label(self, name: str) -> str:
-        if self.source.kind_name != "reactions" and self.rules.is_no_reaction(name):
+        if self.rules.is_no_reaction(name, is_event=self.source.kind_name == "reactions"):
             return "none"
         return LABEL_NAMES[self.rules.find_code(name)]
 

@@ -101,8 +101,12 @@ def attribute_reactions(
     drop_counts["superseded by a later event"] = int((~is_last).sum())
     drop_counts["retracted"] = int((is_last & is_retraction).sum())
     is_active, is_retracted = is_last & ~is_retraction, is_last & is_retraction
-    active_events, retracted_events = event_index[is_active], event_index[is_retracted]
-    return AttributedReactions(row[is_active], active_events, row[is_retracted], retracted_events, drop_counts)
+    # In the order of the log, which decides between two reactions at the same time.
+    active_order = np.argsort(event_index[is_active])
+    return AttributedReactions(
+        row[is_active][active_order], event_index[is_active][active_order], row[is_retracted],
+        event_index[is_retracted], drop_counts,
+    )  # fmt: skip
 
 
 def choose_active_reactions(

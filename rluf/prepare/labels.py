@@ -66,6 +66,24 @@ def _build_codes(names: Iterable[str], code: int) -> dict[str, int]:
 
 
 _DEFAULT_CODES = _build_codes(_LOVED_NAMES, LOVED) | _build_codes(_NOT_LOVED_NAMES, NOT_LOVED)
+_FAMILIES = (
+    ("love", "love|heart|<3", LOVED),
+    ("down", r"down|dislike|^-1$", NOT_LOVED),
+    ("up", r"up|like|^\+1$", LOVED),
+)
+
+
+@cache
+def normalize_reaction(name: str) -> str:
+    """One name for all spellings of a heart, and of a thumb: one client may withdraw as heart what was love before."""
+    key = normalize_name(name)
+    text = unicodedata.name(key, key).lower() if len(key) == 1 else key
+    families = (
+        family for family, pattern, code in _FAMILIES if re.search(pattern, text) and _DEFAULT_CODES.get(key) == code
+    )
+    return next(families, key)
+
+
 _NUMBER_PATTERN = r"[+-]?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?"
 _BOUND_RULE = re.compile(rf"(>=|<=|>|<)\s*({_NUMBER_PATTERN})")
 _RANGE_RULE = re.compile(rf"({_NUMBER_PATTERN})\s*\.\.\s*({_NUMBER_PATTERN})")
@@ -167,14 +185,18 @@ class LabelRules:
         rule_codes = {*self._numbers.values(), *(item.code for item in self._ranges)}
         return NOT_LOVED if NOT_LOVED not in rule_codes and LOVED in rule_codes else UNKNOWN
 
-    def is_no_reaction(self, name: str | None) -> bool:
-        """Whether a value says that there is no reaction: null, and 0 and false unless a rule names them."""
+    def is_no_reaction(self, name: str | None, *, is_event: bool = False) -> bool:
+        """Whether a value says that there is no reaction: null, and 0 and false unless a rule names them.
+
+        An event is a reaction by itself: 0 and false are a thumb down there.
+        """
         if name is None:
             return True
         key = normalize_name(name)
         number = parse_number(key)
         has_rule = key in self._codes or (self.has_number_rules and number is not None)
-        return (number == 0 or key in ("false", "f") or key in MISSING_TEXTS | _UNRATED_NAMES) and not has_rule
+        is_zero = (number == 0 or key in ("false", "f")) and not is_event
+        return (is_zero or key in MISSING_TEXTS | _UNRATED_NAMES) and not has_rule
 
 
 @cache
@@ -191,25 +213,28 @@ def choose_reaction(names: Sequence[str], rules: LabelRules, contradictions: str
 
 
 def check_reactions(
-    counts: Counter[str], rules: LabelRules, data_key: str, *, is_rating: bool, has_ratings: bool = False
-) -> None:
+    counts: Counter[str], rules: LabelRules, data_key: str, *, is_rating: bool, has_ratings: bool = False,
+    is_event: bool = False,
+) -> None:  # fmt: skip
     """Raise DataError if reactions of one entry have no label: numbers that need a rule, or too many unknown names.
 
-    `counts` are rows by reaction; `is_rating` says that their field is called a rating, score or stars, so that a log
-    of ones alone may be one of bad ratings; `has_ratings` that they are stars for certain.
+    `counts` are rows by reaction, or events if `is_event`; `is_rating` says that their field is called a rating, score
+    or stars, so that a log of ones alone may be one of bad ratings; `has_ratings` that they are stars for certain.
     """
     advice = f'set {rules.setting}, such as {{">=4": loved, "<4": not_loved, "<name>": ignored}}'
     numbers = {name: number for name in counts if (number := parse_number(normalize_name(name))) is not None}
     if numbers and not rules.has_number_rules:
         values = {*numbers.values()}
         is_unary_rating = is_rating and values == {1.0}
-        if has_ratings or not values <= _THUMB_NUMBERS or is_unary_rating:
+        # Of -1, 0 and 1, 0 is neutral; in a row it is no reaction, and as an event it would be a thumb down.
+        is_neutral_zero = is_event and {-1.0, 0.0} <= values
+        if has_ratings or is_neutral_zero or not values <= _THUMB_NUMBERS or is_unary_rating:
             raise DataError(
                 f"{data_key}: the reactions are numbers ({_format_counts(counts, numbers)}), and no rule says which of "
                 f"them is love; {advice}"
             )
     # Values that say "no reaction" are most of some logs, and would hide a name of love that has no label.
-    reactions = {name: rows for name, rows in counts.items() if not rules.is_no_reaction(name)}
+    reactions = {name: rows for name, rows in counts.items() if not rules.is_no_reaction(name, is_event=is_event)}
     unknown = [name for name in reactions if rules.find_code(name) == UNKNOWN]
     unknown_rows, reaction_rows = sum(counts[name] for name in unknown), sum(reactions.values())
     if unknown_rows > UNKNOWN_SHARE_LIMIT * reaction_rows or any(name in numbers for name in unknown):

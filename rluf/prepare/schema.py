@@ -129,6 +129,11 @@ class ReactionRecord(LogRecord):
     retracted: bool = False
 
 
+def _is_same_text(text: str, other_text: str) -> bool:
+    """Whether two texts differ in white space at most."""
+    return text == other_text or text.split() == other_text.split()
+
+
 class PreferenceRecord(LogRecord):
     """Two responses to one context, of which raters preferred `chosen`. `group` names the prompt; rows split by it.
 
@@ -146,7 +151,7 @@ class PreferenceRecord(LogRecord):
 
     @model_validator(mode="after")
     def _check_responses_differ(self) -> PreferenceRecord:
-        if self.chosen == self.rejected:
+        if _is_same_text(self.chosen, self.rejected):
             raise PydanticCustomError("same", "chosen equals rejected")
         return self
 
@@ -420,7 +425,7 @@ def _is_consistent(row: Any, field_names: frozenset[str], now: datetime) -> bool
         return False
     if "response" in field_names and not row.response.strip():
         return False
-    if "chosen" in field_names and (not row.chosen.strip() or row.chosen == row.rejected):
+    if "chosen" in field_names and (not row.chosen.strip() or _is_same_text(row.chosen, row.rejected)):
         return False
     return "time" not in field_names or EARLIEST_TIME <= row.time <= now + FUTURE_SLACK
 

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 
 from rluf.config.data import DataSource
 from rluf.prepare import splits
+from rluf.prepare.card import OTHER_ID_NOTE, USER_ID_NOTE
 from rluf.prepare.erasure import ERASURE_REASON, USER_COLUMNS, is_row_of_erased_user, match_erased_users
 from rluf.prepare.labels import LabelRules
 from rluf.prepare.readers.chats import RowShapeError
@@ -49,8 +50,13 @@ _ROWS_PER_BATCH = 4096
 _MAX_PENDING_BYTES = 64 * 2**20
 """Bytes of rows that are validated together."""
 
-EMAIL_NOTE = "user ids that look like e-mail addresses"
-"""Note on rows whose user id is personal data, because no salt is set."""
+PERSONAL_ID_NOTES = {
+    USER_ID_NOTE: USER_COLUMNS,
+    OTHER_ID_NOTE: {"id", "conversation_id", "group"},
+}
+"""Notes on rows whose ids are personal data, and the columns that they are about. A salt hashes those of users."""
+
+_PERSONAL_ID = r"[@\x{FF20}]|%40|^\+\d[\d ().-]{7,}$|^\d{1,3}(\.\d{1,3}){3}$|^[0-9a-fA-F]{0,4}(:[0-9a-fA-F]{0,4}){3,7}$"
 
 LENGTH_STEP_TOKENS = 16
 """Width of the steps in which estimated lengths are counted."""
@@ -174,8 +180,9 @@ class _ValidationWriter:
     def write_accepted(self, rows: Sequence[Any], positions: Sequence[tuple[int, int]]) -> None:
         """Write valid rows and their index entries; `positions` are their (line number, item of the line)."""
         table = self._protect_personal_data(build_arrow_table(rows, self.kind.record_type))
-        if not self.task.salt_hex and "user_id" in table.column_names:
-            self.notes[EMAIL_NOTE] += pc.sum(pc.match_substring(table["user_id"], "@")).as_py() or 0
+        for note, names in PERSONAL_ID_NOTES.items():
+            matches = [pc.match_substring_regex(table[name], _PERSONAL_ID) for name in names & {*table.column_names}]
+            self.notes[note] += max((pc.sum(match).as_py() or 0 for match in matches), default=0)
         self._count_lengths(table)
         if "messages" in table.column_names:
             self.script_counts += count_scripts(self._get_last_texts(table))
@@ -225,10 +232,9 @@ class _ValidationWriter:
         """Label code of each reaction [N], null where there is none; also counts reactions by name."""
         encoded = column.combine_chunks().dictionary_encode()
         names = encoded.dictionary.to_pylist()
-        # An event is a reaction by itself: a score of 0 is a thumb down there, and no reaction in a row of feedback.
         is_event = self.kind.name == "reactions"
         codes = [
-            None if not is_event and self.rules.is_no_reaction(name) else self.rules.find_code(name) for name in names
+            None if self.rules.is_no_reaction(name, is_event=is_event) else self.rules.find_code(name) for name in names
         ]
         for entry in pc.value_counts(encoded.indices.drop_null()).to_pylist():
             self.reaction_counts[names[entry["values"]]] += entry["counts"]
@@ -288,19 +294,22 @@ class _ValidationWriter:
             columns["conversation_key"] = pa.array(conversation_keys, pa.uint64())
             columns["opening_key"] = pa.array([hash64(text, "rluf-opening") for text in openings], pa.uint64())
         content_fields = _CONTENT_FIELDS[get_row_kind(kind.name)]
-        contents = ["\x1f".join(str(getattr(row, name)) for name in content_fields) for row in rows]
-        columns["response_key"] = pa.array([hash64(text, "rluf-answer") for text in contents], pa.uint64())
+        contents = [[str(getattr(row, name)) for name in content_fields] for row in rows]
+        is_labeled = get_row_kind(kind.name) in ("preferences", "safety")
+        if is_labeled:
+            # Pairs and labels are equal, or contrary, whatever their white space and case, as prompts are.
+            contents = [[" ".join(text.casefold().split()) for text in texts] for texts in contents]
+        columns["response_key"] = _hash_contents(contents)
         text_fields = [name for name in content_fields if name in _TEXT_COLUMNS]
         if text_fields:
             # The last message only: the rows of a conversation have all earlier ones in common.
             texts = [[row.messages[-1].content, *(getattr(row, name) for name in text_fields)] for row in rows]
             columns["row_band_hashes"] = _build_list_column(splits.compute_row_band_hashes(texts))
-        if get_row_kind(kind.name) in ("preferences", "safety"):
+        if is_labeled:
             # The content that contradicts a row: the reverse pair, or the same response with the other label.
             is_pair = get_row_kind(kind.name) == "preferences"
-            contraries = [(r.rejected, r.chosen) if is_pair else (r.response, str(1 - r.label)) for r in rows]
-            contrary_keys = [hash64("\x1f".join(texts), "rluf-answer") for texts in contraries]
-            columns["contrary_key"] = pa.array(contrary_keys, pa.uint64())
+            contraries = [texts[::-1] if is_pair else [texts[0], str(1 - int(texts[1]))] for texts in contents]
+            columns["contrary_key"] = _hash_contents(contraries)
         if "reaction" in table.column_names:
             columns["reaction_label"] = self._label_reactions(table["reaction"])
         if "messages" in kind.record_type.model_fields:
@@ -332,6 +341,11 @@ class _ValidationWriter:
         self._bucket_writer.close()
         if self._quarantine_file is not None:
             self._quarantine_file.close()
+
+
+def _hash_contents(contents: Sequence[Sequence[str]]) -> pa.Array:
+    """Key of the contents of each row [N]."""
+    return pa.array([hash64("\x1f".join(texts), "rluf-answer") for texts in contents], pa.uint64())
 
 
 def _build_list_column(values: splits.HashKeys) -> pa.Array:

@@ -22,12 +22,13 @@ class RowShapeError(ValueError):
     """An object of another shape than a reader expects; its message is a reason without users' text."""
 
 
-@dataclass(frozen=True, slots=True)
+# Without eq: a chat may have the same short reply several times, and each is a message of its own.
+@dataclass(frozen=True, slots=True, eq=False)
 class ChatMessage:
     """One message: rluf's role or `tool`, its text (None: only images or tool calls), and the ids that refer to it.
 
     `parent` is the id of the message before it. Messages without text stay in a chat, so that positions and parents
-    lead to the right one; `to_records` leaves them out.
+    lead to the right one; `to_records` leaves them out. Messages are equal if they are the same object.
     """
 
     role: str
@@ -374,16 +375,24 @@ def _read_part(item: object, notes: Counter[str]) -> str | None:
     return None
 
 
-def collect_thread(messages: Sequence[ChatMessage], last: ChatMessage) -> list[ChatMessage]:
-    """Messages that lead to `last`, inclusive: by parent where messages name one, else those before it in the list."""
+def index_parents(messages: Sequence[ChatMessage]) -> dict[ChatMessage, ChatMessage] | None:
+    """Each message's parent, of those that have one in the chat; None if no message has, as in a plain list."""
     by_id = {message_id: message for message in messages for message_id in message.ids}
-    if not any(message.parent in by_id for message in messages):
+    parents = {message: by_id[message.parent] for message in messages if message.parent in by_id}
+    return parents or None
+
+
+def collect_thread(
+    messages: Sequence[ChatMessage], last: ChatMessage, parents: Mapping[ChatMessage, ChatMessage] | None
+) -> list[ChatMessage]:
+    """Messages that lead to `last`, inclusive: by parent (index_parents), else those before it in the list."""
+    if parents is None:
         return list(messages[: messages.index(last) + 1])
-    thread, current = [last], last
-    while current.parent is not None and (parent := by_id.get(current.parent)) is not None and parent not in thread:
-        thread.append(parent)
-        current = parent
-    return thread[::-1]
+    thread = {last: None}
+    while (parent := parents.get(last)) is not None and parent not in thread:
+        thread[parent] = None
+        last = parent
+    return list(thread)[::-1]
 
 
 def split_at_response(
@@ -414,7 +423,7 @@ def split_at_response(
             raise RowShapeError("the rated message is not an assistant's")
         if last.content is None:
             raise RowShapeError("the rated message has no text")
-    thread = collect_thread(messages, last)
+    thread = collect_thread(messages, last, index_parents(messages))
     is_continued = any(message.role == "user" for message in messages[messages.index(last) + 1 :])
     return thread[:-1], last.content, is_continued and thread == list(messages[: len(thread)])
 

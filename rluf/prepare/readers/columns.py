@@ -180,7 +180,7 @@ def name_reactions(value: object) -> list[str]:
     if isinstance(value, int | float):
         return [] if math.isnan(value) else [f"{value:.15g}"]
     if isinstance(value, list):
-        return [name for item in value for name in name_reactions(item)]
+        return [name for item in order_by_time(value) for name in name_reactions(item)]
     if isinstance(value, Mapping):
         if not value or value.get("count") in (0, "0"):
             return []
@@ -194,6 +194,24 @@ def name_reactions(value: object) -> list[str]:
     if value is None:
         return []
     raise RowShapeError(f"expected a reaction, got {type(value).__name__}")
+
+
+_EVENT_TIME_KEYS = ("updated_at", "updatedAt", "created_at", "createdAt", "timestamp", "time", "date", "ts")
+
+
+def order_by_time(items: Sequence[Any]) -> list[Any]:
+    """Reactions with times, the earliest first; as they are if one has none."""
+    times = [
+        next((normalize_time(item[key]) for key in _EVENT_TIME_KEYS if item.get(key) is not None), None)
+        if isinstance(item, Mapping)
+        else None
+        for item in items
+    ]
+    try:
+        parsed_times = [datetime.fromisoformat(str(time)) for time in times]
+        return [items[index] for index in sorted(range(len(items)), key=parsed_times.__getitem__)]
+    except (ValueError, TypeError):
+        return list(items)
 
 
 def _format_number(text: str) -> str:
@@ -386,7 +404,7 @@ class RowConverter:
         chats = {name: self._read_reply(fields.get(name), notes) for name in ("chosen", "rejected")}
         (chosen_context, chosen), (rejected_context, rejected) = chats["chosen"], chats["rejected"]
         if chosen_context or rejected_context:
-            if chosen_context != rejected_context:
+            if to_records(chosen_context) != to_records(rejected_context):
                 return SkippedRow("the two conversations differ before their end")
             context = chosen_context
         else:

@@ -19,14 +19,23 @@ from rluf.prepare.readers.chats import (
     collect_thread,
     count_user_turns,
     decode_json_text,
+    index_parents,
     read_chat,
     read_choices,
     read_text,
     split_at_response,
     to_records,
 )
-from rluf.prepare.readers.columns import NOTES_KEY, RATINGS_NOTE, UNKNOWN_TIME, get_by_path, normalize_time
+from rluf.prepare.readers.columns import (
+    NOTES_KEY,
+    RATINGS_NOTE,
+    UNKNOWN_TIME,
+    get_by_path,
+    normalize_time,
+    order_by_time,
+)
 from rluf.prepare.readers.datasets import LogReader, ReaderItems, ReaderOptions, ReaderRow, SkippedRow, index_readers
+from rluf.prepare.schema import MAX_MESSAGES
 from rluf.prepare.splits import assign_split
 from rluf.utils.hashing import hash_parts
 
@@ -56,18 +65,25 @@ def _expand_chat(
     """
     decoded = decode_json_text(raw_messages) if isinstance(raw_messages, str) else raw_messages
     notes: Counter[str] = Counter()
-    messages, items = read_chat(decoded, notes), []
+    items: list[ReaderRow | SkippedRow] = []
+    messages = read_chat(decoded, notes)
+    parents, records = index_parents(messages), {message: to_records([message]) for message in messages}
+    last_user_index = max((index for index, message in enumerate(messages) if message.role == "user"), default=0)
     for index, (message, raw_message) in enumerate(zip(messages, decoded, strict=True)):
         if message.role != "assistant" or message.content is None:
             continue
-        context = collect_thread(messages, message)[:-1]
-        is_last = not any(later.role == "user" for later in messages[index + 1 :])
+        # A row repeats all messages before it: an endless chat would take memory by the square of its length.
+        if index > MAX_MESSAGES:
+            items.append(SkippedRow(f"behind the first {MAX_MESSAGES} messages of its chat"))
+            continue
+        context = collect_thread(messages, message, parents)[:-1]
         items.append({
-            "turn": max(0, count_user_turns(context) - 1), "messages": to_records(context), "response": message.content,
-            "continued": not is_last, NOTES_KEY: dict(+notes), **base, **read_turn(raw_message, index),
+            "turn": max(0, count_user_turns(context) - 1), "response": message.content,
+            "messages": [record for earlier in context for record in records[earlier]],
+            "continued": index < last_user_index, NOTES_KEY: dict(+notes), **base, **read_turn(raw_message, index),
         })  # fmt: skip
         notes.clear()  # what was left out counts once per chat
-    return [*items] or [SkippedRow("no assistant message")]
+    return items or [SkippedRow("no assistant message")]
 
 
 def _read_openai(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
@@ -219,7 +235,7 @@ def _read_langfuse(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
     response = read_text(_get_reply(_decode(output)), notes)
     scores = row.get("scores") or []
     scores = decode_json_text(scores) if isinstance(scores, str) else scores
-    user_scores = [score for score in scores if isinstance(score, Mapping) and _is_user_score(score)]
+    user_scores = order_by_time([score for score in scores if isinstance(score, Mapping) and _is_user_score(score)])
     notes["scores that are not a user's"] += sum(isinstance(score, Mapping) for score in scores) - len(user_scores)
     notes[RATINGS_NOTE] += sum("rating" in str(score["name"]).lower() for score in user_scores)
     notes["scores given by id"] += sum(not isinstance(score, Mapping) for score in scores)
