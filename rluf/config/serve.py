@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from typing import Annotated
 
 from pydantic import Field, StringConstraints, model_validator
@@ -56,8 +57,21 @@ class ServeSettings(SettingsSection):
     @model_validator(mode="after")
     def _check_chat_markers(self) -> ServeSettings:
         names = self.chat_markers.keys() - {"system"}
-        if names not in (set(), {"user", "assistant", "end"}) or "" in self.chat_markers.values():
-            raise ValueError("chat_markers: expected user, assistant, end and optionally system, none of them empty")
+        markers = self.chat_markers.values()
+        is_ambiguous = "" in markers or len(set(markers)) < len(markers)
+        if names not in (set(), {"user", "assistant", "end"}) or is_ambiguous:
+            raise ValueError(
+                "chat_markers: expected user, assistant, end and optionally system, different and not empty"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_trusted_proxies(self) -> ServeSettings:
+        for proxy in self.trusted_proxies:
+            try:
+                ipaddress.ip_network(proxy, strict=False)
+            except ValueError as error:
+                raise ValueError(f"trusted_proxies: expected addresses and networks, got {proxy!r}") from error
         return self
 
     @model_validator(mode="after")

@@ -59,8 +59,9 @@ def start_service(settings: Settings) -> Any:
     from rluf.serve.application import deploy_service, get_feedback_root
 
     handle = deploy_service(settings, resolve_reward_folders(settings))
-    objectives, host, port = settings.serve.objectives, settings.serve.host, settings.serve.port
-    logger.info("service: serving %s at http://%s:%d (docs at /docs)", ", ".join(objectives), host, port)
+    objectives, host, port = ", ".join(settings.serve.objectives), settings.serve.host, settings.serve.port
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    logger.info("service: serving %s at %s (docs at /docs)", objectives, url)
     logger.info("service: feedback log is %s", get_feedback_root(settings))
     return handle
 

@@ -24,6 +24,7 @@ from ray.exceptions import RayError
 from cluster.placement import actor_environment
 from rluf.config.derived import list_configured_reward_folders
 from rluf.config.load import load_settings
+from rluf.config.serve import LOOPBACK_HOSTS
 from rluf.errors import DataError, ModelError, ResourceError, SettingsError
 from rluf.reward.calibration import Calibration
 from rluf.reward.text import SCORING_BATCH_TOKENS
@@ -49,6 +50,7 @@ from rluf.serve.policy_deployment import ENGINE_SETTING_KEYS, PolicyDeployment
 from rluf.serve.store import DATABASE_FILE, FeedbackStore
 from rluf.serve.writers import list_writer_names, read_writer_name, resolve_writer_folders
 from rluf.utils.cache import compute_artifact_key, hash_files, hash_source_code
+from rluf.utils.files import atomic_write, fsync_path
 from rluf.utils.hashing import (
     LEGACY_SERVE_SALT_VARIABLE,
     USER_SALT_VARIABLE,
@@ -67,6 +69,8 @@ logger = logging.getLogger("rluf.serve")
 
 REPLICA_CODE_DIGEST = hash_source_code("serve", "objectives", "reward")
 """Digest of the code that replicas run; a change of it restarts them."""
+SALT_FILE = "salt"
+"""File in the log folder with the salt of a local service whose environment has none."""
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 SERVE_THROUGHPUT_ENV = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
@@ -78,7 +82,7 @@ to scorer takes a third of the CPU time. (RAY_SERVE_THROUGHPUT_OPTIMIZED sets th
 MIN_FLUSH_INTERVAL_S, MAX_FLUSH_INTERVAL_S = 1.0, 60.0
 """Limits of the seconds between Parquet files of settled rows; in between, as long as a reaction may change."""
 MAX_CONCURRENT_CHATS = 64
-"""Chats that run on one policy at a time; further ones wait in Ray Serve's queue."""
+"""Chats that run on one policy at a time; as many wait in Ray Serve's queue, further ones get 429."""
 IGNORED_CONFIG_KEYS = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 """Keys of a policy's config.json that do not affect its engine: they differ between checkpoints of one run."""
 MAX_GATEWAY_REQUESTS = 4096
@@ -127,13 +131,20 @@ def load_or_create_salt(settings: Settings) -> bytes:
     if legacy_salt := os.environ.get(LEGACY_SERVE_SALT_VARIABLE):
         logger.warning("service: %s is deprecated; set %s instead", LEGACY_SERVE_SALT_VARIABLE, USER_SALT_VARIABLE)
         return legacy_salt.encode()
-    salt_file = get_log_folder(settings) / "salt"
-    if not salt_file.is_file():
-        salt_file.parent.mkdir(parents=True, exist_ok=True)
-        # O_EXCL and mode 0600 from the start: no moment at which others can read the salt or two starts write two.
-        with os.fdopen(os.open(salt_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
+    if salt := read_salt_file(settings):
+        return salt
+    with atomic_write(get_log_folder(settings) / SALT_FILE) as partial_file:
+        # Mode 0600 from the start: no moment at which others can read the salt.
+        with os.fdopen(os.open(partial_file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as stream:
             stream.write(secrets.token_hex(16))
-    return salt_file.read_bytes()
+        fsync_path(partial_file)
+    return read_salt_file(settings)
+
+
+def read_salt_file(settings: Settings) -> bytes:
+    """The salt that a local service has created; empty without one."""
+    salt_file = get_log_folder(settings) / SALT_FILE
+    return salt_file.read_bytes() if salt_file.is_file() else b""
 
 
 def erase_users(settings: Settings, user_ids: Sequence[str]) -> None:
@@ -146,8 +157,11 @@ def erase_users(settings: Settings, user_ids: Sequence[str]) -> None:
     # Before the salt: a mistyped path must not become an empty log.
     if "://" not in root and not Path(root).expanduser().is_dir():
         raise DataError(f"{root}: no feedback log; set serve.feedback_path to the folder of the service")
-    salt = load_or_create_salt(settings)
-    forms_by_user = {user: {*list_user_id_forms(user), hash_user_id(user, salt)} for user in user_ids}
+    # Rows from before the operator set a salt have that of the file.
+    salts = {load_or_create_salt(settings), read_salt_file(settings)} - {b""}
+    forms_by_user = {
+        user: {*list_user_id_forms(user), *(hash_user_id(user, salt) for salt in salts)} for user in user_ids
+    }
     id_forms = sorted({id_form for forms in forms_by_user.values() for id_form in forms})
     counts: Counter[str] = Counter()
     found_ids: set[str] = set()
@@ -356,6 +370,7 @@ def _build_policy_application(settings: Settings, policy_name: str, policy_folde
         name=f"policy-{policy_name}",
         num_replicas=1,
         max_ongoing_requests=MAX_CONCURRENT_CHATS,
+        max_queued_requests=MAX_CONCURRENT_CHATS,
         user_config={"path": str(policy_folder), "version": version},
         graceful_shutdown_timeout_s=settings.timeouts.serve_request_s,
         ray_actor_options={
@@ -390,12 +405,29 @@ def resolve_policy_folders(settings: Settings) -> dict[str, Path]:
 
 
 def build(args: dict[str, Any]) -> Application:
-    """Build the application of a settings file, for `serve deploy` and RayService; model paths must be given."""
+    """Build the application of a settings file, for `serve deploy` and RayService; model paths must be given.
+
+    Raises SettingsError when Ray Serve's proxies, which listen for it, are less local than the settings say.
+    """
     config_path = args.get("config")
     settings = load_settings(None if config_path is None else Path(config_path), args.get("overrides", [])).settings
+    proxy_host = _read_proxy_host()
+    if settings.serve.is_local and proxy_host is not None and proxy_host not in LOOPBACK_HOSTS:
+        raise SettingsError(
+            f"serve.host={settings.serve.host}, but Ray Serve's proxies listen at {proxy_host}, where other machines "
+            f"can reach them: set http_options.host=127.0.0.1 in the Serve config, or serve.host={proxy_host} with "
+            "token and salt"
+        )
     return build_application(
         settings, list_configured_reward_folders(settings), resolve_policy_folders(settings), listen_directly=False
     )
+
+
+def _read_proxy_host() -> str | None:
+    """Address at which the proxies of the running Ray Serve listen; None without one."""
+    # Ray Serve has no public function for this.
+    client = serve.context._get_global_client(raise_if_no_controller_running=False)
+    return None if client is None else client.http_config.host
 
 
 def deploy_service(settings: Settings, reward_folders: Mapping[str, Path | None]) -> Any:

@@ -45,7 +45,7 @@ class RewardClient:
         (live, candidate, or a version) is required of every score: another one is ApiError 409.
         """
         self.max_retry_after_s, self.model_version = max_retry_after_s, model_version
-        bearer_token = token or os.environ.get("RLUF_SERVE_TOKEN")
+        bearer_token = (token or os.environ.get("RLUF_SERVE_TOKEN", "")).strip()
         headers = {"Authorization": f"Bearer {bearer_token}"} if bearer_token else {}
         self.url, self.max_attempts = url.rstrip("/"), max_attempts
         # trust_env off: a proxy set for downloads must not see conversations.

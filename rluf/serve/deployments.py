@@ -523,6 +523,8 @@ class GatewayDeployment:
         except ApiError as error:
             # A new error, since Ray's has the replica's traceback as its text.
             raise ApiError(error.status, error.error_type, error.message) from error
+        except BackPressureError as error:
+            raise ApiError(429, "busy", f"policy {policy_name} is busy; try again later", 1.0) from error
         except (*REPLICA_LOST_ERRORS, RlufError) as error:
             logger.error("policy %s: chat failed: %s", policy_name, error)
             raise ApiError(503, "unavailable", f"policy {policy_name} is not available now; retry", 2.0) from error

@@ -461,6 +461,8 @@ def read_access_tokens(environment: Mapping[str, str], *, min_chars: int = 1) ->
             raise SettingsError(f"{source} ({name}): scopes are {', '.join(sorted(ALL_SCOPES))}, got {words[1]!r}")
         entries.append((source, name, scopes, words[2]))
     for source, _, _, token in entries:
+        if not (token.isascii() and token.isprintable()) or " " in token:
+            raise SettingsError(f"{source}: expected a token of ASCII letters, digits and signs without white space")
         if len(token) < min_chars:
             raise SettingsError(
                 f"{source}: the token has {len(token)} characters, use at least {min_chars} random ones"

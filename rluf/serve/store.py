@@ -199,14 +199,14 @@ class FeedbackStore(ParquetFolder):
         settled_before = math.inf if all_rows else now - self.reaction_window_s
         count = 0
         while rows := connection.execute(
-            "SELECT received_at, record, reaction, continued FROM rows WHERE record IS NOT NULL AND received_at <= ? "
-            "ORDER BY received_at LIMIT ?",
+            "SELECT received_at, id, record, content, reaction, continued FROM rows WHERE record IS NOT NULL AND "
+            "received_at <= ? ORDER BY received_at LIMIT ?",
             (settled_before, MAX_ROWS_PER_FILE),
         ).fetchall():
             records: list[LogRecord] = []
-            for _, record_json, reaction, continued in rows:
+            for _, row_id, record_json, content, reaction, continued in rows:
                 changes = {"reaction": reaction} | ({"continued": True} if continued else {})
-                records.append(FeedbackRecord.model_validate_json(record_json).model_copy(update=changes))
+                records.append(self._parse_open_row(row_id, record_json, content).model_copy(update=changes))
             self._write_days("", "feedback", records, [row[0] for row in rows], "UPDATE rows SET record = NULL")
             count += len(rows)
         # A late reaction has settled when it arrives.
@@ -455,12 +455,13 @@ class FeedbackStore(ParquetFolder):
 
         Raises DataError, OSError or ValidationError when the row is in no readable file and a file cannot be read.
         """
-        stored = connection.execute("SELECT record, received_at FROM rows WHERE id = ?", (row_id,)).fetchone()
+        query = "SELECT record, content, received_at FROM rows WHERE id = ?"
+        stored = connection.execute(query, (row_id,)).fetchone()
         if stored is None:
             return None
-        record_json, received_at = stored
+        record_json, content, received_at = stored
         if record_json is not None:
-            return FeedbackRecord.model_validate_json(record_json)
+            return self._parse_open_row(row_id, record_json, content)
         day_folder = "" if received_at is None else f"date={_format_day(received_at)}/"
         first_error: DataError | OSError | ValidationError | None = None
         for path in self._list_files():
@@ -474,6 +475,17 @@ class FeedbackStore(ParquetFolder):
         if first_error is not None:
             raise first_error
         return None
+
+    def _parse_open_row(self, row_id: str, record_json: str, content: str | None) -> FeedbackRecord:
+        """Record of an open row. Raises DataError when it is not what was acknowledged: the disk changed it."""
+        with contextlib.suppress(ValidationError):
+            record = FeedbackRecord.model_validate_json(record_json)
+            if content in (None, _hash_content(record.model_dump())):
+                return record
+        raise DataError(
+            f"{self.log_folder / DATABASE_FILE}: row {row_id} is damaged; restore the file from a backup, or delete "
+            "this row with sqlite3"
+        )
 
     def _write_days(
         self, folder: str, prefix: str, records: Sequence[LogRecord], received_at: Sequence[float], mark_statement: str

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import httpx
 import pytest
 
 from rluf.config.settings import Settings
-from rluf.errors import SettingsError
+from rluf.errors import ModelError, SettingsError
 from rluf.serve.api import ApiError
 from rluf.serve.app import make_app
-from rluf.serve.application import check_secrets
+from rluf.serve.application import build, check_secrets
 from rluf.serve.middleware import (
     ALL_SCOPES,
     AccessToken,
@@ -64,6 +65,23 @@ def test_a_wrong_token_list_is_refused_without_the_token(lines: str, message: st
     with pytest.raises(SettingsError, match=message) as error:
         read_access_tokens({"RLUF_SERVE_TOKENS": lines}, min_chars=16 if "short" in lines else 1)
     assert "short" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "token",
+    [
+        "zwölf-zeichen-und-mehr",
+        "two words in one token",
+        "tab\tin-the-token-here",
+        "no-break\xa0space-token",
+        "\x00" * 20,
+    ],
+)
+def test_a_token_that_no_client_can_send_is_refused(token: str) -> None:
+    with pytest.raises(SettingsError, match="RLUF_SERVE_TOKEN: expected a token of ASCII") as error:
+        read_access_tokens({"RLUF_SERVE_TOKEN": token})
+    assert token not in str(error.value)
+    assert len(read_access_tokens({"RLUF_SERVE_TOKEN": "\n c2VjcmV0+/=.-_~!#$ \n"})) == 1
 
 
 @pytest.mark.parametrize(
@@ -207,3 +225,29 @@ def test_a_public_service_requires_rays_token(host: str, monkeypatch: pytest.Mon
     with pytest.raises(SettingsError, match="RAY_AUTH_MODE=token"):
         check_secrets(settings)
     check_secrets(Settings())
+
+
+@pytest.mark.parametrize(
+    ("host", "proxy_host", "is_refused"),
+    [
+        ("127.0.0.1", "0.0.0.0", True), ("localhost", "0.0.0.0", True), ("::1", "::", True),
+        ("127.0.0.1", "10.0.0.4", True), ("127.0.0.1", "127.0.0.1", False), ("127.0.0.1", None, False),
+    ],
+)  # fmt: skip
+def test_a_local_service_is_not_built_behind_proxies_that_other_machines_reach(
+    monkeypatch: pytest.MonkeyPatch, host: str, proxy_host: str | None, is_refused: bool
+) -> None:
+    client = None if proxy_host is None else SimpleNamespace(http_config=SimpleNamespace(host=proxy_host))
+    monkeypatch.setattr("ray.serve.context._get_global_client", lambda **_: client)
+    arguments = {"overrides": [f"serve.host={host}", "serve.objectives=[love]"]}
+    with pytest.raises(SettingsError if is_refused else ModelError) as error:  # no model is named
+        build(arguments)
+    assert ("http_options.host" in str(error.value)) == is_refused
+
+
+@pytest.mark.parametrize("proxy", ["*", "proxy.local", "10.0.0.0/33", "10.0.0", "", "300.1.1.1", "10.0.0.1:80"])
+def test_a_trusted_proxy_is_an_address_or_a_network(proxy: str) -> None:
+    with pytest.raises(ValueError, match="trusted_proxies: expected addresses and networks"):
+        Settings.model_validate({"serve": {"trusted_proxies": ["10.0.0.0/8", proxy]}})
+    accepted = ["10.0.0.1", "10.0.0.0/8", "::1", "fd00::/8", "10.0.0.1/8"]
+    Settings.model_validate({"serve": {"trusted_proxies": accepted}})

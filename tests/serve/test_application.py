@@ -142,6 +142,19 @@ def test_the_salt_and_the_log_folder_survive_a_restart(
     assert load_or_create_salt(settings) == b"salt"
 
 
+def test_a_salt_that_a_crash_left_empty_is_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("RLUF_USER_SALT", "RLUF_SERVE_SALT"):
+        monkeypatch.delenv(variable, raising=False)
+    settings = Settings.model_validate({"run": {"root": str(tmp_path)}})
+    salt_file = get_log_folder(settings) / "salt"
+    salt_file.parent.mkdir(parents=True)
+    salt_file.touch()
+    assert len(load_or_create_salt(settings)) == 32
+    assert load_or_create_salt(settings) == salt_file.read_bytes()
+    assert salt_file.stat().st_mode & 0o077 == 0
+    assert [path.name for path in salt_file.parent.iterdir()] == ["salt"]
+
+
 async def test_a_scorer_replaces_models_between_batches_and_keeps_them_if_loading_fails(
     model_folder: Path, tmp_path: Path
 ) -> None:

@@ -355,7 +355,7 @@ def test_chat_templates_of_real_models_are_split_or_refused(path: Path) -> None:
 def test_markers_in_the_settings_are_checked() -> None:
     markers = {"user": "U:", "assistant": "A:", "end": "$"}
     assert Settings.model_validate({"serve": {"chat_markers": markers}}).serve.chat_markers == markers
-    for wrong in ({"user": "U:"}, {**markers, "end": ""}, {**markers, "robot": "R:"}):
+    for wrong in ({"user": "U:"}, {**markers, "end": ""}, {**markers, "robot": "R:"}, {**markers, "user": "A:"}):
         with pytest.raises(ValueError, match="chat_markers"):
             Settings.model_validate({"serve": {"chat_markers": wrong}})
 

@@ -182,3 +182,14 @@ def test_plain_text_is_split_into_prompt_and_response(prompt: str, response: str
     item = split_text(prompt + response, prompt)
     assert item.messages == [{"role": "user", "content": prompt}]
     assert item.response == response.strip()
+
+
+@pytest.mark.parametrize("token", ["a-token\n", " a-token", "a-token\r\n"])
+@pytest.mark.parametrize("is_in_environment", [True, False])
+def test_white_space_around_a_token_is_not_sent(
+    monkeypatch: pytest.MonkeyPatch, token: str, is_in_environment: bool
+) -> None:
+    """A Secret that was made from a file ends with a line break."""
+    monkeypatch.setenv("RLUF_SERVE_TOKEN", token if is_in_environment else "other")
+    with RewardClient("http://127.0.0.1:9", token=None if is_in_environment else token) as client:
+        assert client._http_client.headers["authorization"] == "Bearer a-token"

@@ -12,6 +12,7 @@ from typing import Any
 import httpx
 import pyarrow.parquet as pq
 import pytest
+from ray.serve.exceptions import BackPressureError
 
 from rluf.config.derived import list_configured_reward_folders
 from rluf.config.settings import Settings
@@ -216,3 +217,17 @@ async def test_the_arm_of_an_experiment_is_logged(
     users = [row["user_id"] for row in rows]
     assert users[1] == users[2] and len(set(users)) == 4
     assert gateway.metrics.rows_without_user._value.get() == 4.0
+
+
+async def test_a_policy_whose_queue_is_full_refuses_chats_at_once(
+    gateway: GatewayDeployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object) -> ChatCompletion:
+        raise BackPressureError(num_queued_requests=64, max_queued_requests=64)
+
+    monkeypatch.setattr(EchoPolicy, "complete_chat", refuse)
+    transport = httpx.ASGITransport(make_app(gateway))
+    async with httpx.AsyncClient(transport=transport, base_url="http://testserver") as client:
+        body = {"messages": [{"role": "user", "content": "Hello?"}]}
+        reply = await client.post("/v1/chat/completions", json=body)
+    assert (reply.status_code, reply.json()["error"]["type"], reply.headers["retry-after"]) == (429, "busy", "1")

@@ -313,6 +313,38 @@ def test_a_store_by_url_has_the_same_rows(tmp_path: Path) -> None:
     assert reopened_store.append_events([make_served_event("a")]) == ["duplicate"]
 
 
+DAMAGES = {
+    "no JSON": "UPDATE rows SET record = substr(record, 1, 40) WHERE id = 'b'",
+    "a field is missing": "UPDATE rows SET record = replace(record, '\"response\"', '\"resp0nse\"') WHERE id = 'b'",
+    "a byte of the response": "UPDATE rows SET record = replace(record, 'Answer b', 'Answer c') WHERE id = 'b'",
+    "a byte of the message": "UPDATE rows SET record = replace(record, 'Grüße', 'Grüsse') WHERE id = 'b'",
+    "another user": "UPDATE rows SET record = replace(record, '\"u\"', '\"v\"') WHERE id = 'b'",
+    "an empty record": "UPDATE rows SET record = '' WHERE id = 'b'",
+}
+"""What a disk may do to an open row."""
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_row_is_named_and_no_row_is_written_in_its_place(tmp_path: Path, damage: str) -> None:
+    clock = FakeClock()
+    store = open_store(tmp_path, clock)
+    store.append_events([make_served_event("a"), make_served_event("b", "d"), make_served_event("c", "e")])
+    store.close()
+    with sqlite3.connect(tmp_path / ".log" / DATABASE_FILE) as connection:
+        assert connection.execute(DAMAGES[damage]).rowcount == 1
+    connection.close()
+    store = open_store(tmp_path, clock)
+    with pytest.raises(DataError, match=rf"{DATABASE_FILE}: row b is damaged; restore the file from a backup, or"):
+        store.flush_settled(all_rows=True)
+    assert store.append_events([PreferenceEvent("a", "b"), FeedbackEvent("a", "love")]) == ["unreadable", "stored"]
+    store.close()
+    with sqlite3.connect(tmp_path / ".log" / DATABASE_FILE) as connection:
+        connection.execute("DELETE FROM rows WHERE id = 'b'")
+    connection.close()
+    assert open_store(tmp_path, clock).flush_settled(all_rows=True) == 2
+    assert {row_id: row[0] for row_id, row in read_rows(tmp_path).items()} == {"a": "love", "c": None}
+
+
 def test_a_torn_write_loses_only_the_event_that_was_not_acknowledged(tmp_path: Path) -> None:
     clock = FakeClock()
     store = open_store(tmp_path, clock)

@@ -170,3 +170,20 @@ def test_the_service_lists_the_users_without_a_row(
     store = open_store(tmp_path / "log", FakeClock(), reaction_window_s=0)
     store.flush_settled()
     assert set(read_rows(tmp_path / "log")) == {"ann", "eve"} - set(users)
+
+
+def test_rows_from_before_the_operator_set_a_salt_are_erased_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A local service creates a salt; when it becomes public, the environment gives another one."""
+    salts = {"file": b"0123456789abcdef0123456789abcdef", "variable": SALT}
+    records = [
+        make_record(f"{user}-{name}", user + name).model_copy(update={"user_id": hash_user_id(user, salt)})
+        for name, salt in salts.items()
+        for user in ("ann", "eve")
+    ]
+    write_log(tmp_path / "log", records, is_settled=True)
+    (tmp_path / "log" / ".log" / "salt").write_bytes(salts["file"])
+    monkeypatch.setenv("RLUF_USER_SALT", SALT.decode())
+    assert main([f"serve.feedback_path={tmp_path / 'log'}", "--forget", "ann"]) == 0
+    assert set(read_rows(tmp_path / "log")) == {"eve-file", "eve-variable"}
