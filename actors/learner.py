@@ -437,8 +437,8 @@ class LearnerActor:
         if self._skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise RlufError(
                 f"step {step}: the gradient {source}was not finite in {MAX_SKIPPED_IN_A_ROW} steps in a row (loss "
-                f"{loss:g}); run.log names the prompts of each; check their data, or lower learner.learning_rate "
-                f"({self.settings.learner.learning_rate:g})"
+                f"{loss:g}); run.log names the prompts of each; check their data, or lower learner.learning_rate (now "
+                f"{self.settings.learner.learning_rate:g}), with --resume and run.resume_with=[learner.learning_rate]"
             )
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rluf.algorithms.registry import find_algorithm
+from rluf.algorithms.registry import check_algorithm
 from rluf.config.derived import list_configured_reward_folders
 from rluf.config.objectives import find_objective_spec
 from rluf.config.reward import ObjectiveSettings
@@ -52,7 +52,7 @@ def check_inputs(
     for objective_name in list_trained_objectives(settings) if trained_objectives is None else trained_objectives:
         _check_reward_training(settings, objective_name)
     find_model_folder(settings.model.path)
-    find_algorithm(settings.algorithm.name)
+    check_algorithm(settings.algorithm)
     for judge in settings.aggregation.gate_judges:
         load_judge(judge)
     for tracker in settings.tracking.trackers:

@@ -385,20 +385,26 @@ ADVANTAGE_ESTIMATORS: Mapping[str, AdvantageEstimator] = MappingProxyType({
 """Estimator by name; rluf.algorithms.registry maps each `algorithm.name` to one."""
 
 
+def find_advantage_estimator(name: str) -> AdvantageEstimator:
+    """The estimator of a name or package.module:function. Raises SettingsError for an unknown name."""
+    if name in ADVANTAGE_ESTIMATORS:
+        return ADVANTAGE_ESTIMATORS[name]
+    estimator: AdvantageEstimator = load_plugin(
+        name,
+        kind="advantage estimator",
+        known_names=ADVANTAGE_ESTIMATORS,
+        signature="a function (AdvantageInputs) -> Advantages",
+        argument_count=1,
+    )
+    return estimator
+
+
 def compute_advantages(estimator_name: str, inputs: AdvantageInputs) -> Advantages:
     """Advantages of a step by an estimator, given by name or as package.module:function.
 
     Raises SettingsError for an unknown name.
     """
-    estimator = ADVANTAGE_ESTIMATORS.get(estimator_name)
-    if estimator is None:
-        estimator = load_plugin(
-            estimator_name,
-            kind="advantage estimator",
-            known_names=ADVANTAGE_ESTIMATORS,
-            signature="a function (AdvantageInputs) -> Advantages",
-            argument_count=1,
-        )
+    estimator = find_advantage_estimator(estimator_name)
     if estimator_name in JUDGE_AWARE_ESTIMATORS or all(map(all, inputs.passed_judges)):
         return estimator(inputs)
     return apply_judge_gate(estimator, inputs)

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from rluf.algorithms.advantages import SampleKL
 from rluf.algorithms.packing import PackedBatch
+from rluf.algorithms.registry import POLICY_LOSS_SIGNATURE
 from rluf.config.policy import IMPORTANCE_CORRECTIONS, AlgorithmSettings
 from rluf.errors import SettingsError
 from rluf.utils.plugins import load_plugin
@@ -289,7 +290,7 @@ def find_policy_loss(loss_name: str) -> PolicyLossFunction:
         loss_name,
         kind="policy loss",
         known_names=POLICY_LOSSES,
-        signature="a function (logprobs, old logprobs, advantages, sequence index, settings) -> (loss, is clipped)",
+        signature=POLICY_LOSS_SIGNATURE,
         argument_count=5,
     )
     return loss_function

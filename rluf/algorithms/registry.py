@@ -6,13 +6,17 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
-from rluf.algorithms.advantages import AdvantageInputs, compute_advantages
-from rluf.config.policy import AlgorithmSettings
+from rluf.algorithms.advantages import AdvantageInputs, compute_advantages, find_advantage_estimator
+from rluf.config.policy import POLICY_LOSS_NAMES, AlgorithmSettings
+from rluf.errors import SettingsError
 from rluf.utils.plugins import load_plugin
 
 LossAggregation = Literal["sequence_mean", "token_mean", "constant", "sequence_sum", "prompt_mean"]
+POLICY_LOSS_SIGNATURE = (
+    "a function (logprobs, old logprobs, advantages, sequence index, settings) -> (loss, is clipped)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +100,23 @@ def find_algorithm(name: str) -> AlgorithmSpec:
         argument_count=1,
     )
     return plugin if isinstance(plugin, AlgorithmSpec) else AlgorithmSpec(name, "ppo", "sequence_mean")
+
+
+def check_algorithm(algorithm: AlgorithmSettings) -> None:
+    """Load the algorithm, its advantage estimator and its policy loss. Raises SettingsError for one that is unknown."""
+    spec = find_algorithm(algorithm.name)
+    find_advantage_estimator(spec.advantage_estimator)
+    policy_loss = algorithm.loss or spec.policy_loss
+    if policy_loss not in POLICY_LOSS_NAMES:
+        signature = POLICY_LOSS_SIGNATURE
+        load_plugin(
+            policy_loss, kind="policy loss", known_names=POLICY_LOSS_NAMES, signature=signature, argument_count=5
+        )
+    if spec.loss_aggregation not in get_args(LossAggregation):
+        raise SettingsError(
+            f"algorithm {algorithm.name!r} has the loss aggregation {spec.loss_aggregation!r}; choose one of "
+            f"{', '.join(get_args(LossAggregation))}"
+        )
 
 
 def requires_reference_kl(algorithm: AlgorithmSettings) -> bool:

@@ -22,7 +22,7 @@ import torch
 from torch import distributed
 from transformers import PreTrainedModel
 
-from rluf.errors import DeadlineError
+from rluf.errors import DeadlineError, RlufError
 from rluf.reward.backbone import FrozenPrefix, HeadInputCapture
 from rluf.reward.calibration import compute_prior_shift, fit_pair_scale, fit_platt
 from rluf.reward.encoded_split import EncodedSplit, RowKeys
@@ -180,7 +180,8 @@ class RewardModelTrainer:
 
         The results in `progress` are the starting point (a probe, or an empty FitResult each). `on_best` is called
         when the dev log-loss is the best so far, `on_epoch` with a task's name after every epoch, and `on_save` when
-        plan.save_interval_s have passed since the last save; all three on every rank. Raises DeadlineError.
+        plan.save_interval_s have passed since the last save; all three on every rank. Raises DeadlineError, RlufError
+        where training diverged.
         """
         results = progress.fit_results
         for task, result in zip(tasks, results, strict=True):
@@ -214,6 +215,12 @@ class RewardModelTrainer:
             progress.epoch, progress.read_keys = epoch + 1, []
             if self._is_save_due():
                 on_save(progress)
+        if not math.isfinite(best_mean_loss):
+            names = ", ".join(task.name for task in tasks)
+            raise RlufError(
+                f"the dev log-loss of reward model {names} was not a number after any of {self.plan.epochs} epochs; "
+                "lower reward.<name>.learning_rate"
+            )
         return results
 
     @torch.no_grad()

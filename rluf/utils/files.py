@@ -101,7 +101,7 @@ def file_lock(path: Path, wait_message: str = "") -> Iterator[None]:
     if lock_file is None:
         if wait_message:
             logger.info("%s (%s)", wait_message, path)
-        lock_file = path.open("a")
+        lock_file = _open_lock(path)
         fcntl.flock(lock_file, fcntl.LOCK_EX)
     with lock_file:
         yield
@@ -109,14 +109,24 @@ def file_lock(path: Path, wait_message: str = "") -> Iterator[None]:
 
 def try_lock(path: Path) -> IO[str] | None:
     """The open file `path` with an exclusive lock, or None if another process has the lock. Close it to unlock."""
-    # Append mode creates the file without emptying one that another process has written.
-    file = path.open("a")
+    file = _open_lock(path)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         file.close()
         return None
     return file
+
+
+def _open_lock(path: Path) -> IO[str]:
+    try:
+        # Append mode creates the file without emptying one that another process has written.
+        return path.open("a")
+    except OSError as error:
+        raise ResourceError(
+            f"cannot open the lock {path}: {error.strerror}; another user may have made it: set run.cache, or run.root "
+            "for a run folder, to a folder of your own"
+        ) from error
 
 
 def to_jsonable(value: Any) -> Any:

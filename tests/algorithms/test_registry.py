@@ -17,6 +17,7 @@ from rluf.algorithms.registry import (
     AlgorithmSpec,
     LearnerInputs,
     build_learner_inputs,
+    check_algorithm,
     compute_token_weights,
     find_algorithm,
     mask_truncated,
@@ -156,6 +157,34 @@ CUSTOM_ALGORITHM = AlgorithmSpec("rloo", "reinforce", "sequence_sum", needs_refe
 
 def keep_rewards(inputs: AdvantageInputs) -> Advantages:
     return Advantages([list(rewards) for rewards in inputs.rewards])
+
+
+UNKNOWN_ESTIMATOR = AlgorithmSpec("grop", "ppo", "token_mean")
+UNKNOWN_LOSS = AlgorithmSpec("grpo", "pop", "token_mean")
+UNKNOWN_AGGREGATION = AlgorithmSpec("grpo", "ppo", "mean")  # type: ignore[arg-type]
+HERE = "tests.algorithms.test_registry"
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "message"),
+    [
+        ("grpo", "os:sep", r"policy loss 'os:sep': expected a function .*, got str"),
+        ("grpo", "os:none", r"policy loss 'os:none' cannot be imported"),
+        ("nowhere:x", None, r"algorithm 'nowhere:x' cannot be imported"),
+        ("os:sep", None, r"algorithm 'os:sep': expected an AlgorithmSpec or a function"),
+        (f"{HERE}:UNKNOWN_ESTIMATOR", None, r"there is no advantage estimator 'grop'"),
+        (f"{HERE}:UNKNOWN_LOSS", None, r"there is no policy loss 'pop'"),
+        (f"{HERE}:UNKNOWN_AGGREGATION", None, r"loss aggregation 'mean'; choose one of sequence_mean, token_mean"),
+    ],
+)
+def test_parts_of_an_algorithm_are_loaded_before_training(name: str, loss: str | None, message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        check_algorithm(make_settings(name, loss=loss))
+
+
+@pytest.mark.parametrize("name", ALGORITHM_NAMES)
+def test_built_in_algorithms_pass_the_check(name: str) -> None:
+    check_algorithm(make_settings(name))
 
 
 def test_an_algorithm_can_be_a_plugin() -> None:

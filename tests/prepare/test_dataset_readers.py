@@ -14,6 +14,7 @@ import pytest
 
 from rluf.config.reward import AggregationSettings
 from rluf.prepare.readers.datasets import DATASET_READERS, EMPTY_TURN_TEXT, ReaderOptions, SkippedRow
+from rluf.prepare.readers.products import PRODUCT_READERS
 from rluf.prepare.schema import DATA_KINDS, FeedbackRecord, validate_json_row
 
 OPTIONS = ReaderOptions(test_share=0.2)
@@ -23,6 +24,11 @@ needs_real_data = pytest.mark.skipif(
     not (DATA_FOLDER / "convai2_reactions").is_dir(), reason=f"no real reaction data in {DATA_FOLDER}; set RLUF_DATA"
 )
 
+BATTLE = {
+    "question_id": "1",
+    "conversation_a": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "x"}],
+    "conversation_b": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "y"}],
+}
 DIALOGUE = {
     "id": "d1",
     "user": "User 7",
@@ -61,6 +67,21 @@ def test_convai2_sparse_rows_are_all_messages() -> None:
     assert [row["reaction"] for row in rows if isinstance(row, dict)] == ["love", None, "thumbs_down"]
     no_items = DATASET_READERS["convai2_sparse"].read_item({**DIALOGUE, "messages": []}, OPTIONS)
     assert no_items == [SkippedRow("no assistant message")]
+
+
+@pytest.mark.parametrize(
+    ("winner", "chosen"),
+    [("model_a", "x"), ("Model_B", "y"), ("tie", None), ("tie (bothbad)", None), ("both_bad", None), ("Tie", None)],
+)
+def test_ties_of_battles_are_counted(winner: str, chosen: str | None) -> None:
+    (row,) = PRODUCT_READERS["lmsys"].read_item({**BATTLE, "winner": winner}, OPTIONS)  # type: ignore[misc]
+    assert row == SkippedRow("tie") if chosen is None else isinstance(row, dict) and row["chosen"] == chosen
+
+
+@pytest.mark.parametrize("winner", ["", None, "gpt-4", "A", 0.5])
+def test_a_winner_of_another_form_is_no_tie(winner: object) -> None:
+    with pytest.raises(ValueError, match="winner must be model_a, model_b, tie or both_bad, got"):
+        PRODUCT_READERS["lmsys"].read_item({**BATTLE, "winner": winner}, OPTIONS)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,16 @@ TOKENIZERS = {
     "pad is the end of turn but not eos": ({"pad_token": "<|im_end|>", "eos_token": "<|endoftext|>"}, ENDS_IN_EOS),
     "turns end in a newline": ({"pad_token": None}, PLAIN_TURNS),
     "unchanged": ({}, None),
+    "one token for begin, end and pad (GPT-2, Pythia)": (
+        {"pad_token": "<|endoftext|>", "eos_token": "<|endoftext|>", "bos_token": "<|endoftext|>"},
+        ENDS_IN_EOS.replace("<|im_end|>", "<|endoftext|>"),
+    ),
+    "padded on the left": ({"pad_token": "<|im_end|>", "padding_side": "left"}, ENDS_IN_EOS),
+    "pad is a letter": ({"pad_token": "e"}, PLAIN_TURNS),
+    "no special tokens at all": (
+        dict.fromkeys(("pad_token", "unk_token", "bos_token", "eos_token")),
+        PLAIN_TURNS,
+    ),
 }
 
 

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rluf.errors import DataError, DeadlineError
+from rluf.errors import DataError, DeadlineError, RlufError
 from rluf.models.hub import resolve_model
 from rluf.reward.backbone import FrozenPrefix, build_text_encoder, freeze_lowest_layers, load_classifier
 from rluf.reward.encoded_split import EncodedSplit, encode_split
@@ -185,6 +185,21 @@ def test_a_frozen_share_of_zero_freezes_nothing_and_layers_round_down(cache: Pat
     assert freeze_lowest_layers(model, 0.4) == 0  # only the embeddings
     assert 0 < model.num_parameters(only_trainable=True) < model.num_parameters()
     assert freeze_lowest_layers(model, 0.99) == 1
+
+
+@pytest.mark.parametrize("learning_rate", [1e30, 1e37])
+def test_training_that_diverges_is_one_message(learning_rate: float, cache: Path) -> None:
+    backbone = resolve_model("tiny-encoder", cache)
+    model = load_classifier(backbone, require_all_weights=False)
+    encoder = build_text_encoder(model, backbone, 64)
+    tasks = [HeadTask("love", build_split(encoder, 8, 1), build_split(encoder, 8, 2))]
+    plan = TrainPlan(epochs=2, batch_rows=4, batch_tokens=512, seed=0)
+    with pytest.raises(
+        RlufError, match=r"reward model love was not a number .*2 epochs; lower reward\.<name>\.learning_r"
+    ):
+        RewardModelTrainer(model, encoder, plan).fit(
+            TorchEngine(model, learning_rate), tasks, TrainProgress([FitResult()]), **NO_CALLBACKS
+        )
 
 
 def test_an_expired_deadline_stops_training(cache: Path) -> None:

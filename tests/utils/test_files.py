@@ -24,6 +24,13 @@ from rluf.utils.files import (
 )
 
 
+def test_a_lock_that_cannot_be_opened_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "lock").mkdir()  # as unusable as a file of another user, and also for root
+    for acquire in (lambda path: file_lock(path).__enter__(), try_lock):
+        with pytest.raises(ResourceError, match=r"cannot open the lock .*/lock: .*set run\.cache"):
+            acquire(tmp_path / "lock")
+
+
 def test_an_atomic_write_replaces_the_file_only_when_complete(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.txt"
     with atomic_write(path) as temporary_path:

@@ -137,9 +137,11 @@ def _find_locale(language: object) -> str:
 
 
 def _read_lmsys(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
-    winner = row["winner"]
-    if winner not in ("model_a", "model_b"):
+    winner = str(row["winner"]).lower()
+    if winner.startswith(("tie", "both")):
         return [SkippedRow("tie")]
+    if winner not in ("model_a", "model_b"):
+        raise ValueError(f"winner must be model_a, model_b, tie or both_bad, got {row['winner']!r}")
     notes: Counter[str] = Counter()
     chats = [to_records(read_chat(row[name], notes)) for name in ("conversation_a", "conversation_b")]
     chosen, rejected = chats if winner == "model_a" else chats[::-1]
