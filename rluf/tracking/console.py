@@ -59,6 +59,16 @@ def setup_logging(run_log: Path | None = None, *, level: int = logging.INFO) -> 
     root_logger.setLevel(level)
     for logger_name in QUIET_LOGGERS:
         logging.getLogger(logger_name).setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").addFilter(_is_no_device_guess)
+
+
+def _is_no_device_guess(record: logging.LogRecord) -> bool:
+    """False for DeepSpeed's warning that it found no GPU.
+
+    transformers imports it in every process, such as the driver, which trains nothing. The learners name their device,
+    and refuse another one. A filter, because DeepSpeed sets the level of its logger when it is imported.
+    """
+    return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
 class _RunLogHandler(logging.FileHandler):

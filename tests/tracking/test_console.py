@@ -132,3 +132,29 @@ def test_saving_a_model_prints_no_progress_bar(tmp_path: Path) -> None:
     command = [sys.executable, "-c", program, str(tmp_path)]
     completed = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=True)
     assert "it/s" not in completed.stderr and "%|" not in completed.stderr
+
+
+def test_the_driver_does_not_print_that_deepspeed_found_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    deepspeed_logger = logging.getLogger("DeepSpeed")
+    handler = logging.StreamHandler(sys.stdout)  # DeepSpeed's own writes to stdout too
+    deepspeed_logger.addHandler(handler)
+    try:
+        setup_logging()
+        deepspeed_logger.setLevel(logging.WARNING)  # as DeepSpeed's import does
+        deepspeed_logger.warning("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to")
+        deepspeed_logger.warning("gradient overflow")
+        deepspeed_logger.error("Setting up the accelerator failed")
+    finally:
+        deepspeed_logger.removeHandler(handler)
+    assert capsys.readouterr().out == "gradient overflow\nSetting up the accelerator failed\n"
+
+
+@pytest.mark.nightly
+def test_a_new_process_that_loads_a_model_prints_nothing_of_deepspeed() -> None:
+    program = (
+        "from rluf.tracking.console import setup_logging; setup_logging()\n"
+        "import accelerate; from deepspeed.accelerator import get_accelerator; print(get_accelerator().device_name())"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "DS_ACCELERATOR"}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    assert "accelerator" not in done.stdout + done.stderr and done.stdout.split()[-1] in ("cpu", "cuda")
