@@ -149,7 +149,12 @@ def format_transcript(session: Session, facts: dict[str, Any], args: str) -> str
     if facts.get("findings") is not None:
         findings = "; ".join(facts["findings"]) or "no console error, no axe finding"
         lines.append(f"- opened in Chromium at phone and desktop width, light and dark: {findings}")
-    lines += ["", "| started | duration | exit code | command |", "|---|---|---|---|"]
+    return "\n".join([*lines, *format_steps(session)]) + "\n"
+
+
+def format_steps(session: Session) -> list[str]:
+    """Lines of Markdown: the commands with their times and exit codes, then each with its output."""
+    lines = ["", "| started | duration | exit code | command |", "|---|---|---|---|"]
     for step in session.steps:
         times = f"{format_timestamp(step['started'])} | {format_duration(step['seconds'])}"
         lines.append(f"| {times} | {step['exit_code']} | `{session.redact(step['command'])}` |")
@@ -163,7 +168,7 @@ def format_transcript(session: Session, facts: dict[str, Any], args: str) -> str
             else [*output[:TRANSCRIPT_LINES], f"... {cut_lines} lines ...", *output[-TRANSCRIPT_LINES:]]
         )
         lines += ["```"]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def describe_machine() -> dict[str, Any]:

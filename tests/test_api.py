@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 
 import rluf
-from rluf.errors import DataError, SettingsError
+from rluf.errors import DataError, ModelError, SettingsError
 from rluf.utils.event_loop import run_coroutine
 from rluf.utils.plugins import load_plugin
 
@@ -300,6 +300,12 @@ def test_what_cannot_create_a_tracker_is_refused(tracker: Any) -> None:
 def test_a_function_takes_settings_only(function: str, settings: Any) -> None:
     with pytest.raises(SettingsError, match=r"expected the result of rluf\.load_settings, got"):
         getattr(rluf, function)(settings)
+
+
+def test_a_reward_model_is_loaded_from_a_path_or_text(tmp_path: Path) -> None:
+    for folder in (tmp_path, str(tmp_path)):
+        with pytest.raises(ModelError, match=r"has no config\.json"):
+            rluf.RewardModel.load(folder)
 
 
 def test_a_report_of_an_unfinished_run_says_so(tmp_path: Path) -> None:

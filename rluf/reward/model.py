@@ -32,7 +32,7 @@ from rluf.reward.backbone import (
 from rluf.reward.calibration import Calibration
 from rluf.reward.external import check_label_count
 from rluf.reward.shared_backbone import load_heads
-from rluf.reward.text import EncodedItem, TextEncoder, iter_shared_batches, plan_token_batches
+from rluf.reward.text import SCORING_BATCH_TOKENS, EncodedItem, TextEncoder, iter_shared_batches, plan_token_batches
 from rluf.types import Score, ScoringItem
 from rluf.utils.stats import Floats, sigmoid
 
@@ -169,7 +169,12 @@ class RewardModel:
 
     @classmethod
     def load(
-        cls, path: Path, *, batch_tokens: int, device: str = "cpu", head_folders: Sequence[Path] = ()
+        cls,
+        path: Path | str,
+        *,
+        batch_tokens: int = SCORING_BATCH_TOKENS,
+        device: str = "cpu",
+        head_folders: Sequence[Path] = (),
     ) -> RewardModel:
         """Load a folder written by rluf.reward, or any Hugging Face model for sequence classification.
 
@@ -178,6 +183,7 @@ class RewardModel:
         `head_folders` are the folders of several heads on one backbone, `path` among them: the model then has a logit
         for each head, in order.
         """
+        path = Path(path).expanduser()
         calibration = _load_calibration(path)
         folders = [get_member_folder(path, index) for index in range(calibration.member_count)]
         head_count = None if calibration.is_external else 1

