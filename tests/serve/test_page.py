@@ -97,6 +97,14 @@ LAYOUT_SCRIPT = """() => {
 """Elements outside the viewport, labels that are cut, and texts or controls that overlap."""
 
 
+LONG_NAMES_SCRIPT = """() => {
+    document.querySelectorAll("h2, .who").forEach((e, i) => { e.textContent = i + "-policy".repeat(12); });
+    document.querySelectorAll(".score").forEach((e) => { e.firstChild.data = "a".repeat(32) + " 0.50 "; });
+    document.querySelectorAll(".text").forEach((e) => { e.textContent = "w".repeat(300); });
+}"""
+"""The longest names that settings allow, and a response without a space."""
+
+
 def check_layout(page: Page, run_axe: Callable[[Page], Any], suffix: str = "") -> None:
     """No axe finding, overlap or cut label at the width of a phone and of a desktop, light and dark."""
     for width, scheme in itertools.product((390, 1280), COLOR_SCHEMES):
@@ -150,6 +158,8 @@ def test_a_heart_in_the_browser_becomes_a_row_of_the_log(
         expect(choice).to_have_attribute("aria-pressed", "true")
         check_layout(page, axe.Axe().run)
         displayed_text = column.locator(".assistant .text").inner_text()
+        page.evaluate(LONG_NAMES_SCRIPT)
+        check_layout(page, axe.Axe().run, "-long")
     assert len(problems) == 1, problems  # the browser's own message about the first reply, before the token was entered
     assert "401" in problems[0]
     store.flush_settled(all_rows=True)
