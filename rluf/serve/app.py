@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import mimetypes
 import re
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -13,7 +14,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import FileResponse, HTMLResponse, JSONResponse, Response
+from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.exceptions import HTTPException
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
@@ -299,8 +300,10 @@ def _add_web_page(app: FastAPI) -> None:
 
 
 def _build_static_file_route(file_name: str, folder: Path = WEB_FOLDER) -> Any:
-    async def send_file() -> FileResponse:
-        return FileResponse(folder / file_name, headers=PAGE_HEADERS)
+    async def send_file() -> Response:
+        # Not FileResponse: it answers a wrong Range header in a format of its own.
+        content, media_type = (folder / file_name).read_bytes(), mimetypes.guess_type(file_name)[0]
+        return Response(content, media_type=media_type, headers=PAGE_HEADERS)
 
     return send_file
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import re
 import resource
 import socket
 from typing import Any, NoReturn
@@ -38,6 +39,7 @@ MAX_PIPELINED_REQUESTS = 32
 """Maximum number of requests of a connection that wait for the response to an earlier one; uvicorn has no limit."""
 ABORT_WAIT_S = 5.0
 """Seconds to send an error before the connection is cut."""
+_UPGRADE_HEADER = re.compile(rb"\r\nupgrade:[^\r\n]*", re.IGNORECASE)
 
 
 class GuardedHttpProtocol(HttpToolsProtocol):
@@ -69,6 +71,11 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         if self.transport.is_closing():
             return
         self._last_activity = self.loop.time()
+        if not self._pending_bytes and not self._is_reading_body:
+            # Java's HttpClient offers HTTP/2 with each request. The parser would end such a request at its headers, but
+            # a server ignores an offer that it does not accept (RFC 9110, 7.8).
+            head, head_end, body = data.partition(b"\r\n\r\n")
+            data = _UPGRADE_HEADER.sub(b"", head) + head_end + body
         self._pending_bytes += len(data)
         super().data_received(data)
         if self.transport.is_closing():
@@ -77,6 +84,14 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             self._refuse_headers()
         elif self._pending_bytes and self._request_timer is None:
             self._request_timer = self.loop.call_later(HEADERS_TIMEOUT_S, self._on_headers_late)
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Answer what a client sent before it closed its side (`nc -N`), then close; True keeps this side open."""
+        cycle: Any = self.pipeline[0][0] if self.pipeline else self.cycle
+        if self._is_reading_body or self._pending_bytes or cycle is None or cycle.response_complete:
+            return False
+        cycle.keep_alive = False
+        return True
 
     def on_message_begin(self) -> None:
         """Count the header bytes of a new request; it may begin in the bytes that completed the one before."""
@@ -95,6 +110,9 @@ class GuardedHttpProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """Start the time limit of the body."""
+        if self.parser.should_upgrade():  # in headers that came in pieces; without this its body would be missing
+            self._send_error(ApiError(400, "upgrade", "Upgrade is not supported; send HTTP/1.1 without it"))
+            raise ValueError("upgrade")  # stops the parser
         self._pending_bytes = 0
         self._is_reading_body = True
         self._stop_request_timer()

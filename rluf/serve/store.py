@@ -170,9 +170,9 @@ class FeedbackStore(ParquetFolder):
                 stack.pop_all()
         except (OSError, sqlite3.Error) as error:
             raise ResourceError(
-                f"cannot open the feedback store {self.root} (log in {self.log_folder}): {error}; set "
-                f"serve.feedback_path to a writable folder or URL, and {WRITER_VARIABLE} to a name of its own for each "
-                "of several clusters that serve into it"
+                f"cannot open the feedback store {self.root} (log in {self.log_folder}): {error}; if it is locked, "
+                f"stop the service that uses it (or set {WRITER_VARIABLE} to another name for each of several "
+                "clusters); else set serve.feedback_path to a writable folder or URL"
             ) from error
         return int(open_rows)
 

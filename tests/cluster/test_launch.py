@@ -251,6 +251,14 @@ def test_all_pods_of_training_share_model_cache_runs_and_secrets(name: str) -> N
     assert all(environment == environments[0] for environment in environments)
 
 
+@pytest.mark.parametrize("name", list(MANIFESTS))
+def test_the_user_of_the_image_may_write_every_claim(name: str) -> None:
+    """A claim belongs to root; without fsGroup the user of the Dockerfile cannot write runs or feedback."""
+    (uid,) = re.findall(r"useradd .*--uid (\d+)", (ROOT / "Dockerfile").read_text())
+    for pod, _ in list_containers(list_clusters()[name]):
+        assert pod["securityContext"] == dict.fromkeys(("runAsUser", "runAsGroup", "fsGroup"), int(uid))
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*gpu.yaml")), ids=lambda path: path.name)
 def test_gpu_configs_wait_for_nodes_that_join_later(path: Path) -> None:
     """Worker pods and Slurm nodes join after the job has started."""

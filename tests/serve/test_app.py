@@ -372,3 +372,17 @@ async def test_devices_and_authors_are_hashed_like_users(
     (row,) = pq.read_table(file).to_pylist()
     assert row["author"] == row["user_id"] == hash_user_id("ann@example.org", SALT)
     assert (row["interface"], row["device"]) == ("app", hash_user_id("phone-77", SALT))
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Range": "bytes=9999999-"}, {"Range": "bytes=x-y"}, {"Range": "lines=1-2"}, {"Range": "bytes=" + "0-1," * 900},
+        {"Range": "bytes=0-9", "If-Range": "x"}, {"If-None-Match": "*", "If-Modified-Since": "yesterday"},
+    ],
+)  # fmt: skip
+async def test_files_of_the_page_are_sent_whole(http_client: httpx.AsyncClient, headers: dict[str, str]) -> None:
+    for path, media_type in (("/", "text/html"), ("/page.js", "javascript"), ("/page.css", "text/css")):
+        response = await http_client.get(path, headers=headers)
+        assert response.status_code == 200 and media_type in response.headers["content-type"]
+        assert response.content == (await http_client.get(path)).content

@@ -289,6 +289,62 @@ def test_a_token_without_the_scope_is_refused(address: Address, path: bytes) -> 
     assert read_status(exchange(address, get(path, b"Authorization: Bearer web-token"))) == 403
 
 
+def read_all(address: Address, *pieces: bytes, ends: bool = False) -> bytes:
+    """Send pieces one by one and read until the service closes the connection."""
+    received = b""
+    with socket.create_connection(address, timeout=5) as connection:
+        for piece in pieces:
+            connection.sendall(piece)
+            time.sleep(0.05 if len(pieces) > 1 else 0)
+        if ends:
+            connection.shutdown(socket.SHUT_WR)
+        while chunk := connection.recv(1 << 16):
+            received += chunk
+    return received
+
+
+@pytest.mark.parametrize(
+    ("data", "answers"),
+    [
+        (post(GOOD), 1), (get(b"/healthz"), 1), (post(GOOD) * 3, 3), (get(b"/healthz") + post(GOOD), 2),
+        (post(GOOD).replace(b"HTTP/1.1", b"HTTP/1.0"), 1), (post(GOOD, b"Connection: close"), 1),
+        (post_chunked(b"%x\r\n%b\r\n0\r\n\r\n" % (len(GOOD), GOOD)), 1),
+        (post(GOOD)[:-5], 0), (b"GET / HT", 0), (b"", 0),
+    ],
+)  # fmt: skip
+def test_a_client_that_closes_its_side_is_answered(address: Address, data: bytes, answers: int) -> None:
+    received = read_all(address, data, ends=True)
+    assert received.count(b"HTTP/1.1 200 OK\r\n") == received.count(b"HTTP/1.1 ") == answers
+
+
+@pytest.mark.parametrize(
+    "offer",
+    [
+        b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAEAAEAAAAIAAAAB",
+        b"upgrade: websocket\r\nconnection: upgrade", b"UPGRADE: TLS/1.0\r\nConnection: Upgrade, close",
+        b"Connection: Upgrade\r\nUpgrade: h2c\r\nUpgrade: websocket",
+    ],
+)  # fmt: skip
+def test_an_offer_of_another_protocol_is_ignored(address: Address, offer: bytes) -> None:
+    """Java's HttpClient sends the first one with each request."""
+
+    def add_offer(data: bytes) -> bytes:
+        return data.replace(b"\r\nHost: localhost", b"\r\n" + offer + b"\r\nHost: localhost", 1)
+
+    chunked = post_chunked(b"%x\r\n%b\r\n0\r\n\r\n" % (len(GOOD), GOOD))
+    for data in (post(GOOD), chunked, get(b"/healthz")):
+        received = read_all(address, add_offer(data) + get(b"/healthz"), ends=True)
+        assert received.count(b"HTTP/1.1 200 OK\r\n") == received.count(b"HTTP/1.1 ") == 1 + (b"close" not in offer)
+    # Only headers are changed.
+    text = offer.decode().replace("\r\n", "\\r\\n").encode()
+    scored = exchange(address, post(GOOD.replace(b"friend", text)))
+    plain = exchange(address, post(GOOD.replace(b"friend", b"")))
+    assert read_status(scored) == 200 and scored.partition(b'"love"')[2] != plain.partition(b'"love"')[2]
+    request_line, _, rest = add_offer(post(GOOD)).partition(b"\r\n")
+    received = read_all(address, request_line + b"\r\n", rest)
+    assert read_status(received) == 400 and b"Upgrade is not supported; send HTTP/1.1 without it" in received
+
+
 def test_headers_without_end_are_cut_off(address: Address) -> None:
     start = b"GET / HTTP/1.1\r\nHost: localhost\r\n"
     for piece in (b"X: " + b"a" * (1 << 20) + b"\r\n", b"a" * (1 << 20)):
