@@ -79,7 +79,7 @@ VERB_PACKAGES = (
 )  # fmt: skip
 """Packages where every function starts with a verb."""
 FRAMEWORK_NAMES = frozenset({
-    "connection_lost", "connection_made", "data_received", "error", "handleError", "forward", "main",
+    "connection_lost", "connection_made", "data_received", "eof_received", "error", "handleError", "forward", "main",
 })  # fmt: skip
 """Methods that a framework calls by name."""
 FIELD_NAMES = frozenset({
