@@ -73,7 +73,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "Falcon-H1": ("FalconH1Config", MAMBA),
     "LFM2": ("Lfm2Config", {"layer_types": ["conv", "full_attention"]}),
     "GPT-2": ("GPT2Config", {}),
+    "GPT-2, head of its own": ("GPT2Config", {"tie_word_embeddings": False}),
     "BLOOM": ("BloomConfig", {}),
+    "Falcon": ("FalconConfig", {"alibi": False}),
+    "Falcon, head of its own": ("FalconConfig", {"alibi": False, "tie_word_embeddings": False}),
+    "GPT-NeoX": ("GPTNeoXConfig", {}),
+    "MPT": ("MptConfig", {"d_model": 64, "n_heads": 4, "n_layers": 2, "max_seq_len": 2048}),
+    "Mamba": ("MambaConfig", {}),
+    "Mamba 2": ("Mamba2Config", {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1}),
 }
 HEADER = """# Supported models
 
@@ -83,7 +90,8 @@ Written by `python benchmarks/families.py` from tiny random models; `tests/train
 - rows: one sample per row, where packing would be wrong; slower, and a prompt is read once per sample. Lower
   `algorithm.micro_batch_tokens` if memory is short. PPO's critic needs packing.
 - error: mean difference from one sample at a time, in nats per token (float32); cosine: of the gradients.
-- refused: `python -m rluf.train` stops before it builds data and reward models, with the reason.
+- refused: `python -m rluf.train` stops before it builds data and reward models, with the reason. A model whose head is
+  tied to an embedding of another name can be saved with a head of its own (`tie_word_embeddings=False`).
 
 The engine must support the family too: `python -m rluf.train --check` compares it with the learner. vLLM's CPU build
 refuses most models with linear attention, and it cannot load new weights of experts, so models with experts (MoE) train
@@ -108,7 +116,7 @@ def describe_family(family: str) -> str:
             AutoModelForCausalLM.from_config(config).save_pretrained(folder)
             check_weight_names(Settings(), Path(folder))
     except RlufError as error:
-        reason = str(error).partition("transformers: ")[2] or str(error)
+        reason = str(error).partition(" cannot be trained: ")[2] or str(error)
         return f"| {family} | refused | | | {reason.partition('; ')[0]} |"
     cosine = f"{trial.gradient_cosine:.6f}"
     reason = trial.reason.partition(";")[0].replace(f" of {TRIAL_WINDOW} tokens", "").partition(", but")[0]

@@ -150,12 +150,14 @@ def check_weight_names(settings: Settings, model_path: Path) -> str:
     misshapen = [
         name for name in expected_shapes.keys() & sent_shapes.keys() if expected_shapes[name] != sent_shapes[name]
     ]
-    advice = "load and save it with transformers once, or use another model"
     tied_names = getattr(model, "_tied_weights_keys", None) or {}
     if not_expected and not_expected <= set(tied_names):
-        advice = (
-            "its output head is tied to an embedding that is not called embed_tokens, which weight sync does not "
-            "support; use another model"
+        head_name = min(not_expected)
+        source_name = tied_names[head_name] if isinstance(tied_names, dict) else "an embedding"
+        raise ModelError(
+            f"{model_path} cannot be trained: its output head {head_name} is tied to {source_name}, and engines update "
+            "a tied head from embed_tokens.weight alone; save it with a head of its own (tie_word_embeddings=False) or "
+            "use another model"
         )
     for names, problem in (
         (not_sent, "the checkpoint has weights that the learner does not send"),
@@ -165,7 +167,7 @@ def check_weight_names(settings: Settings, model_path: Path) -> str:
         if names:
             raise ModelError(
                 f"{model_path} cannot be trained with this release of transformers: {problem}: "
-                f"{_name_some(sorted(names))}; {advice}"
+                f"{_name_some(sorted(names))}; load and save it with transformers once, or use another model"
             )
     if settings.learner.lora_rank:
         _check_adapters(model, settings.learner.lora_rank, model_path)

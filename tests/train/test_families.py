@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
 
-from benchmarks.families import FAMILIES, PAGE, describe_family
+from benchmarks.families import COMMON, FAMILIES, PAGE, describe_family
+from rluf.config.settings import Settings
+from rluf.errors import ModelError
+from rluf.train.startup_check import check_weight_names
 
-FAST_FAMILIES = ("Mixtral", "Gemma 2")
+FAST_FAMILIES = ("Mixtral", "Gemma 2", "GPT-2", "Mamba")
 
 
 @pytest.mark.parametrize(
@@ -29,3 +36,24 @@ def test_each_row_of_the_page_holds(family: str) -> None:
     if cells[1] != "refused":
         assert cells[2] == "below 1e-5"
         assert float(cells[3]) >= 0.999
+
+
+@pytest.mark.parametrize(
+    ("family", "source_name"),
+    [
+        ("GPT-2", "transformer.wte.weight"),
+        ("MPT", "transformer.wte.weight"),
+        ("BLOOM", "transformer.word_embeddings.weight"),
+        ("Falcon", "transformer.word_embeddings.weight"),
+        ("Mamba", "backbone.embeddings.weight"),
+    ],
+)
+def test_a_head_that_engines_cannot_update_is_named_with_what_to_do(
+    family: str, source_name: str, tmp_path: Path
+) -> None:
+    config_name, values = FAMILIES[family]
+    config = getattr(transformers, config_name)(**{**COMMON, **values})
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    message = rf"output head lm_head\.weight is tied to {re.escape(source_name)}.*tie_word_embeddings=False"
+    with pytest.raises(ModelError, match=message):
+        check_weight_names(Settings(), tmp_path)
