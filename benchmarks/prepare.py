@@ -2,7 +2,8 @@
 
 Ours runs on Ray Data with 2 CPUs and an object store of 200 MB; the time is that of the complete build with Ray already
 running. Polars reads, validates, joins, sorts and writes; MinHash, redaction, abuse rules and propensity are the same
-functions for both. Each size runs in a separate process, so that the peak memory of the driver is that of the size.
+functions for both. Each size runs in a separate process, so that the peak memory of the driver is that of the size;
+`total_mib` is that of all processes, shared pages counted in proportion.
 Prints one JSON line last.
 
 python benchmarks/prepare.py [--rows 10000 100000 1000000] [--no-polars] [--profile 100000] [--nodes 1 2]
@@ -16,7 +17,6 @@ import argparse
 import cProfile
 import json
 import logging
-import os
 import pstats
 import random
 import resource
@@ -29,6 +29,8 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+from lab.process_tree import run_command
 
 OBJECT_STORE_BYTES = 200 * 10**6
 FIRST_DAY = 1_735_689_600
@@ -321,19 +323,19 @@ def profile_passes(rows: int) -> list[list[Any]]:
 
 
 def run_in_subprocess(mode: str, log_path: Path, rows: int, output_folder: Path) -> dict[str, Any]:
-    """Run one size in a separate process."""
-    environment = dict(os.environ)
+    """Run one size in a separate process; `total_mib` is the peak memory of it and its descendants."""
     command = [sys.executable, __file__, "--child", mode, str(log_path), str(rows), str(output_folder)]
     if mode == "polars":
         # One core: polars would otherwise use all of them, which Ray's two workers cannot match.
-        environment["POLARS_MAX_THREADS"] = "1"
-        command = ["taskset", "-c", "0", *command]
-    completed = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if completed.returncode:
-        sys.stderr.write(completed.stderr[-3000:])
-        raise SystemExit(completed.returncode)
-    result: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
-    return result
+        command = ["env", "POLARS_MAX_THREADS=1", "taskset", "-c", "0", *command]
+    try:
+        cost = run_command(command)
+    except subprocess.CalledProcessError as error:
+        sys.stderr.write(error.output[-3000:])
+        raise SystemExit(error.returncode) from None
+    result_line = [line for line in cost.output.splitlines() if line.startswith('{"seconds"')][-1]
+    result: dict[str, Any] = json.loads(result_line)
+    return result | {"total_mib": cost.peak_bytes / 2**20}
 
 
 def measure_speedup(rows: int, node_counts: Sequence[int]) -> dict[str, Any]:

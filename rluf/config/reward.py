@@ -105,7 +105,7 @@ class RewardModelSettings(SettingsSection):
     """Rank of LoRA adapters on the trained layers, merged into the checkpoint; 0 trains the full weights."""
     debias: tuple[Literal["counterfactuals", "sign_offs", "propensity", "context", "length", "users"], ...] = ()
     """Nuisance factors to remove. counterfactuals (default of love and helpfulness) adds responses that do not fit the
-    prompt, are generic, echo the user or are cut, and must score lower; sign_offs adds copies of rows with a
+    prompt, are generic, echo the user, are cut or loop, and must score lower; sign_offs adds copies of rows with a
     farewell or an affectionate close and the same label; propensity weights reactions by the inverse reaction rate;
     context (fitted heads only) fits turn, user activity and model version with the head and leaves them out of the
     score; length and users (per-user reaction rate) are fitted first as offsets and left out of the score."""

@@ -1,11 +1,13 @@
 """Responses that are worse by construction, made from the log's own rows, so that a reward model reads the prompt.
 
-A log has each response under its own prompt only, so a model trained on it can score the response alone. Four kinds:
+A log has each response under its own prompt only, so a model trained on it can score the response alone. Five kinds:
 
 - `mismatched`: a good response under the prompt of another good row;
 - `generic`: a response of the log that resembles the responses to all other prompts;
 - `echo`: the user's own message returned;
-- `cut`: the start of a good response, marked as cut at the token limit.
+- `cut`: the start of a good response, marked as cut at the token limit;
+- `loop`: the start of a good response whose last words repeat. It is longer than the good one by about as much as a cut
+  one is shorter: with cut ones alone, a model would learn that longer is better.
 
 In training the good response must score higher than they do (pairs: they lose against the chosen one). They take part
 neither in calibration nor in the base rate. On the test split the same kinds, and flattery, which no training row has,
@@ -32,9 +34,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LABEL_COPY_RATES: Mapping[str, float] = {"mismatched": 1.0, "generic": 0.25, "echo": 0.1, "cut": 0.25}
+LABEL_COPY_RATES: Mapping[str, float] = {"mismatched": 1.0, "generic": 0.25, "echo": 0.1, "cut": 0.25, "loop": 0.25}
 """Training rows of each kind per good row of a labeled log; a fraction is the probability of one more."""
-PAIR_COPY_RATES: Mapping[str, float] = {"mismatched": 0.5, "generic": 0.15, "echo": 0.1, "cut": 0.15}
+PAIR_COPY_RATES: Mapping[str, float] = {"mismatched": 0.5, "generic": 0.15, "echo": 0.1, "cut": 0.15, "loop": 0.15}
 """The same per pair: every pair has a good response, but only a few rows of a labeled log do."""
 MAX_TRIGRAM_OVERLAP = 0.3
 """Jaccard overlap of character trigrams from which two messages ask for much the same, so their responses may fit."""
@@ -47,7 +49,9 @@ MAX_GENERIC_ROWS = 20_000
 MIN_CUT_SHARE, MAX_CUT_SHARE = 0.3, 0.8
 """Range of the share of words that a cut response keeps."""
 MIN_CUT_WORDS = 6
-"""Shortest response, in words, that is cut."""
+"""Shortest response, in words, that is cut or made to loop."""
+MIN_LOOP_WORDS, MAX_LOOP_WORDS = 2, 10
+"""Range of the number of words that a loop repeats."""
 MIN_PREFERENCE_SHARE = 0.7
 """Share of pairs that a model should rank right; below it, the card and the log warn."""
 MAX_TEST_ROWS = 300
@@ -102,12 +106,18 @@ class _ResponsePool:
             return Counterfactual(kind, index, self.prompt_texts[index], False, index)
         if kind == "flattery":
             return Counterfactual(kind, index, rng.choice(FLATTERY), False, index)
-        if kind == "cut":
+        if kind in ("cut", "loop"):
             words = str(self.rows[index][self.column]).split(" ")
             if len(words) < MIN_CUT_WORDS or is_truncated(self.rows[index], self.column):
                 return None
-            word_count = int(len(words) * rng.uniform(MIN_CUT_SHARE, MAX_CUT_SHARE))
-            return Counterfactual(kind, index, " ".join(words[:word_count]), True, index)
+            cut_share = rng.uniform(MIN_CUT_SHARE, MAX_CUT_SHARE)
+            start_words = words[: int(len(words) * cut_share)]
+            if kind == "cut":
+                return Counterfactual(kind, index, " ".join(start_words), True, index)
+            repeated_words = start_words[-rng.randint(MIN_LOOP_WORDS, MAX_LOOP_WORDS) :]
+            while len(start_words) < len(words) * (2 - cut_share):
+                start_words += repeated_words
+            return Counterfactual(kind, index, " ".join(start_words), False, index)
         partner = self.find_partner(index, self.generic_indices if kind == "generic" else self.good_indices, rng)
         if partner is None:
             return None

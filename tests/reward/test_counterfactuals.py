@@ -14,6 +14,7 @@ import torch
 
 from rluf.reward.calibration import Calibration, compute_prior_shift
 from rluf.reward.counterfactuals import (
+    MAX_LOOP_WORDS,
     MAX_TRIGRAM_OVERLAP,
     compute_trigram_overlap,
     find_generic_rows,
@@ -59,7 +60,7 @@ def test_copies_are_labeled_worse_and_keep_user_and_weight_of_their_source() -> 
         assert copy["response"] == made.response != source["response"]
     assert copies == make_training_copies(rows, is_pairwise=False, seed=1)[0]
     kinds = {made.kind for made in counterfactuals}
-    assert kinds == {"mismatched", "generic", "echo", "cut"}
+    assert kinds == {"mismatched", "generic", "echo", "cut", "loop"}
 
 
 def test_mismatched_responses_answer_another_prompt() -> None:
@@ -90,6 +91,21 @@ def test_a_cut_copy_is_the_start_of_a_finished_response_and_marked() -> None:
         assert source["response"].startswith(copy["response"])
         assert len(copy["response"]) < len(source["response"])
         assert copy["finish_reason"] == "length"
+
+
+def test_a_loop_repeats_the_last_words_and_lengths_of_cuts_and_loops_balance() -> None:
+    rows = build_rows(240, loved_share=1.0)
+    copies, counterfactuals = make_training_copies(rows, is_pairwise=False, seed=1, rates={"cut": 1.0, "loop": 1.0})
+    word_ratios: dict[str, list[float]] = {"cut": [], "loop": []}
+    for copy, made in zip(copies, counterfactuals, strict=True):
+        words, source_words = copy["response"].split(), rows[made.source_index]["response"].split()
+        word_ratios[made.kind].append(len(words) / len(source_words))
+        if made.kind == "loop":
+            assert copy["finish_reason"] == "stop" and words[0] == source_words[0]
+            period = next(n for n in range(1, len(words)) if words[-n:] == words[-2 * n : -n])
+            assert period <= MAX_LOOP_WORDS
+    assert np.mean(word_ratios["cut"]) < 0.7
+    assert np.mean(word_ratios["cut"]) + np.mean(word_ratios["loop"]) == pytest.approx(2.0, abs=0.5)
 
 
 def test_in_pairs_the_chosen_response_wins_against_the_counterfactual() -> None:
@@ -197,7 +213,7 @@ def test_a_model_that_reads_the_prompt_prefers_the_response_that_fits(caplog: py
             flag: measure_prompt_fit(reader, rows, is_pairwise=False, seed=0) for flag, reader in readers.items()
         }
     shares, blind_shares = reports[True]["shares"], reports[False]["shares"]
-    assert set(shares) == {"mismatched", "generic", "echo", "cut", "flattery"}
+    assert set(shares) == {"mismatched", "generic", "echo", "cut", "loop", "flattery"}
     assert shares["mismatched"]["mean"] > 0.8
     assert abs(blind_shares["mismatched"]["mean"] - 0.5) < 0.15
     assert shares["mismatched"]["low"] < shares["mismatched"]["mean"] <= shares["mismatched"]["high"] <= 1
