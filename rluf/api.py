@@ -110,7 +110,7 @@ def load_settings(
         raise SettingsError(
             f"expected a file or the name of a configuration, got {_describe(config)}; settings are the second argument"
         )
-    texts, config_path = _list_overrides(overrides), None if config is None else Path(config)
+    texts, config_path = _list_overrides(overrides), load.QUICKSTART if config is None else Path(config)
     functions = _check_mapping(reward_functions, "reward_functions", "{name: function}")
     for name, function in functions.items():
         if not isinstance(function, str):

@@ -20,6 +20,7 @@ from rluf.config.base import is_advanced
 from rluf.config.cpu_dtype import AUTO_DTYPE
 from rluf.config.load import (
     DEFAULT_SOURCE,
+    QUICKSTART,
     LoadedSettings,
     iter_setting_fields,
     list_further_objectives,
@@ -96,6 +97,7 @@ def _parse_arguments(
     parser.add_argument(
         "--config",
         type=Path,
+        default=QUICKSTART,
         metavar="FILE",
         help="YAML settings file, or the name of a shipped one (tiny, human); without it: the quickstart",
     )

@@ -94,9 +94,10 @@ class _SettingsDraft:
 
 
 def load_settings(config_path: Path | None, overrides: Sequence[str] = ()) -> LoadedSettings:
-    """Settings from the defaults (the quickstart), then `config_path` and the files it extends, then the overrides.
+    """Settings from the defaults, then `config_path` and the files it extends, then the overrides.
 
-    `config_path` may be the name of a shipped configuration, such as `tiny`, where no such file exists.
+    `config_path` may be the name of a shipped configuration, such as `tiny`, where no such file exists. None is the
+    defaults alone; commands without --config and the Python API take the shipped QUICKSTART instead.
     A file without `name` gets its own file name without the suffix. Raises SettingsError, with the dotted key, the
     value, its source and the fix, for an unknown key, an invalid value, or keys that conflict.
     """
@@ -292,6 +293,12 @@ def _list_config_folders() -> tuple[Path, Path]:
     """Where the shipped configurations may be: a wheel has configs/ in the package, the repository next to it."""
     package_folder = Path(__file__).parents[1]
     return package_folder / "configs", package_folder.parent / "configs"
+
+
+QUICKSTART = next(
+    filter(Path.is_file, (folder / "quickstart.yaml" for folder in _list_config_folders())), Path("quickstart.yaml")
+)
+"""What a command without --config runs: the shipped file, whatever the working directory has."""
 
 
 def _suggest_config(path: Path) -> str:

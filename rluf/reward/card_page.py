@@ -136,8 +136,8 @@ def _build_prompt_fit_section(prompt_fit: Mapping[str, Any]) -> dict[str, Any] |
     text = (
         "Share of test pairs in which a good response scores higher than an alternative to the same prompt: a good "
         "response to another prompt (mismatched), a response that resembles those to all prompts (generic), the user's "
-        "own message (echo), its own first words, cut at the token limit (cut) or with the last of them repeated (loop), "
-        "or flattery that answers nothing."
+        "own message (echo), its own first words, cut at the token limit (cut) or with the last of them repeated "
+        "(loop), or flattery that answers nothing."
     )
     if prompt_fit["below_minimum"]:
         text += (

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+import rluf
 from rluf.config.cli import format_dry_run, format_settings_help, parse_command_line, run_command
 from rluf.config.load import iter_setting_fields, load_settings
+from rluf.config.settings import Settings
 from rluf.errors import DataError
 from rluf.train.__main__ import COMMAND_OPTIONS
 
@@ -28,8 +30,14 @@ def test_every_config_loads_and_dry_runs(file: Path, capsys: pytest.CaptureFixtu
     assert load_settings(file).settings.name == yaml.safe_load(file.read_text())["name"]
 
 
-def test_the_quickstart_file_has_the_defaults() -> None:
-    assert load_settings(CONFIGS_FOLDER / "quickstart.yaml").settings == load_settings(None).settings
+def test_without_a_config_the_shipped_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = load_settings(CONFIGS_FOLDER / "quickstart.yaml").settings
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "quickstart.yaml").write_text("seed: 7\n")  # not the shipped one
+    monkeypatch.chdir(tmp_path)
+    assert parse_command_line("train", "about", []).settings == expected
+    assert rluf.load_settings() == expected
+    assert expected.learner.lora_rank > 0 and Settings().learner.lora_rank == 0
 
 
 def test_gpu_configs_fill_their_machines() -> None:

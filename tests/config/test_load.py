@@ -33,7 +33,7 @@ def resolve_dtypes(settings: Settings) -> dict[str, Any]:
     return tree
 
 
-def test_defaults_are_the_quickstart() -> None:
+def test_without_a_file_all_values_are_defaults() -> None:
     loaded = load_settings(None)
     assert resolve_dtypes(loaded.settings) == resolve_dtypes(Settings())
     assert loaded.settings.name == "quickstart"
