@@ -12,7 +12,7 @@ from rluf.config.objectives import find_objective_spec
 from rluf.config.reward import ObjectiveSettings
 from rluf.config.settings import Settings
 from rluf.errors import DataError, ModelError
-from rluf.models.hub import find_model_folder, list_embedded_models, resolve_model
+from rluf.models.hub import check_causal_lm, find_model_folder, list_embedded_models, resolve_model
 from rluf.objectives.judges import build_rule_scorer, load_judge
 from rluf.reward.external import check_external_model
 from rluf.tracking.plugin_tracker import load_tracker
@@ -51,7 +51,9 @@ def check_inputs(
                 check_external_model(model_folder, key)
     for objective_name in list_trained_objectives(settings) if trained_objectives is None else trained_objectives:
         _check_reward_training(settings, objective_name)
-    find_model_folder(settings.model.path)
+    policy_folder = find_model_folder(settings.model.path)
+    if policy_folder is not None:
+        check_causal_lm(policy_folder)
     check_algorithm(settings.algorithm)
     for judge in settings.aggregation.gate_judges:
         load_judge(judge)

@@ -44,6 +44,8 @@ NETWORK_ERROR_CLASSES = (
 """Module and base class of the errors of HTTP and storage clients."""
 HUB_FILE_PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 """Files to download: no pickles, whose loading would run code, and no weights in other formats."""
+CAUSAL_LM_SUFFIXES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
+"""Ends of the architecture names of causal language models in config.json."""
 SINGLE_WEIGHTS_FILE, WEIGHTS_INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 TEMPLATE_FILE = "chat_template.jinja"
 MAX_ERROR_CHARACTERS = 500
@@ -158,6 +160,29 @@ def find_model_folder(model_path: str) -> Path | None:
     )
 
 
+def check_causal_lm(model_folder: Path) -> None:
+    """Raise ModelError for a folder without a causal language model."""
+    try:
+        config = dict(json.loads((model_folder / "config.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise ModelError(
+            f"model {model_folder} has no readable config.json: {error}; give a Hugging Face folder"
+        ) from error
+    architectures = [str(name) for name in config.get("architectures") or []]
+    if not any(name.endswith(CAUSAL_LM_SUFFIXES) for name in architectures):
+        raise ModelError(
+            f"model {model_folder} has architecture {', '.join(architectures) or 'none'}; the policy must be a causal "
+            "language model (model.path)"
+        )
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method", "quantized") if isinstance(quantization, dict) else "quantized"
+        raise ModelError(
+            f"the weights of {model_folder} are quantized ({method}), which cannot be trained; name the original model "
+            "in model.path"
+        )
+
+
 def skip_scikit_learn() -> None:
     """Have transformers load without scikit-learn, which takes 1.4 CPU seconds to import in each process.
 
@@ -257,10 +282,12 @@ def _check_model_folder(folder: Path) -> Path:
     if not any(folder.glob("*.safetensors")):
         missing_files.append("*.safetensors")
     if missing_files:
-        raise ModelError(
-            f"model folder {folder} lacks {', '.join(missing_files)}; save the model and its tokenizer into it with "
-            "save_pretrained"
-        )
+        advice = "save the model and its tokenizer into it with save_pretrained"
+        if (folder / "policy" / "config.json").is_file():
+            advice = f"the policy of this run is in {folder / 'policy'}"
+        elif (folder / "adapter_config.json").is_file():
+            advice = "it is a LoRA adapter: merge it into its base model and save that (merge_and_unload of peft)"
+        raise ModelError(f"model folder {folder} lacks {', '.join(missing_files)}; {advice}")
     return folder.resolve()
 
 

@@ -14,13 +14,18 @@ from typing import TYPE_CHECKING, Any
 from cluster.connect import ray_connection
 from rluf.algorithms.batch_layout import EXPERT_COUNT_NAMES, choose_batch_layout, read_model_config
 from rluf.artifacts import check_inputs
-from rluf.backends.vllm.engine import check_causal_lm
 from rluf.backends.weight_transfer.base import WeightManifest, read_checkpoint_shapes
 from rluf.config.derived import BYTES_PER_GIB, estimate_host_bytes
 from rluf.errors import ModelError, ResourceError, SettingsError
 from rluf.models.chat import RejectedConversationError, check_rendered_texts, render_prompt
 from rluf.models.embedded import hide_progress_bars
-from rluf.models.hub import describe_model_error, list_model_file_errors, load_tokenizer, resolve_policy
+from rluf.models.hub import (
+    check_causal_lm,
+    describe_model_error,
+    list_model_file_errors,
+    load_tokenizer,
+    resolve_policy,
+)
 from rluf.models.lora import add_lora_adapters, find_lora_adapters, get_checkpoint_name
 from rluf.models.turn_end import find_turn_end_id, list_stop_token_ids, read_stop_token_ids
 from rluf.tracking.console import setup_logging

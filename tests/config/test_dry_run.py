@@ -104,3 +104,41 @@ def test_the_dry_runs_of_other_commands_refuse_too(
         main(["--dry-run", override, f"run.root={tmp_path}"])
     assert caught.value.code == exit_code
     assert len(capsys.readouterr().err.strip().splitlines()) == min(exit_code, 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "has no readable config.json"),
+        ("{}", "has architecture none"),
+        ('{"architectures": ["BertForMaskedLM"]}', "the policy must be a causal language model"),
+        ('{"architectures": ["LlamaForSequenceClassification"]}', "has architecture LlamaForSequenceClassification"),
+        (
+            '{"architectures": ["LlamaForCausalLM"], "quantization_config": {"quant_method": "gptq"}}',
+            "are quantized (gptq)",
+        ),
+        ('{"architectures": ["LlamaForCausalLM"]}', ""),
+    ],
+)
+def test_the_dry_run_refuses_a_folder_without_a_policy(
+    config: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name, text in (("config.json", config), ("tokenizer_config.json", "{}"), ("model.safetensors", "")):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit) as caught:
+        train_command.main(["--dry-run", f"model.path={tmp_path}"])
+    assert caught.value.code == (4 if message else 0) and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "message"),
+    [("policy/config.json", "the policy of this run is in"), ("adapter_config.json", "LoRA adapter")],
+)
+def test_a_folder_that_contains_or_belongs_to_a_model_gets_a_hint(
+    file: str, message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(SystemExit):
+        train_command.main(["--dry-run", f"model.path={tmp_path}"])
+    assert message in capsys.readouterr().err

@@ -14,11 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rluf.algorithms.policy_model import load_policy
-from rluf.backends.vllm.engine import check_causal_lm
 from rluf.config.settings import Settings
 from rluf.errors import ModelError, RlufError, SettingsError
 from rluf.models.embedded import EMBEDDED_EXAMPLES
-from rluf.models.hub import load_tokenizer, render_prompt, resolve_model, resolve_policy
+from rluf.models.hub import check_causal_lm, load_tokenizer, render_prompt, resolve_model, resolve_policy
 from rluf.models.turn_end import count_tokens_before_stop, list_stop_token_ids, read_stop_token_ids
 from rluf.train.startup_check import (
     check_chat_template,

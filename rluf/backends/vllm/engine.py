@@ -26,7 +26,7 @@ from rluf.backends.weight_transfer.lora import (
 )
 from rluf.config.settings import Settings
 from rluf.errors import ActorLostError, DataError, DeadlineError, ModelError, ResourceError, WeightSyncError
-from rluf.models.hub import load_tokenizer, skip_scikit_learn
+from rluf.models.hub import check_causal_lm, load_tokenizer, skip_scikit_learn
 from rluf.models.turn_end import count_tokens_before_stop, list_stop_token_ids, read_stop_token_ids
 
 if TYPE_CHECKING:
@@ -565,30 +565,3 @@ def _join_lines(message: str) -> str:
     lines = [line.strip().split(" [type=", 1)[0] for line in message.splitlines()]
     useful_lines = [line for line in lines if line and not line.startswith("For further information visit")]
     return " ".join(useful_lines)[:MAX_CAUSE_CHARACTERS] or "no message"
-
-
-CAUSAL_LM_SUFFIXES = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel")
-"""Ends of the architecture names of causal language models in config.json."""
-
-
-def check_causal_lm(model_folder: Path) -> None:
-    """Raise ModelError for a folder without a causal language model."""
-    try:
-        config = dict(json.loads((model_folder / "config.json").read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(
-            f"model {model_folder} has no readable config.json: {error}; give a Hugging Face folder"
-        ) from error
-    architectures = [str(name) for name in config.get("architectures") or []]
-    if not any(name.endswith(CAUSAL_LM_SUFFIXES) for name in architectures):
-        raise ModelError(
-            f"model {model_folder} has architecture {', '.join(architectures) or 'none'}; the policy must be a causal "
-            "language model (model.path)"
-        )
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method", "quantized") if isinstance(quantization, dict) else "quantized"
-        raise ModelError(
-            f"the weights of {model_folder} are quantized ({method}), which cannot be trained; name the original model "
-            "in model.path"
-        )
