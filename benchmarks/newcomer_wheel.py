@@ -2,9 +2,10 @@
 
 python benchmarks/newcomer_wheel.py [--out docs/transcripts/newcomer_wheel.md]
 
-Builds the wheel of this repository, installs it with its pinned dependencies by pip into a clean environment in an
-empty folder, away from the repository, and runs there a program of a few lines. Caches of earlier runs are not used,
-those of pip are. The last line is JSON.
+Builds the wheel of this repository, installs it by pip into a new environment in an empty folder, away from the
+repository, and runs there a program of a few lines. The pinned dependencies are those of the environment that runs this
+script, read through a path file, so that no network is needed. Caches of earlier runs are not used. The last line is
+JSON.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ settings = rluf.load_settings("tiny", reward_functions={"brevity": score_brevity
 report = rluf.train_policy(settings)
 print(report.folder / "report.html", report.verdict, report.metrics[-1]["brevity"])
 """
-PINS = f"constraints/cpu-py3{sys.version_info.minor}.txt"
+SITE_PACKAGES = f"env/lib/python3.{sys.version_info.minor}/site-packages"
 COMMANDS = (
-    "pip wheel --quiet --no-deps --wheel-dir dist ~/origin",
+    "pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist ~/origin",
     "python -m venv env",
-    f"env/bin/pip install --quiet --no-deps -r ~/origin/{PINS}",
+    f"python -c 'import site; print(*site.getsitepackages())' > {SITE_PACKAGES}/dependencies.pth",
     "env/bin/pip install --quiet --no-deps dist/rluf-*.whl",
     "cat brevity.py",
     "env/bin/python brevity.py",
@@ -54,6 +55,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="newcomer-") as folder_name:
         work_folder = Path(folder_name)
         inherited = {key: value for key, value in os.environ.items() if key not in dropped}
+        inherited["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         session = Session(work_folder, {**inherited, "RLUF_CACHE": str(work_folder / "cache"), "NO_COLOR": "1"})
         (work_folder / "brevity.py").write_text(PROGRAM)
         for command in COMMANDS:
@@ -63,9 +65,11 @@ def main() -> int:
     lines = [
         "# From pip install to an own reward function",
         "",
-        "The transcript of `python benchmarks/newcomer_wheel.py`: the wheel and its pinned dependencies in a clean",
-        "environment, and a program that adds a reward function to the smallest configuration, whose models have",
-        "random weights. Paths of the machine are replaced, long outputs are cut in the middle.",
+        "The transcript of `python benchmarks/newcomer_wheel.py`: the wheel in a new environment, and a program that",
+        "adds a reward function to the smallest configuration, whose models have random weights. The dependencies are",
+        "those of the repository's environment, read through a path file; elsewhere",
+        f"`pip install --no-deps -r constraints/cpu-py3{sys.version_info.minor}.txt` installs them. Paths of the",
+        "machine are replaced, long outputs are cut in the middle.",
         "",
         f"{machine['cpus']} cores ({machine['cpu']}), {machine['memory_gib']:.0f} GiB of memory, {machine['system']}.",
     ]
