@@ -17,7 +17,7 @@ from rluf.objectives.judges import build_rule_scorer, load_judge
 from rluf.reward.external import check_external_model
 from rluf.tracking.plugin_tracker import load_tracker
 from rluf.utils.cache import Artifact, build_or_reuse, build_or_reuse_all, hash_files, hash_source_code
-from rluf.utils.paths import check_writable, resolve_cache_folder, resolve_runs_root
+from rluf.utils.paths import check_cache_writable, check_writable, resolve_cache_folder, resolve_runs_root
 
 
 def check_inputs(
@@ -36,8 +36,8 @@ def check_inputs(
     for data_kind, log_entries in settings.data.sources_by_kind.items():
         local_entries = [entry for entry in log_entries if may_download or not is_hub_data_set(entry)]
         resolve_sources(local_entries, data_kind)
-    for folder in (resolve_runs_root(settings), resolve_cache_folder(settings)):
-        check_writable(folder)
+    check_writable(resolve_runs_root(settings))
+    check_cache_writable(resolve_cache_folder(settings))
     for objective_name, objective_settings in settings.objectives.by_objective.items():
         if objective_settings.source == "serve":
             continue  # the reward actors check at their start whether the service answers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -13,6 +14,9 @@ from rluf.config.settings import Settings
 from rluf.errors import DataError, ResourceError
 from rluf.utils.files import try_lock
 
+logger = logging.getLogger(__name__)
+
+CACHE_FOLDERS = ("artifacts", "locks", "models", "base-responses", "batch-layouts")
 SAMPLE_LOG_KINDS = ("feedback", "preferences", "safety", "prompts")
 
 
@@ -42,6 +46,12 @@ def check_writable(folder: Path) -> None:
         )
 
 
+def check_cache_writable(cache_folder: Path) -> None:
+    """Raise ResourceError if the cache or a folder in it cannot be written: another user may have made some of them."""
+    for folder in (cache_folder, *(cache_folder / name for name in CACHE_FOLDERS)):
+        check_writable(folder)
+
+
 def create_run_folder(settings: Settings, *, name_suffix: str = "") -> Path:
     """Create <root>/<name><suffix>/<UTC time> and point the link `latest` in its parent at it.
 
@@ -52,10 +62,15 @@ def create_run_folder(settings: Settings, *, name_suffix: str = "") -> Path:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         folder = _make_new_folder(parent, timestamp)
+        latest = parent / "latest"
+        if latest.is_dir() and not latest.is_symlink():
+            # Copies of run folders that follow links make it a folder, which may be the only copy of a run.
+            logger.warning("%s is a folder, not a link; the newest run is %s", latest, folder)
+            return folder
         # A link cannot be overwritten in place; renaming a new one over it leaves no moment without `latest`.
         link = parent / f".latest-{folder.name}"
         link.symlink_to(folder.name)
-        link.replace(parent / "latest")
+        link.replace(latest)
     except OSError as error:
         raise ResourceError(
             f"cannot write a run folder in {parent}: {error.strerror or error}; set run.root or RLUF_RUNS to a folder "

@@ -12,6 +12,7 @@ from rluf.config.run import RunSettings
 from rluf.config.settings import Settings
 from rluf.errors import DataError, ResourceError
 from rluf.utils.paths import (
+    check_cache_writable,
     create_run_folder,
     find_sample_log,
     lock_run_folder,
@@ -28,6 +29,24 @@ def test_two_runs_in_one_second_get_two_folders(tmp_path: Path) -> None:
     first, second = create_run_folder(settings(tmp_path)), create_run_folder(settings(tmp_path))
     assert first != second
     assert (tmp_path / "quickstart" / "latest").resolve() == second.resolve()
+
+
+def test_a_copied_folder_named_latest_stops_no_run(tmp_path: Path) -> None:
+    copy = tmp_path / "quickstart" / "latest"
+    copy.mkdir(parents=True)
+    (copy / "summary.json").write_text("{}")
+    folder = create_run_folder(settings(tmp_path))
+    assert sorted(path.name for path in copy.parent.iterdir()) == sorted([folder.name, "latest"])
+    assert (copy / "summary.json").is_file()
+
+
+@pytest.mark.parametrize("name", ["", "artifacts", "locks", "models"])
+def test_a_cache_that_cannot_be_written_is_one_message(name: str, tmp_path: Path) -> None:
+    blocked = tmp_path / "cache" / name
+    blocked.parent.mkdir(exist_ok=True)
+    blocked.write_text("as unusable as a folder of another user, and also for root")
+    with pytest.raises(ResourceError, match=r"is not a writable folder; set run\.root and run\.cache"):
+        check_cache_writable(tmp_path / "cache")
 
 
 def test_unwritable_root_is_one_clear_error(tmp_path: Path) -> None:
