@@ -40,7 +40,7 @@ from rluf.reward.debias import (
 )
 from rluf.reward.encoded_split import encode_split
 from rluf.reward.linear_probe import fit_probe, fold_bias_into_weights, set_head_weights
-from rluf.reward.losses import build_loss
+from rluf.reward.losses import build_loss, check_unlabeled_rows
 from rluf.reward.shared_backbone import save_head_folders, select_labeled_rows
 from rluf.reward.text import TextEncoder, is_truncated
 from rluf.reward.trainer import (
@@ -354,6 +354,8 @@ def _build_task(
     records = select_labeled_rows(head_data.head, head_data.train_rows, train_source)
     log_rows, sign_off_share = records, SIGN_OFF_SHARE if "sign_offs" in head_settings.debias else 0.0
     records, copy_sources = add_sign_off_copies(log_rows, sign_off_share, is_pairwise=is_pairwise, seed=settings.seed)
+    if head_settings.loss == "nnpu":
+        check_unlabeled_rows(log_rows, train_source)
     counterfactuals: list[Counterfactual] = []
     if _should_build_counterfactuals(head_settings):
         copies, counterfactuals = make_training_copies(log_rows, is_pairwise=is_pairwise, seed=settings.seed)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional
 
 from rluf.config.reward import RewardModelSettings
+from rluf.errors import DataError
 
 LossFunction = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Loss of logits (pairs: chosen, then rejected), labels and weights."""
 FOCAL_EXPONENT = 2.0
 """Exponent of the focal loss, the best value in the paper."""
+LIKED_SHARE = 0.2
+"""Share of all responses that are truly liked, about three times the usual reaction rate."""
 PU_CLASS_PRIOR = 0.15
-"""Share of the responses without a reaction that are truly liked: (pi - c) / (1 - c) with pi = 0.2 of all responses,
-about three times the usual reaction rate c."""
+"""Share of the responses without a reaction that are truly liked: (pi - c) / (1 - c) with pi = LIKED_SHARE and the
+usual reaction rate c = 0.06."""
 HINGE_MARGIN = 1.0
 """Distance from the boundary, in logits, beyond which a row has no loss. Any other margin only rescales the logits."""
 
@@ -58,6 +62,27 @@ def non_negative_pu_loss(
     risk_negative = risk_negative - class_prior * (positive * loss_as_negative).sum() / positive_weight
     # A negative risk can only come from overfitting. Its negation is returned, so that the step undoes it.
     return risk_positive + risk_negative if float(risk_negative.detach()) >= 0 else -risk_negative
+
+
+def check_unlabeled_rows(rows: Sequence[Mapping[str, Any]], source_name: str) -> None:
+    """Raise DataError where non_negative_pu_loss does not apply.
+
+    Most rows of label 0 must have no reaction, and fewer rows have label 1 than are taken to be liked.
+    """
+    others = [row for row in rows if not row["label"]]
+    reacted_count = sum(row.get("reaction") is not None for row in others)
+    liked_share = sum(row["weight"] for row in rows if row["label"]) / sum(row["weight"] for row in rows)
+    problem = None
+    if 2 * reacted_count > len(others):
+        problem = (
+            f"{reacted_count} of the {len(others)} rows of label 0 have a reaction, so that they are not unlabeled"
+        )
+    elif liked_share >= LIKED_SHARE:
+        problem = (
+            f"{liked_share:.0%} of the rows have label 1, but {LIKED_SHARE:.0%} of all responses are taken to be liked"
+        )
+    if problem:
+        raise DataError(f"{source_name}: loss nnpu does not apply: {problem}; set reward.<name>.loss=bce")
 
 
 def hinge_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:

@@ -5,10 +5,19 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import pytest
 import torch
 from sklearn import metrics as reference
 
-from rluf.reward.losses import bradley_terry_loss, focal_loss, hinge_loss, non_negative_pu_loss, weighted_bce_loss
+from rluf.errors import DataError
+from rluf.reward.losses import (
+    bradley_terry_loss,
+    check_unlabeled_rows,
+    focal_loss,
+    hinge_loss,
+    non_negative_pu_loss,
+    weighted_bce_loss,
+)
 from rluf.utils.stats import Floats
 
 
@@ -84,3 +93,31 @@ def test_non_negative_pu_loss_reverses_the_step_if_the_negative_risk_is_below_ze
     assert math.isclose(float(loss.detach()), -negative_risk, rel_tol=1e-4)
     assert logits.grad is not None
     assert (logits.grad[2:] < 0).all()  # a descent step raises the unlabeled rows again
+
+
+def build_reaction_rows(loved: int, disliked: int, unreacted: int) -> list[dict[str, object]]:
+    reactions = ["love"] * loved + ["dislike"] * disliked + [None] * unreacted
+    return [{"label": int(reaction == "love"), "reaction": reaction, "weight": 1.0} for reaction in reactions]
+
+
+@pytest.mark.parametrize(
+    ("loved", "disliked", "unreacted", "message"),
+    [
+        (6, 2, 92, None),
+        (19, 20, 61, None),
+        (10, 90, 0, "90 of the 90 rows of label 0 have a reaction"),  # thumbs up and down alone
+        (10, 50, 40, "50 of the 90 rows of label 0 have a reaction"),
+        (20, 0, 80, "20% of the rows have label 1"),
+        (60, 0, 40, "60% of the rows have label 1"),
+        (100, 0, 0, "100% of the rows have label 1"),
+    ],
+)
+def test_nnpu_is_refused_where_its_assumptions_do_not_hold(
+    loved: int, disliked: int, unreacted: int, message: str | None
+) -> None:
+    rows = build_reaction_rows(loved, disliked, unreacted)
+    if message is None:
+        check_unlabeled_rows(rows, "love")
+        return
+    with pytest.raises(DataError, match=rf"love: loss nnpu does not apply: {message}.*loss=bce"):
+        check_unlabeled_rows(rows, "love")
