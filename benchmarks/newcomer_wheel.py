@@ -1,11 +1,11 @@
 """Record a new user's way from `pip install` of the wheel to an own reward function and its report, in a transcript.
 
-python benchmarks/newcomer_wheel.py [--out docs/transcripts/newcomer_wheel.md]
+python benchmarks/newcomer_wheel.py [--out docs/transcripts/newcomer_wheel.md] [key=value ...]
 
 Builds the wheel of this repository, installs it by pip into a new environment in an empty folder, away from the
 repository, and runs there a program of a few lines. The pinned dependencies are those of the environment that runs this
-script, read through a path file, so that no network is needed. Caches of earlier runs are not used. The last line is
-JSON.
+script, read through a path file, so that no network is needed. Caches of earlier runs are not used. Trailing
+settings are passed to the program, such as a deadline on a busy machine. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from pathlib import Path
 from newcomer import ROOT, Session, describe_machine, format_steps
 
 PROGRAM = """\
+import sys
+
 import rluf
 
 
@@ -28,21 +30,21 @@ def score_brevity(rows):
     return [-len(row["response"].split()) / 100 for row in rows]
 
 
-settings = rluf.load_settings("tiny", reward_functions={"brevity": score_brevity})
+settings = rluf.load_settings("tiny", sys.argv[1:], reward_functions={"brevity": score_brevity})
 report = rluf.train_policy(settings)
 print(report.folder / "report.html", report.verdict, report.metrics[-1]["brevity"])
 """
 SITE_PACKAGES = f"env/lib/python3.{sys.version_info.minor}/site-packages"
 COMMANDS = (
-    "pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist ~/origin",
+    "pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist {origin}",
     "python -m venv env",
     f"python -c 'import site; print(*site.getsitepackages())' > {SITE_PACKAGES}/dependencies.pth",
     "env/bin/pip install --quiet --no-deps dist/rluf-*.whl",
     "cat brevity.py",
-    "env/bin/python brevity.py",
+    "env/bin/python brevity.py {settings}",
     "env/bin/rluf report runs/tiny/latest",
 )
-"""What the user types; ~/origin is the checkout of rluf."""
+"""What the user types; {origin} is the checkout of rluf."""
 
 
 def main() -> int:
@@ -50,7 +52,7 @@ def main() -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "docs/transcripts/newcomer_wheel.md", help="transcript")
-    args = parser.parse_args()
+    args, overrides = parser.parse_known_args()
     dropped = ("VIRTUAL_ENV", "PYTHONPATH", "RLUF_RUNS", "RAY_ADDRESS")
     with tempfile.TemporaryDirectory(prefix="newcomer-") as folder_name:
         work_folder = Path(folder_name)
@@ -59,7 +61,7 @@ def main() -> int:
         session = Session(work_folder, {**inherited, "RLUF_CACHE": str(work_folder / "cache"), "NO_COLOR": "1"})
         (work_folder / "brevity.py").write_text(PROGRAM)
         for command in COMMANDS:
-            if session.run(command.replace("~/origin", str(ROOT)), work_folder):
+            if session.run(command.format(origin=ROOT, settings=" ".join(overrides)).strip(), work_folder):
                 break
     machine = describe_machine()
     lines = [

@@ -81,16 +81,16 @@ class ServingOrder:
 def plan_traffic(prompts: Sequence[SimulatedPrompt], response_count: int) -> list[ServingOrder]:
     """Distribute about `response_count` responses evenly over the training prompts, and over the model versions.
 
-    Every prompt gets at least two, so that raters can compare them. Risky prompts get more, so that safe and unsafe
-    labels both occur. Test prompts are never served.
+    A served prompt gets at least two, so that raters can compare them; little traffic reaches an even share of the
+    prompts. Risky prompts get more, so that safe and unsafe labels both occur. Test prompts are never served.
     """
     total_share = sum(version.traffic_share for version in MODEL_VERSIONS)
-    prompt_count = sum(prompt.split == "train" for prompt in prompts)
+    train_prompts = [prompt for prompt in prompts if prompt.split == "train"]
+    prompt_count = min(len(train_prompts), max(1, response_count // 2))
     responses_per_prompt = max(2, response_count // max(1, prompt_count))
     orders: list[ServingOrder] = []
-    for prompt in prompts:
-        if prompt.split != "train":
-            continue
+    for index in range(prompt_count):
+        prompt = train_prompts[index * len(train_prompts) // prompt_count]
         shares = [
             version.risky_traffic_share if prompt.topic == "risky" else version.traffic_share
             for version in MODEL_VERSIONS

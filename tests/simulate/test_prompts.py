@@ -61,4 +61,11 @@ def test_little_traffic_still_reaches_every_prompt() -> None:
         response_counts[order.prompt.id] += order.response_count
     assert len(response_counts) == TRAIN_COUNT
     assert set(response_counts.values()) == {4, 6}
-    assert len({order.prompt.id for order in plan_traffic(PROMPTS, 1)}) == TRAIN_COUNT
+
+
+def test_a_log_with_few_rows_serves_no_more_responses_than_it_needs() -> None:
+    orders = plan_traffic(PROMPTS, 200)
+    assert 200 <= sum(order.response_count for order in orders) < 220
+    assert {order.prompt.topic for order in orders} == set(TOPICS)
+    assert len({order.prompt.id for order in orders}) == 100
+    assert sum(order.response_count for order in plan_traffic(PROMPTS, 1)) == 2
