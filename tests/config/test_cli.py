@@ -13,7 +13,7 @@ import rluf
 from rluf.config.cli import format_dry_run, format_settings_help, parse_command_line, run_command
 from rluf.config.load import iter_setting_fields, load_settings
 from rluf.config.settings import Settings
-from rluf.errors import DataError
+from rluf.errors import DataError, RlufError
 from rluf.train.__main__ import COMMAND_OPTIONS
 
 CONFIGS_FOLDER = Path(__file__).parents[2] / "configs"
@@ -197,3 +197,13 @@ def test_an_invalid_profile_is_refused(capsys: pytest.CaptureFixture[str]) -> No
     assert "--profile expects steps=N, such as steps=3, got 'steps=many'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parse_command_line("reward", "", ["--profile", "steps=3"])
+
+
+def list_error_classes(error_class: type[RlufError] = RlufError) -> list[type[RlufError]]:
+    return [error_class, *(leaf for child in error_class.__subclasses__() for leaf in list_error_classes(child))]
+
+
+@pytest.mark.parametrize("error_class", [c for c in list_error_classes() if c.__module__ == "rluf.errors"])
+def test_every_exit_code_is_documented(error_class: type[RlufError]) -> None:
+    rows = (Path(__file__).parents[2] / "docs" / "errors.md").read_text(encoding="utf-8").splitlines()
+    assert any(row.startswith(f"| {error_class.exit_code} | `{error_class.__name__}` |") for row in rows)
