@@ -24,7 +24,7 @@ class SettingsTree(SettingsSection):
 
     name: str = Field(default="quickstart", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """Name of the configuration; run folders are <root>/<name>/<time>."""
-    seed: int = Field(default=1, ge=0)
+    seed: int = Field(default=1, ge=0, lt=2**31)
     """Seed of sampling, splits, initialization and bootstrap."""
     run: RunSettings = RunSettings()
     """Outputs of a run, and resuming."""

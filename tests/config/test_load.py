@@ -253,3 +253,10 @@ def test_truth_values_are_no_numbers(override: str) -> None:
     key = override.partition("=")[0]
     with pytest.raises(SettingsError, match=rf"{key}.*expected a number"):
         load_settings(None, [override])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31, 2**32, 2**64, 1.5])
+def test_seeds_that_a_library_would_refuse_later_are_refused(seed: float) -> None:
+    """numpy's and scikit-learn's seeds, which engines and reward models set, end at 2^32, and some are sums."""
+    with pytest.raises(SettingsError, match=f"seed={seed}"):
+        load_settings(None, [f"seed={seed}"])
