@@ -76,6 +76,27 @@ def _openwebui(number: int, rating: Any, rated: int) -> Row:
     }  # fmt: skip
 
 
+def _openwebui_chat() -> Row:
+    """A chat whose first reply was rated down and regenerated; the second was rated up."""
+
+    def message(name: str, parent: str | None, role: str, **changes: Any) -> Row:
+        children: list[str] = []
+        return {"id": name, "parentId": parent, "childrenIds": children, "role": role, "content": f"text of {name}",
+                "timestamp": 1767225600, "model": "llama3"} | changes  # fmt: skip
+
+    messages = [
+        message("u1", None, "user"), message("a1", "u1", "assistant", annotation={"rating": -1, "reason": "wrong"}),
+        message("a2", "u1", "assistant", annotation={"rating": 1, "tags": ["x"]}), message("u2", "a2", "user"),
+        message("a3", "u2", "assistant", content='<details type="reasoning" done="true">hm</details>\nfine'),
+    ]  # fmt: skip
+    history = {"currentId": "a3", "messages": {item["id"]: item for item in messages}}
+    shown = [item for item in messages if item["id"] != "a1"]
+    return {"id": "chat-1", "user_id": "user-a", "title": "t", "updated_at": 1767225700, "archived": False, "chat": {
+        "id": "", "title": "t", "models": ["llama3"], "history": history, "messages": shown, "tags": [],
+        "timestamp": 1767225600000, "files": [],
+    }}  # fmt: skip
+
+
 def _librechat() -> Row:
     def message(name: str, parent: str | None, by_user: bool, **changes: Any) -> Row:
         return {
@@ -96,6 +117,24 @@ def _librechat() -> Row:
             message("m4", "m3", False, text="", content=parts),
         ],
     }  # fmt: skip
+
+
+def _librechat_collection() -> Row:
+    """Messages of LibreChat's collection, grouped by conversation as docs/data.md says."""
+    date = {"$date": "2026-01-05T10:00:00.000Z"}
+    messages = [
+        message | {"_id": {"$oid": f"65a{index:021d}"}, "user": "user-a", "createdAt": date, "__v": 0}
+        for index, message in enumerate(_librechat()["messages"])
+    ]
+    return {"_id": "conv-1", "messages": messages}
+
+
+def _observation(number: int, **changes: Any) -> Row:
+    return {
+        "id": f"o{number}", "traceId": f"t{number}", "type": "GENERATION", "startTime": "2026-01-05T10:00:00.000Z",
+        "endTime": "2026-01-05T10:00:02.000Z", "model": "m", "modelParameters": {}, "usage": {"total": 9},
+        "input": [user("hi")], "output": assistant(f"hello {number}"), "level": "DEFAULT", "parentObservationId": None,
+    } | changes  # fmt: skip
 
 
 def _vercel_message(name: str, role: str, *parts: Row) -> Row:
@@ -222,6 +261,21 @@ _BATTLE = {
     "conversation_a": [user("q"), assistant("x")], "conversation_b": [user("q"), assistant("y")],
 }  # fmt: skip
 
+
+def _arena_row(number: int, outcome: str, **changes: Any) -> Row:
+    return {
+        "id": 30000 + number, "model_a": "a", "model_b": "b", "prompt": json.dumps([f"q{number}"]),
+        "response_a": json.dumps([f"x{number}"]), "response_b": json.dumps([f"y{number}"]),
+        **{f"winner_{name}": int(name == outcome) for name in ("model_a", "model_b", "tie")},
+    } | changes  # fmt: skip
+
+
+def _aspects(text: str, mean: float, overall: float) -> Row:
+    rating = {"Rating": "4", "Rationale": "r"}
+    return {"model": text, "response": text, "fine-grained_score": mean, "overall_score": overall, "critique": "c",
+            "annotations": {"helpfulness": rating, "honesty": rating}, "principle": "helpfulness"}  # fmt: skip
+
+
 _HH = "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: bye\n\nAssistant:"
 
 _WAREHOUSE_COLUMNS = {
@@ -247,6 +301,14 @@ SAMPLES: tuple[ProductSample, ...] = (
         "Open WebUI feedback export", "feedback", {"reader": "openwebui"},
         [_openwebui(1, 1, 0), _openwebui(2, -1, 1), _openwebui(3, "1", 1)], {"fb1": 1, "fb2": 0, "fb3": 1}, ".json",
         response="assistant 0",
+    ),
+    ProductSample(
+        "Open WebUI chat export", "feedback", {"reader": "openwebui_chats"}, [_openwebui_chat()],
+        {"chat-1-a1": 0, "chat-1-a2": 1, "chat-1-a3": None}, ".json", response="fine",
+    ),
+    ProductSample(
+        "LibreChat messages, grouped", "feedback", {"reader": "librechat"}, [_librechat_collection()],
+        {"m2": 0, "m2b": 1, "m4": None}, response="text in parts",
     ),
     ProductSample(
         "LibreChat conversation export", "feedback", {"reader": "librechat"}, [_librechat()],
@@ -293,6 +355,18 @@ SAMPLES: tuple[ProductSample, ...] = (
         {"thumbs_up": 1, "thumbs_down": 1}, dropped={"score is not a user's": 1},
     ),
     ProductSample(
+        "Langfuse observations", "feedback", {"reader": "langfuse"},
+        [_observation(1), _observation(2, model=None, providedModelName="m2"), _observation(3, type="SPAN")],
+        {"o1": None, "o2": None}, dropped={"observation is not a generation": 1}, response="hello 2",
+    ),
+    ProductSample(
+        "Langfuse scores of observations", "reactions", {"reader": "langfuse_observation_scores"},
+        [{"id": f"s{number}", "traceId": f"t{number}", "observationId": f"o{number}" if number < 3 else None,
+          "name": "user-feedback", "value": value, "source": "API", "dataType": "BOOLEAN",
+          "timestamp": "2026-01-05T10:01:00Z"} for number, value in ((1, 1), (2, 0), (3, 1))],
+        {"thumbs_up": 1, "thumbs_down": 1}, dropped={"no observation": 1},
+    ),
+    ProductSample(
         "LangSmith runs (JSONL)", "feedback", {"reader": "langsmith", "labels": {"1": "loved", "<1": "not_loved"}},
         [_langsmith(1, _stats(1.0)), _langsmith(2, _stats(0.34, 3)), _langsmith(3, None), _langsmith(4, _stats(0.0)),
          _langsmith(5, None, parent_run_id="r1")],
@@ -332,6 +406,15 @@ SAMPLES: tuple[ProductSample, ...] = (
         dropped={"tie": 1},
     ),
     ProductSample(
+        "Arena 55k (winner_model_a, ...)", "preferences", {"reader": "lmsys"},
+        [_arena_row(1, "model_a"), _arena_row(2, "model_b"), _arena_row(3, "tie"),
+         _arena_row(4, "model_a", response_b="[null]"),
+         _arena_row(5, "model_b", prompt='["q", "r"]', response_a='["x", "z"]', response_b='["y", "w"]'),
+         _arena_row(6, "model_b", winner_model_b="1", prompt='["\\u4f60"]')],
+        {"x1": "y1", "y2": "x2", "y6": "x6"}, ".csv",
+        dropped={"tie": 1, "no response": 1, "the two conversations differ before their end": 1},
+    ),
+    ProductSample(
         "KTO (TRL)", "feedback", {},
         [{"prompt": "hi", "completion": " hello", "label": True},
          {"prompt": [user("hi")], "completion": [assistant("no")], "label": False}],
@@ -350,8 +433,10 @@ SAMPLES: tuple[ProductSample, ...] = (
         "UltraFeedback", "preferences", {"reader": "ultrafeedback"},
         [{"source": "evol", "instruction": "q", "completions": [
             {"model": "a", "response": "mid", "overall_score": 6.0}, {"response": "top", "overall_score": 9.0},
-            {"model": "c", "response": "low", "overall_score": 2.5}]}],
-        {"top": "low"},
+            {"model": "c", "response": "low", "overall_score": 2.5}]},
+         {"source": "truthful_qa", "instruction": "p", "completions": [
+            _aspects("worst", 1.25, 10.0), _aspects("fair", 3.5, 6.0), _aspects("best", 4.75, 8.5)]}],
+        {"top": "low", "best": "worst"},
     ),
     ProductSample(
         "Anthropic HH", "preferences", {}, [{"chosen": f"{_HH} see you", "rejected": f"{_HH} go away"}],

@@ -21,7 +21,7 @@ from rluf.prepare.readers.files import read_line_batches
 from rluf.prepare.readers.sources import resolve_sources
 from rluf.prepare.redact import redact_text
 from tests.prepare.product_samples import ProductSample
-from tests.prepare.test_log_faults import COLUMNS, build, build_foreign, foreign_row
+from tests.prepare.test_log_faults import COLUMNS, build, build_foreign, foreign_row, write_rows
 from tests.prepare.test_products_table import read_sample
 
 NO_RULES = LabelRules({})
@@ -206,6 +206,28 @@ def test_more_ways_to_write_a_time(value: Any, expected: str) -> None:
     assert bool(notes) == (isinstance(value, str) and value[-2:] in ("PM", "am"))
 
 
+@pytest.mark.parametrize(
+    ("value", "time_format", "expected"),
+    [("03/04/2025", "%m/%d/%Y", "2025-03-04T00:00:00+00:00"), ("03/04/2025", "%d/%m/%Y", "2025-04-03T00:00:00+00:00"),
+     ("3/4/25 1:05 PM", "%m/%d/%y %I:%M %p", "2025-03-04T13:05:00+00:00"),
+     ("03.04.2025 10:00 +0200", "%d.%m.%Y %H:%M %z", "2025-04-03T10:00:00+02:00"),
+     ("20250304 100000", "%Y%m%d %H%M%S", "2025-03-04T10:00:00+00:00")],
+)  # fmt: skip
+def test_dates_with_a_format(value: str, time_format: str, expected: str) -> None:
+    row, notes = convert(foreign_row(1, t=value), time=f"t as {time_format}")
+    assert row["time"] == expected and ("times without zone, read as UTC" in notes) == ("%z" not in time_format)
+
+
+@pytest.mark.parametrize(
+    "value", ["03/04/2025", "3/4/25, 1:05 PM", "25/12/2025 10:00", "03-04-2025T10:00Z", "3.4.2025"]
+)
+def test_dates_of_uncertain_order_say_what_to_write(value: str) -> None:
+    with pytest.raises(RowShapeError, match=r"day or month first\?.* as %d/%m/%Y"):
+        convert(foreign_row(1, t=value))
+    with pytest.raises(RowShapeError, match="not in the format %Y"):
+        convert(foreign_row(1, t=value), time="t as %Y")
+
+
 @pytest.mark.parametrize("value", ["2026-03-01T10:00[Europe/Berlin]", "03/01/2026 10:00", "1/3/2026, 3:00 PM", 1e30])
 def test_times_that_are_not_certain_are_not_read(value: Any) -> None:
     assert normalize_time(value) in (value, str(value))
@@ -299,6 +321,12 @@ def test_librechat_branches(tmp_path: Path, key: str) -> None:
     chat = librechat_chat()
     row = {"conversationId": "c", "recursive": True, key: chat["messages"]}
     assert read_product(tmp_path, "librechat", [row])[0] == {"m2": ("a", LOVED), "m3": ("b", None)}
+
+
+def test_a_message_of_librechat_alone_says_what_to_do(tmp_path: Path) -> None:
+    row = librechat_chat()["messages"][0] | {"conversationId": "c"}
+    with pytest.raises(DataError, match=r"one message of LibreChat; group them .* docs/data\.md"):
+        build(tmp_path, {"feedback": [{"path": write_rows(tmp_path / "m.jsonl", [row] * 40), "reader": "librechat"}]})
 
 
 def langfuse_trace(**changes: Any) -> dict[str, Any]:

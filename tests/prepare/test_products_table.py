@@ -67,7 +67,8 @@ def test_the_rated_message_and_its_thread_are_read(tmp_path: Path) -> None:
     assert rows["fb1"]["response"] == "assistant 0" and len(rows["fb1"]["messages"]) == 1
     assert rows["fb2"]["response"] == "assistant 1" and len(rows["fb2"]["messages"]) == 3
     (tmp_path / "other").mkdir()
-    threads = {row["id"]: row["messages"] for row in read_sample(SAMPLES[1], tmp_path / "other")[1]}
+    (librechat,) = (sample for sample in SAMPLES if sample.name == "LibreChat conversation export")
+    threads = {row["id"]: row["messages"] for row in read_sample(librechat, tmp_path / "other")[1]}
     assert [message["content"] for message in threads["m4"]] == ["text of m1", "text of m2b", "text of m3"]
 
 

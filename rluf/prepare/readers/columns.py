@@ -2,7 +2,8 @@
 
 A path such as `choices.0.message` steps through objects, arrays and JSON in texts. Keys may have dots themselves.
 `*` is every item of an array, `name=user-feedback` the last item whose name is that, `a|b` the first of two paths that
-leads to a value, `=text` the text itself, and `#` the hash of the whole row.
+leads to a value, `=text` the text itself, and `#` the hash of the whole row. The path of a time may end in its format:
+`created as %m/%d/%Y`.
 """
 
 from __future__ import annotations
@@ -165,6 +166,18 @@ def normalize_time(value: object, notes: Counter[str] | None = None) -> object:
     return parsed.isoformat()
 
 
+_NUMERIC_DATE = re.compile(r"\s*\d{1,2}[/.-]\d{1,2}[/.-]\d{2,4}(?!\d)")
+"""A date such as 03/04/2025, which is in April in some countries and in March in others."""
+
+
+def _parse_time(text: str, time_format: str) -> str:
+    """A time in a format of strptime as ISO 8601, with a zone if the format has one."""
+    try:
+        return datetime.strptime(text.strip(), time_format.strip()).isoformat()
+    except ValueError as error:
+        raise RowShapeError(f"time: a time is not in the format {time_format.strip()}"[:110]) from error
+
+
 _REACTION_KEYS = ("name", "rating", "value", "score", "emoji", "reaction", "type")
 
 
@@ -228,7 +241,12 @@ def normalize_value(name: str, value: Any, record_type: type[LogRecord], notes: 
     """A value in the type of a record's field, where the conversion is plain (12.0 is the id "12")."""
     annotation = str(record_type.model_fields[name].annotation)
     if name == "time":
-        return normalize_time(value, notes)
+        time = normalize_time(value, notes)
+        if isinstance(time, str) and _NUMERIC_DATE.match(time):
+            raise RowShapeError(
+                "time: is day or month first? Say so in columns, such as time: created as %d/%m/%Y %H:%M"
+            )
+        return time
     if name == "finish_reason" or name.endswith("_finish_reason"):
         return _FINISH_REASONS.get(str(value).lower())
     if "bool" in annotation:
@@ -290,7 +308,10 @@ class RowConverter:
         field_names = (*self.record_type.model_fields, *_PROMPT_COLUMNS, *_CHAT_COLUMNS)
         fields = {name: row[name] for name in field_names if row.get(name) is not None and name not in _CHAT_COLUMNS}
         for name, path in self.columns.items():
+            path, _, time_format = path.partition(" as ") if name == "time" else (path, "", "")
             value = hash_row(row) if path == "#" else get_by_path(row, path.removeprefix("!"))
+            if time_format and value is not None:
+                value = _parse_time(str(value), time_format)
             if name == "label" and value is not None:
                 value = _normalize_label(value, path)
             self.path_counts[name] += value is not None

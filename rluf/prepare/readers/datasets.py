@@ -248,13 +248,19 @@ def _read_beavertails(row: Mapping[str, Any], options: ReaderOptions) -> ReaderI
 
 
 def _read_ultrafeedback(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
-    """UltraFeedback: the completion with the highest overall score against the one with the lowest."""
+    """UltraFeedback: the completion with the highest score against the one with the lowest.
+
+    The score is the mean of the ratings of four aspects (fine-grained_score), and overall_score where a row lacks it:
+    the latter is 10 in some rows for completions that were rated 1.
+    """
     if "completions" not in row:
         raise KeyError("completions")
+    has_aspects = all(item.get("fine-grained_score") is not None for item in row["completions"])
+    score_key = "fine-grained_score" if has_aspects else "overall_score"
     scored = [
-        (float(item["overall_score"]), item["response"])
+        (float(item[score_key]), item["response"])
         for item in row["completions"]
-        if re.fullmatch(r"\d+(\.\d+)?", str(item["overall_score"]))
+        if re.fullmatch(r"\d+(\.\d+)?", str(item[score_key]))
     ]
     scored.sort(key=lambda pair: pair[0])
     if len(scored) < 2 or scored[0][0] == scored[-1][0]:

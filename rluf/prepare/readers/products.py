@@ -31,6 +31,7 @@ from rluf.prepare.readers.columns import (
     RATINGS_NOTE,
     UNKNOWN_TIME,
     get_by_path,
+    name_reactions,
     normalize_time,
     order_by_time,
 )
@@ -137,13 +138,21 @@ def _find_locale(language: object) -> str:
 
 
 def _read_lmsys(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
-    winner = str(row["winner"]).lower()
+    notes: Counter[str] = Counter()
+    if "winner" in row:
+        winner, raw_chats = str(row["winner"]).lower(), [row["conversation_a"], row["conversation_b"]]
+    else:
+        # Arena 55k: a column for each outcome, and JSON lists of texts in place of chats.
+        winners = [name for name in ("model_a", "model_b", "tie") if str(row[f"winner_{name}"]) in ("1", "1.0", "True")]
+        winner, raw_chats = winners[0], [_join_turns(row["prompt"], row[f"response_{name}"]) for name in "ab"]
     if winner.startswith(("tie", "both")):
         return [SkippedRow("tie")]
     if winner not in ("model_a", "model_b"):
         raise ValueError(f"winner must be model_a, model_b, tie or both_bad, got {row['winner']!r}")
-    notes: Counter[str] = Counter()
-    chats = [to_records(read_chat(row[name], notes)) for name in ("conversation_a", "conversation_b")]
+    battle = [read_chat(chat, notes) for chat in raw_chats]
+    if not all(chat and chat[-1].role == "assistant" and chat[-1].content for chat in battle):
+        return [SkippedRow("no response")]
+    chats = [to_records(chat) for chat in battle]
     chosen, rejected = chats if winner == "model_a" else chats[::-1]
     # In longer battles the models answered different contexts, so the responses are not comparable.
     if chosen[:-1] != rejected[:-1]:
@@ -155,6 +164,16 @@ def _read_lmsys(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
         "topic": "arena", "messages": context, "chosen": chosen[-1]["content"], "rejected": rejected[-1]["content"],
         NOTES_KEY: dict(+notes),
     }]  # fmt: skip
+
+
+def _join_turns(prompts: Any, responses: Any) -> list[dict[str, Any]]:
+    """A chat of a list of the user's texts and one of the replies."""
+    pairs = zip(_decode(prompts), _decode(responses), strict=True)
+    return [
+        {"role": role, "content": text}
+        for pair in pairs
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
 
 
 def _read_lmsys_prompts(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
@@ -228,7 +247,12 @@ def _read_score(score: Mapping[str, Any]) -> str | float | None:
 
 
 def _read_langfuse(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
-    """A trace of the API or of the blob export; scores that are only ids come from data.reactions (langfuse_scores)."""
+    """A trace, or a generation of the observations, of the API or of the blob export.
+
+    Scores that are only ids, or in a file of their own, come from data.reactions (langfuse_scores).
+    """
+    if row.get("type", "GENERATION") != "GENERATION":
+        return [SkippedRow("observation is not a generation")]
     output = row.get("output")
     if output is None:
         return [SkippedRow("no assistant message")]
@@ -245,12 +269,15 @@ def _read_langfuse(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
     metadata = row.get("metadata") or {}
     metadata = decode_json_text(metadata) if isinstance(metadata, str) else metadata
     metadata = metadata if isinstance(metadata, Mapping) else {}
-    trace_id, session_id = str(row["id"]), _get_any(row, "sessionId", "session_id")
+    trace_id = str(row["id"])
+    session_id = _get_any(row, "sessionId", "session_id", "traceId", "trace_id")
     return [{
         "id": trace_id, "conversation_id": str(session_id or trace_id), "turn": count_user_turns(messages),
         "user_id": str(_get_any(row, "userId", "user_id") or session_id or trace_id),
-        "time": normalize_time(row["timestamp"], notes),
-        "model_version": str(_get_any(row, "model", "release", "version") or "unknown"),
+        "time": normalize_time(_get_any(row, "timestamp", "startTime", "start_time"), notes),
+        "model_version": str(
+            _get_any(row, "model", "providedModelName", "provided_model_name", "release", "version") or "unknown"
+        ),
         "messages": to_records(messages), "response": response, "reaction": reactions or None,
         "topic": str(metadata.get("topic", "other")), "locale": str(metadata.get("locale", "und")),
         NOTES_KEY: dict(+notes),
@@ -258,13 +285,21 @@ def _read_langfuse(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
 
 
 def _read_langfuse_score(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
+    return _read_score_of(row, "trace", _get_any(row, "traceId", "trace_id"))
+
+
+def _read_langfuse_observation_score(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
+    return _read_score_of(row, "observation", _get_any(row, "observationId", "observation_id"))
+
+
+def _read_score_of(row: Mapping[str, Any], rated_kind: str, rated_id: Any) -> ReaderItems:
     if not _is_user_score(row):
         return [SkippedRow("score is not a user's")]
-    trace_id, reaction = _get_any(row, "traceId", "trace_id"), _read_score(row)
-    if trace_id is None or reaction is None:
-        return [SkippedRow("no trace" if trace_id is None else "no reaction")]
+    reaction = _read_score(row)
+    if rated_id is None or reaction is None:
+        return [SkippedRow(f"no {rated_kind}" if rated_id is None else "no reaction")]
     time = normalize_time(_get_any(row, "timestamp", "createdAt", "created_at"))
-    return [{"id": str(row["id"]), "response_id": str(trace_id), "time": time, "reaction": reaction}]
+    return [{"id": str(row["id"]), "response_id": str(rated_id), "time": time, "reaction": reaction}]
 
 
 def _read_langsmith(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
@@ -326,7 +361,9 @@ def _read_langsmith_feedback(row: Mapping[str, Any], options: ReaderOptions) -> 
 
 def _read_librechat(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     """A conversation as exported: messages with parents, and feedback {rating: thumbsUp or thumbsDown} on some."""
-    conversation_id = str(row["conversationId"])
+    if "messageId" in row and "messages" not in row:
+        raise RowShapeError("a row is one message of LibreChat; group them by conversation, as docs/data.md says")
+    conversation_id = str(_get_any(row, "conversationId", "_id"))
     messages = list(row["messagesTree"] if "messagesTree" in row else row["messages"])
     # An export with branches has each reply among the children of its message.
     for message in messages:
@@ -525,6 +562,24 @@ def _read_slack(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
     return items
 
 
+def _read_openwebui_chats(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
+    """A chat of Open WebUI's export of chats: a tree of messages with an annotation on those that are rated."""
+    chat = row["chat"]
+    chat_id = str(_get_any(row, "id") or chat["id"])
+    messages = list((get_by_path(chat, "history.messages") or {}).values()) or chat["messages"]
+
+    def read_turn(message: Mapping[str, Any], index: int) -> ReaderRow:
+        time = _get_any(message, "timestamp") or _get_any(row, "updated_at", "created_at") or chat.get("timestamp")
+        return {
+            "id": f"{chat_id}-{message['id']}", "time": normalize_time(time),
+            "model_version": str(_get_any(message, "model", "modelName") or "unknown"),
+            "reaction": name_reactions(get_by_path(message, "annotation.rating")) or None,
+        }  # fmt: skip
+
+    base = {"conversation_id": chat_id, "user_id": str(row.get("user_id") or chat_id)}
+    return _expand_chat(messages, base, read_turn)
+
+
 _OPENWEBUI_COLUMNS = {
     "id": "id", "conversation_id": "meta.chat_id|snapshot.chat.id", "user_id": "user_id|user.id", "time": "created_at",
     "model_version": "data.model_id|meta.model_id|=unknown", "messages": "snapshot.chat.chat|snapshot.chat",
@@ -533,9 +588,11 @@ _OPENWEBUI_COLUMNS = {
 
 PRODUCT_READERS = index_readers(
     LogReader("openwebui", "feedback", None, _OPENWEBUI_COLUMNS),
+    LogReader("openwebui_chats", "feedback", _read_openwebui_chats),
     LogReader("librechat", "feedback", _read_librechat),
     LogReader("langfuse", "feedback", _read_langfuse),
     LogReader("langfuse_scores", "reactions", _read_langfuse_score),
+    LogReader("langfuse_observation_scores", "reactions", _read_langfuse_observation_score),
     LogReader("langsmith", "feedback", _read_langsmith),
     LogReader("langsmith_feedback", "reactions", _read_langsmith_feedback),
     LogReader("openai", "feedback", _read_openai),
