@@ -3,11 +3,12 @@
 Honest users love responses for their words, each with a propensity of their own; hostile users love the worst
 responses. RULE_ATTACKS were designed together with the rules: bots on a clock, brigades in bursts, farms (eight
 accounts that share devices and copied prompts), authors who love their own persona. OTHER_ATTACKS were written without
-looking at the rules' limits: throw-away accounts, bots at a human pace, groups of four friends, accounts that turn
-hostile, and contrarians. A tenth of the honest users share a school's devices, a tenth answer prompts that the product
-suggests. The log goes through rluf.prepare. A fixed P[Love] model (logistic regression on words) is trained on honest
-rows only, on all rows, and on all rows weighted by trust, and evaluated on held-out honest users. Prints one JSON line
-last.
+looking at the rules' limits: throw-away accounts (of two rows, or of five with two loved), bots at a human pace that
+love the worst or whatever comes, groups of four friends, accounts that turn hostile, and contrarians. A tenth of the
+honest users share a school's devices, a tenth answer prompts that the product suggests, and 2% are keen: they love a
+third of their responses, half of them by a taste that has nothing to do with that of others. The log goes through
+rluf.prepare. A fixed P[Love] model (logistic regression on words) is trained on honest rows only, on all rows, and on
+all rows weighted by trust, and evaluated on held-out honest users. Prints one JSON line last.
 
 python benchmarks/abuse.py [--seeds 3] [--users 3000] [--rules]
 """
@@ -37,9 +38,9 @@ from rluf.prepare.abuse import ABUSE_RULES
 from rluf.prepare.pipeline import build_data_set, run_task
 
 RULE_ATTACKS = ("bot", "brigade", "farm", "author")
-OTHER_ATTACKS = ("throwaway", "paced_bot", "friends", "sleeper", "contrarian")
+OTHER_ATTACKS = ("throwaway", "throwaway5", "paced_bot", "random_bot", "friends", "sleeper", "contrarian")
 HOSTILE_KINDS = (*RULE_ATTACKS, *OTHER_ATTACKS)
-HONEST_KINDS = ("honest", "school", "suggested")
+HONEST_KINDS = ("honest", "school", "suggested", "keen")
 ATTACK_SHARE = 0.05
 """Share of hostile users where an attack is measured alone."""
 SUGGESTED_PROMPTS, SCHOOL_USERS, FRIENDS = 12, 30, 4
@@ -94,9 +95,13 @@ class SyntheticLog:
         count = max(1, round(self.rng.gamma(1.2, 10)))
         session_starts = self.rng.integers(0, LOG_DAYS * 86400, max(1, count // 4))
         seconds = self.rng.choice(session_starts, count) + np.cumsum(self.rng.lognormal(4.5, 1.0, count))
+        count = 40 if kind == "keen" else count
         responses, merit = self.sample_responses(count)
         # -0.8 compensates for the spread of merit and user effects, which raises the mean rate above LOVE_RATE.
         love_probability = expit(merit + np.log(LOVE_RATE / (1 - LOVE_RATE)) - 0.8 + self.rng.normal(0, 0.7))
+        if kind == "keen":
+            seconds = self.rng.uniform(0, LOG_DAYS * 86400, count)
+            love_probability = expit(merit * (user_index % 10 < 5) - 0.7)
         device = f"d-{user}" if self.rng.random() < 0.8 else None
         if kind == "school":
             device = f"school-{user_index // SCHOOL_USERS}"
@@ -145,11 +150,14 @@ class SyntheticLog:
             self.append_rows(user, start_second + np.cumsum(self.rng.lognormal(6, 1.2, count)), loved, responses)
 
     def _add_other_attack(self, kind: str, user: str, account_index: int, start_second: float) -> None:
-        if kind == "throwaway":
-            responses, loved = self.sample_worst_loved(2, 1.0)
-            self.append_rows(user, start_second + np.cumsum(self.rng.lognormal(5, 1.0, 2)), loved, responses)
-        elif kind == "paced_bot":
+        if kind.startswith("throwaway"):
+            count = 5 if kind == "throwaway5" else 2
+            responses, loved = self.sample_worst_loved(count, 0.4 if kind == "throwaway5" else 1.0)
+            self.append_rows(user, start_second + np.cumsum(self.rng.lognormal(5, 1.0, count)), loved, responses)
+        elif kind in ("paced_bot", "random_bot"):
             responses, loved = self.sample_worst_loved(40, 0.35)
+            if kind == "random_bot":
+                self.rng.shuffle(loved)
             seconds = np.concatenate([
                 day * 86400 + 28800 + np.cumsum(self.rng.lognormal(5, 1.0, 4)) for day in self.rng.integers(0, 27, 10)
             ])  # fmt: skip
@@ -179,7 +187,7 @@ def build_planted_log(
     synthetic_log, kind_by_user = SyntheticLog(seed), {}
     hostile_count = round(users * share)
     for index in range(users - hostile_count):
-        kind = {0: "school", 1: "suggested"}.get(index % 10, "honest")
+        kind = {0: "school", 1: "suggested"}.get(index % 10, "keen" if index % 50 == 2 else "honest")
         kind_by_user[f"u{index}"] = kind
         synthetic_log.add_honest_user(f"u{index}", kind, index // 10)
     for index in range(hostile_count):

@@ -168,7 +168,9 @@ class PrepareSettings(SettingsSection):
         "key",
     )
     """Kinds of personal data replaced by their kind, such as <email>, in all texts."""
-    abuse_rules: tuple[Literal["rate", "burst", "timing", "copies", "self_love", "device", "newcomers", "cap"], ...] = (
+    abuse_rules: tuple[
+        Literal["rate", "burst", "timing", "copies", "self_love", "device", "newcomers", "taste", "cap"], ...
+    ] = (
         "rate",
         "burst",
         "timing",
@@ -176,6 +178,7 @@ class PrepareSettings(SettingsSection):
         "self_love",
         "device",
         "newcomers",
+        "taste",
         "cap",
     )
     """Rules that down-weight rows of bots, brigades and farms (docs/data.md); a row gets its smallest weight."""

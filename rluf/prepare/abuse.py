@@ -36,12 +36,19 @@ USER_ROW_CAP = 200
 MAX_USERS_PER_DEVICE = 3
 """Users of one device that count in full (a family)."""
 
-MAX_NEWCOMER_ROWS = 2
+MAX_NEWCOMER_ROWS = 5
 """Rows up to which a user is a newcomer: throw-away accounts have no more."""
 MAX_NEWCOMER_RATIO = 2.0
 """Love rate of newcomers in multiples of that of the other users, above which it is excessive."""
 MIN_COMPARISON_ROWS = 200
 """Rows of users who are not newcomers that a comparison needs."""
+
+MIN_TASTE_ROWS = 8
+"""Loved rows, and other rows, that a user needs for a comparison with the taste of other users."""
+FREQUENT_LOVE_PROBABILITY = 0.05
+"""Probability of as many loved rows or more below which a user loves often enough for that comparison."""
+TASTE_MODEL_ROWS = 20_000
+"""Most rows of either label, of other users, from which the taste is estimated."""
 
 MINUTE_US = 60_000_000
 
@@ -49,7 +56,8 @@ MINUTE_US = 60_000_000
 @dataclass(frozen=True, slots=True)
 class AbuseLog:
     """N rows: codes of user, near-duplicate prompt group, response text and device (-1: not in the log), time in
-    microseconds, whether loved, and whether the user created the persona that replied.
+    microseconds, whether loved, and whether the user created the persona that replied. `load_responses` returns the
+    texts of the responses at some indices [R].
     """
 
     user_code: Ints
@@ -59,6 +67,7 @@ class AbuseLog:
     time_us: Ints
     loved: Bools
     own_persona: Bools
+    load_responses: Callable[[Ints], list[str]] | None = None
 
 
 def _compute_beta_binomial_log_pmf(trials: Floats, hits: Floats, alpha: float, beta: float) -> Floats:
@@ -145,11 +154,14 @@ def compute_adjusted_tail_probability(trials: Ints, hits: Ints, alpha_beta: tupl
     probability = _compute_beta_binomial_upper_tail(pairs[:, 0], pairs[:, 1], *alpha_beta)
     order = np.argsort(probability)
     rank = np.cumsum(pair_counts[order])
-    # Step-up procedure: the minimum from the largest probability downwards makes the adjusted values monotone.
-    step_up = np.minimum.accumulate((probability[order] * len(trials) / rank)[::-1])[::-1]
-    adjusted = np.empty(len(pairs))
-    adjusted[order] = np.minimum(step_up, 1.0)
-    return adjusted[pair_index.reshape(-1)]
+    return _step_up(probability, order, len(trials) / rank)[pair_index.reshape(-1)]
+
+
+def _step_up(probability: Floats, order: Ints, factor: Floats) -> Floats:
+    """Probabilities [M] times the factors [M] of their order, monotone from the largest downwards."""
+    adjusted = np.empty(len(probability))
+    adjusted[order] = np.minimum(np.minimum.accumulate((probability[order] * factor)[::-1])[::-1], 1.0)
+    return adjusted
 
 
 def _count_user_rows(log: AbuseLog) -> tuple[Ints, Ints]:
@@ -291,17 +303,74 @@ def _compute_shared_device_weight(log: AbuseLog) -> Floats:
 
 
 def _compute_newcomer_weight(log: AbuseLog) -> Floats:
-    """Loved rows of users with one or two rows, where such users together love far more often than the others."""
+    """Loved rows of users with few rows, where those with as many rows together love far more often than the others."""
     trials, hits = _count_user_rows(log)
-    is_newcomer = trials <= MAX_NEWCOMER_ROWS
-    other_rows, other_hits = int(trials[~is_newcomer].sum()), int(hits[~is_newcomer].sum())
-    rows, loved_rows = int(trials[is_newcomer].sum()), int(hits[is_newcomer].sum())
+    is_other, weight_by_rows = trials > MAX_NEWCOMER_ROWS, np.ones(MAX_NEWCOMER_ROWS + 2)
+    other_rows, other_hits = int(trials[is_other].sum()), int(hits[is_other].sum())
     # A log in which hardly anybody returns has no users to compare with.
-    if other_rows < max(MIN_COMPARISON_ROWS, 0.1 * rows) or not loved_rows:
+    if other_rows < max(MIN_COMPARISON_ROWS, 0.1 * trials[~is_other].sum()):
         return np.ones(len(log.user_code))
-    expected = MAX_NEWCOMER_RATIO * rows * (other_hits + 1) / (other_rows + 1)
-    weight = expected / loved_rows if loved_rows > expected + 4 * np.sqrt(expected) else 1.0
-    return np.where(log.loved & is_newcomer[log.user_code], min(weight, 1.0), 1.0)
+    for row_count in range(1, MAX_NEWCOMER_ROWS + 1):
+        is_newcomer = trials == row_count
+        rows, loved_rows = int(trials[is_newcomer].sum()), int(hits[is_newcomer].sum())
+        expected = MAX_NEWCOMER_RATIO * rows * (other_hits + 1) / (other_rows + 1)
+        if loved_rows > expected + 4 * np.sqrt(expected):
+            weight_by_rows[row_count] = expected / loved_rows
+    user_weight = weight_by_rows[np.minimum(trials, MAX_NEWCOMER_ROWS + 1)]
+    return np.where(log.loved, user_weight[log.user_code], 1.0)
+
+
+def _compute_taste_weight(log: AbuseLog) -> Floats:
+    """Users who love often, and what the other users love least: bots that praise bad responses at a human pace."""
+    from scipy.special import ndtr
+
+    trials, hits = _count_user_rows(log)
+    weight, user_fit = np.ones(len(log.user_code)), fit_robust_beta_binomial(trials, hits)
+    has_rows = np.minimum(hits, trials - hits) >= MIN_TASTE_ROWS
+    if log.load_responses is None or user_fit is None or not has_rows.any():
+        return weight
+    users = np.flatnonzero(has_rows)
+    tail_probability = _compute_beta_binomial_upper_tail(trials[users], hits[users], *user_fit)
+    users = users[tail_probability < FREQUENT_LOVE_PROBABILITY]
+    is_user = np.isin(log.user_code, users)
+    scores = _predict_love(log, ~is_user, np.flatnonzero(is_user)) if len(users) else None
+    if scores is None:
+        return weight
+    # Mann and Whitney's test of a user's loved rows against the others. A user whose love has nothing to do with the
+    # taste of others has a probability below 0.01 by chance in 1 of 100 cases, and one who shares it far more rarely.
+    row_users, loved = log.user_code[is_user], log.loved[is_user]
+    order = np.lexsort((scores, row_users))
+    row_rank = np.empty(len(scores))
+    first_rows = np.searchsorted(row_users[order], users)
+    row_rank[order] = np.arange(len(scores)) - first_rows[np.searchsorted(users, row_users[order])] + 1
+    loved_rows, other_rows = hits[users].astype(np.float64), (trials - hits)[users].astype(np.float64)
+    rank_sum = np.bincount(row_users[loved], weights=row_rank[loved], minlength=len(trials))[users]
+    pair_count = loved_rows * other_rows
+    preferred_pairs = rank_sum - loved_rows * (loved_rows + 1) / 2
+    z_score = (preferred_pairs / pair_count - 0.5) / np.sqrt((loved_rows + other_rows + 1) / (12 * pair_count))
+    probability, order = ndtr(z_score), np.argsort(z_score)
+    adjusted = _step_up(probability, order, len(users) / np.arange(1, len(users) + 1))
+    weight[is_user] = (adjusted / TAIL_PROBABILITY_THRESHOLD)[np.searchsorted(users, row_users)]
+    return weight
+
+
+def _predict_love(log: AbuseLog, is_other: Bools, rows: Ints) -> Floats | None:
+    """Score [R] of rows by a logistic regression on words of what other users love; None if they love too little."""
+    from sklearn.feature_extraction.text import HashingVectorizer
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(0)
+    samples = [rng.permutation(np.flatnonzero(is_other & (log.loved == label)))[:TASTE_MODEL_ROWS] for label in (0, 1)]
+    if log.load_responses is None or min(map(len, samples)) < MIN_COMPARISON_ROWS:
+        return None
+    sample_rows = np.concatenate(samples)
+    words = HashingVectorizer(n_features=2**16, binary=True, norm=None, alternate_sign=False)
+    texts = log.load_responses(np.concatenate([sample_rows, rows]))
+    features = words.transform(texts)
+    model = LogisticRegression(C=0.1, max_iter=200, class_weight="balanced")
+    model.fit(features[: len(sample_rows)], log.loved[sample_rows])
+    scores: Floats = model.decision_function(features[len(sample_rows) :])
+    return scores
 
 
 def _compute_user_cap_weight(log: AbuseLog) -> Floats:
@@ -312,7 +381,7 @@ def _compute_user_cap_weight(log: AbuseLog) -> Floats:
 ABUSE_RULES: dict[str, Callable[[AbuseLog], Floats]] = {
     "rate": _compute_love_rate_weight, "burst": _compute_burst_weight, "timing": _compute_timing_weight,
     "copies": _compute_copy_weight, "self_love": _compute_self_love_weight, "device": _compute_shared_device_weight,
-    "newcomers": _compute_newcomer_weight, "cap": _compute_user_cap_weight,
+    "newcomers": _compute_newcomer_weight, "taste": _compute_taste_weight, "cap": _compute_user_cap_weight,
 }  # fmt: skip
 """The rules by name."""
 

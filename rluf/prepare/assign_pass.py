@@ -30,6 +30,7 @@ from rluf.prepare.workspace import (
     encode_column,
     load_band_hashes,
     load_index,
+    load_texts,
     read_column,
     write_table,
 )
@@ -370,6 +371,7 @@ def _build_abuse_log(task: AssignTask, table: pa.Table, loved: Bools, rows: Ints
         user_code=user_code, prompt_group=prompt_group, response_code=response_code.astype(np.int64),
         device_code=device_code, time_us=read_column(table, "time"), loved=loved,
         own_persona=own_persona.to_numpy(zero_copy_only=False),
+        load_responses=lambda indices: load_texts(task.work_folder, task.kind_name, rows[indices], "response"),
     )  # fmt: skip
 
 

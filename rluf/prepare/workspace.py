@@ -288,6 +288,24 @@ def load_band_hashes(
     return band_hashes
 
 
+def load_texts(work_folder: str, kind_name: str, rows: NDArray[np.int64], column_name: str) -> list[str]:
+    """Texts [R] of some rows of the index, in its order; one record batch is in memory at a time."""
+    texts: list[str] = [""] * len(rows)
+    order = np.argsort(rows, kind="stable")
+    sorted_rows, first_row = rows[order], 0
+    # The files of rows have the record batches of the index.
+    for file in sorted((Path(work_folder) / "rows" / kind_name).glob("*.arrow")):
+        with _open_table(file, [column_name]) as reader:
+            for batch_index in range(reader.num_record_batches):
+                column = reader.get_batch(batch_index)[column_name]
+                start, end = np.searchsorted(sorted_rows, [first_row, first_row + len(column)])
+                values = column.take(pa.array(sorted_rows[start:end] - first_row)).to_pylist()
+                for position, text in zip(order[start:end].tolist(), values, strict=True):
+                    texts[position] = text
+                first_row += len(column)
+    return texts
+
+
 def encode_column(column: pa.ChunkedArray) -> tuple[NDArray[np.int64], pa.Array]:
     """Codes [N] of a column's values, and the values; null is -1."""
     encoded = column.combine_chunks().dictionary_encode()

@@ -112,6 +112,54 @@ def test_prompts_that_all_users_share_are_compared_with_one_another() -> None:
     assert (compute_trust_weights(shared_log, ["copies"])[0] == 1).mean() > 0.99
 
 
+def build_taste_log(agreements: list[float], seed: int = 1) -> tuple[AbuseLog, np.ndarray]:
+    """An ordinary log whose users love by words, and frequent lovers whose love depends on them by a factor each.
+
+    Returns the log and the user codes of the frequent lovers.
+    """
+    rng = np.random.default_rng(seed)
+    log = build_ordinary_log(800, seed)
+    for _ in agreements:
+        log, _ = add_user(log, 40)
+    first_user = log.user_code.max() + 1 - len(agreements)
+    agreement = np.array([*[1.5] * first_user, *agreements])[log.user_code]
+    word_merit = rng.normal(0, 0.5, 60)
+    word_merit -= word_merit.mean()
+    word_index = rng.integers(0, 60, (len(log.user_code), 15))
+    offset = np.where(log.user_code >= first_user, -0.5, -3.0)
+    loved = rng.random(len(offset)) < 1 / (1 + np.exp(-(agreement * word_merit[word_index].sum(1) + offset)))
+    responses = [" ".join(f"word{index}" for index in row) for row in word_index.tolist()]
+    load_responses = lambda rows: [responses[row] for row in rows.tolist()]  # noqa: E731
+    return replace(log, loved=loved, load_responses=load_responses), np.arange(first_user, first_user + len(agreements))
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_lovers_of_what_others_love_least_lose_weight_and_other_tastes_do_not(seed: int) -> None:
+    log, lovers = build_taste_log([-2.0] * 6 + [0.0] * 20 + [1.5] * 6, seed)
+    weight, _ = compute_trust_weights(log, ["taste"])
+    mean_weight = np.array([weight[log.user_code == user].mean() for user in lovers])
+    assert (mean_weight[:6] < 0.5).sum() >= 5 and (mean_weight[6:] == 1).all()
+    assert (weight[log.user_code < lovers[0]] == 1).all()
+
+
+def test_the_taste_rule_needs_texts_and_rows() -> None:
+    log, _ = build_taste_log([-2.0] * 6)
+    few_rows = build_ordinary_log(5)
+    for other_log in (replace(log, load_responses=None), few_rows, replace(log, loved=np.zeros_like(log.loved))):
+        assert (compute_trust_weights(other_log, ["taste"])[0] == 1).all()
+
+
+@pytest.mark.parametrize("row_count", [1, 2, 3, 4, 5])
+def test_throw_away_accounts_lose_weight_by_their_number_of_rows(row_count: int) -> None:
+    log = build_ordinary_log(800)
+    first_user = log.user_code.max() + 1
+    for user in range(300):
+        log, _ = add_user(log, row_count, loved=np.arange(row_count) < max(1, row_count // 2 + user % 2))
+    weight, _ = compute_trust_weights(log, ["newcomers"])
+    assert weight[(log.user_code >= first_user) & log.loved].mean() < 0.5
+    assert (weight[log.user_code < first_user] < 1).mean() < 0.02
+
+
 def test_the_cap_bounds_the_total_weight_of_a_user() -> None:
     log, is_new_user = add_user(build_ordinary_log(50), 500)
     assert compute_trust_weights(log, ["cap"])[0][is_new_user].sum() == pytest.approx(200)

@@ -11,6 +11,7 @@ import html
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from rluf.prepare.readers.chats import (
@@ -284,18 +285,11 @@ def _read_langfuse(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItem
     }]  # fmt: skip
 
 
-def _read_langfuse_score(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
-    return _read_score_of(row, "trace", _get_any(row, "traceId", "trace_id"))
-
-
-def _read_langfuse_observation_score(row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
-    return _read_score_of(row, "observation", _get_any(row, "observationId", "observation_id"))
-
-
-def _read_score_of(row: Mapping[str, Any], rated_kind: str, rated_id: Any) -> ReaderItems:
+def _read_langfuse_score(rated_kind: str, row: Mapping[str, Any], options: ReaderOptions) -> ReaderItems:
+    """A score of a trace or of an observation; each is a response where the rows of feedback are of that kind."""
     if not _is_user_score(row):
         return [SkippedRow("score is not a user's")]
-    reaction = _read_score(row)
+    rated_id, reaction = _get_any(row, f"{rated_kind}Id", f"{rated_kind}_id"), _read_score(row)
     if rated_id is None or reaction is None:
         return [SkippedRow(f"no {rated_kind}" if rated_id is None else "no reaction")]
     time = normalize_time(_get_any(row, "timestamp", "createdAt", "created_at"))
@@ -315,14 +309,9 @@ def _read_langsmith(row: Mapping[str, Any], options: ReaderOptions) -> ReaderIte
         outputs = generation or _get_reply(outputs)
         if isinstance(outputs, Mapping) and isinstance(outputs.get("messages"), list):
             # A graph returns its state: the chat to its end, with tool messages after the reply in some.
-            outputs = next(
-                (
-                    m.content
-                    for m in reversed(read_chat(outputs["messages"], notes))
-                    if m.role == "assistant" and m.content
-                ),
-                None,
-            )
+            chat = read_chat(outputs["messages"], notes)
+            replies = [message.content for message in chat if message.role == "assistant" and message.content]
+            outputs = replies[-1] if replies else None
     stats = decoded.get("feedback_stats") or {}
     stats = {name: entry for name, entry in stats.items() if isinstance(entry, Mapping)}
     # Evaluators write into the same statistics; where none has the name of a user's score, each may be one.
@@ -591,8 +580,8 @@ PRODUCT_READERS = index_readers(
     LogReader("openwebui_chats", "feedback", _read_openwebui_chats),
     LogReader("librechat", "feedback", _read_librechat),
     LogReader("langfuse", "feedback", _read_langfuse),
-    LogReader("langfuse_scores", "reactions", _read_langfuse_score),
-    LogReader("langfuse_observation_scores", "reactions", _read_langfuse_observation_score),
+    LogReader("langfuse_scores", "reactions", partial(_read_langfuse_score, "trace")),
+    LogReader("langfuse_observation_scores", "reactions", partial(_read_langfuse_score, "observation")),
     LogReader("langsmith", "feedback", _read_langsmith),
     LogReader("langsmith_feedback", "reactions", _read_langsmith_feedback),
     LogReader("openai", "feedback", _read_openai),
