@@ -3,7 +3,7 @@
 Honest users love responses for their words, each with a propensity of their own; hostile users love the worst
 responses. RULE_ATTACKS were designed together with the rules: bots on a clock, brigades in bursts, farms (eight
 accounts that share devices and copied prompts), authors who love their own persona. OTHER_ATTACKS were written without
-looking at the rules' limits: throw-away accounts (of two rows, or of five with two loved), bots at a human pace that
+looking at the rules' limits: throw-away accounts, bots at a human pace that
 love the worst or whatever comes, groups of four friends, accounts that turn hostile, and contrarians. A tenth of the
 honest users share a school's devices, a tenth answer prompts that the product suggests, and 2% are keen: they love a
 third of their responses, half of them by a taste that has nothing to do with that of others. The log goes through
@@ -38,7 +38,7 @@ from rluf.prepare.abuse import ABUSE_RULES
 from rluf.prepare.pipeline import build_data_set, run_task
 
 RULE_ATTACKS = ("bot", "brigade", "farm", "author")
-OTHER_ATTACKS = ("throwaway", "throwaway5", "paced_bot", "random_bot", "friends", "sleeper", "contrarian")
+OTHER_ATTACKS = ("throwaway", "paced_bot", "random_bot", "friends", "sleeper", "contrarian")
 HOSTILE_KINDS = (*RULE_ATTACKS, *OTHER_ATTACKS)
 HONEST_KINDS = ("honest", "school", "suggested", "keen")
 ATTACK_SHARE = 0.05
@@ -150,10 +150,9 @@ class SyntheticLog:
             self.append_rows(user, start_second + np.cumsum(self.rng.lognormal(6, 1.2, count)), loved, responses)
 
     def _add_other_attack(self, kind: str, user: str, account_index: int, start_second: float) -> None:
-        if kind.startswith("throwaway"):
-            count = 5 if kind == "throwaway5" else 2
-            responses, loved = self.sample_worst_loved(count, 0.4 if kind == "throwaway5" else 1.0)
-            self.append_rows(user, start_second + np.cumsum(self.rng.lognormal(5, 1.0, count)), loved, responses)
+        if kind == "throwaway":
+            responses, loved = self.sample_worst_loved(2, 1.0)
+            self.append_rows(user, start_second + np.cumsum(self.rng.lognormal(5, 1.0, 2)), loved, responses)
         elif kind in ("paced_bot", "random_bot"):
             responses, loved = self.sample_worst_loved(40, 0.35)
             if kind == "random_bot":

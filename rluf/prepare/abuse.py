@@ -45,8 +45,8 @@ MIN_COMPARISON_ROWS = 200
 
 MIN_TASTE_ROWS = 8
 """Loved rows, and other rows, that a user needs for a comparison with the taste of other users."""
-FREQUENT_LOVE_PROBABILITY = 0.05
-"""Probability of as many loved rows or more below which a user loves often enough for that comparison."""
+FREQUENT_LOVE_RATIO = 2.0
+"""Love rate in multiples of that of all rows from which a user loves often enough for that comparison."""
 TASTE_MODEL_ROWS = 20_000
 """Most rows of either label, of other users, from which the taste is estimated."""
 
@@ -325,13 +325,8 @@ def _compute_taste_weight(log: AbuseLog) -> Floats:
     from scipy.special import ndtr
 
     trials, hits = _count_user_rows(log)
-    weight, user_fit = np.ones(len(log.user_code)), fit_robust_beta_binomial(trials, hits)
-    has_rows = np.minimum(hits, trials - hits) >= MIN_TASTE_ROWS
-    if log.load_responses is None or user_fit is None or not has_rows.any():
-        return weight
-    users = np.flatnonzero(has_rows)
-    tail_probability = _compute_beta_binomial_upper_tail(trials[users], hits[users], *user_fit)
-    users = users[tail_probability < FREQUENT_LOVE_PROBABILITY]
+    weight, is_frequent = np.ones(len(log.user_code)), hits >= FREQUENT_LOVE_RATIO * log.loved.mean() * trials
+    users = np.flatnonzero(is_frequent & (np.minimum(hits, trials - hits) >= MIN_TASTE_ROWS))
     is_user = np.isin(log.user_code, users)
     scores = _predict_love(log, ~is_user, np.flatnonzero(is_user)) if len(users) else None
     if scores is None:

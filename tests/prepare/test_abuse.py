@@ -126,7 +126,7 @@ def build_taste_log(agreements: list[float], seed: int = 1) -> tuple[AbuseLog, n
     word_merit = rng.normal(0, 0.5, 60)
     word_merit -= word_merit.mean()
     word_index = rng.integers(0, 60, (len(log.user_code), 15))
-    offset = np.where(log.user_code >= first_user, -0.5, -3.0)
+    offset = np.where(log.user_code >= first_user, -0.5, -4.0)
     loved = rng.random(len(offset)) < 1 / (1 + np.exp(-(agreement * word_merit[word_index].sum(1) + offset)))
     responses = [" ".join(f"word{index}" for index in row) for row in word_index.tolist()]
     load_responses = lambda rows: [responses[row] for row in rows.tolist()]  # noqa: E731
