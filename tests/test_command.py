@@ -39,6 +39,8 @@ def test_an_unknown_command_is_one_message(name: str, hint: str, capsys: pytest.
         (["train", "--steps", "5"], "key=value, without dashes; did you mean algorithm.steps?"),
         (["train", "--learning-rate", "5"], "did you mean learner.learning_rate?"),
         (["train", "tiny"], "write --config tiny"),
+        (["train", "tracking.trackers=tensorboard"], "must be a list, such as [a, b]"),
+        (["train", "algorithm.topic_weights=risky"], "must be a mapping, such as {a: 1}"),
         (["train", "algorithm.steps", "3"], "'algorithm.steps' is not an override"),
         (["evaluate", "gaet"], "'gaet' is neither a sub-command (offline, blind, gate, "),
         (["simulate", "rescor"], "'rescor' is neither a sub-command (rescore, judge) nor key=value"),

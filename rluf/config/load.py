@@ -417,6 +417,8 @@ def _format_problem(problem: ErrorDetails, sources: Mapping[str, str], fields: M
         message.replace("Input should be", "must be")
         .replace("String should", "must")
         .replace(", unable to", "; could not")
+        .replace("a valid tuple", "a list, such as [a, b]")
+        .replace("a valid dictionary", "a mapping, such as {a: 1}")
     )
     description = fields[dotted_key].description if dotted_key in fields else None
     return f"{dotted_key}={problem['input']!r} ({sources.get(dotted_key, DEFAULT_SOURCE)}): {rule}; change it" + (

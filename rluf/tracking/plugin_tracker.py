@@ -43,6 +43,8 @@ BUILTIN_TRACKERS: Mapping[str, tuple[str, str, str]] = {
 
 def load_tracker(reference: str) -> Callable[[Settings, Path], Tracker]:
     """The factory of a tracker. Raises SettingsError if it, or the package of a built-in one, cannot be imported."""
+    if reference == "wandb":
+        raise SettingsError("tracking.trackers: W&B has a setting of its own, tracking.wandb; remove it from the list")
     if reference in BUILTIN_TRACKERS:
         reference, module_name, requirement = BUILTIN_TRACKERS[reference]
         if importlib.util.find_spec(module_name) is None:

@@ -88,3 +88,7 @@ def test_failures_are_one_warning_each_and_stop_nothing(tmp_path: Path, caplog: 
 def test_a_wrong_reference_is_refused_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="tracker 'missing:create' cannot be imported"):
         PluginTracker("missing:create", Settings(), tmp_path)
+    with pytest.raises(SettingsError, match=r"W&B has a setting of its own, tracking\.wandb"):
+        PluginTracker("wandb", Settings(), tmp_path)
+    with pytest.raises(SettingsError, match=r"tracker 'json:loads': expected a function .*too many positional"):
+        PluginTracker("json:loads", Settings(), tmp_path)
