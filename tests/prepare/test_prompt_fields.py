@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
+from rluf import api
 from rluf.config.load import load_settings
 from rluf.models.hub import load_tokenizer, resolve_model
 from rluf.objectives.reward_function import build_row
@@ -18,6 +19,7 @@ from rluf.prepare.pipeline import build_data_set, run_task
 from rluf.train.prompts import load_prompts
 from rluf.types import ScoringItem
 
+DATA_OFF = [f"data.{kind}=[]" for kind in ("feedback", "preferences", "safety")]
 MESSAGES = [{"role": "user", "content": "What is 6 times 7?"}]
 
 
@@ -27,9 +29,7 @@ def prepare_prompts(tmp_path: Path, row: Mapping[str, Any], entry: str = "{path}
     # Every prompt has its own text: equal ones would be in one split only.
     texts = [json.dumps(line).replace("6 times", f"{index} times") for index, line in enumerate(rows)]
     path.write_text("".join(f"{text}\n" for text in texts))
-    overrides = [f"data.{kind}=[]" for kind in ("feedback", "preferences", "safety")]
-    overrides.append(f"data.prompts={entry.format(path=path)}")
-    settings = load_settings(None, overrides).settings
+    settings = load_settings(None, [*DATA_OFF, f"data.prompts={entry.format(path=path)}"]).settings
     build_data_set(settings, tmp_path / "data", lambda tasks: list(chain.from_iterable(map(run_task, tasks))))
     return tmp_path / "data"
 
@@ -74,3 +74,16 @@ def test_fields_are_passed_on_from_every_shape_of_a_prompt(row: dict[str, Any], 
     assert len(stored_rows) == 4
     for stored_row in stored_rows:
         assert json.loads(stored_row["extra_fields"])["answer"] == "42"
+
+
+@pytest.mark.parametrize("end", [[], [{"role": "assistant", "content": "42"}]], ids=["user", "assistant"])
+def test_a_chat_without_id_and_split_is_a_prompt(
+    end: list[dict[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RLUF_CACHE", str(tmp_path))
+    questions = [f"What is {index} times 7?" for index in range(20)]
+    rows = [{"messages": [{"role": "user", "content": question}, *end]} for question in questions]
+    settings = api.load_settings(None, DATA_OFF, rows={"prompts": rows})
+    build_data_set(settings, tmp_path / "data", lambda tasks: list(chain.from_iterable(map(run_task, tasks))))
+    tables = [pq.read_table(path) for path in (tmp_path / "data").rglob("prompts/t*.parquet")]
+    assert sorted(row["messages"][-1]["content"] for table in tables for row in table.to_pylist()) == sorted(questions)

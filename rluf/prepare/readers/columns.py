@@ -346,7 +346,8 @@ class RowConverter:
             if not isinstance(row, dict):
                 return None, notes
             is_pair_of_chats = any(isinstance(row.get(name), list) for name in ("chosen", "rejected"))
-            if ("messages" not in row and ("prompt" in row or "chosen" in row)) or is_pair_of_chats:
+            is_bare_chat = self.kind_name == "prompts" and "messages" in row and not row.keys() & {"id", "split"}
+            if ("messages" not in row and ("prompt" in row or "chosen" in row)) or is_pair_of_chats or is_bare_chat:
                 converted = self.read_row(row)
                 if isinstance(converted, SkippedRow):
                     raise RowShapeError(converted.reason)
