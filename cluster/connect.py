@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray.exceptions import RayError
 
-from rluf.errors import ResourceError
+from rluf.errors import ResourceError, SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,17 @@ RAY_DATA_READER_THREAD = "iter_threaded"
 READER_JOIN_TIMEOUT_S = 20.0
 
 
+def read_ray_address() -> str | None:
+    """Address of the cluster that RAY_ADDRESS names; None where Ray starts on this machine. Raises SettingsError."""
+    address = os.environ.get("RAY_ADDRESS", "").strip()
+    if address.startswith(("http://", "https://")):
+        raise SettingsError(
+            f"RAY_ADDRESS={address} is the address of a dashboard: run the command with ray job submit, or name the "
+            "cluster as HOST:PORT, as ray start prints it"
+        )
+    return None if address in ("", "local") else address
+
+
 @contextmanager
 def ray_connection() -> Iterator[dict[str, float]]:
     """Connect to Ray and yield the cluster's total resources; disconnect (and end a local Ray) on leaving.
@@ -32,7 +44,7 @@ def ray_connection() -> Iterator[dict[str, float]]:
     authentication stays on. Raises ResourceError when the named cluster does not answer or a local one cannot start
     (ports, memory, /tmp).
     """
-    address = os.environ.get("RAY_ADDRESS")
+    address = read_ray_address()
     common_options = {"log_to_driver": False, "logging_level": logging.WARNING, "configure_logging": True}
     if address:
         _check_port_open(address)
@@ -53,11 +65,15 @@ def ray_connection() -> Iterator[dict[str, float]]:
                 object_store_memory=LOCAL_OBJECT_STORE_BYTES,
                 **common_options,
             )
-    except (ConnectionError, OSError, ValueError, RuntimeError) as error:
-        target = f"the Ray cluster at {address}" if address else "Ray on this machine"
+    except (ConnectionError, OSError, ValueError, RuntimeError, RayError) as error:
+        if address:
+            raise ResourceError(
+                f"cannot reach the Ray cluster at {address}: {error}; check that its head runs and its token and ports "
+                "are right (ray status), or unset RAY_ADDRESS to start one here"
+            ) from error
         raise ResourceError(
-            f"cannot reach or start {target}: {error}; check that its head runs and its token and ports are right "
-            "(ray status), or unset RAY_ADDRESS to start one here"
+            f"cannot start Ray on this machine: {error}; check that HOME (for Ray's token) and /tmp can be written, or "
+            "that RAY_AUTH_TOKEN_PATH names a file with a token, and that memory is free"
         ) from error
     if threading.current_thread() is threading.main_thread():
         # ray.init installs a handler that aborts without unwinding: no checkpoint, no upload, no cleanup.

@@ -127,8 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings, forgotten_users = loaded.settings, loaded.options.forget
 
     def run_service() -> None:
-        from cluster.connect import ray_connection
-        from rluf.serve.application import check_secrets, erase_users, is_local_ray
+        from cluster.connect import ray_connection, read_ray_address
+        from rluf.serve.application import check_secrets, erase_users
         from rluf.tracking.console import setup_logging
 
         setup_logging()
@@ -138,7 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         check_secrets(settings)
         with ray_connection():
             handle = start_service(settings)
-            if not is_local_ray():
+            if read_ray_address() is not None:
                 return  # the cluster keeps it running
             wait_for_stop_signal(lambda: reload_settings(arguments))
             stop_service(settings, handle)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ray import serve
 from ray.exceptions import RayError
 
+from cluster.connect import read_ray_address
 from cluster.placement import actor_environment
 from rluf.config.derived import list_configured_reward_folders
 from rluf.config.load import load_settings
@@ -436,7 +437,7 @@ def deploy_service(settings: Settings, reward_folders: Mapping[str, Path | None]
     A running service stays available: only deployments that differ are replaced, and new reward models load in place.
     Raises ModelError or SettingsError before anything is started, ResourceError when Ray Serve cannot start it.
     """
-    serve_settings, is_local = settings.serve, is_local_ray()
+    serve_settings, is_local = settings.serve, read_ray_address() is None
     host, port = serve_settings.host, serve_settings.port
     app = build_application(settings, reward_folders, resolve_policy_folders(settings), listen_directly=is_local)
     # An update finds its own gateway on the port, so only a first start can check it.
@@ -459,11 +460,6 @@ def deploy_service(settings: Settings, reward_folders: Mapping[str, Path | None]
             f"Ray Serve could not start the service at {host}:{port}: {reason}; check that the port is free, that the "
             "models can be read and that there are CPUs and GPUs for serve.replicas; see the replicas' logs"
         ) from error
-
-
-def is_local_ray() -> bool:
-    """Return whether Ray is started by this process rather than a named cluster."""
-    return not os.environ.get("RAY_ADDRESS")
 
 
 def _list_running_applications() -> Collection[str]:

@@ -13,7 +13,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 
 from rluf.config.objectives import PRIMARY_OBJECTIVE
-from rluf.errors import ResourceError
+from rluf.errors import ResourceError, SettingsError
 from rluf.serve import api
 from rluf.serve.api import ApiError
 from rluf.types import Message, Score, ScoringItem
@@ -42,12 +42,15 @@ class RewardClient:
         """`token` is the bearer token, by default RLUF_SERVE_TOKEN; `timeout_s` bounds one attempt.
 
         A busy service says when to retry; a wait of more than `max_retry_after_s` is an error at once. `model_version`
-        (live, candidate, or a version) is required of every score: another one is ApiError 409.
+        (live, candidate, or a version) is required of every score: another one is ApiError 409. Raises SettingsError
+        for an address or a token that cannot be sent.
         """
         self.max_retry_after_s, self.model_version = max_retry_after_s, model_version
         bearer_token = (token or os.environ.get("RLUF_SERVE_TOKEN", "")).strip()
+        if not (bearer_token.isascii() and bearer_token.isprintable()):
+            raise SettingsError("the token of the service has other characters than printable ASCII; check its source")
         headers = {"Authorization": f"Bearer {bearer_token}"} if bearer_token else {}
-        self.url, self.max_attempts = url.rstrip("/"), max_attempts
+        self.url, self.max_attempts = _check_url(url), max_attempts
         # trust_env off: a proxy set for downloads must not see conversations.
         self._http_client = httpx.Client(base_url=self.url, headers=headers, timeout=timeout_s, trust_env=False)
 
@@ -173,6 +176,18 @@ class RewardClient:
         )
 
 
+def _check_url(url: str) -> str:
+    """The address of a service without white space and slashes at its end. Raises SettingsError for another text."""
+    try:
+        parsed_url = httpx.URL(url.strip())
+        is_address = parsed_url.scheme in ("http", "https") and bool(parsed_url.host) and not parsed_url.query
+    except httpx.InvalidURL:
+        is_address = False
+    if not is_address:
+        raise SettingsError(f"expected the address of a service, such as http://rewards:8000, got {url!r}")
+    return url.strip().rstrip("/")
+
+
 def _parse_reply(http_response: httpx.Response, reply_type: type[ReplyModel]) -> ReplyModel:
     try:
         return reply_type.model_validate_json(http_response.content)
@@ -185,7 +200,7 @@ def _parse_error_response(http_response: httpx.Response) -> ApiError:
     """Convert an error response of the service, or of a proxy in front of it, to an ApiError."""
     retry_after = http_response.headers.get("Retry-After", "")
     # The header may also be an HTTP date, which only proxies send.
-    retry_after_s = float(retry_after) if retry_after.isdigit() else None
+    retry_after_s = float(retry_after) if retry_after.isdecimal() else None
     try:
         detail = api.ErrorReply.model_validate_json(http_response.content).error
     except ValidationError:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rluf.errors import ResourceError
+from rluf.errors import ResourceError, SettingsError
 from rluf.reward.model import RewardModel
 from rluf.serve.api import ApiError, ChatMessage, FeedbackContext
 from rluf.serve.chat_text import split_text
@@ -193,3 +193,32 @@ def test_white_space_around_a_token_is_not_sent(
     monkeypatch.setenv("RLUF_SERVE_TOKEN", token if is_in_environment else "other")
     with RewardClient("http://127.0.0.1:9", token=None if is_in_environment else token) as client:
         assert client._http_client.headers["authorization"] == "Bearer a-token"
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["", "http://", "rewards:8000", "ftp://rewards", "http://[::1", "http://rewards:x", "http://a\nb", "http://r?a=1"],
+)
+def test_an_address_that_cannot_be_called_is_refused_at_once(url: str) -> None:
+    with pytest.raises(SettingsError, match="expected the address of a service, such as http://rewards:8000"):
+        RewardClient(url)
+    for accepted in ("http://rewards", " https://rewards:8443/prefix/ \n", "HTTP://[::1]:8000"):
+        with RewardClient(accepted) as client:
+            assert client.url == accepted.strip().rstrip("/")
+
+
+@pytest.mark.parametrize("token", ["gl\xfcck", "two\nlines", "nul\x00", "\u2014"])
+def test_a_token_that_cannot_be_sent_is_refused_without_it(token: str) -> None:
+    with pytest.raises(SettingsError, match="printable ASCII") as error:
+        RewardClient("http://rewards", token=token)
+    assert token not in str(error.value)
+
+
+@pytest.mark.parametrize("value", ["\xb2", "-1", "1.5", "soon", "Wed, 21 Oct 2026 07:28:00 GMT", "9" * 400, ""])
+def test_a_strange_retry_after_does_not_break_the_client(value: str) -> None:
+    headers = [(b"Retry-After", value.encode("latin-1"))]
+    transport = httpx.MockTransport(lambda _: httpx.Response(429, headers=headers, json={}))
+    with RewardClient("http://rewards", max_attempts=2) as client:
+        client._http_client = httpx.Client(base_url=client.url, transport=transport)
+        with pytest.raises(ResourceError, match="did not answer /v1/models in"):
+            client.list_models()

@@ -12,6 +12,7 @@ import pytest
 
 from rluf.prepare.schema import ChatMessage, FeedbackRecord
 from rluf.serve.__main__ import main
+from rluf.serve.api import ChatRequest, ServedResponse, build_served_event
 from rluf.serve.store import FeedbackEvent, PreferenceEvent
 from rluf.utils.hashing import hash_user_id
 from tests.serve.test_store import FakeClock, make_record, open_store, read_all_files, read_rows
@@ -187,3 +188,21 @@ def test_rows_from_before_the_operator_set_a_salt_are_erased_too(
     monkeypatch.setenv("RLUF_USER_SALT", SALT.decode())
     assert main([f"serve.feedback_path={tmp_path / 'log'}", "--forget", "ann"]) == 0
     assert set(read_rows(tmp_path / "log")) == {"eve-file", "eve-variable"}
+
+
+@pytest.mark.parametrize("conversation_id", ["c-7", None])
+def test_a_visitor_is_erased_by_the_conversation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, conversation_id: str | None
+) -> None:
+    monkeypatch.setenv("RLUF_USER_SALT", SALT.decode())
+    store = open_store(tmp_path / "log", FakeClock(), reaction_window_s=0)
+    response = ServedResponse("policy-1", "Hello!", "stop")
+    for response_id, conversation in (("mine", conversation_id), ("other", "c-8")):
+        body = {"messages": [{"role": "user", "content": "Hi"}], "conversation_id": conversation}
+        event = build_served_event(response_id, ChatRequest.model_validate(body), response, SALT)
+        assert event is not None
+        store.append_events([event])
+    store.flush_settled()
+    store.close()
+    assert main([f"serve.feedback_path={tmp_path / 'log'}", "--forget", f"visitor of {conversation_id or 'mine'}"]) == 0
+    assert set(read_rows(tmp_path / "log")) == {"other"}
