@@ -86,6 +86,15 @@ class ParquetFolder:
         for path in paths:
             self._filesystem.delete_file(f"{self._base_path}/{path}")
 
+    def _delete_partial_files(self) -> None:
+        """Delete files that a killed process left half-written; call it as the only writer of this folder."""
+        if not isinstance(self._filesystem, fs.LocalFileSystem):
+            return
+        root = Path(self._base_path)
+        for path in root.rglob(".*.parquet.*.part"):  # names of atomic_write
+            if not path.relative_to(root).parts[0].startswith(WRITER_PREFIX):
+                path.unlink()
+
     def _open_root(self) -> None:
         if "://" in self.root:
             try:

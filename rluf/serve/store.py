@@ -162,6 +162,7 @@ class FeedbackStore(ParquetFolder):
                 self._connection = connection = self._open_database()
                 # A failed start must release the lock, or the next one would wait for it in vain.
                 stack.callback(self.close)
+                self._delete_partial_files()
                 with connection:
                     # Not whether the database exists: an earlier start may have created it and failed on a file.
                     is_new = connection.execute("SELECT 1 FROM files").fetchone() is None

@@ -313,6 +313,39 @@ def test_a_store_by_url_has_the_same_rows(tmp_path: Path) -> None:
     assert reopened_store.append_events([make_served_event("a")]) == ["duplicate"]
 
 
+LEFTOVERS = {
+    "rows": "date=2026-01-31/.feedback-20260131T120000000000-0a1b2c3d.parquet.1234abcd.part",
+    "late reactions": "_reactions/date=2026-01-31/.reactions-20260131T120000000000-0a1b2c3d.parquet.1234abcd.part",
+    "choices": "_preferences/date=2026-01-31/.preferences-20260131T120000000000-0a1b2c3d.parquet.1234abcd.part",
+    "a merge": "date=2026-01-29/.feedback-merged-0a1b2c3d4e5f.parquet.1234abcd.part",
+    "an erasure": "date=2025-01-29/.feedback-merged-0a1b2c3d4e5f.parquet.ffffffff.part",
+    "no day": ".feedback-20250131T120000000000-0a1b2c3d.parquet.1234abcd.part",
+}
+"""What SIGKILL leaves of a file that is being written: the texts of users, also of those who are erased later."""
+FOREIGN_FILES = ("notes.part", "date=2026-01-31/x.parquet.part", "date=2026-01-31/.x.part", "writer=b/date=1/.y.txt")
+"""Files that are not half-written files of this store."""
+
+
+@pytest.mark.parametrize("is_by_url", [False, True])
+def test_half_written_files_are_deleted_at_the_start(tmp_path: Path, is_by_url: bool) -> None:
+    of_other_writer = f"writer=b/{LEFTOVERS['rows']}"  # it may still run
+    for path in (*LEFTOVERS.values(), *FOREIGN_FILES, of_other_writer):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b"a text of ann")
+    root = tmp_path.as_uri() if is_by_url else str(tmp_path)
+    store = FeedbackStore(root, tmp_path / ".log", reaction_window_s=0, clock=FakeClock())
+    store.start()
+    assert not [name for name, path in LEFTOVERS.items() if (tmp_path / path).exists()]
+    assert all((tmp_path / path).exists() for path in (of_other_writer, *FOREIGN_FILES))
+    store.append_events([make_served_event("a")])
+    store.flush_settled()
+    assert set(read_rows(tmp_path)) == {"a"}
+    store.close()
+    other = FeedbackStore(str(tmp_path / "writer=b"), tmp_path / "writer=b" / ".log", reaction_window_s=0)
+    other.start()
+    assert not (tmp_path / of_other_writer).exists()
+
+
 DAMAGES = {
     "no JSON": "UPDATE rows SET record = substr(record, 1, 40) WHERE id = 'b'",
     "a field is missing": "UPDATE rows SET record = replace(record, '\"response\"', '\"resp0nse\"') WHERE id = 'b'",
